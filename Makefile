@@ -1,0 +1,110 @@
+# attnimg's menu. `make demo` and `make test` set up what they need, in .venv, by themselves.
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-print-directory
+
+PYTHON ?= python3.11
+BIN := .venv/bin
+PIP := $(BIN)/pip install -qq --disable-pip-version-check
+DEMO := outputs/demo
+# Processes for `make test`.
+JOBS ?= 2
+# One thread a process: on a shared machine, more are slower, and losses stay bit for bit the same.
+export OMP_NUM_THREADS ?= 1
+export HF_HUB_OFFLINE ?= 1
+
+.PHONY: help setup demo test check bench lock render clean
+
+help: ## Show this menu
+	@grep -hE '^[a-z/%-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z\/%-]+):.*## /\1\t/' | expand -t 12
+
+setup: .venv/ready ## Make .venv with attnimg and the locked packages in it
+
+demo: .venv/ready ## Train a small model on real English text, a few minutes on two cores
+	@echo "demo: starting clean in $(DEMO)"
+	@rm -rf $(DEMO)/trained
+	@$(BIN)/python examples/demo/make_model.py $(DEMO)/untrained
+	@echo; echo "  before training, it writes:"
+	@$(BIN)/python examples/demo/sample.py $(DEMO)/untrained
+	@echo
+	@$(BIN)/attnimg train examples/demo/demo.yaml
+	@echo; echo "  after training, it writes:"
+	@$(BIN)/python examples/demo/sample.py $(DEMO)/trained
+	@echo; echo "  look at $(DEMO)/trained/loss.png and $(DEMO)/trained/receipt.json"
+
+test: .venv/ready ## Run the tests that need no Docker and no GPU
+	$(BIN)/pytest -n $(JOBS)
+
+check: .venv/ready ## Format, lint, types, import layers
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+	$(BIN)/python -m recipes check
+	$(BIN)/hadolint -c docker/hadolint.yaml docker/Dockerfile
+	$(BIN)/shellcheck docker/*.sh docker/install/*.sh .ci/run
+	$(BIN)/actionlint .github/workflows/*.yml
+	$(BIN)/zizmor --offline --quiet .github/workflows
+
+bench: .venv/ready ## Measure the figures of the README
+	$(BIN)/python benchmarks/startup.py
+	$(BIN)/python benchmarks/packing.py
+	$(BIN)/python benchmarks/router.py
+
+lock: .venv/ready ## Resolve requirements/ anew, from pyproject.toml and recipes/
+	$(BIN)/uv pip compile -q --python-version 3.11 --generate-hashes --no-emit-index-url \
+	  --no-emit-package torch --no-emit-package triton -c requirements/torch.txt --group dev \
+	  --custom-compile-command "make lock" -o requirements/lock.txt pyproject.toml
+	$(BIN)/python -m recipes lock
+	$(BIN)/python -m recipes render
+
+render: .venv/ready ## Write every file that is made of recipes/
+	$(BIN)/python -m recipes render
+
+engine: ## Start a Docker engine where there is none; root
+	@docker/engine.sh
+
+base: engine ## Have the base that images are built on
+	@docker/base.sh
+
+build/%: base ## Build the image attnimg:%, such as build/cpu
+	@docker/build.sh $*
+
+toolchain/%: base ## Build the stage that compiles the kernels of attnimg:%
+	@docker/build.sh $* toolchain
+
+unit/%: base ## Compile one real unit of flash-attn for attnimg:%, 5 minutes
+	@PROGRESS=plain docker/build.sh $* flash-attn-unit
+
+test/%: .venv/ready ## Test the image attnimg:%
+	IMAGE=attnimg:$* $(BIN)/pytest tests/image
+
+run/%: ## Run attnimg:% on this folder: make run/cpu ARGS="train config.yaml"
+	@docker run --rm --user "$$(id -u):$$(id -g)" -v "$$PWD:/workspace" attnimg:$* $(ARGS)
+
+gpu/%: ## Run the GPU tests inside attnimg:%, on a machine with the GPU
+	@docker run --rm --gpus all -v "$$PWD/tests:/tests:ro" --workdir /tests --entrypoint python \
+	  attnimg:$* -m pytest gpu
+
+matrix/%: ## Print what CI runs as JSON: matrix/images, matrix/gpu, matrix/untested
+	@python3 .github/matrix.py $*
+
+push/%: .venv/ready ## Push attnimg:% to REGISTRY=host/name/
+	@: "$${REGISTRY:?set REGISTRY, with its slash: make $@ REGISTRY=host/name/}"
+	@$(BIN)/python -m recipes publish $*
+	docker tag attnimg:$* $(REGISTRY)attnimg:$*
+	docker push $(REGISTRY)attnimg:$*
+
+clean: ## Remove what was built here, .venv too
+	rm -rf .venv outputs build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+
+.venv/ready: requirements/torch.txt requirements/lock.txt pyproject.toml
+	@echo "setup: making .venv, 1 to 3 minutes; 1 of 3: torch"
+	@$(PYTHON) -m venv .venv
+	@$(PIP) -r requirements/torch.txt
+	@echo "setup: 2 of 3: $$(grep -c '==' requirements/lock.txt) locked packages"
+	@$(PIP) --require-hashes --no-deps -r requirements/lock.txt
+	@echo "setup: 3 of 3: attnimg itself"
+	@$(PIP) --no-deps --no-build-isolation -e .
+	@touch $@

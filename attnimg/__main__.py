@@ -1,0 +1,53 @@
+"""`attnimg` and `python -m attnimg`: run a command, and turn what went wrong into an exit code."""
+
+from __future__ import annotations
+
+import sys
+
+from attnimg.cli import app_for
+from attnimg.errors import AttnimgError
+from attnimg.train.distributed import end_process
+
+
+def main() -> None:
+    """Run the command line; never show a traceback without --debug."""
+    debug = "--debug" in sys.argv
+    end_process(run([argument for argument in sys.argv[1:] if argument != "--debug"], debug=debug))
+
+
+def run(arguments: list[str], *, debug: bool = False) -> int:
+    """Run one command.
+
+    Args:
+        arguments: what stands after `attnimg`.
+        debug: show the traceback of what went wrong.
+
+    Returns:
+        The exit code.
+    """
+    try:
+        app_for(arguments)(arguments, prog_name="attnimg")
+    except SystemExit as done:  # typer ends every command so, after a usage error too
+        return done.code if isinstance(done.code, int) else 1
+    except AttnimgError as error:
+        _say(str(error), debug=debug)
+        return error.exit_code
+    except Exception as error:  # the edge: whatever escaped is a fault of attnimg's own
+        fault = AttnimgError(
+            f"it failed with {type(error).__name__}, which it should have foreseen",
+            why=" ".join(str(error).split())[:300] or "it said nothing more",
+            do="run it again with --debug and report what it prints",
+        )
+        _say(str(fault), debug=debug)
+        return 1
+    return 0
+
+
+def _say(text: str, *, debug: bool) -> None:
+    if debug and sys.exc_info()[0] is not None:
+        sys.excepthook(*sys.exc_info())
+    sys.stderr.write(text + "\n")
+
+
+if __name__ == "__main__":
+    main()

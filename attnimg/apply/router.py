@@ -1,0 +1,83 @@
+"""Send each call of attention to the backend of its layers' shape."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from attnimg.errors import AttnimgError
+from attnimg.facts import AttentionFunction, LayerGroup
+
+
+class Shape(NamedTuple):
+    """What a call shows of its layer: head sizes, window, soft cap, sinks."""
+
+    head_dim_qk: int
+    head_dim_v: int
+    window: int | None
+    softcap: float | None
+    sinks: bool
+
+
+class Router:
+    """An attention function that looks at a call's own shape, and at nothing else.
+
+    Args:
+        routes: what each shape of the model runs.
+    """
+
+    def __init__(self, routes: Mapping[Shape, AttentionFunction]) -> None:
+        self.routes = dict(routes)
+        self._by_call: dict[tuple[Any, ...], AttentionFunction] = {}
+
+    def __call__(
+        self,
+        module: Any,
+        query: Any,
+        key: Any,
+        value: Any,
+        attention_mask: Any,
+        **arguments: Any,
+    ) -> Any:
+        """Attend; see attnimg.attend.
+
+        Raises:
+            AttnimgError: no layer of the plan has this shape.
+        """
+        get = arguments.get
+        call = (
+            query.shape[-1],
+            value.shape[-1],
+            get("sliding_window"),
+            get("softcap"),
+            get("s_aux") is not None,
+        )
+        function = self._by_call.get(call)
+        if function is None:
+            function = self._by_call[call] = self._function_for(Shape(*call))
+        return function(module, query, key, value, attention_mask, **arguments)
+
+    def _function_for(self, shape: Shape) -> AttentionFunction:
+        if shape in self.routes:
+            return self.routes[shape]
+        # A model may leave the window to its mask, or the cap out of a call: the size decides,
+        # where it is the same backend either way.
+        sized = {f for s, f in self.routes.items() if s[:2] == shape[:2] and s.sinks == shape.sinks}
+        if len(sized) == 1:
+            return sized.pop()
+        known = "; ".join(str(tuple(known)) for known in self.routes)
+        raise AttnimgError(
+            "a layer of this model has attention that the plan did not know",
+            why=f"found {tuple(shape)} (head_dim, of v, window, softcap, sinks); planned {known}",
+            do="set attn_implementation: sdpa",
+            code="not-planned",
+            key="attn_implementation",
+            exit_code=1,
+        )
+
+
+def shape_of(group: LayerGroup) -> Shape:
+    """Give the shape of a group's calls."""
+    return Shape(
+        group.head_dim_qk, group.head_dim_v, group.window, group.softcap or None, group.sinks
+    )

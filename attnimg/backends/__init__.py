@@ -1,0 +1,71 @@
+"""Every attention backend that attnimg knows: one file each, found by being here.
+
+To add one, copy `sdpa.py`, fill in its needs and their sources, and run `make check`.
+"""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+from importlib import import_module
+from pkgutil import iter_modules
+
+from attnimg.facts import Arch, Backend, Needs
+
+# org/name, then @revision, then :function. Source: transformers 5.22.2, modeling_utils.py.
+_HUB_PATH = re.compile(r"(?!\.)[\w.-]+/(?!\.)[\w.-]+(@[^/:@\s]+)?(:[^/:@\s]+)?", re.ASCII)
+
+
+@cache
+def all_backends() -> tuple[Backend, ...]:
+    """Give the named backends, best rank first."""
+    names = (module.name for module in iter_modules(__path__) if module.name != "hub")
+    found = (import_module(f"{__name__}.{name}").BACKEND for name in names)
+    return tuple(sorted(found, key=lambda backend: backend.rank))
+
+
+def is_hub_path(name: str) -> bool:
+    """Tell whether `name` is org/name[@rev][:fn]."""
+    return _HUB_PATH.fullmatch(name) is not None
+
+
+def repo_of(path: str) -> str:
+    """Give the org/name of a hub path, without its @rev and :fn."""
+    return re.split("[@:]", path, maxsplit=1)[0]
+
+
+def backend_named(name: str) -> Backend | None:
+    """Find the backend that a config names; None for "auto" and for a name nobody knows."""
+    for backend in all_backends():
+        if backend.name == name:
+            return backend
+    if not is_hub_path(name):
+        return None
+    hub = import_module(f"{__name__}.hub")
+    backend = hub.backend_for(name, repo_of(name))
+    assert isinstance(backend, Backend)
+    return backend
+
+
+def runs_on(needs: Needs, arch: Arch) -> bool:
+    """Tell whether a backend has machine code for an architecture."""
+    if arch.vendor not in needs.vendors:
+        return False
+    if arch.vendor == "amd":
+        return not needs.gfx or arch.name in needs.gfx
+    if arch.capability is None:
+        return True
+    if needs.capabilities:
+        return arch.capability in needs.capabilities
+    low, high = needs.capability_min or (0, 0), needs.capability_max or (999, 0)
+    return low <= arch.capability <= high
+
+
+def arch_code(needs: Needs, arch: Arch) -> str:
+    """Give the contract's code for an architecture that a backend does not run on."""
+    newer = (
+        arch.capability is not None
+        and needs.capability_max is not None
+        and arch.capability > needs.capability_max
+    )
+    return "arch-mismatch" if newer else needs.arch_code

@@ -1,0 +1,35 @@
+"""FlashAttention-2, the package flash-attn: Ampere and newer, and AMD's CDNA and RDNA.
+
+Sources: flash-attn 2.8.3.post2's sdist, flash_api.cpp lines 370-393 (arch, dtypes, head_dim) and
+829-830 (backward); setup.py (AMD targets). Read 2026-11-21.
+"""
+
+from attnimg.facts import Backend, HeadDims, Needs
+
+BACKEND = Backend(
+    name="flash_attention_2",
+    rank=30,
+    summary="FlashAttention-2",
+    packing="native",
+    uses_flash_lib=True,
+    applied_as="flash_attention_2",
+    hub_repo="kernels-community/flash-attn2",
+    family="flash",
+    needs=Needs(
+        vendors=frozenset({"nvidia", "amd"}),
+        capability_min=(8, 0),
+        # CK builds for CDNA, the Triton backend for RDNA 2 to 4.
+        gfx=frozenset(
+            {"gfx90a", "gfx942", "gfx950", "gfx1030", "gfx1100", "gfx1101", "gfx1102"}
+            | {"gfx1200", "gfx1201"}
+        ),
+        arch_code="arch-too-old",
+        arch_text="sm_80 or newer (Ampere), or gfx90a, gfx942, gfx950, gfx11xx, gfx12xx",
+        dtypes=frozenset({"float16", "bfloat16"}),
+        # transformers pads v to the head_dim of q and k, so v may be smaller.
+        head_dims=(HeadDims(qk=(1, 256), v=(1, 256), multiple=8),),
+        features=frozenset({"window", "softcap", "dropout"}),
+        backward=frozenset({"nvidia", "amd"}),
+        packages=(("flash-attn", "2.3.3", "not-installed"),),
+    ),
+)

@@ -1,0 +1,53 @@
+"""FlashAttention-4, the package flash-attn-4 (CuTe DSL): Hopper and Blackwell.
+
+Head sizes are those that compiled for each target without a GPU, forward and backward, and whose
+shared memory fits. transformers hands it v padded to the head_dim of q and k, so that MLA's
+(192, 128) would arrive as (192, 192), which Blackwell's kernels refuse. Source:
+flash-attn-4 4.0.0b36, flash_attn/cute/interface.py, compiled 2026-11-21.
+"""
+
+from attnimg.facts import Backend, HeadDims, Needs
+
+_HOPPER, _DATACENTER_BLACKWELL, _RTX_BLACKWELL = (
+    frozenset({9}),
+    frozenset({10, 11}),
+    frozenset({12}),
+)
+
+BACKEND = Backend(
+    name="flash_attention_4",
+    rank=10,
+    summary="FlashAttention-4",
+    packing="native",
+    applied_as="flash_attention_4",
+    hub_repo="kernels-community/flash-attn4",
+    family="flash",
+    unpadded_v=True,
+    needs=Needs(
+        vendors=frozenset({"nvidia"}),
+        capability_min=(9, 0),
+        capability_max=(12, 1),
+        arch_code="arch-too-old",
+        arch_text="sm_90 to sm_121 (Hopper, Blackwell)",
+        dtypes=frozenset({"float16", "bfloat16"}),
+        head_dims=(
+            HeadDims(majors=_HOPPER, qk=(8, 256), v=(8, 256), multiple=8),
+            HeadDims(majors=_DATACENTER_BLACKWELL, qk=(8, 128), v=(8, 128), multiple=8),
+            HeadDims(
+                majors=_DATACENTER_BLACKWELL,
+                qk=(256, 256),
+                v=(256, 256),
+                equal=True,
+                without=frozenset({"window", "softcap", "sinks"}),
+            ),
+            # MLA's sizes, which only attnimg's own call hands over unpadded.
+            HeadDims(majors=_DATACENTER_BLACKWELL, qk=(192, 192), v=(128, 128), ungrouped=True),
+            # head_dim 192 needs 115,712 bytes of shared memory backward; these GPUs give 101,376.
+            HeadDims(majors=_RTX_BLACKWELL, qk=(8, 160), v=(8, 160), multiple=8),
+        ),
+        features=frozenset({"window", "softcap", "sinks"}),
+        features_missing={12: frozenset({"sinks"})},
+        backward=frozenset({"nvidia"}),
+        packages=(("flash-attn-4", None, "not-installed"),),
+    ),
+)

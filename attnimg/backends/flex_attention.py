@@ -1,0 +1,25 @@
+"""PyTorch's FlexAttention: a Triton kernel compiled for the mask it is given.
+
+On a CPU it has a forward pass only: torch 2.13 raises NotImplementedError, "FlexAttention does not
+support backward on CPU" (seen 2026-11-21).
+"""
+
+from attnimg.facts import Backend, Needs
+
+BACKEND = Backend(
+    name="flex_attention",
+    rank=60,
+    summary="PyTorch FlexAttention (Triton)",
+    packing="native",
+    applied_as="flex_attention",
+    mask="flex",
+    needs=Needs(
+        capability_min=(8, 0),
+        arch_code="arch-too-old",
+        # torch asks for 7.0; below 8.0 nobody has shown that its kernels run.
+        arch_text="sm_80 or newer, AMD CDNA or RDNA, or a CPU (forward only)",
+        features=frozenset({"window", "softcap", "sinks"}),
+        backward=frozenset({"nvidia", "amd"}),
+        torch_min=("2.6", "flex-torch"),
+    ),
+)

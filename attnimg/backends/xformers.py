@@ -1,0 +1,44 @@
+"""xFormers' memory-efficient attention: the packing kernel for GPUs older than Ampere.
+
+Source: xformers 0.0.35, ops/fmha/{cutlass,flash,common,attn_bias}.py. Read 2026-11-21.
+"""
+
+from functools import partial
+
+from attnimg.facts import AttentionFunction, Backend, HeadDims, Needs
+
+
+def _load() -> AttentionFunction:
+    from attnimg.calls.imports import import_kernel
+
+    ops = import_kernel("xformers.ops", backend="xformers", package="xformers")
+    from attnimg.calls.xformers_bias import attend_xformers
+
+    return partial(attend_xformers, ops)
+
+
+BACKEND = Backend(
+    name="xformers",
+    rank=40,
+    summary="xFormers memory-efficient attention",
+    packing="native",
+    # Not before it ran on a GPU: it has been read and not measured.
+    automatic=False,
+    applied_as="attnimg_xformers",
+    load_attend=_load,
+    needs=Needs(
+        vendors=frozenset({"nvidia", "amd"}),
+        capability_min=(7, 0),
+        gfx=frozenset({"gfx90a", "gfx942"}),
+        arch_code="arch-too-old",
+        arch_text="sm_70 or newer, gfx90a or gfx942",
+        # Blackwell has FlashAttention-2's kernels only; cutlass ends at sm_90.
+        head_dims=(
+            HeadDims(majors=frozenset({7, 8, 9})),
+            HeadDims(majors=frozenset({10, 11, 12}), qk=(1, 256), v=(1, 256), multiple=8),
+        ),
+        features=frozenset({"window", "dropout"}),
+        backward=frozenset({"nvidia", "amd"}),
+        packages=(("xformers", "0.0.33", "not-installed"),),
+    ),
+)

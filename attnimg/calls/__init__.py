@@ -1,0 +1,1 @@
+"""What the calls of several backends share: arguments read, documents found, exact attention."""

@@ -1,0 +1,44 @@
+"""`attnimg doctor`: will this machine and this image do for a run?"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import asdict
+
+import typer
+
+from attnimg import doctor as preflight
+from attnimg import probe
+from attnimg.cli.options import JsonOption
+from attnimg.host_facts import Check
+from attnimg.images import catalogue, this_image
+from attnimg.probe.host import this_host
+from attnimg.report import as_json
+
+_MARKS = {"ok": "[green]ok  [/]", "warn": "[yellow]warn[/]", "fail": "[red]FAIL[/]"}
+
+
+def doctor(as_json_line: JsonOption = False) -> None:
+    """Look at this machine and image: GPU, driver, kernels, user, folders, shared memory."""
+    image = this_image()
+    checks = preflight.examine(probe.this_machine(()), this_host(), image=image, images=catalogue())
+    ok = all(check.status != "fail" for check in checks)
+    if as_json_line:
+        name = image.name if image else None
+        shown = {"ok": ok, "image": name, "checks": [asdict(check) for check in checks]}
+        typer.echo(as_json.line(shown))
+    else:
+        _print(checks)
+    raise typer.Exit(0 if ok else 1)
+
+
+def _print(checks: tuple[Check, ...]) -> None:
+    from rich.markup import escape
+
+    from attnimg.report import as_text
+
+    out = as_text.console(sys.stdout)
+    for check in checks:
+        out.print(f"{_MARKS[check.status]}  {escape(check.what)}", soft_wrap=True)
+        if check.do:
+            out.print(f"      [dim]do:[/] {escape(check.do)}", soft_wrap=True)

@@ -1,0 +1,155 @@
+"""`attnimg explain`: judge every backend for a config or a model, here or for another GPU."""
+
+from __future__ import annotations
+
+import re
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from attnimg import config, plan, problem
+from attnimg.cli.options import JsonOption, OnOption
+from attnimg.cli.subject import (
+    gpu_text,
+    image_notes,
+    machine_notes,
+    machine_of,
+    problem_of,
+    read_model,
+)
+from attnimg.errors import AttnimgError
+from attnimg.facts import Arch, Finding, Machine, Model, Plan, Problem
+from attnimg.report import as_json
+from attnimg.schema import Checked, Config
+
+# Errors that are judgements of a backend: explaining them is what the command is for.
+_JUDGEMENTS = frozenset(
+    {"arch-too-old", "arch-mismatch", "sage-arch", "fp8-arch", "fp8-torch", "flex-torch"}
+    | {"s2-with-packing", "packing-not-isolated"}
+)
+# org/name; what ends in .yaml is a config that is missing.
+_HUB_NAME = re.compile(r"[\w-][\w.-]*/(?!.*\.ya?ml$)[\w.-]+", re.ASCII)
+# Errors of a name that is no backend: then there is nothing to choose.
+_NO_NAME = frozenset({"unknown-backend", "alias-rejected", "not-a-string"})
+
+
+def explain(
+    target: Annotated[
+        str, typer.Argument(metavar="CONFIG_OR_MODEL", help="A YAML, a model folder, config.json.")
+    ],
+    on: OnOption = None,
+    image: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Assume this image's packages: hopper, ada, cpu."),
+    ] = None,
+    as_json_lines: JsonOption = False,
+) -> None:
+    """Say which backend would run, why, and what speaks against each other one."""
+    machine, assumed = machine_of(on, image)
+    checked = _checked(target, on=machine.arch if on is not None or image is not None else None)
+    model = found = task = None
+    if (values := checked.config) is not None:
+        checked, model, dropout = _with_model(checked, values)
+        task = problem_of(values, model=model, dropout=dropout, arch=machine.arch)
+        asked = values.attn_implementation
+        found = plan.choose(asked, machine, task, strict=values.attn_strict)
+        if _NO_NAME & {error.code for error in checked.errors}:
+            found = _no_name(checked, found)
+    checked = replace(
+        checked,
+        warnings=(*checked.warnings, *machine_notes(machine), *image_notes(machine, assumed)),
+    )
+    if as_json_lines:
+        shown = as_json.explained_json(
+            checked, model=model, plan=found, on=machine.arch.name, image=assumed
+        )
+        typer.echo(as_json.line(shown))
+    else:
+        _print(checked, found, machine=machine, model=model, task=task)
+    invalid = any(error.code not in _JUDGEMENTS for error in checked.errors)
+    raise typer.Exit(2 if invalid else 0)
+
+
+def _checked(target: str, *, on: Arch | None) -> Checked:
+    """Check a config; a model stands for a config that names it and nothing else."""
+    if not _is_model(target):
+        return config.check_file(target, on=on)
+    values = {"base_model": target, "learning_rate": 1.0, "datasets": [{"path": target}]}
+    checked = config.check_values(values, file=target, on=on)
+    assert checked.config is not None
+    # Those two are there to pass the check: nobody wrote them.
+    unsaid = {"learning_rate": None, "datasets": None}
+    return replace(checked, config=checked.config.model_copy(update=unsaid))
+
+
+def _is_model(target: str) -> bool:
+    path = Path(target)
+    if path.is_file():
+        # A config may be written in JSON too; a model's says what it is.
+        return path.suffix == ".json" and not {"datasets", "learning_rate"} & _json_keys(path)
+    return path.is_dir() or _HUB_NAME.fullmatch(target) is not None
+
+
+def _json_keys(path: Path) -> set[str]:
+    try:
+        return set(problem.read_config(path))
+    except AttnimgError:
+        return set()
+
+
+def _with_model(checked: Checked, values: Config) -> tuple[Checked, Model | None, float]:
+    """Read the model, and add what is wrong with it or could not be known."""
+    try:
+        model, dropout = read_model(values)
+    except AttnimgError as error:
+        wrong = Finding(code=error.code, key=error.key, what=error.what, why=error.why, do=error.do)
+        return replace(checked, errors=(*checked.errors, wrong)), None, 0.0
+    note = None
+    if model is None:
+        note = Finding(
+            code="model-not-at-hand",
+            key="base_model",
+            what=f"the config.json of {values.base_model} is not on this machine: "
+            "no layer could be judged",
+            do="pass the model's folder as base_model, or download the model first",
+        )
+    elif not model.layers:
+        why = "; ".join(model.unknown) or "it has no softmax attention"
+        note = Finding(
+            code="no-attention-layers",
+            key="base_model",
+            what=f"no attention layer was found in {values.base_model}: {why}",
+            do="read the choice as one without any layer to judge",
+        )
+    warnings = (*checked.warnings, note) if note else checked.warnings
+    return replace(checked, warnings=warnings), model, dropout
+
+
+def _no_name(checked: Checked, found: Plan) -> Plan:
+    return Plan(
+        asked=checked.requested or "?",
+        chosen=None,
+        because="attn_implementation names no backend",
+        verdicts=found.verdicts,
+        do="write one of the candidates below",
+    )
+
+
+def _print(
+    checked: Checked,
+    found: Plan | None,
+    *,
+    machine: Machine,
+    model: Model | None,
+    task: Problem | None,
+) -> None:
+    from attnimg.report import as_text
+
+    out, err = as_text.console(sys.stdout), as_text.console(sys.stderr)
+    if found is not None and task is not None:
+        as_text.print_explained(found, gpu=gpu_text(machine), model=model, problem=task, out=out)
+        out.print()
+    as_text.print_findings(checked, err=err)

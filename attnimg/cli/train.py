@@ -1,0 +1,304 @@
+"""`attnimg train`: one run, from a YAML file to a model.
+
+config -> plan, printed -> inputs -> tokenizer, documents -> model -> proof -> fit
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from attnimg import apply, config, plan, probe, problem
+from attnimg.cli.proofs import proven_plan
+from attnimg.cli.subject import (
+    distributions,
+    gpu_text,
+    machine_notes,
+    problem_of,
+    read_model,
+)
+from attnimg.errors import AttnimgError
+from attnimg.facts import Backend, LayerGroup, Machine, Plan, Problem, Proof, Reason
+from attnimg.report import as_json
+from attnimg.schema import Checked, Config
+from attnimg.train.distributed import agree, rank
+from attnimg.train.signals import StopFlag, Stopped, stop_signals
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from attnimg.prove.isolation import IsolationProof
+    from attnimg.train.checkpoint import ResumePoint
+
+# A plan that fails on these alone lacks a kernel; any other reason lies in the config.
+_KERNEL_MISSING = frozenset({"not-installed", "version-low", "fp8-torchao", "fp8-needs-fa3"})
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Session:
+    """What every part of one `train` command needs."""
+
+    config: Config
+    machine: Machine
+    problem: Problem
+    console: Console
+    stop: StopFlag
+
+    def say(self, text: str) -> None:
+        self.console.print(f"  {text}", highlight=False, markup=False, soft_wrap=True)
+
+
+def train(
+    file: Annotated[str, typer.Argument(metavar="CONFIG", help="The YAML file of the run.")],
+    settings: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="Keys to set, such as learning_rate=1e-4."),
+    ] = None,
+) -> None:
+    """Train: choose the attention backend, say why, prove that packing is safe, then run."""
+    from attnimg.report import as_text
+
+    console = as_text.console(sys.stderr)
+    console.quiet = rank() != 0
+    try:
+        with stop_signals() as stop:
+            _train(file, tuple(settings or ()), console=console, stop=stop)
+    except Stopped as stopped:
+        kept = "nothing was trained yet"
+        if stopped.checkpoint is not None:
+            kept = f"saved {stopped.checkpoint}; go on with resume_from_checkpoint=true"
+        console.print(f"attnimg: {stopped}; {kept}", highlight=False, soft_wrap=True)
+        raise typer.Exit(stopped.exit_code) from None
+
+
+def _train(file: str, settings: tuple[str, ...], *, console: Console, stop: StopFlag) -> None:
+    from attnimg.train.check import check_inputs
+    from attnimg.train.data import check_sources
+
+    checked = config.check_file(file, overrides=settings)
+    machine = probe.this_machine(distributions())
+    checked = replace(checked, warnings=(*checked.warnings, *machine_notes(machine)))
+    values = _valid(checked, console=console)
+    for note in _without_effect(values):
+        console.print(f"  {note}", highlight=False, markup=False, soft_wrap=True)
+    model, dropout = read_model(values)
+    session = _Session(
+        config=values,
+        machine=machine,
+        problem=problem_of(values, model=model, dropout=dropout, arch=machine.arch),
+        console=console,
+        stop=stop,
+    )
+    chosen = _planned(session)
+    resume = check_inputs(values, machine)
+    check_sources(values)
+    agree(as_json.line(as_json.plan_json(chosen)), cpu=machine.arch.vendor == "cpu")
+    _run(session, chosen, resume=resume)
+
+
+def _valid(checked: Checked, *, console: Console) -> Config:
+    """Print what is wrong with the config and stop, or print its warnings and go on."""
+    from attnimg.report import as_text
+
+    as_text.print_findings(checked, err=console)
+    if checked.config is None or not checked.ok:
+        raise typer.Exit(2)
+    return checked.config
+
+
+def _without_effect(values: Config) -> list[str]:
+    """Name the keys that change nothing in this run, so that none is ignored in silence."""
+    if values.adapter is not None:
+        return []
+    idle = sorted(key for key in values.model_fields_set if key.startswith(("lora_", "peft_use_")))
+    return [f"warning: without adapter, {', '.join(idle)} have no effect"] if idle else []
+
+
+def _planned(session: _Session) -> Plan:
+    asked = session.config.attn_implementation
+    found = plan.choose(asked, session.machine, session.problem, strict=session.config.attn_strict)
+    return _shown(found, session)
+
+
+def _shown(found: Plan, session: _Session) -> Plan:
+    """Print a plan; one that chose nothing ends the run, with all its reasons."""
+    from attnimg.report import as_text
+
+    if found.chosen is None:
+        raise _refusal(found)
+    as_text.print_plan(found, gpu=gpu_text(session.machine), out=session.console)
+    return found
+
+
+def _refusal(found: Plan) -> AttnimgError:
+    asked = next((v for v in found.verdicts if v.backend == found.asked), None)
+    against = asked.reasons if asked else ()
+    why = [f"{reason.code}: {reason.text}" for reason in against] or [found.because]
+    missing = bool(against) and {reason.code for reason in against} <= _KERNEL_MISSING
+    return AttnimgError(
+        f"{found.asked} cannot be used here" if asked else "no attention backend fits",
+        why="\n".join(why),
+        do=found.do,
+        code=against[0].code if against else "not-built",
+        key="attn_implementation",
+        exit_code=1 if missing else 2,
+    )
+
+
+def _run(session: _Session, found: Plan, *, resume: ResumePoint | None) -> None:
+    """Load, prove and train; everything heavy is imported from here on.
+
+    What the run registers with transformers is gone after it: others may share the process.
+    """
+    from attnimg.train.quiet import silence_libraries
+
+    silence_libraries()
+    with apply.restored():
+        _load_and_fit(session, found, resume=resume)
+
+
+def _load_and_fit(session: _Session, found: Plan, *, resume: ResumePoint | None) -> None:
+    from attnimg.train.data import load_documents, sentence
+    from attnimg.train.fit import fit
+    from attnimg.train.model import load_model, load_model_config
+    from attnimg.train.run import RunFacts
+    from attnimg.train.tokenizer import load_tokenizer
+
+    values = session.config
+    model_config = load_model_config(values)
+    if session.problem.model is None:
+        session, found = _replanned(session, model_config)
+    found = _for_class(session, found, model_config)
+    found, proofs = _computes_right(session, found)
+    agree(as_json.line(as_json.plan_json(found)), cpu=session.machine.arch.vendor == "cpu")
+    implementation = _prepared(session, found)
+    tokenizer = load_tokenizer(values, say=session.say)
+    documents = load_documents(values, tokenizer)
+    for figures in documents.figures:
+        session.say(sentence(figures))
+    for warning in documents.warnings:
+        session.say(f"warning: {warning}")
+    backend = _backend(found)
+    model = load_model(
+        values,
+        tokenizer=tokenizer,
+        implementation=implementation,
+        dtype=session.problem.dtype,
+        needs_dtype_cast=backend.needs_dtype_cast,
+    )
+    apply.require_applied(model, backend)
+    found, proof = _proven(session, found, model)
+    result = fit(
+        values,
+        model=model,
+        tokenizer=tokenizer,
+        documents=documents,
+        run=RunFacts(
+            machine=session.machine,
+            plan=found,
+            implementation=apply.running(model),
+            dtype=session.problem.dtype,
+            one_row=_takes_one_row(_backend(found)),
+            isolation=asdict(proof) if proof else None,
+            proofs=tuple(proofs),
+        ),
+        resume=resume,
+        stop=session.stop,
+        console=session.console,
+    )
+    for note in result.notes:
+        session.say(note)
+    for path in result.files if rank() == 0 else ():
+        typer.echo(path)
+
+
+def _replanned(session: _Session, model_config: Any) -> tuple[_Session, Plan]:
+    """Plan anew for a hub model, whose config.json was not on this machine until now."""
+    raw = model_config.to_dict()
+    task = problem_of(
+        session.config,
+        model=problem.read_model(raw),
+        dropout=problem.attention_dropout(raw),
+        arch=session.machine.arch,
+    )
+    session = replace(session, problem=task)
+    return session, _planned(session)
+
+
+def _for_class(session: _Session, found: Plan, model_config: Any) -> Plan:
+    """Rule out what the model's class does not take, before any weights are read."""
+    model_class = apply.class_of(model_config)
+    while model_class is not None:
+        reason = apply.reason_against_class(model_class, _backend(found))
+        if reason is None:
+            break
+        found = _shown(plan.without(found, _backend(found).name, reason), session)
+    return found
+
+
+def _computes_right(session: _Session, found: Plan) -> tuple[Plan, list[Proof]]:
+    """Compare the kernels with plain attention; auto goes on to its next candidate."""
+    return proven_plan(
+        found,
+        session.problem,
+        machine=session.machine,
+        say=session.say,
+        shown=lambda following: _shown(following, session),
+    )
+
+
+def _proven(session: _Session, found: Plan, model: Any) -> tuple[Plan, IsolationProof | None]:
+    """Show the real model packed documents; on a leak, auto goes on to its next candidate."""
+    if not session.problem.packing:
+        return found, None
+    from attnimg.prove.isolation import check_isolation, require_isolation
+
+    while True:
+        backend = _backend(found)
+        proof = check_isolation(model, implementation=backend.name, one_row=_takes_one_row(backend))
+        if proof.isolated:
+            session.say(f"packing: isolated on {backend.name} ({proof.why})")
+            return found, proof
+        leak = Reason(code="packing-not-isolated", text=proof.why)
+        following = plan.without(found, backend.name, leak)
+        if following.chosen is None:
+            require_isolation(proof)
+        following, _ = _computes_right(session, following)
+        session.say(f"packing: {backend.name} does not isolate this model: {proof.why}")
+        try:
+            apply.switch(
+                model,
+                _backend(following),
+                layers=_layers(session),
+                trusted=session.problem.trusted,
+            )
+        except AttnimgError:  # a model off transformers' attention interface keeps what it has
+            require_isolation(proof)
+        found = _shown(following, session)
+
+
+def _backend(found: Plan) -> Backend:
+    """Give the backend a plan chose; a plan without one ended the run before."""
+    return apply.backend_of(found)
+
+
+def _prepared(session: _Session, found: Plan) -> str:
+    """Load the kernel before anything else is, and give transformers' name of it."""
+    layers, trusted = _layers(session), session.problem.trusted
+    return apply.prepare(_backend(found), layers=layers, trusted=trusted)
+
+
+def _takes_one_row(backend: Backend) -> bool:
+    """Tell whether the documents of a batch go into one row, with their bounds.
+
+    A hub kernel that nobody here has read gets them so too, and must prove that it minds them.
+    """
+    return backend.packing == "native" or backend.unread
+
+
+def _layers(session: _Session) -> tuple[LayerGroup, ...]:
+    model = session.problem.model
+    return model.layers if model else ()

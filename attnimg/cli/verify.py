@@ -1,0 +1,133 @@
+"""`attnimg verify`: prove every backend that fits this machine."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from attnimg import config, plan, probe
+from attnimg.backends import backend_named
+from attnimg.cli.options import JsonOption
+from attnimg.cli.proofs import parts_of, proofs
+from attnimg.cli.subject import distributions, gpu_text, problem_of, read_model
+from attnimg.errors import AttnimgError
+from attnimg.facts import Backend, LayerGroup, Machine, Model, Plan, Problem, Proof
+from attnimg.report import as_json
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+# Without a config: what most models have, grouped heads of 64 and of 128, alone and packed.
+_SIZES = (
+    LayerGroup(count=1, heads=8, kv_heads=2, head_dim_qk=64, head_dim_v=64),
+    LayerGroup(count=1, heads=8, kv_heads=2, head_dim_qk=128, head_dim_v=128, window=1024),
+)
+_SEQUENCE_LEN = 1024
+
+
+def verify(
+    file: Annotated[
+        str | None, typer.Argument(metavar="[CONFIG]", help="Prove for this run's model.")
+    ] = None,
+    as_json_lines: JsonOption = False,
+) -> None:
+    """Prove every backend that fits here: outputs, gradients, and no leak between documents."""
+    from attnimg.report import as_text
+
+    console = as_text.console(sys.stderr)
+
+    def say(text: str) -> None:
+        console.print(f"  {text}", style="dim", highlight=False, markup=False, soft_wrap=True)
+
+    machine = probe.this_machine(distributions())
+    results: list[tuple[Problem, Proof]] = []
+    for problem, asked in _problems(file, machine):
+        found = plan.choose(asked, machine, problem)
+        fitting = _fitting(found)
+        made = proofs(fitting, problem, machine=machine, say=say)
+        results += [(problem, proof) for proof in made]
+        # What train's router would run: other calls of the kernels, on some of the layers.
+        for backend, part in parts_of(found, problem) if found.groups else ():
+            (proof,) = proofs([backend], part, machine=machine, say=say, routed=True)
+            results.append((part, proof))
+    if as_json_lines:
+        shown = {
+            "on": machine.arch.name,
+            "gpu": machine.gpu,
+            "ok": bool(results) and all(proof.passed for _, proof in results),
+            "proofs": [_json(problem, proof) for problem, proof in results],
+        }
+        typer.echo(as_json.line(shown))
+    else:
+        _print(results, machine=machine, out=as_text.console(sys.stdout))
+    ok = bool(results) and all(proof.passed for _, proof in results)
+    raise typer.Exit(0 if ok else 1)
+
+
+def _problems(file: str | None, machine: Machine) -> list[tuple[Problem, str | None]]:
+    """Give what to prove for, each with the backend that a config asks for."""
+    if file is None:
+        dtype = plan.training_dtype(bf16="auto", fp16=False, arch=machine.arch)
+        model = Model(type="llama", layers=_SIZES)
+        unpacked = Problem(model=model, dtype=dtype, sequence_len=_SEQUENCE_LEN)
+        return [(unpacked, None), (replace(unpacked, packing=True), None)]
+    checked = config.check_file(file)
+    if checked.config is None or not checked.ok:
+        why = "\n".join(f"{error.code}: {error.what}" for error in checked.errors)
+        raise AttnimgError(
+            f"{file} is no valid config", why=why, do=f"run attnimg check {file}", code="bad-config"
+        )
+    values = checked.config
+    model_found, dropout = read_model(values)
+    problem = problem_of(values, model=model_found, dropout=dropout, arch=machine.arch)
+    return [(problem, values.attn_implementation)]
+
+
+def _fitting(found: Plan) -> list[Backend]:
+    """Give the backends of a plan that fit and that can be applied, by rank."""
+    named = [backend_named(verdict.backend) for verdict in found.verdicts if verdict.fits]
+    return [backend for backend in named if backend is not None and backend.applied_as is not None]
+
+
+def _json(problem: Problem, proof: Proof) -> dict[str, Any]:
+    values = asdict(proof)
+    # A backend without a bound has an infinite one, which JSON lacks.
+    values["figures"] = [
+        {
+            name: None if value in (float("inf"), float("-inf")) else value
+            for name, value in f.items()
+        }
+        for f in values["figures"]
+    ]
+    return {"passed": proof.passed, "packing": problem.packing, "dtype": problem.dtype, **values}
+
+
+def _print(results: list[tuple[Problem, Proof]], *, machine: Machine, out: Console) -> None:
+    """Print a row for each proof, with the figure nearest to its bound, and what was wrong."""
+    out.print(f"\n  proofs on {escape(gpu_text(machine))}\n")
+    table = Table(box=None, padding=(0, 2, 0, 2), header_style="dim")
+    table.add_column("backend", no_wrap=True)
+    for header in ("rows", "passed", "probes", "worst", "error", "allowed", "ms"):
+        table.add_column(header, justify="left" if header in ("rows", "passed") else "right")
+    for problem, proof in results:
+        worst = max(proof.figures, key=lambda f: f.error / f.allowed, default=None)
+        table.add_row(
+            escape(proof.backend),
+            "packed" if problem.packing else "single",
+            "[green]yes[/]" if proof.passed else "[bold red]no[/]",
+            str(proof.cases),
+            *((worst.quantity, f"{worst.error:.1e}", f"{worst.allowed:.1e}") if worst else "---"),
+            "kept" if proof.cached else f"{1000 * proof.seconds:.0f}",
+        )
+    out.print(table)
+    for _, proof in results:
+        for reason in proof.reasons:
+            text = f"  [red]{reason.code}[/] {escape(proof.backend)}: {escape(reason.text)}"
+            out.print(text, soft_wrap=True)
+        if proof.note:
+            out.print(f"  [dim]note[/] {escape(proof.backend)}: {escape(proof.note)}")

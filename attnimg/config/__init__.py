@@ -1,0 +1,237 @@
+"""YAML -> Config: what a run's file says, checked on values alone.
+
+No model, GPU, package, network or file but the config itself is looked at.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any, get_args
+
+from pydantic import ValidationError
+
+from attnimg.backends import backend_named
+from attnimg.config import keys
+from attnimg.config.legacy import modernise
+from attnimg.config.names import AUTO, name_errors
+from attnimg.config.overrides import with_overrides
+from attnimg.config.read import read_yaml
+from attnimg.config.rules import View, run_rules
+from attnimg.errors import AttnimgError
+from attnimg.facts import Arch, Backend, Finding
+from attnimg.schema import Checked, Config, DatasetSpec, SpecialToken
+
+__all__ = ["check_file", "check_values", "parse_torch", "with_overrides"]
+
+# 2.13, 2.13.0, 2.6.0a0, 2.12.0.dev20260101, 2.11.0+cu130.
+_VERSION = re.compile(
+    r"(\d{1,4})\.(\d{1,4})(\.\d+)*((a|b|rc)\d+)?(\.?dev\d+)?(\+[a-z\d.]+)?", re.ASCII
+)
+_DATASET_LISTS = ("datasets", "pretraining_dataset", "test_datasets")
+# Keys by which a mapping is known as a data set, or as special_tokens.
+_NULLABLE = DatasetSpec.model_fields.keys() | set(get_args(SpecialToken))
+
+
+def check_file(
+    path: str, *, on: Arch | None = None, torch: str | None = None, overrides: tuple[str, ...] = ()
+) -> Checked:
+    """Check one file; whatever is wrong with it is in the result, nothing is raised.
+
+    Args:
+        path: a YAML file, as typed.
+        on: the GPU to judge for; None judges no GPU row.
+        torch: the torch version to judge for; None judges no version row.
+        overrides: key=value arguments, as with_overrides takes them.
+    """
+    try:
+        values = with_overrides(read_yaml(path), overrides)
+    except AttnimgError as error:
+        found = Finding(code=error.code, key=error.key, what=error.what, why=error.why, do=error.do)
+        return Checked(
+            file=path,
+            on=on.name if on else None,
+            config=None,
+            requested=None,
+            errors=(found,),
+            warnings=(),
+        )
+    return check_values(values, file=path, on=on, torch=torch)
+
+
+def check_values(
+    values: dict[str, Any], *, file: str, on: Arch | None = None, torch: str | None = None
+) -> Checked:
+    """Check one mapping of config keys; see check_file."""
+    present = {key: value for key, value in values.items() if value is not None}
+    errors = [_computed(key) for key in keys.COMPUTED if key in present]
+    modern = modernise({k: v for k, v in present.items() if k not in keys.COMPUTED})
+    errors += modern.errors
+    values = dict(modern.values)
+    name = values.pop("attn_implementation", None)
+    bad_name = list(name_errors(name)) if name is not None else []
+    config, bad_values = _validated(values)
+    backend = backend_named(name) if isinstance(name, str) and not bad_name else None
+    view = View(
+        config=config,
+        backend=backend,
+        resolved=not bad_name and name != AUTO,
+        on=on,
+        torch=parse_torch(torch) if torch is not None else None,
+    )
+    found = list(run_rules(view))
+    rows = [finding for kind, finding in found if kind == "error"]
+    errors += [*bad_name, *_missing(values), *bad_values, *rows]
+    errors += _unsupported(values, failed={finding.key for finding in errors})
+    return Checked(
+        file=file,
+        on=on.name if on else None,
+        config=config.model_copy(update=_flags(name, backend, bad=bool(bad_name))),
+        requested=name if isinstance(name, str) else None,
+        errors=tuple(errors),
+        warnings=(*modern.warnings, *(finding for kind, finding in found if kind == "warning")),
+    )
+
+
+def parse_torch(version: str) -> tuple[int, int]:
+    """Read torch's major and minor version.
+
+    Raises:
+        AttnimgError: it is not a version.
+    """
+    match = _VERSION.fullmatch(version)
+    if match is None:
+        raise AttnimgError(
+            f"{version!r} is no torch version",
+            why="found no MAJOR.MINOR, such as 2.13 or 2.13.0+cpu",
+            do="pass --torch 2.13.0",
+            code="bad-value",
+        )
+    return int(match[1]), int(match[2])
+
+
+def _validated(values: dict[str, Any]) -> tuple[Config, list[Finding]]:
+    """Build the config from the keys that are right; say what is wrong with the others."""
+    known = {key: _without_nulls(v) for key, v in values.items() if key in Config.model_fields}
+    try:
+        return Config.model_validate(known), []
+    except ValidationError as error:
+        found: dict[str, Finding] = {}
+        for item in error.errors(include_url=False):
+            finding = _schema_finding(item)
+            found.setdefault(finding.key or "", finding)
+        bad = {str(item["loc"][0]) for item in error.errors(include_url=False)}
+    rest = {key: value for key, value in known.items() if key not in bad}
+    return Config.model_validate(rest), list(found.values())
+
+
+def _schema_finding(item: Any) -> Finding:
+    top, *rest = item["loc"]
+    key, found = str(top), item["input"]
+    if top in _DATASET_LISTS and rest and isinstance(rest[0], int):
+        key = f"{top}[{rest[0]}]" + (f".{rest[1]}" if len(rest) > 1 else "")
+    if item["type"] == "extra_forbidden":
+        name = str(rest[-1])
+        refused = keys.unsupported_dataset_keys().get(name)
+        return _unsupported_key(key, found, do=refused.do) if refused else _unknown(key, name)
+    if item["type"] == "missing":
+        return _missing_key(key, "it has no default")
+    message = item["msg"].removeprefix("Value error, ")
+    allowed = f"; {message[0].lower()}{message[1:]}"
+    return Finding(
+        code="bad-value",
+        key=key,
+        what=f"{key} has a value it cannot take",
+        why=f"found {_short(found)}{allowed}",
+        do=f"set {key} to such a value, or remove the line for its default",
+    )
+
+
+def _missing(values: dict[str, Any]) -> list[Finding]:
+    found = []
+    if "base_model" not in values:
+        found.append(_missing_key("base_model", "it names the model: a folder or a hub name"))
+    if "learning_rate" not in values:
+        found.append(_missing_key("learning_rate", "there is no safe default; 2e-4 suits lora"))
+    if not {"datasets", "pretraining_dataset"} & values.keys():
+        found.append(_missing_key("datasets", "datasets or pretraining_dataset says what to learn"))
+    return found
+
+
+def _unsupported(values: dict[str, Any], *, failed: set[str | None]) -> list[Finding]:
+    """Refuse keys by name; one whose own row failed has been spoken of already."""
+    found = []
+    for key, value in values.items():
+        if key in failed:
+            continue
+        if (refused := keys.unsupported(key)) is not None:
+            # 0, "" and an empty list ask for nothing, just as false does.
+            if value and value not in refused.accepts:
+                found.append(_unsupported_key(key, value, do=refused.do))
+        elif key not in Config.model_fields:
+            found.append(_unknown(key, key))
+    return found
+
+
+def _computed(key: str) -> Finding:
+    return Finding(
+        code="computed-flag",
+        key=key,
+        what=f"{key} is computed, it cannot be set",
+        why="it follows from attn_implementation",
+        do=f"remove {key}",
+    )
+
+
+def _missing_key(key: str, why: str) -> Finding:
+    do = f"add a line `{key}: ...`"
+    return Finding(code="missing-key", key=key, what=f"{key} is missing", why=why, do=do)
+
+
+def _unsupported_key(key: str, value: Any, *, do: str) -> Finding:
+    return Finding(
+        code="unsupported-key",
+        key=key,
+        what=f"{key} is not implemented",
+        why=f"found {_short(value)}; attnimg knows the key from axolotl and does not do it",
+        do=do,
+    )
+
+
+def _unknown(key: str, name: str) -> Finding:
+    near = keys.nearest_key(name, dataset=key != name)
+    return Finding(
+        code="unknown-key",
+        key=key,
+        what=f"{key if key.isprintable() and key else repr(key)} is no key",
+        why="neither attnimg nor axolotl knows it, and it would have no effect",
+        do=f"did you mean {near}?" if near else "remove it; the README lists the keys",
+    )
+
+
+def _flags(name: Any, backend: Backend | None, *, bad: bool) -> dict[str, Any]:
+    unknown = bad or name == AUTO
+    return {
+        "attn_implementation": None if bad else name,
+        "attn_supports_packing": None if unknown else bool(backend and backend.packing == "native"),
+        "attn_uses_flash_lib": None if unknown else bool(backend and backend.uses_flash_lib),
+        "attn_needs_dtype_cast": None if unknown else bool(backend and backend.needs_dtype_cast),
+    }
+
+
+def _without_nulls(value: Any) -> Any:
+    """Take nulls out of data sets and special_tokens: null means absent there too."""
+    if isinstance(value, list):
+        return [_without_nulls(item) for item in value]
+    if isinstance(value, dict) and value.keys() & _NULLABLE:
+        refused = keys.unsupported_dataset_keys()
+        return {
+            key: item
+            for key, item in value.items()
+            if item is not None and not (item is False and key in refused)
+        }
+    return value
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

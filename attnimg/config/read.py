@@ -1,0 +1,279 @@
+"""Read a YAML file into plain values, and refuse what is not one mapping of text."""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from attnimg.errors import AttnimgError
+
+MAX_BYTES = 1_000_000
+# A YAML of 1 MB that says everything once has fewer nodes than this.
+_MAX_NODES = 500_000
+# libyaml's composer recurses in C and takes the process down with it; a config needs three levels.
+_MAX_DEPTH = 50
+# Longer numbers mean nothing here, and Python refuses to print them.
+_MAX_BITS = 256
+
+# YAML 1.1 wants a dot in a float, which makes 1e-4 a string. Here it is a number, as in YAML 1.2.
+_FLOAT = re.compile(
+    r"""[-+]?(?:[0-9][0-9_]*\.[0-9_]*(?:[eE][-+]?[0-9]+)?
+    |[0-9][0-9_]*[eE][-+]?[0-9]+
+    |\.[0-9_]+(?:[eE][-+]?[0-9]+)?
+    |\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$""",
+    re.VERBOSE,
+)
+
+
+class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]  # C where built
+    """YAML 1.1, safe tags only, 1e-4 a number, dates left as text, duplicate keys refused."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012  the base class's own attribute
+        first: [
+            (tag, regexp)
+            for tag, regexp in resolvers
+            if tag not in ("tag:yaml.org,2002:float", "tag:yaml.org,2002:timestamp")
+        ]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        """Build one value; one that its tag does not fit is an error with its place."""
+        try:
+            value = super().construct_object(node, deep=deep)
+        except yaml.YAMLError:
+            raise
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+            text = f"{_shown(node)} is not what its tag {node.tag} says"
+            raise yaml.constructor.ConstructorError(None, None, text, node.start_mark) from error
+        if isinstance(value, bytes):
+            text = "found !!binary, a config is text"
+        elif isinstance(value, int) and value.bit_length() > _MAX_BITS:
+            text = f"found a number of {value.bit_length()} bits, at most {_MAX_BITS} are read"
+        else:
+            return value
+        raise yaml.constructor.ConstructorError(None, None, text, node.start_mark)
+
+
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
+
+
+class _Duplicate(yaml.YAMLError):
+    def __init__(self, key: str, first: yaml.Mark, again: yaml.Mark) -> None:
+        super().__init__(key)
+        self.key, self.first, self.again = key, first, again
+
+
+def read_yaml(path: str) -> dict[str, Any]:
+    """Read one file.
+
+    Args:
+        path: a YAML file of at most 1 MB.
+
+    Returns:
+        Its top mapping; keys that are not strings are spelled as YAML shows them.
+
+    Raises:
+        AttnimgError: with one of the contract's codes: file-missing, too-large, not-text,
+            yaml-syntax, duplicate-key, empty, not-a-mapping.
+    """
+    return parse_yaml(_text(path), name=path)
+
+
+def parse_yaml(text: str, *, name: str) -> dict[str, Any]:
+    """Parse the text of one file; see read_yaml."""
+    value = _value(text, name=name)
+    if value is None:
+        raise AttnimgError(
+            f"{name} is empty",
+            why="found no value, a config is a mapping of keys",
+            do="start from examples/lora.yaml",
+            code="empty",
+        )
+    if not isinstance(value, dict):
+        raise AttnimgError(
+            f"{name} is not a mapping",
+            why=f"found {type(value).__name__} at the top, a config is lines of `key: value`",
+            do="write each setting as `key: value`, with a blank after the colon",
+            code="not-a-mapping",
+        )
+    return {_spelled(key): item for key, item in value.items()}
+
+
+def _spelled(key: object) -> str:
+    if isinstance(key, str):
+        return key
+    return "null" if key is None else str(key).lower()
+
+
+def parse_value(text: str) -> Any:
+    """Parse the value of a `key=value` argument as YAML.
+
+    Raises:
+        AttnimgError: it is not YAML.
+    """
+    return _value(text, name=f"the value {text!r}")
+
+
+def _text(path: str) -> str:
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):  # noqa: PTH116  opening a pipe would wait
+            raise OSError(None, "It is no file, but a folder, a pipe or a device")
+        with Path(path).open("rb") as file:
+            raw = file.read(MAX_BYTES + 1)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise AttnimgError(
+            f"{path} cannot be read",
+            why=f"{reason[0].lower()}{reason[1:]}",
+            do="check the path; inside a container, the folder must be mounted (-v)",
+            code="file-missing",
+        ) from error
+    if len(raw) > MAX_BYTES:
+        raise AttnimgError(
+            f"{path} is too large for a config",
+            why=f"found more than {MAX_BYTES:,} bytes, at most that many are read",
+            do="pass the YAML config, not a data set or a checkpoint",
+            code="too-large",
+        )
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise _not_text(path, f"byte {error.start} is no UTF-8") from error
+    if "\0" in text:
+        raise _not_text(path, f"byte {raw.index(0)} is NUL")
+    return text
+
+
+def _not_text(path: str, why: str) -> AttnimgError:
+    return AttnimgError(
+        f"{path} is not text",
+        why=f"{why}, a config is UTF-8 text",
+        do="pass the YAML config; save it as UTF-8",
+        code="not-text",
+    )
+
+
+def _value(text: str, *, name: str) -> Any:
+    try:
+        _refuse_depth(text)
+        loader = _Loader(text)
+        try:
+            node = loader.get_single_node()
+            if node is None:
+                return None
+            _refuse_bomb(node, name=name)
+            _refuse_duplicates(node, loader)
+            return loader.construct_document(node)
+        finally:
+            loader.dispose()
+    except _Duplicate as error:
+        raise AttnimgError(
+            f"{name} has the key {error.key} twice",
+            why=f"found at {_place(error.first)} and {_place(error.again)}; one would be lost",
+            do="keep one of the two lines",
+            code="duplicate-key",
+            key=error.key,
+        ) from error
+    except yaml.reader.ReaderError as error:
+        raise _not_text(name, f"character {error.position} is {error.reason}") from error
+    except yaml.MarkedYAMLError as error:
+        raise _syntax(name, error) from error
+    except (yaml.YAMLError, ValueError, OverflowError) as error:
+        raise AttnimgError(
+            f"{name} is not YAML",
+            why=str(error),
+            do="check the value against the README",
+            code="yaml-syntax",
+        ) from error
+
+
+def _syntax(name: str, error: yaml.MarkedYAMLError) -> AttnimgError:
+    mark = error.problem_mark or error.context_mark
+    problem = str(error.problem or error.context)
+    tab = "'\\t'" in problem
+    return AttnimgError(
+        f"{name} is not YAML" + (f": {_place(mark)}" if mark else ""),
+        why=problem + (f" ({error.context})" if error.context and error.problem else ""),
+        do="indent with blanks: YAML forbids tabs" if tab else "mend that line; check its indent",
+        code="yaml-syntax",
+    )
+
+
+def _place(mark: yaml.Mark) -> str:
+    return f"line {mark.line + 1}, column {mark.column + 1}"
+
+
+def _shown(node: yaml.Node) -> str:
+    return repr(node.value)[:40] if isinstance(node, yaml.ScalarNode) else "a list or mapping"
+
+
+def _refuse_duplicates(root: yaml.Node, loader: _Loader) -> None:
+    """Refuse a key written twice, before merges (<<) add keys that a mapping may override."""
+    seen: set[int] = set()
+    waiting = [root]
+    while waiting:
+        node = waiting.pop()
+        if id(node) in seen or isinstance(node, yaml.ScalarNode):
+            continue
+        seen.add(id(node))
+        if isinstance(node, yaml.SequenceNode):
+            waiting += node.value
+            continue
+        places: dict[object, yaml.Mark] = {}
+        for key, value in node.value:
+            waiting += [key, value]
+            if isinstance(key, yaml.ScalarNode):
+                merge = key.tag == "tag:yaml.org,2002:merge"
+                found = key.value if merge else loader.construct_object(key)
+                if found in places:
+                    raise _Duplicate(key.value, places[found], key.start_mark)
+                places[found] = key.start_mark
+
+
+def _refuse_depth(text: str) -> None:
+    """Refuse nesting that no config has, on events alone, which take no stack."""
+    depth = 0
+    for event in yaml.parse(text, Loader=_Loader):
+        depth += isinstance(event, yaml.CollectionStartEvent)
+        depth -= isinstance(event, yaml.CollectionEndEvent)
+        if depth > _MAX_DEPTH:
+            raise yaml.composer.ComposerError(
+                problem=f"nested more than {_MAX_DEPTH} levels deep",
+                problem_mark=event.start_mark,  # type: ignore[arg-type]  # two kinds of one mark
+            )
+
+
+def _refuse_bomb(root: yaml.Node, *, name: str) -> None:
+    """Refuse aliases that multiply into more than a config can hold, or that hold themselves."""
+    sizes: dict[int, int] = {}
+    open_nodes: set[int] = set()
+
+    def size(node: yaml.Node) -> int:
+        if isinstance(node, yaml.ScalarNode):
+            return 1
+        if id(node) in open_nodes:
+            raise yaml.constructor.ConstructorError(
+                None, None, "an anchor holds itself", node.start_mark
+            )
+        if id(node) not in sizes:
+            open_nodes.add(id(node))
+            children = node.value
+            if isinstance(node, yaml.MappingNode):
+                children = [part for pair in node.value for part in pair]
+            sizes[id(node)] = 1 + sum(size(child) for child in children)
+            open_nodes.discard(id(node))
+        return sizes[id(node)]
+
+    if (total := size(root)) > _MAX_NODES:
+        raise AttnimgError(
+            f"{name} is too large for a config",
+            why=f"its aliases (*name) multiply into {total:.3g} values, at most {_MAX_NODES:,}",
+            do="write the values out, without anchors",
+            code="too-large",
+        )

@@ -1,0 +1,50 @@
+"""Judge whether this machine and this image will do for a run. Pure: all comes in as arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from attnimg.doctor.gpu import check_gpu
+from attnimg.doctor.host import check_folders, check_shared_memory, check_user
+from attnimg.doctor.packages import check_packages
+from attnimg.facts import Machine
+from attnimg.host_facts import Check, Host
+from attnimg.images import ImageFacts
+
+__all__ = ["examine"]
+
+
+def examine(
+    machine: Machine,
+    host: Host,
+    *,
+    image: ImageFacts | None,
+    images: Mapping[str, ImageFacts],
+) -> tuple[Check, ...]:
+    """Run every check; none stops the others.
+
+    Args:
+        machine: its GPU and driver.
+        host: its user, folders and packages.
+        image: what this image was built as; None outside an image.
+        images: every image there is, to name the right one.
+    """
+    return tuple(_checks(machine, host, image=image, images=images))
+
+
+def _checks(
+    machine: Machine,
+    host: Host,
+    *,
+    image: ImageFacts | None,
+    images: Mapping[str, ImageFacts],
+) -> Iterator[Check]:
+    if image is None:
+        yield Check(code="image", status="ok", what="not in an attnimg image; judging the machine")
+    else:
+        yield Check(code="image", status="ok", what=f"attnimg:{image.name}")
+    yield from check_gpu(machine, image=image, images=images)
+    yield from check_packages(host, image=image)
+    yield from check_user(host)
+    yield from check_folders(host)
+    yield from check_shared_memory(host)

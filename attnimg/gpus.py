@@ -1,0 +1,95 @@
+"""The GPUs that people name: a catalogue of names, and the architectures behind them."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import tomllib
+from dataclasses import dataclass
+from importlib import resources
+
+from attnimg.errors import AttnimgError
+from attnimg.facts import Arch
+
+_SM = re.compile(r"sm_([1-9][0-9]?)([0-9])")
+_GFX = re.compile(r"gfx[1-9][0-9a-f]{2,3}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Gpu:
+    """One entry of the catalogue.
+
+    Attributes:
+        name: what --on takes, "h100".
+        arch: the machine code it runs.
+        label: the name people know, "NVIDIA H100 80GB".
+        memory_gb: device memory as sold; None for "cpu".
+    """
+
+    name: str
+    arch: Arch
+    label: str
+    memory_gb: int | None
+
+
+def arch_from_name(name: str) -> Arch:
+    """Read "sm_90", "gfx942" or "cpu".
+
+    Raises:
+        AttnimgError: it is none of them (code "unknown-gpu").
+    """
+    if name == "cpu":
+        return Arch(name="cpu", vendor="cpu")
+    if sm := _SM.fullmatch(name):
+        return Arch(name=name, vendor="nvidia", capability=(int(sm[1]), int(sm[2])))
+    if _GFX.fullmatch(name):
+        return Arch(name=name, vendor="amd")
+    raise _unknown(name, known=[])
+
+
+def catalogue() -> dict[str, Gpu]:
+    """Read data/gpus.toml: name -> GPU, in the file's order."""
+    text = resources.files("attnimg").joinpath("data", "gpus.toml").read_text(encoding="utf-8")
+    return {
+        name: Gpu(
+            name=name,
+            arch=arch_from_name(entry["arch"]),
+            label=entry["label"],
+            memory_gb=entry.get("memory_gb"),
+        )
+        for name, entry in tomllib.loads(text).items()
+    }
+
+
+def parse_gpu(text: str) -> tuple[Arch, str]:
+    """Turn what --on was given into an architecture and a label.
+
+    Args:
+        text: a name of the catalogue, or any sm_NN, sm_NNN, gfxNNN, catalogued or not.
+
+    Raises:
+        AttnimgError: neither (code "unknown-gpu"); it names the nearest ones.
+    """
+    if text != "cpu" and (_SM.fullmatch(text) or _GFX.fullmatch(text)):
+        return arch_from_name(text), text
+    known = catalogue()
+    if text in known:
+        return known[text].arch, known[text].label
+    raise _unknown(text, known=list(known))
+
+
+def _unknown(text: str, *, known: list[str]) -> AttnimgError:
+    lower = text.strip().lower()
+    if lower in known or _SM.fullmatch(lower) or _GFX.fullmatch(lower):
+        why = f"found {text!r}; only case or blanks differ from {lower!r}"
+        do = f"write {lower}"
+    elif lower.startswith(("sm_", "gfx")):
+        why = f"found {text!r}; needed sm_ and two or three digits, or gfx and three or four"
+        do = "write an architecture as sm_90 or gfx942"
+    else:
+        near = difflib.get_close_matches(lower, known, n=3, cutoff=0.5)
+        why = f"found {text!r}; needed sm_NN, sm_NNN, gfxNNN" + (
+            f", or one of: {' '.join(known)}" if known else " or cpu"
+        )
+        do = f"did you mean {' or '.join(near)}?" if near else "name the GPU, such as h100 or sm_90"
+    return AttnimgError(f"unknown GPU {text!r}", why=why, do=do, code="unknown-gpu")

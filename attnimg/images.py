@@ -1,0 +1,134 @@
+"""The images there are, and the one this process runs in: what each promises and brings."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from attnimg.errors import AttnimgError
+from attnimg.facts import Arch, Machine
+
+MANIFEST = Path("/opt/attnimg/image.json")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ImageFacts:
+    """One image.
+
+    Attributes:
+        name: its tag, "hopper".
+        aliases: further tags, such as "ada".
+        channel: "stable" or "frontier".
+        devices: the architectures it runs on, best known first.
+        torch: its torch version; None where it is not resolved.
+        driver_min: lowest GPU driver; None without a GPU.
+        packages: distribution -> version: what the recipe names, or, in an image, all of them.
+        kernels: distribution of each attention kernel -> the devices it has code for.
+    """
+
+    name: str
+    aliases: tuple[str, ...]
+    channel: str
+    devices: tuple[str, ...]
+    torch: str | None
+    driver_min: str | None
+    packages: Mapping[str, str]
+    kernels: Mapping[str, frozenset[str]]
+
+
+@cache
+def catalogue() -> dict[str, ImageFacts]:
+    """Read data/images.json, rendered from the recipes: name -> image, stable ones first."""
+    return parse((files("attnimg") / "data" / "images.json").read_text("utf-8"))
+
+
+def parse(text: str) -> dict[str, ImageFacts]:
+    """Read a catalogue: name -> image, stable ones first."""
+    found = [_facts(name, facts) for name, facts in json.loads(text)["images"].items()]
+    return {image.name: image for image in sorted(found, key=lambda i: i.channel != "stable")}
+
+
+def this_image(manifest: Path = MANIFEST) -> ImageFacts | None:
+    """Read what this image was built as; None outside an image.
+
+    Raises:
+        AttnimgError: the manifest is there and can't be read (code "bad-image").
+    """
+    try:
+        raw = json.loads(manifest.read_text("utf-8"))
+        return _facts(raw["image"], raw | {"packages": raw["installed"]})
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise AttnimgError(
+            f"{manifest} cannot be read",
+            why=f"{type(error).__name__}: {error}; an image writes it when it is built",
+            do="pull the image again",
+            code="bad-image",
+            exit_code=1,
+        ) from error
+
+
+def image_named(name: str) -> ImageFacts:
+    """Find an image by its tag or an alias of it.
+
+    Raises:
+        AttnimgError: there is none (code "unknown-image").
+    """
+    for image in catalogue().values():
+        if name == image.name or name in image.aliases:
+            return image
+    near = get_close_matches(name.lower(), catalogue(), n=2)
+    raise AttnimgError(
+        f"there is no image {name!r}",
+        why=f"known are {', '.join(catalogue())}",
+        do=f"did you mean {' or '.join(near)}?" if near else "pass one of these",
+        code="unknown-image",
+    )
+
+
+def image_for(arch: Arch, images: Mapping[str, ImageFacts] | None = None) -> ImageFacts | None:
+    """Give the image made for an architecture; None when there is none.
+
+    Args:
+        arch: what it must have code for.
+        images: where to look; None for the catalogue.
+    """
+    known = catalogue() if images is None else images
+    return next((image for image in known.values() if arch.name in image.devices), None)
+
+
+def machine_with(image: ImageFacts | None, arch: Arch, label: str) -> Machine:
+    """Give a machine that has an image's packages; without an image, every one is assumed."""
+    if image is None:
+        return Machine(arch=arch, gpu=label)
+    packages = packages_on(image, arch)
+    return Machine(arch=arch, gpu=label, packages=packages, torch=image.torch)
+
+
+def packages_on(image: ImageFacts, arch: Arch) -> dict[str, str]:
+    """Give the distributions of an image that have code for an architecture."""
+    return {
+        name: version
+        for name, version in image.packages.items()
+        if name not in image.kernels or arch.name in image.kernels[name]
+    }
+
+
+def _facts(name: str, raw: Mapping[str, Any]) -> ImageFacts:
+    return ImageFacts(
+        name=name,
+        aliases=tuple(raw["aliases"]),
+        channel=raw["channel"],
+        devices=tuple(raw["devices"]),
+        torch=raw["torch"],
+        driver_min=raw["driver_min"],
+        packages=raw["packages"],
+        kernels={kernel["name"]: frozenset(kernel["devices"]) for kernel in raw["kernels"]},
+    )

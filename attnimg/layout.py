@@ -1,0 +1,70 @@
+"""Where packed documents stand in a batch: positions, boundaries and the padding between them.
+
+The collator lays training batches out with it, and the isolation proof lays its probe out with it:
+what is proven is what is trained. Steps don't import one another, so it stands below both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Layout:
+    """The documents of one batch, padding included: the padding of a row is a document of its own.
+
+    B rows of S tokens. Flattened, the rows stand one after the other, so one row is (1, B * S).
+
+    Attributes:
+        position_ids: restart at 0 with every document; (B, S) int64.
+        is_token: False on padding; (B, S) bool.
+        cu_seq_lens: where documents begin and end in the flattened batch; (documents + 1,) int32.
+        max_length: tokens in the longest document.
+    """
+
+    position_ids: NDArray[np.int64]
+    is_token: NDArray[np.bool_]
+    cu_seq_lens: NDArray[np.int32]
+    max_length: int
+
+
+def lay_out(
+    document_lengths: Sequence[Sequence[int]], *, one_row: bool, pad_to: int | None = None
+) -> Layout:
+    """Lay rows of documents out.
+
+    Args:
+        document_lengths: tokens of each document, by row; each row has at least one token.
+        one_row: flatten to (1, T). Without `pad_to` nothing is padded then, since rows need not be
+            equally long.
+        pad_to: pad every row to a multiple of it, for static shapes. None pads to the longest row.
+    """
+    row_lengths = [sum(lengths) for lengths in document_lengths]
+    assert row_lengths, "a batch without rows"
+    assert all(row_lengths), "a row without tokens"
+    if one_row and pad_to is None:
+        widths = row_lengths
+    else:
+        step = pad_to or 1
+        widths = [-(-max(row_lengths) // step) * step] * len(row_lengths)
+    rows = [
+        [*lengths, width - length] if width > length else [*lengths]
+        for lengths, length, width in zip(document_lengths, row_lengths, widths, strict=True)
+    ]
+    lengths_D = np.array([length for row in rows for length in row if length], dtype=np.int64)
+    ends_D = np.cumsum(lengths_D)
+    position_T = np.arange(ends_D[-1]) - np.repeat(ends_D - lengths_D, lengths_D)
+    is_token_T = np.concatenate(
+        [np.arange(width) < length for width, length in zip(widths, row_lengths, strict=True)]
+    )
+    shape = (1, -1) if one_row else (len(rows), -1)
+    return Layout(
+        position_ids=position_T.reshape(shape),
+        is_token=is_token_T.reshape(shape),
+        cu_seq_lens=np.concatenate(([0], ends_D)).astype(np.int32),
+        max_length=int(lengths_D.max()),
+    )

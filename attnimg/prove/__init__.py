@@ -1,0 +1,1 @@
+"""Prove on the real model and machine what was planned on paper."""

@@ -1,0 +1,180 @@
+"""Make one call of a case: by a backend, as a model makes it, and by the reference.
+
+Letters: B batch, T query tokens, S key tokens, H query heads, E head size of v.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from attnimg.facts import AttentionFunction, Backend, Pattern
+from attnimg.prove.cases import Case
+from attnimg.prove.inputs import Inputs
+from attnimg.prove.oracle import attend, visible_keys
+from attnimg.prove.shifted import shifted_keys
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Result:
+    """What a call gave.
+
+    Attributes:
+        out: (B, T, H, E); of the reference, its compared rows only.
+        gradients: "dq", "dk", "dv" and "dsinks" to their tensors; None where there is none.
+        attached: whether the output has a backward pass at all.
+    """
+
+    out: Tensor
+    gradients: dict[str, Tensor | None]
+    attached: bool = True
+
+
+class _Layer(nn.Module):  # type: ignore[misc]  # mypy does not follow torch
+    """What backends read off the attention layer that calls them."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.is_causal = True
+        self.layer_idx = 0
+        self.projection = nn.Linear(1, 1, dtype=dtype)
+
+
+def call(
+    function: AttentionFunction,
+    backend: Backend,
+    case: Case,
+    inputs: Inputs,
+    *,
+    dropout: float = 0.0,
+) -> Result:
+    """Call a backend forward and backward, with the arguments that a model would pass.
+
+    Raises:
+        Exception: whatever the kernel raises.
+    """
+    leaves = {"dq": inputs.q, "dk": inputs.k, "dv": inputs.v}
+    if inputs.sinks is not None:
+        leaves["dsinks"] = inputs.sinks
+    # detach() keeps the strides, which are part of the probe.
+    leaves = {name: leaf.detach().requires_grad_() for name, leaf in leaves.items()}
+    layer = _Layer(inputs.q.dtype).to(inputs.q.device)
+    out, _ = function(
+        layer,
+        leaves["dq"],
+        leaves["dk"],
+        leaves["dv"],
+        _mask(backend, case, inputs),
+        dropout=dropout,
+        **_arguments(backend, case, inputs, sinks=leaves.get("dsinks")),
+    )
+    if out.shape != inputs.d_out.shape or not out.requires_grad:
+        return Result(out=out.detach(), gradients=dict.fromkeys(leaves), attached=out.requires_grad)
+    # Laid out by heads first, as it arrives when what follows transposes.
+    d_out = inputs.d_out.transpose(1, 2).contiguous().transpose(1, 2)
+    found = torch.autograd.grad(out, list(leaves.values()), d_out.to(out.dtype), allow_unused=True)
+    return Result(out=out.detach(), gradients=dict(zip(leaves, found, strict=True)))
+
+
+def reference(
+    case: Case,
+    inputs: Inputs,
+    *,
+    dtype: torch.dtype,
+    pattern: Pattern = "full",
+    keep: Tensor | None = None,
+) -> Result:
+    """Attend plainly in some precision, at the compared rows alone.
+
+    Args:
+        case: the probe.
+        inputs: its tensors.
+        dtype: the precision; float64 is the oracle, the run's own is the measure of its rounding.
+        pattern: which keys queries see; "shifted" for as many queries as keys, not packed.
+        keep: factors on the attention weights, (B, H, T, S).
+    """
+    leaves = {"dq": inputs.q, "dk": inputs.k, "dv": inputs.v}
+    if inputs.sinks is not None:
+        leaves["dsinks"] = inputs.sinks
+    leaves = {name: leaf.detach().to(dtype).requires_grad_() for name, leaf in leaves.items()}
+    places = inputs.rows + (inputs.k.shape[2] - inputs.q.shape[2])
+    if pattern == "shifted":
+        visible = shifted_keys(inputs.documents, heads=inputs.q.shape[1])[:, :, inputs.rows]
+    else:
+        visible = visible_keys(inputs.documents, places=places, window=case.geometry.window)
+    out = attend(
+        leaves["dq"][:, :, inputs.rows],
+        leaves["dk"],
+        leaves["dv"],
+        visible=visible,
+        scale=inputs.scale,
+        softcap=case.geometry.softcap,
+        sinks=leaves.get("dsinks"),
+        keep=keep,
+    )
+    d_out = inputs.d_out[:, inputs.rows].to(dtype)
+    found = torch.autograd.grad(out, list(leaves.values()), d_out)
+    return Result(out=out.detach(), gradients=dict(zip(leaves, found, strict=True)))
+
+
+def _arguments(
+    backend: Backend, case: Case, inputs: Inputs, *, sinks: Tensor | None
+) -> dict[str, Any]:
+    arguments: dict[str, Any] = {"scaling": inputs.scale}
+    if case.geometry.window is not None:
+        arguments["sliding_window"] = case.geometry.window
+    if case.geometry.softcap is not None:
+        arguments["softcap"] = case.geometry.softcap
+    if sinks is not None:
+        arguments["s_aux"] = sinks
+    if case.queries is None:
+        arguments["position_ids"] = _positions(inputs.documents)
+    if case.packed and backend.mask == "flash":
+        lengths = torch.tensor((0, *case.lengths), device=inputs.q.device)
+        ends = lengths.cumsum(0).to(torch.int32)
+        longest = max(case.lengths) + case.longest_slack
+        for side in "qk":
+            arguments[f"cu_seq_lens_{side}"] = ends
+            arguments[f"max_length_{side}"] = longest
+    return arguments
+
+
+def _positions(documents: Tensor) -> Tensor:
+    """Count tokens within their document, (B, S)."""
+    place_S = torch.arange(documents.shape[1], device=documents.device).expand_as(documents)
+    begins = torch.ones_like(documents, dtype=torch.bool)
+    begins[:, 1:] = documents[:, 1:] != documents[:, :-1]
+    return place_S - torch.where(begins, place_S, 0).cummax(1).values
+
+
+def _mask(backend: Backend, case: Case, inputs: Inputs) -> Any:
+    """Build the attention_mask that transformers would hand to this backend."""
+    padded = bool((inputs.documents < 0).any())
+    n_keys, n_queries = inputs.k.shape[2], inputs.q.shape[2]
+    if backend.mask == "flash":
+        return (inputs.documents >= 0) if padded else None
+    window = case.geometry.window
+    # With these, transformers leaves the mask out for sdpa, which then goes by is_causal.
+    plain = not padded and not case.packed and n_keys == n_queries
+    if backend.mask == "sdpa" and plain and (window is None or window >= n_keys):
+        return None
+    places = torch.arange(n_keys - n_queries, n_keys, device=inputs.q.device)
+    seen = visible_keys(inputs.documents, places=places, window=window)
+    # A query of the padding sees nothing, and would be NaN; transformers lets it see itself.
+    seen |= (places[:, None] == torch.arange(n_keys, device=places.device)) & ~seen.any(-1, True)
+    if backend.mask == "eager":
+        lowest = torch.finfo(inputs.q.dtype).min
+        return torch.zeros_like(seen, dtype=inputs.q.dtype).masked_fill(~seen, lowest)
+    if backend.mask == "flex":
+        from torch.nn.attention.flex_attention import create_block_mask
+
+        def look_up(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            del head
+            return seen[batch, 0, query, key]
+
+        n_rows = len(inputs.documents)
+        return create_block_mask(look_up, n_rows, None, n_queries, n_keys, device=seen.device)
+    return seen

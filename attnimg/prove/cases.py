@@ -1,0 +1,178 @@
+"""The probes of a proof: which calls are made to see what a backend gets wrong.
+
+They follow the run's own geometry. Lengths are odd and reach the run's own; memory is laid out as
+models lay it out; every length from 1 to 72 occurs, since a kernel may fail at a single one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from attnimg.facts import Geometry
+
+Layout = Literal["fused", "heads-first", "tokens-first"]
+# What the scores look like: spread around 0; all about -110, where exp() in float32 underflows
+# (pytorch#196678: NaN in dq); all about +130, where it overflows unless the largest is subtracted;
+# about the size of the soft cap.
+Scores = Literal["spread", "negative", "large", "near-cap"]
+
+# Scores held at once by plain attention, heads * tokens squared. The longest probe is cut to it, so
+# that no machine runs out of memory on a proof: 134 MB in float32 on a CPU.
+BUDGET = {"cpu": 1 << 25, "cuda": 1 << 31}
+# A sliding window longer than the short probes would show nothing there.
+SHORT_WINDOW = 37
+_LADDER = (95, 96, 127, 128, 129, 160, 192, 255, 257, 320)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Case:
+    """One call.
+
+    Attributes:
+        name: for people.
+        geometry: the heads and the window of this call; the rest is the run's.
+        lengths: tokens of each document of the row when packed, else of each row of the batch.
+        packed: whether the documents share one row.
+        queries: query tokens when fewer than the keys; None for as many.
+        layout: how q, k and v lie in memory: views of one tensor as after a fused projection, as
+            after rotary embeddings, or contiguous as the kernels take them.
+        scores: see Scores.
+        scale_factor: times D ** -0.5 is the scale of the call.
+        longest_slack: by how much max_length exceeds the longest document.
+        repeated: whether the call is made twice and its documents are perturbed.
+    """
+
+    name: str
+    geometry: Geometry
+    lengths: tuple[int, ...]
+    packed: bool = False
+    queries: int | None = None
+    layout: Layout = "fused"
+    scores: Scores = "spread"
+    scale_factor: float = 1.0
+    longest_slack: int = 0
+    repeated: bool = False
+
+
+def longest_of(geometry: Geometry, *, device: str) -> int:
+    """Give the longest document that is probed: sequence_len, or what the memory budget allows."""
+    few = _few_heads(geometry)
+    return min(geometry.sequence_len, int((BUDGET[device] / few.heads) ** 0.5))
+
+
+def cases_of(geometry: Geometry, *, device: str) -> list[Case]:
+    """List the probes of one geometry, the quickest to fail first."""
+    longest = longest_of(geometry, device=device)
+    cases = _packed(geometry, longest) if geometry.packing else []
+    if geometry.dense:
+        cases += _dense(geometry, longest)
+    return cases
+
+
+def _packed(geometry: Geometry, longest: int) -> list[Case]:
+    """Rows of several documents: all unequal, all equal, one alone, of every small length."""
+    short = _short_window(_two_groups(geometry))
+    few = _short_window(_few_heads(geometry))
+    half, third = longest // 2, longest // 3
+    full_row = tuple(n for n in (half, third, longest - half - third) if n)
+    cases = [
+        Case(
+            name="documents of 13, 1, 64, 192, 1, 67 and 5",
+            geometry=short,
+            lengths=(13, 1, 64, 192, 1, 67, 5),
+            repeated=True,
+        ),
+        Case(
+            name="strongly negative scores",
+            geometry=short,
+            lengths=(192, 64, 33),
+            scores="negative",
+        ),
+        Case(name="large scores", geometry=short, lengths=(64, 97, 130), scores="large"),
+        Case(
+            name="max_length larger than needed",
+            geometry=short,
+            lengths=(31, 97, 2),
+            layout="heads-first",
+            longest_slack=70,
+        ),
+        Case(name="another scale", geometry=short, lengths=(45, 83), scale_factor=0.6),
+        Case(name="equal documents", geometry=short, lengths=(48,) * 4, layout="tokens-first"),
+        Case(name="one document", geometry=short, lengths=(127,), layout="tokens-first"),
+        Case(name="every length from 1 to 40", geometry=few, lengths=tuple(range(1, 41))),
+        Case(name="every length from 41 to 72", geometry=few, lengths=tuple(range(41, 73))),
+        Case(name="lengths around tiles", geometry=few, lengths=_LADDER, layout="heads-first"),
+        Case(name="all heads", geometry=geometry, lengths=(19, 46)),
+        Case(name="a full row", geometry=_few_heads(geometry), lengths=full_row),
+        Case(
+            name=f"a document of {longest}",
+            geometry=_few_heads(geometry),
+            lengths=(longest, 1, 67),
+            layout="heads-first",
+        ),
+    ]
+    if geometry.softcap:
+        cases.append(
+            Case(name="scores near the cap", geometry=short, lengths=(64, 97), scores="near-cap")
+        )
+    return [replace(case, packed=True) for case in cases]
+
+
+def _dense(geometry: Geometry, longest: int) -> list[Case]:
+    """Rows of one document each, alone or padded to a common length."""
+    short = _short_window(_two_groups(geometry))
+    few = _short_window(_few_heads(geometry))
+    run = _few_heads(geometry)
+    steps = range(96, min(longest, 512), 32)
+    middle = sorted({n for n in (*_LADDER, *steps, longest // 2 + 1, longest - 1) if n > 72})
+    cases = [
+        Case(name="192 tokens", geometry=short, lengths=(192, 192), repeated=True),
+        Case(name="1 token", geometry=short, lengths=(1, 1, 1)),
+        Case(
+            name="192 tokens, strongly negative scores",
+            geometry=short,
+            lengths=(192,),
+            scores="negative",
+        ),
+        Case(name="97 tokens, large scores", geometry=short, lengths=(97,), scores="large"),
+        Case(name="83 tokens, another scale", geometry=short, lengths=(83,), scale_factor=0.6),
+        Case(name="13 queries, 77 keys", geometry=short, lengths=(77,), queries=13),
+        Case(name="46 tokens, all heads", geometry=geometry, lengths=(46,), layout="heads-first"),
+        *(_plain_case(short, n) for n in (2, 17, 31, 64, 65, 127, 128, 129, 257)),
+        *(_plain_case(few, n) for n in (*range(3, 73), *middle)),
+        Case(name=f"{longest} tokens", geometry=run, lengths=(longest,), layout="heads-first"),
+    ]
+    if not geometry.packing:
+        cases.append(Case(name="padded rows", geometry=short, lengths=(61, 48, 1)))
+    if geometry.softcap:
+        cases.append(
+            Case(name="scores near the cap", geometry=short, lengths=(97,), scores="near-cap")
+        )
+    return cases
+
+
+def _plain_case(geometry: Geometry, length: int) -> Case:
+    layouts: tuple[Layout, ...] = ("fused", "heads-first", "tokens-first")
+    return Case(
+        name=f"{length} tokens", geometry=geometry, lengths=(length,), layout=layouts[length % 3]
+    )
+
+
+def _two_groups(geometry: Geometry) -> Geometry:
+    """Keep two key heads and the number of query heads to each."""
+    kv_heads = min(geometry.kv_heads, 2)
+    heads = geometry.heads // geometry.kv_heads * kv_heads
+    return replace(geometry, heads=heads, kv_heads=kv_heads)
+
+
+def _few_heads(geometry: Geometry) -> Geometry:
+    """Keep one key head, and two query heads where the run has several to a key head."""
+    heads = min(geometry.heads // geometry.kv_heads, 2)
+    return replace(geometry, heads=heads, kv_heads=1)
+
+
+def _short_window(geometry: Geometry) -> Geometry:
+    if geometry.window is None or geometry.window <= SHORT_WINDOW:
+        return geometry
+    return replace(geometry, window=SHORT_WINDOW)

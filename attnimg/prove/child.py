@@ -1,0 +1,151 @@
+"""The process that runs foreign kernels: `python -m attnimg.prove.child`.
+
+It reads one JSON object from stdin, the candidates, and writes one JSON object a line to stdout:
+what it is about to run, so that its parent knows what killed it, and the proofs. What kernels print
+goes to stderr.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+import sys
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, TextIO
+
+from attnimg.backends import backend_named
+from attnimg.errors import AttnimgError
+from attnimg.facts import Geometry, Proof, Reason
+from attnimg.prove.cases import longest_of
+
+# flash-attn's own bound for the gradients of its CK kernels, on AMD's GPUs.
+# Source: flash-attention 2.8.3.post2, tests/test_flash_attn_ck.py (2026-11-21).
+K_BACKWARD_CK = 10.0
+
+
+def main() -> None:
+    """Prove every candidate on stdin."""
+    task = json.loads(sys.stdin.read())
+    report = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    # The imports that every candidate needs are no candidate's time.
+    import transformers.integrations.flash_attention
+    import transformers.modeling_utils  # noqa: F401 - loaded for the time it takes
+
+    _cap_memory(task["memory_bytes"], device=device)
+    references: dict[Any, Any] = {}
+    for candidate in task["candidates"]:
+        _tell(report, begin=candidate["backend"])
+        # If the parent is gone, nobody else ends a kernel that hangs.
+        signal.alarm(int(task["timeout_s"]) + 5)
+        proof = prove_candidate(candidate, device=device, references=references, report=report)
+        signal.alarm(0)
+        _tell(report, proof=asdict(proof))
+
+
+def prove_candidate(
+    candidate: dict[str, Any], *, device: str, references: dict[Any, Any], report: TextIO
+) -> Proof:
+    """Prove one candidate; what its kernel raises is a reason."""
+    import torch
+
+    from attnimg.attend import as_applied, attention_function
+    from attnimg.prove.candidate import merge, prove_geometry
+
+    started = time.perf_counter()
+    name, geometries = (
+        candidate["backend"],
+        tuple(Geometry(**values) for values in candidate["geometries"]),
+    )
+    backend = backend_named(name)
+    assert backend is not None, name
+    if torch.version.hip and backend.name == "flash_attention_2":
+        backend = replace(backend, k_backward=K_BACKWARD_CK)
+    backend = as_applied(backend, geometries, routed=candidate["routed"])
+    longest = min(longest_of(geometry, device=device) for geometry in geometries)
+    stage = ["loading"]
+
+    def starting(case: str) -> None:
+        stage[0] = case
+        _tell(report, case=case)
+
+    try:
+        function = attention_function(backend, trusted=candidate["trusted"])
+        found = merge(
+            prove_geometry(
+                function,
+                backend,
+                geometry,
+                device=device,
+                references=references,
+                starting=starting,
+            )
+            for geometry in geometries
+        )
+    # Foreign kernels raise anything, on import and in a call. The reason is kept and shown.
+    except (Exception, SystemExit) as error:
+        reason = _reason(error, stage=stage[0])
+        seconds = time.perf_counter() - started
+        return Proof(backend=name, reasons=(reason,), longest=longest, seconds=seconds)
+    if device == "cuda":
+        torch.cuda.empty_cache()
+    wanted = max(geometry.sequence_len for geometry in geometries)
+    note = f"proven up to {longest} of {wanted} tokens: memory" if longest < wanted else ""
+    return Proof(
+        backend=name,
+        reasons=tuple(found.reasons),
+        figures=tuple(found.figures),
+        cases=found.cases,
+        longest=longest,
+        seconds=time.perf_counter() - started,
+        note=note,
+    )
+
+
+def _reason(error: BaseException, *, stage: str) -> Reason:
+    """Give the reason of what a kernel raised."""
+    import torch
+
+    text = " ".join(str(error).split())[:300]
+    said = f"{stage}: {type(error).__name__}: {text}"
+    out_of_memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
+    # torch's CPU allocator raises a RuntimeError.
+    if out_of_memory or "can't allocate memory" in text or "not enough memory" in text:
+        return Reason(code="oom", text=said)
+    if isinstance(error, AttnimgError):
+        return Reason(code=error.code, text=f"{error.what}: {' '.join(error.why.split())}")
+    return Reason(code="import-error" if stage == "loading" else "crash", text=said)
+
+
+def _cap_memory(memory_bytes: int, *, device: str) -> None:
+    """Let this process allocate so much more, and no kernel eat the machine."""
+    import torch
+
+    if device == "cuda":
+        total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, memory_bytes / total))
+        return
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    used_kb = next(int(line.split()[1]) for line in status.splitlines() if line[:7] == "VmSize:")
+    limit = used_kb * 1024 + memory_bytes
+    _, hard = resource.getrlimit(resource.RLIMIT_AS)
+    if hard != resource.RLIM_INFINITY:
+        limit = min(limit, hard)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
+
+
+def _tell(report: TextIO, **message: Any) -> None:
+    report.write(json.dumps(message) + "\n")
+
+
+if __name__ == "__main__":
+    main()

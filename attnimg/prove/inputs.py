@@ -1,0 +1,155 @@
+"""Draw q, k and v so that each key that matters is seen, and each that must not be would show.
+
+Random scores hide faults: among 2000 keys of equal weight one too many changes the output by less
+than bf16 rounds. Here each query is built from the keys at the edges of what it may see, one half
+of its weight on its own key, the oldest, or one between, and from the keys just beyond, which
+would take most of its weight if a mask let them through.
+Letters: B batch, T query tokens, S key tokens, H query heads, G key heads, D head size of q and k,
+E head size of v.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from attnimg.prove.cases import Case
+
+# Rows of queries whose output has a gradient, and is compared, in long probes: the reference then
+# costs rows * keys instead of keys squared.
+FIRST, LAST, BETWEEN = 32, 64, 96
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Inputs:
+    """The tensors of one call.
+
+    Attributes:
+        q: (B, H, T, D) in the run's precision, laid out as the case says.
+        k: (B, G, S, D).
+        v: (B, G, S, E).
+        sinks: (H,) or None.
+        documents: which document a key belongs to, (B, S); -1 for padding.
+        rows: the queries that are compared, indices into T.
+        d_out: gradient of the output, (B, T, H, E); zero outside of `rows` and on padding.
+        scale: factor on q @ k.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    sinks: Tensor | None
+    documents: Tensor
+    rows: Tensor
+    d_out: Tensor
+    scale: float
+
+
+def draw(case: Case, *, device: str) -> Inputs:
+    """Draw the inputs of a case, the same on every machine."""
+    geometry = case.geometry
+    # zlib.crc32, because Python's hash of a string differs from process to process.
+    generator = torch.Generator().manual_seed(zlib.crc32(case.name.encode()))
+    documents = _documents(case)
+    n_rows, n_keys = documents.shape
+    n_queries = case.queries or n_keys
+    scale = geometry.head_dim_qk**-0.5 * case.scale_factor
+    shape_k = (n_rows, geometry.kv_heads, n_keys, geometry.head_dim_qk)
+    k = torch.randn(shape_k, generator=generator, dtype=torch.float64)
+    v = torch.randn((*shape_k[:-1], geometry.head_dim_v), generator=generator, dtype=torch.float64)
+    strength = 3.0 + math.log(n_keys)
+    if case.scores == "near-cap":
+        strength = geometry.softcap or strength
+    shift = {"negative": -120.0, "large": 120.0}.get(case.scores, 0.0)
+    direction = torch.nn.functional.normalize(
+        torch.randn(geometry.head_dim_qk, generator=generator, dtype=torch.float64), dim=0
+    )
+    # Without this part of k, the shift below is the same for every score.
+    k -= (k @ direction)[..., None] * direction
+    q = _needles(case, k, documents, n_queries=n_queries) * (strength / scale)
+    size = math.sqrt(abs(shift) / scale)
+    q += math.copysign(size, shift) * direction
+    k += size * direction
+    sinks = None
+    if geometry.sinks:
+        sinks = shift + strength + torch.randn(geometry.heads, generator=generator).double()
+    rows = _rows(n_queries, generator)
+    d_out = torch.zeros(n_rows, n_queries, geometry.heads, geometry.head_dim_v)
+    d_out[:, rows] = torch.randn(d_out[:, rows].shape, generator=generator)
+    d_out *= (documents[:, n_keys - n_queries :] >= 0)[:, :, None, None]
+    dtype = getattr(torch, geometry.dtype)
+    q, k, v = _laid_out(case, *(x.to(device, dtype) for x in (q, k, v)))
+    return Inputs(
+        q=q,
+        k=k,
+        v=v,
+        sinks=None if sinks is None else sinks.to(device, dtype),
+        documents=documents.to(device),
+        rows=rows.to(device),
+        d_out=d_out.to(device, dtype),
+        scale=scale,
+    )
+
+
+def _documents(case: Case) -> Tensor:
+    """Number the documents: one after the other in one row, or each in a row and padded."""
+    if case.packed:
+        lengths = torch.tensor(case.lengths)
+        return torch.repeat_interleave(torch.arange(len(lengths)), lengths)[None]
+    width = max(case.lengths)
+    return torch.stack(
+        [torch.where(torch.arange(width) < length, 0, -1) for length in case.lengths]
+    )
+
+
+def _needles(case: Case, k: Tensor, documents: Tensor, *, n_queries: int) -> Tensor:
+    """Give queries whose scores with chosen keys are 1 at scale 1; (B, H, T, D)."""
+    geometry = case.geometry
+    needle = k / k.square().sum(-1, keepdim=True)
+    needle = needle.repeat_interleave(geometry.heads // geometry.kv_heads, dim=1)
+    n_rows, n_keys = documents.shape
+    q = torch.zeros_like(needle[:, :, :n_queries])
+    place_T = torch.arange(n_keys - n_queries, n_keys)
+    head_H = torch.arange(geometry.heads)
+    for row in range(n_rows):
+        own = documents[row]
+        first_T = torch.searchsorted(own.abs(), own.abs()[place_T])
+        oldest_T = first_T
+        if geometry.window is not None:
+            oldest_T = torch.maximum(first_T, place_T - geometry.window + 1)
+        between_T = (oldest_T + place_T) // 2
+        seen = torch.stack([place_T, oldest_T, between_T])
+        hidden = [place_T + 1, oldest_T - 1, first_T - 1]
+        turn_HT = head_H[:, None] + place_T
+        for kind in range(2):
+            target_HT = seen[(turn_HT + kind) % 3, torch.arange(n_queries)]
+            q[row] += needle[row, head_H[:, None], target_HT]
+        for target_T in hidden:
+            exists_T = (target_T >= 0) & (target_T < n_keys)
+            q[row] += needle[row, :, target_T.clamp(0, n_keys - 1)] * exists_T[:, None]
+    return q
+
+
+def _rows(n_queries: int, generator: torch.Generator) -> Tensor:
+    if n_queries <= 2 * (FIRST + LAST + BETWEEN):
+        return torch.arange(n_queries)
+    between = torch.randperm(n_queries - FIRST - LAST, generator=generator)[:BETWEEN] + FIRST
+    ends = (torch.arange(FIRST), torch.arange(n_queries - LAST, n_queries))
+    return torch.cat([ends[0], between.sort().values, ends[1]])
+
+
+def _laid_out(case: Case, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Lay q, k and v out in memory as models do; shapes and values stay."""
+    if case.layout == "heads-first":
+        return q.contiguous(), k.contiguous(), v.contiguous()
+    tokens_first = [x.transpose(1, 2).contiguous() for x in (q, k, v)]
+    equal = q.shape[2] == k.shape[2] and q.shape[3] == v.shape[3]
+    if case.layout == "fused" and equal:
+        heads = [q.shape[1], k.shape[1], v.shape[1]]
+        tokens_first = list(torch.cat(tokens_first, dim=2).split(heads, dim=2))
+    q, k, v = (x.transpose(1, 2) for x in tokens_first)
+    return q, k, v

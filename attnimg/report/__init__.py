@@ -1,0 +1,1 @@
+"""What commands print: JSON for machines, one screen of text for people."""

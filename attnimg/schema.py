@@ -1,0 +1,259 @@
+"""The keys of a run's YAML that attnimg implements: name, type, range and default of each.
+
+Axolotl's names, so that its users' files work. Keys that axolotl knows and attnimg does not
+implement stand in data/keys.toml. Values of the wrong type are refused, never converted.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict
+
+from attnimg.facts import Finding
+
+
+def _flag(value: object) -> object:
+    """Take 1 and 0 as YAML people write them; everything else must be a real boolean."""
+    return bool(value) if type(value) is int and value in (0, 1) else value
+
+
+def _number(value: object) -> object:
+    """Refuse true and "3" where a number belongs: pydantic would convert both."""
+    if isinstance(value, bool | str):
+        raise ValueError("should be a number")
+    return value
+
+
+def _learning_rate(value: object) -> object:
+    """Axolotl takes a quoted learning rate ("2e-4"); so do we."""
+    if isinstance(value, str):
+        return float(value)
+    return _number(value)
+
+
+def _listed(value: object) -> object:
+    return [value] if isinstance(value, str) else value
+
+
+def _list_of_specs(value: object) -> object:
+    """Axolotl takes a bare path, or one mapping, for pretraining_dataset."""
+    if isinstance(value, str):
+        return [{"path": value, "type": "pretrain"}]
+    return [value] if isinstance(value, dict) else value
+
+
+Flag = Annotated[bool, Strict(), BeforeValidator(_flag)]
+Count = Annotated[int, BeforeValidator(_number), Field(ge=1, le=2**31 - 1)]
+Whole = Annotated[int, BeforeValidator(_number), Field(ge=0, le=2**31 - 1)]
+Seed = Annotated[int, BeforeValidator(_number), Field(ge=0, le=2**32 - 1)]
+Number = Annotated[float, BeforeValidator(_number), Field(ge=0, allow_inf_nan=False)]
+Positive = Annotated[float, BeforeValidator(_number), Field(gt=0, allow_inf_nan=False)]
+Share = Annotated[float, BeforeValidator(_number), Field(ge=0, le=1, allow_inf_nan=False)]
+Text = Annotated[str, Strict(), Field(min_length=1)]
+Texts = Annotated[list[Text], BeforeValidator(_listed)]
+
+Optimizer = Literal[
+    "adamw_torch", "adamw_torch_fused", "adamw_torch_8bit", "adamw_torch_4bit", "adafactor",
+    "adamw_8bit", "adamw_bnb_8bit", "paged_adamw", "paged_adamw_32bit", "paged_adamw_8bit",
+    "lion_32bit", "lion_8bit", "paged_lion_32bit", "paged_lion_8bit", "sgd", "adagrad", "rmsprop",
+]  # fmt: skip
+Scheduler = Literal[
+    "cosine", "linear", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt",
+    "cosine_with_restarts", "cosine_with_min_lr", "warmup_stable_decay", "reduce_lr_on_plateau",
+]  # fmt: skip
+Strategy = Literal["no", "steps", "epoch"]
+SpecialToken = Literal[
+    "bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token",
+    "additional_special_tokens",
+]  # fmt: skip
+
+
+class DatasetSpec(BaseModel):
+    """One entry of `datasets`: where records are and how they become text.
+
+    Attributes:
+        path: a local file or folder, or a name on the Hugging Face hub.
+        type: alpaca, alpaca:chat, completion, chat_template or pretrain.
+        field: the text column of completion and pretrain.
+        field_messages: the column that holds a conversation.
+        message_property_mappings: role/content -> the keys the records use.
+        roles: canonical role -> the names the records use.
+        roles_to_train: whose turns carry loss.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    path: Text
+    type: Text | None = None
+    name: Text | None = None
+    split: Text | None = None
+    revision: Text | None = None
+    data_files: Texts | None = None
+    ds_type: Literal["json", "csv", "parquet", "text"] | None = None
+    field: Text | None = None
+    text_column: Text | None = None
+    field_messages: Text | None = None
+    message_field_role: Text | None = None
+    message_field_content: Text | None = None
+    message_property_mappings: dict[Text, Text] | None = None
+    roles: dict[Text, list[Text]] | None = None
+    roles_to_train: list[Text] | None = None
+    train_on_eos: Literal["all", "turn", "last", "none"] | None = None
+    chat_template: Text | None = None
+    chat_template_jinja: Text | None = None
+    trust_remote_code: Flag | None = None
+
+
+class Config(BaseModel):
+    """A validated run: what the YAML said, defaults filled in, legacy keys gone."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+    # Model and tokenizer
+    base_model: Text | None = None
+    revision_of_model: Text | None = None
+    model_type: Text | None = None
+    tokenizer_type: Text | None = None
+    tokenizer_config: Text | None = None
+    trust_remote_code: Flag | None = None
+    special_tokens: dict[SpecialToken, Text | list[Text]] | None = None
+    tokens: list[Text] | None = None
+
+    # Attention
+    attn_implementation: str | None = None
+    attn_supports_packing: bool | None = None
+    attn_uses_flash_lib: bool | None = None
+    attn_needs_dtype_cast: bool | None = None
+    attn_strict: Flag = False
+    attn_forward_only_ok: Flag = False
+    attn_known_bad: Text | None = None
+
+    # Data
+    datasets: Annotated[list[DatasetSpec], Field(min_length=1)] | None = None
+    pretraining_dataset: (
+        Annotated[list[DatasetSpec], BeforeValidator(_list_of_specs), Field(min_length=1)] | None
+    ) = None
+    test_datasets: Annotated[list[DatasetSpec], Field(min_length=1)] | None = None
+    dataset_prepared_path: Text | None = None
+    dataset_num_proc: Count | None = None
+    dataset_processes: Count | None = None
+    shuffle_merged_datasets: Flag = True
+    val_set_size: Number = 0.0
+    sequence_len: Count = 512
+    excess_length_strategy: Literal["drop", "split", "truncate", "raise"] | None = None
+    sample_packing: Flag | None = None
+    eval_sample_packing: Flag | None = None
+    pad_to_sequence_len: Flag | None = None
+    batch_flattening: Literal["auto"] | Flag | None = None
+    train_on_inputs: Flag = False
+    chat_template: Text | None = None
+    chat_template_jinja: Text | None = None
+    default_system_message: Text | None = None
+    eot_tokens: list[Text] | None = None
+
+    # Optimisation
+    micro_batch_size: Count = 1
+    eval_batch_size: Count | None = None
+    gradient_accumulation_steps: Count = 1
+    num_epochs: Annotated[Positive, Field(le=1e6)] = 1.0
+    max_steps: Count | None = None
+    learning_rate: (
+        Annotated[float, BeforeValidator(_learning_rate), Field(gt=0, allow_inf_nan=False)] | None
+    ) = None
+    optimizer: Optimizer = "adamw_torch_fused"
+    lr_scheduler: Scheduler = "cosine"
+    lr_scheduler_kwargs: dict[str, Any] | None = None
+    cosine_min_lr_ratio: Share | None = None
+    warmup_steps: Whole | None = None
+    warmup_ratio: Share | None = None
+    weight_decay: Number = 0.0
+    max_grad_norm: Number = 1.0
+    adam_beta1: Share | None = None
+    adam_beta2: Share | None = None
+    adam_epsilon: Positive | None = None
+    seed: Seed = 42
+
+    # Precision and memory
+    bf16: Literal["auto", "full"] | Flag = "auto"
+    fp16: Flag | None = None
+    tf32: Literal["auto"] | Flag | None = None
+    load_in_4bit: Flag | None = None
+    load_in_8bit: Flag | None = None
+    gradient_checkpointing: Flag | None = None
+    gradient_checkpointing_kwargs: dict[str, Any] | None = None
+    torch_compile: Literal["auto"] | Flag | None = None
+    torch_compile_backend: Text | None = None
+    torch_compile_mode: Text | None = None
+
+    # Adapter
+    adapter: Literal["lora", "qlora"] | None = None
+    lora_r: Count = 8
+    lora_alpha: Count = 16
+    lora_dropout: Share = 0.0
+    lora_target_modules: Texts | None = None
+    lora_target_linear: Flag | None = None
+    lora_modules_to_save: Texts | None = None
+    lora_fan_in_fan_out: Flag | None = None
+    peft_use_dora: Flag | None = None
+    peft_use_rslora: Flag | None = None
+
+    # Logging, evaluation, checkpoints
+    output_dir: Text = "./model-out"
+    logging_steps: Count = 1
+    eval_strategy: Strategy | None = None
+    eval_steps: Count | None = None
+    evals_per_epoch: Whole | None = None
+    save_strategy: Strategy | None = None
+    save_steps: Count | None = None
+    saves_per_epoch: Whole | None = None
+    save_total_limit: Count | None = None
+    save_only_model: Flag | None = None
+    early_stopping_patience: Count | None = None
+    resume_from_checkpoint: Flag | Text | None = None
+    auto_resume_from_checkpoints: Flag | None = None
+
+    # More than one process
+    fsdp: list[str] | str | Flag | None = None
+    fsdp_config: dict[str, Any] | None = None
+    fsdp_version: Literal[1, 2] | None = None
+    deepspeed: Text | dict[str, Any] | None = None
+    ddp_timeout: Count | None = None
+    ddp_find_unused_parameters: Flag | None = None
+    dataloader_num_workers: Whole | None = None
+    dataloader_pin_memory: Flag | None = None
+
+    # Known to the schema for their own rows of the contract; see data/keys.toml.
+    rl: Text | Flag | None = None
+    context_parallel_size: Whole | None = None
+    scaling_softmax: Flag | None = None
+
+    # attnimg is always strict about keys, so either value is what happens already.
+    strict: Flag | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Checked:
+    """What `check` found in one file.
+
+    Attributes:
+        file: the argument as typed.
+        on: the GPU it was judged for, "sm_90"; None without --on.
+        config: the valid part of the config; None when the file could not be read.
+        requested: the backend asked for, by name or by legacy key.
+        errors: what makes it unusable.
+        warnings: what its owner should know.
+    """
+
+    file: str
+    on: str | None
+    config: Config | None
+    requested: str | None
+    errors: tuple[Finding, ...]
+    warnings: tuple[Finding, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Tell whether there is no error."""
+        return not self.errors

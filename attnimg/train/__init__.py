@@ -1,0 +1,15 @@
+"""Train: documents and a planned model in; checkpoints, metrics, a plot and a receipt out.
+
+The way through it, each line a module (nothing is imported before it is called):
+
+    check      -> what is wrong with this run, before anything heavy (limits, model_files,
+                  output_dir, schedule)
+    tokenizer  -> the tokenizer, with the config's tokens in it
+    model      -> the weights, in the plan's precision (precision), with an adapter (adapter)
+    fit        -> rows (rows, packing, collate), the engine (session, arguments, engine,
+                  evaluator, watch), the final model (final)
+
+The engine writes checkpoints that are complete or absent (checkpoint), one JSON line per log
+(metrics), one bar (progress), stops on a signal (signals); fit adds loss.png (plot) and
+receipt.json (receipt).
+"""

@@ -1,0 +1,121 @@
+"""Put a LoRA adapter on a model, and load its weights quantized where the config says so."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from attnimg.errors import AttnimgError
+from attnimg.facts import DType
+from attnimg.schema import Config
+from attnimg.train.precision import torch_dtype
+
+
+def check_adapter(config: Config) -> None:
+    """Refuse adapter keys that contradict one another.
+
+    Raises:
+        AttnimgError: quantized weights without an adapter, qlora without 4 bit, or a LoRA on the
+            output layer, which the fused loss would leave untrained.
+    """
+    if config.load_in_4bit and config.load_in_8bit:
+        raise _bad(
+            "load_in_8bit",
+            "load_in_4bit and load_in_8bit contradict each other",
+            why="weights are loaded in one of them",
+            do="remove one of the two",
+        )
+    bits, fitting = "load_in_8bit", "lora"
+    if config.load_in_4bit:
+        bits, fitting = "load_in_4bit", "qlora"
+    if (config.load_in_4bit or config.load_in_8bit) and not config.adapter:
+        raise _bad(
+            bits,
+            f"{bits} needs an adapter",
+            why="quantized weights can't be trained themselves; found no adapter",
+            do=f"set adapter: {fitting}, or remove {bits}",
+        )
+    if config.adapter == "qlora" and config.load_in_8bit:
+        raise _bad(
+            "load_in_8bit",
+            "adapter: qlora is 4 bit",
+            why="found load_in_8bit: true",
+            do="set load_in_4bit: true, or adapter: lora",
+        )
+    if "lm_head" in (config.lora_target_modules or []):
+        raise _bad(
+            "lora_target_modules",
+            "lora_target_modules can't hold lm_head",
+            why="the loss reads lm_head's own weight, so its adapter would not be trained",
+            do="move lm_head to lora_modules_to_save",
+        )
+
+
+def _bad(key: str, what: str, *, why: str, do: str) -> AttnimgError:
+    return AttnimgError(what, why=why, do=do, code="bad-value", key=key)
+
+
+def quantization(config: Config, *, dtype: DType) -> Any:
+    """Make the bitsandbytes config of the run; None when weights are loaded as they are.
+
+    Args:
+        config: the validated run; adapter: qlora implies 4 bit.
+        dtype: the precision that 4-bit weights are multiplied in.
+    """
+    from transformers import BitsAndBytesConfig
+
+    if config.load_in_8bit:
+        return BitsAndBytesConfig(load_in_8bit=True)
+    if config.load_in_4bit or config.adapter == "qlora":
+        return BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch_dtype(dtype),
+            # FSDP shards tensors of one dtype only, so the packed weights take the others'.
+            bnb_4bit_quant_storage=torch_dtype(dtype) if config.fsdp else "uint8",
+        )
+    return None
+
+
+def add_adapter(model: Any, config: Config) -> Any:
+    """Wrap `model` in a PEFT model with the config's LoRA; its other weights are frozen.
+
+    Raises:
+        AttnimgError: a target module does not exist in the model (bad-value).
+    """
+    from peft import LoraConfig, get_peft_model
+
+    lora = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=config.lora_r,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        target_modules=_targets(config),
+        modules_to_save=config.lora_modules_to_save,
+        fan_in_fan_out=bool(config.lora_fan_in_fan_out),
+        use_dora=bool(config.peft_use_dora),
+        use_rslora=bool(config.peft_use_rslora),
+    )
+    try:
+        return get_peft_model(model, lora)
+    except ValueError as error:
+        linear = sorted(
+            {
+                name.rpartition(".")[2]
+                for name, module in model.named_modules()
+                if "Linear" in type(module).__name__
+            }
+        )
+        raise _bad(
+            "lora_target_modules",
+            "the adapter does not fit the model",
+            why=f"{str(error).splitlines()[0]}\nits linear layers: {', '.join(linear)}",
+            do="name layers of the model, or set lora_target_linear: true",
+        ) from error
+
+
+def _targets(config: Config) -> list[str] | str:
+    """Every linear layer but the output, unless the config names them; both together add up."""
+    if config.lora_target_linear or not config.lora_target_modules:
+        return "all-linear"
+    return config.lora_target_modules

@@ -1,0 +1,149 @@
+"""The one map from the config's keys to the arguments of TRL's SFTTrainer.
+
+Every argument whose default differs from ours is set: TRL's own defaults turn gradient
+checkpointing and bf16 on (trl 1.16, sft_config.py, 2026-11-21).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from attnimg.facts import DType, Machine
+from attnimg.schema import Config
+from attnimg.train.schedule import Schedule
+
+# Ours -> transformers', where they differ.
+OPTIMIZERS = {"paged_adamw": "paged_adamw_32bit"}
+
+
+def training_arguments(
+    config: Config, *, machine: Machine, dtype: DType, schedule: Schedule, sparse: bool
+) -> dict[str, Any]:
+    """Give the keyword arguments of `trl.SFTConfig` for this run.
+
+    Args:
+        config: the validated run.
+        machine: where it happens; decides tf32, torch_compile: auto and pinned memory.
+        dtype: the precision of the matrix multiplications.
+        schedule: the run counted in steps.
+        sparse: whether the model has experts that a batch may leave out.
+    """
+    gpu = machine.arch.vendor != "cpu"
+    return {
+        "output_dir": config.output_dir,
+        "seed": config.seed,
+        "data_seed": config.seed,
+        **_optimisation(config),
+        **_precision(config, machine=machine, dtype=dtype),
+        **_intervals(config, schedule=schedule),
+        **_processes(config, gpu=gpu, sparse=sparse),
+        # Rows are packed, collated and counted here, not by TRL.
+        "dataset_kwargs": {"skip_prepare_dataset": True},
+        "remove_unused_columns": False,
+        "packing": False,
+        "padding_free": False,
+        "max_length": None,
+        "prediction_loss_only": True,
+        "use_cache": False,
+        # The bar, the log and the sums are ours too, and nothing is sent anywhere.
+        "disable_tqdm": True,
+        "log_level": "error",
+        "log_level_replica": "error",
+        "report_to": "none",
+        "logging_nan_inf_filter": False,
+        "restore_callback_states_from_checkpoint": True,
+    }
+
+
+def _optimisation(config: Config) -> dict[str, Any]:
+    """Steps, batches, optimizer, learning rate."""
+    scheduler, scheduler_kwargs = config.lr_scheduler, dict(config.lr_scheduler_kwargs or {})
+    if config.cosine_min_lr_ratio is not None:
+        scheduler = "cosine_with_min_lr"
+        scheduler_kwargs["min_lr_rate"] = config.cosine_min_lr_ratio
+    given = {
+        "adam_beta1": config.adam_beta1,
+        "adam_beta2": config.adam_beta2,
+        "adam_epsilon": config.adam_epsilon,
+        "lr_scheduler_kwargs": scheduler_kwargs,
+    }
+    return {
+        "per_device_train_batch_size": config.micro_batch_size,
+        "per_device_eval_batch_size": config.eval_batch_size or config.micro_batch_size,
+        "gradient_accumulation_steps": config.gradient_accumulation_steps,
+        "num_train_epochs": config.num_epochs,
+        "max_steps": config.max_steps or -1,
+        "learning_rate": config.learning_rate,
+        "optim": OPTIMIZERS.get(config.optimizer, config.optimizer),
+        "lr_scheduler_type": scheduler,
+        "warmup_steps": _warmup(config),
+        "weight_decay": config.weight_decay,
+        "max_grad_norm": config.max_grad_norm,
+        "gradient_checkpointing": bool(config.gradient_checkpointing),
+        "gradient_checkpointing_kwargs": config.gradient_checkpointing_kwargs,
+        **{name: value for name, value in given.items() if value},
+    }
+
+
+def _warmup(config: Config) -> float:
+    """Give warmup_steps as transformers 5 wants it: below 1 it is a share of the run."""
+    if config.warmup_steps is not None:
+        return float(config.warmup_steps)
+    # A ratio of 1 is the whole run, which transformers would read as one step.
+    return min(config.warmup_ratio or 0.0, 1 - 1e-9)
+
+
+def _precision(config: Config, *, machine: Machine, dtype: DType) -> dict[str, Any]:
+    """Autocast, tf32 and torch.compile."""
+    ampere = machine.arch.capability is not None and machine.arch.capability >= (8, 0)
+    gpu = machine.arch.vendor != "cpu"
+    compiled = gpu if config.torch_compile == "auto" else bool(config.torch_compile)
+    return {
+        # bf16: full means that the weights are bfloat16 and nothing is cast on the way.
+        "bf16": dtype == "bfloat16" and config.bf16 != "full",
+        "fp16": dtype == "float16",
+        "tf32": (ampere if config.tf32 == "auto" else config.tf32) if ampere else None,
+        "torch_compile": compiled,
+        "torch_compile_backend": config.torch_compile_backend if compiled else None,
+        "torch_compile_mode": config.torch_compile_mode if compiled else None,
+        "use_cpu": not gpu,
+    }
+
+
+def _intervals(config: Config, *, schedule: Schedule) -> dict[str, Any]:
+    """When it logs, evaluates and saves; rotation is ours (checkpoint.py), hence no limit here."""
+    stopping = config.early_stopping_patience or config.lr_scheduler == "reduce_lr_on_plateau"
+    return {
+        "logging_steps": config.logging_steps,
+        "logging_first_step": True,
+        "eval_strategy": schedule.eval_strategy,
+        "eval_steps": schedule.eval_steps,
+        "save_strategy": schedule.save_strategy,
+        "save_steps": schedule.save_steps or 500,
+        "save_total_limit": None,
+        "save_only_model": bool(config.save_only_model),
+        "metric_for_best_model": "eval_loss" if stopping else None,
+        "greater_is_better": False if stopping else None,
+    }
+
+
+def _processes(config: Config, *, gpu: bool, sparse: bool) -> dict[str, Any]:
+    """Data loading and distribution, handed through."""
+    given: dict[str, Any] = {
+        "ddp_timeout": config.ddp_timeout,
+        # transformers' default looks for unused weights in every step; only experts can be unused.
+        "ddp_find_unused_parameters": sparse
+        if config.ddp_find_unused_parameters is None
+        else config.ddp_find_unused_parameters,
+        "deepspeed": config.deepspeed,
+    }
+    if config.fsdp or config.fsdp_config:
+        version = {"version": config.fsdp_version} if config.fsdp_version else {}
+        given["fsdp"] = config.fsdp or True
+        given["fsdp_config"] = {**(config.fsdp_config or {}), **version}
+    return {
+        "dataloader_num_workers": config.dataloader_num_workers or 0,
+        "dataloader_pin_memory": gpu if config.dataloader_pin_memory is None
+        else config.dataloader_pin_memory and gpu,
+        **{name: value for name, value in given.items() if value is not None},
+    }  # fmt: skip

@@ -1,0 +1,112 @@
+"""Checkpoints that are complete or not there, whatever moment the run is killed at.
+
+A checkpoint is written under PARTIAL and renamed into place when all of it is on the disk. One
+that rotation removes is renamed away first. So every `checkpoint-N` in output_dir is complete, and
+what a killed run left half done lies under PARTIAL.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+PARTIAL = ".partial"
+STATE = "attnimg.json"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ResumePoint:
+    """Where a run goes on.
+
+    Attributes:
+        path: a complete checkpoint; None when the run starts anew in a folder it may use.
+        step: optimizer steps behind it.
+        leftovers: what a killed run left half done; removed when the run starts.
+    """
+
+    path: Path | None
+    step: int
+    leftovers: tuple[Path, ...]
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """List the complete checkpoints in `folder`, lowest step first."""
+    named = (path for path in folder.glob("checkpoint-*") if path.name[11:].isdigit())
+    return sorted((path for path in named if path.is_dir()), key=step_of)
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """Find the complete checkpoint with the highest step."""
+    return next(reversed(checkpoints(folder)), None)
+
+
+def step_of(checkpoint: Path) -> int:
+    """Read the step off a checkpoint's name."""
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def promote(partial: Path) -> Path:
+    """Move a finished checkpoint from PARTIAL into place; from here on it exists.
+
+    Args:
+        partial: output_dir/PARTIAL/checkpoint-N, all of it written.
+    """
+    place = partial.parent.parent / partial.name
+    open_to_others(partial)
+    for path in (*partial.rglob("*"), partial):
+        _flush(path)
+    partial.rename(place)
+    _flush(place.parent)
+    return place
+
+
+def open_to_others(folder: Path) -> None:
+    """Give all files the rights a new file gets here: safetensors makes its own 0600."""
+    probe = folder / ".rights"
+    probe.touch()
+    rights = probe.stat().st_mode & 0o777
+    probe.unlink()
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(rights)
+
+
+def rotate(folder: Path, *, limit: int | None, keep: Iterable[Path]) -> list[Path]:
+    """Remove the oldest checkpoints beyond `limit`, never one of `keep`; tell which went."""
+    if limit is None:
+        return []
+    spared = {path.name for path in keep}
+    there = checkpoints(folder)
+    gone = [path for path in there[: max(0, len(there) - limit)] if path.name not in spared]
+    for path in gone:
+        # A rename takes it out of the way at once; a kill while files go leaves no half checkpoint.
+        away = folder / PARTIAL / f"removed-{path.name}"
+        away.parent.mkdir(exist_ok=True)
+        path.rename(away)
+        shutil.rmtree(away)
+    return gone
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what a killed run left half done."""
+    shutil.rmtree(folder / PARTIAL, ignore_errors=True)
+
+
+def read_state(checkpoint: Path) -> dict[str, object]:
+    """Read what the run itself wrote into a checkpoint; empty for one of another program."""
+    file = checkpoint / STATE
+    state: dict[str, object] = json.loads(file.read_text()) if file.is_file() else {}
+    return state
+
+
+def _flush(path: Path) -> None:
+    """Wait until a file, or a folder's list of names, is on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

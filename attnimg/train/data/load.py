@@ -1,0 +1,105 @@
+"""Load all documents of a run: every source prepared, merged, shuffled, split for validation."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from attnimg.errors import AttnimgError
+from attnimg.schema import Config
+from attnimg.train.data.cache import Made, Write, cache_key, in_memory, on_disk
+from attnimg.train.data.check import empty, find_sources
+from attnimg.train.data.documents import Documents, SourceFigures
+from attnimg.train.data.prepare import prepare
+from attnimg.train.data.sources import Source
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+def load_documents(config: Config, tokenizer: Any, *, progress: bool = True) -> Documents:
+    """Read, tokenize, shuffle and split everything the config names.
+
+    The same config, files and tokenizer give the same documents in the same order, whatever
+    dataset_num_proc is and whether dataset_prepared_path was used.
+
+    Args:
+        config: the validated run.
+        tokenizer: a transformers tokenizer, special tokens already set.
+        progress: whether to show a bar on stderr; never shown where stderr is no terminal.
+
+    Raises:
+        AttnimgError: anything about the data that a person can mend.
+    """
+    import datasets
+
+    training, testing = find_sources(config)
+    figures, warnings = list[SourceFigures](), dict[str, None]()
+
+    def documents_of(sources: list[Source]) -> Dataset:
+        parts = []
+        for source in sources:
+            part, (counts, found) = _documents(source, config, tokenizer, progress=progress)
+            if not counts.documents:
+                raise empty(source, why=_nothing_left(counts))
+            parts.append(part)
+            figures.append(counts)
+            warnings.update(dict.fromkeys(found))
+        return datasets.concatenate_datasets(parts) if len(parts) > 1 else parts[0]
+
+    train = documents_of(training)
+    if config.shuffle_merged_datasets:
+        train = train.shuffle(seed=config.seed)
+    validation = documents_of(testing) if testing else None
+    if config.val_set_size:
+        train, validation = _split(train, config)
+    return Documents(
+        train=train, validation=validation, figures=tuple(figures), warnings=tuple(warnings)
+    )
+
+
+def _documents(
+    source: Source, config: Config, tokenizer: Any, *, progress: bool
+) -> tuple[Dataset, Made]:
+    from datasets.utils import tqdm
+
+    def make(write: Write) -> Made:
+        with tqdm(
+            desc=source.spec.path, unit=" records", disable=None if progress else True, leave=False
+        ) as bar:
+            return prepare(source, config, tokenizer, write=write, advance=bar.update)
+
+    key = cache_key(source, config, tokenizer)
+    # A name on the hub may point to other data tomorrow, so only what is here is kept.
+    if config.dataset_prepared_path and source.kind != "hub":
+        return on_disk(Path(config.dataset_prepared_path), key, make)
+    return in_memory(make, fingerprint=key)
+
+
+def _nothing_left(figures: SourceFigures) -> str:
+    """Say where all records went."""
+    return (
+        f"of {figures.records:,} records, {figures.empty:,} hold no text, {figures.too_long:,} are "
+        f"longer than sequence_len {figures.sequence_len:,}, and {figures.without_loss:,} have no "
+        "token that carries loss; needed at least one document"
+    )
+
+
+def _split(documents: Dataset, config: Config) -> tuple[Dataset, Dataset]:
+    """Take val_set_size documents out for validation: a share below 1, else a count."""
+    import numpy
+
+    size, total = config.val_set_size, len(documents)
+    count = max(1, round(size * total)) if size < 1 else round(size)
+    if count >= total or (size > 1 and size != count):
+        raise AttnimgError(
+            f"val_set_size {size:g} does not fit",
+            why=f"found {total:,} documents, needed a whole number below that, or a share below 1",
+            do="lower val_set_size: 0.05 takes one document in twenty",
+            code="bad-value",
+            key="val_set_size",
+        )
+    order = numpy.random.default_rng(config.seed).permutation(total)
+    held_out = sorted(order[:count].tolist())
+    kept = sorted(order[count:].tolist())
+    return documents.select(kept), documents.select(held_out)

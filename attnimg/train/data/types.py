@@ -1,0 +1,109 @@
+"""What each dataset type asks of a record, and the texts or turns it makes of it.
+
+Pure: a record in, a parsed record out, or an error that names the record. Tokens come later.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+from attnimg.errors import AttnimgError
+from attnimg.schema import DatasetSpec
+from attnimg.train.data.conversations import parse_turns
+from attnimg.train.data.parsed import Pair, Parse, column, text
+from attnimg.train.data.records import Place
+
+# What people may write, with the types axolotl's users know. `pretrain` is completion by the name
+# that pretraining_dataset uses.
+TYPES = (
+    "alpaca", "alpaca:chat", "completion", "pretrain", "chat_template", "chat_template.default",
+)  # fmt: skip
+
+# The type that a column of this name usually belongs to.
+FITTING = {"messages": "chat_template", "conversations": "chat_template", "text": "completion"}
+
+# Stanford Alpaca's two prompts; models are asked in the very words they were trained on.
+# Source: https://deepwiki.com/tatsu-lab/stanford_alpaca/2.2-data-format-and-structure (2026-11-21)
+PREAMBLE = "Below is an instruction that describes a task"
+WITH_INPUT = f"{PREAMBLE}, paired with an input that provides further context."
+REQUEST = "Write a response that appropriately completes the request."
+
+
+def is_chat(spec: DatasetSpec) -> bool:
+    """Tell whether records are conversations, rendered by a chat template."""
+    return (spec.type or "").startswith("chat_template")
+
+
+def is_text(spec: DatasetSpec) -> bool:
+    """Tell whether records are running text, which may be split anywhere."""
+    return spec.type in ("completion", "pretrain")
+
+
+def parser(spec: DatasetSpec, *, key: str) -> Parse:
+    """Choose how records become texts or turns; the parser gives None for an empty record.
+
+    Raises:
+        AttnimgError: no type (missing-key) or one that is not known (bad-value).
+    """
+    if spec.type is None:
+        raise AttnimgError(
+            f"{key} has no type",
+            why=f"found no type for {spec.path}, needed one of {', '.join(TYPES)}",
+            do=f"add `type: alpaca` (or another of them) to {key}",
+            code="missing-key",
+            key=f"{key}.type",
+        )
+    if spec.type not in TYPES:
+        near = [*difflib.get_close_matches(spec.type, TYPES, n=1), "chat_template"]
+        raise AttnimgError(
+            f"unknown dataset type {spec.type!r}",
+            why=f"{key}.type is {spec.type}, needed one of {', '.join(TYPES)}",
+            do=f"set {key}.type: {near[0]}"
+            + ("" if near[1:] else " for conversations, alpaca for instructions"),
+            code="bad-value",
+            key=f"{key}.type",
+        )
+    if is_chat(spec):
+        return partial(parse_turns, spec)
+    if is_text(spec):
+        return partial(_running_text, spec.field or spec.text_column or "text")
+    return partial(_alpaca, _chat_prompt if spec.type == "alpaca:chat" else _instruct_prompt)
+
+
+def _alpaca(
+    prompt: Callable[[str, str], str], record: Mapping[str, Any], place: Place
+) -> Pair | None:
+    fitting = [name for column, name in FITTING.items() if column in record]
+    hint = "rename the columns" + "".join(f", or set {place.key}.type: {n}" for n in fitting[:1])
+    needed = ("instruction", "output")
+    instruction, output = (
+        text(column(record, name, place, needed=needed, hint=hint), name, place) for name in needed
+    )
+    extra = record.get("input")
+    extra = "" if extra is None else text(extra, "input", place)
+    return Pair(prompt(instruction, extra), output) if output.strip() else None
+
+
+def _instruct_prompt(instruction: str, extra: str) -> str:
+    if extra:
+        return (
+            f"{WITH_INPUT} {REQUEST}\n\n"
+            f"### Instruction:\n{instruction}\n\n### Input:\n{extra}\n\n### Response:\n"
+        )
+    return f"{PREAMBLE}. {REQUEST}\n\n### Instruction:\n{instruction}\n\n### Response:\n"
+
+
+def _chat_prompt(instruction: str, extra: str) -> str:
+    """Axolotl's `alpaca:chat`: the same words as plain SYSTEM, USER and ASSISTANT lines."""
+    if extra:
+        return f"SYSTEM: {WITH_INPUT} {REQUEST}\nUSER: {instruction}\n{extra}\nASSISTANT:"
+    return f"SYSTEM: {PREAMBLE}. {REQUEST}\nUSER: {instruction}\nASSISTANT:"
+
+
+def _running_text(field: str, record: Mapping[str, Any], place: Place) -> Pair | None:
+    hint = f"name the text column: `field: {next(iter(record), 'text')}`"
+    whole = text(column(record, field, place, needed=(field,), hint=hint), field, place)
+    return Pair(None, whole) if whole.strip() else None

@@ -1,0 +1,220 @@
+"""TRL's SFTTrainer, made to survive kills, stop on signals and count what it trains.
+
+The loss is SFTTrainer's: negative log-likelihood averaged over the trained tokens of a step, on
+all processes, through its chunked output head.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from attnimg.errors import AttnimgError
+from attnimg.train import checkpoint as checkpoints
+from attnimg.train import metrics
+from attnimg.train.disk import writing
+from attnimg.train.evaluator import EvaluationCut, Evaluator
+from attnimg.train.rows import COUNTS, Collator
+from attnimg.train.signals import StopFlag, Stopped
+
+
+class Engine(Evaluator):
+    """Train one run.
+
+    Args:
+        folder: output_dir.
+        stop: whether someone asked to stop; read at the end of each step and evaluation batch.
+        backend: named when the loss is no number any more.
+        save_limit: complete checkpoints to keep; None for all.
+        identity: what decides the order of the data; saved with each checkpoint.
+        eval_collate: the collator of evaluation batches.
+        options: what SFTTrainer takes.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        stop: StopFlag,
+        backend: str,
+        save_limit: int | None,
+        identity: Mapping[str, object],
+        eval_collate: Collator,
+        **options: Any,
+    ) -> None:
+        self.folder, self.backend = folder, backend
+        self.save_limit, self.identity = save_limit, identity
+        self.meter = metrics.Meter()
+        self._evaluated_at = -1
+        self.last_checkpoint: Path | None = None
+        use_cache = getattr(options["model"].config, "use_cache", None)
+        trained = {
+            name: weight.dtype
+            for name, weight in options["model"].named_parameters()
+            if weight.requires_grad
+        }
+        super().__init__(stop=stop, eval_collate=eval_collate, **options)
+        # TRL casts the adapter of a quantized model to bfloat16, whatever the run's precision:
+        # wrong on a CPU in float32, and float16's gradient scaler can't unscale bfloat16.
+        # Source: trl 1.16 sft_trainer.py, "When using QLoRA" (2026-11-21).
+        for name, weight in self.model.named_parameters():
+            if name in trained:
+                weight.data = weight.data.to(trained[name])
+        # Training passes use_cache=False with each batch; what is saved must generate as before.
+        if use_cache is not None:
+            self.model.config.use_cache = use_cache
+
+    def _send_telemetry(self) -> None:
+        """Send nothing: TRL would report the trainer's class to the hub."""
+
+    def create_model_card(self, *args: Any, **options: Any) -> None:
+        """Write no model card: TRL's names a hub repository that does not exist."""
+
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
+        """Count the batch, then train on it."""
+        tokens, places = inputs.pop(COUNTS).tolist()
+        self.meter.count(tokens, places)
+        return super().training_step(model, inputs, num_items_in_batch)
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        """Refuse to step on a loss or gradient that is no number, while the weights are still good.
+
+        Raises:
+            AttnimgError: code not-finite, exit code 1.
+        """
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        # float16's scaler expects infinite gradients: it skips the step and lowers its scale.
+        scaled = self.accelerator.scaler is not None
+        finite = bool(torch.isfinite(self._tr_loss).all())
+        if norm is not None and not scaled:
+            finite = finite and math.isfinite(float(norm))
+        if not finite:
+            raise self._not_finite(norm)
+        return norm
+
+    def _not_finite(self, norm: Any) -> AttnimgError:
+        step = self.state.global_step + 1
+        saved = self.last_checkpoint or checkpoints.newest_checkpoint(self.folder)
+        norm_text = f", gradient norm {float(norm):.3g}" if norm is not None else ""
+        return AttnimgError(
+            f"the loss is not a number any more at step {step}",
+            why=f"found loss {float(self._tr_loss):.3g}{norm_text}, attention by {self.backend}; "
+            f"the step was not applied\n"
+            + (f"the newest good checkpoint is {saved}" if saved else "no checkpoint was written"),
+            do="lower learning_rate or lengthen warmup_steps; if it stays, try "
+            "attn_implementation: eager to rule out the attention kernel",
+            code="not-finite",
+            exit_code=1,
+        )
+
+    def _evaluate(self, trial: Any, ignore_keys_for_eval: Any, skip_scheduler: bool = False) -> Any:
+        """Evaluate; a signal meanwhile saves, and leaves the evaluation to the next session."""
+        try:
+            with self.meter.paused():
+                found = super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler)
+        except EvaluationCut:
+            self.model.train()
+            self._save_checkpoint(self.model, trial)
+            raise self.stopped() from None
+        self._evaluated_at = self.state.global_step
+        return found
+
+    def evaluate_missed(self) -> None:
+        """Do the evaluation that the session before did not come to."""
+        self._determine_best_metric(self._evaluate(None, None), None)
+
+    def _evaluation_due(self) -> bool:
+        """Tell whether this step still has to be evaluated, now or when its epoch is closed."""
+        step, every = self.state.global_step, self.state.eval_steps
+        if self.eval_dataset is None or self._evaluated_at == step:
+            return False
+        if self.args.eval_strategy == "steps":
+            return bool(step % every == 0 or step >= self.state.max_steps)
+        closing = float(self.state.epoch).is_integer() or step >= self.state.max_steps
+        return bool(self.args.eval_strategy == "epoch" and closing)
+
+    def stopped(self) -> Stopped:
+        """Say where the run stopped, for the caller to raise."""
+        number = self.stop.number or 15
+        return Stopped(number, step=self.state.global_step, checkpoint=self.last_checkpoint)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add tokens, time and memory to a training log; transformers hands it to the callbacks."""
+        if "loss" in logs:
+            counts = torch.tensor([self.meter.tokens, self.meter.places], device=self.args.device)
+            tokens, places = self.accelerator.reduce(counts, reduction="sum").tolist()
+            logs.update(self.meter.close_window(tokens=tokens, places=places))
+        super().log(logs, start_time)
+
+    def _get_output_dir(self, trial: Any) -> str:  # noqa: ARG002  transformers' signature
+        """Point transformers' writing at the folder of unfinished checkpoints."""
+        return str(self.folder / checkpoints.PARTIAL)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Write a checkpoint aside, and rename it into place when all processes are done.
+
+        Raises:
+            AttnimgError: the disk is full; what was there before is untouched.
+        """
+        name = f"checkpoint-{self.state.global_step}"
+        partial = self.folder / checkpoints.PARTIAL / name
+        if (self.folder / name).is_dir():
+            # The step was saved before its evaluation, and a signal came during that.
+            self.last_checkpoint = self.folder / name
+            return
+        kept = checkpoints.newest_checkpoint(self.folder)
+        best = self.folder / f"checkpoint-{self.state.best_global_step}"
+        self.state.best_model_checkpoint = str(best) if best.is_dir() else None
+        told = f"{kept.name} is kept" if kept else "no checkpoint was written before"
+        try:
+            with self.meter.paused(), writing(partial, kept=told):
+                super()._save_checkpoint(model, trial)
+                self._promote(partial)
+        except BaseException:
+            if self.is_world_process_zero():
+                checkpoints.remove_leftovers(self.folder)
+            raise
+        if self.is_world_process_zero():
+            keep = [path for path in (self.last_checkpoint, best) if path]
+            checkpoints.rotate(self.folder, limit=self.save_limit, keep=keep)
+        self.accelerator.wait_for_everyone()
+
+    def _promote(self, partial: Path) -> None:
+        """Add the run's own state, and make the checkpoint exist."""
+        self.accelerator.wait_for_everyone()
+        state = self._window_state()
+        if self.is_world_process_zero():
+            (partial / checkpoints.STATE).write_text(json.dumps(state, indent=2))
+            checkpoints.promote(partial)
+        self.last_checkpoint = self.folder / partial.name
+
+    def _window_state(self) -> dict[str, object]:
+        """Tell what was summed since the last log, so that a resumed window logs the same loss."""
+        sums = torch.tensor([self.meter.tokens, self.meter.places], device=self.args.device)
+        tokens, places = self.accelerator.reduce(sums, reduction="sum").tolist()
+        loss = self.accelerator.reduce(self._tr_loss.clone(), reduction="mean").item()
+        return {
+            "step": self.state.global_step,
+            "tokens": self.meter.total_tokens,
+            "window": {"loss": loss, "from_step": self._globalstep_last_logged,
+                       "tokens": tokens, "places": places},
+            "evaluate_first": self._evaluation_due(),
+            "identity": dict(self.identity),
+        }  # fmt: skip
+
+    def restore_window(self, state: Mapping[str, Any]) -> None:
+        """Go on summing where the checkpoint's session stopped; called when training begins."""
+        window = state.get("window")
+        if window is None:
+            return
+        self.meter.total_tokens = state["tokens"]
+        self._tr_loss += window["loss"]
+        self._globalstep_last_logged = window["from_step"]
+        # The sums are of all processes; one of them carries them on.
+        if self.is_world_process_zero():
+            self.meter.count(window["tokens"], window["places"])

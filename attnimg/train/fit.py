@@ -1,0 +1,190 @@
+"""Run the training: rows, engine, final model, plot, receipt."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from attnimg.errors import AttnimgError
+from attnimg.schema import Config
+from attnimg.train import metrics
+from attnimg.train.checkpoint import ResumePoint, read_state
+from attnimg.train.distributed import join, rank, world_size
+from attnimg.train.final import save_final
+from attnimg.train.output_dir import prepare_output_dir
+from attnimg.train.plot import draw_loss
+from attnimg.train.progress import ProgressView
+from attnimg.train.quiet import silence_libraries
+from attnimg.train.receipt import Status, open_receipt, write_receipt
+from attnimg.train.rows import Rows, even_out, make_rows
+from attnimg.train.run import FitResult, RunFacts
+from attnimg.train.schedule import plan_steps
+from attnimg.train.session import Session, build_engine, difference, run_engine
+from attnimg.train.signals import StopFlag, Stopped
+
+if TYPE_CHECKING:
+    from attnimg.train.data.documents import Documents
+
+
+def fit(
+    config: Config,
+    *,
+    model: Any,
+    tokenizer: Any,
+    documents: Documents,
+    run: RunFacts,
+    resume: ResumePoint | None,
+    stop: StopFlag,
+    console: Console,
+) -> FitResult:
+    """Train, and leave in output_dir: checkpoints, the model, metrics, a plot, a receipt.
+
+    Args:
+        config: the validated run.
+        model: what `load_model` gave.
+        tokenizer: what `load_tokenizer` gave.
+        documents: training and validation documents, tokenized.
+        run: what the steps before found out.
+        resume: what `check_inputs` found; None for a new run in an empty folder.
+        stop: whether someone asked to stop, from `stop_signals`.
+        console: where progress goes, stderr's.
+
+    Raises:
+        AttnimgError: the run failed (exit code 1): disk full, out of memory, loss not finite.
+        Stopped: someone asked to stop; a checkpoint is written.
+    """
+    silence_libraries()
+    join(cpu=run.machine.arch.vendor == "cpu")
+    folder = Path(config.output_dir).expanduser()
+    if rank() == 0:
+        prepare_output_dir(folder, resume, console=console)
+    train, evaluation = _rows(config, documents, run=run, tokenizer=tokenizer)
+    session = Session(
+        config=config,
+        folder=folder,
+        model=model,
+        tokenizer=tokenizer,
+        run=run,
+        resume=resume,
+        stop=stop,
+        console=console,
+        train=train,
+        evaluation=evaluation,
+        schedule=plan_steps(
+            config, rows=len(train.dataset), world=world_size(), validation=evaluation is not None
+        ),
+        restored=read_state(resume.path) if resume and resume.path else {},
+    )
+    return _with_receipt(session, documents.figures)
+
+
+def _with_receipt(session: Session, data_figures: object) -> FitResult:
+    """Train with a receipt on the disk from before the first step to after the last word."""
+    train, evaluation = session.train, session.evaluation
+    receipt = open_receipt(
+        session.config,
+        run=session.run,
+        figures={
+            "world_size": world_size(),
+            "data": data_figures,
+            "packing": {"train": train.figures, "eval": evaluation.figures if evaluation else None},
+            "schedule": session.schedule,
+        },
+        resumed_from=session.resume.path if session.resume else None,
+    )
+    first = rank() == 0
+    if first:
+        write_receipt(session.folder, receipt, status="running")
+    try:
+        result = _train(session)
+    except BaseException as error:
+        if first:
+            _write_end(session.folder, receipt, error=error)
+        raise
+    if first:
+        figures = asdict(result)
+        names = ("steps", "loss", "eval_loss", "tokens", "seconds")
+        receipt |= {"metrics": {name: figures[name] for name in names}, "files": result.files}
+        write_receipt(session.folder, receipt, status="done")
+    return result
+
+
+def _rows(
+    config: Config, documents: Documents, *, run: RunFacts, tokenizer: Any
+) -> tuple[Rows, Rows | None]:
+    """Pack both splits; evaluation is packed as training is, unless eval_sample_packing differs."""
+    packed = bool(config.sample_packing)
+    eval_packed = packed if config.eval_sample_packing is None else config.eval_sample_packing
+
+    def rows(dataset: Any, *, packed: bool) -> Rows:
+        return make_rows(
+            dataset, config, packed=packed, one_row=run.one_row, pad_token_id=tokenizer.pad_token_id
+        )
+
+    train = rows(documents.train, packed=packed)
+    if documents.validation is None or not len(documents.validation):
+        return train, None
+    at_once = (config.eval_batch_size or config.micro_batch_size) * world_size()
+    evaluation = even_out(
+        rows(documents.validation, packed=eval_packed),
+        multiple=at_once if world_size() > 1 else 1,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return train, evaluation
+
+
+def _train(session: Session) -> FitResult:
+    """Build the engine, run it, and write what the run is for."""
+    began = time.monotonic()
+    first = rank() == 0
+    if first and (warning := difference(session)):
+        session.console.print(warning, highlight=False, soft_wrap=True)
+    view = ProgressView(session.console, total=session.schedule.total_steps, visible=first)
+    engine = build_engine(session, view)
+    try:
+        notes = run_engine(engine, session)
+    finally:
+        view.end()
+    files = save_final(engine, session.folder)
+    if first:
+        files += _draw(session, steps=engine.state.global_step)
+    # All is written: a signal from here on has nothing left to save.
+    session.stop.training = False
+    lines = metrics.read(session.folder)
+    return FitResult(
+        steps=engine.state.global_step,
+        loss=next((line["loss"] for line in reversed(lines) if "loss" in line), None),
+        eval_loss=next((x["eval_loss"] for x in reversed(lines) if "eval_loss" in x), None),
+        tokens=engine.meter.total_tokens,
+        seconds=time.monotonic() - began,
+        files=tuple(files),
+        resumed_from=session.resume.path if session.resume else None,
+        notes=tuple(notes),
+    )
+
+
+def _draw(session: Session, *, steps: int) -> list[Path]:
+    """Draw the losses; name the files about them."""
+    picture = draw_loss(
+        session.folder,
+        title=Path(str(session.config.base_model)).name,
+        subtitle=f"attention {session.run.backend}, {session.run.dtype}, {steps:,} steps",
+    )
+    return [path for path in (picture, session.folder / metrics.FILE) if path]
+
+
+def _write_end(folder: Path, receipt: Mapping[str, object], *, error: BaseException) -> None:
+    """Write how the run ended, unless the disk is too full even for that."""
+    status: Status = "stopped" if isinstance(error, Stopped | KeyboardInterrupt) else "failed"
+    told: dict[str, object] = {"code": type(error).__name__, "what": str(error)}
+    if isinstance(error, AttnimgError):
+        told = {"code": error.code, "what": error.what, "why": error.why, "do": error.do}
+    # The error on its way to the user matters more than its copy on a full disk.
+    with suppress(AttnimgError):
+        write_receipt(folder, {**receipt, "error": told}, status=status)

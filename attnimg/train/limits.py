@@ -1,0 +1,118 @@
+"""What this machine, or the installed packages, can't do."""
+
+from __future__ import annotations
+
+from attnimg.errors import AttnimgError
+from attnimg.facts import Machine
+from attnimg.schema import Config
+
+
+def check_limits(config: Config, machine: Machine) -> None:
+    """Refuse what this machine, or the installed packages, can't do - before anything heavy.
+
+    Raises:
+        AttnimgError: an optimizer, a precision, a learning-rate schedule or a way of distribution
+            that would fail later or silently be something else.
+    """
+    _check_optimizer(config, machine)
+    _check_scheduler(config)
+    cpu = machine.arch.vendor == "cpu"
+    capability = machine.arch.capability
+    if config.tf32 is True and (capability is None or capability < (8, 0)):
+        raise AttnimgError(
+            "tf32 needs an Ampere GPU or newer",
+            why=f"found {machine.gpu} ({machine.arch.name}); needed sm_80 or above",
+            do="set tf32: auto",
+            code="bad-value",
+            key="tf32",
+        )
+    for key, value in (
+        ("fsdp", config.fsdp or config.fsdp_config),
+        ("deepspeed", config.deepspeed),
+    ):
+        if value and cpu:
+            raise AttnimgError(
+                f"{key} needs a GPU",
+                why="on a CPU accelerate would run plain DDP without a word; found no GPU",
+                do=f"remove {key}: torchrun --nproc-per-node N trains with DDP here",
+                code=f"{key}-needs-gpu",
+                key=key,
+            )
+    if config.deepspeed and not _installed(machine, "deepspeed"):
+        raise AttnimgError(
+            "deepspeed is not installed",
+            why="found the key deepspeed, and no such package",
+            do="install deepspeed, or use fsdp",
+            code="not-installed",
+            key="deepspeed",
+        )
+
+
+def _check_optimizer(config: Config, machine: Machine) -> None:
+    """Refuse paged optimizers on a CPU, and those of a package that is not there."""
+    name = config.optimizer
+    if name.startswith("paged_") and machine.arch.vendor == "cpu":
+        raise AttnimgError(
+            f"optimizer: {name} needs a GPU",
+            why="paged memory is CUDA's; found no GPU, and bitsandbytes would fall back unpaged",
+            do=f"set optimizer: {name.removeprefix('paged_')}"
+            if name != "paged_adamw"
+            else "set optimizer: adamw_torch_fused",
+            code="bad-value",
+            key="optimizer",
+        )
+    needs = "torchao" if name in ("adamw_torch_8bit", "adamw_torch_4bit") else None
+    if needs and not _installed(machine, needs):
+        raise AttnimgError(
+            f"optimizer: {name} needs {needs}",
+            why=f"{needs} is not installed",
+            do=f"install {needs}, or set optimizer: adamw_8bit",
+            code="not-installed",
+            key="optimizer",
+        )
+
+
+def _check_scheduler(config: Config) -> None:
+    """Refuse a schedule whose arguments are missing or said twice."""
+    if config.cosine_min_lr_ratio is not None and config.lr_scheduler != "cosine":
+        raise AttnimgError(
+            f"cosine_min_lr_ratio contradicts lr_scheduler: {config.lr_scheduler}",
+            why="a lowest learning rate is a cosine's",
+            do="set lr_scheduler: cosine",
+            code="bad-value",
+            key="cosine_min_lr_ratio",
+        )
+    if config.warmup_steps is not None and config.warmup_ratio is not None:
+        raise AttnimgError(
+            "warmup_steps and warmup_ratio contradict each other",
+            why=f"found {config.warmup_steps} steps and a share of {config.warmup_ratio}",
+            do="remove one of them",
+            code="bad-value",
+            key="warmup_ratio",
+        )
+    wanted = {
+        "cosine_with_min_lr": ("min_lr", "min_lr_rate"),
+        "warmup_stable_decay": ("num_decay_steps",),
+    }.get(config.lr_scheduler, ())
+    if wanted and not set(wanted) & set(config.lr_scheduler_kwargs or {}):
+        raise AttnimgError(
+            f"lr_scheduler: {config.lr_scheduler} needs lr_scheduler_kwargs",
+            why=f"needed {' or '.join(wanted)}",
+            do=f"set lr_scheduler_kwargs: {{{wanted[0]}: ...}}",
+            code="bad-value",
+            key="lr_scheduler_kwargs",
+        )
+    if config.lr_scheduler == "reduce_lr_on_plateau" and not (
+        config.val_set_size or config.test_datasets
+    ):
+        raise AttnimgError(
+            "lr_scheduler: reduce_lr_on_plateau needs something to evaluate on",
+            why="found val_set_size: 0 and no test_datasets",
+            do="set val_set_size: 0.05",
+            code="bad-value",
+            key="lr_scheduler",
+        )
+
+
+def _installed(machine: Machine, package: str) -> bool:
+    return machine.packages is None or package in machine.packages

@@ -1,0 +1,137 @@
+"""Load the model as the plan says: weights, precision, attention, adapter."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from attnimg.errors import AttnimgError
+from attnimg.facts import DType
+from attnimg.schema import Config
+from attnimg.train.adapter import add_adapter, quantization
+from attnimg.train.model_files import GET_WHOLE, bad_model
+from attnimg.train.precision import (
+    keeps_float32,
+    lift_embeddings_and_norms,
+    loading_dtype,
+    torch_dtype,
+)
+
+
+@contextmanager
+def _loading(config: Config) -> Iterator[None]:
+    """Turn what transformers raises while loading into an error a person can use."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError) as error:
+        text = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        raise bad_model(
+            f"{config.base_model} could not be loaded",
+            why="\n".join(text[:3]),
+            do=GET_WHOLE
+            if Path(config.base_model or "").expanduser().is_dir()
+            else "check base_model; without network it must be a folder, or a hub name "
+            "that is already in the cache",
+        ) from error
+
+
+def load_model(
+    config: Config,
+    *,
+    tokenizer: Any,
+    implementation: str,
+    dtype: DType,
+    needs_dtype_cast: bool,
+) -> Any:
+    """Load the weights, cast them, and put the adapter on.
+
+    Args:
+        config: the validated run.
+        tokenizer: what `load_tokenizer` gave; the embeddings grow to hold its tokens.
+        implementation: transformers' name of the attention that was chosen.
+        dtype: the run's precision.
+        needs_dtype_cast: whether the backend takes q, k, v in that precision only.
+
+    Returns:
+        A transformers model, or a PEFT model around it, in training precision.
+
+    Raises:
+        AttnimgError: the model can't be loaded, or lacks weights (bad-model).
+    """
+    from transformers import set_seed
+
+    # New embeddings and LoRA matrices are random: the seed makes two runs start alike.
+    set_seed(config.seed)
+    model, loading = _from_pretrained(config, implementation=implementation, dtype=dtype)
+    missing = sorted(loading.get("missing_keys", ()))
+    if missing:
+        raise bad_model(
+            f"{config.base_model} lacks {len(missing)} weights of its architecture",
+            why=f"missing {', '.join(missing[:3])}; they would start random",
+            do=GET_WHOLE,
+        )
+    if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
+        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    if keeps_float32(config, dtype=dtype, needs_dtype_cast=needs_dtype_cast):
+        lift_embeddings_and_norms(model)
+    return add_adapter(model, config) if config.adapter else model
+
+
+def load_model_config(config: Config) -> Any:
+    """Load what the model is, without its weights.
+
+    Returns:
+        A transformers configuration.
+
+    Raises:
+        AttnimgError: it can't be loaded (bad-model).
+    """
+    import transformers
+
+    with _loading(config):
+        return transformers.AutoConfig.from_pretrained(
+            config.base_model,
+            revision=config.revision_of_model,
+            trust_remote_code=bool(config.trust_remote_code),
+        )
+
+
+def _from_pretrained(config: Config, *, implementation: str, dtype: DType) -> tuple[Any, Any]:
+    """Load by name; also give what transformers tells of missing weights."""
+    import transformers
+
+    loader = getattr(transformers, config.model_type or "AutoModelForCausalLM", None)
+    if loader is None or not hasattr(loader, "from_pretrained"):
+        raise AttnimgError(
+            f"transformers has no model class named {config.model_type}",
+            why=f"needed a class of transformers {transformers.__version__}",
+            do="remove model_type: AutoModelForCausalLM finds the right one",
+            code="bad-value",
+            key="model_type",
+        )
+    quantized = quantization(config, dtype=dtype)
+    with _loading(config):
+        model, loading = loader.from_pretrained(
+            config.base_model,
+            revision=config.revision_of_model,
+            dtype=torch_dtype(loading_dtype(config, dtype)),
+            attn_implementation=implementation,
+            trust_remote_code=bool(config.trust_remote_code),
+            quantization_config=quantized,
+            device_map=_device_map() if quantized else None,
+            output_loading_info=True,
+            **({"allow_all_kernels": True} if config.trust_remote_code else {}),
+        )
+    return model, loading
+
+
+def _device_map() -> dict[str, int | str]:
+    """Put quantized weights where they will be used: they can't be moved later."""
+    import torch
+
+    return {"": int(os.environ.get("LOCAL_RANK", "0")) if torch.cuda.is_available() else "cpu"}

@@ -1,0 +1,163 @@
+"""Where a run goes on, and whether output_dir may be used at all."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+from rich.console import Console
+
+from attnimg.errors import AttnimgError
+from attnimg.schema import Config
+from attnimg.train import metrics
+from attnimg.train.checkpoint import (
+    PARTIAL,
+    ResumePoint,
+    checkpoints,
+    newest_checkpoint,
+    read_state,
+    remove_leftovers,
+    step_of,
+)
+
+# What a run that has not done a step leaves behind; it does not stand in a new run's way.
+HARMLESS = frozenset({"receipt.json", PARTIAL})
+
+
+def check_output_dir(config: Config) -> ResumePoint | None:
+    """Decide where the run goes on, and refuse a folder it may not write to.
+
+    Returns:
+        None when it starts in an empty folder.
+
+    Raises:
+        AttnimgError: output_dir is a file, is not writable, holds another run's files, or there is
+            no checkpoint to resume from. Code output-dir, output-dir-not-empty or no-checkpoint.
+    """
+    folder = Path(config.output_dir).expanduser()
+    _require_writable(folder)
+    found = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
+    leftovers = _leftovers(folder)
+    asked = config.resume_from_checkpoint
+    if isinstance(asked, str):
+        return _named_point(folder, Path(asked).expanduser(), found=found, leftovers=leftovers)
+    newest = newest_checkpoint(folder)
+    if (asked or config.auto_resume_from_checkpoints) and newest:
+        _require_resumable(newest)
+        return ResumePoint(path=newest, step=step_of(newest), leftovers=leftovers)
+    if asked:
+        raise AttnimgError(
+            "there is no checkpoint to resume from",
+            why=f"found no complete checkpoint-N in {folder}"
+            + (f", only {len(leftovers)} that was never finished" if leftovers else ""),
+            do="remove resume_from_checkpoint, or name a checkpoint's folder with it",
+            code="no-checkpoint",
+            key="resume_from_checkpoint",
+        )
+    if set(found) - HARMLESS and not config.auto_resume_from_checkpoints:
+        raise _not_empty(folder, found, newest=newest)
+    return ResumePoint(path=None, step=0, leftovers=leftovers) if found else None
+
+
+def prepare_output_dir(folder: Path, resume: ResumePoint | None, *, console: Console) -> None:
+    """Make output_dir, and clear away what a killed run left behind the point it goes on from."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if resume is None:
+        return
+    for leftover in resume.leftovers:
+        console.print(
+            f"removing {leftover.name}: it was never finished", highlight=False, soft_wrap=True
+        )
+    remove_leftovers(folder)
+    restored = read_state(resume.path) if resume.path else {}
+    again = bool(restored.get("evaluate_first"))
+    cut = metrics.cut_after(folder, resume.step, evaluate_again=again)
+    redone = f"; {cut} logged lines after it are done again" if cut else ""
+    if resume.path:
+        console.print(f"resuming from {resume.path}{redone}", highlight=False, soft_wrap=True)
+
+
+def _leftovers(folder: Path) -> tuple[Path, ...]:
+    partial = folder / PARTIAL
+    return tuple(sorted(partial.iterdir())) if partial.is_dir() else ()
+
+
+def _require_writable(folder: Path) -> None:
+    """Refuse a file in the folder's place, and a folder, there or to be made, without the right."""
+    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not nearest.is_dir():
+        raise _bad_dir(
+            f"output_dir {folder} is not a folder",
+            why=f"{nearest} is a file",
+            do="set output_dir to a folder of its own",
+        )
+    try:
+        # Trying is the only test that holds for root, read-only mounts and odd file systems alike.
+        with tempfile.TemporaryFile(dir=nearest):
+            pass
+    except OSError as error:
+        raise _bad_dir(
+            f"output_dir {folder} can't be written to",
+            why=f"{nearest}: {error.strerror}; it belongs to user "
+            f"{nearest.stat().st_uid}, this is user {os.getuid()}",
+            do="set output_dir elsewhere, or chown the folder",
+        ) from error
+
+
+def _bad_dir(what: str, *, why: str, do: str, code: str = "output-dir") -> AttnimgError:
+    return AttnimgError(what, why=why, do=do, code=code, key="output_dir")
+
+
+def _not_empty(folder: Path, found: list[str], *, newest: Path | None) -> AttnimgError:
+    """Say what is in the way, and how to go on with it if it is a run."""
+    shown = ", ".join(found[:4]) + (" ..." if len(found) > 4 else "")
+    resume = f"set resume_from_checkpoint: true (goes on at {newest.name}), or " if newest else ""
+    return _bad_dir(
+        f"output_dir {folder} is not empty",
+        why=f"found {shown}; a new run would mix with it",
+        do=f"{resume}set another output_dir, or remove the folder",
+        code="output-dir-not-empty",
+    )
+
+
+def _named_point(
+    folder: Path, checkpoint: Path, *, found: list[str], leftovers: tuple[Path, ...]
+) -> ResumePoint:
+    """Resume from the checkpoint the config names, here or in another run's folder."""
+    _require_resumable(checkpoint)
+    own = checkpoint.resolve().parent == folder.resolve()
+    if not own and set(found) - HARMLESS:
+        raise _not_empty(folder, found, newest=newest_checkpoint(folder))
+    newer = [path for path in checkpoints(folder) if step_of(path) > step_of(checkpoint)]
+    if own and newer:
+        raise _bad_dir(
+            f"output_dir {folder} holds checkpoints newer than {checkpoint.name}",
+            why=f"found {', '.join(path.name for path in newer)}; they would be taken "
+            "for this run's",
+            do="move them away, or set another output_dir",
+            code="output-dir-not-empty",
+        )
+    return ResumePoint(path=checkpoint, step=step_of(checkpoint), leftovers=leftovers)
+
+
+def _require_resumable(checkpoint: Path) -> None:
+    """Refuse a folder that is no checkpoint, or one that holds weights alone."""
+    is_named = checkpoint.name.rpartition("-")[2].isdigit()
+    if not checkpoint.is_dir() or not is_named or not (checkpoint / "trainer_state.json").is_file():
+        why = f"{checkpoint} has no trainer_state.json" if checkpoint.is_dir() else "no such folder"
+        raise AttnimgError(
+            f"{checkpoint} is not a checkpoint",
+            why=why,
+            do="name a checkpoint-N folder, or set resume_from_checkpoint: true",
+            code="no-checkpoint",
+            key="resume_from_checkpoint",
+        )
+    if not any(checkpoint.glob("optimizer*")) and not any(checkpoint.glob("global_step*")):
+        raise AttnimgError(
+            f"{checkpoint} can't be resumed from",
+            why="it holds no optimizer state (save_only_model: true)",
+            do="set base_model to it to go on with a fresh optimizer",
+            code="no-checkpoint",
+            key="resume_from_checkpoint",
+        )

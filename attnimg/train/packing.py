@@ -1,0 +1,162 @@
+"""Pack documents into rows of fixed capacity, shuffled, and lay their tokens out in them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from attnimg.errors import AttnimgError
+from attnimg.train.row_search import find_rows
+
+if TYPE_CHECKING:
+    import pyarrow
+    from datasets import Dataset
+
+Integers = NDArray[np.int64]
+
+# Gathered at once by pack_dataset: some 16 MB at 2048 tokens, so that memory-mapped data stays so.
+ROWS_PER_BATCH = 1024
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rows:
+    """Which documents stand in which row, flat.
+
+    Attributes:
+        documents: indices of the documents, row after row, each exactly once; (documents,).
+        offsets: row r holds documents[offsets[r]:offsets[r + 1]]; (rows + 1,).
+        capacity: tokens a row can hold.
+        tokens: tokens in all documents.
+    """
+
+    documents: Integers
+    offsets: Integers
+    capacity: int
+    tokens: int
+
+    @property
+    def count(self) -> int:
+        """Count the rows."""
+        return len(self.offsets) - 1
+
+    @property
+    def filled_share(self) -> float:
+        """Tell tokens / (rows * capacity); 1.0 where there are no rows, since nothing is wasted."""
+        return self.tokens / (self.count * self.capacity) if self.count else 1.0
+
+
+def pack(lengths: ArrayLike, *, capacity: int, seed: int) -> Rows:
+    """Pack documents into rows.
+
+    The order of the rows, of the documents inside a row, and of equally long documents among
+    their places comes from the seed: rows found one after the other hold equal lengths, and would
+    otherwise train together.
+
+    Args:
+        lengths: tokens in each document, 1 to `capacity`; (documents,).
+        capacity: tokens a row can hold, at least 1.
+        seed: of the shuffle; the same lengths, capacity and seed give the same rows.
+
+    Raises:
+        AttnimgError: a document is empty or longer than a row (`bad-data`).
+    """
+    assert capacity >= 1, f"capacity {capacity}"
+    lengths_N = np.asarray(lengths, dtype=np.int64).reshape(-1)
+    _refuse_unpackable(lengths_N, capacity=capacity)
+    patterns = find_rows(np.bincount(lengths_N, minlength=capacity + 1))
+    row_sizes, slot_lengths_N = _expand(patterns)
+    rng = np.random.default_rng(seed)
+    # Sorted by length, the k-th slot and the k-th document match, whatever rows the slots lie in.
+    shuffled_N = rng.permutation(len(lengths_N))
+    by_length_N = shuffled_N[np.argsort(lengths_N[shuffled_N], kind="stable")]
+    documents_N = np.empty_like(by_length_N)
+    documents_N[np.argsort(slot_lengths_N, kind="stable")] = by_length_N
+    place = rng.permutation(len(row_sizes))
+    place_N = np.repeat(place, row_sizes)
+    order_N = np.lexsort((rng.random(len(documents_N)), place_N))
+    sizes_shuffled = np.empty_like(row_sizes)
+    sizes_shuffled[place] = row_sizes
+    return Rows(
+        documents=documents_N[order_N],
+        offsets=np.concatenate(([0], np.cumsum(sizes_shuffled))),
+        capacity=capacity,
+        tokens=int(lengths_N.sum()),
+    )
+
+
+def pack_dataset(documents: Dataset, rows: Rows) -> Dataset:
+    """Lay the documents' tokens out in rows.
+
+    Args:
+        documents: columns input_ids and labels, lists of integers of equal length; others are
+            left behind.
+        rows: what `pack` made of the lengths of these documents.
+
+    Returns:
+        A dataset of `rows.count` rows, in memory, with columns input_ids and labels (documents one
+        after the other, int32) and document_lengths (tokens of each, in the same order).
+    """
+    import pyarrow as pa
+    from datasets import Dataset, Features, List, Value
+
+    assert len(documents) == len(rows.documents), "rows were packed for other documents"
+    columns = ("input_ids", "labels", "document_lengths")
+    schema = pa.schema([(name, pa.list_(pa.int32())) for name in columns])
+    source = documents.select_columns(["input_ids", "labels"]).with_format("arrow")
+    batches = [
+        _gather_rows(source, rows, first=first).cast(schema)
+        for first in range(0, rows.count, ROWS_PER_BATCH)
+    ]
+    table = pa.concat_tables(batches) if batches else schema.empty_table()
+    # A Dataset made of a table without Features would guess them from the first rows.
+    features = Features({name: List(Value("int32")) for name in columns})
+    return Dataset(table.cast(features.arrow_schema))
+
+
+def _refuse_unpackable(lengths_N: Integers, *, capacity: int) -> None:
+    """Refuse documents that are empty or longer than a row, naming the first one."""
+    wrong = np.flatnonzero((lengths_N < 1) | (lengths_N > capacity))
+    if len(wrong):
+        raise AttnimgError(
+            f"{len(wrong):,} of {len(lengths_N):,} documents can't be packed",
+            why=f"document {wrong[0]} has {lengths_N[wrong[0]]:,} tokens; a row takes 1 to"
+            f" {capacity:,}",
+            do="raise sequence_len, or set excess_length_strategy: split",
+            code="bad-data",
+            key="sequence_len",
+        )
+
+
+def _expand(patterns: dict[tuple[int, ...], int]) -> tuple[Integers, Integers]:
+    """Write every row out: documents per row (rows,), and the length of every slot (documents,)."""
+    repeats = np.fromiter(patterns.values(), dtype=np.int64, count=len(patterns))
+    sizes = np.fromiter(map(len, patterns), dtype=np.int64, count=len(patterns))
+    slots = [np.tile(np.array(pattern, dtype=np.int64), n) for pattern, n in patterns.items()]
+    return np.repeat(sizes, repeats), np.concatenate(slots) if slots else np.empty(0, np.int64)
+
+
+def _gather_rows(source: Dataset, rows: Rows, *, first: int) -> pyarrow.Table:
+    """Gather up to ROWS_PER_BATCH rows from `first` on, out of a dataset in arrow format."""
+    import pyarrow as pa
+
+    row_bounds = rows.offsets[first : first + ROWS_PER_BATCH + 1]
+    found = source[rows.documents[row_bounds[0] : row_bounds[-1]]].combine_chunks()
+    in_batch = row_bounds - row_bounds[0]
+    columns = {name: found[name].combine_chunks() for name in ("input_ids", "labels")}
+    lengths_N = columns["input_ids"].value_lengths().to_numpy().astype(np.int32)
+    if not np.array_equal(lengths_N, columns["labels"].value_lengths().to_numpy()):
+        raise AttnimgError(
+            "a document has not as many labels as tokens",
+            why="input_ids and labels differ in length; each token needs one label (-100: no loss)",
+            do="prepare the dataset again; remove the folder dataset_prepared_path names",
+            code="bad-data",
+        )
+    token_bounds = np.concatenate(([0], np.cumsum(lengths_N)))[in_batch].astype(np.int32)
+    rows_of = {
+        name: pa.ListArray.from_arrays(token_bounds, c.flatten()) for name, c in columns.items()
+    }
+    rows_of["document_lengths"] = pa.ListArray.from_arrays(in_batch.astype(np.int32), lengths_N)
+    return pa.table(rows_of)

@@ -1,0 +1,128 @@
+"""Documents become the rows a step trains on, and the collators that batch them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from attnimg.schema import Config
+from attnimg.train.collate import NO_LOSS, PackedCollator, PaddedCollator
+from attnimg.train.packing import pack, pack_dataset
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+# The batch's own count of tokens and places, taken off again before the model sees the batch.
+COUNTS = "attnimg_counts"
+
+Batch = dict[str, Any]
+Collator = Callable[[list[dict[str, Any]]], Batch]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rows:
+    """Rows of one split, how to batch them, and what packing made of them.
+
+    Attributes:
+        dataset: columns input_ids, labels and, when packed, document_lengths.
+        collate: examples -> batch, with the count of its tokens and places under COUNTS.
+        figures: documents, rows, tokens, capacity and filled share, for the receipt.
+    """
+
+    dataset: Dataset
+    collate: Collator
+    figures: Mapping[str, object]
+
+
+class CountingCollator:
+    """Batch with another collator, and count tokens and the places they could have filled.
+
+    Args:
+        collate: the collator that makes the batch.
+        capacity: tokens a row can hold when rows are packed; None counts the places of the batch.
+    """
+
+    def __init__(self, collate: Collator, *, capacity: int | None) -> None:
+        self.collate, self.capacity = collate, capacity
+
+    def __call__(self, examples: list[dict[str, Any]]) -> Batch:
+        """Make the batch; COUNTS is int64 (2,): tokens, places."""
+        import torch
+
+        tokens = sum(len(example["input_ids"]) for example in examples)
+        batch = self.collate(examples)
+        places = self.capacity * len(examples) if self.capacity else batch["input_ids"].numel()
+        batch[COUNTS] = torch.tensor([tokens, places])
+        return batch
+
+
+def make_rows(
+    documents: Dataset, config: Config, *, packed: bool, one_row: bool, pad_token_id: int
+) -> Rows:
+    """Pack the documents, or leave each a row of its own.
+
+    Args:
+        documents: columns input_ids and labels, 1 to sequence_len tokens each.
+        config: sequence_len, seed, pad_to_sequence_len and batch_flattening are read.
+        packed: whether documents share rows.
+        one_row: whether the rows of a batch become one, as varlen kernels take them.
+        pad_token_id: fills what a row has left.
+    """
+    fixed = config.sequence_len if config.pad_to_sequence_len else None
+    flat = one_row and bool(config.batch_flattening)
+    if packed:
+        rows = pack(_lengths(documents), capacity=config.sequence_len, seed=config.seed)
+        dataset, tokens, filled = pack_dataset(documents, rows), rows.tokens, rows.filled_share
+    else:
+        dataset, tokens = documents, int(_lengths(documents).sum())
+        filled = tokens / (len(documents) * config.sequence_len)
+    if packed or flat:
+        collate: Collator = PackedCollator(pad_token_id=pad_token_id, one_row=one_row, pad_to=fixed)
+    else:
+        collate = PaddedCollator(pad_token_id=pad_token_id, pad_to=fixed)
+    return Rows(
+        dataset=dataset,
+        collate=CountingCollator(collate, capacity=config.sequence_len if packed else None),
+        figures={
+            "packed": packed,
+            "documents": len(documents),
+            "rows": len(dataset),
+            "tokens": tokens,
+            "row_capacity": config.sequence_len,
+            "filled_share": filled,
+        },
+    )
+
+
+def even_out(rows: Rows, *, multiple: int, pad_token_id: int) -> Rows:
+    """Add rows without loss until the count divides evenly.
+
+    Several processes get equally many batches; accelerate would fill up with rows from the start,
+    and an evaluation would count those twice.
+
+    Args:
+        rows: rows to evaluate on.
+        multiple: rows that all processes together take at once.
+        pad_token_id: the one token of an added row.
+    """
+    from datasets import Dataset, concatenate_datasets
+
+    missing = -len(rows.dataset) % multiple
+    if not missing:
+        return rows
+    columns = {"input_ids": [pad_token_id], "labels": [NO_LOSS], "document_lengths": [1]}
+    empty = Dataset.from_dict(
+        {name: [columns[name]] * missing for name in rows.dataset.column_names},
+        features=rows.dataset.features,
+    )
+    return replace(rows, dataset=concatenate_datasets([rows.dataset, empty]))
+
+
+def _lengths(documents: Dataset) -> Any:
+    """Count the tokens of each document, int64 (documents,), without making Python lists."""
+    import numpy as np
+
+    column = documents.with_format("arrow")["input_ids"]
+    chunks = column if hasattr(column, "combine_chunks") else column[:]
+    return np.asarray(chunks.combine_chunks().value_lengths(), dtype=np.int64)

@@ -1,0 +1,63 @@
+"""What a run knows before its first step, and what it tells after its last."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from attnimg.facts import DType, Machine, Plan, Proof
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunFacts:
+    """What the steps before training found out.
+
+    Attributes:
+        machine: where the run happens.
+        plan: the attention choice with every reason.
+        implementation: what transformers was told, "sdpa" or "kernels-community/flash-attn2".
+        dtype: the precision of the matrix multiplications.
+        one_row: whether packed rows go to the model as one row [1, T] (varlen kernels) or as
+            [B, S] under a block-diagonal mask.
+        isolation: figures of the packing proof; None when nothing is packed.
+        proofs: of the attention kernels, failed ones included.
+    """
+
+    machine: Machine
+    plan: Plan
+    implementation: str
+    dtype: DType
+    one_row: bool
+    isolation: Mapping[str, object] | None = None
+    proofs: tuple[Proof, ...] = ()
+
+    @property
+    def backend(self) -> str:
+        """Name the backend people know it by."""
+        return self.plan.chosen.backend if self.plan.chosen else self.implementation
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FitResult:
+    """How the run ended.
+
+    Attributes:
+        steps: optimizer steps the model has behind it, those of earlier sessions included.
+        loss: of the last logged window of steps; None when no step was left to train.
+        eval_loss: of the last evaluation, per trained token; None without one.
+        tokens: real tokens seen, padding left out, earlier sessions included.
+        seconds: wall time of this session.
+        files: what was written, in the order a person looks for it.
+        resumed_from: the checkpoint it went on from.
+        notes: sentences a person should read, such as an early stop.
+    """
+
+    steps: int
+    loss: float | None
+    eval_loss: float | None
+    tokens: int
+    seconds: float
+    files: tuple[Path, ...]
+    resumed_from: Path | None
+    notes: tuple[str, ...] = ()

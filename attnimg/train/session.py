@@ -1,0 +1,165 @@
+"""One session of the engine: put together, run to the end, told how it ended."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from attnimg.errors import AttnimgError
+from attnimg.schema import Config
+from attnimg.train.arguments import training_arguments
+from attnimg.train.checkpoint import ResumePoint
+from attnimg.train.distributed import world_size
+from attnimg.train.progress import ProgressView
+from attnimg.train.rows import Rows
+from attnimg.train.run import RunFacts
+from attnimg.train.schedule import Schedule
+from attnimg.train.signals import StopFlag
+
+# How model configs count experts, of which a batch may use only some.
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Session:
+    """What one session of a run works with.
+
+    Attributes:
+        config: the validated run.
+        folder: output_dir.
+        model: what `load_model` gave.
+        tokenizer: what `load_tokenizer` gave.
+        run: what the steps before training found out.
+        resume: where the run goes on; None for a new run in an empty folder.
+        stop: whether someone asked to stop.
+        console: where progress goes, stderr's.
+        train: rows to train on.
+        evaluation: rows to evaluate on; None without.
+        schedule: the run counted in steps.
+        restored: the run's own state in the checkpoint it goes on from; empty for a new run.
+    """
+
+    config: Config
+    folder: Path
+    model: Any
+    tokenizer: Any
+    run: RunFacts
+    resume: ResumePoint | None
+    stop: StopFlag
+    console: Console
+    train: Rows
+    evaluation: Rows | None
+    schedule: Schedule
+    restored: Mapping[str, Any]
+
+
+def identity_of(session: Session) -> dict[str, object]:
+    """Tell what decides which rows a step sees; a resumed run should have the same."""
+    return {
+        "rows": len(session.train.dataset),
+        "tokens": session.train.figures["tokens"],
+        "micro_batch_size": session.config.micro_batch_size,
+        "gradient_accumulation_steps": session.config.gradient_accumulation_steps,
+        "processes": world_size(),
+        "seed": session.config.seed,
+    }
+
+
+def difference(session: Session) -> str | None:
+    """Say in what a resumed run's data differs: it goes on, but it sees other rows."""
+    before = session.restored.get("identity", {})
+    changed = [
+        f"{key} {before[key]} -> {value}"
+        for key, value in identity_of(session).items()
+        if key in before and before[key] != value
+    ]
+    if not changed:
+        return None
+    return f"warning: the checkpoint's run saw other data or another order: {', '.join(changed)}"
+
+
+def build_engine(session: Session, view: ProgressView) -> Any:
+    """Put the engine together; transformers' own printing is taken out."""
+    from transformers import EarlyStoppingCallback, PrinterCallback
+    from trl import SFTConfig
+
+    from attnimg.train.engine import Engine
+    from attnimg.train.watch import Watch
+
+    config, run, train, evaluation = session.config, session.run, session.train, session.evaluation
+    arguments = training_arguments(
+        config,
+        machine=run.machine,
+        dtype=run.dtype,
+        schedule=session.schedule,
+        sparse=any(getattr(session.model.config, name, None) for name in EXPERTS),
+    )
+    watch = Watch(session.folder, stop=session.stop, view=view, restored=session.restored)
+    patience = config.early_stopping_patience
+    engine = Engine(
+        session.folder,
+        stop=session.stop,
+        backend=run.backend,
+        save_limit=config.save_total_limit,
+        identity=identity_of(session),
+        eval_collate=(evaluation or train).collate,
+        model=session.model,
+        args=SFTConfig(**arguments),
+        data_collator=train.collate,
+        train_dataset=train.dataset,
+        eval_dataset=evaluation.dataset if evaluation else None,
+        processing_class=session.tokenizer,
+        callbacks=[*([EarlyStoppingCallback(patience)] if patience else []), watch],
+    )
+    engine.remove_callback(PrinterCallback)
+    watch.engine = engine
+    return engine
+
+
+def run_engine(engine: Any, session: Session) -> list[str]:
+    """Train to the end, or to an early stop; give the notes of how it ended.
+
+    Raises:
+        AttnimgError: the GPU's memory is full (out-of-memory, exit code 1).
+    """
+    import torch
+
+    total = session.schedule.total_steps
+    point = session.resume.path if session.resume else None
+    if point and session.resume and session.resume.step >= total:
+        # transformers would train one step more than asked: only the model is missing.
+        engine._load_from_checkpoint(str(point))
+        engine.state.global_step = session.resume.step
+        engine.meter.total_tokens = int(session.restored.get("tokens", 0))
+        if session.restored.get("evaluate_first"):
+            engine.evaluate_missed()
+        return [f"all {total} steps were done already at {point}"]
+    try:
+        engine.train(resume_from_checkpoint=str(point) if point else None)
+    except torch.OutOfMemoryError as error:
+        raise AttnimgError(
+            f"out of GPU memory at step {engine.state.global_step + 1}",
+            why=str(error).splitlines()[0],
+            do="halve micro_batch_size and double gradient_accumulation_steps (the same losses), "
+            "set gradient_checkpointing: true, or adapter: lora",
+            code="out-of-memory",
+            key="micro_batch_size",
+            exit_code=1,
+        ) from error
+    if engine.state.global_step >= total:
+        return []
+    return [_end_early(engine)]
+
+
+def _end_early(engine: Any) -> str:
+    """Go back to the best checkpoint if there is one; say which model is kept."""
+    best = engine.folder / f"checkpoint-{engine.state.best_global_step}"
+    reason = f"stopped early at step {engine.state.global_step}: the evaluation loss is no better"
+    if not best.is_dir():
+        return f"{reason}; the model is that of the last step"
+    engine._load_from_checkpoint(str(best))
+    return f"{reason} than at step {engine.state.best_global_step}; the model is {best.name}"

@@ -1,0 +1,78 @@
+"""Stop on Ctrl-C and SIGTERM: after the current step and a checkpoint, or at once.
+
+Before training there is nothing to save, so the first signal ends the run where it stands. While
+training it only raises a flag, which the engine reads at the end of a step; a second signal ends
+the run at once.
+"""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+# A terminal sends Ctrl-C to the whole process group, and torchrun then sends its own signal to
+# each worker as well: two signals this close together are one wish.
+SAME_WISH_SECONDS = 2.0
+
+
+class Stopped(BaseException):
+    """The run was asked to stop, and did. Like KeyboardInterrupt, no `except Exception` holds it.
+
+    Args:
+        number: the signal, 2 or 15.
+        step: optimizer steps done.
+        checkpoint: what it can go on from; None when no step was done.
+    """
+
+    def __init__(self, number: int, *, step: int = 0, checkpoint: Path | None = None) -> None:
+        super().__init__(f"stopped by {signal.Signals(number).name} at step {step}")
+        self.number, self.step, self.checkpoint = number, step, checkpoint
+
+    @property
+    def exit_code(self) -> int:
+        """Give what a shell expects: 130 for Ctrl-C, 143 for SIGTERM."""
+        return 128 + self.number
+
+
+class StopFlag:
+    """Whether someone asked this process to stop, and what to do about it.
+
+    Attributes:
+        number: the signal that came; None as long as none did.
+        training: whether a step is under way, so that stopping can wait for it.
+    """
+
+    def __init__(self) -> None:
+        self.number: int | None = None
+        self.training = False
+        self._at = 0.0
+
+    def receive(self, number: int, _frame: FrameType | None = None) -> None:
+        """Take a signal, as `signal.signal` calls it.
+
+        Raises:
+            Stopped: nothing is being trained, or this is the second wish.
+        """
+        first, repeat = self.number is None, time.monotonic() - self._at < SAME_WISH_SECONDS
+        if first:
+            self.number, self._at = number, time.monotonic()
+        if not self.training or not (first or repeat):
+            raise Stopped(number)
+
+
+@contextmanager
+def stop_signals() -> Iterator[StopFlag]:
+    """Listen to Ctrl-C and SIGTERM inside the block; the handlers before it come back after it."""
+    flag = StopFlag()
+    before = {
+        number: signal.signal(number, flag.receive) for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        yield flag
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,107 @@
+"""Measure the cpu image: its size, its build, and how soon a run in it makes its first step.
+
+    python benchmarks/image.py [--cold]
+
+Needs attnimg:cpu (`make build/cpu`) and zstd. --cold also builds it from nothing but the base
+image and the cache of downloaded packages.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+IMAGE = "attnimg:cpu"
+# What docker/Dockerfile.dockerignore lets in, and what the build script reads.
+SOURCES = ("attnimg", "docker", "requirements", "tests/image/inside", "build/torch-wheel")
+
+
+def disk_bytes() -> int:
+    """Give the image's size unpacked, as Docker counts it."""
+    command = ["docker", "image", "inspect", "--format={{.Size}}", IMAGE]
+    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+
+def compressed_bytes() -> int:
+    """Give the size of all layers compressed with zstd -3, as a registry would hold them."""
+    pipe = f"docker save {IMAGE} | zstd -3 -q | wc -c"
+    return int(subprocess.run(["bash", "-c", pipe], capture_output=True, check=True).stdout)
+
+
+def build_seconds(*, change: bool, no_cache: bool = False) -> float:
+    """Build from a copy of the checkout, so that neither it nor attnimg:cpu changes.
+
+    Args:
+        change: add a line to attnimg/__init__.py first.
+        no_cache: use no layer of an earlier build.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        for name in SOURCES:
+            ignore = shutil.ignore_patterns("__pycache__")
+            shutil.copytree(ROOT / name, Path(folder) / name, ignore=ignore)
+        shutil.copy(ROOT / "pyproject.toml", folder)
+        if change:
+            with (Path(folder) / "attnimg/__init__.py").open("a") as file:
+                file.write(f"# {time.time()}\n")
+        command = ["docker", "buildx", "bake", "-f", "docker/docker-bake.json", "cpu"]
+        for setting in (
+            "contexts.base=docker-image://attnimg-base:bookworm",
+            "contexts.torch-wheel=build/torch-wheel",
+            "tags=attnimg-benchmark:cpu",
+        ):
+            command += ["--set", f"cpu.{setting}"]
+        began = time.monotonic()
+        subprocess.run(
+            command + ["--no-cache"] * no_cache, cwd=folder, capture_output=True, check=True
+        )
+        return time.monotonic() - began
+
+
+def first_step_seconds() -> float:
+    """Time `docker run IMAGE train demo.yaml`, with cold caches, up to its first step."""
+    with tempfile.TemporaryDirectory() as folder:
+        shutil.copytree(ROOT / "examples", Path(folder) / "examples")
+        program = ROOT / "examples" / "demo" / "make_model.py"
+        model = Path(folder) / "outputs" / "demo" / "untrained"
+        subprocess.run([sys.executable, program, model], capture_output=True, check=True)
+        command = ["docker", "run", "--rm", "--network=none", "--user=0:0"]
+        command += [f"--volume={folder}:/workspace", IMAGE, "train", "examples/demo/demo.yaml"]
+        command += ["max_steps=2", "logging_steps=1", "eval_steps=null", "val_set_size=0"]
+        began = time.monotonic()
+        process = subprocess.Popen(
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        )
+        assert process.stderr is not None
+        seconds = 0.0
+        for line in process.stderr:
+            if not seconds and line.lstrip().startswith("step"):
+                seconds = time.monotonic() - began
+        if process.wait() != 0 or not seconds:
+            sys.exit("the run failed; see docker run by hand")
+        return seconds
+
+
+def main() -> None:
+    """Print every figure, one a line."""
+    parser = argparse.ArgumentParser(description="Measure the cpu image.")
+    parser.add_argument("--cold", action="store_true", help="build it from nothing, too")
+    cold = parser.parse_args().cold
+    print(f"{IMAGE} on disk              {disk_bytes() / 1e6:,.0f} MB")
+    print(f"{IMAGE} compressed, zstd -3  {compressed_bytes() / 1e6:,.0f} MB; at most 350")
+    if cold:
+        print(
+            f"build without layer cache        {build_seconds(change=False, no_cache=True):.0f} s"
+        )
+    build_seconds(change=False)  # so that the next one finds all but the change in the cache
+    print(f"build after a one-line change    {build_seconds(change=True):.0f} s; at most 60")
+    print(f"docker run ... train, first step {first_step_seconds():.0f} s")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,61 @@
+"""Measure what the quick commands cost: CPU seconds from start to end, in a fresh process.
+
+Prints a table, or with --json one line a command; exits 1 when a target is missed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+RUNS = 9
+CONFIG = Path(__file__).parent.parent / "examples" / "lora.yaml"
+# (command, target in CPU seconds). Source of the targets: the project's design, "Numbers".
+COMMANDS = (
+    (["--help"], 0.3),
+    (["check", str(CONFIG)], 0.3),
+    (["check", str(CONFIG), "--json"], 0.3),
+    (["explain", str(CONFIG), "--on", "h100"], 0.5),
+    (["explain", str(CONFIG), "--on", "h100", "--json"], 0.5),
+    (["explain", str(CONFIG)], 0.5),
+)
+
+
+def cpu_seconds(arguments: list[str]) -> tuple[float, float]:
+    """Run attnimg once; give its CPU seconds (user and system) and its wall seconds."""
+    began = time.monotonic()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "attnimg", *arguments],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    _, _, usage = os.wait4(process.pid, 0)
+    return usage.ru_utime + usage.ru_stime, time.monotonic() - began
+
+
+def main() -> int:
+    """Measure every command; see the module's docstring."""
+    missed = 0
+    for arguments, target in COMMANDS:
+        cpu_seconds(arguments)  # bytecode and page cache
+        runs = [cpu_seconds(arguments) for _ in range(RUNS)]
+        cpu = statistics.median(seconds for seconds, _ in runs)
+        wall = statistics.median(seconds for _, seconds in runs)
+        missed += cpu >= target
+        shown = " ".join(Path(a).name if a == str(CONFIG) else a for a in arguments)
+        if "--json" in sys.argv:
+            row = {"command": shown, "cpu_seconds": cpu, "wall_seconds": wall, "target": target}
+            print(json.dumps(row))
+        else:
+            mark = "ok" if cpu < target else "MISSED"
+            print(f"attnimg {shown:<42} {cpu:.3f} s of CPU, {wall:.3f} s; < {target} s: {mark}")
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,47 @@
+"""Compile one translation unit of flash-attn, with the flags and the compiler of the whole build.
+
+    python compile_unit.py UNIT
+
+A whole flash-attn takes CPU-hours; one unit tells in minutes whether source, patches, compiler,
+headers and torch fit together. UNIT is a file of csrc/flash_attn/src. Facts come as build_kernel.py
+takes them.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import runpy
+import sys
+import time
+from typing import Any
+
+import build_kernel
+from torch.utils import cpp_extension
+
+
+def main(unit: str) -> None:
+    """Fetch, patch, and let setup.py build an extension that has this one source."""
+    extension = cpp_extension.CUDAExtension
+
+    def of_one_unit(name: str, sources: list[str], **rest: Any) -> Any:
+        return extension(name, [file for file in sources if file.endswith(f"/{unit}")], **rest)
+
+    build_kernel.WORK.mkdir(parents=True)
+    tree = build_kernel.prepare("flash-attn")
+    os.environ.update(build_kernel.environment("flash-attn"))
+    cpp_extension.CUDAExtension = of_one_unit
+    os.chdir(tree)
+    sys.argv = ["setup.py", "build_ext", "--inplace"]
+    began = time.monotonic()
+    runpy.run_path("setup.py", run_name="__main__")
+    spent = resource.getrusage(resource.RUSAGE_CHILDREN)
+    library = next(tree.glob("flash_attn_2_cuda*.so"))
+    print(
+        f"unit: {unit} in {time.monotonic() - began:.0f} s, {spent.ru_utime:.0f} s of CPU, "
+        f"at most {spent.ru_maxrss / 1e6:.1f} GB; {library.stat().st_size / 1e6:.1f} MB of library"
+    )
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,35 @@
+#!/bin/bash
+# Run an attnimg command, or any other program; no argument shows the help. What runs takes this
+# shell's place under tini, so that it gets the signals and its exit code is the container's.
+set -euo pipefail
+
+fail() { # code, what, why, do
+  printf 'attnimg: %s\n  why: %s\n  do:  %s\n' "${@:2}" >&2
+  exit "$1"
+}
+
+# The image keeps every cache under /cache. Where that can't be written, as in a --read-only
+# container with its one volume elsewhere, the caches go beside the work, and this says so.
+cache=/cache
+if ! [ -w "$cache" ]; then
+  for cache in "$PWD/.cache" /tmp/attnimg-cache /dev/shm/attnimg-cache; do
+    mkdir -p "$cache" 2>/dev/null && [ -w "$cache" ] && break
+  done
+  echo "attnimg: /cache is not writable for user $(id -u); caches go to $cache" >&2
+  while read -r name; do
+    [[ ${!name} != /cache/* ]] || export "$name=$cache${!name#/cache}"
+  done < <(compgen -e)
+fi
+mkdir -p "$HOME"
+if ! [ -w /tmp ]; then
+  export TMPDIR=$cache/tmp
+  mkdir -p "$TMPDIR"
+fi
+
+[ $# -gt 0 ] || set -- --help
+if [[ $1 == -* ]] || grep -qxF -- "$1" /opt/attnimg/commands; then
+  exec attnimg "$@"
+fi
+command -v -- "$1" >/dev/null || fail 127 "$1 is neither an attnimg command nor a program here" \
+  "attnimg's commands are: $(paste -sd ' ' /opt/attnimg/commands)" "docker run IMAGE --help"
+exec "$@"

@@ -1,0 +1,78 @@
+"""Write what an image says of itself under /opt/attnimg: its manifest and attnimg's commands.
+
+    python image_files.py IMAGE WHEELHOUSE
+
+The recipe's facts are those of attnimg/data/images.json. Added to them are the versions that are
+installed and the hash of each wheel that was built for this image. Kernels that break one another
+end the build.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+import platform
+import re
+import sys
+from importlib import metadata, resources
+from pathlib import Path
+from typing import Any
+
+from attnimg.cli import COMMANDS
+from attnimg.probe.host import this_host
+
+FOLDER = Path("/opt/attnimg")
+
+
+def manifest(image: str, wheelhouse: Path) -> dict[str, Any]:
+    """Say what this image was meant to be and what it holds.
+
+    Args:
+        image: its recipe's name.
+        wheelhouse: the folder of the kernels' wheels that were built for it.
+    """
+    text = resources.files("attnimg").joinpath("data", "images.json").read_text(encoding="utf-8")
+    recipe = json.loads(text)["images"][image]
+    installed = {canonical(found.name): found.version for found in metadata.distributions()}
+    for kernel in recipe["kernels"]:
+        if installed.get(kernel["name"]) != kernel["version"]:
+            found = installed.get(kernel["name"], "nothing")
+            sys.exit(f"image_files: {kernel['name']} {kernel['version']} is wanted, found {found}")
+    return {
+        "image": image,
+        **recipe,
+        "python": platform.python_version(),
+        "installed": dict(sorted(installed.items())),
+        "wheels": {
+            wheel.name: hashlib.sha256(wheel.read_bytes()).hexdigest()
+            for wheel in sorted(wheelhouse.glob("*.whl"))
+        },
+    }
+
+
+def canonical(name: str) -> str:
+    """Spell a distribution's name as PEP 503 does."""
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def refuse_broken_kernels() -> None:
+    """End the build when one kernel hides or damaged another; FlashAttention-4 is imported too."""
+    host = this_host()
+    if host.damaged or host.shadows or set(host.cute_owners) - {"flash-attn-4"}:
+        sys.exit(f"image_files: {host.cute_owners=} {host.damaged=} {host.shadows=}")
+    if host.cute_owners:
+        # flash-attn's old copy of this package has no backward pass for Hopper.
+        importlib.import_module("flash_attn.cute.flash_bwd_sm90")
+        importlib.import_module("flash_attn.cute.interface")
+
+
+def main(image: str, wheelhouse: Path) -> None:
+    """Write image.json, and the list of commands that the entrypoint reads."""
+    refuse_broken_kernels()
+    (FOLDER / "image.json").write_text(json.dumps(manifest(image, wheelhouse), indent=1) + "\n")
+    (FOLDER / "commands").write_text("\n".join(COMMANDS) + "\n")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]))

@@ -1,0 +1,15 @@
+#!/bin/bash
+# Make of CUDA's wheels what compilers expect of a CUDA installation, at /usr/local/cuda.
+set -euo pipefail
+home=$(echo /opt/venv/lib/python3.*/site-packages/nvidia/cu13)
+ln -s "$home" /usr/local/cuda
+ln -s lib "$home/lib64"
+cd "$home/lib"
+# The wheels have libfoo.so.N alone; linking with -lfoo wants libfoo.so.
+for file in lib*.so.*; do
+  name=${file%%.so.*}.so
+  [ -e "$name" ] || ln -s "$file" "$name"
+done
+# libcuda comes with a driver, which a build machine lacks; SageAttention links -lcuda.
+mkdir -p stubs
+gcc -shared -fPIC -x c - -o stubs/libcuda.so -Wl,-soname,libcuda.so.1 <<<""

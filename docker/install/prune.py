@@ -1,0 +1,96 @@
+"""Remove from /opt/venv what an image never loads, and say what each removal saved.
+
+    python prune.py ACCELERATOR
+
+Run in the layer that installed the files: a later layer would hide them and save nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+SITE = Path("/opt/venv/lib/python3.11/site-packages")
+# Where the Dockerfile mounts a stage that has strip(1); no image needs it.
+BINUTILS = Path("/binutils")
+
+# (glob under site-packages, why no run reads it)
+EVERY_IMAGE = (
+    ("torch/include", "headers: kernels are compiled in the toolchain stage"),
+    ("torch/share", "CMake files for the same"),
+    ("torch/lib/*.a", "static libraries for the same"),
+    ("torch/test", "tests of torch"),
+    ("torch/bin/[!t]*", "protoc"),
+    ("torch/bin/test_*", "test programs; torch_shm_manager, which data loaders start, stays"),
+    ("torch/lib/libtorchbind_test.so", "a test's library"),
+    ("torch/lib/libaoti_custom_ops.so", "a test's library"),
+    ("torch/lib/libbackend_with_compiler.so", "a test's library"),
+    ("torch/lib/libjitbackend_test.so", "a test's library"),
+    ("*/tests", "tests of other packages"),
+    ("pyarrow/include", "headers"),
+    ("pyarrow/src", "C++ sources"),
+)
+# bitsandbytes picks one library by the device it finds; libbitsandbytes_cpu.so stays.
+CPU_ONLY = (
+    ("bitsandbytes/libbitsandbytes_cuda*.so", "needs libcudart"),
+    ("bitsandbytes/libbitsandbytes_rocm*.so", "needs libamdhip64"),
+    ("bitsandbytes/libbitsandbytes_xpu*.so", "needs libsycl"),
+)
+# Their symbol tables serve debuggers alone. Not *.libs/: auditwheel laid those out anew, and
+# strip breaks their alignment.
+STRIP = ("torch/lib/lib*.so", "pyarrow/*.so*", "triton/_C/libtriton.so")
+
+
+def size_bytes(path: Path) -> int:
+    """Give what a file or a folder holds."""
+    if path.is_symlink() or path.is_file():
+        return path.lstat().st_size
+    return sum(
+        size_bytes(Path(folder) / name) for folder, _, names in os.walk(path) for name in names
+    )
+
+
+def remove(glob: str) -> int:
+    """Remove what matches; give the bytes saved."""
+    saved = 0
+    for path in sorted(SITE.glob(glob)):
+        saved += size_bytes(path)
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    return saved
+
+
+def strip(glob: str) -> int:
+    """Strip symbol tables from what matches; give the bytes saved.
+
+    A file that would not shrink is left untouched: rewriting one of an earlier layer would store
+    it twice.
+    """
+    saved = 0
+    env = {"LD_LIBRARY_PATH": str(BINUTILS / "lib/x86_64-linux-gnu")}
+    for path in sorted(SITE.glob(glob)):
+        stripped = path.with_name(path.name + ".stripped")
+        command = [str(BINUTILS / "bin/strip"), "--strip-unneeded", "-o", str(stripped), str(path)]
+        subprocess.run(command, env=env, check=True)
+        if stripped.stat().st_size < path.stat().st_size:
+            saved += path.stat().st_size - stripped.stat().st_size
+            stripped.replace(path)
+        stripped.unlink(missing_ok=True)
+    return saved
+
+
+def main(accelerator: str) -> None:
+    """Prune, then strip; print a line for each that saved something."""
+    removals = EVERY_IMAGE + (CPU_ONLY if accelerator == "cpu" else ())
+    for glob, why in removals:
+        if saved := remove(glob):
+            print(f"prune: {saved / 1e6:7.1f} MB  {glob}: {why}")
+    for glob in STRIP:
+        if saved := strip(glob):
+            print(f"strip: {saved / 1e6:7.1f} MB  {glob}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,109 @@
+"""`python -m recipes`: render files from the recipes, solve an image, check, lock, publish."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from attnimg.errors import AttnimgError
+from recipes.facts import Plan
+from recipes.files import write_all
+from recipes.lock import lock_all
+from recipes.read import read_recipes
+from recipes.render import drifted, read_locks, rendered
+from recipes.solve import refuse_unresolved, solve, solve_all
+
+ROOT = Path(__file__).resolve().parent.parent
+
+app = typer.Typer(
+    add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__
+)
+Root = Annotated[Path, typer.Option("--root", help="The checkout to work on.")]
+Name = Annotated[str, typer.Argument(metavar="IMAGE", help="A file of recipes/images.")]
+
+
+@app.command()
+def render(root: Root = ROOT) -> None:
+    """Write every file that is made of the recipes."""
+    for path in write_all(root, _texts(root)):
+        typer.echo(f"render: wrote {path}")
+
+
+@app.command()
+def check(root: Root = ROOT) -> None:
+    """Refuse recipes that can't be built, and generated files that drifted from them."""
+    if paths := drifted(_texts(root), root=root):
+        raise AttnimgError(
+            "generated files are not what the recipes say",
+            why="differ: " + ", ".join(paths),
+            do="make render, and commit what it writes",
+            code="drift",
+            exit_code=1,
+        )
+
+
+@app.command(name="solve")
+def solve_command(
+    names: Annotated[list[str] | None, typer.Argument(metavar="[IMAGE]...")] = None,
+    root: Root = ROOT,
+) -> None:
+    """Say what an image is made of, or why it can't be and what is nearest."""
+    for name in names or list(read_recipes(root).images):
+        _print(_plan(name, root))
+
+
+@app.command()
+def lock(root: Root = ROOT) -> None:
+    """Resolve the packages of every image anew, with hashes."""
+    for path in lock_all(solve_all(read_recipes(root)), root=root):
+        typer.echo(f"lock: wrote {path}")
+
+
+@app.command()
+def publish(name: Name, root: Root = ROOT) -> None:
+    """Exit with 0 when an image may be published: no value of it is unresolved."""
+    refuse_unresolved(_plan(name, root))
+
+
+def _texts(root: Path) -> dict[str, str]:
+    recipes = read_recipes(root)
+    plans = solve_all(recipes)
+    runners = (root / "recipes/runners.toml").read_text(encoding="utf-8")
+    return rendered(plans, recipes, locks=read_locks(plans, root=root), runners=runners)
+
+
+def _plan(name: str, root: Path) -> Plan:
+    recipes = read_recipes(root)
+    if name not in recipes.images:
+        raise AttnimgError(
+            f"there is no image {name!r}",
+            why=f"found {name!r}; known: {', '.join(recipes.images)}",
+            do=f"name one of these, or write recipes/images/{name}.toml",
+            code="unknown-image",
+        )
+    return solve(recipes.images[name], recipes)
+
+
+def _print(plan: Plan) -> None:
+    typer.echo(f"{plan.image.name}: {plan.abi} for {' '.join(plan.image.archs)}")
+    for step in plan.steps:
+        built = f"code {' '.join(step.codes)}" if step.codes else "no machine code of its own"
+        typer.echo(f"  {step.kernel.name} {step.kernel.version}: {built}, key {step.key}")
+    for key, reason in plan.unresolved.items():
+        typer.echo(f"  unresolved: {key}: {reason}")
+
+
+def main() -> None:
+    """Run the command line; an error a person can mend is told on stderr, without a traceback."""
+    try:
+        app()
+    except AttnimgError as error:
+        print(str(error).replace("attnimg:", "recipes:", 1), file=sys.stderr)  # noqa: T201 - stderr
+        sys.exit(error.exit_code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,63 @@
+"""Write attnimg/data/images.json: what `explain --image`, `doctor` and an image's manifest read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from recipes.facts import Plan, Step, Unresolved
+from recipes.files import NOTICE
+from recipes.kernel_rules import device
+
+
+def catalogue(plans: tuple[Plan, ...], *, stack: Mapping[str, str]) -> str:
+    """Write every image: architectures, driver floor, packages, kernels with their hashes.
+
+    Args:
+        plans: in the order of the file.
+        stack: pinned packages that every image has.
+    """
+    images = {plan.image.name: _image(plan, stack) for plan in plans}
+    return json.dumps({"//": NOTICE, "images": images}, indent=1) + "\n"
+
+
+def _image(plan: Plan, stack: Mapping[str, str]) -> dict[str, Any]:
+    image = plan.image
+    torch = _known(image.torch)
+    packages = dict(stack) | {step.kernel.name: step.kernel.version for step in plan.steps}
+    if torch:
+        packages["torch"] = torch
+    return {
+        "summary": image.summary,
+        "aliases": list(image.aliases),
+        "channel": image.channel,
+        "archs": list(image.archs),
+        "devices": [device(arch) for arch in image.archs],
+        "accelerator": image.accelerator,
+        "python": image.python,
+        "torch": torch,
+        "toolkit": _known(image.toolkit),
+        "driver_min": _known(image.driver_min),
+        "abi": plan.abi,
+        "packages": dict(sorted(packages.items())),
+        "kernels": [_kernel(step) for step in plan.steps],
+        "unresolved": dict(plan.unresolved),
+    }
+
+
+def _kernel(step: Step) -> dict[str, Any]:
+    return {
+        "name": step.kernel.name,
+        "version": step.kernel.version,
+        "source": step.kernel.source,
+        "sha256": _known(step.kernel.sha256),
+        "backends": list(step.kernel.backends),
+        "devices": [device(arch) for arch in step.archs],
+        "code": list(step.codes),
+        "key": step.key,
+    }
+
+
+def _known(value: str | Unresolved | None) -> str | None:
+    return None if isinstance(value, Unresolved) else value

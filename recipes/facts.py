@@ -1,0 +1,266 @@
+"""The values of a recipe: images, kernel packages, releases, and the plan made of them.
+
+Everything here is frozen and plain. Versions are strings as their owners write them, bounds are
+version specifiers of PEP 440 (">=2.10"), architectures are compiler targets ("sm_90a", "gfx942").
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from pydantic import ConfigDict
+
+Accelerator = Literal["cpu", "cuda", "rocm"]
+Form = Literal["sdist", "git", "wheel"]
+Abi = Literal["torch", "stable", "python"]
+
+
+class Strict:
+    """What comes from a file: a key that is not named below is refused."""
+
+    __slots__ = ()
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+
+@dataclass(frozen=True, slots=True)
+class Unresolved(Strict):
+    """A value that could not be found out yet. Rendering takes it, publishing refuses it."""
+
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Code(Strict):
+    """What a kernel is built with for one architecture.
+
+    Attributes:
+        token: what its build calls the architecture; empty when it is not told.
+        code: the machine code that comes out; empty when none is compiled at build time.
+    """
+
+    token: str = ""
+    code: str = ""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Patch(Strict):
+    """One change to a kernel's source, made before it is built.
+
+    Attributes:
+        reason: why it is needed, with a source.
+        remove: a path to delete; empty for a replacement.
+        file: where `old` is replaced by `new`, everywhere.
+    """
+
+    reason: str
+    remove: str = ""
+    file: str = ""
+    old: str = ""
+    new: str = ""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Need(Strict):
+    """Another kernel that must be in the image.
+
+    Attributes:
+        reason: why, with a source.
+        kernel: which one.
+        beside: only when this one is there too; empty for always.
+    """
+
+    reason: str
+    kernel: str
+    beside: str = ""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Build(Strict):
+    """How a kernel is built on one kind of accelerator.
+
+    Attributes:
+        arch_variable: the environment variable that takes the tokens; empty for none.
+        env: further environment.
+    """
+
+    arch_variable: str = ""
+    env: Mapping[str, str]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Kernel(Strict):
+    """One kernel package: kernels/NAME.toml, where NAME is its distribution.
+
+    Attributes:
+        source: name==version, or owner/name@commit.
+        sha256: of the archive; None for a git commit, which names its content itself.
+        form: an sdist or a git tree is built, a wheel is installed.
+        subdirectory: where in the tree the package is.
+        submodules: path -> owner/name@commit, where git archives leave a hole.
+        backends: the attnimg backends that it serves.
+        abi: what its machine code is bound to: torch's minor release, its stable ABI, or nothing.
+        cxx_standard: C++ that it is compiled as, patches applied; None when nothing is compiled.
+        torch, python, nvcc: bounds; an empty nvcc means that no compiler is needed.
+        requires: what its wheel needs besides torch, as pip requirements.
+        beside: kernel or package -> versions it can be installed with, if that is there at all.
+        needs: kernels it needs in the same image.
+        ships: paths below site-packages that its source installs.
+        owns: those that nobody else may install.
+        archs: architecture -> how it is built for it.
+        build: accelerator -> how it is built there.
+    """
+
+    name: str
+    version: str
+    summary: str
+    source: str
+    form: Form
+    backends: tuple[str, ...]
+    abi: Abi
+    torch: str
+    python: str
+    nvcc: str
+    requires: tuple[str, ...]
+    ships: tuple[str, ...]
+    archs: Mapping[str, Code]
+    build: Mapping[str, Build]
+    sha256: str | Unresolved | None = None
+    subdirectory: str = ""
+    submodules: Mapping[str, str] = field(default_factory=dict)
+    cxx_standard: int | None = None
+    beside: Mapping[str, str] = field(default_factory=dict)
+    needs: tuple[Need, ...] = ()
+    owns: tuple[str, ...] = ()
+    patch: tuple[Patch, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Choice(Strict):
+    """A kernel in an image; `archs` are those it serves there, empty for all of the image's."""
+
+    name: str
+    archs: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Image(Strict):
+    """One image: images/NAME.toml, or its `frontier` variant.
+
+    Attributes:
+        aliases: further tags.
+        archs: the architectures it promises.
+        base: the image it starts from; base_digest pins it.
+        toolkit: CUDA's or ROCm's release; None on cpu.
+        driver_min: the oldest GPU driver it runs with; None on cpu.
+        size_max_mb: compressed with zstd -3, in 10**6 bytes.
+        gates: checks on the finished image, by name.
+    """
+
+    name: str
+    summary: str
+    archs: tuple[str, ...]
+    accelerator: Accelerator
+    python: str
+    base: str
+    base_digest: str | Unresolved
+    torch: str | Unresolved
+    kernels: tuple[Choice, ...]
+    platforms: tuple[str, ...]
+    size_max_mb: int | Unresolved
+    gates: tuple[str, ...]
+    aliases: tuple[str, ...] = ()
+    toolkit: str | Unresolved | None = None
+    driver_min: str | Unresolved | None = None
+    channel: Literal["stable", "frontier"] = "stable"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Torch(Strict):
+    """One torch release; `archs` is empty where its machine code was not read."""
+
+    toolkit: str
+    cxx_standard: int
+    triton: str
+    python: str
+    archs: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Toolkit(Strict):
+    """One CUDA release: the oldest driver it runs with, its compiler, what that compiles for."""
+
+    driver_min: str
+    nvcc: str
+    archs: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Pair(Strict):
+    """Packages that go together: where `package` is in `versions`, `needs` must be in `bound`."""
+
+    package: str
+    versions: str
+    needs: str
+    bound: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Recipes:
+    """Everything that was read.
+
+    Attributes:
+        images: by name, frontier variants as NAME-frontier.
+        kernels: by name.
+        torch: by version, oldest first.
+        cuda: by release.
+        stack: pinned packages that every image has, name -> version (pyproject.toml).
+        pairs: which of these work together.
+    """
+
+    images: Mapping[str, Image]
+    kernels: Mapping[str, Kernel]
+    torch: Mapping[str, Torch]
+    cuda: Mapping[str, Toolkit]
+    stack: Mapping[str, str]
+    pairs: tuple[Pair, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Step:
+    """One kernel of a plan.
+
+    Attributes:
+        archs: the image's architectures that it serves.
+        tokens: what its build is told of them.
+        codes: the machine code that must be in it, and no other.
+        env: its whole build environment.
+        key: names the wheel in a cache; any change of the recipe or the architectures changes it.
+    """
+
+    kernel: Kernel
+    archs: tuple[str, ...]
+    tokens: tuple[str, ...]
+    codes: tuple[str, ...]
+    env: Mapping[str, str]
+    key: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """An image that can be built: its kernels in order of installation.
+
+    Attributes:
+        unresolved: field -> reason; empty when it may be published.
+        abi: what a compiled extension must match, "cp311-torch2.14-cu130".
+        lock: names the lock files of its torch and stack layers, "2.14.1-cu130".
+        nvcc: the compiler's version; empty where none is needed.
+    """
+
+    image: Image
+    steps: tuple[Step, ...]
+    unresolved: Mapping[str, str]
+    abi: str
+    lock: str
+    nvcc: str

@@ -1,0 +1,104 @@
+"""Find the nearest image that can be built: try small changes, the smallest first."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import combinations, product
+from typing import Any
+
+from packaging.version import InvalidVersion, Version
+
+from recipes.facts import Choice, Image, Recipes
+from recipes.rules import reasons_against
+
+# What a change costs its owner: another torch is nearer than a kernel less, and an added kernel
+# nearer than either; a promise to a GPU is given up last.
+_ADD, _TORCH, _DROP, _NARROW, _ARCH = 1, 2, 4, 3, 8
+
+
+def nearest(image: Image, recipes: Recipes) -> str:
+    """Say which changes make an image buildable, in a sentence that begins with "nearest:"."""
+    for _, changes, candidate in sorted(_candidates(image, recipes), key=lambda found: found[:2]):
+        if not reasons_against(candidate, recipes):
+            return f"nearest: {', '.join(changes)}"
+    return (
+        "nearest: none by changing torch, kernels or architectures; copy a file of recipes/images"
+    )
+
+
+def _candidates(image: Image, recipes: Recipes) -> Iterator[tuple[int, list[str], Image]]:
+    """Give (cost, changes, image) for each combination of changes."""
+    options = product(_torches(image, recipes), _kernel_sets(image, recipes), _arch_sets(image))
+    for (cost_t, say_t, torch), (cost_k, say_k, kernels), (cost_a, say_a, archs) in options:
+        kept = tuple(
+            replace(choice, archs=tuple(arch for arch in choice.archs if arch in archs))
+            for choice in kernels
+            if not choice.archs or set(choice.archs) & set(archs)
+        )
+        candidate = replace(image, kernels=kept, archs=archs, **torch)
+        yield cost_t + cost_k + cost_a, [*say_t, *say_k, *say_a], candidate
+
+
+def _torches(image: Image, recipes: Recipes) -> Iterator[tuple[int, list[str], dict[str, Any]]]:
+    yield 0, [], {}
+    if not isinstance(image.torch, str):
+        return
+    versions = list(recipes.torch)
+    here = sum(_before(version, image.torch) for version in versions)
+    for place, version in enumerate(versions):
+        distance = abs(place - here) if version in recipes.torch else 0
+        toolkit = recipes.torch[version].toolkit
+        if image.accelerator == "cpu":
+            yield _TORCH + distance, [f"torch {version}"], {"torch": version}
+            continue
+        driver = recipes.cuda[toolkit].driver_min
+        values = {"torch": version, "toolkit": toolkit, "driver_min": driver}
+        say = [f"torch {version} with CUDA {toolkit} (driver {driver} or newer)"]
+        yield (_TORCH if version != image.torch else _ADD) + distance, say, values
+
+
+def _before(version: str, other: str) -> bool:
+    try:
+        return Version(version) < Version(other)
+    except InvalidVersion:
+        return False
+
+
+def _kernel_sets(
+    image: Image, recipes: Recipes
+) -> Iterator[tuple[int, list[str], tuple[Choice, ...]]]:
+    """Give the kernels, some fewer, and some more where others need them."""
+    names = [choice.name for choice in image.kernels]
+    needed = {
+        n.kernel for name in names if name in recipes.kernels for n in recipes.kernels[name].needs
+    }
+    for count in range(min(len(names), 3) + 1):
+        for dropped in combinations(range(len(names)), count):
+            kept = tuple(c for place, c in enumerate(image.kernels) if place not in dropped)
+            said = [f"without {names[place]}" for place in dropped]
+            yield _DROP * count, said, kept
+            for extra in sorted(needed - set(names)):
+                yield _DROP * count + _ADD, [*said, f"with {extra}"], (*kept, Choice(name=extra))
+    yield from _narrowed(image, recipes)
+
+
+def _narrowed(
+    image: Image, recipes: Recipes
+) -> Iterator[tuple[int, list[str], tuple[Choice, ...]]]:
+    """Give each kernel only the architectures that it has."""
+    for place, choice in enumerate(image.kernels):
+        has = recipes.kernels[choice.name].archs if choice.name in recipes.kernels else {}
+        archs = tuple(arch for arch in image.archs if arch in has)
+        if archs and archs != (choice.archs or image.archs):
+            kernels = list(image.kernels)
+            kernels[place] = Choice(name=choice.name, archs=archs)
+            yield _NARROW, [f"{choice.name} for {' '.join(archs)} only"], tuple(kernels)
+
+
+def _arch_sets(image: Image) -> Iterator[tuple[int, list[str], tuple[str, ...]]]:
+    yield 0, [], image.archs
+    for count in range(1, len(image.archs)):
+        for dropped in combinations(image.archs, count):
+            kept = tuple(arch for arch in image.archs if arch not in dropped)
+            yield _ARCH * count, [f"without {arch}" for arch in dropped], kept

@@ -1,0 +1,113 @@
+"""Write the tables that people read: docs/images.md and docs/support.md."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from attnimg.backends import all_backends, runs_on
+from attnimg.facts import Backend
+from attnimg.gpus import arch_from_name, catalogue
+from recipes.facts import Plan, Unresolved
+from recipes.files import NOTICE
+from recipes.kernel_rules import device
+
+_IMAGE_HEAD = ("Tag", "GPUs", "Machine code", "torch", "CUDA", "Driver", "Kernels", "Size limit")
+
+
+def images_page(plans: tuple[Plan, ...]) -> str:
+    """Write one row an image, one a GPU that has a name, and what is open in each image."""
+    open_values: dict[str, list[str]] = {}
+    for plan in plans:
+        for key, reason in plan.unresolved.items():
+            image, _, field = key.rpartition(": ")
+            open_values.setdefault(f"{field}: {reason}", []).append(f"`{image}`")
+    return (
+        f"<!-- {NOTICE} -->\n\n# Images\n\n"
+        "Every image has Python 3.11 on Debian bookworm. The size limit is that of the compressed\n"
+        "image. `frontier` images have a newer torch and CUDA.\n\n"
+        f"{table(_IMAGE_HEAD, [_image_row(plan) for plan in plans])}"
+        "\n## Which image for which GPU\n\n"
+        f"{table(('GPU', '`--on`', 'Image'), _gpu_rows(plans))}"
+        "\n## Not resolved yet\n\n"
+        "An image with an open value can be built, but is not published.\n\n"
+        + "".join(f"- {text} ({', '.join(where)})\n" for text, where in open_values.items())
+    )
+
+
+def _image_row(plan: Plan) -> tuple[str, ...]:
+    image = plan.image
+    return (
+        ", ".join(f"`{name}`" for name in (image.name, *image.aliases)),
+        image.summary,
+        " ".join(image.archs),
+        _text(image.torch),
+        _text(image.toolkit),
+        _text(image.driver_min),
+        ", ".join(f"{step.kernel.summary} {step.kernel.version}" for step in plan.steps) or "-",
+        _size(image.size_max_mb),
+    )
+
+
+def _gpu_rows(plans: tuple[Plan, ...]) -> list[tuple[str, ...]]:
+    """Find the stable image of every GPU of the catalogue."""
+    images = {
+        device(arch): f"`{plan.image.name}`"
+        for plan in plans
+        if plan.image.channel == "stable"
+        for arch in plan.image.archs
+    }
+    return [
+        (gpu.label, f"`{name}`", images.get(gpu.arch.name, "none"))
+        for name, gpu in catalogue().items()
+    ]
+
+
+def support_page(plans: tuple[Plan, ...]) -> str:
+    """Write one row a backend, one column an image: where it runs, and whether it can train."""
+    stable = [plan for plan in plans if plan.image.channel == "stable"]
+    rows = [
+        (_name(backend), *(_cell(backend, plan) for plan in stable)) for backend in all_backends()
+    ]
+    head = ("attn_implementation", *(plan.image.name for plan in stable))
+    return (
+        f"<!-- {NOTICE} -->\n\n# Which backend runs in which image\n\n"
+        "T: trains; I: inference only; -: not there. Where a backend serves only some of an\n"
+        "image's architectures, they are named. Models narrow it: ask `attnimg explain`.\n\n"
+        + table(head, rows)
+    )
+
+
+def _name(backend: Backend) -> str:
+    return f"`{backend.name}`" if backend.in_config else f"{backend.name} (`auto` alone)"
+
+
+def _cell(backend: Backend, plan: Plan) -> str:
+    """Say what a backend does in an image: its packages are there and its needs are met."""
+    there = {step.kernel.name: step for step in plan.steps}
+    archs = []
+    for arch in plan.image.archs:
+        found = arch_from_name(device(arch))
+        kernels = [there.get(package) for package, _, _ in backend.needs.packages]
+        if runs_on(backend.needs, found) and all(
+            k is not None and arch in k.archs for k in kernels
+        ):
+            archs.append(found)
+    if not archs:
+        return "-"
+    trains = all(arch.vendor in backend.needs.backward for arch in archs)
+    only = "" if len(archs) == len(plan.image.archs) else f" ({' '.join(a.name for a in archs)})"
+    return ("T" if trains else "I") + only
+
+
+def table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
+    """Write a table in Markdown."""
+    lines = [head, tuple("---" for _ in head), *rows]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+
+
+def _size(value: int | Unresolved) -> str:
+    return "unresolved" if isinstance(value, Unresolved) else f"{value} MB"
+
+
+def _text(value: str | Unresolved | None) -> str:
+    return "unresolved" if isinstance(value, Unresolved) else value or "-"

@@ -1,0 +1,158 @@
+"""Read the TOML files into facts, and refuse every key and value that is not known."""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from collections.abc import Iterable, Mapping
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from packaging.version import InvalidVersion, Version
+from pydantic import TypeAdapter, ValidationError
+
+from attnimg.errors import AttnimgError
+from recipes.facts import Image, Kernel, Pair, Recipes, Toolkit, Torch, Unresolved
+from recipes.values import image_faults, kernel_faults
+
+_Fact = TypeVar("_Fact")
+
+
+def read_recipes(root: Path) -> Recipes:
+    """Read every recipe of a checkout.
+
+    Args:
+        root: the folder that holds recipes/ and pyproject.toml.
+
+    Raises:
+        AttnimgError: a file is no TOML, or has an unknown key or a value that is not one.
+    """
+    folder = root / "recipes"
+    images: dict[str, Image] = {}
+    for path in sorted((folder / "images").glob("*.toml")):
+        for image in read_image(path.stem, path.read_text(encoding="utf-8")):
+            images[image.name] = image
+    kernels = {
+        path.stem: read_kernel(path.stem, path.read_text(encoding="utf-8"))
+        for path in sorted((folder / "kernels").glob("*.toml"))
+    }
+    return Recipes(
+        images=images,
+        kernels=kernels,
+        torch=_releases(folder / "torch.toml", Torch),
+        cuda=_releases(folder / "cuda.toml", Toolkit),
+        stack=_pins(root / "pyproject.toml"),
+        pairs=_pairs(folder / "pairs.toml"),
+    )
+
+
+def read_image(name: str, text: str) -> tuple[Image, ...]:
+    """Read one image, and its frontier variant where it has one.
+
+    Raises:
+        AttnimgError: as read_recipes.
+    """
+    where = f"recipes/images/{name}.toml"
+    values = _toml(where, text)
+    frontier = values.pop("frontier", None)
+    if isinstance(values.get("kernels"), list):
+        values["kernels"] = [{"name": k} if isinstance(k, str) else k for k in values["kernels"]]
+    image = _facts(where, Image, {"name": name, **values})
+    _refuse(where, image_faults(image))
+    if frontier is None:
+        return (image,)
+    if not isinstance(frontier, dict) or set(frontier) != {"torch", "toolkit"}:
+        _refuse(where, [f"frontier: found {frontier!r}, needed a table of torch and toolkit"])
+    return image, replace(
+        image, name=f"{name}-frontier", aliases=(), channel="frontier", **frontier
+    )
+
+
+def read_kernel(name: str, text: str) -> Kernel:
+    """Read one kernel package.
+
+    Raises:
+        AttnimgError: as read_recipes.
+    """
+    where = f"recipes/kernels/{name}.toml"
+    kernel = _facts(where, Kernel, {"name": name, **_toml(where, text)})
+    _refuse(where, kernel_faults(kernel))
+    return kernel
+
+
+def _toml(where: str, text: str) -> dict[str, Any]:
+    try:
+        table: dict[str, Any] = _unresolved(tomllib.loads(text))
+    except tomllib.TOMLDecodeError as error:
+        _refuse(where, [str(error)])
+        raise
+    return table
+
+
+def _unresolved(values: Any) -> Any:
+    """Turn each {unresolved = "reason"} into the fact of that name."""
+    if isinstance(values, dict):
+        if set(values) == {"unresolved"} and isinstance(values["unresolved"], str):
+            return Unresolved(values["unresolved"])
+        return {key: _unresolved(value) for key, value in values.items()}
+    return [_unresolved(value) for value in values] if isinstance(values, list) else values
+
+
+def _facts(where: str, kind: type[_Fact], values: Mapping[str, Any]) -> _Fact:
+    """Make a dataclass of a table; everything that does not fit is refused at once."""
+    known = [item.name for item in fields(kind)]  # type: ignore[arg-type]  # all are dataclasses
+    try:
+        return TypeAdapter(kind).validate_python(values)
+    except ValidationError as error:
+        _refuse(where, [_fault(dict(fault), known) for fault in error.errors()])
+        raise
+
+
+def _fault(fault: dict[str, Any], known: list[str]) -> str:
+    place = [str(part) for part in fault["loc"] if part != "Unresolved"]
+    key = ".".join(place)
+    if fault["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+        near = difflib.get_close_matches(place[-1], known, n=1)
+        return f"{key}: unknown key" + (f"; did you mean {near[0]}?" if near else "")
+    if fault["type"] in ("missing", "missing_argument"):
+        return f"{key}: missing"
+    return f"{key}: found {fault['input']!r}; {fault['msg'][0].lower()}{fault['msg'][1:]}"
+
+
+def _releases(path: Path, kind: type[_Fact]) -> dict[str, _Fact]:
+    where = f"recipes/{path.name}"
+    found = {
+        version: _facts(f"{where} [{version}]", kind, values)
+        for version, values in _toml(where, path.read_text(encoding="utf-8")).items()
+    }
+    try:
+        return dict(sorted(found.items(), key=lambda item: Version(item[0])))
+    except InvalidVersion as error:
+        _refuse(where, [str(error)])
+        raise
+
+
+def _pairs(path: Path) -> tuple[Pair, ...]:
+    where = f"recipes/{path.name}"
+    entries = _toml(where, path.read_text(encoding="utf-8")).get("pair", [])
+    return tuple(_facts(f"{where} [[pair]]", Pair, values) for values in entries)
+
+
+def _pins(path: Path) -> dict[str, str]:
+    """Read the dependencies that pyproject.toml pins exactly."""
+    project = tomllib.loads(path.read_text(encoding="utf-8"))["project"]
+    pinned = (text.partition("==") for text in project["dependencies"] if "==" in text)
+    return {name.strip(): version.strip() for name, _, version in pinned}
+
+
+def _refuse(where: str, faults: Iterable[str]) -> None:
+    """Raise all the faults of one file together, if there are any."""
+    lines = list(faults)
+    if lines:
+        raise AttnimgError(
+            f"{where} is not a recipe",
+            why="\n".join(lines),
+            do=f"mend {where}; recipes/facts.py says what each key means",
+            code="bad-recipe",
+        )

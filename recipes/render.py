@@ -1,0 +1,100 @@
+"""Turn the recipes into every file that is made of them."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+
+from attnimg.errors import AttnimgError
+from attnimg.images import parse
+from recipes.bake import bake_file
+from recipes.catalogue import catalogue
+from recipes.choices import choices, choices_json, choices_page
+from recipes.constraints import constraints
+from recipes.facts import Plan, Recipes
+from recipes.files import text_of
+from recipes.lock import FOLDER, blocks
+from recipes.matrix import matrix
+from recipes.pages import images_page, support_page
+
+
+def rendered(
+    plans: tuple[Plan, ...], recipes: Recipes, *, locks: Mapping[str, str], runners: str
+) -> dict[str, str]:
+    """Give every generated file: path -> text.
+
+    Args:
+        plans: of all images.
+        recipes: what they were made from.
+        locks: image -> text of its lock file.
+        runners: text of recipes/runners.toml.
+
+    Raises:
+        AttnimgError: as refuse_wrong_hashes.
+    """
+    refuse_wrong_hashes(plans, locks=locks)
+    ci = tomllib.loads(runners)
+    images = catalogue(plans, stack=recipes.stack)
+    parsed = parse(images)
+    chosen = choices(parsed)
+    texts = {
+        "docker/docker-bake.json": bake_file(plans),
+        "attnimg/data/images.json": images,
+        ".github/matrix.json": matrix(plans, build_runner=ci["build"], gpu_runners=ci["gpu"]),
+        "docs/choices.md": choices_page(chosen),
+        "tests/unit/golden/choices.json": choices_json(chosen, parsed),
+        "docs/images.md": images_page(plans),
+        "docs/support.md": support_page(plans),
+    }
+    for plan in plans:
+        name = plan.image.name
+        texts[f"docker/constraints/{name}.txt"] = constraints(plan, lock=locks[name])
+    return texts
+
+
+def refuse_wrong_hashes(plans: tuple[Plan, ...], *, locks: Mapping[str, str]) -> None:
+    """Compare the hash of each kernel that comes as a wheel with those of its image's lock file.
+
+    Sdists are compared where they are downloaded: at build time, before anything of them runs.
+
+    Raises:
+        AttnimgError: a hash is not among them (code "wrong-hash").
+    """
+    wrong = []
+    for plan in plans:
+        locked = blocks(locks[plan.image.name])
+        for kernel in (step.kernel for step in plan.steps if step.kernel.form == "wheel"):
+            text = locked.get(kernel.name, "")
+            if isinstance(kernel.sha256, str) and f"sha256:{kernel.sha256}" not in text:
+                wrong.append(f"{plan.image.name}: {kernel.source} has no file of {kernel.sha256}")
+    if wrong:
+        raise AttnimgError(
+            "a kernel's sha256 is not that of its package",
+            why="\n".join(wrong),
+            do="write the hash of the file itself into recipes/kernels/, or make lock if it moved",
+            code="wrong-hash",
+        )
+
+
+def read_locks(plans: tuple[Plan, ...], *, root: Path) -> dict[str, str]:
+    """Read each image's lock file.
+
+    Raises:
+        AttnimgError: one is missing.
+    """
+    found = {plan.image.name: text_of(root / FOLDER / f"{plan.image.name}.txt") for plan in plans}
+    missing = [name for name, text in found.items() if text is None]
+    if missing:
+        raise AttnimgError(
+            "an image has no lock file",
+            why=f"found no {FOLDER}/ file for: {', '.join(missing)}",
+            do="make lock",
+            code="no-lock",
+        )
+    return {name: text for name, text in found.items() if text is not None}
+
+
+def drifted(texts: Mapping[str, str], *, root: Path) -> list[str]:
+    """Name the generated files that are not what the recipes say."""
+    return [path for path, text in texts.items() if text_of(root / path) != text]

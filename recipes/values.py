@@ -1,0 +1,70 @@
+"""Judge the values of one recipe by themselves: hashes, sources, bounds, names of architectures."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from packaging.requirements import InvalidRequirement, Requirement
+from packaging.specifiers import InvalidSpecifier, SpecifierSet
+
+from recipes.facts import Image, Kernel
+
+_ARCH = re.compile(r"cpu|sm_[1-9][0-9]{1,2}[af]?|gfx[1-9][0-9a-f]{2,3}")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_RELEASE = re.compile(r"[A-Za-z0-9][\w.-]*==[\w.!+]+")
+_COMMIT = re.compile(r"[A-Za-z0-9][\w-]*/[\w.-]+@[0-9a-f]{40}")
+
+
+def image_faults(image: Image) -> Iterator[str]:
+    """Give what is wrong with the values of an image's file."""
+    yield from _arch_faults("archs", image.archs)
+    for choice in image.kernels:
+        yield from _arch_faults(f"kernels.{choice.name}.archs", choice.archs)
+    if isinstance(image.base_digest, str) and not _SHA256.fullmatch(
+        image.base_digest.removeprefix("sha256:")
+    ):
+        yield f"base_digest: found {image.base_digest!r}, needed sha256: and 64 hexadecimal digits"
+    if not image.archs:
+        yield "archs: found none, needed at least one"
+
+
+def kernel_faults(kernel: Kernel) -> Iterator[str]:
+    """Give what is wrong with the values of a kernel's file."""
+    yield from _arch_faults("archs", tuple(kernel.archs))
+    if _RELEASE.fullmatch(kernel.source):
+        if kernel.sha256 is None:
+            yield f"sha256: missing; {kernel.source} needs its archive's, or an `unresolved` reason"
+        elif isinstance(kernel.sha256, str) and not _SHA256.fullmatch(kernel.sha256):
+            yield f"sha256: found {kernel.sha256!r}, needed 64 hexadecimal digits"
+        if not kernel.source.endswith(f"=={kernel.version}"):
+            yield f"source: found {kernel.source!r}, but version is {kernel.version!r}"
+    elif not _COMMIT.fullmatch(kernel.source):
+        yield f"source: found {kernel.source!r}, needed name==version or owner/name@40-digit commit"
+    if (kernel.form == "git") != bool(_COMMIT.fullmatch(kernel.source)):
+        yield f"form: found {kernel.form!r} for {kernel.source!r}"
+    for path, source in kernel.submodules.items():
+        if not _COMMIT.fullmatch(source):
+            yield f"submodules.{path}: found {source!r}, needed owner/name@40-digit commit"
+    for key, text in (("torch", kernel.torch), ("python", kernel.python), ("nvcc", kernel.nvcc)):
+        yield from _specifier_faults(key, text)
+    for name, text in kernel.beside.items():
+        yield from _specifier_faults(f"beside.{name}", text)
+    for text in kernel.requires:
+        try:
+            Requirement(text)
+        except InvalidRequirement:
+            yield f"requires: found {text!r}, needed a pip requirement"
+
+
+def _arch_faults(key: str, archs: tuple[str, ...]) -> Iterator[str]:
+    for arch in archs:
+        if not _ARCH.fullmatch(arch):
+            yield f"{key}: found {arch!r}, needed cpu, sm_NN[a], sm_NNN[a] or gfxNNN"
+
+
+def _specifier_faults(key: str, text: str) -> Iterator[str]:
+    try:
+        SpecifierSet(text)
+    except InvalidSpecifier:
+        yield f"{key}: found {text!r}, needed a version bound such as >=2.10"

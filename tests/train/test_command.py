@@ -1,0 +1,197 @@
+"""`attnimg train` as a user runs it: trained on what was planned, or refused before any weights."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from tiny_models import tiny_model
+from tiny_run import losses, make_model, sentences
+
+TESTS = Path(__file__).parents[1]
+KERNEL = TESTS / "fixtures" / "flash_attn2"
+LOCAL = {"LOCAL_KERNELS": f"kernels-community/flash-attn2={KERNEL}"}
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("home")
+    make_model(folder / "llama")
+    lines = [json.dumps({"text": text}) for text in sentences(60, seed=3)]
+    (folder / "data.jsonl").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def leaky(home: Path, model_type: str) -> str:
+    """Make a model of a type beside the llama, with the llama's tokenizer."""
+    folder = home / model_type
+    if not folder.exists():
+        tiny_model(model_type, None, vocab_size=400).save_pretrained(folder)
+        for file in (home / "llama").glob("tokenizer*"):
+            (folder / file.name).write_bytes(file.read_bytes())
+    return model_type
+
+
+def train(
+    home: Path, out: Path, *settings: str, environ: dict[str, str] | None = None, **keys: Any
+) -> subprocess.CompletedProcess[str]:
+    config = {
+        "base_model": str(home / keys.pop("model", "llama")),
+        "datasets": [{"path": str(home / "data.jsonl"), "type": "completion"}],
+        "learning_rate": 1e-2,
+        "sequence_len": 64,
+        "sample_packing": True,
+        "max_steps": 3,
+        "save_strategy": "no",
+        "output_dir": str(out / "out"),
+        **keys,
+    }
+    file = out / "run.yaml"
+    file.write_text(yaml.safe_dump(config))
+    command = [sys.executable, "-m", "attnimg", "train", str(file), *settings]
+    base = {key: value for key, value in os.environ.items() if key != "LOCAL_KERNELS"}
+    quiet = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    return subprocess.run(
+        command, capture_output=True, text=True, check=False, env=base | quiet | (environ or {})
+    )
+
+
+def receipt(out: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((out / "out" / "receipt.json").read_text())
+    return found
+
+
+def test_a_run_says_what_was_asked_and_got_and_leaves_a_receipt(home: Path, tmp_path: Path) -> None:
+    done = train(home, tmp_path, "max_steps=2", "learning_rate=1e-3")
+    assert done.returncode == 0, done.stderr
+    for word in ("asked", "auto", "got", "sdpa", "because", "isolated"):
+        assert word in done.stderr
+    written = [Path(line) for line in done.stdout.splitlines()]
+    assert written
+    assert all(path.is_file() for path in written)
+    found = receipt(tmp_path)
+    assert found["status"] == "done"
+    assert found["plan"]["chosen"]["backend"] == "sdpa"
+    assert found["config"]["max_steps"] == 2
+    assert found["isolation"]["isolated"] is True
+    assert found["metrics"]["steps"] == 2
+
+
+def test_flash_from_a_local_kernel_trains_as_sdpa_does(home: Path, tmp_path: Path) -> None:
+    runs = {}
+    for name in ("sdpa", "flash_attention_2"):
+        out = tmp_path / name
+        out.mkdir()
+        done = train(home, out, environ=LOCAL, attn_implementation=name)
+        assert done.returncode == 0, done.stderr
+        assert receipt(out)["plan"]["chosen"]["backend"] == name
+        runs[name] = losses(out / "out")
+    assert runs["flash_attention_2"] == pytest.approx(runs["sdpa"], abs=1e-5)
+
+
+@pytest.mark.parametrize("model_type", ["falcon", "bloom", "opt"])
+def test_a_model_that_leaks_is_not_trained(home: Path, tmp_path: Path, model_type: str) -> None:
+    done = train(home, tmp_path, model=leaky(home, model_type))
+    assert done.returncode == 1, done.stderr
+    assert "does not keep packed documents apart" in done.stderr
+    assert model_type in done.stderr
+    assert "why:" in done.stderr
+    assert "do:" in done.stderr
+    assert not (tmp_path / "out" / "metrics.jsonl").exists()
+
+
+def test_a_model_that_leaks_trains_unpacked(home: Path, tmp_path: Path) -> None:
+    done = train(home, tmp_path, model=leaky(home, "opt"), sample_packing=False)
+    assert done.returncode == 0, done.stderr
+
+
+REFUSED = [
+    pytest.param({"attn_implementation": "flash_attention_2"}, 2, "arch-too-old", id="no flash"),
+    pytest.param({"attn_implementation": "flash_attention_3"}, 2, "arch-mismatch", id="no FA3"),
+    pytest.param({"attn_implementation": "flex_attention"}, 2, "no-backward", id="flex on a CPU"),
+    pytest.param({"attn_implementation": "xformers"}, 2, "arch-too-old", id="xformers"),
+    pytest.param({"attn_implementation": "fp8", "sample_packing": False}, 2, "fp8", id="fp8"),
+    pytest.param({"attn_implementation": "fa2"}, 2, "flash_attention_2", id="an alias"),
+    pytest.param({"fsdp": ["full_shard"]}, 2, "fsdp", id="FSDP on a CPU"),
+    pytest.param({"base_model": "./nowhere"}, 2, "nowhere", id="no such model"),
+    pytest.param({"base_model": "org/not-here"}, 2, "org/not-here", id="a hub model, offline"),
+    pytest.param({"datasets": [{"path": "./no.jsonl", "type": "completion"}]}, 2, "no.jsonl",
+                 id="no such data"),
+    pytest.param({"datasets": [{"path": "org/not-here", "type": "completion"}]}, 2, "org/not-here",
+                 id="a hub data set, offline"),
+    pytest.param({"resume_from_checkpoint": True}, 2, "no checkpoint", id="nothing to resume"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("keys", "code", "says"), REFUSED)
+def test_what_cannot_run_is_refused_before_any_weights(
+    home: Path, tmp_path: Path, keys: dict[str, Any], code: int, says: str
+) -> None:
+    done = train(home, tmp_path, **keys)
+    assert done.returncode == code, done.stderr
+    assert done.stdout == ""
+    for word in (says, "why:", "do:"):
+        assert word in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "out" / "metrics.jsonl").exists()
+
+
+def test_a_folder_in_use_is_not_overwritten(home: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "precious.txt").write_text("mine")
+    done = train(home, tmp_path)
+    assert done.returncode == 2
+    assert "precious.txt" in done.stderr
+    assert (tmp_path / "out" / "precious.txt").read_text() == "mine"
+
+
+def test_a_broken_record_is_named_by_file_and_line(home: Path, tmp_path: Path) -> None:
+    data = tmp_path / "bad.jsonl"
+    data.write_text('{"text": "fine"}\n{"text": 3}\n')
+    done = train(home, tmp_path, datasets=[{"path": str(data), "type": "completion"}])
+    assert done.returncode == 2
+    assert "bad.jsonl" in done.stderr
+    assert "2" in done.stderr
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def test_two_processes_train_one_run(home: Path, tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    config = {
+        "base_model": str(home / "llama"),
+        "datasets": [{"path": str(home / "data.jsonl"), "type": "completion"}],
+        "learning_rate": 1e-2,
+        "sequence_len": 64,
+        "sample_packing": True,
+        "max_steps": 2,
+        "save_strategy": "no",
+        "output_dir": str(tmp_path / "out"),
+    }
+    file.write_text(yaml.safe_dump(config))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*torchrun, "--master-port", str(free_port()), "-m", "attnimg", "train", str(file)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=200,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    found = receipt(tmp_path)
+    assert found["status"] == "done"
+    assert found["world_size"] == 2
+    assert done.stdout.count("model.safetensors") == 1

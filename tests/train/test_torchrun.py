@@ -1,0 +1,141 @@
+"""Two processes under torchrun train what one would, stop together and resume exactly."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+PROGRAM = Path(__file__).parents[1] / "fixtures" / "tiny_run.py"
+ENV = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+KEYS = {"max_steps": 8, "save_steps": 2, "logging_steps": 1, "micro_batch_size": 1,
+        "val_set_size": 0.1, "eval_steps": 4, "eval_batch_size": 5,
+        "auto_resume_from_checkpoints": True}  # fmt: skip
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def torchrun(program: Path, *arguments: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2",
+         "--master-port", str(free_port()), str(program), *arguments],
+        env=ENV, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        start_new_session=True,
+    )  # fmt: skip
+
+
+def start(folder: Path, **keys: object) -> subprocess.Popen[str]:
+    return torchrun(PROGRAM, str(folder), *(f"{k}={json.dumps(v)}" for k, v in keys.items()))
+
+
+def curve(out: Path) -> list[dict[str, float]]:
+    same = ("step", "loss", "eval_loss", "grad_norm", "tokens")
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [{key: line[key] for key in same if key in line} for line in lines]
+
+
+def wait_for(process: subprocess.Popen[str], there: Path) -> None:
+    while not there.exists() and process.poll() is None:
+        time.sleep(0.01)
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two processes that nobody interrupted; its folder also holds the model."""
+    folder = tmp_path_factory.mktemp("pair")
+    one = subprocess.run(
+        [sys.executable, str(PROGRAM), str(folder), f'output_dir="{folder}/single"',
+         *(f"{k}={json.dumps(v)}" for k, v in {**KEYS, "micro_batch_size": 2}.items())],
+        env=ENV, capture_output=True, text=True, check=False, timeout=120,
+    )  # fmt: skip
+    assert one.returncode == 0, one.stderr
+    two = start(folder, **KEYS)
+    output = two.communicate(timeout=200)[0]
+    assert two.returncode == 0, output
+    assert output.count("step 1/8") == 1, "one process prints"
+    return folder
+
+
+def test_two_processes_of_one_row_train_as_one_of_two(pair: Path) -> None:
+    single, double = curve(pair / "single"), curve(pair / "out")
+    for ours, theirs in zip(double, single, strict=True):
+        assert ours == pytest.approx(theirs, abs=1e-5, rel=1e-5)
+
+
+def prepare(tmp_path: Path, pair: Path) -> None:
+    (tmp_path / "model").symlink_to(pair / "model")
+
+
+def test_a_killed_pair_resumes_to_the_same_curve(pair: Path, tmp_path: Path) -> None:
+    prepare(tmp_path, pair)
+    process = start(tmp_path, **KEYS, delay=0.05)
+    wait_for(process, tmp_path / "out/checkpoint-4")
+    os.killpg(process.pid, signal.SIGKILL)
+    for child in Path("/proc").glob("[0-9]*/cmdline"):
+        # torchrun starts each worker in a session of its own, which the group's kill leaves alive.
+        words = child.read_bytes().split(b"\0") if child.exists() else []
+        if str(tmp_path).encode() in words:
+            os.kill(int(child.parent.name), signal.SIGKILL)
+    process.communicate()
+    again = start(tmp_path, **KEYS)
+    output = again.communicate(timeout=200)[0]
+    assert again.returncode == 0, output
+    assert "resuming from" in output
+    assert curve(tmp_path / "out") == curve(pair / "out")
+
+
+def test_a_stopped_pair_saves_one_checkpoint_and_resumes(pair: Path, tmp_path: Path) -> None:
+    prepare(tmp_path, pair)
+    process = start(tmp_path, **{**KEYS, "save_steps": 100}, delay=0.3)
+    metrics = tmp_path / "out/metrics.jsonl"
+    while not (metrics.exists() and '"step": 3' in metrics.read_text()):
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)  # torchrun hands it to its workers
+    output = process.communicate(timeout=120)[0]
+    assert process.returncode != 0
+    saved = [path.name for path in (tmp_path / "out").glob("checkpoint-*")]
+    assert len(saved) == 1, output
+    assert json.loads((tmp_path / "out/receipt.json").read_text())["status"] == "stopped"
+    again = start(tmp_path, **{**KEYS, "save_steps": 100})
+    output = again.communicate(timeout=200)[0]
+    assert again.returncode == 0, output
+    assert curve(tmp_path / "out") == curve(pair / "out")
+
+
+AGREE = """
+import sys
+from attnimg.errors import AttnimgError
+from attnimg.train.distributed import agree, end_process, rank
+try:
+    agree("sdpa" if rank() == int(sys.argv[1]) else "eager", cpu=True)
+except AttnimgError as error:
+    print(error.code, error.what, flush=True)
+end_process(0)
+"""
+
+
+@pytest.mark.parametrize(
+    ("odd", "refused"),
+    [
+        pytest.param("1", True, id="two plans are refused"),
+        pytest.param("9", False, id="one is fine"),
+    ],
+)
+def test_processes_must_agree(tmp_path: Path, odd: str, refused: bool) -> None:
+    program = tmp_path / "agree.py"
+    program.write_text(AGREE)
+    process = torchrun(program, odd)
+    output = process.communicate(timeout=120)[0]
+    assert process.returncode == 0, output
+    assert output.count("rank-mismatch") == (2 if refused else 0)

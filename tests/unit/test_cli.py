@@ -1,0 +1,277 @@
+"""check and explain as a user meets them: output, exit codes, no torch, no network."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from attnimg.__main__ import run as attnimg
+from attnimg.backends import all_backends
+
+GOOD = "base_model: org/model\nlearning_rate: 1e-4\ndatasets: [{path: d.jsonl, type: alpaca}]\n"
+LLAMA = {
+    "model_type": "llama",
+    "hidden_size": 4096,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "intermediate_size": 14336,
+    "vocab_size": 128256,
+}
+
+
+@pytest.fixture(autouse=True)
+def _at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.delenv("LOCAL_KERNELS", raising=False)
+
+
+def write(name: str, text: str) -> str:
+    Path(name).write_text(text)
+    return name
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    code = attnimg(list(arguments))
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def objects(out: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in out.splitlines()]
+
+
+def test_check_prints_one_object_a_file_in_order(capsys: pytest.CaptureFixture[str]) -> None:
+    files = [write("b.yaml", GOOD), write("a.yaml", "attn_implementation: fa2\n"), "none.yaml"]
+    code, out, err = run(capsys, "check", *files, "--json", "--on", "h200")
+    good, bad, missing = objects(out)
+    assert code == 2
+    assert err == ""
+    assert [line["file"] for line in (good, bad, missing)] == files
+    assert set(good) == {"file", "ok", "on", "attn", "config", "errors", "warnings"}
+    assert good["ok"] is True
+    assert good["on"] == "sm_90"
+    assert good["attn"] == {
+        "requested": None,
+        "attn_implementation": None,
+        "attn_supports_packing": False,
+        "attn_uses_flash_lib": False,
+        "attn_needs_dtype_cast": False,
+    }
+    assert good["config"]["learning_rate"] == 1e-4
+    assert set(bad["errors"][0]) == {"code", "key", "what", "why", "do"}
+    assert bad["attn"]["requested"] == "fa2"
+    assert missing["attn"] is missing["config"] is None
+    assert missing["errors"][0]["code"] == "file-missing"
+
+
+def test_check_passes_with_warnings(capsys: pytest.CaptureFixture[str]) -> None:
+    file = write("x.yaml", GOOD + "attn_implementation: sdpa\nsample_packing: true\n")
+    code, out, _ = run(capsys, "check", file, "--json")
+    (line,) = objects(out)
+    assert code == 0
+    assert line["ok"] is True
+    assert [set(w) for w in line["warnings"]] == [{"code", "key", "what", "do"}]
+
+
+def test_check_tells_people_what_why_and_what_to_do(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = run(capsys, "check", write("x.yaml", "sample_packin: true\n" + GOOD))
+    assert code == 2
+    assert "x.yaml" in out
+    for part in ("unknown-key", "why:", "do:", "did you mean sample_packing?"):
+        assert part in err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("check",),
+        ("check", "x.yaml", "--on", "h1000"),
+        ("check", "x.yaml", "--on", ""),
+        ("check", "x.yaml", "--torch", ""),
+        ("explain", "x.yaml", "--image", ""),
+        ("check", "x.yaml", "--torch", "new"),
+        ("check", "x.yaml", "--nonsense"),
+        ("explain", "x.yaml", "--on", "H100"),
+        ("nonsense",),
+        ("train",),
+        ("train", "x.yaml", "learning_rate"),
+        ("train", "none.yaml"),
+    ],
+)
+def test_wrong_arguments_exit_2_without_a_traceback(
+    capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...]
+) -> None:
+    write("x.yaml", GOOD)
+    code, out, err = run(capsys, *arguments)
+    assert code == 2
+    assert out == ""
+    assert err
+    assert "Traceback" not in err
+
+
+@pytest.mark.filterwarnings("ignore:flash_attention is deprecated:DeprecationWarning")
+def test_explain_answers_for_a_gpu_that_is_elsewhere(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("model").mkdir()
+    write("model/config.json", json.dumps(LLAMA))
+    file = write("x.yaml", GOOD.replace("org/model", "model") + "flash_attention: true\n")
+    code, out, _ = run(capsys, "explain", file, "--on", "h100", "--json")
+    (line,) = objects(out)
+    assert code == 0
+    assert line["on"] == "sm_90"
+    assert line["image"] == "hopper"
+    assert line["model"]["type"] == "llama"
+    assert line["layers"] == [
+        {"count": 32, "heads": 32, "kv_heads": 8, "head_dim_qk": 128, "head_dim_v": 128,
+         "window": None, "softcap": None, "sinks": False}
+    ]  # fmt: skip
+    assert {c["backend"] for c in line["candidates"]} == {b.name for b in all_backends()}
+    assert all(c["fits"] or c["reasons"] for c in line["candidates"])
+    assert set(line["chosen"]) == {"backend", "kernel", "because"}
+    assert line["chosen"]["backend"] == "flash_attention_4"
+
+
+@pytest.mark.parametrize("target", ["model", "model/config.json"])
+def test_explain_takes_a_model(capsys: pytest.CaptureFixture[str], target: str) -> None:
+    Path("model").mkdir()
+    write("model/config.json", json.dumps(LLAMA))
+    code, out, _ = run(capsys, "explain", target, "--on", "t4", "--json")
+    (line,) = objects(out)
+    assert (code, line["ok"], line["chosen"]["backend"]) == (0, True, "sdpa")
+
+
+def test_explain_answers_where_nothing_fits(capsys: pytest.CaptureFixture[str]) -> None:
+    file = write("x.yaml", GOOD + "attn_implementation: flash_attention_3\n")
+    code, out, _ = run(capsys, "explain", file, "--on", "a100", "--json")
+    (line,) = objects(out)
+    assert code == 0
+    assert line["chosen"] is None
+    assert [e["code"] for e in line["errors"]] == ["arch-mismatch"]
+
+
+def test_explain_says_what_it_could_not_know(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(capsys, "explain", write("x.yaml", GOOD), "--json", "--on", "h100")
+    (line,) = objects(out)
+    assert code == 0
+    assert line["model"] is None
+    assert line["layers"] == []
+    assert [w["code"] for w in line["warnings"]] == ["model-not-at-hand"]
+
+
+def test_explain_still_answers_on_a_config_with_unsupported_keys(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    file = write("x.yaml", GOOD + "plugins: [axolotl.integrations.liger.LigerPlugin]\n")
+    code, out, _ = run(capsys, "explain", file, "--on", "a100", "--json")
+    (line,) = objects(out)
+    assert code == 2
+    assert [e["code"] for e in line["errors"]] == ["unsupported-key"]
+    assert line["chosen"]["backend"] == "flash_attention_2"
+
+
+def test_explain_fits_one_screen(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(capsys, "explain", write("x.yaml", GOOD), "--on", "h100")
+    assert code == 0
+    assert [word for word in ("asked", "got", "because") if word not in out] == []
+    assert len(out.splitlines()) <= 50
+
+
+def test_the_quick_commands_import_no_torch() -> None:
+    write("x.yaml", GOOD)
+    code = (
+        "import sys; from attnimg.__main__ import run;"
+        "run(['check', 'x.yaml']); run(['explain', 'x.yaml']);"
+        "heavy = {'torch', 'transformers', 'datasets', 'trl', 'numpy'} & set(sys.modules);"
+        "sys.exit(f'imported {heavy}' if heavy else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_debug_shows_the_traceback_and_nothing_else_does() -> None:
+    for arguments, shown in (([], False), (["--debug"], True)):
+        done = subprocess.run(
+            [sys.executable, "-m", "attnimg", "check", "--on", "h1000", "x.yaml", *arguments],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 2
+        assert ("Traceback" in done.stderr) is shown
+        assert "attnimg:" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "on", "image", "notes"),
+    [
+        (("--on", "t4"), "sm_75", "turing", []),
+        (("--on", "v100"), "sm_70", None, []),
+        (("--image", "ada"), "sm_80", "ampere", []),
+        (("--image", "hopper", "--on", "t4"), "sm_75", "hopper", ["wrong-image"]),
+        ((), "cpu", None, []),
+    ],
+)
+def test_explain_assumes_the_packages_of_an_image(
+    capsys: pytest.CaptureFixture[str],
+    arguments: tuple[str, ...],
+    on: str,
+    image: str | None,
+    notes: list[str],
+) -> None:
+    file = write("x.yaml", GOOD)
+    code, out, _ = run(capsys, "explain", file, "--json", *arguments)
+    (line,) = objects(out)
+    found = [w["code"] for w in line["warnings"] if w["code"] != "model-not-at-hand"]
+    assert (code, line["on"], line["image"], found) == (0, on, image, notes)
+
+
+def test_an_unknown_image_is_refused_with_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+    code, _, err = run(capsys, "explain", write("x.yaml", GOOD), "--image", "hoper")
+    assert code == 2
+    assert "hopper" in err
+
+
+@pytest.mark.parametrize(
+    "text", ["not json", "[]", '{"model_type": "llama", "num_attention_heads": -1}']
+)
+def test_explain_still_answers_on_a_broken_model(
+    capsys: pytest.CaptureFixture[str], text: str
+) -> None:
+    Path("model").mkdir()
+    write("model/config.json", text)
+    code, out, _ = run(capsys, "explain", "model", "--on", "h100", "--json")
+    (line,) = objects(out)
+    assert code == 2
+    assert [e["code"] for e in line["errors"]] == ["bad-model"]
+    assert line["layers"] == []
+    assert len(line["candidates"]) == len(all_backends())
+
+
+def test_explain_takes_a_hub_name_that_is_not_at_hand(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(capsys, "explain", "org/model", "--on", "h100", "--json")
+    (line,) = objects(out)
+    assert code == 0
+    assert [w["code"] for w in line["warnings"]] == ["model-not-at-hand"]
+    assert "learning_rate" not in line["config"]
+
+
+def test_explain_says_when_a_model_has_no_attention(capsys: pytest.CaptureFixture[str]) -> None:
+    write("config.json", '{"model_type": "mamba2", "num_hidden_layers": 2}')
+    code, out, _ = run(capsys, "explain", "config.json", "--on", "h100", "--json")
+    (line,) = objects(out)
+    assert code == 0
+    assert [w["code"] for w in line["warnings"]] == ["no-attention-layers"]
+
+
+def test_a_config_in_json_is_a_config(capsys: pytest.CaptureFixture[str]) -> None:
+    values = {"base_model": "m", "learning_rate": 1e-4, "datasets": [{"path": "d"}]}
+    file = write("run.json", json.dumps(values))
+    _, out, _ = run(capsys, "explain", file, "--on", "h100", "--json")
+    (line,) = objects(out)
+    assert line["config"]["base_model"] == "m"

@@ -1,0 +1,139 @@
+"""The examples hold what their README says, and their configs are whole."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import importlib
+import itertools
+import json
+import re
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import yaml
+
+from attnimg.schema import Config
+from attnimg.train.data import check_sources
+
+ROOT = Path(__file__).parents[2]
+EXAMPLES = ROOT / "examples"
+DATA = sorted((EXAMPLES / "data").glob("*.jsonl"))
+# The first 480 bytes of the package's text: compress(1)'s codes of 9 bits, then of 10.
+PACKED = (
+    "SN6wyQNCSBoxbMqwABGkDh00b+Sk0VOGDAgUS9K4OQNCSZg2ZeakAGGljJw5ad64cQECBJUyeOiYSZMQRI4ZMGLA"
+    "qOFCwZEyMXTEAJHEDYiHZUCIKXNGoxuNHI+8sThGTpkwdCoeRZOUaxg7ZYyGcWMRKYirch72/BlUBkOyW5OifQji"
+    "Tpg5ddM8fOMQhJmIbRaOtWjnTRoyO0AMBkEmjJw1bkLitYu3DhyVcf2GGZP0jZnMZMqUgcMyCFyzU+CkkUgHhGcQ"
+    "Ui22eQPWomXMZs1s7vzZrN2sJ9cC1THjrcXYIOaEObyQSZnWSK0qTcomzRk0dHQoPs1VOmUQ1a/TER6UhnHYU5OH"
+    "uZM5PPaFD7GC0Fv3Logzb6ZqX4ycTBo7h2lllnutmSHHG22A5hhkkpGnQw3nITdGGGwkVBZX4FmHHQhEhJGHYNwl"
+    "1dhjkc2BF4YTVqiVExqOd55ZZYD11EbbXZjUbHLMyNEdJiWV22pztNZYHg7aEGF6yjEHgnPQdZfUUor5tVobH4XV"
+    "mkaZtXFYkK71huFvJs0BokUJXSnkfwFmBuZJfh2YoG9YhengDUfKFkZomc0kB5UguUHHmIyhGZqN9QE3GRppjIFG"
+    "XT2CUAdZJuU5ZZV+tomgmnGy"
+)
+VERSES = 7
+CONFIGS = sorted(EXAMPLES.rglob("*.yaml"))
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The script that makes the data, imported as it is run: beside its sibling."""
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    return importlib.import_module("make_data")
+
+
+@pytest.fixture
+def debian_texts(script: ModuleType) -> ModuleType:
+    return importlib.import_module("debian_texts")
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=[path.name for path in CONFIGS])
+def test_every_example_names_data_that_fit(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    config = Config(**yaml.safe_load(path.read_text()))
+    check_sources(config)
+    assert config.learning_rate
+    assert config.output_dir.startswith("outputs/")
+
+
+@pytest.mark.parametrize("path", DATA, ids=[path.name for path in DATA])
+def test_the_readme_gives_the_hash_of_each_file(path: Path) -> None:
+    readme = (EXAMPLES / "data" / "README.md").read_text()
+    assert f"| `{path.name}` | `{hashlib.sha256(path.read_bytes()).hexdigest()}` |" in readme
+
+
+def test_the_data_are_real_text_without_markup() -> None:
+    assert 1_000_000 < sum(path.stat().st_size for path in DATA) < 6_000_000
+    lines = (EXAMPLES / "data" / "devils_dictionary.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    assert len(records) > 200
+    for record in records:
+        assert re.fullmatch(r"Define \S.*\.", record["instruction"])
+        assert not re.search(r"[_{}]|\S  ", record["output"]), record["instruction"]
+
+
+def test_a_slice_of_the_dictionary_is_remade(script: ModuleType) -> None:
+    text = (
+        "ZEAL, n.  A certain nervous disorder afflicting the _young_ and\n"
+        "inexperienced.  (See {HUSBAND}.)\n\n"
+        "    When Zeal sought Gratitude\n      He went:  away\n"
+        f"{'':60}Jum Coople\n\n"
+        "T, the twentieth letter.\n"
+    )
+    start = text.index("T, the")
+    digits = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"
+    place = [digits[n // 64] + digits[n % 64] for n in (start, len(text) - start)]
+    index = (
+        f"00databaseinfo\tA\tA\nzeal\tA\t{place[0]}\nardor\tA\t{place[0]}\n"
+        f"t\t{place[0]}\t{place[1]}\n"
+    )
+    assert list(script.definitions(index, text)) == [
+        {
+            "instruction": "Define zeal.",
+            "input": "",
+            "output": "A certain nervous disorder afflicting the young and inexperienced. "
+            "(See HUSBAND.)\n\nWhen Zeal sought Gratitude\n  He went: away\n-- Jum Coople",
+        },
+        {
+            "instruction": "Define the letter T.",
+            "input": "",
+            "output": "T, the twentieth letter.",
+        },
+    ]
+
+
+def test_chapters_are_verses_without_their_numbers(script: ModuleType) -> None:
+    bible = "Title.\nGe1:1 In the beginning.\nGe1:2 And the earth.\n1Sm2:1 And Hannah prayed.\n"
+    assert list(script.chapters(bible)) == [
+        {"title": "Genesis 1", "text": "In the beginning.\nAnd the earth."},
+        {"title": "1 Samuel 2", "text": "And Hannah prayed."},
+    ]
+
+
+def test_what_compress_packed_is_unpacked(debian_texts: ModuleType) -> None:
+    genesis = json.loads((EXAMPLES / "data" / "kjv.jsonl").read_text().splitlines()[0])
+    unpacked = debian_texts.unpack_lzw(base64.b64decode(PACKED)).decode("ascii")
+    title, *verses = unpacked.splitlines()
+    assert title == "Holy Bible, Authorized (King James) Version.  Textfile 930105."
+    assert len(verses) == VERSES
+    text = "\n".join(verse.split(" ", 1)[1] for verse in verses)
+    assert genesis["text"].startswith(text)
+
+
+def test_the_demo_model_is_small_and_always_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(EXAMPLES / "demo"))
+    make_model = importlib.import_module("make_model")
+    few = list(itertools.islice(make_model.texts(), 400))  # all of them take 3 s more
+    monkeypatch.setattr(make_model, "texts", lambda: iter(few))
+    tokenizer = make_model.make_tokenizer()
+    first, again = (make_model.make_model(tokenizer) for _ in range(2))
+    assert 1_500_000 < first.num_parameters() < 6_000_000
+    assert first.config.vocab_size == len(tokenizer) == make_model.VOCAB_SIZE
+    assert all(
+        (one == two).all() for one, two in zip(first.parameters(), again.parameters(), strict=True)
+    )
+    talk = [{"role": "user", "content": "Define zeal."}]
+    ids = tokenizer.apply_chat_template(talk, add_generation_prompt=True, return_dict=False)
+    assert tokenizer.decode(ids) == (
+        "<|im_start|>user\nDefine zeal.<|im_end|>\n<|im_start|>assistant\n"
+    )

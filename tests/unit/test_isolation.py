@@ -1,0 +1,332 @@
+"""The isolation proof: it passes where documents are apart and fails wherever they are not."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from tiny_models import tiny_model
+
+from attnimg.errors import AttnimgError
+from attnimg.prove.isolation import IsolationProof, check_isolation, require_isolation
+
+BY_MASK = [
+    *("llama", "mistral", "qwen3", "gemma3_text", "phi3"),
+    *("gpt2", "mixtral", "deepseek_v3", "olmo2", "stablelm"),
+]
+ISOLATED = [
+    *(
+        (model_type, implementation)
+        for model_type in BY_MASK
+        for implementation in ("eager", "sdpa")
+    ),
+    ("gemma2", "eager"),
+]
+LEAKING = [
+    ("gpt_oss", "eager"),
+    ("falcon", "eager"),
+    ("falcon", "sdpa"),
+    ("bloom", "eager"),
+    ("opt", "eager"),
+    ("opt", "sdpa"),
+    ("mpt", "eager"),
+    ("afmoe", "sdpa"),
+    ("mamba2", "eager"),
+    ("jamba", "sdpa"),
+    ("qwen3_next", "sdpa"),
+]
+# Linear-attention models say once, at the first forward, that they run without their kernels.
+pytestmark = pytest.mark.filterwarnings("ignore:.*is falling back to its reference PyTorch")
+
+
+def names(pairs):
+    return [pytest.param(*pair, id=" on ".join(pair)) for pair in pairs]
+
+
+def change_in_second_document(model):
+    """Change the first document of a row and tell how far the second one's logits move."""
+    draw = torch.Generator().manual_seed(5)
+    first, other, second = (torch.randint(3, 128, (n,), generator=draw) for n in (13, 13, 21))
+    positions = torch.cat([torch.arange(13), torch.arange(21)])[None]
+    with torch.no_grad():
+        logits = [
+            model(
+                input_ids=torch.cat([document, second])[None],
+                position_ids=positions,
+                use_cache=False,
+            ).logits[0, 13:]
+            for document in (first, other)
+        ]
+    return (logits[0] - logits[1]).abs().max().item()
+
+
+@pytest.mark.parametrize("one_row", [True, False], ids=["one row", "rows by mask"])
+@pytest.mark.parametrize(("model_type", "implementation"), names(ISOLATED))
+def test_isolated(model_type, implementation, one_row):
+    model = tiny_model(model_type, implementation).eval()
+    assert change_in_second_document(model) < 1e-5
+    proof = check_isolation(model, implementation=implementation, one_row=one_row)
+    assert proof.isolated, proof.why
+    assert proof.leaked_gradient == 0.0
+    assert proof.own_gradient > 1e-3
+    assert proof.logits_error < 1e-5
+    require_isolation(proof)
+
+
+@pytest.mark.parametrize("one_row", [True, False], ids=["one row", "rows by mask"])
+@pytest.mark.parametrize(("model_type", "implementation"), names(LEAKING))
+def test_not_isolated(model_type, implementation, one_row):
+    model = tiny_model(model_type, implementation).eval()
+    assert change_in_second_document(model) > 1e-2
+    proof = check_isolation(model, implementation=implementation, one_row=one_row)
+    assert not proof.isolated
+    with pytest.raises(AttnimgError) as caught:
+        require_isolation(proof)
+    assert model_type in caught.value.what
+    assert implementation in caught.value.what
+    assert proof.why in caught.value.why
+    assert (caught.value.code, caught.value.key) == ("packing-not-isolated", "sample_packing")
+    assert caught.value.exit_code == 1
+
+
+def test_qwen3_next_in_one_row_fails_with_its_own_words():
+    model = tiny_model("qwen3_next", "sdpa")
+    proof = check_isolation(model, implementation="sdpa", one_row=True)
+    assert "can't keep packed sequences apart" in proof.why
+    assert proof.logits_error is None
+
+
+def test_a_wrong_position_shows_in_the_logits_even_where_nothing_leaks():
+    # Transformers 5.22.2 counts llama4's chunks from the start of the row, not of the document.
+    model = tiny_model("llama4_text", "sdpa")
+    proof = check_isolation(model, implementation="sdpa", one_row=False)
+    assert not proof.isolated
+    assert proof.leaked_gradient == 0.0
+    assert proof.logits_error > 0.1
+
+
+def without_restart(kwargs):
+    shape = kwargs["input_ids"].shape
+    return {**kwargs, "position_ids": torch.arange(shape[1]).expand(shape)}
+
+
+def without_positions(kwargs):
+    return {name: x for name, x in kwargs.items() if name != "position_ids"}
+
+
+def with_mask(kwargs):
+    return {**kwargs, "attention_mask": torch.ones_like(kwargs["input_ids"])}
+
+
+def with_cache(kwargs):
+    return {**kwargs, "use_cache": True}
+
+
+def one_late(kwargs):
+    """Let every document but the first begin one token late."""
+    positions = kwargs["position_ids"].clone()
+    starts = positions.roll(1, -1) > positions
+    starts[:, 0] = False
+    positions[starts] = positions.roll(1, -1)[starts] + 1
+    moved = positions.roll(-1, -1)
+    moved[starts.roll(-1, -1)] = positions[starts]
+    return {**kwargs, "position_ids": positions}
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "mixtral"])
+@pytest.mark.parametrize("one_row", [True, False], ids=["one row", "rows by mask"])
+@pytest.mark.parametrize(
+    "break_layout", [without_restart, without_positions, with_mask, with_cache, one_late]
+)
+def test_a_broken_layout_is_caught(model_type, one_row, break_layout):
+    model = tiny_model(model_type, "sdpa")
+
+    def spoil(_module, args, kwargs):
+        packed = kwargs["input_ids"].shape[1] > 21
+        return args, break_layout(kwargs) if packed else kwargs
+
+    hook = model.register_forward_pre_hook(spoil, with_kwargs=True)
+    assert not check_isolation(model, implementation="sdpa", one_row=one_row).isolated
+    hook.remove()
+    assert check_isolation(model, implementation="sdpa", one_row=one_row).isolated
+
+
+def test_absolute_positions_that_do_not_start_at_zero_are_caught_by_the_logits():
+    model = tiny_model("gpt2", "sdpa")
+
+    def shift(_module, args, kwargs):
+        return args, {
+            **kwargs,
+            "position_ids": kwargs["position_ids"] + (kwargs["input_ids"].shape[1] > 21),
+        }
+
+    model.register_forward_pre_hook(shift, with_kwargs=True)
+    proof = check_isolation(model, implementation="sdpa", one_row=False)
+    assert proof.leaked_gradient == 0.0
+    assert not proof.isolated
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        pytest.param(lambda x: x * float("nan"), "not finite", id="NaN logits"),
+        pytest.param(
+            lambda x: x.detach().requires_grad_(),
+            "no gradient on the document itself",
+            id="a cut backward pass",
+        ),
+    ],
+)
+def test_a_proof_needs_numbers_it_can_trust(spoil, words):
+    model = tiny_model("llama", "sdpa")
+    model.lm_head.register_forward_hook(lambda _m, _i, output: spoil(output))
+    proof = check_isolation(model, implementation="sdpa", one_row=False)
+    assert not proof.isolated
+    assert words in proof.why
+    json.loads(json.dumps(dataclasses.asdict(proof), allow_nan=False))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "autocast"),
+    [
+        pytest.param("float32", "bfloat16", id="float32 under bfloat16"),
+        pytest.param("float32", "float16", id="float32 under float16"),
+        pytest.param("bfloat16", None, id="bfloat16"),
+        pytest.param("bfloat16", "bfloat16", id="bfloat16 under bfloat16"),
+        pytest.param("float16", None, id="float16"),
+        pytest.param("float16", "float16", id="float16 under float16"),
+    ],
+)
+@pytest.mark.parametrize("model_type", ["llama", "mixtral", "gpt2"])
+def test_low_precision_is_judged_by_its_own_measure(model_type, dtype, autocast):
+    model = tiny_model(model_type, "sdpa").to(getattr(torch, dtype))
+    proof = check_isolation(model, implementation="sdpa", one_row=False, autocast=autocast)
+    assert proof.isolated, proof.why
+    assert proof.own_gradient > 0
+    model.register_forward_pre_hook(
+        lambda _m, args, kwargs: (args, without_restart(kwargs)), with_kwargs=True
+    )
+    assert not check_isolation(
+        model, implementation="sdpa", one_row=False, autocast=autocast
+    ).isolated
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        pytest.param(
+            {"max_position_embeddings": 16}, id="fewer positions than the usual documents"
+        ),
+        pytest.param({"vocab_size": 4}, id="a vocabulary of one ordinary token"),
+        pytest.param({"eos_token_id": [2, 3, 4]}, id="several end tokens"),
+        pytest.param({"attention_dropout": 0.5}, id="dropout"),
+    ],
+)
+def test_odd_configs_are_judged_too(changes):
+    model = tiny_model("llama", "sdpa", **changes)
+    assert check_isolation(model, implementation="sdpa", one_row=False).isolated
+
+
+def lora(model):
+    from peft import LoraConfig, get_peft_model
+
+    adapted = get_peft_model(model, LoraConfig(target_modules="all-linear", lora_dropout=0.5))
+    with torch.no_grad():
+        for name, weight in adapted.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(weight, std=0.1)
+    return adapted
+
+
+def checkpointed(model):
+    model.gradient_checkpointing_enable()
+    model.enable_input_require_grads()
+    return model
+
+
+def frozen(model):
+    return model.requires_grad_(False)
+
+
+@pytest.mark.parametrize("wrap", [lora, checkpointed, frozen])
+@pytest.mark.parametrize("one_row", [True, False], ids=["one row", "rows by mask"])
+def test_a_model_as_training_has_it_is_judged_right(wrap, one_row):
+    model = wrap(tiny_model("llama", "sdpa"))
+    proof = check_isolation(model, implementation="sdpa", one_row=one_row)
+    assert proof.isolated, proof.why
+    leaking = wrap(tiny_model("opt", "sdpa"))
+    assert not check_isolation(leaking, implementation="sdpa", one_row=one_row).isolated
+
+
+@pytest.mark.parametrize("one_row", [True, False], ids=["one row", "rows by mask"])
+@pytest.mark.parametrize(
+    ("model_type", "isolated"),
+    [
+        pytest.param("llama", True, id="llama is isolated"),
+        pytest.param("opt", False, id="opt leaks"),
+    ],
+)
+def test_a_qlora_model_is_judged_right(model_type, isolated, one_row, tmp_path):
+    from peft import prepare_model_for_kbit_training
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    # Blocks of 64 weights are quantized together.
+    tiny_model(model_type, "sdpa", intermediate_size=128, ffn_dim=128).save_pretrained(tmp_path)
+    four_bit = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
+    )
+    model = AutoModelForCausalLM.from_pretrained(
+        tmp_path, quantization_config=four_bit, attn_implementation="sdpa"
+    )
+    model = lora(prepare_model_for_kbit_training(model)).train()
+    # In evaluation mode bitsandbytes repacks 4-bit weights for a kernel that can't train.
+    before = [weight.detach().clone() for weight in model.parameters()]
+    proof = check_isolation(model, implementation="sdpa", one_row=one_row)
+    assert proof.isolated is isolated, proof.why
+    assert proof.logits_error is not None, proof.why
+    assert all(map(torch.equal, before, model.parameters()))
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen3_next"])
+def test_the_model_is_left_as_it_was(model_type):
+    model = tiny_model(model_type, "sdpa")
+    ids = torch.randint(3, 128, (1, 9))
+    model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    model.get_input_embeddings().eval()
+    use_cache = model.config.use_cache
+
+    def state():
+        return (
+            [module.training for module in model.modules()],
+            [len(module._forward_hooks) for module in model.modules()],
+            [weight.requires_grad for weight in model.parameters()],
+            model.config.use_cache == use_cache,
+            torch.is_grad_enabled(),
+            torch.get_rng_state().tolist(),
+        )
+
+    before = state()
+    weights = [weight.detach().clone() for weight in model.parameters()]
+    gradients = [weight.grad.clone() for weight in model.parameters() if weight.grad is not None]
+    check_isolation(model, implementation="sdpa", one_row=True)
+    assert state() == before
+    assert all(map(torch.equal, weights, model.parameters()))
+    kept = [weight.grad for weight in model.parameters() if weight.grad is not None]
+    assert all(map(torch.equal, gradients, kept))
+
+
+def test_the_error_says_what_was_found_and_needed_and_what_to_do():
+    proof = IsolationProof(
+        model_type="opt", backend="sdpa", one_row=False, isolated=False, why="logits differ by 2.2"
+    )
+    with pytest.raises(AttnimgError) as caught:
+        require_isolation(proof)
+    assert str(caught.value) == (
+        "attnimg: opt on sdpa does not keep packed documents apart\n"
+        "  why: logits differ by 2.2\n"
+        "       needed: equal logits packed and apart, no gradient between documents\n"
+        "  do:  set sample_packing: false, or try attn_implementation: flash_attention_2"
+        " (its kernels get the documents' boundaries)"
+    )

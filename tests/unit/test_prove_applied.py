@@ -1,0 +1,130 @@
+"""A proof runs the very function that training will run for that problem."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from attnimg import apply
+from attnimg.attend import as_applied, attention_function
+from attnimg.backends import backend_named
+from attnimg.facts import Backend, Geometry, LayerGroup, Proof
+
+FLASH_4 = "kernels-community/flash-attn4"
+STAND_IN = Path(__file__).parents[1] / "fixtures/flash_attn2"
+# A kernel that takes MLA's values, and none that were padded to the size of q and k: as
+# FlashAttention-4's for Blackwell, which refuses (192, 192).
+STRICT = """
+def unpadded(function):
+    @functools.wraps(function)
+    def attend(q, k, v, *more, **named):
+        assert v.shape[-1] == 128, f"v arrived padded to {v.shape[-1]}"
+        return function(q, k, v, *more, **named)
+    return attend
+
+flash_attn_func = unpadded(flash_attn_func)
+flash_attn_varlen_func = unpadded(flash_attn_varlen_func)
+"""
+PLAIN = Geometry(heads=4, kv_heads=2, head_dim_qk=16, head_dim_v=16, sequence_len=64)
+MLA = Geometry(heads=2, kv_heads=2, head_dim_qk=192, head_dim_v=128, sequence_len=64)
+
+
+@pytest.fixture(autouse=True)
+def kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    build = tmp_path / "build/torch-cpu"
+    build.mkdir(parents=True)
+    metadata = (STAND_IN / "build/torch-cpu/metadata.json").read_text(encoding="utf-8")
+    (build / "metadata.json").write_text(metadata.replace("flash_attn2", "strict_flash_attn4"))
+    source = (STAND_IN / "build/torch-cpu/__init__.py").read_text(encoding="utf-8")
+    source = source.replace("import torch\n", "import functools\n\nimport torch\n", 1)
+    (build / "__init__.py").write_text(source + STRICT)
+    monkeypatch.setenv("LOCAL_KERNELS", f"{FLASH_4}={tmp_path}")
+    with apply.restored():
+        yield
+
+
+def proven(name: str, geometry: Geometry, *, routed: bool = False) -> Proof:
+    """Prove in this process what a child would prove."""
+    from attnimg.prove.child import prove_candidate
+
+    candidate = {
+        "backend": name, "geometries": [asdict(geometry)], "trusted": False, "routed": routed
+    }  # fmt: skip
+    return prove_candidate(candidate, device="cpu", references={}, report=io.StringIO())
+
+
+def test_values_of_another_size_are_proven_unpadded_as_they_are_trained() -> None:
+    assert proven("flash_attention_4", MLA).reasons == ()
+
+
+@pytest.mark.parametrize(
+    ("name", "routed", "function"),
+    [
+        pytest.param(
+            "sdpa", True, "exact.attend_exactly", id="a router's sdpa is exact, by document"
+        ),
+        pytest.param("eager", True, "exact.attend_exactly", id="and so is its eager"),
+        pytest.param(
+            "sdpa", False, "transformers_native.layer_of", id="sdpa alone is transformers'"
+        ),
+    ],
+)
+@pytest.mark.parametrize("packing", [True, False], ids=["packed", "single"])
+def test_what_a_router_calls_is_what_is_proven(
+    monkeypatch: pytest.MonkeyPatch, name: str, routed: bool, function: str, packing: bool
+) -> None:
+    geometry = Geometry(**(asdict(PLAIN) | {"packing": packing}))
+    assert proven(name, geometry, routed=routed).passed
+
+    def reached(*_tensors: Any, **_arguments: Any) -> Any:
+        raise RuntimeError("reached")
+
+    monkeypatch.setattr(f"attnimg.calls.{function}", reached)
+    assert "reached" in str(proven(name, geometry, routed=routed).reasons)
+
+
+def layer(size: int, size_v: int, *, kv_heads: int = 4) -> LayerGroup:
+    return LayerGroup(count=1, heads=4, kv_heads=kv_heads, head_dim_qk=size, head_dim_v=size_v)
+
+
+@pytest.mark.parametrize(
+    ("name", "layers", "routed", "direct"),
+    [
+        ("flash_attention_4", (layer(192, 128),), False, True),
+        ("flash_attention_4", (layer(128, 128), layer(192, 128)), False, True),
+        ("flash_attention_4", (layer(192, 128, kv_heads=2),), False, False),
+        ("flash_attention_4", (layer(128, 128),), False, False),
+        ("flash_attention_4", (), False, False),
+        ("flash_attention_4", (layer(128, 128),), True, True),
+        ("flash_attention_2", (layer(192, 128),), False, False),
+        ("flash_attention_2", (layer(64, 64),), True, True),
+        ("sdpa", (layer(64, 64),), True, True),
+        ("sdpa", (layer(64, 64),), False, False),
+        pytest.param("sage", (layer(64, 64),), True, False, id="sage is called directly anyway"),
+    ],
+)
+def test_one_function_decides_how_a_backend_is_called(
+    name: str, layers: tuple[LayerGroup, ...], routed: bool, direct: bool
+) -> None:
+    backend = backend_named(name)
+    assert backend is not None
+    found: Backend = as_applied(backend, layers, routed=routed)
+    assert (found != backend) == direct
+    assert found.mask == ("flash" if direct else backend.mask)
+
+
+def test_what_apply_registers_is_what_that_function_gives() -> None:
+    from transformers import AttentionInterface
+
+    backend = backend_named("flash_attention_4")
+    assert backend is not None
+    layers = (layer(192, 128),)
+    registered = AttentionInterface()[apply.prepare(backend, layers=layers)]
+    found = attention_function(as_applied(backend, layers))
+    for function in (registered, found):
+        kernel = function.__self__  # type: ignore[attr-defined]  # a method of FlashKernel
+        assert (kernel.backend, kernel.unpadded_v) == ("flash_attention_4", True)

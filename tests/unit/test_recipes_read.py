@@ -1,0 +1,168 @@
+"""Reading recipes: what is not known is refused, all of it at once, and says what to do."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from attnimg.errors import AttnimgError
+from recipes.facts import Unresolved
+from recipes.read import read_image, read_kernel
+
+ROOT = Path(__file__).resolve().parents[2]
+KERNEL = (ROOT / "recipes/kernels/flash-attn.toml").read_text(encoding="utf-8")
+GIT_KERNEL = (ROOT / "recipes/kernels/sageattention.toml").read_text(encoding="utf-8")
+IMAGE = (ROOT / "recipes/images/hopper.toml").read_text(encoding="utf-8")
+
+
+def put(text: str, key: str, value: str | None) -> str:
+    """Give a TOML key another value; None takes its line away."""
+    line = rf"(?m)^{key} = .*\n"
+    assert re.search(line, text), key
+    return re.sub(line, "" if value is None else f"{key} = {value}\n", text, count=1)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        pytest.param(
+            'versoin = "1"\n' + KERNEL, "versoin: unknown key; did you mean version?", id="a typo"
+        ),
+        pytest.param(put(KERNEL, "version", None), "version: missing", id="a missing key"),
+        pytest.param(
+            put(KERNEL, "sha256", None),
+            "sha256: missing; flash-attn==2.8.3.post2 needs its archive's",
+            id="a release without its hash",
+        ),
+        pytest.param(
+            put(KERNEL, "sha256", '"d0f9"'),
+            "sha256: found 'd0f9', needed 64 hexadecimal digits",
+            id="half a hash",
+        ),
+        pytest.param(
+            put(KERNEL, "source", '"flash-attn==2.8.3"'),
+            "source: found 'flash-attn==2.8.3', but version is '2.8.3.post2'",
+            id="a source of another version",
+        ),
+        pytest.param(
+            put(GIT_KERNEL, "source", '"thu-ml/SageAttention@main"'),
+            "needed name==version or owner/name@40-digit commit",
+            id="a branch where a commit belongs",
+        ),
+        pytest.param(put(KERNEL, "form", '"egg"'), "form: found 'egg'", id="an unknown form"),
+        pytest.param(
+            put(KERNEL, "form", '"git"'),
+            "form: found 'git' for 'flash-attn==2.8.3.post2'",
+            id="a release that says it is git",
+        ),
+        pytest.param(
+            put(KERNEL, "torch", '"2.6+"'),
+            "torch: found '2.6+', needed a version bound such as >=2.10",
+            id="a bound that is none",
+        ),
+        pytest.param(
+            put(KERNEL, "sm_86", '{ token = "80", codes = "sm_80" }'),
+            "archs.sm_86.codes: unknown key",
+            id="a typo in a nested table",
+        ),
+        pytest.param(
+            put(KERNEL, "sm_86", "{}").replace("sm_86 = ", "ampere = "),
+            "archs: found 'ampere', needed cpu, sm_NN[a], sm_NNN[a] or gfxNNN",
+            id="an architecture that is none",
+        ),
+        pytest.param(
+            put(KERNEL, "requires", '["einops=1"]'),
+            "requires: found 'einops=1', needed a pip requirement",
+            id="a requirement that is none",
+        ),
+        pytest.param(
+            "version = ", "Invalid value (at end of document)", id="a file that is no TOML"
+        ),
+    ],
+)
+def test_refuses_a_kernel_with(text: str, says: str) -> None:
+    with pytest.raises(AttnimgError, match=r"recipes/kernels/some\.toml") as caught:
+        read_kernel("some", text)
+    assert says in caught.value.why
+    assert caught.value.do
+    assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        pytest.param(
+            "capabilities = []\n" + IMAGE, "capabilities: unknown key", id="an unknown key"
+        ),
+        pytest.param(
+            put(IMAGE, "accelerator", '"tpu"'), "accelerator: found 'tpu'", id="no such accelerator"
+        ),
+        pytest.param(put(IMAGE, "archs", "[]"), "archs: found none", id="no architecture"),
+        pytest.param(put(IMAGE, "archs", '["hopper"]'), "found 'hopper'", id="a name for an arch"),
+        pytest.param(
+            put(IMAGE, "base_digest", '"latest"'),
+            "base_digest: found 'latest', needed sha256: and 64 hexadecimal digits",
+            id="a tag for a digest",
+        ),
+        pytest.param(
+            put(IMAGE, "base_digest", "{ unresolved = 3 }"),
+            "base_digest.",
+            id="an unresolved value without a reason",
+        ),
+        pytest.param(
+            put(IMAGE, "size_max_mb", '"3 GB"'), "size_max_mb", id="a size that is no number"
+        ),
+        pytest.param(
+            IMAGE + 'frontier = "2.15.0"\n',
+            "frontier: found '2.15.0', needed a table of torch and toolkit",
+            id="a frontier that is no table",
+        ),
+    ],
+)
+def test_refuses_an_image_with(text: str, says: str) -> None:
+    with pytest.raises(AttnimgError, match=r"recipes/images/some\.toml") as caught:
+        read_image("some", text)
+    assert says in caught.value.why
+
+
+def test_all_faults_of_a_file_are_told_together() -> None:
+    text = put(put(KERNEL, "sha256", None), "torch", '"new"')
+    with pytest.raises(AttnimgError) as caught:
+        read_kernel("some", text)
+    assert "sha256: missing" in caught.value.why
+    assert "torch: found 'new'" in caught.value.why
+
+
+def test_an_unresolved_value_keeps_its_reason() -> None:
+    (image,) = read_image("rocm", (ROOT / "recipes/images/rocm.toml").read_text(encoding="utf-8"))
+    assert image.torch == Unresolved("PyPI has no torch for ROCm, and no other index was reached")
+
+
+def test_a_frontier_line_makes_a_second_image() -> None:
+    stable, frontier = read_image(
+        "x", IMAGE + 'frontier = { torch = "2.15.0", toolkit = "13.2" }\n'
+    )
+    assert (stable.name, frontier.name) == ("x", "x-frontier")
+    assert (frontier.torch, frontier.toolkit, frontier.archs) == ("2.15.0", "13.2", stable.archs)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param(path, id=f"{path.stem} is dated")
+        for path in [
+            *sorted((ROOT / "recipes/kernels").glob("*.toml")),
+            *(ROOT / f"recipes/{name}.toml" for name in ("torch", "cuda", "pairs")),
+        ]
+    ],
+)
+def test_values_from_outside_have_a_source_and_its_date(path: Path) -> None:
+    assert re.search(r"#.*\b2026-\d\d-\d\d\b", path.read_text(encoding="utf-8"))
+
+
+def test_no_recipe_names_a_package_index() -> None:
+    for path in (ROOT / "recipes").rglob("*.*"):
+        if path.suffix in {".toml", ".py"}:
+            assert not re.search(r"pypi\.org|download\.pytorch", path.read_text(encoding="utf-8"))

@@ -1,0 +1,270 @@
+"""Rendering: every generated file says what the recipes say, and nothing is written by halves."""
+
+from __future__ import annotations
+
+import json
+import re
+import resource
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from attnimg.backends import all_backends
+from attnimg.errors import AttnimgError
+from attnimg.gpus import catalogue
+from recipes.facts import Plan
+from recipes.files import NOTICE, write_all
+from recipes.labels import labels
+from recipes.lock import blocks
+from recipes.matrix import matrix
+from recipes.read import read_recipes
+from recipes.render import read_locks, rendered
+from recipes.solve import solve_all
+
+ROOT = Path(__file__).resolve().parents[2]
+RECIPES = read_recipes(ROOT)
+PLANS = {plan.image.name: plan for plan in solve_all(RECIPES)}
+LOCKS = read_locks(tuple(PLANS.values()), root=ROOT)
+RUNNERS = (ROOT / "recipes/runners.toml").read_text(encoding="utf-8")
+TEXTS = rendered(tuple(PLANS.values()), RECIPES, locks=LOCKS, runners=RUNNERS)
+
+
+@pytest.mark.parametrize("path", [pytest.param(path, id=f"{path} is in step") for path in TEXTS])
+def test_nothing_drifted(path: str) -> None:
+    assert (ROOT / path).read_text(encoding="utf-8") == TEXTS[path], "make render"
+
+
+@pytest.mark.parametrize("path", [pytest.param(path, id=f"{path} says so") for path in TEXTS])
+def test_a_generated_file_says_that_it_is_one(path: str) -> None:
+    assert NOTICE in "".join(TEXTS[path].splitlines(keepends=True)[:2])
+
+
+def test_a_stable_target_for_every_recipe_file() -> None:
+    bake = json.loads(TEXTS["docker/docker-bake.json"])
+    files = {path.stem for path in (ROOT / "recipes/images").glob("*.toml")}
+    assert set(bake["group"]["all"]["targets"]) == files
+    assert files < set(bake["target"])
+
+
+def test_the_base_is_named_once() -> None:
+    assert TEXTS["docker/docker-bake.json"].count("docker-image://") == 1
+
+
+def test_a_digest_pins_the_base() -> None:
+    digest = "sha256:" + "0" * 64
+    images = {k: replace(found, base_digest=digest) for k, found in RECIPES.images.items()}
+    recipes = replace(RECIPES, images=images)
+    after = rendered(solve_all(recipes), recipes, locks=LOCKS, runners=RUNNERS)
+    base = json.loads(after["docker/docker-bake.json"])["variable"]["BASE"]["default"]
+    assert base == f"docker-image://python:3.11-slim-bookworm@{digest}"
+
+
+def test_the_dockerfile_takes_every_argument() -> None:
+    targets = json.loads(TEXTS["docker/docker-bake.json"])["target"].values()
+    given = {name for target in targets for name in target.get("args", {})}
+    dockerfile = (ROOT / "docker/Dockerfile").read_text(encoding="utf-8").replace("\\\n", " ")
+    lines = re.findall(r"^ARG (.+)$", dockerfile, flags=re.MULTILINE)
+    taken = {word.partition("=")[0] for line in lines for word in line.split()}
+    assert given <= taken
+
+
+def test_a_bumped_kernel_changes_its_own_arguments_alone() -> None:
+    kernel = replace(RECIPES.kernels["sageattention"], version="2.2.1")
+    recipes = replace(RECIPES, kernels={**RECIPES.kernels, "sageattention": kernel})
+    after = rendered(solve_all(recipes), recipes, locks=LOCKS, runners=RUNNERS)
+    old, new = (
+        json.loads(texts["docker/docker-bake.json"])["target"]["hopper"]["args"]
+        for texts in (TEXTS, after)
+    )
+    changed = {name for name in old if old[name] != new[name]}
+    assert changed == {"SAGEATTENTION", "SAGEATTENTION_KEY"}
+
+
+def test_labels_carry_oci_and_our_own() -> None:
+    found = labels(PLANS["hopper"])
+    assert found["attnimg.arch"] == "sm_90a"
+    assert found["attnimg.abi"] == "cp311-torch2.14-cu130"
+    assert found["attnimg.driver_min"] == "580.65.06"
+    assert "flash-attn-3==3.0.0" in found["attnimg.kernels"].split()
+    assert found["org.opencontainers.image.licenses"] == "Apache-2.0"
+    assert labels(PLANS["rocm"])["attnimg.torch"] == "unresolved"
+
+
+@pytest.mark.parametrize(
+    ("name", "pins"),
+    [
+        pytest.param("cpu", {"torch==2.13.0", "transformers==5.22.2"}, id="the cpu image's torch"),
+        pytest.param(
+            "hopper",
+            {"torch==2.14.1", "triton==3.8.0", "flash-attn==2.8.3.post2", "flash-attn-4==4.0.0b36"}
+            | {"nvidia-cutlass-dsl==4.8.1", "quack-kernels==0.6.5", "xformers==0.0.35"},
+            id="hopper's torch and kernels",
+        ),
+    ],
+)
+def test_a_child_image_can_not_replace(name: str, pins: set[str]) -> None:
+    assert pins <= set(TEXTS[f"docker/constraints/{name}.txt"].splitlines())
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, id=f"{name} is locked") for name in PLANS])
+def test_every_package_of_a_lock_file_has_a_hash(name: str) -> None:
+    locked = blocks(LOCKS[name])
+    assert all("--hash=sha256:" in text for text in locked.values())
+    assert {"transformers", "trl", "peft", "datasets"} <= set(locked)
+    assert "index-url" not in LOCKS[name]
+
+
+def test_what_is_shipped_is_what_is_tested() -> None:
+    tested = blocks((ROOT / "requirements/lock.txt").read_text(encoding="utf-8"))
+    shipped = blocks(LOCKS["cpu"])
+    assert {name: text.split()[0] for name, text in shipped.items()} == {
+        name: tested[name].split()[0] for name in shipped
+    }
+
+
+def test_the_cpu_lock_has_nothing_of_cuda() -> None:
+    assert not [
+        n for n in blocks(LOCKS["cpu"]) if n.startswith(("nvidia", "cuda", "triton", "torch"))
+    ]
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, id=f"{n} holds its layers") for n, p in PLANS.items() if p.nvcc]
+)
+def test_an_image_installs_what_its_layers_installed(name: str) -> None:
+    whole = {text.split()[0] for text in blocks(LOCKS[name]).values()}
+    for layer in ("torch", "stack"):
+        path = ROOT / f"requirements/images/{layer}-{PLANS[name].lock}.txt"
+        layered = {text.split()[0] for text in blocks(path.read_text(encoding="utf-8")).values()}
+        assert layered <= whole
+
+
+def test_every_gpu_of_the_catalogue_that_we_can_serve_has_one_image() -> None:
+    images = json.loads(TEXTS["attnimg/data/images.json"])["images"]
+    stable = [found for found in images.values() if found["channel"] == "stable"]
+    for name, gpu in catalogue().items():
+        serving = [found for found in stable if gpu.arch.name in found["devices"]]
+        assert len(serving) == (0 if name in {"v100", "rx7900xtx"} else 1), name
+
+
+def test_every_backend_has_a_row_in_the_support_matrix() -> None:
+    page = TEXTS["docs/support.md"]
+    for backend in all_backends():
+        name = f"`{backend.name}`" if backend.in_config else f"{backend.name} (`auto` alone)"
+        assert f"| {name} |" in page
+    assert "| `flash_attention_3` | - | - | - | T | - | - |" in page
+    assert "| `sage` | T | T (sm_120 sm_121) | - | T | - | - |" in page
+
+
+def test_a_gpu_without_a_runner_is_a_skip_on_the_record() -> None:
+    plans: tuple[Plan, ...] = (PLANS["hopper"], PLANS["turing"])
+    text = matrix(plans, build_runner="ubuntu-24.04", gpu_runners={"sm_90": "h100"})
+    runners = {entry["arch"]: entry["runner"] for entry in json.loads(text)["gpu"]}
+    assert runners == {"sm_90": "h100", "sm_75": None}
+
+
+def test_buildx_takes_the_bake_file() -> None:
+    if shutil.which("docker") is None:
+        pytest.skip("docker is not installed: buildx can't read the bake file")
+    command = ["docker", "buildx", "bake", "-f", "docker/docker-bake.json", "--print", "all"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    if "is not a docker command" in done.stderr:
+        pytest.skip("docker has no buildx")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["target"]["hopper"]["args"]["FLASH_ATTN"] == "2.8.3.post2"
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """Copy what rendering reads; nothing is rendered there yet."""
+    shutil.copytree(ROOT / "recipes", tmp_path / "recipes")
+    shutil.copytree(ROOT / "requirements", tmp_path / "requirements")
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    return tmp_path
+
+
+def run(checkout: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "recipes", *arguments, "--root", str(checkout)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+def edit(path: Path, old: str, new: str) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert old in text
+    path.write_text(text.replace(old, new), encoding="utf-8")
+
+
+SHA = "ccc73c7db9890224ab05f5fb60e2034f9e6c8672a10be0cf00e95cbbae3eda7c"
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "says"),
+    [
+        pytest.param("kernels/xformers", "summary", "sumary", "sumary: unknown key", id="a typo"),
+        pytest.param(
+            "kernels/xformers", SHA, "0" * 64, "is not that of its package", id="wrong hash"
+        ),
+        pytest.param("kernels/xformers", f'sha256 = "{SHA}"', "", "sha256: missing", id="no hash"),
+        pytest.param("images/turing", '"sm_75"', '"sm_70"', "found sm_70", id="an arch nobody has"),
+        pytest.param("images/cpu", "[", "[[", "is not a recipe", id="a broken TOML"),
+    ],
+)
+def test_bad_input_is_told_and_writes_nothing(
+    checkout: Path, file: str, old: str, new: str, says: str
+) -> None:
+    edit(checkout / f"recipes/{file}.toml", old, new)
+    done = run(checkout, "render")
+    assert done.returncode == 2
+    assert says in done.stderr
+    assert [part in done.stderr for part in ("  why: ", "  do:  ", "Traceback")] == [
+        True,
+        True,
+        False,
+    ]
+    assert not (checkout / "docker").exists()
+
+
+def test_a_rendered_checkout_is_in_step_until_a_recipe_changes(checkout: Path) -> None:
+    assert run(checkout, "check").returncode == 1
+    assert run(checkout, "render").returncode == 0
+    assert run(checkout, "check").returncode == 0
+    assert run(checkout, "render").stdout == ""
+    edit(checkout / "recipes/images/cpu.toml", "size_max_mb = 350", "size_max_mb = 349")
+    drift = run(checkout, "check")
+    assert (drift.returncode, "docs/images.md" in drift.stderr) == (1, True)
+
+
+def test_an_image_with_open_values_is_not_published(checkout: Path) -> None:
+    done = run(checkout, "publish", "rocm")
+    assert done.returncode == 2
+    assert "torch is unresolved" in done.stderr
+
+
+def test_an_unknown_image_is_named_with_those_that_are_known(checkout: Path) -> None:
+    done = run(checkout, "solve", "volta")
+    assert done.returncode == 2
+    assert "known: ampere" in done.stderr
+
+
+def test_what_can_not_be_written_leaves_the_old_files_whole(tmp_path: Path) -> None:
+    (tmp_path / "small").write_text("old", encoding="utf-8")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+    try:
+        with pytest.raises(AttnimgError, match="can't be written") as caught:
+            write_all(tmp_path, {"small": "new", "large": "x" * 100_000})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert caught.value.exit_code == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["small"]
+    assert (tmp_path / "small").read_text(encoding="utf-8") == "old"
+
+
+def test_a_file_where_a_folder_belongs_is_told(tmp_path: Path) -> None:
+    (tmp_path / "docs").write_text("no folder", encoding="utf-8")
+    with pytest.raises(AttnimgError, match="can't be written"):
+        write_all(tmp_path, {"docs/images.md": "new"})

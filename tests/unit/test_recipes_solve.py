@@ -1,0 +1,390 @@
+"""The solver: what can be built is planned whole, what can't is refused with reasons and a way."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from attnimg.errors import AttnimgError
+from recipes.facts import Choice, Image, Need, Patch, Recipes, Unresolved
+from recipes.read import read_recipes
+from recipes.rules import reasons_against
+from recipes.solve import cache_key, refuse_unresolved, solve, solve_all
+
+ROOT = Path(__file__).resolve().parents[2]
+RECIPES = read_recipes(ROOT)
+
+
+def image(name: str, *, kernels: Any = None, **changes: Any) -> Image:
+    """Change an image that works; kernels are choices, or names with blanks between."""
+    if isinstance(kernels, str):
+        changes["kernels"] = tuple(Choice(name=kernel) for kernel in kernels.split())
+    elif kernels is not None:
+        changes["kernels"] = kernels
+    return replace(RECIPES.images[name], **changes)
+
+
+def with_kernel(name: str, **changes: Any) -> Recipes:
+    """Change one kernel's recipe."""
+    kernels = {**RECIPES.kernels, name: replace(RECIPES.kernels[name], **changes)}
+    return replace(RECIPES, kernels=kernels)
+
+
+def refusal(made: Image, recipes: Recipes = RECIPES) -> AttnimgError:
+    with pytest.raises(AttnimgError) as caught:
+        solve(made, recipes)
+    return caught.value
+
+
+TORCH_2_13 = {"torch": "2.13.0", "toolkit": "13.0"}
+FRONTIER = {"torch": "2.15.0", "toolkit": "13.2"}
+
+
+@pytest.mark.parametrize(
+    ("made", "says", "nearest"),
+    [
+        # users.md A1: flash-attn 2 against a torch that it was not made for.
+        pytest.param(
+            image("ampere", torch="2.9.1"),
+            "xformers 0.0.35 needs torch >=2.10; found 2.9.1",
+            "torch 2.10.0 with CUDA 12.8",
+            id="xformers is refused below torch 2.10",
+        ),
+        pytest.param(
+            image("ampere", torch="2.5.1"),
+            "flash-attn 2.8.3.post2 needs torch >=2.6; found 2.5.1",
+            "torch 2.10.0",
+            id="flash-attn is refused on a torch older than its headers",
+        ),
+        pytest.param(
+            image("ampere", toolkit="12.8", driver_min="570.26"),
+            "torch 2.14.1 is built with CUDA 13.0; found 12.8",
+            "torch 2.14.1 with CUDA 13.0",
+            id="kernels of one CUDA major are not put beside torch of another",
+        ),
+        pytest.param(
+            image("turing", kernels="xformers flash-attn"),
+            "backend flash_attention_2 needs sm_80 or newer (Ampere)",
+            "without flash-attn",
+            id="Turing has no flash-attn",
+        ),
+        pytest.param(
+            image("turing", archs=("sm_70", "sm_75")),
+            "sm_103 sm_110 sm_120 sm_121; found sm_70",
+            "without sm_70",
+            id="CUDA 13 has dropped Volta",
+        ),
+        pytest.param(
+            image("turing", archs=("sm_70", "sm_75")),
+            "torch 2.14.1 has machine code for sm_75 sm_80 sm_86 sm_90 sm_100 sm_120; found sm_70",
+            "without sm_70",
+            id="torch 2.14 has dropped Volta",
+        ),
+        pytest.param(
+            image("hopper", archs=("sm_87",), kernels="flash-attn"),
+            "flash-attn 2.8.3.post2 serves sm_80 sm_86",
+            "nearest: none",
+            id="an architecture that no build token covers is refused",
+        ),
+        pytest.param(
+            image("ampere", python="3.8"),
+            "xformers 0.0.35 needs Python >=3.9; found 3.8",
+            "nearest: none",
+            id="an old Python is refused",
+        ),
+        pytest.param(
+            image("turing", python="3.10", **FRONTIER),
+            "torch 2.15.0 needs Python >=3.11; found 3.10",
+            "torch 2.14.1 with CUDA 13.0",
+            id="torch 2.15 has no wheel for Python 3.10",
+        ),
+        pytest.param(
+            image("hopper", driver_min="570.26"),
+            "CUDA 13.0 needs driver 580.65.06 or newer; found driver_min 570.26",
+            "driver 580.65.06 or newer",
+            id="a driver floor below the toolkit's is refused",
+        ),
+        # users.md A2: FlashAttention-3.
+        pytest.param(
+            image("hopper", **FRONTIER),
+            "flash-attn-3 3.0.0 needs nvcc >=12.8,!=12.9.*,<13.1; found 13.2.86 of CUDA 13.2",
+            "torch 2.14.1 with CUDA 13.0",
+            id="FlashAttention-3 is not compiled by CUDA 13.2",
+        ),
+        pytest.param(
+            image("ampere", kernels="flash-attn flash-attn-3"),
+            "backend flash_attention_3 needs sm_90 (Hopper); found sm_80",
+            "without flash-attn-3",
+            id="FlashAttention-3 is Hopper's",
+        ),
+        pytest.param(
+            image("blackwell", kernels="flash-attn flash-attn-3"),
+            "backend flash_attention_3 needs sm_90 (Hopper); found sm_120",
+            "without flash-attn-3",
+            id="FlashAttention-3 is not Blackwell's",
+        ),
+        # users.md A3: FlashAttention-4.
+        pytest.param(
+            image("hopper", kernels="flash-attn-4 xformers"),
+            "flash-attn-4 4.0.0b36 needs flash-attn beside xformers; found none",
+            "with flash-attn",
+            id="FlashAttention-4 without flash-attn kills xformers",
+        ),
+        pytest.param(
+            image("hopper", kernels="flash-attn flash-attn-4", **TORCH_2_13),
+            "flash-attn-4 4.0.0b36 needs torch >=2.14; found 2.13.0",
+            "torch 2.14.1 with CUDA 13.0",
+            id="torch 2.13 can't unpack what FlashAttention-4 returns",
+        ),
+        pytest.param(
+            image("ampere", kernels="flash-attn flash-attn-4"),
+            "backend flash_attention_4 needs sm_90 to sm_121 (Hopper, Blackwell); found sm_86",
+            "without flash-attn-4",
+            id="FlashAttention-4 has no backward pass below Hopper",
+        ),
+        # users.md A4: Sage, xformers, torchao.
+        pytest.param(
+            image("blackwell", kernels="flash-attn sageattention"),
+            "sageattention 2.2.0 serves sm_80 sm_86 sm_89 sm_90a sm_120 sm_121; found sm_100",
+            "sageattention for sm_120 sm_121 only",
+            id="SageAttention has no kernel for sm_100",
+        ),
+        pytest.param(
+            image("turing", kernels="xformers sageattention"),
+            "backend sage needs sm_80, sm_86, sm_89, sm_90, sm_120 or sm_121; found sm_75",
+            "without sageattention",
+            id="SageAttention has no kernel for Turing",
+        ),
+        pytest.param(
+            image("hopper", kernels="flash-attn torchao"),
+            "torchao 0.18.0 needs flash-attn-3; found none",
+            "with flash-attn-3",
+            id="torchao's fp8 attention stands on FlashAttention-3",
+        ),
+        pytest.param(
+            image("blackwell", kernels="flash-attn torchao"),
+            "backend fp8 needs sm_90 (Hopper)",
+            "without torchao",
+            id="torchao's fp8 attention is Hopper's",
+        ),
+        pytest.param(
+            image("rocm", kernels="flash-attn xformers"),
+            "xformers is built on cuda; found rocm",
+            "without xformers",
+            id="xformers has no recipe for ROCm",
+        ),
+        pytest.param(
+            image("rocm", archs=("gfx942", "gfx1100")),
+            "found gfx1100",
+            "without gfx1100",
+            id="flash-attn's CK build has no RDNA",
+        ),
+        # What a recipe's author gets wrong.
+        pytest.param(
+            image("hopper", kernels="flash-atn"),
+            "found kernel 'flash-atn'; known: flash-attn",
+            "nearest: none",
+            id="an unknown kernel is named with those that are known",
+        ),
+        pytest.param(
+            image("blackwell", kernels=(Choice(name="sageattention", archs=("sm_120", "sm_121")),)),
+            "blackwell promises sm_100; none of its kernels serves it",
+            "without sm_100, without sm_103",
+            id="an architecture that no kernel serves is not promised",
+        ),
+        pytest.param(
+            image("cpu", archs=("cpu", "sm_90a")),
+            "found sm_90a in an image for cpu",
+            "without sm_90a",
+            id="a GPU's architecture is not put into the cpu image",
+        ),
+        pytest.param(
+            image("hopper", gates=("size", "smell")),
+            "found gate 'smell'; known: layers",
+            "nearest: none",
+            id="an unknown gate is refused",
+        ),
+    ],
+)
+def test_refuses(made: Image, says: str, nearest: str) -> None:
+    error = refusal(made)
+    assert says in error.why
+    assert nearest in error.do
+    assert error.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("recipes", "made", "says"),
+    [
+        pytest.param(
+            with_kernel("flash-attn", cxx_standard=17),
+            image("ampere"),
+            "torch 2.14.1's headers need C++20; flash-attn 2.8.3.post2 is compiled as C++17",
+            id="flash-attn without its C++20 patch does not compile against torch 2.14",
+        ),
+        pytest.param(
+            with_kernel("sageattention", cxx_standard=17),
+            image("ampere"),
+            "sageattention 2.2.0 is compiled as C++17",
+            id="SageAttention without its C++20 patch does not compile against torch 2.14",
+        ),
+        pytest.param(
+            with_kernel("flash-attn", patch=()),
+            image("hopper"),
+            "flash-attn 2.8.3.post2 installs flash_attn/cute, which flash-attn-4 owns",
+            id="flash-attn with its cute stub is not put beside FlashAttention-4",
+        ),
+        pytest.param(
+            with_kernel("flash-attn", version="2.9.0"),
+            image("ampere"),
+            "xformers 0.0.35 needs flash-attn >=2.7.1,<=2.8.4 beside it; found 2.9.0",
+            id="xformers is not put beside a flash-attn that it refuses",
+        ),
+        pytest.param(
+            replace(RECIPES, stack={**RECIPES.stack, "transformers": "5.23.0"}),
+            image("cpu"),
+            "kernels 0.17.2 works with transformers >=5.20,<5.23; found 5.23.0",
+            id="kernels 0.17.2 is not put beside transformers 5.23",
+        ),
+    ],
+)
+def test_refuses_what_recipes_must_not_become(recipes: Recipes, made: Image, says: str) -> None:
+    assert says in refusal(made, recipes).why
+
+
+def test_all_reasons_are_told_together() -> None:
+    error = refusal(image("turing", kernels="xformers flash-attn", torch="2.9.1", driver_min="1.0"))
+    for text in ("flash_attention_2", "torch >=2.10", "driver 580.65.06", "torch 2.9.1 is not in"):
+        assert text in error.why
+
+
+# facts/kernels.md, section 4: rows are kernels, columns architectures.
+MATRIX = {
+    "flash-attn": "sm_80 sm_86 sm_89 sm_90a sm_100 sm_103 sm_120 sm_121",
+    "flash-attn-3": "sm_90a",
+    "flash-attn-4": "sm_90a sm_100 sm_103 sm_120 sm_121",
+    "sageattention": "sm_80 sm_86 sm_89 sm_90a sm_120 sm_121",
+    "xformers": "sm_75 sm_80 sm_86 sm_89 sm_90a sm_100 sm_103 sm_120 sm_121",
+    "torchao": "sm_90a",
+}
+ARCHS = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_103", "sm_120", "sm_121")
+
+
+@pytest.mark.parametrize(
+    ("kernel", "arch", "runs"),
+    [
+        pytest.param(
+            kernel,
+            arch,
+            arch in runs,
+            id=f"{kernel} {'serves' if arch in runs else 'lacks'} {arch}",
+        )
+        for kernel, runs in ((name, text.split()) for name, text in MATRIX.items())
+        for arch in ARCHS
+    ],
+)
+def test_matrix(kernel: str, arch: str, *, runs: bool) -> None:
+    needed = {need.kernel for need in RECIPES.kernels[kernel].needs if not need.beside}
+    made = image("hopper", kernels=" ".join([kernel, *sorted(needed)]), archs=(arch,))
+    assert (reasons_against(made, RECIPES) == ()) is runs
+
+
+def test_every_image_is_planned_whole() -> None:
+    names = {plan.image.name for plan in solve_all(RECIPES)}
+    assert names >= {"cpu", "turing", "ampere", "hopper", "blackwell", "rocm"}
+
+
+@pytest.mark.parametrize(
+    ("name", "kernel", "tokens", "codes"),
+    [
+        pytest.param("ampere", "flash-attn", "80", "sm_80", id="one token serves Ampere and Ada"),
+        pytest.param("hopper", "flash-attn", "90", "sm_90", id="Hopper's token is 90"),
+        pytest.param(
+            "blackwell", "flash-attn", "100 120", "sm_100 sm_120", id="two tokens serve Blackwell"
+        ),
+        pytest.param(
+            "blackwell", "sageattention", "12.0 12.1", "sm_120a sm_121a", id="Sage for RTX alone"
+        ),
+        pytest.param("hopper", "flash-attn-3", "", "sm_90a", id="FlashAttention-3 takes no token"),
+        pytest.param(
+            "hopper", "flash-attn-4", "", "", id="FlashAttention-4 compiles where it runs"
+        ),
+    ],
+)
+def test_a_kernel_is_told_its_architectures(
+    name: str, kernel: str, tokens: str, codes: str
+) -> None:
+    steps = {step.kernel.name: step for step in solve(RECIPES.images[name], RECIPES).steps}
+    assert (" ".join(steps[kernel].tokens), " ".join(steps[kernel].codes)) == (tokens, codes)
+
+
+def test_flash_attn_4_is_installed_after_flash_attn() -> None:
+    order = [step.kernel.name for step in solve(RECIPES.images["hopper"], RECIPES).steps]
+    assert order.index("flash-attn") < order.index("flash-attn-4")
+    assert order.index("flash-attn-3") < order.index("torchao")
+
+
+def test_who_owns_a_path_is_installed_after_all_whose_source_has_it() -> None:
+    removes = Patch(reason="a test", remove="flash_attn/cute")
+    recipes = with_kernel("xformers", ships=("xformers", "flash_attn/cute"), patch=(removes,))
+    alone = replace(RECIPES.kernels["flash-attn-4"], needs=())
+    recipes = replace(recipes, kernels={**recipes.kernels, "flash-attn-4": alone})
+    made = image("hopper", kernels="flash-attn-4 xformers")
+    order = [step.kernel.name for step in solve(made, recipes).steps]
+    assert order == ["xformers", "flash-attn-4"]
+
+
+def test_changing_only_the_arch_list_changes_the_cache_key() -> None:
+    kernel, abi = RECIPES.kernels["flash-attn"], "cp311-torch2.14-cu130"
+    key = cache_key(kernel, ("sm_80",), abi=abi)
+    assert key != cache_key(kernel, ("sm_80", "sm_90a"), abi=abi)
+    assert key == cache_key(replace(kernel), ("sm_80",), abi=abi)
+    assert key != cache_key(kernel, ("sm_80",), abi="cp311-torch2.15-cu132")
+    assert cache_key(kernel, ("sm_80", "sm_86"), abi=abi) == cache_key(
+        kernel, ("sm_86", "sm_80"), abi=abi
+    )
+
+
+def test_another_kernels_pin_leaves_the_cache_key_alone() -> None:
+    before = solve(RECIPES.images["hopper"], RECIPES)
+    bumped = with_kernel("flash-attn-4", version="4.0.0b37", source="flash-attn-4==4.0.0b37")
+    after = solve(RECIPES.images["hopper"], bumped)
+    changed = [
+        old.kernel.name
+        for old, new in zip(before.steps, after.steps, strict=True)
+        if old.key != new.key
+    ]
+    assert changed == ["flash-attn-4"]
+
+
+def test_an_unresolved_value_is_planned_but_not_published() -> None:
+    plan = solve(RECIPES.images["rocm"], RECIPES)
+    with pytest.raises(AttnimgError, match="can't be published") as caught:
+        refuse_unresolved(plan)
+    assert "images/rocm: torch is unresolved: PyPI has no torch for ROCm" in caught.value.why
+
+
+def test_a_resolved_image_may_be_published() -> None:
+    digest = "sha256:" + "0" * 64
+    refuse_unresolved(solve(image("hopper", base_digest=digest), RECIPES))
+
+
+def test_an_unresolved_hash_of_a_kernel_is_not_published() -> None:
+    recipes = with_kernel("xformers", sha256=Unresolved("never downloaded"))
+    plan = solve(image("turing", base_digest="sha256:" + "0" * 64), recipes)
+    assert plan.unresolved == {"kernels/xformers: sha256": "never downloaded"}
+
+
+def test_images_share_one_base() -> None:
+    images = {**RECIPES.images, "cpu": image("cpu", base="debian:bookworm-slim")}
+    with pytest.raises(AttnimgError, match="images stand on different bases") as caught:
+        solve_all(replace(RECIPES, images=images))
+    assert "found debian:bookworm-slim" in caught.value.why
+
+
+def test_a_kernel_that_nobody_has_can_be_needed_without_a_crash() -> None:
+    recipes = with_kernel("xformers", needs=(Need(reason="a test", kernel="mslk"),))
+    assert "needs mslk" in refusal(image("turing"), recipes).why

@@ -1,0 +1,205 @@
+"""What is loaded: files, tokens, precision, adapters; and what is refused by name."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from attnimg.errors import AttnimgError
+from attnimg.facts import DType
+from attnimg.schema import Config
+from attnimg.train.model import load_model
+from attnimg.train.model_files import check_model_files
+from attnimg.train.tokenizer import load_tokenizer
+
+sys.path.append(str(Path(__file__).parents[1] / "fixtures"))
+import tiny_run
+
+QLORA = {"adapter": "qlora", "load_in_4bit": True}
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tiny")
+    tiny_run.make_model(folder / "model")
+    return folder
+
+
+def load(folder: Path, *, dtype: DType = "float32", cast: bool = False, **keys: Any) -> Any:
+    values = tiny_run.config_for(folder, **keys)
+    tokenizer = load_tokenizer(values, say=lambda _: None)
+    return load_model(
+        values, tokenizer=tokenizer, implementation="sdpa", dtype=dtype, needs_dtype_cast=cast
+    )
+
+
+def dtypes(model: Any, *, trained: bool = True) -> Counter[str]:
+    return Counter(
+        str(weight.dtype).removeprefix("torch.")
+        for weight in model.parameters()
+        if weight.requires_grad == trained
+    )
+
+
+@pytest.mark.parametrize(
+    ("dtype", "cast", "keys", "expected"),
+    [
+        pytest.param("float32", False, {}, {"float32"}, id="float32 stays float32"),
+        pytest.param("float32", True, {}, {"float32"}, id="casting to float32 changes nothing"),
+        pytest.param("bfloat16", False, {}, {"bfloat16", "float32"},
+                     id="bfloat16 keeps embeddings and norms"),
+        pytest.param("bfloat16", True, {}, {"bfloat16"}, id="a kernel that casts gets bfloat16"),
+        pytest.param("bfloat16", False, {"bf16": "full"}, {"bfloat16"}, id="full is full"),
+        pytest.param("float16", False, {}, {"float32"}, id="float16 trains float32 weights"),
+        pytest.param("bfloat16", False, {"adapter": "lora"}, {"float32"},
+                     id="an adapter is float32"),
+    ],
+)  # fmt: skip
+def test_trained_weights_have_the_right_precision(
+    tiny: Path, dtype: DType, cast: bool, keys: dict[str, Any], expected: set[str]
+) -> None:
+    assert set(dtypes(load(tiny, dtype=dtype, cast=cast, **keys))) == expected
+
+
+def test_the_kept_weights_are_embeddings_and_norms(tiny: Path) -> None:
+    import torch
+
+    model = load(tiny, dtype="bfloat16")
+    kept = {name.split(".")[-2] for name, weight in model.named_parameters()
+            if weight.dtype == torch.float32}  # fmt: skip
+    assert kept == {"embed_tokens", "lm_head", "norm", "input_layernorm",
+                    "post_attention_layernorm"}  # fmt: skip
+
+
+def test_weights_under_an_adapter_are_frozen_in_the_run_s_precision(tiny: Path) -> None:
+    assert set(dtypes(load(tiny, dtype="bfloat16", adapter="lora"), trained=False)) == {"bfloat16"}
+
+
+@pytest.mark.parametrize(
+    ("keys", "touched"),
+    [
+        pytest.param({}, {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj",
+                          "down_proj"}, id="every linear layer but the output by default"),
+        pytest.param({"lora_target_modules": ["q_proj", "v_proj"]}, {"q_proj", "v_proj"},
+                     id="those named"),
+        pytest.param({"lora_target_modules": ["q_proj"], "lora_target_linear": True},
+                     {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"},
+                     id="lora_target_linear adds the rest"),
+    ],
+)  # fmt: skip
+def test_lora_is_put_on(tiny: Path, keys: dict[str, Any], touched: set[str]) -> None:
+    model = load(tiny, adapter="lora", **keys)
+    named = {name.split(".lora_A")[0].split(".")[-1] for name, _ in model.named_parameters()
+             if "lora_A" in name}  # fmt: skip
+    assert named == touched
+
+
+@pytest.mark.parametrize(
+    ("keys", "kind"),
+    [
+        pytest.param(QLORA, "Linear4bit", id="qlora is 4 bit"),
+        pytest.param({"adapter": "qlora"}, "Linear4bit", id="qlora alone says 4 bit"),
+        pytest.param({"adapter": "lora", "load_in_8bit": True}, "Linear8bitLt", id="lora in 8 bit"),
+    ],
+)
+def test_weights_are_quantized(tiny: Path, keys: dict[str, Any], kind: str) -> None:
+    model = load(tiny, **keys)
+    assert type(model.get_base_model().model.layers[0].mlp.up_proj.base_layer).__name__ == kind
+
+
+def test_added_tokens_get_embeddings(tiny: Path) -> None:
+    model = load(tiny, tokens=["<|one|>", "<|two|>"], special_tokens={"pad_token": "<pad>"})
+    before = json.loads((tiny / "model" / "config.json").read_text())["vocab_size"]
+    assert model.get_input_embeddings().weight.shape[0] == before + 3
+
+
+def test_the_end_token_pads_when_nothing_else_does_and_it_is_said(tiny: Path) -> None:
+    said: list[str] = []
+    tokenizer = load_tokenizer(tiny_run.config_for(tiny), say=said.append)
+    assert tokenizer.pad_token == "</s>"
+    assert "'</s>' pads" in said[0]
+
+
+@pytest.mark.parametrize(
+    ("keys", "code", "key", "says"),
+    [
+        pytest.param({"model_type": "NoSuchModel"}, "bad-value", "model_type", "NoSuchModel",
+                     id="a model class that is not there"),
+        pytest.param({"tokenizer_type": "NoSuchTokenizer"}, "bad-value", "tokenizer_type",
+                     "NoSuchTokenizer", id="a tokenizer class that is not there"),
+        pytest.param({"adapter": "lora", "tokens": ["<|new|>"]}, "bad-value",
+                     "lora_modules_to_save", "<|new|>", id="new tokens nobody would train"),
+        pytest.param({"eot_tokens": ["<|never|>"]}, "bad-value", "eot_tokens", "<|never|>",
+                     id="an end of turn that is many tokens"),
+        pytest.param({"adapter": "lora", "lora_target_modules": ["c_attn"]}, "bad-value",
+                     "lora_target_modules", "does not fit", id="layers of another model"),
+        pytest.param({"base_model": "nobody/has-this-cached"}, "bad-model", "base_model",
+                     "nobody/has-this-cached", id="a hub name that is not in the cache"),
+    ],
+)  # fmt: skip
+def test_what_can_t_be_loaded_is_named(
+    tiny: Path, keys: dict[str, Any], code: str, key: str, says: str
+) -> None:
+    with pytest.raises(AttnimgError, match="attnimg") as caught:
+        load(tiny, **keys)
+    assert (caught.value.code, caught.value.key) == (code, key)
+    assert says.replace("|", "|") in caught.value.what
+
+
+def folder_of(tmp_path: Path, tiny: Path, *, without: tuple[str, ...]) -> Path:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny / "model", folder)
+    for name in without:
+        (folder / name).unlink()
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("without", "says"),
+    [
+        pytest.param(("config.json",), "has no config.json", id="no config"),
+        pytest.param(("model.safetensors",), "has no weights", id="no weights"),
+        pytest.param(("tokenizer.json", "tokenizer_config.json"), "has no tokenizer",
+                     id="no tokenizer"),
+    ],
+)  # fmt: skip
+def test_a_folder_that_is_not_whole_is_refused(
+    tmp_path: Path, tiny: Path, without: tuple[str, ...], says: str
+) -> None:
+    folder = folder_of(tmp_path, tiny, without=without)
+    with pytest.raises(AttnimgError, match=says) as caught:
+        check_model_files(Config(base_model=str(folder)))
+    assert (caught.value.code, caught.value.exit_code) == ("bad-model", 2)
+
+
+def test_a_missing_shard_is_named(tmp_path: Path, tiny: Path) -> None:
+    folder = folder_of(tmp_path, tiny, without=())
+    shards = {"weight_map": {"a": "model.safetensors", "b": "model-2-of-2.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(shards))
+    with pytest.raises(AttnimgError, match=r"model-2-of-2\.safetensors"):
+        check_model_files(Config(base_model=str(folder)))
+
+
+def test_weights_that_would_start_random_are_refused(tmp_path: Path, tiny: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder = folder_of(tmp_path, tiny, without=())
+    weights = load_file(folder / "model.safetensors")
+    del weights["lm_head.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(AttnimgError, match=r"lm_head\.weight"):
+        load(tmp_path)
+
+
+def test_a_torn_weight_file_is_refused(tmp_path: Path, tiny: Path) -> None:
+    folder = folder_of(tmp_path, tiny, without=())
+    whole = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(AttnimgError, match="could not be loaded"):
+        load(tmp_path)

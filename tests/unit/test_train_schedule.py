@@ -1,0 +1,182 @@
+"""When a run logs, evaluates and saves, in steps; and which keys contradict one another."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+
+from attnimg.errors import AttnimgError
+from attnimg.facts import Arch, Machine
+from attnimg.schema import Config, Optimizer, Scheduler
+from attnimg.train.adapter import check_adapter
+from attnimg.train.arguments import training_arguments
+from attnimg.train.limits import check_limits
+from attnimg.train.schedule import Schedule, check_schedule, plan_steps
+
+CPU = Machine(arch=Arch(name="cpu", vendor="cpu"), gpu="cpu", packages={})
+T4 = Machine(arch=Arch(name="sm_75", vendor="nvidia", capability=(7, 5)), gpu="Tesla T4",
+             packages={})  # fmt: skip
+H100 = Machine(arch=Arch(name="sm_90", vendor="nvidia", capability=(9, 0)), gpu="H100")
+
+
+def config(**keys: Any) -> Config:
+    return Config.model_validate({"base_model": "m", "learning_rate": 1e-4, **keys})
+
+
+def steps(**keys: Any) -> Schedule:
+    return plan_steps(config(**keys), rows=100, world=1, validation=True)
+
+
+@pytest.mark.parametrize(
+    ("keys", "expected"),
+    [
+        pytest.param({}, (100, 100), id="a row a step"),
+        pytest.param({"micro_batch_size": 3}, (34, 34), id="the last batch may be short"),
+        pytest.param({"micro_batch_size": 3, "gradient_accumulation_steps": 4}, (9, 9),
+                     id="the last accumulation may be short"),
+        pytest.param({"num_epochs": 2.5}, (100, 250), id="epochs may be fractions"),
+        pytest.param({"max_steps": 7, "num_epochs": 3}, (100, 7), id="max_steps beats num_epochs"),
+        pytest.param({"gradient_accumulation_steps": 500}, (1, 1), id="never less than one step"),
+    ],
+)  # fmt: skip
+def test_steps_are_counted(keys: dict[str, Any], expected: tuple[int, int]) -> None:
+    found = steps(**keys)
+    assert (found.steps_per_epoch, found.total_steps) == expected
+
+
+@pytest.mark.parametrize(
+    ("keys", "evaluate", "save"),
+    [
+        pytest.param({}, ("epoch", None), ("epoch", None), id="once an epoch by default"),
+        pytest.param({"evals_per_epoch": 4, "saves_per_epoch": 3}, ("steps", 25), ("steps", 34),
+                     id="times an epoch become steps, rounded up"),
+        pytest.param({"evals_per_epoch": 300}, ("steps", 1), ("epoch", None),
+                     id="more often than steps is every step"),
+        pytest.param({"eval_steps": 10, "save_steps": 20}, ("steps", 10), ("steps", 20),
+                     id="steps stay steps"),
+        pytest.param({"eval_strategy": "no", "save_strategy": "no"}, ("no", None), ("no", None),
+                     id="no is no"),
+    ],
+)  # fmt: skip
+def test_intervals(
+    keys: dict[str, Any], evaluate: tuple[str, int | None], save: tuple[str, int | None]
+) -> None:
+    found = steps(**keys)
+    assert (found.eval_strategy, found.eval_steps) == evaluate
+    assert (found.save_strategy, found.save_steps) == save
+
+
+def test_nothing_is_evaluated_without_validation() -> None:
+    found = plan_steps(config(), rows=10, world=1, validation=False)
+    assert (found.eval_strategy, found.eval_steps) == ("no", None)
+
+
+def check_all(values: Config, machine: Machine) -> None:
+    check_schedule(values)
+    check_adapter(values)
+    check_limits(values, machine)
+
+
+@pytest.mark.parametrize(
+    ("keys", "machine", "key", "code"),
+    [
+        pytest.param({"eval_steps": 1, "evals_per_epoch": 1, "val_set_size": 0.1}, CPU,
+                     "eval_steps", "bad-value", id="two ways to say when to evaluate"),
+        pytest.param({"save_steps": 1, "saves_per_epoch": 1}, CPU, "save_steps", "bad-value",
+                     id="two ways to say when to save"),
+        pytest.param({"save_steps": 1, "save_strategy": "epoch"}, CPU, "save_strategy",
+                     "bad-value", id="steps under strategy epoch"),
+        pytest.param({"evals_per_epoch": 1}, CPU, "evals_per_epoch", "bad-value",
+                     id="evaluations without data"),
+        pytest.param({"early_stopping_patience": 2}, CPU, "early_stopping_patience", "bad-value",
+                     id="early stopping without data"),
+        pytest.param({"load_in_4bit": True}, CPU, "load_in_4bit", "bad-value",
+                     id="4 bit without an adapter"),
+        pytest.param({"load_in_8bit": True, "adapter": "qlora"}, CPU, "load_in_8bit", "bad-value",
+                     id="qlora in 8 bit"),
+        pytest.param({"adapter": "lora", "lora_target_modules": ["lm_head"]}, CPU,
+                     "lora_target_modules", "bad-value", id="LoRA on the output layer"),
+        pytest.param({"optimizer": "paged_adamw_8bit"}, CPU, "optimizer", "bad-value",
+                     id="a paged optimizer on a CPU"),
+        pytest.param({"optimizer": "adamw_torch_8bit"}, CPU, "optimizer", "not-installed",
+                     id="torchao's optimizer without torchao"),
+        pytest.param({"tf32": True}, T4, "tf32", "bad-value", id="tf32 on a T4"),
+        pytest.param({"fsdp": ["full_shard"]}, CPU, "fsdp", "fsdp-needs-gpu", id="FSDP on a CPU"),
+        pytest.param({"fsdp_config": {"version": 2}}, CPU, "fsdp", "fsdp-needs-gpu",
+                     id="FSDP's config alone on a CPU"),
+        pytest.param({"deepspeed": "z3.json"}, CPU, "deepspeed", "deepspeed-needs-gpu",
+                     id="DeepSpeed on a CPU"),
+        pytest.param({"deepspeed": "z3.json"}, T4, "deepspeed", "not-installed",
+                     id="DeepSpeed that is not installed"),
+        pytest.param({"cosine_min_lr_ratio": 0.1, "lr_scheduler": "linear"}, CPU,
+                     "cosine_min_lr_ratio", "bad-value", id="a cosine's minimum on a line"),
+        pytest.param({"warmup_steps": 5, "warmup_ratio": 0.1}, CPU, "warmup_ratio", "bad-value",
+                     id="two warmups"),
+        pytest.param({"lr_scheduler": "warmup_stable_decay"}, CPU, "lr_scheduler_kwargs",
+                     "bad-value", id="a schedule without its arguments"),
+        pytest.param({"lr_scheduler": "reduce_lr_on_plateau"}, CPU, "lr_scheduler", "bad-value",
+                     id="a plateau of nothing"),
+    ],
+)  # fmt: skip
+def test_contradictions_are_refused(
+    keys: dict[str, Any], machine: Machine, key: str, code: str
+) -> None:
+    with pytest.raises(AttnimgError) as caught:
+        check_all(config(**keys), machine)
+    assert (caught.value.key, caught.value.code, caught.value.exit_code) == (key, code, 2)
+    assert caught.value.why
+    assert caught.value.do
+
+
+def arguments(tmp_path: Path, machine: Machine = CPU, **keys: Any) -> dict[str, Any]:
+    return training_arguments(
+        config(output_dir=str(tmp_path), **keys),
+        machine=machine, dtype="float32", schedule=steps(), sparse=False,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("keys", "machine", "expected"),
+    [
+        pytest.param({"cosine_min_lr_ratio": 0.1}, CPU,
+                     {"lr_scheduler_type": "cosine_with_min_lr",
+                      "lr_scheduler_kwargs": {"min_lr_rate": 0.1}}, id="a cosine with a floor"),
+        pytest.param({"warmup_ratio": 0.1}, CPU, {"warmup_steps": 0.1}, id="a share of warmup"),
+        pytest.param({"warmup_steps": 10}, CPU, {"warmup_steps": 10.0}, id="steps of warmup"),
+        pytest.param({"optimizer": "paged_adamw"}, H100, {"optim": "paged_adamw_32bit"},
+                     id="an optimizer by its other name"),
+        pytest.param({"tf32": "auto"}, H100, {"tf32": True}, id="tf32 auto on an H100"),
+        pytest.param({"tf32": "auto"}, T4, {"tf32": None}, id="tf32 auto on a T4"),
+        pytest.param({"torch_compile": "auto"}, H100, {"torch_compile": True},
+                     id="torch_compile auto on a GPU"),
+        pytest.param({"torch_compile": "auto"}, CPU, {"torch_compile": False},
+                     id="torch_compile auto on a CPU"),
+        pytest.param({}, CPU, {"gradient_checkpointing": False, "bf16": False, "use_cpu": True,
+                               "report_to": "none"}, id="TRL's defaults are not ours"),
+        pytest.param({"fsdp_config": {"a": 1}, "fsdp_version": 2}, H100,
+                     {"fsdp": True, "fsdp_config": {"a": 1, "version": 2}}, id="FSDP goes through"),
+    ],
+)  # fmt: skip
+def test_keys_become_arguments(
+    tmp_path: Path, keys: dict[str, Any], machine: Machine, expected: dict[str, Any]
+) -> None:
+    found = arguments(tmp_path, machine, **keys)
+    assert {name: found[name] for name in expected} == expected
+
+
+def test_trl_takes_the_arguments(tmp_path: Path) -> None:
+    from trl import SFTConfig
+
+    SFTConfig(**arguments(tmp_path, val_set_size=0.1, adam_beta1=0.8, ddp_timeout=60))
+
+
+def test_transformers_knows_every_optimizer_and_schedule(tmp_path: Path) -> None:
+    from transformers.trainer_utils import SchedulerType
+    from transformers.training_args import OptimizerNames
+
+    for name in get_args(Optimizer):
+        OptimizerNames(arguments(tmp_path, H100, optimizer=name)["optim"])
+    for name in get_args(Scheduler):
+        SchedulerType(arguments(tmp_path, H100, lr_scheduler=name)["lr_scheduler_type"])

@@ -1,0 +1,56 @@
+"""What the first signal does, and the second."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import pytest
+
+from attnimg.train.signals import SAME_WISH_SECONDS, StopFlag, Stopped, stop_signals
+
+
+def test_before_training_a_signal_stops_at_once() -> None:
+    with stop_signals(), pytest.raises(Stopped) as caught:
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert (caught.value.exit_code, caught.value.checkpoint) == (143, None)
+
+
+def test_while_training_a_signal_waits_for_the_step() -> None:
+    with stop_signals() as stop:
+        stop.training = True
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.number == signal.SIGINT
+
+
+@pytest.mark.parametrize(
+    ("later", "stops"),
+    [
+        pytest.param(0.5 * SAME_WISH_SECONDS, False, id="torchrun's echo of Ctrl-C is one wish"),
+        pytest.param(1.5 * SAME_WISH_SECONDS, True, id="a second wish stops at once"),
+    ],
+)
+def test_the_second_signal(monkeypatch: pytest.MonkeyPatch, later: float, stops: bool) -> None:
+    now = 100.0
+    monkeypatch.setattr("attnimg.train.signals.time.monotonic", lambda: now)
+    stop = StopFlag()
+    stop.training = True
+    stop.receive(signal.SIGINT)
+    now += later
+    if stops:
+        with pytest.raises(Stopped, match="SIGTERM"):
+            stop.receive(signal.SIGTERM)
+    else:
+        stop.receive(signal.SIGTERM)
+        assert stop.number == signal.SIGINT
+
+
+def test_except_exception_does_not_hold_a_stop() -> None:
+    assert not issubclass(Stopped, Exception)
+
+
+def test_the_handlers_from_before_come_back() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with stop_signals():
+        assert signal.getsignal(signal.SIGTERM) != before
+    assert signal.getsignal(signal.SIGTERM) == before
