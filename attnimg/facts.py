@@ -273,7 +273,7 @@ class Needs:
         dtypes: precisions of q, k and v.
         head_dims: rules on head sizes; empty for any size.
         features: which of "window", "softcap", "sinks", "dropout" it honours.
-        features_missing: capability major -> features it lacks there.
+        features_missing: NVIDIA capability major, or AMD architecture -> features it lacks there.
         backward: whose devices it has a backward pass on.
         backward_code: the contract's code when it has none.
         packages: (distribution, lowest version or None, code when absent or too old).
@@ -293,7 +293,7 @@ class Needs:
     dtypes: frozenset[DType] = frozenset({"float32", "float16", "bfloat16"})
     head_dims: tuple[HeadDims, ...] = ()
     features: frozenset[str] = frozenset({"window", "softcap", "sinks", "dropout"})
-    features_missing: Mapping[int, frozenset[str]] = field(default_factory=dict)
+    features_missing: Mapping[int | str, frozenset[str]] = field(default_factory=dict)
     backward: frozenset[Vendor] = frozenset({"nvidia", "amd", "cpu"})
     backward_code: str = "no-backward"
     packages: tuple[tuple[str, str | None, str], ...] = ()

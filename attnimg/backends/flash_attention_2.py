@@ -6,6 +6,10 @@ Sources: flash-attn 2.8.3.post2's sdist, flash_api.cpp lines 370-393 (arch, dtyp
 
 from attnimg.facts import Backend, HeadDims, Needs
 
+# RDNA 2 to 4 run the Triton backend, which has no sliding window.
+# Source: the README of flash-attn 2.8.3.post2 (2026-11-21).
+_RDNA = ("gfx1030", "gfx1100", "gfx1101", "gfx1102", "gfx1200", "gfx1201")
+
 BACKEND = Backend(
     name="flash_attention_2",
     rank=30,
@@ -18,17 +22,14 @@ BACKEND = Backend(
     needs=Needs(
         vendors=frozenset({"nvidia", "amd"}),
         capability_min=(8, 0),
-        # CK builds for CDNA, the Triton backend for RDNA 2 to 4.
-        gfx=frozenset(
-            {"gfx90a", "gfx942", "gfx950", "gfx1030", "gfx1100", "gfx1101", "gfx1102"}
-            | {"gfx1200", "gfx1201"}
-        ),
+        gfx=frozenset({"gfx90a", "gfx942", "gfx950", *_RDNA}),
         arch_code="arch-too-old",
-        arch_text="sm_80 or newer (Ampere), or gfx90a, gfx942, gfx950, gfx11xx, gfx12xx",
+        arch_text="sm_80 or newer (Ampere), or gfx90a, gfx942, gfx950, gfx1030, gfx110x, gfx120x",
         dtypes=frozenset({"float16", "bfloat16"}),
         # transformers pads v to the head_dim of q and k, so v may be smaller.
         head_dims=(HeadDims(qk=(1, 256), v=(1, 256), multiple=8),),
         features=frozenset({"window", "softcap", "dropout"}),
+        features_missing={name: frozenset({"window"}) for name in _RDNA},
         backward=frozenset({"nvidia", "amd"}),
         packages=(("flash-attn", "2.3.3", "not-installed"),),
     ),

@@ -90,7 +90,8 @@ def _model(backend: Backend, machine: Machine, problem: Problem) -> Iterator[Rea
         yield Reason(code=needs.model_code, text=f"found model type {model.type}, takes {takes}")
     capability = machine.arch.capability
     major = capability[0] if capability else None
-    features = needs.features - needs.features_missing.get(major or -1, frozenset())
+    place = machine.arch.name if major is None else major
+    features = needs.features - needs.features_missing.get(place, frozenset())
     for layer in model.layers:
         yield from layer_reasons(layer, needs.head_dims, major, features)
 

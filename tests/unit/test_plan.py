@@ -151,6 +151,8 @@ def test_strict_takes_exactly_what_was_asked() -> None:
         ("flash_attention_2", "a100", {"model": GEMMA4}, ["head-dim"]),
         ("flash_attention_2", "a100", {"model": GPT_OSS}, ["sinks", "sinks"]),
         ("flash_attention_2", "a100", {"dtype": "float32"}, ["dtype"]),
+        ("flash_attention_2", "rx7900xtx", {"model": MISTRAL}, ["window"]),
+        ("flash_attention_2", "mi300x", {"model": MISTRAL}, []),
         ("flash_attention_3", "h100", {"dropout": 0.1}, ["dropout"]),
         ("flash_attention_3", "b200", {}, ["arch-mismatch"]),
         ("flash_attention_4", "b200", {"model": DEEPSEEK}, ["head-dim"]),
