@@ -54,6 +54,7 @@ bench: .venv/ready ## Measure the figures of the README
 
 lock: .venv/ready ## Resolve requirements/ anew, from pyproject.toml and recipes/
 	$(BIN)/uv pip compile -q --python-version 3.11 --generate-hashes --no-emit-index-url \
+	  $(addprefix --find-links ,$(PIP_FIND_LINKS)) `# pip's CPU build of torch: the index's needs CUDA` \
 	  --no-emit-package torch --no-emit-package triton -c requirements/torch.txt --group dev \
 	  --custom-compile-command "make lock" -o requirements/lock.txt pyproject.toml
 	$(BIN)/python -m recipes lock
@@ -68,14 +69,20 @@ engine: ## Start a Docker engine where there is none; root
 base: engine ## Have the base that images are built on
 	@docker/base.sh
 
-build/%: base ## Build the image attnimg:%, such as build/cpu
-	@docker/build.sh $*
+build/%: base ## Build the image attnimg:%, such as build/cpu; WHEELS=dist/% compiles nothing
+	@docker/build.py $*
 
 toolchain/%: base ## Build the stage that compiles the kernels of attnimg:%
-	@docker/build.sh $* toolchain
+	@docker/build.py $* --stage toolchain
+
+sources/%: .venv/ready ## Have the git trees of attnimg:%'s kernels; from clones below FROM=DIR
+	@$(BIN)/python -m recipes sources $* $(if $(FROM),--from $(FROM))
+
+wheels/%: base ## Compile the kernels of attnimg:% into dist/%, hours; TRIM=1 small ones, minutes
+	@PROGRESS=plain docker/build.py $* --wheels-to dist/$*
 
 unit/%: base ## Compile one real unit of flash-attn for attnimg:%, 5 minutes
-	@PROGRESS=plain docker/build.sh $* flash-attn-unit
+	@PROGRESS=plain docker/build.py $* --stage flash-attn-unit
 
 test/%: .venv/ready ## Test the image attnimg:%
 	IMAGE=attnimg:$* $(BIN)/pytest tests/image

@@ -15,6 +15,7 @@ from recipes.lock import lock_all
 from recipes.read import read_recipes
 from recipes.render import drifted, read_locks, rendered
 from recipes.solve import refuse_unresolved, solve, solve_all
+from recipes.sources import have_sources
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -63,6 +64,19 @@ def lock(root: Root = ROOT) -> None:
 
 
 @app.command()
+def sources(
+    name: Name,
+    clones: Annotated[
+        Path | None, typer.Option("--from", metavar="DIR", help="Git clones to read, no network.")
+    ] = None,
+    root: Root = ROOT,
+) -> None:
+    """Have the git trees that the image's kernels are built from, in build/sources."""
+    for tree in have_sources(_plan(name, root), root=root, clones=clones):
+        typer.echo(f"sources: {tree.relative_to(root)}")
+
+
+@app.command()
 def publish(name: Name, root: Root = ROOT) -> None:
     """Exit with 0 when an image may be published: no value of it is unresolved."""
     refuse_unresolved(_plan(name, root))
@@ -92,6 +106,8 @@ def _print(plan: Plan) -> None:
     for step in plan.steps:
         built = f"code {' '.join(step.codes)}" if step.codes else "no machine code of its own"
         typer.echo(f"  {step.kernel.name} {step.kernel.version}: {built}, key {step.key}")
+        if step.prebuilt:
+            typer.echo(f"    taken prebuilt, not built: {step.prebuilt.source}")
     for key, reason in plan.unresolved.items():
         typer.echo(f"  unresolved: {key}: {reason}")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from recipes.facts import Plan, Step
@@ -77,30 +78,44 @@ def _args(plan: Plan) -> dict[str, str]:
         "IMAGE": image.name,
         "ACCELERATOR": image.accelerator,
         "LOCK": plan.lock,
+        "ABI": plan.abi,
         "APT_PACKAGES": _APT[image.accelerator],
     }
-    for step in plan.steps:
-        if step.kernel.form != "wheel":
-            args |= _kernel_args(step)
+    built = [step for step in plan.steps if step.kernel.form != "wheel"]
+    if built:
+        args["KEYS"] = " ".join(f"{step.kernel.name}={step.key}" for step in built)
+    for step in built:
+        args |= _kernel_args(step, image.accelerator)
     return args
 
 
-def _kernel_args(step: Step) -> dict[str, str]:
+def _pairs(env: Mapping[str, str]) -> str:
+    return " ".join(f"{key}={value}" for key, value in sorted(env.items()))
+
+
+def _job_memory(step: Step, accelerator: str) -> str:
+    """Give the memory of one compiler; empty where nothing is compiled."""
+    return str(step.kernel.build[accelerator].job_memory_gb) if step.codes else ""
+
+
+def _kernel_args(step: Step, accelerator: str) -> dict[str, str]:
     """Give one built kernel's arguments; FLASH_ATTN is flash-attn's version, and so on.
 
-    _ENV holds NAME=value pairs for env(1), _REMOVE paths, _REPLACE file|old|new triples. A kernel
-    that an image lacks has no arguments; a git tree comes as a context and has no _SOURCE.
+    docker/kernel/source.py says what they mean. A kernel that an image lacks has no arguments; a
+    git tree comes as a context and has no _SOURCE.
     """
-    kernel = step.kernel
-    patches = [f"{patch.file}|{patch.old}|{patch.new}" for patch in kernel.patch if patch.file]
+    kernel, wheel = step.kernel, step.prebuilt
+    sha256 = wheel.sha256 if wheel else kernel.sha256
     args = {
         "": kernel.version,
         "_SOURCE": kernel.source if kernel.form == "sdist" else "",
-        "_SHA256": kernel.sha256 if isinstance(kernel.sha256, str) else "",
+        "_SHA256": sha256 if isinstance(sha256, str) else "",
+        "_PREBUILT": wheel.source if wheel else "",
         "_DIRECTORY": kernel.subdirectory,
-        "_ENV": " ".join(f"{key}={value}" for key, value in sorted(step.env.items())),
-        "_REMOVE": " ".join(patch.remove for patch in kernel.patch if patch.remove),
-        "_REPLACE": " ".join(patches),
+        "_ENV": _pairs(step.env),
+        "_TRIM_ENV": _pairs(kernel.trim.env) if kernel.trim else "",
+        "_REMOVE": " ".join(removal.path for removal in kernel.remove),
+        "_JOB_GB": _job_memory(step, accelerator),
         "_KEY": step.key,
     }
     name = kernel.name.upper().replace("-", "_")
@@ -111,7 +126,7 @@ def _sources(plan: Plan) -> dict[str, str]:
     """Name the git trees as contexts NAME-source; BuildKit fetches submodules with them."""
     contexts = {}
     for step in plan.steps:
-        if step.kernel.form == "git":
+        if step.kernel.form == "git" and step.prebuilt is None:
             repository, _, commit = step.kernel.source.partition("@")
             url = f"https://github.com/{repository}.git#{commit}"
             contexts[f"{step.kernel.name}-source"] = url

@@ -45,20 +45,63 @@ class Code(Strict):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Patch(Strict):
-    """One change to a kernel's source, made before it is built.
+class Removal(Strict):
+    """A folder of a kernel's source that is deleted before it is built.
 
     Attributes:
-        reason: why it is needed, with a source.
-        remove: a path to delete; empty for a replacement.
-        file: where `old` is replaced by `new`, everywhere.
+        path: where in the tree.
+        reason: why, with a source.
     """
 
+    path: str
     reason: str
-    remove: str = ""
-    file: str = ""
-    old: str = ""
-    new: str = ""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Patch:
+    """A file patches/KERNEL/[trim/]NAME.patch: a unified diff below the reason for it.
+
+    Attributes:
+        name: "cxx20.patch", or "trim/NAME.patch" for the small build alone.
+        reason: why it is needed, with a source.
+        diff: the change.
+    """
+
+    name: str
+    reason: str
+    diff: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Trim(Strict):
+    """A small build of a kernel, for trying the whole way on a small machine; never published.
+
+    Attributes:
+        summary: what it still does.
+        env: further environment of its build.
+    """
+
+    summary: str
+    env: Mapping[str, str]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Prebuilt(Strict):
+    """A public wheel that may stand in for a build, where it fits an image exactly.
+
+    Attributes:
+        source: name==version or an address, as pip takes it.
+        sha256: of the file.
+        abi: what it is built for, as Plan.abi has it; for a kernel of torch's stable ABI, empty.
+        codes: the machine code in it.
+        reason: where it was found, and when.
+    """
+
+    source: str
+    sha256: str
+    codes: tuple[str, ...]
+    reason: str
+    abi: str = ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -83,10 +126,12 @@ class Build(Strict):
     Attributes:
         arch_variable: the environment variable that takes the tokens; empty for none.
         env: further environment.
+        job_memory_gb: the most that one compiler needs, in GB.
     """
 
     arch_variable: str = ""
     env: Mapping[str, str]
+    job_memory_gb: float = 1.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -98,7 +143,9 @@ class Kernel(Strict):
         sha256: of the archive; None for a git commit, which names its content itself.
         form: an sdist or a git tree is built, a wheel is installed.
         subdirectory: where in the tree the package is.
-        submodules: path -> owner/name@commit, where git archives leave a hole.
+        paths: what of a git tree its build reads, as git's pathspecs.
+        submodules: path -> owner/name@commit, where git archives leave a hole; of a path below a
+            submodule's root, only that folder is taken.
         backends: the attnimg backends that it serves.
         abi: what its machine code is bound to: torch's minor release, its stable ABI, or nothing.
         cxx_standard: C++ that it is compiled as, patches applied; None when nothing is compiled.
@@ -110,6 +157,10 @@ class Kernel(Strict):
         owns: those that nobody else may install.
         archs: architecture -> how it is built for it.
         build: accelerator -> how it is built there.
+        remove: folders that are deleted first.
+        patches: the files of patches/NAME, applied in order of their names.
+        trim: the small build; None where the whole one is small.
+        prebuilt: public wheels, the first that fits is preferred to a build.
     """
 
     name: str
@@ -128,12 +179,16 @@ class Kernel(Strict):
     build: Mapping[str, Build]
     sha256: str | Unresolved | None = None
     subdirectory: str = ""
+    paths: tuple[str, ...] = (".",)
     submodules: Mapping[str, str] = field(default_factory=dict)
     cxx_standard: int | None = None
     beside: Mapping[str, str] = field(default_factory=dict)
     needs: tuple[Need, ...] = ()
     owns: tuple[str, ...] = ()
-    patch: tuple[Patch, ...] = ()
+    remove: tuple[Removal, ...] = ()
+    patches: tuple[Patch, ...] = ()
+    trim: Trim | None = None
+    prebuilt: tuple[Prebuilt, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -236,6 +291,7 @@ class Step:
         tokens: what its build is told of them.
         codes: the machine code that must be in it, and no other.
         env: its whole build environment.
+        prebuilt: the public wheel that is taken instead of a build; None when it is built.
         key: names the wheel in a cache; any change of the recipe or the architectures changes it.
     """
 
@@ -245,6 +301,7 @@ class Step:
     codes: tuple[str, ...]
     env: Mapping[str, str]
     key: str
+    prebuilt: Prebuilt | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

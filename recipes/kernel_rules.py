@@ -100,12 +100,10 @@ def _company(image: Image, kernel: Kernel, recipes: Recipes) -> Iterator[Reason]
             beside = f" beside {need.beside}" if need.beside else ""
             text = f"{label} needs {need.kernel}{beside}; found none: {need.reason}"
             yield Reason(code="kernel-needs", text=text)
-    removed = {patch.remove for patch in kernel.patch}
+    removed = {removal.path for removal in kernel.remove}
     for name in sorted(names - {kernel.name}):
         owner = recipes.kernels.get(name)
         for path in owner.owns if owner else ():
             if path in kernel.ships and path not in removed:
-                text = (
-                    f"{label} installs {path}, which {name} owns; needed: a patch that removes it"
-                )
+                text = f"{label} installs {path}, which {name} owns; needed: to remove it"
                 yield Reason(code="kernel-shadow", text=text)

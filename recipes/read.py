@@ -13,7 +13,7 @@ from packaging.version import InvalidVersion, Version
 from pydantic import TypeAdapter, ValidationError
 
 from attnimg.errors import AttnimgError
-from recipes.facts import Image, Kernel, Pair, Recipes, Toolkit, Torch, Unresolved
+from recipes.facts import Image, Kernel, Pair, Patch, Recipes, Toolkit, Torch, Unresolved
 from recipes.values import image_faults, kernel_faults
 
 _Fact = TypeVar("_Fact")
@@ -34,7 +34,10 @@ def read_recipes(root: Path) -> Recipes:
         for image in read_image(path.stem, path.read_text(encoding="utf-8")):
             images[image.name] = image
     kernels = {
-        path.stem: read_kernel(path.stem, path.read_text(encoding="utf-8"))
+        path.stem: replace(
+            read_kernel(path.stem, path.read_text(encoding="utf-8")),
+            patches=read_patches(folder / "patches" / path.stem),
+        )
         for path in sorted((folder / "kernels").glob("*.toml"))
     }
     return Recipes(
@@ -79,6 +82,23 @@ def read_kernel(name: str, text: str) -> Kernel:
     kernel = _facts(where, Kernel, {"name": name, **_toml(where, text)})
     _refuse(where, kernel_faults(kernel))
     return kernel
+
+
+def read_patches(folder: Path) -> tuple[Patch, ...]:
+    """Read the patches of one kernel, those of its small build last.
+
+    Raises:
+        AttnimgError: a file has no reason above its diff, or no diff.
+    """
+    patches = []
+    for path in [*sorted(folder.glob("*.patch")), *sorted(folder.glob("trim/*.patch"))]:
+        name = path.relative_to(folder).as_posix()
+        reason, mark, diff = path.read_text(encoding="utf-8").partition("--- a/")
+        if not reason.strip() or not mark:
+            where = f"recipes/patches/{folder.name}/{name}"
+            _refuse(where, ["found no reason above a unified diff of a/ and b/"])
+        patches.append(Patch(name=name, reason=" ".join(reason.split()), diff=mark + diff))
+    return tuple(patches)
 
 
 def _toml(where: str, text: str) -> dict[str, Any]:

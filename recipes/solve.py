@@ -9,7 +9,7 @@ from dataclasses import fields, is_dataclass
 from graphlib import TopologicalSorter
 
 from attnimg.errors import AttnimgError
-from recipes.facts import Choice, Image, Kernel, Plan, Recipes, Step, Unresolved
+from recipes.facts import Choice, Image, Kernel, Plan, Prebuilt, Recipes, Step, Unresolved
 from recipes.kernel_rules import served
 from recipes.nearest import nearest
 from recipes.rules import reasons_against
@@ -103,14 +103,24 @@ def _step(image: Image, choice: Choice, recipes: Recipes, *, abi: str) -> Step:
     env = dict(build.env)
     if build.arch_variable:
         env[build.arch_variable] = ";".join(tokens)
+    codes = _once(kernel.archs[arch].code for arch in archs)
     return Step(
         kernel=kernel,
         archs=archs,
         tokens=tokens,
-        codes=_once(kernel.archs[arch].code for arch in archs),
+        codes=codes,
         env=env,
+        prebuilt=_fitting(kernel, codes, abi=abi),
         key=cache_key(kernel, archs, abi="" if kernel.abi == "python" else abi),
     )
+
+
+def _fitting(kernel: Kernel, codes: tuple[str, ...], *, abi: str) -> Prebuilt | None:
+    """Find a public wheel with just this machine code, for this torch, CUDA and Python."""
+    for wheel in kernel.prebuilt:
+        if set(wheel.codes) == set(codes) and wheel.abi in ("", abi):
+            return wheel
+    return None
 
 
 def _once(texts: Iterable[str]) -> tuple[str, ...]:

@@ -43,6 +43,11 @@ def kernel_faults(kernel: Kernel) -> Iterator[str]:
         yield f"source: found {kernel.source!r}, needed name==version or owner/name@40-digit commit"
     if (kernel.form == "git") != bool(_COMMIT.fullmatch(kernel.source)):
         yield f"form: found {kernel.form!r} for {kernel.source!r}"
+    for wheel in kernel.prebuilt:
+        if not _SHA256.fullmatch(wheel.sha256):
+            yield f"prebuilt.sha256: found {wheel.sha256!r}, needed 64 hexadecimal digits"
+        if not wheel.abi and kernel.abi == "torch":
+            yield f"prebuilt.abi: missing; {wheel.source} is bound to a torch and a Python"
     for path, source in kernel.submodules.items():
         if not _COMMIT.fullmatch(source):
             yield f"submodules.{path}: found {source!r}, needed owner/name@40-digit commit"

@@ -2,7 +2,7 @@
 
 Both ship flash_attn/cute/: stock flash-attn 2.8.3 brings 20 files of an old FlashAttention-4. Each
 sequence below broke one of them with stock wheels (2026-11-21). The wheels are built here as the
-images build them, from the sdists and patches of docker-bake.json; flash-attn without its CUDA
+images build them, from the sdists, removals and patches of the recipes; flash-attn without its CUDA
 library, for which an empty module stands in. Needs a package index, no image, no GPU.
 """
 
@@ -37,7 +37,7 @@ def run(*command: object, **env: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="module")
 def wheels(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Build both wheels with docker/build_kernel.py and the facts of the hopper image."""
+    """Build both wheels with docker/kernel/build.py and the facts of the hopper image."""
     folder = tmp_path_factory.mktemp("kernels")
     run(sys.executable, "-m", "venv", folder / "venv")
     python = folder / "venv" / "bin" / "python"
@@ -57,7 +57,8 @@ def wheels(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         if number == "stock":
             del env["FLASH_ATTN_REMOVE"]
         paths = {"WHEELS": str(temp / "wheels"), "TMPDIR": str(temp)}
-        run(python, ROOT / "docker/build_kernel.py", name, **env, **paths)
+        paths["PATCHES"] = str(ROOT / "recipes/patches" / name)
+        run(python, ROOT / "docker/kernel/build.py", name, **env, **paths)
     return {path.parents[1].name: path for path in folder.glob("*/wheels/*.whl")}
 
 

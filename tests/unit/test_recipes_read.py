@@ -9,7 +9,7 @@ import pytest
 
 from attnimg.errors import AttnimgError
 from recipes.facts import Unresolved
-from recipes.read import read_image, read_kernel
+from recipes.read import read_image, read_kernel, read_patches
 
 ROOT = Path(__file__).resolve().parents[2]
 KERNEL = (ROOT / "recipes/kernels/flash-attn.toml").read_text(encoding="utf-8")
@@ -133,6 +133,31 @@ def test_all_faults_of_a_file_are_told_together() -> None:
         read_kernel("some", text)
     assert "sha256: missing" in caught.value.why
     assert "torch: found 'new'" in caught.value.why
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        pytest.param("--- a/x\n+++ b/x\n@@ -1 +1 @@\n-a\n+b\n", id="without a reason"),
+        pytest.param("It is needed.\n", id="without a diff"),
+    ],
+)
+def test_refuses_a_patch(tmp_path: Path, text: str) -> None:
+    (tmp_path / "some.patch").write_text(text, encoding="utf-8")
+    with pytest.raises(AttnimgError, match=r"some\.patch is not a recipe"):
+        read_patches(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param(path, id=f"{path.parent.name}/{path.name} says when its reason was read")
+        for path in sorted((ROOT / "recipes/patches").rglob("*.patch"))
+    ],
+)
+def test_a_patch_has_a_dated_reason(path: Path) -> None:
+    reason, _, _ = path.read_text(encoding="utf-8").partition("--- a/")
+    assert re.search(r"\b2026-\d\d-\d\d\b", reason)
 
 
 def test_an_unresolved_value_keeps_its_reason() -> None:

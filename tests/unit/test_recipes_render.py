@@ -81,7 +81,7 @@ def test_a_bumped_kernel_changes_its_own_arguments_alone() -> None:
         for texts in (TEXTS, after)
     )
     changed = {name for name in old if old[name] != new[name]}
-    assert changed == {"SAGEATTENTION", "SAGEATTENTION_KEY"}
+    assert changed == {"SAGEATTENTION", "SAGEATTENTION_KEY", "KEYS"}, "KEYS: what is installed"
 
 
 def test_labels_carry_oci_and_our_own() -> None:
@@ -198,7 +198,7 @@ def edit(path: Path, old: str, new: str) -> None:
     path.write_text(text.replace(old, new), encoding="utf-8")
 
 
-SHA = "ccc73c7db9890224ab05f5fb60e2034f9e6c8672a10be0cf00e95cbbae3eda7c"
+SHA = "6540b148e40ba81cbd4de86392225a076a1591146e9cebb099b3b234ba9feebe"
 
 
 @pytest.mark.parametrize(
@@ -206,9 +206,9 @@ SHA = "ccc73c7db9890224ab05f5fb60e2034f9e6c8672a10be0cf00e95cbbae3eda7c"
     [
         pytest.param("kernels/xformers", "summary", "sumary", "sumary: unknown key", id="a typo"),
         pytest.param(
-            "kernels/xformers", SHA, "0" * 64, "is not that of its package", id="wrong hash"
+            "kernels/torchao", SHA, "0" * 64, "is not that of its package", id="wrong hash"
         ),
-        pytest.param("kernels/xformers", f'sha256 = "{SHA}"', "", "sha256: missing", id="no hash"),
+        pytest.param("kernels/torchao", f'sha256 = "{SHA}"', "", "sha256: missing", id="no hash"),
         pytest.param("images/turing", '"sm_75"', '"sm_70"', "found sm_70", id="an arch nobody has"),
         pytest.param("images/cpu", "[", "[[", "is not a recipe", id="a broken TOML"),
     ],

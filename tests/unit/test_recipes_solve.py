@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from attnimg.errors import AttnimgError
-from recipes.facts import Choice, Image, Need, Patch, Recipes, Unresolved
+from recipes.facts import Choice, Image, Need, Prebuilt, Recipes, Removal, Unresolved
 from recipes.read import read_recipes
 from recipes.rules import reasons_against
 from recipes.solve import cache_key, refuse_unresolved, solve, solve_all
@@ -232,7 +232,7 @@ def test_refuses(made: Image, says: str, nearest: str) -> None:
             id="SageAttention without its C++20 patch does not compile against torch 2.14",
         ),
         pytest.param(
-            with_kernel("flash-attn", patch=()),
+            with_kernel("flash-attn", remove=()),
             image("hopper"),
             "flash-attn 2.8.3.post2 installs flash_attn/cute, which flash-attn-4 owns",
             id="flash-attn with its cute stub is not put beside FlashAttention-4",
@@ -328,8 +328,8 @@ def test_flash_attn_4_is_installed_after_flash_attn() -> None:
 
 
 def test_who_owns_a_path_is_installed_after_all_whose_source_has_it() -> None:
-    removes = Patch(reason="a test", remove="flash_attn/cute")
-    recipes = with_kernel("xformers", ships=("xformers", "flash_attn/cute"), patch=(removes,))
+    removes = Removal(reason="a test", path="flash_attn/cute")
+    recipes = with_kernel("xformers", ships=("xformers", "flash_attn/cute"), remove=(removes,))
     alone = replace(RECIPES.kernels["flash-attn-4"], needs=())
     recipes = replace(recipes, kernels={**recipes.kernels, "flash-attn-4": alone})
     made = image("hopper", kernels="flash-attn-4 xformers")
@@ -346,6 +346,37 @@ def test_changing_only_the_arch_list_changes_the_cache_key() -> None:
     assert cache_key(kernel, ("sm_80", "sm_86"), abi=abi) == cache_key(
         kernel, ("sm_86", "sm_80"), abi=abi
     )
+
+
+def test_a_changed_patch_changes_the_cache_key() -> None:
+    kernel = RECIPES.kernels["flash-attn"]
+    (patch, *rest) = kernel.patches
+    other = replace(kernel, patches=(replace(patch, diff=patch.diff + " "), *rest))
+    assert cache_key(kernel, ("sm_80",), abi="x") != cache_key(other, ("sm_80",), abi="x")
+
+
+@pytest.mark.parametrize(
+    ("changes", "taken"),
+    [
+        pytest.param({}, True, id="a public wheel that fits exactly is taken"),
+        pytest.param({"abi": "cp312-torch2.14-cu130"}, False, id="not one for another Python"),
+        pytest.param({"abi": "cp311-torch2.13-cu130"}, False, id="not one for another torch"),
+        pytest.param({"codes": ("sm_80",)}, False, id="not one without this machine code"),
+        pytest.param({"codes": ("sm_80", "sm_90")}, False, id="not one with more of it"),
+    ],
+)
+def test_prebuilt(changes: dict[str, Any], taken: bool) -> None:
+    wheel = Prebuilt(
+        source="https://example.org/flash_attn-2.8.3.post2-cp311-cp311-linux_x86_64.whl",
+        sha256="0" * 64,
+        abi="cp311-torch2.14-cu130",
+        codes=("sm_90",),
+        reason="a test",
+    )
+    recipes = with_kernel("flash-attn", prebuilt=(replace(wheel, **changes),))
+    plan = solve(RECIPES.images["hopper"], recipes)
+    step = next(step for step in plan.steps if step.kernel.name == "flash-attn")
+    assert (step.prebuilt is not None) == taken
 
 
 def test_another_kernels_pin_leaves_the_cache_key_alone() -> None:

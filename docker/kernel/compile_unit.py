@@ -3,8 +3,8 @@
     python compile_unit.py UNIT
 
 A whole flash-attn takes CPU-hours; one unit tells in minutes whether source, patches, compiler,
-headers and torch fit together. UNIT is a file of csrc/flash_attn/src. Facts come as build_kernel.py
-takes them.
+headers and torch fit together. UNIT is a file of csrc/flash_attn/src. Facts come as build.py takes
+them.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import sys
 import time
 from typing import Any
 
-import build_kernel
+import source
 from torch.utils import cpp_extension
 
 
@@ -27,9 +27,9 @@ def main(unit: str) -> None:
     def of_one_unit(name: str, sources: list[str], **rest: Any) -> Any:
         return extension(name, [file for file in sources if file.endswith(f"/{unit}")], **rest)
 
-    build_kernel.WORK.mkdir(parents=True)
-    tree = build_kernel.prepare("flash-attn")
-    os.environ.update(build_kernel.environment("flash-attn"))
+    source.WORK.mkdir(parents=True)
+    tree = source.prepare("flash-attn")
+    os.environ.update(source.environment("flash-attn"))
     cpp_extension.CUDAExtension = of_one_unit
     os.chdir(tree)
     sys.argv = ["setup.py", "build_ext", "--inplace"]

@@ -1,0 +1,130 @@
+#!/usr/bin/env python3
+"""Build a stage of one image with what `make base` made; the standard library suffices.
+
+    docker/build.py NAME                    the image, as attnimg:NAME
+    docker/build.py NAME --stage STAGE      that stage of the Dockerfile, as attnimg-STAGE:NAME
+    docker/build.py NAME --wheels-to DIR    its kernels' wheels alone, into DIR
+
+In the environment: WHEELS, a folder of wheels made earlier, in place of compiling them; TRIM=1, the
+small builds of kernels; JOBS, compilers at a time; TORCH_INDEX, where a CPU build of torch is;
+PROGRESS, docker's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NoReturn
+
+BAKE = Path("docker/docker-bake.json")
+# Free disk that a build may need, in GB: the toolchain is 6.3, an image up to 10, and twice that
+# while layers are written.
+ROOM_GB = {"cpu": 6, "cuda": 40, "rocm": 40}
+
+
+def fail(what: str, why: str, do: str) -> NoReturn:
+    """End with what happened, why, and what to do."""
+    sys.exit(f"build: {what}\n  why: {why}\n  do:  {do}")
+
+
+def target_of(name: str) -> dict[str, Any]:
+    """Read the target of an image."""
+    targets = json.loads(BAKE.read_text())["target"]
+    if name not in targets or name == "image":
+        fail(
+            f"there is no image {name}",
+            f"found no target of that name in {BAKE}",
+            f"make help, or write recipes/images/{name}.toml and make render",
+        )
+    target: dict[str, Any] = targets[name]
+    return target
+
+
+def refuse_without_room(name: str, accelerator: str) -> None:
+    """Refuse to begin what would fill the engine's disk."""
+    command = ["docker", "info", "--format", "{{.DockerRootDir}}"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        fail("no Docker engine answers", done.stderr.strip() or "docker info fails", "make engine")
+    root, needed = Path(done.stdout.strip()), ROOM_GB[accelerator]
+    # A remote engine's folder is not here; then nothing is known of its disk.
+    free = shutil.disk_usage(root).free // 10**9 if root.exists() else needed
+    if free < needed:
+        fail(
+            f"there is no room to build {name}",
+            f"{root} has {free} GB free, {needed} are needed",
+            "docker builder prune, or docker image prune",
+        )
+
+
+def torch_wheel(version: str, name: str) -> str:
+    """Have the CPU build of torch in a folder: the package index has the CUDA build alone."""
+    folder = Path("build/torch-wheel")
+    wanted = f"torch-{version}+cpu-*.whl"
+    if not any(folder.glob(wanted)):
+        index = os.environ.get("TORCH_INDEX")
+        where = ["--index-url", index] if index else []
+        command = ["python3.11", "-m", "pip", "download", "-q", "--no-deps", *where]
+        subprocess.run([*command, "-d", str(folder), f"torch=={version}"], check=False)
+    if not any(folder.glob(wanted)):
+        fail(
+            f"there is no CPU build of torch {version}",
+            "pip's own configuration offers none",
+            f"make build/{name} TORCH_INDEX=<PyTorch's CPU index>",
+        )
+    return str(folder)
+
+
+def contexts(name: str, target: dict[str, Any], wheels: str) -> Iterator[tuple[str, str]]:
+    """Give the named contexts that differ here from those of the bake file."""
+    yield "base", "docker-image://attnimg-base:bookworm"
+    if target["args"]["ACCELERATOR"] == "cpu":
+        yield "torch-wheel", torch_wheel(target["labels"]["attnimg.torch"], name)
+    for context, address in target.get("contexts", {}).items():
+        tree = Path("build/sources") / f"{context}-{address.rpartition('#')[2]}"
+        if tree.is_dir():
+            yield context, str(tree)
+    if wheels:
+        if not (Path(wheels) / "manifest.json").is_file():
+            fail(
+                f"{wheels} is no wheelhouse",
+                "found no manifest.json in it",
+                f"make wheels/{name}, or leave WHEELS away to build them",
+            )
+        yield "wheelhouse", wheels
+
+
+def main() -> None:
+    """Build, in the place of this process."""
+    parser = argparse.ArgumentParser(usage=__doc__)
+    parser.add_argument("name")
+    parser.add_argument("--stage", default="runtime")
+    parser.add_argument("--wheels-to")
+    asked = parser.parse_args()
+    name, stage = asked.name, "wheelhouse" if asked.wheels_to else asked.stage
+    target = target_of(name)
+    refuse_without_room(name, target["args"]["ACCELERATOR"])
+    settings = {"target": stage}
+    settings |= {key: os.environ[key] for key in ("TRIM", "JOBS") if os.environ.get(key)}
+    settings = {f"args.{key}" if key != "target" else key: v for key, v in settings.items()}
+    for context, place in contexts(name, target, os.environ.get("WHEELS", "")):
+        settings[f"contexts.{context}"] = place
+    if asked.wheels_to:
+        settings["output"] = f"type=local,dest={asked.wheels_to}"
+    elif stage != "runtime":
+        settings["tags"] = f"attnimg-{stage}:{name}"
+    command = ["docker", "buildx", "bake", f"--progress={os.environ.get('PROGRESS', 'auto')}"]
+    command += ["-f", str(BAKE)]
+    for key, value in settings.items():
+        command += ["--set", f"{name}.{key}={value}"]
+    os.execvp(command[0], [*command, name])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,86 @@
+"""Write what a wheelhouse says of itself, or verify one before anything of it is installed.
+
+    python wheelhouse.py write FOLDER IMAGE ABI
+    python wheelhouse.py verify FOLDER IMAGE ABI
+
+FOLDER has the wheels. `write` gathers the NAME.json that build.py left beside each into
+manifest.json, and writes SHA256SUMS. `verify` wants what the recipes of this checkout would build:
+the same hashes, ABI and kernels, the latter as KEYS in the environment (NAME=key ...). A wheelhouse
+that was built on another machine, or yesterday, is thus as good as one built here, or is refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+_SUMS, _MANIFEST = "SHA256SUMS", "manifest.json"
+
+
+def write(folder: Path, image: str, abi: str) -> None:
+    """Turn the reports of single kernels into one manifest, and add the sums."""
+    reports = []
+    for path in sorted(folder.glob("*.json")):
+        reports.append(json.loads(path.read_text()))
+        path.unlink()
+    manifest = {"image": image, "abi": abi, "kernels": reports}
+    (folder / _MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+    files = [*sorted(folder.glob("*.whl")), folder / _MANIFEST]
+    (folder / _SUMS).write_text("".join(f"{digest(path)}  {path.name}\n" for path in files))
+
+
+def verify(folder: Path, abi: str, keys: dict[str, str]) -> list[str]:
+    """Give everything that speaks against installing a wheelhouse; nothing when it fits.
+
+    Args:
+        folder: of the wheels.
+        abi: what a compiled extension must match here, "cp311-torch2.14-cu130".
+        keys: kernel -> the key of its recipe.
+    """
+    missing = [name for name in (_SUMS, _MANIFEST) if not (folder / name).is_file()]
+    if missing:
+        return [f"found no {' and no '.join(missing)}"]
+    faults = []
+    sums = dict(reversed(line.split("  ")) for line in (folder / _SUMS).read_text().splitlines())
+    for path in [*sorted(folder.glob("*.whl")), folder / _MANIFEST]:
+        if sums.pop(path.name, None) != digest(path):
+            faults.append(f"{path.name} is not what {_SUMS} says")
+    faults += [f"{name} is missing" for name in sums]
+    manifest = json.loads((folder / _MANIFEST).read_text())
+    built: dict[str, dict[str, Any]] = {kernel["name"]: kernel for kernel in manifest["kernels"]}
+    if manifest["abi"] != abi:
+        faults.append(f"found {manifest['abi']}, needed {abi}")
+    for name, key in keys.items():
+        if name not in built:
+            faults.append(f"it has no {name}")
+        elif built[name]["key"] != key:
+            faults.append(f"{name} was built from recipe {built[name]['key']}, needed {key}")
+    faults += [f"{name} is no kernel of this image" for name in built if name not in keys]
+    return faults
+
+
+def digest(path: Path) -> str:
+    """Give the sha256 of a file."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def main(task: str, folder: Path, image: str, abi: str) -> None:
+    """Write, or verify and end the build when something speaks against it."""
+    if task == "write":
+        write(folder, image, abi)
+        return
+    keys = dict(pair.split("=", 1) for pair in os.environ.get("KEYS", "").split())
+    if faults := verify(folder, abi, keys):
+        lines = "\n       ".join(faults)
+        sys.exit(
+            f"wheelhouse: it does not fit the image {image}\n  why: {lines}\n"
+            f"  do:  make wheels/{image} from this checkout, or leave WHEELS away to build them"
+        )
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]), sys.argv[3], sys.argv[4])

@@ -1,0 +1,116 @@
+"""A folder of wheels: what it says of itself, and when an image may be built from it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+ABI = "cp311-torch2.14-cu130"
+KEYS = "flash-attn=aaaa sageattention=bbbb"
+
+
+def run(task: str, folder: Path, *, abi: str = ABI, keys: str = KEYS) -> str:
+    """Run docker/wheelhouse.py as the Dockerfile does; give what it says, "" when it is content."""
+    command = [sys.executable, str(ROOT / "docker/wheelhouse.py"), task, str(folder), "hopper", abi]
+    done = subprocess.run(
+        command, env={**os.environ, "KEYS": keys}, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode == 0) == (done.stderr == "")
+    assert "Traceback" not in done.stderr
+    return done.stderr
+
+
+@pytest.fixture
+def wheelhouse(tmp_path: Path) -> Path:
+    """Two wheels with the reports that docker/kernel/build.py leaves, gathered."""
+    for name, key in (("flash-attn", "aaaa"), ("sageattention", "bbbb")):
+        (tmp_path / f"{name}-1.whl").write_bytes(name.encode())
+        (tmp_path / f"{name}.json").write_text(json.dumps({"name": name, "key": key}))
+    run("write", tmp_path)
+    return tmp_path
+
+
+def test_one_manifest_stands_for_all_reports(wheelhouse: Path) -> None:
+    names = sorted(path.name for path in wheelhouse.iterdir())
+    assert names == ["SHA256SUMS", "flash-attn-1.whl", "manifest.json", "sageattention-1.whl"]
+    manifest = json.loads((wheelhouse / "manifest.json").read_text())
+    assert (manifest["image"], manifest["abi"]) == ("hopper", ABI)
+    assert [kernel["name"] for kernel in manifest["kernels"]] == ["flash-attn", "sageattention"]
+
+
+def test_the_sums_are_those_that_sha256sum_takes(wheelhouse: Path) -> None:
+    done = subprocess.run(["sha256sum", "-c", "SHA256SUMS"], cwd=wheelhouse, capture_output=True)
+    assert done.returncode == 0
+
+
+def test_what_was_just_written_fits(wheelhouse: Path) -> None:
+    assert run("verify", wheelhouse) == ""
+
+
+def test_an_image_without_kernels_takes_an_empty_one(tmp_path: Path) -> None:
+    run("write", tmp_path, keys="")
+    assert run("verify", tmp_path, keys="") == ""
+
+
+def change(folder: Path) -> None:
+    (folder / "flash-attn-1.whl").write_bytes(b"other")
+
+
+def add(folder: Path) -> None:
+    (folder / "extra-1.whl").write_bytes(b"extra")
+
+
+def lose(folder: Path) -> None:
+    (folder / "flash-attn-1.whl").unlink()
+
+
+def unsaid(folder: Path) -> None:
+    (folder / "SHA256SUMS").unlink()
+
+
+@pytest.mark.parametrize(
+    ("harm", "keys", "abi", "says"),
+    [
+        pytest.param(
+            change, KEYS, ABI, "flash-attn-1.whl is not what SHA256SUMS says", id="a changed wheel"
+        ),
+        pytest.param(add, KEYS, ABI, "extra-1.whl is not what SHA256SUMS says", id="a wheel more"),
+        pytest.param(lose, KEYS, ABI, "flash-attn-1.whl is missing", id="a wheel less"),
+        pytest.param(unsaid, KEYS, ABI, "found no SHA256SUMS", id="one without its sums"),
+        pytest.param(
+            None,
+            KEYS.replace("aaaa", "cccc"),
+            ABI,
+            "flash-attn was built from recipe aaaa, needed cccc",
+            id="a wheel of another recipe",
+        ),
+        pytest.param(
+            None, f"{KEYS} xformers=dddd", ABI, "it has no xformers", id="a kernel too few"
+        ),
+        pytest.param(
+            None, "flash-attn=aaaa", ABI, "sageattention is no kernel of this", id="one too many"
+        ),
+        pytest.param(
+            None,
+            KEYS,
+            "cp311-torch2.15-cu132",
+            "found cp311-torch2.14-cu130, needed cp311-torch2.15-cu132",
+            id="wheels for another torch",
+        ),
+    ],
+)
+def test_refuses(
+    wheelhouse: Path, harm: Callable[[Path], None] | None, keys: str, abi: str, says: str
+) -> None:
+    if harm:
+        harm(wheelhouse)
+    told = run("verify", wheelhouse, keys=keys, abi=abi)
+    assert says in told
+    assert [mark in told for mark in ("why:", "do:")] == [True, True]
