@@ -39,6 +39,31 @@ CPU_ONLY = (
     ("bitsandbytes/libbitsandbytes_rocm*.so", "needs libamdhip64"),
     ("bitsandbytes/libbitsandbytes_xpu*.so", "needs libsycl"),
 )
+# What no run on a GPU loads, with CUDA 13.0 and torch 2.14.1 (2026-11-25).
+CUDA_ONLY = (
+    ("nvidia/*/lib/*.a", "static libraries"),
+    ("nvidia/*/include", "headers: kernels are compiled in the toolchain stage"),
+    ("nvidia/nvshmem/lib/*.bc", "device code to link NVSHMEM into kernels; torch loads the host's"),
+    ("nvidia/nvshmem/lib/nvshmem_*.so*", "NVSHMEM's plugins for clusters; torch's NCCL does that"),
+    ("nvidia/cu13/lib/libnvrtc*.alt.so*", "a second NVRTC, which nothing links"),
+    ("nvidia/cu13/lib/libcusolverMg.so*", "cuSOLVER on several GPUs, which nothing links"),
+    ("nvidia/cu13/lib/libcufftw.so*", "FFTW's interface, which nothing links"),
+    ("nvidia/cu13/lib/libnvblas.so*", "BLAS to preload, which nothing links"),
+    ("nvidia/cu13/lib/libnvperf_*.so", "metrics of Nsight; CUPTI's activities work without"),
+    ("nvidia/cu13/lib/libpcsamplingutil.so", "the same"),
+    ("nvidia/cu13/lib/libcheckpoint.so", "the same"),
+    ("triton/backends/nvidia/lib/cupti*", "triton.profiler, which no run starts"),
+    ("triton/_C/libproton.so", "the same"),
+    (
+        "triton/backends/amd/lib",
+        "device code for another vendor; the .py files stay, triton imports them",
+    ),
+    ("triton/backends/amd/include", "the same"),
+    ("nvidia_cutlass_dsl/cu12", "CuTe DSL for CUDA 12"),
+    ("bitsandbytes/libbitsandbytes_cuda1[12]*.so", "for CUDA 11 and 12"),
+    ("bitsandbytes/libbitsandbytes_rocm*.so", "needs libamdhip64"),
+    ("bitsandbytes/libbitsandbytes_xpu*.so", "needs libsycl"),
+)
 # Their symbol tables serve debuggers alone. Not *.libs/: auditwheel laid those out anew, and
 # strip breaks their alignment.
 STRIP = ("torch/lib/lib*.so", "pyarrow/*.so*", "triton/_C/libtriton.so")
@@ -83,7 +108,7 @@ def strip(glob: str) -> int:
 
 def main(accelerator: str) -> None:
     """Prune, then strip; print a line for each that saved something."""
-    removals = EVERY_IMAGE + (CPU_ONLY if accelerator == "cpu" else ())
+    removals = EVERY_IMAGE + {"cpu": CPU_ONLY, "cuda": CUDA_ONLY}.get(accelerator, ())
     for glob, why in removals:
         if saved := remove(glob):
             print(f"prune: {saved / 1e6:7.1f} MB  {glob}: {why}")
