@@ -100,12 +100,26 @@ def contexts(name: str, target: dict[str, Any], wheels: str) -> Iterator[tuple[s
         yield "wheelhouse", wheels
 
 
+def run(command: list[str], *, wheels_to: Path | None) -> int:
+    """Run docker; wheels take the place of older ones only when all of them are there."""
+    if wheels_to is None:
+        return subprocess.run(command, check=False).returncode
+    part = wheels_to.with_name(f"{wheels_to.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    code = subprocess.run([*command, f"--set=*.output=type=local,dest={part}"], check=False)
+    if code.returncode == 0:
+        shutil.rmtree(wheels_to, ignore_errors=True)
+        part.rename(wheels_to)
+        print(f"wheels: {wheels_to} has " + ", ".join(sorted(p.name for p in wheels_to.iterdir())))
+    return code.returncode
+
+
 def main() -> None:
-    """Build, in the place of this process."""
+    """Build; the exit code is docker's."""
     parser = argparse.ArgumentParser(usage=__doc__)
     parser.add_argument("name")
     parser.add_argument("--stage", default="runtime")
-    parser.add_argument("--wheels-to")
+    parser.add_argument("--wheels-to", type=Path)
     asked = parser.parse_args()
     name, stage = asked.name, "wheelhouse" if asked.wheels_to else asked.stage
     target = target_of(name)
@@ -115,15 +129,13 @@ def main() -> None:
     settings = {f"args.{key}" if key != "target" else key: v for key, v in settings.items()}
     for context, place in contexts(name, target, os.environ.get("WHEELS", "")):
         settings[f"contexts.{context}"] = place
-    if asked.wheels_to:
-        settings["output"] = f"type=local,dest={asked.wheels_to}"
-    elif stage != "runtime":
+    if stage not in ("runtime", "wheelhouse"):
         settings["tags"] = f"attnimg-{stage}:{name}"
     command = ["docker", "buildx", "bake", f"--progress={os.environ.get('PROGRESS', 'auto')}"]
     command += ["-f", str(BAKE)]
     for key, value in settings.items():
         command += ["--set", f"{name}.{key}={value}"]
-    os.execvp(command[0], [*command, name])
+    sys.exit(run([*command, name], wheels_to=asked.wheels_to))
 
 
 if __name__ == "__main__":

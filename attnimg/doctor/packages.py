@@ -14,6 +14,7 @@ def check_packages(host: Host, *, image: ImageFacts | None) -> Iterator[Check]:
     """Compare what is installed with the manifest, then look for kernels that hide one another."""
     if image is not None:
         yield from _against_manifest(host, image)
+    yield from _trimmed(host)
     shadowing = [*_cute(host), *_damage(host), *_shadows(host)]
     yield from shadowing
     if not shadowing:
@@ -40,6 +41,19 @@ def _against_manifest(host: Host, image: ImageFacts) -> Iterator[Check]:
     if not vital and not differ:
         what = f"all {len(image.packages)} packages are the image's"
         yield Check(code="packages", status="ok", what=what)
+
+
+def _trimmed(host: Host) -> Iterator[Check]:
+    """Find kernels of which only a part was compiled (`make wheels/NAME TRIM=1`)."""
+    small = [f"{name} {text}" for name, text in host.installed.items() if text.endswith("+trim")]
+    if small:
+        yield Check(
+            code="trimmed",
+            status="warn",
+            what=f"only a part of {_join(small)} was compiled: some precisions, head sizes and "
+            "features are missing",
+            do="build the image from whole wheels, without TRIM=1; a small one is not published",
+        )
 
 
 def _cute(host: Host) -> Iterator[Check]:

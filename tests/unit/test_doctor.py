@@ -168,6 +168,15 @@ def test_host_and_packages(host: Host, status: str | None, what: str) -> None:
     assert all(check.do for check in found), "each finding has its mend"
 
 
+def test_a_kernel_of_which_a_part_was_compiled_is_told_although_the_image_has_it() -> None:
+    packages = {**PACKAGES, "flash-attn": "2.8.3.post2+trim"}
+    host, image = replace(HOST, installed=packages), replace(HOPPER, packages=packages)
+    (found,) = findings(host=host, image=image)
+    assert (found.code, found.status) == ("trimmed", "warn")
+    assert "flash-attn 2.8.3.post2+trim" in found.what
+    assert "without TRIM=1" in found.do
+
+
 def test_one_fault_hides_no_other() -> None:
     host = replace(HOST, user=None, shm_bytes=None, cute_owners=("flash-attn",))
     codes = {check.code for check in findings(NO_GPU, host)}
