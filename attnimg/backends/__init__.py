@@ -1,6 +1,6 @@
 """Every attention backend that attnimg knows: one file each, found by being here.
 
-To add one, copy `sdpa.py`, fill in its needs and their sources, and run `make check`.
+To add one, copy `sdpa_math.py`, fill in its needs and their sources; then `make render check`.
 """
 
 from __future__ import annotations

@@ -96,7 +96,7 @@ def test_flash_from_a_local_kernel_trains_as_sdpa_does(home: Path, tmp_path: Pat
     assert runs["flash_attention_2"] == pytest.approx(runs["sdpa"], abs=1e-5)
 
 
-@pytest.mark.parametrize("model_type", ["falcon", "bloom", "opt"])
+@pytest.mark.parametrize("model_type", ["falcon", "bloom"])
 def test_a_model_that_leaks_is_not_trained(home: Path, tmp_path: Path, model_type: str) -> None:
     done = train(home, tmp_path, model=leaky(home, model_type))
     assert done.returncode == 1, done.stderr
@@ -107,8 +107,24 @@ def test_a_model_that_leaks_is_not_trained(home: Path, tmp_path: Path, model_typ
     assert not (tmp_path / "out" / "metrics.jsonl").exists()
 
 
+def test_a_model_that_leaks_by_its_mask_trains_by_boundaries(home: Path, tmp_path: Path) -> None:
+    done = train(home, tmp_path, model=leaky(home, "opt"))
+    assert done.returncode == 0, done.stderr
+    assert "sdpa does not isolate this model" in done.stderr
+    found = receipt(tmp_path)
+    assert found["plan"]["chosen"]["backend"] == "sdpa_math"
+    assert found["isolation"]["isolated"] is True
+
+
+def test_a_name_that_leaks_is_refused_and_not_swapped(home: Path, tmp_path: Path) -> None:
+    done = train(home, tmp_path, model=leaky(home, "opt"), attn_implementation="sdpa")
+    assert done.returncode == 1, done.stderr
+    assert "does not keep packed documents apart" in done.stderr
+    assert not (tmp_path / "out" / "metrics.jsonl").exists()
+
+
 def test_a_model_that_leaks_trains_unpacked(home: Path, tmp_path: Path) -> None:
-    done = train(home, tmp_path, model=leaky(home, "opt"), sample_packing=False)
+    done = train(home, tmp_path, model=leaky(home, "falcon"), sample_packing=False)
     assert done.returncode == 0, done.stderr
 
 

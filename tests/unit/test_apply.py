@@ -76,6 +76,7 @@ def of_sdpa():
 TRAINS = [
     pytest.param("eager", 1e-4),
     pytest.param("sdpa_flash", 1e-4),
+    pytest.param("sdpa_math", 1e-4),
     pytest.param("flash_attention_2", 1e-4, id="flash, served by LOCAL_KERNELS"),
     pytest.param(FLASH, 1e-4, id="a hub path"),
     pytest.param(f"{FLASH}:flash_attn_varlen_func", 1e-4, id="a hub path with :fn"),
@@ -112,7 +113,9 @@ def test_s2_trains_as_its_reference_does_and_not_as_sdpa(of_sdpa, monkeypatch):
     assert twenty_losses("s2", is_packed=False) == pytest.approx(losses, abs=1e-5)
 
 
-@pytest.mark.parametrize("name", ["flash_attention_2", "org/unread", "sage", "sdpa_flash"])
+@pytest.mark.parametrize(
+    "name", ["flash_attention_2", "org/unread", "sage", "sdpa_flash", "sdpa_math"]
+)
 @pytest.mark.parametrize("model_type", ["llama", "qwen3", "opt"])
 def test_packed_documents_are_isolated(name, model_type):
     model, backend = applied(name, model_type)

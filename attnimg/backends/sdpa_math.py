@@ -1,0 +1,31 @@
+"""scaled_dot_product_attention pinned to its plain kernel, one document at a time.
+
+Slow, and it holds all scores of a document at once; but it runs on every device and refuses no
+size. This is the file to copy for a new backend. Source: torch 2.13, the docstring of
+torch.nn.functional.scaled_dot_product_attention: only "fused kernels" have limits (2026-11-25).
+"""
+
+from functools import partial
+
+from attnimg.facts import AttentionFunction, Backend, Needs
+
+_FEATURES = frozenset({"window", "dropout"})
+
+
+def _load() -> AttentionFunction:
+    from attnimg.calls.pinned import attend_pinned
+
+    return partial(attend_pinned, "sdpa_math", "MATH", _FEATURES)
+
+
+BACKEND = Backend(
+    name="sdpa_math",
+    # Before eager: where plain sdpa is wrong, eager gets the same mask, and this one gets none.
+    rank=85,
+    summary="PyTorch's plain attention",
+    packing="native",
+    in_config=False,
+    applied_as="attnimg_torch_math",
+    load_attend=_load,
+    needs=Needs(features=_FEATURES),
+)
