@@ -20,11 +20,15 @@ from dataclasses import asdict, dataclass
 from typing import IO, Any
 
 from attnimg.facts import Figure, Geometry, Proof, Reason
+from attnimg.prove.patience import LOOK_EVERY_S, Patience
 
-# Seconds that one candidate may take. On a GPU some kernels are compiled in their first call.
+# Seconds that one candidate may compute and sleep. On a GPU some kernels are compiled in their
+# first call.
 TIMEOUT_S = {"cpu": 60.0, "cuda": 300.0}
-# Seconds until the child has imported torch and transformers, on a busy machine.
+# The same until the child has imported torch and transformers.
 IMPORT_TIMEOUT_S = 180.0
+# Seconds in all, on a machine so busy that the child hardly gets a CPU, or where it was stopped.
+WALL_S = 900.0
 # What a child may allocate besides what its imports take: the longest probe holds some ten arrays
 # of BUDGET scores.
 MEMORY_BYTES = {"cpu": 6 << 30, "cuda": 32 << 30}
@@ -52,6 +56,7 @@ def run(
     *,
     device: str,
     timeout_s: float | None = None,
+    wall_s: float = WALL_S,
     memory_bytes: int | None = None,
     say: Callable[[str], None] | None = None,
 ) -> list[Proof]:
@@ -60,7 +65,8 @@ def run(
     Args:
         candidates: what to prove, in this order.
         device: "cpu" or "cuda", which decides the limits.
-        timeout_s: seconds for one candidate; None for TIMEOUT_S.
+        timeout_s: seconds that one candidate may compute and sleep; None for TIMEOUT_S.
+        wall_s: seconds that it may take in all, once the child has started.
         memory_bytes: what the child may allocate; None for MEMORY_BYTES.
         say: told what is being run, for a progress line; None for silence.
 
@@ -72,7 +78,9 @@ def run(
     proofs: list[Proof] = []
     while len(proofs) < len(candidates):
         left = candidates[len(proofs) :]
-        proofs += _run_child(left, timeout_s=limit, memory_bytes=memory, say=say or _silence)
+        proofs += _run_child(
+            left, timeout_s=limit, wall_s=wall_s, memory_bytes=memory, say=say or _silence
+        )
     return proofs
 
 
@@ -80,27 +88,26 @@ def _run_child(
     candidates: Sequence[Candidate],
     *,
     timeout_s: float,
+    wall_s: float,
     memory_bytes: int,
     say: Callable[[str], None],
 ) -> list[Proof]:
     """Prove candidates until the child is done or dead; at least one proof comes back."""
     task = {
         "candidates": [asdict(candidate) for candidate in candidates],
-        "timeout_s": timeout_s,
         "memory_bytes": memory_bytes,
     }
     proofs: list[Proof] = []
     running, case = candidates[0].backend, "starting"
     begun = time.monotonic()
     with tempfile.TemporaryFile() as noise, _Child(task, noise=noise) as child:
-        assert child.stdout is not None
-        clock = _Clock(deadline=time.monotonic() + IMPORT_TIMEOUT_S)
-        for line in _lines(child.stdout, clock):
+        patience = Patience(child.pid, limit_s=IMPORT_TIMEOUT_S, wall_s=WALL_S)
+        for line in _lines(child, patience):
             message = json.loads(line)
             if "begin" in message:
                 running, case = message["begin"], "loading"
                 begun = time.monotonic()
-                clock.deadline = begun + timeout_s
+                patience.restart(limit_s=timeout_s, wall_s=wall_s)
                 say(f"proving {running}")
             elif "case" in message:
                 case = message["case"]
@@ -108,20 +115,20 @@ def _run_child(
                 proofs.append(proof_from_json(message["proof"]))
         if len(proofs) == len(candidates):
             return proofs
-        late = time.monotonic() >= clock.deadline
+        # A kernel may close what it is heard through, and go on.
+        while child.poll() is None and not patience.spent():
+            time.sleep(LOOK_EVERY_S)
+        late = child.poll() is None
         if late:
             os.killpg(child.pid, signal.SIGKILL)
         status = child.wait()
-        reason = _death(status, late=late, case=case, timeout_s=timeout_s, noise=noise)
+        reason = (
+            Reason(code="timeout", text=f"{case}: {patience.sentence()}")
+            if late
+            else _death(status, case=case, noise=noise)
+        )
     seconds = time.monotonic() - begun
     return [*proofs, Proof(backend=running, reasons=(reason,), seconds=seconds)]
-
-
-@dataclass(slots=True)
-class _Clock:
-    """When patience ends; it moves on with each candidate."""
-
-    deadline: float
 
 
 def _silence(_text: str) -> None:
@@ -158,25 +165,27 @@ class _Child:
         self.process.stdout.close()
 
 
-def _lines(stream: IO[bytes], clock: _Clock) -> Iterator[bytes]:
-    """Yield whole lines until the stream ends or the deadline, which may move, has passed."""
+def _lines(child: subprocess.Popen[bytes], patience: Patience) -> Iterator[bytes]:
+    """Yield whole lines until the child ends, closes its side, or patience does."""
     pending = b""
+    assert child.stdout is not None
     with selectors.DefaultSelector() as selector:
-        selector.register(stream, selectors.EVENT_READ)
-        while (left := clock.deadline - time.monotonic()) > 0:
-            if not selector.select(timeout=left):
+        selector.register(child.stdout, selectors.EVENT_READ)
+        while not patience.spent():
+            if not selector.select(timeout=LOOK_EVERY_S):
+                # What a kernel started and left behind may hold the pipe open.
+                if child.poll() is not None:
+                    return
                 continue
-            chunk = os.read(stream.fileno(), 1 << 16)
+            chunk = os.read(child.stdout.fileno(), 1 << 16)
             if not chunk:
                 return
             *lines, pending = (pending + chunk).split(b"\n")
             yield from lines
 
 
-def _death(status: int, *, late: bool, case: str, timeout_s: float, noise: IO[bytes]) -> Reason:
+def _death(status: int, *, case: str, noise: IO[bytes]) -> Reason:
     """Say what a child died of."""
-    if late or status == -signal.SIGALRM:
-        return Reason(code="timeout", text=f"{case}: still running after {timeout_s:g} s")
     noise.seek(0)
     said = [line for line in noise.read().decode(errors="replace").splitlines() if line.strip()]
     last = f": {said[-1].strip()[:200]}" if said else ""
