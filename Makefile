@@ -14,7 +14,7 @@ JOBS ?= 2
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help setup demo test check bench lock render clean
+.PHONY: help setup demo test check bench lock render classes clean
 
 help: ## Show this menu
 	@grep -hE '^[a-z/%-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z\/%-]+):.*## /\1\t/' | expand -t 12
@@ -62,6 +62,9 @@ lock: .venv/ready ## Resolve requirements/ anew, from pyproject.toml and recipes
 
 render: .venv/ready ## Write every file that is made of recipes/
 	$(BIN)/python -m recipes render
+
+classes: .venv/ready ## Ask the pinned transformers what its model classes do not take
+	$(BIN)/python -m recipes classes
 
 engine: ## Start a Docker engine where there is none; root
 	@docker/engine.sh

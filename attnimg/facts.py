@@ -124,6 +124,7 @@ class Model:
         other_layers: layers without softmax attention (linear attention, state space).
         parameters: rough count of weights, None when not known.
         unknown: sentences on what the config did not say.
+        brings_code: whether its repository has model code of its own, which trust_remote_code runs.
     """
 
     type: str
@@ -131,6 +132,24 @@ class Model:
     other_layers: int = 0
     parameters: int | None = None
     unknown: tuple[str, ...] = ()
+    brings_code: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelClass:
+    """What a class of transformers does not take.
+
+    Attributes:
+        name: "LlamaForCausalLM".
+        lacks: which of "sdpa", "flash" and "flex" it says that it has not; and "others" where its
+            attention code is its own, so that no function can be put there.
+        flash_names: what it takes in place of every other name with "flash" in it; empty when it
+            swaps none.
+    """
+
+    name: str
+    lacks: frozenset[str] = frozenset()
+    flash_names: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -139,6 +158,8 @@ class Problem:
 
     Attributes:
         model: the model's geometry; None when its config is not at hand.
+        model_class: what its class in transformers does not take; None when it takes everything,
+            or is not known.
         dtype: the precision of q, k and v.
         training: whether a backward pass is needed.
         packing: whether rows hold several documents that must not see each other.
@@ -152,6 +173,7 @@ class Problem:
 
     model: Model | None
     dtype: DType
+    model_class: ModelClass | None = None
     training: bool = True
     packing: bool = False
     dropout: float = 0.0

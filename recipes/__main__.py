@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from importlib import metadata
 from pathlib import Path
 from typing import Annotated
 
@@ -12,6 +13,8 @@ from attnimg.errors import AttnimgError
 from recipes.facts import Plan
 from recipes.files import write_all
 from recipes.lock import lock_all
+from recipes.model_classes import PATH as CLASSES
+from recipes.model_classes import classes_toml, model_classes
 from recipes.read import read_recipes
 from recipes.render import drifted, read_locks, rendered
 from recipes.solve import refuse_unresolved, solve, solve_all
@@ -44,6 +47,14 @@ def check(root: Root = ROOT) -> None:
             code="drift",
             exit_code=1,
         )
+
+
+@app.command()
+def classes(root: Root = ROOT) -> None:
+    """Ask the installed transformers what its model classes do not take."""
+    text = classes_toml(model_classes(), transformers=metadata.version("transformers"))
+    for path in write_all(root, {CLASSES: text}):
+        typer.echo(f"classes: wrote {path}")
 
 
 @app.command(name="solve")

@@ -16,6 +16,7 @@ from attnimg import known_bad, plan
 from attnimg.facts import Model, Plan, Problem
 from attnimg.gpus import Gpu, catalogue
 from attnimg.images import ImageFacts, image_for, machine_with
+from attnimg.model_classes import class_named
 from attnimg.problem import read_model
 from recipes.files import NOTICE
 from recipes.pages import table
@@ -62,7 +63,12 @@ def choices_on(gpu: Gpu, image: ImageFacts | None) -> list[Choice]:
     for name in MODELS:
         model = read_model({"model_type": name})
         problem = Problem(
-            model=model, dtype=dtype, packing=True, sequence_len=2048, known_bad=rules
+            model=model,
+            model_class=class_named(name),
+            dtype=dtype,
+            packing=True,
+            sequence_len=2048,
+            known_bad=rules,
         )
         chosen = plan.choose(None, machine, problem)
         name_of_image = image.name if image else None
@@ -136,8 +142,8 @@ def choices_page(found: Iterable[Choice]) -> str:
         "For packed training of a model with the defaults of its type, with the packages of the\n"
         "GPU's image; without an image every package is assumed. FA2 is `flash_attention_2`, FA4\n"
         "`flash_attention_4`, flex `flex_attention`. Where two are named, layers of different\n"
-        "shape run different ones, in the order of the second table. A proof on the GPU, or the\n"
-        "model's own class in transformers, may still move the choice of `attnimg train` on.\n\n"
+        "shape run different ones, in the order of the second table. A proof on the GPU may still\n"
+        "move the choice of `attnimg train` on.\n\n"
         + table(("`--on`", "Image", "Precision", *models), [tuple(row) for row in rows.values()])
         + "\n## The models\n\n"
         + table(

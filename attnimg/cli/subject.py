@@ -8,6 +8,7 @@ from attnimg import images, known_bad, plan, probe, problem
 from attnimg.backends import all_backends
 from attnimg.facts import Arch, Finding, Machine, Model, Problem
 from attnimg.gpus import arch_from_name, parse_gpu
+from attnimg.model_classes import class_named
 from attnimg.schema import Config
 
 
@@ -69,8 +70,11 @@ def read_model(values: Config) -> tuple[Model | None, float]:
 
 def problem_of(values: Config, *, model: Model | None, dropout: float, arch: Arch) -> Problem:
     """Say what attention has to do in the run that a config describes."""
+    # Code that comes with the model is a class that nobody here knows.
+    known = model is not None and not (model.brings_code and values.trust_remote_code)
     return Problem(
         model=model,
+        model_class=class_named(model.type) if model is not None and known else None,
         dtype=plan.training_dtype(bf16=values.bf16, fp16=bool(values.fp16), arch=arch),
         packing=bool(values.sample_packing) or values.batch_flattening is True,
         dropout=dropout,

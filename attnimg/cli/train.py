@@ -171,7 +171,7 @@ def _load_and_fit(session: _Session, found: Plan, *, resume: ResumePoint | None)
     model_config = load_model_config(values)
     if session.problem.model is None:
         session, found = _replanned(session, model_config)
-    found = _for_class(session, found, model_config)
+    session, found = _for_class(session, found, model_config)
     found, proofs = _computes_right(session, found)
     agree(as_json.line(as_json.plan_json(found)), cpu=session.machine.arch.vendor == "cpu")
     implementation = _prepared(session, found)
@@ -228,15 +228,14 @@ def _replanned(session: _Session, model_config: Any) -> tuple[_Session, Plan]:
     return session, _planned(session)
 
 
-def _for_class(session: _Session, found: Plan, model_config: Any) -> Plan:
-    """Rule out what the model's class does not take, before any weights are read."""
+def _for_class(session: _Session, found: Plan, model_config: Any) -> tuple[_Session, Plan]:
+    """Plan anew where the model's class takes other attention than the table says of its type."""
     model_class = apply.class_of(model_config)
-    while model_class is not None:
-        reason = apply.reason_against_class(model_class, _backend(found))
-        if reason is None:
-            break
-        found = _shown(plan.without(found, _backend(found).name, reason), session)
-    return found
+    facts = apply.facts_of(model_class) if model_class is not None else None
+    if facts == session.problem.model_class:
+        return session, found
+    session = replace(session, problem=replace(session.problem, model_class=facts))
+    return session, _planned(session)
 
 
 def _computes_right(session: _Session, found: Plan) -> tuple[Plan, list[Proof]]:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from attnimg.facts import Backend, GroupChoice, Machine, Problem, Verdict
+from attnimg.plan.classes import reason_against_own
 from attnimg.plan.judge import judge
 
 
@@ -25,6 +26,8 @@ def choose_groups(
         run what a router can't call.
     """
     if problem.model is None or len(problem.model.layers) < 2:
+        return ()
+    if problem.model_class and reason_against_own(problem.model_class, "a router"):
         return ()
     choices = []
     for group in problem.model.layers:

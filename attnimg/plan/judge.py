@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from attnimg import known_bad
 from attnimg.backends import arch_code, repo_of, runs_on
 from attnimg.facts import Backend, LocalKernel, Machine, Problem, Reason, Verdict
+from attnimg.plan.classes import reason_against_class
 from attnimg.plan.layers import layer_reasons
 
 _VARLEN, _DENSE = "flash_attn_varlen_func", "flash_attn_func"
@@ -33,7 +34,7 @@ def reasons_against(backend: Backend, machine: Machine, problem: Problem) -> tup
     """Give every reason why a backend cannot do this work here; none means that it fits."""
     needs = backend.needs
     if (local := _local_kernel(backend, machine)) is not None:
-        return tuple(_local_reasons(backend, local, machine, problem))
+        return (*_local_reasons(backend, local, machine, problem), *_class(backend, problem))
     found: list[Reason] = []
     if not runs_on(needs, machine.arch):
         text = f"found {machine.arch.name}, needs {needs.arch_text}"
@@ -42,6 +43,7 @@ def reasons_against(backend: Backend, machine: Machine, problem: Problem) -> tup
     found += _backward(backend, machine, problem)
     found += _packing(backend, problem)
     found += _model(backend, machine, problem)
+    found += _class(backend, problem)
     found += _software(backend, machine)
     found += known_bad.reasons_against(backend, machine, problem)
     return tuple(found)
@@ -94,6 +96,13 @@ def _model(backend: Backend, machine: Machine, problem: Problem) -> Iterator[Rea
     features = needs.features - needs.features_missing.get(place, frozenset())
     for layer in model.layers:
         yield from layer_reasons(layer, needs.head_dims, major, features)
+
+
+def _class(backend: Backend, problem: Problem) -> Iterator[Reason]:
+    if problem.model_class is None:
+        return
+    if (reason := reason_against_class(problem.model_class, backend)) is not None:
+        yield reason
 
 
 def _software(backend: Backend, machine: Machine) -> Iterator[Reason]:

@@ -32,16 +32,25 @@ def read_model(config: Mapping[str, Any]) -> Model:
     """
     type_, family, fields = _language_model(config)
     unknown = []
+    brings_code = "AutoModelForCausalLM" in (
+        Fields(config=config, defaults={}).mapping("auto_map") or {}
+    )
     if not family.known:
         unknown.append(f"model_type {type_!r} is not in the table; it was read by the general rule")
     if fields.flag("is_encoder_decoder"):
         unknown.append("it has an encoder as well; cross-attention was not looked at")
     count = fields.whole("num_hidden_layers")
     if not family.attention:
-        return Model(type=type_, layers=(), other_layers=count or 0, unknown=tuple(unknown))
+        return Model(
+            type=type_,
+            layers=(),
+            other_layers=count or 0,
+            unknown=tuple(unknown),
+            brings_code=brings_code,
+        )
     if missing := _missing(fields):
         unknown.append(f"config.json has no {missing}, so its attention layers are not known")
-        return Model(type=type_, layers=(), unknown=tuple(unknown))
+        return Model(type=type_, layers=(), unknown=tuple(unknown), brings_code=brings_code)
     kinds = layer_kinds(fields, family)
     unknown.extend(remarks_on(kinds, fields))
     per_layer = _per_layer_changes(fields, kinds)
@@ -58,6 +67,7 @@ def read_model(config: Mapping[str, Any]) -> Model:
         other_layers=other,
         parameters=parameters,
         unknown=tuple(unknown),
+        brings_code=brings_code,
     )
 
 

@@ -198,29 +198,6 @@ def test_no_registered_name_has_a_word_that_transformers_goes_by(backend):
         assert not any(word in name for word in ("flash", "sdpa", "flex"))
 
 
-@pytest.mark.parametrize(
-    ("model_type", "backend", "code"),
-    [
-        ("llama", "sage", None),
-        ("llama", "flash_attention_2", None),
-        pytest.param("bloom", "sage", "model-class", id="bloom would run eager without a word"),
-        pytest.param("falcon", "s2", "model-class", id="falcon would raise KeyError"),
-        pytest.param("llama4_text", "sage", "model-class", id="llama4 has chunks in its mask"),
-        pytest.param("bloom", "eager", None, id="eager is what bloom runs anyway"),
-        pytest.param("gpt_oss", "flash_attention_2", "model-class", id="gpt_oss swaps names"),
-        pytest.param("gpt_oss", FLASH, "model-class", id="hub paths too"),
-        pytest.param("gpt_oss", "org/unread", None, id="but not those without flash in them"),
-        pytest.param("gemma2", "sdpa", "model-class", id="gemma2 says that it has no sdpa"),
-    ],
-)
-def test_classes_that_can_not_run_a_backend_are_told_before_weights(model_type, backend, code):
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
-    model_class = apply.class_of(CONFIG_MAPPING[model_type]())
-    reason = apply.reason_against_class(model_class, backend_named(backend))
-    assert (reason and reason.code) == code
-
-
 def test_a_load_that_failed_does_not_stick(monkeypatch):
     from transformers import modeling_flash_attention_utils as flash
 
