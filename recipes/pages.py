@@ -1,4 +1,4 @@
-"""Write the tables that people read: docs/images.md and docs/support.md."""
+"""Write the tables that people read: docs/images.md, docs/kernels.md and docs/support.md."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from attnimg.backends import all_backends, runs_on
 from attnimg.facts import Backend
 from attnimg.gpus import arch_from_name, catalogue
-from recipes.facts import Plan, Unresolved
+from recipes.facts import Kernel, Plan, Unresolved
 from recipes.files import NOTICE
 from recipes.kernel_rules import device
 
@@ -111,3 +111,33 @@ def _size(value: int | Unresolved) -> str:
 
 def _text(value: str | Unresolved | None) -> str:
     return "unresolved" if isinstance(value, Unresolved) else value or "-"
+
+
+def kernels_page(kernels: Iterable[Kernel]) -> str:
+    """Write a section a kernel: its source, what is changed in it and why, its small build."""
+    return (
+        f"<!-- {NOTICE} -->\n\n# Kernels\n\n"
+        "What each kernel package is built from, and what is changed in its source first. `make\n"
+        "wheels/NAME` builds those of an image; `TRIM=1` takes the small builds, which are for\n"
+        "trying the whole way on a small machine and are never published.\n"
+        + "".join(_kernel_section(kernel) for kernel in kernels)
+    )
+
+
+def _kernel_section(kernel: Kernel) -> str:
+    how = "comes as a wheel" if kernel.form == "wheel" else "is built from source"
+    pins = [kernel.source, *(f"{path}: {pin}" for path, pin in kernel.submodules.items())]
+    changes = [(f"patch `{patch.name}`", patch.reason) for patch in kernel.patches]
+    changes += [(f"without `{removal.path}`", removal.reason) for removal in kernel.remove]
+    lines = [
+        f"\n## {kernel.summary} {kernel.version}\n",
+        f"`{kernel.name}` {how}: {', '.join(f'`{pin}`' for pin in pins)}.",
+        f"For torch {kernel.torch}, Python {kernel.python}"
+        + (f", nvcc {kernel.nvcc}." if kernel.nvcc else "."),
+        f"Serves {' '.join(kernel.archs)}.",
+        *([""] if changes or kernel.trim else []),
+    ]
+    lines += [f"- {change}: {reason}" for change, reason in changes]
+    if kernel.trim:
+        lines.append(f"- small build: {kernel.trim.summary}")
+    return "\n".join(lines) + "\n"

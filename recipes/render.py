@@ -16,7 +16,7 @@ from recipes.facts import Plan, Recipes
 from recipes.files import text_of
 from recipes.lock import FOLDER, blocks
 from recipes.matrix import matrix
-from recipes.pages import images_page, support_page
+from recipes.pages import images_page, kernels_page, support_page
 
 
 def rendered(
@@ -45,6 +45,7 @@ def rendered(
         "docs/choices.md": choices_page(chosen),
         "tests/unit/golden/choices.json": choices_json(chosen, parsed),
         "docs/images.md": images_page(plans),
+        "docs/kernels.md": kernels_page(recipes.kernels.values()),
         "docs/support.md": support_page(plans),
     }
     for plan in plans:
