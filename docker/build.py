@@ -116,19 +116,21 @@ def run(command: list[str], *, wheels_to: Path | None) -> int:
 
 def main() -> None:
     """Build; the exit code is docker's."""
-    parser = argparse.ArgumentParser(usage=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("name")
     parser.add_argument("--stage", default="runtime")
     parser.add_argument("--wheels-to", type=Path)
     asked = parser.parse_args()
     name, stage = asked.name, "wheelhouse" if asked.wheels_to else asked.stage
     target = target_of(name)
-    refuse_without_room(name, target["args"]["ACCELERATOR"])
     settings = {"target": stage}
     settings |= {key: os.environ[key] for key in ("TRIM", "JOBS") if os.environ.get(key)}
     settings = {f"args.{key}" if key != "target" else key: v for key, v in settings.items()}
     for context, place in contexts(name, target, os.environ.get("WHEELS", "")):
         settings[f"contexts.{context}"] = place
+    refuse_without_room(name, target["args"]["ACCELERATOR"])
     if stage not in ("runtime", "wheelhouse"):
         settings["tags"] = f"attnimg-{stage}:{name}"
     command = ["docker", "buildx", "bake", f"--progress={os.environ.get('PROGRESS', 'auto')}"]

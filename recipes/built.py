@@ -1,0 +1,89 @@
+"""What was really built: records of wheelhouses, and the table of them that the README shows."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from attnimg.errors import AttnimgError
+from recipes.facts import Kernel, Plan, Step
+from recipes.pages import table
+
+FOLDER = "docs/built"
+BEGIN, END = "<!-- built: `make render` writes what follows -->\n", "<!-- built: end -->"
+
+
+def record(
+    manifest: Mapping[str, Any],
+    codes: Mapping[str, Mapping[str, list[str]]],
+    *,
+    day: str,
+    machine: str,
+) -> str:
+    """Write the record of a wheelhouse.
+
+    Args:
+        manifest: its manifest.json: each kernel with its time, jobs and bytes.
+        codes: wheel -> library -> the machine code found in it.
+        day: when it was built, YYYY-MM-DD.
+        machine: what it was built on, in general words.
+    """
+    kernels = [{**kernel, "code": codes.get(kernel["wheel"], {})} for kernel in manifest["kernels"]]
+    told = {"image": manifest["image"], "abi": manifest["abi"], "day": day, "machine": machine}
+    return json.dumps({**told, "kernels": kernels}, indent=1) + "\n"
+
+
+def read_records(root: Path) -> dict[str, dict[str, Any]]:
+    """Read the records of a checkout: image -> its record."""
+    paths = sorted((root / FOLDER).glob("*.json"))
+    return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in paths}
+
+
+def built_table(plans: Iterable[Plan], records: Mapping[str, Mapping[str, Any]]) -> str:
+    """Say for each stable image and each kernel whether it was built, and how much of it."""
+    stable = [plan for plan in plans if plan.image.channel == "stable" and plan.steps]
+    kernels: dict[str, Kernel] = {}
+    for step in (step for plan in stable for step in plan.steps):
+        kernels.setdefault(step.kernel.name, step.kernel)
+    rows = []
+    for plan in stable:
+        steps = {step.kernel.name: step for step in plan.steps}
+        made = {
+            kernel["name"]: kernel for kernel in records.get(plan.image.name, {}).get("kernels", ())
+        }
+        day = str(records.get(plan.image.name, {}).get("day", ""))
+        cells = (_cell(steps.get(name), made.get(name), day=day) for name in kernels)
+        rows.append((f"`{plan.image.name}`", *cells))
+    return table(("image", *(kernel.summary for kernel in kernels.values())), rows)
+
+
+def _cell(step: Step | None, made: Mapping[str, Any] | None, *, day: str) -> str:
+    if step is None:
+        return "-"
+    if step.kernel.form == "wheel":
+        return "public wheel"
+    if made is None:
+        return "not yet built"
+    if made["key"] != step.key:
+        return f"{day}, from an earlier recipe"
+    return f"small build, {day}" if made["trimmed"] else f"built, {day}"
+
+
+def with_table(readme: str, text: str) -> str:
+    """Put a text between the marks of the README.
+
+    Raises:
+        AttnimgError: it has no such marks (code "no-marks").
+    """
+    head, begin, rest = readme.partition(BEGIN)
+    _, end, tail = rest.partition(END)
+    if not begin or not end:
+        raise AttnimgError(
+            "README.md has no place for the table of what was built",
+            why=f"found no {BEGIN.strip()!r} followed by {END!r}",
+            do="put both lines back",
+            code="no-marks",
+        )
+    return f"{head}{begin}\n{text}\n{end}{tail}"
