@@ -87,6 +87,9 @@ wheels/%: base ## Compile the kernels of attnimg:% into dist/%, hours; TRIM=1 sm
 unit/%: base ## Compile one real unit of flash-attn for attnimg:%, 5 minutes
 	@PROGRESS=plain docker/build.py $* --stage flash-attn-unit
 
+test/fa4-cache: .venv/ready build/fa4/ready ## Compile kernels of FlashAttention-4 without a GPU, and find them
+	FA4_PYTHON=build/fa4/bin/python $(BIN)/pytest tests/fa4_cache
+
 test/%: .venv/ready ## Test the image attnimg:%
 	IMAGE=attnimg:$* $(BIN)/pytest tests/image
 
@@ -108,6 +111,18 @@ push/%: .venv/ready ## Push attnimg:% to REGISTRY=host/name/
 
 clean: ## Remove what was built here, .venv too
 	rm -rf .venv outputs build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+
+# FlashAttention-4 in the versions of the images, on the CPU build of torch; attnimg runs there too.
+build/fa4/ready: requirements/torch.txt docker/constraints/hopper.txt docker/fa4_cache/requirements.txt
+	@echo "fa4-cache: making build/fa4 with FlashAttention-4, 1 minute"
+	@$(PYTHON) -m venv build/fa4
+	@build/fa4/bin/pip install -qq --disable-pip-version-check -r requirements/torch.txt
+	@build/fa4/bin/pip install -qq --disable-pip-version-check --no-deps -r docker/fa4_cache/requirements.txt
+	@build/fa4/bin/pip install -qq --disable-pip-version-check --no-deps -c docker/constraints/hopper.txt \
+	  flash-attn-4 nvidia-cutlass-dsl nvidia-cutlass-dsl-libs-base nvidia-cutlass-dsl-libs-core \
+	  nvidia-cutlass-dsl-libs-cu13 apache-tvm-ffi quack-kernels torch-c-dlpack-ext cuda-bindings \
+	  cuda-pathfinder triton einops protobuf numpy packaging platformdirs
+	@touch $@
 
 .venv/ready: requirements/torch.txt requirements/lock.txt pyproject.toml
 	@echo "setup: making .venv, 1 to 3 minutes; 1 of 3: torch"

@@ -44,6 +44,26 @@ class Shadow:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ShippedKernels:
+    """FlashAttention-4's kernels that were compiled with the image, and what would use them.
+
+    Attributes:
+        key: names what they were compiled with, in the cache's folders.
+        built: what that was: "python" or a package -> its version, a folder -> its hash.
+        found: the same as it is here.
+        kernels: architecture -> how many there are, "sm_90".
+        settings: variables that are set here and have FlashAttention-4 look for other kernels, or
+            elsewhere.
+    """
+
+    key: str
+    built: Mapping[str, str]
+    found: Mapping[str, str]
+    kernels: Mapping[str, int]
+    settings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Host:
     """What a preflight looks at besides the GPU.
 
@@ -57,6 +77,7 @@ class Host:
         cute_owners: distributions that claim files of flash_attn/cute/.
         damaged: distribution -> its files that are missing or changed, for flash_attn's packages.
         shadows: kernels' packages that stand in several folders.
+        shipped_kernels: those that came compiled with the image; None without any.
     """
 
     uid: int
@@ -68,6 +89,7 @@ class Host:
     cute_owners: tuple[str, ...]
     damaged: Mapping[str, tuple[str, ...]]
     shadows: tuple[Shadow, ...]
+    shipped_kernels: ShippedKernels | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -135,6 +135,45 @@ class Build(Strict):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Target(Strict):
+    """A GPU whose kernels are compiled when an image is built.
+
+    Attributes:
+        code: the machine code, "sm_90a".
+        multiprocessors: of the GPU that is meant; it shapes the grids of some kernels.
+        left_out: head_dim -> why its kernels are not compiled, with a source.
+    """
+
+    code: str
+    multiprocessors: int
+    left_out: Mapping[int, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AheadOfTime(Strict):
+    """Kernels that would be compiled at their first use, and are when an image is built.
+
+    Each combination of these values is one call; a target's are those that it does not leave out.
+
+    Attributes:
+        dtypes, head_dims: of q, k and v alike.
+        heads_per_kv: query heads for one key/value head.
+        causal: whether a token sees only those before it.
+        varlen: packed documents, or a rectangle.
+        gradient: forward and backward, or forward alone.
+        targets: architecture -> the GPU that is meant.
+    """
+
+    dtypes: tuple[Literal["bfloat16", "float16"], ...]
+    head_dims: tuple[int, ...]
+    heads_per_kv: tuple[int, ...]
+    causal: tuple[bool, ...]
+    varlen: tuple[bool, ...]
+    gradient: tuple[bool, ...]
+    targets: Mapping[str, Target]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Kernel(Strict):
     """One kernel package: kernels/NAME.toml, where NAME is its distribution.
 
@@ -161,6 +200,7 @@ class Kernel(Strict):
         patches: the files of patches/NAME, applied in order of their names.
         trim: the small build; None where the whole one is small.
         prebuilt: public wheels, the first that fits is preferred to a build.
+        ahead_of_time: what is compiled of it when an image is built; None for all in its wheel.
     """
 
     name: str
@@ -189,6 +229,8 @@ class Kernel(Strict):
     patches: tuple[Patch, ...] = ()
     trim: Trim | None = None
     prebuilt: tuple[Prebuilt, ...] = ()
+    patch: tuple[Patch, ...] = ()
+    ahead_of_time: AheadOfTime | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from attnimg.errors import AttnimgError
 from attnimg.images import parse
+from recipes.ahead_of_time import kernel_sets
 from recipes.bake import bake_file
 from recipes.catalogue import catalogue
 from recipes.choices import choices, choices_json, choices_page
@@ -47,6 +48,7 @@ def rendered(
         "docs/images.md": images_page(plans),
         "docs/kernels.md": kernels_page(recipes.kernels.values()),
         "docs/support.md": support_page(plans),
+        **kernel_sets(plans),
     }
     for plan in plans:
         name = plan.image.name

@@ -77,12 +77,16 @@ def refuse_unresolved(plan: Plan) -> None:
 def cache_key(kernel: Kernel, archs: tuple[str, ...], *, abi: str) -> str:
     """Name a kernel's wheel in a cache: the hash of all that goes into it.
 
+    What is compiled of it ahead of time does not: that is made with the wheel, later.
+
     Args:
         kernel: its whole recipe.
         archs: what it is built for; their order does not matter.
         abi: what the machine code is bound to.
     """
-    recipe = {"kernel": _plain(kernel), "archs": sorted(archs), "abi": abi}
+    values = {item.name: _plain(getattr(kernel, item.name)) for item in fields(kernel)}
+    del values["ahead_of_time"]
+    recipe = {"kernel": values, "archs": sorted(archs), "abi": abi}
     text = json.dumps(recipe, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 

@@ -55,11 +55,24 @@ def kernel_faults(kernel: Kernel) -> Iterator[str]:
         yield from _specifier_faults(key, text)
     for name, text in kernel.beside.items():
         yield from _specifier_faults(f"beside.{name}", text)
+    yield from _ahead_of_time_faults(kernel)
     for text in kernel.requires:
         try:
             Requirement(text)
         except InvalidRequirement:
             yield f"requires: found {text!r}, needed a pip requirement"
+
+
+def _ahead_of_time_faults(kernel: Kernel) -> Iterator[str]:
+    """Judge what is compiled when an image is built: every architecture has its target."""
+    asked = kernel.ahead_of_time
+    if asked is None:
+        return
+    for arch in sorted(set(kernel.archs) ^ set(asked.targets)):
+        yield f"ahead_of_time.targets.{arch}: needed for each of archs, and for no other"
+    for arch, target in asked.targets.items():
+        for head_dim in sorted(set(target.left_out) - set(asked.head_dims)):
+            yield f"ahead_of_time.targets.{arch}.left_out: {head_dim} is none of head_dims"
 
 
 def _arch_faults(key: str, archs: tuple[str, ...]) -> Iterator[str]:

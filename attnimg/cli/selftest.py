@@ -9,7 +9,9 @@ from typing import Annotated
 
 import typer
 
+from attnimg import probe
 from attnimg.errors import AttnimgError
+from attnimg.kernel_cache import use_shipped_kernels
 
 # docker/Dockerfile copies tests/image/inside there.
 _TESTS = Path("/opt/attnimg/inside")
@@ -29,6 +31,7 @@ def selftest(
             code="no-tests",
             exit_code=1,
         )
+    use_shipped_kernels(probe.this_machine(()))
     command = [sys.executable, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", str(_TESTS)]
     done = subprocess.run([*command, *(["-k", only] if only else [])], check=False)
     raise typer.Exit(0 if done.returncode == 0 else 1)

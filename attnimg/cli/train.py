@@ -22,6 +22,7 @@ from attnimg.cli.subject import (
 )
 from attnimg.errors import AttnimgError
 from attnimg.facts import Backend, LayerGroup, Machine, Plan, Problem, Proof, Reason
+from attnimg.kernel_cache import use_shipped_kernels
 from attnimg.report import as_json
 from attnimg.schema import Checked, Config
 from attnimg.train.distributed import agree, rank
@@ -80,6 +81,7 @@ def _train(file: str, settings: tuple[str, ...], *, console: Console, stop: Stop
 
     checked = config.check_file(file, overrides=settings)
     machine = probe.this_machine(distributions())
+    use_shipped_kernels(machine)
     checked = replace(checked, warnings=(*checked.warnings, *machine_notes(machine)))
     values = _valid(checked, console=console)
     for note in _without_effect(values):

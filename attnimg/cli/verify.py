@@ -17,6 +17,7 @@ from attnimg.cli.proofs import parts_of, proofs
 from attnimg.cli.subject import distributions, gpu_text, problem_of, read_model
 from attnimg.errors import AttnimgError
 from attnimg.facts import Backend, LayerGroup, Machine, Model, Plan, Problem, Proof
+from attnimg.kernel_cache import use_shipped_kernels
 from attnimg.report import as_json
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ def verify(
         console.print(f"  {text}", style="dim", highlight=False, markup=False, soft_wrap=True)
 
     machine = probe.this_machine(distributions())
+    use_shipped_kernels(machine)
     results: list[tuple[Problem, Proof]] = []
     for problem, asked in _problems(file, machine):
         found = plan.choose(asked, machine, problem)

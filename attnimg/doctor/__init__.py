@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from attnimg.doctor.gpu import check_gpu
 from attnimg.doctor.host import check_folders, check_shared_memory, check_user
 from attnimg.doctor.packages import check_packages
+from attnimg.doctor.shipped_kernels import check_shipped_kernels
 from attnimg.facts import Machine
 from attnimg.host_facts import Check, Host
 from attnimg.images import ImageFacts
@@ -45,6 +46,7 @@ def _checks(
         yield Check(code="image", status="ok", what=f"attnimg:{image.name}")
     yield from check_gpu(machine, image=image, images=images)
     yield from check_packages(host, image=image)
+    yield from check_shipped_kernels(machine, host)
     yield from check_user(host)
     yield from check_folders(host)
     yield from check_shared_memory(host)

@@ -12,6 +12,7 @@ from importlib import metadata
 from pathlib import Path
 
 from attnimg.host_facts import WORKING_FOLDER, Folder, Host, Shadow
+from attnimg.probe.shipped_kernels import shipped_kernels
 
 # Variables that say where something is cached; where one is unset, its default lies under HOME.
 _CACHES = ("HF_HOME", "TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "XDG_CACHE_HOME")
@@ -52,6 +53,7 @@ def this_host(*, shm: Path = Path("/dev/shm")) -> Host:
             if name.startswith("flash-attn") and (damaged := _damaged(dist, lines))
         },
         shadows=tuple(_shadows(sys.path)),
+        shipped_kernels=shipped_kernels(),
     )
 
 

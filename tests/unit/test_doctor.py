@@ -8,7 +8,7 @@ import pytest
 
 from attnimg.doctor import examine
 from attnimg.facts import Arch, Machine
-from attnimg.host_facts import WORKING_FOLDER, Check, Folder, Host, Shadow
+from attnimg.host_facts import WORKING_FOLDER, Check, Folder, Host, Shadow, ShippedKernels
 from attnimg.images import ImageFacts, catalogue
 
 GIB = 1 << 30
@@ -26,6 +26,8 @@ HOST = Host(
     damaged={},
     shadows=(),
 )
+BUILT = {"python": "3.11", "quack-kernels": "0.6.5", "flash_attn/cute": "ab" * 32}
+SHIPPED = ShippedKernels(key="0123", built=BUILT, found=BUILT, kernels={"sm_90": 200})
 IMAGES = catalogue()
 HOPPER: ImageFacts = replace(IMAGES["hopper"], packages=PACKAGES)
 CPU = replace(IMAGES["cpu"], packages=PACKAGES)
@@ -181,3 +183,70 @@ def test_one_fault_hides_no_other() -> None:
     host = replace(HOST, user=None, shm_bytes=None, cute_owners=("flash-attn",))
     codes = {check.code for check in findings(NO_GPU, host)}
     assert {"gpu", "user", "shm", "shadowing"} <= codes
+
+
+def with_kernels(**facts: object) -> Host:
+    return replace(HOST, shipped_kernels=replace(SHIPPED, **facts))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("machine", "host", "what", "do"),
+    [
+        pytest.param(
+            H100, with_kernels(found={**BUILT, "python": "3.12"}),
+            "python 3.11 -> 3.12", "fresh image", id="another Python",
+        ),
+        pytest.param(
+            H100, with_kernels(found={**BUILT, "quack-kernels": "0.6.6"}),
+            "quack-kernels 0.6.5 -> 0.6.6", "fresh image", id="another quack",
+        ),
+        pytest.param(
+            H100, with_kernels(found={**BUILT, "flash_attn/cute": "cd" * 32}),
+            "flash_attn/cute abababababab -> cdcdcdcdcdcd", "fresh image", id="changed sources",
+        ),
+        pytest.param(
+            H100, with_kernels(found={**BUILT, "quack-kernels": "absent"}),
+            "-> absent", "fresh image", id="a package that is gone",
+        ),
+        pytest.param(
+            gpu("sm_90", driver="575.51.03"), with_kernels(),
+            "driver 580 or newer, found 575.51.03", "driver", id="a driver of CUDA 12",
+        ),
+        pytest.param(
+            H100, with_kernels(kernels={"sm_100": 200}), "for sm_100, found sm_90", "image",
+            id="another GPU's kernels",
+        ),
+        pytest.param(
+            gpu("sm_90", other_archs=("sm_80",)), with_kernels(), "sm_90 and sm_80",
+            "CUDA_VISIBLE_DEVICES", id="GPUs that differ",
+        ),
+        pytest.param(
+            H100, with_kernels(settings=("FA_LOG_LEVEL",)), "set here: FA_LOG_LEVEL", "unset",
+            id="a variable that asks for other kernels",
+        ),
+    ],
+)  # fmt: skip
+def test_shipped_kernels_that_are_missed(machine: Machine, host: Host, what: str, do: str) -> None:
+    (found,) = (check for check in findings(machine, host, image=None) if check.code == "kernels")
+    assert found.status == "warn"
+    assert what in found.what
+    assert do in found.do
+
+
+def test_shipped_kernels_that_are_found() -> None:
+    checks = examine(H100, with_kernels(), image=HOPPER, images=IMAGES)
+    (found,) = (check for check in checks if check.code == "kernels")
+    assert found.status == "ok"
+    assert "200 kernels compiled for sm_90" in found.what
+
+
+@pytest.mark.parametrize(
+    ("machine", "host"),
+    [
+        pytest.param(H100, HOST, id="an image without such kernels"),
+        pytest.param(NO_GPU, with_kernels(), id="no GPU"),
+    ],
+)
+def test_of_shipped_kernels_nothing_is_said(machine: Machine, host: Host) -> None:
+    checks = examine(machine, host, image=None, images=IMAGES)
+    assert "kernels" not in {check.code for check in checks}

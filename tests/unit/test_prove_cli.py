@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from attnimg import kernel_cache
 from attnimg.__main__ import run as attnimg
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
@@ -201,3 +203,15 @@ def test_verify_proves_what_a_router_would_call(
     backends = [proof["backend"] for proof in found["proofs"]]
     assert backends.count("sdpa") == 2, "once for all layers, once as the router calls it"
     assert backends.count("flash_attention_2") == 1, "for the layers without a window"
+
+
+@pytest.mark.parametrize("command", ["train", "verify"])
+def test_shipped_kernels_are_named_before_any_kernel_is_imported(
+    command: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = "FLASH_ATTENTION_CUTE_DSL_CACHE_DIR"
+    monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(kernel_cache, "kernel_settings", lambda machine, _: {name: machine.gpu})
+    Path("c.yaml").write_text(CONFIG.replace("base_model", "base_modle"))
+    assert attnimg([command, "c.yaml"]) == 2
+    assert os.environ.pop(name) == "cpu"

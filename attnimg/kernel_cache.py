@@ -1,0 +1,134 @@
+"""Have FlashAttention-4 find the kernels that were compiled with the image.
+
+FlashAttention-4 opens a lock file beside each kernel that it looks up: the image's own folder,
+which nobody may write, would raise inside the attention call. So the folder of this GPU is copied
+once to where caches are kept, and two variables name it. Both are read when flash_attn.cute is
+imported (flash-attn-4 4.0.0b36, cache_utils.py, read 2026-11-25).
+
+`python -m attnimg.kernel_cache` prints the variables as shell commands: docker/entrypoint.sh runs
+it for programs that are not attnimg's own. It prints nothing where there is nothing to set.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shlex
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from attnimg.errors import AttnimgError
+from attnimg.facts import Machine
+from attnimg.probe import this_machine
+from attnimg.probe.shipped_kernels import CACHE_AT, CACHE_ON, FOLDER, shipped_kernels
+from attnimg.shipped import reasons_against_shipped
+
+
+def use_shipped_kernels(machine: Machine) -> None:
+    """Set the variables for this process and its children; call it before flash_attn's import."""
+    os.environ.update(kernel_settings(machine, os.environ))
+
+
+def kernel_settings(
+    machine: Machine, environment: Mapping[str, str], *, shipped: Path = FOLDER
+) -> dict[str, str]:
+    """Copy the kernels for this machine to the user's cache, and give the variables to set.
+
+    Args:
+        machine: its GPU and driver.
+        environment: names the cache; what it says of FlashAttention-4's own cache holds.
+        shipped: the image's kernels.
+
+    Returns:
+        Variable -> value; none where the image has no kernels that fit, or a person chose.
+
+    Raises:
+        AttnimgError: the image's manifest can't be read.
+    """
+    if machine.arch.vendor != "nvidia" or {CACHE_ON, CACHE_AT} & set(environment):
+        return {}
+    kernels = shipped_kernels(shipped)
+    if kernels is None or reasons_against_shipped(kernels, machine):
+        return {}
+    source = shipped / machine.arch.name
+    name = Path(kernels.key) / f"{machine.arch.name}-{_cpu()}"
+    for folder in _folders(environment):
+        if _copied(source, folder / name):
+            return {CACHE_ON: "1", CACHE_AT: str(folder / name)}
+    tried = ", ".join(str(folder) for folder in _folders(environment))
+    text = f"attnimg: FlashAttention-4 compiles its kernels anew: no room of one's own in {tried}"
+    print(text, file=sys.stderr)  # noqa: T201 - where the entrypoint's own notes go
+    return {}
+
+
+def _folders(environment: Mapping[str, str]) -> Iterator[Path]:
+    """Give where the copy may be kept: attnimg's cache, or else the temporary folder.
+
+    The second is for a volume whose folders another user made.
+    """
+    if named := environment.get("ATTNIMG_CACHE"):
+        yield Path(named) / "flash-attn-4"
+    else:
+        from platformdirs import user_cache_path
+
+        yield user_cache_path("attnimg") / "flash-attn-4"
+    yield Path(tempfile.gettempdir()) / f"attnimg-flash-attn-4-{os.getuid()}"
+
+
+def _copied(source: Path, target: Path) -> bool:
+    """Have a copy of a folder that is this user's own: whole, whoever else makes it meanwhile."""
+    temporary = None
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if not target.exists():
+            temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+            for path in source.rglob("*.o"):
+                copy = temporary / path.relative_to(source)
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path, copy)
+            try:
+                temporary.rename(target)
+            except OSError:  # another process was first; its copy is as good
+                if not target.is_dir():
+                    raise
+        # What lies there is loaded and run: never from folders that another user can change.
+        owners = {folder.stat().st_uid for folder in (target, *target.parents[:2])}
+        return owners == {os.getuid()} and os.access(target, os.W_OK)
+    except OSError:  # not writable, or no room
+        return False
+    finally:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _cpu(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+    """Name this kind of CPU.
+
+    What FlashAttention-4 adds to its cache is compiled for the CPU it runs on, and no key tells: on
+    a volume that several machines share, an older one would die of an illegal instruction.
+    """
+    try:
+        lines = cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        lines = []
+    flags = next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    words = sorted(flags.partition(":")[2].split())
+    return hashlib.sha256(" ".join(words).encode()).hexdigest()[:8]
+
+
+def main() -> None:
+    """Print the variables for the shell that starts a program."""
+    try:
+        settings = kernel_settings(this_machine(()), os.environ)
+    except AttnimgError as error:
+        print(error, file=sys.stderr)  # noqa: T201 - stdout is read by the shell
+        return
+    for name, value in settings.items():
+        print(f"export {name}={shlex.quote(value)}")  # noqa: T201 - what this is for
+
+
+if __name__ == "__main__":
+    main()

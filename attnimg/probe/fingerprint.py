@@ -1,0 +1,73 @@
+"""What FlashAttention-4's compiled kernels depend on, as it is here; nothing heavy is imported.
+
+The image's build reads this file too, by itself: it imports nothing of attnimg.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import sys
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+
+# FlashAttention-4's own key has the first three; quack's functions are traced into the kernels
+# all the same, and which of CuTe DSL's two flavours compiles them decides what driver they need
+# (flash-attn-4 4.0.0b36, cache_utils.py, read 2026-11-21).
+PACKAGES = (
+    "flash-attn-4",
+    "nvidia-cutlass-dsl",
+    "apache-tvm-ffi",
+    "quack-kernels",
+    "nvidia-cutlass-dsl-libs-cu13",
+)
+SOURCE = "flash_attn/cute"
+ABSENT = "absent"
+
+
+def fingerprint() -> dict[str, str]:
+    """Give all that a kernel's machine code and its place in the cache depend on.
+
+    Returns:
+        "python" -> its minor release; each of PACKAGES -> its version or ABSENT; SOURCE -> a hash
+        of FlashAttention-4's files.
+    """
+    found = {"python": f"{sys.version_info.major}.{sys.version_info.minor}"}
+    found |= {name: _version(name) for name in PACKAGES}
+    folder = _cute()
+    found[SOURCE] = ABSENT if folder is None else source_hash(folder)
+    return found
+
+
+def key_of(fingerprint: Mapping[str, str]) -> str:
+    """Name a fingerprint, for a folder."""
+    text = json.dumps(dict(sorted(fingerprint.items())))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def source_hash(folder: Path) -> str:
+    """Hash the names and the content of all Python files of a folder."""
+    hashed = hashlib.sha256()
+    for path in sorted(folder.rglob("*.py")):
+        content = path.read_bytes()
+        hashed.update(f"{path.relative_to(folder).as_posix()}:{len(content)}:".encode())
+        hashed.update(content)
+    return hashed.hexdigest()
+
+
+def _version(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return ABSENT
+
+
+def _cute() -> Path | None:
+    """Find the folder that `import flash_attn.cute` would take, without importing it."""
+    package = importlib.util.find_spec("flash_attn")
+    for folder in (package.submodule_search_locations or ()) if package else ():
+        if (Path(folder) / "cute" / "__init__.py").is_file():
+            return Path(folder) / "cute"
+    return None

@@ -1,0 +1,90 @@
+"""Look up every kernel of a set as a machine with the GPU would, and say what was found.
+
+    python simulated_gpu.py SET.json DEVICE
+
+Only the driver's answers are made up, and the launch is left out: tensors are real, though on the
+CPU; no variable says what to compile for; shapes and the GPU's size are others than the build's.
+Nothing can be compiled: a kernel that is not found ends the run. Prints JSON: entry -> loaded.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "docker" / "fa4_cache"))
+
+import torch
+from kernel_set import read_set
+
+SET, DEVICE = Path(sys.argv[1]), sys.argv[2]
+DIGITS = DEVICE.removeprefix("sm_")
+CAPABILITY = (int(DIGITS[:-1]), int(DIGITS[-1]))
+
+
+def main() -> None:
+    kernels = read_set(SET)
+    target = next(target for target in kernels.targets if target.device == DEVICE)
+    properties = SimpleNamespace(
+        major=CAPABILITY[0],
+        minor=CAPABILITY[1],
+        multi_processor_count=target.multiprocessors + 4,
+    )
+    torch.cuda.is_available = lambda: True
+    torch.cuda.get_device_capability = lambda device=None: CAPABILITY
+    torch.cuda.get_device_properties = lambda device=None: properties
+    found = watched()
+
+    from attention_call import attend
+
+    for call in kernels.calls_of(target):
+        attend(call, empty=on_the_gpu, batch=3, tokens=640, kv_heads=2)
+    sys.stdout.write(json.dumps(found))
+
+
+def watched() -> dict[str, bool]:
+    """Note each look-up on disk; refuse to compile, and launch nothing."""
+    from flash_attn.cute import interface
+    from flash_attn.cute.cache_utils import JITPersistentCache
+
+    found: dict[str, bool] = {}
+    load = JITPersistentCache._try_load_from_storage
+
+    def noted(cache: Any, key: Any) -> bool:
+        name = f"{cache.cache_path.name}/{cache._key_to_hash(key)}.o"
+        found[name] = load(cache, key)
+        if not found[name]:
+            sys.exit(f"simulated_gpu: {name} is not there")
+        return found[name]
+
+    def no_launch(cache: Any, key: Any) -> Any:
+        assert key in cache.cache
+        return lambda *arguments: None
+
+    def no_compiler(*arguments: Any, **options: Any) -> None:
+        sys.exit("simulated_gpu: it would compile")
+
+    JITPersistentCache._try_load_from_storage = noted
+    JITPersistentCache.__getitem__ = no_launch
+    interface.cute.compile = no_compiler
+    return found
+
+
+class OnTheGPU(torch.Tensor):
+    """A CPU tensor that says it is on the GPU."""
+
+    @property
+    def is_cuda(self) -> bool:
+        return True
+
+
+def on_the_gpu(*shape: int, dtype: torch.dtype, requires_grad: bool) -> torch.Tensor:
+    tensor = torch.zeros(*shape, dtype=dtype).as_subclass(OnTheGPU)
+    return tensor.requires_grad_(requires_grad)
+
+
+if __name__ == "__main__":
+    main()

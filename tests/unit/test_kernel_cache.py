@@ -1,0 +1,178 @@
+"""Kernels that came with the image: copied where FlashAttention-4 may write, or not used."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from attnimg import kernel_cache
+from attnimg.errors import AttnimgError
+from attnimg.facts import Arch, Machine
+from attnimg.kernel_cache import kernel_settings
+from attnimg.probe import fingerprint as probed
+from attnimg.probe.fingerprint import fingerprint, key_of
+
+ENTRY = Path("0123abcd") / "fwd" / "4567.o"
+SM_90 = Arch(name="sm_90", vendor="nvidia", capability=(9, 0))
+SM_100 = Arch(name="sm_100", vendor="nvidia", capability=(10, 0))
+H100 = Machine(arch=SM_90, gpu="NVIDIA H100", driver="590.10")
+NO_GPU = Machine(arch=Arch(name="cpu", vendor="cpu"), gpu="cpu")
+BUILT = fingerprint()
+
+
+@pytest.fixture
+def shipped(tmp_path: Path) -> Path:
+    """The kernels of an image, of which nobody may change anything."""
+    folder = tmp_path / "opt" / "fa4"
+    entry = folder / "sm_90" / ENTRY
+    entry.parent.mkdir(parents=True)
+    entry.write_bytes(b"kernel")
+    write_manifest(folder, BUILT)
+    entry.chmod(0o444)
+    for path in (entry.parent, entry.parents[1], entry.parents[2]):
+        path.chmod(0o555)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where the kernels go when the cache is no place for them."""
+    folder = tmp_path / "tmp"
+    folder.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(folder))
+    return folder
+
+
+def write_manifest(folder: Path, built: dict[str, str]) -> None:
+    targets = {"sm_90": {"kernels": 1}}
+    manifest = {"key": key_of(built), "fingerprint": built, "targets": targets}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+def test_they_are_copied_once_to_where_this_user_may_write(tmp_path: Path, shipped: Path) -> None:
+    cache = {"ATTNIMG_CACHE": str(tmp_path / "cache")}
+    settings = kernel_settings(H100, cache, shipped=shipped)
+    assert settings["FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED"] == "1"
+    copy = Path(settings["FLASH_ATTENTION_CUTE_DSL_CACHE_DIR"])
+    assert copy.is_relative_to(tmp_path / "cache")
+    assert (copy / ENTRY).read_bytes() == b"kernel"
+    for path in (copy, *copy.rglob("*")):
+        assert path.stat().st_mode & stat.S_IWUSR, path
+    added = copy / ENTRY.parent / "compiled-here.o"
+    added.write_bytes(b"")
+    assert kernel_settings(H100, cache, shipped=shipped) == settings
+    assert added.exists(), "the second start left it as it was"
+
+
+@pytest.mark.parametrize(
+    ("machine", "environment", "built"),
+    [
+        pytest.param(NO_GPU, {}, BUILT, id="no GPU"),
+        pytest.param(replace(H100, arch=SM_100), {}, BUILT, id="another GPU"),
+        pytest.param(replace(H100, other_archs=("sm_80",)), {}, BUILT, id="GPUs that differ"),
+        pytest.param(replace(H100, driver="575.51"), {}, BUILT, id="a driver of CUDA 12"),
+        pytest.param(H100, {}, {**BUILT, "quack-kernels": "0.6.4"}, id="another quack"),
+        pytest.param(H100, {}, {**BUILT, "python": "3.10"}, id="another Python"),
+        pytest.param(
+            H100, {"FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED": "0"}, BUILT, id="a person's own choice"
+        ),
+        pytest.param(
+            H100, {"FLASH_ATTENTION_CUTE_DSL_CACHE_DIR": "/x"}, BUILT, id="a person's own folder"
+        ),
+    ],
+)  # fmt: skip
+def test_nothing_is_set_or_said_or_written(
+    tmp_path: Path,
+    shipped: Path,
+    capsys: pytest.CaptureFixture[str],
+    machine: Machine,
+    environment: dict[str, str],
+    built: dict[str, str],
+) -> None:
+    write_manifest(shipped, built)
+    environment = {**environment, "ATTNIMG_CACHE": str(tmp_path / "cache")}
+    assert kernel_settings(machine, environment, shipped=shipped) == {}
+    assert not (tmp_path / "cache").exists()
+    assert capsys.readouterr() == ("", "")
+
+
+def test_an_image_without_such_kernels_changes_nothing(tmp_path: Path) -> None:
+    assert kernel_settings(H100, {}, shipped=tmp_path / "nothing") == {}
+
+
+def test_all_ranks_of_a_node_may_start_at_once(tmp_path: Path, shipped: Path) -> None:
+    cache = {"ATTNIMG_CACHE": str(tmp_path / "cache")}
+    with ThreadPoolExecutor(16) as pool:
+        asked = [pool.submit(kernel_settings, H100, cache, shipped=shipped) for _ in range(64)]
+        (settings,) = {tuple(one.result().items()) for one in asked}
+    copy = Path(dict(settings)["FLASH_ATTENTION_CUTE_DSL_CACHE_DIR"])
+    assert (copy / ENTRY).read_bytes() == b"kernel"
+    assert list(copy.parent.iterdir()) == [copy], "nothing half made is left"
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root gives files away")
+@pytest.mark.parametrize("level", [0, 1, 2])
+def test_another_user_s_folder_is_not_trusted(
+    tmp_path: Path, shipped: Path, temporary: Path, level: int
+) -> None:
+    cache = {"ATTNIMG_CACHE": str(tmp_path / "cache")}
+    first = kernel_settings(H100, cache, shipped=shipped)
+    copy = Path(first["FLASH_ATTENTION_CUTE_DSL_CACHE_DIR"])
+    os.chown((copy, *copy.parents)[level], 4321, 4321)
+    second = kernel_settings(H100, cache, shipped=shipped)
+    assert Path(second["FLASH_ATTENTION_CUTE_DSL_CACHE_DIR"]).is_relative_to(temporary)
+
+
+def test_without_a_place_for_them_it_says_so(
+    tmp_path: Path, shipped: Path, temporary: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "cache").write_text("a file where a folder would be")
+    temporary.rmdir()
+    temporary.write_text("another")
+    cache = {"ATTNIMG_CACHE": str(tmp_path / "cache")}
+    assert kernel_settings(H100, cache, shipped=shipped) == {}
+    assert "compiles its kernels anew" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"key": "a"}'])
+def test_a_manifest_that_can_not_be_read_is_told(tmp_path: Path, text: str) -> None:
+    (tmp_path / "manifest.json").write_text(text)
+    with pytest.raises(AttnimgError, match="manifest"):
+        kernel_settings(H100, {}, shipped=tmp_path)
+
+
+def test_kinds_of_cpu_have_a_folder_each(tmp_path: Path) -> None:
+    names = set()
+    for flags in ("flags : sse2 avx", "flags : sse2 avx avx512f", "flags : avx sse2"):
+        (tmp_path / "cpuinfo").write_text(f"processor : 0\n{flags}\n")
+        names.add(kernel_cache._cpu(tmp_path / "cpuinfo"))
+    names.add(kernel_cache._cpu(tmp_path / "nothing"))
+    assert len(names) == 3
+
+
+def test_a_fingerprint_tells_every_change_of_flashattention_4(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cute = tmp_path / "flash_attn" / "cute"
+    cute.mkdir(parents=True)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    changes: list[Any] = [
+        lambda: (cute / "__init__.py").write_text(""),
+        lambda: (cute / "__init__.py").write_text("x = 1"),
+        lambda: (cute / "more.py").write_text(""),
+        lambda: (cute / "more.py").rename(cute / "less.py"),
+    ]
+    keys = {key_of(fingerprint())}
+    for change in changes:
+        change()
+        keys.add(key_of(fingerprint()))
+    assert len(keys) == len(changes) + 1
+    monkeypatch.setattr(probed, "PACKAGES", ("pytest",))
+    assert fingerprint()["pytest"] == pytest.__version__
