@@ -1,4 +1,4 @@
-"""`python -m recipes`: render files from the recipes, solve an image, check, lock, publish."""
+"""`python -m recipes`: render files from the recipes, solve, check, lock, gate, publish."""
 
 from __future__ import annotations
 
@@ -85,6 +85,31 @@ def sources(
     """Have the git trees that the image's kernels are built from, in build/sources."""
     for tree in have_sources(_plan(name, root), root=root, clones=clones):
         typer.echo(f"sources: {tree.relative_to(root)}")
+
+
+@app.command()
+def gate(
+    name: Name,
+    archive: Annotated[
+        Path | None, typer.Option(help="What `docker save` writes, or an OCI archive.")
+    ] = None,
+    unpacked: Annotated[Path | None, typer.Option(help="An unpacked image, a folder.")] = None,
+    wheels: Annotated[Path | None, typer.Option(help="A wheelhouse, alone or with one.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Write JSON.")] = False,
+    root: Root = ROOT,
+) -> None:
+    """Judge a finished image or wheelhouse; exit with 1 when a gate fails."""
+    # Here: `make lock` runs before what these import is installed.
+    from recipes.gating import gate_artifact
+    from recipes.judging import report, report_json
+
+    plan = _plan(name, root)
+    artifact, verdicts = gate_artifact(
+        plan, read_recipes(root), image=archive or unpacked, wheels=wheels, root=root
+    )
+    typer.echo((report_json if as_json else report)(name, artifact, verdicts))
+    if any(verdict.findings for verdict in verdicts):
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -13,12 +13,18 @@ def constraints(plan: Plan, *, lock: str) -> str:
         plan: the image's.
         lock: the text of requirements/images/IMAGE.txt.
     """
-    pins = {}
+    versions = pins(plan, lock=lock)
+    lines = (f"{name}=={versions[name]}" for name in sorted(versions))
+    return "\n".join([f"# {NOTICE}", *lines]) + "\n"
+
+
+def pins(plan: Plan, *, lock: str) -> dict[str, str]:
+    """Give every package of an image with its version: those of a lock file, torch, kernels."""
+    found = {}
     for line in lock.splitlines():
         if "==" in line and not line.startswith(("#", " ")):
             name, _, version = line.removesuffix("\\").strip().partition("==")
-            pins[name] = version
+            found[name] = version
     if not isinstance(plan.image.torch, Unresolved):
-        pins["torch"] = plan.image.torch
-    pins |= {step.kernel.name: step.kernel.version for step in plan.steps}
-    return "\n".join([f"# {NOTICE}", *(f"{name}=={pins[name]}" for name in sorted(pins))]) + "\n"
+        found["torch"] = plan.image.torch
+    return found | {step.kernel.name: step.kernel.version for step in plan.steps}

@@ -252,6 +252,7 @@ class Image(Strict):
         toolkit: CUDA's or ROCm's release; None on cpu.
         driver_min: the oldest GPU driver it runs with; None on cpu.
         size_max_mb: compressed with zstd -3, in 10**6 bytes.
+        layers_max_mb: stage of the Dockerfile -> the same for what it adds.
         gates: checks on the finished image, by name.
     """
 
@@ -267,6 +268,7 @@ class Image(Strict):
     platforms: tuple[str, ...]
     size_max_mb: int | Unresolved
     gates: tuple[str, ...]
+    layers_max_mb: Mapping[str, int] = field(default_factory=dict)
     aliases: tuple[str, ...] = ()
     toolkit: str | Unresolved | None = None
     driver_min: str | Unresolved | None = None

@@ -13,9 +13,9 @@ from packaging.version import Version
 from attnimg.facts import Reason
 from attnimg.gpus import arch_from_name
 from recipes.facts import Image, Recipes, Unresolved
+from recipes.gates import gate_names
 from recipes.kernel_rules import device, reasons_against_kernel, served, within
 
-GATES = frozenset({"machine-code", "symbols", "layers", "size", "pins"})
 _SM = re.compile(r"sm_([0-9]+)([0-9])[af]?")
 
 
@@ -43,8 +43,8 @@ def _names(image: Image, recipes: Recipes) -> Iterator[Reason]:
     for name in sorted({name for name in names if names.count(name) > 1}):
         yield Reason(code="kernel-twice", text=f"found {name} twice in kernels")
     for gate in image.gates:
-        if gate not in GATES:
-            text = f"found gate {gate!r}; known: {', '.join(sorted(GATES))}"
+        if gate not in gate_names():
+            text = f"found gate {gate!r}; known: {', '.join(sorted(gate_names()))}"
             yield Reason(code="unknown-gate", text=text)
 
 

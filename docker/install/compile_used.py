@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import compileall
 import importlib
+import os
 import sys
+import tempfile
 from pathlib import Path
 
 # What `attnimg train` imports, directly or by name at run time.
@@ -37,8 +39,11 @@ USED = (
 def main() -> None:
     """Import, then compile every source file that came with it."""
     sys.dont_write_bytecode = True  # the compiled file is to be written once, below
-    for name in USED:
-        importlib.import_module(name)
+    with tempfile.TemporaryDirectory() as caches:
+        # matplotlib lists the fonts when it is first imported; the layer is to have no cache.
+        os.environ |= {"HOME": caches, "MPLCONFIGDIR": caches}
+        for name in USED:
+            importlib.import_module(name)
     files = {getattr(module, "__file__", None) for module in list(sys.modules.values())}
     sources = sorted(Path(file) for file in files if file and file.endswith(".py"))
     for source in sources:

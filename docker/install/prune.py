@@ -29,7 +29,10 @@ EVERY_IMAGE = (
     ("torch/lib/libaoti_custom_ops.so", "a test's library"),
     ("torch/lib/libbackend_with_compiler.so", "a test's library"),
     ("torch/lib/libjitbackend_test.so", "a test's library"),
-    ("*/tests", "tests of other packages"),
+    ("**/tests", "tests of other packages"),
+    ("numpy/**/lib/*.a", "static libraries for extensions in C"),
+    ("pyarrow/lib*.so", "a copy of lib*.so.N for linking; wheels hold no links"),
+    ("pyarrow/lib*.so.*.*.*", "another copy of it"),
     ("pyarrow/include", "headers"),
     ("pyarrow/src", "C++ sources"),
 )

@@ -1,0 +1,196 @@
+"""Read an image from the file that `docker save` writes, or from an OCI archive: no daemon.
+
+Layers are read where they stand in the file; a compressed one is unpacked to a temporary file
+first. Nothing of the size of a layer is held in memory.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import re
+import shutil
+import tarfile
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import IO, Any, BinaryIO, cast
+
+import zstandard
+
+from attnimg.errors import AttnimgError
+from recipes.artifact.entries import Entry, read_entry
+from recipes.artifact.facts import File, Layer
+
+_CHUNK = 1 << 20
+# Which stage of docker/Dockerfile wrote a layer, by what its command in the history mentions.
+_STAGES = (
+    ("/torch.txt", "torch"),
+    ("/stack.txt", "stack"),
+    ("/image.txt", "kernels"),
+    ("find /wheels", "kernels"),
+    ("$APT_PACKAGES", "python"),
+)
+_KINDS: dict[bytes, Any] = {
+    tarfile.REGTYPE: "file", tarfile.AREGTYPE: "file", tarfile.DIRTYPE: "folder",
+    tarfile.SYMTYPE: "link", tarfile.LNKTYPE: "hardlink",
+}  # fmt: skip
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[tarfile.TarFile]:
+    """Open an archive; a compressed one can't be read from the middle, and is refused."""
+    try:
+        with tarfile.open(path, "r:") as tar:
+            yield tar
+    except (tarfile.TarError, OSError, KeyError, EOFError) as error:
+        raise AttnimgError(
+            f"{path} can't be read as an image",
+            why=f"{type(error).__name__}: {error}",
+            do="give the file that `docker save IMAGE -o FILE` writes, not compressed",
+            code="bad-archive",
+        ) from error
+
+
+def read_archive(
+    path: Path, *, say: Callable[[str], None]
+) -> tuple[tuple[Layer, ...], tuple[File, ...], dict[str, Any]]:
+    """Read every layer of an archive and its configuration.
+
+    Args:
+        path: docker-archive or OCI archive, not compressed itself; its layers may be.
+        say: is told of each layer before it is read.
+
+    Raises:
+        AttnimgError: it is no image, or damaged (code "bad-archive").
+    """
+    layers: list[Layer] = []
+    files: list[File] = []
+    with opened(path) as tar:
+        config, members = _parts(tar)
+        history = [made for made in config.get("history", []) if not made.get("empty_layer")]
+        for place, member in enumerate(members):
+            made = history[place] if place < len(history) else {}
+            name = stage_of(made)
+            stored = tar.getmember(member).size / 1e6
+            say(f"layer {place + 1} of {len(members)}: {name}, {stored:.0f} MB")
+            with _plain(tar, member) as stream:
+                entries = [read_entry(e, layer=place) for e in _entries(stream)]
+                size = stream.seek(0, 2)
+                stream.seek(0)
+                squeezed = zstd_bytes(stream)
+            files = [*_hidden_by(files, entries), *(e for e in entries if not _is_whiteout(e.path))]
+            made_by = str(made.get("created_by", ""))
+            layers.append(Layer(name=name, made_by=made_by, bytes=size, zstd_bytes=squeezed))
+    return tuple(layers), tuple(files), config
+
+
+def stage_of(made: dict[str, Any]) -> str:
+    """Name the stage of the Dockerfile that made a layer."""
+    command = str(made.get("created_by", ""))
+    if "buildkit" not in str(made.get("comment", "")):
+        return "base"
+    return next((stage for text, stage in _STAGES if text in command), "runtime")
+
+
+def zstd_bytes(stream: IO[bytes]) -> int:
+    """Measure a stream compressed with zstd -3, as registries store it."""
+    squeeze = zstandard.ZstdCompressor(level=3, threads=2).compressobj()
+    size = 0
+    while chunk := stream.read(_CHUNK):
+        size += len(squeeze.compress(chunk))
+    return size + len(squeeze.flush())
+
+
+def _parts(tar: tarfile.TarFile) -> tuple[dict[str, Any], list[str]]:
+    """Find the configuration and the layers' members, by manifest.json or by OCI's index.json."""
+    names = set(tar.getnames())
+    if "manifest.json" in names:
+        (manifest, *_) = _json(tar, "manifest.json")
+        return _json(tar, manifest["Config"]), list(manifest["Layers"])
+    blob = _json(tar, "index.json")["manifests"][0]
+    for _ in range(2):
+        found = _json(tar, _blob(blob))
+        if "layers" in found:
+            return _json(tar, _blob(found["config"])), [_blob(layer) for layer in found["layers"]]
+        blob = found["manifests"][0]
+    raise KeyError("layers")
+
+
+def _blob(descriptor: dict[str, str]) -> str:
+    return "blobs/" + descriptor["digest"].replace(":", "/")
+
+
+def _json(tar: tarfile.TarFile, name: str) -> Any:
+    member = tar.extractfile(name)
+    if member is None:
+        raise KeyError(name)
+    return json.load(member)
+
+
+@contextmanager
+def _plain(tar: tarfile.TarFile, name: str) -> Iterator[BinaryIO]:
+    """Open a layer as a plain seekable tar."""
+    stored = tar.extractfile(name)
+    if stored is None:
+        raise KeyError(name)
+    start = stored.read(4)
+    stored.seek(0)
+    if start[:2] != b"\x1f\x8b" and start != b"\x28\xb5\x2f\xfd":
+        yield cast(BinaryIO, stored)
+        return
+    with tempfile.TemporaryFile() as unpacked:
+        source: Any = gzip.GzipFile(fileobj=stored) if start[:2] == b"\x1f\x8b" else None
+        source = source or zstandard.ZstdDecompressor().stream_reader(stored)
+        shutil.copyfileobj(source, unpacked, _CHUNK)
+        unpacked.seek(0)
+        yield cast(BinaryIO, unpacked)
+
+
+def _entries(stream: BinaryIO) -> Iterator[Entry]:
+    with tarfile.open(fileobj=stream, mode="r:") as layer:
+        for member in layer:
+            path = re.sub(r"^(\./|/)+", "", member.name).rstrip("/")
+            if path in ("", "."):
+                continue
+
+            def opens(member: tarfile.TarInfo = member) -> BinaryIO:
+                return cast(BinaryIO, layer.extractfile(member))
+
+            yield Entry(
+                path=path,
+                bytes=member.size,
+                mode=member.mode,
+                kind=_KINDS.get(member.type, "device"),
+                open=opens,
+                target=member.linkname,
+            )
+
+
+def _is_whiteout(path: str) -> bool:
+    return path.rpartition("/")[2].startswith(".wh.")
+
+
+def _hidden_by(files: list[File], layer: list[File]) -> Iterator[File]:
+    """Mark the files of earlier layers that a layer replaces or deletes."""
+    gone: set[str] = set()
+    replaced: set[str] = set()
+    for entry in layer:
+        folder, _, name = entry.path.rpartition("/")
+        if name == ".wh..wh..opq":
+            gone.add(folder)
+        elif name.startswith(".wh."):
+            gone.add(f"{folder}/{name[4:]}".lstrip("/"))
+        elif entry.kind == "folder":
+            replaced.add(entry.path)
+        else:
+            gone.add(entry.path)
+    for file in files:
+        parts = file.path.split("/")
+        above = ("/".join(parts[: count + 1]) for count in range(len(parts)))
+        hidden = file.visible and (
+            any(path in gone for path in above) or (file.kind != "folder" and file.path in replaced)
+        )
+        yield replace(file, visible=False) if hidden else file

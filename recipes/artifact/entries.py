@@ -1,0 +1,83 @@
+"""Turn one entry of a tar, a folder or a wheel into a File: what it is, and what is inside."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import BinaryIO
+
+from recipes.artifact.elf import MAGIC, read_elf
+from recipes.artifact.facts import Elf, File, FileKind
+from recipes.artifact.fatbin import fatbin_codes, is_fatbin
+from recipes.artifact.secret_forms import secrets_in
+from recipes.artifact.witness import listed
+
+_CHUNK = 1 << 20
+# Files that are larger hold no secret that a person or a tool left there.
+_SECRET_BYTES = 1 << 20
+# Files whose text is kept: what packages say of themselves.
+_KEPT = re.compile(r"\.dist-info/(METADATA|RECORD)$")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Entry:
+    """One entry as it is found; `open` gives a seekable stream of a regular file."""
+
+    path: str
+    bytes: int
+    mode: int
+    kind: FileKind
+    open: Callable[[], BinaryIO]
+    target: str = ""
+
+
+def read_entry(entry: Entry, *, layer: int) -> File:
+    """Read an entry once: whether it is machine code, and whether a secret stands in it."""
+    elf: Elf | None = None
+    secrets: tuple[str, ...] = ()
+    digest, text = "", ""
+    if entry.kind == "file" and entry.bytes:
+        with entry.open() as stream:
+            start = stream.read(len(MAGIC))
+            if start == MAGIC:
+                stream.seek(0)
+                elf = read_elf(stream)
+                if elf.sectioned and elf.machine not in ("EM_CUDA", "EM_AMDGPU"):
+                    elf = replace(elf, witness=listed(stream, entry.bytes))
+                stream.seek(0)
+                digest = _digest(stream)
+            elif is_fatbin(start):
+                elf = _bare_fatbin(stream, entry.bytes)
+            elif _KEPT.search(entry.path):
+                text = (start + stream.read()).decode("utf-8", "replace")
+            elif entry.bytes <= _SECRET_BYTES:
+                secrets = secrets_in(start + stream.read())
+    return File(
+        path=entry.path,
+        layer=layer,
+        bytes=entry.bytes,
+        mode=entry.mode & 0o7777,
+        kind=entry.kind,
+        target=entry.target,
+        digest=digest,
+        elf=elf,
+        secrets=secrets,
+        text=text,
+    )
+
+
+def _bare_fatbin(stream: BinaryIO, size: int) -> Elf:
+    try:
+        codes = fatbin_codes(stream, start=0, size=size)
+    except ValueError as error:
+        return Elf(machine="EM_CUDA", versions_needed={}, faults=(str(error),))
+    return Elf(machine="EM_CUDA", versions_needed={}, codes=codes)
+
+
+def _digest(stream: BinaryIO) -> str:
+    found = hashlib.sha256()
+    while chunk := stream.read(_CHUNK):
+        found.update(chunk)
+    return found.hexdigest()

@@ -1,0 +1,146 @@
+"""The values that gates judge: the layers, files, machine code and packages of an artifact.
+
+Paths are relative to the image's root ("opt/venv/bin/python"); in a wheelhouse without an image,
+to site-packages. Sizes are bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+Kind = Literal["image", "folder", "wheels"]
+FileKind = Literal["file", "link", "hardlink", "folder", "device"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Symbol:
+    """A symbol that a file wants from others; `version` is empty where it asks for none."""
+
+    name: str
+    version: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.name}@{self.version}" if self.version else self.name
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Elf:
+    """One ELF file.
+
+    Attributes:
+        machine: "EM_X86_64", "EM_CUDA", "EM_AMDGPU".
+        soname: the name that others ask for; empty for none.
+        needed: sonames of the libraries it is loaded with.
+        search: folders where they are looked for first; $ORIGIN is its own folder.
+        defines: symbols it offers, each as "name", and as "name@version" where it has one.
+        wants: symbols that others must define; weak ones are left out.
+        versions_defined: versions it offers; empty where it has none.
+        versions_needed: soname -> versions it asks of that library.
+        codes: GPU machine code inside: "sm_90a", "compute_90" (PTX), "gfx942".
+        sectioned: those of them that stand in the sections that are meant for them.
+        witness: the latter as another program lists them; None where none was asked.
+        faults: what of it could not be read.
+    """
+
+    machine: str
+    soname: str = ""
+    needed: tuple[str, ...] = ()
+    search: tuple[str, ...] = ()
+    defines: frozenset[str] = frozenset()
+    wants: tuple[Symbol, ...] = ()
+    versions_defined: frozenset[str] = frozenset()
+    versions_needed: Mapping[str, tuple[str, ...]]
+    codes: frozenset[str] = frozenset()
+    sectioned: frozenset[str] = frozenset()
+    witness: frozenset[str] | None = None
+    faults: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class File:
+    """One entry of one layer.
+
+    Attributes:
+        layer: index into the artifact's layers.
+        mode: permission bits, setuid and sticky ones too.
+        target: where a link or hard link leads, as it stands there.
+        visible: it is what a container sees at this path; else a later layer hides it, though it
+            is still shipped.
+        digest: sha256; empty unless it is an ELF file.
+        secrets: what looks like one inside: "private key".
+        text: of a package's metadata; empty elsewhere.
+    """
+
+    path: str
+    layer: int
+    bytes: int
+    mode: int
+    kind: FileKind = "file"
+    target: str = ""
+    visible: bool = True
+    digest: str = ""
+    elf: Elf | None = None
+    secrets: tuple[str, ...] = ()
+    text: str = ""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Layer:
+    """One layer, or one wheel.
+
+    Attributes:
+        name: the stage of the Dockerfile it comes from; a wheel's file name.
+        made_by: the command in the image's history; empty for a wheel.
+        bytes: of the tar, or of the wheel.
+        zstd_bytes: compressed with zstd -3; None where it was not compressed.
+    """
+
+    name: str
+    made_by: str
+    bytes: int
+    zstd_bytes: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Distribution:
+    """An installed Python package.
+
+    Attributes:
+        name: as PEP 503 spells it.
+        folder: its dist-info folder.
+        licence: as its metadata state it; empty when they do not.
+        files: paths of the files that it says are its own.
+    """
+
+    name: str
+    version: str
+    folder: str
+    licence: str = ""
+    files: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Artifact:
+    """All that was read of an image, an unpacked folder or a wheelhouse.
+
+    Attributes:
+        source: the file or folder that was read, as people name it.
+        files: of all layers, in order; those of `root` too where wheels were laid over one.
+        distributions: those that a container sees.
+        env: variables of the image's configuration.
+        sums: wheel -> whether its hash is that of SHA256SUMS; a wheelhouse alone.
+        manifest: what the wheelhouse says of itself; None elsewhere.
+        sbom: package -> version as an SBOM tool found it; None where it was not asked.
+    """
+
+    source: str
+    kind: Kind
+    layers: tuple[Layer, ...]
+    files: tuple[File, ...]
+    distributions: tuple[Distribution, ...]
+    env: Mapping[str, str]
+    sums: Mapping[str, bool]
+    manifest: Mapping[str, object] | None = None
+    sbom: Mapping[str, str] | None = None

@@ -1,0 +1,193 @@
+"""List the GPU machine code in a binary: NVIDIA's fat binaries and the offload bundles of HIP.
+
+NVIDIA does not document the container of fat binaries. What is read here was found by compiling
+with nvcc 13.0.88 and comparing with cuobjdump (2026-11-25); tests/gates does so again. A header of
+16 bytes and its entries, each with a header of its own that names the architecture, so that no
+payload is decompressed:
+
+    header  u32 magic, u16 version, u16 header bytes, u64 bytes of all entries
+    entry   u16 kind, u16 version, u32 header bytes, u64 payload bytes, ...
+            at 28: u32 architecture (90), at 40: u64 flags
+
+HIP's bundle is documented: https://clang.llvm.org/docs/ClangOffloadBundler.html (2026-11-25).
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+import zlib
+from collections.abc import Iterator
+from contextlib import suppress
+from typing import BinaryIO
+
+import zstandard
+
+_FATBIN = struct.pack("<I", 0xBA55ED50)
+_KINDS = {1: "compute", 2: "sm", 8: "lto"}
+_SPECIFIC, _FAMILY = 0x100000, 0x200000
+_BUNDLE, _PACKED = b"__CLANG_OFFLOAD_BUNDLE__", b"CCOB"
+_PLAIN = re.compile(re.escape(_FATBIN))
+# A cubin's own ABI stands where other ELF files name their system.
+_LOOSE = re.compile(re.escape(_FATBIN) + rb"\x01\x00\x10\x00|\x7fELF\x02\x01\x01[\x33\x41]")
+CUDA_MACHINE = 190
+# ptxas writes its notes before the code.
+_CUBIN = 1 << 16
+_CHUNK = 1 << 20
+# The table at the start of a bundle; more targets than fit in this have not been seen.
+_TABLE = 1 << 16
+
+
+def is_fatbin(start: bytes) -> bool:
+    """Tell whether a file's first bytes are a fat binary's."""
+    return start.startswith(_FATBIN)
+
+
+def fatbin_codes(stream: BinaryIO, *, start: int, size: int) -> frozenset[str]:
+    """List what a section of fat binaries holds: sm_90a machine code, compute_90 PTX, lto_90.
+
+    Args:
+        stream: of the whole file; it is moved.
+        start: where the section begins.
+        size: its bytes.
+
+    Raises:
+        ValueError: it holds no fat binary, or one that ends too early.
+    """
+    codes: set[str] = set()
+    place, end = start, start + size
+    while (place := _find(stream, _PLAIN, place, end)) >= 0:
+        stream.seek(place)
+        _, _, header, payload = struct.unpack("<IHHQ", _exactly(stream, 16))
+        if place + header + payload > end:
+            raise ValueError(f"the fat binary at {place} is cut off")
+        codes.update(_entries(stream, place + header, place + header + payload))
+        place += header + payload
+    if not codes:
+        raise ValueError(f"found no fat binary in {size} bytes")
+    return frozenset(codes)
+
+
+def loose_codes(stream: BinaryIO, *, start: int, size: int) -> frozenset[str]:
+    """List NVIDIA's machine code among other data: cuFFT, and what CuTe compiles, keep it so.
+
+    What looks like it by chance, and can't be read as it, is passed over.
+    """
+    codes: set[str] = set()
+    place, end = start, start + size
+    while (place := _find(stream, _LOOSE, place, end)) >= 0:
+        stream.seek(place)
+        head = stream.read(64)
+        length = 0
+        if head.startswith(_FATBIN) and len(head) >= 16:
+            length = 16 + struct.unpack_from("<Q", head, 8)[0]
+            with suppress(ValueError):
+                codes |= fatbin_codes(
+                    stream, start=place, size=length if place + length <= end else 0
+                )
+        elif len(head) == 64 and struct.unpack_from("<H", head, 18)[0] == CUDA_MACHINE:
+            flags, abi = struct.unpack_from("<I", head, 48)[0], head[8]
+            stream.seek(place)
+            codes.add(cubin_code(flags, abi, stream.read(min(_CUBIN, end - place))))
+        place += max(length, 16)
+    return frozenset(codes)
+
+
+def cubin_code(flags: int, abi: int, data: bytes) -> str:
+    """Name a cubin's target: its number from the ELF flags, its letter from ptxas' own note.
+
+    Args:
+        flags: e_flags of its header; ABI version 8 (CUDA 13) moved the number up.
+        abi: the header's ABI version.
+        data: of the cubin, as far as its notes.
+    """
+    number = flags >> 8 & 0xFF if abi >= 8 else flags & 0xFF
+    found = re.search(rb"-arch sm_(\d+)([af]?)", data)
+    letter = found[2].decode() if found and int(found[1]) == number else ""
+    return f"sm_{number}{letter}"
+
+
+def _entries(stream: BinaryIO, place: int, end: int) -> Iterator[str]:
+    while place < end:
+        stream.seek(place)
+        head = _exactly(stream, 64)
+        kind, _, header, payload = struct.unpack_from("<HHIQ", head)
+        if header < 64 or place + header + payload > end:
+            raise ValueError(f"the entry at {place} is cut off")
+        arch, flags = struct.unpack_from("<I", head, 28)[0], struct.unpack_from("<Q", head, 40)[0]
+        suffix = "a" if flags & _SPECIFIC else "f" if flags & _FAMILY else ""
+        yield f"{_KINDS.get(kind, f'kind{kind}')}_{arch}{suffix}"
+        place += header + payload
+
+
+def bundle_codes(stream: BinaryIO, *, start: int, size: int) -> frozenset[str]:
+    """List the targets of HIP's bundles in a section: gfx942, without xnack and the like.
+
+    Raises:
+        ValueError: it holds no bundle, or one that is not what the documentation says.
+    """
+    codes: set[str] = set()
+    end = start + size
+    for magic in (_BUNDLE, _PACKED):
+        place = start
+        while (place := _find(stream, re.compile(magic), place, end)) >= 0:
+            stream.seek(place)
+            data = stream.read(min(_TABLE, end - place))
+            codes.update(_targets(data if magic == _BUNDLE else _unpacked(stream, data, place)))
+            place += len(magic)
+    if not codes:
+        raise ValueError(f"found no offload bundle in {size} bytes")
+    return frozenset(codes)
+
+
+def _targets(data: bytes) -> Iterator[str]:
+    (count,) = struct.unpack_from("<Q", data, len(_BUNDLE))
+    place = len(_BUNDLE) + 8
+    for _ in range(count):
+        if place + 24 > len(data):
+            raise ValueError(f"a bundle of {count} entries is cut off")
+        _, _, length = struct.unpack_from("<QQQ", data, place)
+        entry = data[place + 24 : place + 24 + length].decode("ascii", "replace")
+        place += 24 + length
+        if found := re.search(r"-(gfx[\w-]+)(?::|$)", entry):
+            yield found[1]
+        elif not entry.startswith("host"):
+            raise ValueError(f"a bundle has an entry {entry!r}")
+
+
+def _unpacked(stream: BinaryIO, head: bytes, place: int) -> bytes:
+    """Decompress the start of a compressed bundle (versions 1 to 3 of its header)."""
+    version, method = struct.unpack_from("<HH", head, 4)
+    header = {1: 20, 2: 24, 3: 32}.get(version)
+    if header is None or method not in (0, 1):
+        raise ValueError(f"a compressed bundle has version {version} and method {method}")
+    stream.seek(place + header)
+    try:
+        if method == 0:
+            return zlib.decompressobj().decompress(stream.read(_CHUNK), _TABLE)
+        with zstandard.ZstdDecompressor().stream_reader(stream, closefd=False) as reader:
+            return reader.read(_TABLE)
+    except (zlib.error, zstandard.ZstdError) as error:
+        raise ValueError(f"a compressed bundle can't be read: {error}") from error
+
+
+def _find(stream: BinaryIO, wanted: re.Pattern[bytes], place: int, end: int) -> int:
+    """Find the next place of a pattern of at most 24 bytes before `end`; -1 for none."""
+    rest = b""
+    stream.seek(place)
+    while place < end:
+        chunk = stream.read(min(_CHUNK if rest else 64, end - place))
+        if not chunk:
+            return -1
+        if found := wanted.search(rest + chunk):
+            return place - len(rest) + found.start()
+        place += len(chunk)
+        rest = (rest + chunk)[-len(_BUNDLE) + 1 :]
+    return -1
+
+
+def _exactly(stream: BinaryIO, count: int) -> bytes:
+    data = stream.read(count)
+    if len(data) < count:
+        raise ValueError("a fat binary is cut off")
+    return data

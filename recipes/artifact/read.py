@@ -1,0 +1,74 @@
+"""Read an archive, a folder or a wheelhouse into one Artifact."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from recipes.artifact.archive import read_archive
+from recipes.artifact.distributions import distributions
+from recipes.artifact.facts import Artifact, File, Layer
+from recipes.artifact.folder import read_folder, read_sums, read_wheels
+
+Say = Callable[[str], None]
+
+
+def read_image(path: Path, *, say: Say) -> Artifact:
+    """Read an image: a folder is an unpacked one, a file what `docker save` or an OCI tool wrote.
+
+    Raises:
+        AttnimgError: it is neither (code "bad-archive").
+    """
+    config: dict[str, Any] = {}
+    layers: tuple[Layer, ...]
+    files: tuple[File, ...]
+    if path.is_dir():
+        say(f"folder {path}")
+        layer, files = read_folder(path)
+        layers = (layer,)
+    else:
+        layers, files, config = read_archive(path, say=say)
+    env = dict(text.partition("=")[::2] for text in config.get("config", {}).get("Env") or [])
+    return Artifact(
+        source=path.name,
+        kind="folder" if path.is_dir() else "image",
+        layers=layers,
+        files=files,
+        distributions=distributions(files),
+        env=env,
+        sums={},
+    )
+
+
+def read_wheelhouse(folder: Path, *, over: Artifact | None, say: Say) -> Artifact:
+    """Read a wheelhouse, laid over an image where one is given.
+
+    Raises:
+        AttnimgError: there is no wheel in it.
+    """
+    say(f"wheels {folder}")
+    below = over.files if over else ()
+    layers, files = read_wheels(
+        folder, site=site_packages(over), first=len(over.layers) if over else 0
+    )
+    sums, manifest = read_sums(folder)
+    laid = {file.path for file in files}
+    below = tuple(replace(f, visible=False) if f.path in laid else f for f in below)
+    return Artifact(
+        source=folder.name,
+        kind="wheels",
+        layers=(*(over.layers if over else ()), *layers),
+        files=(*below, *files),
+        distributions=distributions(files),
+        env={},
+        sums=sums,
+        manifest=manifest,
+    )
+
+
+def site_packages(artifact: Artifact | None) -> str:
+    """Find the folder that holds most packages; empty where there is none."""
+    sites = [one.folder.rpartition("/")[0] for one in artifact.distributions] if artifact else []
+    return max(sorted(set(sites)), key=sites.count, default="")

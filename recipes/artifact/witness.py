@@ -1,0 +1,54 @@
+"""Ask NVIDIA's own cuobjdump what machine code is in a file: a second opinion on fatbin.py."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import tempfile
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from typing import BinaryIO
+
+# It wants a file of its own; larger ones are torch's and NVIDIA's alone, and costly to copy.
+_MOST_BYTES = 400 << 20
+
+
+@cache
+def cuobjdump() -> Path | None:
+    """Find cuobjdump of the package nvidia-cuda-cuobjdump; None where that is not installed."""
+    try:
+        files = metadata.files("nvidia-cuda-cuobjdump") or []
+    except metadata.PackageNotFoundError:
+        return None
+    return next((Path(str(f.locate())) for f in files if f.name == "cuobjdump"), None)
+
+
+def listed(stream: BinaryIO, size: int) -> frozenset[str] | None:
+    """List machine code (sm_90a) and PTX (compute_90) in a file with NVIDIA's fat binaries.
+
+    cuobjdump 13.5.37 leaves out the f of sm_100f, and calls PTX by sm_ too.
+
+    Args:
+        stream: of the file; it is moved.
+        size: its bytes.
+
+    Returns:
+        None: there is no cuobjdump, the file is too large, or it has none of NVIDIA's code.
+    """
+    program = cuobjdump()
+    if program is None or size > _MOST_BYTES:
+        return None
+    with tempfile.NamedTemporaryFile(suffix=".so") as copy:
+        stream.seek(0)
+        shutil.copyfileobj(stream, copy, 1 << 20)
+        copy.flush()
+        found: set[str] = set()
+        for option, name in (("-lelf", "sm"), ("-lptx", "compute")):
+            command = [str(program), "-all", option, copy.name]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            found |= {
+                f"{name}_{arch}" for arch in re.findall(r"\.sm_(\w+)\.(?:cubin|ptx)", done.stdout)
+            }
+    return frozenset(found) or None

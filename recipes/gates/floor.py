@@ -1,0 +1,86 @@
+"""Refuse files that want a newer C or C++ library than the base image has.
+
+They would not load: "version `GLIBC_2.38' not found". The floor of an image is what its own
+libc.so.6 and libstdc++.so.6 define; that of a wheelhouse stands in recipes/bases.toml.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+from packaging.version import Version
+
+from recipes.artifact.facts import Artifact, File
+from recipes.gate_facts import Finding, Gate, Promise
+
+_NAME = "floor"
+_VERSION = re.compile(r"(GLIBC|GLIBCXX)_(\d[\d.]*)")
+_LIBRARIES = {"GLIBC": "libc.so.6", "GLIBCXX": "libstdc++.so.6"}
+
+
+def unjudged(artifact: Artifact, promise: Promise) -> str:
+    """There must be a floor to stand on."""
+    return (
+        "" if _floor(artifact, promise) else f"recipes/bases.toml lacks {promise.plan.image.base}"
+    )
+
+
+def judge(artifact: Artifact, promise: Promise) -> tuple[Finding, ...]:
+    """Compare the newest version that each file asks for with the floor."""
+    floor = _floor(artifact, promise)
+    faults = []
+    for file in artifact.files:
+        if not file.visible or file.elf is None:
+            continue
+        asked = newest(v for versions in file.elf.versions_needed.values() for v in versions)
+        for family in sorted(set(asked) & set(floor)):
+            if asked[family] > floor[family]:
+                faults.append(
+                    Finding(
+                        gate=_NAME,
+                        file=file.path,
+                        found=f"{family} {asked[family]}",
+                        needed=f"at most {floor[family]}, which the base has",
+                        do="build it in the toolchain stage, or take a wheel for an older system",
+                    )
+                )
+    return tuple(faults)
+
+
+def newest(names: Iterable[str]) -> dict[str, Version]:
+    """Give the newest version of each family among names such as GLIBC_2.34."""
+    found: dict[str, Version] = {}
+    for name in names:
+        if match := _VERSION.fullmatch(name):
+            version = Version(match[2].rstrip("."))
+            found[match[1]] = max(version, found.get(match[1], version))
+    return found
+
+
+def _floor(artifact: Artifact, promise: Promise) -> dict[str, Version]:
+    """Read the image's own libraries, or the recipe's word where there is no image."""
+    libraries = {
+        family: file
+        for family, name in _LIBRARIES.items()
+        if (file := _library(artifact, name)) is not None
+    }
+    found: dict[str, Version] = {}
+    for family, file in libraries.items():
+        defined = file.elf.versions_defined if file.elf else frozenset()
+        found |= {key: value for key, value in newest(defined).items() if key == family}
+    if not found and promise.floor:
+        return {"GLIBC": Version(promise.floor.glibc), "GLIBCXX": Version(promise.floor.glibcxx)}
+    return found
+
+
+def _library(artifact: Artifact, name: str) -> File | None:
+    """Find a library of the system by its soname."""
+    for file in artifact.files:
+        system = file.path.startswith(("usr/lib/", "lib/"))
+        if system and file.visible and file.elf and file.elf.soname == name:
+            return file
+    return None
+
+
+GATE = Gate(name=_NAME, judge=judge, unjudged=unjudged)

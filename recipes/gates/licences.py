@@ -1,0 +1,29 @@
+"""Refuse a package whose licence nobody can tell.
+
+The licences are those that each package states; they are listed in dist/NAME-licences.txt.
+"""
+
+from __future__ import annotations
+
+from recipes.artifact.facts import Artifact
+from recipes.gate_facts import Finding, Gate, Promise
+
+_NAME = "licences"
+
+
+def judge(artifact: Artifact, promise: Promise) -> tuple[Finding, ...]:
+    """Find packages without a licence in their metadata."""
+    return tuple(
+        Finding(
+            gate=_NAME,
+            file=one.name,
+            found=f"no licence in {one.folder}/METADATA",
+            needed="License-Expression, License, or a classifier",
+            do="read its source, and say in recipes/allowed.toml what its licence is",
+        )
+        for one in artifact.distributions
+        if not one.licence
+    )
+
+
+GATE = Gate(name=_NAME, judge=judge)

@@ -1,0 +1,136 @@
+"""Refuse GPU machine code that is not what the recipe declares.
+
+A kernel's files hold the architectures of its recipe and no other: a missing one means "no kernel
+image is available" on a promised GPU, an extra one is weight that nothing runs, and PTX hides
+that machine code is missing. torch holds what recipes/torch.toml says. Whatever else has GPU code
+has some that runs on every architecture of the image. An image for `cpu` has none at all.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+
+from recipes.artifact.facts import Artifact, File
+from recipes.facts import Step
+from recipes.gate_facts import Finding, Gate, Promise
+
+_NAME = "machine-code"
+_CODE = re.compile(r"(sm|compute|lto)_(\d+)(\d)([af]?)")
+
+
+def judge(artifact: Artifact, promise: Promise) -> tuple[Finding, ...]:
+    """Compare what is in each file with what the plan declares."""
+    owners = {path: one.name for one in artifact.distributions for path in one.files}
+    steps = {step.kernel.name: step for step in promise.plan.steps}
+    found: dict[str, list[File]] = {}
+    for file in artifact.files:
+        if file.visible and file.elf:
+            found.setdefault(owners.get(file.path, ""), []).append(file)
+    faults = [*_unread(artifact), *_missing(artifact, steps, found)]
+    for owner, files in found.items():
+        for file in files:
+            if file.elf and file.elf.codes:
+                faults += _against(file, owner=owner, step=steps.get(owner), promise=promise)
+    if artifact.kind != "wheels":
+        faults += _torch(found.get("torch", []), promise)
+    return tuple(faults)
+
+
+def _unread(artifact: Artifact) -> Iterator[Finding]:
+    """Find machine code that could not be read, or that two programs read differently."""
+    for file in artifact.files:
+        if not file.visible or file.elf is None:
+            continue
+        for fault in file.elf.faults:
+            yield _finding(file.path, fault, "machine code that can be listed", "build it anew")
+        ours = {code.replace("f", "") for code in file.elf.sectioned if not code.startswith("gfx")}
+        ours = {code for code in ours if not code.startswith(("lto", "kind"))}
+        if file.elf.witness is not None and file.elf.witness != ours:
+            yield _finding(
+                file.path,
+                f"{_text(ours)} by attnimg's reader, {_text(file.elf.witness)} by cuobjdump",
+                "the same from both",
+                "mend recipes/artifact/fatbin.py",
+            )
+
+
+def _missing(
+    artifact: Artifact, steps: Mapping[str, Step], found: Mapping[str, list[File]]
+) -> Iterator[Finding]:
+    """Find kernels that lack an architecture: all files of one together must have each."""
+    there = {one.name for one in artifact.distributions}
+    for name, step in steps.items():
+        files = [file for file in found.get(name, []) if file.elf and file.elf.codes]
+        has = {code for file in files if file.elf for code in file.elf.codes}
+        lacks = set(step.codes) - has
+        if name in there and lacks:
+            where = ", ".join(file.path for file in files) or name
+            need = f"{_text(lacks)} too, which recipes/kernels/{name}.toml declares"
+            yield _finding(where, _text(has), need, f"build {name} for {' '.join(step.tokens)}")
+
+
+def _against(file: File, *, owner: str, step: Step | None, promise: Promise) -> Iterator[Finding]:
+    """Judge one file that has machine code."""
+    image = promise.plan.image
+    codes = file.elf.codes if file.elf else frozenset()
+    if step is not None:
+        if extra := codes - set(step.codes):
+            need = f"{_text(step.codes)} alone, which recipes/kernels/{owner}.toml declares"
+            yield _finding(file.path, f"{_text(extra)} too", need, f"build {owner} without it")
+    elif image.accelerator == "cpu":
+        yield _finding(file.path, _text(codes), "no GPU code in a cpu image", "prune it")
+    elif owner != "torch":
+        for arch in image.archs:
+            if not any(runs(arch, code) for code in codes):
+                do = f"prune it where no GPU of {image.name} loads it, or build it for {arch}"
+                yield _finding(file.path, _text(codes), f"code that {arch} runs", do)
+
+
+def _torch(files: list[File], promise: Promise) -> Iterator[Finding]:
+    """Judge torch as a whole: some of its libraries are for some architectures alone."""
+    has = {code for file in files if file.elf for code in file.elf.codes}
+    for arch in promise.torch_archs:
+        if arch not in has:
+            do = "correct `archs` in recipes/torch.toml, or install the build that it describes"
+            yield _finding("torch", _text(has), f"{arch}, as recipes/torch.toml says", do)
+    if promise.plan.image.accelerator != "cpu":
+        for arch in promise.plan.image.archs:
+            if not any(runs(arch, code) for code in has):
+                yield _finding("torch", _text(has), f"code that {arch} runs", "take another torch")
+
+
+def runs(arch: str, code: str) -> bool:
+    """Tell whether a device runs a code: the same major and no newer minor; PTX, no newer.
+
+    sm_90a runs on 9.0 alone; sm_100f on 10.x. Source: CUDA C++ Programming Guide 13.0, 5.1.2,
+    Feature Set Compiler Targets (2026-11-25).
+    """
+    here, there = _CODE.fullmatch(arch), _CODE.fullmatch(code)
+    if here is None or there is None:
+        return arch == code
+    device, built = (int(here[2]), int(here[3])), (int(there[2]), int(there[3]))
+    if there[4] == "a":
+        return device == built
+    if there[1] == "compute" and not there[4]:
+        return device >= built
+    return there[1] in ("sm", "compute") and device[0] == built[0] and device >= built
+
+
+def _text(codes: object) -> str:
+    names = (
+        sorted(map(str, codes), key=_order) if isinstance(codes, set | frozenset | tuple) else []
+    )
+    return " ".join(names) or "no GPU code"
+
+
+def _order(code: str) -> tuple[str, int, str]:
+    match = _CODE.fullmatch(code)
+    return (match[1], int(match[2] + match[3]), match[4]) if match else (code, 0, "")
+
+
+def _finding(file: str, found: str, needed: str, do: str) -> Finding:
+    return Finding(gate=_NAME, file=file, found=found, needed=needed, do=do)
+
+
+GATE = Gate(name=_NAME, judge=judge)

@@ -1,0 +1,82 @@
+"""Refuse a package whose version is not the locked one, or that nothing locked.
+
+Every package of the image's lock file is installed, once, in that version, and no other package
+is. A wheelhouse has each kernel that its image builds, made from this recipe (its key), and the
+bytes that its SHA256SUMS says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from packaging.version import Version
+
+from recipes.artifact.facts import Artifact, Distribution
+from recipes.gate_facts import Finding, Gate, Promise
+
+_NAME = "pins"
+# Ours, and what makes a virtual environment; neither is in a lock file.
+_OURS = "attnimg"
+
+
+def judge(artifact: Artifact, promise: Promise) -> tuple[Finding, ...]:
+    """Compare what is installed with what is pinned, both ways."""
+    if artifact.kind == "wheels":
+        return (
+            *_versions(artifact.distributions, _built(promise)),
+            *_wheelhouse(artifact, promise),
+        )
+    return tuple(_versions(artifact.distributions, promise.pins))
+
+
+def _built(promise: Promise) -> dict[str, str]:
+    kernels = [step.kernel for step in promise.plan.steps if step.kernel.form != "wheel"]
+    return {kernel.name: kernel.version for kernel in kernels}
+
+
+def _versions(found: tuple[Distribution, ...], pins: Mapping[str, str]) -> Iterator[Finding]:
+    """Compare packages with their pins; a local label, torch's +cpu, is not part of a pin."""
+    do = "make lock and build again; nothing is installed by hand"
+    seen: dict[str, Distribution] = {}
+    for one in found:
+        if one.name in seen:
+            where = f"{seen[one.name].folder} and {one.folder}"
+            yield _finding(one.name, where, "one installation", "install it once")
+        seen[one.name] = one
+        pin = pins.get(one.name)
+        if pin is None and one.name != _OURS:
+            yield _finding(one.name, f"version {one.version}", "no package that is not locked", do)
+        elif pin is not None and not _same(one.version, pin):
+            yield _finding(one.name, f"version {one.version}", f"{pin}, which is locked", do)
+    for name in sorted(set(pins) - set(seen)):
+        yield _finding(name, "nothing installed", f"{pins[name]}, which is locked", do)
+
+
+def _same(found: str, pin: str) -> bool:
+    here, there = Version(found), Version(pin)
+    return here == there or (here.public == there.public and there.local is None)
+
+
+def _wheelhouse(artifact: Artifact, promise: Promise) -> Iterator[Finding]:
+    """Judge what a wheelhouse says of itself."""
+    again = f"make wheels/{promise.plan.image.name} from this checkout"
+    for name, same in artifact.sums.items():
+        if not same:
+            yield _finding(name, "other bytes than SHA256SUMS says, or no sum", "the same", again)
+    manifest = artifact.manifest or {}
+    if manifest.get("abi") != promise.plan.abi:
+        yield _finding("manifest.json", f"abi {manifest.get('abi')}", promise.plan.abi, again)
+    listed = manifest.get("kernels")
+    kernels = listed if isinstance(listed, list) else []
+    keys = {kernel.get("name"): kernel.get("key") for kernel in kernels}
+    for step in promise.plan.steps:
+        if step.kernel.form != "wheel" and keys.get(step.kernel.name) != step.key:
+            found = f"key {keys.get(step.kernel.name)} of {step.kernel.name}"
+            yield _finding("manifest.json", found, f"{step.key}, this recipe's", again)
+
+
+def _finding(what: str, found: str, needed: str, do: str) -> Finding:
+    return Finding(gate=_NAME, file=what, found=found, needed=needed, do=do)
+
+
+GATE = Gate(name=_NAME, judge=judge)

@@ -1,0 +1,48 @@
+"""Refuse an image in which another program finds other packages than the lock has.
+
+That program is syft; its list of everything in the image, Debian's packages too, is written to
+dist/NAME-sbom.json in CycloneDX's form.
+"""
+
+from __future__ import annotations
+
+from recipes.artifact.facts import Artifact
+from recipes.gate_facts import Finding, Gate, Promise
+
+_NAME = "sbom"
+_OURS = "attnimg"
+
+
+def unjudged(artifact: Artifact, promise: Promise) -> str:
+    """Needs syft to have looked, and an image."""
+    if artifact.kind == "wheels":
+        return "a wheelhouse is no image"
+    return "" if artifact.sbom is not None else "syft is not installed: make setup"
+
+
+def judge(artifact: Artifact, promise: Promise) -> tuple[Finding, ...]:
+    """Compare syft's Python packages with the lock, both ways."""
+    found = artifact.sbom or {}
+    faults = []
+    for name in sorted(set(found) ^ (set(promise.pins) | {_OURS})):
+        there = f"{found[name]}" if name in found else "nothing"
+        need = (
+            f"{promise.pins[name]}, as locked"
+            if name in promise.pins
+            else "nothing: no lock has it"
+        )
+        faults.append(_finding(name, there, need))
+    for name in sorted(set(found) & set(promise.pins)):
+        # syft keeps a local label, torch's +cpu; a pin has none.
+        if found[name].partition("+")[0] != promise.pins[name].partition("+")[0]:
+            faults.append(_finding(name, found[name], f"{promise.pins[name]}, as locked"))
+    return tuple(faults)
+
+
+def _finding(name: str, found: str, needed: str) -> Finding:
+    return Finding(
+        gate=_NAME, file=name, found=found, needed=needed, do="make lock and build again"
+    )
+
+
+GATE = Gate(name=_NAME, judge=judge, unjudged=unjudged)

@@ -1,0 +1,55 @@
+"""Refuse an image that is larger than its recipe allows, as a whole or in one layer.
+
+Sizes are those of layers compressed with zstd -3, as a registry stores them, in 10**6 bytes:
+`size_max_mb` for all of them, `layers_max_mb` for a stage of the Dockerfile.
+"""
+
+from __future__ import annotations
+
+from recipes.artifact.facts import Artifact
+from recipes.facts import Unresolved
+from recipes.gate_facts import Finding, Gate, Promise
+
+_NAME = "size"
+
+
+def unjudged(artifact: Artifact, promise: Promise) -> str:
+    """A folder has no layers; a wheelhouse has no budget of its own."""
+    if isinstance(promise.plan.image.size_max_mb, Unresolved):
+        return f"size_max_mb is unresolved: {promise.plan.image.size_max_mb.reason}"
+    return "" if artifact.kind == "image" else "only an archive has layers: give one with --archive"
+
+
+def judge(artifact: Artifact, promise: Promise) -> tuple[Finding, ...]:
+    """Add up what the layers take compressed."""
+    image = promise.plan.image
+    stages: dict[str, float] = {}
+    for layer in artifact.layers:
+        stages[layer.name] = stages.get(layer.name, 0.0) + (layer.zstd_bytes or 0) / 1e6
+    total = sum(stages.values())
+    faults = []
+    if isinstance(image.size_max_mb, int) and total > image.size_max_mb:
+        largest = sorted(stages.items(), key=lambda item: -item[1])[:3]
+        text = ", ".join(f"{name} {size:.0f}" for name, size in largest)
+        faults.append(_finding("image", f"{total:.1f} MB ({text})", image.size_max_mb))
+    for name, most in image.layers_max_mb.items():
+        if name not in stages:
+            need = f"one of {', '.join(stages)}, as layers_max_mb names them"
+            do = "correct layers_max_mb, or the stages in recipes/artifact/archive.py"
+            faults.append(Finding(gate=_NAME, file=name, found="no such layer", needed=need, do=do))
+        elif stages[name] > most:
+            faults.append(_finding(f"layer {name}", f"{stages[name]:.1f} MB", most))
+    return tuple(faults)
+
+
+def _finding(what: str, found: str, most: int) -> Finding:
+    return Finding(
+        gate=_NAME,
+        file=what,
+        found=found,
+        needed=f"at most {most} MB, compressed with zstd -3",
+        do="prune what no run loads, or raise the budget in the recipe and say why in the commit",
+    )
+
+
+GATE = Gate(name=_NAME, judge=judge, unjudged=unjudged)

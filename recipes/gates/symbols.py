@@ -1,0 +1,99 @@
+"""Refuse libraries that the loader would refuse: the `undefined symbol` that users meet.
+
+Every library that a file needs is found as the loader finds it: on its RPATH or RUNPATH, among
+those that Python and `import torch` have loaded already, in the system's folders. Every symbol
+that it wants, in the version that it wants, is defined by one of these. Of the GPU driver, which
+comes with the machine, the names of the libraries and of their functions are known. The plugins of
+Debian's own programs, which those programs load, are not judged.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from recipes.artifact.facts import Artifact, Elf, Symbol
+from recipes.gate_facts import Finding, Gate, Promise
+from recipes.linking import DRIVER, View, view_of
+
+_NAME = "symbols"
+# Read by the gate `floor`, which says more of it.
+_FLOOR = re.compile(r"(GLIBC|GLIBCXX|CXXABI)_")
+_SHOWN = 3
+# Debian's own programs and their plugins, except Python's extensions.
+_DEBIAN = re.compile(r"(usr/)?s?bin/|(usr/)?lib(64|exec)?/(?!.*python3)")
+
+
+def unjudged(artifact: Artifact, promise: Promise) -> str:
+    """Symbols can be found only where the libraries are."""
+    if any(file.path.endswith("/libc.so.6") for file in artifact.files):
+        return ""
+    return "there is no image to look for symbols in: give one with --root or --archive"
+
+
+def judge(artifact: Artifact, promise: Promise) -> tuple[Finding, ...]:
+    """Resolve every shared library and program of the artifact."""
+    view = view_of(artifact)
+    # Of wheels laid over an image, the image's own files are not judged again.
+    laid = {f.path for f in artifact.files if artifact.layers[f.layer].name.endswith(".whl")}
+    faults: list[Finding] = []
+    for path, elf in view.elves.items():
+        if _DEBIAN.match(path) or (artifact.kind == "wheels" and path not in laid):
+            continue
+        # Without its libraries, most of a file's symbols are undefined.
+        faults += [*_libraries(path, elf, view)] or [*_symbols(path, elf, view)]
+    return tuple(faults)
+
+
+def _libraries(path: str, elf: Elf, view: View) -> Iterator[Finding]:
+    """Find needed libraries that are not there, or lack a version that is asked of them."""
+    nowhere = [name for name in elf.needed if view.found(path, name) is None]
+    if absent := [name for name in nowhere if name not in DRIVER]:
+        do = "ship what it needs, or prune this file if nothing loads it"
+        yield _finding(path, f"it needs {', '.join(absent)}", "each in the image", do)
+    for name in elf.needed:
+        where = view.found(path, name)
+        if where is None:
+            continue
+        offered = view.elves[where].versions_defined
+        lacking = [
+            version
+            for version in elf.versions_needed.get(name, ())
+            if offered and version not in offered and not _FLOOR.match(version)
+        ]
+        if lacking:
+            need = f"{', '.join(lacking)} in {where}"
+            yield _finding(path, f"{name} without them", need, "build both for one another")
+
+
+def _symbols(path: str, elf: Elf, view: View) -> Iterator[Finding]:
+    """Find symbols that nobody defines where this file, or one that loads it, would look."""
+    lacking = _lacking(elf, view.scope(path), view)
+    for user in view.users(path) if lacking else ():
+        lacking = [want for want in lacking if want in _lacking(elf, view.scope(user), view)]
+    lacking = [want for want in lacking if not _FLOOR.match(want.version)]
+    if lacking:
+        shown = ", ".join(str(want) for want in lacking[:_SHOWN])
+        more = f" and {len(lacking) - _SHOWN} more" if len(lacking) > _SHOWN else ""
+        yield _finding(
+            path,
+            f"undefined symbol: {shown}{more}",
+            "each defined by what it is loaded with",
+            "build it against the libraries of this image: its torch, its CUDA",
+        )
+
+
+def _lacking(elf: Elf, scope: frozenset[str], view: View) -> list[Symbol]:
+    drivers = [prefix for name, prefix in DRIVER.items() if name in scope]
+    return [
+        want
+        for want in elf.wants
+        if not view.defined(want, scope) and not any(re.match(p, want.name) for p in drivers)
+    ]
+
+
+def _finding(file: str, found: str, needed: str, do: str) -> Finding:
+    return Finding(gate=_NAME, file=file, found=found, needed=needed, do=do)
+
+
+GATE = Gate(name=_NAME, judge=judge, unjudged=unjudged)

@@ -1,0 +1,120 @@
+"""Judge an artifact by the gates of its recipe, and write the verdicts for people and programs."""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import tomllib
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from recipes.artifact.facts import Artifact
+from recipes.constraints import pins
+from recipes.facts import Plan, Recipes, Unresolved
+from recipes.gate_facts import Allowance, Finding, Floor, Gate, Promise
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Verdict:
+    """What one gate says.
+
+    Attributes:
+        findings: what speaks against the artifact.
+        allowed: what would, were it not in allowed.toml, each with the reason.
+        unjudged: why it was not judged; empty when it was.
+    """
+
+    gate: str
+    findings: tuple[Finding, ...] = ()
+    allowed: tuple[tuple[Finding, str], ...] = ()
+    unjudged: str = ""
+
+
+def promise_of(plan: Plan, recipes: Recipes, *, lock: str, tools: str, root: Path) -> Promise:
+    """Gather what an image is held to.
+
+    Args:
+        plan: the image's.
+        recipes: what it was made from.
+        lock: the text of its lock file.
+        tools: the text of the lock file of what every image has.
+        root: the checkout.
+    """
+    release = (
+        None if isinstance(plan.image.torch, Unresolved) else recipes.torch.get(plan.image.torch)
+    )
+    bases = tomllib.loads((root / "recipes/bases.toml").read_text(encoding="utf-8"))
+    floor = bases.get(plan.image.base)
+    return Promise(
+        plan=plan,
+        torch_archs=release.archs if release and plan.image.accelerator == "cuda" else (),
+        pins=pins(plan, lock=lock + tools),
+        floor=Floor(**floor) if floor else None,
+    )
+
+
+def read_allowances(root: Path) -> tuple[Allowance, ...]:
+    """Read recipes/allowed.toml."""
+    table = tomllib.loads((root / "recipes/allowed.toml").read_text(encoding="utf-8"))
+    return tuple(Allowance(**values) for values in table.get("allowed", []))
+
+
+def judged(
+    artifact: Artifact, promise: Promise, gates: Iterable[Gate], allowances: Iterable[Allowance]
+) -> tuple[Verdict, ...]:
+    """Ask every gate."""
+    kept = tuple(allowances)
+    return tuple(_verdict(artifact, promise, gate, kept) for gate in gates)
+
+
+def _verdict(
+    artifact: Artifact, promise: Promise, gate: Gate, allowances: tuple[Allowance, ...]
+) -> Verdict:
+    if why := gate.unjudged(artifact, promise):
+        return Verdict(gate=gate.name, unjudged=why)
+    findings, allowed = [], []
+    for finding in gate.judge(artifact, promise):
+        reason = next((a.reason for a in allowances if _allows(a, finding)), None)
+        if reason is None:
+            findings.append(finding)
+        else:
+            allowed.append((finding, reason))
+    return Verdict(gate=gate.name, findings=tuple(findings), allowed=tuple(allowed))
+
+
+def _allows(allowance: Allowance, finding: Finding) -> bool:
+    return (
+        allowance.gate == finding.gate
+        and fnmatch.fnmatchcase(finding.file, allowance.file)
+        and allowance.found in finding.found
+    )
+
+
+def report(name: str, artifact: Artifact, verdicts: Iterable[Verdict]) -> str:
+    """Write a line for each gate, and each finding in three parts."""
+    lines = [f"{name}: {artifact.source}, {len(artifact.files)} files"]
+    for verdict in verdicts:
+        says = "passed" if not verdict.findings else f"FAILED: {len(verdict.findings)} findings"
+        if verdict.unjudged:
+            says = f"not judged: {verdict.unjudged}"
+        extra = f" ({len(verdict.allowed)} allowed)" if verdict.allowed else ""
+        lines.append(f"  {verdict.gate:<13} {says}{extra}")
+        for one in verdict.findings:
+            lines += [f"    {one.file}", f"      why: found {one.found}; needed {one.needed}"]
+            lines += [f"      do:  {one.do}"]
+    return "\n".join(lines)
+
+
+def report_json(name: str, artifact: Artifact, verdicts: Iterable[Verdict]) -> str:
+    """Write the same as JSON, with layers and what was allowed and why."""
+    gates = [asdict(verdict) for verdict in verdicts]
+    content: Mapping[str, object] = {
+        "image": name,
+        "source": artifact.source,
+        "kind": artifact.kind,
+        "layers": [asdict(layer) for layer in artifact.layers],
+        "gates": gates,
+        "passed": not any(gate["findings"] for gate in gates),
+    }
+    return json.dumps(content, indent=1)

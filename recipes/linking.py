@@ -1,0 +1,140 @@
+"""Resolve libraries and symbols inside an image as glibc's loader would (ld.so(8)).
+
+scope of a file = what is loaded for all (Python, what torch loads globally)
+                + the file + all that it needs, and what these need
+"""
+
+from __future__ import annotations
+
+import posixpath
+import re
+from collections.abc import Mapping
+
+from recipes.artifact.facts import Artifact, Elf, Symbol
+
+# What a GPU driver brings, and what its functions are called; an image never holds them.
+# Source: CUDA 13.0, cuda.h and nvml.h (2026-11-25).
+DRIVER = {"libcuda.so.1": r"cu[A-Z]", "libnvidia-ml.so.1": r"nvml[A-Z]"}
+# Debian's /etc/ld.so.conf.d and the loader's own folders.
+_SYSTEM = (
+    "usr/local/lib/x86_64-linux-gnu", "usr/local/lib", "lib/x86_64-linux-gnu",
+    "usr/lib/x86_64-linux-gnu", "lib64", "usr/lib64", "lib", "usr/lib",
+)  # fmt: skip
+_PYTHON = re.compile(r"usr/(local/)?bin/python3\.\d+")
+_TORCH = re.compile(r".*/torch/_C\.[\w.-]*so")
+_GLOBAL = re.compile(r".*/torch/lib/libtorch_global_deps\.so")
+_LINKS = 40  # as the kernel: more of them are a loop
+
+
+class View:
+    """The files of an artifact as the loader meets them.
+
+    Args:
+        elves: path -> shared library or program of the host.
+        links: path -> where that symbolic link leads.
+    """
+
+    def __init__(self, elves: Mapping[str, Elf], links: Mapping[str, str]) -> None:
+        self.elves = elves
+        self._links = links
+        self._definers: dict[str, set[str]] = {}
+        for path, elf in elves.items():
+            for name in elf.defines:
+                self._definers.setdefault(name, set()).add(path)
+        # soname -> path of what Python and torch have loaded before an extension, and the paths
+        # whose symbols every file sees.
+        self._loaded: dict[str, str] = {}
+        self._everywhere: set[str] = set()
+        self._scopes: dict[str, frozenset[str]] = {}
+        self._found: dict[tuple[str, str], str | None] = {}
+
+    def load(self, path: str, *, everywhere: bool) -> None:
+        """Load a file before all others; its symbols are for all, or for those that need it."""
+        scope = self.scope(path)
+        for place in sorted(scope & set(self.elves)):
+            self._loaded.setdefault(self.elves[place].soname, place)
+        if everywhere:
+            self._everywhere |= scope
+        # What was looked up before this was loaded may differ.
+        self._scopes.clear()
+        self._found.clear()
+
+    def real(self, path: str) -> str:
+        """Follow symbolic links in a path."""
+        for _ in range(_LINKS):
+            parts = path.split("/")
+            for count in range(1, len(parts) + 1):
+                head = "/".join(parts[:count])
+                if head in self._links:
+                    target = posixpath.join("/", posixpath.dirname(head), self._links[head])
+                    path = posixpath.normpath(posixpath.join(target, *parts[count:])).lstrip("/")
+                    break
+            else:
+                return path
+        return path
+
+    def found(self, path: str, soname: str) -> str | None:
+        """Find the library of a name that a file needs; None when it is nowhere."""
+        key = (path, soname)
+        if key not in self._found:
+            self._found[key] = self._find(path, soname)
+        return self._found[key]
+
+    def _find(self, path: str, soname: str) -> str | None:
+        origin = posixpath.dirname(path)
+        search = [text.replace("${ORIGIN}", "$ORIGIN") for text in self.elves[path].search]
+        own = [folder.replace("$ORIGIN", f"/{origin}") for folder in search]
+        for folder in own:
+            place = self.real(posixpath.normpath(f"{folder}/{soname}").lstrip("/"))
+            if place in self.elves:
+                return place
+        if soname in self._loaded and "site-packages" in path:
+            return self._loaded[soname]
+        for folder in _SYSTEM:
+            place = self.real(f"{folder}/{soname}")
+            if place in self.elves:
+                return place
+        return None
+
+    def scope(self, path: str) -> frozenset[str]:
+        """Give the paths where a file's symbols are looked for, and names of driver libraries."""
+        if path not in self._scopes:
+            seen, queue = {path}, [path]
+            while queue:
+                here = queue.pop()
+                for soname in self.elves[here].needed:
+                    place = self.found(here, soname)
+                    if place is None:
+                        seen.add(soname)
+                    elif place not in seen:
+                        seen.add(place)
+                        queue.append(place)
+            self._scopes[path] = frozenset(seen | self._everywhere)
+        return self._scopes[path]
+
+    def users(self, path: str) -> list[str]:
+        """Give the files that are loaded together with one, because they need it."""
+        return [other for other in self.elves if other != path and path in self.scope(other)]
+
+    def defined(self, want: Symbol, scope: frozenset[str]) -> bool:
+        """Tell whether a symbol is defined in a scope, in its version where that is asked for."""
+        plain = self._definers.get(want.name, set())
+        if not want.version:
+            return not plain.isdisjoint(scope)
+        if not self._definers.get(str(want), set()).isdisjoint(scope):
+            return True
+        # A library without versions satisfies any.
+        return any(p in scope and not self.elves[p].versions_defined for p in plain)
+
+
+def view_of(artifact: Artifact) -> View:
+    """Lay out an artifact for the loader; start Python and `import torch` in it."""
+    seen = [file for file in artifact.files if file.visible]
+    elves = {file.path: file.elf for file in seen if file.elf and file.elf.machine == "EM_X86_64"}
+    links = {f.path: f.target for f in seen if f.kind == "link"}
+    links |= {f.path: f"/{f.target}" for f in seen if f.kind == "hardlink"}
+    view = View(elves, links)
+    for first, everywhere in ((_PYTHON, True), (_TORCH, False), (_GLOBAL, True)):
+        for path in sorted(path for path in elves if first.fullmatch(path)):
+            view.load(path, everywhere=everywhere)
+    return view
