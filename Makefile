@@ -84,6 +84,10 @@ sources/%: .venv/ready ## Have the git trees of attnimg:%'s kernels; from clones
 wheels/%: base ## Compile the kernels of attnimg:% into dist/%, hours; TRIM=1 small ones, minutes
 	@PROGRESS=plain docker/build.py $* --wheels-to dist/$*
 
+built/%: .venv/ready ## Write down what dist/% holds; MACHINE="what it was built on"
+	@: "$${MACHINE:?say what it was built on, in general words: make $@ MACHINE='2 cores, no GPU'}"
+	@$(BIN)/python -m recipes built $* --wheels dist/$* --machine "$(MACHINE)"
+
 unit/%: base ## Compile one real unit of flash-attn for attnimg:%, 5 minutes
 	@PROGRESS=plain docker/build.py $* --stage flash-attn-unit
 

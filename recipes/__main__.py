@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import sys
 from importlib import metadata
 from pathlib import Path
@@ -10,6 +11,8 @@ from typing import Annotated
 import typer
 
 from attnimg.errors import AttnimgError
+from recipes.built import FOLDER as BUILT
+from recipes.built import built_table, codes_found, read_records, record, with_table
 from recipes.facts import Plan
 from recipes.files import write_all
 from recipes.lock import lock_all
@@ -113,6 +116,24 @@ def gate(
 
 
 @app.command()
+def built(
+    name: Name,
+    wheels: Annotated[Path, typer.Option(help="The wheelhouse that was built.")],
+    machine: Annotated[str, typer.Option(help="What it was built on, in general words.")],
+    root: Root = ROOT,
+) -> None:
+    """Write down what a wheelhouse holds, for the README's table: docs/built/NAME.json."""
+    from recipes.artifact.read import read_wheelhouse
+
+    artifact = read_wheelhouse(wheels, over=None, say=lambda _: None)
+    day = datetime.date.today().isoformat()
+    text = record(artifact.manifest or {}, codes_found(artifact), day=day, machine=machine)
+    for path in write_all(root, {f"{BUILT}/{name}.json": text}):
+        typer.echo(f"built: wrote {path}")
+    render(root)
+
+
+@app.command()
 def publish(name: Name, root: Root = ROOT) -> None:
     """Exit with 0 when an image may be published: no value of it is unresolved."""
     refuse_unresolved(_plan(name, root))
@@ -122,7 +143,10 @@ def _texts(root: Path) -> dict[str, str]:
     recipes = read_recipes(root)
     plans = solve_all(recipes)
     runners = (root / "recipes/runners.toml").read_text(encoding="utf-8")
-    return rendered(plans, recipes, locks=read_locks(plans, root=root), runners=runners)
+    texts = rendered(plans, recipes, locks=read_locks(plans, root=root), runners=runners)
+    readme = (root / "README.md").read_text(encoding="utf-8")
+    table = built_table(plans, read_records(root))
+    return {**texts, "README.md": with_table(readme, table)}
 
 
 def _plan(name: str, root: Path) -> Plan:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from attnimg.errors import AttnimgError
+from recipes.artifact.facts import Artifact
 from recipes.facts import Kernel, Plan, Step
 from recipes.pages import table
 
@@ -33,6 +34,16 @@ def record(
     kernels = [{**kernel, "code": codes.get(kernel["wheel"], {})} for kernel in manifest["kernels"]]
     told = {"image": manifest["image"], "abi": manifest["abi"], "day": day, "machine": machine}
     return json.dumps({**told, "kernels": kernels}, indent=1) + "\n"
+
+
+def codes_found(wheelhouse: Artifact) -> dict[str, dict[str, list[str]]]:
+    """List the machine code of each library in each wheel: wheel -> library -> codes."""
+    found: dict[str, dict[str, list[str]]] = {}
+    for file in wheelhouse.files:
+        if file.elf and file.elf.codes:
+            libraries = found.setdefault(wheelhouse.layers[file.layer].name, {})
+            libraries[file.path] = sorted(file.elf.codes)
+    return found
 
 
 def read_records(root: Path) -> dict[str, dict[str, Any]]:

@@ -203,7 +203,7 @@ FRONTIER = {"torch": "2.15.0", "toolkit": "13.2"}
         ),
         pytest.param(
             image("hopper", gates=("size", "smell")),
-            "found gate 'smell'; known: layers",
+            "found gate 'smell'; known: duplicates",
             "nearest: none",
             id="an unknown gate is refused",
         ),

@@ -1,0 +1,67 @@
+"""The table of what was really built: nothing is claimed that no record shows."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from attnimg.errors import AttnimgError
+from recipes.built import BEGIN, END, built_table, read_records, record, with_table
+from recipes.read import read_recipes
+from recipes.solve import solve_all
+
+ROOT = Path(__file__).resolve().parents[2]
+PLANS = solve_all(read_recipes(ROOT))
+HOPPER = next(plan for plan in PLANS if plan.image.name == "hopper")
+KEY = next(step.key for step in HOPPER.steps if step.kernel.name == "flash-attn")
+
+
+def cell(**kernel: object) -> str:
+    """Give what the table says of flash-attn in hopper."""
+    made = {"name": "flash-attn", "key": KEY, "trimmed": False, **kernel}
+    text = built_table(PLANS, {"hopper": {"day": "2026-11-25", "kernels": [made]}})
+    head, *rows = (line.split(" | ") for line in text.splitlines())
+    row = next(row for row in rows if row[0] == "| `hopper`")
+    return row[head.index("FlashAttention-2")]
+
+
+@pytest.mark.parametrize(
+    ("kernel", "says"),
+    [
+        pytest.param({}, "built, 2026-11-25", id="a whole build"),
+        pytest.param({"trimmed": True}, "small build, 2026-11-25", id="a small build says so"),
+        pytest.param(
+            {"key": "0" * 16}, "2026-11-25, from an earlier recipe", id="a recipe that has moved"
+        ),
+        pytest.param({"name": "xformers"}, "not yet built", id="another kernel's record"),
+    ],
+)
+def test_a_cell(kernel: dict[str, object], says: str) -> None:
+    assert cell(**kernel) == says
+
+
+def test_a_record_has_what_was_found_in_each_library() -> None:
+    manifest = {"image": "hopper", "abi": "x", "kernels": [{"name": "a", "wheel": "a-1.whl"}]}
+    codes = {"a-1.whl": {"a/_C.so": ["sm_90"]}}
+    made = json.loads(record(manifest, codes, day="2026-11-25", machine="2 cores"))
+    assert made["kernels"] == [{"name": "a", "wheel": "a-1.whl", "code": codes["a-1.whl"]}]
+    assert (made["day"], made["machine"], made["abi"]) == ("2026-11-25", "2 cores", "x")
+
+
+def test_records_are_read_by_image(tmp_path: Path) -> None:
+    (tmp_path / "docs/built").mkdir(parents=True)
+    (tmp_path / "docs/built/hopper.json").write_text('{"day": "2026-11-25"}')
+    assert read_records(tmp_path) == {"hopper": {"day": "2026-11-25"}}
+
+
+def test_the_readme_keeps_all_but_the_table() -> None:
+    text = with_table(f"before\n{BEGIN}\nold\n\n{END}\nafter\n", "new\n")
+    assert text == f"before\n{BEGIN}\nnew\n\n{END}\nafter\n"
+    assert with_table(text, "new\n") == text
+
+
+def test_a_readme_without_marks_is_refused() -> None:
+    with pytest.raises(AttnimgError, match="no place for the table"):
+        with_table("nothing here", "new")
