@@ -17,7 +17,7 @@ export HF_HUB_OFFLINE ?= 1
 .PHONY: help setup demo test check bench lock render classes clean
 
 help: ## Show this menu
-	@grep -hE '^[a-z/%-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z\/%-]+):.*## /\1\t/' | expand -t 12
+	@grep -hE '^[a-z0-9/%-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9\/%-]+):.*## /\1\t/' | expand -t 12
 
 setup: .venv/ready ## Make .venv with attnimg and the locked packages in it
 
@@ -90,6 +90,14 @@ built/%: .venv/ready ## Write down what dist/% holds; MACHINE="what it was built
 
 unit/%: base ## Compile one real unit of flash-attn for attnimg:%, 5 minutes
 	@PROGRESS=plain docker/build.py $* --stage flash-attn-unit
+
+fa4-kernels/%: base .venv/ready ## Compile FlashAttention-4's kernels for attnimg:% into dist/, 10 minutes an architecture
+	@PROGRESS=plain docker/build.sh $* fa4-kernels
+	@rm -rf dist/fa4-kernels-$* && mkdir -p dist docs/built
+	@id=$$(docker create attnimg-fa4-kernels:$* none) && \
+	  docker cp -q "$$id:/opt/attnimg/fa4" dist/fa4-kernels-$* && docker rm "$$id" >/dev/null
+	@$(BIN)/python docker/fa4_cache/built.py dist/fa4-kernels-$*/manifest.json >docs/built/fa4-cache-$*.json
+	@echo "test them: FA4_KERNELS=dist/fa4-kernels-$* make test/fa4-cache"
 
 test/fa4-cache: .venv/ready build/fa4/ready ## Compile kernels of FlashAttention-4 without a GPU, and find them
 	FA4_PYTHON=build/fa4/bin/python $(BIN)/pytest tests/fa4_cache

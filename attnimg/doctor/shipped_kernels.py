@@ -27,7 +27,7 @@ def check_shipped_kernels(machine: Machine, host: Host) -> Iterator[Check]:
         against.append(("kernels-settings", f"set here: {', '.join(shipped.settings)}"))
     if not against:
         arch = machine.arch.name
-        what = f"FlashAttention-4 finds the {shipped.kernels[arch]} kernels compiled for {arch}"
+        what = f"FlashAttention-4 finds its kernels for {arch} compiled: {shipped.kernels[arch]}"
         yield Check(code="kernels", status="ok", what=what)
         return
     mends = dict.fromkeys(_MENDS[code] for code, _ in against)

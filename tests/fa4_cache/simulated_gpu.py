@@ -3,8 +3,9 @@
     python simulated_gpu.py SET.json DEVICE
 
 Only the driver's answers are made up, and the launch is left out: tensors are real, though on the
-CPU; no variable says what to compile for; shapes and the GPU's size are others than the build's.
-Nothing can be compiled: a kernel that is not found ends the run. Prints JSON: entry -> loaded.
+CPU, and attention is called as attnimg and transformers do, with autograd; no variable says what to
+compile for; shapes and the GPU's size are others than the build's. Nothing can be compiled: the
+first kernel that is not found ends the run. Prints JSON: entry -> loaded.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[2] / "docker" / "fa4_cache"))
 
 import torch
-from kernel_set import read_set
+from kernel_set import Call, read_set
 
 SET, DEVICE = Path(sys.argv[1]), sys.argv[2]
 DIGITS = DEVICE.removeprefix("sm_")
@@ -33,16 +34,36 @@ def main() -> None:
         minor=CAPABILITY[1],
         multi_processor_count=target.multiprocessors + 4,
     )
+    torch.Tensor.is_cuda = property(lambda tensor: True)
     torch.cuda.is_available = lambda: True
     torch.cuda.get_device_capability = lambda device=None: CAPABILITY
     torch.cuda.get_device_properties = lambda device=None: properties
     found = watched()
 
-    from attention_call import attend
-
     for call in kernels.calls_of(target):
-        attend(call, empty=on_the_gpu, batch=3, tokens=640, kv_heads=2)
+        attend(call, batch=3, tokens=640, kv_heads=2)
     sys.stdout.write(json.dumps(found))
+
+
+def attend(call: Call, *, batch: int, tokens: int, kv_heads: int) -> None:
+    """Do one call as a training step does, backward where it asks for a gradient."""
+    from flash_attn.cute import flash_attn_func, flash_attn_varlen_func
+
+    dtype = getattr(torch, call.dtype)
+    rows = (batch * tokens,) if call.varlen else (batch, tokens)
+    q, k, v = (
+        torch.zeros(*rows, heads, call.head_dim, dtype=dtype, requires_grad=call.gradient)
+        for heads in (kv_heads * call.heads_per_kv, kv_heads, kv_heads)
+    )
+    options: dict[str, Any] = {"causal": call.causal, "softmax_scale": call.head_dim**-0.5}
+    if call.varlen:
+        ends = torch.arange(batch + 1, dtype=torch.int32) * tokens
+        options |= {"cu_seqlens_q": ends, "cu_seqlens_k": ends}
+        options |= {"max_seqlen_q": tokens, "max_seqlen_k": tokens}
+    out = (flash_attn_varlen_func if call.varlen else flash_attn_func)(q, k, v, **options)
+    out = out[0] if isinstance(out, tuple) else out
+    if call.gradient:
+        out.backward(torch.zeros_like(out))
 
 
 def watched() -> dict[str, bool]:
@@ -71,19 +92,6 @@ def watched() -> dict[str, bool]:
     JITPersistentCache.__getitem__ = no_launch
     interface.cute.compile = no_compiler
     return found
-
-
-class OnTheGPU(torch.Tensor):
-    """A CPU tensor that says it is on the GPU."""
-
-    @property
-    def is_cuda(self) -> bool:
-        return True
-
-
-def on_the_gpu(*shape: int, dtype: torch.dtype, requires_grad: bool) -> torch.Tensor:
-    tensor = torch.zeros(*shape, dtype=dtype).as_subclass(OnTheGPU)
-    return tensor.requires_grad_(requires_grad)
 
 
 if __name__ == "__main__":
