@@ -75,7 +75,10 @@ def _folders(environment: Mapping[str, str]) -> Iterator[Path]:
         from platformdirs import user_cache_path
 
         yield user_cache_path("attnimg") / "flash-attn-4"
-    yield Path(tempfile.gettempdir()) / f"attnimg-flash-attn-4-{os.getuid()}"
+    try:
+        yield Path(tempfile.gettempdir()) / f"attnimg-flash-attn-4-{os.getuid()}"
+    except FileNotFoundError:  # there is none that this user may write
+        return
 
 
 def _copied(source: Path, target: Path) -> bool:

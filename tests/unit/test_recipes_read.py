@@ -14,6 +14,7 @@ from recipes.read import read_image, read_kernel, read_patches
 ROOT = Path(__file__).resolve().parents[2]
 KERNEL = (ROOT / "recipes/kernels/flash-attn.toml").read_text(encoding="utf-8")
 GIT_KERNEL = (ROOT / "recipes/kernels/sageattention.toml").read_text(encoding="utf-8")
+FA4 = (ROOT / "recipes/kernels/flash-attn-4.toml").read_text(encoding="utf-8")
 IMAGE = (ROOT / "recipes/images/hopper.toml").read_text(encoding="utf-8")
 
 
@@ -76,6 +77,29 @@ def put(text: str, key: str, value: str | None) -> str:
             put(KERNEL, "requires", '["einops=1"]'),
             "requires: found 'einops=1', needed a pip requirement",
             id="a requirement that is none",
+        ),
+        pytest.param(
+            put(FA4, "dtypes", '["float32"]'),
+            "ahead_of_time.dtypes.0: found 'float32'",
+            id="kernels of a dtype that there is none of",
+        ),
+        pytest.param(
+            put(FA4, "causal", None), "ahead_of_time.causal: missing", id="a set without an axis"
+        ),
+        pytest.param(
+            FA4.replace("sm_103 = {}", ""),
+            "ahead_of_time.targets.sm_103: needed for each of archs, and for no other",
+            id="kernels for an architecture that is not served",
+        ),
+        pytest.param(
+            FA4.replace("sm_103 = { code", "sm_110 = { code"),
+            "ahead_of_time.targets.sm_103: needed for each of archs",
+            id="an architecture without its kernels",
+        ),
+        pytest.param(
+            put(FA4, "head_dims", "[64]"),
+            "ahead_of_time.targets.sm_120.left_out: 256 is none of head_dims",
+            id="left out what was not asked for",
         ),
         pytest.param(
             "version = ", "Invalid value (at end of document)", id="a file that is no TOML"

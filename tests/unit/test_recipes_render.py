@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import resource
 import shutil
@@ -23,7 +24,7 @@ from recipes.lock import blocks
 from recipes.matrix import matrix
 from recipes.read import read_recipes
 from recipes.render import read_locks, rendered
-from recipes.solve import solve_all
+from recipes.solve import solve, solve_all
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = read_recipes(ROOT)
@@ -82,6 +83,44 @@ def test_a_bumped_kernel_changes_its_own_arguments_alone() -> None:
     )
     changed = {name for name in old if old[name] != new[name]}
     assert changed == {"SAGEATTENTION", "SAGEATTENTION_KEY", "KEYS"}, "KEYS: what is installed"
+
+
+@pytest.mark.parametrize(
+    ("name", "calls"),
+    [
+        pytest.param("hopper", {"sm_90": 128}, id="hopper"),
+        pytest.param(
+            "blackwell", {"sm_100": 128, "sm_103": 128, "sm_120": 96, "sm_121": 96}, id="blackwell"
+        ),
+    ],
+)
+def test_the_set_compiled_ahead_of_time(name: str, calls: dict[str, int]) -> None:
+    found = json.loads(TEXTS[f"docker/fa4_cache/{name}.json"])
+    axes = ("dtypes", "heads_per_kv", "causal", "varlen", "gradient")
+    per_head_dim = math.prod(len(found[axis]) for axis in axes)
+    assert calls == {
+        device: per_head_dim
+        * len({str(dim) for dim in found["head_dims"]} - set(target["left_out"]))
+        for device, target in found["targets"].items()
+    }
+    reasons = [why for target in found["targets"].values() for why in target["left_out"].values()]
+    assert all(reasons)
+
+
+def test_another_set_is_no_reason_to_build_the_wheel_anew() -> None:
+    kernel = RECIPES.kernels["flash-attn-4"]
+    assert kernel.ahead_of_time
+    fewer = replace(kernel.ahead_of_time, head_dims=(64,), targets={})
+    recipes = replace(
+        RECIPES, kernels={**RECIPES.kernels, "flash-attn-4": replace(kernel, ahead_of_time=fewer)}
+    )
+    keys = {
+        step.key
+        for plan in (PLANS["hopper"], solve(RECIPES.images["hopper"], recipes))
+        for step in plan.steps
+        if step.kernel.name == "flash-attn-4"
+    }
+    assert len(keys) == 1
 
 
 def test_labels_carry_oci_and_our_own() -> None:
