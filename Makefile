@@ -102,6 +102,9 @@ fa4-kernels/%: base .venv/ready ## Compile FlashAttention-4's kernels for attnim
 test/fa4-cache: .venv/ready build/fa4/ready ## Compile kernels of FlashAttention-4 without a GPU, and find them
 	FA4_PYTHON=build/fa4/bin/python $(BIN)/pytest tests/fa4_cache
 
+test/gates: .venv/ready build/nvcc/ready ## Test the gates on small images with real machine code, 1 minute
+	$(BIN)/pytest tests/gates
+
 test/%: .venv/ready ## Test the image attnimg:%
 	IMAGE=attnimg:$* $(BIN)/pytest tests/image
 
@@ -151,4 +154,9 @@ build/fa4/ready: requirements/torch.txt docker/constraints/hopper.txt docker/fa4
 	@$(PIP) --require-hashes --no-deps -r requirements/lock.txt
 	@echo "setup: 3 of 3: attnimg itself"
 	@$(PIP) --no-deps --no-build-isolation -e .
+	@touch $@
+
+build/nvcc/ready: tests/gates/compiler.py requirements/images/toolchain-2.14.1-cu130.txt
+	@echo "gates: installing CUDA's compiler from PyPI into build/nvcc, 150 MB"
+	@PYTHONPATH=. $(BIN)/python tests/gates/compiler.py build/nvcc
 	@touch $@

@@ -306,6 +306,31 @@ class Pair(Strict):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Floor(Strict):
+    """The versions of a base image's C and C++ libraries: bases.toml."""
+
+    glibc: str
+    glibcxx: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Allowance(Strict):
+    """A finding of a gate that is no fault: allowed.toml.
+
+    Attributes:
+        gate: whose.
+        file: a pattern of paths; * crosses folders.
+        found: part of what was found; empty for anything.
+        reason: why, with a source.
+    """
+
+    gate: str
+    file: str
+    reason: str
+    found: str = ""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Recipes:
     """Everything that was read.
 
@@ -316,6 +341,8 @@ class Recipes:
         cuda: by release.
         stack: pinned packages that every image has, name -> version (pyproject.toml).
         pairs: which of these work together.
+        bases: by name.
+        allowed: what gates find and let pass.
     """
 
     images: Mapping[str, Image]
@@ -324,6 +351,8 @@ class Recipes:
     cuda: Mapping[str, Toolkit]
     stack: Mapping[str, str]
     pairs: tuple[Pair, ...]
+    bases: Mapping[str, Floor] = field(default_factory=dict)
+    allowed: tuple[Allowance, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

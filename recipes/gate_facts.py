@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from recipes.artifact.facts import Artifact
-from recipes.facts import Plan
+from recipes.facts import Floor, Plan
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -26,14 +26,6 @@ class Finding:
     found: str
     needed: str
     do: str
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Floor:
-    """The C and C++ libraries of a base image: bases.toml."""
-
-    glibc: str
-    glibcxx: str
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,20 +62,3 @@ class Gate:
     name: str
     judge: Callable[[Artifact, Promise], tuple[Finding, ...]]
     unjudged: Callable[[Artifact, Promise], str] = field(default=_always)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Allowance:
-    """A finding that is no fault: allowed.toml.
-
-    Attributes:
-        gate: whose.
-        file: a pattern of paths; * crosses folders.
-        found: part of what was found; empty for anything.
-        reason: why, with a source.
-    """
-
-    gate: str
-    file: str
-    reason: str
-    found: str = ""

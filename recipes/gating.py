@@ -13,7 +13,7 @@ from recipes.artifact.sbom import write_sbom
 from recipes.facts import Plan, Recipes
 from recipes.files import write_all
 from recipes.gates import gate_named
-from recipes.judging import Verdict, judged, promise_of, read_allowances
+from recipes.judging import Verdict, judged, promise_of
 from recipes.render import read_locks
 
 _TOOLS = "docker/install/every_image.txt"
@@ -46,10 +46,9 @@ def gate_artifact(
         recipes,
         lock=read_locks((plan,), root=root)[plan.image.name],
         tools=(root / _TOOLS).read_text(encoding="utf-8"),
-        root=root,
     )
     gates = [gate_named(name) for name in plan.image.gates]
-    return artifact, judged(artifact, promise, gates, read_allowances(root))
+    return artifact, judged(artifact, promise, gates, recipes.allowed)
 
 
 def licences(artifact: Artifact) -> str:

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import fnmatch
 import json
-import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 from recipes.artifact.facts import Artifact
 from recipes.constraints import pins
-from recipes.facts import Plan, Recipes, Unresolved
-from recipes.gate_facts import Allowance, Finding, Floor, Gate, Promise
+from recipes.facts import Allowance, Plan, Recipes, Unresolved
+from recipes.gate_facts import Finding, Gate, Promise
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,7 +29,7 @@ class Verdict:
     unjudged: str = ""
 
 
-def promise_of(plan: Plan, recipes: Recipes, *, lock: str, tools: str, root: Path) -> Promise:
+def promise_of(plan: Plan, recipes: Recipes, *, lock: str, tools: str) -> Promise:
     """Gather what an image is held to.
 
     Args:
@@ -39,25 +37,16 @@ def promise_of(plan: Plan, recipes: Recipes, *, lock: str, tools: str, root: Pat
         recipes: what it was made from.
         lock: the text of its lock file.
         tools: the text of the lock file of what every image has.
-        root: the checkout.
     """
     release = (
         None if isinstance(plan.image.torch, Unresolved) else recipes.torch.get(plan.image.torch)
     )
-    bases = tomllib.loads((root / "recipes/bases.toml").read_text(encoding="utf-8"))
-    floor = bases.get(plan.image.base)
     return Promise(
         plan=plan,
         torch_archs=release.archs if release and plan.image.accelerator == "cuda" else (),
         pins=pins(plan, lock=lock + tools),
-        floor=Floor(**floor) if floor else None,
+        floor=recipes.bases.get(plan.image.base),
     )
-
-
-def read_allowances(root: Path) -> tuple[Allowance, ...]:
-    """Read recipes/allowed.toml."""
-    table = tomllib.loads((root / "recipes/allowed.toml").read_text(encoding="utf-8"))
-    return tuple(Allowance(**values) for values in table.get("allowed", []))
 
 
 def judged(

@@ -1,13 +1,13 @@
-"""Write the tables that people read: docs/images.md, docs/kernels.md and docs/support.md."""
+"""Write what people read: docs/images.md, kernels.md, support.md and gates.md."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from attnimg.backends import all_backends, runs_on
 from attnimg.facts import Backend
 from attnimg.gpus import arch_from_name, catalogue
-from recipes.facts import Kernel, Plan, Unresolved
+from recipes.facts import Allowance, Kernel, Plan, Unresolved
 from recipes.files import NOTICE
 from recipes.kernel_rules import device
 
@@ -75,6 +75,25 @@ def support_page(plans: tuple[Plan, ...]) -> str:
         "image's architectures, they are named. Models narrow it: ask `attnimg explain`.\n\n"
         + table(head, rows)
     )
+
+
+def gates_page(docs: Mapping[str, str], allowances: Iterable[Allowance]) -> str:
+    """Write what each gate refuses, in its own words, and what is allowed nevertheless."""
+    parts = [
+        f"<!-- {NOTICE} -->\n\n# Gates\n\n"
+        "A finished image or wheelhouse is read and judged before it is published: without a GPU,\n"
+        "without a Docker daemon, and without running anything of it.\n\n"
+        "- `make gate/cpu` judges the image `attnimg:cpu`;\n"
+        "- `make gate/cpu ARCHIVE=FILE` what `docker save` wrote, or an OCI archive, or a folder;\n"
+        "- `make gate/hopper WHEELS=dist/hopper` a wheelhouse, with `ARCHIVE` as if it were\n"
+        "  installed in that image.\n\n"
+        "Each finding says what was found, what is needed and what to do; `GATE_ARGS=--json`\n"
+        "writes them as JSON. An image's SBOM and licences are written to `dist/`.\n"
+    ]
+    parts += [f"\n## `{name}`\n\n{text.strip()}\n" for name, text in docs.items()]
+    rows = [(f"`{one.gate}`", f"`{one.file}`", one.reason) for one in allowances]
+    parts.append(f"\n## Allowed\n\n{table(('Gate', 'File', 'Reason'), rows)}")
+    return "".join(parts)
 
 
 def _name(backend: Backend) -> str:

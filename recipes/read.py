@@ -13,7 +13,18 @@ from packaging.version import InvalidVersion, Version
 from pydantic import TypeAdapter, ValidationError
 
 from attnimg.errors import AttnimgError
-from recipes.facts import Image, Kernel, Pair, Patch, Recipes, Toolkit, Torch, Unresolved
+from recipes.facts import (
+    Allowance,
+    Floor,
+    Image,
+    Kernel,
+    Pair,
+    Patch,
+    Recipes,
+    Toolkit,
+    Torch,
+    Unresolved,
+)
 from recipes.values import image_faults, kernel_faults
 
 _Fact = TypeVar("_Fact")
@@ -46,7 +57,9 @@ def read_recipes(root: Path) -> Recipes:
         torch=_releases(folder / "torch.toml", Torch),
         cuda=_releases(folder / "cuda.toml", Toolkit),
         stack=_pins(root / "pyproject.toml"),
-        pairs=_pairs(folder / "pairs.toml"),
+        pairs=_entries(folder / "pairs.toml", "pair", Pair),
+        bases=_tables(folder / "bases.toml", Floor),
+        allowed=_entries(folder / "allowed.toml", "allowed", Allowance),
     )
 
 
@@ -140,12 +153,17 @@ def _fault(fault: dict[str, Any], known: list[str]) -> str:
     return f"{key}: found {fault['input']!r}; {fault['msg'][0].lower()}{fault['msg'][1:]}"
 
 
+def _tables(path: Path, kind: type[_Fact]) -> dict[str, _Fact]:
+    where = f"recipes/{path.name}"
+    return {
+        name: _facts(f"{where} [{name}]", kind, values)
+        for name, values in _toml(where, path.read_text(encoding="utf-8")).items()
+    }
+
+
 def _releases(path: Path, kind: type[_Fact]) -> dict[str, _Fact]:
     where = f"recipes/{path.name}"
-    found = {
-        version: _facts(f"{where} [{version}]", kind, values)
-        for version, values in _toml(where, path.read_text(encoding="utf-8")).items()
-    }
+    found = _tables(path, kind)
     try:
         return dict(sorted(found.items(), key=lambda item: Version(item[0])))
     except InvalidVersion as error:
@@ -153,10 +171,10 @@ def _releases(path: Path, kind: type[_Fact]) -> dict[str, _Fact]:
         raise
 
 
-def _pairs(path: Path) -> tuple[Pair, ...]:
+def _entries(path: Path, key: str, kind: type[_Fact]) -> tuple[_Fact, ...]:
     where = f"recipes/{path.name}"
-    entries = _toml(where, path.read_text(encoding="utf-8")).get("pair", [])
-    return tuple(_facts(f"{where} [[pair]]", Pair, values) for values in entries)
+    entries = _toml(where, path.read_text(encoding="utf-8")).get(key, [])
+    return tuple(_facts(f"{where} [[{key}]]", kind, values) for values in entries)
 
 
 def _pins(path: Path) -> dict[str, str]:

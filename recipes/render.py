@@ -15,9 +15,10 @@ from recipes.choices import choices, choices_json, choices_page
 from recipes.constraints import constraints
 from recipes.facts import Plan, Recipes
 from recipes.files import text_of
+from recipes.gates import docs
 from recipes.lock import FOLDER, blocks
 from recipes.matrix import matrix
-from recipes.pages import images_page, kernels_page, support_page
+from recipes.pages import gates_page, images_page, kernels_page, support_page
 
 
 def rendered(
@@ -45,6 +46,7 @@ def rendered(
         ".github/matrix.json": matrix(plans, build_runner=ci["build"], gpu_runners=ci["gpu"]),
         "docs/choices.md": choices_page(chosen),
         "tests/unit/golden/choices.json": choices_json(chosen, parsed),
+        "docs/gates.md": gates_page(docs(), recipes.allowed),
         "docs/images.md": images_page(plans),
         "docs/kernels.md": kernels_page(recipes.kernels.values()),
         "docs/support.md": support_page(plans),

@@ -31,8 +31,8 @@ EVERY_IMAGE = (
     ("torch/lib/libjitbackend_test.so", "a test's library"),
     ("**/tests", "tests of other packages"),
     ("numpy/**/lib/*.a", "static libraries for extensions in C"),
-    ("pyarrow/lib*.so", "a copy of lib*.so.N for linking; wheels hold no links"),
-    ("pyarrow/lib*.so.*.*.*", "another copy of it"),
+    ("pyarrow/libarrow*.so", "a copy of lib*.so.N for linking; wheels hold no links"),
+    ("pyarrow/libarrow*.so.*.*.*", "another copy of it"),
     ("pyarrow/include", "headers"),
     ("pyarrow/src", "C++ sources"),
 )

@@ -27,6 +27,7 @@ _FATBIN = struct.pack("<I", 0xBA55ED50)
 _KINDS = {1: "compute", 2: "sm", 8: "lto"}
 _SPECIFIC, _FAMILY = 0x100000, 0x200000
 _BUNDLE, _PACKED = b"__CLANG_OFFLOAD_BUNDLE__", b"CCOB"
+_BUNDLES = re.compile(re.escape(_BUNDLE) + b"|" + _PACKED)
 _PLAIN = re.compile(re.escape(_FATBIN))
 # A cubin's own ABI stands where other ELF files name their system.
 _LOOSE = re.compile(re.escape(_FATBIN) + rb"\x01\x00\x10\x00|\x7fELF\x02\x01\x01[\x33\x41]")
@@ -127,14 +128,15 @@ def bundle_codes(stream: BinaryIO, *, start: int, size: int) -> frozenset[str]:
         ValueError: it holds no bundle, or one that is not what the documentation says.
     """
     codes: set[str] = set()
-    end = start + size
-    for magic in (_BUNDLE, _PACKED):
-        place = start
-        while (place := _find(stream, re.compile(magic), place, end)) >= 0:
-            stream.seek(place)
-            data = stream.read(min(_TABLE, end - place))
-            codes.update(_targets(data if magic == _BUNDLE else _unpacked(stream, data, place)))
-            place += len(magic)
+    place, end = start, start + size
+    while (place := _find(stream, _BUNDLES, place, end)) >= 0:
+        stream.seek(place)
+        data = stream.read(min(_TABLE, end - place))
+        length = len(_BUNDLE)
+        if data.startswith(_PACKED):
+            data, length = _unpacked(stream, data, place, end)
+        codes.update(_targets(data))
+        place += length
     if not codes:
         raise ValueError(f"found no offload bundle in {size} bytes")
     return frozenset(codes)
@@ -155,18 +157,21 @@ def _targets(data: bytes) -> Iterator[str]:
             raise ValueError(f"a bundle has an entry {entry!r}")
 
 
-def _unpacked(stream: BinaryIO, head: bytes, place: int) -> bytes:
-    """Decompress the start of a compressed bundle (versions 1 to 3 of its header)."""
+def _unpacked(stream: BinaryIO, head: bytes, place: int, end: int) -> tuple[bytes, int]:
+    """Decompress the start of a compressed bundle, and give the bytes that the whole takes."""
     version, method = struct.unpack_from("<HH", head, 4)
     header = {1: 20, 2: 24, 3: 32}.get(version)
     if header is None or method not in (0, 1):
         raise ValueError(f"a compressed bundle has version {version} and method {method}")
+    length = struct.unpack_from("<I" if version == 2 else "<Q", head, 8)[0]
+    # Version 1 does not say where it ends: nothing else was seen beside it in a section.
+    length = end - place if version == 1 else length
     stream.seek(place + header)
     try:
         if method == 0:
-            return zlib.decompressobj().decompress(stream.read(_CHUNK), _TABLE)
+            return zlib.decompressobj().decompress(stream.read(_CHUNK), _TABLE), length
         with zstandard.ZstdDecompressor().stream_reader(stream, closefd=False) as reader:
-            return reader.read(_TABLE)
+            return reader.read(_TABLE), length
     except (zlib.error, zstandard.ZstdError) as error:
         raise ValueError(f"a compressed bundle can't be read: {error}") from error
 

@@ -35,7 +35,8 @@ def listed(stream: BinaryIO, size: int) -> frozenset[str] | None:
         size: its bytes.
 
     Returns:
-        None: there is no cuobjdump, the file is too large, or it has none of NVIDIA's code.
+        None: there is no cuobjdump, the file is too large for it, or it refuses the file, as it
+            does some that strip(1) has rewritten ("Invalid ELF").
     """
     program = cuobjdump()
     if program is None or size > _MOST_BYTES:
@@ -48,6 +49,8 @@ def listed(stream: BinaryIO, size: int) -> frozenset[str] | None:
         for option, name in (("-lelf", "sm"), ("-lptx", "compute")):
             command = [str(program), "-all", option, copy.name]
             done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if "fatal" in done.stderr + done.stdout:
+                return None
             found |= {
                 f"{name}_{arch}" for arch in re.findall(r"\.sm_(\w+)\.(?:cubin|ptx)", done.stdout)
             }

@@ -1,0 +1,87 @@
+"""A wheelhouse is judged alone, and over an image that its symbols are looked for in."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from conftest import plan_of
+from small_image import SITE, package, save, wheelhouse
+
+from recipes.artifact.facts import Artifact
+from recipes.artifact.read import read_image, read_wheelhouse
+from recipes.gates.symbols import unjudged
+
+WHEEL = "flash_attn-2.8.3.post2-cp311-cp311-linux_x86_64.whl"
+LIBC = "usr/lib/x86_64-linux-gnu/libc.so.6"
+
+
+def manifest(**changes: object) -> dict[str, object]:
+    plan = plan_of("hopper")
+    kernels = [
+        {"name": step.kernel.name, "key": changes.get("key", step.key)}
+        for step in plan.steps
+        if step.kernel.form != "wheel"
+    ]
+    return {"image": "hopper", "abi": changes.get("abi", plan.abi), "kernels": kernels}
+
+
+def house(folder: Path, ext: bytes, over: Artifact | None = None, said: object = None) -> Artifact:
+    files = package("flash-attn", "2.8.3.post2", site="", ext__so=ext)
+    made = wheelhouse(folder, {WHEEL: files}, said or manifest())
+    return read_wheelhouse(made, over=over, say=lambda _: None)
+
+
+def test_an_extra_architecture_in_a_wheel_is_named(cuda, judge, tmp_path: Path) -> None:
+    faults = judge("machine-code", "hopper", house(tmp_path / "wheels", cuda("sm_90 sm_80")))
+    assert [(f.file, f.found) for f in faults] == [("flash_attn/ext.so", "sm_80 too")]
+
+
+def test_symbols_of_a_wheel_alone_are_not_judged(gcc, tmp_path: Path) -> None:
+    alone = house(tmp_path / "wheels", gcc("int x;", soname="ext.so"))
+    assert "give one with --root or --archive" in unjudged(alone, None)  # type: ignore[arg-type]
+
+
+def test_symbols_of_a_wheel_are_looked_for_in_the_image_it_is_laid_over(
+    judge, gcc, tmp_path: Path
+) -> None:
+    calls = "void helper(void); void run(void) { helper(); }"
+    helper = gcc("void helper(void) {}", soname="libtorch.so")
+    core = gcc(calls, "-ltorch", "-Wl,-rpath,$ORIGIN/lib", soname="")
+    ext = gcc(calls, "-ltorch", soname="ext.so")
+    torch = package("torch", "2.14.1", **{"_C__cpython-311-x86_64-linux-gnu__so": core})
+    libraries = {f"{SITE}/torch/lib/libtorch.so": helper, LIBC: gcc("int x;", soname="libc.so.6")}
+    image = read_image(save(tmp_path / "image.tar", torch | libraries), say=lambda _: None)
+    assert judge("symbols", "hopper", house(tmp_path / "good", ext, over=image)) == ()
+    wrong = gcc(calls.replace("helper", "gone"), "-ltorch", soname="ext.so")
+    faults = judge("symbols", "hopper", house(tmp_path / "bad", wrong, over=image))
+    assert [(f.file, f.found) for f in faults] == [
+        (f"{SITE}/flash_attn/ext.so", "undefined symbol: gone")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        pytest.param(
+            {"abi": "cp311-torch2.13-cu130"}, "abi cp311-torch2.13-cu130", id="another torch"
+        ),
+        pytest.param({"key": "0" * 16}, f"key {'0' * 16} of flash-attn", id="another recipe"),
+    ],
+)
+def test_a_wheelhouse_of_another_recipe_is_refused(
+    judge, gcc, tmp_path: Path, changes: dict[str, str], says: str
+) -> None:
+    ext = gcc("int x;", soname="ext.so")
+    made = house(tmp_path / "wheels", ext, said=manifest(**changes))
+    assert says in {f.found for f in judge("pins", "hopper", made)}
+
+
+def test_wheels_that_changed_or_are_missing_are_refused(judge, gcc, tmp_path: Path) -> None:
+    house(tmp_path / "wheels", gcc("int x;", soname="ext.so"))
+    with (tmp_path / "wheels" / WHEEL).open("ab") as wheel:
+        wheel.write(b" ")
+    read = read_wheelhouse(tmp_path / "wheels", over=None, say=lambda _: None)
+    faults = {f.file: f.found for f in judge("pins", "hopper", read)}
+    assert faults[WHEEL] == "other bytes than SHA256SUMS says, or no sum"
+    assert faults["flash-attn-3"] == "nothing installed"

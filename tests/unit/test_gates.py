@@ -1,0 +1,392 @@
+"""The gates that look at files, layers and packages, each on a small image that breaks it.
+
+Those that look into machine code and libraries need compilers: tests/gates.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import io
+import json
+import re
+import tarfile
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import zstandard
+from small_image import SITE, Special, package, save
+
+from attnimg.errors import AttnimgError
+from recipes import judging
+from recipes.artifact.facts import Artifact
+from recipes.artifact.read import read_image, read_wheelhouse
+from recipes.artifact.secret_forms import secrets_in
+from recipes.facts import Allowance, Plan
+from recipes.gate_facts import Finding, Promise
+from recipes.gates import all_gates, gate_named, gate_names
+from recipes.gates.machine_code import runs
+from recipes.read import read_recipes
+from recipes.solve import solve
+
+ROOT = Path(__file__).resolve().parents[2]
+RECIPES = read_recipes(ROOT)
+PLAN = solve(RECIPES.images["cpu"], RECIPES)
+KEY = "-----BEGIN OPENSSH PRIVATE KEY-----\n" + "b3BlbnNzaC1r" * 8
+# Made here, so that no scanner takes this file for a leak.
+AWS, HUB = "AKIA" + "ABCDEFGHIJKLMNOP", "hf_" + "a" * 34
+
+
+def read(path: Path) -> Artifact:
+    return read_image(path, say=lambda _: None)
+
+
+def judge(
+    gate: str, artifact: Artifact, *, plan: Plan = PLAN, **pins: str
+) -> list[tuple[str, str]]:
+    promise = Promise(plan=plan, pins=pins)
+    return [(f.file, f.found) for f in gate_named(gate).judge(artifact, promise)]
+
+
+@pytest.mark.parametrize(
+    ("path", "says"),
+    [
+        ("usr/lib/libx.a", "a static library"),
+        ("var/cache/apt/archives/gcc.deb", "a cache of a package manager"),
+        ("var/lib/apt/lists/deb.debian.org_InRelease", "a cache of a package manager"),
+        ("root/.cache/pip/http/0", "a cache of a package manager"),
+        ("cache/home/.cache/uv/wheels/x", "a cache of a package manager"),
+        ("var/log/dpkg.log", "a log"),
+        (f"{SITE}/numpy/_core/tests/test_dtype.py", "a test of a dependency"),
+        (f"{SITE}/numpy/tests/conftest.py", "a test of a dependency"),
+        ("tmp/flash_attn.whl", "a package archive"),
+        (f"{SITE}/numpy/testing/overrides.py", None),
+        (f"{SITE}/pytest/__init__.py", None),
+        ("opt/attnimg/inside/test_packages.py", None),
+        ("usr/lib/libx.so", None),
+        ("var/lib/apt/lists/lock", "a cache of a package manager"),
+    ],
+)  # fmt: skip
+def test_what_no_run_reads_is_refused(tmp_path: Path, path: str, says: str | None) -> None:
+    faults = judge("layers", read(save(tmp_path / "image.tar", {path: b"content"})))
+    assert [(file, found.partition(" of ")[0]) for file, found in faults] == (
+        [(path, says.partition(" of ")[0])] if says else []
+    )
+
+
+@pytest.mark.parametrize(
+    "deletion", ["root/.cache/.wh.pip", "root/.wh..cache", "root/.cache/.wh..wh..opq"]
+)
+def test_a_cache_that_a_later_layer_deletes_still_ships(tmp_path: Path, deletion: str) -> None:
+    image = save(tmp_path / "image.tar", {"root/.cache/pip/x": b"wheel"}, {deletion: b""})
+    ((file, found),) = judge("layers", read(image))
+    assert (file, found) == (
+        "root/.cache/pip/x",
+        "a cache of a package manager of 5 bytes in layer 1 (runtime)",
+    )
+
+
+@pytest.mark.parametrize(
+    ("later", "fate"),
+    [
+        pytest.param({"opt/.wh.big": b""}, "deletes", id="deleted"),
+        pytest.param({".wh.opt": b""}, "deletes", id="its folder is deleted"),
+        pytest.param({"opt/big": b"small"}, "replaces", id="replaced"),
+        pytest.param({"opt/": b""}, None, id="only its folder is touched"),
+    ],
+)
+def test_what_a_later_layer_hides_is_shipped_for_nothing(
+    tmp_path: Path, later: dict[str, bytes], fate: str | None
+) -> None:
+    faults = judge(
+        "layers", read(save(tmp_path / "image.tar", {"opt/big": bytes(2_000_000)}, later))
+    )
+    assert [found for _, found in faults] == (
+        [f"2.0 MB in layer 1 (runtime), which a later layer {fate}"] if fate else []
+    )
+
+
+@pytest.mark.parametrize(
+    ("mode", "says"), [(0o4755, ["mode 4755"]), (0o2755, ["mode 2755"]), (0o755, []), (0o1777, [])]
+)
+def test_no_program_changes_who_runs_it(tmp_path: Path, mode: int, says: list[str]) -> None:
+    image = save(tmp_path / "image.tar", {"usr/bin/su": Special(b"x", mode=mode)})
+    assert [found for _, found in judge("layers", read(image))] == says
+
+
+def test_a_bit_that_a_later_layer_clears_is_no_fault(tmp_path: Path) -> None:
+    first, then = (Special(b"x", mode=mode) for mode in (0o4755, 0o755))
+    assert (
+        judge("layers", read(save(tmp_path / "image.tar", {"bin/su": first}, {"bin/su": then})))
+        == []
+    )
+
+
+@pytest.mark.parametrize(
+    ("files", "says"),
+    [
+        ({"root/key": KEY}, "private key in layer 1 (runtime)"),
+        ({"etc/app.yaml": f"token: {HUB}"}, "Hugging Face token in layer 1 (runtime)"),
+        ({"etc/app.ini": f"id={AWS}"}, "AWS access key in layer 1 (runtime)"),
+        ({"etc/pip.conf": "index-url = https://me:hunter2hunter2@pypi.example.org/simple"},
+         "address with a password in layer 1 (runtime)"),
+        ({"root/.netrc": "machine x"}, "a file of credentials in layer 1 (runtime)"),
+        ({"root/.pypirc": "[pypi]"}, "a file of credentials in layer 1 (runtime)"),
+        ({"root/.aws/credentials": "[default]"}, "a file of credentials in layer 1 (runtime)"),
+        ({"home/a/.cache/huggingface/token": "x"}, "a file of credentials in layer 1 (runtime)"),
+        ({"etc/ssl/cert.pem": "-----BEGIN CERTIFICATE-----\nMII"}, None),
+        ({"usr/doc/ssh.txt": "begins with -----BEGIN PRIVATE KEY-----"}, None),
+        ({"usr/doc/pip.txt": "https://username:password@example.org, https://${U}:${P}@x"}, None),
+    ],
+)  # fmt: skip
+def test_secrets_are_refused(tmp_path: Path, files: dict[str, str], says: str | None) -> None:
+    found = judge("secrets", read(save(tmp_path / "image.tar", files)))
+    assert [text for _, text in found] == ([says] if says else [])
+
+
+def test_a_secret_that_a_later_layer_deletes_is_still_refused(tmp_path: Path) -> None:
+    image = save(tmp_path / "image.tar", {"root/key": KEY}, {"root/.wh.key": b""})
+    assert judge("secrets", read(image)) == [("root/key", "private key in layer 1 (runtime)")]
+
+
+def test_secrets_in_history_and_variables_are_refused(tmp_path: Path) -> None:
+    history = (f"RUN |1 HF_TOKEN={HUB} pip install x",)
+    env = ("API_PASSWORD=hunter2hunter2", "PATH=/usr/bin", "TOKENIZERS_PARALLELISM=false")
+    image = save(tmp_path / "image.tar", {"a": b"a"}, history=history, env=env)
+    assert {found for _, found in judge("secrets", read(image))} == {
+        "a value for HF_TOKEN",
+        "Hugging Face token",
+        "a value for API_PASSWORD",
+    }
+
+
+def test_binary_files_are_not_read_for_secrets() -> None:
+    assert secrets_in(b"\0" + KEY.encode()) == ()
+    assert secrets_in(KEY.encode()) == ("private key",)
+
+
+LAYERS = {"a": bytes(range(256)) * 4000}
+
+
+@pytest.mark.parametrize(
+    ("budget", "says"),
+    [
+        pytest.param({"size_max_mb": 1}, [], id="within the budget"),
+        pytest.param({"size_max_mb": 0}, ["image"], id="the whole image is too large"),
+        pytest.param({"layers_max_mb": {"torch": 0}}, ["layer torch"], id="a layer is too large"),
+        pytest.param({"layers_max_mb": {"tourch": 9}}, ["tourch"], id="a layer that is not there"),
+    ],
+)
+def test_sizes_are_held_to_the_recipe(
+    tmp_path: Path, budget: dict[str, object], says: list[str]
+) -> None:
+    image = save(tmp_path / "image.tar", LAYERS, history=("RUN install.sh -r /torch.txt",))
+    plan = replace(PLAN, image=replace(PLAN.image, **{"layers_max_mb": {}, **budget}))  # type: ignore[arg-type]
+    assert [file for file, _ in judge("size", read(image), plan=plan)] == says
+
+
+def test_sizes_are_those_of_zstd_3(tmp_path: Path) -> None:
+    made = read(save(tmp_path / "image.tar", LAYERS))
+    assert made.layers[0].bytes > 1_000_000
+    assert 0 < (made.layers[0].zstd_bytes or 0) < 20_000
+
+
+@pytest.mark.parametrize(
+    ("installed", "says"),
+    [
+        pytest.param([("numpy", "2.4.6"), ("attnimg", "0.1.0")], [], id="what is locked"),
+        pytest.param([("numpy", "2.4.5")], [("numpy", "version 2.4.5")], id="another version"),
+        pytest.param([], [("numpy", "nothing installed")], id="a locked package is missing"),
+        pytest.param(
+            [("numpy", "2.4.6"), ("left-pad", "1")],
+            [("left-pad", "version 1")],
+            id="nothing locks it",
+        ),
+        pytest.param([("numpy", "2.4.6+cpu")], [], id="a local label is no part of a pin"),
+        pytest.param(
+            [("numpy", "2.4.6"), ("NumPy", "2.4.6")],
+            [("numpy", f"{SITE}/NumPy-2.4.6.dist-info and {SITE}/numpy-2.4.6.dist-info")],
+            id="installed twice",
+        ),
+    ],
+)
+def test_packages_are_those_of_the_lock(
+    tmp_path: Path, installed: list[tuple[str, str]], says: list[tuple[str, str]]
+) -> None:
+    files = {
+        path: data for name, version in installed for path, data in package(name, version).items()
+    }
+    assert judge("pins", read(save(tmp_path / "image.tar", files)), numpy="2.4.6") == says
+
+
+def test_what_setuptools_bundles_is_not_installed(tmp_path: Path) -> None:
+    bundled = package("zipp", "3", site=f"{SITE}/setuptools/_vendor")
+    assert judge("pins", read(save(tmp_path / "image.tar", bundled))) == []
+
+
+def test_a_package_that_a_later_layer_removed_is_not_installed(tmp_path: Path) -> None:
+    removal = {f"{SITE}/.wh.zipp-3.dist-info": b""}
+    assert judge("pins", read(save(tmp_path / "image.tar", package("zipp", "3"), removal))) == []
+
+
+@pytest.mark.parametrize(
+    ("sbom", "says"),
+    [
+        ({"numpy": "2", "attnimg": "0.1.0"}, []),
+        ({"numpy": "2+cpu", "attnimg": "0.1.0"}, []),
+        ({"numpy": "3", "attnimg": "0.1.0"}, [("numpy", "3")]),
+        ({"attnimg": "0.1.0"}, [("numpy", "nothing")]),
+        ({"numpy": "2", "attnimg": "0.1.0", "x": "1"}, [("x", "1")]),
+    ],
+)
+def test_the_sbom_is_compared_with_the_lock(
+    tmp_path: Path, sbom: dict[str, str], says: list[tuple[str, str]]
+) -> None:
+    made = replace(read(save(tmp_path / "image.tar", {"a": b"a"})), sbom=sbom)
+    assert judge("sbom", made, numpy="2") == says
+
+
+def test_a_package_without_a_licence_is_refused(tmp_path: Path) -> None:
+    files = package("silent", "1", licence="") | package("told", "1")
+    assert [file for file, _ in judge("licences", read(save(tmp_path / "image.tar", files)))] == [
+        "silent"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("headers", "licence"),
+    [
+        ("License-Expression: Apache-2.0\nLicense: something", "Apache-2.0"),
+        ("License: MIT License\n        Copyright 2020", "MIT License"),
+        ("Classifier: License :: OSI Approved :: BSD License", "BSD License"),
+        ("Classifier: License :: Other/Proprietary License", "Other/Proprietary License"),
+        ("License: UNKNOWN", ""),
+    ],
+)
+def test_a_licence_is_read_wherever_it_is_stated(
+    tmp_path: Path, headers: str, licence: str
+) -> None:
+    text = f"Metadata-Version: 2.1\nName: x\nVersion: 1\n{headers}\n"
+    made = read(save(tmp_path / "image.tar", {f"{SITE}/x-1.dist-info/METADATA": text}))
+    assert [one.licence for one in made.distributions] == [licence]
+
+
+@pytest.mark.parametrize(
+    ("arch", "code", "yes"),
+    [
+        ("sm_90a", "sm_90a", True), ("sm_90a", "sm_90", True), ("sm_90a", "sm_80", False),
+        ("sm_86", "sm_80", True), ("sm_80", "sm_86", False), ("sm_103", "sm_100f", True),
+        ("sm_103", "sm_100a", False), ("sm_121", "sm_120", True), ("sm_120", "sm_100", False),
+        ("sm_120", "compute_90", True), ("sm_120", "compute_90a", False),
+        ("sm_120", "compute_100f", False), ("sm_80", "compute_90", False),
+        ("gfx942", "gfx942", True), ("gfx942", "gfx90a", False), ("sm_90a", "lto_90", False),
+    ],
+)  # fmt: skip
+def test_which_device_runs_which_code(arch: str, code: str, yes: bool) -> None:
+    assert runs(arch, code) is yes
+
+
+def oci(path: Path, layer: bytes) -> Path:
+    """Write an OCI archive with one layer, as other tools than Docker do."""
+    blobs: dict[str, bytes] = {}
+
+    def put(data: bytes) -> dict[str, object]:
+        digest = hashlib.sha256(data).hexdigest()
+        blobs[f"blobs/sha256/{digest}"] = data
+        return {"digest": f"sha256:{digest}", "size": len(data)}
+
+    config = put(json.dumps({"config": {}, "history": []}).encode())
+    manifest = put(json.dumps({"config": config, "layers": [put(layer)]}).encode())
+    index = put(json.dumps({"manifests": [manifest]}).encode())
+    blobs["index.json"] = json.dumps({"manifests": [index]}).encode()
+    with tarfile.open(path, "w") as tar:
+        for name, data in blobs.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+@pytest.mark.parametrize(
+    "squeeze", [bytes, gzip.compress, zstandard.compress], ids=["plain", "gzip", "zstd"]
+)
+def test_an_oci_archive_is_read_whatever_its_layers_are_compressed_with(
+    tmp_path: Path, squeeze
+) -> None:
+    save(tmp_path / "docker.tar", {"root/key": KEY})
+    with tarfile.open(tmp_path / "docker.tar") as tar:
+        layer = tar.extractfile("layer0.tar")
+        assert layer is not None
+        made = oci(tmp_path / "oci.tar", squeeze(layer.read()))
+    assert [file for file, _ in judge("secrets", read(made))] == ["root/key"]
+
+
+def test_an_unpacked_image_is_read_as_one_layer(tmp_path: Path) -> None:
+    (tmp_path / "root/.ssh").mkdir(parents=True)
+    (tmp_path / "root/.ssh/id_rsa").write_text(KEY)
+    made = read(tmp_path)
+    assert len(judge("secrets", made)) == 2
+    assert "only an archive has layers" in gate_named("size").unjudged(
+        made, Promise(plan=PLAN, pins={})
+    )
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"no archive", gzip.compress(b"x" * 600)], ids=["empty", "text", "compressed"]
+)
+def test_what_is_no_image_is_refused_with_a_way_out(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "image.tar").write_bytes(content)
+    with pytest.raises(AttnimgError) as caught:
+        read(tmp_path / "image.tar")
+    assert (caught.value.code, "docker save" in caught.value.do) == ("bad-archive", True)
+
+
+def test_an_archive_that_was_cut_off_is_refused(tmp_path: Path) -> None:
+    whole = save(tmp_path / "image.tar", {"a": bytes(100_000)}).read_bytes()
+    (tmp_path / "image.tar").write_bytes(whole[:40_000])
+    with pytest.raises(AttnimgError, match="can't be read as an image"):
+        read(tmp_path / "image.tar")
+
+
+def test_a_folder_without_wheels_is_no_wheelhouse(tmp_path: Path) -> None:
+    with pytest.raises(AttnimgError, match="is no wheelhouse"):
+        read_wheelhouse(tmp_path, over=None, say=lambda _: None)
+
+
+def test_an_allowance_takes_its_finding_away_and_says_why(tmp_path: Path) -> None:
+    made = read(save(tmp_path / "image.tar", {"usr/lib/libx.a": b"x", "opt/liby.a": b"y"}))
+    allowed = Allowance(gate="layers", file="usr/*.a", found="static", reason="gcc links it")
+    promise = Promise(plan=PLAN, pins={})
+    (verdict,) = judging.judged(made, promise, [gate_named("layers")], [allowed])
+    assert [f.file for f in verdict.findings] == ["opt/liby.a"]
+    assert [(f.file, why) for f, why in verdict.allowed] == [("usr/lib/libx.a", "gcc links it")]
+
+
+def test_every_allowance_is_of_a_gate_that_exists_and_has_a_reason() -> None:
+    for allowance in RECIPES.allowed:
+        assert allowance.gate in gate_names()
+        assert re.search(r"\w{3}.*\w{3}", allowance.reason)
+
+
+def test_every_image_names_every_gate() -> None:
+    for image in RECIPES.images.values():
+        assert set(image.gates) == gate_names()
+
+
+def test_a_report_says_found_needed_and_what_to_do() -> None:
+    finding = Finding(gate="pins", file="numpy", found="3", needed="2", do="make lock")
+    verdict = judging.Verdict(gate="pins", findings=(finding,))
+    made = Artifact(
+        source="x.tar", kind="image", layers=(), files=(), distributions=(), env={}, sums={}
+    )
+    text = judging.report("cpu", made, [verdict])
+    assert "FAILED: 1 finding" in text
+    assert "why: found 3; needed 2" in text
+    assert "do:  make lock" in text
+    assert json.loads(judging.report_json("cpu", made, [verdict]))["passed"] is False
+
+
+def test_each_gate_describes_itself_in_the_page() -> None:
+    page = (ROOT / "docs/gates.md").read_text()
+    assert re.findall(r"^## `([\w-]+)`", page, re.MULTILINE) == [gate.name for gate in all_gates()]
