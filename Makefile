@@ -92,7 +92,7 @@ unit/%: base ## Compile one real unit of flash-attn for attnimg:%, 5 minutes
 	@PROGRESS=plain docker/build.py $* --stage flash-attn-unit
 
 fa4-kernels/%: base .venv/ready ## Compile FlashAttention-4's kernels for attnimg:% into dist/, 10 minutes an architecture
-	@PROGRESS=plain docker/build.sh $* fa4-kernels
+	@PROGRESS=plain docker/build.py $* --stage fa4-kernels
 	@rm -rf dist/fa4-kernels-$* && mkdir -p dist docs/built
 	@id=$$(docker create attnimg-fa4-kernels:$* none) && \
 	  docker cp -q "$$id:/opt/attnimg/fa4" dist/fa4-kernels-$* && docker rm "$$id" >/dev/null
@@ -128,6 +128,7 @@ matrix/%: ## Print what CI runs as JSON: matrix/images, matrix/gpu, matrix/untes
 push/%: .venv/ready ## Push attnimg:% to REGISTRY=host/name/
 	@: "$${REGISTRY:?set REGISTRY, with its slash: make $@ REGISTRY=host/name/}"
 	@$(BIN)/python -m recipes publish $*
+	@$(MAKE) gate/$*
 	docker tag attnimg:$* $(REGISTRY)attnimg:$*
 	docker push $(REGISTRY)attnimg:$*
 

@@ -49,7 +49,7 @@ def wheels(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     for number, name in (("2", "flash-attn"), ("4", "flash-attn-4"), ("stock", "flash-attn")):
         temp = folder / number
         temp.mkdir()
-        # Only what has no CUDA: build_kernel.py's own environment for the rest.
+        # Only what has no CUDA: kernel/build.py's own environment for the rest.
         env = {key: value for key, value in facts.items() if key.startswith("FLASH_ATTN")}
         env["FLASH_ATTN_ENV"] = (
             "FLASH_ATTENTION_SKIP_CUDA_BUILD=TRUE FLASH_ATTENTION_FORCE_BUILD=TRUE"
