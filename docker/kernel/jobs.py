@@ -15,6 +15,14 @@ _OUT_OF_MEMORY = re.compile(
     r"died due to signal 9|Killed signal|\bKilled$|SIGKILL|signal 9\b|bad_alloc|"
     r"[Cc]annot allocate memory|virtual memory exhausted|[Oo]ut of memory"
 )
+# The limit and the use of a cgroup, of version 2 and of version 1.
+CGROUPS = (
+    (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")),
+    (
+        Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
+        Path("/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+    ),
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,10 +56,9 @@ def memory_bytes() -> int:
     """Give the memory that is free: the machine's, or less where a cgroup sets a limit."""
     lines = Path("/proc/meminfo").read_text().splitlines()
     free = next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable"))
-    limit = Path("/sys/fs/cgroup/memory.max")
-    if limit.exists() and (text := limit.read_text().strip()) != "max":
-        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
-        return min(free, max(0, int(text) - used))
+    for limit, used in CGROUPS:
+        if limit.exists() and (text := limit.read_text().strip()) != "max":
+            free = min(free, max(0, int(text) - int(used.read_text())))
     return free
 
 

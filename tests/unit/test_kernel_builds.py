@@ -13,50 +13,15 @@ import pytest
 
 BUILD = Path(__file__).resolve().parents[2] / "docker/kernel/build.py"
 
-# Builds three units in MAX_JOBS processes, as ninja does, and keeps the objects that are done.
-SETUP = """
-import os, subprocess, sys
-from concurrent.futures import ThreadPoolExecutor
-from setuptools import setup
-
-def compile(unit):
-    if not os.path.exists(unit + ".o"):
-        code = subprocess.run([sys.executable, "cc.py", unit]).returncode
-        if code:
-            sys.exit(f"'cc' died due to signal {-code} (Kill signal)")
-
-if "bdist_wheel" in sys.argv:
-    with ThreadPoolExecutor(int(os.environ["MAX_JOBS"])) as pool:
-        list(pool.map(compile, ["a", "b", "c"]))
-setup(name="toy", version=os.environ.get("TOY_VERSION", "1"), py_modules=["toy"])
-"""
-
-# Dies as a compiler does that the kernel kills, when more than MOST of it run.
-COMPILER = """
-import os, pathlib, signal, sys, time
-unit = sys.argv[1]
-running = pathlib.Path(f"{unit}.running")
-running.touch()
-time.sleep(0.2)
-alive = len(list(pathlib.Path(".").glob("*.running")))
-time.sleep(0.3)
-running.unlink()
-if alive > int(os.environ["MOST"]):
-    os.kill(os.getpid(), signal.SIGKILL)
-with open("compiled.txt", "a") as log:
-    log.write(unit)
-pathlib.Path(unit + ".o").touch()
-"""
+TOY = Path(__file__).resolve().parents[1] / "fixtures/toy_kernel"
 
 
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
     """Lay out a project."""
     tree = tmp_path / "tree"
-    (tree / "stub").mkdir(parents=True)
-    (tree / "toy.py").write_text("answer = 41\n")
-    (tree / "setup.py").write_text(SETUP)
-    (tree / "cc.py").write_text(COMPILER)
+    shutil.copytree(TOY, tree)
+    (tree / "stub").mkdir()
     return tree
 
 
@@ -67,7 +32,7 @@ def build(tree: Path, **env: str) -> subprocess.CompletedProcess[str]:
         "PATCHES": str(tree.parent / "patches"),
         "TMPDIR": str(tree.parent),
     }
-    facts = {"TOY": "1", "TOY_KEY": "abcd", "TOY_JOB_GB": "0.1", "MOST": "9"}
+    facts = {"TOY": "1", "TOY_KEY": "abcd", "TOY_JOB_GB": "0.1"}
     return subprocess.run(
         [sys.executable, str(BUILD), "toy", str(tree)],
         env={**os.environ, **places, **facts, **env},
