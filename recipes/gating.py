@@ -61,7 +61,7 @@ def _read(image: Path | None, wheels: Path | None) -> Artifact:
     if image is None and wheels is None:
         raise AttnimgError(
             "there is nothing to judge",
-            why="found neither --archive, nor --root, nor --wheels",
+            why="found neither --archive, nor --unpacked, nor --wheels",
             do="make gate/NAME ARCHIVE=FILE, or WHEELS=dist/NAME",
         )
     below = read_image(image, say=_say) if image else None

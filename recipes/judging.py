@@ -84,7 +84,8 @@ def report(name: str, artifact: Artifact, verdicts: Iterable[Verdict]) -> str:
     """Write a line for each gate, and each finding in three parts."""
     lines = [f"{name}: {artifact.source}, {len(artifact.files)} files"]
     for verdict in verdicts:
-        says = "passed" if not verdict.findings else f"FAILED: {len(verdict.findings)} findings"
+        count = len(verdict.findings)
+        says = f"FAILED: {count} finding{'s' if count > 1 else ''}" if count else "passed"
         if verdict.unjudged:
             says = f"not judged: {verdict.unjudged}"
         extra = f" ({len(verdict.allowed)} allowed)" if verdict.allowed else ""

@@ -129,7 +129,7 @@ class View:
 
 def view_of(artifact: Artifact) -> View:
     """Lay out an artifact for the loader; start Python and `import torch` in it."""
-    seen = [file for file in artifact.files if file.visible]
+    seen = [file for file in (*artifact.below, *artifact.files) if file.visible]
     elves = {file.path: file.elf for file in seen if file.elf and file.elf.machine == "EM_X86_64"}
     links = {f.path: f.target for f in seen if f.kind == "link"}
     links |= {f.path: f"/{f.target}" for f in seen if f.kind == "hardlink"}

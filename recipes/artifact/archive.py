@@ -87,6 +87,12 @@ def read_archive(
     return tuple(layers), tuple(files), config
 
 
+def archive_kind(path: Path) -> str:
+    """Name an archive's kind as other tools do: docker-archive, or oci-archive."""
+    with opened(path) as tar:
+        return "docker-archive" if "manifest.json" in tar.getnames() else "oci-archive"
+
+
 def stage_of(made: dict[str, Any]) -> str:
     """Name the stage of the Dockerfile that made a layer."""
     command = str(made.get("created_by", ""))

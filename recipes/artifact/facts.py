@@ -127,11 +127,12 @@ class Artifact:
 
     Attributes:
         source: the file or folder that was read, as people name it.
-        files: of all layers, in order; those of `root` too where wheels were laid over one.
+        files: of all layers, in order.
         distributions: those that a container sees.
         env: variables of the image's configuration.
         sums: wheel -> whether its hash is that of SHA256SUMS; a wheelhouse alone.
         manifest: what the wheelhouse says of itself; None elsewhere.
+        below: what a container sees of the image that a wheelhouse is laid over.
         sbom: package -> version as an SBOM tool found it; None where it was not asked.
     """
 
@@ -143,4 +144,5 @@ class Artifact:
     env: Mapping[str, str]
     sums: Mapping[str, bool]
     manifest: Mapping[str, object] | None = None
+    below: tuple[File, ...] = ()
     sbom: Mapping[str, str] | None = None

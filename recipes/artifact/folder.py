@@ -37,15 +37,12 @@ def read_folder(root: Path) -> tuple[Layer, tuple[File, ...]]:
     return Layer(name="folder", made_by="", bytes=total), files
 
 
-def read_wheels(
-    folder: Path, *, site: str, first: int
-) -> tuple[tuple[Layer, ...], tuple[File, ...]]:
+def read_wheels(folder: Path, *, site: str) -> tuple[tuple[Layer, ...], tuple[File, ...]]:
     """Read every wheel of a folder as a layer of what it installs.
 
     Args:
         folder: of *.whl.
         site: the path of site-packages that they are laid into; empty for none.
-        first: the index of the first one's layer.
 
     Raises:
         AttnimgError: there is none, or one is no wheel.
@@ -56,7 +53,7 @@ def read_wheels(
             f"{folder} is no wheelhouse", why="found no *.whl in it", do="make wheels/NAME"
         )
     layers, files = [], []
-    for place, wheel in enumerate(wheels, start=first):
+    for place, wheel in enumerate(wheels):
         try:
             with zipfile.ZipFile(wheel) as archive:
                 files += [read_entry(entry, layer=place) for entry in _zipped(archive, site)]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -49,22 +48,19 @@ def read_wheelhouse(folder: Path, *, over: Artifact | None, say: Say) -> Artifac
         AttnimgError: there is no wheel in it.
     """
     say(f"wheels {folder}")
-    below = over.files if over else ()
-    layers, files = read_wheels(
-        folder, site=site_packages(over), first=len(over.layers) if over else 0
-    )
+    layers, files = read_wheels(folder, site=site_packages(over))
     sums, manifest = read_sums(folder)
     laid = {file.path for file in files}
-    below = tuple(replace(f, visible=False) if f.path in laid else f for f in below)
     return Artifact(
         source=folder.name,
         kind="wheels",
-        layers=(*(over.layers if over else ()), *layers),
-        files=(*below, *files),
+        layers=layers,
+        files=files,
         distributions=distributions(files),
         env={},
         sums=sums,
         manifest=manifest,
+        below=tuple(f for f in over.files if f.visible and f.path not in laid) if over else (),
     )
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from attnimg.errors import AttnimgError
+from recipes.artifact.archive import archive_kind
 from recipes.artifact.distributions import canonical
 
 
@@ -32,7 +33,7 @@ def write_sbom(image: Path, out: Path) -> dict[str, str] | None:
     program = Path(sys.executable).parent / "syft"
     if not program.exists():
         return None
-    kind = "dir" if image.is_dir() else "docker-archive"
+    kind = "dir" if image.is_dir() else archive_kind(image)
     # It would ask its maker's server for a newer version.
     env = {**os.environ, "SYFT_CHECK_FOR_APP_UPDATE": "false"}
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -46,7 +47,7 @@ def write_sbom(image: Path, out: Path) -> dict[str, str] | None:
             code="no-sbom",
             exit_code=1,
         )
-    components = json.loads(out.read_text(encoding="utf-8"))["components"]
+    components = json.loads(out.read_text(encoding="utf-8")).get("components", [])
     return {
         canonical(one["name"]): one["version"]
         for one in components

@@ -76,7 +76,7 @@ def _floor(artifact: Artifact, promise: Promise) -> dict[str, Version]:
 
 def _library(artifact: Artifact, name: str) -> File | None:
     """Find a library of the system by its soname."""
-    for file in artifact.files:
+    for file in (*artifact.files, *artifact.below):
         system = file.path.startswith(("usr/lib/", "lib/"))
         if system and file.visible and file.elf and file.elf.soname == name:
             return file

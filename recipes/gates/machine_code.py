@@ -3,7 +3,8 @@
 A kernel's files hold the architectures of its recipe and no other: a missing one means "no kernel
 image is available" on a promised GPU, an extra one is weight that nothing runs, and PTX hides
 that machine code is missing. torch holds what recipes/torch.toml says. Whatever else has GPU code
-has some that runs on every architecture of the image. An image for `cpu` has none at all.
+has some that runs on every architecture of the image; what was compiled ahead of time into a folder
+sm_90, on 9.0. An image for `cpu` has none at all.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ def judge(artifact: Artifact, promise: Promise) -> tuple[Finding, ...]:
         for file in files:
             if file.elf and file.elf.codes:
                 faults += _against(file, owner=owner, step=steps.get(owner), promise=promise)
-    if artifact.kind != "wheels":
-        faults += _torch(found.get("torch", []), promise)
+    if "torch" in found:
+        faults += _torch(found["torch"], promise)
     return tuple(faults)
 
 
@@ -81,19 +82,33 @@ def _against(file: File, *, owner: str, step: Step | None, promise: Promise) -> 
     elif image.accelerator == "cpu":
         yield _finding(file.path, _text(codes), "no GPU code in a cpu image", "prune it")
     elif owner != "torch":
-        for arch in image.archs:
-            if not any(runs(arch, code) for code in codes):
-                do = f"prune it where no GPU of {image.name} loads it, or build it for {arch}"
-                yield _finding(file.path, _text(codes), f"code that {arch} runs", do)
+        for arch in _promised(file.path, owner, image.archs, codes):
+            do = f"prune it where no GPU of {image.name} loads it, or build it for {arch}"
+            yield _finding(file.path, _text(codes), f"code that {arch} runs", do)
+
+
+def _promised(
+    path: str, owner: str, archs: tuple[str, ...], codes: frozenset[str]
+) -> tuple[str, ...]:
+    """Give the architectures that a file should serve and does not.
+
+    A package serves all of the image's. What belongs to none, kernels that were compiled ahead of
+    time, serves the one of the folder it is in (sm_90), or any.
+    """
+    if owner:
+        return tuple(arch for arch in archs if not any(runs(arch, code) for code in codes))
+    folders = re.findall(r"(?:^|/)(sm_\d+[af]?|gfx[0-9a-f]+)(?=/)", path)
+    wanted = folders[-1:] or archs
+    served = [arch for arch in wanted if any(runs(arch, code) for code in codes)]
+    return () if served else tuple(wanted)
 
 
 def _torch(files: list[File], promise: Promise) -> Iterator[Finding]:
     """Judge torch as a whole: some of its libraries are for some architectures alone."""
     has = {code for file in files if file.elf for code in file.elf.codes}
-    for arch in promise.torch_archs:
-        if arch not in has:
-            do = "correct `archs` in recipes/torch.toml, or install the build that it describes"
-            yield _finding("torch", _text(has), f"{arch}, as recipes/torch.toml says", do)
+    if lacks := set(promise.torch_archs) - has:
+        do = "correct `archs` in recipes/torch.toml, or install the build that it describes"
+        yield _finding("torch", _text(has), f"{_text(lacks)} too, as recipes/torch.toml says", do)
     if promise.plan.image.accelerator != "cpu":
         for arch in promise.plan.image.archs:
             if not any(runs(arch, code) for code in has):

@@ -17,7 +17,7 @@ def unjudged(artifact: Artifact, promise: Promise) -> str:
     """A folder has no layers; a wheelhouse has no budget of its own."""
     if isinstance(promise.plan.image.size_max_mb, Unresolved):
         return f"size_max_mb is unresolved: {promise.plan.image.size_max_mb.reason}"
-    return "" if artifact.kind == "image" else "only an archive has layers: give one with --archive"
+    return "" if artifact.kind == "image" else "only an archive has layers: give one with ARCHIVE="
 
 
 def judge(artifact: Artifact, promise: Promise) -> tuple[Finding, ...]:

@@ -26,19 +26,18 @@ _DEBIAN = re.compile(r"(usr/)?s?bin/|(usr/)?lib(64|exec)?/(?!.*python3)")
 
 def unjudged(artifact: Artifact, promise: Promise) -> str:
     """Symbols can be found only where the libraries are."""
-    if any(file.path.endswith("/libc.so.6") for file in artifact.files):
+    if any(file.path.endswith("/libc.so.6") for file in (*artifact.files, *artifact.below)):
         return ""
-    return "there is no image to look for symbols in: give one with --root or --archive"
+    return "there is no image to look for symbols in: give one with ARCHIVE="
 
 
 def judge(artifact: Artifact, promise: Promise) -> tuple[Finding, ...]:
     """Resolve every shared library and program of the artifact."""
     view = view_of(artifact)
-    # Of wheels laid over an image, the image's own files are not judged again.
-    laid = {f.path for f in artifact.files if artifact.layers[f.layer].name.endswith(".whl")}
+    below = {file.path for file in artifact.below}
     faults: list[Finding] = []
     for path, elf in view.elves.items():
-        if _DEBIAN.match(path) or (artifact.kind == "wheels" and path not in laid):
+        if path in below or _DEBIAN.match(path):
             continue
         # Without its libraries, most of a file's symbols are undefined.
         faults += [*_libraries(path, elf, view)] or [*_symbols(path, elf, view)]

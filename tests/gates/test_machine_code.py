@@ -81,7 +81,7 @@ def test_a_kernel_has_its_recipe_s_machine_code(
 ) -> None:
     files = package("flash-attn", "2.8.3.post2", ext__so=cuda(codes))
     faults = judge("machine-code", "hopper", save(tmp_path / "image.tar", files))
-    texts = [f"{f.file}: found {f.found}; needed {f.needed}" for f in faults if f.file != "torch"]
+    texts = [f"{f.file}: found {f.found}; needed {f.needed}" for f in faults]
     assert (texts == []) == (says is None)
     assert says is None or any(says in text and FILE in text for text in texts)
 
@@ -96,6 +96,49 @@ def test_a_library_that_no_promised_gpu_runs_is_refused(cuda, judge, tmp_path: P
     image = save(tmp_path / "image.tar", package("other", "1", old__so=cuda("sm_75")))
     faults = [f for f in judge("machine-code", "hopper", image) if f.file.endswith("old.so")]
     assert [(f.found, f.needed) for f in faults] == [("sm_75", "code that sm_90a runs")]
+
+
+@pytest.mark.parametrize(
+    ("codes", "lacks"),
+    [
+        pytest.param("sm_75 sm_80 sm_86 sm_90 sm_100 sm_120", [], id="as its release has it"),
+        pytest.param(
+            "sm_75 sm_80 sm_86 sm_90 sm_90a sm_100 sm_120", [], id="some kernels have more"
+        ),
+        pytest.param(
+            "sm_75 sm_80 sm_86 sm_90 sm_120",
+            ["sm_100 too, as recipes/torch.toml says"],
+            id="another release",
+        ),
+        pytest.param(
+            "sm_75 sm_80",
+            ["sm_86 sm_90 sm_100 sm_120 too, as recipes/torch.toml says", "code that sm_90a runs"],
+            id="nothing for the image's GPU",
+        ),
+    ],
+)
+def test_torch_has_the_machine_code_of_its_release(
+    cuda, judge, tmp_path: Path, codes: str, lacks: list[str]
+) -> None:
+    image = save(tmp_path / "image.tar", package("torch", "2.14.1", libtorch_cuda__so=cuda(codes)))
+    assert [f.needed for f in judge("machine-code", "hopper", image)] == lacks
+
+
+@pytest.mark.parametrize(
+    ("place", "says"),
+    [
+        pytest.param("opt/attnimg/fa4/sm_90/key/fwd/a.cubin", [], id="in its own folder"),
+        pytest.param("opt/other/a.cubin", [], id="in no architecture's folder"),
+        pytest.param(
+            "opt/attnimg/fa4/sm_100/key/fwd/a.cubin", ["code that sm_100 runs"], id="in another's"
+        ),
+    ],
+)
+def test_what_was_compiled_ahead_of_time_is_for_its_folder(
+    cuda, judge, tmp_path: Path, place: str, says: list[str]
+) -> None:
+    image = save(tmp_path / "image.tar", {place: cuda("sm_90a", "-cubin")})
+    assert [f.needed for f in judge("machine-code", "hopper", image)] == says
 
 
 def test_a_cpu_image_has_no_gpu_code(cuda, judge, tmp_path: Path) -> None:
