@@ -33,6 +33,7 @@ EVERY_IMAGE = (
     ("numpy/**/lib/*.a", "static libraries for extensions in C"),
     ("pyarrow/libarrow*.so", "a copy of lib*.so.N for linking; wheels hold no links"),
     ("pyarrow/libarrow*.so.*.*.*", "another copy of it"),
+    ("torchao/_C_mxfp8*.so", "for sm_100; the one image with torchao, hopper, is not"),
     ("pyarrow/include", "headers"),
     ("pyarrow/src", "C++ sources"),
 )

@@ -43,6 +43,8 @@ _WASTE = (
 _PATTERNS = tuple((what, re.compile(path), do) for what, path, do in _WASTE)
 _HIDDEN_BYTES = 1_000_000
 _SETID = 0o6000
+# glibc's libpthread.a and others are there to be named alone (bytes).
+_EMPTY_ARCHIVE = 8
 
 
 def judge(artifact: Artifact, promise: Promise) -> tuple[Finding, ...]:
@@ -52,7 +54,7 @@ def judge(artifact: Artifact, promise: Promise) -> tuple[Finding, ...]:
 
 
 def _faults(file: File, again: set[str], artifact: Artifact) -> Iterator[Finding]:
-    if file.kind == "file" and file.bytes:
+    if file.kind == "file" and file.bytes > _EMPTY_ARCHIVE:
         for what, pattern, do in _PATTERNS:
             if pattern.fullmatch(file.path):
                 yield _finding(

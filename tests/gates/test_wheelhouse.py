@@ -77,6 +77,18 @@ def test_a_wheelhouse_of_another_recipe_is_refused(
     assert says in {f.found for f in judge("pins", "hopper", made)}
 
 
+def test_a_wheel_for_a_newer_c_library_than_the_base_s_is_refused(
+    judge, gcc, tmp_path: Path
+) -> None:
+    gcc("void gets(void) {}", soname="libc.so.6", versions="GLIBC_2.38 { gets; };")
+    calls = "void gets(void); void run(void) { gets(); }"
+    ext = gcc(calls, "-l:libc.so.6", soname="ext.so")
+    faults = judge("floor", "hopper", house(tmp_path / "wheels", ext))
+    assert [(f.found, f.needed) for f in faults] == [
+        ("GLIBC 2.38", "at most 2.36, which the base has")
+    ]
+
+
 def test_wheels_that_changed_or_are_missing_are_refused(judge, gcc, tmp_path: Path) -> None:
     house(tmp_path / "wheels", gcc("int x;", soname="ext.so"))
     with (tmp_path / "wheels" / WHEEL).open("ab") as wheel:

@@ -61,6 +61,7 @@ def judge(
         (f"{SITE}/numpy/_core/tests/test_dtype.py", "a test of a dependency"),
         (f"{SITE}/numpy/tests/conftest.py", "a test of a dependency"),
         ("tmp/flash_attn.whl", "a package archive"),
+        ("usr/lib/x86_64-linux-gnu/libx.a", "a static library"),
         (f"{SITE}/numpy/testing/overrides.py", None),
         (f"{SITE}/pytest/__init__.py", None),
         ("opt/attnimg/inside/test_packages.py", None),
@@ -69,7 +70,7 @@ def judge(
     ],
 )  # fmt: skip
 def test_what_no_run_reads_is_refused(tmp_path: Path, path: str, says: str | None) -> None:
-    faults = judge("layers", read(save(tmp_path / "image.tar", {path: b"content"})))
+    faults = judge("layers", read(save(tmp_path / "image.tar", {path: b"some content"})))
     assert [(file, found.partition(" of ")[0]) for file, found in faults] == (
         [(path, says.partition(" of ")[0])] if says else []
     )
@@ -79,11 +80,11 @@ def test_what_no_run_reads_is_refused(tmp_path: Path, path: str, says: str | Non
     "deletion", ["root/.cache/.wh.pip", "root/.wh..cache", "root/.cache/.wh..wh..opq"]
 )
 def test_a_cache_that_a_later_layer_deletes_still_ships(tmp_path: Path, deletion: str) -> None:
-    image = save(tmp_path / "image.tar", {"root/.cache/pip/x": b"wheel"}, {deletion: b""})
+    image = save(tmp_path / "image.tar", {"root/.cache/pip/x": b"a wheel of many"}, {deletion: b""})
     ((file, found),) = judge("layers", read(image))
     assert (file, found) == (
         "root/.cache/pip/x",
-        "a cache of a package manager of 5 bytes in layer 1 (runtime)",
+        "a cache of a package manager of 15 bytes in layer 1 (runtime)",
     )
 
 
@@ -355,7 +356,9 @@ def test_a_folder_without_wheels_is_no_wheelhouse(tmp_path: Path) -> None:
 
 
 def test_an_allowance_takes_its_finding_away_and_says_why(tmp_path: Path) -> None:
-    made = read(save(tmp_path / "image.tar", {"usr/lib/libx.a": b"x", "opt/liby.a": b"y"}))
+    made = read(
+        save(tmp_path / "image.tar", {"usr/lib/libx.a": b"a library", "opt/liby.a": b"a library"})
+    )
     allowed = Allowance(gate="layers", file="usr/*.a", found="static", reason="gcc links it")
     promise = Promise(plan=PLAN, pins={})
     (verdict,) = judging.judged(made, promise, [gate_named("layers")], [allowed])
