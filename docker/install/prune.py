@@ -51,6 +51,7 @@ CUDA_ONLY = (
     ("nvidia/nvshmem/lib/nvshmem_*.so*", "NVSHMEM's plugins for clusters; torch's NCCL does that"),
     ("nvidia/cu13/lib/libnvrtc*.alt.so*", "a second NVRTC, which nothing links"),
     ("nvidia/cu13/lib/libcusolverMg.so*", "cuSOLVER on several GPUs, which nothing links"),
+    ("nvidia/cu13/lib/libcufile_rdma.so*", "GPUDirect Storage over InfiniBand; needs libmlx5"),
     ("nvidia/cu13/lib/libcufftw.so*", "FFTW's interface, which nothing links"),
     ("nvidia/cu13/lib/libnvblas.so*", "BLAS to preload, which nothing links"),
     ("nvidia/cu13/lib/libnvperf_*.so", "metrics of Nsight; CUPTI's activities work without"),
@@ -58,6 +59,7 @@ CUDA_ONLY = (
     ("nvidia/cu13/lib/libcheckpoint.so", "the same"),
     ("triton/backends/nvidia/lib/cupti*", "triton.profiler, which no run starts"),
     ("triton/_C/libproton.so", "the same"),
+    ("triton/plugins", "examples of plugins, which ask for a libtriton that their folder lacks"),
     (
         "triton/backends/amd/lib",
         "device code for another vendor; the .py files stay, triton imports them",

@@ -5,27 +5,18 @@ Those that look into machine code and libraries need compilers: tests/gates.
 
 from __future__ import annotations
 
-import gzip
-import hashlib
-import io
-import json
-import re
-import tarfile
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import zstandard
 from small_image import SITE, Special, package, save
 
-from attnimg.errors import AttnimgError
-from recipes import judging
 from recipes.artifact.facts import Artifact
-from recipes.artifact.read import read_image, read_wheelhouse
+from recipes.artifact.read import read_image
 from recipes.artifact.secret_forms import secrets_in
-from recipes.facts import Allowance, Plan
-from recipes.gate_facts import Finding, Promise
-from recipes.gates import all_gates, gate_named, gate_names
+from recipes.facts import Plan
+from recipes.gate_facts import Promise
+from recipes.gates import gate_named
 from recipes.gates.machine_code import runs
 from recipes.read import read_recipes
 from recipes.solve import solve
@@ -286,110 +277,3 @@ def test_a_licence_is_read_wherever_it_is_stated(
 )  # fmt: skip
 def test_which_device_runs_which_code(arch: str, code: str, yes: bool) -> None:
     assert runs(arch, code) is yes
-
-
-def oci(path: Path, layer: bytes) -> Path:
-    """Write an OCI archive with one layer, as other tools than Docker do."""
-    blobs: dict[str, bytes] = {}
-
-    def put(data: bytes) -> dict[str, object]:
-        digest = hashlib.sha256(data).hexdigest()
-        blobs[f"blobs/sha256/{digest}"] = data
-        return {"digest": f"sha256:{digest}", "size": len(data)}
-
-    config = put(json.dumps({"config": {}, "history": []}).encode())
-    manifest = put(json.dumps({"config": config, "layers": [put(layer)]}).encode())
-    index = put(json.dumps({"manifests": [manifest]}).encode())
-    blobs["index.json"] = json.dumps({"manifests": [index]}).encode()
-    with tarfile.open(path, "w") as tar:
-        for name, data in blobs.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-    return path
-
-
-@pytest.mark.parametrize(
-    "squeeze", [bytes, gzip.compress, zstandard.compress], ids=["plain", "gzip", "zstd"]
-)
-def test_an_oci_archive_is_read_whatever_its_layers_are_compressed_with(
-    tmp_path: Path, squeeze
-) -> None:
-    save(tmp_path / "docker.tar", {"root/key": KEY})
-    with tarfile.open(tmp_path / "docker.tar") as tar:
-        layer = tar.extractfile("layer0.tar")
-        assert layer is not None
-        made = oci(tmp_path / "oci.tar", squeeze(layer.read()))
-    assert [file for file, _ in judge("secrets", read(made))] == ["root/key"]
-
-
-def test_an_unpacked_image_is_read_as_one_layer(tmp_path: Path) -> None:
-    (tmp_path / "root/.ssh").mkdir(parents=True)
-    (tmp_path / "root/.ssh/id_rsa").write_text(KEY)
-    made = read(tmp_path)
-    assert len(judge("secrets", made)) == 2
-    assert "only an archive has layers" in gate_named("size").unjudged(
-        made, Promise(plan=PLAN, pins={})
-    )
-
-
-@pytest.mark.parametrize(
-    "content", [b"", b"no archive", gzip.compress(b"x" * 600)], ids=["empty", "text", "compressed"]
-)
-def test_what_is_no_image_is_refused_with_a_way_out(tmp_path: Path, content: bytes) -> None:
-    (tmp_path / "image.tar").write_bytes(content)
-    with pytest.raises(AttnimgError) as caught:
-        read(tmp_path / "image.tar")
-    assert (caught.value.code, "docker save" in caught.value.do) == ("bad-archive", True)
-
-
-def test_an_archive_that_was_cut_off_is_refused(tmp_path: Path) -> None:
-    whole = save(tmp_path / "image.tar", {"a": bytes(100_000)}).read_bytes()
-    (tmp_path / "image.tar").write_bytes(whole[:40_000])
-    with pytest.raises(AttnimgError, match="can't be read as an image"):
-        read(tmp_path / "image.tar")
-
-
-def test_a_folder_without_wheels_is_no_wheelhouse(tmp_path: Path) -> None:
-    with pytest.raises(AttnimgError, match="is no wheelhouse"):
-        read_wheelhouse(tmp_path, over=None, say=lambda _: None)
-
-
-def test_an_allowance_takes_its_finding_away_and_says_why(tmp_path: Path) -> None:
-    made = read(
-        save(tmp_path / "image.tar", {"usr/lib/libx.a": b"a library", "opt/liby.a": b"a library"})
-    )
-    allowed = Allowance(gate="layers", file="usr/*.a", found="static", reason="gcc links it")
-    promise = Promise(plan=PLAN, pins={})
-    (verdict,) = judging.judged(made, promise, [gate_named("layers")], [allowed])
-    assert [f.file for f in verdict.findings] == ["opt/liby.a"]
-    assert [(f.file, why) for f, why in verdict.allowed] == [("usr/lib/libx.a", "gcc links it")]
-
-
-def test_every_allowance_is_of_a_gate_that_exists_and_has_a_reason() -> None:
-    for allowance in RECIPES.allowed:
-        assert allowance.gate in gate_names()
-        assert re.search(r"\w{3}.*\w{3}", allowance.reason)
-
-
-def test_every_image_names_every_gate() -> None:
-    for image in RECIPES.images.values():
-        assert set(image.gates) == gate_names()
-
-
-def test_a_report_says_found_needed_and_what_to_do() -> None:
-    finding = Finding(gate="pins", file="numpy", found="3", needed="2", do="make lock")
-    verdict = judging.Verdict(gate="pins", findings=(finding,))
-    made = Artifact(
-        source="x.tar", kind="image", layers=(), files=(), distributions=(), env={}, sums={}
-    )
-    text = judging.report("cpu", made, [verdict])
-    assert "FAILED: 1 finding" in text
-    assert "why: found 3; needed 2" in text
-    assert "do:  make lock" in text
-    assert json.loads(judging.report_json("cpu", made, [verdict]))["passed"] is False
-
-
-def test_each_gate_describes_itself_in_the_page() -> None:
-    page = (ROOT / "docs/gates.md").read_text()
-    assert re.findall(r"^## `([\w-]+)`", page, re.MULTILINE) == [gate.name for gate in all_gates()]
