@@ -2,10 +2,11 @@
 
     python simulated_gpu.py SET.json DEVICE
 
-Only the driver's answers are made up, and the launch is left out: tensors are real, though on the
-CPU, and attention is called as attnimg and transformers do, with autograd; no variable says what to
-compile for; shapes and the GPU's size are others than the build's. Nothing can be compiled: the
-first kernel that is not found ends the run. Prints JSON: entry -> loaded.
+Only the driver's answers are made up: tensors are real, though on the CPU, and attention is called
+as attnimg and transformers do, with autograd; no variable says what to compile for; shapes and the
+GPU's size are others than the build's. Nothing can be compiled: the first kernel that is not found
+ends the run. Each kernel's host code is run: it looks at its tensors, and refuses the first one for
+not being on a GPU. Prints JSON: entry -> whether it was loaded and did that.
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ def attend(call: Call, *, batch: int, tokens: int, kv_heads: int) -> None:
 
 
 def watched() -> dict[str, bool]:
-    """Note each look-up on disk; refuse to compile, and launch nothing."""
+    """Note each look-up on disk and how its kernel answers; refuse to compile."""
     from flash_attn.cute import interface
     from flash_attn.cute.cache_utils import JITPersistentCache
 
@@ -79,20 +80,27 @@ def watched() -> dict[str, bool]:
 
     def noted(cache: Any, key: Any) -> bool:
         name = f"{cache.cache_path.name}/{cache._key_to_hash(key)}.o"
-        found[name] = load(cache, key)
-        if not found[name]:
+        if not load(cache, key):
             sys.exit(f"simulated_gpu: {name} is not there")
-        return found[name]
+        found.setdefault(name, False)
+        return True
 
-    def no_launch(cache: Any, key: Any) -> Any:
-        assert key in cache.cache
-        return lambda *arguments: None
+    def refusing(cache: Any, key: Any) -> Any:
+        name, kernel = f"{cache.cache_path.name}/{cache._key_to_hash(key)}.o", cache.cache[key]
+
+        def launch(*arguments: Any) -> None:
+            try:
+                kernel(*arguments)
+            except ValueError as error:
+                found[name] = str(error).endswith("expected device_type=cuda")
+
+        return launch
 
     def no_compiler(*arguments: Any, **options: Any) -> None:
         sys.exit("simulated_gpu: it would compile")
 
     JITPersistentCache._try_load_from_storage = noted
-    JITPersistentCache.__getitem__ = no_launch
+    JITPersistentCache.__getitem__ = refusing
     interface.cute.compile = no_compiler
     return found
 
