@@ -109,6 +109,7 @@ def run(command: list[str], *, wheels_to: Path | None) -> int:
     code = subprocess.run([*command, f"--set=*.output=type=local,dest={part}"], check=False)
     if code.returncode == 0:
         shutil.rmtree(wheels_to, ignore_errors=True)
+        part.chmod(0o755)  # docker makes it for its own user alone
         part.rename(wheels_to)
         print(f"wheels: {wheels_to} has " + ", ".join(sorted(p.name for p in wheels_to.iterdir())))
     return code.returncode

@@ -127,7 +127,8 @@ def built(
 
     artifact = read_wheelhouse(wheels, over=None, say=lambda _: None)
     day = datetime.date.today().isoformat()
-    text = record(artifact.manifest or {}, codes_found(artifact), day=day, machine=machine)
+    codes, earlier = codes_found(artifact), read_records(root).get(name, {})
+    text = record(artifact.manifest or {}, codes, day=day, machine=machine, earlier=earlier)
     for path in write_all(root, {f"{BUILT}/{name}.json": text}):
         typer.echo(f"built: wrote {path}")
     render(root)

@@ -22,18 +22,41 @@ def record(
     *,
     day: str,
     machine: str,
+    earlier: Mapping[str, Any],
 ) -> str:
     """Write the record of a wheelhouse.
+
+    Where a build took its objects from the cache, its times say nothing: those of the earlier
+    record, which compiled them, are kept.
 
     Args:
         manifest: its manifest.json: each kernel with its time, jobs and bytes.
         codes: wheel -> library -> the machine code found in it.
         day: when it was built, YYYY-MM-DD.
         machine: what it was built on, in general words.
+        earlier: the record that this one replaces; empty for none.
     """
-    kernels = [{**kernel, "code": codes.get(kernel["wheel"], {})} for kernel in manifest["kernels"]]
+    before = {kernel["name"]: kernel for kernel in earlier.get("kernels", ())}
+    kernels = [
+        {
+            **kernel,
+            **_times(kernel, before.get(kernel["name"])),
+            "code": codes.get(kernel["wheel"], {}),
+        }
+        for kernel in manifest["kernels"]
+    ]
     told = {"image": manifest["image"], "abi": manifest["abi"], "day": day, "machine": machine}
     return json.dumps({**told, "kernels": kernels}, indent=1) + "\n"
+
+
+def _times(kernel: Mapping[str, Any], before: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Give the figures of the build that compiled a kernel's objects, where this one did not."""
+    reused = kernel.get("objects_reused", 0) > kernel.get("objects_compiled", 0)
+    same = before is not None and all(before[key] == kernel[key] for key in ("version", "trimmed"))
+    if before is None or not reused or not same:
+        return {}
+    kept = ("seconds", "cpu_seconds", "jobs", "attempts", "objects_compiled", "objects_reused")
+    return {key: before[key] for key in kept}
 
 
 def codes_found(wheelhouse: Artifact) -> dict[str, dict[str, list[str]]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import fields, is_dataclass
+from dataclasses import fields
 from graphlib import TopologicalSorter
 
 from attnimg.errors import AttnimgError
@@ -74,29 +74,37 @@ def refuse_unresolved(plan: Plan) -> None:
         )
 
 
-def cache_key(kernel: Kernel, archs: tuple[str, ...], *, abi: str) -> str:
-    """Name a kernel's wheel in a cache: the hash of all that goes into it.
+def cache_key(
+    kernel: Kernel, archs: tuple[str, ...], *, abi: str, env: Mapping[str, str] | None = None
+) -> str:
+    """Name a kernel's wheel in a cache: the hash of what goes into its build, and of no more.
 
-    What is compiled of it ahead of time does not: that is made with the wheel, later.
+    A reason that is worded anew, an architecture that another image adds, the small build: none of
+    these may cost hours of compiling.
 
     Args:
-        kernel: its whole recipe.
+        kernel: its recipe.
         archs: what it is built for; their order does not matter.
         abi: what the machine code is bound to.
+        env: its build environment.
     """
-    values = {item.name: _plain(getattr(kernel, item.name)) for item in fields(kernel)}
-    del values["ahead_of_time"]
-    recipe = {"kernel": values, "archs": sorted(archs), "abi": abi}
+    recipe = {
+        "source": [
+            kernel.version,
+            kernel.source,
+            str(kernel.sha256),
+            kernel.subdirectory,
+            list(kernel.paths),
+        ],
+        "submodules": dict(kernel.submodules),
+        "removed": [removal.path for removal in kernel.remove],
+        "patches": [patch.diff for patch in kernel.patches if not patch.name.startswith("trim/")],
+        "archs": {arch: [kernel.archs[arch].token, kernel.archs[arch].code] for arch in archs},
+        "abi": abi,
+        "env": dict(env or {}),
+    }
     text = json.dumps(recipe, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def _plain(value: object) -> object:
-    if is_dataclass(value) and not isinstance(value, type):
-        return {item.name: _plain(getattr(value, item.name)) for item in fields(value)}
-    if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _step(image: Image, choice: Choice, recipes: Recipes, *, abi: str) -> Step:
@@ -115,7 +123,7 @@ def _step(image: Image, choice: Choice, recipes: Recipes, *, abi: str) -> Step:
         codes=codes,
         env=env,
         prebuilt=_fitting(kernel, codes, abi=abi),
-        key=cache_key(kernel, archs, abi="" if kernel.abi == "python" else abi),
+        key=cache_key(kernel, archs, abi="" if kernel.abi == "python" else abi, env=env),
     )
 
 

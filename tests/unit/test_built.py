@@ -45,9 +45,36 @@ def test_a_cell(kernel: dict[str, object], says: str) -> None:
 def test_a_record_has_what_was_found_in_each_library() -> None:
     manifest = {"image": "hopper", "abi": "x", "kernels": [{"name": "a", "wheel": "a-1.whl"}]}
     codes = {"a-1.whl": {"a/_C.so": ["sm_90"]}}
-    made = json.loads(record(manifest, codes, day="2026-11-25", machine="2 cores"))
+    made = json.loads(record(manifest, codes, day="2026-11-25", machine="2 cores", earlier={}))
     assert made["kernels"] == [{"name": "a", "wheel": "a-1.whl", "code": codes["a-1.whl"]}]
     assert (made["day"], made["machine"], made["abi"]) == ("2026-11-25", "2 cores", "x")
+
+
+FIRST = {
+    "name": "a", "version": "1", "trimmed": False, "wheel": "a-1.whl", "seconds": 900,
+    "cpu_seconds": 1700, "jobs": 2, "attempts": 1, "objects_compiled": 13, "objects_reused": 0,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("again", "seconds"),
+    [
+        pytest.param(
+            {"objects_compiled": 0, "objects_reused": 13}, 900, id="one from the cache keeps them"
+        ),
+        pytest.param({"objects_compiled": 13}, 30, id="one that compiled anew has its own"),
+        pytest.param(
+            {"objects_compiled": 0, "objects_reused": 13, "trimmed": True},
+            30,
+            id="a small build does not take those of a whole one",
+        ),
+    ],
+)
+def test_times_are_those_of_the_build_that_compiled(again: dict[str, object], seconds: int) -> None:
+    manifest = {"image": "hopper", "abi": "x", "kernels": [{**FIRST, "seconds": 30, **again}]}
+    earlier = {"kernels": [FIRST]}
+    made = json.loads(record(manifest, {}, day="2026-11-25", machine="2 cores", earlier=earlier))
+    assert made["kernels"][0]["seconds"] == seconds
 
 
 def test_records_are_read_by_image(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from attnimg.errors import AttnimgError
-from recipes.facts import Choice, Image, Need, Prebuilt, Recipes, Removal, Unresolved
+from recipes.facts import Choice, Image, Kernel, Need, Prebuilt, Recipes, Removal, Unresolved
 from recipes.read import read_recipes
 from recipes.rules import reasons_against
 from recipes.solve import cache_key, refuse_unresolved, solve, solve_all
@@ -348,11 +348,41 @@ def test_changing_only_the_arch_list_changes_the_cache_key() -> None:
     )
 
 
-def test_a_changed_patch_changes_the_cache_key() -> None:
-    kernel = RECIPES.kernels["flash-attn"]
-    (patch, *rest) = kernel.patches
-    other = replace(kernel, patches=(replace(patch, diff=patch.diff + " "), *rest))
-    assert cache_key(kernel, ("sm_80",), abi="x") != cache_key(other, ("sm_80",), abi="x")
+FLASH = RECIPES.kernels["flash-attn"]
+PATCH, TRIM = FLASH.patches
+
+
+@pytest.mark.parametrize(
+    ("other", "same"),
+    [
+        pytest.param(
+            replace(FLASH, patches=(replace(PATCH, diff=PATCH.diff + " "), TRIM)),
+            False,
+            id="a changed patch changes the key",
+        ),
+        pytest.param(replace(FLASH, remove=()), False, id="so does a removal"),
+        pytest.param(replace(FLASH, sha256="0" * 64), False, id="so does another archive"),
+        pytest.param(
+            replace(FLASH, patches=(replace(PATCH, reason="better words"), TRIM)),
+            True,
+            id="a reason that is worded anew does not",
+        ),
+        pytest.param(replace(FLASH, patches=(PATCH,)), True, id="nor does the small build"),
+        pytest.param(
+            replace(FLASH, archs={**FLASH.archs, "sm_130": FLASH.archs["sm_120"]}),
+            True,
+            id="nor an architecture that another image adds",
+        ),
+    ],
+)
+def test_what_goes_into_a_build_names_its_wheel(other: Kernel, same: bool) -> None:
+    found = [cache_key(kernel, ("sm_80",), abi="x") for kernel in (FLASH, other)]
+    assert (found[0] == found[1]) == same
+
+
+def test_another_environment_changes_the_cache_key() -> None:
+    keys = [cache_key(FLASH, ("sm_80",), abi="x", env={"A": text}) for text in "12"]
+    assert keys[0] != keys[1]
 
 
 @pytest.mark.parametrize(
