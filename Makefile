@@ -96,7 +96,8 @@ fa4-kernels/%: base .venv/ready ## Compile FlashAttention-4's kernels for attnim
 	@rm -rf dist/fa4-kernels-$* && mkdir -p dist docs/built
 	@id=$$(docker create attnimg-fa4-kernels:$* none) && \
 	  docker cp -q "$$id:/opt/attnimg/fa4" dist/fa4-kernels-$* && docker rm "$$id" >/dev/null
-	@$(BIN)/python docker/fa4_cache/built.py dist/fa4-kernels-$*/manifest.json >docs/built/fa4-cache-$*.json
+	@$(BIN)/python -B docker/fa4_cache/built.py dist/fa4-kernels-$*/manifest.json \
+	  docker/fa4_cache/$*.json >docs/built/fa4-cache-$*.json
 	@echo "test them: FA4_KERNELS=dist/fa4-kernels-$* make test/fa4-cache"
 
 test/fa4-cache: .venv/ready build/fa4/ready ## Compile kernels of FlashAttention-4 without a GPU, and find them

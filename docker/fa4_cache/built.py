@@ -1,6 +1,8 @@
-"""Say in short what was compiled, where and when, for docs/built: the manifest without its entries.
+"""Say in short what was compiled, where and when: the record that docs/built keeps.
 
-python built.py MANIFEST
+    python built.py MANIFEST SET.json
+
+MANIFEST is build.py's; SET.json the image's whole set, of which it may be a part.
 """
 
 from __future__ import annotations
@@ -12,13 +14,17 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from kernel_set import KernelSet, read_set
 
-def in_short(manifest: dict[str, Any]) -> dict[str, Any]:
+
+def in_short(manifest: dict[str, Any], kernels: KernelSet) -> dict[str, Any]:
     """Count calls, and leave the names of entries to their common hash."""
+    wanted = {target.device: len([*kernels.calls_of(target)]) for target in kernels.targets}
     targets = {
         device: {
             **{key: value for key, value in target.items() if key not in ("entries", "calls")},
             "calls": len(target["calls"]),
+            "calls_in_set": wanted[device],
         }
         for device, target in manifest["targets"].items()
     }
@@ -37,5 +43,10 @@ def cpu() -> str:
     return names[0] if names else "an unknown CPU"
 
 
+def main(manifest: Path, set_file: Path) -> None:
+    """Print it as JSON."""
+    print(json.dumps(in_short(json.loads(manifest.read_text()), read_set(set_file)), indent=1))
+
+
 if __name__ == "__main__":
-    print(json.dumps(in_short(json.loads(Path(sys.argv[1]).read_text())), indent=1))
+    main(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -118,7 +118,10 @@ def main(set_file: Path, device: str, head_dim: int, folder: Path) -> None:
         print(f"{device} {call}: {new} compiled, {done['cpu_s']:.1f} s of CPU", flush=True)
         record = records / f"{call}.json"
         if new or not record.exists():
-            record.write_text(json.dumps(done, indent=1) + "\n")
+            # Whole or not at all: a build may be killed at any moment, or another run beside it.
+            part = records / f".{call}.{os.getpid()}"
+            part.write_text(json.dumps(done, indent=1) + "\n")
+            part.replace(record)
 
 
 if __name__ == "__main__":
