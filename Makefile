@@ -110,11 +110,10 @@ test/%: .venv/ready ## Test the image attnimg:%
 	IMAGE=attnimg:$* $(BIN)/pytest tests/image
 
 gate/%: .venv/ready ## Judge attnimg:%, or ARCHIVE=file or folder, or WHEELS=dist/%; no GPU, no daemon
-	@[ -n "$(ARCHIVE)$(WHEELS)" ] || { mkdir -p build; echo "gate: saving attnimg:$* to build/$*.tar"; \
-	  docker save attnimg:$* -o build/$*.tar; }
-	@$(BIN)/python -m recipes gate $* $(if $(WHEELS),--wheels $(WHEELS)) \
-	  $(if $(or $(ARCHIVE),$(if $(WHEELS),,1)),--archive $(or $(ARCHIVE),build/$*.tar)) $(GATE_ARGS)
-	@[ -n "$(ARCHIVE)$(WHEELS)" ] || rm -f build/$*.tar
+	@if [ -z "$(ARCHIVE)$(WHEELS)" ]; then mkdir -p build; trap 'rm -f build/$*.tar' EXIT; \
+	  echo "gate: saving attnimg:$* to build/$*.tar"; docker save attnimg:$* -o build/$*.tar; fi; \
+	$(BIN)/python -m recipes gate $* $(if $(WHEELS),--wheels $(WHEELS)) $(GATE_ARGS) \
+	  $(if $(or $(ARCHIVE),$(if $(WHEELS),,1)),--archive $(or $(ARCHIVE),build/$*.tar))
 
 run/%: ## Run attnimg:% on this folder: make run/cpu ARGS="train config.yaml"
 	@docker run --rm --user "$$(id -u):$$(id -g)" -v "$$PWD:/workspace" attnimg:$* $(ARGS)

@@ -83,6 +83,7 @@ def _allows(allowance: Allowance, finding: Finding) -> bool:
 def report(name: str, artifact: Artifact, verdicts: Iterable[Verdict]) -> str:
     """Write a line for each gate, and each finding in three parts."""
     lines = [f"{name}: {artifact.source}, {len(artifact.files)} files"]
+    lines += [f"  MB with zstd -3: {sizes}"] if (sizes := _sizes(artifact)) else []
     for verdict in verdicts:
         count = len(verdict.findings)
         says = f"FAILED: {count} finding{'s' if count > 1 else ''}" if count else "passed"
@@ -94,6 +95,17 @@ def report(name: str, artifact: Artifact, verdicts: Iterable[Verdict]) -> str:
             lines += [f"    {one.file}", f"      why: found {one.found}; needed {one.needed}"]
             lines += [f"      do:  {one.do}"]
     return "\n".join(lines)
+
+
+def _sizes(artifact: Artifact) -> str:
+    """Write what each stage's layers take, and all of them; empty where that is not known."""
+    stages: dict[str, float] = {}
+    for layer in artifact.layers:
+        if layer.zstd_bytes is None:
+            return ""
+        stages[layer.name] = stages.get(layer.name, 0.0) + layer.zstd_bytes / 1e6
+    each = ", ".join(f"{name} {size:.1f}" for name, size in stages.items())
+    return f"{each}; in all {sum(stages.values()):.1f}" if each else ""
 
 
 def report_json(name: str, artifact: Artifact, verdicts: Iterable[Verdict]) -> str:

@@ -10,6 +10,9 @@ for file in lib*.so.*; do
   name=${file%%.so.*}.so
   [ -e "$name" ] || ln -s "$file" "$name"
 done
-# libcuda comes with a driver, which a build machine lacks; SageAttention links -lcuda.
+# libcuda comes with a driver, which a build machine lacks; SageAttention links -lcuda. The stub has
+# the function that it calls: the linker leaves out a library that defines nothing which is asked of
+# it, and then nobody loads the driver's (`undefined symbol: cuTensorMapEncodeTiled`).
 mkdir -p stubs
-gcc -shared -fPIC -x c - -o stubs/libcuda.so -Wl,-soname,libcuda.so.1 <<<""
+gcc -shared -fPIC -x c - -o stubs/libcuda.so -Wl,-soname,libcuda.so.1 \
+  <<<"void cuTensorMapEncodeTiled(void) {}"

@@ -1,8 +1,8 @@
 """Refuse a package whose version is not the locked one, or that nothing locked.
 
 Every package of the image's lock file is installed, once, in that version, and no other package
-is. A wheelhouse has each kernel that its image builds, made from this recipe (its key), and the
-bytes that its SHA256SUMS says.
+is; a trimmed build of a kernel is not that kernel. A wheelhouse has each kernel that its image
+builds, made from this recipe (its key), and the bytes that its SHA256SUMS says.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from recipes.gate_facts import Finding, Gate, Promise
 _NAME = "pins"
 # Ours, and what makes a virtual environment; neither is in a lock file.
 _OURS = "attnimg"
+# The label of a small build, which is for trying the way and never published.
+_TRIMMED = "trim"
 
 
 def judge(artifact: Artifact, promise: Promise) -> tuple[Finding, ...]:
@@ -54,7 +56,8 @@ def _versions(found: tuple[Distribution, ...], pins: Mapping[str, str]) -> Itera
 
 def _same(found: str, pin: str) -> bool:
     here, there = Version(found), Version(pin)
-    return here == there or (here.public == there.public and there.local is None)
+    labelled = here.public == there.public and there.local is None and here.local != _TRIMMED
+    return here == there or labelled
 
 
 def _wheelhouse(artifact: Artifact, promise: Promise) -> Iterator[Finding]:

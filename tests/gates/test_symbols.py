@@ -128,6 +128,12 @@ def test_the_driver_comes_with_the_machine(
     assert broken(ext) == says
 
 
+def test_a_function_of_the_driver_is_not_there_without_its_library(broken, gcc) -> None:
+    """SageAttention 2.2.0, linked with a stub of libcuda that the linker had left out."""
+    ext = gcc(CALLS.replace("helper", "cuTensorMapEncodeTiled"), soname="ext.so")
+    assert broken(ext) == [(EXT, "undefined symbol: cuTensorMapEncodeTiled")]
+
+
 def test_an_extension_for_a_newer_c_library_is_refused(judge, gcc, tmp_path: Path) -> None:
     newer = "GLIBC_2.36 { puts; }; GLIBC_2.38 { gets; } GLIBC_2.36;"
     gcc("void puts(void) {} void gets(void) {}", soname="libc.so.6", versions=newer)

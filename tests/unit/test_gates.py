@@ -197,6 +197,9 @@ def test_sizes_are_those_of_zstd_3(tmp_path: Path) -> None:
         ),
         pytest.param([("numpy", "2.4.6+cpu")], [], id="a local label is no part of a pin"),
         pytest.param(
+            [("numpy", "2.4.6+trim")], [("numpy", "version 2.4.6+trim")], id="a trimmed build"
+        ),
+        pytest.param(
             [("numpy", "2.4.6"), ("NumPy", "2.4.6")],
             [("numpy", f"{SITE}/NumPy-2.4.6.dist-info and {SITE}/numpy-2.4.6.dist-info")],
             id="installed twice",
