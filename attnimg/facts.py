@@ -168,6 +168,8 @@ class Problem:
         forward_only_ok: whether a kernel without a backward pass may train all the same.
         trusted: whether the user lets code from the hub run.
         sequence_len: tokens of the longest row; None when not known.
+        rows: rows of a batch.
+        autocast: whether the forward pass runs under torch.autocast.
         known_bad: rules on where backends are known to fail.
     """
 
@@ -181,6 +183,8 @@ class Problem:
     forward_only_ok: bool = False
     trusted: bool = False
     sequence_len: int | None = None
+    rows: int = 1
+    autocast: bool = False
     known_bad: tuple[KnownBad, ...] = ()
 
 
@@ -265,7 +269,8 @@ class HeadDims:
         majors: NVIDIA capability majors it speaks of; empty for every machine.
         qk: lowest and highest head_dim of q and k.
         v: lowest and highest head_dim of v.
-        multiple: what both must be a multiple of.
+        multiple: what that of q and k must be a multiple of.
+        multiple_v: what that of v must be a multiple of, where it is not padded to that of q and k.
         equal: whether v must have the head_dim of q and k.
         ungrouped: whether there must be as many key heads as query heads.
         without: features the kernel lacks at these sizes, such as "window".
@@ -275,6 +280,7 @@ class HeadDims:
     qk: tuple[int, int] = (1, 1 << 16)
     v: tuple[int, int] = (1, 1 << 16)
     multiple: int = 1
+    multiple_v: int = 1
     equal: bool = False
     ungrouped: bool = False
     without: frozenset[str] = frozenset()
@@ -296,6 +302,8 @@ class Needs:
         head_dims: rules on head sizes; empty for any size.
         features: which of "window", "softcap", "sinks", "dropout" it honours.
         features_missing: NVIDIA capability major, or AMD architecture -> features it lacks there.
+        apart: features of which it does one at a time; empty for none.
+        dtypes_missing: NVIDIA capability major -> precisions it lacks there.
         backward: whose devices it has a backward pass on.
         backward_code: the contract's code when it has none.
         packages: (distribution, lowest version or None, code when absent or too old).
@@ -316,6 +324,8 @@ class Needs:
     head_dims: tuple[HeadDims, ...] = ()
     features: frozenset[str] = frozenset({"window", "softcap", "sinks", "dropout"})
     features_missing: Mapping[int | str, frozenset[str]] = field(default_factory=dict)
+    apart: frozenset[str] = frozenset()
+    dtypes_missing: Mapping[int, frozenset[DType]] = field(default_factory=dict)
     backward: frozenset[Vendor] = frozenset({"nvidia", "amd", "cpu"})
     backward_code: str = "no-backward"
     packages: tuple[tuple[str, str | None, str], ...] = ()
@@ -400,6 +410,11 @@ class Geometry:
         sequence_len: tokens of the longest row of the run.
         dense: whether rows of one document occur, which reach a kernel's entry without boundaries.
         deterministic: whether gradients must repeat bit for bit.
+        rows: rows of a batch, which a packed run may lay one after another.
+        autocast: whether calls are made under torch.autocast, which reaches into what a kernel
+            computes with torch's own functions.
+        every_length: whether documents of each length are to be shown, as to a kernel that nobody
+            here has read.
     """
 
     heads: int
@@ -415,6 +430,9 @@ class Geometry:
     sequence_len: int = 512
     dense: bool = True
     deterministic: bool = False
+    rows: int = 1
+    autocast: bool = False
+    every_length: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

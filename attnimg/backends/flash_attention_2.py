@@ -1,7 +1,7 @@
 """FlashAttention-2, the package flash-attn: Ampere and newer, and AMD's CDNA and RDNA.
 
-Sources: flash-attn 2.8.3.post2's sdist, flash_api.cpp lines 370-393 (arch, dtypes, head_dim) and
-829-830 (backward); setup.py (AMD targets). Read 2026-11-21.
+Sources: flash-attn 2.8.3.post2's sdist, flash_api.cpp lines 370-397 (arch, dtypes, head_dim; a soft
+cap without dropout) and 829-830 (backward); setup.py (AMD targets). Read 2026-11-21.
 """
 
 from attnimg.facts import Backend, HeadDims, Needs
@@ -29,6 +29,7 @@ BACKEND = Backend(
         # transformers pads v to the head_dim of q and k, so v may be smaller.
         head_dims=(HeadDims(qk=(1, 256), v=(1, 256), multiple=8),),
         features=frozenset({"window", "softcap", "dropout"}),
+        apart=frozenset({"softcap", "dropout"}),
         features_missing={name: frozenset({"window"}) for name in _RDNA},
         backward=frozenset({"nvidia", "amd"}),
         packages=(("flash-attn", "2.3.3", "not-installed"),),

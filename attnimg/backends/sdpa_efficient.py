@@ -34,7 +34,7 @@ BACKEND = Backend(
         capability_min=(5, 0),
         arch_code="arch-too-old",
         arch_text="sm_50 or newer, or AMD CDNA or RDNA",
-        head_dims=(HeadDims(multiple=8),),
+        head_dims=(HeadDims(multiple=8, multiple_v=8),),
         features=_FEATURES,
         backward=frozenset({"nvidia", "amd"}),
     ),

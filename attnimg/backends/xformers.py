@@ -7,6 +7,8 @@ from functools import partial
 
 from attnimg.facts import AttentionFunction, Backend, HeadDims, Needs
 
+_BLACKWELL = frozenset({10, 11, 12})
+
 
 def _load() -> AttentionFunction:
     from attnimg.calls.imports import import_kernel
@@ -32,11 +34,13 @@ BACKEND = Backend(
         gfx=frozenset({"gfx90a", "gfx942"}),
         arch_code="arch-too-old",
         arch_text="sm_70 or newer, gfx90a or gfx942",
-        # Blackwell has FlashAttention-2's kernels only; cutlass ends at sm_90.
+        # Blackwell has FlashAttention-2's kernels only, in half precision; cutlass ends at sm_90.
+        # Steps of 8 are cutlass's in half precision, where the tensor cores are.
         head_dims=(
-            HeadDims(majors=frozenset({7, 8, 9})),
-            HeadDims(majors=frozenset({10, 11, 12}), qk=(1, 256), v=(1, 256), multiple=8),
+            HeadDims(majors=frozenset({7, 8, 9}), multiple=8, multiple_v=8),
+            HeadDims(majors=_BLACKWELL, qk=(1, 256), v=(1, 256), multiple=8, equal=True),
         ),
+        dtypes_missing=dict.fromkeys(_BLACKWELL, frozenset({"float32"})),
         features=frozenset({"window", "dropout"}),
         backward=frozenset({"nvidia", "amd"}),
         packages=(("xformers", "0.0.33", "not-installed"),),

@@ -51,9 +51,11 @@ def reasons_against(backend: Backend, machine: Machine, problem: Problem) -> tup
 
 def _dtype(backend: Backend, machine: Machine, problem: Problem) -> Iterator[Reason]:
     capability = machine.arch.capability
-    if problem.dtype not in backend.needs.dtypes:
-        takes = " or ".join(sorted(backend.needs.dtypes))
-        yield Reason(code="dtype", text=f"found {problem.dtype}, takes {takes}")
+    missing = backend.needs.dtypes_missing.get(capability[0], frozenset()) if capability else set()
+    dtypes = backend.needs.dtypes - missing
+    if problem.dtype not in dtypes:
+        takes = " or ".join(sorted(dtypes))
+        yield Reason(code="dtype", text=f"found {problem.dtype}, takes {takes} here")
     elif problem.dtype == "bfloat16" and capability is not None and capability < (8, 0):
         yield Reason(
             code="dtype", text=f"found bfloat16 on {machine.arch.name}, which begins with sm_80"
@@ -96,6 +98,10 @@ def _model(backend: Backend, machine: Machine, problem: Problem) -> Iterator[Rea
     features = needs.features - needs.features_missing.get(place, frozenset())
     for layer in model.layers:
         yield from layer_reasons(layer, needs.head_dims, major, features)
+    capped = any(layer.softcap for layer in model.layers)
+    if problem.dropout and capped and needs.apart >= {"softcap", "dropout"}:
+        text = f"found attention dropout {problem.dropout} with a logit soft cap, does one of them"
+        yield Reason(code="dropout", text=text)
 
 
 def _class(backend: Backend, problem: Problem) -> Iterator[Reason]:

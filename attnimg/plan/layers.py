@@ -62,7 +62,8 @@ def _takes(rule: HeadDims, layer: LayerGroup) -> bool:
         return False
     if rule.equal and layer.head_dim_v != layer.head_dim_qk:
         return False
-    return rule.v[0] <= layer.head_dim_v <= rule.v[1]
+    in_range = rule.v[0] <= layer.head_dim_v <= rule.v[1]
+    return in_range and layer.head_dim_v % rule.multiple_v == 0
 
 
 def _sizes(rules: tuple[HeadDims, ...]) -> str:
@@ -74,5 +75,7 @@ def _sizes(rules: tuple[HeadDims, ...]) -> str:
             text += f" in steps of {rule.multiple}"
         if rule.ungrouped:
             text += f" with v {rule.v[1]} and ungrouped heads"
+        if rule.multiple_v > 1 and not rule.equal:
+            text += f", v in steps of {rule.multiple_v}"
         texts.append(text + (", v equal" if rule.equal else ""))
     return " or ".join(texts)

@@ -187,7 +187,13 @@ def test_strict_takes_exactly_what_was_asked() -> None:
         ("s2", "h100", {"packing": True}, ["s2-with-packing"]),
         ("xformers", "cpu", {}, ["arch-too-old"]),
         ("xformers", "b200", {"model": Model(type="x", layers=(group(512),))}, ["head-dim"]),
+        ("xformers", "b200", {"dtype": "float32"}, ["dtype"]),
+        ("xformers", "b200", {"model": MLA}, ["head-dim-v"]),
+        ("xformers", "h100", {"model": MLA}, []),
+        ("xformers", "a100", {"model": ODD}, ["head-dim"]),
         ("xformers", "t4", {}, []),
+        ("flash_attention_2", "a100", {"model": GEMMA2, "dropout": 0.1}, ["dropout"]),
+        ("flash_attention_2", "a100", {"model": GEMMA2}, []),
         ("eager", "t4", {"model": GPT_OSS, "packing": True, "dropout": 0.1}, []),
     ],
 )
