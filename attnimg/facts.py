@@ -503,7 +503,8 @@ class KnownBad:
         heads_differ: whether there are fewer key heads than query heads; None for either.
         features: each of "packing", "window", "softcap", "sinks", "dropout", "training",
             "compiled" that must be in use (true) or must not (false).
-        row_tokens_min: shortest row, in tokens; None for any.
+        row_tokens_min: shortest row, in tokens, with all that a packed batch lays one after
+            another; None for any.
     """
 
     id: str

@@ -72,16 +72,20 @@ def problem_of(values: Config, *, model: Model | None, dropout: float, arch: Arc
     """Say what attention has to do in the run that a config describes."""
     # Code that comes with the model is a class that nobody here knows.
     known = model is not None and not (model.brings_code and values.trust_remote_code)
+    dtype = plan.training_dtype(bf16=values.bf16, fp16=bool(values.fp16), arch=arch)
     return Problem(
         model=model,
         model_class=class_named(model.type) if model is not None and known else None,
-        dtype=plan.training_dtype(bf16=values.bf16, fp16=bool(values.fp16), arch=arch),
+        dtype=dtype,
         packing=bool(values.sample_packing) or values.batch_flattening is True,
         dropout=dropout,
         compiled=bool(values.torch_compile),
         forward_only_ok=values.attn_forward_only_ok,
         trusted=bool(values.trust_remote_code),
         sequence_len=values.sequence_len,
+        rows=values.micro_batch_size,
+        # As in train/arguments.py: bf16: full means that nothing is cast on the way.
+        autocast=dtype != "float32" and values.bf16 != "full",
         known_bad=known_bad.load(values.attn_known_bad, today=date.today()),
     )
 

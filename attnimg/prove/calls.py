@@ -26,11 +26,30 @@ class Result:
         out: (B, T, H, E); of the reference, its compared rows only.
         gradients: "dq", "dk", "dv" and "dsinks" to their tensors; None where there is none.
         attached: whether the output has a backward pass at all.
+        overwritten: what the call changed of all that it was handed.
     """
 
     out: Tensor
     gradients: dict[str, Tensor | None]
     attached: bool = True
+    overwritten: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Started:
+    """A call between its forward and its backward pass.
+
+    Attributes:
+        out: (B, T, H, E), with its graph.
+        leaves: "dq" and so on to what the gradient is of.
+        d_out: gradient of the output, laid out as it arrives.
+        handed: what the call was given, by name, and a copy of it as it was.
+    """
+
+    out: Tensor
+    leaves: dict[str, Tensor]
+    d_out: Tensor
+    handed: dict[str, tuple[Tensor, Tensor]]
 
 
 class _Layer(nn.Module):  # type: ignore[misc]  # mypy does not follow torch
@@ -43,6 +62,9 @@ class _Layer(nn.Module):  # type: ignore[misc]  # mypy does not follow torch
         self.projection = nn.Linear(1, 1, dtype=dtype)
 
 
+ALL = ("dq", "dk", "dv", "dsinks")
+
+
 def call(
     function: AttentionFunction,
     backend: Backend,
@@ -50,33 +72,77 @@ def call(
     inputs: Inputs,
     *,
     dropout: float = 0.0,
+    learning: tuple[str, ...] = ALL,
 ) -> Result:
     """Call a backend forward and backward, with the arguments that a model would pass.
 
     Raises:
         Exception: whatever the kernel raises.
     """
-    leaves = {"dq": inputs.q, "dk": inputs.k, "dv": inputs.v}
+    started = forward(function, backend, case, inputs, dropout=dropout, learning=learning)
+    return backward(started)
+
+
+def forward(
+    function: AttentionFunction,
+    backend: Backend,
+    case: Case,
+    inputs: Inputs,
+    *,
+    dropout: float = 0.0,
+    learning: tuple[str, ...] = ALL,
+) -> Started:
+    """Call a backend forward; `learning` names the gradients that will be asked for."""
+    named = {"dq": inputs.q, "dk": inputs.k, "dv": inputs.v}
     if inputs.sinks is not None:
-        leaves["dsinks"] = inputs.sinks
+        named["dsinks"] = inputs.sinks
     # detach() keeps the strides, which are part of the probe.
-    leaves = {name: leaf.detach().requires_grad_() for name, leaf in leaves.items()}
-    layer = _Layer(inputs.q.dtype).to(inputs.q.device)
-    out, _ = function(
-        layer,
-        leaves["dq"],
-        leaves["dk"],
-        leaves["dv"],
-        _mask(backend, case, inputs),
-        dropout=dropout,
-        **_arguments(backend, case, inputs, sinks=leaves.get("dsinks")),
+    leaves = {name: leaf.detach().requires_grad_(name in learning) for name, leaf in named.items()}
+    arguments = _arguments(backend, case, inputs, sinks=leaves.get("dsinks"))
+    d_out = _d_out(case, inputs)
+    given = {name[1:]: leaf.detach() for name, leaf in leaves.items()} | {"d_out": d_out}
+    given |= {name: value for name, value in arguments.items() if name.startswith("cu_seq_lens")}
+    handed = {name: (value, value.clone()) for name, value in given.items()}
+    dtype = getattr(torch, case.geometry.dtype)
+    autocast = case.geometry.autocast
+    with torch.autocast(inputs.q.device.type, dtype if autocast else None, enabled=autocast):
+        out, _ = function(
+            _Layer(inputs.q.dtype).to(inputs.q.device),
+            leaves["dq"],
+            leaves["dk"],
+            leaves["dv"],
+            _mask(backend, case, inputs),
+            dropout=dropout,
+            **arguments,
+        )
+    return Started(out=out, leaves=leaves, d_out=d_out, handed=handed)
+
+
+def backward(started: Started) -> Result:
+    """Go on with a call backward."""
+    out, d_out = started.out, started.d_out
+    learning = {name: leaf for name, leaf in started.leaves.items() if leaf.requires_grad}
+    gradients: dict[str, Tensor | None] = dict.fromkeys(learning)
+    if out.shape == d_out.shape and out.requires_grad:
+        leaves = list(learning.values())
+        found = torch.autograd.grad(out, leaves, d_out.to(out.dtype), allow_unused=True)
+        gradients = dict(zip(learning, found, strict=True))
+    return Result(
+        out=out.detach(),
+        gradients=gradients,
+        attached=out.requires_grad,
+        overwritten=tuple(
+            name for name, (value, copy) in started.handed.items() if not torch.equal(value, copy)
+        ),
     )
-    if out.shape != inputs.d_out.shape or not out.requires_grad:
-        return Result(out=out.detach(), gradients=dict.fromkeys(leaves), attached=out.requires_grad)
-    # Laid out by heads first, as it arrives when what follows transposes.
-    d_out = inputs.d_out.transpose(1, 2).contiguous().transpose(1, 2)
-    found = torch.autograd.grad(out, list(leaves.values()), d_out.to(out.dtype), allow_unused=True)
-    return Result(out=out.detach(), gradients=dict(zip(leaves, found, strict=True)))
+
+
+def _d_out(case: Case, inputs: Inputs) -> Tensor:
+    """Lay the output's gradient out: by tokens, or by heads as where what follows transposes."""
+    d_out = inputs.d_out
+    if 0 in d_out.stride() or case.layout == "fused":
+        return d_out
+    return d_out.transpose(1, 2).contiguous().transpose(1, 2)
 
 
 def reference(

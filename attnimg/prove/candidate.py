@@ -11,16 +11,11 @@ import torch
 from attnimg.facts import AttentionFunction, Backend, Figure, Geometry, Pattern, Reason
 from attnimg.prove.calls import Result, call, reference
 from attnimg.prove.cases import Case, cases_of
-from attnimg.prove.checks import (
-    ORDER,
-    Expected,
-    check_isolated,
-    check_repeated,
-    check_values,
-    expected,
-)
+from attnimg.prove.checks import ORDER, Expected, check_values, expected
+from attnimg.prove.company import check_company
 from attnimg.prove.dropout import check_dropout
 from attnimg.prove.inputs import Inputs, draw
+from attnimg.prove.repeats import check_isolated, check_repeated
 
 # The reference of a case serves every backend of a pattern that is proven in the same process.
 References = dict[tuple[Pattern, Case], Expected]
@@ -81,16 +76,17 @@ def prove_geometry(
             )
         try:
             found = call(function, backend, case, inputs)
+            new_figures, new_reasons = check_values(backend, case, inputs, found=found, right=right)
+            figures += new_figures
+            reasons += new_reasons
+            if case.repeated:
+                reasons += _repeated(function, backend, case, inputs, first=found)
+                reasons += check_company(function, backend, case, inputs, right=right)
         # Kernels raise anything. Where an earlier probe found a fault, that says more.
         except Exception:
             if reasons:
                 break
             raise
-        new_figures, new_reasons = check_values(backend, case, inputs, found=found, right=right)
-        figures += new_figures
-        reasons += new_reasons
-        if case.repeated:
-            reasons += _repeated(function, backend, case, inputs, first=found)
     if geometry.dropout:
         starting("dropout")
         reasons += check_dropout(function, backend, geometry, device=device)
@@ -123,7 +119,8 @@ def _repeated(
     for one in (0, n_documents // 2, n_documents - 1):
         changed = inputs.documents == one
         moved = [torch.where(changed[:, None, :, None], -x.flip(-1), x) for x in _qkv(inputs)]
-        other = replace(inputs, **dict(zip("qkv", moved, strict=True)))
+        d_out = torch.where(changed[:, :, None, None], -inputs.d_out.flip(-1), inputs.d_out)
+        other = replace(inputs, **dict(zip("qkv", moved, strict=True)), d_out=d_out)
         after = call(function, backend, case, other)
         yield from check_isolated(
             case, inputs, before=first, again=again, after=after, changed=changed

@@ -11,17 +11,23 @@ from typing import Literal
 
 from attnimg.facts import Geometry
 
-Layout = Literal["fused", "heads-first", "tokens-first"]
+Layout = Literal["fused", "heads-first", "tokens-first", "mixed"]
 # What the scores look like: spread around 0; all about -110, where exp() in float32 underflows
-# (pytorch#196678: NaN in dq); all about +130, where it overflows unless the largest is subtracted;
-# about the size of the soft cap.
-Scores = Literal["spread", "negative", "large", "near-cap"]
+# (pytorch#196678: NaN in dq); all about +130, where it overflows unless the largest is subtracted,
+# and some values of v too; about the size of the soft cap;
+# all about the same, so that many small terms are added up.
+Scores = Literal["spread", "negative", "large", "near-cap", "flat"]
 
 # Scores held at once by plain attention, heads * tokens squared. The longest probe is cut to it, so
 # that no machine runs out of memory on a proof: 134 MB in float32 on a CPU.
 BUDGET = {"cpu": 1 << 25, "cuda": 1 << 31}
 # A sliding window longer than the short probes would show nothing there.
 SHORT_WINDOW = 37
+# Every length up to this one is shown to kernels that nobody here has read, and these beyond it.
+EVERY_LENGTH = 512
+_BEYOND = (600, 767, 768, 1000, 1023, 1024, 1025, 1536, 2047, 2048, 2049, 3001, 4095, 4096)
+# Up to so many tokens all rows of a probe are compared; see inputs.py.
+_WHOLE_ROW = 384
 _LADDER = (95, 96, 127, 128, 129, 160, 192, 255, 257, 320)
 
 
@@ -36,7 +42,7 @@ class Case:
         packed: whether the documents share one row.
         queries: query tokens when fewer than the keys; None for as many.
         layout: how q, k and v lie in memory: views of one tensor as after a fused projection, as
-            after rotary embeddings, or contiguous as the kernels take them.
+            after rotary embeddings, contiguous as the kernels take them, or each in another way.
         scores: see Scores.
         scale_factor: times D ** -0.5 is the scale of the call.
         longest_slack: by how much max_length exceeds the longest document.
@@ -64,13 +70,42 @@ def longest_of(geometry: Geometry, *, device: str) -> int:
 def cases_of(geometry: Geometry, *, device: str) -> list[Case]:
     """List the probes of one geometry, the quickest to fail first."""
     longest = longest_of(geometry, device=device)
-    cases = _packed(geometry, longest) if geometry.packing else []
+    # Rows of the longest that the memory budget holds at once.
+    held = int((BUDGET[device] / _few_heads(geometry).heads) ** 0.5) // longest
+    rows = min(geometry.rows, held)
+    cases = _packed(geometry, longest, rows=rows) if geometry.packing else []
     if geometry.dense:
-        cases += _dense(geometry, longest)
+        cases += _dense(geometry, longest, rows=rows)
+    if geometry.every_length:
+        cases += _every_length(geometry, longest)
     return cases
 
 
-def _packed(geometry: Geometry, longest: int) -> list[Case]:
+def _every_length(geometry: Geometry, longest: int) -> list[Case]:
+    """Show documents of each length that no other probe has, alone or several to a row."""
+    few = _short_window(_few_heads(geometry))
+    last = min(max(longest, EVERY_LENGTH // 2), EVERY_LENGTH)
+    lengths = [*range(73, last + 1), *(n for n in _BEYOND if n < longest)]
+    if not geometry.packing:
+        return [_plain_case(few, n) for n in lengths]
+    rows: list[list[int]] = [[]]
+    for length in lengths:
+        if sum(rows[-1]) + length > _WHOLE_ROW:
+            rows.append([])
+        rows[-1].append(length)
+    return [
+        Case(
+            name=f"documents of {' and '.join(map(str, row))}",
+            geometry=few,
+            lengths=tuple(row),
+            packed=True,
+        )
+        for row in rows
+        if row
+    ]
+
+
+def _packed(geometry: Geometry, longest: int, *, rows: int) -> list[Case]:
     """Rows of several documents: all unequal, all equal, one alone, of every small length."""
     short = _short_window(_two_groups(geometry))
     few = _short_window(_few_heads(geometry))
@@ -78,9 +113,9 @@ def _packed(geometry: Geometry, longest: int) -> list[Case]:
     full_row = tuple(n for n in (half, third, longest - half - third) if n)
     cases = [
         Case(
-            name="documents of 13, 1, 64, 192, 1, 67 and 5",
+            name="documents of 13, 1, 64, 192, 5, 67 and 1",
             geometry=short,
-            lengths=(13, 1, 64, 192, 1, 67, 5),
+            lengths=(13, 1, 64, 192, 5, 67, 1),
             repeated=True,
         ),
         Case(
@@ -89,7 +124,13 @@ def _packed(geometry: Geometry, longest: int) -> list[Case]:
             lengths=(192, 64, 33),
             scores="negative",
         ),
-        Case(name="large scores", geometry=short, lengths=(64, 97, 130), scores="large"),
+        Case(
+            name="large scores",
+            geometry=short,
+            lengths=(64, 97, 130),
+            layout="mixed",
+            scores="large",
+        ),
         Case(
             name="max_length larger than needed",
             geometry=short,
@@ -103,8 +144,10 @@ def _packed(geometry: Geometry, longest: int) -> list[Case]:
         Case(name="every length from 1 to 40", geometry=few, lengths=tuple(range(1, 41))),
         Case(name="every length from 41 to 72", geometry=few, lengths=tuple(range(41, 73))),
         Case(name="lengths around tiles", geometry=few, lengths=_LADDER, layout="heads-first"),
-        Case(name="all heads", geometry=geometry, lengths=(19, 46)),
+        Case(name="300 documents", geometry=few, lengths=(1, 2, 3) * 100),
+        Case(name="all heads", geometry=geometry, lengths=(19, 46, 129), layout="mixed"),
         Case(name="a full row", geometry=_few_heads(geometry), lengths=full_row),
+        Case(name="flat scores", geometry=_few_heads(geometry), lengths=(longest,), scores="flat"),
         Case(
             name=f"a document of {longest}",
             geometry=_few_heads(geometry),
@@ -112,6 +155,9 @@ def _packed(geometry: Geometry, longest: int) -> list[Case]:
             layout="heads-first",
         ),
     ]
+    if rows > 1:
+        name = f"{rows} full rows in one"
+        cases.append(Case(name=name, geometry=_few_heads(geometry), lengths=full_row * rows))
     if geometry.softcap:
         cases.append(
             Case(name="scores near the cap", geometry=short, lengths=(64, 97), scores="near-cap")
@@ -119,7 +165,7 @@ def _packed(geometry: Geometry, longest: int) -> list[Case]:
     return [replace(case, packed=True) for case in cases]
 
 
-def _dense(geometry: Geometry, longest: int) -> list[Case]:
+def _dense(geometry: Geometry, longest: int, *, rows: int) -> list[Case]:
     """Rows of one document each, alone or padded to a common length."""
     short = _short_window(_two_groups(geometry))
     few = _short_window(_few_heads(geometry))
@@ -135,14 +181,26 @@ def _dense(geometry: Geometry, longest: int) -> list[Case]:
             lengths=(192,),
             scores="negative",
         ),
-        Case(name="97 tokens, large scores", geometry=short, lengths=(97,), scores="large"),
+        Case(
+            name="97 tokens, large scores",
+            geometry=short,
+            lengths=(97,),
+            layout="mixed",
+            scores="large",
+        ),
         Case(name="83 tokens, another scale", geometry=short, lengths=(83,), scale_factor=0.6),
         Case(name="13 queries, 77 keys", geometry=short, lengths=(77,), queries=13),
         Case(name="46 tokens, all heads", geometry=geometry, lengths=(46,), layout="heads-first"),
+        Case(name="161 tokens, all heads", geometry=geometry, lengths=(161,), layout="mixed"),
+        Case(name="2 rows of 257", geometry=short, lengths=(257, 257)),
         *(_plain_case(short, n) for n in (2, 17, 31, 64, 65, 127, 128, 129, 257)),
         *(_plain_case(few, n) for n in (*range(3, 73), *middle)),
         Case(name=f"{longest} tokens", geometry=run, lengths=(longest,), layout="heads-first"),
+        Case(name="flat scores", geometry=run, lengths=(longest,), scores="flat"),
     ]
+    if rows > 1:
+        name = f"{rows} rows of {longest}"
+        cases.append(Case(name=name, geometry=run, lengths=(longest,) * rows))
     if not geometry.packing:
         cases.append(Case(name="padded rows", geometry=short, lengths=(61, 48, 1)))
     if geometry.softcap:
@@ -153,9 +211,9 @@ def _dense(geometry: Geometry, longest: int) -> list[Case]:
 
 
 def _plain_case(geometry: Geometry, length: int) -> Case:
-    layouts: tuple[Layout, ...] = ("fused", "heads-first", "tokens-first")
+    layouts: tuple[Layout, ...] = ("fused", "heads-first", "tokens-first", "mixed")
     return Case(
-        name=f"{length} tokens", geometry=geometry, lengths=(length,), layout=layouts[length % 3]
+        name=f"{length} tokens", geometry=geometry, lengths=(length,), layout=layouts[length % 4]
     )
 
 

@@ -11,7 +11,12 @@ UNKNOWN_MODEL = (LayerGroup(count=1, heads=8, kv_heads=2, head_dim_qk=64, head_d
 
 
 def geometries_of(
-    problem: Problem, *, sequence_len: int, dense: bool = True, deterministic: bool = False
+    problem: Problem,
+    *,
+    sequence_len: int,
+    dense: bool = True,
+    deterministic: bool = False,
+    every_length: bool = False,
 ) -> tuple[Geometry, ...]:
     """List the distinct geometries of a problem.
 
@@ -20,6 +25,7 @@ def geometries_of(
         sequence_len: tokens of its longest row.
         dense: whether rows of one document are to be proven as well.
         deterministic: whether gradients must repeat bit for bit.
+        every_length: whether documents of each length are to be shown.
     """
     layers: Sequence[LayerGroup] = problem.model.layers if problem.model else ()
     found = (
@@ -37,6 +43,9 @@ def geometries_of(
             sequence_len=sequence_len,
             dense=dense,
             deterministic=deterministic,
+            rows=problem.rows,
+            autocast=problem.autocast,
+            every_length=every_length,
         )
         for layer in layers or UNKNOWN_MODEL
     )

@@ -19,6 +19,10 @@ from torch import Tensor
 
 from attnimg.prove.cases import Case
 
+# What scores spread by where all keys are to count alike.
+FLAT = 0.5
+# Values of v that stick out, as they do in trained models, in the probes of large scores.
+OUTLIER, OUTLIER_SHARE = 40.0, 0.05
 # Rows of queries whose output has a gradient, and is compared, in long probes: the reference then
 # costs rows * keys instead of keys squared.
 FIRST, LAST, BETWEEN = 32, 64, 96
@@ -64,12 +68,17 @@ def draw(case: Case, *, device: str) -> Inputs:
     strength = 3.0 + math.log(n_keys)
     if case.scores == "near-cap":
         strength = geometry.softcap or strength
+    if case.scores == "flat":
+        # About 1 each, so that sums grow with every key.
+        strength, v = FLAT, v + 1.0
     shift = {"negative": -120.0, "large": 120.0}.get(case.scores, 0.0)
     direction = torch.nn.functional.normalize(
         torch.randn(geometry.head_dim_qk, generator=generator, dtype=torch.float64), dim=0
     )
     # Without this part of k, the shift below is the same for every score.
     k -= (k @ direction)[..., None] * direction
+    if case.scores == "large":
+        v *= torch.where(torch.rand(v.shape, generator=generator) < OUTLIER_SHARE, OUTLIER, 1.0)
     q = _needles(case, k, documents, n_queries=n_queries) * (strength / scale)
     size = math.sqrt(abs(shift) / scale)
     q += math.copysign(size, shift) * direction
@@ -78,6 +87,8 @@ def draw(case: Case, *, device: str) -> Inputs:
     if geometry.sinks:
         sinks = shift + strength + torch.randn(geometry.heads, generator=generator).double()
     rows = _rows(n_queries, generator)
+    if case.scores == "flat":  # the first rows see few keys, and are large
+        rows = torch.arange(max(0, n_queries - LAST), n_queries)
     d_out = torch.zeros(n_rows, n_queries, geometry.heads, geometry.head_dim_v)
     d_out[:, rows] = torch.randn(d_out[:, rows].shape, generator=generator)
     d_out *= (documents[:, n_keys - n_queries :] >= 0)[:, :, None, None]
@@ -147,6 +158,10 @@ def _laid_out(case: Case, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tens
     if case.layout == "heads-first":
         return q.contiguous(), k.contiguous(), v.contiguous()
     tokens_first = [x.transpose(1, 2).contiguous() for x in (q, k, v)]
+    if case.layout == "mixed":
+        wide = torch.cat([tokens_first[2]] * 2, dim=2)
+        v = wide[:, :, : v.shape[1]].transpose(1, 2)
+        return q.contiguous(), tokens_first[1].transpose(1, 2), v
     equal = q.shape[2] == k.shape[2] and q.shape[3] == v.shape[3]
     if case.layout == "fused" and equal:
         heads = [q.shape[1], k.shape[1], v.shape[1]]

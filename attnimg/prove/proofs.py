@@ -99,6 +99,7 @@ def _candidate(backend: Backend, problem: Problem, setting: Setting, *, routed: 
         sequence_len=max(problem.sequence_len or 0, SHORTEST_ROW),
         dense=not problem.packing or has_dense_entry(backend, setting.machine),
         deterministic=setting.environment.get("FLASH_ATTENTION_DETERMINISTIC") == "1",
+        every_length=backend.unread or local_kernel_of(backend, setting.machine) is not None,
     )
     return Candidate(
         backend=backend.name, geometries=geometries, trusted=problem.trusted, routed=routed

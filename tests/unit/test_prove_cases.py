@@ -49,11 +49,27 @@ def test_a_packed_run_with_a_dense_entry_is_probed_both_ways() -> None:
 
 def test_a_window_is_shorter_than_the_short_probes_and_the_runs_own_in_the_longest() -> None:
     cases = cases_of(replace(LLAMA, window=1024), device="cpu")
-    (longest,) = [c for c in cases if c.lengths[0] == 2048 and c.packed]
-    assert longest.geometry.window == 1024
+    longest = [c for c in cases if c.lengths[0] == 2048 and c.packed]
+    assert {case.geometry.window for case in longest} == {1024}
     first = cases[0]
     assert first.geometry.window is not None
     assert first.geometry.window < 192
+
+
+@pytest.mark.parametrize("packing", [True, False], ids=["packed", "single"])
+def test_a_kernel_that_nobody_has_read_sees_every_length(packing: bool) -> None:
+    geometry = replace(LLAMA, packing=packing, dense=not packing, every_length=True)
+    seen = {n for case in cases_of(geometry, device="cpu") for n in case.lengths}
+    assert set(range(1, 513)) <= seen
+    assert {1023, 1024, 1025} <= seen
+
+
+def test_rows_that_a_packed_run_lays_one_after_another_are_probed_so() -> None:
+    totals = {
+        rows: max(sum(c.lengths) for c in cases_of(replace(LLAMA, rows=rows), device="cpu"))
+        for rows in (1, 2)
+    }
+    assert totals == {1: 2048 + 68, 2: 2 * 2048}
 
 
 def test_fused_inputs_are_views_of_one_tensor() -> None:
@@ -80,8 +96,8 @@ def test_log_sum_exp_leaves_float32(scores: str, low: float, high: float) -> Non
 def test_keys_beyond_a_boundary_would_take_most_of_the_weight() -> None:
     case = next(c for c in cases_of(LLAMA, device="cpu") if c.repeated and c.packed)
     inputs = draw(case, device="cpu")
-    # A query in the middle of the last document, and the last key of the document before it.
-    first = int((inputs.documents[0] == inputs.documents[0].max()).int().argmax())
+    # A query of the last but one document, of 67 tokens, and the last key of the one before it.
+    first = int((inputs.documents[0] == inputs.documents[0].max() - 1).int().argmax())
     query = inputs.q[0, 0, first + 2].double()
     scores = inputs.k[0, 0].double() @ query * inputs.scale
     assert scores.softmax(-1)[first - 1] > 0.2

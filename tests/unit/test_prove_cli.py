@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import served_kernels
 
 from attnimg import kernel_cache
 from attnimg.__main__ import run as attnimg
@@ -135,6 +136,44 @@ def test_train_refuses_a_wrong_kernel_by_name_before_any_weights_are_read(
     assert "attnimg: flash_attention_2 failed its proof" in err
     assert "packing-not-isolated" in err
     assert "do:" in err
+    assert "no weights" not in err
+
+
+@pytest.mark.parametrize(
+    ("fault", "packing", "code"),
+    [
+        ("cu_seqlens changed", True, "numerics-fwd"),
+        ("documents past 64", True, "numerics-fwd"),
+        ("leak backward", True, "packing-not-isolated"),
+        ("keys kept by shape", False, "numerics-fwd"),
+        ("without gradients", False, "numerics-fwd"),
+        pytest.param("none", True, None, id="a right one, packed"),
+        pytest.param("none", False, None, id="a right one"),
+    ],
+)
+def test_train_proves_a_hub_kernel_that_nobody_here_has_read(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    fault: str,
+    packing: bool,
+    code: str | None,
+) -> None:
+    make_model()
+    folder = served_kernels.serve(Path("kernel").resolve(), fault, source=served_kernels.SLY)
+    monkeypatch.setenv("LOCAL_KERNELS", f"org/sly={folder}")
+    settings = [
+        "attn_implementation=org/sly",
+        "trust_remote_code=true",
+        f"sample_packing={packing}",
+    ]
+    _, out, err = run(capsys, "train", "c.yaml", *settings)
+    assert out == ""
+    if code is None:
+        assert "proof: org/sly passed" in err
+        assert "model could not be loaded" in err, "the proof comes before the weights"
+        return
+    assert "attnimg: org/sly failed its proof" in err
+    assert f"found {code}:" in err
     assert "no weights" not in err
 
 

@@ -1,0 +1,82 @@
+"""Prove that a call is right in the company that it has in training.
+
+There every layer has called before the first of them goes backward, some calls record no gradient,
+as with checkpointed activations and in evaluation, and where part of a model is frozen some of q, k
+and v need none. A kernel that keeps something between calls is right only when it is alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+
+from attnimg.facts import AttentionFunction, Backend, Reason
+from attnimg.prove.calls import Result, backward, call, forward, reference
+from attnimg.prove.cases import Case
+from attnimg.prove.checks import Expected, check_values, expected
+from attnimg.prove.inputs import Inputs, draw
+
+# What learns where an adapter sits on the first layer's v, or on its q and v.
+_FROZEN = {"v alone": ("dv",), "q and v": ("dq", "dv")}
+
+
+def check_company(
+    function: AttentionFunction, backend: Backend, case: Case, inputs: Inputs, *, right: Expected
+) -> Iterator[Reason]:
+    """Call a backend without gradients, with some of them, and while another call is under way.
+
+    Args:
+        function: the backend's attention.
+        backend: what it is judged by.
+        case: the probe, short enough for all its rows to be compared.
+        inputs: its tensors.
+        right: what it should give.
+
+    Raises:
+        Exception: whatever the kernel raises.
+    """
+    with torch.no_grad():
+        out = forward(function, backend, case, inputs).out
+    named = replace(case, name=f"{case.name}, without gradients")
+    found = Result(out=out, gradients={})
+    yield from check_values(backend, named, inputs, found=found, right=right)[1]
+    for what, learning in _FROZEN.items():
+        found = call(function, backend, case, inputs, learning=learning)
+        named = replace(case, name=f"{case.name}, gradients of {what}")
+        yield from check_values(backend, named, inputs, found=found, right=right)[1]
+    yield from _interleaved(function, backend, case, inputs, right=right)
+
+
+def _interleaved(
+    function: AttentionFunction, backend: Backend, case: Case, inputs: Inputs, *, right: Expected
+) -> Iterator[Reason]:
+    """Make two calls forward, then both backward; the second's gradient comes from a sum."""
+    second = replace(case, name=f"{case.name}, a second call")
+    others = draw(second, device=str(inputs.q.device))
+    others = replace(
+        others, d_out=torch.ones_like(others.d_out[:1, :1, :1, :1]).expand(others.d_out.shape)
+    )
+    started = forward(function, backend, case, inputs)
+    first_out = started.out.detach().clone()
+    follows = forward(function, backend, second, others)
+    if not torch.equal(started.out, first_out):
+        text = f"{second.name} wrote into the output of the first"
+        yield Reason(code="numerics-fwd", text=text)
+    found = backward(started)
+    gradients = {name: g.clone() for name, g in found.gradients.items() if g is not None}
+    after = backward(follows)
+    for name, gradient in gradients.items():
+        if not torch.equal(found.gradients[name], gradient):
+            text = f"{second.name} wrote into {name} of the first"
+            yield Reason(code="numerics-bwd", text=text)
+    first = replace(case, name=f"{case.name}, a second call before the backward pass")
+    yield from check_values(backend, first, inputs, found=found, right=right)[1]
+    of_second = expected(
+        *(
+            reference(second, others, dtype=dtype, pattern=backend.pattern)
+            for dtype in (torch.float64, inputs.q.dtype)
+        )
+    )
+    yield from check_values(backend, second, others, found=after, right=of_second)[1]
