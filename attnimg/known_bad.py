@@ -178,7 +178,9 @@ def _holds(rule: KnownBad, backend: Backend, machine: Machine, problem: Problem)
         return False
     if rule.dtypes and problem.dtype not in rule.dtypes:
         return False
-    if rule.row_tokens_min and (problem.sequence_len or 0) < rule.row_tokens_min:
+    # Packed rows of a batch may reach a kernel one after another, as one.
+    rows = problem.rows if problem.packing else 1
+    if rule.row_tokens_min and (problem.sequence_len or 0) * rows < rule.row_tokens_min:
         return False
     return _versions_match(rule, machine) and _shapes_match(rule, problem)
 

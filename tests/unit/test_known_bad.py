@@ -44,6 +44,7 @@ def codes(backend: str, on: Machine, problem: Problem) -> list[str]:
 
 
 NO_DROPOUT = replace(RUN, dropout=0.0)
+LONG = replace(NO_DROPOUT, packing=True, sequence_len=1 << 17, rows=2)
 NARROW = replace(RUN, model=Model(type="llama", layers=(replace(LAYER, head_dim_qk=128),)))
 
 
@@ -57,6 +58,12 @@ NARROW = replace(RUN, model=Model(type="llama", layers=(replace(LAYER, head_dim_
         pytest.param("flash_attention_2", machine("l4"), NO_DROPOUT, [], id="not without dropout"),
         pytest.param("flash_attention_2", machine("l4"), NARROW, [], id="not with head_dim 128"),
         pytest.param("sdpa", machine("l4"), RUN, [], id="not another backend"),
+        pytest.param("flash_attention_2", machine("a100", **{"flash-attn": "2.8.3.post1"}), LONG,
+                     ["kb03"], id="two packed rows are one long one to FA2"),
+        pytest.param("flash_attention_2", machine("a100", **{"flash-attn": "2.8.3.post1"}),
+                     replace(LONG, rows=1), [], id="one alone is shorter"),
+        pytest.param("flash_attention_2", machine("a100", **{"flash-attn": "2.8.3.post2"}), LONG,
+                     [], id="mended in post2"),
         pytest.param("flash_attention_4", machine("rtx5090", **{"flash-attn-4": "4.0.0b29"}),
                      replace(RUN, packing=True), ["kb05"], id="a beta within the bounds"),
         pytest.param("flash_attention_4", machine("rtx5090", **{"flash-attn-4": "4.0.0b36"}),
