@@ -14,7 +14,7 @@ JOBS ?= 2
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help setup demo test wheels check bench lock render classes clean
+.PHONY: help setup demo test check bench lock render classes clean
 
 help: ## Show this menu
 	@grep -hE '^[a-z0-9/%-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9\/%-]+):.*## /\1\t/' | expand -t 12
@@ -36,12 +36,12 @@ demo: .venv/ready ## Train a small model on real English text, a few minutes on 
 test: .venv/ready ## Run the tests that need no Docker and no GPU
 	$(BIN)/pytest -n $(JOBS)
 
-wheels: .venv/ready ## Compare the backends' files with the kernels' own packages, 17 MB
-	@mkdir -p .make/wheels
-	FLASH_ATTENTION_SKIP_CUDA_BUILD=TRUE $(BIN)/pip download -q --disable-pip-version-check -d .make/wheels --no-deps \
+test/packages: .venv/ready ## Compare the backends' files with the kernels' own packages, 17 MB
+	@mkdir -p build/packages
+	FLASH_ATTENTION_SKIP_CUDA_BUILD=TRUE $(BIN)/pip download -q --disable-pip-version-check -d build/packages --no-deps \
 	  --no-binary flash-attn --no-build-isolation $$(grep -oh '^kernels==[^ ]*' requirements/lock.txt) \
 	  $$(sed -n 's/^source = "\(.*==.*\)"/\1/p' recipes/kernels/*.toml)
-	WHEELS=.make/wheels $(BIN)/pytest tests/wheels
+	WHEELS=build/packages $(BIN)/pytest tests/packages
 
 check: .venv/ready ## Format, lint, types, import layers
 	$(BIN)/ruff format --check .

@@ -1,6 +1,6 @@
 """What the backends' files say of head sizes, architectures and features is what packages do.
 
-`make wheels` downloads the packages, 17 MB, and runs this. Nothing of them is installed.
+`make test/packages` downloads them, 17 MB, and runs this. Nothing of them is installed.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""These tests read packages that `make wheels` downloads."""
+"""These tests read packages that `make test/packages` downloads."""
 
 from __future__ import annotations
 
@@ -10,4 +10,4 @@ import pytest
 @pytest.fixture(autouse=True)
 def _downloaded() -> None:
     if "WHEELS" not in os.environ:
-        pytest.skip("WHEELS names no folder of packages: run `make wheels`")
+        pytest.skip("WHEELS names no folder of packages: run `make test/packages`")
