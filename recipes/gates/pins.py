@@ -19,6 +19,7 @@ _NAME = "pins"
 _OURS = "attnimg"
 # The label of a small build, which is for trying the way and never published.
 _TRIMMED = "trim"
+_WHOLE = "build the whole wheel, without TRIM=1; a small build is for trying the way"
 
 
 def judge(artifact: Artifact, promise: Promise) -> tuple[Finding, ...]:
@@ -49,7 +50,8 @@ def _versions(found: tuple[Distribution, ...], pins: Mapping[str, str]) -> Itera
         if pin is None and one.name != _OURS:
             yield _finding(one.name, f"version {one.version}", "no package that is not locked", do)
         elif pin is not None and not _same(one.version, pin):
-            yield _finding(one.name, f"version {one.version}", f"{pin}, which is locked", do)
+            mend = _WHOLE if Version(one.version).local == _TRIMMED else do
+            yield _finding(one.name, f"version {one.version}", f"{pin}, which is locked", mend)
     for name in sorted(set(pins) - set(seen)):
         yield _finding(name, "nothing installed", f"{pins[name]}, which is locked", do)
 
