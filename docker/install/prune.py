@@ -33,6 +33,7 @@ EVERY_IMAGE = (
     ("numpy/**/lib/*.a", "static libraries for extensions in C"),
     ("pyarrow/libarrow*.so", "a copy of lib*.so.N for linking; wheels hold no links"),
     ("pyarrow/libarrow*.so.*.*.*", "another copy of it"),
+    ("test", "torchao's tests, which its wheel installs as a package of that name"),
     ("torchao/_C_mxfp8*.so", "for sm_100; the one image with torchao, hopper, is not"),
     ("pyarrow/include", "headers"),
     ("pyarrow/src", "C++ sources"),
@@ -65,14 +66,26 @@ CUDA_ONLY = (
         "device code for another vendor; the .py files stay, triton imports them",
     ),
     ("triton/backends/amd/include", "the same"),
+    ("triton/backends/nvidia/bin/cuobjdump", "for triton.tools.disasm, which no run calls"),
+    ("triton/backends/nvidia/bin/nvdisasm", "the same"),
     ("nvidia_cutlass_dsl/cu12", "CuTe DSL for CUDA 12"),
+    ("nvidia_cutlass_dsl/**/_mlir_libs/*.cu12.*", "the same: its compiler, 192 MB"),
+    ("nvidia_cutlass_dsl/cu13/lib/*.a", "static libraries"),
+    ("nvidia_cutlass_dsl/cu13/lib/stubs", "stubs for other processors"),
+    ("torch_c_dlpack_ext/libtorch_c_dlpack_addon_torch2[4-9]-*.so", "for torch 2.4 to 2.9"),
     ("bitsandbytes/libbitsandbytes_cuda1[12]*.so", "for CUDA 11 and 12"),
     ("bitsandbytes/libbitsandbytes_rocm*.so", "needs libamdhip64"),
     ("bitsandbytes/libbitsandbytes_xpu*.so", "needs libsycl"),
 )
 # Their symbol tables serve debuggers alone. Not *.libs/: auditwheel laid those out anew, and
 # strip breaks their alignment.
-STRIP = ("torch/lib/lib*.so", "pyarrow/*.so*", "triton/_C/libtriton.so")
+STRIP = (
+    "torch/lib/lib*.so",
+    "pyarrow/*.so*",
+    "triton/_C/libtriton.so",
+    "nvidia/*/lib/lib*.so*",
+    "nvidia_cutlass_dsl/**/*.so",
+)
 
 
 def size_bytes(path: Path) -> int:
