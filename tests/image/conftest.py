@@ -66,6 +66,12 @@ def workspace(tmp_path: Path, untrained: Path) -> Path:
     return folder
 
 
+def faults(told: str) -> list[str]:
+    """Give what `attnimg doctor` fails, but for the GPU that this run shows to no image."""
+    lines = [line.strip() for line in told.splitlines()]
+    return [line for line in lines if line.startswith("FAIL") and "no GPU is visible" not in line]
+
+
 def mounted(workspace: Path) -> tuple[str, ...]:
     """Give the options of a run as user UID on that folder, without network."""
     return (
