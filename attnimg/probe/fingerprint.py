@@ -24,6 +24,9 @@ PACKAGES = (
     "nvidia-cutlass-dsl-libs-cu13",
 )
 SOURCE = "flash_attn/cute"
+# FlashAttention-4 names an entry by the pickle of its key, and a key of sm_100 may hold an enum:
+# 3.11.2 pickles it by name, 3.11.7 by value (CPython, Enum.__reduce_ex__, read 2026-11-25).
+RELEASE = "python release"
 ABSENT = "absent"
 
 
@@ -31,10 +34,11 @@ def fingerprint() -> dict[str, str]:
     """Give all that a kernel's machine code and its place in the cache depend on.
 
     Returns:
-        "python" -> its minor release; each of PACKAGES -> its version or ABSENT; SOURCE -> a hash
-        of FlashAttention-4's files.
+        "python" -> its minor release; RELEASE -> that in full; each of PACKAGES -> its version or
+        ABSENT; SOURCE -> a hash of FlashAttention-4's files.
     """
-    found = {"python": f"{sys.version_info.major}.{sys.version_info.minor}"}
+    minor = f"{sys.version_info.major}.{sys.version_info.minor}"
+    found = {"python": minor, RELEASE: f"{minor}.{sys.version_info.micro}"}
     found |= {name: _version(name) for name in PACKAGES}
     folder = _cute()
     found[SOURCE] = ABSENT if folder is None else source_hash(folder)

@@ -100,6 +100,11 @@ def compile_call(call: Call, watch: Watch) -> dict[str, Any]:
     }
 
 
+def names_in(record: Path) -> set[str]:
+    """Name the entries that a call's record has."""
+    return {*json.loads(record.read_text())["entries"]}
+
+
 def main(set_file: Path, device: str, head_dim: int, folder: Path) -> None:
     """Compile every call of one head_dim; stop at the first that can't be."""
     kernels = read_set(set_file)
@@ -117,7 +122,8 @@ def main(set_file: Path, device: str, head_dim: int, folder: Path) -> None:
         new = sum(done["entries"].values())
         print(f"{device} {call}: {new} compiled, {done['cpu_s']:.1f} s of CPU", flush=True)
         record = records / f"{call}.json"
-        if new or not record.exists():
+        # Other names, though nothing is new: this Python compiled, then another, now this again.
+        if new or not record.exists() or names_in(record) != {*done["entries"]}:
             # Whole or not at all: a build may be killed at any moment, or another run beside it.
             part = records / f".{call}.{os.getpid()}"
             part.write_text(json.dumps(done, indent=1) + "\n")

@@ -10,6 +10,7 @@ from attnimg.doctor import examine
 from attnimg.facts import Arch, Machine
 from attnimg.host_facts import WORKING_FOLDER, Check, Folder, Host, Shadow, ShippedKernels
 from attnimg.images import ImageFacts, catalogue
+from attnimg.probe.fingerprint import RELEASE
 
 GIB = 1 << 30
 HOME = Folder(role="HOME", path="/cache/home", writable=True, free_bytes=500 * GIB)
@@ -26,7 +27,12 @@ HOST = Host(
     damaged={},
     shadows=(),
 )
-BUILT = {"python": "3.11", "quack-kernels": "0.6.5", "flash_attn/cute": "ab" * 32}
+BUILT = {
+    "python": "3.11",
+    RELEASE: "3.11.2",
+    "quack-kernels": "0.6.5",
+    "flash_attn/cute": "ab" * 32,
+}
 SHIPPED = ShippedKernels(key="0123", built=BUILT, found=BUILT, kernels={"sm_90": 200})
 IMAGES = catalogue()
 HOPPER: ImageFacts = replace(IMAGES["hopper"], packages=PACKAGES)
@@ -197,6 +203,10 @@ def with_kernels(**facts: object) -> Host:
             "python 3.11 -> 3.12", "fresh image", id="another Python",
         ),
         pytest.param(
+            H100, with_kernels(found={**BUILT, RELEASE: "3.11.7"}),
+            "python release 3.11.2 -> 3.11.7", "fresh image", id="another patch release of Python",
+        ),
+        pytest.param(
             H100, with_kernels(found={**BUILT, "quack-kernels": "0.6.6"}),
             "quack-kernels 0.6.5 -> 0.6.6", "fresh image", id="another quack",
         ),
@@ -233,8 +243,18 @@ def test_shipped_kernels_that_are_missed(machine: Machine, host: Host, what: str
     assert do in found.do
 
 
-def test_shipped_kernels_that_are_found() -> None:
-    checks = examine(H100, with_kernels(), image=HOPPER, images=IMAGES)
+@pytest.mark.parametrize(
+    "host",
+    [
+        pytest.param(with_kernels(), id="the same of all"),
+        pytest.param(
+            with_kernels(built={name: BUILT[name] for name in BUILT if name != RELEASE}),
+            id="a manifest from before Python's release was in it",
+        ),
+    ],
+)
+def test_shipped_kernels_that_are_found(host: Host) -> None:
+    checks = examine(H100, host, image=HOPPER, images=IMAGES)
     (found,) = (check for check in checks if check.code == "kernels")
     assert found.status == "ok"
     assert "its kernels for sm_90 compiled: 200" in found.what

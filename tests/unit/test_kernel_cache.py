@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import stat
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -17,7 +18,7 @@ from attnimg.errors import AttnimgError
 from attnimg.facts import Arch, Machine
 from attnimg.kernel_cache import kernel_settings
 from attnimg.probe import fingerprint as probed
-from attnimg.probe.fingerprint import fingerprint, key_of
+from attnimg.probe.fingerprint import RELEASE, fingerprint, key_of
 
 ENTRY = Path("0123abcd") / "fwd" / "4567.o"
 SM_90 = Arch(name="sm_90", vendor="nvidia", capability=(9, 0))
@@ -80,6 +81,7 @@ def test_they_are_copied_once_to_where_this_user_may_write(tmp_path: Path, shipp
         pytest.param(replace(H100, driver="575.51"), {}, BUILT, id="a driver of CUDA 12"),
         pytest.param(H100, {}, {**BUILT, "quack-kernels": "0.6.4"}, id="another quack"),
         pytest.param(H100, {}, {**BUILT, "python": "3.10"}, id="another Python"),
+        pytest.param(H100, {}, {**BUILT, RELEASE: "3.11.999"}, id="another patch release"),
         pytest.param(
             H100, {"FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED": "0"}, BUILT, id="a person's own choice"
         ),
@@ -101,6 +103,17 @@ def test_nothing_is_set_or_said_or_written(
     assert kernel_settings(machine, environment, shipped=shipped) == {}
     assert not (tmp_path / "cache").exists()
     assert capsys.readouterr() == ("", "")
+
+
+def test_a_manifest_without_python_s_release_is_read(tmp_path: Path, shipped: Path) -> None:
+    write_manifest(shipped, {name: BUILT[name] for name in BUILT if name != RELEASE})
+    cache = {"ATTNIMG_CACHE": str(tmp_path / "cache")}
+    assert "FLASH_ATTENTION_CUTE_DSL_CACHE_DIR" in kernel_settings(H100, cache, shipped=shipped)
+
+
+def test_a_fingerprint_has_python_s_release_in_full() -> None:
+    assert platform.python_version().startswith(fingerprint()[RELEASE])
+    assert fingerprint()[RELEASE].count(".") == 2
 
 
 def test_an_image_without_such_kernels_changes_nothing(tmp_path: Path) -> None:
