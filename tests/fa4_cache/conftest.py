@@ -62,10 +62,23 @@ def python() -> Path:
 @pytest.fixture(scope="session")
 def built(python: Path, tmp_path_factory: pytest.TempPathFactory) -> Built:
     """The smallest set that has every kind of kernel, of the hopper image's."""
-    folder = tmp_path_factory.mktemp("fa4")
-    asked = json.loads((FA4_CACHE / "hopper.json").read_text())
-    asked |= {"head_dims": [64], "heads_per_kv": [4], "causal": [True]}
-    (folder / "set.json").write_text(json.dumps(asked))
-    small = Built(python, folder / "set.json", folder / "state", folder / "out")
-    small.build()
-    return small
+    asked = {"head_dims": [64], "heads_per_kv": [4], "causal": [True]}
+    return part_of("hopper", asked, python, folder=tmp_path_factory.mktemp("fa4"))
+
+
+@pytest.fixture(scope="session")
+def built_for_b200(python: Path, tmp_path_factory: pytest.TempPathFactory) -> Built:
+    """One call of sm_100, with an enum in the key of one of its kernels."""
+    asked = {"head_dims": [64], "heads_per_kv": [1], "causal": [True], "varlen": [False]}
+    asked |= {"gradient": [True], "targets": ["sm_100"]}
+    return part_of("blackwell", asked, python, folder=tmp_path_factory.mktemp("fa4-b200"))
+
+
+def part_of(image: str, asked: dict[str, Any], python: Path, *, folder: Path) -> Built:
+    """Compile some of an image's set, for all its targets or for those named."""
+    whole = json.loads((FA4_CACHE / f"{image}.json").read_text())
+    targets = {name: whole["targets"][name] for name in asked.get("targets", whole["targets"])}
+    (folder / "set.json").write_text(json.dumps(whole | asked | {"targets": targets}))
+    part = Built(python, folder / "set.json", folder / "state", folder / "out")
+    part.build()
+    return part

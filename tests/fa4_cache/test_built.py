@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from conftest import FA4_CACHE, ROOT, Built, run
 
+from attnimg.probe.fingerprint import RELEASE
 from recipes.artifact.elf import read_elf
 
 SIMULATED = Path(__file__).with_name("simulated_gpu.py")
@@ -29,6 +30,12 @@ import json, os, pathlib, sys
 from attnimg.kernel_cache import kernel_settings
 from attnimg.probe import this_machine
 print(json.dumps(kernel_settings(this_machine(()), os.environ, shipped=pathlib.Path(sys.argv[1]))))
+"""
+
+ASKING = """
+import json
+from attnimg.probe.fingerprint import RELEASE, fingerprint
+print(json.dumps(fingerprint()[RELEASE]))
 """
 
 
@@ -100,6 +107,26 @@ def test_a_gpu_finds_every_entry(built: Built, tmp_path: Path) -> None:
     assert found == set(built.manifest["targets"]["sm_90"]["entries"])
 
 
+def test_a_b200_finds_every_entry(built_for_b200: Built, tmp_path: Path) -> None:
+    small = built_for_b200
+    variables = settings(small.python, kernels=small.out, device="sm_100", folder=tmp_path)
+    found = found_on(small.python, "sm_100", small.set_file, variables)
+    assert found == set(small.manifest["targets"]["sm_100"]["entries"])
+
+
+def test_another_patch_release_of_python_builds_on_the_same_state(
+    built_for_b200: Built, tmp_path: Path
+) -> None:
+    # As a Python that pickles an enum in the other way leaves it: its own name in the record.
+    (record,) = built_for_b200.state.glob("*/sm_100/calls/*.json")
+    before, wrong = record.read_text(), json.loads(record.read_text())
+    name = next(name for name in wrong["entries"] if name.startswith("bwd_post/"))
+    wrong["entries"]["bwd_post/other.o"] = wrong["entries"].pop(name)
+    record.write_text(json.dumps(wrong))
+    assert any(": 0 compiled, " in line for line in built_for_b200.build())
+    assert json.loads(record.read_text())["entries"].keys() == json.loads(before)["entries"].keys()
+
+
 def test_flashattention_4_stores_a_kernel_beside_them(built: Built, tmp_path: Path) -> None:
     variables = settings(built.python, kernels=built.out, device="sm_90", folder=tmp_path)
     copy = Path(variables["FLASH_ATTENTION_CUTE_DSL_CACHE_DIR"])
@@ -138,6 +165,9 @@ def test_a_gpu_finds_every_entry_of_the_whole_set(
     python: Path, tmp_path: Path, kernels: Path, device: str
 ) -> None:
     image = "hopper" if device == "sm_90" else "blackwell"
+    built_by = json.loads((kernels / "manifest.json").read_text())["fingerprint"].get(RELEASE)
+    asking = json.loads(run(python, "-c", ASKING, PYTHONPATH=str(ROOT)))
+    assert built_by in (None, asking), "make test/fa4-cache PYTHON=... with that release, anew"
     variables = settings(python, kernels=kernels, device=device, folder=tmp_path)
     found = found_on(python, device, FA4_CACHE / f"{image}.json", variables)
     target = json.loads((kernels / "manifest.json").read_text())["targets"][device]
