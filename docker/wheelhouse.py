@@ -16,7 +16,6 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Any
 
 _SUMS, _MANIFEST = "SHA256SUMS", "manifest.json"
 
@@ -45,20 +44,25 @@ def verify(folder: Path, abi: str, keys: dict[str, str]) -> list[str]:
     if missing:
         return [f"found no {' and no '.join(missing)}"]
     faults = []
-    sums = dict(reversed(line.split("  ")) for line in (folder / _SUMS).read_text().splitlines())
+    lines = (folder / _SUMS).read_text(errors="replace").splitlines()
+    sums = {name: said for said, _, name in (line.partition("  ") for line in lines) if name}
     for path in [*sorted(folder.glob("*.whl")), folder / _MANIFEST]:
         if sums.pop(path.name, None) != digest(path):
             faults.append(f"{path.name} is not what {_SUMS} says")
     faults += [f"{name} is missing" for name in sums]
-    manifest = json.loads((folder / _MANIFEST).read_text())
-    built: dict[str, dict[str, Any]] = {kernel["name"]: kernel for kernel in manifest["kernels"]}
-    if manifest["abi"] != abi:
-        faults.append(f"found {manifest['abi']}, needed {abi}")
+    try:
+        manifest = json.loads((folder / _MANIFEST).read_text())
+        built: dict[str, str] = {kernel["name"]: kernel["key"] for kernel in manifest["kernels"]}
+        found = manifest["abi"]
+    except (ValueError, TypeError, KeyError) as error:
+        return [*faults, f"{_MANIFEST} is no manifest: {type(error).__name__}: {error}"]
+    if found != abi:
+        faults.append(f"found {found}, needed {abi}")
     for name, key in keys.items():
         if name not in built:
             faults.append(f"it has no {name}")
-        elif built[name]["key"] != key:
-            faults.append(f"{name} was built from recipe {built[name]['key']}, needed {key}")
+        elif built[name] != key:
+            faults.append(f"{name} was built from recipe {built[name]}, needed {key}")
     faults += [f"{name} is no kernel of this image" for name in built if name not in keys]
     return faults
 

@@ -75,6 +75,18 @@ def unsaid(folder: Path) -> None:
     (folder / "SHA256SUMS").unlink()
 
 
+def garble(folder: Path) -> None:
+    (folder / "SHA256SUMS").write_bytes(b"\xff no sums\n")
+
+
+def cut(folder: Path) -> None:
+    (folder / "manifest.json").write_text('{"abi": "cp311-t')
+
+
+def empty(folder: Path) -> None:
+    (folder / "manifest.json").write_text('{"abi": "x", "kernels": [{}]}')
+
+
 @pytest.mark.parametrize(
     ("harm", "keys", "abi", "says"),
     [
@@ -84,6 +96,13 @@ def unsaid(folder: Path) -> None:
         pytest.param(add, KEYS, ABI, "extra-1.whl is not what SHA256SUMS says", id="a wheel more"),
         pytest.param(lose, KEYS, ABI, "flash-attn-1.whl is missing", id="a wheel less"),
         pytest.param(unsaid, KEYS, ABI, "found no SHA256SUMS", id="one without its sums"),
+        pytest.param(
+            garble, KEYS, ABI, "flash-attn-1.whl is not what SHA256SUMS says", id="garbled sums"
+        ),
+        pytest.param(cut, KEYS, ABI, "manifest.json is no manifest", id="a manifest cut off"),
+        pytest.param(
+            empty, KEYS, ABI, "manifest.json is no manifest: KeyError", id="kernels without a name"
+        ),
         pytest.param(
             None,
             KEYS.replace("aaaa", "cccc"),
