@@ -12,7 +12,7 @@ import typer
 
 from attnimg.errors import AttnimgError
 from recipes.built import FOLDER as BUILT
-from recipes.built import built_table, codes_found, read_records, record, with_table
+from recipes.built import built_table, codes_found, listed, read_records, record, with_table
 from recipes.facts import Plan
 from recipes.files import write_all
 from recipes.lock import lock_all
@@ -107,6 +107,12 @@ def gate(
     from recipes.judging import report, report_json
 
     plan = _plan(name, root)
+    if archive and unpacked:
+        raise AttnimgError(
+            "two images are given",
+            why=f"found --archive {archive} and --unpacked {unpacked}, needed one at most",
+            do="judge one after the other",
+        )
     artifact, verdicts = gate_artifact(
         plan, read_recipes(root), image=archive or unpacked, wheels=wheels, root=root
     )
@@ -125,10 +131,12 @@ def built(
     """Write down what a wheelhouse holds, for the README's table: docs/built/NAME.json."""
     from recipes.artifact.read import read_wheelhouse
 
+    _plan(name, root)
     artifact = read_wheelhouse(wheels, over=None, say=lambda _: None)
+    manifest = listed(artifact, image=name)
     day = datetime.date.today().isoformat()
     codes, earlier = codes_found(artifact), read_records(root).get(name, {})
-    text = record(artifact.manifest or {}, codes, day=day, machine=machine, earlier=earlier)
+    text = record(manifest, codes, day=day, machine=machine, earlier=earlier)
     for path in write_all(root, {f"{BUILT}/{name}.json": text}):
         typer.echo(f"built: wrote {path}")
     render(root)

@@ -49,6 +49,35 @@ def record(
     return json.dumps({**told, "kernels": kernels}, indent=1) + "\n"
 
 
+def listed(wheelhouse: Artifact, *, image: str) -> Mapping[str, Any]:
+    """Give the manifest of a wheelhouse that is whole, and that of an image.
+
+    Raises:
+        AttnimgError: a wheel is not what its sum says, the manifest is none, or another image's
+            (code "bad-wheelhouse").
+    """
+    manifest = wheelhouse.manifest or {}
+    kernels = manifest.get("kernels")
+    needed = {"name", "version", "key", "trimmed", "wheel"}
+    faults = [
+        f"{name} is not what SHA256SUMS says" for name, same in wheelhouse.sums.items() if not same
+    ]
+    if manifest.get("image") != image:
+        faults.append(f"found the image {manifest.get('image')!r}, needed {image!r}")
+    if not isinstance(kernels, list) or not all(
+        isinstance(kernel, dict) and kernel.keys() >= needed for kernel in kernels
+    ):
+        faults.append(f"manifest.json lists no kernels, each with {', '.join(sorted(needed))}")
+    if faults:
+        raise AttnimgError(
+            f"{wheelhouse.source} is no wheelhouse of {image} to write down",
+            why="\n".join(faults),
+            do=f"make wheels/{image}",
+            code="bad-wheelhouse",
+        )
+    return manifest
+
+
 def _times(kernel: Mapping[str, Any], before: Mapping[str, Any] | None) -> dict[str, Any]:
     """Give the figures of the build that compiled a kernel's objects, where this one did not."""
     reused = kernel.get("objects_reused", 0) > kernel.get("objects_compiled", 0)

@@ -12,6 +12,7 @@ import re
 import shutil
 import tarfile
 import tempfile
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -33,6 +34,8 @@ _STAGES = (
     ("find /wheels", "kernels"),
     ("$APT_PACKAGES", "python"),
 )
+# What a damaged archive raises, in its tar and in a compressed layer.
+_DAMAGE = (tarfile.TarError, OSError, KeyError, EOFError, zlib.error, zstandard.ZstdError)
 _KINDS: dict[bytes, Any] = {
     tarfile.REGTYPE: "file", tarfile.AREGTYPE: "file", tarfile.DIRTYPE: "folder",
     tarfile.SYMTYPE: "link", tarfile.LNKTYPE: "hardlink",
@@ -45,7 +48,7 @@ def opened(path: Path) -> Iterator[tarfile.TarFile]:
     try:
         with tarfile.open(path, "r:") as tar:
             yield tar
-    except (tarfile.TarError, OSError, KeyError, EOFError) as error:
+    except _DAMAGE as error:
         raise AttnimgError(
             f"{path} can't be read as an image",
             why=f"{type(error).__name__}: {error}",
@@ -69,8 +72,12 @@ def read_archive(
     layers: list[Layer] = []
     files: list[File] = []
     with opened(path) as tar:
-        config, members = _parts(tar)
-        history = [made for made in config.get("history", []) if not made.get("empty_layer")]
+        try:
+            config, members = _parts(tar)
+            history = [made for made in config.get("history", []) if not made.get("empty_layer")]
+        # JSON that is none, or has another form than what is looked up in it.
+        except (ValueError, IndexError, TypeError, AttributeError) as error:
+            raise tarfile.ReadError(f"its manifest is damaged: {error}") from error
         for place, member in enumerate(members):
             made = history[place] if place < len(history) else {}
             name = stage_of(made)

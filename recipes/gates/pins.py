@@ -73,7 +73,8 @@ def _wheelhouse(artifact: Artifact, promise: Promise) -> Iterator[Finding]:
         yield _finding("manifest.json", f"abi {manifest.get('abi')}", promise.plan.abi, again)
     listed = manifest.get("kernels")
     kernels = listed if isinstance(listed, list) else []
-    keys = {kernel.get("name"): kernel.get("key") for kernel in kernels}
+    named = (kernel for kernel in kernels if isinstance(kernel, dict))
+    keys = {str(kernel.get("name")): kernel.get("key") for kernel in named}
     for step in promise.plan.steps:
         if step.kernel.form != "wheel" and keys.get(step.kernel.name) != step.key:
             found = f"key {keys.get(step.kernel.name)} of {step.kernel.name}"

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import zipfile
 from pathlib import Path
 
 import pytest
+from small_image import wheelhouse
 
 from attnimg.errors import AttnimgError
-from recipes.built import BEGIN, END, built_table, read_records, record, with_table
+from recipes.artifact.read import read_wheelhouse
+from recipes.built import BEGIN, END, built_table, listed, read_records, record, with_table
 from recipes.read import read_recipes
 from recipes.solve import solve_all
 
@@ -75,6 +78,49 @@ def test_times_are_those_of_the_build_that_compiled(again: dict[str, object], se
     earlier = {"kernels": [FIRST]}
     made = json.loads(record(manifest, {}, day="2026-11-25", machine="2 cores", earlier=earlier))
     assert made["kernels"][0]["seconds"] == seconds
+
+
+WHOLE = {key: FIRST[key] for key in ("name", "version", "trimmed", "wheel")} | {"key": "aaaa"}
+
+
+@pytest.mark.parametrize(
+    ("manifest", "says"),
+    [
+        pytest.param({"image": "hopper", "abi": "x", "kernels": [WHOLE]}, "", id="a whole one"),
+        pytest.param(
+            {"image": "ampere", "abi": "x", "kernels": [WHOLE]},
+            "'ampere', needed 'hopper'",
+            id="another image's",
+        ),
+        pytest.param(
+            {"image": "hopper", "abi": "x", "kernels": [{}]},
+            "lists no kernels",
+            id="nameless kernels",
+        ),
+        pytest.param({"image": "hopper", "abi": "x"}, "lists no kernels", id="no kernels at all"),
+        pytest.param(["hopper"], "found the image None", id="no manifest"),
+    ],
+)
+def test_only_a_wheelhouse_of_the_image_is_written_down(
+    tmp_path: Path, manifest: object, says: str
+) -> None:
+    made = wheelhouse(tmp_path / "wheels", {"a-1.whl": {"a.py": b""}}, manifest)
+    read = read_wheelhouse(made, over=None, say=lambda _: None)
+    if not says:
+        assert listed(read, image="hopper") == manifest
+        return
+    with pytest.raises(AttnimgError) as caught:
+        listed(read, image="hopper")
+    assert (caught.value.code, says in caught.value.why) == ("bad-wheelhouse", True)
+
+
+def test_a_changed_wheel_is_not_written_down(tmp_path: Path) -> None:
+    manifest = {"image": "hopper", "abi": "x", "kernels": [WHOLE]}
+    made = wheelhouse(tmp_path / "wheels", {"a-1.whl": {"a.py": b""}}, manifest)
+    with zipfile.ZipFile(made / "a-1.whl", "a") as wheel:
+        wheel.writestr("b.py", "")
+    with pytest.raises(AttnimgError, match="no wheelhouse of hopper"):
+        listed(read_wheelhouse(made, over=None, say=lambda _: None), image="hopper")
 
 
 def test_records_are_read_by_image(tmp_path: Path) -> None:

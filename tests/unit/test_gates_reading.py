@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import zstandard
-from small_image import save
+from small_image import save, wheelhouse
 from test_gates import KEY, PLAN, RECIPES, ROOT, judge, read
 
 from attnimg.errors import AttnimgError
@@ -84,6 +84,30 @@ def test_an_archive_that_was_cut_off_is_refused(tmp_path: Path) -> None:
     (tmp_path / "image.tar").write_bytes(whole[:40_000])
     with pytest.raises(AttnimgError, match="can't be read as an image"):
         read(tmp_path / "image.tar")
+
+
+@pytest.mark.parametrize("text", [b"{", b"[]", b"{}", b'[{"Config": "manifest.json"}]', b"[3]"])
+def test_an_archive_with_a_damaged_manifest_is_refused(tmp_path: Path, text: bytes) -> None:
+    with tarfile.open(tmp_path / "image.tar", "w") as tar:
+        info = tarfile.TarInfo("manifest.json")
+        info.size = len(text)
+        tar.addfile(info, io.BytesIO(text))
+    with pytest.raises(AttnimgError, match="can't be read as an image"):
+        read(tmp_path / "image.tar")
+
+
+@pytest.mark.parametrize("squeeze", [gzip.compress, zstandard.compress], ids=["gzip", "zstd"])
+def test_an_archive_with_a_damaged_layer_is_refused(tmp_path: Path, squeeze) -> None:
+    layer = bytearray(squeeze(bytes(range(256)) * 99))
+    layer[20:60] = bytes(40)
+    with pytest.raises(AttnimgError, match="can't be read as an image"):
+        read(oci(tmp_path / "oci.tar", bytes(layer)))
+
+
+def test_a_manifest_that_lists_no_kernels_fails_the_pins(tmp_path: Path) -> None:
+    made = wheelhouse(tmp_path / "wheels", {"x-1.whl": {"x.py": b""}}, {"kernels": ["x", 3]})
+    found = [found for _, found in judge("pins", read_wheelhouse(made, over=None, say=id))]
+    assert "abi None" in found
 
 
 def test_a_folder_without_wheels_is_no_wheelhouse(tmp_path: Path) -> None:
