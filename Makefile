@@ -117,7 +117,11 @@ test/%: .venv/ready ## Test the image attnimg:%
 	IMAGE=attnimg:$* $(BIN)/pytest tests/image
 
 gate/%: .venv/ready ## Judge attnimg:%, or ARCHIVE=file or folder, or WHEELS=dist/%; no GPU, no daemon
-	@if [ -z "$(ARCHIVE)$(WHEELS)" ]; then mkdir -p build; trap 'rm -f build/$*.tar' EXIT; \
+	@if [ -z "$(ARCHIVE)$(WHEELS)" ]; then \
+	  docker image inspect attnimg:$* >/dev/null 2>&1 || { printf 'gate: %s\n  why: %s\n  do:  %s\n' \
+	    "there is no image attnimg:$*" "docker knows none of that name here" \
+	    "make build/$*, or make $@ ARCHIVE=FILE" >&2; exit 2; }; \
+	  mkdir -p build; trap 'rm -f build/$*.tar' EXIT; \
 	  echo "gate: saving attnimg:$* to build/$*.tar"; docker save attnimg:$* -o build/$*.tar; fi; \
 	$(BIN)/python -m recipes gate $* $(if $(WHEELS),--wheels $(WHEELS)) $(GATE_ARGS) \
 	  $(if $(or $(ARCHIVE),$(if $(WHEELS),,1)),--archive $(or $(ARCHIVE),build/$*.tar))

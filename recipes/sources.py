@@ -83,7 +83,7 @@ def _clone(repository: str, commit: str, *, clones: Path | None, into: Path) -> 
     raise AttnimgError(
         f"{repository} is in no clone",
         why=f"needed commit {commit}, found it in no git repository below {clones}",
-        do=f"clone {repository} there, or leave --from away to fetch it from GitHub",
+        do=f"clone {repository} there, or leave FROM away to fetch it from GitHub",
         code="no-source",
         exit_code=1,
     )
@@ -97,7 +97,7 @@ def _git(folder: Path, *arguments: str, source: str) -> None:
         raise AttnimgError(
             f"the source {source} can't be had",
             why=f"git {arguments[0]}: {done.stderr.strip()}",
-            do="see to the network, or name a folder with clones: --from DIR",
+            do="see to the network, or name a folder with clones: make sources/NAME FROM=DIR",
             code="no-source",
             exit_code=1,
         )
