@@ -105,7 +105,8 @@ fa4-kernels/%: base .venv/ready ## Compile FlashAttention-4's kernels for attnim
 	  docker cp -q "$$id:/opt/attnimg/fa4" dist/fa4-kernels-$* && docker rm "$$id" >/dev/null
 	@$(BIN)/python -B docker/fa4_cache/built.py dist/fa4-kernels-$*/manifest.json \
 	  docker/fa4_cache/$*.json >docs/built/fa4-cache-$*.json
-	@echo "test them: FA4_KERNELS=dist/fa4-kernels-$* make test/fa4-cache"
+	@echo "test them, by the same release of Python: rm -rf build/fa4;"
+	@echo "  FA4_KERNELS=dist/fa4-kernels-$* make test/fa4-cache PYTHON=python3.11"
 
 test/fa4-cache: .venv/ready build/fa4/ready ## Compile kernels of FlashAttention-4 without a GPU, and find them
 	FA4_PYTHON=build/fa4/bin/python $(BIN)/pytest tests/fa4_cache
