@@ -21,6 +21,8 @@ Scores = Literal["spread", "negative", "large", "near-cap", "flat"]
 # Scores held at once by plain attention, heads * tokens squared. The longest probe is cut to it, so
 # that no machine runs out of memory on a proof: 134 MB in float32 on a CPU.
 BUDGET = {"cpu": 1 << 25, "cuda": 1 << 31}
+# The same for the one probe that shows all heads a long document.
+_ALL_HEADS = 1 << 23
 # A sliding window longer than the short probes would show nothing there.
 SHORT_WINDOW = 37
 # Every length up to this one is shown to kernels that nobody here has read, and these beyond it.
@@ -28,6 +30,13 @@ EVERY_LENGTH = 512
 _BEYOND = (600, 767, 768, 1000, 1023, 1024, 1025, 1536, 2047, 2048, 2049, 3001, 4095, 4096)
 # Up to so many tokens all rows of a probe are compared; see inputs.py.
 _WHOLE_ROW = 384
+# What the gradient of a mean over a row's tokens comes to, and what a scaled loss may. float16 has
+# 2e-5 between neighbours at the lower end, which is why its losses are scaled.
+_GRADIENTS = {
+    "float32": (2.0**-26, 2.0**10),
+    "bfloat16": (2.0**-26, 2.0**10),
+    "float16": (2.0**-4, 2.0**4),
+}
 _LADDER = (95, 96, 127, 128, 129, 160, 192, 255, 257, 320)
 
 
@@ -46,6 +55,7 @@ class Case:
         scores: see Scores.
         scale_factor: times D ** -0.5 is the scale of the call.
         longest_slack: by how much max_length exceeds the longest document.
+        gradient_scale: how large the output's gradient is, about.
         repeated: whether the call is made twice and its documents are perturbed.
     """
 
@@ -58,6 +68,7 @@ class Case:
     scores: Scores = "spread"
     scale_factor: float = 1.0
     longest_slack: int = 0
+    gradient_scale: float = 1.0
     repeated: bool = False
 
 
@@ -109,6 +120,7 @@ def _packed(geometry: Geometry, longest: int, *, rows: int) -> list[Case]:
     """Rows of several documents: all unequal, all equal, one alone, of every small length."""
     short = _short_window(_two_groups(geometry))
     few = _short_window(_few_heads(geometry))
+    whole = _longest_of_all_heads(geometry, longest)
     half, third = longest // 2, longest // 3
     full_row = tuple(n for n in (half, third, longest - half - third) if n)
     cases = [
@@ -117,6 +129,13 @@ def _packed(geometry: Geometry, longest: int, *, rows: int) -> list[Case]:
             geometry=short,
             lengths=(13, 1, 64, 192, 5, 67, 1),
             repeated=True,
+        ),
+        # As many tokens and documents as before, and as long a longest one: what a kernel keeps by
+        # these of another row would show.
+        Case(
+            name="documents of 1, 67, 5, 192, 64, 1 and 13",
+            geometry=short,
+            lengths=(1, 67, 5, 192, 64, 1, 13),
         ),
         Case(
             name="strongly negative scores",
@@ -146,6 +165,16 @@ def _packed(geometry: Geometry, longest: int, *, rows: int) -> list[Case]:
         Case(name="lengths around tiles", geometry=few, lengths=_LADDER, layout="heads-first"),
         Case(name="300 documents", geometry=few, lengths=(1, 2, 3) * 100),
         Case(name="all heads", geometry=geometry, lengths=(19, 46, 129), layout="mixed"),
+        Case(
+            name=f"a document of {whole}, all heads",
+            geometry=geometry,
+            lengths=(whole, 3),
+            layout="heads-first",
+        ),
+        *(
+            Case(name=f"gradients of {g:.0e}", geometry=short, lengths=(45, 83), gradient_scale=g)
+            for g in _GRADIENTS[geometry.dtype]
+        ),
         Case(name="a full row", geometry=_few_heads(geometry), lengths=full_row),
         Case(name="flat scores", geometry=_few_heads(geometry), lengths=(longest,), scores="flat"),
         Case(
@@ -170,6 +199,7 @@ def _dense(geometry: Geometry, longest: int, *, rows: int) -> list[Case]:
     short = _short_window(_two_groups(geometry))
     few = _short_window(_few_heads(geometry))
     run = _few_heads(geometry)
+    whole = _longest_of_all_heads(geometry, longest)
     steps = range(96, min(longest, 512), 32)
     middle = sorted({n for n in (*_LADDER, *steps, longest // 2 + 1, longest - 1) if n > 72})
     cases = [
@@ -192,6 +222,21 @@ def _dense(geometry: Geometry, longest: int, *, rows: int) -> list[Case]:
         Case(name="13 queries, 77 keys", geometry=short, lengths=(77,), queries=13),
         Case(name="46 tokens, all heads", geometry=geometry, lengths=(46,), layout="heads-first"),
         Case(name="161 tokens, all heads", geometry=geometry, lengths=(161,), layout="mixed"),
+        Case(
+            name=f"{whole} tokens, all heads",
+            geometry=geometry,
+            lengths=(whole,),
+            layout="heads-first",
+        ),
+        *(
+            Case(
+                name=f"83 tokens, gradients of {g:.0e}",
+                geometry=short,
+                lengths=(83,),
+                gradient_scale=g,
+            )
+            for g in _GRADIENTS[geometry.dtype]
+        ),
         Case(name="2 rows of 257", geometry=short, lengths=(257, 257)),
         *(_plain_case(short, n) for n in (2, 17, 31, 64, 65, 127, 128, 129, 257)),
         *(_plain_case(few, n) for n in (*range(3, 73), *middle)),
@@ -208,6 +253,11 @@ def _dense(geometry: Geometry, longest: int, *, rows: int) -> list[Case]:
             Case(name="scores near the cap", geometry=short, lengths=(97,), scores="near-cap")
         )
     return cases
+
+
+def _longest_of_all_heads(geometry: Geometry, longest: int) -> int:
+    """Give the longest document that all heads are shown: a few at a time tell most, and sooner."""
+    return min(longest, max(129, int((_ALL_HEADS / geometry.heads) ** 0.5)))
 
 
 def _plain_case(geometry: Geometry, length: int) -> Case:

@@ -18,6 +18,8 @@ from attnimg.prove.cases import Case
 from attnimg.prove.checks import Expected, check_values, expected
 from attnimg.prove.inputs import Inputs, draw
 
+# Calls that are under way at once, as many as a common model has layers.
+_LAYERS = 32
 # What learns where an adapter sits on the first layer's v, or on its q and v.
 _FROZEN = {"v alone": ("dv",), "q and v": ("dq", "dv")}
 
@@ -52,7 +54,7 @@ def check_company(
 def _interleaved(
     function: AttentionFunction, backend: Backend, case: Case, inputs: Inputs, *, right: Expected
 ) -> Iterator[Reason]:
-    """Make two calls forward, then both backward; the second's gradient comes from a sum."""
+    """Make calls forward, then the first two backward; the second's gradient comes from a sum."""
     second = replace(case, name=f"{case.name}, a second call")
     others = draw(second, device=str(inputs.q.device))
     others = replace(
@@ -64,7 +66,9 @@ def _interleaved(
     if not torch.equal(started.out, first_out):
         text = f"{second.name} wrote into the output of the first"
         yield Reason(code="numerics-fwd", text=text)
+    held = [forward(function, backend, second, others) for _ in range(_LAYERS - 2)]
     found = backward(started)
+    del held
     gradients = {name: g.clone() for name, g in found.gradients.items() if g is not None}
     after = backward(follows)
     for name, gradient in gradients.items():

@@ -91,6 +91,7 @@ def draw(case: Case, *, device: str) -> Inputs:
         rows = torch.arange(max(0, n_queries - LAST), n_queries)
     d_out = torch.zeros(n_rows, n_queries, geometry.heads, geometry.head_dim_v)
     d_out[:, rows] = torch.randn(d_out[:, rows].shape, generator=generator)
+    d_out *= case.gradient_scale
     d_out *= (documents[:, n_keys - n_queries :] >= 0)[:, :, None, None]
     dtype = getattr(torch, geometry.dtype)
     q, k, v = _laid_out(case, *(x.to(device, dtype) for x in (q, k, v)))

@@ -111,6 +111,7 @@ WIDE = Geometry(
     heads=4, kv_heads=2, head_dim_qk=16, head_dim_v=16, packing=True, dense=False, window=64,
     sequence_len=160,
 )  # fmt: skip
+FOUR = Geometry(heads=8, kv_heads=4, head_dim_qk=16, head_dim_v=16, sequence_len=256)
 BF16 = Geometry(
     heads=4, kv_heads=2, head_dim_qk=16, head_dim_v=16, packing=True, dense=False,
     dtype="bfloat16", sequence_len=64,
@@ -181,6 +182,17 @@ SLY_FAULTS = [
     ("state kept outside", BATCH, "numerics-bwd"),
     ("keys kept by shape", BATCH, "numerics-fwd"),
     ("every tenth call", BATCH, "numerics-fwd"),
+    ("none", FOUR, None),
+    ("none", HALF, None),
+    ("documents kept by shape", SMALL, "numerics-fwd"),
+    ("documents kept by tokens and longest", SMALL, "numerics-fwd"),
+    ("third key head past 170", FOUR, "numerics-fwd"),
+    ("third key head past 170", replace(FOUR, packing=True, dense=False), "numerics-fwd"),
+    ("state of the last 16 calls", BATCH, "numerics-bwd"),
+    ("small dout lost", BF16, "grad-detached"),
+    ("small dout lost", BATCH, "numerics-bwd"),
+    ("dout in half", BF16, "numerics-bwd"),
+    ("large dout cut", BATCH, "numerics-bwd"),
 ]
 ALL = [(WRONG, *row) for row in FAULTS] + [(SLY, *row) for row in SLY_FAULTS]
 NAMES = [f"wrong/kernel-{number}" for number in range(len(ALL))]
