@@ -30,5 +30,11 @@ def part(name: str, matrix: dict[str, list[dict[str, str]]]) -> str:
 
 
 if __name__ == "__main__":
+    asked = sys.argv[1:]
+    if asked not in (["images"], ["gpu"], ["untested"]):
+        sys.exit(
+            f"matrix: there is no part {' '.join(asked)!r}\n  why: known: images, gpu, untested\n"
+            "  do:  make matrix/images"
+        )
     found = json.loads(Path(__file__).with_name("matrix.json").read_text(encoding="utf-8"))
-    sys.stdout.write(part(sys.argv[1], found) + "\n")
+    sys.stdout.write(part(asked[0], found) + "\n")

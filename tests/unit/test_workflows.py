@@ -33,6 +33,13 @@ def test_a_gpu_without_a_runner_is_recorded_and_not_run() -> None:
     assert not run & recorded
 
 
+def test_a_part_that_does_not_exist_is_refused_in_three_parts() -> None:
+    command = [sys.executable, str(ROOT / ".github" / "matrix.py"), "images2"]
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert [mark in done.stderr for mark in ("why:", "do:", "Traceback")] == [True, True, False]
+
+
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.name)
 def test_actions_are_pinned_by_commit(path: Path) -> None:
     pins = re.findall(r"uses: (\S+)", path.read_text())
