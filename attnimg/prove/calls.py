@@ -203,7 +203,8 @@ def _arguments(
         ends = lengths.cumsum(0).to(torch.int32)
         longest = max(case.lengths) + case.longest_slack
         for side in "qk":
-            arguments[f"cu_seq_lens_{side}"] = ends
+            # Two tensors, as when a batch was moved to a GPU, or twice the same.
+            arguments[f"cu_seq_lens_{side}"] = ends if case.layout == "fused" else ends.clone()
             arguments[f"max_length_{side}"] = longest
     return arguments
 

@@ -104,7 +104,17 @@ def _every_length(geometry: Geometry, longest: int) -> list[Case]:
         if sum(rows[-1]) + length > _WHOLE_ROW:
             rows.append([])
         rows[-1].append(length)
-    return [
+    # And each number of documents to a row, of unequal lengths.
+    counts = [
+        Case(
+            name=f"{n} documents",
+            geometry=few,
+            lengths=tuple(2 + place % 5 for place in range(n)),
+            packed=True,
+        )
+        for n in range(2, 33)
+    ]
+    return counts + [
         Case(
             name=f"documents of {' and '.join(map(str, row))}",
             geometry=few,

@@ -146,6 +146,8 @@ SLY_FAULTS = [
     ("a lone token without gradient", SMALL, "numerics-bwd"),
     ("two documents", SMALL, "numerics-fwd"),
     ("three documents", SMALL, "numerics-fwd"),
+    ("boundaries of its own for k", SMALL, "numerics-fwd"),
+    ("nine documents", EVERY, "numerics-fwd"),
     ("documents past 64", SMALL, "numerics-fwd"),
     ("documents past 250", SMALL, "numerics-fwd"),
     ("two full rows", SMALL, "numerics-fwd"),
