@@ -79,26 +79,35 @@ engine: ## Start a Docker engine where there is none; root
 base: engine ## Have the base that images are built on
 	@docker/base.sh
 
-build/%: base ## Build the image attnimg:%, such as build/cpu; WHEELS=dist/% compiles nothing
+# An engine and a base, though not for an image that does not exist.
+HAVE_BASE = @docker/build.py $* --check && $(MAKE) base
+
+build/%: ## Build the image attnimg:%, such as build/cpu; WHEELS=dist/% compiles nothing
+	$(HAVE_BASE)
 	@docker/build.py $*
 
-toolchain/%: base ## Build the stage that compiles the kernels of attnimg:%
+toolchain/%: ## Build the stage that compiles the kernels of attnimg:%
+	$(HAVE_BASE)
 	@docker/build.py $* --stage toolchain
 
 sources/%: .venv/ready ## Have the git trees of attnimg:%'s kernels; from clones below FROM=DIR
 	@$(BIN)/python -m recipes sources $* $(if $(FROM),--from $(FROM))
 
-wheels/%: base ## Compile the kernels of attnimg:% into dist/%, hours; TRIM=1 small ones, minutes
+wheels/%: ## Compile the kernels of attnimg:% into dist/%, hours; TRIM=1 small ones, minutes
+	$(HAVE_BASE)
 	@PROGRESS=plain docker/build.py $* --wheels-to dist/$*
 
 built/%: .venv/ready ## Write down what dist/% holds; MACHINE="what it was built on"
-	@: "$${MACHINE:?say what it was built on, in general words: make $@ MACHINE='2 cores, no GPU'}"
+	@[ -n "$(MACHINE)" ] || { printf 'built: %s\n  why: %s\n  do:  %s\n' "the machine is not named" \
+	  "found no MACHINE" "make $@ MACHINE='2 cores, no GPU', in general words" >&2; exit 2; }
 	@$(BIN)/python -m recipes built $* --wheels dist/$* --machine "$(MACHINE)"
 
-unit/%: base ## Compile one real unit of flash-attn for attnimg:%, 5 minutes
+unit/%: ## Compile one real unit of flash-attn for attnimg:%, 5 minutes
+	$(HAVE_BASE)
 	@PROGRESS=plain docker/build.py $* --stage flash-attn-unit
 
-fa4-kernels/%: base .venv/ready ## Compile FlashAttention-4's kernels for attnimg:% into dist/, 10 minutes an architecture
+fa4-kernels/%: .venv/ready ## Compile FlashAttention-4's kernels for attnimg:% into dist/, 10 minutes an architecture
+	$(HAVE_BASE)
 	@PROGRESS=plain docker/build.py $* --stage fa4-kernels
 	@rm -rf dist/fa4-kernels-$* && mkdir -p dist docs/built
 	@id=$$(docker create attnimg-fa4-kernels:$* none) && \
@@ -138,7 +147,8 @@ matrix/%: ## Print what CI runs as JSON: matrix/images, matrix/gpu, matrix/untes
 	@python3 .github/matrix.py $*
 
 push/%: .venv/ready ## Push attnimg:% to REGISTRY=host/name/
-	@: "$${REGISTRY:?set REGISTRY, with its slash: make $@ REGISTRY=host/name/}"
+	@[ -n "$(REGISTRY)" ] || { printf 'push: %s\n  why: %s\n  do:  %s\n' "the registry is not named" \
+	  "found no REGISTRY" "make $@ REGISTRY=host/name/, with its slash" >&2; exit 2; }
 	@$(BIN)/python -m recipes publish $*
 	@$(MAKE) gate/$*
 	docker tag attnimg:$* $(REGISTRY)attnimg:$*

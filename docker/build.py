@@ -123,9 +123,14 @@ def main() -> None:
     parser.add_argument("name")
     parser.add_argument("--stage", default="runtime")
     parser.add_argument("--wheels-to", type=Path)
+    parser.add_argument("--check", action="store_true", help="only whether there is such an image")
     asked = parser.parse_args()
     name, stage = asked.name, "wheelhouse" if asked.wheels_to else asked.stage
     target = target_of(name)
+    if asked.check:
+        return
+    if not (jobs := os.environ.get("JOBS", "1")).isdigit() or int(jobs) < 1:
+        fail(f"JOBS is {jobs!r}", "needed a number of compilers, 1 or more", "make ... JOBS=2")
     settings = {"target": stage}
     settings |= {key: os.environ[key] for key in ("TRIM", "JOBS") if os.environ.get(key)}
     settings = {f"args.{key}" if key != "target" else key: v for key, v in settings.items()}

@@ -37,9 +37,17 @@ def read_recipes(root: Path) -> Recipes:
         root: the folder that holds recipes/ and pyproject.toml.
 
     Raises:
-        AttnimgError: a file is no TOML, or has an unknown key or a value that is not one.
+        AttnimgError: a file is no TOML, or has an unknown key or a value that is not one; or
+            there is no folder recipes/.
     """
     folder = root / "recipes"
+    if not folder.is_dir():
+        raise AttnimgError(
+            f"{root} is no checkout of attnimg",
+            why="found no folder recipes/ in it",
+            do="name the folder that holds recipes/ and pyproject.toml",
+            code="no-checkout",
+        )
     images: dict[str, Image] = {}
     for path in sorted((folder / "images").glob("*.toml")):
         for image in read_image(path.stem, path.read_text(encoding="utf-8")):

@@ -98,9 +98,11 @@ def _automatic(verdicts: tuple[Verdict, ...], backends: list[Backend]) -> Plan:
         do = "see the reasons above; attn_implementation: eager takes everything"
         because = "no attention backend fits"
         return Plan(asked=AUTO, chosen=None, because=because, verdicts=verdicts, do=do)
-    because = f"it ranks first of the {len(fitting)} that fit"
+    asked_alone = [v.backend for v in verdicts if v.fits and v.backend not in able]
+    fit = f"fit and auto takes ({', '.join(asked_alone)}: by name only)" if asked_alone else "fit"
+    because = f"it ranks first of the {len(fitting)} that {fit}"
     if len(fitting) == 1:
-        because = "it is the only one that fits"
+        because = f"it is the only one that {fit.replace('fit', 'fits', 1)}"
     return Plan(asked=AUTO, chosen=fitting[0], because=because, verdicts=verdicts)
 
 

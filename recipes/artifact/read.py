@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from attnimg.errors import AttnimgError
 from recipes.artifact.archive import read_archive
 from recipes.artifact.distributions import distributions
 from recipes.artifact.facts import Artifact, File, Layer
@@ -18,11 +19,18 @@ def read_image(path: Path, *, say: Say) -> Artifact:
     """Read an image: a folder is an unpacked one, a file what `docker save` or an OCI tool wrote.
 
     Raises:
-        AttnimgError: it is neither (code "bad-archive").
+        AttnimgError: it is neither, or not there (code "bad-archive").
     """
     config: dict[str, Any] = {}
     layers: tuple[Layer, ...]
     files: tuple[File, ...]
+    if not path.exists():
+        raise AttnimgError(
+            f"there is no {path}",
+            why="found nothing there to read",
+            do="name what `docker save` wrote, or the folder of an unpacked image",
+            code="bad-archive",
+        )
     if path.is_dir():
         say(f"folder {path}")
         layer, files = read_folder(path)

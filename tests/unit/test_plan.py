@@ -369,3 +369,22 @@ def test_every_backend_is_judged_on_every_gpu(gpu: str) -> None:
     assert [v.rank for v in found.verdicts] == list(range(1, len(found.verdicts) + 1))
     assert all(v.fits != bool(v.reasons) for v in found.verdicts)
     assert got(found)
+
+
+@pytest.mark.parametrize(
+    ("gpu", "says"),
+    [
+        pytest.param(
+            "t4",
+            "it ranks first of the 4 that fit and auto takes (xformers, s2: by name only)",
+            id="what auto passes over is named",
+        ),
+        pytest.param("mi300x", "it ranks first of the", id="the rest is counted"),
+    ],
+)
+def test_because_agrees_with_the_candidates(gpu: str, says: str) -> None:
+    found = plan(None, gpu)
+    assert says in found.because
+    assert found.chosen is not None
+    better = [v.backend for v in found.verdicts if v.fits and v.rank < found.chosen.rank]
+    assert all(name in found.because for name in better)
