@@ -15,6 +15,7 @@ from attnimg.facts import AttentionFunction, Backend, Pattern
 from attnimg.prove.cases import Case
 from attnimg.prove.inputs import Inputs
 from attnimg.prove.oracle import attend, visible_keys
+from attnimg.prove.seeding import drawn, is_set_back
 from attnimg.prove.shifted import shifted_keys
 
 
@@ -44,12 +45,16 @@ class Started:
         leaves: "dq" and so on to what the gradient is of.
         d_out: gradient of the output, laid out as it arrives.
         handed: what the call was given, by name, and a copy of it as it was.
+        reseeded: whether the forward pass set torch's random numbers back.
+        dropout: what it was called with; with none, no pass has anything to draw.
     """
 
     out: Tensor
     leaves: dict[str, Tensor]
     d_out: Tensor
     handed: dict[str, tuple[Tensor, Tensor]]
+    reseeded: bool
+    dropout: float
 
 
 class _Layer(nn.Module):  # type: ignore[misc]  # mypy does not follow torch
@@ -105,17 +110,23 @@ def forward(
     handed = {name: (value, value.clone()) for name, value in given.items()}
     dtype = getattr(torch, case.geometry.dtype)
     autocast = case.geometry.autocast
+    # Made first, since a layer draws its own weights.
+    layer, mask = _Layer(inputs.q.dtype).to(inputs.q.device), _mask(backend, case, inputs)
+    random = drawn(inputs.q.device)
     with torch.autocast(inputs.q.device.type, dtype if autocast else None, enabled=autocast):
         out, _ = function(
-            _Layer(inputs.q.dtype).to(inputs.q.device),
+            layer,
             leaves["dq"],
             leaves["dk"],
             leaves["dv"],
-            _mask(backend, case, inputs),
+            mask,
             dropout=dropout,
             **arguments,
         )
-    return Started(out=out, leaves=leaves, d_out=d_out, handed=handed)
+    reseeded = not dropout and is_set_back(random, inputs.q.device)
+    return Started(
+        out=out, leaves=leaves, d_out=d_out, handed=handed, reseeded=reseeded, dropout=dropout
+    )
 
 
 def backward(started: Started) -> Result:
@@ -123,17 +134,21 @@ def backward(started: Started) -> Result:
     out, d_out = started.out, started.d_out
     learning = {name: leaf for name, leaf in started.leaves.items() if leaf.requires_grad}
     gradients: dict[str, Tensor | None] = dict.fromkeys(learning)
+    random = drawn(d_out.device)
     if out.shape == d_out.shape and out.requires_grad:
         leaves = list(learning.values())
         found = torch.autograd.grad(out, leaves, d_out.to(out.dtype), allow_unused=True)
         gradients = dict(zip(learning, found, strict=True))
+    overwritten = [
+        name for name, (value, copy) in started.handed.items() if not torch.equal(value, copy)
+    ]
+    if started.reseeded or (not started.dropout and is_set_back(random, d_out.device)):
+        overwritten.append("torch's random numbers")
     return Result(
         out=out.detach(),
         gradients=gradients,
         attached=out.requires_grad,
-        overwritten=tuple(
-            name for name, (value, copy) in started.handed.items() if not torch.equal(value, copy)
-        ),
+        overwritten=tuple(overwritten),
     )
 
 

@@ -195,6 +195,8 @@ SLY_FAULTS = [
     ("small dout lost", BATCH, "numerics-bwd"),
     ("dout in half", BF16, "numerics-bwd"),
     ("large dout cut", BATCH, "numerics-bwd"),
+    ("seeds", BATCH, "numerics-fwd"),
+    ("seeds backward", SMALL, "numerics-fwd"),
 ]
 ALL = [(WRONG, *row) for row in FAULTS] + [(SLY, *row) for row in SLY_FAULTS]
 NAMES = [f"wrong/kernel-{number}" for number in range(len(ALL))]
