@@ -2,15 +2,18 @@
 
 There every layer has called before the first of them goes backward, some calls record no gradient,
 as with checkpointed activations and in evaluation, and where part of a model is frozen some of q, k
-and v need none. A kernel that keeps something between calls is right only when it is alone.
+and v need none. What a call saves may be dropped and made again. A kernel that keeps something
+between calls is right only when it is alone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from attnimg.facts import AttentionFunction, Backend, Reason
 from attnimg.prove.calls import Result, backward, call, forward, reference
@@ -22,6 +25,8 @@ from attnimg.prove.inputs import Inputs, draw
 _LAYERS = 32
 # What learns where an adapter sits on the first layer's v, or on its q and v.
 _FROZEN = {"v alone": ("dv",), "q and v": ("dq", "dv")}
+# How evaluation and generation go about it.
+_WITHOUT = {"without gradients": torch.no_grad, "in inference mode": torch.inference_mode}
 
 
 def check_company(
@@ -39,16 +44,29 @@ def check_company(
     Raises:
         Exception: whatever the kernel raises.
     """
-    with torch.no_grad():
-        out = forward(function, backend, case, inputs).out
-    named = replace(case, name=f"{case.name}, without gradients")
-    found = Result(out=out, gradients={})
+    for what, mode in _WITHOUT.items():
+        with mode():
+            out = forward(function, backend, case, inputs).out
+        named = replace(case, name=f"{case.name}, {what}")
+        found = Result(out=out, gradients={})
+        yield from check_values(backend, named, inputs, found=found, right=right)[1]
+    found = call(_checkpointed(function), backend, case, inputs)
+    named = replace(case, name=f"{case.name}, checkpointed")
     yield from check_values(backend, named, inputs, found=found, right=right)[1]
     for what, learning in _FROZEN.items():
         found = call(function, backend, case, inputs, learning=learning)
         named = replace(case, name=f"{case.name}, gradients of {what}")
         yield from check_values(backend, named, inputs, found=found, right=right)[1]
     yield from _interleaved(function, backend, case, inputs, right=right)
+
+
+def _checkpointed(function: AttentionFunction) -> AttentionFunction:
+    """Drop what a call saves, and make it again in the backward pass, as with long sequences."""
+
+    def attend(*args: Any, **kwargs: Any) -> Any:
+        return checkpoint(function, *args, use_reentrant=False, **kwargs)
+
+    return attend
 
 
 def _interleaved(

@@ -197,6 +197,9 @@ SLY_FAULTS = [
     ("large dout cut", BATCH, "numerics-bwd"),
     ("seeds", BATCH, "numerics-fwd"),
     ("seeds backward", SMALL, "numerics-fwd"),
+    ("in inference mode", BATCH, "numerics-fwd"),
+    ("checkpointed", BATCH, "numerics-bwd"),
+    ("checkpointed", SMALL, "numerics-bwd"),
 ]
 ALL = [(WRONG, *row) for row in FAULTS] + [(SLY, *row) for row in SLY_FAULTS]
 NAMES = [f"wrong/kernel-{number}" for number in range(len(ALL))]
