@@ -15,8 +15,10 @@ Layout = Literal["fused", "heads-first", "tokens-first", "mixed"]
 # What the scores look like: spread around 0; all about -110, where exp() in float32 underflows
 # (pytorch#196678: NaN in dq); all about +130, where it overflows unless the largest is subtracted,
 # and some values of v too; about the size of the soft cap;
-# all about the same, so that many small terms are added up.
-Scores = Literal["spread", "negative", "large", "near-cap", "flat"]
+# all about the same, so that many small terms are added up; spread, with some tokens whose q, k or
+# v is 0, as those of padding or of a layer that starts at 0; spread, with values of v in the
+# hundreds.
+Scores = Literal["spread", "negative", "large", "near-cap", "flat", "zero-tokens", "large-v"]
 
 # Scores held at once by plain attention, heads * tokens squared. The longest probe is cut to it, so
 # that no machine runs out of memory on a proof: 134 MB in float32 on a CPU.
@@ -37,6 +39,8 @@ _GRADIENTS = {
     "bfloat16": (2.0**-26, 2.0**10),
     "float16": (2.0**-4, 2.0**4),
 }
+# A scale that a kernel may take for a mistake: models that normalize q and k have them.
+_ABOVE_1 = 3.0
 _LADDER = (95, 96, 127, 128, 129, 160, 192, 255, 257, 320)
 
 
@@ -131,6 +135,7 @@ def _packed(geometry: Geometry, longest: int, *, rows: int) -> list[Case]:
     short = _short_window(_two_groups(geometry))
     few = _short_window(_few_heads(geometry))
     whole = _longest_of_all_heads(geometry, longest)
+    above = _ABOVE_1 * geometry.head_dim_qk**0.5
     half, third = longest // 2, longest // 3
     full_row = tuple(n for n in (half, third, longest - half - third) if n)
     cases = [
@@ -168,6 +173,9 @@ def _packed(geometry: Geometry, longest: int, *, rows: int) -> list[Case]:
             longest_slack=70,
         ),
         Case(name="another scale", geometry=short, lengths=(45, 83), scale_factor=0.6),
+        Case(name="a scale above 1", geometry=short, lengths=(45, 83), scale_factor=above),
+        Case(name="tokens of zeros", geometry=short, lengths=(45, 83), scores="zero-tokens"),
+        Case(name="large values", geometry=short, lengths=(45, 83), scores="large-v"),
         Case(name="equal documents", geometry=short, lengths=(48,) * 4, layout="tokens-first"),
         Case(name="one document", geometry=short, lengths=(127,), layout="tokens-first"),
         Case(name="every length from 1 to 40", geometry=few, lengths=tuple(range(1, 41))),
@@ -210,6 +218,7 @@ def _dense(geometry: Geometry, longest: int, *, rows: int) -> list[Case]:
     few = _short_window(_few_heads(geometry))
     run = _few_heads(geometry)
     whole = _longest_of_all_heads(geometry, longest)
+    above = _ABOVE_1 * geometry.head_dim_qk**0.5
     steps = range(96, min(longest, 512), 32)
     middle = sorted({n for n in (*_LADDER, *steps, longest // 2 + 1, longest - 1) if n > 72})
     cases = [
@@ -229,6 +238,9 @@ def _dense(geometry: Geometry, longest: int, *, rows: int) -> list[Case]:
             scores="large",
         ),
         Case(name="83 tokens, another scale", geometry=short, lengths=(83,), scale_factor=0.6),
+        Case(name="83 tokens, scale above 1", geometry=short, lengths=(83,), scale_factor=above),
+        Case(name="83 tokens, some zeros", geometry=short, lengths=(83,), scores="zero-tokens"),
+        Case(name="83 tokens, large values", geometry=short, lengths=(83,), scores="large-v"),
         Case(name="13 queries, 77 keys", geometry=short, lengths=(77,), queries=13),
         Case(name="46 tokens, all heads", geometry=geometry, lengths=(46,), layout="heads-first"),
         Case(name="161 tokens, all heads", geometry=geometry, lengths=(161,), layout="mixed"),

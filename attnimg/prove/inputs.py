@@ -23,6 +23,10 @@ from attnimg.prove.cases import Case
 FLAT = 0.5
 # Values of v that stick out, as they do in trained models, in the probes of large scores.
 OUTLIER, OUTLIER_SHARE = 40.0, 0.05
+# The same in the probes of large values, where float16 must hold what the gradients add up.
+LARGE_V = {"float32": 1000.0, "bfloat16": 1000.0, "float16": 200.0}
+# In the probes of zeros, every how many tokens q, k and v are 0: all three at once, too.
+ZERO_EVERY = (3, 5, 7)
 # Rows of queries whose output has a gradient, and is compared, in long probes: the reference then
 # costs rows * keys instead of keys squared.
 FIRST, LAST, BETWEEN = 32, 64, 96
@@ -79,7 +83,13 @@ def draw(case: Case, *, device: str) -> Inputs:
     k -= (k @ direction)[..., None] * direction
     if case.scores == "large":
         v *= torch.where(torch.rand(v.shape, generator=generator) < OUTLIER_SHARE, OUTLIER, 1.0)
+    if case.scores == "large-v":
+        outliers = torch.rand(v.shape, generator=generator) < OUTLIER_SHARE
+        v *= torch.where(outliers, LARGE_V[geometry.dtype], 1.0)
     q = _needles(case, k, documents, n_queries=n_queries) * (strength / scale)
+    if case.scores == "zero-tokens":
+        for x, every in zip((q, k, v), ZERO_EVERY, strict=True):
+            x[:, :, ::every] = 0.0
     size = math.sqrt(abs(shift) / scale)
     q += math.copysign(size, shift) * direction
     k += size * direction

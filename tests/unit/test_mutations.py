@@ -200,6 +200,14 @@ SLY_FAULTS = [
     ("in inference mode", BATCH, "numerics-fwd"),
     ("checkpointed", BATCH, "numerics-bwd"),
     ("checkpointed", SMALL, "numerics-bwd"),
+    ("no query of zeros", BATCH, "nan"),
+    ("no query of zeros", SMALL, "nan"),
+    ("v cut at 300", BATCH, "numerics-fwd"),
+    ("v cut at 300", BF16, "numerics-fwd"),
+    ("v cut at 300", replace(BF16, dtype="float16"), "numerics-fwd"),
+    ("none", replace(BF16, dtype="float16"), None),
+    ("scale cut at 1", BATCH, "numerics-fwd"),
+    ("scale cut at 1", BF16, "numerics-fwd"),
 ]
 ALL = [(WRONG, *row) for row in FAULTS] + [(SLY, *row) for row in SLY_FAULTS]
 NAMES = [f"wrong/kernel-{number}" for number in range(len(ALL))]
