@@ -13,7 +13,7 @@ from attnimg.facts import Geometry
 
 Layout = Literal["fused", "heads-first", "tokens-first", "mixed"]
 # What the scores look like: spread around 0; all about -110, where exp() in float32 underflows
-# (pytorch#196678: NaN in dq); all about +130, where it overflows unless the largest is subtracted,
+# (pytorch#196678: NaN in dq); all about +190, where it overflows unless the largest is subtracted,
 # and some values of v too; about the size of the soft cap;
 # all about the same, so that many small terms are added up; spread, with some tokens whose q, k or
 # v is 0, as those of padding or of a layer that starts at 0; spread, with values of v in the
@@ -100,7 +100,7 @@ def _every_length(geometry: Geometry, longest: int) -> list[Case]:
     """Show documents of each length that no other probe has, alone or several to a row."""
     few = _short_window(_few_heads(geometry))
     last = min(max(longest, EVERY_LENGTH // 2), EVERY_LENGTH)
-    lengths = [*range(73, last + 1), *(n for n in _BEYOND if n < longest)]
+    lengths = [*range(73, last + 1), *_beyond(longest)]
     if not geometry.packing:
         return [_plain_case(few, n) for n in lengths]
     rows: list[list[int]] = [[]]
@@ -128,6 +128,17 @@ def _every_length(geometry: Geometry, longest: int) -> list[Case]:
         for row in rows
         if row
     ]
+
+
+def _beyond(longest: int) -> list[int]:
+    """Give lengths past every length: the usual ones, and an odd one and one of 96s an eighth."""
+    spread = {n for eighth in range(1, 8) for n in _around(longest * eighth // 8)}
+    return sorted(n for n in spread | set(_BEYOND) if EVERY_LENGTH < n < longest)
+
+
+def _around(length: int) -> tuple[int, int]:
+    below = length // 96 * 96
+    return below, below + 37
 
 
 def _packed(geometry: Geometry, longest: int, *, rows: int) -> list[Case]:

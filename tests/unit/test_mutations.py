@@ -208,6 +208,12 @@ SLY_FAULTS = [
     ("none", replace(BF16, dtype="float16"), None),
     ("scale cut at 1", BATCH, "numerics-fwd"),
     ("scale cut at 1", BF16, "numerics-fwd"),
+    ("none", replace(EVERY, sequence_len=700), None),
+    ("96s past 512", replace(EVERY, sequence_len=700), "numerics-fwd"),
+    ("96s past 512", replace(BATCH, every_length=True, sequence_len=700), "numerics-fwd"),
+    ("scores cut at 160", BATCH, "numerics-fwd"),
+    ("scores cut at 160", BF16, "numerics-fwd"),
+    ("scores cut at 160", replace(BF16, dtype="float16"), "numerics-fwd"),
 ]
 ALL = [(WRONG, *row) for row in FAULTS] + [(SLY, *row) for row in SLY_FAULTS]
 NAMES = [f"wrong/kernel-{number}" for number in range(len(ALL))]

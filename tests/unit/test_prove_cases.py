@@ -83,7 +83,7 @@ def test_fused_inputs_are_views_of_one_tensor() -> None:
 @pytest.mark.parametrize(
     ("scores", "low", "high"),
     [pytest.param("negative", -200, -88, id="below what exp holds"),
-     pytest.param("large", 88, 200, id="above what exp holds")],
+     pytest.param("large", 160, 256, id="above what exp holds")],
 )  # fmt: skip
 def test_log_sum_exp_leaves_float32(scores: str, low: float, high: float) -> None:
     case = next(c for c in cases_of(LLAMA, device="cpu") if c.scores == scores)
