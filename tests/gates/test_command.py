@@ -70,8 +70,8 @@ def test_a_wheelhouse_is_judged_without_an_image(gate, tmp_path: Path) -> None:
     ("arguments", "says"),
     [
         pytest.param([], "found neither --archive, nor --unpacked, nor --wheels", id="nothing"),
-        pytest.param(["--archive", "absent.tar"], "No such file", id="no such file"),
-        pytest.param(["--unpacked", "absent"], "No such file", id="no such folder"),
+        pytest.param(["--archive", "absent.tar"], "found nothing there to read", id="no such file"),
+        pytest.param(["--unpacked", "absent"], "found nothing there to read", id="no such folder"),
         pytest.param(["--wheels", "absent"], "found no *.whl in it", id="no such wheelhouse"),
     ],
 )
