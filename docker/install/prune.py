@@ -13,6 +13,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from elf import has_symbol_table
+
 SITE = Path("/opt/venv/lib/python3.11/site-packages")
 # Where the Dockerfile mounts a stage that has strip(1); no image needs it.
 BINUTILS = Path("/binutils")
@@ -109,12 +111,12 @@ def remove(glob: str) -> int:
 def strip(glob: str) -> int:
     """Strip symbol tables from what matches; give the bytes saved.
 
-    A file that would not shrink is left untouched: rewriting one of an earlier layer would store
-    it twice.
+    A file that has none, or would not shrink, is left untouched: rewriting one of an earlier layer
+    would store it twice.
     """
     saved = 0
     env = {"LD_LIBRARY_PATH": str(BINUTILS / "lib/x86_64-linux-gnu")}
-    for path in sorted(SITE.glob(glob)):
+    for path in filter(has_symbol_table, sorted(SITE.glob(glob))):
         stripped = path.with_name(path.name + ".stripped")
         command = [str(BINUTILS / "bin/strip"), "--strip-unneeded", "-o", str(stripped), str(path)]
         subprocess.run(command, env=env, check=True)
