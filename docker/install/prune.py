@@ -13,7 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from elf import has_symbol_table
+from elf import drop_needed, has_symbol_table
 
 SITE = Path("/opt/venv/lib/python3.11/site-packages")
 # Where the Dockerfile mounts a stage that has strip(1); no image needs it.
@@ -35,6 +35,9 @@ EVERY_IMAGE = (
     ("numpy/**/lib/*.a", "static libraries for extensions in C"),
     ("pyarrow/libarrow*.so", "a copy of lib*.so.N for linking; wheels hold no links"),
     ("pyarrow/libarrow*.so.*.*.*", "another copy of it"),
+    ("pyarrow/_flight.*.so", "Arrow over gRPC; pyarrow.flight says that it is not built in"),
+    ("pyarrow/libarrow*_flight.so.*", "the same"),
+    ("triton/instrumentation", "a plugin for triton's own tests"),
     ("test", "torchao's tests, which its wheel installs as a package of that name"),
     ("torchao/_C_mxfp8*.so", "for sm_100; the one image with torchao, hopper, is not"),
     ("pyarrow/include", "headers"),
@@ -60,6 +63,10 @@ CUDA_ONLY = (
     ("nvidia/cu13/lib/libnvperf_*.so", "metrics of Nsight; CUPTI's activities work without"),
     ("nvidia/cu13/lib/libpcsamplingutil.so", "the same"),
     ("nvidia/cu13/lib/libcheckpoint.so", "the same"),
+    ("nvidia/cu13/lib/libcurand.so*", "nobody calls it; and torch is told so first: UNNEEDED"),
+    # libcudnn.so.9 opens it for its seven functions alone (9.24, read in its code). The rest stays:
+    # the first cudnnBackendFinalize() opens all engines, RNNs and CTC losses open libcudnn_adv.
+    ("nvidia/cudnn/lib/libcudnn_ext.so*", "causal convolutions, which torch does not call"),
     ("triton/backends/nvidia/lib/cupti*", "triton.profiler, which no run starts"),
     ("triton/_C/libproton.so", "the same"),
     ("triton/plugins", "examples of plugins, which ask for a libtriton that their folder lacks"),
@@ -78,6 +85,14 @@ CUDA_ONLY = (
     ("bitsandbytes/libbitsandbytes_cuda1[12]*.so", "for CUDA 11 and 12"),
     ("bitsandbytes/libbitsandbytes_rocm*.so", "needs libamdhip64"),
     ("bitsandbytes/libbitsandbytes_xpu*.so", "needs libsycl"),
+)
+# (glob, library, why it can do without). The gate `symbols` finds what a later torch would miss.
+UNNEEDED = (
+    (
+        "torch/lib/libtorch_cuda.so",
+        "libcurand.so",
+        "linked, and none of its functions called: torch has its own Philox",
+    ),
 )
 # Their symbol tables serve debuggers alone. Not *.libs/: auditwheel laid those out anew, and
 # strip breaks their alignment.
@@ -128,7 +143,11 @@ def strip(glob: str) -> int:
 
 
 def main(accelerator: str) -> None:
-    """Prune, then strip; print a line for each that saved something."""
+    """Unlink, prune, strip; print a line for each that did something."""
+    for glob, library, why in UNNEEDED if accelerator == "cuda" else ():
+        for path in sorted(SITE.glob(glob)):
+            for name in drop_needed(path, library):
+                print(f"unlink: {name} from {glob}: {why}")
     removals = EVERY_IMAGE + {"cpu": CPU_ONLY, "cuda": CUDA_ONLY}.get(accelerator, ())
     for glob, why in removals:
         if saved := remove(glob):

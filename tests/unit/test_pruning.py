@@ -1,7 +1,8 @@
-"""docker/install/elf.py: what the loader reads of a library."""
+"""docker/install/elf.py: what the loader reads of a library, seen and edited."""
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,17 @@ import numpy
 import pydantic_core
 import pytest
 
+from recipes.artifact.elf import read_elf
+from recipes.artifact.facts import Elf
+
 INSTALL = Path(__file__).resolve().parents[2] / "docker/install"
+
+
+@pytest.fixture
+def library(tmp_path: Path) -> Path:
+    """A copy of a real library that asks for several."""
+    (original,) = (Path(numpy.__file__).parent / "_core").glob("_multiarray_umath.*.so")
+    return Path(shutil.copy(original, tmp_path))
 
 
 def said(call: str) -> str:
@@ -24,6 +35,33 @@ def said(call: str) -> str:
         check=True,
     )
     return done.stdout.strip()
+
+
+def read(path: Path) -> Elf:
+    with path.open("rb") as stream:
+        return read_elf(stream)
+
+
+def test_a_library_asks_no_longer_for_the_one_that_is_dropped(library: Path) -> None:
+    before = read(library)
+    dropped, *kept = before.needed
+    assert said(f"drop_needed(Path('{library}'), '{dropped}')") == f"['{dropped}']"
+    after = read(library)
+    assert after.needed == tuple(kept)
+    assert (after.wants, after.defines, after.search) == (
+        before.wants,
+        before.defines,
+        before.search,
+    )
+    assert not after.faults
+
+
+def test_a_library_that_does_not_ask_for_it_is_not_written_to(library: Path) -> None:
+    """Writing would store it in one more layer."""
+    library.chmod(0o400)
+    was = library.stat().st_mtime_ns
+    assert said(f"drop_needed(Path('{library}'), 'libcurand.so')") == "[]"
+    assert library.stat().st_mtime_ns == was
 
 
 @pytest.mark.parametrize(

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import importlib
+import os
 import subprocess
 import sys
 from importlib import metadata
+from mmap import ACCESS_READ, mmap
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 STACK = [
     "torch",
@@ -86,3 +90,43 @@ def test_no_requirement_of_a_package_is_broken() -> None:
         [sys.executable, "-m", "pip", "check"], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        pytest.param(b"curandCreateGenerator", id="libcurand"),
+        pytest.param(b"cudnnCausalConv1d", id="libcudnn_ext"),
+    ],
+)
+def test_torch_calls_nothing_that_was_pruned(function: bytes) -> None:
+    """Of these only a GPU would notice the absence."""
+    for library in (Path(torch.__file__).parent / "lib").glob("libtorch_*.so"):
+        with library.open("rb") as file, mmap(file.fileno(), 0, access=ACCESS_READ) as content:
+            assert content.find(function) < 0, library
+
+
+def test_torch_finds_all_functions_that_it_calls() -> None:
+    """At once; otherwise each is looked for when it is first called."""
+    done = subprocess.run(
+        [sys.executable, "-c", "import torch"],
+        env={**os.environ, "LD_BIND_NOW": "1"}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.skipif(torch.version.cuda is None, reason="cuDNN is in images for CUDA alone")
+def test_cudnn_opens_its_parts() -> None:
+    """Without a GPU it opens its engines too, to finalize a descriptor, and refuses only then."""
+    program = (
+        "import ctypes, torch\n"
+        "cudnn, descriptor = ctypes.CDLL('libcudnn.so.9'), ctypes.c_void_p()\n"
+        "parts = ['Graph', 'Ops', 'Cnn', 'Adv']\n"
+        "assert not any(cudnn[f'cudnn{part}VersionCheck']() for part in parts)\n"
+        "assert not cudnn.cudnnBackendCreateDescriptor(15, ctypes.byref(descriptor))\n"
+        "assert cudnn.cudnnBackendFinalize(descriptor) == 2000\n"  # CUDNN_STATUS_BAD_PARAM
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
