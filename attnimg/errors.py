@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 
 
 class AttnimgError(Exception):
@@ -44,3 +45,14 @@ class AttnimgError(Exception):
             parts.append(f"  {label + ':':<4} {first}")
             parts.extend(f"       {line}" for line in rest)
         return "\n".join(parts)
+
+
+def bad_manifest(path: Path, error: Exception) -> AttnimgError:
+    """Say that a file which an image's build wrote can't be read."""
+    return AttnimgError(
+        f"{path} cannot be read",
+        why=f"{type(error).__name__}: {error}; an image writes it when it is built",
+        do="pull the image again",
+        code="bad-image",
+        exit_code=1,
+    )

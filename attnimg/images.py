@@ -11,7 +11,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from attnimg.errors import AttnimgError
+from attnimg.errors import AttnimgError, bad_manifest
 from attnimg.facts import Arch, Machine
 
 MANIFEST = Path("/opt/attnimg/image.json")
@@ -66,13 +66,7 @@ def this_image(manifest: Path = MANIFEST) -> ImageFacts | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise AttnimgError(
-            f"{manifest} cannot be read",
-            why=f"{type(error).__name__}: {error}; an image writes it when it is built",
-            do="pull the image again",
-            code="bad-image",
-            exit_code=1,
-        ) from error
+        raise bad_manifest(manifest, error) from error
 
 
 def image_named(name: str) -> ImageFacts:

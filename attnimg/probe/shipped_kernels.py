@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import TypeVar
 
-from attnimg.errors import AttnimgError
+from attnimg.errors import bad_manifest
 from attnimg.host_facts import ShippedKernels
 from attnimg.probe.fingerprint import fingerprint
+
+_T = TypeVar("_T")
 
 # docker/fa4_cache/build.py makes it: a folder for each architecture, and manifest.json.
 FOLDER = Path("/opt/attnimg/fa4")
@@ -37,24 +40,24 @@ def shipped_kernels(folder: Path = FOLDER) -> ShippedKernels | None:
     try:
         raw = json.loads(manifest.read_text(encoding="utf-8"))
         return ShippedKernels(
-            key=raw["key"],
-            built=raw["fingerprint"],
+            key=(key := _checked(raw["key"], str)),
+            built={name: _checked(version, str) for name, version in raw["fingerprint"].items()},
             found=fingerprint(),
-            kernels={arch: target["kernels"] for arch, target in raw["targets"].items()},
-            settings=tuple(
-                name for name in (*_IN_KEYS, *_elsewhere(raw["key"])) if name in os.environ
-            ),
+            kernels={
+                arch: _checked(target["kernels"], int) for arch, target in raw["targets"].items()
+            },
+            settings=tuple(name for name in (*_IN_KEYS, *_elsewhere(key)) if name in os.environ),
         )
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise AttnimgError(
-            f"{manifest} cannot be read",
-            why=f"{type(error).__name__}: {error}; an image writes it when it is built",
-            do="pull the image again",
-            code="bad-image",
-            exit_code=1,
-        ) from error
+        raise bad_manifest(manifest, error) from error
+
+
+def _checked(value: object, kind: type[_T]) -> _T:
+    if not isinstance(value, kind):
+        raise TypeError(f"found {value!r:.60}; needed {kind.__name__}")
+    return value
 
 
 def _elsewhere(key: str) -> tuple[str, ...]:

@@ -15,6 +15,7 @@ from attnimg.probe import this_machine
 from attnimg.probe.kernel_variants import TorchBuild, choose, torch_build
 from attnimg.probe.local_kernels import read_local_kernels
 from attnimg.probe.recording import Answer, Recording, describe
+from attnimg.probe.shipped_kernels import shipped_kernels
 
 MACHINES = Path(__file__).parent / "machines"
 TWO = "GPU A, 8.0, 1000, 1.0\nGPU B, 9.0, 2000, 1.0\n"
@@ -288,3 +289,30 @@ def test_what_the_varlen_entry_takes_is_read_from_the_source(source, takes, tmp_
     kernel(tmp_path, "torch-cpu", source=source)
     (served,) = read_local_kernels(f"o/n={tmp_path}", torch="2.13.0")
     assert served.varlen_takes == takes
+
+
+SHIPPED = {"key": "a", "fingerprint": {"python": "3.11"}, "targets": {"sm_90": {"kernels": 218}}}
+
+
+def test_what_is_shipped_is_read(tmp_path):
+    (tmp_path / "manifest.json").write_text(json.dumps(SHIPPED))
+    assert shipped_kernels(tmp_path).kernels == {"sm_90": 218}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        pytest.param({"key": 5}, id="key"),
+        pytest.param({"key": None}, id="no key"),
+        pytest.param({"fingerprint": ["3.11"]}, id="fingerprint"),
+        pytest.param({"fingerprint": {"python": 3.11}}, id="a version"),
+        pytest.param({"targets": ["sm_90"]}, id="targets"),
+        pytest.param({"targets": {"sm_90": 218}}, id="a target"),
+        pytest.param({"targets": {"sm_90": {"kernels": "218"}}}, id="a count"),
+    ],
+)
+def test_a_manifest_of_wrong_types_is_refused_in_words(tmp_path, changes):
+    (tmp_path / "manifest.json").write_text(json.dumps(SHIPPED | changes))
+    with pytest.raises(AttnimgError, match=r"manifest\.json cannot be read") as caught:
+        shipped_kernels(tmp_path)
+    assert caught.value.code == "bad-image"
