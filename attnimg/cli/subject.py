@@ -65,7 +65,8 @@ def read_model(values: Config) -> tuple[Model | None, float]:
     if path is None:
         return None, 0.0
     raw = problem.read_config(path)
-    return problem.read_model(raw), problem.attention_dropout(raw)
+    model = problem.read_model(raw, file=path.name)
+    return model, problem.attention_dropout(raw, file=path.name)
 
 
 def problem_of(values: Config, *, model: Model | None, dropout: float, arch: Arch) -> Problem:

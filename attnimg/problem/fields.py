@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from attnimg.errors import AttnimgError
@@ -31,19 +31,21 @@ class Fields:
     Attributes:
         config: the raw mapping.
         defaults: field -> assumed value, under llama's names.
-        where: how an error names the mapping, "config.json" or "config.json: text_config".
+        file: how an error names the file.
+        part: the mapping's own name when it is but a part of it, "text_config".
     """
 
     config: Mapping[str, Any]
     defaults: Mapping[str, Any]
-    where: str = "config.json"
+    file: str = "config.json"
+    part: str | None = None
 
     def with_changes(self, changes: Mapping[str, Any]) -> Fields:
         """Lay one layer's own values over the model's."""
         names = {alias: name for name, aliases in _ALIASES.items() for alias in aliases}
         hidden = {names.get(key, key) for key in changes}
         kept = {k: v for k, v in self.config.items() if names.get(k, k) not in hidden}
-        return Fields(config={**kept, **changes}, defaults=self.defaults, where=self.where)
+        return replace(self, config={**kept, **changes})
 
     def whole(self, name: str, *, minimum: int = 1) -> int | None:
         """Read a whole number; None when the field is absent or null.
@@ -107,10 +109,11 @@ class Fields:
         return self._refusal(key, why=why)
 
     def _refusal(self, key: str, *, why: str) -> AttnimgError:
+        where = f"{self.file}: {self.part}" if self.part else self.file
         return AttnimgError(
-            f"{self.where}: {key} cannot be used",
+            f"{where}: {key} cannot be used",
             why=why,
-            do=f"mend {key} in the model's config.json",
+            do=f"mend {key} in the model's {self.file}",
             code="bad-model",
             key="base_model",
         )

@@ -17,11 +17,12 @@ from attnimg.problem.parameters import count_parameters
 _LANGUAGE_PARTS = ("text_config", "llm_config", "language_config")
 
 
-def read_model(config: Mapping[str, Any]) -> Model:
+def read_model(config: Mapping[str, Any], *, file: str = "config.json") -> Model:
     """Read the attention of every layer of a decoder from its config.json.
 
     Args:
         config: the raw mapping; fields that it leaves out have transformers' class defaults.
+        file: how errors name what it was read from.
 
     Returns:
         Groups of equal layers in the order of their first appearance. What could not be known is in
@@ -30,10 +31,10 @@ def read_model(config: Mapping[str, Any]) -> Model:
     Raises:
         AttnimgError: a field has a wrong type or contradicts another (code "bad-model").
     """
-    type_, family, fields = _language_model(config)
+    type_, family, fields = _language_model(config, file)
     unknown = []
     brings_code = "AutoModelForCausalLM" in (
-        Fields(config=config, defaults={}).mapping("auto_map") or {}
+        Fields(config=config, defaults={}, file=file).mapping("auto_map") or {}
     )
     if not family.known:
         unknown.append(f"model_type {type_!r} is not in the table; it was read by the general rule")
@@ -49,7 +50,7 @@ def read_model(config: Mapping[str, Any]) -> Model:
             brings_code=brings_code,
         )
     if missing := _missing(fields):
-        unknown.append(f"config.json has no {missing}, so its attention layers are not known")
+        unknown.append(f"{file} has no {missing}, so its attention layers are not known")
         return Model(type=type_, layers=(), unknown=tuple(unknown), brings_code=brings_code)
     kinds = layer_kinds(fields, family)
     unknown.extend(remarks_on(kinds, fields))
@@ -71,13 +72,13 @@ def read_model(config: Mapping[str, Any]) -> Model:
     )
 
 
-def attention_dropout(config: Mapping[str, Any]) -> float:
-    """Read the probability with which training drops attention weights.
+def attention_dropout(config: Mapping[str, Any], *, file: str = "config.json") -> float:
+    """Read the probability with which training drops attention weights; see read_model.
 
     Raises:
         AttnimgError: the field is not a number below 1 (code "bad-model").
     """
-    _, _, fields = _language_model(config)
+    _, _, fields = _language_model(config, file)
     # MPT keeps it one level down.
     if inner := fields.mapping("attn_config"):
         fields = fields.with_changes({k: v for k, v in inner.items() if k == "attn_pdrop"})
@@ -87,22 +88,21 @@ def attention_dropout(config: Mapping[str, Any]) -> float:
     return probability
 
 
-def _language_model(config: Mapping[str, Any]) -> tuple[str, Family, Fields]:
+def _language_model(config: Mapping[str, Any], file: str) -> tuple[str, Family, Fields]:
     """Find the language model of a config, its family, and the name that people know."""
     families = read_families()
-    outer = Fields(config=config, defaults={})
+    outer = Fields(config=config, defaults={}, file=file)
     type_ = _model_type(outer)
     part = next((name for name in _LANGUAGE_PARTS if config.get(name) is not None), None)
     inner = outer.mapping(part) if part else None
     if part is None or inner is None:
         family = families.get(type_) or families.get(f"{type_}_text") or Family(known=False)
-        return type_, family, Fields(config=config, defaults=family.defaults)
-    where = f"config.json: {part}"
-    inner_type = _model_type(Fields(config=inner, defaults={}, where=where))
+        return type_, family, Fields(config=config, defaults=family.defaults, file=file)
+    inner_type = _model_type(Fields(config=inner, defaults={}, file=file, part=part))
     # Older checkpoints give the part no type, or the whole model's.
     names = (inner_type, f"{inner_type}_text", f"{type_}_text")
     family = next((families[name] for name in names if name in families), Family(known=False))
-    return type_, family, Fields(config=inner, defaults=family.defaults, where=where)
+    return type_, family, Fields(config=inner, defaults=family.defaults, file=file, part=part)
 
 
 def _model_type(fields: Fields) -> str:

@@ -253,6 +253,27 @@ def test_explain_still_answers_on_a_broken_model(
     assert len(line["candidates"]) == len(all_backends())
 
 
+@pytest.mark.parametrize(
+    ("text", "what"),
+    [
+        ('{"model_type": "llama", "num_attention_heads": -1}', "x.json: num_attention_heads"),
+        (
+            '{"model_type": "gemma3", "text_config": {"num_attention_heads": "4"}}',
+            "x.json: text_config: num_attention_heads",
+        ),
+        ('{"model_type": "llama", "attention_dropout": 2}', "x.json: attention_dropout"),
+        ('{"model_type": 5}', "x.json: model_type"),
+    ],
+)
+def test_explain_names_the_file_that_it_was_given(
+    capsys: pytest.CaptureFixture[str], text: str, what: str
+) -> None:
+    code, out, _ = run(capsys, "explain", write("x.json", text), "--on", "h100", "--json")
+    (error,) = objects(out)[0]["errors"]
+    assert (code, error["what"]) == (2, f"{what} cannot be used")
+    assert error["do"].endswith(" in the model's x.json")
+
+
 def test_explain_takes_a_hub_name_that_is_not_at_hand(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = run(capsys, "explain", "org/model", "--on", "h100", "--json")
     (line,) = objects(out)
