@@ -91,7 +91,7 @@ toolchain/%: ## Build the stage that compiles the kernels of attnimg:%
 	@docker/build.py $* --stage toolchain
 
 sources/%: .venv/ready ## Have the git trees of attnimg:%'s kernels; from clones below FROM=DIR
-	@$(BIN)/python -m recipes sources $* $(if $(FROM),--from $(FROM))
+	@$(BIN)/python -m recipes sources $* $(if $(FROM),--from "$$FROM")
 
 wheels/%: ## Compile the kernels of attnimg:% into dist/%, hours; TRIM=1 small ones, minutes
 	$(HAVE_BASE)
@@ -127,14 +127,14 @@ test/%: .venv/ready ## Test the image attnimg:%
 	IMAGE=attnimg:$* $(BIN)/pytest tests/image
 
 gate/%: .venv/ready ## Judge attnimg:%, or ARCHIVE=file or folder, or WHEELS=dist/%; no GPU, no daemon
-	@if [ -z "$(ARCHIVE)$(WHEELS)" ]; then \
+	@if [ -z "$${ARCHIVE-}$${WHEELS-}" ]; then \
 	  docker image inspect attnimg:$* >/dev/null 2>&1 || { printf 'gate: %s\n  why: %s\n  do:  %s\n' \
 	    "there is no image attnimg:$*" "docker knows none of that name here" \
 	    "make build/$*, or make $@ ARCHIVE=FILE" >&2; exit 2; }; \
 	  mkdir -p build; trap 'rm -f build/$*.tar' EXIT; \
 	  echo "gate: saving attnimg:$* to build/$*.tar"; docker save attnimg:$* -o build/$*.tar; fi; \
-	$(BIN)/python -m recipes gate $* $(if $(WHEELS),--wheels $(WHEELS)) $(GATE_ARGS) \
-	  $(if $(or $(ARCHIVE),$(if $(WHEELS),,1)),--archive $(or $(ARCHIVE),build/$*.tar))
+	$(BIN)/python -m recipes gate $* $(if $(WHEELS),--wheels "$$WHEELS") $(GATE_ARGS) \
+	  $(if $(or $(ARCHIVE),$(if $(WHEELS),,1)),--archive "$${ARCHIVE:-build/$*.tar}")
 
 run/%: ## Run attnimg:% on this folder: make run/cpu ARGS="train config.yaml"
 	@docker run --rm --user "$$(id -u):$$(id -g)" -v "$$PWD:/workspace" attnimg:$* $(ARGS)

@@ -1,0 +1,44 @@
+"""The Makefile hands on what it is given."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PLACE = "/no/such place/it's $(here)"
+
+
+@pytest.fixture
+def programs(tmp_path: Path) -> Path:
+    """A folder in the place of .venv/bin, whose python prints its arguments, one a line."""
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    python.chmod(0o755)
+    return tmp_path
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="there is no make")
+@pytest.mark.parametrize(
+    ("target", "variable", "option"),
+    [
+        ("sources/hopper", "FROM", "--from"),
+        ("gate/cpu", "ARCHIVE", "--archive"),
+        ("gate/cpu", "WHEELS", "--wheels"),
+    ],
+)
+def test_a_path_may_have_blanks(programs: Path, target: str, variable: str, option: str) -> None:
+    env = {key: value for key, value in os.environ.items() if not key.startswith("MAKE")}
+    # make reads $ in what it is given.
+    given = f"{variable}={PLACE.replace('$', '$$')}"
+    done = subprocess.run(
+        ["make", "-o", ".venv/ready", f"BIN={programs}", target, given],
+        cwd=ROOT, env=env, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    arguments = done.stdout.splitlines()
+    assert arguments[arguments.index(option) + 1] == PLACE
