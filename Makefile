@@ -114,8 +114,10 @@ fa4-kernels/%: .venv/ready ## Compile FlashAttention-4's kernels for attnimg:% i
 	  docker cp -q "$$id:/opt/attnimg/fa4" dist/fa4-kernels-$* && docker rm "$$id" >/dev/null
 	@$(BIN)/python -B docker/fa4_cache/built.py dist/fa4-kernels-$*/manifest.json \
 	  docker/fa4_cache/$*.json >docs/built/fa4-cache-$*.json
-	@echo "test them, by the same release of Python: rm -rf build/fa4;"
-	@echo "  FA4_KERNELS=dist/fa4-kernels-$* make test/fa4-cache PYTHON=python3.11"
+	@release=$$(sed -n 's/.*"python release": "\([^"]*\)".*/\1/p' docs/built/fa4-cache-$*.json); \
+	  echo "test them by a Python $$release, as the image has; another would look for other kernels:"; \
+	  echo "  rm -rf build/fa4; FA4_KERNELS=dist/fa4-kernels-$* make test/fa4-cache PYTHON=PATH"; \
+	  echo "  PATH of Python $$release; Debian bookworm's own, /usr/bin/python3.11, is 3.11.2"
 
 test/fa4-cache: .venv/ready build/fa4/ready ## Compile kernels of FlashAttention-4 without a GPU, and find them
 	FA4_PYTHON=build/fa4/bin/python $(BIN)/pytest tests/fa4_cache
