@@ -23,15 +23,7 @@ _SUMS, _MANIFEST = "SHA256SUMS", "manifest.json"
 
 
 def read_folder(root: Path) -> tuple[Layer, tuple[File, ...]]:
-    """Read an image's files from a folder, as one layer whose size is not known.
-
-    Raises:
-        AttnimgError: there is no such folder.
-    """
-    if not root.is_dir():
-        raise AttnimgError(
-            f"{root} is no folder", why="found nothing there to read", do="name an unpacked image"
-        )
+    """Read an image's files from a folder, as one layer whose size is not known."""
     files = tuple(read_entry(entry, layer=0) for entry in _walked(root))
     total = sum(file.bytes for file in files)
     return Layer(name="folder", made_by="", bytes=total), files
