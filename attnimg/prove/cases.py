@@ -10,6 +10,14 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from attnimg.facts import Geometry
+from attnimg.prove.shown import (
+    few_heads,
+    longest_of,
+    longest_of_all_heads,
+    rows_of,
+    short_window,
+    two_groups,
+)
 
 Layout = Literal["fused", "heads-first", "tokens-first", "mixed"]
 # What the scores look like: spread around 0; all about -110, where exp() in float32 underflows
@@ -20,13 +28,6 @@ Layout = Literal["fused", "heads-first", "tokens-first", "mixed"]
 # hundreds.
 Scores = Literal["spread", "negative", "large", "near-cap", "flat", "zero-tokens", "large-v"]
 
-# Scores held at once by plain attention, heads * tokens squared. The longest probe is cut to it, so
-# that no machine runs out of memory on a proof: 134 MB in float32 on a CPU.
-BUDGET = {"cpu": 1 << 25, "cuda": 1 << 31}
-# The same for the one probe that shows all heads a long document.
-_ALL_HEADS = 1 << 23
-# A sliding window longer than the short probes would show nothing there.
-SHORT_WINDOW = 37
 # Every length up to this one is shown to kernels that nobody here has read, and these beyond it.
 EVERY_LENGTH = 512
 _BEYOND = (600, 767, 768, 1000, 1023, 1024, 1025, 1536, 2047, 2048, 2049, 3001, 4095, 4096)
@@ -76,18 +77,10 @@ class Case:
     repeated: bool = False
 
 
-def longest_of(geometry: Geometry, *, device: str) -> int:
-    """Give the longest document that is probed: sequence_len, or what the memory budget allows."""
-    few = _few_heads(geometry)
-    return min(geometry.sequence_len, int((BUDGET[device] / few.heads) ** 0.5))
-
-
 def cases_of(geometry: Geometry, *, device: str) -> list[Case]:
     """List the probes of one geometry, the quickest to fail first."""
     longest = longest_of(geometry, device=device)
-    # Rows of the longest that the memory budget holds at once.
-    held = int((BUDGET[device] / _few_heads(geometry).heads) ** 0.5) // longest
-    rows = min(geometry.rows, held)
+    rows = rows_of(geometry, longest, device=device)
     cases = _packed(geometry, longest, rows=rows) if geometry.packing else []
     if geometry.dense:
         cases += _dense(geometry, longest, rows=rows)
@@ -98,7 +91,7 @@ def cases_of(geometry: Geometry, *, device: str) -> list[Case]:
 
 def _every_length(geometry: Geometry, longest: int) -> list[Case]:
     """Show documents of each length that no other probe has, alone or several to a row."""
-    few = _short_window(_few_heads(geometry))
+    few = short_window(few_heads(geometry))
     last = min(max(longest, EVERY_LENGTH // 2), EVERY_LENGTH)
     lengths = [*range(73, last + 1), *_beyond(longest)]
     if not geometry.packing:
@@ -143,9 +136,9 @@ def _around(length: int) -> tuple[int, int]:
 
 def _packed(geometry: Geometry, longest: int, *, rows: int) -> list[Case]:
     """Rows of several documents: all unequal, all equal, one alone, of every small length."""
-    short = _short_window(_two_groups(geometry))
-    few = _short_window(_few_heads(geometry))
-    whole = _longest_of_all_heads(geometry, longest)
+    short = short_window(two_groups(geometry))
+    few = short_window(few_heads(geometry))
+    whole = longest_of_all_heads(geometry, longest)
     above = _ABOVE_1 * geometry.head_dim_qk**0.5
     half, third = longest // 2, longest // 3
     full_row = tuple(n for n in (half, third, longest - half - third) if n)
@@ -204,18 +197,18 @@ def _packed(geometry: Geometry, longest: int, *, rows: int) -> list[Case]:
             Case(name=f"gradients of {g:.0e}", geometry=short, lengths=(45, 83), gradient_scale=g)
             for g in _GRADIENTS[geometry.dtype]
         ),
-        Case(name="a full row", geometry=_few_heads(geometry), lengths=full_row),
-        Case(name="flat scores", geometry=_few_heads(geometry), lengths=(longest,), scores="flat"),
+        Case(name="a full row", geometry=few_heads(geometry), lengths=full_row),
+        Case(name="flat scores", geometry=few_heads(geometry), lengths=(longest,), scores="flat"),
         Case(
             name=f"a document of {longest}",
-            geometry=_few_heads(geometry),
+            geometry=few_heads(geometry),
             lengths=(longest, 1, 67),
             layout="heads-first",
         ),
     ]
     if rows > 1:
         name = f"{rows} full rows in one"
-        cases.append(Case(name=name, geometry=_few_heads(geometry), lengths=full_row * rows))
+        cases.append(Case(name=name, geometry=few_heads(geometry), lengths=full_row * rows))
     if geometry.softcap:
         cases.append(
             Case(name="scores near the cap", geometry=short, lengths=(64, 97), scores="near-cap")
@@ -225,10 +218,10 @@ def _packed(geometry: Geometry, longest: int, *, rows: int) -> list[Case]:
 
 def _dense(geometry: Geometry, longest: int, *, rows: int) -> list[Case]:
     """Rows of one document each, alone or padded to a common length."""
-    short = _short_window(_two_groups(geometry))
-    few = _short_window(_few_heads(geometry))
-    run = _few_heads(geometry)
-    whole = _longest_of_all_heads(geometry, longest)
+    short = short_window(two_groups(geometry))
+    few = short_window(few_heads(geometry))
+    run = few_heads(geometry)
+    whole = longest_of_all_heads(geometry, longest)
     above = _ABOVE_1 * geometry.head_dim_qk**0.5
     steps = range(96, min(longest, 512), 32)
     middle = sorted({n for n in (*_LADDER, *steps, longest // 2 + 1, longest - 1) if n > 72})
@@ -288,32 +281,8 @@ def _dense(geometry: Geometry, longest: int, *, rows: int) -> list[Case]:
     return cases
 
 
-def _longest_of_all_heads(geometry: Geometry, longest: int) -> int:
-    """Give the longest document that all heads are shown: a few at a time tell most, and sooner."""
-    return min(longest, max(129, int((_ALL_HEADS / geometry.heads) ** 0.5)))
-
-
 def _plain_case(geometry: Geometry, length: int) -> Case:
     layouts: tuple[Layout, ...] = ("fused", "heads-first", "tokens-first", "mixed")
     return Case(
         name=f"{length} tokens", geometry=geometry, lengths=(length,), layout=layouts[length % 4]
     )
-
-
-def _two_groups(geometry: Geometry) -> Geometry:
-    """Keep two key heads and the number of query heads to each."""
-    kv_heads = min(geometry.kv_heads, 2)
-    heads = geometry.heads // geometry.kv_heads * kv_heads
-    return replace(geometry, heads=heads, kv_heads=kv_heads)
-
-
-def _few_heads(geometry: Geometry) -> Geometry:
-    """Keep one key head, and two query heads where the run has several to a key head."""
-    heads = min(geometry.heads // geometry.kv_heads, 2)
-    return replace(geometry, heads=heads, kv_heads=1)
-
-
-def _short_window(geometry: Geometry) -> Geometry:
-    if geometry.window is None or geometry.window <= SHORT_WINDOW:
-        return geometry
-    return replace(geometry, window=SHORT_WINDOW)

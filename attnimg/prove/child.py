@@ -21,7 +21,7 @@ from typing import Any, TextIO
 from attnimg.backends import backend_named
 from attnimg.errors import AttnimgError
 from attnimg.facts import Geometry, Proof, Reason
-from attnimg.prove.cases import longest_of
+from attnimg.prove.shown import longest_of
 
 # flash-attn's own bound for the gradients of its CK kernels, on AMD's GPUs.
 # Source: flash-attention 2.8.3.post2, tests/test_flash_attn_ck.py (2026-11-21).

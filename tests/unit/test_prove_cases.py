@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from attnimg.facts import Geometry, LayerGroup, Model, Problem
-from attnimg.prove.cases import BUDGET, cases_of, longest_of
+from attnimg.prove.cases import cases_of
 from attnimg.prove.geometry import geometries_of
 from attnimg.prove.inputs import draw
+from attnimg.prove.shown import BUDGET, longest_of
 
 LLAMA = Geometry(
     heads=32, kv_heads=8, head_dim_qk=64, head_dim_v=64, packing=True, sequence_len=2048
