@@ -70,22 +70,13 @@ class _Layer(nn.Module):  # type: ignore[misc]  # mypy does not follow torch
 ALL = ("dq", "dk", "dv", "dsinks")
 
 
-def call(
-    function: AttentionFunction,
-    backend: Backend,
-    case: Case,
-    inputs: Inputs,
-    *,
-    dropout: float = 0.0,
-    learning: tuple[str, ...] = ALL,
-) -> Result:
+def call(function: AttentionFunction, backend: Backend, case: Case, inputs: Inputs) -> Result:
     """Call a backend forward and backward, with the arguments that a model would pass.
 
     Raises:
         Exception: whatever the kernel raises.
     """
-    started = forward(function, backend, case, inputs, dropout=dropout, learning=learning)
-    return backward(started)
+    return backward(forward(function, backend, case, inputs))
 
 
 def forward(

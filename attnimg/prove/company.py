@@ -54,7 +54,7 @@ def check_company(
     named = replace(case, name=f"{case.name}, checkpointed")
     yield from check_values(backend, named, inputs, found=found, right=right)[1]
     for what, learning in _FROZEN.items():
-        found = call(function, backend, case, inputs, learning=learning)
+        found = backward(forward(function, backend, case, inputs, learning=learning))
         named = replace(case, name=f"{case.name}, gradients of {what}")
         yield from check_values(backend, named, inputs, found=found, right=right)[1]
     yield from _interleaved(function, backend, case, inputs, right=right)

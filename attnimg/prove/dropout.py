@@ -13,7 +13,7 @@ from dataclasses import replace
 import torch
 
 from attnimg.facts import AttentionFunction, Backend, Geometry, Reason
-from attnimg.prove.calls import call, reference
+from attnimg.prove.calls import backward, forward, reference
 from attnimg.prove.cases import Case
 from attnimg.prove.checks import check_values, expected
 from attnimg.prove.inputs import draw
@@ -41,7 +41,7 @@ def check_dropout(
     inputs = replace(inputs, q=inputs.q * 0.2, v=identity.expand_as(inputs.v).contiguous())
     with torch.random.fork_rng(range(torch.cuda.device_count())):
         torch.manual_seed(0)
-        found = call(function, backend, case, inputs, dropout=geometry.dropout)
+        found = backward(forward(function, backend, case, inputs, dropout=geometry.dropout))
     kept_BHTS = (found.out.transpose(1, 2)[..., :length] != 0).double()
     causal = torch.ones(length, length, device=device).tril().bool()
     rate = 1 - kept_BHTS[..., causal].mean().item()
