@@ -6,8 +6,10 @@ cap without dropout) and 829-830 (backward); setup.py (AMD targets). Read 2026-1
 
 from attnimg.facts import Backend, HeadDims, Needs
 
-# RDNA 2 to 4 run the Triton backend, which has no sliding window.
-# Source: the README of flash-attn 2.8.3.post2 (2026-11-21).
+# RDNA 2 to 4 run the Triton kernels, whose entry points take a window and a soft cap and pass
+# neither on, and draw dropout from one constant seed: the same mask in each layer and step.
+# Source: flash_attn/flash_attn_triton_amd, interface_fa.py:16-147 and 355-495, utils.py:122-126.
+# The dense ones were seen to do so in Triton's interpreter (2026-11-25).
 _RDNA = ("gfx1030", "gfx1100", "gfx1101", "gfx1102", "gfx1200", "gfx1201")
 
 BACKEND = Backend(
@@ -30,7 +32,7 @@ BACKEND = Backend(
         head_dims=(HeadDims(qk=(1, 256), v=(1, 256), multiple=8),),
         features=frozenset({"window", "softcap", "dropout"}),
         apart=frozenset({"softcap", "dropout"}),
-        features_missing={name: frozenset({"window"}) for name in _RDNA},
+        features_missing={name: frozenset({"window", "softcap", "dropout"}) for name in _RDNA},
         backward=frozenset({"nvidia", "amd"}),
         packages=(("flash-attn", "2.3.3", "not-installed"),),
     ),

@@ -85,17 +85,17 @@ def _packing(backend: Backend, problem: Problem) -> Iterator[Reason]:
 
 def _model(backend: Backend, machine: Machine, problem: Problem) -> Iterator[Reason]:
     needs, model = backend.needs, problem.model
-    if problem.dropout and "dropout" not in needs.features:
+    capability = machine.arch.capability
+    major = capability[0] if capability else None
+    place = machine.arch.name if major is None else major
+    features = needs.features - needs.features_missing.get(place, frozenset())
+    if problem.dropout and "dropout" not in features:
         yield Reason(code="dropout", text=f"found attention dropout {problem.dropout}, has none")
     if model is None:
         return
     if needs.model_types and model.type not in needs.model_types:
         takes = ", ".join(sorted(needs.model_types))
         yield Reason(code=needs.model_code, text=f"found model type {model.type}, takes {takes}")
-    capability = machine.arch.capability
-    major = capability[0] if capability else None
-    place = machine.arch.name if major is None else major
-    features = needs.features - needs.features_missing.get(place, frozenset())
     for layer in model.layers:
         yield from layer_reasons(layer, needs.head_dims, major, features)
     capped = any(layer.softcap for layer in model.layers)

@@ -187,7 +187,7 @@ def test_every_gpu_of_the_catalogue_that_we_can_serve_has_one_image() -> None:
     stable = [found for found in images.values() if found["channel"] == "stable"]
     for name, gpu in catalogue().items():
         serving = [found for found in stable if gpu.arch.name in found["devices"]]
-        assert len(serving) == (0 if name in {"v100", "rx7900xtx"} else 1), name
+        assert len(serving) == (0 if name in {"v100"} else 1), name
 
 
 def test_every_backend_has_a_row_in_the_support_matrix() -> None:

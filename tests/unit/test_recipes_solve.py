@@ -177,10 +177,10 @@ FRONTIER = {"torch": "2.15.0", "toolkit": "13.2"}
             id="xformers has no recipe for ROCm",
         ),
         pytest.param(
-            image("rocm", archs=("gfx942", "gfx1100")),
-            "found gfx1100",
-            "without gfx1100",
-            id="flash-attn's CK build has no RDNA",
+            image("rocm", archs=("gfx942", "gfx1103")),
+            "found gfx1103",
+            "without gfx1103",
+            id="flash-attn has nothing for RDNA's integrated GPUs",
         ),
         # What a recipe's author gets wrong.
         pytest.param(
@@ -419,6 +419,13 @@ def test_another_kernels_pin_leaves_the_cache_key_alone() -> None:
         if old.key != new.key
     ]
     assert changed == ["flash-attn-4"]
+
+
+def test_one_rocm_wheel_serves_rdna_without_machine_code_for_it() -> None:
+    (step,) = solve(RECIPES.images["rocm"], RECIPES).steps
+    assert {"gfx942", "gfx1100", "gfx1201"} <= set(step.archs)
+    assert step.codes == step.tokens == ("gfx90a", "gfx942", "gfx950")
+    assert step.env["GPU_ARCHS"] == "gfx90a;gfx942;gfx950"
 
 
 def test_an_unresolved_value_is_planned_but_not_published() -> None:
