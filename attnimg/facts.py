@@ -336,6 +336,19 @@ class Needs:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Variant:
+    """One of several sets of kernels in a package, of which its import takes one.
+
+    Attributes:
+        name: what people call it, "Triton".
+        variables: the environment variables that choose it.
+    """
+
+    name: str
+    variables: Mapping[str, str]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Backend:
     """One way to compute attention, and the name the config has for it.
 
@@ -366,6 +379,8 @@ class Backend:
         tolerance_source: where these bounds come from.
         unread: a hub kernel that nobody here has read.
         pattern: which keys its queries see.
+        variants: AMD architecture -> the kernels of its package that run there; empty where the
+            package has one set.
     """
 
     name: str
@@ -390,6 +405,7 @@ class Backend:
     tolerance_source: str = "flash-attention 2.8.3.post2, tests/test_flash_attn.py:1121-1132"
     unread: bool = False
     pattern: Pattern = "full"
+    variants: Mapping[str, Variant] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

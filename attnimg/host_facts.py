@@ -6,7 +6,7 @@ Frozen and plain, as everything in facts.py.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 Status = Literal["ok", "warn", "fail"]
@@ -78,6 +78,7 @@ class Host:
         damaged: distribution -> its files that are missing or changed, for flash_attn's packages.
         shadows: kernels' packages that stand in several folders.
         shipped_kernels: those that came compiled with the image; None without any.
+        variables: the variables that are set here and choose kernels of a backend.
     """
 
     uid: int
@@ -90,6 +91,7 @@ class Host:
     damaged: Mapping[str, tuple[str, ...]]
     shadows: tuple[Shadow, ...]
     shipped_kernels: ShippedKernels | None = None
+    variables: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -5,6 +5,8 @@ which nobody may write, would raise inside the attention call. So the folder of 
 once to where caches are kept, and two variables name it. Both are read when flash_attn.cute is
 imported (flash-attn-4 4.0.0b36, cache_utils.py, read 2026-11-25).
 
+On AMD's GPUs a variable chooses which of a package's kernels run; a backend's `variants` say so.
+
 `python -m attnimg.kernel_cache` prints the variables as shell commands: docker/entrypoint.sh runs
 it for programs that are not attnimg's own. It prints nothing where there is nothing to set.
 """
@@ -20,6 +22,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from attnimg.backends import all_backends
 from attnimg.errors import AttnimgError
 from attnimg.facts import Machine
 from attnimg.probe import this_machine
@@ -48,6 +51,8 @@ def kernel_settings(
     Raises:
         AttnimgError: the image's manifest can't be read.
     """
+    if machine.arch.vendor == "amd":
+        return _variant_settings(machine, environment)
     if machine.arch.vendor != "nvidia" or {CACHE_ON, CACHE_AT} & set(environment):
         return {}
     kernels = shipped_kernels(shipped)
@@ -62,6 +67,23 @@ def kernel_settings(
     text = f"attnimg: FlashAttention-4 compiles its kernels anew: no room of one's own in {tried}"
     print(text, file=sys.stderr)  # noqa: T201 - where the entrypoint's own notes go
     return {}
+
+
+def _variant_settings(machine: Machine, environment: Mapping[str, str]) -> dict[str, str]:
+    """Choose the kernels that run here; a variable that is set otherwise holds, and is named."""
+    settings: dict[str, str] = {}
+    for backend in all_backends():
+        variant = backend.variants.get(machine.arch.name)
+        for name, value in variant.variables.items() if variant else ():
+            if (found := environment.get(name)) is None:
+                settings[name] = value
+            elif found != value:
+                text = (
+                    f"attnimg: {name} is set to {found!r}; {backend.name} runs on "
+                    f"{machine.arch.name} with {value}: unset it, unless it is meant"
+                )
+                print(text, file=sys.stderr)  # noqa: T201 - where the entrypoint's own notes go
+    return settings
 
 
 def _folders(environment: Mapping[str, str]) -> Iterator[Path]:

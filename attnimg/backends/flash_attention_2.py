@@ -4,13 +4,18 @@ Sources: flash-attn 2.8.3.post2's sdist, flash_api.cpp lines 370-397 (arch, dtyp
 cap without dropout) and 829-830 (backward); setup.py (AMD targets). Read 2026-11-21.
 """
 
-from attnimg.facts import Backend, HeadDims, Needs
+from attnimg.facts import Backend, HeadDims, Needs, Variant
 
+# One wheel has both; this is read at import (flash_attn_interface.py:11-16, 2026-11-25).
+_TRITON = Variant(name="Triton", variables={"FLASH_ATTENTION_TRITON_AMD_ENABLE": "TRUE"})
+_CK = Variant(name="CK", variables={"FLASH_ATTENTION_TRITON_AMD_ENABLE": "FALSE"})
+_CDNA = ("gfx90a", "gfx942", "gfx950")
+_RDNA = ("gfx1030", "gfx1100", "gfx1101", "gfx1102", "gfx1200", "gfx1201")
 # RDNA 2 to 4 run the Triton kernels, whose entry points take a window and a soft cap and pass
 # neither on, and draw dropout from one constant seed: the same mask in each layer and step.
 # Source: flash_attn/flash_attn_triton_amd, interface_fa.py:16-147 and 355-495, utils.py:122-126.
 # The dense ones were seen to do so in Triton's interpreter (2026-11-25).
-_RDNA = ("gfx1030", "gfx1100", "gfx1101", "gfx1102", "gfx1200", "gfx1201")
+_TRITON_LACKS = frozenset({"window", "softcap", "dropout"})
 
 BACKEND = Backend(
     name="flash_attention_2",
@@ -21,10 +26,11 @@ BACKEND = Backend(
     applied_as="flash_attention_2",
     hub_repo="kernels-community/flash-attn2",
     family="flash",
+    variants={**dict.fromkeys(_CDNA, _CK), **dict.fromkeys(_RDNA, _TRITON)},
     needs=Needs(
         vendors=frozenset({"nvidia", "amd"}),
         capability_min=(8, 0),
-        gfx=frozenset({"gfx90a", "gfx942", "gfx950", *_RDNA}),
+        gfx=frozenset({*_CDNA, *_RDNA}),
         arch_code="arch-too-old",
         arch_text="sm_80 or newer (Ampere), or gfx90a, gfx942, gfx950, gfx1030, gfx110x, gfx120x",
         dtypes=frozenset({"float16", "bfloat16"}),
@@ -32,7 +38,7 @@ BACKEND = Backend(
         head_dims=(HeadDims(qk=(1, 256), v=(1, 256), multiple=8),),
         features=frozenset({"window", "softcap", "dropout"}),
         apart=frozenset({"softcap", "dropout"}),
-        features_missing={name: frozenset({"window", "softcap", "dropout"}) for name in _RDNA},
+        features_missing=dict.fromkeys(_RDNA, _TRITON_LACKS),
         backward=frozenset({"nvidia", "amd"}),
         packages=(("flash-attn", "2.3.3", "not-installed"),),
     ),

@@ -8,6 +8,7 @@ from attnimg.doctor.gpu import check_gpu
 from attnimg.doctor.host import check_folders, check_shared_memory, check_user
 from attnimg.doctor.packages import check_packages
 from attnimg.doctor.shipped_kernels import check_shipped_kernels
+from attnimg.doctor.variants import check_variants
 from attnimg.facts import Machine
 from attnimg.host_facts import Check, Host
 from attnimg.images import ImageFacts
@@ -47,6 +48,7 @@ def _checks(
     yield from check_gpu(machine, image=image, images=images)
     yield from check_packages(host, image=image)
     yield from check_shipped_kernels(machine, host)
+    yield from check_variants(machine, host)
     yield from check_user(host)
     yield from check_folders(host)
     yield from check_shared_memory(host)

@@ -190,7 +190,9 @@ def _kernel(backend: Backend, machine: Machine) -> str:
         return f"torch {machine.torch}" if machine.torch else "torch"
     package = backend.needs.packages[0][0]
     version = (machine.packages or {}).get(package)
-    return f"{package} {version}" if version else package
+    named = f"{package} {version}" if version else package
+    variant = backend.variants.get(machine.arch.name)
+    return f"{named} ({variant.name})" if variant else named
 
 
 def _older(version: str, minimum: str) -> bool:

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 
 from attnimg.doctor import examine
+from attnimg.doctor.variants import check_variants
 from attnimg.facts import Arch, Machine
 from attnimg.host_facts import WORKING_FOLDER, Check, Folder, Host, Shadow, ShippedKernels
 from attnimg.images import ImageFacts, catalogue
@@ -270,3 +271,21 @@ def test_shipped_kernels_that_are_found(host: Host) -> None:
 def test_of_shipped_kernels_nothing_is_said(machine: Machine, host: Host) -> None:
     checks = examine(machine, host, image=None, images=IMAGES)
     assert "kernels" not in {check.code for check in checks}
+
+
+@pytest.mark.parametrize(
+    ("gpu", "variables", "status", "what"),
+    [
+        ("gfx1100", {}, "ok", "flash-attn's Triton kernels"),
+        ("gfx942", {}, "ok", "flash-attn's CK kernels"),
+        ("gfx1100", {"FLASH_ATTENTION_TRITON_AMD_ENABLE": "FALSE"}, "warn", "ENABLE=FALSE"),
+    ],
+)
+def test_the_kernels_that_an_amd_gpu_runs_are_named(
+    gpu: str, variables: dict[str, str], status: str, what: str
+) -> None:
+    machine = Machine(arch=Arch(name=gpu, vendor="amd"), gpu=gpu)
+    host = replace(HOST, installed={"flash-attn": "2.8.3.post2"}, variables=variables)
+    (check,) = check_variants(machine, host)
+    assert check.status == status
+    assert what in check.what

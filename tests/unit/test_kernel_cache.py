@@ -24,6 +24,9 @@ ENTRY = Path("0123abcd") / "fwd" / "4567.o"
 SM_90 = Arch(name="sm_90", vendor="nvidia", capability=(9, 0))
 SM_100 = Arch(name="sm_100", vendor="nvidia", capability=(10, 0))
 H100 = Machine(arch=SM_90, gpu="NVIDIA H100", driver="590.10")
+RX7900 = Machine(arch=Arch(name="gfx1100", vendor="amd"), gpu="AMD Radeon RX 7900 XTX")
+MI300X = Machine(arch=Arch(name="gfx942", vendor="amd"), gpu="AMD Instinct MI300X")
+TRITON_ON = "FLASH_ATTENTION_TRITON_AMD_ENABLE"
 NO_GPU = Machine(arch=Arch(name="cpu", vendor="cpu"), gpu="cpu")
 BUILT = fingerprint()
 
@@ -189,3 +192,27 @@ def test_a_fingerprint_tells_every_change_of_flashattention_4(
     assert len(keys) == len(changes) + 1
     monkeypatch.setattr(probed, "PACKAGES", ("pytest",))
     assert fingerprint()["pytest"] == pytest.__version__
+
+
+@pytest.mark.parametrize(
+    ("machine", "environment", "settings", "said"),
+    [
+        pytest.param(RX7900, {}, {TRITON_ON: "TRUE"}, "", id="RDNA runs Triton"),
+        pytest.param(MI300X, {}, {TRITON_ON: "FALSE"}, "", id="CDNA runs CK"),
+        pytest.param(RX7900, {TRITON_ON: "TRUE"}, {}, "", id="who says the same is left alone"),
+        pytest.param(RX7900, {TRITON_ON: "FALSE"}, {}, "with TRUE: unset it", id="FALSE on RDNA"),
+        pytest.param(MI300X, {TRITON_ON: "TRUE"}, {}, "with FALSE: unset it", id="TRUE on CDNA"),
+        pytest.param(replace(RX7900, arch=Arch(name="gfx906", vendor="amd")), {}, {}, "",
+                     id="flash-attn has none for it"),
+    ],
+)  # fmt: skip
+def test_an_amd_gpu_gets_the_variable_that_chooses_its_kernels(
+    machine: Machine,
+    environment: dict[str, str],
+    settings: dict[str, str],
+    said: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert kernel_settings(machine, environment) == settings
+    found = capsys.readouterr().err
+    assert said in found if said else not found
