@@ -120,3 +120,42 @@ def test_torchao_is_forward_only_and_hopper_alone() -> None:
     assert "backward is not supported" in read("torchao", "torchao/prototype/attention/__init__.py")
     assert needs("fp8").capabilities == {(9, 0)}
     assert needs("fp8").backward == frozenset()
+
+
+@pytest.mark.parametrize("entry", ["fwd", "bwd", "varlen_fwd", "varlen_bwd"])
+def test_flash_attn_on_rdna_passes_no_window_and_no_soft_cap_on(entry: str) -> None:
+    found = function(read("flash_attn", "flash_attn/flash_attn_triton_amd/interface_fa.py"), entry)
+    # All that reads them prints them.
+    printed = {
+        id(name)
+        for call in ast.walk(found)
+        if isinstance(call, ast.Call) and ast.unparse(call.func) == "print"
+        for name in ast.walk(call)
+    }
+    ignored = {"window_size_left", "window_size_right", "softcap"}
+    assert ignored <= {argument.arg for argument in found.args.args}
+    used = {n.id for n in ast.walk(found) if isinstance(n, ast.Name) and id(n) not in printed}
+    assert not used & ignored
+    assert needs("flash_attention_2").features_missing["gfx1100"] >= {"window", "softcap"}
+
+
+def test_flash_attn_on_rdna_draws_dropout_from_one_seed() -> None:
+    source = read("flash_attn", "flash_attn/flash_attn_triton_amd/utils.py")
+    assert "self.philox_seed, self.philox_offset = 0x1BF58, 0x1D4B49" in source
+    assert "dropout" in needs("flash_attention_2").features_missing["gfx1100"]
+
+
+def test_flash_attn_knows_the_variable_and_the_architectures_of_its_variants() -> None:
+    backend = backend_named("flash_attention_2")
+    assert backend is not None
+    interface = read("flash_attn", "flash_attn/flash_attn_interface.py")
+    assert 'os.getenv("FLASH_ATTENTION_TRITON_AMD_ENABLE", "FALSE") == "TRUE"' in interface
+    utils = read("flash_attn", "flash_attn/flash_attn_triton_amd/utils.py")
+    is_rdna = set(
+        re.findall(r'"(gfx\w+)"', ast.unparse(function(utils, "is_rdna")).replace("'", '"'))
+    )
+    on_triton = {arch for arch, variant in backend.variants.items() if variant.name == "Triton"}
+    assert is_rdna == on_triton
+    allowed = re.search(r"allowed_archs = \[(.*?)\]", read("flash_attn", "setup.py"))
+    assert allowed
+    assert set(re.findall(r"gfx\w+", allowed[1])) == set(backend.variants) - on_triton
