@@ -6,6 +6,7 @@ To add one, copy `sdpa_math.py`, fill in its needs and their sources; then `make
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from functools import cache
 from importlib import import_module
 from pkgutil import iter_modules
@@ -45,6 +46,13 @@ def backend_named(name: str) -> Backend | None:
     backend = hub.backend_for(name, repo_of(name))
     assert isinstance(backend, Backend)
     return backend
+
+
+def variables_that_choose(environment: Mapping[str, str]) -> dict[str, str]:
+    """Give what is set in `environment` of that by which packages choose among their kernels."""
+    variants = (variant for backend in all_backends() for variant in backend.variants.values())
+    names = {name for variant in variants for name in variant.variables}
+    return {name: environment[name] for name in sorted(names) if name in environment}
 
 
 def runs_on(needs: Needs, arch: Arch) -> bool:

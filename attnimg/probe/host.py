@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
 
-from attnimg.backends import all_backends
+from attnimg.backends import variables_that_choose
 from attnimg.host_facts import WORKING_FOLDER, Folder, Host, Shadow
 from attnimg.probe.shipped_kernels import shipped_kernels
 
@@ -55,14 +55,8 @@ def this_host(*, shm: Path = Path("/dev/shm")) -> Host:
         },
         shadows=tuple(_shadows(sys.path)),
         shipped_kernels=shipped_kernels(),
-        variables={name: os.environ[name] for name in _choosing() if name in os.environ},
+        variables=variables_that_choose(os.environ),
     )
-
-
-def _choosing() -> set[str]:
-    """Name the variables that choose kernels of some backend."""
-    variants = (variant for backend in all_backends() for variant in backend.variants.values())
-    return {name for variant in variants for name in variant.variables}
 
 
 def _name_and_version(dist: metadata.Distribution) -> tuple[str, str]:

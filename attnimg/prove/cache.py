@@ -37,6 +37,7 @@ def key_of(
     machine: Machine,
     versions: Mapping[str, str],
     local: LocalKernel | None,
+    variables: Mapping[str, str],
 ) -> str:
     """Hash all that a proof depends on.
 
@@ -45,6 +46,7 @@ def key_of(
         machine: where it runs.
         versions: of torch, transformers and all else that takes part.
         local: the folder that LOCAL_KERNELS serves for the backend.
+        variables: those that are set and choose among a package's kernels.
     """
     parts = {
         "candidate": asdict(candidate),
@@ -52,6 +54,7 @@ def key_of(
         "versions": dict(sorted(versions.items())),
         "attnimg": _hash_of(Path(__file__).parents[1], "**/*.py"),
         "kernel": _hash_of(Path(local.path), "**/*") if local else None,
+        "variables": dict(sorted(variables.items())),
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
+from attnimg.backends import variables_that_choose
 from attnimg.facts import Backend, Machine, Problem, Proof
 from attnimg.prove import cache
 from attnimg.prove.geometry import geometries_of, has_dense_entry, local_kernel_of
@@ -24,7 +25,8 @@ class Setting:
 
     Attributes:
         machine: this one.
-        environment: os.environ; ATTNIMG_CACHE and FLASH_ATTENTION_DETERMINISTIC count.
+        environment: os.environ; ATTNIMG_CACHE, FLASH_ATTENTION_DETERMINISTIC and what a backend's
+            variants name count.
         folder: where proofs are kept; None to keep none.
     """
 
@@ -73,6 +75,7 @@ def prove(
             machine=machine,
             versions=versions[backend.name],
             local=local_kernel_of(backend, machine),
+            variables=variables_that_choose(setting.environment),
         )
         for backend, candidate in zip(backends, candidates, strict=True)
     ]

@@ -19,7 +19,8 @@ PROOF = Proof(backend="sdpa", reasons=(), figures=(FIGURE,), cases=3, longest=64
 
 
 def key(candidate: Candidate = CANDIDATE, **changes: object) -> str:
-    values = {"machine": CPU, "versions": {"torch": "2.13.0"}, "local": None} | changes
+    values = {"machine": CPU, "versions": {"torch": "2.13.0"}, "local": None, "variables": {}}
+    values |= changes
     return cache.key_of(candidate, **values)  # type: ignore[arg-type]
 
 
@@ -82,6 +83,7 @@ def test_a_folder_that_cannot_be_written_is_a_note(tmp_path: Path) -> None:
             {"candidate": replace(CANDIDATE, geometries=(replace(GEOMETRY, heads=8),))},
             id="geometry",
         ),
+        pytest.param({"variables": {"FLASH_ATTENTION_TRITON_AMD_ENABLE": "TRUE"}}, id="variable"),
     ],
 )
 def test_a_change_asks_for_a_new_proof(changes: dict[str, object]) -> None:
