@@ -192,7 +192,7 @@ def _kernel(backend: Backend, machine: Machine) -> str:
     version = (machine.packages or {}).get(package)
     named = f"{package} {version}" if version else package
     variant = backend.variants.get(machine.arch.name)
-    return f"{named} ({variant.name})" if variant else named
+    return f"{named}, {variant.name}" if variant else named
 
 
 def _older(version: str, minimum: str) -> bool:
