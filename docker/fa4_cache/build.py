@@ -22,7 +22,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from entries import beyond_baseline, gpu_codes
+from entries import beyond_baseline, check_gpu_code
 from fingerprint import RELEASE, fingerprint, key_of
 from kernel_set import KernelSet, Target, read_set
 
@@ -94,8 +94,7 @@ def collect(kernels: KernelSet, target: Target, *, state: Path, out: Path) -> di
 
 def check(entry: Path, target: Target) -> None:
     """End the build at an entry for another GPU, or for some CPUs only."""
-    if (codes := gpu_codes(entry.read_bytes())) != (target.code,):
-        sys.exit(f"fa4_cache: {entry} has code for {codes}, needed {target.code} once")
+    check_gpu_code(entry, target.code)
     objdump, env = "objdump", None
     if (BINUTILS / "bin/objdump").exists():
         objdump = str(BINUTILS / "bin/objdump")

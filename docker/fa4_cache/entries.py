@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 import struct
 import subprocess
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -43,12 +44,19 @@ def _cuda_images(data: bytes) -> Iterator[bytes]:
 
 
 def _code(image: bytes) -> str:
-    number = f"sm_{struct.unpack_from('<I', image, 48)[0] >> 8 & 0xFF}"
-    noted = set(re.findall(rb"-arch[ =](sm_\d+[af]?)", image))
+    # Up to CUDA 12, ELF ABI version 7, the number is the lowest byte.
+    number = f"sm_{struct.unpack_from('<I', image, 48)[0] >> (8 if image[8] >= 8 else 0) & 0xFF}"
+    noted = set(re.findall(rb"(?:-arch[ =]|\.target )(sm_\d+[af]?)", image))
     names = sorted(name.decode() for name in noted)
     if len(names) == 1 and names[0].rstrip("af") == number:
         return names[0]
     return f"{number} with options for {' '.join(names) or 'nothing'}"
+
+
+def check_gpu_code(entry: Path, code: str) -> None:
+    """End the build at an entry for another GPU than one of that architecture, "sm_90a"."""
+    if (codes := gpu_codes(entry.read_bytes())) != (code,):
+        sys.exit(f"{entry} has code for {codes}, needed {code} once")
 
 
 def beyond_baseline(path: Path, *, objdump: str, env: Mapping[str, str] | None = None) -> list[str]:
