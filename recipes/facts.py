@@ -174,6 +174,23 @@ class AheadOfTime(Strict):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class TritonSet(Strict):
+    """The calls whose Triton kernels are compiled when an image is built.
+
+    Attributes:
+        dtypes: of q, k and v.
+        causal: whether a token sees only those before it.
+        varlen: packed documents, or a rectangle.
+        heads: head_dim -> query heads/key-value heads, "32/8": both are constants in the kernels.
+    """
+
+    dtypes: tuple[Literal["bfloat16", "float16"], ...]
+    causal: tuple[bool, ...]
+    varlen: tuple[bool, ...]
+    heads: Mapping[int, tuple[str, ...]]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Kernel(Strict):
     """One kernel package: kernels/NAME.toml, where NAME is its distribution.
 
@@ -201,6 +218,7 @@ class Kernel(Strict):
         trim: the small build; None where the whole one is small.
         prebuilt: public wheels, the first that fits is preferred to a build.
         ahead_of_time: what is compiled of it when an image is built; None for all in its wheel.
+        triton: for which calls its Triton kernels are; None where they are left to the first one.
     """
 
     name: str
@@ -231,6 +249,7 @@ class Kernel(Strict):
     prebuilt: tuple[Prebuilt, ...] = ()
     patch: tuple[Patch, ...] = ()
     ahead_of_time: AheadOfTime | None = None
+    triton: TritonSet | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -14,6 +14,7 @@ _ARCH = re.compile(r"cpu|sm_[1-9][0-9]{1,2}[af]?|gfx[1-9][0-9a-f]{2,3}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _RELEASE = re.compile(r"[A-Za-z0-9][\w.-]*==[\w.!+]+")
 _COMMIT = re.compile(r"[A-Za-z0-9][\w-]*/[\w.-]+@[0-9a-f]{40}")
+_HEADS = re.compile(r"[1-9]\d*/[1-9]\d*")
 
 
 def image_faults(image: Image) -> Iterator[str]:
@@ -56,6 +57,10 @@ def kernel_faults(kernel: Kernel) -> Iterator[str]:
     for name, text in kernel.beside.items():
         yield from _specifier_faults(f"beside.{name}", text)
     yield from _ahead_of_time_faults(kernel)
+    for head_dim, pairs in (kernel.triton.heads if kernel.triton else {}).items():
+        for pair in pairs:
+            if not _HEADS.fullmatch(pair):
+                yield f"triton.heads.{head_dim}: found {pair!r}, needed query/key-value heads: 32/8"
     for text in kernel.requires:
         try:
             Requirement(text)
