@@ -45,6 +45,23 @@ def fingerprint() -> dict[str, str]:
     return found
 
 
+def triton_fingerprint() -> dict[str, str]:
+    """Give all that SageAttention's Triton kernels and the names of their entries depend on.
+
+    Triton hashes its own files, libtriton.so as it lies there, and what its ptxas calls itself;
+    and of a kernel its source (triton 3.8.0, runtime/cache.py and jit.py, read 2026-11-25).
+    """
+    found = {name: _version(name) for name in ("triton", "sageattention")}
+    for package in ("triton", "sageattention"):
+        folder = _folder(package)
+        found[f"{package}/*.py"] = source_hash(folder) if folder else ABSENT
+    triton = _folder("triton")
+    for name in ("_C/libtriton.so", "backends/nvidia/bin/ptxas"):
+        path = triton / name if triton else None
+        found[f"triton/{name}"] = _file_hash(path) if path and path.is_file() else ABSENT
+    return found
+
+
 def key_of(fingerprint: Mapping[str, str]) -> str:
     """Name a fingerprint, for a folder."""
     text = json.dumps(dict(sorted(fingerprint.items())))
@@ -75,3 +92,14 @@ def _cute() -> Path | None:
         if (Path(folder) / "cute" / "__init__.py").is_file():
             return Path(folder) / "cute"
     return None
+
+
+def _folder(package: str) -> Path | None:
+    """Find the folder of a package, without importing it."""
+    found = importlib.util.find_spec(package)
+    return Path(found.origin).parent if found and found.origin else None
+
+
+def _file_hash(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -1,0 +1,78 @@
+"""Stand in for an NVIDIA GPU and its driver where there is none, for Triton and SageAttention.
+
+Triton compiles for whatever GPU its driver names, so all the rest of a launch is its own: how it
+reads the arguments, names the entry, finds or compiles it. Tensors lie on the CPU, and their
+addresses are aligned as torch aligns those on a GPU.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+# What one block may use, in bytes. Source: CUDA C++ Programming Guide 13.0, table "Technical
+# Specifications per Compute Capability", opt-in shared memory (2026-11-25).
+SHARED_BYTES = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 120: 101376, 121: 101376}
+
+
+class Driver:
+    """Answers as Triton's driver does on a GPU of that architecture; a launch does nothing."""
+
+    def __init__(self, arch: int) -> None:
+        self.arch = arch
+        self.launcher_cls = lambda src, metadata: lambda *arguments: None
+        self.utils = SimpleNamespace(
+            get_device_properties=lambda device: {"max_shared_mem": SHARED_BYTES[arch]},
+            load_binary=lambda name, kernel, shared, device: (name, name, 0, 0, 1024),
+            unload_module=lambda module: None,
+        )
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.arch, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def without_gpu(device: str) -> None:
+    """Have this process believe in a GPU of a name such as sm_90, for Triton and for torch."""
+    torch_believes_in(device)
+    driver.set_active(Driver(int(device.removeprefix("sm_"))))
+
+
+def torch_believes_in(device: str) -> None:
+    """Have torch answer what SageAttention and Triton ask it about the GPU."""
+    digits = device.removeprefix("sm_")
+    capability = (int(digits[:-1]), int(digits[-1]))
+    torch.Tensor.is_cuda = property(lambda tensor: True)
+    torch.cuda.is_available = lambda: True
+    torch.cuda.set_device = lambda device: None
+    torch.cuda.current_device = lambda: 0
+    torch.cuda.device_count = lambda: 1
+    torch.cuda.get_device_capability = lambda device=None: capability
+
+
+class Extension:
+    """Stands for a module of CUDA functions: each does nothing."""
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *arguments: None
+
+
+def sage_without_cuda(device: str) -> None:
+    """Leave of SageAttention what is Python and Triton; its CUDA kernels are compiled already."""
+    from sageattention import core, quant
+
+    # By the index of a tensor's device, and the CPU has none.
+    core.get_cuda_arch_versions = lambda: {None: device.replace("_", "")}
+    for name in ("sm80", "sm89", "sm90"):
+        setattr(core, f"{name}_compile", Extension())
+        setattr(core, f"{name.upper()}_ENABLED", True)
+    quant._fused = Extension()
