@@ -33,7 +33,8 @@ fi
 command -v -- "$1" >/dev/null || fail 127 "$1 is neither an attnimg command nor a program here" \
   "attnimg's commands are: $(paste -sd ' ' /opt/attnimg/commands)" "docker run IMAGE --help"
 # For what is none of attnimg's commands; those see to it themselves.
-if { [ -e /opt/attnimg/fa4/manifest.json ] && command -v nvidia-smi >/dev/null; } || [ -e /dev/kfd ]; then
+if { compgen -G "/opt/attnimg/*/manifest.json" && command -v nvidia-smi; } >/dev/null ||
+  [ -e /dev/kfd ]; then
   eval "$(python -P -m attnimg.kernel_cache)"
 fi
 exec "$@"

@@ -27,9 +27,9 @@ GPUS = {
 }
 SETTINGS = """
 import json, os, pathlib, sys
-from attnimg.kernel_cache import kernel_settings
+from attnimg.kernel_cache.fa4 import fa4_settings
 from attnimg.probe import this_machine
-print(json.dumps(kernel_settings(this_machine(()), os.environ, shipped=pathlib.Path(sys.argv[1]))))
+print(json.dumps(fa4_settings(this_machine(()), os.environ, shipped=pathlib.Path(sys.argv[1]))))
 """
 
 ASKING = """

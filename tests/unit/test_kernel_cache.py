@@ -13,10 +13,11 @@ from typing import Any
 
 import pytest
 
-from attnimg import kernel_cache
 from attnimg.errors import AttnimgError
 from attnimg.facts import Arch, Machine
-from attnimg.kernel_cache import kernel_settings
+from attnimg.kernel_cache import fa4
+from attnimg.kernel_cache.fa4 import fa4_settings
+from attnimg.kernel_cache.variants import variant_settings
 from attnimg.probe import fingerprint as probed
 from attnimg.probe.fingerprint import RELEASE, fingerprint, key_of
 
@@ -62,7 +63,7 @@ def write_manifest(folder: Path, built: dict[str, str]) -> None:
 
 def test_they_are_copied_once_to_where_this_user_may_write(tmp_path: Path, shipped: Path) -> None:
     cache = {"ATTNIMG_CACHE": str(tmp_path / "cache")}
-    settings = kernel_settings(H100, cache, shipped=shipped)
+    settings = fa4_settings(H100, cache, shipped=shipped)
     assert settings["FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED"] == "1"
     copy = Path(settings["FLASH_ATTENTION_CUTE_DSL_CACHE_DIR"])
     assert copy.is_relative_to(tmp_path / "cache")
@@ -71,7 +72,7 @@ def test_they_are_copied_once_to_where_this_user_may_write(tmp_path: Path, shipp
         assert path.stat().st_mode & stat.S_IWUSR, path
     added = copy / ENTRY.parent / "compiled-here.o"
     added.write_bytes(b"")
-    assert kernel_settings(H100, cache, shipped=shipped) == settings
+    assert fa4_settings(H100, cache, shipped=shipped) == settings
     assert added.exists(), "the second start left it as it was"
 
 
@@ -103,7 +104,7 @@ def test_nothing_is_set_or_said_or_written(
 ) -> None:
     write_manifest(shipped, built)
     environment = {**environment, "ATTNIMG_CACHE": str(tmp_path / "cache")}
-    assert kernel_settings(machine, environment, shipped=shipped) == {}
+    assert fa4_settings(machine, environment, shipped=shipped) == {}
     assert not (tmp_path / "cache").exists()
     assert capsys.readouterr() == ("", "")
 
@@ -111,7 +112,7 @@ def test_nothing_is_set_or_said_or_written(
 def test_a_manifest_without_python_s_release_is_read(tmp_path: Path, shipped: Path) -> None:
     write_manifest(shipped, {name: BUILT[name] for name in BUILT if name != RELEASE})
     cache = {"ATTNIMG_CACHE": str(tmp_path / "cache")}
-    assert "FLASH_ATTENTION_CUTE_DSL_CACHE_DIR" in kernel_settings(H100, cache, shipped=shipped)
+    assert "FLASH_ATTENTION_CUTE_DSL_CACHE_DIR" in fa4_settings(H100, cache, shipped=shipped)
 
 
 def test_a_fingerprint_has_python_s_release_in_full() -> None:
@@ -120,13 +121,13 @@ def test_a_fingerprint_has_python_s_release_in_full() -> None:
 
 
 def test_an_image_without_such_kernels_changes_nothing(tmp_path: Path) -> None:
-    assert kernel_settings(H100, {}, shipped=tmp_path / "nothing") == {}
+    assert fa4_settings(H100, {}, shipped=tmp_path / "nothing") == {}
 
 
 def test_all_ranks_of_a_node_may_start_at_once(tmp_path: Path, shipped: Path) -> None:
     cache = {"ATTNIMG_CACHE": str(tmp_path / "cache")}
     with ThreadPoolExecutor(16) as pool:
-        asked = [pool.submit(kernel_settings, H100, cache, shipped=shipped) for _ in range(64)]
+        asked = [pool.submit(fa4_settings, H100, cache, shipped=shipped) for _ in range(64)]
         (settings,) = {tuple(one.result().items()) for one in asked}
     copy = Path(dict(settings)["FLASH_ATTENTION_CUTE_DSL_CACHE_DIR"])
     assert (copy / ENTRY).read_bytes() == b"kernel"
@@ -139,10 +140,10 @@ def test_another_user_s_folder_is_not_trusted(
     tmp_path: Path, shipped: Path, temporary: Path, level: int
 ) -> None:
     cache = {"ATTNIMG_CACHE": str(tmp_path / "cache")}
-    first = kernel_settings(H100, cache, shipped=shipped)
+    first = fa4_settings(H100, cache, shipped=shipped)
     copy = Path(first["FLASH_ATTENTION_CUTE_DSL_CACHE_DIR"])
     os.chown((copy, *copy.parents)[level], 4321, 4321)
-    second = kernel_settings(H100, cache, shipped=shipped)
+    second = fa4_settings(H100, cache, shipped=shipped)
     assert Path(second["FLASH_ATTENTION_CUTE_DSL_CACHE_DIR"]).is_relative_to(temporary)
 
 
@@ -153,7 +154,7 @@ def test_without_a_place_for_them_it_says_so(
     temporary.rmdir()
     temporary.write_text("another")
     cache = {"ATTNIMG_CACHE": str(tmp_path / "cache")}
-    assert kernel_settings(H100, cache, shipped=shipped) == {}
+    assert fa4_settings(H100, cache, shipped=shipped) == {}
     assert "compiles its kernels anew" in capsys.readouterr().err
 
 
@@ -161,15 +162,15 @@ def test_without_a_place_for_them_it_says_so(
 def test_a_manifest_that_can_not_be_read_is_told(tmp_path: Path, text: str) -> None:
     (tmp_path / "manifest.json").write_text(text)
     with pytest.raises(AttnimgError, match="manifest"):
-        kernel_settings(H100, {}, shipped=tmp_path)
+        fa4_settings(H100, {}, shipped=tmp_path)
 
 
 def test_kinds_of_cpu_have_a_folder_each(tmp_path: Path) -> None:
     names = set()
     for flags in ("flags : sse2 avx", "flags : sse2 avx avx512f", "flags : avx sse2"):
         (tmp_path / "cpuinfo").write_text(f"processor : 0\n{flags}\n")
-        names.add(kernel_cache._cpu(tmp_path / "cpuinfo"))
-    names.add(kernel_cache._cpu(tmp_path / "nothing"))
+        names.add(fa4._cpu(tmp_path / "cpuinfo"))
+    names.add(fa4._cpu(tmp_path / "nothing"))
     assert len(names) == 3
 
 
@@ -213,6 +214,6 @@ def test_an_amd_gpu_gets_the_variable_that_chooses_its_kernels(
     said: str,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    assert kernel_settings(machine, environment) == settings
+    assert variant_settings(machine, environment) == settings
     found = capsys.readouterr().err
     assert said in found if said else not found

@@ -250,7 +250,7 @@ def test_shipped_kernels_are_named_before_any_kernel_is_imported(
 ) -> None:
     name = "FLASH_ATTENTION_CUTE_DSL_CACHE_DIR"
     monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(kernel_cache, "kernel_settings", lambda machine, _: {name: machine.gpu})
+    monkeypatch.setattr(kernel_cache, "settings_for", lambda machine, _: {name: machine.gpu})
     Path("c.yaml").write_text(CONFIG.replace("base_model", "base_modle"))
     assert attnimg([command, "c.yaml"]) == 2
     assert os.environ.pop(name) == "cpu"

@@ -4,38 +4,24 @@ FlashAttention-4 opens a lock file beside each kernel that it looks up: the imag
 which nobody may write, would raise inside the attention call. So the folder of this GPU is copied
 once to where caches are kept, and two variables name it. Both are read when flash_attn.cute is
 imported (flash-attn-4 4.0.0b36, cache_utils.py, read 2026-11-25).
-
-On AMD's GPUs a variable chooses which of a package's kernels run; a backend's `variants` say so.
-
-`python -m attnimg.kernel_cache` prints the variables as shell commands: docker/entrypoint.sh runs
-it for programs that are not attnimg's own. It prints nothing where there is nothing to set.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-import shlex
 import shutil
-import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from attnimg.backends import all_backends
-from attnimg.errors import AttnimgError
 from attnimg.facts import Machine
-from attnimg.probe import this_machine
+from attnimg.kernel_cache.notes import say
 from attnimg.probe.shipped_kernels import CACHE_AT, CACHE_ON, FOLDER, shipped_kernels
 from attnimg.shipped import reasons_against_shipped
 
 
-def use_shipped_kernels(machine: Machine) -> None:
-    """Set the variables for this process and its children; call it before flash_attn's import."""
-    os.environ.update(kernel_settings(machine, os.environ))
-
-
-def kernel_settings(
+def fa4_settings(
     machine: Machine, environment: Mapping[str, str], *, shipped: Path = FOLDER
 ) -> dict[str, str]:
     """Copy the kernels for this machine to the user's cache, and give the variables to set.
@@ -51,8 +37,6 @@ def kernel_settings(
     Raises:
         AttnimgError: the image's manifest can't be read.
     """
-    if machine.arch.vendor == "amd":
-        return _variant_settings(machine, environment)
     if machine.arch.vendor != "nvidia" or {CACHE_ON, CACHE_AT} & set(environment):
         return {}
     kernels = shipped_kernels(shipped)
@@ -64,26 +48,8 @@ def kernel_settings(
         if _copied(source, folder / name):
             return {CACHE_ON: "1", CACHE_AT: str(folder / name)}
     tried = ", ".join(str(folder) for folder in _folders(environment))
-    text = f"attnimg: FlashAttention-4 compiles its kernels anew: no room of one's own in {tried}"
-    print(text, file=sys.stderr)  # noqa: T201 - where the entrypoint's own notes go
+    say(f"FlashAttention-4 compiles its kernels anew: no room of one's own in {tried}")
     return {}
-
-
-def _variant_settings(machine: Machine, environment: Mapping[str, str]) -> dict[str, str]:
-    """Choose the kernels that run here; a variable that is set otherwise holds, and is named."""
-    settings: dict[str, str] = {}
-    for backend in all_backends():
-        variant = backend.variants.get(machine.arch.name)
-        for name, value in variant.variables.items() if variant else ():
-            if (found := environment.get(name)) is None:
-                settings[name] = value
-            elif found != value:
-                text = (
-                    f"attnimg: {name} is set to {found!r}; {backend.name} runs on "
-                    f"{machine.arch.name} with {value}: unset it, unless it is meant"
-                )
-                print(text, file=sys.stderr)  # noqa: T201 - where the entrypoint's own notes go
-    return settings
 
 
 def _folders(environment: Mapping[str, str]) -> Iterator[Path]:
@@ -142,18 +108,3 @@ def _cpu(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
     flags = next((line for line in lines if line.startswith(("flags", "Features"))), "")
     words = sorted(flags.partition(":")[2].split())
     return hashlib.sha256(" ".join(words).encode()).hexdigest()[:8]
-
-
-def main() -> None:
-    """Print the variables for the shell that starts a program."""
-    try:
-        settings = kernel_settings(this_machine(()), os.environ)
-    except AttnimgError as error:
-        print(error, file=sys.stderr)  # noqa: T201 - stdout is read by the shell
-        return
-    for name, value in settings.items():
-        print(f"export {name}={shlex.quote(value)}")  # noqa: T201 - what this is for
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,85 @@
+"""Have Triton find the kernels that were compiled with the image: SageAttention's."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+
+from attnimg.facts import Machine
+from attnimg.kernel_cache.notes import say
+
+# docker/triton_cache/build.py makes it: a folder for each architecture, of Triton's own entries.
+TRITON_FOLDER = Path("/opt/attnimg/triton")
+TRITON_CACHE = "TRITON_CACHE_DIR"
+
+
+def triton_settings(
+    machine: Machine, environment: Mapping[str, str], *, shipped: Path = TRITON_FOLDER
+) -> dict[str, str]:
+    """Copy Triton's entries for this machine's GPUs to its cache, those that are not there.
+
+    Triton names an entry by all that it depends on, so that one too many is never loaded, and those
+    of several architectures may lie in one folder.
+
+    Returns:
+        Another TRITON_CACHE_DIR where this user can't write the one that is set: Triton would raise
+        at the first kernel that it does not find there. Otherwise nothing.
+    """
+    sources = [
+        shipped / arch
+        for arch in (machine.arch.name, *machine.other_archs)
+        if (shipped / arch).is_dir()
+    ]
+    if machine.arch.vendor != "nvidia" or not sources:
+        return {}
+    home = environment.get("TRITON_HOME") or environment.get("HOME") or str(Path.home())
+    named = Path(environment.get(TRITON_CACHE) or Path(home) / ".triton" / "cache")
+    own = Path(tempfile.gettempdir()) / f"attnimg-triton-{os.getuid()}"
+    for folder in (named, own):
+        if all(_merged(source, folder) for source in sources):
+            # What lies there is run: in a folder for all users, never from another one's.
+            if folder is own and folder.stat().st_uid != os.getuid():
+                continue
+            if folder is named:
+                return {}
+            say(f"Triton can't write {named}; its cache is {folder}")
+            return {TRITON_CACHE: str(folder)}
+    say(f"Triton compiles its kernels anew: no room in {named} or {own}")
+    return {}
+
+
+def _merged(source: Path, target: Path) -> bool:
+    """Have each entry of a folder in Triton's cache; False where it can't be written.
+
+    Its group file is what makes Triton see an entry, and names the others by where they lie: it
+    is written anew, and last. Whoever else does the same meanwhile writes the same (triton 3.8.0,
+    runtime/cache.py, read 2026-11-25).
+    """
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        if not os.access(target, os.W_OK):
+            return False
+        for entry in source.iterdir():
+            files = {path.name: str(target / entry.name / path.name) for path in entry.iterdir()}
+            (told,) = (name for name in files if name.endswith(".json"))
+            group = target / entry.name / f"__grp__{told}"
+            if group.exists():
+                continue
+            group.parent.mkdir(exist_ok=True)
+            for name in files:
+                _put(group.with_name(name), (entry / name).read_bytes())
+            _put(group, json.dumps({"child_paths": files}).encode())
+    except OSError:  # not writable, or no room
+        return False
+    return True
+
+
+def _put(path: Path, content: bytes) -> None:
+    """Write a file, whole or not at all."""
+    part = path.with_name(f"tmp.attnimg_{os.getpid()}_{threading.get_ident()}_{path.name}")
+    part.write_bytes(content)
+    part.replace(path)

@@ -1,0 +1,68 @@
+"""Triton's entries that came with the image: copied into its cache, those that are not there."""
+
+from __future__ import annotations
+
+import json
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from attnimg.facts import Arch, Machine
+from attnimg.kernel_cache.triton import triton_settings
+
+SM_90 = Arch(name="sm_90", vendor="nvidia", capability=(9, 0))
+H100 = Machine(arch=SM_90, gpu="NVIDIA H100", driver="590.10")
+
+
+@pytest.fixture
+def shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An image's entries; what has no place goes below tmp/."""
+    for device in ("sm_90", "sm_80"):
+        entry = tmp_path / "opt" / device / f"KEY{device}"
+        entry.mkdir(parents=True)
+        (entry / "k.cubin").write_bytes(b"code")
+        (entry / "k.json").write_text("{}")
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "tmp"))
+    return tmp_path / "opt"
+
+
+def test_a_group_names_the_files_where_they_were_copied(tmp_path: Path, shipped: Path) -> None:
+    cache = tmp_path / "cache"
+    assert triton_settings(H100, {"TRITON_CACHE_DIR": str(cache)}, shipped=shipped) == {}
+    named = json.loads((cache / "KEYsm_90" / "__grp__k.json").read_text())["child_paths"]
+    assert {name: Path(path).read_bytes() for name, path in named.items()} == {
+        "k.cubin": b"code", "k.json": b"{}",
+    }  # fmt: skip
+    assert not (cache / "KEYsm_80").exists(), "another GPU's"
+
+
+def test_what_triton_compiled_there_stays(tmp_path: Path, shipped: Path) -> None:
+    own = tmp_path / "cache" / "KEYsm_90"
+    own.mkdir(parents=True)
+    (own / "__grp__k.json").write_text("its own")
+    triton_settings(H100, {"TRITON_CACHE_DIR": str(tmp_path / "cache")}, shipped=shipped)
+    assert (own / "__grp__k.json").read_text() == "its own"
+
+
+def test_all_ranks_of_a_node_may_start_at_once(tmp_path: Path, shipped: Path) -> None:
+    cache = {"TRITON_CACHE_DIR": str(tmp_path / "cache")}
+    with ThreadPoolExecutor(16) as pool:
+        asked = [pool.submit(triton_settings, H100, cache, shipped=shipped) for _ in range(64)]
+        assert all(one.result() == {} for one in asked)
+    left = sorted(path.name for path in (tmp_path / "cache" / "KEYsm_90").iterdir())
+    assert left == ["__grp__k.json", "k.cubin", "k.json"], "nothing half made is left"
+
+
+def test_a_cache_that_can_not_be_written_is_another_with_one_note(
+    tmp_path: Path, shipped: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "cache").write_text("a file where a folder would be")
+    cache = {"TRITON_CACHE_DIR": str(tmp_path / "cache")}
+    settings = triton_settings(H100, cache, shipped=shipped)
+    own = tmp_path / "tmp" / f"attnimg-triton-{os.getuid()}"
+    assert settings == {"TRITON_CACHE_DIR": str(own)}
+    assert (own / "KEYsm_90" / "k.cubin").exists()
+    assert capsys.readouterr().err.count("attnimg: ") == 1
