@@ -36,12 +36,12 @@ demo: .venv/ready ## Train a small model on real English text, a few minutes on 
 test: .venv/ready ## Run the tests that need no Docker and no GPU
 	$(BIN)/pytest -n $(JOBS)
 
-test/packages: .venv/ready ## Compare the backends' files with the kernels' own packages, 17 MB
+test/packages: .venv/ready build/fa4/ready ## Compare the backends' files with the kernels' own packages, 17 MB
 	@mkdir -p build/packages
 	FLASH_ATTENTION_SKIP_CUDA_BUILD=TRUE $(BIN)/pip download -q --disable-pip-version-check -d build/packages --no-deps \
 	  --no-binary flash-attn --no-build-isolation $$(grep -oh '^kernels==[^ ]*' requirements/lock.txt) \
 	  $$(sed -n 's/^source = "\(.*==.*\)"/\1/p' recipes/kernels/*.toml)
-	WHEELS=build/packages $(BIN)/pytest tests/packages
+	WHEELS=build/packages FA4_PYTHON=build/fa4/bin/python $(BIN)/pytest tests/packages
 
 check: .venv/ready ## Format, lint, types, import layers
 	$(BIN)/ruff format --check .

@@ -34,6 +34,16 @@ def read(distribution: str, path: str) -> str:
     raise FileNotFoundError(f"{distribution}: {path}")
 
 
+def unpack(distribution: str, package: str, folder: Path) -> None:
+    """Put the Python files of a downloaded sdist's package into a folder."""
+    (archive,) = Path(os.environ["WHEELS"]).glob(f"{distribution}-*.tar.gz")
+    with tarfile.open(archive) as sdist:
+        for member in sdist:
+            member.name = member.name.partition("/")[2]
+            if member.name.startswith(f"{package}/") and member.name.endswith(".py"):
+                sdist.extract(member, folder, filter="data")
+
+
 def stand_in(source: str, name: str, answer: Callable[[dict[str, Any]], Any]) -> Callable[..., Any]:
     """Make a function with the signature that `name` has in a source, and another body.
 
