@@ -14,8 +14,8 @@ import torch
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-# What one block may use, in bytes. Source: CUDA C++ Programming Guide 13.0, table "Technical
-# Specifications per Compute Capability", opt-in shared memory (2026-11-25).
+# What one block may use, in bytes: Triton refuses a kernel that needs more, and no entry depends on
+# it. Source: SMEM_CAPACITY_MAP in cutlass_dsl/cutlass.py of nvidia-cutlass-dsl 4.8.1 (2026-11-25).
 SHARED_BYTES = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 120: 101376, 121: 101376}
 
 
