@@ -32,6 +32,9 @@ _PLAIN = re.compile(re.escape(_FATBIN))
 # A cubin's own ABI stands where other ELF files name their system.
 _LOOSE = re.compile(re.escape(_FATBIN) + rb"\x01\x00\x10\x00|\x7fELF\x02\x01\x01[\x33\x41]")
 CUDA_MACHINE = 190
+# Set in the flags of sm_90a, up to CUDA 12. Source: EF_CUDA_ACCELERATORS in BinaryFormat/ELF.h of
+# llvm/llvm-project 008d0233 (2026-11-25).
+_ACCELERATED = 0x800
 # ptxas writes its notes before the code.
 _CUBIN = 1 << 16
 _CHUNK = 1 << 20
@@ -95,14 +98,19 @@ def loose_codes(stream: BinaryIO, *, start: int, size: int) -> frozenset[str]:
 
 
 def cubin_code(flags: int, abi: int, data: bytes) -> str:
-    """Name a cubin's target: its number from the ELF flags, its letter from ptxas' own note.
+    """Name a cubin's target: its number from the ELF flags, its letter from them or ptxas' note.
+
+    ABI version 7, of CUDA 12, has a flag for the letter and no note; 8 has the note (the two ptxas
+    of triton 3.8.0, 12.9.86 and 13.3.33, 2026-11-25).
 
     Args:
         flags: e_flags of its header; ABI version 8 (CUDA 13) moved the number up.
         abi: the header's ABI version.
         data: of the cubin, as far as its notes.
     """
-    number = flags >> 8 & 0xFF if abi >= 8 else flags & 0xFF
+    if abi < 8:
+        return f"sm_{flags & 0xFF}{'a' if flags & _ACCELERATED else ''}"
+    number = flags >> 8 & 0xFF
     found = re.search(rb"-arch sm_(\d+)([af]?)", data)
     letter = found[2].decode() if found and int(found[1]) == number else ""
     return f"sm_{number}{letter}"

@@ -3,8 +3,9 @@
 A kernel's files hold the architectures of its recipe and no other: a missing one means "no kernel
 image is available" on a promised GPU, an extra one is weight that nothing runs, and PTX hides
 that machine code is missing. torch holds what recipes/torch.toml says. Whatever else has GPU code
-has some that runs on every architecture of the image; what was compiled ahead of time into a folder
-sm_90, on 9.0. An image for `cpu` has none at all.
+has some that runs on every architecture of the image. Below /opt/attnimg, what was compiled ahead
+of time into a folder sm_90 is the code that its kernel's recipe declares for 9.0, and no other. An
+image for `cpu` has none at all.
 """
 
 from __future__ import annotations
@@ -15,8 +16,12 @@ from collections.abc import Iterator, Mapping
 from recipes.artifact.facts import Artifact, File
 from recipes.facts import Step
 from recipes.gate_facts import Finding, Gate, Promise
+from recipes.kernel_rules import device
 
 _NAME = "machine-code"
+# Folder of /opt/attnimg -> the kernel whose entries docker/*_cache compiles into it.
+_AHEAD_OF_TIME = {"fa4": "flash-attn-4", "triton": "sageattention"}
+_COMPILED = re.compile(rf"opt/attnimg/({'|'.join(_AHEAD_OF_TIME)})/(sm_\d+)/")
 _CODE = re.compile(r"(sm|compute|lto)_(\d+)(\d)([af]?)")
 
 
@@ -81,10 +86,32 @@ def _against(file: File, *, owner: str, step: Step | None, promise: Promise) -> 
             yield _finding(file.path, f"{_text(extra)} too", need, f"build {owner} without it")
     elif image.accelerator == "cpu":
         yield _finding(file.path, _text(codes), "no GPU code in a cpu image", "prune it")
+    elif place := _COMPILED.match(file.path):
+        kernel = _AHEAD_OF_TIME[place[1]]
+        if codes != (declared := _declared(kernel, place[2], promise)):
+            need = f"what recipes/kernels/{kernel}.toml declares for {place[2]}: {_text(declared)}"
+            yield _finding(file.path, _text(codes), need, "compile it anew, with no other")
     elif owner != "torch":
         for arch in _promised(file.path, owner, image.archs, codes):
             do = f"prune it where no GPU of {image.name} loads it, or build it for {arch}"
             yield _finding(file.path, _text(codes), f"code that {arch} runs", do)
+
+
+def _declared(kernel: str, folder: str, promise: Promise) -> set[str]:
+    """Give the code of a kernel's entries in a folder; none where the image has none for it."""
+    return {
+        _code_of(step, arch)
+        for step in promise.plan.steps
+        if step.kernel.name == kernel
+        for arch in step.archs
+        if device(arch) == folder
+    }
+
+
+def _code_of(step: Step, arch: str) -> str:
+    """Give the code that a kernel's entries have for an architecture of its recipe."""
+    asked = step.kernel.ahead_of_time
+    return asked.targets[arch].code if asked else step.kernel.archs[arch].code
 
 
 def _promised(

@@ -5,12 +5,15 @@ Those that look into machine code and libraries need compilers: tests/gates.
 
 from __future__ import annotations
 
+import io
+import struct
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from small_image import SITE, Special, package, save
 
+from recipes.artifact.elf import read_elf
 from recipes.artifact.facts import Artifact
 from recipes.artifact.read import read_image
 from recipes.artifact.secret_forms import secrets_in
@@ -280,3 +283,57 @@ def test_a_licence_is_read_wherever_it_is_stated(
 )  # fmt: skip
 def test_which_device_runs_which_code(arch: str, code: str, yes: bool) -> None:
     assert runs(arch, code) is yes
+
+
+# As in what the two ptxas of triton 3.8.0 wrote (2026-11-25): ABI version, e_flags, their note.
+CUBINS = {
+    "sm_80": (7, 0x500550, b""),
+    "sm_90": (7, 0x5A055A, b""),
+    "sm_90a": (7, 0x5A0D5A, b""),
+    "sm_120": (8, 0x6007802, b"-v  -arch sm_120 "),
+    "sm_120a": (8, 0x6007802, b"-v  -arch sm_120a "),
+}
+
+
+def cubin(code: str) -> bytes:
+    abi, flags, note = CUBINS[code]
+    head = b"\x7fELF\x02\x01\x01\x41" + bytes([abi]) + bytes(7)
+    head += struct.pack("<HHIQQQIHHHHHH", 2, 190, 1, 0, 0, 0, flags, 64, 56, 0, 64, 0, 0)
+    return head + note
+
+
+@pytest.mark.parametrize("code", CUBINS)
+def test_the_letter_of_machine_code_is_read_from_its_flags_or_its_note(code: str) -> None:
+    assert read_elf(io.BytesIO(cubin(code))).codes == {code}
+
+
+@pytest.mark.parametrize(
+    ("image", "place", "code", "needs"),
+    [
+        pytest.param("hopper", "triton/sm_90", "sm_90a", None, id="what the recipe declares"),
+        pytest.param("hopper", "fa4/sm_90", "sm_90a", None, id="FlashAttention-4's"),
+        pytest.param("blackwell", "triton/sm_120", "sm_120a", None, id="another image's"),
+        pytest.param(
+            "hopper", "triton/sm_90", "sm_90", "sageattention.toml declares for sm_90: sm_90a",
+            id="without the letter",
+        ),
+        pytest.param(
+            "hopper", "triton/sm_90", "sm_80", "sageattention.toml declares for sm_90: sm_90a",
+            id="another GPU's in its folder",
+        ),
+        pytest.param(
+            "hopper", "triton/sm_80", "sm_80", "sageattention.toml declares for sm_80: no GPU code",
+            id="another GPU's folder",
+        ),
+    ],
+)  # fmt: skip
+def test_what_was_compiled_ahead_of_time_has_its_recipe_s_machine_code(
+    tmp_path: Path, image: str, place: str, code: str, needs: str | None
+) -> None:
+    files = {f"opt/attnimg/{place}/KEY/kernel.cubin": cubin(code)}
+    promise = Promise(plan=solve(RECIPES.images[image], RECIPES), pins={})
+    artifact = read(save(tmp_path / "image.tar", files))
+    faults = gate_named("machine-code").judge(artifact, promise)
+    assert [(f.found, f.needed.rpartition("/")[2]) for f in faults] == (
+        [(code, needs)] if needs else []
+    )
