@@ -119,7 +119,8 @@ fa4-kernels/%: .venv/ready ## Compile FlashAttention-4's kernels for attnimg:% i
 	  echo "  rm -rf build/fa4; FA4_KERNELS=dist/fa4-kernels-$* make test/fa4-cache PYTHON=PATH"; \
 	  echo "  PATH of Python $$release; Debian bookworm's own, /usr/bin/python3.11, is 3.11.2"
 
-test/fa4-cache: .venv/ready build/fa4/ready ## Compile kernels of FlashAttention-4 without a GPU, and find them
+test/fa4-cache: .venv/ready build/fa4/ready ## Compile kernels of FlashAttention-4 and Triton without a GPU, and find them
+	TRITON_PYTHON=build/fa4/bin/python $(BIN)/pytest tests/triton_cache
 	FA4_PYTHON=build/fa4/bin/python $(BIN)/pytest tests/fa4_cache
 
 test/gates: .venv/ready build/nvcc/ready ## Test the gates on small images with real machine code, 1 minute
