@@ -1,0 +1,68 @@
+"""A GPU would find every Triton kernel that the image has compiled, in a process of its own.
+
+The GPU is made up by docker/triton_cache/stand_in.py; the packages, the entries and their copy at
+start are the image's. An image without such kernels skips.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import GID, ROOT, UID, Run
+
+SHIPPED = "/opt/attnimg/triton"
+MANIFEST = f"cat {SHIPPED}/manifest.json || true"
+# The name and driver do not matter; what a start copies is chosen by the capability.
+SMI = "#!/bin/sh\necho 'NVIDIA GPU, {capability}, 81559, 590.10'\n"
+# What the build compiles on, and this test runs by.
+MOUNTED = ("docker/triton_cache", "tests/triton_cache")
+LOOK_UP = (
+    'set -e; test ! -w {shipped}; PYTHONPATH="{path}" python -BWignore '
+    "/repo/tests/triton_cache/simulated_gpu.py /repo/docker/triton_cache/{image}.json {device}"
+)
+
+
+@pytest.fixture(scope="module")
+def targets(docker: Run) -> dict[str, Any]:
+    """What the image has, by architecture."""
+    told = docker("bash", "-c", MANIFEST, options=("--entrypoint=",))
+    assert told.returncode == 0, told.stderr
+    if not told.stdout:
+        pytest.skip(f"the image has no Triton kernels: no {SHIPPED}/manifest.json in it")
+    return json.loads(told.stdout)["targets"]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param(("--user=1000",), id="the image's user"),
+        pytest.param(
+            (f"--user={UID}:{GID}", "--read-only", "--tmpfs=/cache:mode=1777"),
+            id="any user, read-only but for the caches",
+        ),
+    ],
+)
+def test_a_gpu_finds_every_triton_kernel(
+    docker: Run, image: str, targets: dict[str, Any], tmp_path: Path, options: tuple[str, ...]
+) -> None:
+    for device, target in targets.items():
+        digits = device.removeprefix("sm_")
+        smi = tmp_path / "nvidia-smi"
+        smi.write_text(SMI.format(capability=f"{digits[:-1]}.{digits[-1]}"))
+        smi.chmod(0o755)
+        done = docker(
+            "bash", "-c", LOOK_UP.format(
+                shipped=SHIPPED, path=f"/repo/{MOUNTED[0]}", device=device,
+                image=image.rpartition(":")[2],
+            ),
+            options=(
+                "--network=none", f"--volume={smi}:/usr/local/bin/nvidia-smi:ro", *options,
+                *(f"--volume={ROOT}/{folder}:/repo/{folder}:ro" for folder in MOUNTED),
+            ),
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert json.loads(done.stdout.splitlines()[-1]) == target["entries"]
+        assert len(target["entries"]) == target["kernels"]
