@@ -45,15 +45,14 @@ class Shadow:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ShippedKernels:
-    """FlashAttention-4's kernels that were compiled with the image, and what would use them.
+    """Kernels that were compiled with the image, and what would use them.
 
     Attributes:
-        key: names what they were compiled with, in the cache's folders.
+        key: names what they were compiled with; of FlashAttention-4's, in the cache's folders.
         built: what that was: "python" or a package -> its version, a folder -> its hash.
         found: the same as it is here.
         kernels: architecture -> how many there are, "sm_90".
-        settings: variables that are set here and have FlashAttention-4 look for other kernels, or
-            elsewhere.
+        settings: variables that are set here and have other kernels looked for, or elsewhere.
     """
 
     key: str
@@ -77,7 +76,8 @@ class Host:
         cute_owners: distributions that claim files of flash_attn/cute/.
         damaged: distribution -> its files that are missing or changed, for flash_attn's packages.
         shadows: kernels' packages that stand in several folders.
-        shipped_kernels: those that came compiled with the image; None without any.
+        shipped_kernels: FlashAttention-4's that came compiled with the image; None without any.
+        shipped_triton: SageAttention's Triton kernels that did.
         variables: the variables that are set here and choose kernels of a backend.
     """
 
@@ -91,6 +91,7 @@ class Host:
     damaged: Mapping[str, tuple[str, ...]]
     shadows: tuple[Shadow, ...]
     shipped_kernels: ShippedKernels | None = None
+    shipped_triton: ShippedKernels | None = None
     variables: Mapping[str, str] = field(default_factory=dict)
 
 

@@ -1,4 +1,4 @@
-"""Are the kernels that came compiled with the image the ones that FlashAttention-4 looks for?"""
+"""Are the kernels that came compiled with the image the ones that are looked for here?"""
 
 from __future__ import annotations
 
@@ -17,6 +17,20 @@ def reasons_against_shipped(shipped: ShippedKernels, machine: Machine) -> tuple[
     return tuple(_reasons(shipped, machine))
 
 
+def reasons_against_shipped_triton(shipped: ShippedKernels, machine: Machine) -> tuple[Reason, ...]:
+    """Give every reason why Triton compiles kernels anew on a machine with NVIDIA GPUs."""
+    return tuple(_triton_reasons(shipped, machine))
+
+
+def _triton_reasons(shipped: ShippedKernels, machine: Machine) -> Iterator[Reason]:
+    # Those of several architectures lie in one folder, each with a name of its own.
+    missing = [a for a in (machine.arch.name, *machine.other_archs) if a not in shipped.kernels]
+    if missing:
+        text = f"they are for {' '.join(shipped.kernels)}, found {' '.join(missing)}"
+        yield Reason(code="kernels-arch", text=text)
+    yield from _other_packages(shipped)
+
+
 def _reasons(shipped: ShippedKernels, machine: Machine) -> Iterator[Reason]:
     arch = machine.arch.name
     if arch not in shipped.kernels:
@@ -30,6 +44,10 @@ def _reasons(shipped: ShippedKernels, machine: Machine) -> Iterator[Reason]:
     if major.isdecimal() and int(major) < _DRIVER_MAJOR:
         text = f"they need driver {_DRIVER_MAJOR} or newer, found {machine.driver}"
         yield Reason(code="kernels-driver", text=text)
+    yield from _other_packages(shipped)
+
+
+def _other_packages(shipped: ShippedKernels) -> Iterator[Reason]:
     for name, version in shipped.built.items():
         here = shipped.found.get(name, "absent")
         if here != version:

@@ -1,12 +1,12 @@
-"""Will FlashAttention-4 find the kernels that were compiled with the image?"""
+"""Will the kernels that were compiled with the image be found: FlashAttention-4's, Triton's?"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-from attnimg.facts import Machine
-from attnimg.host_facts import Check, Host
-from attnimg.shipped import reasons_against_shipped
+from attnimg.facts import Machine, Reason
+from attnimg.host_facts import Check, Host, ShippedKernels
+from attnimg.shipped import reasons_against_shipped, reasons_against_shipped_triton
 
 _MENDS = {
     "kernels-arch": "run the image that is made for this GPU",
@@ -19,22 +19,39 @@ _MENDS = {
 
 def check_shipped_kernels(machine: Machine, host: Host) -> Iterator[Check]:
     """Say hit or miss, and for a miss each reason; nothing without such kernels or a GPU."""
-    shipped = host.shipped_kernels
-    if shipped is None or machine.arch.vendor != "nvidia":
+    if machine.arch.vendor != "nvidia":
         return
-    against = [(reason.code, reason.text) for reason in reasons_against_shipped(shipped, machine)]
+    if fa4 := host.shipped_kernels:
+        reasons = reasons_against_shipped(fa4, machine)
+        yield _check(fa4, reasons, machine, code="kernels", whose="FlashAttention-4", kind="")
+    if triton := host.shipped_triton:
+        reasons = reasons_against_shipped_triton(triton, machine)
+        yield _check(
+            triton, reasons, machine, code="triton-kernels", whose="SageAttention", kind="Triton "
+        )
+
+
+def _check(
+    shipped: ShippedKernels,
+    reasons: tuple[Reason, ...],
+    machine: Machine,
+    *,
+    code: str,
+    whose: str,
+    kind: str,
+) -> Check:
+    against = [(reason.code, reason.text) for reason in reasons]
     if shipped.settings:
         against.append(("kernels-settings", f"set here: {', '.join(shipped.settings)}"))
     if not against:
         arch = machine.arch.name
-        what = f"FlashAttention-4 finds its kernels for {arch} compiled: {shipped.kernels[arch]}"
-        yield Check(code="kernels", status="ok", what=what)
-        return
-    mends = dict.fromkeys(_MENDS[code] for code, _ in against)
-    yield Check(
-        code="kernels",
+        what = f"{whose} finds its {kind}kernels for {arch} compiled: {shipped.kernels[arch]}"
+        return Check(code=code, status="ok", what=what)
+    mends = dict.fromkeys(_MENDS[reason] for reason, _ in against)
+    return Check(
+        code=code,
         status="warn",
-        what="FlashAttention-4 does not use the kernels compiled with the image, so that each is "
+        what=f"{whose} does not use the {kind}kernels compiled with the image, so that each is "
         f"compiled at its first call: {'; '.join(text for _, text in against)}",
         do="; ".join(mends),
     )

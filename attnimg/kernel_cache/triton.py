@@ -11,9 +11,8 @@ from pathlib import Path
 
 from attnimg.facts import Machine
 from attnimg.kernel_cache.notes import say
+from attnimg.probe.shipped_kernels import TRITON_FOLDER
 
-# docker/triton_cache/build.py makes it: a folder for each architecture, of Triton's own entries.
-TRITON_FOLDER = Path("/opt/attnimg/triton")
 TRITON_CACHE = "TRITON_CACHE_DIR"
 
 

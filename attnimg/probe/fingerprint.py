@@ -1,4 +1,4 @@
-"""What FlashAttention-4's compiled kernels depend on, as it is here; nothing heavy is imported.
+"""What kernels that were compiled ahead of time depend on, as it is here; imports nothing heavy.
 
 The image's build reads this file too, by itself: it imports nothing of attnimg.
 """
@@ -28,6 +28,12 @@ SOURCE = "flash_attn/cute"
 # 3.11.2 pickles it by name, 3.11.7 by value (CPython, Enum.__reduce_ex__, read 2026-11-25).
 RELEASE = "python release"
 ABSENT = "absent"
+# Which ptxas it is, depends on the GPU: the second one is for sm_100 and newer.
+_TRITON_LIBRARIES = (
+    "_C/libtriton.so",
+    "backends/nvidia/bin/ptxas",
+    "backends/nvidia/bin/ptxas-blackwell",
+)
 
 
 def fingerprint() -> dict[str, str]:
@@ -50,15 +56,24 @@ def triton_fingerprint() -> dict[str, str]:
 
     Triton hashes its own files, libtriton.so as it lies there, and what its ptxas calls itself;
     and of a kernel its source (triton 3.8.0, runtime/cache.py and jit.py, read 2026-11-25).
+
+    Returns:
+        What triton_in_short() gives, and of each library its hash: 0.6 GB are read.
     """
-    found = {name: _version(name) for name in ("triton", "sageattention")}
+    libraries = {f"triton/{name}": path for name, path in _libraries().items()}
+    hashes = {name: _file_hash(path) if path else ABSENT for name, path in libraries.items()}
+    return triton_in_short() | hashes
+
+
+def triton_in_short() -> dict[str, str]:
+    """Give of triton_fingerprint() what is known in milliseconds: of a library its size."""
+    found = {"python": f"{sys.version_info.major}.{sys.version_info.minor}"}
     for package in ("triton", "sageattention"):
         folder = _folder(package)
+        found[package] = _version(package)
         found[f"{package}/*.py"] = source_hash(folder) if folder else ABSENT
-    triton = _folder("triton")
-    for name in ("_C/libtriton.so", "backends/nvidia/bin/ptxas"):
-        path = triton / name if triton else None
-        found[f"triton/{name}"] = _file_hash(path) if path and path.is_file() else ABSENT
+    for name, path in _libraries().items():
+        found[f"bytes of triton/{name}"] = str(path.stat().st_size) if path else ABSENT
     return found
 
 
@@ -92,6 +107,13 @@ def _cute() -> Path | None:
         if (Path(folder) / "cute" / "__init__.py").is_file():
             return Path(folder) / "cute"
     return None
+
+
+def _libraries() -> dict[str, Path | None]:
+    """Find what of Triton is machine code and makes machine code; None for what is not there."""
+    triton = _folder("triton")
+    paths = {name: triton / name if triton else None for name in _TRITON_LIBRARIES}
+    return {name: path if path and path.is_file() else None for name, path in paths.items()}
 
 
 def _folder(package: str) -> Path | None:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from attnimg.backends import variables_that_choose
 from attnimg.host_facts import WORKING_FOLDER, Folder, Host, Shadow
-from attnimg.probe.shipped_kernels import shipped_kernels
+from attnimg.probe.shipped_kernels import shipped_kernels, shipped_triton
 
 # Variables that say where something is cached; where one is unset, its default lies under HOME.
 _CACHES = ("HF_HOME", "TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "XDG_CACHE_HOME")
@@ -55,6 +55,7 @@ def this_host(*, shm: Path = Path("/dev/shm")) -> Host:
         },
         shadows=tuple(_shadows(sys.path)),
         shipped_kernels=shipped_kernels(),
+        shipped_triton=shipped_triton(),
         variables=variables_that_choose(os.environ),
     )
 

@@ -35,6 +35,15 @@ def targets(docker: Run) -> dict[str, Any]:
     return json.loads(told.stdout)["targets"]
 
 
+def gpu(device: str, folder: Path) -> tuple[str, ...]:
+    """Options of a container that seems to have such a GPU."""
+    digits = device.removeprefix("sm_")
+    smi = folder / "nvidia-smi"
+    smi.write_text(SMI.format(capability=f"{digits[:-1]}.{digits[-1]}"))
+    smi.chmod(0o755)
+    return (f"--volume={smi}:/usr/local/bin/nvidia-smi:ro",)
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -49,20 +58,26 @@ def test_a_gpu_finds_every_triton_kernel(
     docker: Run, image: str, targets: dict[str, Any], tmp_path: Path, options: tuple[str, ...]
 ) -> None:
     for device, target in targets.items():
-        digits = device.removeprefix("sm_")
-        smi = tmp_path / "nvidia-smi"
-        smi.write_text(SMI.format(capability=f"{digits[:-1]}.{digits[-1]}"))
-        smi.chmod(0o755)
         done = docker(
             "bash", "-c", LOOK_UP.format(
                 shipped=SHIPPED, path=f"/repo/{MOUNTED[0]}", device=device,
                 image=image.rpartition(":")[2],
             ),
             options=(
-                "--network=none", f"--volume={smi}:/usr/local/bin/nvidia-smi:ro", *options,
+                "--network=none", *gpu(device, tmp_path), *options,
                 *(f"--volume={ROOT}/{folder}:/repo/{folder}:ro" for folder in MOUNTED),
             ),
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
         assert json.loads(done.stdout.splitlines()[-1]) == target["entries"]
         assert len(target["entries"]) == target["kernels"]
+
+
+def test_doctor_says_that_triton_kernels_are_found(
+    docker: Run, targets: dict[str, Any], tmp_path: Path
+) -> None:
+    device, target = next(iter(targets.items()))
+    done = docker("doctor", "--json", options=("--network=none", *gpu(device, tmp_path)))
+    checks = {check["code"]: check for check in json.loads(done.stdout)["checks"]}
+    what = f"SageAttention finds its Triton kernels for {device} compiled: {target['kernels']}"
+    assert checks["triton-kernels"]["what"] == what

@@ -273,6 +273,94 @@ def test_of_shipped_kernels_nothing_is_said(machine: Machine, host: Host) -> Non
     assert "kernels" not in {check.code for check in checks}
 
 
+TRITON = {
+    "python": "3.11",
+    "triton": "3.8.0",
+    "triton/*.py": "ab" * 32,
+    "sageattention": "2.2.0",
+    "sageattention/*.py": "ab" * 32,
+    "bytes of triton/_C/libtriton.so": "505687320",
+    "bytes of triton/backends/nvidia/bin/ptxas": "34931056",
+}
+SHIPPED_TRITON = ShippedKernels(
+    key="0123", built=TRITON, found=TRITON, kernels={"sm_90": 122, "sm_89": 120}
+)
+
+
+def triton_check(machine: Machine = H100, **facts: object) -> Check:
+    shipped = replace(SHIPPED_TRITON, **facts)  # type: ignore[arg-type]
+    checks = examine(machine, replace(HOST, shipped_triton=shipped), image=None, images=IMAGES)
+    (check,) = (check for check in checks if check.code == "triton-kernels")
+    return check
+
+
+@pytest.mark.parametrize(
+    ("name", "here", "what"),
+    [
+        ("python", "3.12", "python 3.11 -> 3.12"),
+        ("triton", "3.9.0", "triton 3.8.0 -> 3.9.0"),
+        ("triton/*.py", "cd" * 32, "triton/*.py abababababab -> cdcdcdcdcdcd"),
+        ("sageattention", "2.3.0", "sageattention 2.2.0 -> 2.3.0"),
+        ("sageattention/*.py", "cd" * 32, "sageattention/*.py abababababab -> cdcdcdcdcdcd"),
+        (
+            "bytes of triton/_C/libtriton.so", "505687321",
+            "bytes of triton/_C/libtriton.so 505687320 -> 505687321",
+        ),
+        (
+            "bytes of triton/backends/nvidia/bin/ptxas", "absent",
+            "bytes of triton/backends/nvidia/bin/ptxas 34931056 -> absent",
+        ),
+    ],
+)  # fmt: skip
+def test_triton_kernels_of_other_packages_are_missed(name: str, here: str, what: str) -> None:
+    check = triton_check(found={**TRITON, name: here})
+    assert check.status == "warn"
+    assert check.what.endswith(f"compiled with another: {what}")
+    assert "fresh image" in check.do
+
+
+@pytest.mark.parametrize(
+    ("machine", "facts", "what", "do"),
+    [
+        pytest.param(
+            gpu("sm_86"), {}, "for sm_90 sm_89, found sm_86", "image", id="another GPU"
+        ),
+        pytest.param(
+            gpu("sm_90", other_archs=("sm_86",)), {}, "found sm_86", "image", id="one of two GPUs"
+        ),
+        pytest.param(
+            H100, {"settings": ("TRITON_DEBUG",)}, "set here: TRITON_DEBUG", "unset",
+            id="a variable that asks for other kernels",
+        ),
+        pytest.param(
+            H100, {"found": {**TRITON, "python": "3.12", "triton": "3.9.0"}},
+            "python 3.11 -> 3.12; compiled with another: triton 3.8.0 -> 3.9.0", "fresh image",
+            id="one reason hides no other",
+        ),
+    ],
+)  # fmt: skip
+def test_triton_kernels_that_are_missed(
+    machine: Machine, facts: dict[str, object], what: str, do: str
+) -> None:
+    check = triton_check(machine, **facts)
+    assert check.status == "warn"
+    assert what in check.what
+    assert do in check.do
+
+
+def test_triton_kernels_that_are_found() -> None:
+    for machine in (H100, gpu("sm_90", other_archs=("sm_89",)), gpu("sm_90", driver="575.51.03")):
+        check = triton_check(machine)
+        assert (check.status, check.do) == ("ok", "")
+        assert check.what == "SageAttention finds its Triton kernels for sm_90 compiled: 122"
+
+
+def test_of_triton_kernels_nothing_is_said_without_a_gpu() -> None:
+    host = replace(HOST, shipped_triton=SHIPPED_TRITON)
+    checks = examine(NO_GPU, host, image=None, images=IMAGES)
+    assert "triton-kernels" not in {check.code for check in checks}
+
+
 @pytest.mark.parametrize(
     ("gpu", "variables", "status", "what"),
     [

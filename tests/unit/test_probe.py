@@ -12,10 +12,11 @@ import pytest
 
 from attnimg.errors import AttnimgError
 from attnimg.probe import this_machine
+from attnimg.probe.fingerprint import triton_fingerprint, triton_in_short
 from attnimg.probe.kernel_variants import TorchBuild, choose, torch_build
 from attnimg.probe.local_kernels import read_local_kernels
 from attnimg.probe.recording import Answer, Recording, describe
-from attnimg.probe.shipped_kernels import shipped_kernels
+from attnimg.probe.shipped_kernels import shipped_kernels, shipped_triton
 
 MACHINES = Path(__file__).parent / "machines"
 TWO = "GPU A, 8.0, 1000, 1.0\nGPU B, 9.0, 2000, 1.0\n"
@@ -311,8 +312,64 @@ def test_what_is_shipped_is_read(tmp_path):
         pytest.param({"targets": {"sm_90": {"kernels": "218"}}}, id="a count"),
     ],
 )
-def test_a_manifest_of_wrong_types_is_refused_in_words(tmp_path, changes):
+@pytest.mark.parametrize("read", [shipped_kernels, shipped_triton])
+def test_a_manifest_of_wrong_types_is_refused_in_words(tmp_path, read, changes):
     (tmp_path / "manifest.json").write_text(json.dumps(SHIPPED | changes))
     with pytest.raises(AttnimgError, match=r"manifest\.json cannot be read") as caught:
-        shipped_kernels(tmp_path)
+        read(tmp_path)
     assert caught.value.code == "bad-image"
+
+
+@pytest.mark.parametrize("text", ["", "[]", "5", "{}", "\x00"])
+@pytest.mark.parametrize("read", [shipped_kernels, shipped_triton])
+def test_a_manifest_that_is_none_is_refused_in_words(tmp_path, read, text):
+    (tmp_path / "manifest.json").write_text(text)
+    with pytest.raises(AttnimgError, match=r"manifest\.json cannot be read"):
+        read(tmp_path)
+
+
+def triton_here(folder, monkeypatch):
+    """Have packages of these names, small ones, in place of any that are installed."""
+    for name in ("triton/_C/libtriton.so", "triton/backends/nvidia/bin/ptxas"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(b"machine code")
+    for package in ("triton", "sageattention"):
+        (folder / package).mkdir(exist_ok=True)
+        (folder / package / "__init__.py").write_text("raise SystemExit('imported')\n")
+    monkeypatch.syspath_prepend(folder)
+    for package in ("triton", "sageattention"):
+        monkeypatch.delitem(sys.modules, package, raising=False)
+
+
+def test_of_what_triton_kernels_depend_on_libraries_are_measured_by_size(tmp_path, monkeypatch):
+    triton_here(tmp_path / "site", monkeypatch)
+    whole, short = triton_fingerprint(), triton_in_short()
+    assert short.items() <= whole.items()
+    hashed = {name: len(value) for name, value in whole.items() if name not in short}
+    assert hashed == {
+        "triton/_C/libtriton.so": 64,
+        "triton/backends/nvidia/bin/ptxas": 64,
+        "triton/backends/nvidia/bin/ptxas-blackwell": len("absent"),
+    }
+    assert short["bytes of triton/_C/libtriton.so"] == str(len(b"machine code"))
+    assert short["bytes of triton/backends/nvidia/bin/ptxas-blackwell"] == "absent"
+
+
+def test_of_shipped_triton_kernels_only_what_is_cheap_is_compared(tmp_path, monkeypatch):
+    triton_here(tmp_path / "site", monkeypatch)
+    monkeypatch.setenv("TRITON_DEBUG", "0")
+    manifest = SHIPPED | {"fingerprint": triton_fingerprint()}
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    read = shipped_triton(tmp_path)
+    assert read.built == read.found == triton_in_short()
+    assert read.kernels == {"sm_90": 218}
+    assert read.settings == ("TRITON_DEBUG",)
+
+
+def test_a_manifest_from_before_sizes_were_in_it_is_read(tmp_path, monkeypatch):
+    triton_here(tmp_path / "site", monkeypatch)
+    found = triton_fingerprint()
+    old = {name: found[name] for name in found if not name.startswith("bytes of")}
+    (tmp_path / "manifest.json").write_text(json.dumps(SHIPPED | {"fingerprint": old}))
+    read = shipped_triton(tmp_path)
+    assert read.built.items() < read.found.items()
