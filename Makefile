@@ -119,6 +119,15 @@ fa4-kernels/%: .venv/ready ## Compile FlashAttention-4's kernels for attnimg:% i
 	  echo "  rm -rf build/fa4; FA4_KERNELS=dist/fa4-kernels-$* make test/fa4-cache PYTHON=PATH"; \
 	  echo "  PATH of Python $$release; Debian bookworm's own, /usr/bin/python3.11, is 3.11.2"
 
+triton-kernels/%: .venv/ready ## Compile SageAttention's Triton kernels for attnimg:% into dist/, 1 to 3 minutes an architecture
+	$(HAVE_BASE)
+	@PROGRESS=plain docker/build.py $* --stage triton-kernels
+	@rm -rf dist/triton-kernels-$* && mkdir -p dist docs/built
+	@id=$$(docker create attnimg-triton-kernels:$* none) && \
+	  docker cp -q "$$id:/opt/attnimg/triton" dist/triton-kernels-$* && docker rm "$$id" >/dev/null
+	@PYTHONPATH=docker/fa4_cache $(BIN)/python -B docker/triton_cache/built_in_short.py \
+	  dist/triton-kernels-$*/manifest.json >docs/built/triton-cache-$*.json
+
 test/fa4-cache: .venv/ready build/fa4/ready ## Compile kernels of FlashAttention-4 and Triton without a GPU, and find them
 	TRITON_PYTHON=build/fa4/bin/python $(BIN)/pytest tests/triton_cache
 	FA4_PYTHON=build/fa4/bin/python $(BIN)/pytest tests/fa4_cache

@@ -28,11 +28,14 @@ def in_short(manifest: dict[str, Any], kernels: KernelSet) -> dict[str, Any]:
         }
         for device, target in manifest["targets"].items()
     }
+    return {**here(), **manifest, "targets": targets}
+
+
+def here() -> dict[str, str]:
+    """Tell the day and the machine."""
     return {
         "date": datetime.datetime.now(tz=datetime.UTC).date().isoformat(),
         "machine": f"{os.cpu_count()} cores of {cpu()}, without a GPU",
-        **manifest,
-        "targets": targets,
     }
 
 

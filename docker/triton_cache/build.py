@@ -3,8 +3,8 @@
     python build.py SET.json STATE OUT
 
 OUT gets one folder a compute capability, of each entry its machine code and what Triton notes of
-it, and manifest.json. STATE is a cache of Triton's: what is there is not compiled again. JOBS
-processes run at once, one a compute capability.
+it, and manifest.json. STATE keeps a cache of Triton's for the same packages: what is there is not
+compiled again. JOBS processes run at once, one a compute capability.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ SHIPPED = (".cubin", ".json")
 GROUP = "__grp__"
 
 
-def compile_all(set_file: Path, devices: list[str], *, state: Path, records: Path) -> None:
+def compile_all(set_file: Path, devices: list[str], *, state: Path) -> None:
     """Run a worker for each compute capability, JOBS at a time; end at one that fails."""
     # Nothing that changes a kernel or its name comes from outside.
     env = {name: value for name, value in os.environ.items() if "TRITON" not in name}
 
     def work(device: str) -> int:
         worker = [sys.executable, "-BWignore", str(HERE / "compile_calls.py"), str(set_file)]
-        paths = [str(state / "cache"), str(records / f"{device}.json")]
+        paths = [str(state / "cache"), str(state / f"{device}.json")]
         return subprocess.run([*worker, device, *paths], env=env, check=False).returncode
 
     with ThreadPoolExecutor(int(os.environ.get("JOBS") or os.cpu_count() or 1)) as pool:
@@ -63,6 +63,7 @@ def collect(code: str, record: dict[str, Any], *, cache: Path, out: Path) -> dic
         "kernels": len(record["entries"]),
         "bytes": sum(sizes.values()),
         "sha256": digest.hexdigest(),
+        "compiled": record["compiled"],
         "cpu_s": record["cpu_s"],
         "calls": record["calls"],
         "entries": record["entries"],
@@ -73,12 +74,13 @@ def main(set_file: Path, state: Path, out: Path) -> None:
     """Compile, check, and write the manifest last."""
     targets = json.loads(set_file.read_text())["targets"]
     found = triton_fingerprint()
-    records = state / key_of(found)
-    records.mkdir(parents=True, exist_ok=True)
-    compile_all(set_file, [*targets], state=state, records=records)
+    # Another cache for other packages, though they may share entries: so a record tells all costs.
+    state = state / key_of(found)
+    state.mkdir(parents=True, exist_ok=True)
+    compile_all(set_file, [*targets], state=state)
     told = {}
     for device, target in targets.items():
-        record = json.loads((records / f"{device}.json").read_text())
+        record = json.loads((state / f"{device}.json").read_text())
         told[device] = collect(target["code"], record, cache=state / "cache", out=out / device)
         print(
             f"triton_cache: {device}: {told[device]['kernels']} kernels for "

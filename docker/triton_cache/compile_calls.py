@@ -2,8 +2,9 @@
 
     python compile_calls.py SET.json DEVICE CACHE RECORD
 
-CACHE becomes Triton's; RECORD tells the entries that the set needs and the CPU seconds they cost.
-What is there already is not compiled again. SET.json names the module that does the calls.
+CACHE becomes Triton's; RECORD tells the entries that the set needs, how many were compiled so far,
+and the CPU seconds that cost. What is there already is not compiled again: after a build that was
+killed, fewer are told than there are. SET.json names the module that does the calls.
 """
 
 from __future__ import annotations
@@ -51,14 +52,16 @@ def main(set_file: Path, device: str, cache: Path, record: Path) -> None:
         call()
         count += 1
         print(f"{device} {name}: {sum(entries.values())} compiled so far", flush=True)
-    new = sum(entries.values())
-    print(f"{device}: {new} compiled, {cpu_seconds() - began:.0f} s of CPU", flush=True)
+    new, seconds = sum(entries.values()), round(cpu_seconds() - began)
+    print(f"{device}: {new} compiled, {seconds} s of CPU", flush=True)
     old = json.loads(record.read_text()) if record.exists() else None
     if old and not new and {*old["entries"]} == {*entries}:
         return
     # Whole or not at all: a build may be killed at any moment.
     part = record.with_name(f".{record.name}.{os.getpid()}")
-    told = {"entries": sorted(entries), "calls": count, "cpu_s": round(cpu_seconds() - began)}
+    told = {"entries": sorted(entries), "calls": count, "compiled": new, "cpu_s": seconds}
+    if old:
+        told |= {name: old[name] + told[name] for name in ("compiled", "cpu_s")}
     part.write_text(json.dumps(told) + "\n")
     part.replace(record)
 

@@ -107,6 +107,18 @@ def test_a_second_build_compiles_nothing_and_gives_the_same(built: Built, tmp_pa
     assert len(lines) == len(CODES)
     assert all(": 0 compiled, " in line for line in lines)
     assert again.targets == built.targets
+    assert {target["compiled"] for target in built.targets.values()} == {KERNELS}
+
+
+def test_what_was_compiled_is_told_in_short(built: Built) -> None:
+    program = BUILD.with_name("built_in_short.py")
+    done = built.run(program, built.out / "manifest.json")
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert told["machine"].endswith(", without a GPU")
+    assert told["fingerprint"]["triton"] != "absent"
+    whole = built.targets["sm_90"]
+    assert told["targets"]["sm_90"] == {k: v for k, v in whole.items() if k != "entries"}
 
 
 @pytest.mark.parametrize("device", CODES)
