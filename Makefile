@@ -36,7 +36,7 @@ demo: .venv/ready ## Train a small model on real English text, a few minutes on 
 test: .venv/ready ## Run the tests that need no Docker and no GPU
 	$(BIN)/pytest -n $(JOBS)
 
-test/packages: .venv/ready build/fa4/ready ## Compare the backends' files with the kernels' own packages, 17 MB
+test/packages: .venv/ready build/fa4/ready ## Compare the backends' files with the kernels' own packages: 17 MB, and build/fa4
 	@mkdir -p build/packages
 	FLASH_ATTENTION_SKIP_CUDA_BUILD=TRUE $(BIN)/pip download -q --disable-pip-version-check -d build/packages --no-deps \
 	  --no-binary flash-attn --no-build-isolation $$(grep -oh '^kernels==[^ ]*' requirements/lock.txt) \
@@ -113,7 +113,8 @@ fa4-kernels/%: .venv/ready ## Compile FlashAttention-4's kernels for attnimg:% i
 	@id=$$(docker create attnimg-fa4-kernels:$* none) && \
 	  docker cp -q "$$id:/opt/attnimg/fa4" dist/fa4-kernels-$* && docker rm "$$id" >/dev/null
 	@$(BIN)/python -B docker/fa4_cache/built.py dist/fa4-kernels-$*/manifest.json \
-	  docker/fa4_cache/$*.json >docs/built/fa4-cache-$*.json
+	  docker/fa4_cache/$*.json >dist/record.json
+	@mv dist/record.json docs/built/fa4-cache-$*.json
 	@release=$$(sed -n 's/.*"python release": "\([^"]*\)".*/\1/p' docs/built/fa4-cache-$*.json); \
 	  echo "test them by a Python $$release, as the image has; another would look for other kernels:"; \
 	  echo "  rm -rf build/fa4; FA4_KERNELS=dist/fa4-kernels-$* make test/fa4-cache PYTHON=PATH"; \
@@ -126,7 +127,8 @@ triton-kernels/%: .venv/ready ## Compile SageAttention's Triton kernels for attn
 	@id=$$(docker create attnimg-triton-kernels:$* none) && \
 	  docker cp -q "$$id:/opt/attnimg/triton" dist/triton-kernels-$* && docker rm "$$id" >/dev/null
 	@PYTHONPATH=docker/fa4_cache $(BIN)/python -B docker/triton_cache/built_in_short.py \
-	  dist/triton-kernels-$*/manifest.json >docs/built/triton-cache-$*.json
+	  dist/triton-kernels-$*/manifest.json >dist/record.json
+	@mv dist/record.json docs/built/triton-cache-$*.json
 
 test/fa4-cache: .venv/ready build/fa4/ready ## Compile kernels of FlashAttention-4 and Triton without a GPU, and find them
 	TRITON_PYTHON=build/fa4/bin/python $(BIN)/pytest tests/triton_cache

@@ -75,6 +75,7 @@ class Machine:
         other_archs: architectures of further devices where they differ from the first one's.
         shadowed: distributions whose files another one has overwritten.
         driver_problem: what a GPU driver said besides naming its devices; None when it worked.
+        variables: those that are set and choose among a package's kernels.
     """
 
     arch: Arch
@@ -87,6 +88,7 @@ class Machine:
     other_archs: tuple[str, ...] = ()
     driver_problem: str | None = None
     shadowed: tuple[str, ...] = ()
+    variables: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

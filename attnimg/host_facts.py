@@ -6,7 +6,7 @@ Frozen and plain, as everything in facts.py.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 Status = Literal["ok", "warn", "fail"]
@@ -78,7 +78,6 @@ class Host:
         shadows: kernels' packages that stand in several folders.
         shipped_kernels: FlashAttention-4's that came compiled with the image; None without any.
         shipped_triton: SageAttention's Triton kernels that did.
-        variables: the variables that are set here and choose kernels of a backend.
     """
 
     uid: int
@@ -92,7 +91,6 @@ class Host:
     shadows: tuple[Shadow, ...]
     shipped_kernels: ShippedKernels | None = None
     shipped_triton: ShippedKernels | None = None
-    variables: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

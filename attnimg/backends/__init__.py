@@ -16,6 +16,9 @@ from attnimg.facts import Arch, Backend, Needs
 # org/name, then @revision, then :function. Source: transformers 5.22.2, modeling_utils.py.
 _HUB_PATH = re.compile(r"(?!\.)[\w.-]+/(?!\.)[\w.-]+(@[^/:@\s]+)?(:[^/:@\s]+)?", re.ASCII)
 
+# Turns a variant's variable on; all else is off (flash_attn_interface.py:11, read 2026-11-25).
+_ON = "TRUE"
+
 
 @cache
 def all_backends() -> tuple[Backend, ...]:
@@ -53,6 +56,25 @@ def variables_that_choose(environment: Mapping[str, str]) -> dict[str, str]:
     variants = (variant for backend in all_backends() for variant in backend.variants.values())
     names = {name for variant in variants for name in variant.variables}
     return {name: environment[name] for name in sorted(names) if name in environment}
+
+
+def set_against(backend: Backend, arch: Arch, variables: Mapping[str, str]) -> list[str]:
+    """Give what is set against the kernels that a backend's package has for an architecture.
+
+    Args:
+        backend: its variants name the variables, each on by one word and off by all others.
+        arch: where it runs.
+        variables: what is set.
+
+    Returns:
+        "NAME=value" for each.
+    """
+    variant = backend.variants.get(arch.name)
+    return [
+        f"{name}={variables[name]}"
+        for name, value in (variant.variables if variant else {}).items()
+        if name in variables and (variables[name] == _ON) != (value == _ON)
+    ]
 
 
 def runs_on(needs: Needs, arch: Arch) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from attnimg.backends import backend_named, runs_on
 from attnimg.facts import Machine, Reason
 from attnimg.host_facts import Check, Host, ShippedKernels
 from attnimg.shipped import reasons_against_shipped, reasons_against_shipped_triton
@@ -24,7 +25,8 @@ def check_shipped_kernels(machine: Machine, host: Host) -> Iterator[Check]:
     if fa4 := host.shipped_kernels:
         reasons = reasons_against_shipped(fa4, machine)
         yield _check(fa4, reasons, machine, code="kernels", whose="FlashAttention-4", kind="")
-    if triton := host.shipped_triton:
+    sage = backend_named("sage")
+    if (triton := host.shipped_triton) and sage and runs_on(sage.needs, machine.arch):
         reasons = reasons_against_shipped_triton(triton, machine)
         yield _check(
             triton, reasons, machine, code="triton-kernels", whose="SageAttention", kind="Triton "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from attnimg.backends import all_backends
+from attnimg.backends import all_backends, set_against
 from attnimg.facts import Machine
 from attnimg.host_facts import Check, Host
 
@@ -16,19 +16,15 @@ def check_variants(machine: Machine, host: Host) -> Iterator[Check]:
         package = backend.needs.packages[0][0] if backend.needs.packages else ""
         if variant is None or package not in host.installed:
             continue
-        against = [
-            f"{name}={host.variables[name]}"
-            for name, value in variant.variables.items()
-            if host.variables.get(name, value) != value
-        ]
-        on = f"{backend.name} on {machine.arch.name}"
-        if against:
+        kernels = f"{package}'s {variant.name} kernels"
+        if against := set_against(backend, machine.arch, machine.variables):
             yield Check(
                 code="variant",
                 status="warn",
-                what=f"{on} should run {package}'s {variant.name} kernels; found {against[0]}",
-                do=f"unset {against[0].partition('=')[0]}, unless it is meant",
+                what=f"{backend.name} is refused on {machine.arch.name}, where it runs {kernels}: "
+                f"found {against[0]}",
+                do=f"unset {against[0].partition('=')[0]}",
             )
         else:
-            what = f"{on} runs {package}'s {variant.name} kernels"
+            what = f"{backend.name} on {machine.arch.name} runs {kernels}"
             yield Check(code="variant", status="ok", what=what)

@@ -6,7 +6,7 @@ import json
 import os
 import tempfile
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from attnimg.facts import Machine
@@ -35,20 +35,37 @@ def triton_settings(
     ]
     if machine.arch.vendor != "nvidia" or not sources:
         return {}
-    home = environment.get("TRITON_HOME") or environment.get("HOME") or str(Path.home())
-    named = Path(environment.get(TRITON_CACHE) or Path(home) / ".triton" / "cache")
-    own = Path(tempfile.gettempdir()) / f"attnimg-triton-{os.getuid()}"
-    for folder in (named, own):
-        if all(_merged(source, folder) for source in sources):
-            # What lies there is run: in a folder for all users, never from another one's.
-            if folder is own and folder.stat().st_uid != os.getuid():
-                continue
-            if folder is named:
-                return {}
-            say(f"Triton can't write {named}; its cache is {folder}")
-            return {TRITON_CACHE: str(folder)}
-    say(f"Triton compiles its kernels anew: no room in {named} or {own}")
+    named, *others = _folders(environment)
+    if all(_merged(source, named) for source in sources):
+        return {}
+    for own in others:
+        # What lies there is run: never from a folder that another user can change.
+        if _is_ones_own(own) and all(_merged(source, own) for source in sources):
+            say(f"Triton can't write {named}; its cache is {own}")
+            return {TRITON_CACHE: str(own)}
+    tried = " or ".join(map(str, (named, *others)))
+    say(f"Triton compiles its kernels anew: no room in {tried}")
     return {}
+
+
+def _folders(environment: Mapping[str, str]) -> Iterator[Path]:
+    """Give where the entries may lie: Triton's cache, or else the temporary folder."""
+    home = environment.get("TRITON_HOME") or environment.get("HOME") or str(Path.home())
+    yield Path(environment.get(TRITON_CACHE) or Path(home) / ".triton" / "cache").absolute()
+    try:
+        yield Path(tempfile.gettempdir()) / f"attnimg-triton-{os.getuid()}"
+    except FileNotFoundError:  # there is none that this user may write
+        return
+
+
+def _is_ones_own(folder: Path) -> bool:
+    """Have a folder; tell whether no other user can write it."""
+    try:
+        folder.mkdir(mode=0o700, exist_ok=True)
+        stat = folder.lstat()
+    except OSError:
+        return False
+    return stat.st_uid == os.getuid() and not stat.st_mode & 0o022
 
 
 def _merged(source: Path, target: Path) -> bool:
@@ -66,7 +83,7 @@ def _merged(source: Path, target: Path) -> bool:
             files = {path.name: str(target / entry.name / path.name) for path in entry.iterdir()}
             (told,) = (name for name in files if name.endswith(".json"))
             group = target / entry.name / f"__grp__{told}"
-            if group.exists():
+            if _is_whole(group):
                 continue
             group.parent.mkdir(exist_ok=True)
             for name in files:
@@ -77,8 +94,20 @@ def _merged(source: Path, target: Path) -> bool:
     return True
 
 
+def _is_whole(group: Path) -> bool:
+    """Tell whether Triton finds all that a group names: a cache may lie elsewhere than it did."""
+    try:
+        paths = json.loads(group.read_bytes())["child_paths"].values()
+        return all(Path(path).exists() for path in paths)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return False
+
+
 def _put(path: Path, content: bytes) -> None:
     """Write a file, whole or not at all."""
     part = path.with_name(f"tmp.attnimg_{os.getpid()}_{threading.get_ident()}_{path.name}")
-    part.write_bytes(content)
-    part.replace(path)
+    try:
+        part.write_bytes(content)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)

@@ -4,22 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from attnimg.backends import all_backends
+from attnimg.backends import all_backends, set_against
 from attnimg.facts import Machine
 from attnimg.kernel_cache.notes import say
 
 
 def variant_settings(machine: Machine, environment: Mapping[str, str]) -> dict[str, str]:
-    """Choose the kernels that run here; a variable that is set otherwise holds, and is named."""
+    """Choose the kernels that run here; what is set holds, and is named where it errs."""
     settings: dict[str, str] = {}
     for backend in all_backends():
+        for setting in set_against(backend, machine.arch, environment):
+            kernels, arch = backend.variants[machine.arch.name].name, machine.arch.name
+            say(f"{setting} is set; on {arch} {backend.name} runs its {kernels} kernels: unset it")
         variant = backend.variants.get(machine.arch.name)
         for name, value in variant.variables.items() if variant else ():
-            if (found := environment.get(name)) is None:
+            if name not in environment:
                 settings[name] = value
-            elif found != value:
-                say(
-                    f"{name} is set to {found!r}; {backend.name} runs on {machine.arch.name} "
-                    f"with {value}: unset it, unless it is meant"
-                )
     return settings

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 
 from attnimg import known_bad
-from attnimg.backends import arch_code, repo_of, runs_on
+from attnimg.backends import arch_code, repo_of, runs_on, set_against
 from attnimg.facts import Backend, LocalKernel, Machine, Problem, Reason, Verdict
 from attnimg.plan.classes import reason_against_class
 from attnimg.plan.layers import layer_reasons
@@ -39,6 +39,7 @@ def reasons_against(backend: Backend, machine: Machine, problem: Problem) -> tup
     if not runs_on(needs, machine.arch):
         text = f"found {machine.arch.name}, needs {needs.arch_text}"
         found.append(Reason(code=arch_code(needs, machine.arch), text=text))
+    found += _variant(backend, machine)
     found += _dtype(backend, machine, problem)
     found += _backward(backend, machine, problem)
     found += _packing(backend, problem)
@@ -47,6 +48,14 @@ def reasons_against(backend: Backend, machine: Machine, problem: Problem) -> tup
     found += _software(backend, machine)
     found += known_bad.reasons_against(backend, machine, problem)
     return tuple(found)
+
+
+def _variant(backend: Backend, machine: Machine) -> Iterator[Reason]:
+    """Refuse kernels that a person chose against those which were judged for this GPU."""
+    for setting in set_against(backend, machine.arch, machine.variables):
+        kernels = backend.variants[machine.arch.name].name
+        text = f"found {setting}, needs it unset: on {machine.arch.name} it runs {kernels} kernels"
+        yield Reason(code="variant", text=text)
 
 
 def _dtype(backend: Backend, machine: Machine, problem: Problem) -> Iterator[Reason]:

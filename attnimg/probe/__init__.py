@@ -9,6 +9,7 @@ from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 
+from attnimg.backends import variables_that_choose
 from attnimg.facts import LocalKernel, Machine
 from attnimg.probe.recording import Answer, Recording, describe
 from attnimg.probe.shadowed import shadowed
@@ -47,7 +48,8 @@ def this_machine(packages: Iterable[str], *, sys_root: Path = Path("/sys")) -> M
         torch=torch,
         local_kernels=_local_kernels(os.environ.get("LOCAL_KERNELS"), torch=torch),
     )
-    return replace(machine, shadowed=shadowed(installed))
+    variables = variables_that_choose(os.environ)
+    return replace(machine, shadowed=shadowed(installed), variables=variables)
 
 
 def _local_kernels(spec: str | None, *, torch: str | None) -> tuple[LocalKernel, ...]:

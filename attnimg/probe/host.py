@@ -11,7 +11,6 @@ from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
 
-from attnimg.backends import variables_that_choose
 from attnimg.host_facts import WORKING_FOLDER, Folder, Host, Shadow
 from attnimg.probe.shipped_kernels import shipped_kernels, shipped_triton
 
@@ -56,7 +55,6 @@ def this_host(*, shm: Path = Path("/dev/shm")) -> Host:
         shadows=tuple(_shadows(sys.path)),
         shipped_kernels=shipped_kernels(),
         shipped_triton=shipped_triton(),
-        variables=variables_that_choose(os.environ),
     )
 
 

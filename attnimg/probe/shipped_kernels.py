@@ -70,6 +70,11 @@ _IN_TRITON_NAMES = (
     "TRITON_DEBUG",
     "TRITON_INSTRUMENTATION_MODE",
     "TRITON_MOCK_PTX_VERSION",
+    # Read in it: another ptxas, another libdevice, another cache (compiler.py, knobs.py).
+    "TRITON_PTXAS_PATH",
+    "TRITON_PTXAS_BLACKWELL_PATH",
+    "TRITON_LIBDEVICE_PATH",
+    "TRITON_CACHE_MANAGER",
 )
 
 

@@ -355,6 +355,12 @@ def test_triton_kernels_that_are_found() -> None:
         assert check.what == "SageAttention finds its Triton kernels for sm_90 compiled: 122"
 
 
+def test_of_triton_kernels_nothing_is_said_where_sageattention_does_not_run() -> None:
+    host = replace(HOST, shipped_triton=replace(SHIPPED_TRITON, kernels={"sm_120": 90}))
+    checks = examine(gpu("sm_100"), host, image=None, images=IMAGES)
+    assert "triton-kernels" not in {check.code for check in checks}
+
+
 def test_of_triton_kernels_nothing_is_said_without_a_gpu() -> None:
     host = replace(HOST, shipped_triton=SHIPPED_TRITON)
     checks = examine(NO_GPU, host, image=None, images=IMAGES)
@@ -372,8 +378,8 @@ def test_of_triton_kernels_nothing_is_said_without_a_gpu() -> None:
 def test_the_kernels_that_an_amd_gpu_runs_are_named(
     gpu: str, variables: dict[str, str], status: str, what: str
 ) -> None:
-    machine = Machine(arch=Arch(name=gpu, vendor="amd"), gpu=gpu)
-    host = replace(HOST, installed={"flash-attn": "2.8.3.post2"}, variables=variables)
+    machine = Machine(arch=Arch(name=gpu, vendor="amd"), gpu=gpu, variables=variables)
+    host = replace(HOST, installed={"flash-attn": "2.8.3.post2"})
     (check,) = check_variants(machine, host)
     assert check.status == status
     assert what in check.what

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from attnimg.backends import all_backends
+from attnimg.backends import all_backends, backend_named
 from attnimg.facts import (
     DType,
     LayerGroup,
@@ -17,6 +17,7 @@ from attnimg.facts import (
 )
 from attnimg.gpus import catalogue, parse_gpu
 from attnimg.plan import choose, training_dtype, without
+from attnimg.plan.judge import reasons_against
 
 
 def group(d: int = 128, *, v: int | None = None, **more: object) -> LayerGroup:
@@ -137,6 +138,19 @@ def test_what_is_asked_for_is_honoured_or_refused(
     assert got(found) == takes
     assert found.because
     assert takes or found.do
+
+
+@pytest.mark.parametrize(("gpu", "value"), [("rx7900xtx", "FALSE"), ("mi300x", "TRUE")])
+def test_kernels_that_a_variable_turns_off_are_not_taken(gpu: str, value: str) -> None:
+    arch, label = parse_gpu(gpu)
+    setting = {"FLASH_ATTENTION_TRITON_AMD_ENABLE": value}
+    backend = backend_named("flash_attention_2")
+    assert backend is not None
+    problem = Problem(model=LLAMA, dtype="bfloat16")
+    machine = Machine(arch=arch, gpu=label, variables=setting)
+    (reason,) = reasons_against(backend, machine, problem)
+    assert reason.code == "variant"
+    assert f"ENABLE={value}" in reason.text
 
 
 def test_strict_takes_exactly_what_was_asked() -> None:

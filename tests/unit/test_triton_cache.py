@@ -42,9 +42,56 @@ def test_a_group_names_the_files_where_they_were_copied(tmp_path: Path, shipped:
 def test_what_triton_compiled_there_stays(tmp_path: Path, shipped: Path) -> None:
     own = tmp_path / "cache" / "KEYsm_90"
     own.mkdir(parents=True)
-    (own / "__grp__k.json").write_text("its own")
+    (own / "k.cubin").write_bytes(b"its own")
+    (own / "__grp__k.json").write_text(json.dumps({"child_paths": {"k": str(own / "k.cubin")}}))
     triton_settings(H100, {"TRITON_CACHE_DIR": str(tmp_path / "cache")}, shipped=shipped)
-    assert (own / "__grp__k.json").read_text() == "its own"
+    assert (own / "k.cubin").read_bytes() == b"its own"
+
+
+def test_a_cache_that_was_moved_is_mended(tmp_path: Path, shipped: Path) -> None:
+    triton_settings(H100, {"TRITON_CACHE_DIR": str(tmp_path / "old")}, shipped=shipped)
+    (tmp_path / "old").rename(tmp_path / "new")
+    triton_settings(H100, {"TRITON_CACHE_DIR": str(tmp_path / "new")}, shipped=shipped)
+    group = json.loads((tmp_path / "new" / "KEYsm_90" / "__grp__k.json").read_text())
+    assert all(Path(path).exists() for path in group["child_paths"].values())
+
+
+def test_a_relative_cache_is_named_from_the_root(
+    tmp_path: Path, shipped: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    triton_settings(H100, {"TRITON_CACHE_DIR": "cache"}, shipped=shipped)
+    group = json.loads((tmp_path / "cache" / "KEYsm_90" / "__grp__k.json").read_text())
+    assert all(Path(path).is_absolute() for path in group["child_paths"].values())
+
+
+def test_no_temporary_folder_is_needed(
+    tmp_path: Path, shipped: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none() -> str:
+        raise FileNotFoundError("no usable temporary directory found")
+
+    monkeypatch.setattr("tempfile.gettempdir", none)
+    cache = tmp_path / "cache"
+    assert triton_settings(H100, {"TRITON_CACHE_DIR": str(cache)}, shipped=shipped) == {}
+    assert (cache / "KEYsm_90").exists()
+    cache = tmp_path / "file"
+    cache.write_text("a file where a folder would be")
+    assert triton_settings(H100, {"TRITON_CACHE_DIR": str(cache)}, shipped=shipped) == {}
+
+
+def test_a_temporary_folder_that_others_may_write_is_not_used(
+    tmp_path: Path, shipped: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("a file where a folder would be")
+    own = tmp_path / "tmp" / f"attnimg-triton-{os.getuid()}"
+    own.mkdir()
+    own.chmod(0o777)
+    assert (
+        triton_settings(H100, {"TRITON_CACHE_DIR": str(tmp_path / "file")}, shipped=shipped) == {}
+    )
+    assert not any(own.iterdir())
+    assert "anew" in capsys.readouterr().err
 
 
 def test_all_ranks_of_a_node_may_start_at_once(tmp_path: Path, shipped: Path) -> None:
