@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 BAKE = Path("docker/docker-bake.json")
+IMAGES = Path("attnimg/data/images.json")
 # Free disk that a build may need, in GB: the toolchain takes 6 and as much while it is written, an
 # image up to 10 more (2026-11-25).
 ROOM_GB = {"cpu": 6, "cuda": 25, "rocm": 25}
@@ -34,13 +35,20 @@ def fail(what: str, why: str, do: str) -> NoReturn:
 
 
 def target_of(name: str) -> dict[str, Any]:
-    """Read the target of an image."""
+    """Read the target of an image; refuse one whose recipe lacks what a build starts from."""
     targets = json.loads(BAKE.read_text())["target"]
     if name not in targets or name == "image":
         fail(
             f"there is no image {name}",
             f"found no target of that name in {BAKE}",
             f"make help, or write recipes/images/{name}.toml and make render",
+        )
+    unresolved = json.loads(IMAGES.read_text())["images"][name]["unresolved"]
+    if torch := unresolved.get(f"images/{name}: torch"):
+        fail(
+            f"the image {name} can't be built yet",
+            f"found no torch for it: {torch}",
+            f"name one in recipes/images/{name}.toml, then make lock",
         )
     target: dict[str, Any] = targets[name]
     return target
