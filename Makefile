@@ -82,6 +82,10 @@ base: engine ## Have the base that images are built on
 # An engine and a base, though not for an image that does not exist.
 HAVE_BASE = @docker/build.py $* --check && $(MAKE) base
 
+# $(call HAS_SET,CACHE,WHAT): an image whose recipe has nothing to compile ahead of time is refused.
+HAS_SET = @[ -e docker/$(1)/$*.json ] || { printf '$@: %s\n  why: %s\n  do:  %s\n' "attnimg:$* has no $(2)" \
+	  "found no docker/$(1)/$*.json" "name one of: $$(cd docker/$(1) && ls *.json | sed 's/[.]json//' | paste -sd ' ')" >&2; exit 2; }
+
 build/%: ## Build the image attnimg:%, such as build/cpu; WHEELS=dist/% compiles nothing
 	$(HAVE_BASE)
 	@docker/build.py $*
@@ -107,6 +111,7 @@ unit/%: ## Compile one real unit of flash-attn for attnimg:%, 5 minutes
 	@PROGRESS=plain docker/build.py $* --stage flash-attn-unit
 
 fa4-kernels/%: .venv/ready ## Compile FlashAttention-4's kernels for attnimg:% into dist/, 10 minutes an architecture
+	$(call HAS_SET,fa4_cache,kernels of FlashAttention-4)
 	$(HAVE_BASE)
 	@PROGRESS=plain docker/build.py $* --stage fa4-kernels
 	@rm -rf dist/fa4-kernels-$* && mkdir -p dist docs/built
@@ -121,6 +126,7 @@ fa4-kernels/%: .venv/ready ## Compile FlashAttention-4's kernels for attnimg:% i
 	  echo "  PATH of Python $$release; Debian bookworm's own, /usr/bin/python3.11, is 3.11.2"
 
 triton-kernels/%: .venv/ready ## Compile SageAttention's Triton kernels for attnimg:% into dist/, 1 to 3 minutes an architecture
+	$(call HAS_SET,triton_cache,Triton kernels)
 	$(HAVE_BASE)
 	@PROGRESS=plain docker/build.py $* --stage triton-kernels
 	@rm -rf dist/triton-kernels-$* && mkdir -p dist docs/built

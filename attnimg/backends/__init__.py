@@ -58,7 +58,7 @@ def variables_that_choose(environment: Mapping[str, str]) -> dict[str, str]:
     return {name: environment[name] for name in sorted(names) if name in environment}
 
 
-def set_against(backend: Backend, arch: Arch, variables: Mapping[str, str]) -> list[str]:
+def contrary_settings(backend: Backend, arch: Arch, variables: Mapping[str, str]) -> list[str]:
     """Give what is set against the kernels that a backend's package has for an architecture.
 
     Args:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from attnimg.backends import all_backends, set_against
+from attnimg.backends import all_backends, contrary_settings
 from attnimg.facts import Machine
 from attnimg.host_facts import Check, Host
 
@@ -17,7 +17,7 @@ def check_variants(machine: Machine, host: Host) -> Iterator[Check]:
         if variant is None or package not in host.installed:
             continue
         kernels = f"{package}'s {variant.name} kernels"
-        if against := set_against(backend, machine.arch, machine.variables):
+        if against := contrary_settings(backend, machine.arch, machine.variables):
             yield Check(
                 code="variant",
                 status="warn",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from attnimg.backends import all_backends, set_against
+from attnimg.backends import all_backends, contrary_settings
 from attnimg.facts import Machine
 from attnimg.kernel_cache.notes import say
 
@@ -13,7 +13,7 @@ def variant_settings(machine: Machine, environment: Mapping[str, str]) -> dict[s
     """Choose the kernels that run here; what is set holds, and is named where it errs."""
     settings: dict[str, str] = {}
     for backend in all_backends():
-        for setting in set_against(backend, machine.arch, environment):
+        for setting in contrary_settings(backend, machine.arch, environment):
             kernels, arch = backend.variants[machine.arch.name].name, machine.arch.name
             say(f"{setting} is set; on {arch} {backend.name} runs its {kernels} kernels: unset it")
         variant = backend.variants.get(machine.arch.name)

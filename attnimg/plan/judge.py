@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 
 from attnimg import known_bad
-from attnimg.backends import arch_code, repo_of, runs_on, set_against
+from attnimg.backends import arch_code, contrary_settings, repo_of, runs_on
 from attnimg.facts import Backend, LocalKernel, Machine, Problem, Reason, Verdict
 from attnimg.plan.classes import reason_against_class
 from attnimg.plan.layers import layer_reasons
@@ -52,7 +52,7 @@ def reasons_against(backend: Backend, machine: Machine, problem: Problem) -> tup
 
 def _variant(backend: Backend, machine: Machine) -> Iterator[Reason]:
     """Refuse kernels that a person chose against those which were judged for this GPU."""
-    for setting in set_against(backend, machine.arch, machine.variables):
+    for setting in contrary_settings(backend, machine.arch, machine.variables):
         kernels = backend.variants[machine.arch.name].name
         text = f"found {setting}, needs it unset: on {machine.arch.name} it runs {kernels} kernels"
         yield Reason(code="variant", text=text)

@@ -42,3 +42,18 @@ def test_a_path_may_have_blanks(programs: Path, target: str, variable: str, opti
     assert done.returncode == 0, done.stderr
     arguments = done.stdout.splitlines()
     assert arguments[arguments.index(option) + 1] == PLACE
+
+
+@pytest.mark.parametrize("target", ["fa4-kernels/turing", "triton-kernels/turing"])
+def test_an_image_without_kernels_to_compile_ahead_is_refused_in_words(
+    programs: Path, target: str
+) -> None:
+    done = subprocess.run(
+        ["make", "-o", ".venv/ready", f"BIN={programs}", target],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2
+    what, why, do, _ = done.stderr.splitlines()
+    assert "attnimg:turing has no " in what
+    assert "turing.json" in why
+    assert "hopper" in do
