@@ -58,14 +58,33 @@ def attend_fp8(
     k, v = (x.repeat_interleave(group, dim=1) for x in (call.k, call.v))
 
     def forward(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        from torch.nn import attention
-
-        attention.activate_flash_attention_impl("FA3")
-        try:
-            found: Tensor = kernel(q, k, v, is_causal=call.causal, scale=call.scale)
-        finally:
-            attention.restore_flash_attention_impl()
+        activate_fa3()
+        found: Tensor = kernel(q, k, v, is_causal=call.causal, scale=call.scale)
         return found
 
     out = with_exact_backward(forward, exact_kernel(call), call.q, k, v)
     return out.transpose(1, 2), None
+
+
+def activate_fa3() -> None:
+    """Make FlashAttention-3 the flash kernel of this process, as torchao's function needs it.
+
+    Activating registers seven overrides of aten's operators, so it is done once and not undone
+    after each call: every later scaled_dot_product_attention on flash kernels runs on
+    FlashAttention-3 too, the exact backward pass included.
+    Source: torch 2.13.0, nn/attention/_fa3.py, _fa3_register_kernels (2026-11-26).
+    """
+    from torch.nn import attention
+
+    if attention.current_flash_attention_impl() != "FA3":
+        attention.activate_flash_attention_impl("FA3")
+
+
+def restore_flash_kernel() -> None:
+    """Make torch's own flash kernel that of this process again."""
+    from torch.nn import attention
+
+    # torch before 2.11 knows one alone.
+    current = getattr(attention, "current_flash_attention_impl", None)
+    if current is not None and current() is not None:
+        attention.restore_flash_attention_impl()

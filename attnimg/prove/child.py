@@ -58,6 +58,7 @@ def prove_candidate(
     import torch
 
     from attnimg.attend import as_applied, attention_function
+    from attnimg.calls.fp8 import restore_flash_kernel
     from attnimg.prove.candidate import merge, prove_geometry
 
     started = time.perf_counter()
@@ -95,6 +96,9 @@ def prove_candidate(
         reason = _reason(error, stage=stage[0])
         seconds = time.perf_counter() - started
         return Proof(backend=name, reasons=(reason,), longest=longest, seconds=seconds)
+    finally:
+        # fp8 exchanges torch's own, which the next candidate may be.
+        restore_flash_kernel()
     if device == "cuda":
         torch.cuda.empty_cache()
     wanted = max(geometry.sequence_len for geometry in geometries)

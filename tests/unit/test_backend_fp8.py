@@ -6,7 +6,7 @@ import pytest
 import torch
 from attention_cases import LAYER, draw, gradients, packed, plainly
 
-from attnimg.calls.fp8 import attend_fp8
+from attnimg.calls.fp8 import attend_fp8, restore_flash_kernel
 from attnimg.errors import AttnimgError
 
 
@@ -27,20 +27,28 @@ def fa3(monkeypatch):
     """Record the switching of torch's flash kernel, which needs a GPU."""
     log = []
     attention = torch.nn.attention
-    monkeypatch.setattr(attention, "activate_flash_attention_impl", log.append, raising=False)
-    monkeypatch.setattr(
-        attention, "restore_flash_attention_impl", lambda: log.append("off"), raising=False
-    )
+    monkeypatch.setattr(attention, "activate_flash_attention_impl", log.append)
+    monkeypatch.setattr(attention, "restore_flash_attention_impl", lambda: log.append(None))
+    monkeypatch.setattr(attention, "current_flash_attention_impl", lambda: log[-1] if log else None)
     return log
 
 
-def test_fp8_trains_by_exact_gradients_and_leaves_torch_as_it_was(fa3):
+def test_fp8_trains_by_exact_gradients(fa3):
     q, k, v = draw()
     found, expected = fp8(q, k, v, scaling=0.4), plainly(q, k, v, scale=0.4)
     assert (found - expected).abs().max() < 1e-5
     for one, other in zip(gradients(found, (q, k, v)), gradients(expected, (q, k, v)), strict=True):
         assert (one - other).abs().max() < 1e-4
-    assert fa3 == ["FA3", "off"]
+
+
+def test_torchs_flash_kernel_is_switched_once_and_back_when_asked(fa3):
+    restore_flash_kernel()
+    assert fa3 == []
+    for _ in range(3):
+        fp8(*draw(), scaling=0.4)
+    assert fa3 == ["FA3"]
+    restore_flash_kernel()
+    assert fa3 == ["FA3", None]
 
 
 @pytest.mark.parametrize(
