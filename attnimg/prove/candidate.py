@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -11,22 +13,35 @@ import torch
 from attnimg.facts import AttentionFunction, Backend, Figure, Geometry, Pattern, Reason
 from attnimg.prove.calls import Result, call, reference
 from attnimg.prove.cases import Case, cases_of
-from attnimg.prove.checks import ORDER, Expected, check_values, expected
+from attnimg.prove.checks import ORDER, Expected, Fault, check_values, expected
 from attnimg.prove.company import check_company
 from attnimg.prove.dropout import check_dropout
 from attnimg.prove.inputs import Inputs, draw
+from attnimg.prove.noise import sum_noise
 from attnimg.prove.repeats import check_isolated, check_repeated
 
 # The reference of a case serves every backend of a pattern that is proven in the same process.
 References = dict[tuple[Pattern, Case], Expected]
+# How often a probe, and then the whole proof, is run again where noise may be what broke a rule.
+AGAIN = 2
+# How many more calls show whether gradients that moved move by themselves.
+MORE = 3
 
 
 class Findings(NamedTuple):
-    """What the probes found."""
+    """What the probes found.
+
+    Attributes:
+        figures: for each quantity, the one that comes closest to its bound.
+        reasons: every rule that was broken, and broken again where noise might be why.
+        cases: how many probes were run.
+        unrepeated: what was broken once and not again.
+    """
 
     figures: list[Figure]
     reasons: list[Reason]
     cases: int
+    unrepeated: list[Reason]
 
 
 def prove_geometry(
@@ -37,8 +52,18 @@ def prove_geometry(
     device: str,
     references: References,
     starting: Callable[[str], None],
+    again: Callable[[], None],
 ) -> Findings:
-    """Run every probe of a geometry.
+    """Run every probe of a geometry, and again where a right kernel may have failed by noise.
+
+    A rule that noise may have broken is believed when it breaks twice: when one of AGAIN further
+    runs of that probe breaks a rule, when another probe does, or when one does in AGAIN further
+    runs of all. They get the same inputs: what is wrong at these must show again, and only the
+    kernel's own noise and, with dropout, the random numbers are new. So a right
+    kernel that fails once in a proof with a small probability p is refused with one of about
+    2 * p * p. A kernel that is wrong now and then passes after a fault only if every call of two
+    further proofs, several hundred, is right; and a fault that no noise explains is believed at
+    once.
 
     Args:
         function: the backend's attention.
@@ -48,12 +73,43 @@ def prove_geometry(
         references: filled on the way.
         starting: called with a probe's name before it is run, for what the parent process tells
             when this one dies.
+        again: called before all probes are run again, which takes as long as they took.
 
     Raises:
         Exception: whatever a kernel raises.
     """
+    probes = partial(
+        _run_probes,
+        function,
+        backend,
+        geometry,
+        device=device,
+        references=references,
+        starting=starting,
+    )
+    found = probes()
+    for _ in range(AGAIN if found.unrepeated else 0):
+        again()
+        further = probes()
+        if further.reasons or further.unrepeated:
+            reasons = _first_of_each(found.unrepeated + further.reasons + further.unrepeated)
+            return further._replace(reasons=reasons, unrepeated=[])
+    return found
+
+
+def _run_probes(
+    function: AttentionFunction,
+    backend: Backend,
+    geometry: Geometry,
+    *,
+    device: str,
+    references: References,
+    starting: Callable[[str], None],
+) -> Findings:
+    """Run every probe of a geometry once, and those again that noise may have failed."""
     figures: list[Figure] = []
     reasons: list[Reason] = []
+    unrepeated: list[Reason] = []
     cases = cases_of(geometry, device=device)
     if backend.pattern == "shifted":
         # s2 refuses rows that are packed or continue a cache. In rows of up to 8 tokens most see
@@ -74,57 +130,123 @@ def prove_geometry(
                     for dtype in (torch.float64, inputs.q.dtype)
                 )
             )
+        probe = partial(_run_probe, function, backend, case, inputs, right=right)
         try:
-            found = call(function, backend, case, inputs)
-            new_figures, new_reasons = check_values(backend, case, inputs, found=found, right=right)
-            figures += new_figures
-            reasons += new_reasons
-            if case.repeated:
-                reasons += _repeated(function, backend, case, inputs, first=found)
-                reasons += check_company(function, backend, case, inputs, right=right)
+            found = _run_until_sure(probe, refused=bool(reasons))
         # Kernels raise anything. Where an earlier probe found a fault, that says more.
         except Exception:
             if reasons:
                 break
             raise
+        figures += found.figures
+        reasons += found.reasons
+        unrepeated += found.unrepeated
     if geometry.dropout:
         starting("dropout")
-        reasons += check_dropout(function, backend, geometry, device=device)
-    return Findings(_worst(figures), _first_of_each(reasons), len(cases))
+        seeds = itertools.count()
+
+        def drop() -> tuple[list[Figure], list[Fault]]:
+            faults = check_dropout(function, backend, geometry, device=device, seed=next(seeds))
+            return [], list(faults)
+
+        found = _run_until_sure(drop, refused=bool(reasons))
+        reasons += found.reasons
+        unrepeated += found.unrepeated
+    if reasons or len(unrepeated) > 1:
+        reasons, unrepeated = reasons + unrepeated, []
+    return Findings(_worst(figures), _first_of_each(reasons), len(cases), unrepeated)
+
+
+def _run_until_sure(
+    probe: Callable[[], tuple[list[Figure], list[Fault]]], *, refused: bool
+) -> Findings:
+    """Run a probe, and again where all that it finds may be noise.
+
+    Args:
+        probe: makes its calls.
+        refused: whether the kernel is refused already, whatever this probe finds.
+    """
+    figures, faults = probe()
+    reasons = [fault.reason for fault in faults]
+    if not faults or refused or any(not fault.noise_sensitive for fault in faults):
+        return Findings(figures, reasons, 1, [])
+    for _ in range(AGAIN):
+        further_figures, further = probe()
+        if further:
+            return Findings(figures, reasons, 1, [])
+    # One for a probe: two are a reason.
+    return Findings(further_figures, [], 1, reasons[:1])
+
+
+def _run_probe(
+    function: AttentionFunction, backend: Backend, case: Case, inputs: Inputs, *, right: Expected
+) -> tuple[list[Figure], list[Fault]]:
+    """Make the calls of one probe."""
+    found = call(function, backend, case, inputs)
+    figures, faults = check_values(backend, case, inputs, found=found, right=right)
+    if not case.repeated:
+        return figures, faults
+    try:
+        for fault in itertools.chain(
+            _repeated(function, backend, case, inputs, first=found, right=right),
+            check_company(function, backend, case, inputs, right=right),
+        ):
+            faults.append(fault)
+    # Kernels raise anything. Where an earlier call found a fault, that says more.
+    except Exception:
+        if not faults:
+            raise
+    return figures, faults
 
 
 def merge(found: Iterable[Findings]) -> Findings:
     """Join the findings of several geometries: the worst figures, the first of each reason."""
     figures: list[Figure] = []
     reasons: list[Reason] = []
+    unrepeated: list[Reason] = []
     cases = 0
     for findings in found:
         figures += findings.figures
         reasons += findings.reasons
+        unrepeated += findings.unrepeated
         cases += findings.cases
-    return Findings(_worst(figures), _first_of_each(reasons), cases)
+    return Findings(_worst(figures), _first_of_each(reasons), cases, unrepeated)
 
 
 def _repeated(
-    function: AttentionFunction, backend: Backend, case: Case, inputs: Inputs, *, first: Result
-) -> Iterator[Reason]:
+    function: AttentionFunction,
+    backend: Backend,
+    case: Case,
+    inputs: Inputs,
+    *,
+    first: Result,
+    right: Expected,
+) -> Iterator[Fault]:
     """Make the call again; where documents are packed, also with some of them changed."""
-    again = call(function, backend, case, inputs)
+    same = partial(call, function, backend, case, inputs)
+    before = [first, same()]
     asked = case.geometry.deterministic
     if asked or case.packed:
-        yield from check_repeated(case, first=first, second=again, gradients_too=asked)
+        yield from check_repeated(case, first=first, second=before[1], gradients_too=asked)
+    # What is right once may be wrong the next time.
+    yield from check_values(backend, case, inputs, found=before[1], right=right)[1]
     if not case.packed or first.out.shape != inputs.d_out.shape:
         return
+    noise = sum_noise(case, inputs)
     n_documents = len(case.lengths)
     for one in (0, n_documents // 2, n_documents - 1):
         changed = inputs.documents == one
         moved = [torch.where(changed[:, None, :, None], -x.flip(-1), x) for x in _qkv(inputs)]
         d_out = torch.where(changed[:, :, None, None], -inputs.d_out.flip(-1), inputs.d_out)
         other = replace(inputs, **dict(zip("qkv", moved, strict=True)), d_out=d_out)
-        after = call(function, backend, case, other)
-        yield from check_isolated(
-            case, inputs, before=first, again=again, after=after, changed=changed
-        )
+        after = [call(function, backend, case, other)]
+        kept = ~changed & (inputs.documents >= 0)
+        judge = partial(check_isolated, case, kept=kept, noise=noise)
+        if any(judge(before=before, after=after)):
+            # Two calls may agree by chance: whether gradients move by themselves takes more.
+            before += [same() for _ in range(MORE)]
+            after += [call(function, backend, case, other) for _ in range(MORE)]
+            yield from judge(before=before, after=after)
 
 
 def _qkv(inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

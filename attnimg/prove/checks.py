@@ -1,6 +1,8 @@
 """Judge one probe: the rules that a call of a backend must keep.
 
-Every rule that is broken is told, each as a Reason with a code of its own.
+Every rule that is broken is a Fault, whose reason has a code of its own. A kernel that is right may
+break a rule once by what rounding or random numbers do in that call: such a fault is marked, and
+candidate.py believes it when it is seen again.
 """
 
 from __future__ import annotations
@@ -31,6 +33,8 @@ ATOL_SHIFTED = 1e-3
 GAIN = {"float32": 1e-4, "float16": 3e-3, "bfloat16": 1e-2}
 # Over fewer values rounding does not average out.
 GAIN_VALUES = 4096
+# Values up to so many times the allowed error off are taken for noise until they are seen again.
+NEAR = 2.0
 # Told first, as what lies at the root of the others.
 ORDER = (
     "import-error",
@@ -63,6 +67,20 @@ class Expected:
     gain: dict[str, float]
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Fault:
+    """A rule that a call broke.
+
+    Attributes:
+        reason: what the user is told.
+        noise_sensitive: whether rounding or random numbers may break the rule for a right kernel
+            in one call, but hardly in two.
+    """
+
+    reason: Reason
+    noise_sensitive: bool
+
+
 def expected(exact: Result, plain: Result) -> Expected:
     """Measure plain attention in the run's precision against the oracle."""
     rounding = {"out": largest(plain.out.double() - exact.out)}
@@ -78,65 +96,70 @@ def expected(exact: Result, plain: Result) -> Expected:
 
 def check_values(
     backend: Backend, case: Case, inputs: Inputs, *, found: Result, right: Expected
-) -> tuple[list[Figure], list[Reason]]:
+) -> tuple[list[Figure], list[Fault]]:
     """Compare a result with what is expected.
 
     Returns:
         A figure for each quantity that could be compared, and every rule that was broken.
     """
     figures: list[Figure] = []
-    reasons: list[Reason] = []
+    faults: list[Fault] = []
     if found.out.shape != inputs.d_out.shape:
         text = f"{case.name}: output {tuple(found.out.shape)}, needed {tuple(inputs.d_out.shape)}"
-        return figures, [Reason(code="numerics-fwd", text=text)]
+        return figures, [_sure("numerics-fwd", text)]
     if found.out.dtype != inputs.q.dtype:
         text = f"{case.name}: output in {found.out.dtype}, needed {inputs.q.dtype}"
-        reasons.append(Reason(code="numerics-fwd", text=text.replace("torch.", "")))
+        faults.append(_sure("numerics-fwd", text.replace("torch.", "")))
     if found.overwritten:
         names = " and ".join(found.overwritten)
         text = f"{case.name}: the call wrote into {names}, which the model goes on to use"
-        reasons.append(Reason(code="numerics-fwd", text=text))
+        faults.append(_sure("numerics-fwd", text))
     out = found.out[:, inputs.rows]
     is_token = inputs.documents[:, -found.out.shape[1] :] >= 0
     unsound = list(_is_sound(case, "out", found.out[is_token]))
-    reasons += unsound
+    faults += unsound
     if not unsound:
         exact = right.exact.out
         out = out * is_token[:, inputs.rows, None, None]
         figure = _compare(backend, case, inputs, name="out", pair=(out, exact), right=right)
         figures.append(figure)
-        reasons += _out_of_bounds(backend, figure, code="numerics-fwd")
-        reasons += _off_by_a_factor(backend, case, name="out", pair=(out, exact), right=right)
+        faults += _out_of_bounds(backend, figure, code="numerics-fwd")
+        faults += _off_by_a_factor(backend, case, name="out", pair=(out, exact), right=right)
     for name, gradient in found.gradients.items():
         if gradient is None or not found.attached:
             text = f"{case.name}: no gradient reaches {name[1:]}"
-            reasons.append(Reason(code="grad-detached", text=text))
+            faults.append(_sure("grad-detached", text))
             continue
         exact_gradient = right.exact.gradients[name]
         assert exact_gradient is not None
         unsound = list(_is_sound(case, name, gradient, empty_ok=not exact_gradient.any()))
-        reasons += unsound
+        faults += unsound
         if not unsound:
             pair = (gradient, exact_gradient)
             figure = _compare(backend, case, inputs, name=name, pair=pair, right=right)
             figures.append(figure)
-            reasons += _out_of_bounds(backend, figure, code="numerics-bwd")
-            reasons += _off_by_a_factor(backend, case, name=name, pair=pair, right=right)
-    return figures, reasons
+            faults += _out_of_bounds(backend, figure, code="numerics-bwd")
+            faults += _off_by_a_factor(backend, case, name=name, pair=pair, right=right)
+    return figures, faults
 
 
-def _is_sound(case: Case, name: str, value: Tensor, *, empty_ok: bool = False) -> Iterator[Reason]:
+def _sure(code: str, text: str) -> Fault:
+    """Build a fault that no noise explains."""
+    return Fault(reason=Reason(code=code, text=text), noise_sensitive=False)
+
+
+def _is_sound(case: Case, name: str, value: Tensor, *, empty_ok: bool = False) -> Iterator[Fault]:
     """Require finite values that are not all zero."""
     if not torch.isfinite(value).all():
         share = (~torch.isfinite(value)).double().mean().item()
         text = f"{case.name}: {share:.0%} of {name} is NaN or infinite"
-        yield Reason(code="nan", text=text)
+        yield _sure("nan", text)
     elif not value.any() and not empty_ok:
         if name == "out":
-            yield Reason(code="zeros", text=f"{case.name}: the whole output is 0")
+            yield _sure("zeros", f"{case.name}: the whole output is 0")
         else:
             text = f"{case.name}: {name} is 0 everywhere: {name[1:]} would never learn"
-            yield Reason(code="grad-detached", text=text)
+            yield _sure("grad-detached", text)
 
 
 def _compare(
@@ -175,7 +198,7 @@ def _compare(
     )
 
 
-def _out_of_bounds(backend: Backend, figure: Figure, *, code: str) -> Iterator[Reason]:
+def _out_of_bounds(backend: Backend, figure: Figure, *, code: str) -> Iterator[Fault]:
     if figure.error <= figure.allowed:
         return
     factor = backend.k_forward if figure.quantity == "out" else backend.k_backward
@@ -184,12 +207,14 @@ def _out_of_bounds(backend: Backend, figure: Figure, *, code: str) -> Iterator[R
         f"{figure.case}: {figure.quantity} is {figure.error:.1e} off the reference,"
         f" allowed {figure.allowed:.1e} ({rule})"
     )
-    yield Reason(code=code, text=text)
+    # Decibels are below 0.
+    near = figure.error - figure.allowed <= (NEAR - 1) * abs(figure.allowed)
+    yield Fault(reason=Reason(code=code, text=text), noise_sensitive=near)
 
 
 def _off_by_a_factor(
     backend: Backend, case: Case, *, name: str, pair: tuple[Tensor, Tensor], right: Expected
-) -> Iterator[Reason]:
+) -> Iterator[Fault]:
     """Require that a quantity as a whole is 1 times the reference."""
     factor = backend.k_forward if name == "out" else backend.k_backward
     if factor is None or case.scores != "spread" or pair[1].numel() < GAIN_VALUES:
@@ -199,7 +224,8 @@ def _off_by_a_factor(
     if abs(found - 1) > allowed:
         text = f"{case.name}: {name} is {found:.4f} times the reference, allowed 1 +- {allowed:.1e}"
         code = "numerics-fwd" if name == "out" else "numerics-bwd"
-        yield Reason(code=code, text=text)
+        near = abs(found - 1) <= NEAR * allowed
+        yield Fault(reason=Reason(code=code, text=text), noise_sensitive=near)
 
 
 def _gain(found: Tensor, exact: Tensor) -> float:

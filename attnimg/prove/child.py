@@ -88,6 +88,7 @@ def prove_candidate(
                 device=device,
                 references=references,
                 starting=starting,
+                again=lambda: _tell(report, again=name),
             )
             for geometry in geometries
         )
@@ -102,7 +103,8 @@ def prove_candidate(
     if device == "cuda":
         torch.cuda.empty_cache()
     wanted = max(geometry.sequence_len for geometry in geometries)
-    note = f"proven up to {longest} of {wanted} tokens: memory" if longest < wanted else ""
+    notes = [f"proven up to {longest} of {wanted} tokens: memory"] if longest < wanted else []
+    notes += [f"seen once, and not when run again: {reason.text}" for reason in found.unrepeated]
     return Proof(
         backend=name,
         reasons=tuple(found.reasons),
@@ -110,7 +112,7 @@ def prove_candidate(
         cases=found.cases,
         longest=longest,
         seconds=time.perf_counter() - started,
-        note=note,
+        note="; ".join(notes),
     )
 
 

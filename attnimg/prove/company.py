@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from attnimg.facts import AttentionFunction, Backend, Reason
 from attnimg.prove.calls import Result, backward, call, forward, reference
 from attnimg.prove.cases import Case
-from attnimg.prove.checks import Expected, check_values, expected
+from attnimg.prove.checks import Expected, Fault, check_values, expected
 from attnimg.prove.inputs import Inputs, draw
 
 # Calls that are under way at once, as many as a common model has layers.
@@ -31,7 +31,7 @@ _WITHOUT = {"without gradients": torch.no_grad, "in inference mode": torch.infer
 
 def check_company(
     function: AttentionFunction, backend: Backend, case: Case, inputs: Inputs, *, right: Expected
-) -> Iterator[Reason]:
+) -> Iterator[Fault]:
     """Call a backend without gradients, with some of them, and while another call is under way.
 
     Args:
@@ -71,7 +71,7 @@ def _checkpointed(function: AttentionFunction) -> AttentionFunction:
 
 def _interleaved(
     function: AttentionFunction, backend: Backend, case: Case, inputs: Inputs, *, right: Expected
-) -> Iterator[Reason]:
+) -> Iterator[Fault]:
     """Make calls forward, then the first two backward; the second's gradient comes from a sum."""
     second = replace(case, name=f"{case.name}, a second call")
     others = draw(second, device=str(inputs.q.device))
@@ -83,7 +83,8 @@ def _interleaved(
     follows = forward(function, backend, second, others)
     if not torch.equal(started.out, first_out):
         text = f"{second.name} wrote into the output of the first"
-        yield Reason(code="numerics-fwd", text=text)
+        reason = Reason(code="numerics-fwd", text=text)
+        yield Fault(reason=reason, noise_sensitive=False)
     held = [forward(function, backend, second, others) for _ in range(_LAYERS - 2)]
     found = backward(started)
     del held
@@ -92,7 +93,8 @@ def _interleaved(
     for name, gradient in gradients.items():
         if not torch.equal(found.gradients[name], gradient):
             text = f"{second.name} wrote into {name} of the first"
-            yield Reason(code="numerics-bwd", text=text)
+            reason = Reason(code="numerics-bwd", text=text)
+            yield Fault(reason=reason, noise_sensitive=False)
     first = replace(case, name=f"{case.name}, a second call before the backward pass")
     yield from check_values(backend, first, inputs, found=found, right=right)[1]
     of_second = expected(

@@ -15,7 +15,7 @@ import torch
 from attnimg.facts import AttentionFunction, Backend, Geometry, Reason
 from attnimg.prove.calls import backward, forward, reference
 from attnimg.prove.cases import Case
-from attnimg.prove.checks import check_values, expected
+from attnimg.prove.checks import Fault, check_values, expected
 from attnimg.prove.inputs import draw
 
 # flash-attn compares 8 random bits with p, so that its rate is p to 1 in 256.
@@ -24,9 +24,13 @@ COARSEST_RATE = 1 / 256
 
 
 def check_dropout(
-    function: AttentionFunction, backend: Backend, geometry: Geometry, *, device: str
-) -> Iterator[Reason]:
-    """Call a backend with dropout and compare with the reference that drops the same weights."""
+    function: AttentionFunction, backend: Backend, geometry: Geometry, *, device: str, seed: int
+) -> Iterator[Fault]:
+    """Call a backend with dropout and compare with the reference that drops the same weights.
+
+    A kernel whose rate is right is 5 standard deviations off in one of 1.7 million seeds. It would
+    be so again with the same seed, which is why each further call of this probe has another one.
+    """
     length = min(geometry.head_dim_v, 64)
     small = replace(geometry, softcap=None, sinks=False, window=None)
     case = Case(
@@ -40,7 +44,7 @@ def check_dropout(
     identity = torch.eye(length, geometry.head_dim_v, device=device, dtype=inputs.v.dtype)
     inputs = replace(inputs, q=inputs.q * 0.2, v=identity.expand_as(inputs.v).contiguous())
     with torch.random.fork_rng(range(torch.cuda.device_count())):
-        torch.manual_seed(0)
+        torch.manual_seed(seed)
         found = backward(forward(function, backend, case, inputs, dropout=geometry.dropout))
     kept_BHTS = (found.out.transpose(1, 2)[..., :length] != 0).double()
     causal = torch.ones(length, length, device=device).tril().bool()
@@ -49,7 +53,7 @@ def check_dropout(
     spread = math.sqrt(geometry.dropout * (1 - geometry.dropout) / n_weights)
     if abs(rate - geometry.dropout) > 5 * spread + COARSEST_RATE:
         text = f"{case.name}: {rate:.1%} of the weights were dropped"
-        yield Reason(code="dropout", text=text)
+        yield Fault(reason=Reason(code="dropout", text=text), noise_sensitive=True)
         return
     keep = kept_BHTS / (1 - geometry.dropout)
     exact = reference(case, inputs, dtype=torch.float64, keep=keep)

@@ -40,6 +40,16 @@ def attend(
     """
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     scores = torch.matmul(q, k.transpose(-1, -2)) * scale
+    weights = attention_weights(scores, visible=visible, softcap=softcap, sinks=sinks)
+    if keep is not None:
+        weights = weights * keep
+    return torch.matmul(weights, v).transpose(1, 2)
+
+
+def attention_weights(
+    scores: Tensor, *, visible: Tensor, softcap: float | None, sinks: Tensor | None
+) -> Tensor:
+    """Return the softmax of scaled scores, (B, H, T, S); the other arguments are attend's."""
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
     scores = scores.masked_fill(~visible, -torch.inf)
@@ -52,10 +62,7 @@ def attend(
     total = weights.sum(-1, keepdim=True)
     if sinks is not None:
         total = total + torch.exp(sinks[None, :, None, None] - highest)
-    weights = weights / total.masked_fill(total == 0, 1.0)
-    if keep is not None:
-        weights = weights * keep
-    return torch.matmul(weights, v).transpose(1, 2)
+    return weights / total.masked_fill(total == 0, 1.0)
 
 
 def visible_keys(documents: Tensor, *, places: Tensor, window: int | None) -> Tensor:

@@ -109,6 +109,8 @@ def _run_child(
                 begun = time.monotonic()
                 patience.restart(limit_s=timeout_s, wall_s=wall_s)
                 say(f"proving {running}")
+            elif "again" in message:
+                patience.restart(limit_s=timeout_s, wall_s=wall_s)
             elif "case" in message:
                 case = message["case"]
             else:

@@ -198,7 +198,13 @@ def prove(function, *, dtype="float32", heads=4):
         dtype=dtype,
     )  # fmt: skip
     return prove_geometry(
-        function, backend, geometry, device="cpu", references={}, starting=lambda case: None
+        function,
+        backend,
+        geometry,
+        device="cpu",
+        references={},
+        starting=lambda case: None,
+        again=lambda: None,
     )
 
 

@@ -1,0 +1,98 @@
+"""How far the gradients of a correct kernel move when the same call is made again.
+
+Kernels add gradients up in float32 in an order that changes from call to call:
+
+- FlashAttention-2 adds dq over the key blocks with atomicAdd (csrc/flash_attn/src/
+  flash_bwd_kernel.h:678, flash-attn 2.8.3.post2);
+- FlashAttention-3 and -4 do the same, and add the query heads of a group into dk and dv in the
+  order of arrival (FA3 hopper/flash_api_stable.cpp:1590, dk_accum; FA4 4.0.0b36 interface.py:2696,
+  which needs a semaphore only "if deterministic and qhead_per_kvhead > 1"). Read 2026-11-26.
+
+Then the sum is multiplied by the scale and rounded to the precision of the run. Two calls of such a
+kernel differ, for each element of a gradient, by at most
+
+    2 * n * u * A + ulp(x)
+
+n terms t are added, each itself computed the same way every time. A sum of n terms in any order is
+at most (n - 1) * u * sum|t| off, to first order in u = 2**-24 (Higham, Accuracy and Stability of
+Numerical Algorithms, 2nd ed., SIAM 2002, equation 4.4 with section 4.2), and rounding the product
+with the scale adds u times the result: n * u * A for one order, twice that between two, where
+A >= sum|t|. Rounding to nearest moves each of two numbers by half of a unit in its last place at
+most, so the rounded ones are at most one ulp of the larger one further apart: one flip, at the
+element's own size and not at that of the largest gradient. That is what lets a leak of a thousandth
+of one token's weight show among the flips: some elements of its row are small.
+
+A is Z |k| * scale for dq, the same with |q| summed over queries and the heads of a group for dk,
+and P |d_out| for dv, with P the weights; every partial sum that a kernel may form is below it. Z
+bounds the gradient of the scores as a kernel forms it, P * (d_out v - d_out out): its exact size,
+and what rounding leaves where both terms are equal, as for a query that sees one key:
+
+    Z = |dS| + P * (eps + E * u) * (|d_out| |v| + |d_out| |out|)
+
+with eps the precision of the run, in which out was rounded, and E the size of a value. n is the
+number of key blocks that hold a query's document, for dk and dv the number of query blocks that
+hold a key's times the heads of a group. Blocks are taken to be of TILE tokens, a quarter of the
+smallest that these kernels have: that n is too large by 4 and more leaves room for P and dS, which
+kernels round to the run's precision before they form the terms (by 2**-8).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from attnimg.prove.cases import Case
+from attnimg.prove.inputs import Inputs
+from attnimg.prove.oracle import attention_weights, visible_keys
+
+TILE = 16
+# Half of the spacing of float32 at 1.
+UNIT = 2.0**-24
+
+
+def sum_noise(case: Case, inputs: Inputs) -> dict[str, Tensor]:
+    """Bound what the order of a sum moves: 2 * n * u * A, (B, T, heads, D), float32.
+
+    Args:
+        case: a packed probe, short enough for all its rows to be compared.
+        inputs: its tensors.
+    """
+    group = inputs.q.shape[1] // inputs.k.shape[1]
+    q, k, v = (x.detach().float() for x in (inputs.q, inputs.k, inputs.v))
+    k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))
+    places = torch.arange(q.shape[2], device=q.device)
+    scores = (q @ k.transpose(-1, -2) * inputs.scale).requires_grad_()
+    weights = attention_weights(
+        scores,
+        visible=visible_keys(inputs.documents, places=places, window=case.geometry.window),
+        softcap=case.geometry.softcap,
+        sinks=None if inputs.sinks is None else inputs.sinks.detach().float(),
+    )
+    d_out = inputs.d_out.float().transpose(1, 2)
+    out = weights @ v
+    (d_scores,) = torch.autograd.grad(out, scores, d_out)
+    weights, out = weights.detach(), out.detach()
+    rounding = torch.finfo(inputs.q.dtype).eps + v.shape[-1] * UNIT
+    both = d_out.abs() @ v.abs().transpose(-1, -2) + (d_out * out).abs().sum(-1, keepdim=True)
+    d_scores = (d_scores.abs() + weights * rounding * both) * inputs.scale
+    sizes = {
+        "dq": d_scores @ k.abs(),
+        "dk": d_scores.transpose(-1, -2) @ q.abs(),
+        "dv": weights.transpose(-1, -2) @ d_out.abs(),
+    }
+    # A document may begin within a block: one more.
+    blocks = -(-max(case.lengths) // TILE) + 1
+    for name in ("dk", "dv"):
+        sizes[name] = sizes[name].unflatten(1, (-1, group)).sum(2)
+    terms = {"dq": blocks, "dk": blocks * group, "dv": blocks * group}
+    return {name: 2 * terms[name] * UNIT * size.transpose(1, 2) for name, size in sizes.items()}
+
+
+def beyond_a_flip(one: Tensor, other: Tensor) -> Tensor:
+    """Return by how much two roundings differ beyond one unit in the last place, float64."""
+    kind = torch.finfo(one.dtype)
+    wide, other_wide = one.double(), other.double()
+    _, exponent = torch.frexp(torch.maximum(wide.abs(), other_wide.abs()))
+    # frexp's mantissa is below 1.
+    ulp = torch.ldexp(torch.full_like(wide, kind.eps), exponent - 1).clamp_min(kind.eps * kind.tiny)
+    return ((wide - other_wide).abs() - ulp).clamp_min(0.0)
