@@ -15,6 +15,7 @@ from attnimg.prove.calls import Result, call, reference
 from attnimg.prove.cases import Case, cases_of
 from attnimg.prove.checks import ORDER, Expected, Fault, check_values, expected
 from attnimg.prove.company import check_company
+from attnimg.prove.compiled import compiling_each_shape, few_shapes, is_compiled
 from attnimg.prove.dropout import check_dropout
 from attnimg.prove.inputs import Inputs, draw
 from attnimg.prove.noise import sum_noise
@@ -119,6 +120,8 @@ def _run_probes(
             for case in cases
             if not case.packed and case.queries is None and max(case.lengths) > 8
         ]
+    if is_compiled(backend, device=device):
+        cases = few_shapes(cases)
     for case in cases:
         starting(case.name)
         inputs = draw(case, device=device)
@@ -132,7 +135,8 @@ def _run_probes(
             )
         probe = partial(_run_probe, function, backend, case, inputs, right=right)
         try:
-            found = _run_until_sure(probe, refused=bool(reasons))
+            with compiling_each_shape(backend, device=device):
+                found = _run_until_sure(probe, refused=bool(reasons))
         # Kernels raise anything. Where an earlier probe found a fault, that says more.
         except Exception:
             if reasons:

@@ -19,12 +19,17 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import IO, Any
 
+from attnimg.backends import backend_named
 from attnimg.facts import Figure, Geometry, Proof, Reason
+from attnimg.prove.compiled import is_compiled
 from attnimg.prove.patience import LOOK_EVERY_S, Patience
 
 # Seconds that one candidate may compute and sleep. On a GPU some kernels are compiled in their
 # first call.
 TIMEOUT_S = {"cpu": 60.0, "cuda": 300.0}
+# The same besides, where torch.compile makes a kernel for each kind of call: some 60 graphs, each
+# forward and backward. Ours; not measured on a GPU yet (2026-11-26).
+COMPILING_S = 600.0
 # The same until the child has imported torch and transformers.
 IMPORT_TIMEOUT_S = 180.0
 # Seconds in all, on a machine so busy that the child hardly gets a CPU, or where it was stopped.
@@ -65,30 +70,45 @@ def run(
     Args:
         candidates: what to prove, in this order.
         device: "cpu" or "cuda", which decides the limits.
-        timeout_s: seconds that one candidate may compute and sleep; None for TIMEOUT_S.
-        wall_s: seconds that it may take in all, once the child has started.
+        timeout_s: seconds that one candidate may compute and sleep, as often as it runs its
+            probes; None for TIMEOUT_S, and COMPILING_S where its kernel is compiled.
+        wall_s: seconds that it may take in all, once the child has started; COMPILING_S besides.
         memory_bytes: what the child may allocate; None for MEMORY_BYTES.
         say: told what is being run, for a progress line; None for silence.
 
     Returns:
         A proof for each candidate, in the same order. Nothing that a kernel does is raised here.
     """
-    limit = TIMEOUT_S[device] if timeout_s is None else timeout_s
     memory = MEMORY_BYTES[device] if memory_bytes is None else memory_bytes
     proofs: list[Proof] = []
     while len(proofs) < len(candidates):
         left = candidates[len(proofs) :]
         proofs += _run_child(
-            left, timeout_s=limit, wall_s=wall_s, memory_bytes=memory, say=say or _silence
+            left,
+            limits=[
+                limits_of(candidate, device=device, timeout_s=timeout_s, wall_s=wall_s)
+                for candidate in left
+            ],
+            memory_bytes=memory,
+            say=say or _silence,
         )
     return proofs
+
+
+def limits_of(
+    candidate: Candidate, *, device: str, timeout_s: float | None, wall_s: float
+) -> tuple[float, float]:
+    """Return the seconds of its own, and in all, that a candidate may take for its probes."""
+    backend = backend_named(candidate.backend)
+    compiling = backend is not None and is_compiled(backend, device=device)
+    extra = COMPILING_S if compiling else 0.0
+    return TIMEOUT_S[device] + extra if timeout_s is None else timeout_s, wall_s + extra
 
 
 def _run_child(
     candidates: Sequence[Candidate],
     *,
-    timeout_s: float,
-    wall_s: float,
+    limits: Sequence[tuple[float, float]],
     memory_bytes: int,
     say: Callable[[str], None],
 ) -> list[Proof]:
@@ -107,10 +127,12 @@ def _run_child(
             if "begin" in message:
                 running, case = message["begin"], "loading"
                 begun = time.monotonic()
-                patience.restart(limit_s=timeout_s, wall_s=wall_s)
+                limit_s, wall_s = limits[len(proofs)]
+                patience.restart(limit_s=limit_s, wall_s=wall_s)
                 say(f"proving {running}")
             elif "again" in message:
-                patience.restart(limit_s=timeout_s, wall_s=wall_s)
+                limit_s, wall_s = limits[len(proofs)]
+                patience.restart(limit_s=limit_s, wall_s=wall_s)
             elif "case" in message:
                 case = message["case"]
             else:

@@ -1,0 +1,83 @@
+"""A proof of flex_attention on a GPU makes calls of few shapes, and never runs uncompiled."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from attnimg.backends import backend_named
+from attnimg.facts import Backend, Geometry
+from attnimg.prove.cases import cases_of
+from attnimg.prove.compiled import (
+    EDGES,
+    RECOMPILE_LIMIT,
+    compiling_each_shape,
+    few_shapes,
+    is_compiled,
+    shapes_of,
+)
+from attnimg.prove.runner import COMPILING_S, TIMEOUT_S, Candidate, limits_of
+
+
+def backend(name: str) -> Backend:
+    found = backend_named(name)
+    assert found is not None
+    return found
+
+
+def geometry(heads: int, kv_heads: int, *, packing: bool, dense: bool = True) -> Geometry:
+    return Geometry(
+        heads=heads, kv_heads=kv_heads, head_dim_qk=64, head_dim_v=64, dtype="bfloat16",
+        packing=packing, dense=dense, sequence_len=2048, rows=2,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("heads", [(32, 8), (8, 2), (8, 8), (8, 1)])
+@pytest.mark.parametrize(
+    ("packing", "dense", "most"), [(True, False, 10), (False, True, 22), (True, True, 28)]
+)
+def test_there_are_few_shapes(
+    heads: tuple[int, int], packing: bool, dense: bool, most: int
+) -> None:
+    cases = cases_of(geometry(*heads, packing=packing, dense=dense), device="cuda")
+    found = few_shapes(cases)
+    assert len(shapes_of(found)) <= most
+    assert len(shapes_of(found)) * 2 <= len(shapes_of(cases))
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_edges_of_tiles_and_the_runs_own_length_are_kept(packing: bool) -> None:
+    cases = few_shapes(cases_of(geometry(8, 2, packing=packing), device="cuda"))
+    lengths = {n for case in cases for n in case.lengths}
+    assert EDGES | {2048} <= lengths
+    assert {case.scores for case in cases} >= {"spread", "negative", "large", "flat", "large-v"}
+    if packing:
+        assert set(range(1, 73)) <= lengths, "documents of every small length share rows"
+
+
+def test_padded_rows_are_kept() -> None:
+    cases = few_shapes(cases_of(geometry(8, 2, packing=False), device="cuda"))
+    assert "padded rows" in {case.name for case in cases}
+
+
+@pytest.mark.parametrize(
+    ("name", "device", "compiled"),
+    [("flex_attention", "cuda", True), ("flex_attention", "cpu", False), ("sdpa", "cuda", False)],
+)
+def test_only_flex_on_a_gpu_is_compiled_and_gets_more_time(
+    name: str, device: str, compiled: bool
+) -> None:
+    assert is_compiled(backend(name), device=device) == compiled
+    limits = limits_of(
+        Candidate(backend=name, geometries=()), device=device, timeout_s=None, wall_s=900.0
+    )
+    extra = COMPILING_S if compiled else 0.0
+    assert limits == (TIMEOUT_S[device] + extra, 900.0 + extra)
+
+
+def test_passing_dynamos_limit_raises_instead_of_running_uncompiled() -> None:
+    with compiling_each_shape(backend("flex_attention"), device="cuda"):
+        config = torch._dynamo.config
+        assert config.recompile_limit == RECOMPILE_LIMIT
+        assert config.fail_on_recompile_limit_hit
+    assert not torch._dynamo.config.fail_on_recompile_limit_hit
