@@ -158,36 +158,72 @@ class ModelClass:
 class Problem:
     """What attention has to do in one run.
 
+    What a proof is made for has no default: who makes a Problem says it.
+
     Attributes:
         model: the model's geometry; None when its config is not at hand.
-        model_class: what its class in transformers does not take; None when it takes everything,
-            or is not known.
         dtype: the precision of q, k and v.
-        training: whether a backward pass is needed.
         packing: whether rows hold several documents that must not see each other.
         dropout: attention dropout while training.
         compiled: whether torch.compile is on.
+        checkpointing: whether activations are dropped and computed again in the backward pass.
+        sequence_len: tokens of the longest row; None when not known.
+        rows: rows of the largest batch.
+        autocast: whether the forward pass runs under torch.autocast.
+        model_class: what its class in transformers does not take; None when it takes everything,
+            or is not known.
+        training: whether a backward pass is needed.
         forward_only_ok: whether a kernel without a backward pass may train all the same.
         trusted: whether the user lets code from the hub run.
-        sequence_len: tokens of the longest row; None when not known.
-        rows: rows of a batch.
-        autocast: whether the forward pass runs under torch.autocast.
         known_bad: rules on where backends are known to fail.
     """
 
     model: Model | None
     dtype: DType
+    packing: bool
+    dropout: float
+    compiled: bool
+    checkpointing: bool
+    sequence_len: int | None
+    rows: int
+    autocast: bool
     model_class: ModelClass | None = None
     training: bool = True
-    packing: bool = False
-    dropout: float = 0.0
-    compiled: bool = False
     forward_only_ok: bool = False
     trusted: bool = False
-    sequence_len: int | None = None
-    rows: int = 1
-    autocast: bool = False
     known_bad: tuple[KnownBad, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunContext:
+    """How a run calls its model: the proof, the isolation check and the trainer share one value.
+
+    `attnimg.context.context_of` makes it. No field has a default: a value left out would prove
+    something else than what is trained.
+
+    Attributes:
+        dtype: the precision of matrix multiplications, and so of q, k and v.
+        autocast: what torch.autocast casts to in a forward pass; None where it is off.
+        packing: whether rows hold several documents.
+        one_row: whether the rows of a batch are flattened to (1, T) with cu_seqlens, as kernels
+            with native packing take them; False for (B, S), where a mask keeps documents apart.
+        rows: rows of the largest batch.
+        sequence_len: tokens of the longest row; None when not known.
+        compiled: whether torch.compile is on.
+        checkpointing: whether activations are computed again in the backward pass.
+        seq_idx: whether batches carry seq_idx, the number of each token's document, which the
+            short convolutions and the scans of linear-attention layers need.
+    """
+
+    dtype: DType
+    autocast: DType | None
+    packing: bool
+    one_row: bool
+    rows: int
+    sequence_len: int | None
+    compiled: bool
+    checkpointing: bool
+    seq_idx: bool
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -414,6 +450,8 @@ class Backend:
 class Geometry:
     """One kind of attention call that a run makes, and that a backend is proven on.
 
+    No field has a default: a proof on another geometry than the run's would prove nothing.
+
     Attributes:
         heads: query heads, H.
         kv_heads: key/value heads, G; H is a multiple of it.
@@ -439,18 +477,18 @@ class Geometry:
     kv_heads: int
     head_dim_qk: int
     head_dim_v: int
-    window: int | None = None
-    softcap: float | None = None
-    sinks: bool = False
-    dtype: DType = "float32"
-    packing: bool = False
-    dropout: float = 0.0
-    sequence_len: int = 512
-    dense: bool = True
-    deterministic: bool = False
-    rows: int = 1
-    autocast: bool = False
-    every_length: bool = False
+    window: int | None
+    softcap: float | None
+    sinks: bool
+    dtype: DType
+    packing: bool
+    dropout: float
+    sequence_len: int
+    dense: bool
+    deterministic: bool
+    rows: int
+    autocast: bool
+    every_length: bool
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

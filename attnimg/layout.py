@@ -24,12 +24,14 @@ class Layout:
         is_token: False on padding; (B, S) bool.
         cu_seq_lens: where documents begin and end in the flattened batch; (documents + 1,) int32.
         max_length: tokens in the longest document.
+        seq_idx: number of each token's document, from 0 in every row; (B, S) int32.
     """
 
     position_ids: NDArray[np.int64]
     is_token: NDArray[np.bool_]
     cu_seq_lens: NDArray[np.int32]
     max_length: int
+    seq_idx: NDArray[np.int32]
 
 
 def lay_out(
@@ -62,9 +64,11 @@ def lay_out(
         [np.arange(width) < length for width, length in zip(widths, row_lengths, strict=True)]
     )
     shape = (1, -1) if one_row else (len(rows), -1)
+    document_BS = np.repeat(np.arange(len(lengths_D), dtype=np.int32), lengths_D).reshape(shape)
     return Layout(
         position_ids=position_T.reshape(shape),
         is_token=is_token_T.reshape(shape),
         cu_seq_lens=np.concatenate(([0], ends_D)).astype(np.int32),
         max_length=int(lengths_D.max()),
+        seq_idx=document_BS - document_BS[:, :1],
     )

@@ -1,14 +1,45 @@
-"""What transformers' model classes do not take, without importing transformers.
+"""Which models transformers has, and what their classes do not take, without importing it.
 
-data/model_classes.toml is read off the pinned transformers by `make classes`.
+data/model_classes.toml and data/causal_types.toml are read off the pinned transformers by
+`make classes`.
 """
 
 from __future__ import annotations
 
 import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
 from importlib import resources
 
 from attnimg.facts import ModelClass
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CausalTypes:
+    """The causal language models of transformers.
+
+    Attributes:
+        causal: model type -> class that AutoModelForCausalLM loads.
+        two_sided: those of them that attend to both sides, or have an encoder, unless their
+            config.json says is_decoder.
+        with_other_inputs: model type -> class of those that also take images or sound, which
+            AutoModelForCausalLM does not load.
+    """
+
+    causal: Mapping[str, str]
+    two_sided: frozenset[str]
+    with_other_inputs: Mapping[str, str]
+
+
+def read_causal_types() -> CausalTypes:
+    """Read data/causal_types.toml."""
+    path = resources.files("attnimg").joinpath("data", "causal_types.toml")
+    found = tomllib.loads(path.read_text(encoding="utf-8"))
+    return CausalTypes(
+        causal=found["causal"],
+        two_sided=frozenset(found["two_sided"]),
+        with_other_inputs=found["with_other_inputs"],
+    )
 
 
 def class_named(model_type: str) -> ModelClass | None:

@@ -11,13 +11,12 @@ from typing import Annotated
 import typer
 
 from attnimg.errors import AttnimgError
+from recipes import model_classes
 from recipes.built import FOLDER as BUILT
 from recipes.built import built_table, codes_found, listed, read_records, record, with_table
 from recipes.facts import Plan
 from recipes.files import write_all
 from recipes.lock import lock_all
-from recipes.model_classes import PATH as CLASSES
-from recipes.model_classes import classes_toml, model_classes
 from recipes.read import read_recipes
 from recipes.render import drifted, read_locks, rendered
 from recipes.solve import refuse_unresolved, solve, solve_all
@@ -54,9 +53,12 @@ def check(root: Root = ROOT) -> None:
 
 @app.command()
 def classes(root: Root = ROOT) -> None:
-    """Ask the installed transformers what its model classes do not take."""
-    text = classes_toml(model_classes(), transformers=metadata.version("transformers"))
-    for path in write_all(root, {CLASSES: text}):
+    """Ask the installed transformers for its causal language models, and what they don't take."""
+    version = metadata.version("transformers")
+    classes_text = model_classes.classes_toml(model_classes.model_classes(), transformers=version)
+    causal_text = model_classes.causal_toml(model_classes.causal_types(), transformers=version)
+    files = {model_classes.PATH: classes_text, model_classes.CAUSAL_PATH: causal_text}
+    for path in write_all(root, files):
         typer.echo(f"classes: wrote {path}")
 
 

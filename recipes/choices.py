@@ -67,7 +67,12 @@ def choices_on(gpu: Gpu, image: ImageFacts | None) -> list[Choice]:
             model_class=class_named(name),
             dtype=dtype,
             packing=True,
+            dropout=0.0,
+            compiled=False,
+            checkpointing=False,
             sequence_len=2048,
+            rows=1,
+            autocast=dtype != "float32",
             known_bad=rules,
         )
         chosen = plan.choose(None, machine, problem)

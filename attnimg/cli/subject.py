@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import date
+from pathlib import Path
 
 from attnimg import images, known_bad, plan, probe, problem
 from attnimg.backends import all_backends
@@ -57,11 +58,16 @@ def distributions() -> list[str]:
     return [*needed, "kernels", "nvidia-cutlass-dsl", "nvidia-cudnn-cu12", "nvidia-cudnn-cu13"]
 
 
+def model_file(values: Config) -> Path | None:
+    """Find the model's config.json on this machine; None when it is not here."""
+    if not values.base_model:
+        return None
+    return problem.find_config(values.base_model, revision=values.revision_of_model)
+
+
 def read_model(values: Config) -> tuple[Model | None, float]:
     """Read the model's geometry and its attention dropout, where its config.json is at hand."""
-    path = None
-    if values.base_model:
-        path = problem.find_config(values.base_model, revision=values.revision_of_model)
+    path = model_file(values)
     if path is None:
         return None, 0.0
     raw = problem.read_config(path)
@@ -71,6 +77,7 @@ def read_model(values: Config) -> tuple[Model | None, float]:
 
 def problem_of(values: Config, *, model: Model | None, dropout: float, arch: Arch) -> Problem:
     """Say what attention has to do in the run that a config describes."""
+    gpu = arch.vendor != "cpu"
     # Code that comes with the model is a class that nobody here knows.
     known = model is not None and not (model.brings_code and values.trust_remote_code)
     dtype = plan.training_dtype(bf16=values.bf16, fp16=bool(values.fp16), arch=arch)
@@ -80,13 +87,15 @@ def problem_of(values: Config, *, model: Model | None, dropout: float, arch: Arc
         dtype=dtype,
         packing=bool(values.sample_packing) or values.batch_flattening is True,
         dropout=dropout,
-        compiled=bool(values.torch_compile),
+        compiled=gpu if values.torch_compile == "auto" else bool(values.torch_compile),
+        checkpointing=bool(values.gradient_checkpointing),
         forward_only_ok=values.attn_forward_only_ok,
         trusted=bool(values.trust_remote_code),
         sequence_len=values.sequence_len,
-        rows=values.micro_batch_size,
-        # As in train/arguments.py: bf16: full means that nothing is cast on the way.
-        autocast=dtype != "float32" and values.bf16 != "full",
+        rows=max(values.micro_batch_size, values.eval_batch_size or 0),
+        # bf16: full means that the weights are bfloat16 and nothing is cast on the way; DeepSpeed
+        # casts the weights, too.
+        autocast=dtype != "float32" and values.bf16 != "full" and not values.deepspeed,
         known_bad=known_bad.load(values.attn_known_bad, today=date.today()),
     )
 
@@ -115,6 +124,20 @@ def machine_notes(machine: Machine) -> tuple[Finding, ...]:
             )
         )
     return tuple(notes)
+
+
+def precision_notes(values: Config, machine: Machine) -> tuple[Finding, ...]:
+    """Return a warning where a run computes in another precision than its config names."""
+    if not values.fp16 or machine.arch.vendor != "cpu":
+        return ()
+    return (
+        Finding(
+            code="fp16-on-cpu",
+            key="fp16",
+            what="fp16: true has no effect on a CPU: the run computes in float32",
+            do="remove fp16, or set bf16: true, which a CPU does take",
+        ),
+    )
 
 
 def gpu_text(machine: Machine) -> str:

@@ -17,9 +17,12 @@ from attnimg.cli.subject import (
     distributions,
     gpu_text,
     machine_notes,
+    model_file,
+    precision_notes,
     problem_of,
     read_model,
 )
+from attnimg.context import context_of, described
 from attnimg.errors import AttnimgError
 from attnimg.facts import Backend, LayerGroup, Machine, Plan, Problem, Proof, Reason
 from attnimg.kernel_cache import use_shipped_kernels
@@ -76,16 +79,22 @@ def train(
 
 
 def _train(file: str, settings: tuple[str, ...], *, console: Console, stop: StopFlag) -> None:
+    from attnimg.train.causal import require_causal_type
     from attnimg.train.check import check_inputs
     from attnimg.train.data import check_sources
 
     checked = config.check_file(file, overrides=settings)
     machine = probe.this_machine(distributions())
     use_shipped_kernels(machine)
-    checked = replace(checked, warnings=(*checked.warnings, *machine_notes(machine)))
+    notes = machine_notes(machine)
+    if checked.config is not None:
+        notes += precision_notes(checked.config, machine)
+    checked = replace(checked, warnings=(*checked.warnings, *notes))
     values = _valid(checked, console=console)
     for note in _without_effect(values):
         console.print(f"  {note}", highlight=False, markup=False, soft_wrap=True)
+    if (path := model_file(values)) is not None:
+        require_causal_type(values, problem.read_config(path))
     model, dropout = read_model(values)
     session = _Session(
         config=values,
@@ -184,11 +193,12 @@ def _load_and_fit(session: _Session, found: Plan, *, resume: ResumePoint | None)
     for warning in documents.warnings:
         session.say(f"warning: {warning}")
     backend = _backend(found)
+    session.say(f"run: {described(context_of(session.problem, backend))}")
     model = load_model(
         values,
         tokenizer=tokenizer,
         implementation=implementation,
-        dtype=session.problem.dtype,
+        context=context_of(session.problem, backend),
         needs_dtype_cast=backend.needs_dtype_cast,
     )
     apply.require_applied(model, backend)
@@ -202,8 +212,7 @@ def _load_and_fit(session: _Session, found: Plan, *, resume: ResumePoint | None)
             machine=session.machine,
             plan=found,
             implementation=apply.running(model),
-            dtype=session.problem.dtype,
-            one_row=_takes_one_row(_backend(found)),
+            context=context_of(session.problem, _backend(found)),
             isolation=asdict(proof) if proof else None,
             proofs=tuple(proofs),
         ),
@@ -219,7 +228,10 @@ def _load_and_fit(session: _Session, found: Plan, *, resume: ResumePoint | None)
 
 def _replanned(session: _Session, model_config: Any) -> tuple[_Session, Plan]:
     """Plan anew for a hub model, whose config.json was not on this machine until now."""
+    from attnimg.train.causal import require_causal_type
+
     raw = model_config.to_dict()
+    require_causal_type(session.config, raw)
     task = problem_of(
         session.config,
         model=problem.read_model(raw),
@@ -259,16 +271,17 @@ def _proven(session: _Session, found: Plan, model: Any) -> tuple[Plan, Isolation
 
     while True:
         backend = _backend(found)
-        proof = check_isolation(model, implementation=backend.name, one_row=_takes_one_row(backend))
+        context = context_of(session.problem, backend)
+        proof = check_isolation(model, implementation=backend.name, context=context)
         if proof.isolated:
             session.say(f"packing: isolated on {backend.name} ({proof.why})")
             return found, proof
-        leak = Reason(code="packing-not-isolated", text=proof.why)
-        following = plan.without(found, backend.name, leak)
+        reason = Reason(code=proof.code or "packing-not-isolated", text=proof.why)
+        following = plan.without(found, backend.name, reason)
         if following.chosen is None:
             require_isolation(proof)
         following, _ = _computes_right(session, following)
-        session.say(f"packing: {backend.name} does not isolate this model: {proof.why}")
+        session.say(f"packing: {backend.name} is not used ({reason.code}): {proof.why}")
         try:
             apply.switch(
                 model,
@@ -290,14 +303,6 @@ def _prepared(session: _Session, found: Plan) -> str:
     """Load the kernel before anything else is, and give transformers' name of it."""
     layers, trusted = _layers(session), session.problem.trusted
     return apply.prepare(_backend(found), layers=layers, trusted=trusted)
-
-
-def _takes_one_row(backend: Backend) -> bool:
-    """Tell whether the documents of a batch go into one row, with their bounds.
-
-    A hub kernel that nobody here has read gets them so too, and must prove that it minds them.
-    """
-    return backend.packing == "native" or backend.unread
 
 
 def _layers(session: _Session) -> tuple[LayerGroup, ...]:

@@ -76,7 +76,17 @@ def _problems(file: str | None, machine: Machine) -> list[tuple[Problem, str | N
     if file is None:
         dtype = plan.training_dtype(bf16="auto", fp16=False, arch=machine.arch)
         model = Model(type="llama", layers=_SIZES)
-        unpacked = Problem(model=model, dtype=dtype, sequence_len=_SEQUENCE_LEN)
+        unpacked = Problem(
+            model=model,
+            dtype=dtype,
+            packing=False,
+            dropout=0.0,
+            compiled=False,
+            checkpointing=False,
+            sequence_len=_SEQUENCE_LEN,
+            rows=1,
+            autocast=False,
+        )
         return [(unpacked, None), (replace(unpacked, packing=True), None)]
     checked = config.check_file(file)
     if checked.config is None or not checked.ok:

@@ -23,12 +23,14 @@ def training_dtype(*, bf16: bool | str, fp16: bool, arch: Arch) -> DType:
 
     Args:
         bf16: the config's value: true, false, "auto" or "full".
-        fp16: the config's value.
+        fp16: the config's value. On a CPU the run is fp32 all the same: accelerate neither casts
+            nor scales there, and would say so to nobody.
+            Source: accelerate/accelerator.py:565-569, 1.12 (2026-11-26).
         arch: what it runs on. Below sm_80 there is no bf16 arithmetic, so "auto" is fp16 there;
             on a CPU "auto" is fp32, which is faster than an emulated bf16.
     """
     if fp16:
-        return "float16"
+        return "float32" if arch.vendor == "cpu" else "float16"
     if bf16 != "auto":
         return "bfloat16" if bf16 else "float32"
     if arch.vendor == "cpu":

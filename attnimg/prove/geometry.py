@@ -4,25 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from attnimg.facts import Backend, Geometry, LayerGroup, LocalKernel, Machine, Problem
+from attnimg.facts import (
+    Backend,
+    Geometry,
+    LayerGroup,
+    LocalKernel,
+    Machine,
+    Problem,
+    RunContext,
+)
 
 # What is proven when the model's config is not at hand: grouped heads of the most frequent size.
 UNKNOWN_MODEL = (LayerGroup(count=1, heads=8, kv_heads=2, head_dim_qk=64, head_dim_v=64),)
+# Short runs on a CPU are no reason to prove on less than a few tiles.
+SHORTEST_ROW = 64
 
 
 def geometries_of(
-    problem: Problem,
-    *,
-    sequence_len: int,
-    dense: bool = True,
-    deterministic: bool = False,
-    every_length: bool = False,
+    problem: Problem, context: RunContext, *, dense: bool, deterministic: bool, every_length: bool
 ) -> tuple[Geometry, ...]:
-    """List the distinct geometries of a problem.
+    """List the distinct geometries of a run.
 
     Args:
-        problem: what the run has to do.
-        sequence_len: tokens of its longest row.
+        problem: what the run has to do; its layers and its dropout count.
+        context: how the run calls its model.
         dense: whether rows of one document are to be proven as well.
         deterministic: whether gradients must repeat bit for bit.
         every_length: whether documents of each length are to be shown.
@@ -37,14 +42,14 @@ def geometries_of(
             window=layer.window,
             softcap=layer.softcap,
             sinks=layer.sinks,
-            dtype=problem.dtype,
-            packing=problem.packing,
+            dtype=context.dtype,
+            packing=context.packing,
             dropout=problem.dropout,
-            sequence_len=sequence_len,
+            sequence_len=max(context.sequence_len or 0, SHORTEST_ROW),
             dense=dense,
             deterministic=deterministic,
-            rows=problem.rows,
-            autocast=problem.autocast,
+            rows=context.rows,
+            autocast=context.autocast is not None,
             every_length=every_length,
         )
         for layer in layers or UNKNOWN_MODEL

@@ -1,17 +1,20 @@
-"""Show a model documents packed and apart, and differentiate each one's loss by its embeddings.
+"""Show a model documents packed and apart, and differentiate losses by the embeddings.
 
+Each forward pass has one backward pass, as in training: a kernel may free what it saved, or write
+into it, once it went backward.
 Letters: T tokens of the flattened batch, V vocabulary.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from attnimg.facts import DType, RunContext
 from attnimg.layout import Layout
 
 # Tokens of the two documents: different, and no multiples of a kernel's tile.
@@ -75,35 +78,36 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def forward_apart(model: nn.Module, document: Tensor) -> Tensor:
-    """Show one document alone; logits (length, V)."""
+def forward_apart(model: nn.Module, document: Tensor, *, context: RunContext) -> Tensor:
+    """Return the logits of one document alone; (length, V)."""
     positions = torch.arange(len(document), device=document.device)
-    logits, _ = _forward(model, {"input_ids": document[None], "position_ids": positions[None]})
+    inputs = {"input_ids": document[None], "position_ids": positions[None]}
+    logits, _ = _forward(model, inputs, autocast=context.autocast)
     return logits.detach()
 
 
-def forward_packed(
-    model: nn.Module, rows: list[list[Tensor]], *, layout: Layout
-) -> tuple[Tensor, list[Tensor]]:
-    """Show rows of documents as PackedCollator lays them out.
-
-    Returns:
-        Logits (T, V), and the embeddings that went in, as leaves to differentiate by; (B, S, ...).
-    """
+def packed_inputs(
+    rows: list[list[Tensor]], *, layout: Layout, context: RunContext
+) -> dict[str, Any]:
+    """Return the arguments of a model for rows of documents, as PackedCollator makes them."""
     device = rows[0][0].device
     position_ids = torch.from_numpy(layout.position_ids).to(device)
     is_token = torch.from_numpy(layout.is_token).to(device)
     input_ids = torch.full_like(position_ids, int(rows[0][0][0]))
     input_ids[is_token] = torch.cat([document for row in rows for document in row])
     inputs: dict[str, Any] = {"input_ids": input_ids, "position_ids": position_ids}
-    if len(input_ids) == 1:
+    if context.one_row:
         boundaries = torch.from_numpy(layout.cu_seq_lens).to(device)
         inputs |= {f"cu_seq_lens_{side}": boundaries for side in "qk"}
         inputs |= {f"max_length_{side}": layout.max_length for side in "qk"}
-    return _forward(model, inputs)
+    if context.seq_idx:
+        inputs["seq_idx"] = torch.from_numpy(layout.seq_idx).to(device)
+    return inputs
 
 
-def _forward(model: Any, inputs: dict[str, Any]) -> tuple[Tensor, list[Tensor]]:
+def _forward(
+    model: Any, inputs: dict[str, Any], *, autocast: DType | None
+) -> tuple[Tensor, list[Tensor]]:
     """Run a model with leaves in place of its embeddings; logits (T, V) and the leaves."""
     embeddings: list[Tensor] = []
 
@@ -114,10 +118,19 @@ def _forward(model: Any, inputs: dict[str, Any]) -> tuple[Tensor, list[Tensor]]:
 
     hook = model.get_input_embeddings().register_forward_hook(swap_in_leaf)
     try:
-        logits: Tensor = model(**inputs, use_cache=False).logits
+        # As in training: the backward pass runs outside of autocast.
+        with _precision(inputs["input_ids"].device.type, autocast):
+            logits: Tensor = model(**inputs, use_cache=False).logits
     finally:
         hook.remove()
     return logits.flatten(0, 1), embeddings
+
+
+def _precision(device_type: str, autocast: DType | None) -> AbstractContextManager[object]:
+    if autocast is None:
+        return nullcontext()
+    cast: AbstractContextManager[object] = torch.autocast(device_type, getattr(torch, autocast))
+    return cast
 
 
 def document_bounds(layout: Layout) -> list[tuple[int, int]]:
@@ -127,32 +140,44 @@ def document_bounds(layout: Layout) -> list[tuple[int, int]]:
     return [(begin, end) for begin, end in pairs if is_token[begin]]
 
 
-def gradients(
-    logits: Tensor,
-    embeddings: list[Tensor],
+def with_loss(rows: list[list[Tensor]]) -> list[int]:
+    """Choose the documents whose loss is differentiated: the first one and the last of each row.
+
+    The last document of a row has others before it, in its row and in the rows above; the first
+    one has all others behind it. The rest would repeat one of these directions.
+    """
+    last = [sum(map(len, rows[: place + 1])) - 1 for place in range(len(rows))]
+    return sorted({0, *last})
+
+
+def differentiate(
+    model: nn.Module,
+    inputs: dict[str, Any],
     *,
-    rows: list[list[Tensor]],
-    bounds: list[tuple[int, int]],
-) -> tuple[float, float]:
-    """Differentiate each document's loss by all embeddings.
+    document: Tensor,
+    bounds: tuple[int, int],
+    autocast: DType | None,
+) -> tuple[Tensor, Tensor]:
+    """Run a model on packed rows, and differentiate the loss of one document by all embeddings.
+
+    Args:
+        model: with its dropout off.
+        inputs: what packed_inputs gave.
+        document: the tokens of the document, (length,).
+        bounds: where it begins and ends in the flattened batch.
+        autocast: the precision of the forward pass.
 
     Returns:
-        The largest gradient outside of the document, and the smallest over documents of the largest
-        gradient inside.
+        The logits (T, V), and for each token the largest gradient of its embedding, float32 (T,).
     """
-    leaked, own = [], []
-    for document, (begin, end) in zip([d for row in rows for d in row], bounds, strict=True):
-        # Summed, not averaged: float16 gradients of a mean would underflow.
-        loss = nn.functional.cross_entropy(
-            logits[begin : end - 1].float(), document[1:].to(logits.device), reduction="sum"
-        )
-        found = torch.autograd.grad(loss, embeddings, retain_graph=True, allow_unused=True)
-        by_token_T = torch.zeros(len(logits), device=logits.device)
-        for gradient in found:
-            if gradient is not None:
-                by_token_T += gradient.float().abs().reshape(len(logits), -1).amax(-1)
-        own.append(by_token_T[begin:end].max())
-        by_token_T[begin:end] = 0.0
-        leaked.append(by_token_T.max())
-    # torch.stack, because Python's max and min may pass over a NaN.
-    return torch.stack(leaked).max().item(), torch.stack(own).min().item()
+    logits, embeddings = _forward(model, inputs, autocast=autocast)
+    begin, end = bounds
+    # Summed, not averaged: float16 gradients of a mean would underflow.
+    loss = nn.functional.cross_entropy(
+        logits[begin : end - 1].float(), document[1:].to(logits.device), reduction="sum"
+    )
+    by_token_T = torch.zeros(len(logits), device=logits.device)
+    for gradient in torch.autograd.grad(loss, embeddings, allow_unused=True):
+        if gradient is not None:
+            by_token_T += gradient.float().abs().reshape(len(logits), -1).amax(-1)
+    return logits.detach(), by_token_T

@@ -8,13 +8,12 @@ from importlib import metadata
 from pathlib import Path
 
 from attnimg.backends import variables_that_choose
+from attnimg.context import context_of
 from attnimg.facts import Backend, Machine, Problem, Proof
 from attnimg.prove import cache
 from attnimg.prove.geometry import geometries_of, has_dense_entry, local_kernel_of
 from attnimg.prove.runner import Candidate, run
 
-# Short runs on a CPU are no reason to prove on less than a few tiles.
-SHORTEST_ROW = 64
 # Of these a proof depends besides the packages of the backend itself.
 _LIBRARIES = ("torch", "transformers", "kernels", "triton")
 
@@ -99,7 +98,7 @@ def prove(
 def _candidate(backend: Backend, problem: Problem, setting: Setting, *, routed: bool) -> Candidate:
     geometries = geometries_of(
         problem,
-        sequence_len=max(problem.sequence_len or 0, SHORTEST_ROW),
+        context_of(problem, backend),
         dense=not problem.packing or has_dense_entry(backend, setting.machine),
         deterministic=setting.environment.get("FLASH_ATTENTION_DETERMINISTIC") == "1",
         every_length=backend.unread or local_kernel_of(backend, setting.machine) is not None,

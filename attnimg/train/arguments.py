@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from attnimg.facts import DType, Machine
+from attnimg.facts import Machine, RunContext
 from attnimg.schema import Config
 from attnimg.train.schedule import Schedule
 
@@ -17,14 +17,14 @@ OPTIMIZERS = {"paged_adamw": "paged_adamw_32bit"}
 
 
 def training_arguments(
-    config: Config, *, machine: Machine, dtype: DType, schedule: Schedule, sparse: bool
+    config: Config, *, machine: Machine, context: RunContext, schedule: Schedule, sparse: bool
 ) -> dict[str, Any]:
-    """Give the keyword arguments of `trl.SFTConfig` for this run.
+    """Return the keyword arguments of `trl.SFTConfig` for this run.
 
     Args:
         config: the validated run.
-        machine: where it happens; decides tf32, torch_compile: auto and pinned memory.
-        dtype: the precision of the matrix multiplications.
+        machine: where it happens; decides tf32 and pinned memory.
+        context: how the model is called, as it was proven.
         schedule: the run counted in steps.
         sparse: whether the model has experts that a batch may leave out.
     """
@@ -33,8 +33,8 @@ def training_arguments(
         "output_dir": config.output_dir,
         "seed": config.seed,
         "data_seed": config.seed,
-        **_optimisation(config),
-        **_precision(config, machine=machine, dtype=dtype),
+        **_optimisation(config, context=context),
+        **_precision(config, machine=machine, context=context),
         **_intervals(config, schedule=schedule),
         **_processes(config, gpu=gpu, sparse=sparse),
         # Rows are packed, collated and counted here, not by TRL.
@@ -55,7 +55,7 @@ def training_arguments(
     }
 
 
-def _optimisation(config: Config) -> dict[str, Any]:
+def _optimisation(config: Config, *, context: RunContext) -> dict[str, Any]:
     """Steps, batches, optimizer, learning rate."""
     scheduler, scheduler_kwargs = config.lr_scheduler, dict(config.lr_scheduler_kwargs or {})
     if config.cosine_min_lr_ratio is not None:
@@ -79,7 +79,7 @@ def _optimisation(config: Config) -> dict[str, Any]:
         "warmup_steps": _warmup(config),
         "weight_decay": config.weight_decay,
         "max_grad_norm": config.max_grad_norm,
-        "gradient_checkpointing": bool(config.gradient_checkpointing),
+        "gradient_checkpointing": context.checkpointing,
         "gradient_checkpointing_kwargs": config.gradient_checkpointing_kwargs,
         **{name: value for name, value in given.items() if value},
     }
@@ -93,19 +93,20 @@ def _warmup(config: Config) -> float:
     return min(config.warmup_ratio or 0.0, 1 - 1e-9)
 
 
-def _precision(config: Config, *, machine: Machine, dtype: DType) -> dict[str, Any]:
+def _precision(config: Config, *, machine: Machine, context: RunContext) -> dict[str, Any]:
     """Autocast, tf32 and torch.compile."""
     ampere = machine.arch.capability is not None and machine.arch.capability >= (8, 0)
     gpu = machine.arch.vendor != "cpu"
-    compiled = gpu if config.torch_compile == "auto" else bool(config.torch_compile)
+    mixed = context.autocast
+    if config.deepspeed and config.bf16 != "full":
+        mixed = context.dtype  # DeepSpeed's engine casts where accelerate would autocast.
     return {
-        # bf16: full means that the weights are bfloat16 and nothing is cast on the way.
-        "bf16": dtype == "bfloat16" and config.bf16 != "full",
-        "fp16": dtype == "float16",
+        "bf16": mixed == "bfloat16",
+        "fp16": mixed == "float16",
         "tf32": (ampere if config.tf32 == "auto" else config.tf32) if ampere else None,
-        "torch_compile": compiled,
-        "torch_compile_backend": config.torch_compile_backend if compiled else None,
-        "torch_compile_mode": config.torch_compile_mode if compiled else None,
+        "torch_compile": context.compiled,
+        "torch_compile_backend": config.torch_compile_backend if context.compiled else None,
+        "torch_compile_mode": config.torch_compile_mode if context.compiled else None,
         "use_cpu": not gpu,
     }
 

@@ -34,12 +34,14 @@ class PackedCollator:
             (1, T), with cu_seq_lens_q/k and max_length_q/k. False for those that take a mask
             (eager, sdpa, flex): (B, S) and position_ids alone. They find the documents there; what
             reads boundaries instead (flash, linear attention) takes them for one row only.
+        seq_idx: True for models whose short convolutions or scans need each token's document.
         pad_to: pad every row to a multiple of this many tokens; None to the longest row, and where
             one_row is True not at all.
     """
 
     pad_token_id: int
     one_row: bool
+    seq_idx: bool
     pad_to: int | None = None
 
     def __call__(self, examples: Sequence[Example]) -> dict[str, torch.Tensor | int]:
@@ -52,8 +54,9 @@ class PackedCollator:
         Returns:
             input_ids, labels and position_ids, int64, (1, T) or (B, S); with one_row also
             cu_seq_lens_q/k (int32, padding included) and max_length_q/k (int: a tensor would be
-            read back from the GPU in every layer). The first label of each document is -100: the
-            token that predicts it belongs to the document before.
+            read back from the GPU in every layer); with seq_idx also that, int32, shaped as
+            input_ids. The first label of each document is -100: the token that predicts it belongs
+            to the document before.
         """
         import torch
 
@@ -75,6 +78,8 @@ class PackedCollator:
             for side in ("q", "k"):
                 batch[f"cu_seq_lens_{side}"] = torch.from_numpy(layout.cu_seq_lens)
                 batch[f"max_length_{side}"] = layout.max_length
+        if self.seq_idx:
+            batch["seq_idx"] = torch.from_numpy(layout.seq_idx)
         return batch
 
 

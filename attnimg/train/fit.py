@@ -124,7 +124,7 @@ def _rows(
 
     def rows(dataset: Any, *, packed: bool) -> Rows:
         return make_rows(
-            dataset, config, packed=packed, one_row=run.one_row, pad_token_id=tokenizer.pad_token_id
+            dataset, config, packed=packed, context=run.context, pad_token_id=tokenizer.pad_token_id
         )
 
     train = rows(documents.train, packed=packed)
@@ -174,7 +174,7 @@ def _draw(session: Session, *, steps: int) -> list[Path]:
     picture = draw_loss(
         session.folder,
         title=Path(str(session.config.base_model)).name,
-        subtitle=f"attention {session.run.backend}, {session.run.dtype}, {steps:,} steps",
+        subtitle=f"attention {session.run.backend}, {session.run.context.dtype}, {steps:,} steps",
     )
     return [path for path in (picture, session.folder / metrics.FILE) if path]
 

@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from attnimg.errors import AttnimgError
-from attnimg.facts import DType
+from attnimg.facts import DType, RunContext
 from attnimg.schema import Config
 from attnimg.train.adapter import add_adapter, quantization
+from attnimg.train.causal import DEFAULT, require_causal_class
+from attnimg.train.finite import require_finite
 from attnimg.train.model_files import GET_WHOLE, bad_model
 from attnimg.train.precision import (
     keeps_float32,
@@ -45,7 +47,7 @@ def load_model(
     *,
     tokenizer: Any,
     implementation: str,
-    dtype: DType,
+    context: RunContext,
     needs_dtype_cast: bool,
 ) -> Any:
     """Load the weights, cast them, and put the adapter on.
@@ -54,20 +56,21 @@ def load_model(
         config: the validated run.
         tokenizer: what `load_tokenizer` gave; the embeddings grow to hold its tokens.
         implementation: transformers' name of the attention that was chosen.
-        dtype: the run's precision.
+        context: how the run calls the model; decides the precision of the weights.
         needs_dtype_cast: whether the backend takes q, k, v in that precision only.
 
     Returns:
         A transformers model, or a PEFT model around it, in training precision.
 
     Raises:
-        AttnimgError: the model can't be loaded, or lacks weights (bad-model).
+        AttnimgError: the model can't be loaded, or lacks weights (bad-model), or a weight is NaN or
+            inf (weights-not-finite).
     """
     from transformers import set_seed
 
     # New embeddings and LoRA matrices are random: the seed makes two runs start alike.
     set_seed(config.seed)
-    model, loading = _from_pretrained(config, implementation=implementation, dtype=dtype)
+    model, loading = _from_pretrained(config, implementation=implementation, dtype=context.dtype)
     missing = sorted(loading.get("missing_keys", ()))
     if missing:
         raise bad_model(
@@ -75,9 +78,11 @@ def load_model(
             why=f"missing {', '.join(missing[:3])}; they would start random",
             do=GET_WHOLE,
         )
+    files = _weight_files(config) if getattr(model, "is_quantized", False) else []
+    require_finite(model, name=str(config.base_model), files=files)
     if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-    if keeps_float32(config, dtype=dtype, needs_dtype_cast=needs_dtype_cast):
+    if keeps_float32(config, context=context, needs_dtype_cast=needs_dtype_cast):
         lift_embeddings_and_norms(model)
     return add_adapter(model, config) if config.adapter else model
 
@@ -89,10 +94,12 @@ def load_model_config(config: Config) -> Any:
         A transformers configuration.
 
     Raises:
-        AttnimgError: it can't be loaded (bad-model).
+        AttnimgError: it can't be loaded (bad-model), or the class that the config names is not
+            there (bad-value) or no causal language model's (not-causal-lm).
     """
     import transformers
 
+    _loader(config)
     with _loading(config):
         return transformers.AutoConfig.from_pretrained(
             config.base_model,
@@ -103,17 +110,7 @@ def load_model_config(config: Config) -> Any:
 
 def _from_pretrained(config: Config, *, implementation: str, dtype: DType) -> tuple[Any, Any]:
     """Load by name; also give what transformers tells of missing weights."""
-    import transformers
-
-    loader = getattr(transformers, config.model_type or "AutoModelForCausalLM", None)
-    if loader is None or not hasattr(loader, "from_pretrained"):
-        raise AttnimgError(
-            f"transformers has no model class named {config.model_type}",
-            why=f"needed a class of transformers {transformers.__version__}",
-            do="remove model_type: AutoModelForCausalLM finds the right one",
-            code="bad-value",
-            key="model_type",
-        )
+    loader = _loader(config)
     quantized = quantization(config, dtype=dtype)
     with _loading(config):
         model, loading = loader.from_pretrained(
@@ -128,6 +125,34 @@ def _from_pretrained(config: Config, *, implementation: str, dtype: DType) -> tu
             **({"allow_all_kernels": True} if config.trust_remote_code else {}),
         )
     return model, loading
+
+
+def _weight_files(config: Config) -> list[Path]:
+    """List the safetensors that a model was just loaded from; empty where it has none."""
+    from transformers.utils import cached_file
+
+    found = cached_file(
+        config.base_model, "config.json", revision=config.revision_of_model, local_files_only=True
+    )
+    return sorted(Path(found).parent.glob("*.safetensors"))
+
+
+def _loader(config: Config) -> Any:
+    """Return the class that loads the model."""
+    import transformers
+
+    name = config.model_type or DEFAULT
+    loader = getattr(transformers, name, None)
+    if loader is None or not hasattr(loader, "from_pretrained"):
+        raise AttnimgError(
+            f"transformers has no model class named {name}",
+            why=f"needed a class of transformers {transformers.__version__}",
+            do=f"remove model_type: {DEFAULT} finds the right one",
+            code="bad-value",
+            key="model_type",
+        )
+    require_causal_class(name)
+    return loader
 
 
 def _device_map() -> dict[str, int | str]:

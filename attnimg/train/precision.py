@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from attnimg.facts import DType
+from attnimg.facts import DType, RunContext
 from attnimg.schema import Config
 
 if TYPE_CHECKING:
@@ -33,13 +33,13 @@ def loading_dtype(config: Config, dtype: DType) -> DType:
     return dtype
 
 
-def keeps_float32(config: Config, *, dtype: DType, needs_dtype_cast: bool) -> bool:
-    """Tell whether embeddings and norms stay float32 beside bfloat16 weights.
+def keeps_float32(config: Config, *, context: RunContext, needs_dtype_cast: bool) -> bool:
+    """Return whether embeddings and norms stay float32 beside bfloat16 weights.
 
-    bf16: full means no autocast, and then a float32 norm would hand float32 to a bfloat16 layer.
+    Without autocast a float32 norm would hand float32 to a bfloat16 layer.
     """
     plain = not needs_dtype_cast and not config.adapter and not config.fsdp
-    return dtype == "bfloat16" and plain and config.bf16 != "full"
+    return context.autocast == "bfloat16" and plain
 
 
 def lift_embeddings_and_norms(model: Any) -> None:

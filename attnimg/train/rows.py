@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from attnimg.facts import RunContext
 from attnimg.schema import Config
 from attnimg.train.collate import NO_LOSS, PackedCollator, PaddedCollator
 from attnimg.train.packing import pack, pack_dataset
@@ -58,7 +59,7 @@ class CountingCollator:
 
 
 def make_rows(
-    documents: Dataset, config: Config, *, packed: bool, one_row: bool, pad_token_id: int
+    documents: Dataset, config: Config, *, packed: bool, context: RunContext, pad_token_id: int
 ) -> Rows:
     """Pack the documents, or leave each a row of its own.
 
@@ -66,11 +67,11 @@ def make_rows(
         documents: columns input_ids and labels, 1 to sequence_len tokens each.
         config: sequence_len, seed, pad_to_sequence_len and batch_flattening are read.
         packed: whether documents share rows.
-        one_row: whether the rows of a batch become one, as varlen kernels take them.
+        context: how the run calls its model; decides the layout of packed rows.
         pad_token_id: fills what a row has left.
     """
     fixed = config.sequence_len if config.pad_to_sequence_len else None
-    flat = one_row and bool(config.batch_flattening)
+    flat = context.one_row and bool(config.batch_flattening)
     if packed:
         rows = pack(_lengths(documents), capacity=config.sequence_len, seed=config.seed)
         dataset, tokens, filled = pack_dataset(documents, rows), rows.tokens, rows.filled_share
@@ -78,7 +79,12 @@ def make_rows(
         dataset, tokens = documents, int(_lengths(documents).sum())
         filled = tokens / (len(documents) * config.sequence_len)
     if packed or flat:
-        collate: Collator = PackedCollator(pad_token_id=pad_token_id, one_row=one_row, pad_to=fixed)
+        collate: Collator = PackedCollator(
+            pad_token_id=pad_token_id,
+            one_row=context.one_row,
+            seq_idx=context.seq_idx,
+            pad_to=fixed,
+        )
     else:
         collate = PaddedCollator(pad_token_id=pad_token_id, pad_to=fixed)
     return Rows(

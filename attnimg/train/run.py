@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from attnimg.facts import DType, Machine, Plan, Proof
+from attnimg.facts import Machine, Plan, Proof, RunContext
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -17,9 +17,7 @@ class RunFacts:
         machine: where the run happens.
         plan: the attention choice with every reason.
         implementation: what transformers was told, "sdpa" or "kernels-community/flash-attn2".
-        dtype: the precision of the matrix multiplications.
-        one_row: whether packed rows go to the model as one row [1, T] (varlen kernels) or as
-            [B, S] under a block-diagonal mask.
+        context: how the model is called, as it was proven.
         isolation: figures of the packing proof; None when nothing is packed.
         proofs: of the attention kernels, failed ones included.
     """
@@ -27,8 +25,7 @@ class RunFacts:
     machine: Machine
     plan: Plan
     implementation: str
-    dtype: DType
-    one_row: bool
+    context: RunContext
     isolation: Mapping[str, object] | None = None
     proofs: tuple[Proof, ...] = ()
 

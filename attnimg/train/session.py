@@ -10,6 +10,7 @@ from typing import Any
 from rich.console import Console
 
 from attnimg.errors import AttnimgError
+from attnimg.facts import RunContext
 from attnimg.schema import Config
 from attnimg.train.arguments import training_arguments
 from attnimg.train.checkpoint import ResumePoint
@@ -94,7 +95,7 @@ def build_engine(session: Session, view: ProgressView) -> Any:
     arguments = training_arguments(
         config,
         machine=run.machine,
-        dtype=run.dtype,
+        context=run.context,
         schedule=session.schedule,
         sparse=any(getattr(session.model.config, name, None) for name in EXPERTS),
     )
@@ -117,7 +118,34 @@ def build_engine(session: Session, view: ProgressView) -> Any:
     )
     engine.remove_callback(PrinterCallback)
     watch.engine = engine
+    _require_context(engine, run.context, deepspeed=bool(config.deepspeed))
     return engine
+
+
+def _require_context(engine: Any, context: RunContext, *, deepspeed: bool) -> None:
+    """Raise unless the engine calls the model as it was proven: accelerate also reads variables.
+
+    Raises:
+        AttnimgError: autocast or torch.compile differ (code context-differs, exit code 1).
+    """
+    accelerator = engine.accelerator
+    named = {"fp16": "float16", "bf16": "bfloat16"}
+    # DeepSpeed's own engine casts the weights; accelerate's autocast is off there.
+    cast = named.get(accelerator.mixed_precision) if accelerator.native_amp else None
+    compiled = accelerator.state.dynamo_plugin.backend.value != "NO"
+    found, needed = (cast, compiled), (context.autocast, context.compiled)
+    if found == needed or deepspeed:
+        return
+    texts = [f"autocast {cast or 'off'}, torch.compile {'on' if on else 'off'}"
+             for cast, on in (found, needed)]  # fmt: skip
+    raise AttnimgError(
+        "the trainer would call the model otherwise than it was proven",
+        why=f"found {texts[0]}\nneeded {texts[1]}",
+        do="unset ACCELERATE_MIXED_PRECISION and ACCELERATE_DYNAMO_BACKEND, and set bf16 and "
+        "torch_compile in the config",
+        code="context-differs",
+        exit_code=1,
+    )
 
 
 def run_engine(engine: Any, session: Session) -> list[str]:

@@ -15,13 +15,14 @@ import torch
 
 sys.path.append(str(Path(__file__).parents[1] / "unit"))
 from attention_cases import LAYER, draw, gradients, packed, plainly, same_document
+from run_facts import a_context, a_problem
 from tiny_models import tiny_model
 
 from attnimg import apply, probe
 from attnimg.attend import attention_function
 from attnimg.backends import all_backends, backend_named
 from attnimg.cli.subject import distributions
-from attnimg.facts import LayerGroup, Model, Problem
+from attnimg.facts import LayerGroup, Model
 from attnimg.plan import choose
 from attnimg.prove.isolation import check_isolation
 from attnimg.train.collate import PackedCollator, PaddedCollator
@@ -35,7 +36,7 @@ OF_TRANSFORMERS = {"sdpa", "flex_attention"}
 def fitting(name, *, is_packed):
     """Give a backend that fits a bf16 Llama here, or skip with the plan's reasons."""
     group = LayerGroup(count=2, heads=4, kv_heads=2, head_dim_qk=64, head_dim_v=64)
-    problem = Problem(
+    problem = a_problem(
         model=Model(type="llama", layers=(group,)),
         dtype="bfloat16",
         packing=is_packed,
@@ -89,8 +90,10 @@ def twenty_losses(backend, *, is_packed):
         apply.require_applied(model, backend)
         one_row = backend.packing == "native"
         if is_packed:
-            assert check_isolation(model, implementation=backend.name, one_row=one_row).isolated
-        collate = PackedCollator(pad_token_id=0, one_row=one_row)
+            assert check_isolation(
+                model, implementation=backend.name, context=a_context(one_row=one_row)
+            ).isolated
+        collate = PackedCollator(pad_token_id=0, seq_idx=False, one_row=one_row)
         if not is_packed:
             collate = PaddedCollator(pad_token_id=0)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)

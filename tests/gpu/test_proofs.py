@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from run_facts import a_problem
 
 from attnimg import plan, probe
 from attnimg.backends import all_backends, backend_named
 from attnimg.cli.subject import distributions
-from attnimg.facts import LayerGroup, Machine, Model, Problem
+from attnimg.facts import LayerGroup, Machine, Model
 from attnimg.prove.proofs import Setting, prove
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
@@ -45,7 +46,7 @@ def machine() -> Machine:
 def test_it_passes(
     name: str, layer: LayerGroup, packing: bool, machine: Machine, tmp_path: Path
 ) -> None:
-    problem = Problem(
+    problem = a_problem(
         model=Model(type="llama", layers=(layer,)),
         dtype=plan.training_dtype(bf16="auto", fp16=False, arch=machine.arch),
         packing=packing,

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from run_facts import a_context
 from tiny_models import tiny_model
 
 from attnimg import apply
@@ -56,7 +57,7 @@ def twenty_losses(name, *, is_packed):
     model, backend = applied(name)
     collate = PaddedCollator(pad_token_id=0)
     if is_packed:
-        collate = PackedCollator(pad_token_id=0, one_row=backend.packing == "native")
+        collate = PackedCollator(pad_token_id=0, seq_idx=False, one_row=backend.packing == "native")
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     losses = []
     for step in range(20):
@@ -119,7 +120,9 @@ def test_s2_trains_as_its_reference_does_and_not_as_sdpa(of_sdpa, monkeypatch):
 @pytest.mark.parametrize("model_type", ["llama", "qwen3", "opt"])
 def test_packed_documents_are_isolated(name, model_type):
     model, backend = applied(name, model_type)
-    proof = check_isolation(model, implementation=name, one_row=backend.packing == "native")
+    proof = check_isolation(
+        model, implementation=name, context=a_context(one_row=backend.packing == "native")
+    )
     assert proof.isolated, proof.why
 
 
@@ -282,7 +285,7 @@ def test_layers_that_differ_run_their_own_backends_and_compute_the_same():
     assert backend.packing == "native"
     model = tiny_model("gemma3_text", apply.prepare(backend), num_hidden_layers=6)
     apply.require_applied(model, backend)
-    proof = check_isolation(model, implementation=backend.name, one_row=True)
+    proof = check_isolation(model, implementation=backend.name, context=a_context(one_row=True))
     assert proof.isolated, proof.why
     ids = torch.arange(3, 35)[None]
     plain = tiny_model("gemma3_text", "eager", num_hidden_layers=6)

@@ -98,7 +98,7 @@ def lists(batch):
     ],
 )
 def test_packed_rows_become(examples, settings, batch):
-    assert lists(PackedCollator(pad_token_id=9, **settings)(examples)) == batch
+    assert lists(PackedCollator(pad_token_id=9, seq_idx=False, **settings)(examples)) == batch
 
 
 @pytest.mark.parametrize(
@@ -131,7 +131,7 @@ def test_unpacked_documents_become(pad_to, batch):
 
 
 def test_dtypes_are_what_kernels_read():
-    batch = PackedCollator(pad_token_id=9, one_row=True)([TWO_AND_THREE])
+    batch = PackedCollator(pad_token_id=9, seq_idx=False, one_row=True)([TWO_AND_THREE])
     assert {name: x.dtype for name, x in batch.items() if isinstance(x, torch.Tensor)} == {
         "input_ids": torch.int64,
         "labels": torch.int64,
@@ -144,7 +144,7 @@ def test_dtypes_are_what_kernels_read():
 
 def test_document_lengths_that_do_not_sum_to_the_row_are_a_mistake():
     with pytest.raises(AssertionError):
-        PackedCollator(pad_token_id=9, one_row=True)(
+        PackedCollator(pad_token_id=9, seq_idx=False, one_row=True)(
             [{**TWO_AND_THREE, "document_lengths": [2, 2]}]
         )
 
@@ -170,7 +170,7 @@ def test_a_batch_has_the_loss_of_its_documents_apart(model_type, implementation,
         for ids, row in zip(tokens, rows, strict=True)
     ]
     with torch.no_grad():
-        batch = PackedCollator(pad_token_id=0, **settings)(examples)
+        batch = PackedCollator(pad_token_id=0, seq_idx=False, **settings)(examples)
         together = model(**batch, use_cache=False).loss
         losses, trained = 0.0, 0
         for ids, row in zip(tokens, rows, strict=True):

@@ -7,6 +7,7 @@ from datetime import date
 from pathlib import Path
 
 import pytest
+from run_facts import a_problem
 
 from attnimg import known_bad, plan
 from attnimg.backends import all_backends, backend_named
@@ -16,7 +17,7 @@ from attnimg.gpus import parse_gpu
 
 TODAY = date(2026, 11, 21)
 LAYER = LayerGroup(count=2, heads=8, kv_heads=2, head_dim_qk=256, head_dim_v=256)
-RUN = Problem(
+RUN = a_problem(
     model=Model(type="llama", layers=(LAYER,)),
     dtype="bfloat16",
     dropout=0.1,

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from run_facts import a_context
 from tiny_models import tiny_model
 
 from attnimg.prove.isolation import check_isolation
@@ -162,7 +163,7 @@ def test_packed_logits_and_gradients_through_transformers_equal_sdpa(served):
     for row in rows:
         ids = torch.randint(3, 128, (sum(row),), generator=draw_ids).tolist()
         examples.append({"input_ids": ids, "labels": ids, "document_lengths": row})
-    batch = PackedCollator(pad_token_id=0, one_row=True, pad_to=40)(examples)
+    batch = PackedCollator(pad_token_id=0, seq_idx=False, one_row=True, pad_to=40)(examples)
     found = {}
     for implementation in ("flash_attention_2", "sdpa"):
         model = tiny_model("llama", implementation)
@@ -189,16 +190,22 @@ def test_packed_logits_and_gradients_through_transformers_equal_sdpa(served):
 )
 def test_the_flash_path_isolates(served, model_type):
     model = tiny_model(model_type, "flash_attention_2")
-    proof = check_isolation(model, implementation="flash_attention_2", one_row=True)
+    proof = check_isolation(
+        model, implementation="flash_attention_2", context=a_context(one_row=True)
+    )
     assert proof.isolated, proof.why
 
 
 def test_the_flash_path_does_not_isolate_rows_without_boundaries(served):
     model = tiny_model("llama", "flash_attention_2")
-    assert not check_isolation(model, implementation="flash_attention_2", one_row=False).isolated
+    assert not check_isolation(
+        model, implementation="flash_attention_2", context=a_context(one_row=False)
+    ).isolated
 
 
 def test_the_flash_path_does_not_isolate_linear_attention(served):
     model = tiny_model("qwen3_next", "flash_attention_2")
-    proof = check_isolation(model, implementation="flash_attention_2", one_row=True)
+    proof = check_isolation(
+        model, implementation="flash_attention_2", context=a_context(one_row=True)
+    )
     assert "can't keep packed sequences apart" in proof.why

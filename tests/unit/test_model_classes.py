@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from run_facts import a_problem
 
 from attnimg.__main__ import run as attnimg
 from attnimg.backends import backend_named
 from attnimg.cli.subject import problem_of
-from attnimg.facts import LayerGroup, Model, ModelClass, Problem
+from attnimg.facts import LayerGroup, Model, ModelClass
 from attnimg.gpus import parse_gpu
 from attnimg.images import image_for, machine_with
 from attnimg.model_classes import class_named
@@ -22,7 +23,14 @@ from attnimg.plan import choose
 from attnimg.plan.classes import reason_against_class
 from attnimg.problem import read_model
 from attnimg.schema import Config
-from recipes.model_classes import PATH, classes_toml, model_classes
+from recipes.model_classes import (
+    CAUSAL_PATH,
+    PATH,
+    causal_toml,
+    causal_types,
+    classes_toml,
+    model_classes,
+)
 
 FLASH = "kernels-community/flash-attn2"
 
@@ -34,8 +42,13 @@ def test_the_table_is_what_the_installed_transformers_says() -> None:
     assert len(found) > 150
     for model_type, facts in found.items():
         assert class_named(model_type) == facts, model_type
-    text = classes_toml(found, transformers=metadata.version("transformers"))
-    assert Path(__file__).parents[2].joinpath(PATH).read_text() == text, "make classes"
+    version, root = metadata.version("transformers"), Path(__file__).parents[2]
+    text = classes_toml(found, transformers=version)
+    assert root.joinpath(PATH).read_text() == text, "make classes"
+    types = causal_types()
+    assert types.causal.keys() == found.keys()
+    text = causal_toml(types, transformers=version)
+    assert root.joinpath(CAUSAL_PATH).read_text() == text, "make classes"
 
 
 @pytest.mark.parametrize(
@@ -138,9 +151,9 @@ def test_layers_that_differ_share_one_backend_where_no_router_can_be_put() -> No
     )
     arch, label = parse_gpu("a100")
     machine = machine_with(image_for(arch), arch, label)
-    problem = Problem(model=Model(type="m", layers=layers), dtype="bfloat16")
+    problem = a_problem(model=Model(type="m", layers=layers), dtype="bfloat16")
     assert choose(None, machine, problem).groups
-    own = Problem(
+    own = a_problem(
         model=problem.model,
         dtype="bfloat16",
         model_class=ModelClass(name="M", lacks=frozenset({"others"})),

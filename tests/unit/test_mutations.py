@@ -8,26 +8,27 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+from run_facts import a_geometry
 from served_kernels import SLY, WRONG, serve
 
-from attnimg.facts import Geometry, Proof
+from attnimg.facts import Proof
 from attnimg.prove.runner import Candidate, run
 
-PACKED = Geometry(
+PACKED = a_geometry(
     heads=4, kv_heads=2, head_dim_qk=16, head_dim_v=16, packing=True, sequence_len=300
 )
-SINGLE = Geometry(heads=4, kv_heads=2, head_dim_qk=16, head_dim_v=16, sequence_len=300)
-HALF = Geometry(
+SINGLE = a_geometry(heads=4, kv_heads=2, head_dim_qk=16, head_dim_v=16, sequence_len=300)
+HALF = a_geometry(
     heads=8, kv_heads=2, head_dim_qk=32, head_dim_v=32, packing=True, dtype="bfloat16",
     sequence_len=256,
 )  # fmt: skip
-WINDOW = Geometry(
+WINDOW = a_geometry(
     heads=4, kv_heads=2, head_dim_qk=16, head_dim_v=16, packing=True, window=64, sequence_len=300
 )
-CAPPED = Geometry(
+CAPPED = a_geometry(
     heads=4, kv_heads=4, head_dim_qk=16, head_dim_v=16, softcap=30.0, sequence_len=200
 )
-DROPOUT = Geometry(
+DROPOUT = a_geometry(
     heads=4, kv_heads=2, head_dim_qk=32, head_dim_v=32, packing=True, dropout=0.1, sequence_len=64
 )
 
@@ -100,24 +101,24 @@ FAULTS = [
     ("dv times 1.05", HALF, "numerics-bwd"),
     ("leak of one token", HALF, "packing-not-isolated"),
 ]
-SMALL = Geometry(
+SMALL = a_geometry(
     heads=4, kv_heads=2, head_dim_qk=16, head_dim_v=16, packing=True, dense=False, sequence_len=64,
     rows=2,
 )  # fmt: skip
 EVERY = replace(SMALL, every_length=True)
-BATCH = Geometry(heads=4, kv_heads=2, head_dim_qk=16, head_dim_v=16, sequence_len=64)
-EQUAL = Geometry(heads=4, kv_heads=4, head_dim_qk=16, head_dim_v=16, sequence_len=64)
-WIDE = Geometry(
+BATCH = a_geometry(heads=4, kv_heads=2, head_dim_qk=16, head_dim_v=16, sequence_len=64)
+EQUAL = a_geometry(heads=4, kv_heads=4, head_dim_qk=16, head_dim_v=16, sequence_len=64)
+WIDE = a_geometry(
     heads=4, kv_heads=2, head_dim_qk=16, head_dim_v=16, packing=True, dense=False, window=64,
     sequence_len=160,
 )  # fmt: skip
-FOUR = Geometry(heads=8, kv_heads=4, head_dim_qk=16, head_dim_v=16, sequence_len=256)
-BF16 = Geometry(
+FOUR = a_geometry(heads=8, kv_heads=4, head_dim_qk=16, head_dim_v=16, sequence_len=256)
+BF16 = a_geometry(
     heads=4, kv_heads=2, head_dim_qk=16, head_dim_v=16, packing=True, dense=False,
     dtype="bfloat16", sequence_len=64,
 )  # fmt: skip
 LONG = replace(BF16, sequence_len=768)
-CAST = Geometry(
+CAST = a_geometry(
     heads=4, kv_heads=2, head_dim_qk=16, head_dim_v=16, dtype="bfloat16", sequence_len=64,
     autocast=True,
 )  # fmt: skip

@@ -11,13 +11,14 @@ import time
 from pathlib import Path
 
 import pytest
+from run_facts import a_geometry
 from served_kernels import serve
 
-from attnimg.facts import Geometry, Proof
+from attnimg.facts import Proof
 from attnimg.prove.patience import Patience, own_time, usage_of
 from attnimg.prove.runner import Candidate, run
 
-SMALL = Geometry(heads=2, kv_heads=1, head_dim_qk=16, head_dim_v=16, sequence_len=64)
+SMALL = a_geometry(heads=2, kv_heads=1, head_dim_qk=16, head_dim_v=16, sequence_len=64)
 SPIN = "while True: pass"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from run_facts import a_problem
 
 from attnimg.backends import all_backends, backend_named
 from attnimg.facts import (
@@ -12,7 +13,6 @@ from attnimg.facts import (
     Machine,
     Model,
     Plan,
-    Problem,
     Reason,
 )
 from attnimg.gpus import catalogue, parse_gpu
@@ -58,7 +58,7 @@ def plan(
 ) -> Plan:
     on = machine(gpu)
     dtype = dtype or training_dtype(bf16="auto", fp16=False, arch=on.arch)
-    problem = Problem(model=model, dtype=dtype, **more)  # type: ignore[arg-type]  # a table's cell
+    problem = a_problem(model=model, dtype=dtype, **more)  # type: ignore[arg-type]  # a table's cell
     return choose(asked, on, problem, strict=strict)
 
 
@@ -146,7 +146,7 @@ def test_kernels_that_a_variable_turns_off_are_not_taken(gpu: str, value: str) -
     setting = {"FLASH_ATTENTION_TRITON_AMD_ENABLE": value}
     backend = backend_named("flash_attention_2")
     assert backend is not None
-    problem = Problem(model=LLAMA, dtype="bfloat16")
+    problem = a_problem(model=LLAMA, dtype="bfloat16")
     machine = Machine(arch=arch, gpu=label, variables=setting)
     (reason,) = reasons_against(backend, machine, problem)
     assert reason.code == "variant"
@@ -232,14 +232,14 @@ def test_on_this_machine_packages_count(
     packages: dict[str, str], torch: str, codes: list[str]
 ) -> None:
     on = machine("a100", packages=packages, torch=torch)
-    found = choose(None, on, Problem(model=LLAMA, dtype="bfloat16"))
+    found = choose(None, on, a_problem(model=LLAMA, dtype="bfloat16"))
     assert reasons(found, "flash_attention_2") == codes
 
 
 def test_a_package_that_another_one_has_overwritten_is_shadowed() -> None:
     packages = {"flash-attn": "2.8.3", "flash-attn-4": "4.0.0b36"}
     on = machine("h100", packages=packages, torch="2.13.0", shadowed=("flash-attn-4",))
-    found = choose(None, on, Problem(model=LLAMA, dtype="bfloat16"))
+    found = choose(None, on, a_problem(model=LLAMA, dtype="bfloat16"))
     assert reasons(found, "flash_attention_4") == ["shadowed"]
     assert got(found) == "flash_attention_2"
 
@@ -295,7 +295,7 @@ def test_a_local_kernel_is_judged_by_its_own_metadata(
     kernel: LocalKernel, gpu: str, packing: bool, codes: list[str]
 ) -> None:
     on = machine(gpu, packages={}, local_kernels=(kernel,))
-    problem = Problem(model=LLAMA, dtype="float32", packing=packing)
+    problem = a_problem(model=LLAMA, dtype="float32", packing=packing)
     found = choose("flash_attention_2", on, problem)
     assert reasons(found, "flash_attention_2") == codes
     assert got(found) == (None if codes else "flash_attention_2")
@@ -317,7 +317,7 @@ def test_what_a_local_kernel_has_no_argument_for_is_a_reason(
     takes: frozenset[str] | None, model: Model, dropout: float, codes: list[str]
 ) -> None:
     on = machine("cpu", packages={}, local_kernels=(local(varlen_takes=takes),))
-    problem = Problem(model=model, dtype="float32", dropout=dropout)
+    problem = a_problem(model=model, dtype="float32", dropout=dropout)
     found = choose("flash_attention_2", on, problem)
     assert reasons(found, "flash_attention_2") == codes
 
@@ -335,6 +335,7 @@ def test_what_a_local_kernel_has_no_argument_for_is_a_reason(
         (False, False, "h100", "float32"),
         ("auto", True, "h100", "float16"),
         (False, True, "t4", "float16"),
+        (False, True, "cpu", "float32"),
     ],
 )
 def test_the_precision_follows_the_hardware(

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from run_facts import a_geometry
 
 from attnimg import apply
 from attnimg.attend import as_applied, attention_function
@@ -29,8 +30,8 @@ def unpadded(function):
 flash_attn_func = unpadded(flash_attn_func)
 flash_attn_varlen_func = unpadded(flash_attn_varlen_func)
 """
-PLAIN = Geometry(heads=4, kv_heads=2, head_dim_qk=16, head_dim_v=16, sequence_len=64)
-MLA = Geometry(heads=2, kv_heads=2, head_dim_qk=192, head_dim_v=128, sequence_len=64)
+PLAIN = a_geometry(heads=4, kv_heads=2, head_dim_qk=16, head_dim_v=16, sequence_len=64)
+MLA = a_geometry(heads=2, kv_heads=2, head_dim_qk=192, head_dim_v=128, sequence_len=64)
 
 
 @pytest.fixture(autouse=True)
@@ -77,7 +78,7 @@ def test_values_of_another_size_are_proven_unpadded_as_they_are_trained() -> Non
 def test_what_a_router_calls_is_what_is_proven(
     monkeypatch: pytest.MonkeyPatch, name: str, routed: bool, function: str, packing: bool
 ) -> None:
-    geometry = Geometry(**(asdict(PLAIN) | {"packing": packing}))
+    geometry = a_geometry(**(asdict(PLAIN) | {"packing": packing}))
     assert proven(name, geometry, routed=routed).passed
 
     def reached(*_tensors: Any, **_arguments: Any) -> Any:

@@ -6,13 +6,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from run_facts import a_geometry
 
-from attnimg.facts import Arch, Figure, Geometry, LocalKernel, Machine, Proof, Reason
+from attnimg.facts import Arch, Figure, LocalKernel, Machine, Proof, Reason
 from attnimg.prove import cache
 from attnimg.prove.runner import Candidate
 
 CPU = Machine(arch=Arch(name="cpu", vendor="cpu"), gpu="cpu", driver="1")
-GEOMETRY = Geometry(heads=4, kv_heads=2, head_dim_qk=16, head_dim_v=16)
+GEOMETRY = a_geometry(heads=4, kv_heads=2, head_dim_qk=16, head_dim_v=16)
 CANDIDATE = Candidate(backend="sdpa", geometries=(GEOMETRY,))
 FIGURE = Figure(quantity="dq", error=1e-7, allowed=1e-6, case="17 tokens")
 PROOF = Proof(backend="sdpa", reasons=(), figures=(FIGURE,), cases=3, longest=64, seconds=0.5)

@@ -6,14 +6,15 @@ from dataclasses import replace
 
 import pytest
 import torch
+from run_facts import a_context, a_geometry, a_problem
 
-from attnimg.facts import Geometry, LayerGroup, Model, Problem
+from attnimg.facts import Geometry, LayerGroup, Model
 from attnimg.prove.cases import cases_of
 from attnimg.prove.geometry import geometries_of
 from attnimg.prove.inputs import draw
 from attnimg.prove.shown import BUDGET, longest_of
 
-LLAMA = Geometry(
+LLAMA = a_geometry(
     heads=32, kv_heads=8, head_dim_qk=64, head_dim_v=64, packing=True, sequence_len=2048
 )
 MLA = replace(LLAMA, heads=8, head_dim_qk=24, head_dim_v=16, packing=False)
@@ -112,7 +113,9 @@ def test_inputs_are_the_same_each_time() -> None:
 def test_equal_layers_are_proven_once() -> None:
     group = LayerGroup(count=3, heads=8, kv_heads=8, head_dim_qk=64, head_dim_v=64)
     model = Model(type="x", layers=(group, replace(group, count=9), replace(group, window=128)))
-    problem = Problem(model=model, dtype="bfloat16", packing=True)
-    found = geometries_of(problem, sequence_len=512)
+    context = a_context(dtype="bfloat16", sequence_len=512)
+    found = geometries_of(
+        a_problem(model=model), context, dense=True, deterministic=False, every_length=False
+    )
     assert [geometry.window for geometry in found] == [None, 128]
     assert {(g.dtype, g.packing, g.sequence_len) for g in found} == {("bfloat16", True, 512)}

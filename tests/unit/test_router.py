@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from attention_cases import LAYER, draw
+from run_facts import a_problem
 
 from attnimg.apply import backend_of
 from attnimg.apply.router import Router, Shape
 from attnimg.errors import AttnimgError
-from attnimg.facts import DType, LayerGroup, Machine, Model, Plan, Problem, Reason
+from attnimg.facts import DType, LayerGroup, Machine, Model, Plan, Reason
 from attnimg.gpus import parse_gpu
 from attnimg.plan import choose, without
 
@@ -75,7 +76,7 @@ def plan_for(
     gpu: str, layers: tuple[LayerGroup, ...], asked: str | None = None, dtype: DType = "bfloat16"
 ) -> Plan:
     arch, label = parse_gpu(gpu)
-    problem = Problem(model=Model(type="m", layers=layers), dtype=dtype, packing=True)
+    problem = a_problem(model=Model(type="m", layers=layers), dtype=dtype, packing=True)
     return choose(asked, Machine(arch=arch, gpu=label), problem)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from attention_cases import LAYER, draw, gradients, packed, plainly
+from run_facts import a_geometry
 
 from attnimg.attend import attention_function
 from attnimg.backends import backend_named
@@ -17,7 +18,6 @@ from attnimg.calls.arguments import read_call
 from attnimg.calls.shifted_kernels import GroupKernel, group_kernels
 from attnimg.calls.shifted_sparse import attend_shifted
 from attnimg.errors import AttnimgError
-from attnimg.facts import Geometry
 from attnimg.prove.candidate import prove_geometry
 from attnimg.prove.oracle import attend
 from attnimg.prove.shifted import shifted_keys
@@ -193,7 +193,7 @@ def test_the_reference_of_its_proof_is_what_was_published(tokens, heads):
 
 def prove(function, *, dtype="float32", heads=4):
     backend = backend_named("s2")
-    geometry = Geometry(
+    geometry = a_geometry(
         heads=heads, kv_heads=min(heads, 2), head_dim_qk=16, head_dim_v=16, sequence_len=100,
         dtype=dtype,
     )  # fmt: skip

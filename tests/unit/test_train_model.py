@@ -14,12 +14,14 @@ import pytest
 from attnimg.errors import AttnimgError
 from attnimg.facts import DType
 from attnimg.schema import Config
-from attnimg.train.model import load_model
+from attnimg.train.causal import require_causal_type
+from attnimg.train.model import load_model, load_model_config
 from attnimg.train.model_files import check_model_files
 from attnimg.train.tokenizer import load_tokenizer
 
 sys.path.append(str(Path(__file__).parents[1] / "fixtures"))
 import tiny_run
+from run_facts import a_context
 
 QLORA = {"adapter": "qlora", "load_in_4bit": True}
 
@@ -33,9 +35,11 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def load(folder: Path, *, dtype: DType = "float32", cast: bool = False, **keys: Any) -> Any:
     values = tiny_run.config_for(folder, **keys)
+    autocast = None if dtype == "float32" or values.bf16 == "full" else dtype
+    context = a_context(dtype=dtype, autocast=autocast)
     tokenizer = load_tokenizer(values, say=lambda _: None)
     return load_model(
-        values, tokenizer=tokenizer, implementation="sdpa", dtype=dtype, needs_dtype_cast=cast
+        values, tokenizer=tokenizer, implementation="sdpa", context=context, needs_dtype_cast=cast
     )
 
 
@@ -203,3 +207,91 @@ def test_a_torn_weight_file_is_refused(tmp_path: Path, tiny: Path) -> None:
     (folder / "model.safetensors").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(AttnimgError, match="could not be loaded"):
         load(tmp_path)
+
+
+def with_weight(folder: Path, name: str, value: float, *, half: bool = False) -> None:
+    """Put one value into a weight of a model folder."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(folder / "model.safetensors")
+    weights[name][1, 1] = value
+    if half:
+        weights = {label: weight.to(torch.bfloat16) for label, weight in weights.items()}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("keys", [{}, QLORA, {"adapter": "lora"}], ids=["full", "qlora", "lora"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_named(
+    tmp_path: Path, tiny: Path, value: float, keys: dict[str, Any]
+) -> None:
+    name = "model.layers.1.mlp.up_proj.weight"
+    with_weight(folder_of(tmp_path, tiny, without=()), name, value)
+    with pytest.raises(AttnimgError) as caught:
+        load(tmp_path, **keys)
+    assert (caught.value.code, caught.value.exit_code) == ("weights-not-finite", 2)
+    assert name in caught.value.why
+
+
+def test_weights_larger_than_float16_are_refused_there_and_taken_in_bfloat16(
+    tmp_path: Path, tiny: Path
+) -> None:
+    folder = folder_of(tmp_path, tiny, without=())
+    with_weight(folder, "model.layers.1.mlp.up_proj.weight", 1e5, half=True)
+    load(tmp_path, dtype="bfloat16", adapter="lora")
+    with pytest.raises(AttnimgError, match="NaN or infinite"):
+        load(tmp_path, dtype="float16", adapter="lora")
+
+
+@pytest.mark.parametrize(
+    ("raw", "keys", "says"),
+    [
+        pytest.param({"model_type": "bert"}, {}, "is_decoder", id="BERT"),
+        pytest.param({"model_type": "t5"}, {}, "choose a decoder", id="T5"),
+        pytest.param({"model_type": "vit"}, {}, "choose a decoder", id="a vision model"),
+        pytest.param({"model_type": "whisper"}, {}, "choose a decoder", id="Whisper"),
+        pytest.param({"model_type": "mistral3"}, {},
+                     "model_type: Mistral3ForConditionalGeneration", id="a class that works"),
+        pytest.param({"model_type": "new", "auto_map": {"AutoModelForCausalLM": "x.Y"}}, {},
+                     "trust_remote_code: true", id="code of its own, not trusted"),
+    ],
+)  # fmt: skip
+def test_a_model_that_is_no_causal_language_model_is_refused(
+    raw: dict[str, Any], keys: dict[str, Any], says: str
+) -> None:
+    with pytest.raises(AttnimgError) as caught:
+        require_causal_type(Config(base_model="there", **keys), raw)
+    assert (caught.value.code, caught.value.exit_code) == ("not-causal-lm", 2)
+    assert caught.value.key == "base_model"
+    assert says in caught.value.do
+
+
+@pytest.mark.parametrize(
+    ("raw", "keys"),
+    [
+        pytest.param({"model_type": "llama"}, {}, id="Llama"),
+        pytest.param({"model_type": "bert", "is_decoder": True}, {}, id="BERT as a decoder"),
+        pytest.param({"model_type": "gemma3"}, {}, id="Gemma 3 with its vision tower"),
+        pytest.param({"model_type": "mistral3"},
+                     {"model_type": "Mistral3ForConditionalGeneration"}, id="a class by name"),
+        pytest.param({"model_type": "new", "auto_map": {"AutoModelForCausalLM": "x.Y"}},
+                     {"trust_remote_code": True}, id="trusted code of its own"),
+    ],
+)  # fmt: skip
+def test_a_causal_language_model_is_taken(raw: dict[str, Any], keys: dict[str, Any]) -> None:
+    require_causal_type(Config(base_model="there", **keys), raw)
+
+
+@pytest.mark.parametrize(
+    "name", ["LlamaModel", "BertForMaskedLM", "LlamaForSequenceClassification", "AutoModel"]
+)
+def test_a_class_of_another_task_is_refused_before_the_weights(tiny: Path, name: str) -> None:
+    with pytest.raises(AttnimgError) as caught:
+        load_model_config(tiny_run.config_for(tiny, model_type=name))
+    assert (caught.value.code, caught.value.key) == ("not-causal-lm", "model_type")
+
+
+def test_a_class_of_this_task_is_taken(tiny: Path) -> None:
+    for name in ("LlamaForCausalLM", "AutoModelForCausalLM"):
+        load_model_config(tiny_run.config_for(tiny, model_type=name))

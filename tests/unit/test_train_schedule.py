@@ -7,6 +7,9 @@ from typing import Any, get_args
 
 import pytest
 
+from attnimg.backends import backend_named
+from attnimg.cli.subject import problem_of
+from attnimg.context import context_of
 from attnimg.errors import AttnimgError
 from attnimg.facts import Arch, Machine
 from attnimg.schema import Config, Optimizer, Scheduler
@@ -131,10 +134,17 @@ def test_contradictions_are_refused(
 
 
 def arguments(tmp_path: Path, machine: Machine = CPU, **keys: Any) -> dict[str, Any]:
+    values = config(output_dir=str(tmp_path), **keys)
+    sdpa = backend_named("sdpa")
+    assert sdpa is not None
+    task = problem_of(values, model=None, dropout=0.0, arch=machine.arch)
     return training_arguments(
-        config(output_dir=str(tmp_path), **keys),
-        machine=machine, dtype="float32", schedule=steps(), sparse=False,
-    )  # fmt: skip
+        values,
+        machine=machine,
+        context=context_of(task, sdpa),
+        schedule=steps(),
+        sparse=False,
+    )
 
 
 @pytest.mark.parametrize(

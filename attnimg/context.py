@@ -1,0 +1,47 @@
+"""Make the run context: how one backend is called in a run.
+
+The kernel's proof, the isolation check on the real model and the trainer each get this value, so
+that what is proven is what is trained.
+"""
+
+from __future__ import annotations
+
+from attnimg.facts import Backend, Problem, RunContext
+
+
+def context_of(problem: Problem, backend: Backend) -> RunContext:
+    """Return how a run calls its model when `backend` computes its attention."""
+    model = problem.model
+    return RunContext(
+        dtype=problem.dtype,
+        autocast=problem.dtype if problem.autocast else None,
+        packing=problem.packing,
+        one_row=takes_one_row(backend),
+        rows=problem.rows,
+        sequence_len=problem.sequence_len,
+        compiled=problem.compiled,
+        checkpointing=problem.checkpointing,
+        seq_idx=problem.packing and model is not None and model.other_layers > 0,
+    )
+
+
+def takes_one_row(backend: Backend) -> bool:
+    """Return whether the rows of a batch are flattened into one, with cu_seqlens.
+
+    A hub kernel that nobody here has read gets them so too, and must prove that it minds them.
+    """
+    return backend.packing == "native" or backend.unread
+
+
+def described(context: RunContext) -> str:
+    """Describe in words how a model is called."""
+    layout = "single documents"
+    if context.packing:
+        layout = "packed, " + ("one row with cu_seqlens" if context.one_row else "rows by mask")
+    parts = [
+        f"{layout}, up to {context.rows} x {context.sequence_len} tokens",
+        context.dtype + (" by autocast" if context.autocast else ""),
+        "torch.compile" if context.compiled else "",
+        "gradient checkpointing" if context.checkpointing else "",
+    ]
+    return "; ".join(part for part in parts if part)

@@ -1,0 +1,78 @@
+"""Refuse models that are no causal language models, before their weights are loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from attnimg.errors import AttnimgError
+from attnimg.model_classes import read_causal_types
+from attnimg.schema import Config
+
+# What chooses a class by the model's type; the last two also load models that take images.
+DEFAULT = "AutoModelForCausalLM"
+AUTO_CLASSES = frozenset({DEFAULT, "AutoModelForImageTextToText", "AutoModelForMultimodalLM"})
+
+
+def require_causal_type(config: Config, raw: Mapping[str, Any]) -> None:
+    """Raise unless config.json describes a causal language model.
+
+    Args:
+        config: the validated run; a class that its key model_type names is judged by
+            require_causal_class instead.
+        raw: the model's config.json.
+
+    Raises:
+        AttnimgError: code not-causal-lm.
+    """
+    type_ = raw.get("model_type")
+    brings_code = DEFAULT in (raw.get("auto_map") or {})
+    if (config.model_type or DEFAULT) != DEFAULT or not isinstance(type_, str):
+        return
+    if brings_code and config.trust_remote_code:
+        return
+    types = read_causal_types()
+    if type_ in types.causal:
+        if type_ not in types.two_sided or raw.get("is_decoder") is True:
+            return
+        found = "its tokens see those that follow, or it has an encoder"
+        do = "choose a decoder; one of this type says is_decoder: true in its config.json"
+    elif type_ in types.with_other_inputs:
+        found = "it takes images or sound, and AutoModelForCausalLM does not load it"
+        do = f"set model_type: {types.with_other_inputs[type_]}, which trains its text part"
+    else:
+        found = "transformers has no causal language model of that type"
+        do = "choose a decoder such as llama, qwen3 or mistral"
+        if brings_code:
+            do = "set trust_remote_code: true, since the model brings its own code"
+    raise _refusal(
+        f"{config.base_model} (model_type {type_})", found=found, do=do, key="base_model"
+    )
+
+
+def require_causal_class(name: str) -> None:
+    """Raise unless a class of transformers that model_type names is a causal language model's.
+
+    Raises:
+        AttnimgError: code not-causal-lm.
+    """
+    types = read_causal_types()
+    known = {*types.causal.values(), *types.with_other_inputs.values()}
+    if name in AUTO_CLASSES or name in known:
+        return
+    raise _refusal(
+        f"model_type: {name}",
+        found="transformers lists the class under another task",
+        do=f"remove model_type: {DEFAULT} finds the right class",
+        key="model_type",
+    )
+
+
+def _refusal(what: str, *, found: str, do: str, key: str) -> AttnimgError:
+    return AttnimgError(
+        f"{what} is no causal language model",
+        why=f"found: {found}\nneeded: a model that predicts each token from those before it",
+        do=do,
+        code="not-causal-lm",
+        key=key,
+    )
