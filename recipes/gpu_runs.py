@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from attnimg.backends import backend_named
 from attnimg.errors import AttnimgError
 from recipes.files import NOTICE
 from recipes.pages import table
@@ -217,6 +218,7 @@ def _proofs(records: Sequence[Record]) -> str:
             rows.append(
                 (
                     f"`{r['backend']}`",
+                    _package(r),
                     values["dtype"],
                     ", ".join(map(str, values["head_dims"])),
                     "packed and single" if values["packing"] else "single",
@@ -226,17 +228,19 @@ def _proofs(records: Sequence[Record]) -> str:
                     _nearest(values["figures"]),
                 )
             )
-    head = (
-        "backend",
-        "precision",
-        "head_dim",
-        "rows",
-        "result",
-        "probes",
-        "seconds",
-        "nearest to its bound",
-    )
+    head = ("backend", "kernel of", "precision", "head_dim", "rows", "result", "probes", "seconds",
+            "nearest to its bound")  # fmt: skip
     return table(head, rows) if rows else ""
+
+
+def _package(record: Record) -> str:
+    """Return the version of the package that a backend's kernel is of."""
+    backend = backend_named(record["backend"])
+    packages = backend.needs.packages if backend else ()
+    versions = record["values"]["versions"]
+    return (
+        ", ".join(f"{name} {versions.get(name, '?')}" for name, _, _ in packages) or "torch's own"
+    )
 
 
 def _nearest(figures: Sequence[Mapping[str, Any]]) -> str:

@@ -85,8 +85,9 @@ class Records:
 class Kernels:
     """The kernels of the kit, compiled in the background into a folder for PYTHONPATH."""
 
-    def __init__(self, kit: Path, folder: Path) -> None:
-        self.folder, self.read = folder, 0
+    def __init__(self, kit: Path, folder: Path, *, keep: Path | None) -> None:
+        self.folder = folder
+        self.read = len(self._lines())  # a folder of an earlier run has its states
         self.begun = time.monotonic()
         script = Path(__file__).with_name("compile_kernels.py")
         self.process: subprocess.Popen[bytes] | None = None
@@ -96,6 +97,7 @@ class Kernels:
             return
         folder.mkdir(parents=True, exist_ok=True)
         command = [sys.executable, str(script), "--kit", str(kit), "--to", str(folder)]
+        command += ["--keep", str(keep)] if keep else []
         with (folder / "compile.log").open("wb") as log:
             self.process = subprocess.Popen(
                 [*command, *adapters.kernel_backends().values()],
@@ -106,11 +108,14 @@ class Kernels:
 
     def news(self) -> list[dict[str, Any]]:
         """Return the states of kernels that were written since the last call."""
-        path = self.folder / "status.jsonl"
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-        whole = [line for line in lines if line.endswith("\n")]
+        whole = self._lines()
         fresh, self.read = whole[self.read :], len(whole)
         return [json.loads(line) for line in fresh]
+
+    def _lines(self) -> list[str]:
+        path = self.folder / "status.jsonl"
+        text = path.read_text(encoding="utf-8") if path.exists() else ""
+        return text.split("\n")[:-1]  # what stands behind the last line break is not whole yet
 
     def busy(self) -> bool:
         """Return whether more may come."""
@@ -142,7 +147,7 @@ def main() -> None:
             "budget": options.budget, "steps": options.steps,
         },
     )  # fmt: skip
-    kernels = Kernels(options.kit, options.kernels)
+    kernels = Kernels(options.kit, options.kernels, keep=options.keep)
     if kernels.missing:
         records.add("kernel", "kernels", seconds=0.0, state="not here", text=kernels.missing)
     try:
@@ -251,6 +256,7 @@ def _options() -> argparse.Namespace:
         "--kit", type=Path, default=ROOT / "build/gpu-kit", help="from make gpu-kit"
     )
     parser.add_argument("--kernels", type=Path, help="where kernels are installed")
+    parser.add_argument("--keep", type=Path, help="where compiled wheels are kept")
     parser.add_argument("--steps", type=lambda text: text.split(","), default=list(STEPS))
     parser.add_argument("--rehearsal", action="store_true", help="small sizes, for a CPU")
     options = parser.parse_args()

@@ -14,6 +14,8 @@ from attnimg.prove.proofs import Setting, prove
 
 # Query heads to a key head in every unit, as in Llama 3.
 GROUP = 4
+# Head sizes of the kit's small builds. Source: recipes/kernels/*.toml, [trim], and make gpu-kit.
+SMALL_BUILDS = {"flash_attention_2": (64, 128), "flash_attention_3": (64, 128, 256)}
 
 
 def this_machine() -> Machine:
@@ -87,6 +89,17 @@ def reasons_against(name: str, machine: Machine, task: Problem) -> list[tuple[st
     found = plan.choose(name, machine, task, strict=True)
     verdict = next(verdict for verdict in found.verdicts if verdict.backend == name)
     return [(reason.code, reason.text) for reason in verdict.reasons]
+
+
+def lacking_in_small_build(name: str, unit: dict[str, Any], machine: Machine) -> str:
+    """Return what a small build, which the kit compiles, lacks of a unit; "" for nothing."""
+    package = kernel_backends().get(name, "")
+    if "trim" not in (machine.packages or {}).get(package, "") or name not in SMALL_BUILDS:
+        return ""
+    sizes = SMALL_BUILDS[name]
+    if unit["dtype"] == "bfloat16" and set(unit["head_dims"]) <= set(sizes):
+        return ""
+    return f"this small build has bfloat16 and head_dim {', '.join(map(str, sizes))} alone"
 
 
 def prove_once(name: str, machine: Machine, task: Problem, *, timeout_s: float) -> Proof:

@@ -107,6 +107,8 @@ def proof(unit: dict[str, Any], stage: Stage) -> Outcome:
     machine, problem = adapters.this_machine(), adapters.problem(unit)
     if against := adapters.reasons_against(unit["backend"], machine, problem):
         return _not_here(against)
+    if lacking := adapters.lacking_in_small_build(unit["backend"], unit, machine):
+        return _not_here([("small-build", lacking)])
     stage("proving")
     until = time.monotonic() + unit["limit_s"]
     made: list[Any] = []
