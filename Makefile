@@ -14,7 +14,7 @@ JOBS ?= 2
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help setup demo test check gpu-rehearsal bench lock render classes clean
+.PHONY: help setup demo test check bench lock render classes clean
 
 help: ## Show this menu
 	@grep -hE '^[a-z0-9/%-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9\/%-]+):.*## /\1\t/' | expand -t 12
@@ -54,7 +54,8 @@ check: .venv/ready ## Format, lint, types, import layers
 	$(BIN)/actionlint .github/workflows/*.yml
 	$(BIN)/zizmor --offline --quiet .github/workflows
 
-gpu-rehearsal: .venv/ready ## Rehearse tests/gpu/day.py, what a GPU machine runs, on a CPU; half a minute
+.PHONY: gpu-rehearsal
+gpu-rehearsal: .venv/ready ## Rehearse tests/gpu/day.py, what a GPU machine runs, on a CPU; 1 minute
 	@rm -f build/gpu-rehearsal.jsonl
 	$(BIN)/python tests/gpu/day.py --rehearsal --budget 900 --out build/gpu-rehearsal.jsonl
 	@$(BIN)/python -m recipes gpu-run build/gpu-rehearsal.jsonl --all-right >build/gpu-rehearsal.md

@@ -1,11 +1,14 @@
 """Run everything that needs a GPU, the most valuable first, within a budget of seconds.
 
-    python tests/gpu/day.py --out FILE.jsonl [--budget 540] [--kit build/gpu-kit] [--steps a,b]
+    python -m pip install --no-index --no-deps --target build/site build/gpu-kit/wheels/*.whl
+    PYTHONPATH=build/site python tests/gpu/day.py --out FILE.jsonl [--budget 540] [--steps a,b]
 
 Each unit of work runs in a worker process with a limit of its own (day_workers.py, day_units.py),
 and its record is on the disk before the next one begins: a run that is cut off at any moment leaves
 all records before. Kernels of the kit are compiled meanwhile, by compile_kernels.py; whenever one
-is ready, it joins the steps. `--rehearsal` runs the same code on a CPU, with smaller sizes.
+is ready, it joins the steps. A second run takes what the first proved with `--known FILE.jsonl`,
+and the wheels that it compiled with `--keep FOLDER`, copied into the kit. `--rehearsal` runs the
+same code on a CPU, with smaller sizes.
 """
 
 from __future__ import annotations
@@ -33,6 +36,8 @@ import day_adapters as adapters  # noqa: E402 - needs the path above
 from day_steps import STEPS, Progress, Sizes, pending  # noqa: E402
 from day_units import gpu_facts, versions  # noqa: E402
 from day_workers import SHORTEST_S, Pool, Unit  # noqa: E402
+
+COMPILER = Path(__file__).with_name("compile_kernels.py")
 
 
 class Records:
@@ -82,14 +87,22 @@ class Records:
         )
 
 
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Return the records of a file; what stands behind its last line break is not whole."""
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    return [json.loads(line) for line in text.split("\n")[:-1]]
+
+
 class Kernels:
     """The kernels of the kit, compiled in the background into a folder for PYTHONPATH."""
 
-    def __init__(self, kit: Path, folder: Path, *, keep: Path | None) -> None:
+    def __init__(
+        self, kit: Path, folder: Path, *, keep: Path | None, script: Path = COMPILER
+    ) -> None:
         self.folder = folder
-        self.read = len(self._lines())  # a folder of an earlier run has its states
+        self.status = folder / "status.jsonl"
+        self.read = len(read_lines(self.status))  # a folder of an earlier run has its states
         self.begun = time.monotonic()
-        script = Path(__file__).with_name("compile_kernels.py")
         self.process: subprocess.Popen[bytes] | None = None
         self.missing = ""
         if not script.exists() or not kit.is_dir():
@@ -108,14 +121,9 @@ class Kernels:
 
     def news(self) -> list[dict[str, Any]]:
         """Return the states of kernels that were written since the last call."""
-        whole = self._lines()
-        fresh, self.read = whole[self.read :], len(whole)
-        return [json.loads(line) for line in fresh]
-
-    def _lines(self) -> list[str]:
-        path = self.folder / "status.jsonl"
-        text = path.read_text(encoding="utf-8") if path.exists() else ""
-        return text.split("\n")[:-1]  # what stands behind the last line break is not whole yet
+        lines = read_lines(self.status)
+        fresh, self.read = lines[self.read :], len(lines)
+        return fresh
 
     def busy(self) -> bool:
         """Return whether more may come."""
@@ -158,7 +166,9 @@ def main() -> None:
     spent = time.monotonic() - now
     records.add(
         "run", "end", seconds=spent, state="measured",
-        values={"records": len(records.made), "passed or measured": done},
+        values={
+            "records": len(records.made), "passed or measured": done, "smi": gpu_facts(),
+        },
     )  # fmt: skip
 
 
@@ -173,6 +183,7 @@ def _run(
         records=records.made,
         nameable={name for name in adapters.packing() if adapters.backend(name).in_config},
         packing=adapters.packing(),
+        known=read_lines(options.known) if options.known else (),
     )
     pool = Pool(_environment(kernels.folder))
     left = {step: STEPS[step] * sizes.patience for step in options.steps}
@@ -256,6 +267,7 @@ def _options() -> argparse.Namespace:
         "--kit", type=Path, default=ROOT / "build/gpu-kit", help="from make gpu-kit"
     )
     parser.add_argument("--kernels", type=Path, help="where kernels are installed")
+    parser.add_argument("--known", type=Path, help="records of an earlier run, for what it proved")
     parser.add_argument("--keep", type=Path, help="where compiled wheels are kept")
     parser.add_argument("--steps", type=lambda text: text.split(","), default=list(STEPS))
     parser.add_argument("--rehearsal", action="store_true", help="small sizes, for a CPU")

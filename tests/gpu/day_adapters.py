@@ -10,7 +10,8 @@ from attnimg.backends import all_backends, backend_named
 from attnimg.cli.subject import distributions
 from attnimg.facts import Backend, LayerGroup, Machine, Model, Problem, Proof
 from attnimg.kernel_cache import use_shipped_kernels
-from attnimg.prove.proofs import Setting, prove
+from attnimg.prove import proofs
+from attnimg.prove.runner import run
 
 # Query heads to a key head in every unit, as in Llama 3.
 GROUP = 4
@@ -104,12 +105,25 @@ def lacking_in_small_build(name: str, unit: dict[str, Any], machine: Machine) ->
 
 def prove_once(name: str, machine: Machine, task: Problem, *, timeout_s: float) -> Proof:
     """Prove a backend as a run does; nothing is read from the cache and nothing written to it."""
-    setting = Setting(machine=machine, environment=os.environ, folder=None)
-    (made,) = prove(
+    setting = _setting(machine)
+    (made,) = proofs.prove(
         [backend(name)], task, setting=setting, say=lambda text: None,
         routed=False, timeout_s=timeout_s,
     )  # fmt: skip
     return made
+
+
+def prove_repeatedly(
+    name: str, machine: Machine, task: Problem, *, times: int, timeout_s: float
+) -> list[Proof]:
+    """Make the same proof several times in one child process, which imports torch once."""
+    candidate = proofs._candidate(backend(name), task, _setting(machine), routed=False)
+    device = "cpu" if machine.arch.vendor == "cpu" else "cuda"
+    return run([candidate] * times, device=device, timeout_s=timeout_s)
+
+
+def _setting(machine: Machine) -> proofs.Setting:
+    return proofs.Setting(machine=machine, environment=os.environ, folder=None)
 
 
 def isolation(model: Any, name: str) -> tuple[bool, str]:

@@ -8,8 +8,10 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
+import day
 import pytest
 from day_steps import STEPS, Progress, Sizes, pending
 from day_workers import Pool, Unit
@@ -103,7 +105,8 @@ def progress(*records, kernels=None):
         records=records,
         nameable={"sdpa", "flash_attention_3"},
         packing={"sdpa": "mask", "s2": "none", "flash_attention_3": "native", "sage": "native",
-                 "flash_attention_4": "native", "flex_attention": "native"},
+                 "flash_attention_4": "native", "flex_attention": "native",
+                 "varlen_attn": "native"},
     )  # fmt: skip
 
 
@@ -131,6 +134,55 @@ def test_a_kernel_joins_when_it_is_ready():
     }
     # Nothing is compiled any more: what was not installed has a record that says so.
     assert set(backends("kernels")) == {"flash_attention_3", "sage"}
+
+
+STUB = """
+import json, sys, time
+from pathlib import Path
+
+path = Path(sys.argv[sys.argv.index("--to") + 1]) / "status.jsonl"
+line = {"kernel": "flash-attn-3", "state": "installed", "seconds": 2.0, "error": None}
+with path.open("a") as file:
+    file.write(json.dumps({**line, "state": "compiling"}) + "\\n" + json.dumps(line)[:9])
+    file.flush()
+    time.sleep(0.3)
+    file.write(json.dumps(line)[9:] + "\\n")
+"""
+
+
+def test_states_of_kernels_are_read_whole_and_once(tmp_path):
+    script, kit = tmp_path / "compile.py", tmp_path / "kit"
+    script.write_text(STUB)
+    kit.mkdir()
+    for _ in range(2):  # the second run meets the states of the first
+        kernels = day.Kernels(kit, tmp_path / "to", keep=None, script=script)
+        states = []
+        while kernels.busy():
+            states += kernels.news()
+        states += kernels.news()
+        assert [state["state"] for state in states] == ["compiling", "installed"]
+
+
+def test_without_a_kit_the_run_says_so(tmp_path):
+    kernels = day.Kernels(tmp_path / "none", tmp_path / "to", keep=None)
+    assert "make gpu-kit" in kernels.missing
+    assert not kernels.busy()
+    assert kernels.news() == []
+
+
+def test_what_an_earlier_run_proved_counts_once_its_kernel_is_installed():
+    known = [proof("sdpa"), proof("flash_attention_3", step="kernels", head_dims=[64])]
+    before = replace(progress(), known=known)
+    assert set(before.proven("bfloat16")) == {"sdpa"}
+    after = replace(progress(installed("flash-attn-3")), known=known)
+    assert set(after.proven("bfloat16")) == {"sdpa", "flash_attention_3"}
+
+
+def test_what_was_refused_is_proven_repeatedly_too():
+    assert backends("repeats", proof("sdpa"), proof("varlen_attn", "failed")) == [
+        "varlen_attn",
+        "sdpa",
+    ]
 
 
 def test_what_was_recorded_is_not_run_again():
