@@ -230,7 +230,10 @@ def _proofs(records: Sequence[Record]) -> str:
             )
     head = ("backend", "kernel of", "precision", "head_dim", "rows", "result", "probes", "seconds",
             "nearest to its bound")  # fmt: skip
-    return table(head, rows) if rows else ""
+    proofs = [r["values"] for r in records if r["kind"] == "proof" and "values" in r]
+    notes = dict.fromkeys(note for values in proofs for note in values["notes"])
+    listed = "".join(f"- {_cell(note)}\n" for note in notes)
+    return table(head, rows) + (f"\n{listed}" if listed else "") if rows else ""
 
 
 def _package(record: Record) -> str:

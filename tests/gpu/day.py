@@ -210,7 +210,7 @@ def _run(
         begun = time.monotonic()
         pool.run(
             units,
-            workers=sizes.workers if step in ("proofs", "kernels", "repeats") else 1,
+            workers=sizes.workers if step in ("proofs", "kernels", "repeats", "slow") else 1,
             deadline=min(deadline, begun + seconds),
             record=lambda unit, at, outcome: _record(records, unit, at, outcome),
         )

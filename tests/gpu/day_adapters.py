@@ -10,13 +10,12 @@ from attnimg.backends import all_backends, backend_named
 from attnimg.cli.subject import distributions
 from attnimg.facts import Backend, LayerGroup, Machine, Model, Problem, Proof
 from attnimg.kernel_cache import use_shipped_kernels
+from attnimg.probe.shipped_kernels import shipped_kernels
 from attnimg.prove import proofs
 from attnimg.prove.runner import run
 
 # Query heads to a key head in every unit, as in Llama 3.
 GROUP = 4
-# Head sizes of the kit's small builds. Source: recipes/kernels/*.toml, [trim], and make gpu-kit.
-SMALL_BUILDS = {"flash_attention_2": (64, 128), "flash_attention_3": (64, 128, 256)}
 
 
 def this_machine() -> Machine:
@@ -93,14 +92,10 @@ def reasons_against(name: str, machine: Machine, task: Problem) -> list[tuple[st
 
 
 def lacking_in_small_build(name: str, unit: dict[str, Any], machine: Machine) -> str:
-    """Return what a small build, which the kit compiles, lacks of a unit; "" for nothing."""
-    package = kernel_backends().get(name, "")
-    if "trim" not in (machine.packages or {}).get(package, "") or name not in SMALL_BUILDS:
-        return ""
-    sizes = SMALL_BUILDS[name]
-    if unit["dtype"] == "bfloat16" and set(unit["head_dims"]) <= set(sizes):
-        return ""
-    return f"this small build has bfloat16 and head_dim {', '.join(map(str, sizes))} alone"
+    """Return what a small build, as the kit compiles it, lacks of a unit; "" for nothing."""
+    version = (machine.packages or {}).get(kernel_backends().get(name, ""), "")
+    lacks = "trim" in version and unit["dtype"] != "bfloat16"
+    return f"the small build {version} has bfloat16 alone" if lacks else ""
 
 
 def prove_once(name: str, machine: Machine, task: Problem, *, timeout_s: float) -> Proof:
@@ -144,3 +139,13 @@ def takes_one_row(one: Backend) -> bool:
 def packing() -> dict[str, str]:
     """Return how each backend that can be applied keeps documents apart, by its name."""
     return {one.name: one.packing for one in all_backends() if one.applied_as}
+
+
+def note_of(name: str) -> str:
+    """Return what a reader of a proof should know of its kernel."""
+    if name == "flash_attention_4" and shipped_kernels() is None:
+        return (
+            "flash_attention_4 compiled its kernels at their first calls: those that an image has"
+            " are for the image's Python, and none came with this installation"
+        )
+    return ""

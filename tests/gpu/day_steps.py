@@ -17,13 +17,11 @@ STEPS = {
     "repeats": 90.0,
     "timing": 120.0,
     "job": 180.0,
-    "flex": 120.0,
+    "slow": 200.0,
     "tests": 150.0,
 }
-# Its proof compiles a kernel for each of 125 shapes, so it comes after what is quick.
-SLOW = "flex_attention"
-# FlashAttention-4's cache in the kit is of another Python: it compiles every kernel anew.
-LAST = "flash_attention_4"
+# These compile kernels during their proof, so they come after what is quick.
+SLOW = ("flash_attention_4", "flex_attention")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,9 +181,7 @@ def pending(step: str, progress: Progress, sizes: Sizes, *, waiting: bool) -> li
         "repeats": lambda: _repeats(progress, sizes),
         "timing": lambda: _timing(progress, sizes),
         "job": lambda: _job(progress, sizes),
-        "flex": lambda: [
-            _proof("flex", SLOW, sizes, progress, sizes.dtypes[0], [sizes.head_dims[0]])
-        ],
+        "slow": lambda: _slow_proofs(progress, sizes, waiting=waiting),
         "tests": lambda: [Unit(step="tests", kind="tests", limit_s=150)] if sizes.tests else [],
     }
     done = progress.done()
@@ -202,7 +198,7 @@ def _machine() -> list[Unit]:
 
 def _proof(
     step: str, backend: str, sizes: Sizes, progress: Progress, dtype: str, head_dims: Sequence[int],
-    *, repeats: int = 1, limit_s: float = 60.0,
+    *, repeats: int = 1, limit_s: float = 80.0,
 ) -> Unit:  # fmt: skip
     """Return the proof of a backend: packed rows and rows of one document, where it packs."""
     dims = "+".join(map(str, head_dims))
@@ -211,7 +207,7 @@ def _proof(
         kind="proof",
         backend=backend,
         what=f"{dtype} head_dim {dims}",
-        limit_s=100.0 if backend in (SLOW, LAST) else limit_s,
+        limit_s=limit_s,
         values={
             "dtype": dtype,
             "head_dims": list(head_dims),
@@ -227,7 +223,7 @@ def _native_proofs(progress: Progress, sizes: Sizes) -> list[Unit]:
     names = [
         name
         for name in progress.native
-        if name != SLOW and (sizes.proven is None or name in sizes.proven)
+        if name not in SLOW and (sizes.proven is None or name in sizes.proven)
     ]
     first, *others = sizes.dtypes
     units = [_proof("proofs", name, sizes, progress, first, sizes.head_dims) for name in names]
@@ -254,23 +250,33 @@ def _native_proofs(progress: Progress, sizes: Sizes) -> list[Unit]:
 
 def _kernel_proofs(progress: Progress, sizes: Sizes, *, waiting: bool) -> list[Unit]:
     """Each head size in a proof of its own: a small build has only some of them."""
-    ready = progress.installed()
-    names = [name for name, package in progress.kernels.items() if package in ready or not waiting]
-    names.sort(key=lambda name: name == LAST)
+    names = [name for name in _ready(progress, waiting=waiting) if name not in SLOW]
     first, *others = sizes.dtypes
     middle = sizes.head_dims[len(sizes.head_dims) // 2]
     pairs = [(first, size) for size in sizes.head_dims] + [(dtype, middle) for dtype in others]
     # The usual sizes of every kernel before the rest of any.
     pairs.sort(key=lambda pair: pair[0] != first or pair[1] > 128)
-    units = [
+    return [
         _proof("kernels", name, sizes, progress, dtype, [size])
         for dtype, size in pairs
         for name in names
-        if name != LAST
     ]
-    if LAST in names:
-        units += [_proof("kernels", LAST, sizes, progress, first, [size]) for size in (middle,)]
-    return units
+
+
+def _slow_proofs(progress: Progress, sizes: Sizes, *, waiting: bool) -> list[Unit]:
+    """One head size alone, the smallest, which the models of the training step have."""
+    ready = {*progress.native, *_ready(progress, waiting=waiting)}
+    return [
+        _proof("slow", name, sizes, progress, sizes.dtypes[0], [sizes.head_dims[0]], limit_s=180)
+        for name in SLOW
+        if name in ready
+    ]
+
+
+def _ready(progress: Progress, *, waiting: bool) -> list[str]:
+    """Return the kernels that can be proven: installed, or with no more hope to be."""
+    ready = progress.installed()
+    return [name for name, package in progress.kernels.items() if package in ready or not waiting]
 
 
 def _training(progress: Progress, sizes: Sizes) -> list[Unit]:
@@ -306,7 +312,7 @@ def _repeats(progress: Progress, sizes: Sizes) -> list[Unit]:
         if record["kind"] == "proof" and record["state"] == "failed" and "values" in record
     ]
     names = dict.fromkeys([*progress.proven(dtype), *refused])
-    names = [name for name in names if name not in (SLOW, LAST)]
+    names = [name for name in names if name not in SLOW]
     # Those whose gradients are summed in no fixed order come first.
     noisy = [
         name for name in names if name in progress.kernels or "flash" in name or "varlen" in name

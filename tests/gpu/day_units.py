@@ -147,7 +147,7 @@ def proof(unit: dict[str, Any], stage: Stage) -> Outcome:
             "probes": shown.cases,
             "proof_seconds": [round(one.seconds, 2) for one in made],
             "figures": worst,
-            "note": shown.note,
+            "notes": [note for note in (shown.note, adapters.note_of(shown.backend)) if note],
             "versions": versions(),
         },
     }
@@ -189,9 +189,10 @@ def train_command(unit: dict[str, Any], stage: Stage) -> Outcome:
 
 
 def tests(unit: dict[str, Any], stage: Stage) -> Outcome:
-    """Run the GPU tests with pytest."""
+    """Run the tests of every backend's call and training with pytest; proofs are steps here."""
     stage("pytest")
-    command = [sys.executable, "-m", "pytest", "tests/gpu", "-q", "-rf", "--maxfail=5"]
+    file = "tests/gpu/test_backends.py"
+    command = [sys.executable, "-m", "pytest", file, "-q", "-rf", "--maxfail=5"]
     # Other versions than the locked ones warn of other things.
     done = _command([*command, "-W", "default", "-o", "filterwarnings=default"], unit, cwd=ROOT)
     lines = done.stdout.strip().splitlines() or done.stderr.strip().splitlines() or [""]
@@ -259,7 +260,9 @@ def _raised(error: BaseException, *, stage: str) -> Outcome:
     kind = type(error).__name__
     code = "out-of-memory" if "out of memory" in text.lower() else getattr(error, "code", kind)
     if isinstance(error, subprocess.TimeoutExpired):
-        return {"state": "timeout", "code": "timeout", "text": f"{stage}: {text}"}
+        # What it had printed; bytes even where text was asked for.
+        said = (error.stdout or b"")[-400:].decode(errors="replace")
+        return {"state": "timeout", "code": "timeout", "text": f"{stage}: {text}: {said}"}
     broken = "CUDA error" in text or kind == "AcceleratorError"
     return {
         "state": "failed",

@@ -163,6 +163,16 @@ def test_states_of_kernels_are_read_whole_and_once(tmp_path):
         assert [state["state"] for state in states] == ["compiling", "installed"]
 
 
+def test_what_compiles_during_its_proof_comes_late_and_only_when_it_is_there():
+    native = replace(progress(), native=["sdpa", "flex_attention"])
+    native = replace(native, kernels={"flash_attention_4": "flash-attn-4"})
+    slow = [unit.backend for unit in pending("slow", native, Sizes.gpu(), waiting=True)]
+    assert slow == ["flex_attention"]
+    slow = [unit.backend for unit in pending("slow", native, Sizes.gpu(), waiting=False)]
+    assert slow == ["flash_attention_4", "flex_attention"]
+    assert not pending("kernels", native, Sizes.gpu(), waiting=False)
+
+
 def test_without_a_kit_the_run_says_so(tmp_path):
     kernels = day.Kernels(tmp_path / "none", tmp_path / "to", keep=None)
     assert "make gpu-kit" in kernels.missing

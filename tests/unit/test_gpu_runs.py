@@ -28,7 +28,8 @@ START = record(
 PROOF = record(
     "proof", "proofs", "passed", backend="sdpa", unit="proofs sdpa",
     values={"dtype": "bfloat16", "head_dims": [64], "packing": True, "probes": 139, "proofs": 1,
-            "refused": 0, "proof_seconds": [3.0], "versions": {"flash-attn-3": "3.0.0"},
+            "refused": 0, "proof_seconds": [3.0], "notes": ["proven up to 9 tokens"],
+            "versions": {"flash-attn-3": "3.0.0"},
             "figures": [{"quantity": "dq", "error": 1e-3, "allowed": 2e-3},
                         {"quantity": "out", "error": None, "allowed": None}]},
 )  # fmt: skip
@@ -84,6 +85,7 @@ def test_the_page_shows_what_was_found_and_what_failed():
     page = runs_page({"2026-12-01-h100": [*RUN[:-1], FAILED, END]})
     assert "## NVIDIA H100 80GB HBM3, 2026-12-01" in page
     assert "| `sdpa` | torch's own | bfloat16 | 64 | packed and single | passed | 139 |" in page
+    assert "- proven up to 9 tokens" in page
     assert "dq 1.0e-03 of 2.0e-03" in page
     assert "| 128 | 2 x 8192 | 40 documents | `sdpa` | 1.000 | 3.500 | 494.7 | 50 % |" in page
     assert "12,346 | 3.0 GiB" in page
