@@ -175,14 +175,12 @@ def _texts(root: Path) -> dict[str, str]:
     recipes = read_recipes(root)
     plans = solve_all(recipes)
     runners = (root / "recipes/runners.toml").read_text(encoding="utf-8")
+    texts = rendered(plans, recipes, locks=read_locks(plans, root=root), runners=runners)
     runs = read_runs(root)
-    texts = rendered(
-        plans, recipes, locks=read_locks(plans, root=root), runners=runners, gpu_runs=runs
-    )
     readme = (root / "README.md").read_text(encoding="utf-8")
     readme = with_table(readme, built_table(plans, read_records(root)))
     readme = with_table(readme, runs_table(runs), begin=RUNS_BEGIN, end=RUNS_END)
-    return {**texts, "README.md": readme}
+    return {**texts, "docs/gpu-runs.md": runs_page(runs), "README.md": readme}
 
 
 def _plan(name: str, root: Path) -> Plan:

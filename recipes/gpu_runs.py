@@ -86,7 +86,8 @@ def faults(records: Sequence[Record], *, all_right: bool) -> list[str]:
     found += [f"planned, but without a record: {name}" for name in planned if name not in recorded]
     twice = {name for name in recorded if recorded.count(name) > 1}
     found += [f"recorded more than once: {name}" for name in sorted(twice)]
-    if not any(record["kind"] == "proof" for record in records):
+    proven = any(record["kind"] == "proof" for record in records)
+    if not proven and not _start(records).get("known"):
         found.append("no proof was recorded")
     if all_right:
         wrong = [r for r in records if r["state"] in (*_BAD, "not reached")]
@@ -166,6 +167,8 @@ def _summary(name: str, records: Sequence[Record]) -> str:
         else f"It was cut off; the last record is that of `{last}`"
     )
     kind = "This was a rehearsal with small sizes. " if start.get("rehearsal") else ""
+    if start.get("known"):
+        kind += f"It went on from `{start['known']}`, which proved what is trained and timed here. "
     told = ", ".join(f"{count} {state}" for state, count in counts.items())
     return (
         f"{kind}{how}. Of {len(units)} units of work: {told}. Records: `{FOLDER}/{name}.jsonl`.\n"
@@ -294,32 +297,32 @@ def _training(records: Sequence[Record]) -> str:
 
 
 def _times(records: Sequence[Record]) -> str:
-    """Write the times, those of one call together and the fastest first."""
-    timed = [r for r in records if r["kind"] == "timing" and "values" in r]
-    calls = ("head_dim", "length", "packing")
-    order = sorted(
-        timed,
-        key=lambda r: (*(r["values"][key] for key in calls), r["values"]["both_ms"]),
-    )
+    """Write a row for each call and a column for each backend, the fastest of a row in bold."""
+    calls: dict[tuple[int, int, int, str], dict[str, Mapping[str, Any]]] = {}
+    for r in records:
+        if r["kind"] == "timing" and "values" in r:
+            one = r["values"]
+            packing = f"{one['documents']} documents" if one["packing"] else "one document a row"
+            call = (one["head_dim"], one["tokens"] // one["length"], one["length"], packing)
+            calls.setdefault(call, {})[r["backend"]] = one
+    names = list(dict.fromkeys(name for found in calls.values() for name in found))
     rows = []
-    for r in order:
-        values = r["values"]
-        share = values["share_of_peak"]
-        rows.append(
-            (
-                str(values["head_dim"]),
-                f"{values['tokens'] // values['length']} x {values['length']}",
-                f"{values['documents']} documents" if values["packing"] else "one document a row",
-                f"`{r['backend']}`",
-                f"{values['forward_ms']:.3f}",
-                f"{values['both_ms']:.3f}",
-                f"{values['both_tflops']:.1f}",
-                "-" if share is None else f"{100 * share:.0f} %",
-            )
-        )
-    head = ("head_dim", "rows", "packing", "backend", "forward ms", "forward and backward ms",
-            "TFLOP/s", "of the peak")  # fmt: skip
-    return table(head, rows) if rows else ""
+    for (size, n_rows, length, packing), found in sorted(calls.items()):
+        fastest = min(found, key=lambda name: float(found[name]["both_ms"]))
+        cells = [_time(found.get(name), bold=name == fastest) for name in names]
+        rows.append((str(size), f"{n_rows} x {length}", packing, *cells))
+    head = ("head_dim", "rows", "packing", *(f"`{name}`" for name in names))
+    said = "Milliseconds forward and backward; TFLOP/s, and their share of the peak.\n\n"
+    return said + table(head, rows) if rows else ""
+
+
+def _time(values: Mapping[str, Any] | None, *, bold: bool) -> str:
+    if values is None:
+        return "-"
+    share = values["share_of_peak"]
+    of_peak = "" if share is None else f", {100 * share:.0f} %"
+    mark = "**" if bold else ""
+    return f"{mark}{values['both_ms']:.2f}{mark}; {values['both_tflops']:.0f}{of_peak}"
 
 
 def _jobs(records: Sequence[Record]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 from attnimg.errors import AttnimgError
@@ -16,19 +16,13 @@ from recipes.constraints import constraints
 from recipes.facts import Plan, Recipes
 from recipes.files import text_of
 from recipes.gates import docs
-from recipes.gpu_runs import Record, runs_page
 from recipes.lock import FOLDER, blocks
 from recipes.matrix import matrix
 from recipes.pages import gates_page, images_page, kernels_page, support_page
 
 
 def rendered(
-    plans: tuple[Plan, ...],
-    recipes: Recipes,
-    *,
-    locks: Mapping[str, str],
-    runners: str,
-    gpu_runs: Mapping[str, Sequence[Record]],
+    plans: tuple[Plan, ...], recipes: Recipes, *, locks: Mapping[str, str], runners: str
 ) -> dict[str, str]:
     """Give every generated file: path -> text.
 
@@ -37,7 +31,6 @@ def rendered(
         recipes: what they were made from.
         locks: image -> text of its lock file.
         runners: text of recipes/runners.toml.
-        gpu_runs: name -> records of a run on a GPU.
 
     Raises:
         AttnimgError: as refuse_wrong_hashes.
@@ -54,7 +47,6 @@ def rendered(
         "docs/choices.md": choices_page(chosen),
         "tests/unit/golden/choices.json": choices_json(chosen, parsed),
         "docs/gates.md": gates_page(docs(), recipes.allowed),
-        "docs/gpu-runs.md": runs_page(gpu_runs),
         "docs/images.md": images_page(plans),
         "docs/kernels.md": kernels_page(recipes.kernels.values()),
         "docs/support.md": support_page(plans),

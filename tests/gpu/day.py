@@ -37,6 +37,8 @@ from day_steps import STEPS, Progress, Sizes, pending  # noqa: E402
 from day_units import gpu_facts, versions  # noqa: E402
 from day_workers import SHORTEST_S, Pool, Unit  # noqa: E402
 
+# Units that are run before kernels that are ready meanwhile get their turn.
+CHUNK = 6
 COMPILER = Path(__file__).with_name("compile_kernels.py")
 
 
@@ -45,7 +47,7 @@ class Records:
 
     def __init__(self, path: Path, *, machine: str) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.file = path.open("a", encoding="utf-8")
+        self.file = path.open("x", encoding="utf-8")
         self.machine, self.begun = machine, time.monotonic()
         self.lock = threading.Lock()
         self.made: list[dict[str, Any]] = []
@@ -153,6 +155,7 @@ def main() -> None:
             "gpu": machine.gpu, "arch": machine.arch.name, "driver": machine.driver,
             "versions": installed, "smi": gpu_facts(), "rehearsal": options.rehearsal,
             "budget": options.budget, "steps": options.steps,
+            "known": options.known.stem if options.known else None,
         },
     )  # fmt: skip
     kernels = Kernels(options.kit, options.kernels, keep=options.keep)
@@ -207,6 +210,8 @@ def _run(
         if new := [unit.name for unit in units if unit.name not in planned]:
             records.add("plan", step, seconds=0.0, state="measured", values={"units": new})
             planned |= set(new)
+        if busy and step != "proofs":
+            units = units[:CHUNK]
         begun = time.monotonic()
         pool.run(
             units,
@@ -261,7 +266,7 @@ def _environment(kernels: Path) -> dict[str, str]:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--out", type=Path, required=True, help="the JSON Lines file, appended to")
+    parser.add_argument("--out", type=Path, required=True, help="the JSON Lines file, a new one")
     parser.add_argument("--budget", type=float, default=540.0, help="seconds in all")
     parser.add_argument(
         "--kit", type=Path, default=ROOT / "build/gpu-kit", help="from make gpu-kit"
@@ -274,6 +279,8 @@ def _options() -> argparse.Namespace:
     options = parser.parse_args()
     if unknown := [step for step in options.steps if step not in STEPS]:
         parser.error(f"no such step: {', '.join(unknown)}; there are {', '.join(STEPS)}")
+    if options.out.exists():
+        parser.error(f"{options.out} exists: one file is one run")
     options.kernels = options.kernels or Path(tempfile.mkdtemp(prefix="attnimg-kernels-"))
     return options
 

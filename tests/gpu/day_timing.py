@@ -43,14 +43,16 @@ def timing(unit: dict[str, Any], stage: Callable[[str], None]) -> dict[str, Any]
     heads = unit["width"] // unit["head_dim"]
     kv_heads = max(1, heads // adapters.GROUP)
     generator = torch.Generator(device=device).manual_seed(0)
-    q, k, v = (
+    # In memory (B, T, H, D), as after a model's projections and rotary embeddings.
+    drawn = [
         torch.randn(
-            (shape[0], n, shape[1], unit["head_dim"]), generator=generator, device=device,
+            (*shape, n, unit["head_dim"]), generator=generator, device=device,
             dtype=getattr(torch, unit["dtype"]),
-        ).requires_grad_()
-        for n in (heads, kv_heads, kv_heads)
-    )  # fmt: skip
-    d_out = torch.randn_like(q).transpose(1, 2)
+        )
+        for n in (heads, kv_heads, kv_heads, heads)
+    ]  # fmt: skip
+    q, k, v = (x.transpose(1, 2).requires_grad_() for x in drawn[:3])
+    d_out = drawn[3]
     mask, arguments = _documents(backend, documents, shape, device)
     function = attention_function(backend)
     layer = SimpleNamespace(is_causal=True, training=True)
