@@ -108,7 +108,7 @@ class Kernels:
         self.process: subprocess.Popen[bytes] | None = None
         self.missing = ""
         if not script.exists() or not kit.is_dir():
-            self.missing = f"found no {kit.name} and compile_kernels.py; see make gpu-kit"
+            self.missing = f"no kernels are installed: found no {kit.name}; see make gpu-kit"
             return
         folder.mkdir(parents=True, exist_ok=True)
         command = [sys.executable, str(script), "--kit", str(kit), "--to", str(folder)]

@@ -121,10 +121,11 @@ def _setting(machine: Machine) -> proofs.Setting:
     return proofs.Setting(machine=machine, environment=os.environ, folder=None)
 
 
-def isolation(model: Any, name: str) -> tuple[bool, str]:
-    """Return whether a model keeps packed documents apart on a backend, and the figures."""
+def isolation(model: Any, unit: dict[str, Any]) -> tuple[bool, str]:
+    """Return whether a model keeps packed documents apart on a unit's backend, and the figures."""
     from attnimg.prove.isolation import check_isolation
 
+    name = unit["backend"]
     found = check_isolation(
         model, implementation=name, one_row=takes_one_row(backend(name)), autocast=None
     )

@@ -62,7 +62,7 @@ def training(unit: dict[str, Any], stage: Callable[[str], None]) -> dict[str, An
         model = _model(shape, apply.prepare(backend, layers=layers), dtype=dtype, device=device)
         apply.require_applied(model, backend)
         stage("isolation check")
-        isolated, why = adapters.isolation(model, backend.name)
+        isolated, why = adapters.isolation(model, unit)
         stage("training")
         if device == "cuda":
             torch.cuda.reset_peak_memory_stats()
