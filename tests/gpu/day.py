@@ -194,7 +194,8 @@ def _run(
     while deadline - time.monotonic() > SHORTEST_S:
         # Asked first: a kernel that is ready after this question is met in the next round.
         busy = kernels.busy()
-        if news := kernels.news():
+        news = kernels.news()
+        if any(state["state"] == "installed" for state in news):
             pool.restart()  # transformers looks for packages once, when it is imported
         for state in news:
             _record_kernel(records, state)

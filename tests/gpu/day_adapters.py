@@ -132,6 +132,13 @@ def isolation(model: Any, unit: dict[str, Any]) -> tuple[bool, str]:
     return found.isolated, found.why
 
 
+def packed_collator(name: str) -> Any:
+    """Return the collator of packed rows, as train makes it for a backend."""
+    from attnimg.train.collate import PackedCollator
+
+    return PackedCollator(pad_token_id=0, one_row=takes_one_row(backend(name)))
+
+
 def takes_one_row(one: Backend) -> bool:
     """Return whether packed rows reach a backend as one row with the documents' bounds."""
     return one.packing == "native"

@@ -15,7 +15,6 @@ import torch
 from day_units import versions
 
 from attnimg import apply
-from attnimg.train.collate import PackedCollator
 
 # 1b: Llama 3.2 1B with a smaller vocabulary, since random weights need no words.
 # Source: meta-llama/Llama-3.2-1B, config.json (2026-11-26).
@@ -66,7 +65,7 @@ def training(unit: dict[str, Any], stage: Callable[[str], None]) -> dict[str, An
         stage("training")
         if device == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        losses, seconds = _steps(model, unit, one_row=adapters.takes_one_row(backend))
+        losses, seconds = _steps(model, unit)
     memory = torch.cuda.max_memory_allocated() if device == "cuda" else None
     reference = unit.get("reference")
     difference = (
@@ -116,11 +115,11 @@ def _model(shape: dict[str, int], implementation: str, *, dtype: Any, device: st
     return model.train()
 
 
-def _steps(model: Any, unit: dict[str, Any], *, one_row: bool) -> tuple[list[float], list[float]]:
+def _steps(model: Any, unit: dict[str, Any]) -> tuple[list[float], list[float]]:
     """Train; return the loss and the seconds of each step."""
     device = next(model.parameters()).device
     optimizer = torch.optim.AdamW(model.parameters(), lr=unit["learning_rate"])
-    collate = PackedCollator(pad_token_id=0, one_row=one_row)
+    collate = adapters.packed_collator(unit["backend"])
     batches = []
     for seed in range(BATCHES):
         generator = torch.Generator().manual_seed(seed)
