@@ -54,6 +54,16 @@ check: .venv/ready ## Format, lint, types, import layers
 	$(BIN)/actionlint .github/workflows/*.yml
 	$(BIN)/zizmor --offline --quiet .github/workflows
 
+.PHONY: gpu-rehearsal
+gpu-rehearsal: .venv/ready ## Rehearse tests/gpu/day.py, what a GPU machine runs, on a CPU; 1 minute
+	@rm -f build/gpu-rehearsal.jsonl
+	$(BIN)/python tests/gpu/day.py --rehearsal --budget 900 --out build/gpu-rehearsal.jsonl
+	@$(BIN)/python -m recipes gpu-run build/gpu-rehearsal.jsonl --all-right >build/gpu-rehearsal.md
+	@echo "gpu-rehearsal: the records are complete; as a page: build/gpu-rehearsal.md"
+
+gpu-rehearsal/old: build/gpu-old/ready ## The same with the transformers of the GPU machine, 5.17
+	@$(MAKE) gpu-rehearsal BIN=build/gpu-old/bin --assume-old=.venv/ready
+
 bench: .venv/ready ## Measure the figures of the README
 	$(BIN)/python benchmarks/startup.py
 	$(BIN)/python benchmarks/packing.py
@@ -200,6 +210,15 @@ build/fa4/ready: requirements/torch.txt docker/constraints/hopper.txt docker/fa4
 	@$(PIP) --require-hashes --no-deps -r requirements/lock.txt
 	@echo "setup: 3 of 3: attnimg itself"
 	@$(PIP) --no-deps --no-build-isolation -e .
+	@touch $@
+
+# What a machine with a GPU is likely to have: no attnimg, older libraries. trl and datasets for `train`.
+build/gpu-old/ready: requirements/torch.txt Makefile
+	@echo "gpu-rehearsal: making build/gpu-old with transformers 5.17, 1 to 3 minutes"
+	@$(PYTHON) -m venv build/gpu-old
+	@build/gpu-old/bin/pip install -qq --disable-pip-version-check -r requirements/torch.txt \
+	  transformers==5.17.0 accelerate==1.15.0 trl==1.16.0 kernels==0.17.2 'datasets>=5.2,<6' 'peft>=0.21,<0.22' \
+	  matplotlib psutil pyyaml rich 'typer>=0.16' 'pydantic>=2.11' 'platformdirs>=4' packaging pytest pytest-timeout
 	@touch $@
 
 build/nvcc/ready: tests/gates/compiler.py requirements/images/toolchain-2.14.1-cu130.txt

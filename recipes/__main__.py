@@ -16,6 +16,9 @@ from recipes.built import FOLDER as BUILT
 from recipes.built import built_table, codes_found, listed, read_records, record, with_table
 from recipes.facts import Plan
 from recipes.files import write_all
+from recipes.gpu_runs import BEGIN as RUNS_BEGIN
+from recipes.gpu_runs import END as RUNS_END
+from recipes.gpu_runs import faults, read_run, read_runs, runs_page, runs_table
 from recipes.lock import lock_all
 from recipes.read import read_recipes
 from recipes.render import drifted, read_locks, rendered
@@ -144,6 +147,26 @@ def built(
     render(root)
 
 
+@app.command(name="gpu-run")
+def gpu_run(
+    file: Annotated[Path, typer.Argument(help="What tests/gpu/day.py wrote.")],
+    all_right: Annotated[
+        bool, typer.Option("--all-right", help="Refuse a run in which a unit failed.")
+    ] = False,
+) -> None:
+    """Print the page of one run; exit with 1 when its records are not complete."""
+    records = read_run(file)
+    typer.echo(runs_page({file.stem: records}))
+    if found := faults(records, all_right=all_right):
+        raise AttnimgError(
+            f"the records of {file} are not complete",
+            why="\n".join(found),
+            do="run tests/gpu/day.py to its end, with a larger --budget or fewer --steps",
+            code="incomplete-run",
+            exit_code=1,
+        )
+
+
 @app.command()
 def publish(name: Name, root: Root = ROOT) -> None:
     """Exit with 0 when an image may be published: no value of it is unresolved."""
@@ -155,9 +178,11 @@ def _texts(root: Path) -> dict[str, str]:
     plans = solve_all(recipes)
     runners = (root / "recipes/runners.toml").read_text(encoding="utf-8")
     texts = rendered(plans, recipes, locks=read_locks(plans, root=root), runners=runners)
+    runs = read_runs(root)
     readme = (root / "README.md").read_text(encoding="utf-8")
-    table = built_table(plans, read_records(root))
-    return {**texts, "README.md": with_table(readme, table)}
+    readme = with_table(readme, built_table(plans, read_records(root)))
+    readme = with_table(readme, runs_table(runs), begin=RUNS_BEGIN, end=RUNS_END)
+    return {**texts, "docs/gpu-runs.md": runs_page(runs), "README.md": readme}
 
 
 def _plan(name: str, root: Path) -> Plan:

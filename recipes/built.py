@@ -134,18 +134,24 @@ def _cell(step: Step | None, made: Mapping[str, Any] | None, *, day: str) -> str
     return f"small build, {day}" if made["trimmed"] else f"built, {day}"
 
 
-def with_table(readme: str, text: str) -> str:
-    """Put a text between the marks of the README.
+def with_table(readme: str, text: str, *, begin: str = BEGIN, end: str = END) -> str:
+    """Put a text between two marks of the README.
+
+    Args:
+        readme: the whole file.
+        text: what is to stand between the marks.
+        begin: the line before it.
+        end: what stands behind it.
 
     Raises:
         AttnimgError: it has no such marks (code "no-marks").
     """
-    head, begin, rest = readme.partition(BEGIN)
-    _, end, tail = rest.partition(END)
-    if not begin or not end:
+    head, found_begin, rest = readme.partition(begin)
+    _, found_end, tail = rest.partition(end)
+    if not found_begin or not found_end:
         raise AttnimgError(
-            "README.md has no place for the table of what was built",
-            why=f"found no {BEGIN.strip()!r} followed by {END!r}",
+            "README.md has no place for a generated table",
+            why=f"found no {begin.strip()!r} followed by {end!r}",
             do="put both lines back",
             code="no-marks",
         )

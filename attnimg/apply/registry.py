@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from attnimg.attend import as_applied, attention_function
 from attnimg.facts import AttentionFunction, Backend, LayerGroup
 
-# transformers' slot for the one flash implementation that is loaded.
-# Source: transformers 5.22.2, modeling_flash_attention_utils.py (2026-11-21).
+# transformers' slot for the one flash implementation that is loaded; 5.17 has not all of them.
+# Source: transformers 5.17.0 and 5.22.2, modeling_flash_attention_utils.py (2026-11-26).
 _FLASH_SLOT = (
     "_loaded_implementation",
     "_flash_fn",
@@ -33,7 +33,7 @@ def restored() -> Iterator[None]:
 
     registries = (AttentionInterface._global_mapping, AttentionMaskInterface._global_mapping)
     before = [dict(registry) for registry in registries]
-    slot = {name: getattr(flash, name) for name in _FLASH_SLOT}
+    slot = {name: getattr(flash, name) for name in _FLASH_SLOT if hasattr(flash, name)}
     try:
         yield
     finally:

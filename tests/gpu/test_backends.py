@@ -25,6 +25,7 @@ from attnimg.cli.subject import distributions
 from attnimg.facts import LayerGroup, Model
 from attnimg.plan import choose
 from attnimg.prove.isolation import check_isolation
+from attnimg.prove.shifted import shifted_keys
 from attnimg.train.collate import PackedCollator, PaddedCollator
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -55,7 +56,7 @@ def error(found, right):
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("lengths", [[320], [1, 127, 192]], ids=["dense", "packed"])
-def test_it_is_as_right_as_plain_attention_in_bf16(name, lengths):
+def test_it_is_as_right_as_its_pattern_written_plainly_in_bf16(name, lengths):
     backend = fitting(name, is_packed=len(lengths) > 1)
     if name in OF_TRANSFORMERS or backend.k_backward is None:
         pytest.skip(f"{name} is tested in models")
@@ -70,6 +71,9 @@ def test_it_is_as_right_as_plain_attention_in_bf16(name, lengths):
     }
     found = attention_function(backend)(LAYER, *leaves, None, scaling=0.125, **on_gpu)[0]
     seen = same_document(lengths).to(DEVICE)
+    if backend.pattern == "shifted":
+        one_row = torch.zeros(1, sum(lengths), dtype=torch.int64, device=DEVICE)
+        seen = shifted_keys(one_row, heads=4)
     right = plainly(*leaves, seen=seen, scale=0.125)
     k, v = (x.repeat_interleave(2, dim=1) for x in leaves[1:])
     scores = (leaves[0] @ k.transpose(-1, -2) * 0.125).masked_fill(~seen, float("-inf"))

@@ -136,5 +136,5 @@ def test_the_readme_keeps_all_but_the_table() -> None:
 
 
 def test_a_readme_without_marks_is_refused() -> None:
-    with pytest.raises(AttnimgError, match="no place for the table"):
+    with pytest.raises(AttnimgError, match="no place for a generated table"):
         with_table("nothing here", "new")

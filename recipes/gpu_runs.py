@@ -1,0 +1,392 @@
+"""What ran on a GPU: the records of tests/gpu/day.py, and the pages that show them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from attnimg.backends import backend_named
+from attnimg.errors import AttnimgError
+from recipes.files import NOTICE
+from recipes.pages import table
+
+FOLDER = "docs/gpu-runs"
+BEGIN = "<!-- gpu runs: `make render` writes what follows -->\n"
+END = "<!-- gpu runs: end -->"
+NONE = "No run on a GPU is recorded yet.\n"
+
+Record = Mapping[str, Any]
+_FIELDS = frozenset({"kind", "step", "backend", "started", "seconds", "machine", "state"})
+_GOOD, _BAD = ("passed", "measured"), ("failed", "crash", "timeout")
+_HEAD = """# Runs on GPUs
+
+Each section is one run of `tests/gpu/day.py` on a machine with a GPU: it proves every attention
+backend there, trains with those that passed, and times them. Its records stand in `docs/gpu-runs/`,
+one JSON object a line. A result is one of: **passed**; **failed**, with what was found; **crash**
+or **timeout**, of the process that ran the kernel; **not here**, where the machine or a missing
+package rules it out; **not reached**, where the time was up before.
+
+- A *proof* compares a backend's outputs and gradients with plain attention in float64 on more than
+  100 calls, packed documents among them, as `attnimg verify` does.
+- *Training* is some steps of a random Llama on packed rows, the same weights and data for each
+  backend; sdpa's losses are the reference. *1b* has the shape of Llama 3.2 1B.
+- *Times* are medians by CUDA events. Operations are those that a causal model needs: for each
+  document of L tokens and each query head, L * L / 2 * 4 * head_dim forward, and 2.5 times as many
+  backward, whatever the kernel computes. The peak is the GPU's for dense bfloat16 matrix products.
+
+Times of other versions of torch, Python or kernels than an image's never change the order in which
+`auto` takes backends.
+"""
+
+
+def read_runs(root: Path) -> dict[str, list[Record]]:
+    """Read the records of a checkout: name -> records, by name."""
+    return {path.stem: read_run(path) for path in sorted((root / FOLDER).glob("*.jsonl"))}
+
+
+def read_run(path: Path) -> list[Record]:
+    """Read the records of one file; a last line that was cut off is left out.
+
+    Raises:
+        AttnimgError: another line is no JSON object (code "bad-records").
+    """
+    try:
+        *lines, last = path.read_text(encoding="utf-8").split("\n")
+        return [json.loads(line) for line in [*lines, *([last] if last.endswith("}") else [])]]
+    except (OSError, ValueError) as error:
+        raise AttnimgError(
+            f"{path} cannot be read",
+            why=f"{type(error).__name__}: {error}; needed JSON objects, one a line",
+            do="copy the file that tests/gpu/day.py wrote",
+            code="bad-records",
+            exit_code=1,
+        ) from error
+
+
+def faults(records: Sequence[Record], *, all_right: bool) -> list[str]:
+    """List what a run's records lack.
+
+    Args:
+        records: of one run.
+        all_right: whether units that failed are faults too, as in a rehearsal.
+    """
+    found = [
+        f"record {place} lacks {', '.join(sorted(missing))}"
+        for place, record in enumerate(records, 1)
+        if (missing := _FIELDS - record.keys())
+    ]
+    if found:
+        return found
+    marks = [record["step"] for record in records if record["kind"] == "run"]
+    found += [f"no record of the run's {mark}" for mark in ("start", "end") if mark not in marks]
+    recorded = [record["unit"] for record in records if "unit" in record]
+    planned = [name for r in records if r["kind"] == "plan" for name in r["values"]["units"]]
+    found += [f"planned, but without a record: {name}" for name in planned if name not in recorded]
+    twice = {name for name in recorded if recorded.count(name) > 1}
+    found += [f"recorded more than once: {name}" for name in sorted(twice)]
+    proven = any(record["kind"] == "proof" for record in records)
+    if not proven and not _start(records).get("known"):
+        found.append("no proof was recorded")
+    if all_right:
+        wrong = [r for r in records if r["state"] in (*_BAD, "not reached")]
+        found += [f"{r.get('unit', r['step'])}: {r['state']}: {r.get('text', '')}" for r in wrong]
+    return found
+
+
+def runs_page(runs: Mapping[str, Sequence[Record]]) -> str:
+    """Write the page of all runs, the newest first."""
+    parts = [f"<!-- {NOTICE} -->\n\n{_HEAD}"]
+    parts += [_section(name, records) for name, records in sorted(runs.items(), reverse=True)]
+    return "\n".join(parts if runs else [*parts, NONE])
+
+
+def runs_table(runs: Mapping[str, Sequence[Record]]) -> str:
+    """Write the README's table: what ran on which GPU."""
+    rows = []
+    for name, records in sorted(runs.items(), reverse=True):
+        start = _start(records)
+        rows.append(
+            (
+                f"{start.get('gpu', '?')}, {_day(records)}",
+                f"torch {start['versions'].get('torch', '?')}",
+                _names(_backends(records, "proof", ("passed",))),
+                _names(_backends(records, "training", ("passed",))),
+                _names(_backends(records, "proof", _BAD) | _backends(records, "training", _BAD)),
+                f"[{name}](docs/gpu-runs.md#{name})",
+            )
+        )
+    head = ("GPU", "with", "proof passed", "trained", "failed somewhere", "record")
+    return table(head, rows) if rows else NONE
+
+
+def _section(name: str, records: Sequence[Record]) -> str:
+    """Write one run."""
+    parts = [f'<a id="{name}"></a>\n\n## {_start(records).get("gpu", "?")}, {_day(records)}\n']
+    parts.append(_summary(name, records))
+    parts.append(_machine(records))
+    for title, made in (
+        ("Kernels installed or compiled there", _kernels(records)),
+        ("Proofs", _proofs(records)),
+        ("Proofs repeated: how often a kernel that passed is refused", _repeats(records)),
+        ("Training", _training(records)),
+        ("Times, forward and backward", _times(records)),
+        ("`attnimg train` of the same job", _jobs(records)),
+        ("What failed, and why", _failures(records)),
+        ("What could not run on this machine", _absent(records)),
+        ("What the time did not suffice for", _unreached(records)),
+    ):
+        if made:
+            parts.append(f"### {title}\n\n{made}")
+    return "\n".join(parts)
+
+
+def _start(records: Sequence[Record]) -> dict[str, Any]:
+    """Return the values of the run's first record."""
+    found = [r for r in records if r["kind"] == "run" and r["step"] == "start"]
+    return dict(found[0]["values"]) if found else {"versions": {}}
+
+
+def _day(records: Sequence[Record]) -> str:
+    return str(records[0]["started"])[:10] if records else "?"
+
+
+def _summary(name: str, records: Sequence[Record]) -> str:
+    """Say in sentences how the run went."""
+    start, units = _start(records), [r for r in records if "unit" in r]
+    counts = {
+        state: sum(1 for r in units if r["state"] == state)
+        for state in dict.fromkeys(_states(units))
+    }
+    ends = [r for r in records if r["kind"] == "run" and r["step"] == "end"]
+    last = units[-1]["unit"] if units else "none"
+    how = (
+        f"It ran to its end in {ends[-1]['seconds']:.0f} s"
+        if ends
+        else f"It was cut off; the last record is that of `{last}`"
+    )
+    kind = "This was a rehearsal with small sizes. " if start.get("rehearsal") else ""
+    if start.get("known"):
+        kind += f"It went on from `{start['known']}`, which proved what is trained and timed here. "
+    told = ", ".join(f"{count} {state}" for state, count in counts.items())
+    return (
+        f"{kind}{how}. Of {len(units)} units of work: {told}. Records: `{FOLDER}/{name}.jsonl`.\n"
+    )
+
+
+def _states(units: Iterable[Record]) -> list[str]:
+    order = (*_GOOD, *_BAD, "not here", "not reached")
+    return sorted((str(r["state"]) for r in units), key=order.index)
+
+
+def _machine(records: Sequence[Record]) -> str:
+    start = _start(records)
+    facts: Mapping[str, Any] = next(
+        (r["values"] for r in records if r["kind"] == "facts" and "values" in r), {}
+    )
+    smi = start.get("smi") or {}
+    rows = [
+        ("GPU", f"{start.get('gpu', '?')} ({start.get('arch', '?')})"),
+        ("driver", start.get("driver") or "-"),
+        ("memory", smi.get("memory.total", "-")),
+        (
+            "highest SM / memory clock",
+            f"{smi.get('clocks.max.sm', '-')} / {smi.get('clocks.max.mem', '-')}",
+        ),
+        ("CUDA", facts.get("cuda") or "-"),
+        ("CPU cores", facts.get("cores", "-")),
+        *(start.get("versions") or {}).items(),
+    ]
+    doctor = next((r for r in records if r["kind"] == "doctor"), None)
+    if doctor is not None:
+        rows.append(("`attnimg doctor`", _result(doctor)))
+    return table(("machine", ""), [(str(key), str(value)) for key, value in rows])
+
+
+def _kernels(records: Sequence[Record]) -> str:
+    rows = [
+        (r["backend"] or "-", r["state"], _seconds(r), _cell(r.get("text", "")))
+        for r in records
+        if r["kind"] == "kernel"
+    ]
+    return table(("package", "result", "seconds", "said"), rows) if rows else ""
+
+
+def _proofs(records: Sequence[Record]) -> str:
+    rows = []
+    for r in records:
+        if r["kind"] == "proof" and r["step"] != "repeats" and "values" in r:
+            values = r["values"]
+            rows.append(
+                (
+                    f"`{r['backend']}`",
+                    _package(r),
+                    values["dtype"],
+                    ", ".join(map(str, values["head_dims"])),
+                    "packed and single" if values["packing"] else "single",
+                    _result(r),
+                    str(values["probes"]),
+                    f"{values['proof_seconds'][0]:.1f}",
+                    _nearest(values["figures"]),
+                )
+            )
+    head = ("backend", "kernel of", "precision", "head_dim", "rows", "result", "probes", "seconds",
+            "nearest to its bound")  # fmt: skip
+    proofs = [r["values"] for r in records if r["kind"] == "proof" and "values" in r]
+    notes = dict.fromkeys(note for values in proofs for note in values["notes"])
+    listed = "".join(f"- {_cell(note)}\n" for note in notes)
+    return table(head, rows) + (f"\n{listed}" if listed else "") if rows else ""
+
+
+def _package(record: Record) -> str:
+    """Return the version of the package that a backend's kernel is of."""
+    backend = backend_named(record["backend"])
+    packages = backend.needs.packages if backend else ()
+    versions = record["values"]["versions"]
+    return (
+        ", ".join(f"{name} {versions.get(name, '?')}" for name, _, _ in packages) or "torch's own"
+    )
+
+
+def _nearest(figures: Sequence[Mapping[str, Any]]) -> str:
+    """Name the figure that comes closest to what is allowed."""
+    bounded = [f for f in figures if f["allowed"] and f["error"] is not None]
+    if not bounded:
+        return "-"
+    one = max(bounded, key=lambda f: float(f["error"]) / float(f["allowed"]))
+    return f"{one['quantity']} {one['error']:.1e} of {one['allowed']:.1e}"
+
+
+def _repeats(records: Sequence[Record]) -> str:
+    rows = [
+        (
+            f"`{r['backend']}`",
+            r["values"]["dtype"],
+            ", ".join(map(str, r["values"]["head_dims"])),
+            str(r["values"]["proofs"]),
+            str(r["values"]["refused"]),
+        )
+        for r in records
+        if r["kind"] == "proof" and r["step"] == "repeats" and "values" in r
+    ]
+    return table(("backend", "precision", "head_dim", "proofs", "refused"), rows) if rows else ""
+
+
+def _training(records: Sequence[Record]) -> str:
+    rows = []
+    for r in records:
+        if r["kind"] == "training" and "values" in r:
+            values = r["values"]
+            difference = values["difference"]
+            rows.append(
+                (
+                    f"`{r['backend']}`",
+                    f"{values['shape']}, {values['dtype']}",
+                    _result(r),
+                    f"{values['losses'][0]:.3f} to {values['losses'][-1]:.3f}",
+                    "-" if difference is None else f"{difference:.1e}",
+                    f"{values['tokens_per_second']:,.0f}",
+                    _gib(values["memory_bytes"]),
+                    _cell(values["isolation"]),
+                )
+            )
+    head = ("backend", "model", "result", "loss", "largest difference from sdpa's loss", "tokens/s",
+            "peak memory", "packed documents")  # fmt: skip
+    return table(head, rows) if rows else ""
+
+
+def _times(records: Sequence[Record]) -> str:
+    """Write a row for each call and a column for each backend, the fastest of a row in bold."""
+    calls: dict[tuple[int, int, int, str], dict[str, Mapping[str, Any]]] = {}
+    for r in records:
+        if r["kind"] == "timing" and "values" in r:
+            one = r["values"]
+            packing = f"{one['documents']} documents" if one["packing"] else "one document a row"
+            call = (one["head_dim"], one["tokens"] // one["length"], one["length"], packing)
+            calls.setdefault(call, {})[r["backend"]] = one
+    names = list(dict.fromkeys(name for found in calls.values() for name in found))
+    rows = []
+    for (size, n_rows, length, packing), found in sorted(calls.items()):
+        fastest = min(found, key=lambda name: float(found[name]["both_ms"]))
+        cells = [_time(found.get(name), bold=name == fastest) for name in names]
+        rows.append((str(size), f"{n_rows} x {length}", packing, *cells))
+    head = ("head_dim", "rows", "packing", *(f"`{name}`" for name in names))
+    said = "Milliseconds forward and backward; TFLOP/s, and their share of the peak.\n\n"
+    return said + table(head, rows) if rows else ""
+
+
+def _time(values: Mapping[str, Any] | None, *, bold: bool) -> str:
+    if values is None:
+        return "-"
+    share = values["share_of_peak"]
+    of_peak = "" if share is None else f", {100 * share:.0f} %"
+    mark = "**" if bold else ""
+    return f"{mark}{values['both_ms']:.2f}{mark}; {values['both_tflops']:.0f}{of_peak}"
+
+
+def _jobs(records: Sequence[Record]) -> str:
+    rows = []
+    for r in records:
+        if r["kind"] == "train-command" and "values" in r:
+            values = r["values"]
+            rows.append(
+                (
+                    f"`{r['backend']}`",
+                    f"{values['shape']}, {values['rows']} x {values['sequence_len']} tokens, "
+                    f"{values['steps']} steps",
+                    f"{values['losses'][0]:.3f} to {values['losses'][-1]:.3f}",
+                    f"{values['tokens_per_second']:,.0f}",
+                    _gib(values["memory_bytes"]),
+                    f"{values['command_seconds']:.0f}",
+                )
+            )
+    head = ("backend", "job", "loss", "tokens/s", "peak memory", "seconds of the whole command")
+    return table(head, rows) if rows else ""
+
+
+def _failures(records: Sequence[Record]) -> str:
+    wrong = [r for r in records if r["state"] in _BAD]
+    return "".join(
+        f"- {r.get('unit') or r['kind'] + ' ' + r['backend']}: **{r['state']}**, "
+        f"{_cell(r.get('text', '')) or r.get('code', '')}\n"
+        for r in wrong
+    )
+
+
+def _absent(records: Sequence[Record]) -> str:
+    reasons: dict[str, str] = {}
+    for r in records:
+        if r["state"] == "not here":
+            reasons.setdefault(r["backend"] or r["step"], _cell(r.get("text", "")))
+    return "".join(f"- {name}: {text}\n" for name, text in reasons.items())
+
+
+def _unreached(records: Sequence[Record]) -> str:
+    return "".join(f"- {r['unit']}\n" for r in records if r["state"] == "not reached")
+
+
+def _backends(records: Sequence[Record], kind: str, states: Sequence[str]) -> set[str]:
+    return {r["backend"] for r in records if r["kind"] == kind and r["state"] in states}
+
+
+def _names(names: Iterable[str]) -> str:
+    return ", ".join(f"`{name}`" for name in sorted(names)) or "-"
+
+
+def _result(record: Record) -> str:
+    code = record.get("code")
+    return f"{record['state']}: {code}" if code else str(record["state"])
+
+
+def _seconds(record: Record) -> str:
+    return f"{record['seconds']:.0f}"
+
+
+def _gib(memory: int | None) -> str:
+    return "-" if memory is None else f"{memory / (1 << 30):.1f} GiB"
+
+
+def _cell(text: object) -> str:
+    """Return a text that a table's cell can hold."""
+    return " ".join(str(text).split()).replace("|", "/")
