@@ -185,14 +185,14 @@ def test_compilers_wait_for_a_slot_and_questions_do_not(tmp_path):
             stdout=subprocess.PIPE,
         )
 
-    with start("hold", "-c") as holder, start("-c", "-lineinfo", "a.cu") as waiting:
+    with start("hold", "-c") as holder:
         assert [holder.stdout.readline(), holder.stdout.readline()] == ["hold -c\n", "held\n"]
-        with start("--version") as question:
+        with start("-c", "-lineinfo", "a.cu") as waiting, start("--version") as question:
             assert question.communicate()[0] == "--version\n"
-        with pytest.raises(subprocess.TimeoutExpired):
-            waiting.wait(timeout=0.4)
-        holder.communicate("done\n")
-        assert waiting.communicate(timeout=30)[0] == "-c a.cu\n"
+            with pytest.raises(subprocess.TimeoutExpired):
+                waiting.wait(timeout=0.4)
+            holder.communicate("done\n")
+            assert waiting.communicate(timeout=30)[0] == "-c a.cu\n"
 
 
 def test_versions_come_from_the_lock():
