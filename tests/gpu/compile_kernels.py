@@ -62,7 +62,6 @@ class Run:
         jobs: compilers at one time.
         keep: where finished wheels are saved; None to save none.
         wheels: whether wheels of the kit are used.
-        deadline: the time.monotonic() after which a build is ended.
     """
 
     kit: Path
@@ -70,7 +69,6 @@ class Run:
     jobs: int
     keep: Path | None
     wheels: bool
-    deadline: float
     began: float = field(default_factory=time.monotonic)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -268,7 +266,7 @@ def compile_wheel(run: Run, facts: dict[str, Any], source: Path, *, rank: int) -
     """Build a kernel's wheel from its source; objects of an earlier run are used again.
 
     Raises:
-        KernelError: the build failed, or took longer than the run may.
+        KernelError: the build failed.
     """
     env = {**toolchain(run), **facts["env"], "SLOT_RANK": str(rank)}
     work = run.to / ".work" / facts["name"]
@@ -285,24 +283,32 @@ def compile_wheel(run: Run, facts: dict[str, Any], source: Path, *, rank: int) -
     (run.to / "logs").mkdir(exist_ok=True)
     log = run.to / "logs" / f"{facts['name']}.log"
     with log.open("w") as output:
-        child = subprocess.Popen(
-            command, env=env, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+        # In this process group: whoever ends the run by its group ends its compilers.
+        done = subprocess.run(
+            command, env=env, stdout=output, stderr=subprocess.STDOUT, check=False
         )
-        try:
-            child.wait(timeout=max(0.0, run.deadline - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            os.killpg(child.pid, 9)
-            child.wait()
-            raise KernelError("ended: the time of --limit is over") from None
-    if child.returncode:
+    if done.returncode:
         raise KernelError(last_useful_line(log.read_text(errors="replace")))
     return next(wheels.glob("*.whl"))
+
+
+def installed_before(run: Run, facts: dict[str, Any]) -> bool:
+    """Return whether an earlier run into this folder installed a kernel that can be imported."""
+    status = run.to / "status.jsonl"
+    lines = map(json.loads, status.read_text().splitlines() if status.is_file() else [])
+    states = [line["state"] for line in lines if line["kernel"] == facts["name"]]
+    if states[-1:] != ["installed"]:
+        return False
+    return import_fault(run, facts["imports"], beside=run.to) is None
 
 
 def provide(run: Run, name: str, *, rank: int) -> None:
     """Install one kernel, and record how that went; a failure of one ends no other."""
     try:
         facts, folders = read_kernel(run, name)
+        if installed_before(run, facts):
+            record(run, name, "installed", **{"from": "an earlier run"})
+            return
         wheels = usable_wheels(folders) if run.wheels else []
         archives = [path for folder in folders for path in folder.glob("*.tar.xz.[0-9]")]
         sources = [path for folder in folders for path in folder.glob("source.tar.xz")]
@@ -333,10 +339,10 @@ def provide(run: Run, name: str, *, rank: int) -> None:
 
 
 def jobs_that_fit() -> int:
-    """Return how many compilers the processors and the memory take, one processor left free."""
+    """Return how many compilers the processors and the memory take, three processors left free."""
     lines = Path("/proc/meminfo").read_text().splitlines()
     free = next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable"))
-    return max(1, min(len(os.sched_getaffinity(0)) - 1, int(free / (JOB_GB * 1e9))))
+    return max(1, min(len(os.sched_getaffinity(0)) - 3, int(free / (JOB_GB * 1e9))))
 
 
 def order(run: Run, names: list[str]) -> list[str]:
@@ -363,7 +369,6 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--to", type=Path, required=True, help="the folder for PYTHONPATH")
     parser.add_argument("--jobs", type=int, help="compilers at one time")
     parser.add_argument("--keep", type=Path, help="save finished wheels under 16 MiB here")
-    parser.add_argument("--limit", type=float, default=1e9, help="seconds after which builds end")
     parser.add_argument("--compile", action="store_true", help="compile, whatever wheels there are")
     asked = parser.parse_args(arguments)
     to = asked.to.resolve()
@@ -374,7 +379,6 @@ def main(arguments: list[str]) -> int:
         jobs=asked.jobs or jobs_that_fit(),
         keep=asked.keep,
         wheels=not asked.compile,
-        deadline=time.monotonic() + asked.limit,
     )
     before = (to / "status.jsonl").stat().st_size if (to / "status.jsonl").is_file() else 0
     names = order(run, asked.names)

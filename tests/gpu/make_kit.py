@@ -179,7 +179,7 @@ def download(requirements: list[str], to: Path) -> None:
 def pack(tree: Path, kept: Iterable[str], to: Path, *, machine_code: bool = False) -> None:
     """Write the files of a tree that match a glob into a .tar.xz, the same bytes each time."""
     filters = [{"id": lzma.FILTER_X86}] if machine_code else []
-    filters.append({"id": lzma.FILTER_LZMA2, "preset": 6})
+    filters.append({"id": lzma.FILTER_LZMA2, "preset": 9})
     files = {path for glob in kept for path in tree.glob(glob) if path.is_file()}
 
     def plain(entry: tarfile.TarInfo) -> tarfile.TarInfo:

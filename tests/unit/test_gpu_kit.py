@@ -63,6 +63,18 @@ def test_a_wheel_of_the_kit_is_installed_and_imported(tmp_path):
     assert imported(tmp_path / "to", code) == "1 1.0"
 
 
+def test_what_an_earlier_run_installed_is_not_installed_again(tmp_path):
+    folder = tmp_path / "kit/kernels/toy"
+    wheel(folder)
+    describe(folder, name="toy", imports=["toy"])
+    assert install(tmp_path / "kit", tmp_path / "to", "toy") == 0
+    assert install(tmp_path / "kit", tmp_path / "to", "toy") == 0
+    assert states(tmp_path / "to")["toy"]["from"] == "an earlier run"
+    (tmp_path / "to/toy.py").write_text("raise ImportError('damaged')\n")
+    assert install(tmp_path / "kit", tmp_path / "to", "toy") == 0
+    assert states(tmp_path / "to")["toy"]["from"] == "wheel"
+
+
 @pytest.mark.parametrize(
     ("files", "expected"),
     [
