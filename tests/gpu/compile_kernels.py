@@ -131,7 +131,7 @@ def unpack(wheels: list[Path], archives: list[Path], *, into: Path) -> None:
 
     pip's --target replaces a whole folder, and flash_attn is one of two distributions.
     """
-    into.mkdir(parents=True)
+    into.mkdir(parents=True, exist_ok=True)
     for wheel in wheels:
         with zipfile.ZipFile(wheel) as opened:
             opened.extractall(into)
@@ -204,16 +204,15 @@ def cuda_home() -> Path:
     """Return the CUDA toolkit's folder: torch's, which may be that of a shim, or the usual one.
 
     Raises:
-        KernelError: neither has a compiler and headers.
+        KernelError: neither has a compiler.
     """
     from torch.utils.cpp_extension import CUDA_HOME
 
-    places = [Path(place) for place in (CUDA_HOME, "/usr/local/cuda") if place]
-    for place in places:
-        if (place / "bin/nvcc").is_file() and (place / "include/cuda_runtime.h").is_file():
-            return place.resolve()
-    looked = ", ".join(map(str, places))
-    raise KernelError(f"there is no CUDA toolkit with nvcc and headers: looked in {looked}")
+    places = [Path(place).resolve() for place in (CUDA_HOME, "/usr/local/cuda") if place]
+    with_nvcc = [place for place in places if (place / "bin/nvcc").is_file()]
+    if not with_nvcc:
+        raise KernelError(f"there is no bin/nvcc in {' or '.join(map(str, places))}")
+    return max(with_nvcc, key=lambda place: (place / "include/cuda_runtime.h").is_file())
 
 
 def toolchain(run: Run) -> dict[str, str]:
@@ -226,40 +225,45 @@ def toolchain(run: Run) -> dict[str, str]:
     headers = Path(sysconfig.get_paths()["include"])
     if not (headers / "Python.h").is_file():
         raise KernelError(f"there is no Python.h in {headers}: the headers of Python are needed")
-    # cuBLAS and others are in pip packages where the toolkit is small.
     packages = Path(sysconfig.get_paths()["purelib"]) / "nvidia/cu13"
-    libraries = run.to / ".toolchain"
-    libraries.mkdir(parents=True, exist_ok=True)
-    if not (libraries / "libcuda.so").exists():
-        # SageAttention links with the driver's library; only its name is needed to do so.
-        stub = ["-shared", "-x", "c", "-", "-o", str(libraries / "libcuda.so")]
-        command = ["gcc", *stub, "-Wl,-soname,libcuda.so.1"]
-        subprocess.run(command, input="", text=True, check=True, capture_output=True)
-    runtime = packages / "lib/libcudart.so.13"
-    if runtime.is_file() and not (libraries / "libcudart.so").exists():
-        (libraries / "libcudart.so").symlink_to(runtime)
-    slots = libraries / "slots"
-    slots.mkdir(exist_ok=True)
-    cccl = cuda / "include/cccl"
-    includes = [str(path) for path in (packages / "include", cccl) if path.is_dir()]
+    made = run.to / ".toolchain"
+    with run.lock:
+        if not made.is_dir():
+            partial = made.with_suffix(".partial")
+            shutil.rmtree(partial, ignore_errors=True)
+            # Where the toolkit is a compiler and little else, its headers are those of the kit.
+            unpack(sorted((run.kit / "headers").glob("*.whl")), [], into=partial / "headers")
+            # SageAttention links with the driver's library; only its name is needed to do so.
+            stub = ["gcc", "-shared", "-x", "c", "-", "-o", str(partial / "libcuda.so")]
+            stub.append("-Wl,-soname,libcuda.so.1")
+            subprocess.run(stub, input="", text=True, check=True, capture_output=True)
+            _make_executable(HERE / "compile_slot.py", partial / "nvcc")
+            if (packages / "lib/libcudart.so.13").is_file():
+                (partial / "libcudart.so").symlink_to(packages / "lib/libcudart.so.13")
+            (partial / "slots").mkdir()
+            partial.rename(made)
+    # cuBLAS and others are in pip packages where the toolkit is small.
+    folders = [packages, cuda, made / "headers/nvidia/cu13"]
+    includes = [folder / name for folder in folders for name in ("include", "include/cccl")]
     return {
         **os.environ,
         "CUDA_HOME": str(cuda),
-        "CPATH": os.pathsep.join([*includes, *filter(None, [os.environ.get("CPATH")])]),
-        "LIBRARY_PATH": str(libraries),
+        "CPATH": os.pathsep.join(str(path) for path in includes if path.is_dir()),
+        "LIBRARY_PATH": str(made),
+        # ninja is a script of this Python's.
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         "LDFLAGS": "-Wl,-s",
-        "PYTORCH_NVCC": str(_executable(HERE / "compile_slot.py", libraries / "nvcc")),
-        "NVCC": str(cuda / "bin/nvcc"),
-        "SLOTS": str(slots),
+        "PYTORCH_NVCC": str(made / "nvcc"),
+        "SLOT_NVCC": str(cuda / "bin/nvcc"),
+        "SLOTS": str(made / "slots"),
         "SLOT_COUNT": str(run.jobs),
         "MAX_JOBS": str(run.jobs),
     }
 
 
-def _executable(script: Path, path: Path) -> Path:
+def _make_executable(script: Path, path: Path) -> None:
     path.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{script}" "$@"\n')
     path.chmod(0o755)
-    return path
 
 
 def compile_wheel(run: Run, facts: dict[str, Any], source: Path, *, rank: int) -> Path:

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Run nvcc when one of a fixed number of slots is free: builds that run side by side share them.
 
-    SLOTS=FOLDER SLOT_COUNT=N SLOT_RANK=R NVCC=PATH compile_slot.py ARGUMENTS...
+    SLOTS=FOLDER SLOT_COUNT=N SLOT_RANK=R SLOT_NVCC=PATH compile_slot.py ARGUMENTS...
 
 A slot is a locked file, so that a build that is killed frees its own. A smaller rank asks more
 often and gets the next free slot: the kernel that is done first is usable first.
@@ -44,7 +44,7 @@ def main() -> None:
         take_slot(folder, count, rank=int(os.environ.get("SLOT_RANK", "0")))
         # What runs on the GPU meanwhile is timed.
         os.nice(5)
-    os.execv(os.environ["NVCC"], [os.environ["NVCC"], *arguments])
+    os.execv(os.environ["SLOT_NVCC"], [os.environ["SLOT_NVCC"], *arguments])
 
 
 if __name__ == "__main__":

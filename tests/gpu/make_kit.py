@@ -63,6 +63,8 @@ FA4 = (
     "quack-kernels",
     "torch-c-dlpack-ext",
 )
+# Headers that nvcc's own package does not have.
+HEADERS = ("nvidia-cuda-cccl", "nvidia-cuda-crt", "nvidia-cuda-profiler-api")
 FA4_LARGE = "nvidia-cutlass-dsl-libs-cu13"
 # pip matches the number exactly.
 PLATFORMS = ("1_x86_64", "2014_x86_64", *(f"_2_{n}_x86_64" for n in (17, 24, 27, 28, 31, 34, 35)))
@@ -390,6 +392,8 @@ def main(arguments: list[str]) -> None:
     kernels = read_recipes(ROOT).kernels
     lock = (ROOT / "requirements/lock.txt").read_text()
     timed("wheels of attnimg's packages", lambda: download(pinned(lock, LACKED), kit / "wheels"))
+    toolchain = (ROOT / "requirements/images/toolchain-2.14.1-cu130.txt").read_text()
+    download(pinned(toolchain, HEADERS), kit / "headers")
     built = []
     for name, build in BUILDS.items():
         folder = kit / "kernels" / name

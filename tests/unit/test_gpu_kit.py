@@ -185,7 +185,7 @@ def test_compilers_wait_for_a_slot_and_questions_do_not(tmp_path):
     compiler = tmp_path / "nvcc"
     compiler.write_text('#!/bin/sh\necho "$@"\n[ "$1" != hold ] || { echo held; read line; }\n')
     compiler.chmod(0o755)
-    slots = {"SLOTS": str(tmp_path), "SLOT_COUNT": "1", "NVCC": str(compiler)}
+    slots = {"SLOTS": str(tmp_path), "SLOT_COUNT": "1", "SLOT_NVCC": str(compiler)}
     command = [sys.executable, str(compile_kernels.HERE / "compile_slot.py")]
 
     def start(*arguments):
@@ -217,7 +217,9 @@ def test_versions_come_from_the_lock():
     lock = (make_kit.ROOT / "requirements/lock.txt").read_text()
     constraints = (make_kit.ROOT / "docker/constraints/hopper.txt").read_text()
     assert len(make_kit.pinned(lock, make_kit.LACKED)) == len(make_kit.LACKED)
+    toolchain = (make_kit.ROOT / "requirements/images/toolchain-2.14.1-cu130.txt").read_text()
     assert make_kit.pinned(constraints, [*make_kit.FA4, make_kit.FA4_LARGE])
+    assert make_kit.pinned(toolchain, make_kit.HEADERS)
 
 
 @pytest.mark.parametrize("name", make_kit.BUILDS)
