@@ -164,7 +164,7 @@ gpu/%: ## Run the GPU tests inside attnimg:%, on a machine with the GPU
 	  attnimg:$* -m pytest gpu
 
 gpu-kit: .venv/ready ## Prepare what a GPU machine without network needs; COMPILE=python3.12 builds wheels too
-	@$(BIN)/python tests/gpu/make_kit.py $(if $(COMPILE),--compile "$(COMPILE)")
+	@$(BIN)/python tests/gpu/make_kit.py $(if $(COMPILE),--compile "$$COMPILE")
 
 matrix/%: ## Print what CI runs as JSON: matrix/images, matrix/gpu, matrix/untested
 	@python3 .github/matrix.py $*
