@@ -28,6 +28,7 @@ import tarfile
 import threading
 import time
 import zipfile
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -62,6 +63,7 @@ class Run:
         jobs: compilers at one time.
         keep: where finished wheels are saved; None to save none.
         wheels: whether wheels of the kit are used.
+        finished: of each kernel named, whether it is installed or failed.
     """
 
     kit: Path
@@ -69,6 +71,7 @@ class Run:
     jobs: int
     keep: Path | None
     wheels: bool
+    finished: Mapping[str, threading.Event]
     began: float = field(default_factory=time.monotonic)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -310,6 +313,9 @@ def provide(run: Run, name: str, *, rank: int) -> None:
     """Install one kernel, and record how that went; a failure of one ends no other."""
     try:
         facts, folders = read_kernel(run, name)
+        for other in facts.get("after", []):
+            if other in run.finished:
+                run.finished[other].wait()
         if installed_before(run, facts):
             record(run, name, "installed", **{"from": "an earlier run"})
             return
@@ -340,6 +346,8 @@ def provide(run: Run, name: str, *, rank: int) -> None:
     except Exception as error:
         # The machine is another one than this was written on: whatever it is, it is recorded.
         record(run, name, "failed", error=f"{type(error).__name__}: {error}"[:400])
+    finally:
+        run.finished[name].set()
 
 
 def jobs_that_fit() -> int:
@@ -383,6 +391,7 @@ def main(arguments: list[str]) -> int:
         jobs=asked.jobs or jobs_that_fit(),
         keep=asked.keep,
         wheels=not asked.compile,
+        finished={name: threading.Event() for name in asked.names},
     )
     before = (to / "status.jsonl").stat().st_size if (to / "status.jsonl").is_file() else 0
     names = order(run, asked.names)

@@ -311,6 +311,8 @@ def add_fa4(kit: Path) -> list[Path]:
         "library": large,
         "imports": ["flash_attn.cute"],
         "inside": "flash_attn",
+        # Alone it makes flash_attn a namespace package, of which xFormers' import dies.
+        "after": ["flash-attn"],
         "parts": [folder.name for folder in folders],
     }
     text = json.dumps(facts, indent=1) + "\n"

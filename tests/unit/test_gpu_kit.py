@@ -128,6 +128,7 @@ def flash_attn_4(tmp_path):
         name="flash-attn-4",
         imports=["flash_attn.cute"],
         inside="flash_attn",
+        after=["flash-attn"],
         parts=[first.name, second.name],
     )
     tree = tmp_path / "tree"
@@ -150,8 +151,8 @@ def test_flash_attn_4_is_joined_from_its_parts_inside_flash_attn(tmp_path):
     wheel(folder, name="flash_attn", files={"flash_attn/__init__.py": "VERSION = 2\n"})
     describe(folder, name="flash-attn", imports=["flash_attn"])
     to = tmp_path / "to"
-    assert install(tmp_path / "kit", to, "flash-attn") == 0
-    assert install(tmp_path / "kit", to, "flash-attn-4") == 0, states(to)
+    assert install(tmp_path / "kit", to, "flash-attn-4", "flash-attn") == 0, states(to)
+    assert list(states(to)) == ["flash-attn", "flash-attn-4"]
     code = "import flash_attn, flash_attn.cute, deep; print(flash_attn.VERSION, deep.VALUE)"
     assert imported(to, code) == "2 4"
 
