@@ -236,10 +236,12 @@ def toolchain(run: Run) -> dict[str, str]:
             shutil.rmtree(partial, ignore_errors=True)
             # Where the toolkit is a compiler and little else, its headers are those of the kit.
             unpack(sorted((run.kit / "headers").glob("*.whl")), [], into=partial / "headers")
-            # SageAttention links with the driver's library; only its name is needed to do so.
+            # SageAttention links with the driver's library, of which a build has a stand-in. The
+            # function it calls is in it: a linker may leave out a library that gives it nothing.
             stub = ["gcc", "-shared", "-x", "c", "-", "-o", str(partial / "libcuda.so")]
             stub.append("-Wl,-soname,libcuda.so.1")
-            subprocess.run(stub, input="", text=True, check=True, capture_output=True)
+            code = "void cuTensorMapEncodeTiled(void) {}"
+            subprocess.run(stub, input=code, text=True, check=True, capture_output=True)
             _make_executable(HERE / "compile_slot.py", partial / "nvcc")
             if (packages / "lib/libcudart.so.13").is_file():
                 (partial / "libcudart.so").symlink_to(packages / "lib/libcudart.so.13")
