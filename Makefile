@@ -14,7 +14,7 @@ JOBS ?= 2
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help setup demo test check bench lock render classes clean
+.PHONY: help setup demo test check bench lock render classes gpu-kit clean
 
 help: ## Show this menu
 	@grep -hE '^[a-z0-9/%-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9\/%-]+):.*## /\1\t/' | expand -t 12
@@ -175,6 +175,9 @@ run/%: ## Run attnimg:% on this folder: make run/cpu ARGS="train config.yaml"
 gpu/%: ## Run the GPU tests inside attnimg:%, on a machine with the GPU
 	@docker run --rm --gpus all -v "$$PWD/tests:/tests:ro" --workdir /tests --entrypoint python \
 	  attnimg:$* -m pytest gpu
+
+gpu-kit: .venv/ready ## Prepare what a GPU machine without network needs; COMPILE=python3.12 builds wheels too
+	@$(BIN)/python tests/gpu/make_kit.py $(if $(COMPILE),--compile "$$COMPILE")
 
 matrix/%: ## Print what CI runs as JSON: matrix/images, matrix/gpu, matrix/untested
 	@python3 .github/matrix.py $*

@@ -29,6 +29,7 @@ def programs(tmp_path: Path) -> Path:
         ("sources/hopper", "FROM", "--from"),
         ("gate/cpu", "ARCHIVE", "--archive"),
         ("gate/cpu", "WHEELS", "--wheels"),
+        ("gpu-kit", "COMPILE", "--compile"),
     ],
 )
 def test_a_path_may_have_blanks(programs: Path, target: str, variable: str, option: str) -> None:
