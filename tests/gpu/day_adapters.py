@@ -8,6 +8,8 @@ from typing import Any
 from attnimg import plan, probe
 from attnimg.backends import all_backends, backend_named
 from attnimg.cli.subject import distributions
+from attnimg.context import context_of
+from attnimg.context import takes_one_row as takes_one_row
 from attnimg.facts import Backend, LayerGroup, Machine, Model, Problem, Proof
 from attnimg.kernel_cache import use_shipped_kernels
 from attnimg.probe.shipped_kernels import shipped_kernels
@@ -74,6 +76,7 @@ def problem(unit: dict[str, Any]) -> Problem:
         packing=unit["packing"],
         dropout=0.0,
         compiled=False,
+        checkpointing=False,
         # SageAttention has no backward pass: its gradients are those of exact attention.
         forward_only_ok=True,
         trusted=False,
@@ -125,10 +128,9 @@ def isolation(model: Any, unit: dict[str, Any]) -> tuple[bool, str]:
     """Return whether a model keeps packed documents apart on a unit's backend, and the figures."""
     from attnimg.prove.isolation import check_isolation
 
-    name = unit["backend"]
-    found = check_isolation(
-        model, implementation=name, one_row=takes_one_row(backend(name)), autocast=None
-    )
+    task = problem({**unit, "head_dims": [], "packing": True, "sequence_len": unit["tokens"]})
+    context = context_of(task, backend(unit["backend"]))
+    found = check_isolation(model, implementation=unit["backend"], context=context)
     return found.isolated, found.why
 
 
@@ -136,12 +138,7 @@ def packed_collator(name: str) -> Any:
     """Return the collator of packed rows, as train makes it for a backend."""
     from attnimg.train.collate import PackedCollator
 
-    return PackedCollator(pad_token_id=0, one_row=takes_one_row(backend(name)))
-
-
-def takes_one_row(one: Backend) -> bool:
-    """Return whether packed rows reach a backend as one row with the documents' bounds."""
-    return one.packing == "native"
+    return PackedCollator(pad_token_id=0, one_row=takes_one_row(backend(name)), seq_idx=False)
 
 
 def packing() -> dict[str, str]:
