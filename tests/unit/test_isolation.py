@@ -175,6 +175,44 @@ def test_a_wrong_position_shows_in_the_logits_even_where_nothing_leaks():
     assert proof.logits_error > 0.1
 
 
+@pytest.fixture
+def linear_attention_kernels(monkeypatch):
+    """Stand in for causal-conv1d, which follows seq_idx, and flash-linear-attention, cu_seqlens.
+
+    Both need a GPU; these call transformers' own reference document by document.
+    """
+    from transformers.models.qwen3_next import modeling_qwen3_next as code
+
+    convolve, scan = code.causal_conv1d_fn, code.torch_chunk_gated_delta_rule
+
+    def causal_conv1d_fn(x, weight, bias=None, activation=None, seq_idx=None, **_):
+        if seq_idx is None:
+            return convolve(x, weight, bias, activation=activation)
+        _, sizes = seq_idx[0].unique_consecutive(return_counts=True)
+        parts = x.split(sizes.tolist(), -1)
+        return torch.cat([convolve(x, weight, bias, activation=activation) for x in parts], -1)
+
+    def chunk_gated_delta_rule(query, key, value, *, g, beta, cu_seqlens=None, **_):
+        sizes = cu_seqlens.diff().tolist() if cu_seqlens is not None else query.shape[1]
+        parts = zip(*(x.split(sizes, 1) for x in (query, key, value, g, beta)), strict=True)
+        outputs = [
+            scan(q, k, v, g=g, beta=b, use_qk_l2norm_in_kernel=True)[0] for q, k, v, g, b in parts
+        ]
+        return torch.cat(outputs, 1), None
+
+    monkeypatch.setattr(code, "causal_conv1d_fn", causal_conv1d_fn)
+    monkeypatch.setattr(code, "torch_chunk_gated_delta_rule", chunk_gated_delta_rule)
+
+
+@pytest.mark.parametrize("seq_idx", [True, False])
+def test_linear_attention_is_isolated_with_seq_idx_alone(linear_attention_kernels, seq_idx):
+    # sdpa_math takes one row with its bounds; here sdpa gets the same row under a mask.
+    model = tiny_model("qwen3_next", "sdpa")
+    context = a_context(one_row=True, seq_idx=seq_idx)
+    proof = check_isolation(model, implementation="sdpa", context=context)
+    assert proof.isolated is seq_idx, proof.why
+
+
 def without_restart(kwargs):
     shape = kwargs["input_ids"].shape
     return {**kwargs, "position_ids": torch.arange(shape[1]).expand(shape)}
