@@ -353,7 +353,7 @@ def lora(model):
 
 
 def checkpointed(model):
-    model.gradient_checkpointing_enable()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
     model.enable_input_require_grads()
     return model
 
@@ -403,9 +403,18 @@ def test_a_qlora_model_is_judged_right(model_type, isolated, one_row, tmp_path):
     assert all(map(torch.equal, before, model.parameters()))
 
 
-@pytest.mark.parametrize("model_type", ["llama", "qwen3_next"])
-def test_the_model_is_left_as_it_was(model_type):
+@pytest.mark.parametrize(
+    ("model_type", "wrap", "autocast"),
+    [
+        pytest.param("llama", None, None, id="llama"),
+        pytest.param("qwen3_next", None, None, id="qwen3_next"),
+        pytest.param("llama", None, "bfloat16", id="under autocast"),
+        pytest.param("llama", lambda x: lora(checkpointed(x)), "bfloat16", id="as LoRA has it"),
+    ],
+)
+def test_the_model_is_left_as_it_was(model_type, wrap, autocast):
     model = tiny_model(model_type, "sdpa")
+    model = wrap(model) if wrap else model
     ids = torch.randint(3, 128, (1, 9))
     model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
     model.get_input_embeddings().eval()
@@ -424,7 +433,8 @@ def test_the_model_is_left_as_it_was(model_type):
     before = state()
     weights = [weight.detach().clone() for weight in model.parameters()]
     gradients = [weight.grad.clone() for weight in model.parameters() if weight.grad is not None]
-    check_isolation(model, implementation="sdpa", context=a_context(one_row=True))
+    context = a_context(one_row=True, autocast=autocast)
+    check_isolation(model, implementation="sdpa", context=context)
     assert state() == before
     assert all(map(torch.equal, weights, model.parameters()))
     kept = [weight.grad for weight in model.parameters() if weight.grad is not None]
