@@ -42,7 +42,7 @@ _KERNEL_MISSING = frozenset({"not-installed", "version-low", "fp8-torchao", "fp8
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _Session:
+class Session:
     """What every part of one `train` command needs."""
 
     config: Config
@@ -52,6 +52,7 @@ class _Session:
     stop: StopFlag
 
     def say(self, text: str) -> None:
+        """Print a line of the run's story to stderr."""
         self.console.print(f"  {text}", highlight=False, markup=False, soft_wrap=True)
 
 
@@ -96,7 +97,7 @@ def _train(file: str, settings: tuple[str, ...], *, console: Console, stop: Stop
     if (path := model_file(values)) is not None:
         require_causal_type(values, problem.read_config(path))
     model, dropout = read_model(values)
-    session = _Session(
+    session = Session(
         config=values,
         machine=machine,
         problem=problem_of(values, model=model, dropout=dropout, arch=machine.arch),
@@ -128,13 +129,13 @@ def _without_effect(values: Config) -> list[str]:
     return [f"warning: without adapter, {', '.join(idle)} have no effect"] if idle else []
 
 
-def _planned(session: _Session) -> Plan:
+def _planned(session: Session) -> Plan:
     asked = session.config.attn_implementation
     found = plan.choose(asked, session.machine, session.problem, strict=session.config.attn_strict)
     return _shown(found, session)
 
 
-def _shown(found: Plan, session: _Session) -> Plan:
+def _shown(found: Plan, session: Session) -> Plan:
     """Print a plan; one that chose nothing ends the run, with all its reasons."""
     from attnimg.report import as_text
 
@@ -159,7 +160,7 @@ def _refusal(found: Plan) -> AttnimgError:
     )
 
 
-def _run(session: _Session, found: Plan, *, resume: ResumePoint | None) -> None:
+def _run(session: Session, found: Plan, *, resume: ResumePoint | None) -> None:
     """Load, prove and train; everything heavy is imported from here on.
 
     What the run registers with transformers is gone after it: others may share the process.
@@ -171,20 +172,36 @@ def _run(session: _Session, found: Plan, *, resume: ResumePoint | None) -> None:
         _load_and_fit(session, found, resume=resume)
 
 
-def _load_and_fit(session: _Session, found: Plan, *, resume: ResumePoint | None) -> None:
-    from attnimg.train.data import load_documents, sentence
-    from attnimg.train.fit import fit
-    from attnimg.train.model import load_model, load_model_config
-    from attnimg.train.run import RunFacts
-    from attnimg.train.tokenizer import load_tokenizer
+def _load_and_fit(session: Session, found: Plan, *, resume: ResumePoint | None) -> None:
+    from attnimg.train.model import load_model_config
 
-    values = session.config
-    model_config = load_model_config(values)
+    model_config = load_model_config(session.config)
     if session.problem.model is None:
         session, found = _replanned(session, model_config)
     session, found = _for_class(session, found, model_config)
     found, proofs = _computes_right(session, found)
     agree(as_json.line(as_json.plan_json(found)), cpu=session.machine.arch.vendor == "cpu")
+    fit_planned(session, found, proofs=proofs, resume=resume)
+
+
+def fit_planned(
+    session: Session, found: Plan, *, proofs: list[Proof], resume: ResumePoint | None
+) -> None:
+    """Load the model, prove that its packed documents are isolated, and train.
+
+    Args:
+        session: the command's.
+        found: a plan whose kernels passed their proofs.
+        proofs: these, for the receipt.
+        resume: where the run goes on; None for a new run.
+    """
+    from attnimg.train.data import load_documents, sentence
+    from attnimg.train.fit import fit
+    from attnimg.train.model import load_model
+    from attnimg.train.run import RunFacts
+    from attnimg.train.tokenizer import load_tokenizer
+
+    values = session.config
     implementation = _prepared(session, found)
     tokenizer = load_tokenizer(values, say=session.say)
     documents = load_documents(values, tokenizer)
@@ -226,7 +243,7 @@ def _load_and_fit(session: _Session, found: Plan, *, resume: ResumePoint | None)
         typer.echo(path)
 
 
-def _replanned(session: _Session, model_config: Any) -> tuple[_Session, Plan]:
+def _replanned(session: Session, model_config: Any) -> tuple[Session, Plan]:
     """Plan anew for a hub model, whose config.json was not on this machine until now."""
     from attnimg.train.causal import require_causal_type
 
@@ -242,7 +259,7 @@ def _replanned(session: _Session, model_config: Any) -> tuple[_Session, Plan]:
     return session, _planned(session)
 
 
-def _for_class(session: _Session, found: Plan, model_config: Any) -> tuple[_Session, Plan]:
+def _for_class(session: Session, found: Plan, model_config: Any) -> tuple[Session, Plan]:
     """Plan anew where the model's class takes other attention than the table says of its type."""
     model_class = apply.class_of(model_config)
     facts = apply.facts_of(model_class) if model_class is not None else None
@@ -252,7 +269,7 @@ def _for_class(session: _Session, found: Plan, model_config: Any) -> tuple[_Sess
     return session, _planned(session)
 
 
-def _computes_right(session: _Session, found: Plan) -> tuple[Plan, list[Proof]]:
+def _computes_right(session: Session, found: Plan) -> tuple[Plan, list[Proof]]:
     """Compare the kernels with plain attention; auto goes on to its next candidate."""
     return proven_plan(
         found,
@@ -263,7 +280,7 @@ def _computes_right(session: _Session, found: Plan) -> tuple[Plan, list[Proof]]:
     )
 
 
-def _proven(session: _Session, found: Plan, model: Any) -> tuple[Plan, IsolationProof | None]:
+def _proven(session: Session, found: Plan, model: Any) -> tuple[Plan, IsolationProof | None]:
     """Show the real model packed documents; on a leak, auto goes on to its next candidate."""
     if not session.problem.packing:
         return found, None
@@ -299,12 +316,12 @@ def _backend(found: Plan) -> Backend:
     return apply.backend_of(found)
 
 
-def _prepared(session: _Session, found: Plan) -> str:
+def _prepared(session: Session, found: Plan) -> str:
     """Load the kernel before anything else is, and give transformers' name of it."""
     layers, trusted = _layers(session), session.problem.trusted
     return apply.prepare(_backend(found), layers=layers, trusted=trusted)
 
 
-def _layers(session: _Session) -> tuple[LayerGroup, ...]:
+def _layers(session: Session) -> tuple[LayerGroup, ...]:
     model = session.problem.model
     return model.layers if model else ()

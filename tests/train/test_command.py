@@ -110,7 +110,7 @@ def test_a_model_that_leaks_is_not_trained(home: Path, tmp_path: Path, model_typ
 def test_a_model_that_leaks_by_its_mask_trains_by_boundaries(home: Path, tmp_path: Path) -> None:
     done = train(home, tmp_path, model=leaky(home, "opt"))
     assert done.returncode == 0, done.stderr
-    assert "sdpa does not isolate this model" in done.stderr
+    assert "sdpa is not used (packing-not-isolated)" in done.stderr
     found = receipt(tmp_path)
     assert found["plan"]["chosen"]["backend"] == "sdpa_math"
     assert found["isolation"]["isolated"] is True

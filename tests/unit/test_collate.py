@@ -21,6 +21,21 @@ def lists(batch):
 
 
 @pytest.mark.parametrize(
+    ("one_row", "expected"),
+    [
+        pytest.param(True, [[0, 0, 1, 1, 1, 2]], id="one row"),
+        pytest.param(False, [[0, 0, 1, 1, 1], [0, 1, 1, 1, 1]], id="rows, padding last"),
+    ],
+)
+def test_seq_idx_numbers_the_documents_of_a_row(one_row, expected):
+    collate = PackedCollator(pad_token_id=9, one_row=one_row, seq_idx=True)
+    one = {"input_ids": [1], "labels": [1], "document_lengths": [1]}
+    found = collate([TWO_AND_THREE, one])["seq_idx"]
+    assert found.tolist() == expected
+    assert found.dtype is torch.int32
+
+
+@pytest.mark.parametrize(
     ("examples", "settings", "batch"),
     [
         pytest.param(

@@ -175,6 +175,44 @@ def test_a_wrong_position_shows_in_the_logits_even_where_nothing_leaks():
     assert proof.logits_error > 0.1
 
 
+@pytest.fixture
+def linear_attention_kernels(monkeypatch):
+    """Stand in for causal-conv1d, which follows seq_idx, and flash-linear-attention, cu_seqlens.
+
+    Both need a GPU; these call transformers' own reference document by document.
+    """
+    from transformers.models.qwen3_next import modeling_qwen3_next as code
+
+    convolve, scan = code.causal_conv1d_fn, code.torch_chunk_gated_delta_rule
+
+    def causal_conv1d_fn(x, weight, bias=None, activation=None, seq_idx=None, **_):
+        if seq_idx is None:
+            return convolve(x, weight, bias, activation=activation)
+        _, sizes = seq_idx[0].unique_consecutive(return_counts=True)
+        parts = x.split(sizes.tolist(), -1)
+        return torch.cat([convolve(x, weight, bias, activation=activation) for x in parts], -1)
+
+    def chunk_gated_delta_rule(query, key, value, *, g, beta, cu_seqlens=None, **_):
+        sizes = cu_seqlens.diff().tolist() if cu_seqlens is not None else query.shape[1]
+        parts = zip(*(x.split(sizes, 1) for x in (query, key, value, g, beta)), strict=True)
+        outputs = [
+            scan(q, k, v, g=g, beta=b, use_qk_l2norm_in_kernel=True)[0] for q, k, v, g, b in parts
+        ]
+        return torch.cat(outputs, 1), None
+
+    monkeypatch.setattr(code, "causal_conv1d_fn", causal_conv1d_fn)
+    monkeypatch.setattr(code, "torch_chunk_gated_delta_rule", chunk_gated_delta_rule)
+
+
+@pytest.mark.parametrize("seq_idx", [True, False])
+def test_linear_attention_is_isolated_with_seq_idx_alone(linear_attention_kernels, seq_idx):
+    # sdpa_math takes one row with its bounds; here sdpa gets the same row under a mask.
+    model = tiny_model("qwen3_next", "sdpa")
+    context = a_context(one_row=True, seq_idx=seq_idx)
+    proof = check_isolation(model, implementation="sdpa", context=context)
+    assert proof.isolated is seq_idx, proof.why
+
+
 def without_restart(kwargs):
     shape = kwargs["input_ids"].shape
     return {**kwargs, "position_ids": torch.arange(shape[1]).expand(shape)}
@@ -315,7 +353,7 @@ def lora(model):
 
 
 def checkpointed(model):
-    model.gradient_checkpointing_enable()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
     model.enable_input_require_grads()
     return model
 
@@ -365,9 +403,18 @@ def test_a_qlora_model_is_judged_right(model_type, isolated, one_row, tmp_path):
     assert all(map(torch.equal, before, model.parameters()))
 
 
-@pytest.mark.parametrize("model_type", ["llama", "qwen3_next"])
-def test_the_model_is_left_as_it_was(model_type):
+@pytest.mark.parametrize(
+    ("model_type", "wrap", "autocast"),
+    [
+        pytest.param("llama", None, None, id="llama"),
+        pytest.param("qwen3_next", None, None, id="qwen3_next"),
+        pytest.param("llama", None, "bfloat16", id="under autocast"),
+        pytest.param("llama", lambda x: lora(checkpointed(x)), "bfloat16", id="as LoRA has it"),
+    ],
+)
+def test_the_model_is_left_as_it_was(model_type, wrap, autocast):
     model = tiny_model(model_type, "sdpa")
+    model = wrap(model) if wrap else model
     ids = torch.randint(3, 128, (1, 9))
     model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
     model.get_input_embeddings().eval()
@@ -386,7 +433,8 @@ def test_the_model_is_left_as_it_was(model_type):
     before = state()
     weights = [weight.detach().clone() for weight in model.parameters()]
     gradients = [weight.grad.clone() for weight in model.parameters() if weight.grad is not None]
-    check_isolation(model, implementation="sdpa", context=a_context(one_row=True))
+    context = a_context(one_row=True, autocast=autocast)
+    check_isolation(model, implementation="sdpa", context=context)
     assert state() == before
     assert all(map(torch.equal, weights, model.parameters()))
     kept = [weight.grad for weight in model.parameters() if weight.grad is not None]
