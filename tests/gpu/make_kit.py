@@ -78,7 +78,7 @@ class Build:
     Attributes:
         kept: globs of what of its source goes into the kit.
         imports: the modules whose import proves an installation.
-        cpu_seconds: what its build took (2026-11-26); it orders the builds.
+        cpu_seconds: what its build takes, estimated from single units; it orders the builds.
         env: what differs from the recipe's trim.
     """
 
