@@ -3,6 +3,14 @@
 Every rule that is broken is a Fault, whose reason has a code of its own. A kernel that is right may
 break a rule once by what rounding or random numbers do in that call: such a fault is marked, and
 candidate.py believes it when it is seen again.
+
+What is compared bit by bit, and why a right kernel on a GPU passes: the inputs with a copy of them,
+which hold no NaN and which autograd forbids to change; in company.py a result with a copy of the
+same memory; outputs of equal calls, see repeats.py. Nothing else is: gradients follow noise.py,
+random numbers may go on (seeding.py), a dropout rate has 5 standard deviations and the coarsest
+kernel's step. The bounds here leave room for P and dS rounded before they are multiplied, for exp2
+in place of exp and for rescaling block by block: kernels that do all of that come to half of them
+(tests/fixtures/noisy_kernels, docs/measured/proof-noise.json).
 """
 
 from __future__ import annotations

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import replace
+import io
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from attnimg.prove.calls import Result, call
 from attnimg.prove.candidate import Findings, prove_geometry
 from attnimg.prove.cases import Case, cases_of
 from attnimg.prove.checks import Fault
+from attnimg.prove.child import prove_candidate
 from attnimg.prove.inputs import draw
 from attnimg.prove.noise import TILE, beyond_a_flip, sum_noise
 from attnimg.prove.repeats import check_isolated
@@ -199,6 +202,25 @@ def test_what_noise_may_explain_is_believed_when_it_is_seen_again(
 def test_a_kernel_that_is_wrong_now_and_then_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     found, _ = prove_by({n: NOISE for n in range(0, 1000, 7)}, monkeypatch)
     assert found.reasons
+
+
+def test_what_was_seen_once_is_noted_and_gets_new_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    def prove(*_args: object, again: Callable[[], None], **_named: object) -> Findings:
+        again()
+        return Findings([], [], 3, [NOISE.reason])
+
+    monkeypatch.setattr(candidate, "prove_geometry", prove)
+    geometry = Geometry(heads=2, kv_heads=2, head_dim_qk=16, head_dim_v=16, sequence_len=64)
+    report = io.StringIO()
+    proof = prove_candidate(
+        {"backend": "sdpa", "geometries": [asdict(geometry)], "trusted": False, "routed": False},
+        device="cpu",
+        references={},
+        report=report,
+    )
+    assert proof.passed
+    assert proof.note == "seen once, and not when run again: noise"
+    assert json.loads(report.getvalue()) == {"again": "sdpa"}
 
 
 def test_an_output_that_another_document_moves_is_refused_bit_by_bit() -> None:
