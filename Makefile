@@ -153,7 +153,7 @@ test/fa4-cache: .venv/ready build/fa4/ready ## Compile kernels of FlashAttention
 	TRITON_PYTHON=build/fa4/bin/python $(BIN)/pytest tests/triton_cache
 	FA4_PYTHON=build/fa4/bin/python $(BIN)/pytest tests/fa4_cache
 
-test/contexts: .venv/ready ## Train in every context: rows x precision x weights x checkpointing x compiled, an hour
+test/contexts: .venv/ready ## Train in every context: rows x precision x weights x checkpointing x compiled; 240 runs, half of them compiled
 	CONTEXTS=all $(BIN)/pytest -v tests/train/test_contexts.py
 
 test/gates: .venv/ready build/nvcc/ready ## Test the gates on small images with real machine code, 1 minute

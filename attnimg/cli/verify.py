@@ -85,7 +85,7 @@ def _problems(file: str | None, machine: Machine) -> list[tuple[Problem, str | N
             checkpointing=False,
             sequence_len=_SEQUENCE_LEN,
             rows=1,
-            autocast=False,
+            autocast=dtype != "float32",
         )
         return [(unpacked, None), (replace(unpacked, packing=True), None)]
     checked = config.check_file(file)

@@ -1,4 +1,4 @@
-"""Each way of calling a model trains three steps, or is refused for a reason that stands here.
+"""Each way of calling a model trains three steps; none of them is refused on a CPU.
 
 CONTEXTS=all runs the full product, compiled by inductor. Without it every pair of values occurs
 once among the uncompiled rows, and a few are compiled, by aot_eager, which traces as inductor does
@@ -23,14 +23,13 @@ from tiny_run import losses, make_tokenizer, sentences
 from attnimg import apply, config, plan, probe
 from attnimg.cli.subject import distributions, problem_of, read_model
 from attnimg.cli.train import Session, fit_planned
-from attnimg.errors import AttnimgError
 from attnimg.train.quiet import silence_libraries
 from attnimg.train.signals import StopFlag
 
 KERNEL = Path(__file__).parents[1] / "fixtures" / "flash_attn2"
 EVERY = os.environ.get("CONTEXTS") == "all"
 # torch.compile says what it thinks of a small machine.
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.timeout(900 if EVERY else 300)]
 
 AXES: dict[str, dict[str, dict[str, Any]]] = {
     "rows": {
@@ -60,8 +59,6 @@ AXES: dict[str, dict[str, dict[str, Any]]] = {
         },
     },
 }
-# What is refused, by the values that meet, with the code and a word of the reason.
-REFUSED: dict[frozenset[str], tuple[str, str]] = {}
 # On a CPU there is no float16 to train in: accelerate casts nothing there.
 DTYPE = {"float32": "float32", "float16": "float32"}
 
@@ -177,19 +174,12 @@ def dtypes_of_q(monkeypatch: pytest.MonkeyPatch) -> set[torch.dtype]:
 
 
 @pytest.mark.parametrize("row", [pytest.param(row, id=", ".join(row)) for row in ROWS])
-def test_it_trains_or_is_refused_for_a_true_reason(
+def test_it_trains_as_the_receipt_tells(
     home: Path, tmp_path: Path, row: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     keys: dict[str, Any] = {}
     for axis, value in zip(AXES.values(), row, strict=True):
         keys |= axis[value]
-    refusal = next((told for values, told in REFUSED.items() if values <= set(row)), None)
-    if refusal is not None:
-        with pytest.raises(AttnimgError) as caught:
-            run(home, tmp_path / "out", **keys)
-        assert caught.value.code == refusal[0]
-        assert refusal[1] in str(caught.value)
-        return
     of_q = dtypes_of_q(monkeypatch) if row[-1] != "compiled" else None
     receipt = run(home, tmp_path / "out", **keys)
     found = losses(tmp_path / "out")
