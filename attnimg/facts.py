@@ -170,7 +170,7 @@ class Problem:
         forward_only_ok: whether a kernel without a backward pass may train all the same.
         trusted: whether the user lets code from the hub run.
         sequence_len: tokens of the longest row; None when not known.
-        rows: rows of a batch.
+        rows: rows of the largest batch.
         autocast: whether the forward pass runs under torch.autocast.
         known_bad: rules on where backends are known to fail.
     """

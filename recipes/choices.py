@@ -67,7 +67,7 @@ def choices_on(gpu: Gpu, image: ImageFacts | None) -> list[Choice]:
             model_class=class_named(name),
             dtype=dtype,
             packing=True,
-            sequence_len=2048,
+            sequence_len=8192,
             known_bad=rules,
         )
         chosen = plan.choose(None, machine, problem)
@@ -139,11 +139,11 @@ def choices_page(found: Iterable[Choice]) -> str:
         rows.setdefault(choice.gpu.name, head).append(" + ".join(map(_short, _taken(choice.plan))))
     return (
         f"<!-- {NOTICE} -->\n\n# What `auto` chooses\n\n"
-        "For packed training of a model with the defaults of its type, with the packages of the\n"
-        "GPU's image; without an image every package is assumed. FA2 is `flash_attention_2`, FA4\n"
-        "`flash_attention_4`, flex `flex_attention`. Where two are named, layers of different\n"
-        "shape run different ones, in the order of the second table. A proof on the GPU may still\n"
-        "move the choice of `attnimg train` on.\n\n"
+        "For packed training of a model with the defaults of its type, in rows of 8192 tokens,\n"
+        "with the packages of the GPU's image; without an image every package is assumed. FA2 is\n"
+        "`flash_attention_2`, FA4 `flash_attention_4`, flex `flex_attention`. Where two stand,\n"
+        "layers of different shape run different ones, in the order of the second table. A proof\n"
+        "on the GPU may still move the choice of `attnimg train` on.\n\n"
         + table(("`--on`", "Image", "Precision", *models), [tuple(row) for row in rows.values()])
         + "\n## The models\n\n"
         + table(

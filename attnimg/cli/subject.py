@@ -84,7 +84,7 @@ def problem_of(values: Config, *, model: Model | None, dropout: float, arch: Arc
         forward_only_ok=values.attn_forward_only_ok,
         trusted=bool(values.trust_remote_code),
         sequence_len=values.sequence_len,
-        rows=values.micro_batch_size,
+        rows=max(values.micro_batch_size, values.eval_batch_size or 0),
         # As in train/arguments.py: bf16: full means that nothing is cast on the way.
         autocast=dtype != "float32" and values.bf16 != "full",
         known_bad=known_bad.load(values.attn_known_bad, today=date.today()),

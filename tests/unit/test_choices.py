@@ -117,7 +117,7 @@ def test_explain_says_the_same(
     Path("model").mkdir()
     Path("model/config.json").write_text(json.dumps({"model_type": model}))
     Path("c.yaml").write_text(
-        "base_model: ./model\nlearning_rate: 1e-4\nsequence_len: 2048\nsample_packing: true\n"
+        "base_model: ./model\nlearning_rate: 1e-4\nsequence_len: 8192\nsample_packing: true\n"
         "datasets: [{path: d.jsonl, type: completion}]\n"
     )
     asked = ["--image", image] if image else []
