@@ -15,7 +15,7 @@ from typing import Any
 from attnimg import known_bad, plan
 from attnimg.facts import Model, Plan, Problem
 from attnimg.gpus import Gpu, catalogue
-from attnimg.images import ImageFacts, image_for, machine_with
+from attnimg.images import ImageFacts, image_for, machine_with, runs_on
 from attnimg.model_classes import class_named
 from attnimg.problem import read_model
 from recipes.files import NOTICE
@@ -50,7 +50,7 @@ def choices(images: Mapping[str, ImageFacts]) -> list[Choice]:
     return [
         choice
         for gpu in catalogue().values()
-        for choice in choices_on(gpu, image_for(gpu.arch, images))
+        for choice in choices_on(gpu, image_for(gpu.arch, images, cpu=gpu.cpu))
     ]
 
 
@@ -79,15 +79,17 @@ def choices_on(gpu: Gpu, image: ImageFacts | None) -> list[Choice]:
 def choices_json(found: Iterable[Choice], images: Mapping[str, ImageFacts]) -> str:
     """Write every choice with the codes against each other backend, one model a line.
 
-    GPUs of one architecture, which have the same choices, share a block. Under "images" stands
-    every image: "wrong-image" where it has no code for the GPU, else the models for which it
-    chooses or refuses otherwise than the GPU's own image does.
+    GPUs of one architecture, which have the same choices, share a block; those whose machines have
+    another CPU than amd64 have one of their own, "sm_90 arm64". Under "images" stands every image:
+    "wrong-image" where it does not run on the GPU, else the models for which it chooses or refuses
+    otherwise than the GPU's own image does.
     """
     lines: dict[str, dict[str, str]] = {}
     heads: dict[str, dict[str, Any]] = {}
     gpus: dict[str, Gpu] = {}
     for choice in found:
-        arch = choice.gpu.arch.name
+        cpu = choice.gpu.cpu
+        arch = choice.gpu.arch.name + (f" {cpu}" if cpu != "amd64" else "")
         gpus.setdefault(arch, choice.gpu)
         head: dict[str, Any] = {"image": choice.image, "dtype": choice.dtype, "gpus": []}
         names = heads.setdefault(arch, head)["gpus"]
@@ -121,7 +123,7 @@ def _line(choice: Choice) -> str:
 
 def _cell(gpu: Gpu, image: ImageFacts, *, own: Mapping[str, str]) -> str:
     """Write what an image changes for a GPU, compared with the lines of its own one."""
-    if gpu.arch.name not in image.devices:
+    if not runs_on(image, gpu.arch, cpu=gpu.cpu):
         return '"wrong-image"'
     lines = {choice.model.type: _line(choice) for choice in choices_on(gpu, image)}
     changed = [f'    "{model}": {line}' for model, line in lines.items() if line != own[model]]

@@ -24,8 +24,10 @@ def images_page(plans: tuple[Plan, ...]) -> str:
             open_values.setdefault(f"{field}: {reason}", []).append(f"`{image}`")
     return (
         f"<!-- {NOTICE} -->\n\n# Images\n\n"
-        "Every image has Python 3.11 on Debian bookworm. The size limit is that of the compressed\n"
-        "image. `frontier` images have a newer torch and CUDA.\n\n"
+        "Every image has Python 3.11 on Debian bookworm, and is built for "
+        f"{' '.join(sorted({platform for plan in plans for platform in plan.image.platforms}))}.\n"
+        "The size limit is that of the compressed image. `frontier` images have a newer torch and\n"
+        "CUDA.\n\n"
         f"{table(_IMAGE_HEAD, [_image_row(plan) for plan in plans])}"
         "\n## Which image for which GPU\n\n"
         f"{table(('GPU', '`--on`', 'Image'), _gpu_rows(plans))}"
@@ -52,15 +54,19 @@ def _image_row(plan: Plan) -> tuple[str, ...]:
 def _gpu_rows(plans: tuple[Plan, ...]) -> list[tuple[str, ...]]:
     """Find the stable image of every GPU of the catalogue."""
     images = {
-        device(arch): f"`{plan.image.name}`"
+        device(arch): plan.image
         for plan in plans
         if plan.image.channel == "stable"
         for arch in plan.image.archs
     }
-    return [
-        (gpu.label, f"`{name}`", images.get(gpu.arch.name, "none"))
-        for name, gpu in catalogue().items()
-    ]
+    rows: list[tuple[str, ...]] = []
+    for name, gpu in catalogue().items():
+        image = images.get(gpu.arch.name)
+        text = f"`{image.name}`" if image else "none"
+        if f"linux/{gpu.cpu}" not in (image.platforms if image else ()) and gpu.cpu != "amd64":
+            text = f"none: its CPU is {gpu.cpu}"
+        rows.append((gpu.label, f"`{name}`", text))
+    return rows
 
 
 def support_page(plans: tuple[Plan, ...]) -> str:

@@ -62,7 +62,7 @@ def explain(
             found = _no_name(checked, found)
     checked = replace(
         checked,
-        warnings=(*checked.warnings, *machine_notes(machine), *image_notes(machine, assumed)),
+        warnings=(*checked.warnings, *machine_notes(machine), *image_notes(on, assumed)),
     )
     if as_json_lines:
         shown = as_json.explained_json(

@@ -212,7 +212,16 @@ def test_every_gpu_of_the_catalogue_that_we_can_serve_has_one_image() -> None:
     stable = [found for found in images.values() if found["channel"] == "stable"]
     for name, gpu in catalogue().items():
         serving = [found for found in stable if gpu.arch.name in found["devices"]]
-        assert len(serving) == (0 if name in {"v100"} else 1), name
+        serving = [found for found in serving if f"linux/{gpu.cpu}" in found["platforms"]]
+        assert len(serving) == (0 if name == "v100" or gpu.cpu == "arm64" else 1), name
+
+
+def test_the_page_of_images_promises_no_arm64_machine_one() -> None:
+    images, _, gpus = TEXTS["docs/images.md"].partition("## Which image")
+    for name, gpu in catalogue().items():
+        (row,) = (line for line in gpus.splitlines() if f"| `{name}` |" in line)
+        assert ("none: its CPU is arm64" in row) == (gpu.cpu == "arm64")
+    assert "DGX Spark" not in images
 
 
 def test_every_backend_has_a_row_in_the_support_matrix() -> None:
