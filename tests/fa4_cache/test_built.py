@@ -67,7 +67,7 @@ def test_the_set_has_every_kind_of_kernel(built: Built) -> None:
     target = built.manifest["targets"]["sm_90"]
     assert len(target["calls"]) == 4, "dense and varlen, with gradient and without"
     kinds = {name.partition("/")[0] for name in target["entries"]}
-    assert kinds == {"fwd", "bwd_pre", "bwd", "bwd_post", "bwd_dsink"}
+    assert kinds == {"fwd", "bwd_pre", "bwd", "bwd_post"}
 
 
 def test_each_entry_has_code_for_its_folder_s_gpu_alone(built: Built) -> None:
