@@ -7,6 +7,7 @@ import re
 import tomllib
 from dataclasses import dataclass
 from importlib import resources
+from typing import Literal
 
 from attnimg.errors import AttnimgError
 from attnimg.facts import Arch
@@ -23,13 +24,15 @@ class Gpu:
         name: what --on takes, "h100".
         arch: the machine code it runs.
         label: the name people know, "NVIDIA H100 80GB".
-        memory_gb: device memory as sold; None for "cpu".
+        memory_gb: device memory as sold; None for "cpu" and for a bare architecture.
+        cpu: the CPU architecture of its machines; None for a bare architecture, which says nothing.
     """
 
     name: str
     arch: Arch
     label: str
-    memory_gb: int | None
+    memory_gb: int | None = None
+    cpu: Literal["amd64", "arm64"] | None = None
 
 
 def arch_from_name(name: str) -> Arch:
@@ -56,13 +59,14 @@ def catalogue() -> dict[str, Gpu]:
             arch=arch_from_name(entry["arch"]),
             label=entry["label"],
             memory_gb=entry.get("memory_gb"),
+            cpu=entry.get("cpu", "amd64"),
         )
         for name, entry in tomllib.loads(text).items()
     }
 
 
-def parse_gpu(text: str) -> tuple[Arch, str]:
-    """Turn what --on was given into an architecture and a label.
+def gpu_named(text: str) -> Gpu:
+    """Return the GPU that --on was given.
 
     Args:
         text: a name of the catalogue, or any sm_NN, sm_NNN, gfxNNN, catalogued or not.
@@ -71,11 +75,22 @@ def parse_gpu(text: str) -> tuple[Arch, str]:
         AttnimgError: neither (code "unknown-gpu"); it names the nearest ones.
     """
     if text != "cpu" and (_SM.fullmatch(text) or _GFX.fullmatch(text)):
-        return arch_from_name(text), text
+        return Gpu(name=text, arch=arch_from_name(text), label=text)
     known = catalogue()
     if text in known:
-        return known[text].arch, known[text].label
+        return known[text]
     raise _unknown(text, known=list(known))
+
+
+def parse_gpu(text: str) -> tuple[Arch, str]:
+    """Return the architecture and the label of what --on was given; raises as gpu_named."""
+    gpu = gpu_named(text)
+    return gpu.arch, gpu.label
+
+
+def cpus_with(arch: Arch) -> frozenset[str]:
+    """Return the CPU architectures of the catalogued machines that have a GPU architecture."""
+    return frozenset(gpu.cpu for gpu in catalogue().values() if gpu.arch == arch and gpu.cpu)
 
 
 def _unknown(text: str, *, known: list[str]) -> AttnimgError:

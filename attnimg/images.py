@@ -26,6 +26,7 @@ class ImageFacts:
         aliases: further tags, such as "ada".
         channel: "stable" or "frontier".
         devices: the architectures it runs on, best known first.
+        platforms: what it is built for, "linux/amd64"; a CPU of another one does not start it.
         torch: its torch version; None where it is not resolved.
         driver_min: lowest GPU driver; None without a GPU.
         packages: distribution -> version: what the recipe names, or, in an image, all of them.
@@ -36,6 +37,7 @@ class ImageFacts:
     aliases: tuple[str, ...]
     channel: str
     devices: tuple[str, ...]
+    platforms: tuple[str, ...]
     torch: str | None
     driver_min: str | None
     packages: Mapping[str, str]
@@ -87,15 +89,23 @@ def image_named(name: str) -> ImageFacts:
     )
 
 
-def image_for(arch: Arch, images: Mapping[str, ImageFacts] | None = None) -> ImageFacts | None:
-    """Give the image made for an architecture; None when there is none.
+def image_for(
+    arch: Arch, images: Mapping[str, ImageFacts] | None = None, *, cpu: str | None = None
+) -> ImageFacts | None:
+    """Return the image made for an architecture; None when there is none.
 
     Args:
         arch: what it must have code for.
         images: where to look; None for the catalogue.
+        cpu: the CPU architecture that it must start on; None for any.
     """
     known = catalogue() if images is None else images
-    return next((image for image in known.values() if arch.name in image.devices), None)
+    return next((image for image in known.values() if runs_on(image, arch, cpu=cpu)), None)
+
+
+def runs_on(image: ImageFacts, arch: Arch, *, cpu: str | None) -> bool:
+    """Return whether an image has code for an architecture, and starts on that CPU; None is any."""
+    return arch.name in image.devices and (cpu is None or f"linux/{cpu}" in image.platforms)
 
 
 def machine_with(image: ImageFacts | None, arch: Arch, label: str) -> Machine:
@@ -121,6 +131,7 @@ def _facts(name: str, raw: Mapping[str, Any]) -> ImageFacts:
         aliases=tuple(raw["aliases"]),
         channel=raw["channel"],
         devices=tuple(raw["devices"]),
+        platforms=tuple(raw["platforms"]),
         torch=raw["torch"],
         driver_min=raw["driver_min"],
         packages=raw["packages"],

@@ -5,7 +5,11 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from recipes.facts import AheadOfTime, Plan, Step, TritonSet
+from attnimg.backends import all_backends
+from attnimg.facts import LayerGroup
+from attnimg.gpus import arch_from_name
+from attnimg.plan.layers import layer_reasons
+from recipes.facts import AheadOfTime, Plan, Step, TrainedModel, TritonSet
 from recipes.files import NOTICE
 from recipes.kernel_rules import device
 
@@ -30,19 +34,83 @@ def kernel_sets(plans: tuple[Plan, ...]) -> dict[str, str]:
     }
 
 
-def _text(step: Step, asked: AheadOfTime) -> str:
-    axes = ("dtypes", "head_dims", "heads_per_kv", "causal", "varlen", "gradient")
-    content: dict[str, Any] = {"//": NOTICE}
-    content |= {axis: list(getattr(asked, axis)) for axis in axes}
-    content["targets"] = {
-        device(arch): {
-            "code": asked.targets[arch].code,
-            "multiprocessors": asked.targets[arch].multiprocessors,
-            "left_out": {str(dim): why for dim, why in asked.targets[arch].left_out.items()},
-        }
-        for arch in step.archs
+def covered(model: TrainedModel, arch: str) -> str:
+    """Return which layers of a model have their kernels on an architecture: "yes", "-", some."""
+    fits = {group.window: not _against(group, arch) for group in _groups(model)}
+    if len(set(fits.values())) == 1:
+        return "yes" if all(fits.values()) else "-"
+    return "full layers" if fits[None] else "sliding layers"
+
+
+def _groups(model: TrainedModel) -> tuple[LayerGroup, ...]:
+    """Return the kinds of attention layers of a model; how many of each does not matter here."""
+    return tuple(
+        LayerGroup(
+            count=1,
+            heads=model.heads,
+            kv_heads=model.kv_heads,
+            head_dim_qk=model.head_dim,
+            head_dim_v=model.head_dim_v or model.head_dim,
+            window=window or None,
+            softcap=model.softcap or None,
+            sinks=model.sinks,
+        )
+        for window in model.windows
+    )
+
+
+def _against(group: LayerGroup, arch: str) -> str:
+    """Return why FlashAttention-4 has no kernel for a layer on an architecture; "" if it has."""
+    (backend,) = (found for found in all_backends() if found.name == "flash_attention_4")
+    capability = arch_from_name(device(arch)).capability
+    assert capability is not None
+    major = capability[0]
+    needs = backend.needs
+    features = needs.features - needs.features_missing.get(major, frozenset())
+    reasons = layer_reasons(group, needs.head_dims, major, features)
+    return "; ".join(reason.text.removeprefix("1 layers ") for reason in reasons)
+
+
+def _shape(group: LayerGroup) -> dict[str, Any]:
+    """Return what of a layer enters a kernel; docker/fa4_cache/kernel_set.py explains it.
+
+    Source: compile_key in flash_attn/cute/interface.py of flash-attn-4 4.0.0b36 (2026-11-26).
+    """
+    return {
+        "head_dim": group.head_dim_qk,
+        "head_dim_v": group.head_dim_v,
+        "heads_per_kv": group.heads // group.kv_heads,
+        "window": group.window is not None,
+        "softcap": group.softcap or 0.0,
+        "sinks": group.sinks,
     }
+
+
+def _text(step: Step, asked: AheadOfTime) -> str:
+    content: dict[str, Any] = {"//": NOTICE}
+    content |= {axis: list(getattr(asked, axis)) for axis in ("dtypes", "varlen", "gradient")}
+    content["targets"] = {device(arch): _target(asked, arch) for arch in step.archs}
     return json.dumps(content, indent=1) + "\n"
+
+
+def _target(asked: AheadOfTime, arch: str) -> dict[str, Any]:
+    """Write what is compiled for one architecture: each distinct shape once."""
+    shapes: list[dict[str, Any]] = []
+    left_out: dict[str, str] = {}
+    for model in asked.models:
+        for group in _groups(model):
+            if against := _against(group, arch):
+                kind = "sliding layers" if group.window else "full layers"
+                left_out[f"{model.model}, {kind}"] = against
+            elif _shape(group) not in shapes:
+                shapes.append(_shape(group))
+    target = asked.targets[arch]
+    return {
+        "code": target.code,
+        "multiprocessors": target.multiprocessors,
+        "shapes": shapes,
+        "left_out": left_out,
+    }
 
 
 def _triton_text(step: Step, asked: TritonSet) -> str:

@@ -34,6 +34,7 @@ def _image(plan: Plan, stack: Mapping[str, str]) -> dict[str, Any]:
         "channel": image.channel,
         "archs": list(image.archs),
         "devices": [device(arch) for arch in image.archs],
+        "platforms": list(image.platforms),
         "accelerator": image.accelerator,
         "python": image.python,
         "torch": torch,

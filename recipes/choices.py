@@ -15,7 +15,7 @@ from typing import Any
 from attnimg import known_bad, plan
 from attnimg.facts import Model, Plan, Problem
 from attnimg.gpus import Gpu, catalogue
-from attnimg.images import ImageFacts, image_for, machine_with
+from attnimg.images import ImageFacts, image_for, machine_with, runs_on
 from attnimg.model_classes import class_named
 from attnimg.problem import read_model
 from recipes.files import NOTICE
@@ -50,7 +50,7 @@ def choices(images: Mapping[str, ImageFacts]) -> list[Choice]:
     return [
         choice
         for gpu in catalogue().values()
-        for choice in choices_on(gpu, image_for(gpu.arch, images))
+        for choice in choices_on(gpu, image_for(gpu.arch, images, cpu=gpu.cpu))
     ]
 
 
@@ -70,7 +70,7 @@ def choices_on(gpu: Gpu, image: ImageFacts | None) -> list[Choice]:
             dropout=0.0,
             compiled=False,
             checkpointing=False,
-            sequence_len=2048,
+            sequence_len=8192,
             rows=1,
             autocast=dtype != "float32",
             known_bad=rules,
@@ -84,15 +84,17 @@ def choices_on(gpu: Gpu, image: ImageFacts | None) -> list[Choice]:
 def choices_json(found: Iterable[Choice], images: Mapping[str, ImageFacts]) -> str:
     """Write every choice with the codes against each other backend, one model a line.
 
-    GPUs of one architecture, which have the same choices, share a block. Under "images" stands
-    every image: "wrong-image" where it has no code for the GPU, else the models for which it
-    chooses or refuses otherwise than the GPU's own image does.
+    GPUs of one architecture, which have the same choices, share a block; those whose machines have
+    another CPU than amd64 have one of their own, "sm_90 arm64". Under "images" stands every image:
+    "wrong-image" where it does not run on the GPU, else the models for which it chooses or refuses
+    otherwise than the GPU's own image does.
     """
     lines: dict[str, dict[str, str]] = {}
     heads: dict[str, dict[str, Any]] = {}
     gpus: dict[str, Gpu] = {}
     for choice in found:
-        arch = choice.gpu.arch.name
+        cpu = choice.gpu.cpu
+        arch = choice.gpu.arch.name + (f" {cpu}" if cpu != "amd64" else "")
         gpus.setdefault(arch, choice.gpu)
         head: dict[str, Any] = {"image": choice.image, "dtype": choice.dtype, "gpus": []}
         names = heads.setdefault(arch, head)["gpus"]
@@ -126,7 +128,7 @@ def _line(choice: Choice) -> str:
 
 def _cell(gpu: Gpu, image: ImageFacts, *, own: Mapping[str, str]) -> str:
     """Write what an image changes for a GPU, compared with the lines of its own one."""
-    if gpu.arch.name not in image.devices:
+    if not runs_on(image, gpu.arch, cpu=gpu.cpu):
         return '"wrong-image"'
     lines = {choice.model.type: _line(choice) for choice in choices_on(gpu, image)}
     changed = [f'    "{model}": {line}' for model, line in lines.items() if line != own[model]]
@@ -144,11 +146,11 @@ def choices_page(found: Iterable[Choice]) -> str:
         rows.setdefault(choice.gpu.name, head).append(" + ".join(map(_short, _taken(choice.plan))))
     return (
         f"<!-- {NOTICE} -->\n\n# What `auto` chooses\n\n"
-        "For packed training of a model with the defaults of its type, with the packages of the\n"
-        "GPU's image; without an image every package is assumed. FA2 is `flash_attention_2`, FA4\n"
-        "`flash_attention_4`, flex `flex_attention`. Where two are named, layers of different\n"
-        "shape run different ones, in the order of the second table. A proof on the GPU may still\n"
-        "move the choice of `attnimg train` on.\n\n"
+        "For packed training of a model with the defaults of its type, in rows of 8192 tokens,\n"
+        "with the packages of the GPU's image; without an image every package is assumed. FA2 is\n"
+        "`flash_attention_2`, FA4 `flash_attention_4`, flex `flex_attention`. Where two stand,\n"
+        "layers of different shape run different ones, in the order of the second table. A proof\n"
+        "on the GPU may still move the choice of `attnimg train` on.\n\n"
         + table(("`--on`", "Image", "Precision", *models), [tuple(row) for row in rows.values()])
         + "\n## The models\n\n"
         + table(

@@ -141,35 +141,55 @@ class Target(Strict):
     Attributes:
         code: the machine code, "sm_90a".
         multiprocessors: of the GPU that is meant; it shapes the grids of some kernels.
-        left_out: head_dim -> why its kernels are not compiled, with a source.
     """
 
     code: str
     multiprocessors: int
-    left_out: Mapping[int, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainedModel(Strict):
+    """A model that is widely trained, and the exact shape of its attention.
+
+    Attributes:
+        model: its name on the Hugging Face hub.
+        heads, kv_heads, head_dim: as in its config.json; for MLA as its attention call has them.
+        head_dim_v: of v; None for head_dim.
+        windows: the sliding windows of its layers, 0 for a layer without one.
+        softcap: of the logits; 0 without one.
+        sinks: whether each head has a learned sink.
+        source: which of AheadOfTime.sources says so.
+    """
+
+    model: str
+    heads: int
+    kv_heads: int
+    head_dim: int
+    head_dim_v: int | None = None
+    windows: tuple[int, ...] = (0,)
+    softcap: float = 0.0
+    sinks: bool = False
+    source: str
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AheadOfTime(Strict):
     """Kernels that would be compiled at their first use, and are when an image is built.
 
-    Each combination of these values is one call; a target's are those that it does not leave out.
-
     Attributes:
-        dtypes, head_dims: of q, k and v alike.
-        heads_per_kv: query heads for one key/value head.
-        causal: whether a token sees only those before it.
+        dtypes: of q, k and v alike.
         varlen: packed documents, or a rectangle.
         gradient: forward and backward, or forward alone.
+        models: whose attention they compute.
+        sources: name -> where models' shapes were read, and when.
         targets: architecture -> the GPU that is meant.
     """
 
     dtypes: tuple[Literal["bfloat16", "float16"], ...]
-    head_dims: tuple[int, ...]
-    heads_per_kv: tuple[int, ...]
-    causal: tuple[bool, ...]
     varlen: tuple[bool, ...]
     gradient: tuple[bool, ...]
+    models: tuple[TrainedModel, ...]
+    sources: Mapping[str, str]
     targets: Mapping[str, Target]
 
 

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Mapping
 from attnimg.backends import all_backends, runs_on
 from attnimg.facts import Backend
 from attnimg.gpus import arch_from_name, catalogue
-from recipes.facts import Allowance, Kernel, Plan, Unresolved
+from recipes.ahead_of_time import covered
+from recipes.facts import Allowance, Kernel, Plan, TrainedModel, Unresolved
 from recipes.files import NOTICE
 from recipes.kernel_rules import device
 
@@ -23,8 +24,10 @@ def images_page(plans: tuple[Plan, ...]) -> str:
             open_values.setdefault(f"{field}: {reason}", []).append(f"`{image}`")
     return (
         f"<!-- {NOTICE} -->\n\n# Images\n\n"
-        "Every image has Python 3.11 on Debian bookworm. The size limit is that of the compressed\n"
-        "image. `frontier` images have a newer torch and CUDA.\n\n"
+        "Every image has Python 3.11 on Debian bookworm, and is built for "
+        f"{' '.join(sorted({platform for plan in plans for platform in plan.image.platforms}))}.\n"
+        "The size limit is that of the compressed image. `frontier` images have a newer torch and\n"
+        "CUDA.\n\n"
         f"{table(_IMAGE_HEAD, [_image_row(plan) for plan in plans])}"
         "\n## Which image for which GPU\n\n"
         f"{table(('GPU', '`--on`', 'Image'), _gpu_rows(plans))}"
@@ -51,15 +54,19 @@ def _image_row(plan: Plan) -> tuple[str, ...]:
 def _gpu_rows(plans: tuple[Plan, ...]) -> list[tuple[str, ...]]:
     """Find the stable image of every GPU of the catalogue."""
     images = {
-        device(arch): f"`{plan.image.name}`"
+        device(arch): plan.image
         for plan in plans
         if plan.image.channel == "stable"
         for arch in plan.image.archs
     }
-    return [
-        (gpu.label, f"`{name}`", images.get(gpu.arch.name, "none"))
-        for name, gpu in catalogue().items()
-    ]
+    rows: list[tuple[str, ...]] = []
+    for name, gpu in catalogue().items():
+        image = images.get(gpu.arch.name)
+        text = f"`{image.name}`" if image else "none"
+        if f"linux/{gpu.cpu}" not in (image.platforms if image else ()) and gpu.cpu != "amd64":
+            text = f"none: its CPU is {gpu.cpu}"
+        rows.append((gpu.label, f"`{name}`", text))
+    return rows
 
 
 def support_page(plans: tuple[Plan, ...]) -> str:
@@ -130,6 +137,43 @@ def _size(value: int | Unresolved) -> str:
 
 def _text(value: str | Unresolved | None) -> str:
     return "unresolved" if isinstance(value, Unresolved) else value or "-"
+
+
+def fa4_models_page(kernel: Kernel) -> str:
+    """Write docs/fa4-models.md: which models' kernels come compiled, and for which GPUs."""
+    asked = kernel.ahead_of_time
+    assert asked is not None
+    archs = list(kernel.archs)
+    rows = [
+        (f"`{model.model}`", _words(model), *(covered(model, arch) for arch in archs))
+        for model in asked.models
+    ]
+    head = ("Model", "Attention", *(f"`{device(arch)}`" for arch in archs))
+    sources = [
+        f"- {', '.join(f'`{m.model}`' for m in asked.models if m.source == name)}: {where}\n"
+        for name, where in asked.sources.items()
+    ]
+    return (
+        f"<!-- {NOTICE} -->\n\n# The models whose FlashAttention-4 kernels come compiled\n\n"
+        "Attention: query heads/key-value heads x head_dim of q and k (/of v, where it differs).\n"
+        "A kernel is for a head_dim, a number of query heads for one key/value head, and layers\n"
+        "with or without a window, a soft cap, sinks: any model like one of these finds the same\n"
+        "kernels. `-`: FlashAttention-4 has none there.\n\n"
+        f"{table(head, rows)}"
+        "\n## Sources (2026-11-26)\n\n" + "".join(sources)
+    )
+
+
+def _words(model: TrainedModel) -> str:
+    size = f"{model.head_dim}"
+    if model.head_dim_v not in (None, model.head_dim):
+        size += f"/{model.head_dim_v}"
+    words = [f"{model.heads}/{model.kv_heads} x {size}"]
+    if windows := [str(window) for window in model.windows if window]:
+        words.append(f"window {' '.join(windows)}" + (" and full" if 0 in model.windows else ""))
+    words += [f"soft cap {model.softcap:g}"] if model.softcap else []
+    words += ["sinks"] if model.sinks else []
+    return ", ".join(words)
 
 
 def kernels_page(kernels: Iterable[Kernel]) -> str:

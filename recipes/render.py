@@ -18,7 +18,7 @@ from recipes.files import text_of
 from recipes.gates import docs
 from recipes.lock import FOLDER, blocks
 from recipes.matrix import matrix
-from recipes.pages import gates_page, images_page, kernels_page, support_page
+from recipes.pages import fa4_models_page, gates_page, images_page, kernels_page, support_page
 
 
 def rendered(
@@ -46,6 +46,7 @@ def rendered(
         ".github/matrix.json": matrix(plans, build_runner=ci["build"], gpu_runners=ci["gpu"]),
         "docs/choices.md": choices_page(chosen),
         "tests/unit/golden/choices.json": choices_json(chosen, parsed),
+        "docs/fa4-models.md": fa4_models_page(recipes.kernels["flash-attn-4"]),
         "docs/gates.md": gates_page(docs(), recipes.allowed),
         "docs/images.md": images_page(plans),
         "docs/kernels.md": kernels_page(recipes.kernels.values()),

@@ -75,9 +75,15 @@ def _ahead_of_time_faults(kernel: Kernel) -> Iterator[str]:
         return
     for arch in sorted(set(kernel.archs) ^ set(asked.targets)):
         yield f"ahead_of_time.targets.{arch}: needed for each of archs, and for no other"
-    for arch, target in asked.targets.items():
-        for head_dim in sorted(set(target.left_out) - set(asked.head_dims)):
-            yield f"ahead_of_time.targets.{arch}.left_out: {head_dim} is none of head_dims"
+    for model in asked.models:
+        where = f"ahead_of_time.models: {model.model}"
+        if model.source not in asked.sources:
+            yield f"{where}: found source {model.source!r}, needed one of ahead_of_time.sources"
+        if model.kv_heads < 1 or model.heads % model.kv_heads:
+            yield f"{where}: found {model.heads} heads for {model.kv_heads} kv_heads"
+    names = [model.model for model in asked.models]
+    for name in sorted({name for name in names if names.count(name) > 1}):
+        yield f"ahead_of_time.models: {name} is listed more than once"
 
 
 def _arch_faults(key: str, archs: tuple[str, ...]) -> Iterator[str]:

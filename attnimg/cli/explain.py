@@ -54,13 +54,15 @@ def explain(
     if (values := checked.config) is not None:
         checked, model, dropout = _with_model(checked, values)
         task = problem_of(values, model=model, dropout=dropout, arch=machine.arch)
+        if _is_model(target):  # a model alone does not say how long its rows will be
+            task = replace(task, sequence_len=None)
         asked = values.attn_implementation
         found = plan.choose(asked, machine, task, strict=values.attn_strict)
         if _NO_NAME & {error.code for error in checked.errors}:
             found = _no_name(checked, found)
     checked = replace(
         checked,
-        warnings=(*checked.warnings, *machine_notes(machine), *image_notes(machine, assumed)),
+        warnings=(*checked.warnings, *machine_notes(machine), *image_notes(on, assumed)),
     )
     if as_json_lines:
         shown = as_json.explained_json(

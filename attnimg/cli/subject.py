@@ -8,7 +8,7 @@ from pathlib import Path
 from attnimg import images, known_bad, plan, probe, problem
 from attnimg.backends import all_backends
 from attnimg.facts import Arch, Finding, Machine, Model, Problem
-from attnimg.gpus import arch_from_name, parse_gpu
+from attnimg.gpus import cpus_with, gpu_named
 from attnimg.model_classes import class_named
 from attnimg.schema import Config
 
@@ -27,26 +27,54 @@ def machine_of(on: str | None, image: str | None) -> tuple[Machine, str | None]:
         return probe.this_machine(distributions()), None
     named = images.image_named(image) if image is not None else None
     if on is not None:
-        arch, label = parse_gpu(on)
+        gpu = gpu_named(on)
     else:
         assert named is not None
-        arch = arch_from_name(named.devices[0])
-        label = arch.name
-    assumed = named or images.image_for(arch)
-    return images.machine_with(assumed, arch, label), assumed.name if assumed else None
+        gpu = gpu_named(named.devices[0])
+    assumed = named or images.image_for(gpu.arch, cpu=gpu.cpu)
+    machine = images.machine_with(assumed, gpu.arch, gpu.label)
+    return machine, assumed.name if assumed else None
 
 
-def image_notes(machine: Machine, image: str | None) -> tuple[Finding, ...]:
-    """Say when an image was not made for the GPU it is judged on."""
-    if image is None or machine.arch.name in images.image_named(image).devices:
+def image_notes(on: str | None, image: str | None) -> tuple[Finding, ...]:
+    """Say when the image does not run on the GPU that it is judged for, or no image does.
+
+    Args:
+        on: a GPU's name; None for this machine, or for the image's first GPU.
+        image: the image that machine_of gave for it.
+    """
+    if on is None:
         return ()
-    right = images.image_for(machine.arch)
+    gpu = gpu_named(on)
+    right = images.image_for(gpu.arch, cpu=gpu.cpu)
+    if image is not None:
+        asked = images.image_named(image)
+        if images.runs_on(asked, gpu.arch, cpu=gpu.cpu):
+            return ()
+        why = f"has no kernels for {gpu.arch.name}"
+        if images.runs_on(asked, gpu.arch, cpu=None):
+            why = f"is for {' '.join(asked.platforms)}, and {gpu.label} has an {gpu.cpu} CPU"
+        return (
+            Finding(
+                code="wrong-image",
+                key=None,
+                what=f"the image {image} {why}",
+                do=f"use the image {right.name}" if right else "no image is made for that GPU",
+            ),
+        )
+    cpus = {gpu.cpu} if gpu.cpu else cpus_with(gpu.arch)
+    if right is not None or cpus != {"arm64"}:
+        return ()
+    built = sorted(
+        {platform for found in images.catalogue().values() for platform in found.platforms}
+    )
     return (
         Finding(
-            code="wrong-image",
+            code="no-image",
             key=None,
-            what=f"the image {image} has no kernels for {machine.arch.name}",
-            do=f"use the image {right.name}" if right else "no image is made for that GPU",
+            what=f"no image runs on {gpu.label}: its CPU is arm64, and every image is built for "
+            f"{' '.join(built)}; every package is assumed here",
+            do="install torch and the kernels on that machine, and ask attnimg explain there",
         ),
     )
 

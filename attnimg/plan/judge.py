@@ -10,6 +10,7 @@ from attnimg.backends import arch_code, contrary_settings, repo_of, runs_on
 from attnimg.facts import Backend, LocalKernel, Machine, Problem, Reason, Verdict
 from attnimg.plan.classes import reason_against_class
 from attnimg.plan.layers import layer_reasons
+from attnimg.windows import with_windows_that_hide
 
 _VARLEN, _DENSE = "flash_attn_varlen_func", "flash_attn_func"
 # SageAttention's entry point; packed documents go through it one by one.
@@ -32,6 +33,7 @@ def judge(backend: Backend, machine: Machine, problem: Problem, *, rank: int) ->
 
 def reasons_against(backend: Backend, machine: Machine, problem: Problem) -> tuple[Reason, ...]:
     """Give every reason why a backend cannot do this work here; none means that it fits."""
+    problem = with_windows_that_hide(problem)
     needs = backend.needs
     if (local := _local_kernel(backend, machine)) is not None:
         return (*_local_reasons(backend, local, machine, problem), *_class(backend, problem))

@@ -33,6 +33,7 @@ class Family:
     window_switch: str | None = None
     sinks: Literal["every layer", "sliding layers"] | None = None
     last_full: bool = False
+    listed_in: str | None = None
     pattern: Pattern | None = None
     weights: Literal["dense", "moe"] | None = None
     defaults: Mapping[str, Any] = field(default_factory=dict)

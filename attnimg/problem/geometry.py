@@ -11,6 +11,7 @@ from attnimg.facts import LayerGroup, Model
 from attnimg.problem.families import Family, read_families
 from attnimg.problem.fields import Fields
 from attnimg.problem.kinds import OTHER, SLIDING, layer_kinds, remarks_on
+from attnimg.problem.layer_lists import with_layer_types
 from attnimg.problem.parameters import count_parameters
 
 # Where models that see or hear keep their language model.
@@ -32,6 +33,7 @@ def read_model(config: Mapping[str, Any], *, file: str = "config.json") -> Model
         AttnimgError: a field has a wrong type or contradicts another (code "bad-model").
     """
     type_, family, fields = _language_model(config, file)
+    fields = with_layer_types(fields, listed_in=family.listed_in)
     unknown = []
     brings_code = "AutoModelForCausalLM" in (
         Fields(config=config, defaults={}, file=file).mapping("auto_map") or {}

@@ -13,6 +13,7 @@ from attnimg.facts import (
     Problem,
     RunContext,
 )
+from attnimg.windows import with_windows_that_hide
 
 # What is proven when the model's config is not at hand: grouped heads of the most frequent size.
 UNKNOWN_MODEL = (LayerGroup(count=1, heads=8, kv_heads=2, head_dim_qk=64, head_dim_v=64),)
@@ -32,7 +33,8 @@ def geometries_of(
         deterministic: whether gradients must repeat bit for bit.
         every_length: whether documents of each length are to be shown.
     """
-    layers: Sequence[LayerGroup] = problem.model.layers if problem.model else ()
+    model = with_windows_that_hide(problem).model
+    layers: Sequence[LayerGroup] = model.layers if model else ()
     found = (
         Geometry(
             heads=layer.heads,

@@ -24,21 +24,19 @@ from typing import Any
 
 from entries import beyond_baseline, check_gpu_code
 from fingerprint import RELEASE, fingerprint, key_of
-from kernel_set import KernelSet, Target, read_set
+from kernel_set import Target, read_set
 
 HERE = Path(__file__).parent
 # Where the Dockerfile mounts a stage that has objdump(1); elsewhere the one on PATH will do.
 BINUTILS = Path("/binutils")
 
 
-def compile_all(set_file: Path, kernels: KernelSet, *, state: Path) -> None:
+def compile_all(set_file: Path, targets: tuple[Target, ...], *, state: Path) -> None:
     """Run a worker for each target and head_dim, JOBS at a time; end at the first that fails."""
-    head_dims = sorted({call.head_dim for call in kernels.calls})
     tasks = [
         (target.device, str(head_dim))
-        for target in kernels.targets
-        for head_dim in head_dims
-        if head_dim not in target.left_out
+        for target in targets
+        for head_dim in sorted({call.head_dim for call in target.calls})
     ]
     # Nothing that changes a kernel comes from outside.
     foreign = ("FLASH_ATTENTION_", "FA_", "CUTE_DSL_", "QUACK_")
@@ -59,15 +57,15 @@ def compile_all(set_file: Path, kernels: KernelSet, *, state: Path) -> None:
         print(f"fa4_cache: {device} head_dim {head_dim} ended with {code}", file=sys.stderr)
     if failed:
         sys.exit(
-            "fa4_cache: mend that, or name it in left_out of recipes/kernels/flash-attn-4.toml"
+            "fa4_cache: fix that, or correct what attnimg/backends/flash_attention_4.py takes there"
         )
 
 
-def collect(kernels: KernelSet, target: Target, *, state: Path, out: Path) -> dict[str, Any]:
-    """Copy the entries that a target's calls need, check each; tell what they are."""
+def collect(target: Target, *, state: Path, out: Path) -> dict[str, Any]:
+    """Copy the entries that a target's calls need, check each; return what they are."""
     records = {
         str(call): json.loads((state / target.device / "calls" / f"{call}.json").read_text())
-        for call in kernels.calls_of(target)
+        for call in target.calls
     }
     (cache,) = (path for path in (state / target.device).iterdir() if path.name != "calls")
     sizes: dict[str, int] = {}
@@ -86,7 +84,7 @@ def collect(kernels: KernelSet, target: Target, *, state: Path, out: Path) -> di
         "bytes": sum(sizes.values()),
         "sha256": digest.hexdigest(),
         "cpu_s": round(sum(record["cpu_s"] for record in records.values())),
-        "left_out": {f"head_dim {dim}": why for dim, why in target.left_out.items()},
+        "left_out": target.left_out,
         "calls": {call: sorted(record["entries"]) for call, record in records.items()},
         "entries": sizes,
     }
@@ -106,19 +104,17 @@ def check(entry: Path, target: Target) -> None:
 def main(set_file: Path, state: Path, out: Path) -> None:
     """Compile, check, and write the manifest last."""
     began = time.monotonic()
-    kernels, found = read_set(set_file), fingerprint()
+    targets, found = read_set(set_file), fingerprint()
     # Entries made in another way are others, though FlashAttention-4 would take either.
     way = f"llvmlite {metadata.version('llvmlite')} {(HERE / 'retarget.py').read_text()}"
     # Another patch release of Python asks for some entries by other names, and shares the rest.
     same = {name: value for name, value in found.items() if name != RELEASE}
     state = state / f"{key_of(same)}-{hashlib.sha256(way.encode()).hexdigest()[:8]}"
-    compile_all(set_file, kernels, state=state)
-    targets = {
-        target.device: collect(kernels, target, state=state, out=out) for target in kernels.targets
-    }
-    manifest = {"key": key_of(found), "fingerprint": found, "targets": targets}
+    compile_all(set_file, targets, state=state)
+    built = {target.device: collect(target, state=state, out=out) for target in targets}
+    manifest = {"key": key_of(found), "fingerprint": found, "targets": built}
     (out / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
-    for device, told in targets.items():
+    for device, told in built.items():
         print(
             f"fa4_cache: {device}: {told['kernels']} kernels for {len(told['calls'])} calls, "
             f"{told['bytes'] / 1e6:.1f} MB, {told['cpu_s']} s of CPU"

@@ -14,12 +14,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from kernel_set import KernelSet, read_set
+from kernel_set import Target, read_set
 
 
-def in_short(manifest: dict[str, Any], kernels: KernelSet) -> dict[str, Any]:
+def in_short(manifest: dict[str, Any], asked: tuple[Target, ...]) -> dict[str, Any]:
     """Count calls, and leave the names of entries to their common hash."""
-    wanted = {target.device: len([*kernels.calls_of(target)]) for target in kernels.targets}
+    wanted = {target.device: len(target.calls) for target in asked}
     targets = {
         device: {
             **{key: value for key, value in target.items() if key not in ("entries", "calls")},

@@ -82,7 +82,7 @@ class Watch:
 
 
 def compile_call(call: Call, watch: Watch) -> dict[str, Any]:
-    """Compile what a call needs and does not find; tell what that was."""
+    """Compile what a call needs and does not find; return what that was."""
     import torch
     from attention_call import attend
     from torch._subclasses.fake_tensor import FakeTensorMode
@@ -107,8 +107,7 @@ def names_in(record: Path) -> set[str]:
 
 def main(set_file: Path, device: str, head_dim: int, folder: Path) -> None:
     """Compile every call of one head_dim; stop at the first that can't be."""
-    kernels = read_set(set_file)
-    target = next(target for target in kernels.targets if target.device == device)
+    target = next(target for target in read_set(set_file) if target.device == device)
     os.environ.update(environment(target, folder))
     from retarget import retarget_exports
 
@@ -117,7 +116,7 @@ def main(set_file: Path, device: str, head_dim: int, folder: Path) -> None:
     watch = Watch()
     records = folder / "calls"
     records.mkdir(parents=True, exist_ok=True)
-    for call in kernels.calls_of(target, head_dim=head_dim):
+    for call in target.calls_of(head_dim):
         done = compile_call(call, watch)
         new = sum(done["entries"].values())
         print(f"{device} {call}: {new} compiled, {done['cpu_s']:.1f} s of CPU", flush=True)

@@ -61,24 +61,36 @@ def python() -> Path:
 
 @pytest.fixture(scope="session")
 def built(python: Path, tmp_path_factory: pytest.TempPathFactory) -> Built:
-    """The smallest set that has every kind of kernel, of the hopper image's."""
-    asked = {"head_dims": [64], "heads_per_kv": [4], "causal": [True]}
-    return part_of("hopper", asked, python, folder=tmp_path_factory.mktemp("fa4"))
+    """One shape with every kind of kernel of the hopper image's: gpt-oss's sliding layers."""
+    shape = {"head_dim": 64, "heads_per_kv": 8, "window": True, "sinks": True}
+    return part_of("hopper", "sm_90", shape, python, folder=tmp_path_factory.mktemp("fa4"))
 
 
 @pytest.fixture(scope="session")
 def built_for_b200(python: Path, tmp_path_factory: pytest.TempPathFactory) -> Built:
     """One call of sm_100, with an enum in the key of one of its kernels."""
-    asked = {"head_dims": [64], "heads_per_kv": [1], "causal": [True], "varlen": [False]}
-    asked |= {"gradient": [True], "targets": ["sm_100"]}
-    return part_of("blackwell", asked, python, folder=tmp_path_factory.mktemp("fa4-b200"))
+    shape = {"head_dim": 64, "heads_per_kv": 1}
+    asked = {"varlen": [False], "gradient": [True]}
+    folder = tmp_path_factory.mktemp("fa4-b200")
+    return part_of("blackwell", "sm_100", shape, python, folder=folder, **asked)
 
 
-def part_of(image: str, asked: dict[str, Any], python: Path, *, folder: Path) -> Built:
-    """Compile some of an image's set, for all its targets or for those named."""
+def part_of(
+    image: str,
+    device: str,
+    shape: dict[str, Any],
+    python: Path,
+    *,
+    folder: Path,
+    **axes: list[bool],
+) -> Built:
+    """Compile the shapes of an image's set for a target that are like `shape`."""
     whole = json.loads((FA4_CACHE / f"{image}.json").read_text())
-    targets = {name: whole["targets"][name] for name in asked.get("targets", whole["targets"])}
-    (folder / "set.json").write_text(json.dumps(whole | asked | {"targets": targets}))
+    target = whole["targets"][device]
+    shapes = [found for found in target["shapes"] if found | shape == found]
+    assert shapes, f"{image} compiles nothing like {shape}"
+    asked = whole | axes | {"targets": {device: target | {"shapes": shapes}}}
+    (folder / "set.json").write_text(json.dumps(asked))
     part = Built(python, folder / "set.json", folder / "state", folder / "out")
     part.build()
     return part

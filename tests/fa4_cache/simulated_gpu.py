@@ -24,14 +24,14 @@ from kernel_set import Call, read_set
 
 SET, DEVICE = Path(sys.argv[1]), sys.argv[2]
 DIGITS = DEVICE.removeprefix("sm_")
-# None is the build's, with 257 documents other kernels are chosen.
+# None is the build's, with 257 documents other kernels are chosen. Nor is the window.
 SHAPES = ((1, 2048, 2), (3, 640, 2))
+WINDOW = 100
 CAPABILITY = (int(DIGITS[:-1]), int(DIGITS[-1]))
 
 
 def main() -> None:
-    kernels = read_set(SET)
-    target = next(target for target in kernels.targets if target.device == DEVICE)
+    target = next(target for target in read_set(SET) if target.device == DEVICE)
     properties = SimpleNamespace(
         major=CAPABILITY[0],
         minor=CAPABILITY[1],
@@ -43,14 +43,14 @@ def main() -> None:
     torch.cuda.get_device_properties = lambda device=None: properties
     found = watched()
 
-    for call in kernels.calls_of(target):
+    for call in target.calls:
         for batch, tokens, kv_heads in (*SHAPES, (8, fewest_tokens(call), 1)):
             attend(call, batch=batch, tokens=tokens, kv_heads=kv_heads)
     sys.stdout.write(json.dumps(found))
 
 
 def fewest_tokens(call: Call) -> int:
-    """Give the fewest for which no GPU chooses another kernel than for many.
+    """Return the fewest for which no GPU chooses another kernel than for many.
 
     That is a tile of queries and one. With as many query heads as key/value heads a tile is of 192
     on sm_90 for the smaller head_dims, and two of 128 on sm_100; otherwise a backward pass of 128
@@ -65,11 +65,20 @@ def attend(call: Call, *, batch: int, tokens: int, kv_heads: int) -> None:
 
     dtype = getattr(torch, call.dtype)
     rows = (batch * tokens,) if call.varlen else (batch, tokens)
+    heads = kv_heads * call.heads_per_kv
     q, k, v = (
-        torch.zeros(*rows, heads, call.head_dim, dtype=dtype, requires_grad=call.gradient)
-        for heads in (kv_heads * call.heads_per_kv, kv_heads, kv_heads)
+        torch.zeros(*rows, count, size, dtype=dtype, requires_grad=call.gradient)
+        for count, size in (
+            (heads, call.head_dim),
+            (kv_heads, call.head_dim),
+            (kv_heads, call.head_dim_v),
+        )
     )
-    options: dict[str, Any] = {"causal": call.causal, "softmax_scale": call.head_dim**-0.5}
+    options: dict[str, Any] = {"causal": True, "softmax_scale": call.head_dim**-0.5}
+    options |= {"softcap": call.softcap} if call.softcap else {}
+    options |= {"window_size": (WINDOW - 1, WINDOW - 1)} if call.window else {}
+    if call.sinks:
+        options["learnable_sink"] = torch.zeros(heads, dtype=dtype, requires_grad=call.gradient)
     if call.varlen:
         ends = torch.arange(batch + 1, dtype=torch.int32) * tokens
         options |= {"cu_seqlens_q": ends, "cu_seqlens_k": ends}

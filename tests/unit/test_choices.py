@@ -20,7 +20,10 @@ from attnimg.images import catalogue as images
 from recipes.choices import MODELS
 
 GOLDEN = json.loads((Path(__file__).parent / "golden/choices.json").read_text(encoding="utf-8"))
-BLOCKS: dict[str, Any] = {arch: block for arch, block in GOLDEN.items() if arch != "//"}
+# GPUs of arm64 machines have blocks of their own, "sm_90 arm64": no image runs there.
+ARM64: dict[str, Any] = {key: block for key, block in GOLDEN.items() if key.endswith(" arm64")}
+BLOCKS: dict[str, Any] = {arch: block for arch, block in GOLDEN.items() if " " not in arch}
+BLOCKS.pop("//")
 TAKES = [
     pytest.param(arch, model, line, id=f"{arch} {model} {image or block['image']}")
     for arch, block in BLOCKS.items()
@@ -69,7 +72,8 @@ def test_every_backend_is_taken_or_fits_or_is_refused_with_a_code(
 
 
 def test_every_gpu_and_every_model_is_there() -> None:
-    assert {gpu for block in BLOCKS.values() for gpu in block["gpus"]} == set(catalogue())
+    blocks = [*BLOCKS.values(), *ARM64.values()]
+    assert {gpu for block in blocks for gpu in block["gpus"]} == set(catalogue())
     assert all(list(block["models"]) == list(MODELS) for block in BLOCKS.values())
     assert len(MODELS) >= 12
 
@@ -81,6 +85,14 @@ def test_every_image_is_there_for_every_gpu() -> None:
         assert served == {name for name, image in images().items() if arch in image.devices}
         own = block["image"]
         assert own is None or block["images"][own] == {}
+
+
+def test_no_image_runs_on_an_arm64_machine() -> None:
+    gpus = [gpu for block in ARM64.values() for gpu in block["gpus"]]
+    assert set(gpus) == {"dgx-spark", "gh200", "gb200", "gb300", "jetson-thor"}
+    for block in ARM64.values():
+        assert block["image"] is None
+        assert set(block["images"].values()) == {"wrong-image"}
 
 
 @pytest.mark.parametrize("arch", ["sm_70", "sm_75"])
@@ -117,7 +129,7 @@ def test_explain_says_the_same(
     Path("model").mkdir()
     Path("model/config.json").write_text(json.dumps({"model_type": model}))
     Path("c.yaml").write_text(
-        "base_model: ./model\nlearning_rate: 1e-4\nsequence_len: 2048\nsample_packing: true\n"
+        "base_model: ./model\nlearning_rate: 1e-4\nsequence_len: 8192\nsample_packing: true\n"
         "datasets: [{path: d.jsonl, type: completion}]\n"
     )
     asked = ["--image", image] if image else []

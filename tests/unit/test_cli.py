@@ -296,3 +296,47 @@ def test_a_config_in_json_is_a_config(capsys: pytest.CaptureFixture[str]) -> Non
     _, out, _ = run(capsys, "explain", file, "--on", "h100", "--json")
     (line,) = objects(out)
     assert line["config"]["base_model"] == "m"
+
+
+@pytest.mark.parametrize(
+    ("gpu", "arch", "image", "code"),
+    [
+        pytest.param("dgx-spark", "sm_121", None, "no-image", id="DGX Spark"),
+        pytest.param("gh200", "sm_90", None, "no-image", id="GH200, though hopper has sm_90"),
+        pytest.param("gb200", "sm_100", None, "no-image", id="GB200"),
+        pytest.param("gb300", "sm_103", None, "no-image", id="GB300"),
+        pytest.param(
+            "sm_110", "sm_110", None, "no-image", id="Thor's architecture has arm64 alone"
+        ),
+        pytest.param("h100", "sm_90", "hopper", None, id="H100"),
+        pytest.param("sm_90", "sm_90", "hopper", None, id="an architecture of both kinds"),
+        pytest.param("sm_121", "sm_121", "blackwell", None, id="an architecture is no machine"),
+        pytest.param("v100", "sm_70", None, None, id="no image, and not for its CPU"),
+    ],
+)
+def test_explain_says_where_no_image_starts(
+    capsys: pytest.CaptureFixture[str], gpu: str, arch: str, image: str | None, code: str | None
+) -> None:
+    file = write("x.yaml", GOOD)
+    status, out, _ = run(capsys, "explain", file, "--on", gpu, "--json")
+    (said,) = objects(out)
+    assert (status, said["on"], said["image"]) == (0, arch, image)
+    notes = [w for w in said["warnings"] if w["code"] in ("no-image", "wrong-image")]
+    assert [note["code"] for note in notes] == ([code] if code else [])
+    assert any(candidate["fits"] for candidate in said["candidates"]), "it is judged all the same"
+    if code:
+        assert "arm64" in notes[0]["what"]
+        assert "linux/amd64" in notes[0]["what"]
+        _, _, err = run(capsys, "explain", file, "--on", gpu)
+        assert "its CPU is arm64" in " ".join(err.split())
+
+
+def test_explain_refuses_an_image_that_does_not_start_there(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    file = write("x.yaml", GOOD)
+    _, out, _ = run(capsys, "explain", file, "--on", "gh200", "--image", "hopper", "--json")
+    (note,) = (w for w in objects(out)[0]["warnings"] if w["code"] == "wrong-image")
+    assert "linux/amd64" in note["what"]
+    assert "arm64" in note["what"]
+    assert note["do"] == "no image is made for that GPU"

@@ -3,7 +3,7 @@
 import pytest
 
 from attnimg.errors import AttnimgError
-from attnimg.gpus import arch_from_name, catalogue, parse_gpu
+from attnimg.gpus import arch_from_name, catalogue, cpus_with, parse_gpu
 
 
 @pytest.mark.parametrize(
@@ -34,6 +34,14 @@ def test_every_name_of_the_contract_has_its_architecture(name, arch, capability)
     found, label = parse_gpu(name)
     assert (found.name, found.capability) == (arch, capability)
     assert label == catalogue()[name].label
+
+
+def test_the_cpu_of_arm64_machines_is_known():
+    arm64 = {gpu.name for gpu in catalogue().values() if gpu.cpu == "arm64"}
+    assert arm64 == {"dgx-spark", "gh200", "gb200", "gb300", "jetson-thor"}
+    assert cpus_with(arch_from_name("sm_90")) == {"amd64", "arm64"}
+    assert cpus_with(arch_from_name("sm_110")) == {"arm64"}
+    assert cpus_with(arch_from_name("sm_61")) == set()
 
 
 def test_the_catalogue_has_a_memory_size_for_every_gpu():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import stat
@@ -21,6 +22,7 @@ from attnimg.kernel_cache.variants import variant_settings
 from attnimg.probe import fingerprint as probed
 from attnimg.probe.fingerprint import RELEASE, fingerprint, key_of
 
+ROOT = Path(__file__).parents[2]
 ENTRY = Path("0123abcd") / "fwd" / "4567.o"
 SM_90 = Arch(name="sm_90", vendor="nvidia", capability=(9, 0))
 SM_100 = Arch(name="sm_100", vendor="nvidia", capability=(10, 0))
@@ -218,3 +220,39 @@ def test_an_amd_gpu_gets_the_variable_that_chooses_its_kernels(
     assert variant_settings(machine, environment) == settings
     found = capsys.readouterr().err
     assert said in found if said else not found
+
+
+def records_of_builds() -> list[tuple[str, str, dict[str, Any]]]:
+    """List what docs/built says of each image and target: how many kernels, bytes and seconds."""
+    return [
+        (path.stem.removeprefix("fa4-cache-"), device, target)
+        for path in sorted((ROOT / "docs/built").glob("fa4-cache-*.json"))
+        for device, target in json.loads(path.read_text())["targets"].items()
+    ]
+
+
+def test_a_record_is_of_the_set_that_the_recipe_asks_for_today() -> None:
+    records = records_of_builds()
+    assert records, "no set was ever built"
+    for image, device, target in records:
+        asked = json.loads((ROOT / f"docker/fa4_cache/{image}.json").read_text())
+        per_shape = math.prod(len(asked[axis]) for axis in ("dtypes", "varlen", "gradient"))
+        shapes = asked["targets"][device]["shapes"]
+        assert target["calls"] == target["calls_in_set"] == per_shape * len(shapes), device
+        assert target["left_out"] == asked["targets"][device]["left_out"], device
+
+
+def test_a_set_stays_within_its_limits() -> None:
+    for _, device, target in records_of_builds():
+        assert target["bytes"] <= 60e6, device
+        assert target["cpu_s"] <= 30 * 60, device
+
+
+def test_people_read_the_figures_of_the_records() -> None:
+    page, readme = (ROOT / "docs/fa4-kernels.md").read_text(), (ROOT / "README.md").read_text()
+    for _, device, target in records_of_builds():
+        size, seconds = f"{target['bytes'] / 1e6:.1f}", target["cpu_s"]
+        assert f"| {device} | {target['kernels']} | {size} | {seconds} |" in page
+        if device == "sm_90":
+            assert f"FlashAttention-4: {target['kernels']} kernels for sm_90" in readme
+            assert f"| {seconds} s of CPU, {target['bytes'] / 1e6:.0f} MB" in readme

@@ -9,6 +9,7 @@ from collections import Counter
 
 import pytest
 
+from attnimg.errors import AttnimgError
 from attnimg.facts import LayerGroup
 from attnimg.problem import read_config, read_model
 from attnimg.problem.families import read_families
@@ -40,6 +41,11 @@ PROBED = {
     "apertus": EIGHT, "nemotron": EIGHT | GROUPED,
     "hunyuan_v1_dense": EIGHT | SIZED, "bitnet": EIGHT,
     "glm4_moe": EIGHT,
+    "glm4_moe_lite": EIGHT, "minimax_m2": EIGHT, "qwen2_moe": EIGHT, "exaone4": EIGHT,
+    "ernie4_5_moe": EIGHT, "falcon_h1": EIGHT, "kimi_linear": EIGHT,
+    "lfm2": EIGHT | {"full_attn_idxs": [2, 5, 7]},
+    "lfm2_moe": EIGHT | {"layer_types": ["conv", "conv", "full_attention", "conv"] * 2},
+    "nemotron_h": {"layers_block_type": ["linear_attention", "moe", "full_attention", "mlp"] * 2},
 }  # fmt: skip
 
 # What people's files say: fields left out, older names, windows that are switched off.
@@ -85,6 +91,19 @@ WRITTEN_BY_HAND = [
     pytest.param("phi3", EIGHT | {"sliding_window": 2047}, id="phi3: a window on every layer"),
     pytest.param("gpt2", {"n_layer": 2, "n_embd": 1280, "n_head": 20}, id="gpt2: names of its own"),
     pytest.param(
+        "nemotron_h",
+        {"num_hidden_layers": 52, "hybrid_override_pattern": "M-M*-M*-"},
+        id="nemotron_h: a letter a layer, whatever num_hidden_layers says",
+    ),
+    pytest.param(
+        "kimi_linear",
+        EIGHT
+        | {"linear_attn_config": {"full_attn_layers": [4, 8], "kda_layers": [1, 2, 3, 5, 6, 7]}},
+        id="kimi_linear: layers numbered from one",
+    ),
+    pytest.param("lfm2", EIGHT | {"full_attn_idxs": [2, 7]}, id="lfm2: layers numbered from zero"),
+    pytest.param("lfm2", EIGHT, id="lfm2: attention everywhere where it lists none"),
+    pytest.param(
         "gpt_oss",
         EIGHT | {"layer_types": ["full_attention"] * 8},
         id="gpt_oss: listed layers win over the pattern",
@@ -128,7 +147,9 @@ def attention_seen(type_, raw):
         return q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[-1]), None
 
     AttentionInterface.register("attnimg_probe", attend)
-    config = CONFIG_MAPPING[type_].from_dict(json.loads(raw))
+    # An infinite number is written as an object, which from_dict does not take back.
+    settings = {k: v for k, v in json.loads(raw).items() if k != "time_step_limit"}
+    config = CONFIG_MAPPING[type_].from_dict(settings)
     config._attn_implementation = "attnimg_probe"
     with torch.device("meta"), torch.no_grad():
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
@@ -247,3 +268,59 @@ def test_sinks_are_known_by_type(type_, sinks):
     model = read_model({"model_type": type_, "layer_types": kinds, "sliding_window": 8} | size)
     assert tuple(group.sinks for group in model.layers) == sinks
     assert [group.window for group in model.layers] == [None, 8]
+
+
+@pytest.mark.parametrize(
+    ("raw", "kinds"),
+    [
+        pytest.param(
+            {"model_type": "nemotron_h", "num_hidden_layers": 52,
+             "hybrid_override_pattern": "M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M-"},
+            (4, 48), id="Nemotron-H-8B has 4 attention layers of 52",
+        ),
+        pytest.param(
+            {"model_type": "kimi_linear", "num_hidden_layers": 27,
+             "linear_attn_config": {
+                 "full_attn_layers": [4, 8, 12, 16, 20, 24, 27],
+                 "kda_layers": [n for n in range(1, 27) if n % 4],
+             }},
+            (7, 20), id="Kimi-Linear-48B has 7 of 27",
+        ),
+        pytest.param({"model_type": "kimi_linear"}, (6, 21), id="its class defaults have 6"),
+    ],
+)  # fmt: skip
+def test_only_attention_layers_count(raw, kinds):
+    model = read_model(raw)
+    assert (sum(group.count for group in model.layers), model.other_layers) == kinds
+
+
+@pytest.mark.parametrize(
+    ("raw", "says"),
+    [
+        pytest.param(
+            {"model_type": "nemotron_h", "hybrid_override_pattern": "M-X"}, "'M-X'", id="a letter"
+        ),
+        pytest.param(
+            {"model_type": "nemotron_h", "hybrid_override_pattern": []}, "a text", id="no text"
+        ),
+        pytest.param(
+            {"model_type": "kimi_linear", "num_hidden_layers": 4,
+             "linear_attn_config": {"full_attn_layers": [4], "kda_layers": [1, 2]}},
+            "each of the 4 layers", id="a layer that is in neither list",
+        ),
+        pytest.param(
+            {"model_type": "kimi_linear", "num_hidden_layers": 1,
+             "linear_attn_config": {"full_attn_layers": 1, "kda_layers": []}},
+            "lists of layer numbers", id="a number where a list belongs",
+        ),
+        pytest.param(
+            {"model_type": "lfm2", "num_hidden_layers": 4, "full_attn_idxs": [4]},
+            "numbers below 4", id="a layer that there is not",
+        ),
+    ],
+)  # fmt: skip
+def test_a_list_of_layers_that_is_none_is_refused(raw, says):
+    with pytest.raises(AttnimgError) as caught:
+        read_model(raw)
+    assert caught.value.code == "bad-model"
+    assert says in caught.value.why

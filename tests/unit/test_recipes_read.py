@@ -84,7 +84,7 @@ def put(text: str, key: str, value: str | None) -> str:
             id="kernels of a dtype that there is none of",
         ),
         pytest.param(
-            put(FA4, "causal", None), "ahead_of_time.causal: missing", id="a set without an axis"
+            put(FA4, "varlen", None), "ahead_of_time.varlen: missing", id="a set without an axis"
         ),
         pytest.param(
             FA4.replace("sm_103 = {}", ""),
@@ -97,9 +97,19 @@ def put(text: str, key: str, value: str | None) -> str:
             id="an architecture without its kernels",
         ),
         pytest.param(
-            put(FA4, "head_dims", "[64]"),
-            "ahead_of_time.targets.sm_120.left_out: 256 is none of head_dims",
-            id="left out what was not asked for",
+            FA4.replace('head_dim = 96, source = "litgpt"', 'head_dim = 96, source = "hearsay"'),
+            "microsoft/Phi-3.5-mini-instruct: found source 'hearsay'",
+            id="a model whose shape has no source",
+        ),
+        pytest.param(
+            FA4.replace("heads = 40, kv_heads = 10", "heads = 40, kv_heads = 9"),
+            "microsoft/phi-4: found 40 heads for 9 kv_heads",
+            id="heads that no group of them shares",
+        ),
+        pytest.param(
+            FA4.replace("Qwen/Qwen3-8B", "Qwen/Qwen3-14B"),
+            "Qwen/Qwen3-14B is listed more than once",
+            id="a model listed twice",
         ),
         pytest.param(
             "version = ", "Invalid value (at end of document)", id="a file that is no TOML"

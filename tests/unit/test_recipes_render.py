@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 import resource
 import shutil
@@ -32,6 +31,8 @@ PLANS = {plan.image.name: plan for plan in solve_all(RECIPES)}
 LOCKS = read_locks(tuple(PLANS.values()), root=ROOT)
 RUNNERS = (ROOT / "recipes/runners.toml").read_text(encoding="utf-8")
 TEXTS = rendered(tuple(PLANS.values()), RECIPES, locks=LOCKS, runners=RUNNERS)
+FA4_SET = RECIPES.kernels["flash-attn-4"].ahead_of_time
+assert FA4_SET is not None
 
 
 @pytest.mark.parametrize("path", [pytest.param(path, id=f"{path} is in step") for path in TEXTS])
@@ -85,32 +86,56 @@ def test_a_bumped_kernel_changes_its_own_arguments_alone() -> None:
     assert changed == {"SAGEATTENTION", "SAGEATTENTION_KEY", "KEYS"}, "KEYS: what is installed"
 
 
+def compiled_shapes(device: str) -> list[dict[str, object]]:
+    name = "hopper" if device == "sm_90" else "blackwell"
+    return json.loads(TEXTS[f"docker/fa4_cache/{name}.json"])["targets"][device]["shapes"]
+
+
+def plain_shape(head_dim: int, heads_per_kv: int, **rest: object) -> dict[str, object]:
+    shape = {"head_dim": head_dim, "head_dim_v": head_dim, "heads_per_kv": heads_per_kv}
+    return shape | {"window": False, "softcap": 0.0, "sinks": False} | rest
+
+
 @pytest.mark.parametrize(
-    ("name", "calls"),
+    ("shape", "devices"),
     [
-        pytest.param("hopper", {"sm_90": 128}, id="hopper"),
-        pytest.param(
-            "blackwell", {"sm_100": 128, "sm_103": 128, "sm_120": 96, "sm_121": 96}, id="blackwell"
-        ),
+        pytest.param(plain_shape(128, 5), "90 100 103 120 121", id="Qwen3-14B"),
+        pytest.param(plain_shape(128, 7), "90 100 103 120 121", id="Qwen2.5-7B"),
+        pytest.param(plain_shape(128, 3), "90 100 103 120 121", id="Llama-3.2-3B"),
+        pytest.param(plain_shape(256, 6), "90 100 103", id="Qwen3.5-27B"),
+        pytest.param(plain_shape(128, 12), "90 100 103 120 121", id="GLM-4.5-Air"),
+        pytest.param(plain_shape(128, 16), "90 100 103 120 121", id="GLM-4-9B"),
+        pytest.param(plain_shape(128, 2, window=True), "90 100 103 120 121", id="Gemma 3 27B"),
+        pytest.param(plain_shape(256, 2, window=True), "90", id="Gemma 3 4B: sm_100 has none"),
+        pytest.param(plain_shape(256, 2, softcap=50.0), "90", id="Gemma 2: sm_100 has none"),
+        pytest.param(plain_shape(64, 8, sinks=True, window=True), "90 100 103", id="gpt-oss"),
+        pytest.param(plain_shape(192, 1, head_dim_v=128), "90 100 103", id="Moonlight, MLA"),
+        pytest.param(plain_shape(96, 8), "", id="no model's: not a product of dimensions"),
     ],
 )
-def test_the_set_compiled_ahead_of_time(name: str, calls: dict[str, int]) -> None:
-    found = json.loads(TEXTS[f"docker/fa4_cache/{name}.json"])
-    axes = ("dtypes", "heads_per_kv", "causal", "varlen", "gradient")
-    per_head_dim = math.prod(len(found[axis]) for axis in axes)
-    assert calls == {
-        device: per_head_dim
-        * len({str(dim) for dim in found["head_dims"]} - set(target["left_out"]))
-        for device, target in found["targets"].items()
-    }
-    reasons = [why for target in found["targets"].values() for why in target["left_out"].values()]
-    assert all(reasons)
+def test_the_shapes_compiled_ahead_of_time(shape: dict[str, object], devices: str) -> None:
+    everywhere = ("sm_90", "sm_100", "sm_103", "sm_120", "sm_121")
+    found = {device for device in everywhere if shape in compiled_shapes(device)}
+    assert found == {f"sm_{number}" for number in devices.split()}
+
+
+def test_a_shape_of_several_models_is_compiled_once() -> None:
+    shapes = compiled_shapes("sm_90")
+    assert len(shapes) == len({json.dumps(shape) for shape in shapes})
+    assert len(shapes) < sum(len(m.windows) for m in FA4_SET.models)
+
+
+def test_what_is_left_out_has_a_reason_and_nothing_else_is() -> None:
+    for name in ("hopper", "blackwell"):
+        for target in json.loads(TEXTS[f"docker/fa4_cache/{name}.json"])["targets"].values():
+            layers = sum(len(model.windows) for model in FA4_SET.models)
+            assert all(target["left_out"].values())
+            assert len(target["left_out"]) + len(target["shapes"]) <= layers
 
 
 def test_another_set_is_no_reason_to_build_the_wheel_anew() -> None:
     kernel = RECIPES.kernels["flash-attn-4"]
-    assert kernel.ahead_of_time
-    fewer = replace(kernel.ahead_of_time, head_dims=(64,), targets={})
+    fewer = replace(FA4_SET, models=FA4_SET.models[:1], targets={})
     recipes = replace(
         RECIPES, kernels={**RECIPES.kernels, "flash-attn-4": replace(kernel, ahead_of_time=fewer)}
     )
@@ -187,7 +212,16 @@ def test_every_gpu_of_the_catalogue_that_we_can_serve_has_one_image() -> None:
     stable = [found for found in images.values() if found["channel"] == "stable"]
     for name, gpu in catalogue().items():
         serving = [found for found in stable if gpu.arch.name in found["devices"]]
-        assert len(serving) == (0 if name in {"v100"} else 1), name
+        serving = [found for found in serving if f"linux/{gpu.cpu}" in found["platforms"]]
+        assert len(serving) == (0 if name == "v100" or gpu.cpu == "arm64" else 1), name
+
+
+def test_the_page_of_images_promises_no_arm64_machine_one() -> None:
+    images, _, gpus = TEXTS["docs/images.md"].partition("## Which image")
+    for name, gpu in catalogue().items():
+        (row,) = (line for line in gpus.splitlines() if f"| `{name}` |" in line)
+        assert ("none: its CPU is arm64" in row) == (gpu.cpu == "arm64")
+    assert "DGX Spark" not in images
 
 
 def test_every_backend_has_a_row_in_the_support_matrix() -> None:
