@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from datetime import date
 
-from attnimg import images, known_bad, plan, probe, problem
+from attnimg import images, known_bad, other_layers, plan, probe, problem
 from attnimg.backends import all_backends
-from attnimg.facts import Arch, Finding, Machine, Model, Problem
-from attnimg.gpus import arch_from_name, parse_gpu
+from attnimg.facts import Arch, Finding, Machine, Model, Plan, Problem
+from attnimg.gpus import arch_from_name, catalogue, parse_gpu
 from attnimg.model_classes import class_named
 from attnimg.schema import Config
 
@@ -115,6 +115,23 @@ def machine_notes(machine: Machine) -> tuple[Finding, ...]:
             )
         )
     return tuple(notes)
+
+
+def memory_of(machine: Machine) -> int | None:
+    """Return a device's memory: as probed here, or as the catalogue of GPUs has it."""
+    if machine.memory_bytes is not None:
+        return machine.memory_bytes
+    sold = next((gpu.memory_gb for gpu in catalogue().values() if gpu.label == machine.gpu), None)
+    return sold * 10**9 if sold else None
+
+
+def run_findings(
+    found: Plan, task: Problem, machine: Machine
+) -> tuple[tuple[Finding, ...], tuple[Finding, ...]]:
+    """Return errors and warnings that a plan leaves: other layers, quadratic memory."""
+    errors, warnings = other_layers.findings_on(task, machine)
+    memory = plan.memory_warning(found, task, memory_bytes=memory_of(machine))
+    return errors, (*warnings, *([memory] if memory else ()))
 
 
 def gpu_text(machine: Machine) -> str:

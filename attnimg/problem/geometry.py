@@ -45,7 +45,7 @@ def read_model(config: Mapping[str, Any], *, file: str = "config.json") -> Model
         return Model(
             type=type_,
             layers=(),
-            other_layers=count or 0,
+            other_layers=(("mamba", count or 0),),
             unknown=tuple(unknown),
             brings_code=brings_code,
         )
@@ -60,7 +60,7 @@ def read_model(config: Mapping[str, Any], *, file: str = "config.json") -> Model
         if kind not in OTHER:
             groups[_layer(_changed(fields, per_layer.get(index)), kind, family=family)] += 1
     layers = tuple(dataclasses.replace(group, count=n) for group, n in groups.items())
-    other = len(kinds) - groups.total()
+    other = tuple(Counter(kind for kind in kinds if kind in OTHER).items())
     parameters = None if other else count_parameters(fields, layers, weights=family.weights)
     return Model(
         type=type_,
