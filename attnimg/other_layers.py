@@ -17,6 +17,8 @@ from attnimg.facts import Finding, Machine, Model, Problem
 _IN_BATCH = frozenset({"cu_seq_lens_q"})
 # Layers that look at one token at a time.
 _TOKENWISE = frozenset({"moe", "mlp"})
+# Stands for layers that a type of model has and its config does not list in a way known here.
+UNLISTED = "unlisted"
 _UNKNOWN = "of a kind that is not known here"
 
 
@@ -51,10 +53,10 @@ class Kind:
 
     label: str
     types: list[str]
-    layers: list[str]
     packages: list[str]
     batch: list[str]
     source: str
+    every: bool = False
 
 
 def other_layers(model: Model | None, machine: Machine) -> tuple[OtherLayers, ...]:
@@ -67,6 +69,7 @@ def other_layers(model: Model | None, machine: Machine) -> tuple[OtherLayers, ..
     if model is None:
         return ()
     found = {kind: count for kind, count in model.other_layers if kind not in _TOKENWISE}
+    unlisted = found.pop(UNLISTED, None) is not None
     named = next(((name, row) for name, row in kinds().items() if model.type in row.types), None)
     if named is None:
         return tuple(
@@ -74,8 +77,10 @@ def other_layers(model: Model | None, machine: Machine) -> tuple[OtherLayers, ..
             for kind, count in found.items()
         )
     name, row = named
+    if not (found or unlisted or row.every):
+        return ()
     count = sum(found.values()) or None
-    if "every" in row.layers:
+    if row.every:
         count = sum(layer.count for layer in model.layers) or None
     missing = (
         ()
@@ -176,6 +181,11 @@ def _slow(layers: OtherLayers) -> Finding:
 
 def _count(layers: OtherLayers) -> str:
     return "the layers" if layers.count is None else f"{layers.count} layers"
+
+
+def hybrid_types() -> frozenset[str]:
+    """Return the model types that are known to have such layers, or may have."""
+    return frozenset(name for row in kinds().values() for name in row.types)
 
 
 @cache

@@ -54,6 +54,7 @@ def distributions() -> list[str]:
     """Give every distribution that a backend may need, so that the probe looks for them."""
     needed = [package for backend in all_backends() for package, _, _ in backend.needs.packages]
     # Rules on known-bad versions also speak of what the backends' packages stand on.
+    needed += [package for kind in other_layers.kinds().values() for package in kind.packages]
     return [*needed, "kernels", "nvidia-cutlass-dsl", "nvidia-cudnn-cu12", "nvidia-cudnn-cu13"]
 
 

@@ -3,9 +3,9 @@
 Counted is what autograd keeps of one layer until its backward pass, for B rows of T tokens and H
 query heads; gradient_checkpointing keeps it of one layer at a time.
 
-- eager: scores and softmax are (B, H, T, T). transformers computes the scores in the run's
-  precision, the softmax in float32, and casts it back (eager_attention_forward, 5.22.2): two times
-  the precision and 4 bytes a score. The mask, in the run's precision, is shared by all layers.
+- eager: the softmax is (B, H, T, T). transformers computes it in float32 and casts it to the run's
+  precision (eager_attention_forward, 5.22.2): 4 bytes, and those of the cast copy where there is
+  one. The scores, as many in the run's precision, live until the softmax is there.
 - sdpa with packed rows: transformers makes one boolean mask (B, 1, T, T) for all layers; torch adds
   a copy in the run's precision in each layer and keeps it for the backward pass (torch 2.13,
   convert_boolean_attn_mask and derivatives.yaml, attn_bias). Where its memory-efficient kernel does
@@ -93,8 +93,9 @@ def _of_layer(name: str, layer: LayerGroup, problem: Problem, *, fused: bool) ->
     """Return bytes for each pair of tokens of a row, and the words for it."""
     size = _BYTES[problem.dtype]
     if name == "eager":
-        words = f"{layer.heads} heads x ({size} scores + 4 softmax + {size} cast) bytes"
-        return layer.heads * (2 * size + 4), words
+        cast = f" + {size} cast" if size < 4 else ""
+        words = f"{layer.heads} heads x (4 softmax{cast}) bytes"
+        return layer.heads * (4 + (size if size < 4 else 0)), words
     if fused:
         return size, f"mask of {size} bytes"
     return size + layer.heads * 8, f"mask of {size} bytes + {layer.heads} heads x 8 bytes of scores"
