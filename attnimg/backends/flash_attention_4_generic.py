@@ -37,7 +37,7 @@ BACKEND = Backend(
             rank=63,
             compiled=True,
             why="registers no custom op, so that torch.compile breaks the graph at each call",
-            source="flash-attn-4 4.0.0b36, interface.py: no torch.library in it (2026-11-26)",
+            source="flash-attn-4 4.0.0b36: no torch.library in its Python (2026-11-26)",
         ),
     ),
     summary="FlashAttention-4, generic backward pass",

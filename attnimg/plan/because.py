@@ -25,7 +25,8 @@ def automatic_because(plan: Plan, machine: Machine, problem: Problem) -> str:
     assert plan.chosen is not None
     fitting = [verdict for verdict in plan.verdicts if verdict.fits]
     able = [verdict for verdict in fitting if is_automatic(verdict.backend)]
-    run = f"{'packed ' if problem.packing else ''}training on {machine.arch.name}"
+    words = ["compiled"] * problem.compiled + ["packed"] * problem.packing
+    run = f"{' '.join([*words, 'training'])} on {machine.arch.name}"
     count = f"{len(able)} of {len(plan.verdicts)} backends fit {run}"
     by_name = [verdict.backend for verdict in fitting if verdict not in able]
     if by_name:

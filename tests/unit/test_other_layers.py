@@ -11,6 +11,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from attnimg.__main__ import run as attnimg
+from attnimg.cli.subject import distributions
 from attnimg.facts import Arch, Machine, Model, Problem
 from attnimg.other_layers import findings_on, kinds, other_layers
 from attnimg.problem import read_model
@@ -96,6 +97,10 @@ def test_a_kind_that_nobody_here_knows_is_left_to_the_proof_on_the_model() -> No
     read = model("brand_new", layer_types=["linear_attention", *["full_attention"] * 3])
     refused, told = findings_on(Problem(model=read, dtype="bfloat16", packing=True), machine())
     assert ([*refused], [finding.code for finding in told]) == ([], ["packing-unproven"])
+
+
+def test_their_packages_are_looked_for_on_this_machine() -> None:
+    assert {FLA, CONV, SSM} <= set(distributions())
 
 
 def write(packing: str) -> None:
