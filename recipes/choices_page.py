@@ -49,9 +49,9 @@ _SURPRISES = """
 - **Gemma 2, 3 and 4 at head_dim 256 on B200 and B300** run FA4g. That it beats FlashAttention-2 is
   expected, not measured: the published 4.04 ms against 13.98 ms are of another patch for the same
   gap (flash-attention PR #2749), which is not in 4.0.0b36. It compiles for sm_100 with a window,
-  a soft cap, both and neither (without a GPU, 2026-11-26); without the variable that chooses it,
-  FlashAttention-4 refuses the first three. The variable is read at each backward call, so it holds
-  for all layers of that size in the process.
+  a soft cap, both and neither, and for sm_103 with both (no GPU, 2026-11-26); without the variable
+  that chooses it, FlashAttention-4 refuses the first three. The variable is read at each backward
+  call, so it holds for all layers of that size in the process.
 - **Layers of head_dim 512 (Gemma 4)** run sdpa document by document beside a flash kernel: no flash
   kernel has a backward pass at that size.
 - **Llama 4** runs flex, and plain sdpa below sm_80: its class says that it has no flash attention,

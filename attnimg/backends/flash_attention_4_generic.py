@@ -6,7 +6,8 @@ flash_bwd_sm100.py instead, which takes both. The variable is read at each backw
 (interface.py:2387 and 2441, utils.py:103): it can't be chosen for one layer, so all layers of this
 head size run the generic kernel once one does. No time of this kernel is published; what is, of
 another patch for the same gap, is flash-attention PR #2749: backward on a B300 13.98 ms with
-FlashAttention-2, 4.04 ms with FlashAttention-4. Source: flash-attn-4 4.0.0b36 (2026-11-26).
+FlashAttention-2, 4.04 ms with FlashAttention-4. Source: flash-attn-4 4.0.0b36, and compiled for
+sm_100 and sm_103, forward and backward, packed, with a window and a soft cap (2026-11-26).
 """
 
 from __future__ import annotations
