@@ -21,7 +21,7 @@ def context_of(problem: Problem, backend: Backend) -> RunContext:
         sequence_len=problem.sequence_len,
         compiled=problem.compiled,
         checkpointing=problem.checkpointing,
-        seq_idx=problem.packing and model is not None and model.other_layers > 0,
+        seq_idx=problem.packing and model is not None and bool(model.other_layers),
     )
 
 

@@ -123,7 +123,8 @@ class Model:
     Attributes:
         type: transformers' model_type, "llama".
         layers: groups of equal attention layers; empty when they could not be read.
-        other_layers: layers without softmax attention (linear attention, state space).
+        other_layers: layers that mix tokens without softmax attention (linear attention, state
+            space, convolution): (kind as the config names it, count).
         parameters: rough count of weights, None when not known.
         unknown: sentences on what the config did not say.
         brings_code: whether its repository has model code of its own, which trust_remote_code runs.
@@ -131,7 +132,7 @@ class Model:
 
     type: str
     layers: tuple[LayerGroup, ...]
-    other_layers: int = 0
+    other_layers: tuple[tuple[str, int], ...] = ()
     parameters: int | None = None
     unknown: tuple[str, ...] = ()
     brings_code: bool = False
@@ -387,14 +388,43 @@ class Variant:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Rank:
+    """A backend's place where it is not its general one. It holds where all of it holds.
+
+    Attributes:
+        rank: lower is tried first.
+        why: half a sentence, of which the backend is the subject.
+        source: where that is read, with the day.
+        archs: "sm_90" and the like; empty for all.
+        packed: whether rows hold several documents; None for either.
+        compiled: whether torch.compile is on; None for either.
+        head_dim: lowest and highest of q and k; one layer within is enough. None for any.
+        routed: whether a router calls it document by document; None for either.
+    """
+
+    rank: int
+    why: str
+    source: str
+    archs: frozenset[str] = frozenset()
+    packed: bool | None = None
+    compiled: bool | None = None
+    head_dim: tuple[int, int] | None = None
+    routed: bool | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Backend:
     """One way to compute attention, and the name the config has for it.
 
     Attributes:
         name: as written in attn_implementation.
-        rank: lower is tried first.
+        rank: its general place, lower is tried first; that of a family is the contract's order.
         summary: what it is, in half a line.
         needs: what it asks for.
+        rank_why: why that place, half a sentence of which the backend is the subject.
+        rank_source: where that is read, with the day.
+        ranks: places that hold for `auto` in particular situations, in place of the general one:
+            the first that holds.
         packing: how packed documents are kept apart: by the kernel, by a mask, or not at all.
         uses_flash_lib: the contract's flag of that name.
         needs_dtype_cast: the contract's flag of that name.
@@ -419,6 +449,8 @@ class Backend:
         pattern: which keys its queries see.
         variants: AMD architecture -> the kernels of its package that run there; empty where the
             package has one set.
+        for_process: variables that choose its kernel at each call, and so for every layer of the
+            process that another backend would run with the same package.
     """
 
     name: str
@@ -426,6 +458,9 @@ class Backend:
     summary: str
     needs: Needs
     packing: Packing
+    rank_why: str = ""
+    rank_source: str = ""
+    ranks: tuple[Rank, ...] = ()
     uses_flash_lib: bool = False
     needs_dtype_cast: bool = True
     in_config: bool = True
@@ -444,6 +479,7 @@ class Backend:
     unread: bool = False
     pattern: Pattern = "full"
     variants: Mapping[str, Variant] = field(default_factory=dict)
+    for_process: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

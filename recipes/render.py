@@ -11,7 +11,8 @@ from attnimg.images import parse
 from recipes.ahead_of_time import kernel_sets
 from recipes.bake import bake_file
 from recipes.catalogue import catalogue
-from recipes.choices import choices, choices_json, choices_page
+from recipes.choices import choices, choices_json
+from recipes.choices_page import choices_page
 from recipes.constraints import constraints
 from recipes.facts import Plan, Recipes
 from recipes.files import text_of

@@ -22,7 +22,7 @@ _ON = "TRUE"
 
 @cache
 def all_backends() -> tuple[Backend, ...]:
-    """Give the named backends, best rank first."""
+    """Return the named backends, best general rank first."""
     names = (module.name for module in iter_modules(__path__) if module.name != "hub")
     found = (import_module(f"{__name__}.{name}").BACKEND for name in names)
     return tuple(sorted(found, key=lambda backend: backend.rank))
@@ -51,10 +51,17 @@ def backend_named(name: str) -> Backend | None:
     return backend
 
 
+def is_automatic(name: str) -> bool:
+    """Check whether `auto` may take a backend."""
+    backend = backend_named(name)
+    return backend is not None and backend.automatic and backend.applied_as is not None
+
+
 def variables_that_choose(environment: Mapping[str, str]) -> dict[str, str]:
     """Give what is set in `environment` of that by which packages choose among their kernels."""
     variants = (variant for backend in all_backends() for variant in backend.variants.values())
     names = {name for variant in variants for name in variant.variables}
+    names |= {name for backend in all_backends() for name in backend.for_process}
     return {name: environment[name] for name in sorted(names) if name in environment}
 
 

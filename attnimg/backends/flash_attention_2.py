@@ -16,10 +16,16 @@ _RDNA = ("gfx1030", "gfx1100", "gfx1101", "gfx1102", "gfx1200", "gfx1201")
 # Source: flash_attn/flash_attn_triton_amd, interface_fa.py:16-147 and 355-495, utils.py:122-126.
 # The dense ones were seen to do so in Triton's interpreter (2026-11-25).
 _TRITON_LACKS = frozenset({"window", "softcap", "dropout"})
+# CDNA's CK kernels take a soft cap and leave its parameter unnamed, in silence: mha_fwd.cpp:156,
+# mha_varlen_fwd.cpp:316, mha_bwd.cpp:212, mha_varlen_bwd.cpp:223 of csrc/flash_attn_ck
+# (flash-attn 2.8.3.post2, 2026-11-26).
+_CK_LACKS = frozenset({"softcap"})
 
 BACKEND = Backend(
     name="flash_attention_2",
     rank=30,
+    rank_why="takes documents' boundaries in one call",
+    rank_source="flash-attention, README (2026-11-26)",
     summary="FlashAttention-2",
     packing="native",
     uses_flash_lib=True,
@@ -38,7 +44,10 @@ BACKEND = Backend(
         head_dims=(HeadDims(qk=(1, 256), v=(1, 256), multiple=8),),
         features=frozenset({"window", "softcap", "dropout"}),
         apart=frozenset({"softcap", "dropout"}),
-        features_missing=dict.fromkeys(_RDNA, _TRITON_LACKS),
+        features_missing={
+            **dict.fromkeys(_CDNA, _CK_LACKS),
+            **dict.fromkeys(_RDNA, _TRITON_LACKS),
+        },
         backward=frozenset({"nvidia", "amd"}),
         packages=(("flash-attn", "2.3.3", "not-installed"),),
     ),

@@ -9,6 +9,8 @@ from attnimg.facts import Backend, HeadDims, Needs
 BACKEND = Backend(
     name="flash_attention_3",
     rank=20,
+    rank_why="is written for Hopper",
+    rank_source="flash-attention, README: FlashAttention-3 (2026-11-26)",
     summary="FlashAttention-3",
     packing="native",
     uses_flash_lib=True,

@@ -6,7 +6,7 @@ shared memory fits. transformers hands it v padded to the head_dim of q and k, s
 flash-attn-4 4.0.0b36, flash_attn/cute/interface.py, compiled 2026-11-21.
 """
 
-from attnimg.facts import Backend, HeadDims, Needs
+from attnimg.facts import Backend, HeadDims, Needs, Rank
 
 _HOPPER, _DATACENTER_BLACKWELL, _RTX_BLACKWELL = (
     frozenset({9}),
@@ -17,6 +17,31 @@ _HOPPER, _DATACENTER_BLACKWELL, _RTX_BLACKWELL = (
 BACKEND = Backend(
     name="flash_attention_4",
     rank=10,
+    rank_why="is written for this generation of GPUs",
+    rank_source="README of flash-attn-4 4.0.0b36: optimized for Hopper and Blackwell (2026-11-26)",
+    ranks=(
+        Rank(
+            rank=61,
+            compiled=True,
+            why="registers no custom op, so that torch.compile breaks the graph at each call",
+            source="flash-attn-4 4.0.0b36: no torch.library in its Python; flash-attention PR "
+            "#2164, open, adds one; vllm-omni PR #7220: dynamic shapes fail without (2026-11-26)",
+        ),
+        Rank(
+            rank=25,
+            archs=frozenset({"sm_90"}),
+            why="is not faster than FlashAttention-3 on Hopper",
+            source="flash-attention PR #2889: backward at head_dim 256 on an H200, 373 against "
+            "480 TFLOP/s; torchtitan PR #4413: much alike for packed rows on a GH200 (2026-11-26)",
+        ),
+        Rank(
+            rank=36,
+            archs=frozenset({"sm_120", "sm_121"}),
+            why="trains slower than FlashAttention-2 on these GPUs",
+            source="flash-attention #1981: backward at head_dim 128 on an RTX 5070 Ti, main of "
+            "2026-08-05, 26 to 27 % slower than flash-attn 2.8.3 (2026-11-26)",
+        ),
+    ),
     summary="FlashAttention-4",
     packing="native",
     applied_as="flash_attention_4",

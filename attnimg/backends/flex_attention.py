@@ -4,11 +4,22 @@ On a CPU it has a forward pass only: torch 2.13 raises NotImplementedError, "Fle
 support backward on CPU" (seen 2026-11-21).
 """
 
-from attnimg.facts import Backend, Needs
+from attnimg.facts import Backend, Needs, Rank
 
 BACKEND = Backend(
     name="flex_attention",
     rank=60,
+    rank_why="compiles a kernel for each mask at its first use",
+    rank_source="torch 2.13, flex_attention.py (2026-11-26)",
+    ranks=(
+        Rank(
+            rank=64,
+            head_dim=(257, 1 << 16),
+            why="exceeds shared memory at large head sizes",
+            source="pytorch #180278: OutOfResources at head_dim 192 with its default tiles "
+            "(2026-11-21)",
+        ),
+    ),
     summary="PyTorch FlexAttention (Triton)",
     packing="native",
     applied_as="flex_attention",

@@ -22,6 +22,8 @@ def _load() -> AttentionFunction:
 BACKEND = Backend(
     name="fp8",
     rank=75,
+    rank_why="approximates",
+    rank_source="torchao 0.18.0, prototype/attention (2026-11-21)",
     summary="torchao fp8 attention",
     packing="none",
     automatic=False,

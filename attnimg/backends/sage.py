@@ -20,6 +20,8 @@ def _load() -> AttentionFunction:
 BACKEND = Backend(
     name="sage",
     rank=70,
+    rank_why="approximates",
+    rank_source="SageAttention, README (2026-11-21)",
     summary="SageAttention (int8 QK)",
     packing="native",
     automatic=False,

@@ -4,11 +4,23 @@ Packed rows reach it with a block-diagonal mask, which costs memory quadratic in
 out its flash kernel. Source: transformers 5.22.2, masking_utils.py (read 2026-11-21).
 """
 
-from attnimg.facts import Backend, Needs
+from attnimg.facts import Backend, Needs, Rank
 
 BACKEND = Backend(
     name="sdpa",
     rank=50,
+    rank_why="picks the best of PyTorch's own kernels by itself",
+    rank_source="torch 2.13, docstring of scaled_dot_product_attention (2026-11-26)",
+    ranks=(
+        Rank(
+            rank=62,
+            packed=True,
+            routed=False,
+            why="gets packed rows with a mask, and scores each token with all of its row",
+            source="transformers 5.22.2, masking_utils.py:find_packed_sequence_indices "
+            "(2026-11-26)",
+        ),
+    ),
     summary="PyTorch scaled_dot_product_attention",
     packing="mask",
     needs_dtype_cast=False,

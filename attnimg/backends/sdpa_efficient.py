@@ -10,7 +10,7 @@ TORCH_ROCM_AOTRITON_ENABLE_EXPERIMENTAL=1.
 
 from functools import partial
 
-from attnimg.facts import AttentionFunction, Backend, HeadDims, Needs
+from attnimg.facts import AttentionFunction, Backend, HeadDims, Needs, Rank
 
 _FEATURES = frozenset({"window", "dropout"})
 
@@ -24,6 +24,16 @@ def _load() -> AttentionFunction:
 BACKEND = Backend(
     name="sdpa_efficient",
     rank=52,
+    rank_why="comes after PyTorch's flash kernel, which is faster where it fits",
+    rank_source="torch at 001f694, sdp_utils.cpp, priority_order (2026-11-26)",
+    ranks=(
+        Rank(
+            rank=67,
+            archs=frozenset({"gfx1030", "gfx1100", "gfx1101", "gfx1102", "gfx1200", "gfx1201"}),
+            why="asks for TORCH_ROCM_AOTRITON_ENABLE_EXPERIMENTAL=1 on RDNA",
+            source="torch at 001f694, sdp_utils.cpp (2026-11-26)",
+        ),
+    ),
     summary="PyTorch's memory-efficient attention",
     packing="native",
     in_config=False,

@@ -10,7 +10,7 @@ train with head sizes from 193 to 224, and above with dropout
 
 from functools import partial
 
-from attnimg.facts import AttentionFunction, Backend, HeadDims, Needs
+from attnimg.facts import AttentionFunction, Backend, HeadDims, Needs, Rank
 
 _FEATURES = frozenset({"dropout"})
 
@@ -24,6 +24,16 @@ def _load() -> AttentionFunction:
 BACKEND = Backend(
     name="sdpa_flash",
     rank=51,
+    rank_why="comes after plain sdpa, which may pick it",
+    rank_source="torch at 001f694, sdp_utils.cpp, priority_order (2026-11-26)",
+    ranks=(
+        Rank(
+            rank=66,
+            archs=frozenset({"gfx1030", "gfx1100", "gfx1101", "gfx1102", "gfx1200", "gfx1201"}),
+            why="asks for TORCH_ROCM_AOTRITON_ENABLE_EXPERIMENTAL=1 on RDNA",
+            source="torch at 001f694, sdp_utils.cpp (2026-11-26)",
+        ),
+    ),
     summary="PyTorch's FlashAttention-2",
     packing="native",
     in_config=False,

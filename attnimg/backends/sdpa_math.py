@@ -20,8 +20,9 @@ def _load() -> AttentionFunction:
 
 BACKEND = Backend(
     name="sdpa_math",
-    # Before eager: where plain sdpa is wrong, eager gets the same mask, and this one gets none.
     rank=85,
+    rank_why="holds the scores of one document, where eager holds those of a row",
+    rank_source="torch 2.13, docstring of scaled_dot_product_attention (2026-11-25)",
     summary="PyTorch's plain attention",
     packing="native",
     in_config=False,

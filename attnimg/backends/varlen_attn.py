@@ -37,6 +37,8 @@ def _load() -> AttentionFunction:
 BACKEND = Backend(
     name="varlen_attn",
     rank=45,
+    rank_why="is torch's FlashAttention-2, an older one than flash-attn's own",
+    rank_source="torch 2.13, torch/nn/attention/varlen.py (2026-11-26)",
     summary="PyTorch's varlen_attn",
     packing="native",
     in_config=False,

@@ -5,7 +5,7 @@ Source: xformers 0.0.35, ops/fmha/{cutlass,flash,common,attn_bias}.py. Read 2026
 
 from functools import partial
 
-from attnimg.facts import AttentionFunction, Backend, HeadDims, Needs
+from attnimg.facts import AttentionFunction, Backend, HeadDims, Needs, Rank
 
 _BLACKWELL = frozenset({10, 11, 12})
 
@@ -21,11 +21,21 @@ def _load() -> AttentionFunction:
 
 BACKEND = Backend(
     name="xformers",
-    rank=40,
+    rank=54,
+    rank_why="is not timed here, and has few kernels that torch has not",
+    rank_source="xformers 0.0.35, ops/fmha/dispatch.py (2026-11-26)",
+    ranks=(
+        Rank(
+            rank=47,
+            archs=frozenset({"sm_70", "sm_75"}),
+            packed=True,
+            why="is the one kernel below sm_80 that takes documents' boundaries in one call",
+            source="xformers 0.0.35, ops/fmha/attn_bias.py, BlockDiagonalMask, and cutlass.py "
+            "(2026-11-26)",
+        ),
+    ),
     summary="xFormers memory-efficient attention",
     packing="native",
-    # Not before it ran on a GPU: it has been read and not measured.
-    automatic=False,
     applied_as="attnimg_xformers",
     load_attend=_load,
     needs=Needs(

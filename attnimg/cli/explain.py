@@ -19,9 +19,11 @@ from attnimg.cli.subject import (
     machine_of,
     problem_of,
     read_model,
+    run_findings,
 )
 from attnimg.errors import AttnimgError
 from attnimg.facts import Arch, Finding, Machine, Model, Plan, Problem
+from attnimg.other_layers import other_layers
 from attnimg.report import as_json
 from attnimg.schema import Checked, Config
 
@@ -60,13 +62,25 @@ def explain(
         found = plan.choose(asked, machine, task, strict=values.attn_strict)
         if _NO_NAME & {error.code for error in checked.errors}:
             found = _no_name(checked, found)
+        errors, notes = run_findings(found, task, machine)
+        checked = replace(
+            checked,
+            errors=(*checked.errors, *errors),
+            warnings=(*checked.warnings, *notes),
+        )
     checked = replace(
         checked,
         warnings=(*checked.warnings, *machine_notes(machine), *image_notes(on, assumed)),
     )
     if as_json_lines:
         shown = as_json.explained_json(
-            checked, model=model, plan=found, on=machine.arch.name, image=assumed
+            checked,
+            model=model,
+            plan=found,
+            on=machine.arch.name,
+            image=assumed,
+            others=other_layers(model, machine),
+            memory=plan.quadratic_memory(found, task) if found and task else None,
         )
         typer.echo(as_json.line(shown))
     else:
@@ -152,6 +166,13 @@ def _print(
 
     out, err = as_text.console(sys.stdout), as_text.console(sys.stderr)
     if found is not None and task is not None:
-        as_text.print_explained(found, gpu=gpu_text(machine), model=model, problem=task, out=out)
+        as_text.print_explained(
+            found,
+            gpu=gpu_text(machine),
+            model=model,
+            problem=task,
+            others=other_layers(model, machine),
+            out=out,
+        )
         out.print()
     as_text.print_findings(checked, err=err)

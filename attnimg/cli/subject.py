@@ -5,10 +5,10 @@ from __future__ import annotations
 from datetime import date
 from pathlib import Path
 
-from attnimg import images, known_bad, plan, probe, problem
+from attnimg import images, known_bad, other_layers, plan, probe, problem
 from attnimg.backends import all_backends
-from attnimg.facts import Arch, Finding, Machine, Model, Problem
-from attnimg.gpus import cpus_with, gpu_named
+from attnimg.facts import Arch, Finding, Machine, Model, Plan, Problem
+from attnimg.gpus import catalogue, cpus_with, gpu_named
 from attnimg.model_classes import class_named
 from attnimg.schema import Config
 
@@ -83,6 +83,7 @@ def distributions() -> list[str]:
     """Give every distribution that a backend may need, so that the probe looks for them."""
     needed = [package for backend in all_backends() for package, _, _ in backend.needs.packages]
     # Rules on known-bad versions also speak of what the backends' packages stand on.
+    needed += [package for kind in other_layers.kinds().values() for package in kind.packages]
     return [*needed, "kernels", "nvidia-cutlass-dsl", "nvidia-cudnn-cu12", "nvidia-cudnn-cu13"]
 
 
@@ -166,6 +167,23 @@ def precision_notes(values: Config, machine: Machine) -> tuple[Finding, ...]:
             do="remove fp16, or set bf16: true, which a CPU does take",
         ),
     )
+
+
+def memory_of(machine: Machine) -> int | None:
+    """Return a device's memory: as probed here, or as the catalogue of GPUs has it."""
+    if machine.memory_bytes is not None:
+        return machine.memory_bytes
+    sold = next((gpu.memory_gb for gpu in catalogue().values() if gpu.label == machine.gpu), None)
+    return sold * 10**9 if sold else None
+
+
+def run_findings(
+    found: Plan, task: Problem, machine: Machine
+) -> tuple[tuple[Finding, ...], tuple[Finding, ...]]:
+    """Return errors and warnings that a plan leaves: other layers, quadratic memory."""
+    errors, warnings = other_layers.findings_on(task, machine)
+    memory = plan.memory_warning(found, task, memory_bytes=memory_of(machine))
+    return errors, (*warnings, *([memory] if memory else ()))
 
 
 def gpu_text(machine: Machine) -> str:

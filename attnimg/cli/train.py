@@ -21,6 +21,7 @@ from attnimg.cli.subject import (
     precision_notes,
     problem_of,
     read_model,
+    run_findings,
 )
 from attnimg.context import context_of, described
 from attnimg.errors import AttnimgError
@@ -142,6 +143,10 @@ def _shown(found: Plan, session: Session) -> Plan:
     if found.chosen is None:
         raise _refusal(found)
     as_text.print_plan(found, gpu=gpu_text(session.machine), out=session.console)
+    errors, warnings = run_findings(found, session.problem, session.machine)
+    for error in errors:
+        raise AttnimgError(error.what, why=error.why, do=error.do, code=error.code, key=error.key)
+    as_text.print_warnings(warnings, err=session.console)
     return found
 
 

@@ -7,10 +7,22 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from attnimg.backends import all_backends, backend_named
+from attnimg.backends import all_backends, backend_named, is_automatic
 from attnimg.facts import Arch, Backend, DType, Machine, Plan, Problem, Reason, Verdict
+from attnimg.plan.because import automatic_because, family_because, groups_because
 from attnimg.plan.groups import choose_groups
 from attnimg.plan.judge import judge
+from attnimg.plan.memory import Quadratic, memory_warning, quadratic_memory
+from attnimg.plan.ranks import ordered
+
+__all__ = [
+    "Quadratic",
+    "choose",
+    "memory_warning",
+    "quadratic_memory",
+    "training_dtype",
+    "without",
+]
 
 AUTO = "auto"
 # Reasons that lie in the GPU itself. A flash member that was asked for by name and has one of them
@@ -53,22 +65,27 @@ def choose(asked: str | None, machine: Machine, problem: Problem, *, strict: boo
     asked = asked or AUTO
     backends = list(all_backends())
     if (named := backend_named(asked)) is not None and named not in backends:
-        backends = sorted([*backends, named], key=lambda backend: backend.rank)
+        backends.append(named)
+    backends = ordered(backends, machine, problem)
+    if named is not None and named.family:
+        backends = _in_family_order(backends, named.family)
     verdicts = tuple(
         judge(backend, machine, problem, rank=place) for place, backend in enumerate(backends, 1)
     )
     if named is None:
-        found = _automatic(verdicts, backends)
-        groups = found.chosen and choose_groups(found.chosen, backends, machine, problem)
+        found = _automatic(verdicts)
+        if found.chosen is None:
+            return found
+        said = automatic_because(found, machine, problem)
+        groups = choose_groups(backends, machine, problem)
         if groups:
-            because = f"{found.because}; groups of layers that have a better one run that"
-            found = replace(found, groups=groups, because=because)
-        return found
-    return replace(_explicit(named, verdicts, backends, strict=strict), strict=strict)
+            return replace(found, groups=groups, because=groups_because(groups, found.chosen))
+        return replace(found, because=said)
+    return replace(_explicit(named, verdicts, strict=strict), strict=strict)
 
 
 def without(plan: Plan, backend: str, reason: Reason) -> Plan:
-    """Give the plan that remains when a proof ruled a backend out.
+    """Return the plan that remains when a proof ruled a backend out.
 
     Where groups of layers ran different ones, all of them run the best for all from then on.
     An automatic choice goes on to the next candidate, and the flash family to its next member. Any
@@ -85,42 +102,35 @@ def without(plan: Plan, backend: str, reason: Reason) -> Plan:
         return replace(plan, groups=(), because=because)
     named = backend_named(plan.asked)
     if named is not None and named.family and not plan.strict:
-        return _explicit(named, verdicts, list(all_backends()), strict=False)
+        return _explicit(named, verdicts, strict=False)
     if plan.asked != AUTO:
         do = "set attn_implementation: auto, which tries the next one"
         why = f"{backend}: {reason.text}"
         return replace(plan, chosen=None, because=why, verdicts=verdicts, do=do)
-    return _automatic(verdicts, list(all_backends()))
+    return _automatic(verdicts)
 
 
-def _automatic(verdicts: tuple[Verdict, ...], backends: list[Backend]) -> Plan:
-    able = {b.name for b in backends if b.automatic and b.applied_as}
-    fitting = [v for v in verdicts if v.fits and v.backend in able]
-    if not fitting:
+def _automatic(verdicts: tuple[Verdict, ...]) -> Plan:
+    able = [verdict for verdict in verdicts if verdict.fits and is_automatic(verdict.backend)]
+    if not able:
         do = "see the reasons above; attn_implementation: eager takes everything"
         because = "no attention backend fits"
         return Plan(asked=AUTO, chosen=None, because=because, verdicts=verdicts, do=do)
-    asked_alone = [v.backend for v in verdicts if v.fits and v.backend not in able]
-    fit = f"fit and auto takes ({', '.join(asked_alone)}: by name only)" if asked_alone else "fit"
-    because = f"it ranks first of the {len(fitting)} that {fit}"
-    if len(fitting) == 1:
-        because = f"it is the only one that {fit.replace('fit', 'fits', 1)}"
-    return Plan(asked=AUTO, chosen=fitting[0], because=because, verdicts=verdicts)
+    because = f"{able[0].backend} is the best ranked of what still fits"
+    return Plan(asked=AUTO, chosen=able[0], because=because, verdicts=verdicts)
 
 
-def _explicit(
-    named: Backend, verdicts: tuple[Verdict, ...], backends: list[Backend], *, strict: bool
-) -> Plan:
+def _explicit(named: Backend, verdicts: tuple[Verdict, ...], *, strict: bool) -> Plan:
     by_name = {verdict.backend: verdict for verdict in verdicts}
     asked = by_name[named.name]
-    family = {b.name for b in backends if b.family and b.family == named.family and b.applied_as}
     # flash_attention_4 asks for itself; 2 and 3 ask for the best of the family.
-    stands_in = named.uses_flash_lib and bool(family) and not strict
+    stands_in = named.uses_flash_lib and named.family is not None and not strict
     arch_fails = any(reason.code in _ARCH_CODES for reason in asked.reasons)
     if stands_in and not arch_fails:
+        members = {b.name for b in all_backends() if b.family == named.family and b.applied_as}
         for verdict in verdicts:
-            if verdict.backend in family and verdict.fits:
-                because = _family_because(asked, verdict)
+            if verdict.backend in members and verdict.fits:
+                because = family_because(asked, verdict)
                 return Plan(asked=named.name, chosen=verdict, because=because, verdicts=verdicts)
     if asked.fits and named.applied_as:
         because = "it was asked for, and nothing speaks against it"
@@ -128,24 +138,17 @@ def _explicit(
     because = "; ".join(reason.text for reason in asked.reasons)
     if asked.fits:
         because = "it would fit, but this version of attnimg cannot apply it yet"
-    others = [
-        v.backend
-        for v in verdicts
-        if v.fits
-        and _by_name(backends, v.backend).automatic
-        and _by_name(backends, v.backend).applied_as
-    ]
+    others = [v.backend for v in verdicts if v.fits and is_automatic(v.backend)]
     do = f"set attn_implementation: {others[0]}, which fits" if others else "nothing fits here"
     return Plan(asked=named.name, chosen=None, because=because, verdicts=verdicts, do=do)
 
 
-def _family_because(asked: Verdict, taken: Verdict) -> str:
-    if taken.backend == asked.backend:
-        return "it was asked for, and is the best of the flash family that fits"
-    if asked.fits:
-        return f"{asked.backend} asks for the flash family, and this is its best that fits"
-    return f"{asked.backend} does not fit: {asked.reasons[0].text}"
+def _in_family_order(backends: list[Backend], family: str) -> list[Backend]:
+    """Return the candidates with a family's members in the contract's order among themselves.
 
-
-def _by_name(backends: list[Backend], name: str) -> Backend:
-    return next(backend for backend in backends if backend.name == name)
+    That order, 4, 3, 2, is the one of their general ranks. `auto` goes by architecture; a name asks
+    for this one until timings replace it: recorded ones of this GPU (docs/gpu-runs) count where
+    torch, the kernel and Python are the image's.
+    """
+    members = iter([backend for backend in all_backends() if backend.family == family])
+    return [next(members) if backend.family == family else backend for backend in backends]

@@ -58,6 +58,10 @@ def _variant(backend: Backend, machine: Machine) -> Iterator[Reason]:
         kernels = backend.variants[machine.arch.name].name
         text = f"found {setting}, needs it unset: on {machine.arch.name} it runs {kernels} kernels"
         yield Reason(code="variant", text=text)
+    for name, value in backend.for_process.items():
+        if machine.variables.get(name, value) != value:
+            text = f"found {name}={machine.variables[name]}, which turns its kernel off"
+            yield Reason(code="variant", text=text)
 
 
 def _dtype(backend: Backend, machine: Machine, problem: Problem) -> Iterator[Reason]:

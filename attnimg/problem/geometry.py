@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from attnimg.facts import LayerGroup, Model
+from attnimg.other_layers import UNLISTED, hybrid_types
 from attnimg.problem.families import Family, read_families
 from attnimg.problem.fields import Fields
 from attnimg.problem.kinds import OTHER, SLIDING, layer_kinds, remarks_on
@@ -47,7 +48,7 @@ def read_model(config: Mapping[str, Any], *, file: str = "config.json") -> Model
         return Model(
             type=type_,
             layers=(),
-            other_layers=count or 0,
+            other_layers=(("mamba", count or 0),),
             unknown=tuple(unknown),
             brings_code=brings_code,
         )
@@ -62,7 +63,9 @@ def read_model(config: Mapping[str, Any], *, file: str = "config.json") -> Model
         if kind not in OTHER:
             groups[_layer(_changed(fields, per_layer.get(index)), kind, family=family)] += 1
     layers = tuple(dataclasses.replace(group, count=n) for group, n in groups.items())
-    other = len(kinds) - groups.total()
+    other = tuple(Counter(kind for kind in kinds if kind in OTHER).items())
+    if not other and not family.known and type_ in hybrid_types():
+        other = ((UNLISTED, 0),)
     parameters = None if other else count_parameters(fields, layers, weights=family.weights)
     return Model(
         type=type_,

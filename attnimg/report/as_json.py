@@ -7,6 +7,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from attnimg.facts import Finding, Model, Plan
+from attnimg.other_layers import OtherLayers
 
 if TYPE_CHECKING:
     from attnimg.schema import Checked
@@ -51,6 +52,8 @@ def explained_json(
     plan: Plan | None,
     on: str,
     image: str | None = None,
+    others: tuple[OtherLayers, ...] = (),
+    memory: Any = None,
 ) -> dict[str, Any]:
     """Give the object that `explain --json` prints.
 
@@ -60,6 +63,8 @@ def explained_json(
         plan: every candidate and the choice; None when the file could not be read.
         on: the architecture it was judged for.
         image: the image whose packages were assumed; None for what is installed here.
+        others: the model's layers without softmax attention, judged.
+        memory: a dataclass of the bytes that are quadratic in the row; None for none.
     """
     return checked_json(checked) | {
         "on": on,
@@ -69,6 +74,8 @@ def explained_json(
         "candidates": plan_json(plan)["candidates"] if plan else [],
         "chosen": plan_json(plan)["chosen"] if plan else None,
         "groups": plan_json(plan)["groups"] if plan else [],
+        "other_layers": [asdict(layers) for layers in others],
+        "quadratic_memory": asdict(memory) if memory else None,
     }
 
 
@@ -104,7 +111,7 @@ def _model(model: Model) -> dict[str, Any]:
     return {
         "type": model.type,
         "parameters": model.parameters,
-        "other_layers": model.other_layers,
+        "other_layers": sum(count for _, count in model.other_layers),
         "unknown": list(model.unknown),
     }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import IO, TYPE_CHECKING
 
 from rich.console import Console
@@ -10,6 +11,7 @@ from rich.table import Table
 
 from attnimg.backends import backend_named
 from attnimg.facts import Finding, LayerGroup, Model, Plan, Problem, Reason
+from attnimg.other_layers import OtherLayers, text_of
 
 if TYPE_CHECKING:
     from attnimg.schema import Checked
@@ -41,7 +43,12 @@ def print_findings(checked: Checked, *, err: Console) -> None:
     """Print errors and warnings: what happened, why, what to do."""
     for finding in checked.errors:
         err.print(_finding(finding, "red", "error"), soft_wrap=True)
-    for finding in checked.warnings:
+    print_warnings(checked.warnings, err=err)
+
+
+def print_warnings(warnings: Iterable[Finding], *, err: Console) -> None:
+    """Print warnings: what happened, what to do."""
+    for finding in warnings:
         err.print(_finding(finding, "yellow", "warning"), soft_wrap=True)
 
 
@@ -63,7 +70,13 @@ def print_plan(plan: Plan, *, gpu: str, out: Console) -> None:
 
 
 def print_explained(
-    plan: Plan, *, gpu: str, model: Model | None, problem: Problem, out: Console
+    plan: Plan,
+    *,
+    gpu: str,
+    model: Model | None,
+    problem: Problem,
+    others: tuple[OtherLayers, ...] = (),
+    out: Console,
 ) -> None:
     """Print the whole judgement on one screen."""
     out.print()
@@ -71,6 +84,8 @@ def print_explained(
     grid = Table.grid(padding=(0, 2))
     grid.add_row("  [dim]model[/]  ", escape(_model_text(model)))
     grid.add_row("  [dim]run[/]", escape(_problem_text(problem)))
+    for layers in others:
+        grid.add_row("  [dim]other[/]", escape(text_of(layers)))
     for sentence in model.unknown if model else ():
         grid.add_row("  [dim]unknown[/]", escape(sentence))
     out.print(grid)
@@ -122,8 +137,8 @@ def _model_text(model: Model | None) -> str:
     if model is None:
         return "not at hand: head sizes, windows and sinks could not be judged"
     parts = [_layer_text(group) for group in model.layers]
-    if model.other_layers:
-        parts.append(f"{model.other_layers} layers without softmax attention")
+    if others := sum(count for _, count in model.other_layers):
+        parts.append(f"{others} layers without softmax attention")
     return f"{model.type}: {'; '.join(parts) or 'no attention layers found'}"
 
 

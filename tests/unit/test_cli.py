@@ -287,7 +287,7 @@ def test_explain_says_when_a_model_has_no_attention(capsys: pytest.CaptureFixtur
     code, out, _ = run(capsys, "explain", "config.json", "--on", "h100", "--json")
     (line,) = objects(out)
     assert code == 0
-    assert [w["code"] for w in line["warnings"]] == ["no-attention-layers"]
+    assert [w["code"] for w in line["warnings"]] == ["no-attention-layers", "slow-layers"]
 
 
 def test_a_config_in_json_is_a_config(capsys: pytest.CaptureFixture[str]) -> None:

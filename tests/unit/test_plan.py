@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
+import os
+import re
+from dataclasses import replace
+from datetime import date
+from types import SimpleNamespace
+
 import pytest
 from run_facts import a_problem
 
+from attnimg import known_bad
 from attnimg.backends import all_backends, backend_named
 from attnimg.facts import (
     DType,
@@ -18,6 +26,7 @@ from attnimg.facts import (
 from attnimg.gpus import catalogue, parse_gpu
 from attnimg.plan import choose, training_dtype, without
 from attnimg.plan.judge import reasons_against
+from attnimg.plan.ranks import place_of
 
 
 def group(d: int = 128, *, v: int | None = None, **more: object) -> LayerGroup:
@@ -74,36 +83,79 @@ def reasons(found: Plan, backend: str) -> list[str]:
 @pytest.mark.parametrize(
     ("gpu", "model", "wins"),
     [
-        pytest.param("h100", LLAMA, "flash_attention_4", id="Hopper has FA4"),
+        pytest.param("h100", LLAMA, "flash_attention_3", id="Hopper has FA3"),
         pytest.param("b200", LLAMA, "flash_attention_4", id="Blackwell has FA4"),
-        pytest.param("rtx5090", LLAMA, "flash_attention_4", id="RTX 50 has FA4 at head_dim 128"),
+        pytest.param("rtx5090", LLAMA, "flash_attention_2", id="RTX 50 trains faster on FA2"),
         pytest.param("a100", LLAMA, "flash_attention_2", id="Ampere has FA2"),
         pytest.param("l4", LLAMA, "flash_attention_2", id="Ada has FA2"),
         pytest.param("mi300x", LLAMA, "flash_attention_2", id="CDNA has FA2"),
         pytest.param("rx7900xtx", LLAMA, "flash_attention_2", id="RDNA has FA2 on Triton"),
-        pytest.param("t4", LLAMA, "sdpa", id="Turing has no flash kernel"),
-        pytest.param("v100", LLAMA, "sdpa", id="Volta neither"),
         pytest.param("cpu", LLAMA, "sdpa", id="a CPU has sdpa"),
-        pytest.param("h100", GEMMA2, "flash_attention_4", id="Hopper's FA4 caps at head_dim 256"),
-        pytest.param("b200", GEMMA2, "flash_attention_2", id="Blackwell's FA4 does not at 256"),
+        pytest.param("h100", GEMMA2, "flash_attention_3", id="FA3 caps at head_dim 256"),
+        pytest.param("b200", GEMMA2, "flash_attention_4_generic", id="FA4's own does not"),
         pytest.param("a100", GEMMA2, "flash_attention_2", id="FA2 caps"),
+        pytest.param("mi300x", GEMMA2, "flex_attention", id="but its CK kernels ignore it"),
         pytest.param("cpu", GEMMA2, "eager", id="sdpa has no soft cap"),
-        pytest.param("h100", GEMMA4, "sdpa", id="no flash kernel takes head_dim 512"),
         pytest.param("h100", GPT_OSS, "flash_attention_4", id="FA4 has sinks on Hopper"),
         pytest.param("rtx5090", GPT_OSS, "flex_attention", id="and none on RTX 50"),
         pytest.param("a100", GPT_OSS, "flex_attention", id="FA2 has no sinks, flex has"),
         pytest.param("cpu", GPT_OSS, "eager", id="sinks on a CPU are eager's"),
-        pytest.param("h100", DEEPSEEK, "flash_attention_4", id="Hopper's FA4 takes 192"),
+        pytest.param("h100", DEEPSEEK, "flash_attention_3", id="FA3 takes 192"),
         pytest.param("b200", DEEPSEEK, "flash_attention_2", id="Blackwell's takes no padded 192"),
         pytest.param("rtx5090", DEEPSEEK, "flash_attention_2", id="RTX 50's ends at 160"),
         pytest.param("a100", MISTRAL, "flash_attention_2", id="FA2 has windows"),
-        pytest.param("a100", ODD, "sdpa", id="head_dim 100 is no multiple of 8"),
         pytest.param("a100", None, "flash_attention_2", id="an unknown model is not held against"),
     ],
 )
-def test_auto_takes_the_best_rank_that_fits(gpu: str, model: Model | None, wins: str) -> None:
+def test_auto_takes_the_best_rank_packed_or_not(gpu: str, model: Model | None, wins: str) -> None:
     assert got(plan(None, gpu, model, packing=True)) == wins
     assert got(plan("auto", gpu, model)) == wins
+
+
+@pytest.mark.parametrize(
+    ("gpu", "model", "situation", "wins"),
+    [
+        pytest.param("t4", LLAMA, {}, "sdpa", id="Turing without packing needs no mask"),
+        pytest.param("t4", LLAMA, {"packing": True}, "xformers", id="with, a mask of the row"),
+        pytest.param("v100", LLAMA, {"packing": True}, "xformers", id="Volta too"),
+        pytest.param("t4", GEMMA4, {"packing": True}, "xformers", id="at any head size"),
+        pytest.param("h100", GEMMA4, {}, "sdpa", id="no flash kernel takes head_dim 512"),
+        pytest.param("h100", GEMMA4, {"packing": True}, "sdpa_efficient", id="packed: no mask"),
+        pytest.param("mi300x", GEMMA4, {"packing": True}, "sdpa_efficient", id="on AMD too"),
+        pytest.param("a100", ODD, {}, "sdpa", id="head_dim 100 is no multiple of 8"),
+        pytest.param("a100", ODD, {"packing": True}, "flex_attention", id="nor packed"),
+        pytest.param(
+            "rx7900xtx", MISTRAL, {"packing": True}, "flex_attention", id="RDNA's FA2 has no window"
+        ),
+        pytest.param("rx7900xtx", GEMMA4, {"packing": True}, "sdpa", id="flex is too large at 512"),
+        pytest.param("b200", LLAMA, {"compiled": True}, "flash_attention_2", id="FA4 has no op"),
+        pytest.param("h100", LLAMA, {"compiled": True}, "flash_attention_3", id="FA3 has one"),
+        pytest.param("h100", GPT_OSS, {"compiled": True}, "flex_attention", id="flex is compiled"),
+        pytest.param("h100", GPT_OSS, {"compiled": False}, "flash_attention_4", id="only FA4 can"),
+        pytest.param("b200", GEMMA2, {"compiled": True}, "flash_attention_2", id="nor FA4g"),
+    ],
+)
+def test_the_situation_sets_the_order(
+    gpu: str, model: Model, situation: dict[str, object], wins: str
+) -> None:
+    assert got(plan(None, gpu, model, **situation)) == wins  # type: ignore[arg-type]
+
+
+def test_every_place_has_a_reason_and_a_dated_source() -> None:
+    for backend in all_backends():
+        places = [(backend.rank_why, backend.rank_source)]
+        places += [(rank.why, rank.source) for rank in backend.ranks]
+        assert all(why and re.search(r"\(2026-\d\d-\d\d\)$", source) for why, source in places)
+        assert backend.name
+
+
+def test_no_two_backends_share_a_place() -> None:
+    for gpu in catalogue():
+        on = machine(gpu)
+        for packing, compiled in itertools.product((True, False), repeat=2):
+            problem = Problem(model=LLAMA, dtype="float16", packing=packing, compiled=compiled)
+            places = [place_of(backend, on, problem).rank for backend in all_backends()]
+            assert len(set(places)) == len(places)
 
 
 @pytest.mark.parametrize(
@@ -140,6 +192,14 @@ def test_what_is_asked_for_is_honoured_or_refused(
     assert takes or found.do
 
 
+@pytest.mark.parametrize("asked", ["flash_attention_2", "flash_attention_3"])
+def test_a_name_of_the_family_names_the_rule_that_it_asks_for(asked: str) -> None:
+    found = plan(asked, "h100")
+    rule = f"attn_implementation: {asked} asks for the flash family, whose order is 4, 3, 2"
+    assert found.because.startswith(rule)
+    assert got(plan(None, "h100")) == "flash_attention_3", "while auto goes by the GPU"
+
+
 @pytest.mark.parametrize(("gpu", "value"), [("rx7900xtx", "FALSE"), ("mi300x", "TRUE")])
 def test_kernels_that_a_variable_turns_off_are_not_taken(gpu: str, value: str) -> None:
     arch, label = parse_gpu(gpu)
@@ -169,6 +229,12 @@ def test_strict_takes_exactly_what_was_asked() -> None:
         ("flash_attention_2", "rx7900xtx", {"model": GEMMA2}, ["softcap", "softcap", "window"]),
         ("flash_attention_2", "rx7900xtx", {"dropout": 0.1}, ["dropout"]),
         ("flash_attention_2", "mi300x", {"model": MISTRAL, "dropout": 0.1}, []),
+        ("flash_attention_2", "mi300x", {"model": GEMMA2}, ["softcap", "softcap"]),
+        ("flash_attention_2", "mi300x", {"model": LLAMA, "packing": True}, []),
+        ("flash_attention_4_generic", "b200", {"model": GEMMA2, "packing": True}, []),
+        ("flash_attention_4_generic", "h100", {"model": GEMMA2}, ["arch-mismatch"]),
+        ("flash_attention_4_generic", "rtx5090", {"model": GEMMA2}, ["arch-mismatch"]),
+        ("flash_attention_4_generic", "b200", {}, ["head-dim"]),
         ("flash_attention_3", "h100", {"dropout": 0.1}, ["dropout"]),
         ("flash_attention_3", "b200", {}, ["arch-mismatch"]),
         ("flash_attention_4", "b200", {"model": DEEPSEEK}, ["head-dim"]),
@@ -382,26 +448,96 @@ def test_after_a_failed_proof_the_next_of_the_flash_family_stands_in(
 @pytest.mark.parametrize("gpu", catalogue())
 def test_every_backend_is_judged_on_every_gpu(gpu: str) -> None:
     found = plan(None, gpu)
-    assert [v.backend for v in found.verdicts] == [b.name for b in all_backends()]
+    assert sorted(v.backend for v in found.verdicts) == sorted(b.name for b in all_backends())
     assert [v.rank for v in found.verdicts] == list(range(1, len(found.verdicts) + 1))
     assert all(v.fits != bool(v.reasons) for v in found.verdicts)
     assert got(found)
 
 
 @pytest.mark.parametrize(
-    ("gpu", "says"),
+    ("gpu", "model", "says"),
     [
-        pytest.param(
-            "t4",
-            "it ranks first of the 4 that fit and auto takes (xformers, s2: by name only)",
-            id="what auto passes over is named",
-        ),
-        pytest.param("mi300x", "it ranks first of the", id="the rest is counted"),
+        pytest.param("h100", LLAMA, ["of 16 backends fit packed training on sm_90", "sage: only",
+            "flash_attention_3 ranks first of them: it is written for Hopper",
+            "flash_attention_4 is not faster than FlashAttention-3 on Hopper [", "PR #2889"],
+            id="what was moved behind is named, with the source"),
+        pytest.param("h100", GPT_OSS, ["flash_attention_4 ranks first",
+            "flash_attention_3 would come before it: 32 layers use attention sinks"],
+            id="what would come first is named"),
+        pytest.param("rtx5090", LLAMA, ["flash_attention_4 trains slower", "#1981"], id="RTX 50"),
+        pytest.param("t4", LLAMA, ["xformers ranks first", "sdpa gets packed rows with a mask"],
+            id="Turing"),
+        pytest.param("t4", GPT_OSS, ["1 of 16 backends fits packed training on sm_75"],
+            id="where there is one"),
+    ],
+)  # fmt: skip
+def test_because_can_be_read_without_seeing_ranks(gpu: str, model: Model, says: list[str]) -> None:
+    found = plan(None, gpu, model, packing=True)
+    assert [part for part in says if part not in found.because] == []
+
+
+@pytest.mark.parametrize(
+    ("gpu", "runs"),
+    [
+        ("h100", ["flash_attention_3", "sdpa"]),
+        ("b200", ["flash_attention_4_generic", "sdpa"]),
+        ("rtx5090", ["flash_attention_2", "sdpa"]),
+        ("mi300x", ["flash_attention_2", "sdpa"]),
+        ("t4", []),
     ],
 )
-def test_because_agrees_with_the_candidates(gpu: str, says: str) -> None:
-    found = plan(None, gpu)
-    assert says in found.because
-    assert found.chosen is not None
-    better = [v.backend for v in found.verdicts if v.fits and v.rank < found.chosen.rank]
-    assert all(name in found.because for name in better)
+def test_groups_of_layers_run_their_own_best(gpu: str, runs: list[str]) -> None:
+    found = plan(None, gpu, GEMMA4, packing=True)
+    assert [choice.verdict.backend for choice in found.groups] == runs
+    if runs:
+        assert f"32 layers of head_dim 256 with window 512 run {runs[0]}" in found.because
+        assert "32 layers of head_dim 512 run sdpa" in found.because
+
+
+def test_a_variable_of_the_process_holds_for_every_layer_that_it_reaches() -> None:
+    wide = group(192, v=128)
+    three = Model(type="x", layers=(group(256, window=512), group(256), replace(wide, kv_heads=32)))
+    found = plan(None, "b200", three, packing=True)
+    names = [choice.verdict.backend for choice in found.groups]
+    # Alone, layers of head_dim 256 without a window would run FlashAttention-4's own kernel.
+    assert names == ["flash_attention_4_generic", "flash_attention_4_generic", "flash_attention_4"]
+
+
+def test_a_variable_that_is_set_against_a_kernel_refuses_it() -> None:
+    backend = backend_named("flash_attention_4_generic")
+    assert backend is not None
+    for value, codes in (("0", ["variant"]), ("1", [])):
+        on = machine("b200", variables={"FLASH_ATTENTION_HD256_GENERIC_BWD": value})
+        problem = Problem(model=GEMMA2, dtype="bfloat16")
+        assert [r.code for r in reasons_against(backend, on, problem)] == codes
+
+
+def test_the_generic_kernel_is_chosen_before_it_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "FLASH_ATTENTION_HD256_GENERIC_BWD"
+    monkeypatch.setenv(name, "0")
+    seen: list[str | None] = []
+
+    def kernel(*_: object, **__: object) -> SimpleNamespace:
+        seen.append(os.environ.get(name))
+        return SimpleNamespace(attend=lambda: None)
+
+    monkeypatch.setattr("attnimg.calls.transformers_flash.flash_kernel", kernel)
+    backend = backend_named("flash_attention_4_generic")
+    assert backend is not None
+    assert backend.load_attend is not None
+    backend.load_attend()
+    assert seen == ["1"]
+
+
+@pytest.mark.parametrize(
+    ("gpu", "packing", "codes"),
+    [("rtx5090", True, ["known-bad"]), ("dgx-spark", True, ["known-bad"]),
+     ("rtx5090", False, []), ("rtx4090", True, []), ("h100", True, [])],
+)  # fmt: skip
+def test_sage_packed_is_refused_where_its_triton_kernel_is_not_usable(
+    gpu: str, packing: bool, codes: list[str]
+) -> None:
+    rules = known_bad.load(None, today=date(2026, 11, 26))
+    found = plan("sage", gpu, packing=packing, known_bad=rules)
+    assert reasons(found, "sage") == codes
+    assert got(found) == (None if codes else "sage")

@@ -1,0 +1,195 @@
+"""Judge a model's layers without softmax attention: what they need, and whether they can be packed.
+
+No attention backend has to do with them, and no mask reaches them: packed documents are kept apart
+there by kernels that take boundaries, or not at all.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+
+from attnimg.facts import Finding, Machine, Model, Problem
+
+# What train's packed batches hold of document boundaries; see train/collate.py.
+_IN_BATCH = frozenset({"cu_seq_lens_q", "seq_idx"})
+# Layers that look at one token at a time.
+_TOKENWISE = frozenset({"moe", "mlp"})
+# Stands for layers that a type of model has and its config does not list in a way known here.
+UNLISTED = "unlisted"
+_UNKNOWN = "of a kind that is not known here"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OtherLayers:
+    """One kind of such layers in a model.
+
+    Attributes:
+        kind: the row of data/other_layers.toml, or the config's own word.
+        label: what people call it.
+        count: how many layers have it; None when the config does not say.
+        needs: the distributions of its kernels.
+        missing: those of them that are not installed.
+        keeps_apart: whether packed documents are kept apart; None when not known.
+        why: what keeps_apart rests on.
+        source: where that was read.
+    """
+
+    kind: str
+    label: str
+    count: int | None
+    needs: tuple[str, ...] = ()
+    missing: tuple[str, ...] = ()
+    keeps_apart: bool | None = None
+    why: str = ""
+    source: str = ""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Kind:
+    """A row of data/other_layers.toml; the file explains its keys."""
+
+    label: str
+    types: list[str]
+    packages: list[str]
+    batch: list[str]
+    source: str
+    every: bool = False
+
+
+def other_layers(model: Model | None, machine: Machine) -> tuple[OtherLayers, ...]:
+    """Return the kinds of layers without softmax attention that a model has.
+
+    Args:
+        model: its geometry; None when it is not at hand.
+        machine: whose packages count; where they are not known, all are assumed.
+    """
+    if model is None:
+        return ()
+    found = {kind: count for kind, count in model.other_layers if kind not in _TOKENWISE}
+    unlisted = found.pop(UNLISTED, None) is not None
+    named = next(((name, row) for name, row in kinds().items() if model.type in row.types), None)
+    if named is None:
+        return tuple(
+            OtherLayers(kind=kind, label=f"{kind!r}, {_UNKNOWN}", count=count)
+            for kind, count in found.items()
+        )
+    name, row = named
+    if not (found or unlisted or row.every):
+        return ()
+    count = sum(found.values()) or None
+    if row.every:
+        count = sum(layer.count for layer in model.layers) or None
+    missing = (
+        ()
+        if machine.packages is None
+        else tuple(package for package in row.packages if package not in machine.packages)
+    )
+    absent = [key for key in row.batch if key not in _IN_BATCH]
+    if not row.batch:
+        why = "nothing in transformers hands it the documents' boundaries"
+    elif missing:
+        why = f"only the kernels of {' and '.join(row.packages)} take the documents' boundaries"
+    elif absent:
+        why = f"it takes them as {' and '.join(absent)}, which train's batches do not hold yet"
+    else:
+        why = f"it takes them as {' and '.join(row.batch)}"
+    return (
+        OtherLayers(
+            kind=name,
+            label=row.label,
+            count=count,
+            needs=tuple(row.packages),
+            missing=missing,
+            keeps_apart=bool(row.batch) and not missing and not absent,
+            why=why,
+            source=row.source,
+        ),
+    )
+
+
+def findings_on(
+    problem: Problem, machine: Machine
+) -> tuple[tuple[Finding, ...], tuple[Finding, ...]]:
+    """Return the errors and the warnings that a model's other layers give.
+
+    Args:
+        problem: the run.
+        machine: whose packages count.
+    """
+    errors, warnings = [], []
+    for layers in other_layers(problem.model, machine):
+        if problem.packing and layers.keeps_apart is False:
+            errors.append(_refusal(problem, layers))
+        elif problem.packing and layers.keeps_apart is None:
+            warnings.append(_unknown(layers))
+        elif layers.missing:
+            warnings.append(_slow(layers))
+    return tuple(errors), tuple(warnings)
+
+
+def text_of(layers: OtherLayers) -> str:
+    """Describe one kind of other layers in a line."""
+    count = "some" if layers.count is None else str(layers.count)
+    text = f"{count} layers with {layers.label}"
+    if layers.needs:
+        text += f"; needs {', '.join(layers.needs)}"
+    if layers.missing:
+        text += f" (not installed: {', '.join(layers.missing)})"
+    apart = {True: "kept apart", False: "not kept apart", None: "not known to be kept apart"}
+    return f"{text}; packed documents {apart[layers.keeps_apart]}" + (
+        f": {layers.why}" if layers.why else ""
+    )
+
+
+def _refusal(problem: Problem, layers: OtherLayers) -> Finding:
+    assert problem.model is not None
+    needed = "boundaries that reach them"
+    if layers.missing:
+        needed += f"; not installed: {', '.join(layers.missing)}"
+    return Finding(
+        code="packing-not-isolated",
+        key="sample_packing",
+        what=f"packed documents would mix in {_count(layers)} of {problem.model.type}, "
+        f"which have {layers.label}",
+        why=f"found {layers.why}; needed {needed} [{layers.source}]",
+        do="set sample_packing: false",
+    )
+
+
+def _unknown(layers: OtherLayers) -> Finding:
+    return Finding(
+        code="packing-unproven",
+        key="sample_packing",
+        what=f"whether packed documents can be kept apart in {_count(layers)} ({layers.label}) "
+        "is not known",
+        do="train shows the model packed documents before the first step, and stops on a leak",
+    )
+
+
+def _slow(layers: OtherLayers) -> Finding:
+    return Finding(
+        code="slow-layers",
+        key="base_model",
+        what=f"{_count(layers)} with {layers.label} run transformers' reference PyTorch, which is "
+        f"correct and slow: not installed: {', '.join(layers.missing)}",
+        do=f"install {' and '.join(layers.missing)}, or accept the speed",
+    )
+
+
+def _count(layers: OtherLayers) -> str:
+    return "the layers" if layers.count is None else f"{layers.count} layers"
+
+
+def hybrid_types() -> frozenset[str]:
+    """Return the model types that are known to have such layers, or may have."""
+    return frozenset(name for row in kinds().values() for name in row.types)
+
+
+@cache
+def kinds() -> dict[str, Kind]:
+    """Read data/other_layers.toml: name -> kind."""
+    path = resources.files("attnimg").joinpath("data", "other_layers.toml")
+    return {name: Kind(**row) for name, row in tomllib.loads(path.read_text("utf-8")).items()}

@@ -1,0 +1,123 @@
+"""Estimate the memory that attention takes in proportion to the square of the row.
+
+Counted is what autograd keeps of one layer until its backward pass, for B rows of T tokens and H
+query heads; gradient_checkpointing keeps it of one layer at a time.
+
+- eager: the softmax is (B, H, T, T). transformers computes it in float32 and casts it to the run's
+  precision (eager_attention_forward, 5.22.2): 4 bytes, and those of the cast copy where there is
+  one. The scores, as many in the run's precision, live until the softmax is there.
+- sdpa with packed rows: transformers makes one boolean mask (B, 1, T, T) for all layers; torch adds
+  a copy in the run's precision in each layer and keeps it for the backward pass (torch 2.13,
+  convert_boolean_attn_mask and derivatives.yaml, attn_bias). Where its memory-efficient kernel does
+  not take the layer, the plain one holds scores and softmax in float32 besides.
+
+All other backends keep what is linear in T. Read 2026-11-26.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from attnimg.backends import backend_named
+from attnimg.facts import Finding, LayerGroup, Plan, Problem
+
+# A sixteenth of the smallest GPU in the catalogue, the T4: what is below drowns in the activations
+# of the rest of the model.
+WARN_FROM = 1 << 30
+_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Quadratic:
+    """Memory quadratic in the row.
+
+    Attributes:
+        layer: bytes of the layer that takes most.
+        total: bytes of all layers together, kept without gradient_checkpointing.
+        formula: how `layer` comes about, with the numbers.
+    """
+
+    layer: int
+    total: int
+    formula: str
+
+
+def quadratic_memory(plan: Plan, problem: Problem) -> Quadratic | None:
+    """Return what a plan takes quadratic in the row; None where it takes none or is not known."""
+    name = plan.chosen.backend if plan.chosen else ""
+    model, tokens = problem.model, problem.sequence_len
+    # A router has sdpa and eager attend document by document.
+    if name not in ("eager", "sdpa") or plan.groups or model is None or not tokens:
+        return None
+    if not model.layers or (name == "sdpa" and not problem.packing):
+        return None
+    fused = _fits_efficient(plan)
+    parts = [_of_layer(name, layer, problem, fused=fused) for layer in model.layers]
+    square = problem.rows * tokens**2
+    total = sum(
+        layer.count * square * each for layer, (each, _) in zip(model.layers, parts, strict=True)
+    )
+    each, words = max(parts)
+    formula = f"{words}, {tokens} x {tokens} tokens, {problem.rows} rows"
+    return Quadratic(layer=square * each, total=total, formula=formula)
+
+
+def memory_warning(plan: Plan, problem: Problem, *, memory_bytes: int | None) -> Finding | None:
+    """Return the warning where quadratic memory is worth one.
+
+    Args:
+        plan: what was chosen.
+        problem: the run.
+        memory_bytes: of the device; None when not known.
+    """
+    found = quadratic_memory(plan, problem)
+    if found is None or found.total < WARN_FROM:
+        return None
+    assert plan.chosen is not None
+    what = (
+        f"{plan.chosen.backend} keeps {_size(found.layer)} in a layer, quadratic in the row "
+        f"({found.formula}), and {_size(found.total)} in all layers without gradient_checkpointing"
+    )
+    if memory_bytes and found.layer > memory_bytes:
+        what += f": more than the {_size(memory_bytes)} of this GPU, so it will run out of memory"
+    elif memory_bytes and found.total > memory_bytes:
+        what += f": likely out of memory, this GPU has {_size(memory_bytes)}"
+    native = [v.backend for v in plan.verdicts if v.fits and _is_linear(v.backend)]
+    do = "shorten sequence_len: half of it takes a quarter; gradient_checkpointing: true"
+    if native:
+        do = f"set attn_implementation: {native[0]}, or {do}"
+    return Finding(code="quadratic-memory", key="attn_implementation", what=what, do=do)
+
+
+def _of_layer(name: str, layer: LayerGroup, problem: Problem, *, fused: bool) -> tuple[int, str]:
+    """Return bytes for each pair of tokens of a row, and the words for it."""
+    size = _BYTES[problem.dtype]
+    if name == "eager":
+        cast = f" + {size} cast" if size < 4 else ""
+        words = f"{layer.heads} heads x (4 softmax{cast}) bytes"
+        return layer.heads * (4 + (size if size < 4 else 0)), words
+    if fused:
+        return size, f"mask of {size} bytes"
+    return size + layer.heads * 8, f"mask of {size} bytes + {layer.heads} heads x 8 bytes of scores"
+
+
+def _fits_efficient(plan: Plan) -> bool:
+    """Check whether torch's memory-efficient kernel, or on a CPU its flash kernel, takes a mask."""
+    verdict = next((v for v in plan.verdicts if v.backend == "sdpa_efficient"), None)
+    return verdict is None or not {"head-dim", "head-dim-v", "dtype"} & {
+        reason.code for reason in verdict.reasons
+    }
+
+
+def _is_linear(name: str) -> bool:
+    backend = backend_named(name)
+    return (
+        backend is not None
+        and backend.in_config
+        and backend.automatic
+        and name not in ("eager", "sdpa")
+    )
+
+
+def _size(count: int) -> str:
+    return f"{count / (1 << 30):.1f} GiB"
