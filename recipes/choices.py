@@ -66,7 +66,7 @@ def choices(images: Mapping[str, ImageFacts]) -> list[Choice]:
     Args:
         images: name -> image, stable ones first.
     """
-    by_machine: dict[tuple[str, str], list[Choice]] = {}
+    by_machine: dict[tuple[str, str | None], list[Choice]] = {}
     found = []
     for gpu in catalogue().values():
         key = (gpu.arch.name, gpu.cpu)
@@ -74,7 +74,6 @@ def choices(images: Mapping[str, ImageFacts]) -> list[Choice]:
             by_machine[key] = choices_on(gpu, image_for(gpu.arch, images, cpu=gpu.cpu))
         found += [replace(choice, gpu=gpu) for choice in by_machine[key]]
     return found
-
 
 
 def choices_on(gpu: Gpu, image: ImageFacts | None) -> list[Choice]:
@@ -124,7 +123,6 @@ def _choice(
         refusals=findings_on(problem, machine)[0],
         memory=plan.quadratic_memory(chosen, problem),
     )
-
 
 
 def choices_json(found: Iterable[Choice], images: Mapping[str, ImageFacts]) -> str:

@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from run_facts import a_problem
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from attnimg.__main__ import run as attnimg
 from attnimg.cli.subject import distributions
-from attnimg.facts import Arch, Machine, Model, Problem
+from attnimg.facts import Arch, Machine, Model
 from attnimg.other_layers import findings_on, kinds, other_layers
 from attnimg.problem import read_model
 
@@ -69,7 +70,7 @@ def test_other_layers_are_named_counted_and_need_packages(
     ],
 )  # fmt: skip
 def test_models_without_them_pack_and_are_told_nothing(read: Model) -> None:
-    problem = Problem(model=read, dtype="bfloat16", packing=True)
+    problem = a_problem(model=read, dtype="bfloat16", packing=True)
     assert other_layers(read, machine()) == ()
     assert findings_on(problem, machine()) == ((), ())
 
@@ -87,7 +88,7 @@ def test_models_without_them_pack_and_are_told_nothing(read: Model) -> None:
 def test_packing_is_refused_and_missing_kernels_are_told(
     packing: bool, packages: tuple[str, ...], errors: list[str], warnings: list[str]
 ) -> None:
-    problem = Problem(model=model("qwen3_next"), dtype="bfloat16", packing=packing)
+    problem = a_problem(model=model("qwen3_next"), dtype="bfloat16", packing=packing)
     refused, told = findings_on(problem, machine(*packages))
     assert ([f.code for f in refused], [f.code for f in told]) == (errors, warnings)
     assert all(finding.do for finding in (*refused, *told))
@@ -95,7 +96,7 @@ def test_packing_is_refused_and_missing_kernels_are_told(
 
 def test_a_kind_that_nobody_here_knows_is_left_to_the_proof_on_the_model() -> None:
     read = model("brand_new", layer_types=["linear_attention", *["full_attention"] * 3])
-    refused, told = findings_on(Problem(model=read, dtype="bfloat16", packing=True), machine())
+    refused, told = findings_on(a_problem(model=read, dtype="bfloat16", packing=True), machine())
     assert ([*refused], [finding.code for finding in told]) == ([], ["packing-unproven"])
 
 

@@ -153,7 +153,7 @@ def test_no_two_backends_share_a_place() -> None:
     for gpu in catalogue():
         on = machine(gpu)
         for packing, compiled in itertools.product((True, False), repeat=2):
-            problem = Problem(model=LLAMA, dtype="float16", packing=packing, compiled=compiled)
+            problem = a_problem(model=LLAMA, dtype="float16", packing=packing, compiled=compiled)
             places = [place_of(backend, on, problem).rank for backend in all_backends()]
             assert len(set(places)) == len(places)
 
@@ -508,7 +508,7 @@ def test_a_variable_that_is_set_against_a_kernel_refuses_it() -> None:
     assert backend is not None
     for value, codes in (("0", ["variant"]), ("1", [])):
         on = machine("b200", variables={"FLASH_ATTENTION_HD256_GENERIC_BWD": value})
-        problem = Problem(model=GEMMA2, dtype="bfloat16")
+        problem = a_problem(model=GEMMA2, dtype="bfloat16")
         assert [r.code for r in reasons_against(backend, on, problem)] == codes
 
 

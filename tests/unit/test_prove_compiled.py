@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from run_facts import a_geometry
 
 from attnimg.backends import backend_named
 from attnimg.facts import Backend, Geometry
@@ -26,7 +27,7 @@ def backend(name: str) -> Backend:
 
 
 def geometry(heads: int, kv_heads: int, *, packing: bool, dense: bool = True) -> Geometry:
-    return Geometry(
+    return a_geometry(
         heads=heads, kv_heads=kv_heads, head_dim_qk=64, head_dim_v=64, dtype="bfloat16",
         packing=packing, dense=dense, sequence_len=2048, rows=2,
     )  # fmt: skip

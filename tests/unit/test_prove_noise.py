@@ -10,10 +10,11 @@ from dataclasses import asdict, replace
 import pytest
 import torch
 from noisy_proofs import FAMILIES, LEAKS, LOST_HEAD, Shape, grid, load, prove_noisy
+from run_facts import a_geometry
 
 from attnimg.backends import backend_named
 from attnimg.calls.flash import FlashKernel
-from attnimg.facts import Backend, Geometry, Reason
+from attnimg.facts import Backend, Reason
 from attnimg.prove import candidate
 from attnimg.prove.calls import Result, call
 from attnimg.prove.candidate import Findings, prove_geometry
@@ -94,7 +95,7 @@ def _backend() -> Backend:
 
 
 def _packed_case(dtype: str = "bfloat16") -> Case:
-    geometry = Geometry(
+    geometry = a_geometry(
         heads=8, kv_heads=2, head_dim_qk=32, head_dim_v=32, dtype=dtype, packing=True,
         sequence_len=64,
     )  # fmt: skip
@@ -159,7 +160,7 @@ GROSS = Fault(reason=Reason(code="numerics-fwd", text="gross"), noise_sensitive=
 
 def prove_by(script: dict[int, Fault], monkeypatch: pytest.MonkeyPatch) -> tuple[Findings, int]:
     """Prove sdpa with probes that find what a script says of their number; and count them."""
-    geometry = Geometry(heads=2, kv_heads=2, head_dim_qk=16, head_dim_v=16, sequence_len=64)
+    geometry = a_geometry(heads=2, kv_heads=2, head_dim_qk=16, head_dim_v=16, sequence_len=64)
     few = cases_of(geometry, device="cpu")[:4]
     monkeypatch.setattr(candidate, "cases_of", lambda *_args, **_named: few)
     runs = iter(range(1000))
@@ -210,7 +211,7 @@ def test_what_was_seen_once_is_noted_and_gets_new_time(monkeypatch: pytest.Monke
         return Findings([], [], 3, [NOISE.reason])
 
     monkeypatch.setattr(candidate, "prove_geometry", prove)
-    geometry = Geometry(heads=2, kv_heads=2, head_dim_qk=16, head_dim_v=16, sequence_len=64)
+    geometry = a_geometry(heads=2, kv_heads=2, head_dim_qk=16, head_dim_v=16, sequence_len=64)
     report = io.StringIO()
     proof = prove_candidate(
         {"backend": "sdpa", "geometries": [asdict(geometry)], "trusted": False, "routed": False},

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from run_facts import a_problem
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from attnimg.__main__ import run as attnimg
@@ -21,7 +22,7 @@ T4 = Machine(arch=Arch(name="sm_75", vendor="nvidia", capability=(7, 5)), gpu="N
 
 def problem(dtype: DType = "float32", tokens: int = TOKENS, **more: object) -> Problem:
     group = LayerGroup(count=LAYERS, heads=HEADS, kv_heads=HEADS, head_dim_qk=16, head_dim_v=16)
-    return Problem(
+    return a_problem(
         model=Model(type="llama", layers=(group,)), dtype=dtype, sequence_len=tokens, **more
     )  # type: ignore[arg-type]  # a table's cell
 

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from run_facts import a_problem
 
 from attnimg.cli.subject import problem_of
 from attnimg.config import check_values
@@ -24,7 +25,7 @@ MODEL = Model(type="gemma3_text", layers=(LAYER,))
 
 
 def run(*, sequence_len: int | None, packing: bool, rows: int) -> Problem:
-    return Problem(
+    return a_problem(
         model=MODEL, dtype="bfloat16", sequence_len=sequence_len, packing=packing, rows=rows
     )
 
