@@ -29,7 +29,7 @@ def load_documents(config: Config, tokenizer: Any, *, progress: bool = True) -> 
         progress: whether to show a bar on stderr; never shown where stderr is no terminal.
 
     Raises:
-        AttnimgError: anything about the data that a person can mend.
+        AttnimgError: anything about the data that a person can correct.
     """
     import datasets
 
@@ -44,7 +44,7 @@ def load_documents(config: Config, tokenizer: Any, *, progress: bool = True) -> 
                 raise empty(source, why=_nothing_left(counts))
             parts.append(part)
             figures.append(counts)
-            warnings.update(dict.fromkeys(found))
+            warnings.update(dict.fromkeys((*source.warnings, *found)))
         return datasets.concatenate_datasets(parts) if len(parts) > 1 else parts[0]
 
     train = documents_of(training)
@@ -86,16 +86,23 @@ def _nothing_left(figures: SourceFigures) -> str:
 
 
 def _split(documents: Dataset, config: Config) -> tuple[Dataset, Dataset]:
-    """Take val_set_size documents out for validation: a share below 1, else a count."""
+    """Take val_set_size documents out for validation: a share up to 1, above it a number.
+
+    Source: axolotl 0.18.0, schemas/config.py:1084, "1 = 100%", and utils/data/sft.py (2026-11-26).
+    """
     import numpy
 
     size, total = config.val_set_size, len(documents)
-    count = max(1, round(size * total)) if size < 1 else round(size)
+    count = max(1, round(size * total)) if size <= 1 else round(size)
     if count >= total or (size > 1 and size != count):
+        found = f"{total:,} documents, of which it takes {min(count, total):,}"
         raise AttnimgError(
             f"val_set_size {size:g} does not fit",
-            why=f"found {total:,} documents, needed a whole number below that, or a share below 1",
-            do="lower val_set_size: 0.05 takes one document in twenty",
+            why=f"found {found}; needed a share below 1, or a whole number of documents, that "
+            "leaves some to train on",
+            do="set val_set_size: 0.05, which takes one document in twenty"
+            if total > 1
+            else "set val_set_size: 0, or add documents",
             code="bad-value",
             key="val_set_size",
         )

@@ -100,7 +100,7 @@ def test_nothing_left_is_an_error(run_on: Run, json_lines: Write, tokenizer: Any
         pytest.param(0.1, 10, id="a share"),
         pytest.param(7, 7, id="a count"),
         pytest.param(0.001, 1, id="at least one"),
-        pytest.param(1, 1, id="one is a count"),
+        pytest.param(2, 2, id="two is a count"),
     ],
 )
 def test_validation_is_taken_out_of_training(
@@ -112,13 +112,24 @@ def test_validation_is_taken_out_of_training(
     assert not train & validation
 
 
-@pytest.mark.parametrize("size", [100, 101, 2.5, 0.999])
+@pytest.mark.parametrize("size", [100, 101, 2.5, 0.999, 1, 1.0])
 def test_a_validation_part_that_does_not_fit_is_refused(
     run_on: Run, json_lines: Write, tokenizer: Any, size: float
 ) -> None:
     with pytest.raises(AttnimgError) as caught:
         load_documents(run_on(json_lines(*TEXTS), val_set_size=size), tokenizer)
     assert (caught.value.code, caught.value.key) == ("bad-value", "val_set_size")
+    assert "val_set_size: 0.05," in caught.value.do
+    assert load_documents(run_on(json_lines(*TEXTS), val_set_size=0.05), tokenizer).validation
+
+
+def test_one_document_is_too_few_for_a_validation_part(
+    run_on: Run, json_lines: Write, tokenizer: Any
+) -> None:
+    with pytest.raises(AttnimgError) as caught:
+        load_documents(run_on(json_lines(TEXTS[0]), val_set_size=0.05), tokenizer)
+    assert "val_set_size: 0," in caught.value.do
+    assert len(load_documents(run_on(json_lines(TEXTS[0]), val_set_size=0), tokenizer).train) == 1
 
 
 def test_test_datasets_are_the_validation(run_on: Run, json_lines: Write, tokenizer: Any) -> None:

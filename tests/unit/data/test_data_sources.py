@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import json
+import lzma
+import os
+import shlex
+import socket
+import subprocess
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import pytest
+import zstandard
 
 from attnimg.errors import AttnimgError
 from attnimg.schema import Config
@@ -17,12 +25,25 @@ from attnimg.train.data.read import read_source
 
 RECORDS = [{"text": "In the beginning"}, {"text": "was the Word."}]
 LINES = "".join(json.dumps(record) + "\n" for record in RECORDS).encode()
+ZSTD = zstandard.compress(LINES)
+# An object around the records, in the forms that tools write.
+WRAPPED = {
+    "data": {"data": RECORDS},
+    "the only list of objects": {"version": "1.0", "n": [1, 2], "rows": RECORDS, "end": None},
+    "beside an empty list": {"errors": [], "train": RECORDS},
+}
 
 
 def read(**entry: Any) -> list[Any]:
     config = Config(datasets=[{"type": "completion", **entry}])
     training, _ = find_sources(config)
     return [(str(place), record["text"]) for place, record in read_source(training[0])]
+
+
+def flipped(content: bytes) -> bytes:
+    """Flip a bit in the middle."""
+    middle = len(content) // 2
+    return content[:middle] + bytes([content[middle] ^ 0x10]) + content[middle + 1 :]
 
 
 def parquet(path: Path) -> None:
@@ -39,9 +60,29 @@ def parquet(path: Path) -> None:
         pytest.param("a.jsonl", b"\n" + LINES, "line 2, line 3", id="blank lines are skipped"),
         pytest.param("a.json", b"\xef\xbb\xbf" + LINES, "line 1, line 2", id="a byte order mark"),
         pytest.param("a.jsonl.gz", gzip.compress(LINES), "line 1, line 2", id="gzip"),
+        pytest.param("a.jsonl.zst", ZSTD, "line 1, line 2", id="zstd"),
+        pytest.param("a.jsonl.zst", zstandard.compress(LINES[:29]) + zstandard.compress(LINES[29:]),
+                     "line 1, line 2", id="zstd in two frames"),
+        pytest.param("a.jsonl.xz", lzma.compress(LINES), "line 1, line 2", id="xz"),
+        pytest.param("a.jsonl.bz2", bz2.compress(LINES), "line 1, line 2", id="bzip2"),
+        pytest.param("a.jsonl", ZSTD, "line 1, line 2", id="zstd by another name"),
+        pytest.param("a.jsonl.gz", LINES, "line 1, line 2", id="gzip that a download unpacked"),
+        pytest.param("a.txt.zst", zstandard.compress(b"In the beginning\nwas the Word.\n"),
+                     "line 1, line 2", id="text in zstd"),
+        pytest.param("a.csv.xz", lzma.compress(b"text\nIn the beginning\nwas the Word.\n"),
+                     "record 1, record 2", id="CSV in xz"),
         pytest.param(
             "a.json", json.dumps(RECORDS, indent=1).encode(), "record 1, record 2", id="an array"
         ),
+        *(
+            pytest.param("a.json", json.dumps(value, indent=indent).encode() + end,
+                         "record 1, record 2", id=f"{what}, indent {indent}")
+            for indent in (None, 1)
+            for end in (b"", b"\n")
+            for what, value in WRAPPED.items()
+        ),
+        pytest.param("a.json", b"\n".join(json.dumps(r, indent=1).encode() for r in RECORDS),
+                     "record 1, record 2", id="objects over several lines"),
         pytest.param(
             "a.csv", b"text\nIn the beginning\nwas the Word.\n", "record 1, record 2", id="CSV"
         ),
@@ -134,7 +175,34 @@ def test_a_folder_of_save_to_disk_is_read(tmp_path: Path) -> None:
             "a.json", b'[{"text": "x"}] x', "bad-data", "more text", id="text after the array"
         ),
         pytest.param("a.parquet", b"PAR", "bad-data", "not Parquet", id="no Parquet"),
-        pytest.param("a.jsonl.gz", LINES, "bad-data", "a.jsonl.gz", id="no gzip"),
+        pytest.param("a.jsonl.gz", gzip.compress(LINES)[:-9], "bad-data", "cut off",
+                     id="half gzip"),
+        pytest.param("a.jsonl.gz", flipped(gzip.compress(LINES)), "bad-data", "damaged",
+                     id="a flipped bit in gzip"),
+        pytest.param("a.jsonl.xz", lzma.compress(LINES)[:-9], "bad-data", "cut off", id="half xz"),
+        pytest.param("a.jsonl.xz", flipped(lzma.compress(LINES)), "bad-data", "damaged",
+                     id="a flipped bit in xz"),
+        pytest.param("a.jsonl.bz2", flipped(bz2.compress(LINES)), "bad-data", "damaged",
+                     id="a flipped bit in bzip2"),
+        pytest.param("a.jsonl.zst", ZSTD[:-3], "bad-data", "cut off", id="half zstd"),
+        pytest.param("a.csv.gz", gzip.compress(b"text\nx\n")[:-9], "bad-data", "cut off",
+                     id="half CSV"),
+        pytest.param("a.txt.gz", gzip.compress(LINES)[:-9], "bad-data", "cut off", id="half text"),
+        pytest.param("a.arrow", LINES, "bad-data", "not Arrow", id="no Arrow"),
+        pytest.param(
+            "a.json", json.dumps({"train": RECORDS, "test": RECORDS}, indent=1).encode(),
+            "bad-data", "'train' and also 'test'", id="two lists of records in an object",
+        ),
+        pytest.param("a.json", b'{"data": [{"text": "x"}', "bad-data", "line 1",
+                     id="an object cut off"),
+        pytest.param("a.json", b'{"data": []}', "empty-dataset", "no record", id="no data"),
+        pytest.param("a.json", b'{"text": "x"\n{"text": "y"}', "bad-data", "line 1",
+                     id="broken JSON on line 1"),
+        pytest.param("a.jsonl", LINES + b"[" * 50_000, "bad-data", "line 3", id="too deep"),
+        pytest.param("a.json", b"[" * 50_000, "bad-data", "nested too deep",
+                     id="an array too deep"),
+        pytest.param("a.jsonl", LINES + b'{"text": ' + b"1" * 5000 + b"}", "bad-data", "line 3",
+                     id="5,000 digits"),
         pytest.param("a.csv", b"text,n\nx,1,2\n", "bad-data", "3 fields", id="a field too many"),
         pytest.param("a.csv", b'text\n"x', "bad-data", "not CSV", id="a quote left open"),
         pytest.param(
@@ -252,3 +320,183 @@ def test_the_type_that_fits_is_suggested(tmp_path: Path, type: str, advice: str)
     with pytest.raises(AttnimgError) as caught:
         read(path=str(tmp_path / "a.jsonl"), type=type)
     assert advice in caught.value.do
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_both_kinds_of_arrow_files_are_read(tmp_path: Path, stream: bool) -> None:
+    import pyarrow
+
+    table = pyarrow.Table.from_pylist(RECORDS * 1500)
+    make = pyarrow.ipc.new_stream if stream else pyarrow.ipc.new_file
+    with make(tmp_path / "a.arrow", table.schema) as file:
+        file.write_table(table)
+    found = read(path=str(tmp_path / "a.arrow"))
+    assert [text for _, text in found] == [record["text"] for record in RECORDS * 1500]
+    assert found[-1][0].endswith("record 3000")
+
+
+@pytest.mark.parametrize("indent", [None, 2])
+def test_a_single_conversation_is_a_record_not_a_list_of_records(
+    tmp_path: Path, indent: int | None
+) -> None:
+    talk = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+    (tmp_path / "a.json").write_text(json.dumps(talk, indent=indent))
+    config = Config(datasets=[{"path": str(tmp_path / "a.json"), "type": "chat_template"}])
+    assert [record for _, record in read_source(find_sources(config)[0][0])] == [talk]
+    named = {"talk": talk["messages"]}
+    (tmp_path / "a.json").write_text(json.dumps(named, indent=indent))
+    entry = {**config.datasets[0].model_dump(exclude_none=True), "field_messages": "talk"}
+    source = find_sources(Config(datasets=[entry]))[0][0]
+    assert [record for _, record in read_source(source)] == [named]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.txt"])
+def test_a_record_without_end_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    for module in ("open_file", "json_records", "records"):
+        monkeypatch.setattr(f"attnimg.train.data.{module}.LIMIT_BYTES", 1000)
+    monkeypatch.setattr("attnimg.train.data.json_records.CHUNK_BYTES", 100)
+    content = {
+        "a.jsonl": LINES + b'{"text": "' + b"x" * 2000,
+        "a.json": b'[{"text": "x"}, {"text": "' + b"x" * 2000,
+        "a.csv": b"text\nx\n" + b"x" * 2000,
+        "a.txt": b"x\n" + b"x" * 2000,
+    }
+    (tmp_path / name).write_bytes(content[name])
+    with pytest.raises(AttnimgError, match="cannot read") as caught:
+        read(path=str(tmp_path / name))
+    assert "cut it into several records" in caught.value.do
+    (tmp_path / name).write_bytes(content[name][:-1500] + (b'"}' if "js" in name else b""))
+    if name == "a.json":
+        (tmp_path / name).write_bytes(content[name][:-1500] + b'"}]')
+    assert len(read(path=str(tmp_path / name))) > 1
+
+
+@pytest.mark.parametrize("place", ["path", "data_files", "folder", "saved"])
+@pytest.mark.parametrize("kind", ["pipe", "socket", "device"])
+@pytest.mark.timeout(20)
+def test_only_regular_files_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, place: str
+) -> None:
+    """A pipe would wait for ever, a device may never end."""
+    folder = tmp_path / "d"
+    if place == "saved":
+        import datasets
+
+        datasets.Dataset.from_list(RECORDS).save_to_disk(folder)
+        assert len(read(path=str(folder))) == 2
+        odd = folder / "state.json"
+        odd.unlink()
+    else:
+        folder.mkdir()
+        odd = folder / "a.jsonl"
+    with socket.socket(socket.AF_UNIX) as opened:
+        if kind == "pipe":
+            os.mkfifo(odd)
+        elif kind == "socket":
+            monkeypatch.chdir(folder)  # a socket's path has 108 characters at most
+            opened.bind(odd.name)
+        else:
+            odd.symlink_to("/dev/zero")
+        entry = {"path": str(folder)} if place in ("folder", "saved") else {"path": str(odd)}
+        if place == "data_files":
+            entry = {"path": str(folder), "data_files": "a.jsonl"}
+        with pytest.raises(AttnimgError) as caught:
+            read(**entry)
+    assert ("no data" if place == "folder" else "not a regular file") in caught.value.what
+    if place != "saved":
+        odd.unlink()
+        odd.write_bytes(LINES)
+        assert len(read(**entry)) == 2
+
+
+def test_a_link_to_a_file_is_read(tmp_path: Path) -> None:
+    """As in the hub's cache, whose files are links to blobs."""
+    (tmp_path / "blob").write_bytes(LINES)
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d" / "train.jsonl").symlink_to(tmp_path / "blob")
+    assert len(read(path=str(tmp_path / "d"))) == 2
+
+
+@pytest.mark.parametrize("declared", [True, False])
+def test_an_archive_is_refused_by_the_command_that_unpacks_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, declared: bool
+) -> None:
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr("a.jsonl", LINES)
+    entry = {"path": str(tmp_path / "a.zip")} | ({"ds_type": "json"} if declared else {})
+    with pytest.raises(AttnimgError, match="cannot read") as caught:
+        read(**entry)
+    command = caught.value.do.split("`")[1]
+    assert command == f"unzip {tmp_path / 'a.zip'}"
+    with zipfile.ZipFile(shlex.split(command)[1]) as archive:  # unzip itself may be missing
+        archive.extractall(tmp_path)
+    assert len(read(path=str(tmp_path / "a.jsonl"))) == 2
+
+
+def test_a_pointer_of_git_lfs_is_refused_by_the_command_that_downloads(tmp_path: Path) -> None:
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+    (tmp_path / "train.parquet").write_bytes(pointer)
+    with pytest.raises(AttnimgError, match="not downloaded") as caught:
+        read(path=str(tmp_path))
+    assert caught.value.do == f"git -C {tmp_path} lfs pull"
+    parquet(tmp_path / "train.parquet")
+    assert len(read(path=str(tmp_path))) == 2
+
+
+def test_a_name_that_is_too_long_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(AttnimgError) as caught:
+        read(path=str(tmp_path / ("x" * 300 + ".jsonl")))
+    assert caught.value.key == "datasets[0].path"
+
+
+def test_a_date_past_9999_is_refused(tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    for year, works in ((2000, True), (12000, False)):
+        days = (year - 1970) * 366
+        date = pyarrow.array([days], pyarrow.int32()).cast(pyarrow.date32())
+        table = pyarrow.table({"text": ["x"], "date": date})
+        pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+        if works:
+            assert len(read(path=str(tmp_path / "a.parquet"))) == 1
+        else:
+            with pytest.raises(AttnimgError, match="cannot read") as caught:
+                read(path=str(tmp_path / "a.parquet"))
+            assert "write that column as text" in caught.value.do
+
+
+def test_chmod_makes_a_forbidden_file_readable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As root every file is readable, so access is asked of the file's mode."""
+    (tmp_path / "a.jsonl").write_bytes(LINES)
+    (tmp_path / "a.jsonl").chmod(0)
+    if os.geteuid() == 0:
+        monkeypatch.setattr("os.access", lambda path, _: bool(Path(path).stat().st_mode & 0o444))
+    with pytest.raises(AttnimgError, match="no permission") as caught:
+        read(path=str(tmp_path / "a.jsonl"))
+    subprocess.run(shlex.split(caught.value.do), check=True)
+    assert len(read(path=str(tmp_path / "a.jsonl"))) == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "edit"),
+    [
+        pytest.param("a.xyz", {"ds_type": "json"}, id="a format nobody knows"),
+        pytest.param("mixed", {"ds_type": "json"}, id="a folder of two formats"),
+        pytest.param("mixed", {"data_files": "a.jsonl"}, id="or by its files"),
+    ],
+)
+def test_naming_the_format_mends_it(tmp_path: Path, name: str, edit: dict[str, str]) -> None:
+    (tmp_path / "a.xyz").write_bytes(LINES)
+    (tmp_path / "mixed").mkdir()
+    (tmp_path / "mixed" / "a.jsonl").write_bytes(LINES)
+    (tmp_path / "mixed" / "b.txt").write_bytes(LINES)
+    with pytest.raises(AttnimgError) as caught:
+        read(path=str(tmp_path / name))
+    for key in edit:
+        assert f"datasets[0].{key}" in caught.value.do
+    assert len(read(path=str(tmp_path / name), **edit)) == 2
