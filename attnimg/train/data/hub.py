@@ -89,7 +89,7 @@ def _check_reachable(source: Source) -> None:
         raise AttnimgError(
             f"dataset not found here, and the hub can't be reached: {spec.path}",
             why=f"no such file or folder here; asking the hub: {error}",
-            do="correct the path, mend the connection, or set HF_HUB_OFFLINE=1 to use what "
+            do="correct the path, restore the connection, or set HF_HUB_OFFLINE=1 to use what "
             "was downloaded before",
             code="hub-unreachable",
             key=f"{source.key}.path",

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from attnimg.errors import AttnimgError
 from attnimg.schema import Config
 from attnimg.train.data.cache import Made, Write, cache_key, in_memory, on_disk
-from attnimg.train.data.check import empty, find_sources
+from attnimg.train.data.check import find_sources
 from attnimg.train.data.documents import Documents, SourceFigures
 from attnimg.train.data.prepare import prepare
 from attnimg.train.data.sources import Source
@@ -41,7 +41,7 @@ def load_documents(config: Config, tokenizer: Any, *, progress: bool = True) -> 
         for source in sources:
             part, (counts, found) = _documents(source, config, tokenizer, progress=progress)
             if not counts.documents:
-                raise empty(source, why=_nothing_left(counts))
+                raise _nothing_left(source, counts)
             parts.append(part)
             figures.append(counts)
             warnings.update(dict.fromkeys((*source.warnings, *found)))
@@ -49,7 +49,8 @@ def load_documents(config: Config, tokenizer: Any, *, progress: bool = True) -> 
 
     train = documents_of(training)
     if config.shuffle_merged_datasets:
-        train = train.shuffle(seed=config.seed)
+        # In memory: the library would keep the order beside the documents, and believe it there.
+        train = train.shuffle(seed=config.seed, keep_in_memory=True)
     validation = documents_of(testing) if testing else None
     if config.val_set_size:
         train, validation = _split(train, config)
@@ -69,19 +70,31 @@ def _documents(
         ) as bar:
             return prepare(source, config, tokenizer, write=write, advance=bar.update)
 
-    key = cache_key(source, config, tokenizer)
     # A name on the hub may point to other data tomorrow, so only what is here is kept.
     if config.dataset_prepared_path and source.kind != "hub":
-        return on_disk(Path(config.dataset_prepared_path), key, make)
-    return in_memory(make, fingerprint=key)
+        root = Path(config.dataset_prepared_path).expanduser()
+        return on_disk(root, cache_key(source, config, tokenizer), make)
+    return in_memory(make)
 
 
-def _nothing_left(figures: SourceFigures) -> str:
-    """Say where all records went."""
-    return (
-        f"of {figures.records:,} records, {figures.empty:,} hold no text, {figures.too_long:,} are "
-        f"longer than sequence_len {figures.sequence_len:,}, and {figures.without_loss:,} have no "
-        "token that carries loss; needed at least one document"
+def _nothing_left(source: Source, figures: SourceFigures) -> AttnimgError:
+    """Build the error for a source of which no document is left, by what most records lack."""
+    longer = figures.too_long + figures.truncated + figures.split
+    if longer >= max(1, figures.empty):
+        do = f"set sequence_len: {figures.longest}, the longest of them"
+    elif figures.without_loss > figures.empty:
+        do = "set train_on_inputs: true, or name roles that the records have in "
+        do += f"{source.key}.roles_to_train"
+    else:
+        do = f"name the column that holds the text, or correct {source.key}.path"
+    return AttnimgError(
+        f"nothing to train on in {source.spec.path}",
+        why=f"of {figures.records:,} records, {figures.empty:,} hold no text, {longer:,} are "
+        f"longer than sequence_len {figures.sequence_len:,}, and {figures.without_loss:,} parts "
+        "have no token that carries loss; needed at least one document",
+        do=do,
+        code="empty-dataset",
+        key=f"{source.key}.path",
     )
 
 

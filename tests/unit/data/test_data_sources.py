@@ -490,7 +490,7 @@ def test_chmod_makes_a_forbidden_file_readable(
         pytest.param("mixed", {"data_files": "a.jsonl"}, id="or by its files"),
     ],
 )
-def test_naming_the_format_mends_it(tmp_path: Path, name: str, edit: dict[str, str]) -> None:
+def test_naming_the_format_is_enough(tmp_path: Path, name: str, edit: dict[str, str]) -> None:
     (tmp_path / "a.xyz").write_bytes(LINES)
     (tmp_path / "mixed").mkdir()
     (tmp_path / "mixed" / "a.jsonl").write_bytes(LINES)

@@ -213,7 +213,7 @@ def applied(do: str, why: str, entry: Mapping[str, Any]) -> dict[str, Any]:
                      id="the test split of a file"),
     ],
 )  # fmt: skip
-def test_what_is_no_split_is_refused_with_a_mend_that_works(
+def test_what_is_no_split_is_refused_with_advice_that_works(
     folder: Callable[[str], Path], layout: str, entry: dict[str, Any], key: str, why: str
 ) -> None:
     path = folder(layout)
