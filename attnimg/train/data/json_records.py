@@ -11,7 +11,7 @@ import json
 from collections.abc import Callable, Collection, Iterator
 from typing import IO, Literal, TypeVar
 
-from attnimg.train.data.open_file import LIMIT_BYTES, TooLong, read_lines
+from attnimg.train.data.open_file import AS_UTF8, LIMIT_BYTES, TooLong, read_lines
 
 CHUNK_BYTES = 1 << 20
 SPACE = " \t\r\n"
@@ -53,7 +53,7 @@ def read_json(opened: Opened, columns: Collection[str]) -> Iterator[Numbered]:
                 yield unit, number, value
         except UnicodeDecodeError as error:
             why = f"found byte {error.object[error.start]:#04x}, needed UTF-8 text"
-            raise BrokenJson(f"after record {number}", why) from None
+            raise BrokenJson(f"after record {number}", why, do=AS_UTF8) from None
 
 
 def _layout(
@@ -109,7 +109,7 @@ def _lines(file: IO[bytes]) -> Iterator[Numbered]:
     except UnicodeDecodeError as error:
         byte = error.object[error.start]
         why = f"found byte {byte:#04x} at column {error.start + 1}, needed UTF-8 text"
-        raise BrokenJson(f"line {number}", why) from None
+        raise BrokenJson(f"line {number}", why, do=AS_UTF8) from None
     except json.JSONDecodeError as error:
         why = f"found broken JSON at column {error.colno} ({error.msg})"
         raise BrokenJson(f"line {number}", f"{why}, needed one object a line") from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +35,7 @@ def load_documents(config: Config, tokenizer: Any, *, progress: bool = True) -> 
     import datasets
 
     training, testing = find_sources(config)
-    figures, warnings = list[SourceFigures](), dict[str, None]()
+    figures, warnings = list[SourceFigures](), dict.fromkeys(_shared(training, testing))
 
     def documents_of(sources: list[Source]) -> Dataset:
         parts = []
@@ -75,6 +76,28 @@ def _documents(
         root = Path(config.dataset_prepared_path).expanduser()
         return on_disk(root, cache_key(source, config, tokenizer), make)
     return in_memory(make)
+
+
+def _shared(training: list[Source], testing: list[Source]) -> Iterator[str]:
+    """Yield a sentence for each source of test_datasets whose rows are trained on as well."""
+    for test in testing:
+        for train in training:
+            sliced = all("[" in (source.spec.split or "") for source in (train, test))
+            shared = _content(train) & _content(test)
+            if shared and not sliced:
+                yield (
+                    f"{train.key} and {test.key} both read {min(shared)}: the evaluation is of "
+                    "what was trained on"
+                )
+
+
+def _content(source: Source) -> set[str]:
+    if source.kind == "files":
+        return {str(file.path.resolve()) for file in source.files}
+    spec = source.spec
+    default = "test" if source.key.startswith("test_datasets") else "train"
+    names = (part.partition("[")[0].strip() for part in (spec.split or default).split("+"))
+    return {" ".join(filter(None, (spec.path, spec.name, name))) for name in names}
 
 
 def _nothing_left(source: Source, figures: SourceFigures) -> AttnimgError:

@@ -21,6 +21,9 @@ COMPRESSED = frozenset({".gz", ".zst", ".zstd", ".xz", ".bz2"})
 # ends in a sentence instead of the machine's memory. The longest single books are near 5 MiB.
 LIMIT_BYTES = 64 << 20
 
+# What helps against text in another encoding.
+AS_UTF8 = "write the file in UTF-8: `iconv -f ENCODING -t UTF-8 FILE > NEW`, and name the new one"
+
 # What broken compressed files raise: zstd's errors are OSError, UnicodeDecodeError is not one.
 BROKEN = (OSError, EOFError, zlib.error, lzma.LZMAError)
 
@@ -51,6 +54,9 @@ _OTHERS = {
     b"\x04\x22\x4d\x18": ("an lz4 file", "lz4 -d {path}"),
 }
 _POINTER = b"version https://git-lfs"
+_TAR = (257, b"ustar")  # where a tar archive has its magic
+# Formats that are no text, by their first bytes.
+_BINARY = {b"PAR1": "parquet", b"ARROW1": "arrow"}
 
 
 def check_regular(path: Path, *, key: str) -> None:
@@ -77,14 +83,19 @@ def check_regular(path: Path, *, key: str) -> None:
     )
 
 
-def check_packing(path: Path, *, key: str) -> None:
+def check_packing(path: Path, *, declared: str | None, key: str) -> None:
     """Refuse an archive or a Git LFS pointer by the command that gives the files in it.
 
+    Args:
+        path: a regular file.
+        declared: the format that it is read in; None when that is not known.
+        key: "datasets[0]".
+
     Raises:
-        AttnimgError: the file holds no records itself.
+        AttnimgError: the file holds no records itself, or in another format.
     """
     with path.open("rb") as file:
-        start = file.read(32)
+        start = file.read(512)
     if start.startswith(_POINTER):
         raise AttnimgError(
             f"{path} was not downloaded",
@@ -93,15 +104,27 @@ def check_packing(path: Path, *, key: str) -> None:
             code="bad-data",
             key=f"{key}.path",
         )
-    for magic, (what, command) in _OTHERS.items():
-        if start.startswith(magic):
-            raise AttnimgError(
-                f"cannot read {path}",
-                why=f"found {what}, needed plain, gzip, zstd, xz or bzip2 data",
-                do=f"unpack it (`{command.format(path=path)}`), and name the files in {key}.path",
-                code="bad-data",
-                key=f"{key}.path",
-            )
+    found = next((other for magic, other in _OTHERS.items() if start.startswith(magic)), None)
+    packed_tar = {".tar", ".tgz", ".tbz2", ".txz"} & {suffix.lower() for suffix in path.suffixes}
+    if packed_tar or start[_TAR[0] :].startswith(_TAR[1]):
+        found = ("a tar archive", "tar -xf {path}")
+    if found:
+        raise AttnimgError(
+            f"cannot read {path}",
+            why=f"found {found[0]}, needed plain, gzip, zstd, xz or bzip2 data",
+            do=f"unpack it (`{found[1].format(path=path)}`), and name the files in {key}.path",
+            code="bad-data",
+            key=f"{key}.path",
+        )
+    binary = next((kind for magic, kind in _BINARY.items() if start.startswith(magic)), None)
+    if binary and declared != binary:
+        raise AttnimgError(
+            f"{path} is in another format than its entry says",
+            why=f"found {binary}, needed {declared or 'a known format'}",
+            do=f"set {key}.ds_type: {binary}",
+            code="bad-value",
+            key=f"{key}.ds_type",
+        )
 
 
 def open_data(path: Path) -> IO[bytes]:

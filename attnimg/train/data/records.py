@@ -14,7 +14,14 @@ from typing import Any, Literal
 
 from attnimg.errors import AttnimgError
 from attnimg.train.data.json_records import BrokenJson, read_json
-from attnimg.train.data.open_file import BROKEN, LIMIT_BYTES, TooLong, open_data, read_lines
+from attnimg.train.data.open_file import (
+    AS_UTF8,
+    BROKEN,
+    LIMIT_BYTES,
+    TooLong,
+    open_data,
+    read_lines,
+)
 from attnimg.train.data.sources import LocalFile
 
 
@@ -118,7 +125,9 @@ def _text(file: LocalFile, key: str) -> Iterator[Numbered]:
     except TooLong as error:
         raise _broken(path, key, str(error), at=f", line {number + 1}", do=error.do) from None
     except UnicodeDecodeError as error:
-        raise _broken(path, key, f"not UTF-8 text: {error}", at=f", line {number}") from None
+        raise _broken(
+            path, key, f"not UTF-8 text: {error}", at=f", line {number}", do=AS_UTF8
+        ) from None
     except BROKEN as error:
         raise _damaged(path, key, error) from None
 
@@ -135,6 +144,10 @@ def _csv(file: LocalFile, key: str) -> Iterator[Numbered]:
                 for i, line in enumerate(read_lines(lines))
             )
             rows = csv.DictReader(text, delimiter=delimiter, strict=True)
+            header = rows.fieldnames or ()
+            if twice := sorted({name for name in header if header.count(name) > 1}):
+                why = f"found the column {', '.join(twice)} twice, of which one would be lost"
+                raise _broken(path, key, why, do="rename the columns in the file's first line")
             for number, row in enumerate(rows, start=1):
                 if None in row or None in row.values():
                     found = sum(v is not None for k, v in row.items() if k) + len(row.get(None, ()))
@@ -142,7 +155,10 @@ def _csv(file: LocalFile, key: str) -> Iterator[Numbered]:
                     why = f"found {found} fields, needed {needed} as in the header"
                     raise _broken(path, key, why, at=f", record {number}")
                 yield "record", number, row
-    except (csv.Error, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
+        why = f"not UTF-8 text: {error}"
+        raise _broken(path, key, why, at=f", record {number + 1}", do=AS_UTF8) from None
+    except csv.Error as error:
         raise _broken(path, key, f"not CSV: {error}", at=f", record {number + 1}") from None
     except TooLong as error:
         raise _broken(path, key, str(error), at=f", record {number + 1}", do=error.do) from None
@@ -158,7 +174,7 @@ def _parquet(file: LocalFile, key: str) -> Iterator[Numbered]:
         with pyarrow.parquet.ParquetFile(file.path) as opened:
             yield from _rows(opened.iter_batches(batch_size=1000))
     except (pyarrow.ArrowException, OSError) as error:
-        raise _broken(file.path, key, f"not Parquet: {error}") from None
+        raise _broken(file.path, key, f"not Parquet: {error}", do=_ds_type(key)) from None
     except (ValueError, OverflowError) as error:
         raise _unfit(file.path, key, error) from None
 
@@ -180,9 +196,13 @@ def _arrow(file: LocalFile, key: str) -> Iterator[Numbered]:
                 for start in range(0, batch.num_rows, 1000)
             )
     except (pyarrow.ArrowException, OSError) as error:
-        raise _broken(file.path, key, f"not Arrow: {error}") from None
+        raise _broken(file.path, key, f"not Arrow: {error}", do=_ds_type(key)) from None
     except (ValueError, OverflowError) as error:
         raise _unfit(file.path, key, error) from None
+
+
+def _ds_type(key: str) -> str:
+    return f"set {key}.ds_type to the format that it has, or write the file again"
 
 
 def _rows(batches: Iterator[Any]) -> Iterator[Numbered]:

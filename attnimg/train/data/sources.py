@@ -59,8 +59,9 @@ class Source:
         key: "datasets[0]".
         spec: the entry.
         kind: files here, a folder of datasets' save_to_disk, or a name on the hub.
-        splits: the local files of each split, in the order they are read; for the kind "files".
-        files: those of the splits that the entry asks for.
+        splits: for the kind "files", all splits that there are, with the files of those that the
+            entry asks for, in the order they are read.
+        files: the files that are read.
         warnings: sentences on what of the source is not read.
     """
 
@@ -183,7 +184,13 @@ def _format(path: Path) -> Format | None:
 
 def _folder(root: Path, spec: DatasetSpec, *, key: str) -> Source:
     wanted = (spec.ds_type,) if spec.ds_type else tuple(FORMATS.values())
-    found, others = folder_splits(root, spec, is_data=lambda path: _format(path) in wanted, key=key)
+
+    def is_data(path: Path) -> bool:
+        # Subfolders that save_to_disk wrote have a state.json, which holds no records.
+        saved = path.name == "state.json" and (path.parent / "dataset_info.json").exists()
+        return _format(path) in wanted and not saved
+
+    found, others = folder_splits(root, spec, is_data=is_data, key=key)
     splits = {split: paths for split, paths in found.items() if paths}
     if not splits:
         raise AttnimgError(
@@ -212,7 +219,10 @@ def _folder(root: Path, spec: DatasetSpec, *, key: str) -> Source:
             f"splits ({', '.join(splits)}) and these are not; name them in {key}.data_files "
             "to train on them",
         )
-    files = {split: _files(paths, spec, None, key) for split, paths in splits.items()}
+    files = {
+        split: _files(paths, spec, None, key) if split in asked else ()
+        for split, paths in splits.items()
+    }
     return _in_files(spec, files, key=key, warnings=warnings)
 
 
@@ -233,9 +243,9 @@ def _files(
                 code="bad-data",
                 key=f"{key}.path",
             )
-        check_packing(path, key=key)
         declared = spec.ds_type or next((f for f in FORMATS.values() if f == builder), None)
         kind = declared or _format(path)
+        check_packing(path, declared=kind, key=key)
         if kind is None:
             raise AttnimgError(
                 f"the format of {path} is not known",

@@ -19,6 +19,7 @@ from typing import Any
 
 from attnimg.errors import AttnimgError
 from attnimg.schema import DatasetSpec
+from attnimg.train.data.open_file import check_regular
 
 Rows = tuple[str, int, int]  # a split, its first row and the one after its last
 
@@ -182,15 +183,15 @@ def _configured(root: Path, spec: DatasetSpec, *, key: str) -> dict[str, list[Pa
     from datasets.utils.metadata import MetadataConfigs
     from huggingface_hub import DatasetCard
 
-    readme = root / "README.md"
-    if not readme.is_file():
-        return None
+    readme, other = root / "README.md", root / ".huggingface.yaml"
+    if other.exists():
+        check_regular(other, key=key)
     try:
-        with readme.open("rb") as file:
-            if file.read(3) != b"---":
-                return None
-        data = DatasetCard.load(readme, ignore_metadata_errors=True).data
-        if not MetadataConfigs.from_dataset_card_data(data):
+        has_configs = other.exists()
+        if readme.is_file() and readme.read_bytes().startswith(b"---"):
+            data = DatasetCard.load(readme, ignore_metadata_errors=True).data
+            has_configs = has_configs or bool(MetadataConfigs.from_dataset_card_data(data))
+        if not has_configs:
             return None
         with tempfile.TemporaryDirectory() as cache:  # nothing is prepared, so nothing is kept
             path = str(root.resolve())

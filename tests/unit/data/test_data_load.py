@@ -177,6 +177,28 @@ def test_test_datasets_are_the_validation(run_on: Run, json_lines: Write, tokeni
     assert [figures.key for figures in documents.figures] == ["datasets[0]", "test_datasets[0]"]
 
 
+@pytest.mark.parametrize(
+    ("train", "test", "warns"),
+    [
+        pytest.param({}, {}, False, id="train and test by default"),
+        pytest.param({"split": "train"}, {"split": "train"}, True, id="the same split"),
+        pytest.param({"split": "train"}, {"split": "train[:10%]"}, True, id="a part of it"),
+        pytest.param({"split": "train[10%:]"}, {"split": "train[:10%]"}, False, id="two parts"),
+        pytest.param({"split": "train+test"}, {}, True, id="both splits"),
+        pytest.param({"data_files": "test.jsonl"}, {"split": "test"}, True, id="the same file"),
+    ],
+)  # fmt: skip
+def test_evaluating_on_what_is_trained_on_is_told(
+    json_lines: Write, tokenizer: Any, tmp_path: Path, train: Any, test: Any, warns: bool
+) -> None:
+    (tmp_path / "d").mkdir()
+    json_lines(*TEXTS[:50], name="d/train.jsonl")
+    json_lines(*TEXTS[50:], name="d/test.jsonl")
+    entry = {"path": str(tmp_path / "d"), "type": "completion"}
+    config = Config(datasets=[entry | train], test_datasets=[entry | test])
+    assert any("both read" in text for text in load_documents(config, tokenizer).warnings) == warns
+
+
 def test_the_order_is_the_seeds_alone(run_on: Run, json_lines: Write, tokenizer: Any) -> None:
     path = json_lines(*TEXTS)
     keys: dict[str, Any] = {"val_set_size": 0.1}

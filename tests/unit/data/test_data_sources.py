@@ -7,10 +7,12 @@ import gzip
 import json
 import lzma
 import os
+import random
 import shlex
 import socket
 import subprocess
 import zipfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +53,15 @@ def parquet(path: Path) -> None:
     import pyarrow.parquet
 
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(RECORDS), path)
+
+
+def arrow_file(path: Path, records: list[dict[str, str]], *, stream: bool) -> None:
+    import pyarrow
+
+    table = pyarrow.Table.from_pylist(records)
+    make = pyarrow.ipc.new_stream if stream else pyarrow.ipc.new_file
+    with make(path, table.schema) as file:
+        file.write_table(table)
 
 
 @pytest.mark.parametrize(
@@ -141,6 +152,44 @@ def test_files_are_found(tmp_path: Path, entry: dict[str, Any], expected: int) -
     assert len(read(**filled)) == expected
 
 
+@pytest.mark.parametrize("seed", range(12))
+def test_random_records_are_the_same_in_every_layout(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    """Any JSON values, in windows so small that each value crosses their edges."""
+    rng = random.Random(seed)
+    monkeypatch.setattr("attnimg.train.data.json_records.CHUNK_BYTES", rng.choice([1, 3, 16, 999]))
+
+    def value(depth: int) -> object:
+        kind = rng.randrange(8 if depth else 6)
+        if kind < 2:
+            return "".join(
+                rng.choices('ab"\\é\U0001f600\u2028 \n\t{}[],:\ufeff', k=rng.randrange(9))
+            )
+        if kind < 6:
+            return [rng.randrange(-(10**20), 10**20), rng.random() * 1e9, None, True][kind - 2]
+        size = range(rng.randrange(4))
+        return [value(depth - 1) for _ in size] if kind == 6 else {
+            str(value(0)): value(depth - 1) for _ in size
+        }  # fmt: skip
+
+    records = [{"text": str(value(0)), "x": value(3)} for _ in range(rng.randint(2, 30))]
+    dump = partial(json.dumps, ensure_ascii=rng.random() < 0.5)
+    layouts = {
+        "lines": "\n".join(map(dump, records)),
+        "array": dump(records),
+        "indented array": dump(records, indent=2),
+        "object": dump({"n": value(2), "data": records, "end": value(0)}),
+        "indented object": "\ufeff" + dump({"data": records}, indent=1) + "\n\n",
+        "one after another": "\n".join(dump(record, indent=1) for record in records),
+    }
+    entry = {"path": str(tmp_path / "a.json"), "type": "completion"}
+    for name, text in layouts.items():
+        (tmp_path / "a.json").write_bytes(text.encode())
+        source = find_sources(Config(datasets=[entry]))[0][0]
+        assert [record for _, record in read_source(source)] == records, name
+
+
 def test_a_folder_of_save_to_disk_is_read(tmp_path: Path) -> None:
     import datasets
 
@@ -189,6 +238,15 @@ def test_a_folder_of_save_to_disk_is_read(tmp_path: Path) -> None:
                      id="half CSV"),
         pytest.param("a.txt.gz", gzip.compress(LINES)[:-9], "bad-data", "cut off", id="half text"),
         pytest.param("a.arrow", LINES, "bad-data", "not Arrow", id="no Arrow"),
+        pytest.param("a.tar.gz", gzip.compress(LINES), "bad-data", "tar -xf", id="a tar archive"),
+        pytest.param("a.csv", b"text,text\nx,y\n", "bad-data", "text twice", id="a column twice"),
+        pytest.param("a.csv", "text\né\n".encode("latin1"), "bad-data", "iconv",
+                     id="CSV in Latin 1"),
+        pytest.param("a.txt", "é\n".encode("latin1"), "bad-data", "iconv", id="text in Latin 1"),
+        pytest.param("a.json", '[{"text": "é"}]'.encode("latin1"), "bad-data", "iconv",
+                     id="an array in Latin 1"),
+        pytest.param("a.jsonl", '{"text": "é"}'.encode("utf-16"), "bad-data", "iconv",
+                     id="JSON lines in UTF-16"),
         pytest.param(
             "a.json", json.dumps({"train": RECORDS, "test": RECORDS}, indent=1).encode(),
             "bad-data", "'train' and also 'test'", id="two lists of records in an object",
@@ -324,12 +382,7 @@ def test_the_type_that_fits_is_suggested(tmp_path: Path, type: str, advice: str)
 
 @pytest.mark.parametrize("stream", [True, False])
 def test_both_kinds_of_arrow_files_are_read(tmp_path: Path, stream: bool) -> None:
-    import pyarrow
-
-    table = pyarrow.Table.from_pylist(RECORDS * 1500)
-    make = pyarrow.ipc.new_stream if stream else pyarrow.ipc.new_file
-    with make(tmp_path / "a.arrow", table.schema) as file:
-        file.write_table(table)
+    arrow_file(tmp_path / "a.arrow", RECORDS * 1500, stream=stream)
     found = read(path=str(tmp_path / "a.arrow"))
     assert [text for _, text in found] == [record["text"] for record in RECORDS * 1500]
     assert found[-1][0].endswith("record 3000")
@@ -488,6 +541,10 @@ def test_chmod_makes_a_forbidden_file_readable(
         pytest.param("a.xyz", {"ds_type": "json"}, id="a format nobody knows"),
         pytest.param("mixed", {"ds_type": "json"}, id="a folder of two formats"),
         pytest.param("mixed", {"data_files": "a.jsonl"}, id="or by its files"),
+        pytest.param("b.json", {"ds_type": "parquet"}, id="Parquet by another name"),
+        pytest.param("b.dat", {"ds_type": "parquet"}, id="Parquet by no name"),
+        pytest.param("saved", {"ds_type": "arrow"}, id="Arrow by another name"),
+        pytest.param("a.parquet", {"ds_type": "json"}, id="lines by another name"),
     ],
 )
 def test_naming_the_format_is_enough(tmp_path: Path, name: str, edit: dict[str, str]) -> None:
@@ -495,6 +552,10 @@ def test_naming_the_format_is_enough(tmp_path: Path, name: str, edit: dict[str, 
     (tmp_path / "mixed").mkdir()
     (tmp_path / "mixed" / "a.jsonl").write_bytes(LINES)
     (tmp_path / "mixed" / "b.txt").write_bytes(LINES)
+    (tmp_path / "a.parquet").write_bytes(LINES)
+    parquet(tmp_path / "b.json")
+    parquet(tmp_path / "b.dat")
+    arrow_file(tmp_path / "saved", RECORDS, stream=False)
     with pytest.raises(AttnimgError) as caught:
         read(path=str(tmp_path / name))
     for key in edit:

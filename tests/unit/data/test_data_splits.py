@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -173,6 +174,15 @@ def test_a_saved_set_gives_the_split_that_was_asked_for(
     assert read(path=str(tmp_path / "saved"), split=split) == texts[part.from_ : part.to]
 
 
+def test_saved_sets_in_a_folder_are_its_splits(tmp_path: Path) -> None:
+    import datasets
+
+    for name, count in (("train", 10), ("test", 4)):
+        datasets.Dataset.from_list(rows(name, count)).save_to_disk(tmp_path / name)
+    assert len(read(path=str(tmp_path))) == 10
+    assert len(read(path=str(tmp_path), split="test")) == 4
+
+
 def applied(do: str, why: str, entry: Mapping[str, Any]) -> dict[str, Any]:
     """Edit an entry as the message says, to the letter."""
     import re
@@ -250,6 +260,17 @@ def test_a_file_without_a_split_beside_others_is_told(tmp_path: Path) -> None:
     assert ["more.jsonl" in warning for warning in source.warnings] == [True]
     (tmp_path / "more.jsonl").unlink()
     assert find_sources(config)[0][0].warnings == ()
+
+
+def test_a_pipe_for_the_configs_is_refused(tmp_path: Path) -> None:
+    write(tmp_path / "a.jsonl", rows("a", 3))
+    os.mkfifo(tmp_path / ".huggingface.yaml")
+    with pytest.raises(AttnimgError, match="not a regular file"):
+        read(path=str(tmp_path))
+    (tmp_path / ".huggingface.yaml").unlink()
+    configs = "configs:\n- config_name: a\n  data_files: a.jsonl\n"
+    (tmp_path / ".huggingface.yaml").write_text(configs)
+    assert len(read(path=str(tmp_path))) == 3
 
 
 @pytest.mark.parametrize(
