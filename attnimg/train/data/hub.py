@@ -61,7 +61,14 @@ def load_saved(source: Source) -> Mapping[str, Dataset]:
     try:
         loaded = datasets.load_from_disk(Path(source.spec.path).expanduser())
     except (OSError, ValueError, KeyError, TypeError, pyarrow.ArrowException) as error:
-        raise _unreadable(source, error, offline=False) from None
+        raise AttnimgError(
+            f"cannot read the saved dataset {source.spec.path}",
+            why=f"{type(error).__name__}: {' '.join(str(error).split())[:300]}",
+            do=f"set {source.key}.data_files: *.arrow, which takes its files as they are, or "
+            "write it again with save_to_disk",
+            code="bad-data",
+            key=f"{source.key}.path",
+        ) from None
     if not isinstance(loaded, datasets.Dataset):
         return cast("Mapping[str, Dataset]", loaded)
     # "test[:10%]" is a part of test; what was put together from several is as good as train.
@@ -108,10 +115,13 @@ def _unreadable(source: Source, error: Exception, *, offline: bool) -> AttnimgEr
             code="file-missing",
             key=f"{source.key}.path",
         )
+    do = f"correct {source.key}: path, name, split, revision and data_files"
+    if "config" in reason.lower():  # a name is missing, or is not one of those that exist
+        do = f"set {source.key}.name to one of them"
     return AttnimgError(
         f"cannot read the dataset {spec.path}",
         why=reason,
-        do=f"check {source.key}: path, name, split, revision and data_files",
+        do=do,
         code="bad-data",
         key=f"{source.key}.path",
     )

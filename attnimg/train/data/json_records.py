@@ -16,6 +16,7 @@ from attnimg.train.data.open_file import AS_UTF8, LIMIT_BYTES, TooLong, read_lin
 CHUNK_BYTES = 1 << 20
 SPACE = " \t\r\n"
 BLANK = b"\xef\xbb\xbf \t\r\n"
+MESSAGE = frozenset({"role", "from"})  # keys of a message: a list of messages is one record's
 Opened = Callable[[], IO[bytes]]
 Numbered = tuple[Literal["line", "record"], int, object]
 T = TypeVar("T")
@@ -169,7 +170,8 @@ def _list_name(window: _Window, columns: Collection[str]) -> str | None:
         window.take("[")
         window.skip_space()
         if window.peek() == "{":
-            return key
+            first = window.value(1)
+            return key if isinstance(first, dict) and first.keys().isdisjoint(MESSAGE) else None
         empty = key if window.peek() == "]" else empty
         for _ in window.elements():
             pass

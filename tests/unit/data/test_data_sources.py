@@ -396,8 +396,10 @@ def test_a_single_conversation_is_a_record_not_a_list_of_records(
     (tmp_path / "a.json").write_text(json.dumps(talk, indent=indent))
     config = Config(datasets=[{"path": str(tmp_path / "a.json"), "type": "chat_template"}])
     assert [record for _, record in read_source(find_sources(config)[0][0])] == [talk]
-    named = {"talk": talk["messages"]}
+    named = {"id": 7, "talk": talk["messages"]}
     (tmp_path / "a.json").write_text(json.dumps(named, indent=indent))
+    with pytest.raises(AttnimgError, match="found the columns id, talk"):
+        find_sources(config)
     entry = {**config.datasets[0].model_dump(exclude_none=True), "field_messages": "talk"}
     source = find_sources(Config(datasets=[entry]))[0][0]
     assert [record for _, record in read_source(source)] == [named]

@@ -301,26 +301,54 @@ def test_looking_at_a_folder_leaves_no_cache(
     assert set(tmp_path.rglob("*")) <= before | {tmp_path / "card"}
 
 
+def cached(cache: Path, files: dict[str, str], *, config: str) -> None:
+    """Leave a dataset in the library's cache as a download of someone/data does."""
+    from datasets.packaged_modules.json.json import Json
+
+    builder = Json(
+        cache_dir=str(cache / "new"),
+        dataset_name="data",
+        config_name=config,
+        data_files=files,
+        hash="0123456789abcdef",
+    )
+    builder.download_and_prepare()
+    (prepared,) = (cache / "new" / "data").iterdir()
+    (cache / "someone___data").mkdir(exist_ok=True)
+    prepared.rename(cache / "someone___data" / config)
+
+
 def test_a_name_on_the_hub_gives_the_split_that_was_asked_for(
     folder: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Offline, from the library's cache, as a download leaves it there."""
-    from datasets.packaged_modules.json.json import Json
-
     path, cache = folder("names"), tmp_path / "cache"
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(cache))
-    files = {name: str(path / f"{name}.jsonl") for name in ("train", "test")}
-    builder = Json(
-        cache_dir=str(cache), dataset_name="data", data_files=files, hash="0123456789abcdef"
-    )  # fmt: skip
-    builder.download_and_prepare()
-    (prepared,) = (cache / "data").iterdir()
-    (cache / "data").rename(cache / "someone___data")
-    (cache / "someone___data" / prepared.name).rename(cache / "someone___data" / "default")
+    cached(cache, {n: str(path / f"{n}.jsonl") for n in ("train", "test")}, config="default")
     assert len(read(path="someone/data")) == 10
     assert read(path="someone/data", split="test[:2]") == ["test.jsonl 0", "test.jsonl 1"]
     assert len(read("test_datasets", path="someone/data")) == 4
-    with pytest.raises(AttnimgError, match="no split validation"):
+    with pytest.raises(AttnimgError, match="no split validation") as caught:
         read(path="someone/data", split="validation")
+    assert read(**applied(caught.value.do, caught.value.why, {"path": "someone/data"}))
+    cached(cache, {"train": str(path / "validation.jsonl")}, config="other")
+    for name in ({}, {"name": "no"}):
+        with pytest.raises(AttnimgError, match="other") as caught:
+            read(path="someone/data", **name)
+        assert "set datasets[0].name to one of them" in caught.value.do
+    assert len(read(path="someone/data", name="other")) == 3
+
+
+@pytest.mark.parametrize("damage", ["{", "{}", '{"_data_files": 3}', "[]"])
+def test_a_damaged_saved_set_is_read_by_its_files(tmp_path: Path, damage: str) -> None:
+    import datasets
+
+    datasets.Dataset.from_list(rows("x", 5)).save_to_disk(tmp_path)
+    assert len(read(path=str(tmp_path))) == 5
+    (tmp_path / "state.json").write_text(damage)
+    with pytest.raises(AttnimgError, match="cannot read the saved dataset") as caught:
+        read(path=str(tmp_path))
+    entry = applied(caught.value.do, caught.value.why, {"path": str(tmp_path)})
+    assert len(read(**entry)) == 5
