@@ -17,6 +17,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
+from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -53,6 +54,9 @@ def cache_key(source: Source, config: Config, tokenizer: Any) -> str:
         folder = Path(source.spec.path).expanduser()
         paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
     backend = getattr(tokenizer, "backend_tokenizer", None)
+    template = None
+    if is_chat(source.spec):
+        template = choose_chat_template(config, tokenizer, spec=source.spec, key=source.key)
     facts = {
         "code": [_digest(path) for path in sorted(Path(__file__).parent.glob("*.py"))],
         "packages": {name: version(name) for name in PACKAGES},
@@ -63,9 +67,9 @@ def cache_key(source: Source, config: Config, tokenizer: Any) -> str:
         "train_on_inputs": config.train_on_inputs,
         "system_message": config.default_system_message,
         "eot_tokens": config.eot_tokens,
-        "template": choose_chat_template(config, tokenizer, spec=source.spec, key=source.key)
-        if is_chat(source.spec)
-        else None,
+        "template": template,
+        # Templates such as Llama 3.1's write the date of the day.
+        "day": str(date.today()) if "strftime_now" in json.dumps(template) else None,
         "tokenizer": backend.to_str() if backend is not None else tokenizer.get_vocab(),
         "special_tokens": str(tokenizer.special_tokens_map),
     }

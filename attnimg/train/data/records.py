@@ -90,7 +90,7 @@ def _broken(path: Path, key: str, why: str, *, at: str = "", do: str = "") -> At
     return AttnimgError(
         f"cannot read {path}{at}",
         why=why,
-        do=do or "correct the file, or write it again with the tool that made it",
+        do=do or "repair the file, or write it again with the tool that made it",
         code="bad-data",
         key=f"{key}.path",
     )

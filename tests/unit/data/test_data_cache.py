@@ -9,6 +9,7 @@ import random
 import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from datetime import date
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -170,6 +171,30 @@ def test_other_data_of_the_same_size_and_time_are_prepared_again(
     assert not again.figures[0].reused
     assert again.figures[0].content != first.figures[0].content
     assert rows(again.train) == rows(load_documents(run_on(path), tokenizer).train)
+
+
+@pytest.mark.parametrize("writes_date", [True, False])
+def test_a_template_that_writes_the_date_is_prepared_again_the_next_day(
+    run_on: Run, json_lines: Write, tokenizer: Any, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, writes_date: bool,
+) -> None:  # fmt: skip
+    class Tomorrow(date):
+        @classmethod
+        def today(cls) -> Tomorrow:
+            return cls(2999, 1, 1)
+
+    talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    template = tokenizer.chat_template
+    if writes_date:
+        template = "{{ strftime_now('%Y') }}" + template
+    config = run_on(
+        json_lines({"messages": talk}), "chat_template", chat_template_jinja=template,
+        dataset_prepared_path=str(tmp_path / "prepared"),
+    )  # fmt: skip
+    load_documents(config, tokenizer)
+    assert load_documents(config, tokenizer).figures[0].reused
+    monkeypatch.setattr("attnimg.train.data.cache.date", Tomorrow)
+    assert load_documents(config, tokenizer).figures[0].reused != writes_date
 
 
 def test_what_is_kept_is_its_users_alone(
