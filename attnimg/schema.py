@@ -91,7 +91,7 @@ class DatasetSpec(BaseModel):
     split: Text | None = None
     revision: Text | None = None
     data_files: Texts | None = None
-    ds_type: Literal["json", "csv", "parquet", "text"] | None = None
+    ds_type: Literal["json", "csv", "parquet", "arrow", "text"] | None = None
     field: Text | None = None
     text_column: Text | None = None
     field_messages: Text | None = None

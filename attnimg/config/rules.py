@@ -239,6 +239,12 @@ def _contradictions(view: View) -> Found:
         yield "error", finding("bad-value", key, f"{key} needs an adapter",
                                 f"found no adapter; weights of {key[8:]} take no gradient",
                                 "set adapter: qlora or lora")  # fmt: skip
+    size = config.val_set_size
+    if size == 1 or (size > 1 and not size.is_integer()):
+        taken = "all documents (1 is 100 %)" if size == 1 else "a part of a document"
+        yield "error", finding("bad-value", "val_set_size", f"val_set_size {size:g} does not fit",
+                                f"it takes {taken}; needed a share below 1, or from 2 on a whole "
+                                "number of documents", "set val_set_size: 0.05")  # fmt: skip
 
 
 _RULES: tuple[Callable[[View], Found], ...] = (

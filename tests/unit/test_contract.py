@@ -246,6 +246,10 @@ def named(name: str, **more: object) -> dict[str, object]:
         pytest.param({"micro_batch_size": True}, ["bad-value"], [], id="true is no number"),
         pytest.param({"sample_packing": "yes"}, ["bad-value"], [], id='"yes" is no boolean'),
         pytest.param({"adapter": "llama-adapter"}, ["bad-value"], [], id="an adapter we lack"),
+        pytest.param({"val_set_size": 1.0}, ["bad-value"], [], id="1.0 leaves nothing to train on"),
+        pytest.param({"val_set_size": 2.5}, ["bad-value"], [], id="half a document"),
+        pytest.param({"val_set_size": 2}, [], [], id="two documents"),
+        pytest.param({"val_set_size": 0.99}, [], [], id="a share of the documents"),
         pytest.param({"datasets": []}, ["bad-value"], [], id="an empty list of data sets"),
         pytest.param({"datasets": [{"type": "alpaca"}]}, ["missing-key"], [], id="no path"),
         pytest.param(

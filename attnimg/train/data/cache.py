@@ -1,17 +1,24 @@
 """Keep prepared documents in dataset_prepared_path, so that a second run need not tokenize.
 
-One folder a source, named after all that its documents depend on. It is written under another
-name and renamed when it is whole: a killed run leaves nothing that a later one would take for it.
+One folder a source and user, named after a hash of all that its documents depend on: the bytes of
+the data, the tokenizer, this package's own code. It is used only where it is whole and the user's
+own; else the documents are prepared again, and a sentence says why.
 """
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
+import os
 import shutil
+import stat
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
+from datetime import date
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,95 +35,191 @@ if TYPE_CHECKING:
     import pyarrow
     from datasets import Dataset
 
-VERSION = 1  # raised when the same input gives other documents
+# What turns records into documents besides this package.
+PACKAGES = ("datasets", "jinja2", "pyarrow", "tokenizers", "transformers")
+DOCUMENTS, FIGURES = "documents.arrow", "figures.json"
 
 Write = Callable[["pyarrow.RecordBatch"], None]
 Made = tuple[SourceFigures, tuple[str, ...]]
 
 
+class Unusable(Exception):
+    """Why a kept folder cannot be used, in words."""
+
+
 def cache_key(source: Source, config: Config, tokenizer: Any) -> str:
-    """Hash all that a source's documents depend on."""
-    files = [(str(file.path.resolve()), file.path.stat()) for file in source.files]
-    folder = Path(source.spec.path) if source.kind == "saved" else None
-    if folder is not None:
-        files += [(str(path), path.stat()) for path in sorted(folder.rglob("*")) if path.is_file()]
+    """Return a hash of all that a source's documents depend on."""
+    paths = [file.path for file in source.files]
+    if source.kind == "saved":
+        folder = Path(source.spec.path).expanduser()
+        paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
     backend = getattr(tokenizer, "backend_tokenizer", None)
+    template = None
+    if is_chat(source.spec):
+        template = choose_chat_template(config, tokenizer, spec=source.spec, key=source.key)
     facts = {
-        "version": VERSION,
+        "code": [_digest(path) for path in sorted(Path(__file__).parent.glob("*.py"))],
+        "packages": {name: version(name) for name in PACKAGES},
         "spec": source.spec.model_dump(mode="json"),
-        "files": [(path, stat.st_size, stat.st_mtime_ns) for path, stat in files],
+        "data": [(path.name, _digest(path)) for path in paths],
         "sequence_len": config.sequence_len,
         "strategy": strategy_for(source, config),
         "train_on_inputs": config.train_on_inputs,
         "system_message": config.default_system_message,
         "eot_tokens": config.eot_tokens,
-        "template": choose_chat_template(config, tokenizer, spec=source.spec, key=source.key)
-        if is_chat(source.spec)
-        else None,
-        "tokenizer": backend.to_str() if backend is not None else sorted(tokenizer.get_vocab()),
+        "template": template,
+        # Templates such as Llama 3.1's write the date of the day.
+        "day": str(date.today()) if "strftime_now" in json.dumps(template) else None,
+        "tokenizer": backend.to_str() if backend is not None else tokenizer.get_vocab(),
         "special_tokens": str(tokenizer.special_tokens_map),
     }
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
-def in_memory(make: Callable[[Write], Made], *, fingerprint: str) -> tuple[Dataset, Made]:
+def in_memory(make: Callable[[Write], Made]) -> tuple[Dataset, Made]:
     """Make documents and hold them in memory: 8 bytes a token."""
     import datasets
     import pyarrow
 
     batches: list[pyarrow.RecordBatch] = []
-    made = make(batches.append)
-    table = pyarrow.Table.from_batches(batches, schema=schema())
-    return datasets.Dataset(datasets.table.InMemoryTable(table), fingerprint=fingerprint), made
+    figures, warnings = make(batches.append)
+    table = datasets.table.InMemoryTable(pyarrow.Table.from_batches(batches, schema=schema()))
+    return datasets.Dataset(table, fingerprint=figures.content[:16]), (figures, warnings)
 
 
 def on_disk(root: Path, key: str, make: Callable[[Write], Made]) -> tuple[Dataset, Made]:
-    """Give the documents kept under a key, or make and keep them; they stay on disk (mmap).
+    """Return the documents kept under a key, or make and keep them; they stay on disk (mmap).
 
     Raises:
         AttnimgError: the folder can't be written, or the disk is full.
     """
+    # The uid keeps the users of a shared folder apart: none reads what another wrote.
+    folder = root / f"{key[:32]}-{os.geteuid()}"
+    refused = tuple[str, ...]()
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with _alone(root, folder.name):
+            try:
+                if os.path.lexists(folder):
+                    return _kept(folder, key)
+            except Unusable as error:
+                refused = (f"{folder} is not used, as {error}",)
+                _remove(folder)
+            _write(root, folder, key, make)
+            documents, (figures, warnings) = _kept(folder, key)
+    except (OSError, Unusable) as error:
+        raise AttnimgError(
+            f"cannot keep prepared documents in {root}",
+            why="\n".join((*refused, str(error))),
+            do="set dataset_prepared_path to a folder of your own that has space, or take it out "
+            "to prepare in memory",
+            code="not-writable",
+            key="dataset_prepared_path",
+        ) from None
+    again = tuple(f"{reason}; it was prepared again" for reason in refused)
+    return documents, (replace(figures, reused=False), (*again, *warnings))
+
+
+@contextmanager
+def _alone(root: Path, name: str) -> Iterator[None]:
+    """Wait for the other processes of a run, so that one prepares and all others find it kept."""
+    try:
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
+        lock = os.open(root / f".lock-{name}", flags, 0o600)
+    except OSError:  # a folder that can only be read may hold what is needed
+        yield
+        return
+    try:
+        # Another user's file could be locked for ever; some network file systems have no locks.
+        if os.fstat(lock).st_uid == os.geteuid():
+            with suppress(OSError):
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                for left in root.glob(f".partial-{name}-*"):  # by a run that was killed
+                    shutil.rmtree(left, ignore_errors=True)
+        yield
+    finally:
+        os.close(lock)
+
+
+def _kept(folder: Path, key: str) -> tuple[Dataset, Made]:
+    """Return the documents of a folder after checking whose they are, and that they are whole.
+
+    Raises:
+        Unusable: they are another user's, damaged, or of other data.
+    """
     import datasets
 
-    folder = root / key
-    reused = (folder / "figures.json").is_file()
-    if not reused:
-        try:
-            root.mkdir(parents=True, exist_ok=True)
-            _write(root, folder, make)
-        except OSError as error:
-            raise AttnimgError(
-                f"cannot keep prepared documents in {root}",
-                why=str(error),
-                do="set dataset_prepared_path to a folder that can be written and has space, "
-                "or take it out to prepare in memory",
-                code="not-writable",
-                key="dataset_prepared_path",
-            ) from None
-    kept = json.loads((folder / "figures.json").read_text(encoding="utf-8"))
-    figures = replace(SourceFigures(**kept["figures"]), reused=reused)
-    documents = datasets.Dataset.from_file(str(folder / "documents.arrow"))
-    return documents, (figures, tuple(kept["warnings"]))
+    documents = folder / DOCUMENTS
+    _check_own(folder, stat.S_ISDIR)
+    for name in (FIGURES, DOCUMENTS):
+        _check_own(folder / name, stat.S_ISREG)
+    try:
+        kept = json.loads((folder / FIGURES).read_bytes())
+        facts = kept["facts"]
+        whole = kept["sha256"] == _text_digest(facts) and facts["documents"] == _digest(documents)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        whole = False
+    if not whole:
+        raise Unusable("it is damaged")
+    if facts["key"] != key:
+        raise Unusable("it was made of other data")
+    figures = replace(SourceFigures(**facts["figures"]), reused=True)
+    return datasets.Dataset.from_file(str(documents)), (figures, tuple(facts["warnings"]))
 
 
-def _write(root: Path, folder: Path, make: Callable[[Write], Made]) -> None:
+def _check_own(path: Path, is_kind: Callable[[int], bool]) -> None:
+    try:
+        found = path.lstat()
+    except OSError as error:
+        raise Unusable(f"{path.name} cannot be read: {error.strerror}") from None
+    if not is_kind(found.st_mode):
+        raise Unusable(f"{path.name} is no plain file or folder")
+    if found.st_uid != os.geteuid():
+        raise Unusable(f"{path.name} belongs to user {found.st_uid}")
+    if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise Unusable(f"others may write {path.name}")
+
+
+def _write(root: Path, folder: Path, key: str, make: Callable[[Write], Made]) -> None:
+    """Write under another name, and rename when whole: a killed run leaves nothing to be found."""
     import pyarrow
 
-    partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=root))
+    partial = Path(tempfile.mkdtemp(prefix=f".partial-{folder.name}-", dir=root))
     try:
         with (
-            (partial / "documents.arrow").open("wb") as file,
+            os.fdopen(_created(partial / DOCUMENTS), "wb") as file,
             pyarrow.ipc.new_stream(file, schema()) as stream,
         ):
             figures, warnings = make(stream.write_batch)
-        text = json.dumps({"figures": asdict(figures), "warnings": warnings}, indent=1)
-        (partial / "figures.json").write_text(text, encoding="utf-8")
-        partial.chmod(0o755)  # mkdtemp's 0700 would lock out other users of a shared cache
-        try:
-            partial.replace(folder)
-        except OSError:
-            # Another process of this run was first; its documents are the same.
-            if not (folder / "figures.json").is_file():
-                raise
+        facts: dict[str, object] = {
+            "key": key,
+            "documents": _digest(partial / DOCUMENTS),
+            "figures": asdict(figures),
+            "warnings": warnings,
+        }
+        text = json.dumps({"sha256": _text_digest(facts), "facts": facts}, indent=1)
+        with os.fdopen(_created(partial / FIGURES), "wb") as file:
+            file.write(text.encode())
+        partial.rename(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _created(path: Path) -> int:
+    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+
+
+def _remove(folder: Path) -> None:
+    if folder.is_dir() and not folder.is_symlink():
+        shutil.rmtree(folder)
+    else:
+        folder.unlink()
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _text_digest(facts: Mapping[str, object]) -> str:
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

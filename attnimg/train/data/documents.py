@@ -28,7 +28,9 @@ class SourceFigures:
         split: records cut into several documents.
         truncated: records cut off at sequence_len.
         without_loss: documents dropped because no token of theirs carries loss.
+        longest: tokens of the longest record, before any limit.
         sequence_len: the longest document allowed, in tokens.
+        content: SHA-256 of the documents' tokens and labels, in order.
         reused: whether the documents were found in dataset_prepared_path.
     """
 
@@ -44,7 +46,9 @@ class SourceFigures:
     split: int = 0
     truncated: int = 0
     without_loss: int = 0
+    longest: int = 0
     sequence_len: int = 0
+    content: str = ""
     reused: bool = False
 
 
@@ -66,7 +70,7 @@ class Documents:
 
 
 def sentence(figures: SourceFigures) -> str:
-    """Say in one line what became of a source, naming only what happened."""
+    """Return in one line what became of a source, naming only what happened."""
     parts = [f"{figures.records:,} records -> {figures.documents:,} documents"]
     longer = f"longer than {figures.sequence_len:,} tokens"
     for count, what in (

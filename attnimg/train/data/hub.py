@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from attnimg.errors import AttnimgError
@@ -13,8 +15,8 @@ if TYPE_CHECKING:
 TIMEOUT_SECONDS = 10
 
 
-def load_hub(source: Source) -> Dataset:
-    """Load one split of a dataset from the hub, or from its cache when HF_HUB_OFFLINE is set.
+def load_hub(source: Source) -> Mapping[str, Dataset]:
+    """Load the splits of a dataset from the hub, or from its cache when HF_HUB_OFFLINE is set.
 
     Raises:
         AttnimgError: no connection (hub-unreachable), no such dataset, or one that can't be read.
@@ -37,39 +39,41 @@ def load_hub(source: Source) -> Dataset:
         loaded = datasets.load_dataset(
             spec.path,
             spec.name,
-            split=spec.split or "train",
             revision=spec.revision,
             data_files=spec.data_files,
         )
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise _unreadable(source, error, offline=constants.HF_HUB_OFFLINE) from None
-    return cast("Dataset", loaded)
+    return cast("Mapping[str, Dataset]", loaded)
 
 
-def load_saved(source: Source) -> Dataset:
-    """Load a folder that `Dataset.save_to_disk` wrote.
+def load_saved(source: Source) -> Mapping[str, Dataset]:
+    """Load the splits of a folder that `save_to_disk` wrote.
+
+    A `Dataset` saved alone is the split that it was taken from: the folder remembers which.
 
     Raises:
-        AttnimgError: the folder is damaged, or lacks the split.
+        AttnimgError: the folder is damaged.
     """
     import datasets
+    import pyarrow
 
     try:
-        loaded = datasets.load_from_disk(source.spec.path)
-    except (OSError, ValueError) as error:
-        raise _unreadable(source, error, offline=False) from None
-    if isinstance(loaded, datasets.Dataset):
-        return loaded
-    split = source.spec.split or "train"
-    if split not in loaded:
+        loaded = datasets.load_from_disk(Path(source.spec.path).expanduser())
+    except (OSError, ValueError, KeyError, TypeError, pyarrow.ArrowException) as error:
         raise AttnimgError(
-            f"no split {split} in {source.spec.path}",
-            why=f"found {', '.join(loaded)}",
-            do=f"set {source.key}.split to one of them",
-            code="bad-value",
-            key=f"{source.key}.split",
-        )
-    return loaded[split]
+            f"cannot read the saved dataset {source.spec.path}",
+            why=f"{type(error).__name__}: {' '.join(str(error).split())[:300]}",
+            do=f"set {source.key}.data_files: *.arrow, which takes its files as they are, or "
+            "write it again with save_to_disk",
+            code="bad-data",
+            key=f"{source.key}.path",
+        ) from None
+    if not isinstance(loaded, datasets.Dataset):
+        return cast("Mapping[str, Dataset]", loaded)
+    # "test[:10%]" is a part of test; what was put together from several is as good as train.
+    name = str(loaded.split or "train").partition("[")[0]
+    return {name if "+" not in str(loaded.split) else "train": loaded}
 
 
 def _check_reachable(source: Source) -> None:
@@ -92,7 +96,7 @@ def _check_reachable(source: Source) -> None:
         raise AttnimgError(
             f"dataset not found here, and the hub can't be reached: {spec.path}",
             why=f"no such file or folder here; asking the hub: {error}",
-            do="correct the path, mend the connection, or set HF_HUB_OFFLINE=1 to use what "
+            do="correct the path, restore the connection, or set HF_HUB_OFFLINE=1 to use what "
             "was downloaded before",
             code="hub-unreachable",
             key=f"{source.key}.path",
@@ -101,7 +105,7 @@ def _check_reachable(source: Source) -> None:
 
 def _unreadable(source: Source, error: Exception, *, offline: bool) -> AttnimgError:
     spec = source.spec
-    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    reason = " ".join((str(error).splitlines() or [type(error).__name__])[:2])
     if offline and isinstance(error, ConnectionError | FileNotFoundError):
         return AttnimgError(
             f"dataset not found: {spec.path}",
@@ -111,10 +115,13 @@ def _unreadable(source: Source, error: Exception, *, offline: bool) -> AttnimgEr
             code="file-missing",
             key=f"{source.key}.path",
         )
+    do = f"correct {source.key}: path, name, split, revision and data_files"
+    if "config" in reason.lower():  # a name is missing, or is not one of those that exist
+        do = f"set {source.key}.name to one of them"
     return AttnimgError(
         f"cannot read the dataset {spec.path}",
         why=reason,
-        do=f"check {source.key}: path, name, split, revision and data_files",
+        do=do,
         code="bad-data",
         key=f"{source.key}.path",
     )

@@ -1,66 +1,205 @@
-"""Read JSON lines and JSON arrays as streams, and say where broken JSON breaks."""
+"""Read the records of a JSON file as a stream, and say where broken JSON breaks.
+
+A file holds lines, one array, one object around an array (`{"data": [...]}`), or records one after
+another that each take several lines.
+"""
 
 from __future__ import annotations
 
 import codecs
 import json
-from collections.abc import Iterator
-from typing import IO
+from collections.abc import Callable, Collection, Iterator
+from typing import IO, Literal, TypeVar
+
+from attnimg.train.data.open_file import AS_UTF8, LIMIT_BYTES, TooLong, read_lines
 
 CHUNK_BYTES = 1 << 20
 SPACE = " \t\r\n"
+BLANK = b"\xef\xbb\xbf \t\r\n"
+MESSAGE = frozenset({"role", "from"})  # keys of a message: a list of messages is one record's
+Opened = Callable[[], IO[bytes]]
+Numbered = tuple[Literal["line", "record"], int, object]
+T = TypeVar("T")
 
 
 class BrokenJson(ValueError):
-    """Text that is not JSON, with the place in words ("line 3") and the reason."""
+    """Text that is not JSON, with the place in words ("line 3"), the reason and what to do."""
 
-    def __init__(self, place: str, why: str) -> None:
+    def __init__(self, place: str, why: str, *, do: str = "") -> None:
         super().__init__(f"{place}: {why}")
-        self.place, self.why = place, why
+        self.place, self.why, self.do = place, why, do
 
 
-def read_json_lines(file: IO[bytes]) -> Iterator[tuple[int, object]]:
-    """Yield line number and value of each line that is not blank.
+def read_json(opened: Opened, columns: Collection[str]) -> Iterator[Numbered]:
+    """Yield unit, number and value of each record.
+
+    Args:
+        opened: opens the file at its start; called more than once.
+        columns: names of columns that records have. An object with one of them is a record
+            itself, not an object around records.
 
     Raises:
-        BrokenJson: a line is not JSON in UTF-8.
+        BrokenJson: it is not JSON in UTF-8.
     """
-    for number, line in enumerate(file, start=1):
+    read, unit = _layout(opened, columns)
+    number = 0
+    with opened() as file:
+        if unit == "line":
+            yield from _lines(file)
+            return
+        window = _Window(file)
         try:
+            window.skip_space()
+            for number, value in enumerate(read(window), start=1):
+                yield unit, number, value
+        except UnicodeDecodeError as error:
+            why = f"found byte {error.object[error.start]:#04x}, needed UTF-8 text"
+            raise BrokenJson(f"after record {number}", why, do=AS_UTF8) from None
+
+
+def _layout(
+    opened: Opened, columns: Collection[str]
+) -> tuple[Callable[[_Window], Iterator[object]], Literal["line", "record"]]:
+    """Look at the start of a file; what is broken there is read as lines, the commoner format."""
+    with opened() as file:
+        start = b""
+        while not start and (chunk := file.read(1024)):
+            start = chunk.lstrip(BLANK)[:1]
+    if start == b"[":
+        return _array, "record"
+    alone, followed = _first_line(opened) if start == b"{" else (True, True)
+    if not followed and (name := _attempt(opened, lambda window: _list_name(window, columns))):
+        return lambda window: _wrapped(window, name, columns), "record"
+    if alone or _attempt(opened, lambda window: window.value(1)) is None:
+        return _values, "line"
+    return _values, "record"
+
+
+def _first_line(opened: Opened) -> tuple[bool, bool]:
+    """Return whether the first line is a value of its own, and if so, whether more lines follow."""
+    with opened() as file:
+        lines = (line for line in read_lines(file) if line.strip(BLANK))
+        try:
+            json.loads(next(lines, b"").decode("utf-8-sig"))
+        except (ValueError, RecursionError):
+            return False, False
+        try:
+            return True, next(lines, None) is not None
+        except TooLong:
+            return True, True
+
+
+def _attempt(opened: Opened, look: Callable[[_Window], T]) -> T | None:
+    """Look at the start of a file; None where it is broken."""
+    with opened() as file:
+        try:
+            window = _Window(file)
+            window.skip_space()
+            return look(window)
+        except (BrokenJson, UnicodeDecodeError):
+            return None
+
+
+def _lines(file: IO[bytes]) -> Iterator[Numbered]:
+    number = 0
+    try:
+        for number, line in enumerate(read_lines(file), start=1):
             text = line.decode("utf-8-sig" if number == 1 else "utf-8")
             if text.strip():
-                yield number, json.loads(text)
-        except UnicodeDecodeError as error:
-            byte = error.object[error.start]
-            why = f"found byte {byte:#04x} at column {error.start + 1}, needed UTF-8 text"
-            raise BrokenJson(f"line {number}", why) from None
-        except json.JSONDecodeError as error:
-            why = f"found broken JSON at column {error.colno} ({error.msg})"
-            raise BrokenJson(f"line {number}", f"{why}, needed one object a line") from None
+                yield "line", number, json.loads(text)
+    except UnicodeDecodeError as error:
+        byte = error.object[error.start]
+        why = f"found byte {byte:#04x} at column {error.start + 1}, needed UTF-8 text"
+        raise BrokenJson(f"line {number}", why, do=AS_UTF8) from None
+    except json.JSONDecodeError as error:
+        why = f"found broken JSON at column {error.colno} ({error.msg})"
+        raise BrokenJson(f"line {number}", f"{why}, needed one object a line") from None
+    except TooLong as error:
+        raise BrokenJson(f"line {number + 1}", str(error), do=error.do) from None
+    except (RecursionError, ValueError) as error:
+        raise BrokenJson(f"line {number}", _unfit(error)) from None
 
 
-def read_json_array(file: IO[bytes]) -> Iterator[object]:
-    """Yield the elements of the array that a file holds.
+def _unfit(error: Exception) -> str:
+    """Return why Python's reader refuses JSON that is well formed."""
+    if isinstance(error, RecursionError):
+        return "found lists or objects nested too deep, needed flat records"
+    return f"found a number that cannot be read ({str(error).partition(';')[0]})"
 
-    Raises:
-        BrokenJson: it is not one array of JSON values, or not UTF-8.
-    """
-    text = _Window(file)
-    text.skip_space()
-    text.take("[")
-    text.skip_space()
+
+def _array(window: _Window) -> Iterator[object]:
+    """Yield the elements of the array that a file holds."""
+    window.take("[")
+    yield from window.elements()
+    window.end()
+
+
+def _values(window: _Window) -> Iterator[object]:
+    """Yield values that stand one after another."""
     number = 0
-    while text.peek() != "]":
+    while window.peek():
         number += 1
-        if number > 1:
-            text.take(",", after=number - 1)
-            text.skip_space()
-        yield text.value(number)
-        text.skip_space()
-    text.take("]")
-    text.skip_space()
-    if text.peek():
-        raise text.error("found more text after the array, needed its end", after=number)
+        yield window.value(number)
+        window.skip_space()
+
+
+def _members(window: _Window) -> Iterator[str]:
+    """Yield the keys of an object; whoever asks for the next has read the value before."""
+    window.take("{")
+    window.skip_space()
+    while window.peek() != "}":
+        yield str(window.value())
+        window.skip_space()
+        if window.peek() == "}":
+            break
+        window.take(",")
+        window.skip_space()
+    window.take("}")
+
+
+def _list_name(window: _Window, columns: Collection[str]) -> str | None:
+    """Return the key of the list of objects in an object; None when the object is a record."""
+    empty = None
+    for key in _members(window):
+        window.colon()
+        if key in columns:
+            return None
+        if window.peek() != "[":
+            window.value()
+            continue
+        window.take("[")
+        window.skip_space()
+        if window.peek() == "{":
+            first = window.value(1)
+            return key if isinstance(first, dict) and first.keys().isdisjoint(MESSAGE) else None
+        empty = key if window.peek() == "]" else empty
+        for _ in window.elements():
+            pass
+    return empty
+
+
+def _wrapped(window: _Window, name: str, columns: Collection[str]) -> Iterator[object]:
+    """Yield the elements of the list that an object holds under a key."""
+    for key in _members(window):
+        window.colon()
+        if window.peek() != "[" and key not in columns:
+            window.value()
+            continue
+        objects = window.peek() == "["
+        if objects:
+            window.take("[")
+            window.skip_space()
+            if key == name:
+                yield from window.elements()
+                continue
+            objects = window.peek() == "{"
+        if objects or key in columns:
+            why = f"found records under {name!r} and also {key!r}, needed one list of records"
+            do = f"write the list {name!r} to a file of its own, and name that"
+            raise BrokenJson(f"line {window.line_number()}", why, do=do)
+        for _ in window.elements():
+            pass
+    window.end()
 
 
 class _Window:
@@ -83,7 +222,7 @@ class _Window:
         return bool(chunk)
 
     def peek(self) -> str:
-        """Give the next character; "" at the end."""
+        """Return the next character; "" at the end."""
         while self.at >= len(self.text) and self.grow():
             pass
         return self.text[self.at : self.at + 1]
@@ -100,27 +239,60 @@ class _Window:
             raise self.error(f"found {found}, needed {character!r}", after=after)
         self.at += 1
 
-    def value(self, number: int) -> object:
-        """Parse the next value, record `number` of the array."""
+    def colon(self) -> None:
+        """Go past the colon between a key and its value."""
+        self.skip_space()
+        self.take(":")
+        self.skip_space()
+
+    def end(self) -> None:
+        """Check that nothing follows."""
+        self.skip_space()
+        if self.peek():
+            raise self.error("found more text after the end of the records, needed nothing")
+
+    def elements(self) -> Iterator[object]:
+        """Yield the elements of an array whose bracket is taken, and go past its end."""
+        number = 0
+        self.skip_space()
+        while self.peek() != "]":
+            number += 1
+            if number > 1:
+                self.take(",", after=number - 1)
+                self.skip_space()
+            yield self.value(number)
+            self.skip_space()
+        self.take("]")
+
+    def value(self, number: int = 0) -> object:
+        """Parse the next value; `number` is that of the record, for errors."""
         size = CHUNK_BYTES
         while True:
             try:
                 value, end = json.JSONDecoder().raw_decode(self.text, self.at)
             except json.JSONDecodeError as error:
+                if len(self.text) - self.at > LIMIT_BYTES:
+                    long = TooLong("one value")
+                    raise self.error(str(long), record=number, do=long.do) from None
                 # The value may go on past the window; doubling keeps a long one linear.
                 if not self.grow(size):
                     self.at = error.pos if error.doc is self.text else self.at
                     raise self.error(f"found broken JSON ({error.msg})", record=number) from None
                 size *= 2
                 continue
+            except (RecursionError, ValueError) as error:
+                raise self.error(_unfit(error), record=number) from None
             # A number at the window's edge may have more digits to come.
             if end == len(self.text) and self.grow(size):
                 continue
             self.at = end
             return value
 
-    def error(self, why: str, *, after: int = 0, record: int = 0) -> BrokenJson:
-        """Say where parsing stopped, by record and line."""
-        line = self.line + self.text.count("\n", 0, self.at)
+    def line_number(self) -> int:
+        """Return the line that parsing has come to."""
+        return self.line + self.text.count("\n", 0, self.at)
+
+    def error(self, why: str, *, after: int = 0, record: int = 0, do: str = "") -> BrokenJson:
+        """Build the error for the place where parsing stopped, by record and line."""
         place = f"record {record}" if record else f"after record {after}" if after else "start"
-        return BrokenJson(f"{place} (line {line})", why)
+        return BrokenJson(f"{place} (line {self.line_number()})", why, do=do)

@@ -30,6 +30,7 @@ class Tally:
     split: int = 0
     truncated: int = 0
     without_loss: int = 0
+    longest: int = 0
 
 
 def strategy_for(source: Source, config: Config) -> Strategy:
@@ -48,6 +49,7 @@ def fit(
         AttnimgError: a document is longer and the strategy is "raise".
     """
     for place, (ids, labels) in encoded:
+        tally.longest = max(tally.longest, len(ids))
         pieces = [(ids, labels)]
         if len(ids) > sequence_len:
             if strategy == "raise":
@@ -76,7 +78,7 @@ def _too_long(place: Place, tokens: int, *, sequence_len: int) -> AttnimgError:
         f"too long: {place}",
         why=f"found {tokens:,} tokens, at most sequence_len {sequence_len:,} are allowed with "
         "excess_length_strategy: raise",
-        do="raise sequence_len, or set excess_length_strategy to drop, split or truncate",
+        do=f"set sequence_len: {tokens}, or set excess_length_strategy to drop, split or truncate",
         code="bad-data",
         key=f"{place.key}.path",
     )

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from attnimg.errors import AttnimgError
 from attnimg.schema import Config
 from attnimg.train.data.cache import Made, Write, cache_key, in_memory, on_disk
-from attnimg.train.data.check import empty, find_sources
+from attnimg.train.data.check import find_sources
 from attnimg.train.data.documents import Documents, SourceFigures
 from attnimg.train.data.prepare import prepare
 from attnimg.train.data.sources import Source
@@ -29,27 +30,28 @@ def load_documents(config: Config, tokenizer: Any, *, progress: bool = True) -> 
         progress: whether to show a bar on stderr; never shown where stderr is no terminal.
 
     Raises:
-        AttnimgError: anything about the data that a person can mend.
+        AttnimgError: anything about the data that a person can correct.
     """
     import datasets
 
     training, testing = find_sources(config)
-    figures, warnings = list[SourceFigures](), dict[str, None]()
+    figures, warnings = list[SourceFigures](), dict.fromkeys(_shared(training, testing))
 
     def documents_of(sources: list[Source]) -> Dataset:
         parts = []
         for source in sources:
             part, (counts, found) = _documents(source, config, tokenizer, progress=progress)
             if not counts.documents:
-                raise empty(source, why=_nothing_left(counts))
+                raise _nothing_left(source, counts)
             parts.append(part)
             figures.append(counts)
-            warnings.update(dict.fromkeys(found))
+            warnings.update(dict.fromkeys((*source.warnings, *found)))
         return datasets.concatenate_datasets(parts) if len(parts) > 1 else parts[0]
 
     train = documents_of(training)
     if config.shuffle_merged_datasets:
-        train = train.shuffle(seed=config.seed)
+        # In memory: the library would keep the order beside the documents, and believe it there.
+        train = train.shuffle(seed=config.seed, keep_in_memory=True)
     validation = documents_of(testing) if testing else None
     if config.val_set_size:
         train, validation = _split(train, config)
@@ -69,33 +71,74 @@ def _documents(
         ) as bar:
             return prepare(source, config, tokenizer, write=write, advance=bar.update)
 
-    key = cache_key(source, config, tokenizer)
     # A name on the hub may point to other data tomorrow, so only what is here is kept.
     if config.dataset_prepared_path and source.kind != "hub":
-        return on_disk(Path(config.dataset_prepared_path), key, make)
-    return in_memory(make, fingerprint=key)
+        root = Path(config.dataset_prepared_path).expanduser()
+        return on_disk(root, cache_key(source, config, tokenizer), make)
+    return in_memory(make)
 
 
-def _nothing_left(figures: SourceFigures) -> str:
-    """Say where all records went."""
-    return (
-        f"of {figures.records:,} records, {figures.empty:,} hold no text, {figures.too_long:,} are "
-        f"longer than sequence_len {figures.sequence_len:,}, and {figures.without_loss:,} have no "
-        "token that carries loss; needed at least one document"
+def _shared(training: list[Source], testing: list[Source]) -> Iterator[str]:
+    """Yield a sentence for each source of test_datasets whose rows are trained on as well."""
+    for test in testing:
+        for train in training:
+            sliced = all("[" in (source.spec.split or "") for source in (train, test))
+            shared = _content(train) & _content(test)
+            if shared and not sliced:
+                yield (
+                    f"{train.key} and {test.key} both read {min(shared)}: the evaluation is of "
+                    "what was trained on"
+                )
+
+
+def _content(source: Source) -> set[str]:
+    if source.kind == "files":
+        return {str(file.path.resolve()) for file in source.files}
+    spec = source.spec
+    default = "test" if source.key.startswith("test_datasets") else "train"
+    names = (part.partition("[")[0].strip() for part in (spec.split or default).split("+"))
+    return {" ".join(filter(None, (spec.path, spec.name, name))) for name in names}
+
+
+def _nothing_left(source: Source, figures: SourceFigures) -> AttnimgError:
+    """Build the error for a source of which no document is left, by what most records lack."""
+    longer = figures.too_long + figures.truncated + figures.split
+    if longer >= max(1, figures.empty):
+        do = f"set sequence_len: {figures.longest}, the longest of them"
+    elif figures.without_loss > figures.empty:
+        do = "set train_on_inputs: true, or name roles that the records have in "
+        do += f"{source.key}.roles_to_train"
+    else:
+        do = f"name the column that holds the text, or correct {source.key}.path"
+    return AttnimgError(
+        f"nothing to train on in {source.spec.path}",
+        why=f"of {figures.records:,} records, {figures.empty:,} hold no text, {longer:,} are "
+        f"longer than sequence_len {figures.sequence_len:,}, and {figures.without_loss:,} parts "
+        "have no token that carries loss; needed at least one document",
+        do=do,
+        code="empty-dataset",
+        key=f"{source.key}.path",
     )
 
 
 def _split(documents: Dataset, config: Config) -> tuple[Dataset, Dataset]:
-    """Take val_set_size documents out for validation: a share below 1, else a count."""
+    """Take val_set_size documents out for validation: a share up to 1, above it a number.
+
+    Source: axolotl 0.18.0, schemas/config.py:1084, "1 = 100%", and utils/data/sft.py (2026-11-26).
+    """
     import numpy
 
     size, total = config.val_set_size, len(documents)
-    count = max(1, round(size * total)) if size < 1 else round(size)
+    count = max(1, round(size * total)) if size <= 1 else round(size)
     if count >= total or (size > 1 and size != count):
+        found = f"{total:,} documents, of which it takes {min(count, total):,}"
         raise AttnimgError(
             f"val_set_size {size:g} does not fit",
-            why=f"found {total:,} documents, needed a whole number below that, or a share below 1",
-            do="lower val_set_size: 0.05 takes one document in twenty",
+            why=f"found {found}; needed a share below 1, or a whole number of documents, that "
+            "leaves some to train on",
+            do="set val_set_size: 0.05, which takes one document in twenty"
+            if total > 1
+            else "set val_set_size: 0, or add documents",
             code="bad-value",
             key="val_set_size",
         )

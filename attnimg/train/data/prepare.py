@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+from array import array
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -32,7 +34,7 @@ _encoders: list[Encoder] = []
 
 
 def schema() -> pyarrow.Schema:
-    """Give the columns of documents: input_ids and labels, list<int32>."""
+    """Return the columns of documents: input_ids and labels, list<int32>."""
     import pyarrow
 
     ids = pyarrow.list_(pyarrow.int32())
@@ -47,7 +49,7 @@ def prepare(
     write: Callable[[pyarrow.RecordBatch], None],
     advance: Callable[[int], None],
 ) -> tuple[SourceFigures, tuple[str, ...]]:
-    """Write the documents of one source, batch by batch, and give its figures and warnings.
+    """Write the documents of one source, batch by batch; return its figures and warnings.
 
     Args:
         source: what to read.
@@ -61,7 +63,7 @@ def prepare(
     """
     import pyarrow
 
-    tally, warnings = Tally(), dict[str, None]()
+    tally, warnings, content = Tally(), dict[str, None](), hashlib.sha256()
     batches = _parsed(source, tally, advance)
     processes = config.dataset_num_proc or config.dataset_processes or 1
     encoder = encoder_for(source, config, tokenizer)
@@ -76,6 +78,8 @@ def prepare(
                 sequence_len=config.sequence_len,
             )
         )
+        for row in (row for document in documents for row in document):
+            content.update(len(row).to_bytes(8, "little") + array("i", row).tobytes())
         columns = {
             "input_ids": [ids for ids, _ in documents],
             "labels": [labels for _, labels in documents],
@@ -86,6 +90,7 @@ def prepare(
         path=source.spec.path,
         type=source.spec.type or "",
         sequence_len=config.sequence_len,
+        content=content.hexdigest(),
         **asdict(tally),
     )
     return figures, tuple(warnings)

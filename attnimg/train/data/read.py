@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from itertools import islice
 
-from attnimg.errors import AttnimgError
 from attnimg.train.data.hub import load_hub, load_saved
 from attnimg.train.data.records import Place, Record, read_records
 from attnimg.train.data.sources import Source
-
-# `split: train[:1000]` or `train[10%:20%]`, the slices of the datasets library.
-SLICE = re.compile(r"train(?:\[(?P<start>\d*)(?P<p>%?):(?P<stop>\d*)(?P<q>%?)\])?")
+from attnimg.train.data.splits import asked_split, find_rows, split_names
 
 
 def read_source(source: Source) -> Iterator[Record]:
@@ -22,37 +18,33 @@ def read_source(source: Source) -> Iterator[Record]:
         AttnimgError: the data are missing or broken, or the split is not one that exists.
     """
     if source.kind == "files":
-        yield from _sliced(source)
+        yield from _rows_of_files(source)
         return
     loaded = load_hub(source) if source.kind == "hub" else load_saved(source)
-    for number, record in enumerate(loaded, start=1):
-        yield Place(source.spec.path, number, "record", source.key, number == 1), record
+    spec, key = source.spec, source.key
+    rows = find_rows(spec, {name: len(split) for name, split in loaded.items()}, key=key)
+    first = True
+    for name, start, stop in rows:
+        part = loaded[name].select(range(start, max(start, stop)))
+        for number, record in enumerate(part, start=start + 1):
+            yield Place(spec.path, number, "record", key, first), record
+            first = False
 
 
-def _from_files(source: Source) -> Iterator[Record]:
-    for file in source.files:
+def _from_files(source: Source, split: str) -> Iterator[Record]:
+    for file in source.splits[split]:
         yield from read_records(file, key=source.key)
 
 
-def _sliced(source: Source) -> Iterator[Record]:
-    """Take the slice that `split` names; local files have one split, train."""
-    records = _from_files(source)
-    if source.spec.split is None:
-        return records
-    found = SLICE.fullmatch(source.spec.split)
-    if found is None:
-        raise AttnimgError(
-            f"no split {source.spec.split} in local files",
-            why=f"{source.key}.split is {source.spec.split}, needed train or a slice of it",
-            do="drop the split, or write `split: train[:1000]` or `train[:10%]`",
-            code="bad-value",
-            key=f"{source.key}.split",
-        )
-    total = sum(1 for _ in _from_files(source)) if "%" in source.spec.split else 0
-
-    def bound(digits: str | None, percent: str | None) -> int | None:
-        if not digits:
-            return None
-        return round(total * int(digits) / 100) if percent else int(digits)
-
-    return islice(records, bound(found["start"], found["p"]) or 0, bound(found["stop"], found["q"]))
+def _rows_of_files(source: Source) -> Iterator[Record]:
+    """Read the rows that the split names; files are read twice where it is a part of them."""
+    spec, key = source.spec, source.key
+    if "[" not in asked_split(spec, source.splits, key=key):
+        for name in split_names(spec, source.splits, key=key):
+            yield from _from_files(source, name)
+        return
+    lengths = dict.fromkeys(source.splits, 0)
+    for name in split_names(spec, source.splits, key=key):
+        lengths[name] = sum(1 for _ in _from_files(source, name))
+    for name, start, stop in find_rows(spec, lengths, key=key):
+        yield from islice(_from_files(source, name), start, max(start, stop))

@@ -6,15 +6,22 @@ Nothing here holds more than one batch of a file, so a file may be larger than m
 from __future__ import annotations
 
 import csv
-import gzip
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import IO, Any, Literal, cast
+from typing import Any, Literal
 
 from attnimg.errors import AttnimgError
-from attnimg.train.data.json_records import BrokenJson, read_json_array, read_json_lines
+from attnimg.train.data.json_records import BrokenJson, read_json
+from attnimg.train.data.open_file import (
+    AS_UTF8,
+    BROKEN,
+    LIMIT_BYTES,
+    TooLong,
+    open_data,
+    read_lines,
+)
 from attnimg.train.data.sources import LocalFile
 
 
@@ -55,12 +62,11 @@ def read_records(file: LocalFile, *, key: str) -> Iterator[Record]:
     Raises:
         AttnimgError: the file is not in its format; names the line or record.
     """
-    readers = {"json": _json, "csv": _csv, "parquet": _parquet, "text": _text}
+    readers = {
+        "json": _json, "csv": _csv, "parquet": _parquet, "arrow": _arrow, "text": _text,
+    }  # fmt: skip
     first = True
-    for number, record in readers[file.format](file.path, key):
-        unit: Literal["line", "record"] = "record" if file.format in ("csv", "parquet") else "line"
-        if file.format == "json" and number < 0:
-            number, unit = -number, "record"
+    for unit, number, record in readers[file.format](file, key):
         place = Place(str(file.path), number, unit, key, first)
         if not isinstance(record, dict):
             raise bad_record(
@@ -77,74 +83,138 @@ def _json_name(value: object) -> str:
     return names.get(type(value), "a number")
 
 
-def _open(path: Path) -> IO[bytes]:
-    return cast(IO[bytes], gzip.open(path) if path.suffix == ".gz" else path.open("rb"))
+Numbered = tuple[Literal["line", "record"], int, object]
 
 
-def _broken(path: Path, key: str, why: str, *, at: str = "") -> AttnimgError:
+def _broken(path: Path, key: str, why: str, *, at: str = "", do: str = "") -> AttnimgError:
     return AttnimgError(
         f"cannot read {path}{at}",
         why=why,
-        do="mend the file, or write it again with the tool that made it",
+        do=do or "repair the file, or write it again with the tool that made it",
         code="bad-data",
         key=f"{key}.path",
     )
 
 
-def _json(path: Path, key: str) -> Iterator[tuple[int, object]]:
-    """JSON lines with their line numbers; the elements of an array with negative numbers."""
+def _damaged(path: Path, key: str, error: BaseException) -> AttnimgError:
+    """Build the error for bytes that can't be read or unpacked."""
+    return _broken(
+        path,
+        key,
+        f"found damaged or cut off data: {error}",
+        do="copy or download the file again; where it is whole but compressed in a way that is "
+        "not read here, unpack it and name the unpacked file",
+    )
+
+
+def _json(file: LocalFile, key: str) -> Iterator[Numbered]:
     try:
-        with _open(path) as file:
-            start = file.read(1024).removeprefix(b"\xef\xbb\xbf").lstrip()
-            file.seek(0)
-            if start.startswith(b"["):
-                for number, element in enumerate(read_json_array(file), start=1):
-                    yield -number, element
-            else:
-                yield from read_json_lines(file)
+        yield from read_json(partial(open_data, file.path), file.columns)
     except BrokenJson as error:
-        raise _broken(path, key, error.why, at=f", {error.place}") from None
-    except (UnicodeDecodeError, gzip.BadGzipFile, EOFError) as error:
-        raise _broken(path, key, f"not UTF-8 text: {error}") from None
+        raise _broken(file.path, key, error.why, at=f", {error.place}", do=error.do) from None
+    except BROKEN as error:
+        raise _damaged(file.path, key, error) from None
 
 
-def _text(path: Path, key: str) -> Iterator[tuple[int, object]]:
-    number = 0
+def _text(file: LocalFile, key: str) -> Iterator[Numbered]:
+    path, number = file.path, 0
     try:
-        with _open(path) as file:
-            for number, line in enumerate(file, start=1):
-                yield number, {"text": line.decode("utf-8-sig").rstrip("\r\n")}
-    except (UnicodeDecodeError, gzip.BadGzipFile, EOFError) as error:
-        raise _broken(path, key, f"not UTF-8 text: {error}", at=f", line {number}") from None
+        with open_data(path) as lines:
+            for number, line in enumerate(read_lines(lines), start=1):
+                yield "line", number, {"text": line.decode("utf-8-sig").rstrip("\r\n")}
+    except TooLong as error:
+        raise _broken(path, key, str(error), at=f", line {number + 1}", do=error.do) from None
+    except UnicodeDecodeError as error:
+        raise _broken(
+            path, key, f"not UTF-8 text: {error}", at=f", line {number}", do=AS_UTF8
+        ) from None
+    except BROKEN as error:
+        raise _damaged(path, key, error) from None
 
 
-def _csv(path: Path, key: str) -> Iterator[tuple[int, object]]:
-    csv.field_size_limit(sys.maxsize)  # the library's limit of 128 KiB is shorter than documents
+def _csv(file: LocalFile, key: str) -> Iterator[Numbered]:
+    # The library's limit of 128 KiB is shorter than documents.
+    csv.field_size_limit(LIMIT_BYTES)
+    path, number = file.path, 0
     delimiter = "\t" if ".tsv" in path.suffixes else ","
-    number = 0
     try:
-        with _open(path) as file:
-            lines = (line.decode("utf-8-sig" if i == 0 else "utf-8") for i, line in enumerate(file))
-            for number, row in enumerate(
-                csv.DictReader(lines, delimiter=delimiter, strict=True), 1
-            ):
+        with open_data(path) as lines:
+            text = (
+                line.decode("utf-8-sig" if i == 0 else "utf-8")
+                for i, line in enumerate(read_lines(lines))
+            )
+            rows = csv.DictReader(text, delimiter=delimiter, strict=True)
+            header = rows.fieldnames or ()
+            if twice := sorted({name for name in header if header.count(name) > 1}):
+                why = f"found the column {', '.join(twice)} twice, of which one would be lost"
+                raise _broken(path, key, why, do="rename the columns in the file's first line")
+            for number, row in enumerate(rows, start=1):
                 if None in row or None in row.values():
                     found = sum(v is not None for k, v in row.items() if k) + len(row.get(None, ()))
                     needed = sum(name is not None for name in row)
                     why = f"found {found} fields, needed {needed} as in the header"
                     raise _broken(path, key, why, at=f", record {number}")
-                yield number, row
-    except (csv.Error, UnicodeDecodeError, gzip.BadGzipFile, EOFError) as error:
+                yield "record", number, row
+    except UnicodeDecodeError as error:
+        why = f"not UTF-8 text: {error}"
+        raise _broken(path, key, why, at=f", record {number + 1}", do=AS_UTF8) from None
+    except csv.Error as error:
         raise _broken(path, key, f"not CSV: {error}", at=f", record {number + 1}") from None
+    except TooLong as error:
+        raise _broken(path, key, str(error), at=f", record {number + 1}", do=error.do) from None
+    except BROKEN as error:
+        raise _damaged(path, key, error) from None
 
 
-def _parquet(path: Path, key: str) -> Iterator[tuple[int, object]]:
+def _parquet(file: LocalFile, key: str) -> Iterator[Numbered]:
     import pyarrow
     import pyarrow.parquet
 
     try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            batches = file.iter_batches(batch_size=1000)
-            yield from enumerate((row for batch in batches for row in batch.to_pylist()), start=1)
+        with pyarrow.parquet.ParquetFile(file.path) as opened:
+            yield from _rows(opened.iter_batches(batch_size=1000))
     except (pyarrow.ArrowException, OSError) as error:
-        raise _broken(path, key, f"not Parquet: {error}") from None
+        raise _broken(file.path, key, f"not Parquet: {error}", do=_ds_type(key)) from None
+    except (ValueError, OverflowError) as error:
+        raise _unfit(file.path, key, error) from None
+
+
+def _arrow(file: LocalFile, key: str) -> Iterator[Numbered]:
+    """Read Arrow's stream format, which datasets writes, or its file format."""
+    import pyarrow
+
+    try:
+        with pyarrow.memory_map(str(file.path)) as source:
+            try:
+                batches = iter(pyarrow.ipc.open_stream(source))
+            except pyarrow.ArrowInvalid:
+                opened = pyarrow.ipc.open_file(source)
+                batches = (opened.get_batch(i) for i in range(opened.num_record_batches))
+            yield from _rows(
+                batch.slice(start, 1000)
+                for batch in batches
+                for start in range(0, batch.num_rows, 1000)
+            )
+    except (pyarrow.ArrowException, OSError) as error:
+        raise _broken(file.path, key, f"not Arrow: {error}", do=_ds_type(key)) from None
+    except (ValueError, OverflowError) as error:
+        raise _unfit(file.path, key, error) from None
+
+
+def _ds_type(key: str) -> str:
+    return f"set {key}.ds_type to the format that it has, or write the file again"
+
+
+def _rows(batches: Iterator[Any]) -> Iterator[Numbered]:
+    rows = (row for batch in batches for row in batch.to_pylist())
+    for number, row in enumerate(rows, start=1):
+        yield "record", number, row
+
+
+def _unfit(path: Path, key: str, error: Exception) -> AttnimgError:
+    return _broken(
+        path,
+        key,
+        f"found a value that Python cannot hold: {error}",
+        do="write that column as text, or leave it out of the file",
+    )

@@ -8,33 +8,47 @@ from __future__ import annotations
 import glob
 import os
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from attnimg.errors import AttnimgError
 from attnimg.schema import Config, DatasetSpec
+from attnimg.train.data.open_file import COMPRESSED, check_packing, check_regular
+from attnimg.train.data.splits import folder_splits, split_in_name, split_names
 
-Format = Literal["json", "csv", "parquet", "text"]
+Format = Literal["json", "csv", "parquet", "arrow", "text"]
 
 FORMATS: dict[str, Format] = {
     ".json": "json", ".jsonl": "json", ".ndjson": "json", ".csv": "csv", ".tsv": "csv",
-    ".parquet": "parquet", ".txt": "text", ".text": "text",
+    ".parquet": "parquet", ".arrow": "arrow", ".txt": "text", ".text": "text",
 }  # fmt: skip
 
 # `path: json` with data_files is the datasets library's way to name a format.
-BUILDERS = frozenset({"json", "csv", "parquet", "text"})
+BUILDERS = frozenset(FORMATS.values())
+
+# Columns by which a record is known, when the entry names no others: what the types read.
+COLUMNS = frozenset(
+    {"text", "instruction", "input", "output", "prompt", "completion", "messages", "conversations"}
+)
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(?:/[A-Za-z0-9][\w.-]*)?")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LocalFile:
-    """One file and the format its records are in."""
+    """One file and how its records are found.
+
+    Attributes:
+        path: the file.
+        format: what its records are written in.
+        columns: names of columns that a record has.
+    """
 
     path: Path
     format: Format
+    columns: frozenset[str] = COLUMNS
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,13 +59,18 @@ class Source:
         key: "datasets[0]".
         spec: the entry.
         kind: files here, a folder of datasets' save_to_disk, or a name on the hub.
-        files: the local files, in the order they are read; empty for the other kinds.
+        splits: for the kind "files", all splits that there are, with the files of those that the
+            entry asks for, in the order they are read.
+        files: the files that are read.
+        warnings: sentences on what of the source is not read.
     """
 
     key: str
     spec: DatasetSpec
     kind: Literal["files", "saved", "hub"]
+    splits: Mapping[str, tuple[LocalFile, ...]] = field(default_factory=dict)
     files: tuple[LocalFile, ...] = ()
+    warnings: tuple[str, ...] = ()
 
 
 def entries(config: Config) -> Iterator[tuple[str, DatasetSpec, bool]]:
@@ -68,28 +87,59 @@ def entries(config: Config) -> Iterator[tuple[str, DatasetSpec, bool]]:
 
 
 def find_source(spec: DatasetSpec, *, key: str) -> Source:
-    """Say where an entry's records are, without reading them.
+    """Find where an entry's records are, without reading them.
 
     Raises:
-        AttnimgError: no such file, a folder without data, mixed formats, or no possible name.
+        AttnimgError: no such file, a folder without data, mixed formats, no such split, no
+            regular file, or no possible name.
     """
+    try:
+        return _found(spec, key=key)
+    except OSError as error:
+        raise AttnimgError(
+            f"cannot look at {spec.path}",
+            why=f"{key}.path: {error.strerror or error}",
+            do=f"correct {key}.path, or the permissions of its folders",
+            code="bad-data",
+            key=f"{key}.path",
+        ) from None
+
+
+def _found(spec: DatasetSpec, *, key: str) -> Source:
     root = Path(spec.path).expanduser()
-    if spec.data_files and (root.is_dir() or spec.path in BUILDERS):
-        base = root if root.is_dir() else Path()
-        found = [file for pattern in spec.data_files for file in _matches(base, pattern, key=key)]
-        builder = spec.path if spec.path in BUILDERS and not root.is_dir() else None
-        return Source(key=key, spec=spec, kind="files", files=_files(found, spec, builder, key))
-    if root.is_dir():
+    is_folder = root.is_dir()
+    if spec.data_files and (is_folder or spec.path in BUILDERS):
+        base, where = root if is_folder else Path(), f"{key}.data_files"
+        found = [p for name in spec.data_files for p in _matches(base, name, key=key, where=where)]
+        builder = None if is_folder else spec.path
+        return _in_files(spec, {"train": _files(found, spec, builder, key)}, key=key)
+    if is_folder:
         if (root / "state.json").exists() or (root / "dataset_dict.json").exists():
+            for path in root.rglob("*"):
+                if not path.is_dir():
+                    check_regular(path, key=key)
             return Source(key=key, spec=spec, kind="saved")
-        return Source(key=key, spec=spec, kind="files", files=_folder(root, spec, key=key))
+        return _folder(root, spec, key=key)
     if root.exists() or glob.has_magic(spec.path):
-        found = [root] if root.exists() else _matches(Path(), spec.path, key=key)
-        return Source(key=key, spec=spec, kind="files", files=_files(found, spec, None, key))
+        where = f"{key}.path"
+        found = [root] if root.exists() else _matches(Path(), spec.path, key=key, where=where)
+        return _in_files(spec, {"train": _files(found, spec, None, key)}, key=key)
     suffixed = any(suffix in FORMATS for suffix in _suffixes(root))
     if suffixed or not HUB_NAME.fullmatch(spec.path):
         raise _missing(spec.path, key=f"{key}.path")
     return Source(key=key, spec=spec, kind="hub")
+
+
+def _in_files(
+    spec: DatasetSpec,
+    splits: Mapping[str, tuple[LocalFile, ...]],
+    *,
+    key: str,
+    warnings: tuple[str, ...] = (),
+) -> Source:
+    names = split_names(spec, splits, key=key)
+    files = tuple(file for name in names for file in splits[name])
+    return Source(key=key, spec=spec, kind="files", splits=splits, files=files, warnings=warnings)
 
 
 def _missing(path: str, *, key: str) -> AttnimgError:
@@ -102,20 +152,29 @@ def _missing(path: str, *, key: str) -> AttnimgError:
     )
 
 
-def _matches(base: Path, pattern: str, *, key: str) -> list[Path]:
-    if (base / pattern).is_file():
+def _matches(base: Path, pattern: str, *, key: str, where: str) -> list[Path]:
+    if (base / pattern).exists():
         return [base / pattern]
     # Path.glob takes no absolute pattern, which data_files may be.
     matches = glob.glob(str(base / pattern), recursive=True)  # noqa: PTH207
-    found = sorted(Path(match) for match in matches)
-    found = [path for path in found if path.is_file()]
+    found = sorted(Path(match) for match in matches if not Path(match).is_dir())
     if not found:
         raise _missing(str(base / pattern), key=f"{key}.path")
+    splits = {split_in_name(path): path for path in reversed(found)}
+    if len(splits) > 1 and not splits.keys() <= {None, "train"}:
+        named = ", ".join(f"{path.name} ({split or 'no split'})" for split, path in splits.items())
+        raise AttnimgError(
+            f"the pattern {pattern} takes files of several splits",
+            why=f"found {named}; by a pattern, test files would be trained on unseen",
+            do=f"set {where} to the files to use, such as {splits.get('train', found[0])}",
+            code="bad-value",
+            key=where,
+        )
     return found
 
 
 def _suffixes(path: Path) -> list[str]:
-    return [suffix.lower() for suffix in path.suffixes if suffix.lower() != ".gz"][-1:]
+    return [suffix.lower() for suffix in path.suffixes if suffix.lower() not in COMPRESSED][-1:]
 
 
 def _format(path: Path) -> Format | None:
@@ -123,23 +182,26 @@ def _format(path: Path) -> Format | None:
     return FORMATS.get(suffixes[0]) if suffixes else None
 
 
-def _folder(root: Path, spec: DatasetSpec, *, key: str) -> tuple[LocalFile, ...]:
-    found = sorted(
-        path
-        for path in root.rglob("*")
-        if path.is_file()
-        and not any(part.startswith(".") for part in path.relative_to(root).parts)
-        and _format(path) in ((spec.ds_type,) if spec.ds_type else tuple(FORMATS.values()))
-    )
-    formats = sorted({_format(path) or "" for path in found})
-    if not found:
+def _folder(root: Path, spec: DatasetSpec, *, key: str) -> Source:
+    wanted = (spec.ds_type,) if spec.ds_type else tuple(FORMATS.values())
+
+    def is_data(path: Path) -> bool:
+        # Subfolders that save_to_disk wrote have a state.json, which holds no records.
+        saved = path.name == "state.json" and (path.parent / "dataset_info.json").exists()
+        return _format(path) in wanted and not saved
+
+    found, others = folder_splits(root, spec, is_data=is_data, key=key)
+    splits = {split: paths for split, paths in found.items() if paths}
+    if not splits:
         raise AttnimgError(
             f"no data in the folder {spec.path}",
-            why=f"found no {spec.ds_type or 'json, jsonl, csv, parquet or text'} file in it",
+            why=f"found no {spec.ds_type or 'json, jsonl, csv, parquet, arrow or text'} file in it",
             do=f"name the file in {key}.path, or its files in {key}.data_files",
             code="file-missing",
             key=f"{key}.path",
         )
+    asked = split_names(spec, splits, key=key)
+    formats = sorted({_format(path) or "" for split in asked for path in splits[split]})
     if len(formats) > 1:
         raise AttnimgError(
             f"the folder {spec.path} holds files of several formats",
@@ -148,25 +210,31 @@ def _folder(root: Path, spec: DatasetSpec, *, key: str) -> tuple[LocalFile, ...]
             code="bad-value",
             key=f"{key}.ds_type",
         )
-    return _files(found, spec, None, key)
+    warnings: tuple[str, ...] = ()
+    if others:
+        names = ", ".join(str(path.relative_to(root)) for path in others[:5])
+        more = f" and {len(others) - 5:,} more" if len(others) > 5 else ""
+        warnings = (
+            f"{spec.path}: {names}{more} not read, as the folder's other files are named after "
+            f"splits ({', '.join(splits)}) and these are not; name them in {key}.data_files "
+            "to train on them",
+        )
+    files = {
+        split: _files(paths, spec, None, key) if split in asked else ()
+        for split, paths in splits.items()
+    }
+    return _in_files(spec, files, key=key, warnings=warnings)
 
 
 def _files(
     paths: Sequence[Path], spec: DatasetSpec, builder: str | None, key: str
 ) -> tuple[LocalFile, ...]:
-    """Give each file its format: what the config says, else what its name says."""
+    """Find each file's format: what the config says, else what its name says."""
+    named = (spec.field, spec.text_column, spec.field_messages)
+    columns = COLUMNS | {name for name in named if name}
     files = []
     for path in paths:
-        declared = spec.ds_type or next((f for f in FORMATS.values() if f == builder), None)
-        kind = declared or _format(path)
-        if kind is None:
-            raise AttnimgError(
-                f"the format of {path} is not known",
-                why=f"found the name {path.name}, needed one of {' '.join(FORMATS)}",
-                do=f"set {key}.ds_type to json, csv, parquet or text",
-                code="bad-value",
-                key=f"{key}.ds_type",
-            )
+        check_regular(path, key=key)
         if not os.access(path, os.R_OK):
             raise AttnimgError(
                 f"no permission to read {path}",
@@ -175,5 +243,16 @@ def _files(
                 code="bad-data",
                 key=f"{key}.path",
             )
-        files.append(LocalFile(path=path, format=kind))
+        declared = spec.ds_type or next((f for f in FORMATS.values() if f == builder), None)
+        kind = declared or _format(path)
+        check_packing(path, declared=kind, key=key)
+        if kind is None:
+            raise AttnimgError(
+                f"the format of {path} is not known",
+                why=f"found the name {path.name}, needed one of {' '.join(FORMATS)}",
+                do=f"set {key}.ds_type to {', '.join(sorted(BUILDERS))}, whichever it is",
+                code="bad-value",
+                key=f"{key}.ds_type",
+            )
+        files.append(LocalFile(path=path, format=kind, columns=columns))
     return tuple(files)

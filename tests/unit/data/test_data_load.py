@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -89,9 +90,39 @@ def test_raise_names_the_record(run_on: Run, json_lines: Write, tokenizer: Any) 
 
 
 def test_nothing_left_is_an_error(run_on: Run, json_lines: Write, tokenizer: Any) -> None:
+    path = json_lines({"text": "", "body": "x y"}, {"text": " ", "body": "z"})
     with pytest.raises(AttnimgError, match="2 hold no text") as caught:
-        load_documents(run_on(json_lines({"text": ""}, {"text": " "})), tokenizer)
+        load_documents(run_on(path), tokenizer)
     assert caught.value.code == "empty-dataset"
+    assert "name the column" in caught.value.do
+    assert len(load_documents(run_on(path, spec_field="body"), tokenizer).train) == 2
+
+
+@pytest.mark.parametrize("strategy", ["drop", "truncate", "raise"])
+def test_records_that_are_all_too_long_are_refused_by_the_length_they_need(
+    run_on: Run, json_lines: Write, tokenizer: Any, strategy: str
+) -> None:
+    path = json_lines(LONG_ALPACA)
+    keys = {"excess_length_strategy": strategy, "train_on_inputs": False}
+    short = run_on(path, "alpaca", sequence_len=32, **keys)
+    with pytest.raises(AttnimgError) as caught:
+        load_documents(short, tokenizer)
+    needed = int(caught.value.do.partition("set sequence_len: ")[2].partition(",")[0])
+    enough = run_on(path, "alpaca", sequence_len=needed, **keys)
+    assert len(load_documents(enough, tokenizer).train) == 1
+
+
+def test_records_without_loss_are_refused_by_a_key_that_gives_them_some(
+    run_on: Run, json_lines: Write, tokenizer: Any
+) -> None:
+    talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    path = json_lines({"messages": talk})
+    keys: dict[str, Any] = {"spec_roles_to_train": ["system"]}
+    with pytest.raises(AttnimgError) as caught:
+        load_documents(run_on(path, "chat_template", **keys), tokenizer)
+    assert "train_on_inputs: true," in caught.value.do
+    given = run_on(path, "chat_template", train_on_inputs=True, **keys)
+    assert len(load_documents(given, tokenizer).train) == 1
 
 
 @pytest.mark.parametrize(
@@ -100,7 +131,7 @@ def test_nothing_left_is_an_error(run_on: Run, json_lines: Write, tokenizer: Any
         pytest.param(0.1, 10, id="a share"),
         pytest.param(7, 7, id="a count"),
         pytest.param(0.001, 1, id="at least one"),
-        pytest.param(1, 1, id="one is a count"),
+        pytest.param(2, 2, id="two is a count"),
     ],
 )
 def test_validation_is_taken_out_of_training(
@@ -112,13 +143,24 @@ def test_validation_is_taken_out_of_training(
     assert not train & validation
 
 
-@pytest.mark.parametrize("size", [100, 101, 2.5, 0.999])
+@pytest.mark.parametrize("size", [100, 101, 2.5, 0.999, 1, 1.0])
 def test_a_validation_part_that_does_not_fit_is_refused(
     run_on: Run, json_lines: Write, tokenizer: Any, size: float
 ) -> None:
     with pytest.raises(AttnimgError) as caught:
         load_documents(run_on(json_lines(*TEXTS), val_set_size=size), tokenizer)
     assert (caught.value.code, caught.value.key) == ("bad-value", "val_set_size")
+    assert "val_set_size: 0.05," in caught.value.do
+    assert load_documents(run_on(json_lines(*TEXTS), val_set_size=0.05), tokenizer).validation
+
+
+def test_one_document_is_too_few_for_a_validation_part(
+    run_on: Run, json_lines: Write, tokenizer: Any
+) -> None:
+    with pytest.raises(AttnimgError) as caught:
+        load_documents(run_on(json_lines(TEXTS[0]), val_set_size=0.05), tokenizer)
+    assert "val_set_size: 0," in caught.value.do
+    assert len(load_documents(run_on(json_lines(TEXTS[0]), val_set_size=0), tokenizer).train) == 1
 
 
 def test_test_datasets_are_the_validation(run_on: Run, json_lines: Write, tokenizer: Any) -> None:
@@ -127,6 +169,28 @@ def test_test_datasets_are_the_validation(run_on: Run, json_lines: Write, tokeni
     documents = load_documents(config, tokenizer)
     assert (len(documents.train), len(documents.validation or [])) == (99, 1)
     assert [figures.key for figures in documents.figures] == ["datasets[0]", "test_datasets[0]"]
+
+
+@pytest.mark.parametrize(
+    ("train", "test", "warns"),
+    [
+        pytest.param({}, {}, False, id="train and test by default"),
+        pytest.param({"split": "train"}, {"split": "train"}, True, id="the same split"),
+        pytest.param({"split": "train"}, {"split": "train[:10%]"}, True, id="a part of it"),
+        pytest.param({"split": "train[10%:]"}, {"split": "train[:10%]"}, False, id="two parts"),
+        pytest.param({"split": "train+test"}, {}, True, id="both splits"),
+        pytest.param({"data_files": "test.jsonl"}, {"split": "test"}, True, id="the same file"),
+    ],
+)  # fmt: skip
+def test_evaluating_on_what_is_trained_on_is_told(
+    json_lines: Write, tokenizer: Any, tmp_path: Path, train: Any, test: Any, warns: bool
+) -> None:
+    (tmp_path / "d").mkdir()
+    json_lines(*TEXTS[:50], name="d/train.jsonl")
+    json_lines(*TEXTS[50:], name="d/test.jsonl")
+    entry = {"path": str(tmp_path / "d"), "type": "completion"}
+    config = Config(datasets=[entry | train], test_datasets=[entry | test])
+    assert any("both read" in text for text in load_documents(config, tokenizer).warnings) == warns
 
 
 def test_the_order_is_the_seeds_alone(run_on: Run, json_lines: Write, tokenizer: Any) -> None:
@@ -147,8 +211,16 @@ def test_the_order_is_the_seeds_alone(run_on: Run, json_lines: Write, tokenizer:
 def test_two_processes_give_the_same_documents(
     run_on: Run, json_lines: Write, tokenizer: Any
 ) -> None:
-    talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    path = json_lines(*[{"messages": [*talk, *talk[: n % 3]]} for n in range(600)])
+    rng = random.Random(0)
+    talks = [
+        [
+            {"role": role, "content": "".join(rng.choices("ab é\u200b\n漢", k=8)) + "x"}
+            for _ in range(rng.randint(1, 3))
+            for role in ("user", "assistant")
+        ]
+        for _ in range(600)
+    ]
+    path = json_lines(*[{"messages": talk} for talk in talks])
     one = load_documents(run_on(path, "chat_template"), tokenizer)
     two = load_documents(run_on(path, "chat_template", dataset_num_proc=2), tokenizer)
     assert rows(one.train) == rows(two.train)
@@ -163,43 +235,6 @@ def test_a_worker_process_hands_its_error_on(
     with pytest.raises(AttnimgError) as caught:
         load_documents(run_on(path, "chat_template", **keys), tokenizer)
     assert caught.value.do
-
-
-def test_prepared_documents_are_reused_until_something_changes(
-    run_on: Run, json_lines: Write, tokenizer: Any, tmp_path: Path
-) -> None:
-    path = json_lines(*TEXTS)
-    keys: dict[str, Any] = {"dataset_prepared_path": str(tmp_path / "prepared")}
-    first = load_documents(run_on(path, **keys), tokenizer)
-    again = load_documents(run_on(path, **keys, val_set_size=0.5), tokenizer)
-    assert (first.figures[0].reused, again.figures[0].reused) == (False, True)
-    assert "reused" in sentence(again.figures[0])
-    assert sorted(rows(first.train)) == sorted(rows(again.train) + rows(again.validation))
-    assert rows(first.train) == rows(load_documents(run_on(path), tokenizer).train)
-    assert not load_documents(run_on(path, **keys, sequence_len=64), tokenizer).figures[0].reused
-    json_lines(*TEXTS[:50])
-    assert not load_documents(run_on(path, **keys), tokenizer).figures[0].reused
-    assert not list((tmp_path / "prepared").glob(".partial-*"))
-
-
-def test_a_broken_record_leaves_nothing_prepared(
-    run_on: Run, json_lines: Write, tokenizer: Any, tmp_path: Path
-) -> None:
-    path = json_lines(TEXTS[0], {"text": 3})
-    config = run_on(path, dataset_prepared_path=str(tmp_path / "prepared"))
-    with pytest.raises(AttnimgError, match="line 2"):
-        load_documents(config, tokenizer)
-    assert not list((tmp_path / "prepared").iterdir())
-
-
-def test_a_prepared_path_that_cannot_be_written_is_refused(
-    run_on: Run, json_lines: Write, tokenizer: Any, tmp_path: Path
-) -> None:
-    (tmp_path / "file").write_text("")
-    config = run_on(json_lines(*TEXTS), dataset_prepared_path=str(tmp_path / "file" / "prepared"))
-    with pytest.raises(AttnimgError) as caught:
-        load_documents(config, tokenizer)
-    assert caught.value.key == "dataset_prepared_path"
 
 
 def test_sources_are_merged(run_on: Run, json_lines: Write, tokenizer: Any) -> None:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-import gzip
 import json
+import os
+import shlex
+import socket
+import subprocess
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -32,52 +36,13 @@ def parquet(path: Path) -> None:
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(RECORDS), path)
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "numbers"),
-    [
-        pytest.param("a.jsonl", LINES, "line 1, line 2", id="JSON lines"),
-        pytest.param("a.jsonl", b"\n" + LINES, "line 2, line 3", id="blank lines are skipped"),
-        pytest.param("a.json", b"\xef\xbb\xbf" + LINES, "line 1, line 2", id="a byte order mark"),
-        pytest.param("a.jsonl.gz", gzip.compress(LINES), "line 1, line 2", id="gzip"),
-        pytest.param(
-            "a.json", json.dumps(RECORDS, indent=1).encode(), "record 1, record 2", id="an array"
-        ),
-        pytest.param(
-            "a.csv", b"text\nIn the beginning\nwas the Word.\n", "record 1, record 2", id="CSV"
-        ),
-        pytest.param(
-            "a.tsv", b"text\tn\nIn the beginning\t1\nwas the Word.\t2\n", "record 1, record 2",
-            id="tabs",
-        ),
-        pytest.param("a.txt", b"In the beginning\nwas the Word.\n", "line 1, line 2", id="text"),
-    ],
-)  # fmt: skip
-def test_each_format_gives_the_same_records(
-    tmp_path: Path, name: str, content: bytes, numbers: str
-) -> None:
-    (tmp_path / name).write_bytes(content)
-    places, texts = zip(*read(path=str(tmp_path / name)), strict=True)
-    assert list(texts) == [record["text"] for record in RECORDS]
-    assert list(places) == [f"{tmp_path / name}, {number}" for number in numbers.split(", ")]
+def arrow_file(path: Path, records: list[dict[str, str]], *, stream: bool) -> None:
+    import pyarrow
 
-
-def test_parquet_gives_the_same_records(tmp_path: Path) -> None:
-    parquet(tmp_path / "a.parquet")
-    assert [text for _, text in read(path=str(tmp_path / "a.parquet"))] == [
-        record["text"] for record in RECORDS
-    ]
-
-
-@pytest.mark.parametrize("ensure_ascii", [True, False])
-@pytest.mark.parametrize("indent", [None, 2])
-def test_an_array_larger_than_the_window_is_read_whole(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, indent: int | None, ensure_ascii: bool
-) -> None:
-    monkeypatch.setattr("attnimg.train.data.json_records.CHUNK_BYTES", 7)
-    records = [{"text": f"é {number}" * number, "n": number} for number in range(1, 40)]
-    path = tmp_path / "a.json"
-    path.write_text(json.dumps(records, indent=indent, ensure_ascii=ensure_ascii))
-    assert [text for _, text in read(path=str(path))] == [record["text"] for record in records]
+    table = pyarrow.Table.from_pylist(records)
+    make = pyarrow.ipc.new_stream if stream else pyarrow.ipc.new_file
+    with make(path, table.schema) as file:
+        file.write_table(table)
 
 
 @pytest.mark.parametrize(
@@ -105,56 +70,6 @@ def test_a_folder_of_save_to_disk_is_read(tmp_path: Path) -> None:
 
     datasets.Dataset.from_list(RECORDS).save_to_disk(tmp_path / "saved")
     assert len(read(path=str(tmp_path / "saved"))) == 2
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "code", "names"),
-    [
-        pytest.param("a.jsonl", b"", "empty-dataset", "no record", id="an empty file"),
-        pytest.param("a.json", b"[]", "empty-dataset", "no record", id="an empty array"),
-        pytest.param(
-            "a.jsonl", LINES + b'{"text": "x"\n', "bad-data", "line 3", id="broken JSON on line 3"
-        ),
-        pytest.param(
-            "a.jsonl", LINES + b'{"text": "\xff"}', "bad-data", "line 3", id="a byte, not UTF-8"
-        ),
-        pytest.param("a.jsonl", b"[1, 2]", "bad-data", "record 1", id="an array of numbers"),
-        pytest.param("a.jsonl", b'"x"\n', "bad-data", "found a string", id="a line, not an object"),
-        pytest.param(
-            "a.json", b'[{"text": "x"}, {"text": ]', "bad-data", "record 2", id="a broken array"
-        ),
-        pytest.param(
-            "a.json", b'[{"text": "x"}', "bad-data", "end of the file", id="an array cut off"
-        ),
-        pytest.param(
-            "a.json", b'[{"text": "x"} {"text": "y"}]', "bad-data", "after record 1",
-            id="a comma missing",
-        ),
-        pytest.param(
-            "a.json", b'[{"text": "x"}] x', "bad-data", "more text", id="text after the array"
-        ),
-        pytest.param("a.parquet", b"PAR", "bad-data", "not Parquet", id="no Parquet"),
-        pytest.param("a.jsonl.gz", LINES, "bad-data", "a.jsonl.gz", id="no gzip"),
-        pytest.param("a.csv", b"text,n\nx,1,2\n", "bad-data", "3 fields", id="a field too many"),
-        pytest.param("a.csv", b'text\n"x', "bad-data", "not CSV", id="a quote left open"),
-        pytest.param(
-            "a.jsonl", b'{"body": "x"}\n', "wrong-columns", "found the columns body; needed text",
-            id="another column",
-        ),
-        pytest.param("a.jsonl", b'{"text": 3}\n', "bad-data", "text is 3", id="a number for text"),
-        pytest.param("a.xyz", LINES, "bad-value", "ds_type", id="a format nobody knows"),
-    ],
-)  # fmt: skip
-def test_bad_files_are_refused_by_name(
-    tmp_path: Path, name: str, content: bytes, code: str, names: str
-) -> None:
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(AttnimgError) as caught:
-        read(path=str(tmp_path / name))
-    assert caught.value.code == code
-    assert names in str(caught.value)
-    assert name in str(caught.value)
-    assert str(caught.value.key).startswith("datasets[0].")
 
 
 @pytest.mark.parametrize(
@@ -252,3 +167,123 @@ def test_the_type_that_fits_is_suggested(tmp_path: Path, type: str, advice: str)
     with pytest.raises(AttnimgError) as caught:
         read(path=str(tmp_path / "a.jsonl"), type=type)
     assert advice in caught.value.do
+
+
+@pytest.mark.parametrize("place", ["path", "data_files", "folder", "saved"])
+@pytest.mark.parametrize("kind", ["pipe", "socket", "device"])
+@pytest.mark.timeout(20)
+def test_only_regular_files_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, place: str
+) -> None:
+    """A pipe would wait for ever, a device may never end."""
+    folder = tmp_path / "d"
+    if place == "saved":
+        import datasets
+
+        datasets.Dataset.from_list(RECORDS).save_to_disk(folder)
+        assert len(read(path=str(folder))) == 2
+        odd = folder / "state.json"
+        odd.unlink()
+    else:
+        folder.mkdir()
+        odd = folder / "a.jsonl"
+    with socket.socket(socket.AF_UNIX) as opened:
+        if kind == "pipe":
+            os.mkfifo(odd)
+        elif kind == "socket":
+            monkeypatch.chdir(folder)  # a socket's path has 108 characters at most
+            opened.bind(odd.name)
+        else:
+            odd.symlink_to("/dev/zero")
+        entry = {"path": str(folder)} if place in ("folder", "saved") else {"path": str(odd)}
+        if place == "data_files":
+            entry = {"path": str(folder), "data_files": "a.jsonl"}
+        with pytest.raises(AttnimgError) as caught:
+            read(**entry)
+    assert ("no data" if place == "folder" else "not a regular file") in caught.value.what
+    if place != "saved":
+        odd.unlink()
+        odd.write_bytes(LINES)
+        assert len(read(**entry)) == 2
+
+
+def test_a_link_to_a_file_is_read(tmp_path: Path) -> None:
+    """As in the hub's cache, whose files are links to blobs."""
+    (tmp_path / "blob").write_bytes(LINES)
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d" / "train.jsonl").symlink_to(tmp_path / "blob")
+    assert len(read(path=str(tmp_path / "d"))) == 2
+
+
+@pytest.mark.parametrize("declared", [True, False])
+def test_an_archive_is_refused_by_the_command_that_unpacks_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, declared: bool
+) -> None:
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr("a.jsonl", LINES)
+    entry = {"path": str(tmp_path / "a.zip")} | ({"ds_type": "json"} if declared else {})
+    with pytest.raises(AttnimgError, match="cannot read") as caught:
+        read(**entry)
+    command = caught.value.do.split("`")[1]
+    assert command == f"unzip {tmp_path / 'a.zip'}"
+    with zipfile.ZipFile(shlex.split(command)[1]) as archive:  # unzip itself may be missing
+        archive.extractall(tmp_path)
+    assert len(read(path=str(tmp_path / "a.jsonl"))) == 2
+
+
+def test_a_pointer_of_git_lfs_is_refused_by_the_command_that_downloads(tmp_path: Path) -> None:
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+    (tmp_path / "train.parquet").write_bytes(pointer)
+    with pytest.raises(AttnimgError, match="not downloaded") as caught:
+        read(path=str(tmp_path))
+    assert caught.value.do == f"git -C {tmp_path} lfs pull"
+    parquet(tmp_path / "train.parquet")
+    assert len(read(path=str(tmp_path))) == 2
+
+
+def test_a_name_that_is_too_long_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(AttnimgError) as caught:
+        read(path=str(tmp_path / ("x" * 300 + ".jsonl")))
+    assert caught.value.key == "datasets[0].path"
+
+
+def test_chmod_makes_a_forbidden_file_readable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As root every file is readable, so access is asked of the file's mode."""
+    (tmp_path / "a.jsonl").write_bytes(LINES)
+    (tmp_path / "a.jsonl").chmod(0)
+    if os.geteuid() == 0:
+        monkeypatch.setattr("os.access", lambda path, _: bool(Path(path).stat().st_mode & 0o444))
+    with pytest.raises(AttnimgError, match="no permission") as caught:
+        read(path=str(tmp_path / "a.jsonl"))
+    subprocess.run(shlex.split(caught.value.do), check=True)
+    assert len(read(path=str(tmp_path / "a.jsonl"))) == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "edit"),
+    [
+        pytest.param("a.xyz", {"ds_type": "json"}, id="a format nobody knows"),
+        pytest.param("mixed", {"ds_type": "json"}, id="a folder of two formats"),
+        pytest.param("mixed", {"data_files": "a.jsonl"}, id="or by its files"),
+        pytest.param("b.json", {"ds_type": "parquet"}, id="Parquet by another name"),
+        pytest.param("b.dat", {"ds_type": "parquet"}, id="Parquet by no name"),
+        pytest.param("saved", {"ds_type": "arrow"}, id="Arrow by another name"),
+        pytest.param("a.parquet", {"ds_type": "json"}, id="lines by another name"),
+    ],
+)
+def test_naming_the_format_is_enough(tmp_path: Path, name: str, edit: dict[str, str]) -> None:
+    (tmp_path / "a.xyz").write_bytes(LINES)
+    (tmp_path / "mixed").mkdir()
+    (tmp_path / "mixed" / "a.jsonl").write_bytes(LINES)
+    (tmp_path / "mixed" / "b.txt").write_bytes(LINES)
+    (tmp_path / "a.parquet").write_bytes(LINES)
+    parquet(tmp_path / "b.json")
+    parquet(tmp_path / "b.dat")
+    arrow_file(tmp_path / "saved", RECORDS, stream=False)
+    with pytest.raises(AttnimgError) as caught:
+        read(path=str(tmp_path / name))
+    for key in edit:
+        assert f"datasets[0].{key}" in caught.value.do
+    assert len(read(path=str(tmp_path / name), **edit)) == 2

@@ -1,0 +1,263 @@
+"""Resolve which files of a folder belong to which split, and which rows a split names.
+
+Both as the datasets library does, with its own functions: a folder here gives the rows that
+`load_dataset` would give. Source: https://huggingface.co/docs/datasets/v4.4.1/repository_structure
+and .../loading#slice-splits (2026-11-26).
+"""
+
+from __future__ import annotations
+
+import difflib
+import glob
+import os
+import re
+import tempfile
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from attnimg.errors import AttnimgError
+from attnimg.schema import DatasetSpec
+from attnimg.train.data.open_file import check_regular
+
+Rows = tuple[str, int, int]  # a split, its first row and the one after its last
+
+# What a README with odd configs makes datasets raise.
+_UNUSABLE = (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError)
+
+
+def asked_split(spec: DatasetSpec, names: Collection[str], *, key: str) -> str:
+    """Return the split that an entry asks for, in words, or the default as in axolotl.
+
+    Source: axolotl 0.18.0, utils/data/sft.py:391-400: train, and test for test_datasets. A
+    source of test_datasets that has one split alone is taken whole, as a file is.
+    """
+    if spec.split is not None:
+        return spec.split
+    if not key.startswith("test_datasets"):
+        return "train"
+    return next(iter(names)) if len(names) == 1 else "test"
+
+
+def split_names(spec: DatasetSpec, names: Collection[str], *, key: str) -> list[str]:
+    """Return the names of the splits that an entry asks for: of `train[:3]+test`, both.
+
+    Raises:
+        AttnimgError: it is not written as a split, or one does not exist.
+    """
+    import datasets
+
+    asked = asked_split(spec, names, key=key)
+    try:
+        datasets.ReadInstruction.from_spec(asked)
+    except ValueError as error:
+        raise _malformed(spec, asked, names, reason=str(error), key=key) from None
+    found = re.findall(r"(?:^|\+)\s*([\w.]+)", asked)
+    if missing := [name for name in found if name not in names]:
+        raise _unknown(spec, missing[0], names, key=key)
+    return list(dict.fromkeys(found))
+
+
+def find_rows(spec: DatasetSpec, lengths: Mapping[str, int], *, key: str) -> list[Rows]:
+    """Return the rows that an entry's split names, in order.
+
+    Args:
+        spec: the entry.
+        lengths: the splits that exist, and the number of rows in each.
+        key: "datasets[0]".
+
+    Raises:
+        AttnimgError: the split does not exist, or has no rows.
+    """
+    import datasets
+
+    asked, names = asked_split(spec, lengths, key=key), split_names(spec, lengths, key=key)
+    try:
+        parts = datasets.ReadInstruction.from_spec(asked).to_absolute(lengths)
+    except ValueError as error:
+        raise _malformed(spec, asked, lengths, reason=str(error), key=key) from None
+    found = [(part.splitname, part.from_, part.to) for part in parts]
+    if "[" in asked and all(start >= stop for _, start, stop in found):
+        rows = ", ".join(f"{lengths[name]:,} rows in {name}" for name in names)
+        raise AttnimgError(
+            f"no rows in {asked} of {spec.path}",
+            why=f"found {rows}, and {key}.split takes none of them",
+            do=f"set {key}.split: {names[0]}",
+            code="empty-dataset",
+            key=f"{key}.split",
+        )
+    return found
+
+
+def _malformed(
+    spec: DatasetSpec, asked: str, names: Collection[str], *, reason: str, key: str
+) -> AttnimgError:
+    one = next(iter(names))
+    return AttnimgError(
+        f"{asked} does not name a split of {spec.path}",
+        why=f"{reason}; needed a split ({', '.join(names)}), or rows of one",
+        do=f"set {key}.split: {one}, or {one}[:1000], or {one}[10%:20%]",
+        code="bad-value",
+        key=f"{key}.split",
+    )
+
+
+def _unknown(spec: DatasetSpec, name: str, names: Collection[str], *, key: str) -> AttnimgError:
+    near = next(iter([*difflib.get_close_matches(name, names, n=1), *names]))
+    asked = f"{key}.split is {spec.split}" if spec.split else f"{key}.split is not set"
+    return AttnimgError(
+        f"no split {name} in {spec.path}",
+        why=f"{asked}, found {', '.join(names)}",
+        do=f"set {key}.split: {near}, or correct {key}.path",
+        code="bad-value",
+        key=f"{key}.split",
+    )
+
+
+def folder_splits(
+    root: Path, spec: DatasetSpec, *, is_data: Callable[[Path], bool], key: str
+) -> tuple[dict[str, list[Path]], list[Path]]:
+    """Return the files of each split of a folder, and those that belong to none.
+
+    Args:
+        root: the folder.
+        spec: its entry; `name` is one of the README's configs.
+        is_data: whether a file holds records; others are ignored.
+        key: "datasets[0]".
+
+    Raises:
+        AttnimgError: the README's configs can't be used, there is none of the entry's name, or
+            a file belongs to two splits.
+    """
+    from datasets.data_files import EmptyDatasetError, get_data_patterns, resolve_pattern
+
+    # The folder's own name may hold a bracket, which is not part of a pattern.
+    base = glob.escape(str(root.resolve()))
+
+    def matching(patterns: Iterable[str]) -> list[Path]:
+        found = set[str]()
+        for pattern in patterns:
+            with suppress(FileNotFoundError):
+                found.update(resolve_pattern(pattern, base))
+        return [path for path in _under(root, found, key=key) if is_data(path)]
+
+    if (configured := _configured(root, spec, key=key)) is not None:
+        return {s: list(filter(is_data, found)) for s, found in configured.items()}, []
+    if spec.name is not None:
+        raise AttnimgError(
+            f"no configuration {spec.name} in {spec.path}",
+            why=f"{key}.name is {spec.name}, found no README.md with configs in the folder",
+            do=f"take {key}.name out, or correct {key}.path",
+            code="bad-value",
+            key=f"{key}.name",
+        )
+    try:
+        patterns = get_data_patterns(base)
+    except EmptyDatasetError:
+        return {}, []
+    splits = {str(split): matching(of_split) for split, of_split in patterns.items()}
+    seen = dict[Path, str]()
+    for split, paths in splits.items():
+        for path in paths:
+            if path in seen:
+                raise _in_two(path, (seen[path], split), key=key)
+            seen[path] = split
+    return splits, [path for path in matching(["**"]) if path not in seen]
+
+
+def _in_two(path: Path, splits: tuple[str, str], *, key: str) -> AttnimgError:
+    return AttnimgError(
+        f"{path} belongs to two splits",
+        why=f"its name says {splits[0]} and {splits[1]}, needed one",
+        do=f"name the files to use in {key}.data_files, or rename this one",
+        code="bad-value",
+        key=f"{key}.data_files",
+    )
+
+
+def _configured(root: Path, spec: DatasetSpec, *, key: str) -> dict[str, list[Path]] | None:
+    """Return the files that the README's `configs` name; None where it has no configs."""
+    import datasets
+    import yaml
+    from datasets.utils.metadata import MetadataConfigs
+    from huggingface_hub import DatasetCard
+
+    readme, other = root / "README.md", root / ".huggingface.yaml"
+    if other.exists():
+        check_regular(other, key=key)
+    try:
+        has_configs = other.exists()
+        if readme.is_file() and readme.read_bytes().startswith(b"---"):
+            data = DatasetCard.load(readme, ignore_metadata_errors=True).data
+            has_configs = has_configs or bool(MetadataConfigs.from_dataset_card_data(data))
+        if not has_configs:
+            return None
+        with tempfile.TemporaryDirectory() as cache:  # nothing is prepared, so nothing is kept
+            path = str(root.resolve())
+            builder = datasets.load_dataset_builder(path, spec.name, cache_dir=cache)
+    except (*_UNUSABLE, datasets.exceptions.DatasetsError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise AttnimgError(
+            f"cannot use the configs in {readme}",
+            why=reason.partition(" with any supported extension")[0][:300],
+            do=f"set {key}.name to one of its configs, or name the files in {key}.data_files",
+            code="bad-value",
+            key=f"{key}.name",
+        ) from None
+    config = builder.config
+    files = {str(s): _under(root, found, key=key) for s, found in config.data_files.items()}
+    _check_options(config, readme, files, key=key)
+    return files
+
+
+def _check_options(
+    config: Any, readme: Path, files: Mapping[str, Sequence[Path]], *, key: str
+) -> None:
+    """Refuse options of the reader that the README sets: files are read in one way here."""
+    plain = type(config)()
+    tabs = all(".tsv" in path.suffixes for found in files.values() for path in found)
+    changed = [
+        f"{name} {value!r}"
+        for name, value in vars(config).items()
+        if name not in ("name", "version", "data_dir", "data_files", "description")
+        and value != getattr(plain, name)
+        and not (name == "sep" and value == "\t" and tabs)
+    ]
+    if changed:
+        raise AttnimgError(
+            f"cannot use the options in {readme}",
+            why=f"found {', '.join(changed)}; needed files that are read without options",
+            do=f"convert the files to JSON lines or Parquet, and name those in {key}.data_files",
+            code="bad-value",
+            key=f"{key}.name",
+        )
+
+
+def _under(root: Path, found: Iterable[str], *, key: str) -> list[Path]:
+    """Return files by the path that the config has for their folder, sorted."""
+    base, paths = root.resolve(), list[Path]()
+    for name in found:
+        path = Path(os.path.normpath(name))
+        if not path.is_relative_to(base):
+            raise AttnimgError(
+                f"{root} names a file outside of it",
+                why=f"found {name} in its README.md, needed files in the folder",
+                do=f"name the files in {key}.data_files",
+                code="bad-data",
+                key=f"{key}.path",
+            )
+        paths.append(root / path.relative_to(base))
+    return sorted(paths)
+
+
+def split_in_name(path: Path) -> str | None:
+    """Return the split that a file's name or its folder's says, by the words of datasets."""
+    from datasets.data_files import NON_WORDS_CHARS, SPLIT_KEYWORDS
+
+    for part in (path.parent.name, path.name):
+        words = re.split(f"[{NON_WORDS_CHARS}]", part)
+        for split, keywords in SPLIT_KEYWORDS.items():
+            if not set(keywords).isdisjoint(words):
+                return str(split)
+    return None
