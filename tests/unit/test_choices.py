@@ -71,7 +71,10 @@ def test_what_is_taken_is_what_an_expert_takes(model: str) -> None:
 def test_packing_is_refused_where_other_layers_would_mix_documents(arch: str) -> None:
     lines = BLOCKS[arch]["models"]
     refused = {model: line["errors"] for model, line in lines.items() if "errors" in line}
-    assert sorted(refused) == sorted(HYBRID)
+    # Without an image every package is assumed, and with those a batch's seq_idx reaches all but
+    # Mamba's first version.
+    expected = HYBRID if BLOCKS[arch]["image"] else ["Jamba-v0.1"]
+    assert sorted(refused) == sorted(expected)
     assert all(codes == ["packing-not-isolated"] for codes in refused.values())
 
 

@@ -17,7 +17,8 @@ from attnimg.facts import Arch, Machine, Model
 from attnimg.other_layers import findings_on, kinds, other_layers
 from attnimg.problem import read_model
 
-GRANITE = {"num_hidden_layers": 4, "hidden_size": 64, "num_attention_heads": 4}
+GRANITE = {"num_hidden_layers": 4, "hidden_size": 64, "num_attention_heads": 4,
+           "num_key_value_heads": 2}  # fmt: skip
 FLA, CONV, SSM = "flash-linear-attention", "causal-conv1d", "mamba-ssm"
 
 

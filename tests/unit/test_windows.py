@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from run_facts import a_problem
+from run_facts import a_context, a_problem
 
 from attnimg.cli.subject import problem_of
 from attnimg.config import check_values
@@ -50,7 +50,10 @@ def test_a_window_counts_where_it_is_shorter_than_the_row(
     found = with_windows_that_hide(problem)
     assert found.model is not None
     assert [layer.window for layer in found.model.layers] == [window]
-    (geometry,) = geometries_of(problem, sequence_len=sequence_len or 512)
+    context = a_context(packing=packing, rows=rows, sequence_len=sequence_len)
+    (geometry,) = geometries_of(
+        problem, context, dense=True, deterministic=False, every_length=False
+    )
     assert geometry.window == window, "what is not judged is not proven, and the other way round"
 
 
