@@ -1,0 +1,402 @@
+"""Find which characters of a rendered conversation carry loss, from the template's own renderings.
+
+An answer begins where the template, asked for the opening of an answer, stops writing; it ends
+with the token that ends its turn. Both follow from what the template writes for the conversation,
+for its beginning, and with another answer in the same place: nothing is guessed from names.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from attnimg.train.data.chat_render import (
+    CLOSING,
+    Message,
+    Renderer,
+    Rendering,
+    RewrittenError,
+    Span,
+    mark,
+    reasoning_of,
+)
+
+# What may open a reasoning, where the template writes no opening of an answer by itself.
+OPENING = re.compile(r"[<\[][^<>\[\]]*think[^<>\[\]]*[>\]]\s*\Z", re.IGNORECASE)
+TAG = re.compile(r"<[^<>\s]{1,60}>|\[[A-Z_/]{1,40}\]")
+# Plain answers that share neither their first nor their last character.
+PLAIN = ("1 plain answer 2", "3 plain answer 4")
+
+NO_END = (
+    "the chat template writes nothing after an answer, so the model will not learn to stop; "
+    "set chat_template to one that ends each turn with a token"
+)
+MOVED = (
+    "the chat template writes the turns before an answer differently once others follow (reasoning "
+    "is removed, the system message or the tools move): answers but the last follow a prompt that "
+    "generation will not show"
+)
+REASONING_REMOVED = (
+    "the chat template removes the reasoning of earlier turns, so only the last turn's is trained"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A turn with loss.
+
+    Attributes:
+        turn: its number, from 0.
+        text: the spans of what it says.
+        end: the spans of what ends it, empty where nothing does.
+    """
+
+    turn: int
+    text: tuple[Span, ...]
+    end: tuple[Span, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """A rendered conversation with its answers.
+
+    Attributes:
+        rendering: what was rendered.
+        answers: the turns with loss.
+        appended: what must be added, because the template ends a turn with the next one's opening.
+        notes: sentences on what a person should know.
+    """
+
+    rendering: Rendering
+    answers: tuple[Answer, ...]
+    appended: str
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Ends:
+    """The tokens that may end a turn.
+
+    Attributes:
+        pattern: matches one of them.
+        chosen: those that the config names (eot_tokens).
+    """
+
+    pattern: re.Pattern[str]
+    chosen: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, tokenizer: Any, chosen: tuple[str, ...]) -> Ends:
+        """Return the tokenizer's special and added tokens, without what opens a text."""
+        tokens = {*tokenizer.all_special_tokens, *chosen}
+        tokens |= set(map(str, tokenizer.added_tokens_decoder.values()))
+        if tokenizer.bos_token != tokenizer.eos_token:
+            tokens.discard(tokenizer.bos_token)
+        named = [re.escape(t) for t in tokens if t and not t.isspace() and not t.isalnum()]
+        return cls(re.compile("|".join(sorted(named, key=len, reverse=True)) or r"(?!)"), chosen)
+
+    def first(self, text: str, start: int, limit: int) -> int | None:
+        """Return the end of the token that follows at `start`, after blanks at most."""
+        found = self.pattern.search(text, start, limit)
+        if found is None or text[start : found.start()].strip():
+            return None
+        return found.end()
+
+    def run(self, closing: str) -> int:
+        """Return the end of the tokens that end a turn; of its last word where there are none."""
+        tokens = list(self.pattern.finditer(closing))
+        if self.chosen:
+            chosen = [token for token in tokens if token.group() in self.chosen]
+            tokens = chosen or tokens
+        return tokens[-1].end() if tokens else len(closing.rstrip())
+
+
+def lay_out(
+    renderer: Renderer, rendering: Rendering, trained: Sequence[bool], ends: Ends
+) -> Layout:
+    """Find the answers of a rendered conversation.
+
+    Args:
+        renderer: the template.
+        rendering: the conversation, its contents located.
+        trained: whether each turn carries loss.
+        ends: the tokens that may end a turn.
+
+    Raises:
+        RewrittenError: the template drops part of a turn, or does not show where it ends.
+    """
+    _check_tools(renderer, rendering)
+    generated = renderer.generated(rendering.messages)
+    notes, bounds = dict[str, None](), dict[int, Span]()
+    for number, message in enumerate(rendering.messages):
+        # A marked span belongs to one of all answers, so that all must be known to share them out.
+        if trained[number] or (generated and message["role"] == "assistant"):
+            start, text_end = _Turn(renderer, rendering, number).bounds(notes)
+            if start < text_end:
+                bounds[number] = start, text_end
+    answers, appended = list[Answer](), ""
+    for number, (start, text_end) in bounds.items():
+        if not trained[number]:
+            continue
+        turn = _Turn(renderer, rendering, number)
+        end = turn.end(text_end, ends)
+        if end is None and number == len(rendering.messages) - 1:
+            appended = turn.following(text_end, ends)
+            end = len(rendering.text) + len(appended) if appended else None
+        owned = _owned(generated, number, bounds)
+        if end is None:
+            notes[NO_END] = None
+        elif not owned and not ends.pattern.search(
+            whole := rendering.text + appended, text_end, end
+        ):
+            notes[_not_one_token(whole[text_end:end].strip())] = None
+        spans = owned or [(start, end or text_end)]
+        answers.append(
+            Answer(
+                number,
+                tuple((a, min(b, text_end)) for a, b in spans if a < text_end),
+                tuple((max(a, text_end), b) for a, b in spans if b > text_end),
+            )
+        )
+    return Layout(rendering, tuple(answers), appended, tuple(notes))
+
+
+def _not_one_token(end: str) -> str:
+    return (
+        f"the chat template ends a turn with {end!r}, which the tokenizer does not know as one "
+        f"token; generation stops at one token: add it with `tokens: [{end!r}]`"
+    )
+
+
+def _owned(generated: Sequence[Span], number: int, bounds: dict[int, Span]) -> list[Span]:
+    """Return the marked spans of a turn: each belongs to the answer that ends after its start.
+
+    The last answer has what stands after it: Phi-3's template ends the conversation there.
+    """
+    last = max(bounds)
+    return [
+        span
+        for span in generated
+        if number == next((n for n, (_, end) in bounds.items() if end > span[0]), last)
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class _Turn:
+    """One turn of a rendered conversation, and the questions about where it stands."""
+
+    renderer: Renderer
+    rendering: Rendering
+    number: int
+
+    @property
+    def message(self) -> Message:
+        return self.rendering.messages[self.number]
+
+    @property
+    def before(self) -> int:
+        """The end of the last content before this turn's; a system message may be moved behind."""
+        own = self.rendering.contents[self.number]
+        start = own[0] if own else len(self.rendering.text)
+        earlier = self.rendering.contents[: self.number]
+        return max((span[1] for span in earlier if span and span[1] <= start), default=0)
+
+    @property
+    def limit(self) -> int:
+        """The start of the first content after this turn's."""
+        own = self.rendering.contents[self.number]
+        after = own[1] if own else self.before
+        starts = [span[0] for span in self.rendering.contents if span and span != own]
+        return min((start for start in starts if start >= after), default=len(self.rendering.text))
+
+    def bounds(self, notes: dict[str, None]) -> Span:
+        """Return where the turn's text begins and ends; equal where it says nothing."""
+        text, content = self.rendering.text, self.rendering.contents[self.number]
+        reasoning = self._reasoning(notes)
+        if content is None and reasoning is None and not self.message.get("tool_calls"):
+            return 0, 0
+        first, end = content or (0, 0)
+        if content is None or self.message.get("tool_calls"):
+            low, end = self._bounds_of_calls()
+            first = first if content else low + len(text[low:end]) - len(text[low:end].lstrip())
+        if self.message["role"] != "assistant":
+            return first, end
+        prompt = self._prompt(notes)
+        if reasoning is None:
+            return first, end
+        # What opens the reasoning belongs to it, whether or not the template writes it unasked.
+        if prompt and text.startswith(prompt) and len(prompt) <= reasoning:
+            first = reasoning - len(text[len(prompt) : reasoning].lstrip())
+        else:
+            first = reasoning
+        opening = OPENING.search(text, self.before, reasoning)
+        return min(first, opening.start() if opening else first), end
+
+    def _reasoning(self, notes: dict[str, None]) -> int | None:
+        """Return where the turn's reasoning begins, None where there is none."""
+        reasoning = reasoning_of(self.message)
+        content = self.rendering.contents[self.number]
+        if not reasoning or (content and CLOSING in self.rendering.text[slice(*content)]):
+            return None
+        at = self.rendering.text.find(reasoning, self.before, content[0] if content else self.limit)
+        if at >= 0:
+            return at
+        alone = self.renderer.attempt(self.rendering.messages[: self.number + 1])
+        if self.number == len(self.rendering.messages) - 1 or (alone and reasoning not in alone):
+            raise RewrittenError(f"it drops the reasoning of message {self.number + 1}")
+        notes[REASONING_REMOVED] = None
+        return None
+
+    def _prompt(self, notes: dict[str, None]) -> str | None:
+        """Return what generation of this answer starts from, and compare it with what stands here.
+
+        Templates open an answer when they are asked to; one that can't ends with the last turn.
+        """
+        messages = self.rendering.messages
+        prompt = self.renderer.attempt(messages[: self.number], prompt=True)
+        if prompt is None or _common_prefix(prompt, self.rendering.text) >= self.before:
+            return prompt
+        moved = self.renderer.tools or any(
+            message["role"] in ("system", "developer", "tool")
+            or message.get("reasoning_content")
+            or message.get("tool_calls")
+            for message in messages
+        )
+        if not moved:
+            raise RewrittenError("what it writes before a turn changes with what follows")
+        notes[MOVED] = None
+        return prompt
+
+    def _bounds_of_calls(self) -> Span:
+        """Return where a turn with tool calls, or with reasoning alone, begins and ends.
+
+        A plain answer in its place shows what the template itself writes around it.
+        """
+        text, messages = self.rendering.text, self.rendering.messages
+        plain = [
+            self.renderer.attempt(
+                [
+                    *messages[: self.number],
+                    {"role": self.message["role"], "content": content},
+                    *messages[self.number + 1 :],
+                ]
+            )
+            for content in PLAIN
+        ]
+        others = [other for other in plain if other is not None]
+        if len(others) == len(PLAIN):
+            low = _before_tag(text, min(_common_prefix(text, other) for other in others))
+            tail = min(_common_prefix(text[::-1], other[::-1]) for other in others)
+            high = _before_tag(text, len(text) - tail)
+            if self.before <= low < high <= self.limit:
+                return low, high
+        return self._bounds_by_beginning()
+
+    def _bounds_by_beginning(self) -> Span:
+        """Return the bounds of a turn by the rendering up to it: no plain answer fits here."""
+        text, messages = self.rendering.text, self.rendering.messages
+        whole = (self.renderer.attempt(messages[: self.number + 1]) or "").rstrip()
+        prompt = self.renderer.attempt(messages[: self.number], prompt=True) or ""
+        low = _before_tag(text, _common_prefix(text, prompt))
+        if not whole or not text.startswith(whole) or not low < len(whole):
+            raise RewrittenError(f"where message {self.number + 1} ends can't be told")
+        tags = list(TAG.finditer(whole, low))
+        closed = tags and tags[-1].end() == len(whole)
+        return low, tags[-1].start() if closed else len(whole)
+
+    def end(self, text_end: int, ends: Ends) -> int | None:
+        """Return the end of what ends the turn, None where nothing does."""
+        text, limit = self.rendering.text, self.limit
+        shared = _before_tag(text, text_end + self._closing(text_end, limit))
+        closing = text[text_end:shared]
+        if not closing.strip():
+            # The end depends on what follows (gpt-oss), or opens the next turn (GLM-4.5).
+            return ends.first(text, text_end, limit)
+        return text_end + ends.run(closing)
+
+    def _closing(self, text_end: int, limit: int) -> int:
+        """Return how much of what follows the turn's text is written whatever follows the turn."""
+        messages = self.rendering.messages
+        if self.number + 1 < len(messages):
+            other = self.renderer.attempt(messages[: self.number + 1])
+        else:
+            other = self._continued("user") or self.rendering.text
+        return _common_prefix(
+            self.rendering.text[text_end:limit], self._after(other or "", text_end)
+        )
+
+    def following(self, text_end: int, ends: Ends) -> str:
+        """Return what to append to the last turn, whose end is the opening of the next one.
+
+        GLM-4.5 is stopped by <|user|> and <|observation|>.
+        Source: huggingface.co/zai-org/GLM-4.5, generation_config.json, eos_token_id (2026-11-26)
+        """
+        written = self.rendering.text[text_end:]
+        roles = ("tool", "user") if self.message.get("tool_calls") else ("user",)
+        for role in roles:
+            after = self._after(self._continued(role) or "", text_end)
+            end = ends.first(after, 0, len(after))
+            if end is not None and after.startswith(written) and end > len(written):
+                return after[len(written) : end]
+        return ""
+
+    def _continued(self, role: str) -> str | None:
+        """Return what the template writes up to the content of one more turn, of this role."""
+        next_turn = mark(len(self.rendering.messages))
+        following = {"role": role, "content": next_turn}
+        whole = self.renderer.attempt([*self.rendering.messages, following])
+        return whole.partition(next_turn)[0] if whole and next_turn in whole else None
+
+    def _after(self, other: str, text_end: int) -> str:
+        """Return what stands behind the turn's last words in another rendering of it."""
+        content = self.rendering.contents[self.number]
+        said = self.rendering.text[max(content[0] if content else 0, text_end - 40) : text_end]
+        _, found, after = other.rpartition(said)
+        return after if found else ""
+
+
+def _check_tools(renderer: Renderer, rendering: Rendering) -> None:
+    """Refuse a template that drops the tools, or one of the tool calls."""
+    messages = rendering.messages
+    if renderer.tools and replace(renderer, tools=()).attempt(messages) == rendering.text:
+        raise RewrittenError("it drops the tools")
+    for number, message in enumerate(messages):
+        for index, call in enumerate(message.get("tool_calls") or ()):
+            calls = list(message["tool_calls"])
+            calls[index] = _renamed(call)
+            changed = {**message, "tool_calls": calls}
+            text = renderer.attempt([*messages[:number], changed, *messages[number + 1 :]])
+            if text is None or "marked_function" not in text or "marked value" not in text:
+                raise RewrittenError(f"it drops a tool call of message {number + 1}")
+
+
+def _renamed(call: Message) -> Message:
+    """Return a tool call with another name and other arguments."""
+    function = call.get("function", call)
+    arguments: object = {"marked": "marked value"}
+    if isinstance(function.get("arguments"), str):
+        arguments = '{"marked": "marked value"}'
+    changed = {**function, "name": "marked_function", "arguments": arguments}
+    return {**call, "function": changed} if "function" in call else changed
+
+
+def _common_prefix(one: str, other: str) -> int:
+    low, high = 0, min(len(one), len(other))
+    while low < high:  # slices are compared at the speed of memcmp, characters are not
+        middle = (low + high + 1) // 2
+        if one[low:middle] == other[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+def _before_tag(text: str, at: int) -> int:
+    """Return `at`, or the start of the tag that it would cut in two."""
+    window = max(0, at - 64)
+    for tag in TAG.finditer(text, window, at + 64):
+        if tag.start() < at < tag.end():
+            return tag.start()
+    return at
