@@ -163,7 +163,7 @@ def _run(session: _Session, found: Plan, *, resume: ResumePoint | None) -> None:
 
 
 def _load_and_fit(session: _Session, found: Plan, *, resume: ResumePoint | None) -> None:
-    from attnimg.train.data import load_documents, sentence
+    from attnimg.train.data import load_documents, sample_text, sentence
     from attnimg.train.fit import fit
     from attnimg.train.model import load_model, load_model_config
     from attnimg.train.run import RunFacts
@@ -183,6 +183,7 @@ def _load_and_fit(session: _Session, found: Plan, *, resume: ResumePoint | None)
         session.say(sentence(figures))
     for warning in documents.warnings:
         session.say(f"warning: {warning}")
+    session.say(sample_text(documents, tokenizer))
     backend = _backend(found)
     model = load_model(
         values,

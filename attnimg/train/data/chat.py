@@ -116,7 +116,7 @@ class ChatEncoder:
             except TemplateError as error:
                 raise self._raised(conversation, place, str(error)) from None
             except RewrittenError as error:
-                raise self._refusal(conversation, place, str(error)) from None
+                raise self._refusal(conversation, place, error) from None
             self.notes |= dict.fromkeys(layout.notes)
             self._note_unused(conversation)
             texts.append(layout.rendering.text + layout.appended)
@@ -265,13 +265,15 @@ class ChatEncoder:
             key=f"{place.key}.path",
         )
 
-    def _refusal(self, conversation: Conversation, place: Place, why: str) -> AttnimgError:
+    def _refusal(
+        self, conversation: Conversation, place: Place, error: RewrittenError
+    ) -> AttnimgError:
         template = self._renderer(conversation).template
         name = template if len(template) <= 60 else template[:57] + "..."
         return AttnimgError(
             f"the chat template can't be used for training: {place}",
-            why=f"{why}, so the record would not be trained as it is\ntemplate: {name}",
-            do="change the record, or set chat_template to one that writes all of it, in order",
+            why=f"{error}, so the record would not be trained as it is\ntemplate: {name}",
+            do=error.do,
             code="bad-value",
             key="chat_template",
         )

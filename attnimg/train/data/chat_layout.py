@@ -33,6 +33,10 @@ NO_END = (
     "the chat template writes nothing after an answer, so the model will not learn to stop; "
     "set chat_template to one that ends each turn with a token"
 )
+UNMARKED_END = (
+    "the chat template leaves what ends an answer out of its {% generation %} marks, so the model "
+    "will not learn to stop; move {% endgeneration %} behind it"
+)
 MOVED = (
     "the chat template writes the turns before an answer differently once others follow (reasoning "
     "is removed, the system message or the tools move): answers but the last follow a prompt that "
@@ -81,11 +85,13 @@ class Ends:
 
     Attributes:
         pattern: matches one of them.
+        eos: the tokenizer's own end of text.
         chosen: those that the config names (eot_tokens).
     """
 
     pattern: re.Pattern[str]
-    chosen: tuple[str, ...] = ()
+    eos: str | None
+    chosen: tuple[str, ...]
 
     @classmethod
     def of(cls, tokenizer: Any, chosen: tuple[str, ...]) -> Ends:
@@ -95,7 +101,8 @@ class Ends:
         if tokenizer.bos_token != tokenizer.eos_token:
             tokens.discard(tokenizer.bos_token)
         named = [re.escape(t) for t in tokens if t and not t.isspace() and not t.isalnum()]
-        return cls(re.compile("|".join(sorted(named, key=len, reverse=True)) or r"(?!)"), chosen)
+        pattern = "|".join(sorted(named, key=len, reverse=True)) or r"(?!)"
+        return cls(re.compile(pattern), tokenizer.eos_token, chosen)
 
     def first(self, text: str, start: int, limit: int) -> int | None:
         """Return the end of the token that follows at `start`, after blanks at most."""
@@ -107,9 +114,9 @@ class Ends:
     def run(self, closing: str) -> int:
         """Return the end of the tokens that end a turn; of its last word where there are none."""
         tokens = list(self.pattern.finditer(closing))
-        if self.chosen:
-            chosen = [token for token in tokens if token.group() in self.chosen]
-            tokens = chosen or tokens
+        # Command A's template opens the next turn behind it, whatever it is asked for.
+        named = [token for token in tokens if token.group() in (self.chosen or (self.eos,))]
+        tokens = named or tokens
         return tokens[-1].end() if tokens else len(closing.rstrip())
 
 
@@ -140,19 +147,20 @@ def lay_out(
     for number, (start, text_end) in bounds.items():
         if not trained[number]:
             continue
-        turn = _Turn(renderer, rendering, number)
-        end = turn.end(text_end, ends)
-        if end is None and number == len(rendering.messages) - 1:
-            appended = turn.following(text_end, ends)
-            end = len(rendering.text) + len(appended) if appended else None
-        owned = _owned(generated, number, bounds)
-        if end is None:
-            notes[NO_END] = None
-        elif not owned and not ends.pattern.search(
-            whole := rendering.text + appended, text_end, end
-        ):
-            notes[_not_one_token(whole[text_end:end].strip())] = None
-        spans = owned or [(start, end or text_end)]
+        spans = _owned(generated, number, bounds)
+        if not spans:
+            turn = _Turn(renderer, rendering, number)
+            end = turn.end(text_end, ends)
+            if end is None and number == len(rendering.messages) - 1:
+                appended = turn.following(text_end, ends)
+                end = len(rendering.text) + len(appended) if appended else None
+            spans = [(start, end or text_end)]
+        end = max(b for _, b in spans)
+        ending = (rendering.text + appended)[text_end:end]
+        if not ending.strip():
+            notes[UNMARKED_END if generated else NO_END] = None
+        elif not ends.pattern.search(ending):
+            notes[_not_one_token(ending.strip())] = None
         answers.append(
             Answer(
                 number,
@@ -179,7 +187,7 @@ def _owned(generated: Sequence[Span], number: int, bounds: dict[int, Span]) -> l
     return [
         span
         for span in generated
-        if number == next((n for n, (_, end) in bounds.items() if end > span[0]), last)
+        if number == next((n for n, (_, end) in bounds.items() if end >= span[0]), last)
     ]
 
 
@@ -245,19 +253,23 @@ class _Turn:
             return at
         alone = self.renderer.attempt(self.rendering.messages[: self.number + 1])
         if self.number == len(self.rendering.messages) - 1 or (alone and reasoning not in alone):
-            raise RewrittenError(f"it drops the reasoning of message {self.number + 1}")
+            raise RewrittenError(
+                f"it drops the reasoning of message {self.number + 1}",
+                "set chat_template to one that writes reasoning, or put the reasoning into the "
+                "content as <think>...</think>",
+            )
         notes[REASONING_REMOVED] = None
         return None
 
     def _prompt(self, notes: dict[str, None]) -> str | None:
         """Return what generation of this answer starts from, and compare it with what stands here.
 
-        Templates open an answer when they are asked to; one that can't ends with the last turn.
+        None where it differs, or where the template does not open an answer when it is asked to.
         """
         messages = self.rendering.messages
         prompt = self.renderer.attempt(messages[: self.number], prompt=True)
         if prompt is None or _common_prefix(prompt, self.rendering.text) >= self.before:
-            return prompt
+            return prompt if prompt != self.renderer.attempt(messages[: self.number]) else None
         moved = self.renderer.tools or any(
             message["role"] in ("system", "developer", "tool")
             or message.get("reasoning_content")
@@ -267,44 +279,43 @@ class _Turn:
         if not moved:
             raise RewrittenError("what it writes before a turn changes with what follows")
         notes[MOVED] = None
-        return prompt
+        return None
 
     def _bounds_of_calls(self) -> Span:
         """Return where a turn with tool calls, or with reasoning alone, begins and ends.
 
-        A plain answer in its place shows what the template itself writes around it.
+        A plain answer in its place shows what the template itself writes around it. What follows
+        may not fit a plain answer (the result of a tool), or may change with it: so it must say
+        what it says as the last turn, and is looked for by that where no plain answer fits.
         """
         text, messages = self.rendering.text, self.rendering.messages
-        plain = [
-            self.renderer.attempt(
-                [
-                    *messages[: self.number],
-                    {"role": self.message["role"], "content": content},
-                    *messages[self.number + 1 :],
-                ]
-            )
-            for content in PLAIN
-        ]
-        others = [other for other in plain if other is not None]
-        if len(others) == len(PLAIN):
-            low = _before_tag(text, min(_common_prefix(text, other) for other in others))
-            tail = min(_common_prefix(text[::-1], other[::-1]) for other in others)
-            high = _before_tag(text, len(text) - tail)
-            if self.before <= low < high <= self.limit:
-                return low, high
-        return self._bounds_by_beginning()
+        alone = self.renderer.attempt(messages[: self.number + 1]) or ""
+        said = alone[slice(*self._around_plain(alone, messages[: self.number + 1]))]
+        low, high = self._around_plain(text, messages)
+        if self.before <= low < high <= self.limit and said.endswith(text[low:high]):
+            return low, high
+        tags = list(TAG.finditer(said))
+        if tags and alone.rstrip().endswith(said.rstrip()) and said.endswith(tags[-1].group()):
+            said = said[: tags[-1].start()]  # another end than a plain answer's, as Gemma 4 writes
+        if said and text.count(said, self.before, self.limit) == 1:
+            low = text.index(said, self.before)
+            return low, low + len(said)
+        raise RewrittenError(f"where message {self.number + 1} ends can't be told")
 
-    def _bounds_by_beginning(self) -> Span:
-        """Return the bounds of a turn by the rendering up to it: no plain answer fits here."""
-        text, messages = self.rendering.text, self.rendering.messages
-        whole = (self.renderer.attempt(messages[: self.number + 1]) or "").rstrip()
-        prompt = self.renderer.attempt(messages[: self.number], prompt=True) or ""
-        low = _before_tag(text, _common_prefix(text, prompt))
-        if not whole or not text.startswith(whole) or not low < len(whole):
-            raise RewrittenError(f"where message {self.number + 1} ends can't be told")
-        tags = list(TAG.finditer(whole, low))
-        closed = tags and tags[-1].end() == len(whole)
-        return low, tags[-1].start() if closed else len(whole)
+    def _around_plain(self, whole: str, messages: Sequence[Message]) -> Span:
+        """Return where a rendering differs from the one with a plain answer here."""
+        prefixes, suffixes = [], []
+        for content in PLAIN:
+            plain = {"role": self.message["role"], "content": content}
+            other = self.renderer.attempt(
+                [*messages[: self.number], plain, *messages[self.number + 1 :]]
+            )
+            prefixes.append(_common_prefix(whole, other or ""))
+            suffixes.append(_common_prefix(whole[::-1], (other or "")[::-1]))
+        return (
+            _before_tag(whole, min(prefixes)),
+            _before_tag(whole, len(whole) - min(suffixes)),
+        )
 
     def end(self, text_end: int, ends: Ends) -> int | None:
         """Return the end of what ends the turn, None where nothing does."""
@@ -361,7 +372,11 @@ def _check_tools(renderer: Renderer, rendering: Rendering) -> None:
     """Refuse a template that drops the tools, or one of the tool calls."""
     messages = rendering.messages
     if renderer.tools and replace(renderer, tools=()).attempt(messages) == rendering.text:
-        raise RewrittenError("it drops the tools")
+        raise RewrittenError(
+            "it drops the tools",
+            "set chat_template to one that writes tools, or describe them in a system message "
+            "and take the column tools out",
+        )
     for number, message in enumerate(messages):
         for index, call in enumerate(message.get("tool_calls") or ()):
             calls = list(message["tool_calls"])

@@ -15,6 +15,7 @@ Span = tuple[int, int]  # first character and the one after the last
 Message = Mapping[str, Any]
 # A template's {% generation %} marks what the model writes.
 CLOSING = "</think>"
+LISTED = re.compile(r"""['"]type['"]: ?['"]text['"]""")  # a list of parts that became text
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
@@ -82,6 +83,8 @@ class Renderer:
             ValueError,
         ) as error:  # fmt: skip
             raise TemplateError(str(error) or type(error).__name__) from None
+        if self.parts and LISTED.search(texts[0]):
+            raise TemplateError("it writes a content that is a list of parts as a list")
         return str(texts[0]), spans[0] if spans else []
 
 
@@ -101,7 +104,15 @@ class Rendering:
 
 
 class RewrittenError(Exception):
-    """A template whose text does not show a record's own; says how."""
+    """A template whose text does not show a record's own; says how, and what to do about it."""
+
+    def __init__(
+        self,
+        how: str,
+        do: str = "change the record, or set chat_template to one that writes all of it, in order",
+    ) -> None:
+        super().__init__(how)
+        self.do = do
 
 
 def render(renderer: Renderer, messages: tuple[Message, ...]) -> Rendering:
