@@ -253,10 +253,11 @@ class _Turn:
             return at
         alone = self.renderer.attempt(self.rendering.messages[: self.number + 1])
         if self.number == len(self.rendering.messages) - 1 or (alone and reasoning not in alone):
+            tags = ", or put the reasoning into the content as <think>...</think>"
             raise RewrittenError(
                 f"it drops the reasoning of message {self.number + 1}",
-                "set chat_template to one that writes reasoning, or put the reasoning into the "
-                "content as <think>...</think>",
+                "set chat_template to one that writes reasoning"
+                + ("" if CLOSING in self.renderer.template else tags),
             )
         notes[REASONING_REMOVED] = None
         return None

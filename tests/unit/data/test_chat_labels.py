@@ -1,0 +1,339 @@
+"""What carries loss in conversations: real chat templates x tokenizers x kinds of conversation.
+
+The trained text must be what the assistant says and the token that ends its turn, no more.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from dataclasses import dataclass
+from functools import cache
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from attnimg.errors import AttnimgError
+from attnimg.schema import DatasetSpec
+from attnimg.train.data.chat import ChatEncoder
+from attnimg.train.data.conversations import parse_turns
+from attnimg.train.data.parsed import Conversation
+from attnimg.train.data.records import Place
+
+FIXTURES = Path(__file__).parents[2] / "fixtures" / "chat_templates"
+PLACE = Place("data.jsonl", 7, "line", "datasets[0]")
+SPEC = DatasetSpec(path="data.jsonl", type="chat_template")
+TAGS = "<think>\n{reasoning}\n</think>\n\n{answer}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One template and what it makes of an answer.
+
+    Attributes:
+        end: what ends a turn; " </s>" where a blank stands before the token.
+        last: what ends the last turn, where it is another token.
+        system: whether it takes a system message.
+        reasoning: how it writes the reasoning of the last answer; None: it must be refused.
+        keeps: whether it writes the reasoning of earlier answers too.
+        call: the trained text of a tool call; None: tools must be refused.
+    """
+
+    end: str
+    last: str | None = None
+    system: bool = True
+    reasoning: str | None = None
+    keeps: bool = False
+    call: str | None = None
+
+
+IM_END = "<|im_end|>"
+DEEPSEEK = "<\uff5cend\u2581of\u2581sentence\uff5c>"
+HERMES = '<tool_call>\n{"name": "weather", "arguments": {"city": "Paris"}}\n</tool_call><|im_end|>'
+XML = (
+    "<tool_call>\n<function=weather>\n<parameter=city>\nParis\n</parameter>\n</function>\n"
+    "</tool_call>"
+)
+LLAMA = '{"name": "weather", "parameters": {"city": "Paris"}}<|eot_id|>'
+GEMMA4 = '<|tool_call>call:weather{city:<|"|>Paris<|"|>}<tool_call|><|tool_response>'
+COMMAND_R = 'Action: ```json\n[{"tool_name": "weather", "parameters": {"city": "Paris"}}]```'
+
+# The names of TRL's templates, and those of tests/fixtures/chat_templates.
+TEMPLATES = {
+    "chatml": Row(end=IM_END),
+    "cohere": Row(end="<|END_OF_TURN_TOKEN|>"),
+    "cohere2": Row(end="<|END_RESPONSE|><|END_OF_TURN_TOKEN|>"),
+    "command_r": Row(end="<|END_OF_TURN_TOKEN|>", call=COMMAND_R + "<|END_OF_TURN_TOKEN|>"),
+    "deepseek_r1_distill": Row(end=DEEPSEEK),
+    "deepseekv3": Row(end=DEEPSEEK),
+    "gemma": Row(end="<end_of_turn>", system=False),
+    "gemma3": Row(end="<end_of_turn>"),
+    "gemma4_v5": Row(
+        end="<turn|>", call=GEMMA4,
+        reasoning="<|channel>thought\n{reasoning}\n<channel|>{answer}",
+    ),
+    "glm4moe": Row(
+        end="<|user|>", reasoning="<think>{reasoning}</think>\n{answer}",
+        call="<tool_call>weather\n<arg_key>city</arg_key>\n<arg_value>Paris</arg_value>\n"
+        "</tool_call><|observation|>",
+    ),
+    "gptoss": Row(
+        end="<|end|>", last="<|return|>",
+        reasoning="<|channel|>analysis<|message|>{reasoning}<|end|>"
+        "<|start|>assistant<|channel|>final<|message|>{answer}",
+        call='to=functions.weather<|channel|>commentary json<|message|>{"city": "Paris"}<|call|>',
+    ),
+    "granite": Row(
+        end="<|end_of_text|>",
+        call='<|tool_call|>[{"name": "weather", "arguments": {"city": "Paris"}}]<|end_of_text|>',
+    ),
+    "lfm2_v2": Row(
+        end=IM_END, call="<|tool_call_start|>[weather(city='Paris')]<|tool_call_end|><|im_end|>"
+    ),
+    "llama2": Row(end=" </s>"),
+    "llama3": Row(end="<|eot_id|>"),
+    "llama3_1": Row(end="<|eot_id|>", call=LLAMA),
+    "llama3_2": Row(end="<|eot_id|>", call=LLAMA),
+    "mistral_tekken": Row(end="</s>"),
+    "mistral_v1": Row(end="</s>", system=False),
+    "mistral_v2": Row(
+        end="</s>",
+        call='[TOOL_CALLS] [{"name": "weather", "arguments": {"city": "Paris"}, '
+        '"id": "abcdefghi"}]</s>',
+    ),
+    "muse_glimmer": Row(
+        end="<|eot|>", keeps=True,
+        reasoning="to=self<|message|>{reasoning}<|eom|><|start|>assistant to=user<|message|>"
+        "{answer}",
+        call='weather<|message|><atem:function_calls>\n<atem:invoke name="weather">\n'
+        '<atem:parameter name="city">Paris</atem:parameter>\n</atem:invoke>\n'
+        "</atem:function_calls><|eot|>",
+    ),
+    "nemotron_3_nano": Row(
+        end=IM_END, reasoning="<think>\n{reasoning}\n</think>\n{answer}", call=XML + "\n<|im_end|>"
+    ),
+    "phi3": Row(end="<|end|>"),
+    "phi3_5": Row(end="<|end|>"),
+    "phi4": Row(end=IM_END),
+    "phi4_mini": Row(end="<|end|>"),
+    "qwen2_5": Row(end=IM_END, call=HERMES),
+    "qwen3": Row(end=IM_END, reasoning=TAGS, call=HERMES),
+    "qwen3_5_think": Row(end=IM_END, reasoning=TAGS, call=XML + IM_END),
+    "qwen3_8": Row(end=IM_END, reasoning=TAGS, keeps=True, call=XML + IM_END),
+    "qwen3_instruct_2507": Row(end=IM_END, call=HERMES),
+    "think_once": Row(end=IM_END, reasoning=TAGS),
+    "vicuna": Row(end="</s>"),
+    "zephyr": Row(end="</s>"),
+}  # fmt: skip
+# Templates that come with one of their own for conversations with tools.
+TOOL_USE = {"command_r": "command_r_tool_use", "mistral_v2": "mistral_v3_tool_use"}
+TOKENIZERS = ("byte-level", "byte-level, blanks kept", "metaspace", "sentencepiece")
+
+# Latin, Greek, Hebrew, Chinese, Korean, a combining accent, an emoji of two characters.
+WORDS = [
+    "Yes", "no", "7", "na\u00efve", "\u03a9\u03bc\u03ad\u03b3\u03b1", "\u05e9\u05dc\u05d5\u05dd",
+    "\u4f60\u597d", "\uc548\ub155", "e\u0301te", "\U0001f469\u200d\U0001f680", "x=1;", "<b>",
+    "{{a}}", "\\n", "'\"",
+]  # fmt: skip
+
+
+@cache
+def template(name: str) -> str:
+    """The text of a template, ours or of the installed TRL."""
+    import trl
+
+    own = FIXTURES / f"{name}.jinja"
+    path = own if own.is_file() else Path(trl.__file__).parent / "chat_templates" / own.name
+    return path.read_text(encoding="utf-8")
+
+
+@cache
+def tokenizer(kind: str) -> Any:
+    """A tokenizer of 900 tokens that knows the special tokens of all templates as such."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    names = [*TEMPLATES, *TOOL_USE.values()]
+    tags = (
+        r"<[|\uff5c][^<>\s'+]+[|\uff5c]>|<\w+_of_turn>|<turn\|>|<\|turn>|<\|?channel\|?>|</?think>"
+        r"|\[/?[A-Z_]+\]"
+    )
+    found = {tag for name in names for tag in re.findall(tags, template(name))}
+    # Phi's and GLM's templates build theirs from pieces; Zephyr's are no tokens, but shared here.
+    found |= {"<|system|>", "<|user|>", "<|assistant|>", "<|tool_response>", "<|tool_call>"}
+    special = ["<pad>", "<unk>", "<s>", "</s>", *sorted(found)]
+    sentencepiece = kind in ("metaspace", "sentencepiece")
+    backend = Tokenizer(models.BPE(unk_token="<unk>" if sentencepiece else None))
+    if kind == "metaspace":
+        backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+        backend.decoder = decoders.Metaspace(prepend_scheme="first")
+    elif kind == "sentencepiece":  # as Llama 2's converted one: blanks are replaced beforehand
+        backend.normalizer = normalizers.Sequence(
+            [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+        )
+        backend.decoder = decoders.Replace("▁", " ")
+    else:
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(
+            add_prefix_space=False, trim_offsets=kind == "byte-level"
+        )
+        backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=900,
+        special_tokens=special,
+        initial_alphabet=[] if sentencepiece else pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    text = " ".join(WORDS) + " \n\t  Yes. Is it? The king spoke at night. Go. Thanks. Be brief."
+    texts = [text, " Yes.", "Yes.", *map(template, names)]
+    backend.train_from_iterator(texts * 3, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<pad>", unk_token="<unk>", bos_token="<s>",
+        eos_token="</s>", extra_special_tokens=special[4:],
+    )  # fmt: skip
+
+
+def user(content: str, **keys: Any) -> dict[str, Any]:
+    return {"role": "user", "content": content, **keys}
+
+
+def answer(content: str, **keys: Any) -> dict[str, Any]:
+    return {"role": "assistant", "content": content, **keys}
+
+
+CALL = {"type": "function", "id": "abcdefghi",
+        "function": {"name": "weather", "arguments": {"city": "Paris"}}}  # fmt: skip
+TOOL = {"type": "function", "function": {
+    "name": "weather", "description": "The weather.",
+    "parameters": {"type": "object", "required": ["city"], "properties": {
+        "city": {"type": "string", "description": "A city."}}}}}  # fmt: skip
+FIRST = answer("Yes.", reasoning_content="The king spoke.")
+SECOND = answer("Go.", reasoning_content="At night.")
+CONVERSATIONS: dict[str, dict[str, Any]] = {
+    "single": {"messages": [user("Is it?"), answer("Yes.")]},
+    "multi-turn": {"messages": [user("Is it?"), answer("Yes."), user("Thanks."), answer("Go.")]},
+    "system": {"messages": [{"role": "system", "content": "Be brief."}, user("Is it?"),
+                            answer("Yes."), user("Thanks."), answer("Go.")]},
+    "reasoning": {"messages": [user("Is it?"), FIRST]},
+    "reasoning in two turns": {"messages": [user("Is it?"), FIRST, user("Thanks."), SECOND]},
+    "tools": {
+        "messages": [
+            user("Is it hot?"), {"role": "assistant", "tool_calls": [CALL]},
+            {"role": "tool", "name": "weather", "tool_call_id": "abcdefghi", "content": "7"},
+            answer("Yes."), user("Thanks."), answer("Go."),
+        ],
+        "tools": [TOOL],
+    },
+}  # fmt: skip
+
+
+def expected(row: Row, kind: str) -> list[str] | None:
+    """The trained text of each answer; None where the record must be refused."""
+    yes, go = "Yes." + row.end, "Go." + (row.last or row.end)
+    if kind == "single":
+        return ["Yes." + (row.last or row.end)]
+    if kind == "tools":
+        return [row.call, yes, go] if row.call else None
+    if kind == "system" and not row.system:
+        return None
+    if not kind.startswith("reasoning"):
+        return [yes, go]
+    if row.reasoning is None:
+        return None
+    thought = row.reasoning.format(reasoning="The king spoke.", answer="Yes.")
+    if kind == "reasoning":
+        return [thought + (row.last or row.end)]
+    last = row.reasoning.format(reasoning="At night.", answer="Go.") + (row.last or row.end)
+    return [thought + row.end if row.keeps else yes, last]
+
+
+def encoder(name: str, kind: str, **keys: Any) -> ChatEncoder:
+    templates: Any = template(name)
+    if name in TOOL_USE:
+        templates = {"default": template(name), "tool_use": template(TOOL_USE[name])}
+    return ChatEncoder(tokenizer(kind), templates, **keys)
+
+
+def parse(record: dict[str, Any]) -> Conversation:
+    parsed = parse_turns(SPEC, record, PLACE)
+    assert parsed is not None
+    return parsed
+
+
+def learnt(encode: ChatEncoder, record: dict[str, Any]) -> list[str]:
+    """The text of each run of tokens with loss."""
+    ((ids, labels),) = encode([(PLACE, parse(record))])
+    assert all(label in (-100, token) for token, label in zip(ids, labels, strict=True))
+    runs = groupby(zip(ids, labels, strict=True), key=lambda pair: pair[1] != -100)
+    return [encode.tokenizer.decode([t for t, _ in run]) for trained, run in runs if trained]
+
+
+def shown(text: str, tokens: str) -> str:
+    """A text as the decoder of these tokenizers shows it: it blurs blanks and their stand-in."""
+    text = text.replace("\u2581", " ")
+    return text.replace(" ", "") if tokens == "sentencepiece" else text
+
+
+@pytest.mark.parametrize("kind", CONVERSATIONS)
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_the_answer_and_its_end_are_trained_and_nothing_else(name: str, kind: str) -> None:
+    want = expected(TEMPLATES[name], kind)
+    for tokens in TOKENIZERS:
+        encode = encoder(name, tokens)
+        if want is None:
+            with pytest.raises(AttnimgError, match=r"data\.jsonl, line 7"):
+                learnt(encode, CONVERSATIONS[kind])
+            continue
+        found = learnt(encode, CONVERSATIONS[kind])
+        # A token that begins at the blank before an answer is the answer's.
+        assert [shown(run.removeprefix(" "), tokens) for run in found] == [
+            shown(run, tokens) for run in want
+        ], tokens
+        removed = kind == "reasoning in two turns" and not TEMPLATES[name].keeps
+        assert any("reasoning of earlier turns" in note for note in encode.warnings) == removed
+
+
+@pytest.mark.parametrize("kind", ["single", "multi-turn", "system"])
+@pytest.mark.parametrize(
+    "name", ["cohere2", "gemma3", "glm4moe", "llama3", "phi3", "qwen2_5", "qwen3", "lfm2"]
+)
+def test_a_template_that_marks_what_is_generated_is_followed(name: str, kind: str) -> None:
+    encode = encoder(f"{name}_training", "byte-level")
+    conversation = parse(CONVERSATIONS[kind])
+    ((ids, labels),) = encode([(PLACE, conversation)])
+    messages = [{"role": turn.role, "content": turn.content} for turn in conversation.turns]
+    marked = encode.tokenizer.apply_chat_template(
+        messages, chat_template=template(f"{name}_training"), return_assistant_tokens_mask=True,
+        return_dict=True,
+    )  # fmt: skip
+    assert ids == marked["input_ids"]
+    assert [label != -100 for label in labels] == [bool(bit) for bit in marked["assistant_masks"]]
+    assert not encode.warnings
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_any_text_is_trained_as_it_is(name: str) -> None:
+    """Random conversations, blanks at both ends included: what is learnt is what was said."""
+    row = TEMPLATES[name]
+    for seed in range(4 * len(TOKENIZERS)):
+        rng = random.Random(f"{name} {seed}")
+        tokens = TOKENIZERS[seed % len(TOKENIZERS)]
+        turns = [role(_text(rng)) for _ in range(rng.randint(1, 4)) for role in (user, answer)]
+        found = learnt(encoder(name, tokens), {"messages": turns})
+        said = [turn["content"] for turn in turns if turn["role"] == "assistant"]
+        ends = [row.end] * (len(said) - 1) + [row.last or row.end]
+        assert len(found) == len(said)
+        for run, text, end in zip(found, said, ends, strict=True):
+            run, end = shown(run, tokens), shown(end, tokens)
+            assert run.endswith(end), tokens
+            # Templates strip contents or not; no blank may come from elsewhere but the first.
+            assert run.removesuffix(end).strip() == shown(text, tokens).strip(), tokens
+            assert len(run.removesuffix(end)) <= len(text) + 1, tokens
+
+
+def _text(rng: random.Random) -> str:
+    blanks = ["", "", "", " ", "\n", "  ", "\n\n", "\t"]
+    words = rng.choices(WORDS, k=rng.randint(1, 6))
+    inner = "".join(word + rng.choice([" ", " ", "  ", "\n", "\n\n"]) for word in words).strip()
+    return rng.choice(blanks) + inner + rng.choice(blanks)
