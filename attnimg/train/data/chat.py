@@ -25,6 +25,7 @@ from attnimg.train.data.chat_render import (
     literals_between,
     mark,
     place_contents,
+    reads,
     render,
 )
 from attnimg.train.data.documents import IGNORED
@@ -205,7 +206,8 @@ class ChatEncoder:
     def _other_ends(self, layout: Layout) -> Iterator[Span]:
         """Yield the end tokens of turns without loss: such as also end an answer, or end a text."""
         text = layout.rendering.text + layout.appended
-        known = {text[a:b].strip() for answer in layout.answers for a, b in answer.end}
+        ended = (text[a:b] for answer in layout.answers for a, b in answer.end)
+        known = {token for end in ended for token in self.ends.pattern.findall(end)}
         known |= {self.tokenizer.eos_token, *self.ends.chosen}
         answers = {answer.turn for answer in layout.answers}
         for number, span in enumerate(layout.rendering.contents):
@@ -242,7 +244,7 @@ class ChatEncoder:
             key
             for turn in conversation.turns
             for key in turn.extra
-            if key not in template and key not in ("reasoning_content", "tool_calls")
+            if not reads(template, key) and key not in ("reasoning_content", "tool_calls")
         )
         for what, names in (("columns", conversation.unused), ("message keys", tuple(keys))):
             if names:

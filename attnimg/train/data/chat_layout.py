@@ -111,14 +111,6 @@ class Ends:
             return None
         return found.end()
 
-    def run(self, closing: str) -> int:
-        """Return the end of the tokens that end a turn; of its last word where there are none."""
-        tokens = list(self.pattern.finditer(closing))
-        # Command A's template opens the next turn behind it, whatever it is asked for.
-        named = [token for token in tokens if token.group() in (self.chosen or (self.eos,))]
-        tokens = named or tokens
-        return tokens[-1].end() if tokens else len(closing.rstrip())
-
 
 def lay_out(
     renderer: Renderer, rendering: Rendering, trained: Sequence[bool], ends: Ends
@@ -138,11 +130,14 @@ def lay_out(
     generated = renderer.generated(rendering.messages)
     notes, bounds = dict[str, None](), dict[int, Span]()
     for number, message in enumerate(rendering.messages):
+        turn = _Turn(renderer, rendering, number)
         # A marked span belongs to one of all answers, so that all must be known to share them out.
         if trained[number] or (generated and message["role"] == "assistant"):
-            start, text_end = _Turn(renderer, rendering, number).bounds(notes)
+            start, text_end = turn.bounds(notes)
             if start < text_end:
                 bounds[number] = start, text_end
+        else:
+            turn.reasoning(notes)  # refused where it is dropped, trained or not
     answers, appended = list[Answer](), ""
     for number, (start, text_end) in bounds.items():
         if not trained[number]:
@@ -154,6 +149,8 @@ def lay_out(
             if end is None and number == len(rendering.messages) - 1:
                 appended = turn.following(text_end, ends)
                 end = len(rendering.text) + len(appended) if appended else None
+                if appended:
+                    notes[_appended(appended.strip())] = None
             spans = [(start, end or text_end)]
         end = max(b for _, b in spans)
         ending = (rendering.text + appended)[text_end:end]
@@ -169,6 +166,13 @@ def lay_out(
             )
         )
     return Layout(rendering, tuple(answers), appended, tuple(notes))
+
+
+def _appended(end: str) -> str:
+    return (
+        f"the chat template ends a turn by opening the next one, with {end!r}; it is added after "
+        "the last answer, so that the model learns to stop"
+    )
 
 
 def _not_one_token(end: str) -> str:
@@ -222,13 +226,14 @@ class _Turn:
     def bounds(self, notes: dict[str, None]) -> Span:
         """Return where the turn's text begins and ends; equal where it says nothing."""
         text, content = self.rendering.text, self.rendering.contents[self.number]
-        reasoning = self._reasoning(notes)
+        reasoning = self.reasoning(notes)
         if content is None and reasoning is None and not self.message.get("tool_calls"):
             return 0, 0
         first, end = content or (0, 0)
         if content is None or self.message.get("tool_calls"):
             low, end = self._bounds_of_calls()
-            first = first if content else low + len(text[low:end]) - len(text[low:end].lstrip())
+            low = end - len(text[low:end].lstrip())
+            first = min(first, low) if content else low
         if self.message["role"] != "assistant":
             return first, end
         prompt = self._prompt(notes)
@@ -242,7 +247,7 @@ class _Turn:
         opening = OPENING.search(text, self.before, reasoning)
         return min(first, opening.start() if opening else first), end
 
-    def _reasoning(self, notes: dict[str, None]) -> int | None:
+    def reasoning(self, notes: dict[str, None]) -> int | None:
         """Return where the turn's reasoning begins, None where there is none."""
         reasoning = reasoning_of(self.message)
         content = self.rendering.contents[self.number]
@@ -319,25 +324,33 @@ class _Turn:
         )
 
     def end(self, text_end: int, ends: Ends) -> int | None:
-        """Return the end of what ends the turn, None where nothing does."""
-        text, limit = self.rendering.text, self.limit
-        shared = _before_tag(text, text_end + self._closing(text_end, limit))
-        closing = text[text_end:shared]
-        if not closing.strip():
-            # The end depends on what follows (gpt-oss), or opens the next turn (GLM-4.5).
-            return ends.first(text, text_end, limit)
-        return text_end + ends.run(closing)
+        """Return the end of what ends the turn, None where nothing does.
 
-    def _closing(self, text_end: int, limit: int) -> int:
-        """Return how much of what follows the turn's text is written whatever follows the turn."""
-        messages = self.rendering.messages
+        What is written both where the conversation ends and where it goes on belongs to the turn.
+        """
+        text, messages = self.rendering.text, self.rendering.messages
+        ended, goes_on = text[text_end:], text[text_end : self.limit]
         if self.number + 1 < len(messages):
-            other = self.renderer.attempt(messages[: self.number + 1])
+            ended = self._after(self.renderer.attempt(messages[: self.number + 1]), text_end)
         else:
-            other = self._continued("user") or self.rendering.text
-        return _common_prefix(
-            self.rendering.text[text_end:limit], self._after(other or "", text_end)
-        )
+            goes_on = self._after(self._continued("user"), text_end) or ended
+        shared = _before_tag(ended, _common_prefix(ended, goes_on))
+        if not ended[:shared].strip():
+            # The end depends on what follows (gpt-oss), or opens the next turn (GLM-4.5).
+            return ends.first(text, text_end, self.limit)
+        tokens = list(ends.pattern.finditer(ended[:shared]))
+        named = [token for token in tokens if token.group() in (ends.chosen or (ends.eos,))]
+        # A template that always opens an answer at its end shares that opening with other turns.
+        rest = ended[tokens[-1].start() :] if tokens else ""
+        if (
+            not named
+            and len(tokens) > 1
+            and ended[shared:].strip()
+            and rest.strip() in text[:text_end]
+        ):
+            tokens.pop()
+        last = (named or tokens)[-1:]
+        return text_end + (last[0].end() if last else len(ended[:shared].rstrip()))
 
     def following(self, text_end: int, ends: Ends) -> str:
         """Return what to append to the last turn, whose end is the opening of the next one.
@@ -348,7 +361,7 @@ class _Turn:
         written = self.rendering.text[text_end:]
         roles = ("tool", "user") if self.message.get("tool_calls") else ("user",)
         for role in roles:
-            after = self._after(self._continued(role) or "", text_end)
+            after = self._after(self._continued(role), text_end)
             end = ends.first(after, 0, len(after))
             if end is not None and after.startswith(written) and end > len(written):
                 return after[len(written) : end]
@@ -361,11 +374,11 @@ class _Turn:
         whole = self.renderer.attempt([*self.rendering.messages, following])
         return whole.partition(next_turn)[0] if whole and next_turn in whole else None
 
-    def _after(self, other: str, text_end: int) -> str:
+    def _after(self, other: str | None, text_end: int) -> str:
         """Return what stands behind the turn's last words in another rendering of it."""
         content = self.rendering.contents[self.number]
         said = self.rendering.text[max(content[0] if content else 0, text_end - 40) : text_end]
-        _, found, after = other.rpartition(said)
+        _, found, after = (other or "").rpartition(said)
         return after if found else ""
 
 

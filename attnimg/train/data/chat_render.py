@@ -158,9 +158,14 @@ def _message(renderer: Renderer, turn: Turn) -> dict[str, Any]:
     The standard keys are always there: a template may look into them without their name.
     """
     standard = ("reasoning_content", "tool_calls", "name", "tool_call_id")
-    extra = {k: v for k, v in turn.extra.items() if k in standard or k in renderer.template}
+    extra = {k: v for k, v in turn.extra.items() if k in standard or reads(renderer.template, k)}
     content = {} if turn.content is None else {"content": turn.content}
     return {"role": turn.role, **content, **extra}
+
+
+def reads(template: str, key: str) -> bool:
+    """Return whether a template reads a key of a message, or of anything else."""
+    return re.search(rf"""[.'"]{re.escape(key)}\b""", template) is not None
 
 
 def reasoning_of(message: Message) -> str:

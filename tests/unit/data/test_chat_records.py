@@ -186,6 +186,8 @@ def test_what_has_no_effect_is_named(run_on: Run, json_lines: Write, tokenizer: 
                      "keep one of them", id="two reasonings"),
         pytest.param([user(), answer("A", reasoning_content="R")], "drops the reasoning",
                      "<think>", id="reasoning that the template does not write"),
+        pytest.param([user(), answer("A", reasoning_content="R", weight=0), user(), answer("B")],
+                     "drops the reasoning", "<think>", id="reasoning of a turn without loss"),
         pytest.param([user(), answer("A", tool_calls=[CALL])], "drops a tool call", "chat_template",
                      id="tool calls that the template does not write"),
         pytest.param([user(), answer("A", tool_calls=[{"function": {}}])], "needed a list of calls",
