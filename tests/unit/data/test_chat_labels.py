@@ -6,25 +6,29 @@ The trained text must be what the assistant says and the token that ends its tur
 from __future__ import annotations
 
 import random
-import re
 from dataclasses import dataclass
 from functools import cache
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import pytest
+from chat_labels import (
+    CALL,
+    PLACE,
+    TOKENIZERS,
+    TOOL,
+    WORDS,
+    answer,
+    learnt,
+    parse,
+    tokenizer,
+    user,
+)
 
 from attnimg.errors import AttnimgError
-from attnimg.schema import DatasetSpec
 from attnimg.train.data.chat import ChatEncoder
-from attnimg.train.data.conversations import parse_turns
-from attnimg.train.data.parsed import Conversation
-from attnimg.train.data.records import Place
 
 FIXTURES = Path(__file__).parents[2] / "fixtures" / "chat_templates"
-PLACE = Place("data.jsonl", 7, "line", "datasets[0]")
-SPEC = DatasetSpec(path="data.jsonl", type="chat_template")
 TAGS = "<think>\n{reasoning}\n</think>\n\n{answer}"
 
 
@@ -129,14 +133,6 @@ TEMPLATES = {
 }  # fmt: skip
 # Templates that come with one of their own for conversations with tools.
 TOOL_USE = {"command_r": "command_r_tool_use", "mistral_v2": "mistral_v3_tool_use"}
-TOKENIZERS = ("byte-level", "byte-level, blanks kept", "metaspace", "sentencepiece")
-
-# Latin, Greek, Hebrew, Chinese, Korean, a combining accent, an emoji of two characters.
-WORDS = [
-    "Yes", "no", "7", "na\u00efve", "\u03a9\u03bc\u03ad\u03b3\u03b1", "\u05e9\u05dc\u05d5\u05dd",
-    "\u4f60\u597d", "\uc548\ub155", "e\u0301te", "\U0001f469\u200d\U0001f680", "x=1;", "<b>",
-    "{{a}}", "\\n", "'\"",
-]  # fmt: skip
 
 
 @cache
@@ -150,64 +146,10 @@ def template(name: str) -> str:
 
 
 @cache
-def tokenizer(kind: str) -> Any:
-    """A tokenizer of 900 tokens that knows the special tokens of all templates as such."""
-    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    names = [*TEMPLATES, *TOOL_USE.values()]
-    tags = (
-        r"<[|\uff5c][^<>\s'+]+[|\uff5c]>|<\w+_of_turn>|<turn\|>|<\|turn>|<\|?channel\|?>|</?think>"
-        r"|\[/?[A-Z_]+\]"
-    )
-    found = {tag for name in names for tag in re.findall(tags, template(name))}
-    # Phi's and GLM's templates build theirs from pieces; Zephyr's are no tokens, but shared here.
-    found |= {"<|system|>", "<|user|>", "<|assistant|>", "<|tool_response>", "<|tool_call>"}
-    special = ["<pad>", "<unk>", "<s>", "</s>", *sorted(found)]
-    sentencepiece = kind in ("metaspace", "sentencepiece")
-    backend = Tokenizer(models.BPE(unk_token="<unk>" if sentencepiece else None))
-    if kind == "metaspace":
-        backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
-        backend.decoder = decoders.Metaspace(prepend_scheme="first")
-    elif kind == "sentencepiece":  # as Llama 2's converted one: blanks are replaced beforehand
-        backend.normalizer = normalizers.Sequence(
-            [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
-        )
-        backend.decoder = decoders.Replace("▁", " ")
-    else:
-        backend.pre_tokenizer = pre_tokenizers.ByteLevel(
-            add_prefix_space=False, trim_offsets=kind == "byte-level"
-        )
-        backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=900,
-        special_tokens=special,
-        initial_alphabet=[] if sentencepiece else pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    text = " ".join(WORDS) + " \n\t  Yes. Is it? The king spoke at night. Go. Thanks. Be brief."
-    texts = [text, " Yes.", "Yes.", *map(template, names)]
-    backend.train_from_iterator(texts * 3, trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend, pad_token="<pad>", unk_token="<unk>", bos_token="<s>",
-        eos_token="</s>", extra_special_tokens=special[4:],
-    )  # fmt: skip
+def all_templates() -> tuple[str, ...]:
+    return tuple(map(template, [*TEMPLATES, *TOOL_USE.values()]))
 
 
-def user(content: str, **keys: Any) -> dict[str, Any]:
-    return {"role": "user", "content": content, **keys}
-
-
-def answer(content: str, **keys: Any) -> dict[str, Any]:
-    return {"role": "assistant", "content": content, **keys}
-
-
-CALL = {"type": "function", "id": "abcdefghi",
-        "function": {"name": "weather", "arguments": {"city": "Paris"}}}  # fmt: skip
-TOOL = {"type": "function", "function": {
-    "name": "weather", "description": "The weather.",
-    "parameters": {"type": "object", "required": ["city"], "properties": {
-        "city": {"type": "string", "description": "A city."}}}}}  # fmt: skip
 FIRST = answer("Yes.", reasoning_content="The king spoke.")
 SECOND = answer("Go.", reasoning_content="At night.")
 CONVERSATIONS: dict[str, dict[str, Any]] = {
@@ -252,21 +194,7 @@ def encoder(name: str, kind: str, **keys: Any) -> ChatEncoder:
     templates: Any = template(name)
     if name in TOOL_USE:
         templates = {"default": template(name), "tool_use": template(TOOL_USE[name])}
-    return ChatEncoder(tokenizer(kind), templates, **keys)
-
-
-def parse(record: dict[str, Any]) -> Conversation:
-    parsed = parse_turns(SPEC, record, PLACE)
-    assert parsed is not None
-    return parsed
-
-
-def learnt(encode: ChatEncoder, record: dict[str, Any]) -> list[str]:
-    """The text of each run of tokens with loss."""
-    ((ids, labels),) = encode([(PLACE, parse(record))])
-    assert all(label in (-100, token) for token, label in zip(ids, labels, strict=True))
-    runs = groupby(zip(ids, labels, strict=True), key=lambda pair: pair[1] != -100)
-    return [encode.tokenizer.decode([t for t, _ in run]) for trained, run in runs if trained]
+    return ChatEncoder(tokenizer(kind, all_templates()), templates, **keys)
 
 
 def shown(text: str, tokens: str) -> str:
