@@ -175,6 +175,13 @@ def _appended(end: str) -> str:
     )
 
 
+def _unasked(opening: str) -> str:
+    return (
+        f"the chat template opens an answer with {opening!r} where generation does not; it is not "
+        "the record's text and carries no loss"
+    )
+
+
 def _not_one_token(end: str) -> str:
     return (
         f"the chat template ends a turn with {end!r}, which the tokenizer does not know as one "
@@ -237,13 +244,15 @@ class _Turn:
         if self.message["role"] != "assistant":
             return first, end
         prompt = self._prompt(notes)
+        if prompt is None or not text.startswith(prompt) or len(prompt) > first:
+            prompt = None
         if reasoning is None:
+            unasked = text[len(prompt) : first].strip() if prompt else ""
+            if unasked and not self.renderer.marks:
+                notes[_unasked(unasked)] = None
             return first, end
         # What opens the reasoning belongs to it, whether or not the template writes it unasked.
-        if prompt and text.startswith(prompt) and len(prompt) <= reasoning:
-            first = reasoning - len(text[len(prompt) : reasoning].lstrip())
-        else:
-            first = reasoning
+        first = reasoning - (len(text[len(prompt) : reasoning].lstrip()) if prompt else 0)
         opening = OPENING.search(text, self.before, reasoning)
         return min(first, opening.start() if opening else first), end
 
@@ -251,7 +260,8 @@ class _Turn:
         """Return where the turn's reasoning begins, None where there is none."""
         reasoning = reasoning_of(self.message)
         content = self.rendering.contents[self.number]
-        if not reasoning or (content and CLOSING in self.rendering.text[slice(*content)]):
+        within = content and CLOSING in self.rendering.text[slice(*content)]
+        if not reasoning or (within and not self.message.get("reasoning_content")):
             return None
         at = self.rendering.text.find(reasoning, self.before, content[0] if content else self.limit)
         if at >= 0:

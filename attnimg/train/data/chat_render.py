@@ -54,9 +54,14 @@ class Renderer:
         except TemplateError:
             return None
 
+    @property
+    def marks(self) -> bool:
+        """Whether the template marks what the model writes."""
+        return GENERATION.search(self.template) is not None
+
     def generated(self, messages: Sequence[Message]) -> list[Span]:
         """Return the spans that the template's {% generation %} marks, none without it."""
-        if GENERATION.search(self.template) is None:
+        if not self.marks:
             return []
         return self._render(messages, return_assistant_tokens_mask=True)[1]
 

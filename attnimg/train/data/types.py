@@ -33,12 +33,12 @@ REQUEST = "Write a response that appropriately completes the request."
 
 
 def is_chat(spec: DatasetSpec) -> bool:
-    """Tell whether records are conversations, rendered by a chat template."""
+    """Return whether records are conversations, rendered by a chat template."""
     return (spec.type or "").startswith("chat_template")
 
 
 def is_text(spec: DatasetSpec) -> bool:
-    """Tell whether records are running text, which may be split anywhere."""
+    """Return whether records are running text, which may be split anywhere."""
     return spec.type in ("completion", "pretrain")
 
 
