@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from attnimg.errors import AttnimgError
-from attnimg.train.data.chat_layout import Answer, Ends, Layout, lay_out
+from attnimg.train.data.chat_layout import Answer, Layout, lay_out
 from attnimg.train.data.chat_render import (
     CLOSING,
     Literals,
@@ -28,6 +28,7 @@ from attnimg.train.data.chat_render import (
     reads,
     render,
 )
+from attnimg.train.data.chat_turn import Ends
 from attnimg.train.data.documents import IGNORED
 from attnimg.train.data.parsed import Conversation, Parsed, Turn
 from attnimg.train.data.records import Place

@@ -240,6 +240,35 @@ def test_a_template_that_marks_what_is_generated_is_followed(name: str, kind: st
     assert not encode.warnings
 
 
+@pytest.mark.parametrize(
+    ("name", "kind", "note"),
+    [
+        pytest.param("mistral_v2", "system", "a prompt that generation will not show",
+                     id="a system message that moves to the last turn"),
+        pytest.param("qwen3_5_think", "tools", "a prompt that generation will not show",
+                     id="think blocks that earlier turns lose"),
+        pytest.param("glm4moe", "single", "it is added after the last answer",
+                     id="an end of turn that is the next one's opening"),
+        pytest.param("qwen3", "single", r"opens an answer with '<think>\n\n</think>'",
+                     id="a think block that the template writes by itself"),
+        pytest.param("gptoss", "single", "opens an answer with '<|channel|>final<|message|>'",
+                     id="a channel that the template writes by itself"),
+        pytest.param("llama3", "multi-turn", None, id="nothing to say"),
+    ],
+)  # fmt: skip
+def test_what_a_template_does_of_itself_is_said(name: str, kind: str, note: str | None) -> None:
+    encode = encoder(name, "byte-level")
+    learnt(encode, CONVERSATIONS[kind])
+    assert any(note in said for said in encode.warnings) if note else not encode.warnings
+
+
+def test_end_tokens_that_end_no_answer_are_said() -> None:
+    for chosen, said in (("</s>", True), ("<|im_end|>", False)):
+        encode = encoder("qwen2_5", "byte-level", eot_tokens=(chosen,))
+        assert learnt(encode, CONVERSATIONS["single"]) == ["Yes.<|im_end|>"]
+        assert any("do not end the answers" in note for note in encode.warnings) == said
+
+
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_any_text_is_trained_as_it_is(name: str) -> None:
     """Random conversations, blanks at both ends included: what is learnt is what was said."""
