@@ -37,7 +37,7 @@ class Place:
     first: bool = False
 
     def __str__(self) -> str:
-        """Return the place in words: "train.jsonl, line 3"."""
+        """Say it as a person would: "train.jsonl, line 3"."""
         return f"{self.file}, {self.unit} {self.number}"
 
 
@@ -85,7 +85,7 @@ def _broken(path: Path, key: str, why: str, *, at: str = "") -> AttnimgError:
     return AttnimgError(
         f"cannot read {path}{at}",
         why=why,
-        do="repair the file, or write it again with the tool that made it",
+        do="mend the file, or write it again with the tool that made it",
         code="bad-data",
         key=f"{key}.path",
     )
