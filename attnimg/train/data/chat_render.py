@@ -83,6 +83,7 @@ class Renderer:
                 **kwargs,
                 **self.tokenizer.special_tokens_map,
             )
+            texts[0].encode()  # half of a surrogate pair is no character: tokenizers raise
         except (
             jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, TypeError,
             ValueError,

@@ -222,8 +222,12 @@ def _reasoning(message: Mapping[str, Any], place: Place, *, number: int) -> str:
 
 
 def _flag(holder: Mapping[str, Any], what: str, place: Place) -> bool | None:
-    """Return what a record's flags say of the loss: trained, not trained, or nothing."""
-    found = set[bool]()
+    """Return what a record's flags say of the loss: trained, not trained, or nothing.
+
+    A weight of 1 says nothing: OpenAI's format has it on any message, and trains answers alone.
+    Source: platform.openai.com/docs/guides/supervised-fine-tuning, "weight" (2026-11-26)
+    """
+    found = dict[str, bool]()
     for key in FLAGS:
         value = holder.get(key)
         if value is None:
@@ -234,13 +238,16 @@ def _flag(holder: Mapping[str, Any], what: str, place: Place) -> bool | None:
                 why=f"{key} of {what} is {shown(value)}, needed 0 or 1 (false or true)",
                 do="write 0 or 1; other weights of the loss are not supported",
             )
-        found.add(bool(value))
-    if len(found) > 1:
-        keys = ", ".join(key for key in FLAGS if key in holder)
+        found[key] = bool(value)
+    if len(set(found.values())) > 1:
         raise bad_record(
-            place, why=f"{keys} of {what} contradict one another", do="keep one of the flags"
+            place,
+            why=f"{', '.join(found)} of {what} contradict one another",
+            do="keep one of the flags",
         )
-    return found.pop() if found else None
+    if False in found.values():
+        return False
+    return True if found.keys() - {"weight"} else None
 
 
 def _refuse_media(holder: Mapping[str, Any], what: str, place: Place) -> None:

@@ -56,6 +56,8 @@ def one(config: Config, tokenizer: Any) -> tuple[str, str]:
                      "B<|im_end|>", id="train: false"),
         pytest.param([user("Q", training=True), answer("A", training=False)],
                      "Q<|im_end|>", id="training: true on the user's turn, as axolotl has it"),
+        pytest.param([user("Q", weight=1), answer("A", weight=1)], "A<|im_end|>",
+                     id="weight 1 on any message, as OpenAI has it"),
         pytest.param([user(), answer("A", weight=None)], "A<|im_end|>", id="a null flag"),
         pytest.param([user(), answer([{"type": "text", "text": "No."},
                                       {"type": "text", "text": " Yes."}])],
@@ -123,6 +125,15 @@ def test_tool_calls_are_trained(
     text, trained = one(config, tokenizer)
     assert trained == learnt + "B<|im_end|>"
     assert tools is None or '"name": "f"' in text.partition("<|im_start|>")[0]
+
+
+def test_half_a_character_in_a_tool_call_is_refused(
+    run_on: Run, json_lines: Write, tokenizer: Any
+) -> None:
+    call = {"function": {"name": "f", "arguments": {"x": "\ud83d"}}}
+    path = json_lines({"messages": [user(), {"role": "assistant", "tool_calls": [call]}]})
+    with pytest.raises(AttnimgError, match="surrogate"):
+        load_documents(run_on(path, "chat_template", chat_template_jinja=CALLING), tokenizer)
 
 
 def test_a_system_column_opens_the_conversation(
