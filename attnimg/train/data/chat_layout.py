@@ -18,6 +18,12 @@ UNMARKED_END = (
 )
 
 
+RESTORED = (
+    "the chat template drops the reasoning of every answer; it is put back before the last one, "
+    "where generation writes it"
+)
+
+
 @dataclass(frozen=True, slots=True)
 class Answer:
     """A turn with loss.
@@ -67,6 +73,8 @@ def lay_out(
     _check_tools(renderer, rendering)
     generated = renderer.generated(rendering.messages)
     notes, bounds = dict[str, None](), dict[int, Span]()
+    if renderer.restores:
+        notes[RESTORED] = None
     for number, message in enumerate(rendering.messages):
         turn = RenderedTurn(renderer, rendering, number)
         # A marked span belongs to one of all answers, so that all must be known to share them out.

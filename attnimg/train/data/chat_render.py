@@ -32,12 +32,15 @@ class Renderer:
         template: Jinja.
         tools: JSON schemas, shown to the template.
         parts: whether contents are given as lists of one part, as to vision models.
+        restores: whether the reasoning that the template drops is put back before the last
+            answer, where generation writes it too.
     """
 
     tokenizer: Any
     template: str
     tools: tuple[Message, ...] = ()
     parts: bool = False
+    restores: bool = False
 
     def text(self, messages: Sequence[Message], *, prompt: bool = False) -> str:
         """Return what the template writes; with `prompt`, the opening of an answer at its end.
@@ -45,7 +48,8 @@ class Renderer:
         Raises:
             TemplateError: the template raised.
         """
-        return self._render(messages, add_generation_prompt=prompt)[0]
+        text = self._render(messages, add_generation_prompt=prompt)[0]
+        return self._restored(messages, text) if self.restores and not prompt else text
 
     def attempt(self, messages: Sequence[Message], *, prompt: bool = False) -> str | None:
         """Return what the template writes, None where it raises: not all parts make a whole."""
@@ -64,6 +68,22 @@ class Renderer:
         if not self.marks:
             return []
         return self._render(messages, return_assistant_tokens_mask=True)[1]
+
+    def _restored(self, messages: Sequence[Message], text: str) -> str:
+        """Return a text with the whole content of the last answer in the place of its end."""
+        last, head = messages[-1], head_of(messages[-1])
+        if not head:
+            return text
+        shown = self._render([*messages[:-1], {**last, "content": mark(-1)}])[0]
+        before, found, after = shown.partition(mark(-1))
+        answer = text[len(before) : len(text) - len(after)].strip()
+        dropped = found and text.startswith(before) and text.endswith(after)
+        if not dropped or answer != last["content"][len(head) :].strip():
+            return text
+        if before.rstrip().endswith(CLOSING):  # it wrote a reasoning of its own
+            return text
+        opening = "" if "<think>" in head else "<think>\n"  # generation begins with it
+        return before + opening + str(last["content"]) + after
 
     def _given(self, message: Message) -> dict[str, Any]:
         content = message.get("content")
@@ -139,7 +159,8 @@ def forms(
 
     Beside tool calls a content may be missing (as axolotl has it), empty (most templates) or null
     (DeepSeek-R1's), and the arguments may be JSON text (DeepSeek's). Reasoning in a content may
-    have a key of its own. Templates of vision models may take nothing but lists of parts.
+    have a key of its own, or stand in the content of the last answer alone (DeepSeek's templates
+    drop it there too). Templates of vision models may take nothing but lists of parts.
     """
     known = [_message(renderer, turn) for turn in conversation.turns]
     absent = [turn.content is None for turn in conversation.turns]
@@ -155,6 +176,9 @@ def forms(
                 if form not in seen:
                     seen.append(form)
                     yield renderer, form
+    joined = tuple(map(_join_reasoning, seen[0]))
+    if CLOSING in renderer.template and not renderer.marks and any(map(head_of, joined)):
+        yield replace(renderer, restores=True), joined
     yield replace(renderer, parts=True), seen[0]
 
 
@@ -197,6 +221,16 @@ def _split_reasoning(message: Message) -> Message:
     if message.get("reasoning_content") or not reasoning:
         return message
     return {**message, "content": message["content"][len(head) :], "reasoning_content": reasoning}
+
+
+def _join_reasoning(message: Message) -> Message:
+    """Return a message with its reasoning in <think> tags in its content."""
+    content = message.get("content")
+    if message["role"] != "assistant" or not message.get("reasoning_content") or not content:
+        return message
+    rest = {key: value for key, value in message.items() if key != "reasoning_content"}
+    tagged = f"<think>\n{message['reasoning_content'].strip()}\n</think>\n\n{content}"
+    return {**rest, "content": tagged}
 
 
 def mark(number: int) -> str:

@@ -70,8 +70,8 @@ TEMPLATES = {
     "cohere": Row(end="<|END_OF_TURN_TOKEN|>"),
     "cohere2": Row(end="<|END_RESPONSE|><|END_OF_TURN_TOKEN|>"),
     "command_r": Row(end="<|END_OF_TURN_TOKEN|>", call=COMMAND_R + "<|END_OF_TURN_TOKEN|>"),
-    "deepseek_r1_distill": Row(end=DEEPSEEK),
-    "deepseekv3": Row(end=DEEPSEEK),
+    "deepseek_r1_distill": Row(end=DEEPSEEK, reasoning=TAGS),
+    "deepseekv3": Row(end=DEEPSEEK, reasoning=TAGS),
     "gemma": Row(end="<end_of_turn>", system=False),
     "gemma3": Row(end="<end_of_turn>"),
     "gemma4_v5": Row(
@@ -260,6 +260,16 @@ def test_what_a_template_does_of_itself_is_said(name: str, kind: str, note: str 
     encode = encoder(name, "byte-level")
     learnt(encode, CONVERSATIONS[kind])
     assert any(note in said for said in encode.warnings) if note else not encode.warnings
+
+
+def test_reasoning_that_a_template_always_drops_is_put_back_once() -> None:
+    encode = encoder("deepseek_r1_distill", "byte-level")
+    record = {"messages": [user("Is it?"), answer("The king spoke.\n</think>\n\nYes.")]}
+    ((ids, _),) = encode([(PLACE, parse(record))])
+    want = "The king spoke.\n</think>\n\nYes." + DEEPSEEK
+    assert encode.tokenizer.decode(ids).endswith("\uff5c><think>\n" + want)
+    assert learnt(encode, record) == [want]
+    assert any("put back before the last one" in note for note in encode.warnings)
 
 
 def test_end_tokens_that_end_no_answer_are_said() -> None:
