@@ -26,7 +26,7 @@ from chat_labels import (
 )
 
 from attnimg.errors import AttnimgError
-from attnimg.train.data.chat import ChatEncoder
+from attnimg.train.data.chat import ChatEncoder, label
 
 FIXTURES = Path(__file__).parents[2] / "fixtures" / "chat_templates"
 TAGS = "<think>\n{reasoning}\n</think>\n\n{answer}"
@@ -66,6 +66,7 @@ COMMAND_R = 'Action: ```json\n[{"tool_name": "weather", "parameters": {"city": "
 
 # The names of TRL's templates, and those of tests/fixtures/chat_templates.
 TEMPLATES = {
+    "always_open": Row(end=IM_END),
     "chatml": Row(end=IM_END),
     "cohere": Row(end="<|END_OF_TURN_TOKEN|>"),
     "cohere2": Row(end="<|END_RESPONSE|><|END_OF_TURN_TOKEN|>"),
@@ -224,7 +225,7 @@ def test_the_answer_and_its_end_are_trained_and_nothing_else(name: str, kind: st
 
 @pytest.mark.parametrize("kind", ["single", "multi-turn", "system"])
 @pytest.mark.parametrize(
-    "name", ["cohere2", "gemma3", "glm4moe", "llama3", "phi3", "qwen2_5", "qwen3", "lfm2"]
+    "name", ["cohere2", "diffusion_gemma", "gemma3", "glm4moe", "llama3", "phi3", "qwen2_5", "lfm2"]
 )
 def test_a_template_that_marks_what_is_generated_is_followed(name: str, kind: str) -> None:
     encode = encoder(f"{name}_training", "byte-level")
@@ -279,6 +280,34 @@ def test_end_tokens_that_end_no_answer_are_said() -> None:
         assert any("do not end the answers" in note for note in encode.warnings) == said
 
 
+@pytest.mark.parametrize(
+    ("offsets", "labels"),
+    [
+        pytest.param([(0, 3), (3, 7), (7, 11)], [-100, 2, 3], id="a token with the blank before"),
+        pytest.param([(0, 3), (4, 7), (7, 11)], [-100, 2, 3], id="a blank trimmed off the offsets"),
+        pytest.param([(0, 3), (4, 4), (4, 7), (7, 11)], [-100, -100, 3, 4],
+                     id="a token of the blank alone is the template's"),
+        pytest.param([(0, 5), (5, 7), (7, 11)], [1, 2, 3],
+                     id="a token of both that shows the answer"),
+        pytest.param([(0, 4), (4, 7), (7, 11)], [-100, 2, 3],
+                     id="a special token that swallows the blank behind it"),
+        pytest.param([(0, 3), (3, 5), (5, 5), (5, 7), (7, 11)], [-100, 2, -100, 4, 5],
+                     id="a token of no character"),
+    ],
+)  # fmt: skip
+def test_tokens_that_show_the_answer_are_labelled(
+    offsets: list[tuple[int, int]], labels: list[int]
+) -> None:
+    text = "[I] Yes</s>"  # the answer is characters 4 to 11
+    ids = list(range(1, len(offsets) + 1))
+    assert label(ids, text, offsets, trained=[(4, 11)]) == labels
+
+
+def test_a_blank_inside_the_answer_is_labelled_though_trimmed() -> None:
+    ids, offsets = [1, 2, 3, 4], [(0, 1), (1, 2), (6, 6), (6, 7)]  # "x:" and blanks, then "y"
+    assert label(ids, ":x    y", offsets, trained=[(1, 7)]) == [-100, 2, 3, 4]
+
+
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_any_text_is_trained_as_it_is(name: str) -> None:
     """Random conversations, blanks at both ends included: what is learnt is what was said."""
@@ -302,5 +331,5 @@ def test_any_text_is_trained_as_it_is(name: str) -> None:
 def _text(rng: random.Random) -> str:
     blanks = ["", "", "", " ", "\n", "  ", "\n\n", "\t"]
     words = rng.choices(WORDS, k=rng.randint(1, 6))
-    inner = "".join(word + rng.choice([" ", " ", "  ", "\n", "\n\n"]) for word in words).strip()
+    inner = "".join(word + rng.choice([" ", " ", "      ", "\n", "\n\n"]) for word in words).strip()
     return rng.choice(blanks) + inner + rng.choice(blanks)
