@@ -303,6 +303,12 @@ def test_tokens_that_show_the_answer_are_labelled(
     assert label(ids, text, offsets, trained=[(4, 11)]) == labels
 
 
+def test_a_token_that_swallows_an_answers_first_blank_is_not_the_answers() -> None:
+    """Phi-3's <|assistant|> takes the blanks behind it (rstrip), the answer's own too."""
+    offsets = [(0, 4), (4, 7), (7, 11)]
+    assert label([1, 2, 3], "[I] Yes</s>", offsets, trained=[(3, 11)]) == [-100, 2, 3]
+
+
 def test_a_blank_inside_the_answer_is_labelled_though_trimmed() -> None:
     ids, offsets = [1, 2, 3, 4], [(0, 1), (1, 2), (6, 6), (6, 7)]  # "x:" and blanks, then "y"
     assert label(ids, ":x    y", offsets, trained=[(1, 7)]) == [-100, 2, 3, 4]
