@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -159,21 +160,28 @@ def _check_tools(renderer: Renderer, rendering: Rendering) -> None:
             "set chat_template to one that writes tools, or describe them in a system message "
             "and take the column tools out",
         )
-    for number, message in enumerate(messages):
-        for index, call in enumerate(message.get("tool_calls") or ()):
-            calls = list(message["tool_calls"])
-            calls[index] = _renamed(call)
-            changed = {**message, "tool_calls": calls}
-            text = renderer.attempt([*messages[:number], changed, *messages[number + 1 :]])
-            if text is None or "marked_function" not in text or "marked value" not in text:
-                raise RewrittenError(f"it drops a tool call of message {number + 1}")
+    calling = [number for number, message in enumerate(messages) if message.get("tool_calls")]
+    if not calling:
+        return
+    renamed, names = list(messages), dict[str, int]()
+    for number in calling:
+        calls = []
+        for call in messages[number]["tool_calls"]:
+            name = f"marked_{len(names)}_function"
+            names[name] = number
+            calls.append(_renamed(call, name))
+        renamed[number] = {**messages[number], "tool_calls": calls}
+    text = renderer.attempt(renamed) or ""
+    for name, number in names.items():
+        if name not in text or f"value of {name}" not in text:
+            raise RewrittenError(f"it drops a tool call of message {number + 1}")
 
 
-def _renamed(call: Message) -> Message:
-    """Return a tool call with another name and other arguments."""
+def _renamed(call: Message, name: str) -> Message:
+    """Return a tool call with this name, which its arguments name too."""
     function = call.get("function", call)
-    arguments: object = {"marked": "marked value"}
+    arguments: object = {"marked": f"value of {name}"}
     if isinstance(function.get("arguments"), str):
-        arguments = '{"marked": "marked value"}'
-    changed = {**function, "name": "marked_function", "arguments": arguments}
+        arguments = json.dumps(arguments)
+    changed = {**function, "name": name, "arguments": arguments}
     return {**call, "function": changed} if "function" in call else changed
