@@ -118,6 +118,8 @@ class RenderedTurn:
         if prompt is None or not text.startswith(prompt) or len(prompt) > first:
             prompt = None
         if reasoning is None:
+            if prompt and self.message.get("tool_calls") and not self._plain_opens(prompt, first):
+                return len(prompt), end
             unasked = text[len(prompt) : first].strip() if prompt else ""
             if unasked and not self.renderer.marks:
                 notes[_unasked(unasked)] = None
@@ -203,6 +205,16 @@ class RenderedTurn:
             _before_tag(whole, min(prefixes)),
             _before_tag(whole, len(whole) - min(suffixes)),
         )
+
+    def _plain_opens(self, prompt: str, first: int) -> bool:
+        """Return whether what stands before this turn's text also stands before a plain answer.
+
+        Else it belongs to a call: gpt-oss names the channel, Muse Glimmer who is called.
+        """
+        plain = {"role": self.message["role"], "content": PLAIN[0]}
+        whole = self.renderer.attempt([*self.rendering.messages[: self.number], plain]) or ""
+        opening = whole.partition(PLAIN[0])[0][len(prompt) :]
+        return opening.strip() == self.rendering.text[len(prompt) : first].strip()
 
     def end(self, text_end: int, ends: Ends) -> int | None:
         """Return the end of what ends the turn, None where nothing does.

@@ -112,7 +112,7 @@ TEMPLATES = {
         end="<|eot|>", keeps=True,
         reasoning="to=self<|message|>{reasoning}<|eom|><|start|>assistant to=user<|message|>"
         "{answer}",
-        call='weather<|message|><atem:function_calls>\n<atem:invoke name="weather">\n'
+        call='to=weather<|message|><atem:function_calls>\n<atem:invoke name="weather">\n'
         '<atem:parameter name="city">Paris</atem:parameter>\n</atem:invoke>\n'
         "</atem:function_calls><|eot|>",
     ),
