@@ -43,6 +43,11 @@ test/packages: .venv/ready build/fa4/ready ## Compare the backends' files with t
 	  $$(sed -n 's/^source = "\(.*==.*\)"/\1/p' recipes/kernels/*.toml)
 	WHEELS=build/packages FA4_PYTHON=build/fa4/bin/python $(BIN)/pytest tests/packages
 
+test/templates: .venv/ready ## Label conversations with the chat templates of axolotl's wheel, 2 MB
+	@mkdir -p build/packages
+	$(BIN)/pip download -q --disable-pip-version-check -d build/packages --no-deps axolotl==0.19.0
+	WHEELS=build/packages $(BIN)/pytest tests/packages/test_chat_templates.py
+
 check: .venv/ready ## Format, lint, types, import layers
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .

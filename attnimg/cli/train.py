@@ -200,7 +200,7 @@ def fit_planned(
         proofs: these, for the receipt.
         resume: where the run goes on; None for a new run.
     """
-    from attnimg.train.data import load_documents, sentence
+    from attnimg.train.data import load_documents, sample_text, sentence
     from attnimg.train.fit import fit
     from attnimg.train.model import load_model
     from attnimg.train.run import RunFacts
@@ -214,6 +214,7 @@ def fit_planned(
         session.say(sentence(figures))
     for warning in documents.warnings:
         session.say(f"warning: {warning}")
+    session.say(sample_text(documents, tokenizer))
     backend = _backend(found)
     session.say(f"run: {described(context_of(session.problem, backend))}")
     model = load_model(

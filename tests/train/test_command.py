@@ -71,7 +71,7 @@ def receipt(out: Path) -> dict[str, Any]:
 def test_a_run_says_what_was_asked_and_got_and_leaves_a_receipt(home: Path, tmp_path: Path) -> None:
     done = train(home, tmp_path, "max_steps=2", "learning_rate=1e-3")
     assert done.returncode == 0, done.stderr
-    for word in ("asked", "auto", "got", "sdpa", "because", "isolated"):
+    for word in ("asked", "auto", "got", "sdpa", "because", "isolated", ">>>", "<<<"):
         assert word in done.stderr
     written = [Path(line) for line in done.stdout.splitlines()]
     assert written

@@ -7,6 +7,7 @@ from attnimg.train.data.chat_templates import choose_chat_template
 from attnimg.train.data.check import check_sources
 from attnimg.train.data.documents import Documents, SourceFigures, sentence
 from attnimg.train.data.load import load_documents
+from attnimg.train.data.sample import sample_text
 
 __all__ = [
     "Documents",
@@ -14,5 +15,6 @@ __all__ = [
     "check_sources",
     "choose_chat_template",
     "load_documents",
+    "sample_text",
     "sentence",
 ]

@@ -1,22 +1,54 @@
-"""Render conversations with a chat template and say exactly which tokens carry loss.
+"""Encode conversations: a chat template writes them, and exactly the answers carry loss.
 
-A template is rendered once for each sequence of roles with a marker in place of every content.
-What stands between the markers is the template's own text. A conversation's rendering must be
-that text with the contents put in; then every span is known to the character. A template for
-which this does not hold, or that shows a turn what comes after it, is refused: never guessed at.
+render -> locate the contents -> lay out the answers -> tokenize -> label by character offsets.
+Conversations of plain messages share a layout with all others that have the same roles.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from attnimg.errors import AttnimgError
+from attnimg.train.data.chat_layout import Answer, Layout, lay_out
+from attnimg.train.data.chat_render import (
+    CLOSING,
+    Literals,
+    Message,
+    Renderer,
+    Rendering,
+    RewrittenError,
+    Span,
+    TemplateError,
+    forms,
+    literals_between,
+    mark,
+    place_contents,
+    reads,
+    render,
+)
+from attnimg.train.data.chat_turn import Ends
 from attnimg.train.data.documents import IGNORED
-from attnimg.train.data.parsed import Pair, Parsed, Turn
+from attnimg.train.data.parsed import Conversation, Parsed, Turn
 from attnimg.train.data.records import Place
 
-Span = tuple[int, int]  # first character and the one after the last
+EMPTY_ANSWERS = "answers without text carry no loss: they would teach the model to say nothing"
+
+
+@dataclass(frozen=True, slots=True)
+class _Shape:
+    """What all conversations of the same roles share: the template's text, and the answers in it.
+
+    Attributes:
+        literals: the template's own text between the contents.
+        starts: where each of these texts starts in the layout.
+        layout: of a conversation with marks for contents.
+    """
+
+    literals: Literals
+    starts: tuple[int, ...]
+    layout: Layout
 
 
 class ChatEncoder:
@@ -24,12 +56,13 @@ class ChatEncoder:
 
     Args:
         tokenizer: a transformers tokenizer that gives character offsets (a "fast" one).
-        template: the chat template, Jinja.
+        template: the chat template, Jinja; or several by name, of which "tool_use" serves
+            conversations with tools and "default" all others.
         trained_roles: roles whose turns carry loss, in the template's terms.
         train_on_eos: which turns' end tokens carry loss: of trained turns ("turn"), of every
-            turn ("all"), of the last one ("last"), or of none.
+            turn ("all"), of the last trained one ("last"), or of none.
         train_on_inputs: whether every token carries loss.
-        eot_tokens: texts that end a turn; empty: the tokenizer's special tokens.
+        eot_tokens: texts that end a turn, besides the tokenizer's special tokens.
         system_message: put before conversations without a system turn; None for nothing.
 
     Raises:
@@ -39,7 +72,7 @@ class ChatEncoder:
     def __init__(
         self,
         tokenizer: Any,
-        template: str,
+        template: str | Mapping[str, str],
         *,
         trained_roles: frozenset[str] = frozenset({"assistant"}),
         train_on_eos: Literal["all", "turn", "last", "none"] = "turn",
@@ -56,162 +89,258 @@ class ChatEncoder:
                 code="bad-value",
                 key="tokenizer_type",
             )
-        self.tokenizer, self.template = tokenizer, template
+        self.tokenizer = tokenizer
+        self.templates = {"default": template} if isinstance(template, str) else dict(template)
         self.trained_roles, self.train_on_eos = trained_roles, train_on_eos
         self.train_on_inputs, self.system_message = train_on_inputs, system_message
-        special = {
-            *tokenizer.all_special_tokens,
-            *map(str, tokenizer.added_tokens_decoder.values()),
-        }
-        self.ends = eot_tokens or tuple(sorted(special - {""}, key=len, reverse=True))
-        self.literals: dict[tuple[str, ...], tuple[str, ...]] = {}
+        self.ends = Ends.of(tokenizer, eot_tokens)
+        self.shapes: dict[tuple[tuple[str, bool], ...], _Shape | None] = {}
+        self.notes: dict[str, None] = {}
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """Say where trained turns have no end token, so that the model can't learn to stop."""
-        if self.train_on_eos == "none" or not any(
-            role in self.trained_roles and not self._end(literals, index)
-            for roles, literals in self.literals.items()
-            for index, role in enumerate(roles)
-        ):
-            return ()
-        return (
-            "the chat template ends a turn with no token that the tokenizer knows as special, so "
-            "the model will not learn to stop; set eot_tokens to the text that ends a turn",
-        )
+        """Sentences on what does not carry loss, or may surprise, in what was encoded so far."""
+        return tuple(self.notes)
 
     def __call__(self, batch: Sequence[tuple[Place, Parsed]]) -> list[tuple[list[int], list[int]]]:
-        """Encode conversations to input_ids and labels."""
-        texts, spans = [], []
+        """Encode conversations to input_ids and labels.
+
+        Raises:
+            AttnimgError: the template raises, or drops what a record says; names the record.
+        """
+        texts, trained, masked = list[str](), list[list[Span]](), list[list[Span]]()
         for place, parsed in batch:
-            assert not isinstance(parsed, Pair), place
-            turns = parsed
-            if self.system_message and turns[0].role != "system":
-                turns = (Turn("system", self.system_message), *turns)
-            text = self._render(turns, place)
-            texts.append(text)
-            spans.append(list(self._trained(turns, self._contents(turns, text, place), text)))
+            assert isinstance(parsed, Conversation), place
+            conversation = self._with_system_message(parsed)
+            try:
+                layout = self._laid_out(conversation)
+                masked.append(list(self._masks(conversation, layout)))
+            except TemplateError as error:
+                raise self._raised(conversation, place, str(error)) from None
+            except RewrittenError as error:
+                raise self._refusal(conversation, place, error) from None
+            self.notes |= dict.fromkeys(layout.notes)
+            self._note_unused(conversation)
+            texts.append(layout.rendering.text + layout.appended)
+            trained.append(list(self._spans(layout)))
         encoded = self.tokenizer(
             texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False
         )
         return [
-            (ids, list(ids) if self.train_on_inputs else _labels(ids, offsets, trained))
-            for ids, offsets, trained in zip(
-                encoded["input_ids"], encoded["offset_mapping"], spans, strict=True
+            (ids, label(ids, text, offsets, trained=spans, masked=without))
+            for ids, text, offsets, spans, without in zip(
+                encoded["input_ids"], texts, encoded["offset_mapping"], trained, masked,
+                strict=True,
             )
-        ]
+        ]  # fmt: skip
 
-    def _render(self, turns: Sequence[Turn], place: Place) -> str:
-        import jinja2
+    def _with_system_message(self, conversation: Conversation) -> Conversation:
+        turns = conversation.turns
+        if not self.system_message or turns[0].role in ("system", "developer"):
+            return conversation
+        return replace(conversation, turns=(Turn("system", self.system_message), *turns))
 
-        messages = [{"role": turn.role, "content": turn.content} for turn in turns]
-        try:
-            text = self.tokenizer.apply_chat_template(
-                messages, chat_template=self.template, tokenize=False
+    def _trains(self, turn: Turn) -> bool:
+        return turn.role in self.trained_roles if turn.train is None else turn.train
+
+    def _renderer(self, conversation: Conversation) -> Renderer:
+        tools = conversation.tools
+        name = "tool_use" if tools and "tool_use" in self.templates else "default"
+        return Renderer(self.tokenizer, self.templates[name], tools)
+
+    def _laid_out(self, conversation: Conversation) -> Layout:
+        """Find the answers, by the shape that conversations of these roles share where it fits."""
+        renderer, turns = self._renderer(conversation), conversation.turns
+        if not conversation.tools and not any(turn.extra for turn in turns):
+            messages: tuple[Message, ...] = tuple(
+                {"role": turn.role, "content": turn.content} for turn in turns
             )
-        except (jinja2.TemplateError, ArithmeticError, TypeError) as error:
-            raise AttnimgError(
-                f"the chat template refuses {place}",
-                why=f"it says: {error}; the roles are {', '.join(turn.role for turn in turns)}",
-                do="mend the record, or set chat_template to one that takes these roles",
-                code="bad-data",
-                key=f"{place.key}.path",
-            ) from None
-        return str(text)
+            if all((turn.content or "").strip() for turn in turns):
+                shape = self._shape(renderer, turns)
+                rendering = Rendering(messages, renderer.text(messages))
+                placed = shape and place_contents(rendering, shape.literals, whole=True)
+                if shape and placed:
+                    return _transferred(shape, replace(rendering, contents=placed))
+        trained = [self._trains(turn) for turn in turns]
+        errors = list[TemplateError | RewrittenError]()
+        for given, form in forms(renderer, conversation):
+            try:
+                return lay_out(given, render(given, form), trained, self.ends)
+            except (TemplateError, RewrittenError) as error:
+                errors.append(error)
+        # What a template that rendered does wrong says more than why another form raised.
+        raise next((error for error in errors if isinstance(error, RewrittenError)), errors[0])
 
-    def _contents(self, turns: Sequence[Turn], text: str, place: Place) -> list[Span]:
-        """Find each turn's content in the rendered text."""
-        literals = self._literals(turns, place)
-        if not text.startswith(literals[0]):
-            raise self._refusal(place, "its text before the first turn depends on the content")
-        spans = []
-        at = len(literals[0])
-        for number, (turn, after) in enumerate(zip(turns, literals[1:], strict=True), start=1):
-            whole = turn.content
-            for content in (whole, whole.strip(), whole.lstrip(), whole.rstrip()):
-                if text.startswith(content + after, at):
-                    break
-            else:
-                raise self._refusal(place, f"it rewrites the content of turn {number}")
-            spans.append((at, at + len(content)))
-            at += len(content) + len(after)
-        if at != len(text):
-            raise self._refusal(place, "its text after the last turn depends on the content")
-        return spans
+    def _shape(self, renderer: Renderer, turns: Sequence[Turn]) -> _Shape | None:
+        """Lay out a conversation of these roles with marks for contents; None where that fails.
 
-    def _literals(self, turns: Sequence[Turn], place: Place) -> tuple[str, ...]:
-        """Give the template's own text around n contents, n + 1 pieces, for these roles."""
-        roles = tuple(turn.role for turn in turns)
-        if roles not in self.literals:
-            marks = [f"(content {number} of a turn)" for number in range(len(roles))]
-            marked = [Turn(role, mark) for role, mark in zip(roles, marks, strict=True)]
-            text = self._render(marked, place)
-            pieces, rest = [], text
-            for mark in marks:
-                if rest.count(mark) != 1:
-                    raise self._refusal(place, "it drops, repeats or reorders turns")
-                piece, rest = rest.split(mark)
-                pieces.append(piece)
-            for index, role in enumerate(roles):
-                before = marked[:index]
-                if role in self.trained_roles and any(turn.role != "system" for turn in before):
-                    self._check_prefix(self._render(before, place), text, place)
-            self.literals[roles] = (*pieces, rest)
-        return self.literals[roles]
-
-    def _check_prefix(self, before: str, text: str, place: Place) -> None:
-        """Refuse a template whose rendering of the turns before an answer changes with it."""
-        if not text.startswith(before):
-            raise self._refusal(place, "what it writes before a turn changes with what follows")
-
-    def _trained(self, turns: Sequence[Turn], spans: list[Span], text: str) -> Iterator[Span]:
-        """Yield the spans that carry loss: contents of trained roles, and end tokens."""
-        literals = self.literals[tuple(turn.role for turn in turns)]
-        for index, (turn, (start, end)) in enumerate(zip(turns, spans, strict=True)):
-            trained = turn.role in self.trained_roles
-            if trained:
-                yield start, end
-            last = index == len(turns) - 1
-            if {
-                "all": True, "turn": trained, "last": last, "none": False,
-            }[self.train_on_eos]:  # fmt: skip
-                yield end, min(end + self._end(literals, index), len(text))
-
-    def _end(self, literals: tuple[str, ...], index: int) -> int:
-        """Measure the end token of a turn, with blanks before it; 0 where there is none.
-
-        A special token that opens the first turn opens the others too, so it ends none.
+        What fails is laid out by itself, and its error names the record.
         """
-        after = literals[index + 1]
-        stripped = after.lstrip()
-        for token in self.ends:
-            opens = token in literals[0] and token != self.tokenizer.eos_token
-            if stripped.startswith(token) and not opens:
-                return len(after) - len(stripped) + len(token)
-        return 0
+        key = tuple((turn.role, self._trains(turn)) for turn in turns)
+        if key not in self.shapes:
+            marked = tuple(
+                {"role": turn.role, "content": mark(index)} for index, turn in enumerate(turns)
+            )
+            try:
+                rendering = render(renderer, marked)
+                layout = lay_out(renderer, rendering, [flag for _, flag in key], self.ends)
+                literals = literals_between(rendering.text, [True] * len(turns))
+                assert literals is not None, key
+                self.shapes[key] = _Shape(literals, _starts(rendering, literals), layout)
+            except (TemplateError, RewrittenError):
+                self.shapes[key] = None
+        return self.shapes[key]
 
-    def _refusal(self, place: Place, why: str) -> AttnimgError:
-        name = self.template if len(self.template) <= 60 else self.template[:57] + "..."
+    def _spans(self, layout: Layout) -> Iterator[Span]:
+        """Yield the spans that carry loss: texts of answers, and what ends a turn."""
+        if self.train_on_inputs:
+            yield 0, len(layout.rendering.text) + len(layout.appended)
+            return
+        for answer in layout.answers:
+            yield from answer.text
+            last = answer is layout.answers[-1]
+            if self.train_on_eos in ("turn", "all") or (self.train_on_eos == "last" and last):
+                yield from answer.end
+        if self.train_on_eos == "all":
+            yield from self._other_ends(layout)
+
+    def _other_ends(self, layout: Layout) -> Iterator[Span]:
+        """Yield the end tokens of turns without loss: such as also end an answer, or end a text."""
+        text = layout.rendering.text + layout.appended
+        ended = (text[a:b] for answer in layout.answers for a, b in answer.end)
+        known = {token for end in ended for token in self.ends.pattern.findall(end)}
+        known |= {self.tokenizer.eos_token, *self.ends.chosen}
+        answers = {answer.turn for answer in layout.answers}
+        for number, span in enumerate(layout.rendering.contents):
+            if span is None or number in answers:
+                continue
+            end = self.ends.first(text, span[1], len(text))
+            if end is not None and text[span[1] : end].strip() in known:
+                yield span[1], end
+
+    def _masks(self, conversation: Conversation, layout: Layout) -> Iterator[Span]:
+        """Yield the spans that a record's flags take out of the loss."""
+        spans = layout.rendering.contents
+        for turn, message, span in zip(
+            conversation.turns, layout.rendering.messages, spans, strict=True
+        ):
+            if span is None or turn.content is None:
+                continue
+            if turn.train is False:
+                yield span
+            if turn.untrained:
+                written = layout.rendering.text[slice(*span)]
+                if message.get("content") != turn.content or (
+                    CLOSING in turn.content and CLOSING not in written
+                ):
+                    raise RewrittenError("it rewrites a content that has untrained parts")
+                # The template may have stripped the content: parts count from its beginning.
+                offset = span[0] - turn.content.rfind(written)
+                for start, end in turn.untrained:
+                    yield max(span[0], start + offset), min(span[1], end + offset)
+
+    def _note_unused(self, conversation: Conversation) -> None:
+        template = self._renderer(conversation).template
+        keys = dict.fromkeys(
+            key
+            for turn in conversation.turns
+            for key in turn.extra
+            if not reads(template, key) and key not in ("reasoning_content", "tool_calls")
+        )
+        for what, names in (("columns", conversation.unused), ("message keys", tuple(keys))):
+            if names:
+                self.notes[f"these {what} have no effect: {', '.join(names)}"] = None
+        if any(
+            self._trains(turn)
+            and not (turn.content or "").strip()
+            and not {"tool_calls", "reasoning_content"} & turn.extra.keys()
+            for turn in conversation.turns
+        ):
+            self.notes[EMPTY_ANSWERS] = None
+
+    def _raised(self, conversation: Conversation, place: Place, error: str) -> AttnimgError:
+        roles = ", ".join(turn.role for turn in conversation.turns)
+        return AttnimgError(
+            f"the chat template refuses {place}",
+            why=f"it raises: {error}; the roles are {roles}",
+            do="correct the record, or set chat_template to one that takes these roles",
+            code="bad-data",
+            key=f"{place.key}.path",
+        )
+
+    def _refusal(
+        self, conversation: Conversation, place: Place, error: RewrittenError
+    ) -> AttnimgError:
+        template = self._renderer(conversation).template
+        name = template if len(template) <= 60 else template[:57] + "..."
         return AttnimgError(
             f"the chat template can't be used for training: {place}",
-            why=f"{why}, so the tokens of a turn can't be told from those of its prompt\n"
-            f"template: {name}",
-            do="set chat_template to one whose turns stand one after another, such as chatml",
+            why=f"{error}, so the record would not be trained as it is\ntemplate: {name}",
+            do=error.do,
             code="bad-value",
             key="chat_template",
         )
 
 
-def _labels(ids: list[int], offsets: Sequence[Span], trained: list[Span]) -> list[int]:
-    """Label the tokens that start inside a trained span; spans and offsets are in order."""
-    labels = [IGNORED] * len(ids)
-    remaining = iter(trained)
-    span = next(remaining, None)
+def _starts(rendering: Rendering, literals: Literals) -> tuple[int, ...]:
+    """Return where each literal starts: after the content before it."""
+    ends = [span[1] for number in literals[0] if (span := rendering.contents[number])]
+    return (0, *ends)
+
+
+def _transferred(shape: _Shape, rendering: Rendering) -> Layout:
+    """Return a shape's layout at the places that a conversation's own contents leave.
+
+    Answers begin and end where the template writes, never inside a content.
+    """
+    here = _starts(rendering, shape.literals)
+    *pieces, last = shape.literals[1]
+    pieces.append(last + shape.layout.appended)
+
+    def moved(span: Span) -> Span:
+        start, end = (
+            next(
+                new + at - old
+                for old, new, piece in zip(shape.starts, here, pieces, strict=True)
+                if old <= at <= old + len(piece)
+            )
+            for at in span
+        )
+        return start, end
+
+    answers = tuple(
+        Answer(answer.turn, tuple(map(moved, answer.text)), tuple(map(moved, answer.end)))
+        for answer in shape.layout.answers
+    )
+    return Layout(rendering, answers, shape.layout.appended, shape.layout.notes)
+
+
+def label(
+    ids: list[int],
+    text: str,
+    offsets: Sequence[Span],
+    *,
+    trained: Sequence[Span],
+    masked: Sequence[Span] = (),
+) -> list[int]:
+    """Label the tokens that show a character of a trained span.
+
+    A token reaches back to the end of the one before it: tokenizers trim blanks off the offsets
+    (trim_offsets), yet the token holds them. Blanks alone make no token part of a span, unless it
+    holds nothing else: the one that opens an answer may begin at the blank before it.
+    """
+    spans = [(*span, True) for span in trained] + [(*span, False) for span in masked]
+    spans.sort(key=lambda span: (span[0], not span[2]))
+    labels, reached, first = [IGNORED] * len(ids), 0, 0
     for index, (start, end) in enumerate(offsets):
-        while span is not None and start >= span[1]:
-            span = next(remaining, None)
-        if span is None:
-            break
-        if start >= span[0] and end > start:
-            labels[index] = ids[index]
+        low, high = min(start, reached), max(end, reached)
+        reached = high
+        while first < len(spans) and spans[first][1] <= low:
+            first += 1
+        for a, b, counts in spans[first:]:
+            if a >= high:
+                break
+            inside = text[max(a, low) : min(b, high)]
+            if inside and (inside.strip() or not text[low:high].strip()):
+                labels[index] = ids[index] if counts else IGNORED
     return labels

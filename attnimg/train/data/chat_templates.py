@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +37,11 @@ FALLBACK = "tokenizer_default_fallback_"
 
 def choose_chat_template(
     config: Config, tokenizer: Any, *, spec: DatasetSpec | None = None, key: str = "datasets[0]"
-) -> str:
-    """Give the Jinja text of the template; what a dataset entry says goes before the run's own.
+) -> str | dict[str, str]:
+    """Return the Jinja text of the template; what a dataset entry says goes before the run's own.
+
+    A tokenizer may have several by name (Command-R, Mistral v0.3, Hermes): all of them are
+    returned, and conversations with tools use "tool_use", all others "default".
 
     Args:
         config: names a template (chat_template) or holds one (chat_template_jinja).
@@ -55,28 +59,35 @@ def choose_chat_template(
     if jinja and name in (None, "jinja"):
         return _read_jinja(jinja, key=where + "_jinja")
     own = tokenizer.chat_template
+    named = dict(own) if isinstance(own, Mapping) else {}
+    if name in named:
+        return str(named[name])
+    if named and "default" not in named:
+        own = None
     if name is None or name == "tokenizer_default":
-        if isinstance(own, str):
-            return own
+        if own:
+            return named or str(own)
         raise AttnimgError(
             "the tokenizer has no chat template",
-            why="found none in the tokenizer; a chat_template dataset needs one",
-            do=f"set chat_template to one of {', '.join(NAMED)}, or write one in "
+            why=(f"found {', '.join(named)}" if named else "found none")
+            + " in the tokenizer; a chat_template dataset needs a default one",
+            do=f"set chat_template to one of {', '.join([*named, *NAMED])}, or write one in "
             "chat_template_jinja",
             code="missing-key",
             key=where,
         )
-    if name.startswith(FALLBACK) and isinstance(own, str):
-        return own
+    if name.startswith(FALLBACK) and own:
+        return named or str(own)
     plain = name.removeprefix(FALLBACK)
     if plain in NAMED:
         return NAMED[plain]
-    near = difflib.get_close_matches(plain, [*NAMED, "tokenizer_default"], n=1, cutoff=0.0)
+    choices = [*named, *NAMED, "tokenizer_default"]
+    near = difflib.get_close_matches(plain, choices, n=1, cutoff=0.0)
     raise AttnimgError(
         f"unknown chat template {name!r}",
-        why=f"{where} is {name}, needed tokenizer_default, {', '.join(NAMED)}, or jinja with "
+        why=f"{where} is {name}, needed one of {', '.join(choices)}, or jinja with "
         "chat_template_jinja",
-        do=f"set {where}: {near[0] if isinstance(own, str) else next(iter(NAMED))}",
+        do=f"set {where}: {near[0] if own else next(iter(NAMED))}",
         code="bad-value",
         key=where,
     )

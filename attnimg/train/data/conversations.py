@@ -1,4 +1,7 @@
-"""Check that a record holds a conversation, and name its roles as chat templates do."""
+"""Check that a record holds a conversation, and name its roles and keys as chat templates do.
+
+Nothing of a message is dropped in silence: a key is used, refused, or named as having no effect.
+"""
 
 from __future__ import annotations
 
@@ -6,50 +9,122 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from attnimg.errors import AttnimgError
 from attnimg.schema import DatasetSpec
-from attnimg.train.data.parsed import Turn, column, shown, text
+from attnimg.train.data.parsed import Conversation, Turn, column, shown, text
 from attnimg.train.data.records import Place, bad_record
+from attnimg.train.data.tool_calls import read_tool_calls, read_tools, without_nulls
 
-# Names of roles in ShareGPT's records, and those of chat templates.
+# Names of roles in records, and those of chat templates. The first seven are axolotl's.
+# Source: axolotl 067b021c, prompt_strategies/chat_template.py:78-87 (2026-11-26)
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant",
-         "system": "system"}  # fmt: skip
+         "system": "system", "tool": "tool", "developer": "developer",
+         "ipython": "ipython"}  # fmt: skip
+
+# Roles that stand for a tool call or for its result in the records of other trainers.
+CALLS = frozenset({"function_call", "tool_call", "tool_calls", "function-call", "tool-call"})
+RESULTS = frozenset(
+    {"observation", "function", "function_response", "tool_response", "tool_result", "tool_results",
+     "function_result"}
+)  # fmt: skip
+
+# Names of the reasoning before an answer, in the order in which transformers reads them.
+# Source: transformers 5.22.2, utils/chat_template_utils.py, _REASONING_FIELDS (2026-11-26)
+REASONING = ("reasoning_content", "thinking", "reasoning")
+# Flags of a message or of a part of its content: whether it carries loss.
+FLAGS = ("train", "training", "weight")
+MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 
 
-def parse_turns(
-    spec: DatasetSpec, record: Mapping[str, Any], place: Place
-) -> tuple[Turn, ...] | None:
-    """Read a conversation; None when all its turns are empty.
+def parse_turns(spec: DatasetSpec, record: Mapping[str, Any], place: Place) -> Conversation | None:
+    """Return the conversation of a record; None where no answer to be trained has any text.
 
     Raises:
-        AttnimgError: it is no list of messages with known roles, or it uses tools.
+        AttnimgError: it is no list of messages, or a message holds what can't be trained on.
     """
-    field = spec.field_messages or "messages"
-    hint = (
-        f"name the column of the conversation: `field_messages: {next(iter(record), 'messages')}`"
-    )
-    messages = column(record, field, place, needed=(field,), hint=hint)
+    name = spec.field_messages or "messages"
+    messages = column(record, name, place, needed=(name,), hint=_column_hint(record))
     if isinstance(messages, str):  # some sets store the conversation as JSON text
         try:
             messages = json.loads(messages)
         except json.JSONDecodeError:
             messages = shown(messages)
-    if not isinstance(messages, list):
+    if not isinstance(messages, list) or not messages:
         raise bad_record(
             place,
-            why=f"{field} is {shown(messages)}, needed a list of messages",
+            why=f"{name} is {shown(messages)}, needed a list of messages",
             do="write a conversation as a list of objects with role and content",
         )
-    if record.get("tools"):
-        raise _no_tools("a list of tools", place)
+    _refuse_media(record, "the record", place)
     turns = tuple(
         _turn(spec, message, place, number=n) for n, message in enumerate(messages, start=1)
     )
-    return turns if any(turn.content.strip() for turn in turns) else None
+    turns = _with_system_column(turns, record, place)
+    if not _has_text(spec, turns):
+        return None
+    used = {name, "tools", "system"}
+    unused = tuple(key for key, value in record.items() if key not in used and value is not None)
+    return Conversation(turns, read_tools(record.get("tools"), place), unused)
+
+
+def roles(spec: DatasetSpec) -> dict[str, str]:
+    """Map the names of roles in records to those of the chat template."""
+    custom = spec.roles or {}
+    return (
+        ROLES
+        | {role: role for role in custom}
+        | {name: role for role, names in custom.items() for name in names}
+    )
+
+
+def trained_roles(spec: DatasetSpec) -> frozenset[str]:
+    """Return the roles whose turns carry loss, in the chat template's terms."""
+    named = spec.roles_to_train if spec.roles_to_train is not None else ["assistant"]
+    return frozenset(roles(spec).get(role, role) for role in named)
+
+
+def _column_hint(record: Mapping[str, Any]) -> str:
+    """Return what to set: the column that holds a list of messages, where there is one."""
+    for name, value in record.items():
+        if isinstance(value, list) and value and isinstance(value[0], Mapping):
+            return f"name the column of the conversation: `field_messages: {name}`"
+    for name, type_ in (("instruction", "alpaca"), ("text", "completion")):
+        if name in record:
+            return f"use the type that fits these columns: `type: {type_}`"
+    return "write the conversation as a column messages: a list of objects with role and content"
+
+
+def _has_text(spec: DatasetSpec, turns: tuple[Turn, ...]) -> bool:
+    """Return whether a conversation has anything to learn; without answers, any text counts."""
+    trained = trained_roles(spec)
+    answers = [turn for turn in turns if turn.role in trained] or turns
+    return any(
+        (turn.content or "").strip()
+        or turn.extra.get("tool_calls")
+        or turn.extra.get(REASONING[0], "").strip()
+        for turn in answers
+    )
+
+
+def _with_system_column(
+    turns: tuple[Turn, ...], record: Mapping[str, Any], place: Place
+) -> tuple[Turn, ...]:
+    """Put the text of the column `system` before the conversation, as axolotl does."""
+    if record.get("system") is None:
+        return turns
+    system = text(record["system"], "system", place)
+    if not system.strip() or (turns[0].role == "system" and turns[0].content == system):
+        return turns
+    if turns[0].role == "system":
+        raise bad_record(
+            place,
+            why="found a column system beside a first message of the role system",
+            do="keep one of the two",
+        )
+    return (Turn("system", system), *turns)
 
 
 def _turn(spec: DatasetSpec, message: object, place: Place, *, number: int) -> Turn:
-    named = {
+    mappings = {
         "role": spec.message_field_role or "role",
         "content": spec.message_field_content or "content",
     } | (spec.message_property_mappings or {})
@@ -57,51 +132,155 @@ def _turn(spec: DatasetSpec, message: object, place: Place, *, number: int) -> T
         raise bad_record(
             place,
             why=f"message {number} is {shown(message)}, needed an object with "
-            f"{named['role']} and {named['content']}",
+            f"{mappings['role']} and {mappings['content']}",
             do="write each message as an object",
         )
-    if message.get("tool_calls"):
-        raise _no_tools(f"tool calls in message {number}", place)
-    for name in (named["role"], named["content"]):
-        if name not in message:
+    named: dict[str, Any] = {
+        to: message[name] for to, name in mappings.items() if message.get(name) is not None
+    }
+    rest = {
+        key: value
+        for key, value in message.items()
+        if key not in mappings.values() and key not in named and value is not None
+    }
+    named = without_nulls(rest) | named
+    if named.get("function_call"):
+        raise bad_record(
+            place,
+            why=f"message {number} has function_call, which chat templates do not read",
+            do="write it as tool_calls: a list of "
+            '{"type": "function", "function": {"name": ..., "arguments": {...}}}',
+        )
+    _refuse_media(named, f"message {number}", place)
+    calls = read_tool_calls(named.get("tool_calls"), place, number=number)
+    for key in ("role", "content"):
+        if key not in named and not (key == "content" and (calls or mappings[key] in message)):
             raise bad_record(
                 place,
                 why=f"message {number} has {', '.join(message) or 'nothing'}; "
-                f"needed {named['role']} and {named['content']}",
-                do="say what they are called: "
-                "`message_property_mappings: {role: from, content: value}`",
+                f"needed {mappings['role']} and {mappings['content']}",
+                do="name its keys: `message_property_mappings: {role: from, content: value}`",
                 code="wrong-columns" if place.first else "bad-data",
             )
-    role = text(message[named["role"]], f"{named['role']} of message {number}", place)
-    content = text(message[named["content"]], f"{named['content']} of message {number}", place)
-    return Turn(_role(spec, role, place, number=number), content)
+    name = text(named["role"], f"{mappings['role']} of message {number}", place)
+    role = _role(spec, name, place, number=number)
+    reasoning = _reasoning(named, place, number=number)
+    content, untrained = _content(
+        named.get("content"),
+        f"{mappings['content']} of message {number}",
+        place,
+        optional=bool(calls or reasoning),
+    )
+    known = ("role", "content", "tool_calls", "function_call", *REASONING, *FLAGS, *MEDIA)
+    extra = {key: value for key, value in named.items() if key not in known}
+    if calls:
+        extra["tool_calls"] = calls
+    if reasoning:
+        extra[REASONING[0]] = reasoning
+    return Turn(role, content, extra, _flag(named, f"message {number}", place), untrained)
 
 
-def roles(spec: DatasetSpec) -> dict[str, str]:
-    """Map the names of roles in records to those of the chat template."""
-    if not spec.roles:
-        return ROLES
-    return {role: role for role in spec.roles} | {
-        name: role for role, names in spec.roles.items() for name in names
+def _content(
+    value: object, name: str, place: Place, *, optional: bool
+) -> tuple[str | None, tuple[tuple[int, int], ...]]:
+    """Return a content's text and its untrained spans; a list of text parts is joined."""
+    if value is None and optional:
+        return None, ()
+    if not isinstance(value, list):
+        return text(value, name, place), ()
+    pieces, untrained, at = list[str](), list[tuple[int, int]](), 0
+    for part in value:
+        if not isinstance(part, Mapping) or part.get("type") not in (None, "text"):
+            raise bad_record(
+                place,
+                why=f"a part of {name} is {shown(part)}, needed text: "
+                '{"type": "text", "text": "..."}',
+                do="write it as text, or drop the record; images, audio and video are not read",
+            )
+        found = next((part[k] for k in ("text", "content", "value") if part.get(k)), "")
+        pieces.append(text(found, f"a part of {name}", place))
+        if _flag(part, f"a part of {name}", place) is False:
+            untrained.append((at, at + len(found)))
+        at += len(found)
+    return "".join(pieces), tuple(untrained)
+
+
+def _reasoning(message: Mapping[str, Any], place: Place, *, number: int) -> str:
+    """Return the reasoning before an answer, which records name in several ways."""
+    found = {
+        text(message[key], f"{key} of message {number}", place): key
+        for key in REASONING
+        if message.get(key) not in (None, "")
     }
+    if len(found) > 1:
+        raise bad_record(
+            place,
+            why=f"message {number} has {' and '.join(found.values())}, which differ",
+            do=f"keep one of them, as {REASONING[0]}",
+        )
+    return next(iter(found), "")
+
+
+def _flag(holder: Mapping[str, Any], what: str, place: Place) -> bool | None:
+    """Return what a record's flags say of the loss: trained, not trained, or nothing.
+
+    A weight of 1 says nothing: OpenAI's format has it on any message, and trains answers alone.
+    Source: platform.openai.com/docs/guides/supervised-fine-tuning, "weight" (2026-11-26)
+    """
+    found = dict[str, bool]()
+    for key in FLAGS:
+        value = holder.get(key)
+        if value is None:
+            continue
+        if not isinstance(value, bool | int | float) or value not in (0, 1):
+            raise bad_record(
+                place,
+                why=f"{key} of {what} is {shown(value)}, needed 0 or 1 (false or true)",
+                do="write 0 or 1; other weights of the loss are not supported",
+            )
+        found[key] = bool(value)
+    if len(set(found.values())) > 1:
+        raise bad_record(
+            place,
+            why=f"{', '.join(found)} of {what} contradict one another",
+            do="keep one of the flags",
+        )
+    if False in found.values():
+        return False
+    return True if found.keys() - {"weight"} else None
+
+
+def _refuse_media(holder: Mapping[str, Any], what: str, place: Place) -> None:
+    for key in MEDIA:
+        if holder.get(key):
+            raise bad_record(
+                place,
+                why=f"{what} has {key}; training on images, audio or video is not supported",
+                do=f"drop the record, or take {key} out of it",
+            )
 
 
 def _role(spec: DatasetSpec, name: str, place: Place, *, number: int) -> str:
     known = roles(spec)
     if name in known:
         return known[name]
-    if name in ("tool", "function"):
-        raise _no_tools(f"message {number} of the role {name}", place)
+    what = f"message {number} has the role {name!r}"
+    if name in CALLS:
+        raise bad_record(
+            place,
+            why=f"{what}, which stands for a call of a tool by the assistant",
+            do='write it as {"role": "assistant", "tool_calls": [{"type": "function", "function": '
+            '{"name": ..., "arguments": {...}}}]}',
+        )
+    if name in RESULTS:
+        raise bad_record(
+            place,
+            why=f"{what}, which stands for the result of a tool",
+            do='write it as {"role": "tool", "content": ...} after the message with tool_calls',
+        )
     raise bad_record(
         place,
-        why=f"message {number} has the role {name!r}, needed one of {', '.join(known)}",
-        do=f"map it: `roles: {{user: [{name}]}}` in {place.key}",
-    )
-
-
-def _no_tools(found: str, place: Place) -> AttnimgError:
-    return bad_record(
-        place,
-        why=f"found {found}; conversations with tools are not supported",
-        do="drop the records with tools",
+        why=f"{what}, needed one of {', '.join(known)}",
+        do=f"map it to the role it speaks for, in {place.key}: `roles: {{user: [{name}]}}` or "
+        f"`roles: {{assistant: [{name}]}}`",
     )

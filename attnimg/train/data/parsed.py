@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from attnimg.train.data.records import Place, bad_record
@@ -20,13 +20,39 @@ class Pair:
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """One message of a conversation, its role in the chat template's terms."""
+    """One message of a conversation, its role in the chat template's terms.
+
+    Attributes:
+        role: the role.
+        content: the text; None where the record has none, as beside tool calls.
+        extra: the message's other keys, such as reasoning_content and tool_calls.
+        train: what the record's flag says of the loss; None: as the role says.
+        untrained: character spans of the content that carry no loss.
+    """
 
     role: str
-    content: str
+    content: str | None
+    extra: Mapping[str, Any] = field(default_factory=dict)
+    train: bool | None = None
+    untrained: tuple[tuple[int, int], ...] = ()
 
 
-Parsed = Pair | tuple[Turn, ...]
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """What a record of the type chat_template holds.
+
+    Attributes:
+        turns: the messages.
+        tools: JSON schemas of the functions that the assistant may call.
+        unused: the record's columns that have no effect.
+    """
+
+    turns: tuple[Turn, ...]
+    tools: tuple[Mapping[str, Any], ...] = ()
+    unused: tuple[str, ...] = ()
+
+
+Parsed = Pair | Conversation
 Parse = Callable[[Mapping[str, Any], Place], Parsed | None]
 
 

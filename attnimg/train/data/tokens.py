@@ -10,7 +10,7 @@ from attnimg.errors import AttnimgError
 from attnimg.schema import Config
 from attnimg.train.data.chat import ChatEncoder
 from attnimg.train.data.chat_templates import choose_chat_template
-from attnimg.train.data.conversations import roles
+from attnimg.train.data.conversations import trained_roles
 from attnimg.train.data.documents import IGNORED
 from attnimg.train.data.parsed import Pair, Parsed
 from attnimg.train.data.records import Place
@@ -66,7 +66,9 @@ class PairEncoder:
             return []
         # verbose: the warning about the model's longest sequence; sequence_len is checked later.
         ids = self.tokenizer(texts, add_special_tokens=start, verbose=False)["input_ids"]
-        eos = self.tokenizer.eos_token_id
+        bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
+        # A text may spell the tokens that the tokenizer, or this class, adds to it.
+        ids = [row[1:] if bos is not None and row[:2] == [bos, bos] else row for row in ids]
         return [row[:-1] if row and row[-1] == eos else row for row in ids]
 
 
@@ -78,12 +80,10 @@ def encoder_for(source: Source, config: Config, tokenizer: Any) -> Encoder:
     """
     spec = source.spec
     if is_chat(spec):
-        known = roles(spec)
-        trained = spec.roles_to_train if spec.roles_to_train is not None else ["assistant"]
         return ChatEncoder(
             tokenizer,
             choose_chat_template(config, tokenizer, spec=spec, key=source.key),
-            trained_roles=frozenset(known.get(role, role) for role in trained),
+            trained_roles=trained_roles(spec),
             train_on_eos=spec.train_on_eos or "turn",
             train_on_inputs=config.train_on_inputs,
             eot_tokens=tuple(config.eot_tokens or ()),

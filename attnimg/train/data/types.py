@@ -14,7 +14,7 @@ from attnimg.errors import AttnimgError
 from attnimg.schema import DatasetSpec
 from attnimg.train.data.conversations import parse_turns
 from attnimg.train.data.parsed import Pair, Parse, column, text
-from attnimg.train.data.records import Place
+from attnimg.train.data.records import Place, bad_record
 
 # What people may write, with the types axolotl's users know. `pretrain` is completion by the name
 # that pretraining_dataset uses.
@@ -33,12 +33,12 @@ REQUEST = "Write a response that appropriately completes the request."
 
 
 def is_chat(spec: DatasetSpec) -> bool:
-    """Tell whether records are conversations, rendered by a chat template."""
+    """Return whether records are conversations, rendered by a chat template."""
     return (spec.type or "").startswith("chat_template")
 
 
 def is_text(spec: DatasetSpec) -> bool:
-    """Tell whether records are running text, which may be split anywhere."""
+    """Return whether records are running text, which may be split anywhere."""
     return spec.type in ("completion", "pretrain")
 
 
@@ -82,9 +82,21 @@ def _alpaca(
     instruction, output = (
         text(column(record, name, place, needed=needed, hint=hint), name, place) for name in needed
     )
+    _refuse_context(record, place)
     extra = record.get("input")
     extra = "" if extra is None else text(extra, "input", place)
     return Pair(prompt(instruction, extra), output) if output.strip() else None
+
+
+def _refuse_context(record: Mapping[str, Any], place: Place) -> None:
+    """Refuse what other trainers put before an instruction: alpaca's prompt has no place for it."""
+    for name in ("system", "history"):
+        if record.get(name):
+            raise bad_record(
+                place,
+                why=f"found {name}, which the prompt of alpaca has no place for",
+                do=f"write the records as conversations (type: chat_template), or drop {name}",
+            )
 
 
 def _instruct_prompt(instruction: str, extra: str) -> str:

@@ -187,19 +187,19 @@ def test_the_system_message_opens_conversations_without_one(
         ),
         pytest.param(
             "{% for m in messages | reverse %}{{ m.role }}: {{ m.content }}\n{% endfor %}",
-            "drops, repeats or reorders", id="puts the last turn first",
+            "reorders turns", id="puts the last turn first",
         ),
         pytest.param(
             "{% for m in messages %}{{ m.content | upper }}\n{% endfor %}",
-            "drops, repeats or reorders", id="rewrites what was said",
+            "drops or repeats the content of message 1", id="rewrites what was said",
         ),
         pytest.param(
             "{% for m in messages[-1:] %}{{ m.content }}\n{% endfor %}",
-            "drops, repeats or reorders", id="forgets the turns before",
+            "drops or repeats the content of message 1", id="forgets the turns before",
         ),
         pytest.param(
             "{% for m in messages %}{{ m.content | replace('zeal', 'meal') }}\n{% endfor %}",
-            "rewrites the content of turn 1", id="rewrites one word",
+            "rewrites the content of message 1", id="rewrites one word",
         ),
         pytest.param(
             "{{ raise_exception('roles must alternate') }}", "roles must alternate",
@@ -216,12 +216,16 @@ def test_a_template_whose_turns_cannot_be_told_apart_is_refused(
     assert "chat template" in caught.value.what
 
 
-def test_a_template_without_a_known_end_token_is_a_warning(
+def test_an_end_of_turn_that_is_no_token_is_trained_and_named(
     run_on: Run, json_lines: Write, tokenizer: Any
 ) -> None:
     path = json_lines({"messages": TALK})
     config = run_on(path, "chat_template", chat_template="llama3")
-    assert "eot_tokens" in load_documents(config, tokenizer).warnings[0]
+    assert one(config, tokenizer)[1] == "A disorder.<|eot_id|>Go.<|eot_id|>"
+    assert "tokens: ['<|eot_id|>']" in load_documents(config, tokenizer).warnings[0]
+    known = copy.deepcopy(tokenizer)
+    known.add_tokens(["<|eot_id|>"])  # what the warning advises
+    assert not load_documents(config, known).warnings
     assert not load_documents(run_on(path, "chat_template"), tokenizer).warnings
 
 
@@ -238,9 +242,8 @@ def test_a_template_without_a_known_end_token_is_a_warning(
                      "'narrator', needed one of", id="an unknown role"),
         pytest.param({"messages": [{"role": "user", "content": None}]}, "bad-data",
                      "content of message 1 is null", id="no content"),
-        pytest.param({"messages": [{"role": "tool", "content": "x"}]}, "bad-data", "tools",
-                     id="a tool's turn"),
-        pytest.param({"messages": TALK, "tools": [{}]}, "bad-data", "tools", id="a list of tools"),
+        pytest.param({"messages": TALK, "tools": [{"name": "f"}]}, "bad-value", "drops the tools",
+                     id="tools that the template does not show"),
     ],
 )  # fmt: skip
 def test_records_that_are_no_conversation_are_refused_by_line(

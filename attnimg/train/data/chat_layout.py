@@ -1,0 +1,187 @@
+"""Find which characters of a rendered conversation carry loss: its answers, and what ends them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from attnimg.train.data.chat_render import Message, Renderer, Rendering, RewrittenError, Span
+from attnimg.train.data.chat_turn import Ends, RenderedTurn
+
+NO_END = (
+    "the chat template writes nothing after an answer, so the model will not learn to stop; "
+    "set chat_template to one that ends each turn with a token"
+)
+UNMARKED_END = (
+    "the chat template leaves what ends an answer out of its {% generation %} marks, so the model "
+    "will not learn to stop; move {% endgeneration %} behind it"
+)
+
+
+RESTORED = (
+    "the chat template drops the reasoning of every answer; it is put back before the last one, "
+    "where generation writes it"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A turn with loss.
+
+    Attributes:
+        turn: its number, from 0.
+        text: the spans of what it says.
+        end: the spans of what ends it, empty where nothing does.
+    """
+
+    turn: int
+    text: tuple[Span, ...]
+    end: tuple[Span, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """A rendered conversation with its answers.
+
+    Attributes:
+        rendering: what was rendered.
+        answers: the turns with loss.
+        appended: what must be added, because the template ends a turn with the next one's opening.
+        notes: sentences on what a person should know.
+    """
+
+    rendering: Rendering
+    answers: tuple[Answer, ...]
+    appended: str
+    notes: tuple[str, ...]
+
+
+def lay_out(
+    renderer: Renderer, rendering: Rendering, trained: Sequence[bool], ends: Ends
+) -> Layout:
+    """Find the answers of a rendered conversation.
+
+    Args:
+        renderer: the template.
+        rendering: the conversation, its contents located.
+        trained: whether each turn carries loss.
+        ends: the tokens that may end a turn.
+
+    Raises:
+        RewrittenError: the template drops part of a turn, or does not show where it ends.
+    """
+    _check_tools(renderer, rendering)
+    generated = renderer.generated(rendering.messages)
+    notes, bounds = dict[str, None](), dict[int, Span]()
+    if renderer.restores:
+        notes[RESTORED] = None
+    for number, message in enumerate(rendering.messages):
+        turn = RenderedTurn(renderer, rendering, number)
+        # A marked span belongs to one of all answers, so that all must be known to share them out.
+        if trained[number] or (generated and message["role"] == "assistant"):
+            start, text_end = turn.bounds(notes)
+            if start < text_end:
+                bounds[number] = start, text_end
+        else:
+            turn.reasoning(notes)  # refused where it is dropped, trained or not
+    answers, appended = list[Answer](), ""
+    for number, (start, text_end) in bounds.items():
+        if not trained[number]:
+            continue
+        spans = _owned(generated, number, bounds)
+        if not spans:
+            turn = RenderedTurn(renderer, rendering, number)
+            end = turn.end(text_end, ends)
+            if end is None and number == len(rendering.messages) - 1:
+                appended = turn.following(text_end, ends)
+                end = len(rendering.text) + len(appended) if appended else None
+                if appended:
+                    notes[_appended(appended.strip())] = None
+            spans = [(start, end or text_end)]
+        end = max(b for _, b in spans)
+        ending = (rendering.text + appended)[text_end:end]
+        if not ending.strip():
+            notes[UNMARKED_END if generated else NO_END] = None
+        elif not ends.pattern.search(ending):
+            notes[_not_one_token(ending.strip())] = None
+        elif ends.chosen and not any(token in ending for token in ends.chosen):
+            notes[_not_chosen(ends.chosen, ending.strip())] = None
+        answers.append(
+            Answer(
+                number,
+                tuple((a, min(b, text_end)) for a, b in spans if a < text_end),
+                tuple((max(a, text_end), b) for a, b in spans if b > text_end),
+            )
+        )
+    return Layout(rendering, tuple(answers), appended, tuple(notes))
+
+
+def _appended(end: str) -> str:
+    return (
+        f"the chat template ends a turn by opening the next one, with {end!r}; it is added after "
+        "the last answer, so that the model learns to stop"
+    )
+
+
+def _not_chosen(chosen: tuple[str, ...], end: str) -> str:
+    return (
+        f"eot_tokens ({', '.join(chosen)}) do not end the answers that the chat template writes; "
+        f"{end!r} does, and is trained"
+    )
+
+
+def _not_one_token(end: str) -> str:
+    return (
+        f"the chat template ends a turn with {end!r}, which the tokenizer does not know as one "
+        f"token; generation stops at one token: add it with `tokens: [{end!r}]`"
+    )
+
+
+def _owned(generated: Sequence[Span], number: int, bounds: dict[int, Span]) -> list[Span]:
+    """Return the marked spans of a turn: each belongs to the answer that ends after its start.
+
+    The last answer has what stands after it: Phi-3's template ends the conversation there.
+    """
+    last = max(bounds)
+    return [
+        span
+        for span in generated
+        if number == next((n for n, (_, end) in bounds.items() if end >= span[0]), last)
+    ]
+
+
+def _check_tools(renderer: Renderer, rendering: Rendering) -> None:
+    """Refuse a template that drops the tools, or one of the tool calls."""
+    messages = rendering.messages
+    if renderer.tools and replace(renderer, tools=()).attempt(messages) == rendering.text:
+        raise RewrittenError(
+            "it drops the tools",
+            "set chat_template to one that writes tools, or describe them in a system message "
+            "and take the column tools out",
+        )
+    calling = [number for number, message in enumerate(messages) if message.get("tool_calls")]
+    if not calling:
+        return
+    renamed, names = list(messages), dict[str, int]()
+    for number in calling:
+        calls = []
+        for call in messages[number]["tool_calls"]:
+            name = f"marked_{len(names)}_function"
+            names[name] = number
+            calls.append(_renamed(call, name))
+        renamed[number] = {**messages[number], "tool_calls": calls}
+    text = renderer.attempt(renamed) or ""
+    for name, number in names.items():
+        if name not in text or f"value of {name}" not in text:
+            raise RewrittenError(f"it drops a tool call of message {number + 1}")
+
+
+def _renamed(call: Message, name: str) -> Message:
+    """Return a tool call with this name, which its arguments name too."""
+    function = call.get("function", call)
+    arguments: object = {"marked": f"value of {name}"}
+    if isinstance(function.get("arguments"), str):
+        arguments = json.dumps(arguments)
+    changed = {**function, "name": name, "arguments": arguments}
+    return {**call, "function": changed} if "function" in call else changed

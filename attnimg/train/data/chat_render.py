@@ -1,0 +1,359 @@
+"""Render conversations with a chat template, and find what the record's own text became in it."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from attnimg.train.data.parsed import Conversation, Turn
+from attnimg.train.data.tool_calls import arguments_as_text
+
+Span = tuple[int, int]  # first character and the one after the last
+Message = Mapping[str, Any]
+# A template's {% generation %} marks what the model writes.
+CLOSING = "</think>"
+LISTED = re.compile(r"""['"]type['"]: ?['"]text['"]""")  # a list of parts that became text
+GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+
+class TemplateError(Exception):
+    """A chat template that raised, with what it said."""
+
+
+@dataclass(frozen=True, slots=True)
+class Renderer:
+    """A chat template with its tokenizer.
+
+    Attributes:
+        tokenizer: a transformers tokenizer, whose special tokens the template may write.
+        template: Jinja.
+        tools: JSON schemas, shown to the template.
+        parts: whether contents are given as lists of one part, as to vision models.
+        restores: whether the reasoning that the template drops is put back before the last
+            answer, where generation writes it too.
+    """
+
+    tokenizer: Any
+    template: str
+    tools: tuple[Message, ...] = ()
+    parts: bool = False
+    restores: bool = False
+
+    def text(self, messages: Sequence[Message], *, prompt: bool = False) -> str:
+        """Return what the template writes; with `prompt`, the opening of an answer at its end.
+
+        Raises:
+            TemplateError: the template raised.
+        """
+        text = self._render(messages, add_generation_prompt=prompt)[0]
+        return self._restored(messages, text) if self.restores and not prompt else text
+
+    def attempt(self, messages: Sequence[Message], *, prompt: bool = False) -> str | None:
+        """Return what the template writes, None where it raises: not all parts make a whole."""
+        try:
+            return self.text(messages, prompt=prompt) if messages else None
+        except TemplateError:
+            return None
+
+    @property
+    def marks(self) -> bool:
+        """Whether the template marks what the model writes."""
+        return GENERATION.search(self.template) is not None
+
+    def generated(self, messages: Sequence[Message]) -> list[Span]:
+        """Return the spans that the template's {% generation %} marks, none without it."""
+        if not self.marks:
+            return []
+        return self._render(messages, return_assistant_tokens_mask=True)[1]
+
+    def _restored(self, messages: Sequence[Message], text: str) -> str:
+        """Return a text with the whole content of the last answer in the place of its end."""
+        last, head = messages[-1], head_of(messages[-1])
+        if not head:
+            return text
+        shown = self._render([*messages[:-1], {**last, "content": mark(-1)}])[0]
+        before, found, after = shown.partition(mark(-1))
+        answer = text[len(before) : len(text) - len(after)].strip()
+        dropped = found and text.startswith(before) and text.endswith(after)
+        if not dropped or answer != last["content"][len(head) :].strip():
+            return text
+        if before.rstrip().endswith(CLOSING):  # it wrote a reasoning of its own
+            return text
+        opening = "" if "<think>" in head else "<think>\n"  # generation begins with it
+        return before + opening + str(last["content"]) + after
+
+    def _given(self, message: Message) -> dict[str, Any]:
+        content = message.get("content")
+        if self.parts and content:
+            return {**message, "content": [{"type": "text", "text": content}]}
+        return dict(message)
+
+    def _render(self, messages: Sequence[Message], **kwargs: Any) -> tuple[str, list[Span]]:
+        import jinja2
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        try:
+            texts, spans = render_jinja_template(
+                conversations=[[self._given(message) for message in messages]],
+                tools=[dict(tool) for tool in self.tools] or None,
+                chat_template=self.template,
+                **kwargs,
+                **self.tokenizer.special_tokens_map,
+            )
+            texts[0].encode()  # half of a surrogate pair is no character: tokenizers raise
+        except (
+            jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, TypeError,
+            ValueError,
+        ) as error:  # fmt: skip
+            raise TemplateError(str(error) or type(error).__name__) from None
+        if self.parts and LISTED.search(texts[0]):
+            raise TemplateError("it writes a content that is a list of parts as a list")
+        return str(texts[0]), spans[0] if spans else []
+
+
+@dataclass(frozen=True, slots=True)
+class Rendering:
+    """A conversation as a template writes it.
+
+    Attributes:
+        messages: what the template was given.
+        text: what it wrote.
+        contents: where each message's content stands in it; None for a blank one.
+    """
+
+    messages: tuple[Message, ...]
+    text: str
+    contents: tuple[Span | None, ...] = field(default=())
+
+
+class RewrittenError(Exception):
+    """A template whose text does not show a record's own; says how, and what to do about it."""
+
+    def __init__(
+        self,
+        how: str,
+        do: str = "change the record, or set chat_template to one that writes all of it, in order",
+    ) -> None:
+        super().__init__(how)
+        self.do = do
+
+
+def render(renderer: Renderer, messages: tuple[Message, ...]) -> Rendering:
+    """Render messages and locate their contents.
+
+    Raises:
+        TemplateError: the template raised.
+        RewrittenError: it drops, repeats, reorders or rewrites what a message says.
+    """
+    rendering = Rendering(messages, renderer.text(messages))
+    return replace(rendering, contents=_locate(renderer, rendering))
+
+
+def forms(
+    renderer: Renderer, conversation: Conversation
+) -> Iterator[tuple[Renderer, tuple[Message, ...]]]:
+    """Yield the messages in each form that templates expect; the first serves nearly all.
+
+    Beside tool calls a content may be missing (as axolotl has it), empty (most templates) or null
+    (DeepSeek-R1's), and the arguments may be JSON text (DeepSeek's). Reasoning in a content may
+    have a key of its own, or stand in the content of the last answer alone (DeepSeek's templates
+    drop it there too). Templates of vision models may take nothing but lists of parts.
+    """
+    known = [_message(renderer, turn) for turn in conversation.turns]
+    absent = [turn.content is None for turn in conversation.turns]
+    without: tuple[dict[str, Any], ...] = ({}, {"content": ""}, {"content": None})
+    seen = list[tuple[Message, ...]]()
+    for reasoning in (dict, _split_reasoning):
+        for arguments in (dict, arguments_as_text):
+            for content in without:
+                form = tuple(
+                    arguments(reasoning(message | content if missing else message))
+                    for message, missing in zip(known, absent, strict=True)
+                )
+                if form not in seen:
+                    seen.append(form)
+                    yield renderer, form
+    joined = tuple(map(_join_reasoning, seen[0]))
+    if CLOSING in renderer.template and not renderer.marks and any(map(head_of, joined)):
+        yield replace(renderer, restores=True), joined
+    yield replace(renderer, parts=True), seen[0]
+
+
+def _message(renderer: Renderer, turn: Turn) -> dict[str, Any]:
+    """Return a turn as a message, with the keys that the template reads.
+
+    The standard keys are always there: a template may look into them without their name.
+    """
+    standard = ("reasoning_content", "tool_calls", "name", "tool_call_id")
+    extra = {k: v for k, v in turn.extra.items() if k in standard or reads(renderer.template, k)}
+    content = {} if turn.content is None else {"content": turn.content}
+    return {"role": turn.role, **content, **extra}
+
+
+def reads(template: str, key: str) -> bool:
+    """Return whether a template reads a key of a message, or of anything else."""
+    return re.search(rf"""[.'"]{re.escape(key)}\b""", template) is not None
+
+
+def reasoning_of(message: Message) -> str:
+    """Return the reasoning of an answer, from its key or from <think> tags in its content."""
+    if message.get("reasoning_content"):
+        return str(message["reasoning_content"]).strip()
+    before, tag, _ = head_of(message).rpartition(CLOSING)
+    return before.strip().removeprefix("<think>").strip() if tag else ""
+
+
+def head_of(message: Message) -> str:
+    """Return what a content says before the answer proper: its reasoning in <think> tags."""
+    content = message.get("content") or ""
+    _, tag, answer = content.rpartition(CLOSING)
+    if message["role"] != "assistant" or not tag or not answer.strip():
+        return ""
+    return str(content[: len(content) - len(answer.lstrip())])
+
+
+def _split_reasoning(message: Message) -> Message:
+    """Return a message with the reasoning of its content under a key of its own."""
+    head, reasoning = head_of(message), reasoning_of(message)
+    if message.get("reasoning_content") or not reasoning:
+        return message
+    return {**message, "content": message["content"][len(head) :], "reasoning_content": reasoning}
+
+
+def _join_reasoning(message: Message) -> Message:
+    """Return a message with its reasoning in <think> tags in its content."""
+    content = message.get("content")
+    if message["role"] != "assistant" or not message.get("reasoning_content") or not content:
+        return message
+    rest = {key: value for key, value in message.items() if key != "reasoning_content"}
+    tagged = f"<think>\n{message['reasoning_content'].strip()}\n</think>\n\n{content}"
+    return {**rest, "content": tagged}
+
+
+def mark(number: int) -> str:
+    """Return a content that no other text contains, for a message of this number."""
+    return f"(content {number} of a turn)"
+
+
+def _locate(renderer: Renderer, rendering: Rendering) -> tuple[Span | None, ...]:
+    """Find the content of each message, with marks in the place of all, else of one at a time."""
+    messages = rendering.messages
+    marked = tuple(
+        {**message, "content": head_of(message) + mark(number)}
+        if _has_content(message)
+        else message
+        for number, message in enumerate(messages)
+    )
+    text = renderer.attempt(marked)
+    if text is not None:
+        literals = literals_between(text, [_has_content(message) for message in messages])
+        found = place_contents(rendering, literals)
+        if found:
+            return found
+    spans = list[Span | None]()
+    for number, message in enumerate(messages):
+        one = (*messages[:number], marked[number], *messages[number + 1 :])
+        spans.append(
+            _locate_one(renderer.attempt(one), rendering, number) if _has_content(message) else None
+        )
+    if not _in_order(messages, spans):
+        raise RewrittenError("it reorders turns")
+    return tuple(spans)
+
+
+def _has_content(message: Message) -> bool:
+    return bool((message.get("content") or "").strip())
+
+
+Literals = tuple[tuple[int, ...], tuple[str, ...]]  # numbers of the contents, and texts around them
+
+
+def literals_between(text: str, has_content: Sequence[bool]) -> Literals | None:
+    """Return the template's own text around marked contents, and their order in it.
+
+    None where the template drops or repeats one of them.
+    """
+    numbers = [number for number, present in enumerate(has_content) if present]
+    if any(text.count(mark(number)) != 1 for number in numbers):
+        return None
+    numbers.sort(key=lambda number: text.index(mark(number)))
+    pieces = list[str]()
+    for number in numbers:
+        piece, _, text = text.partition(mark(number))
+        pieces.append(piece)
+    return tuple(numbers), (*pieces, text)
+
+
+def place_contents(
+    rendering: Rendering, literals: Literals | None, *, whole: bool = False
+) -> tuple[Span | None, ...] | None:
+    """Find contents in a text that must be the literals with the contents between them.
+
+    With `whole`, the reasoning in a content belongs to it, not to the literal before it.
+    """
+    if literals is None:
+        return None
+    numbers, pieces = literals
+    text, spans = rendering.text, list[Span | None]([None] * len(rendering.messages))
+    if not text.startswith(pieces[0]):
+        return None
+    at = len(pieces[0])
+    for number, after in zip(numbers, pieces[1:], strict=True):
+        message = rendering.messages[number]
+        for content in _variants(message, whole=whole):
+            if text.startswith(content + after, at):
+                break
+        else:
+            return None
+        end = at + len(content)
+        spans[number] = (at if whole else _with_head(message, text, at), end)
+        at = end + len(after)
+    return tuple(spans) if at == len(text) and _in_order(rendering.messages, spans) else None
+
+
+def _variants(message: Message, *, whole: bool) -> tuple[str, ...]:
+    """Return the forms in which templates write a content: as it is, stripped, as JSON."""
+    content = message["content"][0 if whole else len(head_of(message)) :]
+    plain = (content, content.strip(), content.lstrip(), content.rstrip())
+    if message["role"] == "assistant":
+        return plain
+    return (*plain, json.dumps(content, ensure_ascii=False)[1:-1])
+
+
+def _with_head(message: Message, text: str, start: int) -> int:
+    """Return where a content starts, which is before its answer where its head stands there too."""
+    head = head_of(message)
+    for variant in (head, head.lstrip()):
+        if variant and text.endswith(variant, 0, start):
+            return start - len(variant)
+    return start
+
+
+def _locate_one(text: str | None, rendering: Rendering, number: int) -> Span:
+    """Return where one content stands, by the rendering with a mark in its place."""
+    if text is None or text.count(mark(number)) != 1:
+        raise RewrittenError(f"it drops or repeats the content of message {number + 1}")
+    before, _, after = text.partition(mark(number))
+    whole, end = rendering.text, len(rendering.text) - len(after)
+    if not (whole.startswith(before) and whole.endswith(after) and end >= len(before)):
+        raise RewrittenError(f"its text around message {number + 1} depends on the content")
+    message = rendering.messages[number]
+    if whole[len(before) : end] not in _variants(message, whole=False):
+        raise RewrittenError(f"it rewrites the content of message {number + 1}")
+    return _with_head(message, whole, len(before)), end
+
+
+def _in_order(messages: Sequence[Message], spans: Sequence[Span | None]) -> bool:
+    """Return whether turns stand in their order; system messages may be moved.
+
+    Gemma puts them into the first user turn, Mistral into the last one.
+    """
+    starts = [
+        span[0]
+        for message, span in zip(messages, spans, strict=True)
+        if span is not None and message["role"] not in ("system", "developer")
+    ]
+    return starts == sorted(starts)

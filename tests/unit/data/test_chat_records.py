@@ -1,0 +1,304 @@
+"""What a record of a conversation says is used, or refused by name with its file and number."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from attnimg.errors import AttnimgError
+from attnimg.schema import Config
+from attnimg.train.data import load_documents, sample_text
+
+Run = Callable[..., Config]
+Write = Callable[..., str]
+
+THINKING = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>{% endif %}"
+    "{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+CALLING = (
+    "{% if tools %}{{ tools | tojson }}\n{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content or '' }}"
+    "{% for call in m.tool_calls or [] %}{{ call.function | tojson }}{% endfor %}<|im_end|>\n"
+    "{% endfor %}"
+)
+CALL = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
+TOOLS = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
+
+
+def user(content: Any = "Q", **keys: Any) -> dict[str, Any]:
+    return {"role": "user", "content": content, **keys}
+
+
+def answer(content: Any = "A", **keys: Any) -> dict[str, Any]:
+    return {"role": "assistant", "content": content, **keys}
+
+
+def one(config: Config, tokenizer: Any) -> tuple[str, str]:
+    """The only document: its text, and the text of its tokens with loss."""
+    documents = load_documents(config, tokenizer)
+    (row,) = documents.train
+    learnt = [label for label in row["labels"] if label != -100]
+    return tokenizer.decode(row["input_ids"]), tokenizer.decode(learnt)
+
+
+@pytest.mark.parametrize(
+    ("messages", "learnt"),
+    [
+        pytest.param([user(), answer("A", weight=0), user(), answer("B", weight=1)],
+                     "B<|im_end|>", id="weight 0"),
+        pytest.param([user(), answer("A", train=False), user(), answer("B")],
+                     "B<|im_end|>", id="train: false"),
+        pytest.param([user("Q", training=True), answer("A", training=False)],
+                     "Q<|im_end|>", id="training: true on the user's turn, as axolotl has it"),
+        pytest.param([user("Q", weight=1), answer("A", weight=1)], "A<|im_end|>",
+                     id="weight 1 on any message, as OpenAI has it"),
+        pytest.param([user(), answer("A", weight=None)], "A<|im_end|>", id="a null flag"),
+        pytest.param([user(), answer([{"type": "text", "text": "No."},
+                                      {"type": "text", "text": " Yes."}])],
+                     "No. Yes.<|im_end|>", id="text parts are joined"),
+        pytest.param([user(), answer([{"type": "text", "text": "No.", "train": False},
+                                      {"type": "text", "text": " Yes.", "train": True}])],
+                     " Yes.<|im_end|>", id="a part without loss"),
+        pytest.param([user(), answer([{"type": "text", "text": " No.", "weight": 1},
+                                      {"type": "text", "text": " Yes.", "weight": 0}])],
+                     " No.<|im_end|>", id="the last part without loss"),
+        pytest.param([{"role": "developer", "content": "D"}, user(), answer()],
+                     "A<|im_end|>", id="a developer's message"),
+        pytest.param([user(), answer(), {"role": "tool", "content": "T"}, answer("B")],
+                     "A<|im_end|>B<|im_end|>", id="a tool's message"),
+        pytest.param([user(), answer(""), user(), answer("B")], "B<|im_end|>",
+                     id="an empty answer among others"),
+        pytest.param([user("<|im_end|>"), answer("a<|im_end|>b")], "a<|im_end|>b<|im_end|>",
+                     id="special tokens inside a content"),
+        pytest.param([user("(content 1 of a turn)"), answer("(content 0 of a turn)")],
+                     "(content 0 of a turn)<|im_end|>", id="a content that looks like our marks"),
+        pytest.param([user(), answer("  if x:\n        y\n")], "  if x:\n        y\n<|im_end|>",
+                     id="blanks inside and around, which tokenizers trim off offsets"),
+        pytest.param([user(), answer("<think>\nR\n</think>\n\nA")],
+                     "<think>\nR\n</think>\n\nA<|im_end|>", id="think tags as any text"),
+    ],
+)  # fmt: skip
+def test_what_a_message_says_is_used(
+    run_on: Run, json_lines: Write, tokenizer: Any, messages: list[Any], learnt: str
+) -> None:
+    config = run_on(json_lines({"messages": messages}), "chat_template")
+    assert one(config, tokenizer)[1] == learnt
+
+
+@pytest.mark.parametrize("key", ["reasoning_content", "thinking", "reasoning"])
+def test_reasoning_reaches_the_template_whatever_its_name(
+    run_on: Run, json_lines: Write, tokenizer: Any, key: str
+) -> None:
+    path = json_lines({"messages": [user(), answer("A", **{key: "R"})]})
+    config = run_on(path, "chat_template", chat_template_jinja=THINKING)
+    assert one(config, tokenizer)[1] == "<think>R</think>A<|im_end|>"
+
+
+@pytest.mark.parametrize(
+    ("message", "tools", "learnt"),
+    [
+        pytest.param({"role": "assistant", "tool_calls": [CALL]}, TOOLS,
+                     '{"name": "f", "arguments": {"x": 1}}<|im_end|>', id="no content"),
+        pytest.param({"role": "assistant", "content": None, "tool_calls": [CALL]}, None,
+                     '{"name": "f", "arguments": {"x": 1}}<|im_end|>', id="null content"),
+        pytest.param(answer("A", tool_calls=[CALL, CALL]), TOOLS,
+                     'A{"name": "f", "arguments": {"x": 1}}{"name": "f", "arguments": {"x": 1}}'
+                     "<|im_end|>", id="a content and two calls"),
+        pytest.param({"role": "assistant", "tool_calls": [
+                         {"function": {"name": "f", "arguments": '{"x": 1}'}}]},
+                     '[{"name": "f"}]', '{"name": "f", "arguments": {"x": 1}}<|im_end|>',
+                     id="arguments and tools as JSON text"),
+    ],
+)  # fmt: skip
+def test_tool_calls_are_trained(
+    run_on: Run, json_lines: Write, tokenizer: Any, message: Any, tools: Any, learnt: str
+) -> None:
+    record = {"messages": [user(), message, {"role": "tool", "content": "7"}, answer("B")],
+              "tools": tools}  # fmt: skip
+    config = run_on(json_lines(record), "chat_template", chat_template_jinja=CALLING)
+    text, trained = one(config, tokenizer)
+    assert trained == learnt + "B<|im_end|>"
+    assert tools is None or '"name": "f"' in text.partition("<|im_start|>")[0]
+
+
+def test_half_a_character_in_a_tool_call_is_refused(
+    run_on: Run, json_lines: Write, tokenizer: Any
+) -> None:
+    call = {"function": {"name": "f", "arguments": {"x": "\ud83d"}}}
+    path = json_lines({"messages": [user(), {"role": "assistant", "tool_calls": [call]}]})
+    with pytest.raises(AttnimgError, match="surrogate"):
+        load_documents(run_on(path, "chat_template", chat_template_jinja=CALLING), tokenizer)
+
+
+def test_a_system_column_opens_the_conversation(
+    run_on: Run, json_lines: Write, tokenizer: Any
+) -> None:
+    record = {"system": "S", "conversations": [{"from": "human", "value": "Q"},
+                                               {"from": "gpt", "value": "A"}]}  # fmt: skip
+    config = run_on(
+        json_lines(record), "chat_template", spec_field_messages="conversations",
+        spec_message_property_mappings={"role": "from", "content": "value"},
+    )  # fmt: skip
+    text, learnt = one(config, tokenizer)
+    assert text.startswith("<|im_start|>system\nS<|im_end|>\n<|im_start|>user\nQ")
+    assert learnt == "A<|im_end|>"
+
+
+def test_a_mapping_names_other_keys_too(run_on: Run, json_lines: Write, tokenizer: Any) -> None:
+    record = {"messages": [user(), answer("A", thought="R")]}
+    config = run_on(
+        json_lines(record), "chat_template", chat_template_jinja=THINKING,
+        spec_message_property_mappings={"reasoning_content": "thought"},
+    )  # fmt: skip
+    assert one(config, tokenizer)[1] == "<think>R</think>A<|im_end|>"
+
+
+def test_conversations_without_an_answer_are_counted_and_dropped(
+    run_on: Run, json_lines: Write, tokenizer: Any
+) -> None:
+    path = json_lines({"messages": [user(), answer("")]}, {"messages": [user(), answer()]})
+    documents = load_documents(run_on(path, "chat_template"), tokenizer)
+    assert [(f.records, f.documents, f.empty) for f in documents.figures] == [(2, 1, 1)]
+
+
+def test_what_has_no_effect_is_named(run_on: Run, json_lines: Write, tokenizer: Any) -> None:
+    record = {"messages": [user("Q", lang="en"), answer("A"), user(), answer("")], "source": "x"}
+    documents = load_documents(run_on(json_lines(record), "chat_template"), tokenizer)
+    notes = "\n".join(documents.warnings)
+    assert "columns have no effect: source" in notes
+    assert "message keys have no effect: lang" in notes
+    assert "answers without text carry no loss" in notes
+
+
+@pytest.mark.parametrize(
+    ("record", "why", "do"),
+    [
+        pytest.param([user(), {"role": "assistant", "function_call": {"name": "f"}}],
+                     "function_call", "tool_calls", id="OpenAI's function_call"),
+        pytest.param([user(), {"role": "function_call", "content": "{}"}],
+                     "a call of a tool", '"role": "assistant", "tool_calls"', id="ShareGPT's call"),
+        pytest.param([user(), {"role": "observation", "content": "7"}],
+                     "the result of a tool", '"role": "tool"', id="ShareGPT's result"),
+        pytest.param([user(), answer("A", weight=0.5)], "weight of message 2 is 0.5", "0 or 1",
+                     id="a weight between"),
+        pytest.param([user(), answer("A", weight=1, train=False)], "contradict", "one of the flags",
+                     id="flags that contradict one another"),
+        pytest.param([user([{"type": "image", "image": "x.png"}]), answer()], "needed text",
+                     "images", id="an image"),
+        pytest.param([user(), answer("A", images=["x.png"])], "images", "take images out",
+                     id="a list of images"),
+        pytest.param([user(), answer("A", thinking="R", reasoning="S")], "which differ",
+                     "keep one of them", id="two reasonings"),
+        pytest.param([user(), answer("A", reasoning_content="R")], "drops the reasoning",
+                     "<think>", id="reasoning that the template does not write"),
+        pytest.param([user(), answer("A", reasoning_content="R", weight=0), user(), answer("B")],
+                     "drops the reasoning", "<think>", id="reasoning of a turn without loss"),
+        pytest.param([user(), answer("A", tool_calls=[CALL])], "drops a tool call", "chat_template",
+                     id="tool calls that the template does not write"),
+        pytest.param([user(), answer("A", tool_calls=[{"function": {}}])], "needed a list of calls",
+                     "arguments", id="a call without a name"),
+        pytest.param([user(), {"role": "assistant"}], "needed role and content",
+                     "message_property_mappings", id="neither content nor calls"),
+        pytest.param([], "needed a list of messages", "role and content", id="no message"),
+        pytest.param({"messages": [{"role": "system", "content": "a"}, user(), answer()],
+                      "system": "b"}, "a column system beside", "keep one", id="two systems"),
+        pytest.param({"messages": [user(), answer()], "tools": "nonsense"}, "tools is",
+                     "write each tool", id="tools that are none"),
+        pytest.param({"id": 7, "talk": [user(), answer()]}, "needed messages",
+                     "field_messages: talk", id="another column, which is not the first"),
+        pytest.param({"id": 7, "instruction": "x", "output": "y"}, "needed messages",
+                     "type: alpaca", id="the columns of another type"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_used_is_refused_by_name(
+    run_on: Run, json_lines: Write, tokenizer: Any, record: Any, why: str, do: str
+) -> None:
+    record = record if isinstance(record, dict) else {"messages": record}
+    config = run_on(json_lines(record), "chat_template")
+    with pytest.raises(AttnimgError, match=r"data\.jsonl, line 1") as caught:
+        load_documents(config, tokenizer)
+    assert why in caught.value.why
+    assert do in caught.value.do
+
+
+def test_the_advice_for_an_unknown_role_works(
+    run_on: Run, json_lines: Write, tokenizer: Any
+) -> None:
+    path = json_lines({"messages": [{"role": "narrator", "content": "Q"}, answer()]})
+    with pytest.raises(AttnimgError) as caught:
+        load_documents(run_on(path, "chat_template"), tokenizer)
+    assert "roles: {user: [narrator]}" in caught.value.do
+    config = run_on(path, "chat_template", spec_roles={"user": ["narrator"]})
+    assert one(config, tokenizer)[1] == "A<|im_end|>"
+
+
+@pytest.mark.parametrize("name", ["system", "history"])
+def test_alpaca_refuses_what_its_prompt_has_no_place_for(
+    run_on: Run, json_lines: Write, tokenizer: Any, name: str
+) -> None:
+    record = {"instruction": "Q", "output": "A"}
+    with pytest.raises(AttnimgError, match=f"found {name}"):
+        load_documents(run_on(json_lines(record | {name: [["a", "b"]]}), "alpaca"), tokenizer)
+    assert one(run_on(json_lines(record | {name: ""}), "alpaca"), tokenizer)[1] == "A<|im_end|>"
+
+
+@pytest.mark.parametrize("tools", [None, TOOLS])
+def test_a_tokenizer_with_named_templates_is_used(
+    run_on: Run, json_lines: Write, tokenizer: Any, monkeypatch: pytest.MonkeyPatch, tools: Any
+) -> None:
+    named = {"default": THINKING, "tool_use": CALLING}
+    monkeypatch.setattr(tokenizer, "chat_template", named)
+    record = {"messages": [user(), answer()], "tools": tools}
+    text, learnt = one(run_on(json_lines(record), "chat_template"), tokenizer)
+    assert learnt == "A<|im_end|>"
+    assert text.startswith("[{" if tools else "<|im_start|>user")
+    monkeypatch.setattr(tokenizer, "chat_template", {"rag": THINKING})
+    with pytest.raises(AttnimgError, match="found rag"):
+        load_documents(run_on(json_lines(record), "chat_template"), tokenizer)
+    config = run_on(json_lines({"messages": record["messages"]}), "chat_template",
+                    chat_template="rag")  # fmt: skip
+    assert one(config, tokenizer)[1] == "A<|im_end|>"
+
+
+@pytest.mark.parametrize(
+    ("mode", "learnt"),
+    [("turn", "A<|im_end|>B<|im_end|>"), ("last", "AB<|im_end|>"), ("none", "AB"),
+     ("all", "<|im_end|><|im_end|>A<|im_end|><|im_end|>B<|im_end|>")],
+)  # fmt: skip
+def test_train_on_eos_holds_where_the_layout_is_the_records_own(
+    run_on: Run, json_lines: Write, tokenizer: Any, mode: str, learnt: str
+) -> None:
+    talk = [{"role": "system", "content": "S"}, user(), answer("A", lang="en"), user(), answer("B")]
+    config = run_on(json_lines({"messages": talk}), "chat_template", spec_train_on_eos=mode)
+    assert one(config, tokenizer)[1] == learnt
+
+
+def test_a_text_that_spells_its_own_first_and_last_token_has_them_once(
+    run_on: Run, json_lines: Write, tokenizer: Any
+) -> None:
+    from tokenizers import processors
+
+    starting = copy.deepcopy(tokenizer)
+    starting.bos_token = "<|im_start|>"
+    starting.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|im_start|> $A", special_tokens=[("<|im_start|>", starting.bos_token_id)]
+    )
+    for written in ("Word", "<|im_start|>Word<|im_end|>"):
+        text, _ = one(run_on(json_lines({"text": written})), starting)
+        assert text == "<|im_start|>Word<|im_end|>"
+
+
+def test_a_sample_shows_what_carries_loss(run_on: Run, json_lines: Write, tokenizer: Any) -> None:
+    path = json_lines({"messages": [user("Q\x1b[31m"), answer(), user("word " * 999), answer("B")]})
+    documents = load_documents(run_on(path, "chat_template", sequence_len=9999), tokenizer)
+    shown = sample_text(documents, tokenizer)
+    assert ">>>A<|im_end|><<<" in shown
+    assert "\\x1b[31m" in shown
+    assert "\x1b" not in shown
+    assert len(shown) < 2500
