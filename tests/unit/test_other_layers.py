@@ -80,7 +80,7 @@ def test_models_without_them_pack_and_are_told_nothing(read: Model) -> None:
     ("packing", "packages", "errors", "warnings"),
     [
         pytest.param(True, (), ["packing-not-isolated"], [], id="packed without the packages"),
-        pytest.param(True, (FLA, CONV), ["packing-not-isolated"], [], id="no seq_idx in a batch"),
+        pytest.param(True, (FLA, CONV), [], [], id="packed with both: a batch has seq_idx"),
         pytest.param(False, (), [], ["slow-layers"], id="unpacked: correct and slow"),
         pytest.param(False, (FLA,), [], ["slow-layers"], id="one of two packages"),
         pytest.param(False, (FLA, CONV), [], [], id="unpacked with both"),
