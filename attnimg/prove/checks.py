@@ -26,6 +26,7 @@ from attnimg.facts import Backend, Figure, Reason
 from attnimg.prove.calls import Result
 from attnimg.prove.cases import Case
 from attnimg.prove.inputs import Inputs
+from attnimg.prove.noise import rounding_of_output
 
 # Allowed besides a multiple of plain attention's own error, as a share of the largest value: a few
 # units in the last place, for where plain attention happens to be exact. In float32 more, since
@@ -39,6 +40,10 @@ ATOL_SHIFTED = 1e-3
 # attention's own: rounding averages out there, and a wrong factor does not. Ours (2026-11-25);
 # torch 2.13's CPU kernels stay below a sixth of it, plain attention below half.
 GAIN = {"float32": 1e-4, "float16": 3e-3, "bfloat16": 1e-2}
+# Up to so many tokens plain attention's own error in dq and dk is a draw of few numbers; see
+# noise.rounding_of_output. A right kernel with 3 tokens in float16 was 1.1 times what that allowed
+# (benchmarks/proof_noise.py, 2026-11-27).
+SHORT = 16
 # Over fewer values rounding does not average out.
 GAIN_VALUES = 4096
 # Values up to so many times the allowed error off are taken for noise until they are seen again.
@@ -198,12 +203,11 @@ def _compare(
     atol = ATOL[case.geometry.dtype]
     if name != "out" and case.scores in ("negative", "large"):
         atol += ATOL_SHIFTED
-    return Figure(
-        quantity=name,
-        error=largest(difference),
-        allowed=factor * right.rounding[name] + atol * size,
-        case=case.name,
-    )
+    allowed = factor * right.rounding[name] + atol * size
+    short = max(case.lengths) <= SHORT and case.queries is None and backend.pattern == "full"
+    if short and name in ("dq", "dk") and exact.any():
+        allowed = max(allowed, rounding_of_output(case, inputs)[name])
+    return Figure(quantity=name, error=largest(difference), allowed=allowed, case=case.name)
 
 
 def _out_of_bounds(backend: Backend, figure: Figure, *, code: str) -> Iterator[Fault]:

@@ -48,6 +48,9 @@ from attnimg.prove.oracle import attention_weights, visible_keys
 TILE = 16
 # Half of the spacing of float32 at 1.
 UNIT = 2.0**-24
+# Standard deviations that a sum of roundings stays within: 6 leave 2e-9 beyond, and a proof looks
+# at some 1e6 elements.
+DEVIATIONS = 6.0
 
 
 def sum_noise(case: Case, inputs: Inputs) -> dict[str, Tensor]:
@@ -57,17 +60,8 @@ def sum_noise(case: Case, inputs: Inputs) -> dict[str, Tensor]:
         case: a packed probe, short enough for all its rows to be compared.
         inputs: its tensors.
     """
+    q, k, v, scores, weights = _attention(case, inputs)
     group = inputs.q.shape[1] // inputs.k.shape[1]
-    q, k, v = (x.detach().float() for x in (inputs.q, inputs.k, inputs.v))
-    k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))
-    places = torch.arange(q.shape[2], device=q.device)
-    scores = (q @ k.transpose(-1, -2) * inputs.scale).requires_grad_()
-    weights = attention_weights(
-        scores,
-        visible=visible_keys(inputs.documents, places=places, window=case.geometry.window),
-        softcap=case.geometry.softcap,
-        sinks=None if inputs.sinks is None else inputs.sinks.detach().float(),
-    )
     d_out = inputs.d_out.float().transpose(1, 2)
     out = weights @ v
     (d_scores,) = torch.autograd.grad(out, scores, d_out)
@@ -86,6 +80,49 @@ def sum_noise(case: Case, inputs: Inputs) -> dict[str, Tensor]:
         sizes[name] = sizes[name].unflatten(1, (-1, group)).sum(2)
     terms = {"dq": blocks, "dk": blocks * group, "dv": blocks * group}
     return {name: 2 * terms[name] * UNIT * size.transpose(1, 2) for name, size in sizes.items()}
+
+
+def rounding_of_output(case: Case, inputs: Inputs) -> dict[str, float]:
+    """Bound what the rounding of the output moves dq and dk by: largest element of each.
+
+    A flash kernel forms the gradient of the scores as P * (d_out v - d_out out) from the output
+    that it stored, in the precision of the run. Rounding moves each value of it by at most u times
+    the value, with u half the spacing at 1, and by u / sqrt(3) times it as a standard deviation.
+    The roundings of a row are taken to be independent, so that d_out out is off by at most
+    DEVIATIONS * u / sqrt(3) * |d_out * out|, the norm over the head size (the model of Higham and
+    Mary, A new approach to probabilistic rounding error analysis, SIAM J. Sci. Comput. 41(5), 2019).
+    Plain attention stores no such output. In a call of few tokens none of its other roundings need
+    be as large, so that its own error is no measure there.
+
+    Args:
+        case: a probe of as many queries as keys.
+        inputs: its tensors.
+    """
+    q, k, v, _, weights = _attention(case, inputs)
+    weights = weights.detach()
+    unit = torch.finfo(inputs.q.dtype).eps / 2
+    products = inputs.d_out.float().transpose(1, 2) * (weights @ v)
+    off = DEVIATIONS * unit / 3**0.5 * products.square().sum(-1, keepdim=True).sqrt()
+    off_scores = weights * off * inputs.scale
+    dk = off_scores.transpose(-1, -2) @ q.abs()
+    dk = dk.unflatten(1, (-1, inputs.q.shape[1] // inputs.k.shape[1])).sum(2)
+    return {"dq": (off_scores @ k.abs()).max().item(), "dk": dk.max().item()}
+
+
+def _attention(case: Case, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return q, k and v of each query head, the scores with a graph, and the weights, float32."""
+    group = inputs.q.shape[1] // inputs.k.shape[1]
+    q, k, v = (x.detach().float() for x in (inputs.q, inputs.k, inputs.v))
+    k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))
+    places = torch.arange(q.shape[2], device=q.device)
+    scores = (q @ k.transpose(-1, -2) * inputs.scale).requires_grad_()
+    weights = attention_weights(
+        scores,
+        visible=visible_keys(inputs.documents, places=places, window=case.geometry.window),
+        softcap=case.geometry.softcap,
+        sinks=None if inputs.sinks is None else inputs.sinks.detach().float(),
+    )
+    return q, k, v, scores, weights
 
 
 def beyond_a_flip(one: Tensor, other: Tensor) -> Tensor:
