@@ -15,7 +15,7 @@ from attnimg.prove.calls import Result, call, reference
 from attnimg.prove.cases import Case, cases_of
 from attnimg.prove.checks import ORDER, Expected, Fault, check_values, expected
 from attnimg.prove.company import check_company
-from attnimg.prove.compiled import compiling_each_shape, few_shapes, is_compiled
+from attnimg.prove.compiled import builds_plans, compiling_each_shape, few_shapes, is_compiled
 from attnimg.prove.dropout import check_dropout
 from attnimg.prove.inputs import Inputs, draw
 from attnimg.prove.noise import sum_noise
@@ -127,7 +127,8 @@ def _run_probes(
             for case in cases
             if not case.packed and case.queries is None and max(case.lengths) > 8
         ]
-    if is_compiled(backend, device=device):
+    plans = builds_plans(backend, device=device, capability=_capability(device))
+    if plans or is_compiled(backend, device=device):
         cases = few_shapes(cases)
     for case in cases:
         starting(case.name)
@@ -270,6 +271,12 @@ def _repeated(
             before += [same() for _ in range(MORE)]
             after += [call(function, backend, case, other) for _ in range(MORE)]
             yield from judge(before=before, after=after)
+
+
+def _capability(device: str) -> tuple[int, int] | None:
+    """Return the compute capability of an NVIDIA GPU."""
+    nvidia = device == "cuda" and torch.version.hip is None
+    return torch.cuda.get_device_capability() if nvidia else None
 
 
 def _qkv(inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
