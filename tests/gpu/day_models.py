@@ -17,7 +17,8 @@ from day_units import versions
 from attnimg import apply
 
 # 1b: Llama 3.2 1B with a smaller vocabulary, since random weights need no words.
-# Source: meta-llama/Llama-3.2-1B, config.json (2026-11-26).
+# Source: config.json of meta-llama/Llama-3.2-1B as copies of it on the hub have it, such as
+# https://huggingface.co/h3110Fr13nd/llama-3.2-1b-onnx; the original asks for a login (2026-11-26).
 SHAPES: dict[str, dict[str, int]] = {
     "tiny": {
         "vocab_size": 512, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2,
