@@ -18,7 +18,7 @@ from recipes.facts import Plan
 from recipes.files import write_all
 from recipes.gpu_runs import BEGIN as RUNS_BEGIN
 from recipes.gpu_runs import END as RUNS_END
-from recipes.gpu_runs import faults, read_run, read_runs, runs_page, runs_table
+from recipes.gpu_runs import faults, read_notes, read_run, read_runs, runs_page, runs_table
 from recipes.lock import lock_all
 from recipes.read import read_recipes
 from recipes.render import drifted, read_locks, rendered
@@ -182,7 +182,7 @@ def _texts(root: Path) -> dict[str, str]:
     readme = (root / "README.md").read_text(encoding="utf-8")
     readme = with_table(readme, built_table(plans, read_records(root)))
     readme = with_table(readme, runs_table(runs), begin=RUNS_BEGIN, end=RUNS_END)
-    return {**texts, "docs/gpu-runs.md": runs_page(runs), "README.md": readme}
+    return {**texts, "docs/gpu-runs.md": runs_page(runs, read_notes(root)), "README.md": readme}
 
 
 def _plan(name: str, root: Path) -> Plan:

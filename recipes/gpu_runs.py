@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import tomllib
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,9 @@ FOLDER = "docs/gpu-runs"
 BEGIN = "<!-- gpu runs: `make render` writes what follows -->\n"
 END = "<!-- gpu runs: end -->"
 NONE = "No run on a GPU is recorded yet.\n"
+
+# Whose losses the others are compared with: the first of these that was trained in the same run.
+REFERENCES = ("sdpa", "eager", "sdpa_math")
 
 Record = Mapping[str, Any]
 _FIELDS = frozenset({"kind", "step", "backend", "started", "seconds", "machine", "state"})
@@ -31,7 +36,8 @@ package rules it out; **not reached**, where the time was up before.
 - A *proof* compares a backend's outputs and gradients with plain attention in float64 on more than
   100 calls, packed documents among them, as `attnimg verify` does.
 - *Training* is some steps of a random Llama on packed rows, the same weights and data for each
-  backend; sdpa's losses are the reference. *1b* has the shape of Llama 3.2 1B.
+  backend. The losses are compared with those of sdpa, else of eager attention, else of sdpa_math,
+  in the same run. *1b* has the shape of Llama 3.2 1B.
 - *Times* are medians by CUDA events. Operations are those that a causal model needs: for each
   document of L tokens and each query head, L * L / 2 * 4 * head_dim forward, and 2.5 times as many
   backward, whatever the kernel computes. The peak is the GPU's for dense bfloat16 matrix products.
@@ -44,6 +50,26 @@ Times of other versions of torch, Python or kernels than an image's never change
 def read_runs(root: Path) -> dict[str, list[Record]]:
     """Read the records of a checkout: name -> records, by name."""
     return {path.stem: read_run(path) for path in sorted((root / FOLDER).glob("*.jsonl"))}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Notes:
+    """What was written by hand of a run.
+
+    Attributes:
+        was: its name on its machine, by which another run's `known` names it.
+        notes: sentences for its section.
+    """
+
+    was: str
+    notes: tuple[str, ...]
+
+
+def read_notes(root: Path) -> dict[str, Notes]:
+    """Read docs/gpu-runs/notes.toml: name of a run -> its notes."""
+    path = root / FOLDER / "notes.toml"
+    found = tomllib.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return {name: Notes(was=one["was"], notes=tuple(one["notes"])) for name, one in found.items()}
 
 
 def read_run(path: Path) -> list[Record]:
@@ -95,10 +121,14 @@ def faults(records: Sequence[Record], *, all_right: bool) -> list[str]:
     return found
 
 
-def runs_page(runs: Mapping[str, Sequence[Record]]) -> str:
+def runs_page(
+    runs: Mapping[str, Sequence[Record]], notes: Mapping[str, Notes] | None = None
+) -> str:
     """Write the page of all runs, the newest first."""
     parts = [f"<!-- {NOTICE} -->\n\n{_HEAD}"]
-    parts += [_section(name, records) for name, records in sorted(runs.items(), reverse=True)]
+    parts += [
+        _section(name, records, notes or {}) for name, records in sorted(runs.items(), reverse=True)
+    ]
     return "\n".join(parts if runs else [*parts, NONE])
 
 
@@ -121,10 +151,13 @@ def runs_table(runs: Mapping[str, Sequence[Record]]) -> str:
     return table(head, rows) if rows else NONE
 
 
-def _section(name: str, records: Sequence[Record]) -> str:
+def _section(name: str, records: Sequence[Record], notes: Mapping[str, Notes]) -> str:
     """Write one run."""
     parts = [f'<a id="{name}"></a>\n\n## {_start(records).get("gpu", "?")}, {_day(records)}\n']
-    parts.append(_summary(name, records))
+    parts.append(_summary(name, records, {one.was: run for run, one in notes.items()}))
+    if name in notes:
+        said = "".join(f"- {note}\n" for note in notes[name].notes)
+        parts.append(f"### What it showed, and what was done about it\n\n{said}")
     parts.append(_machine(records))
     for title, made in (
         ("Kernels installed or compiled there", _kernels(records)),
@@ -152,8 +185,8 @@ def _day(records: Sequence[Record]) -> str:
     return str(records[0]["started"])[:10] if records else "?"
 
 
-def _summary(name: str, records: Sequence[Record]) -> str:
-    """Say in sentences how the run went."""
+def _summary(name: str, records: Sequence[Record], names: Mapping[str, str]) -> str:
+    """Say in sentences how the run went; `names` are of runs by what they were called there."""
     start, units = _start(records), [r for r in records if "unit" in r]
     counts = {
         state: sum(1 for r in units if r["state"] == state)
@@ -168,7 +201,8 @@ def _summary(name: str, records: Sequence[Record]) -> str:
     )
     kind = "This was a rehearsal with small sizes. " if start.get("rehearsal") else ""
     if start.get("known"):
-        kind += f"It went on from `{start['known']}`, which proved what is trained and timed here. "
+        before = names.get(start["known"], start["known"])
+        kind += f"It went on from `{before}`, which proved some of what is trained and timed here. "
     told = ", ".join(f"{count} {state}" for state, count in counts.items())
     return (
         f"{kind}{how}. Of {len(units)} units of work: {told}. Records: `{FOLDER}/{name}.jsonl`.\n"
@@ -275,25 +309,41 @@ def _repeats(records: Sequence[Record]) -> str:
 
 def _training(records: Sequence[Record]) -> str:
     rows = []
-    for r in records:
-        if r["kind"] == "training" and "values" in r:
-            values = r["values"]
-            difference = values["difference"]
-            rows.append(
-                (
-                    f"`{r['backend']}`",
-                    f"{values['shape']}, {values['dtype']}",
-                    _result(r),
-                    f"{values['losses'][0]:.3f} to {values['losses'][-1]:.3f}",
-                    "-" if difference is None else f"{difference:.1e}",
-                    f"{values['tokens_per_second']:,.0f}",
-                    _gib(values["memory_bytes"]),
-                    _cell(values["isolation"]),
-                )
+    trained = [r for r in records if r["kind"] == "training" and "values" in r]
+    for r in trained:
+        values = r["values"]
+        rows.append(
+            (
+                f"`{r['backend']}`",
+                f"{values['shape']}, {values['dtype']}",
+                _result(r),
+                f"{values['losses'][0]:.3f} to {values['losses'][-1]:.3f}",
+                _difference(r, trained),
+                f"{values['tokens_per_second']:,.0f}",
+                _gib(values["memory_bytes"]),
+                _cell(values["isolation"]),
             )
-    head = ("backend", "model", "result", "loss", "largest difference from sdpa's loss", "tokens/s",
+        )
+    head = ("backend", "model", "result", "loss", "largest difference in loss", "tokens/s",
             "peak memory", "packed documents")  # fmt: skip
     return table(head, rows) if rows else ""
+
+
+def _difference(record: Record, trained: Sequence[Record]) -> str:
+    """Compare the losses of a record with those of the reference on the same model."""
+    shape = record["values"]["shape"]
+    losses = {
+        r["backend"]: r["values"]["losses"]
+        for r in trained
+        if r["values"]["shape"] == shape and r["state"] == "passed"
+    }
+    name = next((name for name in REFERENCES if name in losses), None)
+    if name is None:
+        return "-"
+    if name == record["backend"]:
+        return "the reference"
+    pairs = zip(record["values"]["losses"], losses[name], strict=True)
+    return f"{max(abs(a - b) for a, b in pairs):.1e} from `{name}`'s"
 
 
 def _times(records: Sequence[Record]) -> str:

@@ -8,7 +8,13 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from attnimg.calls.arguments import read_call
-from attnimg.calls.exact import attend_exactly
+from attnimg.calls.documents import attend_by_document
+from attnimg.calls.exact import exact_kernel
+
+# These refuse calls of one key, which packed rows have: a document may be one token long. Source:
+# pytorch, sdp_utils.cpp, check_cudnn_tensor_shapes (2026-11-26); seen on an H200 with torch 2.11.
+# Flash and efficient take them there.
+_NO_SINGLE_KEY = frozenset({"CUDNN_ATTENTION"})
 
 
 def attend_pinned(
@@ -24,7 +30,9 @@ def attend_pinned(
 ) -> tuple[Tensor, None]:
     """Attend as transformers asks, document by document, on one inner kernel.
 
-    torch takes that kernel or raises RuntimeError: it never falls back to another.
+    torch takes that kernel or raises RuntimeError: it never falls back to another. Where a kernel
+    refuses a single key, torch's plain one attends: over one key every kernel's softmax is 1, and
+    its output v.
 
     Args:
         backend: who is called, for errors.
@@ -38,5 +46,11 @@ def attend_pinned(
         arguments: what else the model passes.
     """
     call = read_call(backend, module, query, key, value, mask, honours=honours, **arguments)
-    with sdpa_kernel(getattr(SDPBackend, inner)):
-        return attend_exactly(call), None
+    exact = exact_kernel(call)
+
+    def dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        single = k.shape[2] == 1 and inner in _NO_SINGLE_KEY
+        with sdpa_kernel(SDPBackend.MATH if single else getattr(SDPBackend, inner)):
+            return exact(q, k, v)
+
+    return attend_by_document(call, dense), None

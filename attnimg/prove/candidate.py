@@ -15,10 +15,11 @@ from attnimg.prove.calls import Result, call, reference
 from attnimg.prove.cases import Case, cases_of
 from attnimg.prove.checks import ORDER, Expected, Fault, check_values, expected
 from attnimg.prove.company import check_company
-from attnimg.prove.compiled import compiling_each_shape, few_shapes, is_compiled
+from attnimg.prove.compiled import builds_plans, compiling_each_shape, few_shapes, is_compiled
 from attnimg.prove.dropout import check_dropout
 from attnimg.prove.inputs import Inputs, draw
 from attnimg.prove.noise import sum_noise
+from attnimg.prove.raised import raised
 from attnimg.prove.repeats import check_isolated, check_repeated
 
 # The reference of a case serves every backend of a pattern that is proven in the same process.
@@ -37,12 +38,14 @@ class Findings(NamedTuple):
         reasons: every rule that was broken, and broken again where noise might be why.
         cases: how many probes were run.
         unrepeated: what was broken once and not again.
+        raises: calls that training never makes, and what the kernel raised in them.
     """
 
     figures: list[Figure]
     reasons: list[Reason]
     cases: int
     unrepeated: list[Reason]
+    raises: tuple[str, ...] = ()
 
 
 def prove_geometry(
@@ -66,6 +69,9 @@ def prove_geometry(
     further proofs, several hundred, is right; and a fault that no noise explains is believed at
     once.
 
+    A kernel may raise at the probes with fewer queries than keys, which are calls with a key-value
+    cache: training has none, and what raises gives nothing wrong. A wrong result refuses there too.
+
     Args:
         function: the backend's attention.
         backend: what it is judged by.
@@ -77,7 +83,7 @@ def prove_geometry(
         again: called before all probes are run again, which takes as long as they took.
 
     Raises:
-        Exception: whatever a kernel raises.
+        Exception: whatever a kernel raises in a call that training makes.
     """
     probes = partial(
         _run_probes,
@@ -111,6 +117,7 @@ def _run_probes(
     figures: list[Figure] = []
     reasons: list[Reason] = []
     unrepeated: list[Reason] = []
+    raises: list[str] = []
     cases = cases_of(geometry, device=device)
     if backend.pattern == "shifted":
         # s2 refuses rows that are packed or continue a cache. In rows of up to 8 tokens most see
@@ -120,7 +127,8 @@ def _run_probes(
             for case in cases
             if not case.packed and case.queries is None and max(case.lengths) > 8
         ]
-    if is_compiled(backend, device=device):
+    plans = builds_plans(backend, device=device, capability=_capability(device))
+    if plans or is_compiled(backend, device=device):
         cases = few_shapes(cases)
     for case in cases:
         starting(case.name)
@@ -138,10 +146,14 @@ def _run_probes(
             with compiling_each_shape(backend, device=device):
                 found = _run_until_sure(probe, refused=bool(reasons))
         # Kernels raise anything. Where an earlier probe found a fault, that says more.
-        except Exception:
+        except Exception as error:
             if reasons:
                 break
-            raise
+            if case.queries is None:
+                raise
+            # One that broke the GPU's context raises in the next probe as well.
+            raises.append(f"{case.name}: {raised(error)}")
+            continue
         figures += found.figures
         reasons += found.reasons
         unrepeated += found.unrepeated
@@ -158,7 +170,8 @@ def _run_probes(
         unrepeated += found.unrepeated
     if reasons or len(unrepeated) > 1:
         reasons, unrepeated = reasons + unrepeated, []
-    return Findings(_worst(figures), _first_of_each(reasons), len(cases), unrepeated)
+    probed = len(cases) - len(raises)
+    return Findings(_worst(figures), _first_of_each(reasons), probed, unrepeated, tuple(raises))
 
 
 def _run_until_sure(
@@ -175,7 +188,11 @@ def _run_until_sure(
     if not faults or refused or any(not fault.noise_sensitive for fault in faults):
         return Findings(figures, reasons, 1, [])
     for _ in range(AGAIN):
-        further_figures, further = probe()
+        try:
+            further_figures, further = probe()
+        # Kernels raise anything. The fault that the first run found says more.
+        except Exception:
+            return Findings(figures, reasons, 1, [])
         if further:
             return Findings(figures, reasons, 1, [])
     # One for a probe: two are a reason.
@@ -209,12 +226,15 @@ def merge(found: Iterable[Findings]) -> Findings:
     reasons: list[Reason] = []
     unrepeated: list[Reason] = []
     cases = 0
+    raises: list[str] = []
     for findings in found:
         figures += findings.figures
         reasons += findings.reasons
         unrepeated += findings.unrepeated
         cases += findings.cases
-    return Findings(_worst(figures), _first_of_each(reasons), cases, unrepeated)
+        raises += findings.raises
+    alike = tuple(dict.fromkeys(raises))
+    return Findings(_worst(figures), _first_of_each(reasons), cases, unrepeated, alike)
 
 
 def _repeated(
@@ -251,6 +271,12 @@ def _repeated(
             before += [same() for _ in range(MORE)]
             after += [call(function, backend, case, other) for _ in range(MORE)]
             yield from judge(before=before, after=after)
+
+
+def _capability(device: str) -> tuple[int, int] | None:
+    """Return the compute capability of an NVIDIA GPU."""
+    nvidia = device == "cuda" and torch.version.hip is None
+    return torch.cuda.get_device_capability() if nvidia else None
 
 
 def _qkv(inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

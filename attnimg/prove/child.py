@@ -105,6 +105,7 @@ def prove_candidate(
     wanted = max(geometry.sequence_len for geometry in geometries)
     notes = [f"proven up to {longest} of {wanted} tokens: memory"] if longest < wanted else []
     notes += [f"seen once, and not when run again: {reason.text}" for reason in found.unrepeated]
+    notes += [f"raises where training never calls it: {call}" for call in found.raises]
     return Proof(
         backend=name,
         reasons=tuple(found.reasons),
@@ -117,17 +118,19 @@ def prove_candidate(
 
 
 def _reason(error: BaseException, *, stage: str) -> Reason:
-    """Give the reason of what a kernel raised."""
+    """Return the reason of what a kernel raised."""
     import torch
 
-    text = " ".join(str(error).split())[:300]
-    said = f"{stage}: {type(error).__name__}: {text}"
+    from attnimg.prove.raised import raised
+
+    text = str(error)
+    said = f"{stage}: {raised(error)}"
     out_of_memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
     # torch's CPU allocator raises a RuntimeError.
     if out_of_memory or "can't allocate memory" in text or "not enough memory" in text:
         return Reason(code="oom", text=said)
     if isinstance(error, AttnimgError):
-        return Reason(code=error.code, text=f"{error.what}: {' '.join(error.why.split())}")
+        return Reason(code=error.code, text=raised(error))
     return Reason(code="import-error" if stage == "loading" else "crash", text=said)
 
 

@@ -89,10 +89,10 @@ def rounding_of_output(case: Case, inputs: Inputs) -> dict[str, float]:
     that it stored, in the precision of the run. Rounding moves each value of it by at most u times
     the value, with u half the spacing at 1, and by u / sqrt(3) times it as a standard deviation.
     The roundings of a row are taken to be independent, so that d_out out is off by at most
-    DEVIATIONS * u / sqrt(3) * |d_out * out|, the norm over the head size (the model of Higham and
-    Mary, A new approach to probabilistic rounding error analysis, SIAM J. Sci. Comput. 41(5), 2019).
-    Plain attention stores no such output. In a call of few tokens none of its other roundings need
-    be as large, so that its own error is no measure there.
+    DEVIATIONS * u / sqrt(3) * |d_out * out|, the norm over the head size. Source of the model:
+    Higham and Mary, A New Approach to Probabilistic Rounding Error Analysis, SIAM J. Sci. Comput.
+    41(5), 2019. Plain attention stores no such output. In a call of few tokens none of its other
+    roundings need be as large, so that its own error is no measure there.
 
     Args:
         case: a probe of as many queries as keys.

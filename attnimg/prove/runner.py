@@ -28,7 +28,8 @@ from attnimg.prove.patience import LOOK_EVERY_S, Patience
 # first call.
 TIMEOUT_S = {"cpu": 60.0, "cuda": 300.0}
 # The same besides, where torch.compile makes a kernel for each kind of call: some 60 graphs, each
-# forward and backward. Ours; not measured on a GPU yet (2026-11-26).
+# forward and backward. Ours: on an H200, beside compilers, 153 s were too few (docs/gpu-runs.md,
+# 2026-11-26).
 COMPILING_S = 600.0
 # The same until the child has imported torch and transformers.
 IMPORT_TIMEOUT_S = 180.0

@@ -191,6 +191,19 @@ def _run(
     pool = Pool(_environment(kernels.folder))
     left = {step: STEPS[step] * sizes.patience for step in options.steps}
     planned: set[str] = set()
+
+    def units_of(step: str, *, waiting: bool) -> list[Unit]:
+        """Return what a step has to do; a fault in that costs this step alone."""
+        try:
+            return pending(step, progress, sizes, waiting=waiting)
+        # What the records of a GPU look like is known only there.
+        except Exception as error:
+            left.pop(step)
+            text = f"{type(error).__name__}: {error}"
+            records.add("step", step, seconds=0.0, unit=f"{step}: its units", state="crash",
+                        code="scheduling", text=text)  # fmt: skip
+            return []
+
     while deadline - time.monotonic() > SHORTEST_S:
         # Asked first: a kernel that is ready after this question is met in the next round.
         busy = kernels.busy()
@@ -199,8 +212,8 @@ def _run(
             pool.restart()  # transformers looks for packages once, when it is imported
         for state in news:
             _record_kernel(records, state)
-        for step, seconds in left.items():
-            units = pending(step, progress, sizes, waiting=busy)
+        for step, seconds in list(left.items()):
+            units = units_of(step, waiting=busy)
             if units and seconds > SHORTEST_S:
                 break
         else:
@@ -225,8 +238,8 @@ def _run(
     for state in kernels.news():
         _record_kernel(records, state)
     made = {record.get("unit") for record in records.made}
-    for step in left:
-        for unit in pending(step, progress, sizes, waiting=False):
+    for step in list(left):
+        for unit in units_of(step, waiting=False):
             if unit.name not in made:
                 records.add(
                     unit.kind, unit.step, seconds=0.0, backend=unit.backend, unit=unit.name,

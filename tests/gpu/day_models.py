@@ -1,4 +1,4 @@
-"""Train random Llamas of two shapes on a backend: losses against sdpa's, tokens/s, peak memory."""
+"""Train random Llamas of two shapes on a backend: losses against another's, tokens/s, memory."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from day_units import versions
 from attnimg import apply
 
 # 1b: Llama 3.2 1B with a smaller vocabulary, since random weights need no words.
-# Source: meta-llama/Llama-3.2-1B, config.json (2026-11-26).
+# Source: config.json of meta-llama/Llama-3.2-1B as copies of it on the hub have it, such as
+# https://huggingface.co/h3110Fr13nd/llama-3.2-1b-onnx; the original asks for a login (2026-11-26).
 SHAPES: dict[str, dict[str, int]] = {
     "tiny": {
         "vocab_size": 512, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2,
@@ -29,8 +30,8 @@ SHAPES: dict[str, dict[str, int]] = {
         "head_dim": 64,
     },
 }  # fmt: skip
-# Share of sdpa's first loss by which a loss may differ: bfloat16 keeps 3 digits, and each step
-# spreads what it drops.
+# Share of the reference's first loss by which a loss may differ: bfloat16 keeps 3 digits, and each
+# step spreads what it drops.
 TOLERANCE = 0.02
 # Batches that are shown again and again, so that a model learns them in a few steps.
 BATCHES = 2
@@ -46,7 +47,10 @@ def document_lengths(tokens: int, *, seed: int) -> list[int]:
 
 
 def training(unit: dict[str, Any], stage: Callable[[str], None]) -> dict[str, Any]:
-    """Train some steps on packed rows; compare with the losses in unit["reference"], if any."""
+    """Train some steps on packed rows; compare with the losses in unit["reference"], if any.
+
+    unit["reference"] is the name of another backend and its losses, or None.
+    """
     backend = adapters.backend(unit["backend"])
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = getattr(torch, unit["dtype"])
@@ -67,7 +71,7 @@ def training(unit: dict[str, Any], stage: Callable[[str], None]) -> dict[str, An
             torch.cuda.reset_peak_memory_stats()
         losses, seconds = _steps(model, unit)
     memory = torch.cuda.max_memory_allocated() if device == "cuda" else None
-    reference = unit.get("reference")
+    compared_with, reference = unit.get("reference") or (None, None)
     difference = (
         max(abs(a - b) for a, b in zip(losses, reference, strict=True)) if reference else None
     )
@@ -78,7 +82,7 @@ def training(unit: dict[str, Any], stage: Callable[[str], None]) -> dict[str, An
         faults.append(("no-descent", f"loss went from {losses[0]:.4f} to {losses[-1]:.4f}"))
     allowed = TOLERANCE * reference[0] if reference else 0.0
     if difference is not None and not difference <= allowed:
-        text = f"by {difference:.3f} from sdpa's, allowed {allowed:.3f}"
+        text = f"by {difference:.3f} from {compared_with}'s, allowed {allowed:.3f}"
         faults.append(("loss-differs", text))
     return {
         "state": "failed" if faults else "passed",
@@ -91,6 +95,7 @@ def training(unit: dict[str, Any], stage: Callable[[str], None]) -> dict[str, An
             "tokens_per_step": unit["tokens"],
             "losses": [round(loss, 5) for loss in losses],
             "difference": difference,
+            "compared_with": compared_with,
             "isolation": why,
             # The first steps compile and allocate.
             "tokens_per_second": round(unit["tokens"] / statistics.median(seconds[3:]), 1),

@@ -22,6 +22,8 @@ STEPS = {
 }
 # These compile kernels during their proof, so they come after what is quick.
 SLOW = ("flash_attention_4", "flex_attention")
+# Whose losses the others are compared with: the first of these that was trained.
+REFERENCES = ("sdpa", "eager", "sdpa_math")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,14 +156,16 @@ class Progress:
                     found.setdefault(record["backend"], set()).update(values["head_dims"])
         return found
 
-    def losses(self, shape: str) -> list[float] | None:
-        """Return sdpa's losses on a shape, which others are compared with."""
-        for record in self.records:
-            values = record.get("values") or {}
-            same = (record["kind"], record["backend"]) == ("training", "sdpa")
-            if same and values.get("shape") == shape:
-                return list(values["losses"])
-        return None
+    def reference(self, shape: str) -> tuple[str, list[float]] | None:
+        """Return whose losses on a shape others are compared with, and these losses."""
+        found = {
+            record["backend"]: list(record["values"]["losses"])
+            for record in self.records
+            if record["kind"] == "training"
+            and record["state"] == "passed"
+            and record["values"]["shape"] == shape
+        }
+        return next(((name, found[name]) for name in REFERENCES if name in found), None)
 
 
 def pending(step: str, progress: Progress, sizes: Sizes, *, waiting: bool) -> list[Unit]:
@@ -230,7 +234,7 @@ def _native_proofs(progress: Progress, sizes: Sizes) -> list[Unit]:
     failed = [
         record["backend"]
         for record in progress.records
-        if record["step"] == "proofs"
+        if (record["kind"], record["step"]) == ("proof", "proofs")
         and record["state"] not in ("passed", "not here", "not reached")
         and len((record.get("values") or {}).get("head_dims", sizes.head_dims)) > 1
     ]
@@ -280,21 +284,23 @@ def _ready(progress: Progress, *, waiting: bool) -> list[str]:
 
 
 def _training(progress: Progress, sizes: Sizes) -> list[Unit]:
-    """Train on each proven backend, sdpa first: the others are compared with it."""
+    """Train on each proven backend, first on the one that the others are compared with."""
     units = []
     dtype = sizes.dtypes[0]
     size = min(sizes.head_dims) if len(sizes.head_dims) == 1 else 64
     proven = [name for name, sizes_of in progress.proven(dtype).items() if size in sizes_of]
     for shape, (tokens, rate) in sizes.shapes.items():
-        reference = progress.losses(shape)
-        names = sorted(proven, key=lambda name: name != "sdpa")
-        if reference is None and "sdpa" in names:
-            tried = f"training sdpa {shape}" in progress.done()
-            names = names if tried else ["sdpa"]
+        reference = progress.reference(shape)
+        untried = [
+            name
+            for name in REFERENCES
+            if name in proven and f"training {name} {shape}" not in progress.done()
+        ]
+        names = proven if reference is not None or not untried else untried[:1]
         for name in names:
             values = {
                 "shape": shape, "tokens": tokens, "learning_rate": rate, "dtype": dtype,
-                "steps": sizes.steps, "reference": None if name == "sdpa" else reference,
+                "steps": sizes.steps, "reference": reference,
             }  # fmt: skip
             units.append(
                 Unit(step="training", kind="training", backend=name, what=shape, values=values)

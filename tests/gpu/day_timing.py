@@ -5,7 +5,8 @@ layout included. Operations are counted for what a causal model needs, whatever 
 for each document of L tokens and each query head, L * L / 2 pairs of a query and a key, each with
 2 * D operations for the score and 2 * D for the output; the backward pass has five such products
 where the forward pass has two, so 2.5 times as many.
-Source: flash-attention 2.8.3.post2, benchmarks/benchmark_flash_attention.py, flops() (2026-11-26).
+Source: Dao-AILab/flash-attention at 0251105, benchmarks/benchmark_flash_attention.py, flops(), read
+2026-11-26.
 """
 
 from __future__ import annotations
@@ -23,8 +24,10 @@ from day_units import versions
 
 from attnimg.attend import attention_function
 
-# Dense bfloat16 TFLOP/s of the tensor cores. Source: NVIDIA's H100 and H200 data sheets give 1,979
-# with sparsity for SXM, half of it without (2026-11-26).
+# Dense bfloat16 TFLOP/s of the tensor cores: 132 multiprocessors * 4096 operations a cycle * 1830
+# MHz, the same for both. The clock may be higher, 1980 MHz on the H200 of docs/gpu-runs.md.
+# Source: https://glennklockwood.com/garden/processors/h100, 989.4 (2026-11-26); NVIDIA's own data
+# sheets were not read.
 PEAK_TFLOPS = {"NVIDIA H100 80GB HBM3": 989.4, "NVIDIA H200": 989.4}
 WARM_UP, TIMED = 3, 10
 

@@ -66,6 +66,8 @@ FA4 = (
 # Headers that nvcc's own package does not have.
 HEADERS = ("nvidia-cuda-cccl", "nvidia-cuda-crt", "nvidia-cuda-profiler-api")
 FA4_LARGE = "nvidia-cutlass-dsl-libs-cu13"
+# What xFormers is told when it has no library; see add_xformers.
+XFORMERS_SET = "_built_with_cuda = True"
 # pip matches the number exactly.
 PLATFORMS = ("1_x86_64", "2014_x86_64", *(f"_2_{n}_x86_64" for n in (17, 24, 27, 28, 31, 34, 35)))
 MIB = 1 << 20
@@ -278,11 +280,23 @@ def add_source(kernel: Kernel, build: Build, folder: Path) -> bool:
 def add_xformers(kernel: Kernel, folder: Path) -> None:
     """Write xFormers' wheel without its library, which is one of CUDA 12 and can't be loaded.
 
-    The kernels for attention are torch's own (cutlassF-pt, cutlassB-pt): in xFormers 0.0.35 without
-    _C.so and torch 2.11.0+cu130, both are available (2026-11-26).
+    The kernels for attention are torch's own (cutlassF-pt, cutlassB-pt). Without the library every
+    one is refused on a GPU all the same, "xFormers wasn't build with CUDA support", which goes by
+    _built_with_cuda alone: the wheel sets it. An image compiles the library.
+    Source: xformers 0.0.35, _cpp_lib.py and ops/fmha/common.py, not_supported_reasons; with this
+    check passed, nothing stands against them for sm_90 and bfloat16 (2026-11-26).
     """
     start = wheel_name(kernel.source)
-    if (folder / "kernel.json").is_file() and list(folder.glob(f"{start}*.whl")):
+    facts = {
+        "name": "xformers",
+        "version": kernel.version,
+        "imports": ["xformers.ops"],
+        "env": {},
+        "set": XFORMERS_SET,
+    }
+    text = json.dumps(facts, indent=1) + "\n"
+    described = folder / "kernel.json"
+    if described.is_file() and described.read_text() == text and list(folder.glob(f"{start}*.whl")):
         return
     shutil.rmtree(folder, ignore_errors=True)
     with tempfile.TemporaryDirectory() as made:
@@ -295,10 +309,14 @@ def add_xformers(kernel: Kernel, folder: Path) -> None:
             zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED) as new,
         ):
             for entry in old.infolist():
-                if entry.filename != "xformers/_C.so":
-                    new.writestr(entry, old.read(entry))
-    facts = {"name": "xformers", "version": kernel.version, "imports": ["xformers.ops"], "env": {}}
-    (folder / "kernel.json").write_text(json.dumps(facts, indent=1) + "\n")
+                if entry.filename == "xformers/_C.so":
+                    continue
+                read = old.read(entry)
+                if entry.filename == "xformers/_cpp_lib.py":
+                    assert b"\n_built_with_cuda = (" in read, "another xFormers: look at it again"
+                    read += f"\n{XFORMERS_SET}\n".encode()
+                new.writestr(entry, read)
+    described.write_text(text)
 
 
 def add_fa4(kit: Path) -> list[Path]:

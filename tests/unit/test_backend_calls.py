@@ -112,6 +112,20 @@ def test_dense_rows_are_right_forward_and_backward(kernels, name, shape, argumen
         assert (one - other).abs().max() < 1e-4
 
 
+def test_cudnn_gets_no_document_of_one_token_and_every_other_one():
+    attend = attention_function(backend_named("sdpa_cudnn"))
+    q, k, v = draw()
+    singles = packed([1] * q.shape[2])
+    found = attend(LAYER, q, k, v, None, scaling=0.4, **singles)[0]
+    expected = plainly(q, k, v, seen=same_document([1] * q.shape[2]), scale=0.4)
+    assert (found - expected).abs().max() < 1e-6
+    for one, other in zip(gradients(found, (q, k, v)), gradients(expected, (q, k, v)), strict=True):
+        assert (one - other).abs().max() < 1e-6
+    # There is no cuDNN here: what is pinned to it raises.
+    with pytest.raises(RuntimeError, match=r"No viable backend|No available kernel"):
+        attend(LAYER, q, k, v, None, scaling=0.4, **packed([1, q.shape[2] - 1]))
+
+
 @pytest.mark.parametrize("name", CALLS)
 def test_packed_documents_are_right_and_isolated(kernels, name):
     lengths = [1, 5, 4, 3]

@@ -10,10 +10,12 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import day
 import pytest
 from day_steps import STEPS, Progress, Sizes, pending
+from day_units import KINDS
 from day_workers import Pool, Unit
 
 DAY = Path(__file__).parents[1] / "gpu" / "day.py"
@@ -104,7 +106,8 @@ def progress(*records, kernels=None):
         kernels=kernels or {"flash_attention_3": "flash-attn-3", "sage": "sageattention"},
         records=records,
         nameable={"sdpa", "flash_attention_3"},
-        packing={"sdpa": "mask", "s2": "none", "flash_attention_3": "native", "sage": "native",
+        packing={"sdpa": "mask", "eager": "mask", "sdpa_math": "native", "s2": "none",
+                 "flash_attention_3": "native", "sage": "native",
                  "flash_attention_4": "native", "flex_attention": "native",
                  "varlen_attn": "native"},
     )  # fmt: skip
@@ -218,21 +221,116 @@ def test_only_proven_backends_are_trained_and_timed():
     assert of_small == {64}
 
 
+def trained(backend, shape="tiny", state="passed"):
+    values = {"shape": shape, "losses": [2.0, 1.0], "tokens_per_second": 9.0}
+    return {"kind": "training", "step": "training", "backend": backend, "state": state,
+            "unit": f"training {backend} {shape}", "values": values}  # fmt: skip
+
+
 def test_sdpa_trains_first_and_the_others_are_compared_with_it():
     proven = [proof("sdpa"), proof("flash_attention_3", step="kernels", head_dims=[64])]
     first = pending("training", progress(*proven), Sizes.gpu(), waiting=False)
     assert [unit.backend for unit in first] == ["sdpa", "sdpa"]
-    trained = {"kind": "training", "step": "training", "backend": "sdpa", "state": "passed",
-               "unit": "training sdpa tiny",
-               "values": {"shape": "tiny", "losses": [2.0, 1.0]}}  # fmt: skip
-    then = pending("training", progress(*proven, trained), Sizes.gpu(), waiting=False)
+    then = pending("training", progress(*proven, trained("sdpa")), Sizes.gpu(), waiting=False)
     found = {unit.name: unit.values["reference"] for unit in then}
-    assert found["training flash_attention_3 tiny"] == [2.0, 1.0]
+    assert found["training flash_attention_3 tiny"] == ("sdpa", [2.0, 1.0])
+
+
+def test_without_sdpa_the_others_are_compared_with_eager():
+    proven = [proof("varlen_attn"), proof("sdpa_math"), proof("eager"), proof("sdpa", "timeout")]
+    assert backends("training", *proven) == ["eager", "eager"]
+    then = pending("training", progress(*proven, trained("eager")), Sizes.gpu(), waiting=False)
+    found = {unit.name: unit.values["reference"] for unit in then}
+    assert found["training varlen_attn tiny"] == ("eager", [2.0, 1.0])
+    # One that failed is no reference: the next one is trained.
+    lost = trained("eager", state="crash")
+    assert backends("training", *proven, lost) == ["sdpa_math", "eager"]
+    # With none of them, the rest is trained all the same.
+    assert set(backends("training", proof("varlen_attn"))) == {"varlen_attn"}
 
 
 @pytest.mark.parametrize("step", STEPS)
 def test_every_step_has_units_or_says_that_it_has_none(step):
     assert isinstance(pending(step, progress(proof("sdpa")), Sizes.gpu(), waiting=False), list)
+
+
+class OtherPool:
+    """A pool that records an outcome for each unit and runs none."""
+
+    def __init__(self, _environment):
+        self.names = []
+
+    def run(self, units, *, record, **_limits):
+        for unit in units:
+            self.names.append(unit.name)
+            record(unit, time.monotonic(), self.outcome(unit))
+
+    def outcome(self, unit):
+        values = {**unit.values, "losses": [2.0, 1.0], "tokens_per_second": 9.0}
+        return {"state": self.state if unit.kind == "proof" else "passed", "values": values}
+
+    def restart(self):
+        pass
+
+
+class OtherKernels:
+    """FlashAttention-3, installed from the start, and nothing else."""
+
+    folder = Path("none")
+
+    def __init__(self):
+        self.states = [{"kernel": "flash-attn-3", "state": "installed", "seconds": 1.0}]
+
+    def busy(self):
+        return False
+
+    def news(self):
+        found, self.states = self.states, []
+        return found
+
+
+@pytest.fixture
+def rehearse(tmp_path, monkeypatch):
+    """Run day.py's scheduler over all steps with the sizes of a GPU; its records."""
+
+    def rehearse(state):
+        monkeypatch.setattr(day, "Pool", type("Pool", (OtherPool,), {"state": state}))
+        monkeypatch.setattr(day.os, "fsync", lambda _: None)
+        records = day.Records(tmp_path / f"{state}.jsonl", machine="m")
+        options = SimpleNamespace(rehearsal=False, known=None, steps=list(STEPS))
+        with records.file:
+            day._run(options, records, OtherKernels(), deadline=time.monotonic() + 60)
+        return records.made
+
+    return rehearse
+
+
+@pytest.mark.parametrize("state", ["passed", "failed", "crash", "timeout", "not here"])
+def test_every_step_is_scheduled_whatever_becomes_of_proofs_of_several_head_sizes(rehearse, state):
+    made = rehearse(state)
+    assert {record["kind"] for record in made} <= set(KINDS) | {"plan", "kernel"}
+    units = [record["unit"] for record in made if "unit" in record]
+    assert len(units) == len(set(units))
+    alone = "proofs varlen_attn bfloat16 head_dim 256"
+    assert (alone in units) == (state not in ("passed", "not here"))
+    assert ("training sdpa 1b" in units) == (state == "passed")
+
+
+def test_a_fault_in_scheduling_one_step_is_a_record_and_costs_no_other(rehearse, monkeypatch):
+    def broken(step, *args, **kwargs):
+        if step == "training":
+            raise KeyError("")
+        return pending(step, *args, **kwargs)
+
+    monkeypatch.setattr(day, "pending", broken)
+    made = rehearse("passed")
+    (fault,) = [record for record in made if record["state"] == "crash"]
+    assert (fault["step"], fault["code"], fault["text"]) == (
+        "training",
+        "scheduling",
+        "KeyError: ''",
+    )
+    assert {record["step"] for record in made} >= {"proofs", "kernels", "repeats", "timing"}
 
 
 def test_a_run_that_is_killed_leaves_whole_records(tmp_path):

@@ -52,6 +52,30 @@ def imported(to, code):
     return done.stdout.strip()
 
 
+def test_xformers_without_its_library_takes_torchs_kernels(tmp_path, monkeypatch):
+    loads = "_build_metadata = None\n_built_with_cuda = (\n    _build_metadata is not None\n)\n"
+    files = {"xformers/_cpp_lib.py": loads, "xformers/_C.so": "CUDA 12", "xformers/ops.py": ""}
+
+    def download(_requirements, to):
+        wheel(to, name="xformers", tag="py39-none-manylinux_2_28_x86_64", files=files)
+
+    monkeypatch.setattr(make_kit, "download", download)
+    folder = tmp_path / "xformers"
+    for _ in range(2):
+        make_kit.add_xformers(KERNELS["xformers"], folder)
+        (made,) = folder.glob("xformers-*.whl")
+        with zipfile.ZipFile(made) as opened:
+            assert "xformers/_C.so" not in opened.namelist()
+            scope = {}
+            exec(opened.read("xformers/_cpp_lib.py").decode(), scope)
+        assert scope["_built_with_cuda"] is True
+        # One of an older kit is made again.
+        (folder / "kernel.json").write_text("{}")
+    files["xformers/_cpp_lib.py"] = "loaded = None\n"
+    with pytest.raises(AssertionError, match="another xFormers"):
+        make_kit.add_xformers(KERNELS["xformers"], folder)
+
+
 def test_a_wheel_of_the_kit_is_installed_and_imported(tmp_path):
     folder = tmp_path / "kit/kernels/toy"
     wheel(folder)

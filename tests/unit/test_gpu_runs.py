@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 import json
+import re
 from copy import deepcopy
 from pathlib import Path
 
+import day_steps
 import pytest
 
 from attnimg.errors import AttnimgError
-from recipes.gpu_runs import NONE, faults, read_run, read_runs, runs_page, runs_table
+from recipes.gpu_runs import (
+    NONE,
+    REFERENCES,
+    Notes,
+    faults,
+    read_notes,
+    read_run,
+    read_runs,
+    runs_page,
+    runs_table,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -139,6 +151,44 @@ def test_a_run_may_go_on_from_what_another_proved():
     start = {**START, "values": {**START["values"], "known": "first"}}
     assert faults([start, TIMED, END], all_right=False) == []
     assert "It went on from `first`" in runs_page({"x": [start, TIMED, END]})
+
+
+def test_losses_are_compared_with_those_of_the_reference_in_the_same_run():
+    def of(backend, losses, state="passed"):
+        values = {**TRAINED["values"], "losses": losses}
+        return {**TRAINED, "backend": backend, "unit": backend, "state": state, "values": values}
+
+    trained = [of("varlen_attn", [10.0, 2.25]), of("sdpa_math", [9.0, 1.0])]
+    page = runs_page({"x": [START, *trained, of("eager", [10.0, 2.5]), END]})
+    assert "2.2e" not in page
+    assert "| 10.000 to 2.250 | 2.5e-01 from `eager`'s |" in page
+    assert "| 10.000 to 2.500 | the reference |" in page
+    # One that failed is no reference.
+    page = runs_page({"x": [START, *trained, of("eager", [10.0, 2.5], "failed"), END]})
+    assert "| 10.000 to 2.250 | 1.2e+00 from `sdpa_math`'s |" in page
+    assert "| 10.000 to 2.250 | - |" in runs_page({"x": [START, trained[0], END]})
+    assert day_steps.REFERENCES == REFERENCES
+
+
+def test_notes_stand_in_the_section_of_their_run_and_name_the_run_before():
+    start = {**START, "values": {**START["values"], "known": "run1"}}
+    notes = {
+        "first": Notes(was="run1", notes=("of the first",)),
+        "other": Notes(was="run2", notes=("of the other",)),
+    }
+    page = runs_page({"first": RUN, "other": [start, TIMED, END]}, notes)
+    other, first = page.split('<a id="first">')
+    assert "- of the other\n" in other
+    assert "- of the first\n" in first
+    assert "It went on from `first`" in other
+
+
+def test_every_recorded_run_has_notes_and_no_path_of_its_machine():
+    runs = read_runs(ROOT)
+    assert set(read_notes(ROOT)) == set(runs)
+    for name in runs:
+        text = (ROOT / f"docs/gpu-runs/{name}.jsonl").read_text()
+        assert not re.search(r"[\"( ]/(work|root|tmp|home)\b", text), name
 
 
 def test_recorded_runs_are_well_formed():

@@ -40,6 +40,11 @@ FAULTS = [
     ("none", WINDOW, None),
     ("none", CAPPED, None),
     ("none", DROPOUT, None),
+    # What raises gives nothing wrong, and training never calls with fewer queries than keys.
+    ("raise for fewer queries", PACKED, None),
+    ("raise for fewer queries", SINGLE, None),
+    ("raise from fewer queries on", PACKED, "crash"),
+    ("top-left", SINGLE, "numerics-fwd"),
     ("zeros", PACKED, "zeros"),
     ("zeros", HALF, "zeros"),
     ("detached", PACKED, "grad-detached"),
@@ -260,3 +265,15 @@ def test_each_kernel_is_judged_by_what_is_wrong_with_it(
 ) -> None:
     codes = [reason.code for reason in proofs[name].reasons]
     assert codes == [] if code is None else code in codes, proofs[name].reasons
+
+
+def test_what_a_kernel_cannot_do_is_a_note_of_its_proof(proofs: dict[str, Proof]) -> None:
+    (name, *_) = [
+        name
+        for name, (_, fault, geometry, _) in zip(NAMES, ALL, strict=True)
+        if (fault, geometry) == ("raise for fewer queries", PACKED)
+    ]
+    note = "raises where training never calls it: 13 queries, 77 keys: NotImplementedError: as many"
+    assert proofs[name].note.startswith(note)
+    assert proofs[NAMES[0]].note == ""
+    assert proofs[name].cases == proofs[NAMES[0]].cases - 1

@@ -1,4 +1,4 @@
-"""A proof of flex_attention on a GPU makes calls of few shapes, and never runs uncompiled."""
+"""A proof of a kernel that is made for each shape, flex_attention's or cuDNN's, makes few."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from attnimg.prove.cases import cases_of
 from attnimg.prove.compiled import (
     EDGES,
     RECOMPILE_LIMIT,
+    builds_plans,
     compiling_each_shape,
     few_shapes,
     is_compiled,
@@ -74,6 +75,25 @@ def test_only_flex_on_a_gpu_is_compiled_and_gets_more_time(
     )
     extra = COMPILING_S if compiled else 0.0
     assert limits == (TIMEOUT_S[device] + extra, 900.0 + extra)
+
+
+@pytest.mark.parametrize(
+    ("name", "device", "capability", "few"),
+    [
+        ("sdpa", "cuda", (9, 0), True),
+        ("sdpa", "cuda", (10, 0), True),
+        ("sdpa", "cuda", (8, 0), False),
+        ("sdpa", "cuda", (12, 0), False),
+        ("sdpa", "cuda", None, False),
+        ("sdpa", "cpu", None, False),
+        ("sdpa_flash", "cuda", (9, 0), False),
+        ("varlen_attn", "cuda", (9, 0), False),
+    ],
+)
+def test_only_sdpa_where_it_takes_cudnn_first_is_shown_few_shapes(
+    name: str, device: str, capability: tuple[int, int] | None, few: bool
+) -> None:
+    assert builds_plans(backend(name), device=device, capability=capability) == few
 
 
 def test_passing_dynamos_limit_raises_instead_of_running_uncompiled() -> None:

@@ -158,7 +158,9 @@ NOISE = Fault(reason=Reason(code="nondeterministic", text="noise"), noise_sensit
 GROSS = Fault(reason=Reason(code="numerics-fwd", text="gross"), noise_sensitive=False)
 
 
-def prove_by(script: dict[int, Fault], monkeypatch: pytest.MonkeyPatch) -> tuple[Findings, int]:
+def prove_by(
+    script: dict[int, Fault | Exception], monkeypatch: pytest.MonkeyPatch
+) -> tuple[Findings, int]:
     """Prove sdpa with probes that find what a script says of their number; and count them."""
     geometry = a_geometry(heads=2, kv_heads=2, head_dim_qk=16, head_dim_v=16, sequence_len=64)
     few = cases_of(geometry, device="cpu")[:4]
@@ -167,6 +169,8 @@ def prove_by(script: dict[int, Fault], monkeypatch: pytest.MonkeyPatch) -> tuple
 
     def probe(*_args: object, **_named: object) -> tuple[list[object], list[Fault]]:
         fault = script.get(next(runs))
+        if isinstance(fault, Exception):
+            raise fault
         return [], [fault] if fault else []
 
     monkeypatch.setattr(candidate, "_run_probe", probe)
@@ -185,6 +189,7 @@ def prove_by(script: dict[int, Fault], monkeypatch: pytest.MonkeyPatch) -> tuple
         pytest.param({}, False, 4, id="nothing found"),
         pytest.param({0: NOISE}, False, 4 + 2 + 2 * 4, id="seen once: run again, then all again"),
         pytest.param({0: NOISE, 1: NOISE}, True, 4 + 1, id="seen twice in a probe"),
+        pytest.param({0: NOISE, 1: ValueError()}, True, 4 + 1, id="or raises when run again"),
         pytest.param({0: NOISE, 2: NOISE}, True, 4 + 2, id="and at the last of its runs"),
         pytest.param({0: NOISE, 3: NOISE}, True, 4 + 4, id="seen in two probes"),
         pytest.param({0: NOISE, 9: NOISE}, True, 4 + 4 + 4, id="seen in the next proof"),
@@ -193,7 +198,7 @@ def prove_by(script: dict[int, Fault], monkeypatch: pytest.MonkeyPatch) -> tuple
     ],
 )
 def test_what_noise_may_explain_is_believed_when_it_is_seen_again(
-    script: dict[int, Fault], refused: bool, runs: int, monkeypatch: pytest.MonkeyPatch
+    script: dict[int, Fault | Exception], refused: bool, runs: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found, made = prove_by(script, monkeypatch)
     assert (bool(found.reasons), made) == (refused, runs)

@@ -1,0 +1,23 @@
+"""Say what a kernel raised, in a line that a reason or a note can hold."""
+
+from __future__ import annotations
+
+from attnimg.errors import AttnimgError
+
+# Characters of a message that are kept. Some name the call first and the cause last: xFormers lists
+# its kernels with the reasons against each.
+BEGINNING, ENDING = 250, 350
+
+
+def raised(error: BaseException) -> str:
+    """Return the kind and the message of an exception, without the middle of a long one."""
+    if isinstance(error, AttnimgError):
+        return f"{error.what}: {' '.join(error.why.split())}"
+    return f"{type(error).__name__}: {shortened(' '.join(str(error).split()))}"
+
+
+def shortened(text: str) -> str:
+    """Return the beginning and the end of a long text."""
+    if len(text) <= BEGINNING + ENDING:
+        return text
+    return f"{text[:BEGINNING]} ... {text[-ENDING:]}"
