@@ -116,7 +116,7 @@ def _automatic(verdicts: tuple[Verdict, ...]) -> Plan:
         do = "see the reasons above; attn_implementation: eager takes everything"
         because = "no attention backend fits"
         return Plan(asked=AUTO, chosen=None, because=because, verdicts=verdicts, do=do)
-    because = f"{able[0].backend} is the best ranked of what still fits"
+    because = f"{able[0].backend} has the best rank of the backends that still fit"
     return Plan(asked=AUTO, chosen=able[0], because=because, verdicts=verdicts)
 
 
@@ -133,7 +133,7 @@ def _explicit(named: Backend, verdicts: tuple[Verdict, ...], *, strict: bool) ->
                 because = family_because(asked, verdict)
                 return Plan(asked=named.name, chosen=verdict, because=because, verdicts=verdicts)
     if asked.fits and named.applied_as:
-        because = "it was asked for, and nothing speaks against it"
+        because = "the config names it, and it fits"
         return Plan(asked=named.name, chosen=asked, because=because, verdicts=verdicts)
     because = "; ".join(reason.text for reason in asked.reasons)
     if asked.fits:
