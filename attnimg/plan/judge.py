@@ -73,7 +73,7 @@ def _dtype(backend: Backend, machine: Machine, problem: Problem) -> Iterator[Rea
         yield Reason(code="dtype", text=f"found {problem.dtype}, takes {takes} here")
     elif problem.dtype == "bfloat16" and capability is not None and capability < (8, 0):
         yield Reason(
-            code="dtype", text=f"found bfloat16 on {machine.arch.name}, which begins with sm_80"
+            code="dtype", text=f"found bfloat16 on {machine.arch.name}, needs sm_80 or newer"
         )
 
 

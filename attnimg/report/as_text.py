@@ -164,5 +164,6 @@ def _finding(finding: Finding, colour: str, kind: str) -> str:
     lines = [f"  [{colour}]{kind}[/] [dim]{finding.code}:[/] {escape(finding.what)}"]
     for label, text in (("why", finding.why), ("do", finding.do)):
         if text:
-            lines.append(f"    [dim]{label + ':':<4}[/] {escape(text)}")
+            indented = escape(text).replace("\n", "\n" + " " * 9)
+            lines.append(f"    [dim]{label + ':':<4}[/] {indented}")
     return "\n".join(lines)

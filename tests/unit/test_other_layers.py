@@ -132,9 +132,9 @@ def test_explain_names_them_and_keeps_the_choice(
     )
     assert "flash-linear-attention and causal-conv1d not installed" in error["why"]
     attnimg(["explain", "c.yaml", "--on", "h100"])
-    assert "3 layers with Gated DeltaNet linear attention" in " ".join(
-        capsys.readouterr().out.split()
-    )
+    text = capsys.readouterr()
+    assert "3 layers with Gated DeltaNet linear attention" in " ".join(text.out.split())
+    assert "\n         needed: layers that get the boundaries" in text.err
 
 
 def test_train_refuses_before_any_weights_are_read(

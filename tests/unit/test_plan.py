@@ -477,6 +477,21 @@ def test_because_can_be_read_without_seeing_ranks(gpu: str, model: Model, says: 
     assert [part for part in says if part not in found.because] == []
 
 
+@pytest.mark.parametrize("asked", [None, "eager", "xformers"])
+def test_a_precision_that_no_backend_takes_is_what_to_change(asked: str | None) -> None:
+    found = plan(asked, "t4", dtype="bfloat16")
+    assert got(found) is None
+    assert "found bfloat16 on sm_75" in found.because
+    assert found.do.startswith("set bf16: auto")
+    assert got(plan(asked, "t4")) is not None  # plan() takes the precision of bf16: auto
+
+
+def test_reasons_that_several_backends_share_are_told_once() -> None:
+    because = plan(None, "mi300x", GEMMA2).because
+    assert because.count("soft cap") == 1
+    assert "flash_attention_2, sdpa, sdpa_flash, sdpa_efficient" in because
+
+
 @pytest.mark.parametrize(
     ("gpu", "runs"),
     [

@@ -100,6 +100,15 @@ def test_it_is_told_from_a_gibibyte_on(tokens: int, memory: int | None, says: st
     assert WARN_FROM == 1 << 30
 
 
+def test_checkpointing_keeps_one_layer_and_is_advised_only_where_it_is_off() -> None:
+    for checkpointing in (False, True):
+        run = problem("float16", 8192, packing=True, checkpointing=checkpointing)
+        warning = memory_warning(choose("eager", T4, run), run, memory_bytes=2 << 30)
+        assert warning is not None
+        assert ("likely out of memory" in warning.what) == (not checkpointing)
+        assert ("set gradient_checkpointing: true" in warning.do) == (not checkpointing)
+
+
 def test_explain_tells_it_in_text_and_json(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -112,7 +112,9 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "writable by others": (lambda f: (f / "documents.arrow").chmod(0o666), "other users may write"),
     "a folder writable by others": (lambda f: f.chmod(0o777), "other users may write"),
-    "documents that are a pipe": (lambda f: replaced(f / "documents.arrow", os.mkfifo), "a regular"),
+    "documents that are a pipe": (
+        lambda f: replaced(f / "documents.arrow", os.mkfifo), "a regular",
+    ),
     "figures that are a pipe": (lambda f: replaced(f / "figures.json", os.mkfifo), "a regular"),
     "a link": (
         lambda f: replaced(f / "documents.arrow", lambda p: p.symlink_to("/dev/zero")), "a regular",
