@@ -28,19 +28,20 @@ def context_of(problem: Problem, backend: Backend) -> RunContext:
 def takes_one_row(backend: Backend) -> bool:
     """Return whether the rows of a batch are flattened into one, with cu_seqlens.
 
-    A hub kernel that nobody here has read gets them so too, and must prove that it minds them.
+    A hub kernel that nobody here has read gets cu_seqlens too, and must prove that it uses them.
     """
     return backend.packing == "native" or backend.unread
 
 
 def described(context: RunContext) -> str:
-    """Describe in words how a model is called."""
-    layout = "single documents"
+    """Describe how a run calls its model, for a log line."""
+    layout = "one document per row"
     if context.packing:
-        layout = "packed, " + ("one row with cu_seqlens" if context.one_row else "rows by mask")
+        kept_apart = "cu_seqlens" if context.one_row else "the attention mask"
+        layout = f"packed documents, isolated by {kept_apart}"
     parts = [
         f"{layout}, up to {context.rows} x {context.sequence_len} tokens",
-        context.dtype + (" by autocast" if context.autocast else ""),
+        context.dtype + (" autocast" if context.autocast else ""),
         "torch.compile" if context.compiled else "",
         "gradient checkpointing" if context.checkpointing else "",
     ]

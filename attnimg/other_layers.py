@@ -1,7 +1,7 @@
 """Judge a model's layers without softmax attention: what they need, and whether they can be packed.
 
-No attention backend has to do with them, and no mask reaches them: packed documents are kept apart
-there by kernels that take boundaries, or not at all.
+Attention backends and masks do not affect them: packed documents are isolated there by kernels that
+take document boundaries, or not at all.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from importlib import resources
 
 from attnimg.facts import Finding, Machine, Model, Problem
 
-# What train's packed batches hold of document boundaries; see train/collate.py.
+# The document boundaries in train's packed batches; see train/collate.py.
 _IN_BATCH = frozenset({"cu_seq_lens_q", "seq_idx"})
 # Layers that look at one token at a time.
 _TOKENWISE = frozenset({"moe", "mlp"})
@@ -28,12 +28,12 @@ class OtherLayers:
 
     Attributes:
         kind: the row of data/other_layers.toml, or the config's own word.
-        label: what people call it.
+        label: its usual name.
         count: how many layers have it; None when the config does not say.
         needs: the distributions of its kernels.
         missing: those of them that are not installed.
-        keeps_apart: whether packed documents are kept apart; None when not known.
-        why: what keeps_apart rests on.
+        keeps_apart: whether packed documents are isolated; None when not known.
+        why: the reason for keeps_apart.
         source: where that was read.
     """
 
@@ -89,13 +89,16 @@ def other_layers(model: Model | None, machine: Machine) -> tuple[OtherLayers, ..
     )
     absent = [key for key in row.batch if key not in _IN_BATCH]
     if not row.batch:
-        why = "nothing in transformers hands it the documents' boundaries"
+        why = "transformers passes no document boundaries to it"
     elif missing:
-        why = f"only the kernels of {' and '.join(row.packages)} take the documents' boundaries"
+        why = f"only the kernels of {' and '.join(row.packages)} take document boundaries"
     elif absent:
-        why = f"it takes them as {' and '.join(absent)}, which train's batches do not hold yet"
+        why = (
+            f"it takes document boundaries as {' and '.join(absent)}, which train's batches do not "
+            "have yet"
+        )
     else:
-        why = f"it takes them as {' and '.join(row.batch)}"
+        why = f"it takes document boundaries as {' and '.join(row.batch)}"
     return (
         OtherLayers(
             kind=name,
@@ -138,24 +141,24 @@ def text_of(layers: OtherLayers) -> str:
         text += f"; needs {', '.join(layers.needs)}"
     if layers.missing:
         text += f" (not installed: {', '.join(layers.missing)})"
-    apart = {True: "kept apart", False: "not kept apart", None: "not known to be kept apart"}
-    return f"{text}; packed documents {apart[layers.keeps_apart]}" + (
+    isolated = {True: "isolated", False: "not isolated", None: "not known to be isolated"}
+    return f"{text}; packed documents {isolated[layers.keeps_apart]}" + (
         f": {layers.why}" if layers.why else ""
     )
 
 
 def _refusal(problem: Problem, layers: OtherLayers) -> Finding:
     assert problem.model is not None
-    needed = "boundaries that reach them"
-    if layers.missing:
-        needed += f"; not installed: {', '.join(layers.missing)}"
+    missing = f" ({' and '.join(layers.missing)} not installed)" if layers.missing else ""
+    install = f", or, on a GPU, install {' and '.join(layers.missing)}" if layers.missing else ""
     return Finding(
         code="packing-not-isolated",
         key="sample_packing",
         what=f"packed documents would mix in {_count(layers)} of {problem.model.type}, "
         f"which have {layers.label}",
-        why=f"found {layers.why}; needed {needed} [{layers.source}]",
-        do="set sample_packing: false",
+        why=f"found: {layers.why}{missing}\n"
+        f"needed: layers that get the boundaries of packed documents [{layers.source}]",
+        do=f"set sample_packing: false{install}",
     )
 
 
@@ -163,9 +166,10 @@ def _unknown(layers: OtherLayers) -> Finding:
     return Finding(
         code="packing-unproven",
         key="sample_packing",
-        what=f"whether packed documents can be kept apart in {_count(layers)} ({layers.label}) "
-        "is not known",
-        do="train shows the model packed documents before the first step, and stops on a leak",
+        what=f"it is not known whether packed documents are isolated in {_count(layers)} "
+        f"({layers.label})",
+        do="nothing now: attnimg train checks this on the real model before the first step, and "
+        "stops when documents leak",
     )
 
 
@@ -173,8 +177,8 @@ def _slow(layers: OtherLayers) -> Finding:
     return Finding(
         code="slow-layers",
         key="base_model",
-        what=f"{_count(layers)} with {layers.label} run transformers' reference PyTorch, which is "
-        f"correct and slow: not installed: {', '.join(layers.missing)}",
+        what=f"{_count(layers)} with {layers.label} run in plain PyTorch, which is correct but "
+        f"slow: {' and '.join(layers.missing)} not installed",
         do=f"install {' and '.join(layers.missing)}, or accept the speed",
     )
 

@@ -1,4 +1,4 @@
-"""Write docs/choices.md: what `auto` chooses, by which ranks, and where that may surprise."""
+"""Write docs/choices.md: what `auto` chooses, the ranks, and the choices that may surprise."""
 
 from __future__ import annotations
 
@@ -23,13 +23,14 @@ _SHORT = {
 _INTRO = f"""# What `auto` chooses
 
 For packed training in rows of {ROW} tokens, with the packages of the GPU's image; without an image
-every package is assumed. GPUs that choose alike share a column. FA2 is `flash_attention_2`, FA4g
-`flash_attention_4_generic` (FlashAttention-4 with its generic backward pass), flex
+every package is assumed. GPUs with the same choices share a column. FA2 is `flash_attention_2`,
+FA4g `flash_attention_4_generic` (FlashAttention-4 with its generic backward pass), flex
 `flex_attention`. Where two are named, layers of different shape run different ones, in the order of
-the table of models; `sdpa` beside another one is called document by document, without a mask. GiB
-are what one layer keeps that is quadratic in the row. **packing refused**: the model has layers
-without softmax attention in which packed documents would mix; with `sample_packing: false` it runs.
-A proof on the GPU may still move the choice of `attnimg train` on.
+the table of models; `sdpa` beside another one is called document by document, without a mask. GiB:
+the memory that one layer keeps and that grows with the square of the row length. **packing
+refused**: the model has layers without softmax attention in which packed documents would mix; with
+`sample_packing: false` it runs. When the choice fails its proof on the GPU, `attnimg train` goes on
+to the next candidate.
 
 """
 
@@ -42,16 +43,16 @@ _SURPRISES = """
   activations of Gemma 3 overflow float16, the only half precision that these GPUs have
   (https://unsloth.ai/blog/gemma3, 2026-11-26): `fp16: false` and `bf16: false` train in float32.
 - **Gemma 2 on a T4 or V100** and **gpt-oss** there run eager: no kernel for these GPUs has a soft
-  cap or sinks. Memory grows with the square of the row, as the table says: use short rows.
-- **Gemma 2 on MI200 and MI300** runs flex: flash-attn's CK kernels take a soft cap and ignore it in
-  silence (csrc/flash_attn_ck/mha_varlen_fwd.cpp:316, 2.8.3.post2, 2026-11-26).
+  cap or sinks. Memory grows with the square of the row length, as the table says: use short rows.
+- **Gemma 2 on MI200 and MI300** runs flex: flash-attn's CK kernels accept a soft cap and silently
+  ignore it (csrc/flash_attn_ck/mha_varlen_fwd.cpp:316, 2.8.3.post2, 2026-11-26).
 - **gpt-oss on AMD** runs flex: aiter has sinks, and no image has aiter.
-- **Gemma 2, 3 and 4 at head_dim 256 on B200 and B300** run FA4g. That it beats FlashAttention-2 is
-  expected, not measured: the published 4.04 ms against 13.98 ms are of another patch for the same
-  gap (flash-attention PR #2749), which is not in 4.0.0b36. It compiles for sm_100 with a window,
-  a soft cap, both and neither, and for sm_103 with both (no GPU, 2026-11-26); without the variable
-  that chooses it, FlashAttention-4 refuses the first three. The variable is read at each backward
-  call, so it holds for all layers of that size in the process.
+- **Gemma 2, 3 and 4 at head_dim 256 on B200 and B300** run FA4g. That it beats FlashAttention-2
+  is expected, not measured: the published 4.04 ms against 13.98 ms belong to another patch for
+  the same gap (flash-attention PR #2749), which is not in 4.0.0b36. It compiles for sm_100 with a
+  window, a soft cap, both and neither, and for sm_103 with both (no GPU, 2026-11-26); without the
+  variable that chooses it, FlashAttention-4 refuses the first three. The variable is read at each
+  backward call, so it holds for all layers of that size in the process.
 - **Layers of head_dim 512 (Gemma 4)** run sdpa document by document beside a flash kernel: no flash
   kernel has a backward pass at that size.
 - **Llama 4** runs flex, and plain sdpa below sm_80: its class says that it has no flash attention,
@@ -61,15 +62,15 @@ _SURPRISES = """
 _RANKS = """
 ## The ranks
 
-`auto` takes the candidate that fits with the lowest rank. A particular rank holds in place of the
-general one. A name in the config asks for itself; flash_attention_2 and _3 for the first of
-flash_attention_4, _3, _2 that fits, until timings of that GPU say otherwise.
+`auto` takes the fitting candidate with the lowest rank. Where a backend has a rank for a situation,
+it replaces the general one. A config that names a backend gets that backend; flash_attention_2 and
+_3 get the first of flash_attention_4, _3, _2 that fits, until there are timings of that GPU.
 
 """
 
 
 def choices_page(found: Iterable[Choice]) -> str:
-    """Write one row a model, one column for GPUs that choose alike; then the facts behind."""
+    """Write one row per model and one column per group of GPUs; then the facts behind them."""
     all_of = list(found)
     columns = _columns(all_of)
     rows = []
@@ -91,21 +92,19 @@ def choices_page(found: Iterable[Choice]) -> str:
         + table(("`--on`", "Image", "Precision"), machines)
         + _SURPRISES
         + _RANKS
-        + table(("Backend", "Rank", "Where", "It", "Source"), _rank_rows())
+        + table(("Backend", "Rank", "Where", "Why: it ...", "Source"), _rank_rows())
         + "\n## Layers without softmax attention\n\n"
-        + table(
-            ("Layers", "Model types", "Needs", "Documents kept apart by", "Source"), _kind_rows()
-        )
+        + table(("Layers", "Model types", "Needs", "Documents isolated by", "Source"), _kind_rows())
         + "\n## The models\n\n"
         + table(
-            ("Model", "Layers", "Heads / key heads", "Head size", "Besides"),
+            ("Model", "Layers", "Heads / kv_heads", "head_dim", "Other"),
             [row for name, model in models.items() for row in _layer_rows(name, model)],
         )
     )
 
 
 def _columns(found: list[Choice]) -> list[tuple[list[Choice], list[str]]]:
-    """Gather GPUs that choose alike: their choices, and their names."""
+    """Return the groups of GPUs with the same choices: their choices, and their names."""
     columns: dict[tuple[object, ...], tuple[list[Choice], list[str]]] = {}
     for gpu, group in groupby(found, key=lambda choice: choice.gpu.name):
         own = list(group)

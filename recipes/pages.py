@@ -104,7 +104,7 @@ def gates_page(docs: Mapping[str, str], allowances: Iterable[Allowance]) -> str:
 
 
 def _name(backend: Backend) -> str:
-    return f"`{backend.name}`" if backend.in_config else f"{backend.name} (`auto` alone)"
+    return f"`{backend.name}`" if backend.in_config else f"{backend.name} (only with `auto`)"
 
 
 def _cell(backend: Backend, plan: Plan) -> str:
@@ -140,7 +140,7 @@ def _text(value: str | Unresolved | None) -> str:
 
 
 def fa4_models_page(kernel: Kernel) -> str:
-    """Write docs/fa4-models.md: which models' kernels come compiled, and for which GPUs."""
+    """Write docs/fa4-models.md: which models' kernels are precompiled, and for which GPUs."""
     asked = kernel.ahead_of_time
     assert asked is not None
     archs = list(kernel.archs)
@@ -154,11 +154,12 @@ def fa4_models_page(kernel: Kernel) -> str:
         for name, where in asked.sources.items()
     ]
     return (
-        f"<!-- {NOTICE} -->\n\n# The models whose FlashAttention-4 kernels come compiled\n\n"
+        f"<!-- {NOTICE} -->\n\n# Models whose FlashAttention-4 kernels are precompiled\n\n"
         "Attention: query heads/key-value heads x head_dim of q and k (/of v, where it differs).\n"
-        "A kernel is for a head_dim, a number of query heads for one key/value head, and layers\n"
-        "with or without a window, a soft cap, sinks: any model like one of these finds the same\n"
-        "kernels. `-`: FlashAttention-4 has none there.\n\n"
+        "A kernel depends on head_dim, the number of query heads per key/value head, the soft\n"
+        "cap, and whether the layer has a window or sinks: any model that equals one of these in\n"
+        "all of them uses the same kernels. `-`: FlashAttention-4 does not support the model on\n"
+        "that GPU.\n\n"
         f"{table(head, rows)}"
         "\n## Sources (2026-11-26)\n\n" + "".join(sources)
     )

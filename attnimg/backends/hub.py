@@ -28,7 +28,7 @@ def backend_for(name: str, repo: str) -> Backend:
     return Backend(
         name=name,
         rank=35,
-        rank_why="is taken only where it is named",
+        rank_why="runs only when the config names it",
         rank_source="ours (2026-11-26)",
         summary=f"hub kernel {repo}",
         needs=_READ.get(repo, Needs(packages=_KERNELS)),

@@ -19,7 +19,7 @@ def _load() -> AttentionFunction:
 BACKEND = Backend(
     name="s2",
     rank=80,
-    rank_why="is another function than full attention",
+    rank_why="computes another function than full attention",
     rank_source="arXiv 2309.12307 (2026-11-21)",
     summary="shifted sparse attention",
     packing="none",

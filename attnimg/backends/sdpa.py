@@ -18,7 +18,7 @@ BACKEND = Backend(
             rank=62,
             packed=True,
             routed=False,
-            why="gets packed rows with a mask, and scores each token with all of its row",
+            why="gets packed rows with a mask, and scores each token against its whole row",
             source="transformers 5.22.2, masking_utils.py:find_packed_sequence_indices "
             "(2026-11-26)",
         ),

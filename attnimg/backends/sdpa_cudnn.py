@@ -25,7 +25,7 @@ def _load() -> AttentionFunction:
 BACKEND = Backend(
     name="sdpa_cudnn",
     rank=53,
-    rank_why="comes after PyTorch's other fused kernels, until it is timed here",
+    rank_why="comes after PyTorch's other fused kernels until it is timed here",
     rank_source="ours: unmeasured (2026-11-26)",
     summary="PyTorch's cuDNN attention",
     packing="native",

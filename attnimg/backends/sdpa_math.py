@@ -21,7 +21,7 @@ def _load() -> AttentionFunction:
 BACKEND = Backend(
     name="sdpa_math",
     rank=85,
-    rank_why="holds the scores of one document, where eager holds those of a row",
+    rank_why="stores the attention scores of one document, where eager stores those of a row",
     rank_source="torch 2.13, docstring of scaled_dot_product_attention (2026-11-25)",
     summary="PyTorch's plain attention",
     packing="native",

@@ -22,14 +22,14 @@ def _load() -> AttentionFunction:
 BACKEND = Backend(
     name="xformers",
     rank=54,
-    rank_why="is not timed here, and has few kernels that torch has not",
+    rank_why="is not timed here, and has few kernels that torch lacks",
     rank_source="xformers 0.0.35, ops/fmha/dispatch.py (2026-11-26)",
     ranks=(
         Rank(
             rank=47,
             archs=frozenset({"sm_70", "sm_75"}),
             packed=True,
-            why="is the one kernel below sm_80 that takes documents' boundaries in one call",
+            why="is the one kernel below sm_80 that takes document boundaries in one call",
             source="xformers 0.0.35, ops/fmha/attn_bias.py, BlockDiagonalMask, and cutlass.py "
             "(2026-11-26)",
         ),

@@ -37,7 +37,7 @@ def machine_of(on: str | None, image: str | None) -> tuple[Machine, str | None]:
 
 
 def image_notes(on: str | None, image: str | None) -> tuple[Finding, ...]:
-    """Say when the image does not run on the GPU that it is judged for, or no image does.
+    """Return a warning when the image, or every image, does not run on the GPU.
 
     Args:
         on: a GPU's name; None for this machine, or for the image's first GPU.
@@ -59,7 +59,9 @@ def image_notes(on: str | None, image: str | None) -> tuple[Finding, ...]:
                 code="wrong-image",
                 key=None,
                 what=f"the image {image} {why}",
-                do=f"use the image {right.name}" if right else "no image is made for that GPU",
+                do=f"use the image {right.name}"
+                if right
+                else "leave --image out: no image runs on that GPU",
             ),
         )
     cpus = {gpu.cpu} if gpu.cpu else cpus_with(gpu.arch)
@@ -74,7 +76,7 @@ def image_notes(on: str | None, image: str | None) -> tuple[Finding, ...]:
             key=None,
             what=f"no image runs on {gpu.label}: its CPU is arm64, and every image is built for "
             f"{' '.join(built)}; every package is assumed here",
-            do="install torch and the kernels on that machine, and ask attnimg explain there",
+            do="install torch and the kernels on that machine, and run attnimg explain there",
         ),
     )
 
@@ -164,13 +166,13 @@ def precision_notes(values: Config, machine: Machine) -> tuple[Finding, ...]:
             code="fp16-on-cpu",
             key="fp16",
             what="fp16: true has no effect on a CPU: the run computes in float32",
-            do="remove fp16, or set bf16: true, which a CPU does take",
+            do="remove fp16, or set bf16: true, which works on a CPU",
         ),
     )
 
 
 def memory_of(machine: Machine) -> int | None:
-    """Return a device's memory: as probed here, or as the catalogue of GPUs has it."""
+    """Return a device's memory in bytes, probed or from the catalogue of GPUs."""
     if machine.memory_bytes is not None:
         return machine.memory_bytes
     sold = next((gpu.memory_gb for gpu in catalogue().values() if gpu.label == machine.gpu), None)
@@ -180,7 +182,7 @@ def memory_of(machine: Machine) -> int | None:
 def run_findings(
     found: Plan, task: Problem, machine: Machine
 ) -> tuple[tuple[Finding, ...], tuple[Finding, ...]]:
-    """Return errors and warnings that a plan leaves: other layers, quadratic memory."""
+    """Return a plan's errors and warnings: layers without softmax attention, quadratic memory."""
     errors, warnings = other_layers.findings_on(task, machine)
     memory = plan.memory_warning(found, task, memory_bytes=memory_of(machine))
     return errors, (*warnings, *([memory] if memory else ()))

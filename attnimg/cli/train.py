@@ -53,7 +53,7 @@ class Session:
     stop: StopFlag
 
     def say(self, text: str) -> None:
-        """Print a line of the run's story to stderr."""
+        """Print a progress line to stderr."""
         self.console.print(f"  {text}", highlight=False, markup=False, soft_wrap=True)
 
 
@@ -197,8 +197,8 @@ def fit_planned(
     Args:
         session: the command's.
         found: a plan whose kernels passed their proofs.
-        proofs: these, for the receipt.
-        resume: where the run goes on; None for a new run.
+        proofs: the proofs of those kernels, for the receipt.
+        resume: the checkpoint to resume from; None for a new run.
     """
     from attnimg.train.data import load_documents, sample_text, sentence
     from attnimg.train.fit import fit
@@ -250,7 +250,7 @@ def fit_planned(
 
 
 def _replanned(session: Session, model_config: Any) -> tuple[Session, Plan]:
-    """Plan anew for a hub model, whose config.json was not on this machine until now."""
+    """Plan again for a hub model, whose config.json was not on this machine until now."""
     from attnimg.train.causal import require_causal_type
 
     raw = model_config.to_dict()
@@ -266,7 +266,7 @@ def _replanned(session: Session, model_config: Any) -> tuple[Session, Plan]:
 
 
 def _for_class(session: Session, found: Plan, model_config: Any) -> tuple[Session, Plan]:
-    """Plan anew where the model's class takes other attention than the table says of its type."""
+    """Plan again where the model's class takes other attention than the table says of its type."""
     model_class = apply.class_of(model_config)
     facts = apply.facts_of(model_class) if model_class is not None else None
     if facts == session.problem.model_class:

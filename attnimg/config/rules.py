@@ -242,7 +242,7 @@ def _contradictions(view: View) -> Found:
     size = config.val_set_size
     if size == 1 or (size > 1 and not size.is_integer()):
         taken = "all documents (1 is 100 %)" if size == 1 else "a part of a document"
-        yield "error", finding("bad-value", "val_set_size", f"val_set_size {size:g} does not fit",
+        yield "error", finding("bad-value", "val_set_size", f"val_set_size {size:g} is not valid",
                                 f"it takes {taken}; needed a share below 1, or from 2 on a whole "
                                 "number of documents", "set val_set_size: 0.05")  # fmt: skip
 

@@ -113,10 +113,12 @@ def without(plan: Plan, backend: str, reason: Reason) -> Plan:
 def _automatic(verdicts: tuple[Verdict, ...]) -> Plan:
     able = [verdict for verdict in verdicts if verdict.fits and is_automatic(verdict.backend)]
     if not able:
-        do = "see the reasons above; attn_implementation: eager takes everything"
         because = "no attention backend fits"
+        if dtype := _dtype_reason(verdicts):
+            because += f"; eager, which takes every model: {dtype}"
+        do = _nothing_fits_do(verdicts)
         return Plan(asked=AUTO, chosen=None, because=because, verdicts=verdicts, do=do)
-    because = f"{able[0].backend} is the best ranked of what still fits"
+    because = f"{able[0].backend} has the best rank of the backends that still fit"
     return Plan(asked=AUTO, chosen=able[0], because=because, verdicts=verdicts)
 
 
@@ -133,14 +135,28 @@ def _explicit(named: Backend, verdicts: tuple[Verdict, ...], *, strict: bool) ->
                 because = family_because(asked, verdict)
                 return Plan(asked=named.name, chosen=verdict, because=because, verdicts=verdicts)
     if asked.fits and named.applied_as:
-        because = "it was asked for, and nothing speaks against it"
+        because = "the config names it, and it fits"
         return Plan(asked=named.name, chosen=asked, because=because, verdicts=verdicts)
     because = "; ".join(reason.text for reason in asked.reasons)
     if asked.fits:
         because = "it would fit, but this version of attnimg cannot apply it yet"
     others = [v.backend for v in verdicts if v.fits and is_automatic(v.backend)]
-    do = f"set attn_implementation: {others[0]}, which fits" if others else "nothing fits here"
+    do = f"set attn_implementation: {others[0]}, which fits" if others else ""
+    do = do or _nothing_fits_do(verdicts)
     return Plan(asked=named.name, chosen=None, because=because, verdicts=verdicts, do=do)
+
+
+def _nothing_fits_do(verdicts: tuple[Verdict, ...]) -> str:
+    """Return what to do where no backend fits: change the precision, where that is why."""
+    if _dtype_reason(verdicts):
+        return "set bf16: auto, which takes the precision that the GPU has"
+    return "see the reasons against each backend, which attnimg explain prints"
+
+
+def _dtype_reason(verdicts: tuple[Verdict, ...]) -> str:
+    """Return why eager does not take the precision of the run; "" where it does."""
+    reasons = [r for v in verdicts if v.backend == "eager" for r in v.reasons if r.code == "dtype"]
+    return reasons[0].text if reasons else ""
 
 
 def _in_family_order(backends: list[Backend], family: str) -> list[Backend]:

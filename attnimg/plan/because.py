@@ -1,4 +1,4 @@
-"""Say in one sentence why a plan chose what it chose, for people who see no ranks."""
+"""Explain in one sentence why a plan chose its backend, for readers who do not see the ranks."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _OF_LAYERS = frozenset(
 
 
 def automatic_because(plan: Plan, machine: Machine, problem: Problem) -> str:
-    """Return why `auto` chose: how many fit, what speaks for the chosen one and against the others.
+    """Return why `auto` chose its backend: how many fit, why this one, why no better-ranked one.
 
     Args:
         plan: one with a choice.
@@ -30,11 +30,11 @@ def automatic_because(plan: Plan, machine: Machine, problem: Problem) -> str:
     count = f"{len(able)} of {len(plan.verdicts)} backends fit {run}"
     by_name = [verdict.backend for verdict in fitting if verdict not in able]
     if by_name:
-        count += f" ({', '.join(by_name)}: only where the config names it)"
+        count += f" ({', '.join(by_name)}: only when the config names it)"
     chosen = plan.chosen.backend
     if len(able) == 1:
         return f"{count.replace(' fit ', ' fits ')}: {chosen}"
-    parts = [f"{count}; {chosen} ranks first of them"]
+    parts = [f"{count}; {chosen} has the best rank of them"]
     place = _place(plan.chosen, machine, problem)
     if place.rank <= _general(plan.chosen):
         parts[0] += f": it {place.why} [{place.source}]"
@@ -42,10 +42,13 @@ def automatic_because(plan: Plan, machine: Machine, problem: Problem) -> str:
         behind = _place(verdict, machine, problem)
         if behind.rank > _general(verdict) < _general(plan.chosen):
             parts.append(f"{verdict.backend} {behind.why} [{behind.source}]")
+    better: dict[str, list[str]] = {}
+    for verdict in plan.verdicts[: plan.verdicts.index(plan.chosen)]:
+        if is_automatic(verdict.backend) and {r.code for r in verdict.reasons} <= _OF_LAYERS:
+            better.setdefault(verdict.reasons[0].text, []).append(verdict.backend)
     parts += [
-        f"{verdict.backend} would come before it: {verdict.reasons[0].text}"
-        for verdict in plan.verdicts[: plan.verdicts.index(plan.chosen)]
-        if is_automatic(verdict.backend) and {r.code for r in verdict.reasons} <= _OF_LAYERS
+        f"{', '.join(names)} {'ranks' if len(names) == 1 else 'rank'} better, but: {reason}"
+        for reason, names in better.items()
     ]
     return "; ".join(parts)
 
@@ -70,8 +73,9 @@ def groups_because(groups: Sequence[GroupChoice], chosen: Verdict) -> str:
     """Return why layers of different shape run different backends."""
     parts = [f"{layers_text(choice.layers)} run {choice.verdict.backend}" for choice in groups]
     return (
-        f"its layers differ, and each kind runs the best that fits it: {'; '.join(parts)}; "
-        f"one backend for all of them would be {chosen.backend}"
+        "its layers differ, and each group runs the best backend that fits it: "
+        f"{'; '.join(parts)}; "
+        f"the best one for all layers would be {chosen.backend}"
     )
 
 

@@ -60,7 +60,7 @@ def _variant(backend: Backend, machine: Machine) -> Iterator[Reason]:
         yield Reason(code="variant", text=text)
     for name, value in backend.for_process.items():
         if machine.variables.get(name, value) != value:
-            text = f"found {name}={machine.variables[name]}, which turns its kernel off"
+            text = f"found {name}={machine.variables[name]}, which disables its kernel"
             yield Reason(code="variant", text=text)
 
 
@@ -73,7 +73,7 @@ def _dtype(backend: Backend, machine: Machine, problem: Problem) -> Iterator[Rea
         yield Reason(code="dtype", text=f"found {problem.dtype}, takes {takes} here")
     elif problem.dtype == "bfloat16" and capability is not None and capability < (8, 0):
         yield Reason(
-            code="dtype", text=f"found bfloat16 on {machine.arch.name}, which begins with sm_80"
+            code="dtype", text=f"found bfloat16 on {machine.arch.name}, needs sm_80 or newer"
         )
 
 
@@ -89,7 +89,7 @@ def _backward(backend: Backend, machine: Machine, problem: Problem) -> Iterator[
 
 def _packing(backend: Backend, problem: Problem) -> Iterator[Reason]:
     if backend.needs.packed_only and not problem.packing:
-        yield Reason(code="not-packed", text="is there for packed rows; sdpa does the others")
+        yield Reason(code="not-packed", text="takes packed rows only; sdpa takes the others")
     # A hub kernel that nobody here has read must prove that it isolates, before the first step.
     if backend.unread and problem.trusted:
         return

@@ -20,7 +20,7 @@ def layer_reasons(
     """
     asked = _features_of(layer)
     for feature in sorted(asked - features):
-        text = f"{layer.count} layers use {_feature_text(layer, feature)}, it has none here"
+        text = f"{layer.count} layers use {_feature_text(layer, feature)}, not supported here"
         yield Reason(code=feature, text=text)
     rules = tuple(
         rule for rule in rules if not rule.majors or major is None or major in rule.majors
@@ -34,7 +34,7 @@ def layer_reasons(
         yield Reason(code=code, text=f"{size}, takes {_sizes(rules)}")
     elif sized and all(asked & features & rule.without for rule in sized):
         lost = sorted(asked & features & sized[0].without)
-        yield Reason(code=lost[0], text=f"{size}, where it has no {' or '.join(lost)}")
+        yield Reason(code=lost[0], text=f"{size}, where {' or '.join(lost)} is not supported")
 
 
 def _features_of(layer: LayerGroup) -> frozenset[str]:

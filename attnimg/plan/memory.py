@@ -21,8 +21,7 @@ from dataclasses import dataclass
 from attnimg.backends import backend_named
 from attnimg.facts import Finding, LayerGroup, Plan, Problem
 
-# A sixteenth of the smallest GPU in the catalogue, the T4: what is below drowns in the activations
-# of the rest of the model.
+# A sixteenth of a T4, a small GPU: below it, the activations of the rest of the model take more.
 WARN_FROM = 1 << 30
 _BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
@@ -34,7 +33,7 @@ class Quadratic:
     Attributes:
         layer: bytes of the layer that takes most.
         total: bytes of all layers together, kept without gradient_checkpointing.
-        formula: how `layer` comes about, with the numbers.
+        formula: how `layer` is computed, with the numbers.
     """
 
     layer: int
@@ -43,7 +42,7 @@ class Quadratic:
 
 
 def quadratic_memory(plan: Plan, problem: Problem) -> Quadratic | None:
-    """Return what a plan takes quadratic in the row; None where it takes none or is not known."""
+    """Return a plan's memory quadratic in the row length; None for none, or where not known."""
     name = plan.chosen.backend if plan.chosen else ""
     model, tokens = problem.model, problem.sequence_len
     # A router has sdpa and eager attend document by document.
@@ -63,7 +62,7 @@ def quadratic_memory(plan: Plan, problem: Problem) -> Quadratic | None:
 
 
 def memory_warning(plan: Plan, problem: Problem, *, memory_bytes: int | None) -> Finding | None:
-    """Return the warning where quadratic memory is worth one.
+    """Return a warning where quadratic memory is large.
 
     Args:
         plan: what was chosen.
@@ -75,15 +74,17 @@ def memory_warning(plan: Plan, problem: Problem, *, memory_bytes: int | None) ->
         return None
     assert plan.chosen is not None
     what = (
-        f"{plan.chosen.backend} keeps {_size(found.layer)} in a layer, quadratic in the row "
+        f"{plan.chosen.backend} keeps {_size(found.layer)} per layer, quadratic in the row length "
         f"({found.formula}), and {_size(found.total)} in all layers without gradient_checkpointing"
     )
     if memory_bytes and found.layer > memory_bytes:
         what += f": more than the {_size(memory_bytes)} of this GPU, so it will run out of memory"
-    elif memory_bytes and found.total > memory_bytes:
+    elif memory_bytes and found.total > memory_bytes and not problem.checkpointing:
         what += f": likely out of memory, this GPU has {_size(memory_bytes)}"
     native = [v.backend for v in plan.verdicts if v.fits and _is_linear(v.backend)]
-    do = "shorten sequence_len: half of it takes a quarter; gradient_checkpointing: true"
+    do = "reduce sequence_len: half of it needs a quarter of this memory"
+    if not problem.checkpointing:
+        do += "; or set gradient_checkpointing: true"
     if native:
         do = f"set attn_implementation: {native[0]}, or {do}"
     return Finding(code="quadratic-memory", key="attn_implementation", what=what, do=do)

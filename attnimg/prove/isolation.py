@@ -1,7 +1,7 @@
 """Prove on the real model that packed documents can't see each other, before the first step.
 
-Short documents are shown packed, called as the run calls the model, and apart. Each must get the
-same logits both ways, and no document's loss may send any gradient into another one's embeddings. A
+The model gets short documents packed, as the run calls it, and one by one. Each must get the same
+logits both ways, and no document's loss may send any gradient into another one's embeddings. A
 table of model types would not do: whether position_ids reach the mask depends on the model, the
 backend and the version of transformers, and where they don't, training is wrong without a word.
 """
@@ -79,10 +79,10 @@ class IsolationProof:
 def check_isolation(
     model: nn.Module, *, implementation: str, context: RunContext
 ) -> IsolationProof:
-    """Show a model documents packed and apart, and compare.
+    """Run a model on documents packed and one by one, and compare.
 
     The model is left as it was: mode of every module, gradients, hooks and random state. Dropout
-    is off meanwhile, and with it checkpointing: that calls a layer twice with the same arguments,
+    and checkpointing are off meanwhile: checkpointing calls a layer twice with the same arguments,
     which the kernel's own proof covers.
 
     Args:
@@ -124,21 +124,21 @@ def require_isolation(proof: IsolationProof) -> None:
     other = (
         "attn_implementation: sdpa (isolates most models by a mask)"
         if proof.context.one_row
-        else "attn_implementation: flash_attention_2 (its kernels get the documents' boundaries)"
+        else "attn_implementation: flash_attention_2 (its kernels get document boundaries)"
     )
-    what = f"{proof.model_type} on {proof.backend} does not keep packed documents apart"
-    needed = "equal logits packed and apart, no gradient between documents"
+    what = f"{proof.model_type} on {proof.backend} does not isolate packed documents"
+    needed = "the same logits for a document packed and alone, no gradient between documents"
     do = f"set sample_packing: false, or try {other}"
     if proof.code == "model-raised":
         what = f"{proof.model_type} on {proof.backend} raised an error on packed documents"
         needed = f"a model that runs on packed rows ({described(proof.context)})"
-        do = f"where the error names a package or a setting, start there; else {do}"
+        do = f"if the error names a package or a setting, correct that; else {do}"
     if proof.code == "not-finite":
-        what = f"{proof.model_type} on {proof.backend} gives NaN or infinite numbers"
+        what = f"{proof.model_type} on {proof.backend} computes NaN or infinite values"
         needed = f"finite logits and gradients ({described(proof.context)})"
         do = f"set attn_implementation: eager to rule out the attention kernel, or try {other}"
         if proof.context.dtype == "float16":
-            do = "set bf16: true, whose largest number is that of float32 (float16 ends at 65504)"
+            do = "set bf16: true, which has the range of float32 (the largest float16 is 65504)"
     raise AttnimgError(
         what,
         why=f"{proof.why}\nneeded: {needed}",

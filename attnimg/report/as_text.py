@@ -129,8 +129,8 @@ def _reserve(name: str) -> str:
     if backend is None or backend.applied_as is None:
         return "  (judged only: this version cannot apply it)"
     if not backend.in_config:
-        return "  (auto alone)"
-    return "" if backend.automatic else "  (only when asked for by name)"
+        return "  (only with auto)"
+    return "" if backend.automatic else "  (only when the config names it)"
 
 
 def _model_text(model: Model | None) -> str:
@@ -156,7 +156,7 @@ def _layer_text(group: LayerGroup) -> str:
 
 
 def _problem_text(problem: Problem) -> str:
-    rows = "packed rows" if problem.packing else "one document a row"
+    rows = "packed rows" if problem.packing else "one document per row"
     return f"{problem.dtype}, {rows}, forward and backward"
 
 
@@ -164,5 +164,6 @@ def _finding(finding: Finding, colour: str, kind: str) -> str:
     lines = [f"  [{colour}]{kind}[/] [dim]{finding.code}:[/] {escape(finding.what)}"]
     for label, text in (("why", finding.why), ("do", finding.do)):
         if text:
-            lines.append(f"    [dim]{label + ':':<4}[/] {escape(text)}")
+            indented = escape(text).replace("\n", "\n" + " " * 9)
+            lines.append(f"    [dim]{label + ':':<4}[/] {indented}")
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""Refuse models that are no causal language models, before their weights are loaded."""
+"""Refuse models that are not causal language models, before their weights are loaded."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ def require_causal_type(config: Config, raw: Mapping[str, Any]) -> None:
     if type_ in types.causal:
         if type_ not in types.two_sided or raw.get("is_decoder") is True:
             return
-        found = "its tokens see those that follow, or it has an encoder"
-        do = "choose a decoder; one of this type says is_decoder: true in its config.json"
+        found = "its tokens attend to later tokens, or it has an encoder"
+        do = "choose a decoder; a decoder of this type has is_decoder: true in its config.json"
     elif type_ in types.with_other_inputs:
-        found = "it takes images or sound, and AutoModelForCausalLM does not load it"
+        found = "it takes images or audio, and AutoModelForCausalLM does not load it"
         do = f"set model_type: {types.with_other_inputs[type_]}, which trains its text part"
     else:
         found = "transformers has no causal language model of that type"
@@ -70,7 +70,7 @@ def require_causal_class(name: str) -> None:
 
 def _refusal(what: str, *, found: str, do: str, key: str) -> AttnimgError:
     return AttnimgError(
-        f"{what} is no causal language model",
+        f"{what} is not a causal language model",
         why=f"found: {found}\nneeded: a model that predicts each token from those before it",
         do=do,
         code="not-causal-lm",

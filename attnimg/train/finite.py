@@ -1,4 +1,4 @@
-"""Refuse weights that are NaN or infinite, before anything else is blamed for what they give."""
+"""Refuse weights that are NaN or infinite, before their effects look like another error."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ def require_finite(model: Any, *, name: str, files: Iterable[Path]) -> None:
     raise AttnimgError(
         f"{name} has weights that are NaN or infinite",
         why=f"found {bad[0]}{others}; needed finite numbers",
-        do="take an earlier checkpoint or download the model again; float16 ends at 65504: with "
-        "fp16: true larger weights become infinite, and bf16: true keeps them",
+        do="use an earlier checkpoint, or download the model again; with fp16: true set bf16: true "
+        "instead, since weights above 65504 are infinite in float16",
         code="weights-not-finite",
         key="base_model",
     )

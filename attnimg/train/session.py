@@ -139,7 +139,7 @@ def _require_context(engine: Any, context: RunContext, *, deepspeed: bool) -> No
     texts = [f"autocast {cast or 'off'}, torch.compile {'on' if on else 'off'}"
              for cast, on in (found, needed)]  # fmt: skip
     raise AttnimgError(
-        "the trainer would call the model otherwise than it was proven",
+        "the trainer would call the model differently from its proof",
         why=f"found {texts[0]}\nneeded {texts[1]}",
         do="unset ACCELERATE_MIXED_PRECISION and ACCELERATE_DYNAMO_BACKEND, and set bf16 and "
         "torch_compile in the config",

@@ -339,4 +339,4 @@ def test_explain_refuses_an_image_that_does_not_start_there(
     (note,) = (w for w in objects(out)[0]["warnings"] if w["code"] == "wrong-image")
     assert "linux/amd64" in note["what"]
     assert "arm64" in note["what"]
-    assert note["do"] == "no image is made for that GPU"
+    assert note["do"] == "leave --image out: no image runs on that GPU"

@@ -453,9 +453,10 @@ def test_the_error_says_what_was_found_and_needed_and_what_to_do():
     with pytest.raises(AttnimgError) as caught:
         require_isolation(proof)
     assert str(caught.value) == (
-        "attnimg: opt on sdpa does not keep packed documents apart\n"
+        "attnimg: opt on sdpa does not isolate packed documents\n"
         "  why: logits differ by 2.2\n"
-        "       needed: equal logits packed and apart, no gradient between documents\n"
+        "       needed: the same logits for a document packed and alone, no gradient between "
+        "documents\n"
         "  do:  set sample_packing: false, or try attn_implementation: flash_attention_2"
-        " (its kernels get the documents' boundaries)"
+        " (its kernels get document boundaries)"
     )

@@ -126,11 +126,15 @@ def test_explain_names_them_and_keeps_the_choice(
     (layers,) = said["other_layers"]
     assert (layers["kind"], layers["count"], layers["keeps_apart"]) == ("gated_delta_net", 3, False)
     (error,) = said["errors"]
-    assert (error["code"], error["do"]) == ("packing-not-isolated", "set sample_packing: false")
-    attnimg(["explain", "c.yaml", "--on", "h100"])
-    assert "3 layers with Gated DeltaNet linear attention" in " ".join(
-        capsys.readouterr().out.split()
+    assert error["code"] == "packing-not-isolated"
+    assert error["do"] == (
+        "set sample_packing: false, or, on a GPU, install flash-linear-attention and causal-conv1d"
     )
+    assert "flash-linear-attention and causal-conv1d not installed" in error["why"]
+    attnimg(["explain", "c.yaml", "--on", "h100"])
+    text = capsys.readouterr()
+    assert "3 layers with Gated DeltaNet linear attention" in " ".join(text.out.split())
+    assert "\n         needed: layers that get the boundaries" in text.err
 
 
 def test_train_refuses_before_any_weights_are_read(

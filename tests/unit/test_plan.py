@@ -458,14 +458,15 @@ def test_every_backend_is_judged_on_every_gpu(gpu: str) -> None:
     ("gpu", "model", "says"),
     [
         pytest.param("h100", LLAMA, ["of 16 backends fit packed training on sm_90", "sage: only",
-            "flash_attention_3 ranks first of them: it is written for Hopper",
+            "flash_attention_3 has the best rank of them: it is written for Hopper",
             "flash_attention_4 is not faster than FlashAttention-3 on Hopper [", "PR #2889"],
             id="what was moved behind is named, with the source"),
-        pytest.param("h100", GPT_OSS, ["flash_attention_4 ranks first",
-            "flash_attention_3 would come before it: 32 layers use attention sinks"],
+        pytest.param("h100", GPT_OSS, ["flash_attention_4 has the best rank",
+            "flash_attention_3 ranks better, but: 32 layers use attention sinks"],
             id="what would come first is named"),
         pytest.param("rtx5090", LLAMA, ["flash_attention_4 trains slower", "#1981"], id="RTX 50"),
-        pytest.param("t4", LLAMA, ["xformers ranks first", "sdpa gets packed rows with a mask"],
+        pytest.param("t4", LLAMA, ["xformers has the best rank",
+            "sdpa gets packed rows with a mask"],
             id="Turing"),
         pytest.param("t4", GPT_OSS, ["1 of 16 backends fits packed training on sm_75"],
             id="where there is one"),
@@ -474,6 +475,21 @@ def test_every_backend_is_judged_on_every_gpu(gpu: str) -> None:
 def test_because_can_be_read_without_seeing_ranks(gpu: str, model: Model, says: list[str]) -> None:
     found = plan(None, gpu, model, packing=True)
     assert [part for part in says if part not in found.because] == []
+
+
+@pytest.mark.parametrize("asked", [None, "eager", "xformers"])
+def test_a_precision_that_no_backend_takes_is_what_to_change(asked: str | None) -> None:
+    found = plan(asked, "t4", dtype="bfloat16")
+    assert got(found) is None
+    assert "found bfloat16 on sm_75" in found.because
+    assert found.do.startswith("set bf16: auto")
+    assert got(plan(asked, "t4")) is not None  # plan() takes the precision of bf16: auto
+
+
+def test_reasons_that_several_backends_share_are_told_once() -> None:
+    because = plan(None, "mi300x", GEMMA2).because
+    assert because.count("soft cap") == 1
+    assert "flash_attention_2, sdpa, sdpa_flash, sdpa_efficient" in because
 
 
 @pytest.mark.parametrize(

@@ -85,7 +85,7 @@ def test_only_what_holds_pairs_of_tokens_is_quadratic(
     ("tokens", "memory", "says"),
     [
         pytest.param(1024, None, None, id="short rows"),
-        pytest.param(8192, None, "1.5 GiB in a layer", id="a long row"),
+        pytest.param(8192, None, "1.5 GiB per layer", id="a long row"),
         pytest.param(8192, 2 << 30, "likely out of memory", id="all layers together"),
         pytest.param(8192, 1 << 30, "will run out of memory", id="one layer alone"),
     ],
@@ -96,8 +96,17 @@ def test_it_is_told_from_a_gibibyte_on(tokens: int, memory: int | None, says: st
     assert (warning is None) == (says is None)
     if warning is not None and says is not None:
         assert says in warning.what
-        assert warning.do.startswith("set attn_implementation: xformers, or shorten sequence_len")
+        assert warning.do.startswith("set attn_implementation: xformers, or reduce sequence_len")
     assert WARN_FROM == 1 << 30
+
+
+def test_checkpointing_keeps_one_layer_and_is_advised_only_where_it_is_off() -> None:
+    for checkpointing in (False, True):
+        run = problem("float16", 8192, packing=True, checkpointing=checkpointing)
+        warning = memory_warning(choose("eager", T4, run), run, memory_bytes=2 << 30)
+        assert warning is not None
+        assert ("likely out of memory" in warning.what) == (not checkpointing)
+        assert ("set gradient_checkpointing: true" in warning.do) == (not checkpointing)
 
 
 def test_explain_tells_it_in_text_and_json(
@@ -115,7 +124,7 @@ def test_explain_tells_it_in_text_and_json(
     (warning,) = [w for w in said["warnings"] if w["code"] == "quadratic-memory"]
     # 64 heads of 8192 x 8192 tokens: 4 bytes of softmax, 2 of its copy in float16.
     assert said["quadratic_memory"]["layer"] == 64 * 8192 * 8192 * 6
-    assert "24.0 GiB in a layer" in warning["what"]
+    assert "24.0 GiB per layer" in warning["what"]
     assert "more than the 14.9 GiB of this GPU" in warning["what"]
     attnimg(["explain", "c.yaml", "--on", "t4"])
     assert "quadratic in the row" in capsys.readouterr().err

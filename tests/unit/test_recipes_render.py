@@ -227,7 +227,7 @@ def test_the_page_of_images_promises_no_arm64_machine_one() -> None:
 def test_every_backend_has_a_row_in_the_support_matrix() -> None:
     page = TEXTS["docs/support.md"]
     for backend in all_backends():
-        name = f"`{backend.name}`" if backend.in_config else f"{backend.name} (`auto` alone)"
+        name = f"`{backend.name}`" if backend.in_config else f"{backend.name} (only with `auto`)"
         assert f"| {name} |" in page
     assert "| `flash_attention_3` | - | - | - | T | - | - |" in page
     assert "| `sage` | T | T (sm_120 sm_121) | - | T | - | - |" in page

@@ -109,10 +109,10 @@ def on_disk(root: Path, key: str, make: Callable[[Write], Made]) -> tuple[Datase
             documents, (figures, warnings) = _kept(folder, key)
     except (OSError, Unusable) as error:
         raise AttnimgError(
-            f"cannot keep prepared documents in {root}",
+            f"cannot write prepared documents to {root}",
             why="\n".join((*refused, str(error))),
-            do="set dataset_prepared_path to a folder of your own that has space, or take it out "
-            "to prepare in memory",
+            do="set dataset_prepared_path to a folder of your own that has space, or remove the "
+            "key to prepare the documents in memory",
             code="not-writable",
             key="dataset_prepared_path",
         ) from None
@@ -162,7 +162,7 @@ def _kept(folder: Path, key: str) -> tuple[Dataset, Made]:
     if not whole:
         raise Unusable("it is damaged")
     if facts["key"] != key:
-        raise Unusable("it was made of other data")
+        raise Unusable("it was made from other data")
     figures = replace(SourceFigures(**facts["figures"]), reused=True)
     return datasets.Dataset.from_file(str(documents)), (figures, tuple(facts["warnings"]))
 
@@ -173,11 +173,11 @@ def _check_own(path: Path, is_kind: Callable[[int], bool]) -> None:
     except OSError as error:
         raise Unusable(f"{path.name} cannot be read: {error.strerror}") from None
     if not is_kind(found.st_mode):
-        raise Unusable(f"{path.name} is no plain file or folder")
+        raise Unusable(f"{path.name} is not a regular file or folder")
     if found.st_uid != os.geteuid():
         raise Unusable(f"{path.name} belongs to user {found.st_uid}")
     if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        raise Unusable(f"others may write {path.name}")
+        raise Unusable(f"other users may write {path.name}")
 
 
 def _write(root: Path, folder: Path, key: str, make: Callable[[Write], Made]) -> None:

@@ -33,7 +33,9 @@ from attnimg.train.data.documents import IGNORED
 from attnimg.train.data.parsed import Conversation, Parsed, Turn
 from attnimg.train.data.records import Place
 
-EMPTY_ANSWERS = "answers without text carry no loss: they would teach the model to say nothing"
+EMPTY_ANSWERS = (
+    "answers without text carry no loss: they would train the model to answer with nothing"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -275,7 +277,7 @@ class ChatEncoder:
         name = template if len(template) <= 60 else template[:57] + "..."
         return AttnimgError(
             f"the chat template can't be used for training: {place}",
-            why=f"{error}, so the record would not be trained as it is\ntemplate: {name}",
+            why=f"{error}, so part of the record would not be trained\ntemplate: {name}",
             do=error.do,
             code="bad-value",
             key="chat_template",

@@ -14,14 +14,14 @@ NO_END = (
     "set chat_template to one that ends each turn with a token"
 )
 UNMARKED_END = (
-    "the chat template leaves what ends an answer out of its {% generation %} marks, so the model "
-    "will not learn to stop; move {% endgeneration %} behind it"
+    "the chat template leaves the token that ends an answer out of its {% generation %} block, so "
+    "the model will not learn to stop; move {% endgeneration %} behind that token"
 )
 
 
 RESTORED = (
-    "the chat template drops the reasoning of every answer; it is put back before the last one, "
-    "where generation writes it"
+    "the chat template drops the reasoning of every answer; it is restored before the last answer, "
+    "where the model generates it"
 )
 
 

@@ -31,8 +31,8 @@ PLAIN = ("1 plain answer 2", "3 plain answer 4")
 
 MOVED = (
     "the chat template writes the turns before an answer differently once others follow (reasoning "
-    "is removed, the system message or the tools move): answers but the last follow a prompt that "
-    "generation will not show"
+    "is removed, the system message or the tools move): all answers but the last are trained after "
+    "a prompt that differs from the one at generation"
 )
 REASONING_REMOVED = (
     "the chat template removes the reasoning of earlier turns, so only the last turn's is trained"

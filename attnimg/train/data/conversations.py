@@ -256,7 +256,7 @@ def _refuse_media(holder: Mapping[str, Any], what: str, place: Place) -> None:
             raise bad_record(
                 place,
                 why=f"{what} has {key}; training on images, audio or video is not supported",
-                do=f"drop the record, or take {key} out of it",
+                do=f"drop the record, or remove {key} from it",
             )
 
 

@@ -86,8 +86,8 @@ def _shared(training: list[Source], testing: list[Source]) -> Iterator[str]:
             shared = _content(train) & _content(test)
             if shared and not sliced:
                 yield (
-                    f"{train.key} and {test.key} both read {min(shared)}: the evaluation is of "
-                    "what was trained on"
+                    f"{train.key} and {test.key} both read {min(shared)}: the evaluation "
+                    "uses training data"
                 )
 
 

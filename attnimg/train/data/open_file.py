@@ -99,7 +99,7 @@ def check_packing(path: Path, *, declared: str | None, key: str) -> None:
     if start.startswith(_POINTER):
         raise AttnimgError(
             f"{path} was not downloaded",
-            why="found a Git LFS pointer, which names the data but does not hold them",
+            why="found a Git LFS pointer, which names the data but does not contain it",
             do=f"git -C {path.parent} lfs pull",
             code="bad-data",
             key=f"{key}.path",
@@ -119,7 +119,7 @@ def check_packing(path: Path, *, declared: str | None, key: str) -> None:
     binary = next((kind for magic, kind in _BINARY.items() if start.startswith(magic)), None)
     if binary and declared != binary:
         raise AttnimgError(
-            f"{path} is in another format than its entry says",
+            f"{path} is in another format than expected",
             why=f"found {binary}, needed {declared or 'a known format'}",
             do=f"set {key}.ds_type: {binary}",
             code="bad-value",

@@ -1,4 +1,4 @@
-"""Show one document of a run with the part that carries loss marked, before it is trained on."""
+"""Format one document of a run with its trained tokens marked, before the first step."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from typing import Any
 
 from attnimg.train.data.documents import IGNORED, Documents
 
-SHOWN_TOKENS = 400  # of a long document: what fits on a screen
+SHOWN_TOKENS = 400  # of a long document, to fit on a screen
 
 
 def sample_text(documents: Documents, tokenizer: Any) -> str:
     """Return the first document's text, with >>> and <<< around what carries loss.
 
-    What is shown begins a little before the first token with loss; control characters are
+    The text begins a little before the first token with loss; control characters are
     written as escapes, so that data can't steer a terminal.
     """
     row = documents.train[0]
@@ -28,7 +28,7 @@ def sample_text(documents: Documents, tokenizer: Any) -> str:
     before = "... " if start else ""
     after = " ..." if start + SHOWN_TOKENS < len(ids) else ""
     text = f"{before}{''.join(pieces)}{after}".replace("\n", "\n    ")
-    return f"first document, loss falls on what stands between >>> and <<<:\n    {text}"
+    return f"first document (tokens with loss are between >>> and <<<):\n    {text}"
 
 
 def _printable(text: str) -> str:

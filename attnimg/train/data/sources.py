@@ -97,7 +97,7 @@ def find_source(spec: DatasetSpec, *, key: str) -> Source:
         return _found(spec, key=key)
     except OSError as error:
         raise AttnimgError(
-            f"cannot look at {spec.path}",
+            f"cannot read {spec.path}",
             why=f"{key}.path: {error.strerror or error}",
             do=f"correct {key}.path, or the permissions of its folders",
             code="bad-data",
@@ -165,7 +165,7 @@ def _matches(base: Path, pattern: str, *, key: str, where: str) -> list[Path]:
         named = ", ".join(f"{path.name} ({split or 'no split'})" for split, path in splits.items())
         raise AttnimgError(
             f"the pattern {pattern} takes files of several splits",
-            why=f"found {named}; by a pattern, test files would be trained on unseen",
+            why=f"found {named}; a pattern would include test files in training",
             do=f"set {where} to the files to use, such as {splits.get('train', found[0])}",
             code="bad-value",
             key=where,
@@ -215,8 +215,8 @@ def _folder(root: Path, spec: DatasetSpec, *, key: str) -> Source:
         names = ", ".join(str(path.relative_to(root)) for path in others[:5])
         more = f" and {len(others) - 5:,} more" if len(others) > 5 else ""
         warnings = (
-            f"{spec.path}: {names}{more} not read, as the folder's other files are named after "
-            f"splits ({', '.join(splits)}) and these are not; name them in {key}.data_files "
+            f"{spec.path}: {names}{more} not read, because the folder's other files are named "
+            f"after splits ({', '.join(splits)}) and these are not; list them in {key}.data_files "
             "to train on them",
         )
     files = {

@@ -148,7 +148,7 @@ def folder_splits(
         raise AttnimgError(
             f"no configuration {spec.name} in {spec.path}",
             why=f"{key}.name is {spec.name}, found no README.md with configs in the folder",
-            do=f"take {key}.name out, or correct {key}.path",
+            do=f"remove {key}.name, or correct {key}.path",
             code="bad-value",
             key=f"{key}.name",
         )

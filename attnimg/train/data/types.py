@@ -94,7 +94,7 @@ def _refuse_context(record: Mapping[str, Any], place: Place) -> None:
         if record.get(name):
             raise bad_record(
                 place,
-                why=f"found {name}, which the prompt of alpaca has no place for",
+                why=f"found {name}, which the alpaca prompt does not contain",
                 do=f"write the records as conversations (type: chat_template), or drop {name}",
             )
 

@@ -244,9 +244,9 @@ def test_a_template_that_marks_what_is_generated_is_followed(name: str, kind: st
 @pytest.mark.parametrize(
     ("name", "kind", "note"),
     [
-        pytest.param("mistral_v2", "system", "a prompt that generation will not show",
+        pytest.param("mistral_v2", "system", "a prompt that differs from the one at generation",
                      id="a system message that moves to the last turn"),
-        pytest.param("qwen3_5_think", "tools", "a prompt that generation will not show",
+        pytest.param("qwen3_5_think", "tools", "a prompt that differs from the one at generation",
                      id="think blocks that earlier turns lose"),
         pytest.param("glm4moe", "single", "it is added after the last answer",
                      id="an end of turn that is the next one's opening"),
@@ -270,7 +270,7 @@ def test_reasoning_that_a_template_always_drops_is_put_back_once() -> None:
     want = "The king spoke.\n</think>\n\nYes." + DEEPSEEK
     assert encode.tokenizer.decode(ids).endswith("\uff5c><think>\n" + want)
     assert learnt(encode, record) == [want]
-    assert any("put back before the last one" in note for note in encode.warnings)
+    assert any("restored before the last answer" in note for note in encode.warnings)
 
 
 def test_end_tokens_that_end_no_answer_are_said() -> None:

@@ -191,7 +191,7 @@ def test_what_has_no_effect_is_named(run_on: Run, json_lines: Write, tokenizer: 
                      id="flags that contradict one another"),
         pytest.param([user([{"type": "image", "image": "x.png"}]), answer()], "needed text",
                      "images", id="an image"),
-        pytest.param([user(), answer("A", images=["x.png"])], "images", "take images out",
+        pytest.param([user(), answer("A", images=["x.png"])], "images", "remove images from",
                      id="a list of images"),
         pytest.param([user(), answer("A", thinking="R", reasoning="S")], "which differ",
                      "keep one of them", id="two reasonings"),

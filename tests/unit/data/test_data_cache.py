@@ -66,7 +66,7 @@ def test_a_prepared_path_that_cannot_be_written_is_refused(
         with pytest.raises(AttnimgError) as caught:
             load_documents(run_on(path, dataset_prepared_path=str(prepared)), tokenizer)
         assert caught.value.key == "dataset_prepared_path"
-    assert "take it out" in caught.value.do
+    assert "remove the key" in caught.value.do
     assert len(load_documents(run_on(path), tokenizer).train) == 100
 
 
@@ -110,19 +110,21 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "another key": (
         lambda f: rewritten(f, lambda facts: facts.update(key="0" * 64), sign=True), "other data",
     ),
-    "writable by others": (lambda f: (f / "documents.arrow").chmod(0o666), "others may write"),
-    "a folder writable by others": (lambda f: f.chmod(0o777), "others may write"),
-    "documents that are a pipe": (lambda f: replaced(f / "documents.arrow", os.mkfifo), "no plain"),
-    "figures that are a pipe": (lambda f: replaced(f / "figures.json", os.mkfifo), "no plain"),
-    "a link": (
-        lambda f: replaced(f / "documents.arrow", lambda p: p.symlink_to("/dev/zero")), "no plain",
+    "writable by others": (lambda f: (f / "documents.arrow").chmod(0o666), "other users may write"),
+    "a folder writable by others": (lambda f: f.chmod(0o777), "other users may write"),
+    "documents that are a pipe": (
+        lambda f: replaced(f / "documents.arrow", os.mkfifo), "a regular",
     ),
-    "a file for the folder": (lambda f: replaced(f, Path.touch), "no plain"),
-    "a pipe for the folder": (lambda f: replaced(f, os.mkfifo), "no plain"),
-    "a link for the folder": (lambda f: replaced(f, lambda p: p.symlink_to("/")), "no plain"),
+    "figures that are a pipe": (lambda f: replaced(f / "figures.json", os.mkfifo), "a regular"),
+    "a link": (
+        lambda f: replaced(f / "documents.arrow", lambda p: p.symlink_to("/dev/zero")), "a regular",
+    ),
+    "a file for the folder": (lambda f: replaced(f, Path.touch), "a regular"),
+    "a pipe for the folder": (lambda f: replaced(f, os.mkfifo), "a regular"),
+    "a link for the folder": (lambda f: replaced(f, lambda p: p.symlink_to("/")), "a regular"),
     "an empty folder": (lambda f: replaced(f, Path.mkdir), "figures.json cannot be read"),
     "a folder in the file's place": (
-        lambda f: replaced(f / "documents.arrow", Path.mkdir), "no plain",
+        lambda f: replaced(f / "documents.arrow", Path.mkdir), "a regular",
     ),
 }  # fmt: skip
 if os.geteuid() == 0:

@@ -190,7 +190,7 @@ def applied(do: str, why: str, entry: Mapping[str, Any]) -> dict[str, Any]:
     changed = dict(entry)
     if found := re.search(r"set datasets\[0\]\.(\w+): ([^,]+)", do):
         changed[found[1]] = found[2]
-    elif found := re.search(r"take datasets\[0\]\.(\w+) out", do):
+    elif found := re.search(r"remove datasets\[0\]\.(\w+)", do):
         del changed[found[1]]
     elif found := re.search(r"set datasets\[0\]\.(\w+) to the files to use, such as (.+)", do):
         changed[found[1]] = found[2]
