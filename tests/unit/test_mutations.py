@@ -199,6 +199,8 @@ SLY_FAULTS = [
     ("seeds", BATCH, "numerics-fwd"),
     ("seeds backward", SMALL, "numerics-fwd"),
     ("in inference mode", BATCH, "numerics-fwd"),
+    ("nothing requires gradients", BATCH, "numerics-fwd"),
+    ("below what learns", SMALL, "numerics-fwd"),
     ("checkpointed", BATCH, "numerics-bwd"),
     ("checkpointed", SMALL, "numerics-bwd"),
     ("no query of zeros", BATCH, "nan"),
