@@ -146,16 +146,19 @@ def text_of(layers: OtherLayers) -> str:
 
 def _refusal(problem: Problem, layers: OtherLayers) -> Finding:
     assert problem.model is not None
-    needed = "boundaries that reach them"
+    needed, do = "boundaries that reach them", "set sample_packing: false"
     if layers.missing:
         needed += f"; not installed: {', '.join(layers.missing)}"
+        batch = kinds()[layers.kind].batch
+        if batch and _IN_BATCH.issuperset(batch):
+            do = f"install {' and '.join(layers.missing)}, or {do}"
     return Finding(
         code="packing-not-isolated",
         key="sample_packing",
         what=f"packed documents would mix in {_count(layers)} of {problem.model.type}, "
         f"which have {layers.label}",
         why=f"found {layers.why}; needed {needed} [{layers.source}]",
-        do="set sample_packing: false",
+        do=do,
     )
 
 

@@ -95,6 +95,21 @@ def test_packing_is_refused_and_missing_kernels_are_told(
     assert all(finding.do for finding in (*refused, *told))
 
 
+@pytest.mark.parametrize(
+    ("type_", "packages", "do"),
+    [
+        pytest.param("qwen3_next", (FLA,), f"install {CONV}, or ", id="one is missing"),
+        pytest.param("jamba", (), "", id="its kernels take no boundaries"),
+    ],
+)
+def test_packages_are_advised_where_they_let_the_model_pack(
+    type_: str, packages: tuple[str, ...], do: str
+) -> None:
+    problem = a_problem(model=model(type_), dtype="bfloat16", packing=True)
+    ((error,), _) = findings_on(problem, machine(*packages))
+    assert error.do == f"{do}set sample_packing: false"
+
+
 def test_a_kind_that_nobody_here_knows_is_left_to_the_proof_on_the_model() -> None:
     read = model("brand_new", layer_types=["linear_attention", *["full_attention"] * 3])
     refused, told = findings_on(a_problem(model=read, dtype="bfloat16", packing=True), machine())
@@ -126,7 +141,8 @@ def test_explain_names_them_and_keeps_the_choice(
     (layers,) = said["other_layers"]
     assert (layers["kind"], layers["count"], layers["keeps_apart"]) == ("gated_delta_net", 3, False)
     (error,) = said["errors"]
-    assert (error["code"], error["do"]) == ("packing-not-isolated", "set sample_packing: false")
+    do = "install flash-linear-attention and causal-conv1d, or set sample_packing: false"
+    assert (error["code"], error["do"]) == ("packing-not-isolated", do)
     attnimg(["explain", "c.yaml", "--on", "h100"])
     assert "3 layers with Gated DeltaNet linear attention" in " ".join(
         capsys.readouterr().out.split()
