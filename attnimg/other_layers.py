@@ -150,7 +150,10 @@ def text_of(layers: OtherLayers) -> str:
 def _refusal(problem: Problem, layers: OtherLayers) -> Finding:
     assert problem.model is not None
     missing = f" ({' and '.join(layers.missing)} not installed)" if layers.missing else ""
-    install = f", or, on a GPU, install {' and '.join(layers.missing)}" if layers.missing else ""
+    batch = kinds()[layers.kind].batch
+    # Some kernels take boundaries that a batch does not hold: to install them would not help.
+    helps = layers.missing and batch and _IN_BATCH.issuperset(batch)
+    install = f", or, on a GPU, install {' and '.join(layers.missing)}" if helps else ""
     return Finding(
         code="packing-not-isolated",
         key="sample_packing",

@@ -9,9 +9,10 @@ import inspect
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, wraps
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -26,6 +27,23 @@ _NAMES = {
     "softcap": ("softcap",),
     "sinks": ("s_aux", "learnable_sink"),
 }
+
+
+def without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a kernel's entry point that runs outside of torch.autocast, as its backward pass does.
+
+    q, k and v have the precision of the run before they reach a kernel. One that is written with
+    torch's own operations would have its float32 intermediates cast in the forward pass alone, and
+    its gradients would not be those of its output. Compiled kernels see no difference.
+    """
+
+    @wraps(function)
+    def attend(q: Tensor, *args: Any, **kwargs: Any) -> Any:
+        with torch.autocast(q.device.type, enabled=False):
+            return function(q, *args, **kwargs)
+
+    attend.runs_without_autocast = True  # type: ignore[attr-defined]  # read by transformers_flash
+    return attend
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,7 +89,8 @@ class FlashKernel:
         q_BTHD, k_BSGD, v_BSGV = (x.transpose(1, 2) for x in (q, k, v))
         v_BSGV, crop = self._padded(v_BSGV, q)
         assert self.dense is not None
-        return _output(self.dense(q_BTHD, k_BSGD, v_BSGV, **options))[..., :crop].transpose(1, 2)
+        dense = without_autocast(self.dense)
+        return _output(dense(q_BTHD, k_BSGD, v_BSGV, **options))[..., :crop].transpose(1, 2)
 
     def _packed(self, documents: Documents, options: dict[str, Any]) -> Tensor:
         """Attend within documents; gives (N, H, V)."""
@@ -85,7 +104,7 @@ class FlashKernel:
                 exit_code=1,
             )
         v, crop = self._padded(documents.v, documents.q)
-        out = self.varlen(
+        out = without_autocast(self.varlen)(
             documents.q,
             documents.k,
             v,

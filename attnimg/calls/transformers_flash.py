@@ -6,7 +6,7 @@ import inspect
 from types import SimpleNamespace
 from typing import Any
 
-from attnimg.calls.flash import FlashKernel
+from attnimg.calls.flash import FlashKernel, without_autocast
 from attnimg.calls.hub_kernels import (
     check_hub_kernel,
     hub_error,
@@ -132,6 +132,11 @@ def load_flash(name: str, *, trusted: bool = False) -> None:
         raise broken_kernel(
             name.partition("@")[0], error, do="mend or reinstall the kernel"
         ) from error
+    # The packages' own kernels are compiled, and are called as transformers calls them.
+    for slot in ("_flash_fn", "_flash_varlen_fn") if "/" in repo else ():
+        function = getattr(flash, slot)
+        if function is not None and not hasattr(function, "runs_without_autocast"):
+            setattr(flash, slot, without_autocast(function))
 
 
 def flash_attention(backend: Backend, *, trusted: bool) -> AttentionFunction:

@@ -17,6 +17,7 @@ from attnimg.cli.subject import (
     image_notes,
     machine_notes,
     machine_of,
+    model_file,
     problem_of,
     read_model,
     run_findings,
@@ -26,11 +27,12 @@ from attnimg.facts import Arch, Finding, Machine, Model, Plan, Problem
 from attnimg.other_layers import other_layers
 from attnimg.report import as_json
 from attnimg.schema import Checked, Config
+from attnimg.train.causal import require_causal_type
 
 # Errors that are judgements of a backend: explaining them is what the command is for.
 _JUDGEMENTS = frozenset(
     {"arch-too-old", "arch-mismatch", "sage-arch", "fp8-arch", "fp8-torch", "flex-torch"}
-    | {"s2-with-packing", "packing-not-isolated"}
+    | {"s2-with-packing", "packing-not-isolated", "not-causal-lm"}
 )
 # org/name; what ends in .yaml is a config that is missing.
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/(?!.*\.ya?ml$)[\w.-]+", re.ASCII)
@@ -63,6 +65,8 @@ def explain(
         if _NO_NAME & {error.code for error in checked.errors}:
             found = _no_name(checked, found)
         errors, notes = run_findings(found, task, machine)
+        if model is not None and not _is_model(target):
+            errors += _not_causal(values)
         checked = replace(
             checked,
             errors=(*checked.errors, *errors),
@@ -121,8 +125,7 @@ def _with_model(checked: Checked, values: Config) -> tuple[Checked, Model | None
     try:
         model, dropout = read_model(values)
     except AttnimgError as error:
-        wrong = Finding(code=error.code, key=error.key, what=error.what, why=error.why, do=error.do)
-        return replace(checked, errors=(*checked.errors, wrong)), None, 0.0
+        return replace(checked, errors=(*checked.errors, _as_finding(error))), None, 0.0
     note = None
     if model is None:
         note = Finding(
@@ -142,6 +145,21 @@ def _with_model(checked: Checked, values: Config) -> tuple[Checked, Model | None
         )
     warnings = (*checked.warnings, note) if note else checked.warnings
     return replace(checked, warnings=warnings), model, dropout
+
+
+def _not_causal(values: Config) -> tuple[Finding, ...]:
+    """Return the error that train raises for a model that is no causal language model."""
+    path = model_file(values)
+    assert path is not None
+    try:
+        require_causal_type(values, problem.read_config(path))
+    except AttnimgError as error:
+        return (_as_finding(error),)
+    return ()
+
+
+def _as_finding(error: AttnimgError) -> Finding:
+    return Finding(code=error.code, key=error.key, what=error.what, why=error.why, do=error.do)
 
 
 def _no_name(checked: Checked, found: Plan) -> Plan:

@@ -57,7 +57,8 @@ def quadratic_memory(plan: Plan, problem: Problem) -> Quadratic | None:
         layer.count * square * each for layer, (each, _) in zip(model.layers, parts, strict=True)
     )
     each, words = max(parts)
-    formula = f"{words}, {tokens} x {tokens} tokens, {problem.rows} rows"
+    rows = "1 row" if problem.rows == 1 else f"{problem.rows} rows"
+    formula = f"{words}, {tokens} x {tokens} tokens, {rows}"
     return Quadratic(layer=square * each, total=total, formula=formula)
 
 

@@ -9,6 +9,7 @@ between calls is right only when it is alone.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from attnimg.facts import AttentionFunction, Backend, Reason
-from attnimg.prove.calls import Result, backward, call, forward, reference
+from attnimg.prove.calls import ALL, Result, backward, call, forward, reference
 from attnimg.prove.cases import Case
 from attnimg.prove.checks import Expected, Fault, check_values, expected
 from attnimg.prove.inputs import Inputs, draw
@@ -25,8 +26,14 @@ from attnimg.prove.inputs import Inputs, draw
 _LAYERS = 32
 # What learns where an adapter sits on the first layer's v, or on its q and v.
 _FROZEN = {"v alone": ("dv",), "q and v": ("dq", "dv")}
-# How evaluation and generation go about it.
-_WITHOUT = {"without gradients": torch.no_grad, "in inference mode": torch.inference_mode}
+# Calls that no gradient is asked of, and which of their arguments require one: a first pass with
+# reentrant checkpointing, evaluation, generation, and layers below the first one that learns.
+_WITHOUT = {
+    "without gradients": (torch.no_grad, ALL),
+    "in evaluation": (torch.no_grad, ()),
+    "in inference mode": (torch.inference_mode, ()),
+    "below what learns": (nullcontext, ()),
+}
 
 
 def check_company(
@@ -44,9 +51,9 @@ def check_company(
     Raises:
         Exception: whatever the kernel raises.
     """
-    for what, mode in _WITHOUT.items():
+    for what, (mode, learning) in _WITHOUT.items():
         with mode():
-            out = forward(function, backend, case, inputs).out
+            out = forward(function, backend, case, inputs, learning=learning).out
         named = replace(case, name=f"{case.name}, {what}")
         found = Result(out=out, gradients={})
         yield from check_values(backend, named, inputs, found=found, right=right)[1]

@@ -146,6 +146,26 @@ def test_explain_takes_a_model(capsys: pytest.CaptureFixture[str], target: str) 
     assert (code, line["ok"], line["chosen"]["backend"]) == (0, True, "sdpa")
 
 
+@pytest.mark.parametrize(
+    ("fields", "errors"),
+    [
+        ({"model_type": "t5"}, ["not-causal-lm"]),
+        ({"model_type": "bert"}, ["not-causal-lm"]),
+        ({"model_type": "bert", "is_decoder": True}, []),
+        ({"model_type": "llama"}, []),
+    ],
+)
+def test_explain_says_what_train_refuses_of_a_config(
+    capsys: pytest.CaptureFixture[str], fields: dict[str, Any], errors: list[str]
+) -> None:
+    Path("model").mkdir()
+    write("model/config.json", json.dumps(LLAMA | fields))
+    file = write("x.yaml", GOOD.replace("org/model", "./model"))
+    code, out, _ = run(capsys, "explain", file, "--on", "h100", "--json")
+    (line,) = objects(out)
+    assert (code, [error["code"] for error in line["errors"]]) == (0, errors)
+
+
 def test_explain_answers_where_nothing_fits(capsys: pytest.CaptureFixture[str]) -> None:
     file = write("x.yaml", GOOD + "attn_implementation: flash_attention_3\n")
     code, out, _ = run(capsys, "explain", file, "--on", "a100", "--json")

@@ -95,6 +95,21 @@ def test_packing_is_refused_and_missing_kernels_are_told(
     assert all(finding.do for finding in (*refused, *told))
 
 
+@pytest.mark.parametrize(
+    ("type_", "packages", "do"),
+    [
+        pytest.param("qwen3_next", (FLA,), f", or, on a GPU, install {CONV}", id="one is missing"),
+        pytest.param("jamba", (), "", id="its kernels take no boundaries"),
+    ],
+)
+def test_packages_are_advised_where_they_let_the_model_pack(
+    type_: str, packages: tuple[str, ...], do: str
+) -> None:
+    problem = a_problem(model=model(type_), dtype="bfloat16", packing=True)
+    ((error,), _) = findings_on(problem, machine(*packages))
+    assert error.do == f"set sample_packing: false{do}"
+
+
 def test_a_kind_that_nobody_here_knows_is_left_to_the_proof_on_the_model() -> None:
     read = model("brand_new", layer_types=["linear_attention", *["full_attention"] * 3])
     refused, told = findings_on(a_problem(model=read, dtype="bfloat16", packing=True), machine())

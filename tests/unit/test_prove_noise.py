@@ -36,10 +36,13 @@ def references() -> dict[object, object]:
     return {}
 
 
+@pytest.mark.parametrize("autocast", [False, True], ids=["", "under autocast"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_right_kernel_with_the_noise_of_atomics_passes_all_probes(family: str) -> None:
+def test_a_right_kernel_with_the_noise_of_atomics_passes_all_probes(
+    family: str, autocast: bool
+) -> None:
     shape = replace(SMALL, group=1)
-    found = prove_noisy(family, shape, references={}, sequence_len=64)
+    found = prove_noisy(family, shape, references={}, sequence_len=64, autocast=autocast)
     assert (found.reasons, found.unrepeated) == ([], [])
 
 

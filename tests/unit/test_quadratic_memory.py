@@ -125,6 +125,7 @@ def test_explain_tells_it_in_text_and_json(
     # 64 heads of 8192 x 8192 tokens: 4 bytes of softmax, 2 of its copy in float16.
     assert said["quadratic_memory"]["layer"] == 64 * 8192 * 8192 * 6
     assert "24.0 GiB per layer" in warning["what"]
+    assert "8192 x 8192 tokens, 1 row)" in warning["what"]
     assert "more than the 14.9 GiB of this GPU" in warning["what"]
     attnimg(["explain", "c.yaml", "--on", "t4"])
     assert "quadratic in the row" in capsys.readouterr().err
