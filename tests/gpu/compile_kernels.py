@@ -123,7 +123,10 @@ def usable_wheels(folders: list[Path]) -> list[Path]:
     cpython = f"cp{sys.version_info.major}{sys.version_info.minor}"
 
     def fits(wheel: Path) -> bool:
-        python, abi = wheel.stem.split("-")[-3:-1]
+        parts = wheel.stem.split("-")
+        if len(parts) < 5:  # no wheel's name
+            return False
+        python, abi = parts[-3:-1]
         return abi == "none" or abi == "abi3" or cpython in python.split(".")
 
     return [wheel for folder in folders for wheel in sorted(folder.glob("*.whl")) if fits(wheel)]
@@ -365,7 +368,8 @@ def order(run: Run, names: list[str]) -> list[str]:
     def seconds(name: str) -> float:
         try:
             facts, folders = read_kernel(run, name)
-        except KernelError:
+        # Its turn records what is wrong with it; the others are compiled all the same.
+        except (KernelError, ValueError, OSError):
             return 0.0
         wheels = run.wheels and usable_wheels(folders)
         return 0.0 if wheels else float(facts.get("cpu_seconds", 0.0))

@@ -65,10 +65,13 @@ class Records:
             **rest,
         }
         with self.lock:
-            self.file.write(json.dumps(record) + "\n")
-            self.file.flush()
-            os.fsync(self.file.fileno())
             self.made.append(record)
+            try:
+                self.file.write(json.dumps(record) + "\n")
+                self.file.flush()
+                os.fsync(self.file.fileno())
+            except OSError as error:  # a full disk: the log keeps the record
+                print(f"not written ({error.strerror}): {json.dumps(record)}", flush=True)
             self._print(record)
 
     def _print(self, record: Mapping[str, Any]) -> None:

@@ -305,6 +305,22 @@ def rehearse(tmp_path, monkeypatch):
     return rehearse
 
 
+def test_a_full_disk_leaves_the_records_in_the_log(tmp_path, monkeypatch, capsys):
+    def full(_file):
+        raise OSError(28, "No space left on device")
+
+    records = day.Records(tmp_path / "records.jsonl", machine="m")
+    monkeypatch.setattr(day.os, "fsync", full)
+    with records.file:
+        records.add("proof", "proofs", seconds=1.0, state="passed", unit="proofs sdpa")
+    written = (
+        capsys.readouterr()
+        .out.splitlines()[0]
+        .removeprefix("not written (No space left on device): ")
+    )
+    assert json.loads(written) == records.made[0]
+
+
 @pytest.mark.parametrize("state", ["passed", "failed", "crash", "timeout", "not here"])
 def test_every_step_is_scheduled_whatever_becomes_of_proofs_of_several_head_sizes(rehearse, state):
     made = rehearse(state)

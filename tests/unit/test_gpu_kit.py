@@ -128,6 +128,25 @@ def test_one_kernel_that_fails_ends_no_other(tmp_path):
 
 
 @pytest.mark.parametrize(
+    "damage",
+    [
+        pytest.param(lambda folder: (folder / "kernel.json").write_text("{"), id="cut kernel.json"),
+        pytest.param(lambda folder: (folder / "broken.whl").write_text(""), id="no wheel's name"),
+    ],
+)
+def test_a_damaged_kernel_ends_no_other(tmp_path, damage):
+    for name in ("toy", "other"):
+        folder = tmp_path / f"kit/kernels/{name}"
+        wheel(folder)
+        describe(folder, name=name, imports=["toy"])
+    damage(folder)
+    install(tmp_path / "kit", tmp_path / "to", "other", "toy")
+    found = states(tmp_path / "to")
+    assert found["toy"]["state"] == "installed"
+    assert found["other"]["state"] in ("installed", "failed")
+
+
+@pytest.mark.parametrize(
     ("tag", "taken"),
     [
         (f"{TAG}-{TAG}-linux_x86_64", True),
