@@ -202,7 +202,9 @@ def fit_planned(
     """
     from attnimg.train.data import load_documents, sample_text, sentence
     from attnimg.train.fit import fit
+    from attnimg.train.identity import computed_of, data_of
     from attnimg.train.model import load_model
+    from attnimg.train.resume import require_same
     from attnimg.train.run import RunFacts
     from attnimg.train.tokenizer import load_tokenizer
 
@@ -216,12 +218,16 @@ def fit_planned(
         session.say(f"warning: {warning}")
     session.say(sample_text(documents, tokenizer))
     backend = _backend(found)
-    session.say(f"run: {described(context_of(session.problem, backend))}")
+    context = context_of(session.problem, backend)
+    computed = computed_of(backend.name, context)
+    data = data_of(values, documents.figures, tokenizer)
+    require_same({"data": data, **computed}, values, resume)
+    session.say(f"run: {described(context)}")
     model = load_model(
         values,
         tokenizer=tokenizer,
         implementation=implementation,
-        context=context_of(session.problem, backend),
+        context=context,
         needs_dtype_cast=backend.needs_dtype_cast,
     )
     apply.require_applied(model, backend)

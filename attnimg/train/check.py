@@ -9,6 +9,7 @@ from attnimg.train.checkpoint import ResumePoint
 from attnimg.train.limits import check_limits
 from attnimg.train.model_files import check_model_files
 from attnimg.train.output_dir import check_output_dir
+from attnimg.train.resume import check_settings
 from attnimg.train.schedule import check_schedule
 
 
@@ -27,4 +28,6 @@ def check_inputs(config: Config, machine: Machine) -> ResumePoint | None:
     check_adapter(config)
     check_limits(config, machine)
     check_model_files(config)
-    return check_output_dir(config)
+    point = check_output_dir(config)
+    check_settings(config, point)
+    return point

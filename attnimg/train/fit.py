@@ -17,15 +17,17 @@ from attnimg.train import metrics
 from attnimg.train.checkpoint import ResumePoint, read_state
 from attnimg.train.distributed import join, rank, world_size
 from attnimg.train.final import save_final
+from attnimg.train.identity import identity_of
 from attnimg.train.output_dir import prepare_output_dir
 from attnimg.train.plot import draw_loss
 from attnimg.train.progress import ProgressView
 from attnimg.train.quiet import silence_libraries
 from attnimg.train.receipt import Status, open_receipt, write_receipt
+from attnimg.train.resume import identity_in, notes, require_same, require_steps, taken
 from attnimg.train.rows import Rows, even_out, make_rows
 from attnimg.train.run import FitResult, RunFacts
 from attnimg.train.schedule import plan_steps
-from attnimg.train.session import Session, build_engine, difference, run_engine
+from attnimg.train.session import Session, build_engine, run_engine
 from attnimg.train.signals import StopFlag, Stopped
 
 if TYPE_CHECKING:
@@ -65,6 +67,15 @@ def fit(
     if rank() == 0:
         prepare_output_dir(folder, resume, console=console)
     train, evaluation = _rows(config, documents, run=run, tokenizer=tokenizer)
+    identity = identity_of(
+        config,
+        run=run,
+        tokenizer=tokenizer,
+        figures=documents.figures,
+        rows=len(train.dataset),
+        tokens=train.figures["tokens"],
+    )
+    require_same(identity, config, resume)
     session = Session(
         config=config,
         folder=folder,
@@ -80,13 +91,20 @@ def fit(
             config, rows=len(train.dataset), world=world_size(), validation=evaluation is not None
         ),
         restored=read_state(resume.path) if resume and resume.path else {},
+        identity=identity,
     )
+    require_steps(session.schedule.total_steps, config, resume)
     return _with_receipt(session, documents.figures)
 
 
 def _with_receipt(session: Session, data_figures: object) -> FitResult:
     """Train with a receipt on the disk from before the first step to after the last word."""
     train, evaluation = session.train, session.evaluation
+    point = session.resume.path if session.resume else None
+    before = identity_in(point) if point else {}
+    if point and rank() == 0:
+        for note in notes(before, session.identity, name=point.name):
+            session.console.print(note, highlight=False, soft_wrap=True)
     receipt = open_receipt(
         session.config,
         run=session.run,
@@ -95,8 +113,12 @@ def _with_receipt(session: Session, data_figures: object) -> FitResult:
             "data": data_figures,
             "packing": {"train": train.figures, "eval": evaluation.figures if evaluation else None},
             "schedule": session.schedule,
+            "changed_on_resume": {
+                change.key: {"before": change.before, "now": change.now}
+                for change in taken(before, session.identity)
+            },
         },
-        resumed_from=session.resume.path if session.resume else None,
+        resumed_from=point,
     )
     first = rank() == 0
     if first:
@@ -143,8 +165,6 @@ def _train(session: Session) -> FitResult:
     """Build the engine, run it, and write what the run is for."""
     began = time.monotonic()
     first = rank() == 0
-    if first and (warning := difference(session)):
-        session.console.print(warning, highlight=False, soft_wrap=True)
     view = ProgressView(session.console, total=session.schedule.total_steps, visible=first)
     engine = build_engine(session, view)
     try:

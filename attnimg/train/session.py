@@ -14,7 +14,6 @@ from attnimg.facts import RunContext
 from attnimg.schema import Config
 from attnimg.train.arguments import training_arguments
 from attnimg.train.checkpoint import ResumePoint
-from attnimg.train.distributed import world_size
 from attnimg.train.progress import ProgressView
 from attnimg.train.rows import Rows
 from attnimg.train.run import RunFacts
@@ -42,6 +41,7 @@ class Session:
         evaluation: rows to evaluate on; None without.
         schedule: the run counted in steps.
         restored: the run's own state in the checkpoint it goes on from; empty for a new run.
+        identity: what decides the run's result; saved with each checkpoint.
     """
 
     config: Config
@@ -56,31 +56,7 @@ class Session:
     evaluation: Rows | None
     schedule: Schedule
     restored: Mapping[str, Any]
-
-
-def identity_of(session: Session) -> dict[str, object]:
-    """Tell what decides which rows a step sees; a resumed run should have the same."""
-    return {
-        "rows": len(session.train.dataset),
-        "tokens": session.train.figures["tokens"],
-        "micro_batch_size": session.config.micro_batch_size,
-        "gradient_accumulation_steps": session.config.gradient_accumulation_steps,
-        "processes": world_size(),
-        "seed": session.config.seed,
-    }
-
-
-def difference(session: Session) -> str | None:
-    """Say in what a resumed run's data differs: it goes on, but it sees other rows."""
-    before = session.restored.get("identity", {})
-    changed = [
-        f"{key} {before[key]} -> {value}"
-        for key, value in identity_of(session).items()
-        if key in before and before[key] != value
-    ]
-    if not changed:
-        return None
-    return f"warning: the checkpoint's run saw other data or another order: {', '.join(changed)}"
+    identity: Mapping[str, Any]
 
 
 def build_engine(session: Session, view: ProgressView) -> Any:
@@ -99,14 +75,20 @@ def build_engine(session: Session, view: ProgressView) -> Any:
         schedule=session.schedule,
         sparse=any(getattr(session.model.config, name, None) for name in EXPERTS),
     )
-    watch = Watch(session.folder, stop=session.stop, view=view, restored=session.restored)
+    watch = Watch(
+        session.folder,
+        stop=session.stop,
+        view=view,
+        restored=session.restored,
+        config=config if session.resume and session.resume.path else None,
+    )
     patience = config.early_stopping_patience
     engine = Engine(
         session.folder,
         stop=session.stop,
         backend=run.backend,
         save_limit=config.save_total_limit,
-        identity=identity_of(session),
+        identity=session.identity,
         eval_collate=(evaluation or train).collate,
         model=session.model,
         args=SFTConfig(**arguments),

@@ -8,9 +8,11 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from attnimg.schema import Config
 from attnimg.train import metrics
 from attnimg.train.distributed import any_rank
 from attnimg.train.progress import ProgressView
+from attnimg.train.resume import take_up
 from attnimg.train.signals import StopFlag
 
 # transformers' name -> the name in metrics.jsonl, in the order of a line.
@@ -32,17 +34,27 @@ class Watch(TrainerCallback):  # type: ignore[misc]  # transformers' types are n
         stop: whether someone asked to stop.
         view: the bar.
         restored: the state of the checkpoint the run goes on from; empty for a new run.
+        config: the validated run where it resumes from a checkpoint; None for a new run.
     """
 
     def __init__(
-        self, folder: Path, *, stop: StopFlag, view: ProgressView, restored: Mapping[str, Any]
+        self,
+        folder: Path,
+        *,
+        stop: StopFlag,
+        view: ProgressView,
+        restored: Mapping[str, Any],
+        config: Config | None,
     ) -> None:
         self.folder, self.stop, self.view, self.restored = folder, stop, view, restored
+        self.config = config
         self.stopping = False
         self.engine: Any = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Take up the sums, and the evaluation, that the session before left unfinished."""
+        if self.config is not None:
+            take_up(self.engine, self.config, self.restored.get("identity", {}))
         self.engine.restore_window(self.restored)
         self.view.begin(state.global_step)
         self.stop.training = True

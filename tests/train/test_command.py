@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -211,3 +212,18 @@ def test_two_processes_train_one_run(home: Path, tmp_path: Path) -> None:
     assert found["status"] == "done"
     assert found["world_size"] == 2
     assert done.stdout.count("model.safetensors") == 1
+
+
+def test_a_resumed_run_refuses_other_records_under_the_same_name(
+    home: Path, tmp_path: Path
+) -> None:
+    data = tmp_path / "data.jsonl"
+    shutil.copy(home / "data.jsonl", data)
+    keys: dict[str, Any] = {"datasets": [{"path": str(data), "type": "completion"}],
+                            "save_strategy": "epoch", "max_steps": 2}  # fmt: skip
+    assert train(home, tmp_path, **keys).returncode == 0
+    data.write_text(data.read_text().replace("king", "ship", 1))
+    done = train(home, tmp_path, **keys, resume_from_checkpoint=True)
+    assert done.returncode == 2, done.stderr
+    assert "checkpoint-2 can't be resumed with another datasets[0]" in done.stderr
+    assert "Loading weights" not in done.stderr

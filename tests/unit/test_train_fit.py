@@ -136,14 +136,6 @@ def test_a_finished_run_resumes_to_its_model(tiny: Path, tmp_path: Path) -> None
     assert "done already" in result.notes[0]
 
 
-def test_a_resumed_run_says_that_its_data_differs(
-    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    run(tiny, tmp_path, max_steps=2, save_steps=2)
-    run(tiny, tmp_path, max_steps=3, micro_batch_size=1, resume_from_checkpoint=True)
-    assert "micro_batch_size 2 -> 1" in capsys.readouterr().err
-
-
 def test_without_a_terminal_progress_is_a_few_plain_lines(
     tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

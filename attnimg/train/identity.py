@@ -1,0 +1,222 @@
+"""What decides a run's result: each key of the config in one class, the model and data by content.
+
+Each checkpoint carries it. A run that resumes from one must have the same, apart from the keys that
+may change on the way.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from attnimg.facts import RunContext
+from attnimg.schema import Config, DatasetSpec
+from attnimg.train.distributed import world_size
+from attnimg.train.model_files import WEIGHT_FILES
+
+if TYPE_CHECKING:
+    from attnimg.train.data.documents import SourceFigures
+    from attnimg.train.run import RunFacts
+
+# Compared by value: another value trains another model.
+BY_VALUE = frozenset(
+    {
+        "model_type", "tokenizer_type", "special_tokens", "tokens", "scaling_softmax",
+        "shuffle_merged_datasets", "val_set_size", "sequence_len", "excess_length_strategy",
+        "sample_packing", "pad_to_sequence_len", "batch_flattening", "train_on_inputs",
+        "chat_template", "chat_template_jinja", "default_system_message", "eot_tokens",
+        "micro_batch_size", "gradient_accumulation_steps", "optimizer", "lr_scheduler",
+        "lr_scheduler_kwargs", "cosine_min_lr_ratio", "warmup_steps", "warmup_ratio",
+        "weight_decay", "max_grad_norm", "adam_beta1", "adam_beta2", "adam_epsilon", "seed",
+        "bf16", "fp16", "tf32", "load_in_4bit", "load_in_8bit",
+        "adapter", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules",
+        "lora_target_linear", "lora_modules_to_save", "lora_fan_in_fan_out", "peft_use_dora",
+        "peft_use_rslora", "early_stopping_patience",
+        "fsdp", "fsdp_config", "fsdp_version", "deepspeed", "rl", "context_parallel_size",
+    }
+)  # fmt: skip
+# Compared by what they lead to: the model's files, the documents' tokens, the kernel that runs. A
+# folder that was moved, or a renamed file, is the same.
+BY_CONTENT = frozenset(
+    {
+        "base_model", "revision_of_model", "tokenizer_config", "datasets", "pretraining_dataset",
+        "attn_implementation",
+    }
+)  # fmt: skip
+# Compared by value only where the evaluation decides when training ends or at which rate.
+IN_EVALUATION = frozenset(
+    {"test_datasets", "eval_strategy", "eval_steps", "evals_per_epoch", "eval_sample_packing"}
+)
+# May change: the new value holds from the checkpoint on.
+TAKEN = frozenset({"learning_rate", "max_steps", "num_epochs"})
+# Where files are, what is logged and kept, how fast it goes: nothing that is learned.
+FREE = frozenset(
+    {
+        "trust_remote_code", "attn_supports_packing", "attn_uses_flash_lib",
+        "attn_needs_dtype_cast", "attn_strict", "attn_forward_only_ok", "attn_known_bad",
+        "dataset_prepared_path", "dataset_num_proc", "dataset_processes", "eval_batch_size",
+        "gradient_checkpointing", "gradient_checkpointing_kwargs", "torch_compile",
+        "torch_compile_backend", "torch_compile_mode", "output_dir", "logging_steps",
+        "save_strategy", "save_steps", "saves_per_epoch", "save_total_limit", "save_only_model",
+        "resume_from_checkpoint", "auto_resume_from_checkpoints", "ddp_timeout",
+        "ddp_find_unused_parameters", "dataloader_num_workers", "dataloader_pin_memory", "strict",
+    }
+)  # fmt: skip
+
+# Parts of a weight file that are read for its hash: training moves all of a weight's values, so two
+# checkpoints of one architecture differ in each part.
+SAMPLES, SAMPLE_BYTES = 64, 2**16
+
+
+def settings_of(config: Config) -> dict[str, Any]:
+    """Return the part of a run's identity that is known before anything is loaded."""
+    return {"keys": keys_of(config), "model": model_of(config), "processes": world_size()}
+
+
+def identity_of(
+    config: Config,
+    *,
+    run: RunFacts,
+    tokenizer: Any,
+    figures: tuple[SourceFigures, ...],
+    rows: int,
+    tokens: object,
+) -> dict[str, Any]:
+    """Return what a checkpoint carries of its run.
+
+    Args:
+        config: the validated run.
+        run: its attention and precision are read.
+        tokenizer: what `load_tokenizer` gave.
+        figures: of the documents.
+        rows: of training, packed where the run packs.
+        tokens: in them.
+    """
+    return {
+        **settings_of(config),
+        **computed_of(run.backend, run.context),
+        "data": data_of(config, figures, tokenizer),
+        "rows": rows,
+        "tokens": tokens,
+    }
+
+
+def keys_of(config: Config) -> dict[str, Any]:
+    """Return the keys that are compared by value, and those that may change."""
+    names = BY_VALUE | TAKEN
+    if config.early_stopping_patience or config.lr_scheduler == "reduce_lr_on_plateau":
+        names |= IN_EVALUATION
+    if not config.adapter:
+        names = frozenset(n for n in names if not n.startswith(("lora_", "peft_use_")))
+    values = config.model_dump(mode="json", include=set(names))
+    if config.adapter == "qlora":
+        values["load_in_4bit"] = True
+    if isinstance(config.deepspeed, str):
+        values["deepspeed"] = _json_of(config.deepspeed)
+    return {key: _plain(key, value) for key, value in sorted(values.items())}
+
+
+def _plain(key: str, value: Any) -> Any:
+    """Return None for a flag that is off and for an empty list, where the default is none too."""
+    unset = Config.model_fields[key].default is None and (value is False or value in ([], {}))
+    return None if unset else value
+
+
+def computed_of(backend: str, context: RunContext) -> dict[str, str]:
+    """Return by what, and in which precision, a run computes."""
+    mixed = " autocast" if context.autocast else ""
+    return {"attention": backend, "precision": context.dtype + mixed}
+
+
+def data_of(
+    config: Config, figures: tuple[SourceFigures, ...], tokenizer: Any
+) -> list[dict[str, Any]]:
+    """Return each source of training with the hash of its documents' tokens and labels."""
+    specs = {
+        f"{name}[{number}]": spec
+        for name in ("datasets", "pretraining_dataset")
+        for number, spec in enumerate(getattr(config, name) or ())
+    }
+    return [
+        {
+            "key": source.key,
+            "spec": specs[source.key].model_dump(mode="json", exclude_none=True),
+            "dated": _is_dated(config, specs[source.key], source.key, tokenizer),
+            **{name: asdict(source)[name] for name in ("content", "documents", "tokens")},
+        }
+        for source in figures
+        if not source.key.startswith("test_datasets")
+    ]
+
+
+def _is_dated(config: Config, spec: DatasetSpec, key: str, tokenizer: Any) -> bool:
+    """Return whether a source's chat template writes the date of the day, as Llama 3.2's does."""
+    from attnimg.train.data.chat_templates import choose_chat_template
+    from attnimg.train.data.types import is_chat
+
+    if not is_chat(spec):
+        return False
+    template = choose_chat_template(config, tokenizer, spec=spec, key=key)
+    return "strftime_now" in json.dumps(template)
+
+
+def model_of(config: Config) -> dict[str, Any] | None:
+    """Return hashes of the model's config.json and weights; None when it is not on this machine."""
+    folder = _model_folder(config)
+    if folder is None or not (folder / "config.json").is_file():
+        return None
+    raw = json.loads((folder / "config.json").read_bytes())
+    about = {key: raw[key] for key in raw if key not in ("_name_or_path", "transformers_version")}
+    files = sorted({path for pattern in WEIGHT_FILES for path in folder.glob(pattern)})
+    weights = [(path.name, path.stat().st_size, _sampled_hash(path)) for path in files]
+    return {
+        "path": config.base_model,
+        "revision": config.revision_of_model,
+        "config": _hash(about),
+        "weights": _hash(weights),
+    }
+
+
+def _model_folder(config: Config) -> Path | None:
+    """Find the folder of the model, or of its snapshot in the hub's cache."""
+    folder = Path(config.base_model or "").expanduser()
+    if folder.is_dir():
+        return folder
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        found = try_to_load_from_cache(
+            str(config.base_model), "config.json", revision=config.revision_of_model
+        )
+    except HFValidationError:
+        return None
+    return Path(found).parent if isinstance(found, str) else None
+
+
+def _sampled_hash(path: Path) -> str:
+    """Return a hash of parts that are spread evenly over a file; of all of it when it is short."""
+    size = path.stat().st_size
+    step = max(SAMPLE_BYTES, size // SAMPLES)
+    found = hashlib.sha256()
+    with path.open("rb") as file:
+        for start in range(0, size, step):
+            file.seek(start)
+            found.update(file.read(SAMPLE_BYTES))
+    return found.hexdigest()
+
+
+def _json_of(path: str) -> Any:
+    """Return what a JSON file says; the path itself where it can't be read."""
+    try:
+        return json.loads(Path(path).expanduser().read_bytes())
+    except (OSError, ValueError):
+        return path
+
+
+def _hash(value: Mapping[str, object] | list[Any]) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

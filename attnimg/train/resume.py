@@ -1,0 +1,329 @@
+"""Compare a run with the checkpoint it resumes from: what may change is said, the rest refused."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from attnimg.errors import AttnimgError
+from attnimg.schema import Config
+from attnimg.train import checkpoint as checkpoints
+from attnimg.train.identity import TAKEN, settings_of
+
+# What attnimg 0.1.0 wrote: these keys of the config, beside processes, rows and tokens.
+EARLIER_KEYS = ("micro_batch_size", "gradient_accumulation_steps", "seed")
+# Backends that compute another function than attention, or approximate it.
+INEXACT = frozenset({"s2", "fp8", "sage", "kernels-community/sage-attention"})
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Change:
+    """One thing in which a run differs from its checkpoint.
+
+    Attributes:
+        key: the config's key.
+        before: in the checkpoint's run.
+        now: in this run.
+        back: the edit that makes them the same.
+    """
+
+    key: str
+    before: object
+    now: object
+    back: str
+
+
+def identity_in(checkpoint: Path) -> dict[str, Any]:
+    """Return the identity that a checkpoint carries; empty for one of another program."""
+    found: Any = checkpoints.read_state(checkpoint).get("identity", {})
+    if not found or "keys" in found:
+        return dict(found)
+    keys = {key: found[key] for key in EARLIER_KEYS if key in found}
+    return {"keys": keys, **{key: found[key] for key in found if key not in EARLIER_KEYS}}
+
+
+def check_settings(config: Config, point: checkpoints.ResumePoint | None) -> None:
+    """Refuse a run that resumes with other keys or another model, before anything is loaded.
+
+    Raises:
+        AttnimgError: a key that alters the result is changed (resume-differs), or max_steps lies
+            behind the checkpoint (resume-past-end).
+    """
+    if point is None or point.path is None:
+        return
+    require_same(settings_of(config), config, point)
+    if config.max_steps:
+        require_steps(config.max_steps, config, point)
+
+
+def require_steps(total: int, config: Config, point: checkpoints.ResumePoint | None) -> None:
+    """Refuse a run that would end before the checkpoint it resumes from.
+
+    Raises:
+        AttnimgError: code resume-past-end.
+    """
+    if point is None or point.path is None or total >= point.step:
+        return
+    key = "max_steps" if config.max_steps else "num_epochs"
+    raise AttnimgError(
+        f"{key} ends the run before the checkpoint it resumes from",
+        why=f"found {key}: {shown(getattr(config, key))}, which is step {total}; "
+        f"{point.path.name} has {point.step} steps behind it",
+        do=f"set max_steps: {point.step} for the model as it is in {point.path.name}, "
+        "or a higher number to train on",
+        code="resume-past-end",
+        key=key,
+    )
+
+
+def require_same(
+    now: Mapping[str, Any], config: Config, point: checkpoints.ResumePoint | None
+) -> None:
+    """Refuse to resume with another identity; parts that one of the two lacks are not compared.
+
+    Raises:
+        AttnimgError: it names each changed key with both values (resume-differs).
+    """
+    if point is None or point.path is None:
+        return
+    changes = _refused(identity_in(point.path), now)
+    if not changes:
+        return
+    name = point.path.name
+    keys = ", ".join(change.key for change in changes)
+    new_run = "set another output_dir"
+    if config.resume_from_checkpoint:
+        new_run += " and remove resume_from_checkpoint"
+    why = [f"{c.key}: found {shown(c.now)}; {name} was trained with {shown(c.before)}"
+           for c in changes]  # fmt: skip
+    raise AttnimgError(
+        f"{name} can't be resumed with another {keys}",
+        why="\n".join(why),
+        do="\n".join((*(change.back for change in changes), f"or, for a new run, {new_run}")),
+        code="resume-differs",
+        key=changes[0].key,
+    )
+
+
+def taken(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
+    """List the keys that changed and are taken as they are now."""
+    return [change for change in _changed_keys(before, now) if change.key in TAKEN]
+
+
+def notes(before: Mapping[str, Any], now: Mapping[str, Any], *, name: str) -> list[str]:
+    """Return sentences on what changed without being refused, and on what can't be compared.
+
+    Args:
+        before: the checkpoint's identity.
+        now: the run's.
+        name: the checkpoint's.
+    """
+    said = [
+        f"{c.key}: {shown(c.before)} until {name}, {shown(c.now)} from here on"
+        for c in taken(before, now)
+    ]
+    lacking = {"model": "base_model", "data": "datasets", "attention": "attention"}
+    unknown = [text for part, text in lacking.items() if before.get(part) is None]
+    if "learning_rate" not in before.get("keys", {}):
+        unknown = ["learning_rate and the other keys", *unknown]
+    if unknown:
+        said.append(
+            f"warning: {name} does not say what its run had: {', '.join(unknown)} can't be "
+            "compared, and this config's are used"
+        )
+    for part, text in (("attention", "the same result but for rounding"),
+                       ("processes", "dropout draws other numbers"),
+                       ("rows", "a step sees other rows"),
+                       ("tokens", "a step sees other rows")):  # fmt: skip
+        if part in before and before[part] != now[part]:
+            said.append(f"warning: {part}: {before[part]} until {name}, {now[part]} now: {text}")
+    return said
+
+
+def take_up(engine: Any, config: Config, before: Mapping[str, Any]) -> None:
+    """Make a resumed engine use the config's learning rate, length and intervals.
+
+    transformers restores all three from the checkpoint. With an unchanged config, this sets the
+    values that are there already.
+
+    Args:
+        engine: after transformers restored it.
+        config: the validated run.
+        before: the checkpoint's identity.
+    """
+    engine.state.compute_steps(engine.args, engine.state.max_steps)
+    scheduler, groups = engine.lr_scheduler, engine.optimizer.param_groups
+    rate = float(config.learning_rate or 0)
+    if not hasattr(scheduler, "lr_lambdas"):  # reduce_lr_on_plateau: keep what it reduced by
+        then = before.get("keys", {}).get("learning_rate", rate)
+        for group in groups if then != rate else ():
+            _set(group, "lr", float(group["lr"]) / then * rate)
+        return
+    scheduler.base_lrs = [rate] * len(groups)
+    rates = [rate * at(scheduler.last_epoch) for at in scheduler.lr_lambdas]
+    for group, now in zip(groups, rates, strict=True):
+        group["initial_lr"] = rate
+        _set(group, "lr", now)
+    scheduler._last_lr = [group["lr"] for group in groups]
+
+
+def _set(group: dict[str, Any], key: str, value: float) -> None:
+    """Set a value of an optimizer; torchao's optimizers keep theirs in a tensor."""
+    if hasattr(group[key], "fill_"):
+        group[key].fill_(value)
+    else:
+        group[key] = value
+
+
+def _changed_keys(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
+    """List the keys of both whose values differ."""
+    there, here = before.get("keys", {}), now.get("keys", {})
+    return [
+        Change(
+            key=key,
+            before=there[key],
+            now=here[key],
+            back=f"set {key}: {shown(there[key])}" if there[key] is not None
+            else f"remove {key}",
+        )
+        # A key that one of them lacks is newer than the checkpoint, or follows from another key.
+        for key in sorted(there.keys() & here.keys())
+        if there[key] != here[key]
+    ]  # fmt: skip
+
+
+def _refused(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
+    """List what alters the result."""
+    changes = [change for change in _changed_keys(before, now) if change.key not in TAKEN]
+    return [*_batch(changes, before, now), *_model(before, now), *_data(before, now),
+            *_computed(before, now)]  # fmt: skip
+
+
+def _batch(
+    changes: list[Change], before: Mapping[str, Any], now: Mapping[str, Any]
+) -> list[Change]:
+    """Return the changes; more processes that accumulate less take the same rows in a step."""
+    key = "gradient_accumulation_steps"
+    then, here = before.get("processes"), now.get("processes")
+    if None in (then, here) or then == here:
+        return changes
+    others = [change for change in changes if change.key != key]
+    steps, found = before["keys"][key], now["keys"][key]
+    if steps * then == found * here:
+        return others
+    back = f"start {then} processes with {key}: {steps}"
+    if steps * then % here == 0:
+        back = f"set {key}: {steps * then // here}"
+    before_text, now_text = f"{steps} in {then} process(es)", f"{found} in {here}"
+    return [*others, Change(key=key, before=before_text, now=now_text, back=back)]
+
+
+def _model(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
+    """Return the changed model, which is compared by its files."""
+    then, here = before.get("model"), now.get("model")
+    if not then or not here:
+        return []
+    parts = [part for part in ("config", "weights") if then[part] != here[part]]
+    if not parts:
+        return []
+    what = {"config": "config.json", "weights": "weights"}
+    moved = then["path"] != here["path"] or then["revision"] != here["revision"]
+    back = f"set base_model: {shown(then['path'])}"
+    if then["revision"]:
+        back += f" and revision_of_model: {shown(then['revision'])}"
+    texts = [f"{side['path']} ({', '.join(f'{what[p]} {side[p][:12]}' for p in parts)})"
+             for side in (then, here)]  # fmt: skip
+    return [
+        Change(
+            key="base_model",
+            before=texts[0],
+            now=texts[1],
+            back=back if moved else f"put the earlier files back into {here['path']}",
+        )
+    ]
+
+
+def _data(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
+    """Return the sources whose documents are not those of the checkpoint's run."""
+    if not before.get("data") or "data" not in now:
+        return []
+    then = {source["key"]: source for source in before["data"]}
+    here = {source["key"]: source for source in now["data"]}
+    if [source["content"] for source in then.values()] == [
+        source["content"] for source in here.values()
+    ]:
+        return []
+    changes = []
+    for key in sorted(then.keys() | here.keys()):
+        old, new = then.get(key), here.get(key)
+        if old is None or new is None:
+            there = shown(old["spec"]) if old else ""
+            back = f"add {key}: {there}" if old else f"remove {key}"
+            changes.append(Change(key=key, before=old and old["spec"], now=new and new["spec"],
+                                  back=back))  # fmt: skip
+        elif old["content"] != new["content"] and not _dated(old, new):
+            changes += _source(key, old, new)
+    return changes
+
+
+def _dated(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
+    """Return whether a source differs by no more than the date that its template writes."""
+    return bool(
+        old["dated"]
+        and new["dated"]
+        and old["spec"] == new["spec"]
+        and old["documents"] == new["documents"]
+    )
+
+
+def _source(key: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Change]:
+    """Return the changed fields of a source, or its changed content."""
+    fields = [
+        name
+        for name in sorted(old["spec"].keys() | new["spec"].keys())
+        if old["spec"].get(name) != new["spec"].get(name)
+    ]
+    if not fields:
+        texts = [f"{side['documents']} documents, {side['tokens']} tokens, content "
+                 f"{side['content'][:12]}" for side in (old, new)]  # fmt: skip
+        back = (
+            f"put the earlier files of {shown(new['spec'].get('path'))} and of its tokenizer back"
+        )
+        return [Change(key=key, before=texts[0], now=texts[1], back=back)]
+    return [
+        Change(
+            key=f"{key}.{name}",
+            before=old["spec"].get(name),
+            now=new["spec"].get(name),
+            back=f"set {key}.{name}: {shown(old['spec'][name])}" if name in old["spec"]
+            else f"remove {key}.{name}",
+        )
+        for name in fields
+    ]  # fmt: skip
+
+
+def _computed(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
+    """Return a change of precision, and of attention to or from one that approximates."""
+    changes = []
+    then, here = before.get("precision"), now.get("precision")
+    if then and here and then != here:
+        key = "fp16" if "float16" in then.split() else "bf16"
+        value = {"float32": "false", "bfloat16": "full"}.get(then, "true")
+        changes.append(Change(key=key, before=then, now=here, back=f"set {key}: {value}"))
+    then, here = before.get("attention"), now.get("attention")
+    if then and here and then != here and {then, here} & INEXACT:
+        changes.append(Change(key="attn_implementation", before=then, now=here,
+                              back=f"set attn_implementation: {then}"))  # fmt: skip
+    return changes
+
+
+def shown(value: object) -> str:
+    """Return a value as YAML has it on one line."""
+    if value is None:
+        return "none"
+    text: str = yaml.safe_dump(value, default_flow_style=True, width=2**16, allow_unicode=True)
+    return text.removesuffix("\n").removesuffix("\n...").strip()
