@@ -6,6 +6,7 @@ implement stand in data/keys.toml. Values of the wrong type are refused, never c
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -35,6 +36,18 @@ def _learning_rate(value: object) -> object:
 
 def _listed(value: object) -> object:
     return [value] if isinstance(value, str) else value
+
+
+def _targets(value: object) -> object:
+    """Refuse a string that is no regular expression; PEFT matches it with modules' whole names."""
+    if isinstance(value, str):
+        try:
+            re.compile(value)
+        except re.error as error:
+            raise ValueError(
+                f"should be a regular expression, a list or all-linear: {error}"
+            ) from None
+    return value
 
 
 def _list_of_specs(value: object) -> object:
@@ -192,7 +205,7 @@ class Config(BaseModel):
     lora_r: Count = 8
     lora_alpha: Count = 16
     lora_dropout: Share = 0.0
-    lora_target_modules: Texts | None = None
+    lora_target_modules: Annotated[list[Text] | Text, BeforeValidator(_targets)] | None = None
     lora_target_linear: Flag | None = None
     lora_modules_to_save: Texts | None = None
     lora_fan_in_fan_out: Flag | None = None

@@ -200,10 +200,12 @@ def fit_planned(
         proofs: the proofs of those kernels, for the receipt.
         resume: the checkpoint to resume from; None for a new run.
     """
+    from attnimg.train.adapter import adapter_notes
     from attnimg.train.data import load_documents, sample_text, sentence
     from attnimg.train.fit import fit
     from attnimg.train.identity import computed_of, data_of
     from attnimg.train.model import load_model
+    from attnimg.train.new_rows import require_trained_rows
     from attnimg.train.resume import require_same
     from attnimg.train.run import RunFacts
     from attnimg.train.tokenizer import load_tokenizer
@@ -222,6 +224,7 @@ def fit_planned(
     computed = computed_of(backend.name, context)
     data = data_of(values, documents.figures, tokenizer)
     require_same({"data": data, **computed}, values, resume)
+    require_trained_rows(values, (documents.train, documents.validation), tokenizer)
     session.say(f"run: {described(context)}")
     model = load_model(
         values,
@@ -230,6 +233,8 @@ def fit_planned(
         context=context,
         needs_dtype_cast=backend.needs_dtype_cast,
     )
+    for note in adapter_notes(model):
+        session.say(f"warning: {note}")
     apply.require_applied(model, backend)
     found, proof = _proven(session, found, model)
     result = fit(

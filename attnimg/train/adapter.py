@@ -7,6 +7,7 @@ from typing import Any
 from attnimg.errors import AttnimgError
 from attnimg.facts import DType
 from attnimg.schema import Config
+from attnimg.train.lora_targets import embeddings, is_named, linear_names, require_saved, resolved
 from attnimg.train.precision import torch_dtype
 
 
@@ -41,7 +42,8 @@ def check_adapter(config: Config) -> None:
             why="found load_in_8bit: true",
             do="set load_in_4bit: true, or adapter: lora",
         )
-    if "lm_head" in (config.lora_target_modules or []):
+    targets = config.lora_target_modules or []
+    if "lm_head" in ([targets] if isinstance(targets, str) else targets):
         raise _bad(
             "lora_target_modules",
             "lora_target_modules can't hold lm_head",
@@ -81,41 +83,49 @@ def add_adapter(model: Any, config: Config) -> Any:
     """Wrap `model` in a PEFT model with the config's LoRA; its other weights are frozen.
 
     Raises:
-        AttnimgError: a target module does not exist in the model (bad-value).
+        AttnimgError: a module that the config names does not exist in the model, or can't be
+            adapted (bad-value).
     """
     from peft import LoraConfig, get_peft_model
 
+    targets = resolved(model, config)
+    require_saved(model, config)
+    names, tied = embeddings(model)
+    saved = config.lora_modules_to_save or []
     lora = LoraConfig(
         task_type="CAUSAL_LM",
         r=config.lora_r,
         lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
-        target_modules=_targets(config),
+        target_modules=targets,
         modules_to_save=config.lora_modules_to_save,
         fan_in_fan_out=bool(config.lora_fan_in_fan_out),
         use_dora=bool(config.peft_use_dora),
         use_rslora=bool(config.peft_use_rslora),
+        # One weight in the base model stays one: trained apart, the input would not learn what the
+        # output does.
+        ensure_weight_tying=tied and any(is_named(name, saved) for name in names),
     )
+    linear = linear_names(model)
     try:
         return get_peft_model(model, lora)
-    except ValueError as error:
-        linear = sorted(
-            {
-                name.rpartition(".")[2]
-                for name, module in model.named_modules()
-                if "Linear" in type(module).__name__
-            }
-        )
+    except (TypeError, ValueError) as error:
+        others = [name for name in linear if f"'{name}'" not in str(error)]
         raise _bad(
             "lora_target_modules",
             "the adapter does not fit the model",
-            why=f"{str(error).splitlines()[0]}\nits linear layers: {', '.join(linear)}",
-            do="name layers of the model, or set lora_target_linear: true",
+            why=str(error).splitlines()[0],
+            do=f"set lora_target_modules: [{', '.join(others)}]",
         ) from error
 
 
-def _targets(config: Config) -> list[str] | str:
-    """Every linear layer but the output, unless the config names them; both together add up."""
-    if config.lora_target_linear or not config.lora_target_modules:
-        return "all-linear"
-    return config.lora_target_modules
+def adapter_notes(model: Any) -> list[str]:
+    """Return what a person should know of an adapter before it is trained."""
+    lora = getattr(model, "peft_config", {}).get("default")
+    if lora is None or not lora.ensure_weight_tying:
+        return []
+    names, _ = embeddings(model.get_base_model())
+    return [
+        f"lora_modules_to_save: {' and '.join(name.rpartition('.')[2] for name in names)} are one "
+        "weight in the base model, so both are trained, as one"
+    ]

@@ -14,6 +14,7 @@ from attnimg.schema import Config
 from attnimg.train.adapter import add_adapter, quantization
 from attnimg.train.causal import DEFAULT, require_causal_class
 from attnimg.train.finite import require_finite
+from attnimg.train.lora_targets import outline, untrained_embeddings
 from attnimg.train.model_files import GET_WHOLE, bad_model
 from attnimg.train.precision import (
     keeps_float32,
@@ -68,6 +69,8 @@ def load_model(
     """
     from transformers import set_seed
 
+    if config.adapter and (shape := load_outline(config)) is not None:
+        add_adapter(shape, config)
     # New embeddings and LoRA matrices are random: the seed makes two runs start alike.
     set_seed(config.seed)
     model, loading = _from_pretrained(config, implementation=implementation, dtype=context.dtype)
@@ -80,7 +83,9 @@ def load_model(
         )
     files = _weight_files(config) if getattr(model, "is_quantized", False) else []
     require_finite(model, name=str(config.base_model), files=files)
-    if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
+    larger = len(tokenizer) > model.get_input_embeddings().weight.shape[0]
+    # Rows that no one trains would have to be saved with the adapter, or it would not load again.
+    if larger and not (config.adapter and untrained_embeddings(model, config)):
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     if keeps_float32(config, context=context, needs_dtype_cast=needs_dtype_cast):
         lift_embeddings_and_norms(model)
@@ -106,6 +111,12 @@ def load_model_config(config: Config) -> Any:
             revision=config.revision_of_model,
             trust_remote_code=bool(config.trust_remote_code),
         )
+
+
+def load_outline(config: Config) -> Any:
+    """Return the model without weights; None where its class can't be built without them."""
+    model_config = load_model_config(config)
+    return outline(_loader(config), model_config, trusted=bool(config.trust_remote_code))
 
 
 def _from_pretrained(config: Config, *, implementation: str, dtype: DType) -> tuple[Any, Any]:

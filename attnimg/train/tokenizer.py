@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from typing import Any
 
 from attnimg.errors import AttnimgError
 from attnimg.schema import Config
+from attnimg.train.new_rows import has_row, may_pad, require_trained_tokens
 
 
 def load_tokenizer(config: Config, *, say: Callable[[str], None]) -> Any:
@@ -28,6 +30,11 @@ def load_tokenizer(config: Config, *, say: Callable[[str], None]) -> Any:
     known = set(tokenizer.get_vocab())
     specials = {name: token for name, token in (config.special_tokens or {}).items() if token}
     extra = specials.pop("additional_special_tokens", [])
+    if "pad_token" in specials and not may_pad(config, tokenizer, str(specials["pad_token"])):
+        say(
+            f"special_tokens: pad_token {specials.pop('pad_token')!r} is not added: the embeddings "
+            f"have no row for it, and adapter: {config.adapter} adds none"
+        )
     tokenizer.add_special_tokens({name: str(token) for name, token in specials.items()})
     if extra:
         tokenizer.add_special_tokens(
@@ -35,18 +42,24 @@ def load_tokenizer(config: Config, *, say: Callable[[str], None]) -> Any:
         )
     tokenizer.add_tokens(list(config.tokens or []))
     _require_known(tokenizer, config.eot_tokens or [])
-    _require_trained(config, sorted(set(tokenizer.get_vocab()) - known))
-    if tokenizer.pad_token is None:
+    others = {tokenizer.eos_token, tokenizer.bos_token, tokenizer.unk_token, *extra}
+    pad_alone = {tokenizer.pad_token} - others - set(config.tokens or [])
+    require_trained_tokens(config, set(tokenizer.get_vocab()) - known - pad_alone)
+    if not has_row(config, tokenizer.pad_token_id):
+        lacks = "the tokenizer has no pad token"
+        if tokenizer.pad_token is not None:
+            lacks = f"the model has no embedding for {tokenizer.pad_token!r}"
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
         say(
-            f"the tokenizer has no pad token; {tokenizer.pad_token!r} pads "
+            f"{lacks}; {tokenizer.pad_token!r} pads "
             "(padding carries no loss and is not attended to)"
         )
     if tokenizer.pad_token is None:
+        first = json.dumps(tokenizer.convert_ids_to_tokens(0))
         raise AttnimgError(
             "the tokenizer has no token to pad with",
             why=f"found no pad, unk or eos token in the tokenizer of {source}; one is needed",
-            do='set special_tokens: {pad_token: "<pad>"}',
+            do=f"set special_tokens: {{pad_token: {first}}}",
             code="bad-model",
             key="special_tokens",
         )
@@ -96,20 +109,3 @@ def _require_known(tokenizer: Any, eot_tokens: list[str]) -> None:
                 code="bad-value",
                 key="eot_tokens",
             )
-
-
-def _require_trained(config: Config, added: list[str]) -> None:
-    """Refuse new tokens under an adapter that leaves their embeddings as they were born."""
-    if not added or not config.adapter:
-        return
-    saved = config.lora_modules_to_save or []
-    if any("emb" in name or name in ("wte", "lm_head") for name in saved):
-        return
-    raise AttnimgError(
-        f"{len(added)} new token(s) would never be trained: {', '.join(added[:5])}",
-        why=f"adapter: {config.adapter} freezes the embeddings, and lora_modules_to_save does not "
-        "name them",
-        do="set lora_modules_to_save: [embed_tokens, lm_head]",
-        code="bad-value",
-        key="lora_modules_to_save",
-    )

@@ -1,0 +1,212 @@
+"""Which modules of a model an adapter reaches, checked before the model's weights are loaded."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable
+from typing import Any
+
+from attnimg.errors import AttnimgError
+from attnimg.schema import Config
+
+ALL_LINEAR = "all-linear"
+
+
+def outline(loader: Any, model_config: Any, *, trusted: bool) -> Any:
+    """Build a model on the meta device, without weights; None where its class can't be built so.
+
+    Args:
+        loader: the class that loads the model.
+        model_config: what the model is.
+        trusted: whether code of the model's repository may run.
+    """
+    import torch
+
+    try:
+        with torch.device("meta"):
+            if hasattr(loader, "from_config"):
+                return loader.from_config(model_config, trust_remote_code=trusted)
+            return loader._from_config(model_config)
+    except Exception:  # the model's own code may run here, and loading reports its faults
+        return None
+
+
+def resolved(model: Any, config: Config) -> list[str] | str:
+    """Return the config's targets as PEFT takes them: names, a regular expression or all-linear.
+
+    Raises:
+        AttnimgError: one of them matches no module, or the adapter on it would not be trained or
+            not be merged (bad-value).
+    """
+    targets = config.lora_target_modules
+    if not targets or (isinstance(targets, str) and targets.lower() == ALL_LINEAR):
+        return ALL_LINEAR
+    names = [name for name, _ in model.named_modules() if name]
+    if isinstance(targets, str):
+        found = {name for name in names if re.fullmatch(targets, name)}
+        if not found:
+            raise _no_match(targets, model)
+    else:
+        missing = [entry for entry in targets if not _named(entry, names)]
+        if missing:
+            raise _missing("lora_target_modules", missing, _adaptable(model), kept=targets)
+        found = {name for entry in targets for name in _named(entry, names)}
+    _refuse_embeddings(model, found, config)
+    if not config.lora_target_linear:
+        return targets
+    every = set(_adaptable(model, linear=True))
+    return ALL_LINEAR if found <= every else sorted(found | every)
+
+
+def require_saved(model: Any, config: Config) -> None:
+    """Raise unless each of lora_modules_to_save is a module of the model.
+
+    Raises:
+        AttnimgError: code bad-value, with the nearest names.
+    """
+    saved = config.lora_modules_to_save or []
+    names = [name for name, _ in model.named_modules() if name]
+    missing = [entry for entry in saved if not _named(entry, names)]
+    if missing:
+        raise _missing("lora_modules_to_save", missing, names, kept=saved)
+
+
+def embeddings(model: Any) -> tuple[list[str], bool]:
+    """Return the names of the input and output embeddings, and whether they are one weight."""
+    layers = [model.get_input_embeddings(), model.get_output_embeddings()]
+    names = [name for layer in layers for name, module in model.named_modules() if module is layer]
+    weights = [getattr(layer, "weight", None) for layer in layers]
+    return names, len(names) == 2 and weights[0] is not None and weights[0] is weights[1]
+
+
+def untrained_embeddings(model: Any, config: Config) -> list[str]:
+    """Return which embeddings lora_modules_to_save lacks so that new rows of both are trained."""
+    names, tied = embeddings(model)
+    saved = config.lora_modules_to_save or []
+    lacking = [name for name in names if not is_named(name, saved)]
+    return [] if tied and len(lacking) < len(names) else [_leaf(name) for name in lacking]
+
+
+def linear_names(model: Any) -> list[str]:
+    """Return the names, without their path, of the linear layers but the output layer."""
+    return sorted({_leaf(name) for name in _adaptable(model, linear=True)})
+
+
+def is_named(name: str, entries: Iterable[str]) -> bool:
+    """Return whether one of the entries of a list stands for a module."""
+    return any(_named(entry, [name]) for entry in entries)
+
+
+def _refuse_embeddings(model: Any, found: set[str], config: Config) -> None:
+    """Raise where an adapter is put on the output layer, or on an embedding tied to it."""
+    names, tied = embeddings(model)
+    saved = config.lora_modules_to_save or []
+    asked = [
+        name
+        for name in (names if tied else names[1:])
+        if name in found and not is_named(name, saved)  # PEFT then leaves it out of the targets
+    ]
+    if not asked:
+        return
+    leaf = _leaf(asked[0])
+    why = f"the loss reads the weight of {leaf} itself, so its adapter would not be trained"
+    if tied:
+        other = next(_leaf(name) for name in names if name != asked[0])
+        why = (
+            f"{leaf} and {other} are one weight in this model; an adapter on one of the two is "
+            "merged into both, and the merged model is another than the trained one"
+        )
+    rest = sorted({_leaf(name) for name in found} - {_leaf(name) for name in asked})
+    if isinstance(config.lora_target_modules, list):
+        rest = [
+            entry
+            for entry in config.lora_target_modules
+            if not set(_named(entry, found)) & set(asked)
+        ]
+    raise _bad(
+        "lora_target_modules",
+        f"lora_target_modules can't hold {leaf}",
+        why=why,
+        do=f"set lora_target_modules: {_listed(rest) if rest else ALL_LINEAR}\n"
+        f"set lora_modules_to_save: {_listed([*saved, leaf])}",
+    )
+
+
+def _no_match(pattern: str, model: Any) -> AttnimgError:
+    """Return the refusal of a string that matches nothing, which is often meant as a name."""
+    names = _adaptable(model)
+    leaves = sorted({_leaf(name) for name in names})
+    parts = [part.strip() for part in pattern.split(",")]
+    near = [difflib.get_close_matches(part, leaves, n=1, cutoff=0.6) for part in parts]
+    if all(near):
+        do = f"set lora_target_modules: {_listed([match[0] for match in near])}"
+    else:
+        do = f"set lora_target_modules: {_listed(linear_names(model))}"
+    return _bad(
+        "lora_target_modules",
+        f"lora_target_modules: {pattern} matches no module of the model",
+        why="a string is a regular expression that has to match a module's whole name, such as "
+        f"{names[0] if names else 'none'}; names without their path go into a list\n"
+        f"its modules: {', '.join(leaves)}",
+        do=f"{do}\nor set lora_target_modules: {ALL_LINEAR}",
+    )
+
+
+def _missing(key: str, missing: list[str], names: list[str], *, kept: list[str]) -> AttnimgError:
+    """Return the refusal of names that no module has, with the nearest that one has."""
+    leaves = sorted({_leaf(name) for name in names if not _leaf(name).isdigit()})
+    near = {entry: _nearest(entry, leaves, names) for entry in missing}
+    fixed = [near[entry][0] if near.get(entry) else entry for entry in kept
+             if entry not in near or near[entry]]  # fmt: skip
+    fixed = list(dict.fromkeys(fixed))
+    do = f"set {key}: {_listed(fixed)}" if fixed else f"remove {key}"
+    if ALL_LINEAR in missing:
+        do = f"set {key}: {ALL_LINEAR}"
+    texts = [f"{entry}: nearest {', '.join(near[entry])}" if near[entry] else f"{entry}: none near"
+             for entry in missing]  # fmt: skip
+    return _bad(
+        key,
+        f"{key}: no module of the model is named {', '.join(missing)}",
+        why="\n".join((*texts, f"its modules: {', '.join(leaves)}")),
+        do=do,
+    )
+
+
+def _nearest(entry: str, leaves: list[str], names: list[str]) -> list[str]:
+    """Return up to three names that are like an entry; a path is also compared by its end."""
+    found = difflib.get_close_matches(entry, names, n=3) if "." in entry else []
+    return found or difflib.get_close_matches(_leaf(entry), leaves, n=3, cutoff=0.5)
+
+
+def _adaptable(model: Any, *, linear: bool = False) -> list[str]:
+    """List the modules that an adapter may be put on; the output layer is none of them.
+
+    Args:
+        model: a transformers model.
+        linear: leave out embeddings, as all-linear does.
+    """
+    import torch
+    from transformers.pytorch_utils import Conv1D
+
+    kinds = (torch.nn.Linear, Conv1D) if linear else (torch.nn.Linear, Conv1D, torch.nn.Embedding)
+    output = model.get_output_embeddings()
+    return [name for name, module in model.named_modules()
+            if isinstance(module, kinds) and module is not output]  # fmt: skip
+
+
+def _named(entry: str, names: Iterable[str]) -> list[str]:
+    """Return the names that an entry of a list stands for, as PEFT reads it."""
+    return [name for name in names if name == entry or name.endswith(f".{entry}")]
+
+
+def _leaf(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
+def _listed(names: list[str]) -> str:
+    return f"[{', '.join(names)}]"
+
+
+def _bad(key: str, what: str, *, why: str, do: str) -> AttnimgError:
+    return AttnimgError(what, why=why, do=do, code="bad-value", key=key)

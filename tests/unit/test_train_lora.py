@@ -1,0 +1,344 @@
+"""What an adapter reaches, and that its merged model is the one that was trained."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from attnimg.config import check_values
+from attnimg.errors import AttnimgError
+from attnimg.train.adapter import adapter_notes, add_adapter
+from attnimg.train.model import load_model
+from attnimg.train.new_rows import require_trained_rows
+from attnimg.train.tokenizer import load_tokenizer
+
+sys.path.append(str(Path(__file__).parents[1] / "fixtures"))
+import tiny_run
+from run_facts import a_context
+from tiny_models import tiny_model
+
+AXOLOTL_REGEX = r"model.layers.[\d]+.(mlp|self_attn).(up|down|gate|q|k|v|o)_proj"
+LINEAR = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder whose model/ has an output layer of its own."""
+    folder = tmp_path_factory.mktemp("tiny")
+    tiny_run.make_model(folder / "model")
+    return folder
+
+
+def beside(folder: Path, model_type: str, **changes: Any) -> Path:
+    """Make a model of a type with `tiny_run`'s tokenizer; large weights."""
+    tokenizer = tiny_run.make_tokenizer(folder / "model")
+    model = tiny_model(model_type, None, **{"vocab_size": len(tokenizer), **changes})
+    model.save_pretrained(folder / "model")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tied(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tied")
+    return beside(folder, "llama", tie_word_embeddings=True)
+
+
+def load(folder: Path, **keys: Any) -> Any:
+    values = tiny_run.config_for(folder, adapter="lora", **keys)
+    return load_model(
+        values, tokenizer=load_tokenizer(values, say=lambda _: None), implementation="sdpa",
+        context=a_context(dtype="float32"), needs_dtype_cast=False,
+    )  # fmt: skip
+
+
+def adapted(model: Any) -> set[str]:
+    """Return the names of the modules that an adapter is on."""
+    return {name.removeprefix("base_model.model.").split(".lora_")[0]
+            for name, _ in model.named_parameters() if ".lora_" in name}  # fmt: skip
+
+
+def leaves(model: Any) -> set[str]:
+    return {name.rpartition(".")[2] for name in adapted(model)}
+
+
+def applied(do: str, keys: dict[str, Any]) -> dict[str, Any]:
+    """Do literally what the first lines of a refusal ask for."""
+    for line in do.splitlines():
+        if found := re.fullmatch(r"set (\w+): (.*)", line):
+            keys = {**keys, found[1]: yaml.safe_load(found[2])}
+    return keys
+
+
+@pytest.mark.parametrize(
+    ("keys", "expected"),
+    [
+        pytest.param({"lora_target_modules": AXOLOTL_REGEX}, LINEAR, id="a regular expression"),
+        pytest.param({"lora_target_modules": "all-linear"}, LINEAR, id="all-linear"),
+        pytest.param({"lora_target_modules": r".*\.q_proj"}, {"q_proj"}, id="one name by regex"),
+        pytest.param({"lora_target_modules": ["self_attn.q_proj"]}, {"q_proj"}, id="a path's end"),
+        pytest.param({"lora_target_modules": ["embed_tokens"], "lora_target_linear": True},
+                     {*LINEAR, "embed_tokens"}, id="lora_target_linear adds to a list"),
+        pytest.param({"lora_target_modules": ".*embed_tokens", "lora_target_linear": True},
+                     {*LINEAR, "embed_tokens"}, id="lora_target_linear adds to an expression"),
+    ],
+)  # fmt: skip
+def test_targets_are_what_peft_and_axolotl_take(
+    tiny: Path, keys: dict[str, Any], expected: set[str]
+) -> None:
+    assert leaves(load(tiny, **keys)) == expected
+
+
+def test_an_expression_reaches_the_layers_it_names(tiny: Path) -> None:
+    found = adapted(load(tiny, lora_target_modules=r"model\.layers\.1\..*\.(q|v)_proj"))
+    assert found == {"model.layers.1.self_attn.q_proj", "model.layers.1.self_attn.v_proj"}
+
+
+def test_an_invalid_expression_is_refused_on_its_value_alone() -> None:
+    found = check_values({"lora_target_modules": "(q_proj"}, file="x").errors
+    errors = [(error.code, error.key) for error in found]
+    assert ("bad-value", "lora_target_modules") in errors
+    fine = check_values({"lora_target_modules": AXOLOTL_REGEX}, file="x")
+    assert "lora_target_modules" not in [error.key for error in fine.errors]
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "mended"),
+    [
+        pytest.param("lora_target_modules", ["q_proj", "v_pro"], ["q_proj", "v_proj"],
+                     id="a misspelt name beside a good one"),
+        pytest.param("lora_target_modules", "q_proj", ["q_proj"], id="a name as a string"),
+        pytest.param("lora_target_modules", "q_proj, v_proj", ["q_proj", "v_proj"],
+                     id="names in one string"),
+        pytest.param("lora_target_modules", ["all-linear"], "all-linear",
+                     id="all-linear in a list"),
+        pytest.param("lora_target_modules", r"layer\d.*", sorted(LINEAR), id="a wrong expression"),
+        pytest.param("lora_target_modules", ["xyz", "q_proj"], ["q_proj"],
+                     id="a name of another model"),
+        pytest.param("lora_modules_to_save", ["embed_token"], ["embed_tokens"],
+                     id="a misspelt module to save"),
+        pytest.param("lora_target_modules", ["q_proj", "self_attn"], sorted(LINEAR),
+                     id="a module that has no weight of its own"),
+    ],
+)  # fmt: skip
+def test_a_target_that_matches_nothing_is_refused_before_weights_load(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, key: str, value: Any, mended: Any
+) -> None:
+    from transformers import PreTrainedModel
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PreTrainedModel, "from_pretrained", None)
+        with pytest.raises(AttnimgError) as caught:
+            load(tiny, **{key: value})
+    assert (caught.value.code, caught.value.key) == ("bad-value", key)
+    do = caught.value.do.split("\nor ")[0]
+    assert applied(do, {})[key] == mended
+    load(tiny, **applied(do, {key: value}))
+
+
+@pytest.mark.parametrize("value", [".*head", ["lm_head"], "model.layers.0.*_proj|lm_head"])
+def test_the_output_layer_takes_no_adapter(tiny: Path, value: Any) -> None:
+    with pytest.raises(AttnimgError, match="can't hold lm_head") as caught:
+        load(tiny, lora_target_modules=value)
+    mended = applied(caught.value.do, {})
+    assert mended["lora_modules_to_save"] == ["lm_head"]
+    load(tiny, **mended)
+
+
+def test_a_mamba_layer_is_refused_with_layers_that_can_be_adapted(tiny: Path) -> None:
+    def put_on(**keys: Any) -> Any:
+        config = tiny_run.config_for(tiny, adapter="lora", **keys)
+        return add_adapter(tiny_model("mamba", None, vocab_size=64), config)
+
+    with pytest.raises(AttnimgError, match="does not fit") as caught:
+        put_on()
+    found = leaves(put_on(**applied(caught.value.do, {})))
+    assert found == {"in_proj", "x_proj", "dt_proj"}
+
+
+def merged_and_trained(folder: Path, out: Path, **keys: Any) -> tuple[Any, Any, list[float]]:
+    """Train, load the adapter again, merge and save it; return logits of both, and the losses."""
+    import torch
+    from peft import AutoPeftModelForCausalLM, PeftModel
+    from transformers import AutoModelForCausalLM
+
+    tiny_run.run(folder, out, adapter="lora", max_steps=3, learning_rate=5e-2, **keys)
+    ids = torch.arange(5, 45).reshape(2, 20)
+    with torch.no_grad():
+        if keys.get("tokens"):  # a base model without these rows has to be resized first
+            model = AutoPeftModelForCausalLM.from_pretrained(out)
+        else:
+            base = AutoModelForCausalLM.from_pretrained(folder / "model")
+            model = PeftModel.from_pretrained(base, out)
+        trained = model.eval()(input_ids=ids).logits
+        model.merge_and_unload().save_pretrained(out / "merged")
+        merged = AutoModelForCausalLM.from_pretrained(out / "merged").eval()(input_ids=ids).logits
+    return trained, merged, tiny_run.losses(out)
+
+
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`:UserWarning")
+@pytest.mark.parametrize("model", ["tiny", "tied"])
+@pytest.mark.parametrize(
+    "keys",
+    [
+        pytest.param({}, id="every linear layer"),
+        pytest.param({"lora_modules_to_save": ["embed_tokens", "lm_head"]}, id="with embeddings"),
+        pytest.param({"lora_modules_to_save": ["lm_head"]}, id="with the output"),
+        pytest.param({"special_tokens": {"pad_token": "<pad>"}}, id="with a new pad token"),
+        pytest.param({"tokens": ["<new>"], "lora_modules_to_save": ["embed_tokens", "lm_head"]},
+                     id="with a new token"),
+    ],
+)  # fmt: skip
+def test_the_merged_model_is_the_trained_one(
+    request: pytest.FixtureRequest, tmp_path: Path, model: str, keys: dict[str, Any]
+) -> None:
+    import torch
+
+    folder = request.getfixturevalue(model)
+    trained, merged, losses = merged_and_trained(folder, tmp_path, **keys)
+    torch.testing.assert_close(merged, trained, rtol=1e-4, atol=1e-4)
+    assert losses[0] != losses[-1]
+
+
+def test_the_loaded_adapter_has_the_loss_of_the_run(tied: Path, tmp_path: Path) -> None:
+    """One weight for input and output: the run's own evaluation against a plain forward pass."""
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    keys = {"adapter": "lora", "lora_modules_to_save": ["embed_tokens"], "max_steps": 3,
+            "val_set_size": 0.1, "eval_steps": 3, "learning_rate": 5e-2}  # fmt: skip
+    result = tiny_run.run(tied, tmp_path, **keys)
+    base = AutoModelForCausalLM.from_pretrained(tied / "model")
+    model = PeftModel.from_pretrained(base, tmp_path).merge_and_unload().eval()
+    tokenizer = AutoTokenizer.from_pretrained(tied / "model")
+    rows = tiny_run.documents(tokenizer, validation=True).validation["input_ids"]
+    total, count = 0.0, 0
+    with torch.no_grad():
+        for row in rows:
+            ids = torch.tensor([row])
+            found = torch.nn.functional.cross_entropy(
+                model(input_ids=ids).logits[0, :-1], ids[0, 1:], reduction="sum"
+            )
+            total, count = total + float(found), count + len(row) - 1
+    assert result.eval_loss == pytest.approx(total / count, rel=1e-4)
+
+
+def test_an_adapter_on_a_tied_embedding_is_refused_and_the_advice_helps(
+    tied: Path, tiny: Path
+) -> None:
+    keys = {"lora_target_modules": ["q_proj", "embed_tokens"]}
+    with pytest.raises(AttnimgError, match="can't hold embed_tokens") as caught:
+        load(tied, **keys)
+    assert caught.value.key == "lora_target_modules"
+    assert adapter_notes(load(tied, **applied(caught.value.do, keys))) == [
+        "lora_modules_to_save: embed_tokens and lm_head are one weight in the base model, so both "
+        "are trained, as one"
+    ]
+    untied = load(tiny, **keys)
+    assert leaves(untied) == {"q_proj", "embed_tokens"}
+    assert adapter_notes(untied) == []
+
+
+def test_a_new_pad_token_needs_no_new_row(tiny: Path) -> None:
+    import json
+
+    said: list[str] = []
+    values = tiny_run.config_for(tiny, adapter="lora", special_tokens={"pad_token": "<pad>"})
+    tokenizer = load_tokenizer(values, say=said.append)
+    rows = json.loads((tiny / "model" / "config.json").read_text())["vocab_size"]
+    assert tokenizer.pad_token_id < rows
+    assert len(tokenizer) == rows
+    assert "'<pad>' is not added" in said[0]
+
+
+def test_a_new_pad_token_takes_a_row_that_is_there(tmp_path: Path) -> None:
+    folder = beside(tmp_path, "llama", vocab_size=512)
+    values = tiny_run.config_for(folder, adapter="lora", special_tokens={"pad_token": "<pad>"})
+    assert load_tokenizer(values, say=lambda _: None).pad_token == "<pad>"
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        pytest.param({"tokens": ["<new>"]}, id="tokens"),
+        pytest.param({"special_tokens": {"eos_token": "<new>"}}, id="a new eos"),
+        pytest.param({"special_tokens": {"eos_token": "<new>", "pad_token": "<new>"}},
+                     id="a new eos that also pads"),
+        pytest.param({"tokens": ["<new>"], "lora_modules_to_save": ["embed_tokens"]},
+                     id="its input alone"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("model_type", ["llama", "gpt_neox"])
+def test_new_tokens_are_trained_or_refused_with_the_model_s_own_names(
+    tmp_path: Path, keys: dict[str, Any], model_type: str
+) -> None:
+    if model_type != "llama" and "lora_modules_to_save" in keys:
+        keys = {**keys, "lora_modules_to_save": ["embed_in"]}
+    folder = beside(tmp_path, model_type, tie_word_embeddings=False)
+    with pytest.raises(AttnimgError, match="<new>") as caught:
+        load(folder, **keys)
+    assert caught.value.key == "lora_modules_to_save"
+    model = load(folder, **applied(caught.value.do, keys))
+    trained = [name for name, weight in model.named_parameters()
+               if weight.requires_grad and "modules_to_save" in name]  # fmt: skip
+    assert len(trained) == 2
+
+
+def test_documents_with_tokens_beyond_the_model_are_refused(tiny: Path, tmp_path: Path) -> None:
+    """A tokenizer folder with more tokens than the model has rows."""
+    from datasets import Dataset
+    from transformers import AutoTokenizer
+
+    shutil.copytree(tiny / "model", tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    rows = len(tokenizer)
+    tokenizer.add_tokens(["<one>", "<two>"])
+    tokenizer.save_pretrained(tmp_path / "model")
+
+    def documents(*ids: int) -> Dataset:
+        return Dataset.from_dict({"input_ids": [[1, 2], list(ids)]})
+
+    values = tiny_run.config_for(tmp_path, adapter="lora")
+    require_trained_rows(values, (documents(3, rows - 1), None), tokenizer)
+    for splits in ((documents(3, rows + 1), None), (documents(3), documents(rows + 1))):
+        with pytest.raises(AttnimgError, match=r"1 token\(s\).*<two>") as caught:
+            require_trained_rows(values, splits, tokenizer)
+    mended = applied(caught.value.do, {"adapter": "lora"})
+    require_trained_rows(tiny_run.config_for(tmp_path, **mended), splits, tokenizer)
+    require_trained_rows(tiny_run.config_for(tmp_path), splits, tokenizer)
+    assert load(tmp_path).get_input_embeddings().weight.shape[0] == rows
+
+
+def test_a_pad_token_beyond_the_model_is_not_padded_with(tiny: Path, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    shutil.copytree(tiny / "model", tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    tokenizer.add_special_tokens({"pad_token": "<pad>"})
+    tokenizer.save_pretrained(tmp_path / "model")
+    said: list[str] = []
+    found = load_tokenizer(tiny_run.config_for(tmp_path, adapter="lora"), say=said.append)
+    assert found.pad_token == "</s>"
+    assert "no embedding for '<pad>'" in said[0]
+    tiny_run.run(tmp_path, tmp_path / "out", adapter="lora", max_steps=1, sample_packing=False)
+
+
+def test_a_tokenizer_that_can_t_pad_is_refused_and_the_advice_helps(
+    tiny: Path, tmp_path: Path
+) -> None:
+    from transformers import PreTrainedTokenizerFast
+
+    shutil.copytree(tiny / "model", tmp_path / "model")
+    PreTrainedTokenizerFast(tokenizer_file=str(tiny / "model/tokenizer.json")).save_pretrained(
+        tmp_path / "model"
+    )
+    with pytest.raises(AttnimgError, match="no token to pad with") as caught:
+        load_tokenizer(tiny_run.config_for(tmp_path, adapter="lora"), say=lambda _: None)
+    mended = applied(caught.value.do, {"adapter": "lora"})
+    assert load_tokenizer(tiny_run.config_for(tmp_path, **mended), say=lambda _: None).pad_token
