@@ -98,7 +98,8 @@ def add_adapter(model: Any, config: Config) -> Any:
         lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
         target_modules=targets,
-        modules_to_save=config.lora_modules_to_save,
+        # A copy: PEFT adds the modules that it ties.
+        modules_to_save=list(saved) or None,
         fan_in_fan_out=bool(config.lora_fan_in_fan_out),
         use_dora=bool(config.peft_use_dora),
         use_rslora=bool(config.peft_use_rslora),

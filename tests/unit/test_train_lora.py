@@ -229,6 +229,20 @@ def test_the_loaded_adapter_has_the_loss_of_the_run(tied: Path, tmp_path: Path) 
     assert result.eval_loss == pytest.approx(total / count, rel=1e-4)
 
 
+@pytest.mark.parametrize("adapter", ["lora", "qlora"])
+def test_one_weight_for_input_and_output_resumes_bit_for_bit(
+    tied: Path, tmp_path: Path, adapter: str
+) -> None:
+    keys = {"adapter": adapter, "lora_modules_to_save": ["embed_tokens"], "lora_dropout": 0.2,
+            "max_steps": 4, "save_steps": 2}  # fmt: skip
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    tiny_run.run(tied, whole, **keys)
+    shutil.copytree(whole / "checkpoint-2", out / "checkpoint-2")
+    tiny_run.run(tied, out, **keys, resume_from_checkpoint=True)
+    name = "adapter_model.safetensors"
+    assert (out / name).read_bytes() == (whole / name).read_bytes()
+
+
 def test_an_adapter_on_a_tied_embedding_is_refused_and_the_advice_helps(
     tied: Path, tiny: Path
 ) -> None:
