@@ -7,6 +7,7 @@ neither group nor others may write.
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 import tempfile
@@ -16,6 +17,27 @@ from pathlib import Path
 
 class NotPrivate(OSError):
     """Why a file or folder is not read, in words: "it belongs to user 1001"."""
+
+
+def read_regular(path: Path, *, at_most: int) -> bytes:
+    """Return the content of a regular file, or of a link to one.
+
+    Args:
+        path: what a user named; a pipe, socket or device may never end, and is refused.
+        at_most: bytes; a longer file is refused after that many.
+
+    Raises:
+        OSError: in strerror, why it can't be read: it is missing, too long, or no regular file.
+    """
+    # O_NONBLOCK: opening a pipe would wait for its writer.
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    with os.fdopen(handle, "rb") as file:
+        if not stat.S_ISREG(os.fstat(handle).st_mode):
+            raise OSError(errno.EINVAL, "it is a pipe, a socket, a device or a folder")
+        content = file.read(at_most + 1)
+    if len(content) > at_most:
+        raise OSError(errno.EFBIG, f"it is longer than {at_most:,} bytes")
+    return content
 
 
 def make_private_folder(path: Path) -> None:

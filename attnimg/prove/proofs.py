@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
@@ -101,7 +103,9 @@ def _keys(
     keys: list[str | None] = []
     for backend, candidate in zip(backends, candidates, strict=True):
         try:
-            content = _content(backend, candidate, machine=setting.machine, hashes=hashes)
+            content = _content(
+                backend, machine=setting.machine, trusted=candidate.trusted, hashes=hashes
+            )
         except OSError:
             keys.append(None)
             continue
@@ -118,8 +122,25 @@ def _keys(
     return keys
 
 
+def content_of(backend: Backend, *, setting: Setting, trusted: bool) -> str | None:
+    """Return one hash of all files that compute a backend's attention; None where some are unknown.
+
+    Args:
+        backend: one that fits the machine.
+        setting: where; hashes of large files are remembered in its folder.
+        trusted: whether the user set trust_remote_code.
+    """
+    hashes = ContentHashes(setting.folder)
+    try:
+        found = _content(backend, machine=setting.machine, trusted=trusted, hashes=hashes)
+    except OSError:
+        return None
+    hashes.keep()
+    return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()
+
+
 def _content(
-    backend: Backend, candidate: Candidate, *, machine: Machine, hashes: ContentHashes
+    backend: Backend, *, machine: Machine, trusted: bool, hashes: ContentHashes
 ) -> dict[str, str]:
     """Return the hashes of all files that compute a backend's attention.
 
@@ -136,7 +157,7 @@ def _content(
     if (local := local_kernel_of(backend, machine)) is not None:
         content["kernel"] = hashes.of_folder(Path(local.path))
     elif backend.hub_repo is not None and backend.name.startswith(backend.hub_repo):
-        content["kernel"] = hashes.of_folder(hub_folder(backend.name, trusted=candidate.trusted))
+        content["kernel"] = hashes.of_folder(hub_folder(backend.name, trusted=trusted))
     elif not packages:
         content["torch"] = hashes.of_torch()
     return content

@@ -60,7 +60,7 @@ def fit(
         Stopped: someone asked to stop; a checkpoint is written.
     """
     silence_libraries()
-    join(cpu=run.machine.arch.vendor == "cpu")
+    join(cpu=run.machine.arch.vendor == "cpu", timeout_s=config.ddp_timeout)
     folder = Path(config.output_dir).expanduser()
     if rank() == 0:
         prepare_output_dir(folder, resume, console=console)
@@ -144,7 +144,7 @@ def _train(session: Session) -> FitResult:
     began = time.monotonic()
     first = rank() == 0
     if first and (warning := difference(session)):
-        session.console.print(warning, highlight=False, soft_wrap=True)
+        session.console.print(warning, highlight=False, markup=False, soft_wrap=True)
     view = ProgressView(session.console, total=session.schedule.total_steps, visible=first)
     engine = build_engine(session, view)
     try:
