@@ -39,7 +39,8 @@ def test_what_a_terminal_acts_on_is_shown_as_an_escape(foreign: str, shown: str)
 
 def test_styles_are_kept_on_a_terminal() -> None:
     screen = as_text.Screen(file=io.StringIO(), force_terminal=True, color_system="standard")
-    screen.print(f"[red]{escape('[bold]a\x1b[2J')}[/]")
+    foreign = "[bold]a\x1b[2J"
+    screen.print(f"[red]{escape(foreign)}[/]", highlight=False)
     printed = screen.file.getvalue()  # type: ignore[attr-defined]
     assert printed == "\x1b[31m[bold]a\\x1b[2J\x1b[0m\n"
 
