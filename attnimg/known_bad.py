@@ -15,6 +15,7 @@ from typing import Any, get_args
 
 from attnimg.errors import AttnimgError
 from attnimg.facts import Backend, DType, KnownBad, Machine, Problem, Reason
+from attnimg.files import read_regular
 
 KEY = "attn_known_bad"
 _FEATURES = ("packing", "window", "softcap", "sinks", "dropout", "training", "compiled")
@@ -99,11 +100,8 @@ def parse(text: str, *, place: str) -> tuple[KnownBad, ...]:
 
 
 def _read(named: str) -> str:
-    path = Path(named)
     try:
-        if path.stat().st_size > _LARGEST_FILE:
-            raise _refusal(named, "it is over 1 MB")
-        return path.read_text(encoding="utf-8")
+        return read_regular(Path(named), at_most=_LARGEST_FILE).decode()
     except OSError as error:
         raise _refusal(named, f"it can't be read: {error.strerror}") from error
     except UnicodeDecodeError as error:

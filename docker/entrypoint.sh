@@ -17,7 +17,7 @@ if ! [ -w "$cache" ]; then
   done
   echo "attnimg: /cache is not writable for user $(id -u); caches go to $cache" >&2
   while read -r name; do
-    [[ ${!name} != /cache/* ]] || export "$name=$cache${!name#/cache}"
+    [[ ${!name}/ != /cache/* ]] || export "$name=$cache${!name#/cache}"
   done < <(compgen -e)
 fi
 mkdir -p "$HOME"

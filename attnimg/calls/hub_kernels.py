@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 import re
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -94,6 +95,36 @@ def check_hub_kernel(repo: str, *, revision: str | None, trusted: bool) -> dict[
     if not local:
         check_signature(repo, revision=revision, version=version, trusted=trusted)
     return {"revision": revision, "version": version}
+
+
+def hub_folder(name: str, *, trusted: bool) -> Path:
+    """Return the folder of a hub kernel's files, downloading them where that is allowed.
+
+    None of the kernel's code runs.
+
+    Args:
+        name: org/name[@rev][:fn].
+        trusted: whether the user set trust_remote_code.
+
+    Raises:
+        OSError: the kernel is not here, or may not be taken.
+    """
+    import kernels
+    from huggingface_hub import constants
+
+    repo, _, revision = name.partition(":")[0].partition("@")
+    try:
+        pinned = check_hub_kernel(repo, revision=revision or None, trusted=trusted)
+        folder = kernels.install_kernel(
+            repo,
+            **pinned,
+            local_files_only=bool(constants.HF_HUB_OFFLINE),
+            trust_remote_code=trusted,
+        )
+    # Loading the kernel raises the same, and there it becomes the run's error.
+    except Exception as error:
+        raise OSError(f"{repo} is not at hand: {error}") from error
+    return Path(str(folder))
 
 
 def served_locally() -> frozenset[str]:

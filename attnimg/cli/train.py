@@ -6,13 +6,14 @@ config -> plan, printed -> inputs -> tokenizer, documents -> model -> proof -> f
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from attnimg import apply, config, plan, probe, problem
-from attnimg.cli.proofs import proven_plan
+from attnimg.cli.proofs import content_hash, parts_of, proven_plan
 from attnimg.cli.subject import (
     distributions,
     gpu_text,
@@ -24,12 +25,13 @@ from attnimg.cli.subject import (
     run_findings,
 )
 from attnimg.context import context_of, described
-from attnimg.errors import AttnimgError
+from attnimg.errors import AttnimgError, clean
 from attnimg.facts import Backend, LayerGroup, Machine, Plan, Problem, Proof, Reason
 from attnimg.kernel_cache import use_shipped_kernels
 from attnimg.report import as_json
 from attnimg.schema import Checked, Config
-from attnimg.train.distributed import agree, rank
+from attnimg.train.distributed import agree, rank, require_group
+from attnimg.train.receipt import versions
 from attnimg.train.signals import StopFlag, Stopped, stop_signals
 
 if TYPE_CHECKING:
@@ -67,6 +69,7 @@ def train(
     """Train: choose the attention backend, say why, prove that packing is safe, then run."""
     from attnimg.report import as_text
 
+    require_group()
     console = as_text.console(sys.stderr)
     console.quiet = rank() != 0
     try:
@@ -76,7 +79,7 @@ def train(
         kept = "nothing was trained yet"
         if stopped.checkpoint is not None:
             kept = f"saved {stopped.checkpoint}; go on with resume_from_checkpoint=true"
-        console.print(f"attnimg: {stopped}; {kept}", highlight=False, soft_wrap=True)
+        console.print(f"attnimg: {stopped}; {kept}", highlight=False, markup=False, soft_wrap=True)
         raise typer.Exit(stopped.exit_code) from None
 
 
@@ -108,7 +111,8 @@ def _train(file: str, settings: tuple[str, ...], *, console: Console, stop: Stop
     chosen = _planned(session)
     resume = check_inputs(values, machine)
     check_sources(values)
-    agree(as_json.line(as_json.plan_json(chosen)), cpu=machine.arch.vendor == "cpu")
+    _agree(session, {**values.model_dump(), "plan": as_json.plan_json(chosen),
+                     "packages": versions()})  # fmt: skip
     _run(session, chosen, resume=resume)
 
 
@@ -185,7 +189,7 @@ def _load_and_fit(session: Session, found: Plan, *, resume: ResumePoint | None) 
         session, found = _replanned(session, model_config)
     session, found = _for_class(session, found, model_config)
     found, proofs = _computes_right(session, found)
-    agree(as_json.line(as_json.plan_json(found)), cpu=session.machine.arch.vendor == "cpu")
+    _agree(session, {"plan": as_json.plan_json(found), "kernels": _kernels(session, found)})
     fit_planned(session, found, proofs=proofs, resume=resume)
 
 
@@ -257,7 +261,22 @@ def fit_planned(
     for note in result.notes:
         session.say(note)
     for path in result.files if rank() == 0 else ():
-        typer.echo(path)
+        # A script gets the name as it is; a terminal, one that does not act on it.
+        typer.echo(clean(str(path)) if sys.stdout.isatty() else path)
+
+
+def _agree(session: Session, facts: Mapping[str, object]) -> None:
+    """Raise unless every process of the group found the same."""
+    on_cpu = session.machine.arch.vendor == "cpu"
+    agree(facts, cpu=on_cpu, timeout_s=session.config.ddp_timeout)
+
+
+def _kernels(session: Session, found: Plan) -> dict[str, str | None]:
+    """Return a hash of the files that compute each of a plan's backends."""
+    return {
+        backend.name: content_hash(backend, machine=session.machine, trusted=part.trusted)
+        for backend, part in parts_of(found, session.problem)
+    }
 
 
 def _replanned(session: Session, model_config: Any) -> tuple[Session, Plan]:

@@ -12,8 +12,11 @@ from typing import Any
 
 from attnimg.errors import AttnimgError
 from attnimg.facts import LocalKernel, Vendor
+from attnimg.files import read_regular
 from attnimg.probe.kernel_variants import TorchBuild, choose, torch_build
 
+# A kernel's metadata.json has some hundred bytes.
+_METADATA_BYTES = 1 << 20
 _VENDORS: dict[str, Vendor] = {"cpu": "cpu", "cuda": "nvidia", "rocm": "amd"}
 
 
@@ -65,7 +68,7 @@ def _read(repo: str, path: str, *, build: TorchBuild) -> LocalKernel:
 def _read_metadata(entry: str, variant: Path) -> dict[str, Any]:
     path = variant / "metadata.json"
     try:
-        described = json.loads(path.read_text(encoding="utf-8"))
+        described = json.loads(read_regular(path, at_most=_METADATA_BYTES))
         described["backend"]["type"].strip()
     except OSError as error:
         raise _refusal(entry, why=f"found no readable {path}: {error.strerror}") from error

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from attnimg.errors import AttnimgError
+from attnimg.files import read_regular
 
 # The largest config.json of a language model is far below this; weights given by mistake are above.
 _MAX_BYTES = 16 * 2**20
@@ -49,10 +50,7 @@ def read_config(path: Path) -> dict[str, Any]:
         AttnimgError: it is missing, too large, not JSON, or not an object (code "bad-model").
     """
     try:
-        if path.stat().st_size > _MAX_BYTES:
-            found = f"found {path.stat().st_size / 2**20:.0f} MiB"
-            raise _refusal(path, why=f"{found}; needed a config.json below {_MAX_BYTES >> 20} MiB")
-        config = json.loads(path.read_bytes())
+        config = json.loads(read_regular(path, at_most=_MAX_BYTES))
     except OSError as error:
         raise _refusal(path, why=f"could not read it: {error.strerror}") from error
     except UnicodeDecodeError as error:

@@ -1,34 +1,41 @@
-"""Remember proofs on the disk, so that only the first run on a machine pays for them.
+"""Keep proofs on the disk, so that only the first run on a machine pays for them.
 
-A proof holds for one GPU, driver, set of library versions, kernel and geometry, and for this code:
-all of that is its key. What may pass by itself (a timeout, a crash, memory) is not remembered.
+A proof holds for one GPU, driver, set of library versions, geometry, for the content of the files
+that compute, and for this code: all of that is its key. What may pass by itself (a timeout, a
+crash, memory) is not kept. On reading, everything is judged again: whose file it is, what key and
+backend it was made for, and whether its figures pass.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import tempfile
+import math
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from attnimg.facts import LocalKernel, Machine, Proof
+from attnimg.facts import Backend, Machine, Proof
+from attnimg.files import read_private, write_private
 from attnimg.prove.runner import Candidate, proof_from_json
 
 _TRANSIENT = frozenset({"timeout", "crash", "oom", "import-error"})
-# Larger files, compiled kernels, are told apart by size and time instead of content.
-_HASHED_BYTES = 4 << 20
+# A proof has one figure a quantity and some lines of reasons.
+_PROOF_BYTES = 1 << 20
 
 
 def cache_folder(environment: Mapping[str, str]) -> Path:
-    """Give the folder of proofs: below ATTNIMG_CACHE, or below the user's cache folder."""
+    """Return this user's folder of proofs: below ATTNIMG_CACHE, or below the user's cache folder.
+
+    The uid is in its name: users of one ATTNIMG_CACHE, as of an image's /cache, have one each.
+    """
     named = environment.get("ATTNIMG_CACHE")
     if named:
-        return Path(named) / "proofs"
+        return Path(named) / f"proofs-{os.geteuid()}"
     from platformdirs import user_cache_path
 
-    return user_cache_path("attnimg") / "proofs"
+    return user_cache_path("attnimg") / f"proofs-{os.geteuid()}"
 
 
 def key_of(
@@ -36,7 +43,7 @@ def key_of(
     *,
     machine: Machine,
     versions: Mapping[str, str],
-    local: LocalKernel | None,
+    content: Mapping[str, str],
     variables: Mapping[str, str],
 ) -> str:
     """Hash all that a proof depends on.
@@ -45,60 +52,74 @@ def key_of(
         candidate: the backend and its geometries.
         machine: where it runs.
         versions: of torch, transformers and all else that takes part.
-        local: the folder that LOCAL_KERNELS serves for the backend.
+        content: hashes of the files that compute, by what they are.
         variables: those that are set and choose among a package's kernels.
     """
     parts = {
         "candidate": asdict(candidate),
         "gpu": [machine.gpu, machine.arch.name, machine.driver],
         "versions": dict(sorted(versions.items())),
-        "attnimg": _hash_of(Path(__file__).parents[1], "**/*.py"),
-        "kernel": _hash_of(Path(local.path), "**/*") if local else None,
+        "content": dict(sorted(content.items())),
         "variables": dict(sorted(variables.items())),
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def read(folder: Path, key: str, *, say: Callable[[str], None]) -> Proof | None:
-    """Read a proof; None when there is none, or its file is damaged, which is said."""
+def read(folder: Path, key: str, *, backend: Backend, say: Callable[[str], None]) -> Proof | None:
+    """Read a proof; None when there is none, or when it can't be believed, which is said."""
     path = folder / f"{key}.json"
     try:
-        text = path.read_text(encoding="utf-8")
+        kept = json.loads(read_private(path, at_most=_PROOF_BYTES))
+        proof = proof_from_json(kept["proof"])
+        if kept["key"] != key or proof.backend != backend.name:
+            raise ValueError("it was made for something else")
+        _judge(proof, bounded=backend.k_forward is not None)
     except FileNotFoundError:
         return None
-    except (OSError, UnicodeDecodeError) as error:
-        say(f"note: {path} could not be read ({error}); proving again")
+    except OSError as error:
+        say(f"note: {path} is not used, as {error.strerror or error}; proving again")
         return None
-    try:
-        return replace(proof_from_json(json.loads(text)), cached=True)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         say(f"note: {path} is damaged; proving again")
         return None
+    return replace(proof, cached=True)
 
 
 def write(folder: Path, key: str, proof: Proof, *, say: Callable[[str], None]) -> None:
     """Write a proof whole or not at all. A folder that can't be written costs time, no more."""
     if any(reason.code in _TRANSIENT for reason in proof.reasons):
         return
+    text = json.dumps({"key": key, "proof": asdict(proof)})
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(
-            "w", dir=folder, suffix=".part", delete=False, encoding="utf-8"
-        ) as file:
-            json.dump(asdict(proof), file)
-        Path(file.name).replace(folder / f"{key}.json")
+        write_private(folder / f"{key}.json", text.encode())
     except OSError as error:
-        say(f"note: the proof could not be kept in {folder} ({error.strerror})")
+        say(f"note: the proof could not be kept in {folder}: {error.strerror or error}")
 
 
-def _hash_of(folder: Path, pattern: str) -> str:
-    """Hash the files of a folder, by content or, where large, by size and time."""
-    hashed = hashlib.sha256()
-    for path in sorted(folder.glob(pattern)):
-        if not path.is_file() or path.suffix == ".pyc":
-            continue
-        stat = path.stat()
-        hashed.update(f"{path.relative_to(folder)}:{stat.st_size}:".encode())
-        large = stat.st_size > _HASHED_BYTES
-        hashed.update(str(stat.st_mtime_ns).encode() if large else path.read_bytes())
-    return hashed.hexdigest()
+def _judge(proof: Proof, *, bounded: bool) -> None:
+    """Raise unless the parts of a proof are of their kinds, and its figures fit its verdict.
+
+    Args:
+        proof: what was read.
+        bounded: whether the backend has a bound for each figure; one that quantizes has none for
+            gradients.
+
+    Raises:
+        ValueError, TypeError: it is none that this code wrote.
+    """
+    for number in (proof.cases, proof.longest):
+        if type(number) is not int or number < 0:
+            raise ValueError(f"found {number!r}, needed a count")
+    texts = [proof.note, *(figure.quantity for figure in proof.figures)]
+    texts += [figure.case for figure in proof.figures]
+    texts += [text for reason in proof.reasons for text in (reason.code, reason.text)]
+    if not all(isinstance(text, str) for text in texts) or not math.isfinite(proof.seconds):
+        raise TypeError("found another kind of value")
+    if proof.reasons:
+        return
+    if not proof.figures or not proof.cases:
+        raise ValueError("found a proof that showed nothing")
+    for figure in proof.figures:
+        within = figure.error <= figure.allowed  # False for NaN
+        if not within or (bounded and not math.isfinite(figure.allowed)):
+            raise ValueError(f"{figure.quantity} is beyond its bound")

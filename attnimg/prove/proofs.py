@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
 from attnimg.backends import variables_that_choose
+from attnimg.calls.hub_kernels import hub_folder
 from attnimg.context import context_of
 from attnimg.facts import Backend, Machine, Problem, Proof
 from attnimg.prove import cache
+from attnimg.prove.content import ContentHashes
 from attnimg.prove.geometry import geometries_of, has_dense_entry, local_kernel_of
 from attnimg.prove.runner import Candidate, run
 
@@ -67,32 +71,96 @@ def prove(
     """
     machine, folder = setting.machine, setting.folder
     candidates = [_candidate(backend, problem, setting, routed=routed) for backend in backends]
-    versions = _versions(backends)
-    keys = [
-        cache.key_of(
-            candidate,
-            machine=machine,
-            versions=versions[backend.name],
-            local=local_kernel_of(backend, machine),
-            variables=variables_that_choose(setting.environment),
-        )
-        for backend, candidate in zip(backends, candidates, strict=True)
-    ]
-    proofs = {}
-    if folder is not None:
-        kept = {key: cache.read(folder, key, say=say) for key in keys}
-        proofs = {key: proof for key, proof in kept.items() if proof is not None}
-    missing = {
-        key: candidate for key, candidate in zip(keys, candidates, strict=True) if key not in proofs
-    }
+    keys = _keys(backends, candidates, setting=setting)
+    proofs: dict[int, Proof] = {}
+    for place, key in enumerate(keys):
+        if folder is not None and key is not None:
+            kept = cache.read(folder, key, backend=backends[place], say=say)
+            if kept is not None:
+                proofs[place] = kept
+    missing = [place for place in range(len(backends)) if place not in proofs]
     if missing:
         device = "cpu" if machine.arch.vendor == "cpu" else "cuda"
-        found = run(list(missing.values()), device=device, timeout_s=timeout_s, say=say)
-        for key, proof in zip(missing, found, strict=True):
-            proofs[key] = proof
-            if folder is not None:
-                cache.write(folder, key, proof, say=say)
-    return [proofs[key] for key in keys]
+        asked = [candidates[place] for place in missing]
+        proofs |= zip(missing, run(asked, device=device, timeout_s=timeout_s, say=say), strict=True)
+        if folder is not None:
+            # What was downloaded meanwhile has a key now; what changed meanwhile was not proven.
+            after = _keys(backends, candidates, setting=setting)
+            for place in missing:
+                key = after[place]
+                if key is not None and keys[place] in (None, key):
+                    cache.write(folder, key, proofs[place], say=say)
+    return [proofs[place] for place in range(len(backends))]
+
+
+def _keys(
+    backends: Sequence[Backend], candidates: Sequence[Candidate], *, setting: Setting
+) -> list[str | None]:
+    """Return the key of each proof; None where what computes can't be read."""
+    if setting.folder is None:
+        return [None] * len(backends)
+    hashes = ContentHashes(setting.folder)
+    keys: list[str | None] = []
+    for backend, candidate in zip(backends, candidates, strict=True):
+        try:
+            content = _content(
+                backend, machine=setting.machine, trusted=candidate.trusted, hashes=hashes
+            )
+        except OSError:
+            keys.append(None)
+            continue
+        keys.append(
+            cache.key_of(
+                candidate,
+                machine=setting.machine,
+                versions=_versions(backend),
+                content=content,
+                variables=variables_that_choose(setting.environment),
+            )
+        )
+    hashes.keep()
+    return keys
+
+
+def content_of(backend: Backend, *, setting: Setting, trusted: bool) -> str | None:
+    """Return one hash of all files that compute a backend's attention; None where some are unknown.
+
+    Args:
+        backend: one that fits the machine.
+        setting: where; hashes of large files are remembered in its folder.
+        trusted: whether the user set trust_remote_code.
+    """
+    hashes = ContentHashes(setting.folder)
+    try:
+        found = _content(backend, machine=setting.machine, trusted=trusted, hashes=hashes)
+    except OSError:
+        return None
+    hashes.keep()
+    return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()
+
+
+def _content(
+    backend: Backend, *, machine: Machine, trusted: bool, hashes: ContentHashes
+) -> dict[str, str]:
+    """Return the hashes of all files that compute a backend's attention.
+
+    Raises:
+        OSError: some of them are not known, or can't be read.
+    """
+    content = {"attnimg": hashes.of_folder(Path(__file__).parents[1])}
+    packages = [package for package, _, _ in backend.needs.packages]
+    for package in packages:
+        found = hashes.of_package(package)
+        if found is None:
+            raise OSError(f"{package} does not list its files")
+        content[package] = found
+    if (local := local_kernel_of(backend, machine)) is not None:
+        content["kernel"] = hashes.of_folder(Path(local.path))
+    elif backend.hub_repo is not None and backend.name.startswith(backend.hub_repo):
+        content["kernel"] = hashes.of_folder(hub_folder(backend.name, trusted=trusted))
+    elif not packages:
+        content["torch"] = hashes.of_torch()
+    return content
 
 
 def _candidate(backend: Backend, problem: Problem, setting: Setting, *, routed: bool) -> Candidate:
@@ -108,16 +176,10 @@ def _candidate(backend: Backend, problem: Problem, setting: Setting, *, routed: 
     )
 
 
-def _versions(backends: Sequence[Backend]) -> dict[str, dict[str, str]]:
-    """Give the versions that each backend's proof depends on; "" for what is not installed."""
-    needed = {
-        backend.name: [*_LIBRARIES, *(package for package, _, _ in backend.needs.packages)]
-        for backend in backends
-    }
-    installed = {
-        name: _version(name) for name in {name for names in needed.values() for name in names}
-    }
-    return {backend: {name: installed[name] for name in names} for backend, names in needed.items()}
+def _versions(backend: Backend) -> dict[str, str]:
+    """Return the versions that a backend's proof depends on; "" for what is not installed."""
+    names = [*_LIBRARIES, *(package for package, _, _ in backend.needs.packages)]
+    return {name: _version(name) for name in names}
 
 
 def _version(name: str) -> str:

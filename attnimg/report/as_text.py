@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from attnimg.backends import backend_named
+from attnimg.errors import bounded, clean
 from attnimg.facts import Finding, LayerGroup, Model, Plan, Problem, Reason
 from attnimg.other_layers import OtherLayers, text_of
 
@@ -17,11 +19,23 @@ if TYPE_CHECKING:
     from attnimg.schema import Checked
 
 
+class Screen(Console):
+    """A console that shows control characters in what it prints as escapes.
+
+    Markup and styles are rich's own; whatever else acts on a terminal came with a file name, a
+    config or a library's message.
+    """
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """Return what rich makes of text, cleaned of control characters."""
+        return super().render_str(clean(text), **options)
+
+
 def console(file: IO[str]) -> Console:
-    """Give a console that wraps to the terminal, and to 100 columns elsewhere."""
-    screen = Console(file=file, highlight=False, emoji=False)
+    """Return a console that wraps to the terminal, and to 100 columns elsewhere."""
+    screen = Screen(file=file, highlight=False, emoji=False)
     if not screen.is_terminal:
-        screen = Console(file=file, highlight=False, emoji=False, width=100)
+        screen = Screen(file=file, highlight=False, emoji=False, width=100)
     return screen
 
 
@@ -161,9 +175,9 @@ def _problem_text(problem: Problem) -> str:
 
 
 def _finding(finding: Finding, colour: str, kind: str) -> str:
-    lines = [f"  [{colour}]{kind}[/] [dim]{finding.code}:[/] {escape(finding.what)}"]
+    lines = [f"  [{colour}]{kind}[/] [dim]{finding.code}:[/] {escape(bounded(finding.what))}"]
     for label, text in (("why", finding.why), ("do", finding.do)):
         if text:
-            indented = escape(text).replace("\n", "\n" + " " * 9)
+            indented = escape(bounded(text)).replace("\n", "\n" + " " * 9)
             lines.append(f"    [dim]{label + ':':<4}[/] {indented}")
     return "\n".join(lines)

@@ -3,29 +3,80 @@
 from __future__ import annotations
 
 import atexit
+import json
 import logging
 import os
+import re
 import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import timedelta
 from typing import NoReturn
 
 from attnimg.errors import AttnimgError
 
+# What torchrun sets, all of them at once.
+# Source: torch 2.13, distributed/run.py, "Environment Variables" (2026-11-27).
+_GROUP = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+# What gloo, NCCL and torch's store say of a process that is gone or silent.
+_LOST = re.compile(
+    r"timed out|timeout|connection (closed|reset|refused)|broken pipe|aborted", re.IGNORECASE
+)
+# How long the others have to say that they are alive, once one waited in vain.
+_ROLL_CALL_S = 5.0
+
 
 def world_size() -> int:
-    """Count the processes that torchrun started; 1 without it."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    """Return how many processes torchrun started; 1 without it."""
+    return max(1, _number("WORLD_SIZE", 1))
 
 
 def rank() -> int:
-    """Tell this process's number; 0 prints and writes."""
-    return int(os.environ.get("RANK", "0"))
+    """Return this process's number; 0 prints and writes."""
+    return _number("RANK", 0)
 
 
-def join(*, cpu: bool) -> None:
+def _number(name: str, default: int) -> int:
+    """Return a variable's number; the default where it has none, which require_group refuses."""
+    text = os.environ.get(name, "")
+    return int(text) if text.isascii() and text.isdigit() else default
+
+
+def require_group() -> None:
+    """Raise unless the environment is that of torchrun, or of no group at all.
+
+    Raises:
+        AttnimgError: a variable of torchrun is missing, no number or out of range, as after an
+            incomplete export (code bad-environment).
+    """
+    found = {name: os.environ[name] for name in _GROUP if name in os.environ}
+    if not found.keys() & {"RANK", "WORLD_SIZE", "LOCAL_RANK"}:
+        return
+    numbers = {name: text for name, text in found.items() if name not in ("MASTER_ADDR",)}
+    odd = [name for name, text in numbers.items() if not (text.isascii() and text.isdigit())]
+    missing = [name for name in _GROUP if not found.get(name)]
+    if not odd and not missing and rank() < world_size() and _number("LOCAL_RANK", 0) <= rank():
+        return
+    shown = ", ".join(f"{name}={text}" for name, text in found.items())
+    needed = "numbers with LOCAL_RANK <= RANK < WORLD_SIZE"
+    if missing:
+        needed = f"all of {', '.join(_GROUP)}, as torchrun sets them, or none"
+    raise AttnimgError(
+        "the environment describes an incomplete group of processes",
+        why=f"found {shown}\nneeded {needed}",
+        do=f"for one process: unset {' '.join(found)}; for several: start them with torchrun",
+        code="bad-environment",
+    )
+
+
+def join(*, cpu: bool, timeout_s: float | None) -> None:
     """Meet the other processes that torchrun started; alone, do nothing.
 
     Args:
         cpu: whether they talk over gloo because there is no GPU.
+        timeout_s: seconds that one waits for another in any exchange from here on; None for
+            torch's own, 30 minutes on gloo and 10 on NCCL.
     """
     if world_size() == 1:
         return
@@ -33,7 +84,9 @@ def join(*, cpu: bool) -> None:
     from accelerate import PartialState
 
     if not torch.distributed.is_initialized():
-        PartialState(cpu=cpu)
+        waits = {} if timeout_s is None else {"timeout": timedelta(seconds=timeout_s)}
+        with worded_losses(timeout_s):
+            PartialState(cpu=cpu, **waits)
         # A process that ends with gloo's threads still running aborts now and then, after all is
         # done, and torchrun would report a failed run.
         atexit.register(_leave)
@@ -61,34 +114,86 @@ def end_process(code: int) -> NoReturn:
     os._exit(code)
 
 
-def agree(plan_json: str, *, cpu: bool) -> None:
-    """Make sure that every process came to the same plan, before it loads anything.
+def agree(facts: Mapping[str, object], *, cpu: bool, timeout_s: float | None) -> None:
+    """Make sure that every process found the same, before anything is done with it.
 
     Args:
-        plan_json: the plan as text, the same on every process if the plan is.
+        facts: what must be equal, by a name that people know, as a config's keys.
         cpu: whether the processes talk over gloo because there is no GPU.
+        timeout_s: as of join.
 
     Raises:
-        AttnimgError: two processes planned differently (rank-mismatch).
+        AttnimgError: two processes differ (rank-mismatch), or one did not come (rank-lost).
     """
     if world_size() == 1:
         return
     import torch
 
-    join(cpu=cpu)
-    plans: list[str] = [""] * world_size()
-    torch.distributed.all_gather_object(plans, plan_json)
-    odd = [number for number, plan in enumerate(plans) if plan != plans[0]]
-    if odd:
+    join(cpu=cpu, timeout_s=timeout_s)
+    mine = {name: json.dumps(fact, sort_keys=True, default=str) for name, fact in facts.items()}
+    all_facts: list[dict[str, str]] = [{} for _ in range(world_size())]
+    with worded_losses(timeout_s):
+        torch.distributed.all_gather_object(all_facts, mine)
+    first = all_facts[0]
+    odd = next((number for number, found in enumerate(all_facts) if found != first), None)
+    if odd is None:
+        return
+    names = sorted(first.keys() | all_facts[odd].keys())
+    differing = [name for name in names if first.get(name) != all_facts[odd].get(name)]
+    lines = []
+    for name in differing[:5]:
+        here, there = first.get(name, "nothing"), all_facts[odd].get(name, "nothing")
+        lines.append(f"{name}: rank 0 has {_shorten(here, there)}, "
+                     f"rank {odd} has {_shorten(there, here)}")  # fmt: skip
+    if len(differing) > len(lines):
+        lines.append(f"and {len(differing) - len(lines)} more")
+    raise AttnimgError(
+        f"the processes do not agree: {', '.join(differing[:5])}",
+        why="\n".join(lines),
+        do="start every process with the same config, data, packages and kind of GPU",
+        code="rank-mismatch",
+        exit_code=1,
+    )
+
+
+@contextmanager
+def worded_losses(timeout_s: float | None) -> Iterator[None]:
+    """Turn what torch raises when another process is gone, or does not answer, into words.
+
+    Raises:
+        AttnimgError: code rank-lost.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if world_size() == 1 or not _LOST.search(str(error)):
+            raise
+        lost = _silent_ranks()
+        who = f"rank {', '.join(map(str, lost))}" if lost else "another process"
+        limit = "torch's limit" if timeout_s is None else f"ddp_timeout: {timeout_s:g} s"
         raise AttnimgError(
-            "the processes do not agree on the plan",
-            why=f"rank {odd[0]} of {len(plans)} planned otherwise than rank 0:\n"
-            f"rank 0: {_shorten(plans[0], plans[odd[0]])}\n"
-            f"rank {odd[0]}: {_shorten(plans[odd[0]], plans[0])}",
-            do="give every process the same GPU, packages and config",
-            code="rank-mismatch",
+            f"{who} of {world_size()} did not answer",
+            why=f"rank {rank()} waited for {limit}, or its connection ended\n"
+            f"found {str(error).splitlines()[0]}",
+            do="look at that process's own messages and its GPU; a longer ddp_timeout helps where "
+            "a step or an evaluation takes longer than that",
+            code="rank-lost",
+            key="ddp_timeout",
             exit_code=1,
-        )
+        ) from error
+
+
+def _silent_ranks() -> list[int]:
+    """Return the processes that do not answer a roll call by the store that they all met at."""
+    from torch.distributed.distributed_c10d import _get_default_store
+
+    try:
+        store = _get_default_store()
+        store.set(f"attnimg/alive/{rank()}", "1")
+        time.sleep(_ROLL_CALL_S)
+        return [r for r in range(world_size()) if not store.check([f"attnimg/alive/{r}"])]
+    except (RuntimeError, ValueError):  # the store went with its process, or there never was one
+        return []
 
 
 def any_rank(wish: bool) -> bool:
@@ -104,6 +209,8 @@ def any_rank(wish: bool) -> bool:
 
 
 def _shorten(text: str, other: str, *, width: int = 120) -> str:
-    """Cut to the first difference, with a little before it."""
+    """Return text cut to its first difference from another, with a little before it."""
+    if len(text) <= width:
+        return text
     same = next((i for i, (a, b) in enumerate(zip(text, other, strict=False)) if a != b), 0)
-    return text[max(0, same - 40) : same + width]
+    return f"...{text[max(0, same - 40) : same + width]}..."

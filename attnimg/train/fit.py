@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,7 @@ from attnimg.train.checkpoint import ResumePoint, read_state
 from attnimg.train.distributed import join, rank, world_size
 from attnimg.train.final import save_final
 from attnimg.train.identity import identity_of
+from attnimg.train.lock import locked
 from attnimg.train.output_dir import prepare_output_dir
 from attnimg.train.plot import draw_loss
 from attnimg.train.progress import ProgressView
@@ -58,14 +59,13 @@ def fit(
         console: where progress goes, stderr's.
 
     Raises:
-        AttnimgError: the run failed (exit code 1): disk full, out of memory, loss not finite.
+        AttnimgError: the run failed (exit code 1): disk full, out of memory, loss not finite; or
+            another run trains in output_dir (output-dir-busy).
         Stopped: someone asked to stop; a checkpoint is written.
     """
     silence_libraries()
-    join(cpu=run.machine.arch.vendor == "cpu")
+    join(cpu=run.machine.arch.vendor == "cpu", timeout_s=config.ddp_timeout)
     folder = Path(config.output_dir).expanduser()
-    if rank() == 0:
-        prepare_output_dir(folder, resume, console=console)
     train, evaluation = _rows(config, documents, run=run, tokenizer=tokenizer)
     identity = identity_of(
         config,
@@ -94,7 +94,10 @@ def fit(
         identity=identity,
     )
     require_steps(session.schedule.total_steps, config, resume)
-    return _with_receipt(session, documents.figures)
+    with locked(folder) if rank() == 0 else nullcontext():
+        if rank() == 0:
+            prepare_output_dir(folder, resume, console=console)
+        return _with_receipt(session, documents.figures)
 
 
 def _with_receipt(session: Session, data_figures: object) -> FitResult:
@@ -104,7 +107,7 @@ def _with_receipt(session: Session, data_figures: object) -> FitResult:
     before = identity_in(point) if point else {}
     if point and rank() == 0:
         for note in notes(before, session.identity, name=point.name):
-            session.console.print(note, highlight=False, soft_wrap=True)
+            session.console.print(note, highlight=False, markup=False, soft_wrap=True)
     receipt = open_receipt(
         session.config,
         run=session.run,

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from attnimg.errors import AttnimgError
 from attnimg.schema import Config
-from attnimg.train import metrics
+from attnimg.train import lock, metrics
 from attnimg.train.checkpoint import (
     PARTIAL,
     ResumePoint,
@@ -22,7 +22,7 @@ from attnimg.train.checkpoint import (
 )
 
 # What a run that has not done a step leaves behind; it does not stand in a new run's way.
-HARMLESS = frozenset({"receipt.json", PARTIAL})
+HARMLESS = frozenset({"receipt.json", PARTIAL, lock.FILE})
 
 
 def check_output_dir(config: Config) -> ResumePoint | None:
@@ -32,11 +32,13 @@ def check_output_dir(config: Config) -> ResumePoint | None:
         None when it starts in an empty folder.
 
     Raises:
-        AttnimgError: output_dir is a file, is not writable, holds another run's files, or there is
-            no checkpoint to resume from. Code output-dir, output-dir-not-empty or no-checkpoint.
+        AttnimgError: output_dir is a file, is not writable, holds another run's files, another run
+            trains there, or there is no checkpoint to resume from. Code output-dir,
+            output-dir-not-empty, output-dir-busy or no-checkpoint.
     """
     folder = Path(config.output_dir).expanduser()
     _require_writable(folder)
+    lock.require_unlocked(folder)
     found = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
     leftovers = _leftovers(folder)
     asked = config.resume_from_checkpoint
@@ -61,13 +63,15 @@ def check_output_dir(config: Config) -> ResumePoint | None:
 
 
 def prepare_output_dir(folder: Path, resume: ResumePoint | None, *, console: Console) -> None:
-    """Make output_dir, and clear away what a killed run left behind the point it goes on from."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Remove from output_dir, which is locked, what a killed run left after the resume point."""
     if resume is None:
         return
     for leftover in resume.leftovers:
         console.print(
-            f"removing {leftover.name}: it was never finished", highlight=False, soft_wrap=True
+            f"removing {leftover.name}: it was never finished",
+            highlight=False,
+            markup=False,
+            soft_wrap=True,
         )
     remove_leftovers(folder)
     restored = read_state(resume.path) if resume.path else {}
@@ -75,7 +79,9 @@ def prepare_output_dir(folder: Path, resume: ResumePoint | None, *, console: Con
     cut = metrics.cut_after(folder, resume.step, evaluate_again=again)
     redone = f"; {cut} logged lines after it are done again" if cut else ""
     if resume.path:
-        console.print(f"resuming from {resume.path}{redone}", highlight=False, soft_wrap=True)
+        console.print(
+            f"resuming from {resume.path}{redone}", highlight=False, markup=False, soft_wrap=True
+        )
 
 
 def _leftovers(folder: Path) -> tuple[Path, ...]:

@@ -68,6 +68,7 @@ class ProgressView:
             self.console.print(
                 f"step {step:>{len(str(self.total))}}/{self.total}  eval loss {loss:.4f}",
                 highlight=False,
+                markup=False,
             )
 
     def end(self) -> None:
@@ -77,7 +78,7 @@ class ProgressView:
     def _print_line(self, text: str) -> None:
         if self.visible and not self.console.is_terminal:
             self._last_line = time.monotonic()
-            self.console.print(text, highlight=False, soft_wrap=True)
+            self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 def describe(line: Mapping[str, float]) -> str:

@@ -1,4 +1,4 @@
-"""Stop on Ctrl-C and SIGTERM: after the current step and a checkpoint, or at once.
+"""Stop on Ctrl-C, SIGTERM and SIGHUP: after the current step and a checkpoint, or at once.
 
 Before training there is nothing to save, so the first signal ends the run where it stands. While
 training it only raises a flag, which the engine reads at the end of a step; a second signal ends
@@ -7,6 +7,7 @@ the run at once.
 
 from __future__ import annotations
 
+import os
 import signal
 import time
 from collections.abc import Iterator
@@ -23,7 +24,7 @@ class Stopped(BaseException):
     """The run was asked to stop, and did. Like KeyboardInterrupt, no `except Exception` holds it.
 
     Args:
-        number: the signal, 2 or 15.
+        number: the signal: 1, 2 or 15.
         step: optimizer steps done.
         checkpoint: what it can go on from; None when no step was done.
     """
@@ -34,7 +35,7 @@ class Stopped(BaseException):
 
     @property
     def exit_code(self) -> int:
-        """Give what a shell expects: 130 for Ctrl-C, 143 for SIGTERM."""
+        """Return what a shell expects: 129 for SIGHUP, 130 for Ctrl-C, 143 for SIGTERM."""
         return 128 + self.number
 
 
@@ -50,6 +51,7 @@ class StopFlag:
         self.number: int | None = None
         self.training = False
         self._at = 0.0
+        self._terminals = [number for number in (1, 2) if os.isatty(number)]
 
     def receive(self, number: int, _frame: FrameType | None = None) -> None:
         """Take a signal, as `signal.signal` calls it.
@@ -57,20 +59,33 @@ class StopFlag:
         Raises:
             Stopped: nothing is being trained, or this is the second wish.
         """
+        if number == signal.SIGHUP:
+            self._leave_terminals()
         first, repeat = self.number is None, time.monotonic() - self._at < SAME_WISH_SECONDS
         if first:
             self.number, self._at = number, time.monotonic()
         if not self.training or not (first or repeat):
             raise Stopped(number)
 
+    def _leave_terminals(self) -> None:
+        """Print to nowhere from now on: writing to a terminal that hung up raises EIO."""
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for number in self._terminals:
+            os.dup2(nowhere, number)
+        os.close(nowhere)
+
 
 @contextmanager
 def stop_signals() -> Iterator[StopFlag]:
-    """Listen to Ctrl-C and SIGTERM inside the block; the handlers before it come back after it."""
+    """Listen to Ctrl-C, SIGTERM and SIGHUP inside the block; restore the handlers after it.
+
+    A SIGHUP that is ignored stays so: nohup(1) asks for that.
+    """
     flag = StopFlag()
-    before = {
-        number: signal.signal(number, flag.receive) for number in (signal.SIGINT, signal.SIGTERM)
-    }
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)
+    before = {number: signal.signal(number, flag.receive) for number in numbers}
     try:
         yield flag
     finally:

@@ -114,13 +114,19 @@ def test_a_stopped_pair_saves_one_checkpoint_and_resumes(pair: Path, tmp_path: P
 
 
 AGREE = """
-import sys
+import sys, time
 from attnimg.errors import AttnimgError
-from attnimg.train.distributed import agree, end_process, rank
+from attnimg.train.distributed import agree, end_process, join, rank
+odd, hangs = int(sys.argv[1]), sys.argv[2] == "hangs"
+join(cpu=True, timeout_s=4 if hangs else None)
+if hangs and rank() == odd:
+    time.sleep(60)
 try:
-    agree("sdpa" if rank() == int(sys.argv[1]) else "eager", cpu=True)
+    facts = {"learning_rate": 1e-4 if rank() == odd else 1e-5, "seed": 42}
+    agree(facts, cpu=True, timeout_s=4 if hangs else None)
 except AttnimgError as error:
-    print(error.code, error.what, flush=True)
+    print(error.code, error, flush=True)
+    end_process(error.exit_code)
 end_process(0)
 """
 
@@ -128,14 +134,53 @@ end_process(0)
 @pytest.mark.parametrize(
     ("odd", "refused"),
     [
-        pytest.param("1", True, id="two plans are refused"),
+        pytest.param("1", True, id="two values are refused"),
         pytest.param("9", False, id="one is fine"),
     ],
 )
 def test_processes_must_agree(tmp_path: Path, odd: str, refused: bool) -> None:
     program = tmp_path / "agree.py"
     program.write_text(AGREE)
-    process = torchrun(program, odd)
+    process = torchrun(program, odd, "answers")
     output = process.communicate(timeout=120)[0]
-    assert process.returncode == 0, output
-    assert output.count("rank-mismatch") == (2 if refused else 0)
+    assert process.returncode == (1 if refused else 0), output
+    assert ("rank-mismatch" in output) is refused
+    if refused:
+        assert "learning_rate: rank 0 has 1e-05, rank 1 has 0.0001" in output
+        assert "seed:" not in output
+
+
+def test_a_process_that_does_not_answer_is_named_after_ddp_timeout(tmp_path: Path) -> None:
+    program = tmp_path / "agree.py"
+    program.write_text(AGREE)
+    began = time.monotonic()
+    process = torchrun(program, "1", "hangs")
+    output = process.communicate(timeout=120)[0]
+    assert process.returncode != 0, output
+    assert time.monotonic() - began < 50
+    assert "rank 1 of 2 did not answer" in output, output
+    assert "ddp_timeout: 4 s" in output
+
+
+COMMAND = """
+import sys
+from attnimg.__main__ import run
+from attnimg.train.distributed import end_process, rank
+end_process(run(["train", sys.argv[1], *sys.argv[2:][rank():rank() + 1]]))
+"""
+
+
+def test_another_config_on_a_rank_is_refused_by_its_key(pair: Path, tmp_path: Path) -> None:
+    (tmp_path / "train.py").write_text(COMMAND)
+    (tmp_path / "data.jsonl").write_text('{"text": "one two three"}\n' * 8)
+    (tmp_path / "run.yaml").write_text(
+        f"base_model: {pair / 'model'}\noutput_dir: {tmp_path / 'out'}\nmax_steps: 1\n"
+        f"learning_rate: 0.0001\nmicro_batch_size: 1\nsequence_len: 32\n"
+        f"datasets: [{{path: {tmp_path / 'data.jsonl'}, type: completion}}]\n"
+    )
+    process = torchrun(tmp_path / "train.py", str(tmp_path / "run.yaml"), "seed=1", "seed=2")
+    output = process.communicate(timeout=120)[0]
+    assert process.returncode != 0
+    assert "the processes do not agree: seed" in output, output
+    assert "rank 0 has 1, rank 1 has 2" in output
+    assert not (tmp_path / "out").exists()

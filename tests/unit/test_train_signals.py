@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+import pty
 import signal
+import subprocess
+import sys
+import termios
+from pathlib import Path
 
 import pytest
 
@@ -54,3 +60,40 @@ def test_the_handlers_from_before_come_back() -> None:
     with stop_signals():
         assert signal.getsignal(signal.SIGTERM) != before
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+HANGUP = """
+import os, signal, sys, time
+from attnimg.train.signals import stop_signals
+with stop_signals() as stop:
+    stop.training = True
+    print("ready", flush=True)
+    while stop.number is None:
+        time.sleep(0.01)
+    print("a line to a terminal that is gone", flush=True)
+    with open(sys.argv[1], "w") as file:
+        file.write(str(stop.number))
+"""
+
+
+def test_a_terminal_that_hangs_up_stops_the_run_as_sigterm_does(tmp_path: Path) -> None:
+    master, slave = pty.openpty()
+    program = [sys.executable, "-c", HANGUP, str(tmp_path / "number")]
+    with subprocess.Popen(
+        program, stdin=slave, stdout=slave, stderr=slave,
+        preexec_fn=lambda: (os.setsid(), fcntl.ioctl(0, termios.TIOCSCTTY, 0)),
+    ) as process:  # fmt: skip
+        os.close(slave)
+        assert b"ready" in os.read(master, 100)
+        os.close(master)
+        assert process.wait(timeout=30) == 0
+    assert (tmp_path / "number").read_text() == str(int(signal.SIGHUP))
+
+
+def test_a_hangup_that_is_ignored_stays_ignored() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with stop_signals():
+            assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from attnimg.errors import AttnimgError
+from attnimg.files import NotPrivate, check_private
 from attnimg.schema import Config
 from attnimg.train.data.chat_templates import choose_chat_template
 from attnimg.train.data.documents import SourceFigures
@@ -169,15 +170,11 @@ def _kept(folder: Path, key: str) -> tuple[Dataset, Made]:
 
 def _check_own(path: Path, is_kind: Callable[[int], bool]) -> None:
     try:
-        found = path.lstat()
+        check_private(path.lstat(), is_kind=is_kind)
+    except NotPrivate as error:
+        raise Unusable(f"of {path.name}, {error}") from None
     except OSError as error:
         raise Unusable(f"{path.name} cannot be read: {error.strerror}") from None
-    if not is_kind(found.st_mode):
-        raise Unusable(f"{path.name} is not a regular file or folder")
-    if found.st_uid != os.geteuid():
-        raise Unusable(f"{path.name} belongs to user {found.st_uid}")
-    if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        raise Unusable(f"other users may write {path.name}")
 
 
 def _write(root: Path, folder: Path, key: str, make: Callable[[Write], Made]) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from attnimg.errors import AttnimgError
+from attnimg.files import read_regular
 from attnimg.schema import Config, DatasetSpec
 
 # Source: https://pytorch.org/torchtune/stable/generated/torchtune.data.ChatMLTemplate.html
@@ -33,6 +34,9 @@ LLAMA3 = (
 
 NAMED = {"chatml": CHATML, "llama3": LLAMA3}
 FALLBACK = "tokenizer_default_fallback_"
+
+# The longest published template has 20 KiB.
+_TEMPLATE_BYTES = 1 << 20
 
 
 def choose_chat_template(
@@ -97,11 +101,17 @@ def _read_jinja(jinja: str, *, key: str) -> str:
     if not jinja.endswith((".jinja", ".jinja2")):
         return jinja
     path = Path(jinja).expanduser()
-    if path.is_file():
-        return path.read_text(encoding="utf-8")
+    try:
+        return read_regular(path, at_most=_TEMPLATE_BYTES).decode()
+    except FileNotFoundError:
+        what, why = "not found", f"which is no file under {Path.cwd()}"
+    except OSError as error:
+        what, why = "cannot be read", f"and {error.strerror}"
+    except UnicodeDecodeError as error:
+        what, why = "is not text", f"and its byte {error.start} is no UTF-8"
     raise AttnimgError(
-        f"chat template not found: {jinja}",
-        why=f"{key} is {jinja}, which is no file under {Path.cwd()}",
+        f"chat template {what}: {jinja}",
+        why=f"{key} is {jinja}, {why}",
         do="correct the path, or write the template itself",
         code="file-missing",
         key=key,

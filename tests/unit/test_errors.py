@@ -1,0 +1,52 @@
+"""What errors print: cleaned of what a terminal acts on, and bounded."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+from rich.markup import escape
+
+from attnimg.errors import AttnimgError, bounded, clean
+from attnimg.report import as_text
+
+
+@pytest.mark.parametrize(
+    ("foreign", "shown"),
+    [
+        (
+            "plain, \u00e4\u00f6\u00fc, \u6f22\u5b57, \U0001f600",
+            "plain, \u00e4\u00f6\u00fc, \u6f22\u5b57, \U0001f600",
+        ),
+        ("two\nlines\tand a tab", "two\nlines\tand a tab"),
+        ("\x1b[2Jcleared", r"\x1b[2Jcleared"),
+        ("\x1b]0;title\x07", r"\x1b]0;title\x07"),
+        ("\x9b31m", r"\x9b31m"),
+        ("over\rwritten", r"over\rwritten"),
+        ("gpj.\u202eexe", r"gpj.\u202eexe"),
+        ("\x00\x7f", r"\x00\x7f"),
+    ],
+)
+def test_what_a_terminal_acts_on_is_shown_as_an_escape(foreign: str, shown: str) -> None:
+    assert clean(foreign) == shown
+    error = str(AttnimgError(foreign, why=foreign, do=foreign))
+    assert error.count(shown.splitlines()[0]) == 3
+    stream = io.StringIO()
+    as_text.console(stream).print(foreign, markup=False, highlight=False, soft_wrap=True)
+    assert clean(stream.getvalue()) == stream.getvalue()
+    assert "\x1b" not in stream.getvalue()
+
+
+def test_styles_are_kept_on_a_terminal() -> None:
+    screen = as_text.Screen(file=io.StringIO(), force_terminal=True, color_system="standard")
+    foreign = "[bold]a\x1b[2J"
+    screen.print(f"[red]{escape(foreign)}[/]", highlight=False)
+    printed = screen.file.getvalue()  # type: ignore[attr-defined]
+    assert printed == "\x1b[31m[bold]a\\x1b[2J\x1b[0m\n"
+
+
+def test_a_long_part_is_cut_and_says_by_how_much() -> None:
+    error = str(AttnimgError("what", why="x" * 100_000, do="do"))
+    assert len(error) < 5000
+    assert "(96,000 more characters)" in error
+    assert bounded("x" * 4000) == "x" * 4000

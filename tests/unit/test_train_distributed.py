@@ -1,0 +1,71 @@
+"""The environment is that of a whole group of processes, or of none."""
+
+from __future__ import annotations
+
+import pytest
+
+from attnimg.errors import AttnimgError
+from attnimg.train import distributed
+
+NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+WHOLE = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "host",
+         "MASTER_PORT": "29500"}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in NAMES:
+        monkeypatch.delenv(name, raising=False)
+
+
+def set_all(monkeypatch: pytest.MonkeyPatch, values: dict[str, str]) -> None:
+    for name, value in values.items():
+        monkeypatch.setenv(name, value)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        pytest.param({"RANK": "1"}, id="RANK alone"),
+        pytest.param({"LOCAL_RANK": "0"}, id="LOCAL_RANK alone"),
+        pytest.param({"WORLD_SIZE": "2"}, id="WORLD_SIZE alone"),
+        pytest.param({**WHOLE, "WORLD_SIZE": "abc"}, id="no number"),
+        pytest.param({**WHOLE, "WORLD_SIZE": "-4"}, id="negative"),
+        pytest.param({**WHOLE, "RANK": "4"}, id="a rank beyond the group"),
+        pytest.param({**WHOLE, "LOCAL_RANK": "4"}, id="a local rank beyond the rank"),
+        pytest.param({**WHOLE, "MASTER_PORT": ""}, id="an empty port"),
+        pytest.param({**WHOLE, "WORLD_SIZE": "\u0664"}, id="digits of another script"),
+    ],
+)
+def test_leftovers_of_a_group_are_refused(
+    values: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    set_all(monkeypatch, values)
+    with pytest.raises(AttnimgError) as caught:
+        distributed.require_group()
+    assert caught.value.code == "bad-environment"
+    assert all(f"{name}={value}" in caught.value.why for name, value in values.items())
+    # What it says to do helps.
+    _, _, names = caught.value.do.partition("unset ")
+    for name in names.partition(";")[0].split():
+        monkeypatch.delenv(name)
+    distributed.require_group()
+    assert (distributed.rank(), distributed.world_size()) == (0, 1)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        pytest.param({}, id="none"),
+        pytest.param(WHOLE, id="torchrun's"),
+        pytest.param(
+            {**WHOLE, "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}, id="a group of 1"
+        ),
+        pytest.param({"MASTER_ADDR": "host", "MASTER_PORT": "1"}, id="the address alone"),
+    ],
+)
+def test_a_whole_group_and_none_are_fine(
+    values: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    set_all(monkeypatch, values)
+    distributed.require_group()
