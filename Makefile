@@ -14,7 +14,7 @@ JOBS ?= 2
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help setup demo test check bench lock render classes gpu-kit clean
+.PHONY: help setup demo test check bench lock render families classes gpu-kit clean
 
 help: ## Show this menu
 	@grep -hE '^[a-z0-9/%-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9\/%-]+):.*## /\1\t/' | expand -t 12
@@ -87,6 +87,10 @@ lock: .venv/ready ## Resolve requirements/ anew, from pyproject.toml and recipes
 
 render: .venv/ready ## Write every file that is made of recipes/
 	$(BIN)/python -m recipes render
+
+families: .venv/ready ## Train a tiny model of every causal type of transformers, packed and not, 20 minutes
+	PYTHONPATH=.:tests/fixtures $(BIN)/python tests/train/families.py
+	@$(BIN)/python -m recipes render
 
 classes: .venv/ready ## Ask the pinned transformers what its model classes do not take
 	$(BIN)/python -m recipes classes

@@ -15,6 +15,7 @@ from recipes import model_classes
 from recipes.built import FOLDER as BUILT
 from recipes.built import built_table, codes_found, listed, read_records, record, with_table
 from recipes.facts import Plan
+from recipes.families import RECORD as FAMILIES
 from recipes.files import write_all
 from recipes.gpu_runs import BEGIN as RUNS_BEGIN
 from recipes.gpu_runs import END as RUNS_END
@@ -177,7 +178,9 @@ def _texts(root: Path) -> dict[str, str]:
     recipes = read_recipes(root)
     plans = solve_all(recipes)
     runners = (root / "recipes/runners.toml").read_text(encoding="utf-8")
-    texts = rendered(plans, recipes, locks=read_locks(plans, root=root), runners=runners)
+    families = (root / FAMILIES).read_text(encoding="utf-8")
+    locks = read_locks(plans, root=root)
+    texts = rendered(plans, recipes, locks=locks, runners=runners, families=families)
     runs = read_runs(root)
     readme = (root / "README.md").read_text(encoding="utf-8")
     readme = with_table(readme, built_table(plans, read_records(root)))

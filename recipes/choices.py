@@ -113,6 +113,7 @@ def _choice(
         known_bad=_rules(),
     )
     chosen = plan.choose(None, machine, problem)
+    mixing = plan.mixing(chosen, problem)
     return Choice(
         gpu=gpu,
         image=image.name if image else None,
@@ -120,7 +121,7 @@ def _choice(
         model=model,
         dtype=dtype,
         plan=chosen,
-        refusals=findings_on(problem, machine)[0],
+        refusals=(*findings_on(problem, machine)[0], *([mixing] if mixing else ())),
         memory=plan.quadratic_memory(chosen, problem),
     )
 

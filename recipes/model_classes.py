@@ -9,6 +9,8 @@ from attnimg.model_classes import CausalTypes
 
 PATH = "attnimg/data/model_classes.toml"
 CAUSAL_PATH = "attnimg/data/causal_types.toml"
+# No mapping of transformers tells that of them; `make families` measures it.
+TWO_SIDED = frozenset({"bert-generation"})
 
 
 def model_classes() -> dict[str, ModelClass | None]:
@@ -57,6 +59,7 @@ def causal_types() -> CausalTypes:
 
     causal = dict(auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
     two_sided = {
+        *TWO_SIDED,
         *auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
         *auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
         *auto.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES,

@@ -15,6 +15,7 @@ from recipes.choices import choices, choices_json
 from recipes.choices_page import choices_page
 from recipes.constraints import constraints
 from recipes.facts import Plan, Recipes
+from recipes.families import families_page
 from recipes.files import text_of
 from recipes.gates import docs
 from recipes.lock import FOLDER, blocks
@@ -23,7 +24,12 @@ from recipes.pages import fa4_models_page, gates_page, images_page, kernels_page
 
 
 def rendered(
-    plans: tuple[Plan, ...], recipes: Recipes, *, locks: Mapping[str, str], runners: str
+    plans: tuple[Plan, ...],
+    recipes: Recipes,
+    *,
+    locks: Mapping[str, str],
+    runners: str,
+    families: str,
 ) -> dict[str, str]:
     """Give every generated file: path -> text.
 
@@ -32,6 +38,7 @@ def rendered(
         recipes: what they were made from.
         locks: image -> text of its lock file.
         runners: text of recipes/runners.toml.
+        families: text of the record of `make families`.
 
     Raises:
         AttnimgError: as refuse_wrong_hashes.
@@ -47,6 +54,7 @@ def rendered(
         ".github/matrix.json": matrix(plans, build_runner=ci["build"], gpu_runners=ci["gpu"]),
         "docs/choices.md": choices_page(chosen),
         "tests/unit/golden/choices.json": choices_json(chosen, parsed),
+        "docs/families.md": families_page(families),
         "docs/fa4-models.md": fa4_models_page(recipes.kernels["flash-attn-4"]),
         "docs/gates.md": gates_page(docs(), recipes.allowed),
         "docs/images.md": images_page(plans),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from attnimg.attend import as_applied, attention_function
 from attnimg.facts import AttentionFunction, Backend, LayerGroup
@@ -87,5 +88,13 @@ def register(name: str, function: AttentionFunction) -> None:
     from transformers.masking_utils import flash_attention_mask
 
     assert not any(word in name for word in ("flash", "sdpa", "flex")), name
-    AttentionInterface.register(name, function)
+
+    def attend(
+        module: Any, query: Any, key: Any, value: Any, attention_mask: Any, **arguments: Any
+    ) -> Any:
+        output, weights = function(module, query, key, value, attention_mask, **arguments)
+        return output.contiguous(), weights
+
+    # As transformers' own functions: afmoe passes the mask by that name, and views the output.
+    AttentionInterface.register(name, attend)
     AttentionMaskInterface.register(name, flash_attention_mask)

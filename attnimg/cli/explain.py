@@ -27,12 +27,12 @@ from attnimg.facts import Arch, Finding, Machine, Model, Plan, Problem
 from attnimg.other_layers import other_layers
 from attnimg.report import as_json
 from attnimg.schema import Checked, Config
-from attnimg.train.causal import require_causal_type
+from attnimg.train.causal import require_trainable
 
 # Errors that are judgements of a backend: explaining them is what the command is for.
 _JUDGEMENTS = frozenset(
     {"arch-too-old", "arch-mismatch", "sage-arch", "fp8-arch", "fp8-torch", "flex-torch"}
-    | {"s2-with-packing", "packing-not-isolated", "not-causal-lm"}
+    | {"s2-with-packing", "packing-not-isolated", "not-causal-lm", "not-trainable", "loss-differs"}
 )
 # org/name; what ends in .yaml is a config that is missing.
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/(?!.*\.ya?ml$)[\w.-]+", re.ASCII)
@@ -66,7 +66,7 @@ def explain(
             found = _no_name(checked, found)
         errors, notes = run_findings(found, task, machine)
         if model is not None and not _is_model(target):
-            errors += _not_causal(values)
+            errors += _not_trainable(values, machine)
         checked = replace(
             checked,
             errors=(*checked.errors, *errors),
@@ -147,12 +147,12 @@ def _with_model(checked: Checked, values: Config) -> tuple[Checked, Model | None
     return replace(checked, warnings=warnings), model, dropout
 
 
-def _not_causal(values: Config) -> tuple[Finding, ...]:
-    """Return the error that train raises for a model that is no causal language model."""
+def _not_trainable(values: Config, machine: Machine) -> tuple[Finding, ...]:
+    """Return the error that train raises for a model that can't be trained, or not packed."""
     path = model_file(values)
     assert path is not None
     try:
-        require_causal_type(values, problem.read_config(path))
+        require_trainable(values, problem.read_config(path), packages=machine.packages)
     except AttnimgError as error:
         return (_as_finding(error),)
     return ()

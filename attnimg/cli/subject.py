@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import date
 from pathlib import Path
 
-from attnimg import images, known_bad, other_layers, plan, probe, problem
+from attnimg import images, known_bad, other_layers, plan, probe, problem, refused_types
 from attnimg.backends import all_backends
 from attnimg.facts import Arch, Finding, Machine, Model, Plan, Problem
 from attnimg.gpus import catalogue, cpus_with, gpu_named
@@ -86,6 +86,7 @@ def distributions() -> list[str]:
     needed = [package for backend in all_backends() for package, _, _ in backend.needs.packages]
     # Rules on known-bad versions also speak of what the backends' packages stand on.
     needed += [package for kind in other_layers.kinds().values() for package in kind.packages]
+    needed += refused_types.packages()
     return [*needed, "kernels", "nvidia-cutlass-dsl", "nvidia-cudnn-cu12", "nvidia-cudnn-cu13"]
 
 
@@ -182,8 +183,10 @@ def memory_of(machine: Machine) -> int | None:
 def run_findings(
     found: Plan, task: Problem, machine: Machine
 ) -> tuple[tuple[Finding, ...], tuple[Finding, ...]]:
-    """Return a plan's errors and warnings: layers without softmax attention, quadratic memory."""
+    """Return a plan's errors and warnings: documents that would mix, quadratic memory."""
     errors, warnings = other_layers.findings_on(task, machine)
+    if (mixing := plan.mixing(found, task)) is not None:
+        errors = (*errors, mixing)
     memory = plan.memory_warning(found, task, memory_bytes=memory_of(machine))
     return errors, (*warnings, *([memory] if memory else ()))
 

@@ -84,7 +84,7 @@ def train(
 
 
 def _train(file: str, settings: tuple[str, ...], *, console: Console, stop: StopFlag) -> None:
-    from attnimg.train.causal import require_causal_type
+    from attnimg.train.causal import require_trainable
     from attnimg.train.check import check_inputs
     from attnimg.train.data import check_sources
 
@@ -99,7 +99,7 @@ def _train(file: str, settings: tuple[str, ...], *, console: Console, stop: Stop
     for note in _without_effect(values):
         console.print(f"  {note}", highlight=False, markup=False, soft_wrap=True)
     if (path := model_file(values)) is not None:
-        require_causal_type(values, problem.read_config(path))
+        require_trainable(values, problem.read_config(path), packages=machine.packages)
     model, dropout = read_model(values)
     session = Session(
         config=values,
@@ -281,10 +281,10 @@ def _kernels(session: Session, found: Plan) -> dict[str, str | None]:
 
 def _replanned(session: Session, model_config: Any) -> tuple[Session, Plan]:
     """Plan again for a hub model, whose config.json was not on this machine until now."""
-    from attnimg.train.causal import require_causal_type
+    from attnimg.train.causal import require_trainable
 
     raw = model_config.to_dict()
-    require_causal_type(session.config, raw)
+    require_trainable(session.config, raw, packages=session.machine.packages)
     task = problem_of(
         session.config,
         model=problem.read_model(raw),

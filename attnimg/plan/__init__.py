@@ -12,6 +12,7 @@ from attnimg.facts import Arch, Backend, DType, Machine, Plan, Problem, Reason, 
 from attnimg.plan.because import automatic_because, family_because, groups_because
 from attnimg.plan.groups import choose_groups
 from attnimg.plan.judge import judge
+from attnimg.plan.masks import by_mask, mixing
 from attnimg.plan.memory import Quadratic, memory_warning, quadratic_memory
 from attnimg.plan.ranks import ordered
 
@@ -19,6 +20,7 @@ __all__ = [
     "Quadratic",
     "choose",
     "memory_warning",
+    "mixing",
     "quadratic_memory",
     "training_dtype",
     "without",
@@ -76,12 +78,25 @@ def choose(asked: str | None, machine: Machine, problem: Problem, *, strict: boo
         found = _automatic(verdicts)
         if found.chosen is None:
             return found
+        if (following := _with_boundaries(found, problem)) is not found:
+            return following
         said = automatic_because(found, machine, problem)
         groups = choose_groups(backends, machine, problem)
         if groups:
             return replace(found, groups=groups, because=groups_because(groups, found.chosen))
         return replace(found, because=said)
     return replace(_explicit(named, verdicts, strict=strict), strict=strict)
+
+
+def _with_boundaries(found: Plan, problem: Problem) -> Plan:
+    """Go on to the best backend under which documents do not mix; the same plan without one."""
+    following = found
+    while (against := mixing(following, problem)) is not None:
+        name = by_mask(following)
+        assert name is not None
+        reason = Reason(code=against.code, text=against.why.splitlines()[0])
+        following = without(following, name, reason)
+    return following if following.chosen is not None else found
 
 
 def without(plan: Plan, backend: str, reason: Reason) -> Plan:

@@ -26,6 +26,14 @@ def reason_against_class(model_class: ModelClass, backend: Backend) -> Reason | 
     return None
 
 
+def reason_of_own_code(model_class: ModelClass, name: str) -> Reason:
+    """Refuse a kernel that a class's own attention code has no place for."""
+    text = (
+        f"transformers' {model_class.name} has attention code of its own, where {name} can't be put"
+    )
+    return Reason(code="model-class", text=text)
+
+
 def reason_against_own(model_class: ModelClass, name: str) -> Reason | None:
     """Refuse classes that a function of attnimg's own would not serve.
 
@@ -39,11 +47,7 @@ def reason_against_own(model_class: ModelClass, name: str) -> Reason | None:
         name: whose function it is, for people.
     """
     if "others" in model_class.lacks:
-        text = (
-            f"transformers' {model_class.name} has attention code of its own, where {name} can't "
-            "be put"
-        )
-        return Reason(code="model-class", text=text)
+        return reason_of_own_code(model_class, name)
     if "flash" in model_class.lacks:
         text = (
             f"transformers' {model_class.name} says that it has no flash attention: its mask says "

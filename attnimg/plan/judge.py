@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from attnimg import known_bad
 from attnimg.backends import arch_code, contrary_settings, repo_of, runs_on
 from attnimg.facts import Backend, LocalKernel, Machine, Problem, Reason, Verdict
-from attnimg.plan.classes import reason_against_class
+from attnimg.plan.classes import reason_against_class, reason_of_own_code
 from attnimg.plan.layers import layer_reasons
 from attnimg.windows import with_windows_that_hide
 
@@ -36,7 +36,10 @@ def reasons_against(backend: Backend, machine: Machine, problem: Problem) -> tup
     problem = with_windows_that_hide(problem)
     needs = backend.needs
     if (local := _local_kernel(backend, machine)) is not None:
-        return (*_local_reasons(backend, local, machine, problem), *_class(backend, problem))
+        return (
+            *_local_reasons(backend, local, machine, problem),
+            *_class(backend, problem, served=True),
+        )
     found: list[Reason] = []
     if not runs_on(needs, machine.arch):
         text = f"found {machine.arch.name}, needs {needs.arch_text}"
@@ -119,10 +122,13 @@ def _model(backend: Backend, machine: Machine, problem: Problem) -> Iterator[Rea
         yield Reason(code="dropout", text=text)
 
 
-def _class(backend: Backend, problem: Problem) -> Iterator[Reason]:
+def _class(backend: Backend, problem: Problem, *, served: bool = False) -> Iterator[Reason]:
     if problem.model_class is None:
         return
-    if (reason := reason_against_class(problem.model_class, backend)) is not None:
+    if served and "others" in problem.model_class.lacks:
+        # Such a class looks the name up in a table of its own: falcon, gpt_neo and gptj.
+        yield reason_of_own_code(problem.model_class, backend.name)
+    elif (reason := reason_against_class(problem.model_class, backend)) is not None:
         yield reason
 
 

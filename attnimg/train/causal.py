@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from attnimg import refused_types
 from attnimg.errors import AttnimgError
 from attnimg.model_classes import read_causal_types
 from attnimg.schema import Config
@@ -48,6 +49,33 @@ def require_causal_type(config: Config, raw: Mapping[str, Any]) -> None:
     raise _refusal(
         f"{config.base_model} (model_type {type_})", found=found, do=do, key="base_model"
     )
+
+
+def require_trainable(
+    config: Config, raw: Mapping[str, Any], *, packages: Mapping[str, str] | None
+) -> None:
+    """Raise unless the run's model is known to train, with packed rows where the run packs.
+
+    Args:
+        config: the validated run.
+        raw: the model's config.json.
+        packages: the installed distributions; None assumes all.
+
+    Raises:
+        AttnimgError: code not-causal-lm, not-trainable, loss-differs or packing-not-isolated.
+    """
+    require_causal_type(config, raw)
+    if DEFAULT in (raw.get("auto_map") or {}) and config.trust_remote_code:
+        return
+    found = refused_types.refusal_of(
+        raw,
+        name=str(config.base_model),
+        packing=bool(config.sample_packing) or config.batch_flattening is True,
+        sequence_len=config.sequence_len,
+        packages=packages,
+    )
+    if found is not None:
+        raise AttnimgError(found.what, why=found.why, do=found.do, code=found.code, key=found.key)
 
 
 def require_causal_class(name: str) -> None:

@@ -74,7 +74,9 @@ def test_packing_is_refused_where_other_layers_would_mix_documents(arch: str) ->
     # Without an image every package is assumed, and with those a batch's seq_idx reaches all but
     # Mamba's first version.
     expected = HYBRID if BLOCKS[arch]["image"] else ["Jamba-v0.1"]
-    assert sorted(refused) == sorted(expected)
+    # Flash kernels get the boundaries of gpt-oss's documents; transformers' masks don't.
+    masked = [model for model in SINKS if set(lines[model]["takes"]) & {"eager", FLEX}]
+    assert sorted(refused) == sorted([*expected, *masked])
     assert all(codes == ["packing-not-isolated"] for codes in refused.values())
 
 

@@ -17,6 +17,7 @@ from attnimg.backends import all_backends
 from attnimg.errors import AttnimgError
 from attnimg.gpus import catalogue
 from recipes.facts import Plan
+from recipes.families import RECORD
 from recipes.files import NOTICE, write_all
 from recipes.labels import labels
 from recipes.lock import blocks
@@ -30,7 +31,8 @@ RECIPES = read_recipes(ROOT)
 PLANS = {plan.image.name: plan for plan in solve_all(RECIPES)}
 LOCKS = read_locks(tuple(PLANS.values()), root=ROOT)
 RUNNERS = (ROOT / "recipes/runners.toml").read_text(encoding="utf-8")
-TEXTS = rendered(tuple(PLANS.values()), RECIPES, locks=LOCKS, runners=RUNNERS)
+FAMILIES = (ROOT / RECORD).read_text(encoding="utf-8")
+TEXTS = rendered(tuple(PLANS.values()), RECIPES, locks=LOCKS, runners=RUNNERS, families=FAMILIES)
 FA4_SET = RECIPES.kernels["flash-attn-4"].ahead_of_time
 assert FA4_SET is not None
 
@@ -60,7 +62,7 @@ def test_a_digest_pins_the_base() -> None:
     digest = "sha256:" + "0" * 64
     images = {k: replace(found, base_digest=digest) for k, found in RECIPES.images.items()}
     recipes = replace(RECIPES, images=images)
-    after = rendered(solve_all(recipes), recipes, locks=LOCKS, runners=RUNNERS)
+    after = rendered(solve_all(recipes), recipes, locks=LOCKS, runners=RUNNERS, families=FAMILIES)
     base = json.loads(after["docker/docker-bake.json"])["variable"]["BASE"]["default"]
     assert base == f"docker-image://python:3.11-slim-bookworm@{digest}"
 
@@ -77,7 +79,7 @@ def test_the_dockerfile_takes_every_argument() -> None:
 def test_a_bumped_kernel_changes_its_own_arguments_alone() -> None:
     kernel = replace(RECIPES.kernels["sageattention"], version="2.2.1")
     recipes = replace(RECIPES, kernels={**RECIPES.kernels, "sageattention": kernel})
-    after = rendered(solve_all(recipes), recipes, locks=LOCKS, runners=RUNNERS)
+    after = rendered(solve_all(recipes), recipes, locks=LOCKS, runners=RUNNERS, families=FAMILIES)
     old, new = (
         json.loads(texts["docker/docker-bake.json"])["target"]["hopper"]["args"]
         for texts in (TEXTS, after)
@@ -259,6 +261,7 @@ def checkout(tmp_path: Path) -> Path:
     shutil.copytree(ROOT / "requirements", tmp_path / "requirements")
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     shutil.copy(ROOT / "README.md", tmp_path)
+    shutil.copytree(ROOT / "docs" / "measured", tmp_path / "docs" / "measured")
     return tmp_path
 
 

@@ -1,0 +1,23 @@
+"""Find plans under which packed documents mix, since transformers' mask gets no boundaries."""
+
+from __future__ import annotations
+
+from attnimg import refused_types
+from attnimg.backends import backend_named
+from attnimg.facts import Finding, Plan, Problem
+
+
+def mixing(found: Plan, problem: Problem) -> Finding | None:
+    """Return the error of a plan under which packed documents would mix; None where none do."""
+    if not problem.packing or problem.model is None or by_mask(found) is None:
+        return None
+    return refused_types.without_mask(problem.model.type)
+
+
+def by_mask(found: Plan) -> str | None:
+    """Return the first backend of a plan that tells documents apart by transformers' mask."""
+    if found.chosen is None:
+        return None
+    names = [choice.verdict.backend for choice in found.groups] or [found.chosen.backend]
+    backends = ((name, backend_named(name)) for name in names)
+    return next((name for name, backend in backends if backend and backend.mask != "flash"), None)
