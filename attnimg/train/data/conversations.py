@@ -96,7 +96,8 @@ def _column_hint(record: Mapping[str, Any]) -> str:
 def _has_text(spec: DatasetSpec, turns: tuple[Turn, ...]) -> bool:
     """Return whether a conversation has anything to learn; without answers, any text counts."""
     trained = trained_roles(spec)
-    answers = [turn for turn in turns if turn.role in trained] or turns
+    flagged = [turn.role in trained if turn.train is None else turn.train for turn in turns]
+    answers = [turn for turn, flag in zip(turns, flagged, strict=True) if flag] or turns
     return any(
         (turn.content or "").strip()
         or turn.extra.get("tool_calls")
