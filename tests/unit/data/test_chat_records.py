@@ -227,17 +227,6 @@ def test_what_cannot_be_used_is_refused_by_name(
     assert do in caught.value.do
 
 
-def test_the_advice_for_an_unknown_role_works(
-    run_on: Run, json_lines: Write, tokenizer: Any
-) -> None:
-    path = json_lines({"messages": [{"role": "narrator", "content": "Q"}, answer()]})
-    with pytest.raises(AttnimgError) as caught:
-        load_documents(run_on(path, "chat_template"), tokenizer)
-    assert "roles: {user: [narrator]}" in caught.value.do
-    config = run_on(path, "chat_template", spec_roles={"user": ["narrator"]})
-    assert one(config, tokenizer)[1] == "A<|im_end|>"
-
-
 @pytest.mark.parametrize("name", ["system", "history"])
 def test_alpaca_refuses_what_its_prompt_has_no_place_for(
     run_on: Run, json_lines: Write, tokenizer: Any, name: str

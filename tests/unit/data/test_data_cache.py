@@ -65,7 +65,7 @@ def test_a_prepared_path_that_cannot_be_written_is_refused(
         with pytest.raises(AttnimgError) as caught:
             load_documents(run_on(path, dataset_prepared_path=str(prepared)), tokenizer)
         assert caught.value.key == "dataset_prepared_path"
-    assert "remove the key" in caught.value.do
+    assert "remove dataset_prepared_path" in caught.value.do
     assert len(load_documents(run_on(path), tokenizer).train) == 100
 
 
