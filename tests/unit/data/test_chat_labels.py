@@ -23,7 +23,7 @@ from chat_labels import (
     tokenizer,
     user,
 )
-from drawn import examples, talks
+from drawn import examples, talks, texts
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -332,12 +332,45 @@ def test_any_text_is_trained_as_it_is(name: str) -> None:
         for run, text, end in zip(found, said, ends, strict=True):
             run, end = shown(run, tokens), shown(end, tokens)
             assert run.endswith(end), tokens
-            # Templates strip contents or not. A token may begin with the template's own blank.
-            forms = (text, text.strip(), text.lstrip(), text.rstrip())
-            learned, whole = run.removesuffix(end), {shown(form, tokens) for form in forms}
-            assert any(
-                learned.endswith(form) and learned.removesuffix(form) in ("", " ", "\n")
-                for form in whole
-            ), (tokens, learned, whole)
+            # Templates strip contents or not. A token may hold a blank of both.
+            learned, whole = run.removesuffix(end), shown(text, tokens)
+            leading = len(whole) - len(whole.lstrip())
+            forms = [
+                cut
+                for k in range(leading + 1)
+                for cut in (whole[k:], whole[k:].rstrip(), whole[k:].rstrip("\n"))
+            ]
+            assert learned in [blank + form for form in forms for blank in ("", " ", "\n")], tokens
+
+    check()
+
+
+# Letters that also stand in templates' own words.
+SHORT = ("a", "s", "r", "think", "user", "7", "Yes", "\u4f60\u597d", "e\u0301te", "{{a}}", "\n")
+
+
+@pytest.mark.parametrize("name", [name for name, row in TEMPLATES.items() if row.reasoning])
+def test_any_reasoning_is_trained_as_it_is(name: str) -> None:
+    row = TEMPLATES[name]
+    text = texts(SHORT, free=False).map(str.strip)
+
+    @examples(10)
+    @given(st.lists(st.tuples(text, text, st.booleans()), min_size=1, max_size=3))
+    def check(answers: list[tuple[str, str, bool]]) -> None:
+        messages = []
+        for reasoning, content, inside in answers:
+            tagged = answer(f"<think>\n{reasoning}\n</think>\n\n{content}")
+            keyed = answer(content, reasoning_content=reasoning)
+            # Other templates write tags as any text.
+            messages += [user("a"), tagged if inside and row.reasoning == TAGS else keyed]
+        found = learnt(encoder(name, "byte-level"), {"messages": messages})
+        wanted = []
+        for number, (reasoning, content, _) in enumerate(answers, start=1):
+            last = number == len(answers)
+            assert row.reasoning is not None
+            whole = row.reasoning.format(reasoning=reasoning, answer=content)
+            wanted.append(whole if last or row.keeps else content)
+            wanted[-1] += row.last or row.end if last else row.end
+        assert [run.lstrip("\n ") for run in found] == wanted
 
     check()

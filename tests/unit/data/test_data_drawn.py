@@ -47,7 +47,7 @@ TEMPLATE = (
 )
 ROLES = ("system", "user", "assistant", "tool")
 TOKENS = (*(f"<|{role}|>" for role in ROLES), "<|im_start|>", "<|im_end|>", "<think>", "</think>")
-WORDS = ("Yes", "no", "\u4f60\u597d", "e\u0301te", "<|im_end|>", "<|user|>", "</s>", "{{a}}")
+WORDS = ("Yes", "a", "s", "\u4f60\u597d", "e\u0301te", "<|im_end|>", "<|user|>", "</s>", "{{a}}")
 
 
 @st.composite
