@@ -84,6 +84,8 @@ def trained_roles(spec: DatasetSpec) -> frozenset[str]:
 
 def _column_hint(record: Mapping[str, Any]) -> str:
     """Return what to set: the column that holds a list of messages, where there is one."""
+    if {"prompt", "completion"} <= record.keys():
+        return "write prompt and completion as one conversation, in a column messages"
     for name, value in record.items():
         if isinstance(value, list) and value and isinstance(value[0], Mapping):
             return f"name the column of the conversation: `field_messages: {name}`"
@@ -99,7 +101,7 @@ def _keys_hint(spec: DatasetSpec, message: Mapping[str, Any]) -> str:
     role = next((key for key, value in texts.items() if value.strip().lower() in roles(spec)), None)
     others = sorted((key for key in texts if key != role), key=lambda key: len(texts[key]))
     if role is None or not others:
-        return "name its keys: `message_property_mappings: {role: ..., content: ...}`"
+        return "write the key that is missing, or drop the record"
     named = json.dumps({"role": role, "content": others[-1]}, ensure_ascii=False)
     return f"name its keys: `message_property_mappings: {named}`"
 

@@ -204,7 +204,7 @@ def test_what_has_no_effect_is_named(run_on: Run, json_lines: Write, tokenizer: 
         pytest.param([user(), answer("A", tool_calls=[{"function": {}}])], "needed a list of calls",
                      "arguments", id="a call without a name"),
         pytest.param([user(), {"role": "assistant"}], "needed role and content",
-                     "message_property_mappings", id="neither content nor calls"),
+                     "write the key that is missing", id="neither content nor calls"),
         pytest.param([], "needed a list of messages", "role and content", id="no message"),
         pytest.param({"messages": [{"role": "system", "content": "a"}, user(), answer()],
                       "system": "b"}, "a column system beside", "keep one", id="two systems"),

@@ -235,6 +235,12 @@ def test_a_single_conversation_is_a_record_not_a_list_of_records(
     assert [record for _, record in read_source(source)] == [named]
 
 
+def test_a_list_of_objects_before_the_text_is_the_records_own(tmp_path: Path) -> None:
+    records = [{"tags": [{"text": "not this"}], "text": "The Word."}] * 2
+    (tmp_path / "a.json").write_text("\n".join(json.dumps(r, indent=1) for r in records))
+    assert [text for _, text in read(path=str(tmp_path / "a.json"))] == ["The Word."] * 2
+
+
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.txt"])
 def test_a_record_without_end_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
