@@ -43,6 +43,10 @@ test/packages: .venv/ready build/fa4/ready ## Compare the backends' files with t
 	  $$(sed -n 's/^source = "\(.*==.*\)"/\1/p' recipes/kernels/*.toml)
 	WHEELS=build/packages FA4_PYTHON=build/fa4/bin/python $(BIN)/pytest tests/packages
 
+.PHONY: test/data
+test/data: .venv/ready ## Draw 20 times as many records and conversations as `make test` does, 15 minutes
+	DATA_EXAMPLES=20 $(BIN)/pytest -n $(JOBS) --timeout 3600 tests/unit/data/test_data_drawn.py tests/unit/data/test_chat_labels.py
+
 test/templates: .venv/ready ## Label conversations with the chat templates of axolotl's wheel, 2 MB
 	@mkdir -p build/packages
 	$(BIN)/pip download -q --disable-pip-version-check -d build/packages --no-deps axolotl==0.19.0
@@ -203,7 +207,7 @@ push/%: .venv/ready ## Push attnimg:% to REGISTRY=host/name/
 	docker push $(REGISTRY)attnimg:$*
 
 clean: ## Remove what was built here, .venv too
-	rm -rf .venv outputs build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	rm -rf .venv outputs build dist .pytest_cache .hypothesis .mypy_cache .ruff_cache .import_linter_cache
 
 # FlashAttention-4 in the versions of the images, on the CPU build of torch; attnimg runs there too.
 build/fa4/ready: requirements/torch.txt docker/constraints/hopper.txt docker/fa4_cache/requirements.txt

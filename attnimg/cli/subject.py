@@ -167,7 +167,7 @@ def precision_notes(values: Config, machine: Machine) -> tuple[Finding, ...]:
             code="fp16-on-cpu",
             key="fp16",
             what="fp16: true has no effect on a CPU: the run computes in float32",
-            do="remove fp16, or set bf16: true, which works on a CPU",
+            do="remove fp16, or replace it by bf16: true, which works on a CPU",
         ),
     )
 

@@ -27,6 +27,7 @@ __all__ = ["check_file", "check_values", "parse_torch", "with_overrides"]
 _VERSION = re.compile(
     r"(\d{1,4})\.(\d{1,4})(\.\d+)*((a|b|rc)\d+)?(\.?dev\d+)?(\+[a-z\d.]+)?", re.ASCII
 )
+_WITHOUT_DEFAULT = ("base_model", "learning_rate", "datasets", "pretraining_dataset")
 _DATASET_LISTS = ("datasets", "pretraining_dataset", "test_datasets")
 # Keys by which a mapping is known as a data set, or as special_tokens.
 _NULLABLE = DatasetSpec.model_fields.keys() | set(get_args(SpecialToken))
@@ -136,13 +137,14 @@ def _schema_finding(item: Any) -> Finding:
     if item["type"] == "missing":
         return _missing_key(key, "it has no default")
     message = item["msg"].removeprefix("Value error, ")
+    has_default = key not in _WITHOUT_DEFAULT and not key.endswith(("]", ".path"))
     allowed = f"; {message[0].lower()}{message[1:]}"
     return Finding(
         code="bad-value",
         key=key,
         what=f"{key} has a value it cannot take",
         why=f"found {_short(found)}{allowed}",
-        do=f"set {key} to such a value, or remove the line for its default",
+        do=f"set {key} to such a value" + (", or remove it for its default" if has_default else ""),
     )
 
 

@@ -61,7 +61,7 @@ def _bad_value(key: str, value: object) -> Finding:
         key=key,
         what=f"{key} is neither true nor false",
         why=f"found {value!r}, a legacy flag is true or false",
-        do=f"write attn_implementation: {LEGACY[key]}, or remove the line",
+        do=f"replace it by attn_implementation: {LEGACY[key]}, or remove it",
     )
 
 
@@ -70,7 +70,7 @@ def _deprecated(key: str) -> Finding:
         code="legacy-flag-deprecated",
         key=key,
         what=f"{key} is an old name",
-        do=f"write attn_implementation: {LEGACY[key]}",
+        do=f"replace it by attn_implementation: {LEGACY[key]}",
     )
 
 
@@ -79,7 +79,7 @@ def _ignored(key: str, *, winner: str) -> Finding:
         code="legacy-flag-ignored",
         key=key,
         what=f"{key} is ignored: {winner} goes first",
-        do=f"remove it; attn_implementation: {LEGACY[winner]} says what is used",
+        do=f"remove it; {LEGACY[winner]} is used",
     )
 
 
@@ -90,5 +90,5 @@ def _both(asked: list[str], name: object) -> Finding:
         key=asked[0],
         what="attn_implementation and a legacy flag are both set",
         why=f"found attn_implementation: {name} and {flags}; one backend is chosen in one place",
-        do=f"keep attn_implementation and remove {', '.join(asked)}",
+        do=f"remove {' and '.join(asked)}",
     )

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from attnimg.backends import arch_code, is_hub_path, runs_on
+from attnimg.backends import arch_code, backend_named, is_hub_path, runs_on
 from attnimg.config.names import finding
-from attnimg.facts import Arch, Backend, Finding
+from attnimg.facts import Arch, Backend, Finding, Needs
 from attnimg.schema import Config
 
 # Keys that say the same thing in two ways: setting both contradicts.
@@ -21,6 +21,8 @@ _EITHER_OR = (
     ("load_in_4bit", "load_in_8bit"),
     ("deepspeed", "fsdp"),
 )
+# What is named in the place of a backend that a GPU does not run, the fastest first.
+_ELSEWHERE = ("flash_attention_2", "xformers", "sdpa")
 # Backends whose GPU rows the contract lists; on a CPU every backend is judged.
 _ARCH_ROWS = frozenset(
     {"sage", "fp8", "flash_attention_2", "flash_attention_3", "flash_attention_4"}
@@ -72,7 +74,7 @@ def _packing(view: View) -> Found:
         )
     elif name == "s2":
         why = "s2 attends across groups of a whole row, so packed documents would see each other"
-        do = "set sample_packing: false, or another attn_implementation"
+        do = "set sample_packing: false, or attn_implementation: flash_attention_2 or sdpa"
         yield "error", finding("s2-with-packing", key, "s2 cannot train packed rows", why, do)
     elif is_hub_path(name) and config.trust_remote_code:
         yield (
@@ -113,11 +115,8 @@ def _arch(view: View) -> Found:
         return
     if backend.name == "flash_attention_2" and arch.vendor == "amd":
         return  # which AMD GPUs it serves depends on how it was built: explain judges that
-    do = "set attn_implementation: sdpa, which runs there"
-    if backend.name == "flash_attention_2":
-        do = "set attn_implementation: xformers (on a GPU) or sdpa"
-    elif arch.vendor == "nvidia":
-        do = "set attn_implementation: flash_attention_2, xformers or sdpa"
+    fitting = [name for name in _ELSEWHERE if runs_on(_needs(name), arch)]
+    do = f"set attn_implementation: {' or '.join(fitting)}"
     why = f"found {arch.name}, {backend.name} needs {backend.needs.arch_text}"
     what = f"{backend.name} does not run on {arch.name}"
     code = arch_code(backend.needs, arch)
@@ -170,7 +169,7 @@ def _scaling_softmax(view: View) -> Found:
                 "scaling_softmax",
                 "scaling_softmax needs flex_attention",
                 f"found {name}; only flex_attention lets the logits be scaled by length",
-                "set attn_implementation: flex_attention, or remove scaling_softmax",
+                "remove scaling_softmax",
             ),
         )
 
@@ -182,12 +181,12 @@ def _context_parallel(view: View) -> Found:
     if view.resolved and (view.backend is None or not view.backend.uses_flash_lib):
         name = view.backend.name if view.backend else "no attn_implementation"
         why = f"found {name}; a sequence split over GPUs needs a flash-attn kernel"
-        do = "set attn_implementation: flash_attention_2, or context_parallel_size: 1"
+        do = "set context_parallel_size: 1"
         yield "error", finding("cp-needs-flash", key, f"{key} needs flash-attn", why, do)
     if config.sample_packing and config.micro_batch_size > 1:
         why = f"found sample_packing and micro_batch_size: {config.micro_batch_size}, needed is 1"
         what = f"{key} with packing takes one row at a time"
-        yield "error", finding("cp-packing-mbs1", key, what, why, "set micro_batch_size: 1")
+        yield "error", finding("cp-packing-mbs1", key, what, why, "set context_parallel_size: 1")
 
 
 def _packing_with_rl(view: View) -> Found:
@@ -199,7 +198,7 @@ def _packing_with_rl(view: View) -> Found:
                 "rl",
                 "sample_packing and rl exclude each other",
                 f"found rl: {view.config.rl}; preference pairs are not packed",
-                "set sample_packing: false",
+                "remove rl",
             ),
         )
 
@@ -228,17 +227,18 @@ def _contradictions(view: View) -> Found:
     if config.fp16 and config.bf16 in (True, "full"):
         why = "found fp16: true and bf16: true; a run has one precision"
         yield "error", finding("bad-value", "fp16", "fp16 contradicts bf16", why,
-                                "keep one; bf16: auto picks what your GPU has")  # fmt: skip
+                                "keep bf16 or fp16")  # fmt: skip
     if config.adapter == "qlora" and (config.load_in_4bit is False or config.load_in_8bit):
         key = "load_in_8bit" if config.load_in_8bit else "load_in_4bit"
         yield "error", finding("bad-value", key, f"{key} contradicts adapter: qlora",
                                 "qlora trains on weights loaded in 4 bits",
-                                "set load_in_4bit: true, or adapter: lora")  # fmt: skip
+                                f"remove {key}, or set adapter: lora")  # fmt: skip
     if config.adapter is None and (config.load_in_4bit or config.load_in_8bit):
         key = "load_in_4bit" if config.load_in_4bit else "load_in_8bit"
         yield "error", finding("bad-value", key, f"{key} needs an adapter",
                                 f"found no adapter; weights of {key[8:]} take no gradient",
-                                "set adapter: qlora or lora")  # fmt: skip
+                                f"set adapter: {'qlora' if config.load_in_4bit else 'lora'}, "
+                                f"or remove {key}")  # fmt: skip
     size = config.val_set_size
     if size == 1 or (size > 1 and not size.is_integer()):
         taken = "all documents (1 is 100 %)" if size == 1 else "a part of a document"
@@ -263,6 +263,12 @@ _RULES: tuple[Callable[[View], Found], ...] = (
 
 def _is(view: View, name: str) -> bool:
     return view.backend is not None and view.backend.name == name
+
+
+def _needs(name: str) -> Needs:
+    backend = backend_named(name)
+    assert backend is not None, name
+    return backend.needs
 
 
 def _minor(version: str) -> tuple[int, int]:

@@ -23,7 +23,7 @@ def check_adapter(config: Config) -> None:
             "load_in_8bit",
             "load_in_4bit and load_in_8bit contradict each other",
             why="weights are loaded in one of them",
-            do="remove one of the two",
+            do="keep load_in_4bit or load_in_8bit",
         )
     bits, fitting = "load_in_8bit", "lora"
     if config.load_in_4bit:
@@ -40,7 +40,7 @@ def check_adapter(config: Config) -> None:
             "load_in_8bit",
             "adapter: qlora is 4 bit",
             why="found load_in_8bit: true",
-            do="set load_in_4bit: true, or adapter: lora",
+            do="remove load_in_8bit, or set adapter: lora",
         )
     targets = config.lora_target_modules or []
     if "lm_head" in ([targets] if isinstance(targets, str) else targets):

@@ -6,6 +6,9 @@ from attnimg.errors import AttnimgError
 from attnimg.facts import Machine
 from attnimg.schema import Config
 
+# Optimizers without paged memory that do the work of a paged one of another name.
+_UNPAGED = {"paged_adamw": "adamw_torch_fused", "paged_adamw_32bit": "adamw_torch_fused"}
+
 
 def check_limits(config: Config, machine: Machine) -> None:
     """Refuse what this machine, or the installed packages, can't do - before anything heavy.
@@ -26,15 +29,15 @@ def check_limits(config: Config, machine: Machine) -> None:
             code="bad-value",
             key="tf32",
         )
-    for key, value in (
-        ("fsdp", config.fsdp or config.fsdp_config),
-        ("deepspeed", config.deepspeed),
+    for key, found in (
+        ("fsdp", [name for name in ("fsdp", "fsdp_config") if getattr(config, name)]),
+        ("deepspeed", ["deepspeed"] if config.deepspeed else []),
     ):
-        if value and cpu:
+        if found and cpu:
             raise AttnimgError(
                 f"{key} needs a GPU",
                 why="on a CPU accelerate would run plain DDP without a word; found no GPU",
-                do=f"remove {key}: torchrun --nproc-per-node N trains with DDP here",
+                do=f"remove {' and '.join(found)}; torchrun --nproc-per-node N trains here",
                 code=f"{key}-needs-gpu",
                 key=key,
             )
@@ -55,9 +58,7 @@ def _check_optimizer(config: Config, machine: Machine) -> None:
         raise AttnimgError(
             f"optimizer: {name} needs a GPU",
             why="paged memory is CUDA's; found no GPU, and bitsandbytes would fall back unpaged",
-            do=f"set optimizer: {name.removeprefix('paged_')}"
-            if name != "paged_adamw"
-            else "set optimizer: adamw_torch_fused",
+            do=f"set optimizer: {_UNPAGED.get(name, name.removeprefix('paged_'))}",
             code="bad-value",
             key="optimizer",
         )
@@ -78,7 +79,7 @@ def _check_scheduler(config: Config) -> None:
         raise AttnimgError(
             f"cosine_min_lr_ratio contradicts lr_scheduler: {config.lr_scheduler}",
             why="a lowest learning rate is a cosine's",
-            do="set lr_scheduler: cosine",
+            do="set lr_scheduler: cosine, or remove cosine_min_lr_ratio",
             code="bad-value",
             key="cosine_min_lr_ratio",
         )
@@ -86,19 +87,19 @@ def _check_scheduler(config: Config) -> None:
         raise AttnimgError(
             "warmup_steps and warmup_ratio contradict each other",
             why=f"found {config.warmup_steps} steps and a share of {config.warmup_ratio}",
-            do="remove one of them",
+            do="keep warmup_steps or warmup_ratio",
             code="bad-value",
             key="warmup_ratio",
         )
-    wanted = {
-        "cosine_with_min_lr": ("min_lr", "min_lr_rate"),
-        "warmup_stable_decay": ("num_decay_steps",),
-    }.get(config.lr_scheduler, ())
+    wanted, value = {
+        "cosine_with_min_lr": (("min_lr", "min_lr_rate"), "1e-6"),
+        "warmup_stable_decay": (("num_decay_steps",), "10"),
+    }.get(config.lr_scheduler, ((), ""))
     if wanted and not set(wanted) & set(config.lr_scheduler_kwargs or {}):
         raise AttnimgError(
             f"lr_scheduler: {config.lr_scheduler} needs lr_scheduler_kwargs",
             why=f"needed {' or '.join(wanted)}",
-            do=f"set lr_scheduler_kwargs: {{{wanted[0]}: ...}}",
+            do=f"set lr_scheduler_kwargs: {{{wanted[0]}: {value}}}",
             code="bad-value",
             key="lr_scheduler_kwargs",
         )

@@ -14,6 +14,7 @@ from attnimg.schema import Config
 from attnimg.train.adapter import add_adapter, quantization
 from attnimg.train.causal import DEFAULT, require_causal_class
 from attnimg.train.finite import require_finite
+from attnimg.train.load_error import advice_on
 from attnimg.train.lora_targets import outline, untrained_embeddings
 from attnimg.train.model_files import GET_WHOLE, bad_model
 from attnimg.train.precision import (
@@ -27,19 +28,20 @@ from attnimg.train.precision import (
 @contextmanager
 def _loading(config: Config) -> Iterator[None]:
     """Turn what transformers raises while loading into an error a person can use."""
+    from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
 
     try:
         yield
-    except (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError) as error:
+    except (
+        OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError,
+        StrictDataclassError,
+    ) as error:  # fmt: skip
         text = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
         raise bad_model(
             f"{config.base_model} could not be loaded",
             why="\n".join(text[:3]),
-            do=GET_WHOLE
-            if Path(config.base_model or "").expanduser().is_dir()
-            else "check base_model; without network it must be a folder, or a hub name "
-            "that is already in the cache",
+            do=advice_on(config, error),
         ) from error
 
 

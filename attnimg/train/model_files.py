@@ -37,7 +37,7 @@ def check_model_files(config: Config) -> None:
             raise bad_model(
                 f"there is no model folder {config.base_model}",
                 why="needed a folder with config.json, weights and a tokenizer",
-                do="check base_model for a slip of the pen",
+                do="correct base_model: the path of a folder, or a name on the hub",
             )
         return
     found = sorted(entry.name for entry in folder.iterdir())

@@ -163,7 +163,8 @@ def _require_resumable(checkpoint: Path) -> None:
         raise AttnimgError(
             f"{checkpoint} can't be resumed from",
             why="it holds no optimizer state (save_only_model: true)",
-            do="set base_model to it to go on with a fresh optimizer",
+            do="remove resume_from_checkpoint, and set base_model to this folder and output_dir to "
+            "a new one, to go on with a fresh optimizer",
             code="no-checkpoint",
             key="resume_from_checkpoint",
         )

@@ -44,7 +44,7 @@ def check_schedule(config: Config) -> None:
             raise AttnimgError(
                 f"{verb}_steps and {verb}s_per_epoch contradict each other",
                 why=f"found {verb}_steps: {every} and {verb}s_per_epoch: {per_epoch}; one decides",
-                do=f"remove one of them, for instance {verb}_steps",
+                do=f"keep {verb}_steps or {verb}s_per_epoch",
                 code="bad-value",
                 key=f"{verb}_steps",
             )

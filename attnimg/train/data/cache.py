@@ -112,8 +112,8 @@ def on_disk(root: Path, key: str, make: Callable[[Write], Made]) -> tuple[Datase
         raise AttnimgError(
             f"cannot write prepared documents to {root}",
             why="\n".join((*refused, str(error))),
-            do="set dataset_prepared_path to a folder of your own that has space, or remove the "
-            "key to prepare the documents in memory",
+            do="remove dataset_prepared_path to prepare the documents in memory, or set it to a "
+            "folder of your own that has space",
             code="not-writable",
             key="dataset_prepared_path",
         ) from None

@@ -206,6 +206,16 @@ def reasoning_of(message: Message) -> str:
     return before.strip().removeprefix("<think>").strip() if tag else ""
 
 
+def with_reasoning(message: Message, other: str) -> Message:
+    """Return an answer with another reasoning in the place of its own, under its key or in tags."""
+    reasoning, head = reasoning_of(message), head_of(message)
+    if message.get("reasoning_content"):
+        return {**message, "reasoning_content": other}
+    end = len(head.rpartition(CLOSING)[0].rstrip())
+    content = str(message["content"])
+    return {**message, "content": content[: end - len(reasoning)] + other + content[end:]}
+
+
 def head_of(message: Message) -> str:
     """Return what a content says before the answer proper: its reasoning in <think> tags."""
     content = message.get("content") or ""
@@ -315,11 +325,18 @@ def place_contents(
 
 
 def _variants(message: Message, *, whole: bool) -> tuple[str, ...]:
-    """Return the forms in which templates write a content: as it is, stripped, as JSON."""
+    """Return the forms in which templates write a content: as it is, stripped, as JSON.
+
+    Qwen's templates strip newlines alone.
+    """
     content = message["content"][0 if whole else len(head_of(message)) :]
-    plain = (content, content.strip(), content.lstrip(), content.rstrip())
+    plain = dict.fromkeys(
+        cut
+        for blanks in (None, "\n")
+        for cut in (content, content.strip(blanks), content.lstrip(blanks), content.rstrip(blanks))
+    )
     if message["role"] == "assistant":
-        return plain
+        return tuple(plain)
     return (*plain, json.dumps(content, ensure_ascii=False)[1:-1])
 
 

@@ -19,8 +19,10 @@ from attnimg.train.data.chat_render import (
     Rendering,
     RewrittenError,
     Span,
+    head_of,
     mark,
     reasoning_of,
+    with_reasoning,
 )
 
 # What may open a reasoning, where the template writes no opening of an answer by itself.
@@ -136,8 +138,8 @@ class RenderedTurn:
         within = content and CLOSING in self.rendering.text[slice(*content)]
         if not reasoning or (within and not self.message.get("reasoning_content")):
             return None
-        at = self.rendering.text.find(reasoning, self.before, content[0] if content else self.limit)
-        if at >= 0:
+        at = self._reasoning_at(reasoning)
+        if at is not None and self.before <= at <= (content[0] if content else self.limit):
             return at
         alone = self.renderer.attempt(self.rendering.messages[: self.number + 1])
         if self.number == len(self.rendering.messages) - 1 or (alone and reasoning not in alone):
@@ -149,6 +151,18 @@ class RenderedTurn:
             )
         notes[REASONING_REMOVED] = None
         return None
+
+    def _reasoning_at(self, reasoning: str) -> int | None:
+        """Return where the reasoning stands, by the rendering with a mark in its place.
+
+        A short one may stand in the template's own words too.
+        """
+        text, number = self.rendering.text, self.number
+        messages = list(self.rendering.messages)
+        messages[number] = with_reasoning(self.message, mark(number))
+        before, found, _ = (self.renderer.attempt(messages) or "").partition(mark(number))
+        at = len(text) - len(text[len(before) :].lstrip())
+        return at if found and text.startswith(before) and text.startswith(reasoning, at) else None
 
     def _prompt(self, notes: dict[str, None]) -> str | None:
         """Return what generation of this answer starts from, and compare it with what stands here.
@@ -224,7 +238,7 @@ class RenderedTurn:
         text, messages = self.rendering.text, self.rendering.messages
         ended, goes_on = text[text_end:], text[text_end : self.limit]
         if self.number + 1 < len(messages):
-            ended = self._after(self.renderer.attempt(messages[: self.number + 1]), text_end)
+            ended = self._after(messages[: self.number + 1], text_end)
         else:
             goes_on = self._after(self._continued("user"), text_end) or ended
         shared = _before_tag(ended, _common_prefix(ended, goes_on))
@@ -260,19 +274,32 @@ class RenderedTurn:
                 return after[len(written) : end]
         return ""
 
-    def _continued(self, role: str) -> str | None:
-        """Return what the template writes up to the content of one more turn, of this role."""
-        next_turn = mark(len(self.rendering.messages))
-        following = {"role": role, "content": next_turn}
-        whole = self.renderer.attempt([*self.rendering.messages, following])
-        return whole.partition(next_turn)[0] if whole and next_turn in whole else None
+    def _continued(self, role: str) -> list[Message]:
+        """Return the conversation with one more turn, of this role, and a mark for its content."""
+        messages = self.rendering.messages
+        return [*messages, {"role": role, "content": mark(len(messages))}]
 
-    def _after(self, other: str | None, text_end: int) -> str:
-        """Return what stands behind the turn's last words in another rendering of it."""
-        content = self.rendering.contents[self.number]
-        said = self.rendering.text[max(content[0] if content else 0, text_end - 40) : text_end]
-        _, found, after = (other or "").rpartition(said)
+    def _after(self, messages: Sequence[Message], text_end: int) -> str:
+        """Return what stands behind the turn's last words where it is followed by other turns."""
+        text, content = self.rendering.text, self.rendering.contents[self.number]
+        other = self._up_to_mark(messages)
+        if other.startswith(text[:text_end]):
+            return other[text_end:]
+        said = text[max(content[0] if content else 0, text_end - 40) : text_end]
+        if content and content[1] == text_end:  # short words may stand in the template's own, too
+            said, changed = mark(self.number), list(messages)
+            changed[self.number] = {**self.message, "content": head_of(self.message) + said}
+            other = self._up_to_mark(changed)
+        _, found, after = other.rpartition(said)
         return after if found else ""
+
+    def _up_to_mark(self, messages: Sequence[Message]) -> str:
+        """Return what the template writes before the content of the turn that was added."""
+        whole = self.renderer.attempt(messages) or ""
+        added = mark(len(self.rendering.messages))
+        if len(messages) <= len(self.rendering.messages):
+            return whole
+        return whole.partition(added)[0] if added in whole else ""
 
 
 def _unasked(opening: str) -> str:

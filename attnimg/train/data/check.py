@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 
 from attnimg.errors import AttnimgError
 from attnimg.schema import Config, DatasetSpec
 from attnimg.train.data.records import read_records
 from attnimg.train.data.sources import Source, entries, find_source
-from attnimg.train.data.types import is_chat, parser
+from attnimg.train.data.types import TYPES, is_chat, parser
 
 
 def check_sources(config: Config) -> None:
@@ -26,7 +27,8 @@ def find_sources(config: Config) -> tuple[list[Source], list[Source]]:
     _check_keys(config, [spec for _, spec, _ in entries(config)])
     training, testing = list[Source](), list[Source]()
     for key, spec, trains in entries(config):
-        parse = parser(spec, key=key)
+        columns = () if spec.type in TYPES else _columns(spec, key=key)
+        parse = parser(spec, key=key, columns=columns)
         source = find_source(spec, key=key)
         found = False
         for file in source.files:
@@ -39,6 +41,15 @@ def find_sources(config: Config) -> tuple[list[Source], list[Source]]:
             raise empty(source, why="found no record in it, needed at least one")
         (training if trains else testing).append(source)
     return training, testing
+
+
+def _columns(spec: DatasetSpec, *, key: str) -> tuple[str, ...]:
+    """Return the columns of an entry's first record, () where it can't be read here."""
+    with suppress(AttnimgError):
+        for file in find_source(spec, key=key).files:
+            for _, record in read_records(file, key=key):
+                return tuple(record)
+    return ()
 
 
 def empty(source: Source, *, why: str) -> AttnimgError:
@@ -58,7 +69,7 @@ def _check_keys(config: Config, specs: Sequence[DatasetSpec]) -> None:
         raise AttnimgError(
             "no dataset",
             why="found neither datasets nor pretraining_dataset",
-            do="add `datasets: [{path: data.jsonl, type: alpaca}]`",
+            do="add a line `datasets: ...`",
             code="missing-key",
             key="datasets",
         )
@@ -66,7 +77,7 @@ def _check_keys(config: Config, specs: Sequence[DatasetSpec]) -> None:
         raise AttnimgError(
             "two ways to get validation documents",
             why=f"found val_set_size {config.val_set_size:g} and test_datasets",
-            do="set val_set_size: 0, or take test_datasets out",
+            do="keep test_datasets or val_set_size",
             code="bad-value",
             key="val_set_size",
         )
@@ -74,7 +85,7 @@ def _check_keys(config: Config, specs: Sequence[DatasetSpec]) -> None:
         raise AttnimgError(
             "default_system_message has no effect here",
             why="found no dataset of type chat_template, the only type with system turns",
-            do="take default_system_message out, or use type: chat_template",
+            do="remove default_system_message",
             code="bad-value",
             key="default_system_message",
         )
@@ -84,7 +95,7 @@ def _check_keys(config: Config, specs: Sequence[DatasetSpec]) -> None:
         raise AttnimgError(
             "default_system_message does not reach alpaca records",
             why="alpaca's prompt has fixed wording; found default_system_message beside it",
-            do="take default_system_message out, or use type: chat_template for all",
+            do="remove default_system_message",
             code="unsupported-key",
             key="default_system_message",
         )

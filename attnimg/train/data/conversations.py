@@ -84,6 +84,8 @@ def trained_roles(spec: DatasetSpec) -> frozenset[str]:
 
 def _column_hint(record: Mapping[str, Any]) -> str:
     """Return what to set: the column that holds a list of messages, where there is one."""
+    if {"prompt", "completion"} <= record.keys():
+        return "write prompt and completion as one conversation, in a column messages"
     for name, value in record.items():
         if isinstance(value, list) and value and isinstance(value[0], Mapping):
             return f"name the column of the conversation: `field_messages: {name}`"
@@ -93,10 +95,22 @@ def _column_hint(record: Mapping[str, Any]) -> str:
     return "write the conversation as a column messages: a list of objects with role and content"
 
 
+def _keys_hint(spec: DatasetSpec, message: Mapping[str, Any]) -> str:
+    """Return what to set: the keys of a message that hold a role and a text, where there are."""
+    texts = {key: value for key, value in message.items() if isinstance(value, str)}
+    role = next((key for key, value in texts.items() if value.strip().lower() in roles(spec)), None)
+    others = sorted((key for key in texts if key != role), key=lambda key: len(texts[key]))
+    if role is None or not others:
+        return "write the key that is missing, or drop the record"
+    named = json.dumps({"role": role, "content": others[-1]}, ensure_ascii=False)
+    return f"name its keys: `message_property_mappings: {named}`"
+
+
 def _has_text(spec: DatasetSpec, turns: tuple[Turn, ...]) -> bool:
     """Return whether a conversation has anything to learn; without answers, any text counts."""
     trained = trained_roles(spec)
-    answers = [turn for turn in turns if turn.role in trained] or turns
+    flagged = [turn.role in trained if turn.train is None else turn.train for turn in turns]
+    answers = [turn for turn, flag in zip(turns, flagged, strict=True) if flag] or turns
     return any(
         (turn.content or "").strip()
         or turn.extra.get("tool_calls")
@@ -159,7 +173,7 @@ def _turn(spec: DatasetSpec, message: object, place: Place, *, number: int) -> T
                 place,
                 why=f"message {number} has {', '.join(message) or 'nothing'}; "
                 f"needed {mappings['role']} and {mappings['content']}",
-                do="name its keys: `message_property_mappings: {role: from, content: value}`",
+                do=_keys_hint(spec, message),
                 code="wrong-columns" if place.first else "bad-data",
             )
     name = text(named["role"], f"{mappings['role']} of message {number}", place)
@@ -278,9 +292,15 @@ def _role(spec: DatasetSpec, name: str, place: Place, *, number: int) -> str:
             why=f"{what}, which stands for the result of a tool",
             do='write it as {"role": "tool", "content": ...} after the message with tool_calls',
         )
+    speakers: tuple[str, ...] = ("user", "assistant")
+    if (meant := known.get(name.strip().lower())) is not None:
+        speakers = (meant,)
+    mapped = (
+        {**(spec.roles or {}), role: [*(spec.roles or {}).get(role, []), name]} for role in speakers
+    )
     raise bad_record(
         place,
         why=f"{what}, needed one of {', '.join(known)}",
-        do=f"map it to the role it speaks for, in {place.key}: `roles: {{user: [{name}]}}` or "
-        f"`roles: {{assistant: [{name}]}}`",
+        do=f"map it to the role it speaks for, in {place.key}: "
+        + " or ".join(f"`roles: {json.dumps(roles, ensure_ascii=False)}`" for roles in mapped),
     )

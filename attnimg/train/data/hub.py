@@ -64,7 +64,7 @@ def load_saved(source: Source) -> Mapping[str, Dataset]:
         raise AttnimgError(
             f"cannot read the saved dataset {source.spec.path}",
             why=f"{type(error).__name__}: {' '.join(str(error).split())[:300]}",
-            do=f"set {source.key}.data_files: *.arrow, which takes its files as they are, or "
+            do=f'set {source.key}.data_files: "*.arrow", which takes its files as they are, or '
             "write it again with save_to_disk",
             code="bad-data",
             key=f"{source.key}.path",

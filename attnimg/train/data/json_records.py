@@ -159,23 +159,28 @@ def _members(window: _Window) -> Iterator[str]:
 
 def _list_name(window: _Window, columns: Collection[str]) -> str | None:
     """Return the key of the list of objects in an object; None when the object is a record."""
-    empty = None
-    for key in _members(window):
-        window.colon()
-        if key in columns:
-            return None
-        if window.peek() != "[":
-            window.value()
-            continue
-        window.take("[")
-        window.skip_space()
-        if window.peek() == "{":
-            first = window.value(1)
-            return key if isinstance(first, dict) and first.keys().isdisjoint(MESSAGE) else None
-        empty = key if window.peek() == "]" else empty
-        for _ in window.elements():
-            pass
-    return empty
+    found = empty = None
+    try:
+        for key in _members(window):
+            window.colon()
+            if key in columns:
+                return None  # it may stand behind a list of objects
+            if window.peek() != "[":
+                window.value()
+                continue
+            window.take("[")
+            window.skip_space()
+            objects = window.peek() == "{"
+            empty = key if window.peek() == "]" else empty
+            for value in window.elements():
+                if objects and found is None and isinstance(value, dict):
+                    if not value.keys().isdisjoint(MESSAGE):
+                        return None
+                    found = key
+    except (BrokenJson, UnicodeDecodeError):
+        if found is None:
+            raise
+    return found or empty
 
 
 def _wrapped(window: _Window, name: str, columns: Collection[str]) -> Iterator[object]:

@@ -78,7 +78,7 @@ def _too_long(place: Place, tokens: int, *, sequence_len: int) -> AttnimgError:
         f"too long: {place}",
         why=f"found {tokens:,} tokens, at most sequence_len {sequence_len:,} are allowed with "
         "excess_length_strategy: raise",
-        do=f"set sequence_len: {tokens}, or set excess_length_strategy to drop, split or truncate",
+        do=f"set sequence_len: {tokens}, or excess_length_strategy: split or truncate or drop",
         code="bad-data",
         key=f"{place.key}.path",
     )

@@ -106,8 +106,10 @@ def _nothing_left(source: Source, figures: SourceFigures) -> AttnimgError:
     if longer >= max(1, figures.empty):
         do = f"set sequence_len: {figures.longest}, the longest of them"
     elif figures.without_loss > figures.empty:
-        do = "set train_on_inputs: true, or name roles that the records have in "
-        do += f"{source.key}.roles_to_train"
+        do = (
+            "set train_on_inputs: true, or name roles that the records have in "
+            f"{source.key}.roles_to_train"
+        )
     else:
         do = f"name the column that holds the text, or correct {source.key}.path"
     return AttnimgError(

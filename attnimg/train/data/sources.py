@@ -9,13 +9,20 @@ import glob
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from attnimg.errors import AttnimgError
 from attnimg.schema import Config, DatasetSpec
-from attnimg.train.data.open_file import COMPRESSED, check_packing, check_regular
+from attnimg.train.data.open_file import (
+    BROKEN,
+    COMPRESSED,
+    check_packing,
+    check_regular,
+    open_data,
+)
 from attnimg.train.data.splits import folder_splits, split_in_name, split_names
 
 Format = Literal["json", "csv", "parquet", "arrow", "text"]
@@ -166,7 +173,7 @@ def _matches(base: Path, pattern: str, *, key: str, where: str) -> list[Path]:
         raise AttnimgError(
             f"the pattern {pattern} takes files of several splits",
             why=f"found {named}; a pattern would include test files in training",
-            do=f"set {where} to the files to use, such as {splits.get('train', found[0])}",
+            do=f"set {where}: {splits.get('train', found[0])}, or list the files to use",
             code="bad-value",
             key=where,
         )
@@ -206,7 +213,7 @@ def _folder(root: Path, spec: DatasetSpec, *, key: str) -> Source:
         raise AttnimgError(
             f"the folder {spec.path} holds files of several formats",
             why=f"found {', '.join(formats)}; one dataset has one format",
-            do=f"set {key}.ds_type to one of them, or name the files in {key}.data_files",
+            do=f"set {key}.ds_type: {' or '.join(formats)}, or name files in {key}.data_files",
             code="bad-value",
             key=f"{key}.ds_type",
         )
@@ -247,10 +254,13 @@ def _files(
         kind = declared or _format(path)
         check_packing(path, declared=kind, key=key)
         if kind is None:
+            likely = ["csv", "text"]
+            with suppress(*BROKEN), open_data(path) as file:
+                likely = ["json"] if file.read(64).lstrip()[:1] in (b"{", b"[") else likely
             raise AttnimgError(
                 f"the format of {path} is not known",
                 why=f"found the name {path.name}, needed one of {' '.join(FORMATS)}",
-                do=f"set {key}.ds_type to {', '.join(sorted(BUILDERS))}, whichever it is",
+                do=f"set {key}.ds_type: {' or '.join(likely)}",
                 code="bad-value",
                 key=f"{key}.ds_type",
             )

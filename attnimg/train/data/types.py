@@ -6,7 +6,8 @@ Pure: a record in, a parsed record out, or an error that names the record. Token
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Mapping
+import json
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from typing import Any
 
@@ -23,7 +24,10 @@ TYPES = (
 )  # fmt: skip
 
 # The type that a column of this name usually belongs to.
-FITTING = {"messages": "chat_template", "conversations": "chat_template", "text": "completion"}
+FITTING = {
+    "messages": "chat_template", "conversations": "chat_template", "instruction": "alpaca",
+    "text": "completion",
+}  # fmt: skip
 
 # Stanford Alpaca's two prompts; models are asked in the very words they were trained on.
 # Source: https://deepwiki.com/tatsu-lab/stanford_alpaca/2.2-data-format-and-structure (2026-11-21)
@@ -42,27 +46,32 @@ def is_text(spec: DatasetSpec) -> bool:
     return spec.type in ("completion", "pretrain")
 
 
-def parser(spec: DatasetSpec, *, key: str) -> Parse:
+def parser(spec: DatasetSpec, *, key: str, columns: Collection[str] = ()) -> Parse:
     """Choose how records become texts or turns; the parser gives None for an empty record.
+
+    Args:
+        spec: the entry.
+        key: "datasets[0]".
+        columns: of a record, by which a type is advised where there is none.
 
     Raises:
         AttnimgError: no type (missing-key) or one that is not known (bad-value).
     """
+    fitting = next((type_ for name, type_ in FITTING.items() if name in columns), None)
     if spec.type is None:
         raise AttnimgError(
             f"{key} has no type",
             why=f"found no type for {spec.path}, needed one of {', '.join(TYPES)}",
-            do=f"add `type: alpaca` (or another of them) to {key}",
+            do=f"set {key}.type: {fitting or ' or '.join(TYPES[:-1])}",
             code="missing-key",
             key=f"{key}.type",
         )
     if spec.type not in TYPES:
-        near = [*difflib.get_close_matches(spec.type, TYPES, n=1), "chat_template"]
+        near = difflib.get_close_matches(spec.type, TYPES, n=1)
         raise AttnimgError(
             f"unknown dataset type {spec.type!r}",
             why=f"{key}.type is {spec.type}, needed one of {', '.join(TYPES)}",
-            do=f"set {key}.type: {near[0]}"
-            + ("" if near[1:] else " for conversations, alpaca for instructions"),
+            do=f"set {key}.type: {fitting or ' or '.join(near or TYPES[:-1])}",
             code="bad-value",
             key=f"{key}.type",
         )
@@ -76,7 +85,7 @@ def parser(spec: DatasetSpec, *, key: str) -> Parse:
 def _alpaca(
     prompt: Callable[[str, str], str], record: Mapping[str, Any], place: Place
 ) -> Pair | None:
-    fitting = [name for column, name in FITTING.items() if column in record]
+    fitting = [name for column, name in FITTING.items() if column in record and name != "alpaca"]
     hint = "rename the columns" + "".join(f", or set {place.key}.type: {n}" for n in fitting[:1])
     needed = ("instruction", "output")
     instruction, output = (
@@ -116,6 +125,10 @@ def _chat_prompt(instruction: str, extra: str) -> str:
 
 
 def _running_text(field: str, record: Mapping[str, Any], place: Place) -> Pair | None:
-    hint = f"name the text column: `field: {next(iter(record), 'text')}`"
+    texts = {key: value for key, value in record.items() if isinstance(value, str)}
+    longest = max(texts, key=lambda key: len(texts[key]), default=None)
+    hint = "name the text column: `field: ...`"
+    if longest is not None:
+        hint = f"name the text column: `field: {json.dumps(longest, ensure_ascii=False)}`"
     whole = text(column(record, field, place, needed=(field,), hint=hint), field, place)
     return Pair(None, whole) if whole.strip() else None

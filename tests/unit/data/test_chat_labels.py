@@ -5,7 +5,7 @@ The trained text must be what the assistant says and the token that ends its tur
 
 from __future__ import annotations
 
-import random
+import unicodedata
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -17,13 +17,15 @@ from chat_labels import (
     PLACE,
     TOKENIZERS,
     TOOL,
-    WORDS,
     answer,
     learnt,
     parse,
     tokenizer,
     user,
 )
+from drawn import examples, talks, texts
+from hypothesis import given
+from hypothesis import strategies as st
 
 from attnimg.errors import AttnimgError
 from attnimg.train.data.chat import ChatEncoder, label
@@ -200,6 +202,7 @@ def encoder(name: str, kind: str, **keys: Any) -> ChatEncoder:
 
 def shown(text: str, tokens: str) -> str:
     """A text as the decoder of these tokenizers shows it: it blurs blanks and their stand-in."""
+    text = unicodedata.normalize("NFC", text) if tokens == "byte-level, NFC" else text
     text = text.replace("\u2581", " ")
     return text.replace(" ", "") if tokens == "sentencepiece" else text
 
@@ -316,26 +319,58 @@ def test_a_blank_inside_the_answer_is_labelled_though_trimmed() -> None:
 
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_any_text_is_trained_as_it_is(name: str) -> None:
-    """Random conversations, blanks at both ends included: what is learnt is what was said."""
+    """What is learnt is what was said: any characters, blanks at both ends, equal contents."""
     row = TEMPLATES[name]
-    for seed in range(4 * len(TOKENIZERS)):
-        rng = random.Random(f"{name} {seed}")
-        tokens = TOKENIZERS[seed % len(TOKENIZERS)]
-        turns = [role(_text(rng)) for _ in range(rng.randint(1, 4)) for role in (user, answer)]
-        found = learnt(encoder(name, tokens), {"messages": turns})
-        said = [turn["content"] for turn in turns if turn["role"] == "assistant"]
+
+    @examples(12)
+    @given(st.sampled_from(TOKENIZERS), talks(system=row.system))
+    def check(tokens: str, messages: list[dict[str, Any]]) -> None:
+        found = learnt(encoder(name, tokens), {"messages": messages})
+        said = [turn["content"] for turn in messages if turn["role"] == "assistant"]
         ends = [row.end] * (len(said) - 1) + [row.last or row.end]
         assert len(found) == len(said)
         for run, text, end in zip(found, said, ends, strict=True):
             run, end = shown(run, tokens), shown(end, tokens)
             assert run.endswith(end), tokens
-            # Templates strip contents or not; no blank may come from elsewhere but the first.
-            assert run.removesuffix(end).strip() == shown(text, tokens).strip(), tokens
-            assert len(run.removesuffix(end)) <= len(text) + 1, tokens
+            # Templates strip contents or not. A token may hold a blank of both.
+            learned, whole = run.removesuffix(end), shown(text, tokens)
+            leading = len(whole) - len(whole.lstrip())
+            forms = [
+                cut
+                for k in range(leading + 1)
+                for cut in (whole[k:], whole[k:].rstrip(), whole[k:].rstrip("\n"))
+            ]
+            assert learned in [blank + form for form in forms for blank in ("", " ", "\n")], tokens
+
+    check()
 
 
-def _text(rng: random.Random) -> str:
-    blanks = ["", "", "", " ", "\n", "  ", "\n\n", "\t"]
-    words = rng.choices(WORDS, k=rng.randint(1, 6))
-    inner = "".join(word + rng.choice([" ", " ", "      ", "\n", "\n\n"]) for word in words).strip()
-    return rng.choice(blanks) + inner + rng.choice(blanks)
+# Letters that also stand in templates' own words.
+SHORT = ("a", "s", "r", "think", "user", "7", "Yes", "\u4f60\u597d", "e\u0301te", "{{a}}", "\n")
+
+
+@pytest.mark.parametrize("name", [name for name, row in TEMPLATES.items() if row.reasoning])
+def test_any_reasoning_is_trained_as_it_is(name: str) -> None:
+    row = TEMPLATES[name]
+    text = texts(SHORT, free=False).map(str.strip)
+
+    @examples(10)
+    @given(st.lists(st.tuples(text, text, st.booleans()), min_size=1, max_size=3))
+    def check(answers: list[tuple[str, str, bool]]) -> None:
+        messages = []
+        for reasoning, content, inside in answers:
+            tagged = answer(f"<think>\n{reasoning}\n</think>\n\n{content}")
+            keyed = answer(content, reasoning_content=reasoning)
+            # Other templates write tags as any text.
+            messages += [user("a"), tagged if inside and row.reasoning == TAGS else keyed]
+        found = learnt(encoder(name, "byte-level"), {"messages": messages})
+        wanted = []
+        for number, (reasoning, content, _) in enumerate(answers, start=1):
+            last = number == len(answers)
+            assert row.reasoning is not None
+            whole = row.reasoning.format(reasoning=reasoning, answer=content)
+            wanted.append(whole if last or row.keeps else content)
+            wanted[-1] += row.last or row.end if last else row.end
+        assert [run.lstrip("\n ") for run in found] == wanted
+
+    check()

@@ -204,7 +204,7 @@ def test_what_has_no_effect_is_named(run_on: Run, json_lines: Write, tokenizer: 
         pytest.param([user(), answer("A", tool_calls=[{"function": {}}])], "needed a list of calls",
                      "arguments", id="a call without a name"),
         pytest.param([user(), {"role": "assistant"}], "needed role and content",
-                     "message_property_mappings", id="neither content nor calls"),
+                     "write the key that is missing", id="neither content nor calls"),
         pytest.param([], "needed a list of messages", "role and content", id="no message"),
         pytest.param({"messages": [{"role": "system", "content": "a"}, user(), answer()],
                       "system": "b"}, "a column system beside", "keep one", id="two systems"),
@@ -225,17 +225,6 @@ def test_what_cannot_be_used_is_refused_by_name(
         load_documents(config, tokenizer)
     assert why in caught.value.why
     assert do in caught.value.do
-
-
-def test_the_advice_for_an_unknown_role_works(
-    run_on: Run, json_lines: Write, tokenizer: Any
-) -> None:
-    path = json_lines({"messages": [{"role": "narrator", "content": "Q"}, answer()]})
-    with pytest.raises(AttnimgError) as caught:
-        load_documents(run_on(path, "chat_template"), tokenizer)
-    assert "roles: {user: [narrator]}" in caught.value.do
-    config = run_on(path, "chat_template", spec_roles={"user": ["narrator"]})
-    assert one(config, tokenizer)[1] == "A<|im_end|>"
 
 
 @pytest.mark.parametrize("name", ["system", "history"])

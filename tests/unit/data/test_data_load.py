@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -206,25 +205,6 @@ def test_the_order_is_the_seeds_alone(run_on: Run, json_lines: Write, tokenizer:
     assert [tokenizer.decode(row[:-1]) for row in rows(plain.train)] == [
         record["text"] for record in TEXTS
     ]
-
-
-def test_two_processes_give_the_same_documents(
-    run_on: Run, json_lines: Write, tokenizer: Any
-) -> None:
-    rng = random.Random(0)
-    talks = [
-        [
-            {"role": role, "content": "".join(rng.choices("ab é\u200b\n漢", k=8)) + "x"}
-            for _ in range(rng.randint(1, 3))
-            for role in ("user", "assistant")
-        ]
-        for _ in range(600)
-    ]
-    path = json_lines(*[{"messages": talk} for talk in talks])
-    one = load_documents(run_on(path, "chat_template"), tokenizer)
-    two = load_documents(run_on(path, "chat_template", dataset_num_proc=2), tokenizer)
-    assert rows(one.train) == rows(two.train)
-    assert one.figures == two.figures
 
 
 def test_a_worker_process_hands_its_error_on(

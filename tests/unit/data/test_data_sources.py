@@ -157,8 +157,8 @@ def test_a_pretraining_dataset_needs_no_type(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("type", "advice"),
     [
-        pytest.param("alpacca", "datasets[0].type: alpaca", id="a typo"),
-        pytest.param("sharegpt", "chat_template for conversations", id="another tool's name"),
+        pytest.param("completions", "datasets[0].type: completion", id="a typo"),
+        pytest.param("sharegpt", "datasets[0].type: completion", id="another tool's name"),
         pytest.param("alpaca", "datasets[0].type: completion", id="columns of another type"),
     ],
 )

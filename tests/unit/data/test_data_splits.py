@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
+from advice import edited
 
 from attnimg.errors import AttnimgError
 from attnimg.schema import Config
@@ -185,20 +187,11 @@ def test_saved_sets_in_a_folder_are_its_splits(tmp_path: Path) -> None:
 
 def applied(do: str, why: str, entry: Mapping[str, Any]) -> dict[str, Any]:
     """Edit an entry as the message says, to the letter."""
-    import re
-
-    changed = dict(entry)
-    if found := re.search(r"set datasets\[0\]\.(\w+): ([^,]+)", do):
-        changed[found[1]] = found[2]
-    elif found := re.search(r"remove datasets\[0\]\.(\w+)", do):
-        del changed[found[1]]
-    elif found := re.search(r"set datasets\[0\]\.(\w+) to the files to use, such as (.+)", do):
-        changed[found[1]] = found[2]
-    elif found := re.search(r"set datasets\[0\]\.(\w+) to one of", do):
-        changed[found[1]] = re.findall(r"(?:found |\[')(\w+)", why)[0]
-    else:
-        raise AssertionError(f"nothing to apply in {do!r}")
-    return changed
+    if found := edited(do, "datasets[0].path", {"datasets": [dict(entry)]}):
+        return dict(found[0]["datasets"][0])
+    named = re.search(r"set datasets\[0\]\.(\w+) to one of", do)
+    assert named, f"nothing to apply in {do!r}"
+    return {**entry, named[1]: re.findall(r"(?:found |\[')(\w+)", why)[0]}
 
 
 @pytest.mark.parametrize(

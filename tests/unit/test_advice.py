@@ -1,0 +1,550 @@
+"""Advice that was tried: what each refusal says to do is applied to the config, and helps.
+
+The edit is read from the printed line, every alternative of it; what is then refused must be
+another thing, until nothing is. The last test finds advice in the source that nobody has tried.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import warnings
+from dataclasses import dataclass, field
+from functools import cache
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+from advice import Values, all_advice, edited
+from advice_without_edit import WITHOUT_EDIT
+from tiny_run import CPU, make_model, make_tokenizer
+
+from attnimg.cli.subject import model_file, precision_notes, problem_of
+from attnimg.config import check_values
+from attnimg.config.keys import unsupported_keys
+from attnimg.errors import AttnimgError
+from attnimg.facts import Arch, Machine, Model, Plan
+from attnimg.gpus import parse_gpu
+from attnimg.plan import choose
+from attnimg.problem import read_config, read_model
+from attnimg.schema import Config
+from attnimg.train.causal import require_causal_type
+from attnimg.train.check import check_inputs
+from attnimg.train.data import load_documents
+from attnimg.train.model import load_model_config
+from attnimg.train.tokenizer import load_tokenizer
+
+H100 = Machine(
+    arch=Arch(name="sm_90", vendor="nvidia", capability=(9, 0)), gpu="H100", packages={"torch": "2"}
+)
+T4 = Machine(arch=Arch(name="sm_75", vendor="nvidia", capability=(7, 5)), gpu="T4", packages={})
+TEXTS = [{"text": f"The king spoke {number} times."} for number in range(30)]
+TALK = {
+    "messages": [{"role": "user", "content": "Is it?"}, {"role": "assistant", "content": "Yes."}]
+}
+SHAREGPT = {
+    "conversations": [{"from": "human", "value": "Is it?"}, {"from": "gpt", "value": "Yes."}]
+}
+ALPACA = {"instruction": "Is it?", "output": "Yes."}
+
+
+def table(kind: str) -> bytes:
+    import pyarrow
+    import pyarrow.parquet
+
+    written, rows = io.BytesIO(), pyarrow.Table.from_pylist(TEXTS)
+    if kind == "parquet":
+        pyarrow.parquet.write_table(rows, written)
+    else:
+        with pyarrow.ipc.new_stream(written, rows.schema) as stream:
+            stream.write_table(rows)
+    return written.getvalue()
+
+
+PARQUET, ARROW = table("parquet"), table("arrow")
+COMPLETION, CHAT = {"type": "completion"}, {"type": "chat_template"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A wrong input.
+
+    Attributes:
+        code: of the finding whose advice is followed first.
+        values: keys of the config.
+        entry: keys of its data set.
+        records: of data.jsonl; without them the config alone is checked.
+        files: other files, by name.
+        machine: what it runs on.
+        on: the GPU of --on.
+        torch: the version of --torch.
+        options: how many edits the first advice names; 0 where that grows with the backends.
+    """
+
+    code: str
+    values: Values = field(default_factory=dict)
+    entry: Values = field(default_factory=dict)
+    records: list[Any] | None = None
+    files: dict[str, bytes] = field(default_factory=dict)
+    machine: Machine | None = None
+    on: str | None = None
+    torch: str | None = None
+    options: int = 1
+
+    def findings(self, values: Values) -> list[tuple[str, str | None, str, str]]:
+        """What is refused: code, key, what happened and what to do; warnings of the code too."""
+        arch = parse_gpu(self.on)[0] if self.on else None
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            checked = check_values(values, file="x.yaml", on=arch, torch=self.torch)
+        notes = [w for w in checked.warnings if w.code == self.code]
+        if checked.config is not None and self.code == "fp16-on-cpu":
+            notes = [note for note in precision_notes(checked.config, CPU)]
+        found = [(f.code, f.key, f.what, f.do) for f in (*checked.errors, *notes)]
+        if found or (self.records is None and self.machine is None):
+            return found
+        assert checked.config is not None
+        try:
+            self.start(checked.config)
+        except AttnimgError as error:
+            return [(error.code, error.key, error.what, error.do)]
+        return []
+
+    def start(self, config: Config) -> None:
+        """What `attnimg train` does before it loads a model."""
+        if (path := model_file(config)) is not None:
+            require_causal_type(config, read_config(path))
+        if config.model_type is not None:
+            load_model_config(config)
+        if path is None or path.parent.name == "model":
+            check_inputs(config, self.machine or CPU)
+        if self.records is not None:
+            load_documents(config, load_tokenizer(config, say=lambda _: None), progress=False)
+
+
+def given(case: Case, folder: Path) -> Values:
+    path = folder / "data.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in case.records or TEXTS))
+    for name, content in case.files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+    entry = {"path": str(path), "type": "completion", **case.entry}
+    filled = {key: str(value).format(folder=folder) if "{folder}" in str(value) else value
+              for key, value in entry.items()}  # fmt: skip
+    values = {
+        "base_model": str(folder.parent / "model"), "learning_rate": 1e-3, "bf16": False,
+        "datasets": [{key: value for key, value in filled.items() if value is not None}],
+        "output_dir": str(folder / "out"),
+    } | json.loads(json.dumps(case.values).replace("{folder}", str(folder)))  # fmt: skip
+    return {key: value for key, value in values.items() if value != "absent"}
+
+
+def follow(case: Case, values: Values, said: list[str], done: tuple[str, ...] = ()) -> None:
+    """Follow the advice, every alternative of it, until nothing is refused."""
+    found = case.findings(values)
+    wanted = [finding for finding in found if finding[0] == case.code]
+    if not done:
+        assert wanted, (case.code, found)
+    if not found:
+        return
+    code, key, what, do = (wanted if not done else found)[0]
+    if do not in said:
+        said.append(do)
+    assert f"{what}: {do}" not in done, done
+    assert len(done) < 6, done
+    options = edited(do, key, values)
+    assert options, f"{code}: {do!r} names no edit"
+    if not done and case.options:
+        assert len(options) == case.options, (do, options)
+    for option in options:
+        follow(case, option, said, (*done, f"{what}: {do}"))
+
+
+CASES: dict[str, Case] = {
+    # The config alone.
+    "a computed flag": Case(code="computed-flag", values={"attn_uses_flash_lib": True}),
+    "a short form": Case(code="alias-rejected", values={"attn_implementation": "fa2"}),
+    "no string": Case(code="not-a-string", values={"attn_implementation": 3}, options=0),
+    "a typo of a backend": Case(code="unknown-backend",
+                                values={"attn_implementation": "flash_atention_2"}, options=0),
+    "a legacy flag": Case(code="legacy-flag-deprecated", values={"flash_attention": True}),
+    "two legacy flags": Case(code="legacy-flag-ignored",
+                             values={"flash_attention": True, "sdp_attention": True}),
+    "a legacy flag of no flag": Case(code="bad-value", values={"flash_attention": 3}, options=2),
+    "both names": Case(code="canonical-plus-legacy", values={
+        "flash_attention": True, "sdp_attention": True, "attn_implementation": "sdpa"}),
+    "a typo of a key": Case(code="unknown-key", values={"micro_batchsize": 2}),
+    "another trainer's key": Case(code="unknown-key", values={"lr": 2e-4}),
+    "a typo in an entry": Case(code="unknown-key", entry={"dstype": "json"}),
+    "a key of nobody": Case(code="unknown-key", values={"zzzzz": 1}),
+    "a wrong value": Case(code="bad-value", values={"micro_batch_size": "two"}),
+    "a wrong value in an entry": Case(code="bad-value", entry={"ds_type": "xml"}),
+    "an adapter's unknown key": Case(code="unsupported-key", values={"lora_rx": 8}),
+    "s2 packed": Case(code="s2-with-packing", options=3,
+                      values={"attn_implementation": "s2", "sample_packing": True}),
+    "fp8 packed": Case(code="packing-not-isolated", options=3,
+                       values={"attn_implementation": "fp8", "sample_packing": True}),
+    "a hub kernel packed": Case(code="packing-not-isolated", options=4,
+                                values={"attn_implementation": "a/b", "sample_packing": True}),
+    "a mask": Case(code="packing-by-mask", options=3,
+                   values={"attn_implementation": "sdpa", "sample_packing": True}),
+    "sage in full": Case(code="sage-full-finetune", values={"attn_implementation": "sage"},
+                         options=2),
+    "an old torch": Case(code="flex-torch", values={"attn_implementation": "flex_attention"},
+                         torch="2.5"),
+    "flattened without kernel": Case(code="batch-flattening-needs-varlen", options=2, values={
+        "batch_flattening": True, "attn_implementation": "sdpa"}),
+    "flattened and packed": Case(code="batch-flattening-with-packing", values={
+        "batch_flattening": True, "sample_packing": True}),
+    "scaled elsewhere": Case(code="scaling-softmax-needs-flex", values={
+        "scaling_softmax": True, "attn_implementation": "sdpa"}),
+    "context parallel": Case(code="cp-needs-flash", values={
+        "context_parallel_size": 2, "attn_implementation": "sdpa"}),
+    "context parallel, packed": Case(code="cp-packing-mbs1", values={
+        "context_parallel_size": 2, "attn_implementation": "flash_attention_2",
+        "sample_packing": True, "micro_batch_size": 2}),
+    "rl": Case(code="packing-with-rl", values={"rl": "dpo", "sample_packing": True}),
+    "flex": Case(code="flex-uncompiled", values={"attn_implementation": "flex_attention"},
+                 on="h100"),
+    "fp16 beside bf16": Case(code="bad-value", values={"fp16": True, "bf16": True}, options=2),
+    "fp16 on a CPU": Case(code="fp16-on-cpu", values={"fp16": True, "bf16": "absent"}, options=2),
+    "qlora of 8 bits": Case(code="bad-value", options=2,
+                            values={"adapter": "qlora", "load_in_8bit": True}),
+    "qlora without 4 bits": Case(code="bad-value", options=2,
+                                 values={"adapter": "qlora", "load_in_4bit": False}),
+    "4 bits without adapter": Case(code="bad-value", values={"load_in_4bit": True}, options=2),
+    "8 bits without adapter": Case(code="bad-value", values={"load_in_8bit": True}, options=2),
+    "all held out": Case(code="bad-value", values={"val_set_size": 1.0}),
+    "half a document": Case(code="bad-value", values={"val_set_size": 2.5}),
+    **{f"{one} and {two}": Case(code="bad-value", values=found, options=2) for one, two, found in (
+        ("warmup_steps", "warmup_ratio", {"warmup_steps": 1, "warmup_ratio": 0.1}),
+        ("save_steps", "saves_per_epoch", {"save_steps": 2, "saves_per_epoch": 2}),
+        ("eval_steps", "evals_per_epoch",
+         {"eval_steps": 2, "evals_per_epoch": 2, "val_set_size": 0.1}),
+        ("datasets", "pretraining_dataset", {"pretraining_dataset": [{"path": "a"}]}),
+        ("dataset_num_proc", "dataset_processes", {"dataset_num_proc": 2, "dataset_processes": 2}),
+        ("test_datasets", "val_set_size",
+         {"val_set_size": 0.1, "test_datasets": [{"path": "a", "type": "completion"}]}),
+        ("load_in_4bit", "load_in_8bit",
+         {"load_in_4bit": True, "load_in_8bit": True, "adapter": "lora"}),
+        ("deepspeed", "fsdp", {"deepspeed": "a.json", "fsdp": ["full_shard"]}),
+    )},
+    **{f"{name} on {gpu}": Case(code=code, values={"attn_implementation": name}, on=gpu,
+                                options=options)
+       for name, gpu, code, options in (
+           ("flash_attention_2", "t4", "arch-too-old", 2), ("sage", "t4", "sage-arch", 2),
+           ("flash_attention_3", "b200", "arch-mismatch", 3), ("fp8", "a100", "fp8-arch", 3),
+           ("flash_attention_4", "v100", "arch-too-old", 2), ("sage", "mi300x", "sage-arch", 3),
+           ("flash_attention_2", "cpu", "arch-too-old", 1), ("xformers", "cpu", "arch-too-old", 1),
+       )},
+    # Keys of axolotl, one of each group; all of them below.
+    **{f"{key} of axolotl": Case(code="unsupported-key", values={key: "x"})
+       for key in ("gemma4_hybrid_attn_impl", "rope_scaling", "wandb_project", "liger_rope", "trl",
+                   "float16", "gpu_count", "group_by_length", "loraplus_lr_ratio", "debug",
+                   "batch_size", "use_ray")},
+    "shards of axolotl": Case(code="unsupported-key", entry={"shards": 4}),
+    # What the machine, the model's folder and output_dir allow.
+    "a fused schedule of no cosine": Case(code="bad-value", machine=CPU, options=2, values={
+        "lr_scheduler": "linear", "cosine_min_lr_ratio": 0.1}),
+    "a cosine without its floor": Case(code="bad-value", machine=CPU,
+                                       values={"lr_scheduler": "cosine_with_min_lr"}),
+    "a decay without steps": Case(code="bad-value", machine=CPU,
+                                  values={"lr_scheduler": "warmup_stable_decay"}),
+    "a plateau without evaluation": Case(code="bad-value", machine=CPU,
+                                         values={"lr_scheduler": "reduce_lr_on_plateau"}),
+    "tf32 on Turing": Case(code="bad-value", machine=T4, values={"tf32": True}),
+    "fsdp on a CPU": Case(code="fsdp-needs-gpu", machine=CPU, values={
+        "fsdp": ["full_shard"], "fsdp_config": {"a": 1}}),
+    "deepspeed on a CPU": Case(code="deepspeed-needs-gpu", machine=CPU,
+                               values={"deepspeed": "a.json"}),
+    "torchao's optimizer": Case(code="not-installed", machine=H100,
+                                values={"optimizer": "adamw_torch_8bit"}),
+    **{f"{name} on a CPU": Case(code="bad-value", machine=CPU, values={"optimizer": name})
+       for name in ("paged_adamw", "paged_adamw_32bit", "paged_adamw_8bit", "paged_lion_32bit",
+                    "paged_lion_8bit")},
+    "two ways to evaluate": Case(code="bad-value", machine=CPU, values={
+        "eval_steps": 2, "eval_strategy": "epoch", "val_set_size": 0.1}),
+    "nothing to evaluate on": Case(code="bad-value", machine=CPU, options=2, values={
+        "evals_per_epoch": 2, "eval_strategy": "steps"}),
+    "no checkpoint": Case(code="no-checkpoint", machine=CPU,
+                          values={"resume_from_checkpoint": True}),
+    "a folder that is no checkpoint": Case(
+        code="no-checkpoint", machine=CPU, values={"resume_from_checkpoint": "nowhere"}),
+    "a folder of another run": Case(
+        code="output-dir-not-empty", machine=CPU,
+        files={"out/checkpoint-2/trainer_state.json": b"{}", "out/checkpoint-2/optimizer": b""}),
+    "a prepared path that is a file": Case(
+        code="not-writable", records=TEXTS,
+        values={"dataset_prepared_path": "{folder}/data.jsonl"}),
+    "a model of images": Case(code="not-causal-lm", machine=CPU,
+                              files={"own/config.json": b'{"model_type": "llava"}'},
+                              values={"base_model": "{folder}/own"}),
+    "a model with code": Case(
+        code="not-causal-lm", machine=CPU, values={"base_model": "{folder}/own"},
+        files={"own/config.json": b'{"model_type": "own", "auto_map": '
+                                    b'{"AutoModelForCausalLM": "own.Own"}}'}),
+    "a class of another task": Case(code="not-causal-lm", machine=CPU, values={
+        "model_type": "LlamaForSequenceClassification"}),
+    "a class of nobody": Case(code="bad-value", machine=CPU, values={"model_type": "LLamaLM"}),
+    "a tokenizer of nobody": Case(code="bad-value", records=TEXTS,
+                                  values={"tokenizer_type": "LLamaTokenizer"}),
+    "a tokenizer without tokens": Case(code="bad-model", records=TEXTS, values={
+        "tokenizer_config": "{folder}/../bare"}),
+    "new tokens": Case(code="bad-value", records=TEXTS, values={
+        "adapter": "lora", "tokens": ["<new>"]}),
+    "an adapter of the head": Case(code="bad-value", machine=CPU, values={
+        "adapter": "lora", "lora_target_modules": ["q_proj", "lm_head"]}),
+    # The data.
+    "an end token that is none": Case(code="bad-value", records=TEXTS,
+                                      values={"eot_tokens": ["<|eot|>"]}),
+    "no type, text": Case(code="missing-key", records=TEXTS, entry={"type": None}),
+    "no type, a conversation": Case(code="missing-key", records=[SHAREGPT], entry={"type": None},
+                                    values={"chat_template": "chatml"}),
+    "no type, alpaca": Case(code="missing-key", records=[ALPACA], entry={"type": None}),
+    "another trainer's type": Case(code="bad-value", records=[SHAREGPT], entry={"type": "sharegpt"},
+                                   values={"chat_template": "chatml"}),
+    "a typo of a type": Case(code="bad-value", records=TEXTS, entry={"type": "completions"}),
+    "another column of text": Case(code="wrong-columns",
+                                   records=[{"id": "7", "body": "The king spoke."}]),
+    "another column of messages": Case(
+        code="wrong-columns", entry=CHAT, values={"chat_template": "chatml"},
+        records=[{"id": 7, "tags": ["a"], "talk": TALK["messages"]}]),
+    "text read as a conversation": Case(code="wrong-columns", entry=CHAT, records=TEXTS,
+                                        values={"chat_template": "chatml"}),
+    "a conversation read as alpaca": Case(code="wrong-columns", entry={"type": "alpaca"},
+                                          records=[TALK], values={"chat_template": "chatml"}),
+    "other keys of messages": Case(
+        code="wrong-columns", entry=CHAT, values={"chat_template": "chatml"},
+        records=[{"messages": [{"speaker": "User", "id": "1", "said": "Is it?"},
+                               {"speaker": "Assistant", "id": "2", "said": "Yes."}]}]),
+    "another role": Case(
+        code="bad-data", entry=CHAT, values={"chat_template": "chatml"}, options=2,
+        records=[{"messages": [{"role": "bot: \"x\"", "content": "Is it?"}, *TALK["messages"]]}]),
+    "a role in capitals": Case(
+        code="bad-data", entry=CHAT | {"roles": {"user": ["asker"]}},
+        values={"chat_template": "chatml"},
+        records=[{"messages": [{"role": "asker", "content": "Is it?"},
+                               {"role": "Assistant", "content": "Yes."}]}]),
+    "no chat template": Case(code="missing-key", entry=CHAT, records=[TALK], options=2),
+    "an unknown chat template": Case(code="bad-value", entry=CHAT, records=[TALK],
+                                     values={"chat_template": "chatmi"}),
+    "an entry's unknown chat template": Case(code="bad-value", records=[TALK],
+                                             entry=CHAT | {"chat_template": "lama3"}),
+    "an unused system message": Case(code="bad-value", records=TEXTS,
+                                     values={"default_system_message": "Be brief."}),
+    "a system message for alpaca": Case(
+        code="unsupported-key", records=[ALPACA], entry={"type": "alpaca"},
+        values={"default_system_message": "Be brief.", "chat_template": "chatml",
+                "test_datasets": [{"path": "{folder}/talk.jsonl", "type": "chat_template"}]},
+        files={"talk.jsonl": json.dumps(TALK).encode()}),
+    "all documents held out": Case(code="bad-value", records=TEXTS, values={"val_set_size": 99}),
+    "longer than the row": Case(code="empty-dataset", records=[TALK], entry=CHAT,
+                                values={"sequence_len": 4, "chat_template": "chatml"}),
+    "refused where longer": Case(
+        code="bad-data", records=[*TEXTS, {"text": "king " * 90}], options=4,
+        values={"sequence_len": 64, "excess_length_strategy": "raise"}),
+    "nothing that is trained": Case(
+        code="empty-dataset", entry=CHAT | {"roles_to_train": ["tool"]}, records=[TALK],
+        values={"chat_template": "chatml"}),
+    "a split that is not there": Case(code="bad-value", records=TEXTS, entry={"split": "test"}),
+    "no split's words": Case(code="bad-value", records=TEXTS, entry={"split": "train[a:"},
+                             options=3),
+    "a slice of no rows": Case(code="empty-dataset", records=TEXTS, entry={"split": "train[50:]"}),
+    "a format of two": Case(
+        code="bad-value", records=TEXTS, entry={"path": "{folder}/both"}, options=2,
+        files={"both/a.jsonl": b'{"text": "x y"}\n', "both/b.csv": b"text\nx y\n"}),
+    "no suffix": Case(code="bad-value", records=TEXTS, entry={"path": "{folder}/plain"},
+                      files={"plain": b'{"text": "x y"}\n'}),
+    "no suffix, no JSON": Case(code="bad-value", records=TEXTS, entry={"path": "{folder}/plain"},
+                               options=2, files={"plain": b"text\nx y\nz\n"}),
+    "Parquet by another name": Case(code="bad-value", records=TEXTS,
+                                    entry={"path": "{folder}/a.jsonl"}, files={"a.jsonl": PARQUET}),
+    "a damaged saved set": Case(
+        code="bad-data", records=TEXTS, entry={"path": "{folder}/saved"},
+        files={"saved/state.json": b"{}", "saved/a.arrow": ARROW}),
+    "one document, half held out": Case(code="bad-value", records=TEXTS[:1],
+                                        values={"val_set_size": 0.5}),
+    "a pattern of two splits": Case(
+        code="bad-value", records=TEXTS, entry={"path": "{folder}/two/*.jsonl"},
+        files={"two/train.jsonl": b'{"text": "x y"}\n', "two/test.jsonl": b'{"text": "x y"}\n'}),
+    "no README for a name": Case(
+        code="bad-value", records=TEXTS, entry={"path": "{folder}/one", "name": "en"},
+        files={"one/train.jsonl": b'{"text": "x y"}\n'}),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("advice")
+    make_model(folder / "model")
+    bare = make_tokenizer(folder / "bare")
+    for name in ("bos_token", "eos_token"):
+        setattr(bare, name, None)
+    bare.save_pretrained(folder / "bare")
+    return folder
+
+
+@cache
+def tried(name: str, place: Path) -> tuple[str, ...]:
+    """Follow the advice of one case; return all that was said on the way."""
+    folder = place / re.sub(r"\W+", "-", name)
+    folder.mkdir(exist_ok=True)
+    said: list[str] = []
+    case = CASES[name]
+    follow(case, given(case, folder), said)
+    return tuple(said)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_what_is_advised_helps(name: str, place: Path) -> None:
+    assert tried(name, place)
+
+
+def test_each_key_of_axolotl_is_accepted_once_it_is_removed(place: Path) -> None:
+    for key in unsupported_keys().keys() - {"scaling_softmax", "context_parallel_size"}:
+        case = Case(code="unsupported-key", values={key: "x"})
+        values = given(case, place / "model")
+        ((code, named, _, do),) = case.findings(values)
+        assert (code, named) == ("unsupported-key", key)
+        (removed,) = edited(do, named, values)
+        assert not case.findings(removed), key
+
+
+WIDE, SINKS = {"head_dim": 320}, {"model_type": "gpt_oss", "head_dim": 64, "sliding_window": 128}
+GPUS = ("t4", "h100", "rtx5090", "mi300x", "cpu")
+NAMED = (
+    "auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flash_attention_4",
+    "xformers", "flex_attention", "sage", "s2", "fp8", "kernels-community/flash-attn3",
+)  # fmt: skip
+
+
+def plan_of(values: Values, arch: Arch, model: Model | None) -> Plan:
+    config = Config.model_validate(values)
+    task = problem_of(config, model=model, dropout=0.0, arch=arch)
+    machine = Machine(arch=arch, gpu=arch.name, packages=None)
+    return choose(config.attn_implementation, machine, task)
+
+
+@cache
+def planned() -> tuple[str, ...]:
+    """Follow the advice of plans that chose nothing; return all that was said."""
+    said: list[str] = []
+    shape = {"model_type": "llama", "hidden_size": 256, "num_attention_heads": 4,
+             "num_key_value_heads": 2, "num_hidden_layers": 2}  # fmt: skip
+    for gpu, asked, packed, other in product(GPUS, NAMED, (True, False), ({}, WIDE, SINKS)):
+        arch, model = parse_gpu(gpu)[0], read_model(shape | other)
+        values = {"attn_implementation": asked, "sample_packing": packed, "bf16": True}
+        found = plan_of(values, arch, model)
+        if found.chosen is not None or found.do.startswith("see the reasons"):
+            continue
+        said.append(found.do)
+        options = edited(found.do, "attn_implementation", values)
+        assert options, found.do
+        for option in options:
+            again = plan_of(option, arch, model)
+            assert again.chosen is not None or again.do != found.do, (gpu, values, found.do)
+            assert again.chosen is not None or option["attn_implementation"] == asked, again.do
+    return tuple(dict.fromkeys(said))
+
+
+def test_what_a_plan_advises_fits() -> None:
+    assert len(planned()) > 5
+
+
+USER, YES = {"role": "user", "content": "Is it?"}, {"role": "assistant", "content": "Yes."}
+CALL = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
+CALLING = (
+    "{{ tools }}{% for m in messages %}<s>{{ m.role }}\n{{ m.content or '' }}"
+    "{{ m.tool_calls or '' }}{{ eos_token }}{% endfor %}"
+)
+PLAIN = "{% for m in messages %}<s>{{ m.role }}\n{{ m.content }}{{ eos_token }}{% endfor %}"
+TOOL = {"type": "function", "function": {"name": "f"}}
+# A record that is refused, and what becomes of it where the advice is followed.
+RECORDS: dict[str, tuple[Any, Any, str]] = {
+    "a call of OpenAI's older kind": (
+        [USER, {"role": "assistant", "function_call": {"name": "f", "arguments": '{"x": 1}'}}],
+        [USER, {"role": "assistant", "tool_calls": [CALL]}], CALLING),
+    "a role for a call": (
+        [USER, {"role": "function_call", "content": "f(1)"}],
+        [USER, {"role": "assistant", "tool_calls": [CALL]}], CALLING),
+    "a role for a result": (
+        [USER, {"role": "assistant", "tool_calls": [CALL]}, {"role": "observation",
+         "content": "7"}],
+        [USER, {"role": "assistant", "tool_calls": [CALL]}, {"role": "tool", "content": "7"}],
+        CALLING),
+    "a call without name": (
+        [USER, {"role": "assistant", "tool_calls": [{"function": {}}]}],
+        [USER, {"role": "assistant", "tool_calls": [CALL]}], CALLING),
+    "images": ([USER | {"images": ["a.png"]}, YES], [USER, YES], PLAIN),
+    "a part that is no text": ([USER | {"content": [{"type": "image", "url": "a"}]}, YES],
+                               [USER | {"content": "Is it?"}, YES], PLAIN),
+    "flags that differ": ([USER, YES | {"train": True, "weight": 0}],
+                          [USER, YES | {"train": True}], PLAIN),
+    "half a weight": ([USER, YES | {"weight": 0.5}], [USER, YES | {"weight": 1}], PLAIN),
+    "two kinds of reasoning": (
+        [USER, YES | {"reasoning_content": "a", "thinking": "b"}],
+        [USER, YES | {"reasoning_content": "a"}], PLAIN.replace("{{ m.content }}",
+                                                                "{{ m.reasoning_content }}\n"
+                                                                "{{ m.content }}")),
+    "a number for a text": ([USER | {"content": 7}, YES], [USER | {"content": "7"}, YES], PLAIN),
+    "a message that is text": (["Is it?", YES], [USER, YES], PLAIN),
+    "text for a conversation": ("Is it?", [USER, YES], PLAIN),
+    "reasoning that is dropped": (
+        [USER, YES | {"reasoning_content": "The king spoke."}],
+        [USER, YES | {"content": "<think>The king spoke.</think>Yes."}], PLAIN),
+    "tools that are dropped": (
+        {"messages": [USER, YES], "tools": [TOOL]},
+        {"messages": [{"role": "system", "content": "tools: f"}, USER, YES]}, PLAIN),
+    "tools that are no list": (
+        {"messages": [USER, YES], "tools": {"f": 1}}, {"messages": [USER, YES], "tools": [TOOL]},
+        CALLING),
+    "a record that is a number": (3, {"messages": [USER, YES]}, PLAIN),
+    "a column system beside a turn": (
+        {"system": "Go.", "messages": [{"role": "system", "content": "Be brief."}, USER, YES]},
+        {"system": "Go.", "messages": [USER, YES]}, PLAIN),
+}  # fmt: skip
+
+
+@cache
+def mended(name: str, place: Path) -> str:
+    """What is said of a record; the record that follows it must be taken."""
+    wrong, right, template = RECORDS[name]
+    said = []
+    folder = place / re.sub(r"\W+", "-", name)
+    folder.mkdir(exist_ok=True)
+    for record in (wrong, right):
+        if not isinstance(record, dict | int):
+            record = {"messages": record}
+        case = Case(code="bad-data", records=[record], entry=CHAT, options=0,
+                    values={"chat_template_jinja": template, "train_on_inputs": True})  # fmt: skip
+        said.append([do for *_, do in case.findings(given(case, folder))])
+    (do,), none = said
+    assert not none
+    return do
+
+
+@pytest.mark.parametrize("name", RECORDS)
+def test_a_record_that_follows_the_advice_is_taken(name: str, place: Path) -> None:
+    assert mended(name, place)
+
+
+def test_all_advice_in_the_source_was_tried(place: Path) -> None:
+    said = [line for name in CASES for line in tried(name, place)]
+    said += [*planned(), *(mended(name, place) for name in RECORDS)]
+    excused = {text for texts in WITHOUT_EDIT.values() for text in texts}
+    known = all_advice()
+    untried = {
+        text: file
+        for text, file in known.items()
+        if text not in excused and not any(_spells(text, line) for line in said)
+    }
+    assert not untried, "add a case for this advice, or the reason why it names no edit"
+    assert excused <= known.keys(), "these texts are no longer in the source"
+
+
+def _spells(text: str, line: str) -> bool:
+    """Return whether a printed line is this text; one without words of its own counts as any."""
+    pattern = ".*".join(map(re.escape, text.split("{}")))
+    return not text.strip("{} ") or re.fullmatch(pattern, line, re.DOTALL) is not None
