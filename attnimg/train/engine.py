@@ -1,7 +1,7 @@
 """TRL's SFTTrainer, made to survive kills, stop on signals and count what it trains.
 
-The loss is SFTTrainer's: negative log-likelihood averaged over the trained tokens of a step, on
-all processes, through its chunked output head.
+The loss is the negative log-likelihood averaged over the trained tokens of a step, on all
+processes. objective.py computes it; own_loss.py compares it with the model's own before a run.
 """
 
 from __future__ import annotations
@@ -202,7 +202,7 @@ class Engine(Evaluator):
             "step": self.state.global_step,
             "tokens": self.meter.total_tokens,
             "window": {"loss": loss, "from_step": self._globalstep_last_logged,
-                       "tokens": tokens, "places": places},
+                       "tokens": tokens, "places": places, "aux": self.aux_window()},
             "evaluate_first": self._evaluation_due(),
             "identity": dict(self.identity),
         }  # fmt: skip
@@ -218,3 +218,4 @@ class Engine(Evaluator):
         # The sums are of all processes; one of them carries them on.
         if self.is_world_process_zero():
             self.meter.count(window["tokens"], window["places"])
+            self.restore_aux_window(window.get("aux", [0, 0]))
