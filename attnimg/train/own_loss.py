@@ -54,6 +54,8 @@ def check_loss(engine: Any, rows: Rows, *, context: RunContext, sharded: bool) -
         AttnimgError: the loss of the class is not the negative log-likelihood of its logits
             (loss-differs), or the model raises (model-raised); exit code 1.
     """
+    import torch
+
     began = time.monotonic()
     if sharded:
         return LossCheck(compared=False, why="FSDP or DeepSpeed shards the weights")
@@ -62,8 +64,11 @@ def check_loss(engine: Any, rows: Rows, *, context: RunContext, sharded: bool) -
     if batch is None:
         return LossCheck(compared=False, why="the first rows have no trained token")
     inputs = {name: value for name, value in batch.items() if name != COUNTS}
-    with _undisturbed(engine):
-        found = _Check(engine, engine._prepare_inputs(inputs), context).run()
+    try:
+        with _undisturbed(engine):
+            found = _Check(engine, engine._prepare_inputs(inputs), context).run()
+    except torch.OutOfMemoryError:
+        return LossCheck(compared=False, why="a batch of them takes more GPU memory than is free")
     return replace(
         found, aux_coefficient=engine.aux_coefficient, seconds=round(time.monotonic() - began, 3)
     )
@@ -120,7 +125,7 @@ class _Check:
             return None, _short(error)
 
     def models(self) -> tuple[Loss, Tolerance, int]:
-        """Compute the loss by the model's own forward with labels, and what roundings may change.
+        """Compute the loss by the model's own forward, and what roundings may change.
 
         Raises:
             AttnimgError: its loss is not that of its logits (loss-differs).
@@ -134,11 +139,12 @@ class _Check:
         targets = shifted(arguments["labels"])
         tokens = int((targets != -100).sum())
         with _calling(engine):
-            outputs = engine.model(**arguments)
+            outputs = self.own_outputs(arguments)
             nll = -score(outputs.logits, targets)[0].sum() / max(tokens, 1)
             aux, ours = None, nll
             if engine.aux_coefficient is not None:
-                aux = outputs.aux_loss
+                aux = getattr(outputs, "aux_loss", None)
+            if aux is not None:
                 ours = nll + engine.aux_coefficient * aux.to(nll.device)
             total = outputs.loss if getattr(outputs, "loss", None) is not None else ours
             with torch.no_grad():
@@ -149,6 +155,19 @@ class _Check:
         if abs(found.total - ours.item()) > tolerance.loss:
             raise _differs(engine, own=found.total, ours=ours.item())
         return found, tolerance, tokens
+
+    def own_outputs(self, arguments: dict[str, Any]) -> Any:
+        """Call the model with labels; without, where its own loss does not work on such rows."""
+        import torch
+
+        try:
+            return self.engine.model(**arguments)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception:
+            return self.engine.model(
+                **{name: value for name, value in arguments.items() if name != "labels"}
+            )
 
     def figures(self, nll: torch.Tensor, total: torch.Tensor, aux: torch.Tensor | None) -> Loss:
         """Return the numbers, with the norm of the gradient of the trained weights."""

@@ -13,6 +13,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1] / "fixtures"))
 from tiny_engine import make_engine, make_session
 from tiny_models import tiny_model
+from wrong_heads import WRONG_HEADS
 
 from attnimg.errors import AttnimgError
 from attnimg.train.loss_facts import sentence
@@ -119,44 +120,11 @@ def test_a_cap_that_bfloat16_hides_shows_in_the_output_layer(tmp_path: Path) -> 
     assert "large hidden states" in found.why
 
 
-def unshifted(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """Score each position's own label."""
-    return lambda labels=None, **given: forward(
-        shift_labels=labels if given.get("fused_lm_head") else None, labels=labels, **given
-    )
-
-
-def half_gradient(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """Return the right loss, whose gradient is half of what it should be."""
-
-    def call(**given: Any) -> Any:
-        outputs = forward(**given)
-        if given.get("fused_lm_head"):
-            outputs.log_probs = (outputs.log_probs + outputs.log_probs.detach()) / 2
-        return outputs
-
-    return call
-
-
-def scaled(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """Return log-probabilities a hundredth too large."""
-
-    def call(**given: Any) -> Any:
-        outputs = forward(**given)
-        if given.get("fused_lm_head"):
-            outputs.log_probs = outputs.log_probs * 1.01
-        return outputs
-
-    return call
-
-
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-@pytest.mark.parametrize("mutant", [unshifted, half_gradient, scaled])
-def test_a_wrong_trainer_head_is_seen(
-    tmp_path: Path, mutant: Callable[..., Any], precision: Any
-) -> None:
+@pytest.mark.parametrize("wrong", WRONG_HEADS)
+def test_a_wrong_trainer_head_is_seen(tmp_path: Path, wrong: str, precision: Any) -> None:
     engine, session = engine_of(tmp_path, tiny_model("llama"), precision=precision)
-    engine.model.forward = mutant(engine.model.forward)
+    engine.model.forward = WRONG_HEADS[wrong](engine.model.forward)
     found = check(engine, session)
     assert found.head == "own", found
 

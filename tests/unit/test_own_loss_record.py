@@ -1,0 +1,28 @@
+"""The committed record of benchmarks/own_loss.py is of this code, and without errors."""
+
+from __future__ import annotations
+
+import json
+
+from benchmarks import own_loss
+
+RECORD = json.loads(own_loss.RECORD.read_text(encoding="utf-8"))
+
+
+def test_the_record_is_of_this_code_and_these_types() -> None:
+    described = own_loss.described()
+    assert {name: RECORD[name] for name in described} == described
+    assert list(RECORD["compared"]) == [*own_loss.TYPES, *own_loss.CAPPED]
+    assert len(set(own_loss.TYPES)) == 40
+
+
+def test_the_summary_is_of_what_was_compared() -> None:
+    found = own_loss.summary(RECORD["compared"])
+    assert {name: RECORD[name] for name in found} == found
+
+
+def test_no_right_head_is_said_to_differ_and_no_wrong_one_is_missed() -> None:
+    right, wrong, capped = RECORD["right"], RECORD["wrong"], RECORD["capped"]
+    assert right["comparisons"] == 40 * len(own_loss.PRECISIONS) * len(own_loss.WEIGHTS)
+    assert wrong["comparisons"] == 40 * len(own_loss.PRECISIONS) * len(RECORD["wrong_heads"])
+    assert right["false_alarms"] == wrong["missed"] == capped["missed"] == []
