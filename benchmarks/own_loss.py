@@ -33,8 +33,8 @@ TYPES = (
     "ernie4_5", "exaone4", "nemotron", "helium", "seed_oss", "mixtral", "qwen2_moe",
     "qwen3_moe", "granitemoe", "olmoe", "deepseek_v3", "mamba2", "falcon_h1",
 )  # fmt: skip
-# Types with a cap that it drops: these must be found.
-CAPPED = ("recurrent_gemma", "xlstm")
+# Types whose output layer it does not: a cap, a transform, a bias or an output it does not know.
+MISSED_BY_TRL = ("recurrent_gemma", "xlstm", "modernbert-decoder", "inkling_text", "llama4_text")
 PRECISIONS = ("float32", "bfloat16")
 WEIGHTS: dict[str, dict[str, Any]] = {
     "full": {},
@@ -50,7 +50,7 @@ def main() -> int:
     import torch
 
     torch.set_num_threads(1)
-    wanted = sys.argv[1:] or [*TYPES, *CAPPED]
+    wanted = sys.argv[1:] or [*TYPES, *MISSED_BY_TRL]
     record: dict[str, Any] = {
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "machine": f"{platform.machine()} CPU, torch {torch.__version__}",
@@ -62,12 +62,12 @@ def main() -> int:
         record["compared"][model_type] = found
         print(f"{model_type}: {json.dumps(found)}", flush=True)
     record |= summary(record["compared"])
-    for name in ("right", "wrong", "capped"):
+    for name in ("right", "wrong", "missed_by_trl"):
         print(f"{name}: {json.dumps(record[name])}")
     if not sys.argv[1:]:
         RECORD.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     return int(bool(record["right"]["false_alarms"] or record["wrong"]["missed"]
-                    or record["capped"]["missed"]))  # fmt: skip
+                    or record["missed_by_trl"]["missed"]))  # fmt: skip
 
 
 def described() -> dict[str, Any]:
@@ -76,7 +76,7 @@ def described() -> dict[str, Any]:
     layer = import_module("attnimg.train.output_layer")
     return {
         "types": list(TYPES),
-        "types_capped": list(CAPPED),
+        "types_missed_by_trl": list(MISSED_BY_TRL),
         "precisions": list(PRECISIONS),
         "weights": list(WEIGHTS),
         "wrong_heads": list(import_module("wrong_heads").WRONG_HEADS),
@@ -95,25 +95,33 @@ def compare_type(model_type: str) -> dict[str, dict[str, Any]]:
         for precision in PRECISIONS:
             for weights, keys in WEIGHTS.items():
                 run = f"{precision} {weights}"
-                if model_type == "xlstm" and weights == "qlora":
-                    continue  # it multiplies with weights itself, which are packed in 4 bit
-                found[run] = figures(compare(folder, precision=precision, **keys))
+                if model_type in MISSED_BY_TRL and weights == "qlora":
+                    continue  # xLSTM multiplies with weights itself, which 4 bits pack
+                found[run] = compare(folder, precision=precision, **keys)
             if model_type in TYPES:
                 for fault, wrong in heads.WRONG_HEADS.items():
-                    check = compare(folder, precision=precision, wrong=wrong)
-                    found[f"{precision} {fault}"] = figures(check)
+                    found[f"{precision} {fault}"] = compare(
+                        folder, precision=precision, wrong=wrong
+                    )
     return found
 
 
-def compare(folder: Path, *, precision: str, wrong: Any = None, **keys: Any) -> Any:
+def compare(folder: Path, *, precision: str, wrong: Any = None, **keys: Any) -> dict[str, Any]:
     """Load and compare as a run does; with a wrong head where one is given."""
+    errors = import_module("attnimg.errors")
     engines = import_module("tiny_engine")
     own_loss = import_module("attnimg.train.own_loss")
     session = engines.make_session(folder, precision=precision, **keys)
     engine = engines.make_engine(session)
     if wrong is not None:
         engine.model.forward = wrong(engine.model.forward)
-    return own_loss.check_loss(engine, session.train, context=session.run.context, sharded=False)
+    try:
+        return figures(
+            own_loss.check_loss(engine, session.train, context=session.run.context, sharded=False)
+        )
+    except errors.AttnimgError as error:
+        head = f"refused: {error.what}: {error.why}"
+        return {"head": head, "on_data": None, "output_layer": None, "seconds": 0.0}
 
 
 def figures(check: Any) -> dict[str, Any]:
@@ -133,8 +141,8 @@ def summary(compared: dict[str, Any]) -> dict[str, Any]:
     runs = [(f"{kind} {run}", kind, run, found) for kind, of_type in compared.items()
             for run, found in of_type.items()]  # fmt: skip
     wrong = [item for item in runs if item[2].endswith(faults)]
-    capped = [item for item in runs if item[1] in CAPPED]
-    right = [item for item in runs if item not in wrong and item not in capped]
+    missed = [item for item in runs if item[1] in MISSED_BY_TRL]
+    right = [item for item in runs if item not in wrong and item not in missed]
 
     def largest(quantity: str) -> float:
         return max((found[quantity] for *_, found in right if found[quantity] is not None),
@@ -156,9 +164,9 @@ def summary(compared: dict[str, Any]) -> dict[str, Any]:
             "comparisons": len(wrong),
             "missed": [name for name, *_, found in wrong if found["head"] != "own"],
         },
-        "capped": {
-            "comparisons": len(capped),
-            "missed": [name for name, *_, found in capped if found["head"] != "own"],
+        "missed_by_trl": {
+            "comparisons": len(missed),
+            "missed": [name for name, *_, found in missed if found["head"] != "own"],
         },
     }  # fmt: skip
 

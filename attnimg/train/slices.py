@@ -10,7 +10,7 @@ from attnimg.train.rows import Batch, Rows
 
 # Memory that the float32 logits of a slice may take; a backward pass holds about four such tensors.
 LOGITS_MIB = 128
-MOST_TOKENS = 1024
+MOST_TOKENS = 512
 MOST_DOCUMENTS = 16
 # Rows to look through for a trained token.
 ROWS = 64

@@ -12,7 +12,7 @@ RECORD = json.loads(own_loss.RECORD.read_text(encoding="utf-8"))
 def test_the_record_is_of_this_code_and_these_types() -> None:
     described = own_loss.described()
     assert {name: RECORD[name] for name in described} == described
-    assert list(RECORD["compared"]) == [*own_loss.TYPES, *own_loss.CAPPED]
+    assert list(RECORD["compared"]) == [*own_loss.TYPES, *own_loss.MISSED_BY_TRL]
     assert len(set(own_loss.TYPES)) == 40
 
 
@@ -22,7 +22,7 @@ def test_the_summary_is_of_what_was_compared() -> None:
 
 
 def test_no_right_head_is_said_to_differ_and_no_wrong_one_is_missed() -> None:
-    right, wrong, capped = RECORD["right"], RECORD["wrong"], RECORD["capped"]
+    right, wrong, missed = RECORD["right"], RECORD["wrong"], RECORD["missed_by_trl"]
     assert right["comparisons"] == 40 * len(own_loss.PRECISIONS) * len(own_loss.WEIGHTS)
     assert wrong["comparisons"] == 40 * len(own_loss.PRECISIONS) * len(RECORD["wrong_heads"])
-    assert right["false_alarms"] == wrong["missed"] == capped["missed"] == []
+    assert right["false_alarms"] == wrong["missed"] == missed["missed"] == []
