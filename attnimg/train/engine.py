@@ -19,6 +19,7 @@ from attnimg.train import checkpoint as checkpoints
 from attnimg.train import metrics
 from attnimg.train.disk import writing
 from attnimg.train.evaluator import EvaluationCut, Evaluator
+from attnimg.train.renamed import load_renamed
 from attnimg.train.rows import COUNTS, Collator
 from attnimg.train.signals import StopFlag, Stopped
 
@@ -150,6 +151,13 @@ class Engine(Evaluator):
             tokens, places = self.accelerator.reduce(counts, reduction="sum").tolist()
             logs.update(self.meter.close_window(tokens=tokens, places=places))
         super().log(logs, start_time)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """Load a checkpoint's weights, also those that it has under other names."""
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        if not sharded and not hasattr(self.model, "get_base_model"):
+            load_renamed(self.model, Path(resume_from_checkpoint))
 
     def _get_output_dir(self, trial: Any) -> str:  # noqa: ARG002  transformers' signature
         """Point transformers' writing at the folder of unfinished checkpoints."""

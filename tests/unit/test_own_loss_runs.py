@@ -134,6 +134,19 @@ def test_an_interrupted_window_logs_the_same_auxiliary_loss(tmp_path: Path) -> N
     assert (tmp_path / "out" / weights).read_bytes() == (tmp_path / weights).read_bytes()
 
 
+def test_a_resumed_run_has_its_trained_experts(tmp_path: Path) -> None:
+    save(tmp_path, "mixtral")
+    keys: dict[str, Any] = {"max_steps": 3, "save_steps": 2}
+    run(tmp_path, tmp_path / "out", **keys)
+    whole, weights = losses(tmp_path / "out"), tmp_path / "out/model.safetensors"
+    for path in (weights, tmp_path / "out/checkpoint-3"):
+        if path.exists():
+            path.rename(tmp_path / path.name)
+    run(tmp_path, tmp_path / "out", resume_from_checkpoint=True, **keys)
+    assert losses(tmp_path / "out") == whole
+    assert weights.read_bytes() == (tmp_path / weights.name).read_bytes()
+
+
 def test_a_capped_model_trains_on_its_own_logits(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
