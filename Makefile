@@ -81,6 +81,9 @@ bench: .venv/ready ## Measure the figures of the README
 bench/proof-noise: .venv/ready ## Count how often proofs misjudge kernels with a GPU's noise, an hour
 	$(BIN)/python benchmarks/proof_noise.py
 
+bench/own-loss: .venv/ready ## Count how often a run's loss is wrongly said to differ from its model's, 15 minutes
+	$(BIN)/python benchmarks/own_loss.py
+
 lock: .venv/ready ## Resolve requirements/ anew, from pyproject.toml and recipes/
 	$(BIN)/uv pip compile -q --python-version 3.11 --generate-hashes --no-emit-index-url \
 	  $(addprefix --find-links ,$(PIP_FIND_LINKS)) `# pip's CPU build of torch: the index's needs CUDA` \

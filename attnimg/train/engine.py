@@ -1,7 +1,7 @@
 """TRL's SFTTrainer, made to survive kills, stop on signals and count what it trains.
 
-The loss is SFTTrainer's: negative log-likelihood averaged over the trained tokens of a step, on
-all processes, through its chunked output head.
+The loss is the negative log-likelihood averaged over the trained tokens of a step, on all
+processes. objective.py computes it; own_loss.py compares it with the model's own before a run.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from attnimg.train import checkpoint as checkpoints
 from attnimg.train import metrics
 from attnimg.train.disk import writing
 from attnimg.train.evaluator import EvaluationCut, Evaluator
+from attnimg.train.renamed import load_renamed
 from attnimg.train.rows import COUNTS, Collator
 from attnimg.train.signals import StopFlag, Stopped
 
@@ -151,6 +152,13 @@ class Engine(Evaluator):
             logs.update(self.meter.close_window(tokens=tokens, places=places))
         super().log(logs, start_time)
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """Load a checkpoint's weights, also those that it has under other names."""
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        if not sharded and not hasattr(self.model, "get_base_model"):
+            load_renamed(self.model, Path(resume_from_checkpoint))
+
     def _get_output_dir(self, trial: Any) -> str:  # noqa: ARG002  transformers' signature
         """Point transformers' writing at the folder of unfinished checkpoints."""
         return str(self.folder / checkpoints.PARTIAL)
@@ -202,7 +210,7 @@ class Engine(Evaluator):
             "step": self.state.global_step,
             "tokens": self.meter.total_tokens,
             "window": {"loss": loss, "from_step": self._globalstep_last_logged,
-                       "tokens": tokens, "places": places},
+                       "tokens": tokens, "places": places, "aux": self.aux_window()},
             "evaluate_first": self._evaluation_due(),
             "identity": dict(self.identity),
         }  # fmt: skip
@@ -218,3 +226,4 @@ class Engine(Evaluator):
         # The sums are of all processes; one of them carries them on.
         if self.is_world_process_zero():
             self.meter.count(window["tokens"], window["places"])
+            self.restore_aux_window(window.get("aux", [0, 0]))

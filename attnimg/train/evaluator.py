@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from trl import SFTTrainer
 
 from attnimg.train.distributed import any_rank
+from attnimg.train.objective import Objective
 from attnimg.train.rows import COUNTS, Collator
 from attnimg.train.signals import StopFlag
 
@@ -16,7 +16,7 @@ class EvaluationCut(Exception):
     """A signal came while evaluating; the rest of the evaluation is left for the next session."""
 
 
-class Evaluator(SFTTrainer):  # type: ignore[misc]  # TRL's types are not followed
+class Evaluator(Objective):
     """The part of the engine that evaluates.
 
     Args:

@@ -28,7 +28,7 @@ from attnimg.train.resume import identity_in, notes, require_same, require_steps
 from attnimg.train.rows import Rows, even_out, make_rows
 from attnimg.train.run import FitResult, RunFacts
 from attnimg.train.schedule import plan_steps
-from attnimg.train.session import Session, build_engine, run_engine
+from attnimg.train.session import Session, build_engine, check_own_loss, run_engine
 from attnimg.train.signals import StopFlag, Stopped
 
 if TYPE_CHECKING:
@@ -127,14 +127,14 @@ def _with_receipt(session: Session, data_figures: object) -> FitResult:
     if first:
         write_receipt(session.folder, receipt, status="running")
     try:
-        result = _train(session)
+        result = _train(session, receipt)
     except BaseException as error:
         if first:
             _write_end(session.folder, receipt, error=error)
         raise
     if first:
         figures = asdict(result)
-        names = ("steps", "loss", "eval_loss", "tokens", "seconds")
+        names = ("steps", "loss", "eval_loss", "aux_loss", "tokens", "seconds")
         receipt |= {"metrics": {name: figures[name] for name in names}, "files": result.files}
         write_receipt(session.folder, receipt, status="done")
     return result
@@ -164,12 +164,15 @@ def _rows(
     return train, evaluation
 
 
-def _train(session: Session) -> FitResult:
-    """Build the engine, run it, and write what the run is for."""
+def _train(session: Session, receipt: dict[str, object]) -> FitResult:
+    """Build the engine, compare its loss with the model's, run it, and write what it is for."""
     began = time.monotonic()
     first = rank() == 0
     view = ProgressView(session.console, total=session.schedule.total_steps, visible=first)
     engine = build_engine(session, view)
+    receipt["loss"] = check_own_loss(engine, session)
+    if first:
+        write_receipt(session.folder, receipt, status="running")
     try:
         notes = run_engine(engine, session)
     finally:
@@ -184,6 +187,7 @@ def _train(session: Session) -> FitResult:
         steps=engine.state.global_step,
         loss=next((line["loss"] for line in reversed(lines) if "loss" in line), None),
         eval_loss=next((x["eval_loss"] for x in reversed(lines) if "eval_loss" in x), None),
+        aux_loss=next((line["aux_loss"] for line in reversed(lines) if "aux_loss" in line), None),
         tokens=engine.meter.total_tokens,
         seconds=time.monotonic() - began,
         files=tuple(files),

@@ -32,7 +32,7 @@ class Rows:
     """
 
     dataset: Dataset
-    collate: Collator
+    collate: CountingCollator
     figures: Mapping[str, object]
 
 
@@ -44,7 +44,7 @@ class CountingCollator:
         capacity: tokens a row can hold when rows are packed; None counts the places of the batch.
     """
 
-    def __init__(self, collate: Collator, *, capacity: int | None) -> None:
+    def __init__(self, collate: PackedCollator | PaddedCollator, *, capacity: int | None) -> None:
         self.collate, self.capacity = collate, capacity
 
     def __call__(self, examples: list[dict[str, Any]]) -> Batch:
@@ -52,10 +52,14 @@ class CountingCollator:
         import torch
 
         tokens = sum(len(example["input_ids"]) for example in examples)
-        batch = self.collate(examples)
+        batch: Batch = {**self.collate(examples)}
         places = self.capacity * len(examples) if self.capacity else batch["input_ids"].numel()
         batch[COUNTS] = torch.tensor([tokens, places])
         return batch
+
+    def without_fixed_length(self) -> CountingCollator:
+        """Return a collator that pads to the longest row alone."""
+        return CountingCollator(replace(self.collate, pad_to=None), capacity=None)
 
 
 def make_rows(
@@ -79,7 +83,7 @@ def make_rows(
         dataset, tokens = documents, int(_lengths(documents).sum())
         filled = tokens / (len(documents) * config.sequence_len)
     if packed or flat:
-        collate: Collator = PackedCollator(
+        collate: PackedCollator | PaddedCollator = PackedCollator(
             pad_token_id=pad_token_id,
             one_row=context.one_row,
             seq_idx=context.seq_idx,

@@ -43,6 +43,8 @@ class FitResult:
         steps: optimizer steps the model has behind it, those of earlier sessions included.
         loss: of the last logged window of steps; None when no step was left to train.
         eval_loss: of the last evaluation, per trained token; None without one.
+        aux_loss: the auxiliary loss of a mixture of experts in that window, without its weight;
+            None where the model is not asked for it.
         tokens: real tokens seen, padding left out, earlier sessions included.
         seconds: wall time of this session.
         files: what was written, in the order a person looks for it.
@@ -53,6 +55,7 @@ class FitResult:
     steps: int
     loss: float | None
     eval_loss: float | None
+    aux_loss: float | None
     tokens: int
     seconds: float
     files: tuple[Path, ...]

@@ -14,6 +14,7 @@ from attnimg.facts import RunContext
 from attnimg.schema import Config
 from attnimg.train.arguments import training_arguments
 from attnimg.train.checkpoint import ResumePoint
+from attnimg.train.loss_facts import LossCheck, sentence
 from attnimg.train.progress import ProgressView
 from attnimg.train.rows import Rows
 from attnimg.train.run import RunFacts
@@ -128,6 +129,28 @@ def _require_context(engine: Any, context: RunContext, *, deepspeed: bool) -> No
         code="context-differs",
         exit_code=1,
     )
+
+
+def check_own_loss(engine: Any, session: Session) -> LossCheck:
+    """Compare the trainer's loss with the model's own; say where another head is used.
+
+    Raises:
+        AttnimgError: the class's loss is none of its logits (loss-differs), or it raises
+            (model-raised); exit code 1.
+    """
+    from attnimg.train.own_loss import check_loss
+
+    config = session.config
+    if session.resume and session.resume.step >= session.schedule.total_steps:
+        return LossCheck(compared=False, why="no step is left to train")
+    found = check_loss(
+        engine,
+        session.train,
+        context=session.run.context,
+        sharded=bool(config.fsdp or config.fsdp_config or config.deepspeed),
+    )
+    session.console.print(f"  {sentence(found)}", highlight=False, markup=False, soft_wrap=True)
+    return found
 
 
 def run_engine(engine: Any, session: Session) -> list[str]:

@@ -18,7 +18,7 @@ from attnimg.train.signals import StopFlag
 # transformers' name -> the name in metrics.jsonl, in the order of a line.
 TRAIN_KEYS = (
     "epoch", "loss", "learning_rate", "grad_norm", "tokens", "tokens_per_second", "filled",
-    "memory_bytes", "seconds",
+    "memory_bytes", "seconds", "aux_loss",
 )  # fmt: skip
 
 
@@ -87,7 +87,8 @@ class Watch(TrainerCallback):  # type: ignore[misc]  # transformers' types are n
             line = {"step": state.global_step} | {k: logs[k] for k in TRAIN_KEYS if k in logs}
             self.view.figures(state.global_step, line)
         elif "eval_loss" in logs:
-            line = {"step": state.global_step, "eval_loss": logs["eval_loss"]}
+            line = {"step": state.global_step}
+            line |= {key: logs[key] for key in ("eval_loss", "eval_aux_loss") if key in logs}
             self.view.evaluated(state.global_step, logs["eval_loss"])
         else:
             return

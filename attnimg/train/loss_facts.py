@@ -1,0 +1,129 @@
+"""What the comparison of the trainer's loss with the model's own finds, for the receipt."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Loss:
+    """A loss computed in one of the two ways.
+
+    Attributes:
+        nll: negative log-likelihood per trained token.
+        total: what is minimized: nll and the weighted auxiliary loss.
+        aux: the auxiliary loss without its weight; None without one.
+        grad_norm: of the trained weights, or of the hidden states before the output layer.
+    """
+
+    nll: float
+    total: float
+    aux: float | None
+    grad_norm: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Tolerance:
+    """What roundings explain: absolute for a loss, relative for a gradient norm."""
+
+    loss: float
+    grad_norm: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Comparison:
+    """The loss by the model's own forward and by the trainer, on the same inputs.
+
+    Attributes:
+        model: by the model's own forward.
+        trainer: by TRL's chunked head; None where that raised.
+        tolerance: of their difference.
+        raised: what TRL's head raised; None where it did not.
+    """
+
+    model: Loss
+    trainer: Loss | None
+    tolerance: Tolerance
+    raised: str | None = None
+
+    @property
+    def ratio(self) -> float:
+        """The largest difference in tolerances; infinite where the trainer has no figure."""
+        if self.trainer is None:
+            return math.inf
+        return difference(self.trainer, self.model, self.tolerance)
+
+    @property
+    def why(self) -> str:
+        """In what the trainer differs."""
+        if self.trainer is None:
+            return f"it raised {self.raised}"
+        ours, own = self.trainer, self.model
+        if abs(ours.total - own.total) > self.tolerance.loss:
+            return f"its loss is {ours.total:.4f}, the model's own {own.total:.4f}"
+        if abs(ours.nll - own.nll) > self.tolerance.loss:
+            return f"its negative log-likelihood is {ours.nll:.4f}, the model's own {own.nll:.4f}"
+        return f"its gradient norm is {ours.grad_norm:.5g}, the model's own {own.grad_norm:.5g}"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LossCheck:
+    """What the run computes its loss with, and why.
+
+    Attributes:
+        head: "chunked" (TRL's) or "own" (the model's logits).
+        compared: whether the comparison was made.
+        why: why it was not made, or why the head is the model's own; empty otherwise.
+        tokens: trained tokens of the slice of the data.
+        on_data: the comparison on the slice, in the run's precision.
+        output_layer: the comparison of the output layer alone, in float32, on large hidden states;
+            None where the class can't be called so.
+        own_head: the loss on the slice by the model's own logits, where the run uses them.
+        aux_coefficient: weight of the auxiliary loss; None where the model has none.
+        seconds: what the comparison took.
+    """
+
+    head: str = "chunked"
+    compared: bool = True
+    why: str = ""
+    tokens: int = 0
+    on_data: Comparison | None = None
+    output_layer: Comparison | None = None
+    own_head: Loss | None = None
+    aux_coefficient: float | None = None
+    seconds: float = 0.0
+
+    @property
+    def ratio(self) -> float:
+        """The largest difference in tolerances; 0 where nothing was compared."""
+        made = [found for found in (self.on_data, self.output_layer) if found is not None]
+        return max((found.ratio for found in made), default=0.0)
+
+
+def difference(a: Loss, b: Loss, tolerance: Tolerance) -> float:
+    """Return the largest difference of two losses in tolerances; infinite where `a` is not finite.
+
+    A gradient norm of `b` that overflowed is left out.
+    """
+    found = [abs(a.nll - b.nll) / tolerance.loss, abs(a.total - b.total) / tolerance.loss]
+    if math.isfinite(b.grad_norm):
+        allowed = max(tolerance.grad_norm * b.grad_norm, 1e-30)
+        found.append(abs(a.grad_norm - b.grad_norm) / allowed)
+    return max(value if math.isfinite(value) else math.inf for value in found)
+
+
+def sentence(check: LossCheck) -> str:
+    """Return what a person should know of the comparison."""
+    if not check.compared:
+        return f"warning: loss: not compared with the model's own: {check.why}"
+    if check.head == "own":
+        return (
+            f"warning: loss: TRL's chunked head is not used: {check.why}; the loss is computed "
+            "from the model's own logits, which takes more memory"
+        )
+    assert check.on_data is not None
+    return (
+        f"loss: the trainer's is the model's own, {check.on_data.model.nll:.4f} on "
+        f"{check.tokens} tokens ({check.seconds:.1f} s)"
+    )

@@ -1,0 +1,138 @@
+"""Compare what TRL's head and the model compute from the same hidden states, in float32.
+
+In bfloat16 the roundings of a whole model hide a cap that small logits hardly touch. Here the
+backbone's last hidden state is replaced by random float32 values large enough for logits of about
+LOGITS, the layers behind it are cast to float32, and autocast ends where the backbone does: any
+scale, cap, transform or shift of labels that TRL's head misses shows, whatever the run's precision.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+
+from attnimg.train.loss_facts import Comparison, Loss
+from attnimg.train.loss_tolerance import loss_tolerance
+from attnimg.train.own_head import score, shifted
+
+# Standard deviation of the logits; caps of published models lie at 15 to 50.
+LOGITS = 10.0
+
+
+def compare_output_layer(engine: Any, inputs: dict[str, Any]) -> Comparison | None:
+    """Compare loss and gradient of TRL's head and of the model's own forward.
+
+    Args:
+        engine: an Objective in eval mode, with TRL's head.
+        inputs: a batch of the run, on the model's device.
+
+    Returns:
+        None where the class can't be called so: its backbone is not called once by both, or the
+        layers behind it raise in float32, or memory does not suffice for that.
+    """
+    model = engine.model
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    backbone = getattr(base, "base_model", base)
+    if backbone is base:
+        return None
+    targets = shifted(inputs["labels"])
+    arguments = {name: value for name, value in inputs.items() if name != "labels"}
+
+    def own(**_: Any) -> torch.Tensor:
+        logits: torch.Tensor = model(**arguments, use_cache=False).logits
+        return logits
+
+    def trainers() -> torch.Tensor:
+        outputs = model(**inputs, use_cache=False, fused_lm_head=True)
+        nll: torch.Tensor = -outputs.log_probs.sum() / outputs.label_mask.sum()
+        return nll
+
+    try:
+        with torch.enable_grad(), engine.accelerator.autocast(), _in_float32(base, backbone):
+            with torch.no_grad(), _Hidden(backbone, scale=1.0) as first:
+                spread = own().float().std().item()
+            scale = LOGITS / max(spread, 1e-6)
+            with _Hidden(backbone, scale=scale) as hidden:
+                logits = own()
+                nll = -score(logits, targets)[0].sum() / (targets != -100).sum()
+                model_loss = hidden.loss(nll)
+                tolerance = loss_tolerance(
+                    logits.detach(), targets, loss=model_loss.nll, precision="float32"
+                )
+            del logits
+            with _Hidden(backbone, scale=scale) as hidden_too:
+                trainer_loss = hidden_too.loss(trainers())
+    except Exception:
+        # Whatever a class does not take here, it is compared on the data.
+        return None
+    if {first.calls, hidden.calls, hidden_too.calls} != {1}:
+        return None
+    return Comparison(model=model_loss, trainer=trainer_loss, tolerance=tolerance)
+
+
+class _Hidden:
+    """Replace the last hidden state that a backbone returns by random values, the same each time.
+
+    Args:
+        backbone: the module whose output the output layer takes.
+        scale: standard deviation of the values.
+
+    Attributes:
+        calls: how often the backbone was called.
+    """
+
+    def __init__(self, backbone: torch.nn.Module, *, scale: float) -> None:
+        self.backbone, self.scale, self.calls = backbone, scale, 0
+        self._values: torch.Tensor | None = None
+
+    def __enter__(self) -> _Hidden:
+        self._handle = self.backbone.register_forward_hook(self._replace)
+        self._stack = ExitStack()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._handle.remove()
+        self._stack.close()
+
+    def _replace(self, _module: Any, _arguments: Any, output: Any) -> Any:
+        self.calls += 1
+        state = output[0]
+        draw = torch.Generator().manual_seed(0)
+        values = torch.randn(state.shape, generator=draw) * self.scale
+        self._values = values.to(state.device).requires_grad_()
+        self._stack.enter_context(torch.autocast(state.device.type, enabled=False))
+        if isinstance(output, tuple):
+            return (self._values, *output[1:])
+        output.last_hidden_state = self._values
+        return output
+
+    def loss(self, nll: torch.Tensor) -> Loss:
+        """Return a loss and the norm of its gradient at the hidden states."""
+        assert self._values is not None
+        (gradient,) = torch.autograd.grad(nll, self._values)
+        value = nll.item()
+        return Loss(nll=value, total=value, aux=None, grad_norm=gradient.double().norm().item())
+
+
+@contextmanager
+def _in_float32(base: torch.nn.Module, backbone: torch.nn.Module) -> Iterator[None]:
+    """Cast the weights behind the backbone to float32, and put them back."""
+    inside = set(backbone.modules())
+    kept: list[tuple[dict[str, Any], str, Any]] = []
+    try:
+        for module in base.modules():
+            if module in inside:
+                continue
+            for name, weight in module._parameters.items():
+                if weight is not None and weight.is_floating_point():
+                    kept.append((module._parameters, name, weight))
+                    module._parameters[name] = torch.nn.Parameter(
+                        weight.detach().float(), requires_grad=False
+                    )
+        yield
+    finally:
+        for holder, name, weight in kept:
+            holder[name] = weight

@@ -1,0 +1,273 @@
+"""Compare the trainer's loss with the model's own, before the first step.
+
+    a slice of the data --> the model's own forward with labels --> loss, gradient norm
+                        --> the engine's loss_terms             --> loss, gradient norm
+
+TRL's chunked head rebuilds the model's output layer from its config, so a scale, cap, transform or
+auxiliary term of a class that it does not know is lost without a word. Where the two differ, on
+the data or in the output layer alone (output_layer.py), the model's own logits are used instead;
+where the loss of the class is not that of its logits either, it is refused.
+
+The comparison runs in eval mode, which turns dropout off, and in the run's autocast. torch.compile
+is left out: it changes roundings only, and compiling for one more shape takes minutes.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from attnimg.errors import AttnimgError
+from attnimg.facts import RunContext
+from attnimg.train.distributed import any_rank
+from attnimg.train.loss_facts import Comparison, Loss, LossCheck, Tolerance, difference
+from attnimg.train.loss_tolerance import loss_tolerance
+from attnimg.train.output_layer import compare_output_layer
+from attnimg.train.own_head import score, shifted
+from attnimg.train.rows import COUNTS, Rows
+from attnimg.train.slices import first_batch, slice_tokens
+
+if TYPE_CHECKING:
+    import torch
+
+# Gradients below float16's range would be zero in both.
+FLOAT16_SCALE = 1024.0
+
+
+def check_loss(engine: Any, rows: Rows, *, context: RunContext, sharded: bool) -> LossCheck:
+    """Compare the losses, and have the engine use the model's own logits where they differ.
+
+    Weights, gradients, modes and random numbers are left as they were.
+
+    Args:
+        engine: before it trains. Several processes call this alike.
+        rows: to train on.
+        context: how the run calls the model.
+        sharded: whether FSDP or DeepSpeed will divide the weights among processes: then nothing
+            is compared, since before the first step no process can hold all of them.
+
+    Raises:
+        AttnimgError: the loss of the class is not the negative log-likelihood of its logits
+            (loss-differs), or the model raises (model-raised); exit code 1.
+    """
+    import torch
+
+    began = time.monotonic()
+    if sharded:
+        return LossCheck(compared=False, why="FSDP or DeepSpeed shards the weights")
+    vocabulary = getattr(engine.model.config.get_text_config(), "vocab_size", None) or 2**18
+    batch = first_batch(rows, tokens=slice_tokens(vocabulary))
+    if batch is None:
+        return LossCheck(compared=False, why="the first rows have no trained token")
+    inputs = {name: value for name, value in batch.items() if name != COUNTS}
+    try:
+        with _undisturbed(engine):
+            found = _Check(engine, engine._prepare_inputs(inputs), context).run()
+    except torch.OutOfMemoryError:
+        return LossCheck(compared=False, why="a batch of them takes more GPU memory than is free")
+    return replace(
+        found, aux_coefficient=engine.aux_coefficient, seconds=round(time.monotonic() - began, 3)
+    )
+
+
+class _Check:
+    """One comparison of an engine on one batch."""
+
+    def __init__(self, engine: Any, inputs: dict[str, Any], context: RunContext) -> None:
+        self.engine, self.inputs, self.context = engine, inputs, context
+
+    def run(self) -> LossCheck:
+        """Compare with TRL's head; on a difference, switch to the model's own and compare again."""
+        import torch
+
+        trainer, raised = self.trainers()
+        try:
+            model, tolerance, tokens = self.models()
+        except (AttnimgError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            if raised:
+                raise _model_raised(self.engine, _short(error)) from error
+            return LossCheck(compared=False, why=f"the model's own loss raised {_short(error)}")
+        if any_rank(not math.isfinite(model.total)):
+            return LossCheck(compared=False, why="the model's own loss is NaN or inf")
+        on_data = Comparison(model=model, trainer=trainer, tolerance=tolerance, raised=raised)
+        layer = None
+        if trainer is not None:
+            layer = compare_output_layer(self.engine, self.inputs)
+        found = LossCheck(tokens=tokens, on_data=on_data, output_layer=layer)
+        if not any_rank(found.ratio > 1):
+            return found
+        self.engine.own_head = True
+        own_head = self.require_equal(model, tolerance)
+        why = f"on {tokens} tokens {on_data.why}"
+        if on_data.ratio <= 1 and layer is not None:
+            why = f"on large hidden states {layer.why}"
+        return replace(found, head="own", why=why, own_head=own_head)
+
+    def trainers(self) -> tuple[Loss | None, str | None]:
+        """Compute the engine's loss with the head it has; where that raises, return what."""
+        import torch
+
+        engine = self.engine
+        try:
+            with _calling(engine):
+                nll, aux = engine.loss_terms(engine.model, dict(self.inputs))
+                total = nll if aux is None else nll + engine.aux_coefficient * aux
+                return self.figures(nll, total, aux), None
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            return None, _short(error)
+
+    def models(self) -> tuple[Loss, Tolerance, int]:
+        """Compute the loss by the model's own forward, and what roundings may change.
+
+        Raises:
+            AttnimgError: its loss is not that of its logits (loss-differs).
+        """
+        import torch
+
+        engine = self.engine
+        arguments = {**self.inputs, "use_cache": False}
+        if engine.aux_coefficient is not None:
+            arguments["output_router_logits"] = True
+        targets = shifted(arguments["labels"])
+        tokens = int((targets != -100).sum())
+        with _calling(engine):
+            outputs = self.own_outputs(arguments)
+            nll = -score(outputs.logits, targets)[0].sum() / max(tokens, 1)
+            aux, ours = None, nll
+            if engine.aux_coefficient is not None:
+                aux = getattr(outputs, "aux_loss", None)
+            if aux is not None:
+                ours = nll + engine.aux_coefficient * aux.to(nll.device)
+            total = outputs.loss if getattr(outputs, "loss", None) is not None else ours
+            with torch.no_grad():
+                tolerance = loss_tolerance(
+                    outputs.logits, targets, loss=nll.item(), precision=self.context.dtype
+                )
+            found = self.figures(nll, total, aux)
+        if abs(found.total - ours.item()) > tolerance.loss:
+            raise _differs(engine, own=found.total, ours=ours.item())
+        return found, tolerance, tokens
+
+    def own_outputs(self, arguments: dict[str, Any]) -> Any:
+        """Call the model with labels; without, where its own loss does not work on such rows."""
+        import torch
+
+        try:
+            return self.engine.model(**arguments)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception:
+            return self.engine.model(
+                **{name: value for name, value in arguments.items() if name != "labels"}
+            )
+
+    def figures(self, nll: torch.Tensor, total: torch.Tensor, aux: torch.Tensor | None) -> Loss:
+        """Return the numbers, with the norm of the gradient of the trained weights."""
+        import torch
+
+        scale = FLOAT16_SCALE if self.context.autocast == "float16" else 1.0
+        (total * scale).backward()
+        norms = [
+            torch.linalg.vector_norm(weight.grad, dtype=torch.float32).double().cpu()
+            for weight in self.engine.model.parameters()
+            if weight.grad is not None
+        ]
+        self.engine.model.zero_grad(set_to_none=True)
+        return Loss(
+            nll=nll.item(),
+            total=total.item(),
+            aux=None if aux is None else aux.item(),
+            grad_norm=torch.stack(norms).norm().item() / scale if norms else 0.0,
+        )
+
+    def require_equal(self, model: Loss, tolerance: Tolerance) -> Loss:
+        """Compute the loss by the model's own logits, and require that of its own forward.
+
+        Raises:
+            AttnimgError: it is another (loss-differs).
+        """
+        used, raised = self.trainers()
+        if used is None:
+            raise _model_raised(self.engine, raised)
+        if difference(used, model, tolerance) > 1:
+            # Kernels that add in no fixed order differ from themselves: that much is no fault.
+            again, _, _ = self.models()
+            noise = 4 * difference(again, model, tolerance)
+            if difference(used, model, tolerance) > 1 + noise:
+                raise _differs(self.engine, own=model.total, ours=used.total)
+        return used
+
+
+@contextmanager
+def _calling(engine: Any) -> Iterator[None]:
+    """Call the model as the run does: gradients on, in its autocast."""
+    import torch
+
+    with torch.enable_grad(), engine.accelerator.autocast():
+        yield
+
+
+@contextmanager
+def _undisturbed(engine: Any) -> Iterator[None]:
+    """Turn dropout off, and leave modes, gradients, random numbers and figures as they were."""
+    import torch
+
+    modes = {module: module.training for module in engine.model.modules()}
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    for module in modes:
+        # In eval mode on a CPU, bitsandbytes packs a 4-bit layer's weights in another order, for
+        # good (0.50, nn/modules.py, Linear4bit.forward); it has no dropout.
+        module.training = type(module).__module__.startswith("bitsandbytes.")
+    engine.model.zero_grad(set_to_none=True)
+    try:
+        with torch.random.fork_rng(devices):
+            yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+        engine.model.zero_grad(set_to_none=True)
+        engine._metrics["eval"].clear()
+        if devices:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+
+
+def _differs(engine: Any, *, own: float, ours: float) -> AttnimgError:
+    return AttnimgError(
+        f"the loss of {_class_name(engine)} is not the negative log-likelihood of its logits",
+        why=f"found {own:.4f} by its forward with labels, {ours:.4f} by its logits where each "
+        "predicts the next token\nneeded the same, apart from an aux_loss that it returns",
+        do="train it with its own code: attnimg minimizes the next token's log-likelihood",
+        code="loss-differs",
+        key="base_model",
+        exit_code=1,
+    )
+
+
+def _model_raised(engine: Any, raised: str | None) -> AttnimgError:
+    return AttnimgError(
+        f"{_class_name(engine)} raised when it was called on the first documents",
+        why=f"found {raised}",
+        do="check that plain transformers runs this model; --debug shows where it raised",
+        code="model-raised",
+        key="base_model",
+        exit_code=1,
+    )
+
+
+def _class_name(engine: Any) -> str:
+    model = engine.model
+    return type(model.get_base_model() if hasattr(model, "get_base_model") else model).__name__
+
+
+def _short(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:160]}" if lines else type(error).__name__

@@ -1,0 +1,211 @@
+"""The trainer's loss is the model's own: right heads pass, wrong ones are replaced or refused."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "fixtures"))
+from tiny_engine import make_engine, make_session
+from tiny_models import tiny_model
+from wrong_heads import WRONG_HEADS
+
+from attnimg.errors import AttnimgError
+from attnimg.train.loss_facts import sentence
+from attnimg.train.own_loss import check_loss
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+ROUTED = {"output_router_logits": True, "router_aux_loss_coef": 0.1}
+
+
+def engine_of(folder: Path, model: Any, **options: Any) -> tuple[Any, Any]:
+    """Return an engine and its session for a model in this process."""
+    session = make_session(folder, model=model, **options)
+    return make_engine(session), session
+
+
+def check(engine: Any, session: Any) -> Any:
+    return check_loss(engine, session.train, context=session.run.context, sharded=False)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "changes"),
+    [
+        pytest.param("llama", {}, id="no scale"),
+        pytest.param("cohere", {"logit_scale": 0.0625}, id="logit_scale"),
+        pytest.param("granite", {"logits_scaling": 8.0}, id="logits_scaling"),
+        pytest.param("gemma2", {"final_logit_softcapping": 30.0}, id="final_logit_softcapping"),
+        pytest.param("mixtral", ROUTED, id="auxiliary loss"),
+    ],
+)
+@pytest.mark.parametrize("packed", [True, False], ids=["packed", "padded"])
+def test_a_head_that_trl_knows_is_used(
+    tmp_path: Path, model_type: str, changes: dict[str, Any], packed: bool
+) -> None:
+    engine, session = engine_of(tmp_path, tiny_model(model_type, **changes), sample_packing=packed)
+    found = check(engine, session)
+    assert found.compared, found.why
+    assert (found.head, engine.own_head) == ("chunked", False), found.why
+    assert found.output_layer is not None
+    assert found.ratio < 0.5
+    assert found.tokens > 20
+    assert (found.on_data.model.aux is None) is (not changes.get("output_router_logits"))
+    assert "the trainer's is the model's own" in sentence(found)
+
+
+class Transformed:
+    """Turn the logits of a class around, as no field of a config says."""
+
+    def forward(self, labels: Any = None, **arguments: Any) -> Any:
+        outputs = super().forward(**arguments)  # type: ignore[misc]
+        outputs.logits = outputs.logits.roll(1, dims=-1) * 1.01
+        if labels is not None:
+            outputs.loss = self.loss_function(  # type: ignore[attr-defined]
+                outputs.logits, labels, vocab_size=outputs.logits.shape[-1]
+            )
+        return outputs
+
+
+class Aligned:
+    """Compare each position with its own label, not with the next."""
+
+    def forward(self, labels: Any = None, **arguments: Any) -> Any:
+        outputs = super().forward(**arguments)  # type: ignore[misc]
+        if labels is not None:
+            outputs.loss = torch.nn.functional.cross_entropy(outputs.logits.mT, labels)
+        return outputs
+
+
+def changed(mixin: type) -> Any:
+    """Return a tiny Llama of a class with another forward."""
+    model = tiny_model("llama")
+    model.__class__ = type("Changed", (mixin, type(model)), {})
+    return model
+
+
+@pytest.mark.parametrize(
+    ("build", "why"),
+    [
+        pytest.param(lambda: tiny_model("recurrent_gemma"), "its loss is", id="logits_soft_cap"),
+        pytest.param(lambda: changed(Transformed), "its loss is", id="a transform of a class"),
+        pytest.param(lambda: tiny_model("granitemoe", **ROUTED), "it raised AttributeError",
+                     id="an auxiliary loss that TRL's head can't compute"),
+    ],
+)  # fmt: skip
+def test_the_models_own_logits_replace_a_head_that_differs(
+    tmp_path: Path, build: Callable[[], Any], why: str
+) -> None:
+    engine, session = engine_of(tmp_path, build())
+    found = check(engine, session)
+    assert (found.head, engine.own_head) == ("own", True)
+    assert why in sentence(found)
+    assert found.own_head.nll == pytest.approx(found.on_data.model.nll, abs=1e-5)
+    assert found.own_head.total == pytest.approx(found.on_data.model.total, abs=1e-5)
+    assert found.own_head.grad_norm == pytest.approx(found.on_data.model.grad_norm, rel=1e-5)
+
+
+def test_a_cap_that_bfloat16_hides_shows_in_the_output_layer(tmp_path: Path) -> None:
+    tiny_model("recurrent_gemma", logits_soft_cap=200.0).save_pretrained(tmp_path / "model")
+    session = make_session(tmp_path, precision="bfloat16")
+    engine = make_engine(session)
+    found = check(engine, session)
+    assert found.on_data.ratio <= 1
+    assert found.output_layer.ratio > 1
+    assert found.head == "own"
+    assert "large hidden states" in found.why
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("wrong", WRONG_HEADS)
+def test_a_wrong_trainer_head_is_seen(tmp_path: Path, wrong: str, precision: Any) -> None:
+    engine, session = engine_of(tmp_path, tiny_model("llama"), precision=precision)
+    engine.model.forward = WRONG_HEADS[wrong](engine.model.forward)
+    found = check(engine, session)
+    assert found.head == "own", found
+
+
+@pytest.mark.parametrize(
+    ("model_type", "field", "value", "neutral"),
+    [
+        ("cohere", "logit_scale", 0.0625, 1.0),
+        ("granite", "logits_scaling", 8.0, 1.0),
+        ("gemma2", "final_logit_softcapping", 30.0, None),
+    ],
+)
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_trainer_that_misses_a_field_is_seen(
+    tmp_path: Path,
+    model_type: str,
+    field: str,
+    value: float,
+    neutral: float | None,
+    precision: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from trl.trainer import sft_trainer
+
+    patch = sft_trainer.add_fused_lm_head
+
+    def patch_without(model: Any, **options: Any) -> None:
+        setattr(model.config, field, neutral)
+        patch(model, **options)
+        setattr(model.config, field, value)
+
+    monkeypatch.setattr(sft_trainer, "add_fused_lm_head", patch_without)
+    model = tiny_model(model_type, **{field: value})
+    engine, session = engine_of(tmp_path, model, precision=precision)
+    assert check(engine, session).head == "own"
+
+
+def test_a_class_with_another_shift_of_labels_is_refused(tmp_path: Path) -> None:
+    engine, session = engine_of(tmp_path, changed(Aligned))
+    with pytest.raises(AttnimgError, match="not the negative log-likelihood") as caught:
+        check(engine, session)
+    assert (caught.value.code, caught.value.exit_code) == ("loss-differs", 1)
+
+
+def test_a_model_that_raises_is_refused(tmp_path: Path) -> None:
+    engine, session = engine_of(tmp_path, tiny_model("llama"))
+    engine.model.model.layers[0].mlp.down_proj = torch.nn.Linear(3, 5)
+    with pytest.raises(AttnimgError, match="raised when it was called") as caught:
+        check(engine, session)
+    assert caught.value.code == "model-raised"
+
+
+def test_sharded_weights_and_untrained_rows_are_not_compared(tmp_path: Path) -> None:
+    engine, session = engine_of(tmp_path, tiny_model("llama"))
+    found = check_loss(engine, session.train, context=session.run.context, sharded=True)
+    assert (found.compared, engine.own_head) == (False, False)
+    assert sentence(found).startswith("warning: loss: not compared")
+    rows = session.train
+    untrained = rows.dataset.map(lambda row: {"labels": [-100] * len(row["labels"])})
+    found = check_loss(
+        engine, type(rows)(dataset=untrained, collate=rows.collate, figures={}),
+        context=session.run.context, sharded=False,
+    )  # fmt: skip
+    assert (found.compared, found.why) == (False, "the first rows have no trained token")
+
+
+@pytest.mark.parametrize("model_type", ["llama", "recurrent_gemma"])
+def test_the_comparison_leaves_nothing_behind(tmp_path: Path, model_type: str) -> None:
+    engine, session = engine_of(tmp_path, tiny_model(model_type))
+    before = {name: weight.clone() for name, weight in engine.model.named_parameters()}
+    identities = {name: id(weight) for name, weight in engine.model.named_parameters()}
+    engine.model.model.eval()
+    modes = [module.training for module in engine.model.modules()]
+    state = torch.get_rng_state()
+    check(engine, session)
+    assert torch.equal(state, torch.get_rng_state())
+    assert modes == [module.training for module in engine.model.modules()]
+    assert not engine._metrics["eval"]
+    assert not torch.is_autocast_enabled("cpu")
+    for name, weight in engine.model.named_parameters():
+        assert torch.equal(weight, before[name])
+        assert id(weight) == identities[name]
+        assert weight.grad is None
+        assert weight.requires_grad
