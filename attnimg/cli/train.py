@@ -222,6 +222,9 @@ def fit_planned(
         session.say(sentence(figures))
     for warning in documents.warnings:
         session.say(f"warning: {warning}")
+    lengths = [len(documents.train), len(documents.validation or ())]
+    content = [figures.content for figures in documents.figures]
+    _agree(session, {"documents": lengths, "data": content})
     session.say(sample_text(documents, tokenizer))
     backend = _backend(found)
     context = context_of(session.problem, backend)

@@ -14,6 +14,7 @@ from attnimg.facts import RunContext
 from attnimg.schema import Config
 from attnimg.train.arguments import training_arguments
 from attnimg.train.checkpoint import ResumePoint
+from attnimg.train.distributed import worded_losses
 from attnimg.train.loss_facts import LossCheck, sentence
 from attnimg.train.progress import ProgressView
 from attnimg.train.rows import Rows
@@ -157,7 +158,8 @@ def run_engine(engine: Any, session: Session) -> list[str]:
     """Train to the end, or to an early stop; give the notes of how it ended.
 
     Raises:
-        AttnimgError: the GPU's memory is full (out-of-memory, exit code 1).
+        AttnimgError: the GPU's memory is full (out-of-memory), or another process is gone or does
+            not answer (rank-lost); exit code 1.
     """
     import torch
 
@@ -172,7 +174,8 @@ def run_engine(engine: Any, session: Session) -> list[str]:
             engine.evaluate_missed()
         return [f"all {total} steps were done already at {point}"]
     try:
-        engine.train(resume_from_checkpoint=str(point) if point else None)
+        with worded_losses(session.config.ddp_timeout):
+            engine.train(resume_from_checkpoint=str(point) if point else None)
     except torch.OutOfMemoryError as error:
         raise AttnimgError(
             f"out of GPU memory at step {engine.state.global_step + 1}",
