@@ -6,6 +6,7 @@ config -> plan, printed -> inputs -> tokenizer, documents -> model -> proof -> f
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,6 +15,7 @@ import typer
 from attnimg import apply, config, plan, probe, problem
 from attnimg.cli.proofs import proven_plan
 from attnimg.cli.subject import (
+    base_model_findings,
     distributions,
     gpu_text,
     machine_notes,
@@ -81,7 +83,6 @@ def train(
 
 
 def _train(file: str, settings: tuple[str, ...], *, console: Console, stop: StopFlag) -> None:
-    from attnimg.train.causal import require_causal_type
     from attnimg.train.check import check_inputs
     from attnimg.train.data import check_sources
 
@@ -96,7 +97,7 @@ def _train(file: str, settings: tuple[str, ...], *, console: Console, stop: Stop
     for note in _without_effect(values):
         console.print(f"  {note}", highlight=False, markup=False, soft_wrap=True)
     if (path := model_file(values)) is not None:
-        require_causal_type(values, problem.read_config(path))
+        _require_base_model(values, problem.read_config(path), machine, console=console)
     model, dropout = read_model(values)
     session = Session(
         config=values,
@@ -120,6 +121,18 @@ def _valid(checked: Checked, *, console: Console) -> Config:
     if checked.config is None or not checked.ok:
         raise typer.Exit(2)
     return checked.config
+
+
+def _require_base_model(
+    values: Config, raw: Mapping[str, Any], machine: Machine, *, console: Console
+) -> None:
+    """Print the warnings on the base model, and raise the first error."""
+    from attnimg.report import as_text
+
+    errors, warnings = base_model_findings(values, raw, machine)
+    if errors:
+        raise errors[0]
+    as_text.print_warnings(warnings, err=console)
 
 
 def _without_effect(values: Config) -> list[str]:
@@ -251,10 +264,8 @@ def fit_planned(
 
 def _replanned(session: Session, model_config: Any) -> tuple[Session, Plan]:
     """Plan again for a hub model, whose config.json was not on this machine until now."""
-    from attnimg.train.causal import require_causal_type
-
     raw = model_config.to_dict()
-    require_causal_type(session.config, raw)
+    _require_base_model(session.config, raw, session.machine, console=session.console)
     task = problem_of(
         session.config,
         model=problem.read_model(raw),

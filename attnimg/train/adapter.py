@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
+import warnings
 from typing import Any
 
 from attnimg.errors import AttnimgError
 from attnimg.facts import DType
 from attnimg.schema import Config
 from attnimg.train.precision import torch_dtype
+from attnimg.train.towers import freeze_towers
 
 
 def check_adapter(config: Config) -> None:
@@ -91,13 +94,17 @@ def add_adapter(model: Any, config: Config) -> Any:
         lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
         target_modules=_targets(config),
+        exclude_modules=_within(freeze_towers(model)),
         modules_to_save=config.lora_modules_to_save,
         fan_in_fan_out=bool(config.lora_fan_in_fan_out),
         use_dora=bool(config.peft_use_dora),
         use_rslora=bool(config.peft_use_rslora),
     )
     try:
-        return get_peft_model(model, lora)
+        with warnings.catch_warnings():
+            # Where the targets' names are the language model's alone, nothing had to be excluded.
+            warnings.filterwarnings("ignore", message="You have passed exclude_modules")
+            return get_peft_model(model, lora)
     except ValueError as error:
         linear = sorted(
             {
@@ -112,6 +119,11 @@ def add_adapter(model: Any, config: Config) -> Any:
             why=f"{str(error).splitlines()[0]}\nits linear layers: {', '.join(linear)}",
             do="name layers of the model, or set lora_target_linear: true",
         ) from error
+
+
+def _within(modules: tuple[str, ...]) -> str | None:
+    """Return the regular expression of the modules' parts; None for no modules."""
+    return rf"({'|'.join(re.escape(name) for name in modules)})\..*" if modules else None
 
 
 def _targets(config: Config) -> list[str] | str:

@@ -37,6 +37,8 @@ def require_causal_type(config: Config, raw: Mapping[str, Any]) -> None:
             return
         found = "its tokens attend to later tokens, or it has an encoder"
         do = "choose a decoder; a decoder of this type has is_decoder: true in its config.json"
+    elif type_ in types.text_trained:
+        return
     elif type_ in types.with_other_inputs:
         found = "it takes images or audio, and AutoModelForCausalLM does not load it"
         do = f"set model_type: {types.with_other_inputs[type_]}, which trains its text part"
@@ -57,7 +59,7 @@ def require_causal_class(name: str) -> None:
         AttnimgError: code not-causal-lm.
     """
     types = read_causal_types()
-    known = {*types.causal.values(), *types.with_other_inputs.values()}
+    known = {*types.causal.values(), *types.with_other_inputs.values(), *types.whole.values()}
     if name in AUTO_CLASSES or name in known:
         return
     raise _refusal(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +22,8 @@ from attnimg.train.precision import (
     loading_dtype,
     torch_dtype,
 )
+from attnimg.train.quantized import read_as_said, require_known_weights
+from attnimg.train.towers import class_to_load, freeze_towers
 
 
 @contextmanager
@@ -71,6 +74,10 @@ def load_model(
     # New embeddings and LoRA matrices are random: the seed makes two runs start alike.
     set_seed(config.seed)
     model, loading = _from_pretrained(config, implementation=implementation, dtype=context.dtype)
+    folder = _folder(config)
+    require_known_weights(
+        config, folder, json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    )
     missing = sorted(loading.get("missing_keys", ()))
     if missing:
         raise bad_model(
@@ -78,10 +85,11 @@ def load_model(
             why=f"missing {', '.join(missing[:3])}; they would start random",
             do=GET_WHOLE,
         )
-    files = _weight_files(config) if getattr(model, "is_quantized", False) else []
-    require_finite(model, name=str(config.base_model), files=files)
+    files = folder.glob("*.safetensors") if getattr(model, "is_quantized", False) else ()
+    require_finite(model, name=str(config.base_model), files=sorted(files))
     if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    freeze_towers(model)
     if keeps_float32(config, context=context, needs_dtype_cast=needs_dtype_cast):
         lift_embeddings_and_norms(model)
     return add_adapter(model, config) if config.adapter else model
@@ -99,7 +107,7 @@ def load_model_config(config: Config) -> Any:
     """
     import transformers
 
-    _loader(config)
+    _loader(config.model_type or DEFAULT)
     with _loading(config):
         return transformers.AutoConfig.from_pretrained(
             config.base_model,
@@ -110,38 +118,41 @@ def load_model_config(config: Config) -> Any:
 
 def _from_pretrained(config: Config, *, implementation: str, dtype: DType) -> tuple[Any, Any]:
     """Load by name; also give what transformers tells of missing weights."""
-    loader = _loader(config)
     quantized = quantization(config, dtype=dtype)
+    model_config = load_model_config(config)
+    loader = _loader(class_to_load(config, model_config.to_dict()))
+    kept = read_as_said(model_config, dtype=dtype)
+    given = {"quantization_config": quantized} if quantized and not kept else {}
     with _loading(config):
         model, loading = loader.from_pretrained(
             config.base_model,
+            config=model_config,
             revision=config.revision_of_model,
             dtype=torch_dtype(loading_dtype(config, dtype)),
             attn_implementation=implementation,
             trust_remote_code=bool(config.trust_remote_code),
-            quantization_config=quantized,
-            device_map=_device_map() if quantized else None,
+            device_map=_device_map() if quantized or kept else None,
             output_loading_info=True,
+            **given,
             **({"allow_all_kernels": True} if config.trust_remote_code else {}),
         )
     return model, loading
 
 
-def _weight_files(config: Config) -> list[Path]:
-    """List the safetensors that a model was just loaded from; empty where it has none."""
+def _folder(config: Config) -> Path:
+    """Return where the files lie that a model was just loaded from."""
     from transformers.utils import cached_file
 
     found = cached_file(
         config.base_model, "config.json", revision=config.revision_of_model, local_files_only=True
     )
-    return sorted(Path(found).parent.glob("*.safetensors"))
+    return Path(found).parent
 
 
-def _loader(config: Config) -> Any:
-    """Return the class that loads the model."""
+def _loader(name: str) -> Any:
+    """Return the class of that name that loads the model."""
     import transformers
 
-    name = config.model_type or DEFAULT
     loader = getattr(transformers, name, None)
     if loader is None or not hasattr(loader, "from_pretrained"):
         raise AttnimgError(
