@@ -236,6 +236,7 @@ def fit_planned(
         implementation=implementation,
         context=context_of(session.problem, backend),
         needs_dtype_cast=backend.needs_dtype_cast,
+        say=session.say,
     )
     apply.require_applied(model, backend)
     found, proof = _proven(session, found, model)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,9 @@ from attnimg.train.precision import (
     loading_dtype,
     torch_dtype,
 )
-from attnimg.train.quantized import read_as_said, require_known_weights
-from attnimg.train.towers import class_to_load, freeze_towers
+from attnimg.train.quantized import cast_others, read_as_said, require_known_weights
+from attnimg.train.stored import stored_tensors, unused_weights
+from attnimg.train.towers import class_to_load, freeze_towers, of_the_language_model
 
 
 @contextmanager
@@ -52,6 +53,7 @@ def load_model(
     implementation: str,
     context: RunContext,
     needs_dtype_cast: bool,
+    say: Callable[[str], None] | None = None,
 ) -> Any:
     """Load the weights, cast them, and put the adapter on.
 
@@ -61,6 +63,7 @@ def load_model(
         implementation: transformers' name of the attention that was chosen.
         context: how the run calls the model; decides the precision of the weights.
         needs_dtype_cast: whether the backend takes q, k, v in that precision only.
+        say: takes a sentence a person should read, such as which weights are not loaded.
 
     Returns:
         A transformers model, or a PEFT model around it, in training precision.
@@ -87,6 +90,13 @@ def load_model(
         )
     files = folder.glob("*.safetensors") if getattr(model, "is_quantized", False) else ()
     require_finite(model, name=str(config.base_model), files=sorted(files))
+    unused = unused_weights(model, stored_tensors(folder), loading.get("unexpected_keys", ()))
+    if unused and say is not None:
+        say(
+            f"warning: {len(unused)} weights of {config.base_model} are not part of "
+            f"{type(model).__name__} and will not be saved: {', '.join(unused[:3])}"
+            + ("..." if len(unused) > 3 else "")
+        )
     if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     freeze_towers(model)
@@ -121,21 +131,24 @@ def _from_pretrained(config: Config, *, implementation: str, dtype: DType) -> tu
     quantized = quantization(config, dtype=dtype)
     model_config = load_model_config(config)
     loader = _loader(class_to_load(config, model_config.to_dict()))
-    kept = read_as_said(model_config, dtype=dtype)
-    given = {"quantization_config": quantized} if quantized and not kept else {}
+    stored = read_as_said(model_config, dtype=dtype)
+    given = {"quantization_config": quantized} if quantized and stored != "kept" else {}
+    weights_dtype = torch_dtype(loading_dtype(config, dtype))
     with _loading(config):
         model, loading = loader.from_pretrained(
             config.base_model,
             config=model_config,
             revision=config.revision_of_model,
-            dtype=torch_dtype(loading_dtype(config, dtype)),
-            attn_implementation=implementation,
+            dtype=weights_dtype,
+            attn_implementation=of_the_language_model(model_config, implementation),
             trust_remote_code=bool(config.trust_remote_code),
-            device_map=_device_map() if quantized or kept else None,
+            device_map=_device_map() if quantized or stored == "kept" else None,
             output_loading_info=True,
             **given,
             **({"allow_all_kernels": True} if config.trust_remote_code else {}),
         )
+    if stored is not None:
+        cast_others(model, weights_dtype)
     return model, loading
 
 

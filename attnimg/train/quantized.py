@@ -6,9 +6,10 @@ transformers would load quantized numbers as if they were weights.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from packaging.requirements import Requirement
 
@@ -24,6 +25,9 @@ from attnimg.quantizations import (
 )
 from attnimg.schema import Config
 from attnimg.train.stored import Stored, stored_tensors
+
+if TYPE_CHECKING:
+    import torch
 
 _UNQUANTIZED = "set base_model to the checkpoint that it was quantized from"
 # What names end in that only quantized checkpoints have: gptq and awq, compressed-tensors, mxfp4,
@@ -220,7 +224,9 @@ def _looks_quantized(name: str, tensor: Stored) -> bool:
     return tensor.dtype in _INTEGERS and name.endswith(".weight")
 
 
-def read_as_said(model_config: Any, *, dtype: DType) -> bool:
+def read_as_said(
+    model_config: Any, *, dtype: DType
+) -> Literal["dequantized", "kept", "refused"] | None:
     """Make transformers read a checkpoint's weights as its quantization_config says.
 
     The checkpoint's own values stay: a quantization_config given to from_pretrained would replace
@@ -231,23 +237,43 @@ def read_as_said(model_config: Any, *, dtype: DType) -> bool:
         dtype: the run's precision.
 
     Returns:
-        Whether the weights stay quantized.
+        What happens to its weights; None where they are not quantized.
     """
     found = quantization_of(model_config.to_dict())
     if found is None:
-        return False
+        return None
     # One at the top is what transformers takes off again, so that the saved config has none.
     for part in (model_config, *(getattr(model_config, name, None) for name in LANGUAGE_PARTS)):
         for key in ("quantization_config", "compression_config"):
             if getattr(part, key, None) is not None:
                 delattr(part, key)
     method = method_of(found)
-    if quantizations()[method].loaded == "dequantized":
-        model_config.quantization_config = {**found, "dequantize": True}
-        return False
-    changes = {"bnb_4bit_compute_dtype": dtype} if method == "bitsandbytes_4bit" else {}
+    loaded = quantizations()[method].loaded
+    changes: dict[str, Any] = {"dequantize": True} if loaded == "dequantized" else {}
+    if method == "bitsandbytes_4bit":
+        changes["bnb_4bit_compute_dtype"] = dtype
     model_config.quantization_config = {**found, **changes}
-    return True
+    return loaded
+
+
+def cast_others(model: Any, dtype: torch.dtype) -> None:
+    """Cast the weights of a quantized checkpoint that transformers leaves in their stored dtype.
+
+    Args:
+        model: as it was loaded.
+        dtype: what was asked for; what the class keeps in float32 stays so.
+    """
+    import torch
+
+    kept = set(model._keep_in_fp32_modules_strict or ())
+    if dtype == torch.float16:
+        kept |= set(model._keep_in_fp32_modules or ())
+    patterns = [re.escape(name).replace(r"\*", r"\d+") for name in kept]
+    for name, weight in model.named_parameters():
+        if not weight.is_floating_point() or weight.element_size() == 1:
+            continue
+        if not any(re.search(rf"(^|\.){pattern}(\.|$)", name) for pattern in patterns):
+            weight.data = weight.data.to(dtype)
 
 
 def _refusal(

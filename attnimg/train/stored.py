@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from typing import Any
 _MAX_HEADER = 100 * 2**20
 # safetensors' names of the dtypes that whole weights have -> torch's.
 TORCH_NAMES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+# Buffers that older versions of transformers saved, and that are computed now.
+_COMPUTED = ("inv_freq", "masked_bias", "attn.bias", "attention.bias", "position_ids")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,6 +43,20 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
             if name != "__metadata__":
                 found[name] = Stored(dtype=entry["dtype"], shape=tuple(entry["shape"]))
     return found
+
+
+def unused_weights(model: Any, stored: Iterable[str], unexpected: Iterable[str]) -> tuple[str, ...]:
+    """Return the stored weights that a loaded model has no place for, sorted.
+
+    Args:
+        model: a transformers model.
+        stored: the names in its checkpoint.
+        unexpected: what from_pretrained told of them; it leaves out what its class ignores, such as
+            layers that predict several tokens.
+    """
+    ignored = [re.compile(text) for text in model._keys_to_ignore_on_load_unexpected or ()]
+    names = {name for name in stored if any(pattern.search(name) for pattern in ignored)}
+    return tuple(sorted(name for name in names | set(unexpected) if not name.endswith(_COMPUTED)))
 
 
 def _files(folder: Path) -> list[Path]:

@@ -49,6 +49,8 @@ def judge_towers(config: Config, raw: Mapping[str, Any]) -> Finding | None:
         return None
     named = ", ".join(name.removesuffix("_config") for name in parts)
     whole = _whole_class(raw)
+    if whole is None and raw.get("model_type") in read_causal_types().whole:
+        return None
     if whole is not None and config.model_type == DEFAULT:
         return Finding(
             code="loses-towers",
@@ -74,9 +76,27 @@ def _whole_class(raw: Mapping[str, Any]) -> str | None:
     type_ = str(raw.get("model_type"))
     if type_ in types.text_trained:
         return types.with_other_inputs[type_]
-    whole = types.whole.get(type_)
-    named = raw.get("architectures") or [whole]
-    return whole if whole in named else None
+    # One that names its language model's class has no other weights.
+    if types.causal.get(type_) in (raw.get("architectures") or ()):
+        return None
+    return types.whole.get(type_)
+
+
+def of_the_language_model(model_config: Any, implementation: str) -> str | dict[str, str]:
+    """Return what from_pretrained takes to run an attention in the language model alone.
+
+    The other parts keep what transformers chooses for them: the attention was neither judged nor
+    proven for their layers, and their classes may not take it.
+
+    Args:
+        model_config: a transformers configuration.
+        implementation: transformers' name of an attention.
+    """
+    text = model_config.get_text_config(decoder=True)
+    named = [name for name in model_config.sub_configs if getattr(model_config, name, None) is text]
+    if text is model_config or not named:
+        return implementation
+    return {"": implementation, **dict.fromkeys(named, implementation)}
 
 
 def freeze_towers(model: Any) -> tuple[str, ...]:
