@@ -43,7 +43,8 @@ class PositionTable:
     Attributes:
         keys: where config.json has the number of positions, in order.
         default: the number where it has none.
-        reserved: how many of them no token can have.
+        reserved: how many of them no token can have where config.json names no padding token;
+            where there are any, they are those up to the padding token's number.
     """
 
     keys: tuple[str, ...]

@@ -7,7 +7,7 @@ from typing import Any
 
 from attnimg.errors import AttnimgError
 from attnimg.facts import Finding
-from attnimg.model_classes import position_table
+from attnimg.model_classes import PositionTable, position_table
 from attnimg.quantizations import LANGUAGE_PARTS
 from attnimg.schema import Config
 
@@ -32,7 +32,7 @@ def judge_positions(config: Config, raw: Mapping[str, Any]) -> Finding | None:
     table = position_table(type_)
     if table is not None:
         named = (part[key] for key in table.keys if isinstance(part.get(key), int))
-        found = next(named, table.default) - table.reserved
+        found = next(named, table.default) - _reserved(table, part)
         if config.sequence_len <= found:
             return None
         raise AttnimgError(
@@ -54,6 +54,12 @@ def judge_positions(config: Config, raw: Mapping[str, Any]) -> Finding | None:
         do=f"set sequence_len: {reach}, or scale its RoPE by rope_parameters in its "
         "config.json, such as rope_type yarn and a factor",
     )
+
+
+def _reserved(table: PositionTable, part: Mapping[str, Any]) -> int:
+    """Return how many positions no token has: those up to the padding's, where any are."""
+    padding = part.get("pad_token_id")
+    return padding + 1 if table.reserved and isinstance(padding, int) else table.reserved
 
 
 def rope_reach(part: Mapping[str, Any]) -> int | None:
