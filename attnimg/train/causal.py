@@ -40,8 +40,11 @@ def require_causal_type(config: Config, raw: Mapping[str, Any]) -> None:
     elif type_ in types.text_trained:
         return
     elif type_ in types.with_other_inputs:
-        found = "it takes images or audio, and AutoModelForCausalLM does not load it"
-        do = f"set model_type: {types.with_other_inputs[type_]}, which trains its text part"
+        found = "it takes images or audio, and was not trained on text alone here"
+        do = (
+            "choose a decoder such as llama, qwen3 or mistral; to try it all the same, set "
+            f"model_type: {types.with_other_inputs[type_]}"
+        )
     else:
         found = "transformers has no causal language model of that type"
         do = "choose a decoder such as llama, qwen3 or mistral"

@@ -8,6 +8,7 @@ Source: axolotl src/axolotl/loaders/model.py, lines 422-477 and 1025-1047 (2026-
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any
 
 from attnimg.facts import DType, RunContext
@@ -52,7 +53,8 @@ def lift_embeddings_and_norms(model: Any) -> None:
     before = _floating(model)
     for name, module in model.named_modules():
         leaf = name.rpartition(".")[2]
-        if leaf in EMBEDDING_NAMES or "norm" in leaf.lower() or leaf.startswith("ln_"):
+        norm = "norm" in leaf.lower() or "ln" in re.split(r"[_\d]", leaf)
+        if norm or leaf in EMBEDDING_NAMES:
             module.to(torch.float32)
     after = _floating(model)
     model.attnimg_lifted = {k: dtype for k, dtype in before.items() if after[k] != dtype}

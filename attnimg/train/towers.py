@@ -37,7 +37,9 @@ def class_to_load(config: Config, raw: Mapping[str, Any]) -> str:
         The class that config.json names where AutoModelForCausalLM would drop what is not the
         language model, or not load it at all.
     """
-    if config.model_type:
+    # Asked for by name, it loads the language model alone where it loads anything.
+    loads_all = raw.get("model_type") in read_causal_types().text_trained
+    if config.model_type and not (config.model_type == DEFAULT and loads_all):
         return config.model_type
     return _whole_class(raw) or DEFAULT
 
@@ -49,9 +51,10 @@ def judge_towers(config: Config, raw: Mapping[str, Any]) -> Finding | None:
         return None
     named = ", ".join(name.removesuffix("_config") for name in parts)
     whole = _whole_class(raw)
-    if whole is None and raw.get("model_type") in read_causal_types().whole:
+    divisible = raw.get("model_type") in read_causal_types().whole
+    if divisible and whole is None:
         return None
-    if whole is not None and config.model_type == DEFAULT:
+    if divisible and config.model_type == DEFAULT:
         return Finding(
             code="loses-towers",
             key="model_type",
@@ -65,7 +68,7 @@ def judge_towers(config: Config, raw: Mapping[str, Any]) -> Finding | None:
         what=f"{config.base_model} has parts beside its language model ({named}): they are frozen, "
         "and saved as they are",
         do=f"set model_type: {DEFAULT} if its language model alone should be saved"
-        if whole is not None and raw.get("model_type") in read_causal_types().causal
+        if divisible
         else "count on their memory, too: they are loaded with the language model",
     )
 

@@ -128,6 +128,8 @@ def test_the_reach_of_rope_counts_its_scaling_in(part: dict[str, Any], reach: in
         pytest.param({**QWEN, "architectures": ["Qwen3_5ForCausalLM"]}, {},
                      "AutoModelForCausalLM", None, id="a language model that was taken out"),
         pytest.param(LLAVA, {}, "LlavaForConditionalGeneration", "towers-frozen", id="llava"),
+        pytest.param(LLAVA, {"model_type": "AutoModelForCausalLM"},
+                     "LlavaForConditionalGeneration", "towers-frozen", id="llava, by the default"),
         pytest.param({"model_type": "llama"}, {}, "AutoModelForCausalLM", None, id="llama"),
     ],
 )  # fmt: skip
