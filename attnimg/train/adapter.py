@@ -88,13 +88,15 @@ def add_adapter(model: Any, config: Config) -> Any:
     """
     from peft import LoraConfig, get_peft_model
 
+    frozen = freeze_towers(model)
     lora = LoraConfig(
-        task_type="CAUSAL_LM",
+        # Without a task, the adapter names the class that it loads on.
+        task_type=None if frozen else "CAUSAL_LM",
         r=config.lora_r,
         lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
         target_modules=_targets(config),
-        exclude_modules=_within(freeze_towers(model)),
+        exclude_modules=_within(frozen),
         modules_to_save=config.lora_modules_to_save,
         fan_in_fan_out=bool(config.lora_fan_in_fan_out),
         use_dora=bool(config.peft_use_dora),

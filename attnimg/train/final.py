@@ -38,7 +38,7 @@ def save_final(engine: Any, config: Config, folder: Path) -> list[Path]:
             if not engine.is_world_process_zero():
                 return []
             settle_config(aside, engine.loaded_config)
-            keep_processor(config, aside)
+            keep_processor(config, engine.loaded_config, aside)
             names = _move_into(folder, aside)
     finally:
         if engine.is_world_process_zero():

@@ -55,10 +55,11 @@ def lower_lifted(model: Any) -> None:
     """Cast the weights that were lifted to float32 for training back to what they were loaded in.
 
     Args:
-        model: after its training, without a wrapper.
+        model: after its training.
     """
     import torch
 
+    model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper names them otherwise
     weights = dict(model.named_parameters()) | dict(model.named_buffers())
     for name, dtype in getattr(model, "attnimg_lifted", {}).items():
         with torch.no_grad():

@@ -133,20 +133,17 @@ def _language_parts(model: Any) -> Iterable[Any]:
     return [part for part in parts if part is not None]
 
 
-def keep_processor(config: Config, folder: Path) -> list[Path]:
-    """Copy what an AutoProcessor needs from the checkpoint, where it has that.
+def keep_processor(config: Config, loaded: Mapping[str, Any], folder: Path) -> None:
+    """Copy what an AutoProcessor needs from a checkpoint that is no plain language model.
 
     Args:
         config: the validated run.
+        loaded: the model's config before training, as `to_dict` gives it.
         folder: where the trained model lies.
-
-    Returns:
-        The files that were written.
     """
     from transformers.utils import cached_file
 
-    written = []
-    for name in PROCESSOR_FILES:
+    for name in PROCESSOR_FILES if any(loaded.get(part) for part in OTHER_PARTS) else ():
         found = cached_file(
             config.base_model,
             name,
@@ -155,5 +152,4 @@ def keep_processor(config: Config, folder: Path) -> list[Path]:
             _raise_exceptions_for_connection_errors=False,
         )
         if found is not None and not (folder / name).exists():
-            written.append(Path(shutil.copyfile(found, folder / name)))
-    return written
+            shutil.copyfile(found, folder / name)

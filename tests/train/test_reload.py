@@ -91,6 +91,7 @@ def base(home: Path, model_type: str) -> Path:
         make = tiny_vlm if model_type in WITH_TOWERS else tiny_model
         make(model_type).save_pretrained(folder)
         tokenizer_in(folder)
+        (folder / "preprocessor_config.json").write_text('{"size": 28}\n')
     return folder
 
 
@@ -219,11 +220,20 @@ def test_what_is_saved_is_what_was_trained(
     for key in ("tie_word_embeddings", "use_cache", "output_router_logits", "vocab_size"):
         assert saved.get(key) == had.get(key), key
     assert "quantization_config" not in saved
+    assert generation(out) == generation(folder)
     again = load(out, name, dtype="auto")
     torch.testing.assert_close(logits(again), expected, rtol=0, atol=0)
     assert not torch.equal(logits(load(folder, name, dtype=precision)), expected), "not trained"
+    processor = out / "preprocessor_config.json"
+    assert processor.exists() is (model_type in WITH_TOWERS)
     if model_type in WITH_TOWERS:
         assert_towers_kept(folder, out, precision)
+
+
+def generation(folder: Path) -> dict[str, Any]:
+    """Return how a checkpoint generates."""
+    found: dict[str, Any] = json.loads((folder / "generation_config.json").read_text())
+    return {key: value for key, value in found.items() if key != "transformers_version"}
 
 
 def keeps_float32(model: Any) -> bool:
