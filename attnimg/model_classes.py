@@ -1,7 +1,7 @@
 """Which models transformers has, and what their classes do not take, without importing it.
 
-data/model_classes.toml and data/causal_types.toml are read off the pinned transformers by
-`make classes`.
+data/model_classes.toml, causal_types.toml and positions.toml are read off the pinned transformers
+by `make classes`.
 """
 
 from __future__ import annotations
@@ -24,11 +24,39 @@ class CausalTypes:
             config.json says is_decoder.
         with_other_inputs: model type -> class of those that also take images or sound, which
             AutoModelForCausalLM does not load.
+        whole: model type -> class of those that also take images or sound, of which
+            AutoModelForCausalLM loads the language model alone.
+        text_trained: those of with_other_inputs that were trained on text.
     """
 
     causal: Mapping[str, str]
     two_sided: frozenset[str]
     with_other_inputs: Mapping[str, str]
+    whole: Mapping[str, str]
+    text_trained: frozenset[str]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PositionTable:
+    """A model type whose rows can't be longer than a table of positions.
+
+    Attributes:
+        keys: where config.json has the number of positions, in order.
+        default: the number where it has none.
+        reserved: how many of them no token can have where config.json names no padding token;
+            where there are any, they are those up to the padding token's number.
+    """
+
+    keys: tuple[str, ...]
+    default: int
+    reserved: int = 0
+
+
+def position_table(model_type: str) -> PositionTable | None:
+    """Read a row of data/positions.toml; None for a type without such a table."""
+    path = resources.files("attnimg").joinpath("data", "positions.toml")
+    row = tomllib.loads(path.read_text(encoding="utf-8")).get(model_type)
+    return PositionTable(**row | {"keys": tuple(row["keys"])}) if row else None
 
 
 def read_causal_types() -> CausalTypes:
@@ -39,6 +67,8 @@ def read_causal_types() -> CausalTypes:
         causal=found["causal"],
         two_sided=frozenset(found["two_sided"]),
         with_other_inputs=found["with_other_inputs"],
+        whole=found["whole"],
+        text_trained=frozenset(found["text_trained"]),
     )
 
 

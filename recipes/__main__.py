@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from attnimg.errors import AttnimgError
-from recipes import model_classes
+from recipes import model_classes, positions
 from recipes.built import FOLDER as BUILT
 from recipes.built import built_table, codes_found, listed, read_records, record, with_table
 from recipes.facts import Plan
@@ -61,7 +61,12 @@ def classes(root: Root = ROOT) -> None:
     version = metadata.version("transformers")
     classes_text = model_classes.classes_toml(model_classes.model_classes(), transformers=version)
     causal_text = model_classes.causal_toml(model_classes.causal_types(), transformers=version)
-    files = {model_classes.PATH: classes_text, model_classes.CAUSAL_PATH: causal_text}
+    positions_text = positions.positions_toml(*positions.position_tables(), transformers=version)
+    files = {
+        model_classes.PATH: classes_text,
+        model_classes.CAUSAL_PATH: causal_text,
+        positions.PATH: positions_text,
+    }
     for path in write_all(root, files):
         typer.echo(f"classes: wrote {path}")
 

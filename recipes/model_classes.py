@@ -11,6 +11,13 @@ PATH = "attnimg/data/model_classes.toml"
 CAUSAL_PATH = "attnimg/data/causal_types.toml"
 # No mapping of transformers tells that of them; `make families` measures it.
 TWO_SIDED = frozenset({"bert-generation"})
+# Models with other inputs that tests/train/test_reload.py trains on text and loads again.
+TEXT_TRAINED = (
+    "aria", "aya_vision", "cohere2_vision", "deepseek_vl", "exaone4_5", "glm4v", "idefics2",
+    "idefics3", "internvl", "lfm2_vl", "lighton_ocr", "llava", "llava_next", "llava_next_video",
+    "llava_onevision", "mistral3", "ovis2", "qwen2_5_vl", "qwen2_vl",
+    "qwen3_vl", "qwen3_vl_moe", "smolvlm", "video_llama_3", "video_llava", "vipllava",
+)  # fmt: skip
 
 
 def model_classes() -> dict[str, ModelClass | None]:
@@ -75,6 +82,12 @@ def causal_types() -> CausalTypes:
             for name, class_name in others.items()
             if name not in causal and name not in two_sided
         },
+        whole={
+            name: class_name
+            for name, class_name in others.items()
+            if name not in two_sided and causal.get(name, class_name) != class_name
+        },
+        text_trained=frozenset(TEXT_TRAINED),
     )
 
 
@@ -94,6 +107,11 @@ def causal_toml(found: CausalTypes, *, transformers: str) -> str:
         *(f"  {json.dumps(name)}," for name in sorted(found.two_sided)),
         "]",
         "",
+        "# Those with other inputs that were trained on text: make test/reload.",
+        "text_trained = [",
+        *(f"  {json.dumps(name)}," for name in sorted(found.text_trained)),
+        "]",
+        "",
         "[causal]",
         *(f"{json.dumps(name)} = {json.dumps(of)}" for name, of in sorted(found.causal.items())),
         "",
@@ -103,5 +121,9 @@ def causal_toml(found: CausalTypes, *, transformers: str) -> str:
             f"{json.dumps(name)} = {json.dumps(of)}"
             for name, of in sorted(found.with_other_inputs.items())
         ),
+        "",
+        "# Of these AutoModelForCausalLM loads the language model alone.",
+        "[whole]",
+        *(f"{json.dumps(name)} = {json.dumps(of)}" for name, of in sorted(found.whole.items())),
     ]
     return "\n".join(lines) + "\n"

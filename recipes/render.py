@@ -8,9 +8,11 @@ from pathlib import Path
 
 from attnimg.errors import AttnimgError
 from attnimg.images import parse
+from attnimg.model_classes import read_causal_types
 from recipes.ahead_of_time import kernel_sets
 from recipes.bake import bake_file
 from recipes.catalogue import catalogue
+from recipes.checkpoints_page import checkpoints_page
 from recipes.choices import choices, choices_json
 from recipes.choices_page import choices_page
 from recipes.constraints import constraints
@@ -53,6 +55,7 @@ def rendered(
         "attnimg/data/images.json": images,
         ".github/matrix.json": matrix(plans, build_runner=ci["build"], gpu_runners=ci["gpu"]),
         "docs/choices.md": choices_page(chosen),
+        "docs/checkpoints.md": checkpoints_page(read_causal_types()),
         "tests/unit/golden/choices.json": choices_json(chosen, parsed),
         "docs/families.md": families_page(families),
         "docs/fa4-models.md": fa4_models_page(recipes.kernels["flash-attn-4"]),

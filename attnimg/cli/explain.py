@@ -13,6 +13,7 @@ import typer
 from attnimg import config, plan, problem
 from attnimg.cli.options import JsonOption, OnOption
 from attnimg.cli.subject import (
+    base_model_findings,
     gpu_text,
     image_notes,
     machine_notes,
@@ -27,12 +28,12 @@ from attnimg.facts import Arch, Finding, Machine, Model, Plan, Problem
 from attnimg.other_layers import other_layers
 from attnimg.report import as_json
 from attnimg.schema import Checked, Config
-from attnimg.train.causal import require_trainable
 
 # Errors that are judgements of a backend: explaining them is what the command is for.
 _JUDGEMENTS = frozenset(
     {"arch-too-old", "arch-mismatch", "sage-arch", "fp8-arch", "fp8-torch", "flex-torch"}
     | {"s2-with-packing", "packing-not-isolated", "not-causal-lm", "not-trainable", "loss-differs"}
+    | {"quantized-checkpoint", "positions-short"}
 )
 # org/name; what ends in .yaml is a config that is missing.
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/(?!.*\.ya?ml$)[\w.-]+", re.ASCII)
@@ -66,7 +67,8 @@ def explain(
             found = _no_name(checked, found)
         errors, notes = run_findings(found, task, machine)
         if model is not None and not _is_model(target):
-            errors += _not_trainable(values, machine)
+            refusals, warnings = _on_base_model(values, machine)
+            errors, notes = (*errors, *refusals), (*notes, *warnings)
         checked = replace(
             checked,
             errors=(*checked.errors, *errors),
@@ -147,15 +149,14 @@ def _with_model(checked: Checked, values: Config) -> tuple[Checked, Model | None
     return replace(checked, warnings=warnings), model, dropout
 
 
-def _not_trainable(values: Config, machine: Machine) -> tuple[Finding, ...]:
-    """Return the error that train raises for a model that can't be trained, or not packed."""
+def _on_base_model(
+    values: Config, machine: Machine
+) -> tuple[tuple[Finding, ...], tuple[Finding, ...]]:
+    """Return the errors that train raises for the base model, and its warnings."""
     path = model_file(values)
     assert path is not None
-    try:
-        require_trainable(values, problem.read_config(path), packages=machine.packages)
-    except AttnimgError as error:
-        return (_as_finding(error),)
-    return ()
+    errors, warnings = base_model_findings(values, problem.read_config(path), machine)
+    return tuple(_as_finding(error) for error in errors), tuple(warnings)
 
 
 def _as_finding(error: AttnimgError) -> Finding:

@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from datetime import date
 from pathlib import Path
+from typing import Any
 
-from attnimg import images, known_bad, other_layers, plan, probe, problem, refused_types
+from attnimg import (
+    images,
+    known_bad,
+    other_layers,
+    plan,
+    probe,
+    problem,
+    quantizations,
+    refused_types,
+)
 from attnimg.backends import all_backends
+from attnimg.errors import AttnimgError
 from attnimg.facts import Arch, Finding, Machine, Model, Plan, Problem
 from attnimg.gpus import catalogue, cpus_with, gpu_named
 from attnimg.model_classes import class_named
 from attnimg.schema import Config
+from attnimg.train.base_model import judge_base_model
 
 
 def machine_of(on: str | None, image: str | None) -> tuple[Machine, str | None]:
@@ -87,6 +101,7 @@ def distributions() -> list[str]:
     # Rules on known-bad versions also speak of what the backends' packages stand on.
     needed += [package for kind in other_layers.kinds().values() for package in kind.packages]
     needed += refused_types.packages()
+    needed += [re.split("[<>=]", package)[0] for package in quantizations.packages()]
     return [*needed, "kernels", "nvidia-cutlass-dsl", "nvidia-cudnn-cu12", "nvidia-cudnn-cu13"]
 
 
@@ -189,6 +204,16 @@ def run_findings(
         errors = (*errors, mixing)
     memory = plan.memory_warning(found, task, memory_bytes=memory_of(machine))
     return errors, (*warnings, *([memory] if memory else ()))
+
+
+def base_model_findings(
+    values: Config, raw: Mapping[str, Any], machine: Machine
+) -> tuple[list[AttnimgError], list[Finding]]:
+    """Return the errors and warnings on a base model, judged by its files but for its attention."""
+    path = model_file(values)
+    return judge_base_model(
+        values, raw, packages=machine.packages, folder=path.parent if path is not None else None
+    )
 
 
 def gpu_text(machine: Machine) -> str:

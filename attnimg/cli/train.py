@@ -15,6 +15,7 @@ import typer
 from attnimg import apply, config, plan, probe, problem
 from attnimg.cli.proofs import content_hash, parts_of, proven_plan
 from attnimg.cli.subject import (
+    base_model_findings,
     distributions,
     gpu_text,
     machine_notes,
@@ -84,7 +85,6 @@ def train(
 
 
 def _train(file: str, settings: tuple[str, ...], *, console: Console, stop: StopFlag) -> None:
-    from attnimg.train.causal import require_trainable
     from attnimg.train.check import check_inputs
     from attnimg.train.data import check_sources
 
@@ -99,7 +99,7 @@ def _train(file: str, settings: tuple[str, ...], *, console: Console, stop: Stop
     for note in _without_effect(values):
         console.print(f"  {note}", highlight=False, markup=False, soft_wrap=True)
     if (path := model_file(values)) is not None:
-        require_trainable(values, problem.read_config(path), packages=machine.packages)
+        _require_base_model(values, problem.read_config(path), machine, console=console)
     model, dropout = read_model(values)
     session = Session(
         config=values,
@@ -124,6 +124,18 @@ def _valid(checked: Checked, *, console: Console) -> Config:
     if checked.config is None or not checked.ok:
         raise typer.Exit(2)
     return checked.config
+
+
+def _require_base_model(
+    values: Config, raw: Mapping[str, Any], machine: Machine, *, console: Console
+) -> None:
+    """Print the warnings on the base model, and raise the first error."""
+    from attnimg.report import as_text
+
+    errors, warnings = base_model_findings(values, raw, machine)
+    if errors:
+        raise errors[0]
+    as_text.print_warnings(warnings, err=console)
 
 
 def _without_effect(values: Config) -> list[str]:
@@ -239,6 +251,7 @@ def fit_planned(
         implementation=implementation,
         context=context,
         needs_dtype_cast=backend.needs_dtype_cast,
+        say=session.say,
     )
     for note in adapter_notes(model):
         session.say(f"warning: {note}")
@@ -284,10 +297,8 @@ def _kernels(session: Session, found: Plan) -> dict[str, str | None]:
 
 def _replanned(session: Session, model_config: Any) -> tuple[Session, Plan]:
     """Plan again for a hub model, whose config.json was not on this machine until now."""
-    from attnimg.train.causal import require_trainable
-
     raw = model_config.to_dict()
-    require_trainable(session.config, raw, packages=session.machine.packages)
+    _require_base_model(session.config, raw, session.machine, console=session.console)
     task = problem_of(
         session.config,
         model=problem.read_model(raw),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import warnings
 from typing import Any
 
 from attnimg.errors import AttnimgError
@@ -9,6 +11,7 @@ from attnimg.facts import DType
 from attnimg.schema import Config
 from attnimg.train.lora_targets import embeddings, is_named, linear_names, require_saved, resolved
 from attnimg.train.precision import torch_dtype
+from attnimg.train.towers import freeze_towers
 
 
 def check_adapter(config: Config) -> None:
@@ -88,16 +91,19 @@ def add_adapter(model: Any, config: Config) -> Any:
     """
     from peft import LoraConfig, get_peft_model
 
+    frozen = freeze_towers(model)
     targets = resolved(model, config)
     require_saved(model, config)
     names, tied = embeddings(model)
     saved = config.lora_modules_to_save or []
     lora = LoraConfig(
-        task_type="CAUSAL_LM",
+        # Without a task, the adapter names the class that it loads on.
+        task_type=None if frozen else "CAUSAL_LM",
         r=config.lora_r,
         lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
         target_modules=targets,
+        exclude_modules=_within(frozen),
         # A copy: PEFT adds the modules that it ties.
         modules_to_save=list(saved) or None,
         fan_in_fan_out=bool(config.lora_fan_in_fan_out),
@@ -109,7 +115,10 @@ def add_adapter(model: Any, config: Config) -> Any:
     )
     linear = linear_names(model)
     try:
-        return get_peft_model(model, lora)
+        with warnings.catch_warnings():
+            # Where the targets' names are the language model's alone, nothing had to be excluded.
+            warnings.filterwarnings("ignore", message="You have passed exclude_modules")
+            return get_peft_model(model, lora)
     except (TypeError, ValueError) as error:
         others = [name for name in linear if f"'{name}'" not in str(error)]
         raise _bad(
@@ -130,3 +139,8 @@ def adapter_notes(model: Any) -> list[str]:
         f"lora_modules_to_save: {' and '.join(name.rpartition('.')[2] for name in names)} are one "
         "weight in the base model, so both are trained, as one"
     ]
+
+
+def _within(modules: tuple[str, ...]) -> str | None:
+    """Return the regular expression of the modules' parts; None for no modules."""
+    return rf"({'|'.join(re.escape(name) for name in modules)})\..*" if modules else None

@@ -38,9 +38,14 @@ def require_causal_type(config: Config, raw: Mapping[str, Any]) -> None:
             return
         found = "its tokens attend to later tokens, or it has an encoder"
         do = "choose a decoder; a decoder of this type has is_decoder: true in its config.json"
+    elif type_ in types.text_trained:
+        return
     elif type_ in types.with_other_inputs:
-        found = "it takes images or audio, and AutoModelForCausalLM does not load it"
-        do = f"set model_type: {types.with_other_inputs[type_]}, which trains its text part"
+        found = "it takes images or audio, and was not trained on text alone here"
+        do = (
+            "choose a decoder such as llama, qwen3 or mistral; to try it all the same, set "
+            f"model_type: {types.with_other_inputs[type_]}"
+        )
     else:
         found = "transformers has no causal language model of that type"
         do = "choose a decoder such as llama, qwen3 or mistral"
@@ -85,7 +90,7 @@ def require_causal_class(name: str) -> None:
         AttnimgError: code not-causal-lm.
     """
     types = read_causal_types()
-    known = {*types.causal.values(), *types.with_other_inputs.values()}
+    known = {*types.causal.values(), *types.with_other_inputs.values(), *types.whole.values()}
     if name in AUTO_CLASSES or name in known:
         return
     raise _refusal(

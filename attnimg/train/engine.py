@@ -21,6 +21,7 @@ from attnimg.train.disk import writing
 from attnimg.train.evaluator import EvaluationCut, Evaluator
 from attnimg.train.renamed import load_renamed
 from attnimg.train.rows import COUNTS, Collator
+from attnimg.train.saved import settle_config
 from attnimg.train.signals import StopFlag, Stopped
 
 
@@ -53,7 +54,7 @@ class Engine(Evaluator):
         self.meter = metrics.Meter()
         self._evaluated_at = -1
         self.last_checkpoint: Path | None = None
-        use_cache = getattr(options["model"].config, "use_cache", None)
+        self.loaded_config = options["model"].config.to_dict()
         trained = {
             name: weight.dtype
             for name, weight in options["model"].named_parameters()
@@ -66,9 +67,6 @@ class Engine(Evaluator):
         for name, weight in self.model.named_parameters():
             if name in trained:
                 weight.data = weight.data.to(trained[name])
-        # Training passes use_cache=False with each batch; what is saved must generate as before.
-        if use_cache is not None:
-            self.model.config.use_cache = use_cache
 
     def _send_telemetry(self) -> None:
         """Send nothing: TRL would report the trainer's class to the hub."""
@@ -197,6 +195,7 @@ class Engine(Evaluator):
         self.accelerator.wait_for_everyone()
         state = self._window_state()
         if self.is_world_process_zero():
+            settle_config(partial, self.loaded_config)
             (partial / checkpoints.STATE).write_text(json.dumps(state, indent=2))
             checkpoints.promote(partial)
         self.last_checkpoint = self.folder / partial.name

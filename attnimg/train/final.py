@@ -6,18 +6,22 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from attnimg.schema import Config
 from attnimg.train import checkpoint as checkpoints
 from attnimg.train.disk import writing
+from attnimg.train.saved import lower_lifted, settle_config
+from attnimg.train.towers import keep_processor
 
 # What Trainer writes beside a model that only Trainer reads.
 NOT_THE_MODEL = ("training_args.bin",)
 
 
-def save_final(engine: Any, folder: Path) -> list[Path]:
+def save_final(engine: Any, config: Config, folder: Path) -> list[Path]:
     """Write model and tokenizer aside, then move them into `folder` file by file.
 
     Args:
         engine: after training; every process calls this, since gathering weights is collective.
+        config: the validated run.
         folder: output_dir.
 
     Returns:
@@ -29,9 +33,12 @@ def save_final(engine: Any, folder: Path) -> list[Path]:
     aside = folder / checkpoints.PARTIAL / "model"
     try:
         with writing(aside, kept="the checkpoints are kept"):
+            lower_lifted(engine.model)
             engine.save_model(str(aside))
             if not engine.is_world_process_zero():
                 return []
+            settle_config(aside, engine.loaded_config)
+            keep_processor(config, engine.loaded_config, aside)
             names = _move_into(folder, aside)
     finally:
         if engine.is_world_process_zero():

@@ -177,7 +177,7 @@ def _train(session: Session, receipt: dict[str, object]) -> FitResult:
         notes = run_engine(engine, session)
     finally:
         view.end()
-    files = save_final(engine, session.folder)
+    files = save_final(engine, session.config, session.folder)
     if first:
         files += _draw(session, steps=engine.state.global_step)
     # All is written: a signal from here on has nothing left to save.

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,9 @@ from attnimg.train.precision import (
     loading_dtype,
     torch_dtype,
 )
+from attnimg.train.quantized import cast_others, read_as_said, require_known_weights
+from attnimg.train.stored import stored_tensors, unused_weights
+from attnimg.train.towers import class_to_load, freeze_towers, of_the_language_model
 
 
 @contextmanager
@@ -52,6 +56,7 @@ def load_model(
     implementation: str,
     context: RunContext,
     needs_dtype_cast: bool,
+    say: Callable[[str], None] | None = None,
 ) -> Any:
     """Load the weights, cast them, and put the adapter on.
 
@@ -61,6 +66,7 @@ def load_model(
         implementation: transformers' name of the attention that was chosen.
         context: how the run calls the model; decides the precision of the weights.
         needs_dtype_cast: whether the backend takes q, k, v in that precision only.
+        say: takes a sentence a person should read, such as which weights are not loaded.
 
     Returns:
         A transformers model, or a PEFT model around it, in training precision.
@@ -76,6 +82,10 @@ def load_model(
     # New embeddings and LoRA matrices are random: the seed makes two runs start alike.
     set_seed(config.seed)
     model, loading = _from_pretrained(config, implementation=implementation, dtype=context.dtype)
+    folder = _folder(config)
+    require_known_weights(
+        config, folder, json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    )
     missing = sorted(loading.get("missing_keys", ()))
     if missing:
         raise bad_model(
@@ -83,12 +93,20 @@ def load_model(
             why=f"missing {', '.join(missing[:3])}; they would start random",
             do=GET_WHOLE,
         )
-    files = _weight_files(config) if getattr(model, "is_quantized", False) else []
-    require_finite(model, name=str(config.base_model), files=files)
+    files = folder.glob("*.safetensors") if getattr(model, "is_quantized", False) else ()
+    require_finite(model, name=str(config.base_model), files=sorted(files))
+    unused = unused_weights(model, stored_tensors(folder), loading.get("unexpected_keys", ()))
+    if unused and say is not None:
+        say(
+            f"warning: {len(unused)} weights of {config.base_model} are not part of "
+            f"{type(model).__name__} and will not be saved: {', '.join(unused[:3])}"
+            + ("..." if len(unused) > 3 else "")
+        )
     larger = len(tokenizer) > model.get_input_embeddings().weight.shape[0]
     # Rows that no one trains would have to be saved with the adapter, or it would not load again.
     if larger and not (config.adapter and untrained_embeddings(model, config)):
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    freeze_towers(model)
     if keeps_float32(config, context=context, needs_dtype_cast=needs_dtype_cast):
         lift_embeddings_and_norms(model)
     return add_adapter(model, config) if config.adapter else model
@@ -106,7 +124,7 @@ def load_model_config(config: Config) -> Any:
     """
     import transformers
 
-    _loader(config)
+    _loader(config.model_type or DEFAULT)
     with _loading(config):
         return transformers.AutoConfig.from_pretrained(
             config.base_model,
@@ -118,43 +136,50 @@ def load_model_config(config: Config) -> Any:
 def load_outline(config: Config) -> Any:
     """Return the model without weights; None where its class can't be built without them."""
     model_config = load_model_config(config)
-    return outline(_loader(config), model_config, trusted=bool(config.trust_remote_code))
+    loader = _loader(class_to_load(config, model_config.to_dict()))
+    return outline(loader, model_config, trusted=bool(config.trust_remote_code))
 
 
 def _from_pretrained(config: Config, *, implementation: str, dtype: DType) -> tuple[Any, Any]:
     """Load by name; also give what transformers tells of missing weights."""
-    loader = _loader(config)
     quantized = quantization(config, dtype=dtype)
+    model_config = load_model_config(config)
+    loader = _loader(class_to_load(config, model_config.to_dict()))
+    stored = read_as_said(model_config, dtype=dtype)
+    given = {"quantization_config": quantized} if quantized and stored != "kept" else {}
+    weights_dtype = torch_dtype(loading_dtype(config, dtype))
     with _loading(config):
         model, loading = loader.from_pretrained(
             config.base_model,
+            config=model_config,
             revision=config.revision_of_model,
-            dtype=torch_dtype(loading_dtype(config, dtype)),
-            attn_implementation=implementation,
+            dtype=weights_dtype,
+            attn_implementation=of_the_language_model(model_config, implementation),
             trust_remote_code=bool(config.trust_remote_code),
-            quantization_config=quantized,
-            device_map=_device_map() if quantized else None,
+            device_map=_device_map() if quantized or stored == "kept" else None,
             output_loading_info=True,
+            **given,
             **({"allow_all_kernels": True} if config.trust_remote_code else {}),
         )
+    if stored is not None:
+        cast_others(model, weights_dtype)
     return model, loading
 
 
-def _weight_files(config: Config) -> list[Path]:
-    """List the safetensors that a model was just loaded from; empty where it has none."""
+def _folder(config: Config) -> Path:
+    """Return where the files lie that a model was just loaded from."""
     from transformers.utils import cached_file
 
     found = cached_file(
         config.base_model, "config.json", revision=config.revision_of_model, local_files_only=True
     )
-    return sorted(Path(found).parent.glob("*.safetensors"))
+    return Path(found).parent
 
 
-def _loader(config: Config) -> Any:
-    """Return the class that loads the model."""
+def _loader(name: str) -> Any:
+    """Return the class of that name that loads the model."""
     import transformers
 
-    name = config.model_type or DEFAULT
     loader = getattr(transformers, name, None)
     if loader is None or not hasattr(loader, "from_pretrained"):
         raise AttnimgError(

@@ -8,6 +8,7 @@ Source: axolotl src/axolotl/loaders/model.py, lines 422-477 and 1025-1047 (2026-
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any
 
 from attnimg.facts import DType, RunContext
@@ -43,13 +44,26 @@ def keeps_float32(config: Config, *, context: RunContext, needs_dtype_cast: bool
 
 
 def lift_embeddings_and_norms(model: Any) -> None:
-    """Cast embeddings and norms of `model` to float32, in place."""
+    """Cast embeddings and norms of `model` to float32, in place.
+
+    `model.attnimg_lifted` then has what the others were: name -> dtype, for `lower_lifted`.
+    """
     import torch
 
+    before = _floating(model)
     for name, module in model.named_modules():
         leaf = name.rpartition(".")[2]
-        if leaf in EMBEDDING_NAMES or "norm" in leaf.lower() or leaf.startswith("ln_"):
+        norm = "norm" in leaf.lower() or "ln" in re.split(r"[_\d]", leaf)
+        if norm or leaf in EMBEDDING_NAMES:
             module.to(torch.float32)
+    after = _floating(model)
+    model.attnimg_lifted = {k: dtype for k, dtype in before.items() if after[k] != dtype}
+
+
+def _floating(model: Any) -> dict[str, torch.dtype]:
+    """Return the dtype of each parameter and buffer of floating-point numbers."""
+    weights = dict(model.named_parameters()) | dict(model.named_buffers())
+    return {name: weight.dtype for name, weight in weights.items() if weight.is_floating_point()}
 
 
 def torch_dtype(dtype: DType) -> torch.dtype:

@@ -23,6 +23,7 @@ from attnimg.plan import choose
 from attnimg.plan.classes import reason_against_class
 from attnimg.problem import read_model
 from attnimg.schema import Config
+from recipes import positions
 from recipes.model_classes import (
     CAUSAL_PATH,
     PATH,
@@ -49,6 +50,8 @@ def test_the_table_is_what_the_installed_transformers_says() -> None:
     assert types.causal.keys() == found.keys()
     text = causal_toml(types, transformers=version)
     assert root.joinpath(CAUSAL_PATH).read_text() == text, "make classes"
+    text = positions.positions_toml(*positions.position_tables(), transformers=version)
+    assert root.joinpath(positions.PATH).read_text() == text, "make classes"
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,56 @@
+"""Judge a base model by its config.json and the headers of its weights, before any is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from attnimg.errors import AttnimgError
+from attnimg.facts import Finding
+from attnimg.schema import Config
+from attnimg.train.causal import require_trainable
+from attnimg.train.positions import judge_positions
+from attnimg.train.quantized import judge_quantization, require_known_weights
+from attnimg.train.towers import judge_towers
+
+
+def judge_base_model(
+    config: Config,
+    raw: Mapping[str, Any],
+    *,
+    packages: Mapping[str, str] | None,
+    folder: Path | None,
+) -> tuple[list[AttnimgError], list[Finding]]:
+    """Collect every error and warning on a base model.
+
+    Args:
+        config: the validated run.
+        raw: the model's config.json.
+        packages: what is installed; None where every package is assumed.
+        folder: where its weights lie; None where they are not at hand.
+
+    Returns:
+        Errors, each of which refuses the run, and warnings.
+    """
+
+    def known_weights() -> None:
+        if folder is not None:
+            require_known_weights(config, folder, raw)
+
+    checks: tuple[Callable[[], Finding | None], ...] = (
+        lambda: require_trainable(config, raw, packages=packages),
+        lambda: judge_quantization(config, raw, packages=packages),
+        known_weights,
+        lambda: judge_positions(config, raw),
+        lambda: judge_towers(config, raw),
+    )
+    errors, warnings = [], []
+    for check in checks:
+        try:
+            found = check()
+        except AttnimgError as error:
+            errors.append(error)
+        else:
+            warnings += [found] if found else []
+    return errors, warnings

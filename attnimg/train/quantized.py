@@ -1,0 +1,288 @@
+"""Dequantize a checkpoint that is quantized, keep it under an adapter, or refuse it by name.
+
+Judged from config.json and the headers of the weights, before a weight is loaded. Without that,
+transformers would load quantized numbers as if they were weights.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from packaging.requirements import Requirement
+
+from attnimg.errors import AttnimgError
+from attnimg.facts import DType, Finding
+from attnimg.quantizations import (
+    LANGUAGE_PARTS,
+    Quantization,
+    bits_of,
+    method_of,
+    quantization_of,
+    quantizations,
+)
+from attnimg.schema import Config
+from attnimg.train.stored import Stored, stored_tensors
+
+if TYPE_CHECKING:
+    import torch
+
+_UNQUANTIZED = "set base_model to the checkpoint that it was quantized from"
+# What names end in that only quantized checkpoints have: gptq and awq, compressed-tensors, mxfp4,
+# bitsandbytes. float8 needs no name.
+_PACKED = (
+    ".qweight", ".weight_packed", "_blocks", ".SCB", ".absmax", ".weight_scale", "_scale_inv",
+)  # fmt: skip
+_INTEGERS = frozenset({"U8", "I8", "I32"})
+# Where an fp8 checkpoint keeps the scale of NAME.weight.
+# Source: transformers 5.22.2, quantizer_finegrained_fp8.py, update_weight_conversions (2026-11-27).
+_SCALES = ("{name}_scale_inv", "{module}.scale", "{module}.qscale_weight")
+
+
+def judge_quantization(
+    config: Config, raw: Mapping[str, Any], *, packages: Mapping[str, str] | None
+) -> Finding | None:
+    """Judge what a run does with a checkpoint's quantization_config.
+
+    Args:
+        config: the validated run.
+        raw: the model's config.json.
+        packages: what is installed; None where every package is assumed.
+
+    Returns:
+        A warning where the weights are dequantized, which takes more memory than the files; None
+        where nothing is to be said.
+
+    Raises:
+        AttnimgError: code quantized-checkpoint: the run can't use it; what to set is named.
+    """
+    found = quantization_of(raw)
+    if found is None:
+        return None
+    method = method_of(found)
+    row = quantizations().get(method)
+    if row is None or row.loaded == "refused":
+        why = row.why if row else f"it is none of {', '.join(quantizations())}"
+        raise _refusal(config, method, why=f"found quant_method {method}: {why}", do=_UNQUANTIZED)
+    _require_packages(config, method, row, packages)
+    if row.loaded == "kept":
+        _require_adapter(config, method, row, found)
+        return None
+    asked = _asks_to_quantize(config)
+    if asked is not None:
+        key, do = asked
+        raise _refusal(
+            config,
+            method,
+            why=f"found {key}, and weights that are quantized already are not quantized again\n"
+            f"needed LoRA on its weights, which are dequantized from {method} while loading",
+            do=do,
+            key=key.partition(":")[0],
+        )
+    return Finding(
+        code="dequantized",
+        key="base_model",
+        what=f"{config.base_model} is quantized ({method}): its weights are dequantized while they "
+        "are loaded, and what is saved is not quantized",
+        do="count on 2 bytes a weight in memory, or 4 in float32"
+        + ("" if config.adapter else "; adapter: lora trains fewer"),
+    )
+
+
+def _require_packages(
+    config: Config, method: str, row: Quantization, packages: Mapping[str, str] | None
+) -> None:
+    if packages is None:
+        return
+    for text in row.packages:
+        needed = Requirement(text)
+        found = packages.get(needed.name)
+        if found is not None and needed.specifier.contains(found, prereleases=True):
+            continue
+        raise _refusal(
+            config,
+            method,
+            why=f"found {f'{needed.name} {found}' if found else f'no {needed.name}'}; "
+            f"needed {text}, which transformers loads {method} weights with",
+            do=f"pip install '{text}', or {_UNQUANTIZED}",
+        )
+
+
+def _require_adapter(
+    config: Config, method: str, row: Quantization, found: Mapping[str, Any]
+) -> None:
+    """Refuse full fine-tuning of weights that stay quantized, and other bits than they have."""
+    bits = row.bits if method.startswith("bitsandbytes") else bits_of(found)
+    if row.bits is not None and bits != row.bits:
+        raise _refusal(
+            config,
+            method,
+            why=f"found weights of {bits or 'an unknown number of'} bits; "
+            f"{method} weights are trained on in {row.bits} bits only",
+            do=_UNQUANTIZED,
+        )
+    fitting = "qlora" if bits == 4 else "lora"
+    if not config.adapter:
+        raise _refusal(
+            config,
+            method,
+            why="quantized weights can't be trained themselves; found no adapter",
+            do=f"set adapter: {fitting}, or {_UNQUANTIZED}",
+            key="adapter",
+        )
+    asked = {"load_in_8bit": config.load_in_8bit, "load_in_4bit": config.load_in_4bit}
+    for key in (key for key, value in asked.items() if value):
+        if method != f"bitsandbytes_{key[8:]}":
+            raise _refusal(
+                config,
+                method,
+                why=f"found {key}: true; the checkpoint's weights are quantized already",
+                do=f"remove {key} and set adapter: {fitting}",
+                key=key,
+            )
+    if config.adapter == "qlora" and fitting == "lora":
+        raise _refusal(
+            config,
+            method,
+            why="found adapter: qlora, which is 4 bit; the checkpoint's weights are not",
+            do="set adapter: lora",
+            key="adapter",
+        )
+
+
+def _asks_to_quantize(config: Config) -> tuple[str, str] | None:
+    """Return the setting that asks for quantized weights, and what to set in its place."""
+    for key in ("load_in_8bit", "load_in_4bit"):
+        if getattr(config, key):
+            return f"{key}: true", f"remove {key} and set adapter: lora"
+    return ("adapter: qlora", "set adapter: lora") if config.adapter == "qlora" else None
+
+
+def require_known_weights(config: Config, folder: Path, raw: Mapping[str, Any]) -> None:
+    """Refuse stored numbers that would be loaded as weights though they are quantized.
+
+    Args:
+        config: the validated run.
+        folder: the checkpoint; one without safetensors passes.
+        raw: its config.json.
+
+    Raises:
+        AttnimgError: code quantized-checkpoint.
+    """
+    stored = stored_tensors(folder)
+    found = quantization_of(raw)
+    if found is None:
+        odd = [name for name, tensor in stored.items() if _looks_quantized(name, tensor)]
+        if odd:
+            raise _refusal(
+                config,
+                "no quantization_config",
+                why=f"found {odd[0]} ({stored[odd[0]].dtype})"
+                + (f" and {len(odd) - 1} more" if len(odd) > 1 else "")
+                + "; config.json has no quantization_config, which says how to read them",
+                do="put the checkpoint's own quantization_config into its config.json, or "
+                f"{_UNQUANTIZED}",
+            )
+        return
+    if method_of(found) != "fp8":
+        return
+    for name, tensor in stored.items():
+        if not tensor.dtype.startswith("F8_E4M3") or name.endswith(("_scale", "_scale_inv")):
+            continue
+        _require_scale(config, name, tensor, stored)
+
+
+def _require_scale(config: Config, name: str, tensor: Stored, stored: Mapping[str, Stored]) -> None:
+    """Refuse a float8 weight whose scale is not stored, or does not divide it into blocks."""
+    module = name.rpartition(".")[0]
+    names = [pattern.format(name=name, module=module) for pattern in _SCALES]
+    scale = next((stored[key] for key in names if key in stored), None)
+    if scale is None:
+        raise _refusal(
+            config,
+            "fp8",
+            why=f"found {name} in {tensor.dtype} without {names[0]}; without its scale it is no "
+            "weight",
+            do=f"download the checkpoint again, whole, or {_UNQUANTIZED}",
+        )
+    blocks = scale.shape[-2:] if len(scale.shape) > 1 else (1, 1)
+    if any(size % count for size, count in zip(tensor.shape[-2:], blocks, strict=False)):
+        raise _refusal(
+            config,
+            "fp8",
+            why=f"found {name} of {tensor.shape[-2:]} with {blocks} scales; transformers "
+            "dequantizes a weight only if its sizes are multiples of the number of scales",
+            do=_UNQUANTIZED,
+        )
+
+
+def _looks_quantized(name: str, tensor: Stored) -> bool:
+    if tensor.dtype.startswith(("F8", "F4", "F6")) or name.endswith(_PACKED):
+        return True
+    return tensor.dtype in _INTEGERS and name.endswith(".weight")
+
+
+def read_as_said(
+    model_config: Any, *, dtype: DType
+) -> Literal["dequantized", "kept", "refused"] | None:
+    """Make transformers read a checkpoint's weights as its quantization_config says.
+
+    The checkpoint's own values stay: a quantization_config given to from_pretrained would replace
+    its list of layers that are not quantized.
+
+    Args:
+        model_config: the transformers configuration to load with; changed in place.
+        dtype: the run's precision.
+
+    Returns:
+        What happens to its weights; None where they are not quantized.
+    """
+    found = quantization_of(model_config.to_dict())
+    if found is None:
+        return None
+    # One at the top is what transformers takes off again, so that the saved config has none.
+    for part in (model_config, *(getattr(model_config, name, None) for name in LANGUAGE_PARTS)):
+        for key in ("quantization_config", "compression_config"):
+            if getattr(part, key, None) is not None:
+                delattr(part, key)
+    method = method_of(found)
+    loaded = quantizations()[method].loaded
+    changes: dict[str, Any] = {"dequantize": True} if loaded == "dequantized" else {}
+    if method == "bitsandbytes_4bit":
+        changes["bnb_4bit_compute_dtype"] = dtype
+    model_config.quantization_config = {**found, **changes}
+    return loaded
+
+
+def cast_others(model: Any, dtype: torch.dtype) -> None:
+    """Cast the weights of a quantized checkpoint that transformers leaves in their stored dtype.
+
+    Args:
+        model: as it was loaded.
+        dtype: what was asked for; what the class keeps in float32 stays so.
+    """
+    import torch
+
+    kept = set(model._keep_in_fp32_modules_strict or ())
+    if dtype == torch.float16:
+        kept |= set(model._keep_in_fp32_modules or ())
+    patterns = [re.escape(name).replace(r"\*", r"\d+") for name in kept]
+    for name, weight in model.named_parameters():
+        if not weight.is_floating_point() or weight.element_size() == 1:
+            continue
+        if not any(re.search(rf"(^|\.){pattern}(\.|$)", name) for pattern in patterns):
+            weight.data = weight.data.to(dtype)
+
+
+def _refusal(
+    config: Config, method: str, *, why: str, do: str, key: str = "base_model"
+) -> AttnimgError:
+    return AttnimgError(
+        f"{config.base_model} is quantized ({method}), and this run cannot use it so",
+        why=why,
+        do=do,
+        code="quantized-checkpoint",
+        key=key,
+    )

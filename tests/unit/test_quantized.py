@@ -1,0 +1,313 @@
+"""Checkpoints that are quantized: dequantized, kept under an adapter, or refused by name."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from quantized_checkpoints import (
+    DEQUANTIZED,
+    Tensors,
+    dequantized_case,
+    fp8,
+    plain,
+    with_bitsandbytes,
+    write,
+)
+from run_facts import a_context
+from safetensors.torch import load_file, save_file
+
+from attnimg.__main__ import run as attnimg
+from attnimg.errors import AttnimgError
+from attnimg.facts import DType
+from attnimg.quantizations import quantizations
+from attnimg.schema import Config
+from attnimg.train.base_model import judge_base_model
+from attnimg.train.model import load_model
+from attnimg.train.tokenizer import load_tokenizer
+
+BNB4 = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+BNB8 = {"quant_method": "bitsandbytes", "load_in_8bit": True}
+FP8 = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+LORA, QLORA = {"adapter": "lora"}, {"adapter": "qlora"}
+
+
+def config_for(model: Path | str, **keys: Any) -> Config:
+    return Config(
+        base_model=str(model),
+        learning_rate=1e-3,
+        datasets=[{"path": "data.jsonl", "type": "completion"}],
+        lora_r=4,
+        lora_alpha=8,
+        lora_target_linear=True,
+        **keys,
+    )
+
+
+def judged(
+    quantization: dict[str, Any] | None,
+    *,
+    packages: dict[str, str] | None = None,
+    raw: dict[str, Any] | None = None,
+    folder: Path | None = None,
+    **keys: Any,
+) -> tuple[list[AttnimgError], list[str]]:
+    """Judge a llama with a quantization_config; errors, and the codes of the warnings."""
+    given = {"quantization_config": quantization} if quantization else {}
+    errors, warnings = judge_base_model(
+        config_for("org/model", **keys),
+        {"model_type": "llama", **given, **(raw or {})},
+        packages={} if packages is None else packages,
+        folder=folder,
+    )
+    return errors, [finding.code for finding in warnings]
+
+
+def load(folder: Path, *, dtype: DType = "float32", **keys: Any) -> Any:
+    values = config_for(folder, **keys)
+    return load_model(
+        values,
+        tokenizer=load_tokenizer(values, say=lambda _: None),
+        implementation="eager",
+        context=a_context(dtype=dtype, autocast=None),
+        needs_dtype_cast=False,
+    )
+
+
+def test_every_method_of_transformers_has_a_row_that_agrees_with_it() -> None:
+    from transformers.quantizers.auto import (
+        AUTO_QUANTIZATION_CONFIG_MAPPING,
+        AUTO_QUANTIZER_MAPPING,
+    )
+
+    assert quantizations().keys() == AUTO_QUANTIZER_MAPPING.keys()
+    for name, row in quantizations().items():
+        assert row.source, name
+        quantizer = AUTO_QUANTIZER_MAPPING[name]
+        own = vars(quantizer).get("get_load_operations")
+        dequantizes = own is not None and '"dequantize"' in inspect.getsource(own)
+        if row.loaded != "refused":
+            assert dequantizes is (row.loaded == "dequantized"), name
+        assert bool(row.why) is (row.loaded == "refused"), name
+        assert name in AUTO_QUANTIZATION_CONFIG_MAPPING
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", DEQUANTIZED)
+def test_weights_are_dequantized_as_the_checkpoint_says(
+    tmp_path: Path, name: str, dtype: DType
+) -> None:
+    folder, meant = dequantized_case(tmp_path, name)
+    raw = json.loads((folder / "config.json").read_text())
+    errors, warnings = judge_base_model(config_for(folder), raw, packages={}, folder=folder)
+    assert not errors, errors[0]
+    assert "dequantized" in [finding.code for finding in warnings]
+    model = load(folder, dtype=dtype)
+    wanted = getattr(torch, dtype)
+    assert {weight.dtype for weight in model.parameters()} == {wanted}
+    found = model.state_dict()
+    for key, weight in meant.items():
+        torch.testing.assert_close(found[key], weight.to(wanted), rtol=1e-6, atol=1e-6)
+    assert all(weight.requires_grad for weight in model.parameters())
+    model.save_pretrained(tmp_path / "saved")
+    assert "quantization_config" not in json.loads((tmp_path / "saved/config.json").read_text())
+
+
+@pytest.mark.filterwarnings("ignore:MatMul8bitLt")
+@pytest.mark.parametrize(("bits", "adapter"), [(4, "qlora"), (4, "lora"), (8, "lora")])
+def test_bitsandbytes_weights_stay_quantized_under_an_adapter(
+    tmp_path: Path, bits: int, adapter: str
+) -> None:
+    folder = with_bitsandbytes(tmp_path, bits=bits)
+    raw = json.loads((folder / "config.json").read_text())
+    keys: dict[str, Any] = {"adapter": adapter}
+    errors, _ = judge_base_model(config_for(folder, **keys), raw, packages={}, folder=folder)
+    assert not errors, errors[0]
+    model = load(folder, **keys)
+    layer = model.base_model.model.model.layers[0].self_attn.q_proj.base_layer
+    assert type(layer).__name__ == ("Linear4bit" if bits == 4 else "Linear8bitLt")
+    ids = torch.arange(8)[None]
+    model(input_ids=ids, labels=ids).loss.backward()
+    trained = [name for name, weight in model.named_parameters() if weight.grad is not None]
+    assert trained
+    assert all("lora_" in name for name in trained)
+
+
+@pytest.mark.parametrize(
+    ("quantization", "keys", "says"),
+    [
+        pytest.param(BNB4, {}, "set adapter: qlora", id="4 bit without an adapter"),
+        pytest.param(BNB8, {}, "set adapter: lora", id="8 bit without an adapter"),
+        pytest.param(BNB8, QLORA, "set adapter: lora", id="8 bit under qlora"),
+        pytest.param(BNB4, {**LORA, "load_in_8bit": True}, "remove load_in_8bit",
+                     id="4 bit loaded in 8 bit"),
+        pytest.param(BNB8, {**LORA, "load_in_4bit": True}, "remove load_in_4bit",
+                     id="8 bit loaded in 4 bit"),
+        pytest.param({"load_in_4bit": True}, {}, "set adapter: qlora",
+                     id="old bitsandbytes configs name no method"),
+        pytest.param(FP8, QLORA, "set adapter: lora", id="fp8 under qlora"),
+        pytest.param(FP8, {**LORA, "load_in_8bit": True}, "remove load_in_8bit",
+                     id="fp8 loaded in 8 bit"),
+        pytest.param({"quant_method": "gptq"}, LORA, "pip install 'optimum'", id="gptq alone"),
+        pytest.param({"quant_method": "awq"}, LORA, "pip install 'gptqmodel", id="awq alone"),
+        pytest.param({"quant_method": "compressed-tensors"}, {},
+                     "pip install 'compressed-tensors>=0.15.0'", id="compressed-tensors alone"),
+        pytest.param({"quant_method": "fbgemm_fp8"}, {}, "set base_model", id="fbgemm"),
+        pytest.param({"quant_method": "modelopt"}, {}, "set base_model", id="an unknown method"),
+        pytest.param({"bits": 4}, LORA, "set base_model", id="no method at all"),
+    ],
+)  # fmt: skip
+def test_what_a_run_can_t_use_is_refused_by_name_with_what_to_set(
+    quantization: dict[str, Any], keys: dict[str, Any], says: str
+) -> None:
+    for raw in (
+        {"quantization_config": quantization},
+        {"compression_config": quantization},
+        {"text_config": {"model_type": "llama", "quantization_config": quantization}},
+    ):
+        errors, _ = judged(None, raw=raw, **keys)
+        assert [error.code for error in errors] == ["quantized-checkpoint"]
+        assert says in errors[0].do
+        assert str(quantization.get("quant_method", "")) in str(errors[0])
+
+
+@pytest.mark.parametrize(
+    ("quantization", "packages", "keys"),
+    [
+        pytest.param(None, {}, {}, id="not quantized"),
+        pytest.param(None, {}, {**LORA, "load_in_8bit": True}, id="quantized by the run"),
+        pytest.param(BNB4, {}, QLORA, id="4 bit under qlora"),
+        pytest.param(BNB4, {}, {**QLORA, "load_in_4bit": True}, id="said twice"),
+        pytest.param(BNB8, {}, {**LORA, "load_in_8bit": True}, id="8 bit said twice"),
+        pytest.param(FP8, {}, LORA, id="fp8 under lora"),
+        pytest.param({"quant_method": "gptq"}, {"optimum": "2.1", "gptqmodel": "5.0"}, LORA,
+                     id="gptq with its packages"),
+        pytest.param({"quant_method": "compressed-tensors"}, {"compressed-tensors": "0.15.1"}, {},
+                     id="compressed-tensors with its package"),
+        pytest.param({"quant_method": "torchao",
+                      "quant_type": {"default": {"_type": "Int8WeightOnlyConfig"}}},
+                     {"torchao": "0.15"}, LORA, id="torchao in 8 bit"),
+    ],
+)  # fmt: skip
+def test_what_a_run_can_use_passes(
+    quantization: dict[str, Any] | None, packages: dict[str, str], keys: dict[str, Any]
+) -> None:
+    errors, _ = judged(quantization, packages=packages, **keys)
+    assert not errors, errors[0]
+
+
+def test_a_package_that_is_too_old_is_named_with_both_versions() -> None:
+    errors, _ = judged(
+        {"quant_method": "compressed-tensors"}, packages={"compressed-tensors": "0.14.0"}
+    )
+    assert "found compressed-tensors 0.14.0; needed compressed-tensors>=0.15.0" in errors[0].why
+
+
+def without_scale(stored: Tensors) -> Tensors:
+    return {name: tensor for name, tensor in stored.items() if "layers.1.mlp.up" not in name
+            or not name.endswith("_scale_inv")}  # fmt: skip
+
+
+def with_a_scale_that_does_not_divide(stored: Tensors) -> Tensors:
+    name = "model.layers.0.self_attn.k_proj.weight_scale_inv"
+    return {**stored, name: torch.ones(3, 1)}
+
+
+@pytest.mark.parametrize(
+    ("change", "quantization", "says"),
+    [
+        pytest.param(without_scale, FP8, "without model.layers.1.mlp.up_proj.weight_scale_inv",
+                     id="a scale is missing"),
+        pytest.param(with_a_scale_that_does_not_divide, FP8, "multiples of the number of scales",
+                     id="a scale does not divide its weight"),
+        pytest.param(lambda stored: stored, None, "config.json has no quantization_config",
+                     id="the config says nothing"),
+        pytest.param(lambda stored: {name: tensor.view(torch.uint8) if tensor.element_size() == 1
+                                     else tensor for name, tensor in stored.items()
+                                     if not name.endswith("_scale_inv")}, None,
+                     "config.json has no quantization_config", id="integers as weights"),
+    ],
+)  # fmt: skip
+def test_numbers_that_would_be_loaded_as_weights_are_refused_before(
+    tmp_path: Path, change: Any, quantization: dict[str, Any] | None, says: str
+) -> None:
+    source = plain(tmp_path / "plain")
+    stored, _ = fp8(load_file(source / "model.safetensors"), block=128)
+    folder = write(tmp_path / "bad", source, change(stored), quantization or {})
+    errors, _ = judged(quantization, folder=folder)
+    assert [error.code for error in errors] == ["quantized-checkpoint"]
+    assert says in errors[0].why
+    if quantization is None:
+        return
+    with pytest.raises(AttnimgError) as caught:
+        load(folder)
+    assert caught.value.exit_code == 2
+
+
+def test_a_mask_that_old_checkpoints_store_is_no_quantized_weight(tmp_path: Path) -> None:
+    save_file(
+        {"h.0.attn.bias": torch.ones(1, 1, 8, 8, dtype=torch.uint8), "wte.weight": torch.ones(2)},
+        tmp_path / "model.safetensors",
+    )
+    errors, _ = judged(None, folder=tmp_path)
+    assert not errors, errors[0]
+
+
+@pytest.mark.parametrize("command", ["explain", "train"])
+def test_both_commands_refuse_before_anything_is_loaded(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    folder = plain(tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "quark"}
+    (folder / "config.json").write_text(json.dumps(config))
+    (tmp_path / "data.jsonl").write_text('{"text": "the ship"}\n')
+    (tmp_path / "run.yaml").write_text(
+        json.dumps(
+            {
+                "base_model": str(folder),
+                "learning_rate": 1e-3,
+                "datasets": [{"path": str(tmp_path / "data.jsonl"), "type": "completion"}],
+                "output_dir": str(tmp_path / "out"),
+            }
+        )
+    )
+    (folder / "model.safetensors").write_bytes(b"never read")
+    code = attnimg([command, str(tmp_path / "run.yaml")])
+    assert code == (2 if command == "train" else 0)
+    assert "quantized (quark)" in capsys.readouterr().err
+
+
+def test_compressed_tensors_are_decompressed(tmp_path: Path) -> None:
+    try:
+        metadata.version("compressed-tensors")
+    except metadata.PackageNotFoundError:
+        pytest.skip("needs the package compressed-tensors")
+    source = plain(tmp_path / "plain")
+    stored, meant = fp8(load_file(source / "model.safetensors"), block=None)
+    renamed = {
+        name.replace("_scale_inv", "_scale"): tensor.reshape(1) if "_scale_inv" in name else tensor
+        for name, tensor in stored.items()
+    }
+    weights = {"num_bits": 8, "type": "float", "strategy": "tensor", "symmetric": True,
+               "dynamic": False}  # fmt: skip
+    groups = {"group_0": {"targets": ["Linear"], "weights": weights, "format": "float-quantized"}}
+    quantization = {
+        "quant_method": "compressed-tensors",
+        "format": "float-quantized",
+        "quantization_status": "compressed",
+        "ignore": ["lm_head"],
+        "config_groups": groups,
+    }
+    folder = write(tmp_path / "compressed", source, renamed, quantization)
+    model = load(folder)
+    found = model.state_dict()
+    for key, weight in meant.items():
+        torch.testing.assert_close(found[key], weight, rtol=1e-6, atol=1e-6)
+    model.save_pretrained(tmp_path / "saved")
+    assert "quantization_config" not in json.loads((tmp_path / "saved/config.json").read_text())
