@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import wraps
 from typing import Any
 
 from attnimg.attend import as_applied, attention_function
@@ -89,6 +90,7 @@ def register(name: str, function: AttentionFunction) -> None:
 
     assert not any(word in name for word in ("flash", "sdpa", "flex")), name
 
+    @wraps(function)
     def attend(
         module: Any, query: Any, key: Any, value: Any, attention_mask: Any, **arguments: Any
     ) -> Any:
