@@ -25,8 +25,8 @@ def checkpoints_page(types: CausalTypes) -> str:
         [
             f"<!-- {NOTICE} -->\n\n# Checkpoints\n",
             "What `train` does with a checkpoint that is more than plain weights, judged from its",
-            "`config.json` and the headers of its files before any weight is loaded. `explain`",
-            "says the same.\n",
+            "`config.json` and the headers of its files before any weight is loaded.",
+            "`explain CONFIG` says the same.\n",
             "## Quantized weights\n",
             "A `quantization_config` in `config.json` is used as it says, or refused by name "
             "(`quantized-checkpoint`).",

@@ -124,6 +124,6 @@ def sentence(check: LossCheck) -> str:
         )
     assert check.on_data is not None
     return (
-        f"loss: the trainer's is the model's own, {check.on_data.model.nll:.4f} on "
-        f"{check.tokens} tokens ({check.seconds:.1f} s)"
+        f"loss: the trainer's and the model's own are equal on {check.tokens} tokens "
+        f"({check.seconds:.1f} s)"
     )

@@ -117,6 +117,7 @@ def _bad_dir(what: str, *, why: str, do: str, code: str = "output-dir") -> Attni
 
 def _not_empty(folder: Path, found: list[str], *, newest: Path | None) -> AttnimgError:
     """Say what is in the way, and how to go on with it if it is a run."""
+    found = [name for name in found if name not in HARMLESS]
     shown = ", ".join(found[:4]) + (" ..." if len(found) > 4 else "")
     resume = f"set resume_from_checkpoint: true (goes on at {newest.name}), or " if newest else ""
     return _bad_dir(

@@ -24,7 +24,7 @@ from attnimg.quantizations import (
     quantizations,
 )
 from attnimg.schema import Config
-from attnimg.train.stored import Stored, stored_tensors
+from attnimg.train.stored import TORCH_NAMES, Stored, stored_tensors
 
 if TYPE_CHECKING:
     import torch
@@ -36,6 +36,8 @@ _PACKED = (
     ".qweight", ".weight_packed", "_blocks", ".SCB", ".absmax", ".weight_scale", "_scale_inv",
 )  # fmt: skip
 _INTEGERS = frozenset({"U8", "I8", "I32"})
+# What a checkpoint that is not quantized holds: weights, and buffers of positions and masks.
+_WHOLE = frozenset({*TORCH_NAMES, "I64", "BOOL"})
 # Where an fp8 checkpoint keeps the scale of NAME.weight.
 # Source: transformers 5.22.2, quantizer_finegrained_fp8.py, update_weight_conversions (2026-11-27).
 _SCALES = ("{name}_scale_inv", "{module}.scale", "{module}.qscale_weight")
@@ -186,6 +188,14 @@ def require_known_weights(config: Config, folder: Path, raw: Mapping[str, Any]) 
                 f"{_UNQUANTIZED}",
             )
         return
+    if stored and all(tensor.dtype in _WHOLE for tensor in stored.values()):
+        raise _refusal(
+            config,
+            method_of(found),
+            why="found a quantization_config in config.json, and only whole weights in its files: "
+            f"{', '.join(sorted({tensor.dtype for tensor in stored.values()}))}",
+            do="remove quantization_config from its config.json",
+        )
     if method_of(found) != "fp8":
         return
     for name, tensor in stored.items():

@@ -311,3 +311,17 @@ def test_compressed_tensors_are_decompressed(tmp_path: Path) -> None:
         torch.testing.assert_close(found[key], weight, rtol=1e-6, atol=1e-6)
     model.save_pretrained(tmp_path / "saved")
     assert "quantization_config" not in json.loads((tmp_path / "saved/config.json").read_text())
+
+
+@pytest.mark.parametrize("quantization", [BNB4, BNB8, FP8, {"quant_method": "mxfp4"}])
+def test_a_quantization_config_beside_whole_weights_is_refused(
+    tmp_path: Path, quantization: dict[str, Any]
+) -> None:
+    folder = plain(tmp_path / "plain")
+    raw = json.loads((folder / "config.json").read_text())
+    assert not judge_base_model(config_for(folder, **LORA), raw, packages={}, folder=folder)[0]
+    given = {**raw, "quantization_config": quantization}
+    errors, _ = judge_base_model(config_for(folder, **LORA), given, packages={}, folder=folder)
+    assert [error.code for error in errors] == ["quantized-checkpoint"]
+    assert "only whole weights in its files: F32" in errors[0].why
+    assert errors[0].do == "remove quantization_config from its config.json"
