@@ -45,7 +45,7 @@ test/packages: .venv/ready build/fa4/ready ## Compare the backends' files with t
 
 .PHONY: test/data
 test/data: .venv/ready ## Draw 20 times as many records and conversations as `make test` does, 15 minutes
-	DATA_EXAMPLES=20 $(BIN)/pytest -n $(JOBS) --timeout 3600 tests/unit/data/test_data_drawn.py tests/unit/data/test_chat_labels.py
+	DATA_EXAMPLES=20 $(BIN)/pytest -n $(JOBS) --timeout 3600 tests/unit/data/test_data_properties.py tests/unit/data/test_chat_labels.py
 
 test/templates: .venv/ready ## Label conversations with the chat templates of axolotl's wheel, 2 MB
 	@mkdir -p build/packages

@@ -9,23 +9,23 @@ from pathlib import Path
 # What a terminal acts on instead of showing: control characters of ASCII and Latin-1, and those
 # that reorder the text around them.
 # Source: Unicode 17, categories Cc and Cf (Bidi_Control), less tab and newline (2026-11-27).
-_ACTS_ON_TERMINALS = re.compile(
+_CONTROL_CHARACTERS = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]"
 )
 # A part of a message that is longer says no more, and fills the screen.
 _LONGEST_PART = 4000
 
 
-def clean(text: str) -> str:
+def printable(text: str) -> str:
     """Return text of foreign origin as a terminal may show it: control characters as escapes.
 
     Args:
         text: a path, a key, a library's message; tabs and newlines stay.
     """
-    return _ACTS_ON_TERMINALS.sub(lambda found: ascii(found.group())[1:-1], text)
+    return _CONTROL_CHARACTERS.sub(lambda found: ascii(found.group())[1:-1], text)
 
 
-def bounded(text: str) -> str:
+def shortened(text: str) -> str:
     """Return text cut to 4,000 characters, with the number of those that were left out."""
     if len(text) <= _LONGEST_PART:
         return text
@@ -65,9 +65,9 @@ class AttnimgError(Exception):
 
     def __str__(self) -> str:
         """Return the three parts, aligned, as a terminal may show them."""
-        parts = [f"attnimg: {clean(bounded(self.what))}"]
+        parts = [f"attnimg: {printable(shortened(self.what))}"]
         for label, text in (("why", self.why), ("do", self.do)):
-            first, *rest = clean(bounded(text)).splitlines() or [""]
+            first, *rest = printable(shortened(text)).splitlines() or [""]
             parts.append(f"  {label + ':':<4} {first}")
             parts.extend(f"       {line}" for line in rest)
         return "\n".join(parts)

@@ -24,7 +24,7 @@ class CausalTypes:
             config.json says is_decoder.
         with_other_inputs: model type -> class of those that also take images or sound, which
             AutoModelForCausalLM does not load.
-        whole: model type -> class of those that also take images or sound, of which
+        multimodal: model type -> class of those that also take images or sound, of which
             AutoModelForCausalLM loads the language model alone.
         text_trained: those of with_other_inputs that were trained on text.
     """
@@ -32,7 +32,7 @@ class CausalTypes:
     causal: Mapping[str, str]
     two_sided: frozenset[str]
     with_other_inputs: Mapping[str, str]
-    whole: Mapping[str, str]
+    multimodal: Mapping[str, str]
     text_trained: frozenset[str]
 
 
@@ -67,7 +67,7 @@ def read_causal_types() -> CausalTypes:
         causal=found["causal"],
         two_sided=frozenset(found["two_sided"]),
         with_other_inputs=found["with_other_inputs"],
-        whole=found["whole"],
+        multimodal=found["multimodal"],
         text_trained=frozenset(found["text_trained"]),
     )
 

@@ -15,7 +15,7 @@ from recipes import model_classes, positions
 from recipes.built import FOLDER as BUILT
 from recipes.built import built_table, codes_found, listed, read_records, record, with_table
 from recipes.facts import Plan
-from recipes.families import RECORD as FAMILIES
+from recipes.families_page import RECORD as FAMILIES
 from recipes.files import write_all
 from recipes.gpu_runs import BEGIN as RUNS_BEGIN
 from recipes.gpu_runs import END as RUNS_END

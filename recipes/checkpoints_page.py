@@ -20,7 +20,7 @@ def checkpoints_page(types: CausalTypes) -> str:
         types: the causal language models of transformers.
     """
     tabled = sorted(name for name in types.causal if position_table(name) is not None)
-    kept = sorted(types.text_trained | types.whole.keys())
+    kept = sorted(types.text_trained | types.multimodal.keys())
     return "\n".join(
         [
             f"<!-- {NOTICE} -->\n\n# Checkpoints\n",

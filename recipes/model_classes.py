@@ -82,7 +82,7 @@ def causal_types() -> CausalTypes:
             for name, class_name in others.items()
             if name not in causal and name not in two_sided
         },
-        whole={
+        multimodal={
             name: class_name
             for name, class_name in others.items()
             if name not in two_sided and causal.get(name, class_name) != class_name
@@ -123,7 +123,10 @@ def causal_toml(found: CausalTypes, *, transformers: str) -> str:
         ),
         "",
         "# Of these AutoModelForCausalLM loads the language model alone.",
-        "[whole]",
-        *(f"{json.dumps(name)} = {json.dumps(of)}" for name, of in sorted(found.whole.items())),
+        "[multimodal]",
+        *(
+            f"{json.dumps(name)} = {json.dumps(of)}"
+            for name, of in sorted(found.multimodal.items())
+        ),
     ]
     return "\n".join(lines) + "\n"

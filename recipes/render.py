@@ -17,7 +17,7 @@ from recipes.choices import choices, choices_json
 from recipes.choices_page import choices_page
 from recipes.constraints import constraints
 from recipes.facts import Plan, Recipes
-from recipes.families import families_page
+from recipes.families_page import families_page
 from recipes.files import text_of
 from recipes.gates import docs
 from recipes.lock import FOLDER, blocks

@@ -35,10 +35,10 @@ def content_hash(backend: Backend, *, machine: Machine, trusted: bool) -> str | 
         machine: this one.
         trusted: whether the user set trust_remote_code.
     """
-    from attnimg.prove.proofs import Setting, content_of
+    from attnimg.prove.proofs import Setting, content_hash_of
 
     setting = Setting.here(machine, os.environ)
-    return content_of(backend, setting=setting, trusted=trusted)
+    return content_hash_of(backend, setting=setting, trusted=trusted)
 
 
 def proven_plan(

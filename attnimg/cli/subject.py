@@ -200,7 +200,7 @@ def run_findings(
 ) -> tuple[tuple[Finding, ...], tuple[Finding, ...]]:
     """Return a plan's errors and warnings: documents that would mix, quadratic memory."""
     errors, warnings = other_layers.findings_on(task, machine)
-    if (mixing := plan.mixing(found, task)) is not None:
+    if (mixing := plan.mixing_error(found, task)) is not None:
         errors = (*errors, mixing)
     memory = plan.memory_warning(found, task, memory_bytes=memory_of(machine))
     return errors, (*warnings, *([memory] if memory else ()))

@@ -73,7 +73,7 @@ def read(folder: Path, key: str, *, backend: Backend, say: Callable[[str], None]
         proof = proof_from_json(kept["proof"])
         if kept["key"] != key or proof.backend != backend.name:
             raise ValueError("it was made for something else")
-        _judge(proof, bounded=backend.k_forward is not None)
+        _require_valid(proof, has_bounds=backend.k_forward is not None)
     except FileNotFoundError:
         return None
     except OSError as error:
@@ -96,12 +96,12 @@ def write(folder: Path, key: str, proof: Proof, *, say: Callable[[str], None]) -
         say(f"note: the proof could not be kept in {folder}: {error.strerror or error}")
 
 
-def _judge(proof: Proof, *, bounded: bool) -> None:
+def _require_valid(proof: Proof, *, has_bounds: bool) -> None:
     """Raise unless the parts of a proof are of their kinds, and its figures fit its verdict.
 
     Args:
         proof: what was read.
-        bounded: whether the backend has a bound for each figure; one that quantizes has none for
+        has_bounds: whether the backend has a bound for each figure; one that quantizes has none for
             gradients.
 
     Raises:
@@ -121,5 +121,5 @@ def _judge(proof: Proof, *, bounded: bool) -> None:
         raise ValueError("found a proof that showed nothing")
     for figure in proof.figures:
         within = figure.error <= figure.allowed  # False for NaN
-        if not within or (bounded and not math.isfinite(figure.allowed)):
+        if not within or (has_bounds and not math.isfinite(figure.allowed)):
             raise ValueError(f"{figure.quantity} is beyond its bound")

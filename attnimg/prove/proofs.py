@@ -14,7 +14,7 @@ from attnimg.calls.hub_kernels import hub_folder
 from attnimg.context import context_of
 from attnimg.facts import Backend, Machine, Problem, Proof
 from attnimg.prove import cache
-from attnimg.prove.content import ContentHashes
+from attnimg.prove.content_hashes import ContentHashes
 from attnimg.prove.geometry import geometries_of, has_dense_entry, local_kernel_of
 from attnimg.prove.runner import Candidate, run
 
@@ -118,11 +118,11 @@ def _keys(
                 variables=variables_that_choose(setting.environment),
             )
         )
-    hashes.keep()
+    hashes.save()
     return keys
 
 
-def content_of(backend: Backend, *, setting: Setting, trusted: bool) -> str | None:
+def content_hash_of(backend: Backend, *, setting: Setting, trusted: bool) -> str | None:
     """Return one hash of all files that compute a backend's attention; None where some are unknown.
 
     Args:
@@ -135,7 +135,7 @@ def content_of(backend: Backend, *, setting: Setting, trusted: bool) -> str | No
         found = _content(backend, machine=setting.machine, trusted=trusted, hashes=hashes)
     except OSError:
         return None
-    hashes.keep()
+    hashes.save()
     return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()
 
 

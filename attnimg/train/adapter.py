@@ -9,7 +9,13 @@ from typing import Any
 from attnimg.errors import AttnimgError
 from attnimg.facts import DType
 from attnimg.schema import Config
-from attnimg.train.lora_targets import embeddings, is_named, linear_names, require_saved, resolved
+from attnimg.train.lora_targets import (
+    embeddings,
+    is_named,
+    linear_names,
+    require_modules_to_save,
+    resolve_targets,
+)
 from attnimg.train.precision import torch_dtype
 from attnimg.train.towers import freeze_towers
 
@@ -92,8 +98,8 @@ def add_adapter(model: Any, config: Config) -> Any:
     from peft import LoraConfig, get_peft_model
 
     frozen = freeze_towers(model)
-    targets = resolved(model, config)
-    require_saved(model, config)
+    targets = resolve_targets(model, config)
+    require_modules_to_save(model, config)
     names, tied = embeddings(model)
     saved = config.lora_modules_to_save or []
     lora = LoraConfig(

@@ -90,7 +90,7 @@ def require_causal_class(name: str) -> None:
         AttnimgError: code not-causal-lm.
     """
     types = read_causal_types()
-    known = {*types.causal.values(), *types.with_other_inputs.values(), *types.whole.values()}
+    known = {*types.causal.values(), *types.with_other_inputs.values(), *types.multimodal.values()}
     if name in AUTO_CLASSES or name in known:
         return
     raise _refusal(

@@ -24,7 +24,7 @@ _LOST = re.compile(
     r"timed out|timeout|connection (closed|reset|refused)|broken pipe|aborted", re.IGNORECASE
 )
 # How long the others have to say that they are alive, once one waited in vain.
-_ROLL_CALL_S = 5.0
+_ANSWER_S = 5.0
 
 
 def world_size() -> int:
@@ -85,7 +85,7 @@ def join(*, cpu: bool, timeout_s: float | None) -> None:
 
     if not torch.distributed.is_initialized():
         waits = {} if timeout_s is None else {"timeout": timedelta(seconds=timeout_s)}
-        with worded_losses(timeout_s):
+        with lost_rank_errors(timeout_s):
             PartialState(cpu=cpu, **waits)
         # A process that ends with gloo's threads still running aborts now and then, after all is
         # done, and torchrun would report a failed run.
@@ -132,7 +132,7 @@ def agree(facts: Mapping[str, object], *, cpu: bool, timeout_s: float | None) ->
     join(cpu=cpu, timeout_s=timeout_s)
     mine = {name: json.dumps(fact, sort_keys=True, default=str) for name, fact in facts.items()}
     all_facts: list[dict[str, str]] = [{} for _ in range(world_size())]
-    with worded_losses(timeout_s):
+    with lost_rank_errors(timeout_s):
         torch.distributed.all_gather_object(all_facts, mine)
     first = all_facts[0]
     odd = next((number for number, found in enumerate(all_facts) if found != first), None)
@@ -157,7 +157,7 @@ def agree(facts: Mapping[str, object], *, cpu: bool, timeout_s: float | None) ->
 
 
 @contextmanager
-def worded_losses(timeout_s: float | None) -> Iterator[None]:
+def lost_rank_errors(timeout_s: float | None) -> Iterator[None]:
     """Turn what torch raises when another process is gone, or does not answer, into words.
 
     Raises:
@@ -168,7 +168,7 @@ def worded_losses(timeout_s: float | None) -> Iterator[None]:
     except RuntimeError as error:
         if world_size() == 1 or not _LOST.search(str(error)):
             raise
-        lost = _silent_ranks()
+        lost = _ranks_without_answer()
         who = f"rank {', '.join(map(str, lost))}" if lost else "another process"
         limit = "torch's limit" if timeout_s is None else f"ddp_timeout: {timeout_s:g} s"
         raise AttnimgError(
@@ -183,14 +183,14 @@ def worded_losses(timeout_s: float | None) -> Iterator[None]:
         ) from error
 
 
-def _silent_ranks() -> list[int]:
+def _ranks_without_answer() -> list[int]:
     """Return the processes that do not answer a roll call by the store that they all met at."""
     from torch.distributed.distributed_c10d import _get_default_store
 
     try:
         store = _get_default_store()
         store.set(f"attnimg/alive/{rank()}", "1")
-        time.sleep(_ROLL_CALL_S)
+        time.sleep(_ANSWER_S)
         return [r for r in range(world_size()) if not store.check([f"attnimg/alive/{r}"])]
     except (RuntimeError, ValueError):  # the store went with its process, or there never was one
         return []

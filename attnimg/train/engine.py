@@ -19,9 +19,9 @@ from attnimg.train import checkpoint as checkpoints
 from attnimg.train import metrics
 from attnimg.train.disk import writing
 from attnimg.train.evaluator import EvaluationCut, Evaluator
-from attnimg.train.renamed import load_renamed
+from attnimg.train.renamed_weights import load_renamed
 from attnimg.train.rows import COUNTS, Collator
-from attnimg.train.saved import settle_config
+from attnimg.train.saved_model import correct_saved_config
 from attnimg.train.signals import StopFlag, Stopped
 
 
@@ -195,7 +195,7 @@ class Engine(Evaluator):
         self.accelerator.wait_for_everyone()
         state = self._window_state()
         if self.is_world_process_zero():
-            settle_config(partial, self.loaded_config)
+            correct_saved_config(partial, self.loaded_config)
             (partial / checkpoints.STATE).write_text(json.dumps(state, indent=2))
             checkpoints.promote(partial)
         self.last_checkpoint = self.folder / partial.name

@@ -48,13 +48,13 @@ BY_CONTENT = frozenset(
     }
 )  # fmt: skip
 # Compared by value only where the evaluation decides when training ends or at which rate.
-IN_EVALUATION = frozenset(
+EVALUATION_KEYS = frozenset(
     {"test_datasets", "eval_strategy", "eval_steps", "evals_per_epoch", "eval_sample_packing"}
 )
 # May change: the new value holds from the checkpoint on.
-TAKEN = frozenset({"learning_rate", "max_steps", "num_epochs"})
+CHANGEABLE = frozenset({"learning_rate", "max_steps", "num_epochs"})
 # Where files are, what is logged and kept, how fast it goes: nothing that is learned.
-FREE = frozenset(
+NOT_COMPARED = frozenset(
     {
         "trust_remote_code", "attn_supports_packing", "attn_uses_flash_lib",
         "attn_needs_dtype_cast", "attn_strict", "attn_forward_only_ok", "attn_known_bad",
@@ -98,7 +98,7 @@ def identity_of(
     """
     return {
         **settings_of(config),
-        **computed_of(run.backend, run.context),
+        **attention_and_precision(run.backend, run.context),
         "data": data_of(config, figures, tokenizer),
         "rows": rows,
         "tokens": tokens,
@@ -107,9 +107,9 @@ def identity_of(
 
 def keys_of(config: Config) -> dict[str, Any]:
     """Return the keys that are compared by value, and those that may change."""
-    names = BY_VALUE | TAKEN
+    names = BY_VALUE | CHANGEABLE
     if config.early_stopping_patience or config.lr_scheduler == "reduce_lr_on_plateau":
-        names |= IN_EVALUATION
+        names |= EVALUATION_KEYS
     if not config.adapter:
         names = frozenset(n for n in names if not n.startswith(("lora_", "peft_use_")))
     values = config.model_dump(mode="json", include=set(names))
@@ -126,7 +126,7 @@ def _plain(key: str, value: Any) -> Any:
     return None if unset else value
 
 
-def computed_of(backend: str, context: RunContext) -> dict[str, str]:
+def attention_and_precision(backend: str, context: RunContext) -> dict[str, str]:
     """Return by what, and in which precision, a run computes."""
     mixed = " autocast" if context.autocast else ""
     return {"attention": backend, "precision": context.dtype + mixed}

@@ -13,7 +13,7 @@ from attnimg.schema import Config
 ALL_LINEAR = "all-linear"
 
 
-def outline(loader: Any, model_config: Any, *, trusted: bool) -> Any:
+def build_without_weights(loader: Any, model_config: Any, *, trusted: bool) -> Any:
     """Build a model on the meta device, without weights; None where its class can't be built so.
 
     Args:
@@ -32,7 +32,7 @@ def outline(loader: Any, model_config: Any, *, trusted: bool) -> Any:
         return None
 
 
-def resolved(model: Any, config: Config) -> list[str] | str:
+def resolve_targets(model: Any, config: Config) -> list[str] | str:
     """Return the config's targets as PEFT takes them: names, a regular expression or all-linear.
 
     Raises:
@@ -50,7 +50,7 @@ def resolved(model: Any, config: Config) -> list[str] | str:
     else:
         missing = [entry for entry in targets if not _named(entry, names)]
         if missing:
-            raise _missing("lora_target_modules", missing, _adaptable(model), kept=targets)
+            raise _unknown_names("lora_target_modules", missing, _adaptable(model), kept=targets)
         found = {name for entry in targets for name in _named(entry, names)}
     _refuse_embeddings(model, found, config)
     if not config.lora_target_linear:
@@ -59,7 +59,7 @@ def resolved(model: Any, config: Config) -> list[str] | str:
     return ALL_LINEAR if found <= every else sorted(found | every)
 
 
-def require_saved(model: Any, config: Config) -> None:
+def require_modules_to_save(model: Any, config: Config) -> None:
     """Raise unless each of lora_modules_to_save is a module of the model.
 
     Raises:
@@ -69,7 +69,7 @@ def require_saved(model: Any, config: Config) -> None:
     names = [name for name, _ in model.named_modules() if name]
     missing = [entry for entry in saved if not _named(entry, names)]
     if missing:
-        raise _missing("lora_modules_to_save", missing, names, kept=saved)
+        raise _unknown_names("lora_modules_to_save", missing, names, kept=saved)
 
 
 def embeddings(model: Any) -> tuple[list[str], bool]:
@@ -153,7 +153,9 @@ def _no_match(pattern: str, model: Any) -> AttnimgError:
     )
 
 
-def _missing(key: str, missing: list[str], names: list[str], *, kept: list[str]) -> AttnimgError:
+def _unknown_names(
+    key: str, missing: list[str], names: list[str], *, kept: list[str]
+) -> AttnimgError:
     """Return the refusal of names that no module has, with the nearest that one has."""
     leaves = sorted({_leaf(name) for name in names if not _leaf(name).isdigit()})
     near = {entry: _nearest(entry, leaves, names) for entry in missing}

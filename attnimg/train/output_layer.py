@@ -41,39 +41,39 @@ def compare_output_layer(engine: Any, inputs: dict[str, Any]) -> Comparison | No
     targets = shifted(inputs["labels"])
     arguments = {name: value for name, value in inputs.items() if name != "labels"}
 
-    def own(**_: Any) -> torch.Tensor:
+    def model_logits(**_: Any) -> torch.Tensor:
         logits: torch.Tensor = model(**arguments, use_cache=False).logits
         return logits
 
-    def trainers() -> torch.Tensor:
+    def trainer_nll() -> torch.Tensor:
         outputs = model(**inputs, use_cache=False, fused_lm_head=True)
         nll: torch.Tensor = -outputs.log_probs.sum() / outputs.label_mask.sum()
         return nll
 
     try:
         with torch.enable_grad(), engine.accelerator.autocast(), _in_float32(base, backbone):
-            with torch.no_grad(), _Hidden(backbone, scale=1.0) as first:
-                spread = own().float().std().item()
+            with torch.no_grad(), _RandomHiddenStates(backbone, scale=1.0) as first:
+                spread = model_logits().float().std().item()
             scale = LOGITS / max(spread, 1e-6)
-            with _Hidden(backbone, scale=scale) as hidden:
-                logits = own()
+            with _RandomHiddenStates(backbone, scale=scale) as hidden:
+                logits = model_logits()
                 nll = -score(logits, targets)[0].sum() / (targets != -100).sum()
                 model_loss = hidden.loss(nll)
                 tolerance = loss_tolerance(
                     logits.detach(), targets, loss=model_loss.nll, precision="float32"
                 )
             del logits
-            with _Hidden(backbone, scale=scale) as hidden_too:
-                trainer_loss = hidden_too.loss(trainers())
+            with _RandomHiddenStates(backbone, scale=scale) as again:
+                trainer_loss = again.loss(trainer_nll())
     except Exception:
         # Whatever a class does not take here, it is compared on the data.
         return None
-    if {first.calls, hidden.calls, hidden_too.calls} != {1}:
+    if {first.calls, hidden.calls, again.calls} != {1}:
         return None
     return Comparison(model=model_loss, trainer=trainer_loss, tolerance=tolerance)
 
 
-class _Hidden:
+class _RandomHiddenStates:
     """Replace the last hidden state that a backbone returns by random values, the same each time.
 
     Args:
@@ -88,7 +88,7 @@ class _Hidden:
         self.backbone, self.scale, self.calls = backbone, scale, 0
         self._values: torch.Tensor | None = None
 
-    def __enter__(self) -> _Hidden:
+    def __enter__(self) -> _RandomHiddenStates:
         self._handle = self.backbone.register_forward_hook(self._replace)
         self._stack = ExitStack()
         return self

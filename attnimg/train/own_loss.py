@@ -65,7 +65,7 @@ def check_loss(engine: Any, rows: Rows, *, context: RunContext, sharded: bool) -
         return LossCheck(compared=False, why="the first rows have no trained token")
     inputs = {name: value for name, value in batch.items() if name != COUNTS}
     try:
-        with _undisturbed(engine):
+        with _without_side_effects(engine):
             found = _Check(engine, engine._prepare_inputs(inputs), context).run()
     except torch.OutOfMemoryError:
         return LossCheck(compared=False, why="a batch of them takes more GPU memory than is free")
@@ -84,9 +84,9 @@ class _Check:
         """Compare with TRL's head; on a difference, switch to the model's own and compare again."""
         import torch
 
-        trainer, raised = self.trainers()
+        trainer, raised = self.trainer_loss()
         try:
-            model, tolerance, tokens = self.models()
+            model, tolerance, tokens = self.model_loss()
         except (AttnimgError, torch.OutOfMemoryError):
             raise
         except Exception as error:
@@ -109,13 +109,13 @@ class _Check:
             why = f"on large hidden states {layer.why}"
         return replace(found, head="own", why=why, own_head=own_head)
 
-    def trainers(self) -> tuple[Loss | None, str | None]:
+    def trainer_loss(self) -> tuple[Loss | None, str | None]:
         """Compute the engine's loss with the head it has; where that raises, return what."""
         import torch
 
         engine = self.engine
         try:
-            with _calling(engine):
+            with _run_context(engine):
                 nll, aux = engine.loss_terms(engine.model, dict(self.inputs))
                 total = nll if aux is None else nll + engine.aux_coefficient * aux
                 return self.figures(nll, total, aux), None
@@ -124,7 +124,7 @@ class _Check:
         except Exception as error:
             return None, _short(error)
 
-    def models(self) -> tuple[Loss, Tolerance, int]:
+    def model_loss(self) -> tuple[Loss, Tolerance, int]:
         """Compute the loss by the model's own forward, and what roundings may change.
 
         Raises:
@@ -138,7 +138,7 @@ class _Check:
             arguments["output_router_logits"] = True
         targets = shifted(arguments["labels"])
         tokens = int((targets != -100).sum())
-        with _calling(engine):
+        with _run_context(engine):
             outputs = self.own_outputs(arguments)
             nll = -score(outputs.logits, targets)[0].sum() / max(tokens, 1)
             aux, ours = None, nll
@@ -194,12 +194,12 @@ class _Check:
         Raises:
             AttnimgError: it is another (loss-differs).
         """
-        used, raised = self.trainers()
+        used, raised = self.trainer_loss()
         if used is None:
             raise _model_raised(self.engine, raised)
         if difference(used, model, tolerance) > 1:
             # Kernels that add in no fixed order differ from themselves: that much is no fault.
-            again, _, _ = self.models()
+            again, _, _ = self.model_loss()
             noise = 4 * difference(again, model, tolerance)
             if difference(used, model, tolerance) > 1 + noise:
                 raise _differs(self.engine, own=model.total, ours=used.total)
@@ -207,7 +207,7 @@ class _Check:
 
 
 @contextmanager
-def _calling(engine: Any) -> Iterator[None]:
+def _run_context(engine: Any) -> Iterator[None]:
     """Call the model as the run does: gradients on, in its autocast."""
     import torch
 
@@ -216,7 +216,7 @@ def _calling(engine: Any) -> Iterator[None]:
 
 
 @contextmanager
-def _undisturbed(engine: Any) -> Iterator[None]:
+def _without_side_effects(engine: Any) -> Iterator[None]:
     """Turn dropout off, and leave modes, gradients, random numbers and figures as they were."""
     import torch
 

@@ -24,7 +24,7 @@ from attnimg.quantizations import (
     quantizations,
 )
 from attnimg.schema import Config
-from attnimg.train.stored import Stored, stored_tensors
+from attnimg.train.safetensors_headers import StoredTensor, stored_tensors
 
 if TYPE_CHECKING:
     import torch
@@ -194,7 +194,9 @@ def require_known_weights(config: Config, folder: Path, raw: Mapping[str, Any]) 
         _require_scale(config, name, tensor, stored)
 
 
-def _require_scale(config: Config, name: str, tensor: Stored, stored: Mapping[str, Stored]) -> None:
+def _require_scale(
+    config: Config, name: str, tensor: StoredTensor, stored: Mapping[str, StoredTensor]
+) -> None:
     """Refuse a float8 weight whose scale is not stored, or does not divide it into blocks."""
     module = name.rpartition(".")[0]
     names = [pattern.format(name=name, module=module) for pattern in _SCALES]
@@ -218,13 +220,13 @@ def _require_scale(config: Config, name: str, tensor: Stored, stored: Mapping[st
         )
 
 
-def _looks_quantized(name: str, tensor: Stored) -> bool:
+def _looks_quantized(name: str, tensor: StoredTensor) -> bool:
     if tensor.dtype.startswith(("F8", "F4", "F6")) or name.endswith(_PACKED):
         return True
     return tensor.dtype in _INTEGERS and name.endswith(".weight")
 
 
-def read_as_said(
+def use_stored_quantization(
     model_config: Any, *, dtype: DType
 ) -> Literal["dequantized", "kept", "refused"] | None:
     """Make transformers read a checkpoint's weights as its quantization_config says.
@@ -256,7 +258,7 @@ def read_as_said(
     return loaded
 
 
-def cast_others(model: Any, dtype: torch.dtype) -> None:
+def cast_unquantized(model: Any, dtype: torch.dtype) -> None:
     """Cast the weights of a quantized checkpoint that transformers leaves in their stored dtype.
 
     Args:

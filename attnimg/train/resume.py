@@ -12,7 +12,7 @@ import yaml
 from attnimg.errors import AttnimgError
 from attnimg.schema import Config
 from attnimg.train import checkpoint as checkpoints
-from attnimg.train.identity import TAKEN, settings_of
+from attnimg.train.identity import CHANGEABLE, settings_of
 
 # What attnimg 0.1.0 wrote: these keys of the config, beside processes, rows and tokens.
 EARLIER_KEYS = ("micro_batch_size", "gradient_accumulation_steps", "seed")
@@ -28,13 +28,13 @@ class Change:
         key: the config's key.
         before: in the checkpoint's run.
         now: in this run.
-        back: the edit that makes them the same.
+        revert: the edit that makes them the same.
     """
 
     key: str
     before: object
     now: object
-    back: str
+    revert: str
 
 
 def identity_in(checkpoint: Path) -> dict[str, Any]:
@@ -71,7 +71,7 @@ def require_steps(total: int, config: Config, point: checkpoints.ResumePoint | N
     key = "max_steps" if config.max_steps else "num_epochs"
     raise AttnimgError(
         f"{key} ends the run before the checkpoint it resumes from",
-        why=f"found {key}: {shown(getattr(config, key))}, which is step {total}; "
+        why=f"found {key}: {as_yaml(getattr(config, key))}, which is step {total}; "
         f"{point.path.name} has {point.step} steps behind it",
         do=f"set max_steps: {point.step} for the model as it is in {point.path.name}, "
         "or a higher number to train on",
@@ -98,23 +98,23 @@ def require_same(
     new_run = "set another output_dir"
     if config.resume_from_checkpoint:
         new_run += " and remove resume_from_checkpoint"
-    why = [f"{c.key}: found {shown(c.now)}; {name} was trained with {shown(c.before)}"
+    why = [f"{c.key}: found {as_yaml(c.now)}; {name} was trained with {as_yaml(c.before)}"
            for c in changes]  # fmt: skip
     raise AttnimgError(
         f"{name} can't be resumed with another {keys}",
         why="\n".join(why),
-        do="\n".join((*(change.back for change in changes), f"or, for a new run, {new_run}")),
+        do="\n".join((*(change.revert for change in changes), f"or, for a new run, {new_run}")),
         code="resume-differs",
         key=changes[0].key,
     )
 
 
-def taken(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
+def accepted_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
     """List the keys that changed and are taken as they are now."""
-    return [change for change in _changed_keys(before, now) if change.key in TAKEN]
+    return [change for change in _changed_keys(before, now) if change.key in CHANGEABLE]
 
 
-def notes(before: Mapping[str, Any], now: Mapping[str, Any], *, name: str) -> list[str]:
+def resume_notes(before: Mapping[str, Any], now: Mapping[str, Any], *, name: str) -> list[str]:
     """Return sentences on what changed without being refused, and on what can't be compared.
 
     Args:
@@ -123,8 +123,8 @@ def notes(before: Mapping[str, Any], now: Mapping[str, Any], *, name: str) -> li
         name: the checkpoint's.
     """
     said = [
-        f"{c.key}: {shown(c.before)} until {name}, {shown(c.now)} from here on"
-        for c in taken(before, now)
+        f"{c.key}: {as_yaml(c.before)} until {name}, {as_yaml(c.now)} from here on"
+        for c in accepted_changes(before, now)
     ]
     lacking = {"model": "base_model", "data": "datasets", "attention": "attention"}
     unknown = [text for part, text in lacking.items() if before.get(part) is None]
@@ -144,7 +144,7 @@ def notes(before: Mapping[str, Any], now: Mapping[str, Any], *, name: str) -> li
     return said
 
 
-def take_up(engine: Any, config: Config, before: Mapping[str, Any]) -> None:
+def apply_config(engine: Any, config: Config, before: Mapping[str, Any]) -> None:
     """Make a resumed engine use the config's learning rate, length and intervals.
 
     transformers restores all three from the checkpoint. With an unchanged config, this sets the
@@ -187,7 +187,7 @@ def _changed_keys(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Cha
             key=key,
             before=there[key],
             now=here[key],
-            back=f"set {key}: {shown(there[key])}" if there[key] is not None
+            revert=f"set {key}: {as_yaml(there[key])}" if there[key] is not None
             else f"remove {key}",
         )
         # A key that one of them lacks is newer than the checkpoint, or follows from another key.
@@ -198,7 +198,7 @@ def _changed_keys(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Cha
 
 def _refused(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
     """List what alters the result."""
-    changes = [change for change in _changed_keys(before, now) if change.key not in TAKEN]
+    changes = [change for change in _changed_keys(before, now) if change.key not in CHANGEABLE]
     return [*_batch(changes, before, now), *_model(before, now), *_data(before, now),
             *_computed(before, now)]  # fmt: skip
 
@@ -215,11 +215,11 @@ def _batch(
     steps, found = before["keys"][key], now["keys"][key]
     if steps * then == found * here:
         return others
-    back = f"start {then} processes with {key}: {steps}"
+    revert = f"start {then} processes with {key}: {steps}"
     if steps * then % here == 0:
-        back = f"set {key}: {steps * then // here}"
+        revert = f"set {key}: {steps * then // here}"
     before_text, now_text = f"{steps} in {then} process(es)", f"{found} in {here}"
-    return [*others, Change(key=key, before=before_text, now=now_text, back=back)]
+    return [*others, Change(key=key, before=before_text, now=now_text, revert=revert)]
 
 
 def _model(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
@@ -232,9 +232,9 @@ def _model(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
         return []
     what = {"config": "config.json", "weights": "weights"}
     moved = then["path"] != here["path"] or then["revision"] != here["revision"]
-    back = f"set base_model: {shown(then['path'])}"
+    revert = f"set base_model: {as_yaml(then['path'])}"
     if then["revision"]:
-        back += f" and revision_of_model: {shown(then['revision'])}"
+        revert += f" and revision_of_model: {as_yaml(then['revision'])}"
     texts = [f"{side['path']} ({', '.join(f'{what[p]} {side[p][:12]}' for p in parts)})"
              for side in (then, here)]  # fmt: skip
     return [
@@ -242,7 +242,7 @@ def _model(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
             key="base_model",
             before=texts[0],
             now=texts[1],
-            back=back if moved else f"put the earlier files back into {here['path']}",
+            revert=revert if moved else f"put the earlier files back into {here['path']}",
         )
     ]
 
@@ -261,10 +261,10 @@ def _data(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
     for key in sorted(then.keys() | here.keys()):
         old, new = then.get(key), here.get(key)
         if old is None or new is None:
-            there = shown(old["spec"]) if old else ""
-            back = f"add {key}: {there}" if old else f"remove {key}"
+            there = as_yaml(old["spec"]) if old else ""
+            revert = f"add {key}: {there}" if old else f"remove {key}"
             changes.append(Change(key=key, before=old and old["spec"], now=new and new["spec"],
-                                  back=back))  # fmt: skip
+                                  revert=revert))  # fmt: skip
         elif old["content"] != new["content"] and not _dated(old, new):
             changes += _source(key, old, new)
     return changes
@@ -290,16 +290,16 @@ def _source(key: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Ch
     if not fields:
         texts = [f"{side['documents']} documents, {side['tokens']} tokens, content "
                  f"{side['content'][:12]}" for side in (old, new)]  # fmt: skip
-        back = (
-            f"put the earlier files of {shown(new['spec'].get('path'))} and of its tokenizer back"
+        revert = (
+            f"put the earlier files of {as_yaml(new['spec'].get('path'))} and of its tokenizer back"
         )
-        return [Change(key=key, before=texts[0], now=texts[1], back=back)]
+        return [Change(key=key, before=texts[0], now=texts[1], revert=revert)]
     return [
         Change(
             key=f"{key}.{name}",
             before=old["spec"].get(name),
             now=new["spec"].get(name),
-            back=f"set {key}.{name}: {shown(old['spec'][name])}" if name in old["spec"]
+            revert=f"set {key}.{name}: {as_yaml(old['spec'][name])}" if name in old["spec"]
             else f"remove {key}.{name}",
         )
         for name in fields
@@ -313,15 +313,15 @@ def _computed(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]
     if then and here and then != here:
         key = "fp16" if "float16" in then.split() else "bf16"
         value = {"float32": "false", "bfloat16": "full"}.get(then, "true")
-        changes.append(Change(key=key, before=then, now=here, back=f"set {key}: {value}"))
+        changes.append(Change(key=key, before=then, now=here, revert=f"set {key}: {value}"))
     then, here = before.get("attention"), now.get("attention")
     if then and here and then != here and {then, here} & INEXACT:
         changes.append(Change(key="attn_implementation", before=then, now=here,
-                              back=f"set attn_implementation: {then}"))  # fmt: skip
+                              revert=f"set attn_implementation: {then}"))  # fmt: skip
     return changes
 
 
-def shown(value: object) -> str:
+def as_yaml(value: object) -> str:
     """Return a value as YAML has it on one line."""
     if value is None:
         return "none"

@@ -14,7 +14,7 @@ from attnimg.facts import RunContext
 from attnimg.schema import Config
 from attnimg.train.arguments import training_arguments
 from attnimg.train.checkpoint import ResumePoint
-from attnimg.train.distributed import worded_losses
+from attnimg.train.distributed import lost_rank_errors
 from attnimg.train.loss_facts import LossCheck, sentence
 from attnimg.train.progress import ProgressView
 from attnimg.train.rows import Rows
@@ -174,7 +174,7 @@ def run_engine(engine: Any, session: Session) -> list[str]:
             engine.evaluate_missed()
         return [f"all {total} steps were done already at {point}"]
     try:
-        with worded_losses(session.config.ddp_timeout):
+        with lost_rank_errors(session.config.ddp_timeout):
             engine.train(resume_from_checkpoint=str(point) if point else None)
     except torch.OutOfMemoryError as error:
         raise AttnimgError(

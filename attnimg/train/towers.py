@@ -41,7 +41,7 @@ def class_to_load(config: Config, raw: Mapping[str, Any]) -> str:
     loads_all = raw.get("model_type") in read_causal_types().text_trained
     if config.model_type and not (config.model_type == DEFAULT and loads_all):
         return config.model_type
-    return _whole_class(raw) or DEFAULT
+    return _multimodal_class(raw) or DEFAULT
 
 
 def judge_towers(config: Config, raw: Mapping[str, Any]) -> Finding | None:
@@ -50,8 +50,8 @@ def judge_towers(config: Config, raw: Mapping[str, Any]) -> Finding | None:
     if not parts or (config.trust_remote_code and "auto_map" in raw):
         return None
     named = ", ".join(name.removesuffix("_config") for name in parts)
-    whole = _whole_class(raw)
-    divisible = raw.get("model_type") in read_causal_types().whole
+    whole = _multimodal_class(raw)
+    divisible = raw.get("model_type") in read_causal_types().multimodal
     if divisible and whole is None:
         return None
     if divisible and config.model_type == DEFAULT:
@@ -73,7 +73,7 @@ def judge_towers(config: Config, raw: Mapping[str, Any]) -> Finding | None:
     )
 
 
-def _whole_class(raw: Mapping[str, Any]) -> str | None:
+def _multimodal_class(raw: Mapping[str, Any]) -> str | None:
     """Return the class of a checkpoint of which AutoModelForCausalLM loads a part or nothing."""
     types = read_causal_types()
     type_ = str(raw.get("model_type"))
@@ -82,10 +82,10 @@ def _whole_class(raw: Mapping[str, Any]) -> str | None:
     # One that names its language model's class has no other weights.
     if types.causal.get(type_) in (raw.get("architectures") or ()):
         return None
-    return types.whole.get(type_)
+    return types.multimodal.get(type_)
 
 
-def of_the_language_model(model_config: Any, implementation: str) -> str | dict[str, str]:
+def attention_by_part(model_config: Any, implementation: str) -> str | dict[str, str]:
     """Return what from_pretrained takes to run an attention in the language model alone.
 
     The other parts keep what transformers chooses for them: the attention was neither judged nor

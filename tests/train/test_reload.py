@@ -26,8 +26,8 @@ from attnimg.cli.train import Session, fit_planned
 from attnimg.model_classes import read_causal_types
 from attnimg.train import fit
 from attnimg.train.quiet import silence_libraries
+from attnimg.train.safetensors_headers import TORCH_NAMES, stored_tensors
 from attnimg.train.signals import StopFlag
-from attnimg.train.stored import TORCH_NAMES, stored_tensors
 
 RECORD = Path(__file__).parents[2] / "docs" / "measured" / "reload.json"
 EVERY = os.environ.get("RELOAD") == "all"

@@ -17,7 +17,7 @@ from attnimg.backends import all_backends
 from attnimg.errors import AttnimgError
 from attnimg.gpus import catalogue
 from recipes.facts import Plan
-from recipes.families import RECORD
+from recipes.families_page import RECORD
 from recipes.files import NOTICE, write_all
 from recipes.labels import labels
 from recipes.lock import blocks

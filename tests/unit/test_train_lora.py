@@ -15,7 +15,7 @@ from attnimg.config import check_values
 from attnimg.errors import AttnimgError
 from attnimg.train.adapter import adapter_notes, add_adapter
 from attnimg.train.model import load_model
-from attnimg.train.new_rows import require_trained_rows
+from attnimg.train.new_tokens import require_embeddings
 from attnimg.train.tokenizer import load_tokenizer
 
 sys.path.append(str(Path(__file__).parents[1] / "fixtures"))
@@ -319,13 +319,13 @@ def test_documents_with_tokens_beyond_the_model_are_refused(tiny: Path, tmp_path
         return Dataset.from_dict({"input_ids": [[1, 2], list(ids)]})
 
     values = tiny_run.config_for(tmp_path, adapter="lora")
-    require_trained_rows(values, (documents(3, rows - 1), None), tokenizer)
+    require_embeddings(values, (documents(3, rows - 1), None), tokenizer)
     for splits in ((documents(3, rows + 1), None), (documents(3), documents(rows + 1))):
         with pytest.raises(AttnimgError, match=r"1 token\(s\).*<two>") as caught:
-            require_trained_rows(values, splits, tokenizer)
+            require_embeddings(values, splits, tokenizer)
     mended = applied(caught.value.do, {"adapter": "lora"})
-    require_trained_rows(tiny_run.config_for(tmp_path, **mended), splits, tokenizer)
-    require_trained_rows(tiny_run.config_for(tmp_path), splits, tokenizer)
+    require_embeddings(tiny_run.config_for(tmp_path, **mended), splits, tokenizer)
+    require_embeddings(tiny_run.config_for(tmp_path), splits, tokenizer)
     assert load(tmp_path).get_input_embeddings().weight.shape[0] == rows
 
 

@@ -23,7 +23,7 @@ from chat_labels import (
     tokenizer,
     user,
 )
-from drawn import examples, talks, texts
+from data_strategies import conversations, examples, texts
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -323,7 +323,7 @@ def test_any_text_is_trained_as_it_is(name: str) -> None:
     row = TEMPLATES[name]
 
     @examples(12)
-    @given(st.sampled_from(TOKENIZERS), talks(system=row.system))
+    @given(st.sampled_from(TOKENIZERS), conversations(system=row.system))
     def check(tokens: str, messages: list[dict[str, Any]]) -> None:
         found = learnt(encoder(name, tokens), {"messages": messages})
         said = [turn["content"] for turn in messages if turn["role"] == "assistant"]

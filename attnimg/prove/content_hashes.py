@@ -20,7 +20,7 @@ from pathlib import Path
 from attnimg.files import read_private, write_private
 
 # Smaller files are read each time; that is faster than to look them up.
-_REMEMBERED_BYTES = 1 << 20
+_CACHED_BYTES = 1 << 20
 # A file that changed this short a time ago may change again without another ctime: clocks of file
 # systems tick every few milliseconds, some network file systems every second.
 _SETTLED_S = 2.0
@@ -93,7 +93,7 @@ class ContentHashes:
         folder = Path(spec.origin).parent
         return self.of_files(folder, (path for path in folder.glob("lib/*.so*") if path.is_file()))
 
-    def keep(self) -> None:
+    def save(self) -> None:
         """Write the hashes of large files to the folder; one that can't be written costs time."""
         if self.folder is None or not self._new:
             return
@@ -105,14 +105,14 @@ class ContentHashes:
     def _of_file(self, path: Path) -> str:
         with path.open("rb") as file:
             before = os.fstat(file.fileno())
-            large = before.st_size >= _REMEMBERED_BYTES
-            name = _name_of(before)
+            large = before.st_size >= _CACHED_BYTES
+            name = _identity_of(before)
             if large and (known := self._known.get(name)):
                 return known
             found = hashlib.file_digest(file, "sha256").hexdigest()
             after = os.fstat(file.fileno())
         settled = time.time() - max(after.st_mtime, after.st_ctime) > _SETTLED_S
-        if large and settled and _name_of(after) == name:
+        if large and settled and _identity_of(after) == name:
             self._new[name] = self._known[name] = found
         return found
 
@@ -122,7 +122,7 @@ def _computes(path: Path) -> bool:
     return path.parent.name != "__pycache__" and path.is_file()
 
 
-def _name_of(found: os.stat_result) -> str:
+def _identity_of(found: os.stat_result) -> str:
     """Return what a remembered hash stands under."""
     identity = found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
     return ":".join(map(str, identity))

@@ -19,7 +19,7 @@ _COMPUTED = ("inv_freq", "masked_bias", "attn.bias", "attention.bias", "position
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Stored:
+class StoredTensor:
     """One tensor of a file: its dtype as safetensors names it, and its shape."""
 
     dtype: str
@@ -31,17 +31,17 @@ class Stored:
         return math.prod(self.shape)
 
 
-def stored_tensors(folder: Path) -> dict[str, Stored]:
+def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
     """Return the tensors of a model folder's safetensors files, name -> what is stored.
 
     Files that an index lists count; without one, model.safetensors, or all there are. What can't
     be read is left to the loader, which says so.
     """
-    found: dict[str, Stored] = {}
+    found: dict[str, StoredTensor] = {}
     for file in _files(folder):
         for name, entry in _header(file).items():
             if name != "__metadata__":
-                found[name] = Stored(dtype=entry["dtype"], shape=tuple(entry["shape"]))
+                found[name] = StoredTensor(dtype=entry["dtype"], shape=tuple(entry["shape"]))
     return found
 
 

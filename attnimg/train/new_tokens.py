@@ -8,7 +8,7 @@ from typing import Any
 from attnimg.errors import AttnimgError
 from attnimg.schema import Config
 from attnimg.train.lora_targets import untrained_embeddings
-from attnimg.train.model import load_model_config, load_outline
+from attnimg.train.model import load_model_config, load_without_weights
 
 
 def vocabulary(config: Config) -> int:
@@ -19,9 +19,9 @@ def vocabulary(config: Config) -> int:
         return 0
 
 
-def embedding_rows(config: Config) -> int:
+def embedding_count(config: Config) -> int:
     """Return how many tokens the model's embeddings hold."""
-    model = load_outline(config)
+    model = load_without_weights(config)
     return vocabulary(config) if model is None else len(model.get_input_embeddings().weight)
 
 
@@ -29,13 +29,13 @@ def untrained(config: Config) -> list[str]:
     """Return the embeddings that lora_modules_to_save has to name for new rows to be trained."""
     if not config.adapter:
         return []
-    model = load_outline(config)
+    model = load_without_weights(config)
     if model is None:
         return [] if config.lora_modules_to_save else ["embed_tokens", "lm_head"]
     return untrained_embeddings(model, config)
 
 
-def may_pad(config: Config, tokenizer: Any, wanted: str) -> bool:
+def may_add_pad_token(config: Config, tokenizer: Any, wanted: str) -> bool:
     """Return whether a pad token may be added to the tokenizer.
 
     Padding carries no loss and is not attended to, so any token pads as well. A row that is added
@@ -45,16 +45,16 @@ def may_pad(config: Config, tokenizer: Any, wanted: str) -> bool:
         return True
     if len(tokenizer) < vocabulary(config):
         return True
-    return len(tokenizer) < embedding_rows(config) or not untrained(config)
+    return len(tokenizer) < embedding_count(config) or not untrained(config)
 
 
-def has_row(config: Config, token_id: int | None) -> bool:
+def has_embedding(config: Config, token_id: int | None) -> bool:
     """Return whether the model that is trained has an embedding for a token."""
     if token_id is None or not config.adapter:
         return token_id is not None
     if token_id < vocabulary(config):
         return True
-    return token_id < embedding_rows(config) or not untrained(config)
+    return token_id < embedding_count(config) or not untrained(config)
 
 
 def require_trained_tokens(config: Config, added: Iterable[str]) -> None:
@@ -70,7 +70,7 @@ def require_trained_tokens(config: Config, added: Iterable[str]) -> None:
         )
 
 
-def require_trained_rows(config: Config, splits: Iterable[Any], tokenizer: Any) -> None:
+def require_embeddings(config: Config, splits: Iterable[Any], tokenizer: Any) -> None:
     """Raise where documents hold tokens that the model has no row for and an adapter adds none.
 
     Args:
@@ -83,7 +83,7 @@ def require_trained_rows(config: Config, splits: Iterable[Any], tokenizer: Any) 
     """
     if not config.adapter or len(tokenizer) <= vocabulary(config):
         return
-    rows = embedding_rows(config)
+    rows = embedding_count(config)
     lacking = untrained(config)
     beyond = {} if not lacking else {
         number: tokenizer.convert_ids_to_tokens(number)

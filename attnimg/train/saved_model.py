@@ -8,13 +8,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from attnimg.train.stored import TORCH_NAMES, stored_tensors
+from attnimg.train.safetensors_headers import TORCH_NAMES, stored_tensors
 
 # Settings that trainers change for training, whatever is generated with the model later.
 _TRAINERS = ("use_cache", "output_router_logits")
 
 
-def settle_config(folder: Path, loaded: Mapping[str, Any]) -> None:
+def correct_saved_config(folder: Path, loaded: Mapping[str, Any]) -> None:
     """Make a saved config.json say what its weights are, and what the loaded model's said.
 
     transformers writes the dtype of the first weight, which is an embedding, and embeddings are
@@ -51,7 +51,7 @@ def _dtype_of(folder: Path) -> str | None:
     return sizes.most_common(1)[0][0] if sizes else None
 
 
-def lower_lifted(model: Any) -> None:
+def restore_loaded_dtypes(model: Any) -> None:
     """Cast the weights that were lifted to float32 for training back to what they were loaded in.
 
     Args:
@@ -61,6 +61,6 @@ def lower_lifted(model: Any) -> None:
 
     model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper names them otherwise
     weights = dict(model.named_parameters()) | dict(model.named_buffers())
-    for name, dtype in getattr(model, "attnimg_lifted", {}).items():
+    for name, dtype in getattr(model, "attnimg_loaded_dtypes", {}).items():
         with torch.no_grad():
             weights[name].data = weights[name].data.to(dtype)

@@ -16,7 +16,7 @@ from attnimg import probe, problem
 from attnimg.backends import backend_named
 from attnimg.facts import Machine
 from attnimg.prove import content
-from attnimg.prove.content import ContentHashes
+from attnimg.prove.content_hashes import ContentHashes
 from attnimg.prove.proofs import Setting, prove
 
 KERNEL = Path(__file__).parents[1] / "fixtures" / "flash_attn2"
@@ -41,7 +41,7 @@ def large_file(folder: Path, *, letter: bytes) -> Path:
 def hash_of(folder: Path, kept: Path | None) -> str:
     hashes = ContentHashes(kept)
     found = hashes.of_folder(folder)
-    hashes.keep()
+    hashes.save()
     return found
 
 
