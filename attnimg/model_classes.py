@@ -24,9 +24,9 @@ class CausalTypes:
             config.json says is_decoder.
         with_other_inputs: model type -> class of those that also take images or sound, which
             AutoModelForCausalLM does not load.
-        multimodal: model type -> class of those that also take images or sound, of which
-            AutoModelForCausalLM loads the language model alone.
-        text_trained: those of with_other_inputs that were trained on text.
+        multimodal: model type -> class of those that also take images or sound, and of which
+            AutoModelForCausalLM loads only the language model.
+        text_trained: those of with_other_inputs that `make test/reload` trains on text.
     """
 
     causal: Mapping[str, str]
@@ -38,13 +38,13 @@ class CausalTypes:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PositionTable:
-    """A model type whose rows can't be longer than a table of positions.
+    """The table of positions of a model type, which limits the length of its rows.
 
     Attributes:
-        keys: where config.json has the number of positions, in order.
-        default: the number where it has none.
-        reserved: how many of them no token can have where config.json names no padding token;
-            where there are any, they are those up to the padding token's number.
+        keys: fields of config.json that have the number of positions, in order of precedence.
+        default: the number of positions where config.json has none of these fields.
+        reserved: how many positions no token can have where config.json has no pad_token_id; if
+            this is not 0 and it has one, pad_token_id + 1 positions are reserved.
     """
 
     keys: tuple[str, ...]

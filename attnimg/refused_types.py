@@ -1,7 +1,7 @@
 """Which model types are refused before their weights are loaded: for training, or for packed rows.
 
-data/refused_types.toml lists them, with the reason of each; `make families` trains every type of
-the pinned transformers and finds those that are missing there.
+data/refused_types.toml lists them with the reasons. `make families` trains every type of the
+pinned transformers, and so finds types that are missing there.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class RefusedTypes:
 
 
 def row_of(model_type: str, refuses: Refuses) -> RefusedTypes | None:
-    """Return why a type is refused, where nothing else has to hold; None where it is not."""
+    """Return the row that refuses a type, before its conditions are checked; None without one."""
     return next(
         (row for row in rows().values() if row.refuses == refuses and model_type in row.types), None
     )
@@ -51,10 +51,10 @@ def refusal_of(
 
     Args:
         raw: the model's config.json.
-        name: what the user calls the model.
+        name: base_model, for the message.
         packing: whether rows hold several documents.
         sequence_len: tokens of the longest row.
-        packages: the installed distributions; None assumes all.
+        packages: the installed distributions; None assumes that all are.
     """
     text = raw.get("text_config")
     parts = [raw, *([text] if isinstance(text, Mapping) else [])]
@@ -70,7 +70,7 @@ def refusal_of(
 
 
 def mask_refusal(model_type: str) -> Finding | None:
-    """Return the error of a packed run of a type that no backend without a mask can serve."""
+    """Return the error of a packed run whose backend separates documents by transformers' mask."""
     row = row_of(model_type, "mask")
     return _not_packable(row, {}, model_type=model_type, sequence_len=0) if row else None
 
@@ -120,7 +120,7 @@ def _not_packable(
 
 
 def packages() -> frozenset[str]:
-    """Return the distributions that decide."""
+    """Return the distributions whose absence refuses a type."""
     return frozenset(package for row in rows().values() for package in row.packages or ())
 
 

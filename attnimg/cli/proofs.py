@@ -28,7 +28,7 @@ def proofs(
 
 
 def content_hash(backend: Backend, *, machine: Machine, trusted: bool) -> str | None:
-    """Return a hash of the files that compute a backend's attention; None where some are unknown.
+    """Return a hash of the files of a backend's kernel; None where some are unknown.
 
     Args:
         backend: one that fits the machine.

@@ -209,7 +209,7 @@ def run_findings(
 def base_model_findings(
     values: Config, raw: Mapping[str, Any], machine: Machine
 ) -> tuple[list[AttnimgError], list[Finding]]:
-    """Return the errors and warnings on a base model, judged by its files but for its attention."""
+    """Return the errors and warnings on a base model from its files, without its attention."""
     path = model_file(values)
     return judge_base_model(
         values, raw, packages=machine.packages, folder=path.parent if path is not None else None

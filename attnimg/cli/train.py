@@ -277,7 +277,7 @@ def fit_planned(
     for note in result.notes:
         session.say(note)
     for path in result.files if rank() == 0 else ():
-        # A script gets the name as it is; a terminal, one that does not act on it.
+        # Scripts get the path unchanged; a terminal must not interpret its control characters.
         typer.echo(printable(str(path)) if sys.stdout.isatty() else path)
 
 

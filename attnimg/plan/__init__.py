@@ -89,7 +89,7 @@ def choose(asked: str | None, machine: Machine, problem: Problem, *, strict: boo
 
 
 def _with_boundaries(found: Plan, problem: Problem) -> Plan:
-    """Go on to the best backend under which documents do not mix; the same plan without one."""
+    """Return the plan with the best backend that isolates documents; the same plan without one."""
     following = found
     while (against := mixing_error(following, problem)) is not None:
         name = masked_backend(following)

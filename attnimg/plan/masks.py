@@ -1,4 +1,4 @@
-"""Find plans under which packed documents mix, since transformers' mask gets no boundaries."""
+"""Find plans under which packed documents mix: transformers' mask has no document boundaries."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def mixing_error(found: Plan, problem: Problem) -> Finding | None:
 
 
 def masked_backend(found: Plan) -> str | None:
-    """Return the first backend of a plan that tells documents apart by transformers' mask."""
+    """Return the first backend of a plan that separates documents by transformers' mask."""
     if found.chosen is None:
         return None
     names = [choice.verdict.backend for choice in found.groups] or [found.chosen.backend]

@@ -84,7 +84,7 @@ def prove(
         asked = [candidates[place] for place in missing]
         proofs |= zip(missing, run(asked, device=device, timeout_s=timeout_s, say=say), strict=True)
         if folder is not None:
-            # What was downloaded meanwhile has a key now; what changed meanwhile was not proven.
+            # Kernels downloaded meanwhile have a key now; files changed meanwhile were not proven.
             after = _keys(backends, candidates, setting=setting)
             for place in missing:
                 key = after[place]
@@ -96,7 +96,7 @@ def prove(
 def _keys(
     backends: Sequence[Backend], candidates: Sequence[Candidate], *, setting: Setting
 ) -> list[str | None]:
-    """Return the key of each proof; None where what computes can't be read."""
+    """Return the key of each proof; None where the kernel's files can't be read."""
     if setting.folder is None:
         return [None] * len(backends)
     hashes = ContentHashes(setting.folder)
@@ -127,7 +127,7 @@ def content_hash_of(backend: Backend, *, setting: Setting, trusted: bool) -> str
 
     Args:
         backend: one that fits the machine.
-        setting: where; hashes of large files are remembered in its folder.
+        setting: its folder has the cache of file hashes.
         trusted: whether the user set trust_remote_code.
     """
     hashes = ContentHashes(setting.folder)

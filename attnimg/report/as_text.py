@@ -20,14 +20,13 @@ if TYPE_CHECKING:
 
 
 class PrintableConsole(Console):
-    """A console that shows control characters in what it prints as escapes.
+    """A rich console that escapes control characters in the text that it prints.
 
-    Markup and styles are rich's own; whatever else acts on a terminal came with a file name, a
-    config or a library's message.
+    They come from file names, configs and messages of libraries; markup and styles still work.
     """
 
     def render_str(self, text: str, **options: Any) -> Text:
-        """Return what rich makes of text, cleaned of control characters."""
+        """Return the rendered text, with its control characters escaped."""
         return super().render_str(printable(text), **options)
 
 

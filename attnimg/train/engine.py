@@ -1,7 +1,7 @@
 """TRL's SFTTrainer, made to survive kills, stop on signals and count what it trains.
 
 The loss is the negative log-likelihood averaged over the trained tokens of a step, on all
-processes. objective.py computes it; own_loss.py compares it with the model's own before a run.
+processes. objective.py computes it; own_loss.py compares it with the model's own loss.
 """
 
 from __future__ import annotations
@@ -151,7 +151,7 @@ class Engine(Evaluator):
         super().log(logs, start_time)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        """Load a checkpoint's weights, also those that it has under other names."""
+        """Load a checkpoint's weights, including those saved under other names than the model's."""
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
         if not sharded and not hasattr(self.model, "get_base_model"):

@@ -171,7 +171,7 @@ def _rows(
 
 
 def _train(session: Session, receipt: dict[str, object]) -> FitResult:
-    """Build the engine, compare its loss with the model's, run it, and write what it is for."""
+    """Build the engine, compare its loss with the model's own, train, and write the model."""
     began = time.monotonic()
     first = rank() == 0
     view = ProgressView(session.console, total=session.schedule.total_steps, visible=first)

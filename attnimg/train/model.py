@@ -66,7 +66,7 @@ def load_model(
         implementation: transformers' name of the attention that was chosen.
         context: how the run calls the model; decides the precision of the weights.
         needs_dtype_cast: whether the backend takes q, k, v in that precision only.
-        say: takes a sentence a person should read, such as which weights are not loaded.
+        say: prints a line for the user, such as which weights are not loaded.
 
     Returns:
         A transformers model, or a PEFT model around it, in training precision.
@@ -103,7 +103,7 @@ def load_model(
             + ("..." if len(unused) > 3 else "")
         )
     larger = len(tokenizer) > model.get_input_embeddings().weight.shape[0]
-    # Rows that no one trains would have to be saved with the adapter, or it would not load again.
+    # Untrained rows are not added: without them saved, the adapter would not load again.
     if larger and not (config.adapter and untrained_embeddings(model, config)):
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     freeze_towers(model)
@@ -141,7 +141,7 @@ def load_without_weights(config: Config) -> Any:
 
 
 def _from_pretrained(config: Config, *, implementation: str, dtype: DType) -> tuple[Any, Any]:
-    """Load by name; also give what transformers tells of missing weights."""
+    """Load by name; return the model and transformers' report on missing weights."""
     quantized = quantization(config, dtype=dtype)
     model_config = load_model_config(config)
     loader = _loader(class_to_load(config, model_config.to_dict()))
@@ -167,7 +167,7 @@ def _from_pretrained(config: Config, *, implementation: str, dtype: DType) -> tu
 
 
 def _folder(config: Config) -> Path:
-    """Return where the files lie that a model was just loaded from."""
+    """Return the folder that a model was just loaded from."""
     from transformers.utils import cached_file
 
     found = cached_file(
@@ -177,7 +177,7 @@ def _folder(config: Config) -> Path:
 
 
 def _loader(name: str) -> Any:
-    """Return the class of that name that loads the model."""
+    """Return the transformers class of this name that loads the model."""
     import transformers
 
     loader = getattr(transformers, name, None)

@@ -63,7 +63,7 @@ def check_output_dir(config: Config) -> ResumePoint | None:
 
 
 def prepare_output_dir(folder: Path, resume: ResumePoint | None, *, console: Console) -> None:
-    """Remove from output_dir, which is locked, what a killed run left after the resume point."""
+    """Remove from output_dir, which is locked, the files that a killed run left after `resume`."""
     if resume is None:
         return
     for leftover in resume.leftovers:

@@ -1,15 +1,15 @@
 """Compare the trainer's loss with the model's own, before the first step.
 
-    a slice of the data --> the model's own forward with labels --> loss, gradient norm
+    a batch of the data --> the model's own forward with labels --> loss, gradient norm
                         --> the engine's loss_terms             --> loss, gradient norm
 
-TRL's chunked head rebuilds the model's output layer from its config, so a scale, cap, transform or
-auxiliary term of a class that it does not know is lost without a word. Where the two differ, on
-the data or in the output layer alone (output_layer.py), the model's own logits are used instead;
-where the loss of the class is not that of its logits either, it is refused.
+TRL's chunked head rebuilds the model's output layer from its config, and silently leaves out any
+scale, cap, transform or auxiliary term that it does not know. Where the two losses differ, on the
+data or in the output layer (output_layer.py), the model's own logits are used instead. Where the
+loss of the class is not the negative log-likelihood of its logits either, the run is refused.
 
 The comparison runs in eval mode, which turns dropout off, and in the run's autocast. torch.compile
-is left out: it changes roundings only, and compiling for one more shape takes minutes.
+is left out: it only changes rounding, and compiling for one more shape takes minutes.
 """
 
 from __future__ import annotations
@@ -34,17 +34,17 @@ from attnimg.train.slices import first_batch, slice_tokens
 if TYPE_CHECKING:
     import torch
 
-# Gradients below float16's range would be zero in both.
+# Without it, gradients below float16's range would be zero in both.
 FLOAT16_SCALE = 1024.0
 
 
 def check_loss(engine: Any, rows: Rows, *, context: RunContext, sharded: bool) -> LossCheck:
-    """Compare the losses, and have the engine use the model's own logits where they differ.
+    """Compare the losses, and make the engine use the model's own logits where they differ.
 
-    Weights, gradients, modes and random numbers are left as they were.
+    Weights, gradients, train and eval modes and random number generators are not changed.
 
     Args:
-        engine: before it trains. Several processes call this alike.
+        engine: before it trains; every process calls this.
         rows: to train on.
         context: how the run calls the model.
         sharded: whether FSDP or DeepSpeed will divide the weights among processes: then nothing
@@ -68,7 +68,7 @@ def check_loss(engine: Any, rows: Rows, *, context: RunContext, sharded: bool) -
         with _without_side_effects(engine):
             found = _Check(engine, engine._prepare_inputs(inputs), context).run()
     except torch.OutOfMemoryError:
-        return LossCheck(compared=False, why="a batch of them takes more GPU memory than is free")
+        return LossCheck(compared=False, why="the comparison does not fit into the free GPU memory")
     return replace(
         found, aux_coefficient=engine.aux_coefficient, seconds=round(time.monotonic() - began, 3)
     )
@@ -110,7 +110,7 @@ class _Check:
         return replace(found, head="own", why=why, own_head=own_head)
 
     def trainer_loss(self) -> tuple[Loss | None, str | None]:
-        """Compute the engine's loss with the head it has; where that raises, return what."""
+        """Compute the engine's loss with its current head; return the error where that raises."""
         import torch
 
         engine = self.engine
@@ -125,7 +125,7 @@ class _Check:
             return None, _short(error)
 
     def model_loss(self) -> tuple[Loss, Tolerance, int]:
-        """Compute the loss by the model's own forward, and what roundings may change.
+        """Compute the loss by the model's own forward, and its tolerance.
 
         Raises:
             AttnimgError: its loss is not that of its logits (loss-differs).
@@ -157,7 +157,7 @@ class _Check:
         return found, tolerance, tokens
 
     def own_outputs(self, arguments: dict[str, Any]) -> Any:
-        """Call the model with labels; without, where its own loss does not work on such rows."""
+        """Call the model with labels; without them where its own loss raises on these rows."""
         import torch
 
         try:
@@ -189,16 +189,16 @@ class _Check:
         )
 
     def require_equal(self, model: Loss, tolerance: Tolerance) -> Loss:
-        """Compute the loss by the model's own logits, and require that of its own forward.
+        """Compute the loss from the model's own logits; raise unless it is that of its own forward.
 
         Raises:
-            AttnimgError: it is another (loss-differs).
+            AttnimgError: they differ (loss-differs).
         """
         used, raised = self.trainer_loss()
         if used is None:
             raise _model_raised(self.engine, raised)
         if difference(used, model, tolerance) > 1:
-            # Kernels that add in no fixed order differ from themselves: that much is no fault.
+            # Kernels that sum in no fixed order differ from run to run, which is allowed.
             again, _, _ = self.model_loss()
             noise = 4 * difference(again, model, tolerance)
             if difference(used, model, tolerance) > 1 + noise:
@@ -217,7 +217,7 @@ def _run_context(engine: Any) -> Iterator[None]:
 
 @contextmanager
 def _without_side_effects(engine: Any) -> Iterator[None]:
-    """Turn dropout off, and leave modes, gradients, random numbers and figures as they were."""
+    """Turn dropout off; restore modes, gradients, random number generators and metrics after it."""
     import torch
 
     modes = {module: module.training for module in engine.model.modules()}
@@ -243,9 +243,10 @@ def _without_side_effects(engine: Any) -> Iterator[None]:
 def _differs(engine: Any, *, own: float, ours: float) -> AttnimgError:
     return AttnimgError(
         f"the loss of {_class_name(engine)} is not the negative log-likelihood of its logits",
-        why=f"found {own:.4f} by its forward with labels, {ours:.4f} by its logits where each "
-        "predicts the next token\nneeded the same, apart from an aux_loss that it returns",
-        do="train it with its own code: attnimg minimizes the next token's log-likelihood",
+        why=f"found {own:.4f} by its forward with labels, {ours:.4f} from its logits for the "
+        "next tokens\nneeded the same, apart from an aux_loss that it returns",
+        do="train it with its own training code; attnimg minimizes the negative log-likelihood of "
+        "the next token",
         code="loss-differs",
         key="base_model",
         exit_code=1,

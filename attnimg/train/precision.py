@@ -62,7 +62,7 @@ def cast_embeddings_and_norms(model: Any) -> None:
 
 
 def _floating(model: Any) -> dict[str, torch.dtype]:
-    """Return the dtype of each parameter and buffer of floating-point numbers."""
+    """Return the dtype of each floating-point parameter and buffer."""
     weights = dict(model.named_parameters()) | dict(model.named_buffers())
     return {name: weight.dtype for name, weight in weights.items() if weight.is_floating_point()}
 

@@ -1,7 +1,7 @@
-"""Dequantize a checkpoint that is quantized, keep it under an adapter, or refuse it by name.
+"""Dequantize a quantized checkpoint, keep it quantized under an adapter, or refuse it.
 
-Judged from config.json and the headers of the weights, before a weight is loaded. Without that,
-transformers would load quantized numbers as if they were weights.
+This is decided from config.json and the headers of the files, before any weight is loaded: in some
+cases transformers would load the quantized numbers as if they were weights.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ if TYPE_CHECKING:
     import torch
 
 _UNQUANTIZED = "set base_model to the checkpoint that it was quantized from"
-# What names end in that only quantized checkpoints have: gptq and awq, compressed-tensors, mxfp4,
-# bitsandbytes. float8 needs no name.
+# Endings of names that only quantized checkpoints have: gptq and awq, compressed-tensors, mxfp4,
+# bitsandbytes. float8 is recognized by its dtype.
 _PACKED = (
     ".qweight", ".weight_packed", "_blocks", ".SCB", ".absmax", ".weight_scale", "_scale_inv",
 )  # fmt: skip
 _INTEGERS = frozenset({"U8", "I8", "I32"})
-# Where an fp8 checkpoint keeps the scale of NAME.weight.
+# Names of the scale of a weight in fp8 checkpoints.
 # Source: transformers 5.22.2, quantizer_finegrained_fp8.py, update_weight_conversions (2026-11-27).
 _SCALES = ("{name}_scale_inv", "{module}.scale", "{module}.qscale_weight")
 
@@ -44,19 +44,19 @@ _SCALES = ("{name}_scale_inv", "{module}.scale", "{module}.qscale_weight")
 def judge_quantization(
     config: Config, raw: Mapping[str, Any], *, packages: Mapping[str, str] | None
 ) -> Finding | None:
-    """Judge what a run does with a checkpoint's quantization_config.
+    """Check that a run can use a checkpoint's quantization_config.
 
     Args:
         config: the validated run.
         raw: the model's config.json.
-        packages: what is installed; None where every package is assumed.
+        packages: the installed distributions; None assumes that all are.
 
     Returns:
         A warning where the weights are dequantized, which takes more memory than the files; None
-        where nothing is to be said.
+        otherwise.
 
     Raises:
-        AttnimgError: code quantized-checkpoint: the run can't use it; what to set is named.
+        AttnimgError: code quantized-checkpoint: the run can't use it.
     """
     found = quantization_of(raw)
     if found is None:
@@ -85,9 +85,9 @@ def judge_quantization(
         code="dequantized",
         key="base_model",
         what=f"{config.base_model} is quantized ({method}): its weights are dequantized while they "
-        "are loaded, and what is saved is not quantized",
-        do="count on 2 bytes a weight in memory, or 4 in float32"
-        + ("" if config.adapter else "; adapter: lora trains fewer"),
+        "are loaded, and the saved model is not quantized",
+        do="plan for 2 bytes of memory per weight, or 4 in float32"
+        + ("" if config.adapter else "; adapter: lora trains fewer weights"),
     )
 
 
@@ -105,7 +105,7 @@ def _require_packages(
             config,
             method,
             why=f"found {f'{needed.name} {found}' if found else f'no {needed.name}'}; "
-            f"needed {text}, which transformers loads {method} weights with",
+            f"needed {text}, with which transformers loads {method} weights",
             do=f"pip install '{text}', or {_UNQUANTIZED}",
         )
 
@@ -113,14 +113,14 @@ def _require_packages(
 def _require_adapter(
     config: Config, method: str, row: Quantization, found: Mapping[str, Any]
 ) -> None:
-    """Refuse full fine-tuning of weights that stay quantized, and other bits than they have."""
+    """Refuse full fine-tuning of weights that stay quantized, and keys that name other bits."""
     bits = row.bits if method.startswith("bitsandbytes") else bits_of(found)
     if row.bits is not None and bits != row.bits:
         raise _refusal(
             config,
             method,
             why=f"found weights of {bits or 'an unknown number of'} bits; "
-            f"{method} weights are trained on in {row.bits} bits only",
+            f"only {method} weights of {row.bits} bits can be trained",
             do=_UNQUANTIZED,
         )
     fitting = "qlora" if bits == 4 else "lora"
@@ -128,7 +128,7 @@ def _require_adapter(
         raise _refusal(
             config,
             method,
-            why="quantized weights can't be trained themselves; found no adapter",
+            why="quantized weights are frozen, so an adapter is needed; found none",
             do=f"set adapter: {fitting}, or {_UNQUANTIZED}",
             key="adapter",
         )
@@ -146,14 +146,14 @@ def _require_adapter(
         raise _refusal(
             config,
             method,
-            why="found adapter: qlora, which is 4 bit; the checkpoint's weights are not",
+            why="found adapter: qlora, which needs 4-bit weights; the checkpoint's are not",
             do="set adapter: lora",
             key="adapter",
         )
 
 
 def _asks_to_quantize(config: Config) -> tuple[str, str] | None:
-    """Return the setting that asks for quantized weights, and what to set in its place."""
+    """Return the setting that asks to quantize weights, and what to set instead."""
     for key in ("load_in_8bit", "load_in_4bit"):
         if getattr(config, key):
             return f"{key}: true", f"remove {key} and set adapter: lora"
@@ -161,7 +161,7 @@ def _asks_to_quantize(config: Config) -> tuple[str, str] | None:
 
 
 def require_known_weights(config: Config, folder: Path, raw: Mapping[str, Any]) -> None:
-    """Refuse stored numbers that would be loaded as weights though they are quantized.
+    """Refuse quantized numbers that would be loaded as if they were weights.
 
     Args:
         config: the validated run.
@@ -205,8 +205,7 @@ def _require_scale(
         raise _refusal(
             config,
             "fp8",
-            why=f"found {name} in {tensor.dtype} without {names[0]}; without its scale it is no "
-            "weight",
+            why=f"found {name} in {tensor.dtype} without {names[0]}; its values need that scale",
             do=f"download the checkpoint again, whole, or {_UNQUANTIZED}",
         )
     blocks = scale.shape[-2:] if len(scale.shape) > 1 else (1, 1)
@@ -229,22 +228,22 @@ def _looks_quantized(name: str, tensor: StoredTensor) -> bool:
 def use_stored_quantization(
     model_config: Any, *, dtype: DType
 ) -> Literal["dequantized", "kept", "refused"] | None:
-    """Make transformers read a checkpoint's weights as its quantization_config says.
+    """Make transformers load a checkpoint by its own quantization_config.
 
-    The checkpoint's own values stay: a quantization_config given to from_pretrained would replace
-    its list of layers that are not quantized.
+    A quantization_config passed to from_pretrained would replace its list of layers that are not
+    quantized.
 
     Args:
         model_config: the transformers configuration to load with; changed in place.
         dtype: the run's precision.
 
     Returns:
-        What happens to its weights; None where they are not quantized.
+        `loaded` of its row in data/quantizations.toml; None where it is not quantized.
     """
     found = quantization_of(model_config.to_dict())
     if found is None:
         return None
-    # One at the top is what transformers takes off again, so that the saved config has none.
+    # transformers removes it from the saved config only where it stands at the top level.
     for part in (model_config, *(getattr(model_config, name, None) for name in LANGUAGE_PARTS)):
         for key in ("quantization_config", "compression_config"):
             if getattr(part, key, None) is not None:
@@ -259,11 +258,11 @@ def use_stored_quantization(
 
 
 def cast_unquantized(model: Any, dtype: torch.dtype) -> None:
-    """Cast the weights of a quantized checkpoint that transformers leaves in their stored dtype.
+    """Cast the weights that are not quantized in a quantized checkpoint to the requested dtype.
 
     Args:
-        model: as it was loaded.
-        dtype: what was asked for; what the class keeps in float32 stays so.
+        model: as it was loaded; weights that its class keeps in float32 are not cast.
+        dtype: the requested dtype.
     """
     import torch
 
@@ -282,7 +281,7 @@ def _refusal(
     config: Config, method: str, *, why: str, do: str, key: str = "base_model"
 ) -> AttnimgError:
     return AttnimgError(
-        f"{config.base_model} is quantized ({method}), and this run cannot use it so",
+        f"{config.base_model} is quantized ({method}), and this run cannot use it that way",
         why=why,
         do=do,
         code="quantized-checkpoint",

@@ -35,7 +35,7 @@ def load_tokenizer(config: Config, *, say: Callable[[str], None]) -> Any:
     ):
         say(
             f"special_tokens: pad_token {specials.pop('pad_token')!r} is not added: the embeddings "
-            f"have no row for it, and adapter: {config.adapter} adds none"
+            f"have no row for it, and adapter: {config.adapter} does not add one"
         )
     tokenizer.add_special_tokens({name: str(token) for name, token in specials.items()})
     if extra:

@@ -34,7 +34,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]  # transformers' types are n
         stop: whether someone asked to stop.
         view: the bar.
         restored: the state of the checkpoint the run goes on from; empty for a new run.
-        config: the validated run where it resumes from a checkpoint; None for a new run.
+        config: the validated run if it resumes from a checkpoint; None for a new run.
     """
 
     def __init__(

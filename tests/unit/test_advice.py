@@ -1,7 +1,7 @@
-"""Advice that was tried: what each refusal says to do is applied to the config, and helps.
+"""Apply the advice of each refusal to its config, and check that it helps.
 
-The edit is read from the printed line, every alternative of it; what is then refused must be
-another thing, until nothing is. The last test finds advice in the source that nobody has tried.
+The edits are read from the printed line, one for each alternative. After an edit another refusal
+may follow, until nothing is refused. The last test finds advice in the source without a case here.
 """
 
 from __future__ import annotations

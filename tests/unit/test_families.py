@@ -1,4 +1,4 @@
-"""Every causal type of transformers: what the record says of it, and that explain says the same."""
+"""Check the record of every causal type of transformers, and that explain agrees with it."""
 
 from __future__ import annotations
 

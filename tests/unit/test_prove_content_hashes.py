@@ -15,7 +15,7 @@ from run_facts import a_problem
 from attnimg import probe, problem
 from attnimg.backends import backend_named
 from attnimg.facts import Machine
-from attnimg.prove import content
+from attnimg.prove import content_hashes
 from attnimg.prove.content_hashes import ContentHashes
 from attnimg.prove.proofs import Setting, prove
 
@@ -27,7 +27,7 @@ SMALL = problem.read_model({"model_type": "llama", "hidden_size": 32, "num_atten
 @pytest.fixture
 def settled(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let files count as settled at once."""
-    monkeypatch.setattr(content, "_SETTLED_S", -60.0)
+    monkeypatch.setattr(content_hashes, "_SETTLED_S", -60.0)
 
 
 def large_file(folder: Path, *, letter: bytes) -> Path:
