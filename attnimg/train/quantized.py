@@ -146,7 +146,7 @@ def _require_adapter(
         raise _refusal(
             config,
             method,
-            why="found adapter: qlora, which needs 4-bit weights; the checkpoint's are not",
+            why="found adapter: qlora, which needs 4-bit weights of bitsandbytes",
             do="set adapter: lora",
             key="adapter",
         )

@@ -30,7 +30,7 @@ from attnimg.gpus import parse_gpu
 from attnimg.plan import choose
 from attnimg.problem import read_config, read_model
 from attnimg.schema import Config
-from attnimg.train.causal import require_causal_type
+from attnimg.train.base_model import judge_base_model
 from attnimg.train.check import check_inputs
 from attnimg.train.data import load_documents
 from attnimg.train.model import load_model_config
@@ -47,6 +47,8 @@ TALK = {
 SHAREGPT = {
     "conversations": [{"from": "human", "value": "Is it?"}, {"from": "gpt", "value": "Yes."}]
 }
+GPTQ = {"model_type": "llama", "quantization_config": {"quant_method": "gptq", "bits": 4}}
+FP8 = {"model_type": "llama", "quantization_config": {"quant_method": "fp8"}}
 ALPACA = {"instruction": "Is it?", "output": "Yes."}
 
 
@@ -115,7 +117,11 @@ class Case:
     def start(self, config: Config) -> None:
         """What `attnimg train` does before it loads a model."""
         if (path := model_file(config)) is not None:
-            require_causal_type(config, read_config(path))
+            errors, _ = judge_base_model(
+                config, read_config(path), packages=None, folder=path.parent
+            )
+            if errors:
+                raise errors[0]
         if config.model_type is not None:
             load_model_config(config)
         if path is None or path.parent.name == "model":
@@ -279,12 +285,27 @@ CASES: dict[str, Case] = {
         code="not-writable", records=TEXTS,
         values={"dataset_prepared_path": "{folder}/data.jsonl"}),
     "a model of images": Case(code="not-causal-lm", machine=CPU,
-                              files={"own/config.json": b'{"model_type": "llava"}'},
+                              files={"own/config.json": b'{"model_type": "paligemma"}'},
                               values={"base_model": "{folder}/own"}),
     "a model with code": Case(
         code="not-causal-lm", machine=CPU, values={"base_model": "{folder}/own"},
         files={"own/config.json": b'{"model_type": "own", "auto_map": '
                                     b'{"AutoModelForCausalLM": "own.Own"}}'}),
+    **{name: Case(code=code, machine=CPU, values={"base_model": "{folder}/own", **values},
+                  files={"own/config.json": json.dumps(described).encode()})
+       for name, code, described, values in (
+           ("fewer positions than tokens", "positions-short",
+            {"model_type": "gpt2", "n_positions": 64}, {"sequence_len": 128}),
+           ("GPTQ in full", "quantized-checkpoint", GPTQ, {}),
+           ("8 bits under qlora", "quantized-checkpoint",
+            {"model_type": "llama", "quantization_config": {"load_in_8bit": True}},
+            {"adapter": "qlora"}),
+           ("fp8 under qlora", "quantized-checkpoint", FP8, {"adapter": "qlora"}),
+           ("fp8 in 4 bits", "quantized-checkpoint", FP8,
+            {"adapter": "lora", "load_in_4bit": True}),
+           ("GPTQ in 8 bits", "quantized-checkpoint", GPTQ,
+            {"adapter": "lora", "load_in_8bit": True}),
+       )},
     "a class of another task": Case(code="not-causal-lm", machine=CPU, values={
         "model_type": "LlamaForSequenceClassification"}),
     "a class of nobody": Case(code="bad-value", machine=CPU, values={"model_type": "LLamaLM"}),

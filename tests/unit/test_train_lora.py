@@ -251,8 +251,8 @@ def test_an_adapter_on_a_tied_embedding_is_refused_and_the_advice_helps(
         load(tied, **keys)
     assert caught.value.key == "lora_target_modules"
     assert adapter_notes(load(tied, **applied(caught.value.do, keys))) == [
-        "lora_modules_to_save: embed_tokens and lm_head are one weight in the base model, so both "
-        "are trained, as one"
+        "lora_modules_to_save: embed_tokens and lm_head are tied in the base model: both "
+        "are trained, and stay one weight"
     ]
     untied = load(tiny, **keys)
     assert leaves(untied) == {"q_proj", "embed_tokens"}
