@@ -37,7 +37,7 @@ class AttnimgError(Exception):
     Args:
         what: what happened, one line, no full stop.
         why: what was found and what is needed; may have several lines.
-        do: the mend, as a command or a config line where there is one.
+        do: the fix, as a command or a config line where there is one.
         code: the contract's code, such as "packing-not-isolated".
         key: the config key at fault, such as "datasets[0].path".
         exit_code: 2 when it could be known before the run, 1 when the run itself failed.

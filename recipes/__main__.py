@@ -219,7 +219,7 @@ def _print(plan: Plan) -> None:
 
 
 def main() -> None:
-    """Run the command line; an error a person can mend is told on stderr, without a traceback."""
+    """Run the command line; print an error of the user without a traceback."""
     try:
         app()
     except AttnimgError as error:

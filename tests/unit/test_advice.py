@@ -96,7 +96,7 @@ class Case:
     options: int = 1
 
     def findings(self, values: Values) -> list[tuple[str, str | None, str, str]]:
-        """What is refused: code, key, what happened and what to do; warnings of the code too."""
+        """Return code, key, what and do of each refusal, and of warnings with the code."""
         arch = parse_gpu(self.on)[0] if self.on else None
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)
@@ -115,7 +115,7 @@ class Case:
         return []
 
     def start(self, config: Config) -> None:
-        """What `attnimg train` does before it loads a model."""
+        """Run the checks that `attnimg train` makes before it loads a model."""
         if (path := model_file(config)) is not None:
             errors, _ = judge_base_model(
                 config, read_config(path), packages=None, folder=path.parent
@@ -529,8 +529,8 @@ RECORDS: dict[str, tuple[Any, Any, str]] = {
 
 
 @cache
-def mended(name: str, place: Path) -> str:
-    """What is said of a record; the record that follows it must be taken."""
+def corrected(name: str, place: Path) -> str:
+    """Return the advice on a record; the record that follows it must be accepted."""
     wrong, right, template = RECORDS[name]
     said = []
     folder = place / re.sub(r"\W+", "-", name)
@@ -548,12 +548,12 @@ def mended(name: str, place: Path) -> str:
 
 @pytest.mark.parametrize("name", RECORDS)
 def test_a_record_that_follows_the_advice_is_taken(name: str, place: Path) -> None:
-    assert mended(name, place)
+    assert corrected(name, place)
 
 
 def test_all_advice_in_the_source_was_tried(place: Path) -> None:
     said = [line for name in CASES for line in tried(name, place)]
-    said += [*planned(), *(mended(name, place) for name in RECORDS)]
+    said += [*planned(), *(corrected(name, place) for name in RECORDS)]
     excused = {text for texts in WITHOUT_EDIT.values() for text in texts}
     known = all_advice()
     untried = {

@@ -1,4 +1,4 @@
-"""Positions that a row needs, and parts beside the language model: refused, warned of, or kept."""
+"""Test the checks on positions and multimodal parts, and what is saved of them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What errors print: cleaned of what a terminal acts on, and shortened."""
+"""Test that errors are printed with escaped control characters, and shortened."""
 
 from __future__ import annotations
 

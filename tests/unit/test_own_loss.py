@@ -1,4 +1,4 @@
-"""The trainer's loss is the model's own: right heads pass, wrong ones are replaced or refused."""
+"""Compare the trainer's loss with the model's own: right heads pass, wrong ones do not."""
 
 from __future__ import annotations
 

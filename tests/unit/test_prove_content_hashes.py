@@ -1,4 +1,4 @@
-"""A proof is kept for the content of the files that compute, whatever their size."""
+"""Test the hashes of a kernel's files, by which proofs are cached."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an adapter reaches, and that its merged model is the one that was trained."""
+"""Test which modules an adapter is put on, and that the merged model is the trained one."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ LINEAR = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder whose model/ has an output layer of its own."""
+    """Return a folder whose model/ has an untied output layer."""
     folder = tmp_path_factory.mktemp("tiny")
     tiny_run.make_model(folder / "model")
     return folder
@@ -305,7 +305,7 @@ def test_new_tokens_are_trained_or_refused_with_the_model_s_own_names(
 
 
 def test_documents_with_tokens_beyond_the_model_are_refused(tiny: Path, tmp_path: Path) -> None:
-    """A tokenizer folder with more tokens than the model has rows."""
+    """Return a tokenizer's folder with more tokens than the model has embeddings."""
     from datasets import Dataset
     from transformers import AutoTokenizer
 

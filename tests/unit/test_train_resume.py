@@ -1,4 +1,4 @@
-"""A run that resumes: what may change is taken, said and recorded, all else is refused by name."""
+"""Test resuming: allowed changes are used, printed and recorded, all others are refused."""
 
 from __future__ import annotations
 

@@ -319,7 +319,7 @@ def test_a_blank_inside_the_answer_is_labelled_though_trimmed() -> None:
 
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_any_text_is_trained_as_it_is(name: str) -> None:
-    """What is learnt is what was said: any characters, blanks at both ends, equal contents."""
+    """Check that answers are trained whole: any characters, blanks at both ends, equal contents."""
     row = TEMPLATES[name]
 
     @examples(12)

@@ -1,4 +1,4 @@
-"""The path of data, from files to batches, on records that hypothesis draws.
+"""Test reading, rows and batches on random records that hypothesis generates.
 
 What is learnt is what the records say, in whatever way the documents were read, kept or packed.
 """
@@ -73,7 +73,7 @@ def flagged_conversations(draw: Draw) -> list[dict[str, Any]]:
 
 
 def said(turns: list[dict[str, Any]], roles: set[str], mode: str) -> str:
-    """What these turns teach, by the words of the documentation alone."""
+    """Return the trained texts of these turns, by the rules of the documentation."""
     pieces, ends = list[str](), list[tuple[int, bool]]()
     for turn in turns:
         given = turn["content"]
@@ -200,7 +200,7 @@ RECORDS = {
 
 @st.composite
 def runs(draw: Draw) -> tuple[str, list[dict[str, Any]], dict[str, Any]]:
-    """A type, its records, and keys that decide what becomes of them."""
+    """Generate a type, records of it, and keys that control how they are read."""
     kind = draw(st.sampled_from(sorted(RECORDS)))
     # The last one is never dropped.
     last = {"text": "x", "instruction": "", "output": "x", "messages": [
