@@ -223,8 +223,8 @@ def _without_side_effects(engine: Any) -> Iterator[None]:
     modes = {module: module.training for module in engine.model.modules()}
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     for module in modes:
-        # In eval mode on a CPU, bitsandbytes packs a 4-bit layer's weights in another order, for
-        # good (0.50, nn/modules.py, Linear4bit.forward); it has no dropout.
+        # In eval mode on a CPU, bitsandbytes permanently changes the order of a 4-bit layer's
+        # weights (0.50, nn/modules.py, Linear4bit.forward); it has no dropout.
         module.training = type(module).__module__.startswith("bitsandbytes.")
     engine.model.zero_grad(set_to_none=True)
     try:

@@ -201,7 +201,7 @@ def encoder(name: str, kind: str, **keys: Any) -> ChatEncoder:
 
 
 def shown(text: str, tokens: str) -> str:
-    """A text as the decoder of these tokenizers shows it: it blurs blanks and their stand-in."""
+    """Return a text as these tokenizers decode it: some turn U+2581 into a blank."""
     text = unicodedata.normalize("NFC", text) if tokens == "byte-level, NFC" else text
     text = text.replace("\u2581", " ")
     return text.replace(" ", "") if tokens == "sentencepiece" else text
@@ -333,11 +333,12 @@ def test_any_text_is_trained_as_it_is(name: str) -> None:
             run, end = shown(run, tokens), shown(end, tokens)
             assert run.endswith(end), tokens
             # Templates strip contents or not. A token may hold a blank of both.
-            learned, whole = run.removesuffix(end), shown(text, tokens)
-            leading = len(whole) - len(whole.lstrip())
+            learned = run.removesuffix(end)
+            # A "\u2581" at an end is no blank for the template, and decodes to one.
             forms = [
-                cut
-                for k in range(leading + 1)
+                shown(cut, tokens)
+                for whole in (text, shown(text, tokens))
+                for k in range(len(whole) - len(whole.lstrip()) + 1)
                 for cut in (whole[k:], whole[k:].rstrip(), whole[k:].rstrip("\n"))
             ]
             assert learned in [blank + form for form in forms for blank in ("", " ", "\n")], tokens
