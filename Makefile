@@ -44,8 +44,8 @@ test/packages: .venv/ready build/fa4/ready ## Compare the backends' files with t
 	WHEELS=build/packages FA4_PYTHON=build/fa4/bin/python $(BIN)/pytest tests/packages
 
 .PHONY: test/data
-test/data: .venv/ready ## Draw 20 times as many records and conversations as `make test` does, 15 minutes
-	DATA_EXAMPLES=20 $(BIN)/pytest -n $(JOBS) --timeout 3600 tests/unit/data/test_data_drawn.py tests/unit/data/test_chat_labels.py
+test/data: .venv/ready ## Test 20 times as many random records and conversations as `make test` does, 15 minutes
+	DATA_EXAMPLES=20 $(BIN)/pytest -n $(JOBS) --timeout 3600 tests/unit/data/test_data_properties.py tests/unit/data/test_chat_labels.py
 
 test/templates: .venv/ready ## Label conversations with the chat templates of axolotl's wheel, 2 MB
 	@mkdir -p build/packages
@@ -81,10 +81,10 @@ bench: .venv/ready ## Measure the figures of the README
 bench/proof-noise: .venv/ready ## Count how often proofs misjudge kernels with a GPU's noise, an hour
 	$(BIN)/python benchmarks/proof_noise.py
 
-bench/own-loss: .venv/ready ## Count how often a run's loss is wrongly said to differ from its model's, 15 minutes
+bench/own-loss: .venv/ready ## Count false alarms and misses of the loss comparison, 15 minutes
 	$(BIN)/python benchmarks/own_loss.py
 
-lock: .venv/ready ## Resolve requirements/ anew, from pyproject.toml and recipes/
+lock: .venv/ready ## Resolve requirements/ again, from pyproject.toml and recipes/
 	$(BIN)/uv pip compile -q --python-version 3.11 --generate-hashes --no-emit-index-url \
 	  $(addprefix --find-links ,$(PIP_FIND_LINKS)) `# pip's CPU build of torch: the index's needs CUDA` \
 	  --no-emit-package torch --no-emit-package triton -c requirements/torch.txt --group dev \
@@ -172,7 +172,7 @@ test/fa4-cache: .venv/ready build/fa4/ready ## Compile kernels of FlashAttention
 test/contexts: .venv/ready ## Train in every context: rows x precision x weights x checkpointing x compiled; 240 runs, half of them compiled
 	CONTEXTS=all $(BIN)/pytest -v tests/train/test_contexts.py
 
-test/reload: .venv/ready ## Train 100 model types and load what was saved: full and LoRA, float32 and bfloat16; 15 minutes
+test/reload: .venv/ready ## Train 102 model types, save and reload them: full and LoRA, float32 and bfloat16; 15 minutes
 	RELOAD=all $(BIN)/pytest -v tests/train/test_reload.py
 
 test/gates: .venv/ready build/nvcc/ready ## Test the gates on small images with real machine code, 1 minute

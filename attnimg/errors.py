@@ -6,39 +6,38 @@ import re
 from functools import partial
 from pathlib import Path
 
-# What a terminal acts on instead of showing: control characters of ASCII and Latin-1, and those
-# that reorder the text around them.
+# Control characters of ASCII and Latin-1, and bidirectional ones, which reorder the text.
 # Source: Unicode 17, categories Cc and Cf (Bidi_Control), less tab and newline (2026-11-27).
-_ACTS_ON_TERMINALS = re.compile(
+_CONTROL_CHARACTERS = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]"
 )
-# A part of a message that is longer says no more, and fills the screen.
+# Longer parts of a message would fill the screen.
 _LONGEST_PART = 4000
 
 
-def clean(text: str) -> str:
-    """Return text of foreign origin as a terminal may show it: control characters as escapes.
+def printable(text: str) -> str:
+    """Return text that is safe to print on a terminal: its control characters are escaped.
 
     Args:
-        text: a path, a key, a library's message; tabs and newlines stay.
+        text: from outside, such as a path, a key or a library's message. Tabs and newlines stay.
     """
-    return _ACTS_ON_TERMINALS.sub(lambda found: ascii(found.group())[1:-1], text)
+    return _CONTROL_CHARACTERS.sub(lambda found: ascii(found.group())[1:-1], text)
 
 
-def bounded(text: str) -> str:
-    """Return text cut to 4,000 characters, with the number of those that were left out."""
+def shortened(text: str) -> str:
+    """Return text cut to 4,000 characters, followed by the number of characters left out."""
     if len(text) <= _LONGEST_PART:
         return text
     return f"{text[:_LONGEST_PART]} ... ({len(text) - _LONGEST_PART:,} more characters)"
 
 
 class AttnimgError(Exception):
-    """Something a person can mend: their input, their machine, or a kernel that failed.
+    """Something a person can fix: their input, their machine, or a kernel that failed.
 
     Args:
         what: what happened, one line, no full stop.
         why: what was found and what is needed; may have several lines.
-        do: the mend, as a command or a config line where there is one.
+        do: the fix, as a command or a config line where there is one.
         code: the contract's code, such as "packing-not-isolated".
         key: the config key at fault, such as "datasets[0].path".
         exit_code: 2 when it could be known before the run, 1 when the run itself failed.
@@ -64,10 +63,10 @@ class AttnimgError(Exception):
         return partial(type(self), **rest), (self.what,)
 
     def __str__(self) -> str:
-        """Return the three parts, aligned, as a terminal may show them."""
-        parts = [f"attnimg: {clean(bounded(self.what))}"]
+        """Return the three parts, aligned, and safe to print on a terminal."""
+        parts = [f"attnimg: {printable(shortened(self.what))}"]
         for label, text in (("why", self.why), ("do", self.do)):
-            first, *rest = clean(bounded(text)).splitlines() or [""]
+            first, *rest = printable(shortened(text)).splitlines() or [""]
             parts.append(f"  {label + ':':<4} {first}")
             parts.extend(f"       {line}" for line in rest)
         return "\n".join(parts)

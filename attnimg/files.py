@@ -1,8 +1,8 @@
-"""Read files that are regular and not too long; keep files that no other user may have written.
+"""Read regular files up to a size, and read and write files that only this user can change.
 
-What is kept from one run to the next is believed later, so it must come from the same user: a
-regular file (no link, pipe or device) of this user's own, in a folder of this user's own, that
-neither group nor others may write.
+What one run stores is trusted by the next, so it must be a regular file (no link, pipe or device)
+that belongs to this user, in a folder that belongs to this user, and neither may be writable by the
+group or by others.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from pathlib import Path
 
 
 class NotPrivate(OSError):
-    """Why a file or folder is not read, in words: "it belongs to user 1001"."""
+    """Raised for a file or folder that others may change; says why: "it belongs to user 1001"."""
 
 
 def read_regular(path: Path, *, at_most: int) -> bytes:
     """Return the content of a regular file, or of a link to one.
 
     Args:
-        path: what a user named; a pipe, socket or device may never end, and is refused.
-        at_most: bytes; a longer file is refused after that many.
+        path: from the user. Pipes, sockets and devices, which may never end, are refused.
+        at_most: bytes; longer files are refused.
 
     Raises:
-        OSError: in strerror, why it can't be read: it is missing, too long, or no regular file.
+        OSError: the file is missing, too long or not regular; strerror has the reason.
     """
     # O_NONBLOCK: opening a pipe would wait for its writer.
     handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -41,10 +41,10 @@ def read_regular(path: Path, *, at_most: int) -> bytes:
 
 
 def make_private_folder(path: Path) -> None:
-    """Create a folder that this user alone may write, or check the one that is there.
+    """Create a folder that only this user can write to, or check an existing one.
 
     Raises:
-        NotPrivate: the folder is another user's, a link, or may be written by others.
+        NotPrivate: the folder belongs to another user, is a link, or is writable by others.
         OSError: it can't be created.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -55,7 +55,7 @@ def make_private_folder(path: Path) -> None:
 
 
 def read_private(path: Path, *, at_most: int) -> bytes:
-    """Return the content of a file, after checking whose it is.
+    """Return the content of a file, after checking that only this user can change it.
 
     Args:
         path: a file in a folder made by make_private_folder.
@@ -63,7 +63,7 @@ def read_private(path: Path, *, at_most: int) -> bytes:
 
     Raises:
         FileNotFoundError: there is no such file.
-        NotPrivate: the file or its folder may hold what another user wrote, or is too long.
+        NotPrivate: another user can change the file or its folder, or the file is too long.
         OSError: it can't be read.
     """
     check_private(path.parent.lstat(), is_kind=stat.S_ISDIR)
@@ -79,10 +79,10 @@ def read_private(path: Path, *, at_most: int) -> bytes:
 
 
 def write_private(path: Path, content: bytes) -> None:
-    """Write a file with mode 0600 whole or not at all, in a folder of this user's own.
+    """Write a file atomically with mode 0600, in a folder that only this user can write to.
 
     Raises:
-        NotPrivate: the folder is not this user's own.
+        NotPrivate: others can write to the folder.
         OSError: it can't be written.
     """
     make_private_folder(path.parent)
@@ -97,14 +97,14 @@ def write_private(path: Path, content: bytes) -> None:
 
 
 def check_private(found: os.stat_result, *, is_kind: Callable[[int], bool]) -> None:
-    """Raise unless what lstat or fstat found is of a kind, and this user's own to write.
+    """Raise unless a file is of the expected kind and only this user can write to it.
 
     Raises:
-        NotPrivate: in words that follow the path.
+        NotPrivate: with the reason, in words that can follow the path.
     """
     if not is_kind(found.st_mode):
         raise NotPrivate("it is not a regular file or folder")
     if found.st_uid != os.geteuid():
         raise NotPrivate(f"it belongs to user {found.st_uid}")
     if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        raise NotPrivate("other users may write it")
+        raise NotPrivate("other users may write to it")

@@ -101,7 +101,7 @@ class Check:
         code: what was looked at, "driver".
         status: whether it will do.
         what: what was found, in one sentence.
-        do: the mend; empty where there is nothing to mend.
+        do: the fix; empty where there is nothing to fix.
     """
 
     code: str

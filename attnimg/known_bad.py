@@ -237,7 +237,7 @@ def _refusal(place: str, why: str) -> AttnimgError:
     return AttnimgError(
         "the rules on known-bad backends could not be read",
         why=f"{place}: {why}",
-        do=f"mend the file, or remove {KEY}",
+        do=f"correct the file, or remove {KEY}",
         code="known-bad-file",
         key=KEY,
     )

@@ -24,27 +24,27 @@ class CausalTypes:
             config.json says is_decoder.
         with_other_inputs: model type -> class of those that also take images or sound, which
             AutoModelForCausalLM does not load.
-        whole: model type -> class of those that also take images or sound, of which
-            AutoModelForCausalLM loads the language model alone.
-        text_trained: those of with_other_inputs that were trained on text.
+        multimodal: model type -> class of those that also take images or sound, and of which
+            AutoModelForCausalLM loads only the language model.
+        text_trained: those of with_other_inputs that `make test/reload` trains on text.
     """
 
     causal: Mapping[str, str]
     two_sided: frozenset[str]
     with_other_inputs: Mapping[str, str]
-    whole: Mapping[str, str]
+    multimodal: Mapping[str, str]
     text_trained: frozenset[str]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PositionTable:
-    """A model type whose rows can't be longer than a table of positions.
+    """The table of positions of a model type, which limits the length of its rows.
 
     Attributes:
-        keys: where config.json has the number of positions, in order.
-        default: the number where it has none.
-        reserved: how many of them no token can have where config.json names no padding token;
-            where there are any, they are those up to the padding token's number.
+        keys: fields of config.json that have the number of positions, in order of precedence.
+        default: the number of positions where config.json has none of these fields.
+        reserved: how many positions no token can have where config.json has no pad_token_id; if
+            this is not 0 and it has one, pad_token_id + 1 positions are reserved.
     """
 
     keys: tuple[str, ...]
@@ -67,7 +67,7 @@ def read_causal_types() -> CausalTypes:
         causal=found["causal"],
         two_sided=frozenset(found["two_sided"]),
         with_other_inputs=found["with_other_inputs"],
-        whole=found["whole"],
+        multimodal=found["multimodal"],
         text_trained=frozenset(found["text_trained"]),
     )
 

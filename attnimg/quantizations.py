@@ -1,4 +1,4 @@
-"""What config.json says of how a checkpoint's weights are quantized, and what can be done with it.
+"""Read how a checkpoint is quantized from its config.json, and what attnimg does with it.
 
 data/quantizations.toml has a row for each method of transformers.
 """
@@ -12,7 +12,7 @@ from functools import cache
 from importlib import resources
 from typing import Any, Literal
 
-# Where models that see or hear keep their language model.
+# Fields of config.json that describe the language model of multimodal models.
 LANGUAGE_PARTS = ("text_config", "llm_config", "language_config")
 
 
@@ -46,9 +46,11 @@ def packages() -> list[str]:
 def quantization_of(raw: Mapping[str, Any]) -> Mapping[str, Any] | None:
     """Return the quantization_config of a config.json, None where it has none.
 
+    It may stand in the part of the language model; older versions of llm-compressor called it
+    compression_config.
+
     Args:
-        raw: the config.json. The one of its language model counts where the model has none, and
-            compression_config is what older versions of llm-compressor wrote.
+        raw: the config.json.
     """
     parts = (part for name in LANGUAGE_PARTS if isinstance(part := raw.get(name), Mapping))
     for config in (raw, *parts):
@@ -59,7 +61,7 @@ def quantization_of(raw: Mapping[str, Any]) -> Mapping[str, Any] | None:
 
 
 def method_of(quantization: Mapping[str, Any]) -> str:
-    """Name the row of a quantization_config; "none named" where it names no method."""
+    """Return the row's name for a quantization_config; "none named" where it has no method."""
     for bits in (4, 8):
         if quantization.get(f"load_in_{bits}bit"):
             return f"bitsandbytes_{bits}bit"
@@ -67,9 +69,9 @@ def method_of(quantization: Mapping[str, Any]) -> str:
 
 
 def bits_of(quantization: Mapping[str, Any]) -> int | None:
-    """Return of how many bits the weights of a torchao checkpoint are, None where it is not said.
+    """Return how many bits the weights of a torchao checkpoint have; None where it is unknown.
 
-    Its config names the class: {"quant_type": {"default": {"_type": "Int8WeightOnlyConfig"}}}.
+    Its config names a class: {"quant_type": {"default": {"_type": "Int8WeightOnlyConfig"}}}.
     """
     kind = quantization.get("quant_type")
     named = str(kind.get("default", kind).get("_type", "")) if isinstance(kind, Mapping) else ""

@@ -1,7 +1,7 @@
 """Which model types are refused before their weights are loaded: for training, or for packed rows.
 
-data/refused_types.toml lists them, with the reason of each; `make families` trains every type of
-the pinned transformers and finds those that are missing there.
+data/refused_types.toml lists them with the reasons. `make families` trains every type of the
+pinned transformers, and so finds types that are missing there.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Refuses = Literal["training", "packing", "mask"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Refused:
+class RefusedTypes:
     """A row of data/refused_types.toml; the file explains its keys."""
 
     types: list[str]
@@ -32,8 +32,8 @@ class Refused:
     rows_up_to: str | None = None
 
 
-def row_of(model_type: str, refuses: Refuses) -> Refused | None:
-    """Return why a type is refused, where nothing else has to hold; None where it is not."""
+def row_of(model_type: str, refuses: Refuses) -> RefusedTypes | None:
+    """Return the row that refuses a type, before its conditions are checked; None without one."""
     return next(
         (row for row in rows().values() if row.refuses == refuses and model_type in row.types), None
     )
@@ -51,17 +51,17 @@ def refusal_of(
 
     Args:
         raw: the model's config.json.
-        name: what the user calls the model.
+        name: base_model, for the message.
         packing: whether rows hold several documents.
         sequence_len: tokens of the longest row.
-        packages: the installed distributions; None assumes all.
+        packages: the installed distributions; None assumes that all are.
     """
     text = raw.get("text_config")
     parts = [raw, *([text] if isinstance(text, Mapping) else [])]
     for part in parts:
         type_ = str(part.get("model_type"))
         row = row_of(type_, "training")
-        if row is not None and _missing(row, packages):
+        if row is not None and _applies(row, packages):
             return _not_trainable(row, name=name, model_type=type_)
         row = row_of(type_, "packing") if packing else None
         if row is not None and _too_long(row, part, sequence_len):
@@ -69,26 +69,26 @@ def refusal_of(
     return None
 
 
-def without_mask(model_type: str) -> Finding | None:
-    """Return the error of a packed run of a type that no backend without a mask can serve."""
+def mask_refusal(model_type: str) -> Finding | None:
+    """Return the error of a packed run whose backend separates documents by transformers' mask."""
     row = row_of(model_type, "mask")
     return _not_packable(row, {}, model_type=model_type, sequence_len=0) if row else None
 
 
-def _missing(row: Refused, packages: Mapping[str, str] | None) -> bool:
+def _applies(row: RefusedTypes, packages: Mapping[str, str] | None) -> bool:
     if row.packages is None:
         return True
     return packages is not None and not packages.keys() >= {*row.packages}
 
 
-def _too_long(row: Refused, part: Mapping[str, Any], sequence_len: int) -> bool:
+def _too_long(row: RefusedTypes, part: Mapping[str, Any], sequence_len: int) -> bool:
     if row.rows_up_to is None:
         return True
     limit = part.get(row.rows_up_to)
     return isinstance(limit, int) and sequence_len > limit
 
 
-def _not_trainable(row: Refused, *, name: str, model_type: str) -> Finding:
+def _not_trainable(row: RefusedTypes, *, name: str, model_type: str) -> Finding:
     causal = row.code == "not-causal-lm"
     return Finding(
         code=row.code or "not-trainable",
@@ -102,7 +102,7 @@ def _not_trainable(row: Refused, *, name: str, model_type: str) -> Finding:
 
 
 def _not_packable(
-    row: Refused, part: Mapping[str, Any], *, model_type: str, sequence_len: int
+    row: RefusedTypes, part: Mapping[str, Any], *, model_type: str, sequence_len: int
 ) -> Finding:
     field, do = row.rows_up_to, row.do
     bound = ""
@@ -120,12 +120,14 @@ def _not_packable(
 
 
 def packages() -> frozenset[str]:
-    """Return the distributions that decide."""
+    """Return the distributions whose absence refuses a type."""
     return frozenset(package for row in rows().values() for package in row.packages or ())
 
 
 @cache
-def rows() -> dict[str, Refused]:
+def rows() -> dict[str, RefusedTypes]:
     """Read data/refused_types.toml: reason -> row."""
     path = resources.files("attnimg").joinpath("data", "refused_types.toml")
-    return {name: Refused(**row) for name, row in tomllib.loads(path.read_text("utf-8")).items()}
+    return {
+        name: RefusedTypes(**row) for name, row in tomllib.loads(path.read_text("utf-8")).items()
+    }

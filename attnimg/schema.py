@@ -39,7 +39,7 @@ def _listed(value: object) -> object:
 
 
 def _targets(value: object) -> object:
-    """Refuse a string that is no regular expression; PEFT matches it with modules' whole names."""
+    """Refuse a string that is not a regular expression: PEFT matches it with full module names."""
     if isinstance(value, str):
         try:
             re.compile(value)

@@ -1,4 +1,4 @@
-"""Count how often a run's loss is said to differ from its model's own, though it does not.
+"""Count false alarms and misses of the comparison of a run's loss with its model's own.
 
 Builds TYPES tiny, loads each as a run does, in float32 and in bfloat16, in full, with LoRA and with
 QLoRA, and compares the losses as `attnimg train` does before its first step. Then each is given
@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[1]
 RECORD = ROOT / "docs/measured/own-loss.json"
 sys.path.insert(0, str(ROOT / "tests/fixtures"))
 
-# Types whose output layer TRL 1.16 rebuilds rightly, by reading their modeling files (2026-11-27).
+# Types whose output layer TRL 1.16 rebuilds correctly, from their modeling files (2026-11-27).
 TYPES = (
     "llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi", "phi3",
     "granite", "cohere", "cohere2", "olmo", "olmo2", "olmo3", "starcoder2", "stablelm", "glm",
@@ -33,7 +33,7 @@ TYPES = (
     "ernie4_5", "exaone4", "nemotron", "helium", "seed_oss", "mixtral", "qwen2_moe",
     "qwen3_moe", "granitemoe", "olmoe", "deepseek_v3", "lfm2", "afmoe",
 )  # fmt: skip
-# Types whose output layer it does not: a cap, a transform, a bias or an output it does not know.
+# Types for which it does not, because of a cap, transform, bias or output that it does not know.
 MISSED_BY_TRL = ("recurrent_gemma", "xlstm", "modernbert-decoder", "inkling_text", "llama4_text")
 PRECISIONS = ("float32", "bfloat16")
 WEIGHTS: dict[str, dict[str, Any]] = {
@@ -71,7 +71,7 @@ def main() -> int:
 
 
 def described() -> dict[str, Any]:
-    """Return what is compared, for the test that the record is of this code."""
+    """Return the settings of the comparison, for the test that the record is up to date."""
     tolerance = import_module("attnimg.train.loss_tolerance")
     layer = import_module("attnimg.train.output_layer")
     return {
@@ -136,7 +136,7 @@ def figures(check: Any) -> dict[str, Any]:
 
 
 def summary(compared: dict[str, Any]) -> dict[str, Any]:
-    """Count: right heads said to differ, and wrong ones not seen."""
+    """Count right heads that were reported as different, and wrong ones that were not."""
     faults = tuple(import_module("wrong_heads").WRONG_HEADS)
     runs = [(f"{kind} {run}", kind, run, found) for kind, of_type in compared.items()
             for run, found in of_type.items()]  # fmt: skip

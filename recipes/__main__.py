@@ -14,8 +14,9 @@ from attnimg.errors import AttnimgError
 from recipes import model_classes, positions
 from recipes.built import FOLDER as BUILT
 from recipes.built import built_table, codes_found, listed, read_records, record, with_table
+from recipes.checkpoints_page import RECORD as RELOAD
 from recipes.facts import Plan
-from recipes.families import RECORD as FAMILIES
+from recipes.families_page import RECORD as FAMILIES
 from recipes.files import write_all
 from recipes.gpu_runs import BEGIN as RUNS_BEGIN
 from recipes.gpu_runs import END as RUNS_END
@@ -184,8 +185,9 @@ def _texts(root: Path) -> dict[str, str]:
     plans = solve_all(recipes)
     runners = (root / "recipes/runners.toml").read_text(encoding="utf-8")
     families = (root / FAMILIES).read_text(encoding="utf-8")
+    reload = (root / RELOAD).read_text(encoding="utf-8")
     locks = read_locks(plans, root=root)
-    texts = rendered(plans, recipes, locks=locks, runners=runners, families=families)
+    texts = rendered(plans, recipes, locks=locks, runners=runners, families=families, reload=reload)
     runs = read_runs(root)
     readme = (root / "README.md").read_text(encoding="utf-8")
     readme = with_table(readme, built_table(plans, read_records(root)))
@@ -217,7 +219,7 @@ def _print(plan: Plan) -> None:
 
 
 def main() -> None:
-    """Run the command line; an error a person can mend is told on stderr, without a traceback."""
+    """Run the command line; print an error of the user without a traceback."""
     try:
         app()
     except AttnimgError as error:

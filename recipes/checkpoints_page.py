@@ -1,70 +1,95 @@
-"""Write docs/checkpoints.md: what happens to a checkpoint that is more than plain weights."""
+"""Write docs/checkpoints.md: how quantized and multimodal checkpoints are trained and saved."""
 
 from __future__ import annotations
+
+import json
+from collections.abc import Iterable
 
 from attnimg.model_classes import CausalTypes, position_table
 from attnimg.quantizations import Quantization, quantizations
 from recipes.files import NOTICE
+from recipes.pages import table
+
+RECORD = "docs/measured/reload.json"
 
 _LOADED = {
-    "dequantized": "dequantized to the run's precision; what is saved is not quantized",
-    "kept": "stays quantized, frozen under `adapter`; full fine-tuning is refused",
+    "dequantized": "dequantized to the run's precision; the saved model is not quantized",
+    "kept": "stays quantized and frozen under an `adapter`; full fine-tuning is refused",
     "refused": "refused",
 }
+_PAGE = """# Checkpoints
+
+This page says how `attnimg train` handles quantized weights, vision and audio parts and limits on
+positions, and what it saves. It decides from `config.json` and the headers of the weight files,
+before any weight is loaded; `attnimg explain CONFIG` reports the same.
+
+## Quantized weights
+
+The table lists what happens for each `quant_method` of a `quantization_config`. A refusal has the
+code `quantized-checkpoint`. Weights in float8 or packed integers without a `quantization_config`,
+or without their scales, are refused as well. **tested**: our tests train such a checkpoint.
+
+{quantizations}
+`load_in_4bit`, `load_in_8bit` and `adapter: qlora` quantize weights that are not quantized. With a
+quantized checkpoint they are refused unless they describe its format.
+
+## Vision and audio parts
+
+Training uses text only. The vision and audio parts of a multimodal checkpoint are frozen, get no
+adapter and are saved unchanged, together with the files of the processor (warning `towers-frozen`).
+With `model_type: AutoModelForCausalLM` only the language model is loaded and saved, where
+transformers supports that (warning `loses-towers`).
+
+These types are loaded that way: {multimodal}.
+
+Other multimodal types are refused (`not-causal-lm`); the error has the `model_type` to set to try
+one anyway.
+
+## Positions
+
+A `sequence_len` beyond a model's table of positions is refused (`positions-short`). With RoPE, one
+beyond `max_position_embeddings`, or beyond the original length times the factor of the RoPE
+scaling, causes a warning (`positions-beyond`).
+
+These types have a table of positions: {tabled}.
+
+## What is saved
+
+The saved model has the class, the tied weights and the settings of the checkpoint, and one dtype.
+With `bf16: true`, embeddings and norms are float32 during training and in the checkpoints to resume
+from, and bfloat16 in `output_dir`. Weights that the class of a checkpoint does not use, such as
+layers for multi-token prediction, are not saved; a warning lists them.
+
+`make test/reload` trains {reloaded} model types, full and with LoRA, in float32 and bfloat16, saves
+them and loads them again: the logits are equal.
+"""
 
 
-def checkpoints_page(types: CausalTypes) -> str:
-    """Write the page.
+def checkpoints_page(types: CausalTypes, *, reloaded: str) -> str:
+    """Return the text of docs/checkpoints.md.
 
     Args:
         types: the causal language models of transformers.
+        reloaded: content of the record of `make test/reload`.
     """
-    tabled = sorted(name for name in types.causal if position_table(name) is not None)
-    kept = sorted(types.text_trained | types.whole.keys())
-    return "\n".join(
-        [
-            f"<!-- {NOTICE} -->\n\n# Checkpoints\n",
-            "What `train` does with a checkpoint that is more than plain weights, judged from its",
-            "`config.json` and the headers of its files before any weight is loaded.",
-            "`explain CONFIG` says the same.\n",
-            "## Quantized weights\n",
-            "A `quantization_config` in `config.json` is used as it says, or refused by name "
-            "(`quantized-checkpoint`).",
-            "Stored numbers that look quantized, in float8 or packed integers, without a",
-            "`quantization_config` or without their scale are refused as well.\n",
-            "| `quant_method` | what happens | needs | trained here |",
-            "|---|---|---|---|",
-            *(_row(name, row) for name, row in quantizations().items()),
-            "\n`load_in_4bit`, `load_in_8bit` and `adapter: qlora` quantize plain weights. On a",
-            "checkpoint that is quantized already they must say what it is, or are refused.\n",
-            "## Vision and audio parts\n",
-            "Training is on text. A checkpoint with other parts is loaded by its own class: they",
-            "are frozen, get no adapter, and are saved as they are, with the files of the",
-            "processor (`towers-frozen`). With `model_type: AutoModelForCausalLM` the language",
-            "model alone is loaded and saved, where transformers can (`loses-towers`). Trained so: "
-            + ", ".join(f"`{name}`" for name in kept)
-            + ". Other types that take",
-            "images or sound are refused (`not-causal-lm`), with the class to set to try it.\n",
-            "## Positions\n",
-            "These types have a table of positions, and `sequence_len` must fit in it",
-            "(`positions-short`): " + ", ".join(f"`{name}`" for name in tabled) + ".",
-            "Rotary positions beyond `max_position_embeddings`, or the original length times the",
-            "factor of its RoPE scaling, are warned of (`positions-beyond`).\n",
-            "## What is saved\n",
-            "The class, the tied weights and the settings of the checkpoint, in one dtype: with",
-            "`bf16: true`, embeddings and norms are float32 during training and bfloat16 in",
-            "`output_dir`; the checkpoints to resume from keep them in float32. `config.json`",
-            "names that dtype. `make test/reload` trains some 100 model types, full and with LoRA,",
-            "in float32 and bfloat16, and compares the logits of what is saved, loaded again, with",
-            "those of what was trained: they are equal. Weights of a checkpoint that its class has",
-            "no place for, such as layers that predict several tokens, are named in a warning.\n",
-        ]
+    head = ("`quant_method`", "what happens", "needs", "tested")
+    record = json.loads(reloaded)
+    tabled = [name for name in types.causal if position_table(name) is not None]
+    return f"<!-- {NOTICE} -->\n\n" + _PAGE.format(
+        quantizations=table(head, [_row(name, row) for name, row in quantizations().items()]),
+        multimodal=_names(types.text_trained | types.multimodal.keys()),
+        tabled=_names(tabled),
+        reloaded=len(record["types"]) + len(record["with other parts"]),
     )
 
 
-def _row(name: str, row: Quantization) -> str:
+def _names(names: Iterable[str]) -> str:
+    return ", ".join(f"`{name}`" for name in sorted(names))
+
+
+def _row(name: str, row: Quantization) -> tuple[str, ...]:
     what = _LOADED[row.loaded] + (f": {row.why}" if row.why else "")
     bits = f"{row.bits} bit weights" if row.bits and name == "torchao" else ""
     needs = ", ".join([*(f"`{package}`" for package in row.packages), *([bits] if bits else [])])
-    tried = "-" if row.loaded == "refused" else "yes" if row.source.endswith("; tested") else "no"
-    return f"| `{name}` | {what} | {needs or '-'} | {tried} |"
+    tested = "-" if row.loaded == "refused" else "yes" if row.source.endswith("; tested") else "no"
+    return f"`{name}`", what, needs or "-", tested

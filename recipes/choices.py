@@ -113,7 +113,7 @@ def _choice(
         known_bad=_rules(),
     )
     chosen = plan.choose(None, machine, problem)
-    mixing = plan.mixing(chosen, problem)
+    mixing = plan.mixing_error(chosen, problem)
     return Choice(
         gpu=gpu,
         image=image.name if image else None,

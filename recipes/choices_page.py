@@ -28,8 +28,8 @@ FA4g `flash_attention_4_generic` (FlashAttention-4 with its generic backward pas
 `flex_attention`. Where two are named, layers of different shape run different ones, in the order of
 the table of models; `sdpa` beside another one is called document by document, without a mask. GiB:
 the memory that one layer keeps and that grows with the square of the row length. **packing
-refused**: packed documents would mix, in layers without softmax attention, or since transformers
-gives the backend's mask no boundaries (gpt-oss but for flash kernels); with
+refused**: packed documents would mix, in layers without softmax attention, or because transformers
+builds the backend's mask without document boundaries (gpt-oss, except on flash kernels); with
 `sample_packing: false` it runs. When the choice fails its proof on the GPU, `attnimg train` goes on
 to the next candidate.
 
@@ -48,8 +48,8 @@ _SURPRISES = """
 - **Gemma 2 on MI200 and MI300** runs flex: flash-attn's CK kernels accept a soft cap and silently
   ignore it (csrc/flash_attn_ck/mha_varlen_fwd.cpp:316, 2.8.3.post2, 2026-11-26).
 - **gpt-oss on AMD** runs flex: aiter has sinks, and no image has aiter.
-- **gpt-oss packs on flash kernels alone**: transformers 5.22.2 gives its mask no document
-  boundaries (modeling_gpt_oss.py:460, 2026-11-27): packed documents would mix in eager and flex.
+- **gpt-oss packs on flash kernels only**: transformers 5.22.2 builds its mask without document
+  boundaries (modeling_gpt_oss.py:460, 2026-11-27), so documents would mix in eager and flex.
 - **Gemma 2, 3 and 4 at head_dim 256 on B200 and B300** run FA4g. That it beats FlashAttention-2
   is expected, not measured: the published 4.04 ms against 13.98 ms belong to another patch for
   the same gap (flash-attention PR #2749), which is not in 4.0.0b36. It compiles for sm_100 with a

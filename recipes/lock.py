@@ -110,7 +110,7 @@ def _resolved(plan: Plan, needs: list[str], *, pins: str, root: Path) -> str:
             raise AttnimgError(
                 f"the packages of {plan.image.name} can't be resolved",
                 why=done.stderr.strip(),
-                do="mend the versions in recipes/ or pyproject.toml, or the way to the index",
+                do="correct the versions in recipes/ or pyproject.toml, or the way to the index",
                 code="no-lock",
                 exit_code=1,
             )

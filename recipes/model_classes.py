@@ -9,9 +9,9 @@ from attnimg.model_classes import CausalTypes
 
 PATH = "attnimg/data/model_classes.toml"
 CAUSAL_PATH = "attnimg/data/causal_types.toml"
-# No mapping of transformers tells that of them; `make families` measures it.
+# Attend to later tokens, which no mapping of transformers shows; found by `make families`.
 TWO_SIDED = frozenset({"bert-generation"})
-# Models with other inputs that tests/train/test_reload.py trains on text and loads again.
+# Multimodal types that tests/train/test_reload.py trains on text.
 TEXT_TRAINED = (
     "aria", "aya_vision", "cohere2_vision", "deepseek_vl", "exaone4_5", "glm4v", "idefics2",
     "idefics3", "internvl", "lfm2_vl", "lighton_ocr", "llava", "llava_next", "llava_next_video",
@@ -82,7 +82,7 @@ def causal_types() -> CausalTypes:
             for name, class_name in others.items()
             if name not in causal and name not in two_sided
         },
-        whole={
+        multimodal={
             name: class_name
             for name, class_name in others.items()
             if name not in two_sided and causal.get(name, class_name) != class_name
@@ -107,7 +107,7 @@ def causal_toml(found: CausalTypes, *, transformers: str) -> str:
         *(f"  {json.dumps(name)}," for name in sorted(found.two_sided)),
         "]",
         "",
-        "# Those with other inputs that were trained on text: make test/reload.",
+        "# Types with other inputs that `make test/reload` trains on text.",
         "text_trained = [",
         *(f"  {json.dumps(name)}," for name in sorted(found.text_trained)),
         "]",
@@ -122,8 +122,11 @@ def causal_toml(found: CausalTypes, *, transformers: str) -> str:
             for name, of in sorted(found.with_other_inputs.items())
         ),
         "",
-        "# Of these AutoModelForCausalLM loads the language model alone.",
-        "[whole]",
-        *(f"{json.dumps(name)} = {json.dumps(of)}" for name, of in sorted(found.whole.items())),
+        "# Types of which AutoModelForCausalLM loads only the language model.",
+        "[multimodal]",
+        *(
+            f"{json.dumps(name)} = {json.dumps(of)}"
+            for name, of in sorted(found.multimodal.items())
+        ),
     ]
     return "\n".join(lines) + "\n"

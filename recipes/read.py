@@ -199,6 +199,6 @@ def _refuse(where: str, faults: Iterable[str]) -> None:
         raise AttnimgError(
             f"{where} is not a recipe",
             why="\n".join(lines),
-            do=f"mend {where}; recipes/facts.py says what each key means",
+            do=f"correct {where}; recipes/facts.py says what each key means",
             code="bad-recipe",
         )

@@ -17,7 +17,7 @@ from recipes.choices import choices, choices_json
 from recipes.choices_page import choices_page
 from recipes.constraints import constraints
 from recipes.facts import Plan, Recipes
-from recipes.families import families_page
+from recipes.families_page import families_page
 from recipes.files import text_of
 from recipes.gates import docs
 from recipes.lock import FOLDER, blocks
@@ -32,8 +32,9 @@ def rendered(
     locks: Mapping[str, str],
     runners: str,
     families: str,
+    reload: str,
 ) -> dict[str, str]:
-    """Give every generated file: path -> text.
+    """Return every generated file: path -> text.
 
     Args:
         plans: of all images.
@@ -41,6 +42,7 @@ def rendered(
         locks: image -> text of its lock file.
         runners: text of recipes/runners.toml.
         families: text of the record of `make families`.
+        reload: text of the record of `make test/reload`.
 
     Raises:
         AttnimgError: as refuse_wrong_hashes.
@@ -55,7 +57,7 @@ def rendered(
         "attnimg/data/images.json": images,
         ".github/matrix.json": matrix(plans, build_runner=ci["build"], gpu_runners=ci["gpu"]),
         "docs/choices.md": choices_page(chosen),
-        "docs/checkpoints.md": checkpoints_page(read_causal_types()),
+        "docs/checkpoints.md": checkpoints_page(read_causal_types(), reloaded=reload),
         "tests/unit/golden/choices.json": choices_json(chosen, parsed),
         "docs/families.md": families_page(families),
         "docs/fa4-models.md": fa4_models_page(recipes.kernels["flash-attn-4"]),

@@ -97,6 +97,6 @@ def register(name: str, function: AttentionFunction) -> None:
         output, weights = function(module, query, key, value, attention_mask, **arguments)
         return output.contiguous(), weights
 
-    # As transformers' own functions: afmoe passes the mask by that name, and views the output.
+    # afmoe passes attention_mask by this name, and its view() needs a contiguous output.
     AttentionInterface.register(name, attend)
     AttentionMaskInterface.register(name, flash_attention_mask)

@@ -98,16 +98,16 @@ def check_hub_kernel(repo: str, *, revision: str | None, trusted: bool) -> dict[
 
 
 def hub_folder(name: str, *, trusted: bool) -> Path:
-    """Return the folder of a hub kernel's files, downloading them where that is allowed.
+    """Return the folder of a hub kernel's files; download them where that is allowed.
 
-    None of the kernel's code runs.
+    The kernel's code is not run.
 
     Args:
         name: org/name[@rev][:fn].
         trusted: whether the user set trust_remote_code.
 
     Raises:
-        OSError: the kernel is not here, or may not be taken.
+        OSError: the kernel is not on this machine, and can't or must not be downloaded.
     """
     import kernels
     from huggingface_hub import constants
@@ -121,9 +121,9 @@ def hub_folder(name: str, *, trusted: bool) -> Path:
             local_files_only=bool(constants.HF_HUB_OFFLINE),
             trust_remote_code=trusted,
         )
-    # Loading the kernel raises the same, and there it becomes the run's error.
+    # Loading the kernel raises the same error, which is reported there.
     except Exception as error:
-        raise OSError(f"{repo} is not at hand: {error}") from error
+        raise OSError(f"{repo} is not available: {error}") from error
     return Path(str(folder))
 
 

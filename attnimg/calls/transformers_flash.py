@@ -130,7 +130,7 @@ def load_flash(name: str, *, trusted: bool = False) -> None:
     except Exception as error:
         flash._loaded_implementation = before
         raise broken_kernel(
-            name.partition("@")[0], error, do="mend or reinstall the kernel"
+            name.partition("@")[0], error, do="fix or reinstall the kernel"
         ) from error
     # The packages' own kernels are compiled, and are called as transformers calls them.
     for slot in ("_flash_fn", "_flash_varlen_fn") if "/" in repo else ():

@@ -67,7 +67,7 @@ def explain(
             found = _no_name(checked, found)
         errors, notes = run_findings(found, task, machine)
         if model is not None and not _is_model(target):
-            refusals, warnings = _on_base_model(values, machine)
+            refusals, warnings = _base_model_findings(values, machine)
             errors, notes = (*errors, *refusals), (*notes, *warnings)
         checked = replace(
             checked,
@@ -149,7 +149,7 @@ def _with_model(checked: Checked, values: Config) -> tuple[Checked, Model | None
     return replace(checked, warnings=warnings), model, dropout
 
 
-def _on_base_model(
+def _base_model_findings(
     values: Config, machine: Machine
 ) -> tuple[tuple[Finding, ...], tuple[Finding, ...]]:
     """Return the errors that train raises for the base model, and its warnings."""

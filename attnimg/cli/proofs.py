@@ -28,17 +28,17 @@ def proofs(
 
 
 def content_hash(backend: Backend, *, machine: Machine, trusted: bool) -> str | None:
-    """Return a hash of the files that compute a backend's attention; None where some are unknown.
+    """Return a hash of the files of a backend's kernel; None where some are unknown.
 
     Args:
         backend: one that fits the machine.
         machine: this one.
         trusted: whether the user set trust_remote_code.
     """
-    from attnimg.prove.proofs import Setting, content_of
+    from attnimg.prove.proofs import Setting, content_hash_of
 
     setting = Setting.here(machine, os.environ)
-    return content_of(backend, setting=setting, trusted=trusted)
+    return content_hash_of(backend, setting=setting, trusted=trusted)
 
 
 def proven_plan(

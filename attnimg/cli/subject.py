@@ -200,7 +200,7 @@ def run_findings(
 ) -> tuple[tuple[Finding, ...], tuple[Finding, ...]]:
     """Return a plan's errors and warnings: documents that would mix, quadratic memory."""
     errors, warnings = other_layers.findings_on(task, machine)
-    if (mixing := plan.mixing(found, task)) is not None:
+    if (mixing := plan.mixing_error(found, task)) is not None:
         errors = (*errors, mixing)
     memory = plan.memory_warning(found, task, memory_bytes=memory_of(machine))
     return errors, (*warnings, *([memory] if memory else ()))
@@ -209,7 +209,7 @@ def run_findings(
 def base_model_findings(
     values: Config, raw: Mapping[str, Any], machine: Machine
 ) -> tuple[list[AttnimgError], list[Finding]]:
-    """Return the errors and warnings on a base model, judged by its files but for its attention."""
+    """Return the errors and warnings on a base model from its files, without its attention."""
     path = model_file(values)
     return judge_base_model(
         values, raw, packages=machine.packages, folder=path.parent if path is not None else None

@@ -26,7 +26,7 @@ from attnimg.cli.subject import (
     run_findings,
 )
 from attnimg.context import context_of, described
-from attnimg.errors import AttnimgError, clean
+from attnimg.errors import AttnimgError, printable
 from attnimg.facts import Backend, LayerGroup, Machine, Plan, Problem, Proof, Reason
 from attnimg.kernel_cache import use_shipped_kernels
 from attnimg.report import as_json
@@ -219,9 +219,9 @@ def fit_planned(
     from attnimg.train.adapter import adapter_notes
     from attnimg.train.data import load_documents, sample_text, sentence
     from attnimg.train.fit import fit
-    from attnimg.train.identity import computed_of, data_of
+    from attnimg.train.identity import attention_and_precision, data_of
     from attnimg.train.model import load_model
-    from attnimg.train.new_rows import require_trained_rows
+    from attnimg.train.new_tokens import require_embeddings
     from attnimg.train.resume import require_same
     from attnimg.train.run import RunFacts
     from attnimg.train.tokenizer import load_tokenizer
@@ -240,10 +240,10 @@ def fit_planned(
     session.say(sample_text(documents, tokenizer))
     backend = _backend(found)
     context = context_of(session.problem, backend)
-    computed = computed_of(backend.name, context)
+    computed = attention_and_precision(backend.name, context)
     data = data_of(values, documents.figures, tokenizer)
     require_same({"data": data, **computed}, values, resume)
-    require_trained_rows(values, (documents.train, documents.validation), tokenizer)
+    require_embeddings(values, (documents.train, documents.validation), tokenizer)
     session.say(f"run: {described(context)}")
     model = load_model(
         values,
@@ -277,8 +277,8 @@ def fit_planned(
     for note in result.notes:
         session.say(note)
     for path in result.files if rank() == 0 else ():
-        # A script gets the name as it is; a terminal, one that does not act on it.
-        typer.echo(clean(str(path)) if sys.stdout.isatty() else path)
+        # Scripts get the path unchanged; a terminal must not interpret its control characters.
+        typer.echo(printable(str(path)) if sys.stdout.isatty() else path)
 
 
 def _agree(session: Session, facts: Mapping[str, object]) -> None:

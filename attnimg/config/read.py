@@ -200,7 +200,9 @@ def _syntax(name: str, error: yaml.MarkedYAMLError) -> AttnimgError:
     return AttnimgError(
         f"{name} is not YAML" + (f": {_place(mark)}" if mark else ""),
         why=problem + (f" ({error.context})" if error.context and error.problem else ""),
-        do="indent with blanks: YAML forbids tabs" if tab else "mend that line; check its indent",
+        do="indent with blanks: YAML forbids tabs"
+        if tab
+        else "correct that line; check its indent",
         code="yaml-syntax",
     )
 

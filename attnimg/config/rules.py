@@ -21,8 +21,8 @@ _EITHER_OR = (
     ("load_in_4bit", "load_in_8bit"),
     ("deepspeed", "fsdp"),
 )
-# What is named in the place of a backend that a GPU does not run, the fastest first.
-_ELSEWHERE = ("flash_attention_2", "xformers", "sdpa")
+# Backends to suggest where another one does not run on a GPU, fastest first.
+_ALTERNATIVES = ("flash_attention_2", "xformers", "sdpa")
 # Backends whose GPU rows the contract lists; on a CPU every backend is judged.
 _ARCH_ROWS = frozenset(
     {"sage", "fp8", "flash_attention_2", "flash_attention_3", "flash_attention_4"}
@@ -115,7 +115,7 @@ def _arch(view: View) -> Found:
         return
     if backend.name == "flash_attention_2" and arch.vendor == "amd":
         return  # which AMD GPUs it serves depends on how it was built: explain judges that
-    fitting = [name for name in _ELSEWHERE if runs_on(_needs(name), arch)]
+    fitting = [name for name in _ALTERNATIVES if runs_on(_needs(name), arch)]
     do = f"set attn_implementation: {' or '.join(fitting)}"
     why = f"found {arch.name}, {backend.name} needs {backend.needs.arch_text}"
     what = f"{backend.name} does not run on {arch.name}"

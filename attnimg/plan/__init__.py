@@ -12,7 +12,7 @@ from attnimg.facts import Arch, Backend, DType, Machine, Plan, Problem, Reason, 
 from attnimg.plan.because import automatic_because, family_because, groups_because
 from attnimg.plan.groups import choose_groups
 from attnimg.plan.judge import judge
-from attnimg.plan.masks import by_mask, mixing
+from attnimg.plan.masks import masked_backend, mixing_error
 from attnimg.plan.memory import Quadratic, memory_warning, quadratic_memory
 from attnimg.plan.ranks import ordered
 
@@ -20,7 +20,7 @@ __all__ = [
     "Quadratic",
     "choose",
     "memory_warning",
-    "mixing",
+    "mixing_error",
     "quadratic_memory",
     "training_dtype",
     "without",
@@ -89,10 +89,10 @@ def choose(asked: str | None, machine: Machine, problem: Problem, *, strict: boo
 
 
 def _with_boundaries(found: Plan, problem: Problem) -> Plan:
-    """Go on to the best backend under which documents do not mix; the same plan without one."""
+    """Return the plan with the best backend that isolates documents; the same plan without one."""
     following = found
-    while (against := mixing(following, problem)) is not None:
-        name = by_mask(following)
+    while (against := mixing_error(following, problem)) is not None:
+        name = masked_backend(following)
         assert name is not None
         reason = Reason(code=against.code, text=against.why.splitlines()[0])
         following = without(following, name, reason)

@@ -27,10 +27,8 @@ def reason_against_class(model_class: ModelClass, backend: Backend) -> Reason | 
 
 
 def reason_of_own_code(model_class: ModelClass, name: str) -> Reason:
-    """Refuse a kernel that a class's own attention code has no place for."""
-    text = (
-        f"transformers' {model_class.name} has attention code of its own, where {name} can't be put"
-    )
+    """Return the reason against a kernel where a class has its own attention code."""
+    text = f"transformers' {model_class.name} has its own attention code, which can't call {name}"
     return Reason(code="model-class", text=text)
 
 

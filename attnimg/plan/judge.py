@@ -126,7 +126,7 @@ def _class(backend: Backend, problem: Problem, *, served: bool = False) -> Itera
     if problem.model_class is None:
         return
     if served and "others" in problem.model_class.lacks:
-        # Such a class looks the name up in a table of its own: falcon, gpt_neo and gptj.
+        # falcon, gpt_neo and gptj look the name up in their own tables.
         yield reason_of_own_code(problem.model_class, backend.name)
     elif (reason := reason_against_class(problem.model_class, backend)) is not None:
         yield reason

@@ -1,4 +1,4 @@
-"""Find plans under which packed documents mix, since transformers' mask gets no boundaries."""
+"""Find plans under which packed documents mix: transformers' mask has no document boundaries."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from attnimg.backends import backend_named
 from attnimg.facts import Finding, Plan, Problem
 
 
-def mixing(found: Plan, problem: Problem) -> Finding | None:
+def mixing_error(found: Plan, problem: Problem) -> Finding | None:
     """Return the error of a plan under which packed documents would mix; None where none do."""
-    if not problem.packing or problem.model is None or by_mask(found) is None:
+    if not problem.packing or problem.model is None or masked_backend(found) is None:
         return None
-    return refused_types.without_mask(problem.model.type)
+    return refused_types.mask_refusal(problem.model.type)
 
 
-def by_mask(found: Plan) -> str | None:
-    """Return the first backend of a plan that tells documents apart by transformers' mask."""
+def masked_backend(found: Plan) -> str | None:
+    """Return the first backend of a plan that separates documents by transformers' mask."""
     if found.chosen is None:
         return None
     names = [choice.verdict.backend for choice in found.groups] or [found.chosen.backend]

@@ -83,7 +83,7 @@ def memory_warning(plan: Plan, problem: Problem, *, memory_bytes: int | None) ->
     elif memory_bytes and found.total > memory_bytes and not problem.checkpointing:
         what += f": likely out of memory, this GPU has {_size(memory_bytes)}"
     native = [v.backend for v in plan.verdicts if v.fits and _is_linear(v.backend)]
-    do = "reduce sequence_len, of which half needs a quarter of this memory"
+    do = "reduce sequence_len (half of it needs a quarter of this memory)"
     if not problem.checkpointing:
         do += "; or set gradient_checkpointing: true"
     if native:

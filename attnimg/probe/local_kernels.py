@@ -129,6 +129,6 @@ def _refusal(entry: str, *, why: str) -> AttnimgError:
     return AttnimgError(
         f"LOCAL_KERNELS entry {entry!r} serves no kernel",
         why=why,
-        do="mend the entry, or unset LOCAL_KERNELS",
+        do="correct the entry, or unset LOCAL_KERNELS",
         code="local-kernel",
     )

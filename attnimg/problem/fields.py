@@ -113,7 +113,7 @@ class Fields:
         return AttnimgError(
             f"{where}: {key} cannot be used",
             why=why,
-            do=f"mend {key} in the model's {self.file}",
+            do=f"correct {key} in the model's {self.file}",
             code="bad-model",
             key="base_model",
         )

@@ -1,9 +1,9 @@
 """Keep proofs on the disk, so that only the first run on a machine pays for them.
 
-A proof holds for one GPU, driver, set of library versions, geometry, for the content of the files
-that compute, and for this code: all of that is its key. What may pass by itself (a timeout, a
-crash, memory) is not kept. On reading, everything is judged again: whose file it is, what key and
-backend it was made for, and whether its figures pass.
+A proof is valid for one GPU, driver, set of library versions, geometry, content of the kernel's
+files, and version of this code: they make up its key. Failures that may be temporary (a timeout, a
+crash, too little memory) are not kept. Reading a proof checks the owner of its file, its key, its
+backend and its figures again.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from attnimg.files import read_private, write_private
 from attnimg.prove.runner import Candidate, proof_from_json
 
 _TRANSIENT = frozenset({"timeout", "crash", "oom", "import-error"})
-# A proof has one figure a quantity and some lines of reasons.
+# A proof has one figure for each quantity and a few lines of reasons.
 _PROOF_BYTES = 1 << 20
 
 
 def cache_folder(environment: Mapping[str, str]) -> Path:
     """Return this user's folder of proofs: below ATTNIMG_CACHE, or below the user's cache folder.
 
-    The uid is in its name: users of one ATTNIMG_CACHE, as of an image's /cache, have one each.
+    Its name has the uid: users of one ATTNIMG_CACHE, such as an image's /cache, have one each.
     """
     named = environment.get("ATTNIMG_CACHE")
     if named:
@@ -52,7 +52,7 @@ def key_of(
         candidate: the backend and its geometries.
         machine: where it runs.
         versions: of torch, transformers and all else that takes part.
-        content: hashes of the files that compute, by what they are.
+        content: hashes of the files that compute the attention, by their kind.
         variables: those that are set and choose among a package's kernels.
     """
     parts = {
@@ -66,14 +66,14 @@ def key_of(
 
 
 def read(folder: Path, key: str, *, backend: Backend, say: Callable[[str], None]) -> Proof | None:
-    """Read a proof; None when there is none, or when it can't be believed, which is said."""
+    """Read a proof; None when there is none, or when it is not valid, which is printed."""
     path = folder / f"{key}.json"
     try:
         kept = json.loads(read_private(path, at_most=_PROOF_BYTES))
         proof = proof_from_json(kept["proof"])
         if kept["key"] != key or proof.backend != backend.name:
-            raise ValueError("it was made for something else")
-        _judge(proof, bounded=backend.k_forward is not None)
+            raise ValueError("it was made for another key or backend")
+        _require_valid(proof, has_bounds=backend.k_forward is not None)
     except FileNotFoundError:
         return None
     except OSError as error:
@@ -86,7 +86,7 @@ def read(folder: Path, key: str, *, backend: Backend, say: Callable[[str], None]
 
 
 def write(folder: Path, key: str, proof: Proof, *, say: Callable[[str], None]) -> None:
-    """Write a proof whole or not at all. A folder that can't be written costs time, no more."""
+    """Write a proof whole or not at all. A folder that can't be written to only costs time."""
     if any(reason.code in _TRANSIENT for reason in proof.reasons):
         return
     text = json.dumps({"key": key, "proof": asdict(proof)})
@@ -96,16 +96,16 @@ def write(folder: Path, key: str, proof: Proof, *, say: Callable[[str], None]) -
         say(f"note: the proof could not be kept in {folder}: {error.strerror or error}")
 
 
-def _judge(proof: Proof, *, bounded: bool) -> None:
-    """Raise unless the parts of a proof are of their kinds, and its figures fit its verdict.
+def _require_valid(proof: Proof, *, has_bounds: bool) -> None:
+    """Raise unless a proof has values of the right types, and figures within their bounds.
 
     Args:
         proof: what was read.
-        bounded: whether the backend has a bound for each figure; one that quantizes has none for
+        has_bounds: whether the backend has a bound for each figure; a quantizing one has none for
             gradients.
 
     Raises:
-        ValueError, TypeError: it is none that this code wrote.
+        ValueError, TypeError: this code did not write it.
     """
     for number in (proof.cases, proof.longest):
         if type(number) is not int or number < 0:
@@ -114,12 +114,12 @@ def _judge(proof: Proof, *, bounded: bool) -> None:
     texts += [figure.case for figure in proof.figures]
     texts += [text for reason in proof.reasons for text in (reason.code, reason.text)]
     if not all(isinstance(text, str) for text in texts) or not math.isfinite(proof.seconds):
-        raise TypeError("found another kind of value")
+        raise TypeError("found a value of another type")
     if proof.reasons:
         return
     if not proof.figures or not proof.cases:
-        raise ValueError("found a proof that showed nothing")
+        raise ValueError("found a proof without cases or figures")
     for figure in proof.figures:
         within = figure.error <= figure.allowed  # False for NaN
-        if not within or (bounded and not math.isfinite(figure.allowed)):
+        if not within or (has_bounds and not math.isfinite(figure.allowed)):
             raise ValueError(f"{figure.quantity} is beyond its bound")

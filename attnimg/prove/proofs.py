@@ -14,7 +14,7 @@ from attnimg.calls.hub_kernels import hub_folder
 from attnimg.context import context_of
 from attnimg.facts import Backend, Machine, Problem, Proof
 from attnimg.prove import cache
-from attnimg.prove.content import ContentHashes
+from attnimg.prove.content_hashes import ContentHashes
 from attnimg.prove.geometry import geometries_of, has_dense_entry, local_kernel_of
 from attnimg.prove.runner import Candidate, run
 
@@ -84,7 +84,7 @@ def prove(
         asked = [candidates[place] for place in missing]
         proofs |= zip(missing, run(asked, device=device, timeout_s=timeout_s, say=say), strict=True)
         if folder is not None:
-            # What was downloaded meanwhile has a key now; what changed meanwhile was not proven.
+            # Kernels downloaded meanwhile have a key now; files changed meanwhile were not proven.
             after = _keys(backends, candidates, setting=setting)
             for place in missing:
                 key = after[place]
@@ -96,7 +96,7 @@ def prove(
 def _keys(
     backends: Sequence[Backend], candidates: Sequence[Candidate], *, setting: Setting
 ) -> list[str | None]:
-    """Return the key of each proof; None where what computes can't be read."""
+    """Return the key of each proof; None where the kernel's files can't be read."""
     if setting.folder is None:
         return [None] * len(backends)
     hashes = ContentHashes(setting.folder)
@@ -118,16 +118,16 @@ def _keys(
                 variables=variables_that_choose(setting.environment),
             )
         )
-    hashes.keep()
+    hashes.save()
     return keys
 
 
-def content_of(backend: Backend, *, setting: Setting, trusted: bool) -> str | None:
+def content_hash_of(backend: Backend, *, setting: Setting, trusted: bool) -> str | None:
     """Return one hash of all files that compute a backend's attention; None where some are unknown.
 
     Args:
         backend: one that fits the machine.
-        setting: where; hashes of large files are remembered in its folder.
+        setting: its folder has the cache of file hashes.
         trusted: whether the user set trust_remote_code.
     """
     hashes = ContentHashes(setting.folder)
@@ -135,7 +135,7 @@ def content_of(backend: Backend, *, setting: Setting, trusted: bool) -> str | No
         found = _content(backend, machine=setting.machine, trusted=trusted, hashes=hashes)
     except OSError:
         return None
-    hashes.keep()
+    hashes.save()
     return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()
 
 

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from attnimg.backends import backend_named
-from attnimg.errors import bounded, clean
+from attnimg.errors import printable, shortened
 from attnimg.facts import Finding, LayerGroup, Model, Plan, Problem, Reason
 from attnimg.other_layers import OtherLayers, text_of
 
@@ -19,23 +19,22 @@ if TYPE_CHECKING:
     from attnimg.schema import Checked
 
 
-class Screen(Console):
-    """A console that shows control characters in what it prints as escapes.
+class PrintableConsole(Console):
+    """A rich console that escapes control characters in the text that it prints.
 
-    Markup and styles are rich's own; whatever else acts on a terminal came with a file name, a
-    config or a library's message.
+    They come from file names, configs and messages of libraries; markup and styles still work.
     """
 
     def render_str(self, text: str, **options: Any) -> Text:
-        """Return what rich makes of text, cleaned of control characters."""
-        return super().render_str(clean(text), **options)
+        """Return the rendered text, with its control characters escaped."""
+        return super().render_str(printable(text), **options)
 
 
 def console(file: IO[str]) -> Console:
     """Return a console that wraps to the terminal, and to 100 columns elsewhere."""
-    screen = Screen(file=file, highlight=False, emoji=False)
+    screen = PrintableConsole(file=file, highlight=False, emoji=False)
     if not screen.is_terminal:
-        screen = Screen(file=file, highlight=False, emoji=False, width=100)
+        screen = PrintableConsole(file=file, highlight=False, emoji=False, width=100)
     return screen
 
 
@@ -175,9 +174,9 @@ def _problem_text(problem: Problem) -> str:
 
 
 def _finding(finding: Finding, colour: str, kind: str) -> str:
-    lines = [f"  [{colour}]{kind}[/] [dim]{finding.code}:[/] {escape(bounded(finding.what))}"]
+    lines = [f"  [{colour}]{kind}[/] [dim]{finding.code}:[/] {escape(shortened(finding.what))}"]
     for label, text in (("why", finding.why), ("do", finding.do)):
         if text:
-            indented = escape(bounded(text)).replace("\n", "\n" + " " * 9)
+            indented = escape(shortened(text)).replace("\n", "\n" + " " * 9)
             lines.append(f"    [dim]{label + ':':<4}[/] {indented}")
     return "\n".join(lines)

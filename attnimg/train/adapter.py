@@ -9,7 +9,13 @@ from typing import Any
 from attnimg.errors import AttnimgError
 from attnimg.facts import DType
 from attnimg.schema import Config
-from attnimg.train.lora_targets import embeddings, is_named, linear_names, require_saved, resolved
+from attnimg.train.lora_targets import (
+    embeddings,
+    is_named,
+    linear_names,
+    require_modules_to_save,
+    resolve_targets,
+)
 from attnimg.train.precision import torch_dtype
 from attnimg.train.towers import freeze_towers
 
@@ -92,31 +98,30 @@ def add_adapter(model: Any, config: Config) -> Any:
     from peft import LoraConfig, get_peft_model
 
     frozen = freeze_towers(model)
-    targets = resolved(model, config)
-    require_saved(model, config)
+    targets = resolve_targets(model, config)
+    require_modules_to_save(model, config)
     names, tied = embeddings(model)
     saved = config.lora_modules_to_save or []
     lora = LoraConfig(
-        # Without a task, the adapter names the class that it loads on.
+        # Without a task, PEFT writes the model's class into adapter_config.json.
         task_type=None if frozen else "CAUSAL_LM",
         r=config.lora_r,
         lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
         target_modules=targets,
         exclude_modules=_within(frozen),
-        # A copy: PEFT adds the modules that it ties.
+        # A copy, since PEFT adds tied modules to the list.
         modules_to_save=list(saved) or None,
         fan_in_fan_out=bool(config.lora_fan_in_fan_out),
         use_dora=bool(config.peft_use_dora),
         use_rslora=bool(config.peft_use_rslora),
-        # One weight in the base model stays one: trained apart, the input would not learn what the
-        # output does.
+        # Tied embeddings stay tied: otherwise training would make them differ.
         ensure_weight_tying=tied and any(is_named(name, saved) for name in names),
     )
     linear = linear_names(model)
     try:
         with warnings.catch_warnings():
-            # Where the targets' names are the language model's alone, nothing had to be excluded.
+            # PEFT warns where no target is in an excluded module, which is no fault.
             warnings.filterwarnings("ignore", message="You have passed exclude_modules")
             return get_peft_model(model, lora)
     except (TypeError, ValueError) as error:
@@ -130,17 +135,17 @@ def add_adapter(model: Any, config: Config) -> Any:
 
 
 def adapter_notes(model: Any) -> list[str]:
-    """Return what a person should know of an adapter before it is trained."""
+    """Return notes for the user on the adapter of a model."""
     lora = getattr(model, "peft_config", {}).get("default")
     if lora is None or not lora.ensure_weight_tying:
         return []
     names, _ = embeddings(model.get_base_model())
     return [
-        f"lora_modules_to_save: {' and '.join(name.rpartition('.')[2] for name in names)} are one "
-        "weight in the base model, so both are trained, as one"
+        f"lora_modules_to_save: {' and '.join(name.rpartition('.')[2] for name in names)} are tied "
+        "in the base model: both are trained, and stay one weight"
     ]
 
 
 def _within(modules: tuple[str, ...]) -> str | None:
-    """Return the regular expression of the modules' parts; None for no modules."""
+    """Return a regular expression for the submodules of modules; None for no modules."""
     return rf"({'|'.join(re.escape(name) for name in modules)})\..*" if modules else None

@@ -27,11 +27,11 @@ def judge_base_model(
     Args:
         config: the validated run.
         raw: the model's config.json.
-        packages: what is installed; None where every package is assumed.
-        folder: where its weights lie; None where they are not at hand.
+        packages: the installed distributions; None assumes that all are.
+        folder: the folder of its weights; None where they are not on this machine.
 
     Returns:
-        Errors, each of which refuses the run, and warnings.
+        The errors, each of which ends the run, and the warnings.
     """
 
     def known_weights() -> None:

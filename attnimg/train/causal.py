@@ -41,9 +41,9 @@ def require_causal_type(config: Config, raw: Mapping[str, Any]) -> None:
     elif type_ in types.text_trained:
         return
     elif type_ in types.with_other_inputs:
-        found = "it takes images or audio, and was not trained on text alone here"
+        found = "it takes images or audio, and training it on text only was not tested"
         do = (
-            "choose a decoder such as llama, qwen3 or mistral; to try it all the same, set "
+            "choose a decoder such as llama, qwen3 or mistral; to try this one anyway, set "
             f"model_type: {types.with_other_inputs[type_]}"
         )
     else:
@@ -64,7 +64,7 @@ def require_trainable(
     Args:
         config: the validated run.
         raw: the model's config.json.
-        packages: the installed distributions; None assumes all.
+        packages: the installed distributions; None assumes that all are.
 
     Raises:
         AttnimgError: code not-causal-lm, not-trainable, loss-differs or packing-not-isolated.
@@ -90,7 +90,7 @@ def require_causal_class(name: str) -> None:
         AttnimgError: code not-causal-lm.
     """
     types = read_causal_types()
-    known = {*types.causal.values(), *types.with_other_inputs.values(), *types.whole.values()}
+    known = {*types.causal.values(), *types.with_other_inputs.values(), *types.multimodal.values()}
     if name in AUTO_CLASSES or name in known:
         return
     raise _refusal(

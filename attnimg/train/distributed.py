@@ -16,15 +16,15 @@ from typing import NoReturn
 
 from attnimg.errors import AttnimgError
 
-# What torchrun sets, all of them at once.
+# Variables that torchrun sets together.
 # Source: torch 2.13, distributed/run.py, "Environment Variables" (2026-11-27).
 _GROUP = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-# What gloo, NCCL and torch's store say of a process that is gone or silent.
+# Errors of gloo, NCCL and torch's store where a process has ended or does not answer.
 _LOST = re.compile(
     r"timed out|timeout|connection (closed|reset|refused)|broken pipe|aborted", re.IGNORECASE
 )
-# How long the others have to say that they are alive, once one waited in vain.
-_ROLL_CALL_S = 5.0
+# Seconds for the other processes to answer, after an exchange has failed.
+_ANSWER_S = 5.0
 
 
 def world_size() -> int:
@@ -38,17 +38,17 @@ def rank() -> int:
 
 
 def _number(name: str, default: int) -> int:
-    """Return a variable's number; the default where it has none, which require_group refuses."""
+    """Return a variable as a number; the default where it is none, which require_group refuses."""
     text = os.environ.get(name, "")
     return int(text) if text.isascii() and text.isdigit() else default
 
 
 def require_group() -> None:
-    """Raise unless the environment is that of torchrun, or of no group at all.
+    """Raise unless all variables of torchrun are set and consistent, or none is set.
 
     Raises:
-        AttnimgError: a variable of torchrun is missing, no number or out of range, as after an
-            incomplete export (code bad-environment).
+        AttnimgError: a variable is missing, out of range or not a number, as after an incomplete
+            export (code bad-environment).
     """
     found = {name: os.environ[name] for name in _GROUP if name in os.environ}
     if not found.keys() & {"RANK", "WORLD_SIZE", "LOCAL_RANK"}:
@@ -75,8 +75,8 @@ def join(*, cpu: bool, timeout_s: float | None) -> None:
 
     Args:
         cpu: whether they talk over gloo because there is no GPU.
-        timeout_s: seconds that one waits for another in any exchange from here on; None for
-            torch's own, 30 minutes on gloo and 10 on NCCL.
+        timeout_s: seconds that a process waits for the others in each exchange; None for torch's
+            default, 30 minutes with gloo and 10 with NCCL.
     """
     if world_size() == 1:
         return
@@ -85,7 +85,7 @@ def join(*, cpu: bool, timeout_s: float | None) -> None:
 
     if not torch.distributed.is_initialized():
         waits = {} if timeout_s is None else {"timeout": timedelta(seconds=timeout_s)}
-        with worded_losses(timeout_s):
+        with lost_rank_errors(timeout_s):
             PartialState(cpu=cpu, **waits)
         # A process that ends with gloo's threads still running aborts now and then, after all is
         # done, and torchrun would report a failed run.
@@ -115,15 +115,15 @@ def end_process(code: int) -> NoReturn:
 
 
 def agree(facts: Mapping[str, object], *, cpu: bool, timeout_s: float | None) -> None:
-    """Make sure that every process found the same, before anything is done with it.
+    """Raise unless every process has the same facts.
 
     Args:
-        facts: what must be equal, by a name that people know, as a config's keys.
+        facts: name -> value that must be equal; the names are shown, such as keys of the config.
         cpu: whether the processes talk over gloo because there is no GPU.
         timeout_s: as of join.
 
     Raises:
-        AttnimgError: two processes differ (rank-mismatch), or one did not come (rank-lost).
+        AttnimgError: two processes differ (rank-mismatch), or one did not answer (rank-lost).
     """
     if world_size() == 1:
         return
@@ -132,7 +132,7 @@ def agree(facts: Mapping[str, object], *, cpu: bool, timeout_s: float | None) ->
     join(cpu=cpu, timeout_s=timeout_s)
     mine = {name: json.dumps(fact, sort_keys=True, default=str) for name, fact in facts.items()}
     all_facts: list[dict[str, str]] = [{} for _ in range(world_size())]
-    with worded_losses(timeout_s):
+    with lost_rank_errors(timeout_s):
         torch.distributed.all_gather_object(all_facts, mine)
     first = all_facts[0]
     odd = next((number for number, found in enumerate(all_facts) if found != first), None)
@@ -157,8 +157,8 @@ def agree(facts: Mapping[str, object], *, cpu: bool, timeout_s: float | None) ->
 
 
 @contextmanager
-def worded_losses(timeout_s: float | None) -> Iterator[None]:
-    """Turn what torch raises when another process is gone, or does not answer, into words.
+def lost_rank_errors(timeout_s: float | None) -> Iterator[None]:
+    """Turn torch's error where another process has ended, or does not answer, into an AttnimgError.
 
     Raises:
         AttnimgError: code rank-lost.
@@ -168,31 +168,31 @@ def worded_losses(timeout_s: float | None) -> Iterator[None]:
     except RuntimeError as error:
         if world_size() == 1 or not _LOST.search(str(error)):
             raise
-        lost = _silent_ranks()
+        lost = _ranks_without_answer()
         who = f"rank {', '.join(map(str, lost))}" if lost else "another process"
-        limit = "torch's limit" if timeout_s is None else f"ddp_timeout: {timeout_s:g} s"
+        limit = "torch's default timeout" if timeout_s is None else f"ddp_timeout: {timeout_s:g} s"
         raise AttnimgError(
             f"{who} of {world_size()} did not answer",
-            why=f"rank {rank()} waited for {limit}, or its connection ended\n"
+            why=f"rank {rank()} waited for {limit}, or lost its connection\n"
             f"found {str(error).splitlines()[0]}",
-            do="look at that process's own messages and its GPU; a longer ddp_timeout helps where "
-            "a step or an evaluation takes longer than that",
+            do="check the output of that process and its GPU; raise ddp_timeout if a step or an "
+            "evaluation takes longer",
             code="rank-lost",
             key="ddp_timeout",
             exit_code=1,
         ) from error
 
 
-def _silent_ranks() -> list[int]:
-    """Return the processes that do not answer a roll call by the store that they all met at."""
+def _ranks_without_answer() -> list[int]:
+    """Return the processes that do not write to the group's store within _ANSWER_S seconds."""
     from torch.distributed.distributed_c10d import _get_default_store
 
     try:
         store = _get_default_store()
         store.set(f"attnimg/alive/{rank()}", "1")
-        time.sleep(_ROLL_CALL_S)
+        time.sleep(_ANSWER_S)
         return [r for r in range(world_size()) if not store.check([f"attnimg/alive/{r}"])]
-    except (RuntimeError, ValueError):  # the store went with its process, or there never was one
+    except (RuntimeError, ValueError):  # the store's process has ended, or there is no store
         return []
 
 

@@ -1,7 +1,7 @@
 """TRL's SFTTrainer, made to survive kills, stop on signals and count what it trains.
 
 The loss is the negative log-likelihood averaged over the trained tokens of a step, on all
-processes. objective.py computes it; own_loss.py compares it with the model's own before a run.
+processes. objective.py computes it; own_loss.py compares it with the model's own loss.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from attnimg.train import checkpoint as checkpoints
 from attnimg.train import metrics
 from attnimg.train.disk import writing
 from attnimg.train.evaluator import EvaluationCut, Evaluator
-from attnimg.train.renamed import load_renamed
+from attnimg.train.renamed_weights import load_renamed
 from attnimg.train.rows import COUNTS, Collator
-from attnimg.train.saved import settle_config
+from attnimg.train.saved_model import correct_saved_config
 from attnimg.train.signals import StopFlag, Stopped
 
 
@@ -151,7 +151,7 @@ class Engine(Evaluator):
         super().log(logs, start_time)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        """Load a checkpoint's weights, also those that it has under other names."""
+        """Load a checkpoint's weights, including those saved under other names than the model's."""
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
         if not sharded and not hasattr(self.model, "get_base_model"):
@@ -195,7 +195,7 @@ class Engine(Evaluator):
         self.accelerator.wait_for_everyone()
         state = self._window_state()
         if self.is_world_process_zero():
-            settle_config(partial, self.loaded_config)
+            correct_saved_config(partial, self.loaded_config)
             (partial / checkpoints.STATE).write_text(json.dumps(state, indent=2))
             checkpoints.promote(partial)
         self.last_checkpoint = self.folder / partial.name

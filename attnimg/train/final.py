@@ -9,7 +9,7 @@ from typing import Any
 from attnimg.schema import Config
 from attnimg.train import checkpoint as checkpoints
 from attnimg.train.disk import writing
-from attnimg.train.saved import lower_lifted, settle_config
+from attnimg.train.saved_model import correct_saved_config, restore_loaded_dtypes
 from attnimg.train.towers import keep_processor
 
 # What Trainer writes beside a model that only Trainer reads.
@@ -33,11 +33,11 @@ def save_final(engine: Any, config: Config, folder: Path) -> list[Path]:
     aside = folder / checkpoints.PARTIAL / "model"
     try:
         with writing(aside, kept="the checkpoints are kept"):
-            lower_lifted(engine.model)
+            restore_loaded_dtypes(engine.model)
             engine.save_model(str(aside))
             if not engine.is_world_process_zero():
                 return []
-            settle_config(aside, engine.loaded_config)
+            correct_saved_config(aside, engine.loaded_config)
             keep_processor(config, engine.loaded_config, aside)
             names = _move_into(folder, aside)
     finally:

@@ -18,13 +18,19 @@ from attnimg.train.checkpoint import ResumePoint, read_state
 from attnimg.train.distributed import join, rank, world_size
 from attnimg.train.final import save_final
 from attnimg.train.identity import identity_of
-from attnimg.train.lock import locked
 from attnimg.train.output_dir import prepare_output_dir
+from attnimg.train.output_lock import locked
 from attnimg.train.plot import draw_loss
 from attnimg.train.progress import ProgressView
 from attnimg.train.quiet import silence_libraries
 from attnimg.train.receipt import Status, open_receipt, write_receipt
-from attnimg.train.resume import identity_in, notes, require_same, require_steps, taken
+from attnimg.train.resume import (
+    accepted_changes,
+    identity_in,
+    require_same,
+    require_steps,
+    resume_notes,
+)
 from attnimg.train.rows import Rows, even_out, make_rows
 from attnimg.train.run import FitResult, RunFacts
 from attnimg.train.schedule import plan_steps
@@ -106,7 +112,7 @@ def _with_receipt(session: Session, data_figures: object) -> FitResult:
     point = session.resume.path if session.resume else None
     before = identity_in(point) if point else {}
     if point and rank() == 0:
-        for note in notes(before, session.identity, name=point.name):
+        for note in resume_notes(before, session.identity, name=point.name):
             session.console.print(note, highlight=False, markup=False, soft_wrap=True)
     receipt = open_receipt(
         session.config,
@@ -118,7 +124,7 @@ def _with_receipt(session: Session, data_figures: object) -> FitResult:
             "schedule": session.schedule,
             "changed_on_resume": {
                 change.key: {"before": change.before, "now": change.now}
-                for change in taken(before, session.identity)
+                for change in accepted_changes(before, session.identity)
             },
         },
         resumed_from=point,
@@ -165,7 +171,7 @@ def _rows(
 
 
 def _train(session: Session, receipt: dict[str, object]) -> FitResult:
-    """Build the engine, compare its loss with the model's, run it, and write what it is for."""
+    """Build the engine, compare its loss with the model's own, train, and write the model."""
     began = time.monotonic()
     first = rank() == 0
     view = ProgressView(session.console, total=session.schedule.total_steps, visible=first)

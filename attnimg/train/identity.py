@@ -1,7 +1,7 @@
-"""What decides a run's result: each key of the config in one class, the model and data by content.
+"""Build the identity of a run: the keys of its config, and hashes of its model and data.
 
-Each checkpoint carries it. A run that resumes from one must have the same, apart from the keys that
-may change on the way.
+Each checkpoint has the identity of its run. A run that resumes from it must have the same, except
+for CHANGEABLE keys. Each key of the config is in one of the sets below.
 """
 
 from __future__ import annotations
@@ -39,22 +39,22 @@ BY_VALUE = frozenset(
         "fsdp", "fsdp_config", "fsdp_version", "deepspeed", "rl", "context_parallel_size",
     }
 )  # fmt: skip
-# Compared by what they lead to: the model's files, the documents' tokens, the kernel that runs. A
-# folder that was moved, or a renamed file, is the same.
+# Compared by content: the model's files, the documents' tokens, the kernel that runs. Moved folders
+# and renamed files are the same.
 BY_CONTENT = frozenset(
     {
         "base_model", "revision_of_model", "tokenizer_config", "datasets", "pretraining_dataset",
         "attn_implementation",
     }
 )  # fmt: skip
-# Compared by value only where the evaluation decides when training ends or at which rate.
-IN_EVALUATION = frozenset(
+# Compared by value only where evaluation controls early stopping or the learning rate.
+EVALUATION_KEYS = frozenset(
     {"test_datasets", "eval_strategy", "eval_steps", "evals_per_epoch", "eval_sample_packing"}
 )
-# May change: the new value holds from the checkpoint on.
-TAKEN = frozenset({"learning_rate", "max_steps", "num_epochs"})
-# Where files are, what is logged and kept, how fast it goes: nothing that is learned.
-FREE = frozenset(
+# May change: the new value is used from the checkpoint on.
+CHANGEABLE = frozenset({"learning_rate", "max_steps", "num_epochs"})
+# Not compared: paths, logging, saving and speed, which do not change the trained weights.
+NOT_COMPARED = frozenset(
     {
         "trust_remote_code", "attn_supports_packing", "attn_uses_flash_lib",
         "attn_needs_dtype_cast", "attn_strict", "attn_forward_only_ok", "attn_known_bad",
@@ -67,8 +67,8 @@ FREE = frozenset(
     }
 )  # fmt: skip
 
-# Parts of a weight file that are read for its hash: training moves all of a weight's values, so two
-# checkpoints of one architecture differ in each part.
+# Parts of a weight file that are read for its hash. Training changes nearly all values of a weight,
+# so two checkpoints of one architecture differ in each part.
 SAMPLES, SAMPLE_BYTES = 64, 2**16
 
 
@@ -86,19 +86,19 @@ def identity_of(
     rows: int,
     tokens: object,
 ) -> dict[str, Any]:
-    """Return what a checkpoint carries of its run.
+    """Return the identity of a run, as its checkpoints have it.
 
     Args:
         config: the validated run.
-        run: its attention and precision are read.
-        tokenizer: what `load_tokenizer` gave.
+        run: for its attention and precision.
+        tokenizer: as `load_tokenizer` returns it.
         figures: of the documents.
-        rows: of training, packed where the run packs.
-        tokens: in them.
+        rows: number of training rows, packed where the run packs.
+        tokens: number of tokens in them.
     """
     return {
         **settings_of(config),
-        **computed_of(run.backend, run.context),
+        **attention_and_precision(run.backend, run.context),
         "data": data_of(config, figures, tokenizer),
         "rows": rows,
         "tokens": tokens,
@@ -107,9 +107,9 @@ def identity_of(
 
 def keys_of(config: Config) -> dict[str, Any]:
     """Return the keys that are compared by value, and those that may change."""
-    names = BY_VALUE | TAKEN
+    names = BY_VALUE | CHANGEABLE
     if config.early_stopping_patience or config.lr_scheduler == "reduce_lr_on_plateau":
-        names |= IN_EVALUATION
+        names |= EVALUATION_KEYS
     if not config.adapter:
         names = frozenset(n for n in names if not n.startswith(("lora_", "peft_use_")))
     values = config.model_dump(mode="json", include=set(names))
@@ -121,13 +121,13 @@ def keys_of(config: Config) -> dict[str, Any]:
 
 
 def _plain(key: str, value: Any) -> Any:
-    """Return None for a flag that is off and for an empty list, where the default is none too."""
+    """Return a value; None for a false flag or an empty list where the default is None."""
     unset = Config.model_fields[key].default is None and (value is False or value in ([], {}))
     return None if unset else value
 
 
-def computed_of(backend: str, context: RunContext) -> dict[str, str]:
-    """Return by what, and in which precision, a run computes."""
+def attention_and_precision(backend: str, context: RunContext) -> dict[str, str]:
+    """Return the attention backend and the precision of a run."""
     mixed = " autocast" if context.autocast else ""
     return {"attention": backend, "precision": context.dtype + mixed}
 
@@ -154,7 +154,7 @@ def data_of(
 
 
 def _is_dated(config: Config, spec: DatasetSpec, key: str, tokenizer: Any) -> bool:
-    """Return whether a source's chat template writes the date of the day, as Llama 3.2's does."""
+    """Return whether a source's chat template writes the current date, as Llama 3.2's does."""
     from attnimg.train.data.chat_templates import choose_chat_template
     from attnimg.train.data.types import is_chat
 
@@ -199,7 +199,7 @@ def _model_folder(config: Config) -> Path | None:
 
 
 def _sampled_hash(path: Path) -> str:
-    """Return a hash of parts that are spread evenly over a file; of all of it when it is short."""
+    """Return a hash of evenly spaced parts of a file; of all of it when it is short."""
     size = path.stat().st_size
     step = max(SAMPLE_BYTES, size // SAMPLES)
     found = hashlib.sha256()
@@ -211,7 +211,7 @@ def _sampled_hash(path: Path) -> str:
 
 
 def _json_of(path: str) -> Any:
-    """Return what a JSON file says; the path itself where it can't be read."""
+    """Return the content of a JSON file; the path itself where it can't be read."""
     try:
         return json.loads(Path(path).expanduser().read_bytes())
     except (OSError, ValueError):

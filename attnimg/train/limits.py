@@ -6,7 +6,7 @@ from attnimg.errors import AttnimgError
 from attnimg.facts import Machine
 from attnimg.schema import Config
 
-# Optimizers without paged memory that do the work of a paged one of another name.
+# Paged optimizers whose unpaged equivalent has another name.
 _UNPAGED = {"paged_adamw": "adamw_torch_fused", "paged_adamw_32bit": "adamw_torch_fused"}
 
 
@@ -36,7 +36,7 @@ def check_limits(config: Config, machine: Machine) -> None:
         if found and cpu:
             raise AttnimgError(
                 f"{key} needs a GPU",
-                why="on a CPU accelerate would run plain DDP without a word; found no GPU",
+                why="on a CPU accelerate would silently run plain DDP; found no GPU",
                 do=f"remove {' and '.join(found)}; torchrun --nproc-per-node N trains here",
                 code=f"{key}-needs-gpu",
                 key=key,

@@ -1,4 +1,4 @@
-"""Advise on a model that could not be loaded, by what transformers raised."""
+"""Return advice on a model that could not be loaded, by the error that transformers raised."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from attnimg.train.model_files import GET_WHOLE
 
 
 def advice_on(config: Config, error: Exception) -> str:
-    """Return what to do: a download helps against missing or damaged files alone.
+    """Return what to do. Only missing or damaged files call for another download.
 
     Source: transformers 5.22.2, models/auto/auto_factory.py, configuration_auto.py and
     dynamic_module_utils.py, the errors they raise (2026-11-27)

@@ -1,4 +1,4 @@
-"""Which modules of a model an adapter reaches, checked before the model's weights are loaded."""
+"""Resolve the modules that an adapter is put on, before the model's weights are loaded."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from attnimg.schema import Config
 ALL_LINEAR = "all-linear"
 
 
-def outline(loader: Any, model_config: Any, *, trusted: bool) -> Any:
-    """Build a model on the meta device, without weights; None where its class can't be built so.
+def build_without_weights(loader: Any, model_config: Any, *, trusted: bool) -> Any:
+    """Build a model on the meta device, without weights; None where its class does not allow it.
 
     Args:
         loader: the class that loads the model.
-        model_config: what the model is.
+        model_config: the transformers configuration.
         trusted: whether code of the model's repository may run.
     """
     import torch
@@ -28,16 +28,16 @@ def outline(loader: Any, model_config: Any, *, trusted: bool) -> Any:
             if hasattr(loader, "from_config"):
                 return loader.from_config(model_config, trust_remote_code=trusted)
             return loader._from_config(model_config)
-    except Exception:  # the model's own code may run here, and loading reports its faults
+    except Exception:  # the model's own code may run here; loading the model reports its errors
         return None
 
 
-def resolved(model: Any, config: Config) -> list[str] | str:
+def resolve_targets(model: Any, config: Config) -> list[str] | str:
     """Return the config's targets as PEFT takes them: names, a regular expression or all-linear.
 
     Raises:
-        AttnimgError: one of them matches no module, or the adapter on it would not be trained or
-            not be merged (bad-value).
+        AttnimgError: a target matches no module, or an adapter on it could not be trained or merged
+            (bad-value).
     """
     targets = config.lora_target_modules
     if not targets or (isinstance(targets, str) and targets.lower() == ALL_LINEAR):
@@ -50,7 +50,7 @@ def resolved(model: Any, config: Config) -> list[str] | str:
     else:
         missing = [entry for entry in targets if not _named(entry, names)]
         if missing:
-            raise _missing("lora_target_modules", missing, _adaptable(model), kept=targets)
+            raise _unknown_names("lora_target_modules", missing, _adaptable(model), kept=targets)
         found = {name for entry in targets for name in _named(entry, names)}
     _refuse_embeddings(model, found, config)
     if not config.lora_target_linear:
@@ -59,7 +59,7 @@ def resolved(model: Any, config: Config) -> list[str] | str:
     return ALL_LINEAR if found <= every else sorted(found | every)
 
 
-def require_saved(model: Any, config: Config) -> None:
+def require_modules_to_save(model: Any, config: Config) -> None:
     """Raise unless each of lora_modules_to_save is a module of the model.
 
     Raises:
@@ -69,11 +69,11 @@ def require_saved(model: Any, config: Config) -> None:
     names = [name for name, _ in model.named_modules() if name]
     missing = [entry for entry in saved if not _named(entry, names)]
     if missing:
-        raise _missing("lora_modules_to_save", missing, names, kept=saved)
+        raise _unknown_names("lora_modules_to_save", missing, names, kept=saved)
 
 
 def embeddings(model: Any) -> tuple[list[str], bool]:
-    """Return the names of the input and output embeddings, and whether they are one weight."""
+    """Return the names of the input and output embeddings, and whether they are tied."""
     layers = [model.get_input_embeddings(), model.get_output_embeddings()]
     names = [name for layer in layers for name, module in model.named_modules() if module is layer]
     weights = [getattr(layer, "weight", None) for layer in layers]
@@ -81,7 +81,7 @@ def embeddings(model: Any) -> tuple[list[str], bool]:
 
 
 def untrained_embeddings(model: Any, config: Config) -> list[str]:
-    """Return which embeddings lora_modules_to_save lacks so that new rows of both are trained."""
+    """Return the embeddings that lora_modules_to_save lacks for new tokens to be trained."""
     names, tied = embeddings(model)
     saved = config.lora_modules_to_save or []
     lacking = [name for name in names if not is_named(name, saved)]
@@ -89,33 +89,33 @@ def untrained_embeddings(model: Any, config: Config) -> list[str]:
 
 
 def linear_names(model: Any) -> list[str]:
-    """Return the names, without their path, of the linear layers but the output layer."""
+    """Return the last parts of the names of all linear layers except the output layer."""
     return sorted({_leaf(name) for name in _adaptable(model, linear=True)})
 
 
 def is_named(name: str, entries: Iterable[str]) -> bool:
-    """Return whether one of the entries of a list stands for a module."""
+    """Return whether an entry of a list matches a module."""
     return any(_named(entry, [name]) for entry in entries)
 
 
 def _refuse_embeddings(model: Any, found: set[str], config: Config) -> None:
-    """Raise where an adapter is put on the output layer, or on an embedding tied to it."""
+    """Raise where an adapter would be put on the output layer, or on an embedding tied to it."""
     names, tied = embeddings(model)
     saved = config.lora_modules_to_save or []
     asked = [
         name
         for name in (names if tied else names[1:])
-        if name in found and not is_named(name, saved)  # PEFT then leaves it out of the targets
+        if name in found and not is_named(name, saved)  # PEFT removes those from the targets
     ]
     if not asked:
         return
     leaf = _leaf(asked[0])
-    why = f"the loss reads the weight of {leaf} itself, so its adapter would not be trained"
+    why = f"the loss uses the weight of {leaf} directly, so its adapter would not be trained"
     if tied:
         other = next(_leaf(name) for name in names if name != asked[0])
         why = (
-            f"{leaf} and {other} are one weight in this model; an adapter on one of the two is "
-            "merged into both, and the merged model is another than the trained one"
+            f"{leaf} and {other} are tied in this model: an adapter on one of them would be "
+            "merged into both, and the merged model would differ from the trained one"
         )
     rest = sorted({_leaf(name) for name in found} - {_leaf(name) for name in asked})
     if isinstance(config.lora_target_modules, list):
@@ -134,7 +134,7 @@ def _refuse_embeddings(model: Any, found: set[str], config: Config) -> None:
 
 
 def _no_match(pattern: str, model: Any) -> AttnimgError:
-    """Return the refusal of a string that matches nothing, which is often meant as a name."""
+    """Build the error for a string that matches no module; it is often meant as a name."""
     names = _adaptable(model)
     leaves = sorted({_leaf(name) for name in names})
     parts = [part.strip() for part in pattern.split(",")]
@@ -146,15 +146,17 @@ def _no_match(pattern: str, model: Any) -> AttnimgError:
     return _bad(
         "lora_target_modules",
         f"lora_target_modules: {pattern} matches no module of the model",
-        why="a string is a regular expression that has to match a module's whole name, such as "
-        f"{names[0] if names else 'none'}; names without their path go into a list\n"
+        why="a string is a regular expression that must match a module's full name, such as "
+        f"{names[0] if names else 'none'}; for short names use a list\n"
         f"its modules: {', '.join(leaves)}",
         do=f"{do}\nor set lora_target_modules: {ALL_LINEAR}",
     )
 
 
-def _missing(key: str, missing: list[str], names: list[str], *, kept: list[str]) -> AttnimgError:
-    """Return the refusal of names that no module has, with the nearest that one has."""
+def _unknown_names(
+    key: str, missing: list[str], names: list[str], *, kept: list[str]
+) -> AttnimgError:
+    """Build the error for names that no module has, with the nearest existing names."""
     leaves = sorted({_leaf(name) for name in names if not _leaf(name).isdigit()})
     near = {entry: _nearest(entry, leaves, names) for entry in missing}
     fixed = [near[entry][0] if near.get(entry) else entry for entry in kept
@@ -163,8 +165,7 @@ def _missing(key: str, missing: list[str], names: list[str], *, kept: list[str])
     do = f"set {key}: {_listed(fixed)}" if fixed else f"remove {key}"
     if ALL_LINEAR in missing:
         do = f"set {key}: {ALL_LINEAR}"
-    texts = [f"{entry}: nearest {', '.join(near[entry])}" if near[entry] else f"{entry}: none near"
-             for entry in missing]  # fmt: skip
+    texts = [f"{entry}: nearest {', '.join(near[entry]) or '(none)'}" for entry in missing]
     return _bad(
         key,
         f"{key}: no module of the model is named {', '.join(missing)}",
@@ -174,13 +175,13 @@ def _missing(key: str, missing: list[str], names: list[str], *, kept: list[str])
 
 
 def _nearest(entry: str, leaves: list[str], names: list[str]) -> list[str]:
-    """Return up to three names that are like an entry; a path is also compared by its end."""
+    """Return up to three names similar to an entry; a path is also compared by its end."""
     found = difflib.get_close_matches(entry, names, n=3) if "." in entry else []
     return found or difflib.get_close_matches(_leaf(entry), leaves, n=3, cutoff=0.5)
 
 
 def _adaptable(model: Any, *, linear: bool = False) -> list[str]:
-    """List the modules that an adapter may be put on; the output layer is none of them.
+    """List the modules that an adapter may be put on, without the output layer.
 
     Args:
         model: a transformers model.
@@ -196,7 +197,7 @@ def _adaptable(model: Any, *, linear: bool = False) -> list[str]:
 
 
 def _named(entry: str, names: Iterable[str]) -> list[str]:
-    """Return the names that an entry of a list stands for, as PEFT reads it."""
+    """Return the names that an entry of a list matches, by PEFT's rule."""
     return [name for name in names if name == entry or name.endswith(f".{entry}")]
 
 

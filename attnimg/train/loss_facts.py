@@ -1,4 +1,4 @@
-"""What the comparison of the trainer's loss with the model's own finds, for the receipt."""
+"""Hold the results of comparing the trainer's loss with the model's own, for the receipt."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ class Loss:
 
     Attributes:
         nll: negative log-likelihood per trained token.
-        total: what is minimized: nll and the weighted auxiliary loss.
+        total: the minimized loss: nll plus the weighted auxiliary loss.
         aux: the auxiliary loss without its weight; None without one.
-        grad_norm: of the trained weights, or of the hidden states before the output layer.
+        grad_norm: norm of the gradient of the trained weights, or of the hidden states before the
+            output layer.
     """
 
     nll: float
@@ -25,7 +26,7 @@ class Loss:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Tolerance:
-    """What roundings explain: absolute for a loss, relative for a gradient norm."""
+    """The largest difference due to rounding: absolute for a loss, relative for a gradient norm."""
 
     loss: float
     grad_norm: float
@@ -36,10 +37,10 @@ class Comparison:
     """The loss by the model's own forward and by the trainer, on the same inputs.
 
     Attributes:
-        model: by the model's own forward.
-        trainer: by TRL's chunked head; None where that raised.
-        tolerance: of their difference.
-        raised: what TRL's head raised; None where it did not.
+        model: the loss by the model's own forward.
+        trainer: the loss by TRL's chunked head; None where that raised.
+        tolerance: the allowed difference.
+        raised: the error that TRL's head raised; None where it raised none.
     """
 
     model: Loss
@@ -49,14 +50,14 @@ class Comparison:
 
     @property
     def ratio(self) -> float:
-        """The largest difference in tolerances; infinite where the trainer has no figure."""
+        """Return the largest difference divided by its tolerance; inf if the trainer has none."""
         if self.trainer is None:
             return math.inf
         return difference(self.trainer, self.model, self.tolerance)
 
     @property
     def why(self) -> str:
-        """In what the trainer differs."""
+        """Return how the trainer's loss differs, in words."""
         if self.trainer is None:
             return f"it raised {self.raised}"
         ours, own = self.trainer, self.model
@@ -69,19 +70,19 @@ class Comparison:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LossCheck:
-    """What the run computes its loss with, and why.
+    """How a run computes its loss, and why.
 
     Attributes:
-        head: "chunked" (TRL's) or "own" (the model's logits).
-        compared: whether the comparison was made.
-        why: why it was not made, or why the head is the model's own; empty otherwise.
-        tokens: trained tokens of the slice of the data.
-        on_data: the comparison on the slice, in the run's precision.
+        head: "chunked" (TRL's head) or "own" (the model's own logits).
+        compared: whether the losses were compared.
+        why: why they were not compared, or why the head is "own"; empty otherwise.
+        tokens: number of trained tokens in the compared batch.
+        on_data: the comparison on that batch, in the run's precision.
         output_layer: the comparison of the output layer alone, in float32, on large hidden states;
-            None where the class can't be called so.
-        own_head: the loss on the slice by the model's own logits, where the run uses them.
+            None where the class can't be called that way.
+        own_head: the loss on the batch by the model's own logits, where the run uses them.
         aux_coefficient: weight of the auxiliary loss; None where the model has none.
-        seconds: what the comparison took.
+        seconds: duration of the comparison.
     """
 
     head: str = "chunked"
@@ -96,15 +97,15 @@ class LossCheck:
 
     @property
     def ratio(self) -> float:
-        """The largest difference in tolerances; 0 where nothing was compared."""
+        """Return the largest difference divided by its tolerance; 0 where nothing was compared."""
         made = [found for found in (self.on_data, self.output_layer) if found is not None]
         return max((found.ratio for found in made), default=0.0)
 
 
 def difference(a: Loss, b: Loss, tolerance: Tolerance) -> float:
-    """Return the largest difference of two losses in tolerances; infinite where `a` is not finite.
+    """Return the largest difference of two losses divided by its tolerance.
 
-    A gradient norm of `b` that overflowed is left out.
+    It is inf where `a` has NaN or inf. A gradient norm of `b` that overflowed is not compared.
     """
     found = [abs(a.nll - b.nll) / tolerance.loss, abs(a.total - b.total) / tolerance.loss]
     if math.isfinite(b.grad_norm):
@@ -114,7 +115,7 @@ def difference(a: Loss, b: Loss, tolerance: Tolerance) -> float:
 
 
 def sentence(check: LossCheck) -> str:
-    """Return what a person should know of the comparison."""
+    """Return the line that a run prints on the comparison."""
     if not check.compared:
         return f"warning: loss: not compared with the model's own: {check.why}"
     if check.head == "own":
@@ -124,6 +125,6 @@ def sentence(check: LossCheck) -> str:
         )
     assert check.on_data is not None
     return (
-        f"loss: the trainer's and the model's own are equal on {check.tokens} tokens "
+        f"loss: the trainer's loss equals the model's own on {check.tokens} tokens "
         f"({check.seconds:.1f} s)"
     )

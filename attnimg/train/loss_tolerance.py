@@ -1,4 +1,4 @@
-"""Compute how far roundings alone move a loss and a gradient norm.
+"""Compute how much rounding alone can change a loss and a gradient norm.
 
 The output layer of a class rounds each logit at most ROUNDINGS times (product, bias, scale, and a
 cap's division, tanh and product), each by a relative error of at most u = eps / 2 of the run's
@@ -6,11 +6,11 @@ dtype, in effect at random, with a standard deviation of u / sqrt(3). Source: Hi
 new approach to probabilistic rounding error analysis", SIAM J. Sci. Comput. 41(5), 2019: rounding
 errors of either sign grow with the square root of their number (2026-11-27).
 
-A token's loss moves by the sum over the vocabulary of (p_v - [v is the label]) dz_v; the mean over
-N tokens by 1 / N of the root of the summed squares. Added to that is what float32 sums over a
-vocabulary of V lose, sqrt(V) u32 of the loss. SIGMAS such deviations are allowed.
+A token's loss changes by the sum over the vocabulary of (p_v - [v is the label]) dz_v; the mean
+over N tokens by 1 / N of the root of the summed squares. The float32 sums over a vocabulary of V
+add a relative error of sqrt(V) u32. SIGMAS such deviations are allowed.
 
-A gradient norm moves by the same roundings, forward and backward, relative to itself.
+A gradient norm changes by the same roundings, forward and backward, relative to itself.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ SIGMAS = 8.0
 def loss_tolerance(
     logits: torch.Tensor, targets: torch.Tensor, *, loss: float, precision: str
 ) -> Tolerance:
-    """Return what roundings explain.
+    """Return the largest differences that rounding explains.
 
     Args:
         logits: (B, S, V), of the model's own forward.
         targets: int64 (B, S), the label that each position predicts or -100.
         loss: negative log-likelihood per trained token.
-        precision: the run's dtype; that of the logits counts where it is coarser.
+        precision: the run's dtype; the dtype of the logits is used where it is coarser.
     """
     import torch
 

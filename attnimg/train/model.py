@@ -16,17 +16,17 @@ from attnimg.train.adapter import add_adapter, quantization
 from attnimg.train.causal import DEFAULT, require_causal_class
 from attnimg.train.finite import require_finite
 from attnimg.train.load_error import advice_on
-from attnimg.train.lora_targets import outline, untrained_embeddings
+from attnimg.train.lora_targets import build_without_weights, untrained_embeddings
 from attnimg.train.model_files import GET_WHOLE, bad_model
 from attnimg.train.precision import (
+    cast_embeddings_and_norms,
     keeps_float32,
-    lift_embeddings_and_norms,
     loading_dtype,
     torch_dtype,
 )
-from attnimg.train.quantized import cast_others, read_as_said, require_known_weights
-from attnimg.train.stored import stored_tensors, unused_weights
-from attnimg.train.towers import class_to_load, freeze_towers, of_the_language_model
+from attnimg.train.quantized import cast_unquantized, require_known_weights, use_stored_quantization
+from attnimg.train.safetensors_headers import stored_tensors, unused_weights
+from attnimg.train.towers import attention_by_part, class_to_load, freeze_towers
 
 
 @contextmanager
@@ -66,7 +66,7 @@ def load_model(
         implementation: transformers' name of the attention that was chosen.
         context: how the run calls the model; decides the precision of the weights.
         needs_dtype_cast: whether the backend takes q, k, v in that precision only.
-        say: takes a sentence a person should read, such as which weights are not loaded.
+        say: prints a line for the user, such as which weights are not loaded.
 
     Returns:
         A transformers model, or a PEFT model around it, in training precision.
@@ -77,7 +77,7 @@ def load_model(
     """
     from transformers import set_seed
 
-    if config.adapter and (shape := load_outline(config)) is not None:
+    if config.adapter and (shape := load_without_weights(config)) is not None:
         add_adapter(shape, config)
     # New embeddings and LoRA matrices are random: the seed makes two runs start alike.
     set_seed(config.seed)
@@ -103,12 +103,12 @@ def load_model(
             + ("..." if len(unused) > 3 else "")
         )
     larger = len(tokenizer) > model.get_input_embeddings().weight.shape[0]
-    # Rows that no one trains would have to be saved with the adapter, or it would not load again.
+    # Untrained rows are not added: without them saved, the adapter would not load again.
     if larger and not (config.adapter and untrained_embeddings(model, config)):
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     freeze_towers(model)
     if keeps_float32(config, context=context, needs_dtype_cast=needs_dtype_cast):
-        lift_embeddings_and_norms(model)
+        cast_embeddings_and_norms(model)
     return add_adapter(model, config) if config.adapter else model
 
 
@@ -133,19 +133,19 @@ def load_model_config(config: Config) -> Any:
         )
 
 
-def load_outline(config: Config) -> Any:
+def load_without_weights(config: Config) -> Any:
     """Return the model without weights; None where its class can't be built without them."""
     model_config = load_model_config(config)
     loader = _loader(class_to_load(config, model_config.to_dict()))
-    return outline(loader, model_config, trusted=bool(config.trust_remote_code))
+    return build_without_weights(loader, model_config, trusted=bool(config.trust_remote_code))
 
 
 def _from_pretrained(config: Config, *, implementation: str, dtype: DType) -> tuple[Any, Any]:
-    """Load by name; also give what transformers tells of missing weights."""
+    """Load by name; return the model and transformers' report on missing weights."""
     quantized = quantization(config, dtype=dtype)
     model_config = load_model_config(config)
     loader = _loader(class_to_load(config, model_config.to_dict()))
-    stored = read_as_said(model_config, dtype=dtype)
+    stored = use_stored_quantization(model_config, dtype=dtype)
     given = {"quantization_config": quantized} if quantized and stored != "kept" else {}
     weights_dtype = torch_dtype(loading_dtype(config, dtype))
     with _loading(config):
@@ -154,7 +154,7 @@ def _from_pretrained(config: Config, *, implementation: str, dtype: DType) -> tu
             config=model_config,
             revision=config.revision_of_model,
             dtype=weights_dtype,
-            attn_implementation=of_the_language_model(model_config, implementation),
+            attn_implementation=attention_by_part(model_config, implementation),
             trust_remote_code=bool(config.trust_remote_code),
             device_map=_device_map() if quantized or stored == "kept" else None,
             output_loading_info=True,
@@ -162,12 +162,12 @@ def _from_pretrained(config: Config, *, implementation: str, dtype: DType) -> tu
             **({"allow_all_kernels": True} if config.trust_remote_code else {}),
         )
     if stored is not None:
-        cast_others(model, weights_dtype)
+        cast_unquantized(model, weights_dtype)
     return model, loading
 
 
 def _folder(config: Config) -> Path:
-    """Return where the files lie that a model was just loaded from."""
+    """Return the folder that a model was just loaded from."""
     from transformers.utils import cached_file
 
     found = cached_file(
@@ -177,7 +177,7 @@ def _folder(config: Config) -> Path:
 
 
 def _loader(name: str) -> Any:
-    """Return the class of that name that loads the model."""
+    """Return the transformers class of this name that loads the model."""
     import transformers
 
     loader = getattr(transformers, name, None)

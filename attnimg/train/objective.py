@@ -1,8 +1,8 @@
-"""Compute what a step minimizes: negative log-likelihood, and the auxiliary loss of routers apart.
+"""Compute the loss of a step: negative log-likelihood, and the auxiliary loss of routers.
 
-A mixture of experts has an auxiliary loss where its config.json sets output_router_logits, as in
-transformers' own forward; TRL would turn it on for every model with a router_aux_loss_coef. It
-takes part in the gradients and is logged as a figure of its own.
+As in transformers' own forward, a mixture of experts has an auxiliary loss where its config.json
+sets output_router_logits; TRL would turn it on for every model with a router_aux_loss_coef. It is
+added to the minimized loss, and logged separately.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from trl import SFTTrainer
 
 from attnimg.train.own_head import with_own_head
 
-# What classes and configs call the weight of their auxiliary loss.
+# Names of the weight of the auxiliary loss in classes and configs.
 COEFFICIENTS = ("router_aux_loss_coef", "aux_loss_coef")
 
 
@@ -25,8 +25,8 @@ class Objective(SFTTrainer):  # type: ignore[misc]  # TRL's types are not follow
         options: what SFTTrainer takes.
 
     Attributes:
-        own_head: True to compute the loss from the model's own logits, False by TRL's chunked head.
-        aux_coefficient: the weight of the auxiliary loss; None where the model is not asked for it.
+        own_head: whether the loss is computed from the model's own logits, not by TRL's head.
+        aux_coefficient: the weight of the auxiliary loss; None where the model computes none.
     """
 
     def __init__(self, **options: Any) -> None:
@@ -35,7 +35,7 @@ class Objective(SFTTrainer):  # type: ignore[misc]  # TRL's types are not follow
         asked = getattr(config, "output_router_logits", None)
         self.aux_coefficient = _coefficient(options["model"]) if asked else None
         super().__init__(**options)
-        # What is saved has the config that was loaded, and the auxiliary loss is added here.
+        # The saved config must equal the loaded one, and the auxiliary loss is added below.
         if asked is not None:
             config.output_router_logits = asked
         self.aux_loss_enabled = False
@@ -43,7 +43,7 @@ class Objective(SFTTrainer):  # type: ignore[misc]  # TRL's types are not follow
         # divided by the step's count of shifted labels whatever the class is.
         self.model_accepts_loss_kwargs = self._loss_shifts_labels = True
         self._nll = torch.zeros(())
-        # Sum of the auxiliary losses since the last log, and of how many batches.
+        # Sum of the auxiliary losses since the last log, and number of batches.
         self._aux = torch.zeros(2, device=self.args.device)
 
     def loss_terms(
@@ -52,8 +52,8 @@ class Objective(SFTTrainer):  # type: ignore[misc]  # TRL's types are not follow
         """Compute one batch's negative log-likelihood, and its auxiliary loss without its weight.
 
         Args:
-            model: as the trainer wrapped it, or bare.
-            inputs: what the collator made.
+            model: the model, or the trainer's wrapper of it.
+            inputs: a batch of the collator.
             num_items_in_batch: trained tokens of the step on all processes; None divides by those
                 of the batch.
         """
@@ -77,7 +77,7 @@ class Objective(SFTTrainer):  # type: ignore[misc]  # TRL's types are not follow
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
-        """Return the objective while training, and the negative log-likelihood alone otherwise."""
+        """Return the minimized loss in training mode, the negative log-likelihood in eval mode."""
         assert not return_outputs, "the engine asks for losses only"
         nll, aux = self.loss_terms(model, inputs, num_items_in_batch)
         self._nll = nll.detach()
@@ -88,12 +88,12 @@ class Objective(SFTTrainer):  # type: ignore[misc]  # TRL's types are not follow
             self._metrics["eval"]["aux_loss"].append(mean)
             return nll
         self._aux += torch.stack([aux.detach().float(), torch.ones_like(self._aux[0])])
-        # A mean over the micro-batches of a step, as it is no sum over tokens.
+        # Averaged over the micro-batches of a step, since it is not a sum over tokens.
         steps = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
         return nll + self.aux_coefficient * aux.to(nll.device) / steps
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
-        """Train on a batch, and return its negative log-likelihood, which is what gets logged."""
+        """Train on a batch, and return its negative log-likelihood for the log."""
         super().training_step(model, inputs, num_items_in_batch)
         return self._nll
 
@@ -107,17 +107,17 @@ class Objective(SFTTrainer):  # type: ignore[misc]  # TRL's types are not follow
         super().log(logs, start_time)
 
     def aux_window(self) -> list[float]:
-        """Return the sum of auxiliary losses since the last log and the batches, of all ranks."""
+        """Return the sum and the number of the auxiliary losses of all ranks since the last log."""
         window: list[float] = self.accelerator.reduce(self._aux.clone(), reduction="sum").tolist()
         return window
 
     def restore_aux_window(self, window: list[float]) -> None:
-        """Continue the sum of `aux_window` that a checkpoint has."""
+        """Add the values of `aux_window` from a checkpoint."""
         self._aux += torch.tensor(window, device=self._aux.device)
 
 
 def _coefficient(model: Any) -> float:
-    """Return the weight of a model's auxiliary loss, 0 where neither class nor config names it."""
+    """Return the weight of a model's auxiliary loss; 0 where neither class nor config has it."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     holders = (base, base.config.get_text_config())
     found = [getattr(holder, name, None) for holder in holders for name in COEFFICIENTS]

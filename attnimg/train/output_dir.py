@@ -10,7 +10,7 @@ from rich.console import Console
 
 from attnimg.errors import AttnimgError
 from attnimg.schema import Config
-from attnimg.train import lock, metrics
+from attnimg.train import metrics, output_lock
 from attnimg.train.checkpoint import (
     PARTIAL,
     ResumePoint,
@@ -22,7 +22,7 @@ from attnimg.train.checkpoint import (
 )
 
 # What a run that has not done a step leaves behind; it does not stand in a new run's way.
-HARMLESS = frozenset({"receipt.json", PARTIAL, lock.FILE})
+HARMLESS = frozenset({"receipt.json", PARTIAL, output_lock.FILE})
 
 
 def check_output_dir(config: Config) -> ResumePoint | None:
@@ -38,7 +38,7 @@ def check_output_dir(config: Config) -> ResumePoint | None:
     """
     folder = Path(config.output_dir).expanduser()
     _require_writable(folder)
-    lock.require_unlocked(folder)
+    output_lock.require_unlocked(folder)
     found = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
     leftovers = _leftovers(folder)
     asked = config.resume_from_checkpoint
@@ -63,7 +63,7 @@ def check_output_dir(config: Config) -> ResumePoint | None:
 
 
 def prepare_output_dir(folder: Path, resume: ResumePoint | None, *, console: Console) -> None:
-    """Remove from output_dir, which is locked, what a killed run left after the resume point."""
+    """Remove from output_dir, which is locked, the files that a killed run left after `resume`."""
     if resume is None:
         return
     for leftover in resume.leftovers:

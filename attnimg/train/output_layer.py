@@ -1,9 +1,9 @@
-"""Compare what TRL's head and the model compute from the same hidden states, in float32.
+"""Compare the losses of TRL's head and of the model from the same hidden states, in float32.
 
-In bfloat16 the roundings of a whole model hide a cap that small logits hardly touch. Here the
-backbone's last hidden state is replaced by random float32 values large enough for logits of about
-LOGITS, the layers behind it are cast to float32, and autocast ends where the backbone does: any
-scale, cap, transform or shift of labels that TRL's head misses shows, whatever the run's precision.
+In bfloat16 the rounding errors of a whole model hide a soft cap, which hardly changes small logits.
+Here the backbone's last hidden state is replaced by random float32 values, large enough for logits
+of about LOGITS; the layers after it are cast to float32 and run without autocast. This shows any
+scale, soft cap, transform or shift of labels that TRL's head lacks, in every precision of the run.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ def compare_output_layer(engine: Any, inputs: dict[str, Any]) -> Comparison | No
         inputs: a batch of the run, on the model's device.
 
     Returns:
-        None where the class can't be called so: its backbone is not called once by both, or the
-        layers behind it raise in float32, or memory does not suffice for that.
+        None where the class can't be called that way: its backbone is not called exactly once by
+        both, or the layers after it raise in float32 or run out of memory.
     """
     model = engine.model
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -41,43 +41,43 @@ def compare_output_layer(engine: Any, inputs: dict[str, Any]) -> Comparison | No
     targets = shifted(inputs["labels"])
     arguments = {name: value for name, value in inputs.items() if name != "labels"}
 
-    def own(**_: Any) -> torch.Tensor:
+    def model_logits(**_: Any) -> torch.Tensor:
         logits: torch.Tensor = model(**arguments, use_cache=False).logits
         return logits
 
-    def trainers() -> torch.Tensor:
+    def trainer_nll() -> torch.Tensor:
         outputs = model(**inputs, use_cache=False, fused_lm_head=True)
         nll: torch.Tensor = -outputs.log_probs.sum() / outputs.label_mask.sum()
         return nll
 
     try:
         with torch.enable_grad(), engine.accelerator.autocast(), _in_float32(base, backbone):
-            with torch.no_grad(), _Hidden(backbone, scale=1.0) as first:
-                spread = own().float().std().item()
+            with torch.no_grad(), _RandomHiddenStates(backbone, scale=1.0) as first:
+                spread = model_logits().float().std().item()
             scale = LOGITS / max(spread, 1e-6)
-            with _Hidden(backbone, scale=scale) as hidden:
-                logits = own()
+            with _RandomHiddenStates(backbone, scale=scale) as hidden:
+                logits = model_logits()
                 nll = -score(logits, targets)[0].sum() / (targets != -100).sum()
                 model_loss = hidden.loss(nll)
                 tolerance = loss_tolerance(
                     logits.detach(), targets, loss=model_loss.nll, precision="float32"
                 )
             del logits
-            with _Hidden(backbone, scale=scale) as hidden_too:
-                trainer_loss = hidden_too.loss(trainers())
+            with _RandomHiddenStates(backbone, scale=scale) as again:
+                trainer_loss = again.loss(trainer_nll())
     except Exception:
-        # Whatever a class does not take here, it is compared on the data.
+        # A class that can't be called this way is still compared on the data.
         return None
-    if {first.calls, hidden.calls, hidden_too.calls} != {1}:
+    if {first.calls, hidden.calls, again.calls} != {1}:
         return None
     return Comparison(model=model_loss, trainer=trainer_loss, tolerance=tolerance)
 
 
-class _Hidden:
-    """Replace the last hidden state that a backbone returns by random values, the same each time.
+class _RandomHiddenStates:
+    """Replace the last hidden state of a backbone by random values, the same in each call.
 
     Args:
-        backbone: the module whose output the output layer takes.
+        backbone: the module whose output is the input of the output layer.
         scale: standard deviation of the values.
 
     Attributes:
@@ -88,7 +88,7 @@ class _Hidden:
         self.backbone, self.scale, self.calls = backbone, scale, 0
         self._values: torch.Tensor | None = None
 
-    def __enter__(self) -> _Hidden:
+    def __enter__(self) -> _RandomHiddenStates:
         self._handle = self.backbone.register_forward_hook(self._replace)
         self._stack = ExitStack()
         return self
@@ -110,7 +110,7 @@ class _Hidden:
         return output
 
     def loss(self, nll: torch.Tensor) -> Loss:
-        """Return a loss and the norm of its gradient at the hidden states."""
+        """Return a loss and the norm of its gradient with respect to the hidden states."""
         assert self._values is not None
         (gradient,) = torch.autograd.grad(nll, self._values)
         value = nll.item()
@@ -119,7 +119,7 @@ class _Hidden:
 
 @contextmanager
 def _in_float32(base: torch.nn.Module, backbone: torch.nn.Module) -> Iterator[None]:
-    """Cast the weights behind the backbone to float32, and put them back."""
+    """Cast the weights after the backbone to float32 inside the block."""
     inside = set(backbone.modules())
     kept: list[tuple[dict[str, Any], str, Any]] = []
     try:

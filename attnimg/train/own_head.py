@@ -1,9 +1,9 @@
 """Compute per-token losses from the logits of the model's own forward pass.
 
 TRL's chunked head multiplies the last hidden states with the output weights itself, so it knows
-only the scales and caps that it reads off the config (trl 1.16, trainer/utils.py,
-add_fused_lm_head, 2026-11-27). What is computed here holds for any class, at the cost of the
-logits' memory.
+only the scales and caps that it finds in the config (trl 1.16, trainer/utils.py,
+add_fused_lm_head, 2026-11-27). The losses computed here are right for any class, and need the
+memory of the logits.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ CHUNK = 1024
 
 
 def with_own_head(model: Any) -> Callable[..., Any]:
-    """Return a function that is called as a model with TRL's head and uses the model's own.
+    """Return a function that is called like a model with TRL's head, and uses the model's own head.
 
     Args:
         model: a causal language model, also one wrapped by PEFT, DDP or torch.compile.
 
     Returns:
         A function of the model's arguments, labels and fused_lm_head; it returns TRL's
-        FusedCausalLMOutput without `loss`, which the trainer computes of `log_probs`.
+        FusedCausalLMOutput without `loss`, which the trainer computes from `log_probs`.
     """
     from trl.trainer.utils import FusedCausalLMOutput
 
@@ -58,7 +58,7 @@ def shifted(labels: torch.Tensor) -> torch.Tensor:
 def score(
     logits: torch.Tensor, targets: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return log-probability, entropy and whether the target is the likeliest token, (B, S) each.
+    """Return log-probability, entropy and whether the target is the most likely token, (B, S) each.
 
     Args:
         logits: (B, S, V) in any precision; everything is computed in float32.

@@ -1,15 +1,15 @@
 """Compare the trainer's loss with the model's own, before the first step.
 
-    a slice of the data --> the model's own forward with labels --> loss, gradient norm
+    a batch of the data --> the model's own forward with labels --> loss, gradient norm
                         --> the engine's loss_terms             --> loss, gradient norm
 
-TRL's chunked head rebuilds the model's output layer from its config, so a scale, cap, transform or
-auxiliary term of a class that it does not know is lost without a word. Where the two differ, on
-the data or in the output layer alone (output_layer.py), the model's own logits are used instead;
-where the loss of the class is not that of its logits either, it is refused.
+TRL's chunked head rebuilds the model's output layer from its config, and silently leaves out any
+scale, cap, transform or auxiliary term that it does not know. Where the two losses differ, on the
+data or in the output layer (output_layer.py), the model's own logits are used instead. Where the
+loss of the class is not the negative log-likelihood of its logits either, the run is refused.
 
 The comparison runs in eval mode, which turns dropout off, and in the run's autocast. torch.compile
-is left out: it changes roundings only, and compiling for one more shape takes minutes.
+is left out: it only changes rounding, and compiling for one more shape takes minutes.
 """
 
 from __future__ import annotations
@@ -34,17 +34,17 @@ from attnimg.train.slices import first_batch, slice_tokens
 if TYPE_CHECKING:
     import torch
 
-# Gradients below float16's range would be zero in both.
+# Without it, gradients below float16's range would be zero in both.
 FLOAT16_SCALE = 1024.0
 
 
 def check_loss(engine: Any, rows: Rows, *, context: RunContext, sharded: bool) -> LossCheck:
-    """Compare the losses, and have the engine use the model's own logits where they differ.
+    """Compare the losses, and make the engine use the model's own logits where they differ.
 
-    Weights, gradients, modes and random numbers are left as they were.
+    Weights, gradients, train and eval modes and random number generators are not changed.
 
     Args:
-        engine: before it trains. Several processes call this alike.
+        engine: before it trains; every process calls this.
         rows: to train on.
         context: how the run calls the model.
         sharded: whether FSDP or DeepSpeed will divide the weights among processes: then nothing
@@ -65,10 +65,10 @@ def check_loss(engine: Any, rows: Rows, *, context: RunContext, sharded: bool) -
         return LossCheck(compared=False, why="the first rows have no trained token")
     inputs = {name: value for name, value in batch.items() if name != COUNTS}
     try:
-        with _undisturbed(engine):
+        with _without_side_effects(engine):
             found = _Check(engine, engine._prepare_inputs(inputs), context).run()
     except torch.OutOfMemoryError:
-        return LossCheck(compared=False, why="a batch of them takes more GPU memory than is free")
+        return LossCheck(compared=False, why="the comparison does not fit into the free GPU memory")
     return replace(
         found, aux_coefficient=engine.aux_coefficient, seconds=round(time.monotonic() - began, 3)
     )
@@ -84,9 +84,9 @@ class _Check:
         """Compare with TRL's head; on a difference, switch to the model's own and compare again."""
         import torch
 
-        trainer, raised = self.trainers()
+        trainer, raised = self.trainer_loss()
         try:
-            model, tolerance, tokens = self.models()
+            model, tolerance, tokens = self.model_loss()
         except (AttnimgError, torch.OutOfMemoryError):
             raise
         except Exception as error:
@@ -109,13 +109,13 @@ class _Check:
             why = f"on large hidden states {layer.why}"
         return replace(found, head="own", why=why, own_head=own_head)
 
-    def trainers(self) -> tuple[Loss | None, str | None]:
-        """Compute the engine's loss with the head it has; where that raises, return what."""
+    def trainer_loss(self) -> tuple[Loss | None, str | None]:
+        """Compute the engine's loss with its current head; return the error where that raises."""
         import torch
 
         engine = self.engine
         try:
-            with _calling(engine):
+            with _run_context(engine):
                 nll, aux = engine.loss_terms(engine.model, dict(self.inputs))
                 total = nll if aux is None else nll + engine.aux_coefficient * aux
                 return self.figures(nll, total, aux), None
@@ -124,8 +124,8 @@ class _Check:
         except Exception as error:
             return None, _short(error)
 
-    def models(self) -> tuple[Loss, Tolerance, int]:
-        """Compute the loss by the model's own forward, and what roundings may change.
+    def model_loss(self) -> tuple[Loss, Tolerance, int]:
+        """Compute the loss by the model's own forward, and its tolerance.
 
         Raises:
             AttnimgError: its loss is not that of its logits (loss-differs).
@@ -138,7 +138,7 @@ class _Check:
             arguments["output_router_logits"] = True
         targets = shifted(arguments["labels"])
         tokens = int((targets != -100).sum())
-        with _calling(engine):
+        with _run_context(engine):
             outputs = self.own_outputs(arguments)
             nll = -score(outputs.logits, targets)[0].sum() / max(tokens, 1)
             aux, ours = None, nll
@@ -157,7 +157,7 @@ class _Check:
         return found, tolerance, tokens
 
     def own_outputs(self, arguments: dict[str, Any]) -> Any:
-        """Call the model with labels; without, where its own loss does not work on such rows."""
+        """Call the model with labels; without them where its own loss raises on these rows."""
         import torch
 
         try:
@@ -189,17 +189,17 @@ class _Check:
         )
 
     def require_equal(self, model: Loss, tolerance: Tolerance) -> Loss:
-        """Compute the loss by the model's own logits, and require that of its own forward.
+        """Compute the loss from the model's own logits; raise unless it is that of its own forward.
 
         Raises:
-            AttnimgError: it is another (loss-differs).
+            AttnimgError: they differ (loss-differs).
         """
-        used, raised = self.trainers()
+        used, raised = self.trainer_loss()
         if used is None:
             raise _model_raised(self.engine, raised)
         if difference(used, model, tolerance) > 1:
-            # Kernels that add in no fixed order differ from themselves: that much is no fault.
-            again, _, _ = self.models()
+            # Kernels that sum in no fixed order differ from run to run, which is allowed.
+            again, _, _ = self.model_loss()
             noise = 4 * difference(again, model, tolerance)
             if difference(used, model, tolerance) > 1 + noise:
                 raise _differs(self.engine, own=model.total, ours=used.total)
@@ -207,7 +207,7 @@ class _Check:
 
 
 @contextmanager
-def _calling(engine: Any) -> Iterator[None]:
+def _run_context(engine: Any) -> Iterator[None]:
     """Call the model as the run does: gradients on, in its autocast."""
     import torch
 
@@ -216,15 +216,15 @@ def _calling(engine: Any) -> Iterator[None]:
 
 
 @contextmanager
-def _undisturbed(engine: Any) -> Iterator[None]:
-    """Turn dropout off, and leave modes, gradients, random numbers and figures as they were."""
+def _without_side_effects(engine: Any) -> Iterator[None]:
+    """Turn dropout off; restore modes, gradients, random number generators and metrics after it."""
     import torch
 
     modes = {module: module.training for module in engine.model.modules()}
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     for module in modes:
-        # In eval mode on a CPU, bitsandbytes packs a 4-bit layer's weights in another order, for
-        # good (0.50, nn/modules.py, Linear4bit.forward); it has no dropout.
+        # In eval mode on a CPU, bitsandbytes permanently changes the order of a 4-bit layer's
+        # weights (0.50, nn/modules.py, Linear4bit.forward); it has no dropout.
         module.training = type(module).__module__.startswith("bitsandbytes.")
     engine.model.zero_grad(set_to_none=True)
     try:
@@ -243,9 +243,10 @@ def _undisturbed(engine: Any) -> Iterator[None]:
 def _differs(engine: Any, *, own: float, ours: float) -> AttnimgError:
     return AttnimgError(
         f"the loss of {_class_name(engine)} is not the negative log-likelihood of its logits",
-        why=f"found {own:.4f} by its forward with labels, {ours:.4f} by its logits where each "
-        "predicts the next token\nneeded the same, apart from an aux_loss that it returns",
-        do="train it with its own code: attnimg minimizes the next token's log-likelihood",
+        why=f"found {own:.4f} by its forward with labels, {ours:.4f} from its logits for the "
+        "next tokens\nneeded the same, apart from an aux_loss that it returns",
+        do="train it with its own training code; attnimg minimizes the negative log-likelihood of "
+        "the next token",
         code="loss-differs",
         key="base_model",
         exit_code=1,

@@ -1,4 +1,4 @@
-"""Refuse rows that are longer than a model's table of positions; warn of rows beyond its RoPE."""
+"""Refuse a sequence_len beyond a model's table of positions; warn of one beyond its RoPE."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ def judge_positions(config: Config, raw: Mapping[str, Any]) -> Finding | None:
         raw: the model's config.json.
 
     Returns:
-        A warning for rotary positions beyond those that the config names; None where they suffice
-        or are not named.
+        A warning for rotary positions beyond those of the config; None where they suffice or are
+        unknown.
 
     Raises:
-        AttnimgError: code positions-short: the model has a table of positions, and a row of
-            sequence_len tokens does not fit in.
+        AttnimgError: the model's table of positions is shorter than sequence_len (code
+            positions-short).
     """
     part = _language_part(raw)
     type_ = str(part.get("model_type") or raw.get("model_type"))
@@ -36,7 +36,7 @@ def judge_positions(config: Config, raw: Mapping[str, Any]) -> Finding | None:
         if config.sequence_len <= found:
             return None
         raise AttnimgError(
-            f"{config.base_model} has {found:,} positions, fewer than a row of sequence_len",
+            f"{config.base_model} has {found:,} positions, fewer than sequence_len",
             why=f"found {found:,} positions ({type_}, {table.keys[0]} in config.json); "
             f"needed sequence_len {config.sequence_len:,}",
             do=f"set sequence_len: {found}",
@@ -49,28 +49,28 @@ def judge_positions(config: Config, raw: Mapping[str, Any]) -> Finding | None:
     return Finding(
         code="positions-beyond",
         key="sequence_len",
-        what=f"sequence_len {config.sequence_len:,} is more than the {reach:,} positions that "
-        f"{config.base_model} was made for: it was not trained on later ones",
+        what=f"sequence_len {config.sequence_len:,} exceeds the {reach:,} positions of "
+        f"{config.base_model}, which was not trained on later ones",
         do=f"set sequence_len: {reach}, or scale its RoPE by rope_parameters in its "
         "config.json, such as rope_type yarn and a factor",
     )
 
 
 def _reserved(table: PositionTable, part: Mapping[str, Any]) -> int:
-    """Return how many positions no token has: those up to the padding's, where any are."""
+    """Return how many positions no token can have."""
     padding = part.get("pad_token_id")
     return padding + 1 if table.reserved and isinstance(padding, int) else table.reserved
 
 
 def rope_reach(part: Mapping[str, Any]) -> int | None:
-    """Return how many positions a config's RoPE was made for, its scaling counted in.
+    """Return how many positions a config's RoPE covers, including its scaling.
 
     Args:
-        part: of config.json, what describes the language model.
+        part: the part of config.json that describes the language model.
 
     Returns:
         max_position_embeddings, or the original length times the factor where that is more; None
-        where the config has no such length, or ALiBi in place of RoPE.
+        where the config has no such length, or ALiBi instead of RoPE.
     """
     longest = part.get("max_position_embeddings")
     if type(longest) is not int or part.get("alibi"):

@@ -43,10 +43,11 @@ def keeps_float32(config: Config, *, context: RunContext, needs_dtype_cast: bool
     return context.autocast == "bfloat16" and plain
 
 
-def lift_embeddings_and_norms(model: Any) -> None:
+def cast_embeddings_and_norms(model: Any) -> None:
     """Cast embeddings and norms of `model` to float32, in place.
 
-    `model.attnimg_lifted` then has what the others were: name -> dtype, for `lower_lifted`.
+    Their loaded dtypes, by name, are kept in `model.attnimg_loaded_dtypes` for
+    `restore_loaded_dtypes`.
     """
     import torch
 
@@ -57,11 +58,11 @@ def lift_embeddings_and_norms(model: Any) -> None:
         if norm or leaf in EMBEDDING_NAMES:
             module.to(torch.float32)
     after = _floating(model)
-    model.attnimg_lifted = {k: dtype for k, dtype in before.items() if after[k] != dtype}
+    model.attnimg_loaded_dtypes = {k: dtype for k, dtype in before.items() if after[k] != dtype}
 
 
 def _floating(model: Any) -> dict[str, torch.dtype]:
-    """Return the dtype of each parameter and buffer of floating-point numbers."""
+    """Return the dtype of each floating-point parameter and buffer."""
     weights = dict(model.named_parameters()) | dict(model.named_buffers())
     return {name: weight.dtype for name, weight in weights.items() if weight.is_floating_point()}
 

@@ -1,7 +1,7 @@
-"""Dequantize a checkpoint that is quantized, keep it under an adapter, or refuse it by name.
+"""Dequantize a quantized checkpoint, keep it quantized under an adapter, or refuse it.
 
-Judged from config.json and the headers of the weights, before a weight is loaded. Without that,
-transformers would load quantized numbers as if they were weights.
+This is decided from config.json and the headers of the files, before any weight is loaded: in some
+cases transformers would load the quantized numbers as if they were weights.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ from attnimg.quantizations import (
     quantizations,
 )
 from attnimg.schema import Config
-from attnimg.train.stored import TORCH_NAMES, Stored, stored_tensors
+from attnimg.train.safetensors_headers import TORCH_NAMES, StoredTensor, stored_tensors
 
 if TYPE_CHECKING:
     import torch
 
 _UNQUANTIZED = "set base_model to the checkpoint that it was quantized from"
-# What names end in that only quantized checkpoints have: gptq and awq, compressed-tensors, mxfp4,
-# bitsandbytes. float8 needs no name.
+# Endings of names that only quantized checkpoints have: gptq and awq, compressed-tensors, mxfp4,
+# bitsandbytes. float8 is recognized by its dtype.
 _PACKED = (
     ".qweight", ".weight_packed", "_blocks", ".SCB", ".absmax", ".weight_scale", "_scale_inv",
 )  # fmt: skip
 _INTEGERS = frozenset({"U8", "I8", "I32"})
 # What a checkpoint that is not quantized holds: weights, and buffers of positions and masks.
 _WHOLE = frozenset({*TORCH_NAMES, "I64", "BOOL"})
-# Where an fp8 checkpoint keeps the scale of NAME.weight.
+# Names of the scale of a weight in fp8 checkpoints.
 # Source: transformers 5.22.2, quantizer_finegrained_fp8.py, update_weight_conversions (2026-11-27).
 _SCALES = ("{name}_scale_inv", "{module}.scale", "{module}.qscale_weight")
 
@@ -46,19 +46,19 @@ _SCALES = ("{name}_scale_inv", "{module}.scale", "{module}.qscale_weight")
 def judge_quantization(
     config: Config, raw: Mapping[str, Any], *, packages: Mapping[str, str] | None
 ) -> Finding | None:
-    """Judge what a run does with a checkpoint's quantization_config.
+    """Check that a run can use a checkpoint's quantization_config.
 
     Args:
         config: the validated run.
         raw: the model's config.json.
-        packages: what is installed; None where every package is assumed.
+        packages: the installed distributions; None assumes that all are.
 
     Returns:
         A warning where the weights are dequantized, which takes more memory than the files; None
-        where nothing is to be said.
+        otherwise.
 
     Raises:
-        AttnimgError: code quantized-checkpoint: the run can't use it; what to set is named.
+        AttnimgError: code quantized-checkpoint: the run can't use it.
     """
     found = quantization_of(raw)
     if found is None:
@@ -87,9 +87,9 @@ def judge_quantization(
         code="dequantized",
         key="base_model",
         what=f"{config.base_model} is quantized ({method}): its weights are dequantized while they "
-        "are loaded, and what is saved is not quantized",
-        do="count on 2 bytes a weight in memory, or 4 in float32"
-        + ("" if config.adapter else "; adapter: lora trains fewer"),
+        "are loaded, and the saved model is not quantized",
+        do="plan for 2 bytes of memory per weight, or 4 in float32"
+        + ("" if config.adapter else "; adapter: lora trains fewer weights"),
     )
 
 
@@ -107,7 +107,7 @@ def _require_packages(
             config,
             method,
             why=f"found {f'{needed.name} {found}' if found else f'no {needed.name}'}; "
-            f"needed {text}, which transformers loads {method} weights with",
+            f"needed {text}, with which transformers loads {method} weights",
             do=f"pip install '{text}', or {_UNQUANTIZED}",
         )
 
@@ -115,14 +115,14 @@ def _require_packages(
 def _require_adapter(
     config: Config, method: str, row: Quantization, found: Mapping[str, Any]
 ) -> None:
-    """Refuse full fine-tuning of weights that stay quantized, and other bits than they have."""
+    """Refuse full fine-tuning of weights that stay quantized, and keys that name other bits."""
     bits = row.bits if method.startswith("bitsandbytes") else bits_of(found)
     if row.bits is not None and bits != row.bits:
         raise _refusal(
             config,
             method,
             why=f"found weights of {bits or 'an unknown number of'} bits; "
-            f"{method} weights are trained on in {row.bits} bits only",
+            f"only {method} weights of {row.bits} bits can be trained",
             do=_UNQUANTIZED,
         )
     fitting = "qlora" if bits == 4 else "lora"
@@ -130,7 +130,7 @@ def _require_adapter(
         raise _refusal(
             config,
             method,
-            why="quantized weights can't be trained themselves; found no adapter",
+            why="quantized weights are frozen, so an adapter is needed; found none",
             do=f"set adapter: {fitting}, or {_UNQUANTIZED}",
             key="adapter",
         )
@@ -148,14 +148,14 @@ def _require_adapter(
         raise _refusal(
             config,
             method,
-            why="found adapter: qlora, which is 4 bit; the checkpoint's weights are not",
+            why="found adapter: qlora, which needs 4-bit weights of bitsandbytes",
             do="set adapter: lora",
             key="adapter",
         )
 
 
 def _asks_to_quantize(config: Config) -> tuple[str, str] | None:
-    """Return the setting that asks for quantized weights, and what to set in its place."""
+    """Return the setting that asks to quantize weights, and what to set instead."""
     for key in ("load_in_8bit", "load_in_4bit"):
         if getattr(config, key):
             return f"{key}: true", f"remove {key} and set adapter: lora"
@@ -163,7 +163,7 @@ def _asks_to_quantize(config: Config) -> tuple[str, str] | None:
 
 
 def require_known_weights(config: Config, folder: Path, raw: Mapping[str, Any]) -> None:
-    """Refuse stored numbers that would be loaded as weights though they are quantized.
+    """Refuse quantized numbers that would be loaded as if they were weights.
 
     Args:
         config: the validated run.
@@ -204,7 +204,9 @@ def require_known_weights(config: Config, folder: Path, raw: Mapping[str, Any]) 
         _require_scale(config, name, tensor, stored)
 
 
-def _require_scale(config: Config, name: str, tensor: Stored, stored: Mapping[str, Stored]) -> None:
+def _require_scale(
+    config: Config, name: str, tensor: StoredTensor, stored: Mapping[str, StoredTensor]
+) -> None:
     """Refuse a float8 weight whose scale is not stored, or does not divide it into blocks."""
     module = name.rpartition(".")[0]
     names = [pattern.format(name=name, module=module) for pattern in _SCALES]
@@ -213,8 +215,7 @@ def _require_scale(config: Config, name: str, tensor: Stored, stored: Mapping[st
         raise _refusal(
             config,
             "fp8",
-            why=f"found {name} in {tensor.dtype} without {names[0]}; without its scale it is no "
-            "weight",
+            why=f"found {name} in {tensor.dtype} without {names[0]}; its values need that scale",
             do=f"download the checkpoint again, whole, or {_UNQUANTIZED}",
         )
     blocks = scale.shape[-2:] if len(scale.shape) > 1 else (1, 1)
@@ -228,31 +229,31 @@ def _require_scale(config: Config, name: str, tensor: Stored, stored: Mapping[st
         )
 
 
-def _looks_quantized(name: str, tensor: Stored) -> bool:
+def _looks_quantized(name: str, tensor: StoredTensor) -> bool:
     if tensor.dtype.startswith(("F8", "F4", "F6")) or name.endswith(_PACKED):
         return True
     return tensor.dtype in _INTEGERS and name.endswith(".weight")
 
 
-def read_as_said(
+def use_stored_quantization(
     model_config: Any, *, dtype: DType
 ) -> Literal["dequantized", "kept", "refused"] | None:
-    """Make transformers read a checkpoint's weights as its quantization_config says.
+    """Make transformers load a checkpoint by its own quantization_config.
 
-    The checkpoint's own values stay: a quantization_config given to from_pretrained would replace
-    its list of layers that are not quantized.
+    A quantization_config passed to from_pretrained would replace its list of layers that are not
+    quantized.
 
     Args:
         model_config: the transformers configuration to load with; changed in place.
         dtype: the run's precision.
 
     Returns:
-        What happens to its weights; None where they are not quantized.
+        `loaded` of its row in data/quantizations.toml; None where it is not quantized.
     """
     found = quantization_of(model_config.to_dict())
     if found is None:
         return None
-    # One at the top is what transformers takes off again, so that the saved config has none.
+    # transformers removes it from the saved config only where it stands at the top level.
     for part in (model_config, *(getattr(model_config, name, None) for name in LANGUAGE_PARTS)):
         for key in ("quantization_config", "compression_config"):
             if getattr(part, key, None) is not None:
@@ -266,12 +267,12 @@ def read_as_said(
     return loaded
 
 
-def cast_others(model: Any, dtype: torch.dtype) -> None:
-    """Cast the weights of a quantized checkpoint that transformers leaves in their stored dtype.
+def cast_unquantized(model: Any, dtype: torch.dtype) -> None:
+    """Cast the weights that are not quantized in a quantized checkpoint to the requested dtype.
 
     Args:
-        model: as it was loaded.
-        dtype: what was asked for; what the class keeps in float32 stays so.
+        model: as it was loaded; weights that its class keeps in float32 are not cast.
+        dtype: the requested dtype.
     """
     import torch
 
@@ -290,7 +291,7 @@ def _refusal(
     config: Config, method: str, *, why: str, do: str, key: str = "base_model"
 ) -> AttnimgError:
     return AttnimgError(
-        f"{config.base_model} is quantized ({method}), and this run cannot use it so",
+        f"{config.base_model} is quantized ({method}), and this run cannot use it that way",
         why=why,
         do=do,
         code="quantized-checkpoint",

@@ -1,4 +1,4 @@
-"""Compare a run with the checkpoint it resumes from: what may change is said, the rest refused."""
+"""Compare a run with the checkpoint it resumes from: print allowed changes, refuse the others."""
 
 from __future__ import annotations
 
@@ -12,33 +12,33 @@ import yaml
 from attnimg.errors import AttnimgError
 from attnimg.schema import Config
 from attnimg.train import checkpoint as checkpoints
-from attnimg.train.identity import TAKEN, settings_of
+from attnimg.train.identity import CHANGEABLE, settings_of
 
-# What attnimg 0.1.0 wrote: these keys of the config, beside processes, rows and tokens.
+# Keys of the config in the identity that attnimg 0.1.0 wrote, next to processes, rows and tokens.
 EARLIER_KEYS = ("micro_batch_size", "gradient_accumulation_steps", "seed")
-# Backends that compute another function than attention, or approximate it.
+# Backends that compute something else than exact attention.
 INEXACT = frozenset({"s2", "fp8", "sage", "kernels-community/sage-attention"})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Change:
-    """One thing in which a run differs from its checkpoint.
+    """A difference between a run and its checkpoint.
 
     Attributes:
-        key: the config's key.
-        before: in the checkpoint's run.
-        now: in this run.
-        back: the edit that makes them the same.
+        key: key of the config.
+        before: its value in the checkpoint's run.
+        now: its value in this run.
+        revert: the edit that removes the difference.
     """
 
     key: str
     before: object
     now: object
-    back: str
+    revert: str
 
 
 def identity_in(checkpoint: Path) -> dict[str, Any]:
-    """Return the identity that a checkpoint carries; empty for one of another program."""
+    """Return the identity in a checkpoint; empty where another program wrote it."""
     found: Any = checkpoints.read_state(checkpoint).get("identity", {})
     if not found or "keys" in found:
         return dict(found)
@@ -50,8 +50,8 @@ def check_settings(config: Config, point: checkpoints.ResumePoint | None) -> Non
     """Refuse a run that resumes with other keys or another model, before anything is loaded.
 
     Raises:
-        AttnimgError: a key that alters the result is changed (resume-differs), or max_steps lies
-            behind the checkpoint (resume-past-end).
+        AttnimgError: a key that changes the result differs (resume-differs), or max_steps ends
+            before the checkpoint (resume-past-end).
     """
     if point is None or point.path is None:
         return
@@ -71,10 +71,10 @@ def require_steps(total: int, config: Config, point: checkpoints.ResumePoint | N
     key = "max_steps" if config.max_steps else "num_epochs"
     raise AttnimgError(
         f"{key} ends the run before the checkpoint it resumes from",
-        why=f"found {key}: {shown(getattr(config, key))}, which is step {total}; "
-        f"{point.path.name} has {point.step} steps behind it",
-        do=f"set max_steps: {point.step} for the model as it is in {point.path.name}, "
-        "or a higher number to train on",
+        why=f"found {key}: {as_yaml(getattr(config, key))}, which is step {total}; "
+        f"{point.path.name} was written after step {point.step}",
+        do=f"set max_steps: {point.step} to keep the model of {point.path.name}, or a "
+        "higher number to continue training",
         code="resume-past-end",
         key=key,
     )
@@ -83,10 +83,10 @@ def require_steps(total: int, config: Config, point: checkpoints.ResumePoint | N
 def require_same(
     now: Mapping[str, Any], config: Config, point: checkpoints.ResumePoint | None
 ) -> None:
-    """Refuse to resume with another identity; parts that one of the two lacks are not compared.
+    """Refuse to resume with another identity; parts that only one of them has are not compared.
 
     Raises:
-        AttnimgError: it names each changed key with both values (resume-differs).
+        AttnimgError: code resume-differs; it has each changed key with both values.
     """
     if point is None or point.path is None:
         return
@@ -98,24 +98,24 @@ def require_same(
     new_run = "set another output_dir"
     if config.resume_from_checkpoint:
         new_run += " and remove resume_from_checkpoint"
-    why = [f"{c.key}: found {shown(c.now)}; {name} was trained with {shown(c.before)}"
+    why = [f"{c.key}: found {as_yaml(c.now)}; {name} was trained with {as_yaml(c.before)}"
            for c in changes]  # fmt: skip
     raise AttnimgError(
         f"{name} can't be resumed with another {keys}",
         why="\n".join(why),
-        do="\n".join((*(change.back for change in changes), f"or, for a new run, {new_run}")),
+        do="\n".join((*(change.revert for change in changes), f"or, for a new run, {new_run}")),
         code="resume-differs",
         key=changes[0].key,
     )
 
 
-def taken(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
-    """List the keys that changed and are taken as they are now."""
-    return [change for change in _changed_keys(before, now) if change.key in TAKEN]
+def accepted_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
+    """Return the changed keys whose new values are used."""
+    return [change for change in _changed_keys(before, now) if change.key in CHANGEABLE]
 
 
-def notes(before: Mapping[str, Any], now: Mapping[str, Any], *, name: str) -> list[str]:
-    """Return sentences on what changed without being refused, and on what can't be compared.
+def resume_notes(before: Mapping[str, Any], now: Mapping[str, Any], *, name: str) -> list[str]:
+    """Return lines for the user on accepted changes, and on what can't be compared.
 
     Args:
         before: the checkpoint's identity.
@@ -123,8 +123,8 @@ def notes(before: Mapping[str, Any], now: Mapping[str, Any], *, name: str) -> li
         name: the checkpoint's.
     """
     said = [
-        f"{c.key}: {shown(c.before)} until {name}, {shown(c.now)} from here on"
-        for c in taken(before, now)
+        f"{c.key}: {as_yaml(c.before)} until {name}, {as_yaml(c.now)} from here on"
+        for c in accepted_changes(before, now)
     ]
     lacking = {"model": "base_model", "data": "datasets", "attention": "attention"}
     unknown = [text for part, text in lacking.items() if before.get(part) is None]
@@ -132,11 +132,11 @@ def notes(before: Mapping[str, Any], now: Mapping[str, Any], *, name: str) -> li
         unknown = ["learning_rate and the other keys", *unknown]
     if unknown:
         said.append(
-            f"warning: {name} does not say what its run had: {', '.join(unknown)} can't be "
-            "compared, and this config's are used"
+            f"warning: {name} does not record all of its run: {', '.join(unknown)} can't be "
+            "compared; those of this config are used"
         )
-    for part, text in (("attention", "the same result but for rounding"),
-                       ("processes", "dropout draws other numbers"),
+    for part, text in (("attention", "results differ by rounding only"),
+                       ("processes", "dropout uses other random numbers"),
                        ("rows", "a step sees other rows"),
                        ("tokens", "a step sees other rows")):  # fmt: skip
         if part in before and before[part] != now[part]:
@@ -144,11 +144,10 @@ def notes(before: Mapping[str, Any], now: Mapping[str, Any], *, name: str) -> li
     return said
 
 
-def take_up(engine: Any, config: Config, before: Mapping[str, Any]) -> None:
-    """Make a resumed engine use the config's learning rate, length and intervals.
+def apply_config(engine: Any, config: Config, before: Mapping[str, Any]) -> None:
+    """Make a resumed engine use the config's learning rate, number of steps and intervals.
 
-    transformers restores all three from the checkpoint. With an unchanged config, this sets the
-    values that are there already.
+    transformers restores all three from the checkpoint. An unchanged config changes nothing.
 
     Args:
         engine: after transformers restored it.
@@ -158,7 +157,7 @@ def take_up(engine: Any, config: Config, before: Mapping[str, Any]) -> None:
     engine.state.compute_steps(engine.args, engine.state.max_steps)
     scheduler, groups = engine.lr_scheduler, engine.optimizer.param_groups
     rate = float(config.learning_rate or 0)
-    if not hasattr(scheduler, "lr_lambdas"):  # reduce_lr_on_plateau: keep what it reduced by
+    if not hasattr(scheduler, "lr_lambdas"):  # reduce_lr_on_plateau: keep its reductions so far
         then = before.get("keys", {}).get("learning_rate", rate)
         for group in groups if then != rate else ():
             _set(group, "lr", float(group["lr"]) / then * rate)
@@ -180,25 +179,25 @@ def _set(group: dict[str, Any], key: str, value: float) -> None:
 
 
 def _changed_keys(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
-    """List the keys of both whose values differ."""
+    """Return the keys that both have with different values."""
     there, here = before.get("keys", {}), now.get("keys", {})
     return [
         Change(
             key=key,
             before=there[key],
             now=here[key],
-            back=f"set {key}: {shown(there[key])}" if there[key] is not None
+            revert=f"set {key}: {as_yaml(there[key])}" if there[key] is not None
             else f"remove {key}",
         )
-        # A key that one of them lacks is newer than the checkpoint, or follows from another key.
+        # A key that only one of them has is newer than the checkpoint, or implied by another key.
         for key in sorted(there.keys() & here.keys())
         if there[key] != here[key]
     ]  # fmt: skip
 
 
 def _refused(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
-    """List what alters the result."""
-    changes = [change for change in _changed_keys(before, now) if change.key not in TAKEN]
+    """Return the changes that would change the result."""
+    changes = [change for change in _changed_keys(before, now) if change.key not in CHANGEABLE]
     return [*_batch(changes, before, now), *_model(before, now), *_data(before, now),
             *_computed(before, now)]  # fmt: skip
 
@@ -206,7 +205,7 @@ def _refused(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
 def _batch(
     changes: list[Change], before: Mapping[str, Any], now: Mapping[str, Any]
 ) -> list[Change]:
-    """Return the changes; more processes that accumulate less take the same rows in a step."""
+    """Return the changes; processes times accumulation steps may be divided in another way."""
     key = "gradient_accumulation_steps"
     then, here = before.get("processes"), now.get("processes")
     if None in (then, here) or then == here:
@@ -215,15 +214,15 @@ def _batch(
     steps, found = before["keys"][key], now["keys"][key]
     if steps * then == found * here:
         return others
-    back = f"start {then} processes with {key}: {steps}"
+    revert = f"start {then} processes with {key}: {steps}"
     if steps * then % here == 0:
-        back = f"set {key}: {steps * then // here}"
+        revert = f"set {key}: {steps * then // here}"
     before_text, now_text = f"{steps} in {then} process(es)", f"{found} in {here}"
-    return [*others, Change(key=key, before=before_text, now=now_text, back=back)]
+    return [*others, Change(key=key, before=before_text, now=now_text, revert=revert)]
 
 
 def _model(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
-    """Return the changed model, which is compared by its files."""
+    """Return the change of the model, which is compared by its files."""
     then, here = before.get("model"), now.get("model")
     if not then or not here:
         return []
@@ -232,9 +231,9 @@ def _model(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
         return []
     what = {"config": "config.json", "weights": "weights"}
     moved = then["path"] != here["path"] or then["revision"] != here["revision"]
-    back = f"set base_model: {shown(then['path'])}"
+    revert = f"set base_model: {as_yaml(then['path'])}"
     if then["revision"]:
-        back += f" and revision_of_model: {shown(then['revision'])}"
+        revert += f" and revision_of_model: {as_yaml(then['revision'])}"
     texts = [f"{side['path']} ({', '.join(f'{what[p]} {side[p][:12]}' for p in parts)})"
              for side in (then, here)]  # fmt: skip
     return [
@@ -242,7 +241,7 @@ def _model(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
             key="base_model",
             before=texts[0],
             now=texts[1],
-            back=back if moved else f"put the earlier files back into {here['path']}",
+            revert=revert if moved else f"put the earlier files back into {here['path']}",
         )
     ]
 
@@ -261,17 +260,17 @@ def _data(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
     for key in sorted(then.keys() | here.keys()):
         old, new = then.get(key), here.get(key)
         if old is None or new is None:
-            there = shown(old["spec"]) if old else ""
-            back = f"add {key}: {there}" if old else f"remove {key}"
+            there = as_yaml(old["spec"]) if old else ""
+            revert = f"add {key}: {there}" if old else f"remove {key}"
             changes.append(Change(key=key, before=old and old["spec"], now=new and new["spec"],
-                                  back=back))  # fmt: skip
+                                  revert=revert))  # fmt: skip
         elif old["content"] != new["content"] and not _dated(old, new):
             changes += _source(key, old, new)
     return changes
 
 
 def _dated(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
-    """Return whether a source differs by no more than the date that its template writes."""
+    """Return whether a source may differ only by the date that its chat template writes."""
     return bool(
         old["dated"]
         and new["dated"]
@@ -290,16 +289,16 @@ def _source(key: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Ch
     if not fields:
         texts = [f"{side['documents']} documents, {side['tokens']} tokens, content "
                  f"{side['content'][:12]}" for side in (old, new)]  # fmt: skip
-        back = (
-            f"put the earlier files of {shown(new['spec'].get('path'))} and of its tokenizer back"
+        revert = (
+            f"put the earlier files of {as_yaml(new['spec'].get('path'))} and of its tokenizer back"
         )
-        return [Change(key=key, before=texts[0], now=texts[1], back=back)]
+        return [Change(key=key, before=texts[0], now=texts[1], revert=revert)]
     return [
         Change(
             key=f"{key}.{name}",
             before=old["spec"].get(name),
             now=new["spec"].get(name),
-            back=f"set {key}.{name}: {shown(old['spec'][name])}" if name in old["spec"]
+            revert=f"set {key}.{name}: {as_yaml(old['spec'][name])}" if name in old["spec"]
             else f"remove {key}.{name}",
         )
         for name in fields
@@ -307,22 +306,22 @@ def _source(key: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Ch
 
 
 def _computed(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
-    """Return a change of precision, and of attention to or from one that approximates."""
+    """Return a change of precision, and of attention to or from an INEXACT backend."""
     changes = []
     then, here = before.get("precision"), now.get("precision")
     if then and here and then != here:
         key = "fp16" if "float16" in then.split() else "bf16"
         value = {"float32": "false", "bfloat16": "full"}.get(then, "true")
-        changes.append(Change(key=key, before=then, now=here, back=f"set {key}: {value}"))
+        changes.append(Change(key=key, before=then, now=here, revert=f"set {key}: {value}"))
     then, here = before.get("attention"), now.get("attention")
     if then and here and then != here and {then, here} & INEXACT:
         changes.append(Change(key="attn_implementation", before=then, now=here,
-                              back=f"set attn_implementation: {then}"))  # fmt: skip
+                              revert=f"set attn_implementation: {then}"))  # fmt: skip
     return changes
 
 
-def shown(value: object) -> str:
-    """Return a value as YAML has it on one line."""
+def as_yaml(value: object) -> str:
+    """Return a value as YAML on one line."""
     if value is None:
         return "none"
     text: str = yaml.safe_dump(value, default_flow_style=True, width=2**16, allow_unicode=True)

@@ -58,7 +58,7 @@ class CountingCollator:
         return batch
 
     def without_fixed_length(self) -> CountingCollator:
-        """Return a collator that pads to the longest row alone."""
+        """Return a collator that pads only to the longest row."""
         return CountingCollator(replace(self.collate, pad_to=None), capacity=None)
 
 

@@ -44,7 +44,7 @@ class FitResult:
         loss: of the last logged window of steps; None when no step was left to train.
         eval_loss: of the last evaluation, per trained token; None without one.
         aux_loss: the auxiliary loss of a mixture of experts in that window, without its weight;
-            None where the model is not asked for it.
+            None where the model computes none.
         tokens: real tokens seen, padding left out, earlier sessions included.
         seconds: wall time of this session.
         files: what was written, in the order a person looks for it.

@@ -14,7 +14,7 @@ from attnimg.facts import RunContext
 from attnimg.schema import Config
 from attnimg.train.arguments import training_arguments
 from attnimg.train.checkpoint import ResumePoint
-from attnimg.train.distributed import worded_losses
+from attnimg.train.distributed import lost_rank_errors
 from attnimg.train.loss_facts import LossCheck, sentence
 from attnimg.train.progress import ProgressView
 from attnimg.train.rows import Rows
@@ -43,7 +43,7 @@ class Session:
         evaluation: rows to evaluate on; None without.
         schedule: the run counted in steps.
         restored: the run's own state in the checkpoint it goes on from; empty for a new run.
-        identity: what decides the run's result; saved with each checkpoint.
+        identity: what determines the run's result (identity.py); saved with each checkpoint.
     """
 
     config: Config
@@ -133,11 +133,11 @@ def _require_context(engine: Any, context: RunContext, *, deepspeed: bool) -> No
 
 
 def check_own_loss(engine: Any, session: Session) -> LossCheck:
-    """Compare the trainer's loss with the model's own; say where another head is used.
+    """Compare the trainer's loss with the model's own, and print the result.
 
     Raises:
-        AttnimgError: the class's loss is none of its logits (loss-differs), or it raises
-            (model-raised); exit code 1.
+        AttnimgError: the class's loss is not that of its logits (loss-differs), or the model
+            raises (model-raised); exit code 1.
     """
     from attnimg.train.own_loss import check_loss
 
@@ -158,8 +158,8 @@ def run_engine(engine: Any, session: Session) -> list[str]:
     """Train to the end, or to an early stop; give the notes of how it ended.
 
     Raises:
-        AttnimgError: the GPU's memory is full (out-of-memory), or another process is gone or does
-            not answer (rank-lost); exit code 1.
+        AttnimgError: the GPU's memory is full (out-of-memory), or another process has ended or
+            does not answer (rank-lost); exit code 1.
     """
     import torch
 
@@ -174,7 +174,7 @@ def run_engine(engine: Any, session: Session) -> list[str]:
             engine.evaluate_missed()
         return [f"all {total} steps were done already at {point}"]
     try:
-        with worded_losses(session.config.ddp_timeout):
+        with lost_rank_errors(session.config.ddp_timeout):
             engine.train(resume_from_checkpoint=str(point) if point else None)
     except torch.OutOfMemoryError as error:
         raise AttnimgError(

@@ -68,7 +68,7 @@ class StopFlag:
             raise Stopped(number)
 
     def _leave_terminals(self) -> None:
-        """Print to nowhere from now on: writing to a terminal that hung up raises EIO."""
+        """Discard further output: writing to a closed terminal raises EIO."""
         nowhere = os.open(os.devnull, os.O_WRONLY)
         for number in self._terminals:
             os.dup2(nowhere, number)
@@ -79,7 +79,7 @@ class StopFlag:
 def stop_signals() -> Iterator[StopFlag]:
     """Listen to Ctrl-C, SIGTERM and SIGHUP inside the block; restore the handlers after it.
 
-    A SIGHUP that is ignored stays so: nohup(1) asks for that.
+    An ignored SIGHUP stays ignored, as nohup(1) requires.
     """
     flag = StopFlag()
     numbers = [signal.SIGINT, signal.SIGTERM]

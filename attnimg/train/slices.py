@@ -1,4 +1,4 @@
-"""Take a small slice of the rows to train on, for a check before the first step."""
+"""Build a small batch from the first training rows, for a check before the first step."""
 
 from __future__ import annotations
 
@@ -8,29 +8,29 @@ from typing import Any
 from attnimg.train.collate import NO_LOSS
 from attnimg.train.rows import Batch, Rows
 
-# Memory that the float32 logits of a slice may take; a backward pass holds about four such tensors.
+# Memory for the float32 logits of the batch; a backward pass holds about four such tensors.
 LOGITS_MIB = 128
 MOST_TOKENS = 512
 MOST_DOCUMENTS = 16
-# Rows to look through for a trained token.
+# Rows that are searched for documents with a trained token.
 ROWS = 64
-# Tokens kept before the first trained token of a document that is cut.
+# Tokens kept before the first trained token of a cut document.
 LEAD = 8
 
 
 def slice_tokens(vocabulary: int) -> int:
-    """Return how many tokens a slice has at most, padding included."""
+    """Return the largest number of tokens of the batch, padding included."""
     return max(32, min(MOST_TOKENS, LOGITS_MIB * 2**20 // (4 * vocabulary)))
 
 
 def first_batch(rows: Rows, *, tokens: int) -> Batch | None:
     """Collate the first documents that have a trained token; None where there are none.
 
-    Documents are cut to half the slice at most, so that packed rows hold two or more.
+    Documents are cut to half of the tokens, so that a packed row holds two or more.
 
     Args:
-        rows: to train on.
-        tokens: of the slice, padding included.
+        rows: the training rows.
+        tokens: the largest number of tokens, padding included.
     """
     taken: list[dict[str, Any]] = []
     for document in _documents(rows):
@@ -66,7 +66,7 @@ def _documents(rows: Rows) -> Iterator[dict[str, Any]]:
 
 
 def _cut(document: dict[str, Any], length: int) -> dict[str, Any]:
-    """Cut a document to `length` tokens from shortly before its first trained one."""
+    """Cut a document to `length` tokens, starting shortly before its first trained one."""
     first = next(i for i, label in enumerate(document["labels"]) if i and label != NO_LOSS)
     begin = max(0, min(first - LEAD, len(document["labels"]) - length))
     return {name: values[begin : begin + length] for name, values in document.items()}

@@ -8,7 +8,7 @@ from typing import Any
 
 from attnimg.errors import AttnimgError
 from attnimg.schema import Config
-from attnimg.train.new_rows import has_row, may_pad, require_trained_tokens
+from attnimg.train.new_tokens import has_embedding, may_add_pad_token, require_trained_tokens
 
 
 def load_tokenizer(config: Config, *, say: Callable[[str], None]) -> Any:
@@ -30,10 +30,12 @@ def load_tokenizer(config: Config, *, say: Callable[[str], None]) -> Any:
     known = set(tokenizer.get_vocab())
     specials = {name: token for name, token in (config.special_tokens or {}).items() if token}
     extra = specials.pop("additional_special_tokens", [])
-    if "pad_token" in specials and not may_pad(config, tokenizer, str(specials["pad_token"])):
+    if "pad_token" in specials and not may_add_pad_token(
+        config, tokenizer, str(specials["pad_token"])
+    ):
         say(
             f"special_tokens: pad_token {specials.pop('pad_token')!r} is not added: the embeddings "
-            f"have no row for it, and adapter: {config.adapter} adds none"
+            f"have no row for it, and adapter: {config.adapter} does not add one"
         )
     tokenizer.add_special_tokens({name: str(token) for name, token in specials.items()})
     if extra:
@@ -45,7 +47,7 @@ def load_tokenizer(config: Config, *, say: Callable[[str], None]) -> Any:
     others = {tokenizer.eos_token, tokenizer.bos_token, tokenizer.unk_token, *extra}
     pad_alone = {tokenizer.pad_token} - others - set(config.tokens or [])
     require_trained_tokens(config, set(tokenizer.get_vocab()) - known - pad_alone)
-    if not has_row(config, tokenizer.pad_token_id):
+    if not has_embedding(config, tokenizer.pad_token_id):
         lacks = "the tokenizer has no pad token"
         if tokenizer.pad_token is not None:
             lacks = f"the model has no embedding for {tokenizer.pad_token!r}"

@@ -1,8 +1,8 @@
-"""Train the language model of a checkpoint that also sees or hears, and keep its other parts.
+"""Train only the language model of a multimodal checkpoint; freeze its vision and audio towers.
 
-Such a checkpoint is loaded by its own class, not by the one of its language model: what is saved
-has all its weights, and loads as before. Training on text moves the language model alone, so the
-vision and audio parts, and what connects them, are frozen.
+Such a checkpoint is loaded by its own class, not by the class of its language model, so that the
+saved model has all its weights. Training on text trains the language model only: the towers, and
+the layers that connect them, are frozen.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from attnimg.model_classes import read_causal_types
 from attnimg.schema import Config
 from attnimg.train.causal import DEFAULT
 
-# The parts of config.json that describe what is no language model.
+# Fields of config.json that describe other parts than the language model.
 OTHER_PARTS = ("vision_config", "audio_config", "vq_config", "speech_config")
-# What an AutoProcessor reads beside the tokenizer.
+# Files that an AutoProcessor reads besides the tokenizer's.
 PROCESSOR_FILES = (
     "processor_config.json", "preprocessor_config.json", "image_processor_config.json",
     "video_preprocessor_config.json",
@@ -27,69 +27,69 @@ PROCESSOR_FILES = (
 
 
 def class_to_load(config: Config, raw: Mapping[str, Any]) -> str:
-    """Name the class of transformers that loads a checkpoint.
+    """Return the name of the transformers class that loads a checkpoint.
 
     Args:
         config: the validated run; its model_type is the user's choice.
         raw: the model's config.json.
 
     Returns:
-        The class that config.json names where AutoModelForCausalLM would drop what is not the
-        language model, or not load it at all.
+        model_type where the config has it, otherwise AutoModelForCausalLM, or the multimodal class
+        where AutoModelForCausalLM would load only the language model or nothing.
     """
-    # Asked for by name, it loads the language model alone where it loads anything.
+    # AutoModelForCausalLM loads the language model of the other types where it is asked for.
     loads_all = raw.get("model_type") in read_causal_types().text_trained
     if config.model_type and not (config.model_type == DEFAULT and loads_all):
         return config.model_type
-    return _whole_class(raw) or DEFAULT
+    return _multimodal_class(raw) or DEFAULT
 
 
 def judge_towers(config: Config, raw: Mapping[str, Any]) -> Finding | None:
-    """Return a warning where parts of a checkpoint are frozen, or dropped at the user's will."""
+    """Return a warning where parts of a checkpoint are frozen, or dropped because of model_type."""
     parts = [name for name in OTHER_PARTS if isinstance(raw.get(name), Mapping)]
     if not parts or (config.trust_remote_code and "auto_map" in raw):
         return None
     named = ", ".join(name.removesuffix("_config") for name in parts)
-    whole = _whole_class(raw)
-    divisible = raw.get("model_type") in read_causal_types().whole
+    whole = _multimodal_class(raw)
+    divisible = raw.get("model_type") in read_causal_types().multimodal
     if divisible and whole is None:
         return None
     if divisible and config.model_type == DEFAULT:
         return Finding(
             code="loses-towers",
             key="model_type",
-            what=f"{config.base_model} has parts beside its language model ({named}), which "
-            f"{DEFAULT} drops: what is saved is its language model alone",
+            what=f"{config.base_model} has parts besides its language model ({named}), which "
+            f"{DEFAULT} drops: only the language model is saved",
             do=f"remove model_type: {whole} keeps them",
         )
     return Finding(
         code="towers-frozen",
         key="base_model",
-        what=f"{config.base_model} has parts beside its language model ({named}): they are frozen, "
-        "and saved as they are",
-        do=f"set model_type: {DEFAULT} if its language model alone should be saved"
+        what=f"{config.base_model} has parts besides its language model ({named}): they are "
+        "frozen, and saved unchanged",
+        do=f"set model_type: {DEFAULT} to save only its language model"
         if divisible
-        else "count on their memory, too: they are loaded with the language model",
+        else "plan for their memory: they are loaded, too",
     )
 
 
-def _whole_class(raw: Mapping[str, Any]) -> str | None:
-    """Return the class of a checkpoint of which AutoModelForCausalLM loads a part or nothing."""
+def _multimodal_class(raw: Mapping[str, Any]) -> str | None:
+    """Return the multimodal class of a checkpoint; None where it has a language model only."""
     types = read_causal_types()
     type_ = str(raw.get("model_type"))
     if type_ in types.text_trained:
         return types.with_other_inputs[type_]
-    # One that names its language model's class has no other weights.
+    # A checkpoint whose architectures has the language model's class has no other weights.
     if types.causal.get(type_) in (raw.get("architectures") or ()):
         return None
-    return types.whole.get(type_)
+    return types.multimodal.get(type_)
 
 
-def of_the_language_model(model_config: Any, implementation: str) -> str | dict[str, str]:
-    """Return what from_pretrained takes to run an attention in the language model alone.
+def attention_by_part(model_config: Any, implementation: str) -> str | dict[str, str]:
+    """Return the attn_implementation that sets only the attention of the language model.
 
-    The other parts keep what transformers chooses for them: the attention was neither judged nor
-    proven for their layers, and their classes may not take it.
+    The other parts keep the default of transformers: the backend was neither judged nor proven for
+    their layers, and their classes may not support it.
 
     Args:
         model_config: a transformers configuration.
@@ -103,7 +103,7 @@ def of_the_language_model(model_config: Any, implementation: str) -> str | dict[
 
 
 def freeze_towers(model: Any) -> tuple[str, ...]:
-    """Freeze what is not the language model of a loaded model.
+    """Freeze all weights of a loaded model outside its language model.
 
     Args:
         model: a transformers model.
@@ -128,18 +128,18 @@ def freeze_towers(model: Any) -> tuple[str, ...]:
 
 
 def _language_parts(model: Any) -> Iterable[Any]:
-    """Return the decoder and the two ends of a model's language model."""
+    """Return the decoder and the input and output embeddings of a language model."""
     parts = (model.get_decoder(), model.get_input_embeddings(), model.get_output_embeddings())
     return [part for part in parts if part is not None]
 
 
 def keep_processor(config: Config, loaded: Mapping[str, Any], folder: Path) -> None:
-    """Copy what an AutoProcessor needs from a checkpoint that is no plain language model.
+    """Copy the files of the AutoProcessor of a multimodal checkpoint.
 
     Args:
         config: the validated run.
         loaded: the model's config before training, as `to_dict` gives it.
-        folder: where the trained model lies.
+        folder: of the trained model.
     """
     from transformers.utils import cached_file
 

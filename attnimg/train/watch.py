@@ -12,7 +12,7 @@ from attnimg.schema import Config
 from attnimg.train import metrics
 from attnimg.train.distributed import any_rank
 from attnimg.train.progress import ProgressView
-from attnimg.train.resume import take_up
+from attnimg.train.resume import apply_config
 from attnimg.train.signals import StopFlag
 
 # transformers' name -> the name in metrics.jsonl, in the order of a line.
@@ -34,7 +34,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]  # transformers' types are n
         stop: whether someone asked to stop.
         view: the bar.
         restored: the state of the checkpoint the run goes on from; empty for a new run.
-        config: the validated run where it resumes from a checkpoint; None for a new run.
+        config: the validated run if it resumes from a checkpoint; None for a new run.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]  # transformers' types are n
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Take up the sums, and the evaluation, that the session before left unfinished."""
         if self.config is not None:
-            take_up(self.engine, self.config, self.restored.get("identity", {}))
+            apply_config(self.engine, self.config, self.restored.get("identity", {}))
         self.engine.restore_window(self.restored)
         self.view.begin(state.global_step)
         self.stop.training = True

@@ -157,7 +157,7 @@ def explained(file: Path) -> list[str]:
 
 
 def variants(model_types: list[str]) -> dict[str, tuple[str, dict[str, Any]]]:
-    """Name what is trained of each type: its row of the record -> the type and its settings.
+    """Return the runs of each type: row of the record -> the type and its settings.
 
     A type that attends to both sides has a second row, for its decoders.
     """

@@ -1,4 +1,4 @@
-"""A few model types of docs/measured/families.json, trained now, come out as the record says."""
+"""Train a few model types of docs/measured/families.json and compare with the record."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ FOUND = json.loads(RECORD.read_text())["types"]
 
 @pytest.fixture(autouse=True)
 def _alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Skip the kernels' proofs, and take back what a run leaves in the environment."""
+    """Skip the kernels' proofs, and restore the environment after a run."""
     monkeypatch.setattr(command, "_computes_right", lambda session, found: (found, []))
     before = dict(os.environ)
     yield

@@ -1,4 +1,4 @@
-"""What training leaves in output_dir loads again as what was trained, by the class it came from.
+"""Check that a saved model loads again, by its own class, with the logits it had when trained.
 
 RELOAD=all (make test/reload) takes every type of TYPES and writes RECORD; without it a few stand
 for all.
@@ -26,8 +26,8 @@ from attnimg.cli.train import Session, fit_planned
 from attnimg.model_classes import read_causal_types
 from attnimg.train import fit
 from attnimg.train.quiet import silence_libraries
+from attnimg.train.safetensors_headers import TORCH_NAMES, stored_tensors
 from attnimg.train.signals import StopFlag
-from attnimg.train.stored import TORCH_NAMES, stored_tensors
 
 RECORD = Path(__file__).parents[2] / "docs" / "measured" / "reload.json"
 EVERY = os.environ.get("RELOAD") == "all"
@@ -46,14 +46,14 @@ TYPES = [
     "qwen2", "qwen2_moe", "qwen3", "qwen3_5_text", "qwen3_moe", "qwen3_next", "recurrent_gemma",
     "rwkv", "seed_oss", "smollm3", "stablelm", "starcoder2", "vaultgemma", "xglm", "zamba2",
 ]  # fmt: skip
-# These keep a vision or audio part beside the language model that is trained.
+# Multimodal types, whose language model is trained.
 WITH_TOWERS = ["gemma3", "got_ocr2", "qwen3_5", "qwen3_5_moe",
                *sorted(read_causal_types().text_trained)]  # fmt: skip
 # Tied and untied, an odd head, biases, experts, recurrent layers, a computed dtype.
 FEW = ["llama", "gpt2", "gemma2", "qwen3_moe", "mamba2"]
 FEW_WITH_TOWERS = ["qwen3_5", "mistral3"]
 
-# PEFT refuses adapters on the other layers of Mamba's kernels.
+# PEFT refuses adapters on other layers of Mamba.
 IN_PROJ = ["bamba", "falcon_h1", "falcon_mamba", "jamba", "mamba", "mamba2",
            "zamba2"]  # fmt: skip
 
@@ -80,7 +80,7 @@ def tokenizer_in(folder: Path) -> Any:
 
 
 def record() -> dict[str, Any]:
-    """Return what RECORD has to say when every row has passed."""
+    """Return the content of RECORD after all rows have passed."""
     return {
         "made by": "make test/reload",
         "transformers": metadata.version("transformers"),
@@ -125,7 +125,7 @@ def base(home: Path, model_type: str) -> Path:
 
 @pytest.fixture(autouse=True)
 def _environment() -> Iterator[None]:
-    """Take back what transformers leaves in the environment."""
+    """Restore the environment that transformers changes."""
     before = dict(os.environ)
     yield
     for name in os.environ.keys() - before.keys():
@@ -274,7 +274,7 @@ def keeps_float32(model: Any) -> bool:
 
 
 def assert_towers_kept(before: Path, after: Path, precision: str) -> None:
-    """Assert that all tensors are there, and that those of the towers are what they were."""
+    """Assert that all tensors are saved, and that those of the towers are unchanged."""
     from safetensors.torch import load_file
 
     old, new = (load_file(path / "model.safetensors") for path in (before, after))

@@ -1,7 +1,7 @@
-"""Advice that was tried: what each refusal says to do is applied to the config, and helps.
+"""Apply the advice of each refusal to its config, and check that it helps.
 
-The edit is read from the printed line, every alternative of it; what is then refused must be
-another thing, until nothing is. The last test finds advice in the source that nobody has tried.
+The edits are read from the printed line, one for each alternative. After an edit another refusal
+may follow, until nothing is refused. The last test finds advice in the source without a case here.
 """
 
 from __future__ import annotations
@@ -47,6 +47,7 @@ TALK = {
 SHAREGPT = {
     "conversations": [{"from": "human", "value": "Is it?"}, {"from": "gpt", "value": "Yes."}]
 }
+FP8 = {"model_type": "llama", "quantization_config": {"quant_method": "fp8"}}
 ALPACA = {"instruction": "Is it?", "output": "Yes."}
 
 
@@ -94,7 +95,7 @@ class Case:
     options: int = 1
 
     def findings(self, values: Values) -> list[tuple[str, str | None, str, str]]:
-        """What is refused: code, key, what happened and what to do; warnings of the code too."""
+        """Return code, key, what and do of each refusal, and of warnings with the code."""
         arch = parse_gpu(self.on)[0] if self.on else None
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)
@@ -319,6 +320,18 @@ CASES: dict[str, Case] = {
     "a model of images": of_model(QWEN, code="towers-frozen"),
     "its language model alone": of_model(
         QWEN, code="loses-towers", model_type="AutoModelForCausalLM"),
+    **{name: Case(code=code, machine=CPU, values={"base_model": "{folder}/own", **values},
+                  files={"own/config.json": json.dumps(described).encode()})
+       for name, code, described, values in (
+           ("fewer positions than tokens", "positions-short",
+            {"model_type": "gpt2", "n_positions": 64}, {"sequence_len": 128}),
+           ("8 bits under qlora", "quantized-checkpoint",
+            {"model_type": "llama", "quantization_config": {"load_in_8bit": True}},
+            {"adapter": "qlora"}),
+           ("fp8 under qlora", "quantized-checkpoint", FP8, {"adapter": "qlora"}),
+           ("fp8 in 4 bits", "quantized-checkpoint", FP8,
+            {"adapter": "lora", "load_in_4bit": True}),
+       )},
     "a class of another task": Case(code="not-causal-lm", machine=CPU, values={
         "model_type": "LlamaForSequenceClassification"}),
     "a class of nobody": Case(code="bad-value", machine=CPU, values={"model_type": "LLamaLM"}),
@@ -542,8 +555,8 @@ RECORDS: dict[str, tuple[Any, Any, str]] = {
 
 
 @cache
-def mended(name: str, place: Path) -> str:
-    """What is said of a record; the record that follows it must be taken."""
+def corrected(name: str, place: Path) -> str:
+    """Return the advice on a record; the record that follows it must be accepted."""
     wrong, right, template = RECORDS[name]
     said = []
     folder = place / re.sub(r"\W+", "-", name)
@@ -561,12 +574,12 @@ def mended(name: str, place: Path) -> str:
 
 @pytest.mark.parametrize("name", RECORDS)
 def test_a_record_that_follows_the_advice_is_taken(name: str, place: Path) -> None:
-    assert mended(name, place)
+    assert corrected(name, place)
 
 
 def test_all_advice_in_the_source_was_tried(place: Path) -> None:
     said = [line for name in CASES for line in tried(name, place)]
-    said += [*planned(), *(mended(name, place) for name in RECORDS)]
+    said += [*planned(), *(corrected(name, place) for name in RECORDS)]
     excused = {text for texts in WITHOUT_EDIT.values() for text in texts}
     known = all_advice()
     untried = {

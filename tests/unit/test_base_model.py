@@ -1,4 +1,4 @@
-"""Positions that a row needs, and parts beside the language model: refused, warned of, or kept."""
+"""Test the checks on positions and multimodal parts, and what is saved of them."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from attnimg.model_classes import position_table, read_causal_types
 from attnimg.schema import Config
 from attnimg.train.base_model import judge_base_model
 from attnimg.train.positions import rope_reach
-from attnimg.train.saved import settle_config
-from attnimg.train.stored import stored_tensors, unused_weights
-from attnimg.train.towers import class_to_load, freeze_towers, of_the_language_model
+from attnimg.train.safetensors_headers import stored_tensors, unused_weights
+from attnimg.train.saved_model import correct_saved_config
+from attnimg.train.towers import attention_by_part, class_to_load, freeze_towers
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 256}
 WHOLE = "Qwen3_5ForConditionalGeneration"
@@ -163,8 +163,8 @@ def test_all_but_the_language_model_is_frozen() -> None:
 
 def test_the_attention_is_that_of_the_language_model_alone() -> None:
     config = tiny_vlm("llava").config
-    assert of_the_language_model(config, "eager") == {"": "eager", "text_config": "eager"}
-    assert of_the_language_model(tiny_model("llama").config, "eager") == "eager"
+    assert attention_by_part(config, "eager") == {"": "eager", "text_config": "eager"}
+    assert attention_by_part(tiny_model("llama").config, "eager") == "eager"
 
 
 def test_weights_without_a_place_are_named_and_old_buffers_are_not(tmp_path: Path) -> None:
@@ -187,7 +187,7 @@ def test_a_saved_config_says_what_was_loaded_and_what_dtype_is_stored(tmp_path: 
     model.save_pretrained(tmp_path)
     before = json.loads((tmp_path / "config.json").read_text())
     assert before["dtype"] == "float32"
-    settle_config(tmp_path, loaded)
+    correct_saved_config(tmp_path, loaded)
     after = json.loads((tmp_path / "config.json").read_text())
     assert (after["dtype"], after["output_router_logits"]) == ("bfloat16", False)
     changed = {key for key in before if before[key] != after.get(key)}

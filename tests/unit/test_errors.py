@@ -1,4 +1,4 @@
-"""What errors print: cleaned of what a terminal acts on, and bounded."""
+"""Test that errors are printed with escaped control characters, and shortened."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import io
 import pytest
 from rich.markup import escape
 
-from attnimg.errors import AttnimgError, bounded, clean
+from attnimg.errors import AttnimgError, printable, shortened
 from attnimg.report import as_text
 
 
@@ -28,17 +28,19 @@ from attnimg.report import as_text
     ],
 )
 def test_what_a_terminal_acts_on_is_shown_as_an_escape(foreign: str, shown: str) -> None:
-    assert clean(foreign) == shown
+    assert printable(foreign) == shown
     error = str(AttnimgError(foreign, why=foreign, do=foreign))
     assert error.count(shown.splitlines()[0]) == 3
     stream = io.StringIO()
     as_text.console(stream).print(foreign, markup=False, highlight=False, soft_wrap=True)
-    assert clean(stream.getvalue()) == stream.getvalue()
+    assert printable(stream.getvalue()) == stream.getvalue()
     assert "\x1b" not in stream.getvalue()
 
 
 def test_styles_are_kept_on_a_terminal() -> None:
-    screen = as_text.Screen(file=io.StringIO(), force_terminal=True, color_system="standard")
+    screen = as_text.PrintableConsole(
+        file=io.StringIO(), force_terminal=True, color_system="standard"
+    )
     foreign = "[bold]a\x1b[2J"
     screen.print(f"[red]{escape(foreign)}[/]", highlight=False)
     printed = screen.file.getvalue()  # type: ignore[attr-defined]
@@ -49,4 +51,4 @@ def test_a_long_part_is_cut_and_says_by_how_much() -> None:
     error = str(AttnimgError("what", why="x" * 100_000, do="do"))
     assert len(error) < 5000
     assert "(96,000 more characters)" in error
-    assert bounded("x" * 4000) == "x" * 4000
+    assert shortened("x" * 4000) == "x" * 4000

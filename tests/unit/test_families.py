@@ -1,4 +1,4 @@
-"""Every causal type of transformers: what the record says of it, and that explain says the same."""
+"""Check the record of every causal type of transformers, and that explain agrees with it."""
 
 from __future__ import annotations
 
@@ -146,9 +146,9 @@ def test_a_mask_without_boundaries_is_not_packed_on(
     found = plan.choose(asked, CPU, problem)
     assert found.chosen is not None
     assert found.chosen.backend == takes
-    error = plan.mixing(found, problem)
+    error = plan.mixing_error(found, problem)
     assert (error.code if error else None) == ("packing-not-isolated" if mixes else None)
-    assert plan.mixing(found, a_problem(model=model, dtype="float32")) is None
+    assert plan.mixing_error(found, a_problem(model=model, dtype="float32")) is None
 
 
 def test_the_changes_are_of_types_whose_rows_are_bounded() -> None:

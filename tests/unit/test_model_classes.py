@@ -59,8 +59,10 @@ def test_the_table_is_what_the_installed_transformers_says() -> None:
     [
         ("llama", "sage", None),
         ("llama", "flash_attention_2", None),
-        pytest.param("bloom", "sage", "of its own", id="bloom would run eager without a word"),
-        pytest.param("falcon", "s2", "of its own", id="falcon would raise KeyError"),
+        pytest.param(
+            "bloom", "sage", "its own attention code", id="bloom would run eager without a word"
+        ),
+        pytest.param("falcon", "s2", "its own attention code", id="falcon would raise KeyError"),
         pytest.param("falcon", "flash_attention_2", None, id="falcon has flash attention"),
         pytest.param("llama4_text", "sage", "its mask says more", id="llama4 has chunks"),
         pytest.param("llama4_text", "sdpa_math", "its mask says more", id="nor sdpa's kernels"),

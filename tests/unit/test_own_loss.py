@@ -1,4 +1,4 @@
-"""The trainer's loss is the model's own: right heads pass, wrong ones are replaced or refused."""
+"""Compare the trainer's loss with the model's own: right heads pass, wrong ones do not."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_a_head_that_trl_knows_is_used(
     assert found.ratio < 0.5
     assert found.tokens > 20
     assert (found.on_data.model.aux is None) is (not changes.get("output_router_logits"))
-    assert "the trainer's is the model's own" in sentence(found)
+    assert "the trainer's loss equals the model's own" in sentence(found)
 
 
 class Transformed:

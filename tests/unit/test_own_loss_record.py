@@ -1,4 +1,4 @@
-"""The committed record of benchmarks/own_loss.py is of this code, and without errors."""
+"""Check that the record of benchmarks/own_loss.py is up to date, and has no errors."""
 
 from __future__ import annotations
 

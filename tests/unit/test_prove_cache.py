@@ -133,8 +133,8 @@ def _pipe(path: Path) -> None:
 
 
 NOT_OWN: dict[str, tuple[Callable[[Path], object], str]] = {
-    "a file writable by others": (lambda path: path.chmod(0o666), "other users may write it"),
-    "a file writable by the group": (lambda path: path.chmod(0o620), "other users may write it"),
+    "a file writable by others": (lambda path: path.chmod(0o666), "other users may write to it"),
+    "a file writable by the group": (lambda path: path.chmod(0o620), "other users may write to it"),
     "a folder writable by others": (lambda path: path.parent.chmod(0o777), "other users may write"),
     "a link": (_link, "symbolic link"),
     "a pipe": (_pipe, "not a regular file"),

@@ -16,8 +16,9 @@ import pytest
 from attnimg.backends import all_backends
 from attnimg.errors import AttnimgError
 from attnimg.gpus import catalogue
+from recipes.checkpoints_page import RECORD as RELOAD_RECORD
 from recipes.facts import Plan
-from recipes.families import RECORD
+from recipes.families_page import RECORD as FAMILIES_RECORD
 from recipes.files import NOTICE, write_all
 from recipes.labels import labels
 from recipes.lock import blocks
@@ -31,8 +32,11 @@ RECIPES = read_recipes(ROOT)
 PLANS = {plan.image.name: plan for plan in solve_all(RECIPES)}
 LOCKS = read_locks(tuple(PLANS.values()), root=ROOT)
 RUNNERS = (ROOT / "recipes/runners.toml").read_text(encoding="utf-8")
-FAMILIES = (ROOT / RECORD).read_text(encoding="utf-8")
-TEXTS = rendered(tuple(PLANS.values()), RECIPES, locks=LOCKS, runners=RUNNERS, families=FAMILIES)
+RECORDS = {
+    "families": (ROOT / FAMILIES_RECORD).read_text(encoding="utf-8"),
+    "reload": (ROOT / RELOAD_RECORD).read_text(encoding="utf-8"),
+}
+TEXTS = rendered(tuple(PLANS.values()), RECIPES, locks=LOCKS, runners=RUNNERS, **RECORDS)
 FA4_SET = RECIPES.kernels["flash-attn-4"].ahead_of_time
 assert FA4_SET is not None
 
@@ -62,7 +66,7 @@ def test_a_digest_pins_the_base() -> None:
     digest = "sha256:" + "0" * 64
     images = {k: replace(found, base_digest=digest) for k, found in RECIPES.images.items()}
     recipes = replace(RECIPES, images=images)
-    after = rendered(solve_all(recipes), recipes, locks=LOCKS, runners=RUNNERS, families=FAMILIES)
+    after = rendered(solve_all(recipes), recipes, locks=LOCKS, runners=RUNNERS, **RECORDS)
     base = json.loads(after["docker/docker-bake.json"])["variable"]["BASE"]["default"]
     assert base == f"docker-image://python:3.11-slim-bookworm@{digest}"
 
@@ -79,7 +83,7 @@ def test_the_dockerfile_takes_every_argument() -> None:
 def test_a_bumped_kernel_changes_its_own_arguments_alone() -> None:
     kernel = replace(RECIPES.kernels["sageattention"], version="2.2.1")
     recipes = replace(RECIPES, kernels={**RECIPES.kernels, "sageattention": kernel})
-    after = rendered(solve_all(recipes), recipes, locks=LOCKS, runners=RUNNERS, families=FAMILIES)
+    after = rendered(solve_all(recipes), recipes, locks=LOCKS, runners=RUNNERS, **RECORDS)
     old, new = (
         json.loads(texts["docker/docker-bake.json"])["target"]["hopper"]["args"]
         for texts in (TEXTS, after)

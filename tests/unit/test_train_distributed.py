@@ -1,4 +1,4 @@
-"""The environment is that of a whole group of processes, or of none."""
+"""Test that the environment of a process group is complete, or absent."""
 
 from __future__ import annotations
 

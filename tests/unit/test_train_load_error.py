@@ -1,4 +1,4 @@
-"""What is advised where a model can't be loaded: a download where files are at fault alone."""
+"""Test the advice on a model that can't be loaded: another download only for damaged files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an adapter reaches, and that its merged model is the one that was trained."""
+"""Test which modules an adapter is put on, and that the merged model is the trained one."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from attnimg.config import check_values
 from attnimg.errors import AttnimgError
 from attnimg.train.adapter import adapter_notes, add_adapter
 from attnimg.train.model import load_model
-from attnimg.train.new_rows import require_trained_rows
+from attnimg.train.new_tokens import require_embeddings
 from attnimg.train.tokenizer import load_tokenizer
 
 sys.path.append(str(Path(__file__).parents[1] / "fixtures"))
@@ -29,7 +29,7 @@ LINEAR = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder whose model/ has an output layer of its own."""
+    """Return a folder whose model/ has an untied output layer."""
     folder = tmp_path_factory.mktemp("tiny")
     tiny_run.make_model(folder / "model")
     return folder
@@ -251,8 +251,8 @@ def test_an_adapter_on_a_tied_embedding_is_refused_and_the_advice_helps(
         load(tied, **keys)
     assert caught.value.key == "lora_target_modules"
     assert adapter_notes(load(tied, **applied(caught.value.do, keys))) == [
-        "lora_modules_to_save: embed_tokens and lm_head are one weight in the base model, so both "
-        "are trained, as one"
+        "lora_modules_to_save: embed_tokens and lm_head are tied in the base model: both "
+        "are trained, and stay one weight"
     ]
     untied = load(tiny, **keys)
     assert leaves(untied) == {"q_proj", "embed_tokens"}
@@ -305,7 +305,7 @@ def test_new_tokens_are_trained_or_refused_with_the_model_s_own_names(
 
 
 def test_documents_with_tokens_beyond_the_model_are_refused(tiny: Path, tmp_path: Path) -> None:
-    """A tokenizer folder with more tokens than the model has rows."""
+    """Return a tokenizer's folder with more tokens than the model has embeddings."""
     from datasets import Dataset
     from transformers import AutoTokenizer
 
@@ -319,13 +319,13 @@ def test_documents_with_tokens_beyond_the_model_are_refused(tiny: Path, tmp_path
         return Dataset.from_dict({"input_ids": [[1, 2], list(ids)]})
 
     values = tiny_run.config_for(tmp_path, adapter="lora")
-    require_trained_rows(values, (documents(3, rows - 1), None), tokenizer)
+    require_embeddings(values, (documents(3, rows - 1), None), tokenizer)
     for splits in ((documents(3, rows + 1), None), (documents(3), documents(rows + 1))):
         with pytest.raises(AttnimgError, match=r"1 token\(s\).*<two>") as caught:
-            require_trained_rows(values, splits, tokenizer)
+            require_embeddings(values, splits, tokenizer)
     mended = applied(caught.value.do, {"adapter": "lora"})
-    require_trained_rows(tiny_run.config_for(tmp_path, **mended), splits, tokenizer)
-    require_trained_rows(tiny_run.config_for(tmp_path), splits, tokenizer)
+    require_embeddings(tiny_run.config_for(tmp_path, **mended), splits, tokenizer)
+    require_embeddings(tiny_run.config_for(tmp_path), splits, tokenizer)
     assert load(tmp_path).get_input_embeddings().weight.shape[0] == rows
 
 

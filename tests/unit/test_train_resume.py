@@ -1,4 +1,4 @@
-"""A run that resumes: what may change is taken, said and recorded, all else is refused by name."""
+"""Test resuming: allowed changes are used, printed and recorded, all others are refused."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ sys.path.append(str(Path(__file__).parents[1] / "fixtures"))
 from tiny_run import lines, make_model, run
 
 CLASSES = (
-    identity.BY_VALUE, identity.BY_CONTENT, identity.IN_EVALUATION, identity.TAKEN, identity.FREE,
+    identity.BY_VALUE, identity.BY_CONTENT, identity.EVALUATION_KEYS, identity.CHANGEABLE,
+    identity.NOT_COMPARED,
 )  # fmt: skip
 
 # Another valid value than the default, for each key that is compared by value.
@@ -45,7 +46,7 @@ OTHER = {
     "fsdp_config": {"x": 1}, "fsdp_version": 2, "deepspeed": {"zero": 1}, "rl": "dpo",
     "context_parallel_size": 2,
 }  # fmt: skip
-FREE = {
+NOT_COMPARED = {
     "trust_remote_code": True, "attn_strict": True, "attn_known_bad": "file",
     "dataset_prepared_path": "kept", "dataset_num_proc": 2, "eval_batch_size": 4,
     "gradient_checkpointing": True, "torch_compile": True, "output_dir": "elsewhere",
@@ -84,7 +85,7 @@ def test_every_key_is_in_one_class() -> None:
 
 def test_every_key_of_a_class_is_tried_here() -> None:
     assert OTHER.keys() == identity.BY_VALUE
-    assert FREE.keys() <= identity.FREE | identity.IN_EVALUATION
+    assert NOT_COMPARED.keys() <= identity.NOT_COMPARED | identity.EVALUATION_KEYS
 
 
 @pytest.mark.parametrize("key", OTHER)
@@ -101,15 +102,15 @@ def test_a_changed_key_is_refused_and_its_advice_helps(
         resume.check_settings(config(**now), point)
     assert (caught.value.code, caught.value.key) == ("resume-differs", key)
     for values in (config(**before), config(**now)):
-        assert resume.shown(values.model_dump(mode="json")[key]) in caught.value.why
+        assert resume.as_yaml(values.model_dump(mode="json")[key]) in caught.value.why
     mended = applied(caught.value.do, now)
     resume.check_settings(config(**mended), point)
 
 
-@pytest.mark.parametrize("key", FREE)
+@pytest.mark.parametrize("key", NOT_COMPARED)
 def test_what_alters_no_result_may_change(tmp_path: Path, key: str) -> None:
     point = checkpoint(tmp_path, identity.settings_of(config()))
-    resume.check_settings(config(**{key: FREE[key]}), point)
+    resume.check_settings(config(**{key: NOT_COMPARED[key]}), point)
 
 
 @pytest.mark.parametrize(
@@ -253,7 +254,7 @@ def test_exact_kernels_stand_in_for_one_another(
             resume.require_same({"attention": now}, config(), point)
         return
     resume.require_same({"attention": now}, config(), point)
-    said = resume.notes({"attention": then}, {"attention": now}, name="checkpoint-4")
+    said = resume.resume_notes({"attention": then}, {"attention": now}, name="checkpoint-4")
     assert any("rounding" in text for text in said)
 
 

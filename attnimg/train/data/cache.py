@@ -172,7 +172,7 @@ def _check_own(path: Path, is_kind: Callable[[int], bool]) -> None:
     try:
         check_private(path.lstat(), is_kind=is_kind)
     except NotPrivate as error:
-        raise Unusable(f"of {path.name}, {error}") from None
+        raise Unusable(f"{path.name}: {error}") from None
     except OSError as error:
         raise Unusable(f"{path.name} cannot be read: {error.strerror}") from None
 

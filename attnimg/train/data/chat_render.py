@@ -207,7 +207,7 @@ def reasoning_of(message: Message) -> str:
 
 
 def with_reasoning(message: Message, other: str) -> Message:
-    """Return an answer with another reasoning in the place of its own, under its key or in tags."""
+    """Return an answer with other reasoning text, in reasoning_content or in <think> tags."""
     reasoning, head = reasoning_of(message), head_of(message)
     if message.get("reasoning_content"):
         return {**message, "reasoning_content": other}
@@ -327,7 +327,7 @@ def place_contents(
 def _variants(message: Message, *, whole: bool) -> tuple[str, ...]:
     """Return the forms in which templates write a content: as it is, stripped, as JSON.
 
-    Qwen's templates strip newlines alone.
+    Qwen's templates strip newlines only.
     """
     content = message["content"][0 if whole else len(head_of(message)) :]
     plain = dict.fromkeys(

@@ -35,7 +35,7 @@ LLAMA3 = (
 NAMED = {"chatml": CHATML, "llama3": LLAMA3}
 FALLBACK = "tokenizer_default_fallback_"
 
-# The longest published template has 20 KiB.
+# Published templates have up to 20 KiB.
 _TEMPLATE_BYTES = 1 << 20
 
 
@@ -104,11 +104,11 @@ def _read_jinja(jinja: str, *, key: str) -> str:
     try:
         return read_regular(path, at_most=_TEMPLATE_BYTES).decode()
     except FileNotFoundError:
-        what, why = "not found", f"which is no file under {Path.cwd()}"
+        what, why = "not found", f"which is not a file under {Path.cwd()}"
     except OSError as error:
         what, why = "cannot be read", f"and {error.strerror}"
     except UnicodeDecodeError as error:
-        what, why = "is not text", f"and its byte {error.start} is no UTF-8"
+        what, why = "is not text", f"and its byte {error.start} is not valid UTF-8"
     raise AttnimgError(
         f"chat template {what}: {jinja}",
         why=f"{key} is {jinja}, {why}",

@@ -153,9 +153,9 @@ class RenderedTurn:
         return None
 
     def _reasoning_at(self, reasoning: str) -> int | None:
-        """Return where the reasoning stands, by the rendering with a mark in its place.
+        """Return where the reasoning starts, found by rendering a mark in its place.
 
-        A short one may stand in the template's own words too.
+        Searching for the text itself could find a short one in the template's own text.
         """
         text, number = self.rendering.text, self.number
         messages = list(self.rendering.messages)
@@ -275,18 +275,18 @@ class RenderedTurn:
         return ""
 
     def _continued(self, role: str) -> list[Message]:
-        """Return the conversation with one more turn, of this role, and a mark for its content."""
+        """Return the conversation with one more turn of this role, whose content is a mark."""
         messages = self.rendering.messages
         return [*messages, {"role": role, "content": mark(len(messages))}]
 
     def _after(self, messages: Sequence[Message], text_end: int) -> str:
-        """Return what stands behind the turn's last words where it is followed by other turns."""
+        """Return the text after the end of this turn in another list of messages that has it."""
         text, content = self.rendering.text, self.rendering.contents[self.number]
         other = self._up_to_mark(messages)
         if other.startswith(text[:text_end]):
             return other[text_end:]
         said = text[max(content[0] if content else 0, text_end - 40) : text_end]
-        if content and content[1] == text_end:  # short words may stand in the template's own, too
+        if content and content[1] == text_end:  # the template's own text may have short ones, too
             said, changed = mark(self.number), list(messages)
             changed[self.number] = {**self.message, "content": head_of(self.message) + said}
             other = self._up_to_mark(changed)
@@ -294,7 +294,7 @@ class RenderedTurn:
         return after if found else ""
 
     def _up_to_mark(self, messages: Sequence[Message]) -> str:
-        """Return what the template writes before the content of the turn that was added."""
+        """Return the rendered text before the content of the added turn; all of it without one."""
         whole = self.renderer.attempt(messages) or ""
         added = mark(len(self.rendering.messages))
         if len(messages) <= len(self.rendering.messages):

@@ -44,7 +44,7 @@ def find_sources(config: Config) -> tuple[list[Source], list[Source]]:
 
 
 def _columns(spec: DatasetSpec, *, key: str) -> tuple[str, ...]:
-    """Return the columns of an entry's first record, () where it can't be read here."""
+    """Return the columns of an entry's first record; () where it can't be read."""
     with suppress(AttnimgError):
         for file in find_source(spec, key=key).files:
             for _, record in read_records(file, key=key):

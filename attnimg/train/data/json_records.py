@@ -164,7 +164,7 @@ def _list_name(window: _Window, columns: Collection[str]) -> str | None:
         for key in _members(window):
             window.colon()
             if key in columns:
-                return None  # it may stand behind a list of objects
+                return None  # columns may come after a list of objects
             if window.peek() != "[":
                 window.value()
                 continue

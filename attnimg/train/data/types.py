@@ -52,7 +52,7 @@ def parser(spec: DatasetSpec, *, key: str, columns: Collection[str] = ()) -> Par
     Args:
         spec: the entry.
         key: "datasets[0]".
-        columns: of a record, by which a type is advised where there is none.
+        columns: of the first record; the advice on a missing or unknown type follows from them.
 
     Raises:
         AttnimgError: no type (missing-key) or one that is not known (bad-value).

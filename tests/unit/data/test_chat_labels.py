@@ -23,7 +23,7 @@ from chat_labels import (
     tokenizer,
     user,
 )
-from drawn import examples, talks, texts
+from data_strategies import conversations, examples, texts
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -201,7 +201,7 @@ def encoder(name: str, kind: str, **keys: Any) -> ChatEncoder:
 
 
 def shown(text: str, tokens: str) -> str:
-    """A text as the decoder of these tokenizers shows it: it blurs blanks and their stand-in."""
+    """Return a text as these tokenizers decode it: some turn U+2581 into a blank."""
     text = unicodedata.normalize("NFC", text) if tokens == "byte-level, NFC" else text
     text = text.replace("\u2581", " ")
     return text.replace(" ", "") if tokens == "sentencepiece" else text
@@ -319,11 +319,11 @@ def test_a_blank_inside_the_answer_is_labelled_though_trimmed() -> None:
 
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_any_text_is_trained_as_it_is(name: str) -> None:
-    """What is learnt is what was said: any characters, blanks at both ends, equal contents."""
+    """Check that answers are trained whole: any characters, blanks at both ends, equal contents."""
     row = TEMPLATES[name]
 
     @examples(12)
-    @given(st.sampled_from(TOKENIZERS), talks(system=row.system))
+    @given(st.sampled_from(TOKENIZERS), conversations(system=row.system))
     def check(tokens: str, messages: list[dict[str, Any]]) -> None:
         found = learnt(encoder(name, tokens), {"messages": messages})
         said = [turn["content"] for turn in messages if turn["role"] == "assistant"]
@@ -333,11 +333,12 @@ def test_any_text_is_trained_as_it_is(name: str) -> None:
             run, end = shown(run, tokens), shown(end, tokens)
             assert run.endswith(end), tokens
             # Templates strip contents or not. A token may hold a blank of both.
-            learned, whole = run.removesuffix(end), shown(text, tokens)
-            leading = len(whole) - len(whole.lstrip())
+            learned = run.removesuffix(end)
+            # A "\u2581" at an end is no blank for the template, and decodes to one.
             forms = [
-                cut
-                for k in range(leading + 1)
+                shown(cut, tokens)
+                for whole in (text, shown(text, tokens))
+                for k in range(len(whole) - len(whole.lstrip()) + 1)
                 for cut in (whole[k:], whole[k:].rstrip(), whole[k:].rstrip("\n"))
             ]
             assert learned in [blank + form for form in forms for blank in ("", " ", "\n")], tokens

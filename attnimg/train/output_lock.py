@@ -1,4 +1,4 @@
-"""One run at a time in an output_dir: a lock that ends with the process, however that ends."""
+"""Lock output_dir against a second run. The lock is released when the process ends in any way."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ FILE = ".lock"
 
 
 def require_unlocked(folder: Path) -> None:
-    """Raise when another process trains in a folder; take nothing.
+    """Raise when another process trains in a folder; the lock is not taken.
 
     Raises:
         AttnimgError: code output-dir-busy.
@@ -27,7 +27,7 @@ def require_unlocked(folder: Path) -> None:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Create a folder and hold its lock inside the block; the end of the process frees it, too.
+    """Create a folder and hold its lock inside the block.
 
     Raises:
         AttnimgError: another process trains there (code output-dir-busy).

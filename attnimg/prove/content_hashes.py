@@ -1,7 +1,7 @@
-"""Hash the files that compute attention, whatever their size; remember the hashes of large ones.
+"""Hash the files that compute attention; cache the hashes of large ones.
 
-A remembered hash counts only while the file's device, inode, size, mtime and ctime are the same:
-the kernel sets ctime whenever content or metadata change, and no program can set it back.
+A cached hash is used only while the device, inode, size, mtime and ctime of the file are the same:
+the operating system sets ctime at each change of content or metadata, and no program can set it.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ from pathlib import Path
 
 from attnimg.files import read_private, write_private
 
-# Smaller files are read each time; that is faster than to look them up.
-_REMEMBERED_BYTES = 1 << 20
-# A file that changed this short a time ago may change again without another ctime: clocks of file
-# systems tick every few milliseconds, some network file systems every second.
+# Smaller files are hashed each time, which is faster than looking up their hash.
+_CACHED_BYTES = 1 << 20
+# A file that changed less than this ago may change again and keep its ctime: timestamps have a
+# resolution of a few milliseconds, on some network file systems of a second.
 _SETTLED_S = 2.0
 _FILE = "hashes.json"
 _FILE_BYTES = 4 << 20
 
 
 class ContentHashes:
-    """Hash files, and keep the hashes of large ones in a folder.
+    """Hash files, with a cache of the hashes of large ones.
 
     Args:
-        folder: this user's own; None to remember nothing.
+        folder: where the cache is; None for no cache.
     """
 
     def __init__(self, folder: Path | None) -> None:
@@ -44,14 +44,14 @@ class ContentHashes:
         """Return one hash of the names and the content of files.
 
         Args:
-            root: the folder that their names count from.
-            files: regular files; each is read, or its hash remembered.
+            root: the folder that their names are relative to.
+            files: regular files.
 
         Raises:
             OSError: a file can't be read.
         """
         paths = sorted(files)
-        with ThreadPoolExecutor(4) as pool:  # hashing leaves Python's lock
+        with ThreadPoolExecutor(4) as pool:  # hashlib releases the GIL
             hashes = list(pool.map(self._of_file, paths))
         listed = [
             (os.path.relpath(path, root), found) for path, found in zip(paths, hashes, strict=True)
@@ -59,7 +59,7 @@ class ContentHashes:
         return hashlib.sha256(json.dumps(listed).encode()).hexdigest()
 
     def of_folder(self, folder: Path) -> str:
-        """Return one hash of all files below a folder but Python's own caches.
+        """Return one hash of all files below a folder except __pycache__.
 
         Raises:
             OSError: a file can't be read.
@@ -70,8 +70,7 @@ class ContentHashes:
         """Return one hash of a distribution's files; "" when it is not installed.
 
         Returns:
-            None when the distribution does not list its files, as some that were not installed
-            by pip do not.
+            None when the distribution does not list its files, as some that pip did not install.
 
         Raises:
             OSError: a file can't be read.
@@ -93,8 +92,8 @@ class ContentHashes:
         folder = Path(spec.origin).parent
         return self.of_files(folder, (path for path in folder.glob("lib/*.so*") if path.is_file()))
 
-    def keep(self) -> None:
-        """Write the hashes of large files to the folder; one that can't be written costs time."""
+    def save(self) -> None:
+        """Write the hashes of large files to the cache, where its folder can be written to."""
         if self.folder is None or not self._new:
             return
         merged = _load(self.folder) | self._new
@@ -105,31 +104,31 @@ class ContentHashes:
     def _of_file(self, path: Path) -> str:
         with path.open("rb") as file:
             before = os.fstat(file.fileno())
-            large = before.st_size >= _REMEMBERED_BYTES
-            name = _name_of(before)
+            large = before.st_size >= _CACHED_BYTES
+            name = _identity_of(before)
             if large and (known := self._known.get(name)):
                 return known
             found = hashlib.file_digest(file, "sha256").hexdigest()
             after = os.fstat(file.fileno())
         settled = time.time() - max(after.st_mtime, after.st_ctime) > _SETTLED_S
-        if large and settled and _name_of(after) == name:
+        if large and settled and _identity_of(after) == name:
             self._new[name] = self._known[name] = found
         return found
 
 
 def _computes(path: Path) -> bool:
-    """Tell whether a path is a file, and none that Python writes itself."""
+    """Return whether a path is a file outside __pycache__."""
     return path.parent.name != "__pycache__" and path.is_file()
 
 
-def _name_of(found: os.stat_result) -> str:
-    """Return what a remembered hash stands under."""
+def _identity_of(found: os.stat_result) -> str:
+    """Return the key of a file's cached hash."""
     identity = found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
     return ":".join(map(str, identity))
 
 
 def _load(folder: Path) -> dict[str, str]:
-    """Read the remembered hashes; none where the file is missing, damaged or another user's."""
+    """Read the cached hashes; none where their file is missing, damaged or another user's."""
     try:
         kept = json.loads(read_private(folder / _FILE, at_most=_FILE_BYTES))
     except (OSError, ValueError, RecursionError):

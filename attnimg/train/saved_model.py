@@ -1,4 +1,4 @@
-"""Make what is saved load as what was trained, in its dtype and with its settings."""
+"""Correct the dtype and the settings of a saved model, so that it loads as it was trained."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from attnimg.train.stored import TORCH_NAMES, stored_tensors
+from attnimg.train.safetensors_headers import TORCH_NAMES, stored_tensors
 
-# Settings that trainers change for training, whatever is generated with the model later.
+# Settings that trainers change for training, and that must not be saved with the model.
 _TRAINERS = ("use_cache", "output_router_logits")
 
 
-def settle_config(folder: Path, loaded: Mapping[str, Any]) -> None:
-    """Make a saved config.json say what its weights are, and what the loaded model's said.
+def correct_saved_config(folder: Path, loaded: Mapping[str, Any]) -> None:
+    """Set the dtype in a saved config.json, and the settings that the loaded model had.
 
-    transformers writes the dtype of the first weight, which is an embedding, and embeddings are
-    float32 beside bfloat16 layers during training: the dtype that most of the saved weights have is
-    written. A folder without config.json, as an adapter's, stays as it is.
+    transformers writes the dtype of the first weight, an embedding, which is float32 in training
+    even where most layers are bfloat16. The dtype of most saved weights is written instead. A
+    folder without config.json, such as an adapter's, is not changed.
 
     Args:
         folder: where save_pretrained has written.
@@ -43,7 +43,7 @@ def settle_config(folder: Path, loaded: Mapping[str, Any]) -> None:
 
 
 def _dtype_of(folder: Path) -> str | None:
-    """Return the dtype that most of a folder's stored numbers have; None without weights."""
+    """Return the dtype of most of the numbers in a folder's weights; None without weights."""
     sizes: Counter[str] = Counter()
     for tensor in stored_tensors(folder).values():
         if tensor.dtype in TORCH_NAMES:
@@ -51,16 +51,16 @@ def _dtype_of(folder: Path) -> str | None:
     return sizes.most_common(1)[0][0] if sizes else None
 
 
-def lower_lifted(model: Any) -> None:
-    """Cast the weights that were lifted to float32 for training back to what they were loaded in.
+def restore_loaded_dtypes(model: Any) -> None:
+    """Cast weights that were float32 for training only back to the dtype they were loaded in.
 
     Args:
-        model: after its training.
+        model: after training.
     """
     import torch
 
-    model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper names them otherwise
+    model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper renames weights
     weights = dict(model.named_parameters()) | dict(model.named_buffers())
-    for name, dtype in getattr(model, "attnimg_lifted", {}).items():
+    for name, dtype in getattr(model, "attnimg_loaded_dtypes", {}).items():
         with torch.no_grad():
             weights[name].data = weights[name].data.to(dtype)

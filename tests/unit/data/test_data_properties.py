@@ -1,4 +1,4 @@
-"""The path of data, from files to batches, on records that hypothesis draws.
+"""Test reading, rows and batches on random records that hypothesis generates.
 
 What is learnt is what the records say, in whatever way the documents were read, kept or packed.
 """
@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 import zstandard
 from chat_labels import PLACE, tokenizer
-from drawn import any_text, examples, texts
+from data_strategies import any_text, examples, texts
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -51,7 +51,7 @@ WORDS = ("Yes", "a", "s", "\u4f60\u597d", "e\u0301te", "<|im_end|>", "<|user|>",
 
 
 @st.composite
-def flagged_talks(draw: Draw) -> list[dict[str, Any]]:
+def flagged_conversations(draw: Draw) -> list[dict[str, Any]]:
     """Conversations of any roles, with flags, reasoning, parts and blank contents."""
     turns: list[dict[str, Any]] = []
     text = texts(WORDS) | st.sampled_from(["", " ", "\n\n"])
@@ -73,7 +73,7 @@ def flagged_talks(draw: Draw) -> list[dict[str, Any]]:
 
 
 def said(turns: list[dict[str, Any]], roles: set[str], mode: str) -> str:
-    """What these turns teach, by the words of the documentation alone."""
+    """Return the trained texts of these turns, by the rules of the documentation."""
     pieces, ends = list[str](), list[tuple[int, bool]]()
     for turn in turns:
         given = turn["content"]
@@ -97,7 +97,7 @@ def said(turns: list[dict[str, Any]], roles: set[str], mode: str) -> str:
 
 @examples(150)
 @given(
-    flagged_talks(), st.sets(st.sampled_from(ROLES), min_size=1),
+    flagged_conversations(), st.sets(st.sampled_from(ROLES), min_size=1),
     st.sampled_from(["turn", "all", "last", "none"]), st.sampled_from(["byte-level", "metaspace"]),
 )  # fmt: skip
 def test_flags_roles_parts_and_reasoning_are_followed(
@@ -194,13 +194,13 @@ def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
 RECORDS = {
     "completion": st.builds(dict, text=texts()),
     "alpaca": st.builds(dict, instruction=any_text, output=texts()),
-    "chat_template": st.builds(dict, messages=flagged_talks()),
+    "chat_template": st.builds(dict, messages=flagged_conversations()),
 }
 
 
 @st.composite
 def runs(draw: Draw) -> tuple[str, list[dict[str, Any]], dict[str, Any]]:
-    """A type, its records, and keys that decide what becomes of them."""
+    """Generate a type, records of it, and keys that control how they are read."""
     kind = draw(st.sampled_from(sorted(RECORDS)))
     # The last one is never dropped.
     last = {"text": "x", "instruction": "", "output": "x", "messages": [

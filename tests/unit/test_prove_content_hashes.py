@@ -1,4 +1,4 @@
-"""A proof is kept for the content of the files that compute, whatever their size."""
+"""Test the hashes of a kernel's files, by which proofs are cached."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from run_facts import a_problem
 from attnimg import probe, problem
 from attnimg.backends import backend_named
 from attnimg.facts import Machine
-from attnimg.prove import content
-from attnimg.prove.content import ContentHashes
+from attnimg.prove import content_hashes
+from attnimg.prove.content_hashes import ContentHashes
 from attnimg.prove.proofs import Setting, prove
 
 KERNEL = Path(__file__).parents[1] / "fixtures" / "flash_attn2"
@@ -27,7 +27,7 @@ SMALL = problem.read_model({"model_type": "llama", "hidden_size": 32, "num_atten
 @pytest.fixture
 def settled(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let files count as settled at once."""
-    monkeypatch.setattr(content, "_SETTLED_S", -60.0)
+    monkeypatch.setattr(content_hashes, "_SETTLED_S", -60.0)
 
 
 def large_file(folder: Path, *, letter: bytes) -> Path:
@@ -41,7 +41,7 @@ def large_file(folder: Path, *, letter: bytes) -> Path:
 def hash_of(folder: Path, kept: Path | None) -> str:
     hashes = ContentHashes(kept)
     found = hashes.of_folder(folder)
-    hashes.keep()
+    hashes.save()
     return found
 
 

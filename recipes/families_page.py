@@ -1,6 +1,6 @@
 """Write docs/families.md: which causal language models of transformers train.
 
-docs/measured/families.json, which `make families` writes, has what came of a tiny model of each.
+The results are those of docs/measured/families.json, which `make families` writes.
 """
 
 from __future__ import annotations
@@ -17,14 +17,17 @@ RECORD = "docs/measured/families.json"
 
 _INTRO = """# Which model types train
 
-Every type that `AutoModelForCausalLM` of transformers {version} knows: built tiny with random
-weights, then three steps of `attnimg train` on a CPU in float32 (`make families`). **one document a
-row**: `sample_packing: false`. **packed**: `sample_packing: true` on the backend that `auto` takes
-there; the isolation check compares the logits of documents packed and apart before the first step.
-A cell names the backend. What is refused is refused before any weights are loaded, and
-`attnimg explain` says the same. Packages that are missing on that CPU
-(mamba-ssm, causal-conv1d, flash-linear-attention, flash-attn) let more types pack, gpt_oss for one:
-`attnimg explain --on GPU` says which.
+This page lists, for each model type of `AutoModelForCausalLM` in transformers {version}, whether
+`attnimg train` trains it, and the reason if it does not. `make families` builds a tiny model of
+each type with random weights and trains it for three steps on a CPU in float32.
+
+- **one document per row**: `sample_packing: false`. **packed**: `sample_packing: true`; before the
+  first step, the isolation check compares the logits of documents packed and apart.
+- A cell has the backend that `auto` chose on the CPU, or "refused". A type is refused before any
+  weights are loaded, and `attnimg explain` reports the same error.
+- With packages that were not installed on that CPU (mamba-ssm, causal-conv1d,
+  flash-linear-attention, flash-attn) more types can be packed, such as gpt_oss. For your GPU, run
+  `attnimg explain --on GPU`.
 
 {counts}
 
@@ -35,7 +38,7 @@ def families_page(text: str) -> str:
     """Write docs/families.md.
 
     Args:
-        text: of the record.
+        text: content of the record.
     """
     record = json.loads(text)
     classes = read_causal_types().causal
@@ -44,12 +47,12 @@ def families_page(text: str) -> str:
         (f"`{name}`", classes[name.partition(",")[0]], *(_cell(found[kind]) for kind in found))
         for name, found in types.items()
     ]
-    head = ("model type", "class", "one document a row", "packed")
+    head = ("model type", "class", "one document per row", "packed")
     return (
         f"<!-- {NOTICE} -->\n\n"
         + _INTRO.format(version=record["transformers"], counts=_counts(types))
         + table(head, rows)
-        + "\n## Why\n\n"
+        + "\n## Why types are refused\n\n"
         + "".join(
             f"- {reason}: {', '.join(f'`{name}`' for name in names)}\n"
             for reason, names in _reasons(types).items()
@@ -66,13 +69,13 @@ def _counts(types: Mapping[str, Mapping[str, Any]]) -> str:
         sum("trains" in found[kind] for found in types.values()) for kind in ("unpacked", "packed")
     )
     return (
-        f"Of {len(types)} rows, {alone} train, {packed} of them packed too. A type that attends to "
-        "both sides has a second row, for its decoders."
+        f"Of {len(types)} rows, {alone} train, and {packed} of them also train packed. A type that "
+        "attends to later tokens has a second row, for configs with `is_decoder: true`."
     )
 
 
 def _reasons(types: Mapping[str, Mapping[str, Any]]) -> dict[str, list[str]]:
-    """Group the refused types by what was found of them."""
+    """Group the refused types by the reason."""
     found: dict[str, list[str]] = {}
     for name, results in types.items():
         for kind, result in results.items():

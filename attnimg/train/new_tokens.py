@@ -1,4 +1,4 @@
-"""Tokens that the embeddings have no row for: under an adapter they are trained or refused."""
+"""Refuse tokens that an adapter would leave untrained: they have no row in the embeddings."""
 
 from __future__ import annotations
 
@@ -8,57 +8,57 @@ from typing import Any
 from attnimg.errors import AttnimgError
 from attnimg.schema import Config
 from attnimg.train.lora_targets import untrained_embeddings
-from attnimg.train.model import load_model_config, load_outline
+from attnimg.train.model import load_model_config, load_without_weights
 
 
 def vocabulary(config: Config) -> int:
-    """Return the vocabulary of config.json, which the embeddings hold at least; 0 without one."""
+    """Return vocab_size of config.json, the least that the embeddings hold; 0 without one."""
     try:
         return int(load_model_config(config).get_text_config().vocab_size)
     except (AttributeError, ValueError):  # no such field, or several text models
         return 0
 
 
-def embedding_rows(config: Config) -> int:
-    """Return how many tokens the model's embeddings hold."""
-    model = load_outline(config)
+def embedding_count(config: Config) -> int:
+    """Return how many rows the model's embeddings have."""
+    model = load_without_weights(config)
     return vocabulary(config) if model is None else len(model.get_input_embeddings().weight)
 
 
 def untrained(config: Config) -> list[str]:
-    """Return the embeddings that lora_modules_to_save has to name for new rows to be trained."""
+    """Return the embeddings that lora_modules_to_save lacks for new tokens to be trained."""
     if not config.adapter:
         return []
-    model = load_outline(config)
+    model = load_without_weights(config)
     if model is None:
         return [] if config.lora_modules_to_save else ["embed_tokens", "lm_head"]
     return untrained_embeddings(model, config)
 
 
-def may_pad(config: Config, tokenizer: Any, wanted: str) -> bool:
+def may_add_pad_token(config: Config, tokenizer: Any, wanted: str) -> bool:
     """Return whether a pad token may be added to the tokenizer.
 
-    Padding carries no loss and is not attended to, so any token pads as well. A row that is added
-    for it would make the adapter load on no base model but one that was resized first.
+    Padding has no loss and is not attended to, so an existing token can pad as well. With a new row
+    for it, the adapter would load only on a base model whose embeddings were resized first.
     """
     if not config.adapter or wanted in tokenizer.get_vocab():
         return True
     if len(tokenizer) < vocabulary(config):
         return True
-    return len(tokenizer) < embedding_rows(config) or not untrained(config)
+    return len(tokenizer) < embedding_count(config) or not untrained(config)
 
 
-def has_row(config: Config, token_id: int | None) -> bool:
-    """Return whether the model that is trained has an embedding for a token."""
+def has_embedding(config: Config, token_id: int | None) -> bool:
+    """Return whether the trained model will have an embedding for a token."""
     if token_id is None or not config.adapter:
         return token_id is not None
     if token_id < vocabulary(config):
         return True
-    return token_id < embedding_rows(config) or not untrained(config)
+    return token_id < embedding_count(config) or not untrained(config)
 
 
 def require_trained_tokens(config: Config, added: Iterable[str]) -> None:
-    """Raise where tokens are new and an adapter leaves their embeddings as they were initialised.
+    """Raise where an adapter would leave the embeddings of new tokens untrained.
 
     Raises:
         AttnimgError: code bad-value, with the modules to save.
@@ -70,20 +70,20 @@ def require_trained_tokens(config: Config, added: Iterable[str]) -> None:
         )
 
 
-def require_trained_rows(config: Config, splits: Iterable[Any], tokenizer: Any) -> None:
-    """Raise where documents hold tokens that the model has no row for and an adapter adds none.
+def require_embeddings(config: Config, splits: Iterable[Any], tokenizer: Any) -> None:
+    """Raise where documents have tokens without an embedding, and the adapter adds none.
 
     Args:
         config: the validated run.
-        splits: datasets with a column input_ids; None for one that the run lacks.
-        tokenizer: what `load_tokenizer` gave.
+        splits: datasets with a column input_ids; None for one that the run does not have.
+        tokenizer: as `load_tokenizer` returns it.
 
     Raises:
         AttnimgError: code bad-value, with the modules to save.
     """
     if not config.adapter or len(tokenizer) <= vocabulary(config):
         return
-    rows = embedding_rows(config)
+    rows = embedding_count(config)
     lacking = untrained(config)
     beyond = {} if not lacking else {
         number: tokenizer.convert_ids_to_tokens(number)

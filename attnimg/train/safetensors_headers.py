@@ -1,4 +1,4 @@
-"""Read what safetensors files hold from their headers: names, dtypes and shapes, no weights."""
+"""Read names, dtypes and shapes of tensors from the headers of safetensors files."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-# A header of a hundred thousand tensors is 15 MB; more is no header.
+# The header of a hundred thousand tensors has 15 MB; a far longer one is damaged.
 _MAX_HEADER = 100 * 2**20
-# safetensors' names of the dtypes that whole weights have -> torch's.
+# safetensors' names of the dtypes of weights that are not quantized -> torch's names.
 TORCH_NAMES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
-# Buffers that older versions of transformers saved, and that are computed now.
+# Endings of buffers that older versions of transformers saved, and that are computed now.
 _COMPUTED = ("inv_freq", "masked_bias", "attn.bias", "attention.bias", "position_ids")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Stored:
+class StoredTensor:
     """One tensor of a file: its dtype as safetensors names it, and its shape."""
 
     dtype: str
@@ -27,32 +27,32 @@ class Stored:
 
     @property
     def count(self) -> int:
-        """Return how many numbers it has."""
+        """Return the number of its elements."""
         return math.prod(self.shape)
 
 
-def stored_tensors(folder: Path) -> dict[str, Stored]:
-    """Return the tensors of a model folder's safetensors files, name -> what is stored.
+def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
+    """Return name -> tensor of the safetensors files in a model's folder.
 
-    Files that an index lists count; without one, model.safetensors, or all there are. What can't
-    be read is left to the loader, which says so.
+    The files are those of the index; without one, model.safetensors, or else all. Files that can't
+    be read are left out: loading the model reports them.
     """
-    found: dict[str, Stored] = {}
+    found: dict[str, StoredTensor] = {}
     for file in _files(folder):
         for name, entry in _header(file).items():
             if name != "__metadata__":
-                found[name] = Stored(dtype=entry["dtype"], shape=tuple(entry["shape"]))
+                found[name] = StoredTensor(dtype=entry["dtype"], shape=tuple(entry["shape"]))
     return found
 
 
 def unused_weights(model: Any, stored: Iterable[str], unexpected: Iterable[str]) -> tuple[str, ...]:
-    """Return the stored weights that a loaded model has no place for, sorted.
+    """Return the stored weights that a loaded model does not use, sorted.
 
     Args:
         model: a transformers model.
         stored: the names in its checkpoint.
-        unexpected: what from_pretrained told of them; it leaves out what its class ignores, such as
-            layers that predict several tokens.
+        unexpected: those that from_pretrained reported; it does not report what the class ignores,
+            such as layers for multi-token prediction.
     """
     ignored = [re.compile(text) for text in model._keys_to_ignore_on_load_unexpected or ()]
     names = {name for name in stored if any(pattern.search(name) for pattern in ignored)}
