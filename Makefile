@@ -169,7 +169,7 @@ test/fa4-cache: .venv/ready build/fa4/ready ## Compile kernels of FlashAttention
 	TRITON_PYTHON=build/fa4/bin/python $(BIN)/pytest tests/triton_cache
 	FA4_PYTHON=build/fa4/bin/python $(BIN)/pytest tests/fa4_cache
 
-test/contexts: .venv/ready ## Train in every context: rows x precision x weights x checkpointing x compiled; 240 runs, half of them compiled
+test/contexts: .venv/ready ## Train in every context: rows x precision x weights x checkpointing x compiled; 242 runs, half of them compiled
 	CONTEXTS=all $(BIN)/pytest -v tests/train/test_contexts.py
 
 test/reload: .venv/ready ## Train 102 model types, save and reload them: full and LoRA, float32 and bfloat16; 15 minutes
