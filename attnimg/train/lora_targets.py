@@ -11,6 +11,10 @@ from attnimg.errors import AttnimgError
 from attnimg.schema import Config
 
 ALL_LINEAR = "all-linear"
+# Linear layers of transformers that return something else than a linear layer does: PEFT's wrapper
+# raises on it. Source: transformers 5.22.2, modeling_llama4.py:140, modeling_phimoe.py:462,
+# modeling_deepseek_v4.py:300 (2026-11-27).
+_OTHER_LINEAR = frozenset({"Llama4Router", "PhimoeTopKRouter", "DeepseekV4GroupedLinear"})
 
 
 def outline(loader: Any, model_config: Any, *, trusted: bool) -> Any:
@@ -41,7 +45,8 @@ def resolved(model: Any, config: Config) -> list[str] | str:
     """
     targets = config.lora_target_modules
     if not targets or (isinstance(targets, str) and targets.lower() == ALL_LINEAR):
-        return ALL_LINEAR
+        others = any(type(module).__name__ in _OTHER_LINEAR for module in model.modules())
+        return _adaptable(model, linear=True) if others else ALL_LINEAR
     names = [name for name, _ in model.named_modules() if name]
     if isinstance(targets, str):
         found = {name for name in names if re.fullmatch(targets, name)}
@@ -192,7 +197,8 @@ def _adaptable(model: Any, *, linear: bool = False) -> list[str]:
     kinds = (torch.nn.Linear, Conv1D) if linear else (torch.nn.Linear, Conv1D, torch.nn.Embedding)
     output = model.get_output_embeddings()
     return [name for name, module in model.named_modules()
-            if isinstance(module, kinds) and module is not output]  # fmt: skip
+            if isinstance(module, kinds) and module is not output
+            and type(module).__name__ not in _OTHER_LINEAR]  # fmt: skip
 
 
 def _named(entry: str, names: Iterable[str]) -> list[str]:

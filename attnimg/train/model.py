@@ -24,7 +24,12 @@ from attnimg.train.precision import (
     loading_dtype,
     torch_dtype,
 )
-from attnimg.train.quantized import cast_others, read_as_said, require_known_weights
+from attnimg.train.quantized import (
+    cast_others,
+    read_as_said,
+    require_known_weights,
+    save_dequantized,
+)
 from attnimg.train.stored import stored_tensors, unused_weights
 from attnimg.train.towers import class_to_load, freeze_towers, of_the_language_model
 
@@ -163,6 +168,8 @@ def _from_pretrained(config: Config, *, implementation: str, dtype: DType) -> tu
         )
     if stored is not None:
         cast_others(model, weights_dtype)
+    if stored == "dequantized":
+        save_dequantized(model)
     return model, loading
 
 

@@ -36,6 +36,7 @@ _PACKED = (
     ".qweight", ".weight_packed", "_blocks", ".SCB", ".absmax", ".weight_scale", "_scale_inv",
 )  # fmt: skip
 _INTEGERS = frozenset({"U8", "I8", "I32"})
+_FLOAT8 = frozenset({"F8_E4M3", "F8_E5M2"})
 # Where an fp8 checkpoint keeps the scale of NAME.weight.
 # Source: transformers 5.22.2, quantizer_finegrained_fp8.py, update_weight_conversions (2026-11-27).
 _SCALES = ("{name}_scale_inv", "{module}.scale", "{module}.qscale_weight")
@@ -165,7 +166,7 @@ def require_known_weights(config: Config, folder: Path, raw: Mapping[str, Any]) 
 
     Args:
         config: the validated run.
-        folder: the checkpoint; one without safetensors passes.
+        folder: the checkpoint; one without weights passes.
         raw: its config.json.
 
     Raises:
@@ -189,7 +190,7 @@ def require_known_weights(config: Config, folder: Path, raw: Mapping[str, Any]) 
     if method_of(found) != "fp8":
         return
     for name, tensor in stored.items():
-        if not tensor.dtype.startswith("F8_E4M3") or name.endswith(("_scale", "_scale_inv")):
+        if tensor.dtype not in _FLOAT8 or name.endswith(("_scale", "_scale_inv")):
             continue
         _require_scale(config, name, tensor, stored)
 
@@ -240,13 +241,14 @@ def read_as_said(
         What happens to its weights; None where they are not quantized.
     """
     found = quantization_of(model_config.to_dict())
-    if found is None:
-        return None
-    # One at the top is what transformers takes off again, so that the saved config has none.
+    # One at the top is what transformers takes off again, so that the saved config has none; an
+    # empty one says nothing, and transformers raises on it.
     for part in (model_config, *(getattr(model_config, name, None) for name in LANGUAGE_PARTS)):
         for key in ("quantization_config", "compression_config"):
             if getattr(part, key, None) is not None:
                 delattr(part, key)
+    if found is None:
+        return None
     method = method_of(found)
     loaded = quantizations()[method].loaded
     changes: dict[str, Any] = {"dequantize": True} if loaded == "dequantized" else {}
@@ -254,6 +256,21 @@ def read_as_said(
         changes["bnb_4bit_compute_dtype"] = dtype
     model_config.quantization_config = {**found, **changes}
     return loaded
+
+
+def save_dequantized(model: Any) -> None:
+    """Make a dequantized model save the weights that it has.
+
+    transformers saves through the reverse of what it loaded with, which rounds the weights to
+    float8 again, while config.json has no quantization_config: loaded again, they are raw numbers.
+    Source: transformers 5.22.2, core_model_loading.py, revert_weight_conversion;
+    finegrained_fp8.py, Fp8Dequantize.reverse_op (2026-11-27).
+
+    Args:
+        model: as it was loaded; it saves under the names of its class, as a new model does.
+    """
+    if hasattr(model, "_weight_conversions"):
+        del model._weight_conversions
 
 
 def cast_others(model: Any, dtype: torch.dtype) -> None:

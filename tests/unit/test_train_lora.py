@@ -356,3 +356,30 @@ def test_a_tokenizer_that_can_t_pad_is_refused_and_the_advice_helps(
         load_tokenizer(tiny_run.config_for(tmp_path, adapter="lora"), say=lambda _: None)
     mended = applied(caught.value.do, {"adapter": "lora"})
     assert load_tokenizer(tiny_run.config_for(tmp_path, **mended), say=lambda _: None).pad_token
+
+
+@pytest.mark.parametrize("model_type", ["llama4_text", "phimoe"])
+def test_all_linear_leaves_out_routers_that_return_two_values(model_type: str) -> None:
+    import torch
+
+    values = tiny_run.config_for(Path("unused"), adapter="lora")
+    model = add_adapter(tiny_model(model_type), values)
+    assert "q_proj" in leaves(model)
+    assert "router" not in leaves(model)
+    assert torch.isfinite(model(input_ids=torch.tensor([[3, 4, 5]])).logits).all()
+
+
+def test_every_linear_layer_of_transformers_with_code_of_its_own_is_known() -> None:
+    import transformers
+
+    from attnimg.train.lora_targets import _OTHER_LINEAR
+
+    # Falcon's returns what a linear layer does; the others are no part of a causal model.
+    known = _OTHER_LINEAR | {"FalconLinear", "EsmFoldLinear", "IdeficsDecoupledLinear"}
+    models = Path(transformers.__file__).parent / "models"
+    found = {
+        name
+        for file in models.glob("*/modeling_*.py")
+        for name in re.findall(r"^class (\w+)\(nn\.Linear\)", file.read_text(), re.MULTILINE)
+    }
+    assert found == known
