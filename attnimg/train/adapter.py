@@ -118,6 +118,8 @@ def add_adapter(model: Any, config: Config) -> Any:
         with warnings.catch_warnings():
             # Where the targets' names are the language model's alone, nothing had to be excluded.
             warnings.filterwarnings("ignore", message="You have passed exclude_modules")
+            # PEFT has applied them: it looks for the experts' parameters among the modules.
+            warnings.filterwarnings("ignore", message=r"The following \w+_pattern keys")
             return get_peft_model(model, lora)
     except (TypeError, ValueError) as error:
         others = [name for name in linear if f"'{name}'" not in str(error)]

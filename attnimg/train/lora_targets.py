@@ -47,7 +47,8 @@ def resolved(model: Any, config: Config) -> list[str] | str:
     if not targets or (isinstance(targets, str) and targets.lower() == ALL_LINEAR):
         others = any(type(module).__name__ in _OTHER_LINEAR for module in model.modules())
         return _adaptable(model, linear=True) if others else ALL_LINEAR
-    names = [name for name, _ in model.named_modules() if name]
+    experts = _expert_names(model)
+    names = [*(name for name, _ in model.named_modules() if name), *experts]
     if isinstance(targets, str):
         found = {name for name in names if re.fullmatch(targets, name)}
         if not found:
@@ -55,12 +56,13 @@ def resolved(model: Any, config: Config) -> list[str] | str:
     else:
         missing = [entry for entry in targets if not _named(entry, names)]
         if missing:
-            raise _missing("lora_target_modules", missing, _adaptable(model), kept=targets)
+            adaptable = [*_adaptable(model), *experts]
+            raise _missing("lora_target_modules", missing, adaptable, kept=targets)
         found = {name for entry in targets for name in _named(entry, names)}
     _refuse_embeddings(model, found, config)
     if not config.lora_target_linear:
         return targets
-    every = set(_adaptable(model, linear=True))
+    every = {*_adaptable(model, linear=True), *experts}
     return ALL_LINEAR if found <= every else sorted(found | every)
 
 
@@ -199,6 +201,24 @@ def _adaptable(model: Any, *, linear: bool = False) -> list[str]:
     return [name for name, module in model.named_modules()
             if isinstance(module, kinds) and module is not output
             and type(module).__name__ not in _OTHER_LINEAR]  # fmt: skip
+
+
+def _expert_names(model: Any) -> list[str]:
+    """Return the names of experts' layers that PEFT takes, though they are one parameter now.
+
+    Source: peft 0.21.2, utils/transformers_weight_conversion.py, _convert_peft_config_moe
+    (2026-11-27).
+    """
+    from peft.utils import transformers_weight_conversion as conversion
+
+    base = conversion._MODEL_TO_CONVERSION_PATTERN.get(model.config.model_type)
+    known = conversion._MOE_TARGET_MODULE_MAPPING.get(base, {})
+    return [
+        f"{name.removesuffix(now)}{earlier}"
+        for name, _ in model.named_parameters()
+        for earlier, now in known.items()
+        if name.endswith(f".experts.{now}")
+    ]
 
 
 def _named(entry: str, names: Iterable[str]) -> list[str]:

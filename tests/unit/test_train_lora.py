@@ -358,6 +358,25 @@ def test_a_tokenizer_that_can_t_pad_is_refused_and_the_advice_helps(
     assert load_tokenizer(tiny_run.config_for(tmp_path, **mended), say=lambda _: None).pad_token
 
 
+@pytest.mark.parametrize(
+    ("targets", "found"),
+    [
+        (["q_proj", "gate_proj", "up_proj", "down_proj"], {"q_proj", "experts", "base_layer"}),
+        (["q_proj", "down_proj"], {"q_proj", "experts"}),
+        (r".*\.experts\.(gate|up)_proj", {"experts"}),
+    ],
+)
+def test_experts_are_targeted_by_the_names_that_they_had(targets: Any, found: set[str]) -> None:
+    values = tiny_run.config_for(Path("unused"), adapter="lora", lora_target_modules=targets)
+    assert leaves(add_adapter(tiny_model("qwen3_moe"), values)) == found
+
+
+def test_a_dense_model_has_no_names_of_experts() -> None:
+    values = tiny_run.config_for(Path("unused"), adapter="lora", lora_target_modules=["w1"])
+    with pytest.raises(AttnimgError, match="w1"):
+        add_adapter(tiny_model("llama"), values)
+
+
 @pytest.mark.parametrize("model_type", ["llama4_text", "phimoe"])
 def test_all_linear_leaves_out_routers_that_return_two_values(model_type: str) -> None:
     import torch
