@@ -123,6 +123,8 @@ def add_adapter(model: Any, config: Config) -> Any:
         with warnings.catch_warnings():
             # PEFT warns where no target is in an excluded module, which is no fault.
             warnings.filterwarnings("ignore", message="You have passed exclude_modules")
+            # PEFT has applied them: it looks for the experts' parameters among the modules.
+            warnings.filterwarnings("ignore", message=r"The following \w+_pattern keys")
             return get_peft_model(model, lora)
     except (TypeError, ValueError) as error:
         others = [name for name in linear if f"'{name}'" not in str(error)]

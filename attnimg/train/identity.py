@@ -145,23 +145,28 @@ def data_of(
         {
             "key": source.key,
             "spec": specs[source.key].model_dump(mode="json", exclude_none=True),
-            "dated": _is_dated(config, specs[source.key], source.key, tokenizer),
-            **{name: asdict(source)[name] for name in ("content", "documents", "tokens")},
+            "dated": _dated(config, specs[source.key], source.key, tokenizer),
+            **{name: asdict(source)[name] for name in ("content", "read", "documents", "tokens")},
         }
         for source in figures
         if not source.key.startswith("test_datasets")
     ]
 
 
-def _is_dated(config: Config, spec: DatasetSpec, key: str, tokenizer: Any) -> bool:
-    """Return whether a source's chat template writes the current date, as Llama 3.2's does."""
+def _dated(config: Config, spec: DatasetSpec, key: str, tokenizer: Any) -> str | None:
+    """Return a hash of what writes a source where it writes the date, as Llama 3.2's template.
+
+    None where the tokens of the same records are the same on any day.
+    """
     from attnimg.train.data.chat_templates import choose_chat_template
     from attnimg.train.data.types import is_chat
 
     if not is_chat(spec):
-        return False
+        return None
     template = choose_chat_template(config, tokenizer, spec=spec, key=key)
-    return "strftime_now" in json.dumps(template)
+    if "strftime_now" not in json.dumps(template):
+        return None
+    return _hash([template, tokenizer.backend_tokenizer.to_str()])
 
 
 def model_of(config: Config) -> dict[str, Any] | None:

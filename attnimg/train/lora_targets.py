@@ -11,6 +11,10 @@ from attnimg.errors import AttnimgError
 from attnimg.schema import Config
 
 ALL_LINEAR = "all-linear"
+# Linear layers of transformers that return something else than a linear layer does: PEFT's wrapper
+# raises on it. Source: transformers 5.22.2, modeling_llama4.py:140, modeling_phimoe.py:462,
+# modeling_deepseek_v4.py:300 (2026-11-27).
+_OTHER_LINEAR = frozenset({"Llama4Router", "PhimoeTopKRouter", "DeepseekV4GroupedLinear"})
 
 
 def build_without_weights(loader: Any, model_config: Any, *, trusted: bool) -> Any:
@@ -41,8 +45,10 @@ def resolve_targets(model: Any, config: Config) -> list[str] | str:
     """
     targets = config.lora_target_modules
     if not targets or (isinstance(targets, str) and targets.lower() == ALL_LINEAR):
-        return ALL_LINEAR
-    names = [name for name, _ in model.named_modules() if name]
+        others = any(type(module).__name__ in _OTHER_LINEAR for module in model.modules())
+        return _adaptable(model, linear=True) if others else ALL_LINEAR
+    experts = _expert_names(model)
+    names = [*(name for name, _ in model.named_modules() if name), *experts]
     if isinstance(targets, str):
         found = {name for name in names if re.fullmatch(targets, name)}
         if not found:
@@ -50,12 +56,13 @@ def resolve_targets(model: Any, config: Config) -> list[str] | str:
     else:
         missing = [entry for entry in targets if not _named(entry, names)]
         if missing:
-            raise _unknown_names("lora_target_modules", missing, _adaptable(model), kept=targets)
+            adaptable = [*_adaptable(model), *experts]
+            raise _unknown_names("lora_target_modules", missing, adaptable, kept=targets)
         found = {name for entry in targets for name in _named(entry, names)}
     _refuse_embeddings(model, found, config)
     if not config.lora_target_linear:
         return targets
-    every = set(_adaptable(model, linear=True))
+    every = {*_adaptable(model, linear=True), *experts}
     return ALL_LINEAR if found <= every else sorted(found | every)
 
 
@@ -193,7 +200,26 @@ def _adaptable(model: Any, *, linear: bool = False) -> list[str]:
     kinds = (torch.nn.Linear, Conv1D) if linear else (torch.nn.Linear, Conv1D, torch.nn.Embedding)
     output = model.get_output_embeddings()
     return [name for name, module in model.named_modules()
-            if isinstance(module, kinds) and module is not output]  # fmt: skip
+            if isinstance(module, kinds) and module is not output
+            and type(module).__name__ not in _OTHER_LINEAR]  # fmt: skip
+
+
+def _expert_names(model: Any) -> list[str]:
+    """Return the names of experts' layers that PEFT takes, though they are one parameter now.
+
+    Source: peft 0.21.2, utils/transformers_weight_conversion.py, _convert_peft_config_moe
+    (2026-11-27).
+    """
+    from peft.utils import transformers_weight_conversion as conversion
+
+    base = conversion._MODEL_TO_CONVERSION_PATTERN.get(model.config.model_type)
+    known = conversion._MOE_TARGET_MODULE_MAPPING.get(base, {})
+    return [
+        f"{name.removesuffix(now)}{earlier}"
+        for name, _ in model.named_parameters()
+        for earlier, now in known.items()
+        if name.endswith(f".experts.{now}")
+    ]
 
 
 def _named(entry: str, names: Iterable[str]) -> list[str]:

@@ -24,7 +24,12 @@ from attnimg.train.precision import (
     loading_dtype,
     torch_dtype,
 )
-from attnimg.train.quantized import cast_unquantized, require_known_weights, use_stored_quantization
+from attnimg.train.quantized import (
+    cast_unquantized,
+    require_known_weights,
+    save_dequantized,
+    use_stored_quantization,
+)
 from attnimg.train.safetensors_headers import stored_tensors, unused_weights
 from attnimg.train.towers import attention_by_part, class_to_load, freeze_towers
 
@@ -163,6 +168,8 @@ def _from_pretrained(config: Config, *, implementation: str, dtype: DType) -> tu
         )
     if stored is not None:
         cast_unquantized(model, weights_dtype)
+    if stored == "dequantized":
+        save_dequantized(model)
     return model, loading
 
 

@@ -38,6 +38,7 @@ _PACKED = (
 _INTEGERS = frozenset({"U8", "I8", "I32"})
 # What a checkpoint that is not quantized holds: weights, and buffers of positions and masks.
 _WHOLE = frozenset({*TORCH_NAMES, "I64", "BOOL"})
+_FLOAT8 = frozenset({"F8_E4M3", "F8_E5M2"})
 # Names of the scale of a weight in fp8 checkpoints.
 # Source: transformers 5.22.2, quantizer_finegrained_fp8.py, update_weight_conversions (2026-11-27).
 _SCALES = ("{name}_scale_inv", "{module}.scale", "{module}.qscale_weight")
@@ -167,7 +168,7 @@ def require_known_weights(config: Config, folder: Path, raw: Mapping[str, Any]) 
 
     Args:
         config: the validated run.
-        folder: the checkpoint; one without safetensors passes.
+        folder: the checkpoint; one without weights passes.
         raw: its config.json.
 
     Raises:
@@ -199,7 +200,7 @@ def require_known_weights(config: Config, folder: Path, raw: Mapping[str, Any]) 
     if method_of(found) != "fp8":
         return
     for name, tensor in stored.items():
-        if not tensor.dtype.startswith("F8_E4M3") or name.endswith(("_scale", "_scale_inv")):
+        if tensor.dtype not in _FLOAT8 or name.endswith(("_scale", "_scale_inv")):
             continue
         _require_scale(config, name, tensor, stored)
 
@@ -251,13 +252,14 @@ def use_stored_quantization(
         `loaded` of its row in data/quantizations.toml; None where it is not quantized.
     """
     found = quantization_of(model_config.to_dict())
-    if found is None:
-        return None
-    # transformers removes it from the saved config only where it stands at the top level.
+    # transformers removes it from the saved config only where it stands at the top level; it raises
+    # on an empty one.
     for part in (model_config, *(getattr(model_config, name, None) for name in LANGUAGE_PARTS)):
         for key in ("quantization_config", "compression_config"):
             if getattr(part, key, None) is not None:
                 delattr(part, key)
+    if found is None:
+        return None
     method = method_of(found)
     loaded = quantizations()[method].loaded
     changes: dict[str, Any] = {"dequantize": True} if loaded == "dequantized" else {}
@@ -265,6 +267,21 @@ def use_stored_quantization(
         changes["bnb_4bit_compute_dtype"] = dtype
     model_config.quantization_config = {**found, **changes}
     return loaded
+
+
+def save_dequantized(model: Any) -> None:
+    """Make a dequantized model save its weights as they are.
+
+    transformers saves through the reverse of what it loaded with, which rounds the weights to
+    float8 again, while config.json has no quantization_config: loaded again, they are raw numbers.
+    Source: transformers 5.22.2, core_model_loading.py, revert_weight_conversion;
+    finegrained_fp8.py, Fp8Dequantize.reverse_op (2026-11-27).
+
+    Args:
+        model: as it was loaded; it saves under the names of its class, as a new model does.
+    """
+    if hasattr(model, "_weight_conversions"):
+        del model._weight_conversions
 
 
 def cast_unquantized(model: Any, dtype: torch.dtype) -> None:

@@ -270,13 +270,9 @@ def _data(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
 
 
 def _dated(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
-    """Return whether a source may differ only by the date that its chat template writes."""
-    return bool(
-        old["dated"]
-        and new["dated"]
-        and old["spec"] == new["spec"]
-        and old["documents"] == new["documents"]
-    )
+    """Return whether a source differs by no more than the date that its template writes."""
+    same = ("dated", "spec", "read", "documents")
+    return bool(old["dated"]) and all(old.get(name) == new.get(name) for name in same)
 
 
 def _source(key: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Change]:

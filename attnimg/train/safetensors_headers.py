@@ -1,4 +1,4 @@
-"""Read names, dtypes and shapes of tensors from the headers of safetensors files."""
+"""Read names, dtypes and shapes of tensors from the headers of a model's files."""
 
 from __future__ import annotations
 
@@ -14,6 +14,11 @@ from typing import Any
 _MAX_HEADER = 100 * 2**20
 # safetensors' names of the dtypes of weights that are not quantized -> torch's names.
 TORCH_NAMES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+# Those of quantized numbers.
+_QUANTIZED_NAMES = {
+    "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "U8": "uint8", "I8": "int8",
+    "I32": "int32",
+}  # fmt: skip
 # Endings of buffers that older versions of transformers saved, and that are computed now.
 _COMPUTED = ("inv_freq", "masked_bias", "attn.bias", "attention.bias", "position_ids")
 
@@ -32,16 +37,20 @@ class StoredTensor:
 
 
 def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
-    """Return name -> tensor of the safetensors files in a model's folder.
+    """Return name -> tensor of the weight files in a model's folder.
 
-    The files are those of the index; without one, model.safetensors, or else all. Files that can't
-    be read are left out: loading the model reports them.
+    Of safetensors, the files are those of the index; without one, model.safetensors, or else all;
+    without any, pytorch_model*.bin. Files that can't be read are left out: loading the model
+    reports them.
     """
     found: dict[str, StoredTensor] = {}
-    for file in _files(folder):
+    files = _files(folder)
+    for file in files:
         for name, entry in _header(file).items():
             if name != "__metadata__":
                 found[name] = StoredTensor(dtype=entry["dtype"], shape=tuple(entry["shape"]))
+    for file in () if files else sorted(folder.glob("pytorch_model*.bin")):
+        found |= _pickled(file)
     return found
 
 
@@ -75,4 +84,25 @@ def _header(file: Path) -> Mapping[str, Any]:
             length = int.from_bytes(stream.read(8), "little")
             return dict(json.loads(stream.read(length))) if length < _MAX_HEADER else {}
     except (OSError, ValueError):
+        return {}
+
+
+def _pickled(file: Path) -> dict[str, StoredTensor]:
+    """Return the tensors of a file of torch.save, whose weights are not read."""
+    import pickle
+
+    import torch
+
+    names = {getattr(torch, torch_name): name
+             for name, torch_name in (TORCH_NAMES | _QUANTIZED_NAMES).items()}  # fmt: skip
+    try:
+        tensors = torch.load(file, map_location="meta", weights_only=True)
+        return {
+            name: StoredTensor(
+                dtype=names.get(tensor.dtype, str(tensor.dtype)), shape=tuple(tensor.shape)
+            )
+            for name, tensor in tensors.items()
+            if isinstance(tensor, torch.Tensor)
+        }
+    except (OSError, ValueError, RuntimeError, AttributeError, EOFError, pickle.UnpicklingError):
         return {}

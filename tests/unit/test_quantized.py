@@ -114,8 +114,47 @@ def test_weights_are_dequantized_as_the_checkpoint_says(
     for key, weight in meant.items():
         torch.testing.assert_close(found[key], weight.to(wanted), rtol=1e-6, atol=1e-6)
     assert all(weight.requires_grad for weight in model.parameters())
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight += 1e-3  # as training does: what float8 holds no more
     model.save_pretrained(tmp_path / "saved")
     assert "quantization_config" not in json.loads((tmp_path / "saved/config.json").read_text())
+    again = type(model).from_pretrained(tmp_path / "saved", dtype=wanted).state_dict()
+    for key, weight in model.state_dict().items():
+        torch.testing.assert_close(again[key], weight, rtol=0, atol=0)
+
+
+def test_a_pickled_checkpoint_of_quantized_weights_is_refused(tmp_path: Path) -> None:
+    source = plain(tmp_path / "plain")
+    full = load_file(source / "model.safetensors")
+    (source / "model.safetensors").unlink()
+    torch.save(full, source / "pytorch_model.bin")
+    raw = json.loads((source / "config.json").read_text())
+    assert judged(None, raw=raw, folder=source)[0] == []
+    torch.save(fp8(full, block=128)[0], source / "pytorch_model.bin")
+    errors, _ = judged(None, raw=raw, folder=source)
+    assert [error.code for error in errors] == ["quantized-checkpoint"]
+    assert "down_proj" in (errors[0].why or "")
+
+
+def test_an_empty_quantization_config_says_nothing(tmp_path: Path) -> None:
+    source = plain(tmp_path / "plain")
+    folder = write(tmp_path / "empty", source, load_file(source / "model.safetensors"), {})
+    found, meant = load(folder).state_dict(), load(source).state_dict()
+    assert all(torch.equal(found[name], meant[name]) for name in meant)
+
+
+@pytest.mark.parametrize("kind", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_a_float8_weight_without_its_scale_is_refused(tmp_path: Path, kind: torch.dtype) -> None:
+    source = plain(tmp_path / "plain")
+    stored, _ = fp8(load_file(source / "model.safetensors"), block=128)
+    name = "model.layers.1.mlp.up_proj.weight"
+    stored[name] = stored[name].float().to(kind)
+    whole = write(tmp_path / "whole", source, stored, FP8)
+    assert judged(FP8, folder=whole)[0] == []
+    del stored[f"{name}_scale_inv"]
+    lacking = write(tmp_path / "lacking", source, stored, FP8)
+    assert name in (judged(FP8, folder=lacking)[0][0].why or "")
 
 
 @pytest.mark.filterwarnings("ignore:MatMul8bitLt")

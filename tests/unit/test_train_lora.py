@@ -356,3 +356,49 @@ def test_a_tokenizer_that_can_t_pad_is_refused_and_the_advice_helps(
         load_tokenizer(tiny_run.config_for(tmp_path, adapter="lora"), say=lambda _: None)
     mended = applied(caught.value.do, {"adapter": "lora"})
     assert load_tokenizer(tiny_run.config_for(tmp_path, **mended), say=lambda _: None).pad_token
+
+
+@pytest.mark.parametrize(
+    ("targets", "found"),
+    [
+        (["q_proj", "gate_proj", "up_proj", "down_proj"], {"q_proj", "experts", "base_layer"}),
+        (["q_proj", "down_proj"], {"q_proj", "experts"}),
+        (r".*\.experts\.(gate|up)_proj", {"experts"}),
+    ],
+)
+def test_experts_are_targeted_by_the_names_that_they_had(targets: Any, found: set[str]) -> None:
+    values = tiny_run.config_for(Path("unused"), adapter="lora", lora_target_modules=targets)
+    assert leaves(add_adapter(tiny_model("qwen3_moe"), values)) == found
+
+
+def test_a_dense_model_has_no_names_of_experts() -> None:
+    values = tiny_run.config_for(Path("unused"), adapter="lora", lora_target_modules=["w1"])
+    with pytest.raises(AttnimgError, match="w1"):
+        add_adapter(tiny_model("llama"), values)
+
+
+@pytest.mark.parametrize("model_type", ["llama4_text", "phimoe"])
+def test_all_linear_leaves_out_routers_that_return_two_values(model_type: str) -> None:
+    import torch
+
+    values = tiny_run.config_for(Path("unused"), adapter="lora")
+    model = add_adapter(tiny_model(model_type), values)
+    assert "q_proj" in leaves(model)
+    assert "router" not in leaves(model)
+    assert torch.isfinite(model(input_ids=torch.tensor([[3, 4, 5]])).logits).all()
+
+
+def test_every_linear_layer_of_transformers_with_code_of_its_own_is_known() -> None:
+    import transformers
+
+    from attnimg.train.lora_targets import _OTHER_LINEAR
+
+    # Falcon's returns what a linear layer does; the others are no part of a causal model.
+    known = _OTHER_LINEAR | {"FalconLinear", "EsmFoldLinear", "IdeficsDecoupledLinear"}
+    models = Path(transformers.__file__).parent / "models"
+    found = {
+        name
+        for file in models.glob("*/modeling_*.py")
+        for name in re.findall(r"^class (\w+)\(nn\.Linear\)", file.read_text(), re.MULTILINE)
+    }
+    assert found == known

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from attnimg.train.checkpoint import STATE, ResumePoint
 from attnimg.train.data.documents import SourceFigures
 
 sys.path.append(str(Path(__file__).parents[1] / "fixtures"))
-from tiny_run import lines, make_model, run
+from tiny_run import lines, make_model, make_tokenizer, run
 
 CLASSES = (
     identity.BY_VALUE, identity.BY_CONTENT, identity.EVALUATION_KEYS, identity.CHANGEABLE,
@@ -236,6 +237,35 @@ def test_the_data_is_known_by_its_tokens(
     with pytest.raises(AttnimgError) as caught:
         resume.require_same(part(values, found), values, point)
     assert (caught.value.code, caught.value.key) == ("resume-differs", key)
+
+
+@pytest.mark.parametrize(
+    ("now", "refused"),
+    [
+        pytest.param({}, False, id="another day"),
+        pytest.param({"read": "c" * 64}, True, id="other records"),
+        pytest.param({"documents": 4}, True, id="another count"),
+        pytest.param({"template": "{{ x }}"}, True, id="another template"),
+    ],
+)
+def test_a_template_that_writes_the_date_hides_no_other_change(
+    tmp_path: Path, now: dict[str, Any], refused: bool
+) -> None:
+    values = config(datasets=[{"path": "data.jsonl", "type": "chat_template"}])
+    tokenizer = make_tokenizer(tmp_path / "tokenizer")
+
+    def data(content: str, *, template: str = "", **changes: Any) -> dict[str, Any]:
+        tokenizer.chat_template = "{{ strftime_now('%d %b') }}{{ messages }}" + template
+        found = replace(figures(content=content * 64), **{"read": "b" * 64, **changes})
+        return {"data": identity.data_of(values, (found,), tokenizer)}
+
+    point = checkpoint(tmp_path, data("a"))
+    if not refused:
+        resume.require_same(data("b", **now), values, point)
+        return
+    with pytest.raises(AttnimgError) as caught:
+        resume.require_same(data("b", **now), values, point)
+    assert caught.value.key == "datasets[0]"
 
 
 @pytest.mark.parametrize(

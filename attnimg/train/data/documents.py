@@ -31,6 +31,7 @@ class SourceFigures:
         longest: tokens of the longest record, before any limit.
         sequence_len: the longest document allowed, in tokens.
         content: SHA-256 of the documents' tokens and labels, in order.
+        read: SHA-256 of the records, before a template writes them.
         reused: whether the documents were found in dataset_prepared_path.
     """
 
@@ -49,6 +50,7 @@ class SourceFigures:
     longest: int = 0
     sequence_len: int = 0
     content: str = ""
+    read: str = ""
     reused: bool = False
 
 

@@ -64,11 +64,14 @@ def prepare(
     import pyarrow
 
     tally, warnings, content = Tally(), dict[str, None](), hashlib.sha256()
+    read = hashlib.sha256()
     batches = _parsed(source, tally, advance)
     processes = config.dataset_num_proc or config.dataset_processes or 1
     encoder = encoder_for(source, config, tokenizer)
     for batch, (tokens, found) in _encoded(batches, encoder, processes=processes):
         warnings |= dict.fromkeys(found)
+        for _, value in batch:
+            read.update(repr(value).encode("utf-8", "surrogatepass"))
         places = (place for place, _ in batch)
         documents = list(
             fit(
@@ -91,6 +94,7 @@ def prepare(
         type=source.spec.type or "",
         sequence_len=config.sequence_len,
         content=content.hexdigest(),
+        read=read.hexdigest(),
         **asdict(tally),
     )
     return figures, tuple(warnings)
