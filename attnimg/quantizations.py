@@ -69,10 +69,14 @@ def method_of(quantization: Mapping[str, Any]) -> str:
 
 
 def bits_of(quantization: Mapping[str, Any]) -> int | None:
-    """Return how many bits the weights of a torchao checkpoint have; None where it is unknown.
+    """Return how many bits the weights of a checkpoint have; None where its config does not say.
 
-    Its config names a class: {"quant_type": {"default": {"_type": "Int8WeightOnlyConfig"}}}.
+    gptq and awq: {"bits": 4}, in old configs {"w_bit": 4}. torchao names a class: {"quant_type":
+    {"default": {"_type": "Int8WeightOnlyConfig"}}}.
     """
+    for key in ("bits", "w_bit"):
+        if isinstance(bits := quantization.get(key), int):
+            return bits
     kind = quantization.get("quant_type")
     named = str(kind.get("default", kind).get("_type", "")) if isinstance(kind, Mapping) else ""
     digits = "".join(char for char in named if char.isdigit())[:1]
