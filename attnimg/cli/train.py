@@ -235,6 +235,8 @@ def fit_planned(
     for warning in documents.warnings:
         session.say(f"warning: {warning}")
     lengths = [len(documents.train), len(documents.validation or ())]
+    if lengths[1]:
+        session.say(f"{lengths[0]:,} documents to train on, {lengths[1]:,} to evaluate")
     content = [figures.content for figures in documents.figures]
     _agree(session, {"documents": lengths, "data": content})
     session.say(sample_text(documents, tokenizer))

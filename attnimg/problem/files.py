@@ -14,6 +14,7 @@ from attnimg.files import read_regular
 # The largest config.json of a language model is far below this; weights given by mistake are above.
 _MAX_BYTES = 16 * 2**20
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+_ADAPTER = "adapter_config.json"
 _REVISION = re.compile(r"[\w-][\w./-]*")
 
 
@@ -51,6 +52,10 @@ def read_config(path: Path) -> dict[str, Any]:
     """
     try:
         config = json.loads(read_regular(path, at_most=_MAX_BYTES))
+    except FileNotFoundError as error:
+        if (path.parent / _ADAPTER).is_file():
+            raise _adapter(path.parent) from error
+        raise _refusal(path, why=f"could not read it: {error.strerror}") from error
     except OSError as error:
         raise _refusal(path, why=f"could not read it: {error.strerror}") from error
     except UnicodeDecodeError as error:
@@ -98,6 +103,23 @@ def _hub_cache() -> Path:
     if not home:
         home = os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "huggingface")  # noqa: PTH118  the user's "~" comes first
     return Path(home).expanduser() / "hub"
+
+
+def _adapter(folder: Path) -> AttnimgError:
+    """Return the refusal of an adapter's folder in the place of a model's."""
+    try:
+        named = json.loads(read_regular(folder / _ADAPTER, at_most=_MAX_BYTES))
+        base = str(named["base_model_name_or_path"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        base = "the model that it was trained on"
+    return AttnimgError(
+        f"{folder} is an adapter, not a model",
+        why=f"found {_ADAPTER} of a LoRA on {base}, and no config.json",
+        do=f"set base_model: {base}; to train the merged model, merge the adapter first with "
+        "PEFT's merge_and_unload and save_pretrained",
+        code="bad-model",
+        key="base_model",
+    )
 
 
 def _refusal(path: Path, *, why: str) -> AttnimgError:

@@ -1,6 +1,8 @@
 """What a config.json may look like, where it is found, and what is said when it can't be read."""
 
+import json
 import os
+from pathlib import Path
 
 import pytest
 
@@ -189,3 +191,22 @@ def test_a_config_file_and_its_folder_are_the_same(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     path = tmp_path / "config.json"
     assert find_config(str(tmp_path)) == find_config(str(path)) == path
+
+
+def test_an_adapter_in_the_place_of_a_model_is_named_with_its_base_model(tmp_path: Path) -> None:
+    adapter, base = tmp_path / "adapter", tmp_path / "base"
+    for folder in (adapter, base):
+        folder.mkdir()
+    (base / "config.json").write_text('{"model_type": "llama"}')
+    (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(base)}))
+    with pytest.raises(AttnimgError, match="is an adapter, not a model") as caught:
+        read_config(adapter / "config.json")
+    assert caught.value.code == "bad-model"
+    advised = caught.value.do.removeprefix("set base_model: ").partition(";")[0]
+    found = find_config(advised)
+    assert found is not None
+    assert read_config(found) == {"model_type": "llama"}
+    for damaged in ("{", "[]", "{}"):
+        (adapter / "adapter_config.json").write_text(damaged)
+        with pytest.raises(AttnimgError, match="is an adapter, not a model"):
+            read_config(adapter / "config.json")
