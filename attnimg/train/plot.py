@@ -15,7 +15,19 @@ TRAIN, EVALUATION = "#0072B2", "#D55E00"
 
 
 def smooth(values: Sequence[float], *, weight: float) -> list[float]:
-    """Average exponentially, corrected for the start so that the first value stays what it is."""
+    """Return the mean of two running means, one from each end, so that neither shift shows.
+
+    Args:
+        values: one a logged step.
+        weight: of the mean so far, against the next value: 0 smooths nothing.
+    """
+    forwards = _running_mean(values, weight=weight)
+    backwards = _running_mean(values[::-1], weight=weight)[::-1]
+    return [(a + b) / 2 for a, b in zip(forwards, backwards, strict=True)]
+
+
+def _running_mean(values: Sequence[float], *, weight: float) -> list[float]:
+    """Return the exponential running mean; its first values are not drawn towards zero."""
     smoothed, mean, mass = [], 0.0, 0.0
     for value in values:
         mean = weight * mean + (1 - weight) * value
