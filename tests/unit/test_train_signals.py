@@ -65,6 +65,7 @@ def test_the_handlers_from_before_come_back() -> None:
 HANGUP = """
 import os, signal, sys, time
 from attnimg.train.signals import stop_signals
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup
 with stop_signals() as stop:
     stop.training = True
     print("ready", flush=True)
@@ -86,7 +87,10 @@ def test_a_terminal_that_hangs_up_stops_the_run_as_sigterm_does(tmp_path: Path) 
         os.close(slave)
         assert b"ready" in os.read(master, 100)
         os.close(master)
-        assert process.wait(timeout=30) == 0
+        try:
+            assert process.wait(timeout=60) == 0
+        finally:
+            process.kill()
     assert (tmp_path / "number").read_text() == str(int(signal.SIGHUP))
 
 
