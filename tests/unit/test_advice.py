@@ -399,6 +399,9 @@ CASES: dict[str, Case] = {
     "nothing that is trained": Case(
         code="empty-dataset", entry=CHAT | {"roles_to_train": ["tool"]}, records=[TALK],
         values={"chat_template": "chatml"}),
+    "a typo of a role to train": Case(
+        code="bad-value", entry=CHAT | {"roles_to_train": ["assistant", "usr"]}, records=[TALK],
+    ),
     "a split that is not there": Case(code="bad-value", records=TEXTS, entry={"split": "test"}),
     "no split's words": Case(code="bad-value", records=TEXTS, entry={"split": "train[a:"},
                              options=3),
