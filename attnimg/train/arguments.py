@@ -65,7 +65,7 @@ def _optimisation(config: Config, *, context: RunContext) -> dict[str, Any]:
         "adam_beta1": config.adam_beta1,
         "adam_beta2": config.adam_beta2,
         "adam_epsilon": config.adam_epsilon,
-        "lr_scheduler_kwargs": scheduler_kwargs,
+        "lr_scheduler_kwargs": scheduler_kwargs or None,
     }
     return {
         "per_device_train_batch_size": config.micro_batch_size,
@@ -81,7 +81,7 @@ def _optimisation(config: Config, *, context: RunContext) -> dict[str, Any]:
         "max_grad_norm": config.max_grad_norm,
         "gradient_checkpointing": context.checkpointing,
         "gradient_checkpointing_kwargs": config.gradient_checkpointing_kwargs,
-        **{name: value for name, value in given.items() if value},
+        **{name: value for name, value in given.items() if value is not None},
     }
 
 

@@ -275,6 +275,10 @@ CASES: dict[str, Case] = {
                                        values={"lr_scheduler": "cosine_with_min_lr"}),
     "a decay without steps": Case(code="bad-value", machine=CPU,
                                   values={"lr_scheduler": "warmup_stable_decay"}),
+    "a warmup of constant": Case(code="bad-value", machine=CPU, options=2, values={
+        "lr_scheduler": "constant", "warmup_steps": 4}),
+    "arguments of constant": Case(code="bad-value", machine=CPU, values={
+        "lr_scheduler": "constant", "warmup_ratio": 0.1, "lr_scheduler_kwargs": {"a": 1}}),
     "a plateau without evaluation": Case(code="bad-value", machine=CPU,
                                          values={"lr_scheduler": "reduce_lr_on_plateau"}),
     "tf32 on Turing": Case(code="bad-value", machine=T4, values={"tf32": True}),
@@ -395,6 +399,9 @@ CASES: dict[str, Case] = {
     "nothing that is trained": Case(
         code="empty-dataset", entry=CHAT | {"roles_to_train": ["tool"]}, records=[TALK],
         values={"chat_template": "chatml"}),
+    "a typo of a role to train": Case(
+        code="bad-value", entry=CHAT | {"roles_to_train": ["assistant", "usr"]}, records=[TALK],
+    ),
     "a split that is not there": Case(code="bad-value", records=TEXTS, entry={"split": "test"}),
     "no split's words": Case(code="bad-value", records=TEXTS, entry={"split": "train[a:"},
                              options=3),

@@ -121,6 +121,13 @@ def check_all(values: Config, machine: Machine) -> None:
                      "bad-value", id="a schedule without its arguments"),
         pytest.param({"lr_scheduler": "reduce_lr_on_plateau"}, CPU, "lr_scheduler", "bad-value",
                      id="a plateau of nothing"),
+        pytest.param({"lr_scheduler": "constant", "warmup_steps": 4}, CPU, "warmup_steps",
+                     "bad-value", id="a warmup that constant does not have"),
+        pytest.param({"lr_scheduler": "reduce_lr_on_plateau", "warmup_ratio": 0.1,
+                      "val_set_size": 0.1}, CPU, "warmup_ratio", "bad-value",
+                     id="a warmup that a plateau does not have"),
+        pytest.param({"lr_scheduler": "constant_with_warmup", "lr_scheduler_kwargs": {"a": 1}}, CPU,
+                     "lr_scheduler_kwargs", "bad-value", id="arguments that nothing reads"),
     ],
 )  # fmt: skip
 def test_contradictions_are_refused(
@@ -131,6 +138,22 @@ def test_contradictions_are_refused(
     assert (caught.value.key, caught.value.code, caught.value.exit_code) == (key, code, 2)
     assert caught.value.why
     assert caught.value.do
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"lr_scheduler": "constant"},
+        {"lr_scheduler": "constant", "warmup_steps": 0},
+        {"lr_scheduler": "constant_with_warmup", "warmup_steps": 4},
+        {"lr_scheduler": "inverse_sqrt", "lr_scheduler_kwargs": {"timescale": 9}},
+        {"lr_scheduler": "reduce_lr_on_plateau", "lr_scheduler_kwargs": {"patience": 1},
+         "val_set_size": 0.1},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_schedule_with_what_it_reads_is_taken(keys: dict[str, Any]) -> None:
+    check_all(config(**keys), CPU)
 
 
 def arguments(tmp_path: Path, machine: Machine = CPU, **keys: Any) -> dict[str, Any]:
@@ -155,6 +178,9 @@ def arguments(tmp_path: Path, machine: Machine = CPU, **keys: Any) -> dict[str, 
                       "lr_scheduler_kwargs": {"min_lr_rate": 0.1}}, id="a cosine with a floor"),
         pytest.param({"warmup_ratio": 0.1}, CPU, {"warmup_steps": 0.1}, id="a share of warmup"),
         pytest.param({"warmup_steps": 10}, CPU, {"warmup_steps": 10.0}, id="steps of warmup"),
+        pytest.param({"adam_beta1": 0, "adam_beta2": 0.5, "adam_epsilon": 1e-6}, CPU,
+                     {"adam_beta1": 0.0, "adam_beta2": 0.5, "adam_epsilon": 1e-6},
+                     id="Adam without momentum"),
         pytest.param({"optimizer": "paged_adamw"}, H100, {"optim": "paged_adamw_32bit"},
                      id="an optimizer by its other name"),
         pytest.param({"tf32": "auto"}, H100, {"tf32": True}, id="tf32 auto on an H100"),

@@ -327,15 +327,19 @@ def label(
 ) -> list[int]:
     """Label the tokens that show a character of a trained span.
 
-    A token reaches back to the end of the one before it: tokenizers trim blanks off the offsets
-    (trim_offsets), yet the token holds them. Blanks alone make no token part of a span, unless it
-    holds nothing else: the one that opens an answer may begin at the blank before it.
+    A token reaches back over blanks to the end of the one before it: tokenizers trim blanks off the
+    offsets (trim_offsets), yet the token holds them. Other characters between two tokens are those
+    that a normalizer removed (an accent, a zero-width space), and belong to neither. Blanks alone
+    make no token part of a span, unless it holds nothing else: the one that opens an answer may
+    begin at the blank before it.
     """
     spans = [(*span, True) for span in trained] + [(*span, False) for span in masked]
     spans.sort(key=lambda span: (span[0], not span[2]))
     labels, reached, first = [IGNORED] * len(ids), 0, 0
     for index, (start, end) in enumerate(offsets):
-        low, high = min(start, reached), max(end, reached)
+        # A blank that the tokenizer itself inserts may have offsets behind the next token's.
+        removed = len(text[reached:start].rstrip()) if start < end else 0
+        low, high = min(start, reached + removed), max(end, reached)
         reached = high
         while first < len(spans) and spans[first][1] <= low:
             first += 1

@@ -89,9 +89,14 @@ def lay_out(
     for number, (start, text_end) in bounds.items():
         if not trained[number]:
             continue
-        spans = _owned(generated, number, bounds)
+        turn = RenderedTurn(renderer, rendering, number)
+        # What is marked before its text, or after the next content, is of an answer without text.
+        spans = [
+            span
+            for span in _owned(generated, number, bounds)
+            if span[1] > start and span[0] <= turn.limit
+        ]
         if not spans:
-            turn = RenderedTurn(renderer, rendering, number)
             end = turn.end(text_end, ends)
             if end is None and number == len(rendering.messages) - 1:
                 appended = turn.following(text_end, ends)

@@ -13,7 +13,7 @@ from typing import Any
 
 from attnimg.errors import AttnimgError
 from attnimg.schema import DatasetSpec
-from attnimg.train.data.conversations import parse_turns
+from attnimg.train.data.conversations import parse_turns, roles
 from attnimg.train.data.parsed import Pair, Parse, column, text
 from attnimg.train.data.records import Place, bad_record
 
@@ -76,10 +76,28 @@ def parser(spec: DatasetSpec, *, key: str, columns: Collection[str] = ()) -> Par
             key=f"{key}.type",
         )
     if is_chat(spec):
+        _require_known_roles(spec, key=key)
         return partial(parse_turns, spec)
     if is_text(spec):
         return partial(_running_text, spec.field or spec.text_column or "text")
     return partial(_alpaca, _chat_prompt if spec.type == "alpaca:chat" else _instruct_prompt)
+
+
+def _require_known_roles(spec: DatasetSpec, *, key: str) -> None:
+    """Refuse a name in roles_to_train that no message can have: its turns would not be trained."""
+    known = roles(spec)
+    unknown = [name for name in spec.roles_to_train or () if name not in {*known, *known.values()}]
+    if unknown:
+        near = difflib.get_close_matches(unknown[0], known, n=1, cutoff=0.0)
+        named = [known.get(name, name) for name in spec.roles_to_train or () if name in known]
+        fitting = list(dict.fromkeys([*named, *(known[name] for name in near)]))
+        raise AttnimgError(
+            f"unknown role in roles_to_train: {unknown[0]!r}",
+            why=f"{key}.roles_to_train has {', '.join(unknown)}, needed one of {', '.join(known)}",
+            do=f"set {key}.roles_to_train: [{', '.join(fitting)}]",
+            code="bad-value",
+            key=f"{key}.roles_to_train",
+        )
 
 
 def _alpaca(

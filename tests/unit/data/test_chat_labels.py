@@ -244,6 +244,17 @@ def test_a_template_that_marks_what_is_generated_is_followed(name: str, kind: st
     assert not encode.warnings
 
 
+@pytest.mark.parametrize("blank", ["", " ", "\t"])
+@pytest.mark.parametrize("name", ["llama3", "llama3_training"])
+def test_an_answer_without_text_is_not_trained_with_another(name: str, blank: str) -> None:
+    encode = encoder(name, "byte-level")
+    turns = [user("Is it?"), answer(blank), user("Go."), answer("Yes."), user("Go."), answer(blank)]
+    assert learnt(encode, {"messages": turns}) == ["Yes.<|eot_id|>"]
+    assert learnt(encode, {"messages": turns[:4]}) == ["Yes.<|eot_id|>"]
+    assert learnt(encode, {"messages": turns[2:]}) == ["Yes.<|eot_id|>"]
+    assert any("answers without text carry no loss" in note for note in encode.warnings)
+
+
 @pytest.mark.parametrize(
     ("name", "kind", "note"),
     [
@@ -310,6 +321,19 @@ def test_a_token_that_swallows_an_answers_first_blank_is_not_the_answers() -> No
     """Phi-3's <|assistant|> takes the blanks behind it (rstrip), the answer's own too."""
     offsets = [(0, 4), (4, 7), (7, 11)]
     assert label([1, 2, 3], "[I] Yes</s>", offsets, trained=[(3, 11)]) == [-100, 2, 3]
+
+
+def test_the_token_behind_a_character_that_a_normalizer_removed_is_not_the_answers() -> None:
+    """NFC makes one character of a letter and its accent, with the offsets of the letter."""
+    text, offsets = "[I] e\u0301</s>", [(0, 3), (4, 5), (6, 10)]
+    assert label([1, 2, 3], text, offsets, trained=[(4, 6)]) == [-100, 2, -100]
+    assert label([1, 2, 3], text, offsets, trained=[(4, 6), (6, 10)]) == [-100, 2, 3]
+
+
+def test_a_letter_behind_a_blank_that_the_tokenizer_inserts_is_labelled() -> None:
+    """ByteLevel with add_prefix_space: the blank's trimmed offsets are behind the letter's."""
+    offsets = [(0, 1), (2, 2), (1, 2)]
+    assert label([1, 2, 3], ":y", offsets, trained=[(1, 2)]) == [-100, 2, 3]
 
 
 def test_a_blank_inside_the_answer_is_labelled_though_trimmed() -> None:
