@@ -32,6 +32,7 @@ from attnimg.kernel_cache import use_shipped_kernels
 from attnimg.report import as_json
 from attnimg.schema import Checked, Config
 from attnimg.train.distributed import agree, rank, require_group
+from attnimg.train.limits import unused_by_schedule
 from attnimg.train.receipt import versions
 from attnimg.train.signals import StopFlag, Stopped, stop_signals
 
@@ -139,11 +140,15 @@ def _require_base_model(
 
 
 def _without_effect(values: Config) -> list[str]:
-    """Name the keys that change nothing in this run, so that none is ignored in silence."""
-    if values.adapter is not None:
-        return []
+    """Return a warning of the keys that change nothing in this run, so that none is ignored."""
+    notes = []
+    if unread := unused_by_schedule(values):
+        unused = " and ".join(unread)
+        notes.append(f"warning: lr_scheduler: {values.lr_scheduler} does not use {unused}")
     idle = sorted(key for key in values.model_fields_set if key.startswith(("lora_", "peft_use_")))
-    return [f"warning: without adapter, {', '.join(idle)} have no effect"] if idle else []
+    if idle and values.adapter is None:
+        notes.append(f"warning: without adapter, {', '.join(idle)} have no effect")
+    return notes
 
 
 def _planned(session: Session) -> Plan:

@@ -91,7 +91,6 @@ def _check_scheduler(config: Config) -> None:
             code="bad-value",
             key="warmup_ratio",
         )
-    _check_unread(config)
     wanted, value = {
         "cosine_with_min_lr": (("min_lr", "min_lr_rate"), "1e-6"),
         "warmup_stable_decay": (("num_decay_steps",), "10"),
@@ -116,27 +115,17 @@ def _check_scheduler(config: Config) -> None:
         )
 
 
-def _check_unread(config: Config) -> None:
-    """Refuse a warmup, or arguments, that transformers would not hand to the schedule.
+def unused_by_schedule(config: Config) -> list[str]:
+    """Return the keys that the run's learning rate schedule does not read.
 
     Source: transformers 5.22.2, optimization.py, get_scheduler (2026-11-27).
     """
-    name = config.lr_scheduler
-    unread, instead = list[str](), ""
+    name, unused = config.lr_scheduler, []
     if name in ("constant", "reduce_lr_on_plateau"):
-        unread += [key for key in ("warmup_steps", "warmup_ratio") if getattr(config, key)]
-        if unread and name == "constant":
-            instead = "set lr_scheduler: constant_with_warmup, or "
+        unused = [key for key in ("warmup_steps", "warmup_ratio") if getattr(config, key)]
     if name in ("constant", "constant_with_warmup") and config.lr_scheduler_kwargs:
-        unread, instead = [*unread, "lr_scheduler_kwargs"], ""
-    if unread:
-        raise AttnimgError(
-            f"lr_scheduler: {name} does not use {' and '.join(unread)}",
-            why=f"found {unread[0]}: {getattr(config, unread[0])}, which would have no effect",
-            do=f"{instead}remove {' and '.join(unread)}",
-            code="bad-value",
-            key=unread[0],
-        )
+        unused.append("lr_scheduler_kwargs")
+    return unused
 
 
 def _installed(machine: Machine, package: str) -> bool:

@@ -275,10 +275,6 @@ CASES: dict[str, Case] = {
                                        values={"lr_scheduler": "cosine_with_min_lr"}),
     "a decay without steps": Case(code="bad-value", machine=CPU,
                                   values={"lr_scheduler": "warmup_stable_decay"}),
-    "a warmup of constant": Case(code="bad-value", machine=CPU, options=2, values={
-        "lr_scheduler": "constant", "warmup_steps": 4}),
-    "arguments of constant": Case(code="bad-value", machine=CPU, values={
-        "lr_scheduler": "constant", "warmup_ratio": 0.1, "lr_scheduler_kwargs": {"a": 1}}),
     "a plateau without evaluation": Case(code="bad-value", machine=CPU,
                                          values={"lr_scheduler": "reduce_lr_on_plateau"}),
     "tf32 on Turing": Case(code="bad-value", machine=T4, values={"tf32": True}),
