@@ -58,7 +58,7 @@ def _folders(environment: Mapping[str, str]) -> Iterator[Path]:
     The second is for a volume whose folders another user made.
     """
     if named := environment.get("ATTNIMG_CACHE"):
-        yield Path(named) / "flash-attn-4"
+        yield Path(named) / f"flash-attn-4-{os.getuid()}"
     else:
         from platformdirs import user_cache_path
 

@@ -58,12 +58,12 @@ def volume(tmp_path: Path) -> Iterator[str]:
 @pytest.mark.parametrize(
     ("options", "where"),
     [
-        pytest.param((), "/cache/xdg/attnimg/", id="the image's user"),
-        pytest.param((f"--user={UID}:{GID}",), "/cache/xdg/attnimg/", id="any user"),
-        pytest.param(("--user=0",), "/cache/xdg/attnimg/", id="root"),
+        pytest.param((), "/cache/flash-attn-4-", id="the image's user"),
+        pytest.param((f"--user={UID}:{GID}",), "/cache/flash-attn-4-", id="any user"),
+        pytest.param(("--user=0",), "/cache/flash-attn-4-", id="root"),
         pytest.param(
             (f"--user={UID}:{GID}", "--read-only", "--tmpfs=/cache:mode=1777"),
-            "/cache/xdg/attnimg/",
+            "/cache/flash-attn-4-",
             id="a read-only container with one volume",
         ),
         pytest.param(
