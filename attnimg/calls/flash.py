@@ -130,7 +130,7 @@ def _arguments_of(function: Callable[..., Any]) -> frozenset[str]:
 
 
 def _options(call: Call, takes: frozenset[str]) -> dict[str, Any]:
-    """Give the keyword arguments of a call, in the words of the kernel."""
+    """Return the keyword arguments of a call under the kernel's own names."""
     options: dict[str, Any] = {"softmax_scale": call.scale, "causal": call.causal}
     if call.window is not None:
         # Both ends count: (3, 3) is four keys up to the query, and `causal` hides the rest.

@@ -44,7 +44,7 @@ def load_hub_kernel(name: str, *, trusted: bool) -> ModuleType:
 
 
 def hub_error(path: str, error: Exception, *, trusted: bool) -> AttnimgError:
-    """Give the error for org/name[@rev] that did not load, or that needs to be trusted first."""
+    """Return the error for org/name[@rev] that did not load, or that needs to be trusted first."""
     repo = path.partition("@")[0]
     if isinstance(error, ValueError) and _UNTRUSTED.search(str(error)) and not trusted:
         return AttnimgError(
@@ -134,7 +134,7 @@ def served_locally() -> frozenset[str]:
 
 
 def hub_attention(name: str, *, trusted: bool) -> AttentionFunction:
-    """Load a hub kernel and give its attention, in whichever style it exports one.
+    """Load a hub kernel and return its attention, in whichever style it exports one.
 
     FlashAttention's two entry points are looked for first, then SageAttention's; with :fn that
     function alone is taken, and judged by its arguments.
@@ -160,7 +160,7 @@ def hub_attention(name: str, *, trusted: bool) -> AttentionFunction:
 
 
 def _of_function(module: ModuleType, wanted: str, *, path: str) -> AttentionFunction:
-    """Give the attention of one function, by the arguments it takes."""
+    """Return the attention of one function, by the arguments it takes."""
     function = getattr(module, wanted, None)
     if not callable(function):
         raise _no_attention(path, module, needed=wanted)

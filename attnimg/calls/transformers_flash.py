@@ -29,7 +29,7 @@ _FLASH_MODULES = {
 
 
 def flash_kernel(backend: Backend, *, trusted: bool) -> FlashKernel:
-    """Give the kernel of a member of the flash family, past transformers' own path.
+    """Return the kernel of a member of the flash family, past transformers' own path.
 
     Raises:
         AttnimgError: it is missing or broken.
@@ -53,7 +53,7 @@ def _flash_module(backend: Backend, *, trusted: bool) -> Any:
 
 
 def flash_name(backend: Backend) -> str:
-    """Give the name under which transformers loads a member of the flash family.
+    """Return the name under which transformers loads a member of the flash family.
 
     That is its own where the package is installed, else the hub kernel that LOCAL_KERNELS serves. A
     hub path without a revision gets that of kernels.lock: org/name@<commit>.
@@ -88,13 +88,15 @@ def flash_name(backend: Backend) -> str:
 
 
 def _pinned(path: str) -> str:
-    """Give a hub path the revision of kernels.lock, unless the user wrote one."""
+    """Add to a hub path the revision of kernels.lock, unless the user wrote one."""
     if "/" not in path or "@" in path or path in served_locally():
         return path
     try:
         commit = locked_revision(path)
     except ValueError as error:  # a lock file that is not kernels' own
-        raise broken_kernel(path, error, do="write kernels.lock anew by `kernels lock`") from error
+        raise broken_kernel(
+            path, error, do="run `kernels lock`, which writes kernels.lock again"
+        ) from error
     return f"{path}@{commit}" if commit else path
 
 

@@ -52,7 +52,7 @@ def explain(
     ] = None,
     as_json_lines: JsonOption = False,
 ) -> None:
-    """Say which backend would run, why, and what speaks against each other one."""
+    """Explain which backend would run, why, and the reasons against each other one."""
     machine, assumed = machine_of(on, image)
     checked = _checked(target, on=machine.arch if on is not None or image is not None else None)
     model = found = task = None

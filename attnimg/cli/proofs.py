@@ -85,7 +85,7 @@ def proven_plan(
 
 
 def sentence(proof: Proof) -> str:
-    """Tell a proof in a line."""
+    """Return a proof as one line of text."""
     if not proof.passed:
         return f"proof: {proof.backend} failed: {_told(proof)}"
     parts = [

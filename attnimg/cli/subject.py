@@ -28,7 +28,7 @@ from attnimg.train.base_model import judge_base_model
 
 
 def machine_of(on: str | None, image: str | None) -> tuple[Machine, str | None]:
-    """Give the machine to judge for, and the image whose packages it is assumed to have.
+    """Return the machine to judge for, and the image whose packages it is assumed to have.
 
     Args:
         on: a GPU's name; None for this machine, or for the image's first GPU.
@@ -96,7 +96,7 @@ def image_notes(on: str | None, image: str | None) -> tuple[Finding, ...]:
 
 
 def distributions() -> list[str]:
-    """Give every distribution that a backend may need, so that the probe looks for them."""
+    """Return every distribution that a backend may need, for the probe to look for."""
     needed = [package for backend in all_backends() for package, _, _ in backend.needs.packages]
     # Rules on known-bad versions also speak of what the backends' packages stand on.
     needed += [package for kind in other_layers.kinds().values() for package in kind.packages]
@@ -123,7 +123,7 @@ def read_model(values: Config) -> tuple[Model | None, float]:
 
 
 def problem_of(values: Config, *, model: Model | None, dropout: float, arch: Arch) -> Problem:
-    """Say what attention has to do in the run that a config describes."""
+    """Return what attention has to do in the run that a config describes."""
     gpu = arch.vendor != "cpu"
     # Code that comes with the model is a class that nobody here knows.
     known = model is not None and not (model.brings_code and values.trust_remote_code)
@@ -148,7 +148,7 @@ def problem_of(values: Config, *, model: Model | None, dropout: float, arch: Arc
 
 
 def machine_notes(machine: Machine) -> tuple[Finding, ...]:
-    """Say what is odd about this machine: a driver that fails, GPUs that differ."""
+    """Return notes on what is odd about this machine: a driver that fails, GPUs that differ."""
     notes = []
     if machine.driver_problem:
         notes.append(

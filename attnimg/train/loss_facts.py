@@ -127,4 +127,5 @@ def sentence(check: LossCheck) -> str:
     return (
         f"loss: the trainer's loss equals the model's own on {check.tokens} tokens "
         f"({check.seconds:.1f} s)"
+        + ("" if check.output_layer else "; its output layer alone could not be compared")
     )

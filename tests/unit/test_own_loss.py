@@ -16,7 +16,7 @@ from tiny_models import tiny_model
 from wrong_heads import WRONG_HEADS
 
 from attnimg.errors import AttnimgError
-from attnimg.train.loss_facts import sentence
+from attnimg.train.loss_facts import Comparison, Loss, LossCheck, Tolerance, sentence
 from attnimg.train.own_loss import check_loss
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -209,3 +209,11 @@ def test_the_comparison_leaves_nothing_behind(tmp_path: Path, model_type: str) -
         assert id(weight) == identities[name]
         assert weight.grad is None
         assert weight.requires_grad
+
+
+def test_an_output_layer_that_was_not_compared_is_named() -> None:
+    loss = Loss(nll=2.0, total=2.0, aux=None, grad_norm=1.0)
+    equal = Comparison(model=loss, trainer=loss, tolerance=Tolerance(loss=1e-3, grad_norm=1e-3))
+    on_data = LossCheck(tokens=5, on_data=equal)
+    assert sentence(on_data).endswith("; its output layer alone could not be compared")
+    assert "output layer" not in sentence(LossCheck(tokens=5, on_data=equal, output_layer=equal))
