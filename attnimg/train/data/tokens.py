@@ -36,7 +36,7 @@ class PairEncoder:
     """Encode prompt and completion apart, so that generation meets the same prompt tokens.
 
     Attributes:
-        tokenizer: a transformers tokenizer; it adds what it adds at the start of a text.
+        tokenizer: a transformers tokenizer; what it adds to a text stands at the ends of the pair.
         train_on_inputs: whether prompts carry loss.
     """
 
@@ -47,29 +47,40 @@ class PairEncoder:
     def __call__(self, batch: Sequence[tuple[Place, Parsed]]) -> list[Tokens]:
         """Encode pairs: [start] prompt completion [end]; texts without prompt the same way."""
         pairs = [parsed for _, parsed in batch if isinstance(parsed, Pair)]
-        starts = iter(self._tokenize([pair.prompt for pair in pairs if pair.prompt is not None]))
-        answers = iter(
-            self._tokenize([p.completion for p in pairs if p.prompt is not None], start=False)
-        )
-        texts = iter(self._tokenize([pair.completion for pair in pairs if pair.prompt is None]))
+        opening, ending = self._added()
+        prompts = iter(self._tokenize([pair.prompt for pair in pairs if pair.prompt is not None]))
         encoded = []
-        for pair in pairs:
-            prompt = [] if pair.prompt is None else next(starts)
-            answer = next(texts if pair.prompt is None else answers)
-            learnt = [*answer, self.tokenizer.eos_token_id]
-            mask = prompt if self.train_on_inputs else [IGNORED] * len(prompt)
+        for pair, answer in zip(pairs, self._tokenize([p.completion for p in pairs]), strict=True):
+            # A text may spell the tokens that are added to it.
+            if pair.prompt is None and answer[: len(opening)] == opening:
+                answer = answer[len(opening) :]
+            if answer[-len(ending) :] == ending:
+                answer = answer[: -len(ending)]
+            learnt = [*answer, *ending]
+            prompt = [*opening, *next(prompts)] if pair.prompt is not None else opening
+            counts = self.train_on_inputs or pair.prompt is None
+            mask = prompt if counts else [IGNORED] * len(prompt)
             encoded.append((prompt + learnt, mask + learnt))
         return encoded
 
-    def _tokenize(self, texts: list[str], *, start: bool = True) -> list[list[int]]:
+    def _added(self) -> tuple[list[int], list[int]]:
+        """Return what is added before a text and behind it; the end token comes last."""
+        bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
+        whole = self.tokenizer("a", verbose=False)["input_ids"]
+        (alone,) = self._tokenize(["a"])
+        start = next(
+            (n for n in range(len(whole)) if alone and whole[n : n + len(alone)] == alone),
+            int(bos is not None and whole[:1] == [bos]),  # a vocabulary without the letter
+        )
+        ending = whole[start + len(alone) :]
+        return whole[:start], ending if ending[-1:] == [eos] else [*ending, eos]
+
+    def _tokenize(self, texts: list[str]) -> list[list[int]]:
         if not texts:
             return []
         # verbose: the warning about the model's longest sequence; sequence_len is checked later.
-        ids = self.tokenizer(texts, add_special_tokens=start, verbose=False)["input_ids"]
-        bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
-        # A text may spell the tokens that the tokenizer, or this class, adds to it.
-        ids = [row[1:] if bos is not None and row[:2] == [bos, bos] else row for row in ids]
-        return [row[:-1] if row and row[-1] == eos else row for row in ids]
+        encoded = self.tokenizer(texts, add_special_tokens=False, verbose=False)
+        return list(encoded["input_ids"])
 
 
 def encoder_for(source: Source, config: Config, tokenizer: Any) -> Encoder:
