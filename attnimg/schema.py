@@ -82,6 +82,12 @@ SpecialToken = Literal[
     "additional_special_tokens",
 ]  # fmt: skip
 
+# What a dataset's type may be, by axolotl's names; `pretrain` is completion by the name that
+# pretraining_dataset uses.
+DATASET_TYPES = (
+    "alpaca", "alpaca:chat", "completion", "pretrain", "chat_template", "chat_template.default",
+)  # fmt: skip
+
 
 class DatasetSpec(BaseModel):
     """One entry of `datasets`: where records are and how they become text.

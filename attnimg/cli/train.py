@@ -32,7 +32,6 @@ from attnimg.kernel_cache import use_shipped_kernels
 from attnimg.report import as_json
 from attnimg.schema import Checked, Config
 from attnimg.train.distributed import agree, rank, require_group
-from attnimg.train.limits import unused_by_schedule
 from attnimg.train.receipt import versions
 from attnimg.train.signals import StopFlag, Stopped, stop_signals
 
@@ -88,6 +87,7 @@ def train(
 def _train(file: str, settings: tuple[str, ...], *, console: Console, stop: StopFlag) -> None:
     from attnimg.train.check import check_inputs
     from attnimg.train.data import check_sources
+    from attnimg.train.without_effect import without_effect
 
     checked = config.check_file(file, overrides=settings)
     machine = probe.this_machine(distributions())
@@ -97,8 +97,8 @@ def _train(file: str, settings: tuple[str, ...], *, console: Console, stop: Stop
         notes += precision_notes(checked.config, machine)
     checked = replace(checked, warnings=(*checked.warnings, *notes))
     values = _valid(checked, console=console)
-    for note in _without_effect(values):
-        console.print(f"  {note}", highlight=False, markup=False, soft_wrap=True)
+    for note in without_effect(values):
+        console.print(f"  warning: {note}", highlight=False, markup=False, soft_wrap=True)
     if (path := model_file(values)) is not None:
         _require_base_model(values, problem.read_config(path), machine, console=console)
     model, dropout = read_model(values)
@@ -137,18 +137,6 @@ def _require_base_model(
     if errors:
         raise errors[0]
     as_text.print_warnings(warnings, err=console)
-
-
-def _without_effect(values: Config) -> list[str]:
-    """Return a warning of the keys that change nothing in this run, so that none is ignored."""
-    notes = []
-    if unread := unused_by_schedule(values):
-        unused = " and ".join(unread)
-        notes.append(f"warning: lr_scheduler: {values.lr_scheduler} does not use {unused}")
-    idle = sorted(key for key in values.model_fields_set if key.startswith(("lora_", "peft_use_")))
-    if idle and values.adapter is None:
-        notes.append(f"warning: without adapter, {', '.join(idle)} have no effect")
-    return notes
 
 
 def _planned(session: Session) -> Plan:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from attnimg.backends import arch_code, backend_named, is_hub_path, runs_on
 from attnimg.config.names import finding
 from attnimg.facts import Arch, Backend, Finding, Needs
-from attnimg.schema import Config
+from attnimg.schema import DATASET_TYPES, Config
 
 # Keys that say the same thing in two ways: setting both contradicts.
 _EITHER_OR = (
@@ -247,6 +248,20 @@ def _contradictions(view: View) -> Found:
                                 "number of documents", "set val_set_size: 0.05")  # fmt: skip
 
 
+def _dataset_types(view: View) -> Found:
+    for name in ("datasets", "pretraining_dataset", "test_datasets"):
+        for number, spec in enumerate(getattr(view.config, name) or ()):
+            if spec.type is None or spec.type in DATASET_TYPES:
+                continue
+            near = difflib.get_close_matches(spec.type, DATASET_TYPES, n=1)
+            # Source: axolotl 067b021c, utils/schemas/validation.py:52 (2026-11-27)
+            near = ["chat_template"] if spec.type.startswith("sharegpt") else near
+            key = f"{name}[{number}].type"
+            why = f"{key} is {spec.type}, needed one of {', '.join(DATASET_TYPES)}"
+            do = f"set {key}: {' or '.join(near or DATASET_TYPES[:-1])}"
+            yield "error", finding("bad-value", key, f"unknown dataset type {spec.type!r}", why, do)
+
+
 _RULES: tuple[Callable[[View], Found], ...] = (
     _packing,
     _sage_full_finetune,
@@ -258,6 +273,7 @@ _RULES: tuple[Callable[[View], Found], ...] = (
     _packing_with_rl,
     _flex_uncompiled,
     _contradictions,
+    _dataset_types,
 )
 
 

@@ -149,9 +149,12 @@ def _with_receipt(session: Session, data_figures: object) -> FitResult:
 def _rows(
     config: Config, documents: Documents, *, run: RunFacts, tokenizer: Any
 ) -> tuple[Rows, Rows | None]:
-    """Pack both splits; evaluation is packed as training is, unless eval_sample_packing differs."""
+    """Pack both splits; evaluation is packed as training is, unless eval_sample_packing is false.
+
+    Without sample_packing nothing is packed: no proof shows that the model keeps documents apart.
+    """
     packed = bool(config.sample_packing)
-    eval_packed = packed if config.eval_sample_packing is None else config.eval_sample_packing
+    eval_packed = packed and config.eval_sample_packing is not False
 
     def rows(dataset: Any, *, packed: bool) -> Rows:
         return make_rows(

@@ -115,18 +115,5 @@ def _check_scheduler(config: Config) -> None:
         )
 
 
-def unused_by_schedule(config: Config) -> list[str]:
-    """Return the keys that the run's learning rate schedule does not read.
-
-    Source: transformers 5.22.2, optimization.py, get_scheduler (2026-11-27).
-    """
-    name, unused = config.lr_scheduler, []
-    if name in ("constant", "reduce_lr_on_plateau"):
-        unused = [key for key in ("warmup_steps", "warmup_ratio") if getattr(config, key)]
-    if name in ("constant", "constant_with_warmup") and config.lr_scheduler_kwargs:
-        unused.append("lr_scheduler_kwargs")
-    return unused
-
-
 def _installed(machine: Machine, package: str) -> bool:
     return machine.packages is None or package in machine.packages

@@ -251,6 +251,13 @@ def named(name: str, **more: object) -> dict[str, object]:
         pytest.param({"val_set_size": 2}, [], [], id="two documents"),
         pytest.param({"val_set_size": 0.99}, [], [], id="a share of the documents"),
         pytest.param({"datasets": []}, ["bad-value"], [], id="an empty list of data sets"),
+        pytest.param(
+            {"datasets": [{"path": "a", "type": "completions"}]},
+            ["bad-value"],
+            [],
+            id="a typo of a dataset type",
+        ),
+        pytest.param({"datasets": [{"path": "a", "type": "alpaca"}]}, [], [], id="a dataset type"),
         pytest.param({"datasets": [{"type": "alpaca"}]}, ["missing-key"], [], id="no path"),
         pytest.param(
             {"datasets": [{"path": "x", "typ": "alpaca"}]}, ["unknown-key"], [], id="in a data set"

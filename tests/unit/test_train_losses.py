@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -103,3 +104,15 @@ def test_the_evaluation_loss_does_not_depend_on_batches(
 ) -> None:
     result = run(tiny, tmp_path, engine=engine, max_steps=2, val_set_size=0.1, eval_steps=2, **keys)
     assert result.eval_loss == pytest.approx(true_loss(tmp_path, validation=True), abs=1e-5)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_evaluation_is_packed_only_where_packing_was_proven(
+    tiny: Path, tmp_path: Path, packed: bool
+) -> None:
+    run(
+        tiny, tmp_path, max_steps=1, val_set_size=0.1, sample_packing=packed,
+        eval_sample_packing=True,
+    )  # fmt: skip
+    receipt = json.loads((tmp_path / "receipt.json").read_text())
+    assert receipt["packing"]["eval"]["packed"] == packed

@@ -13,7 +13,6 @@ from attnimg.context import context_of
 from attnimg.errors import AttnimgError
 from attnimg.facts import Arch, Machine
 from attnimg.schema import Config, Optimizer, Scheduler
-from attnimg.train import limits
 from attnimg.train.adapter import check_adapter
 from attnimg.train.arguments import training_arguments
 from attnimg.train.limits import check_limits
@@ -132,24 +131,6 @@ def test_contradictions_are_refused(
     assert (caught.value.key, caught.value.code, caught.value.exit_code) == (key, code, 2)
     assert caught.value.why
     assert caught.value.do
-
-
-@pytest.mark.parametrize(
-    ("keys", "unused"),
-    [
-        ({"lr_scheduler": "constant"}, []),
-        ({"lr_scheduler": "constant", "warmup_steps": 0}, []),
-        ({"lr_scheduler": "constant", "warmup_steps": 4}, ["warmup_steps"]),
-        ({"lr_scheduler": "reduce_lr_on_plateau", "warmup_ratio": 0.1}, ["warmup_ratio"]),
-        ({"lr_scheduler": "constant_with_warmup", "warmup_steps": 4}, []),
-        ({"lr_scheduler": "constant_with_warmup", "lr_scheduler_kwargs": {"a": 1}},
-         ["lr_scheduler_kwargs"]),
-        ({"lr_scheduler": "inverse_sqrt", "lr_scheduler_kwargs": {"timescale": 9}}, []),
-    ],
-    ids=str,
-)  # fmt: skip
-def test_what_a_schedule_does_not_read_is_named(keys: dict[str, Any], unused: list[str]) -> None:
-    assert limits.unused_by_schedule(config(**keys)) == unused
 
 
 def arguments(tmp_path: Path, machine: Machine = CPU, **keys: Any) -> dict[str, Any]:

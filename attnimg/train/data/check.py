@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from contextlib import suppress
 
 from attnimg.errors import AttnimgError
-from attnimg.schema import Config, DatasetSpec
+from attnimg.schema import DATASET_TYPES, Config, DatasetSpec
 from attnimg.train.data.records import read_records
 from attnimg.train.data.sources import Source, entries, find_source
-from attnimg.train.data.types import TYPES, is_chat, parser
+from attnimg.train.data.types import is_chat, parser
 
 
 def check_sources(config: Config) -> None:
@@ -27,7 +27,7 @@ def find_sources(config: Config) -> tuple[list[Source], list[Source]]:
     _check_keys(config, [spec for _, spec, _ in entries(config)])
     training, testing = list[Source](), list[Source]()
     for key, spec, trains in entries(config):
-        columns = () if spec.type in TYPES else _columns(spec, key=key)
+        columns = () if spec.type in DATASET_TYPES else _columns(spec, key=key)
         parse = parser(spec, key=key, columns=columns)
         source = find_source(spec, key=key)
         found = False

@@ -12,16 +12,10 @@ from functools import partial
 from typing import Any
 
 from attnimg.errors import AttnimgError
-from attnimg.schema import DatasetSpec
+from attnimg.schema import DATASET_TYPES, DatasetSpec
 from attnimg.train.data.conversations import parse_turns, roles
 from attnimg.train.data.parsed import Pair, Parse, column, text
 from attnimg.train.data.records import Place, bad_record
-
-# What people may write, with the types axolotl's users know. `pretrain` is completion by the name
-# that pretraining_dataset uses.
-TYPES = (
-    "alpaca", "alpaca:chat", "completion", "pretrain", "chat_template", "chat_template.default",
-)  # fmt: skip
 
 # The type that a column of this name usually belongs to.
 FITTING = {
@@ -61,17 +55,17 @@ def parser(spec: DatasetSpec, *, key: str, columns: Collection[str] = ()) -> Par
     if spec.type is None:
         raise AttnimgError(
             f"{key} has no type",
-            why=f"found no type for {spec.path}, needed one of {', '.join(TYPES)}",
-            do=f"set {key}.type: {fitting or ' or '.join(TYPES[:-1])}",
+            why=f"found no type for {spec.path}, needed one of {', '.join(DATASET_TYPES)}",
+            do=f"set {key}.type: {fitting or ' or '.join(DATASET_TYPES[:-1])}",
             code="missing-key",
             key=f"{key}.type",
         )
-    if spec.type not in TYPES:
-        near = difflib.get_close_matches(spec.type, TYPES, n=1)
+    if spec.type not in DATASET_TYPES:
+        near = difflib.get_close_matches(spec.type, DATASET_TYPES, n=1)
         raise AttnimgError(
             f"unknown dataset type {spec.type!r}",
-            why=f"{key}.type is {spec.type}, needed one of {', '.join(TYPES)}",
-            do=f"set {key}.type: {fitting or ' or '.join(near or TYPES[:-1])}",
+            why=f"{key}.type is {spec.type}, needed one of {', '.join(DATASET_TYPES)}",
+            do=f"set {key}.type: {fitting or ' or '.join(near or DATASET_TYPES[:-1])}",
             code="bad-value",
             key=f"{key}.type",
         )
