@@ -554,6 +554,9 @@ RECORDS: dict[str, tuple[Any, Any, str]] = {
     "a column system beside a turn": (
         {"system": "Go.", "messages": [{"role": "system", "content": "Be brief."}, USER, YES]},
         {"system": "Go.", "messages": [USER, YES]}, PLAIN),
+    "an empty turn without loss beside train_on_inputs": (
+        [USER, YES | {"content": "", "train": False}, USER, YES], [USER, USER, YES],
+        PLAIN.replace("{{ m.role }}", "{{ m.role if m.content else 'empty' }}")),
 }  # fmt: skip
 
 

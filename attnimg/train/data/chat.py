@@ -28,8 +28,8 @@ from attnimg.train.data.chat_render import (
     reads,
     render,
 )
-from attnimg.train.data.chat_turn import Ends
-from attnimg.train.data.documents import IGNORED
+from attnimg.train.data.chat_turn import Ends, RenderedTurn
+from attnimg.train.data.offsets import label, with_whole_offsets
 from attnimg.train.data.parsed import Conversation, Parsed, Turn
 from attnimg.train.data.records import Place
 
@@ -91,7 +91,7 @@ class ChatEncoder:
                 code="bad-value",
                 key="tokenizer_type",
             )
-        self.tokenizer = tokenizer
+        self.tokenizer = with_whole_offsets(tokenizer)
         self.templates = {"default": template} if isinstance(template, str) else dict(template)
         self.trained_roles, self.train_on_eos = trained_roles, train_on_eos
         self.train_on_inputs, self.system_message = train_on_inputs, system_message
@@ -145,6 +145,11 @@ class ChatEncoder:
     def _trains(self, turn: Turn) -> bool:
         return turn.role in self.trained_roles if turn.train is None else turn.train
 
+    def _bounded(self, turn: Turn) -> bool:
+        """Return whether the bounds of a turn are needed: to train it, or to take it out."""
+        partly = turn.train is False or self.train_on_eos in ("last", "none")
+        return self._trains(turn) or (self.train_on_inputs and partly)
+
     def _renderer(self, conversation: Conversation) -> Renderer:
         tools = conversation.tools
         name = "tool_use" if tools and "tool_use" in self.templates else "default"
@@ -163,11 +168,11 @@ class ChatEncoder:
                 placed = shape and place_contents(rendering, shape.literals, whole=True)
                 if shape and placed:
                     return _transferred(shape, replace(rendering, contents=placed))
-        trained = [self._trains(turn) for turn in turns]
+        bounded = [self._bounded(turn) for turn in turns]
         errors = list[TemplateError | RewrittenError]()
         for given, form in forms(renderer, conversation):
             try:
-                return lay_out(given, render(given, form), trained, self.ends)
+                return lay_out(given, render(given, form), bounded, self.ends)
             except (TemplateError, RewrittenError) as error:
                 errors.append(error)
         # What a template that rendered does wrong says more than why another form raised.
@@ -178,7 +183,7 @@ class ChatEncoder:
 
         What fails is laid out by itself, and its error names the record.
         """
-        key = tuple((turn.role, self._trains(turn)) for turn in turns)
+        key = tuple((turn.role, self._bounded(turn)) for turn in turns)
         if key not in self.shapes:
             marked = tuple(
                 {"role": turn.role, "content": mark(index)} for index, turn in enumerate(turns)
@@ -221,15 +226,15 @@ class ChatEncoder:
                 yield span[1], end
 
     def _masks(self, conversation: Conversation, layout: Layout) -> Iterator[Span]:
-        """Yield the spans that a record's flags take out of the loss."""
+        """Yield the spans that are taken out of the loss again."""
+        if self.train_on_inputs:
+            yield from self._left_out(conversation, layout)
         spans = layout.rendering.contents
         for turn, message, span in zip(
             conversation.turns, layout.rendering.messages, spans, strict=True
         ):
             if span is None or turn.content is None:
                 continue
-            if turn.train is False:
-                yield span
             if turn.untrained:
                 written = layout.rendering.text[slice(*span)]
                 if message.get("content") != turn.content or (
@@ -240,6 +245,35 @@ class ChatEncoder:
                 offset = span[0] - turn.content.rfind(written)
                 for start, end in turn.untrained:
                     yield max(span[0], start + offset), min(span[1], end + offset)
+
+    def _left_out(self, conversation: Conversation, layout: Layout) -> Iterator[Span]:
+        """Yield what train_on_inputs leaves out: turns of the flag `train: false`, end tokens.
+
+        axolotl trains the end token of a turn with loss, or of every turn with train_on_eos: all.
+        Source: axolotl 067b021c, prompt_strategies/chat_template.py:502-630 (2026-11-27)
+        """
+        turns, found = conversation.turns, {answer.turn for answer in layout.answers}
+        for number, turn in enumerate(turns):
+            if number in found or not self._bounded(turn):
+                continue
+            if turn.train is False and self.train_on_eos != "all":
+                blank = RenderedTurn(self._renderer(conversation), layout.rendering, number)
+                if (end := blank.end_of_blank(self.ends)) is None:
+                    raise RewrittenError(
+                        f"message {number + 1} has no text, so that its end token can't be found",
+                        f"take message {number + 1} out, or set train_on_inputs: false",
+                    )
+                yield end
+        counting = [answer for answer in layout.answers if turns[answer.turn].train is not False]
+        for answer in layout.answers:
+            if turns[answer.turn].train is False:
+                yield from answer.text
+                if self.train_on_eos != "all":
+                    yield from answer.end
+            elif self.train_on_eos == "none" or (
+                self.train_on_eos == "last" and answer is not counting[-1]
+            ):
+                yield from answer.end
 
     def _note_unused(self, conversation: Conversation) -> None:
         template = self._renderer(conversation).template
@@ -277,7 +311,7 @@ class ChatEncoder:
         name = template if len(template) <= 60 else template[:57] + "..."
         return AttnimgError(
             f"the chat template can't be used for training: {place}",
-            why=f"{error}, so part of the record would not be trained\ntemplate: {name}",
+            why=f"{error}, so the loss would not be on what the record says\ntemplate: {name}",
             do=error.do,
             code="bad-value",
             key="chat_template",
@@ -315,38 +349,3 @@ def _transferred(shape: _Shape, rendering: Rendering) -> Layout:
         for answer in shape.layout.answers
     )
     return Layout(rendering, answers, shape.layout.appended, shape.layout.notes)
-
-
-def label(
-    ids: list[int],
-    text: str,
-    offsets: Sequence[Span],
-    *,
-    trained: Sequence[Span],
-    masked: Sequence[Span] = (),
-) -> list[int]:
-    """Label the tokens that show a character of a trained span.
-
-    A token reaches back over blanks to the end of the one before it: tokenizers trim blanks off the
-    offsets (trim_offsets), yet the token holds them. Other characters between two tokens are those
-    that a normalizer removed (an accent, a zero-width space), and belong to neither. Blanks alone
-    make no token part of a span, unless it holds nothing else: the one that opens an answer may
-    begin at the blank before it.
-    """
-    spans = [(*span, True) for span in trained] + [(*span, False) for span in masked]
-    spans.sort(key=lambda span: (span[0], not span[2]))
-    labels, reached, first = [IGNORED] * len(ids), 0, 0
-    for index, (start, end) in enumerate(offsets):
-        # A blank that the tokenizer itself inserts may have offsets behind the next token's.
-        removed = len(text[reached:start].rstrip()) if start < end else 0
-        low, high = min(start, reached + removed), max(end, reached)
-        reached = high
-        while first < len(spans) and spans[first][1] <= low:
-            first += 1
-        for a, b, counts in spans[first:]:
-            if a >= high:
-                break
-            inside = text[max(a, low) : min(b, high)]
-            if inside and (inside.strip() or not text[low:high].strip()):
-                labels[index] = ids[index] if counts else IGNORED
-    return labels

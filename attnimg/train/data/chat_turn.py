@@ -259,6 +259,16 @@ class RenderedTurn:
         last = (named or tokens)[-1:]
         return text_end + (last[0].end() if last else len(ended[:shared].rstrip()))
 
+    def end_of_blank(self, ends: Ends) -> Span | None:
+        """Return what ends a turn without text; None where its place can't be told."""
+        text, messages = self.rendering.text, list(self.rendering.messages)
+        messages[self.number] = {**self.message, "content": mark(self.number)}
+        before, found, after = (self.renderer.attempt(messages) or "").partition(mark(self.number))
+        at = len(text) - len(after)
+        if not (found and text.startswith(before) and text.endswith(after) and len(before) <= at):
+            return None
+        return at, self.end(at, ends) or at
+
     def following(self, text_end: int, ends: Ends) -> str:
         """Return what to append to the last turn, whose end is the opening of the next one.
 

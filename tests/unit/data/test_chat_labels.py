@@ -28,7 +28,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from attnimg.errors import AttnimgError
-from attnimg.train.data.chat import ChatEncoder, label
+from attnimg.train.data.chat import ChatEncoder
+from attnimg.train.data.offsets import label
 
 FIXTURES = Path(__file__).parents[2] / "fixtures" / "chat_templates"
 TAGS = "<think>\n{reasoning}\n</think>\n\n{answer}"
@@ -339,6 +340,50 @@ def test_a_letter_behind_a_blank_that_the_tokenizer_inserts_is_labelled() -> Non
 def test_a_blank_inside_the_answer_is_labelled_though_trimmed() -> None:
     ids, offsets = [1, 2, 3, 4], [(0, 1), (1, 2), (6, 6), (6, 7)]  # "x:" and blanks, then "y"
     assert label(ids, ":x    y", offsets, trained=[(1, 7)]) == [-100, 2, 3, 4]
+
+
+def one_blank_trimmed(processor: str) -> Any:
+    """Build a byte-level tokenizer with a token of a newline and a blank, whose blank it trims."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    trimming = processors.ByteLevel(trim_offsets=True)
+    found = {
+        "ByteLevel": trimming,
+        "Sequence": processors.Sequence(
+            [
+                trimming,
+                processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 0)]),
+            ]
+        ),
+        "RobertaProcessing": processors.RobertaProcessing(("</s>", 0), ("</s>", 0)),
+        "none": None,
+    }
+    letters = ["</s>", *sorted(pre_tokenizers.ByteLevel.alphabet()), "\u010a\u0120"]
+    backend = Tokenizer(
+        models.BPE({letter: n for n, letter in enumerate(letters)}, [("\u010a", "\u0120")])
+    )
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    if found[processor] is not None:
+        backend.post_processor = found[processor]
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", pad_token="</s>")
+
+
+@pytest.mark.parametrize("processor", ["ByteLevel", "Sequence", "RobertaProcessing", "none"])
+def test_a_token_that_ends_with_an_answers_blank_is_the_answers(processor: str) -> None:
+    """Of a newline and a blank, trimmed offsets show the newline alone, the template's."""
+    tokens = one_blank_trimmed(processor)
+    before = tokens.backend_tokenizer.to_str()
+    encode = ChatEncoder(
+        tokens, "{% for m in messages %}{{ m.role }}\n{{ m.content }}</s>{% endfor %}"
+    )
+    for said in ("  Yes", "  \n x  \n  ", "a\n  b"):
+        found = learnt(encode, {"messages": [user("Is it?"), answer(said)]})
+        assert [run.removeprefix("\n") if said[0] == " " else run for run in found] == [
+            said + "</s>"
+        ]
+    assert tokens.backend_tokenizer.to_str() == before
 
 
 @pytest.mark.parametrize("name", TEMPLATES)

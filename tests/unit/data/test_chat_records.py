@@ -11,6 +11,7 @@ import pytest
 from attnimg.errors import AttnimgError
 from attnimg.schema import Config
 from attnimg.train.data import load_documents, sample_text
+from attnimg.train.data.chat_templates import CHATML
 
 Run = Callable[..., Config]
 Write = Callable[..., str]
@@ -268,19 +269,82 @@ def test_train_on_eos_holds_where_the_layout_is_the_records_own(
     assert one(config, tokenizer)[1] == learnt
 
 
+@pytest.mark.parametrize("post", ["$A", "[S] $A", "$A [E]", "[S] $A [E]"])
+@pytest.mark.parametrize(
+    "said", ["Word", "[S]Word[E]", "[S][S]Word[E][E]", "Word[E]more", "[E]Word[S]"]
+)
 def test_a_text_that_spells_its_own_first_and_last_token_has_them_once(
-    run_on: Run, json_lines: Write, tokenizer: Any
+    run_on: Run, json_lines: Write, tokenizer: Any, post: str, said: str
 ) -> None:
+    """Post-processors add a start or an end token, both, or neither; the end is always there."""
     from tokenizers import processors
 
-    starting = copy.deepcopy(tokenizer)
-    starting.bos_token = "<|im_start|>"
-    starting.backend_tokenizer.post_processor = processors.TemplateProcessing(
-        single="<|im_start|> $A", special_tokens=[("<|im_start|>", starting.bos_token_id)]
+    names = {"[S]": "<|im_start|>", "[E]": "<|im_end|>"}
+
+    def spelled(text: str) -> str:
+        return text.replace("[S]", names["[S]"]).replace("[E]", names["[E]"])
+
+    adding = copy.deepcopy(tokenizer)
+    adding.bos_token = names["[S]"]
+    ids = [(name, adding.convert_tokens_to_ids(name)) for name in names.values()]
+    adding.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=spelled(post), special_tokens=ids
     )
-    for written in ("Word", "<|im_start|>Word<|im_end|>"):
-        text, _ = one(run_on(json_lines({"text": written})), starting)
-        assert text == "<|im_start|>Word<|im_end|>"
+    opening = "[S]" if post.startswith("[S]") else ""
+    body = said.removeprefix(opening).removesuffix("[E]")
+    text, learnt = one(run_on(json_lines({"text": spelled(said)})), adding)
+    assert text == learnt == spelled(f"{opening}{body}[E]")
+    record = {"instruction": "Q", "output": spelled(said)}
+    text, learnt = one(run_on(json_lines(record), "alpaca"), adding)
+    assert learnt == spelled(said.removesuffix("[E]") + "[E]")
+    assert text.startswith(spelled(f"{opening}Below is"))
+
+
+@pytest.mark.parametrize("flag", [{"train": False}, {"training": False}, {"weight": 0}])
+@pytest.mark.parametrize(
+    ("mode", "ends"),
+    [("turn", "UT"), ("all", "UXT"), ("last", "T"), ("none", "")],
+)
+def test_a_turn_without_loss_has_none_beside_train_on_inputs(
+    run_on: Run, json_lines: Write, tokenizer: Any, flag: dict[str, Any], mode: str, ends: str
+) -> None:
+    """Neither its reasoning, nor its calls, nor its end token; `ends` names the turns' ends."""
+    left_out = answer("X", reasoning_content="R", **flag)
+    config = run_on(
+        json_lines({"messages": [user("U"), left_out, user("U"), answer("T")]}), "chat_template",
+        chat_template_jinja=THINKING, train_on_inputs=True, spec_train_on_eos=mode,
+    )  # fmt: skip
+    end = {name: "<|im_end|>" if name in ends else "" for name in "UXT"}
+    said = (
+        f"<|im_start|>user\nU{end['U']}\n<|im_start|>assistant\n{end['X']}\n"
+        f"<|im_start|>user\nU{end['U']}\n<|im_start|>assistant\nT{end['T']}\n"
+    )
+    assert one(config, tokenizer)[1] == said
+
+
+@pytest.mark.parametrize(("mode", "end"), [("turn", ""), ("all", "<|im_end|>")])
+def test_the_end_of_a_turn_without_loss_or_text_is_left_out_of_train_on_inputs(
+    run_on: Run, json_lines: Write, tokenizer: Any, mode: str, end: str
+) -> None:
+    path = json_lines({"messages": [user("U"), answer(" \n", train=False), user("V"), answer("B")]})
+    config = run_on(path, "chat_template", train_on_inputs=True, spec_train_on_eos=mode)
+    assert one(config, tokenizer)[1] == (
+        f"<|im_start|>user\nU<|im_end|>\n<|im_start|>assistant\n \n{end}\n"
+        "<|im_start|>user\nV<|im_end|>\n<|im_start|>assistant\nB<|im_end|>\n"
+    )
+    other = CHATML.replace(
+        "message['role']", "(message['role'] if message['content'].strip() else '')"
+    )
+    config = run_on(
+        path, "chat_template", train_on_inputs=True, spec_train_on_eos=mode,
+        chat_template_jinja=other,
+    )  # fmt: skip
+    if end:
+        assert one(config, tokenizer)[1].count(end) == 4
+        return
+    with pytest.raises(AttnimgError, match=r"data\.jsonl, line 1") as caught:
+        load_documents(config, tokenizer)
+    assert "message 2 has no text" in caught.value.why
 
 
 def test_a_sample_shows_what_carries_loss(run_on: Run, json_lines: Write, tokenizer: Any) -> None:
