@@ -124,7 +124,7 @@ class ChatEncoder:
             self.notes |= dict.fromkeys(layout.notes)
             self._note_unused(conversation)
             texts.append(layout.rendering.text + layout.appended)
-            trained.append(list(self._spans(layout)))
+            trained.append(list(self._spans(conversation, layout)))
         encoded = self.tokenizer(
             texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False
         )
@@ -146,9 +146,11 @@ class ChatEncoder:
         return turn.role in self.trained_roles if turn.train is None else turn.train
 
     def _bounded(self, turn: Turn) -> bool:
-        """Return whether the bounds of a turn are needed: to train it, or to take it out."""
-        partly = turn.train is False or self.train_on_eos in ("last", "none")
-        return self._trains(turn) or (self.train_on_inputs and partly)
+        """Return whether the bounds of a turn are needed: to train it or its end, or neither."""
+        if self.train_on_inputs and (turn.train is False or self.train_on_eos in ("last", "none")):
+            return True
+        ends = self.train_on_eos == "all" and turn.role == "assistant"
+        return ends or self._trains(turn)
 
     def _renderer(self, conversation: Conversation) -> Renderer:
         tools = conversation.tools
@@ -198,30 +200,34 @@ class ChatEncoder:
                 self.shapes[key] = None
         return self.shapes[key]
 
-    def _spans(self, layout: Layout) -> Iterator[Span]:
+    def _spans(self, conversation: Conversation, layout: Layout) -> Iterator[Span]:
         """Yield the spans that carry loss: texts of answers, and what ends a turn."""
         if self.train_on_inputs:
             yield 0, len(layout.rendering.text) + len(layout.appended)
             return
-        for answer in layout.answers:
+        answers = [a for a in layout.answers if self._trains(conversation.turns[a.turn])]
+        for answer in answers:
             yield from answer.text
-            last = answer is layout.answers[-1]
-            if self.train_on_eos in ("turn", "all") or (self.train_on_eos == "last" and last):
+            last = answer is answers[-1]
+            if self.train_on_eos == "turn" or (self.train_on_eos == "last" and last):
                 yield from answer.end
         if self.train_on_eos == "all":
-            yield from self._other_ends(layout)
+            yield from self._all_ends(layout)
 
-    def _other_ends(self, layout: Layout) -> Iterator[Span]:
-        """Yield the end tokens of turns without loss: such as also end an answer, or end a text."""
+    def _all_ends(self, layout: Layout) -> Iterator[Span]:
+        """Yield the end tokens of all turns: those that end an answer, or end a text."""
         text = layout.rendering.text + layout.appended
-        ended = (text[a:b] for answer in layout.answers for a, b in answer.end)
-        known = {token for end in ended for token in self.ends.pattern.findall(end)}
+        ends = [span for answer in layout.answers for span in answer.end]
+        yield from ends
+        known = {token for a, b in ends for token in self.ends.pattern.findall(text[a:b])}
         known |= {self.tokenizer.eos_token, *self.ends.chosen}
         answers = {answer.turn for answer in layout.answers}
+        starts = [span[0] for span in layout.rendering.contents if span]
         for number, span in enumerate(layout.rendering.contents):
             if span is None or number in answers:
                 continue
-            end = self.ends.first(text, span[1], len(text))
+            limit = min((start for start in starts if start >= span[1]), default=len(text))
+            end = self.ends.first(text, span[1], limit)
             if end is not None and text[span[1] : end].strip() in known:
                 yield span[1], end
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-from attnimg.train.data.chat_render import Message, Renderer, Rendering, RewrittenError, Span
+from attnimg.train.data.chat_calls import check_tools
+from attnimg.train.data.chat_render import Renderer, Rendering, Span
 from attnimg.train.data.chat_turn import Ends, RenderedTurn
 
 NO_END = (
@@ -71,7 +71,7 @@ def lay_out(
     Raises:
         RewrittenError: the template drops part of a turn, or does not show where it ends.
     """
-    _check_tools(renderer, rendering)
+    check_tools(renderer, rendering)
     generated = renderer.generated(rendering.messages)
     notes, bounds = dict[str, None](), dict[int, Span]()
     if renderer.restores:
@@ -154,39 +154,3 @@ def _owned(generated: Sequence[Span], number: int, bounds: dict[int, Span]) -> l
         for span in generated
         if number == next((n for n, (_, end) in bounds.items() if end >= span[0]), last)
     ]
-
-
-def _check_tools(renderer: Renderer, rendering: Rendering) -> None:
-    """Refuse a template that drops the tools, or one of the tool calls."""
-    messages = rendering.messages
-    if renderer.tools and replace(renderer, tools=()).attempt(messages) == rendering.text:
-        raise RewrittenError(
-            "it drops the tools",
-            "set chat_template to one that writes tools, or describe them in a system message "
-            "and take the column tools out",
-        )
-    calling = [number for number, message in enumerate(messages) if message.get("tool_calls")]
-    if not calling:
-        return
-    renamed, names = list(messages), dict[str, int]()
-    for number in calling:
-        calls = []
-        for call in messages[number]["tool_calls"]:
-            name = f"marked_{len(names)}_function"
-            names[name] = number
-            calls.append(_renamed(call, name))
-        renamed[number] = {**messages[number], "tool_calls": calls}
-    text = renderer.attempt(renamed) or ""
-    for name, number in names.items():
-        if name not in text or f"value of {name}" not in text:
-            raise RewrittenError(f"it drops a tool call of message {number + 1}")
-
-
-def _renamed(call: Message, name: str) -> Message:
-    """Return a tool call with this name, which its arguments name too."""
-    function = call.get("function", call)
-    arguments: object = {"marked": f"value of {name}"}
-    if isinstance(function.get("arguments"), str):
-        arguments = json.dumps(arguments)
-    changed = {**function, "name": name, "arguments": arguments}
-    return {**call, "function": changed} if "function" in call else changed

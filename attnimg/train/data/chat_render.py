@@ -177,7 +177,7 @@ def forms(
                     seen.append(form)
                     yield renderer, form
     joined = tuple(map(_join_reasoning, seen[0]))
-    if CLOSING in renderer.template and not renderer.marks and any(map(head_of, joined)):
+    if CLOSING in renderer.template and not renderer.marks and _drops_reasoning(renderer, joined):
         yield replace(renderer, restores=True), joined
     yield replace(renderer, parts=True), seen[0]
 
@@ -231,6 +231,15 @@ def _split_reasoning(message: Message) -> Message:
     if message.get("reasoning_content") or not reasoning:
         return message
     return {**message, "content": message["content"][len(head) :], "reasoning_content": reasoning}
+
+
+def _drops_reasoning(renderer: Renderer, messages: Sequence[Message]) -> bool:
+    """Return whether a template drops the reasoning of a last answer's content."""
+    number = next((n for n, message in enumerate(messages) if head_of(message)), None)
+    if number is None:
+        return False
+    marked = with_reasoning(messages[number], mark(number))
+    return mark(number) not in (renderer.attempt([*messages[:number], marked]) or "")
 
 
 def _join_reasoning(message: Message) -> Message:

@@ -138,11 +138,20 @@ class RenderedTurn:
         within = content and CLOSING in self.rendering.text[slice(*content)]
         if not reasoning or (within and not self.message.get("reasoning_content")):
             return None
-        at = self._reasoning_at(reasoning)
-        if at is not None and self.before <= at <= (content[0] if content else self.limit):
-            return at
-        alone = self.renderer.attempt(self.rendering.messages[: self.number + 1])
-        if self.number == len(self.rendering.messages) - 1 or (alone and reasoning not in alone):
+        # Searching for the text itself could find a short one in the template's own text.
+        text, shown = self.rendering.text, self._with_marked_reasoning()
+        before, found, after = shown.partition(mark(self.number))
+        if found:
+            at = len(text) - len(text[len(before) :].lstrip())
+            whole = text.startswith(before) and text.startswith(reasoning, at)
+            ordered = self.before <= at <= (content[0] if content else self.limit)
+            if whole and ordered and mark(self.number) not in after:
+                return at
+            raise RewrittenError(
+                f"it rewrites or repeats the reasoning of message {self.number + 1}"
+            )
+        last = self.number == len(self.rendering.messages) - 1
+        if last or mark(self.number) not in self._with_marked_reasoning(last=True):
             tags = ", or put the reasoning into the content as <think>...</think>"
             raise RewrittenError(
                 f"it drops the reasoning of message {self.number + 1}",
@@ -152,17 +161,11 @@ class RenderedTurn:
         notes[REASONING_REMOVED] = None
         return None
 
-    def _reasoning_at(self, reasoning: str) -> int | None:
-        """Return where the reasoning starts, found by rendering a mark in its place.
-
-        Searching for the text itself could find a short one in the template's own text.
-        """
-        text, number = self.rendering.text, self.number
+    def _with_marked_reasoning(self, *, last: bool = False) -> str:
+        """Return the rendering with a mark for the reasoning; with `last`, of no later turns."""
         messages = list(self.rendering.messages)
-        messages[number] = with_reasoning(self.message, mark(number))
-        before, found, _ = (self.renderer.attempt(messages) or "").partition(mark(number))
-        at = len(text) - len(text[len(before) :].lstrip())
-        return at if found and text.startswith(before) and text.startswith(reasoning, at) else None
+        messages[self.number] = with_reasoning(self.message, mark(self.number))
+        return self.renderer.attempt(messages[: self.number + 1] if last else messages) or ""
 
     def _prompt(self, notes: dict[str, None]) -> str | None:
         """Return what generation of this answer starts from, and compare it with what stands here.

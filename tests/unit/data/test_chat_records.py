@@ -128,6 +128,77 @@ def test_tool_calls_are_trained(
     assert tools is None or '"name": "f"' in text.partition("<|im_start|>")[0]
 
 
+def each_argument(written: str) -> str:
+    """A template that writes the arguments of each call in a loop."""
+    loop = "{% for k, v in call.function.arguments.items() %}" + written + "{% endfor %}"
+    return CALLING.replace("{{ call.function | tojson }}", "{{ call.function.name }}:" + loop)
+
+
+@pytest.mark.parametrize(
+    ("template", "arguments", "learnt"),
+    [
+        pytest.param(each_argument("{{ k }}={{ v }};"), {"x": "a", "y": [1, {"z": True}]},
+                     "f:x=a;y=[1, {'z': True}];", id="all of them"),
+        pytest.param(each_argument("{{ k }}={{ v }};"), {"x": "", "y": 0, "z": False},
+                     "f:x=;y=0;z=False;", id="values that are false or empty"),
+        pytest.param(each_argument("{{ k }}={{ v[:40] }};"), {"x": "a" * 40},
+                     f"f:x={'a' * 40};", id="a value that is no longer than a cut"),
+        pytest.param(each_argument("{{ k }}={{ v[:40] }};"), {"x": "a" * 41}, None,
+                     id="a value that is cut off"),
+        pytest.param(each_argument("{% if v is string %}{{ k }}={{ v }};{% endif %}"), {"x": 1},
+                     None, id="a number that is dropped"),
+        pytest.param(each_argument("{% if v is string %}{{ k }}={{ v }};{% endif %}"), {"x": "1"},
+                     "f:x=1;", id="no number to be dropped"),
+        pytest.param(each_argument("{% if v %}{{ k }}={{ v }};{% endif %}"), {"x": 0}, None,
+                     id="a zero that is dropped"),
+        pytest.param(each_argument("{{ k }}={{ '' if v is boolean else v }};"), {"x": [{"a": 1}],
+                     "y": True}, None, id="a truth that is dropped"),
+        pytest.param(each_argument("{{ v }};"), {"x": "a"}, None, id="keys that are dropped"),
+        pytest.param(each_argument("{{ k }}={{ v | upper }};"), {"x": "a"}, None,
+                     id="a value that is rewritten"),
+    ],
+)  # fmt: skip
+def test_a_template_must_write_all_of_a_tool_call(
+    run_on: Run, json_lines: Write, tokenizer: Any,
+    template: str, arguments: dict[str, Any], learnt: str | None,
+) -> None:  # fmt: skip
+    call = {"type": "function", "function": {"name": "f", "arguments": arguments}}
+    path = json_lines({"messages": [user(), {"role": "assistant", "tool_calls": [call]}]})
+    config = run_on(path, "chat_template", chat_template_jinja=template)
+    if learnt is not None:
+        assert one(config, tokenizer)[1] == learnt + "<|im_end|>"
+        return
+    with pytest.raises(AttnimgError, match=r"data\.jsonl, line 1") as caught:
+        load_documents(config, tokenizer)
+    assert "drops a tool call of message 2, or part of it" in caught.value.why
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        pytest.param("{{ m.reasoning_content | replace('\n', ' ') }}", id="on one line"),
+        pytest.param("{{ m.reasoning_content.split('\n')[0] }}", id="its first line"),
+        pytest.param("{{ m.reasoning_content[:5] }}", id="its beginning"),
+        pytest.param("{{ m.reasoning_content }}{{ m.reasoning_content }}", id="twice"),
+        pytest.param("", id="not at all"),
+    ],
+)
+@pytest.mark.parametrize("later", [0, 1])
+@pytest.mark.parametrize("reasoning", ["one\ntwo", "s\nt"])
+def test_reasoning_that_a_template_rewrites_is_refused_in_every_turn(
+    run_on: Run, json_lines: Write, tokenizer: Any, written: str, later: int, reasoning: str
+) -> None:
+    """A short one also stands in the template's own text, where it must not be found."""
+    talk = [user(), answer("A", reasoning_content=reasoning), *[user(), answer("B")] * later]
+    path = json_lines({"messages": talk})
+    template = THINKING.replace("{{ m.reasoning_content }}", written)
+    with pytest.raises(AttnimgError, match=r"data\.jsonl, line 1") as caught:
+        load_documents(run_on(path, "chat_template", chat_template_jinja=template), tokenizer)
+    assert "the reasoning of message 2" in caught.value.why
+    config = run_on(path, "chat_template", chat_template_jinja=THINKING)
+    assert one(config, tokenizer)[1].startswith(f"<think>{reasoning}</think>A<|im_end|>")
+
+
 def test_half_a_character_in_a_tool_call_is_refused(
     run_on: Run, json_lines: Write, tokenizer: Any
 ) -> None:
@@ -267,6 +338,29 @@ def test_train_on_eos_holds_where_the_layout_is_the_records_own(
     talk = [{"role": "system", "content": "S"}, user(), answer("A", lang="en"), user(), answer("B")]
     config = run_on(json_lines({"messages": talk}), "chat_template", spec_train_on_eos=mode)
     assert one(config, tokenizer)[1] == learnt
+
+
+@pytest.mark.parametrize("roles", [["assistant"], ["user"]])
+def test_the_end_tokens_of_all_turns_do_not_depend_on_flags(
+    run_on: Run, json_lines: Write, tokenizer: Any, roles: list[str]
+) -> None:
+    """Where no answer carries loss, too; and a content that begins with one is not its own end."""
+    ended = copy.deepcopy(tokenizer)
+    ended.add_special_tokens({"extra_special_tokens": ["<|eot|>"]})
+    template = (
+        "{% for m in messages %}{% if m.role == 'system' %}{{ m.content }}\n\n"
+        "{% else %}<|im_start|>{{ m.content }}<|eot|>{% endif %}{% endfor %}"
+    )
+    talk = [
+        {"role": "system", "content": "S"}, user("<|eot|>Q", train=False), answer("A", weight=0),
+        {"role": "tool", "content": "R", "train": "user" in roles}, user("V"),
+    ]  # fmt: skip
+    config = run_on(
+        json_lines({"messages": talk}), "chat_template", chat_template_jinja=template,
+        spec_train_on_eos="all", spec_roles_to_train=roles,
+    )  # fmt: skip
+    said = {"assistant": "", "user": "R"}[roles[0]], {"assistant": "", "user": "V"}[roles[0]]
+    assert one(config, ended)[1] == f"<|eot|><|eot|>{said[0]}<|eot|>{said[1]}<|eot|>"
 
 
 @pytest.mark.parametrize("post", ["$A", "[S] $A", "$A [E]", "[S] $A [E]"])
