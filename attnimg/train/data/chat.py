@@ -7,14 +7,13 @@ Conversations of plain messages share a layout with all others that have the sam
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Literal
 
 from attnimg.errors import AttnimgError
-from attnimg.train.data.chat_layout import Answer, Layout, lay_out
+from attnimg.train.data.chat_layout import Layout, lay_out
 from attnimg.train.data.chat_render import (
     CLOSING,
-    Literals,
     Message,
     Renderer,
     Rendering,
@@ -22,12 +21,11 @@ from attnimg.train.data.chat_render import (
     Span,
     TemplateError,
     forms,
-    literals_between,
-    mark,
     place_contents,
     reads,
     render,
 )
+from attnimg.train.data.chat_shape import Shape, shape_of, transferred
 from attnimg.train.data.chat_turn import Ends, RenderedTurn
 from attnimg.train.data.offsets import label, with_whole_offsets
 from attnimg.train.data.parsed import Conversation, Parsed, Turn
@@ -36,21 +34,6 @@ from attnimg.train.data.records import Place
 EMPTY_ANSWERS = (
     "answers without text carry no loss: they would train the model to answer with nothing"
 )
-
-
-@dataclass(frozen=True, slots=True)
-class _Shape:
-    """What all conversations of the same roles share: the template's text, and the answers in it.
-
-    Attributes:
-        literals: the template's own text between the contents.
-        starts: where each of these texts starts in the layout.
-        layout: of a conversation with marks for contents.
-    """
-
-    literals: Literals
-    starts: tuple[int, ...]
-    layout: Layout
 
 
 class ChatEncoder:
@@ -96,7 +79,7 @@ class ChatEncoder:
         self.trained_roles, self.train_on_eos = trained_roles, train_on_eos
         self.train_on_inputs, self.system_message = train_on_inputs, system_message
         self.ends = Ends.of(tokenizer, eot_tokens)
-        self.shapes: dict[tuple[tuple[str, bool], ...], _Shape | None] = {}
+        self.shapes: dict[tuple[tuple[str, bool], ...], Shape | None] = {}
         self.notes: dict[str, None] = {}
 
     @property
@@ -169,7 +152,7 @@ class ChatEncoder:
                 rendering = Rendering(messages, renderer.text(messages))
                 placed = shape and place_contents(rendering, shape.literals, whole=True)
                 if shape and placed:
-                    return _transferred(shape, replace(rendering, contents=placed))
+                    return transferred(shape, replace(rendering, contents=placed))
         bounded = [self._bounded(turn) for turn in turns]
         errors = list[TemplateError | RewrittenError]()
         for given, form in forms(renderer, conversation):
@@ -180,24 +163,16 @@ class ChatEncoder:
         # What a template that rendered does wrong says more than why another form raised.
         raise next((error for error in errors if isinstance(error, RewrittenError)), errors[0])
 
-    def _shape(self, renderer: Renderer, turns: Sequence[Turn]) -> _Shape | None:
+    def _shape(self, renderer: Renderer, turns: Sequence[Turn]) -> Shape | None:
         """Lay out a conversation of these roles with marks for contents; None where that fails.
 
-        What fails is laid out by itself, and its error names the record.
+        What fails is laid out by itself, and its error names the record; so is a conversation whose
+        template marks a part of a content as generated.
         """
         key = tuple((turn.role, self._bounded(turn)) for turn in turns)
         if key not in self.shapes:
-            marked = tuple(
-                {"role": turn.role, "content": mark(index)} for index, turn in enumerate(turns)
-            )
-            try:
-                rendering = render(renderer, marked)
-                layout = lay_out(renderer, rendering, [flag for _, flag in key], self.ends)
-                literals = literals_between(rendering.text, [True] * len(turns))
-                assert literals is not None, key
-                self.shapes[key] = _Shape(literals, _starts(rendering, literals), layout)
-            except (TemplateError, RewrittenError):
-                self.shapes[key] = None
+            flags = [flag for _, flag in key]
+            self.shapes[key] = shape_of(renderer, [turn.role for turn in turns], flags, self.ends)
         return self.shapes[key]
 
     def _spans(self, conversation: Conversation, layout: Layout) -> Iterator[Span]:
@@ -322,36 +297,3 @@ class ChatEncoder:
             code="bad-value",
             key="chat_template",
         )
-
-
-def _starts(rendering: Rendering, literals: Literals) -> tuple[int, ...]:
-    """Return where each literal starts: after the content before it."""
-    ends = [span[1] for number in literals[0] if (span := rendering.contents[number])]
-    return (0, *ends)
-
-
-def _transferred(shape: _Shape, rendering: Rendering) -> Layout:
-    """Return a shape's layout at the places that a conversation's own contents leave.
-
-    Answers begin and end where the template writes, never inside a content.
-    """
-    here = _starts(rendering, shape.literals)
-    *pieces, last = shape.literals[1]
-    pieces.append(last + shape.layout.appended)
-
-    def moved(span: Span) -> Span:
-        start, end = (
-            next(
-                new + at - old
-                for old, new, piece in zip(shape.starts, here, pieces, strict=True)
-                if old <= at <= old + len(piece)
-            )
-            for at in span
-        )
-        return start, end
-
-    answers = tuple(
-        Answer(answer.turn, tuple(map(moved, answer.text)), tuple(map(moved, answer.end)))
-        for answer in shape.layout.answers
-    )
-    return Layout(rendering, answers, shape.layout.appended, shape.layout.notes)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from attnimg.train.data.chat_calls import check_tools
@@ -17,8 +17,10 @@ UNMARKED_END = (
     "the chat template leaves the token that ends an answer out of its {% generation %} block, so "
     "the model will not learn to stop; move {% endgeneration %} behind that token"
 )
-
-
+PARTLY_MARKED = (
+    "the chat template leaves a part of an answer out of its {% generation %} block, so that it "
+    "carries no loss"
+)
 RESTORED = (
     "the chat template drops the reasoning of every answer; it is restored before the last answer, "
     "where the model generates it"
@@ -73,7 +75,7 @@ def lay_out(
     """
     check_tools(renderer, rendering)
     generated = renderer.generated(rendering.messages)
-    notes, bounds = dict[str, None](), dict[int, Span]()
+    notes, bounds, stops = dict[str, None](), dict[int, Span](), dict[int, int]()
     if renderer.restores:
         notes[RESTORED] = None
     for number, message in enumerate(rendering.messages):
@@ -83,6 +85,8 @@ def lay_out(
             start, text_end = turn.bounds(notes)
             if start < text_end:
                 bounds[number] = start, text_end
+                if generated:
+                    stops[number] = turn.end(text_end, ends) or text_end
         else:
             turn.reasoning(notes)  # refused where it is dropped, trained or not
     answers, appended = list[Answer](), ""
@@ -92,9 +96,9 @@ def lay_out(
         turn = RenderedTurn(renderer, rendering, number)
         # What is marked before its text, or after the next content, is of an answer without text.
         spans = [
-            span
-            for span in _owned(generated, number, bounds)
-            if span[1] > start and span[0] <= turn.limit
+            (a, min(b, turn.limit))
+            for a, b in _owned(generated, number, bounds, stops)
+            if b > start and a < turn.limit
         ]
         if not spans:
             end = turn.end(text_end, ends)
@@ -104,6 +108,13 @@ def lay_out(
                 if appended:
                     notes[_appended(appended.strip())] = None
             spans = [(start, end or text_end)]
+        reached = start
+        for a, b in sorted(spans):
+            if rendering.text[reached : max(reached, min(a, text_end))].strip():
+                notes[PARTLY_MARKED] = None
+            reached = max(reached, b)
+        if rendering.text[reached:text_end].strip():
+            notes[PARTLY_MARKED] = None
         end = max(b for _, b in spans)
         ending = (rendering.text + appended)[text_end:end]
         if not ending.strip():
@@ -143,14 +154,18 @@ def _not_one_token(end: str) -> str:
     )
 
 
-def _owned(generated: Sequence[Span], number: int, bounds: dict[int, Span]) -> list[Span]:
-    """Return the marked spans of a turn: each belongs to the answer that ends after its start.
+def _owned(
+    generated: Sequence[Span], number: int, bounds: Mapping[int, Span], stops: Mapping[int, int]
+) -> list[Span]:
+    """Return the marked spans of a turn: each belongs to the answer that goes on at its start.
 
-    The last answer has what stands after it: Phi-3's template ends the conversation there.
+    An answer's end may be marked apart from its text. The last answer has what stands after it:
+    Phi-3's template ends the conversation there.
     """
     last = max(bounds)
     return [
         span
         for span in generated
-        if number == next((n for n, (_, end) in bounds.items() if end >= span[0]), last)
+        if number
+        == next((n for n, (_, end) in bounds.items() if span[0] <= end or span[0] < stops[n]), last)
     ]

@@ -199,6 +199,45 @@ def test_reasoning_that_a_template_rewrites_is_refused_in_every_turn(
     assert one(config, tokenizer)[1].startswith(f"<think>{reasoning}</think>A<|im_end|>")
 
 
+def generating(marked: str, other: str = "{{ m.content }}<|im_end|>") -> str:
+    return (
+        (
+            "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}"
+            f"{marked}{{% else %}}{other}{{% endif %}}\n{{% endfor %}}"
+            "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+        )
+        .replace("[[", "{% generation %}")
+        .replace("]]", "{% endgeneration %}")
+    )
+
+
+@pytest.mark.parametrize(
+    ("template", "learnt", "note"),
+    [
+        pytest.param(generating("[[{{ m.content }}<|im_end|>]]"), "Abc<|im_end|>D<|im_end|>", None,
+                     id="an answer and its end"),
+        pytest.param(generating("[[{{ m.content }}]] [[<|im_end|>]]"), "Abc<|im_end|>D<|im_end|>",
+                     None, id="the end apart from the text"),
+        pytest.param(generating("[[{{ m.content }}<|im_end|>]]", "[[{{ m.content }}<|im_end|>]]"),
+                     "Abc<|im_end|>D<|im_end|>", None, id="the user's turns too"),
+        pytest.param(generating("{{ m.content[:1] }}[[{{ m.content[1:] }}<|im_end|>]]"),
+                     "bc<|im_end|><|im_end|>", "leaves a part of an answer out",
+                     id="a part of an answer"),
+    ],
+)  # fmt: skip
+def test_what_a_template_marks_as_generated_is_trained_of_each_answer(
+    run_on: Run, json_lines: Write, tokenizer: Any, template: str, learnt: str, note: str | None
+) -> None:
+    talk = [user(), answer("Abc"), user(), answer("D"), user("R"), answer("")]
+    for messages in (talk, talk[:4]):
+        config = run_on(
+            json_lines({"messages": messages}), "chat_template", chat_template_jinja=template
+        )
+        assert one(config, tokenizer)[1] == learnt
+        notes = load_documents(config, tokenizer).warnings
+        assert any(note in said for said in notes) if note else not "".join(notes[1:])
+
+
 def test_half_a_character_in_a_tool_call_is_refused(
     run_on: Run, json_lines: Write, tokenizer: Any
 ) -> None:
