@@ -90,6 +90,8 @@ def lay_out(
         else:
             turn.reasoning(notes)  # refused where it is dropped, trained or not
     answers, appended = list[Answer](), ""
+    speakers = [n for n, message in enumerate(rendering.messages) if message["role"] == "assistant"]
+    last = max([*bounds, *speakers], default=0)
     for number, (start, text_end) in bounds.items():
         if not trained[number]:
             continue
@@ -97,7 +99,7 @@ def lay_out(
         # What is marked before its text, or after the next content, is of an answer without text.
         spans = [
             (a, min(b, turn.limit))
-            for a, b in _owned(generated, number, bounds, stops)
+            for a, b in _owned(generated, number, bounds, stops, last=last)
             if b > start and a < turn.limit
         ]
         if not spans:
@@ -155,14 +157,18 @@ def _not_one_token(end: str) -> str:
 
 
 def _owned(
-    generated: Sequence[Span], number: int, bounds: Mapping[int, Span], stops: Mapping[int, int]
+    generated: Sequence[Span],
+    number: int,
+    bounds: Mapping[int, Span],
+    stops: Mapping[int, int],
+    *,
+    last: int,
 ) -> list[Span]:
     """Return the marked spans of a turn: each belongs to the answer that goes on at its start.
 
-    An answer's end may be marked apart from its text. The last answer has what stands after it:
+    An answer's end may be marked apart from its text. The last turn has what stands after it:
     Phi-3's template ends the conversation there.
     """
-    last = max(bounds)
     return [
         span
         for span in generated

@@ -229,7 +229,7 @@ def test_what_a_template_marks_as_generated_is_trained_of_each_answer(
     run_on: Run, json_lines: Write, tokenizer: Any, template: str, learnt: str, note: str | None
 ) -> None:
     talk = [user(), answer("Abc"), user(), answer("D"), user("R"), answer("")]
-    for messages in (talk, talk[:4]):
+    for messages in (talk, talk[:4], [*talk[:4], answer("")]):
         config = run_on(
             json_lines({"messages": messages}), "chat_template", chat_template_jinja=template
         )
