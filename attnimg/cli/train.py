@@ -249,7 +249,7 @@ def fit_planned(
     context = context_of(session.problem, backend)
     computed = attention_and_precision(backend.name, context)
     data = data_of(values, documents.figures, tokenizer)
-    require_same({"data": data, **computed}, values, resume)
+    require_same({**data, **computed}, values, resume)
     require_embeddings(values, (documents.train, documents.validation), tokenizer)
     session.say(f"run: {described(context)}")
     model = load_model(

@@ -66,6 +66,22 @@ def resolve_targets(model: Any, config: Config) -> list[str] | str:
     return ALL_LINEAR if found <= every else sorted(found | every)
 
 
+def targeted(model: Any, config: Config) -> set[str]:
+    """Return the full names of the layers that the config's targets match.
+
+    Raises:
+        AttnimgError: as `resolve_targets` does.
+    """
+    targets = resolve_targets(model, config)
+    experts = _expert_names(model)
+    if targets == ALL_LINEAR:
+        return {*_adaptable(model, linear=True), *experts}
+    names = [*(name for name, _ in model.named_modules() if name), *experts]
+    if isinstance(targets, str):
+        return {name for name in names if re.fullmatch(targets, name)}
+    return {name for entry in targets for name in _named(entry, names)}
+
+
 def require_modules_to_save(model: Any, config: Config) -> None:
     """Raise unless each of lora_modules_to_save is a module of the model.
 
