@@ -260,7 +260,7 @@ def fit_planned(
         needs_dtype_cast=backend.needs_dtype_cast,
         say=session.say,
     )
-    for note in adapter_notes(model):
+    for note in adapter_notes(model, values):
         session.say(f"warning: {note}")
     apply.require_applied(model, backend)
     found, proof = _proven(session, found, model)

@@ -27,6 +27,7 @@ from attnimg.facts import RunContext
 from attnimg.train.distributed import any_rank
 from attnimg.train.loss_facts import Comparison, Loss, LossCheck, Tolerance, difference
 from attnimg.train.loss_tolerance import loss_tolerance
+from attnimg.train.objective import COEFFICIENTS
 from attnimg.train.output_layer import compare_output_layer
 from attnimg.train.own_head import score, shifted
 from attnimg.train.rows import COUNTS, Rows
@@ -276,12 +277,21 @@ def _train_mode(model: Any) -> Iterator[None]:
 
 
 def _differs(engine: Any, *, own: float, ours: float, mode: str) -> AttnimgError:
+    do = (
+        "train it with its own training code; attnimg minimizes the negative log-likelihood of "
+        "the next token"
+    )
+    weights = engine.model.config.get_text_config().to_dict()
+    terms = [name for name, value in weights.items()
+             if "loss_coef" in name and name not in COEFFICIENTS and value]  # fmt: skip
+    if terms:
+        zeros = " and ".join(f"{name}: 0.0" for name in terms)
+        do = f"set {zeros} in its config.json to train without that term, or {do}"
     return AttnimgError(
         f"the loss of {_class_name(engine)} is not the negative log-likelihood of its logits",
         why=f"found {own:.4f} by its forward with labels in {mode} mode, {ours:.4f} from its "
         "logits for the next tokens\nneeded the same, apart from an aux_loss that it returns",
-        do="train it with its own training code; attnimg minimizes the negative log-likelihood of "
-        "the next token",
+        do=do,
         code="loss-differs",
         key="base_model",
         exit_code=1,

@@ -211,6 +211,15 @@ def test_a_class_whose_loss_is_not_that_of_its_logits_is_refused(
     assert mode in caught.value.why
 
 
+def test_a_term_that_the_config_weighs_can_be_turned_off(tmp_path: Path) -> None:
+    engine, session = engine_of(tmp_path, tiny_model("bamba", z_loss_coefficient=0.1))
+    with pytest.raises(AttnimgError, match="not the negative log-likelihood") as caught:
+        check(engine, session)
+    assert caught.value.do.startswith("set z_loss_coefficient: 0.0 in its config.json")
+    engine, session = engine_of(tmp_path, tiny_model("bamba", z_loss_coefficient=0.0))
+    assert check(engine, session).head == "chunked"
+
+
 def test_dropout_makes_no_term_in_train_mode(tmp_path: Path) -> None:
     engine, session = engine_of(tmp_path, tiny_model("gpt2", resid_pdrop=0.5, embd_pdrop=0.5))
     found = check(engine, session)
