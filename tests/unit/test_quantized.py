@@ -154,7 +154,14 @@ def test_a_float8_weight_without_its_scale_is_refused(tmp_path: Path, kind: torc
     assert judged(FP8, folder=whole)[0] == []
     del stored[f"{name}_scale_inv"]
     lacking = write(tmp_path / "lacking", source, stored, FP8)
-    assert name in (judged(FP8, folder=lacking)[0][0].why or "")
+    error = judged(FP8, folder=lacking)[0][0]
+    assert name in (error.why or "")
+    assert error.do.startswith("download the checkpoint again")
+    # Downloading again would not help where the scale has another name.
+    stored[f"{name}_scale"] = torch.ones(1)
+    error = judged(FP8, folder=write(tmp_path / "named", source, stored, FP8))[0][0]
+    assert f"{name}_scale; transformers reads" in (error.why or "")
+    assert error.do == "set base_model to the checkpoint that it was quantized from"
 
 
 @pytest.mark.filterwarnings("ignore:MatMul8bitLt")
