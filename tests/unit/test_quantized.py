@@ -308,6 +308,32 @@ def test_a_mask_that_old_checkpoints_store_is_no_quantized_weight(tmp_path: Path
     assert not errors, errors[0]
 
 
+@pytest.mark.parametrize(
+    ("quantization", "errors", "warnings"),
+    [
+        pytest.param({"quant_method": "quark"}, ["quantized-checkpoint"], [], id="no run can"),
+        pytest.param(BNB4, [], ["quantized-checkpoint"], id="a run with an adapter can"),
+        pytest.param(FP8, [], ["dequantized"], id="any run can"),
+        pytest.param(None, [], [], id="not quantized"),
+    ],
+)
+def test_explain_judges_a_folder_as_a_config_that_names_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], quantization: Any, errors: list[str],
+    warnings: list[str],
+) -> None:  # fmt: skip
+    folder = plain(tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"quantization_config": quantization} if quantization else {}
+    # Its rows may be of any length: nothing is said of positions.
+    config["max_position_embeddings"] = 16
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "model.safetensors").unlink()
+    assert attnimg(["explain", str(folder), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [error["code"] for error in found["errors"]] == errors
+    assert [note["code"] for note in found["warnings"]] == warnings
+
+
 @pytest.mark.parametrize("command", ["explain", "train"])
 def test_both_commands_refuse_before_anything_is_loaded(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str
