@@ -65,7 +65,7 @@ class Comparison:
             return f"its loss is {ours.total:.4f}, the model's own {own.total:.4f}"
         if abs(ours.nll - own.nll) > self.tolerance.loss:
             return f"its negative log-likelihood is {ours.nll:.4f}, the model's own {own.nll:.4f}"
-        return f"its gradient norm is {ours.grad_norm:.5g}, the model's own {own.grad_norm:.5g}"
+        return f"its gradient norm is {ours.grad_norm:.8g}, the model's own {own.grad_norm:.8g}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
