@@ -127,7 +127,7 @@ def test_a_loss_that_is_no_number_stops_the_run(
     def broken(self: Any, *args: Any, **options: Any) -> Any:
         calls.extend([1] * self.training)
         output = forward(self, *args, **options)
-        if len(calls) == 4:
+        if len(calls) == 1 + 4:  # the loss comparison calls it once in train mode
             output.last_hidden_state = output.last_hidden_state * float("nan")
         return output
 
