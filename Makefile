@@ -172,7 +172,7 @@ test/fa4-cache: .venv/ready build/fa4/ready ## Compile kernels of FlashAttention
 test/contexts: .venv/ready ## Train in every context: rows x precision x weights x checkpointing x compiled; 242 runs, half of them compiled
 	CONTEXTS=all $(BIN)/pytest -v tests/train/test_contexts.py
 
-test/reload: .venv/ready ## Train 106 model types, save and reload them: full and LoRA, float32 and bfloat16; 15 minutes
+test/reload: .venv/ready ## Train 110 model types, save and reload them: full and LoRA, float32 and bfloat16; 15 minutes
 	RELOAD=all $(BIN)/pytest -v tests/train/test_reload.py
 
 test/gates: .venv/ready build/nvcc/ready ## Test the gates on small images with real machine code, 1 minute

@@ -96,7 +96,7 @@ def _not_trainable(row: RefusedTypes, *, name: str, model_type: str) -> Finding:
         what=f"{name} (model_type {model_type}) "
         + ("is not a causal language model" if causal else "cannot be trained here"),
         why=f"found: {row.found}\nneeded: a model that predicts each token from those before it "
-        f"[{row.source}]",
+        f"[{_source(row, model_type)}]",
         do=row.do,
     )
 
@@ -114,9 +114,13 @@ def _not_packable(
         key="sample_packing",
         what=f"packed documents would mix in {model_type}",
         why=f"found: {row.found}{bound}\n"
-        f"needed: the same logits for a document packed and alone [{row.source}]",
+        f"needed: the same logits for a document packed and alone [{_source(row, model_type)}]",
         do=do,
     )
+
+
+def _source(row: RefusedTypes, model_type: str) -> str:
+    return row.source.replace("{file}", f"modeling_{model_type.replace('-', '_')}.py")
 
 
 def packages() -> frozenset[str]:

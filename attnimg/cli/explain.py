@@ -35,6 +35,7 @@ _JUDGEMENTS = frozenset(
     | {"s2-with-packing", "packing-not-isolated", "not-causal-lm", "not-trainable", "loss-differs"}
     | {"quantized-checkpoint", "positions-short"}
 )
+_OF_LENGTH = frozenset({"positions-short", "positions-beyond"})
 # org/name; what ends in .yaml is a config that is missing.
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/(?!.*\.ya?ml$)[\w.-]+", re.ASCII)
 # Errors of a name that is no backend: then there is nothing to choose.
@@ -66,8 +67,9 @@ def explain(
         if _NO_NAME & {error.code for error in checked.errors}:
             found = _no_name(checked, found)
         errors, notes = run_findings(found, task, machine)
-        if model is not None and not _is_model(target):
-            refusals, warnings = _base_model_findings(values, machine)
+        if model is not None:
+            judge = _for_some_run if _is_model(target) else _base_model_findings
+            refusals, warnings = judge(values, machine)
             errors, notes = (*errors, *refusals), (*notes, *warnings)
         checked = replace(
             checked,
@@ -157,6 +159,20 @@ def _base_model_findings(
     assert path is not None
     errors, warnings = base_model_findings(values, problem.read_config(path), machine)
     return tuple(_as_finding(error) for error in errors), tuple(warnings)
+
+
+def _for_some_run(
+    values: Config, machine: Machine
+) -> tuple[tuple[Finding, ...], tuple[Finding, ...]]:
+    """Return the errors that every run with a model has; those of some runs are warnings."""
+    full, notes = _base_model_findings(values, machine)
+    lora, _ = _base_model_findings(values.model_copy(update={"adapter": "lora"}), machine)
+    errors = tuple(error for error in full if error in lora)
+    warnings = tuple(error for error in full if error not in lora)
+    # Without a config, the length of the rows is unknown.
+    return tuple(e for e in errors if e.code not in _OF_LENGTH), tuple(
+        note for note in (*warnings, *notes) if note.code not in _OF_LENGTH
+    )
 
 
 def _as_finding(error: AttnimgError) -> Finding:

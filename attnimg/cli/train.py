@@ -237,7 +237,7 @@ def fit_planned(
     context = context_of(session.problem, backend)
     computed = attention_and_precision(backend.name, context)
     data = data_of(values, documents.figures, tokenizer)
-    require_same({"data": data, **computed}, values, resume)
+    require_same({**data, **computed}, values, resume)
     require_embeddings(values, (documents.train, documents.validation), tokenizer)
     session.say(f"run: {described(context)}")
     model = load_model(
@@ -248,7 +248,7 @@ def fit_planned(
         needs_dtype_cast=backend.needs_dtype_cast,
         say=session.say,
     )
-    for note in adapter_notes(model):
+    for note in adapter_notes(model, values):
         session.say(f"warning: {note}")
     apply.require_applied(model, backend)
     found, proof = _proven(session, found, model)

@@ -6,6 +6,7 @@ No model, GPU, package, network or file but the config itself is looked at.
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import Any, get_args
 
 from pydantic import ValidationError
@@ -165,10 +166,14 @@ def _unsupported(values: dict[str, Any], *, failed: set[str | None]) -> list[Fin
     for key, value in values.items():
         if key in failed:
             continue
-        if (refused := keys.unsupported(key)) is not None:
+        if (refused := keys.unsupported_keys().get(key)) is not None:
             # 0, "" and an empty list ask for nothing, just as false does.
             if value and value not in refused.accepts:
                 found.append(_unsupported_key(key, value, do=refused.do))
+        elif key.startswith("lora_") and key not in Config.model_fields:
+            # Axolotl's plugins add keys of adapters: false asks for nothing.
+            if value is not False:
+                found.append(replace(_unknown(key, key), code="unsupported-key"))
         elif key not in Config.model_fields:
             found.append(_unknown(key, key))
     return found

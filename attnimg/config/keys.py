@@ -69,17 +69,6 @@ def unsupported_dataset_keys() -> dict[str, UnsupportedKey]:
     return {key: UnsupportedKey(do=table["do"]) for key in table["keys"]}
 
 
-def unsupported(key: str) -> UnsupportedKey | None:
-    """Give what is known of a top-level key that is refused by name."""
-    if key in unsupported_keys():
-        return unsupported_keys()[key]
-    if key.startswith("lora_") and key not in Config.model_fields:
-        near = nearest_key(key)
-        hint = f"did you mean {near}? " if near else ""
-        return UnsupportedKey(do=f"{hint}see the README for the adapter keys that work")
-    return None
-
-
 def nearest_key(key: str, *, dataset: bool = False) -> str | None:
     """Give the known key most like `key`, None when none is."""
     name = key.strip().lower()

@@ -9,10 +9,10 @@ from typing import Any
 from attnimg.errors import AttnimgError
 from attnimg.facts import DType
 from attnimg.schema import Config
+from attnimg.train.lora_advice import advice_on, find_fitting
 from attnimg.train.lora_targets import (
     embeddings,
     is_named,
-    linear_names,
     require_modules_to_save,
     resolve_targets,
 )
@@ -118,7 +118,7 @@ def add_adapter(model: Any, config: Config) -> Any:
         # Tied embeddings stay tied: otherwise training would make them differ.
         ensure_weight_tying=tied and any(is_named(name, saved) for name in names),
     )
-    linear = linear_names(model)
+    fitting = find_fitting(model, config)
     try:
         with warnings.catch_warnings():
             # PEFT warns where no target is in an excluded module, which is no fault.
@@ -127,25 +127,63 @@ def add_adapter(model: Any, config: Config) -> Any:
             warnings.filterwarnings("ignore", message=r"The following \w+_pattern keys")
             return get_peft_model(model, lora)
     except (TypeError, ValueError) as error:
-        others = [name for name in linear if f"'{name}'" not in str(error)]
         raise _bad(
             "lora_target_modules",
             "the adapter does not fit the model",
-            why=str(error).splitlines()[0],
-            do=f"set lora_target_modules: [{', '.join(others)}]",
+            why=_short(error),
+            do=advice_on(fitting, config, error),
         ) from error
 
 
-def adapter_notes(model: Any) -> list[str]:
+def _short(error: Exception) -> str:
+    """Return PEFT's message, without the layers of the module that it prints."""
+    found = re.match(r"Target module (\w+)\(.* is not supported", str(error), re.DOTALL)
+    if found is None:
+        return str(error).splitlines()[0]
+    return f"found a target of the class {found[1]}; needed a linear layer, an embedding or experts"
+
+
+def adapter_notes(model: Any, config: Config) -> list[str]:
     """Return notes for the user on the adapter of a model."""
     lora = getattr(model, "peft_config", {}).get("default")
-    if lora is None or not lora.ensure_weight_tying:
+    if lora is None:
         return []
-    names, _ = embeddings(model.get_base_model())
-    return [
-        f"lora_modules_to_save: {' and '.join(name.rpartition('.')[2] for name in names)} are tied "
-        "in the base model: both are trained, and stay one weight"
-    ]
+    notes = []
+    if lora.ensure_weight_tying:
+        names, _ = embeddings(model.get_base_model())
+        leaves = " and ".join(name.rpartition(".")[2] for name in names)
+        notes.append(
+            f"lora_modules_to_save: {leaves} are tied in the base model: both are trained, and "
+            "stay one weight"
+        )
+    bare = sorted(_bare_experts(model))
+    if bare and _asks_for_experts(config):
+        notes.append(
+            f"the experts' weights ({', '.join(bare)}) get no adapter and are not trained: PEFT "
+            f"does not take them as linear layers in a {model.config.model_type} model"
+        )
+    return notes
+
+
+def _bare_experts(model: Any) -> set[str]:
+    """Return the last names of the experts' parameters that are frozen and have no adapter."""
+    return {
+        name.rpartition(".")[2]
+        for name, weight in model.named_parameters()
+        if weight.dim() > 2 and ".experts." in name and ".base_layer." not in name
+        and not weight.requires_grad
+    }  # fmt: skip
+
+
+def _asks_for_experts(config: Config) -> bool:
+    """Return whether the targets name the layers of a feed-forward block, or all layers."""
+    targets = config.lora_target_modules
+    if not targets or config.lora_target_linear:
+        return True
+    text = targets if isinstance(targets, str) else " ".join(targets)
+    return (
+        re.search(r"(?i)all-linear|(gate|up|down)(_up)?_proj|\bw[123]\b|experts", text) is not None
+    )
 
 
 def _within(modules: tuple[str, ...]) -> str | None:

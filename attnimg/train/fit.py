@@ -36,6 +36,7 @@ from attnimg.train.run import FitResult, RunFacts
 from attnimg.train.schedule import plan_steps
 from attnimg.train.session import Session, build_engine, check_own_loss, run_engine
 from attnimg.train.signals import StopFlag, Stopped
+from attnimg.train.weight_counts import count_weights, sentence
 
 if TYPE_CHECKING:
     from attnimg.train.data.documents import Documents
@@ -179,6 +180,9 @@ def _train(session: Session, receipt: dict[str, object]) -> FitResult:
     first = rank() == 0
     view = ProgressView(session.console, total=session.schedule.total_steps, visible=first)
     engine = build_engine(session, view)
+    counts = count_weights(engine.model)
+    receipt["weights"] = counts
+    session.console.print(f"  {sentence(counts)}", highlight=False, markup=False, soft_wrap=True)
     receipt["loss"] = check_own_loss(engine, session)
     if first:
         write_receipt(session.folder, receipt, status="running")

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,12 +43,13 @@ BY_VALUE = frozenset(
 BY_CONTENT = frozenset(
     {
         "base_model", "revision_of_model", "tokenizer_config", "datasets", "pretraining_dataset",
-        "attn_implementation",
+        "test_datasets", "attn_implementation",
     }
 )  # fmt: skip
-# Compared by value only where evaluation controls early stopping or the learning rate.
+# Compared by value only where evaluation controls early stopping or the learning rate; so is the
+# content of test_datasets.
 EVALUATION_KEYS = frozenset(
-    {"test_datasets", "eval_strategy", "eval_steps", "evals_per_epoch", "eval_sample_packing"}
+    {"eval_strategy", "eval_steps", "evals_per_epoch", "eval_sample_packing"}
 )
 # May change: the new value is used from the checkpoint on.
 CHANGEABLE = frozenset({"learning_rate", "max_steps", "num_epochs"})
@@ -99,7 +99,7 @@ def identity_of(
     return {
         **settings_of(config),
         **attention_and_precision(run.backend, run.context),
-        "data": data_of(config, figures, tokenizer),
+        **data_of(config, figures, tokenizer),
         "rows": rows,
         "tokens": tokens,
     }
@@ -108,7 +108,7 @@ def identity_of(
 def keys_of(config: Config) -> dict[str, Any]:
     """Return the keys that are compared by value, and those that may change."""
     names = BY_VALUE | CHANGEABLE
-    if config.early_stopping_patience or config.lr_scheduler == "reduce_lr_on_plateau":
+    if evaluation_decides(config.model_dump()):
         names |= EVALUATION_KEYS
     if not config.adapter:
         names = frozenset(n for n in names if not n.startswith(("lora_", "peft_use_")))
@@ -118,6 +118,12 @@ def keys_of(config: Config) -> dict[str, Any]:
     if isinstance(config.deepspeed, str):
         values["deepspeed"] = _json_of(config.deepspeed)
     return {key: _plain(key, value) for key, value in sorted(values.items())}
+
+
+def evaluation_decides(keys: Mapping[str, Any]) -> bool:
+    """Return whether the evaluation loss controls early stopping or the learning rate."""
+    plateau = keys.get("lr_scheduler") == "reduce_lr_on_plateau"
+    return plateau or bool(keys.get("early_stopping_patience"))
 
 
 def _plain(key: str, value: Any) -> Any:
@@ -134,23 +140,31 @@ def attention_and_precision(backend: str, context: RunContext) -> dict[str, str]
 
 def data_of(
     config: Config, figures: tuple[SourceFigures, ...], tokenizer: Any
-) -> list[dict[str, Any]]:
-    """Return each source of training with the hash of its documents' tokens and labels."""
+) -> dict[str, list[dict[str, Any]]]:
+    """Return each source with the hash of its documents' tokens and labels.
+
+    Returns:
+        The sources of training under "data", those of test_datasets under "evaluation".
+    """
     specs = {
         f"{name}[{number}]": spec
-        for name in ("datasets", "pretraining_dataset")
+        for name in ("datasets", "pretraining_dataset", "test_datasets")
         for number, spec in enumerate(getattr(config, name) or ())
     }
-    return [
-        {
-            "key": source.key,
-            "spec": specs[source.key].model_dump(mode="json", exclude_none=True),
-            "dated": _dated(config, specs[source.key], source.key, tokenizer),
-            **{name: asdict(source)[name] for name in ("content", "read", "documents", "tokens")},
-        }
-        for source in figures
-        if not source.key.startswith("test_datasets")
-    ]
+    found: dict[str, list[dict[str, Any]]] = {"data": [], "evaluation": []}
+    for source in figures:
+        part = "evaluation" if source.key.startswith("test_datasets") else "data"
+        spec = specs[source.key]
+        found[part].append(
+            {
+                "key": source.key,
+                "spec": spec.model_dump(mode="json", exclude_none=True),
+                "dated": _dated(config, spec, source.key, tokenizer),
+                **{name: getattr(source, name)
+                   for name in ("content", "read", "documents", "tokens")},
+            }
+        )  # fmt: skip
+    return found
 
 
 def _dated(config: Config, spec: DatasetSpec, key: str, tokenizer: Any) -> str | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from attnimg.errors import AttnimgError
@@ -46,24 +46,41 @@ def resolve_targets(model: Any, config: Config) -> list[str] | str:
     targets = config.lora_target_modules
     if not targets or (isinstance(targets, str) and targets.lower() == ALL_LINEAR):
         others = any(type(module).__name__ in _OTHER_LINEAR for module in model.modules())
-        return _adaptable(model, linear=True) if others else ALL_LINEAR
-    experts = _expert_names(model)
+        return adaptable(model, linear=True) if others else ALL_LINEAR
+    experts = expert_names(model)
     names = [*(name for name, _ in model.named_modules() if name), *experts]
     if isinstance(targets, str):
         found = {name for name in names if re.fullmatch(targets, name)}
         if not found:
             raise _no_match(targets, model)
     else:
-        missing = [entry for entry in targets if not _named(entry, names)]
+        missing = [entry for entry in targets if not matched(entry, names)]
         if missing:
-            adaptable = [*_adaptable(model), *experts]
-            raise _unknown_names("lora_target_modules", missing, adaptable, kept=targets)
-        found = {name for entry in targets for name in _named(entry, names)}
+            layers = [*adaptable(model), *experts]
+            fused = _names_before(model)
+            raise _unknown_names("lora_target_modules", missing, layers, kept=targets, fused=fused)
+        found = {name for entry in targets for name in matched(entry, names)}
     _refuse_embeddings(model, found, config)
     if not config.lora_target_linear:
         return targets
-    every = {*_adaptable(model, linear=True), *experts}
+    every = {*adaptable(model, linear=True), *experts}
     return ALL_LINEAR if found <= every else sorted(found | every)
+
+
+def targeted(model: Any, config: Config) -> set[str]:
+    """Return the full names of the layers that the config's targets match.
+
+    Raises:
+        AttnimgError: as `resolve_targets` does.
+    """
+    targets = resolve_targets(model, config)
+    experts = expert_names(model)
+    if targets == ALL_LINEAR:
+        return {*adaptable(model, linear=True), *experts}
+    names = [*(name for name, _ in model.named_modules() if name), *experts]
+    if isinstance(targets, str):
+        return {name for name in names if re.fullmatch(targets, name)}
+    return {name for entry in targets for name in matched(entry, names)}
 
 
 def require_modules_to_save(model: Any, config: Config) -> None:
@@ -74,7 +91,7 @@ def require_modules_to_save(model: Any, config: Config) -> None:
     """
     saved = config.lora_modules_to_save or []
     names = [name for name, _ in model.named_modules() if name]
-    missing = [entry for entry in saved if not _named(entry, names)]
+    missing = [entry for entry in saved if not matched(entry, names)]
     if missing:
         raise _unknown_names("lora_modules_to_save", missing, names, kept=saved)
 
@@ -92,17 +109,17 @@ def untrained_embeddings(model: Any, config: Config) -> list[str]:
     names, tied = embeddings(model)
     saved = config.lora_modules_to_save or []
     lacking = [name for name in names if not is_named(name, saved)]
-    return [] if tied and len(lacking) < len(names) else [_leaf(name) for name in lacking]
+    return [] if tied and len(lacking) < len(names) else [last_part(name) for name in lacking]
 
 
 def linear_names(model: Any) -> list[str]:
     """Return the last parts of the names of all linear layers except the output layer."""
-    return sorted({_leaf(name) for name in _adaptable(model, linear=True)})
+    return sorted({last_part(name) for name in adaptable(model, linear=True)})
 
 
 def is_named(name: str, entries: Iterable[str]) -> bool:
     """Return whether an entry of a list matches a module."""
-    return any(_named(entry, [name]) for entry in entries)
+    return any(matched(entry, [name]) for entry in entries)
 
 
 def _refuse_embeddings(model: Any, found: set[str], config: Config) -> None:
@@ -116,40 +133,40 @@ def _refuse_embeddings(model: Any, found: set[str], config: Config) -> None:
     ]
     if not asked:
         return
-    leaf = _leaf(asked[0])
+    leaf = last_part(asked[0])
     why = f"the loss uses the weight of {leaf} directly, so its adapter would not be trained"
     if tied:
-        other = next(_leaf(name) for name in names if name != asked[0])
+        other = next(last_part(name) for name in names if name != asked[0])
         why = (
             f"{leaf} and {other} are tied in this model: an adapter on one of them would be "
             "merged into both, and the merged model would differ from the trained one"
         )
-    rest = sorted({_leaf(name) for name in found} - {_leaf(name) for name in asked})
+    rest = sorted({last_part(name) for name in found} - {last_part(name) for name in asked})
     if isinstance(config.lora_target_modules, list):
         rest = [
             entry
             for entry in config.lora_target_modules
-            if not set(_named(entry, found)) & set(asked)
+            if not set(matched(entry, found)) & set(asked)
         ]
     raise _bad(
         "lora_target_modules",
         f"lora_target_modules can't hold {leaf}",
         why=why,
-        do=f"set lora_target_modules: {_listed(rest) if rest else ALL_LINEAR}\n"
-        f"set lora_modules_to_save: {_listed([*saved, leaf])}",
+        do=f"set lora_target_modules: {listed(rest) if rest else ALL_LINEAR}\n"
+        f"set lora_modules_to_save: {listed([*saved, leaf])}",
     )
 
 
 def _no_match(pattern: str, model: Any) -> AttnimgError:
     """Build the error for a string that matches no module; it is often meant as a name."""
-    names = _adaptable(model)
-    leaves = sorted({_leaf(name) for name in names})
+    names = adaptable(model)
+    leaves = sorted({last_part(name) for name in names})
     parts = [part.strip() for part in pattern.split(",")]
     near = [difflib.get_close_matches(part, leaves, n=1, cutoff=0.6) for part in parts]
     if all(near):
-        do = f"set lora_target_modules: {_listed([match[0] for match in near])}"
+        do = f"set lora_target_modules: {listed([match[0] for match in near])}"
     else:
-        do = f"set lora_target_modules: {_listed(linear_names(model))}"
+        do = f"set lora_target_modules: {listed(linear_names(model))}"
     return _bad(
         "lora_target_modules",
         f"lora_target_modules: {pattern} matches no module of the model",
@@ -161,15 +178,29 @@ def _no_match(pattern: str, model: Any) -> AttnimgError:
 
 
 def _unknown_names(
-    key: str, missing: list[str], names: list[str], *, kept: list[str]
+    key: str,
+    missing: list[str],
+    names: list[str],
+    *,
+    kept: list[str],
+    fused: Mapping[str, list[str]] | None = None,
 ) -> AttnimgError:
-    """Build the error for names that no module has, with the nearest existing names."""
-    leaves = sorted({_leaf(name) for name in names if not _leaf(name).isdigit()})
-    near = {entry: _nearest(entry, leaves, names) for entry in missing}
-    fixed = [near[entry][0] if near.get(entry) else entry for entry in kept
-             if entry not in near or near[entry]]  # fmt: skip
+    """Build the error for names that no module has, with the nearest existing names.
+
+    Args:
+        key: of the config.
+        missing: names that no module has.
+        names: of the modules.
+        kept: the value of the key.
+        fused: names of experts' parameters -> the names that PEFT takes for them.
+    """
+    leaves = sorted({last_part(name) for name in names if not last_part(name).isdigit()})
+    parts = {entry: (fused or {}).get(last_part(entry), []) for entry in missing}
+    near = {entry: parts[entry] or _nearest(entry, leaves, names) for entry in missing}
+    fixed = [name for entry in kept
+             for name in parts.get(entry) or near.get(entry, [entry])[:1]]  # fmt: skip
     fixed = list(dict.fromkeys(fixed))
-    do = f"set {key}: {_listed(fixed)}" if fixed else f"remove {key}"
+    do = f"set {key}: {listed(fixed)}" if fixed else f"remove {key}"
     if ALL_LINEAR in missing:
         do = f"set {key}: {ALL_LINEAR}"
     texts = [f"{entry}: nearest {', '.join(near[entry]) or '(none)'}" for entry in missing]
@@ -184,10 +215,10 @@ def _unknown_names(
 def _nearest(entry: str, leaves: list[str], names: list[str]) -> list[str]:
     """Return up to three names similar to an entry; a path is also compared by its end."""
     found = difflib.get_close_matches(entry, names, n=3) if "." in entry else []
-    return found or difflib.get_close_matches(_leaf(entry), leaves, n=3, cutoff=0.5)
+    return found or difflib.get_close_matches(last_part(entry), leaves, n=3, cutoff=0.5)
 
 
-def _adaptable(model: Any, *, linear: bool = False) -> list[str]:
+def adaptable(model: Any, *, linear: bool = False) -> list[str]:
     """List the modules that an adapter may be put on, without the output layer.
 
     Args:
@@ -204,8 +235,19 @@ def _adaptable(model: Any, *, linear: bool = False) -> list[str]:
             and type(module).__name__ not in _OTHER_LINEAR]  # fmt: skip
 
 
-def _expert_names(model: Any) -> list[str]:
-    """Return the names of experts' layers that PEFT takes, though they are one parameter now.
+def expert_names(model: Any) -> list[str]:
+    """Return the names of experts' layers that PEFT takes, though they are one parameter now."""
+    return [
+        f"{name.removesuffix(now)}{earlier}"
+        for name, _ in model.named_parameters()
+        for now, before in _names_before(model).items()
+        if name.endswith(f".experts.{now}")
+        for earlier in before
+    ]
+
+
+def _names_before(model: Any) -> dict[str, list[str]]:
+    """Return the names that the layers in each parameter of the experts had.
 
     Source: peft 0.21.2, utils/transformers_weight_conversion.py, _convert_peft_config_moe
     (2026-11-27).
@@ -213,25 +255,24 @@ def _expert_names(model: Any) -> list[str]:
     from peft.utils import transformers_weight_conversion as conversion
 
     base = conversion._MODEL_TO_CONVERSION_PATTERN.get(model.config.model_type)
-    known = conversion._MOE_TARGET_MODULE_MAPPING.get(base, {})
-    return [
-        f"{name.removesuffix(now)}{earlier}"
-        for name, _ in model.named_parameters()
-        for earlier, now in known.items()
-        if name.endswith(f".experts.{now}")
-    ]
+    found: dict[str, list[str]] = {}
+    for earlier, now in conversion._MOE_TARGET_MODULE_MAPPING.get(base, {}).items():
+        found.setdefault(now, []).append(earlier)
+    return found
 
 
-def _named(entry: str, names: Iterable[str]) -> list[str]:
+def matched(entry: str, names: Iterable[str]) -> list[str]:
     """Return the names that an entry of a list matches, by PEFT's rule."""
     return [name for name in names if name == entry or name.endswith(f".{entry}")]
 
 
-def _leaf(name: str) -> str:
+def last_part(name: str) -> str:
+    """Return the last part of a module's full name."""
     return name.rpartition(".")[2]
 
 
-def _listed(names: list[str]) -> str:
+def listed(names: list[str]) -> str:
+    """Return names as a YAML list."""
     return f"[{', '.join(names)}]"
 
 

@@ -65,7 +65,7 @@ class Comparison:
             return f"its loss is {ours.total:.4f}, the model's own {own.total:.4f}"
         if abs(ours.nll - own.nll) > self.tolerance.loss:
             return f"its negative log-likelihood is {ours.nll:.4f}, the model's own {own.nll:.4f}"
-        return f"its gradient norm is {ours.grad_norm:.5g}, the model's own {own.grad_norm:.5g}"
+        return f"its gradient norm is {ours.grad_norm:.8g}, the model's own {own.grad_norm:.8g}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -81,6 +81,8 @@ class LossCheck:
         output_layer: the comparison of the output layer alone, in float32, on large hidden states;
             None where the class can't be called that way.
         own_head: the loss on the batch by the model's own logits, where the run uses them.
+        own_loss_raised: the error of the model's own loss, whose logits alone were compared then;
+            None where it raised none.
         aux_coefficient: weight of the auxiliary loss; None where the model has none.
         seconds: duration of the comparison.
     """
@@ -92,6 +94,7 @@ class LossCheck:
     on_data: Comparison | None = None
     output_layer: Comparison | None = None
     own_head: Loss | None = None
+    own_loss_raised: str | None = None
     aux_coefficient: float | None = None
     seconds: float = 0.0
 
@@ -118,14 +121,18 @@ def sentence(check: LossCheck) -> str:
     """Return the line that a run prints on the comparison."""
     if not check.compared:
         return f"warning: loss: not compared with the model's own: {check.why}"
+    raised = ""
+    if check.own_loss_raised:
+        raised = f"; compared by its logits, since its own loss raised {check.own_loss_raised}"
     if check.head == "own":
         return (
             f"warning: loss: TRL's chunked head is not used: {check.why}; the loss is computed "
-            "from the model's own logits, which takes more memory"
+            f"from the model's own logits, which takes more memory{raised}"
         )
     assert check.on_data is not None
     return (
-        f"loss: the trainer's loss equals the model's own on {check.tokens} tokens "
-        f"({check.seconds:.1f} s)"
+        f"{'warning: ' if raised else ''}loss: the trainer's loss equals the model's own on "
+        f"{check.tokens} tokens ({check.seconds:.1f} s)"
         + ("" if check.output_layer else "; its output layer alone could not be compared")
+        + raised
     )

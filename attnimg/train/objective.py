@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from trl import SFTTrainer
 
+from attnimg.train.collate import NO_LOSS
 from attnimg.train.own_head import with_own_head
 
 # Names of the weight of the auxiliary loss in classes and configs.
@@ -79,13 +80,16 @@ class Objective(SFTTrainer):  # type: ignore[misc]  # TRL's types are not follow
     ) -> Any:
         """Return the minimized loss in training mode, the negative log-likelihood in eval mode."""
         assert not return_outputs, "the engine asks for losses only"
+        labels = inputs["labels"]
         nll, aux = self.loss_terms(model, inputs, num_items_in_batch)
         self._nll = nll.detach()
         if aux is None:
             return nll
         if not self.model.training:
-            mean = self.accelerator.reduce(aux.detach(), reduction="mean").item()
-            self._metrics["eval"]["aux_loss"].append(mean)
+            # Several processes evaluate equally many batches: some may have no document.
+            held = (labels != NO_LOSS).any().float()
+            found = self.accelerator.gather(torch.stack([aux.detach().float(), held])[None])
+            self._metrics["eval"]["aux_loss"] += found[found[:, 1] > 0, 0].tolist()
             return nll
         self._aux += torch.stack([aux.detach().float(), torch.ones_like(self._aux[0])])
         # Averaged over the micro-batches of a step, since it is not a sum over tokens.

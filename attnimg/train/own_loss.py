@@ -8,8 +8,9 @@ scale, cap, transform or auxiliary term that it does not know. Where the two los
 data or in the output layer (output_layer.py), the model's own logits are used instead. Where the
 loss of the class is not the negative log-likelihood of its logits either, the run is refused.
 
-The comparison runs in eval mode, which turns dropout off, and in the run's autocast. torch.compile
-is left out: it only changes rounding, and compiling for one more shape takes minutes.
+The comparison runs in eval mode, which turns dropout off, and in the run's autocast. A class may
+add a term to its loss in train mode only: there, loss and logits of one forward pass are compared.
+torch.compile is left out: it only changes rounding, and compiling for one more shape takes minutes.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from attnimg.facts import RunContext
 from attnimg.train.distributed import any_rank
 from attnimg.train.loss_facts import Comparison, Loss, LossCheck, Tolerance, difference
 from attnimg.train.loss_tolerance import loss_tolerance
+from attnimg.train.objective import COEFFICIENTS
 from attnimg.train.output_layer import compare_output_layer
 from attnimg.train.own_head import score, shifted
 from attnimg.train.rows import COUNTS, Rows
@@ -79,6 +81,7 @@ class _Check:
 
     def __init__(self, engine: Any, inputs: dict[str, Any], context: RunContext) -> None:
         self.engine, self.inputs, self.context = engine, inputs, context
+        self.own_loss_raised: str | None = None
 
     def run(self) -> LossCheck:
         """Compare with TRL's head; on a difference, switch to the model's own and compare again."""
@@ -99,7 +102,9 @@ class _Check:
         layer = None
         if trainer is not None:
             layer = compare_output_layer(self.engine, self.inputs)
-        found = LossCheck(tokens=tokens, on_data=on_data, output_layer=layer)
+        found = LossCheck(
+            tokens=tokens, on_data=on_data, output_layer=layer, own_loss_raised=self.own_loss_raised
+        )
         if not any_rank(found.ratio > 1):
             return found
         self.engine.own_head = True
@@ -130,44 +135,58 @@ class _Check:
         Raises:
             AttnimgError: its loss is not that of its logits (loss-differs).
         """
+        targets = shifted(self.inputs["labels"])
+        with _run_context(self.engine):
+            nll, total, aux, tolerance = self.likelihood(targets)
+            found = self.figures(nll, total, aux)
+            with _train_mode(self.engine.model):
+                self.likelihood(targets)
+        return found, tolerance, int((targets != -100).sum())
+
+    def likelihood(
+        self, targets: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, Tolerance]:
+        """Call the model; return its nll, its own loss, its auxiliary loss and the tolerance.
+
+        Raises:
+            AttnimgError: its loss is not that of its logits (loss-differs).
+        """
         import torch
 
         engine = self.engine
-        arguments = {**self.inputs, "use_cache": False}
+        outputs = self.own_outputs()
+        nll = -score(outputs.logits, targets)[0].sum() / max(int((targets != -100).sum()), 1)
+        aux, ours = None, nll
         if engine.aux_coefficient is not None:
-            arguments["output_router_logits"] = True
-        targets = shifted(arguments["labels"])
-        tokens = int((targets != -100).sum())
-        with _run_context(engine):
-            outputs = self.own_outputs(arguments)
-            nll = -score(outputs.logits, targets)[0].sum() / max(tokens, 1)
-            aux, ours = None, nll
-            if engine.aux_coefficient is not None:
-                aux = getattr(outputs, "aux_loss", None)
-            if aux is not None:
-                ours = nll + engine.aux_coefficient * aux.to(nll.device)
-            total = outputs.loss if getattr(outputs, "loss", None) is not None else ours
-            with torch.no_grad():
-                tolerance = loss_tolerance(
-                    outputs.logits, targets, loss=nll.item(), precision=self.context.dtype
-                )
-            found = self.figures(nll, total, aux)
-        if abs(found.total - ours.item()) > tolerance.loss:
-            raise _differs(engine, own=found.total, ours=ours.item())
-        return found, tolerance, tokens
+            aux = getattr(outputs, "aux_loss", None)
+        if aux is not None:
+            ours = nll + engine.aux_coefficient * aux.to(nll.device)
+        total = outputs.loss if getattr(outputs, "loss", None) is not None else ours
+        with torch.no_grad():
+            tolerance = loss_tolerance(
+                outputs.logits, targets, loss=nll.item(), precision=self.context.dtype
+            )
+        if abs(total.item() - ours.item()) > tolerance.loss:
+            mode = "train" if engine.model.training else "eval"
+            raise _differs(engine, own=total.item(), ours=ours.item(), mode=mode)
+        return nll, total, aux, tolerance
 
-    def own_outputs(self, arguments: dict[str, Any]) -> Any:
+    def own_outputs(self) -> Any:
         """Call the model with labels; without them where its own loss raises on these rows."""
         import torch
 
+        arguments = {**self.inputs, "use_cache": False}
+        if self.engine.aux_coefficient is not None:
+            arguments["output_router_logits"] = True
         try:
             return self.engine.model(**arguments)
         except torch.OutOfMemoryError:
             raise
-        except Exception:
-            return self.engine.model(
-                **{name: value for name, value in arguments.items() if name != "labels"}
-            )
+        except Exception as error:
+            del arguments["labels"]
+            outputs = self.engine.model(**arguments)
+            self.own_loss_raised = _short(error)
+            return outputs
 
     def figures(self, nll: torch.Tensor, total: torch.Tensor, aux: torch.Tensor | None) -> Loss:
         """Return the numbers, with the norm of the gradient of the trained weights."""
@@ -202,7 +221,7 @@ class _Check:
             again, _, _ = self.model_loss()
             noise = 4 * difference(again, model, tolerance)
             if difference(used, model, tolerance) > 1 + noise:
-                raise _differs(self.engine, own=model.total, ours=used.total)
+                raise _differs(self.engine, own=model.total, ours=used.total, mode="eval")
         return used
 
 
@@ -217,10 +236,13 @@ def _run_context(engine: Any) -> Iterator[None]:
 
 @contextmanager
 def _without_side_effects(engine: Any) -> Iterator[None]:
-    """Turn dropout off; restore modes, gradients, random number generators and metrics after it."""
+    """Turn dropout off; restore modes, buffers, gradients, random states and metrics after it."""
     import torch
 
     modes = {module: module.training for module in engine.model.modules()}
+    # In train mode a class may count into its buffers.
+    buffers = [(module, name, buffer, buffer.clone()) for module in modes
+               for name, buffer in module._buffers.items() if buffer is not None]  # fmt: skip
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     for module in modes:
         # In eval mode on a CPU, bitsandbytes permanently changes the order of a 4-bit layer's
@@ -233,6 +255,8 @@ def _without_side_effects(engine: Any) -> Iterator[None]:
     finally:
         for module, training in modes.items():
             module.training = training
+        for module, name, buffer, content in buffers:
+            module._buffers[name] = buffer.copy_(content)
         engine.model.zero_grad(set_to_none=True)
         engine._metrics["eval"].clear()
         if devices:
@@ -240,13 +264,34 @@ def _without_side_effects(engine: Any) -> Iterator[None]:
             torch.cuda.reset_peak_memory_stats()
 
 
-def _differs(engine: Any, *, own: float, ours: float) -> AttnimgError:
+@contextmanager
+def _train_mode(model: Any) -> Iterator[None]:
+    modes = {module: module.training for module in model.modules()}
+    for module in modes:
+        module.training = True
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def _differs(engine: Any, *, own: float, ours: float, mode: str) -> AttnimgError:
+    do = (
+        "train it with its own training code; attnimg minimizes the negative log-likelihood of "
+        "the next token"
+    )
+    weights = engine.model.config.get_text_config().to_dict()
+    terms = [name for name, value in weights.items()
+             if "loss_coef" in name and name not in COEFFICIENTS and value]  # fmt: skip
+    if terms:
+        zeros = " and ".join(f"{name}: 0.0" for name in terms)
+        do = f"set {zeros} in its config.json to train without that term, or {do}"
     return AttnimgError(
         f"the loss of {_class_name(engine)} is not the negative log-likelihood of its logits",
-        why=f"found {own:.4f} by its forward with labels, {ours:.4f} from its logits for the "
-        "next tokens\nneeded the same, apart from an aux_loss that it returns",
-        do="train it with its own training code; attnimg minimizes the negative log-likelihood of "
-        "the next token",
+        why=f"found {own:.4f} by its forward with labels in {mode} mode, {ours:.4f} from its "
+        "logits for the next tokens\nneeded the same, apart from an aux_loss that it returns",
+        do=do,
         code="loss-differs",
         key="base_model",
         exit_code=1,

@@ -212,6 +212,14 @@ def _require_scale(
     module = name.rpartition(".")[0]
     names = [pattern.format(name=name, module=module) for pattern in _SCALES]
     scale = next((stored[key] for key in names if key in stored), None)
+    if scale is None and f"{name}_scale" in stored:
+        raise _refusal(
+            config,
+            "fp8",
+            why=f"found {name} in {tensor.dtype} with {name}_scale; transformers reads the scales "
+            f"of fp8 checkpoints from {names[0]} only",
+            do=_UNQUANTIZED,
+        )
     if scale is None:
         raise _refusal(
             config,

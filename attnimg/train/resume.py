@@ -12,10 +12,14 @@ import yaml
 from attnimg.errors import AttnimgError
 from attnimg.schema import Config
 from attnimg.train import checkpoint as checkpoints
-from attnimg.train.identity import CHANGEABLE, settings_of
+from attnimg.train.identity import CHANGEABLE, evaluation_decides, settings_of
+from attnimg.train.lora_targets import targeted
+from attnimg.train.model import load_without_weights
 
 # Keys of the config in the identity that attnimg 0.1.0 wrote, next to processes, rows and tokens.
 EARLIER_KEYS = ("micro_batch_size", "gradient_accumulation_steps", "seed")
+# Keys that name the modules of an adapter, in several ways.
+TARGETS = frozenset({"lora_target_modules", "lora_target_linear"})
 # Backends that compute something else than exact attention.
 INEXACT = frozenset({"s2", "fp8", "sage", "kernels-community/sage-attention"})
 
@@ -90,7 +94,10 @@ def require_same(
     """
     if point is None or point.path is None:
         return
-    changes = _refused(identity_in(point.path), now)
+    before = identity_in(point.path)
+    changes = _refused(before, now)
+    if TARGETS & {change.key for change in changes} and _same_targets(config, before["keys"]):
+        changes = [change for change in changes if change.key not in TARGETS]
     if not changes:
         return
     name = point.path.name
@@ -126,6 +133,12 @@ def resume_notes(before: Mapping[str, Any], now: Mapping[str, Any], *, name: str
         f"{c.key}: {as_yaml(c.before)} until {name}, {as_yaml(c.now)} from here on"
         for c in accepted_changes(before, now)
     ]
+    if not evaluation_decides(now.get("keys", {})):
+        said += [
+            f"warning: {change.key}: found {as_yaml(change.now)}; {name} was evaluated on "
+            f"{as_yaml(change.before)}: eval_loss before and after cannot be compared"
+            for change in _data(before, now, "evaluation")
+        ]
     lacking = {"model": "base_model", "data": "datasets", "attention": "attention"}
     unknown = [text for part, text in lacking.items() if before.get(part) is None]
     if "learning_rate" not in before.get("keys", {}):
@@ -198,8 +211,20 @@ def _changed_keys(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Cha
 def _refused(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
     """Return the changes that would change the result."""
     changes = [change for change in _changed_keys(before, now) if change.key not in CHANGEABLE]
-    return [*_batch(changes, before, now), *_model(before, now), *_data(before, now),
+    decides = evaluation_decides(now.get("keys", {}))
+    return [*_batch(changes, before, now), *_model(before, now), *_data(before, now, "data"),
+            *(_data(before, now, "evaluation") if decides else ()),
             *_computed(before, now)]  # fmt: skip
+
+
+def _same_targets(config: Config, before: Mapping[str, Any]) -> bool:
+    """Return whether the adapter of another run is on the same modules of this model."""
+    then = config.model_copy(update={key: before.get(key) for key in TARGETS})
+    try:
+        model = load_without_weights(config)
+        return model is not None and targeted(model, config) == targeted(model, then)
+    except AttnimgError:  # the refused change is reported first
+        return False
 
 
 def _batch(
@@ -246,12 +271,18 @@ def _model(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
     ]
 
 
-def _data(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
-    """Return the sources whose documents are not those of the checkpoint's run."""
-    if not before.get("data") or "data" not in now:
+def _data(before: Mapping[str, Any], now: Mapping[str, Any], part: str) -> list[Change]:
+    """Return the sources whose documents are not those of the checkpoint's run.
+
+    Args:
+        before: the checkpoint's identity; one that lacks the part is not compared.
+        now: the run's.
+        part: "data" to train on, or "evaluation".
+    """
+    if before.get(part) is None or part not in now:
         return []
-    then = {source["key"]: source for source in before["data"]}
-    here = {source["key"]: source for source in now["data"]}
+    then = {source["key"]: source for source in before[part]}
+    here = {source["key"]: source for source in now[part]}
     if [source["content"] for source in then.values()] == [
         source["content"] for source in here.values()
     ]:

@@ -42,15 +42,25 @@ class CountingCollator:
     Args:
         collate: the collator that makes the batch.
         capacity: tokens a row can hold when rows are packed; None counts the places of the batch.
+        drops_added: whether rows that `even_out` added are left out of a batch with other rows.
     """
 
-    def __init__(self, collate: PackedCollator | PaddedCollator, *, capacity: int | None) -> None:
-        self.collate, self.capacity = collate, capacity
+    def __init__(
+        self,
+        collate: PackedCollator | PaddedCollator,
+        *,
+        capacity: int | None,
+        drops_added: bool = False,
+    ) -> None:
+        self.collate, self.capacity, self.drops_added = collate, capacity, drops_added
 
     def __call__(self, examples: list[dict[str, Any]]) -> Batch:
         """Make the batch; COUNTS is int64 (2,): tokens, places."""
         import torch
 
+        if self.drops_added:
+            # Their padding would count in the auxiliary loss of a mixture of experts.
+            examples = [row for row in examples if row["labels"] != [NO_LOSS]] or examples[:1]
         tokens = sum(len(example["input_ids"]) for example in examples)
         batch: Batch = {**self.collate(examples)}
         places = self.capacity * len(examples) if self.capacity else batch["input_ids"].numel()
@@ -126,7 +136,13 @@ def even_out(rows: Rows, *, multiple: int, pad_token_id: int) -> Rows:
         {name: [columns[name]] * missing for name in rows.dataset.column_names},
         features=rows.dataset.features,
     )
-    return replace(rows, dataset=concatenate_datasets([rows.dataset, empty]))
+    return replace(
+        rows,
+        dataset=concatenate_datasets([rows.dataset, empty]),
+        collate=CountingCollator(
+            rows.collate.collate, capacity=rows.collate.capacity, drops_added=True
+        ),
+    )
 
 
 def _lengths(documents: Dataset) -> Any:

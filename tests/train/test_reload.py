@@ -47,8 +47,8 @@ TYPES = [
     "rwkv", "seed_oss", "smollm3", "stablelm", "starcoder2", "vaultgemma", "xglm", "zamba2",
 ]  # fmt: skip
 # Multimodal types, whose language model is trained.
-WITH_TOWERS = ["gemma3", "got_ocr2", "qwen3_5", "qwen3_5_moe",
-               *sorted(read_causal_types().text_trained)]  # fmt: skip
+WITH_TOWERS = ["emu3", "gemma3", "got_ocr2", "llama4", "mllama", "qwen3_5", "qwen3_5_moe",
+               "qwen4_exp", *sorted(read_causal_types().text_trained)]  # fmt: skip
 # Tied and untied, an odd head, biases, experts, recurrent layers, a computed dtype.
 FEW = ["llama", "gpt2", "gemma2", "qwen3_moe", "mamba2"]
 FEW_WITH_TOWERS = ["qwen3_5", "mistral3"]
@@ -102,6 +102,8 @@ def _written(request: pytest.FixtureRequest) -> Iterator[None]:
 @pytest.mark.skipif(EVERY, reason="a run of all rows writes the record")
 def test_the_record_is_of_these_types_and_this_transformers() -> None:
     assert json.loads(RECORD.read_text()) == record(), "make test/reload"
+    types = read_causal_types()
+    assert types.text_trained | types.multimodal.keys() <= {*WITH_TOWERS}, "docs/checkpoints.md"
 
 
 @pytest.fixture(scope="module")
@@ -283,7 +285,16 @@ def assert_towers_kept(before: Path, after: Path, precision: str) -> None:
 
     old, new = (load_file(path / "model.safetensors") for path in (before, after))
     assert old.keys() == new.keys()
-    words = ("vision", "visual", "tower", "projector", "connector", "aligner", "projection")
+    words = (
+        "vision",
+        "visual",
+        "tower",
+        "projector",
+        "connector",
+        "aligner",
+        "projection",
+        "vqmodel",
+    )
     towers = [key for key in old if any(word in key for word in words)]
     assert towers
     for key in towers:

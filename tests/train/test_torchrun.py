@@ -12,6 +12,10 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_models import tiny_model
+from tiny_run import make_tokenizer, run
 
 PROGRAM = Path(__file__).parents[1] / "fixtures" / "tiny_run.py"
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
@@ -39,8 +43,8 @@ def start(folder: Path, **keys: object) -> subprocess.Popen[str]:
     return torchrun(PROGRAM, str(folder), *(f"{k}={json.dumps(v)}" for k, v in keys.items()))
 
 
-def curve(out: Path) -> list[dict[str, float]]:
-    same = ("step", "loss", "eval_loss", "grad_norm", "tokens")
+def curve(out: Path, *others: str) -> list[dict[str, float]]:
+    same = ("step", "loss", "eval_loss", "grad_norm", "tokens", *others)
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     return [{key: line[key] for key in same if key in line} for line in lines]
 
@@ -71,6 +75,47 @@ def test_two_processes_of_one_row_train_as_one_of_two(pair: Path) -> None:
     single, double = curve(pair / "single"), curve(pair / "out")
     for ours, theirs in zip(double, single, strict=True):
         assert ours == pytest.approx(theirs, abs=1e-5, rel=1e-5)
+
+
+ROUTED = {"output_router_logits": True, "router_aux_loss_coef": 0.5}
+
+
+def save_model(folder: Path, model_type: str, **changes: object) -> None:
+    tokenizer = make_tokenizer(folder / "model")
+    tiny_model(model_type, vocab_size=len(tokenizer), **changes).save_pretrained(folder / "model")
+
+
+@pytest.mark.parametrize(
+    ("model_type", "changes", "keys", "weights"),
+    [
+        pytest.param("llama", {}, {"adapter": "lora"}, "adapter_model", id="lora"),
+        pytest.param("mixtral", ROUTED, {"eval_steps": 2}, "model", id="experts"),
+    ],
+)
+def test_two_processes_train_an_adapter_and_experts_as_one(
+    tmp_path: Path, model_type: str, changes: dict[str, object], keys: dict[str, object],
+    weights: str,
+) -> None:  # fmt: skip
+    save_model(tmp_path, model_type, **changes)
+    # Adam would turn a rounding error of a gradient near zero into a part of a step.
+    common: dict[str, object] = {
+        "optimizer": "sgd", "max_steps": 2, "logging_steps": 1, "micro_batch_size": 1,
+        "save_steps": None, "save_strategy": "no", **keys,
+    }  # fmt: skip
+    if "eval_steps" in keys:  # 6 rows: one of the processes evaluates 1 row, and added ones
+        common |= {"val_set_size": 0.1, "eval_batch_size": 5}
+    two = start(tmp_path, gradient_accumulation_steps=2, **common)
+    single = tmp_path / "single"
+    run(tmp_path, single, gradient_accumulation_steps=4, engine=None, **common)
+    output = two.communicate(timeout=200)[0]
+    assert two.returncode == 0, output
+    losses = ("aux_loss", "eval_aux_loss")
+    for ours, theirs in zip(curve(tmp_path / "out", *losses), curve(single, *losses), strict=True):
+        assert ours == pytest.approx(theirs, abs=1e-5, rel=1e-5)
+    ours, theirs = (load_file(out / f"{weights}.safetensors") for out in (tmp_path / "out", single))
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        torch.testing.assert_close(value, theirs[name], rtol=0, atol=1e-6, msg=name)
 
 
 def prepare(tmp_path: Path, pair: Path) -> None:

@@ -274,6 +274,7 @@ def named(name: str, **more: object) -> dict[str, object]:
         pytest.param({"use_wandb": 0, "unfrozen_parameters": []}, [], [], id="nothing asked for"),
         pytest.param({"lora_bias": "all"}, ["unsupported-key"], [], id="any lora key is known"),
         pytest.param({"lora_bias": False}, [], [], id="any lora key, off"),
+        pytest.param({"lora_droput": 0}, ["unsupported-key"], [], id="a misspelt key of 0"),
         pytest.param({"rl": True}, ["unsupported-key"], [], id="rl of true"),
         pytest.param({"rl": True} | PACK, ["packing-with-rl"], [], id="rl of true does not pack"),
         pytest.param({"seed": 2**32}, ["bad-value"], [], id="a seed too large"),
@@ -294,6 +295,20 @@ def named(name: str, **more: object) -> dict[str, object]:
 )
 def test_rows_on_values(values: dict[str, Any], errors: list[str], found: list[str]) -> None:
     assert codes(check(values)) == (errors, found)
+
+
+@pytest.mark.parametrize(
+    ("key", "do"),
+    [
+        ("lora_alpa", "did you mean lora_alpha?"),
+        ("lora_target_module", "did you mean lora_target_modules?"),
+        ("lora_zzzz", "remove it; the README lists the keys"),
+    ],
+)
+def test_a_misspelt_key_of_an_adapter_is_not_said_to_be_axolotls(key: str, do: str) -> None:
+    (error,) = check({key: 3}).errors
+    assert (error.what, error.do) == (f"{key} is no key", do)
+    assert "neither attnimg nor axolotl knows it" in error.why
 
 
 @pytest.mark.parametrize("missing", ["base_model", "learning_rate", "datasets"])

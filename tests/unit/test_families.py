@@ -18,7 +18,7 @@ from attnimg import plan
 from attnimg.errors import AttnimgError
 from attnimg.facts import Arch, Machine
 from attnimg.problem import read_model
-from attnimg.refused_types import refusal_of, rows
+from attnimg.refused_types import mask_refusal, refusal_of, rows
 from attnimg.schema import Config
 from attnimg.train.causal import require_trainable
 
@@ -78,6 +78,18 @@ def test_explain_without_torch_says_what_the_record_says(tmp_path: Path) -> None
 def test_every_refused_type_is_one_of_transformers() -> None:
     named = {name for row in rows().values() for name in row.types}
     assert named <= set(causal_types())
+
+
+def test_each_refusal_cites_a_file_of_its_type() -> None:
+    import transformers
+
+    models = Path(transformers.__file__).parent / "models"
+    for row in rows().values():
+        for name in row.types if "{file}" in row.source else ():
+            assert list(models.glob(f"*/modeling_{name.replace('-', '_')}.py")), name
+    mixes = mask_refusal("big_bird")
+    assert mixes is not None
+    assert "[modeling_big_bird.py, create_causal_mask" in (mixes.why or "")
 
 
 def refusal(model_type: str, *, packing: bool = True, **fields: Any) -> str | None:

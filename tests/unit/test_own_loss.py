@@ -81,6 +81,38 @@ class Aligned:
         return outputs
 
 
+class OwnLossRaises:
+    """Raise with labels, as GitForCausalLM does without an image, in train mode too."""
+
+    def forward(self, labels: Any = None, **arguments: Any) -> Any:
+        if labels is not None:
+            raise ValueError("Expected input batch_size (20) to match target batch_size (24).")
+        return super().forward(**arguments)  # type: ignore[misc]
+
+
+class OwnLossRaisesTransformed(OwnLossRaises, Transformed):
+    """Raise with labels, and turn the logits around."""
+
+
+class TermInTraining:
+    """Add a term in train mode only, and count the calls."""
+
+    def forward(self, labels: Any = None, **arguments: Any) -> Any:
+        outputs = super().forward(labels=labels, **arguments)  # type: ignore[misc]
+        if self.training and labels is not None:  # type: ignore[attr-defined]
+            outputs.loss = outputs.loss + 0.1 * outputs.logits.logsumexp(-1).square().mean()
+        return outputs
+
+
+class Counts:
+    """Count the forward passes of train mode in a buffer."""
+
+    def forward(self, **arguments: Any) -> Any:
+        if self.training:  # type: ignore[attr-defined]
+            self.calls += 1
+        return super().forward(**arguments)  # type: ignore[misc]
+
+
 def changed(mixin: type) -> Any:
     """Return a tiny Llama of a class with another forward."""
     model = tiny_model("llama")
@@ -162,11 +194,58 @@ def test_a_trainer_that_misses_a_field_is_seen(
     assert check(engine, session).head == "own"
 
 
-def test_a_class_with_another_shift_of_labels_is_refused(tmp_path: Path) -> None:
-    engine, session = engine_of(tmp_path, changed(Aligned))
+@pytest.mark.parametrize(
+    ("mixin", "mode"),
+    [
+        pytest.param(Aligned, "eval mode", id="another shift of labels"),
+        pytest.param(TermInTraining, "train mode", id="a term in train mode only"),
+    ],
+)
+def test_a_class_whose_loss_is_not_that_of_its_logits_is_refused(
+    tmp_path: Path, mixin: type, mode: str
+) -> None:
+    engine, session = engine_of(tmp_path, changed(mixin))
     with pytest.raises(AttnimgError, match="not the negative log-likelihood") as caught:
         check(engine, session)
     assert (caught.value.code, caught.value.exit_code) == ("loss-differs", 1)
+    assert mode in caught.value.why
+
+
+def test_a_term_that_the_config_weighs_can_be_turned_off(tmp_path: Path) -> None:
+    engine, session = engine_of(tmp_path, tiny_model("bamba", z_loss_coefficient=0.1))
+    with pytest.raises(AttnimgError, match="not the negative log-likelihood") as caught:
+        check(engine, session)
+    assert caught.value.do.startswith("set z_loss_coefficient: 0.0 in its config.json")
+    engine, session = engine_of(tmp_path, tiny_model("bamba", z_loss_coefficient=0.0))
+    assert check(engine, session).head == "chunked"
+
+
+def test_dropout_makes_no_term_in_train_mode(tmp_path: Path) -> None:
+    engine, session = engine_of(tmp_path, tiny_model("gpt2", resid_pdrop=0.5, embd_pdrop=0.5))
+    found = check(engine, session)
+    assert (found.head, found.compared) == ("chunked", True), found.why
+
+
+@pytest.mark.parametrize(
+    ("mixin", "head"),
+    [
+        pytest.param(OwnLossRaises, "chunked", id="the logits are the trainer's"),
+        pytest.param(OwnLossRaisesTransformed, "own", id="the logits differ"),
+    ],
+)
+def test_the_logits_are_compared_where_the_own_loss_raises(
+    tmp_path: Path, mixin: type, head: str
+) -> None:
+    engine, session = engine_of(tmp_path, changed(mixin))
+    found = check(engine, session)
+    assert (found.compared, found.head, engine.own_head) == (True, head, head == "own")
+    assert found.own_loss_raised.startswith("ValueError: Expected input batch_size (20)")
+    said = sentence(found)
+    assert said.startswith("warning: ")
+    assert "its own loss raised ValueError" in said
+    if head == "own":
+        assert "its loss is" in said
+        assert found.own_head.nll == pytest.approx(found.on_data.model.nll, abs=1e-5)
 
 
 def test_a_model_that_raises_is_refused(tmp_path: Path) -> None:
@@ -191,9 +270,20 @@ def test_sharded_weights_and_untrained_rows_are_not_compared(tmp_path: Path) -> 
     assert (found.compared, found.why) == (False, "the first rows have no trained token")
 
 
-@pytest.mark.parametrize("model_type", ["llama", "recurrent_gemma"])
-def test_the_comparison_leaves_nothing_behind(tmp_path: Path, model_type: str) -> None:
-    engine, session = engine_of(tmp_path, tiny_model(model_type))
+def counting() -> Any:
+    model = changed(Counts)
+    model.register_buffer("calls", torch.zeros(()))
+    return model
+
+
+@pytest.mark.parametrize(
+    "build",
+    [lambda: tiny_model("llama"), lambda: tiny_model("recurrent_gemma"), counting],
+    ids=["llama", "recurrent_gemma", "a buffer that counts"],
+)
+def test_the_comparison_leaves_nothing_behind(tmp_path: Path, build: Callable[[], Any]) -> None:
+    engine, session = engine_of(tmp_path, build())
+    buffers = {name: buffer.clone() for name, buffer in engine.model.named_buffers()}
     before = {name: weight.clone() for name, weight in engine.model.named_parameters()}
     identities = {name: id(weight) for name, weight in engine.model.named_parameters()}
     engine.model.model.eval()
@@ -209,6 +299,8 @@ def test_the_comparison_leaves_nothing_behind(tmp_path: Path, model_type: str) -
         assert id(weight) == identities[name]
         assert weight.grad is None
         assert weight.requires_grad
+    for name, buffer in engine.model.named_buffers():
+        assert torch.equal(buffer, buffers[name]), name
 
 
 def test_an_output_layer_that_was_not_compared_is_named() -> None:

@@ -154,7 +154,14 @@ def test_a_float8_weight_without_its_scale_is_refused(tmp_path: Path, kind: torc
     assert judged(FP8, folder=whole)[0] == []
     del stored[f"{name}_scale_inv"]
     lacking = write(tmp_path / "lacking", source, stored, FP8)
-    assert name in (judged(FP8, folder=lacking)[0][0].why or "")
+    error = judged(FP8, folder=lacking)[0][0]
+    assert name in (error.why or "")
+    assert error.do.startswith("download the checkpoint again")
+    # Downloading again would not help where the scale has another name.
+    stored[f"{name}_scale"] = torch.ones(1)
+    error = judged(FP8, folder=write(tmp_path / "named", source, stored, FP8))[0][0]
+    assert f"{name}_scale; transformers reads" in (error.why or "")
+    assert error.do == "set base_model to the checkpoint that it was quantized from"
 
 
 @pytest.mark.filterwarnings("ignore:MatMul8bitLt")
@@ -299,6 +306,32 @@ def test_a_mask_that_old_checkpoints_store_is_no_quantized_weight(tmp_path: Path
     )
     errors, _ = judged(None, folder=tmp_path)
     assert not errors, errors[0]
+
+
+@pytest.mark.parametrize(
+    ("quantization", "errors", "warnings"),
+    [
+        pytest.param({"quant_method": "quark"}, ["quantized-checkpoint"], [], id="no run can"),
+        pytest.param(BNB4, [], ["quantized-checkpoint"], id="a run with an adapter can"),
+        pytest.param(FP8, [], ["dequantized"], id="any run can"),
+        pytest.param(None, [], [], id="not quantized"),
+    ],
+)
+def test_explain_judges_a_folder_as_a_config_that_names_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], quantization: Any, errors: list[str],
+    warnings: list[str],
+) -> None:  # fmt: skip
+    folder = plain(tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"quantization_config": quantization} if quantization else {}
+    # Its rows may be of any length: nothing is said of positions.
+    config["max_position_embeddings"] = 16
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "model.safetensors").unlink()
+    assert attnimg(["explain", str(folder), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [error["code"] for error in found["errors"]] == errors
+    assert [note["code"] for note in found["warnings"]] == warnings
 
 
 @pytest.mark.parametrize("command", ["explain", "train"])

@@ -89,6 +89,34 @@ def test_metrics_and_receipt_tell_the_run(tiny: Path, tmp_path: Path) -> None:
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize(
+    "keys",
+    [
+        pytest.param({}, id="all"),
+        pytest.param({"adapter": "lora"}, id="lora"),
+        pytest.param({"adapter": "qlora"}, id="4 bits"),
+        pytest.param({"adapter": "lora", "lora_modules_to_save": ["lm_head"]}, id="and a module"),
+    ],
+)
+def test_the_trained_weights_are_counted_before_the_first_step(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], keys: dict[str, Any]
+) -> None:
+    from safetensors.torch import load_file
+
+    run(tiny, tmp_path, max_steps=1, **keys)
+    loaded = load_file(tiny / "model/model.safetensors")
+    base = sum(weight.numel() for weight in loaded.values())
+    file = "adapter_model" if keys else "model"
+    saved = sum(weight.numel() for weight in load_file(tmp_path / f"{file}.safetensors").values())
+    replaced = loaded["lm_head.weight"].numel() if "lora_modules_to_save" in keys else 0
+    expected = (saved, base + saved - replaced) if keys else (base, base)
+    counts = json.loads((tmp_path / "receipt.json").read_text())["weights"]
+    assert (counts["trained"], counts["all"]) == expected
+    said = capsys.readouterr().err
+    assert f"weights: trains {expected[0]:,} of {expected[1]:,} (" in said
+    assert said.index("weights: trains") < said.index("step 1/1")
+
+
 def test_a_loss_that_is_no_number_stops_the_run(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -99,7 +127,7 @@ def test_a_loss_that_is_no_number_stops_the_run(
     def broken(self: Any, *args: Any, **options: Any) -> Any:
         calls.extend([1] * self.training)
         output = forward(self, *args, **options)
-        if len(calls) == 4:
+        if len(calls) == 1 + 4:  # the loss comparison calls it once in train mode
             output.last_hidden_state = output.last_hidden_state * float("nan")
         return output
 

@@ -122,7 +122,8 @@ def test_an_invalid_expression_is_refused_on_its_value_alone() -> None:
                      id="a name of another model"),
         pytest.param("lora_modules_to_save", ["embed_token"], ["embed_tokens"],
                      id="a misspelt module to save"),
-        pytest.param("lora_target_modules", ["q_proj", "self_attn"], sorted(LINEAR),
+        pytest.param("lora_target_modules", ["q_proj", "self_attn"],
+                     ["k_proj", "o_proj", "q_proj", "v_proj"],
                      id="a module that has no weight of its own"),
     ],
 )  # fmt: skip
@@ -190,6 +191,8 @@ def merged_and_trained(folder: Path, out: Path, **keys: Any) -> tuple[Any, Any, 
         pytest.param({"lora_modules_to_save": ["embed_tokens", "lm_head"]}, id="with embeddings"),
         pytest.param({"lora_modules_to_save": ["lm_head"]}, id="with the output"),
         pytest.param({"special_tokens": {"pad_token": "<pad>"}}, id="with a new pad token"),
+        pytest.param({"peft_use_rslora": True, "lora_dropout": 0.2}, id="rank-stabilized"),
+        pytest.param({"peft_use_dora": True, "lora_modules_to_save": ["lm_head"]}, id="DoRA"),
         pytest.param({"tokens": ["<new>"], "lora_modules_to_save": ["embed_tokens", "lm_head"]},
                      id="with a new token"),
     ],
@@ -250,13 +253,14 @@ def test_an_adapter_on_a_tied_embedding_is_refused_and_the_advice_helps(
     with pytest.raises(AttnimgError, match="can't hold embed_tokens") as caught:
         load(tied, **keys)
     assert caught.value.key == "lora_target_modules"
-    assert adapter_notes(load(tied, **applied(caught.value.do, keys))) == [
+    config = tiny_run.config_for(tied, adapter="lora")
+    assert adapter_notes(load(tied, **applied(caught.value.do, keys)), config) == [
         "lora_modules_to_save: embed_tokens and lm_head are tied in the base model: both "
         "are trained, and stay one weight"
     ]
     untied = load(tiny, **keys)
     assert leaves(untied) == {"q_proj", "embed_tokens"}
-    assert adapter_notes(untied) == []
+    assert adapter_notes(untied, config) == []
 
 
 def test_a_new_pad_token_needs_no_new_row(tiny: Path) -> None:
@@ -369,6 +373,81 @@ def test_a_tokenizer_that_can_t_pad_is_refused_and_the_advice_helps(
 def test_experts_are_targeted_by_the_names_that_they_had(targets: Any, found: set[str]) -> None:
     values = tiny_run.config_for(Path("unused"), adapter="lora", lora_target_modules=targets)
     assert leaves(add_adapter(tiny_model("qwen3_moe"), values)) == found
+
+
+EVERY = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
+ATTENTION = ["k_proj", "o_proj", "q_proj", "v_proj"]
+
+
+@pytest.mark.parametrize(
+    ("model_type", "keys", "mended"),
+    [
+        pytest.param("llama", {"lora_target_modules": ["q_proj", "mlp"]},
+                     {"lora_target_modules": ["down_proj", "gate_proj", "q_proj", "up_proj"]},
+                     id="a module of linear layers"),
+        pytest.param("llama", {"lora_target_modules": r".*\.mlp"},
+                     {"lora_target_modules": ["down_proj", "gate_proj", "up_proj"]},
+                     id="an expression of them"),
+        pytest.param("llama", {"lora_target_modules": ["layers.0.mlp"]},
+                     {"lora_target_modules": [f"model.layers.0.mlp.{name}_proj"
+                                              for name in ("down", "gate", "up")]},
+                     id="one of one layer"),
+        pytest.param("llama", {"lora_target_modules": ["q_proj", "norm"]},
+                     {"lora_target_modules": ["q_proj"], "lora_modules_to_save": ["norm"]},
+                     id="a norm beside a layer"),
+        pytest.param("llama",
+                     {"lora_target_modules": ["norm"], "lora_modules_to_save": ["lm_head"]},
+                     {"lora_target_modules": EVERY, "lora_modules_to_save": ["lm_head", "norm"]},
+                     id="a norm alone"),
+        pytest.param("llama", {"lora_target_modules": ["act_fn"]}, {"lora_target_modules": EVERY},
+                     id="a function"),
+        pytest.param("mixtral", {"lora_target_modules": ["q_proj", "w1"]},
+                     {"lora_target_modules": ["q_proj", "w1", "w3"]}, id="half of a fused pair"),
+        pytest.param("qwen3_moe", {"lora_target_modules": ["up_proj"]},
+                     {"lora_target_modules": ["up_proj", "gate_proj"]}, id="the other half"),
+        pytest.param("mixtral", {"lora_target_modules": ["experts"]},
+                     {"lora_target_modules": ["w1", "w2", "w3"]}, id="the module of experts"),
+        pytest.param("mixtral", {"lora_target_modules": ["gate_up_proj", "v_proj"]},
+                     {"lora_target_modules": ["w1", "w3", "v_proj"]}, id="a fused parameter"),
+        pytest.param("qwen3_moe", {"lora_dropout": 0.05}, {"lora_dropout": 0.0}, id="dropout"),
+        pytest.param("qwen3_moe", {"peft_use_dora": True}, {"peft_use_dora": False}, id="DoRA"),
+    ],
+)  # fmt: skip
+def test_targets_that_peft_refuses_are_refused_with_what_fits(
+    model_type: str, keys: dict[str, Any], mended: dict[str, Any]
+) -> None:
+    def put_on(**found: Any) -> Any:
+        config = tiny_run.config_for(Path("unused"), adapter="lora", **found)
+        return add_adapter(tiny_model(model_type), config)
+
+    with pytest.raises(AttnimgError) as caught:
+        put_on(**keys)
+    assert caught.value.code == "bad-value"
+    first, _, other = caught.value.do.partition("\nor ")
+    assert applied(first, {}) == mended
+    put_on(**applied(first, keys))
+    if other:
+        assert applied(other, {}) == {"lora_target_modules": ATTENTION}
+        put_on(**applied(other, keys))
+
+
+@pytest.mark.parametrize(
+    ("model_type", "keys", "noted"),
+    [
+        pytest.param("gpt_oss", {}, True, id="PEFT knows no names of them"),
+        pytest.param("qwen2_moe", {"lora_target_modules": ["gate_proj"]}, True,
+                     id="the name is the shared expert's"),
+        pytest.param("gpt_oss", {"lora_target_modules": ["q_proj"]}, False, id="not asked for"),
+        pytest.param("qwen3_moe", {}, False, id="all have an adapter"),
+        pytest.param("llama", {}, False, id="no experts"),
+    ],
+)  # fmt: skip
+def test_experts_without_an_adapter_are_named(
+    model_type: str, keys: dict[str, Any], noted: bool
+) -> None:
+    config = tiny_run.config_for(Path("unused"), adapter="lora", **keys)
+    notes = adapter_notes(add_adapter(tiny_model(model_type), config), config)
+    assert any("gate_up_proj" in note and "no adapter" in note for note in notes) is noted
 
 
 def test_a_dense_model_has_no_names_of_experts() -> None:

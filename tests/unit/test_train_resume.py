@@ -86,7 +86,9 @@ def test_every_key_is_in_one_class() -> None:
 
 def test_every_key_of_a_class_is_tried_here() -> None:
     assert OTHER.keys() == identity.BY_VALUE
-    assert NOT_COMPARED.keys() <= identity.NOT_COMPARED | identity.EVALUATION_KEYS
+    assert NOT_COMPARED.keys() <= identity.NOT_COMPARED | identity.EVALUATION_KEYS | {
+        "test_datasets"
+    }
 
 
 @pytest.mark.parametrize("key", OTHER)
@@ -227,7 +229,7 @@ def test_the_data_is_known_by_its_tokens(
     tmp_path: Path, now: dict[str, str], found: str, key: str | None
 ) -> None:
     def part(values: Config, letter: str) -> dict[str, Any]:
-        return {"data": identity.data_of(values, (figures(content=letter * 64),), None)}
+        return dict(identity.data_of(values, (figures(content=letter * 64),), None))
 
     point = checkpoint(tmp_path, part(config(), "a"))
     values = config(datasets=[{"type": "completion", **now}])
@@ -237,6 +239,76 @@ def test_the_data_is_known_by_its_tokens(
     with pytest.raises(AttnimgError) as caught:
         resume.require_same(part(values, found), values, point)
     assert (caught.value.code, caught.value.key) == ("resume-differs", key)
+
+
+DECIDES = {"early_stopping_patience": 3}
+
+
+@pytest.mark.parametrize(
+    ("keys", "now", "letter", "refused"),
+    [
+        pytest.param(DECIDES, {"path": "t.jsonl"}, "b", "test_datasets[0]", id="other records"),
+        pytest.param(DECIDES, {"path": "u.jsonl"}, "b", "test_datasets[0].path", id="another file"),
+        pytest.param({"lr_scheduler": "reduce_lr_on_plateau"}, {"path": "t.jsonl"}, "b",
+                     "test_datasets[0]", id="it controls the rate"),
+        pytest.param(DECIDES, None, None, "test_datasets[0]", id="no test_datasets any more"),
+        pytest.param(DECIDES, {"path": "moved.jsonl"}, "a", None, id="a moved file"),
+        pytest.param({}, {"path": "t.jsonl"}, "b", None, id="it decides nothing"),
+    ],
+)  # fmt: skip
+def test_the_validation_data_is_known_by_its_tokens(
+    tmp_path: Path, keys: dict[str, Any], now: Any, letter: Any, refused: str | None
+) -> None:
+    def found(spec: Any, content: Any) -> tuple[Config, dict[str, Any]]:
+        sources, tests = [figures()], None
+        if spec is not None:
+            tests = [{"type": "completion", **spec}]
+            sources.append(figures("test_datasets[0]", content=content * 64))
+        values = config(test_datasets=tests, **keys)
+        parts = {**identity.settings_of(values), **identity.data_of(values, tuple(sources), None)}
+        return values, parts
+
+    _, before = found({"path": "t.jsonl"}, "a")
+    values, here = found(now, letter)
+    point = checkpoint(tmp_path, before)
+    here = {**here, "attention": "sdpa"}
+    notes = [note for note in resume.resume_notes(before, here, name="checkpoint-4")
+             if "eval_loss before and after" in note]  # fmt: skip
+    assert len(notes) == (not keys and letter == "b")
+    if refused is None:
+        resume.require_same(here, values, point)
+        return
+    with pytest.raises(AttnimgError) as caught:
+        resume.require_same(here, values, point)
+    assert caught.value.key == refused
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "same"),
+    [
+        pytest.param({}, {"lora_target_modules": "all-linear"}, True, id="the default written"),
+        pytest.param({"lora_target_modules": "All-Linear"}, {"lora_target_linear": True}, True,
+                     id="two ways to name all"),
+        pytest.param({"lora_target_modules": ["q_proj", "v_proj"]},
+                     {"lora_target_modules": r".*\.(v|q)_proj"}, True, id="a list and a pattern"),
+        pytest.param({"lora_target_modules": ["q_proj"], "lora_target_linear": True}, {}, True,
+                     id="all with a name beside"),
+        pytest.param({}, {"lora_target_modules": ["q_proj"]}, False, id="fewer modules"),
+        pytest.param({"lora_target_modules": r".*layers\.0.*\.q_proj"},
+                     {"lora_target_modules": ["q_proj"]}, False, id="the same name, more layers"),
+        pytest.param({}, {"lora_target_modules": ["q_pro"]}, False, id="a name of no module"),
+    ],
+)  # fmt: skip
+def test_targets_are_compared_by_the_modules_they_match(
+    tiny: Path, tmp_path: Path, before: dict[str, Any], now: dict[str, Any], same: bool
+) -> None:
+    base = {"base_model": str(tiny / "model")}
+    point = checkpoint(tmp_path, identity.settings_of(config(**base, **before)))
+    if same:
+        resume.check_settings(config(**base, **now), point)
+        return
+    with pytest.raises(AttnimgError, match="another lora_target"):
+        resume.check_settings(config(**base, **now), point)
 
 
 @pytest.mark.parametrize(
@@ -257,7 +329,7 @@ def test_a_template_that_writes_the_date_hides_no_other_change(
     def data(content: str, *, template: str = "", **changes: Any) -> dict[str, Any]:
         tokenizer.chat_template = "{{ strftime_now('%d %b') }}{{ messages }}" + template
         found = replace(figures(content=content * 64), **{"read": "b" * 64, **changes})
-        return {"data": identity.data_of(values, (found,), tokenizer)}
+        return dict(identity.data_of(values, (found,), tokenizer))
 
     point = checkpoint(tmp_path, data("a"))
     if not refused:

@@ -42,7 +42,7 @@ def parse_turns(spec: DatasetSpec, record: Mapping[str, Any], place: Place) -> C
         AttnimgError: it is no list of messages, or a message holds what can't be trained on.
     """
     name = spec.field_messages or "messages"
-    messages = column(record, name, place, needed=(name,), hint=_column_hint(record))
+    messages = column(record, name, place, needed=(name,), hint=_column_hint(record, place))
     if isinstance(messages, str):  # some sets store the conversation as JSON text
         try:
             messages = json.loads(messages)
@@ -82,20 +82,20 @@ def trained_roles(spec: DatasetSpec) -> frozenset[str]:
     return frozenset(roles(spec).get(role, role) for role in named)
 
 
-def _column_hint(record: Mapping[str, Any]) -> str:
+def _column_hint(record: Mapping[str, Any], place: Place) -> str:
     """Return what to set: the column that holds a list of messages, where there is one."""
     if {"prompt", "completion"} <= record.keys():
         return "write prompt and completion as one conversation, in a column messages"
     for name, value in record.items():
         if isinstance(value, list) and value and isinstance(value[0], Mapping):
-            return f"name the column of the conversation: `field_messages: {name}`"
+            return f"name the column of the conversation: `{place.key}.field_messages: {name}`"
     for name, type_ in (("instruction", "alpaca"), ("text", "completion")):
         if name in record:
-            return f"use the type that fits these columns: `type: {type_}`"
+            return f"use the type that fits these columns: `{place.key}.type: {type_}`"
     return "write the conversation as a column messages: a list of objects with role and content"
 
 
-def _keys_hint(spec: DatasetSpec, message: Mapping[str, Any]) -> str:
+def _keys_hint(spec: DatasetSpec, message: Mapping[str, Any], place: Place) -> str:
     """Return what to set: the keys of a message that hold a role and a text, where there are."""
     texts = {key: value for key, value in message.items() if isinstance(value, str)}
     role = next((key for key, value in texts.items() if value.strip().lower() in roles(spec)), None)
@@ -103,7 +103,7 @@ def _keys_hint(spec: DatasetSpec, message: Mapping[str, Any]) -> str:
     if role is None or not others:
         return "write the key that is missing, or drop the record"
     named = json.dumps({"role": role, "content": others[-1]}, ensure_ascii=False)
-    return f"name its keys: `message_property_mappings: {named}`"
+    return f"name its keys: `{place.key}.message_property_mappings: {named}`"
 
 
 def _has_text(spec: DatasetSpec, turns: tuple[Turn, ...]) -> bool:
@@ -173,7 +173,7 @@ def _turn(spec: DatasetSpec, message: object, place: Place, *, number: int) -> T
                 place,
                 why=f"message {number} has {', '.join(message) or 'nothing'}; "
                 f"needed {mappings['role']} and {mappings['content']}",
-                do=_keys_hint(spec, message),
+                do=_keys_hint(spec, message, place),
                 code="wrong-columns" if place.first else "bad-data",
             )
     name = text(named["role"], f"{mappings['role']} of message {number}", place)
