@@ -10,6 +10,7 @@ from attnimg.errors import AttnimgError
 from attnimg.facts import Finding
 from attnimg.schema import Config
 from attnimg.train.causal import require_trainable
+from attnimg.train.pickled_weights import require_safetensors
 from attnimg.train.positions import judge_positions
 from attnimg.train.quantized import judge_quantization, require_known_weights
 from attnimg.train.towers import judge_towers
@@ -36,6 +37,9 @@ def judge_base_model(
 
     def known_weights() -> None:
         if folder is not None:
+            local = Path(config.base_model or "").expanduser().is_dir()
+            hub = None if local else config.base_model
+            require_safetensors(folder, key="base_model", hub=hub)
             require_known_weights(config, folder, raw)
 
     checks: tuple[Callable[[], Finding | None], ...] = (

@@ -16,7 +16,7 @@ from attnimg.train.schedule import check_schedule
 def check_inputs(config: Config, machine: Machine) -> ResumePoint | None:
     """Refuse keys that contradict one another, files that are missing, folders in the way.
 
-    Reads a few file names; imports no torch.
+    Reads a few file names, and all of a checkpoint that the run resumes from.
 
     Returns:
         Where the run goes on; None when it starts in an empty folder.

@@ -1,18 +1,19 @@
 """Checkpoints that are complete or not there, whatever moment the run is killed at.
 
-A checkpoint is written under PARTIAL and renamed into place when all of it is on the disk. One
-that rotation removes is renamed away first. So every `checkpoint-N` in output_dir is complete, and
-what a killed run left half done lies under PARTIAL.
+A checkpoint is written under PARTIAL, its manifest (manifest.py) last, and renamed into place when
+all of it is on the disk. One that rotation removes is renamed away first. So every `checkpoint-N`
+in output_dir is complete, and what a killed run left half done lies under PARTIAL.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+
+from attnimg.train.manifest import flush, write_manifest
 
 PARTIAL = ".partial"
 STATE = "attnimg.json"
@@ -26,11 +27,15 @@ class ResumePoint:
         path: a complete checkpoint; None when the run starts anew in a folder it may use.
         step: optimizer steps behind it.
         leftovers: what a killed run left half done; removed when the run starts.
+        damaged: newer checkpoints, which are damaged; renamed when the run starts.
+        notes: lines for the user on why this checkpoint was chosen, and what is not known of it.
     """
 
     path: Path | None
     step: int
     leftovers: tuple[Path, ...]
+    damaged: tuple[Path, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -49,18 +54,20 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.rpartition("-")[2])
 
 
-def promote(partial: Path) -> Path:
-    """Move a finished checkpoint from PARTIAL into place; from here on it exists.
+def promote(partial: Path, *, processes: int) -> Path:
+    """Write a checkpoint's manifest, and move it from PARTIAL into place; from here on it exists.
 
     Args:
         partial: output_dir/PARTIAL/checkpoint-N, all of it written.
+        processes: how many processes train.
     """
     place = partial.parent.parent / partial.name
     open_to_others(partial)
-    for path in (*partial.rglob("*"), partial):
-        _flush(path)
+    write_manifest(partial, step=step_of(partial), processes=processes)
+    for path in (*(path for path in partial.rglob("*") if path.is_dir()), partial):
+        flush(path)
     partial.rename(place)
-    _flush(place.parent)
+    flush(place.parent)
     return place
 
 
@@ -91,6 +98,13 @@ def rotate(folder: Path, *, limit: int | None, keep: Iterable[Path]) -> list[Pat
     return gone
 
 
+def set_aside(checkpoint: Path) -> Path:
+    """Rename a damaged checkpoint, whose step the run will save again; return its new path."""
+    names = (f"{checkpoint.name}.damaged{number}" for number in ("", *map(str, range(2, 1000))))
+    place = next(path for path in map(checkpoint.with_name, names) if not path.exists())
+    return checkpoint.rename(place)
+
+
 def remove_leftovers(folder: Path) -> None:
     """Remove what a killed run left half done."""
     shutil.rmtree(folder / PARTIAL, ignore_errors=True)
@@ -101,12 +115,3 @@ def read_state(checkpoint: Path) -> dict[str, object]:
     file = checkpoint / STATE
     state: dict[str, object] = json.loads(file.read_text()) if file.is_file() else {}
     return state
-
-
-def _flush(path: Path) -> None:
-    """Wait until a file, or a folder's list of names, is on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -18,14 +18,15 @@ from attnimg.errors import AttnimgError
 from attnimg.train import checkpoint as checkpoints
 from attnimg.train import metrics
 from attnimg.train.disk import writing
-from attnimg.train.evaluator import EvaluationCut, Evaluator
-from attnimg.train.renamed_weights import load_renamed
+from attnimg.train.evaluator import EvaluationCut
+from attnimg.train.final import NOT_THE_MODEL
 from attnimg.train.rows import COUNTS, Collator
 from attnimg.train.saved_model import correct_saved_config
+from attnimg.train.saved_states import SavedStates
 from attnimg.train.signals import StopFlag, Stopped
 
 
-class Engine(Evaluator):
+class Engine(SavedStates):
     """Train one run.
 
     Args:
@@ -150,13 +151,6 @@ class Engine(Evaluator):
             logs.update(self.meter.close_window(tokens=tokens, places=places))
         super().log(logs, start_time)
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        """Load a checkpoint's weights, including those saved under other names than the model's."""
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
-        if not sharded and not hasattr(self.model, "get_base_model"):
-            load_renamed(self.model, Path(resume_from_checkpoint))
-
     def _get_output_dir(self, trial: Any) -> str:  # noqa: ARG002  transformers' signature
         """Point transformers' writing at the folder of unfinished checkpoints."""
         return str(self.folder / checkpoints.PARTIAL)
@@ -197,7 +191,9 @@ class Engine(Evaluator):
         if self.is_world_process_zero():
             correct_saved_config(partial, self.loaded_config)
             (partial / checkpoints.STATE).write_text(json.dumps(state, indent=2))
-            checkpoints.promote(partial)
+            for name in NOT_THE_MODEL:
+                (partial / name).unlink(missing_ok=True)
+            checkpoints.promote(partial, processes=self.args.world_size)
         self.last_checkpoint = self.folder / partial.name
 
     def _window_state(self) -> dict[str, object]:

@@ -190,7 +190,7 @@ def model_of(config: Config) -> dict[str, Any] | None:
         return None
     raw = json.loads((folder / "config.json").read_bytes())
     about = {key: raw[key] for key in raw if key not in ("_name_or_path", "transformers_version")}
-    files = sorted({path for pattern in WEIGHT_FILES for path in folder.glob(pattern)})
+    files = sorted(folder.glob(WEIGHT_FILES))
     weights = [(path.name, path.stat().st_size, _sampled_hash(path)) for path in files]
     return {
         "path": config.base_model,

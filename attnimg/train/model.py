@@ -18,6 +18,7 @@ from attnimg.train.finite import require_finite
 from attnimg.train.load_error import advice_on
 from attnimg.train.lora_targets import build_without_weights, untrained_embeddings
 from attnimg.train.model_files import GET_WHOLE, bad_model
+from attnimg.train.pickled_weights import advice_on_hub
 from attnimg.train.precision import (
     cast_embeddings_and_norms,
     keeps_float32,
@@ -46,6 +47,14 @@ def _loading(config: Config) -> Iterator[None]:
         OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError,
         StrictDataclassError,
     ) as error:  # fmt: skip
+        if "loaded with `safetensors`" in str(error):  # of a model on the hub
+            raise AttnimgError(
+                f"{config.base_model} has no weights in safetensors",
+                why="found pickled weights or none; a pickle can run code while it is loaded",
+                do=advice_on_hub(str(config.base_model)),
+                code="pickled-weights",
+                key="base_model",
+            ) from error
         text = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
         raise bad_model(
             f"{config.base_model} could not be loaded",
@@ -161,6 +170,7 @@ def _from_pretrained(config: Config, *, implementation: str, dtype: DType) -> tu
             dtype=weights_dtype,
             attn_implementation=attention_by_part(model_config, implementation),
             trust_remote_code=bool(config.trust_remote_code),
+            use_safetensors=True,
             device_map=_device_map() if quantized or stored == "kept" else None,
             output_loading_info=True,
             **given,

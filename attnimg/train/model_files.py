@@ -7,10 +7,10 @@ from pathlib import Path
 
 from attnimg.errors import AttnimgError
 from attnimg.schema import Config
+from attnimg.train.pickled_weights import require_safetensors
 
-WEIGHT_INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
-WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
-
+WEIGHT_INDEX = "model.safetensors.index.json"
+WEIGHT_FILES = "*.safetensors"
 
 GET_WHOLE = "download the model again, whole, or point base_model at another folder"
 
@@ -27,7 +27,7 @@ def check_model_files(config: Config) -> None:
 
     Raises:
         AttnimgError: config, weights or tokenizer are missing, or an index names a shard that is
-            not there (bad-model).
+            not there (bad-model), or the weights are pickled (pickled-weights).
     """
     folder = Path(config.base_model or "").expanduser()
     if not folder.is_dir():
@@ -47,13 +47,13 @@ def check_model_files(config: Config) -> None:
             why=f"found {', '.join(found[:6]) or 'nothing'}",
             do=GET_WHOLE,
         )
-    for index in WEIGHT_INDEXES:
-        if index in found:
-            _require_shards(folder, index)
-    if not any(list(folder.glob(pattern)) for pattern in WEIGHT_FILES):
+    require_safetensors(folder, key="base_model")
+    if WEIGHT_INDEX in found:
+        _require_shards(folder, WEIGHT_INDEX)
+    if not any(folder.glob(WEIGHT_FILES)):
         raise bad_model(
             f"the model folder {folder} has no weights",
-            why=f"needed *.safetensors or pytorch_model*.bin, found {', '.join(found[:6])}",
+            why=f"needed *.safetensors, found {', '.join(found[:6])}",
             do=GET_WHOLE,
         )
     tokenizers = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")

@@ -18,8 +18,11 @@ from attnimg.train.checkpoint import (
     newest_checkpoint,
     read_state,
     remove_leftovers,
+    set_aside,
     step_of,
 )
+from attnimg.train.intact import damaged, damages_of, newest_whole, notes_on
+from attnimg.train.manifest import has_manifest
 
 # What a run that has not done a step leaves behind; it does not stand in a new run's way.
 HARMLESS = frozenset({"receipt.json", PARTIAL, output_lock.FILE})
@@ -33,8 +36,9 @@ def check_output_dir(config: Config) -> ResumePoint | None:
 
     Raises:
         AttnimgError: output_dir is a file, is not writable, holds another run's files, another run
-            trains there, or there is no checkpoint to resume from. Code output-dir,
-            output-dir-not-empty, output-dir-busy or no-checkpoint.
+            trains there, there is no checkpoint to resume from, or it is damaged. Code output-dir,
+            output-dir-not-empty, output-dir-busy, no-checkpoint, damaged-checkpoint or
+            pickled-weights.
     """
     folder = Path(config.output_dir).expanduser()
     _require_writable(folder)
@@ -46,8 +50,7 @@ def check_output_dir(config: Config) -> ResumePoint | None:
         return _named_point(folder, Path(asked).expanduser(), found=found, leftovers=leftovers)
     newest = newest_checkpoint(folder)
     if (asked or config.auto_resume_from_checkpoints) and newest:
-        _require_resumable(newest)
-        return ResumePoint(path=newest, step=step_of(newest), leftovers=leftovers)
+        return _newest_point(folder, leftovers)
     if asked:
         raise AttnimgError(
             "there is no checkpoint to resume from",
@@ -74,6 +77,11 @@ def prepare_output_dir(folder: Path, resume: ResumePoint | None, *, console: Con
             soft_wrap=True,
         )
     remove_leftovers(folder)
+    notes = list(resume.notes)
+    for path in resume.damaged:
+        notes.append(f"{path.name} is renamed to {set_aside(path).name}")
+    for note in notes:
+        console.print(note, highlight=False, markup=False, soft_wrap=True)
     restored = read_state(resume.path) if resume.path else {}
     again = bool(restored.get("evaluate_first"))
     cut = metrics.cut_after(folder, resume.step, evaluate_again=again)
@@ -128,11 +136,27 @@ def _not_empty(folder: Path, found: list[str], *, newest: Path | None) -> Attnim
     )
 
 
+def _newest_point(folder: Path, leftovers: tuple[Path, ...]) -> ResumePoint:
+    """Resume from the newest whole checkpoint in output_dir."""
+    found = checkpoints(folder)
+    newest, newer = newest_whole(found)
+    if newest is None:
+        raise damaged(found[-1], newer[found[-1]], output_dir=folder)
+    _require_optimizer(newest)
+    return ResumePoint(
+        path=newest,
+        step=step_of(newest),
+        leftovers=leftovers,
+        damaged=tuple(newer),
+        notes=notes_on(newest, newer),
+    )
+
+
 def _named_point(
     folder: Path, checkpoint: Path, *, found: list[str], leftovers: tuple[Path, ...]
 ) -> ResumePoint:
     """Resume from the checkpoint the config names, here or in another run's folder."""
-    _require_resumable(checkpoint)
+    _require_checkpoint(checkpoint)
     own = checkpoint.resolve().parent == folder.resolve()
     if not own and set(found) - HARMLESS:
         raise _not_empty(folder, found, newest=newest_checkpoint(folder))
@@ -145,14 +169,25 @@ def _named_point(
             do="move them away, or set another output_dir",
             code="output-dir-not-empty",
         )
-    return ResumePoint(path=checkpoint, step=step_of(checkpoint), leftovers=leftovers)
+    if wrong := damages_of(checkpoint):
+        raise damaged(checkpoint, wrong, output_dir=folder)
+    _require_optimizer(checkpoint)
+    return ResumePoint(
+        path=checkpoint,
+        step=step_of(checkpoint),
+        leftovers=leftovers,
+        notes=notes_on(checkpoint, {}),
+    )
 
 
-def _require_resumable(checkpoint: Path) -> None:
-    """Refuse a folder that is no checkpoint, or one that holds weights alone."""
-    is_named = checkpoint.name.rpartition("-")[2].isdigit()
-    if not checkpoint.is_dir() or not is_named or not (checkpoint / "trainer_state.json").is_file():
-        why = f"{checkpoint} has no trainer_state.json" if checkpoint.is_dir() else "no such folder"
+def _require_checkpoint(checkpoint: Path) -> None:
+    """Refuse a folder that is no checkpoint."""
+    is_named = checkpoint.name.rpartition("-")[2].isdecimal()
+    whole = has_manifest(checkpoint) or (checkpoint / "trainer_state.json").exists()
+    if not checkpoint.is_dir() or not is_named or not whole:
+        why = "no such folder"
+        if checkpoint.is_dir():
+            why = f"{checkpoint} has no trainer_state.json" if is_named else "its name has no step"
         raise AttnimgError(
             f"{checkpoint} is not a checkpoint",
             why=why,
@@ -160,6 +195,10 @@ def _require_resumable(checkpoint: Path) -> None:
             code="no-checkpoint",
             key="resume_from_checkpoint",
         )
+
+
+def _require_optimizer(checkpoint: Path) -> None:
+    """Refuse a checkpoint that holds weights alone."""
     if not any(checkpoint.glob("optimizer*")) and not any(checkpoint.glob("global_step*")):
         raise AttnimgError(
             f"{checkpoint} can't be resumed from",

@@ -32,6 +32,6 @@ def load_renamed(model: Any, folder: Path) -> bool:
     if saved <= set(model.state_dict()):
         return False
     # float32 represents weights of every dtype exactly, so copying does not round.
-    loaded = type(model).from_pretrained(folder, dtype=torch.float32)
+    loaded = type(model).from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
     model.load_state_dict(loaded.state_dict())
     return True

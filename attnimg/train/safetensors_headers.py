@@ -14,11 +14,6 @@ from typing import Any
 _MAX_HEADER = 100 * 2**20
 # safetensors' names of the dtypes of weights that are not quantized -> torch's names.
 TORCH_NAMES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
-# Those of quantized numbers.
-_QUANTIZED_NAMES = {
-    "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "U8": "uint8", "I8": "int8",
-    "I32": "int32",
-}  # fmt: skip
 # Endings of buffers that older versions of transformers saved, and that are computed now.
 _COMPUTED = ("inv_freq", "masked_bias", "attn.bias", "attention.bias", "position_ids")
 
@@ -39,18 +34,14 @@ class StoredTensor:
 def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
     """Return name -> tensor of the weight files in a model's folder.
 
-    Of safetensors, the files are those of the index; without one, model.safetensors, or else all;
-    without any, pytorch_model*.bin. Files that can't be read are left out: loading the model
-    reports them.
+    The files are those of the index; without one, model.safetensors, or else all. Files that can't
+    be read are left out: loading the model reports them.
     """
     found: dict[str, StoredTensor] = {}
-    files = _files(folder)
-    for file in files:
+    for file in _files(folder):
         for name, entry in _header(file).items():
             if name != "__metadata__":
                 found[name] = StoredTensor(dtype=entry["dtype"], shape=tuple(entry["shape"]))
-    for file in () if files else sorted(folder.glob("pytorch_model*.bin")):
-        found |= _pickled(file)
     return found
 
 
@@ -87,22 +78,18 @@ def _header(file: Path) -> Mapping[str, Any]:
         return {}
 
 
-def _pickled(file: Path) -> dict[str, StoredTensor]:
-    """Return the tensors of a file of torch.save, whose weights are not read."""
-    import pickle
-
-    import torch
-
-    names = {getattr(torch, torch_name): name
-             for name, torch_name in (TORCH_NAMES | _QUANTIZED_NAMES).items()}  # fmt: skip
+def damages(file: Path) -> list[str]:
+    """Return what is wrong with a file: its header can't be read, or tensors are cut off."""
+    if not file.is_file():
+        return ["found a pipe, a socket, a device or a folder, needed a file"]
     try:
-        tensors = torch.load(file, map_location="meta", weights_only=True)
-        return {
-            name: StoredTensor(
-                dtype=names.get(tensor.dtype, str(tensor.dtype)), shape=tuple(tensor.shape)
-            )
-            for name, tensor in tensors.items()
-            if isinstance(tensor, torch.Tensor)
-        }
-    except (OSError, ValueError, RuntimeError, AttributeError, EOFError, pickle.UnpicklingError):
-        return {}
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+        ends = [entry["data_offsets"][1] for name, entry in _header(file).items()
+                if name != "__metadata__"]  # fmt: skip
+        needed, found = 8 + length + max(ends), file.stat().st_size
+    except OSError as error:
+        return [f"it can't be read: {error.strerror or error}"]
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError):
+        return ["it has no header of safetensors"]
+    return [] if found == needed else [f"found {found:,} bytes, needed {needed:,}"]

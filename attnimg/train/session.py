@@ -15,6 +15,7 @@ from attnimg.schema import Config
 from attnimg.train.arguments import training_arguments
 from attnimg.train.checkpoint import ResumePoint
 from attnimg.train.distributed import lost_rank_errors
+from attnimg.train.intact import damages_of
 from attnimg.train.loss_facts import LossCheck, sentence
 from attnimg.train.progress import ProgressView
 from attnimg.train.rows import Rows
@@ -197,5 +198,10 @@ def _end_early(engine: Any) -> str:
     reason = f"stopped early at step {engine.state.global_step}: the evaluation loss is no better"
     if not best.is_dir():
         return f"{reason}; the model is that of the last step"
+    if wrong := damages_of(best):
+        return (
+            f"warning: {reason} than at step {engine.state.best_global_step}, but {best.name} is "
+            f"damaged ({wrong[0]}); the model is that of the last step"
+        )
     engine._load_from_checkpoint(str(best))
     return f"{reason} than at step {engine.state.best_global_step}; the model is {best.name}"

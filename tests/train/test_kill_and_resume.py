@@ -83,7 +83,10 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     [
         pytest.param("out/receipt.json", id="before the first step"),
         pytest.param("out/.partial/checkpoint-4", id="when a checkpoint is begun"),
-        pytest.param("out/.partial/checkpoint-4/optimizer.pt", id="while a checkpoint is written"),
+        pytest.param(
+            "out/.partial/checkpoint-4/optimizer.json", id="while a checkpoint is written"
+        ),
+        pytest.param("out/.partial/checkpoint-4/manifest.json", id="while a manifest is written"),
         pytest.param("out/checkpoint-6", id="when a checkpoint has just appeared"),
         pytest.param("out/.partial/removed-checkpoint-2", id="while an old one is removed"),
         pytest.param("out/.partial/model", id="while the final model is written"),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import json
 import re
+import tempfile
 import warnings
 from dataclasses import dataclass, field
 from functools import cache
@@ -33,6 +34,7 @@ from attnimg.schema import Config
 from attnimg.train.base_model import judge_base_model
 from attnimg.train.check import check_inputs
 from attnimg.train.data import load_documents
+from attnimg.train.manifest import write_manifest
 from attnimg.train.model import load_model_config
 from attnimg.train.tokenizer import load_tokenizer
 
@@ -66,6 +68,19 @@ def table(kind: str) -> bytes:
 
 PARQUET, ARROW = table("parquet"), table("arrow")
 COMPLETION, CHAT = {"type": "completion"}, {"type": "chat_template"}
+
+
+def whole_checkpoint() -> dict[str, bytes]:
+    with tempfile.TemporaryDirectory() as made:
+        place = Path(made) / "out/checkpoint-2"
+        place.mkdir(parents=True)
+        (place / "trainer_state.json").write_text('{"global_step": 2}')
+        (place / "optimizer.pt").touch()
+        write_manifest(place, step=2, processes=1)
+        return {f"out/checkpoint-2/{path.name}": path.read_bytes() for path in place.iterdir()}
+
+
+WHOLE_CHECKPOINT = whole_checkpoint()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -297,7 +312,7 @@ CASES: dict[str, Case] = {
         code="no-checkpoint", machine=CPU, values={"resume_from_checkpoint": "nowhere"}),
     "a folder of another run": Case(
         code="output-dir-not-empty", machine=CPU,
-        files={"out/checkpoint-2/trainer_state.json": b"{}", "out/checkpoint-2/optimizer": b""}),
+        files=WHOLE_CHECKPOINT),
     "a prepared path that is a file": Case(
         code="not-writable", records=TEXTS,
         values={"dataset_prepared_path": "{folder}/data.jsonl"}),

@@ -21,6 +21,7 @@ from attnimg.train.data.documents import SourceFigures
 
 sys.path.append(str(Path(__file__).parents[1] / "fixtures"))
 from tiny_run import lines, make_model, make_tokenizer, run
+from trainer_format import to_trainer_format
 
 CLASSES = (
     identity.BY_VALUE, identity.BY_CONTENT, identity.EVALUATION_KEYS, identity.CHANGEABLE,
@@ -478,7 +479,7 @@ def test_a_checkpoint_without_an_identity_resumes_with_a_warning(
 ) -> None:
     out = tmp_path / "out"
     shutil.copytree(trained / "checkpoint-2", out / "checkpoint-2")
-    state = out / "checkpoint-2" / STATE
+    state = to_trainer_format(out / "checkpoint-2") / STATE
     if kept is None:
         state.unlink()
     else:
@@ -487,7 +488,8 @@ def test_a_checkpoint_without_an_identity_resumes_with_a_warning(
         state.write_text(json.dumps({**found, "identity": kept}))
     run(tiny, out, **{**KEYS, "learning_rate": 0.02}, resume_from_checkpoint=True)
     said = capsys.readouterr().err
-    assert said.count("warning") == 1
+    assert said.count("warning") == 2
+    assert "checkpoint-2 has no manifest" in said
     assert re.search("learning_rate and the other keys, base_model, datasets.*can't be compared",
                      said.replace("\n", " "))  # fmt: skip
     assert rates(out)[3] == pytest.approx(2 * rates(trained)[3]), "the config's rate is taken"
