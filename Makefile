@@ -81,6 +81,10 @@ bench: .venv/ready ## Measure the figures of the README
 bench/proof-noise: .venv/ready ## Count how often proofs misjudge kernels with a GPU's noise, an hour
 	$(BIN)/python benchmarks/proof_noise.py
 
+bench/checkpoints: .venv/ready ## Measure the time of hashing in saving a checkpoint and resuming from it, 2 minutes
+	@mkdir -p build
+	$(BIN)/python benchmarks/checkpoints.py
+
 bench/own-loss: .venv/ready ## Count false alarms and misses of the loss comparison, 15 minutes
 	$(BIN)/python benchmarks/own_loss.py
 

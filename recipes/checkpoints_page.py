@@ -23,6 +23,10 @@ This page says how `attnimg train` handles quantized weights, vision and audio p
 positions, and what it saves. It decides from `config.json` and the headers of the weight files,
 before any weight is loaded; `attnimg explain CONFIG` reports the same.
 
+Weights have to be safetensors. Pickled ones (`pytorch_model.bin`, `adapter_model.bin`) are refused
+(`pickled-weights`); `python -m attnimg.train.pickled_weights FOLDER` converts them and runs no code
+in them.
+
 ## Quantized weights
 
 The table lists what happens for each `quant_method` of a `quantization_config`. A refusal has the

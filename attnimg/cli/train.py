@@ -112,8 +112,9 @@ def _train(file: str, settings: tuple[str, ...], *, console: Console, stop: Stop
     chosen = _planned(session)
     resume = check_inputs(values, machine)
     check_sources(values)
+    checkpoint = resume.path.name if resume and resume.path else None
     _agree(session, {**values.model_dump(), "plan": as_json.plan_json(chosen),
-                     "packages": versions()})  # fmt: skip
+                     "packages": versions(), "checkpoint": checkpoint})  # fmt: skip
     _run(session, chosen, resume=resume)
 
 

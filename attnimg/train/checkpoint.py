@@ -13,7 +13,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from attnimg.train.manifest import flush, write_manifest
+from attnimg.train.file_hashes import FileHashes, flush
+from attnimg.train.manifest import write_manifest
 
 PARTIAL = ".partial"
 STATE = "attnimg.json"
@@ -54,16 +55,17 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.rpartition("-")[2])
 
 
-def promote(partial: Path, *, processes: int) -> Path:
+def promote(partial: Path, hashes: FileHashes, *, processes: int) -> Path:
     """Write a checkpoint's manifest, and move it from PARTIAL into place; from here on it exists.
 
     Args:
         partial: output_dir/PARTIAL/checkpoint-N, all of it written.
+        hashes: of its files, as far as they were taken while others were written.
         processes: how many processes train.
     """
     place = partial.parent.parent / partial.name
     open_to_others(partial)
-    write_manifest(partial, step=step_of(partial), processes=processes)
+    write_manifest(partial, hashes, step=step_of(partial), processes=processes)
     for path in (*(path for path in partial.rglob("*") if path.is_dir()), partial):
         flush(path)
     partial.rename(place)

@@ -19,6 +19,7 @@ from attnimg.train import checkpoint as checkpoints
 from attnimg.train import metrics
 from attnimg.train.disk import writing
 from attnimg.train.evaluator import EvaluationCut
+from attnimg.train.file_hashes import FileHashes
 from attnimg.train.final import NOT_THE_MODEL
 from attnimg.train.rows import COUNTS, Collator
 from attnimg.train.saved_model import correct_saved_config
@@ -172,7 +173,7 @@ class Engine(SavedStates):
         self.state.best_model_checkpoint = str(best) if best.is_dir() else None
         told = f"{kept.name} is kept" if kept else "no checkpoint was written before"
         try:
-            with self.meter.paused(), writing(partial, kept=told):
+            with self.meter.paused(), writing(partial, kept=told), FileHashes() as self.hashes:
                 super()._save_checkpoint(model, trial)
                 self._promote(partial)
         except BaseException:
@@ -193,7 +194,7 @@ class Engine(SavedStates):
             (partial / checkpoints.STATE).write_text(json.dumps(state, indent=2))
             for name in NOT_THE_MODEL:
                 (partial / name).unlink(missing_ok=True)
-            checkpoints.promote(partial, processes=self.args.world_size)
+            checkpoints.promote(partial, self.hashes, processes=self.args.world_size)
         self.last_checkpoint = self.folder / partial.name
 
     def _window_state(self) -> dict[str, object]:

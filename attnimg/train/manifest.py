@@ -17,11 +17,11 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from attnimg.files import read_regular
+from attnimg.train.file_hashes import THREADS, FileHashes, flush, sha256_of
 
 FILE = "manifest.json"
 # A sharded checkpoint of a thousand processes has some ten thousand files of 150 bytes each.
 _MAX_BYTES = 16 * 2**20
-_THREADS = 4
 # Names that only a checkpoint with a manifest has: states that state_files.py wrote.
 _OURS = ("optimizer.json", "scheduler.json", "rng_state*.json")
 # Where each part of a checkpoint records its step.
@@ -49,29 +49,26 @@ def has_manifest(checkpoint: Path) -> bool:
     )
 
 
-def write_manifest(folder: Path, *, step: int, processes: int) -> None:
-    """Hash all files of a checkpoint while they are written to the disk, and write the manifest.
+def write_manifest(folder: Path, hashes: FileHashes, *, step: int, processes: int) -> None:
+    """Write the manifest of a checkpoint, when all of its files are on the disk.
 
     Args:
         folder: the checkpoint; all processes have written their files.
+        hashes: of the files that were hashed already; the others are hashed now.
         step: optimizer steps that its weights have done.
         processes: how many processes train.
     """
     paths = (path for path in folder.rglob("*") if path.is_file() and path != folder / FILE)
     names = sorted(path.relative_to(folder) for path in paths)
-    with ThreadPoolExecutor(_THREADS) as flushing, ThreadPoolExecutor(_THREADS) as hashing:
-        flushed = [flushing.submit(flush, folder / name) for name in names]
-        hashes = list(hashing.map(lambda name: _sha256(folder / name), names))
-        for done in flushed:
-            done.result()
+    found = hashes.of([folder / name for name in names])
     content: dict[str, Any] = {
         "format": 1,
         "step": step,
         "processes": processes,
         "parts": {"weights": step, **_steps(folder)},
         "files": {
-            name.as_posix(): {"size": (folder / name).stat().st_size, "sha256": found}
-            for name, found in zip(names, hashes, strict=True)
+            name.as_posix(): {"size": (folder / name).stat().st_size, "sha256": digest}
+            for name, digest in zip(names, found, strict=True)
         },
     }
     content["sha256"] = _own_hash(content)
@@ -106,22 +103,13 @@ def damages(checkpoint: Path, *, step: int) -> list[str]:
         if at != step
     ]
     files: Mapping[str, Mapping[str, Any]] = content["files"]
-    with ThreadPoolExecutor(_THREADS) as pool:
+    with ThreadPoolExecutor(THREADS) as pool:
         judged = pool.map(lambda name: _damage(checkpoint / name, files[name]), files)
         found += [f"{name}: {text}" for name, text in zip(files, judged, strict=True) if text]
     return found + [
         f"{name}: found a file that was added later and would be loaded, needed none of this name"
         for name in _added(checkpoint, files)
     ]
-
-
-def flush(path: Path) -> None:
-    """Wait until a file, or a folder's list of names, is on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _steps(folder: Path) -> dict[str, int]:
@@ -148,7 +136,7 @@ def _read(path: Path) -> dict[str, Any]:
     if any(type(at) is not int for at in (content["step"], *content["parts"].values())):
         raise TypeError("a step is no number")
     for name, entry in content["files"].items():
-        inside = PurePosixPath(name)
+        inside = PurePosixPath(name.encode().decode())  # raises for a lone surrogate
         if inside.is_absolute() or ".." in inside.parts or "\0" in name or not inside.parts:
             raise ValueError("a name leads out of the checkpoint")
         if type(entry["size"]) is not int or entry["size"] < 0:
@@ -168,13 +156,14 @@ def _damage(path: Path, needed: Mapping[str, Any]) -> str | None:
     """Return what is wrong with a file; None where it is as it was written."""
     try:
         # O_NONBLOCK: opening a pipe would wait for its writer.
-        with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        with os.fdopen(handle, "rb", buffering=0) as file:
             about = os.fstat(file.fileno())
             if not stat.S_ISREG(about.st_mode):
                 return "found a pipe, a socket, a device or a folder, needed a file"
             if about.st_size != needed["size"]:
                 return f"found {about.st_size:,} bytes, needed {needed['size']:,}"
-            found = hashlib.file_digest(file, "sha256").hexdigest()
+            found = sha256_of(file)
     except FileNotFoundError:
         return "it is missing"
     except OSError as error:
@@ -182,11 +171,6 @@ def _damage(path: Path, needed: Mapping[str, Any]) -> str | None:
     if found == needed["sha256"]:
         return None
     return f"found SHA-256 {found[:12]}..., needed {needed['sha256'][:12]}..."
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _added(checkpoint: Path, files: Mapping[str, Any]) -> list[str]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from attnimg.errors import AttnimgError
+from attnimg.errors import AttnimgError, printable
 from attnimg.schema import Config
 from attnimg.train import metrics, output_lock
 from attnimg.train.checkpoint import (
@@ -81,7 +81,7 @@ def prepare_output_dir(folder: Path, resume: ResumePoint | None, *, console: Con
     for path in resume.damaged:
         notes.append(f"{path.name} is renamed to {set_aside(path).name}")
     for note in notes:
-        console.print(note, highlight=False, markup=False, soft_wrap=True)
+        console.print(printable(note), highlight=False, markup=False, soft_wrap=True)
     restored = read_state(resume.path) if resume.path else {}
     again = bool(restored.get("evaluate_first"))
     cut = metrics.cut_after(folder, resume.step, evaluate_again=again)

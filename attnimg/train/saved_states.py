@@ -20,13 +20,20 @@ from safetensors import SafetensorError
 
 from attnimg.errors import AttnimgError
 from attnimg.train.evaluator import Evaluator
+from attnimg.train.file_hashes import FileHashes
 from attnimg.train.renamed_weights import load_renamed
 from attnimg.train.safetensors_headers import stored_tensors
 from attnimg.train.state_files import NotPlain, read_state, write_state
 
 
 class SavedStates(Evaluator):
-    """The part of the engine that saves and loads the states of a checkpoint."""
+    """The part of the engine that saves and loads the states of a checkpoint.
+
+    Attributes:
+        hashes: of the files of the checkpoint that is being saved.
+    """
+
+    hashes: FileHashes
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         """Write optimizer and schedule; FSDP and DeepSpeed write their own formats."""
@@ -34,12 +41,15 @@ class SavedStates(Evaluator):
             super()._save_optimizer_and_scheduler(output_dir)
         elif self.args.should_save:
             folder, step = Path(output_dir), self.state.global_step
+            for weights in folder.glob("*.safetensors"):
+                self.hashes.add(weights)
             with warnings.catch_warnings():
                 # Schedules warn that the optimizer is to be saved as well, which it is.
                 warnings.simplefilter("ignore", UserWarning)
                 schedule = self.lr_scheduler.state_dict()
             try:
-                write_state(folder, "optimizer", self.optimizer.state_dict(), step=step)
+                state = self.optimizer.state_dict()
+                write_state(folder, "optimizer", state, step=step, then=self.hashes.add)
             except NotPlain:
                 super()._save_optimizer_and_scheduler(output_dir)
             else:

@@ -8,21 +8,31 @@ code, whoever wrote it.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
 
-# A file of tensors is built in CPU memory, so a GPU's state is written in parts of this size.
-_PART_BYTES = 4 * 2**30
+# A state is written in this many files, within these sizes: the first are hashed while the others
+# are written, and one at a time is in CPU memory.
+_PARTS = 16
+_SMALLEST, _LARGEST = 64 * 2**20, 4 * 2**30
 
 
 class NotPlain(TypeError):
     """Raised for a state that has an object of another class, such as torchao's tensors."""
 
 
-def write_state(folder: Path, name: str, state: object, *, step: int) -> None:
+def write_state(
+    folder: Path,
+    name: str,
+    state: object,
+    *,
+    step: int,
+    then: Callable[[Path], None] = lambda _: None,
+) -> None:
     """Write a state.
 
     Args:
@@ -30,21 +40,20 @@ def write_state(folder: Path, name: str, state: object, *, step: int) -> None:
         name: of the files, without their endings.
         state: as `state_dict` returns it.
         step: optimizer steps done.
+        then: called with each large file that is written.
 
     Raises:
         NotPlain: it holds something else than numbers, texts and plain tensors; nothing is written.
     """
+    from safetensors.torch import save_file
+
     tensors: list[torch.Tensor] = []
     tree = _encoded(state, tensors, {})
-    parts: list[dict[str, torch.Tensor]] = []
-    left = 0
-    for number, tensor in enumerate(tensors):
-        if left < tensor.nbytes:
-            _write_tensors(folder, name, parts)
-            parts, left = [*parts, {}], max(_PART_BYTES, tensor.nbytes)
-        parts[-1][str(number)] = _on_cpu(tensor)
-        left -= tensor.nbytes
-    _write_tensors(folder, name, parts)
+    parts = _parts(tensors)
+    for number, part in enumerate(parts, 1):
+        path = folder / f"{name}-{number}.safetensors"
+        save_file({str(place): _on_cpu(tensors[place]) for place in part}, path)
+        then(path)
     content = {"step": step, "files": len(parts), "state": tree}
     (folder / f"{name}.json").write_text(json.dumps(content), encoding="utf-8")
 
@@ -73,13 +82,18 @@ def read_state(folder: Path, name: str, *, device: str) -> Any:
     return _decoded(content["state"], tensors)
 
 
-def _write_tensors(folder: Path, name: str, parts: list[dict[str, torch.Tensor]]) -> None:
-    """Write the last part, and free its memory."""
-    from safetensors.torch import save_file
-
-    if parts:
-        save_file(parts[-1], folder / f"{name}-{len(parts)}.safetensors")
-        parts[-1] = {}
+def _parts(tensors: list[torch.Tensor]) -> list[list[int]]:
+    """Return the numbers of the tensors of each file."""
+    size = min(max(sum(tensor.nbytes for tensor in tensors) // _PARTS, _SMALLEST), _LARGEST)
+    parts: list[list[int]] = []
+    used = size
+    for number, tensor in enumerate(tensors):
+        if used >= size:
+            parts.append([])
+            used = 0
+        parts[-1].append(number)
+        used += tensor.nbytes
+    return parts
 
 
 def _on_cpu(tensor: torch.Tensor) -> torch.Tensor:

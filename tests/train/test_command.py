@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import yaml
+from damages import code_in, flipped
 from tiny_models import tiny_model
 from tiny_run import losses, make_model, sentences
 
@@ -225,3 +226,31 @@ def test_a_resumed_run_refuses_other_records_under_the_same_name(
     assert done.returncode == 2, done.stderr
     assert "checkpoint-2 can't be resumed with another datasets[0]" in done.stderr
     assert "Loading weights" not in done.stderr
+
+
+def test_a_damaged_checkpoint_is_named_and_the_newest_whole_one_resumed(
+    home: Path, tmp_path: Path
+) -> None:
+    saving = {"save_strategy": "steps", "save_steps": 1, "max_steps": 2}
+    assert train(home, tmp_path, **saving).returncode == 0
+    newest = tmp_path / "out/checkpoint-2"
+    flipped("model.safetensors")(newest)
+    named = train(home, tmp_path, **saving, resume_from_checkpoint=str(newest))
+    assert named.returncode == 2
+    assert f"attnimg: {newest} is damaged" in named.stderr
+    assert "model.safetensors: found SHA-256" in named.stderr
+    assert "set resume_from_checkpoint: true, which resumes from checkpoint-1" in named.stderr
+    again = train(home, tmp_path, **saving, resume_from_checkpoint=True)
+    assert again.returncode == 0, again.stderr
+    assert "resuming from checkpoint-1, the newest whole one" in again.stderr
+    assert "Traceback" not in named.stderr + again.stderr
+
+
+def test_pickled_weights_are_refused_before_they_are_loaded(home: Path, tmp_path: Path) -> None:
+    shutil.copytree(home / "llama", home / "pickled")
+    (home / "pickled/model.safetensors").unlink()
+    code_in("pytorch_model.bin")(home / "pickled")
+    done = train(home, tmp_path, model="pickled")
+    assert done.returncode == 2
+    assert f"do:  run python -m attnimg.train.pickled_weights {home}/pickled" in done.stderr
+    assert not (home / "ran").exists()

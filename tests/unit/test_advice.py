@@ -34,6 +34,7 @@ from attnimg.schema import Config
 from attnimg.train.base_model import judge_base_model
 from attnimg.train.check import check_inputs
 from attnimg.train.data import load_documents
+from attnimg.train.file_hashes import FileHashes
 from attnimg.train.manifest import write_manifest
 from attnimg.train.model import load_model_config
 from attnimg.train.tokenizer import load_tokenizer
@@ -76,7 +77,8 @@ def whole_checkpoint() -> dict[str, bytes]:
         place.mkdir(parents=True)
         (place / "trainer_state.json").write_text('{"global_step": 2}')
         (place / "optimizer.pt").touch()
-        write_manifest(place, step=2, processes=1)
+        with FileHashes() as hashes:
+            write_manifest(place, hashes, step=2, processes=1)
         return {f"out/checkpoint-2/{path.name}": path.read_bytes() for path in place.iterdir()}
 
 

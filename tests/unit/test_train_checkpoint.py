@@ -14,6 +14,7 @@ from attnimg.schema import Config
 from attnimg.train import checkpoint as checkpoints
 from attnimg.train import metrics
 from attnimg.train.disk import writing
+from attnimg.train.file_hashes import FileHashes
 from attnimg.train.manifest import write_manifest
 from attnimg.train.output_dir import check_output_dir
 
@@ -28,7 +29,8 @@ def make(folder: Path, *steps: int, files: tuple[str, ...] = ("optimizer.pt",)) 
         place.mkdir(parents=True)
         for name in ("trainer_state.json", "model.safetensors", *files):
             (place / name).write_text(json.dumps({"global_step": step}))
-        write_manifest(place, step=step, processes=1)
+        with FileHashes() as hashes:
+            write_manifest(place, hashes, step=step, processes=1)
 
 
 @pytest.mark.parametrize(
@@ -154,7 +156,8 @@ def test_promotion_makes_a_checkpoint_exist(tmp_path: Path) -> None:
     weights = tmp_path / ".partial" / "checkpoint-5" / "model.safetensors"
     weights.chmod(0o600)
     assert checkpoints.newest_checkpoint(tmp_path) is None
-    checkpoints.promote(tmp_path / ".partial" / "checkpoint-5", processes=1)
+    with FileHashes() as hashes:
+        checkpoints.promote(tmp_path / ".partial" / "checkpoint-5", hashes, processes=1)
     newest = checkpoints.newest_checkpoint(tmp_path)
     assert newest == tmp_path / "checkpoint-5"
     (tmp_path / "ordinary").touch()

@@ -20,6 +20,7 @@ from attnimg.facts import RunContext
 from attnimg.schema import Config
 from attnimg.train import session
 from attnimg.train.checkpoint import ResumePoint
+from attnimg.train.file_hashes import FileHashes
 from attnimg.train.intact import damages_of
 from attnimg.train.manifest import write_manifest
 from attnimg.train.model import load_model
@@ -148,6 +149,8 @@ NAMED: dict[str, tuple[Damage, str]] = {
     "an absolute name": (
         signed(lambda content: add_file(content, "/etc/passwd")), "manifest.json: "),
     "a name with NUL": (signed(lambda content: add_file(content, "a\0b")), "manifest.json: "),
+    "a name that is no text": (
+        signed(lambda content: add_file(content, "\ud800")), "manifest.json: "),
     "files in a list": (signed(lambda content: content.update(files=[])), "manifest.json: "),
     "a name that is too long": (
         signed(lambda content: add_file(content, "a" * 300)), "it can't be read: "),
@@ -293,7 +296,8 @@ def test_a_checkpoint_of_two_processes_resumes_in_one_with_a_warning(
     state = json.loads((place / "attnimg.json").read_text())
     state["identity"]["processes"] = 2
     (place / "attnimg.json").write_text(json.dumps(state))
-    write_manifest(place, step=4, processes=2)
+    with FileHashes() as hashes:
+        write_manifest(place, hashes, step=4, processes=2)
     run(tiny, tmp_path / "out", **KEYS, gradient_accumulation_steps=2, resume_from_checkpoint=True)
     said = capsys.readouterr().err
     assert "processes: 2 until checkpoint-4, 1 now: dropout uses other random numbers" in said
@@ -313,7 +317,8 @@ def test_weights_in_shards_are_checked_and_resumed(tiny: Path, tmp_path: Path) -
     (place / "model.safetensors").unlink()
     with pytest.raises(AttnimgError, match="is damaged"):
         resume_point(tmp_path / "out")
-    write_manifest(place, step=2, processes=1)
+    with FileHashes() as hashes:
+        write_manifest(place, hashes, step=2, processes=1)
     run(tiny, tmp_path / "out", **keys, resume_from_checkpoint=True)
     whole = (tmp_path / "whole/model.safetensors").read_bytes()
     assert (tmp_path / "out/model.safetensors").read_bytes() == whole

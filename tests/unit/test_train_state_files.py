@@ -73,11 +73,11 @@ OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-@pytest.mark.parametrize("part_bytes", [state_files._PART_BYTES, 6000], ids=["one file", "many"])
+@pytest.mark.parametrize("smallest", [state_files._SMALLEST, 6000], ids=["one file", "many"])
 def test_the_state_of_an_optimizer(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, part_bytes: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, smallest: int
 ) -> None:
-    monkeypatch.setattr(state_files, "_PART_BYTES", part_bytes)
+    monkeypatch.setattr(state_files, "_SMALLEST", smallest)
     made = optimizer(OPTIMIZERS[name])
     write_state(tmp_path, "optimizer", made.state_dict(), step=3)
     found = read_state(tmp_path, "optimizer", device="cpu")
