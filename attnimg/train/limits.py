@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import os
+
 from attnimg.errors import AttnimgError
 from attnimg.facts import Machine
 from attnimg.schema import Config
 
 # Paged optimizers whose unpaged equivalent has another name.
 _UNPAGED = {"paged_adamw": "adamw_torch_fused", "paged_adamw_32bit": "adamw_torch_fused"}
+
+# Schedules that do not work without an argument: its names, and a value.
+SCHEDULER_NEEDS: dict[str, tuple[tuple[str, ...], str]] = {
+    "cosine_with_min_lr": (("min_lr", "min_lr_rate"), "1e-6"),
+    "warmup_stable_decay": (("num_decay_steps",), "10"),
+}
+# Processes that load or prepare data: each takes 0.4 GB, and more of them than this only wait.
+_PROCESSES, _PROCESSES_A_CPU = 16, 4
 
 
 def check_limits(config: Config, machine: Machine) -> None:
@@ -19,6 +29,7 @@ def check_limits(config: Config, machine: Machine) -> None:
     """
     _check_optimizer(config, machine)
     _check_scheduler(config)
+    _check_processes(config)
     cpu = machine.arch.vendor == "cpu"
     capability = machine.arch.capability
     if config.tf32 is True and (capability is None or capability < (8, 0)):
@@ -73,6 +84,22 @@ def _check_optimizer(config: Config, machine: Machine) -> None:
         )
 
 
+def _check_processes(config: Config) -> None:
+    """Refuse more processes for data than this machine can run."""
+    cpus = os.cpu_count() or 1
+    most = max(_PROCESSES, _PROCESSES_A_CPU * cpus)
+    for key in ("dataloader_num_workers", "dataset_num_proc", "dataset_processes"):
+        asked = getattr(config, key) or 0
+        if asked > most:
+            raise AttnimgError(
+                f"{key}: {asked} is more than this machine can run",
+                why=f"found {cpus} CPUs; needed at most {most} processes",
+                do=f"set {key}: {cpus}",
+                code="bad-value",
+                key=key,
+            )
+
+
 def _check_scheduler(config: Config) -> None:
     """Refuse a schedule whose arguments are missing or said twice."""
     if config.cosine_min_lr_ratio is not None and config.lr_scheduler != "cosine":
@@ -91,10 +118,7 @@ def _check_scheduler(config: Config) -> None:
             code="bad-value",
             key="warmup_ratio",
         )
-    wanted, value = {
-        "cosine_with_min_lr": (("min_lr", "min_lr_rate"), "1e-6"),
-        "warmup_stable_decay": (("num_decay_steps",), "10"),
-    }.get(config.lr_scheduler, ((), ""))
+    wanted, value = SCHEDULER_NEEDS.get(config.lr_scheduler, ((), ""))
     if wanted and not set(wanted) & set(config.lr_scheduler_kwargs or {}):
         raise AttnimgError(
             f"lr_scheduler: {config.lr_scheduler} needs lr_scheduler_kwargs",

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from attnimg.files import open_regular, read_regular
 
 # The header of a hundred thousand tensors has 15 MB; a far longer one is damaged.
 _MAX_HEADER = 100 * 2**20
@@ -46,9 +48,7 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
     found: dict[str, StoredTensor] = {}
     files = _files(folder)
     for file in files:
-        for name, entry in _header(file).items():
-            if name != "__metadata__":
-                found[name] = StoredTensor(dtype=entry["dtype"], shape=tuple(entry["shape"]))
+        found |= _header(file)
     for file in () if files else sorted(folder.glob("pytorch_model*.bin")):
         found |= _pickled(file)
     return found
@@ -70,20 +70,25 @@ def unused_weights(model: Any, stored: Iterable[str], unexpected: Iterable[str])
 
 def _files(folder: Path) -> list[Path]:
     try:
-        index = json.loads((folder / "model.safetensors.index.json").read_text())
-        names = sorted(set(index["weight_map"].values()))
-    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+        text = read_regular(folder / "model.safetensors.index.json", at_most=_MAX_HEADER)
+        names = sorted(set(json.loads(text)["weight_map"].values()))
+        return [folder / name for name in names]
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError):
         whole = folder / "model.safetensors"
         return [whole] if whole.is_file() else sorted(folder.glob("*.safetensors"))
-    return [folder / name for name in names]
 
 
-def _header(file: Path) -> Mapping[str, Any]:
+def _header(file: Path) -> dict[str, StoredTensor]:
     try:
-        with file.open("rb") as stream:
+        with open_regular(file) as stream:
             length = int.from_bytes(stream.read(8), "little")
-            return dict(json.loads(stream.read(length))) if length < _MAX_HEADER else {}
-    except (OSError, ValueError):
+            header = json.loads(stream.read(length)) if length < _MAX_HEADER else {}
+        return {
+            name: StoredTensor(dtype=entry["dtype"], shape=tuple(entry["shape"]))
+            for name, entry in header.items()
+            if name != "__metadata__"
+        }
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError):
         return {}
 
 
