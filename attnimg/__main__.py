@@ -13,6 +13,9 @@ from attnimg.train.distributed import end_process
 def main() -> None:
     """Run the command line; never show a traceback without --debug."""
     debug = "--debug" in sys.argv
+    if not debug:
+        # What a library raises while it is torn down comes after the error that matters.
+        sys.unraisablehook = lambda _: None
     end_process(run([argument for argument in sys.argv[1:] if argument != "--debug"], debug=debug))
 
 

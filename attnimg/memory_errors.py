@@ -30,6 +30,8 @@ _SHARED = re.compile(
 )
 _WORKER = re.compile(r"DataLoader worker.* (killed by signal|exited unexpectedly)")
 
+_HARDLY_ANY = 64 << 10
+
 _LESS = (
     "set micro_batch_size and sequence_len lower, set gradient_checkpointing: true, or run it "
     "where more memory is free"
@@ -61,7 +63,11 @@ def as_refusal(error: BaseException) -> AttnimgError | None:
     if isinstance(error, BrokenProcessPool):
         return _error("a process that prepares data was killed", said, "set dataset_num_proc: 1",
                       key="dataset_num_proc")  # fmt: skip
-    if not isinstance(error, OSError) and _SHARED.search(said):
+    # A semaphore that found no room has no file name.
+    semaphore = isinstance(error, OSError) and error.errno == errno.ENOSPC and not error.filename
+    if (semaphore and _shared_free() < _HARDLY_ANY) or (
+        not isinstance(error, OSError) and _SHARED.search(said)
+    ):
         return _error(
             "shared memory (/dev/shm) is full", f"{said}\n{_shared_text()}",
             "set dataloader_num_workers: 0, or start the container with --shm-size=1g",
@@ -97,5 +103,13 @@ def _memory_text() -> str:
 
 
 def _shared_text() -> str:
-    left = os.statvfs("/dev/shm")
-    return f"/dev/shm has {left.f_blocks * left.f_frsize >> 20:,} MiB"
+    found = os.statvfs("/dev/shm")
+    return f"/dev/shm has {found.f_blocks * found.f_frsize / 2**20:,.1f} MiB"
+
+
+def _shared_free() -> int:
+    """Return the bytes that are free in /dev/shm; 0 where there is none."""
+    with suppress(OSError):
+        left = os.statvfs("/dev/shm")
+        return left.f_bavail * left.f_frsize
+    return 0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import resource
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -117,3 +119,26 @@ def test_a_path_below_nobody_s_home_is_refused() -> None:
     keys = {"base_model": "m", "output_dir": "~no-such-user/out"}
     with pytest.raises(AttnimgError, match="~no-such-user/out"):
         check_inputs(config(**keys), CPU)
+
+
+def test_an_address_space_that_torch_fills_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    for limit in (resource.RLIM_INFINITY, 3 << 30):
+        monkeypatch.setattr("resource.getrlimit", lambda _, limit=limit: (limit, limit))
+        check_limits(config(), CPU)
+    monkeypatch.setattr("resource.getrlimit", lambda _: ((3 << 30) - 1, resource.RLIM_INFINITY))
+    with pytest.raises(AttnimgError, match="ulimit -v"):
+        check_limits(config(), CPU)
+
+
+def test_workers_whose_batches_do_not_fit_in_shared_memory_are_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    keys = {"dataloader_num_workers": 4, "micro_batch_size": 8, "sequence_len": 8192}
+    docker = SimpleNamespace(f_bavail=64 << 20, f_frsize=1)
+    monkeypatch.setattr("os.statvfs", lambda _: docker)
+    check_limits(config(**keys), CPU)
+    docker.f_bavail = 8 << 20
+    with pytest.raises(AttnimgError, match="/dev/shm") as caught:
+        check_limits(config(**keys), CPU)
+    assert caught.value.key == "dataloader_num_workers"
+    check_limits(config(**{**keys, "dataloader_num_workers": 0}), CPU)
