@@ -43,6 +43,10 @@ test/packages: .venv/ready build/fa4/ready ## Compare the backends' files with t
 	  $$(sed -n 's/^source = "\(.*==.*\)"/\1/p' recipes/kernels/*.toml)
 	WHEELS=build/packages FA4_PYTHON=build/fa4/bin/python $(BIN)/pytest tests/packages
 
+.PHONY: attack
+attack: .venv/ready ## Attack attnimg with generated configs, files, environments and kills; 20 minutes; ATTACK_SEED=N
+	ATTACK_SECONDS=$(or $(ATTACK_SECONDS),120) ATTACK_KILLS=50 $(BIN)/pytest -n $(JOBS) --timeout 3600 tests/attack
+
 .PHONY: test/data
 test/data: .venv/ready ## Test 20 times as many random records and conversations as `make test` does, 15 minutes
 	DATA_EXAMPLES=20 $(BIN)/pytest -n $(JOBS) --timeout 3600 tests/unit/data/test_data_properties.py tests/unit/data/test_chat_labels.py

@@ -6,12 +6,16 @@ import sys
 
 from attnimg.cli import app_for
 from attnimg.errors import AttnimgError
+from attnimg.memory_errors import memory_errors
 from attnimg.train.distributed import end_process
 
 
 def main() -> None:
     """Run the command line; never show a traceback without --debug."""
     debug = "--debug" in sys.argv
+    if not debug:
+        # What a library raises while it is torn down comes after the error that matters.
+        sys.unraisablehook = lambda _: None
     end_process(run([argument for argument in sys.argv[1:] if argument != "--debug"], debug=debug))
 
 
@@ -26,12 +30,16 @@ def run(arguments: list[str], *, debug: bool = False) -> int:
         The exit code.
     """
     try:
-        app_for(arguments)(arguments, prog_name="attnimg")
+        with memory_errors():
+            app_for(arguments)(arguments, prog_name="attnimg")
     except SystemExit as done:  # typer ends every command so, after a usage error too
         return done.code if isinstance(done.code, int) else 1
     except AttnimgError as error:
         _say(str(error), debug=debug)
         return error.exit_code
+    except Warning as error:
+        _say(str(_raised_warning(error)), debug=debug)
+        return 2
     except Exception as error:  # the edge: whatever escaped is a fault of attnimg's own
         fault = AttnimgError(
             f"it failed with {type(error).__name__}, which it should have foreseen",
@@ -41,6 +49,16 @@ def run(arguments: list[str], *, debug: bool = False) -> int:
         _say(str(fault), debug=debug)
         return 1
     return 0
+
+
+def _raised_warning(error: Warning) -> AttnimgError:
+    """Build the error for a warning that Python was asked to raise."""
+    return AttnimgError(
+        f"Python raises its warnings as errors, and found a {type(error).__name__}",
+        why=" ".join(str(error).split()),
+        do="follow it, or run without PYTHONWARNINGS=error and python -W error",
+        code="bad-environment",
+    )
 
 
 def _say(text: str, *, debug: bool) -> None:

@@ -13,6 +13,7 @@ import stat
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import BinaryIO
 
 
 class NotPrivate(OSError):
@@ -29,15 +30,25 @@ def read_regular(path: Path, *, at_most: int) -> bytes:
     Raises:
         OSError: the file is missing, too long or not regular; strerror has the reason.
     """
-    # O_NONBLOCK: opening a pipe would wait for its writer.
-    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    with os.fdopen(handle, "rb") as file:
-        if not stat.S_ISREG(os.fstat(handle).st_mode):
-            raise OSError(errno.EINVAL, "it is a pipe, a socket, a device or a folder")
+    with open_regular(path) as file:
         content = file.read(at_most + 1)
     if len(content) > at_most:
         raise OSError(errno.EFBIG, f"it is longer than {at_most:,} bytes")
     return content
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Open a regular file, or a link to one, for reading.
+
+    Raises:
+        OSError: the file is missing or not regular; strerror has the reason.
+    """
+    # O_NONBLOCK: opening a pipe would wait for its writer.
+    file = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError(errno.EINVAL, "it is a pipe, a socket, a device or a folder")
+    return file
 
 
 def make_private_folder(path: Path) -> None:

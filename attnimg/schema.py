@@ -6,11 +6,12 @@ implement stand in data/keys.toml. Values of the wrong type are refused, never c
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, Strict
 
 from attnimg.facts import Finding
 
@@ -32,6 +33,18 @@ def _learning_rate(value: object) -> object:
     if isinstance(value, str):
         return float(value)
     return _number(value)
+
+
+def _path(text: str) -> str:
+    """Refuse what no file system takes as a path.
+
+    Source: Linux, include/uapi/linux/limits.h, NAME_MAX and PATH_MAX (2026-11-27).
+    """
+    if "\0" in text:
+        raise ValueError("a path has no NUL character")
+    if len(os.fsencode(text)) > 4095 or any(len(os.fsencode(p)) > 255 for p in text.split("/")):
+        raise ValueError("a path has at most 4,095 bytes, and each name in it at most 255")
+    return text
 
 
 def _listed(value: object) -> object:
@@ -60,12 +73,20 @@ def _list_of_specs(value: object) -> object:
 Flag = Annotated[bool, Strict(), BeforeValidator(_flag)]
 Count = Annotated[int, BeforeValidator(_number), Field(ge=1, le=2**31 - 1)]
 Whole = Annotated[int, BeforeValidator(_number), Field(ge=0, le=2**31 - 1)]
+# More rows than any batch has, and few enough to count in memory.
+Rows = Annotated[int, BeforeValidator(_number), Field(ge=1, le=2**20)]
+# The largest machines have some hundred CPUs.
+Processes = Annotated[int, BeforeValidator(_number), Field(ge=1, le=1024)]
+Workers = Annotated[int, BeforeValidator(_number), Field(ge=0, le=1024)]
 Seed = Annotated[int, BeforeValidator(_number), Field(ge=0, le=2**32 - 1)]
 Number = Annotated[float, BeforeValidator(_number), Field(ge=0, allow_inf_nan=False)]
 Positive = Annotated[float, BeforeValidator(_number), Field(gt=0, allow_inf_nan=False)]
+Beta = Annotated[float, BeforeValidator(_number), Field(ge=0, lt=1, allow_inf_nan=False)]
 Share = Annotated[float, BeforeValidator(_number), Field(ge=0, le=1, allow_inf_nan=False)]
 Text = Annotated[str, Strict(), Field(min_length=1)]
+PathText = Annotated[Text, AfterValidator(_path)]
 Texts = Annotated[list[Text], BeforeValidator(_listed)]
+Paths = Annotated[list[PathText], BeforeValidator(_listed)]
 
 Optimizer = Literal[
     "adamw_torch", "adamw_torch_fused", "adamw_torch_8bit", "adamw_torch_4bit", "adafactor",
@@ -104,12 +125,12 @@ class DatasetSpec(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    path: Text
+    path: PathText
     type: Text | None = None
     name: Text | None = None
     split: Text | None = None
     revision: Text | None = None
-    data_files: Texts | None = None
+    data_files: Paths | None = None
     ds_type: Literal["json", "csv", "parquet", "arrow", "text"] | None = None
     field: Text | None = None
     text_column: Text | None = None
@@ -131,11 +152,11 @@ class Config(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
     # Model and tokenizer
-    base_model: Text | None = None
+    base_model: PathText | None = None
     revision_of_model: Text | None = None
     model_type: Text | None = None
     tokenizer_type: Text | None = None
-    tokenizer_config: Text | None = None
+    tokenizer_config: PathText | None = None
     trust_remote_code: Flag | None = None
     special_tokens: dict[SpecialToken, Text | list[Text]] | None = None
     tokens: list[Text] | None = None
@@ -147,7 +168,7 @@ class Config(BaseModel):
     attn_needs_dtype_cast: bool | None = None
     attn_strict: Flag = False
     attn_forward_only_ok: Flag = False
-    attn_known_bad: Text | None = None
+    attn_known_bad: PathText | None = None
 
     # Data
     datasets: Annotated[list[DatasetSpec], Field(min_length=1)] | None = None
@@ -155,9 +176,9 @@ class Config(BaseModel):
         Annotated[list[DatasetSpec], BeforeValidator(_list_of_specs), Field(min_length=1)] | None
     ) = None
     test_datasets: Annotated[list[DatasetSpec], Field(min_length=1)] | None = None
-    dataset_prepared_path: Text | None = None
-    dataset_num_proc: Count | None = None
-    dataset_processes: Count | None = None
+    dataset_prepared_path: PathText | None = None
+    dataset_num_proc: Processes | None = None
+    dataset_processes: Processes | None = None
     shuffle_merged_datasets: Flag = True
     val_set_size: Number = 0.0
     sequence_len: Count = 512
@@ -173,8 +194,8 @@ class Config(BaseModel):
     eot_tokens: list[Text] | None = None
 
     # Optimisation
-    micro_batch_size: Count = 1
-    eval_batch_size: Count | None = None
+    micro_batch_size: Rows = 1
+    eval_batch_size: Rows | None = None
     gradient_accumulation_steps: Count = 1
     num_epochs: Annotated[Positive, Field(le=1e6)] = 1.0
     max_steps: Count | None = None
@@ -189,8 +210,8 @@ class Config(BaseModel):
     warmup_ratio: Share | None = None
     weight_decay: Number = 0.0
     max_grad_norm: Number = 1.0
-    adam_beta1: Share | None = None
-    adam_beta2: Share | None = None
+    adam_beta1: Beta | None = None
+    adam_beta2: Beta | None = None
     adam_epsilon: Positive | None = None
     seed: Seed = 42
 
@@ -219,7 +240,7 @@ class Config(BaseModel):
     peft_use_rslora: Flag | None = None
 
     # Logging, evaluation, checkpoints
-    output_dir: Text = "./model-out"
+    output_dir: PathText = "./model-out"
     logging_steps: Count = 1
     eval_strategy: Strategy | None = None
     eval_steps: Count | None = None
@@ -230,17 +251,17 @@ class Config(BaseModel):
     save_total_limit: Count | None = None
     save_only_model: Flag | None = None
     early_stopping_patience: Count | None = None
-    resume_from_checkpoint: Flag | Text | None = None
+    resume_from_checkpoint: Flag | PathText | None = None
     auto_resume_from_checkpoints: Flag | None = None
 
     # More than one process
     fsdp: list[str] | str | Flag | None = None
     fsdp_config: dict[str, Any] | None = None
     fsdp_version: Literal[1, 2] | None = None
-    deepspeed: Text | dict[str, Any] | None = None
+    deepspeed: PathText | dict[str, Any] | None = None
     ddp_timeout: Count | None = None
     ddp_find_unused_parameters: Flag | None = None
-    dataloader_num_workers: Whole | None = None
+    dataloader_num_workers: Workers | None = None
     dataloader_pin_memory: Flag | None = None
 
     # Known to the schema for their own rows of the contract; see data/keys.toml.

@@ -189,7 +189,9 @@ def _run(session: Session, found: Plan, *, resume: ResumePoint | None) -> None:
 
 def _load_and_fit(session: Session, found: Plan, *, resume: ResumePoint | None) -> None:
     from attnimg.train.model import load_model_config
+    from attnimg.train.options import try_options
 
+    try_options(session.config)
     model_config = load_model_config(session.config)
     if session.problem.model is None:
         session, found = _replanned(session, model_config)

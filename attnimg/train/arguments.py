@@ -57,10 +57,7 @@ def training_arguments(
 
 def _optimisation(config: Config, *, context: RunContext) -> dict[str, Any]:
     """Steps, batches, optimizer, learning rate."""
-    scheduler, scheduler_kwargs = config.lr_scheduler, dict(config.lr_scheduler_kwargs or {})
-    if config.cosine_min_lr_ratio is not None:
-        scheduler = "cosine_with_min_lr"
-        scheduler_kwargs["min_lr_rate"] = config.cosine_min_lr_ratio
+    scheduler, scheduler_kwargs = scheduler_of(config)
     given = {
         "adam_beta1": config.adam_beta1,
         "adam_beta2": config.adam_beta2,
@@ -83,6 +80,14 @@ def _optimisation(config: Config, *, context: RunContext) -> dict[str, Any]:
         "gradient_checkpointing_kwargs": config.gradient_checkpointing_kwargs,
         **{name: value for name, value in given.items() if value is not None},
     }
+
+
+def scheduler_of(config: Config) -> tuple[str, dict[str, Any]]:
+    """Return transformers' name of the learning rate schedule, and its arguments."""
+    arguments = dict(config.lr_scheduler_kwargs or {})
+    if config.cosine_min_lr_ratio is None:
+        return config.lr_scheduler, arguments
+    return "cosine_with_min_lr", {**arguments, "min_lr_rate": config.cosine_min_lr_ratio}
 
 
 def _warmup(config: Config) -> float:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+from attnimg.errors import AttnimgError
 from attnimg.facts import Machine
 from attnimg.schema import Config
 from attnimg.train.adapter import check_adapter
@@ -24,6 +27,7 @@ def check_inputs(config: Config, machine: Machine) -> ResumePoint | None:
     Raises:
         AttnimgError: exit code 2, with the key at fault.
     """
+    _check_homes(config)
     check_schedule(config)
     check_adapter(config)
     check_limits(config, machine)
@@ -31,3 +35,20 @@ def check_inputs(config: Config, machine: Machine) -> ResumePoint | None:
     point = check_output_dir(config)
     check_settings(config, point)
     return point
+
+
+def _check_homes(config: Config) -> None:
+    """Refuse a path under the home of a user that does not exist, such as ~nobody/out."""
+    for key in ("base_model", "tokenizer_config", "output_dir", "dataset_prepared_path",
+                "resume_from_checkpoint", "deepspeed"):  # fmt: skip
+        value = getattr(config, key)
+        try:
+            _ = isinstance(value, str) and Path(value).expanduser()
+        except RuntimeError:
+            raise AttnimgError(
+                f"{key}: {value} can't be found",
+                why=f"found no home of the user {value.partition('/')[0][1:] or 'who runs this'}",
+                do=f"write {key} without ~",
+                code="bad-value",
+                key=key,
+            ) from None

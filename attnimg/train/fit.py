@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from attnimg.errors import AttnimgError
+from attnimg.memory_errors import memory_errors
 from attnimg.schema import Config
 from attnimg.train import metrics
 from attnimg.train.checkpoint import ResumePoint, read_state
@@ -134,7 +135,8 @@ def _with_receipt(session: Session, data_figures: object) -> FitResult:
     if first:
         write_receipt(session.folder, receipt, status="running")
     try:
-        result = _train(session, receipt)
+        with memory_errors():
+            result = _train(session, receipt)
     except BaseException as error:
         if first:
             _write_end(session.folder, receipt, error=error)

@@ -2,12 +2,29 @@
 
 from __future__ import annotations
 
+import os
+import resource
+
 from attnimg.errors import AttnimgError
 from attnimg.facts import Machine
 from attnimg.schema import Config
 
 # Paged optimizers whose unpaged equivalent has another name.
 _UNPAGED = {"paged_adamw": "adamw_torch_fused", "paged_adamw_32bit": "adamw_torch_fused"}
+
+# Schedules that do not work without an argument: its names, and a value.
+SCHEDULER_NEEDS: dict[str, tuple[tuple[str, ...], str]] = {
+    "cosine_with_min_lr": (("min_lr", "min_lr_rate"), "1e-6"),
+    "warmup_stable_decay": (("num_decay_steps",), "10"),
+}
+# Processes that load or prepare data: each takes 0.4 GB, and more of them than this only wait.
+_PROCESSES, _PROCESSES_A_CPU = 16, 4
+# The smallest address space that a run may have. On a CPU a tiny model takes 2.3 GiB, torch 2.13.
+_ADDRESS_BYTES = 3 << 30
+
+# What workers need in /dev/shm besides their batches, and a token in input_ids, labels and
+# position_ids or attention_mask.
+_SHARED_BYTES, _TOKEN_BYTES = 1 << 20, 24
 
 
 def check_limits(config: Config, machine: Machine) -> None:
@@ -19,6 +36,9 @@ def check_limits(config: Config, machine: Machine) -> None:
     """
     _check_optimizer(config, machine)
     _check_scheduler(config)
+    _check_processes(config)
+    _check_address_space()
+    _check_shared_memory(config)
     cpu = machine.arch.vendor == "cpu"
     capability = machine.arch.capability
     if config.tf32 is True and (capability is None or capability < (8, 0)):
@@ -73,6 +93,62 @@ def _check_optimizer(config: Config, machine: Machine) -> None:
         )
 
 
+def _check_processes(config: Config) -> None:
+    """Refuse more processes for data than this machine can run."""
+    cpus = os.cpu_count() or 1
+    most = max(_PROCESSES, _PROCESSES_A_CPU * cpus)
+    for key in ("dataloader_num_workers", "dataset_num_proc", "dataset_processes"):
+        asked = getattr(config, key) or 0
+        if asked > most:
+            raise AttnimgError(
+                f"{key}: {asked} is more than this machine can run",
+                why=f"found {cpus} CPUs; needed at most {most} processes",
+                do=f"set {key}: {cpus}",
+                code="bad-value",
+                key=key,
+            )
+
+
+def _check_address_space() -> None:
+    """Refuse an address space that torch and its libraries alone fill.
+
+    Under such a limit Python waits for ever for a thread that could not start.
+    """
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if limit != resource.RLIM_INFINITY and limit < _ADDRESS_BYTES:
+        raise AttnimgError(
+            "ulimit -v leaves too little memory",
+            why=f"found {limit >> 20:,} MiB; needed at least {_ADDRESS_BYTES >> 20:,}, of which "
+            "torch and its libraries take 2,300",
+            do="ulimit -v unlimited",
+            code="bad-environment",
+        )
+
+
+def _check_shared_memory(config: Config) -> None:
+    """Refuse workers whose batches do not fit in /dev/shm: torch would wait for them for ever.
+
+    Each worker keeps two batches ready (prefetch_factor of torch's DataLoader).
+    """
+    workers = config.dataloader_num_workers or 0
+    tokens = config.micro_batch_size * config.sequence_len
+    needed = max(_SHARED_BYTES, workers * 2 * tokens * _TOKEN_BYTES)
+    try:
+        found = os.statvfs("/dev/shm")
+    except OSError:
+        return
+    free = found.f_bavail * found.f_frsize
+    if workers and free < needed:
+        raise AttnimgError(
+            "shared memory (/dev/shm) is too small for dataloader_num_workers",
+            why=f"found {free / 2**20:,.1f} MiB free; needed {needed / 2**20:,.1f} for "
+            f"{workers} workers with two batches of {tokens:,} tokens each",
+            do="set dataloader_num_workers: 0, or start the container with --shm-size=1g",
+            code="out-of-memory",
+            key="dataloader_num_workers",
+        )
+
+
 def _check_scheduler(config: Config) -> None:
     """Refuse a schedule whose arguments are missing or said twice."""
     if config.cosine_min_lr_ratio is not None and config.lr_scheduler != "cosine":
@@ -91,10 +167,7 @@ def _check_scheduler(config: Config) -> None:
             code="bad-value",
             key="warmup_ratio",
         )
-    wanted, value = {
-        "cosine_with_min_lr": (("min_lr", "min_lr_rate"), "1e-6"),
-        "warmup_stable_decay": (("num_decay_steps",), "10"),
-    }.get(config.lr_scheduler, ((), ""))
+    wanted, value = SCHEDULER_NEEDS.get(config.lr_scheduler, ((), ""))
     if wanted and not set(wanted) & set(config.lr_scheduler_kwargs or {}):
         raise AttnimgError(
             f"lr_scheduler: {config.lr_scheduler} needs lr_scheduler_kwargs",

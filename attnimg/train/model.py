@@ -11,6 +11,7 @@ from typing import Any
 
 from attnimg.errors import AttnimgError
 from attnimg.facts import DType, RunContext
+from attnimg.memory_errors import as_refusal
 from attnimg.schema import Config
 from attnimg.train.adapter import add_adapter, quantization
 from attnimg.train.causal import DEFAULT, require_causal_class
@@ -44,8 +45,8 @@ def _loading(config: Config) -> Iterator[None]:
     try:
         yield
     except (
-        OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError,
-        StrictDataclassError,
+        OSError, ValueError, ImportError, LookupError, RuntimeError, TypeError, AttributeError,
+        AssertionError, SafetensorError, StrictDataclassError,
     ) as error:  # fmt: skip
         if "loaded with `safetensors`" in str(error):  # of a model on the hub
             raise AttnimgError(
@@ -55,6 +56,8 @@ def _loading(config: Config) -> Iterator[None]:
                 code="pickled-weights",
                 key="base_model",
             ) from error
+        if (full := as_refusal(error)) is not None:
+            raise full from error
         text = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
         raise bad_model(
             f"{config.base_model} could not be loaded",

@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import json
+import stat
 from pathlib import Path
 
 from attnimg.errors import AttnimgError
+from attnimg.files import read_regular
 from attnimg.schema import Config
 from attnimg.train.pickled_weights import require_safetensors
 
 WEIGHT_INDEX = "model.safetensors.index.json"
 WEIGHT_FILES = "*.safetensors"
+
+# What the loaders read whole; the largest published one, a tokenizer.json, has 35 MiB.
+_READ_WHOLE = frozenset({".json", ".jinja", ".model", ".txt", ".py", ".tiktoken"})
+_LARGEST_BYTES = 256 << 20
+# What the loaders take for a file by its name.
+_READ = _READ_WHOLE | {".safetensors", ".bin"}
 
 GET_WHOLE = "download the model again, whole, or point base_model at another folder"
 
@@ -41,6 +49,9 @@ def check_model_files(config: Config) -> None:
             )
         return
     found = sorted(entry.name for entry in folder.iterdir())
+    _require_files(folder, key="base_model")
+    if config.tokenizer_config:
+        _require_files(Path(config.tokenizer_config).expanduser(), key="tokenizer_config")
     if "config.json" not in found:
         raise bad_model(
             f"the model folder {folder} has no config.json",
@@ -65,18 +76,54 @@ def check_model_files(config: Config) -> None:
         )
 
 
+def _require_files(folder: Path, *, key: str) -> None:
+    """Refuse pipes, sockets, devices and folders in the place of files, and files of any size.
+
+    Raises:
+        AttnimgError: code bad-model; a loader would wait for ever, or fill the memory.
+    """
+    for entry in sorted(folder.iterdir()) if folder.is_dir() else ():
+        try:
+            found = entry.stat()
+        except OSError:  # a link to nothing: what needs it says so
+            continue
+        if stat.S_ISDIR(found.st_mode):
+            why = "found a folder, needed a file" if entry.suffix in _READ else ""
+        elif not stat.S_ISREG(found.st_mode):
+            why = "found a pipe, a socket or a device, needed a regular file"
+        else:
+            large = entry.suffix in _READ_WHOLE and found.st_size > _LARGEST_BYTES
+            why = f"found {found.st_size:,} bytes, needed at most {_LARGEST_BYTES:,}"
+            why = why if large else ""
+        if why:
+            raise AttnimgError(
+                f"{entry} can't be read", why=why, do=GET_WHOLE, code="bad-model", key=key
+            )
+
+
 def _require_shards(folder: Path, index: str) -> None:
     """Refuse an index that can't be read or that names a shard which is not there."""
     try:
-        shards = set(json.loads((folder / index).read_text())["weight_map"].values())
-    except (ValueError, KeyError, AttributeError) as error:
-        raise bad_model(
-            f"{folder / index} can't be read", why=f"{type(error).__name__}: {error}", do=GET_WHOLE
-        ) from error
-    missing = sorted(shard for shard in shards if not (folder / shard).is_file())
+        shards = _shards(json.loads(read_regular(folder / index, at_most=_LARGEST_BYTES)))
+        missing = sorted(shard for shard in shards if not (folder / shard).is_file())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
+        raise bad_model(f"{folder / index} can't be read", why=reason, do=GET_WHOLE) from error
     if missing:
         raise bad_model(
             f"the model folder {folder} lacks {len(missing)} of {len(shards)} shards",
             why=f"{index} names {', '.join(missing[:3])}",
             do=GET_WHOLE,
         )
+
+
+def _shards(index: dict[str, dict[str, object]]) -> set[str]:
+    """Return the names of the shards in an index.
+
+    Raises:
+        TypeError: one is not a string.
+    """
+    names = index["weight_map"].values()
+    if odd := next((name for name in names if not isinstance(name, str)), None):
+        raise TypeError(f"found {odd!r}, needed the name of a file")
+    return {str(name) for name in names}

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from attnimg.errors import AttnimgError
 from attnimg.facts import RunContext
+from attnimg.memory_errors import as_refusal
 from attnimg.train.distributed import any_rank
 from attnimg.train.loss_facts import Comparison, Loss, LossCheck, Tolerance, difference
 from attnimg.train.loss_tolerance import loss_tolerance
@@ -93,6 +94,8 @@ class _Check:
         except (AttnimgError, torch.OutOfMemoryError):
             raise
         except Exception as error:
+            if (full := as_refusal(error)) is not None:
+                raise full from error
             if raised:
                 raise _model_raised(self.engine, _short(error)) from error
             return LossCheck(compared=False, why=f"the model's own loss raised {_short(error)}")

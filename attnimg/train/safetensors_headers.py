@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from attnimg.files import open_regular, read_regular
 
 # The header of a hundred thousand tensors has 15 MB; a far longer one is damaged.
 _MAX_HEADER = 100 * 2**20
@@ -40,8 +42,7 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
     found: dict[str, StoredTensor] = {}
     for file in _files(folder):
         for name, entry in _header(file).items():
-            if name != "__metadata__":
-                found[name] = StoredTensor(dtype=entry["dtype"], shape=tuple(entry["shape"]))
+            found[name] = StoredTensor(dtype=entry["dtype"], shape=entry["shape"])
     return found
 
 
@@ -61,20 +62,26 @@ def unused_weights(model: Any, stored: Iterable[str], unexpected: Iterable[str])
 
 def _files(folder: Path) -> list[Path]:
     try:
-        index = json.loads((folder / "model.safetensors.index.json").read_text())
-        names = sorted(set(index["weight_map"].values()))
-    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+        text = read_regular(folder / "model.safetensors.index.json", at_most=_MAX_HEADER)
+        names = sorted(set(json.loads(text)["weight_map"].values()))
+        return [folder / name for name in names]
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError):
         whole = folder / "model.safetensors"
         return [whole] if whole.is_file() else sorted(folder.glob("*.safetensors"))
-    return [folder / name for name in names]
 
 
-def _header(file: Path) -> Mapping[str, Any]:
+def _header(file: Path) -> dict[str, dict[str, Any]]:
+    """Return name -> dtype, shape and data_offsets; empty where the file can't be read."""
     try:
-        with file.open("rb") as stream:
+        with open_regular(file) as stream:
             length = int.from_bytes(stream.read(8), "little")
-            return dict(json.loads(stream.read(length))) if length < _MAX_HEADER else {}
-    except (OSError, ValueError):
+            header = json.loads(stream.read(length)) if length < _MAX_HEADER else {}
+        return {
+            name: {**entry, "shape": tuple(entry["shape"]), "dtype": entry["dtype"]}
+            for name, entry in header.items()
+            if name != "__metadata__"
+        }
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError):
         return {}
 
 
@@ -85,8 +92,7 @@ def damages(file: Path) -> list[str]:
     try:
         with file.open("rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
-        ends = [entry["data_offsets"][1] for name, entry in _header(file).items()
-                if name != "__metadata__"]  # fmt: skip
+        ends = [entry["data_offsets"][1] for entry in _header(file).values()]
         needed, found = 8 + length + max(ends), file.stat().st_size
     except OSError as error:
         return [f"it can't be read: {error.strerror or error}"]

@@ -89,7 +89,10 @@ def _load(config: Config, source: str) -> Any:
             revision=config.revision_of_model,
             trust_remote_code=bool(config.trust_remote_code),
         )
-    except (OSError, ValueError, ImportError, KeyError, TypeError) as error:
+    except (
+        OSError, ValueError, ImportError, LookupError, RuntimeError, TypeError, AttributeError,
+        AssertionError,
+    ) as error:  # fmt: skip
         raise AttnimgError(
             f"no tokenizer could be loaded from {source}",
             why=str(error).splitlines()[0] if str(error) else type(error).__name__,

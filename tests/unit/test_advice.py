@@ -37,6 +37,7 @@ from attnimg.train.data import load_documents
 from attnimg.train.file_hashes import FileHashes
 from attnimg.train.manifest import write_manifest
 from attnimg.train.model import load_model_config
+from attnimg.train.options import try_options
 from attnimg.train.tokenizer import load_tokenizer
 
 H100 = Machine(
@@ -148,6 +149,7 @@ class Case:
             load_model_config(config)
         if path is None or path.parent.name == "model":
             check_inputs(config, self.machine or CPU)
+            try_options(config)
         if self.records is not None:
             load_documents(config, load_tokenizer(config, say=lambda _: None), progress=False)
 
@@ -204,6 +206,18 @@ def of_model(raw: Values, *, code: str = "quantized-checkpoint", **values: Any) 
 
 CASES: dict[str, Case] = {
     # The config alone.
+    "an argument that a schedule lacks": Case(
+        code="bad-value", machine=CPU, values={"lr_scheduler_kwargs": {"nope": 1}}),
+    "a value that a schedule lacks": Case(
+        code="bad-value", machine=CPU, values={
+            "lr_scheduler": "warmup_stable_decay",
+            "lr_scheduler_kwargs": {"num_decay_steps": 2, "decay_type": "nope"}}),
+    "an unknown compiler": Case(code="bad-value", machine=CPU, values={
+        "torch_compile": True, "torch_compile_backend": "nope"}),
+    "an argument that checkpointing lacks": Case(code="bad-value", machine=CPU, values={
+        "gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"nope": 1}}),
+    "more workers than CPUs": Case(code="bad-value", machine=CPU,
+                                   values={"dataloader_num_workers": 1024}),
     "a computed flag": Case(code="computed-flag", values={"attn_uses_flash_lib": True}),
     "a short form": Case(code="alias-rejected", values={"attn_implementation": "fa2"}),
     "no string": Case(code="not-a-string", values={"attn_implementation": 3}, options=0),

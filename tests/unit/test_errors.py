@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import io
+import warnings
+from pathlib import Path
 
 import pytest
 from rich.markup import escape
 
+from attnimg.__main__ import run
 from attnimg.errors import AttnimgError, printable, shortened
 from attnimg.report import as_text
 
@@ -52,3 +55,21 @@ def test_a_long_part_is_cut_and_says_by_how_much() -> None:
     assert len(error) < 5000
     assert "(96,000 more characters)" in error
     assert shortened("x" * 4000) == "x" * 4000
+
+
+def test_a_warning_that_python_raises_is_a_refusal(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(
+        "base_model: m\nlearning_rate: 1e-4\ndatasets: [{path: x}]\nflash_attention: true\n"
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert run(["check", str(file)]) == 2
+    said = capsys.readouterr().err
+    assert "write attn_implementation: flash_attention_2" in said
+    assert "do:  follow it" in said
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert run(["check", str(file)]) == 0

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 from collections import Counter
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,7 @@ from attnimg.schema import Config
 from attnimg.train.causal import require_causal_type
 from attnimg.train.model import load_model, load_model_config
 from attnimg.train.model_files import check_model_files
+from attnimg.train.safetensors_headers import stored_tensors
 from attnimg.train.tokenizer import load_tokenizer
 
 sys.path.append(str(Path(__file__).parents[1] / "fixtures"))
@@ -296,3 +300,70 @@ def test_a_class_of_another_task_is_refused_before_the_weights(tiny: Path, name:
 def test_a_class_of_this_task_is_taken(tiny: Path) -> None:
     for name in ("LlamaForCausalLM", "AutoModelForCausalLM"):
         load_model_config(tiny_run.config_for(tiny, model_type=name))
+
+
+def _pipe(path: Path) -> None:
+    os.mkfifo(path)
+
+
+def _device(path: Path) -> None:
+    path.symlink_to("/dev/zero")
+
+
+def _large(path: Path) -> None:
+    with path.open("wb") as file:
+        file.truncate((256 << 20) + 1)
+
+
+@pytest.mark.parametrize(
+    "make", [_pipe, _device, Path.mkdir, _large], ids=lambda make: make.__name__
+)
+@pytest.mark.parametrize(
+    "name", ["tokenizer_config.json", "model.safetensors.index.json", "adapter_config.json"]
+)
+def test_what_is_no_file_of_a_normal_size_is_refused(
+    tiny: Path, tmp_path: Path, name: str, make: Callable[[Path], None]
+) -> None:
+    shutil.copytree(tiny / "model", tmp_path / "model")
+    (tmp_path / "model" / "notes").mkdir()
+    config = tiny_run.config_for(tmp_path)
+    check_model_files(config)
+    (tmp_path / "model" / name).unlink(missing_ok=True)
+    make(tmp_path / "model" / name)
+    with pytest.raises(AttnimgError, match=name) as caught:
+        check_model_files(config)
+    assert caught.value.code == "bad-model"
+    assert "found" in caught.value.why
+    # The headers are read before: a pipe there must not hang.
+    assert stored_tensors(tmp_path / "model")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        pytest.param("[" * 50_000, id="50,000 levels"),
+        pytest.param("[]", id="a list"),
+        pytest.param('{"weight_map": {"a": 3}}', id="a number for a name"),
+        pytest.param('{"weight_map": {"a": "%s"}}' % ("x" * 300), id="a name of 300 bytes"),
+        pytest.param("", id="nothing"),
+    ],
+)
+def test_an_index_that_names_no_files_is_refused(tiny: Path, tmp_path: Path, text: str) -> None:
+    shutil.copytree(tiny / "model", tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(AttnimgError, match=r"model\.safetensors\.index\.json"):
+        check_model_files(tiny_run.config_for(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "name", ["tokenizer.json", "tokenizer_config.json", "generation_config.json"]
+)
+@pytest.mark.parametrize("text", ["[" * 50_000, "[]", '{"a": ' + "1" * 5000 + "}"],
+                         ids=["50,000 levels", "a list", "5,000 digits"])  # fmt: skip
+def test_json_that_the_loaders_do_not_expect_is_worded(
+    tiny: Path, tmp_path: Path, name: str, text: str
+) -> None:
+    shutil.copytree(tiny / "model", tmp_path / "model")
+    (tmp_path / "model" / name).write_text(text)
+    with suppress(AttnimgError):
+        load(tmp_path)

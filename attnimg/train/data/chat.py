@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import Any, Literal
 
 from attnimg.errors import AttnimgError
+from attnimg.train.data.bounded_render import TemplateLimitError
 from attnimg.train.data.chat_layout import Layout, lay_out
 from attnimg.train.data.chat_render import (
     CLOSING,
@@ -102,6 +103,14 @@ class ChatEncoder:
                 masked.append(list(self._masks(conversation, layout)))
             except TemplateError as error:
                 raise self._raised(conversation, place, str(error)) from None
+            except TemplateLimitError as error:
+                raise AttnimgError(
+                    f"the chat template takes too much: {place}",
+                    why=str(error),
+                    do="set chat_template to another one, or correct this one",
+                    code="bad-value",
+                    key="chat_template",
+                ) from None
             except RewrittenError as error:
                 raise self._refusal(conversation, place, error) from None
             self.notes |= dict.fromkeys(layout.notes)

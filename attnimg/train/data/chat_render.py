@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from attnimg.train.data.bounded_render import render_bounded
 from attnimg.train.data.parsed import Conversation, Turn
 from attnimg.train.data.tool_calls import arguments_as_text
 
@@ -93,25 +94,24 @@ class Renderer:
 
     def _render(self, messages: Sequence[Message], **kwargs: Any) -> tuple[str, list[Span]]:
         import jinja2
-        from transformers.utils.chat_template_utils import render_jinja_template
 
         try:
-            texts, spans = render_jinja_template(
-                conversations=[[self._given(message) for message in messages]],
+            text, spans = render_bounded(
+                [self._given(message) for message in messages],
+                template=self.template,
                 tools=[dict(tool) for tool in self.tools] or None,
-                chat_template=self.template,
                 **kwargs,
                 **self.tokenizer.special_tokens_map,
             )
-            texts[0].encode()  # half of a surrogate pair is no character: tokenizers raise
+            text.encode()  # half of a surrogate pair is no character: tokenizers raise
         except (
-            jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, TypeError,
-            ValueError,
+            jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, RecursionError,
+            TypeError, ValueError,
         ) as error:  # fmt: skip
             raise TemplateError(str(error) or type(error).__name__) from None
-        if self.parts and LISTED.search(texts[0]):
+        if self.parts and LISTED.search(text):
             raise TemplateError("it writes a content that is a list of parts as a list")
-        return str(texts[0]), spans[0] if spans else []
+        return text, spans
 
 
 @dataclass(frozen=True, slots=True)

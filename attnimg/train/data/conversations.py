@@ -46,7 +46,7 @@ def parse_turns(spec: DatasetSpec, record: Mapping[str, Any], place: Place) -> C
     if isinstance(messages, str):  # some sets store the conversation as JSON text
         try:
             messages = json.loads(messages)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             messages = shown(messages)
     if not isinstance(messages, list) or not messages:
         raise bad_record(

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import codecs
 import json
+import re
 from collections.abc import Callable, Collection, Iterator
 from typing import IO, Literal, TypeVar
 
-from attnimg.train.data.open_file import AS_UTF8, LIMIT_BYTES, TooLong, read_lines
+from attnimg.train.data.open_file import AS_UTF8, IN_ONE, LIMIT_BYTES, TooLong, read_lines
 
 CHUNK_BYTES = 1 << 20
 SPACE = " \t\r\n"
+SPACES = re.compile(f"[{SPACE}]+")
 BLANK = b"\xef\xbb\xbf \t\r\n"
 MESSAGE = frozenset({"role", "from"})  # keys of a message: a list of messages is one record's
 Opened = Callable[[], IO[bytes]]
@@ -235,7 +237,8 @@ class _Window:
     def skip_space(self) -> None:
         """Go on to the next character that is not white space."""
         while (character := self.peek()) and character in SPACE:
-            self.at += 1
+            found = SPACES.match(self.text, self.at)
+            self.at = found.end() if found else self.at
 
     def take(self, character: str, *, after: int = 0) -> None:
         """Go past one character, which must be there."""
@@ -277,7 +280,7 @@ class _Window:
                 value, end = json.JSONDecoder().raw_decode(self.text, self.at)
             except json.JSONDecodeError as error:
                 if len(self.text) - self.at > LIMIT_BYTES:
-                    long = TooLong("one value")
+                    long = TooLong(IN_ONE.format("value"))
                     raise self.error(str(long), record=number, do=long.do) from None
                 # The value may go on past the window; doubling keeps a long one linear.
                 if not self.grow(size):

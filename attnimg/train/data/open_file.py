@@ -20,6 +20,10 @@ COMPRESSED = frozenset({".gz", ".zst", ".zstd", ".xz", ".bz2"})
 # The longest line or JSON value that is read as one record, so that a broken or malicious file
 # ends in a sentence instead of the machine's memory. The longest single books are near 5 MiB.
 LIMIT_BYTES = 64 << 20
+IN_ONE = f"{LIMIT_BYTES >> 20} MiB in one {{}}"
+
+# Lines without text that may follow one another: a compressed file of them alone unpacks for hours.
+LIMIT_BLANK_LINES = 1 << 20
 
 # What helps against text in another encoding.
 AS_UTF8 = "write the file in UTF-8: `iconv -f ENCODING -t UTF-8 FILE > NEW`, and name the new one"
@@ -136,20 +140,25 @@ def open_data(path: Path) -> IO[bytes]:
 
 
 class TooLong(ValueError):
-    """A line, or a JSON value, that exceeds LIMIT_BYTES."""
+    """A line, or a JSON value, that exceeds LIMIT_BYTES; or too many empty lines."""
 
-    def __init__(self, what: str) -> None:
-        super().__init__(f"found more than {LIMIT_BYTES >> 20} MiB in {what}")
-        self.do = "cut it into several records"
+    def __init__(self, what: str, *, do: str = "cut it into several records") -> None:
+        super().__init__(f"found more than {what}")
+        self.do = do
 
 
 def read_lines(file: IO[bytes]) -> Iterator[bytes]:
     """Yield the lines of a file.
 
     Raises:
-        TooLong: a line exceeds LIMIT_BYTES.
+        TooLong: a line exceeds LIMIT_BYTES, or LIMIT_BLANK_LINES follow one another.
     """
+    blank = 0
     while line := file.readline(LIMIT_BYTES + 1):
         if len(line) > LIMIT_BYTES:
-            raise TooLong("one line")
+            raise TooLong(IN_ONE.format("line"))
+        blank = blank + 1 if line in (b"\n", b"\r\n") else 0
+        if blank > LIMIT_BLANK_LINES:
+            do = "write the file again without its empty lines: `grep . FILE > NEW`"
+            raise TooLong(f"{LIMIT_BLANK_LINES:,} empty lines in a row", do=do)
         yield line

@@ -102,10 +102,10 @@ def find_source(spec: DatasetSpec, *, key: str) -> Source:
     """
     try:
         return _found(spec, key=key)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # RuntimeError: ~user without a home
         raise AttnimgError(
             f"cannot read {spec.path}",
-            why=f"{key}.path: {error.strerror or error}",
+            why=f"{key}.path: {getattr(error, 'strerror', None) or error}",
             do=f"correct {key}.path, or the permissions of its folders",
             code="bad-data",
             key=f"{key}.path",

@@ -98,5 +98,5 @@ def _parsed(value: object) -> Any:
         return value
     try:
         return json.loads(value) if value.strip() else None
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         return value

@@ -1,0 +1,89 @@
+"""What the attacks share: the process that runs commands, a model with data, and the summary."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from attacked import Attnimg, Outcome
+from generated import SECONDS
+
+# A class stops itself after its time; one command more may take 20 s.
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            item.add_marker(pytest.mark.timeout(SECONDS + 240))
+
+
+@pytest.fixture(scope="session")
+def attnimg() -> Iterator[Attnimg]:
+    with Attnimg() as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with model/ and data.jsonl."""
+    from tiny_run import make_model, sentences
+
+    folder = tmp_path_factory.mktemp("home")
+    make_model(folder / "model")
+    lines = [json.dumps({"text": text}) + "\n" for text in sentences(60, seed=3)]
+    (folder / "data.jsonl").write_text("".join(lines))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def right(attnimg: Attnimg, home: Path) -> dict[str, Any]:
+    """The config of a short run that is right; it has run, so that its proofs are kept."""
+    keys = {
+        "base_model": str(home / "model"),
+        "datasets": [{"path": str(home / "data.jsonl"), "type": "completion"}],
+        "learning_rate": 1e-2,
+        "sequence_len": 64,
+        "sample_packing": True,
+        "max_steps": 1,
+        "save_strategy": "no",
+        "bf16": False,
+        "output_dir": "out",
+    }
+    (home / "run.yaml").write_text(yaml.safe_dump(keys))
+    done = attnimg.run(["train", "run.yaml"], folder=home, seconds=200)
+    assert done.code == 0, done.err
+    return keys
+
+
+@pytest.fixture
+def train(
+    attnimg: Attnimg, right: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Outcome]:
+    """Train in a new folder, with keys that override those of `right`."""
+
+    def run(
+        folder: Path | None = None, *, options: dict[str, Any] | None = None, **keys: Any
+    ) -> Outcome:
+        folder = folder or tmp_path_factory.mktemp("run")
+        (folder / "run.yaml").write_text(yaml.safe_dump({**right, **keys}))
+        return attnimg.run(["train", "run.yaml"], folder=folder, **(options or {}))
+
+    return run
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Print tried and held by class; the reports come from all of xdist's processes."""
+    reports = [
+        report for kind in ("passed", "failed") for report in terminalreporter.getreports(kind)
+    ]
+    found = [
+        value for report in reports for name, value in report.user_properties if name == "attack"
+    ]
+    if found:
+        terminalreporter.section("attacks: tried and held")
+        for kind, tried, held in sorted(found):
+            terminalreporter.write_line(f"{kind:<18} {tried:>5} tried  {held:>5} held")

@@ -1,0 +1,133 @@
+"""Attack with data sets: damaged files of each format, odd records, and what is no file."""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import io
+import json
+import lzma
+import os
+import shutil
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+from attacked import Outcome
+from generated import ODD, damaged, held_against
+from hypothesis import strategies as st
+
+TALK = {"messages": [{"role": "user", "content": "Is it?"},
+                     {"role": "assistant", "content": "Yes."}]}  # fmt: skip
+TEXT, ALPACA = {"text": "The king spoke."}, {"instruction": "Is it?", "output": "Yes."}
+KINDS = {"completion": TEXT, "alpaca": ALPACA, "chat_template": TALK, "pretrain": TEXT}
+ENTRIES: list[dict[str, Any]] = [
+    {}, {}, {}, {"split": "train[:50%]"}, {"ds_type": "json"}, {"ds_type": "parquet"},
+    {"field": "text"}, {"field_messages": "messages"}, {"train_on_eos": "all"},
+]  # fmt: skip
+TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}"
+
+
+def table(rows: list[dict[str, Any]], kind: str) -> bytes:
+    written, made = io.BytesIO(), pyarrow.Table.from_pylist(rows)
+    if kind == "parquet":
+        pyarrow.parquet.write_table(made, written)
+    else:
+        with pyarrow.ipc.new_stream(written, made.schema) as stream:
+            stream.write_table(made)
+    return written.getvalue()
+
+
+def files(rows: list[dict[str, Any]]) -> dict[str, bytes]:
+    """The same rows in each format, by the file's name."""
+    lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    found = {
+        "d.jsonl": lines, "d.json": json.dumps(rows).encode(), "d.jsonl.gz": gzip.compress(lines),
+        "d.jsonl.xz": lzma.compress(lines), "d.jsonl.bz2": bz2.compress(lines),
+        "d.parquet": table(rows, "parquet"), "d.arrow": table(rows, "arrow"), "d.txt": lines,
+    }  # fmt: skip
+    if all(isinstance(value, str) for row in rows for value in row.values()):
+        found["d.csv"] = "".join(
+            f"{','.join(row)}\n{','.join(str(v) for v in row.values())}\n" for row in rows[:1]
+        ).encode()
+    return found
+
+
+@st.composite
+def odd_record(draw: st.DrawFn, kind: str) -> Any:
+    """A record with an odd value somewhere in it."""
+    record = json.loads(json.dumps(KINDS[kind]))
+    odd = draw(ODD)
+    if kind != "chat_template" or draw(st.integers(0, 2)) == 0:
+        return draw(st.sampled_from([odd, {**record, draw(st.sampled_from(sorted(record))): odd}]))
+    message = draw(st.sampled_from(record["messages"]))
+    keys = ["role", "content", "tool_calls", "name", "train", "weight", "reasoning_content"]
+    key = draw(st.sampled_from(keys))
+    message[key] = odd
+    return record
+
+
+def special(path: Path, kind: str) -> None:
+    """Make what is no regular file."""
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "socket":
+        with socket.socket(socket.AF_UNIX) as made:
+            made.bind(os.path.relpath(path))
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        path.symlink_to({"device": "/dev/zero", "loop": path.name, "nothing": "/no/where"}[kind])
+
+
+def test_data_sets(
+    train: Callable[..., Outcome],
+    tmp_path: Path,
+    record_property: Callable[[str, Any], None],
+) -> None:
+    @st.composite
+    def cases(draw: st.DrawFn) -> tuple[str, str, bytes | str, dict[str, Any]]:
+        kind = draw(st.sampled_from(sorted(KINDS)))
+        entry = draw(st.sampled_from(ENTRIES))
+        if draw(st.integers(0, 9)) == 0:
+            name = draw(st.sampled_from(["d.jsonl", "d.parquet", "d.csv", "d"]))
+            kinds = ["pipe", "socket", "folder", "device", "loop", "nothing"]
+            return kind, name, draw(st.sampled_from(kinds)), entry
+        rows = [KINDS[kind]] * 40
+        if draw(st.booleans()):
+            record = draw(odd_record(kind))
+            lines = "".join(json.dumps(row) + "\n" for row in [*rows[:3], record, *rows])
+            return kind, "d.jsonl", lines.encode(errors="surrogatepass"), entry
+        name, content = draw(st.sampled_from(sorted(files(rows).items())))
+        return kind, name, draw(damaged(content)), entry
+
+    def judge(case: tuple[str, str, bytes | str, dict[str, Any]]) -> str:
+        kind, name, content, entry = case
+        shutil.rmtree(tmp_path)
+        tmp_path.mkdir()
+        os.chdir(tmp_path)
+        if isinstance(content, bytes):
+            (tmp_path / name).write_bytes(content)
+        else:
+            special(tmp_path / name, content)
+        template = {"chat_template_jinja": TEMPLATE} if kind == "chat_template" else {}
+        data = [{"path": str(tmp_path / name), "type": kind, **entry}]
+        return train(tmp_path, datasets=data, **template).fell_with_text
+
+    before = Path.cwd()
+    try:
+        held_against("data sets", cases(), judge, record=record_property)
+    finally:
+        os.chdir(before)
+
+
+def test_right_data_of_each_format_is_trained_on(
+    train: Callable[..., Outcome], tmp_path: Path
+) -> None:
+    for name in ("d.jsonl.gz", "d.parquet"):
+        (tmp_path / name).write_bytes(files([TEXT] * 40)[name])
+        outcome = train(datasets=[{"path": str(tmp_path / name), "type": "completion"}])
+        assert (outcome.code, outcome.fell) == (0, ""), outcome.err

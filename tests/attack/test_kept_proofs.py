@@ -1,0 +1,61 @@
+"""Attack with kept proofs: damaged files and files that others could have written."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from generated import damaged, held_against
+from hypothesis import strategies as st
+
+from attnimg.backends import backend_named
+from attnimg.facts import Figure, Proof
+from attnimg.prove import cache
+
+FIGURE = Figure(quantity="dq", error=1e-7, allowed=1e-6, case="17 tokens")
+PROOF = Proof(backend="sdpa", reasons=(), figures=(FIGURE,), cases=3, longest=64, seconds=0.5)
+OTHERS = ("pipe", "link", "folder", "writable", "folder writable")
+
+
+def test_kept_proofs(tmp_path: Path, record_property: Callable[[str, Any], None]) -> None:
+    sdpa = backend_named("sdpa")
+    assert sdpa is not None
+    folder, path = tmp_path / "own", tmp_path / "own" / "k.json"
+    cache.write(folder, "k", PROOF, say=lambda _: None)
+    content = path.read_bytes()
+
+    def judge(case: bytes | str) -> str:
+        shutil.rmtree(folder)
+        cache.write(folder, "k", PROOF, say=lambda _: None)
+        if isinstance(case, bytes):
+            path.write_bytes(case)
+        elif case == "writable":
+            path.chmod(0o666)
+        elif case == "folder writable":
+            folder.chmod(0o777)
+        else:
+            path.unlink()
+            if case == "pipe":
+                os.mkfifo(path)
+            elif case == "folder":
+                path.mkdir()
+            else:
+                (tmp_path / "k.json").write_bytes(content)
+                path.symlink_to(tmp_path / "k.json")
+        said: list[str] = []
+        try:
+            found = cache.read(folder, "k", backend=sdpa, say=said.append)
+        except Exception as error:
+            return f"{type(error).__name__}: {error}"
+        if found is None:
+            return "" if len(said) == 1 else f"it says {said}, needed one sentence"
+        if isinstance(case, str):
+            return "it was taken"
+        bad = [figure for figure in found.figures if not figure.error <= figure.allowed]
+        return f"it was taken: {found}" if bad or found.backend != "sdpa" else ""
+
+    held_against("kept proofs", st.one_of(damaged(content), st.sampled_from(OTHERS)), judge,
+                 record=record_property)  # fmt: skip

@@ -1,0 +1,87 @@
+"""Attack with prepared folders: what is damaged, foreign or of other data is prepared again."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from attacked import Outcome
+from generated import damaged, held_against
+from hypothesis import strategies as st
+
+from attnimg.train.data.cache import DOCUMENTS, FIGURES
+
+
+def test_prepared_folders(
+    train: Callable[..., Outcome],
+    home: Path,
+    tmp_path: Path,
+    record_property: Callable[[str, Any], None],
+) -> None:
+    whole, used, data = tmp_path / "whole", tmp_path / "used", tmp_path / "data.jsonl"
+    lines = (home / "data.jsonl").read_text()
+    keys = {"dataset_prepared_path": str(used),
+            "datasets": [{"path": str(data), "type": "completion"}]}  # fmt: skip
+
+    def loss() -> float:
+        metrics = (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()
+        return float(json.loads(metrics[0])["loss"])
+
+    def trained(text: str) -> Outcome:
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+        # The same size and time, so that only the content can tell two of them apart.
+        data.write_text(text)
+        os.utime(data, (1e9, 1e9))
+        return train(tmp_path, **keys)
+
+    other = lines.replace("king", "ship")
+    assert trained(other).code == 0
+    other_loss = loss()
+    shutil.rmtree(used)
+    assert trained(lines).code == 0
+    right_loss = loss()
+    assert right_loss != other_loss
+    shutil.copytree(used, whole)
+    reused = trained(lines)
+    assert (reused.code, loss()) == (0, right_loss)
+    assert "reused" in reused.err
+
+    @st.composite
+    def cases(draw: st.DrawFn) -> tuple[str, str, bytes | str]:
+        text = draw(st.sampled_from([lines, other]))
+        name = draw(st.sampled_from([DOCUMENTS, FIGURES]))
+        kinds = ["pipe", "link", "gone", "folder", "writable", "folder writable", "untouched"]
+        if draw(st.booleans()):
+            return text, name, draw(st.sampled_from(kinds))
+        return text, name, draw(damaged(next(whole.glob(f"*/{name}")).read_bytes()))
+
+    def judge(case: tuple[str, str, bytes | str]) -> str:
+        text, name, content = case
+        shutil.rmtree(used)
+        shutil.copytree(whole, used)
+        path = next(used.glob(f"*/{name}"))
+        if isinstance(content, bytes):
+            path.write_bytes(content)
+        elif content == "writable":
+            path.chmod(0o666)
+        elif content == "folder writable":
+            path.parent.chmod(0o777)
+        elif content != "untouched":
+            path.unlink()
+            if content == "pipe":
+                os.mkfifo(path)
+            elif content == "link":
+                path.symlink_to(next(whole.glob(f"*/{name}")))
+            elif content == "folder":
+                path.mkdir()
+        outcome = trained(text)
+        if outcome.fell or outcome.code:
+            return outcome.fell_with_text
+        needed = right_loss if text == lines else other_loss
+        return "" if loss() == needed else f"it trained on other data: loss {loss()}, not {needed}"
+
+    held_against("prepared folders", cases(), judge, record=record_property)
