@@ -40,7 +40,8 @@ def attention_check_of(
     assert found.chosen is not None
     names = [found.chosen.backend, *(choice.verdict.backend for choice in found.groups)]
     used = [_named(name) for name in dict.fromkeys(names[1:] or names)]
-    fitting = {verdict.backend for verdict in found.verdicts if verdict.fits}
+    # Plain attention takes every model.
+    fitting = {"eager", *(verdict.backend for verdict in found.verdicts if verdict.fits)}
     return AttentionCheck(
         every,
         partial(_judged, found, context),

@@ -22,6 +22,8 @@ Span = tuple[int, int]
 # both, the derivative of the soft cap and what the mask takes.
 _ARRAYS = 6
 _TILE_Q, _TILE_K = 256, 2048
+# Up to so many tokens, half of a tile's scores being hidden costs less than forming them again.
+_ONE_TILE = 1024
 _SMALLEST = 16
 
 
@@ -172,7 +174,7 @@ def span_reference(
         dtype=dtype,
         rounded_to=rounded_to,
     )
-    heads, tile_q, tile_k = _tiles(row, at_most_bytes)
+    heads, tile_q, tile_k = _tiles(row, at_most_bytes, whole=_is_whole(row, queries, keys))
     parts = [
         _of_heads(row, slice(begin, begin + heads), queries, keys, tile_q=tile_q, tile_k=tile_k)
         for begin in range(0, len(k), heads)
@@ -208,10 +210,17 @@ def _bounds(
     return first_T, last_T
 
 
-def _tiles(row: _Row, at_most_bytes: int) -> tuple[int, int, int]:
+def _is_whole(row: _Row, queries: Sequence[Span], keys: Sequence[Span]) -> bool:
+    """Return whether everything is asked for: one tile for all then forms each product once."""
+    return row.d_out is not None and [*queries] == [*keys] == [(0, row.q.shape[2])]
+
+
+def _tiles(row: _Row, at_most_bytes: int, *, whole: bool) -> tuple[int, int, int]:
     """Return how many key heads, queries and keys are looked at at once."""
     n_kv_heads, group, n_tokens = row.q.shape[:3]
     tile_q, tile_k = min(_TILE_Q, n_tokens), min(_TILE_K, n_tokens)
+    if whole and n_tokens <= _ONE_TILE:
+        tile_q = tile_k = n_tokens
 
     def needed() -> int:
         sizes = row.q.shape[-1] + row.v.shape[-1]
@@ -234,8 +243,7 @@ def _of_heads(
 ) -> tuple[Tensor | None, ...]:
     """Return out, dq, dk, dv and dsinks of some key heads and the query heads to each."""
     n_tokens = row.q.shape[2]
-    whole = [(0, n_tokens)]
-    if [*queries] == [*keys] == whole and n_tokens <= min(tile_q, tile_k) and row.d_out is not None:
+    if n_tokens <= min(tile_q, tile_k) and _is_whole(row, queries, keys):
         return _of_one_tile(row, heads)
     # What each query's softmax is divided by, and d_out out: (heads, R, T).
     shape = (*row.q[heads].shape[:2], n_tokens)

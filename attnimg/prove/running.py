@@ -37,13 +37,14 @@ from attnimg.prove.spans import NotSpans, closed_part, spans_of_arguments, spans
 
 # Bytes that the results of both references and their differences may take, and tiles of scores.
 RESULT_BYTES, TILE_BYTES = 128 << 20, 96 << 20
-# Pairs of a query and a key, summed over query heads, that are computed at a time.
-PAIRS = {"cpu": 2**20, "cuda": 2**27}
+# Pairs of a query and a key, over all query heads, that a check computes; of the one key head that
+# is left, a part of the tokens is compared where there are more than LONG times as many.
+PAIRS, LONG = {"cpu": 2**18, "cuda": 2**27}, 4
 # Scores beyond are those of the proofs' large probes, whose bounds leave room for float32 sums.
 LARGE_SCORE = 32.0
 # Rounding averages out in a quantity as a whole only where it is below this share of it.
 CLEAR = 0.1
-# Tokens at both ends of a long row that are always compared.
+# The last tokens of a long row, which are always compared.
 ENDS = 64
 # Rows of at most so many tokens have the bound of noise.rounding_of_output, if a query sees SHORT.
 FEW_TOKENS = 256
@@ -94,13 +95,15 @@ def check_call(
         return check
     try:
         again = call_again(call)
+        with torch.no_grad(), cast:
+            repeated = _compared(again, part, backend=backend, dtype=dtype)
+    except torch.OutOfMemoryError:
+        return replace(check, repeated=False)
     # Foreign kernels raise anything.
     except Exception as error:
         text = f"called again, it raised {type(error).__name__}: {error}"
         faults = (*check.faults, Reason(code="crash", text=text))
         return replace(check, faults=faults, near=False, repeated=True)
-    with torch.no_grad(), cast:
-        repeated = _compared(again, part, backend=backend, dtype=dtype)
     return replace(check, repeated=bool(repeated.faults))
 
 
@@ -172,16 +175,14 @@ def _part_of(call: CapturedCall, *, longest: int | None, draw: random.Random) ->
     per_head = int((last - first).sum()) * group
     budget = PAIRS.get(call.q.device.type, PAIRS["cuda"])
     bytes_per_token = 8 * 3 * sizes * (group + 1)
-    heads = min(
-        call.k.shape[1],
-        budget // max(per_head, 1),
-        RESULT_BYTES // (bytes_per_token * n_tokens),
-    )
+    tokens_held = RESULT_BYTES // bytes_per_token
+    heads = min(call.k.shape[1], budget // max(per_head, 1), tokens_held // n_tokens)
     heads = max(1, heads)
     begin = draw.randrange(call.k.shape[1] - heads + 1)
     spans = [(0, n_tokens)]
-    if bytes_per_token * n_tokens * heads > RESULT_BYTES:
-        spans = _some_of(n_tokens, RESULT_BYTES // bytes_per_token, draw)
+    wanted = min(tokens_held, n_tokens * LONG * budget // max(per_head, 1))
+    if heads == 1 and wanted < n_tokens:
+        spans = _some_of(n_tokens, wanted, draw)
     return _Part(
         row=row,
         tokens=tokens,
@@ -195,11 +196,11 @@ def _part_of(call: CapturedCall, *, longest: int | None, draw: random.Random) ->
 
 
 def _some_of(n_tokens: int, wanted: int, draw: random.Random) -> list[Span]:
-    """Choose about as many tokens as wanted: both ends, and some between."""
-    middle = max(wanted - 2 * ENDS, ENDS)
-    begin = draw.randrange(ENDS, max(ENDS + 1, n_tokens - ENDS - middle))
-    end = min(begin + middle, n_tokens - ENDS)
-    return [(0, ENDS), (begin, end), (n_tokens - ENDS, n_tokens)]
+    """Choose about as many tokens as wanted: the last ones, and some before."""
+    ends = min(ENDS, n_tokens // 2)
+    before = min(max(wanted - ends, ends), n_tokens - ends)
+    begin = draw.randrange(n_tokens - ends - before + 1)
+    return [(begin, begin + before), (n_tokens - ends, n_tokens)]
 
 
 def _compared(call: CapturedCall, part: _Part, *, backend: Backend, dtype: DType) -> _Found:

@@ -75,7 +75,7 @@ class AttentionCheck:
         self.record = CheckRecord(every_steps=every, why_not=why_not)
         self._kinds: list[Kind] = []
         self._checked: int | None = None
-        self._turn = 0
+        self._turn = self._began = 0
         self._window: list[float] = []
 
     def announce(self) -> None:
@@ -106,7 +106,10 @@ class AttentionCheck:
         from attnimg.calls.capture import Capture
 
         # A session that resumes goes on with the layer after that of the session before.
-        self._turn = (step - 1) // every if self._checked is None else self._turn + 1
+        if self._checked is None:
+            self._turn, self._began = (step - 1) // every, step
+        else:
+            self._turn += 1
         self._checked = step
         found: list[CallCheck] = []
 
@@ -158,7 +161,7 @@ class AttentionCheck:
         wrong = [n for n, check in enumerate(found) if check.sure or (doubted and check.faults)]
         if wrong:
             raise self._wrong(found[wrong[0]], wrong, step, folder)
-        if any(not check.skipped for check in found):
+        if any(check.figures for check in found) and not any(check.faults for check in found):
             record.last_passed = step
 
     def _tell_doubt(self, check: CallCheck, step: int) -> None:
@@ -193,17 +196,18 @@ class AttentionCheck:
         where = f" on rank {', '.join(map(str, ranks))}" if world_size() > 1 else ""
         good = self._last_good(folder)
         passed = self.record.last_passed
-        since = f"the checks up to step {passed} passed" if passed else "no check passed before"
+        since = f"the check at step {passed} passed" if passed else "no check passed before"
         newest = newest_checkpoint(folder)
-        other = self.others[0] if self.others else "eager"
-        edits = [f"set attn_implementation: {other}"]
+        edits = [f"set attn_implementation: {name}" for name in self.others[:1]]
+        if not edits:
+            edits = ["train on another machine: this one computes plain attention wrong"]
         if good is None:
             kept = "no checkpoint was written before the last check that passed"
         else:
             kept = f"the last good checkpoint is {good}"
             edits.append(f"set resume_from_checkpoint: {good}")
-        # Checkpoints that are not good would be taken for the new run's.
-        if newest != good:
+        # What stands there would be taken for the new run's.
+        if good is None or newest != good:
             edits.append("set another output_dir")
         return AttnimgError(
             f"attention by {check.backend} is wrong in layer {check.layer} at step {step}{where}",
@@ -215,7 +219,11 @@ class AttentionCheck:
         )
 
     def _last_good(self, folder: Path) -> Path | None:
-        """Return the newest checkpoint that is not newer than the last check that passed."""
-        passed = self.record.last_passed or 0
-        good = [path for path in checkpoints(folder) if step_of(path) <= passed]
+        """Return the newest checkpoint that is not newer than the last check that passed.
+
+        Before the first such check, that is what the session began with.
+        """
+        passed = self.record.last_passed
+        last = self._began - 1 if passed is None else passed
+        good = [path for path in checkpoints(folder) if step_of(path) <= last]
         return good[-1] if good else None

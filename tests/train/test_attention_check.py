@@ -176,7 +176,7 @@ def test_the_advice_resumes_from_the_last_good_checkpoint(
     with pytest.raises(AttnimgError) as caught:
         run(made, tmp_path / "out", **keys)
     good = tmp_path / "out/checkpoint-3"
-    assert "the checks up to step 3 passed" in caught.value.why
+    assert "the check at step 3 passed" in caught.value.why
     assert caught.value.do.splitlines() == [
         "set attn_implementation: eager",
         f"set resume_from_checkpoint: {good}",
@@ -239,3 +239,28 @@ end_process(tiny_run.main(Path(sys.argv[1]), sys.argv[2:]))
     assert said.count("is wrong in layer 0 at step 3 on rank 1") == 2, said
     assert f"the last good checkpoint is {tmp_path / 'out/checkpoint-2'}" in said
     assert "did not answer" not in said
+
+
+def test_a_session_that_begins_wrong_goes_back_to_its_checkpoint(
+    made: Path, tmp_path: Path, serve: Callable[[Kernel], None]
+) -> None:
+    keys = {"save_steps": 2, "max_steps": 8, "resume_from_checkpoint": True}
+    run(made, tmp_path / "out", save_steps=2, max_steps=4)
+    serve(Kernel("output", lambda *_: True))
+    with pytest.raises(AttnimgError, match="at step 5") as caught:
+        run(made, tmp_path / "out", **keys)
+    good = tmp_path / "out/checkpoint-4"
+    said = ["set attn_implementation: eager", f"set resume_from_checkpoint: {good}"]
+    assert caught.value.do.splitlines() == said
+    followed = {**keys, "resume_from_checkpoint": str(good), "engine": {"attention": "eager"}}
+    assert run(made, tmp_path / "out", **followed).steps == 8
+
+
+def test_a_run_that_begins_wrong_begins_again(
+    made: Path, tmp_path: Path, serve: Callable[[Kernel], None]
+) -> None:
+    serve(Kernel("output", lambda *_: True))
+    with pytest.raises(AttnimgError, match="at step 1") as caught:
+        run(made, tmp_path / "out")
+    said = ["set attn_implementation: eager", "set another output_dir"]
+    assert caught.value.do.splitlines() == said

@@ -101,7 +101,7 @@ def test_a_fault_is_seen_twice_and_for_sure(fault: str, monkeypatch: pytest.Monk
 
 def test_right_calls_of_every_kernel_pass() -> None:
     """The first of the 10,000 that docs/measured/running-check.json counts."""
-    found = measured.right(70)
+    found = measured.right_of(range(70))
     assert (found["checks"], found["stopped"], found["doubtful"]) == (70, 0, 0), found["reasons"]
     assert all(0 < margin < 1 for margin in found["closest_to_its_bound"].values())
     assert found["skipped"] == {}
