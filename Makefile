@@ -92,6 +92,9 @@ bench/checkpoints: .venv/ready ## Measure the time of hashing in saving a checkp
 bench/own-loss: .venv/ready ## Count false alarms and misses of the loss comparison, 15 minutes
 	$(BIN)/python benchmarks/own_loss.py
 
+bench/running-check: .venv/ready ## Count false stops and misses of the running check, and its cost, 10 minutes
+	$(BIN)/python benchmarks/running_check.py
+
 lock: .venv/ready ## Resolve requirements/ again, from pyproject.toml and recipes/
 	$(BIN)/uv pip compile -q --python-version 3.11 --generate-hashes --no-emit-index-url \
 	  $(addprefix --find-links ,$(PIP_FIND_LINKS)) `# pip's CPU build of torch: the index's needs CUDA` \

@@ -576,6 +576,39 @@ class Proof:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class CallCheck:
+    """What came out when one attention call of a training step was compared with the reference.
+
+    Attributes:
+        backend: what computed the call.
+        layer: the layer's number in the model.
+        figures: one for each quantity that was compared; `case` says of what tokens and heads.
+        faults: the rules that the call broke; none means that it is right.
+        near: whether all faults are within what rounding does now and then.
+        repeated: whether the same call, made again, broke a rule too; None without faults.
+        skipped: why nothing was compared; "" where something was.
+    """
+
+    backend: str
+    layer: int
+    figures: tuple[Figure, ...] = ()
+    faults: tuple[Reason, ...] = ()
+    near: bool = False
+    repeated: bool | None = None
+    skipped: str = ""
+
+    @property
+    def sure(self) -> bool:
+        """Return whether the call is wrong beyond doubt."""
+        return bool(self.repeated) and not self.near
+
+    @property
+    def margin(self) -> float:
+        """Return the largest error as a share of what is allowed."""
+        return max((figure.error / figure.allowed for figure in self.figures), default=0.0)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class KnownBad:
     """A rule of known_bad.toml: where a backend is known to fail. It holds where all of it holds.
 

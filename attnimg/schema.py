@@ -169,6 +169,7 @@ class Config(BaseModel):
     attn_strict: Flag = False
     attn_forward_only_ok: Flag = False
     attn_known_bad: PathText | None = None
+    attn_check_steps: Whole = 200
 
     # Data
     datasets: Annotated[list[DatasetSpec], Field(min_length=1)] | None = None

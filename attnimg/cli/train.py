@@ -14,6 +14,7 @@ import typer
 
 from attnimg import apply, config, plan, probe, problem
 from attnimg.cli.proofs import content_hash, parts_of, proven_plan
+from attnimg.cli.running import attention_check_of
 from attnimg.cli.subject import (
     base_model_findings,
     distributions,
@@ -255,6 +256,7 @@ def fit_planned(
         session.say(f"warning: {note}")
     apply.require_applied(model, backend)
     found, proof = _proven(session, found, model)
+    context = context_of(session.problem, _backend(found))
     result = fit(
         values,
         model=model,
@@ -264,13 +266,20 @@ def fit_planned(
             machine=session.machine,
             plan=found,
             implementation=apply.running(model),
-            context=context_of(session.problem, _backend(found)),
+            context=context,
             isolation=asdict(proof) if proof else None,
             proofs=tuple(proofs),
         ),
         resume=resume,
         stop=session.stop,
         console=session.console,
+        attention_check=attention_check_of(
+            values.attn_check_steps,
+            found,
+            context,
+            dropout=session.problem.dropout,
+            say=session.say,
+        ),
     )
     for note in result.notes:
         session.say(note)

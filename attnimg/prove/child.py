@@ -14,7 +14,7 @@ import resource
 import signal
 import sys
 import time
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -22,10 +22,6 @@ from attnimg.backends import backend_named
 from attnimg.errors import AttnimgError
 from attnimg.facts import Geometry, Proof, Reason
 from attnimg.prove.shown import longest_of
-
-# flash-attn's own bound for the gradients of its CK kernels, on AMD's GPUs.
-# Source: flash-attention 2.8.3.post2, tests/test_flash_attn_ck.py (2026-11-21).
-K_BACKWARD_CK = 10.0
 
 
 def main() -> None:
@@ -60,6 +56,7 @@ def prove_candidate(
     from attnimg.attend import as_applied, attention_function
     from attnimg.calls.fp8 import restore_flash_kernel
     from attnimg.prove.candidate import merge, prove_geometry
+    from attnimg.prove.checks import with_bounds_here
 
     started = time.perf_counter()
     name, geometries = (
@@ -68,9 +65,7 @@ def prove_candidate(
     )
     backend = backend_named(name)
     assert backend is not None, name
-    if torch.version.hip and backend.name == "flash_attention_2":
-        backend = replace(backend, k_backward=K_BACKWARD_CK)
-    backend = as_applied(backend, geometries, routed=candidate["routed"])
+    backend = as_applied(with_bounds_here(backend), geometries, routed=candidate["routed"])
     longest = min(longest_of(geometry, device=device) for geometry in geometries)
     stage = ["loading"]
 

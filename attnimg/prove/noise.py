@@ -99,13 +99,46 @@ def rounding_of_output(case: Case, inputs: Inputs) -> dict[str, float]:
         inputs: its tensors.
     """
     q, k, v, _, weights = _attention(case, inputs)
-    weights = weights.detach()
-    unit = torch.finfo(inputs.q.dtype).eps / 2
-    products = inputs.d_out.float().transpose(1, 2) * (weights @ v)
+    return rounding_through(
+        q,
+        k,
+        v,
+        weights.detach(),
+        d_out=inputs.d_out.float().transpose(1, 2),
+        scale=inputs.scale,
+        unit=torch.finfo(inputs.q.dtype).eps / 2,
+        group=inputs.q.shape[1] // inputs.k.shape[1],
+    )
+
+
+def rounding_through(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    weights: Tensor,
+    *,
+    d_out: Tensor,
+    scale: float,
+    unit: float,
+    group: int,
+) -> dict[str, float]:
+    """Bound what the rounding of an output by `unit` moves dq and dk by; see rounding_of_output.
+
+    Args:
+        q: (..., H, T, D), as wide as d_out.
+        k: of each query head, (..., H, S, D).
+        v: of each query head, (..., H, S, E).
+        weights: of the attention, (..., H, T, S).
+        d_out: (..., H, T, E).
+        scale: factor on q @ k.
+        unit: half of the spacing at 1 in the precision of the output.
+        group: query heads to a key head.
+    """
+    products = d_out * (weights @ v)
     off = DEVIATIONS * unit / 3**0.5 * products.square().sum(-1, keepdim=True).sqrt()
-    off_scores = weights * off * inputs.scale
+    off_scores = weights * off * scale
     dk = off_scores.transpose(-1, -2) @ q.abs()
-    dk = dk.unflatten(1, (-1, inputs.q.shape[1] // inputs.k.shape[1])).sum(2)
+    dk = dk.unflatten(-3, (-1, group)).sum(-3)
     return {"dq": (off_scores @ k.abs()).max().item(), "dk": dk.max().item()}
 
 

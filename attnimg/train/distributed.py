@@ -12,9 +12,11 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import NoReturn
+from typing import NoReturn, TypeVar
 
 from attnimg.errors import AttnimgError
+
+T = TypeVar("T")
 
 # Variables that torchrun sets together.
 # Source: torch 2.13, distributed/run.py, "Environment Variables" (2026-11-27).
@@ -127,13 +129,10 @@ def agree(facts: Mapping[str, object], *, cpu: bool, timeout_s: float | None) ->
     """
     if world_size() == 1:
         return
-    import torch
-
     join(cpu=cpu, timeout_s=timeout_s)
     mine = {name: json.dumps(fact, sort_keys=True, default=str) for name, fact in facts.items()}
-    all_facts: list[dict[str, str]] = [{} for _ in range(world_size())]
     with lost_rank_errors(timeout_s):
-        torch.distributed.all_gather_object(all_facts, mine)
+        all_facts = gathered(mine)
     first = all_facts[0]
     odd = next((number for number, found in enumerate(all_facts) if found != first), None)
     if odd is None:
@@ -194,6 +193,17 @@ def _ranks_without_answer() -> list[int]:
         return [r for r in range(world_size()) if not store.check([f"attnimg/alive/{r}"])]
     except (RuntimeError, ValueError):  # the store's process has ended, or there is no store
         return []
+
+
+def gathered(mine: T) -> list[T]:
+    """Return what every process passes, by rank; every process must ask."""
+    import torch
+
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return [mine]
+    found: list[T] = [mine] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(found, mine)
+    return found
 
 
 def any_rank(wish: bool) -> bool:

@@ -17,6 +17,7 @@ import torch
 from attnimg.errors import AttnimgError
 from attnimg.train import checkpoint as checkpoints
 from attnimg.train import metrics
+from attnimg.train.attention_check import AttentionCheck
 from attnimg.train.disk import writing
 from attnimg.train.evaluator import EvaluationCut
 from attnimg.train.file_hashes import FileHashes
@@ -37,6 +38,7 @@ class Engine(SavedStates):
         save_limit: complete checkpoints to keep; None for all.
         identity: what decides the order of the data; saved with each checkpoint.
         eval_collate: the collator of evaluation batches.
+        attention_check: judges attention calls of training steps.
         options: what SFTTrainer takes.
     """
 
@@ -49,8 +51,10 @@ class Engine(SavedStates):
         save_limit: int | None,
         identity: Mapping[str, object],
         eval_collate: Collator,
+        attention_check: AttentionCheck,
         **options: Any,
     ) -> None:
+        self.attention_check = attention_check
         self.folder, self.backend = folder, backend
         self.save_limit, self.identity = save_limit, identity
         self.meter = metrics.Meter()
@@ -80,7 +84,8 @@ class Engine(SavedStates):
         """Count the batch, then train on it."""
         tokens, places = inputs.pop(COUNTS).tolist()
         self.meter.count(tokens, places)
-        return super().training_step(model, inputs, num_items_in_batch)
+        with self.attention_check.watching(self.state.global_step + 1, self.folder):
+            return super().training_step(model, inputs, num_items_in_batch)
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         """Refuse to step on a loss or gradient that is no number, while the weights are still good.
@@ -150,6 +155,7 @@ class Engine(SavedStates):
             counts = torch.tensor([self.meter.tokens, self.meter.places], device=self.args.device)
             tokens, places = self.accelerator.reduce(counts, reduction="sum").tolist()
             logs.update(self.meter.close_window(tokens=tokens, places=places))
+            logs.update(self.attention_check.close_window())
         super().log(logs, start_time)
 
     def _get_output_dir(self, trial: Any) -> str:  # noqa: ARG002  transformers' signature

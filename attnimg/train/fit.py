@@ -15,6 +15,7 @@ from attnimg.errors import AttnimgError
 from attnimg.memory_errors import memory_errors
 from attnimg.schema import Config
 from attnimg.train import metrics
+from attnimg.train.attention_check import AttentionCheck
 from attnimg.train.checkpoint import ResumePoint, read_state
 from attnimg.train.distributed import join, rank, world_size
 from attnimg.train.final import save_final
@@ -53,6 +54,7 @@ def fit(
     resume: ResumePoint | None,
     stop: StopFlag,
     console: Console,
+    attention_check: AttentionCheck,
 ) -> FitResult:
     """Train, and leave in output_dir: checkpoints, the model, metrics, a plot, a receipt.
 
@@ -65,10 +67,11 @@ def fit(
         resume: what `check_inputs` found; None for a new run in an empty folder.
         stop: whether someone asked to stop, from `stop_signals`.
         console: where progress goes, stderr's.
+        attention_check: judges attention calls of training steps.
 
     Raises:
-        AttnimgError: the run failed (exit code 1): disk full, out of memory, loss not finite; or
-            another run trains in output_dir (output-dir-busy).
+        AttnimgError: the run failed (exit code 1): disk full, out of memory, loss not finite,
+            attention kernel wrong; or another run trains in output_dir (output-dir-busy).
         Stopped: someone asked to stop; a checkpoint is written.
     """
     silence_libraries()
@@ -100,6 +103,7 @@ def fit(
         ),
         restored=read_state(resume.path) if resume and resume.path else {},
         identity=identity,
+        attention_check=attention_check,
     )
     require_steps(session.schedule.total_steps, config, resume)
     with locked(folder) if rank() == 0 else nullcontext():
@@ -124,6 +128,7 @@ def _with_receipt(session: Session, data_figures: object) -> FitResult:
             "data": data_figures,
             "packing": {"train": train.figures, "eval": evaluation.figures if evaluation else None},
             "schedule": session.schedule,
+            "attention_check": session.attention_check.record,
             "changed_on_resume": {
                 change.key: {"before": change.before, "now": change.now}
                 for change in accepted_changes(before, session.identity)
@@ -185,6 +190,7 @@ def _train(session: Session, receipt: dict[str, object]) -> FitResult:
     counts = count_weights(engine.model)
     receipt["weights"] = counts
     session.console.print(f"  {sentence(counts)}", highlight=False, markup=False, soft_wrap=True)
+    session.attention_check.announce()
     receipt["loss"] = check_own_loss(engine, session)
     if first:
         write_receipt(session.folder, receipt, status="running")

@@ -58,6 +58,7 @@ NOT_COMPARED = frozenset(
     {
         "trust_remote_code", "attn_supports_packing", "attn_uses_flash_lib",
         "attn_needs_dtype_cast", "attn_strict", "attn_forward_only_ok", "attn_known_bad",
+        "attn_check_steps",
         "dataset_prepared_path", "dataset_num_proc", "dataset_processes", "eval_batch_size",
         "gradient_checkpointing", "gradient_checkpointing_kwargs", "torch_compile",
         "torch_compile_backend", "torch_compile_mode", "output_dir", "logging_steps",

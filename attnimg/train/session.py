@@ -13,6 +13,7 @@ from attnimg.errors import AttnimgError
 from attnimg.facts import RunContext
 from attnimg.schema import Config
 from attnimg.train.arguments import training_arguments
+from attnimg.train.attention_check import AttentionCheck
 from attnimg.train.checkpoint import ResumePoint
 from attnimg.train.distributed import lost_rank_errors
 from attnimg.train.intact import damages_of
@@ -45,6 +46,7 @@ class Session:
         schedule: the run counted in steps.
         restored: the run's own state in the checkpoint it goes on from; empty for a new run.
         identity: what determines the run's result (identity.py); saved with each checkpoint.
+        attention_check: judges attention calls of training steps.
     """
 
     config: Config
@@ -60,6 +62,7 @@ class Session:
     schedule: Schedule
     restored: Mapping[str, Any]
     identity: Mapping[str, Any]
+    attention_check: AttentionCheck
 
 
 def build_engine(session: Session, view: ProgressView) -> Any:
@@ -93,6 +96,7 @@ def build_engine(session: Session, view: ProgressView) -> Any:
         save_limit=config.save_total_limit,
         identity=session.identity,
         eval_collate=(evaluation or train).collate,
+        attention_check=session.attention_check,
         model=session.model,
         args=SFTConfig(**arguments),
         data_collator=train.collate,

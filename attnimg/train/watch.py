@@ -18,7 +18,7 @@ from attnimg.train.signals import StopFlag
 # transformers' name -> the name in metrics.jsonl, in the order of a line.
 TRAIN_KEYS = (
     "epoch", "loss", "learning_rate", "grad_norm", "tokens", "tokens_per_second", "filled",
-    "memory_bytes", "seconds", "aux_loss",
+    "memory_bytes", "seconds", "aux_loss", "attn_checks", "attn_margin",
 )  # fmt: skip
 
 

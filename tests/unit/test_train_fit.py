@@ -75,7 +75,7 @@ def test_metrics_and_receipt_tell_the_run(tiny: Path, tmp_path: Path) -> None:
     assert [line["step"] for line in logged] == [1, 2, 4, 5], "the first, every second, the last"
     assert set(logged[0]) == {
         "step", "epoch", "loss", "learning_rate", "grad_norm", "tokens", "tokens_per_second",
-        "filled", "memory_bytes", "seconds",
+        "filled", "memory_bytes", "seconds", "attn_checks", "attn_margin",
     }  # fmt: skip
     receipt = json.loads((tmp_path / "receipt.json").read_text())
     assert receipt["status"] == "done"

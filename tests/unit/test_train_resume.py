@@ -50,6 +50,7 @@ OTHER = {
 }  # fmt: skip
 NOT_COMPARED = {
     "trust_remote_code": True, "attn_strict": True, "attn_known_bad": "file",
+    "attn_check_steps": 7,
     "dataset_prepared_path": "kept", "dataset_num_proc": 2, "eval_batch_size": 4,
     "gradient_checkpointing": True, "torch_compile": True, "output_dir": "elsewhere",
     "logging_steps": 5, "save_strategy": "epoch", "save_steps": 7, "save_total_limit": 1,

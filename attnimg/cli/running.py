@@ -1,0 +1,82 @@
+"""Set up the running check: which backend computes a call, and what judges it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING
+
+from attnimg.apply.router import shape_of
+from attnimg.backends import backend_named
+from attnimg.facts import Backend, CallCheck, LayerGroup, Plan, RunContext
+from attnimg.train.attention_check import AttentionCheck
+
+if TYPE_CHECKING:
+    from attnimg.calls.capture import CapturedCall
+
+# What may take over from a backend that is wrong: torch's own, then plain attention.
+_OTHERS = ("sdpa", "eager")
+
+
+def attention_check_of(
+    every: int,
+    found: Plan,
+    context: RunContext,
+    *,
+    dropout: float,
+    say: Callable[[str], None],
+) -> AttentionCheck:
+    """Return the check of a run's attention calls.
+
+    Args:
+        every: attn_check_steps.
+        found: the plan that the run follows.
+        context: how it calls its model.
+        dropout: of its attention weights.
+        say: prints a line for the user.
+    """
+    from attnimg.prove.running import why_unchecked
+
+    assert found.chosen is not None
+    names = [found.chosen.backend, *(choice.verdict.backend for choice in found.groups)]
+    used = [_named(name) for name in dict.fromkeys(names[1:] or names)]
+    # Plain attention takes every model.
+    fitting = {"eager", *(verdict.backend for verdict in found.verdicts if verdict.fits)}
+    return AttentionCheck(
+        every,
+        partial(_judged, found, context),
+        why_not=why_unchecked(used, context, dropout=dropout),
+        others=[name for name in _OTHERS if name in fitting and _named(name) not in used],
+        say=say,
+    )
+
+
+def _judged(found: Plan, context: RunContext, call: CapturedCall, seed: str) -> CallCheck:
+    from attnimg.prove.running import check_call
+
+    return check_call(
+        call,
+        backend=_backend_of(found, call),
+        dtype=context.dtype,
+        longest=context.sequence_len,
+        seed=seed,
+    )
+
+
+def _backend_of(found: Plan, call: CapturedCall) -> Backend:
+    """Return what a plan has for the layer of a call; a call may lack its window or soft cap."""
+    assert found.chosen is not None
+    kind = call.kind
+    shape = (kind.head_dim_qk, kind.head_dim_v, kind.window, kind.softcap, kind.sinks)
+
+    def likeness(layers: LayerGroup) -> int:
+        return sum(a == b for a, b in zip(shape_of(layers), shape, strict=True))
+
+    closest = max(found.groups, key=lambda choice: likeness(choice.layers), default=None)
+    return _named(closest.verdict.backend if closest else found.chosen.backend)
+
+
+def _named(name: str) -> Backend:
+    backend = backend_named(name)
+    assert backend is not None, name
+    return backend

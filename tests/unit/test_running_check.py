@@ -1,0 +1,230 @@
+"""The judge of the running check: what a call's queries see, what of it is compared, and how."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from run_facts import a_context
+from torch.nn.attention.flex_attention import create_block_mask
+
+from attnimg.backends import backend_named
+from attnimg.calls.capture import Kind, call_again
+from attnimg.facts import Backend, CallCheck
+from attnimg.prove import blocks, running
+from attnimg.prove.spans import NotSpans, closed_part, spans_of_mask
+from attnimg.train.attention_check import AttentionCheck
+from benchmarks import running_check as measured
+
+
+def named(name: str) -> Backend:
+    found = backend_named(name)
+    assert found is not None
+    return found
+
+
+def spans(first: torch.Tensor, last: torch.Tensor) -> list[tuple[int, int]]:
+    return list(zip(first.tolist(), last.tolist(), strict=True))
+
+
+# Two documents of 3 and 2, a window of 2, and a token of padding that sees nothing.
+SEEN = torch.tensor(
+    [[1, 0, 0, 0, 0, 0], [1, 1, 0, 0, 0, 0], [0, 1, 1, 0, 0, 0],
+     [0, 0, 0, 1, 0, 0], [0, 0, 0, 1, 1, 0], [0, 0, 0, 0, 0, 0]], dtype=torch.bool,
+)  # fmt: skip
+SPANS = [(0, 1), (0, 2), (1, 3), (3, 4), (3, 5), (5, 5)]
+LOWEST = torch.finfo(torch.bfloat16).min
+
+
+def block_mask() -> Any:
+    return create_block_mask(
+        lambda batch, head, query, key: SEEN[query, key] & (batch + head >= 0), 2, None, 6, 6,
+        device="cpu",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        pytest.param(SEEN[None, None], id="of bools"),
+        pytest.param(torch.stack([~SEEN, SEEN])[:, None], id="of each row"),
+        pytest.param(
+            torch.zeros(1, 1, 6, 6, dtype=torch.bfloat16).masked_fill(~SEEN, LOWEST), id="added"
+        ),
+        pytest.param(torch.zeros(1, 1, 6, 6).masked_fill(~SEEN, -torch.inf), id="added, inf"),
+        pytest.param(block_mask(), id="of flex_attention"),
+    ],
+)
+def test_a_mask_of_spans_is_read(mask: Any) -> None:
+    assert spans(*spans_of_mask(mask, 1, n_tokens=6)) == SPANS
+
+
+@pytest.mark.parametrize(
+    ("mask", "why"),
+    [
+        (torch.eye(6).bool().flip(0) | torch.eye(6).bool(), "between two that a query sees"),
+        (torch.arange(36.0).view(6, 6), "adds a bias"),
+        ([[True]], "is a list"),
+    ],
+)
+def test_other_masks_are_not_guessed(mask: Any, why: str) -> None:
+    given = mask[None, None] if isinstance(mask, torch.Tensor) else mask
+    with pytest.raises(NotSpans, match=why):
+        spans_of_mask(given, 0, n_tokens=6)
+
+
+def test_of_a_long_row_whole_documents_are_compared() -> None:
+    ends = [0, 5, 9, 30, 32, 40]
+    first = torch.cat([torch.full((b - a,), a) for a, b in pairwise(ends)])
+    last = torch.arange(40) + 1
+    found = {
+        (part.start, part.stop)
+        for seed in range(200)
+        for part in [closed_part(first, last, longest=10, draw=random.Random(seed))]
+    }
+    # The document of 21 tokens is longer than asked for, and stays whole.
+    assert found == {(0, 9), (5, 9), (9, 30), (30, 40), (32, 40)}
+    whole = closed_part(first, last, longest=40, draw=random.Random(0))
+    assert (whole.start, whole.stop) == (0, 40)
+
+
+@pytest.mark.parametrize("fault", measured.FAULTS)
+def test_a_fault_is_seen_twice_and_for_sure(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measured, "WRONG_CHECKS", 3)
+    monkeypatch.setattr(measured, "FAULTS", (fault,))
+    assert measured.wrong() == {fault: {"checks": 3, "seen": 3, "stopped": 3}}
+
+
+def test_right_calls_of_every_kernel_pass() -> None:
+    """The first of the 10,000 that docs/measured/running-check.json counts."""
+    found = measured.right_of(range(70))
+    assert (found["checks"], found["stopped"], found["doubtful"]) == (70, 0, 0), found["reasons"]
+    assert all(0 < margin < 1 for margin in found["closest_to_its_bound"].values())
+    assert found["skipped"] == {}
+
+
+def a_call(**changes: Any) -> tuple[Any, measured.Drawn]:
+    drawn = replace(
+        measured.draw(0), lengths=(40, 60), heads=8, kv_heads=4, window=None, values="spread",
+        dtype="bfloat16", d_out=1.0, seed=1, **changes,
+    )  # fmt: skip
+    return measured.made(drawn), drawn
+
+
+def test_within_the_budgets_some_heads_and_tokens_are_compared(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    call, drawn = a_call()
+    (all_heads,) = {figure.case for figure in measured.checked(call, drawn).figures}
+    assert all_heads == "row 0, tokens 0 to 99, key heads 0 to 3"
+    monkeypatch.setitem(running.PAIRS, "cpu", 1)
+    cases = set()
+    for seed in range(20):
+        found = measured.checked(call, replace(drawn, seed=seed))
+        assert not found.faults
+        cases |= {figure.case for figure in found.figures}
+    assert cases == {f"row 0, tokens 0 to 99, key heads {n} to {n}" for n in range(4)}
+    monkeypatch.setattr(running, "RESULT_BYTES", 1)
+    monkeypatch.setattr(running, "ENDS", 8)
+    found = measured.checked(call, drawn)
+    assert (found.faults, found.skipped) == ((), "")
+    # A fault in the last tokens is seen there too.
+    call.out[:, -3:] *= 2
+    assert measured.checked(call, drawn).faults
+
+
+def test_one_tile_and_many_give_the_same() -> None:
+    call, _ = a_call()
+    place = torch.arange(100)
+    given: dict[str, Any] = {
+        "first_T": torch.where(place < 40, 0, 40), "last_T": place + 1, "queries": [(0, 100)],
+        "keys": [(0, 100)], "scale": 0.3, "softcap": 5.0, "sinks": torch.arange(8.0),
+        "dtype": torch.float64, "rounded_to": None,
+    }  # fmt: skip
+    tensors = (call.q[0], call.k[0], call.v[0], call.d_out[0].transpose(0, 1))
+    one, many = (
+        blocks.span_reference(*tensors, **given, at_most_bytes=size) for size in (1 << 28, 1 << 18)
+    )
+    for name in ("out", "dq", "dk", "dv", "dsinks"):
+        assert torch.allclose(getattr(one, name), getattr(many, name), rtol=1e-10), name
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"arguments": {"position_bias": 1}}, "position_bias"),
+        ({"arguments": {"dropout": 0.1}}, "dropout 0.1"),
+        ({"written": True}, "wrote into a tensor"),
+        ({"k": torch.ones(1, 4, 7, 64)}, "queries on 7 keys"),
+        ({"q": torch.full((1, 8, 100, 64), torch.nan)}, "q, k or v is NaN"),
+    ],
+)
+def test_what_can_not_be_compared_is_skipped_with_a_reason(
+    change: dict[str, Any], why: str
+) -> None:
+    call, drawn = a_call(head_dim=64)
+    found = measured.checked(replace(call, **change), drawn)
+    assert why in found.skipped
+    assert not found.figures
+
+
+def test_without_a_finite_gradient_the_output_is_compared() -> None:
+    call, drawn = a_call()
+    call = replace(call, d_out=call.d_out * torch.inf)
+    assert [figure.quantity for figure in measured.checked(call, drawn).figures] == ["out"]
+
+
+def test_what_plain_attention_can_not_represent_is_not_judged() -> None:
+    """float16 has no number below 6e-8: most gradients are 0 in a right kernel too."""
+    drawn = replace(a_call()[1], dtype="float16")
+    call = call_again(
+        replace(measured.made(drawn), d_out=torch.full((1, 100, 8, 128), 6e-8).half())
+    )
+    assert not call.gradients["dq"].all()
+    found = measured.checked(call, drawn)
+    assert (found.faults, found.skipped) == ((), "")
+
+
+@pytest.mark.parametrize(
+    ("name", "context", "dropout", "why"),
+    [
+        ("sdpa", {}, 0.0, ""),
+        ("eager", {"checkpointing": True}, 0.0, ""),
+        ("sdpa", {"compiled": True}, 0.0, "torch.compile fuses"),
+        ("sdpa", {}, 0.1, "attention_dropout: 0.1 draws"),
+        ("s2", {}, 0.0, "s2 attends in groups"),
+        ("sage", {}, 0.0, "sage quantizes"),
+        ("fp8", {}, 0.0, "fp8 quantizes"),
+    ],
+)
+def test_runs_that_can_not_be_checked_say_why(
+    name: str, context: dict[str, Any], dropout: float, why: str
+) -> None:
+    found = running.why_unchecked([named(name)], a_context(**context), dropout=dropout)
+    assert found.startswith(why)
+    assert bool(found) == bool(why)
+    said: list[str] = []
+    check = AttentionCheck(200, lambda *_: CallCheck(backend="", layer=0), why_not=found,
+                           others=(), say=said.append)  # fmt: skip
+    check.announce()
+    told = f"attention is not checked while training: {found}"
+    assert said == [told if why else "attention: one layer is checked every 200 steps "
+                    "(attn_check_steps)"]  # fmt: skip
+
+
+def test_checks_go_through_the_kinds_and_layers() -> None:
+    sliding, full = (
+        Kind(4, 2, 16, 16, window, None, False) for window in (32, None)
+    )  # fmt: skip
+    check = AttentionCheck(1, lambda *_: CallCheck(backend="", layer=0), why_not="", others=(),
+                           say=print)  # fmt: skip
+    check._kinds = [sliding, sliding, full, sliding, full]
+    turns = []
+    for turn in range(12):
+        check._turn = turn
+        turns.append(check._layer())
+    assert turns == [0, 2, 1, 4, 3, 2, 0, 4, 1, 2, 3, 4]

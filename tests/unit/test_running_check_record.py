@@ -1,0 +1,32 @@
+"""The committed record of benchmarks/running_check.py is of this code, and within its bounds."""
+
+from __future__ import annotations
+
+import json
+
+from benchmarks import running_check
+
+RECORD = json.loads(running_check.RECORD.read_text(encoding="utf-8"))
+
+
+def test_the_record_is_of_this_grid() -> None:
+    described = running_check.described()
+    assert {name: RECORD[name] for name in described} == described
+
+
+def test_no_right_kernel_was_stopped() -> None:
+    right = RECORD["right"]
+    assert right["checks"] >= 10_000
+    assert right["stopped"] == 0, right["reasons"]
+    assert right["skipped"] == {}
+
+
+def test_every_fault_was_seen() -> None:
+    for fault, counts in RECORD["wrong"].items():
+        assert counts["seen"] == counts["checks"], fault
+        assert counts["stopped"] >= 0.8 * counts["checks"], fault
+
+
+def test_a_check_costs_less_than_half_a_percent_at_the_default_interval() -> None:
+    for model, cost in RECORD["cost"].items():
+        assert 0 < cost["percent_at_200_steps"] < 0.5, model
