@@ -1,0 +1,329 @@
+"""Compute attention of one row by blocks: chosen queries' outputs and gradients, in little memory.
+
+Plain attention of a long row holds heads * tokens squared scores. Here a tile of queries and a tile
+of keys are looked at in turn, so that the memory depends on neither, and only the queries that are
+asked for, and those that see a key that is asked for, are computed at all. None of torch's
+attention functions takes part.
+Letters: T query and key tokens, H query heads, G key heads, R query heads to a key head, D head
+size of q and k, E head size of v.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# Tokens (begin, end) of a row.
+Span = tuple[int, int]
+# Arrays of the size of a tile of scores that are held at once: scores, weights, the gradients of
+# both, the derivative of the soft cap and what the mask takes.
+_ARRAYS = 6
+_TILE_Q, _TILE_K = 256, 2048
+_SMALLEST = 16
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BlockReference:
+    """Attention at the tokens that were asked for, in their order.
+
+    Attributes:
+        out: (H, queries, E).
+        dq: (H, queries, D); None without d_out.
+        dk: (G, keys, D), of the whole row's output; None without d_out.
+        dv: (G, keys, E), likewise.
+        dsinks: (H,); None without d_out or without sinks.
+    """
+
+    out: Tensor
+    dq: Tensor | None
+    dk: Tensor | None
+    dv: Tensor | None
+    dsinks: Tensor | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Row:
+    """The arguments of block_reference, with the first and the last key that each query may see."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    d_out: Tensor | None
+    sinks: Tensor | None
+    first_T: Tensor
+    last_T: Tensor
+    scale: float
+    softcap: float | None
+    dtype: torch.dtype
+    rounded_to: torch.dtype | None
+
+    def rounded(self, x: Tensor) -> Tensor:
+        """Return what is left of an intermediate result that is stored in `rounded_to`."""
+        return x if self.rounded_to is None else x.to(self.rounded_to).to(self.dtype)
+
+
+def block_reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    d_out: Tensor | None = None,
+    *,
+    cu_seqlens: Tensor,
+    queries: Sequence[Span],
+    keys: Sequence[Span] = (),
+    scale: float,
+    causal: bool = True,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    dtype: torch.dtype = torch.float64,
+    rounded_to: torch.dtype | None = None,
+    at_most_bytes: int = 256 << 20,
+) -> BlockReference:
+    """Attend within the documents of one row, at chosen queries and keys.
+
+    Args:
+        q: (H, T, D), in any precision and memory layout.
+        k: (G, T, D), H a multiple of G.
+        v: (G, T, E).
+        d_out: gradient of the output, (H, T, E); None for no gradients.
+        cu_seqlens: where documents begin, and the end of the last one, int, (documents + 1,). What
+            stands behind it is padding, and sees nothing.
+        queries: whose out and dq are returned. They must not overlap.
+        keys: whose dk and dv are returned. All queries that see one of them take part.
+        scale: factor on q @ k.
+        causal: whether a query sees no later key.
+        window: keys that a query sees, its own included, to either side where it is not causal.
+        softcap: scores become softcap * tanh(scores / softcap).
+        sinks: a logit for each head that joins the softmax and has no value, (H,).
+        dtype: the precision of the sums.
+        rounded_to: what plain attention stores its scores, weights, their gradients and its results
+            in; None to round nothing.
+        at_most_bytes: memory for intermediate results. What is returned, and two numbers for each
+            query head and token, come on top.
+    """
+    n_tokens = q.shape[1]
+    first_T, last_T = _bounds(cu_seqlens, n_tokens=n_tokens, causal=causal, window=window)
+    row = _Row(
+        q=q.unflatten(0, (len(k), -1)),
+        k=k[:, None],
+        v=v[:, None],
+        d_out=None if d_out is None else d_out.unflatten(0, (len(k), -1)),
+        sinks=None if sinks is None else sinks.to(dtype).view(len(k), -1, 1),
+        first_T=first_T,
+        last_T=last_T,
+        scale=scale,
+        softcap=softcap,
+        dtype=dtype,
+        rounded_to=rounded_to,
+    )
+    heads, tile_q, tile_k = _tiles(row, at_most_bytes)
+    parts = [
+        _of_heads(row, slice(begin, begin + heads), queries, keys, tile_q=tile_q, tile_k=tile_k)
+        for begin in range(0, len(k), heads)
+    ]
+    out, dq, dk, dv, dsinks = (
+        None if found[0] is None else torch.cat(found) for found in zip(*parts, strict=True)
+    )
+    assert out is not None
+    return BlockReference(
+        out=out.flatten(0, 1),
+        dq=None if dq is None else dq.flatten(0, 1),
+        dk=dk,
+        dv=dv,
+        dsinks=None if dsinks is None else dsinks.flatten(),
+    )
+
+
+def _bounds(
+    cu_seqlens: Tensor, *, n_tokens: int, causal: bool, window: int | None
+) -> tuple[Tensor, Tensor]:
+    """Return the first key that each query sees, and the one behind the last, (T,) each."""
+    place_T = torch.arange(n_tokens, device=cu_seqlens.device)
+    ends = cu_seqlens.to(place_T.dtype)
+    document_T = torch.searchsorted(ends, place_T, right=True).clamp(1, len(ends) - 1)
+    first_T, last_T = ends[document_T - 1], ends[document_T]
+    # What stands behind the last document is padding, and sees nothing.
+    last_T = torch.where(place_T < ends[-1], last_T, first_T)
+    if causal:
+        last_T = torch.minimum(last_T, place_T + 1)
+    if window is not None:
+        first_T = torch.maximum(first_T, place_T - window + 1)
+        last_T = torch.minimum(last_T, place_T + window)
+    return first_T, last_T
+
+
+def _tiles(row: _Row, at_most_bytes: int) -> tuple[int, int, int]:
+    """Return how many key heads, queries and keys are looked at at once."""
+    n_kv_heads, group, n_tokens = row.q.shape[:3]
+    tile_q, tile_k = min(_TILE_Q, n_tokens), min(_TILE_K, n_tokens)
+
+    def needed() -> int:
+        sizes = row.q.shape[-1] + row.v.shape[-1]
+        arrays = _ARRAYS * group * tile_q * tile_k + 2 * sizes * (group * tile_q + tile_k)
+        return int(arrays * row.dtype.itemsize)
+
+    while needed() > at_most_bytes and max(tile_q, tile_k) > _SMALLEST:
+        tile_q, tile_k = (tile_q, tile_k // 2) if tile_k > tile_q else (tile_q // 2, tile_k)
+    return max(1, min(n_kv_heads, at_most_bytes // needed())), tile_q, tile_k
+
+
+def _of_heads(
+    row: _Row,
+    heads: slice,
+    queries: Sequence[Span],
+    keys: Sequence[Span],
+    *,
+    tile_q: int,
+    tile_k: int,
+) -> tuple[Tensor | None, ...]:
+    """Return out, dq, dk, dv and dsinks of some key heads and the query heads to each."""
+    n_tokens = row.q.shape[2]
+    # What each query's softmax is divided by, and d_out out: (heads, R, T).
+    shape = (*row.q[heads].shape[:2], n_tokens)
+    total = torch.zeros(shape, dtype=row.dtype, device=row.q.device)
+    delta = torch.zeros_like(total)
+    outs: dict[int, Tensor] = {}
+    asked = [t for span in queries for t in _tiled(span, tile_q)]
+    for tile in _to_look_at(row, asked, keys, tile_q=tile_q):
+        span = slice(*tile)
+        total[..., span] = _log_sums(row, heads, tile, tile_k=tile_k)
+        out = _output(row, heads, tile, total=total[..., span], tile_k=tile_k)
+        if row.d_out is not None:
+            delta[..., span] = (row.d_out[heads, :, span].to(row.dtype) * out).sum(-1)
+        if tile in asked:
+            outs[tile[0]] = out
+    out = torch.cat([outs[begin] for begin, _ in asked], 2)
+    if row.d_out is None:
+        return out, None, None, None, None
+    dq = torch.cat([_dq(row, heads, t, total, delta, tile_k=tile_k) for t in asked], 2)
+    dsinks = None
+    if row.sinks is not None:
+        dsinks = -(torch.exp(row.sinks[heads] - total) * delta).sum(-1)
+    if not keys:
+        return out, dq, None, None, dsinks
+    found = [
+        _dk_dv(row, heads, tile, total, delta, tile_q=tile_q)
+        for span in keys
+        for tile in _tiled(span, tile_k)
+    ]
+    dk, dv = (torch.cat(x, 1) for x in zip(*found, strict=True))
+    return out, dq, dk, dv, dsinks
+
+
+def _to_look_at(
+    row: _Row, asked: Sequence[Span], keys: Sequence[Span], *, tile_q: int
+) -> Iterator[Span]:
+    """Yield the tiles of queries that are asked for, and those of all that a gradient needs."""
+    yield from asked
+    if row.d_out is None:
+        return
+    # A sink gets a gradient from every query.
+    seeing = [(0, row.q.shape[2])] if row.sinks is not None else [_seeing(row, s) for s in keys]
+    done = torch.zeros(row.q.shape[2], dtype=torch.bool)
+    for begin, end in asked:
+        done[begin:end] = True
+    for span in seeing:
+        for begin, end in _tiled(span, tile_q):
+            if not done[begin:end].all():
+                done[begin:end] = True
+                yield begin, end
+
+
+def _tiled(span: Span, size: int) -> list[Span]:
+    begin, end = span
+    return [(place, min(place + size, end)) for place in range(begin, end, size)]
+
+
+def _seeing(row: _Row, keys: Span) -> Span:
+    """Return the queries that see at least one of some keys, and those between."""
+    sees_T = (row.first_T < keys[1]) & (row.last_T > keys[0])
+    places = sees_T.nonzero()
+    return (int(places[0]), int(places[-1]) + 1) if len(places) else (0, 0)
+
+
+def _seen(row: _Row, queries: Span) -> Span:
+    """Return the keys that at least one of some queries sees, and those between."""
+    span = slice(*queries)
+    return int(row.first_T[span].min()), int(row.last_T[span].max())
+
+
+def _scores(row: _Row, heads: slice, queries: Span, keys: Span) -> tuple[Tensor, Tensor | None]:
+    """Return the scores of a tile, -inf where hidden, and the derivative of the soft cap."""
+    q, k = (
+        x[heads, :, slice(*span)].to(row.dtype) for x, span in ((row.q, queries), (row.k, keys))
+    )
+    scores, derivative = row.rounded(q @ k.transpose(-1, -2) * row.scale), None
+    if row.softcap:
+        capped = torch.tanh(scores / row.softcap)
+        scores, derivative = row.rounded(row.softcap * capped), 1 - capped.square()
+    place = torch.arange(*keys, device=scores.device)
+    span = slice(*queries)
+    hidden = (place < row.first_T[span, None]) | (place >= row.last_T[span, None])
+    return scores.masked_fill_(hidden, -torch.inf), derivative
+
+
+def _log_sums(row: _Row, heads: slice, queries: Span, *, tile_k: int) -> Tensor:
+    """Return the logarithm of the sum that each query's softmax divides by, (heads, R, queries)."""
+    shape = (*row.q[heads].shape[:2], queries[1] - queries[0])
+    found = torch.full(shape, -torch.inf, dtype=row.dtype, device=row.q.device)
+    if row.sinks is not None:
+        found = row.sinks[heads].expand(shape).clone()
+    for keys in _tiled(_seen(row, queries), tile_k):
+        scores, _ = _scores(row, heads, queries, keys)
+        found = torch.logaddexp(found, scores.logsumexp(-1))
+    # Where a query sees nothing, its weights become exp(-inf - 0).
+    return found.masked_fill_(found == -torch.inf, 0.0)
+
+
+def _output(row: _Row, heads: slice, queries: Span, *, total: Tensor, tile_k: int) -> Tensor:
+    shape = (*total.shape, row.v.shape[-1])
+    out = torch.zeros(shape, dtype=row.dtype, device=total.device)
+    for keys in _tiled(_seen(row, queries), tile_k):
+        weights = _scores(row, heads, queries, keys)[0].sub_(total[..., None]).exp_()
+        out += row.rounded(weights) @ row.v[heads, :, slice(*keys)].to(row.dtype)
+    return row.rounded(out)
+
+
+def _gradient_of_scores(
+    row: _Row, heads: slice, queries: Span, keys: Span, total: Tensor, delta: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return the weights of a tile, and the gradient of q @ k."""
+    assert row.d_out is not None
+    span = slice(*queries)
+    scores, derivative = _scores(row, heads, queries, keys)
+    weights = row.rounded(scores.sub_(total[..., span, None]).exp_())
+    d_out, v = row.d_out[heads, :, span].to(row.dtype), row.v[heads, :, slice(*keys)].to(row.dtype)
+    d_weights = row.rounded(d_out @ v.transpose(-1, -2))
+    d_scores = row.rounded(d_weights.sub_(delta[..., span, None]).mul_(weights))
+    if derivative is not None:
+        d_scores = row.rounded(d_scores * derivative)
+    return weights, row.rounded(d_scores * row.scale)
+
+
+def _dq(
+    row: _Row, heads: slice, queries: Span, total: Tensor, delta: Tensor, *, tile_k: int
+) -> Tensor:
+    dq = torch.zeros_like(row.q[heads, :, slice(*queries)], dtype=row.dtype)
+    for keys in _tiled(_seen(row, queries), tile_k):
+        _, d_scores = _gradient_of_scores(row, heads, queries, keys, total, delta)
+        dq += d_scores @ row.k[heads, :, slice(*keys)].to(row.dtype)
+    return row.rounded(dq)
+
+
+def _dk_dv(
+    row: _Row, heads: slice, keys: Span, total: Tensor, delta: Tensor, *, tile_q: int
+) -> tuple[Tensor, Tensor]:
+    """Return the gradients of a tile of keys and values, added up over the query heads."""
+    assert row.d_out is not None
+    dk, dv = (torch.zeros_like(x[heads, 0, slice(*keys)], dtype=row.dtype) for x in (row.k, row.v))
+    for queries in _tiled(_seeing(row, keys), tile_q):
+        span = slice(*queries)
+        weights, d_scores = _gradient_of_scores(row, heads, queries, keys, total, delta)
+        q, d_out = (x[heads, :, span].to(row.dtype) for x in (row.q, row.d_out))
+        dk += (d_scores.transpose(-1, -2) @ q).sum(1)
+        dv += (weights.transpose(-1, -2) @ d_out).sum(1)
+    return row.rounded(dk), row.rounded(dv)
