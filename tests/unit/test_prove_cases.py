@@ -118,7 +118,7 @@ def test_a_whole_packed_row_has_many_documents(heads: int, rows: int, total: int
 
 def test_a_whole_row_is_cut_where_it_takes_too_much() -> None:
     many_heads = replace(LLAMA, heads=128, kv_heads=8, sequence_len=4096)
-    assert whole_row(many_heads, CPU) == 443
+    assert whole_row(many_heads, CPU) == 414
     gpu = budget_of(backend("flash_attention_2"), memory_bytes=80 << 30)
     assert whole_row(replace(LLAMA, sequence_len=8192), gpu) == 8192
     assert whole_row(replace(LLAMA, sequence_len=1 << 20), gpu) == 32768
