@@ -89,6 +89,9 @@ bench/checkpoints: .venv/ready ## Measure the time of hashing in saving a checkp
 	@mkdir -p build
 	$(BIN)/python benchmarks/checkpoints.py
 
+bench/proof-cost: .venv/ready ## Compare the CPU seconds of a proof with those of 5a8433e, 5 minutes
+	$(BIN)/python benchmarks/proof_cost.py
+
 bench/own-loss: .venv/ready ## Count false alarms and misses of the loss comparison, 15 minutes
 	$(BIN)/python benchmarks/own_loss.py
 
@@ -182,6 +185,9 @@ test/fa4-cache: .venv/ready build/fa4/ready ## Compile kernels of FlashAttention
 
 test/contexts: .venv/ready ## Train in every context: rows x precision x weights x checkpointing x compiled; 242 runs, half of them compiled
 	CONTEXTS=all $(BIN)/pytest -v tests/train/test_contexts.py
+
+test/proofs: .venv/ready ## Prove every kernel that is wrong where several things come together, 2 minutes
+	PROOFS=all $(BIN)/pytest -v tests/unit/test_mutations_products.py
 
 test/reload: .venv/ready ## Train 110 model types, save and reload them: full and LoRA, float32 and bfloat16; 15 minutes
 	RELOAD=all $(BIN)/pytest -v tests/train/test_reload.py

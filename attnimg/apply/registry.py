@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from functools import wraps
 from typing import Any
 
+from attnimg.apply.process_settings import process_settings_kept
 from attnimg.attend import as_applied, attention_function
 from attnimg.facts import AttentionFunction, Backend, LayerGroup
 
@@ -63,7 +64,11 @@ def prepare(backend: Backend, *, layers: tuple[LayerGroup, ...] = (), trusted: b
     Raises:
         AttnimgError: the kernel is missing or broken.
     """
-    backend = as_applied(backend, layers)
+    with process_settings_kept():
+        return _prepared(as_applied(backend, layers), trusted=trusted)
+
+
+def _prepared(backend: Backend, *, trusted: bool) -> str:
     name = backend.applied_as or backend.name
     if backend.load_attend is not None:
         register(name, attention_function(backend, trusted=trusted))

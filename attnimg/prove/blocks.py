@@ -259,10 +259,12 @@ def _of_heads(
             delta[..., span] = (row.d_out[heads, :, span].to(row.dtype) * out).sum(-1)
         if tile in asked:
             outs[tile[0]] = out
-    out = torch.cat([outs[begin] for begin, _ in asked], 2)
+    none = total.new_zeros((*shape[:2], 0, row.v.shape[-1]))
+    out = torch.cat([none, *(outs[begin] for begin, _ in asked)], 2)
     if row.d_out is None:
         return out, None, None, None, None
-    dq = torch.cat([_dq(row, heads, t, total, delta, tile_k=tile_k) for t in asked], 2)
+    none = total.new_zeros((*shape[:2], 0, row.q.shape[-1]))
+    dq = torch.cat([none, *(_dq(row, heads, t, total, delta, tile_k=tile_k) for t in asked)], 2)
     dsinks = None
     if row.sinks is not None:
         dsinks = -(torch.exp(row.sinks[heads] - total) * delta).sum(-1)

@@ -120,6 +120,11 @@ def forward(
     )
 
 
+def forward_only(started: Started) -> Result:
+    """Return what a call gave that does not go on backward."""
+    return Result(out=started.out.detach(), gradients={}, overwritten=_overwritten(started))
+
+
 def backward(started: Started) -> Result:
     """Go on with a call backward."""
     out, d_out = started.out, started.d_out
@@ -130,17 +135,21 @@ def backward(started: Started) -> Result:
         leaves = list(learning.values())
         found = torch.autograd.grad(out, leaves, d_out.to(out.dtype), allow_unused=True)
         gradients = dict(zip(learning, found, strict=True))
-    overwritten = [
-        name for name, (value, copy) in started.handed.items() if not torch.equal(value, copy)
-    ]
-    if started.reseeded or (not started.dropout and is_set_back(random, d_out.device)):
-        overwritten.append("torch's random numbers")
+    reseeded = not started.dropout and is_set_back(random, d_out.device)
     return Result(
         out=out.detach(),
         gradients=gradients,
         attached=out.requires_grad,
-        overwritten=tuple(overwritten),
+        overwritten=_overwritten(started, reseeded=reseeded),
     )
+
+
+def _overwritten(started: Started, *, reseeded: bool = False) -> tuple[str, ...]:
+    """List what a call changed of all that it was handed."""
+    names = [name for name, (value, copy) in started.handed.items() if not torch.equal(value, copy)]
+    if started.reseeded or reseeded:
+        names.append("torch's random numbers")
+    return tuple(names)
 
 
 def _d_out(case: Case, inputs: Inputs) -> Tensor:

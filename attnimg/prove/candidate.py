@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 
 from attnimg.facts import AttentionFunction, Backend, Figure, Geometry, Pattern, Reason
-from attnimg.prove.calls import Result, call, reference
+from attnimg.prove.calls import Result, call, forward, forward_only, reference
 from attnimg.prove.cases import Case, cases_of
 from attnimg.prove.checks import ORDER, Expected, Fault, check_values, expected
 from attnimg.prove.company import check_company
@@ -19,13 +19,18 @@ from attnimg.prove.compiled import builds_plans, compiling_each_shape, few_shape
 from attnimg.prove.dropout import check_dropout
 from attnimg.prove.inputs import Inputs, draw
 from attnimg.prove.noise import sum_noise
+from attnimg.prove.process_state import leaks
 from attnimg.prove.raised import raised
 from attnimg.prove.repeats import check_isolated, check_repeated
+from attnimg.prove.shown import Budget, budget_of
+from attnimg.prove.whole_row import check_whole_row
 
 # The reference of a case serves every backend of a pattern that is proven in the same process.
 References = dict[tuple[Pattern, Case], Expected]
 # How often a probe, and then the whole proof, is run again where noise may be what broke a rule.
 AGAIN = 2
+# Tokens of the longest rows that an evaluation is shown besides the whole ones.
+_EVALUATED = 1024
 # How many more calls show whether gradients that moved move by themselves.
 MORE = 3
 
@@ -118,7 +123,7 @@ def _run_probes(
     reasons: list[Reason] = []
     unrepeated: list[Reason] = []
     raises: list[str] = []
-    cases = cases_of(geometry, device=device)
+    cases = cases_of(geometry, budget=budget_here(backend, device=device))
     if backend.pattern == "shifted":
         # s2 refuses rows that are packed or continue a cache. In rows of up to 8 tokens most see
         # themselves alone: their gradients are rounding, with nothing to measure it by.
@@ -131,6 +136,9 @@ def _run_probes(
     if plans or is_compiled(backend, device=device):
         cases = few_shapes(cases)
     for case in cases:
+        # What is refused already need not be shown the probes that take the longest.
+        if reasons and case.also_learning:
+            continue
         starting(case.name)
         inputs = draw(case, device=device)
         right = references.get((backend.pattern, case))
@@ -141,7 +149,9 @@ def _run_probes(
                     for dtype in (torch.float64, inputs.q.dtype)
                 )
             )
-        probe = partial(_run_probe, function, backend, case, inputs, right=right)
+        probe = partial(
+            _run_probe, function, backend, case, inputs, right=right, references=references
+        )
         try:
             with compiling_each_shape(backend, device=device):
                 found = _run_until_sure(probe, refused=bool(reasons))
@@ -149,7 +159,7 @@ def _run_probes(
         except Exception as error:
             if reasons:
                 break
-            if case.queries is None:
+            if case.in_training:
                 raise
             # One that broke the GPU's context raises in the next probe as well.
             raises.append(f"{case.name}: {raised(error)}")
@@ -200,24 +210,82 @@ def _run_until_sure(
 
 
 def _run_probe(
-    function: AttentionFunction, backend: Backend, case: Case, inputs: Inputs, *, right: Expected
+    function: AttentionFunction,
+    backend: Backend,
+    case: Case,
+    inputs: Inputs,
+    *,
+    right: Expected,
+    references: References,
 ) -> tuple[list[Figure], list[Fault]]:
     """Make the calls of one probe."""
     found = call(function, backend, case, inputs)
     figures, faults = check_values(backend, case, inputs, found=found, right=right)
-    if not case.repeated:
-        return figures, faults
-    try:
-        for fault in itertools.chain(
+    further: list[Iterator[Fault]] = []
+    if case.repeated:
+        further = [
             _repeated(function, backend, case, inputs, first=found, right=right),
             check_company(function, backend, case, inputs, right=right),
-        ):
+        ]
+    elif case.also_learning:
+        further = [
+            check_whole_row(function, backend, case, inputs, right=right, references=references)
+        ]
+    elif (
+        case.packed
+        and sum(case.lengths) <= _EVALUATED
+        and not is_compiled(backend, device=inputs.q.device.type)
+    ):
+        further = [_without_gradients(function, backend, case, inputs, right=right)]
+    try:
+        for fault in itertools.chain(*further):
             faults.append(fault)
     # Kernels raise anything. Where an earlier call found a fault, that says more.
     except Exception:
         if not faults:
             raise
     return figures, faults
+
+
+def budget_here(backend: Backend, *, device: str) -> Budget:
+    """Return the budget of a backend's probes on this machine's device."""
+    if device == "cpu":
+        return budget_of(backend, memory_bytes=None)
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    return budget_of(backend, memory_bytes=properties.total_memory)
+
+
+def leaks_of(
+    function: AttentionFunction, backend: Backend, geometry: Geometry, *, device: str
+) -> list[str]:
+    """Return what equal calls leave behind in the process, each by its name.
+
+    Raises:
+        Exception: whatever the kernel raises.
+    """
+    cases = cases_of(geometry, budget=budget_here(backend, device=device))
+    # s2 takes no packed rows.
+    kind = geometry.packing and backend.pattern == "full"
+    case = next(c for c in cases if c.packed == kind and c.scale_factor != 1)
+    inputs = draw(case, device=device)
+
+    def again() -> int:
+        found = call(function, backend, case, inputs)
+        results = [found.out, *(g for g in found.gradients.values() if g is not None)]
+        return sum(x.numel() * x.itemsize for x in results)
+
+    with compiling_each_shape(backend, device=device):
+        return leaks(again)
+
+
+def _without_gradients(
+    function: AttentionFunction, backend: Backend, case: Case, inputs: Inputs, *, right: Expected
+) -> Iterator[Fault]:
+    """Make the call as an evaluation does."""
+    with torch.no_grad():
+        found = forward_only(forward(function, backend, case, inputs))
+    named = replace(case, name=f"{case.name}, without gradients")
+    yield from check_values(backend, named, inputs, found=found, right=right)[1]
 
 
 def merge(found: Iterable[Findings]) -> Findings:

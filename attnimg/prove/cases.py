@@ -11,12 +11,14 @@ from typing import Literal
 
 from attnimg.facts import Geometry
 from attnimg.prove.shown import (
+    Budget,
     few_heads,
     longest_of,
-    longest_of_all_heads,
+    one_group,
     rows_of,
     short_window,
     two_groups,
+    whole_row,
 )
 
 Layout = Literal["fused", "heads-first", "tokens-first", "mixed"]
@@ -25,8 +27,19 @@ Layout = Literal["fused", "heads-first", "tokens-first", "mixed"]
 # and some values of v too; about the size of the soft cap;
 # all about the same, so that many small terms are added up; spread, with some tokens whose q, k or
 # v is 0, as those of padding or of a layer that starts at 0; spread, with values of v in the
-# hundreds.
-Scores = Literal["spread", "negative", "large", "near-cap", "flat", "zero-tokens", "large-v"]
+# hundreds; in steps from 60 to 480, and the same with all of them below -200, so that a bound on
+# scores makes different ones equal.
+Scores = Literal[
+    "spread",
+    "negative",
+    "large",
+    "near-cap",
+    "flat",
+    "zero-tokens",
+    "large-v",
+    "hundreds",
+    "below-hundreds",
+]
 
 # Every length up to this one is shown to kernels that nobody here has read, and these beyond it.
 EVERY_LENGTH = 512
@@ -43,6 +56,12 @@ _GRADIENTS = {
 # A scale that a kernel may take for a mistake: models that normalize q and k have them.
 _ABOVE_1 = 3.0
 _LADDER = (95, 96, 127, 128, 129, 160, 192, 255, 257, 320)
+# Lengths that kernels treat in ways of their own, each of them shown in each of four places.
+_IN_PLACES = ((64, 17, 129, 33), (128, 2, 65, 100), (127, 32, 256, 63))
+# Documents beside the longest one of a whole row, over and over.
+_MANY = (1, 17, 3, 64, 2, 33, 1, 5, 129, 9)
+# The same for all heads in a short row, more than 8 of them.
+_THIRTEEN = (19, 1, 46, 1, 2, 129, 5, 1, 31, 3, 7, 1, 17)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,6 +81,8 @@ class Case:
         longest_slack: by how much max_length exceeds the longest document.
         gradient_scale: how large the output's gradient is, about.
         repeated: whether the call is made twice and its documents are perturbed.
+        also_learning: of "dq", "dk" and "dv", the gradients that are asked for in a second call,
+            whose output has a gradient at every row; none for no such call. See whole_row.py.
     """
 
     name: str
@@ -75,15 +96,20 @@ class Case:
     longest_slack: int = 0
     gradient_scale: float = 1.0
     repeated: bool = False
+    also_learning: tuple[str, ...] = ()
+
+    @property
+    def in_training(self) -> bool:
+        """Whether training makes such calls: none with a cache, or of a document without tokens."""
+        return self.queries is None and all(self.lengths)
 
 
-def cases_of(geometry: Geometry, *, device: str) -> list[Case]:
+def cases_of(geometry: Geometry, *, budget: Budget) -> list[Case]:
     """List the probes of one geometry, the quickest to fail first."""
-    longest = longest_of(geometry, device=device)
-    rows = rows_of(geometry, longest, device=device)
-    cases = _packed(geometry, longest, rows=rows) if geometry.packing else []
+    longest = longest_of(geometry, budget)
+    cases = _packed(geometry, longest, budget=budget) if geometry.packing else []
     if geometry.dense:
-        cases += _dense(geometry, longest, rows=rows)
+        cases += _dense(geometry, longest, budget=budget)
     if geometry.every_length:
         cases += _every_length(geometry, longest)
     return cases
@@ -134,14 +160,11 @@ def _around(length: int) -> tuple[int, int]:
     return below, below + 37
 
 
-def _packed(geometry: Geometry, longest: int, *, rows: int) -> list[Case]:
+def _packed(geometry: Geometry, longest: int, *, budget: Budget) -> list[Case]:
     """Rows of several documents: all unequal, all equal, one alone, of every small length."""
     short = short_window(two_groups(geometry))
     few = short_window(few_heads(geometry))
-    whole = longest_of_all_heads(geometry, longest)
     above = _ABOVE_1 * geometry.head_dim_qk**0.5
-    half, third = longest // 2, longest // 3
-    full_row = tuple(n for n in (half, third, longest - half - third) if n)
     cases = [
         Case(
             name="documents of 13, 1, 64, 192, 5, 67 and 1",
@@ -183,48 +206,99 @@ def _packed(geometry: Geometry, longest: int, *, rows: int) -> list[Case]:
         Case(name="equal documents", geometry=short, lengths=(48,) * 4, layout="tokens-first"),
         Case(name="one document", geometry=short, lengths=(127,), layout="tokens-first"),
         Case(name="every length from 1 to 40", geometry=few, lengths=tuple(range(1, 41))),
-        Case(name="every length from 41 to 72", geometry=few, lengths=tuple(range(41, 73))),
+        Case(name="every length from 72 to 41", geometry=few, lengths=tuple(range(72, 40, -1))),
         Case(name="lengths around tiles", geometry=few, lengths=_LADDER, layout="heads-first"),
-        Case(name="300 documents", geometry=few, lengths=(1, 2, 3) * 100),
-        Case(name="all heads", geometry=geometry, lengths=(19, 46, 129), layout="mixed"),
-        Case(
-            name=f"a document of {whole}, all heads",
-            geometry=geometry,
-            lengths=(whole, 3),
-            layout="heads-first",
+        *(
+            Case(
+                name=f"documents of {', '.join(map(str, lengths))}",
+                geometry=few,
+                lengths=lengths,
+            )
+            for row in _IN_PLACES
+            for lengths in (row[place:] + row[:place] for place in range(len(row)))
         ),
+        Case(name="300 documents", geometry=few, lengths=(1, 2, 3) * 100),
+        Case(name="empty documents", geometry=few, lengths=(0, 33, 1, 0, 0, 64, 2, 0, 1)),
+        Case(name="all heads", geometry=geometry, lengths=_THIRTEEN, layout="mixed"),
         *(
             Case(name=f"gradients of {g:.0e}", geometry=short, lengths=(45, 83), gradient_scale=g)
             for g in _GRADIENTS[geometry.dtype]
         ),
-        Case(name="a full row", geometry=few_heads(geometry), lengths=full_row),
         Case(name="flat scores", geometry=few_heads(geometry), lengths=(longest,), scores="flat"),
-        Case(
-            name=f"a document of {longest}",
-            geometry=few_heads(geometry),
-            lengths=(longest, 1, 67),
-            layout="heads-first",
-        ),
+        *_whole_rows(geometry, budget),
     ]
-    if rows > 1:
-        name = f"{rows} full rows in one"
-        cases.append(Case(name=name, geometry=few_heads(geometry), lengths=full_row * rows))
+    if whole_row(geometry, budget) < longest:
+        half, third = longest // 2, longest // 3
+        rows = rows_of(geometry, longest, budget)
+        lengths = (half, third, longest - half - third) * rows
+        name = f"{rows} full rows in one" if rows > 1 else "a full row"
+        group = one_group(geometry)
+        n = min(longest, int((budget.held / group.heads) ** 0.5))
+        cases += [
+            Case(name=name, geometry=few_heads(geometry), lengths=lengths),
+            Case(
+                name=f"a document of {n}, one group of heads",
+                geometry=group,
+                lengths=(n,),
+                layout="heads-first",
+            ),
+        ]
     if geometry.softcap:
         cases.append(
             Case(name="scores near the cap", geometry=short, lengths=(64, 97), scores="near-cap")
         )
+    else:
+        cases += [
+            Case(name="scores of hundreds", geometry=short, lengths=(83, 45), scores="hundreds"),
+            Case(
+                name="scores below -200",
+                geometry=short,
+                lengths=(45, 83),
+                scores="below-hundreds",
+            ),
+        ]
     return [replace(case, packed=True) for case in cases]
 
 
-def _dense(geometry: Geometry, longest: int, *, rows: int) -> list[Case]:
+def _whole_rows(geometry: Geometry, budget: Budget) -> list[Case]:
+    """Show all heads a row as the run has it: of one document, and of many."""
+    row = whole_row(geometry, budget)
+    # Rows of a batch follow one another in one call, where kernels take them so.
+    total = geometry.rows * geometry.sequence_len
+    if row < geometry.sequence_len or geometry.heads * total**2 > budget.whole:
+        total = row
+    long = min(total // 2, geometry.sequence_len)
+    factor = max(1, geometry.sequence_len // 2048)
+    lengths: list[int] = []
+    while (left := total - long - sum(lengths)) > 0:
+        length = _MANY[len(lengths) % len(_MANY)]
+        lengths.append(min(left, length if length < len(_MANY) else length * factor))
+    lengths.insert(len(lengths) // 2, long)
+    return [
+        Case(
+            name=f"a whole row of {total} tokens in {len(lengths)} documents, all heads",
+            geometry=geometry,
+            lengths=tuple(lengths),
+            also_learning=("dk", "dv"),
+        ),
+        Case(
+            name=f"a whole row of {row} tokens in one document, all heads",
+            geometry=geometry,
+            lengths=(row,),
+            layout="heads-first",
+            also_learning=("dv",),
+        ),
+    ]
+
+
+def _dense(geometry: Geometry, longest: int, *, budget: Budget) -> list[Case]:
     """Rows of one document each, alone or padded to a common length."""
     short = short_window(two_groups(geometry))
     few = short_window(few_heads(geometry))
     run = few_heads(geometry)
-    whole = longest_of_all_heads(geometry, longest)
     above = _ABOVE_1 * geometry.head_dim_qk**0.5
     steps = range(96, min(longest, 512), 32)
-    middle = sorted({n for n in (*_LADDER, *steps, longest // 2 + 1, longest - 1) if n > 72})
+    middle = sorted({n for n in (*_LADDER, *steps, longest // 2 + 1) if n > 72})
     cases = [
         Case(name="192 tokens", geometry=short, lengths=(192, 192), repeated=True),
         Case(name="1 token", geometry=short, lengths=(1, 1, 1)),
@@ -248,12 +322,6 @@ def _dense(geometry: Geometry, longest: int, *, rows: int) -> list[Case]:
         Case(name="13 queries, 77 keys", geometry=short, lengths=(77,), queries=13),
         Case(name="46 tokens, all heads", geometry=geometry, lengths=(46,), layout="heads-first"),
         Case(name="161 tokens, all heads", geometry=geometry, lengths=(161,), layout="mixed"),
-        Case(
-            name=f"{whole} tokens, all heads",
-            geometry=geometry,
-            lengths=(whole,),
-            layout="heads-first",
-        ),
         *(
             Case(
                 name=f"83 tokens, gradients of {g:.0e}",
@@ -266,17 +334,60 @@ def _dense(geometry: Geometry, longest: int, *, rows: int) -> list[Case]:
         Case(name="2 rows of 257", geometry=short, lengths=(257, 257)),
         *(_plain_case(short, n) for n in (2, 17, 31, 64, 65, 127, 128, 129, 257)),
         *(_plain_case(few, n) for n in (*range(3, 73), *middle)),
-        Case(name=f"{longest} tokens", geometry=run, lengths=(longest,), layout="heads-first"),
         Case(name="flat scores", geometry=run, lengths=(longest,), scores="flat"),
     ]
-    if rows > 1:
-        name = f"{rows} rows of {longest}"
-        cases.append(Case(name=name, geometry=run, lengths=(longest,) * rows))
-    if not geometry.packing:
-        cases.append(Case(name="padded rows", geometry=short, lengths=(61, 48, 1)))
+    if geometry.packing:
+        # Rows of a packed run come with their boundaries: this is a second way into the kernel.
+        cases.append(Case(name=f"{longest} tokens", geometry=run, lengths=(longest,)))
+    else:
+        cases += [
+            Case(name="padded rows", geometry=short, lengths=(61, 48, 1)),
+            *_whole_batch(geometry, longest, budget),
+        ]
     if geometry.softcap:
         cases.append(
             Case(name="scores near the cap", geometry=short, lengths=(97,), scores="near-cap")
+        )
+    else:
+        cases += [
+            Case(
+                name="97 tokens, scores of hundreds",
+                geometry=short,
+                lengths=(97,),
+                scores="hundreds",
+            ),
+            Case(
+                name="97 tokens, scores below -200",
+                geometry=short,
+                lengths=(97,),
+                scores="below-hundreds",
+            ),
+        ]
+    return cases
+
+
+def _whole_batch(geometry: Geometry, longest: int, budget: Budget) -> list[Case]:
+    """Show all heads a batch as the run has it, or as much of it as the budget allows."""
+    whole = whole_row(geometry, budget)
+    rows = geometry.rows if geometry.heads * geometry.rows * whole**2 <= budget.whole else 1
+    cases = [
+        Case(
+            name=f"{rows} x {whole} tokens, all heads",
+            geometry=geometry,
+            lengths=(whole,) * rows,
+            layout="heads-first",
+            also_learning=("dk", "dv"),
+        )
+    ]
+    if whole < longest:
+        group = one_group(geometry)
+        n = min(longest, int((budget.held / group.heads) ** 0.5))
+        cases.append(Case(name=f"{n} tokens, one group of heads", geometry=group, lengths=(n,)))
+    held = rows_of(geometry, longest, budget)
+    if rows < geometry.rows and held > 1:
+        few = few_heads(geometry)
+        cases.append(
+            Case(name=f"{held} rows of {longest}", geometry=few, lengths=(longest,) * held)
         )
     return cases
 

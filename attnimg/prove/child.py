@@ -2,7 +2,7 @@
 
 It reads one JSON object from stdin, the candidates, and writes one JSON object a line to stdout:
 what it is about to run, so that its parent knows what killed it, and the proofs. What kernels print
-goes to stderr.
+goes to stderr. After a kernel that changed the process, or forked it, another child goes on.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any, TextIO
 from attnimg.backends import backend_named
 from attnimg.errors import AttnimgError
 from attnimg.facts import Geometry, Proof, Reason
-from attnimg.prove.shown import longest_of
+from attnimg.prove.shown import longest_of, whole_row
 
 
 def main() -> None:
@@ -45,6 +45,9 @@ def main() -> None:
         _tell(report, begin=candidate["backend"])
         proof = prove_candidate(candidate, device=device, references=references, report=report)
         _tell(report, proof=asdict(proof))
+        if any(reason.code == "process-state" for reason in proof.reasons):
+            _tell(report, stop=True)
+            return
 
 
 def prove_candidate(
@@ -55,8 +58,11 @@ def prove_candidate(
 
     from attnimg.attend import as_applied, attention_function
     from attnimg.calls.fp8 import restore_flash_kernel
-    from attnimg.prove.candidate import merge, prove_geometry
+    from attnimg.prove.candidate import budget_here, leaks_of, merge, prove_geometry
     from attnimg.prove.checks import with_bounds_here
+    from attnimg.prove.marked import forks
+    from attnimg.prove.process_state import ProcessState, process_state
+    from attnimg.prove.seeding import drawn, is_set_back
 
     started = time.perf_counter()
     name, geometries = (
@@ -66,15 +72,29 @@ def prove_candidate(
     backend = backend_named(name)
     assert backend is not None, name
     backend = as_applied(with_bounds_here(backend), geometries, routed=candidate["routed"])
-    longest = min(longest_of(geometry, device=device) for geometry in geometries)
+    budget = budget_here(backend, device=device)
+    longest = min(longest_of(geometry, budget) for geometry in geometries)
+    whole = min(whole_row(geometry, budget) for geometry in geometries)
     stage = ["loading"]
+    before, random = ProcessState(), drawn(torch.device(device))
+
+    def look() -> None:
+        changes = before.changes()
+        if stage[0] != "loading":
+            changes += before.counts_changes()
+        elif not changes and is_set_back(random, torch.device(device)):
+            changes.append("torch's random numbers were set back")
+        if changes:
+            raise _ProcessChanged(process_state(changes, when=stage[0]))
 
     def starting(case: str) -> None:
+        look()
         stage[0] = case
         _tell(report, case=case)
 
     try:
         function = attention_function(backend, trusted=candidate["trusted"])
+        look()
         found = merge(
             prove_geometry(
                 function,
@@ -87,29 +107,60 @@ def prove_candidate(
             )
             for geometry in geometries
         )
+        starting("repeated calls")
+        leaking = leaks_of(function, backend, geometries[0], device=device)
+        look()
+        if running := forks():
+            leaking = [*leaking, f"children: {running} forks of this process run on"]
     # Foreign kernels raise anything, on import and in a call. The reason is kept and shown.
     except (Exception, SystemExit) as error:
-        reason = _reason(error, stage=stage[0])
+        reasons = _reasons(error, stage=stage[0], changes=before.changes())
         seconds = time.perf_counter() - started
-        return Proof(backend=name, reasons=(reason,), longest=longest, seconds=seconds)
+        return Proof(backend=name, reasons=reasons, longest=longest, seconds=seconds)
     finally:
         # fp8 exchanges torch's own, which the next candidate may be.
         restore_flash_kernel()
     if device == "cuda":
         torch.cuda.empty_cache()
     wanted = max(geometry.sequence_len for geometry in geometries)
-    notes = [f"proven up to {longest} of {wanted} tokens: memory"] if longest < wanted else []
+    notes = []
+    if longest < wanted:
+        notes.append(f"proven up to {longest} of {wanted} tokens: memory")
+    if whole < longest:
+        limit = "a CPU's time" if device == "cpu" else "memory"
+        notes.append(f"with all heads up to {whole} of {wanted}: {limit}")
     notes += [f"seen once, and not when run again: {reason.text}" for reason in found.unrepeated]
     notes += [f"raises where training never calls it: {call}" for call in found.raises]
+    reasons = tuple(found.reasons)
+    if leaking:
+        reasons = (process_state(leaking, when=stage[0]), *reasons)
     return Proof(
         backend=name,
-        reasons=tuple(found.reasons),
+        reasons=reasons,
         figures=tuple(found.figures),
         cases=found.cases,
         longest=longest,
         seconds=time.perf_counter() - started,
         note="; ".join(notes),
     )
+
+
+class _ProcessChanged(Exception):
+    """A kernel changed the process: what follows would be another's fault."""
+
+    def __init__(self, reason: Reason) -> None:
+        super().__init__(reason.text)
+        self.reason = reason
+
+
+def _reasons(error: BaseException, *, stage: str, changes: list[str]) -> tuple[Reason, ...]:
+    """Return the reasons for an exception: a process that was changed may raise anywhere."""
+    from attnimg.prove.process_state import process_state
+
+    if isinstance(error, _ProcessChanged):
+        return (error.reason,)
+    changed = (process_state(changes, when=stage),) if changes else ()
+    return (*changed, _reason(error, stage=stage))
 
 
 def _reason(error: BaseException, *, stage: str) -> Reason:
@@ -141,7 +192,7 @@ def _cap_memory(memory_bytes: int, *, device: str) -> None:
 
     if device == "cuda":
         total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, memory_bytes / total))
+        torch.cuda.set_per_process_memory_fraction(min(0.9, memory_bytes / total))
         return
     status = Path("/proc/self/status").read_text(encoding="ascii")
     used_kb = next(int(line.split()[1]) for line in status.splitlines() if line[:7] == "VmSize:")
@@ -153,7 +204,8 @@ def _cap_memory(memory_bytes: int, *, device: str) -> None:
 
 
 def _tell(report: TextIO, **message: Any) -> None:
-    report.write(json.dumps(message) + "\n")
+    # What a kernel wrote there ends before the line; what it forked has another pid.
+    report.write("\n" + json.dumps(message | {"pid": os.getpid()}) + "\n")
 
 
 if __name__ == "__main__":

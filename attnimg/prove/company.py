@@ -8,6 +8,7 @@ between calls is right only when it is alone.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import replace
@@ -17,15 +18,15 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from attnimg.facts import AttentionFunction, Backend, Reason
-from attnimg.prove.calls import ALL, Result, backward, call, forward, reference
+from attnimg.prove.calls import ALL, backward, call, forward, forward_only, reference
 from attnimg.prove.cases import Case
 from attnimg.prove.checks import Expected, Fault, check_values, expected
 from attnimg.prove.inputs import Inputs, draw
 
 # Calls that are under way at once, as many as a common model has layers.
 _LAYERS = 32
-# What learns where an adapter sits on the first layer's v, or on its q and v.
-_FROZEN = {"v alone": ("dv",), "q and v": ("dq", "dv")}
+# What learns where an adapter sits on some of the first layer's projections: each set but all.
+_PARTS = [names for size in (1, 2) for names in itertools.combinations(("dq", "dk", "dv"), size)]
 # Calls that no gradient is asked of, and which of their arguments require one: a first pass with
 # reentrant checkpointing, evaluation, generation, and layers below the first one that learns.
 _WITHOUT = {
@@ -53,16 +54,16 @@ def check_company(
     """
     for what, (mode, learning) in _WITHOUT.items():
         with mode():
-            out = forward(function, backend, case, inputs, learning=learning).out
+            found = forward_only(forward(function, backend, case, inputs, learning=learning))
         named = replace(case, name=f"{case.name}, {what}")
-        found = Result(out=out, gradients={})
         yield from check_values(backend, named, inputs, found=found, right=right)[1]
     found = call(_checkpointed(function), backend, case, inputs)
     named = replace(case, name=f"{case.name}, checkpointed")
     yield from check_values(backend, named, inputs, found=found, right=right)[1]
-    for what, learning in _FROZEN.items():
+    for learning in _PARTS:
         found = backward(forward(function, backend, case, inputs, learning=learning))
-        named = replace(case, name=f"{case.name}, gradients of {what}")
+        what = " and ".join(name[1:] for name in learning)
+        named = replace(case, name=f"{case.name}, gradients of {what} alone")
         yield from check_values(backend, named, inputs, found=found, right=right)[1]
     yield from _interleaved(function, backend, case, inputs, right=right)
 

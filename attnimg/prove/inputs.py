@@ -25,11 +25,17 @@ FLAT = 0.5
 OUTLIER, OUTLIER_SHARE = 40.0, 0.05
 # The same in the probes of large values, where float16 must hold what the gradients add up.
 LARGE_V = {"float32": 1000.0, "bfloat16": 1000.0, "float16": 200.0}
+# Steps of scores, the two highest of which share the weight: where all of it is on one key, no
+# gradient reaches q and k. What must not be seen is above them all.
+_STEPS = (60, 120, 180, 240, 300, 360, 420, 478, 480)
+_HIDDEN = 600
 # In the probes of zeros, every how many tokens q, k and v are 0: all three at once, too.
 ZERO_EVERY = (3, 5, 7)
 # Rows of queries whose output has a gradient, and is compared, in long probes: the reference then
 # costs rows * keys instead of keys squared.
 FIRST, LAST, BETWEEN = 32, 64, 96
+# The same with all heads of a run, which cost as many times more.
+_FIRST, _LAST, _BETWEEN = 16, 32, 48
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,7 +64,7 @@ class Inputs:
 
 
 def draw(case: Case, *, device: str) -> Inputs:
-    """Draw the inputs of a case, the same on every machine."""
+    """Draw the inputs of a case, the same on every machine but for the last rounding."""
     geometry = case.geometry
     # zlib.crc32, because Python's hash of a string differs from process to process.
     generator = torch.Generator().manual_seed(zlib.crc32(case.name.encode()))
@@ -67,8 +73,15 @@ def draw(case: Case, *, device: str) -> Inputs:
     n_queries = case.queries or n_keys
     scale = geometry.head_dim_qk**-0.5 * case.scale_factor
     shape_k = (n_rows, geometry.kv_heads, n_keys, geometry.head_dim_qk)
-    k = torch.randn(shape_k, generator=generator, dtype=torch.float64)
-    v = torch.randn((*shape_k[:-1], geometry.head_dim_v), generator=generator, dtype=torch.float64)
+    # Random numbers come from the CPU, and all that is made of them is computed on the device.
+    k, v, direction = (
+        torch.randn(shape, generator=generator, dtype=torch.float64).to(device)
+        for shape in (
+            shape_k,
+            (*shape_k[:-1], geometry.head_dim_v),
+            (geometry.head_dim_qk,),
+        )
+    )
     strength = 3.0 + math.log(n_keys)
     if case.scores == "near-cap":
         strength = geometry.softcap or strength
@@ -76,18 +89,20 @@ def draw(case: Case, *, device: str) -> Inputs:
         # About 1 each, so that sums grow with every key.
         strength, v = FLAT, v + 1.0
     # bfloat16 has 1 between neighbours from 128 to 256: plain attention is no measure beyond.
-    shift = {"negative": -120.0, "large": 180.0}.get(case.scores, 0.0)
-    direction = torch.nn.functional.normalize(
-        torch.randn(geometry.head_dim_qk, generator=generator, dtype=torch.float64), dim=0
-    )
+    shift = {"negative": -120.0, "large": 180.0, "below-hundreds": -900.0}.get(case.scores, 0.0)
+    direction = torch.nn.functional.normalize(direction, dim=0)
     # Without this part of k, the shift below is the same for every score.
     k -= (k @ direction)[..., None] * direction
     if case.scores == "large":
-        v *= torch.where(torch.rand(v.shape, generator=generator) < OUTLIER_SHARE, OUTLIER, 1.0)
+        v *= torch.where(_some(v, OUTLIER_SHARE, generator), OUTLIER, 1.0)
     if case.scores == "large-v":
-        outliers = torch.rand(v.shape, generator=generator) < OUTLIER_SHARE
-        v *= torch.where(outliers, LARGE_V[geometry.dtype], 1.0)
-    q = _needles(case, k, documents, n_queries=n_queries) * (strength / scale)
+        v *= torch.where(_some(v, OUTLIER_SHARE, generator), LARGE_V[geometry.dtype], 1.0)
+    documents = documents.to(device)
+    if case.scores in ("hundreds", "below-hundreds"):
+        steps = _stepped(case, k, documents, generator) / scale
+        q = steps / 2 if case.scores == "below-hundreds" else steps
+    else:
+        q = _needles(case, k, documents, n_queries=n_queries) * (strength / scale)
     if case.scores == "zero-tokens":
         for x, every in zip((q, k, v), ZERO_EVERY, strict=True):
             x[:, :, ::every] = 0.0
@@ -97,12 +112,14 @@ def draw(case: Case, *, device: str) -> Inputs:
     sinks = None
     if geometry.sinks:
         sinks = shift + strength + torch.randn(geometry.heads, generator=generator).double()
-    rows = _rows(n_queries, generator)
+    rows = _rows(n_queries, generator, few=bool(case.also_learning))
     if case.scores == "flat":  # the first rows see few keys, and are large
         rows = torch.arange(max(0, n_queries - LAST), n_queries)
-    d_out = torch.zeros(n_rows, n_queries, geometry.heads, geometry.head_dim_v)
-    d_out[:, rows] = torch.randn(d_out[:, rows].shape, generator=generator)
-    d_out *= case.gradient_scale
+    compared = torch.randn(
+        (n_rows, len(rows), geometry.heads, geometry.head_dim_v), generator=generator
+    )
+    d_out = torch.zeros(n_rows, n_queries, *compared.shape[2:], device=device)
+    d_out[:, rows.to(device)] = (compared * case.gradient_scale).to(device)
     d_out *= (documents[:, n_keys - n_queries :] >= 0)[:, :, None, None]
     dtype = getattr(torch, geometry.dtype)
     q, k, v = _laid_out(case, *(x.to(device, dtype) for x in (q, k, v)))
@@ -111,7 +128,7 @@ def draw(case: Case, *, device: str) -> Inputs:
         k=k,
         v=v,
         sinks=None if sinks is None else sinks.to(device, dtype),
-        documents=documents.to(device),
+        documents=documents,
         rows=rows.to(device),
         d_out=d_out.to(device, dtype),
         scale=scale,
@@ -136,20 +153,16 @@ def _needles(case: Case, k: Tensor, documents: Tensor, *, n_queries: int) -> Ten
     needle = needle.repeat_interleave(geometry.heads // geometry.kv_heads, dim=1)
     n_rows, n_keys = documents.shape
     q = torch.zeros_like(needle[:, :, :n_queries])
-    place_T = torch.arange(n_keys - n_queries, n_keys)
-    head_H = torch.arange(geometry.heads)
+    place_T = torch.arange(n_keys - n_queries, n_keys, device=k.device)
+    head_H = torch.arange(geometry.heads, device=k.device)
     for row in range(n_rows):
-        own = documents[row]
-        first_T = torch.searchsorted(own.abs(), own.abs()[place_T])
-        oldest_T = first_T
-        if geometry.window is not None:
-            oldest_T = torch.maximum(first_T, place_T - geometry.window + 1)
+        first_T, oldest_T = _oldest(documents[row], place_T, window=geometry.window)
         between_T = (oldest_T + place_T) // 2
         seen = torch.stack([place_T, oldest_T, between_T])
         hidden = [place_T + 1, oldest_T - 1, first_T - 1]
         turn_HT = head_H[:, None] + place_T
         for kind in range(2):
-            target_HT = seen[(turn_HT + kind) % 3, torch.arange(n_queries)]
+            target_HT = seen[(turn_HT + kind) % 3, place_T - place_T[0]]
             q[row] += needle[row, head_H[:, None], target_HT]
         for target_T in hidden:
             exists_T = (target_T >= 0) & (target_T < n_keys)
@@ -157,11 +170,45 @@ def _needles(case: Case, k: Tensor, documents: Tensor, *, n_queries: int) -> Ten
     return q
 
 
-def _rows(n_queries: int, generator: torch.Generator) -> Tensor:
-    if n_queries <= 2 * (FIRST + LAST + BETWEEN):
+def _stepped(case: Case, k: Tensor, documents: Tensor, generator: torch.Generator) -> Tensor:
+    """Build queries whose scores with random keys that they see are in _STEPS; (B, H, T, D)."""
+    geometry = case.geometry
+    needle = k / k.square().sum(-1, keepdim=True)
+    needle = needle.repeat_interleave(geometry.heads // geometry.kv_heads, dim=1)
+    q = torch.zeros_like(needle)
+    n_keys = documents.shape[1]
+    place_T = torch.arange(n_keys, device=k.device)
+    for row in range(len(documents)):
+        first_T, oldest_T = _oldest(documents[row], place_T, window=geometry.window)
+        for step in _STEPS:
+            share_T = torch.rand(n_keys, generator=generator).to(k.device)
+            q[row] += step * needle[row, :, oldest_T + (share_T * (place_T - oldest_T + 1)).long()]
+        for target_T in (place_T + 1, oldest_T - 1, first_T - 1):
+            exists_T = (target_T >= 0) & (target_T < n_keys)
+            hidden = needle[row, :, target_T.clamp(0, n_keys - 1)]
+            q[row] += _HIDDEN * hidden * exists_T[:, None]
+    return q
+
+
+def _oldest(own: Tensor, place_T: Tensor, *, window: int | None) -> tuple[Tensor, Tensor]:
+    """Return the first key of each query's document, and the oldest that it sees."""
+    first_T = torch.searchsorted(own.abs(), own.abs()[place_T])
+    if window is None:
+        return first_T, first_T
+    return first_T, torch.maximum(first_T, place_T - window + 1)
+
+
+def _some(x: Tensor, share: float, generator: torch.Generator) -> Tensor:
+    """Choose a share of the values of a tensor at random."""
+    return (torch.rand(x.shape, generator=generator) < share).to(x.device)
+
+
+def _rows(n_queries: int, generator: torch.Generator, *, few: bool) -> Tensor:
+    first, last, n_between = (_FIRST, _LAST, _BETWEEN) if few else (FIRST, LAST, BETWEEN)
+    if n_queries <= 2 * (first + last + n_between):
         return torch.arange(n_queries)
-    between = torch.randperm(n_queries - FIRST - LAST, generator=generator)[:BETWEEN] + FIRST
-    ends = (torch.arange(FIRST), torch.arange(n_queries - LAST, n_queries))
+    between = torch.randperm(n_queries - first - last, generator=generator)[:n_between] + first
+    ends = (torch.arange(first), torch.arange(n_queries - last, n_queries))
     return torch.cat([ends[0], between.sort().values, ends[1]])
 
 

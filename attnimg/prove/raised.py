@@ -1,6 +1,8 @@
-"""Say what a kernel raised, in a line that a reason or a note can hold."""
+"""Say what a kernel raised or died of, in a line that a reason or a note can hold."""
 
 from __future__ import annotations
+
+import signal
 
 from attnimg.errors import AttnimgError
 
@@ -21,3 +23,11 @@ def shortened(text: str) -> str:
     if len(text) <= BEGINNING + ENDING:
         return text
     return f"{text[:BEGINNING]} ... {text[-ENDING:]}"
+
+
+def signal_name(number: int) -> str:
+    """Return a signal's name; real-time signals have none."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import IO, Any
@@ -22,7 +23,9 @@ from typing import IO, Any
 from attnimg.backends import backend_named
 from attnimg.facts import Figure, Geometry, Proof, Reason
 from attnimg.prove.compiled import is_compiled
+from attnimg.prove.marked import MARK, marked
 from attnimg.prove.patience import LOOK_EVERY_S, Patience
+from attnimg.prove.raised import signal_name
 
 # Seconds that one candidate may compute and sleep. On a GPU some kernels are compiled in their
 # first call.
@@ -35,9 +38,14 @@ COMPILING_S = 600.0
 IMPORT_TIMEOUT_S = 180.0
 # Seconds in all, on a machine so busy that the child hardly gets a CPU, or where it was stopped.
 WALL_S = 900.0
-# What a child may allocate besides what its imports take: the longest probe holds some ten arrays
-# of BUDGET scores.
-MEMORY_BYTES = {"cpu": 6 << 30, "cuda": 32 << 30}
+# What a child may allocate besides what its imports take: the longest probe on a CPU holds some ten
+# arrays of shown.CPU.held scores. On a GPU its probes follow its memory, of which a tenth is left.
+MEMORY_BYTES = {"cpu": 6 << 30, "cuda": 1 << 40}
+
+
+# What a child may print, in a file of the temporary folder, and the longest line that it reports.
+OUTPUT_BYTES = 64 << 20
+_LINE_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -123,10 +131,10 @@ def _run_child(
     begun = time.monotonic()
     with tempfile.TemporaryFile() as noise, _Child(task, noise=noise) as child:
         patience = Patience(child.pid, limit_s=IMPORT_TIMEOUT_S, wall_s=WALL_S)
-        for line in _lines(child, patience):
-            message = json.loads(line)
+        for line in _lines(child, patience, noise=noise):
+            message = _message(line, pid=child.pid)
             if "begin" in message:
-                running, case = message["begin"], "loading"
+                running, case = str(message["begin"]), "loading"
                 begun = time.monotonic()
                 limit_s, wall_s = limits[len(proofs)]
                 patience.restart(limit_s=limit_s, wall_s=wall_s)
@@ -135,25 +143,51 @@ def _run_child(
                 limit_s, wall_s = limits[len(proofs)]
                 patience.restart(limit_s=limit_s, wall_s=wall_s)
             elif "case" in message:
-                case = message["case"]
-            else:
-                proofs.append(proof_from_json(message["proof"]))
-        if len(proofs) == len(candidates):
+                case = str(message["case"])
+            elif (proof := _proof(message)) is not None and proof.backend == running:
+                proofs.append(proof)
+                running, case = "", "starting"
+            if len(proofs) == len(candidates) or (proofs and "stop" in message):
+                return proofs
+        if proofs and case == "starting":
+            # It died of what was proven already. Another child goes on.
             return proofs
         # A kernel may close what it is heard through, and go on.
-        while child.poll() is None and not patience.spent():
+        while child.poll() is None and not patience.spent() and not _is_flooded(noise):
             time.sleep(LOOK_EVERY_S)
-        late = child.poll() is None
+        late, flooded = child.poll() is None, _is_flooded(noise)
         if late:
             os.killpg(child.pid, signal.SIGKILL)
         status = child.wait()
-        reason = (
-            Reason(code="timeout", text=f"{case}: {patience.sentence()}")
-            if late
-            else _death(status, case=case, noise=noise)
-        )
+        if flooded:
+            text = f"{case}: printed more than {OUTPUT_BYTES >> 20} MiB"
+            reason = Reason(code="process-state", text=text)
+        elif late:
+            reason = Reason(code="timeout", text=f"{case}: {patience.sentence()}")
+        else:
+            reason = _death(status, case=case, noise=noise)
     seconds = time.monotonic() - begun
     return [*proofs, Proof(backend=running, reasons=(reason,), seconds=seconds)]
+
+
+def _message(line: bytes, *, pid: int) -> dict[str, Any]:
+    """Read what the child reports; {} for what a kernel, or a process that it forked, wrote."""
+    try:
+        message = json.loads(line)
+    except (ValueError, RecursionError):
+        return {}
+    return message if isinstance(message, dict) and message.get("pid") == pid else {}
+
+
+def _proof(message: dict[str, Any]) -> Proof | None:
+    try:
+        return proof_from_json(message["proof"])
+    except (TypeError, KeyError, ValueError, AttributeError):
+        return None
+
+
+def _is_flooded(noise: IO[bytes]) -> bool:
+    return os.fstat(noise.fileno()).st_size > OUTPUT_BYTES
 
 
 def _silence(_text: str) -> None:
@@ -164,6 +198,7 @@ class _Child:
     """A child with its task on stdin; killed with all its own when the block is left."""
 
     def __init__(self, task: dict[str, Any], *, noise: IO[bytes]) -> None:
+        self.mark = uuid.uuid4().hex
         self.process = subprocess.Popen(
             [sys.executable, "-m", "attnimg.prove.child"],
             stdin=subprocess.PIPE,
@@ -171,6 +206,7 @@ class _Child:
             stderr=noise,
             # A group of its own: Ctrl-C reaches the parent, which then ends the whole group.
             start_new_session=True,
+            env=os.environ | {MARK: self.mark},
         )
         self.task = json.dumps(task).encode()
 
@@ -186,17 +222,32 @@ class _Child:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
+        _kill_marked(self.mark)
         assert self.process.stdout is not None
         self.process.stdout.close()
 
 
-def _lines(child: subprocess.Popen[bytes], patience: Patience) -> Iterator[bytes]:
-    """Yield whole lines until the child ends, closes its side, or patience does."""
+def _kill_marked(mark: str) -> None:
+    """End what a kernel started and detached: it has left the child's group and session."""
+    # One may fork while the others are looked for.
+    for _ in range(3):
+        found = list(marked(mark))
+        for process in found:
+            with contextlib.suppress(OSError):
+                os.kill(int(process.name), signal.SIGKILL)
+        if not found:
+            return
+
+
+def _lines(
+    child: subprocess.Popen[bytes], patience: Patience, *, noise: IO[bytes]
+) -> Iterator[bytes]:
+    """Yield whole lines until the child ends, closes its side, or prints or takes too much."""
     pending = b""
     assert child.stdout is not None
     with selectors.DefaultSelector() as selector:
         selector.register(child.stdout, selectors.EVENT_READ)
-        while not patience.spent():
+        while not patience.spent() and not _is_flooded(noise):
             if not selector.select(timeout=LOOK_EVERY_S):
                 # What a kernel started and left behind may hold the pipe open.
                 if child.poll() is not None:
@@ -207,17 +258,19 @@ def _lines(child: subprocess.Popen[bytes], patience: Patience) -> Iterator[bytes
                 return
             *lines, pending = (pending + chunk).split(b"\n")
             yield from lines
+            # The rest of a line that is too long is no message either.
+            pending = pending[:_LINE_BYTES]
 
 
 def _death(status: int, *, case: str, noise: IO[bytes]) -> Reason:
     """Say what a child died of."""
-    noise.seek(0)
+    noise.seek(max(0, os.fstat(noise.fileno()).st_size - _LINE_BYTES))
     said = [line for line in noise.read().decode(errors="replace").splitlines() if line.strip()]
     last = f": {said[-1].strip()[:200]}" if said else ""
     if status == -signal.SIGKILL:
         return Reason(code="oom", text=f"{case}: killed from outside, as for want of memory")
     if status < 0:
-        name = signal.Signals(-status).name
+        name = signal_name(-status)
         return Reason(code="crash", text=f"{case}: died of {name}{last}")
     return Reason(code="crash", text=f"{case}: the process exited with {status}{last}")
 

@@ -1,35 +1,75 @@
-"""How much of a run's geometry a probe shows: what its memory holds, and what tells most."""
+"""How much of a run's geometry a probe shows: what the device holds, and what tells most."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
-from attnimg.facts import Geometry
+from attnimg.facts import Backend, Geometry
 
-# Scores held at once by plain attention, heads * tokens squared. The longest probe is cut to it, so
-# that no machine runs out of memory on a proof: 134 MB in float32 on a CPU.
-BUDGET = {"cpu": 1 << 25, "cuda": 1 << 31}
-# The same for the one probe that shows all heads a long document.
-_ALL_HEADS = 1 << 23
+# Scores of all heads that one call on a GPU may compute where its kernel holds none of them: 32
+# heads of 32768 tokens.
+_COMPUTED = 1 << 35
+# Bytes of a GPU's memory for each score that plain attention holds: scores, softmax and weights and
+# the gradients of all three, in up to 4 bytes each, take 24.
+_BYTES_A_SCORE = 40
+# Arrays of a whole row's q in float64 that drawing the inputs holds at once.
+_DRAWN = 4 * 8
+# Kernels that hold them, besides those that get a mask for each pair of tokens.
+_HOLDING = frozenset({"sdpa_math", "s2"})
 # A sliding window longer than the short probes would show nothing there.
 _SHORT_WINDOW = 37
 
 
-def longest_of(geometry: Geometry, *, device: str) -> int:
-    """Give the longest document that is probed: sequence_len, or what the memory budget allows."""
-    few = few_heads(geometry)
-    return min(geometry.sequence_len, int((BUDGET[device] / few.heads) ** 0.5))
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Budget:
+    """What the longest probes may take.
+
+    Attributes:
+        held: scores that plain attention holds at once, of the few heads that tell most.
+        whole: scores of a call with all heads of the run.
+        drawn: bytes of what is drawn for it.
+    """
+
+    held: int
+    whole: int
+    drawn: int
 
 
-def rows_of(geometry: Geometry, longest: int, *, device: str) -> int:
-    """Give how many rows of the longest are probed: the run's, or what the budget holds at once."""
-    held = int((BUDGET[device] / few_heads(geometry).heads) ** 0.5) // longest
+# 134 MB in float32. Time bounds the call with all heads: 32 heads of 829 tokens.
+CPU = Budget(held=1 << 25, whole=21 << 20, drawn=1 << 30)
+
+
+def budget_of(backend: Backend, *, memory_bytes: int | None) -> Budget:
+    """Return the budget of a backend's probes.
+
+    Args:
+        backend: some hold all scores at once.
+        memory_bytes: of the GPU; None for a CPU.
+    """
+    if memory_bytes is None:
+        return CPU
+    held = memory_bytes // _BYTES_A_SCORE
+    holding = backend.mask in ("sdpa", "eager") or backend.name in _HOLDING
+    return Budget(held=held, whole=held if holding else _COMPUTED, drawn=memory_bytes // 4)
+
+
+def longest_of(geometry: Geometry, budget: Budget) -> int:
+    """Return the longest document that is probed: sequence_len, or what the budget allows."""
+    few = int((budget.held / few_heads(geometry).heads) ** 0.5)
+    return min(geometry.sequence_len, max(few, whole_row(geometry, budget)))
+
+
+def rows_of(geometry: Geometry, longest: int, budget: Budget) -> int:
+    """Return how many rows of the longest are probed: the run's, or what the budget holds."""
+    held = int((budget.held / few_heads(geometry).heads) ** 0.5) // longest
     return min(geometry.rows, held)
 
 
-def longest_of_all_heads(geometry: Geometry, longest: int) -> int:
-    """Give the longest document that all heads are shown: a few at a time tell most, and sooner."""
-    return min(longest, max(129, int((_ALL_HEADS / geometry.heads) ** 0.5)))
+def whole_row(geometry: Geometry, budget: Budget) -> int:
+    """Return the tokens of the row that all heads are shown: sequence_len where it fits."""
+    size = geometry.heads * (geometry.head_dim_qk + geometry.head_dim_v) * _DRAWN
+    tokens = min(int((budget.whole / geometry.heads) ** 0.5), budget.drawn // size)
+    return min(geometry.sequence_len, max(129, tokens))
 
 
 def two_groups(geometry: Geometry) -> Geometry:
@@ -37,6 +77,11 @@ def two_groups(geometry: Geometry) -> Geometry:
     kv_heads = min(geometry.kv_heads, 2)
     heads = geometry.heads // geometry.kv_heads * kv_heads
     return replace(geometry, heads=heads, kv_heads=kv_heads)
+
+
+def one_group(geometry: Geometry) -> Geometry:
+    """Keep one key head and all query heads to it."""
+    return replace(geometry, heads=geometry.heads // geometry.kv_heads, kv_heads=1)
 
 
 def few_heads(geometry: Geometry) -> Geometry:

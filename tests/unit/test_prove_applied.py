@@ -130,3 +130,15 @@ def test_what_apply_registers_is_what_that_function_gives() -> None:
     for function in (registered, found):
         kernel = inspect.unwrap(function).__self__  # type: ignore[attr-defined]  # of FlashKernel
         assert (kernel.backend, kernel.unpadded_v) == ("flash_attention_4", True)
+
+
+def test_what_a_cpu_has_no_time_for_is_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
+    from attnimg.prove import candidate
+    from attnimg.prove.shown import CPU, Budget
+
+    little = Budget(held=CPU.held, whole=4 * 150**2, drawn=CPU.drawn)
+    monkeypatch.setattr(candidate, "budget_here", lambda *_args, **_named: little)
+    geometry = a_geometry(**(asdict(PLAIN) | {"sequence_len": 200}))
+    proof = proven("sdpa", geometry)
+    assert proof.passed
+    assert proof.note == "with all heads up to 150 of 200: a CPU's time"

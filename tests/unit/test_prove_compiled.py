@@ -19,12 +19,16 @@ from attnimg.prove.compiled import (
     shapes_of,
 )
 from attnimg.prove.runner import COMPILING_S, TIMEOUT_S, Candidate, limits_of
+from attnimg.prove.shown import budget_of
 
 
 def backend(name: str) -> Backend:
     found = backend_named(name)
     assert found is not None
     return found
+
+
+GPU = budget_of(backend("flex_attention"), memory_bytes=80 << 30)
 
 
 def geometry(heads: int, kv_heads: int, *, packing: bool, dense: bool = True) -> Geometry:
@@ -41,7 +45,7 @@ def geometry(heads: int, kv_heads: int, *, packing: bool, dense: bool = True) ->
 def test_there_are_few_shapes(
     heads: tuple[int, int], packing: bool, dense: bool, most: int
 ) -> None:
-    cases = cases_of(geometry(*heads, packing=packing, dense=dense), device="cuda")
+    cases = cases_of(geometry(*heads, packing=packing, dense=dense), budget=GPU)
     found = few_shapes(cases)
     assert len(shapes_of(found)) <= most
     assert len(shapes_of(found)) * 2 <= len(shapes_of(cases))
@@ -49,7 +53,7 @@ def test_there_are_few_shapes(
 
 @pytest.mark.parametrize("packing", [True, False])
 def test_edges_of_tiles_and_the_runs_own_length_are_kept(packing: bool) -> None:
-    cases = few_shapes(cases_of(geometry(8, 2, packing=packing), device="cuda"))
+    cases = few_shapes(cases_of(geometry(8, 2, packing=packing), budget=GPU))
     lengths = {n for case in cases for n in case.lengths}
     assert EDGES | {2048} <= lengths
     assert {case.scores for case in cases} >= {"spread", "negative", "large", "flat", "large-v"}
@@ -58,7 +62,7 @@ def test_edges_of_tiles_and_the_runs_own_length_are_kept(packing: bool) -> None:
 
 
 def test_padded_rows_are_kept() -> None:
-    cases = few_shapes(cases_of(geometry(8, 2, packing=False), device="cuda"))
+    cases = few_shapes(cases_of(geometry(8, 2, packing=False), budget=GPU))
     assert "padded rows" in {case.name for case in cases}
 
 

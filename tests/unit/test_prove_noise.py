@@ -24,6 +24,7 @@ from attnimg.prove.child import prove_candidate
 from attnimg.prove.inputs import draw
 from attnimg.prove.noise import TILE, beyond_a_flip, sum_noise
 from attnimg.prove.repeats import check_isolated
+from attnimg.prove.shown import CPU
 
 SMALL = Shape(head_dim=64, group=4, dtype="bfloat16", packed=True, tile=64)
 # 20 of the grid, with few heads: `make bench/proof-noise` runs 200 for each kind of noise.
@@ -102,7 +103,7 @@ def _packed_case(dtype: str = "bfloat16") -> Case:
         heads=8, kv_heads=2, head_dim_qk=32, head_dim_v=32, dtype=dtype, packing=True,
         sequence_len=64,
     )  # fmt: skip
-    return next(case for case in cases_of(geometry, device="cpu") if case.repeated)
+    return next(case for case in cases_of(geometry, budget=CPU) if case.repeated)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -166,7 +167,7 @@ def prove_by(
 ) -> tuple[Findings, int]:
     """Prove sdpa with probes that find what a script says of their number; and count them."""
     geometry = a_geometry(heads=2, kv_heads=2, head_dim_qk=16, head_dim_v=16, sequence_len=64)
-    few = cases_of(geometry, device="cpu")[:4]
+    few = cases_of(geometry, budget=CPU)[:4]
     monkeypatch.setattr(candidate, "cases_of", lambda *_args, **_named: few)
     runs = iter(range(1000))
 

@@ -1,0 +1,116 @@
+"""Kernels that are wrong only where several things of a call come together are caught.
+
+One child process proves them all, on a run of eight heads, two key heads and 832 tokens: every
+third of them, and all with PROOFS=all (`make test/proofs`, 2 minutes).
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from run_facts import a_geometry
+from served_kernels import serve
+
+from attnimg.facts import Proof
+from attnimg.prove.runner import Candidate, run
+
+SOURCE = Path(__file__).parents[1] / "fixtures/wrong_kernels/products.py"
+PACKED = a_geometry(
+    heads=8, kv_heads=2, head_dim_qk=16, head_dim_v=16, packing=True, dense=False,
+    sequence_len=832,
+)  # fmt: skip
+SINGLE = replace(PACKED, packing=False, dense=True)
+BF16 = replace(PACKED, dtype="bfloat16", rows=2)
+
+ALL = [
+    ("none", PACKED, None),
+    ("none", SINGLE, None),
+    ("none", BF16, None),
+    ("raises for empty documents", PACKED, None),
+    ("empty documents hide the next", PACKED, "numerics-fwd"),
+    ("group of 4 past 800", PACKED, "numerics-fwd"),
+    ("group of 4 past 800", SINGLE, "numerics-fwd"),
+    ("all heads at the whole row", PACKED, "numerics-fwd"),
+    ("all heads at the whole row of one document", BF16, "numerics-fwd"),
+    ("heads and more than 8 documents", PACKED, "numerics-fwd"),
+    ("more than 16 documents of all heads", BF16, "numerics-fwd"),
+    ("no gradients and more than 8 documents", BF16, "numerics-fwd"),
+    ("no gradients and 300 documents", PACKED, "numerics-fwd"),
+    ("no gradients and long rows", PACKED, "numerics-fwd"),
+    ("single tokens of all heads", PACKED, "numerics-fwd"),
+    ("the second call of a long row", SINGLE, "numerics-fwd"),
+    ("a document that begins past 500 with all heads", PACKED, "numerics-fwd"),
+    ("64 comes fourth", PACKED, "numerics-fwd"),
+    ("17 comes second", PACKED, "numerics-fwd"),
+    ("129 at the end", PACKED, "numerics-fwd"),
+    ("a long document behind others", PACKED, "numerics-fwd"),
+    ("k alone learns", SINGLE, "numerics-fwd"),
+    ("k and v learn", PACKED, "numerics-bwd"),
+    ("k and v learn, dv", SINGLE, "numerics-bwd"),
+    ("q and k learn", SINGLE, "numerics-bwd"),
+    ("k learns", PACKED, "numerics-bwd"),
+    ("q learns", SINGLE, "numerics-bwd"),
+    ("k and v learn and long rows", PACKED, "numerics-bwd"),
+    ("dk of group of 4 past 800", PACKED, "numerics-bwd"),
+    ("dq of all heads and documents", BF16, "numerics-bwd"),
+    ("dv of all heads at the whole row", PACKED, "numerics-bwd"),
+    ("rows past 700 add nothing to dk", PACKED, "numerics-bwd"),
+    ("rows of the middle add nothing to dv", SINGLE, "numerics-bwd"),
+    ("writes q without gradients", PACKED, "numerics-fwd"),
+    ("writes v of long rows without gradients", SINGLE, "numerics-fwd"),
+    ("cu_seqlens moved without gradients", PACKED, "numerics-fwd"),
+    ("scores cut at 250", PACKED, "numerics-fwd"),
+    ("scores cut at 400", BF16, "numerics-fwd"),
+    ("scores cut at -250", SINGLE, "numerics-fwd"),
+    ("hidden scores are -300", PACKED, "numerics-fwd"),
+    ("leaks its outputs", PACKED, "process-state"),
+]
+RIGHT = [row for row in ALL if row[2] is None]
+WRONG = [row for row in ALL if row[2] is not None]
+FAULTS = RIGHT + (WRONG if os.environ.get("PROOFS") == "all" else WRONG[::3])
+NAMES = [f"products/kernel-{number}" for number in range(len(FAULTS))]
+
+
+@pytest.fixture(scope="module")
+def proofs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Proof]:
+    root = tmp_path_factory.mktemp("kernels")
+    entries = [
+        f"{name}={serve(root / name.partition('/')[2], fault, source=SOURCE)}"
+        for name, (fault, _, _) in zip(NAMES, FAULTS, strict=True)
+    ]
+    candidates = [
+        Candidate(backend=name, geometries=(geometry,), trusted=True)
+        for name, (_, geometry, _) in zip(NAMES, FAULTS, strict=True)
+    ]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LOCAL_KERNELS", ":".join(entries))
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        patch.setenv("OMP_NUM_THREADS", "1")
+        found = run(candidates, device="cpu")
+    return {proof.backend: proof for proof in found}
+
+
+# The first test waits for all proofs.
+pytestmark = pytest.mark.timeout(1200)
+
+
+@pytest.mark.parametrize(
+    ("name", "code"),
+    [
+        pytest.param(
+            name,
+            code,
+            id=f"{fault}, {'packed' if geometry.packing else 'single'} {geometry.dtype}: "
+            f"{code or 'passes'}",
+        )
+        for name, (fault, geometry, code) in zip(NAMES, FAULTS, strict=True)
+    ],
+)
+def test_each_kernel_is_judged_by_what_is_wrong_with_it(
+    proofs: dict[str, Proof], name: str, code: str | None
+) -> None:
+    codes = [reason.code for reason in proofs[name].reasons]
+    assert codes == [] if code is None else code in codes, proofs[name].reasons

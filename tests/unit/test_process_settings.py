@@ -1,0 +1,75 @@
+"""Signal handlers, the signal mask, umask and working directory survive the load of a kernel."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from attnimg.apply.process_settings import process_settings_kept
+
+
+@pytest.fixture(autouse=True)
+def _as_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.chdir(tmp_path)
+    umask = os.umask(0o022)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    yield
+    os.umask(umask)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def change() -> None:
+    """Do what a kernel's import may do."""
+    os.chdir("/")
+    os.umask(0o777)
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+
+
+def umask() -> int:
+    found = os.umask(0)
+    os.umask(found)
+    return found
+
+
+@pytest.mark.parametrize("raises", [False, True], ids=["", "and it raises"])
+def test_they_are_set_again(tmp_path: Path, raises: bool) -> None:
+    def handler(*_: object) -> None:
+        pass
+
+    signal.signal(signal.SIGTERM, handler)
+    usual = signal.getsignal(signal.SIGUSR1)
+    try:
+        with process_settings_kept():
+            change()
+            if raises:
+                raise ValueError
+    except ValueError:
+        assert raises
+    assert Path.cwd() == tmp_path
+    assert umask() == 0o022
+    assert signal.getsignal(signal.SIGTERM) is handler
+    assert signal.getsignal(signal.SIGUSR1) is usual
+    assert signal.SIGTERM not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+
+
+def test_a_thread_that_may_not_set_handlers_keeps_the_rest(tmp_path: Path) -> None:
+    found: list[object] = []
+
+    def work() -> None:
+        with process_settings_kept():
+            change()
+        found.extend([Path.cwd(), umask()])
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert found == [tmp_path, 0o022]

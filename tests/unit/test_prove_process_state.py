@@ -1,0 +1,106 @@
+"""A kernel that changes the process is refused by the name of the change; a library's ways pass."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from served_kernels import serve
+
+FIXTURES = Path(__file__).parents[1] / "fixtures"
+SOURCE = FIXTURES / "wrong_kernels/state.py"
+MEDIUM = "float32 matmul precision was ('highest', 'True'), is ('medium', 'True')"
+# What a kernel does, and what the reason names.
+FAULTS = {
+    "default dtype": "default dtype was torch.float32, is torch.float64",
+    "default device": "default device was cpu, is meta",
+    "matmul precision": MEDIUM,
+    "new precision settings": "float32 matmul precision",
+    "threads": "threads of torch",
+    "flush-denormal": "flush-denormal was False, is True",
+    "Python's seed": "random numbers of Python changed",
+    "numpy's seed": "random numbers of numpy changed",
+    "torch's seed": "torch's random numbers were set back",
+    "cwd": "working directory",
+    "umask": "umask was 0022, is 0777",
+    "SIGTERM ignored": "signal handler of SIGTERM",
+    "SIGINT reset": "signal handler of SIGINT",
+    "SIGTERM ignored in C": "signals ignored",
+    "SIGTERM blocked": "signals blocked",
+    "environment changed": "environment: HOME was changed",
+    "environment unset": "environment: HF_HUB_OFFLINE was unset",
+    "CUDA_VISIBLE_DEVICES": "environment: CUDA_VISIBLE_DEVICES was set",
+    "warnings silenced": "warnings filters: the action for every warning is ignore",
+    "warnings reset": "warnings filters",
+    "deterministic": "deterministic algorithms",
+    "anomaly": "anomaly detection",
+    "gradients off": "gradient mode was True, is False",
+    "default dtype later": "default dtype was torch.float32, is torch.float64",
+    "matmul precision later": MEDIUM,
+    "cwd later": "working directory",
+    "Python's numbers": "random numbers of Python changed",
+    "numpy's numbers": "random numbers of numpy changed",
+    "umask later": "umask was 0022, is 0000",
+    "leaks files": "open files: ",
+    "leaks threads": "threads: ",
+    "leaks children": "children: ",
+    "leaks memory": "memory: ",
+    "prints": "bytes of output: ",
+    "filters": "warnings filters: ",
+    "environment grows": "environment: WRONG_",
+}
+RIGHT = [
+    "none",
+    "right: a variable of its own",
+    "right: a filter of its own",
+    "right: a thread of its own",
+    "right: a file of its own",
+    "right: lazy",
+    "right: keeps the last outputs",
+    "right: a file for each call",
+    "right: draws from torch",
+]
+NAMES = {fault: f"state/kernel-{number}" for number, fault in enumerate([*FAULTS, *RIGHT])}
+
+
+@pytest.fixture(scope="module")
+def reasons(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[list[str]]]:
+    root = tmp_path_factory.mktemp("kernels")
+    entries = [
+        f"{name}={serve(root / name.partition('/')[2], fault, source=SOURCE)}"
+        for fault, name in NAMES.items()
+    ]
+    environment = os.environ | {
+        "LOCAL_KERNELS": ":".join(entries),
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([str(FIXTURES), *sys.path]),
+    }
+    found = subprocess.run(
+        [sys.executable, str(FIXTURES / "forked_proofs.py"), *NAMES.values()],
+        env=environment, cwd=root, umask=0o022, check=True, capture_output=True, text=True,
+    )  # fmt: skip
+    return dict(json.loads(line) for line in found.stdout.splitlines())
+
+
+pytestmark = pytest.mark.timeout(600)
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_kernel_that_changes_the_process_is_refused_by_name(
+    reasons: dict[str, list[list[str]]], fault: str
+) -> None:
+    (code, text), *_ = reasons[NAMES[fault]]
+    assert code == "process-state"
+    assert FAULTS[fault] in text
+
+
+@pytest.mark.parametrize("fault", RIGHT)
+def test_what_libraries_do_when_they_are_imported_and_first_called_passes(
+    reasons: dict[str, list[list[str]]], fault: str
+) -> None:
+    assert reasons[NAMES[fault]] == []
