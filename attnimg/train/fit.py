@@ -17,6 +17,7 @@ from attnimg.train import metrics
 from attnimg.train.checkpoint import ResumePoint, read_state
 from attnimg.train.distributed import join, rank, world_size
 from attnimg.train.final import save_final
+from attnimg.train.generation import stop_notes, use_trained_template
 from attnimg.train.identity import identity_of
 from attnimg.train.output_dir import prepare_output_dir
 from attnimg.train.output_lock import locked
@@ -83,6 +84,9 @@ def fit(
         tokens=train.figures["tokens"],
     )
     require_same(identity, config, resume)
+    notes = use_trained_template(config, tokenizer)
+    for note in (*notes, *stop_notes(documents.train, tokenizer, model)):
+        console.print(f"  warning: {note}", highlight=False, markup=False, soft_wrap=True)
     session = Session(
         config=config,
         folder=folder,
