@@ -92,6 +92,7 @@ def build_engine(session: Session, view: ProgressView) -> Any:
         save_limit=config.save_total_limit,
         identity=session.identity,
         eval_collate=(evaluation or train).collate,
+        added_rows=train.added,
         model=session.model,
         args=SFTConfig(**arguments),
         data_collator=train.collate,
