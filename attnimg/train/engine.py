@@ -23,6 +23,7 @@ from attnimg.train.evaluator import EvaluationCut
 from attnimg.train.file_hashes import FileHashes
 from attnimg.train.final import NOT_THE_MODEL
 from attnimg.train.rows import COUNTS, Collator
+from attnimg.train.sampler import OnceAnEpoch
 from attnimg.train.saved_model import correct_saved_config
 from attnimg.train.saved_states import SavedStates
 from attnimg.train.signals import StopFlag, Stopped
@@ -39,6 +40,7 @@ class Engine(SavedStates):
         identity: what decides the order of the data; saved with each checkpoint.
         eval_collate: the collator of evaluation batches.
         attention_check: judges attention calls of training steps.
+        added_rows: rows without loss at the end of the training rows, from `even_out`.
         options: what SFTTrainer takes.
     """
 
@@ -52,9 +54,10 @@ class Engine(SavedStates):
         identity: Mapping[str, object],
         eval_collate: Collator,
         attention_check: AttentionCheck,
+        added_rows: int,
         **options: Any,
     ) -> None:
-        self.attention_check = attention_check
+        self.attention_check, self.added_rows = attention_check, added_rows
         self.folder, self.backend = folder, backend
         self.save_limit, self.identity = save_limit, identity
         self.meter = metrics.Meter()
@@ -79,6 +82,17 @@ class Engine(SavedStates):
 
     def create_model_card(self, *args: Any, **options: Any) -> None:
         """Write no model card: TRL's names a hub repository that does not exist."""
+
+    def get_train_dataloader(self) -> Any:
+        """Batch training rows; with added rows, each of the others once an epoch."""
+        loader = super().get_train_dataloader()
+        if self.added_rows:
+            rows = len(self.train_dataset) - self.added_rows
+            # In the place of accelerate's own sampler, which resuming sets to its epoch.
+            loader.set_sampler(
+                OnceAnEpoch(rows=rows, added=self.added_rows, seed=self.args.data_seed)
+            )
+        return loader
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
         """Count the batch, then train on it."""

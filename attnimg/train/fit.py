@@ -19,6 +19,7 @@ from attnimg.train.attention_check import AttentionCheck
 from attnimg.train.checkpoint import ResumePoint, read_state
 from attnimg.train.distributed import join, rank, world_size
 from attnimg.train.final import save_final
+from attnimg.train.generation import stop_notes, use_trained_template
 from attnimg.train.identity import identity_of
 from attnimg.train.output_dir import prepare_output_dir
 from attnimg.train.output_lock import locked
@@ -83,10 +84,13 @@ def fit(
         run=run,
         tokenizer=tokenizer,
         figures=documents.figures,
-        rows=len(train.dataset),
+        rows=train.figures["rows"],
         tokens=train.figures["tokens"],
     )
     require_same(identity, config, resume)
+    notes = use_trained_template(config, tokenizer)
+    for note in (*notes, *stop_notes(documents.train, tokenizer, model)):
+        console.print(f"  warning: {note}", highlight=False, markup=False, soft_wrap=True)
     session = Session(
         config=config,
         folder=folder,
@@ -169,14 +173,16 @@ def _rows(
             dataset, config, packed=packed, context=run.context, pad_token_id=tokenizer.pad_token_id
         )
 
-    train = rows(documents.train, packed=packed)
+    def shared_out(made: Rows, *, batch_size: int) -> Rows:
+        at_once = batch_size * world_size() if world_size() > 1 else 1
+        return even_out(made, multiple=at_once, pad_token_id=tokenizer.pad_token_id)
+
+    train = shared_out(rows(documents.train, packed=packed), batch_size=config.micro_batch_size)
     if documents.validation is None or not len(documents.validation):
         return train, None
-    at_once = (config.eval_batch_size or config.micro_batch_size) * world_size()
-    evaluation = even_out(
+    evaluation = shared_out(
         rows(documents.validation, packed=eval_packed),
-        multiple=at_once if world_size() > 1 else 1,
-        pad_token_id=tokenizer.pad_token_id,
+        batch_size=config.eval_batch_size or config.micro_batch_size,
     )
     return train, evaluation
 

@@ -84,7 +84,7 @@ def identity_of(
     run: RunFacts,
     tokenizer: Any,
     figures: tuple[SourceFigures, ...],
-    rows: int,
+    rows: object,
     tokens: object,
 ) -> dict[str, Any]:
     """Return the identity of a run, as its checkpoints have it.

@@ -85,13 +85,14 @@ class Objective(SFTTrainer):  # type: ignore[misc]  # TRL's types are not follow
         self._nll = nll.detach()
         if aux is None:
             return nll
+        # Several processes have equally many batches: some may have no document.
+        held = (labels != NO_LOSS).any().float()
         if not self.model.training:
-            # Several processes evaluate equally many batches: some may have no document.
-            held = (labels != NO_LOSS).any().float()
             found = self.accelerator.gather(torch.stack([aux.detach().float(), held])[None])
             self._metrics["eval"]["aux_loss"] += found[found[:, 1] > 0, 0].tolist()
             return nll
-        self._aux += torch.stack([aux.detach().float(), torch.ones_like(self._aux[0])])
+        aux = aux * held.to(aux.device)
+        self._aux += torch.stack([aux.detach().float(), held.to(self._aux.device)])
         # Averaged over the micro-batches of a step, since it is not a sum over tokens.
         steps = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
         return nll + self.aux_coefficient * aux.to(nll.device) / steps

@@ -29,11 +29,13 @@ class Rows:
         dataset: columns input_ids, labels and, when packed, document_lengths.
         collate: examples -> batch, with the count of its tokens and places under COUNTS.
         figures: documents, rows, tokens, capacity and filled share, for the receipt.
+        added: rows at the end that `even_out` added.
     """
 
     dataset: Dataset
     collate: CountingCollator
     figures: Mapping[str, object]
+    added: int = 0
 
 
 class CountingCollator:
@@ -58,12 +60,15 @@ class CountingCollator:
         """Make the batch; COUNTS is int64 (2,): tokens, places."""
         import torch
 
+        counted = examples
         if self.drops_added:
             # Their padding would count in the auxiliary loss of a mixture of experts.
-            examples = [row for row in examples if row["labels"] != [NO_LOSS]] or examples[:1]
-        tokens = sum(len(example["input_ids"]) for example in examples)
-        batch: Batch = {**self.collate(examples)}
-        places = self.capacity * len(examples) if self.capacity else batch["input_ids"].numel()
+            counted = [row for row in examples if row["labels"] != [NO_LOSS]]
+        batch: Batch = {**self.collate(counted or examples[:1])}
+        tokens = sum(len(example["input_ids"]) for example in counted)
+        places = batch["input_ids"].numel() if counted else 0
+        if self.capacity:
+            places = self.capacity * len(counted)
         batch[COUNTS] = torch.tensor([tokens, places])
         return batch
 
@@ -119,10 +124,10 @@ def even_out(rows: Rows, *, multiple: int, pad_token_id: int) -> Rows:
     """Add rows without loss until the count divides evenly.
 
     Several processes get equally many batches; accelerate would fill up with rows from the start,
-    and an evaluation would count those twice.
+    which would be trained, or count in an evaluation, twice.
 
     Args:
-        rows: rows to evaluate on.
+        rows: rows of one split.
         multiple: rows that all processes together take at once.
         pad_token_id: the one token of an added row.
     """
@@ -142,6 +147,7 @@ def even_out(rows: Rows, *, multiple: int, pad_token_id: int) -> Rows:
         collate=CountingCollator(
             rows.collate.collate, capacity=rows.collate.capacity, drops_added=True
         ),
+        added=missing,
     )
 
 

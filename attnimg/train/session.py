@@ -97,6 +97,7 @@ def build_engine(session: Session, view: ProgressView) -> Any:
         identity=session.identity,
         eval_collate=(evaluation or train).collate,
         attention_check=session.attention_check,
+        added_rows=train.added,
         model=session.model,
         args=SFTConfig(**arguments),
         data_collator=train.collate,

@@ -77,6 +77,27 @@ def test_two_processes_of_one_row_train_as_one_of_two(pair: Path) -> None:
         assert ours == pytest.approx(theirs, abs=1e-5, rel=1e-5)
 
 
+def test_two_processes_train_each_row_once_an_epoch(tmp_path: Path) -> None:
+    """An epoch ends with rows for one of the processes alone; the second one is resumed."""
+    common: dict[str, object] = {
+        "micro_batch_size": 9, "num_epochs": 2, "logging_steps": 1, "lr_scheduler": "constant",
+        "save_steps": 5, "auto_resume_from_checkpoints": True,
+    }  # fmt: skip
+    save_model(tmp_path, "llama")
+    two = start(tmp_path, **common, max_steps=5)
+    single = tmp_path / "single"
+    run(tmp_path, single, gradient_accumulation_steps=2, engine=None, **common, max_steps=6)
+    output = two.communicate(timeout=200)[0]
+    assert two.returncode == 0, output
+    again = start(tmp_path, **common, max_steps=6)
+    output = again.communicate(timeout=200)[0]
+    assert again.returncode == 0, output
+    receipt = json.loads((tmp_path / "out/receipt.json").read_text())
+    assert 0 < receipt["packing"]["train"]["rows"] % 18 <= 9
+    for ours, theirs in zip(curve(tmp_path / "out"), curve(single), strict=True):
+        assert ours == pytest.approx(theirs, abs=1e-5, rel=1e-5)
+
+
 ROUTED = {"output_router_logits": True, "router_aux_loss_coef": 0.5}
 
 

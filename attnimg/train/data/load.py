@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -55,6 +56,8 @@ def load_documents(config: Config, tokenizer: Any, *, progress: bool = True) -> 
     validation = documents_of(testing) if testing else None
     if config.val_set_size:
         train, validation = _split(train, config)
+    if validation is not None:
+        warnings.update(dict.fromkeys(_repeated(train, validation)))
     return Documents(
         train=train, validation=validation, figures=tuple(figures), warnings=tuple(warnings)
     )
@@ -89,6 +92,25 @@ def _shared(training: list[Source], testing: list[Source]) -> Iterator[str]:
                     f"{train.key} and {test.key} both read {min(shared)}: the evaluation "
                     "uses training data"
                 )
+
+
+def _repeated(train: Dataset, validation: Dataset) -> Iterator[str]:
+    """Yield a sentence where documents to evaluate on are among those to train on."""
+    evaluated = list(_digests(validation))
+    shared = set(evaluated).intersection(_digests(train))
+    if count := sum(digest in shared for digest in evaluated):
+        yield (
+            f"{count:,} of {len(evaluated):,} documents to evaluate on are also trained on, word "
+            "for word, so that the evaluation loss is too low: name each file and row once, and "
+            "remove repeated records"
+        )
+
+
+def _digests(documents: Dataset) -> Iterator[bytes]:
+    """Yield a hash of the tokens of each document."""
+    for batch in documents.select_columns(["input_ids"]).with_format("arrow").iter(1000):
+        for ids in batch["input_ids"].combine_chunks().to_numpy(zero_copy_only=False):
+            yield hashlib.blake2b(ids.tobytes(), digest_size=16).digest()
 
 
 def _content(source: Source) -> set[str]:

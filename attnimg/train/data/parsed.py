@@ -12,10 +12,17 @@ from attnimg.train.data.records import Place, bad_record
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """A text to be answered and its answer; without a prompt, all of the text is learnt."""
+    """A text to be answered and its answer; without a prompt, all of the text is learnt.
+
+    Attributes:
+        prompt: the text to be answered.
+        completion: the answer.
+        unused: the record's columns that have no effect, where a type reads several.
+    """
 
     prompt: str | None
     completion: str
+    unused: tuple[str, ...] = field(default=(), repr=False)  # not part of the data's hash
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +61,11 @@ class Conversation:
 
 Parsed = Pair | Conversation
 Parse = Callable[[Mapping[str, Any], Place], Parsed | None]
+
+
+def without_effect(what: str, names: Sequence[str]) -> str:
+    """Return the warning on names ("columns") that change nothing."""
+    return f"these {what} have no effect: {', '.join(names)}"
 
 
 def column(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from attnimg.errors import AttnimgError
@@ -12,7 +12,7 @@ from attnimg.train.data.chat import ChatEncoder
 from attnimg.train.data.chat_templates import choose_chat_template
 from attnimg.train.data.conversations import trained_roles
 from attnimg.train.data.documents import IGNORED
-from attnimg.train.data.parsed import Pair, Parsed
+from attnimg.train.data.parsed import Pair, Parsed, without_effect
 from attnimg.train.data.records import Place
 from attnimg.train.data.sources import Source
 from attnimg.train.data.types import is_chat
@@ -38,15 +38,23 @@ class PairEncoder:
     Attributes:
         tokenizer: a transformers tokenizer; what it adds to a text stands at the ends of the pair.
         train_on_inputs: whether prompts carry loss.
+        notes: the warnings, each once.
     """
 
     tokenizer: Any
     train_on_inputs: bool
-    warnings: tuple[str, ...] = ()
+    notes: dict[str, None] = field(default_factory=dict)
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """Sentences on what had no effect in what was encoded so far."""
+        return tuple(self.notes)
 
     def __call__(self, batch: Sequence[tuple[Place, Parsed]]) -> list[Tokens]:
         """Encode pairs: [start] prompt completion [end]; texts without prompt the same way."""
         pairs = [parsed for _, parsed in batch if isinstance(parsed, Pair)]
+        unused = dict.fromkeys(pair.unused for pair in pairs if pair.unused)
+        self.notes.update((without_effect("columns", names), None) for names in unused)
         opening, ending = self._added()
         prompts = iter(self._tokenize([pair.prompt for pair in pairs if pair.prompt is not None]))
         encoded = []

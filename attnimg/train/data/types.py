@@ -29,6 +29,9 @@ PREAMBLE = "Below is an instruction that describes a task"
 WITH_INPUT = f"{PREAMBLE}, paired with an input that provides further context."
 REQUEST = "Write a response that appropriately completes the request."
 
+# What other trainers put before an instruction.
+CONTEXT = ("system", "history")
+
 
 def is_chat(spec: DatasetSpec) -> bool:
     """Return whether records are conversations, rendered by a chat template."""
@@ -106,12 +109,14 @@ def _alpaca(
     _refuse_context(record, place)
     extra = record.get("input")
     extra = "" if extra is None else text(extra, "input", place)
-    return Pair(prompt(instruction, extra), output) if output.strip() else None
+    used = (*needed, "input", *CONTEXT)
+    unused = tuple(key for key, value in record.items() if key not in used and value is not None)
+    return Pair(prompt(instruction, extra), output, unused) if output.strip() else None
 
 
 def _refuse_context(record: Mapping[str, Any], place: Place) -> None:
     """Refuse what other trainers put before an instruction: alpaca's prompt has no place for it."""
-    for name in ("system", "history"):
+    for name in CONTEXT:
         if record.get(name):
             raise bad_record(
                 place,

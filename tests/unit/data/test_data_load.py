@@ -192,6 +192,35 @@ def test_evaluating_on_what_is_trained_on_is_told(
     assert any("both read" in text for text in load_documents(config, tokenizer).warnings) == warns
 
 
+@pytest.mark.parametrize(
+    ("datasets", "test", "share", "told"),
+    [
+        pytest.param([{}], None, 0.2, None, id="a part of one file"),
+        pytest.param([{"split": "train[:50]"}, {"split": "train[50:]"}], None, 20, None,
+                     id="a part of two halves"),
+        pytest.param([{}, {}], None, 0.2, " of 40 ", id="a part of a file that is named twice"),
+        pytest.param([{"split": "train[:60]"}], {"split": "train[60:]"}, 0, None, id="two slices"),
+        pytest.param([{"split": "train[:60]"}], {"split": "train[50:]"}, 0, "10 of 50 ",
+                     id="slices that overlap"),
+        pytest.param([{}], {"path": "copy.jsonl"}, 0, "3 of 4 ", id="copied records"),
+    ],
+)  # fmt: skip
+def test_documents_on_both_sides_are_told(
+    json_lines: Write, tokenizer: Any, tmp_path: Path, datasets: Any, test: Any, share: Any,
+    told: str | None,
+) -> None:  # fmt: skip
+    path = json_lines(*TEXTS)
+    json_lines(*TEXTS[:3], {"text": "Only here."}, name="copy.jsonl")
+    entries = [{"path": path, "type": "completion", **entry} for entry in [*datasets, test or {}]]
+    if test and "path" in test:
+        entries[-1]["path"] = str(tmp_path / test["path"])
+    config = Config(
+        datasets=entries[:-1], test_datasets=entries[-1:] if test else None, val_set_size=share
+    )
+    found = [text for text in load_documents(config, tokenizer).warnings if "word for word" in text]
+    assert [told in text for text in found] == ([True] if told else [])
+
+
 def test_the_order_is_the_seeds_alone(run_on: Run, json_lines: Write, tokenizer: Any) -> None:
     path = json_lines(*TEXTS)
     keys: dict[str, Any] = {"val_set_size": 0.1}

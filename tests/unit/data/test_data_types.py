@@ -85,6 +85,25 @@ def test_only_the_completion_carries_loss(
     assert one(run_on(json_lines(record), type), tokenizer) == (prompt + learnt, learnt)
 
 
+@pytest.mark.parametrize(
+    ("record", "named"),
+    [
+        pytest.param(ALPACA, None, id="all columns are read"),
+        pytest.param({**ALPACA, "id": None, "system": "", "history": []}, None, id="empty ones"),
+        pytest.param({**ALPACA, "context": "A dictionary."}, "context", id="a context"),
+        pytest.param({**ALPACA, "system_prompt": "s", "text": "t"}, "system_prompt, text",
+                     id="a system prompt and the whole text"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("type", ["alpaca", "alpaca:chat"])
+def test_columns_that_alpaca_does_not_read_are_named(
+    run_on: Run, json_lines: Write, tokenizer: Any, type: str, record: Any, named: str | None
+) -> None:
+    documents = load_documents(run_on(json_lines(record), type), tokenizer)
+    expected = (f"these columns have no effect: {named}",) if named else ()
+    assert documents.warnings == expected
+
+
 @pytest.mark.parametrize(("type", "record"), [("alpaca", ALPACA), ("chat_template", None)])
 def test_train_on_inputs_puts_loss_on_every_token(
     run_on: Run, json_lines: Write, tokenizer: Any, type: str, record: dict[str, Any] | None
