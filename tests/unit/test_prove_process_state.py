@@ -24,7 +24,7 @@ FAULTS = {
     "flush-denormal": "flush-denormal was False, is True",
     "Python's seed": "random numbers of Python changed",
     "numpy's seed": "random numbers of numpy changed",
-    "torch's seed": "torch's random numbers were set back",
+    "torch's seed": "torch's random numbers were seeded or rewound",
     "cwd": "working directory",
     "umask": "umask was 0022, is 0777",
     "SIGTERM ignored": "signal handler of SIGTERM",

@@ -16,7 +16,7 @@ from attnimg.backends import backend_named
 from attnimg.calls.capture import Kind, call_again
 from attnimg.facts import Backend, CallCheck
 from attnimg.prove import blocks, running
-from attnimg.prove.spans import NotSpans, closed_part, spans_of_mask
+from attnimg.prove.spans import NotComparable, closed_part, spans_of_mask
 from attnimg.train.attention_check import AttentionCheck
 from benchmarks import running_check as measured
 
@@ -73,7 +73,7 @@ def test_a_mask_of_spans_is_read(mask: Any) -> None:
 )
 def test_other_masks_are_not_guessed(mask: Any, why: str) -> None:
     given = mask[None, None] if isinstance(mask, torch.Tensor) else mask
-    with pytest.raises(NotSpans, match=why):
+    with pytest.raises(NotComparable, match=why):
         spans_of_mask(given, 0, n_tokens=6)
 
 
@@ -158,8 +158,8 @@ def test_one_tile_and_many_give_the_same() -> None:
     [
         ({"arguments": {"position_bias": 1}}, "position_bias"),
         ({"arguments": {"dropout": 0.1}}, "dropout 0.1"),
-        ({"written": True}, "wrote into a tensor"),
-        ({"k": torch.ones(1, 4, 7, 64)}, "queries on 7 keys"),
+        ({"written": True}, "overwrote a tensor"),
+        ({"k": torch.ones(1, 4, 7, 64)}, "queries and 7 keys"),
         ({"q": torch.full((1, 8, 100, 64), torch.nan)}, "q, k or v is NaN"),
     ],
 )
@@ -195,8 +195,8 @@ def test_what_plain_attention_can_not_represent_is_not_judged() -> None:
         ("sdpa", {}, 0.0, ""),
         ("eager", {"checkpointing": True}, 0.0, ""),
         ("sdpa", {"compiled": True}, 0.0, "torch.compile fuses"),
-        ("sdpa", {}, 0.1, "attention_dropout: 0.1 draws"),
-        ("s2", {}, 0.0, "s2 attends in groups"),
+        ("sdpa", {}, 0.1, "attention_dropout: 0.1 drops"),
+        ("s2", {}, 0.0, "s2 attends within groups"),
         ("sage", {}, 0.0, "sage quantizes"),
         ("fp8", {}, 0.0, "fp8 quantizes"),
     ],
