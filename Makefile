@@ -44,7 +44,7 @@ test/packages: .venv/ready build/fa4/ready ## Compare the backends' files with t
 	WHEELS=build/packages FA4_PYTHON=build/fa4/bin/python $(BIN)/pytest tests/packages
 
 .PHONY: attack
-attack: .venv/ready ## Attack attnimg with generated configs, files, environments and kills; 20 minutes; ATTACK_SEED=N
+attack: .venv/ready ## Run attnimg on generated wrong configs, files and environments, and kill runs; 20 minutes; ATTACK_SEED=N
 	ATTACK_SECONDS=$(or $(ATTACK_SECONDS),120) ATTACK_KILLS=50 $(BIN)/pytest -n $(JOBS) --timeout 3600 tests/attack
 
 .PHONY: test/data
@@ -85,17 +85,17 @@ bench: .venv/ready ## Measure the figures of the README
 bench/proof-noise: .venv/ready ## Count how often proofs misjudge kernels with a GPU's noise, an hour
 	$(BIN)/python benchmarks/proof_noise.py
 
-bench/checkpoints: .venv/ready ## Measure the time of hashing in saving a checkpoint and resuming from it, 2 minutes
+bench/checkpoints: .venv/ready ## Measure how long hashing takes when a checkpoint is saved and resumed from, 2 minutes
 	@mkdir -p build
 	$(BIN)/python benchmarks/checkpoints.py
 
-bench/proof-cost: .venv/ready ## Compare the CPU seconds of a proof with those of 5a8433e, 5 minutes
+bench/proof-cost: .venv/ready ## Compare the CPU time of a proof with that at commit 5a8433e, 5 minutes
 	$(BIN)/python benchmarks/proof_cost.py
 
 bench/own-loss: .venv/ready ## Count false alarms and misses of the loss comparison, 15 minutes
 	$(BIN)/python benchmarks/own_loss.py
 
-bench/running-check: .venv/ready ## Count false stops and misses of the running check, and its cost, 10 minutes
+bench/running-check: .venv/ready ## Count false alarms and misses of the running check, and measure its cost, 10 minutes
 	$(BIN)/python benchmarks/running_check.py
 
 lock: .venv/ready ## Resolve requirements/ again, from pyproject.toml and recipes/
@@ -186,7 +186,7 @@ test/fa4-cache: .venv/ready build/fa4/ready ## Compile kernels of FlashAttention
 test/contexts: .venv/ready ## Train in every context: rows x precision x weights x checkpointing x compiled; 242 runs, half of them compiled
 	CONTEXTS=all $(BIN)/pytest -v tests/train/test_contexts.py
 
-test/proofs: .venv/ready ## Prove every kernel that is wrong where several things come together, 2 minutes
+test/proofs: .venv/ready ## Test that proofs find all kernels that are wrong only for a combination of inputs, 2 minutes
 	PROOFS=all $(BIN)/pytest -v tests/unit/test_mutations_products.py
 
 test/reload: .venv/ready ## Train 110 model types, save and reload them: full and LoRA, float32 and bfloat16; 15 minutes

@@ -14,7 +14,7 @@ def main() -> None:
     """Run the command line; never show a traceback without --debug."""
     debug = "--debug" in sys.argv
     if not debug:
-        # What a library raises while it is torn down comes after the error that matters.
+        # Hide errors that libraries raise at the end of the process, after the reported one.
         sys.unraisablehook = lambda _: None
     end_process(run([argument for argument in sys.argv[1:] if argument != "--debug"], debug=debug))
 
@@ -52,11 +52,11 @@ def run(arguments: list[str], *, debug: bool = False) -> int:
 
 
 def _raised_warning(error: Warning) -> AttnimgError:
-    """Build the error for a warning that Python was asked to raise."""
+    """Build the error for a warning that Python raised, as PYTHONWARNINGS=error asks."""
     return AttnimgError(
-        f"Python raises its warnings as errors, and found a {type(error).__name__}",
+        f"Python raised a {type(error).__name__} as an error",
         why=" ".join(str(error).split()),
-        do="follow it, or run without PYTHONWARNINGS=error and python -W error",
+        do="follow the warning, or run without PYTHONWARNINGS=error and python -W error",
         code="bad-environment",
     )
 

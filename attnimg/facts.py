@@ -577,16 +577,16 @@ class Proof:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CallCheck:
-    """What came out when one attention call of a training step was compared with the reference.
+    """The comparison of one attention call of a training step with the reference.
 
     Attributes:
-        backend: what computed the call.
+        backend: the one that computed the call.
         layer: the layer's number in the model.
-        figures: one for each quantity that was compared; `case` says of what tokens and heads.
+        figures: one for each compared quantity; `case` names the row, tokens and heads.
         faults: the rules that the call broke; none means that it is right.
-        near: whether all faults are within what rounding does now and then.
-        repeated: whether the same call, made again, broke a rule too; None without faults.
-        skipped: why nothing was compared; "" where something was.
+        near: whether all errors are so close to their bounds that rounding may explain them.
+        repeated: whether the repeated call was wrong too; None without faults.
+        skipped: why the call was not compared; "" where it was.
     """
 
     backend: str

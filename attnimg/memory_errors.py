@@ -1,4 +1,4 @@
-"""Turn what Python, torch and the operating system say of full memory into an AttnimgError."""
+"""Turn out-of-memory errors of Python, torch and the operating system into an AttnimgError."""
 
 from __future__ import annotations
 
@@ -30,7 +30,8 @@ _SHARED = re.compile(
 )
 _WORKER = re.compile(r"DataLoader worker.* (killed by signal|exited unexpectedly)")
 
-_HARDLY_ANY = 64 << 10
+# With less free space, /dev/shm counts as full.
+_FULL_BELOW_BYTES = 64 << 10
 
 _LESS = (
     "set micro_batch_size and sequence_len lower, set gradient_checkpointing: true, or run it "
@@ -40,7 +41,7 @@ _LESS = (
 
 @contextmanager
 def memory_errors() -> Iterator[None]:
-    """Raise an AttnimgError in the place of an error that says that memory is full.
+    """Raise an AttnimgError instead of an out-of-memory error of the block.
 
     Raises:
         AttnimgError: code out-of-memory, exit code 1.
@@ -54,7 +55,7 @@ def memory_errors() -> Iterator[None]:
 
 
 def as_refusal(error: BaseException) -> AttnimgError | None:
-    """Return the AttnimgError for an error; None where it does not come from full memory."""
+    """Return the AttnimgError for an out-of-memory error; None for any other error."""
     from concurrent.futures.process import BrokenProcessPool
 
     lines = str(error).splitlines() or [type(error).__name__]
@@ -63,9 +64,9 @@ def as_refusal(error: BaseException) -> AttnimgError | None:
     if isinstance(error, BrokenProcessPool):
         return _error("a process that prepares data was killed", said, "set dataset_num_proc: 1",
                       key="dataset_num_proc")  # fmt: skip
-    # A semaphore that found no room has no file name.
+    # The error of a semaphore that does not fit into /dev/shm has no file name.
     semaphore = isinstance(error, OSError) and error.errno == errno.ENOSPC and not error.filename
-    if (semaphore and _shared_free() < _HARDLY_ANY) or (
+    if (semaphore and _shared_free() < _FULL_BELOW_BYTES) or (
         not isinstance(error, OSError) and _SHARED.search(said)
     ):
         return _error(

@@ -36,7 +36,7 @@ def _learning_rate(value: object) -> object:
 
 
 def _path(text: str) -> str:
-    """Refuse what no file system takes as a path.
+    """Refuse paths that no file system accepts.
 
     Source: Linux, include/uapi/linux/limits.h, NAME_MAX and PATH_MAX (2026-11-27).
     """
@@ -75,7 +75,7 @@ Count = Annotated[int, BeforeValidator(_number), Field(ge=1, le=2**31 - 1)]
 Whole = Annotated[int, BeforeValidator(_number), Field(ge=0, le=2**31 - 1)]
 # More rows than any batch has, and few enough to count in memory.
 Rows = Annotated[int, BeforeValidator(_number), Field(ge=1, le=2**20)]
-# The largest machines have some hundred CPUs.
+# More than the CPUs of the largest machines.
 Processes = Annotated[int, BeforeValidator(_number), Field(ge=1, le=1024)]
 Workers = Annotated[int, BeforeValidator(_number), Field(ge=0, le=1024)]
 Seed = Annotated[int, BeforeValidator(_number), Field(ge=0, le=2**32 - 1)]
@@ -103,7 +103,7 @@ SpecialToken = Literal[
     "additional_special_tokens",
 ]  # fmt: skip
 
-# What a dataset's type may be, by axolotl's names; `pretrain` is completion by the name that
+# The dataset types, by axolotl's names; `pretrain` is `completion` under the name that
 # pretraining_dataset uses.
 DATASET_TYPES = (
     "alpaca", "alpaca:chat", "completion", "pretrain", "chat_template", "chat_template.default",

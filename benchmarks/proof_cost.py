@@ -1,7 +1,7 @@
-"""Compare the CPU seconds of a proof of a Llama shape with those of another commit, in one run.
+"""Compare the CPU seconds of a proof for a Llama model with those of an earlier commit.
 
-Both are proven in turn in processes of their own, so that what else the machine does falls on both.
-Prints the seconds, and writes them to docs/measured/proof-cost.json.
+Proofs of both commits run in turn, each in a process of its own, so that other load on the machine
+affects both. Prints the seconds, and writes them to docs/measured/proof-cost.json.
 
     python benchmarks/proof_cost.py [rounds]
 """
@@ -21,7 +21,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 RECORD = ROOT / "docs/measured/proof-cost.json"
-# Before a whole row with all heads and the process's state were part of a proof.
+# The last commit whose proofs have no whole row with all heads and don't compare process state.
 BEFORE = "5a8433e"
 AT_MOST = 1.5
 ROUNDS = 3
@@ -36,7 +36,7 @@ RUNS = {
 
 
 def main() -> None:
-    """Prove each run as often as asked, before and after, and write the record."""
+    """Run the proofs of both commits in turn, and write the record."""
     if sys.argv[1:2] == ["prove"]:
         prove(json.loads(sys.argv[2]))
         return
@@ -64,7 +64,7 @@ def main() -> None:
 
 
 def described() -> dict[str, Any]:
-    """Return what is proven, for the test that the record is of it."""
+    """Return the shape that is proven, for the test that the record is up to date."""
     return {
         "before": BEFORE,
         "shape": {
@@ -84,7 +84,7 @@ def summary(*, before: list[float], after: list[float]) -> dict[str, Any]:
 
 
 def seconds_of(source: Path, asked: tuple[str, str, bool]) -> float:
-    """Prove in a process that has attnimg from a folder, and return its CPU seconds."""
+    """Return the CPU seconds of a proof in a new process that imports attnimg from a folder."""
     environment = os.environ | {
         "PYTHONPATH": str(source),
         "OMP_NUM_THREADS": "1",

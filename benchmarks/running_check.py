@@ -1,9 +1,9 @@
-"""Measure the running check: how often it would stop a right kernel, what it sees, what it costs.
+"""Measure the running check: stopped right kernels, found faults, and the time of a check.
 
-Right kernels are torch's and transformers' own, and those of tests/fixtures/noisy_kernels with a
-GPU's noise, on random shapes, masks and values like those of trained models. Wrong ones are the
-noisy ones with a fault. The cost is that of small packed runs, in processor time: steps with a
-check against the others of the same run. Writes docs/measured/running-check.json.
+Right kernels are torch's and transformers' own, and those of tests/fixtures/noisy_kernels with the
+noise of a GPU, on random shapes, masks and values like those of trained models. Wrong kernels are
+exact attention with one fault. The cost is the CPU time of steps with a check, compared with the
+other steps of the same small packed run. Writes docs/measured/running-check.json.
 
     python benchmarks/running_check.py [checks]
 """
@@ -36,15 +36,15 @@ RECORD = ROOT / "docs/measured/running-check.json"
 sys.path[:0] = [str(ROOT / "tests/fixtures")]
 
 CHECKS = 10_000
-# Of one process at a time.
+# Checks in each task of a worker process.
 PART = 250
-# Of each fault.
+# Checks of each fault.
 WRONG_CHECKS = 50
 DTYPES: tuple[DType, ...] = ("float32", "bfloat16", "float16")
 HEAD_DIMS = (16, 32, 64, 128)
 GROUPS = (1, 2, 4, 8)
 WINDOWS = (None, None, 4, 33)
-# Right kernels, and which of softcap and sinks they take.
+# Right kernels, and which of softcap and sinks they support.
 KERNELS = {
     "sdpa": (),
     "sdpa, masked": (),
@@ -54,8 +54,8 @@ KERNELS = {
     "fa3": (),
     "fa4": (),
 }
-# How q, k and v look: spread, with channels that stick out, with a token that takes all attention,
-# of all but equal keys.
+# The values of q, k and v: normal, with a few large channels, with a token that gets all attention,
+# with nearly equal keys.
 VALUES = ("spread", "outlier channels", "attention sink", "flat")
 FAULTS = (
     "documents see one another",
@@ -68,7 +68,7 @@ FAULTS = (
     "dq of the first 16 tokens is lost",
     "a gradient is NaN",
 )
-# Steps of a run whose cost is measured, and from one check to the next there.
+# Steps of a run whose cost is measured, and the number of steps between its checks.
 STEPS, EVERY = 90, 6
 DEFAULT_EVERY = 200
 # name -> layers, hidden size, query heads, key heads, tokens of a row.
@@ -80,12 +80,12 @@ MODELS = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Drawn:
-    """One call to check.
+class CallSpec:
+    """The properties of one call to check.
 
     Attributes:
-        kernel: of KERNELS.
-        dtype: of DTYPES.
+        kernel: one of KERNELS.
+        dtype: one of DTYPES.
         lengths: tokens of each document.
         heads: query heads.
         kv_heads: key heads.
@@ -93,9 +93,9 @@ class Drawn:
         window: keys that a query sees; None for all.
         softcap: of the scores; None for none.
         sinks: whether a learned sink joins the softmax.
-        values: of VALUES.
-        d_out: how large the gradient of the output is.
-        seed: of its values.
+        values: one of VALUES.
+        d_out: standard deviation of the gradient of the output.
+        seed: of the random values.
     """
 
     kernel: str
@@ -124,14 +124,18 @@ def main() -> None:
         "machine": f"{platform.machine()} CPU, torch {torch.__version__}",
         **described(),
     }
-    for name, part in (("cost", cost), ("wrong", wrong), ("right", partial(right, wanted))):
+    for name, part in (
+        ("cost", cost),
+        ("wrong", check_wrong_kernels),
+        ("right", partial(check_right_kernels, wanted)),
+    ):
         record[name] = part()
         print(f"{name}: {json.dumps(record[name], indent=2)}", flush=True)
         RECORD.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
 def described() -> dict[str, Any]:
-    """Return what is measured, by name, for the test that the record is of this code."""
+    """Return the names of what is measured, for the test that the record is up to date."""
     return {
         "grid": {
             "kernels": list(KERNELS),
@@ -145,8 +149,8 @@ def described() -> dict[str, Any]:
     }
 
 
-def draw(number: int) -> Drawn:
-    """Draw one call; the same number gives the same call."""
+def draw_spec(number: int) -> CallSpec:
+    """Draw the properties of one call; the same number gives the same call."""
     pick = random.Random(number)
     kernel = list(KERNELS)[number % len(KERNELS)]
     dtypes = DTYPES[1:] if kernel.startswith("fa") or "autocast" in kernel else DTYPES
@@ -156,7 +160,7 @@ def draw(number: int) -> Drawn:
     longest = pick.choice((1, 3, 8, 24, 64, 200)) if count < 8 else pick.choice((3, 16))
     extra = pick.choice(("", *KERNELS[kernel])) if KERNELS[kernel] else ""
     dtype = pick.choice(dtypes)
-    return Drawn(
+    return CallSpec(
         kernel=kernel,
         dtype=dtype,
         lengths=tuple(pick.randint(1, longest) for _ in range(count)),
@@ -167,52 +171,52 @@ def draw(number: int) -> Drawn:
         softcap=pick.choice((5.0, 50.0)) if extra == "softcap" else None,
         sinks=extra == "sinks",
         values=pick.choice(VALUES),
-        # A mean over a million tokens, and a loss that is scaled for float16.
+        # From the mean over a million tokens to a loss that is scaled up for float16.
         d_out=10.0 ** (pick.uniform(-4, 1) if dtype == "float16" else pick.uniform(-8, 3)),
         seed=number,
     )
 
 
-def made(drawn: Drawn, function: Any = None) -> Any:
-    """Make a call, forward and backward; `function` stands in for the kernel's own."""
+def make_call(spec: CallSpec, function: Any = None) -> Any:
+    """Run a call forward and backward; `function` replaces the kernel's own."""
     import torch
 
-    from attnimg.calls.capture import NAMES, CapturedCall, Kind, call_again
+    from attnimg.calls.capture import NAMES, CallKind, CapturedCall, call_again
 
-    generator = torch.Generator().manual_seed(drawn.seed)
-    n_tokens, dtype = sum(drawn.lengths), getattr(torch, drawn.dtype)
-    shape = (1, n_tokens, drawn.heads, drawn.head_dim)
+    generator = torch.Generator().manual_seed(spec.seed)
+    n_tokens, dtype = sum(spec.lengths), getattr(torch, spec.dtype)
+    shape = (1, n_tokens, spec.heads, spec.head_dim)
     q = torch.randn(shape, generator=generator).transpose(1, 2)
     k, v = (
-        torch.randn(1, n_tokens, drawn.kv_heads, drawn.head_dim, generator=generator)
+        torch.randn(1, n_tokens, spec.kv_heads, spec.head_dim, generator=generator)
         for _ in range(2)
     )
     k, v = k.transpose(1, 2), v.transpose(1, 2)
-    if drawn.values == "outlier channels":
+    if spec.values == "outlier channels":
         q[..., 3], k[..., 3], v[..., 5] = 6 * q[..., 3], 6 * k[..., 3] + 4, 20 * v[..., 5]
-    elif drawn.values == "attention sink":
-        k[:, :, 0] = 3 * q[:, :: drawn.heads // drawn.kv_heads].mean(2)
+    elif spec.values == "attention sink":
+        k[:, :, 0] = 3 * q[:, :: spec.heads // spec.kv_heads].mean(2)
         v[:, :, 0] = 0.01 * v[:, :, 0]
-    elif drawn.values == "flat":
+    elif spec.values == "flat":
         k, v = 0.01 * k, v + 3
-    d_out = torch.randn(shape, generator=generator) * drawn.d_out
-    # Tokens without a loss in the last layer have none at all.
-    if drawn.seed % 3 == 0:
+    d_out = torch.randn(shape, generator=generator) * spec.d_out
+    # In the last layer, tokens without loss have a gradient of 0.
+    if spec.seed % 3 == 0:
         d_out[:, : n_tokens // 2] = 0
-    own, mask, arguments, autocast = _kernel(drawn, generator)
+    own, mask, arguments, autocast = _kernel(spec, generator)
     weights = torch.float32 if autocast else dtype
     call = CapturedCall(
         function=function or own,
         module=SimpleNamespace(is_causal=True, training=True),
         layer=0,
-        kind=Kind(drawn.heads, drawn.kv_heads, drawn.head_dim, drawn.head_dim, None, None, False),
+        kind=CallKind(spec.heads, spec.kv_heads, spec.head_dim, spec.head_dim, None, None, False),
         q=q.to(weights),
         k=k.to(weights),
         v=v.to(weights),
         mask=mask,
         arguments=arguments,
         autocast=autocast,
-        learning=NAMES[drawn.seed % 7 % 3 :] if drawn.seed % 5 == 0 else NAMES,
+        learning=NAMES[spec.seed % 7 % 3 :] if spec.seed % 5 == 0 else NAMES,
         out=q,
         d_out=d_out.to(dtype),
         gradients={},
@@ -220,42 +224,42 @@ def made(drawn: Drawn, function: Any = None) -> Any:
     return call_again(call)
 
 
-def _kernel(drawn: Drawn, generator: Any) -> tuple[Any, Any, dict[str, Any], Any]:
-    """Return a kernel, its mask, its other arguments, and what autocast casts to."""
+def _kernel(spec: CallSpec, generator: Any) -> tuple[Any, Any, dict[str, Any], Any]:
+    """Return a kernel, its mask, its other arguments, and the dtype of autocast."""
     import torch
 
     from attnimg.calls.exact import exact_attention
     from attnimg.calls.transformers_native import eager_attention, native_attention
 
     noisy, backends = import_module("noisy_proofs"), import_module("attnimg.backends")
-    lengths = torch.tensor((0, *drawn.lengths))
-    positions = torch.cat([torch.arange(n) for n in drawn.lengths])[None]
-    arguments: dict[str, Any] = {"scaling": drawn.head_dim**-0.5, "position_ids": positions}
-    if drawn.window is not None:
-        arguments["sliding_window"] = drawn.window
-    if drawn.softcap is not None:
-        arguments["softcap"] = drawn.softcap
-    if drawn.sinks:
-        arguments["s_aux"] = torch.randn(drawn.heads, generator=generator)
-        arguments["s_aux"] = arguments["s_aux"].to(getattr(torch, drawn.dtype))
-    if drawn.kernel == "sdpa":
+    lengths = torch.tensor((0, *spec.lengths))
+    positions = torch.cat([torch.arange(n) for n in spec.lengths])[None]
+    arguments: dict[str, Any] = {"scaling": spec.head_dim**-0.5, "position_ids": positions}
+    if spec.window is not None:
+        arguments["sliding_window"] = spec.window
+    if spec.softcap is not None:
+        arguments["softcap"] = spec.softcap
+    if spec.sinks:
+        arguments["s_aux"] = torch.randn(spec.heads, generator=generator)
+        arguments["s_aux"] = arguments["s_aux"].to(getattr(torch, spec.dtype))
+    if spec.kernel == "sdpa":
         return partial(exact_attention, "sdpa"), None, arguments, None
-    if drawn.kernel in ("fa2", "fa3", "fa4"):
+    if spec.kernel in ("fa2", "fa3", "fa4"):
         ends = lengths.cumsum(0).int()
         for side in "qk":
-            arguments |= {f"cu_seq_lens_{side}": ends, f"max_length_{side}": max(drawn.lengths)}
-        tile = (64, 128)[drawn.seed % 2]
-        module = noisy.load(drawn.kernel, fault="none", tile=tile)
+            arguments |= {f"cu_seq_lens_{side}": ends, f"max_length_{side}": max(spec.lengths)}
+        tile = (64, 128)[spec.seed % 2]
+        module = noisy.load(spec.kernel, fault="none", tile=tile)
         return _flash(module).attend, None, arguments, None
-    number = torch.repeat_interleave(torch.arange(len(drawn.lengths)), lengths[1:])
+    number = torch.repeat_interleave(torch.arange(len(spec.lengths)), lengths[1:])
     behind = torch.arange(len(number))[:, None] - torch.arange(len(number))
-    seen = (behind >= 0) & (behind < (drawn.window or len(number)))
+    seen = (behind >= 0) & (behind < (spec.window or len(number)))
     seen = (seen & (number[:, None] == number))[None, None]
-    if drawn.kernel == "sdpa, masked":
+    if spec.kernel == "sdpa, masked":
         sdpa = backends.backend_named("sdpa")
         return partial(native_attention, sdpa), seen, arguments, None
-    cast = getattr(torch, drawn.dtype) if "autocast" in drawn.kernel else None
-    kind = torch.float32 if cast else getattr(torch, drawn.dtype)
+    cast = getattr(torch, spec.dtype) if "autocast" in spec.kernel else None
+    kind = torch.float32 if cast else getattr(torch, spec.dtype)
     bias = torch.zeros(seen.shape, dtype=kind).masked_fill(~seen, torch.finfo(kind).min)
     return eager_attention, bias, arguments, cast
 
@@ -270,30 +274,30 @@ def _flash(module: Any) -> Any:
     )
 
 
-def checked(call: Any, drawn: Drawn) -> Any:
+def check(call: Any, spec: CallSpec) -> Any:
     """Compare a call as a run does."""
     from attnimg.backends import backend_named
     from attnimg.prove.running import check_call
 
-    name = "flash_attention_2" if drawn.kernel.startswith("fa") else drawn.kernel.split(",")[0]
+    name = "flash_attention_2" if spec.kernel.startswith("fa") else spec.kernel.split(",")[0]
     backend = backend_named(name.split()[0])
     assert backend is not None
-    return check_call(call, backend=backend, dtype=drawn.dtype, longest=None, seed=str(drawn.seed))
+    return check_call(call, backend=backend, dtype=spec.dtype, longest=None, seed=str(spec.seed))
 
 
-def right(wanted: int) -> dict[str, Any]:
+def check_right_kernels(wanted: int) -> dict[str, Any]:
     """Check right kernels, in two processes."""
     parts = [range(begin, min(begin + PART, wanted)) for begin in range(0, wanted, PART)]
     found: dict[str, Any] = {}
     with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
-        for part in pool.map(right_of, parts):
+        for part in pool.map(check_draws, parts):
             found = _sum(found, part) if found else part
             print(f"right: {found}", flush=True)
     return found
 
 
-def right_of(numbers: range) -> dict[str, Any]:
-    """Check the right kernels of some draws."""
+def check_draws(numbers: range) -> dict[str, Any]:
+    """Check the right kernels of the calls with these numbers."""
     import torch
 
     torch.set_num_threads(1)
@@ -303,25 +307,25 @@ def right_of(numbers: range) -> dict[str, Any]:
     }  # fmt: skip
     begun = time.process_time()
     for number in numbers:
-        drawn = draw(number)
-        check = checked(made(drawn), drawn)
-        if check.skipped:
-            found["skipped"][check.skipped] = found["skipped"].get(check.skipped, 0) + 1
+        spec = draw_spec(number)
+        result = check(make_call(spec), spec)
+        if result.skipped:
+            found["skipped"][result.skipped] = found["skipped"].get(result.skipped, 0) + 1
             continue
         found["checks"] += 1
-        found["doubtful"] += bool(check.faults) and not check.sure
-        found["stopped"] += check.sure
-        if check.faults:
-            found["reasons"].append(f"{drawn}: {check.faults[0].text}")
+        found["doubtful"] += bool(result.faults) and not result.sure
+        found["stopped"] += result.sure
+        if result.faults:
+            found["reasons"].append(f"{spec}: {result.faults[0].text}")
         else:
             closest = found["closest_to_its_bound"]
-            closest[drawn.kernel] = round(max(closest[drawn.kernel], check.margin), 3)
+            closest[spec.kernel] = round(max(closest[spec.kernel], result.margin), 3)
     found["cpu_s"] = round(time.process_time() - begun, 1)
     return found
 
 
 def _sum(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
-    """Add up what two parts found."""
+    """Return the sum of two parts' results."""
     skipped = Counter(one["skipped"]) + Counter(other["skipped"])
     closest = {
         kernel: max(margin, other["closest_to_its_bound"][kernel])
@@ -332,27 +336,27 @@ def _sum(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
     return {**added, "skipped": dict(skipped), "closest_to_its_bound": closest}
 
 
-def wrong() -> dict[str, Any]:
-    """Check exact attention with a fault, on rows where it has an effect."""
+def check_wrong_kernels() -> dict[str, Any]:
+    """Check exact attention with each fault, on rows where the fault has an effect."""
     found = {}
     for fault in FAULTS:
         seen = stopped = 0
         for number in range(WRONG_CHECKS):
-            drawn = replace(
-                draw(number), kernel="sdpa", dtype=DTYPES[number % 3], lengths=(40, 30, 50),
+            spec = replace(
+                draw_spec(number), kernel="sdpa", dtype=DTYPES[number % 3], lengths=(40, 30, 50),
                 heads=4, kv_heads=2, window=None, softcap=None, sinks=False, values="spread",
                 d_out=1.0, seed=number * 30 + 1,
             )  # fmt: skip
             if "window" in fault:
-                drawn = replace(drawn, window=4)
-            check = checked(made(drawn, partial(_faulty, fault)), drawn)
-            seen, stopped = seen + bool(check.faults), stopped + check.sure
+                spec = replace(spec, window=4)
+            result = check(make_call(spec, partial(_faulty, fault)), spec)
+            seen, stopped = seen + bool(result.faults), stopped + result.sure
         found[fault] = {"checks": WRONG_CHECKS, "seen": seen, "stopped": stopped}
     return found
 
 
 def _faulty(fault: str, module: Any, q: Any, k: Any, v: Any, mask: Any, **arguments: Any) -> Any:
-    """Attend exactly, but for one fault."""
+    """Compute exact attention with one fault."""
     import torch
 
     from attnimg.calls.exact import exact_attention
@@ -385,7 +389,7 @@ def _faulty(fault: str, module: Any, q: Any, k: Any, v: Any, mask: Any, **argume
 
 
 def cost() -> dict[str, Any]:
-    """Measure what a check adds to a step, and how much that is at the default interval."""
+    """Return the time that a check adds to a step, and its share at the default interval."""
     return {name: _cost_of(*shape) for name, shape in MODELS.items()}
 
 

@@ -1,8 +1,7 @@
-"""Keep what a run relies on from a kernel that is loaded: signals, umask, working directory.
+"""Restore signal handlers, umask and working directory after a kernel was loaded.
 
-A library may set signal handlers or change the directory when it is imported. The proof refuses
-kernels that do, in a process of its own; what is kept here holds where a proof was kept, or where
-the import does something else in this process.
+A library may change these when it is imported. The proof refuses such kernels, but the proof may be
+a kept one, and an import may behave differently in this process.
 """
 
 from __future__ import annotations
@@ -14,14 +13,14 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any
 
-# Signals by which a run is stopped, whose handlers are set again even if they look the same: one
-# that C code set does not show in Python.
+# Signals that stop a run. Their handlers are always set again: Python does not see a handler that C
+# code has set.
 _STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 @contextmanager
 def process_settings_kept() -> Iterator[None]:
-    """Set signal handlers, the signal mask, umask and working directory again after the block."""
+    """Restore signal handlers, the signal mask, umask and working directory after the block."""
     handlers = {number: signal.getsignal(number) for number in signal.valid_signals()}
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, [])
     directory = os.open(".", os.O_RDONLY | os.O_DIRECTORY)
@@ -34,7 +33,7 @@ def process_settings_kept() -> Iterator[None]:
         os.fchdir(directory)
         os.close(directory)
         signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
-        # Python allows no other thread to set them.
+        # Python lets only the main thread set handlers.
         if threading.current_thread() is threading.main_thread():
             _set(handlers)
 
@@ -44,6 +43,6 @@ def _set(handlers: Mapping[signal.Signals, Any]) -> None:
         # None: it was set by C code, and can't be set from here.
         changed = signal.getsignal(number) is not handler or number in _STOPPING
         if handler is not None and changed:
-            # SIGKILL and SIGSTOP have none.
+            # SIGKILL and SIGSTOP can't have a handler.
             with suppress(OSError):
                 signal.signal(number, handler)

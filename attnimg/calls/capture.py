@@ -1,8 +1,8 @@
 """Capture one attention call of a training step: its inputs, its output and its gradients.
 
 Models of transformers ask AttentionInterface.get_interface for the function of each call, eager
-attention included. Only while a Capture is installed does it return a function that looks at the
-calls, so that other steps run as they would without it.
+attention included. It returns a function that records calls only while a Capture is installed, so
+other steps run unchanged.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from attnimg.facts import AttentionFunction
 NAMES = ("dq", "dk", "dv")
 
 
-class Kind(NamedTuple):
-    """What a call shows of its layer; layers of one kind run the same kernel."""
+class CallKind(NamedTuple):
+    """The properties of a call that decide which kernel its layer runs."""
 
     heads: int
     kv_heads: int
@@ -41,24 +41,24 @@ class CapturedCall:
         function: what the model called.
         module: its attention layer.
         layer: the layer's number in the model.
-        kind: what the call shows of the layer.
+        kind: its heads, head sizes, window, soft cap and sinks.
         q: (B, H, T, D).
         k: (B, G, S, D).
         v: (B, G, S, E).
         mask: the attention_mask.
         arguments: all others, by name.
         autocast: what torch.autocast cast to; None where it was off.
-        learning: which of dq, dk and dv the model needs.
+        learning: the gradients that the model needs, of dq, dk and dv.
         out: (B, T, H, E).
         d_out: gradient of out; None where none arrived.
         gradients: those of `learning` that arrived.
-        written: whether a tensor was written into between the call and its gradients.
+        written: whether the model overwrote a tensor of the call before its backward pass.
     """
 
     function: AttentionFunction
     module: Any
     layer: int
-    kind: Kind
+    kind: CallKind
     q: Tensor
     k: Tensor
     v: Tensor
@@ -81,12 +81,12 @@ class Capture:
             while its tensors are in memory anyway.
 
     Attributes:
-        kinds: of all layers that were called, in this order.
+        kinds: the kind of each layer, in the order of their calls.
     """
 
     def __init__(self, layer: int, done: Callable[[CapturedCall], None]) -> None:
         self.layer, self._done = layer, done
-        self.kinds: list[Kind] = []
+        self.kinds: list[CallKind] = []
         self._order: dict[int, int] = {}
         self._call: CapturedCall | None = None
         self._versions: list[int] = []
@@ -94,7 +94,7 @@ class Capture:
 
     @contextmanager
     def installed(self) -> Iterator[None]:
-        """Look at the calls of the block, which holds a forward and a backward pass."""
+        """Record a call of the block, which holds a forward and a backward pass."""
         from transformers import AttentionInterface
 
         original = AttentionInterface.get_interface
@@ -112,7 +112,7 @@ class Capture:
             yield
         finally:
             AttentionInterface.get_interface = original
-        # A gradient that has not come by now is one that the kernel did not return.
+        # The kernel did not return the gradients that are missing here.
         if self._call is not None:
             self._finish()
 
@@ -135,7 +135,7 @@ class Capture:
         if place != self.layer or self._started or not torch.is_grad_enabled():
             return function(module, query, key, value, attention_mask, **arguments)
         self._started = True
-        # Views of its own, since other calls may share k and v, whose gradient is then a sum.
+        # Views, since other calls may share k and v, whose gradients are then added up.
         tensors = [x.view_as(x) for x in (query, key, value)]
         out, *rest = function(module, *tensors, attention_mask, **arguments)
         taken = out.view_as(out)
@@ -161,17 +161,17 @@ class Capture:
         if not taken.requires_grad:
             self._finish()
             return taken, *rest
-        taken.register_hook(self._take_d_out)
+        taken.register_hook(self._record_d_out)
         for name, x in pairs:
             if x.requires_grad:
-                x.register_hook(partial(self._take, name))
+                x.register_hook(partial(self._record_gradient, name))
         return taken, *rest
 
-    def _take_d_out(self, gradient: Tensor) -> None:
+    def _record_d_out(self, gradient: Tensor) -> None:
         assert self._call is not None
         self._call = replace(self._call, d_out=gradient.detach())
 
-    def _take(self, name: str, gradient: Tensor) -> None:
+    def _record_gradient(self, name: str, gradient: Tensor) -> None:
         assert self._call is not None
         found = {**self._call.gradients, name: gradient.detach()}
         self._call = replace(self._call, gradients=found)
@@ -179,7 +179,7 @@ class Capture:
             self._finish()
 
     def _finish(self) -> None:
-        """Hand the call on, and keep nothing of it."""
+        """Pass the call to `done`, and free its tensors."""
         assert self._call is not None
         written = self._version_numbers() != self._versions
         call, self._call = self._call, None
@@ -214,8 +214,8 @@ def call_again(call: CapturedCall) -> CapturedCall:
     return replace(call, out=out.detach(), gradients=gradients)
 
 
-def _kind_of(query: Tensor, key: Tensor, value: Tensor, arguments: Mapping[str, Any]) -> Kind:
-    return Kind(
+def _kind_of(query: Tensor, key: Tensor, value: Tensor, arguments: Mapping[str, Any]) -> CallKind:
+    return CallKind(
         heads=query.shape[1],
         kv_heads=key.shape[1],
         head_dim_qk=query.shape[-1],

@@ -35,7 +35,8 @@ _JUDGEMENTS = frozenset(
     | {"s2-with-packing", "packing-not-isolated", "not-causal-lm", "not-trainable", "loss-differs"}
     | {"quantized-checkpoint", "positions-short"}
 )
-_OF_LENGTH = frozenset({"positions-short", "positions-beyond"})
+# Findings that depend on sequence_len, which only a config has.
+_LENGTH_CODES = frozenset({"positions-short", "positions-beyond"})
 # org/name; what ends in .yaml is a config that is missing.
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/(?!.*\.ya?ml$)[\w.-]+", re.ASCII)
 # Errors of a name that is no backend: then there is nothing to choose.
@@ -164,14 +165,16 @@ def _base_model_findings(
 def _for_some_run(
     values: Config, machine: Machine
 ) -> tuple[tuple[Finding, ...], tuple[Finding, ...]]:
-    """Return the errors that every run with a model has; those of some runs are warnings."""
+    """Return the findings on a model without a config: errors with and without an adapter.
+
+    Errors that only full training has are warnings.
+    """
     full, notes = _base_model_findings(values, machine)
     lora, _ = _base_model_findings(values.model_copy(update={"adapter": "lora"}), machine)
     errors = tuple(error for error in full if error in lora)
     warnings = tuple(error for error in full if error not in lora)
-    # Without a config, the length of the rows is unknown.
-    return tuple(e for e in errors if e.code not in _OF_LENGTH), tuple(
-        note for note in (*warnings, *notes) if note.code not in _OF_LENGTH
+    return tuple(e for e in errors if e.code not in _LENGTH_CODES), tuple(
+        note for note in (*warnings, *notes) if note.code not in _LENGTH_CODES
     )
 
 

@@ -1,4 +1,4 @@
-"""Set up the running check: which backend computes a call, and what judges it."""
+"""Set up the running check: find the backend of a call, and compare the call by its bounds."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from attnimg.train.attention_check import AttentionCheck
 if TYPE_CHECKING:
     from attnimg.calls.capture import CapturedCall
 
-# What may take over from a backend that is wrong: torch's own, then plain attention.
+# Backends that the error on a wrong one suggests: torch's own, then plain attention.
 _OTHERS = ("sdpa", "eager")
 
 
@@ -30,9 +30,9 @@ def attention_check_of(
 
     Args:
         every: attn_check_steps.
-        found: the plan that the run follows.
-        context: how it calls its model.
-        dropout: of its attention weights.
+        found: the plan of the run.
+        context: how the run calls its model.
+        dropout: of the attention weights.
         say: prints a line for the user.
     """
     from attnimg.prove.running import why_unchecked
@@ -40,7 +40,7 @@ def attention_check_of(
     assert found.chosen is not None
     names = [found.chosen.backend, *(choice.verdict.backend for choice in found.groups)]
     used = [_named(name) for name in dict.fromkeys(names[1:] or names)]
-    # Plain attention takes every model.
+    # Plain attention supports every model.
     fitting = {"eager", *(verdict.backend for verdict in found.verdicts if verdict.fits)}
     return AttentionCheck(
         every,
@@ -64,15 +64,18 @@ def _judged(found: Plan, context: RunContext, call: CapturedCall, seed: str) -> 
 
 
 def _backend_of(found: Plan, call: CapturedCall) -> Backend:
-    """Return what a plan has for the layer of a call; a call may lack its window or soft cap."""
+    """Return the backend of the layer group most similar to a call.
+
+    The call may lack the window or the soft cap of its layer.
+    """
     assert found.chosen is not None
     kind = call.kind
     shape = (kind.head_dim_qk, kind.head_dim_v, kind.window, kind.softcap, kind.sinks)
 
-    def likeness(layers: LayerGroup) -> int:
+    def similarity(layers: LayerGroup) -> int:
         return sum(a == b for a, b in zip(shape_of(layers), shape, strict=True))
 
-    closest = max(found.groups, key=lambda choice: likeness(choice.layers), default=None)
+    closest = max(found.groups, key=lambda choice: similarity(choice.layers), default=None)
     return _named(closest.verdict.backend if closest else found.chosen.backend)
 
 

@@ -171,7 +171,7 @@ def _unsupported(values: dict[str, Any], *, failed: set[str | None]) -> list[Fin
             if value and value not in refused.accepts:
                 found.append(_unsupported_key(key, value, do=refused.do))
         elif key.startswith("lora_") and key not in Config.model_fields:
-            # Axolotl's plugins add keys of adapters: false asks for nothing.
+            # Axolotl's plugins add adapter keys; one that is false has no effect.
             if value is not False:
                 found.append(replace(_unknown(key, key), code="unsupported-key"))
         elif key not in Config.model_fields:

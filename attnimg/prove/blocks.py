@@ -1,9 +1,8 @@
-"""Compute attention of one row by blocks: chosen queries' outputs and gradients, in little memory.
+"""Compute attention of one row by blocks: outputs and gradients of chosen tokens, in little memory.
 
-Plain attention of a long row holds heads * tokens squared scores. Here a tile of queries and a tile
-of keys are looked at in turn, so that the memory depends on neither, and only the queries that are
-asked for, and those that see a key that is asked for, are computed at all. None of torch's
-attention functions takes part.
+Plain attention of a long row holds heads * tokens squared scores. Here one tile of queries and one
+of keys are computed at a time, so that the memory does not grow with the row. Only the requested
+queries, and those that see a requested key, are computed. torch's attention functions are not used.
 Letters: T query and key tokens, H query heads, G key heads, R query heads to a key head, D head
 size of q and k, E head size of v.
 """
@@ -19,17 +18,17 @@ from torch import Tensor
 # Tokens (begin, end) of a row.
 Span = tuple[int, int]
 # Arrays of the size of a tile of scores that are held at once: scores, weights, the gradients of
-# both, the derivative of the soft cap and what the mask takes.
+# both, the derivative of the soft cap, and the mask.
 _ARRAYS = 6
 _TILE_Q, _TILE_K = 256, 2048
-# Up to so many tokens, half of a tile's scores being hidden costs less than forming them again.
+# Up to so many tokens, one tile is faster: half of its scores are hidden, none is computed twice.
 _ONE_TILE = 1024
 _SMALLEST = 16
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BlockReference:
-    """Attention at the tokens that were asked for, in their order.
+    """Attention at the requested tokens, in their order.
 
     Attributes:
         out: (H, queries, E).
@@ -63,7 +62,7 @@ class _Row:
     rounded_to: torch.dtype | None
 
     def rounded(self, x: Tensor) -> Tensor:
-        """Return what is left of an intermediate result that is stored in `rounded_to`."""
+        """Return an intermediate result as it is after it was stored in `rounded_to`."""
         return x if self.rounded_to is None else x.to(self.rounded_to).to(self.dtype)
 
 
@@ -92,8 +91,8 @@ def block_reference(
         k: (G, T, D), H a multiple of G.
         v: (G, T, E).
         d_out: gradient of the output, (H, T, E); None for no gradients.
-        cu_seqlens: where documents begin, and the end of the last one, int, (documents + 1,). What
-            stands behind it is padding, and sees nothing.
+        cu_seqlens: where documents begin, and the end of the last one, int, (documents + 1,).
+            Tokens after that are padding, and see nothing.
         queries: whose out and dq are returned. They must not overlap.
         keys: whose dk and dv are returned. All queries that see one of them take part.
         scale: factor on q @ k.
@@ -102,10 +101,10 @@ def block_reference(
         softcap: scores become softcap * tanh(scores / softcap).
         sinks: a logit for each head that joins the softmax and has no value, (H,).
         dtype: the precision of the sums.
-        rounded_to: what plain attention stores its scores, weights, their gradients and its results
-            in; None to round nothing.
-        at_most_bytes: memory for intermediate results. What is returned, and two numbers for each
-            query head and token, come on top.
+        rounded_to: the precision in which plain attention stores its scores, weights, their
+            gradients and its results; None to round nothing.
+        at_most_bytes: memory for intermediate results, without the results that are returned and
+            two numbers for each query head and token.
     """
     first_T, last_T = _bounds(cu_seqlens, n_tokens=q.shape[1], causal=causal, window=window)
     return span_reference(
@@ -151,14 +150,14 @@ def span_reference(
         v: (G, T, E).
         d_out: (H, T, E), or None.
         first_T: the first key that each query sees, int64, (T,).
-        last_T: the key behind the last one that it sees, int64, (T,).
+        last_T: the key after the last one that it sees, int64, (T,).
         queries: whose out and dq are returned.
         keys: whose dk and dv are returned.
         scale: factor on q @ k.
         softcap: cap of the scores.
         sinks: a logit for each head, (H,).
         dtype: the precision of the sums.
-        rounded_to: what intermediate results are stored in.
+        rounded_to: the precision in which intermediate results are stored.
         at_most_bytes: memory for intermediate results.
     """
     row = _Row(
@@ -176,7 +175,7 @@ def span_reference(
     )
     heads, tile_q, tile_k = _tiles(row, at_most_bytes, whole=_is_whole(row, queries, keys))
     parts = [
-        _of_heads(row, slice(begin, begin + heads), queries, keys, tile_q=tile_q, tile_k=tile_k)
+        _attend_heads(row, slice(begin, begin + heads), queries, keys, tile_q=tile_q, tile_k=tile_k)
         for begin in range(0, len(k), heads)
     ]
     out, dq, dk, dv, dsinks = (
@@ -195,12 +194,12 @@ def span_reference(
 def _bounds(
     cu_seqlens: Tensor, *, n_tokens: int, causal: bool, window: int | None
 ) -> tuple[Tensor, Tensor]:
-    """Return the first key that each query sees, and the one behind the last, (T,) each."""
+    """Return the first key that each query sees, and the one after the last, (T,) each."""
     place_T = torch.arange(n_tokens, device=cu_seqlens.device)
     ends = cu_seqlens.to(place_T.dtype)
     document_T = torch.searchsorted(ends, place_T, right=True).clamp(1, len(ends) - 1)
     first_T, last_T = ends[document_T - 1], ends[document_T]
-    # What stands behind the last document is padding, and sees nothing.
+    # Tokens after the last document are padding, and see nothing.
     last_T = torch.where(place_T < ends[-1], last_T, first_T)
     if causal:
         last_T = torch.minimum(last_T, place_T + 1)
@@ -211,12 +210,12 @@ def _bounds(
 
 
 def _is_whole(row: _Row, queries: Sequence[Span], keys: Sequence[Span]) -> bool:
-    """Return whether everything is asked for: one tile for all then forms each product once."""
+    """Return whether all tokens are requested: then one tile computes each product once."""
     return row.d_out is not None and [*queries] == [*keys] == [(0, row.q.shape[2])]
 
 
 def _tiles(row: _Row, at_most_bytes: int, *, whole: bool) -> tuple[int, int, int]:
-    """Return how many key heads, queries and keys are looked at at once."""
+    """Return how many key heads, queries and keys are computed at once."""
     n_kv_heads, group, n_tokens = row.q.shape[:3]
     tile_q, tile_k = min(_TILE_Q, n_tokens), min(_TILE_K, n_tokens)
     if whole and n_tokens <= _ONE_TILE:
@@ -232,7 +231,7 @@ def _tiles(row: _Row, at_most_bytes: int, *, whole: bool) -> tuple[int, int, int
     return max(1, min(n_kv_heads, at_most_bytes // needed())), tile_q, tile_k
 
 
-def _of_heads(
+def _attend_heads(
     row: _Row,
     heads: slice,
     queries: Sequence[Span],
@@ -244,14 +243,14 @@ def _of_heads(
     """Return out, dq, dk, dv and dsinks of some key heads and the query heads to each."""
     n_tokens = row.q.shape[2]
     if n_tokens <= min(tile_q, tile_k) and _is_whole(row, queries, keys):
-        return _of_one_tile(row, heads)
-    # What each query's softmax is divided by, and d_out out: (heads, R, T).
+        return _attend_one_tile(row, heads)
+    # The logarithm of each softmax's divisor, and the sum of d_out * out: (heads, R, T).
     shape = (*row.q[heads].shape[:2], n_tokens)
     total = torch.zeros(shape, dtype=row.dtype, device=row.q.device)
     delta = torch.zeros_like(total)
     outs: dict[int, Tensor] = {}
-    asked = [t for span in queries for t in _tiled(span, tile_q)]
-    for tile in _to_look_at(row, asked, keys, tile_q=tile_q):
+    asked = [t for span in queries for t in _split(span, tile_q)]
+    for tile in _needed_tiles(row, asked, keys, tile_q=tile_q):
         span = slice(*tile)
         total[..., span] = _log_sums(row, heads, tile, tile_k=tile_k)
         out = _output(row, heads, tile, total=total[..., span], tile_k=tile_k)
@@ -273,14 +272,14 @@ def _of_heads(
     found = [
         _dk_dv(row, heads, tile, total, delta, tile_q=tile_q)
         for span in keys
-        for tile in _tiled(span, tile_k)
+        for tile in _split(span, tile_k)
     ]
     dk, dv = (torch.cat(x, 1) for x in zip(*found, strict=True))
     return out, dq, dk, dv, dsinks
 
 
-def _of_one_tile(row: _Row, heads: slice) -> tuple[Tensor | None, ...]:
-    """Return what _of_heads does for all tokens, each product formed once."""
+def _attend_one_tile(row: _Row, heads: slice) -> tuple[Tensor | None, ...]:
+    """Return out, dq, dk, dv and dsinks of all tokens, each product computed once."""
     assert row.d_out is not None
     span = (0, row.q.shape[2])
     q, k, v, d_out = (x[heads].to(row.dtype) for x in (row.q, row.k, row.v, row.d_out))
@@ -292,7 +291,7 @@ def _of_one_tile(row: _Row, heads: slice) -> tuple[Tensor | None, ...]:
     weights = row.rounded(row.rounded(scores.sub_(total[..., None])).exp_())
     out = row.rounded(weights @ v)
     delta = (d_out * out).sum(-1)
-    d_scores = _through_softmax(row, weights, d_out @ v.transpose(-1, -2), delta, derivative)
+    d_scores = _softmax_backward(row, weights, d_out @ v.transpose(-1, -2), delta, derivative)
     dq = row.rounded(d_scores @ k)
     dk = row.rounded((d_scores.transpose(-1, -2) @ q).sum(1))
     dv = row.rounded((weights.transpose(-1, -2) @ d_out).sum(1))
@@ -302,39 +301,43 @@ def _of_one_tile(row: _Row, heads: slice) -> tuple[Tensor | None, ...]:
     return out, dq, dk, dv, dsinks
 
 
-def _to_look_at(
+def _needed_tiles(
     row: _Row, asked: Sequence[Span], keys: Sequence[Span], *, tile_q: int
 ) -> Iterator[Span]:
-    """Yield the tiles of queries that are asked for, and those of all that a gradient needs."""
+    """Yield the tiles of the requested queries, then of all others that a gradient needs."""
     yield from asked
     if row.d_out is None:
         return
     # A sink gets a gradient from every query.
-    seeing = [(0, row.q.shape[2])] if row.sinks is not None else [_seeing(row, s) for s in keys]
+    seeing = (
+        [(0, row.q.shape[2])]
+        if row.sinks is not None
+        else [_queries_that_see(row, s) for s in keys]
+    )
     done = torch.zeros(row.q.shape[2], dtype=torch.bool)
     for begin, end in asked:
         done[begin:end] = True
     for span in seeing:
-        for begin, end in _tiled(span, tile_q):
+        for begin, end in _split(span, tile_q):
             if not done[begin:end].all():
                 done[begin:end] = True
                 yield begin, end
 
 
-def _tiled(span: Span, size: int) -> list[Span]:
+def _split(span: Span, size: int) -> list[Span]:
     begin, end = span
     return [(place, min(place + size, end)) for place in range(begin, end, size)]
 
 
-def _seeing(row: _Row, keys: Span) -> Span:
-    """Return the queries that see at least one of some keys, and those between."""
+def _queries_that_see(row: _Row, keys: Span) -> Span:
+    """Return the queries from the first to the last that see at least one of some keys."""
     sees_T = (row.first_T < keys[1]) & (row.last_T > keys[0])
     places = sees_T.nonzero()
     return (int(places[0]), int(places[-1]) + 1) if len(places) else (0, 0)
 
 
-def _seen(row: _Row, queries: Span) -> Span:
-    """Return the keys that at least one of some queries sees, and those between."""
+def _keys_seen_by(row: _Row, queries: Span) -> Span:
+    """Return the keys from the first to the last that at least one of some queries sees."""
     span = slice(*queries)
     return int(row.first_T[span].min()), int(row.last_T[span].max())
 
@@ -360,7 +363,7 @@ def _log_sums(row: _Row, heads: slice, queries: Span, *, tile_k: int) -> Tensor:
     found = torch.full(shape, -torch.inf, dtype=row.dtype, device=row.q.device)
     if row.sinks is not None:
         found = row.sinks[heads].expand(shape).clone()
-    for keys in _tiled(_seen(row, queries), tile_k):
+    for keys in _split(_keys_seen_by(row, queries), tile_k):
         scores, _ = _scores(row, heads, queries, keys)
         found = torch.logaddexp(found, scores.logsumexp(-1))
     # Where a query sees nothing, its weights become exp(-inf - 0).
@@ -370,7 +373,7 @@ def _log_sums(row: _Row, heads: slice, queries: Span, *, tile_k: int) -> Tensor:
 def _output(row: _Row, heads: slice, queries: Span, *, total: Tensor, tile_k: int) -> Tensor:
     shape = (*total.shape, row.v.shape[-1])
     out = torch.zeros(shape, dtype=row.dtype, device=total.device)
-    for keys in _tiled(_seen(row, queries), tile_k):
+    for keys in _split(_keys_seen_by(row, queries), tile_k):
         weights = row.rounded(_scores(row, heads, queries, keys)[0].sub_(total[..., None])).exp_()
         out += row.rounded(weights) @ row.v[heads, :, slice(*keys)].to(row.dtype)
     return row.rounded(out)
@@ -386,10 +389,10 @@ def _gradient_of_scores(
     weights = row.rounded(row.rounded(scores.sub_(total[..., span, None])).exp_())
     d_out, v = row.d_out[heads, :, span].to(row.dtype), row.v[heads, :, slice(*keys)].to(row.dtype)
     d_weights = d_out @ v.transpose(-1, -2)
-    return weights, _through_softmax(row, weights, d_weights, delta[..., span], derivative)
+    return weights, _softmax_backward(row, weights, d_weights, delta[..., span], derivative)
 
 
-def _through_softmax(
+def _softmax_backward(
     row: _Row, weights: Tensor, d_weights: Tensor, delta: Tensor, derivative: Tensor | None
 ) -> Tensor:
     """Return the gradient of q @ k from that of the weights."""
@@ -403,7 +406,7 @@ def _dq(
     row: _Row, heads: slice, queries: Span, total: Tensor, delta: Tensor, *, tile_k: int
 ) -> Tensor:
     dq = torch.zeros_like(row.q[heads, :, slice(*queries)], dtype=row.dtype)
-    for keys in _tiled(_seen(row, queries), tile_k):
+    for keys in _split(_keys_seen_by(row, queries), tile_k):
         _, d_scores = _gradient_of_scores(row, heads, queries, keys, total, delta)
         dq += d_scores @ row.k[heads, :, slice(*keys)].to(row.dtype)
     return row.rounded(dq)
@@ -415,7 +418,7 @@ def _dk_dv(
     """Return the gradients of a tile of keys and values, added up over the query heads."""
     assert row.d_out is not None
     dk, dv = (torch.zeros_like(x[heads, 0, slice(*keys)], dtype=row.dtype) for x in (row.k, row.v))
-    for queries in _tiled(_seeing(row, keys), tile_q):
+    for queries in _split(_queries_that_see(row, keys), tile_q):
         span = slice(*queries)
         weights, d_scores = _gradient_of_scores(row, heads, queries, keys, total, delta)
         q, d_out = (x[heads, :, span].to(row.dtype) for x in (row.q, row.d_out))

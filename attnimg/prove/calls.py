@@ -15,7 +15,7 @@ from attnimg.facts import AttentionFunction, Backend, Pattern
 from attnimg.prove.cases import Case
 from attnimg.prove.inputs import Inputs
 from attnimg.prove.oracle import attend, visible_keys
-from attnimg.prove.seeding import drawn, is_set_back
+from attnimg.prove.seeding import is_rewound, states_after_draw
 from attnimg.prove.shifted import shifted_keys
 
 
@@ -103,7 +103,7 @@ def forward(
     autocast = case.geometry.autocast
     # Made first, since a layer draws its own weights.
     layer, mask = _Layer(inputs.q.dtype).to(inputs.q.device), _mask(backend, case, inputs)
-    random = drawn(inputs.q.device)
+    random = states_after_draw(inputs.q.device)
     with torch.autocast(inputs.q.device.type, dtype if autocast else None, enabled=autocast):
         out, _ = function(
             layer,
@@ -114,28 +114,28 @@ def forward(
             dropout=dropout,
             **arguments,
         )
-    reseeded = not dropout and is_set_back(random, inputs.q.device)
+    reseeded = not dropout and is_rewound(random, inputs.q.device)
     return Started(
         out=out, leaves=leaves, d_out=d_out, handed=handed, reseeded=reseeded, dropout=dropout
     )
 
 
 def forward_only(started: Started) -> Result:
-    """Return what a call gave that does not go on backward."""
+    """Return the result of a call without a backward pass."""
     return Result(out=started.out.detach(), gradients={}, overwritten=_overwritten(started))
 
 
 def backward(started: Started) -> Result:
-    """Go on with a call backward."""
+    """Run the backward pass of a call, and return its result."""
     out, d_out = started.out, started.d_out
     learning = {name: leaf for name, leaf in started.leaves.items() if leaf.requires_grad}
     gradients: dict[str, Tensor | None] = dict.fromkeys(learning)
-    random = drawn(d_out.device)
+    random = states_after_draw(d_out.device)
     if out.shape == d_out.shape and out.requires_grad:
         leaves = list(learning.values())
         found = torch.autograd.grad(out, leaves, d_out.to(out.dtype), allow_unused=True)
         gradients = dict(zip(learning, found, strict=True))
-    reseeded = not started.dropout and is_set_back(random, d_out.device)
+    reseeded = not started.dropout and is_rewound(random, d_out.device)
     return Result(
         out=out.detach(),
         gradients=gradients,
@@ -145,7 +145,7 @@ def backward(started: Started) -> Result:
 
 
 def _overwritten(started: Started, *, reseeded: bool = False) -> tuple[str, ...]:
-    """List what a call changed of all that it was handed."""
+    """Return the names of the inputs that a call wrote to."""
     names = [name for name, (value, copy) in started.handed.items() if not torch.equal(value, copy)]
     if started.reseeded or reseeded:
         names.append("torch's random numbers")

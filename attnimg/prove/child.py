@@ -2,7 +2,7 @@
 
 It reads one JSON object from stdin, the candidates, and writes one JSON object a line to stdout:
 what it is about to run, so that its parent knows what killed it, and the proofs. What kernels print
-goes to stderr. After a kernel that changed the process, or forked it, another child goes on.
+goes to stderr. After a kernel that changed the process, or forked it, a new child proves the rest.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ def main() -> None:
     _cap_memory(task["memory_bytes"], device=device)
     references: dict[Any, Any] = {}
     for candidate in task["candidates"]:
-        _tell(report, begin=candidate["backend"])
+        _send(report, begin=candidate["backend"])
         proof = prove_candidate(candidate, device=device, references=references, report=report)
-        _tell(report, proof=asdict(proof))
+        _send(report, proof=asdict(proof))
         if any(reason.code == "process-state" for reason in proof.reasons):
-            _tell(report, stop=True)
+            _send(report, stop=True)
             return
 
 
@@ -60,9 +60,9 @@ def prove_candidate(
     from attnimg.calls.fp8 import restore_flash_kernel
     from attnimg.prove.candidate import budget_here, leaks_of, merge, prove_geometry
     from attnimg.prove.checks import with_bounds_here
-    from attnimg.prove.marked import forks
+    from attnimg.prove.marked_processes import count_forks
     from attnimg.prove.process_state import ProcessState, process_state
-    from attnimg.prove.seeding import drawn, is_set_back
+    from attnimg.prove.seeding import is_rewound, states_after_draw
 
     started = time.perf_counter()
     name, geometries = (
@@ -76,25 +76,25 @@ def prove_candidate(
     longest = min(longest_of(geometry, budget) for geometry in geometries)
     whole = min(whole_row(geometry, budget) for geometry in geometries)
     stage = ["loading"]
-    before, random = ProcessState(), drawn(torch.device(device))
+    before, random = ProcessState(), states_after_draw(torch.device(device))
 
-    def look() -> None:
+    def require_unchanged() -> None:
         changes = before.changes()
         if stage[0] != "loading":
-            changes += before.counts_changes()
-        elif not changes and is_set_back(random, torch.device(device)):
-            changes.append("torch's random numbers were set back")
+            changes += before.count_changes()
+        elif not changes and is_rewound(random, torch.device(device)):
+            changes.append("torch's random numbers were seeded or rewound")
         if changes:
             raise _ProcessChanged(process_state(changes, when=stage[0]))
 
     def starting(case: str) -> None:
-        look()
+        require_unchanged()
         stage[0] = case
-        _tell(report, case=case)
+        _send(report, case=case)
 
     try:
         function = attention_function(backend, trusted=candidate["trusted"])
-        look()
+        require_unchanged()
         found = merge(
             prove_geometry(
                 function,
@@ -103,15 +103,15 @@ def prove_candidate(
                 device=device,
                 references=references,
                 starting=starting,
-                again=lambda: _tell(report, again=name),
+                again=lambda: _send(report, again=name),
             )
             for geometry in geometries
         )
         starting("repeated calls")
         leaking = leaks_of(function, backend, geometries[0], device=device)
-        look()
-        if running := forks():
-            leaking = [*leaking, f"children: {running} forks of this process run on"]
+        require_unchanged()
+        if running := count_forks():
+            leaking = [*leaking, f"children: {running} forks of this process still run"]
     # Foreign kernels raise anything, on import and in a call. The reason is kept and shown.
     except (Exception, SystemExit) as error:
         reasons = _reasons(error, stage=stage[0], changes=before.changes())
@@ -125,11 +125,11 @@ def prove_candidate(
     wanted = max(geometry.sequence_len for geometry in geometries)
     notes = []
     if longest < wanted:
-        notes.append(f"proven up to {longest} of {wanted} tokens: memory")
+        notes.append(f"proven up to {longest} of {wanted} tokens: limited by memory")
     if whole < longest:
-        limit = "a CPU's time" if device == "cpu" else "memory"
-        notes.append(f"with all heads up to {whole} of {wanted}: {limit}")
-    notes += [f"seen once, and not when run again: {reason.text}" for reason in found.unrepeated]
+        limit = "CPU time" if device == "cpu" else "memory"
+        notes.append(f"proven with all heads up to {whole} of {wanted} tokens: limited by {limit}")
+    notes += [f"found once, and not when run again: {reason.text}" for reason in found.unrepeated]
     notes += [f"raises where training never calls it: {call}" for call in found.raises]
     reasons = tuple(found.reasons)
     if leaking:
@@ -146,7 +146,7 @@ def prove_candidate(
 
 
 class _ProcessChanged(Exception):
-    """A kernel changed the process: what follows would be another's fault."""
+    """Raised where a kernel changed the process: later probes would fail for this reason."""
 
     def __init__(self, reason: Reason) -> None:
         super().__init__(reason.text)
@@ -154,7 +154,7 @@ class _ProcessChanged(Exception):
 
 
 def _reasons(error: BaseException, *, stage: str, changes: list[str]) -> tuple[Reason, ...]:
-    """Return the reasons for an exception: a process that was changed may raise anywhere."""
+    """Return the reasons for an exception; a changed process comes first, as a likely cause."""
     from attnimg.prove.process_state import process_state
 
     if isinstance(error, _ProcessChanged):
@@ -203,8 +203,8 @@ def _cap_memory(memory_bytes: int, *, device: str) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
 
 
-def _tell(report: TextIO, **message: Any) -> None:
-    # What a kernel wrote there ends before the line; what it forked has another pid.
+def _send(report: TextIO, **message: Any) -> None:
+    # The first newline ends a line that a kernel began; the reports of a fork have another pid.
     report.write("\n" + json.dumps(message | {"pid": os.getpid()}) + "\n")
 
 

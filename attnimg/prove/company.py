@@ -25,8 +25,8 @@ from attnimg.prove.inputs import Inputs, draw
 
 # Calls that are under way at once, as many as a common model has layers.
 _LAYERS = 32
-# What learns where an adapter sits on some of the first layer's projections: each set but all.
-_PARTS = [names for size in (1, 2) for names in itertools.combinations(("dq", "dk", "dv"), size)]
+# The gradients that are needed where an adapter is on some of the first layer's projections.
+_SUBSETS = [names for size in (1, 2) for names in itertools.combinations(("dq", "dk", "dv"), size)]
 # Calls that no gradient is asked of, and which of their arguments require one: a first pass with
 # reentrant checkpointing, evaluation, generation, and layers below the first one that learns.
 _WITHOUT = {
@@ -60,7 +60,7 @@ def check_company(
     found = call(_checkpointed(function), backend, case, inputs)
     named = replace(case, name=f"{case.name}, checkpointed")
     yield from check_values(backend, named, inputs, found=found, right=right)[1]
-    for learning in _PARTS:
+    for learning in _SUBSETS:
         found = backward(forward(function, backend, case, inputs, learning=learning))
         what = " and ".join(name[1:] for name in learning)
         named = replace(case, name=f"{case.name}, gradients of {what} alone")

@@ -25,8 +25,8 @@ FLAT = 0.5
 OUTLIER, OUTLIER_SHARE = 40.0, 0.05
 # The same in the probes of large values, where float16 must hold what the gradients add up.
 LARGE_V = {"float32": 1000.0, "bfloat16": 1000.0, "float16": 200.0}
-# Steps of scores, the two highest of which share the weight: where all of it is on one key, no
-# gradient reaches q and k. What must not be seen is above them all.
+# Scores of the keys that a query sees. The two highest share the weight: with all of it on one key,
+# q and k have no gradient. Keys that the mask hides have a higher score than all of these.
 _STEPS = (60, 120, 180, 240, 300, 360, 420, 478, 480)
 _HIDDEN = 600
 # In the probes of zeros, every how many tokens q, k and v are 0: all three at once, too.
@@ -34,7 +34,7 @@ ZERO_EVERY = (3, 5, 7)
 # Rows of queries whose output has a gradient, and is compared, in long probes: the reference then
 # costs rows * keys instead of keys squared.
 FIRST, LAST, BETWEEN = 32, 64, 96
-# The same with all heads of a run, which cost as many times more.
+# The same for probes with all heads of a run, whose cost grows with the heads.
 _FIRST, _LAST, _BETWEEN = 16, 32, 48
 
 
@@ -64,7 +64,7 @@ class Inputs:
 
 
 def draw(case: Case, *, device: str) -> Inputs:
-    """Draw the inputs of a case, the same on every machine but for the last rounding."""
+    """Draw the inputs of a case, equal on every machine up to rounding."""
     geometry = case.geometry
     # zlib.crc32, because Python's hash of a string differs from process to process.
     generator = torch.Generator().manual_seed(zlib.crc32(case.name.encode()))
@@ -73,7 +73,7 @@ def draw(case: Case, *, device: str) -> Inputs:
     n_queries = case.queries or n_keys
     scale = geometry.head_dim_qk**-0.5 * case.scale_factor
     shape_k = (n_rows, geometry.kv_heads, n_keys, geometry.head_dim_qk)
-    # Random numbers come from the CPU, and all that is made of them is computed on the device.
+    # The CPU draws the random numbers, the device computes the inputs from them.
     k, v, direction = (
         torch.randn(shape, generator=generator, dtype=torch.float64).to(device)
         for shape in (
@@ -171,7 +171,7 @@ def _needles(case: Case, k: Tensor, documents: Tensor, *, n_queries: int) -> Ten
 
 
 def _stepped(case: Case, k: Tensor, documents: Tensor, generator: torch.Generator) -> Tensor:
-    """Build queries whose scores with random keys that they see are in _STEPS; (B, H, T, D)."""
+    """Build queries whose scores are _STEPS, each with a random visible key; (B, H, T, D)."""
     geometry = case.geometry
     needle = k / k.square().sum(-1, keepdim=True)
     needle = needle.repeat_interleave(geometry.heads // geometry.kv_heads, dim=1)
@@ -199,7 +199,7 @@ def _oldest(own: Tensor, place_T: Tensor, *, window: int | None) -> tuple[Tensor
 
 
 def _some(x: Tensor, share: float, generator: torch.Generator) -> Tensor:
-    """Choose a share of the values of a tensor at random."""
+    """Return a mask of a random share of a tensor's values."""
     return (torch.rand(x.shape, generator=generator) < share).to(x.device)
 
 

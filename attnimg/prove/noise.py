@@ -122,7 +122,7 @@ def rounding_through(
     unit: float,
     group: int,
 ) -> dict[str, float]:
-    """Bound what the rounding of an output by `unit` moves dq and dk by; see rounding_of_output.
+    """Return bounds on the change of dq and dk by rounding the output; see rounding_of_output.
 
     Args:
         q: (..., H, T, D), as wide as d_out.

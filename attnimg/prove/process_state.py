@@ -1,17 +1,17 @@
 """Compare the process before and after a kernel was loaded and called.
 
-A kernel may be right in every number and still change the run: a default of torch, the working
-directory, a signal handler, what it leaves open at each call. What is compared, and when:
+The results of a kernel may be right while it changes the run: a default of torch, the working
+directory, a signal handler, or files that stay open after each call. What is compared, and when:
 
-- what changes results or the run is the same from before the import to the end: defaults and
-  precision of torch, flushing of denormals, threads that torch computes with, Python's and numpy's
-  random numbers, working directory, umask, signals (torch's own random numbers: seeding.py);
-- variables of the environment that were there keep their values, and none of those that other
-  software reads is added. A library may set one of its own when it is imported or first called;
-- warnings are not silenced as a whole, and filters that were there stay;
-- open files, threads, children, memory, filters and lines of output may come with the import and
-  with first calls, for caches, pools and compilers. Then the same call is made again in ROUNDS
-  rounds: what grows in every one of them leaks.
+- settings stay the same from before the import to the end: defaults and precision of torch,
+  flushing of denormals, the number of torch's threads, Python's and numpy's random numbers, working
+  directory, umask, signals (for torch's random numbers, see seeding.py);
+- existing environment variables keep their values, and none that other software reads is added. A
+  library may set variables of its own on import or in its first calls;
+- no filter silences all warnings, and existing filters stay;
+- open files, threads, children, memory, filters and bytes of output may grow on import and in first
+  calls, for caches, pools and compilers. Then the same call is made again in ROUNDS rounds: what
+  grows in every round is a leak.
 """
 
 from __future__ import annotations
@@ -32,18 +32,18 @@ import torch
 from attnimg.facts import Reason
 from attnimg.prove.raised import signal_name
 
-# Calls of a round, and rounds. A cache that holds some of the last calls has filled up by then:
-# hundreds of probes came before.
+# Calls of a round, and rounds. A cache of the last calls is full by then, after hundreds of probes.
 CALLS, ROUNDS = 6, 3
-# In every round, memory that grows by less than this share of what the calls return is the
-# allocator's.
-_SHARE = 0.1
+# Growth of memory in a round that counts as a leak, as a share of the bytes that the calls return.
+# The allocator's own growth is smaller.
+_LEAK_SHARE = 0.1
 # The least growth of a round that counts. glibc's allocator takes and returns memory in such steps.
-_PAGES = 64 << 10
-# Files, threads or children more than after the first probe, which some compilers start in pools.
-MANY = 128
-# Variables that other software than a kernel's own library reads, by how they begin.
-_FOREIGN = (
+_LEAK_BYTES = 64 << 10
+# How many more files, threads or children than after the first probe are allowed: compilers start
+# pools of them.
+MAX_MORE = 128
+# Prefixes of variables that other software than a kernel's own library reads.
+_READ_BY_OTHERS = (
     "ACCELERATE_", "ATTNIMG_", "CUBLAS_WORKSPACE_CONFIG", "CUDA_DEVICE_ORDER",
     "CUDA_LAUNCH_BLOCKING", "CUDA_VISIBLE_DEVICES", "FLASH_ATTENTION_DETERMINISTIC", "GROUP_RANK",
     "HF_", "HIP_VISIBLE_DEVICES", "HOME", "HTTP_PROXY", "HTTPS_PROXY", "LANG", "LC_",
@@ -52,47 +52,47 @@ _FOREIGN = (
     "PYTORCH_", "RANK", "ROCR_VISIBLE_DEVICES", "TMPDIR", "TORCH_ALLOW_TF32", "TOKENIZERS_",
     "TRANSFORMERS_", "TZ", "WANDB_", "WORLD_SIZE", "http_proxy", "https_proxy",
 )  # fmt: skip
-# Set by torch itself, when it first compiles or reaches a GPU.
-_OWN = frozenset({"PYTORCH_NVML_BASED_CUDA_CHECK"})
+# Set by torch itself, when it first compiles or uses a GPU.
+_SET_BY_TORCH = frozenset({"PYTORCH_NVML_BASED_CUDA_CHECK"})
 
 
 class ProcessState:
-    """The process as it was when this was made."""
+    """The state of the process when the object was created."""
 
     def __init__(self) -> None:
-        self._fixed = _fixed()
+        self._settings = _settings()
         self._environment = dict(os.environ)
         self._filters = list(warnings.filters)
         self._counts: dict[str, int] | None = None
 
     def changes(self) -> list[str]:
-        """Return what is not as it was, each by its name; [] for nothing."""
-        after = _fixed()
+        """Return the settings that changed, each with its name; [] where none did."""
+        after = _settings()
         found = [
             f"{name} was {before}, is {after[name]}" if _is_short(before) else f"{name} changed"
-            for name, before in self._fixed.items()
-            # numpy may be imported meanwhile.
+            for name, before in self._settings.items()
+            # None: numpy was not imported yet.
             if before is not None and after[name] != before
         ]
         return found + list(self._environment_changes()) + list(self._filter_changes())
 
-    def counts_changes(self) -> list[str]:
-        """Return what there are many more of than at the first call of this method."""
+    def count_changes(self) -> list[str]:
+        """Return the counts that grew by more than MAX_MORE since the first call of this method."""
         counts = _counts()
         if self._counts is None:
             self._counts = counts
         return [
             f"{name}: {counts[name] - before} more than after the first probe"
             for name, before in self._counts.items()
-            if counts[name] - before > MANY
+            if counts[name] - before > MAX_MORE
         ]
 
     def _environment_changes(self) -> Iterator[str]:
         for name in sorted({*self._environment, *os.environ}):
             before, after = self._environment.get(name), os.environ.get(name)
-            if before == after or name in _OWN:
+            if before == after or name in _SET_BY_TORCH:
                 continue
-            if before is None and not name.startswith(_FOREIGN):
+            if before is None and not name.startswith(_READ_BY_OTHERS):
                 continue
             # No values: they may be secret.
             verb = "set" if before is None else "unset" if after is None else "changed"
@@ -110,20 +110,20 @@ class ProcessState:
 
 
 def process_state(changes: list[str], *, when: str) -> Reason:
-    """Build the reason of a process that was changed."""
+    """Build the reason for a kernel that changed the process."""
     return Reason(code="process-state", text=f"{when}: {'; '.join(changes)}")
 
 
 def leaks(call: Callable[[], int]) -> list[str]:
-    """Make a call again and again, and return what is left behind by each.
+    """Repeat a call, and return which counts grow with it.
 
     Args:
         call: makes the call, whose shape was called before, and returns the bytes of its results.
     """
-    # Garbage of these calls is collected alone: all else takes a fifth of a second each time.
+    # Only garbage of these calls is collected: all older objects would take 0.2 s each time.
     gc.freeze()
     try:
-        # Seen twice: a heap may grow for reasons of its own.
+        # Measured twice, since a heap may grow for other reasons.
         return _leaks(call) and _leaks(call)
     finally:
         gc.unfreeze()
@@ -140,7 +140,7 @@ def _leaks(call: Callable[[], int]) -> list[str]:
         for name, value in after.items():
             grown.setdefault(name, []).append(value - before[name])
         before = after
-    needed = {"memory": max(_PAGES, int(_SHARE * size * CALLS))}
+    needed = {"memory": max(_LEAK_BYTES, int(_LEAK_SHARE * size * CALLS))}
     found = [
         f"{name}: {sum(growth)} more after {ROUNDS * CALLS} equal calls"
         for name, growth in grown.items()
@@ -150,8 +150,8 @@ def _leaks(call: Callable[[], int]) -> list[str]:
     return found + [f"environment: {name} was set by a repeated call" for name in added]
 
 
-def _fixed() -> dict[str, Any]:
-    """Return what a kernel has no business with, by name."""
+def _settings() -> dict[str, Any]:
+    """Return the settings that a kernel must not change, by name."""
     found: dict[str, Any] = {
         "default dtype": torch.get_default_dtype(),
         "default device": torch.get_default_device(),
@@ -178,7 +178,7 @@ def _fixed() -> dict[str, Any]:
         "anomaly detection": torch.is_anomaly_enabled(),
         "autocast": (torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda")),
         "threads of torch": (torch.get_num_threads(), torch.get_num_interop_threads()),
-        "flush-denormal": _flushes(),
+        "flush-denormal": _flushes_denormals(),
         "random numbers of Python": random.getstate(),
         "random numbers of numpy": _numpy_state(),
         "working directory": _directory(),
@@ -192,10 +192,10 @@ def _fixed() -> dict[str, Any]:
 
 
 def _precision() -> tuple[str, ...]:
-    """Return how float32 is multiplied: torch's old settings, or the new ones where these rule."""
+    """Return the precision of float32 products: torch's old settings, or the new ones if set."""
     try:
         return (torch.get_float32_matmul_precision(), str(torch.backends.cudnn.allow_tf32))
-    # Where old and new settings disagree, reading the old ones raises.
+    # torch raises on reading the old settings where they contradict the new ones.
     except RuntimeError:
         parts = (
             torch.backends.cuda.matmul,
@@ -205,8 +205,8 @@ def _precision() -> tuple[str, ...]:
         return tuple(str(getattr(part, "fp32_precision", None)) for part in parts)
 
 
-def _flushes() -> bool:
-    """Return whether this thread's arithmetic takes the smallest numbers for 0."""
+def _flushes_denormals() -> bool:
+    """Return whether this thread's arithmetic replaces denormal numbers by 0."""
     smallest = torch.full((1,), 1e-310, dtype=torch.float64, device="cpu")
     return bool((smallest * 1.0 == 0).item())
 
@@ -228,12 +228,12 @@ def _directory() -> str:
 
 
 def _umask() -> str:
-    """Read the umask, which os.umask can only set."""
+    """Return the umask, which os.umask only returns by setting another."""
     return _status("Umask")
 
 
 def _ignored() -> str:
-    """Return the mask of ignored signals, which Python's getsignal does not see those of C in."""
+    """Return the mask of ignored signals; Python's getsignal misses those that C code ignores."""
     return _status("SigIgn")
 
 
@@ -258,9 +258,9 @@ def _counts() -> dict[str, int]:
 
 
 def _measured() -> dict[str, int]:
-    """Count what calls may leave behind."""
+    """Return the counts that calls may increase."""
     gc.collect()
-    # Free memory goes back to the system, so that what is left is held.
+    # Free memory goes back to the system, so that the rest is in use.
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)

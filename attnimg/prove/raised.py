@@ -1,4 +1,4 @@
-"""Say what a kernel raised or died of, in a line that a reason or a note can hold."""
+"""Describe an exception or a signal in one line, for a reason or a note."""
 
 from __future__ import annotations
 

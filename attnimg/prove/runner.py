@@ -23,7 +23,7 @@ from typing import IO, Any
 from attnimg.backends import backend_named
 from attnimg.facts import Figure, Geometry, Proof, Reason
 from attnimg.prove.compiled import is_compiled
-from attnimg.prove.marked import MARK, marked
+from attnimg.prove.marked_processes import MARK, processes_with
 from attnimg.prove.patience import LOOK_EVERY_S, Patience
 from attnimg.prove.raised import signal_name
 
@@ -43,7 +43,7 @@ WALL_S = 900.0
 MEMORY_BYTES = {"cpu": 6 << 30, "cuda": 1 << 40}
 
 
-# What a child may print, in a file of the temporary folder, and the longest line that it reports.
+# Bytes that a child may print (into a temporary file), and of the longest line that it reports.
 OUTPUT_BYTES = 64 << 20
 _LINE_BYTES = 1 << 20
 
@@ -150,9 +150,9 @@ def _run_child(
             if len(proofs) == len(candidates) or (proofs and "stop" in message):
                 return proofs
         if proofs and case == "starting":
-            # It died of what was proven already. Another child goes on.
+            # An earlier candidate's kernel ended this child; the next child proves the rest.
             return proofs
-        # A kernel may close what it is heard through, and go on.
+        # A kernel may close the pipe of its reports, and run on.
         while child.poll() is None and not patience.spent() and not _is_flooded(noise):
             time.sleep(LOOK_EVERY_S)
         late, flooded = child.poll() is None, _is_flooded(noise)
@@ -171,7 +171,7 @@ def _run_child(
 
 
 def _message(line: bytes, *, pid: int) -> dict[str, Any]:
-    """Read what the child reports; {} for what a kernel, or a process that it forked, wrote."""
+    """Return a report of the child; {} for a line that a kernel or a forked process wrote."""
     try:
         message = json.loads(line)
     except (ValueError, RecursionError):
@@ -195,7 +195,7 @@ def _silence(_text: str) -> None:
 
 
 class _Child:
-    """A child with its task on stdin; killed with all its own when the block is left."""
+    """A child process with its task on stdin; the block's end kills it and all that it started."""
 
     def __init__(self, task: dict[str, Any], *, noise: IO[bytes]) -> None:
         self.mark = uuid.uuid4().hex
@@ -228,10 +228,10 @@ class _Child:
 
 
 def _kill_marked(mark: str) -> None:
-    """End what a kernel started and detached: it has left the child's group and session."""
-    # One may fork while the others are looked for.
+    """Kill the processes that a kernel started and that left the child's group and session."""
+    # A process may fork during the search.
     for _ in range(3):
-        found = list(marked(mark))
+        found = list(processes_with(mark))
         for process in found:
             with contextlib.suppress(OSError):
                 os.kill(int(process.name), signal.SIGKILL)
@@ -242,14 +242,14 @@ def _kill_marked(mark: str) -> None:
 def _lines(
     child: subprocess.Popen[bytes], patience: Patience, *, noise: IO[bytes]
 ) -> Iterator[bytes]:
-    """Yield whole lines until the child ends, closes its side, or prints or takes too much."""
+    """Yield the lines of the child until it ends, closes the pipe, or exceeds a limit."""
     pending = b""
     assert child.stdout is not None
     with selectors.DefaultSelector() as selector:
         selector.register(child.stdout, selectors.EVENT_READ)
         while not patience.spent() and not _is_flooded(noise):
             if not selector.select(timeout=LOOK_EVERY_S):
-                # What a kernel started and left behind may hold the pipe open.
+                # A process that a kernel started may hold the pipe open.
                 if child.poll() is not None:
                     return
                 continue
@@ -258,12 +258,12 @@ def _lines(
                 return
             *lines, pending = (pending + chunk).split(b"\n")
             yield from lines
-            # The rest of a line that is too long is no message either.
+            # No message is this long: the line is cut, and then ignored.
             pending = pending[:_LINE_BYTES]
 
 
 def _death(status: int, *, case: str, noise: IO[bytes]) -> Reason:
-    """Say what a child died of."""
+    """Return the reason of a child's end by its exit status."""
     noise.seek(max(0, os.fstat(noise.fileno()).st_size - _LINE_BYTES))
     said = [line for line in noise.read().decode(errors="replace").splitlines() if line.strip()]
     last = f": {said[-1].strip()[:200]}" if said else ""

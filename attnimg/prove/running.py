@@ -1,9 +1,9 @@
 """Compare an attention call of a training step with the reference: the running check.
 
-What no finite proof sees, a kernel that goes wrong at its 3000th call or at one length, shows in
-the run itself. One row of one layer's call is computed again by blocks (blocks.py), exactly and as
-plain attention in the run's precision, for as many heads as fit into the budgets below. The bounds
-are those of the proofs (checks.py), of a right kernel's noise on real values.
+A kernel may be wrong only from its 3000th call on, or at one length, which no finite proof finds.
+One row of one layer's call is computed again by blocks (blocks.py), in float64 and as plain
+attention in the run's precision, for as many heads as fit into the budgets below. The bounds are
+those of the proofs (checks.py).
 Letters: B batch, T query and key tokens, H query heads, G key heads, D and E head sizes.
 """
 
@@ -33,20 +33,21 @@ from attnimg.prove.checks import (
 )
 from attnimg.prove.noise import UNIT, rounding_through
 from attnimg.prove.oracle import attention_weights
-from attnimg.prove.spans import NotSpans, closed_part, spans_of_arguments, spans_of_mask
+from attnimg.prove.spans import NotComparable, closed_part, spans_of_arguments, spans_of_mask
 
 # Bytes that the results of both references and their differences may take, and tiles of scores.
 RESULT_BYTES, TILE_BYTES = 128 << 20, 96 << 20
-# Pairs of a query and a key, over all query heads, that a check computes; of the one key head that
-# is left, a part of the tokens is compared where there are more than LONG times as many.
+# Pairs of a query and a key, over all query heads, that a check computes. Where a single key head
+# has more than LONG times as many, a part of its tokens is compared.
 PAIRS, LONG = {"cpu": 2**18, "cuda": 2**27}, 4
-# Scores beyond are those of the proofs' large probes, whose bounds leave room for float32 sums.
+# Calls with larger scores have the bounds of the proofs' probes with large scores.
 LARGE_SCORE = 32.0
-# Rounding averages out in a quantity as a whole only where it is below this share of it.
+# The factor of a quantity is compared only where rounding is below this share of the quantity.
 CLEAR = 0.1
 # The last tokens of a long row, which are always compared.
 ENDS = 64
-# Rows of at most so many tokens have the bound of noise.rounding_of_output, if a query sees SHORT.
+# Rows of at most so many tokens, whose queries see at most SHORT keys, have the bound of
+# noise.rounding_of_output.
 FEW_TOKENS = 256
 _HONOURS = frozenset({"window", "softcap", "sinks", "dropout"})
 
@@ -54,28 +55,27 @@ _HONOURS = frozenset({"window", "softcap", "sinks", "dropout"})
 def why_unchecked(backends: list[Backend], context: RunContext, *, dropout: float) -> str:
     """Return why the calls of a run can't be compared with the reference; "" where they can."""
     if context.compiled:
-        return "torch.compile fuses attention into the model's graph, where no call is seen"
+        return "torch.compile fuses attention into the model's graph, which has no call to capture"
     if dropout:
-        return f"attention_dropout: {dropout:g} draws other weights in each call"
+        return f"attention_dropout: {dropout:g} drops other weights in each call"
     for backend in backends:
         if backend.k_forward is None:
             return f"{backend.name} quantizes q, k and v, and has no bound for real values"
         if backend.pattern != "full":
-            return f"{backend.name} attends in groups of its own"
+            return f"{backend.name} attends within groups of tokens"
     return ""
 
 
 def check_call(
     call: CapturedCall, *, backend: Backend, dtype: DType, longest: int | None, seed: str
 ) -> CallCheck:
-    """Compare a call with the reference; one that breaks a rule is made and compared once more.
+    """Compare a call with the reference; a wrong call is repeated and compared again.
 
     Args:
         call: with its gradients.
-        backend: what computed it, whose bounds count.
+        backend: the one that computed it, whose bounds are used.
         dtype: the run's precision.
-        longest: tokens of the run's longest row; of a longer one a part of whole documents is
-            compared. None for all.
+        longest: at most so many tokens of a row are compared, in whole documents; None for all.
         seed: decides which row and heads are compared.
     """
     cast = torch.autocast(call.q.device.type, enabled=False)
@@ -85,7 +85,7 @@ def check_call(
         with torch.no_grad(), cast:
             part = _part_of(call, longest=longest, draw=random.Random(seed))
             found = _compared(call, part, backend=backend, dtype=dtype)
-    except (NotSpans, AttnimgError) as error:
+    except (NotComparable, AttnimgError) as error:
         why = error.why if isinstance(error, AttnimgError) else str(error)
         return replace(nothing, skipped=why.splitlines()[0])
     except torch.OutOfMemoryError:
@@ -109,14 +109,14 @@ def check_call(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Part:
-    """What of a call is compared.
+    """The part of a call that is compared.
 
     Attributes:
-        row: which of the batch.
-        tokens: of the row; no query of them sees another token, nor the other way round.
+        row: its number in the batch.
+        tokens: of the row; these and the other tokens do not see one another.
         heads: key heads.
         first: the first key that each query sees, counted in `tokens`.
-        last: the key behind the last one.
+        last: the key after the last one.
         queries: spans of `tokens` whose out and dq are compared.
         keys: those whose dk and dv are compared.
         call: scale, soft cap and sinks.
@@ -142,13 +142,13 @@ def _part_of(call: CapturedCall, *, longest: int | None, draw: random.Random) ->
     """Choose a row, whole documents of it, and heads, at random within the budgets.
 
     Raises:
-        NotSpans: the reference does not know what the call's queries see.
+        NotComparable: the reference can't compute the call.
         AttnimgError: the model passes an argument that the reference does not know.
     """
     if call.written:
-        raise NotSpans("the model wrote into a tensor of the call before its gradients came")
+        raise NotComparable("the model overwrote a tensor of the call before its backward pass")
     if call.q.shape[2] != call.k.shape[2]:
-        raise NotSpans(f"the call has {call.q.shape[2]} queries on {call.k.shape[2]} keys")
+        raise NotComparable(f"the call has {call.q.shape[2]} queries and {call.k.shape[2]} keys")
     masked = call.mask is not None and getattr(call.mask, "ndim", 0) != 2
     read = read_call(
         "the reference",
@@ -161,7 +161,7 @@ def _part_of(call: CapturedCall, *, longest: int | None, draw: random.Random) ->
         **call.arguments,
     )
     if read.dropout:
-        raise NotSpans(f"the call has dropout {read.dropout:g}")
+        raise NotComparable(f"the call has dropout {read.dropout:g}")
     row = draw.randrange(len(call.q))
     if masked:
         first, last = spans_of_mask(call.mask, row, n_tokens=call.q.shape[2])
@@ -196,7 +196,7 @@ def _part_of(call: CapturedCall, *, longest: int | None, draw: random.Random) ->
 
 
 def _some_of(n_tokens: int, wanted: int, draw: random.Random) -> list[Span]:
-    """Choose about as many tokens as wanted: the last ones, and some before."""
+    """Choose about as many tokens as wanted: the last ones, and a random span before them."""
     ends = min(ENDS, n_tokens // 2)
     before = min(max(wanted - ends, ends), n_tokens - ends)
     begin = draw.randrange(n_tokens - ends - before + 1)
@@ -204,7 +204,7 @@ def _some_of(n_tokens: int, wanted: int, draw: random.Random) -> list[Span]:
 
 
 def _compared(call: CapturedCall, part: _Part, *, backend: Backend, dtype: DType) -> _Found:
-    """Compare the part of a call; what plain attention can't represent is left out."""
+    """Compare a part of a call, without values that the precision can't represent."""
     of_q = part.query_heads
     q, k, v = (
         x[part.row, heads, part.tokens]
@@ -214,12 +214,12 @@ def _compared(call: CapturedCall, part: _Part, *, backend: Backend, dtype: DType
     sees = part.last > part.first
     d_out = None
     if call.d_out is not None and call.learning:
-        # What queries without a key pass on is not attention's.
+        # The gradient of queries without a key does not depend on the kernel.
         d_out = call.d_out[part.row, part.tokens, of_q].transpose(0, 1) * sees[:, None]
-        # After a NaN, or where float16's loss scale was too large.
+        # Not finite after a NaN, or where float16's loss scale was too large.
         d_out = d_out if d_out.isfinite().all() else None
     if not all(x.isfinite().all() for x in (q, k, v)):
-        raise NotSpans("q, k or v is NaN or inf")
+        raise NotComparable("q, k or v is NaN or inf")
     exact = _reference(part, q, k, v, d_out, dtype=torch.float64, rounded_to=None)
     rounded_to = None if dtype == "float32" else getattr(torch, dtype)
     plain = _reference(part, q, k, v, d_out, dtype=torch.float32, rounded_to=rounded_to)
@@ -257,7 +257,7 @@ def _reference(
     dtype: torch.dtype,
     rounded_to: torch.dtype | None,
 ) -> BlockReference:
-    """Attend by blocks in some precision; a kernel of a lower one rounds its inputs too."""
+    """Attend by blocks in a precision, with inputs that are rounded to `rounded_to`."""
     if rounded_to is not None:
         q, k, v = (x.to(rounded_to) for x in (q, k, v))
         d_out = None if d_out is None else d_out.to(rounded_to)
@@ -290,7 +290,7 @@ class _Found:
 
 
 class _Judge:
-    """Collects figures and broken rules."""
+    """Compares the quantities of a call, and collects figures and broken rules."""
 
     def __init__(self, *, backend: Backend, dtype: DType, case: str, scores: Scores) -> None:
         self.backend, self.dtype, self.case, self.scores = backend, dtype, case, scores
@@ -312,17 +312,17 @@ class _Judge:
 
         Args:
             name: "out", or the gradient.
-            found: what the call gave; None for no gradient.
+            found: the result of the call; None for no gradient.
             exact: the reference in float64.
-            plain: what plain attention in the run's precision gives.
-            size: of the terms that cancel where the reference is 0, but for their rounding.
-            floor: what is allowed in any case.
+            plain: plain attention in the run's precision.
+            size: of the terms whose sum is the quantity; counts where they cancel up to rounding.
+            floor: the least allowed error.
         """
         code = "numerics-fwd" if name == "out" else "numerics-bwd"
         if found is None:
             self._fault("grad-detached", f"no gradient reaches {name[1:]}")
             return
-        # Values beyond the largest number of float16, or below its smallest.
+        # The values overflow or underflow in float16.
         if not plain.isfinite().all() or (exact.any() and not plain.any()):
             return
         if not found.isfinite().all():
@@ -338,7 +338,7 @@ class _Judge:
             rounding=largest(rounding),
             size=largest(exact) if largest(exact) > UNIT * size else size,
         )
-        # What is below the smallest numbers of the precision is stored as one of them.
+        # Values below the smallest normal number of the precision are rounded to a denormal one.
         kind = torch.finfo(getattr(torch, self.dtype))
         allowed = max(allowed, floor, 4 * kind.eps * kind.smallest_normal)
         error = largest(found.double() - exact)
@@ -374,7 +374,7 @@ def _at(x: Tensor, spans: list[Span]) -> Tensor:
 
 
 def _scores(q: Tensor, k: Tensor, part: _Part) -> Scores:
-    """Return "large" where a score may exceed LARGE_SCORE: no score is beyond |q| |k| scale."""
+    """Return "large" where a score may exceed LARGE_SCORE: scores are at most |q| |k| scale."""
     size = q.float().norm(dim=-1).max() * k.float().norm(dim=-1).max() * abs(part.call.scale)
     return "large" if size.item() > LARGE_SCORE else "spread"
 
@@ -382,7 +382,7 @@ def _scores(q: Tensor, k: Tensor, part: _Part) -> Scores:
 def _size_and_floors(
     q: Tensor, k: Tensor, v: Tensor, d_out: Tensor, part: _Part, *, dtype: DType
 ) -> tuple[float, dict[str, float]]:
-    """Return the size of terms that cancel, and what rounding the output of few tokens comes to.
+    """Return the size of terms that may cancel, and for short rows the effect of rounding out.
 
     See checks.py, and noise.rounding_of_output.
     """

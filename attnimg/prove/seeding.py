@@ -1,4 +1,4 @@
-"""Check whether a call set torch's random numbers back, which the whole run draws from."""
+"""Check whether a call seeded or rewound torch's random number generators, which the run uses."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ _BLOCKS = 1024
 _WORDS = slice(3 * 8, (3 + _BLOCK) * 8)
 
 
-def drawn(device: torch.device) -> dict[str, Tensor]:
-    """Draw a number, so that starting over shows, and return the states of the generators."""
+def states_after_draw(device: torch.device) -> dict[str, Tensor]:
+    """Return the states of the generators after a draw, so that seeding again changes them."""
     torch.rand(())
     if device.type == "cuda":
         torch.rand((), device=device)
     return _states(device)
 
 
-def is_set_back(before: dict[str, Tensor], device: torch.device) -> bool:
-    """Compare the generators with what they were before a call that has nothing to draw.
+def is_rewound(before: dict[str, Tensor], device: torch.device) -> bool:
+    """Return whether a call seeded a generator or set it to an earlier state.
 
-    Going on is harmless: some kernels reserve numbers, or draw a seed of their own.
+    Drawing is allowed: some kernels reserve numbers, or draw a seed of their own.
     """
     after = _states(device)
     if not _is_ahead(before["cpu"], after["cpu"]):
@@ -42,7 +42,7 @@ def is_set_back(before: dict[str, Tensor], device: torch.device) -> bool:
 
 
 def _is_ahead(before: Tensor, after: Tensor) -> bool:
-    """Check whether drawing, and nothing else, leads from one state of the CPU's generator on."""
+    """Return whether draws alone lead from one state of the CPU's generator to another."""
     if torch.equal(before, after):
         return True
     replay = torch.Generator()

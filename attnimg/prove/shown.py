@@ -1,4 +1,4 @@
-"""How much of a run's geometry a probe shows: what the device holds, and what tells most."""
+"""Choose the size of probes: tokens, rows and heads that the device can compute."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ from dataclasses import dataclass, replace
 
 from attnimg.facts import Backend, Geometry
 
-# Scores of all heads that one call on a GPU may compute where its kernel holds none of them: 32
-# heads of 32768 tokens.
+# Scores of all heads in one call on a GPU, for kernels that do not store them: 32 heads of 32768
+# tokens.
 _COMPUTED = 1 << 35
 # Bytes of a GPU's memory for each score that plain attention holds: scores, softmax and weights and
 # the gradients of all three, in up to 4 bytes each, take 24.
 _BYTES_A_SCORE = 40
-# Arrays of a whole row's q in float64 that drawing the inputs holds at once.
+# Bytes for each number in a whole row's q and v: drawing them holds 4 arrays in float64.
 _DRAWN = 4 * 8
-# Kernels that hold them, besides those that get a mask for each pair of tokens.
+# Kernels that store all scores, besides those that get a mask for each pair of tokens.
 _HOLDING = frozenset({"sdpa_math", "s2"})
 # A sliding window longer than the short probes would show nothing there.
 _SHORT_WINDOW = 37
@@ -22,12 +22,12 @@ _SHORT_WINDOW = 37
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Budget:
-    """What the longest probes may take.
+    """The limits of the longest probes.
 
     Attributes:
-        held: scores that plain attention holds at once, of the few heads that tell most.
+        held: scores that plain attention holds at once, in a probe with few heads.
         whole: scores of a call with all heads of the run.
-        drawn: bytes of what is drawn for it.
+        drawn: bytes of the inputs that are drawn for such a call.
     """
 
     held: int
@@ -43,7 +43,7 @@ def budget_of(backend: Backend, *, memory_bytes: int | None) -> Budget:
     """Return the budget of a backend's probes.
 
     Args:
-        backend: some hold all scores at once.
+        backend: some store all scores.
         memory_bytes: of the GPU; None for a CPU.
     """
     if memory_bytes is None:
@@ -60,13 +60,13 @@ def longest_of(geometry: Geometry, budget: Budget) -> int:
 
 
 def rows_of(geometry: Geometry, longest: int, budget: Budget) -> int:
-    """Return how many rows of the longest are probed: the run's, or what the budget holds."""
+    """Return how many rows of that length are probed: the run's, or what the budget allows."""
     held = int((budget.held / few_heads(geometry).heads) ** 0.5) // longest
     return min(geometry.rows, held)
 
 
 def whole_row(geometry: Geometry, budget: Budget) -> int:
-    """Return the tokens of the row that all heads are shown: sequence_len where it fits."""
+    """Return the tokens of a probe with all heads: sequence_len, or what the budget allows."""
     size = geometry.heads * (geometry.head_dim_qk + geometry.head_dim_v) * _DRAWN
     tokens = min(int((budget.whole / geometry.heads) ** 0.5), budget.drawn // size)
     return min(geometry.sequence_len, max(129, tokens))

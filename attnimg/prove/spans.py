@@ -1,7 +1,7 @@
-"""Read off a model's attention call which keys each query sees, as one span of keys a query.
+"""Find which keys each query of an attention call sees, as one span of keys for each query.
 
-Documents, padding, causality and windows all come to such a span. A mask that hides keys between
-two that are seen, or adds a bias to the scores, does not.
+Documents, padding, causality and windows all give such a span. A mask that hides keys between two
+visible ones, or adds a bias to the scores, does not.
 Letters: T query and key tokens of a row.
 """
 
@@ -16,25 +16,25 @@ from torch import Tensor
 from attnimg.calls.arguments import Call
 from attnimg.calls.documents import documents_of
 
-# Queries whose mask is looked at at a time.
+# Queries whose mask is read at a time.
 _ROWS = 1024
 
 
-class NotSpans(Exception):
-    """The reference can't tell what the queries of a call see; the message says why."""
+class NotComparable(Exception):
+    """Raised for a call that the reference can't compute; the message is the reason."""
 
 
 def spans_of_mask(mask: Any, row: int, *, n_tokens: int) -> tuple[Tensor, Tensor]:
     """Return the first key that each query of a row sees, and the key behind the last one.
 
     Args:
-        mask: the attention_mask of a call: (B or 1, 1, T, T), True where a query looks or added to
-            the scores; or flex_attention's block mask.
+        mask: the attention_mask of a call: (B or 1, 1, T, T), bool, True where a query sees a key,
+            or a float that is added to the scores; or flex_attention's block mask.
         row: which of the batch.
         n_tokens: T.
 
     Raises:
-        NotSpans: a query sees other keys than those of one span, or the mask adds a bias.
+        NotComparable: a query sees other keys than those of one span, or the mask adds a bias.
     """
     firsts, lasts = [], []
     for begin in range(0, n_tokens, _ROWS):
@@ -43,7 +43,7 @@ def spans_of_mask(mask: Any, row: int, *, n_tokens: int) -> tuple[Tensor, Tensor
         first = seen.byte().argmax(-1)
         last = n_tokens - seen.flip(-1).byte().argmax(-1)
         if not ((last - first == seen.sum(-1)) | ~some).all():
-            raise NotSpans("the attention mask hides keys between two that a query sees")
+            raise NotComparable("the attention mask hides keys between two that a query sees")
         place = torch.arange(begin, begin + len(seen), device=seen.device)
         firsts.append(torch.where(some, first, place))
         lasts.append(torch.where(some, last, place))
@@ -60,15 +60,15 @@ def _seen(mask: Any, row: int, begin: int, end: int, *, n_tokens: int) -> Tensor
         return torch.as_tensor(found).expand(end - begin, n_tokens)
     if not isinstance(mask, Tensor) or mask.dim() != 4 or mask.shape[1] != 1:
         shape = tuple(getattr(mask, "shape", ()))
-        raise NotSpans(f"the attention mask is a {type(mask).__name__} of the shape {shape}")
+        raise NotComparable(f"the attention mask is a {type(mask).__name__} of the shape {shape}")
     part = mask[row if mask.shape[0] > 1 else 0, 0, begin:end, :n_tokens]
     if part.shape != (end - begin, n_tokens):
-        raise NotSpans(f"the attention mask has the shape {tuple(mask.shape)}")
+        raise NotComparable(f"the attention mask has the shape {tuple(mask.shape)}")
     if part.dtype == torch.bool:
         return part
     hidden = part <= torch.finfo(part.dtype).min / 2
     if ((part != 0) & ~hidden).any():
-        raise NotSpans("the attention mask adds a bias to the scores")
+        raise NotComparable("the attention mask adds a bias to the scores")
     return ~hidden
 
 
@@ -77,7 +77,7 @@ def spans_of_arguments(read: Call, row: int) -> tuple[Tensor, Tensor]:
     n_rows, n_tokens = read.q.shape[0], read.q.shape[2]
     place = torch.arange(n_tokens, device=read.q.device)
     if read.padding is not None:
-        # A row's tokens stand together, before or behind its padding.
+        # The tokens of a row are contiguous; padding is before or after them.
         is_token = read.padding[row, -n_tokens:]
         begin = int(is_token.int().argmax()) if is_token.any() else 0
         first = torch.full_like(place, begin)
@@ -91,7 +91,7 @@ def spans_of_arguments(read: Call, row: int) -> tuple[Tensor, Tensor]:
         number = torch.searchsorted(ends, of_row, right=True).clamp(1, len(ends) - 1)
         first = (ends[number - 1] - row * n_tokens).clamp(min=0)
         last = (ends[number] - row * n_tokens).clamp(max=n_tokens)
-        # Behind the last document there is padding, which sees nothing.
+        # Tokens after the last document are padding, and see nothing.
         last = torch.where(of_row < ends[-1], last, first)
     seen = last > first
     if read.causal:
@@ -103,11 +103,11 @@ def spans_of_arguments(read: Call, row: int) -> tuple[Tensor, Tensor]:
 
 
 def closed_part(first: Tensor, last: Tensor, *, longest: int | None, draw: random.Random) -> slice:
-    """Choose tokens of a row that see only one another: all, or as many whole documents as fit."""
+    """Choose tokens of a row that see no others: all, or as many whole documents as fit."""
     n_tokens = len(first)
     if longest is None or n_tokens <= longest:
         return slice(0, n_tokens)
-    # No query from here on sees an earlier key, and no earlier query a key from here on.
+    # A row can be cut where no later query sees an earlier key, and no earlier query a later key.
     place = torch.arange(n_tokens, device=first.device)
     oldest = first.flip(0).cummin(0).values.flip(0)
     newest = torch.nn.functional.pad(last.cummax(0).values[:-1], (1, 0))

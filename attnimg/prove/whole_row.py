@@ -1,8 +1,8 @@
 """Check a whole row with all heads of a run: without gradients, and with a gradient at every row.
 
-The first call of such a probe has gradients of the output at the compared rows alone, so that the
-reference costs rows * keys. Here the output has one at every row, as in training, and dk and dv are
-compared at blocks of keys that are drawn at random: the reference computes those by blocks.
+The first call of such a probe has gradients of the output only at the compared rows, so that the
+cost of the reference grows with rows * keys. Here the output has a gradient at every row, as in
+training, and dk and dv are compared at random blocks of keys, which the reference computes alone.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from attnimg.prove.cases import Case
 from attnimg.prove.checks import Expected, Fault, check_finite, check_values, expected
 from attnimg.prove.inputs import Inputs
 
-# Tokens of a block of keys, and how many are drawn besides the first and the last.
+# Tokens of a block of keys, and the number of random blocks besides the first and the last.
 _BLOCK, _DRAWN = 32, 4
 # Scores that the reference computes for the sampled key heads. On a GPU with a 64th of float32's
 # speed in float64, 1 << 32 take a second or two.
@@ -41,11 +41,11 @@ def check_whole_row(
 
     Args:
         function: the backend's attention.
-        backend: what it is judged by.
+        backend: whose bounds count.
         case: its also_learning names the gradients of the last call.
         inputs: its tensors.
-        right: what it should give, with gradients of the output at the compared rows alone.
-        references: what the last call should give; filled on the way.
+        right: the reference of the first call.
+        references: those of last calls; a missing one is added.
 
     Raises:
         Exception: whatever the kernel raises.
@@ -111,7 +111,7 @@ def _tokens(case: Case) -> int:
 def _expected(
     case: Case, inputs: Inputs, *, right: Expected, heads: list[int], blocks: list[Span]
 ) -> Expected:
-    """Compute dk and dv of some blocks of keys; out and dq at the compared rows are as before."""
+    """Return the reference of the last call: dk and dv by blocks, out and dq of the first call."""
     group = case.geometry.heads // case.geometry.kv_heads
     of_group = [head * group + place for head in heads for place in range(group)]
     lengths = case.lengths if case.packed else case.lengths[:1]

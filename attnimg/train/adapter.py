@@ -136,7 +136,7 @@ def add_adapter(model: Any, config: Config) -> Any:
 
 
 def _short(error: Exception) -> str:
-    """Return PEFT's message, without the layers of the module that it prints."""
+    """Return PEFT's message in one line, without the printed module."""
     found = re.match(r"Target module (\w+)\(.* is not supported", str(error), re.DOTALL)
     if found is None:
         return str(error).splitlines()[0]
@@ -160,13 +160,13 @@ def adapter_notes(model: Any, config: Config) -> list[str]:
     if bare and _asks_for_experts(config):
         notes.append(
             f"the experts' weights ({', '.join(bare)}) get no adapter and are not trained: PEFT "
-            f"does not take them as linear layers in a {model.config.model_type} model"
+            f"does not support them in a {model.config.model_type} model"
         )
     return notes
 
 
 def _bare_experts(model: Any) -> set[str]:
-    """Return the last names of the experts' parameters that are frozen and have no adapter."""
+    """Return the last part of the names of experts' frozen parameters without an adapter."""
     return {
         name.rpartition(".")[2]
         for name, weight in model.named_parameters()

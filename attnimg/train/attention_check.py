@@ -1,4 +1,4 @@
-"""Check the attention kernel while it trains, and stop all processes where it is wrong.
+"""Check the attention kernel during training, and stop all processes where it is wrong.
 
 At the session's first step, and at every multiple of attn_check_steps, one attention call of the
 first micro-batch is captured with its gradients and judged (prove/running.py). Checks go through
@@ -20,25 +20,25 @@ from attnimg.train.checkpoint import checkpoints, newest_checkpoint, step_of
 from attnimg.train.distributed import gathered, rank, world_size
 
 if TYPE_CHECKING:
-    from attnimg.calls.capture import CapturedCall, Kind
+    from attnimg.calls.capture import CallKind, CapturedCall
 
-# Judges a call; the text decides which row and heads of it.
+# Compares a call with the reference; the text is a seed that chooses the row and the heads.
 Judge = Callable[["CapturedCall", str], CallCheck]
 
 
 @dataclass(kw_only=True, slots=True)
 class CheckRecord:
-    """What the checks of a session came to, for its receipt.
+    """The results of a session's checks, for its receipt.
 
     Attributes:
         every_steps: attn_check_steps.
         why_not: why no call is checked; "" where calls are.
         checks: calls that were judged, on all processes.
-        last_passed: the step whose calls were judged last and found right.
-        worst_margin: the largest error of a right call, as a share of what is allowed.
-        worst: of which quantity, layer and step.
-        doubtful: calls that broke a rule by little, or not when they were made again.
-        skipped: why a call was not judged -> how often.
+        last_passed: the last step whose calls were judged and right.
+        worst_margin: the largest error of a right call, as a share of the allowed error.
+        worst: the quantity, layer and step of that error.
+        doubtful: wrong calls whose error was close to the bound, or that were right when repeated.
+        skipped: reason why a call was not judged -> number of calls.
     """
 
     every_steps: int
@@ -58,7 +58,7 @@ class AttentionCheck:
         every: optimizer steps from one check to the next; 0 for none.
         judge: compares a call with the reference.
         why_not: why the run's calls can't be compared; "" where they can.
-        others: backends that fit this run besides the one it has, the best first.
+        others: other backends that fit this run, the best first.
         say: prints a line for the user.
     """
 
@@ -73,7 +73,7 @@ class AttentionCheck:
     ) -> None:
         self.judge, self.others, self.say = judge, others, say
         self.record = CheckRecord(every_steps=every, why_not=why_not)
-        self._kinds: list[Kind] = []
+        self._kinds: list[CallKind] = []
         self._checked: int | None = None
         self._turn = self._began = 0
         self._window: list[float] = []
@@ -82,14 +82,14 @@ class AttentionCheck:
         """Print whether calls will be checked."""
         every, why_not = self.record.every_steps, self.record.why_not
         if every and why_not:
-            self.say(f"attention is not checked while training: {why_not}")
+            self.say(f"attention is not checked during training: {why_not}")
         elif every:
             steps = f"{every} steps" if every > 1 else "step"
             self.say(f"attention: one layer is checked every {steps} (attn_check_steps)")
 
     @contextmanager
     def watching(self, step: int, folder: Path) -> Iterator[None]:
-        """Capture and judge a call of a micro-batch, if the step is to be checked and was not yet.
+        """Capture and judge a call of the block's micro-batch, the first of each step to check.
 
         Args:
             step: the optimizer step that the micro-batch belongs to, from 1.
@@ -105,7 +105,7 @@ class AttentionCheck:
             return
         from attnimg.calls.capture import Capture
 
-        # A session that resumes goes on with the layer after that of the session before.
+        # A resumed session continues with the layer after the last one of the session before.
         if self._checked is None:
             self._turn, self._began = (step - 1) // every, step
         else:
@@ -121,12 +121,12 @@ class AttentionCheck:
             yield
         self._kinds = capture.kinds
         if not found:
-            why = "no call with gradients passed transformers' attention interface"
+            why = "the model made no call with gradients through transformers' attention interface"
             found.append(CallCheck(backend="", layer=0, skipped=why))
         self._settle(gathered(found[0]), step, folder)
 
     def _layer(self) -> int:
-        """Return the layer to check, of the kinds in turn; the first one before any was seen."""
+        """Return the layer to check, of each kind in turn; 0 where the kinds are not known yet."""
         if not self._kinds:
             return 0
         kinds = list(dict.fromkeys(self._kinds))
@@ -137,13 +137,13 @@ class AttentionCheck:
     def _judged(self, call: CapturedCall, step: int) -> CallCheck:
         try:
             return self.judge(call, f"{step} {rank()}")
-        # A call of an unusual model may be more than the check can read; right runs go on.
+        # The check may not support the call of an unusual model, which must not stop the run.
         except Exception as error:
             why = f"the check raised {type(error).__name__}: {error}"
             return CallCheck(backend="", layer=call.layer, skipped=why)
 
     def _settle(self, found: list[CallCheck], step: int, folder: Path) -> None:
-        """Count what all processes found, and raise where one of them found a wrong call."""
+        """Record the results of all processes, and raise where one of them has a wrong call."""
         record = self.record
         for check in found:
             if check.skipped:
@@ -155,8 +155,8 @@ class AttentionCheck:
             if not check.faults:
                 self._count(check, step)
             elif not check.sure:
-                self._tell_doubt(check, step)
-        # Rounding goes beyond its bounds now and then, not twice in a session.
+                self._warn_of_doubtful(check, step)
+        # Rounding may exceed its bounds once, but not twice in a session.
         doubted = record.doubtful > 1
         wrong = [n for n, check in enumerate(found) if check.sure or (doubted and check.faults)]
         if wrong:
@@ -164,11 +164,11 @@ class AttentionCheck:
         if any(check.figures for check in found) and not any(check.faults for check in found):
             record.last_passed = step
 
-    def _tell_doubt(self, check: CallCheck, step: int) -> None:
+    def _warn_of_doubtful(self, check: CallCheck, step: int) -> None:
         self.record.doubtful += 1
-        again = (
-            "which rounding may do once" if check.repeated else "and right when it was called again"
-        )
+        again = "by little, as rounding may cause once" if check.repeated else (
+            "and right when it was called again"
+        )  # fmt: skip
         self.say(
             f"warning: attention by {check.backend} in layer {check.layer} was wrong at step "
             f"{step}, {again}: {check.faults[0].text}"
@@ -183,30 +183,30 @@ class AttentionCheck:
             self.record.worst = f"{worst.quantity} of layer {check.layer} at step {step}"
 
     def close_window(self) -> dict[str, float]:
-        """Return the number of right calls since the last log, and the worst margin of them."""
+        """Return the number of right calls since the last log, and their largest margin."""
         margins, self._window = self._window, []
         return {"attn_checks": len(margins), "attn_margin": max(margins)} if margins else {}
 
     def _wrong(self, check: CallCheck, ranks: list[int], step: int, folder: Path) -> AttnimgError:
-        """Build the error that names the fault and where the run can go on."""
+        """Build the error that names the fault and the checkpoint to resume from."""
         reasons = [f"{reason.code}: {reason.text}" for reason in check.faults]
-        again = "the same call made again is wrong too"
+        again = "the repeated call is wrong too"
         if not check.sure:
-            again = "that is the second call of this session that was wrong"
+            again = "it is the second call of this session that was wrong"
         where = f" on rank {', '.join(map(str, ranks))}" if world_size() > 1 else ""
         good = self._last_good(folder)
         passed = self.record.last_passed
-        since = f"the check at step {passed} passed" if passed else "no check passed before"
+        since = f"the check at step {passed} passed" if passed else "no earlier check passed"
         newest = newest_checkpoint(folder)
         edits = [f"set attn_implementation: {name}" for name in self.others[:1]]
         if not edits:
-            edits = ["train on another machine: this one computes plain attention wrong"]
+            edits = ["train on another machine: on this one, plain attention is wrong"]
         if good is None:
             kept = "no checkpoint was written before the last check that passed"
         else:
             kept = f"the last good checkpoint is {good}"
             edits.append(f"set resume_from_checkpoint: {good}")
-        # What stands there would be taken for the new run's.
+        # In the same folder the new run would find the checkpoints of this one.
         if good is None or newest != good:
             edits.append("set another output_dir")
         return AttnimgError(
@@ -221,7 +221,7 @@ class AttentionCheck:
     def _last_good(self, folder: Path) -> Path | None:
         """Return the newest checkpoint that is not newer than the last check that passed.
 
-        Before the first such check, that is what the session began with.
+        Where no check has passed yet, return the one that the session resumed from.
         """
         passed = self.record.last_passed
         last = self._began - 1 if passed is None else passed

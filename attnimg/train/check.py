@@ -38,7 +38,7 @@ def check_inputs(config: Config, machine: Machine) -> ResumePoint | None:
 
 
 def _check_homes(config: Config) -> None:
-    """Refuse a path under the home of a user that does not exist, such as ~nobody/out."""
+    """Refuse a path in the home of a user that does not exist, such as ~nobody/out."""
     for key in ("base_model", "tokenizer_config", "output_dir", "dataset_prepared_path",
                 "resume_from_checkpoint", "deepspeed"):  # fmt: skip
         value = getattr(config, key)

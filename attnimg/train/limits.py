@@ -12,12 +12,12 @@ from attnimg.schema import Config
 # Paged optimizers whose unpaged equivalent has another name.
 _UNPAGED = {"paged_adamw": "adamw_torch_fused", "paged_adamw_32bit": "adamw_torch_fused"}
 
-# Schedules that do not work without an argument: its names, and a value.
+# Schedules that need an argument: its possible names, and an example value.
 SCHEDULER_NEEDS: dict[str, tuple[tuple[str, ...], str]] = {
     "cosine_with_min_lr": (("min_lr", "min_lr_rate"), "1e-6"),
     "warmup_stable_decay": (("num_decay_steps",), "10"),
 }
-# Processes that load or prepare data: each takes 0.4 GB, and more of them than this only wait.
+# Most processes that load or prepare data: each takes 0.4 GB, and more are not faster.
 _PROCESSES, _PROCESSES_A_CPU = 16, 4
 # The smallest address space that a run may have. On a CPU a tiny model takes 2.3 GiB, torch 2.13.
 _ADDRESS_BYTES = 3 << 30
@@ -110,9 +110,9 @@ def _check_processes(config: Config) -> None:
 
 
 def _check_address_space() -> None:
-    """Refuse an address space that torch and its libraries alone fill.
+    """Refuse an address space that is too small for torch and its libraries.
 
-    Under such a limit Python waits for ever for a thread that could not start.
+    Under such a limit, Python can wait forever for a thread that could not start.
     """
     limit = resource.getrlimit(resource.RLIMIT_AS)[0]
     if limit != resource.RLIM_INFINITY and limit < _ADDRESS_BYTES:
@@ -120,13 +120,13 @@ def _check_address_space() -> None:
             "ulimit -v leaves too little memory",
             why=f"found {limit >> 20:,} MiB; needed at least {_ADDRESS_BYTES >> 20:,}, of which "
             "torch and its libraries take 2,300",
-            do="ulimit -v unlimited",
+            do="run ulimit -v unlimited before attnimg",
             code="bad-environment",
         )
 
 
 def _check_shared_memory(config: Config) -> None:
-    """Refuse workers whose batches do not fit in /dev/shm: torch would wait for them for ever.
+    """Refuse workers whose batches do not fit in /dev/shm: torch would wait for them forever.
 
     Each worker keeps two batches ready (prefetch_factor of torch's DataLoader).
     """

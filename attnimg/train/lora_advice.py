@@ -1,4 +1,4 @@
-"""Say what to set where PEFT refuses to put an adapter on the targets of a run."""
+"""Find the config edits after which PEFT accepts the adapter's targets."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from attnimg.train.lora_targets import adaptable, expert_names, last_part, liste
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Fitting:
-    """What an adapter can be put on, before PEFT changes the model.
+    """The modules that an adapter can be put on, before PEFT changes the model.
 
     Attributes:
         linear: names of all linear layers except the output layer.
-        named: those of the layers in and below the run's targets.
-        whole: targets with weights of their own but no such layer, such as norms: they can only be
-            trained whole.
+        named: names of the layers that an adapter can be put on, in and below the run's targets.
+        whole: targets that only lora_modules_to_save can train, such as norms: modules with weights
+            but without such a layer.
     """
 
     linear: list[str]
@@ -27,7 +27,7 @@ class Fitting:
 
 
 def find_fitting(model: Any, config: Config) -> Fitting:
-    """Return what an adapter can be put on for a run."""
+    """Return the modules that an adapter of a run can be put on."""
     targets = config.lora_target_modules or []
     layers = [*adaptable(model), *expert_names(model)]
     found, whole = set[str](), set[str]()

@@ -236,7 +236,7 @@ def adaptable(model: Any, *, linear: bool = False) -> list[str]:
 
 
 def expert_names(model: Any) -> list[str]:
-    """Return the names of experts' layers that PEFT takes, though they are one parameter now."""
+    """Return the names by which PEFT adapts experts, whose layers are fused parameters."""
     return [
         f"{name.removesuffix(now)}{earlier}"
         for name, _ in model.named_parameters()
@@ -247,7 +247,7 @@ def expert_names(model: Any) -> list[str]:
 
 
 def _names_before(model: Any) -> dict[str, list[str]]:
-    """Return the names that the layers in each parameter of the experts had.
+    """Return the names of an experts' parameter -> the earlier names of the layers in it.
 
     Source: peft 0.21.2, utils/transformers_weight_conversion.py, _convert_peft_config_moe
     (2026-11-27).

@@ -81,8 +81,8 @@ class LossCheck:
         output_layer: the comparison of the output layer alone, in float32, on large hidden states;
             None where the class can't be called that way.
         own_head: the loss on the batch by the model's own logits, where the run uses them.
-        own_loss_raised: the error of the model's own loss, whose logits alone were compared then;
-            None where it raised none.
+        own_loss_raised: the error that the model's own loss raised, so that only its logits were
+            compared; None where it raised none.
         aux_coefficient: weight of the auxiliary loss; None where the model has none.
         seconds: duration of the comparison.
     """

@@ -14,10 +14,10 @@ from attnimg.train.pickled_weights import require_safetensors
 WEIGHT_INDEX = "model.safetensors.index.json"
 WEIGHT_FILES = "*.safetensors"
 
-# What the loaders read whole; the largest published one, a tokenizer.json, has 35 MiB.
+# Endings of files that loaders read whole; the largest published one, a tokenizer.json, has 35 MiB.
 _READ_WHOLE = frozenset({".json", ".jinja", ".model", ".txt", ".py", ".tiktoken"})
 _LARGEST_BYTES = 256 << 20
-# What the loaders take for a file by its name.
+# Endings of files that loaders read; a folder of such a name is refused.
 _READ = _READ_WHOLE | {".safetensors", ".bin"}
 
 GET_WHOLE = "download the model again, whole, or point base_model at another folder"
@@ -77,15 +77,15 @@ def check_model_files(config: Config) -> None:
 
 
 def _require_files(folder: Path, *, key: str) -> None:
-    """Refuse pipes, sockets, devices and folders in the place of files, and files of any size.
+    """Refuse pipes, devices and folders in the place of files, and files that are too large.
 
     Raises:
-        AttnimgError: code bad-model; a loader would wait for ever, or fill the memory.
+        AttnimgError: code bad-model; a loader would wait forever, or run out of memory.
     """
     for entry in sorted(folder.iterdir()) if folder.is_dir() else ():
         try:
             found = entry.stat()
-        except OSError:  # a link to nothing: what needs it says so
+        except OSError:  # a broken link: loading the file reports it
             continue
         if stat.S_ISDIR(found.st_mode):
             why = "found a folder, needed a file" if entry.suffix in _READ else ""

@@ -1,6 +1,6 @@
-"""Try what a config hands through to PyTorch and transformers, before the model is loaded.
+"""Check options that are passed on to PyTorch and transformers, before the model is loaded.
 
-Their names and ranges differ between releases, so the installed ones are asked.
+Names and ranges differ between releases, so the installed libraries check them.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from attnimg.schema import Config
 from attnimg.train.arguments import scheduler_of
 from attnimg.train.limits import SCHEDULER_NEEDS
 
-# Steps of the trial where the config does not name a number of its own.
+# Steps of the tried schedule where max_steps is not set.
 _STEPS = 100
 
 
 def try_options(config: Config) -> None:
-    """Raise unless the schedule, torch.compile and checkpointing take the config's arguments.
+    """Raise unless the schedule, torch.compile and checkpointing accept the config's arguments.
 
     Raises:
         AttnimgError: code bad-value.
@@ -58,7 +58,7 @@ def _try_schedule(config: Config) -> None:
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         needed, value = SCHEDULER_NEEDS.get(config.lr_scheduler, ((), ""))
         raise AttnimgError(
-            f"lr_scheduler: {config.lr_scheduler} does not take these lr_scheduler_kwargs",
+            f"lr_scheduler: {config.lr_scheduler} does not accept these lr_scheduler_kwargs",
             why=f"found {config.lr_scheduler_kwargs}; {error}",
             do=f"set lr_scheduler_kwargs: {{{needed[0]}: {value}}}"
             if needed
@@ -102,7 +102,7 @@ def _try_checkpointing(config: Config) -> None:
         checkpoint(torch.sin, torch.zeros(1, requires_grad=True), **given).backward()
     except (AttributeError, RuntimeError, TypeError, ValueError) as error:
         raise AttnimgError(
-            "gradient_checkpointing does not take these gradient_checkpointing_kwargs",
+            "gradient_checkpointing does not accept these gradient_checkpointing_kwargs",
             why=f"found {config.gradient_checkpointing_kwargs}; {str(error).splitlines()[0]}",
             do="remove gradient_checkpointing_kwargs",
             code="bad-value",

@@ -1,8 +1,7 @@
 """Check a checkpoint without a manifest: of attnimg 0.1.0, transformers' Trainer or axolotl.
 
-Nothing says which bytes it had, so a changed weight is not found. What is checked: that all files
-that resuming needs are there and whole in themselves, that their steps agree, and that reading them
-runs no code.
+It has no hashes, so a changed weight is not detected. What is checked: all files that resuming
+needs are there and readable, their steps agree, and reading them runs no code.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from attnimg.train import safetensors_headers
 # Pickles that transformers and accelerate read, by torch.load(weights_only=True).
 _PICKLES = re.compile(r".*\.(pt|pth)|optimizer(_\d+)?\.bin|pytorch_model_fsdp(_\d+)?\.bin")
 _MAX_JSON = 256 * 2**20
-# What resuming reads of trainer_state.json, and of attnimg.json.
+# Types of the values in trainer_state.json and attnimg.json that resuming reads.
 _NUMBER = (int, float)
 _TRAINER: Mapping[str, tuple[type, ...]] = {
     "epoch": _NUMBER, "global_step": (int,), "max_steps": (int,), "num_train_epochs": _NUMBER,
@@ -127,14 +126,14 @@ def _shards(checkpoint: Path) -> list[str]:
 
 
 def _states(checkpoint: Path) -> list[str]:
-    """Return the pickled states that are damaged, or that reading with code alone would read."""
+    """Return the pickled states that are damaged, or that can only be read by running code."""
     paths = [path for path in sorted(checkpoint.rglob("*")) if _PICKLES.fullmatch(path.name)]
     found = {path.relative_to(checkpoint): _pickle(path) for path in paths}
     return [f"{name}: {text}" for name, text in found.items() if text]
 
 
 def _pickle(path: Path) -> str | None:
-    """Return what is wrong with a file of torch.save; it is disassembled, not unpickled."""
+    """Return what is wrong with a file of torch.save, whose pickle is parsed but not run."""
     import torch
     from transformers.trainer_pt_utils import safe_globals
 

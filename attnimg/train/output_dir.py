@@ -181,7 +181,7 @@ def _named_point(
 
 
 def _require_checkpoint(checkpoint: Path) -> None:
-    """Refuse a folder that is no checkpoint."""
+    """Refuse a folder that is not a checkpoint."""
     is_named = checkpoint.name.rpartition("-")[2].isdecimal()
     whole = has_manifest(checkpoint) or (checkpoint / "trainer_state.json").exists()
     if not checkpoint.is_dir() or not is_named or not whole:
@@ -198,7 +198,7 @@ def _require_checkpoint(checkpoint: Path) -> None:
 
 
 def _require_optimizer(checkpoint: Path) -> None:
-    """Refuse a checkpoint that holds weights alone."""
+    """Refuse a checkpoint that has only weights."""
     if not any(checkpoint.glob("optimizer*")) and not any(checkpoint.glob("global_step*")):
         raise AttnimgError(
             f"{checkpoint} can't be resumed from",

@@ -149,7 +149,7 @@ class _Check:
     def likelihood(
         self, targets: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, Tolerance]:
-        """Call the model; return its nll, its own loss, its auxiliary loss and the tolerance.
+        """Run the model; return its nll, its own loss, its auxiliary loss and the tolerance.
 
         Raises:
             AttnimgError: its loss is not that of its logits (loss-differs).
@@ -281,8 +281,8 @@ def _train_mode(model: Any) -> Iterator[None]:
 
 def _differs(engine: Any, *, own: float, ours: float, mode: str) -> AttnimgError:
     do = (
-        "train it with its own training code; attnimg minimizes the negative log-likelihood of "
-        "the next token"
+        "train the model with its own training code; attnimg minimizes the negative log-likelihood "
+        "of the next token"
     )
     weights = engine.model.config.get_text_config().to_dict()
     terms = [name for name, value in weights.items()
@@ -292,7 +292,7 @@ def _differs(engine: Any, *, own: float, ours: float, mode: str) -> AttnimgError
         do = f"set {zeros} in its config.json to train without that term, or {do}"
     return AttnimgError(
         f"the loss of {_class_name(engine)} is not the negative log-likelihood of its logits",
-        why=f"found {own:.4f} by its forward with labels in {mode} mode, {ours:.4f} from its "
+        why=f"found {own:.4f} from its forward with labels in {mode} mode, {ours:.4f} from its "
         "logits for the next tokens\nneeded the same, apart from an aux_loss that it returns",
         do=do,
         code="loss-differs",

@@ -1,6 +1,6 @@
 """Refuse pickled weights (.bin), and convert them to safetensors.
 
-A pickle can run code while it is loaded, and a damaged one is not recognized. Usage:
+A pickle can run code while it is loaded, and damage to it is not detected. Usage:
 
     python -m attnimg.train.pickled_weights FOLDER
 """
@@ -24,7 +24,7 @@ _INDEX = "pytorch_model.bin.index.json"
 
 
 def pickled_weights(folder: Path) -> list[Path]:
-    """Return the pickled weights of a folder that are not there as safetensors."""
+    """Return the pickled weights of a folder that has no safetensors of them."""
     found = [path for path in sorted(folder.glob("*.bin")) if _NAMES.fullmatch(path.name)]
     whole = any(folder.glob("model*.safetensors"))
     return [
@@ -40,8 +40,8 @@ def require_safetensors(folder: Path, *, key: str, hub: str | None = None) -> No
 
     Args:
         folder: of a model or a checkpoint.
-        key: of the config, which names the folder.
-        hub: the model's name on the hub, where the folder is of its cache.
+        key: the config's key that names the folder.
+        hub: the model's name on the hub, where the folder is in the hub's cache.
 
     Raises:
         AttnimgError: code pickled-weights.
@@ -65,7 +65,7 @@ def convert_command(folder: Path | str) -> str:
 
 
 def advice_on_hub(name: str) -> str:
-    """Return what to do with a model of the hub that has pickled weights alone."""
+    """Return what to do with a model of the hub that has only pickled weights."""
     folder = name.rpartition("/")[2]
     return (
         f"run hf download {name} --local-dir {folder} && {convert_command(folder)}, and set "
@@ -74,20 +74,20 @@ def advice_on_hub(name: str) -> str:
 
 
 def convert(folder: Path) -> list[Path]:
-    """Write the pickled weights of a folder as safetensors, beside them; no code in them is run.
+    """Write the pickled weights of a folder as safetensors beside them, without running their code.
 
     Returns:
         The new files.
 
     Raises:
-        AttnimgError: a file holds something else than tensors (code pickled-weights).
+        AttnimgError: a file holds objects other than tensors (code pickled-weights).
     """
     from safetensors.torch import save_file
 
     written = []
     for path in pickled_weights(folder):
         new = folder / _new_name(path.name)
-        # Tied weights are one tensor under two names, and safetensors takes each tensor once.
+        # Tied weights are one tensor under two names; safetensors stores each tensor once.
         tensors = {name: tensor.contiguous().clone() for name, tensor in _load(path).items()}
         save_file(tensors, new.with_name(f".{new.name}.partial"), {"format": "pt"})
         written.append(new)
@@ -117,19 +117,19 @@ def _load(path: Path) -> Mapping[str, Any]:
             warnings.simplefilter("ignore")  # of another protocol of pickle than torch's
             tensors = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, ValueError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise _refused(path, "found something else than tensors, or a damaged file") from error
+        raise _refused(path, "found objects other than tensors, or a damaged file") from error
     if not isinstance(tensors, dict) or not all(
         isinstance(tensor, torch.Tensor) for tensor in tensors.values()
     ):
-        raise _refused(path, "found something else than tensors by name")
+        raise _refused(path, "found objects other than named tensors")
     return tensors
 
 
 def _refused(path: Path, why: str) -> AttnimgError:
     return AttnimgError(
         f"{path} can't be converted",
-        why=f"{why}; it was not run",
-        do="get the weights as safetensors from where they came from",
+        why=f"{why}; no code in it was run",
+        do="get the weights as safetensors from their publisher",
         code="pickled-weights",
     )
 

@@ -8,7 +8,7 @@ from typing import Any
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WeightCounts:
-    """Numbers of weights; tied ones count once, packed 4-bit ones as they are unpacked."""
+    """Numbers of weights; tied ones count once, packed 4-bit ones by their unpacked number."""
 
     trained: int
     all: int

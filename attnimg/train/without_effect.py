@@ -1,4 +1,4 @@
-"""Name the keys of a config that change nothing in its run, so that none is ignored in silence."""
+"""Find the keys of a config that have no effect in its run, for a warning that names them."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from attnimg.schema import Config, DatasetSpec
 from attnimg.train.data.sources import entries
 from attnimg.train.data.types import is_chat, is_text
 
-# What transformers gives to an optimizer. Source: transformers 5.22.2, trainer_optimizer.py,
+# Optimizers that get no betas, or no epsilon. Source: transformers 5.22.2, trainer_optimizer.py,
 # _get_adafactor, _get_bitsandbytes_optimizer, _get_sgd, _get_adagrad, _get_rmsprop (2026-11-27)
 _NO_BETAS = frozenset({"adafactor", "sgd", "adagrad", "rmsprop"})
 _NO_EPSILON = _NO_BETAS | {"lion_32bit", "lion_8bit", "paged_lion_32bit", "paged_lion_8bit"}
-# Keys of a dataset entry that only one kind of type reads.
-_OF_CHATS = frozenset(
+# Keys of a dataset entry that only one kind of dataset type reads.
+_CHAT_KEYS = frozenset(
     {"field_messages", "message_field_role", "message_field_content", "message_property_mappings",
      "roles", "roles_to_train", "train_on_eos", "chat_template", "chat_template_jinja"}
 )  # fmt: skip
-_OF_TEXTS = frozenset({"field", "text_column"})
+_TEXT_KEYS = frozenset({"field", "text_column"})
 
 
 def without_effect(config: Config) -> list[str]:
-    """Return a sentence for each group of keys without effect: the keys that the YAML names."""
+    """Return a sentence for each reason why keys that the config sets have no effect."""
     return [
         f"{reason}, so that {' and '.join(keys)} {'has' if len(keys) == 1 else 'have'} no effect"
         for reason, keys in (*_of_run(config), *_of_entries(config))
@@ -30,7 +30,7 @@ def without_effect(config: Config) -> list[str]:
 
 
 def _of_run(config: Config) -> Iterator[tuple[str, list[str]]]:
-    """Yield why keys of the run are not read, and which."""
+    """Yield a reason and the keys of the run that are not read for it."""
 
     def named(*keys: str) -> list[str]:
         return [key for key in keys if key in config.model_fields_set and getattr(config, key)]
@@ -61,7 +61,7 @@ def _of_run(config: Config) -> Iterator[tuple[str, list[str]]]:
     elif config.chat_template not in (None, "jinja"):
         yield f"chat_template is {config.chat_template}", named("chat_template_jinja")
     if specs and all(map(is_text, specs)):
-        yield "running text is trained whole", named("train_on_inputs")
+        yield "all tokens of running text are trained", named("train_on_inputs")
 
 
 def unused_by_schedule(config: Config) -> list[str]:
@@ -78,22 +78,22 @@ def unused_by_schedule(config: Config) -> list[str]:
 
 
 def unused_by_optimizer(config: Config) -> list[str]:
-    """Return the keys of Adam that the run's optimizer does not read."""
+    """Return Adam's keys that the run's optimizer does not read."""
     unread = ["adam_beta1", "adam_beta2"] if config.optimizer in _NO_BETAS else []
     unread += ["adam_epsilon"] if config.optimizer in _NO_EPSILON else []
     return [key for key in unread if getattr(config, key) is not None]
 
 
 def _of_entries(config: Config) -> Iterator[tuple[str, list[str]]]:
-    """Yield why keys of a dataset entry are not read, and which."""
+    """Yield a reason and the keys of a dataset entry that are not read for it."""
     for key, spec, _ in entries(config):
 
         def named(names: Collection[str], key: str = key, spec: DatasetSpec = spec) -> list[str]:
             return [f"{key}.{name}" for name in sorted(names) if getattr(spec, name) is not None]
 
         if spec.type is not None:
-            unread = (frozenset() if is_chat(spec) else _OF_CHATS) | (
-                frozenset() if is_text(spec) else _OF_TEXTS
+            unread = (frozenset() if is_chat(spec) else _CHAT_KEYS) | (
+                frozenset() if is_text(spec) else _TEXT_KEYS
             )
             yield f"{key}.type is {spec.type}", named(unread)
         if is_text(spec) and spec.field:

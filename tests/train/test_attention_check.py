@@ -1,4 +1,4 @@
-"""Real runs of a tiny model: wrong attention is stopped by name, right attention never is."""
+"""Test with runs of a tiny model that wrong attention is stopped, and right attention is not."""
 
 from __future__ import annotations
 
@@ -31,9 +31,11 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Kernel:
-    """sdpa with a fault in the training calls that `wrong` picks.
+    """sdpa with a fault in some training calls.
 
-    It is given the number of the call, from 0, the layer, and the number of tokens.
+    Args:
+        fault: what is wrong.
+        wrong: returns whether a call has the fault, from its number, the layer and the tokens.
     """
 
     def __init__(self, fault: str, wrong: Callable[[int, int, int], bool]) -> None:
@@ -99,7 +101,7 @@ RIGHT: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("name", RIGHT)
-def test_right_attention_is_checked_and_trains_on(made: Path, tmp_path: Path, name: str) -> None:
+def test_right_attention_is_checked_and_not_stopped(made: Path, tmp_path: Path, name: str) -> None:
     result = run(made, tmp_path / "out", **RIGHT[name])
     found = record(tmp_path / "out")
     assert result.steps == 5
@@ -187,7 +189,7 @@ def test_the_advice_resumes_from_the_last_good_checkpoint(
     assert run(made, tmp_path / "another", **followed).steps == 8
 
 
-def test_wrong_once_is_told_and_trains_on(
+def test_a_call_that_is_wrong_once_is_a_warning(
     made: Path, tmp_path: Path, serve: Callable[[Kernel], None], capfd: pytest.CaptureFixture[str]
 ) -> None:
     serve(Kernel("output", lambda n, *_: n == 4))
@@ -198,7 +200,7 @@ def test_wrong_once_is_told_and_trains_on(
 
 
 @pytest.mark.parametrize("steps", [0, 4])
-def test_steps_between_checks_are_not_looked_at(
+def test_steps_between_checks_are_not_checked(
     made: Path, tmp_path: Path, serve: Callable[[Kernel], None], steps: int
 ) -> None:
     serve(Kernel("output", lambda n, *_: n // LAYERS in (1, 2)))
@@ -236,13 +238,13 @@ end_process(tiny_run.main(Path(sys.argv[1]), sys.argv[2:]))
     )  # fmt: skip
     said = process.stdout + process.stderr
     assert process.returncode == 1, said
-    # Both say it: each process prints its own error here.
+    # Each of the two processes prints the error.
     assert said.count("is wrong in layer 0 at step 3 on rank 1") == 2, said
     assert f"the last good checkpoint is {tmp_path / 'out/checkpoint-2'}" in said
     assert "did not answer" not in said
 
 
-def test_a_session_that_begins_wrong_goes_back_to_its_checkpoint(
+def test_a_session_that_is_wrong_at_once_names_the_checkpoint_it_resumed_from(
     made: Path, tmp_path: Path, serve: Callable[[Kernel], None]
 ) -> None:
     keys = {"save_steps": 2, "max_steps": 8, "resume_from_checkpoint": True}
@@ -257,7 +259,7 @@ def test_a_session_that_begins_wrong_goes_back_to_its_checkpoint(
     assert run(made, tmp_path / "out", **followed).steps == 8
 
 
-def test_a_run_that_begins_wrong_begins_again(
+def test_a_run_that_is_wrong_at_once_has_no_checkpoint_to_resume_from(
     made: Path, tmp_path: Path, serve: Callable[[Kernel], None]
 ) -> None:
     serve(Kernel("output", lambda *_: True))

@@ -1,4 +1,4 @@
-"""A captured call is what the model's layer computed, and nothing of it stays behind."""
+"""Test that a captured call has the layer's results, and that capturing changes nothing else."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_a_gradient_is_of_the_call_alone_where_layers_share_keys() -> None:
 
 
 @pytest.mark.parametrize("learning", [(0,), (2,), (0, 2), (0, 1, 2), ()])
-def test_what_does_not_learn_gets_no_gradient(learning: tuple[int, ...]) -> None:
+def test_inputs_without_requires_grad_get_no_gradient(learning: tuple[int, ...]) -> None:
     given = tensors()
     for place, x in enumerate(given):
         x.requires_grad_(place in learning)
@@ -79,7 +79,7 @@ def test_a_call_without_gradients_waits_for_one_that_records_them() -> None:
     assert len(capture.kinds) == 1
 
 
-def test_a_tensor_that_the_model_writes_into_is_told() -> None:
+def test_a_tensor_that_the_model_overwrites_is_reported() -> None:
     found: list[CapturedCall] = []
     with Capture(0, found.append).installed():
         out = attend(layer(0), *tensors())

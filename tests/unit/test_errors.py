@@ -69,7 +69,7 @@ def test_a_warning_that_python_raises_is_a_refusal(
         assert run(["check", str(file)]) == 2
     said = capsys.readouterr().err
     assert "write attn_implementation: flash_attention_2" in said
-    assert "do:  follow it" in said
+    assert "do:  follow the warning" in said
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         assert run(["check", str(file)]) == 0

@@ -1,4 +1,4 @@
-"""Test that each way in which memory runs out is told in words, and that nothing else is."""
+"""Test that each out-of-memory error becomes an AttnimgError, and that other errors do not."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ OTHER = {
 
 
 @pytest.mark.parametrize(("error", "says"), FULL.values(), ids=FULL)
-def test_full_memory_is_told_in_words(error: Exception, says: str) -> None:
+def test_each_out_of_memory_error_is_reported_with_advice(error: Exception, says: str) -> None:
     with pytest.raises(AttnimgError, match=says) as caught, memory_errors():
         raise error
     assert (caught.value.code, caught.value.exit_code) == ("out-of-memory", 1)
@@ -52,7 +52,7 @@ def test_full_memory_is_told_in_words(error: Exception, says: str) -> None:
 
 
 @pytest.mark.parametrize("error", OTHER.values(), ids=OTHER)
-def test_other_errors_stay_what_they_are(error: Exception) -> None:
+def test_other_errors_are_not_changed(error: Exception) -> None:
     assert as_refusal(error) is None
     with pytest.raises(type(error)) as caught, memory_errors():
         raise error

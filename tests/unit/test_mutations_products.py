@@ -1,4 +1,4 @@
-"""Kernels that are wrong only where several things of a call come together are caught.
+"""Test that proofs find kernels that are wrong only for a combination of a call's properties.
 
 One child process proves them all, on a run of eight heads, two key heads and 832 tokens: every
 third of them, and all with PROOFS=all (`make test/proofs`, 2 minutes).
@@ -109,7 +109,7 @@ pytestmark = pytest.mark.timeout(1200)
         for name, (fault, geometry, code) in zip(NAMES, FAULTS, strict=True)
     ],
 )
-def test_each_kernel_is_judged_by_what_is_wrong_with_it(
+def test_each_wrong_kernel_is_refused_and_each_right_one_passes(
     proofs: dict[str, Proof], name: str, code: str | None
 ) -> None:
     codes = [reason.code for reason in proofs[name].reasons]

@@ -1,4 +1,4 @@
-"""Signal handlers, the signal mask, umask and working directory survive the load of a kernel."""
+"""Test that signal handlers, the signal mask, umask and working directory are restored."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def _as_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None
 
 
 def change() -> None:
-    """Do what a kernel's import may do."""
+    """Change all settings, as the import of a kernel may."""
     os.chdir("/")
     os.umask(0o777)
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
@@ -41,7 +41,7 @@ def umask() -> int:
 
 
 @pytest.mark.parametrize("raises", [False, True], ids=["", "and it raises"])
-def test_they_are_set_again(tmp_path: Path, raises: bool) -> None:
+def test_settings_are_restored(tmp_path: Path, raises: bool) -> None:
     def handler(*_: object) -> None:
         pass
 
@@ -61,7 +61,7 @@ def test_they_are_set_again(tmp_path: Path, raises: bool) -> None:
     assert signal.SIGTERM not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
 
 
-def test_a_thread_that_may_not_set_handlers_keeps_the_rest(tmp_path: Path) -> None:
+def test_a_thread_other_than_the_main_one_restores_all_but_handlers(tmp_path: Path) -> None:
     found: list[object] = []
 
     def work() -> None:

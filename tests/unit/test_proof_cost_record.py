@@ -1,4 +1,4 @@
-"""The committed record of benchmarks/proof_cost.py is of this shape, and within its bound."""
+"""Test that the record of benchmarks/proof_cost.py is up to date, and within its bound."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from benchmarks import proof_cost
 RECORD = json.loads(proof_cost.RECORD.read_text(encoding="utf-8"))
 
 
-def test_the_record_is_of_this_shape() -> None:
+def test_the_record_is_up_to_date() -> None:
     described = proof_cost.described()
     assert {name: RECORD[name] for name in described} == described
     assert set(RECORD["runs"]) == set(proof_cost.RUNS)

@@ -132,7 +132,7 @@ def test_what_apply_registers_is_what_that_function_gives() -> None:
         assert (kernel.backend, kernel.unpadded_v) == ("flash_attention_4", True)
 
 
-def test_what_a_cpu_has_no_time_for_is_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_row_that_is_shortened_on_a_cpu_is_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
     from attnimg.prove import candidate
     from attnimg.prove.shown import CPU, Budget
 
@@ -141,4 +141,4 @@ def test_what_a_cpu_has_no_time_for_is_a_note(monkeypatch: pytest.MonkeyPatch) -
     geometry = a_geometry(**(asdict(PLAIN) | {"sequence_len": 200}))
     proof = proven("sdpa", geometry)
     assert proof.passed
-    assert proof.note == "with all heads up to 150 of 200: a CPU's time"
+    assert proof.note == "proven with all heads up to 150 of 200 tokens: limited by CPU time"

@@ -1,4 +1,4 @@
-"""The reference by blocks is plain attention, in memory that does not grow with the row."""
+"""Test that the reference by blocks equals plain attention, in memory independent of the row."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def drawn(*, sinks: bool) -> dict[str, torch.Tensor]:
     ("window", "softcap", "sinks"),
     [(None, None, False), (37, None, False), (None, 3.0, False), (37, 3.0, True), (1, None, True)],
 )
-def test_it_is_plain_attention_at_the_tokens_that_are_asked_for(
+def test_it_equals_plain_attention_at_the_requested_tokens(
     window: int | None, softcap: float | None, sinks: bool, at_most_bytes: int
 ) -> None:
     given = drawn(sinks=sinks)

@@ -116,7 +116,7 @@ def test_a_whole_packed_row_has_many_documents(heads: int, rows: int, total: int
     assert total // 2 <= max(many.lengths) <= geometry.sequence_len
 
 
-def test_a_whole_row_is_cut_where_it_takes_too_much() -> None:
+def test_a_whole_row_is_shortened_to_the_budget() -> None:
     many_heads = replace(LLAMA, heads=128, kv_heads=8, sequence_len=4096)
     assert whole_row(many_heads, CPU) == 414
     gpu = budget_of(backend("flash_attention_2"), memory_bytes=80 << 30)
@@ -126,7 +126,7 @@ def test_a_whole_row_is_cut_where_it_takes_too_much() -> None:
     assert whole_row(replace(LLAMA, sequence_len=8192), small) == 3663
 
 
-def test_documents_without_tokens_and_of_one_are_shown() -> None:
+def test_probes_include_documents_without_tokens_and_of_one() -> None:
     assert {0, 1} < lengths(LLAMA)
     (empty,) = (case for case in cases_of(LLAMA, budget=CPU) if 0 in case.lengths)
     assert not empty.in_training

@@ -1,4 +1,4 @@
-"""A kernel that changes the process is refused by the name of the change; a library's ways pass."""
+"""Test that kernels that change the process are refused; usual library behaviour passes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from served_kernels import serve
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 SOURCE = FIXTURES / "wrong_kernels/state.py"
 MEDIUM = "float32 matmul precision was ('highest', 'True'), is ('medium', 'True')"
-# What a kernel does, and what the reason names.
+# The fault of a kernel -> a part of the reason.
 FAULTS = {
     "default dtype": "default dtype was torch.float32, is torch.float64",
     "default device": "default device was cpu, is meta",
@@ -24,7 +24,7 @@ FAULTS = {
     "flush-denormal": "flush-denormal was False, is True",
     "Python's seed": "random numbers of Python changed",
     "numpy's seed": "random numbers of numpy changed",
-    "torch's seed": "torch's random numbers were set back",
+    "torch's seed": "torch's random numbers were seeded or rewound",
     "cwd": "working directory",
     "umask": "umask was 0022, is 0777",
     "SIGTERM ignored": "signal handler of SIGTERM",
@@ -100,7 +100,7 @@ def test_a_kernel_that_changes_the_process_is_refused_by_name(
 
 
 @pytest.mark.parametrize("fault", RIGHT)
-def test_what_libraries_do_when_they_are_imported_and_first_called_passes(
+def test_usual_behaviour_of_libraries_on_import_and_in_first_calls_passes(
     reasons: dict[str, list[list[str]]], fault: str
 ) -> None:
     assert reasons[NAMES[fault]] == []

@@ -1,4 +1,4 @@
-"""Whatever a kernel does to the process that proves it, the parent returns a proof of each."""
+"""Test that the parent returns a proof of each kernel, whatever a kernel does to its process."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SOURCES = Path(__file__).parents[1] / "fixtures/wrong_kernels"
 GEOMETRY = a_geometry(
     heads=2, kv_heads=2, head_dim_qk=16, head_dim_v=16, packing=True, dense=False, sequence_len=64
 )
-# What a kernel does, and the reason; None where its numbers are right and the parent copes.
+# The fault of a kernel, its file, and the code of the reason; None where the proof passes.
 FAULTS = [
     ("garbage", "parent", None),
     ("a forged proof", "parent", None),
@@ -62,7 +62,7 @@ def test_the_parent_returns_a_proof_of_each_kernel(proofs: list[Proof], place: i
     assert [reason.code for reason in proof.reasons] == ([code] if code else [])
 
 
-def test_nothing_that_a_kernel_started_is_left(proofs: list[Proof]) -> None:
+def test_no_process_that_a_kernel_started_is_left(proofs: list[Proof]) -> None:
     assert proofs
     mark = b"parent/kernel-0="
     time.sleep(0.1)
@@ -83,7 +83,7 @@ def test_nothing_that_a_kernel_started_is_left(proofs: list[Proof]) -> None:
         b"[" * 100_000, b'{"pid": "7"}',
     ],
 )  # fmt: skip
-def test_what_the_child_itself_did_not_report_is_ignored(line: bytes) -> None:
+def test_lines_that_are_no_report_of_the_child_are_ignored(line: bytes) -> None:
     assert _message(line, pid=7) == {}
 
 

@@ -1,4 +1,4 @@
-"""A call may draw random numbers, and must not set them back."""
+"""A call may draw random numbers, and must not seed or rewind the generators."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from attnimg.prove.seeding import drawn, is_set_back
+from attnimg.prove.seeding import is_rewound, states_after_draw
 
 CPU = torch.device("cpu")
 STATE = torch.Generator().manual_seed(3).get_state()
 
 
 @pytest.mark.parametrize(
-    ("call", "set_back"),
+    ("call", "rewound"),
     [
         pytest.param(lambda: None, False, id="nothing drawn"),
         pytest.param(lambda: torch.rand(3), False, id="a few drawn"),
@@ -26,17 +26,17 @@ STATE = torch.Generator().manual_seed(3).get_state()
         pytest.param(lambda: torch.set_rng_state(STATE), True, id="another state"),
     ],
 )
-def test_going_on_is_told_from_going_back(call: Callable[[], object], set_back: bool) -> None:
+def test_seeding_is_found_and_drawing_passes(call: Callable[[], object], rewound: bool) -> None:
     with torch.random.fork_rng([]):
         torch.manual_seed(7)
-        before = drawn(CPU)
+        before = states_after_draw(CPU)
         call()
-        assert is_set_back(before, CPU) == set_back
+        assert is_rewound(before, CPU) == rewound
 
 
-def test_seeding_with_the_runs_own_seed_is_seen() -> None:
+def test_seeding_with_the_seed_of_the_run_is_found() -> None:
     with torch.random.fork_rng([]):
         torch.manual_seed(7)
-        before = drawn(CPU)
+        before = states_after_draw(CPU)
         torch.manual_seed(7)
-        assert is_set_back(before, CPU)
+        assert is_rewound(before, CPU)

@@ -1,4 +1,4 @@
-"""The judge of the running check: what a call's queries see, what of it is compared, and how."""
+"""Test the running check: masks are read, parts of a call are chosen and compared."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from run_facts import a_context
 from torch.nn.attention.flex_attention import create_block_mask
 
 from attnimg.backends import backend_named
-from attnimg.calls.capture import Kind, call_again
+from attnimg.calls.capture import CallKind, call_again
 from attnimg.facts import Backend, CallCheck
 from attnimg.prove import blocks, running
-from attnimg.prove.spans import NotSpans, closed_part, spans_of_mask
+from attnimg.prove.spans import NotComparable, closed_part, spans_of_mask
 from attnimg.train.attention_check import AttentionCheck
 from benchmarks import running_check as measured
 
@@ -71,9 +71,9 @@ def test_a_mask_of_spans_is_read(mask: Any) -> None:
         ([[True]], "is a list"),
     ],
 )
-def test_other_masks_are_not_guessed(mask: Any, why: str) -> None:
+def test_other_masks_are_refused_with_a_reason(mask: Any, why: str) -> None:
     given = mask[None, None] if isinstance(mask, torch.Tensor) else mask
-    with pytest.raises(NotSpans, match=why):
+    with pytest.raises(NotComparable, match=why):
         spans_of_mask(given, 0, n_tokens=6)
 
 
@@ -93,48 +93,50 @@ def test_of_a_long_row_whole_documents_are_compared() -> None:
 
 
 @pytest.mark.parametrize("fault", measured.FAULTS)
-def test_a_fault_is_seen_twice_and_for_sure(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fault_is_found_in_the_call_and_its_repetition(
+    fault: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(measured, "WRONG_CHECKS", 3)
     monkeypatch.setattr(measured, "FAULTS", (fault,))
-    assert measured.wrong() == {fault: {"checks": 3, "seen": 3, "stopped": 3}}
+    assert measured.check_wrong_kernels() == {fault: {"checks": 3, "seen": 3, "stopped": 3}}
 
 
 def test_right_calls_of_every_kernel_pass() -> None:
     """The first of the 10,000 that docs/measured/running-check.json counts."""
-    found = measured.right_of(range(70))
+    found = measured.check_draws(range(70))
     assert (found["checks"], found["stopped"], found["doubtful"]) == (70, 0, 0), found["reasons"]
     assert all(0 < margin < 1 for margin in found["closest_to_its_bound"].values())
     assert found["skipped"] == {}
 
 
-def a_call(**changes: Any) -> tuple[Any, measured.Drawn]:
-    drawn = replace(
-        measured.draw(0), lengths=(40, 60), heads=8, kv_heads=4, window=None, values="spread",
+def a_call(**changes: Any) -> tuple[Any, measured.CallSpec]:
+    spec = replace(
+        measured.draw_spec(0), lengths=(40, 60), heads=8, kv_heads=4, window=None, values="spread",
         dtype="bfloat16", d_out=1.0, seed=1, **changes,
     )  # fmt: skip
-    return measured.made(drawn), drawn
+    return measured.make_call(spec), spec
 
 
-def test_within_the_budgets_some_heads_and_tokens_are_compared(
+def test_heads_and_tokens_are_chosen_within_the_budgets(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    call, drawn = a_call()
-    (all_heads,) = {figure.case for figure in measured.checked(call, drawn).figures}
+    call, spec = a_call()
+    (all_heads,) = {figure.case for figure in measured.check(call, spec).figures}
     assert all_heads == "row 0, tokens 0 to 99, key heads 0 to 3"
     monkeypatch.setitem(running.PAIRS, "cpu", 1)
     cases = set()
     for seed in range(20):
-        found = measured.checked(call, replace(drawn, seed=seed))
+        found = measured.check(call, replace(spec, seed=seed))
         assert not found.faults
         cases |= {figure.case for figure in found.figures}
     assert cases == {f"row 0, tokens 0 to 99, key heads {n} to {n}" for n in range(4)}
     monkeypatch.setattr(running, "RESULT_BYTES", 1)
     monkeypatch.setattr(running, "ENDS", 8)
-    found = measured.checked(call, drawn)
+    found = measured.check(call, spec)
     assert (found.faults, found.skipped) == ((), "")
     # A fault in the last tokens is seen there too.
     call.out[:, -3:] *= 2
-    assert measured.checked(call, drawn).faults
+    assert measured.check(call, spec).faults
 
 
 def test_one_tile_and_many_give_the_same() -> None:
@@ -158,34 +160,34 @@ def test_one_tile_and_many_give_the_same() -> None:
     [
         ({"arguments": {"position_bias": 1}}, "position_bias"),
         ({"arguments": {"dropout": 0.1}}, "dropout 0.1"),
-        ({"written": True}, "wrote into a tensor"),
-        ({"k": torch.ones(1, 4, 7, 64)}, "queries on 7 keys"),
+        ({"written": True}, "overwrote a tensor"),
+        ({"k": torch.ones(1, 4, 7, 64)}, "queries and 7 keys"),
         ({"q": torch.full((1, 8, 100, 64), torch.nan)}, "q, k or v is NaN"),
     ],
 )
-def test_what_can_not_be_compared_is_skipped_with_a_reason(
+def test_calls_that_can_not_be_compared_are_skipped_with_a_reason(
     change: dict[str, Any], why: str
 ) -> None:
-    call, drawn = a_call(head_dim=64)
-    found = measured.checked(replace(call, **change), drawn)
+    call, spec = a_call(head_dim=64)
+    found = measured.check(replace(call, **change), spec)
     assert why in found.skipped
     assert not found.figures
 
 
 def test_without_a_finite_gradient_the_output_is_compared() -> None:
-    call, drawn = a_call()
+    call, spec = a_call()
     call = replace(call, d_out=call.d_out * torch.inf)
-    assert [figure.quantity for figure in measured.checked(call, drawn).figures] == ["out"]
+    assert [figure.quantity for figure in measured.check(call, spec).figures] == ["out"]
 
 
-def test_what_plain_attention_can_not_represent_is_not_judged() -> None:
+def test_values_that_the_precision_can_not_represent_are_not_judged() -> None:
     """float16 has no number below 6e-8: most gradients are 0 in a right kernel too."""
-    drawn = replace(a_call()[1], dtype="float16")
+    spec = replace(a_call()[1], dtype="float16")
     call = call_again(
-        replace(measured.made(drawn), d_out=torch.full((1, 100, 8, 128), 6e-8).half())
+        replace(measured.make_call(spec), d_out=torch.full((1, 100, 8, 128), 6e-8).half())
     )
     assert not call.gradients["dq"].all()
-    found = measured.checked(call, drawn)
+    found = measured.check(call, spec)
     assert (found.faults, found.skipped) == ((), "")
 
 
@@ -195,13 +197,13 @@ def test_what_plain_attention_can_not_represent_is_not_judged() -> None:
         ("sdpa", {}, 0.0, ""),
         ("eager", {"checkpointing": True}, 0.0, ""),
         ("sdpa", {"compiled": True}, 0.0, "torch.compile fuses"),
-        ("sdpa", {}, 0.1, "attention_dropout: 0.1 draws"),
-        ("s2", {}, 0.0, "s2 attends in groups"),
+        ("sdpa", {}, 0.1, "attention_dropout: 0.1 drops"),
+        ("s2", {}, 0.0, "s2 attends within groups"),
         ("sage", {}, 0.0, "sage quantizes"),
         ("fp8", {}, 0.0, "fp8 quantizes"),
     ],
 )
-def test_runs_that_can_not_be_checked_say_why(
+def test_runs_that_can_not_be_checked_print_the_reason(
     name: str, context: dict[str, Any], dropout: float, why: str
 ) -> None:
     found = running.why_unchecked([named(name)], a_context(**context), dropout=dropout)
@@ -211,14 +213,14 @@ def test_runs_that_can_not_be_checked_say_why(
     check = AttentionCheck(200, lambda *_: CallCheck(backend="", layer=0), why_not=found,
                            others=(), say=said.append)  # fmt: skip
     check.announce()
-    told = f"attention is not checked while training: {found}"
-    assert said == [told if why else "attention: one layer is checked every 200 steps "
+    reason = f"attention is not checked during training: {found}"
+    assert said == [reason if why else "attention: one layer is checked every 200 steps "
                     "(attn_check_steps)"]  # fmt: skip
 
 
 def test_checks_go_through_the_kinds_and_layers() -> None:
     sliding, full = (
-        Kind(4, 2, 16, 16, window, None, False) for window in (32, None)
+        CallKind(4, 2, 16, 16, window, None, False) for window in (32, None)
     )  # fmt: skip
     check = AttentionCheck(1, lambda *_: CallCheck(backend="", layer=0), why_not="", others=(),
                            say=print)  # fmt: skip

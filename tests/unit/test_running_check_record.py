@@ -1,4 +1,4 @@
-"""The committed record of benchmarks/running_check.py is of this code, and within its bounds."""
+"""Test that the record of benchmarks/running_check.py is up to date, and within its bounds."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from benchmarks import running_check
 RECORD = json.loads(running_check.RECORD.read_text(encoding="utf-8"))
 
 
-def test_the_record_is_of_this_grid() -> None:
+def test_the_record_is_up_to_date() -> None:
     described = running_check.described()
     assert {name: RECORD[name] for name in described} == described
 
@@ -21,7 +21,7 @@ def test_no_right_kernel_was_stopped() -> None:
     assert right["skipped"] == {}
 
 
-def test_every_fault_was_seen() -> None:
+def test_every_fault_was_found() -> None:
     for fault, counts in RECORD["wrong"].items():
         assert counts["seen"] == counts["checks"], fault
         assert counts["stopped"] >= 0.8 * counts["checks"], fault

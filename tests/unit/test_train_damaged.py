@@ -1,6 +1,6 @@
-"""Damage checkpoints in every way, and resume: each damage is named, or does no harm.
+"""Test that each damage to a checkpoint is named, and that harmless changes are accepted.
 
-Most damages are judged by the check alone; what it lets pass is resumed, and must train the same.
+Most tests run only the check. Checkpoints that it accepts are resumed, and must train the same.
 """
 
 from __future__ import annotations
@@ -214,7 +214,7 @@ HARMLESS: dict[str, Damage] = {
 
 
 @pytest.mark.parametrize("name", HARMLESS)
-def test_what_does_no_harm_passes(trained: Path, tmp_path: Path, name: str) -> None:
+def test_harmless_changes_are_accepted(trained: Path, tmp_path: Path, name: str) -> None:
     out = copied(trained, tmp_path / "out", 2, 4)
     HARMLESS[name](out / "checkpoint-4")
     point = resume_point(out)
@@ -231,7 +231,7 @@ def test_an_undamaged_checkpoint_in_another_place_resumes_bit_for_bit(
     assert (tmp_path / "new" / ADAPTER).read_bytes() == (trained / ADAPTER).read_bytes()
 
 
-def test_a_run_goes_on_from_the_newest_whole_checkpoint_and_says_so(
+def test_a_run_resumes_from_the_newest_whole_checkpoint_with_a_warning(
     tiny: Path, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = copied(trained, tmp_path / "out", 2, 4)
@@ -425,7 +425,9 @@ def test_damages_without_a_manifest_are_named(earlier: Path, tmp_path: Path, nam
     assert not (out / "ran").exists()
 
 
-def test_no_bit_of_a_pickled_schedule_changes_in_silence(earlier: Path, tmp_path: Path) -> None:
+def test_a_flipped_bit_of_a_pickled_schedule_is_found_or_has_no_effect(
+    earlier: Path, tmp_path: Path
+) -> None:
     import torch
 
     place = copied(earlier, tmp_path / "out", 4) / "checkpoint-4"
@@ -505,7 +507,7 @@ def with_other_callbacks(folder: Path) -> None:
         pytest.param(with_other_callbacks, "unexpected keyword", id="states of other callbacks"),
     ],
 )
-def test_what_does_not_fit_the_run_is_worded(
+def test_states_that_do_not_fit_the_run_are_refused_with_the_reason(
     tiny: Path, earlier: Path, tmp_path: Path, damage: Damage, says: str
 ) -> None:
     out = copied(earlier, tmp_path / "out", 4)

@@ -380,7 +380,7 @@ ATTENTION = ["k_proj", "o_proj", "q_proj", "v_proj"]
 
 
 @pytest.mark.parametrize(
-    ("model_type", "keys", "mended"),
+    ("model_type", "keys", "fixed"),
     [
         pytest.param("llama", {"lora_target_modules": ["q_proj", "mlp"]},
                      {"lora_target_modules": ["down_proj", "gate_proj", "q_proj", "up_proj"]},
@@ -414,7 +414,7 @@ ATTENTION = ["k_proj", "o_proj", "q_proj", "v_proj"]
     ],
 )  # fmt: skip
 def test_targets_that_peft_refuses_are_refused_with_what_fits(
-    model_type: str, keys: dict[str, Any], mended: dict[str, Any]
+    model_type: str, keys: dict[str, Any], fixed: dict[str, Any]
 ) -> None:
     def put_on(**found: Any) -> Any:
         config = tiny_run.config_for(Path("unused"), adapter="lora", **found)
@@ -424,7 +424,7 @@ def test_targets_that_peft_refuses_are_refused_with_what_fits(
         put_on(**keys)
     assert caught.value.code == "bad-value"
     first, _, other = caught.value.do.partition("\nor ")
-    assert applied(first, {}) == mended
+    assert applied(first, {}) == fixed
     put_on(**applied(first, keys))
     if other:
         assert applied(other, {}) == {"lora_target_modules": ATTENTION}

@@ -360,7 +360,7 @@ def test_an_index_that_names_no_files_is_refused(tiny: Path, tmp_path: Path, tex
 )
 @pytest.mark.parametrize("text", ["[" * 50_000, "[]", '{"a": ' + "1" * 5000 + "}"],
                          ids=["50,000 levels", "a list", "5,000 digits"])  # fmt: skip
-def test_json_that_the_loaders_do_not_expect_is_worded(
+def test_json_that_the_loaders_do_not_expect_is_refused_with_a_reason(
     tiny: Path, tmp_path: Path, name: str, text: str
 ) -> None:
     shutil.copytree(tiny / "model", tmp_path / "model")

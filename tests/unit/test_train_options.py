@@ -1,4 +1,4 @@
-"""Test what a config hands through to PyTorch and transformers: right values pass, wrong don't."""
+"""Test options that are passed on to PyTorch and transformers: right ones pass, wrong ones not."""
 
 from __future__ import annotations
 

@@ -146,7 +146,7 @@ class Quantized(torch.Tensor):
     [object(), Quantized([1.0]), torch.eye(2).to_sparse(), {1.5: 0}, print],
     ids=["object", "a tensor of another class", "sparse", "a fraction as key", "a function"],
 )
-def test_what_has_no_plain_form_is_refused_before_anything_is_written(
+def test_objects_other_than_plain_tensors_are_refused_before_anything_is_written(
     tmp_path: Path, value: object
 ) -> None:
     with pytest.raises(NotPlain):

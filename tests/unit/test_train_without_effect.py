@@ -1,4 +1,4 @@
-"""Each key of a run that changes nothing in it is named; what is read is not."""
+"""Test that keys without effect in a run are named, and that keys with an effect are not."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Render a chat template within limits of time, memory and output.
 
-A template comes with a model, and Jinja's sandbox limits what it can reach, not what it takes:
-`{{ 'a' * 10**10 }}` fills the memory, and nested loops do not end.
+A template comes with a model. Jinja's sandbox limits what it can access, but not its time and
+memory: `{{ 'a' * 10**10 }}` fills the memory, and nested loops take years.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from itertools import pairwise
 from types import FrameType
 from typing import Any
 
-# Seconds of CPU time, which a busy machine does not stretch; the longest conversations take 0.1.
+# CPU seconds, which do not grow on a busy machine; the longest conversations take 0.1.
 SECONDS = 10.0
 # The address space that rendering one record may add.
 MEMORY_BYTES = 1 << 30
@@ -28,7 +28,7 @@ _PAGE_BYTES = resource.getpagesize()
 
 
 class TemplateLimitError(Exception):
-    """A template that takes too much for one record; says what was found, and the limit."""
+    """Raised where a template exceeds a limit; the message has the value found and the limit."""
 
 
 def render_bounded(
@@ -39,11 +39,11 @@ def render_bounded(
     Args:
         messages: one conversation.
         template: Jinja.
-        options: what else transformers' render_jinja_template takes.
+        options: other arguments of transformers' render_jinja_template.
 
     Raises:
         TemplateLimitError: it exceeds a limit.
-        jinja2.TemplateError: and whatever else the template raises.
+        jinja2.TemplateError: the template is wrong; it may raise any other exception, too.
     """
     from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -93,7 +93,7 @@ def _limited() -> Iterator[None]:
 
 
 def _set_memory(most: int, before: tuple[int, int]) -> None:
-    """Lower the soft limit of the address space; a lower one that was set before stays."""
+    """Lower the soft limit of the address space, unless it is lower already."""
     given = [limit for limit in before if limit != resource.RLIM_INFINITY]
     resource.setrlimit(resource.RLIMIT_AS, (min([most, *given]), before[1]))
 
@@ -108,15 +108,15 @@ def _address_bytes() -> int:
 
 @cache
 def _require_no_powers(template: str) -> None:
-    """Refuse powers: Python computes 10 ** 10 ** 8 in one step, which no signal interrupts.
+    """Refuse powers: no signal interrupts Python while it computes 10 ** 10 ** 8.
 
-    No published template has one. `f(**values)` is none.
+    No published template has a power. `f(**values)` is not one.
     """
     import jinja2
 
     try:
         tokens = [(kind, text) for _, kind, text in jinja2.Environment().lex(template)]
-    except jinja2.TemplateError:  # rendering will say so
+    except jinja2.TemplateError:  # rendering reports it
         return
     tokens = [token for token in tokens if token[0] != "whitespace"]
     for (_, before), (kind, text) in pairwise(tokens):

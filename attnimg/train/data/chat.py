@@ -138,7 +138,7 @@ class ChatEncoder:
         return turn.role in self.trained_roles if turn.train is None else turn.train
 
     def _bounded(self, turn: Turn) -> bool:
-        """Return whether the bounds of a turn are needed: to train it or its end, or neither."""
+        """Return whether the bounds of a turn are needed: to train it or its end, or to mask it."""
         if self.train_on_inputs and (turn.train is False or self.train_on_eos in ("last", "none")):
             return True
         ends = self.train_on_eos == "all" and turn.role == "assistant"

@@ -14,11 +14,11 @@ from attnimg.train.data.chat_render import Message, Renderer, Rendering, Rewritt
 def check_tools(renderer: Renderer, rendering: Rendering) -> None:
     """Raise where a template drops the tools, or a part of a tool call.
 
-    Names and keys, then values, are replaced by marks that no other text contains, so that what is
-    cut off, or written for some types of values alone, is missed in the text.
+    Names and keys, then values, are replaced by unique marks. A mark that is not in the rendered
+    text was cut off, or belongs to a type of value that the template does not write.
 
     Raises:
-        RewrittenError: it does; names the message.
+        RewrittenError: the template drops something; the error names the message.
     """
     messages = rendering.messages
     if renderer.tools and replace(renderer, tools=()).attempt(messages) == rendering.text:
@@ -36,7 +36,7 @@ def check_tools(renderer: Renderer, rendering: Rendering) -> None:
             if found not in text:
                 raise RewrittenError(f"it drops a tool call of message {number + 1}, or part of it")
     for number, message in enumerate(messages):
-        for other in _with_another_truth(message):
+        for other in _with_flipped_flags(message):
             changed = [*messages[:number], other, *messages[number + 1 :]]
             if renderer.attempt(changed) == rendering.text:
                 raise RewrittenError(f"it drops a tool call of message {number + 1}, or part of it")
@@ -44,11 +44,11 @@ def check_tools(renderer: Renderer, rendering: Rendering) -> None:
 
 @dataclass(frozen=True, slots=True)
 class _Marks:
-    """Marks in the place of names and keys of tool calls, or of values.
+    """Marks that replace the names and keys of tool calls, or their values.
 
     Attributes:
         values: whether they replace values.
-        given: each mark, and the number of its message.
+        given: mark -> the number of its message.
     """
 
     values: bool
@@ -68,7 +68,7 @@ class _Marks:
         return {**message, "tool_calls": calls} if calls else message
 
     def _mark(self, number: int, old: str) -> str:
-        """Return a mark as long as what it replaces, if not longer: a template may cut it off."""
+        """Return a mark of at least the length of the old text, since a template may cut it off."""
         mark = f"marked_{len(self.given)}_".ljust(len(old), "x")
         self.given[mark] = number
         return mark
@@ -104,8 +104,8 @@ def _with_arguments(call: Message, change: Callable[[Any], Any]) -> dict[str, An
     return {**call, "arguments": arguments}
 
 
-def _with_another_truth(message: Message) -> Iterator[Message]:
-    """Yield a message once for each true, false or null of its calls, with another in its place."""
+def _with_flipped_flags(message: Message) -> Iterator[Message]:
+    """Yield a message once for each true, false or null in its calls, with this value negated."""
     calls = message.get("tool_calls") or []
     for number, call in enumerate(calls):
         given = call.get("function", call).get("arguments", {})
@@ -119,7 +119,7 @@ def _first(first: Any, _: Any) -> Any:
 
 
 def _changed(value: Any) -> Iterator[Any]:
-    """Yield a value once for each true, false or null in it, with another in its place."""
+    """Yield a value once for each true, false or null in it, with this one negated."""
     if value is None or isinstance(value, bool):
         yield not value
     elif isinstance(value, Mapping):

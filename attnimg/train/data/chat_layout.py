@@ -164,10 +164,10 @@ def _owned(
     *,
     last: int,
 ) -> list[Span]:
-    """Return the marked spans of a turn: each belongs to the answer that goes on at its start.
+    """Return the marked spans of a turn: those that start before the end of its answer.
 
-    An answer's end may be marked apart from its text. The last turn has what stands after it:
-    Phi-3's template ends the conversation there.
+    The end of an answer may have a marked span of its own. Spans after all answers belong to the
+    last turn, since Phi-3's template ends the conversation there.
     """
     return [
         span

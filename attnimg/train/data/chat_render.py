@@ -103,7 +103,7 @@ class Renderer:
                 **kwargs,
                 **self.tokenizer.special_tokens_map,
             )
-            text.encode()  # half of a surrogate pair is no character: tokenizers raise
+            text.encode()  # raises for a lone surrogate, for which tokenizers raise, too
         except (
             jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, RecursionError,
             TypeError, ValueError,
@@ -234,7 +234,7 @@ def _split_reasoning(message: Message) -> Message:
 
 
 def _drops_reasoning(renderer: Renderer, messages: Sequence[Message]) -> bool:
-    """Return whether a template drops the reasoning of a last answer's content."""
+    """Return whether a template drops reasoning in the content of the last answer."""
     number = next((n for n, message in enumerate(messages) if head_of(message)), None)
     if number is None:
         return False

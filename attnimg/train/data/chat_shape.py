@@ -1,7 +1,7 @@
 """Share one layout among conversations of plain messages that have the same roles.
 
-A conversation with marks for contents is laid out once; each other one that the template writes
-with the same text between the contents has its answers at the same places of that text.
+The layout is found once, for a conversation with marks in place of contents. Other conversations
+with the same template text between their contents have their answers at the same places.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from attnimg.train.data.chat_turn import Ends
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """What all conversations of the same roles share: the template's text, and the answers in it.
+    """The template's text and the layout that all conversations with the same roles share.
 
     Attributes:
         literals: the template's own text between the contents.
         starts: where each of these texts starts in the layout.
-        layout: of a conversation with marks for contents.
+        layout: of the conversation with marks in place of contents.
     """
 
     literals: Literals
@@ -42,10 +42,10 @@ class Shape:
 def shape_of(
     renderer: Renderer, roles: Sequence[str], bounded: Sequence[bool], ends: Ends
 ) -> Shape | None:
-    """Lay out a conversation of these roles with marks for contents; None where that fails.
+    """Return the shape of conversations with these roles; None where they can't share one.
 
-    What fails is laid out by itself, and its error names the record; so is a conversation whose
-    template marks a part of a content as generated.
+    They can't where the marks can't be laid out, or where the template marks a part of a content
+    as generated. Each conversation is then laid out by itself, and an error names its record.
     """
     marked = tuple({"role": role, "content": mark(index)} for index, role in enumerate(roles))
     try:
@@ -73,9 +73,9 @@ def _marks_parts(layout: Layout) -> bool:
 
 
 def transferred(shape: Shape, rendering: Rendering) -> Layout:
-    """Return a shape's layout at the places that a conversation's own contents leave.
+    """Return a shape's layout, moved to the places of a conversation's own contents.
 
-    Answers begin and end where the template writes, never inside a content.
+    Answers begin and end in the template's text, never inside a content.
     """
     here = _starts(rendering, shape.literals)
     *pieces, last = shape.literals[1]

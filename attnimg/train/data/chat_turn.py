@@ -138,7 +138,7 @@ class RenderedTurn:
         within = content and CLOSING in self.rendering.text[slice(*content)]
         if not reasoning or (within and not self.message.get("reasoning_content")):
             return None
-        # Searching for the text itself could find a short one in the template's own text.
+        # A mark, since a short reasoning may also be in the template's own text.
         text, shown = self.rendering.text, self._with_marked_reasoning()
         before, found, after = shown.partition(mark(self.number))
         if found:
@@ -162,7 +162,7 @@ class RenderedTurn:
         return None
 
     def _with_marked_reasoning(self, *, last: bool = False) -> str:
-        """Return the rendering with a mark for the reasoning; with `last`, of no later turns."""
+        """Return the rendering with a mark as reasoning; with `last`, without later turns."""
         messages = list(self.rendering.messages)
         messages[self.number] = with_reasoning(self.message, mark(self.number))
         return self.renderer.attempt(messages[: self.number + 1] if last else messages) or ""
@@ -263,7 +263,7 @@ class RenderedTurn:
         return text_end + (last[0].end() if last else len(ended[:shared].rstrip()))
 
     def end_of_blank(self, ends: Ends) -> Span | None:
-        """Return what ends a turn without text; None where its place can't be told."""
+        """Return the span of the end of a turn without text; None where it can't be found."""
         text, messages = self.rendering.text, list(self.rendering.messages)
         messages[self.number] = {**self.message, "content": mark(self.number)}
         before, found, after = (self.renderer.attempt(messages) or "").partition(mark(self.number))

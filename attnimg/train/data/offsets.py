@@ -1,4 +1,4 @@
-"""Label the tokens of a text by the characters that they show."""
+"""Label the tokens of a text by the characters that they cover."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from attnimg.train.data.documents import IGNORED
 
 
 def with_whole_offsets(tokenizer: Any) -> Any:
-    """Return a tokenizer whose offsets cover all of a token; ids are those of the given one.
+    """Return a tokenizer with the same ids, whose offsets cover all characters of a token.
 
-    Byte-level tokenizers trim blanks off the offsets (trim_offsets). Of a token of a newline and a
-    blank the newline remains, so that nobody can see that the blank was the answer's.
+    Byte-level tokenizers leave blanks out of the offsets (trim_offsets). A token of a newline and a
+    blank then covers the newline alone, and the blank of the answer is not found.
     """
     from tokenizers import Tokenizer, models
 
@@ -30,7 +30,7 @@ def with_whole_offsets(tokenizer: Any) -> Any:
 
 
 def _untrim(processor: dict[str, Any] | None) -> bool:
-    """Turn trim_offsets off, in a sequence of processors too; return whether it was on."""
+    """Turn trim_offsets off, also in a sequence of processors; return whether it was on."""
     if processor is None:
         return False
     trims = any([_untrim(part) for part in processor.get("processors", ())])
@@ -48,19 +48,19 @@ def label(
     trained: Sequence[Span],
     masked: Sequence[Span] = (),
 ) -> list[int]:
-    """Label the tokens that show a character of a trained span.
+    """Return labels: the ids of tokens that cover a character of a trained span, IGNORED elsewhere.
 
-    A token reaches back over blanks to the end of the one before it: tokenizers may leave blanks
-    out of the offsets, yet the token holds them. Other characters between two tokens are those that
-    a normalizer removed (an accent, a zero-width space), and belong to neither. Blanks alone make
-    no token part of a span, unless it holds nothing else: the one that opens an answer may begin at
-    the blank before it.
+    Blanks between two tokens count to the second one, since tokenizers may leave them out of its
+    offsets. Other characters between two tokens were removed by a normalizer (an accent, a
+    zero-width space), and belong to neither. A token that shares only blanks with a span is not in
+    it, unless the token has no other characters: the first token of an answer may begin with the
+    blank before the answer.
     """
     spans = [(*span, True) for span in trained] + [(*span, False) for span in masked]
     spans.sort(key=lambda span: (span[0], not span[2]))
     labels, reached, first = [IGNORED] * len(ids), 0, 0
     for index, (start, end) in enumerate(offsets):
-        # A blank that the tokenizer itself inserts may have offsets behind the next token's.
+        # A blank that the tokenizer inserts may have offsets after those of the next token.
         removed = len(text[reached:start].rstrip()) if start < end else 0
         low, high = min(start, reached + removed), max(end, reached)
         reached = high

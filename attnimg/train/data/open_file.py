@@ -22,7 +22,7 @@ COMPRESSED = frozenset({".gz", ".zst", ".zstd", ".xz", ".bz2"})
 LIMIT_BYTES = 64 << 20
 IN_ONE = f"{LIMIT_BYTES >> 20} MiB in one {{}}"
 
-# Lines without text that may follow one another: a compressed file of them alone unpacks for hours.
+# Most consecutive empty lines: a compressed file with nothing else takes hours to unpack.
 LIMIT_BLANK_LINES = 1 << 20
 
 # What helps against text in another encoding.

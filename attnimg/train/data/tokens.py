@@ -72,7 +72,7 @@ class PairEncoder:
         return encoded
 
     def _added(self) -> tuple[list[int], list[int]]:
-        """Return what is added before a text and behind it; the end token comes last."""
+        """Return the tokens that are added before and after a text; the end token is the last."""
         bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
         whole = self.tokenizer("a", verbose=False)["input_ids"]
         (alone,) = self._tokenize(["a"])

@@ -1,4 +1,4 @@
-"""Test the limits of time, memory and output on chat templates, and that right ones keep them."""
+"""Test that chat templates are limited in time, memory and output, and that right ones pass."""
 
 from __future__ import annotations
 
