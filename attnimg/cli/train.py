@@ -88,6 +88,7 @@ def train(
 def _train(file: str, settings: tuple[str, ...], *, console: Console, stop: StopFlag) -> None:
     from attnimg.train.check import check_inputs
     from attnimg.train.data import check_sources
+    from attnimg.train.manifest import hash_of
     from attnimg.train.without_effect import without_effect
 
     checked = config.check_file(file, overrides=settings)
@@ -113,7 +114,7 @@ def _train(file: str, settings: tuple[str, ...], *, console: Console, stop: Stop
     chosen = _planned(session)
     resume = check_inputs(values, machine)
     check_sources(values)
-    checkpoint = resume.path.name if resume and resume.path else None
+    checkpoint = (resume.path.name, hash_of(resume.path)) if resume and resume.path else None
     _agree(session, {**values.model_dump(), "plan": as_json.plan_json(chosen),
                      "packages": versions(), "checkpoint": checkpoint})  # fmt: skip
     _run(session, chosen, resume=resume)
@@ -216,7 +217,7 @@ def fit_planned(
     from attnimg.train.adapter import adapter_notes
     from attnimg.train.data import load_documents, sample_text, sentence
     from attnimg.train.fit import fit
-    from attnimg.train.identity import attention_and_precision, data_of
+    from attnimg.train.identity import attention_and_precision, data_of, model_of
     from attnimg.train.model import load_model
     from attnimg.train.model_hashes import tokenizer_of
     from attnimg.train.new_tokens import require_embeddings
@@ -253,6 +254,8 @@ def fit_planned(
         needs_dtype_cast=backend.needs_dtype_cast,
         say=session.say,
     )
+    # A folder of this name, or a hub's snapshot, may have other content on another machine.
+    _agree(session, {"base_model": model_of(values)})
     for note in adapter_notes(model, values):
         session.say(f"warning: {note}")
     apply.require_applied(model, backend)

@@ -149,7 +149,7 @@ def agree(facts: Mapping[str, object], *, cpu: bool, timeout_s: float | None) ->
     raise AttnimgError(
         f"the processes do not agree: {', '.join(differing[:5])}",
         why="\n".join(lines),
-        do="start every process with the same config, data, packages and kind of GPU",
+        do="start every process with the same config, model, data, packages and kind of GPU",
         code="rank-mismatch",
         exit_code=1,
     )

@@ -194,6 +194,8 @@ class Engine(SavedStates):
         told = f"{kept.name} is kept" if kept else "no checkpoint was written before"
         try:
             with self.meter.paused(), writing(partial, kept=told), FileHashes() as self.hashes:
+                if not self.args.save_only_model:
+                    self.save_optimizer(partial)
                 super()._save_checkpoint(model, trial)
                 self._promote(partial)
         except BaseException:

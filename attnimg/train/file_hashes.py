@@ -1,25 +1,32 @@
-"""Hash the files of a checkpoint and flush them, each while the next ones are written."""
+"""Write, hash and flush the files of a checkpoint: a file's hash is taken while it is written."""
 
 from __future__ import annotations
 
 import hashlib
 import os
+from collections import deque
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any, Self
 
-_THREADS = 4
-# Reading and hashing release the GIL for this many bytes at a time: the thread that writes the
-# next file needs it, too.
-_BLOCK_BYTES = 16 * 2**20
+THREADS = 4
+# What is read at a time: it stays in a core's cache until it is hashed.
+_BLOCK_BYTES = 2**20
+# Memory that may wait to be hashed, because a GPU's tensors are copied to the CPU for it.
+_WAITING_BYTES = 4 * 2**30
 
 
 class FileHashes:
-    """SHA-256 of files, taken in threads that also flush them; a context manager that ends them."""
+    """SHA-256 of files, taken in threads beside those that flush; a context manager ends them."""
 
     def __init__(self) -> None:
-        self._pools = ThreadPoolExecutor(_THREADS), ThreadPoolExecutor(_THREADS)
+        # A core is left to the thread that writes: what it writes late is on the disk late.
+        spare = max(1, len(os.sched_getaffinity(0)) - 1)
+        self._memory = ThreadPoolExecutor(min(spare, THREADS))
+        self._read, self._flush = ThreadPoolExecutor(THREADS), ThreadPoolExecutor(THREADS)
         self._files: dict[Path, tuple[tuple[int, ...], Future[str], Future[None]]] = {}
+        self._waiting: deque[tuple[Future[str], int]] = deque()
 
     def __enter__(self) -> Self:
         """Return itself."""
@@ -27,17 +34,25 @@ class FileHashes:
 
     def __exit__(self, *_: object) -> None:
         """Wait for what is under way, and drop the rest."""
-        for pool in self._pools:
+        for pool in (self._memory, self._read, self._flush):
             pool.shutdown(cancel_futures=True)
+
+    def write(self, path: Path, content: Sequence[memoryview]) -> None:
+        """Write a file while a thread hashes the same memory, and begin to flush it.
+
+        The content must stay as it is until `of` returns.
+        """
+        hashing = self._memory.submit(_hash_of, content)
+        with path.open("wb") as file:
+            file.writelines(content)
+        self._keep(path, hashing)
+        self._waiting.append((hashing, sum(part.nbytes for part in content)))
+        while sum(size for _, size in self._waiting) > _WAITING_BYTES:
+            self._waiting.popleft()[0].result()
 
     def add(self, path: Path) -> None:
         """Begin to hash and flush a file that is written."""
-        hashing, flushing = self._pools
-        self._files[path] = (
-            _identity(path),
-            hashing.submit(_hash, path),
-            flushing.submit(flush, path),
-        )
+        self._keep(path, self._read.submit(_hash, path))
 
     def of(self, paths: list[Path]) -> list[str]:
         """Return the hashes of files, when all are on the disk; one written since is done again.
@@ -51,6 +66,9 @@ class FileHashes:
         for path in paths:
             self._files[path][2].result()
         return [self._files[path][1].result() for path in paths]
+
+    def _keep(self, path: Path, hashing: Future[str]) -> None:
+        self._files[path] = _identity(path), hashing, self._flush.submit(flush, path)
 
 
 def flush(path: Path) -> None:
@@ -68,6 +86,13 @@ def sha256_of(file: IO[Any]) -> str:
     view = memoryview(block)
     while count := file.readinto(block):  # type: ignore[attr-defined]  # of raw files
         found.update(view[:count])
+    return found.hexdigest()
+
+
+def _hash_of(content: Sequence[memoryview]) -> str:
+    found = hashlib.sha256()
+    for part in content:
+        found.update(part)
     return found.hexdigest()
 
 

@@ -76,6 +76,14 @@ def write_manifest(folder: Path, hashes: FileHashes, *, step: int, processes: in
     flush(folder / FILE)
 
 
+def hash_of(checkpoint: Path) -> str | None:
+    """Return the hash in a whole checkpoint's manifest, which is of all files; None without one."""
+    if not has_manifest(checkpoint):
+        return None
+    found: str = _read(checkpoint / FILE)["sha256"]
+    return found
+
+
 def damages(checkpoint: Path, *, step: int) -> list[str]:
     """Return what is wrong with the files of a checkpoint; empty where all are as written.
 

@@ -35,25 +35,36 @@ class SavedStates(Evaluator):
 
     hashes: FileHashes
 
+    def save_optimizer(self, folder: Path) -> None:
+        """Write optimizer and schedule, unless FSDP or DeepSpeed write their own formats.
+
+        They are written before the weights: they are larger, and hashed while the weights are
+        written.
+        """
+        if self._sharded() or not self.args.should_save:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        step, hashes = self.state.global_step, self.hashes
+        with warnings.catch_warnings():
+            # Schedules warn that the optimizer is to be saved as well, which it is.
+            warnings.simplefilter("ignore", UserWarning)
+            schedule = self.lr_scheduler.state_dict()
+        try:
+            state = self.optimizer.state_dict()
+            write_state(folder, "optimizer", state, step=step, hashes=hashes)
+        except NotPlain:
+            super()._save_optimizer_and_scheduler(str(folder))
+        else:
+            write_state(folder, "scheduler", schedule, step=step, hashes=hashes)
+
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        """Write optimizer and schedule; FSDP and DeepSpeed write their own formats."""
+        """Begin to hash the weights, which are written; save_optimizer has written the rest."""
         if self._sharded():
             super()._save_optimizer_and_scheduler(output_dir)
         elif self.args.should_save:
-            folder, step = Path(output_dir), self.state.global_step
-            for weights in folder.glob("*.safetensors"):
-                self.hashes.add(weights)
-            with warnings.catch_warnings():
-                # Schedules warn that the optimizer is to be saved as well, which it is.
-                warnings.simplefilter("ignore", UserWarning)
-                schedule = self.lr_scheduler.state_dict()
-            try:
-                state = self.optimizer.state_dict()
-                write_state(folder, "optimizer", state, step=step, then=self.hashes.add)
-            except NotPlain:
-                super()._save_optimizer_and_scheduler(output_dir)
-            else:
-                write_state(folder, "scheduler", schedule, step=step)
+            for weights in Path(output_dir).glob("*.safetensors"):
+                if not weights.name.startswith("optimizer-"):
+                    self.hashes.add(weights)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Load what _save_optimizer_and_scheduler wrote, or transformers' Trainer.
@@ -75,8 +86,8 @@ class SavedStates(Evaluator):
         """Write the state of float16's gradient scaler."""
         scaler = self.accelerator.scaler
         if scaler is not None and self.args.should_save:
-            step = self.state.global_step
-            write_state(Path(output_dir), "scaler", scaler.state_dict(), step=step)
+            step, state = self.state.global_step, scaler.state_dict()
+            write_state(Path(output_dir), "scaler", state, step=step, hashes=self.hashes)
 
     def _load_scaler(self, checkpoint: str | None) -> None:
         """Load the state of float16's gradient scaler, where the checkpoint has one."""
@@ -102,7 +113,8 @@ class SavedStates(Evaluator):
         folder = Path(output_dir)
         # The first process may not have written anything yet.
         folder.mkdir(parents=True, exist_ok=True)
-        write_state(folder, self._rng_name(), state, step=self.state.global_step)
+        step = self.state.global_step
+        write_state(folder, self._rng_name(), state, step=step, hashes=self.hashes)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """Load the states of this process's random number generators; other processes' are not.

@@ -3,57 +3,58 @@
 A state is nested dicts, lists and tuples of numbers, texts and tensors. `NAME.json` has all of it
 but the tensors, which are in `NAME-1.safetensors`, `NAME-2.safetensors`... Reading either runs no
 code, whoever wrote it.
+
+The safetensors files are written here and not by the library, whose `save_file` hands out neither
+the bytes nor their hash: so the hash is taken from memory while the file is written.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from attnimg.train.file_hashes import FileHashes
 
 if TYPE_CHECKING:
     import torch
 
-# A state is written in this many files, within these sizes: the first are hashed while the others
-# are written, and one at a time is in CPU memory.
+# A state is written in this many files, within these sizes: several are hashed at a time, and only
+# these are in CPU memory.
 _PARTS = 16
-_SMALLEST, _LARGEST = 64 * 2**20, 4 * 2**30
+_SMALLEST, _LARGEST = 32 * 2**20, 2**30
+# Source: safetensors 0.8, safetensors/torch.py, _TYPES (2026-11-27).
+_DTYPES = {
+    "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "int64": "I64",
+    "int32": "I32", "int16": "I16", "int8": "I8", "uint8": "U8", "bool": "BOOL",
+    "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2",
+}  # fmt: skip
 
 
 class NotPlain(TypeError):
     """Raised for a state that has an object of another class, such as torchao's tensors."""
 
 
-def write_state(
-    folder: Path,
-    name: str,
-    state: object,
-    *,
-    step: int,
-    then: Callable[[Path], None] = lambda _: None,
-) -> None:
+def write_state(folder: Path, name: str, state: object, *, step: int, hashes: FileHashes) -> None:
     """Write a state.
 
     Args:
         folder: an existing folder.
         name: of the files, without their endings.
-        state: as `state_dict` returns it.
+        state: as `state_dict` returns it; it must stay as it is until the hashes are taken.
         step: optimizer steps done.
-        then: called with each large file that is written.
+        hashes: writes the tensors' files.
 
     Raises:
         NotPlain: it holds something else than numbers, texts and plain tensors; nothing is written.
     """
-    from safetensors.torch import save_file
-
     tensors: list[torch.Tensor] = []
     tree = _encoded(state, tensors, {})
     parts = _parts(tensors)
     for number, part in enumerate(parts, 1):
-        path = folder / f"{name}-{number}.safetensors"
-        save_file({str(place): _on_cpu(tensors[place]) for place in part}, path)
-        then(path)
+        named = {str(place): _on_cpu(tensors[place]) for place in part}
+        hashes.write(folder / f"{name}-{number}.safetensors", _safetensors(named))
     content = {"step": step, "files": len(parts), "state": tree}
     (folder / f"{name}.json").write_text(json.dumps(content), encoding="utf-8")
 
@@ -96,10 +97,33 @@ def _parts(tensors: list[torch.Tensor]) -> list[list[int]]:
     return parts
 
 
+def _safetensors(tensors: Mapping[str, torch.Tensor]) -> list[memoryview]:
+    """Return the content of a safetensors file, without a copy of the tensors.
+
+    Source: https://github.com/huggingface/safetensors, README.md, "Format" (2026-11-27).
+    """
+    import torch
+
+    # The reader needs each tensor at a multiple of its element size.
+    ordered = sorted(tensors.items(), key=lambda entry: -entry[1].element_size())
+    header, end = {}, 0
+    for name, tensor in ordered:
+        start, end = end, end + tensor.nbytes
+        header[name] = {"dtype": _dtype(tensor), "shape": list(tensor.shape),
+                        "data_offsets": [start, end]}  # fmt: skip
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    flat = [memoryview(tensor.reshape(-1).view(torch.uint8).numpy()) for _, tensor in ordered]
+    return [memoryview(len(text).to_bytes(8, "little") + text), *flat]
+
+
+def _dtype(tensor: torch.Tensor) -> str | None:
+    """Return the name that safetensors has for a dtype."""
+    return _DTYPES.get(str(tensor.dtype).removeprefix("torch."))
+
+
 def _on_cpu(tensor: torch.Tensor) -> torch.Tensor:
-    """Return a tensor as safetensors takes it: on the CPU, contiguous, not a view of another."""
-    found = tensor.detach().cpu().contiguous()
-    return found.clone() if found.untyped_storage().nbytes() != found.nbytes else found
+    return tensor.detach().cpu().contiguous()
 
 
 def _encoded(value: Any, tensors: list[torch.Tensor], seen: dict[int, int]) -> Any:
@@ -117,6 +141,8 @@ def _encoded(value: Any, tensors: list[torch.Tensor], seen: dict[int, int]) -> A
                          for key, found in value.items()]}  # fmt: skip
     if type(value) not in (torch.Tensor, torch.nn.Parameter) or value.layout != torch.strided:
         raise NotPlain(f"found {type(value).__module__}.{type(value).__qualname__}")
+    if _dtype(value) is None:
+        raise NotPlain(f"found a tensor of {value.dtype}")
     if id(value) not in seen:
         seen[id(value)] = len(tensors)
         tensors.append(value)

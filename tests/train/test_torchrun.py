@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -250,3 +251,33 @@ def test_another_config_on_a_rank_is_refused_by_its_key(pair: Path, tmp_path: Pa
     assert "the processes do not agree: seed" in output, output
     assert "rank 0 has 1, rank 1 has 2" in output
     assert not (tmp_path / "out").exists()
+
+
+OWN_FOLDER = """
+import os, sys
+from attnimg.__main__ import run
+from attnimg.train.distributed import end_process, rank
+os.chdir(sys.argv[2 + rank()])
+end_process(run(["train", sys.argv[1]]))
+"""
+
+
+def test_another_model_of_the_same_name_on_a_rank_is_refused(pair: Path, tmp_path: Path) -> None:
+    (tmp_path / "train.py").write_text(OWN_FOLDER)
+    (tmp_path / "data.jsonl").write_text('{"text": "one two three"}\n' * 8)
+    for name in ("0", "1"):
+        shutil.copytree(pair / "model", tmp_path / name / "model")
+    config = tmp_path / "1/model/config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "rms_norm_eps": 0.1}))
+    (tmp_path / "run.yaml").write_text(
+        f"base_model: model\noutput_dir: {tmp_path / 'out'}\nmax_steps: 1\n"
+        f"learning_rate: 0.0001\nmicro_batch_size: 1\nsequence_len: 32\n"
+        f"datasets: [{{path: {tmp_path / 'data.jsonl'}, type: completion}}]\n"
+    )
+    process = torchrun(
+        tmp_path / "train.py", str(tmp_path / "run.yaml"), str(tmp_path / "0"), str(tmp_path / "1")
+    )
+    output = process.communicate(timeout=300)[0]
+    assert process.returncode != 0, output
+    assert "the processes do not agree: base_model" in output, output
+    assert not list((tmp_path / "out").glob("*.safetensors"))

@@ -22,7 +22,7 @@ from attnimg.train import session
 from attnimg.train.checkpoint import ResumePoint
 from attnimg.train.file_hashes import FileHashes
 from attnimg.train.intact import damages_of
-from attnimg.train.manifest import write_manifest
+from attnimg.train.manifest import hash_of, write_manifest
 from attnimg.train.model import load_model
 from attnimg.train.output_dir import check_output_dir
 from attnimg.train.pickled_weights import convert
@@ -277,6 +277,18 @@ def test_the_newest_whole_checkpoint_of_another_run_is_offered(
     point = check_output_dir(Config(**keys, resume_from_checkpoint=str(old / "checkpoint-2")))
     assert point is not None
     assert point.step == 2
+
+
+def test_checkpoints_of_one_name_differ_by_the_hash_of_their_manifest(
+    trained: Path, earlier: Path, tmp_path: Path
+) -> None:
+    copy = copied(trained, tmp_path / "copy", 4) / "checkpoint-4"
+    assert hash_of(copy) == hash_of(trained / "checkpoint-4")
+    flipped(ADAPTER)(copy)
+    with FileHashes() as hashes:
+        write_manifest(copy, hashes, step=4, processes=1)
+    assert hash_of(copy) not in (hash_of(trained / "checkpoint-4"), None)
+    assert hash_of(earlier / "checkpoint-4") is None
 
 
 def test_another_step_in_the_name_is_refused(trained: Path, tmp_path: Path) -> None:

@@ -12,7 +12,19 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
 
 from attnimg.train import state_files
+from attnimg.train.file_hashes import FileHashes, sha256_of
 from attnimg.train.state_files import NotPlain, read_state, write_state
+
+
+def write(folder: Path, name: str, state: object, *, step: int) -> None:
+    """Write a state, and check that the hashes taken meanwhile are those of the files."""
+    with FileHashes() as hashes:
+        write_state(folder, name, state, step=step, hashes=hashes)
+        paths = sorted(folder.glob(f"{name}-*.safetensors"))
+        assert set(paths) == set(hashes._files), "each was hashed from memory"
+        for path, found in zip(paths, hashes.of(paths), strict=True):
+            with path.open("rb", buffering=0) as file:
+                assert found == sha256_of(file)
 
 
 def same(found: Any, needed: Any) -> bool:
@@ -79,7 +91,7 @@ def test_the_state_of_an_optimizer(
 ) -> None:
     monkeypatch.setattr(state_files, "_SMALLEST", smallest)
     made = optimizer(OPTIMIZERS[name])
-    write_state(tmp_path, "optimizer", made.state_dict(), step=3)
+    write(tmp_path, "optimizer", made.state_dict(), step=3)
     found = read_state(tmp_path, "optimizer", device="cpu")
     assert same(found, made.state_dict())
     again = optimizer(OPTIMIZERS[name])
@@ -105,7 +117,7 @@ SCHEDULES: dict[str, Callable[[torch.optim.Optimizer], Any]] = {
 def test_the_state_of_a_schedule(tmp_path: Path, name: str) -> None:
     made = optimizer(OPTIMIZERS["adamw"])
     state = SCHEDULES[name](made).state_dict()
-    write_state(tmp_path, "scheduler", state, step=3)
+    write(tmp_path, "scheduler", state, step=3)
     assert same(read_state(tmp_path, "scheduler", device="cpu"), state)
 
 
@@ -125,13 +137,13 @@ def test_the_state_of_a_schedule(tmp_path: Path, name: str) -> None:
     ],
 )  # fmt: skip
 def test_states_of_every_kind(tmp_path: Path, state: Any) -> None:
-    write_state(tmp_path, "state", state, step=0)
+    write(tmp_path, "state", state, step=0)
     assert same(read_state(tmp_path, "state", device="cpu"), state)
 
 
 def test_a_tensor_of_several_names_is_written_once(tmp_path: Path) -> None:
     shared = torch.randn(1000)
-    write_state(tmp_path, "state", {"a": shared, "b": [shared, shared]}, step=0)
+    write(tmp_path, "state", {"a": shared, "b": [shared, shared]}, step=0)
     assert (tmp_path / "state-1.safetensors").stat().st_size < 2 * shared.nbytes
     found = read_state(tmp_path, "state", device="cpu")
     assert found["a"] is found["b"][0] is found["b"][1]
@@ -150,5 +162,5 @@ def test_objects_other_than_plain_tensors_are_refused_before_anything_is_written
     tmp_path: Path, value: object
 ) -> None:
     with pytest.raises(NotPlain):
-        write_state(tmp_path, "state", {"a": torch.ones(2), "b": value}, step=0)
+        write(tmp_path, "state", {"a": torch.ones(2), "b": value}, step=0)
     assert not list(tmp_path.iterdir())
