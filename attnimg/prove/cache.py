@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -23,19 +22,6 @@ from attnimg.prove.runner import Candidate, proof_from_json
 _TRANSIENT = frozenset({"timeout", "crash", "oom", "import-error"})
 # A proof has one figure for each quantity and a few lines of reasons.
 _PROOF_BYTES = 1 << 20
-
-
-def cache_folder(environment: Mapping[str, str]) -> Path:
-    """Return this user's folder of proofs: below ATTNIMG_CACHE, or below the user's cache folder.
-
-    Its name has the uid: users of one ATTNIMG_CACHE, such as an image's /cache, have one each.
-    """
-    named = environment.get("ATTNIMG_CACHE")
-    if named:
-        return Path(named) / f"proofs-{os.geteuid()}"
-    from platformdirs import user_cache_path
-
-    return user_cache_path("attnimg") / f"proofs-{os.geteuid()}"
 
 
 def key_of(

@@ -19,6 +19,7 @@ from attnimg.context import described
 from attnimg.errors import AttnimgError
 from attnimg.facts import RunContext
 from attnimg.layout import lay_out
+from attnimg.memory_errors import as_refusal
 from attnimg.prove.packed_probe import (
     differentiate,
     document_bounds,
@@ -91,7 +92,10 @@ def check_isolation(
         context: how the run calls the model.
 
     Returns:
-        The proof. A model that raises on packed documents has failed; nothing is raised here.
+        The proof. A model that raises on packed documents has failed.
+
+    Raises:
+        AttnimgError: memory is full, which says nothing about the model (code out-of-memory).
     """
     proof = IsolationProof(
         model_type=model.config.model_type,
@@ -106,6 +110,8 @@ def check_isolation(
     # Model code and kernels raise anything: ValueError where transformers refuses packing,
     # TypeError on an unknown argument, IndexError past a position table. The reason is kept.
     except Exception as error:
+        if (full := as_refusal(error)) is not None:
+            raise full from error
         return replace(proof, why=f"the model raised {type(error).__name__}: {error}")
     if not all(map(math.isfinite, figures)):
         why = "the model's logits or gradients are not finite (NaN or infinite)"

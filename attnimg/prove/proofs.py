@@ -11,10 +11,10 @@ from pathlib import Path
 
 from attnimg.backends import variables_that_choose
 from attnimg.calls.hub_kernels import hub_folder
+from attnimg.content_hashes import ContentHashes, cache_folder
 from attnimg.context import context_of
 from attnimg.facts import Backend, Machine, Problem, Proof
 from attnimg.prove import cache
-from attnimg.prove.content_hashes import ContentHashes
 from attnimg.prove.geometry import geometries_of, has_dense_entry, local_kernel_of
 from attnimg.prove.runner import Candidate, run
 
@@ -43,7 +43,7 @@ class Setting:
         return Setting(
             machine=machine,
             environment=environment,
-            folder=cache.cache_folder(environment),
+            folder=cache_folder(environment),
         )
 
 

@@ -8,7 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any, Self
 
-THREADS = 4
+_THREADS = 4
 # Reading and hashing release the GIL for this many bytes at a time: the thread that writes the
 # next file needs it, too.
 _BLOCK_BYTES = 16 * 2**20
@@ -18,7 +18,7 @@ class FileHashes:
     """SHA-256 of files, taken in threads that also flush them; a context manager that ends them."""
 
     def __init__(self) -> None:
-        self._pools = ThreadPoolExecutor(THREADS), ThreadPoolExecutor(THREADS)
+        self._pools = ThreadPoolExecutor(_THREADS), ThreadPoolExecutor(_THREADS)
         self._files: dict[Path, tuple[tuple[int, ...], Future[str], Future[None]]] = {}
 
     def __enter__(self) -> Self:

@@ -12,12 +12,12 @@ import os
 import re
 import stat
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from attnimg.files import read_regular
-from attnimg.train.file_hashes import THREADS, FileHashes, flush, sha256_of
+from attnimg.threads import in_threads
+from attnimg.train.file_hashes import FileHashes, flush, sha256_of
 
 FILE = "manifest.json"
 # A sharded checkpoint of a thousand processes has some ten thousand files of 150 bytes each.
@@ -103,9 +103,8 @@ def damages(checkpoint: Path, *, step: int) -> list[str]:
         if at != step
     ]
     files: Mapping[str, Mapping[str, Any]] = content["files"]
-    with ThreadPoolExecutor(THREADS) as pool:
-        judged = pool.map(lambda name: _damage(checkpoint / name, files[name]), files)
-        found += [f"{name}: {text}" for name, text in zip(files, judged, strict=True) if text]
+    judged = in_threads(lambda name: _damage(checkpoint / name, files[name]), files)
+    found += [f"{name}: {text}" for name, text in zip(files, judged, strict=True) if text]
     return found + [
         f"{name}: found a file that was added later and would be loaded, needed none of this name"
         for name in _added(checkpoint, files)

@@ -108,6 +108,14 @@ def test_a_rounding_is_no_leak_and_a_small_leak_is_one(share, isolated):
     assert proof.isolated is isolated, proof.why
 
 
+def test_full_memory_is_not_called_an_error_of_the_model():
+    model = tiny_model("llama", "sdpa")
+    model.model.embed_tokens.register_forward_hook(lambda *_: torch.empty(1 << 60))
+    with pytest.raises(AttnimgError) as caught:
+        check_isolation(model, implementation="sdpa", context=a_context())
+    assert (caught.value.code, caught.value.exit_code) == ("out-of-memory", 1)
+
+
 def test_what_the_model_raised_is_told_and_not_called_a_leak():
     model = tiny_model("llama", "sdpa")
 

@@ -206,11 +206,3 @@ def test_a_folder_that_cannot_be_written_is_a_note(tmp_path: Path) -> None:
 def test_a_change_asks_for_a_new_proof(changes: dict[str, object]) -> None:
     assert key(**changes) != key()
     assert key() == key()
-
-
-@pytest.mark.parametrize("named", [True, False], ids=["ATTNIMG_CACHE", "the user's folder"])
-def test_the_folder(tmp_path: Path, named: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
-    environment = {"ATTNIMG_CACHE": str(tmp_path / "named")} if named else {}
-    wanted = tmp_path / ("named" if named else "home/attnimg") / f"proofs-{os.geteuid()}"
-    assert cache.cache_folder(environment) == wanted

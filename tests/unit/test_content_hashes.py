@@ -1,10 +1,12 @@
-"""Test the hashes of a kernel's files, by which proofs are cached."""
+"""Test the hashes of files: of kernels, by which proofs are cached, and of models."""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
+import subprocess
+import sys
 import time
 from importlib import metadata
 from pathlib import Path
@@ -12,11 +14,10 @@ from pathlib import Path
 import pytest
 from run_facts import a_problem
 
-from attnimg import probe, problem
+from attnimg import content_hashes, probe, problem
 from attnimg.backends import backend_named
+from attnimg.content_hashes import ContentHashes, cache_folder
 from attnimg.facts import Machine
-from attnimg.prove import content_hashes
-from attnimg.prove.content_hashes import ContentHashes
 from attnimg.prove.proofs import Setting, prove
 
 KERNEL = Path(__file__).parents[1] / "fixtures" / "flash_attn2"
@@ -145,3 +146,35 @@ def proof_of(machine: Machine, folder: Path) -> bool:
     (proof,) = prove([backend], a_problem(model=SMALL), setting=setting, say=lambda text: None)
     assert proof.passed, proof.reasons
     return proof.cached
+
+
+@pytest.mark.parametrize("named", [True, False], ids=["ATTNIMG_CACHE", "the user's folder"])
+def test_the_folder(tmp_path: Path, named: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    environment = {"ATTNIMG_CACHE": str(tmp_path / "named")} if named else {}
+    wanted = tmp_path / ("named" if named else "home/attnimg") / f"proofs-{os.geteuid()}"
+    assert cache_folder(environment) == wanted
+
+
+LIMITED = """
+import resource, sys
+from pathlib import Path
+from attnimg.content_hashes import ContentHashes
+if sys.argv[2] != "-":
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + int(sys.argv[2]),) * 2)
+print(ContentHashes(None).of_folder(Path(sys.argv[1])))
+"""
+
+
+def test_files_are_hashed_where_no_thread_can_start(tmp_path: Path) -> None:
+    for name in "abcdefgh":
+        (tmp_path / name).write_bytes(name.encode() * 100_000)
+    found = [
+        subprocess.run(
+            [sys.executable, "-c", LIMITED, str(tmp_path), room],
+            capture_output=True, text=True, timeout=60, check=True,
+        ).stdout
+        for room in ("-", str(4 << 20))
+    ]  # fmt: skip
+    assert found[0] == found[1] != ""

@@ -1,4 +1,4 @@
-"""Hash the files that compute attention; cache the hashes of large ones.
+"""Hash files that a result depends on, of kernels and models; cache the hashes of large ones.
 
 A cached hash is used only while the device, inode, size, mtime and ctime of the file are the same:
 the operating system sets ctime at each change of content or metadata, and no program can set it.
@@ -10,14 +10,14 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 
 from attnimg.files import read_private, write_private
+from attnimg.threads import in_threads
 
 # Smaller files are hashed each time, which is faster than looking up their hash.
 _CACHED_BYTES = 1 << 20
@@ -26,6 +26,20 @@ _CACHED_BYTES = 1 << 20
 _SETTLED_S = 2.0
 _FILE = "hashes.json"
 _FILE_BYTES = 4 << 20
+
+
+def cache_folder(environment: Mapping[str, str]) -> Path:
+    """Return this user's folder of proofs and hashes.
+
+    It is below ATTNIMG_CACHE, or below the user's cache folder. Its name has the uid: users of one
+    ATTNIMG_CACHE, such as an image's /cache, have one each.
+    """
+    named = environment.get("ATTNIMG_CACHE")
+    if named:
+        return Path(named) / f"proofs-{os.geteuid()}"
+    from platformdirs import user_cache_path
+
+    return user_cache_path("attnimg") / f"proofs-{os.geteuid()}"
 
 
 class ContentHashes:
@@ -40,6 +54,14 @@ class ContentHashes:
         self._known = _load(folder) if folder else {}
         self._new: dict[str, str] = {}
 
+    def of_each(self, files: Iterable[Path]) -> list[str]:
+        """Return the SHA-256 of each file.
+
+        Raises:
+            OSError: a file can't be read.
+        """
+        return in_threads(self._of_file, files)
+
     def of_files(self, root: Path, files: Iterable[Path]) -> str:
         """Return one hash of the names and the content of files.
 
@@ -51,10 +73,9 @@ class ContentHashes:
             OSError: a file can't be read.
         """
         paths = sorted(files)
-        with ThreadPoolExecutor(4) as pool:  # hashlib releases the GIL
-            hashes = list(pool.map(self._of_file, paths))
         listed = [
-            (os.path.relpath(path, root), found) for path, found in zip(paths, hashes, strict=True)
+            (os.path.relpath(path, root), found)
+            for path, found in zip(paths, self.of_each(paths), strict=True)
         ]
         return hashlib.sha256(json.dumps(listed).encode()).hexdigest()
 
