@@ -27,18 +27,18 @@ def proofs(
     return prove(backends, problem, setting=setting, say=say, routed=routed)
 
 
-def content_hash(backend: Backend, *, machine: Machine, trusted: bool) -> str | None:
-    """Return a hash of the files of a backend's kernel; None where some are unknown.
+def kernel_content(backend: Backend, *, machine: Machine, trusted: bool) -> dict[str, str] | None:
+    """Return hashes of the files of a backend's kernel; None where some are unknown.
 
     Args:
         backend: one that fits the machine.
         machine: this one.
         trusted: whether the user set trust_remote_code.
     """
-    from attnimg.prove.proofs import Setting, content_hash_of
+    from attnimg.prove.proofs import Setting, content_of
 
     setting = Setting.here(machine, os.environ)
-    return content_hash_of(backend, setting=setting, trusted=trusted)
+    return content_of(backend, setting=setting, trusted=trusted)
 
 
 def proven_plan(

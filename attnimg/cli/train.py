@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from attnimg import apply, config, plan, probe, problem
-from attnimg.cli.proofs import content_hash, parts_of, proven_plan
+from attnimg.cli.proofs import kernel_content, parts_of, proven_plan
 from attnimg.cli.running import attention_check_of
 from attnimg.cli.subject import (
     base_model_findings,
@@ -218,6 +218,7 @@ def fit_planned(
     from attnimg.train.fit import fit
     from attnimg.train.identity import attention_and_precision, data_of
     from attnimg.train.model import load_model
+    from attnimg.train.model_hashes import tokenizer_of
     from attnimg.train.new_tokens import require_embeddings
     from attnimg.train.resume import require_same
     from attnimg.train.run import RunFacts
@@ -241,7 +242,7 @@ def fit_planned(
     context = context_of(session.problem, backend)
     computed = attention_and_precision(backend.name, context)
     data = data_of(values, documents.figures, tokenizer)
-    require_same({**data, **computed}, values, resume)
+    require_same({**data, **computed, "tokenizer": tokenizer_of(values)}, values, resume)
     require_embeddings(values, (documents.train, documents.validation), tokenizer)
     session.say(f"run: {described(context)}")
     model = load_model(
@@ -269,6 +270,7 @@ def fit_planned(
             context=context,
             isolation=asdict(proof) if proof else None,
             proofs=tuple(proofs),
+            kernels=_kernels(session, found),
         ),
         resume=resume,
         stop=session.stop,
@@ -294,10 +296,10 @@ def _agree(session: Session, facts: Mapping[str, object]) -> None:
     agree(facts, cpu=on_cpu, timeout_s=session.config.ddp_timeout)
 
 
-def _kernels(session: Session, found: Plan) -> dict[str, str | None]:
-    """Return a hash of the files that compute each of a plan's backends."""
+def _kernels(session: Session, found: Plan) -> dict[str, dict[str, str] | None]:
+    """Return hashes of the files that compute each of a plan's backends."""
     return {
-        backend.name: content_hash(backend, machine=session.machine, trusted=part.trusted)
+        backend.name: kernel_content(backend, machine=session.machine, trusted=part.trusted)
         for backend, part in parts_of(found, session.problem)
     }
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
@@ -122,13 +120,16 @@ def _keys(
     return keys
 
 
-def content_hash_of(backend: Backend, *, setting: Setting, trusted: bool) -> str | None:
-    """Return one hash of all files that compute a backend's attention; None where some are unknown.
+def content_of(backend: Backend, *, setting: Setting, trusted: bool) -> dict[str, str] | None:
+    """Return hashes of all files that compute a backend's attention; None where some are unknown.
 
     Args:
         backend: one that fits the machine.
         setting: its folder has the cache of file hashes.
         trusted: whether the user set trust_remote_code.
+
+    Returns:
+        One hash for each kind of file: "attnimg", and "torch", "kernel" or names of packages.
     """
     hashes = ContentHashes(setting.folder)
     try:
@@ -136,7 +137,7 @@ def content_hash_of(backend: Backend, *, setting: Setting, trusted: bool) -> str
     except OSError:
         return None
     hashes.save()
-    return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()
+    return found
 
 
 def _content(

@@ -15,6 +15,7 @@ from attnimg.errors import AttnimgError
 from attnimg.memory_errors import memory_errors
 from attnimg.schema import Config
 from attnimg.train import metrics
+from attnimg.train.applied import applied
 from attnimg.train.attention_check import AttentionCheck
 from attnimg.train.checkpoint import ResumePoint, read_state
 from attnimg.train.distributed import join, rank, world_size
@@ -125,6 +126,7 @@ def _with_receipt(session: Session, data_figures: object) -> FitResult:
         run=session.run,
         figures={
             "world_size": world_size(),
+            "identity": session.identity,
             "data": data_figures,
             "packing": {"train": train.figures, "eval": evaluation.figures if evaluation else None},
             "schedule": session.schedule,
@@ -186,14 +188,18 @@ def _train(session: Session, receipt: dict[str, object]) -> FitResult:
     began = time.monotonic()
     first = rank() == 0
     view = ProgressView(session.console, total=session.schedule.total_steps, visible=first)
-    engine = build_engine(session, view)
+
+    def ready(engine: Any) -> None:
+        receipt["applied"] = applied(engine, session.run.plan)
+        if first:
+            write_receipt(session.folder, receipt, status="running")
+
+    engine = build_engine(session, view, ready)
     counts = count_weights(engine.model)
     receipt["weights"] = counts
     session.console.print(f"  {sentence(counts)}", highlight=False, markup=False, soft_wrap=True)
     session.attention_check.announce()
     receipt["loss"] = check_own_loss(engine, session)
-    if first:
-        write_receipt(session.folder, receipt, status="running")
     try:
         notes = run_engine(engine, session)
     finally:

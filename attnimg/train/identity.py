@@ -1,4 +1,4 @@
-"""Build the identity of a run: the keys of its config, and hashes of its model and data.
+"""Build the identity of a run: the keys of its config; hashes of model, tokenizer, data, kernels.
 
 Each checkpoint has the identity of its run. A run that resumes from it must have the same, except
 for CHANGEABLE keys. Each key of the config is in one of the sets below.
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from attnimg.facts import RunContext
 from attnimg.schema import Config, DatasetSpec
 from attnimg.train.distributed import world_size
-from attnimg.train.model_files import WEIGHT_FILES
+from attnimg.train.model_hashes import model_of, tokenizer_of
 
 if TYPE_CHECKING:
     from attnimg.train.data.documents import SourceFigures
@@ -38,8 +38,8 @@ BY_VALUE = frozenset(
         "fsdp", "fsdp_config", "fsdp_version", "deepspeed", "rl", "context_parallel_size",
     }
 )  # fmt: skip
-# Compared by content: the model's files, the documents' tokens, the kernel that runs. Moved folders
-# and renamed files are the same.
+# Compared by content: the files of model and tokenizer, the documents' tokens, the kernel that
+# runs. Moved folders and renamed data files are the same.
 BY_CONTENT = frozenset(
     {
         "base_model", "revision_of_model", "tokenizer_config", "datasets", "pretraining_dataset",
@@ -68,10 +68,6 @@ NOT_COMPARED = frozenset(
     }
 )  # fmt: skip
 
-# Parts of a weight file that are read for its hash. Training changes nearly all values of a weight,
-# so two checkpoints of one architecture differ in each part.
-SAMPLES, SAMPLE_BYTES = 64, 2**16
-
 
 def settings_of(config: Config) -> dict[str, Any]:
     """Return the part of a run's identity that is known before anything is loaded."""
@@ -91,7 +87,7 @@ def identity_of(
 
     Args:
         config: the validated run.
-        run: for its attention and precision.
+        run: for its attention, kernels and precision.
         tokenizer: as `load_tokenizer` returns it.
         figures: of the documents.
         rows: number of training rows, packed where the run packs.
@@ -101,6 +97,8 @@ def identity_of(
         **settings_of(config),
         **attention_and_precision(run.backend, run.context),
         **data_of(config, figures, tokenizer),
+        "tokenizer": tokenizer_of(config),
+        "kernels": run.kernels,
         "rows": rows,
         "tokens": tokens,
     }
@@ -182,52 +180,6 @@ def _dated(config: Config, spec: DatasetSpec, key: str, tokenizer: Any) -> str |
     if "strftime_now" not in json.dumps(template):
         return None
     return _hash([template, tokenizer.backend_tokenizer.to_str()])
-
-
-def model_of(config: Config) -> dict[str, Any] | None:
-    """Return hashes of the model's config.json and weights; None when it is not on this machine."""
-    folder = _model_folder(config)
-    if folder is None or not (folder / "config.json").is_file():
-        return None
-    raw = json.loads((folder / "config.json").read_bytes())
-    about = {key: raw[key] for key in raw if key not in ("_name_or_path", "transformers_version")}
-    files = sorted(folder.glob(WEIGHT_FILES))
-    weights = [(path.name, path.stat().st_size, _sampled_hash(path)) for path in files]
-    return {
-        "path": config.base_model,
-        "revision": config.revision_of_model,
-        "config": _hash(about),
-        "weights": _hash(weights),
-    }
-
-
-def _model_folder(config: Config) -> Path | None:
-    """Find the folder of the model, or of its snapshot in the hub's cache."""
-    folder = Path(config.base_model or "").expanduser()
-    if folder.is_dir():
-        return folder
-    from huggingface_hub import try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
-
-    try:
-        found = try_to_load_from_cache(
-            str(config.base_model), "config.json", revision=config.revision_of_model
-        )
-    except HFValidationError:
-        return None
-    return Path(found).parent if isinstance(found, str) else None
-
-
-def _sampled_hash(path: Path) -> str:
-    """Return a hash of evenly spaced parts of a file; of all of it when it is short."""
-    size = path.stat().st_size
-    step = max(SAMPLE_BYTES, size // SAMPLES)
-    found = hashlib.sha256()
-    with path.open("rb") as file:
-        for start in range(0, size, step):
-            file.seek(start)
-            found.update(file.read(SAMPLE_BYTES))
-    return found.hexdigest()
 
 
 def _json_of(path: str) -> Any:

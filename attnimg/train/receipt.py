@@ -53,6 +53,7 @@ def open_receipt(
         "attention": {"backend": run.backend, "implementation": run.implementation},
         "dtype": run.context.dtype,
         "context": run.context,
+        "applied": None,
         "isolation": run.isolation,
         "proofs": run.proofs,
         **figures,

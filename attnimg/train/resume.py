@@ -139,6 +139,7 @@ def resume_notes(before: Mapping[str, Any], now: Mapping[str, Any], *, name: str
             f"{as_yaml(change.before)}: eval_loss before and after cannot be compared"
             for change in _data(before, now, "evaluation")
         ]
+    said += _kernel_notes(before, now, name=name)
     lacking = {"model": "base_model", "data": "datasets", "attention": "attention"}
     unknown = [text for part, text in lacking.items() if before.get(part) is None]
     if "learning_rate" not in before.get("keys", {}):
@@ -155,6 +156,25 @@ def resume_notes(before: Mapping[str, Any], now: Mapping[str, Any], *, name: str
         if part in before and before[part] != now[part]:
             said.append(f"warning: {part}: {before[part]} until {name}, {now[part]} now: {text}")
     return said
+
+
+def _kernel_notes(before: Mapping[str, Any], now: Mapping[str, Any], *, name: str) -> list[str]:
+    """Return a line for each backend whose files changed since a checkpoint."""
+    then, here = before.get("kernels") or {}, now.get("kernels") or {}
+    notes = []
+    for backend in sorted(then.keys() & here.keys()):
+        old, new = then[backend] or {}, here[backend] or {}
+        parts = sorted(part for part in old.keys() | new.keys() if old.get(part) != new.get(part))
+        if parts:
+            texts = [
+                ", ".join(f"{part} {side.get(part, 'none')[:12]}" for part in parts)
+                for side in (old, new)
+            ]
+            notes.append(
+                f"warning: the files of {backend} changed: {texts[0]} until {name}, {texts[1]} "
+                "now: results may differ"
+            )
+    return notes
 
 
 def apply_config(engine: Any, config: Config, before: Mapping[str, Any]) -> None:
@@ -212,7 +232,8 @@ def _refused(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
     """Return the changes that would change the result."""
     changes = [change for change in _changed_keys(before, now) if change.key not in CHANGEABLE]
     decides = evaluation_decides(now.get("keys", {}))
-    return [*_batch(changes, before, now), *_model(before, now), *_data(before, now, "data"),
+    return [*_batch(changes, before, now), *_files("model", "base_model", before, now),
+            *_files("tokenizer", "tokenizer_config", before, now), *_data(before, now, "data"),
             *(_data(before, now, "evaluation") if decides else ()),
             *_computed(before, now)]  # fmt: skip
 
@@ -246,29 +267,47 @@ def _batch(
     return [*others, Change(key=key, before=before_text, now=now_text, revert=revert)]
 
 
-def _model(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
-    """Return the change of the model, which is compared by its files."""
-    then, here = before.get("model"), now.get("model")
+def _files(part: str, key: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
+    """Return the change of the files of the model or the tokenizer; their folder may be another.
+
+    Args:
+        part: "model" or "tokenizer".
+        key: the config's, which names the folder.
+        before: the checkpoint's identity; one that lacks the part is not compared.
+        now: the run's.
+    """
+    then, here = before.get(part), now.get(part)
     if not then or not here:
         return []
-    parts = [part for part in ("config", "weights") if then[part] != here[part]]
-    if not parts:
+    names = then["files"].keys() | here["files"].keys()
+    if part == "tokenizer":
+        # Versions of transformers download other files of one repository. Where that makes other
+        # tokens, the data differs, too.
+        names = then["files"].keys() & here["files"].keys()
+    names = sorted(name for name in names if then["files"].get(name) != here["files"].get(name))
+    if not names:
         return []
-    what = {"config": "config.json", "weights": "weights"}
     moved = then["path"] != here["path"] or then["revision"] != here["revision"]
-    revert = f"set base_model: {as_yaml(then['path'])}"
+    revert = f"set {key}: {as_yaml(then['path'])}"
     if then["revision"]:
         revert += f" and revision_of_model: {as_yaml(then['revision'])}"
-    texts = [f"{side['path']} ({', '.join(f'{what[p]} {side[p][:12]}' for p in parts)})"
-             for side in (then, here)]  # fmt: skip
     return [
         Change(
-            key="base_model",
-            before=texts[0],
-            now=texts[1],
-            revert=revert if moved else f"put the earlier files back into {here['path']}",
+            key=key,
+            before=_named_hashes(then, names),
+            now=_named_hashes(here, names),
+            revert=revert
+            if moved
+            else f"put the earlier {', '.join(names[:3])} back into {here['path']}",
         )
     ]
+
+
+def _named_hashes(side: Mapping[str, Any], names: list[str]) -> str:
+    """Return a folder with the start of the SHA-256 of some of its files."""
+    hashes = [f"{name} {side['files'].get(name, 'missing')[:12]}" for name in names[:3]]
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"{side['path']} ({', '.join(hashes)}{more})"
 
 
 def _data(before: Mapping[str, Any], now: Mapping[str, Any], part: str) -> list[Change]:

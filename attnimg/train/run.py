@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from attnimg.facts import Machine, Plan, Proof, RunContext
@@ -20,6 +20,8 @@ class RunFacts:
         context: how the model is called, as it was proven.
         isolation: figures of the packing proof; None when nothing is packed.
         proofs: of the attention kernels, failed ones included.
+        kernels: backend -> hashes of the files that compute it, by their kind, such as "torch";
+            None where some are unknown.
     """
 
     machine: Machine
@@ -28,6 +30,7 @@ class RunFacts:
     context: RunContext
     isolation: Mapping[str, object] | None = None
     proofs: tuple[Proof, ...] = ()
+    kernels: Mapping[str, Mapping[str, str] | None] = field(default_factory=dict)
 
     @property
     def backend(self) -> str:

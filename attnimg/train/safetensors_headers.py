@@ -33,14 +33,24 @@ class StoredTensor:
         return math.prod(self.shape)
 
 
+def weight_files(folder: Path) -> list[Path]:
+    """Return the files of the index; without one, model.safetensors, or else all."""
+    try:
+        text = read_regular(folder / "model.safetensors.index.json", at_most=_MAX_HEADER)
+        names = sorted(set(json.loads(text)["weight_map"].values()))
+        return [folder / name for name in names]
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError):
+        whole = folder / "model.safetensors"
+        return [whole] if whole.is_file() else sorted(folder.glob("*.safetensors"))
+
+
 def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
     """Return name -> tensor of the weight files in a model's folder.
 
-    The files are those of the index; without one, model.safetensors, or else all. Files that can't
-    be read are left out: loading the model reports them.
+    Files that can't be read are left out: loading the model reports them.
     """
     found: dict[str, StoredTensor] = {}
-    for file in _files(folder):
+    for file in weight_files(folder):
         for name, entry in _header(file).items():
             found[name] = StoredTensor(dtype=entry["dtype"], shape=entry["shape"])
     return found
@@ -58,16 +68,6 @@ def unused_weights(model: Any, stored: Iterable[str], unexpected: Iterable[str])
     ignored = [re.compile(text) for text in model._keys_to_ignore_on_load_unexpected or ()]
     names = {name for name in stored if any(pattern.search(name) for pattern in ignored)}
     return tuple(sorted(name for name in names | set(unexpected) if not name.endswith(_COMPUTED)))
-
-
-def _files(folder: Path) -> list[Path]:
-    try:
-        text = read_regular(folder / "model.safetensors.index.json", at_most=_MAX_HEADER)
-        names = sorted(set(json.loads(text)["weight_map"].values()))
-        return [folder / name for name in names]
-    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError):
-        whole = folder / "model.safetensors"
-        return [whole] if whole.is_file() else sorted(folder.glob("*.safetensors"))
 
 
 def _header(file: Path) -> dict[str, dict[str, Any]]:

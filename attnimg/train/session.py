@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,8 +65,14 @@ class Session:
     attention_check: AttentionCheck
 
 
-def build_engine(session: Session, view: ProgressView) -> Any:
-    """Put the engine together; transformers' own printing is taken out."""
+def build_engine(session: Session, view: ProgressView, ready: Callable[[Any], None]) -> Any:
+    """Put the engine together; transformers' own printing is taken out.
+
+    Args:
+        session: what it works with.
+        view: the bar.
+        ready: called with the engine when it is ready for its first step.
+    """
     from transformers import EarlyStoppingCallback, PrinterCallback
     from trl import SFTConfig
 
@@ -87,6 +93,7 @@ def build_engine(session: Session, view: ProgressView) -> Any:
         view=view,
         restored=session.restored,
         config=config if session.resume and session.resume.path else None,
+        ready=ready,
     )
     patience = config.early_stopping_patience
     engine = Engine(

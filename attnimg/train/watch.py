@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]  # transformers' types are n
         view: the bar.
         restored: the state of the checkpoint the run goes on from; empty for a new run.
         config: the validated run if it resumes from a checkpoint; None for a new run.
+        ready: called with the engine when it is ready for its first step.
     """
 
     def __init__(
@@ -45,9 +46,10 @@ class Watch(TrainerCallback):  # type: ignore[misc]  # transformers' types are n
         view: ProgressView,
         restored: Mapping[str, Any],
         config: Config | None,
+        ready: Callable[[Any], None],
     ) -> None:
         self.folder, self.stop, self.view, self.restored = folder, stop, view, restored
-        self.config = config
+        self.config, self.ready = config, ready
         self.stopping = False
         self.engine: Any = None
 
@@ -55,6 +57,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]  # transformers' types are n
         """Take up the sums, and the evaluation, that the session before left unfinished."""
         if self.config is not None:
             apply_config(self.engine, self.config, self.restored.get("identity", {}))
+        self.ready(self.engine)
         self.engine.restore_window(self.restored)
         self.view.begin(state.global_step)
         self.stop.training = True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import sys
@@ -15,7 +16,7 @@ import yaml
 
 from attnimg.errors import AttnimgError
 from attnimg.schema import Config
-from attnimg.train import identity, resume
+from attnimg.train import identity, model_hashes, resume
 from attnimg.train.checkpoint import STATE, ResumePoint
 from attnimg.train.data.documents import SourceFigures
 
@@ -191,7 +192,7 @@ def same_model(model: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "refused"),
     [
-        pytest.param(other_weights, "weights", id="other weights of the same shapes"),
+        pytest.param(other_weights, "model.safetensors", id="other weights of the same shapes"),
         pytest.param(other_config, "config.json", id="another config.json"),
         pytest.param(same_model, None, id="a copy elsewhere"),
     ],
@@ -211,6 +212,85 @@ def test_the_base_model_is_known_by_its_files(
         resume.check_settings(config(**there), point)
     assert all(text in caught.value.why for text in (*here.values(), *there.values(), refused))
     resume.check_settings(config(**applied(caught.value.do, there)), point)
+
+
+@pytest.mark.parametrize("place", [0, 1_000_001, -1])
+def test_one_changed_bit_of_a_large_weight_is_named_though_size_and_time_are_kept(
+    tmp_path: Path, place: int
+) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    weights = bytearray(8 << 20)
+    file = model / "model.safetensors"
+    file.write_bytes(weights)
+    os.utime(file, ns=(10**18, 10**18))
+    values = config(base_model=str(model))
+    point = checkpoint(tmp_path, identity.settings_of(values))
+    resume.check_settings(values, point)
+    weights[place] ^= 1
+    file.write_bytes(weights)
+    os.utime(file, ns=(10**18, 10**18))
+    with pytest.raises(AttnimgError, match="another base_model") as caught:
+        resume.check_settings(values, point)
+    assert len(re.findall(r"model\.safetensors [0-9a-f]{12}", caught.value.why)) == 2
+    assert f"put the earlier model.safetensors back into {model}" in caught.value.do
+    weights[place] ^= 1
+    file.write_bytes(weights)
+    resume.check_settings(values, point)
+
+
+def other_vocabulary(model: Path) -> None:
+    file = model / "tokenizer.json"
+    file.write_text(file.read_text().replace("a", "b", 1))
+
+
+def one_file_more(model: Path) -> None:
+    (model / "chat_template.jinja").write_text("{{ messages }}")
+
+
+@pytest.mark.parametrize(
+    ("change", "refused"),
+    [
+        pytest.param(other_vocabulary, True, id="another tokenizer.json"),
+        pytest.param(one_file_more, False, id="a file more, as hub snapshots may have"),
+        pytest.param(lambda _model: None, False, id="a copy elsewhere"),
+    ],
+)
+def test_the_tokenizer_is_known_by_its_files(
+    tiny: Path, tmp_path: Path, change: Any, refused: bool
+) -> None:
+    shutil.copytree(tiny / "model", tmp_path / "moved")
+    change(tmp_path / "moved")
+    there = {"base_model": str(tiny / "model"), "tokenizer_config": str(tmp_path / "moved")}
+
+    def found(keys: dict[str, Any]) -> dict[str, Any]:
+        return {"tokenizer": model_hashes.tokenizer_of(config(**keys))}
+
+    point = checkpoint(tmp_path, found({"base_model": str(tiny / "model")}))
+    if not refused:
+        resume.require_same(found(there), config(**there), point)
+        return
+    with pytest.raises(AttnimgError, match="another tokenizer_config") as caught:
+        resume.require_same(found(there), config(**there), point)
+    assert len(re.findall(r"tokenizer\.json [0-9a-f]{12}", caught.value.why)) == 2
+    resume.require_same(found(applied(caught.value.do, there)), config(**there), point)
+
+
+def test_changed_files_of_a_kernel_are_named() -> None:
+    def files(torch: str) -> dict[str, Any]:
+        return {"kernels": {"sdpa": {"attnimg": "0" * 64, "torch": torch * 64}}, "attention": "x"}
+
+    notes = [
+        [note for note in resume.resume_notes(files("1"), files(now), name="checkpoint-4")
+         if "the files of" in note]
+        for now in "12"
+    ]  # fmt: skip
+    assert notes[0] == []
+    assert notes[1] == [
+        "warning: the files of sdpa changed: torch 111111111111 until checkpoint-4, torch "
+        "222222222222 now: results may differ"
+    ]
 
 
 def figures(key: str = "datasets[0]", *, content: str = "a" * 64) -> SourceFigures:
@@ -415,6 +495,23 @@ def test_another_learning_rate_is_stepped_with(
     shutil.copytree(tmp_path / "checkpoint-4", again / "checkpoint-4")
     run(tiny, again, **{**KEYS, "learning_rate": 0.03}, resume_from_checkpoint=True)
     assert changed(again) == {}, "the new checkpoint has the new rate"
+
+
+def test_the_receipt_has_what_the_next_step_uses(tiny: Path, trained: Path, tmp_path: Path) -> None:
+    resumed(tiny, trained, tmp_path, learning_rate=0.03)
+    receipt = json.loads((tmp_path / "receipt.json").read_text())
+    used = receipt["applied"]
+    assert (used["step"], used["max_steps"], used["processes"]) == (2, 4, 1)
+    assert used["scheduler"]["base_lrs"] == [0.03] * len(used["groups"])
+    # The rate of the step after the checkpoint, which metrics.jsonl has as well.
+    assert {group["lr"] for group in used["groups"]} == {rates(tmp_path)[3]}
+    assert used["optimizer"] == "AdamW"
+    assert set(used["dtypes"]["trained"]) == {"float32"}
+    (kind,) = used["attention"]["modules"]
+    assert (kind["class"], kind["implementation"]) == ("LlamaAttention", "sdpa")
+    parts = receipt["identity"]
+    assert parts["keys"]["learning_rate"] == 0.03
+    assert all(len(parts[part]["files"]) > 1 for part in ("model", "tokenizer"))
 
 
 def test_more_steps_follow_the_schedule_of_the_new_total(
