@@ -24,6 +24,9 @@ MEMORY_BYTES = 1 << 30
 # The longest output: this, and so many times the characters of the record.
 OUTPUT_CHARACTERS, OUTPUT_RATIO = 1 << 20, 20
 
+# Digits that the filter `round` may keep: a double has 17, and 308 before its point.
+_DIGITS = 1000
+
 _PAGE_BYTES = resource.getpagesize()
 
 
@@ -49,7 +52,7 @@ def render_bounded(
 
     _require_no_powers(template)
     try:
-        with _limited():
+        with _limited(), _bounded_round():
             texts, spans = render_jinja_template(
                 conversations=[list(messages)], chat_template=template, **options
             )
@@ -90,6 +93,29 @@ def _limited() -> Iterator[None]:
             signal.setitimer(signal.ITIMER_VIRTUAL, 0)
             signal.signal(signal.SIGVTALRM, handler)
         resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+@contextmanager
+def _bounded_round() -> Iterator[None]:
+    """Limit the digits of the filter `round` in templates that are compiled inside the block.
+
+    It computes 10 ** digits in one step, which no signal interrupts, and for constants already when
+    the template is compiled: so the filter has to be replaced where Jinja takes it from.
+    """
+    from jinja2.filters import FILTERS
+
+    original = FILTERS["round"]
+
+    def bounded(value: Any, precision: Any = 0, method: Any = "common") -> Any:
+        if isinstance(precision, int) and abs(precision) > _DIGITS:
+            raise TemplateLimitError(f"it rounds to {precision:,} digits, needed at most {_DIGITS}")
+        return original(value, precision, method)
+
+    FILTERS["round"] = bounded
+    try:
+        yield
+    finally:
+        FILTERS["round"] = original
 
 
 def _set_memory(most: int, before: tuple[int, int]) -> None:

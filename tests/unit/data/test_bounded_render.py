@@ -32,6 +32,10 @@ HEAVY = {
     "nested loops": ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}"
                      "{% endfor %}", "0 s"),
     "a number of any size": ("{{ 10 ** 10 ** 8 }}", "power"),
+    "digits of any number": ("{{ 1|round(100000000, 'ceil') }}", "digits"),
+    "digits from a variable": ("{% set n = messages|length * 50000000 %}{{ 1|round(n, 'floor') }}",
+                               "digits"),
+    "digits by a name": ("{{ [1]|map('ro' 'und', 100000000, 'ceil')|list }}", "digits"),
     "more text than tokens are made of": ("{{ 'a' * 5000000 }}", "writes 5,"),
 }  # fmt: skip
 
@@ -59,6 +63,7 @@ def test_published_templates_keep_the_limits_with_a_long_record(path: Path, toke
     [
         pytest.param("{{ dict(**{'a': 1}) }}**bold** {# 2 ** 3 #}", id="keywords, text, a comment"),
         pytest.param("{{ '  ' * 3 ~ 7 % 2 * 3 }}", id="indents and remainders"),
+        pytest.param("{{ 1.25|round(1, 'ceil') }}", id="rounding"),
     ],
 )
 def test_what_is_no_power_is_rendered(template: str) -> None:

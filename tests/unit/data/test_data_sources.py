@@ -7,6 +7,7 @@ import os
 import shlex
 import socket
 import subprocess
+import time
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import pytest
 
 from attnimg.errors import AttnimgError
 from attnimg.schema import Config
-from attnimg.train.data import check_sources
+from attnimg.train.data import check_sources, sources
 from attnimg.train.data.check import find_sources
 from attnimg.train.data.read import read_source
 
@@ -287,3 +288,42 @@ def test_naming_the_format_is_enough(tmp_path: Path, name: str, edit: dict[str, 
     for key in edit:
         assert f"datasets[0].{key}" in caught.value.do
     assert len(read(path=str(tmp_path / name), **edit)) == 2
+
+
+@pytest.mark.parametrize(
+    ("entry", "named"),
+    [
+        pytest.param({"path": "/"}, "path", id="all of the machine"),
+        pytest.param({"path": "/**/*.jsonl"}, "path", id="a pattern over all of it"),
+        pytest.param({"path": "/tmp", "data_files": ["/usr/**/*.jsonl"]}, "data_files",
+                     id="a pattern of data_files"),
+    ],
+)  # fmt: skip
+def test_a_folder_that_is_not_one_of_data_is_refused_before_all_of_it_is_searched(
+    entry: dict[str, Any], named: str
+) -> None:
+    began = time.process_time()
+    with pytest.raises(AttnimgError, match="too many files that are no data") as caught:
+        read(**entry)
+    assert time.process_time() - began < 5
+    assert (caught.value.code, caught.value.key) == ("bad-data", f"datasets[0].{named}")
+
+
+def test_a_folder_of_many_data_files_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sources, "_MOST_OTHERS", 3)
+    (tmp_path / ".cache").mkdir()
+    for number in range(6):
+        (tmp_path / f"{number}.jsonl").write_bytes(LINES)
+        (tmp_path / ".cache" / f"{number}.metadata").touch()
+    (tmp_path / "README.txt.md").touch()
+    assert len(read(path=str(tmp_path))) == 12
+    assert len(read(path=f"{tmp_path}/**/*.jsonl")) == 12
+    # What the refusal says to do helps in a folder with other files.
+    for number in range(6):
+        (tmp_path / f"{number}.png").touch()
+    with pytest.raises(AttnimgError, match="too many files"):
+        read(path=str(tmp_path))
+    assert len(read(path=str(tmp_path), data_files=["0.jsonl"])) == 2
+    assert len(read(path=str(tmp_path / "0.jsonl"))) == 2
