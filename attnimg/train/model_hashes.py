@@ -96,5 +96,6 @@ def _hashes(folder: Path, files: Sequence[Path]) -> dict[str, str]:
             do=GET_WHOLE,
         ) from error
     hashes.save()
-    names = [path.relative_to(folder).as_posix() for path in files]
+    # An index may name files outside of the folder.
+    names = [os.path.relpath(path, folder) for path in files]
     return dict(zip(names, found, strict=True))

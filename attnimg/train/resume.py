@@ -276,8 +276,8 @@ def _files(part: str, key: str, before: Mapping[str, Any], now: Mapping[str, Any
         before: the checkpoint's identity; one that lacks the part is not compared.
         now: the run's.
     """
-    then, here = before.get(part), now.get(part)
-    if not then or not here:
+    then, here = before.get(part) or {}, now.get(part) or {}
+    if "files" not in then or "files" not in here:
         return []
     names = then["files"].keys() | here["files"].keys()
     if part == "tokenizer":

@@ -92,7 +92,11 @@ class Attnimg:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self.process.communicate(timeout=30)
+        try:
+            self.process.communicate(timeout=30)
+        except subprocess.TimeoutExpired:  # a command still runs
+            self.process.kill()
+            self.process.communicate()
 
     def run(
         self,

@@ -240,6 +240,17 @@ def test_one_changed_bit_of_a_large_weight_is_named_though_size_and_time_are_kep
     resume.check_settings(values, point)
 
 
+def test_weights_that_an_index_names_elsewhere_are_hashed(tiny: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny / "model", tmp_path / "model")
+    moved = tmp_path / "shard.safetensors"
+    (tmp_path / "model/model.safetensors").rename(moved)
+    index = tmp_path / "model/model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": str(moved)}}))
+    found = model_hashes.model_of(config(base_model=str(tmp_path / "model")))
+    assert found is not None
+    assert sorted(found["files"]) == ["../shard.safetensors", "config.json", index.name]
+
+
 def other_vocabulary(model: Path) -> None:
     file = model / "tokenizer.json"
     file.write_text(file.read_text().replace("a", "b", 1))
