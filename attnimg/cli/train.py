@@ -217,9 +217,9 @@ def fit_planned(
     from attnimg.train.adapter import adapter_notes
     from attnimg.train.data import load_documents, sample_text, sentence
     from attnimg.train.fit import fit
-    from attnimg.train.identity import attention_and_precision, data_of, model_of
+    from attnimg.train.identity import attention_and_precision, data_of
     from attnimg.train.model import load_model
-    from attnimg.train.model_hashes import tokenizer_of
+    from attnimg.train.model_hashes import model_of, tokenizer_of
     from attnimg.train.new_tokens import require_embeddings
     from attnimg.train.resume import require_same
     from attnimg.train.run import RunFacts
