@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -21,8 +22,10 @@ _FLAGS = (
 
 
 def line(value: dict[str, Any]) -> str:
-    """Write one JSON object on one line."""
-    return json.dumps(value, ensure_ascii=False, allow_nan=False)
+    """Write one JSON object on one line; what a terminal acts on is escaped."""
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+    # JSON itself escapes those below U+0020 alone.
+    return re.sub("[\x7f-\x9f]", lambda found: f"\\u{ord(found.group()):04x}", text)
 
 
 def checked_json(checked: Checked) -> dict[str, Any]:

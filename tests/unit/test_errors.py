@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import json
+import re
 import warnings
 from pathlib import Path
 
@@ -11,7 +13,7 @@ from rich.markup import escape
 
 from attnimg.__main__ import run
 from attnimg.errors import AttnimgError, printable, shortened
-from attnimg.report import as_text
+from attnimg.report import as_json, as_text
 
 
 @pytest.mark.parametrize(
@@ -73,3 +75,11 @@ def test_a_warning_that_python_raises_is_a_refusal(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         assert run(["check", str(file)]) == 0
+
+
+def test_json_has_no_character_that_a_terminal_acts_on() -> None:
+    value = {"text": "\x1b[31m\x7f\x8b\x9f é"}
+    text = as_json.line(value)
+    assert json.loads(text) == value
+    assert not re.search("[\x00-\x1f\x7f-\x9f]", text)
+    assert "é" in text
