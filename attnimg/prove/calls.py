@@ -5,7 +5,7 @@ Letters: B batch, T query tokens, S key tokens, H query heads, E head size of v.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -199,6 +199,14 @@ def reference(
     d_out = inputs.d_out[:, inputs.rows].to(dtype)
     found = torch.autograd.grad(out, list(leaves.values()), d_out)
     return Result(out=out.detach(), gradients=dict(zip(leaves, found, strict=True)))
+
+
+def slope_of_scale(case: Case, inputs: Inputs, *, pattern: Pattern, exact: Result) -> Tensor:
+    """Return the derivative of the output by the logarithm of the scale, at the compared rows."""
+    step = 1e-4
+    steeper = replace(inputs, scale=inputs.scale * (1 + step))
+    found = reference(case, steeper, dtype=torch.float64, pattern=pattern)
+    return (found.out - exact.out) / step
 
 
 def _arguments(

@@ -11,7 +11,15 @@ from typing import NamedTuple
 import torch
 
 from attnimg.facts import AttentionFunction, Backend, Figure, Geometry, Pattern, Reason
-from attnimg.prove.calls import Result, call, forward, forward_only, reference
+from attnimg.prove.calls import (
+    Result,
+    backward,
+    call,
+    forward,
+    forward_only,
+    reference,
+    slope_of_scale,
+)
 from attnimg.prove.cases import Case, cases_of
 from attnimg.prove.checks import ORDER, Expected, Fault, check_values, expected
 from attnimg.prove.company import check_company
@@ -143,12 +151,7 @@ def _run_probes(
         inputs = draw(case, device=device)
         right = references.get((backend.pattern, case))
         if right is None:
-            right = references[backend.pattern, case] = expected(
-                *(
-                    reference(case, inputs, dtype=dtype, pattern=backend.pattern)
-                    for dtype in (torch.float64, inputs.q.dtype)
-                )
-            )
+            right = references[backend.pattern, case] = _expected(case, inputs, backend.pattern)
         probe = partial(
             _run_probe, function, backend, case, inputs, right=right, references=references
         )
@@ -182,6 +185,18 @@ def _run_probes(
         reasons, unrepeated = reasons + unrepeated, []
     probed = len(cases) - len(raises)
     return Findings(_worst(figures), _first_of_each(reasons), probed, unrepeated, tuple(raises))
+
+
+def _expected(case: Case, inputs: Inputs, pattern: Pattern) -> Expected:
+    """Compute what a probe should give, and where it tells most, what another scale would."""
+    exact, plain = (
+        reference(case, inputs, dtype=dtype, pattern=pattern)
+        for dtype in (torch.float64, inputs.q.dtype)
+    )
+    slope = None
+    if case.repeated or case.also_learning:
+        slope = slope_of_scale(case, inputs, pattern=pattern, exact=exact)
+    return expected(exact, plain, slope=slope)
 
 
 def _run_until_sure(
@@ -231,12 +246,11 @@ def _run_probe(
         further = [
             check_whole_row(function, backend, case, inputs, right=right, references=references)
         ]
-    elif (
-        case.packed
-        and sum(case.lengths) <= _EVALUATED
-        and not is_compiled(backend, device=inputs.q.device.type)
-    ):
-        further = [_without_gradients(function, backend, case, inputs, right=right)]
+    elif sum(case.lengths) <= _EVALUATED and not is_compiled(backend, device=inputs.q.device.type):
+        if case.scores == "flat":
+            further = [_q_alone(function, backend, case, inputs, right=right)]
+        if case.packed:
+            further += [_without_gradients(function, backend, case, inputs, right=right)]
     try:
         for fault in itertools.chain(*further):
             faults.append(fault)
@@ -285,6 +299,15 @@ def _without_gradients(
     with torch.no_grad():
         found = forward_only(forward(function, backend, case, inputs))
     named = replace(case, name=f"{case.name}, without gradients")
+    yield from check_values(backend, named, inputs, found=found, right=right)[1]
+
+
+def _q_alone(
+    function: AttentionFunction, backend: Backend, case: Case, inputs: Inputs, *, right: Expected
+) -> Iterator[Fault]:
+    """Make the call as where an adapter sits on q alone."""
+    found = backward(forward(function, backend, case, inputs, learning=("dq",)))
+    named = replace(case, name=f"{case.name}, gradients of q alone")
     yield from check_values(backend, named, inputs, found=found, right=right)[1]
 
 

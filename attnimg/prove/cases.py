@@ -28,7 +28,8 @@ Layout = Literal["fused", "heads-first", "tokens-first", "mixed"]
 # all about the same, so that many small terms are added up; spread, with some tokens whose q, k or
 # v is 0, as those of padding or of a layer that starts at 0; spread, with values of v in the
 # hundreds; in steps from 60 to 480, and the same with all of them below -200, so that a bound on
-# scores makes different ones equal.
+# scores makes different ones equal; spread, with the weight of each query on itself and the two
+# keys just before it, across the borders of tiles.
 Scores = Literal[
     "spread",
     "negative",
@@ -39,6 +40,7 @@ Scores = Literal[
     "large-v",
     "hundreds",
     "below-hundreds",
+    "neighbours",
 ]
 
 # Every length up to this one is shown to kernels that nobody here has read, and these beyond it.
@@ -202,6 +204,7 @@ def _packed(geometry: Geometry, longest: int, *, budget: Budget) -> list[Case]:
         Case(name="another scale", geometry=short, lengths=(45, 83), scale_factor=0.6),
         Case(name="a scale above 1", geometry=short, lengths=(45, 83), scale_factor=above),
         Case(name="tokens of zeros", geometry=short, lengths=(45, 83), scores="zero-tokens"),
+        Case(name="the keys just before", geometry=few, lengths=(288, 95), scores="neighbours"),
         Case(name="large values", geometry=short, lengths=(45, 83), scores="large-v"),
         Case(name="equal documents", geometry=short, lengths=(48,) * 4, layout="tokens-first"),
         Case(name="one document", geometry=short, lengths=(127,), layout="tokens-first"),
@@ -318,6 +321,7 @@ def _dense(geometry: Geometry, longest: int, *, budget: Budget) -> list[Case]:
         Case(name="83 tokens, another scale", geometry=short, lengths=(83,), scale_factor=0.6),
         Case(name="83 tokens, scale above 1", geometry=short, lengths=(83,), scale_factor=above),
         Case(name="83 tokens, some zeros", geometry=short, lengths=(83,), scores="zero-tokens"),
+        Case(name="the keys just before", geometry=few, lengths=(288,), scores="neighbours"),
         Case(name="83 tokens, large values", geometry=short, lengths=(83,), scores="large-v"),
         Case(name="13 queries, 77 keys", geometry=short, lengths=(77,), queries=13),
         Case(name="46 tokens, all heads", geometry=geometry, lengths=(46,), layout="heads-first"),

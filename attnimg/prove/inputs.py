@@ -159,6 +159,8 @@ def _needles(case: Case, k: Tensor, documents: Tensor, *, n_queries: int) -> Ten
         first_T, oldest_T = _oldest(documents[row], place_T, window=geometry.window)
         between_T = (oldest_T + place_T) // 2
         seen = torch.stack([place_T, oldest_T, between_T])
+        if case.scores == "neighbours":
+            seen = torch.stack([torch.maximum(place_T - n, oldest_T) for n in range(3)])
         hidden = [place_T + 1, oldest_T - 1, first_T - 1]
         turn_HT = head_H[:, None] + place_T
         for kind in range(2):

@@ -147,7 +147,7 @@ def _expected(
     exact = replace(found.exact, gradients=found.exact.gradients | {"dq": dq[:, :, inputs.rows]})
     known = {name: right.rounding[name] for name in ("out", "dq")}
     gains = {name: right.gain[name] for name in ("out", "dq")}
-    return Expected(exact=exact, rounding=found.rounding | known, gain=found.gain | gains)
+    return replace(found, exact=exact, rounding=found.rounding | known, gain=found.gain | gains)
 
 
 def _stacked(rows: list[Tensor | None]) -> Tensor:

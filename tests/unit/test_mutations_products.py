@@ -67,6 +67,9 @@ ALL = [
     ("scores cut at -250", SINGLE, "numerics-fwd"),
     ("hidden scores are -300", PACKED, "numerics-fwd"),
     ("leaks its outputs", PACKED, "process-state"),
+    ("scale 1.5 % off in the output alone", BF16, "numerics-fwd"),
+    ("the key before a border of tiles is hidden", BF16, "numerics-fwd"),
+    ("q learns and long rows", SINGLE, "numerics-bwd"),
 ]
 RIGHT = [row for row in ALL if row[2] is None]
 WRONG = [row for row in ALL if row[2] is not None]

@@ -142,3 +142,9 @@ def test_a_row_that_is_shortened_on_a_cpu_is_a_note(monkeypatch: pytest.MonkeyPa
     proof = proven("sdpa", geometry)
     assert proof.passed
     assert proof.note == "proven with all heads up to 150 of 200 tokens: limited by CPU time"
+
+
+def test_torchs_own_kernel_passes_where_float32_rounds_the_scale() -> None:
+    # A head_dim of 16 or 64 has a power of 2 for a scale, and hides it.
+    shape = a_geometry(heads=8, kv_heads=2, head_dim_qk=32, head_dim_v=32, sequence_len=64)
+    assert proven("sdpa", shape).reasons == ()
