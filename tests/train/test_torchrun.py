@@ -180,6 +180,41 @@ def test_a_stopped_pair_saves_one_checkpoint_and_resumes(pair: Path, tmp_path: P
     assert curve(tmp_path / "out") == curve(pair / "out")
 
 
+def worker(tmp_path: Path, rank: int) -> int:
+    """Return the process of a rank that trains in a folder."""
+    for child in Path("/proc").glob("[0-9]*/cmdline"):
+        words = child.read_bytes().split(b"\0") if child.exists() else []
+        # torchrun itself has the folder in its arguments, and no RANK.
+        if str(tmp_path).encode() not in words:
+            continue
+        if f"RANK={rank}".encode() in (child.parent / "environ").read_bytes().split(b"\0"):
+            return int(child.parent.name)
+    raise LookupError(f"no process of rank {rank}")
+
+
+def test_a_process_that_is_suspended_ends_the_run_after_ddp_timeout(
+    pair: Path, tmp_path: Path
+) -> None:
+    prepare(tmp_path, pair)
+    process = start(tmp_path, **{**KEYS, "save_steps": 2, "ddp_timeout": 5}, delay=0.3)
+    metrics = tmp_path / "out/metrics.jsonl"
+    while not (metrics.exists() and '"step": 3' in metrics.read_text()):
+        assert process.poll() is None
+        time.sleep(0.02)
+    suspended, began = worker(tmp_path, 1), time.monotonic()
+    os.kill(suspended, signal.SIGSTOP)
+    assert process.stdout
+    answer = next(line for line in process.stdout if "did not answer" in line)
+    why = process.stdout.readline()
+    took = time.monotonic() - began
+    os.kill(suspended, signal.SIGKILL)  # torchrun would wait 30 s for it
+    output = process.communicate(timeout=100)[0]
+    assert "rank 1 of 2" in answer
+    assert "ddp_timeout: 5 s" in why
+    assert took < 30
+    assert process.returncode != 0, output
+
+
 AGREE = """
 import sys, time
 from attnimg.errors import AttnimgError
