@@ -253,7 +253,7 @@ class Verdict:
 
     @property
     def fits(self) -> bool:
-        """Tell whether nothing speaks against it."""
+        """Return whether no reason speaks against it."""
         return not self.reasons
 
 
@@ -571,7 +571,7 @@ class Proof:
 
     @property
     def passed(self) -> bool:
-        """Tell whether nothing was found wrong."""
+        """Return whether no check found a fault."""
         return not self.reasons
 
 

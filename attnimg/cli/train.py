@@ -374,7 +374,7 @@ def _proven(session: Session, found: Plan, model: Any) -> tuple[Plan, IsolationP
 
 
 def _backend(found: Plan) -> Backend:
-    """Give the backend a plan chose; a plan without one ended the run before."""
+    """Return the backend that a plan chose; a plan without one ended the run before."""
     return apply.backend_of(found)
 
 

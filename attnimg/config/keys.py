@@ -52,7 +52,7 @@ class UnsupportedKey:
 
 @cache
 def unsupported_keys() -> dict[str, UnsupportedKey]:
-    """Give the top-level keys that are refused by name."""
+    """Return the top-level keys that are refused by name."""
     table = _table()
     accepts = table["accepts"]
     return {
@@ -64,13 +64,13 @@ def unsupported_keys() -> dict[str, UnsupportedKey]:
 
 @cache
 def unsupported_dataset_keys() -> dict[str, UnsupportedKey]:
-    """Give the keys of one data set that are refused by name."""
+    """Return the keys of one data set that are refused by name."""
     table = _table()["dataset"]
     return {key: UnsupportedKey(do=table["do"]) for key in table["keys"]}
 
 
 def nearest_key(key: str, *, dataset: bool = False) -> str | None:
-    """Give the known key most like `key`, None when none is."""
+    """Return the known key most like `key`; None when none is similar."""
     name = key.strip().lower()
     if not dataset and name in SYNONYMS:
         return SYNONYMS[name]

@@ -1,4 +1,4 @@
-"""Have FlashAttention-4 find the kernels that were compiled with the image.
+"""Set where FlashAttention-4 finds the kernels that were compiled with the image.
 
 FlashAttention-4 opens a lock file beside each kernel that it looks up: the image's own folder,
 which nobody may write, would raise inside the attention call. So the folder of this GPU is copied
@@ -53,7 +53,7 @@ def fa4_settings(
 
 
 def _folders(environment: Mapping[str, str]) -> Iterator[Path]:
-    """Give where the copy may be kept: attnimg's cache, or else the temporary folder.
+    """Yield where the copy may be kept: attnimg's cache, or else the temporary folder.
 
     The second is for a volume whose folders another user made.
     """
@@ -70,7 +70,7 @@ def _folders(environment: Mapping[str, str]) -> Iterator[Path]:
 
 
 def _copied(source: Path, target: Path) -> bool:
-    """Have a copy of a folder that is this user's own: whole, whoever else makes it meanwhile."""
+    """Copy a folder as a whole for this user, whoever else copies it at the same time."""
     temporary = None
     try:
         target.parent.mkdir(parents=True, exist_ok=True)

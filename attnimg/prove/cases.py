@@ -152,7 +152,7 @@ def _every_length(geometry: Geometry, longest: int) -> list[Case]:
 
 
 def _beyond(longest: int) -> list[int]:
-    """Give lengths past every length: the usual ones, and an odd one and one of 96s an eighth."""
+    """Return lengths above EVERY_LENGTH: usual ones, and those around each eighth of the row."""
     spread = {n for eighth in range(1, 8) for n in _around(longest * eighth // 8)}
     return sorted(n for n in spread | set(_BEYOND) if EVERY_LENGTH < n < longest)
 

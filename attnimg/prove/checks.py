@@ -206,7 +206,7 @@ def _compare(
     pair: tuple[Tensor, Tensor],
     right: Expected,
 ) -> Figure:
-    """Give the error of one quantity, found and exact, and what is allowed."""
+    """Return the error of one quantity, found and exact, and what is allowed."""
     found, exact = pair
     difference = found.double() - exact
     factor = backend.k_forward if name == "out" else backend.k_backward
