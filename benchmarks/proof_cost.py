@@ -113,7 +113,7 @@ def prove(asked: list[Any]) -> None:
     import transformers.modeling_utils  # noqa: F401 - loaded for the time it takes
 
     from attnimg.facts import Geometry
-    from attnimg.prove.child import prove_candidate
+    from attnimg.verify.worker import prove_candidate
 
     backend, dtype, packing = asked
     torch.set_num_threads(1)

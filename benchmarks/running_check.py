@@ -181,7 +181,7 @@ def make_call(spec: CallSpec, function: Any = None) -> Any:
     """Run a call forward and backward; `function` replaces the kernel's own."""
     import torch
 
-    from attnimg.calls.capture import NAMES, CallKind, CapturedCall, call_again
+    from attnimg.backends._capture import NAMES, CallKind, CapturedCall, call_again
 
     generator = torch.Generator().manual_seed(spec.seed)
     n_tokens, dtype = sum(spec.lengths), getattr(torch, spec.dtype)
@@ -228,8 +228,8 @@ def _kernel(spec: CallSpec, generator: Any) -> tuple[Any, Any, dict[str, Any], A
     """Return a kernel, its mask, its other arguments, and the dtype of autocast."""
     import torch
 
-    from attnimg.calls.exact import exact_attention
-    from attnimg.calls.transformers_native import eager_attention, native_attention
+    from attnimg.backends._exact import exact_attention
+    from attnimg.backends._transformers_native import eager_attention, native_attention
 
     noisy, backends = import_module("noisy_proofs"), import_module("attnimg.backends")
     lengths = torch.tensor((0, *spec.lengths))
@@ -265,7 +265,7 @@ def _kernel(spec: CallSpec, generator: Any) -> tuple[Any, Any, dict[str, Any], A
 
 
 def _flash(module: Any) -> Any:
-    from attnimg.calls.flash import FlashKernel
+    from attnimg.backends._flash import FlashKernel
 
     return FlashKernel(
         backend="flash_attention_2",
@@ -277,7 +277,7 @@ def _flash(module: Any) -> Any:
 def check(call: Any, spec: CallSpec) -> Any:
     """Compare a call as a run does."""
     from attnimg.backends import backend_named
-    from attnimg.prove.running import check_call
+    from attnimg.verify.running import check_call
 
     name = "flash_attention_2" if spec.kernel.startswith("fa") else spec.kernel.split(",")[0]
     backend = backend_named(name.split()[0])
@@ -359,7 +359,7 @@ def _faulty(fault: str, module: Any, q: Any, k: Any, v: Any, mask: Any, **argume
     """Compute exact attention with one fault."""
     import torch
 
-    from attnimg.calls.exact import exact_attention
+    from attnimg.backends._exact import exact_attention
 
     def with_gradient(x: Any, factor: Any) -> Any:
         """Return x, whose gradient is multiplied by a factor."""

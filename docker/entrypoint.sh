@@ -35,6 +35,6 @@ command -v -- "$1" >/dev/null || fail 127 "$1 is neither an attnimg command nor 
 # For what is none of attnimg's commands; those see to it themselves.
 if { compgen -G "/opt/attnimg/*/manifest.json" && command -v nvidia-smi; } >/dev/null ||
   [ -e /dev/kfd ]; then
-  eval "$(python -P -m attnimg.kernel_cache)"
+  eval "$(python -P -m attnimg.machine.kernel_cache)"
 fi
 exec "$@"

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from attnimg.cli import COMMANDS
-from attnimg.probe.host import this_host
+from attnimg.machine.host import this_host
 
 FOLDER = Path("/opt/attnimg")
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 
-from attnimg.model_classes import CausalTypes, position_table
-from attnimg.quantizations import Quantization, quantizations
+from attnimg.select.model_classes import CausalTypes, position_table
+from attnimg.select.quantizations import Quantization, quantizations
 from recipes.files import NOTICE
 from recipes.pages import table
 

@@ -15,14 +15,14 @@ from functools import cache
 from importlib import resources
 from typing import Any
 
-from attnimg import known_bad, plan
 from attnimg.facts import Finding, KnownBad, Machine, Model, Plan, Problem
-from attnimg.gpus import Gpu, catalogue
-from attnimg.images import ImageFacts, image_for, machine_with, runs_on
-from attnimg.model_classes import class_named
-from attnimg.other_layers import findings_on
-from attnimg.plan import Quadratic
-from attnimg.problem import read_model
+from attnimg.select import known_bad, plan
+from attnimg.select.gpus import Gpu, catalogue
+from attnimg.select.images import ImageFacts, image_for, machine_with, runs_on
+from attnimg.select.model_classes import class_named
+from attnimg.select.other_layers import findings_on
+from attnimg.select.plan import Quadratic
+from attnimg.select.problem import read_model
 from recipes.files import NOTICE
 
 _class_of = cache(class_named)

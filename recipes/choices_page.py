@@ -7,7 +7,7 @@ from itertools import groupby
 
 from attnimg.backends import all_backends
 from attnimg.facts import Model, Rank
-from attnimg.other_layers import kinds
+from attnimg.select.other_layers import kinds
 from recipes.choices import ROW, Choice, taken
 from recipes.files import NOTICE
 from recipes.pages import table

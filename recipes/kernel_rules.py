@@ -9,7 +9,7 @@ from packaging.specifiers import SpecifierSet
 
 from attnimg.backends import backend_named, runs_on
 from attnimg.facts import Reason
-from attnimg.gpus import arch_from_name
+from attnimg.select.gpus import arch_from_name
 from recipes.facts import Choice, Image, Kernel, Recipes, Unresolved
 
 

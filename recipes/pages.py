@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 
 from attnimg.backends import all_backends, runs_on
 from attnimg.facts import Backend
-from attnimg.gpus import arch_from_name, catalogue
+from attnimg.select.gpus import arch_from_name, catalogue
 from recipes.ahead_of_time import covered
 from recipes.facts import Allowance, Kernel, Plan, TrainedModel, Unresolved
 from recipes.files import NOTICE

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from packaging.version import Version
 
 from attnimg.facts import Reason
-from attnimg.gpus import arch_from_name
+from attnimg.select.gpus import arch_from_name
 from recipes.facts import Image, Recipes, Unresolved
 from recipes.gates import gate_names
 from recipes.kernel_rules import device, reasons_against_kernel, served, within

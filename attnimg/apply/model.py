@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from attnimg.apply.registry import prepare
-from attnimg.attend import DIRECT
 from attnimg.backends import repo_of
+from attnimg.backends._attend import DIRECT
 from attnimg.errors import AttnimgError
 from attnimg.facts import Backend, LayerGroup
 

@@ -6,8 +6,8 @@ import hashlib
 from functools import partial
 
 from attnimg.apply.router import Router, shape_of
-from attnimg.attend import as_applied, attention_function
 from attnimg.backends import backend_named
+from attnimg.backends._attend import as_applied, attention_function
 from attnimg.facts import AttentionFunction, Backend, GroupChoice, Needs, Plan
 
 ROUTER = "attnimg_router"

@@ -23,7 +23,8 @@ _ON = "TRUE"
 @cache
 def all_backends() -> tuple[Backend, ...]:
     """Return the named backends, best general rank first."""
-    names = (module.name for module in iter_modules(__path__) if module.name != "hub")
+    names = (module.name for module in iter_modules(__path__) if module.name[0] != "_")
+    names = (name for name in names if name != "hub")
     found = (import_module(f"{__name__}.{name}").BACKEND for name in names)
     return tuple(sorted(found, key=lambda backend: backend.rank))
 

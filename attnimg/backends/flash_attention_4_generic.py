@@ -22,7 +22,7 @@ _VARIABLES = {"FLASH_ATTENTION_HD256_GENERIC_BWD": "1"}
 
 def _load() -> AttentionFunction:
     os.environ.update(_VARIABLES)
-    from attnimg.calls.transformers_flash import flash_kernel
+    from attnimg.backends._transformers_flash import flash_kernel
 
     return flash_kernel(FLASH_4, trusted=False).attend
 

@@ -10,11 +10,11 @@ from attnimg.facts import AttentionFunction, Backend, HeadDims, Needs
 
 
 def _load() -> AttentionFunction:
-    from attnimg.calls.imports import import_kernel
+    from attnimg.backends._imports import import_kernel
 
     name = "torchao.prototype.attention.fp8_fa3.attention"
     kernel = import_kernel(name, backend="fp8", package="torchao").fp8_fa3_sdpa
-    from attnimg.calls.fp8 import attend_fp8
+    from attnimg.backends._fp8 import attend_fp8
 
     return partial(attend_fp8, kernel)
 

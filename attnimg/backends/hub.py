@@ -49,7 +49,7 @@ def backend_for(name: str, repo: str) -> Backend:
 
 
 def _load(name: str, *, trusted: bool = False) -> AttentionFunction:
-    from attnimg.calls.hub_kernels import hub_attention
+    from attnimg.backends._hub_kernels import hub_attention
 
     return hub_attention(name, trusted=trusted)
 

@@ -1,7 +1,7 @@
 """Shifted sparse attention (LongLoRA): groups of tokens, half the heads shifted by half a group.
 
 Another function than full attention, so `auto` never takes it. LLaMA only, no packing.
-Source: LongLoRA, arXiv 2309.12307, and its llama_attn_replace.py: see calls/shifted_sparse.py.
+Source: LongLoRA, arXiv 2309.12307, and its llama_attn_replace.py: see _shifted_sparse.py.
 """
 
 from functools import partial
@@ -10,8 +10,8 @@ from attnimg.facts import AttentionFunction, Backend, Needs
 
 
 def _load() -> AttentionFunction:
-    from attnimg.calls.shifted_kernels import group_kernels
-    from attnimg.calls.shifted_sparse import attend_shifted
+    from attnimg.backends._shifted_kernels import group_kernels
+    from attnimg.backends._shifted_sparse import attend_shifted
 
     return partial(attend_shifted, group_kernels())
 
@@ -27,7 +27,7 @@ BACKEND = Backend(
     automatic=False,
     applied_as="attnimg_s2",
     load_attend=_load,
-    # It is proven against a reference of its own: prove/shifted.py.
+    # It is proven against a reference of its own: verify/shifted.py.
     pattern="shifted",
     needs=Needs(
         features=frozenset(),

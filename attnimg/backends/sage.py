@@ -8,10 +8,10 @@ from attnimg.facts import AttentionFunction, Backend, HeadDims, Needs
 
 
 def _load() -> AttentionFunction:
-    from attnimg.calls.imports import import_kernel
+    from attnimg.backends._imports import import_kernel
 
     package = import_kernel("sageattention", backend="sage", package="sageattention")
-    from attnimg.calls.sage import SageKernel
+    from attnimg.backends._sage import SageKernel
 
     varlen = getattr(package, "sageattn_varlen", None)
     return SageKernel(backend="sage", dense=package.sageattn, varlen=varlen).attend

@@ -3,7 +3,7 @@
 Packed rows reach it with a block-diagonal mask, which costs memory quadratic in the row and rules
 out its flash kernel. Source: transformers 5.22.2, masking_utils.py (read 2026-11-21).
 On sm_90 and sm_10x it takes cuDNN's kernel first, which builds a plan for each new shape of a call,
-a second or less; TORCH_CUDNN_SDPA_DEPRIORITIZED=1 puts that kernel last. See prove/compiled.py.
+a second or less; TORCH_CUDNN_SDPA_DEPRIORITIZED=1 puts that kernel last. See verify/compiled.py.
 """
 
 from attnimg.facts import Backend, Needs, Rank

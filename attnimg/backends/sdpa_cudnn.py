@@ -4,9 +4,9 @@ Plain sdpa picks an inner kernel by itself; this one is there for when its pick 
 Source: aten/src/ATen/native/transformers/cuda/sdp_utils.cpp of pytorch/pytorch at 001f694 (main,
 read 2026-11-21; torch 2.13's own copy: not verified), check_cudnn_hardware_support and
 check_cudnn_tensor_shapes. There the newest cuDNN also takes 256 and MLA's (192, 128) on sm_90 and
-sm_10x. It refuses a single key, which calls/pinned.py computes otherwise, and dropout that is no
+sm_10x. It refuses a single key, which _pinned.py computes otherwise, and dropout that is no
 multiple of 1/16 (check_cudnn_dropout). It builds a plan for each new shape, so each new length of a
-document costs up to a second, once in a process; see prove/compiled.py.
+document costs up to a second, once in a process; see verify/compiled.py.
 """
 
 from functools import partial
@@ -17,7 +17,7 @@ _FEATURES = frozenset({"dropout"})
 
 
 def _load() -> AttentionFunction:
-    from attnimg.calls.pinned import attend_pinned
+    from attnimg.backends._pinned import attend_pinned
 
     return partial(attend_pinned, "sdpa_cudnn", "CUDNN_ATTENTION", _FEATURES)
 

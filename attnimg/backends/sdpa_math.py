@@ -13,7 +13,7 @@ _FEATURES = frozenset({"window", "dropout"})
 
 
 def _load() -> AttentionFunction:
-    from attnimg.calls.pinned import attend_pinned
+    from attnimg.backends._pinned import attend_pinned
 
     return partial(attend_pinned, "sdpa_math", "MATH", _FEATURES)
 

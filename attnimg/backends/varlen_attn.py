@@ -12,10 +12,10 @@ _FEATURES = frozenset({"window"})
 
 
 def _load() -> AttentionFunction:
-    from attnimg.calls.imports import import_kernel
+    from attnimg.backends._imports import import_kernel
 
     kernel = import_kernel("torch.nn.attention.varlen", backend="varlen_attn", package="torch")
-    from attnimg.calls.torch_varlen import attend_varlen
+    from attnimg.backends._torch_varlen import attend_varlen
 
     def attend(
         module: Any, query: Any, key: Any, value: Any, attention_mask: Any, **arguments: Any

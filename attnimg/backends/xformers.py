@@ -11,10 +11,10 @@ _BLACKWELL = frozenset({10, 11, 12})
 
 
 def _load() -> AttentionFunction:
-    from attnimg.calls.imports import import_kernel
+    from attnimg.backends._imports import import_kernel
 
     ops = import_kernel("xformers.ops", backend="xformers", package="xformers")
-    from attnimg.calls.xformers_bias import attend_xformers
+    from attnimg.backends._xformers_bias import attend_xformers
 
     return partial(attend_xformers, ops)
 

@@ -7,9 +7,9 @@ from typing import Annotated
 
 import typer
 
+from attnimg.cli import as_json
 from attnimg.cli.options import JsonOption, OnOption
-from attnimg.gpus import parse_gpu
-from attnimg.report import as_json
+from attnimg.select.gpus import parse_gpu
 
 
 def check(
@@ -33,7 +33,7 @@ def check(
         if as_json_lines:
             typer.echo(as_json.line(as_json.checked_json(checked)))
         else:
-            from attnimg.report import as_text
+            from attnimg.cli import as_text
 
             as_text.print_checked(
                 checked, out=as_text.console(sys.stdout), err=as_text.console(sys.stderr)

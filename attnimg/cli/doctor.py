@@ -7,13 +7,13 @@ from dataclasses import asdict
 
 import typer
 
-from attnimg import doctor as preflight
-from attnimg import probe
+from attnimg.cli import as_json
 from attnimg.cli.options import JsonOption
-from attnimg.host_facts import Check
-from attnimg.images import catalogue, this_image
-from attnimg.probe.host import this_host
-from attnimg.report import as_json
+from attnimg.machine import doctor as preflight
+from attnimg.machine import probe
+from attnimg.machine.host import this_host
+from attnimg.machine.host_facts import Check
+from attnimg.select.images import catalogue, this_image
 
 _MARKS = {"ok": "[green]ok  [/]", "warn": "[yellow]warn[/]", "fail": "[red]FAIL[/]"}
 
@@ -35,7 +35,7 @@ def doctor(as_json_line: JsonOption = False) -> None:
 def _print(checks: tuple[Check, ...]) -> None:
     from rich.markup import escape
 
-    from attnimg.report import as_text
+    from attnimg.cli import as_text
 
     out = as_text.console(sys.stdout)
     for check in checks:

@@ -10,7 +10,8 @@ from typing import Annotated
 
 import typer
 
-from attnimg import config, plan, problem
+from attnimg import config
+from attnimg.cli import as_json
 from attnimg.cli.options import JsonOption, OnOption
 from attnimg.cli.subject import (
     base_model_findings,
@@ -23,11 +24,11 @@ from attnimg.cli.subject import (
     read_model,
     run_findings,
 )
+from attnimg.config.schema import Checked, Config
 from attnimg.errors import AttnimgError
 from attnimg.facts import Arch, Finding, Machine, Model, Plan, Problem
-from attnimg.other_layers import other_layers
-from attnimg.report import as_json
-from attnimg.schema import Checked, Config
+from attnimg.select import plan, problem
+from attnimg.select.other_layers import other_layers
 
 # Errors that are judgements of a backend: explaining them is what the command is for.
 _JUDGEMENTS = frozenset(
@@ -200,7 +201,7 @@ def _print(
     model: Model | None,
     task: Problem | None,
 ) -> None:
-    from attnimg.report import as_text
+    from attnimg.cli import as_text
 
     out, err = as_text.console(sys.stdout), as_text.console(sys.stderr)
     if found is not None and task is not None:

@@ -6,10 +6,10 @@ import os
 from collections.abc import Callable
 from dataclasses import replace
 
-from attnimg import plan
 from attnimg.backends import backend_named
 from attnimg.errors import AttnimgError
 from attnimg.facts import Backend, Machine, Plan, Problem, Proof, Reason
+from attnimg.select import plan
 
 
 def proofs(
@@ -21,7 +21,7 @@ def proofs(
     routed: bool = False,
 ) -> list[Proof]:
     """Prove backends on this machine, or read from the disk that they were."""
-    from attnimg.prove.proofs import Setting, prove
+    from attnimg.verify.proofs import Setting, prove
 
     setting = Setting.here(machine, os.environ)
     return prove(backends, problem, setting=setting, say=say, routed=routed)
@@ -35,7 +35,7 @@ def kernel_content(backend: Backend, *, machine: Machine, trusted: bool) -> dict
         machine: this one.
         trusted: whether the user set trust_remote_code.
     """
-    from attnimg.prove.proofs import Setting, content_of
+    from attnimg.verify.proofs import Setting, content_of
 
     setting = Setting.here(machine, os.environ)
     return content_of(backend, setting=setting, trusted=trusted)

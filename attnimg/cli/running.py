@@ -12,7 +12,7 @@ from attnimg.facts import Backend, CallCheck, LayerGroup, Plan, RunContext
 from attnimg.train.attention_check import AttentionCheck
 
 if TYPE_CHECKING:
-    from attnimg.calls.capture import CapturedCall
+    from attnimg.backends._capture import CapturedCall
 
 # Backends that the error on a wrong one suggests: torch's own, then plain attention.
 _OTHERS = ("sdpa", "eager")
@@ -35,7 +35,7 @@ def attention_check_of(
         dropout: of the attention weights.
         say: prints a line for the user.
     """
-    from attnimg.prove.running import why_unchecked
+    from attnimg.verify.running import why_unchecked
 
     assert found.chosen is not None
     names = [found.chosen.backend, *(choice.verdict.backend for choice in found.groups)]
@@ -52,7 +52,7 @@ def attention_check_of(
 
 
 def _judged(found: Plan, context: RunContext, call: CapturedCall, seed: str) -> CallCheck:
-    from attnimg.prove.running import check_call
+    from attnimg.verify.running import check_call
 
     return check_call(
         call,

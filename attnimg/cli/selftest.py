@@ -9,9 +9,9 @@ from typing import Annotated
 
 import typer
 
-from attnimg import probe
 from attnimg.errors import AttnimgError
-from attnimg.kernel_cache import use_shipped_kernels
+from attnimg.machine import probe
+from attnimg.machine.kernel_cache import use_shipped_kernels
 
 # docker/Dockerfile copies tests/image/inside there.
 _TESTS = Path("/opt/attnimg/inside")

@@ -8,22 +8,22 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from attnimg import (
+from attnimg.backends import all_backends
+from attnimg.config.schema import Config
+from attnimg.errors import AttnimgError
+from attnimg.facts import Arch, Finding, Machine, Model, Plan, Problem
+from attnimg.machine import probe
+from attnimg.select import (
     images,
     known_bad,
     other_layers,
     plan,
-    probe,
     problem,
     quantizations,
     refused_types,
 )
-from attnimg.backends import all_backends
-from attnimg.errors import AttnimgError
-from attnimg.facts import Arch, Finding, Machine, Model, Plan, Problem
-from attnimg.gpus import catalogue, cpus_with, gpu_named
-from attnimg.model_classes import class_named
-from attnimg.schema import Config
+from attnimg.select.gpus import catalogue, cpus_with, gpu_named
+from attnimg.select.model_classes import class_named
 from attnimg.train.base_model import judge_base_model
 
 

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from attnimg import apply, config, plan, probe, problem
+from attnimg import apply, config
+from attnimg.cli import as_json
 from attnimg.cli.proofs import kernel_content, parts_of, proven_plan
 from attnimg.cli.running import attention_check_of
 from attnimg.cli.subject import (
@@ -26,12 +27,13 @@ from attnimg.cli.subject import (
     read_model,
     run_findings,
 )
+from attnimg.config.schema import Checked, Config
 from attnimg.context import context_of, described
 from attnimg.errors import AttnimgError, printable
 from attnimg.facts import Backend, LayerGroup, Machine, Plan, Problem, Proof, Reason
-from attnimg.kernel_cache import use_shipped_kernels
-from attnimg.report import as_json
-from attnimg.schema import Checked, Config
+from attnimg.machine import probe
+from attnimg.machine.kernel_cache import use_shipped_kernels
+from attnimg.select import plan, problem
 from attnimg.train.distributed import agree, rank, require_group
 from attnimg.train.receipt import versions
 from attnimg.train.signals import StopFlag, Stopped, stop_signals
@@ -39,8 +41,8 @@ from attnimg.train.signals import StopFlag, Stopped, stop_signals
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from attnimg.prove.isolation import IsolationProof
     from attnimg.train.checkpoint import ResumePoint
+    from attnimg.verify.isolation import IsolationProof
 
 # A plan that fails on these alone lacks a kernel; any other reason lies in the config.
 _KERNEL_MISSING = frozenset({"not-installed", "version-low", "fp8-torchao", "fp8-needs-fa3"})
@@ -69,7 +71,7 @@ def train(
     ] = None,
 ) -> None:
     """Train: choose the attention backend, say why, prove that packing is safe, then run."""
-    from attnimg.report import as_text
+    from attnimg.cli import as_text
 
     require_group()
     console = as_text.console(sys.stderr)
@@ -122,7 +124,7 @@ def _train(file: str, settings: tuple[str, ...], *, console: Console, stop: Stop
 
 def _valid(checked: Checked, *, console: Console) -> Config:
     """Print what is wrong with the config and stop, or print its warnings and go on."""
-    from attnimg.report import as_text
+    from attnimg.cli import as_text
 
     as_text.print_findings(checked, err=console)
     if checked.config is None or not checked.ok:
@@ -134,7 +136,7 @@ def _require_base_model(
     values: Config, raw: Mapping[str, Any], machine: Machine, *, console: Console
 ) -> None:
     """Print the warnings on the base model, and raise the first error."""
-    from attnimg.report import as_text
+    from attnimg.cli import as_text
 
     errors, warnings = base_model_findings(values, raw, machine)
     if errors:
@@ -150,7 +152,7 @@ def _planned(session: Session) -> Plan:
 
 def _shown(found: Plan, session: Session) -> Plan:
     """Print a plan; one that chose nothing ends the run, with all its reasons."""
-    from attnimg.report import as_text
+    from attnimg.cli import as_text
 
     if found.chosen is None:
         raise _refusal(found)
@@ -346,7 +348,7 @@ def _proven(session: Session, found: Plan, model: Any) -> tuple[Plan, IsolationP
     """Show the real model packed documents; on a leak, auto goes on to its next candidate."""
     if not session.problem.packing:
         return found, None
-    from attnimg.prove.isolation import check_isolation, require_isolation
+    from attnimg.verify.isolation import check_isolation, require_isolation
 
     while True:
         backend = _backend(found)

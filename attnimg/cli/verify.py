@@ -10,15 +10,17 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from attnimg import config, plan, probe
+from attnimg import config
 from attnimg.backends import backend_named
+from attnimg.cli import as_json
 from attnimg.cli.options import JsonOption
 from attnimg.cli.proofs import parts_of, proofs
 from attnimg.cli.subject import distributions, gpu_text, problem_of, read_model
 from attnimg.errors import AttnimgError
 from attnimg.facts import Backend, LayerGroup, Machine, Model, Plan, Problem, Proof
-from attnimg.kernel_cache import use_shipped_kernels
-from attnimg.report import as_json
+from attnimg.machine import probe
+from attnimg.machine.kernel_cache import use_shipped_kernels
+from attnimg.select import plan
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -38,7 +40,7 @@ def verify(
     as_json_lines: JsonOption = False,
 ) -> None:
     """Prove every backend that fits here: outputs, gradients, and no leak between documents."""
-    from attnimg.report import as_text
+    from attnimg.cli import as_text
 
     console = as_text.console(sys.stderr)
 

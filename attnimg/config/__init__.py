@@ -18,9 +18,9 @@ from attnimg.config.names import AUTO, name_errors
 from attnimg.config.overrides import with_overrides
 from attnimg.config.read import read_yaml
 from attnimg.config.rules import View, run_rules
+from attnimg.config.schema import Checked, Config, DatasetSpec, SpecialToken
 from attnimg.errors import AttnimgError
 from attnimg.facts import Arch, Backend, Finding
-from attnimg.schema import Checked, Config, DatasetSpec, SpecialToken
 
 __all__ = ["check_file", "check_values", "parse_torch", "with_overrides"]
 

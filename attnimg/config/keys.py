@@ -9,7 +9,7 @@ from functools import cache
 from importlib.resources import files
 from typing import Any
 
-from attnimg.schema import Config, DatasetSpec
+from attnimg.config.schema import Config, DatasetSpec
 
 # Legacy key -> what to write instead, highest priority first: of several the first wins.
 LEGACY = {

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from attnimg.backends import arch_code, backend_named, is_hub_path, runs_on
 from attnimg.config.names import finding
+from attnimg.config.schema import DATASET_TYPES, Config
 from attnimg.facts import Arch, Backend, Finding, Needs
-from attnimg.schema import DATASET_TYPES, Config
 
 # Keys that say the same thing in two ways: setting both contradicts.
 _EITHER_OR = (

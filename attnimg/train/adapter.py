@@ -6,9 +6,9 @@ import re
 import warnings
 from typing import Any
 
+from attnimg.config.schema import Config
 from attnimg.errors import AttnimgError
 from attnimg.facts import DType
-from attnimg.schema import Config
 from attnimg.train.lora_advice import advice_on, find_fitting
 from attnimg.train.lora_targets import (
     embeddings,

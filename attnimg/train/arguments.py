@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from attnimg.config.schema import Config
 from attnimg.facts import Machine, RunContext
-from attnimg.schema import Config
 from attnimg.train.schedule import Schedule
 
 # Ours -> transformers', where they differ.

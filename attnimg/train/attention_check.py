@@ -1,7 +1,7 @@
 """Check the attention kernel during training, and stop all processes where it is wrong.
 
 At the session's first step, and at every multiple of attn_check_steps, one attention call of the
-first micro-batch is captured with its gradients and judged (prove/running.py). Checks go through
+first micro-batch is captured with its gradients and judged (verify/running.py). Checks go through
 the kinds of layers in turn, and through the layers of each kind. The processes then exchange what
 they found, so that all of them stop, or none.
 """
@@ -20,7 +20,7 @@ from attnimg.train.checkpoint import checkpoints, newest_checkpoint, step_of
 from attnimg.train.distributed import gathered, rank, world_size
 
 if TYPE_CHECKING:
-    from attnimg.calls.capture import CallKind, CapturedCall
+    from attnimg.backends._capture import CallKind, CapturedCall
 
 # Compares a call with the reference; the text is a seed that chooses the row and the heads.
 Judge = Callable[["CapturedCall", str], CallCheck]
@@ -103,7 +103,7 @@ class AttentionCheck:
         if not every or self.record.why_not or not due:
             yield
             return
-        from attnimg.calls.capture import Capture
+        from attnimg.backends._capture import Capture
 
         # A resumed session continues with the layer after the last one of the session before.
         if self._checked is None:

@@ -6,9 +6,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from attnimg.config.schema import Config
 from attnimg.errors import AttnimgError
 from attnimg.facts import Finding
-from attnimg.schema import Config
 from attnimg.train.causal import require_trainable
 from attnimg.train.pickled_weights import require_safetensors
 from attnimg.train.positions import judge_positions

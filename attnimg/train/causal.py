@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from attnimg import refused_types
+from attnimg.config.schema import Config
 from attnimg.errors import AttnimgError
-from attnimg.model_classes import read_causal_types
-from attnimg.schema import Config
+from attnimg.select import refused_types
+from attnimg.select.model_classes import read_causal_types
 
 # What chooses a class by the model's type; the last two also load models that take images.
 DEFAULT = "AutoModelForCausalLM"

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from attnimg.config.schema import Config
 from attnimg.errors import AttnimgError
 from attnimg.facts import Machine
-from attnimg.schema import Config
 from attnimg.train.adapter import check_adapter
 from attnimg.train.checkpoint import ResumePoint
 from attnimg.train.limits import check_limits

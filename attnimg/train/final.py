@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from attnimg.schema import Config
+from attnimg.config.schema import Config
 from attnimg.train import checkpoint as checkpoints
 from attnimg.train.disk import writing
 from attnimg.train.saved_model import correct_saved_config, restore_loaded_dtypes

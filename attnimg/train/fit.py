@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from attnimg.config.schema import Config
 from attnimg.errors import AttnimgError
 from attnimg.memory_errors import memory_errors
-from attnimg.schema import Config
 from attnimg.train import metrics
 from attnimg.train.applied import applied
 from attnimg.train.attention_check import AttentionCheck

@@ -6,7 +6,7 @@ import json
 from collections import Counter
 from typing import Any
 
-from attnimg.schema import Config
+from attnimg.config.schema import Config
 from attnimg.train.collate import NO_LOSS
 from attnimg.train.data.chat_templates import choose_chat_template
 from attnimg.train.data.sources import entries

@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from attnimg.config.schema import Config, DatasetSpec
 from attnimg.facts import RunContext
-from attnimg.schema import Config, DatasetSpec
 from attnimg.train.distributed import world_size
 from attnimg.train.model_hashes import model_of, tokenizer_of
 

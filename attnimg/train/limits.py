@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import resource
 
+from attnimg.config.schema import Config
 from attnimg.errors import AttnimgError
 from attnimg.facts import Machine
-from attnimg.schema import Config
 
 # Paged optimizers whose unpaged equivalent has another name.
 _UNPAGED = {"paged_adamw": "adamw_torch_fused", "paged_adamw_32bit": "adamw_torch_fused"}

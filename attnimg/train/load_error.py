@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from attnimg.schema import Config
+from attnimg.config.schema import Config
 from attnimg.train.model_files import GET_WHOLE
 
 

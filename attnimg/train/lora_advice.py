@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from attnimg.schema import Config
+from attnimg.config.schema import Config
 from attnimg.train.lora_targets import adaptable, expert_names, last_part, listed, matched
 
 

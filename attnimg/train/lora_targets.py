@@ -7,8 +7,8 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from attnimg.config.schema import Config
 from attnimg.errors import AttnimgError
-from attnimg.schema import Config
 
 ALL_LINEAR = "all-linear"
 # Linear layers of transformers that return something else than a linear layer does: PEFT's wrapper

@@ -9,10 +9,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from attnimg.config.schema import Config
 from attnimg.errors import AttnimgError
 from attnimg.facts import DType, RunContext
 from attnimg.memory_errors import as_refusal
-from attnimg.schema import Config
 from attnimg.train.adapter import add_adapter, quantization
 from attnimg.train.causal import DEFAULT, require_causal_class
 from attnimg.train.finite import require_finite

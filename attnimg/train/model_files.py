@@ -6,9 +6,9 @@ import json
 import stat
 from pathlib import Path
 
+from attnimg.config.schema import Config
 from attnimg.errors import AttnimgError
 from attnimg.files import read_regular
-from attnimg.schema import Config
 from attnimg.train.pickled_weights import require_safetensors
 
 WEIGHT_INDEX = "model.safetensors.index.json"

@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from attnimg.config.schema import Config
 from attnimg.content_hashes import ContentHashes, cache_folder
-from attnimg.schema import Config
 from attnimg.train.model_files import GET_WHOLE, WEIGHT_INDEX, bad_model
 from attnimg.train.safetensors_headers import weight_files
 

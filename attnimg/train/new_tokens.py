@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from attnimg.config.schema import Config
 from attnimg.errors import AttnimgError
-from attnimg.schema import Config
 from attnimg.train.lora_targets import untrained_embeddings
 from attnimg.train.model import load_model_config, load_without_weights
 

@@ -9,8 +9,8 @@ import math
 import warnings
 from typing import Any
 
+from attnimg.config.schema import Config
 from attnimg.errors import AttnimgError
-from attnimg.schema import Config
 from attnimg.train.arguments import scheduler_of
 from attnimg.train.limits import SCHEDULER_NEEDS
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from rich.console import Console
 
+from attnimg.config.schema import Config
 from attnimg.errors import AttnimgError, printable
-from attnimg.schema import Config
 from attnimg.train import metrics, output_lock
 from attnimg.train.checkpoint import (
     PARTIAL,

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from attnimg.config.schema import Config
 from attnimg.errors import AttnimgError
 from attnimg.facts import Finding
-from attnimg.model_classes import PositionTable, position_table
-from attnimg.quantizations import LANGUAGE_PARTS
-from attnimg.schema import Config
+from attnimg.select.model_classes import PositionTable, position_table
+from attnimg.select.quantizations import LANGUAGE_PARTS
 
 
 def judge_positions(config: Config, raw: Mapping[str, Any]) -> Finding | None:

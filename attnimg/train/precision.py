@@ -11,8 +11,8 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Any
 
+from attnimg.config.schema import Config
 from attnimg.facts import DType, RunContext
-from attnimg.schema import Config
 
 if TYPE_CHECKING:
     import torch

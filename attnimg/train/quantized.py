@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from packaging.requirements import Requirement
 
+from attnimg.config.schema import Config
 from attnimg.errors import AttnimgError
 from attnimg.facts import DType, Finding
-from attnimg.quantizations import (
+from attnimg.select.quantizations import (
     LANGUAGE_PARTS,
     Quantization,
     bits_of,
@@ -23,7 +24,6 @@ from attnimg.quantizations import (
     quantization_of,
     quantizations,
 )
-from attnimg.schema import Config
 from attnimg.train.safetensors_headers import TORCH_NAMES, StoredTensor, stored_tensors
 
 if TYPE_CHECKING:

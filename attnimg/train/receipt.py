@@ -11,7 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Literal
 
-from attnimg.schema import Config
+from attnimg.config.schema import Config
 from attnimg.train.disk import replace_text, writing
 from attnimg.train.run import RunFacts
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import yaml
 
+from attnimg.config.schema import Config
 from attnimg.errors import AttnimgError
-from attnimg.schema import Config
 from attnimg.train import checkpoint as checkpoints
 from attnimg.train.identity import CHANGEABLE, evaluation_decides, settings_of
 from attnimg.train.lora_targets import targeted

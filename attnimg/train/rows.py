@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from attnimg.config.schema import Config
 from attnimg.facts import RunContext
-from attnimg.schema import Config
 from attnimg.train.collate import NO_LOSS, PackedCollator, PaddedCollator
 from attnimg.train.packing import pack, pack_dataset
 

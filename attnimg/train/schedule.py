@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from attnimg.config.schema import Config, Strategy
 from attnimg.errors import AttnimgError
-from attnimg.schema import Config, Strategy
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -9,9 +9,9 @@ from typing import Any
 
 from rich.console import Console
 
+from attnimg.config.schema import Config
 from attnimg.errors import AttnimgError
 from attnimg.facts import RunContext
-from attnimg.schema import Config
 from attnimg.train.arguments import training_arguments
 from attnimg.train.attention_check import AttentionCheck
 from attnimg.train.checkpoint import ResumePoint

@@ -6,8 +6,8 @@ import json
 from collections.abc import Callable
 from typing import Any
 
+from attnimg.config.schema import Config
 from attnimg.errors import AttnimgError
-from attnimg.schema import Config
 from attnimg.train.new_tokens import has_embedding, may_add_pad_token, require_trained_tokens
 
 

@@ -12,9 +12,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from attnimg.config.schema import Config
 from attnimg.facts import Finding
-from attnimg.model_classes import read_causal_types
-from attnimg.schema import Config
+from attnimg.select.model_classes import read_causal_types
 from attnimg.train.causal import DEFAULT
 
 # Fields of config.json that describe other parts than the language model.

@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from attnimg.schema import Config
+from attnimg.config.schema import Config
 from attnimg.train import metrics
 from attnimg.train.distributed import any_rank
 from attnimg.train.progress import ProgressView

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 
-from attnimg.schema import Config, DatasetSpec
+from attnimg.config.schema import Config, DatasetSpec
 from attnimg.train.data.sources import entries
 from attnimg.train.data.types import is_chat, is_text
 

@@ -25,7 +25,7 @@ from fingerprint import key_of, triton_fingerprint
 HERE = Path(__file__).parent
 # An entry's other files are the steps between source and machine code: no launch reads them.
 SHIPPED = (".cubin", ".json")
-# A group names its files by where they lay; attnimg.kernel_cache writes it anew where it copies.
+# A group names its files by their folder; attnimg.machine.kernel_cache rewrites it in the copy.
 GROUP = "__grp__"
 
 

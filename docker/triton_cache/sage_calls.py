@@ -34,7 +34,7 @@ def calls(asked: dict[str, Any], device: str, *, batch: int = 1, tokens: Any = N
     sage_without_cuda(device)
     import sageattention
 
-    from attnimg.calls.sage import SageKernel
+    from attnimg.backends._sage import SageKernel
 
     kernel = SageKernel(
         backend="sage", dense=sageattention.sageattn, varlen=sageattention.sageattn_varlen

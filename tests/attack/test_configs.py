@@ -13,7 +13,7 @@ from generated import ODD, damaged, held_against
 from hypothesis import strategies as st
 
 from attnimg.config.keys import LEGACY, unsupported_keys
-from attnimg.schema import Config, DatasetSpec
+from attnimg.config.schema import Config, DatasetSpec
 
 # Values that are right, and make a run longer than an attack has time for.
 LONG = {"max_steps", "num_epochs", "sequence_len", "dataset_num_proc", "dataset_processes",

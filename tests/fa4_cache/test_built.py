@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from conftest import FA4_CACHE, ROOT, Built, run
 
-from attnimg.probe.fingerprint import RELEASE
+from attnimg.machine.fingerprint import RELEASE
 from recipes.artifact.elf import read_elf
 
 SIMULATED = Path(__file__).with_name("simulated_gpu.py")
@@ -27,14 +27,14 @@ GPUS = {
 }
 SETTINGS = """
 import json, os, pathlib, sys
-from attnimg.kernel_cache.fa4 import fa4_settings
-from attnimg.probe import this_machine
+from attnimg.machine.kernel_cache.fa4 import fa4_settings
+from attnimg.machine.probe import this_machine
 print(json.dumps(fa4_settings(this_machine(()), os.environ, shipped=pathlib.Path(sys.argv[1]))))
 """
 
 ASKING = """
 import json
-from attnimg.probe.fingerprint import RELEASE, fingerprint
+from attnimg.machine.fingerprint import RELEASE, fingerprint
 print(json.dumps(fingerprint()[RELEASE]))
 """
 

@@ -5,16 +5,17 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from attnimg import plan, probe
 from attnimg.backends import all_backends, backend_named
 from attnimg.cli.subject import distributions
 from attnimg.context import context_of
 from attnimg.context import takes_one_row as takes_one_row
 from attnimg.facts import Backend, LayerGroup, Machine, Model, Problem, Proof
-from attnimg.kernel_cache import use_shipped_kernels
-from attnimg.probe.shipped_kernels import shipped_kernels
-from attnimg.prove import proofs
-from attnimg.prove.runner import run
+from attnimg.machine import probe
+from attnimg.machine.kernel_cache import use_shipped_kernels
+from attnimg.machine.shipped_kernels import shipped_kernels
+from attnimg.select import plan
+from attnimg.verify import proofs
+from attnimg.verify.runner import run
 
 # Query heads to a key head in every unit, as in Llama 3.
 GROUP = 4
@@ -126,7 +127,7 @@ def _setting(machine: Machine) -> proofs.Setting:
 
 def isolation(model: Any, unit: dict[str, Any]) -> tuple[bool, str]:
     """Return whether a model keeps packed documents apart on a unit's backend, and the figures."""
-    from attnimg.prove.isolation import check_isolation
+    from attnimg.verify.isolation import check_isolation
 
     task = problem({**unit, "head_dims": [], "packing": True, "sequence_len": unit["tokens"]})
     context = context_of(task, backend(unit["backend"]))

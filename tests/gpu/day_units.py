@@ -256,7 +256,7 @@ def _number(value: float) -> float | None:
 
 def _raised(error: BaseException, *, stage: str) -> Outcome:
     """Return the outcome of an exception; a broken CUDA context asks for another process."""
-    from attnimg.prove.raised import shortened
+    from attnimg.verify.exception_text import shortened
 
     text = shortened(" ".join(str(error).split()))
     kind = type(error).__name__

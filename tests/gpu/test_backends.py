@@ -18,15 +18,16 @@ from attention_cases import LAYER, draw, gradients, packed, plainly, same_docume
 from run_facts import a_context, a_problem
 from tiny_models import tiny_model
 
-from attnimg import apply, probe
-from attnimg.attend import attention_function
+from attnimg import apply
 from attnimg.backends import all_backends, backend_named
+from attnimg.backends._attend import attention_function
 from attnimg.cli.subject import distributions
 from attnimg.facts import LayerGroup, Model
-from attnimg.plan import choose
-from attnimg.prove.isolation import check_isolation
-from attnimg.prove.shifted import shifted_keys
+from attnimg.machine import probe
+from attnimg.select.plan import choose
 from attnimg.train.collate import PackedCollator, PaddedCollator
+from attnimg.verify.isolation import check_isolation
+from attnimg.verify.shifted import shifted_keys
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NAMES = [backend.name for backend in all_backends() if backend.name != "eager"]

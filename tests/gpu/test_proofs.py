@@ -12,11 +12,12 @@ import pytest
 import torch
 from run_facts import a_problem
 
-from attnimg import plan, probe
 from attnimg.backends import all_backends, backend_named
 from attnimg.cli.subject import distributions
 from attnimg.facts import LayerGroup, Machine, Model
-from attnimg.prove.proofs import Setting, prove
+from attnimg.machine import probe
+from attnimg.select import plan
+from attnimg.verify.proofs import Setting, prove
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 

@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from attnimg import probe
 from attnimg.backends import backend_named, runs_on
 from attnimg.facts import Machine
-from attnimg.kernel_cache import settings_for
-from attnimg.probe.shipped_kernels import CACHE_AT, CACHE_ON, shipped_kernels, shipped_triton
-from attnimg.shipped import reasons_against_shipped, reasons_against_shipped_triton
+from attnimg.machine import probe
+from attnimg.machine.kernel_cache import settings_for
+from attnimg.machine.shipped import reasons_against_shipped, reasons_against_shipped_triton
+from attnimg.machine.shipped_kernels import CACHE_AT, CACHE_ON, shipped_kernels, shipped_triton
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
@@ -29,7 +29,7 @@ from types import SimpleNamespace
 
 import torch
 
-from attnimg.attend import attention_function
+from attnimg.backends._attend import attention_function
 from attnimg.backends import backend_named
 
 name, packed = sys.argv[1], sys.argv[2] == "packed"

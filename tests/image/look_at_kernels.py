@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.machinery import PathFinder
 
-from attnimg.probe.host import this_host
+from attnimg.machine.host import this_host
 
 MODULES = ("flash_attn.flash_attn_interface", "flash_attn.cute.interface")
 

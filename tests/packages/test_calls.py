@@ -16,9 +16,9 @@ from attention_cases import LAYER, draw, packed
 from packages import constants, read, stand_in
 
 from attnimg.backends import backend_named
-from attnimg.calls.flash import FlashKernel
-from attnimg.calls.fp8 import attend_fp8
-from attnimg.calls.xformers_bias import attend_xformers
+from attnimg.backends._flash import FlashKernel
+from attnimg.backends._fp8 import attend_fp8
+from attnimg.backends._xformers_bias import attend_xformers
 
 FLASH = [
     pytest.param("flash_attn", "flash_attn/flash_attn_interface.py", "flash_attention_2", id="FA2"),

@@ -20,9 +20,11 @@ import torch
 from rich.console import Console
 from tiny_run import losses, make_tokenizer, sentences
 
-from attnimg import apply, config, plan, probe
+from attnimg import apply, config
 from attnimg.cli.subject import distributions, problem_of, read_model
 from attnimg.cli.train import Session, fit_planned
+from attnimg.machine import probe
+from attnimg.select import plan
 from attnimg.train.quiet import silence_libraries
 from attnimg.train.signals import StopFlag
 

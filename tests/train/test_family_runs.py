@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from families import RECORD, run
 
-from attnimg import refused_types
 from attnimg.cli import train as command
+from attnimg.select import refused_types
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.timeout(120)]
 

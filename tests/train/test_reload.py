@@ -20,10 +20,12 @@ from tiny_models import tiny_model
 from tiny_run import sentences
 from tiny_vlms import tiny_vlm
 
-from attnimg import apply, config, plan, probe, problem
+from attnimg import apply, config
 from attnimg.cli.subject import base_model_findings, distributions, problem_of, read_model
 from attnimg.cli.train import Session, fit_planned
-from attnimg.model_classes import read_causal_types
+from attnimg.machine import probe
+from attnimg.select import plan, problem
+from attnimg.select.model_classes import read_causal_types
 from attnimg.train import fit
 from attnimg.train.quiet import silence_libraries
 from attnimg.train.safetensors_headers import TORCH_NAMES, stored_tensors

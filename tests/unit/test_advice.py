@@ -25,12 +25,12 @@ from tiny_run import CPU, make_model, make_tokenizer
 from attnimg.cli.subject import model_file, precision_notes, problem_of
 from attnimg.config import check_values
 from attnimg.config.keys import unsupported_keys
+from attnimg.config.schema import Config
 from attnimg.errors import AttnimgError
 from attnimg.facts import Arch, Finding, Machine, Model, Plan
-from attnimg.gpus import parse_gpu
-from attnimg.plan import choose
-from attnimg.problem import read_config, read_model
-from attnimg.schema import Config
+from attnimg.select.gpus import parse_gpu
+from attnimg.select.plan import choose
+from attnimg.select.problem import read_config, read_model
 from attnimg.train.base_model import judge_base_model
 from attnimg.train.check import check_inputs
 from attnimg.train.data import load_documents

@@ -16,10 +16,10 @@ from attnimg import apply
 from attnimg.backends import all_backends, backend_named
 from attnimg.errors import AttnimgError
 from attnimg.facts import GroupChoice, LayerGroup, Plan, Verdict
-from attnimg.prove.isolation import check_isolation
-from attnimg.prove.oracle import attend
-from attnimg.prove.shifted import shifted_keys
 from attnimg.train.collate import PackedCollator, PaddedCollator
+from attnimg.verify.isolation import check_isolation
+from attnimg.verify.reference import attend
+from attnimg.verify.shifted import shifted_keys
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 FLASH = "kernels-community/flash-attn2"
@@ -245,7 +245,7 @@ MLA = LayerGroup(count=2, heads=4, kv_heads=4, head_dim_qk=192, head_dim_v=128)
     ],
 )
 def test_values_of_another_size_reach_the_kernel_unpadded(monkeypatch, unpadded, layers, padded):
-    from attnimg.calls import flash
+    from attnimg.backends import _flash as flash
 
     seen = set()
     whole = flash.FlashKernel._dense

@@ -11,8 +11,8 @@ import torch
 from attention_cases import LAYER, draw, gradients, packed, plainly, same_document
 
 from attnimg import apply
-from attnimg.attend import attention_function, direct_function
 from attnimg.backends import backend_named
+from attnimg.backends._attend import attention_function, direct_function
 from attnimg.errors import AttnimgError
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
@@ -44,7 +44,7 @@ def varlen_stand_in_old(q, k, v, cu_q, cu_k, max_q, max_k, *, scale, window_size
 
 
 def torch_varlen(function):
-    from attnimg.calls.torch_varlen import attend_varlen
+    from attnimg.backends._torch_varlen import attend_varlen
 
     def attend(*tensors, **arguments):
         return attend_varlen(function, *tensors, honours=frozenset({"window"}), **arguments), None
@@ -245,7 +245,7 @@ def test_choosing_imports_no_torch():
     import subprocess
 
     code = (
-        "import sys, attnimg.plan, attnimg.backends as b\n"
+        "import sys, attnimg.select.plan, attnimg.backends as b\n"
         "[b.backend_named(n) for n in ('auto', 'sage', 'org/kernel:fn')]\n"
         "sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     )

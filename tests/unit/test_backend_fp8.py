@@ -6,7 +6,7 @@ import pytest
 import torch
 from attention_cases import LAYER, draw, gradients, packed, plainly
 
-from attnimg.calls.fp8 import attend_fp8, restore_flash_kernel
+from attnimg.backends._fp8 import attend_fp8, restore_flash_kernel
 from attnimg.errors import AttnimgError
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from attention_cases import LAYER, draw, packed, plainly, same_document
 
-from attnimg.calls.xformers_bias import attend_xformers
+from attnimg.backends._xformers_bias import attend_xformers
 from attnimg.errors import AttnimgError
 
 

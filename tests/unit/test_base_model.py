@@ -11,9 +11,9 @@ import torch
 from tiny_models import tiny_model
 from tiny_vlms import tiny_vlm
 
+from attnimg.config.schema import Config
 from attnimg.errors import AttnimgError
-from attnimg.model_classes import position_table, read_causal_types
-from attnimg.schema import Config
+from attnimg.select.model_classes import position_table, read_causal_types
 from attnimg.train.base_model import judge_base_model
 from attnimg.train.positions import rope_reach
 from attnimg.train.safetensors_headers import stored_tensors, unused_weights

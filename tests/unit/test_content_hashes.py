@@ -14,11 +14,13 @@ from pathlib import Path
 import pytest
 from run_facts import a_problem
 
-from attnimg import content_hashes, probe, problem
+from attnimg import content_hashes
 from attnimg.backends import backend_named
 from attnimg.content_hashes import ContentHashes, cache_folder
 from attnimg.facts import Machine
-from attnimg.prove.proofs import Setting, prove
+from attnimg.machine import probe
+from attnimg.select import problem
+from attnimg.verify.proofs import Setting, prove
 
 KERNEL = Path(__file__).parents[1] / "fixtures" / "flash_attn2"
 LARGE = 3 << 20

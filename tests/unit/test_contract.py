@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from attnimg.config import check_values
+from attnimg.config.schema import Checked
 from attnimg.errors import AttnimgError
-from attnimg.gpus import parse_gpu
-from attnimg.schema import Checked
+from attnimg.select.gpus import parse_gpu
 
 REQUIRED: dict[str, Any] = {
     "base_model": "org/model",

@@ -6,12 +6,12 @@ from dataclasses import replace
 
 import pytest
 
-from attnimg.doctor import examine
-from attnimg.doctor.variants import check_variants
 from attnimg.facts import Arch, Machine
-from attnimg.host_facts import WORKING_FOLDER, Check, Folder, Host, Shadow, ShippedKernels
-from attnimg.images import ImageFacts, catalogue
-from attnimg.probe.fingerprint import RELEASE
+from attnimg.machine.doctor import examine
+from attnimg.machine.doctor.variants import check_variants
+from attnimg.machine.fingerprint import RELEASE
+from attnimg.machine.host_facts import WORKING_FOLDER, Check, Folder, Host, Shadow, ShippedKernels
+from attnimg.select.images import ImageFacts, catalogue
 
 GIB = 1 << 30
 HOME = Folder(role="HOME", path="/cache/home", writable=True, free_bytes=500 * GIB)

@@ -12,8 +12,8 @@ import pytest
 from rich.markup import escape
 
 from attnimg.__main__ import run
+from attnimg.cli import as_json, as_text
 from attnimg.errors import AttnimgError, printable, shortened
-from attnimg.report import as_json, as_text
 
 
 @pytest.mark.parametrize(

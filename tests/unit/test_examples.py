@@ -14,7 +14,7 @@ from types import ModuleType
 import pytest
 import yaml
 
-from attnimg.schema import Config
+from attnimg.config.schema import Config
 from attnimg.train.data import check_sources
 
 ROOT = Path(__file__).parents[2]

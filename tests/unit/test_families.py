@@ -14,12 +14,12 @@ from families import CHANGES, RECORD, ROWS, values_of, variants, write_config
 from run_facts import a_problem
 from tiny_models import causal_types
 
-from attnimg import plan
+from attnimg.config.schema import Config
 from attnimg.errors import AttnimgError
 from attnimg.facts import Arch, Machine
-from attnimg.problem import read_model
-from attnimg.refused_types import mask_refusal, refusal_of, rows
-from attnimg.schema import Config
+from attnimg.select import plan
+from attnimg.select.problem import read_model
+from attnimg.select.refused_types import mask_refusal, refusal_of, rows
 from attnimg.train.causal import require_trainable
 
 FOUND: dict[str, dict[str, dict[str, Any]]] = json.loads(RECORD.read_text())["types"]

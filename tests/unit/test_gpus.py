@@ -3,7 +3,7 @@
 import pytest
 
 from attnimg.errors import AttnimgError
-from attnimg.gpus import arch_from_name, catalogue, cpus_with, parse_gpu
+from attnimg.select.gpus import arch_from_name, catalogue, cpus_with, parse_gpu
 
 
 @pytest.mark.parametrize(

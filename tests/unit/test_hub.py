@@ -8,8 +8,8 @@ import pytest
 from attention_cases import LAYER, draw, gradients, packed, plainly, same_document
 
 from attnimg import apply
-from attnimg.attend import attention_function
 from attnimg.backends import backend_named
+from attnimg.backends._attend import attention_function
 from attnimg.errors import AttnimgError
 
 SDPA = "torch.nn.functional.scaled_dot_product_attention"

@@ -16,11 +16,11 @@ import pytest
 
 from attnimg.errors import AttnimgError
 from attnimg.facts import Arch, Machine
-from attnimg.kernel_cache import fa4
-from attnimg.kernel_cache.fa4 import fa4_settings
-from attnimg.kernel_cache.variants import variant_settings
-from attnimg.probe import fingerprint as probed
-from attnimg.probe.fingerprint import RELEASE, fingerprint, key_of
+from attnimg.machine import fingerprint as probed
+from attnimg.machine.fingerprint import RELEASE, fingerprint, key_of
+from attnimg.machine.kernel_cache import fa4
+from attnimg.machine.kernel_cache.fa4 import fa4_settings
+from attnimg.machine.kernel_cache.variants import variant_settings
 
 ROOT = Path(__file__).parents[2]
 ENTRY = Path("0123abcd") / "fwd" / "4567.o"

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 from run_facts import a_problem
 
-from attnimg import known_bad, plan
 from attnimg.backends import all_backends, backend_named
 from attnimg.errors import AttnimgError
 from attnimg.facts import LayerGroup, Machine, Model, Problem
-from attnimg.gpus import parse_gpu
+from attnimg.select import known_bad, plan
+from attnimg.select.gpus import parse_gpu
 
 TODAY = date(2026, 11, 21)
 LAYER = LayerGroup(count=2, heads=8, kv_heads=2, head_dim_qk=256, head_dim_v=256)

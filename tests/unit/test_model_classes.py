@@ -15,14 +15,14 @@ from run_facts import a_problem
 from attnimg.__main__ import run as attnimg
 from attnimg.backends import backend_named
 from attnimg.cli.subject import problem_of
+from attnimg.config.schema import Config
 from attnimg.facts import LayerGroup, Model, ModelClass
-from attnimg.gpus import parse_gpu
-from attnimg.images import image_for, machine_with
-from attnimg.model_classes import class_named
-from attnimg.plan import choose
-from attnimg.plan.classes import reason_against_class
-from attnimg.problem import read_model
-from attnimg.schema import Config
+from attnimg.select.classes import reason_against_class
+from attnimg.select.gpus import parse_gpu
+from attnimg.select.images import image_for, machine_with
+from attnimg.select.model_classes import class_named
+from attnimg.select.plan import choose
+from attnimg.select.problem import read_model
 from recipes import positions
 from recipes.model_classes import (
     CAUSAL_PATH,

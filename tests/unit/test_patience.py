@@ -15,8 +15,8 @@ from run_facts import a_geometry
 from served_kernels import serve
 
 from attnimg.facts import Proof
-from attnimg.prove.patience import Patience, own_time, usage_of
-from attnimg.prove.runner import Candidate, run
+from attnimg.verify.runner import Candidate, run
+from attnimg.verify.watchdog import Patience, own_time, usage_of
 
 SMALL = a_geometry(heads=2, kv_heads=1, head_dim_qk=16, head_dim_v=16, sequence_len=64)
 SPIN = "while True: pass"
@@ -115,7 +115,7 @@ def children() -> list[int]:
         for path in Path("/proc/self/task").glob("*/children")
         for pid in path.read_text().split()
     ]
-    return [pid for pid in listed if b"attnimg.prove.child" in cmdline(pid)]
+    return [pid for pid in listed if b"attnimg.verify.worker" in cmdline(pid)]
 
 
 def cmdline(pid: int) -> bytes:

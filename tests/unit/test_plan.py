@@ -12,7 +12,6 @@ from types import SimpleNamespace
 import pytest
 from run_facts import a_problem
 
-from attnimg import known_bad
 from attnimg.backends import all_backends, backend_named
 from attnimg.facts import (
     DType,
@@ -23,10 +22,11 @@ from attnimg.facts import (
     Plan,
     Reason,
 )
-from attnimg.gpus import catalogue, parse_gpu
-from attnimg.plan import choose, training_dtype, without
-from attnimg.plan.judge import reasons_against
-from attnimg.plan.ranks import place_of
+from attnimg.select import known_bad
+from attnimg.select.gpus import catalogue, parse_gpu
+from attnimg.select.judge import reasons_against
+from attnimg.select.plan import choose, training_dtype, without
+from attnimg.select.ranks import place_of
 
 
 def group(d: int = 128, *, v: int | None = None, **more: object) -> LayerGroup:
@@ -537,7 +537,7 @@ def test_the_generic_kernel_is_chosen_before_it_is_called(monkeypatch: pytest.Mo
         seen.append(os.environ.get(name))
         return SimpleNamespace(attend=lambda: None)
 
-    monkeypatch.setattr("attnimg.calls.transformers_flash.flash_kernel", kernel)
+    monkeypatch.setattr("attnimg.backends._transformers_flash.flash_kernel", kernel)
     backend = backend_named("flash_attention_4_generic")
     assert backend is not None
     assert backend.load_attend is not None

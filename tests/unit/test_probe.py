@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 
 from attnimg.errors import AttnimgError
-from attnimg.probe import this_machine
-from attnimg.probe.fingerprint import triton_fingerprint, triton_in_short
-from attnimg.probe.kernel_variants import TorchBuild, choose, torch_build
-from attnimg.probe.local_kernels import read_local_kernels
-from attnimg.probe.recording import Answer, Recording, describe
-from attnimg.probe.shipped_kernels import shipped_kernels, shipped_triton
+from attnimg.machine.fingerprint import triton_fingerprint, triton_in_short
+from attnimg.machine.kernel_variants import TorchBuild, choose, torch_build
+from attnimg.machine.local_kernels import read_local_kernels
+from attnimg.machine.probe import this_machine
+from attnimg.machine.recording import Answer, Recording, describe
+from attnimg.machine.shipped_kernels import shipped_kernels, shipped_triton
 
 MACHINES = Path(__file__).parent / "machines"
 TWO = "GPU A, 8.0, 1000, 1.0\nGPU B, 9.0, 2000, 1.0\n"
@@ -112,7 +112,8 @@ def test_packages_are_asked_for_in_any_spelling():
 
 
 def test_torch_is_never_imported():
-    code = "import sys; from attnimg.probe import this_machine as m; m(['torch', 'transformers'])"
+    code = "import sys; from attnimg.machine.probe import this_machine as m"
+    code += "; m(['torch', 'transformers'])"
     code += (
         "; assert not {'torch', 'transformers', 'kernels', 'huggingface_hub'} & set(sys.modules)"
     )

@@ -11,8 +11,8 @@ import pytest
 
 from attnimg.errors import AttnimgError
 from attnimg.facts import LayerGroup
-from attnimg.problem import read_config, read_model
-from attnimg.problem.families import read_families
+from attnimg.select.problem import read_config, read_model
+from attnimg.select.problem.families import read_families
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -232,7 +232,7 @@ def test_multimodal_models_are_read_by_their_language_part(type_, tmp_path):
 def test_every_assumed_value_is_the_class_default():
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    from attnimg.problem.fields import _ALIASES
+    from attnimg.select.problem.fields import _ALIASES
 
     # gemma4 takes it from the file alone, so it is no field of its class.
     not_fields = {("gemma4_text", "global_head_dim"): 512}

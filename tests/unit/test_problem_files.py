@@ -8,7 +8,7 @@ import pytest
 
 from attnimg.errors import AttnimgError
 from attnimg.facts import LayerGroup
-from attnimg.problem import attention_dropout, find_config, read_config, read_model
+from attnimg.select.problem import attention_dropout, find_config, read_config, read_model
 
 
 @pytest.mark.parametrize(

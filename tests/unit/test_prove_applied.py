@@ -12,8 +12,8 @@ import pytest
 from run_facts import a_geometry
 
 from attnimg import apply
-from attnimg.attend import as_applied, attention_function
 from attnimg.backends import backend_named
+from attnimg.backends._attend import as_applied, attention_function
 from attnimg.facts import Backend, Geometry, LayerGroup, Proof
 
 FLASH_4 = "kernels-community/flash-attn4"
@@ -51,7 +51,7 @@ def kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def proven(name: str, geometry: Geometry, *, routed: bool = False) -> Proof:
     """Prove in this process what a child would prove."""
-    from attnimg.prove.child import prove_candidate
+    from attnimg.verify.worker import prove_candidate
 
     candidate = {
         "backend": name, "geometries": [asdict(geometry)], "trusted": False, "routed": routed
@@ -85,7 +85,7 @@ def test_what_a_router_calls_is_what_is_proven(
     def reached(*_tensors: Any, **_arguments: Any) -> Any:
         raise RuntimeError("reached")
 
-    monkeypatch.setattr(f"attnimg.calls.{function}", reached)
+    monkeypatch.setattr(f"attnimg.backends._{function}", reached)
     assert "reached" in str(proven(name, geometry, routed=routed).reasons)
 
 
@@ -133,8 +133,8 @@ def test_what_apply_registers_is_what_that_function_gives() -> None:
 
 
 def test_a_row_that_is_shortened_on_a_cpu_is_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
-    from attnimg.prove import candidate
-    from attnimg.prove.shown import CPU, Budget
+    from attnimg.verify import candidate
+    from attnimg.verify.probe_sizes import CPU, Budget
 
     little = Budget(held=CPU.held, whole=4 * 150**2, drawn=CPU.drawn)
     monkeypatch.setattr(candidate, "budget_here", lambda *_args, **_named: little)

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import served_kernels
 
-from attnimg import kernel_cache
 from attnimg.__main__ import run as attnimg
+from attnimg.machine import kernel_cache
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 FLASH = "kernels-community/flash-attn2"

@@ -13,18 +13,18 @@ from noisy_proofs import FAMILIES, LEAKS, LOST_HEAD, Shape, grid, load, prove_no
 from run_facts import a_geometry
 
 from attnimg.backends import backend_named
-from attnimg.calls.flash import FlashKernel
+from attnimg.backends._flash import FlashKernel
 from attnimg.facts import Backend, Reason
-from attnimg.prove import candidate
-from attnimg.prove.calls import Result, call
-from attnimg.prove.candidate import Findings, prove_geometry
-from attnimg.prove.cases import Case, cases_of
-from attnimg.prove.checks import Fault
-from attnimg.prove.child import prove_candidate
-from attnimg.prove.inputs import draw
-from attnimg.prove.noise import TILE, beyond_a_flip, sum_noise
-from attnimg.prove.repeats import check_isolated
-from attnimg.prove.shown import CPU
+from attnimg.verify import candidate
+from attnimg.verify.candidate import Findings, prove_geometry
+from attnimg.verify.cases import Case, cases_of
+from attnimg.verify.checks import Fault
+from attnimg.verify.inputs import draw
+from attnimg.verify.noise import TILE, beyond_a_flip, sum_noise
+from attnimg.verify.one_call import Result, call
+from attnimg.verify.probe_sizes import CPU
+from attnimg.verify.repeated_calls import check_isolated
+from attnimg.verify.worker import prove_candidate
 
 SMALL = Shape(head_dim=64, group=4, dtype="bfloat16", packed=True, tile=64)
 # 20 of the grid, with few heads: `make bench/proof-noise` runs 200 for each kind of noise.

@@ -23,10 +23,10 @@ from run_facts import a_context
 from safetensors.torch import load_file, save_file
 
 from attnimg.__main__ import run as attnimg
+from attnimg.config.schema import Config
 from attnimg.errors import AttnimgError
 from attnimg.facts import DType
-from attnimg.quantizations import quantizations
-from attnimg.schema import Config
+from attnimg.select.quantizations import quantizations
 from attnimg.train.base_model import judge_base_model
 from attnimg.train.model import load_model
 from attnimg.train.tokenizer import load_tokenizer

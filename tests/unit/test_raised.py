@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from attnimg.prove.raised import BEGINNING, ENDING, raised
+from attnimg.verify.exception_text import BEGINNING, ENDING, raised
 
 
 def test_a_short_message_is_whole_and_on_one_line() -> None:

@@ -15,7 +15,7 @@ import pytest
 
 from attnimg.backends import all_backends
 from attnimg.errors import AttnimgError
-from attnimg.gpus import catalogue
+from attnimg.select.gpus import catalogue
 from recipes.checkpoints_page import RECORD as RELOAD_RECORD
 from recipes.facts import Plan
 from recipes.families_page import RECORD as FAMILIES_RECORD

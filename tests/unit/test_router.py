@@ -11,8 +11,8 @@ from attnimg.apply import backend_of
 from attnimg.apply.router import Router, Shape
 from attnimg.errors import AttnimgError
 from attnimg.facts import DType, LayerGroup, Machine, Model, Plan, Reason
-from attnimg.gpus import parse_gpu
-from attnimg.plan import choose, without
+from attnimg.select.gpus import parse_gpu
+from attnimg.select.plan import choose, without
 
 
 def named(name):

@@ -11,16 +11,16 @@ import torch
 from attention_cases import LAYER, draw, gradients, packed, plainly
 from run_facts import a_geometry
 
-from attnimg.attend import attention_function
+from attnimg.backends import _shifted_sparse as shifted_sparse
 from attnimg.backends import backend_named
-from attnimg.calls import shifted_sparse
-from attnimg.calls.arguments import read_call
-from attnimg.calls.shifted_kernels import GroupKernel, group_kernels
-from attnimg.calls.shifted_sparse import attend_shifted
+from attnimg.backends._arguments import read_call
+from attnimg.backends._attend import attention_function
+from attnimg.backends._shifted_kernels import GroupKernel, group_kernels
+from attnimg.backends._shifted_sparse import attend_shifted
 from attnimg.errors import AttnimgError
-from attnimg.prove.candidate import prove_geometry
-from attnimg.prove.oracle import attend
-from attnimg.prove.shifted import shifted_keys
+from attnimg.verify.candidate import prove_geometry
+from attnimg.verify.reference import attend
+from attnimg.verify.shifted import shifted_keys
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 

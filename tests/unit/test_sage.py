@@ -9,9 +9,9 @@ import pytest
 import torch
 from attention_cases import LAYER, draw, gradients, packed, plainly, same_document
 
-from attnimg.attend import attention_function
 from attnimg.backends import backend_named
-from attnimg.calls.forward_only import with_exact_backward
+from attnimg.backends._attend import attention_function
+from attnimg.backends._forward_only import with_exact_backward
 from attnimg.errors import AttnimgError
 
 STAND_IN = Path(__file__).parents[1] / "fixtures" / "sage_stand_in"

@@ -7,7 +7,7 @@ import hashlib
 
 import pytest
 
-from attnimg.probe.shadowed import shadowed
+from attnimg.machine.shadowed import shadowed
 
 FILE = "flash_attn/cute/interface.py"
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
+from attnimg.config.schema import Config
 from attnimg.errors import AttnimgError
-from attnimg.schema import Config
 from attnimg.train import checkpoint as checkpoints
 from attnimg.train import metrics
 from attnimg.train.disk import writing

@@ -15,9 +15,9 @@ from typing import Any
 
 import pytest
 
+from attnimg.config.schema import Config
 from attnimg.errors import AttnimgError
 from attnimg.facts import RunContext
-from attnimg.schema import Config
 from attnimg.train import session
 from attnimg.train.checkpoint import ResumePoint
 from attnimg.train.file_hashes import FileHashes

@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 
+from attnimg.config.schema import Config
 from attnimg.errors import AttnimgError
 from attnimg.facts import DType
-from attnimg.schema import Config
 from attnimg.train.causal import require_causal_type
 from attnimg.train.model import load_model, load_model_config
 from attnimg.train.model_files import check_model_files

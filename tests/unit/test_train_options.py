@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from attnimg.config import check_values
+from attnimg.config.schema import Config
 from attnimg.errors import AttnimgError
 from attnimg.facts import Arch, Machine
-from attnimg.schema import Config
 from attnimg.train.check import check_inputs
 from attnimg.train.limits import check_limits
 from attnimg.train.options import try_options

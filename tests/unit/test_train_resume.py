@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import yaml
 
+from attnimg.config.schema import Config
 from attnimg.errors import AttnimgError
-from attnimg.schema import Config
 from attnimg.train import identity, model_hashes, resume
 from attnimg.train.checkpoint import STATE, ResumePoint
 from attnimg.train.data.documents import SourceFigures

@@ -9,10 +9,10 @@ import pytest
 
 from attnimg.backends import backend_named
 from attnimg.cli.subject import problem_of
+from attnimg.config.schema import Config, Optimizer, Scheduler
 from attnimg.context import context_of
 from attnimg.errors import AttnimgError
 from attnimg.facts import Arch, Machine
-from attnimg.schema import Config, Optimizer, Scheduler
 from attnimg.train.adapter import check_adapter
 from attnimg.train.arguments import training_arguments
 from attnimg.train.limits import check_limits

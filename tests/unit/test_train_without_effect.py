@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from attnimg.schema import Config
+from attnimg.config.schema import Config
 from attnimg.train.without_effect import without_effect
 
 CHAT = {"path": "a.jsonl", "type": "chat_template"}

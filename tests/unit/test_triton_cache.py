@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from attnimg.facts import Arch, Machine
-from attnimg.kernel_cache.triton import triton_settings
+from attnimg.machine.kernel_cache.triton import triton_settings
 
 SM_90 = Arch(name="sm_90", vendor="nvidia", capability=(9, 0))
 H100 = Machine(arch=SM_90, gpu="NVIDIA H100", driver="590.10")

@@ -22,9 +22,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from attnimg.config.schema import Config
 from attnimg.errors import AttnimgError
 from attnimg.files import NotPrivate, check_private
-from attnimg.schema import Config
 from attnimg.train.data.chat_templates import choose_chat_template
 from attnimg.train.data.documents import SourceFigures
 from attnimg.train.data.lengths import strategy_for

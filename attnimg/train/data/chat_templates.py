@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from attnimg.config.schema import Config, DatasetSpec
 from attnimg.errors import AttnimgError
 from attnimg.files import read_regular
-from attnimg.schema import Config, DatasetSpec
 
 # Source: https://pytorch.org/torchtune/stable/generated/torchtune.data.ChatMLTemplate.html
 # (2026-11-21)

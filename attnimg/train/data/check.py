@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import suppress
 
+from attnimg.config.schema import DATASET_TYPES, Config, DatasetSpec
 from attnimg.errors import AttnimgError
-from attnimg.schema import DATASET_TYPES, Config, DatasetSpec
 from attnimg.train.data.records import read_records
 from attnimg.train.data.sources import Source, entries, find_source
 from attnimg.train.data.types import is_chat, parser

@@ -9,7 +9,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from attnimg.schema import DatasetSpec
+from attnimg.config.schema import DatasetSpec
 from attnimg.train.data.parsed import Conversation, Turn, column, shown, text
 from attnimg.train.data.records import Place, bad_record
 from attnimg.train.data.tool_calls import read_tool_calls, read_tools, without_nulls

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from attnimg.config.schema import Config
 from attnimg.errors import AttnimgError
-from attnimg.schema import Config
 from attnimg.train.data.cache import Made, Write, cache_key, in_memory, on_disk
 from attnimg.train.data.check import find_sources
 from attnimg.train.data.documents import Documents, SourceFigures

@@ -12,7 +12,7 @@ from itertools import islice
 from multiprocessing import get_context
 from typing import TYPE_CHECKING, Any
 
-from attnimg.schema import Config
+from attnimg.config.schema import Config
 from attnimg.train.data.documents import SourceFigures
 from attnimg.train.data.lengths import Tally, fit, strategy_for
 from attnimg.train.data.parsed import Parsed

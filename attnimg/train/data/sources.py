@@ -15,8 +15,8 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Literal
 
+from attnimg.config.schema import Config, DatasetSpec
 from attnimg.errors import AttnimgError
-from attnimg.schema import Config, DatasetSpec
 from attnimg.train.data.open_file import (
     BROKEN,
     COMPRESSED,

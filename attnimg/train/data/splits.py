@@ -17,8 +17,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from attnimg.config.schema import DatasetSpec
 from attnimg.errors import AttnimgError
-from attnimg.schema import DatasetSpec
 from attnimg.train.data.open_file import check_regular
 
 Rows = tuple[str, int, int]  # a split, its first row and the one after its last

@@ -11,8 +11,8 @@ from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from typing import Any
 
+from attnimg.config.schema import DATASET_TYPES, DatasetSpec
 from attnimg.errors import AttnimgError
-from attnimg.schema import DATASET_TYPES, DatasetSpec
 from attnimg.train.data.conversations import parse_turns, roles
 from attnimg.train.data.parsed import Pair, Parse, column, text
 from attnimg.train.data.records import Place, bad_record

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from attnimg.schema import Config
+from attnimg.config.schema import Config
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n"

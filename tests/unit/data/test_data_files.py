@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import zstandard
 
+from attnimg.config.schema import Config
 from attnimg.errors import AttnimgError
-from attnimg.schema import Config
 from attnimg.train.data.check import find_sources
 from attnimg.train.data.read import read_source
 

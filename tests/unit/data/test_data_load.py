@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
+from attnimg.config.schema import Config
 from attnimg.errors import AttnimgError
-from attnimg.schema import Config
 from attnimg.train.data import load_documents, sentence
 
 Run = Callable[..., Config]

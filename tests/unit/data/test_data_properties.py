@@ -24,9 +24,9 @@ from data_strategies import any_text, examples, texts
 from hypothesis import given
 from hypothesis import strategies as st
 
+from attnimg.config.schema import Config, DatasetSpec
 from attnimg.errors import AttnimgError
 from attnimg.facts import RunContext
-from attnimg.schema import Config, DatasetSpec
 from attnimg.train.data import load_documents
 from attnimg.train.data.chat import ChatEncoder
 from attnimg.train.data.check import find_sources

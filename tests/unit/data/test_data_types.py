@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
+from attnimg.config.schema import Config, DatasetSpec
 from attnimg.errors import AttnimgError
-from attnimg.schema import Config, DatasetSpec
 from attnimg.train.data import load_documents
 from attnimg.train.data.types import parser
 

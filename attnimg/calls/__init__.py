@@ -1,1 +1,0 @@
-"""What the calls of several backends share: arguments read, documents found, exact attention."""

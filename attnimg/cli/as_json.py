@@ -1,0 +1,129 @@
+"""The JSON that check and explain print, one object a line; its shape is the contract's."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from attnimg.facts import Finding, Model, Plan
+from attnimg.select.other_layers import OtherLayers
+
+if TYPE_CHECKING:
+    from attnimg.config.schema import Checked
+
+_FLAGS = (
+    "attn_implementation",
+    "attn_supports_packing",
+    "attn_uses_flash_lib",
+    "attn_needs_dtype_cast",
+)
+
+
+def line(value: dict[str, Any]) -> str:
+    """Write one JSON object on one line; what a terminal acts on is escaped."""
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+    # JSON itself escapes those below U+0020 alone.
+    return re.sub("[\x7f-\x9f]", lambda found: f"\\u{ord(found.group()):04x}", text)
+
+
+def checked_json(checked: Checked) -> dict[str, Any]:
+    """Give the object that `check --json` prints for one file."""
+    attn = config = None
+    if checked.config is not None:
+        # Through pydantic's own JSON, which writes null for numbers that JSON does not have.
+        config = json.loads(checked.config.model_dump_json(exclude_none=True))
+        flags = {key: getattr(checked.config, key) for key in _FLAGS}
+        config |= flags
+        attn = {"requested": checked.requested} | flags
+    return {
+        "file": checked.file,
+        "ok": checked.ok,
+        "on": checked.on,
+        "attn": attn,
+        "config": config,
+        "errors": [_error(finding) for finding in checked.errors],
+        "warnings": [_warning(finding) for finding in checked.warnings],
+    }
+
+
+def explained_json(
+    checked: Checked,
+    *,
+    model: Model | None,
+    plan: Plan | None,
+    on: str,
+    image: str | None = None,
+    others: tuple[OtherLayers, ...] = (),
+    memory: Any = None,
+) -> dict[str, Any]:
+    """Give the object that `explain --json` prints.
+
+    Args:
+        checked: the config's own judgement.
+        model: what its model looks like; None when its config.json is not at hand.
+        plan: every candidate and the choice; None when the file could not be read.
+        on: the architecture it was judged for.
+        image: the image whose packages were assumed; None for what is installed here.
+        others: the model's layers without softmax attention, judged.
+        memory: a dataclass of the bytes that are quadratic in the row; None for none.
+    """
+    return checked_json(checked) | {
+        "on": on,
+        "image": image,
+        "model": model and _model(model),
+        "layers": [asdict(group) for group in model.layers] if model else [],
+        "candidates": plan_json(plan)["candidates"] if plan else [],
+        "chosen": plan_json(plan)["chosen"] if plan else None,
+        "groups": plan_json(plan)["groups"] if plan else [],
+        "other_layers": [asdict(layers) for layers in others],
+        "quadratic_memory": asdict(memory) if memory else None,
+    }
+
+
+def plan_json(plan: Plan) -> dict[str, Any]:
+    """Give a plan with every candidate and all reasons, as receipts and explain hold it."""
+    chosen = plan.chosen
+    return {
+        "asked": plan.asked,
+        "because": plan.because,
+        "candidates": [
+            {
+                "backend": verdict.backend,
+                "fits": verdict.fits,
+                "rank": verdict.rank,
+                "reasons": [asdict(reason) for reason in verdict.reasons],
+            }
+            for verdict in plan.verdicts
+        ],
+        "chosen": chosen
+        and {"backend": chosen.backend, "kernel": chosen.kernel, "because": plan.because},
+        "groups": [
+            {
+                "layers": asdict(choice.layers),
+                "backend": choice.verdict.backend,
+                "kernel": choice.verdict.kernel,
+            }
+            for choice in plan.groups
+        ],
+    }
+
+
+def _model(model: Model) -> dict[str, Any]:
+    return {
+        "type": model.type,
+        "parameters": model.parameters,
+        "other_layers": sum(count for _, count in model.other_layers),
+        "unknown": list(model.unknown),
+    }
+
+
+def _error(finding: Finding) -> dict[str, Any]:
+    return asdict(finding)
+
+
+def _warning(finding: Finding) -> dict[str, Any]:
+    values = asdict(finding)
+    del values["why"]
+    return values

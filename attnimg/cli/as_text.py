@@ -1,0 +1,182 @@
+"""What check and explain show people: asked, got, because; then every candidate."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import IO, TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from attnimg.backends import backend_named
+from attnimg.errors import printable, shortened
+from attnimg.facts import Finding, LayerGroup, Model, Plan, Problem, Reason
+from attnimg.select.other_layers import OtherLayers, text_of
+
+if TYPE_CHECKING:
+    from attnimg.config.schema import Checked
+
+
+class PrintableConsole(Console):
+    """A rich console that escapes control characters in the text that it prints.
+
+    They come from file names, configs and messages of libraries; markup and styles still work.
+    """
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """Return the rendered text, with its control characters escaped."""
+        return super().render_str(printable(text), **options)
+
+
+def console(file: IO[str]) -> Console:
+    """Return a console that wraps to the terminal, and to 100 columns elsewhere."""
+    screen = PrintableConsole(file=file, highlight=False, emoji=False)
+    if not screen.is_terminal:
+        screen = PrintableConsole(file=file, highlight=False, emoji=False, width=100)
+    return screen
+
+
+def print_checked(checked: Checked, *, out: Console, err: Console) -> None:
+    """Print one line about a file, and its errors and warnings in full."""
+    mark = "[green]ok[/]" if checked.ok else "[red]no[/]"
+    said = ", ".join(
+        f"{len(found)} {word}{'s' if len(found) > 1 else ''}"
+        for found, word in ((checked.errors, "error"), (checked.warnings, "warning"))
+        if found
+    )
+    name = checked.config.attn_implementation if checked.config else None
+    shown = escape(name or ("-" if checked.errors else "auto"))
+    out.print(f"{mark}  {escape(checked.file)}  [cyan]{shown}[/]  {said}")
+    print_findings(checked, err=err)
+
+
+def print_findings(checked: Checked, *, err: Console) -> None:
+    """Print errors and warnings: what happened, why, what to do."""
+    for finding in checked.errors:
+        err.print(_finding(finding, "red", "error"), soft_wrap=True)
+    print_warnings(checked.warnings, err=err)
+
+
+def print_warnings(warnings: Iterable[Finding], *, err: Console) -> None:
+    """Print warnings: what happened, what to do."""
+    for finding in warnings:
+        err.print(_finding(finding, "yellow", "warning"), soft_wrap=True)
+
+
+def print_plan(plan: Plan, *, gpu: str, out: Console) -> None:
+    """Print the three lines that every run begins with."""
+    got = "[red]nothing[/]"
+    if plan.chosen:
+        got = f"[bold green]{escape(plan.chosen.backend)}[/]  ({escape(plan.chosen.kernel or '')})"
+    grid = Table.grid(padding=(0, 2))
+    grid.add_row("  [dim]asked[/]", escape(plan.asked))
+    grid.add_row("  [dim]got[/]", f"{got}  on {escape(gpu)}")
+    for choice in plan.groups:
+        taken = f"{_layer_text(choice.layers)}: [bold green]{escape(choice.verdict.backend)}[/]"
+        grid.add_row("  [dim]layers[/]", taken)
+    grid.add_row("  [dim]because[/]", escape(plan.because))
+    if not plan.chosen and plan.do:
+        grid.add_row("  [dim]do[/]", escape(plan.do))
+    out.print(grid)
+
+
+def print_explained(
+    plan: Plan,
+    *,
+    gpu: str,
+    model: Model | None,
+    problem: Problem,
+    others: tuple[OtherLayers, ...] = (),
+    out: Console,
+) -> None:
+    """Print the whole judgement on one screen."""
+    out.print()
+    print_plan(plan, gpu=gpu, out=out)
+    grid = Table.grid(padding=(0, 2))
+    grid.add_row("  [dim]model[/]  ", escape(_model_text(model)))
+    grid.add_row("  [dim]run[/]", escape(_problem_text(problem)))
+    for layers in others:
+        grid.add_row("  [dim]other[/]", escape(text_of(layers)))
+    for sentence in model.unknown if model else ():
+        grid.add_row("  [dim]unknown[/]", escape(sentence))
+    out.print(grid)
+    out.print()
+    out.print(_candidates(plan))
+
+
+def _candidates(plan: Plan) -> Table:
+    table = Table(box=None, padding=(0, 2, 0, 2), header_style="dim")
+    table.add_column("#", justify="right")
+    table.add_column("candidate", no_wrap=True)
+    table.add_column("fits")
+    table.add_column("reasons", ratio=1)
+    for verdict in plan.verdicts:
+        taken = plan.chosen is not None and plan.chosen.backend == verdict.backend
+        text = escape(f"{verdict.kernel or ''}{_reserve(verdict.backend)}")
+        if not verdict.fits:
+            text = _reasons(verdict.reasons)
+        table.add_row(
+            str(verdict.rank),
+            f"[bold green]{verdict.backend}[/]" if taken else escape(verdict.backend),
+            ("[bold green]taken[/]" if taken else "[green]yes[/]")
+            if verdict.fits
+            else "[red]no[/]",
+            text,
+        )
+    return table
+
+
+def _reasons(reasons: tuple[Reason, ...]) -> str:
+    """Give the first reason whole, and of the others their codes; JSON has all their texts."""
+    first, *others = reasons
+    text = f"[dim]{first.code}:[/] {escape(first.text)}"
+    codes = list(dict.fromkeys(reason.code for reason in others if reason.code != first.code))
+    return f"{text} [dim]+ {', '.join(codes)}[/]" if codes else text
+
+
+def _reserve(name: str) -> str:
+    """Say who may take a backend that fits: auto, a name in the config, or nobody yet."""
+    backend = backend_named(name)
+    if backend is None or backend.applied_as is None:
+        return "  (judged only: this version cannot apply it)"
+    if not backend.in_config:
+        return "  (only with auto)"
+    return "" if backend.automatic else "  (only when the config names it)"
+
+
+def _model_text(model: Model | None) -> str:
+    if model is None:
+        return "not at hand: head sizes, windows and sinks could not be judged"
+    parts = [_layer_text(group) for group in model.layers]
+    if others := sum(count for _, count in model.other_layers):
+        parts.append(f"{others} layers without softmax attention")
+    return f"{model.type}: {'; '.join(parts) or 'no attention layers found'}"
+
+
+def _layer_text(group: LayerGroup) -> str:
+    size = f"head_dim {group.head_dim_qk}"
+    if group.head_dim_v != group.head_dim_qk:
+        size += f"/{group.head_dim_v}"
+    text = f"{group.count} layers, {group.heads} heads, {group.kv_heads} kv_heads, {size}"
+    extras = [
+        f"window {group.window}" if group.window else "",
+        f"softcap {group.softcap:g}" if group.softcap else "",
+        "sinks" if group.sinks else "",
+    ]
+    return ", ".join([text, *filter(None, extras)])
+
+
+def _problem_text(problem: Problem) -> str:
+    rows = "packed rows" if problem.packing else "one document per row"
+    return f"{problem.dtype}, {rows}, forward and backward"
+
+
+def _finding(finding: Finding, colour: str, kind: str) -> str:
+    lines = [f"  [{colour}]{kind}[/] [dim]{finding.code}:[/] {escape(shortened(finding.what))}"]
+    for label, text in (("why", finding.why), ("do", finding.do)):
+        if text:
+            indented = escape(shortened(text)).replace("\n", "\n" + " " * 9)
+            lines.append(f"    [dim]{label + ':':<4}[/] {indented}")
+    return "\n".join(lines)

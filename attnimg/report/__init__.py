@@ -1,1 +1,0 @@
-"""What commands print: JSON for machines, one screen of text for people."""

@@ -1,0 +1,398 @@
+"""Prove one backend on one geometry: every probe, every rule."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from functools import partial
+from typing import NamedTuple
+
+import torch
+
+from attnimg.facts import AttentionFunction, Backend, Figure, Geometry, Pattern, Reason
+from attnimg.verify.cases import Case, cases_of
+from attnimg.verify.checks import ORDER, Expected, Fault, check_values, expected
+from attnimg.verify.compiled import builds_plans, compiling_each_shape, few_shapes, is_compiled
+from attnimg.verify.dropout import check_dropout
+from attnimg.verify.exception_text import raised
+from attnimg.verify.inputs import Inputs, draw
+from attnimg.verify.noise import sum_noise
+from attnimg.verify.one_call import (
+    Result,
+    backward,
+    call,
+    forward,
+    forward_only,
+    reference,
+    slope_of_scale,
+)
+from attnimg.verify.probe_sizes import Budget, budget_of
+from attnimg.verify.process_state import leaks
+from attnimg.verify.repeated_calls import check_isolated, check_repeated
+from attnimg.verify.training_conditions import check_company
+from attnimg.verify.whole_row import check_whole_row
+
+# The reference of a case serves every backend of a pattern that is proven in the same process.
+References = dict[tuple[Pattern, Case], Expected]
+# How often a probe, and then the whole proof, is run again where noise may be what broke a rule.
+AGAIN = 2
+# Tokens of the longest rows that an evaluation is shown besides the whole ones.
+_EVALUATED = 1024
+# How many more calls show whether gradients that moved move by themselves.
+MORE = 3
+
+
+class Findings(NamedTuple):
+    """What the probes found.
+
+    Attributes:
+        figures: for each quantity, the one that comes closest to its bound.
+        reasons: every rule that was broken, and broken again where noise might be why.
+        cases: how many probes were run.
+        unrepeated: what was broken once and not again.
+        raises: calls that training never makes, and what the kernel raised in them.
+    """
+
+    figures: list[Figure]
+    reasons: list[Reason]
+    cases: int
+    unrepeated: list[Reason]
+    raises: tuple[str, ...] = ()
+
+
+def prove_geometry(
+    function: AttentionFunction,
+    backend: Backend,
+    geometry: Geometry,
+    *,
+    device: str,
+    references: References,
+    starting: Callable[[str], None],
+    again: Callable[[], None],
+) -> Findings:
+    """Run every probe of a geometry, and again where a right kernel may have failed by noise.
+
+    A rule that noise may have broken is believed when it breaks twice: when one of AGAIN further
+    runs of that probe breaks a rule, when another probe does, or when one does in AGAIN further
+    runs of all. They get the same inputs: what is wrong at these must show again, and only the
+    kernel's own noise and, with dropout, the random numbers are new. So a right
+    kernel that fails once in a proof with a small probability p is refused with one of about
+    2 * p * p. A kernel that is wrong now and then passes after a fault only if every call of two
+    further proofs, several hundred, is right; and a fault that no noise explains is believed at
+    once.
+
+    A kernel may raise at the probes with fewer queries than keys, which are calls with a key-value
+    cache: training has none, and what raises gives nothing wrong. A wrong result refuses there too.
+
+    Args:
+        function: the backend's attention.
+        backend: what it is judged by.
+        geometry: the run's.
+        device: "cpu" or "cuda".
+        references: filled on the way.
+        starting: called with a probe's name before it is run, for what the parent process tells
+            when this one dies.
+        again: called before all probes are run again, which takes as long as they took.
+
+    Raises:
+        Exception: whatever a kernel raises in a call that training makes.
+    """
+    probes = partial(
+        _run_probes,
+        function,
+        backend,
+        geometry,
+        device=device,
+        references=references,
+        starting=starting,
+    )
+    found = probes()
+    for _ in range(AGAIN if found.unrepeated else 0):
+        again()
+        further = probes()
+        if further.reasons or further.unrepeated:
+            reasons = _first_of_each(found.unrepeated + further.reasons + further.unrepeated)
+            return further._replace(reasons=reasons, unrepeated=[])
+    return found
+
+
+def _run_probes(
+    function: AttentionFunction,
+    backend: Backend,
+    geometry: Geometry,
+    *,
+    device: str,
+    references: References,
+    starting: Callable[[str], None],
+) -> Findings:
+    """Run every probe of a geometry once, and those again that noise may have failed."""
+    figures: list[Figure] = []
+    reasons: list[Reason] = []
+    unrepeated: list[Reason] = []
+    raises: list[str] = []
+    cases = cases_of(geometry, budget=budget_here(backend, device=device))
+    if backend.pattern == "shifted":
+        # s2 refuses rows that are packed or continue a cache. In rows of up to 8 tokens most see
+        # themselves alone: their gradients are rounding, with nothing to measure it by.
+        cases = [
+            case
+            for case in cases
+            if not case.packed and case.queries is None and max(case.lengths) > 8
+        ]
+    plans = builds_plans(backend, device=device, capability=_capability(device))
+    if plans or is_compiled(backend, device=device):
+        cases = few_shapes(cases)
+    for case in cases:
+        # What is refused already need not be shown the probes that take the longest.
+        if reasons and case.also_learning:
+            continue
+        starting(case.name)
+        inputs = draw(case, device=device)
+        right = references.get((backend.pattern, case))
+        if right is None:
+            right = references[backend.pattern, case] = _expected(case, inputs, backend.pattern)
+        probe = partial(
+            _run_probe, function, backend, case, inputs, right=right, references=references
+        )
+        try:
+            with compiling_each_shape(backend, device=device):
+                found = _run_until_sure(probe, refused=bool(reasons))
+        # Kernels raise anything. Where an earlier probe found a fault, that says more.
+        except Exception as error:
+            if reasons:
+                break
+            if case.in_training:
+                raise
+            # One that broke the GPU's context raises in the next probe as well.
+            raises.append(f"{case.name}: {raised(error)}")
+            continue
+        figures += found.figures
+        reasons += found.reasons
+        unrepeated += found.unrepeated
+    if geometry.dropout:
+        starting("dropout")
+        seeds = itertools.count()
+
+        def drop() -> tuple[list[Figure], list[Fault]]:
+            faults = check_dropout(function, backend, geometry, device=device, seed=next(seeds))
+            return [], list(faults)
+
+        found = _run_until_sure(drop, refused=bool(reasons))
+        reasons += found.reasons
+        unrepeated += found.unrepeated
+    if reasons or len(unrepeated) > 1:
+        reasons, unrepeated = reasons + unrepeated, []
+    probed = len(cases) - len(raises)
+    return Findings(_worst(figures), _first_of_each(reasons), probed, unrepeated, tuple(raises))
+
+
+def _expected(case: Case, inputs: Inputs, pattern: Pattern) -> Expected:
+    """Compute what a probe should give, and where it tells most, what another scale would."""
+    exact, plain = (
+        reference(case, inputs, dtype=dtype, pattern=pattern)
+        for dtype in (torch.float64, inputs.q.dtype)
+    )
+    slope = None
+    if case.repeated or case.also_learning:
+        slope = slope_of_scale(case, inputs, pattern=pattern, exact=exact)
+    return expected(exact, plain, slope=slope)
+
+
+def _run_until_sure(
+    probe: Callable[[], tuple[list[Figure], list[Fault]]], *, refused: bool
+) -> Findings:
+    """Run a probe, and again where all that it finds may be noise.
+
+    Args:
+        probe: makes its calls.
+        refused: whether the kernel is refused already, whatever this probe finds.
+    """
+    figures, faults = probe()
+    reasons = [fault.reason for fault in faults]
+    if not faults or refused or any(not fault.noise_sensitive for fault in faults):
+        return Findings(figures, reasons, 1, [])
+    for _ in range(AGAIN):
+        try:
+            further_figures, further = probe()
+        # Kernels raise anything. The fault that the first run found says more.
+        except Exception:
+            return Findings(figures, reasons, 1, [])
+        if further:
+            return Findings(figures, reasons, 1, [])
+    # One for a probe: two are a reason.
+    return Findings(further_figures, [], 1, reasons[:1])
+
+
+def _run_probe(
+    function: AttentionFunction,
+    backend: Backend,
+    case: Case,
+    inputs: Inputs,
+    *,
+    right: Expected,
+    references: References,
+) -> tuple[list[Figure], list[Fault]]:
+    """Make the calls of one probe."""
+    found = call(function, backend, case, inputs)
+    figures, faults = check_values(backend, case, inputs, found=found, right=right)
+    further: list[Iterator[Fault]] = []
+    if case.repeated:
+        further = [
+            _repeated(function, backend, case, inputs, first=found, right=right),
+            check_company(function, backend, case, inputs, right=right),
+        ]
+    elif case.also_learning:
+        further = [
+            check_whole_row(function, backend, case, inputs, right=right, references=references)
+        ]
+    elif sum(case.lengths) <= _EVALUATED and not is_compiled(backend, device=inputs.q.device.type):
+        if case.scores == "flat":
+            further = [_q_alone(function, backend, case, inputs, right=right)]
+        if case.packed:
+            further += [_without_gradients(function, backend, case, inputs, right=right)]
+    try:
+        for fault in itertools.chain(*further):
+            faults.append(fault)
+    # Kernels raise anything. Where an earlier call found a fault, that says more.
+    except Exception:
+        if not faults:
+            raise
+    return figures, faults
+
+
+def budget_here(backend: Backend, *, device: str) -> Budget:
+    """Return the budget of a backend's probes on this machine's device."""
+    if device == "cpu":
+        return budget_of(backend, memory_bytes=None)
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    return budget_of(backend, memory_bytes=properties.total_memory)
+
+
+def leaks_of(
+    function: AttentionFunction, backend: Backend, geometry: Geometry, *, device: str
+) -> list[str]:
+    """Return what equal calls leave behind in the process, each by its name.
+
+    Raises:
+        Exception: whatever the kernel raises.
+    """
+    cases = cases_of(geometry, budget=budget_here(backend, device=device))
+    # s2 takes no packed rows.
+    kind = geometry.packing and backend.pattern == "full"
+    case = next(c for c in cases if c.packed == kind and c.scale_factor != 1)
+    inputs = draw(case, device=device)
+
+    def again() -> int:
+        found = call(function, backend, case, inputs)
+        results = [found.out, *(g for g in found.gradients.values() if g is not None)]
+        return sum(x.numel() * x.itemsize for x in results)
+
+    with compiling_each_shape(backend, device=device):
+        return leaks(again)
+
+
+def _without_gradients(
+    function: AttentionFunction, backend: Backend, case: Case, inputs: Inputs, *, right: Expected
+) -> Iterator[Fault]:
+    """Make the call as an evaluation does."""
+    with torch.no_grad():
+        found = forward_only(forward(function, backend, case, inputs))
+    named = replace(case, name=f"{case.name}, without gradients")
+    yield from check_values(backend, named, inputs, found=found, right=right)[1]
+
+
+def _q_alone(
+    function: AttentionFunction, backend: Backend, case: Case, inputs: Inputs, *, right: Expected
+) -> Iterator[Fault]:
+    """Make the call as where an adapter sits on q alone."""
+    found = backward(forward(function, backend, case, inputs, learning=("dq",)))
+    named = replace(case, name=f"{case.name}, gradients of q alone")
+    yield from check_values(backend, named, inputs, found=found, right=right)[1]
+
+
+def merge(found: Iterable[Findings]) -> Findings:
+    """Join the findings of several geometries: the worst figures, the first of each reason."""
+    figures: list[Figure] = []
+    reasons: list[Reason] = []
+    unrepeated: list[Reason] = []
+    cases = 0
+    raises: list[str] = []
+    for findings in found:
+        figures += findings.figures
+        reasons += findings.reasons
+        unrepeated += findings.unrepeated
+        cases += findings.cases
+        raises += findings.raises
+    alike = tuple(dict.fromkeys(raises))
+    return Findings(_worst(figures), _first_of_each(reasons), cases, unrepeated, alike)
+
+
+def _repeated(
+    function: AttentionFunction,
+    backend: Backend,
+    case: Case,
+    inputs: Inputs,
+    *,
+    first: Result,
+    right: Expected,
+) -> Iterator[Fault]:
+    """Make the call again; where documents are packed, also with some of them changed."""
+    same = partial(call, function, backend, case, inputs)
+    before = [first, same()]
+    asked = case.geometry.deterministic
+    if asked or case.packed:
+        yield from check_repeated(case, first=first, second=before[1], gradients_too=asked)
+    # What is right once may be wrong the next time.
+    yield from check_values(backend, case, inputs, found=before[1], right=right)[1]
+    if not case.packed or first.out.shape != inputs.d_out.shape:
+        return
+    noise = sum_noise(case, inputs)
+    n_documents = len(case.lengths)
+    for one in (0, n_documents // 2, n_documents - 1):
+        changed = inputs.documents == one
+        moved = [torch.where(changed[:, None, :, None], -x.flip(-1), x) for x in _qkv(inputs)]
+        d_out = torch.where(changed[:, :, None, None], -inputs.d_out.flip(-1), inputs.d_out)
+        other = replace(inputs, **dict(zip("qkv", moved, strict=True)), d_out=d_out)
+        after = [call(function, backend, case, other)]
+        kept = ~changed & (inputs.documents >= 0)
+        judge = partial(check_isolated, case, kept=kept, noise=noise)
+        if any(judge(before=before, after=after)):
+            # Two calls may agree by chance: whether gradients move by themselves takes more.
+            before += [same() for _ in range(MORE)]
+            after += [call(function, backend, case, other) for _ in range(MORE)]
+            yield from judge(before=before, after=after)
+
+
+def _capability(device: str) -> tuple[int, int] | None:
+    """Return the compute capability of an NVIDIA GPU."""
+    nvidia = device == "cuda" and torch.version.hip is None
+    return torch.cuda.get_device_capability() if nvidia else None
+
+
+def _qkv(inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return inputs.q, inputs.k, inputs.v
+
+
+def _worst(figures: list[Figure]) -> list[Figure]:
+    """Keep, for each quantity, the figure that comes closest to its bound or is furthest beyond."""
+    worst: dict[str, Figure] = {}
+    for figure in figures:
+        kept = worst.get(figure.quantity)
+        if kept is None or _margin(figure) > _margin(kept):
+            worst[figure.quantity] = figure
+    return list(worst.values())
+
+
+def _margin(figure: Figure) -> float:
+    if figure.error < 0 or figure.allowed <= 0:  # decibels
+        return figure.error - figure.allowed
+    return figure.error / figure.allowed
+
+
+def _first_of_each(reasons: list[Reason]) -> list[Reason]:
+    """Keep the first reason of each code, in the order of checks.ORDER."""
+    first: dict[str, Reason] = {}
+    for reason in reasons:
+        first.setdefault(reason.code, reason)
+    return sorted(first.values(), key=lambda reason: ORDER.index(reason.code))

@@ -1,0 +1,403 @@
+"""The probes of a proof: which calls are made to see what a backend gets wrong.
+
+They follow the run's own geometry. Lengths are odd and reach the run's own; memory is laid out as
+models lay it out; every length from 1 to 72 occurs, since a kernel may fail at a single one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from attnimg.facts import Geometry
+from attnimg.verify.probe_sizes import (
+    Budget,
+    few_heads,
+    longest_of,
+    one_group,
+    rows_of,
+    short_window,
+    two_groups,
+    whole_row,
+)
+
+Layout = Literal["fused", "heads-first", "tokens-first", "mixed"]
+# What the scores look like: spread around 0; all about -110, where exp() in float32 underflows
+# (pytorch#196678: NaN in dq); all about +190, where it overflows unless the largest is subtracted,
+# and some values of v too; about the size of the soft cap;
+# all about the same, so that many small terms are added up; spread, with some tokens whose q, k or
+# v is 0, as those of padding or of a layer that starts at 0; spread, with values of v in the
+# hundreds; in steps from 60 to 480, and the same with all of them below -200, so that a bound on
+# scores makes different ones equal; spread, with the weight of each query on itself and the two
+# keys just before it, across the borders of tiles.
+Scores = Literal[
+    "spread",
+    "negative",
+    "large",
+    "near-cap",
+    "flat",
+    "zero-tokens",
+    "large-v",
+    "hundreds",
+    "below-hundreds",
+    "neighbours",
+]
+
+# Every length up to this one is shown to kernels that nobody here has read, and these beyond it.
+EVERY_LENGTH = 512
+_BEYOND = (600, 767, 768, 1000, 1023, 1024, 1025, 1536, 2047, 2048, 2049, 3001, 4095, 4096)
+# Up to so many tokens all rows of a probe are compared; see inputs.py.
+_WHOLE_ROW = 384
+# What the gradient of a mean over a row's tokens comes to, and what a scaled loss may. float16 has
+# 2e-5 between neighbours at the lower end, which is why its losses are scaled.
+_GRADIENTS = {
+    "float32": (2.0**-26, 2.0**10),
+    "bfloat16": (2.0**-26, 2.0**10),
+    "float16": (2.0**-4, 2.0**4),
+}
+# A scale that a kernel may take for a mistake: models that normalize q and k have them.
+_ABOVE_1 = 3.0
+_LADDER = (95, 96, 127, 128, 129, 160, 192, 255, 257, 320)
+# Lengths that kernels treat in ways of their own, each of them shown in each of four places.
+_IN_PLACES = ((64, 17, 129, 33), (128, 2, 65, 100), (127, 32, 256, 63))
+# Documents beside the longest one of a whole row, over and over.
+_MANY = (1, 17, 3, 64, 2, 33, 1, 5, 129, 9)
+# The same for all heads in a short row, more than 8 of them.
+_THIRTEEN = (19, 1, 46, 1, 2, 129, 5, 1, 31, 3, 7, 1, 17)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Case:
+    """One call.
+
+    Attributes:
+        name: for people.
+        geometry: the heads and the window of this call; the rest is the run's.
+        lengths: tokens of each document of the row when packed, else of each row of the batch.
+        packed: whether the documents share one row.
+        queries: query tokens when fewer than the keys; None for as many.
+        layout: how q, k and v lie in memory: views of one tensor as after a fused projection, as
+            after rotary embeddings, contiguous as the kernels take them, or each in another way.
+        scores: see Scores.
+        scale_factor: times D ** -0.5 is the scale of the call.
+        longest_slack: by how much max_length exceeds the longest document.
+        gradient_scale: how large the output's gradient is, about.
+        repeated: whether the call is made twice and its documents are perturbed.
+        also_learning: of "dq", "dk" and "dv", the gradients that are asked for in a second call,
+            whose output has a gradient at every row; none for no such call. See whole_row.py.
+    """
+
+    name: str
+    geometry: Geometry
+    lengths: tuple[int, ...]
+    packed: bool = False
+    queries: int | None = None
+    layout: Layout = "fused"
+    scores: Scores = "spread"
+    scale_factor: float = 1.0
+    longest_slack: int = 0
+    gradient_scale: float = 1.0
+    repeated: bool = False
+    also_learning: tuple[str, ...] = ()
+
+    @property
+    def in_training(self) -> bool:
+        """Whether training makes such calls: none with a cache, or of a document without tokens."""
+        return self.queries is None and all(self.lengths)
+
+
+def cases_of(geometry: Geometry, *, budget: Budget) -> list[Case]:
+    """List the probes of one geometry, the quickest to fail first."""
+    longest = longest_of(geometry, budget)
+    cases = _packed(geometry, longest, budget=budget) if geometry.packing else []
+    if geometry.dense:
+        cases += _dense(geometry, longest, budget=budget)
+    if geometry.every_length:
+        cases += _every_length(geometry, longest)
+    return cases
+
+
+def _every_length(geometry: Geometry, longest: int) -> list[Case]:
+    """Show documents of each length that no other probe has, alone or several to a row."""
+    few = short_window(few_heads(geometry))
+    last = min(max(longest, EVERY_LENGTH // 2), EVERY_LENGTH)
+    lengths = [*range(73, last + 1), *_beyond(longest)]
+    if not geometry.packing:
+        return [_plain_case(few, n) for n in lengths]
+    rows: list[list[int]] = [[]]
+    for length in lengths:
+        if sum(rows[-1]) + length > _WHOLE_ROW:
+            rows.append([])
+        rows[-1].append(length)
+    # And each number of documents to a row, of unequal lengths.
+    counts = [
+        Case(
+            name=f"{n} documents",
+            geometry=few,
+            lengths=tuple(2 + place % 5 for place in range(n)),
+            packed=True,
+        )
+        for n in range(2, 33)
+    ]
+    return counts + [
+        Case(
+            name=f"documents of {' and '.join(map(str, row))}",
+            geometry=few,
+            lengths=tuple(row),
+            packed=True,
+        )
+        for row in rows
+        if row
+    ]
+
+
+def _beyond(longest: int) -> list[int]:
+    """Return lengths above EVERY_LENGTH: usual ones, and those around each eighth of the row."""
+    spread = {n for eighth in range(1, 8) for n in _around(longest * eighth // 8)}
+    return sorted(n for n in spread | set(_BEYOND) if EVERY_LENGTH < n < longest)
+
+
+def _around(length: int) -> tuple[int, int]:
+    below = length // 96 * 96
+    return below, below + 37
+
+
+def _packed(geometry: Geometry, longest: int, *, budget: Budget) -> list[Case]:
+    """Rows of several documents: all unequal, all equal, one alone, of every small length."""
+    short = short_window(two_groups(geometry))
+    few = short_window(few_heads(geometry))
+    above = _ABOVE_1 * geometry.head_dim_qk**0.5
+    cases = [
+        Case(
+            name="documents of 13, 1, 64, 192, 5, 67 and 1",
+            geometry=short,
+            lengths=(13, 1, 64, 192, 5, 67, 1),
+            repeated=True,
+        ),
+        # As many tokens and documents as before, and as long a longest one: what a kernel keeps by
+        # these of another row would show.
+        Case(
+            name="documents of 1, 67, 5, 192, 64, 1 and 13",
+            geometry=short,
+            lengths=(1, 67, 5, 192, 64, 1, 13),
+        ),
+        Case(
+            name="strongly negative scores",
+            geometry=short,
+            lengths=(192, 64, 33),
+            scores="negative",
+        ),
+        Case(
+            name="large scores",
+            geometry=short,
+            lengths=(64, 97, 130),
+            layout="mixed",
+            scores="large",
+        ),
+        Case(
+            name="max_length larger than needed",
+            geometry=short,
+            lengths=(31, 97, 2),
+            layout="heads-first",
+            longest_slack=70,
+        ),
+        Case(name="another scale", geometry=short, lengths=(45, 83), scale_factor=0.6),
+        Case(name="a scale above 1", geometry=short, lengths=(45, 83), scale_factor=above),
+        Case(name="tokens of zeros", geometry=short, lengths=(45, 83), scores="zero-tokens"),
+        Case(name="the keys just before", geometry=few, lengths=(288, 95), scores="neighbours"),
+        Case(name="large values", geometry=short, lengths=(45, 83), scores="large-v"),
+        Case(name="equal documents", geometry=short, lengths=(48,) * 4, layout="tokens-first"),
+        Case(name="one document", geometry=short, lengths=(127,), layout="tokens-first"),
+        Case(name="every length from 1 to 40", geometry=few, lengths=tuple(range(1, 41))),
+        Case(name="every length from 72 to 41", geometry=few, lengths=tuple(range(72, 40, -1))),
+        Case(name="lengths around tiles", geometry=few, lengths=_LADDER, layout="heads-first"),
+        *(
+            Case(
+                name=f"documents of {', '.join(map(str, lengths))}",
+                geometry=few,
+                lengths=lengths,
+            )
+            for row in _IN_PLACES
+            for lengths in (row[place:] + row[:place] for place in range(len(row)))
+        ),
+        Case(name="300 documents", geometry=few, lengths=(1, 2, 3) * 100),
+        Case(name="empty documents", geometry=few, lengths=(0, 33, 1, 0, 0, 64, 2, 0, 1)),
+        Case(name="all heads", geometry=geometry, lengths=_THIRTEEN, layout="mixed"),
+        *(
+            Case(name=f"gradients of {g:.0e}", geometry=short, lengths=(45, 83), gradient_scale=g)
+            for g in _GRADIENTS[geometry.dtype]
+        ),
+        Case(name="flat scores", geometry=few_heads(geometry), lengths=(longest,), scores="flat"),
+        *_whole_rows(geometry, budget),
+    ]
+    if whole_row(geometry, budget) < longest:
+        half, third = longest // 2, longest // 3
+        rows = rows_of(geometry, longest, budget)
+        lengths = (half, third, longest - half - third) * rows
+        name = f"{rows} full rows in one" if rows > 1 else "a full row"
+        group = one_group(geometry)
+        n = min(longest, int((budget.held / group.heads) ** 0.5))
+        cases += [
+            Case(name=name, geometry=few_heads(geometry), lengths=lengths),
+            Case(
+                name=f"a document of {n}, one group of heads",
+                geometry=group,
+                lengths=(n,),
+                layout="heads-first",
+            ),
+        ]
+    if geometry.softcap:
+        cases.append(
+            Case(name="scores near the cap", geometry=short, lengths=(64, 97), scores="near-cap")
+        )
+    else:
+        cases += [
+            Case(name="scores of hundreds", geometry=short, lengths=(83, 45), scores="hundreds"),
+            Case(
+                name="scores below -200",
+                geometry=short,
+                lengths=(45, 83),
+                scores="below-hundreds",
+            ),
+        ]
+    return [replace(case, packed=True) for case in cases]
+
+
+def _whole_rows(geometry: Geometry, budget: Budget) -> list[Case]:
+    """Show all heads a row as the run has it: of one document, and of many."""
+    row = whole_row(geometry, budget)
+    # Rows of a batch follow one another in one call, where kernels take them so.
+    total = geometry.rows * geometry.sequence_len
+    if row < geometry.sequence_len or geometry.heads * total**2 > budget.whole:
+        total = row
+    long = min(total // 2, geometry.sequence_len)
+    factor = max(1, geometry.sequence_len // 2048)
+    lengths: list[int] = []
+    while (left := total - long - sum(lengths)) > 0:
+        length = _MANY[len(lengths) % len(_MANY)]
+        lengths.append(min(left, length if length < len(_MANY) else length * factor))
+    lengths.insert(len(lengths) // 2, long)
+    return [
+        Case(
+            name=f"a whole row of {total} tokens in {len(lengths)} documents, all heads",
+            geometry=geometry,
+            lengths=tuple(lengths),
+            also_learning=("dk", "dv"),
+        ),
+        Case(
+            name=f"a whole row of {row} tokens in one document, all heads",
+            geometry=geometry,
+            lengths=(row,),
+            layout="heads-first",
+            also_learning=("dv",),
+        ),
+    ]
+
+
+def _dense(geometry: Geometry, longest: int, *, budget: Budget) -> list[Case]:
+    """Rows of one document each, alone or padded to a common length."""
+    short = short_window(two_groups(geometry))
+    few = short_window(few_heads(geometry))
+    run = few_heads(geometry)
+    above = _ABOVE_1 * geometry.head_dim_qk**0.5
+    steps = range(96, min(longest, 512), 32)
+    middle = sorted({n for n in (*_LADDER, *steps, longest // 2 + 1) if n > 72})
+    cases = [
+        Case(name="192 tokens", geometry=short, lengths=(192, 192), repeated=True),
+        Case(name="1 token", geometry=short, lengths=(1, 1, 1)),
+        Case(
+            name="192 tokens, strongly negative scores",
+            geometry=short,
+            lengths=(192,),
+            scores="negative",
+        ),
+        Case(
+            name="97 tokens, large scores",
+            geometry=short,
+            lengths=(97,),
+            layout="mixed",
+            scores="large",
+        ),
+        Case(name="83 tokens, another scale", geometry=short, lengths=(83,), scale_factor=0.6),
+        Case(name="83 tokens, scale above 1", geometry=short, lengths=(83,), scale_factor=above),
+        Case(name="83 tokens, some zeros", geometry=short, lengths=(83,), scores="zero-tokens"),
+        Case(name="the keys just before", geometry=few, lengths=(288,), scores="neighbours"),
+        Case(name="83 tokens, large values", geometry=short, lengths=(83,), scores="large-v"),
+        Case(name="13 queries, 77 keys", geometry=short, lengths=(77,), queries=13),
+        Case(name="46 tokens, all heads", geometry=geometry, lengths=(46,), layout="heads-first"),
+        Case(name="161 tokens, all heads", geometry=geometry, lengths=(161,), layout="mixed"),
+        *(
+            Case(
+                name=f"83 tokens, gradients of {g:.0e}",
+                geometry=short,
+                lengths=(83,),
+                gradient_scale=g,
+            )
+            for g in _GRADIENTS[geometry.dtype]
+        ),
+        Case(name="2 rows of 257", geometry=short, lengths=(257, 257)),
+        *(_plain_case(short, n) for n in (2, 17, 31, 64, 65, 127, 128, 129, 257)),
+        *(_plain_case(few, n) for n in (*range(3, 73), *middle)),
+        Case(name="flat scores", geometry=run, lengths=(longest,), scores="flat"),
+    ]
+    if geometry.packing:
+        # Rows of a packed run come with their boundaries: this is a second way into the kernel.
+        cases.append(Case(name=f"{longest} tokens", geometry=run, lengths=(longest,)))
+    else:
+        cases += [
+            Case(name="padded rows", geometry=short, lengths=(61, 48, 1)),
+            *_whole_batch(geometry, longest, budget),
+        ]
+    if geometry.softcap:
+        cases.append(
+            Case(name="scores near the cap", geometry=short, lengths=(97,), scores="near-cap")
+        )
+    else:
+        cases += [
+            Case(
+                name="97 tokens, scores of hundreds",
+                geometry=short,
+                lengths=(97,),
+                scores="hundreds",
+            ),
+            Case(
+                name="97 tokens, scores below -200",
+                geometry=short,
+                lengths=(97,),
+                scores="below-hundreds",
+            ),
+        ]
+    return cases
+
+
+def _whole_batch(geometry: Geometry, longest: int, budget: Budget) -> list[Case]:
+    """Show all heads a batch as the run has it, or as much of it as the budget allows."""
+    whole = whole_row(geometry, budget)
+    rows = geometry.rows if geometry.heads * geometry.rows * whole**2 <= budget.whole else 1
+    cases = [
+        Case(
+            name=f"{rows} x {whole} tokens, all heads",
+            geometry=geometry,
+            lengths=(whole,) * rows,
+            layout="heads-first",
+            also_learning=("dk", "dv"),
+        )
+    ]
+    if whole < longest:
+        group = one_group(geometry)
+        n = min(longest, int((budget.held / group.heads) ** 0.5))
+        cases.append(Case(name=f"{n} tokens, one group of heads", geometry=group, lengths=(n,)))
+    held = rows_of(geometry, longest, budget)
+    if rows < geometry.rows and held > 1:
+        few = few_heads(geometry)
+        cases.append(
+            Case(name=f"{held} rows of {longest}", geometry=few, lengths=(longest,) * held)
+        )
+    return cases
+
+
+def _plain_case(geometry: Geometry, length: int) -> Case:
+    layouts: tuple[Layout, ...] = ("fused", "heads-first", "tokens-first", "mixed")
+    return Case(
+        name=f"{length} tokens", geometry=geometry, lengths=(length,), layout=layouts[length % 4]
+    )

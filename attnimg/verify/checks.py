@@ -1,0 +1,328 @@
+"""Judge one probe: the rules that a call of a backend must keep.
+
+Every rule that is broken is a Fault, whose reason has a code of its own. A kernel that is right may
+break a rule once by what rounding or random numbers do in that call: such a fault is marked, and
+candidate.py believes it when it is seen again.
+
+What is compared bit by bit, and why a right kernel on a GPU passes: the inputs with a copy of them,
+which hold no NaN and which autograd forbids to change; in company.py a result with a copy of the
+same memory; outputs of equal calls, see repeats.py. Nothing else is: gradients follow noise.py,
+random numbers may go on (seeding.py), a dropout rate has 5 standard deviations and the coarsest
+kernel's step. The bounds here leave room for P and dS rounded before they are multiplied, for exp2
+in place of exp and for rescaling block by block: kernels that do all of that come to half of them
+(tests/fixtures/noisy_kernels, docs/measured/proof-noise.json).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from attnimg.facts import Backend, DType, Figure, Reason
+from attnimg.verify.cases import Case, Scores
+from attnimg.verify.inputs import Inputs
+from attnimg.verify.noise import rounding_of_output
+from attnimg.verify.one_call import Result
+
+# Allowed besides a multiple of plain attention's own error, as a share of the largest value: a few
+# units in the last place, for where plain attention happens to be exact. In float32 more, since
+# torch 2.13's CPU kernel has an exp() of its own and is 7e-6 off in dk (seen 2026-11-21).
+ATOL = {"float32": 2e-5, "float16": 1e-3, "bfloat16": 8e-3}
+# And for gradients where scores are in the hundreds: a flash kernel's backward goes by the
+# log-sum-exp in float32, which has 8e-6 to 3e-5 between neighbours there. torch 2.13's CPU kernel
+# is 4e-4 off in dq (seen 2026-11-21), plain attention 4e-5. Scores of -900 have 6e-5 between
+# neighbours, and all of k is long there: torch's kernel is 9e-3 off where the scale is no power of
+# 2, such as with head_dim 32 (seen 2026-11-27).
+ATOL_SHIFTED = {"negative": 1e-3, "large": 1e-3, "hundreds": 1e-3, "below-hundreds": 2e-2}
+# flash-attn's own bound for the gradients of its CK kernels, on AMD's GPUs.
+# Source: flash-attention 2.8.3.post2, tests/test_flash_attn_ck.py (2026-11-21).
+K_BACKWARD_CK = 10.0
+# How far a quantity as a whole may be from 1 times the reference, besides a multiple of plain
+# attention's own: rounding averages out there, and a wrong factor does not. Ours (2026-11-25);
+# torch 2.13's CPU kernels stay below a sixth of it, plain attention below half.
+GAIN = {"float32": 1e-4, "float16": 3e-3, "bfloat16": 1e-2}
+# Up to so many tokens plain attention's own error in dq and dk is a draw of few numbers; see
+# noise.rounding_of_output. A right kernel with 3 tokens in float16 was 1.1 times what that allowed
+# (benchmarks/proof_noise.py, 2026-11-27).
+SHORT = 16
+# The same for the scale of the scores, which a kernel may round to the run's precision; the gain of
+# the output hardly shows it. Ours (2026-11-27).
+SCALE = {"float32": 1e-4, "float16": 3e-3, "bfloat16": 7e-3}
+# Over fewer values rounding does not average out.
+GAIN_VALUES = 4096
+# Values up to so many times the allowed error off are taken for noise until they are seen again.
+NEAR = 2.0
+# Told first, as what lies at the root of the others.
+ORDER = (
+    "import-error",
+    "process-state",
+    "crash",
+    "timeout",
+    "oom",
+    "nan",
+    "zeros",
+    "packing-not-isolated",
+    "dropout",
+    "numerics-fwd",
+    "grad-detached",
+    "numerics-bwd",
+    "nondeterministic",
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Expected:
+    """What a case should give: the oracle's result, and how far plain attention is from it.
+
+    Attributes:
+        exact: in float64.
+        rounding: largest error of plain attention in the run's precision, for each quantity.
+        gain: by how much plain attention as a whole is off by a factor, for each quantity.
+        slope: how the output changes with the logarithm of the scale; None where it is not judged.
+        scale: by how much plain attention's scale seems to be off.
+    """
+
+    exact: Result
+    rounding: dict[str, float]
+    gain: dict[str, float]
+    slope: Tensor | None = None
+    scale: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Fault:
+    """A rule that a call broke.
+
+    Attributes:
+        reason: what the user is told.
+        noise_sensitive: whether rounding or random numbers may break the rule for a right kernel
+            in one call, but hardly in two.
+    """
+
+    reason: Reason
+    noise_sensitive: bool
+
+
+def expected(exact: Result, plain: Result, *, slope: Tensor | None = None) -> Expected:
+    """Measure plain attention in the run's precision against the oracle; see Expected.slope."""
+    rounding = {"out": largest(plain.out.double() - exact.out)}
+    gain = {"out": abs(gain_of(plain.out, exact.out) - 1)}
+    for name, gradient in exact.gradients.items():
+        found = plain.gradients[name]
+        assert found is not None
+        assert gradient is not None
+        rounding[name] = largest(found.double() - gradient)
+        gain[name] = abs(gain_of(found, gradient) - 1)
+    scale = 0.0 if slope is None else abs(_scale_error(plain.out, exact.out, slope))
+    return Expected(exact=exact, rounding=rounding, gain=gain, slope=slope, scale=scale)
+
+
+def check_values(
+    backend: Backend, case: Case, inputs: Inputs, *, found: Result, right: Expected
+) -> tuple[list[Figure], list[Fault]]:
+    """Compare a result with what is expected.
+
+    Returns:
+        A figure for each quantity that could be compared, and every rule that was broken.
+    """
+    figures: list[Figure] = []
+    faults: list[Fault] = []
+    if found.out.shape != inputs.d_out.shape:
+        text = f"{case.name}: output {tuple(found.out.shape)}, needed {tuple(inputs.d_out.shape)}"
+        return figures, [_sure("numerics-fwd", text)]
+    if found.out.dtype != inputs.q.dtype:
+        text = f"{case.name}: output in {found.out.dtype}, needed {inputs.q.dtype}"
+        faults.append(_sure("numerics-fwd", text.replace("torch.", "")))
+    if found.overwritten:
+        names = " and ".join(found.overwritten)
+        text = f"{case.name}: the call wrote into {names}, which the model goes on to use"
+        faults.append(_sure("numerics-fwd", text))
+    out = found.out[:, inputs.rows]
+    is_token = inputs.documents[:, -found.out.shape[1] :] >= 0
+    unsound = list(_is_sound(case, "out", found.out[is_token]))
+    faults += unsound
+    if not unsound:
+        exact = right.exact.out
+        out = out * is_token[:, inputs.rows, None, None]
+        figure = _compare(backend, case, inputs, name="out", pair=(out, exact), right=right)
+        figures.append(figure)
+        faults += _out_of_bounds(backend, figure, code="numerics-fwd")
+        faults += _off_by_a_factor(backend, case, name="out", pair=(out, exact), right=right)
+        faults += _off_in_scale(backend, case, pair=(out, exact), right=right)
+    for name, gradient in found.gradients.items():
+        if gradient is None or not found.attached:
+            text = f"{case.name}: no gradient reaches {name[1:]}"
+            faults.append(_sure("grad-detached", text))
+            continue
+        exact_gradient = right.exact.gradients[name]
+        assert exact_gradient is not None
+        unsound = list(_is_sound(case, name, gradient, empty_ok=not exact_gradient.any()))
+        faults += unsound
+        if not unsound:
+            pair = (gradient, exact_gradient)
+            figure = _compare(backend, case, inputs, name=name, pair=pair, right=right)
+            figures.append(figure)
+            faults += _out_of_bounds(backend, figure, code="numerics-bwd")
+            faults += _off_by_a_factor(backend, case, name=name, pair=pair, right=right)
+    return figures, faults
+
+
+def check_finite(case: Case, found: Result) -> Iterator[Fault]:
+    """Require finite gradients everywhere, where check_values is to see a part of them."""
+    for name, gradient in found.gradients.items():
+        if gradient is not None:
+            yield from _is_sound(case, name, gradient, empty_ok=True)
+
+
+def _sure(code: str, text: str) -> Fault:
+    """Build a fault that no noise explains."""
+    return Fault(reason=Reason(code=code, text=text), noise_sensitive=False)
+
+
+def _is_sound(case: Case, name: str, value: Tensor, *, empty_ok: bool = False) -> Iterator[Fault]:
+    """Require finite values that are not all zero."""
+    if not torch.isfinite(value).all():
+        share = (~torch.isfinite(value)).double().mean().item()
+        text = f"{case.name}: {share:.0%} of {name} is NaN or infinite"
+        yield _sure("nan", text)
+    elif not value.any() and not empty_ok:
+        if name == "out":
+            yield _sure("zeros", f"{case.name}: the whole output is 0")
+        else:
+            text = f"{case.name}: {name} is 0 everywhere: {name[1:]} would never learn"
+            yield _sure("grad-detached", text)
+
+
+def _compare(
+    backend: Backend,
+    case: Case,
+    inputs: Inputs,
+    *,
+    name: str,
+    pair: tuple[Tensor, Tensor],
+    right: Expected,
+) -> Figure:
+    """Return the error of one quantity, found and exact, and what is allowed."""
+    found, exact = pair
+    difference = found.double() - exact
+    factor = backend.k_forward if name == "out" else backend.k_backward
+    if factor is None:
+        signal, noise = exact.square().sum().item(), difference.square().sum().item()
+        decibels = 10 * math.log10(signal / noise) if signal and noise else math.inf
+        # Quantized scores around -110 keep no digit of what the softmax sees.
+        judged = backend.sqnr_db is not None and case.scores == "spread"
+        allowed = backend.sqnr_db if judged and backend.sqnr_db is not None else -math.inf
+        return Figure(quantity=name, error=-decibels, allowed=-allowed, case=case.name)
+    size = largest(exact)
+    if not size:
+        # dq and dk of a lone token: what is left when two equal terms of this size are subtracted.
+        size = largest(inputs.d_out) * largest(inputs.v) * inputs.v.shape[-1]
+        size *= inputs.scale * max(largest(inputs.q), largest(inputs.k))
+    rounding, dtype = right.rounding[name], case.geometry.dtype
+    allowed = allowed_error(
+        backend, name, dtype=dtype, scores=case.scores, rounding=rounding, size=size
+    )
+    short = max(case.lengths) <= SHORT and case.queries is None and backend.pattern == "full"
+    if short and name in ("dq", "dk") and exact.any():
+        allowed = max(allowed, rounding_of_output(case, inputs)[name])
+    return Figure(quantity=name, error=largest(difference), allowed=allowed, case=case.name)
+
+
+def with_bounds_here(backend: Backend) -> Backend:
+    """Return a backend with the bounds of the kernels that it has on this machine's GPU."""
+    if torch.version.hip and backend.name == "flash_attention_2":
+        return replace(backend, k_backward=K_BACKWARD_CK)
+    return backend
+
+
+def allowed_error(
+    backend: Backend, name: str, *, dtype: DType, scores: Scores, rounding: float, size: float
+) -> float:
+    """Return how far a quantity of a backend with bounds may be from the reference.
+
+    Args:
+        backend: whose bounds count.
+        name: "out", or the gradient.
+        dtype: the precision of the call.
+        scores: what its scores look like.
+        rounding: largest error of plain attention in that precision.
+        size: largest value of the reference.
+    """
+    factor = backend.k_forward if name == "out" else backend.k_backward
+    assert factor is not None
+    atol = ATOL[dtype]
+    if name != "out":
+        atol += ATOL_SHIFTED.get(scores, 0.0)
+    return factor * rounding + atol * size
+
+
+def _out_of_bounds(backend: Backend, figure: Figure, *, code: str) -> Iterator[Fault]:
+    if figure.error <= figure.allowed:
+        return
+    factor = backend.k_forward if figure.quantity == "out" else backend.k_backward
+    rule = f"{factor:g} times plain attention's" if factor else "of the signal, in decibels"
+    text = (
+        f"{figure.case}: {figure.quantity} is {figure.error:.1e} off the reference,"
+        f" allowed {figure.allowed:.1e} ({rule})"
+    )
+    # Decibels are below 0.
+    near = figure.error - figure.allowed <= (NEAR - 1) * abs(figure.allowed)
+    yield Fault(reason=Reason(code=code, text=text), noise_sensitive=near)
+
+
+def _off_by_a_factor(
+    backend: Backend, case: Case, *, name: str, pair: tuple[Tensor, Tensor], right: Expected
+) -> Iterator[Fault]:
+    """Require that a quantity as a whole is 1 times the reference."""
+    factor = backend.k_forward if name == "out" else backend.k_backward
+    if factor is None or case.scores != "spread" or pair[1].numel() < GAIN_VALUES:
+        return
+    found = gain_of(*pair)
+    allowed = allowed_gain(backend, name, dtype=case.geometry.dtype, gain=right.gain[name])
+    if abs(found - 1) > allowed:
+        text = f"{case.name}: {name} is {found:.4f} times the reference, allowed 1 +- {allowed:.1e}"
+        code = "numerics-fwd" if name == "out" else "numerics-bwd"
+        near = abs(found - 1) <= NEAR * allowed
+        yield Fault(reason=Reason(code=code, text=text), noise_sensitive=near)
+
+
+def _off_in_scale(
+    backend: Backend, case: Case, *, pair: tuple[Tensor, Tensor], right: Expected
+) -> Iterator[Fault]:
+    """Require that the output is that of the scale which was asked for."""
+    if right.slope is None or backend.k_forward is None or pair[1].numel() < GAIN_VALUES:
+        return
+    off = _scale_error(*pair, right.slope)
+    allowed = backend.k_forward * right.scale + SCALE[case.geometry.dtype]
+    if abs(off) > allowed:
+        text = f"{case.name}: out is that of {1 + off:.4f} times the scale, allowed 1 +-"
+        reason = Reason(code="numerics-fwd", text=f"{text} {allowed:.1e}")
+        yield Fault(reason=reason, noise_sensitive=abs(off) <= NEAR * allowed)
+
+
+def _scale_error(found: Tensor, exact: Tensor, slope: Tensor) -> float:
+    """Return the change of the scale, as a share of it, that explains an output best."""
+    size = slope.square().sum().item()
+    return ((found.double() - exact) * slope).sum().item() / size if size else 0.0
+
+
+def allowed_gain(backend: Backend, name: str, *, dtype: DType, gain: float) -> float:
+    """Return how far the factor of a quantity may be from 1; `gain` is plain attention's."""
+    factor = backend.k_forward if name == "out" else backend.k_backward
+    assert factor is not None
+    return factor * gain + GAIN[dtype]
+
+
+def gain_of(found: Tensor, exact: Tensor) -> float:
+    """Give the factor that brings `exact` closest to `found`; 1 where there is nothing."""
+    size = exact.square().sum().item()
+    return (found.double() * exact).sum().item() / size if size else 1.0
+
+
+def largest(value: Tensor) -> float:
+    """Give the largest absolute value; 0 where there is none."""
+    return value.abs().max().item() if value.numel() else 0.0

@@ -1,0 +1,243 @@
+"""Prove on the real model that packed documents can't see each other, before the first step.
+
+The model gets short documents packed, as the run calls it, and one by one. Each must get the same
+logits both ways, and no document's loss may send any gradient into another one's embeddings. A
+table of model types would not do: whether position_ids reach the mask depends on the model, the
+backend and the version of transformers, and where they don't, training is wrong without a word.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from attnimg.context import described
+from attnimg.errors import AttnimgError
+from attnimg.facts import RunContext
+from attnimg.layout import lay_out
+from attnimg.memory_errors import as_refusal
+from attnimg.verify.packed_probe import (
+    differentiate,
+    document_bounds,
+    draw_documents,
+    forward_apart,
+    packed_inputs,
+    undisturbed,
+    with_loss,
+)
+
+# Rows are padded to a multiple of this, so that the probe has padding as training has.
+PAD_TO = 8
+# Share of the largest logit by which packed and apart may differ, by the coarsest precision in use.
+# Nine model types of 2 and 12 layers differ by up to 9e-7, 1.7e-3 and 1.2e-2 of it, five that leak
+# by 0.3 and more (CPU, 2026-11-21).
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 6e-2}
+# Share of a document's own gradient that may reach another one, in any precision: 8 roundings of
+# float32. It is 0 where other documents have an attention weight of 0, as behind a mask of -inf or
+# of the dtype's lowest number, since exp() underflows to 0 from -104 on. Then the gradient that
+# arrives is 0 times a number: atomic adds and other orders of summing change nothing in a sum of
+# zeros, so noise can't look like a leak. What is allowed is for code that masks with a number like
+# -50 (e-50 is 2e-22), or takes the difference of two sums over the row; no leak is that small.
+LEAK = 2.0**-20
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class IsolationProof:
+    """What the check found.
+
+    Attributes:
+        model_type: transformers' model_type.
+        backend: the attention implementation the model ran with.
+        context: how it was called.
+        isolated: whether packed documents are safe from one another.
+        code: the contract's code where they are not: packing-not-isolated, model-raised where the
+            model raised, not-finite where its logits or gradients are NaN or inf; else None.
+        why: the figures in a sentence, or what the model raised.
+        logits_error: largest difference between packed and apart; below float32 that of a
+            document's median token. None, as the other figures, when it never came to that.
+        logits_tolerance: what is allowed.
+        leaked_gradient: largest gradient of a document's loss on what is not its own.
+        own_gradient: largest gradient of a document's loss on its own embeddings, the smallest of
+            the documents; 0.0 means a cut backward pass, where leaked_gradient says nothing.
+    """
+
+    model_type: str
+    backend: str
+    context: RunContext
+    isolated: bool
+    code: str | None
+    why: str
+    logits_error: float | None = None
+    logits_tolerance: float | None = None
+    leaked_gradient: float | None = None
+    own_gradient: float | None = None
+
+
+def check_isolation(
+    model: nn.Module, *, implementation: str, context: RunContext
+) -> IsolationProof:
+    """Run a model on documents packed and one by one, and compare.
+
+    The model is left as it was: mode of every module, gradients, hooks and random state. Dropout
+    and checkpointing are off meanwhile: checkpointing calls a layer twice with the same arguments,
+    which the kernel's own proof covers.
+
+    Args:
+        model: a transformers causal language model, PEFT-wrapped and quantized ones included.
+        implementation: the attention it runs with, for the proof.
+        context: how the run calls the model.
+
+    Returns:
+        The proof. A model that raises on packed documents has failed.
+
+    Raises:
+        AttnimgError: memory is full, which says nothing about the model (code out-of-memory).
+    """
+    proof = IsolationProof(
+        model_type=model.config.model_type,
+        backend=implementation,
+        context=context,
+        isolated=False,
+        code="model-raised",
+        why="",
+    )
+    try:
+        figures = _compare(model, context=context)
+    # Model code and kernels raise anything: ValueError where transformers refuses packing,
+    # TypeError on an unknown argument, IndexError past a position table. The reason is kept.
+    except Exception as error:
+        if (full := as_refusal(error)) is not None:
+            raise full from error
+        return replace(proof, why=f"the model raised {type(error).__name__}: {error}")
+    if not all(map(math.isfinite, figures)):
+        why = "the model's logits or gradients are not finite (NaN or infinite)"
+        return replace(proof, code="not-finite", why=why)
+    return _judge(proof, figures)
+
+
+def require_isolation(proof: IsolationProof) -> None:
+    """Raise unless documents are isolated.
+
+    Raises:
+        AttnimgError: they are not, or the model could not be asked; the code is the proof's.
+    """
+    if proof.isolated:
+        return
+    other = (
+        "attn_implementation: sdpa (isolates most models by a mask)"
+        if proof.context.one_row
+        else "attn_implementation: flash_attention_2 (its kernels get document boundaries)"
+    )
+    what = f"{proof.model_type} on {proof.backend} does not isolate packed documents"
+    needed = "the same logits for a document packed and alone, no gradient between documents"
+    do = f"set sample_packing: false, or try {other}"
+    if proof.code == "model-raised":
+        what = f"{proof.model_type} on {proof.backend} raised an error on packed documents"
+        needed = f"a model that runs on packed rows ({described(proof.context)})"
+        do = f"if the error names a package or a setting, correct that; else {do}"
+    if proof.code == "not-finite":
+        what = f"{proof.model_type} on {proof.backend} computes NaN or infinite values"
+        needed = f"finite logits and gradients ({described(proof.context)})"
+        do = f"set attn_implementation: eager to rule out the attention kernel, or try {other}"
+        if proof.context.dtype == "float16":
+            do = "set bf16: true, which has the range of float32 (the largest float16 is 65504)"
+    raise AttnimgError(
+        what,
+        why=f"{proof.why}\nneeded: {needed}",
+        do=do,
+        code=proof.code or "packing-not-isolated",
+        key="sample_packing",
+        exit_code=1,
+    )
+
+
+class _Figures(NamedTuple):
+    """The figures of IsolationProof."""
+
+    logits_error: float
+    logits_tolerance: float
+    leaked_gradient: float
+    own_gradient: float
+
+
+def _compare(model: nn.Module, *, context: RunContext) -> _Figures:
+    """Measure how far documents packed and apart differ, and what crosses between them."""
+    documents = draw_documents(model)
+    rows = [documents, documents[::-1]] if context.rows > 1 else [documents]
+    flat = [document for row in rows for document in row]
+    lengths = [[len(document) for document in row] for row in rows]
+    layout = lay_out(lengths, one_row=context.one_row, pad_to=PAD_TO)
+    bounds = document_bounds(layout)
+    with undisturbed(model):
+        apart = [forward_apart(model, document, context=context).float() for document in documents]
+        inputs = packed_inputs(rows, layout=layout, context=context)
+        leaked, own = [], []
+        for place in with_loss(rows):
+            packed, by_token_T = differentiate(
+                model,
+                inputs,
+                document=flat[place],
+                bounds=bounds[place],
+                autocast=context.autocast,
+            )
+            begin, end = bounds[place]
+            own.append(by_token_T[begin:end].max())
+            by_token_T[begin:end] = 0.0
+            leaked.append(by_token_T.max())
+    coarsest = _coarsest_dtype(model, packed.dtype, context=context)
+    errors = []
+    for (begin, end), logits in zip(bounds, [*apart, *apart[::-1]][: len(bounds)], strict=True):
+        by_token = (packed[begin:end].float() - logits).abs().amax(-1)
+        # A mixture of experts may send a token elsewhere on a rounding difference, which low
+        # precision makes likely. That moves a token or two, a leak most of a document.
+        errors.append(by_token.max() if coarsest is torch.float32 else by_token.median())
+    # torch.stack, because Python's max and min may pass over a NaN.
+    return _Figures(
+        logits_error=torch.stack(errors).max().item(),
+        logits_tolerance=TOLERANCE[coarsest] * torch.cat(apart).abs().max().item(),
+        leaked_gradient=torch.stack(leaked).max().item(),
+        own_gradient=torch.stack(own).min().item(),
+    )
+
+
+def _judge(proof: IsolationProof, figures: _Figures) -> IsolationProof:
+    """Complete the proof with the figures and what follows from them."""
+    faults = []
+    if figures.logits_error > figures.logits_tolerance:
+        faults.append(
+            f"logits differ by {figures.logits_error:.1e} packed and apart (allowed"
+            f" {figures.logits_tolerance:.1e})"
+        )
+    if figures.leaked_gradient > LEAK * figures.own_gradient:
+        faults.append(
+            f"a document's loss has a gradient of {figures.leaked_gradient:.1e} on another document"
+        )
+    if not figures.own_gradient:
+        faults.append("a document's loss has no gradient on the document itself")
+    good = (
+        f"logits packed and apart agree to {figures.logits_error:.1e} (allowed"
+        f" {figures.logits_tolerance:.1e}), no gradient between documents"
+    )
+    return replace(
+        proof,
+        isolated=not faults,
+        code="packing-not-isolated" if faults else None,
+        why="; ".join(faults) or good,
+        **figures._asdict(),
+    )
+
+
+def _coarsest_dtype(model: nn.Module, logits: torch.dtype, *, context: RunContext) -> torch.dtype:
+    """Return the coarsest precision at work, in weights, logits, autocast or matrix products."""
+    cast = getattr(torch, context.autocast) if context.autocast else None
+    dtypes = {logits, cast, *(weight.dtype for weight in model.parameters())}
+    dtypes |= {getattr(module, "compute_dtype", None) for module in model.modules()}
+    quantized = any(weight.dtype in (torch.int8, torch.uint8) for weight in model.parameters())
+    if torch.bfloat16 in dtypes or quantized:
+        return torch.bfloat16
+    tf32 = torch.cuda.is_available() and torch.get_float32_matmul_precision() != "highest"
+    return torch.float16 if torch.float16 in dtypes or tf32 else torch.float32

@@ -1,0 +1,280 @@
+"""Compare the process before and after a kernel was loaded and called.
+
+The results of a kernel may be right while it changes the run: a default of torch, the working
+directory, a signal handler, or files that stay open after each call. What is compared, and when:
+
+- settings stay the same from before the import to the end: defaults and precision of torch,
+  flushing of denormals, the number of torch's threads, Python's and numpy's random numbers, working
+  directory, umask, signals (for torch's random numbers, see seeding.py);
+- existing environment variables keep their values, and none that other software reads is added. A
+  library may set variables of its own on import or in its first calls;
+- no filter silences all warnings, and existing filters stay;
+- open files, threads, children, memory, filters and bytes of output may grow on import and in first
+  calls, for caches, pools and compilers. Then the same call is made again in ROUNDS rounds: what
+  grows in every round is a leak.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import os
+import random
+import signal
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from attnimg.facts import Reason
+from attnimg.verify.exception_text import signal_name
+
+# Calls of a round, and rounds. A cache of the last calls is full by then, after hundreds of probes.
+CALLS, ROUNDS = 6, 3
+# Growth of memory in a round that counts as a leak, as a share of the bytes that the calls return.
+# The allocator's own growth is smaller.
+_LEAK_SHARE = 0.1
+# The least growth of a round that counts. glibc's allocator takes and returns memory in such steps.
+_LEAK_BYTES = 64 << 10
+# How many more files, threads or children than after the first probe are allowed: compilers start
+# pools of them.
+MAX_MORE = 128
+# Prefixes of variables that other software than a kernel's own library reads.
+_READ_BY_OTHERS = (
+    "ACCELERATE_", "ATTNIMG_", "CUBLAS_WORKSPACE_CONFIG", "CUDA_DEVICE_ORDER",
+    "CUDA_LAUNCH_BLOCKING", "CUDA_VISIBLE_DEVICES", "FLASH_ATTENTION_DETERMINISTIC", "GROUP_RANK",
+    "HF_", "HIP_VISIBLE_DEVICES", "HOME", "HTTP_PROXY", "HTTPS_PROXY", "LANG", "LC_",
+    "LD_LIBRARY_PATH", "LD_PRELOAD", "LOCAL_KERNELS", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_",
+    "MKL_", "NCCL_", "NVIDIA_TF32_OVERRIDE", "NVIDIA_VISIBLE_DEVICES", "OMP_", "PATH", "PYTHON",
+    "PYTORCH_", "RANK", "ROCR_VISIBLE_DEVICES", "TMPDIR", "TORCH_ALLOW_TF32", "TOKENIZERS_",
+    "TRANSFORMERS_", "TZ", "WANDB_", "WORLD_SIZE", "http_proxy", "https_proxy",
+)  # fmt: skip
+# Set by torch itself, when it first compiles or uses a GPU.
+_SET_BY_TORCH = frozenset({"PYTORCH_NVML_BASED_CUDA_CHECK"})
+
+
+class ProcessState:
+    """The state of the process when the object was created."""
+
+    def __init__(self) -> None:
+        self._settings = _settings()
+        self._environment = dict(os.environ)
+        self._filters = list(warnings.filters)
+        self._counts: dict[str, int] | None = None
+
+    def changes(self) -> list[str]:
+        """Return the settings that changed, each with its name; [] where none did."""
+        after = _settings()
+        found = [
+            f"{name} was {before}, is {after[name]}" if _is_short(before) else f"{name} changed"
+            for name, before in self._settings.items()
+            # None: numpy was not imported yet.
+            if before is not None and after[name] != before
+        ]
+        return found + list(self._environment_changes()) + list(self._filter_changes())
+
+    def count_changes(self) -> list[str]:
+        """Return the counts that grew by more than MAX_MORE since the first call of this method."""
+        counts = _counts()
+        if self._counts is None:
+            self._counts = counts
+        return [
+            f"{name}: {counts[name] - before} more than after the first probe"
+            for name, before in self._counts.items()
+            if counts[name] - before > MAX_MORE
+        ]
+
+    def _environment_changes(self) -> Iterator[str]:
+        for name in sorted({*self._environment, *os.environ}):
+            before, after = self._environment.get(name), os.environ.get(name)
+            if before == after or name in _SET_BY_TORCH:
+                continue
+            if before is None and not name.startswith(_READ_BY_OTHERS):
+                continue
+            # No values: they may be secret.
+            verb = "set" if before is None else "unset" if after is None else "changed"
+            yield f"environment: {name} was {verb}"
+
+    def _filter_changes(self) -> Iterator[str]:
+        lost = [entry for entry in self._filters if entry not in warnings.filters]
+        if lost:
+            yield f"warnings filters: {len(lost)} of {len(self._filters)} were removed"
+        for entry in warnings.filters:
+            action, message, category, module, line = entry
+            whole = category is Warning and not (message or module or line)
+            if whole and action in ("ignore", "error") and entry not in self._filters:
+                yield f"warnings filters: the action for every warning is {action}"
+
+
+def process_state(changes: list[str], *, when: str) -> Reason:
+    """Build the reason for a kernel that changed the process."""
+    return Reason(code="process-state", text=f"{when}: {'; '.join(changes)}")
+
+
+def leaks(call: Callable[[], int]) -> list[str]:
+    """Repeat a call, and return which counts grow with it.
+
+    Args:
+        call: makes the call, whose shape was called before, and returns the bytes of its results.
+    """
+    # Only garbage of these calls is collected: all older objects would take 0.2 s each time.
+    gc.freeze()
+    try:
+        # Measured twice, since a heap may grow for other reasons.
+        return _leaks(call) and _leaks(call)
+    finally:
+        gc.unfreeze()
+
+
+def _leaks(call: Callable[[], int]) -> list[str]:
+    size = call()
+    before, grown = _measured(), dict[str, list[int]]()
+    environment = set(os.environ)
+    for _ in range(ROUNDS):
+        for _ in range(CALLS):
+            call()
+        after = _measured()
+        for name, value in after.items():
+            grown.setdefault(name, []).append(value - before[name])
+        before = after
+    needed = {"memory": max(_LEAK_BYTES, int(_LEAK_SHARE * size * CALLS))}
+    found = [
+        f"{name}: {sum(growth)} more after {ROUNDS * CALLS} equal calls"
+        for name, growth in grown.items()
+        if min(growth) >= needed.get(name, CALLS // 2)
+    ]
+    added = sorted(set(os.environ) - environment)
+    return found + [f"environment: {name} was set by a repeated call" for name in added]
+
+
+def _settings() -> dict[str, Any]:
+    """Return the settings that a kernel must not change, by name."""
+    found: dict[str, Any] = {
+        "default dtype": torch.get_default_dtype(),
+        "default device": torch.get_default_device(),
+        "float32 matmul precision": _precision(),
+        "reduced precision in float16 sums": (
+            torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction
+        ),
+        "reduced precision in bfloat16 sums": (
+            torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction
+        ),
+        "deterministic algorithms": (
+            torch.are_deterministic_algorithms_enabled(),
+            torch.is_deterministic_algorithms_warn_only_enabled(),
+            torch.backends.cudnn.deterministic,
+        ),
+        "cuDNN benchmark": torch.backends.cudnn.benchmark,
+        "kernels of scaled_dot_product_attention": (
+            torch.backends.cuda.flash_sdp_enabled(),
+            torch.backends.cuda.mem_efficient_sdp_enabled(),
+            torch.backends.cuda.math_sdp_enabled(),
+            torch.backends.cuda.cudnn_sdp_enabled(),
+        ),
+        "gradient mode": torch.is_grad_enabled(),
+        "anomaly detection": torch.is_anomaly_enabled(),
+        "autocast": (torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda")),
+        "threads of torch": (torch.get_num_threads(), torch.get_num_interop_threads()),
+        "flush-denormal": _flushes_denormals(),
+        "random numbers of Python": random.getstate(),
+        "random numbers of numpy": _numpy_state(),
+        "working directory": _directory(),
+        "umask": _umask(),
+        "signals blocked": frozenset(signal.pthread_sigmask(signal.SIG_BLOCK, [])),
+        "signals ignored": _ignored(),
+    }
+    for number in sorted(signal.valid_signals()):
+        found[f"signal handler of {signal_name(number)}"] = signal.getsignal(number)
+    return found
+
+
+def _precision() -> tuple[str, ...]:
+    """Return the precision of float32 products: torch's old settings, or the new ones if set."""
+    try:
+        return (torch.get_float32_matmul_precision(), str(torch.backends.cudnn.allow_tf32))
+    # torch raises on reading the old settings where they contradict the new ones.
+    except RuntimeError:
+        parts = (
+            torch.backends.cuda.matmul,
+            torch.backends.cudnn.conv,
+            torch.backends.mkldnn.matmul,
+        )
+        return tuple(str(getattr(part, "fp32_precision", None)) for part in parts)
+
+
+def _flushes_denormals() -> bool:
+    """Return whether this thread's arithmetic replaces denormal numbers by 0."""
+    smallest = torch.full((1,), 1e-310, dtype=torch.float64, device="cpu")
+    return bool((smallest * 1.0 == 0).item())
+
+
+def _numpy_state() -> Any:
+    """Return the state of numpy's global generator; None where numpy was not imported yet."""
+    numpy = sys.modules.get("numpy")
+    if numpy is None:
+        return None
+    kind, keys, *rest = numpy.random.get_state()
+    return kind, keys.tobytes(), *rest
+
+
+def _directory() -> str:
+    try:
+        return str(Path.cwd())
+    except OSError as error:  # it was removed
+        return f"none: {error.strerror}"
+
+
+def _umask() -> str:
+    """Return the umask, which os.umask only returns by setting another."""
+    return _status("Umask")
+
+
+def _ignored() -> str:
+    """Return the mask of ignored signals; Python's getsignal misses those that C code ignores."""
+    return _status("SigIgn")
+
+
+def _status(name: str) -> str:
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return next(line.split()[1] for line in lines if line.startswith(f"{name}:"))
+
+
+def _counts() -> dict[str, int]:
+    tasks = list(Path("/proc/self/task").iterdir())
+    children = 0
+    for task in tasks:
+        try:
+            children += len((task / "children").read_text(encoding="ascii").split())
+        except OSError:  # the thread ended
+            continue
+    return {
+        "open files": len(list(Path("/proc/self/fd").iterdir())),
+        "threads": len(tasks),
+        "children": children,
+    }
+
+
+def _measured() -> dict[str, int]:
+    """Return the counts that calls may increase."""
+    gc.collect()
+    # Free memory goes back to the system, so that the rest is in use.
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+    memory = pages * os.sysconf("SC_PAGE_SIZE")
+    if torch.cuda.is_available():
+        memory += torch.cuda.memory_allocated()
+    return {
+        **_counts(),
+        "memory": memory,
+        "warnings filters": len(warnings.filters),
+        "bytes of output": os.fstat(2).st_size,
+    }
+
+
+def _is_short(value: Any) -> bool:
+    return len(str(value)) <= 80

@@ -1,0 +1,286 @@
+"""Run proofs in a child process, and turn its death into a reason.
+
+Importing torch and transformers takes longer than a proof, so one child proves all candidates. When
+one of them kills it, that one has failed, and another child goes on with the rest.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import selectors
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import IO, Any
+
+from attnimg.backends import backend_named
+from attnimg.facts import Figure, Geometry, Proof, Reason
+from attnimg.verify.compiled import is_compiled
+from attnimg.verify.exception_text import signal_name
+from attnimg.verify.marked_processes import MARK, processes_with
+from attnimg.verify.watchdog import LOOK_EVERY_S, Patience
+
+# Seconds that one candidate may compute and sleep. On a GPU some kernels are compiled in their
+# first call.
+TIMEOUT_S = {"cpu": 60.0, "cuda": 300.0}
+# The same besides, where torch.compile makes a kernel for each kind of call: some 60 graphs, each
+# forward and backward. Ours: on an H200, beside compilers, 153 s were too few (docs/gpu-runs.md,
+# 2026-11-26).
+COMPILING_S = 600.0
+# The same until the child has imported torch and transformers.
+IMPORT_TIMEOUT_S = 180.0
+# Seconds in all, on a machine so busy that the child hardly gets a CPU, or where it was stopped.
+WALL_S = 900.0
+# What a child may allocate besides what its imports take: the longest probe on a CPU holds some ten
+# arrays of shown.CPU.held scores. On a GPU its probes follow its memory, of which a tenth is left.
+MEMORY_BYTES = {"cpu": 6 << 30, "cuda": 1 << 40}
+
+
+# Bytes that a child may print (into a temporary file), and of the longest line that it reports.
+OUTPUT_BYTES = 64 << 20
+_LINE_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Candidate:
+    """What to prove.
+
+    Attributes:
+        backend: its name.
+        geometries: what it is proven on.
+        trusted: whether the user lets code from the hub run.
+        routed: whether it is one of several that a router calls.
+    """
+
+    backend: str
+    geometries: tuple[Geometry, ...]
+    trusted: bool = False
+    routed: bool = False
+
+
+def run(
+    candidates: Sequence[Candidate],
+    *,
+    device: str,
+    timeout_s: float | None = None,
+    wall_s: float = WALL_S,
+    memory_bytes: int | None = None,
+    say: Callable[[str], None] | None = None,
+) -> list[Proof]:
+    """Prove candidates in a child process.
+
+    Args:
+        candidates: what to prove, in this order.
+        device: "cpu" or "cuda", which decides the limits.
+        timeout_s: seconds that one candidate may compute and sleep, as often as it runs its
+            probes; None for TIMEOUT_S, and COMPILING_S where its kernel is compiled.
+        wall_s: seconds that it may take in all, once the child has started; COMPILING_S besides.
+        memory_bytes: what the child may allocate; None for MEMORY_BYTES.
+        say: told what is being run, for a progress line; None for silence.
+
+    Returns:
+        A proof for each candidate, in the same order. Nothing that a kernel does is raised here.
+    """
+    memory = MEMORY_BYTES[device] if memory_bytes is None else memory_bytes
+    proofs: list[Proof] = []
+    while len(proofs) < len(candidates):
+        left = candidates[len(proofs) :]
+        proofs += _run_child(
+            left,
+            limits=[
+                limits_of(candidate, device=device, timeout_s=timeout_s, wall_s=wall_s)
+                for candidate in left
+            ],
+            memory_bytes=memory,
+            say=say or _silence,
+        )
+    return proofs
+
+
+def limits_of(
+    candidate: Candidate, *, device: str, timeout_s: float | None, wall_s: float
+) -> tuple[float, float]:
+    """Return the seconds of its own, and in all, that a candidate may take for its probes."""
+    backend = backend_named(candidate.backend)
+    compiling = backend is not None and is_compiled(backend, device=device)
+    extra = COMPILING_S if compiling else 0.0
+    return TIMEOUT_S[device] + extra if timeout_s is None else timeout_s, wall_s + extra
+
+
+def _run_child(
+    candidates: Sequence[Candidate],
+    *,
+    limits: Sequence[tuple[float, float]],
+    memory_bytes: int,
+    say: Callable[[str], None],
+) -> list[Proof]:
+    """Prove candidates until the child is done or dead; at least one proof comes back."""
+    task = {
+        "candidates": [asdict(candidate) for candidate in candidates],
+        "memory_bytes": memory_bytes,
+    }
+    proofs: list[Proof] = []
+    running, case = candidates[0].backend, "starting"
+    begun = time.monotonic()
+    with tempfile.TemporaryFile() as noise, _Child(task, noise=noise) as child:
+        patience = Patience(child.pid, limit_s=IMPORT_TIMEOUT_S, wall_s=WALL_S)
+        for line in _lines(child, patience, noise=noise):
+            message = _message(line, pid=child.pid)
+            if "begin" in message:
+                running, case = str(message["begin"]), "loading"
+                begun = time.monotonic()
+                limit_s, wall_s = limits[len(proofs)]
+                patience.restart(limit_s=limit_s, wall_s=wall_s)
+                say(f"proving {running}")
+            elif "again" in message:
+                limit_s, wall_s = limits[len(proofs)]
+                patience.restart(limit_s=limit_s, wall_s=wall_s)
+            elif "case" in message:
+                case = str(message["case"])
+            elif (proof := _proof(message)) is not None and proof.backend == running:
+                proofs.append(proof)
+                running, case = "", "starting"
+            if len(proofs) == len(candidates) or (proofs and "stop" in message):
+                return proofs
+        if proofs and case == "starting":
+            # An earlier candidate's kernel ended this child; the next child proves the rest.
+            return proofs
+        # A kernel may close the pipe of its reports, and run on.
+        while child.poll() is None and not patience.spent() and not _is_flooded(noise):
+            time.sleep(LOOK_EVERY_S)
+        late, flooded = child.poll() is None, _is_flooded(noise)
+        if late:
+            os.killpg(child.pid, signal.SIGKILL)
+        status = child.wait()
+        if flooded:
+            text = f"{case}: printed more than {OUTPUT_BYTES >> 20} MiB"
+            reason = Reason(code="process-state", text=text)
+        elif late:
+            reason = Reason(code="timeout", text=f"{case}: {patience.sentence()}")
+        else:
+            reason = _death(status, case=case, noise=noise)
+    seconds = time.monotonic() - begun
+    return [*proofs, Proof(backend=running, reasons=(reason,), seconds=seconds)]
+
+
+def _message(line: bytes, *, pid: int) -> dict[str, Any]:
+    """Return a report of the child; {} for a line that a kernel or a forked process wrote."""
+    try:
+        message = json.loads(line)
+    except (ValueError, RecursionError):
+        return {}
+    return message if isinstance(message, dict) and message.get("pid") == pid else {}
+
+
+def _proof(message: dict[str, Any]) -> Proof | None:
+    try:
+        return proof_from_json(message["proof"])
+    except (TypeError, KeyError, ValueError, AttributeError):
+        return None
+
+
+def _is_flooded(noise: IO[bytes]) -> bool:
+    return os.fstat(noise.fileno()).st_size > OUTPUT_BYTES
+
+
+def _silence(_text: str) -> None:
+    """Say nothing."""
+
+
+class _Child:
+    """A child process with its task on stdin; the block's end kills it and all that it started."""
+
+    def __init__(self, task: dict[str, Any], *, noise: IO[bytes]) -> None:
+        self.mark = uuid.uuid4().hex
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "attnimg.verify.worker"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=noise,
+            # A group of its own: Ctrl-C reaches the parent, which then ends the whole group.
+            start_new_session=True,
+            env=os.environ | {MARK: self.mark},
+        )
+        self.task = json.dumps(task).encode()
+
+    def __enter__(self) -> subprocess.Popen[bytes]:
+        assert self.process.stdin is not None
+        # A child that died at once has closed the pipe; its exit status says so.
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.write(self.task)
+            self.process.stdin.close()
+        return self.process
+
+    def __exit__(self, *_error: object) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+        _kill_marked(self.mark)
+        assert self.process.stdout is not None
+        self.process.stdout.close()
+
+
+def _kill_marked(mark: str) -> None:
+    """Kill the processes that a kernel started and that left the child's group and session."""
+    # A process may fork during the search.
+    for _ in range(3):
+        found = list(processes_with(mark))
+        for process in found:
+            with contextlib.suppress(OSError):
+                os.kill(int(process.name), signal.SIGKILL)
+        if not found:
+            return
+
+
+def _lines(
+    child: subprocess.Popen[bytes], patience: Patience, *, noise: IO[bytes]
+) -> Iterator[bytes]:
+    """Yield the lines of the child until it ends, closes the pipe, or exceeds a limit."""
+    pending = b""
+    assert child.stdout is not None
+    with selectors.DefaultSelector() as selector:
+        selector.register(child.stdout, selectors.EVENT_READ)
+        while not patience.spent() and not _is_flooded(noise):
+            if not selector.select(timeout=LOOK_EVERY_S):
+                # A process that a kernel started may hold the pipe open.
+                if child.poll() is not None:
+                    return
+                continue
+            chunk = os.read(child.stdout.fileno(), 1 << 16)
+            if not chunk:
+                return
+            *lines, pending = (pending + chunk).split(b"\n")
+            yield from lines
+            # No message is this long: the line is cut, and then ignored.
+            pending = pending[:_LINE_BYTES]
+
+
+def _death(status: int, *, case: str, noise: IO[bytes]) -> Reason:
+    """Return the reason of a child's end by its exit status."""
+    noise.seek(max(0, os.fstat(noise.fileno()).st_size - _LINE_BYTES))
+    said = [line for line in noise.read().decode(errors="replace").splitlines() if line.strip()]
+    last = f": {said[-1].strip()[:200]}" if said else ""
+    if status == -signal.SIGKILL:
+        return Reason(code="oom", text=f"{case}: killed from outside, as for want of memory")
+    if status < 0:
+        name = signal_name(-status)
+        return Reason(code="crash", text=f"{case}: died of {name}{last}")
+    return Reason(code="crash", text=f"{case}: the process exited with {status}{last}")
+
+
+def proof_from_json(values: dict[str, Any]) -> Proof:
+    """Make a proof of what dataclasses.asdict made of one.
+
+    Raises:
+        TypeError, KeyError: the values are no proof.
+    """
+    reasons = tuple(Reason(**reason) for reason in values["reasons"])
+    figures = tuple(Figure(**figure) for figure in values["figures"])
+    return Proof(**{**values, "reasons": reasons, "figures": figures})
