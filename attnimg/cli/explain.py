@@ -11,8 +11,7 @@ from typing import Annotated
 import typer
 
 from attnimg import config
-from attnimg.cli import as_json
-from attnimg.cli.options import JsonOption, OnOption
+from attnimg.cli import JsonOption, OnOption, as_json
 from attnimg.config.schema import Checked, Config
 from attnimg.errors import AttnimgError
 from attnimg.facts import Arch, Finding, Machine, Model, Plan, Problem

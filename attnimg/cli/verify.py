@@ -12,8 +12,7 @@ from rich.table import Table
 
 from attnimg import config
 from attnimg.backends import backend_named
-from attnimg.cli import as_json
-from attnimg.cli.options import JsonOption
+from attnimg.cli import JsonOption, as_json
 from attnimg.errors import AttnimgError
 from attnimg.facts import Backend, LayerGroup, Machine, Model, Plan, Problem, Proof
 from attnimg.machine.kernel_cache import use_shipped_kernels
