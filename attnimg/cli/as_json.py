@@ -30,7 +30,7 @@ def line(value: dict[str, Any]) -> str:
 
 
 def checked_json(checked: Checked) -> dict[str, Any]:
-    """Give the object that `check --json` prints for one file."""
+    """Return the object that `check --json` prints for one file."""
     attn = config = None
     if checked.config is not None:
         # Through pydantic's own JSON, which writes null for numbers that JSON does not have.
@@ -59,7 +59,7 @@ def explained_json(
     others: tuple[OtherLayers, ...] = (),
     memory: Any = None,
 ) -> dict[str, Any]:
-    """Give the object that `explain --json` prints.
+    """Return the object that `explain --json` prints.
 
     Args:
         checked: the config's own judgement.

@@ -129,7 +129,7 @@ def _candidates(plan: Plan) -> Table:
 
 
 def _reasons(reasons: tuple[Reason, ...]) -> str:
-    """Give the first reason whole, and of the others their codes; JSON has all their texts."""
+    """Return the first reason in full and the codes of the others; JSON has all texts."""
     first, *others = reasons
     text = f"[dim]{first.code}:[/] {escape(first.text)}"
     codes = list(dict.fromkeys(reason.code for reason in others if reason.code != first.code))
@@ -137,7 +137,7 @@ def _reasons(reasons: tuple[Reason, ...]) -> str:
 
 
 def _reserve(name: str) -> str:
-    """Say who may take a backend that fits: auto, a name in the config, or nobody yet."""
+    """Return who may take a backend that fits: auto, a name in the config, or nobody yet."""
     backend = backend_named(name)
     if backend is None or backend.applied_as is None:
         return "  (judged only: this version cannot apply it)"
