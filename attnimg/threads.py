@@ -44,7 +44,7 @@ class _Caller(Executor):
         future = Future[R]()
         try:
             future.set_result(fn(*args, **kwargs))
-        except Exception as error:  # noqa: BLE001  raised by Future.result, as a thread's is
+        except Exception as error:  # raised by Future.result, as a thread's is
             future.set_exception(error)
         return future
 

@@ -2,8 +2,9 @@
 
 A checkpoint is written under PARTIAL, its manifest (manifest.py) last, and renamed into place when
 all of it is on the disk. Training continues when the files are written: a thread hashes and flushes
-them, writes the manifest and renames. One that rotation removes is renamed away first. So every `checkpoint-N`
-in output_dir is complete, and what a killed run left half done lies under PARTIAL.
+them, writes the manifest and renames. A checkpoint that rotation removes is renamed away first. So
+every `checkpoint-N` in output_dir is complete, and what a killed run left half done lies under
+PARTIAL.
 """
 
 from __future__ import annotations

@@ -242,12 +242,16 @@ class Engine(SavedStates):
                 checkpoints.remove_leftovers(self.folder)
             raise
         if self.is_world_process_zero():
-            self.finishing.begin(
-                functools.partial(
-                    checkpoints.finish, partial, hashes, processes=self.args.world_size,
-                    limit=self.save_limit, best=best, told=told,
-                )  # fmt: skip
+            finish = functools.partial(
+                checkpoints.finish,
+                partial,
+                hashes,
+                processes=self.args.world_size,
+                limit=self.save_limit,
+                best=best,
+                told=told,
             )
+            self.finishing.begin(finish)
         else:
             hashes.close()
 
