@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 from collections.abc import Callable, Iterable
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
@@ -31,9 +32,18 @@ def in_threads(function: Callable[[T], R], items: Iterable[T]) -> list[R]:
     return [function(item) for item in items]
 
 
-def executor(threads: int) -> Executor:
-    """Return a pool of threads; where they can't start, one that calls each function at once."""
-    return _Caller() if _limited() else ThreadPoolExecutor(threads)
+def executor(threads: int, *, nice: int = 0) -> Executor:
+    """Return a pool of threads; where they can't start, one that calls each function at once.
+
+    Args:
+        threads: how many, at most.
+        nice: what is added to their nice value, 10 to leave a core to a thread that needs it.
+    """
+    if _limited():
+        return _Caller()
+    # On Linux the nice value is that of the thread that calls nice(2), not of its process.
+    # Source: https://man7.org/linux/man-pages/man2/nice.2.html, "BUGS" (2026-11-27).
+    return ThreadPoolExecutor(threads, initializer=os.nice, initargs=(nice,))
 
 
 class _Caller(Executor):

@@ -14,6 +14,8 @@ from typing import IO, Any, Self
 from attnimg.threads import executor
 
 THREADS = 4
+# The threads that hash leave the cores to the one that writes, and then trains.
+_NICE = 10
 # What is read at a time: it stays in a core's cache until it is hashed.
 _BLOCK_BYTES = 2**20
 # Memory that may wait to be hashed, because a GPU's tensors are copied to the CPU for it.
@@ -26,8 +28,8 @@ class FileHashes:
     def __init__(self) -> None:
         # A core is left to the thread that writes: what it writes late is on the disk late.
         spare = max(1, len(os.sched_getaffinity(0)) - 1)
-        self._memory = executor(min(spare, THREADS))
-        self._read, self._flush = executor(THREADS), executor(THREADS)
+        self._memory = executor(min(spare, THREADS), nice=_NICE)
+        self._read, self._flush = executor(THREADS, nice=_NICE), executor(THREADS)
         self._files: dict[Path, tuple[tuple[int, ...] | None, Future[str], Future[None]]] = {}
         self._waiting: deque[tuple[Future[str], int]] = deque()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import subprocess
 import sys
 import time
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 
 from attnimg.errors import AttnimgError
+from attnimg.threads import executor
 from attnimg.train import checkpoint, file_hashes
 from attnimg.train.engine import Engine
 from attnimg.train.file_hashes import FileHashes
@@ -218,3 +220,11 @@ def test_without_threads_a_checkpoint_is_finished_at_once(tmp_path: Path) -> Non
     )  # fmt: skip
     sha256_of_abc = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
     assert done.stdout.split() == [sha256_of_abc, "raised"], done.stderr
+
+
+def test_only_the_threads_that_hash_have_a_lower_priority() -> None:
+    mine = os.getpriority(os.PRIO_PROCESS, 0)
+    with executor(1, nice=10) as lower, executor(1) as same:
+        found = [pool.submit(os.getpriority, os.PRIO_PROCESS, 0).result() for pool in (lower, same)]
+    assert found == [min(mine + 10, 19), mine]
+    assert os.getpriority(os.PRIO_PROCESS, 0) == mine
