@@ -164,7 +164,7 @@ def saves(place: str, name: str) -> None:
     found: dict[str, Any] = {kind: [] for kind in KINDS}
     current = {"blocked": 0.0, "finished": 0.0, "cycle": 0.0}
     changed = ExitStack()
-    began = 0.0
+    began, current_kind = 0.0, ""
     save, settle, begin = Engine._save_checkpoint, FileHashes.settle, Finishing.begin
 
     def blocking(function: Callable[..., None]) -> Callable[..., None]:
@@ -197,7 +197,6 @@ def saves(place: str, name: str) -> None:
         current["blocked"], began = 0.0, time.perf_counter()
         blocking(save)(engine, *arguments)
 
-    current_kind = ""
     with (
         mock.patch.object(Engine, "_save_checkpoint", timed_save),
         mock.patch.object(FileHashes, "settle", blocking(settle)),
@@ -229,7 +228,10 @@ def changes(kind: str) -> list[Any]:
         _save_optimizer_and_scheduler=Trainer._save_optimizer_and_scheduler,
     )  # fmt: skip
     in_turn = mock.patch.object(checkpoint, "write_manifest", flush_in_turn)
-    return {"hashed": [], "plain": [no_hash], "earlier": [pickled, in_turn]}[kind]
+    found: dict[str, list[Any]] = {
+        "hashed": [], "plain": [no_hash], "earlier": [pickled, in_turn],
+    }  # fmt: skip
+    return found[kind]
 
 
 def flush_in_turn(folder: Path, *_: object, **__: object) -> None:
