@@ -1,7 +1,7 @@
 """Test that proofs find kernels that are wrong only for a combination of a call's properties.
 
 One child process proves them all, on a run of eight heads, two key heads and 832 tokens: every
-third of them, and all with PROOFS=all (`make test/proofs`, 2 minutes).
+third of them, and all with PROOFS=all (`make test/proofs`).
 """
 
 from __future__ import annotations
