@@ -5,6 +5,7 @@ config -> plan, printed -> inputs -> tokenizer, documents -> model -> proof -> f
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -33,6 +34,7 @@ from attnimg.kernel_cache import use_shipped_kernels
 from attnimg.report import as_json
 from attnimg.schema import Checked, Config
 from attnimg.train.distributed import agree, rank, require_group
+from attnimg.train.environment import require_agreement, require_readable
 from attnimg.train.receipt import versions
 from attnimg.train.signals import StopFlag, Stopped, stop_signals
 
@@ -71,6 +73,7 @@ def train(
     """Train: choose the attention backend, say why, prove that packing is safe, then run."""
     from attnimg.report import as_text
 
+    require_readable(os.environ)
     require_group()
     console = as_text.console(sys.stderr)
     console.quiet = rank() != 0
@@ -111,6 +114,8 @@ def _train(file: str, settings: tuple[str, ...], *, console: Console, stop: Stop
         console=console,
         stop=stop,
     )
+    on_cpu = machine.arch.vendor == "cpu"
+    require_agreement(os.environ, values, session.problem, cpu=on_cpu)
     chosen = _planned(session)
     resume = check_inputs(values, machine)
     check_sources(values)
