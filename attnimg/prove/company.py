@@ -52,10 +52,15 @@ def check_company(
     Raises:
         Exception: whatever the kernel raises.
     """
+    before: tuple[torch.Tensor, torch.Tensor] | None = None
     for what, (mode, learning) in _WITHOUT.items():
         with mode():
             found = forward_only(forward(function, backend, case, inputs, learning=learning))
         named = replace(case, name=f"{case.name}, {what}")
+        if before is not None and not torch.equal(*before):
+            text = f"{named.name}: the call wrote into the output of the one before"
+            yield Fault(reason=Reason(code="numerics-fwd", text=text), noise_sensitive=False)
+        before = found.out, found.out.clone()
         yield from check_values(backend, named, inputs, found=found, right=right)[1]
     found = call(_checkpointed(function), backend, case, inputs)
     named = replace(case, name=f"{case.name}, checkpointed")
