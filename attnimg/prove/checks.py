@@ -45,10 +45,11 @@ K_BACKWARD_CK = 10.0
 # attention's own: rounding averages out there, and a wrong factor does not. Ours (2026-11-25);
 # torch 2.13's CPU kernels stay below a sixth of it, plain attention below half.
 GAIN = {"float32": 1e-4, "float16": 3e-3, "bfloat16": 1e-2}
-# The same for gradients in long sums of terms of the same sign. Kernels that add them up in float32
-# come to a tenth of it; sums in bfloat16, rounded after every 16 rows, to 3 times at 512 rows and
-# twice at 829. After every 64 rows they are as exact as one rounding. Ours (2026-11-27).
-GAIN_ALIKE = {"float32": 1e-4, "float16": 7e-4, "bfloat16": 2.5e-3}
+# The same for dv where the terms of its sums have the same sign. Kernels that add them up in
+# float32 are up to 0.0011 off in bfloat16; sums in bfloat16 are 0.008 to 0.012 off where they are
+# rounded after every 16 of 512 to 829 rows, and 0.002 to 0.006 after every 32. Not for dk: a right
+# kernel was 0.005 off (torch 2.13's on a CPU, head_dim 128). Ours (2026-11-27).
+GAIN_ALIKE = GAIN | {"bfloat16": 5e-3}
 # Up to so many tokens plain attention's own error in dq and dk is a draw of few numbers; see
 # noise.rounding_of_output. A right kernel with 3 tokens in float16 was 1.1 times what that allowed
 # (benchmarks/proof_noise.py, 2026-11-27).
@@ -88,7 +89,7 @@ class Expected:
         gain: by how much plain attention as a whole is off by a factor, for each quantity.
         slope: how the output changes with the logarithm of the scale; None where it is not judged.
         scale: by how much plain attention's scale seems to be off.
-        alike: whether the terms of long sums in the gradients have the same sign; see whole_row.py.
+        alike: whether the terms of dv have the same sign; see whole_row.py.
     """
 
     exact: Result
@@ -288,7 +289,7 @@ def _off_by_a_factor(
     if factor is None or case.scores != "spread" or pair[1].numel() < GAIN_VALUES:
         return
     found = gain_of(*pair)
-    atol = (GAIN_ALIKE if right.alike and name != "out" else GAIN)[case.geometry.dtype]
+    atol = (GAIN_ALIKE if right.alike and name == "dv" else GAIN)[case.geometry.dtype]
     allowed = allowed_gain(backend, name, atol=atol, gain=right.gain[name])
     if abs(found - 1) > allowed:
         text = f"{case.name}: {name} is {found:.4f} times the reference, allowed 1 +- {allowed:.1e}"
