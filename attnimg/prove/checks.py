@@ -167,7 +167,9 @@ def check_values(
             continue
         exact_gradient = right.exact.gradients[name]
         assert exact_gradient is not None
-        unsound = list(_is_sound(case, name, gradient, empty_ok=not exact_gradient.any()))
+        # Plain attention's is 0 as well where bfloat16 rounds all weights, or tanh of a cap, to 1.
+        empty_ok = right.rounding[name] >= largest(exact_gradient)
+        unsound = list(_is_sound(case, name, gradient, empty_ok=empty_ok))
         faults += unsound
         if not unsound:
             pair = (gradient, exact_gradient)
