@@ -78,7 +78,7 @@ def train_file(
     file: str, settings: Sequence[str], *, report: PrintedReport, stop: StopFlag
 ) -> None:
     """Check a config file, train it, and print the files that were written."""
-    from attnimg.train.without_effect import without_effect
+    from attnimg.config.rules import without_effect
 
     checked = config.check_file(file, overrides=tuple(settings))
     machine = installed_machine()

@@ -9,18 +9,9 @@ from functools import cache
 from importlib.resources import files
 from typing import Any
 
+from attnimg.config.attention import LEGACY
 from attnimg.config.schema import Config, DatasetSpec
 
-# Legacy key -> what to write instead, highest priority first: of several the first wins.
-LEGACY = {
-    "xformers_attention": "xformers",
-    "s2_attention": "s2",
-    "sage_attention": "sage",
-    "flex_attention": "flex_attention",
-    "flash_attention": "flash_attention_2",
-    "sdp_attention": "sdpa",
-    "eager_attention": "eager",
-}
 # What other trainers call a key of ours.
 SYNONYMS = {
     "attn_impl": "attn_implementation",
