@@ -172,15 +172,17 @@ def _unsupported(values: dict[str, Any], *, failed: set[str | None]) -> list[Fin
     for key, value in values.items():
         if key in failed:
             continue
+        if key in Config.model_fields and key not in keys.IN_SCHEMA:
+            continue
         if (refused := keys.unsupported_keys().get(key)) is not None:
             # 0, "" and an empty list ask for nothing, just as false does.
             if value and value not in refused.accepts:
                 found.append(_unsupported_key(key, value, do=refused.do))
-        elif key.startswith("lora_") and key not in Config.model_fields:
+        elif key.startswith("lora_"):
             # Axolotl's plugins add adapter keys; one that is false has no effect.
             if value is not False:
                 found.append(replace(_unknown(key, key), code="unsupported-key"))
-        elif key not in Config.model_fields:
+        else:
             found.append(_unknown(key, key))
     return found
 
@@ -236,11 +238,10 @@ def _without_nulls(value: Any) -> Any:
     if isinstance(value, list):
         return [_without_nulls(item) for item in value]
     if isinstance(value, dict) and value.keys() & _NULLABLE:
-        refused = keys.unsupported_dataset_keys()
         return {
             key: item
             for key, item in value.items()
-            if item is not None and not (item is False and key in refused)
+            if item is not None and not (item is False and key in keys.unsupported_dataset_keys())
         }
     return value
 

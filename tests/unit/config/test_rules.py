@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 import attnimg
-from attnimg.config import check_values
+from attnimg.config import check_values, keys
+from attnimg.config.schema import Config
 from attnimg.facts import Finding
 
 TRAIN = Path(attnimg.__file__).parent / "train"
@@ -21,8 +22,8 @@ LORA = {"adapter": "lora"}
 DECAY = {"lr_scheduler": "warmup_stable_decay"}
 
 
-def errors(**keys: Any) -> tuple[Finding, ...]:
-    values = {"base_model": "m", "learning_rate": 1e-4, "datasets": [TEXT], **keys}
+def errors(**given: Any) -> tuple[Finding, ...]:
+    values = {"base_model": "m", "learning_rate": 1e-4, "datasets": [TEXT], **given}
     return check_values(values, file="x.yaml").errors
 
 
@@ -141,8 +142,8 @@ RIGHT: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("name", WRONG)
 def test_what_train_refuses_on_values_is_refused_by_check(name: str) -> None:
-    keys, code, key = WRONG[name]
-    (found,) = errors(**keys)
+    values, code, key = WRONG[name]
+    (found,) = errors(**values)
     assert (found.code, found.key) == (code, key)
     assert found.what
     assert found.why
@@ -159,13 +160,13 @@ def test_all_errors_are_found_at_once() -> None:
              "a cosine's minimum on a line", "4 bit without an adapter", "two precisions",
              "no split's words", "a system message without conversations"]  # fmt: skip
     wrong = [WRONG[name] for name in names]
-    keys = {key: value for values, _, _ in wrong for key, value in values.items()}
-    found = [(error.code, error.key) for error in errors(**keys)]
+    values = {key: value for found_, _, _ in wrong for key, value in found_.items()}
+    found = [(error.code, error.key) for error in errors(**values)]
     assert Counter(found) == Counter((code, key) for _, code, key in wrong)
 
 
 @pytest.mark.parametrize(
-    ("keys", "key"),
+    ("values", "key"),
     [
         ({"val_set_size": "much", "eval_steps": 5}, "val_set_size"),
         ({"adapter": "lorra", "load_in_4bit": True}, "adapter"),
@@ -173,8 +174,8 @@ def test_all_errors_are_found_at_once() -> None:
         ({"datasets": 3, "default_system_message": "Be brief."}, "datasets"),
     ],
 )
-def test_a_wrong_value_is_not_taken_for_an_absent_one(keys: dict[str, Any], key: str) -> None:
-    (found,) = errors(**keys)
+def test_a_wrong_value_is_not_taken_for_an_absent_one(values: dict[str, Any], key: str) -> None:
+    (found,) = errors(**values)
     assert (found.code, found.key) == ("bad-value", key)
 
 
@@ -278,6 +279,10 @@ NEEDS = {
         run_engine out-of-memory, writing AttnimgError
     """,
 }
+
+
+def test_found_of_the_schema_that_are_refused_by_name_are_listed() -> None:
+    assert keys.unsupported_keys().keys() & Config.model_fields.keys() == keys.IN_SCHEMA
 
 
 def refusals() -> Counter[str]:
