@@ -40,7 +40,7 @@ SCHEDULER_NEEDS: dict[str, tuple[tuple[str, ...], str]] = {
 }
 # What `split` may be: splits or rows of them, such as train[:10%]+test.
 # Source: datasets 5.2, arrow_reader.py:46, _RelativeInstruction (2026-11-27)
-_BOUND = r"-?\d+(?:_\d+)*%?"
+_BOUND = r"-?\d(?:_?\d){0,17}%?"
 _PART_OF_SPLIT = re.compile(
     rf"\w+(?:\.\w+)*(?:\[({_BOUND})?:({_BOUND})?\])?(\((?:closest|pct1_dropremainder)\))?"
 )

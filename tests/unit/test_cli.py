@@ -420,3 +420,14 @@ def test_a_terminal_gets_the_same_words_as_a_file(monkeypatch: pytest.MonkeyPatc
         texts.append(re.sub("\x1b\\[[0-9;]*m", "", out.getvalue() + err.getvalue()))
     assert texts[0] == texts[1]
     assert "x[bold].yaml" in texts[0]
+
+
+def test_train_refuses_the_same_as_check(capsys: pytest.CaptureFixture[str]) -> None:
+    wrong = "lr_scheduler: linear\ncosine_min_lr_ratio: 0.1\neval_steps: 5\nwarmup_steps: 0\n"
+    file = write("x.yaml", f"{GOOD}{wrong}warmup_ratio: 0.1\n")
+    code, _, checked = run(capsys, "check", file)
+    assert code == 2
+    assert checked.count("error bad-value:") == 3
+    code, out, trained = run(capsys, "train", file)
+    assert (code, out) == (2, "")
+    assert checked in trained
