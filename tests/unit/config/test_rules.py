@@ -183,7 +183,8 @@ SPLITS = (
     "train", "a.b", "train[:3]", "train[-5:]", "train[10%:20%]", "train[:1_000] + test",
     "train[:100%](closest)", "train[:50%](pct1_dropremainder)", "validation+test", "train[:]",
     "train[", "train[a:", "train[3]", "train test", "+", "train+", "train[:101%]",
-    "train[:5](closest)", "train[:50%](up)", "a-b", "train[::2]", "train[:-101%]", "train[1%:5]", f"train[:{'9' * 5000}%]",
+    "train[:5](closest)", "train[:50%](up)", "a-b", "train[::2]", "train[:-101%]", "train[1%:5]",
+    f"train[:{'9' * 5000}%]",
 )  # fmt: skip
 
 
