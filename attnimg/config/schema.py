@@ -4,8 +4,7 @@ Axolotl's names, so that its users' files work. Keys that axolotl knows and attn
 implement stand in data/keys.toml. Values of the wrong type are refused, never converted.
 """
 
-from __future__ import annotations
-
+# No `from __future__ import annotations`: pydantic would evaluate 110 strings, 3 ms of `check`.
 import os
 import re
 from collections.abc import Iterator

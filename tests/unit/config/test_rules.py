@@ -268,7 +268,8 @@ NEEDS = {
     """,
     "environment": """
         _check_address_space bad-environment, _require_context context-differs,
-        require_group bad-environment
+        as_bad_environment bad-environment, require_agreement bad-environment,
+        require_group bad-environment, require_readable bad-environment
     """,
     "processes": """
         _locked output-dir-busy, agree rank-mismatch, lost_rank_errors rank-lost
