@@ -30,7 +30,7 @@ def takes_one_row(backend: Backend) -> bool:
 
     A hub kernel that nobody here has read gets cu_seqlens too, and must prove that it uses them.
     """
-    return backend.packing == "native" or backend.unread
+    return backend.packing == "native" or backend.unreviewed
 
 
 def described(context: RunContext) -> str:

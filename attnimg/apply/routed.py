@@ -7,7 +7,7 @@ from functools import partial
 
 from attnimg.apply.router import Router, shape_of
 from attnimg.backends import backend_named
-from attnimg.backends._attend import as_applied, attention_function
+from attnimg.backends._transformers import as_applied, attention_function
 from attnimg.facts import AttentionFunction, Backend, GroupChoice, Needs, Plan
 
 ROUTER = "attnimg_router"
@@ -32,7 +32,7 @@ def _router(groups: tuple[GroupChoice, ...]) -> Backend:
         packing="native",
         # One name a set of routes: a second model with other layers gets a router of its own.
         applied_as=f"{ROUTER}_{_digest(groups)}",
-        load_attend=partial(_load, groups),
+        load_function=partial(_load, groups),
         needs=Needs(),
     )
 

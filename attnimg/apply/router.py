@@ -39,7 +39,7 @@ class Router:
         attention_mask: Any,
         **arguments: Any,
     ) -> Any:
-        """Attend; see attnimg.backends._attend.
+        """Attend; see attnimg.backends._transformers.
 
         Raises:
             AttnimgError: no layer of the plan has this shape.

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from attnimg.backends import local_kernel
 from attnimg.facts import (
     Backend,
     Geometry,
     LayerGroup,
-    LocalKernel,
     Machine,
     Problem,
     RunContext,
@@ -59,13 +59,7 @@ def geometries_of(
     return tuple(dict.fromkeys(found))
 
 
-def local_kernel_of(backend: Backend, machine: Machine) -> LocalKernel | None:
-    """Find the folder that LOCAL_KERNELS serves for a backend."""
-    repo = (backend.hub_repo or "").partition("@")[0].partition(":")[0]
-    return next((kernel for kernel in machine.local_kernels if kernel.repo == repo), None)
-
-
 def has_dense_entry(backend: Backend, machine: Machine) -> bool:
     """Tell whether a backend takes rows of one document: some kernels have a varlen entry alone."""
-    local = local_kernel_of(backend, machine)
+    local = local_kernel(backend, machine)
     return local is None or local.exports is None or "flash_attn_func" in local.exports

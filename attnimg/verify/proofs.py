@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-from attnimg.backends import variables_that_choose
-from attnimg.backends._hub_kernels import hub_folder
+from attnimg.backends import local_kernel, variables_that_choose
+from attnimg.backends._loading import hub_folder
 from attnimg.content_hashes import ContentHashes, cache_folder
 from attnimg.context import context_of
 from attnimg.facts import Backend, Machine, Problem, Proof
 from attnimg.verify import cache
-from attnimg.verify.geometry import geometries_of, has_dense_entry, local_kernel_of
+from attnimg.verify.geometry import geometries_of, has_dense_entry
 from attnimg.verify.runner import Candidate, run
 
 # Of these a proof depends besides the packages of the backend itself.
@@ -155,7 +155,7 @@ def _content(
         if found is None:
             raise OSError(f"{package} does not list its files")
         content[package] = found
-    if (local := local_kernel_of(backend, machine)) is not None:
+    if (local := local_kernel(backend, machine)) is not None:
         content["kernel"] = hashes.of_folder(Path(local.path))
     elif backend.hub_repo is not None and backend.name.startswith(backend.hub_repo):
         content["kernel"] = hashes.of_folder(hub_folder(backend.name, trusted=trusted))
@@ -170,7 +170,7 @@ def _candidate(backend: Backend, problem: Problem, setting: Setting, *, routed: 
         context_of(problem, backend),
         dense=not problem.packing or has_dense_entry(backend, setting.machine),
         deterministic=setting.environment.get("FLASH_ATTENTION_DETERMINISTIC") == "1",
-        every_length=backend.unread or local_kernel_of(backend, setting.machine) is not None,
+        every_length=backend.unreviewed or local_kernel(backend, setting.machine) is not None,
     )
     return Candidate(
         backend=backend.name, geometries=geometries, trusted=problem.trusted, routed=routed

@@ -22,7 +22,7 @@ import torch
 from day_models import document_lengths
 from day_units import versions
 
-from attnimg.backends._attend import attention_function
+from attnimg.backends._transformers import attention_function
 
 # Dense bfloat16 TFLOP/s of the tensor cores: 132 multiprocessors * 4096 operations a cycle * 1830
 # MHz, the same for both. The clock may be higher, 1980 MHz on the H200 of docs/gpu-runs.md.

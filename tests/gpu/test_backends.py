@@ -20,7 +20,7 @@ from tiny_models import tiny_model
 
 from attnimg import apply
 from attnimg.backends import all_backends, backend_named
-from attnimg.backends._attend import attention_function
+from attnimg.backends._transformers import attention_function
 from attnimg.cli.subject import distributions
 from attnimg.facts import LayerGroup, Model
 from attnimg.machine import probe

@@ -7,7 +7,7 @@ import torch
 from tiny_models import tiny_model
 
 from attnimg.backends import backend_named
-from attnimg.backends._attend import attention_function
+from attnimg.backends._transformers import attention_function
 from attnimg.layout import lay_out
 
 LENGTHS = (13, 21, 10)

@@ -109,7 +109,7 @@ def test_s2_trains_as_its_reference_does_and_not_as_sdpa(of_sdpa, monkeypatch):
     losses = twenty_losses("s2", is_packed=False)
     assert losses[-1] < losses[0] - 0.1
     assert losses != pytest.approx(of_sdpa[False], abs=1e-4)
-    plain = replace(backend_named("s2"), load_attend=lambda: s2_plainly)
+    plain = replace(backend_named("s2"), load_function=lambda: s2_plainly)
     monkeypatch.setitem(twenty_losses.__globals__, "backend_named", lambda name: plain)
     assert twenty_losses("s2", is_packed=False) == pytest.approx(losses, abs=1e-5)
 
@@ -245,7 +245,7 @@ MLA = LayerGroup(count=2, heads=4, kv_heads=4, head_dim_qk=192, head_dim_v=128)
     ],
 )
 def test_values_of_another_size_reach_the_kernel_unpadded(monkeypatch, unpadded, layers, padded):
-    from attnimg.backends import _flash as flash
+    from attnimg.backends import _varlen as flash
 
     seen = set()
     whole = flash.FlashKernel._dense

@@ -13,7 +13,7 @@ from noisy_proofs import FAMILIES, LEAKS, LOST_HEAD, Shape, grid, load, prove_no
 from run_facts import a_geometry
 
 from attnimg.backends import backend_named
-from attnimg.backends._flash import FlashKernel
+from attnimg.backends._varlen import FlashKernel
 from attnimg.facts import Backend, Reason
 from attnimg.verify import candidate
 from attnimg.verify.candidate import Findings, prove_geometry
@@ -73,7 +73,7 @@ def test_a_leak_under_the_noise_is_refused(fault: str, references: dict[object, 
 def test_the_noise_is_there_and_within_its_bound(family: str, dtype: str) -> None:
     # The smallest tiles that the bound allows for.
     module = load(family, fault="none", tile=TILE)
-    function = FlashKernel(backend=family, dense=None, varlen=module.flash_attn_varlen_func).attend
+    function = FlashKernel(backend=family, dense=None, varlen=module.flash_attn_varlen_func)
     case, backend = _packed_case(dtype), _backend()
     inputs = draw(case, device="cpu")
     first, second = (call(function, backend, case, inputs) for _ in range(2))
