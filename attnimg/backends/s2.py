@@ -16,7 +16,6 @@ Letters: see _varlen.py; P is T rounded up to a multiple of 8.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -108,6 +107,8 @@ def group_kernels() -> tuple[GroupKernel, ...]:
 
     One that is not here is left out, and one that does not load with a warning.
     """
+    import logging
+
     import torch
 
     from attnimg.backends._transformers import flash_kernel
