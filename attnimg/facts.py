@@ -206,8 +206,9 @@ class RunContext:
         dtype: the precision of matrix multiplications, and so of q, k and v.
         autocast: what torch.autocast casts to in a forward pass; None where it is off.
         packing: whether rows hold several documents.
-        one_row: whether the rows of a batch are flattened to (1, T) with cu_seqlens, as kernels
-            with native packing take them; False for (B, S), where a mask keeps documents apart.
+        padding_free: whether the rows of a batch are flattened to (1, T) with cu_seqlens, as
+            kernels with native packing take them; False for (B, S), where a mask isolates
+            documents.
         rows: rows of the largest batch.
         sequence_len: tokens of the longest row; None when not known.
         compiled: whether torch.compile is on.
@@ -219,7 +220,7 @@ class RunContext:
     dtype: DType
     autocast: DType | None
     packing: bool
-    one_row: bool
+    padding_free: bool
     rows: int
     sequence_len: int | None
     compiled: bool

@@ -129,7 +129,7 @@ def require_isolation(proof: IsolationProof) -> None:
         return
     other = (
         "attn_implementation: sdpa (isolates most models by a mask)"
-        if proof.context.one_row
+        if proof.context.padding_free
         else "attn_implementation: flash_attention_2 (its kernels get document boundaries)"
     )
     what = f"{proof.model_type} on {proof.backend} does not isolate packed documents"
@@ -170,7 +170,7 @@ def _compare(model: nn.Module, *, context: RunContext) -> _Figures:
     rows = [documents, documents[::-1]] if context.rows > 1 else [documents]
     flat = [document for row in rows for document in row]
     lengths = [[len(document) for document in row] for row in rows]
-    layout = lay_out(lengths, one_row=context.one_row, pad_to=PAD_TO)
+    layout = lay_out(lengths, padding_free=context.padding_free, pad_to=PAD_TO)
     bounds = document_bounds(layout)
     with undisturbed(model):
         apart = [forward_apart(model, document, context=context).float() for document in documents]

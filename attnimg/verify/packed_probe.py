@@ -96,7 +96,7 @@ def packed_inputs(
     input_ids = torch.full_like(position_ids, int(rows[0][0][0]))
     input_ids[is_token] = torch.cat([document for row in rows for document in row])
     inputs: dict[str, Any] = {"input_ids": input_ids, "position_ids": position_ids}
-    if context.one_row:
+    if context.padding_free:
         boundaries = torch.from_numpy(layout.cu_seq_lens).to(device)
         inputs |= {f"cu_seq_lens_{side}": boundaries for side in "qk"}
         inputs |= {f"max_length_{side}": layout.max_length for side in "qk"}

@@ -41,8 +41,8 @@ def timing(unit: dict[str, Any], stage: Callable[[str], None]) -> dict[str, Any]
     documents = [
         document_lengths(length, seed=row) if unit["packing"] else [length] for row in range(rows)
     ]
-    one_row = unit["packing"] and adapters.takes_one_row(backend)
-    shape = (1, tokens) if one_row else (rows, length)
+    padding_free = unit["packing"] and adapters.is_padding_free(backend)
+    shape = (1, tokens) if padding_free else (rows, length)
     heads = unit["width"] // unit["head_dim"]
     kv_heads = max(1, heads // adapters.GROUP)
     generator = torch.Generator(device=device).manual_seed(0)

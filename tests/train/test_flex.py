@@ -22,7 +22,7 @@ def test_packed_documents_get_the_logits_they_get_alone() -> None:
     model = tiny_model("llama", "flex_attention").eval()
     torch.manual_seed(0)
     documents = [torch.randint(3, 128, (1, length)) for length in LENGTHS]
-    layout = lay_out([list(LENGTHS)], one_row=True)
+    layout = lay_out([list(LENGTHS)], padding_free=True)
     with torch.no_grad():
         apart = [model(input_ids=ids, use_cache=False).logits for ids in documents]
         packed = model(
