@@ -47,7 +47,9 @@ class HubKernel(NamedTuple):
     folder: Path | None
 
 
-def kernel_error(what: str, *, why: str, do: str, code: str) -> AttnimgError:
+def kernel_error(
+    what: str, *, why: str, code: str, do: str = "set attn_implementation: sdpa"
+) -> AttnimgError:
     """Return an error about a kernel, which ends a run that has begun."""
     return AttnimgError(what, why=why, do=do, code=code, key="attn_implementation", exit_code=1)
 

@@ -232,7 +232,6 @@ def packed_tokens(call: AttentionCall) -> PackedTokens | None:
         raise kernel_error(
             f"{call.backend} can't tell from this model's position_ids whether rows are packed",
             why=f"found the shape {tuple(positions.shape)}, needed (batch, tokens)",
-            do="set attn_implementation: sdpa",
             code="argument-not-honoured",
         )
     begins = positions.diff(dim=-1) != 1

@@ -233,7 +233,6 @@ def _refusal(found: str, needed: str, *, code: str = "s2-batch") -> AttnimgError
     return kernel_error(
         "s2 can't group this batch",
         why=f"found {found}, needed {needed}",
-        do="set attn_implementation: sdpa",
         code=code,
     )
 

@@ -52,7 +52,6 @@ def sage_attention(
             raise kernel_error(
                 f"{backend} can't do this batch",
                 why=f"found {q.shape[2]} queries on {k.shape[2]} keys; causal needs as many",
-                do="set attn_implementation: sdpa",
                 code="argument-not-honoured",
             )
         kernel = partial(dense, tensor_layout="HND", is_causal=causal, sm_scale=call.scale)

@@ -66,7 +66,6 @@ def _mask_of_documents(kinds: Any, call: AttentionCall, tokens: PackedTokens) ->
         raise kernel_error(
             "xformers has no mask for this batch",
             why=f"found {found}, which its kernels do not take",
-            do="set attn_implementation: sdpa",
             code="argument-not-honoured",
         )
     if not call.causal:
