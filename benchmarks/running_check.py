@@ -181,7 +181,7 @@ def make_call(spec: CallSpec, function: Any = None) -> Any:
     """Run a call forward and backward; `function` replaces the kernel's own."""
     import torch
 
-    from attnimg.backends._capture import NAMES, CallKind, CapturedCall, call_again
+    from attnimg.verify.capture import NAMES, CallKind, CapturedCall, call_again
 
     generator = torch.Generator().manual_seed(spec.seed)
     n_tokens, dtype = sum(spec.lengths), getattr(torch, spec.dtype)

@@ -12,7 +12,7 @@ from attnimg.facts import Backend, CallCheck, LayerGroup, Plan, RunContext
 from attnimg.train.attention_check import AttentionCheck
 
 if TYPE_CHECKING:
-    from attnimg.backends._capture import CapturedCall
+    from attnimg.verify.capture import CapturedCall
 
 # Backends that the error on a wrong one suggests: torch's own, then plain attention.
 _OTHERS = ("sdpa", "eager")

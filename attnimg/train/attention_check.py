@@ -20,7 +20,7 @@ from attnimg.train.checkpoint import checkpoints, newest_checkpoint, step_of
 from attnimg.train.distributed import gathered, rank, world_size
 
 if TYPE_CHECKING:
-    from attnimg.backends._capture import CallKind, CapturedCall
+    from attnimg.verify.capture import CallKind, CapturedCall
 
 # Compares a call with the reference; the text is a seed that chooses the row and the heads.
 Judge = Callable[["CapturedCall", str], CallCheck]
@@ -103,7 +103,7 @@ class AttentionCheck:
         if not every or self.record.why_not or not due:
             yield
             return
-        from attnimg.backends._capture import Capture
+        from attnimg.verify.capture import Capture
 
         # A resumed session continues with the layer after the last one of the session before.
         if self._checked is None:

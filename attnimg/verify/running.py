@@ -15,11 +15,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from attnimg.backends._capture import CapturedCall, call_again
 from attnimg.backends._varlen import AttentionCall, read_call
 from attnimg.errors import AttnimgError
 from attnimg.facts import Backend, CallCheck, DType, Figure, Reason, RunContext
 from attnimg.verify.blocks import BlockReference, Span, span_reference
+from attnimg.verify.capture import CapturedCall, call_again
 from attnimg.verify.cases import Scores
 from attnimg.verify.checks import (
     GAIN_VALUES,
