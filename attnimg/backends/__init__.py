@@ -68,11 +68,11 @@ def local_kernel_repo(
         installed: distributions.
         served: org/name of the hub kernels that LOCAL_KERNELS serves.
     """
-    repo = repo_of(backend.hub_repo or "")
-    named = repo == repo_of(backend.name)
-    if not named and any(package in installed for package, _, _ in backend.needs.packages):
+    repo, packages = backend.hub_repo, [package for package, _, _ in backend.needs.packages]
+    if repo is None or repo not in served:
         return None
-    return repo if repo in served else None
+    named = repo == repo_of(backend.name)
+    return repo if named or not any(package in installed for package in packages) else None
 
 
 def local_kernel(backend: Backend, machine: Machine) -> LocalKernel | None:

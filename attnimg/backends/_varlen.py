@@ -279,7 +279,7 @@ def attention_by_document(
 
 
 def one_by_one(tokens: PackedTokens, dense: DenseKernel) -> Tensor:
-    """Send each document through a dense kernel; return (N, H, V)."""
+    """Return (N, H, V), each document by itself through a dense kernel."""
     lengths_q, lengths_k = (x.diff().tolist() for x in (tokens.cu_seqlens_q, tokens.cu_seqlens_k))
     pieces = zip(
         tokens.q.split(lengths_q),
@@ -311,7 +311,7 @@ def _flattened(call: AttentionCall, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) 
 
 
 def _without_padding(call: AttentionCall, is_token: Tensor) -> PackedTokens:
-    """Take padding out; a row is one document, and the last T keys are those of the queries."""
+    """Return the rows without their padding; the last T keys are those of the queries."""
     is_token = is_token[:, -call.k.shape[2] :]
     is_query = is_token[:, -call.q.shape[2] :]
     cu_seqlens_q, cu_seqlens_k = (

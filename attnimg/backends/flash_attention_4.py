@@ -1,7 +1,7 @@
 """FlashAttention-4, the package flash-attn-4 (CuTe DSL): Hopper and Blackwell.
 
 Head sizes are those that compiled for each target without a GPU, forward and backward, and whose
-shared memory fits. transformers hands it v padded to the head_dim of q and k, so that MLA's
+shared memory fits. transformers passes it v padded to the head_dim of q and k, so that MLA's
 (192, 128) would arrive as (192, 192), which Blackwell's kernels refuse. Source:
 flash-attn-4 4.0.0b36, flash_attn/cute/interface.py, compiled 2026-11-21.
 
@@ -23,11 +23,8 @@ import os
 
 from attnimg.facts import AttentionFunction, Backend, HeadDims, Needs, Rank
 
-_HOPPER, _DATACENTER_BLACKWELL, _RTX_BLACKWELL = (
-    frozenset({9}),
-    frozenset({10, 11}),
-    frozenset({12}),
-)
+_HOPPER, _DATACENTER_BLACKWELL = frozenset({9}), frozenset({10, 11})
+_RTX_BLACKWELL = frozenset({12})
 _GENERIC = {"FLASH_ATTENTION_HD256_GENERIC_BWD": "1"}
 
 _FLASH_4 = Backend(
@@ -82,7 +79,7 @@ _FLASH_4 = Backend(
                 equal=True,
                 without=frozenset({"window", "softcap", "sinks"}),
             ),
-            # MLA's sizes, which only attnimg's own call hands over unpadded.
+            # MLA's sizes, which only attnimg's own call passes unpadded.
             HeadDims(majors=_DATACENTER_BLACKWELL, qk=(192, 192), v=(128, 128), ungrouped=True),
             # head_dim 192 needs 115,712 bytes of shared memory backward; these GPUs give 101,376.
             HeadDims(majors=_RTX_BLACKWELL, qk=(8, 160), v=(8, 160), multiple=8),

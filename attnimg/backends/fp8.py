@@ -45,7 +45,7 @@ def fp8_attention(kernel: Callable[..., Any]) -> AttentionFunction:
                 "sdpa",
                 code="packing-not-isolated",
             )
-        # torchao takes enable_gqa and does not hand it on.
+        # torchao takes enable_gqa and does not pass it on.
         k, v = ungrouped(call.q, call.k, call.v)
 
         def forward(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""LongLoRA's shifted sparse attention: attend within groups, half the heads half a group further.
+"""LongLoRA's shifted sparse attention: within groups, for half the heads half a group further.
 
 Another function than full attention, so `auto` never takes it. LLaMA only, no packing.
 

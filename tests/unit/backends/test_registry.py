@@ -69,6 +69,7 @@ def named(name: str) -> Backend:
         pytest.param("flash_attention_2", PACKAGES, (FLASH,), None, id="an installed one is first"),
         pytest.param("flash_attention_2", (), (), None, id="nothing is served"),
         pytest.param("flash_attention_2", (), ("org/other",), None, id="another kernel is served"),
+        pytest.param("sdpa", (), ("",), None, id="a served name that is empty"),
         pytest.param("sdpa", (), (FLASH,), None, id="a backend that no kernel stands in for"),
         pytest.param(FLASH, PACKAGES, (FLASH,), FLASH, id="a kernel that the config names"),
         pytest.param(f"{FLASH}@v1", PACKAGES, (FLASH,), FLASH, id="its revision does not matter"),
