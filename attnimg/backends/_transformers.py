@@ -226,14 +226,10 @@ def flash_name(backend: Backend) -> str:
             return name
         commit = locked_revision(name)
         return f"{name}@{commit}" if commit else name
-    available = {
-        "flash_attention_2": flash.is_flash_attn_2_available,
-        "flash_attention_3": flash.is_flash_attn_3_available,
-        "flash_attention_4": flash.is_flash_attn_4_available,
-    }
     package = backend.needs.packages[0][0]
     # transformers calls a package available where it can run, which flash-attn needs a GPU for.
-    installed = {package} if available[name]() else set[str]()
+    available = getattr(flash, f"is_flash_attn_{name.removeprefix('flash_attention_')}_available")
+    installed = {package} if available() else set[str]()
     local = local_kernel_repo(backend, installed=installed, served=served_locally())
     if installed or local is not None:
         return local or name
