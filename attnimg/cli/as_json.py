@@ -8,10 +8,10 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from attnimg.facts import Finding, Model, Plan
-from attnimg.select.other_layers import OtherLayers
 
 if TYPE_CHECKING:
     from attnimg.config.schema import Checked
+    from attnimg.select.other_layers import OtherLayers
 
 _FLAGS = (
     "attn_implementation",
@@ -29,7 +29,7 @@ def line(value: dict[str, Any]) -> str:
 
 
 def checked_json(checked: Checked) -> dict[str, Any]:
-    """Give the object that `check --json` prints for one file."""
+    """Return the object that `check --json` prints for one file."""
     attn = config = None
     if checked.config is not None:
         # Through pydantic's own JSON, which writes null for numbers that JSON does not have.
@@ -58,7 +58,7 @@ def explained_json(
     others: tuple[OtherLayers, ...] = (),
     memory: Any = None,
 ) -> dict[str, Any]:
-    """Give the object that `explain --json` prints.
+    """Return the object that `explain --json` prints.
 
     Args:
         checked: the config's own judgement.
@@ -69,44 +69,18 @@ def explained_json(
         others: the model's layers without softmax attention, judged.
         memory: a dataclass of the bytes that are quadratic in the row; None for none.
     """
+    from attnimg.select.plan import plan_dict  # check, which prints JSON too, needs no plan
+
     return checked_json(checked) | {
         "on": on,
         "image": image,
         "model": model and _model(model),
         "layers": [asdict(group) for group in model.layers] if model else [],
-        "candidates": plan_json(plan)["candidates"] if plan else [],
-        "chosen": plan_json(plan)["chosen"] if plan else None,
-        "groups": plan_json(plan)["groups"] if plan else [],
+        "candidates": plan_dict(plan)["candidates"] if plan else [],
+        "chosen": plan_dict(plan)["chosen"] if plan else None,
+        "groups": plan_dict(plan)["groups"] if plan else [],
         "other_layers": [asdict(layers) for layers in others],
         "quadratic_memory": asdict(memory) if memory else None,
-    }
-
-
-def plan_json(plan: Plan) -> dict[str, Any]:
-    """Give a plan with every candidate and all reasons, as receipts and explain hold it."""
-    chosen = plan.chosen
-    return {
-        "asked": plan.asked,
-        "because": plan.because,
-        "candidates": [
-            {
-                "backend": verdict.backend,
-                "fits": verdict.fits,
-                "rank": verdict.rank,
-                "reasons": [asdict(reason) for reason in verdict.reasons],
-            }
-            for verdict in plan.verdicts
-        ],
-        "chosen": chosen
-        and {"backend": chosen.backend, "kernel": chosen.kernel, "because": plan.because},
-        "groups": [
-            {
-                "layers": asdict(choice.layers),
-                "backend": choice.verdict.backend,
-                "kernel": choice.verdict.kernel,
-            }
-            for choice in plan.groups
-        ],
     }
 
 

@@ -6,15 +6,15 @@ import re
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
-
-import typer
 
 from attnimg import config
-from attnimg.cli import as_json
-from attnimg.cli.options import JsonOption, OnOption
-from attnimg.cli.subject import (
-    base_model_findings,
+from attnimg.cli import JSON, ON, argument, as_json
+from attnimg.config.schema import Checked, Config
+from attnimg.errors import AttnimgError
+from attnimg.facts import Arch, Finding, Machine, Model, Plan, Problem
+from attnimg.select import plan, problem
+from attnimg.select.other_layers import other_layers
+from attnimg.task import (
     gpu_text,
     image_notes,
     machine_notes,
@@ -24,11 +24,7 @@ from attnimg.cli.subject import (
     read_model,
     run_findings,
 )
-from attnimg.config.schema import Checked, Config
-from attnimg.errors import AttnimgError
-from attnimg.facts import Arch, Finding, Machine, Model, Plan, Problem
-from attnimg.select import plan, problem
-from attnimg.select.other_layers import other_layers
+from attnimg.train.base_model import judge_base_model
 
 # Errors that are judgements of a backend: explaining them is what the command is for.
 _JUDGEMENTS = frozenset(
@@ -44,17 +40,15 @@ _HUB_NAME = re.compile(r"[\w-][\w.-]*/(?!.*\.ya?ml$)[\w.-]+", re.ASCII)
 _NO_NAME = frozenset({"unknown-backend", "alias-rejected", "not-a-string"})
 
 
-def explain(
-    target: Annotated[
-        str, typer.Argument(metavar="CONFIG_OR_MODEL", help="A YAML, a model folder, config.json.")
-    ],
-    on: OnOption = None,
-    image: Annotated[
-        str | None,
-        typer.Option(metavar="NAME", help="Assume this image's packages: hopper, ada, cpu."),
-    ] = None,
-    as_json_lines: JsonOption = False,
-) -> None:
+ARGUMENTS = (
+    argument("target", metavar="CONFIG_OR_MODEL", help="A YAML, a model folder, config.json."),
+    ON,
+    argument("--image", metavar="NAME", help="Assume this image's packages: hopper, ada, cpu."),
+    JSON,
+)
+
+
+def explain(target: str, on: str | None, image: str | None, as_json_lines: bool) -> None:
     """Explain which backend would run, why, and the reasons against each other one."""
     machine, assumed = machine_of(on, image)
     checked = _checked(target, on=machine.arch if on is not None or image is not None else None)
@@ -70,7 +64,7 @@ def explain(
             found = _no_name(checked, found)
         errors, notes = run_findings(found, task, machine)
         if model is not None:
-            judge = _for_some_run if _is_model(target) else _base_model_findings
+            judge = _for_some_run if _is_model(target) else _judge_base_model
             refusals, warnings = judge(values, machine)
             errors, notes = (*errors, *refusals), (*notes, *warnings)
         checked = replace(
@@ -92,11 +86,11 @@ def explain(
             others=other_layers(model, machine),
             memory=plan.quadratic_memory(found, task) if found and task else None,
         )
-        typer.echo(as_json.line(shown))
+        print(as_json.line(shown))
     else:
         _print(checked, found, machine=machine, model=model, task=task)
     invalid = any(error.code not in _JUDGEMENTS for error in checked.errors)
-    raise typer.Exit(2 if invalid else 0)
+    raise SystemExit(2 if invalid else 0)
 
 
 def _checked(target: str, *, on: Arch | None) -> Checked:
@@ -153,13 +147,13 @@ def _with_model(checked: Checked, values: Config) -> tuple[Checked, Model | None
     return replace(checked, warnings=warnings), model, dropout
 
 
-def _base_model_findings(
+def _judge_base_model(
     values: Config, machine: Machine
 ) -> tuple[tuple[Finding, ...], tuple[Finding, ...]]:
     """Return the errors that train raises for the base model, and its warnings."""
     path = model_file(values)
     assert path is not None
-    errors, warnings = base_model_findings(values, problem.read_config(path), machine)
+    errors, warnings = judge_base_model(values, problem.read_config(path), machine)
     return tuple(_as_finding(error) for error in errors), tuple(warnings)
 
 
@@ -170,8 +164,8 @@ def _for_some_run(
 
     Errors that only full training has are warnings.
     """
-    full, notes = _base_model_findings(values, machine)
-    lora, _ = _base_model_findings(values.model_copy(update={"adapter": "lora"}), machine)
+    full, notes = _judge_base_model(values, machine)
+    lora, _ = _judge_base_model(values.model_copy(update={"adapter": "lora"}), machine)
     errors = tuple(error for error in full if error in lora)
     warnings = tuple(error for error in full if error not in lora)
     return tuple(e for e in errors if e.code not in _LENGTH_CODES), tuple(

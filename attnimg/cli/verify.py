@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from dataclasses import asdict, replace
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import typer
 from rich.markup import escape
 from rich.table import Table
 
 from attnimg import config
 from attnimg.backends import backend_named
-from attnimg.cli import as_json
-from attnimg.cli.options import JsonOption
-from attnimg.cli.proofs import parts_of, proofs
-from attnimg.cli.subject import distributions, gpu_text, problem_of, read_model
+from attnimg.cli import JSON, argument, as_json
 from attnimg.errors import AttnimgError
 from attnimg.facts import Backend, LayerGroup, Machine, Model, Plan, Problem, Proof
-from attnimg.machine import probe
 from attnimg.machine.kernel_cache import use_shipped_kernels
+from attnimg.pipeline import parts_of, proofs_of
 from attnimg.select import plan
+from attnimg.task import gpu_text, installed_machine, problem_of, read_model
+from attnimg.train.environment import require_readable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -33,31 +32,33 @@ _SIZES = (
 _SEQUENCE_LEN = 1024
 
 
-def verify(
-    file: Annotated[
-        str | None, typer.Argument(metavar="[CONFIG]", help="Prove for this run's model.")
-    ] = None,
-    as_json_lines: JsonOption = False,
-) -> None:
+ARGUMENTS = (
+    argument("file", metavar="CONFIG", nargs="?", help="Prove for this run's model."),
+    JSON,
+)
+
+
+def verify(file: str | None, as_json_lines: bool) -> None:
     """Prove every backend that fits here: outputs, gradients, and no leak between documents."""
     from attnimg.cli import as_text
 
+    require_readable(os.environ)
     console = as_text.console(sys.stderr)
 
     def say(text: str) -> None:
         console.print(f"  {text}", style="dim", highlight=False, markup=False, soft_wrap=True)
 
-    machine = probe.this_machine(distributions())
+    machine = installed_machine()
     use_shipped_kernels(machine)
     results: list[tuple[Problem, Proof]] = []
     for problem, asked in _problems(file, machine):
         found = plan.choose(asked, machine, problem)
         fitting = _fitting(found)
-        made = proofs(fitting, problem, machine=machine, say=say)
+        made = proofs_of(fitting, problem, machine=machine, say=say)
         results += [(problem, proof) for proof in made]
         # What train's router would run: other calls of the kernels, on some of the layers.
         for backend, part in parts_of(found, problem) if found.groups else ():
-            (proof,) = proofs([backend], part, machine=machine, say=say, routed=True)
+            (proof,) = proofs_of([backend], part, machine=machine, say=say, routed=True)
             results.append((part, proof))
     if as_json_lines:
         shown = {
@@ -66,15 +67,15 @@ def verify(
             "ok": bool(results) and all(proof.passed for _, proof in results),
             "proofs": [_json(problem, proof) for problem, proof in results],
         }
-        typer.echo(as_json.line(shown))
+        print(as_json.line(shown))
     else:
         _print(results, machine=machine, out=as_text.console(sys.stdout))
     ok = bool(results) and all(proof.passed for _, proof in results)
-    raise typer.Exit(0 if ok else 1)
+    raise SystemExit(0 if ok else 1)
 
 
 def _problems(file: str | None, machine: Machine) -> list[tuple[Problem, str | None]]:
-    """Give what to prove for, each with the backend that a config asks for."""
+    """Return what to prove for, each with the backend that a config asks for."""
     if file is None:
         dtype = plan.training_dtype(bf16="auto", fp16=False, arch=machine.arch)
         model = Model(type="llama", layers=_SIZES)
@@ -103,7 +104,7 @@ def _problems(file: str | None, machine: Machine) -> list[tuple[Problem, str | N
 
 
 def _fitting(found: Plan) -> list[Backend]:
-    """Give the backends of a plan that fit and that can be applied, by rank."""
+    """Return the backends of a plan that fit and that can be applied, by rank."""
     named = [backend_named(verdict.backend) for verdict in found.verdicts if verdict.fits]
     return [backend for backend in named if backend is not None and backend.applied_as is not None]
 

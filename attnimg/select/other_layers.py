@@ -13,7 +13,7 @@ from importlib import resources
 
 from attnimg.facts import Finding, Machine, Model, Problem
 
-# The document boundaries in train's packed batches; see train/collate.py.
+# The document boundaries in train's packed batches; see train/packing.py.
 _IN_BATCH = frozenset({"cu_seq_lens_q", "seq_idx"})
 # Layers that look at one token at a time.
 _TOKENWISE = frozenset({"moe", "mlp"})

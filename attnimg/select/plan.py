@@ -5,7 +5,8 @@ Pure: no GPU, file, clock or environment is read here. All comes in as arguments
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
+from typing import Any
 
 from attnimg.backends import all_backends, backend_named, is_automatic
 from attnimg.facts import Arch, Backend, DType, Machine, Plan, Problem, Reason, Verdict
@@ -21,6 +22,7 @@ __all__ = [
     "choose",
     "memory_warning",
     "mixing_error",
+    "plan_dict",
     "quadratic_memory",
     "training_dtype",
     "without",
@@ -86,6 +88,34 @@ def choose(asked: str | None, machine: Machine, problem: Problem, *, strict: boo
             return replace(found, groups=groups, because=groups_because(groups, found.chosen))
         return replace(found, because=said)
     return replace(_explicit(named, verdicts, strict=strict), strict=strict)
+
+
+def plan_dict(plan: Plan) -> dict[str, Any]:
+    """Return a plan with every candidate and all reasons, as `explain --json` prints it."""
+    chosen = plan.chosen
+    return {
+        "asked": plan.asked,
+        "because": plan.because,
+        "candidates": [
+            {
+                "backend": verdict.backend,
+                "fits": verdict.fits,
+                "rank": verdict.rank,
+                "reasons": [asdict(reason) for reason in verdict.reasons],
+            }
+            for verdict in plan.verdicts
+        ],
+        "chosen": chosen
+        and {"backend": chosen.backend, "kernel": chosen.kernel, "because": plan.because},
+        "groups": [
+            {
+                "layers": asdict(choice.layers),
+                "backend": choice.verdict.backend,
+                "kernel": choice.verdict.kernel,
+            }
+            for choice in plan.groups
+        ],
+    }
 
 
 def _with_boundaries(found: Plan, problem: Problem) -> Plan:

@@ -11,17 +11,22 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from attnimg.apply.router import shape_of
+from attnimg.backends import backend_named
 from attnimg.errors import AttnimgError
-from attnimg.facts import CallCheck
+from attnimg.facts import Backend, CallCheck, LayerGroup, Plan, RunContext
 from attnimg.train.checkpoint import checkpoints, newest_checkpoint, step_of
 from attnimg.train.distributed import gathered, rank, world_size
 
 if TYPE_CHECKING:
     from attnimg.verify.capture import CallKind, CapturedCall
 
+# Backends that the error on a wrong one suggests: torch's own, then plain attention.
+_OTHERS = ("sdpa", "eager")
 # Compares a call with the reference; the text is a seed that chooses the row and the heads.
 Judge = Callable[["CapturedCall", str], CallCheck]
 
@@ -87,6 +92,13 @@ class AttentionCheck:
             steps = f"{every} steps" if every > 1 else "step"
             self.say(f"attention: one layer is checked every {steps} (attn_check_steps)")
 
+    def due(self, step: int) -> bool:
+        """Return whether a call of the next micro-batch is judged; it belongs to this step."""
+        every = self.record.every_steps
+        if not every or self.record.why_not:
+            return False
+        return self._checked is None or (step != self._checked and step % every == 0)
+
     @contextmanager
     def watching(self, step: int, folder: Path) -> Iterator[None]:
         """Capture and judge a call of the block's micro-batch, the first of each step to check.
@@ -98,15 +110,14 @@ class AttentionCheck:
         Raises:
             AttnimgError: a call is wrong on one of the processes (kernel-wrong-at-run).
         """
-        every = self.record.every_steps
-        due = self._checked is None or (step != self._checked and step % every == 0)
-        if not every or self.record.why_not or not due:
+        if not self.due(step):
             yield
             return
         from attnimg.verify.capture import Capture
 
         # A resumed session continues with the layer after the last one of the session before.
         if self._checked is None:
+            every = self.record.every_steps
             self._turn, self._began = (step - 1) // every, step
         else:
             self._turn += 1
@@ -227,3 +238,70 @@ class AttentionCheck:
         last = self._began - 1 if passed is None else passed
         good = [path for path in checkpoints(folder) if step_of(path) <= last]
         return good[-1] if good else None
+
+
+def attention_check_of(
+    every: int,
+    found: Plan,
+    context: RunContext,
+    *,
+    dropout: float,
+    say: Callable[[str], None],
+) -> AttentionCheck:
+    """Return the check of a run's attention calls.
+
+    Args:
+        every: attn_check_steps.
+        found: the plan of the run.
+        context: how the run calls its model.
+        dropout: of the attention weights.
+        say: prints a line for the user.
+    """
+    from attnimg.verify.running import why_unchecked
+
+    assert found.chosen is not None
+    names = [found.chosen.backend, *(choice.verdict.backend for choice in found.groups)]
+    used = [_named(name) for name in dict.fromkeys(names[1:] or names)]
+    # Plain attention supports every model.
+    fitting = {"eager", *(verdict.backend for verdict in found.verdicts if verdict.fits)}
+    return AttentionCheck(
+        every,
+        partial(_judged, found, context),
+        why_not=why_unchecked(used, context, dropout=dropout),
+        others=[name for name in _OTHERS if name in fitting and _named(name) not in used],
+        say=say,
+    )
+
+
+def _judged(found: Plan, context: RunContext, call: CapturedCall, seed: str) -> CallCheck:
+    from attnimg.verify.running import check_call
+
+    return check_call(
+        call,
+        backend=_backend_of(found, call),
+        dtype=context.dtype,
+        longest=context.sequence_len,
+        seed=seed,
+    )
+
+
+def _backend_of(found: Plan, call: CapturedCall) -> Backend:
+    """Return the backend of the layer group most similar to a call.
+
+    The call may lack the window or the soft cap of its layer.
+    """
+    assert found.chosen is not None
+    kind = call.kind
+    shape = (kind.head_dim_qk, kind.head_dim_v, kind.window, kind.softcap, kind.sinks)
+
+    def similarity(layers: LayerGroup) -> int:
+        return sum(a == b for a, b in zip(shape_of(layers), shape, strict=True))
+
+    closest = max(found.groups, key=lambda choice: similarity(choice.layers), default=None)
+    return _named(closest.verdict.backend if closest else found.chosen.backend)
+
+
+def _named(name: str) -> Backend:
+    backend = backend_named(name)
+    assert backend is not None, name
+    return backend

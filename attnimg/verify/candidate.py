@@ -10,15 +10,9 @@ from typing import NamedTuple
 
 import torch
 
+from attnimg.errors import exception_text
 from attnimg.facts import AttentionFunction, Backend, Figure, Geometry, Pattern, Reason
-from attnimg.verify.cases import Case, cases_of
-from attnimg.verify.checks import ORDER, Expected, Fault, check_values, expected
-from attnimg.verify.compiled import builds_plans, compiling_each_shape, few_shapes, is_compiled
-from attnimg.verify.dropout import check_dropout
-from attnimg.verify.exception_text import raised
-from attnimg.verify.inputs import Inputs, draw
-from attnimg.verify.noise import sum_noise
-from attnimg.verify.one_call import (
+from attnimg.verify.calls import (
     Result,
     backward,
     call,
@@ -27,11 +21,28 @@ from attnimg.verify.one_call import (
     reference,
     slope_of_scale,
 )
-from attnimg.verify.probe_sizes import Budget, budget_of
+from attnimg.verify.cases import Budget, Case, budget_of, cases_of
+from attnimg.verify.checks import (
+    ORDER,
+    Expected,
+    Fault,
+    check_isolated,
+    check_repeated,
+    check_values,
+    expected,
+)
+from attnimg.verify.inputs import Inputs, draw
 from attnimg.verify.process_state import leaks
-from attnimg.verify.repeated_calls import check_isolated, check_repeated
-from attnimg.verify.training_conditions import check_company
-from attnimg.verify.whole_row import check_whole_row
+from attnimg.verify.reference import sum_noise
+from attnimg.verify.training_conditions import (
+    builds_plans,
+    check_company,
+    check_dropout,
+    check_whole_row,
+    compiling_each_shape,
+    few_shapes,
+    is_compiled,
+)
 
 # The reference of a case serves every backend of a pattern that is proven in the same process.
 References = dict[tuple[Pattern, Case], Expected]
@@ -165,7 +176,7 @@ def _run_probes(
             if case.in_training:
                 raise
             # One that broke the GPU's context raises in the next probe as well.
-            raises.append(f"{case.name}: {raised(error)}")
+            raises.append(f"{case.name}: {exception_text(error)}")
             continue
         figures += found.figures
         reasons += found.reasons
@@ -269,10 +280,19 @@ def budget_here(backend: Backend, *, device: str) -> Budget:
     return budget_of(backend, memory_bytes=properties.total_memory)
 
 
-def leaks_of(
-    function: AttentionFunction, backend: Backend, geometry: Geometry, *, device: str
-) -> list[str]:
-    """Return what equal calls leave behind in the process, each by its name.
+def repeat_calls(
+    function: AttentionFunction,
+    backend: Backend,
+    geometry: Geometry,
+    *,
+    device: str,
+    references: References,
+) -> tuple[list[str], list[Reason]]:
+    """Repeat a training call and an evaluation call, and judge the last of them.
+
+    Returns:
+        What the calls leave behind in the process, each by its name, and the rules that the last
+        ones broke: a kernel may be wrong from some number of calls on.
 
     Raises:
         Exception: whatever the kernel raises.
@@ -282,14 +302,29 @@ def leaks_of(
     kind = geometry.packing and backend.pattern == "full"
     case = next(c for c in cases if c.packed == kind and c.scale_factor != 1)
     inputs = draw(case, device=device)
+    right = references.get((backend.pattern, case)) or _expected(case, inputs, backend.pattern)
 
-    def again() -> int:
-        found = call(function, backend, case, inputs)
+    def again() -> tuple[Result, Result]:
+        with torch.no_grad():
+            evaluated = forward_only(forward(function, backend, case, inputs))
+        return call(function, backend, case, inputs), evaluated
+
+    def again_and_size() -> int:
+        found, _ = again()
         results = [found.out, *(g for g in found.gradients.values() if g is not None)]
         return sum(x.numel() * x.itemsize for x in results)
 
+    def judge() -> tuple[list[Figure], list[Fault]]:
+        named = replace(case, name=f"{case.name}, repeated")
+        judged = [
+            check_values(backend, named, inputs, found=found, right=right)[1] for found in again()
+        ]
+        return [], list(itertools.chain(*judged))
+
     with compiling_each_shape(backend, device=device):
-        return leaks(again)
+        leaking = leaks(again_and_size)
+        found = _run_until_sure(judge, refused=False)
+    return leaking, found.reasons
 
 
 def _without_gradients(

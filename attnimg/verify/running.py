@@ -18,10 +18,19 @@ from torch import Tensor
 from attnimg.backends._varlen import AttentionCall, read_call
 from attnimg.errors import AttnimgError
 from attnimg.facts import Backend, CallCheck, DType, Figure, Reason, RunContext
-from attnimg.verify.blocks import BlockReference, Span, span_reference
+from attnimg.verify.blocks import (
+    BlockReference,
+    NotComparable,
+    Span,
+    closed_part,
+    span_reference,
+    spans_of_arguments,
+    spans_of_mask,
+)
 from attnimg.verify.capture import CapturedCall, call_again
 from attnimg.verify.cases import Scores
 from attnimg.verify.checks import (
+    GAIN,
     GAIN_VALUES,
     NEAR,
     SHORT,
@@ -31,9 +40,7 @@ from attnimg.verify.checks import (
     largest,
     with_bounds_here,
 )
-from attnimg.verify.noise import UNIT, rounding_through
-from attnimg.verify.reference import attention_weights
-from attnimg.verify.spans import NotComparable, closed_part, spans_of_arguments, spans_of_mask
+from attnimg.verify.reference import UNIT, attention_weights, rounding_through
 
 # Bytes that the results of both references and their differences may take, and tiles of scores.
 RESULT_BYTES, TILE_BYTES = 128 << 20, 96 << 20
@@ -351,7 +358,7 @@ class _Judge:
         if exact.numel() >= GAIN_VALUES and clear:
             off = gain_of(found, exact) - 1
             gain = abs(gain_of(plain, exact) - 1)
-            limit = allowed_gain(self.backend, name, dtype=self.dtype, gain=gain)
+            limit = allowed_gain(self.backend, name, atol=GAIN[self.dtype], gain=gain)
             if abs(off) > limit:
                 text = f"{name} is {1 + off:.4f} times the reference, allowed 1 +- {limit:.1e}"
                 self._fault(code, text, near=abs(off) <= NEAR * limit)

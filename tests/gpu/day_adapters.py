@@ -6,7 +6,6 @@ import os
 from typing import Any
 
 from attnimg.backends import all_backends, backend_named
-from attnimg.cli.subject import distributions
 from attnimg.context import context_of
 from attnimg.context import is_padding_free as is_padding_free
 from attnimg.facts import Backend, LayerGroup, Machine, Model, Problem, Proof
@@ -14,6 +13,7 @@ from attnimg.machine import probe
 from attnimg.machine.kernel_cache import use_shipped_kernels
 from attnimg.machine.shipped_kernels import shipped_kernels
 from attnimg.select import plan
+from attnimg.task import distributions
 from attnimg.verify import proofs
 from attnimg.verify.runner import run
 
@@ -137,7 +137,7 @@ def isolation(model: Any, unit: dict[str, Any]) -> tuple[bool, str]:
 
 def packed_collator(name: str) -> Any:
     """Return the collator of packed rows, as train makes it for a backend."""
-    from attnimg.train.collate import PackedCollator
+    from attnimg.train.packing import PackedCollator
 
     return PackedCollator(
         pad_token_id=0, padding_free=is_padding_free(backend(name)), seq_idx=False

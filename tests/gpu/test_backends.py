@@ -21,13 +21,13 @@ from tiny_models import tiny_model
 from attnimg import apply
 from attnimg.backends import all_backends, backend_named
 from attnimg.backends._transformers import attention_function
-from attnimg.cli.subject import distributions
 from attnimg.facts import LayerGroup, Model
 from attnimg.machine import probe
 from attnimg.select.plan import choose
-from attnimg.train.collate import PackedCollator, PaddedCollator
+from attnimg.task import distributions
+from attnimg.train.packing import PackedCollator, PaddedCollator
 from attnimg.verify.isolation import check_isolation
-from attnimg.verify.shifted import shifted_keys
+from attnimg.verify.reference import shifted_keys
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NAMES = [backend.name for backend in all_backends() if backend.name != "eager"]

@@ -101,22 +101,21 @@ def values_of(home: Path, *, rows: str) -> dict[str, Any]:
 
 
 def _trained(file: Path) -> dict[str, Any]:
-    import typer
     from rich.console import Console
 
-    from attnimg.cli.train import _train
+    from attnimg.cli.train import PrintedReport, train_file
     from attnimg.errors import AttnimgError
-    from attnimg.train.signals import StopFlag
+    from attnimg.train.distributed import StopFlag
 
     text = io.StringIO()
     console = Console(file=text, width=400)
     with _loading() as loaded, contextlib.redirect_stdout(io.StringIO()):
         try:
-            _train(str(file), (), console=console, stop=StopFlag())
+            train_file(str(file), (), report=PrintedReport(console), stop=StopFlag())
         except AttnimgError as error:
             said = error.why.splitlines()[0].removeprefix("found: ")
             return {"refused": error.code, "found": said, "before_weights": not loaded}
-        except typer.Exit:
+        except SystemExit:
             return {"refused": "config", "found": text.getvalue(), "before_weights": not loaded}
         except Exception as error:
             trace = traceback.extract_tb(error.__traceback__)
@@ -146,12 +145,10 @@ def _loading() -> Iterator[list[str]]:
 
 def explained(file: Path) -> list[str]:
     """Return the codes of the errors that `attnimg explain` finds in a config."""
-    import typer
-
     from attnimg.cli.explain import explain
 
     out = io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.suppress(typer.Exit):
+    with contextlib.redirect_stdout(out), contextlib.suppress(SystemExit):
         explain(str(file), on=None, image=None, as_json_lines=True)
     return [error["code"] for error in json.loads(out.getvalue())["errors"]]
 
@@ -218,7 +215,7 @@ def run(model_types: list[str], *, home: Path) -> Iterator[tuple[str, dict[str, 
 
 def main() -> None:
     """Train the types that are named, or all, and put what came of each into the record."""
-    from attnimg.cli import train as command
+    from attnimg import pipeline
 
     os.environ.update(QUIET)
     warnings.filterwarnings("ignore")
@@ -228,7 +225,7 @@ def main() -> None:
     parser.add_argument("--proofs", action="store_true", help="prove the kernels too, an hour")
     options = parser.parse_args()
     if not options.proofs:  # the kernels are the same for all, and tested elsewhere
-        command._computes_right = lambda session, found: (found, [])
+        pipeline.verify_plan = lambda plan, task, report: (plan, ())
     keep = options.types and options.out.exists()
     types = json.loads(options.out.read_text())["types"] if keep else {}
     with tempfile.TemporaryDirectory() as folder:

@@ -22,7 +22,6 @@ from advice import Values, all_advice, edited
 from advice_without_edit import WITHOUT_EDIT
 from tiny_run import CPU, make_model, make_tokenizer
 
-from attnimg.cli.subject import model_file, precision_notes, problem_of
 from attnimg.config import check_values
 from attnimg.config.keys import unsupported_keys
 from attnimg.config.schema import Config
@@ -31,13 +30,12 @@ from attnimg.facts import Arch, Finding, Machine, Model, Plan
 from attnimg.select.gpus import parse_gpu
 from attnimg.select.plan import choose
 from attnimg.select.problem import read_config, read_model
-from attnimg.train.base_model import judge_base_model
-from attnimg.train.check import check_inputs
+from attnimg.task import model_file, precision_notes, problem_of
+from attnimg.train.base_model import judge_files
+from attnimg.train.check import check_inputs, try_options
+from attnimg.train.checkpoint import FileHashes, write_manifest
 from attnimg.train.data import load_documents
-from attnimg.train.file_hashes import FileHashes
-from attnimg.train.manifest import write_manifest
 from attnimg.train.model import load_model_config
-from attnimg.train.options import try_options
 from attnimg.train.tokenizer import load_tokenizer
 
 H100 = Machine(
@@ -138,7 +136,7 @@ class Case:
         if (path := model_file(config)) is None:
             return [], []
         packages = (self.machine or CPU).packages
-        return judge_base_model(config, read_config(path), packages=packages, folder=None)
+        return judge_files(config, read_config(path), packages=packages, folder=None)
 
     def start(self, config: Config) -> None:
         """What `attnimg train` does before it loads a model."""
@@ -410,6 +408,14 @@ CASES: dict[str, Case] = {
                                      values={"chat_template": "chatmi"}),
     "an entry's unknown chat template": Case(code="bad-value", records=[TALK],
                                              entry=CHAT | {"chat_template": "lama3"}),
+    "jinja without a template": Case(code="bad-value", entry=CHAT, records=[TALK],
+                                     values={"chat_template": "jinja"}),
+    "an entry's jinja without a template": Case(code="bad-value", records=[TALK],
+                                                entry=CHAT | {"chat_template": "jinja"}),
+    "early stopping without evaluations": Case(code="bad-value", values={
+        "early_stopping_patience": 2, "val_set_size": 0.1, "eval_strategy": "no"}),
+    "no steps and a share of warmup": Case(code="bad-value", options=2, values={
+        "warmup_steps": 0, "warmup_ratio": 0.1}),
     "an unused system message": Case(code="bad-value", records=TEXTS,
                                      values={"default_system_message": "Be brief."}),
     "a system message for alpaca": Case(

@@ -20,7 +20,7 @@ from attnimg.facts import Arch, Machine
 from attnimg.select import plan
 from attnimg.select.problem import read_model
 from attnimg.select.refused_types import mask_refusal, refusal_of, rows
-from attnimg.train.causal import require_trainable
+from attnimg.train.base_model import require_trainable
 
 FOUND: dict[str, dict[str, dict[str, Any]]] = json.loads(RECORD.read_text())["types"]
 CPU = Machine(arch=Arch(name="cpu", vendor="cpu"), gpu="cpu", packages={"torch": "2"})
@@ -30,10 +30,9 @@ import contextlib, io, json, sys
 for name in ("torch", "transformers", "trl", "datasets"):
     sys.modules[name] = None
 from attnimg.cli.explain import explain
-import typer
 for file in sys.argv[1:]:
     out = io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.suppress(typer.Exit):
+    with contextlib.redirect_stdout(out), contextlib.suppress(SystemExit):
         explain(file, on=None, image=None, as_json_lines=True)
     print(json.dumps([error["code"] for error in json.loads(out.getvalue())["errors"]]))
 """

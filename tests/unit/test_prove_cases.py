@@ -10,10 +10,9 @@ from run_facts import a_context, a_geometry, a_problem
 
 from attnimg.backends import backend_named
 from attnimg.facts import Backend, Geometry, LayerGroup, Model
-from attnimg.verify.cases import cases_of
-from attnimg.verify.geometry import geometries_of
+from attnimg.verify.cases import CPU, budget_of, cases_of, longest_of, whole_row
 from attnimg.verify.inputs import draw
-from attnimg.verify.probe_sizes import CPU, budget_of, longest_of, whole_row
+from attnimg.verify.proofs import geometries_of
 
 
 def backend(name: str) -> Backend:
@@ -80,6 +79,13 @@ def test_rows_that_a_packed_run_lays_one_after_another_are_probed_so() -> None:
         for rows in (1, 2)
     }
     assert totals == {1: 2048, 2: 2 * 2048}
+
+
+@pytest.mark.parametrize("tile", [16, 32, 64, 128, 256])
+def test_packed_rows_end_at_a_border_of_tiles_and_one_token_to_either_side(tile: int) -> None:
+    cases = cases_of(replace(LLAMA, dense=False), budget=CPU)
+    ends = {sum(case.lengths) % tile for case in cases if sum(case.lengths) > 128}
+    assert {0, 1, tile - 1} <= ends
 
 
 WHOLE = replace(LLAMA, heads=8, kv_heads=2, sequence_len=1024)

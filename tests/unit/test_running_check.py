@@ -16,8 +16,8 @@ from attnimg.backends import backend_named
 from attnimg.facts import Backend, CallCheck
 from attnimg.train.attention_check import AttentionCheck
 from attnimg.verify import blocks, running
+from attnimg.verify.blocks import NotComparable, closed_part, spans_of_mask
 from attnimg.verify.capture import CallKind, call_again
-from attnimg.verify.spans import NotComparable, closed_part, spans_of_mask
 from benchmarks import running_check as measured
 
 

@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 from run_facts import a_context, a_problem
 
-from attnimg.cli.subject import problem_of
 from attnimg.config import check_values
 from attnimg.facts import LayerGroup, LocalKernel, Machine, Model, Problem, Verdict
 from attnimg.select.gpus import parse_gpu
 from attnimg.select.plan import choose
 from attnimg.select.windows import with_windows_that_hide
-from attnimg.verify.geometry import geometries_of
+from attnimg.task import problem_of
+from attnimg.verify.proofs import geometries_of
 
 LAYER = LayerGroup(
     count=26, heads=8, kv_heads=4, head_dim_qk=256, head_dim_v=256, window=4096, softcap=None

@@ -17,8 +17,7 @@ from attnimg.backends._varlen import read_call
 from attnimg.backends.s2 import GroupKernel, group_kernels, shifted_attention
 from attnimg.errors import AttnimgError
 from attnimg.verify.candidate import prove_geometry
-from attnimg.verify.reference import attend
-from attnimg.verify.shifted import shifted_keys
+from attnimg.verify.reference import attend, shifted_keys
 
 FIXTURES = Path(__file__).parents[2] / "fixtures"
 

@@ -1,0 +1,258 @@
+"""Describe what a run asks of attention: the machine, the model's shapes, precision and rows."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from attnimg.backends import all_backends
+from attnimg.config.schema import Config
+from attnimg.facts import Arch, Finding, Machine, Model, Plan, Problem
+from attnimg.machine import probe
+from attnimg.select import (
+    images,
+    known_bad,
+    other_layers,
+    plan,
+    problem,
+    quantizations,
+    refused_types,
+)
+from attnimg.select.gpus import catalogue, cpus_with, gpu_named
+from attnimg.select.model_classes import class_named
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Task:
+    """What a backend is selected for.
+
+    Attributes:
+        machine: where the run happens.
+        problem: what its attention has to compute.
+        asked: attn_implementation; None for auto.
+        strict: whether no other member of the flash family may replace what was asked.
+    """
+
+    machine: Machine
+    problem: Problem
+    asked: str | None
+    strict: bool
+
+    def choose(self) -> Plan:
+        """Return the plan for this task; it may have chosen nothing."""
+        return plan.choose(self.asked, self.machine, self.problem, strict=self.strict)
+
+
+def task_of(values: Config, raw: Mapping[str, Any] | None, machine: Machine) -> Task:
+    """Return the task of a run.
+
+    Args:
+        values: the validated config.
+        raw: the model's config.json; None where it is not on this machine.
+        machine: where the run happens.
+
+    Raises:
+        AttnimgError: config.json is wrong.
+    """
+    model = problem.read_model(raw) if raw is not None else None
+    dropout = problem.attention_dropout(raw) if raw is not None else 0.0
+    return Task(
+        machine=machine,
+        problem=problem_of(values, model=model, dropout=dropout, arch=machine.arch),
+        asked=values.attn_implementation,
+        strict=values.attn_strict,
+    )
+
+
+def problem_of(values: Config, *, model: Model | None, dropout: float, arch: Arch) -> Problem:
+    """Return what attention has to compute in the run that a config describes."""
+    gpu = arch.vendor != "cpu"
+    # Code that comes with the model is a class that nobody here knows.
+    known = model is not None and not (model.brings_code and values.trust_remote_code)
+    dtype = plan.training_dtype(bf16=values.bf16, fp16=bool(values.fp16), arch=arch)
+    return Problem(
+        model=model,
+        model_class=class_named(model.type) if model is not None and known else None,
+        dtype=dtype,
+        packing=bool(values.sample_packing) or values.batch_flattening is True,
+        dropout=dropout,
+        compiled=gpu if values.torch_compile == "auto" else bool(values.torch_compile),
+        checkpointing=bool(values.gradient_checkpointing),
+        forward_only_ok=values.attn_forward_only_ok,
+        trusted=bool(values.trust_remote_code),
+        sequence_len=values.sequence_len,
+        rows=max(values.micro_batch_size, values.eval_batch_size or 0),
+        # bf16: full means that the weights are bfloat16 and nothing is cast on the way; DeepSpeed
+        # casts the weights, too.
+        autocast=dtype != "float32" and values.bf16 != "full" and not values.deepspeed,
+        known_bad=known_bad.load(values.attn_known_bad, today=date.today()),
+    )
+
+
+def model_file(values: Config) -> Path | None:
+    """Return the path of the model's config.json; None when it is not on this machine."""
+    if not values.base_model:
+        return None
+    return problem.find_config(values.base_model, revision=values.revision_of_model)
+
+
+def read_model(values: Config) -> tuple[Model | None, float]:
+    """Return the model's geometry and attention dropout; (None, 0.0) without its config.json."""
+    path = model_file(values)
+    if path is None:
+        return None, 0.0
+    raw = problem.read_config(path)
+    model = problem.read_model(raw, file=path.name)
+    return model, problem.attention_dropout(raw, file=path.name)
+
+
+def installed_machine() -> Machine:
+    """Return this machine, with the versions of all packages that a rule reads."""
+    return probe.this_machine(distributions())
+
+
+def distributions() -> list[str]:
+    """Return every distribution that a backend or a rule needs, for the probe to look for."""
+    needed = [package for backend in all_backends() for package, _, _ in backend.needs.packages]
+    needed += [package for kind in other_layers.kinds().values() for package in kind.packages]
+    needed += refused_types.packages()
+    needed += [re.split("[<>=]", package)[0] for package in quantizations.packages()]
+    # Rules on known-bad versions read those of the libraries that the backends need, too.
+    return [*needed, "kernels", "nvidia-cutlass-dsl", "nvidia-cudnn-cu12", "nvidia-cudnn-cu13"]
+
+
+def machine_of(on: str | None, image: str | None) -> tuple[Machine, str | None]:
+    """Return the machine to judge for, and the image whose packages it is assumed to have.
+
+    Args:
+        on: a GPU's name; None for this machine, or for the image's first GPU.
+        image: an image's tag; None for the one made for that GPU.
+
+    Raises:
+        AttnimgError: no such GPU, or no such image.
+    """
+    if on is None and image is None:
+        return installed_machine(), None
+    named = images.image_named(image) if image is not None else None
+    if on is not None:
+        gpu = gpu_named(on)
+    else:
+        assert named is not None
+        gpu = gpu_named(named.devices[0])
+    assumed = named or images.image_for(gpu.arch, cpu=gpu.cpu)
+    machine = images.machine_with(assumed, gpu.arch, gpu.label)
+    return machine, assumed.name if assumed else None
+
+
+def image_notes(on: str | None, image: str | None) -> tuple[Finding, ...]:
+    """Return a warning when the image, or every image, does not run on the GPU.
+
+    Args:
+        on: a GPU's name; None for this machine, or for the image's first GPU.
+        image: the image that machine_of gave for it.
+    """
+    if on is None:
+        return ()
+    gpu = gpu_named(on)
+    right = images.image_for(gpu.arch, cpu=gpu.cpu)
+    if image is not None:
+        asked = images.image_named(image)
+        if images.runs_on(asked, gpu.arch, cpu=gpu.cpu):
+            return ()
+        why = f"has no kernels for {gpu.arch.name}"
+        if images.runs_on(asked, gpu.arch, cpu=None):
+            why = f"is for {' '.join(asked.platforms)}, and {gpu.label} has an {gpu.cpu} CPU"
+        return (
+            Finding(
+                code="wrong-image",
+                key=None,
+                what=f"the image {image} {why}",
+                do=f"use the image {right.name}"
+                if right
+                else "leave --image out: no image runs on that GPU",
+            ),
+        )
+    cpus = {gpu.cpu} if gpu.cpu else cpus_with(gpu.arch)
+    if right is not None or cpus != {"arm64"}:
+        return ()
+    built = sorted(
+        {platform for found in images.catalogue().values() for platform in found.platforms}
+    )
+    return (
+        Finding(
+            code="no-image",
+            key=None,
+            what=f"no image runs on {gpu.label}: its CPU is arm64, and every image is built for "
+            f"{' '.join(built)}; every package is assumed here",
+            do="install torch and the kernels on that machine, and run attnimg explain there",
+        ),
+    )
+
+
+def machine_notes(machine: Machine) -> tuple[Finding, ...]:
+    """Return notes on what is odd about this machine: a driver that fails, GPUs that differ."""
+    notes = []
+    if machine.driver_problem:
+        notes.append(
+            Finding(
+                code="driver",
+                key=None,
+                what=f"the GPU driver does not answer, so this counts as a CPU: "
+                f"{machine.driver_problem}",
+                do="run nvidia-smi; in a container, start it with --gpus all",
+            )
+        )
+    if machine.other_archs:
+        notes.append(
+            Finding(
+                code="mixed-gpus",
+                key=None,
+                what=f"GPUs differ: {machine.arch.name} is judged, "
+                f"there are also {', '.join(machine.other_archs)}",
+                do="choose alike ones with CUDA_VISIBLE_DEVICES",
+            )
+        )
+    return tuple(notes)
+
+
+def precision_notes(values: Config, machine: Machine) -> tuple[Finding, ...]:
+    """Return a warning where a run computes in another precision than its config names."""
+    if not values.fp16 or machine.arch.vendor != "cpu":
+        return ()
+    return (
+        Finding(
+            code="fp16-on-cpu",
+            key="fp16",
+            what="fp16: true has no effect on a CPU: the run computes in float32",
+            do="remove fp16, or replace it by bf16: true, which works on a CPU",
+        ),
+    )
+
+
+def memory_of(machine: Machine) -> int | None:
+    """Return a device's memory in bytes, probed or from the catalogue of GPUs."""
+    if machine.memory_bytes is not None:
+        return machine.memory_bytes
+    sold = next((gpu.memory_gb for gpu in catalogue().values() if gpu.label == machine.gpu), None)
+    return sold * 10**9 if sold else None
+
+
+def run_findings(
+    found: Plan, task: Problem, machine: Machine
+) -> tuple[tuple[Finding, ...], tuple[Finding, ...]]:
+    """Return a plan's errors and warnings: documents that would mix, quadratic memory."""
+    errors, warnings = other_layers.findings_on(task, machine)
+    if (mixing := plan.mixing_error(found, task)) is not None:
+        errors = (*errors, mixing)
+    memory = plan.memory_warning(found, task, memory_bytes=memory_of(machine))
+    return errors, (*warnings, *([memory] if memory else ()))
+
+
+def gpu_text(machine: Machine) -> str:
+    """Name a machine for people: "NVIDIA H100 80GB (sm_90)"."""
+    name = machine.arch.name
+    return name if name in ("cpu", machine.gpu) else f"{machine.gpu} ({name})"

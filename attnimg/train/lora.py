@@ -1,0 +1,490 @@
+"""Put a LoRA adapter on a model, and load its weights quantized where the config says so."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from attnimg.config.schema import Config
+from attnimg.errors import AttnimgError
+from attnimg.facts import DType
+from attnimg.train.base_model import freeze_towers
+from attnimg.train.quantized import torch_dtype
+
+
+def _bad(key: str, what: str, *, why: str, do: str) -> AttnimgError:
+    return AttnimgError(what, why=why, do=do, code="bad-value", key=key)
+
+
+def quantization(config: Config, *, dtype: DType) -> Any:
+    """Make the bitsandbytes config of the run; None when weights are loaded as they are.
+
+    Args:
+        config: the validated run; adapter: qlora implies 4 bit.
+        dtype: the precision that 4-bit weights are multiplied in.
+    """
+    from transformers import BitsAndBytesConfig
+
+    if config.load_in_8bit:
+        return BitsAndBytesConfig(load_in_8bit=True)
+    if config.load_in_4bit or config.adapter == "qlora":
+        return BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch_dtype(dtype),
+            # FSDP shards tensors of one dtype only, so the packed weights take the others'.
+            bnb_4bit_quant_storage=torch_dtype(dtype) if config.fsdp else "uint8",
+        )
+    return None
+
+
+def add_adapter(model: Any, config: Config) -> Any:
+    """Wrap `model` in a PEFT model with the config's LoRA; its other weights are frozen.
+
+    Raises:
+        AttnimgError: a module that the config names does not exist in the model, or can't be
+            adapted (bad-value).
+    """
+    from peft import LoraConfig, get_peft_model
+
+    frozen = freeze_towers(model)
+    targets = resolve_targets(model, config)
+    require_modules_to_save(model, config)
+    names, tied = embeddings(model)
+    saved = config.lora_modules_to_save or []
+    lora = LoraConfig(
+        # Without a task, PEFT writes the model's class into adapter_config.json.
+        task_type=None if frozen else "CAUSAL_LM",
+        r=config.lora_r,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        target_modules=targets,
+        exclude_modules=_within(frozen),
+        # A copy, since PEFT adds tied modules to the list.
+        modules_to_save=list(saved) or None,
+        fan_in_fan_out=bool(config.lora_fan_in_fan_out),
+        use_dora=bool(config.peft_use_dora),
+        use_rslora=bool(config.peft_use_rslora),
+        # Tied embeddings stay tied: otherwise training would make them differ.
+        ensure_weight_tying=tied and any(is_named(name, saved) for name in names),
+    )
+    fitting = find_fitting(model, config)
+    try:
+        with warnings.catch_warnings():
+            # PEFT warns where no target is in an excluded module, which is no fault.
+            warnings.filterwarnings("ignore", message="You have passed exclude_modules")
+            # PEFT has applied them: it looks for the experts' parameters among the modules.
+            warnings.filterwarnings("ignore", message=r"The following \w+_pattern keys")
+            return get_peft_model(model, lora)
+    except (TypeError, ValueError) as error:
+        raise _bad(
+            "lora_target_modules",
+            "the adapter does not fit the model",
+            why=_short(error),
+            do=advice_on(fitting, config, error),
+        ) from error
+
+
+def _short(error: Exception) -> str:
+    """Return PEFT's message in one line, without the printed module."""
+    found = re.match(r"Target module (\w+)\(.* is not supported", str(error), re.DOTALL)
+    if found is None:
+        return str(error).splitlines()[0]
+    return f"found a target of the class {found[1]}; needed a linear layer, an embedding or experts"
+
+
+def adapter_notes(model: Any, config: Config) -> list[str]:
+    """Return notes for the user on the adapter of a model."""
+    lora = getattr(model, "peft_config", {}).get("default")
+    if lora is None:
+        return []
+    notes = []
+    if lora.ensure_weight_tying:
+        names, _ = embeddings(model.get_base_model())
+        leaves = " and ".join(name.rpartition(".")[2] for name in names)
+        notes.append(
+            f"lora_modules_to_save: {leaves} are tied in the base model: both are trained, and "
+            "stay one weight"
+        )
+    bare = sorted(_bare_experts(model))
+    if bare and _asks_for_experts(config):
+        notes.append(
+            f"the experts' weights ({', '.join(bare)}) get no adapter and are not trained: PEFT "
+            f"does not support them in a {model.config.model_type} model"
+        )
+    return notes
+
+
+def _bare_experts(model: Any) -> set[str]:
+    """Return the last part of the names of experts' frozen parameters without an adapter."""
+    return {
+        name.rpartition(".")[2]
+        for name, weight in model.named_parameters()
+        if weight.dim() > 2 and ".experts." in name and ".base_layer." not in name
+        and not weight.requires_grad
+    }  # fmt: skip
+
+
+def _asks_for_experts(config: Config) -> bool:
+    """Return whether the targets name the layers of a feed-forward block, or all layers."""
+    targets = config.lora_target_modules
+    if not targets or config.lora_target_linear:
+        return True
+    text = targets if isinstance(targets, str) else " ".join(targets)
+    return (
+        re.search(r"(?i)all-linear|(gate|up|down)(_up)?_proj|\bw[123]\b|experts", text) is not None
+    )
+
+
+def _within(modules: tuple[str, ...]) -> str | None:
+    """Return a regular expression for the submodules of modules; None for no modules."""
+    return rf"({'|'.join(re.escape(name) for name in modules)})\..*" if modules else None
+
+
+ALL_LINEAR = "all-linear"
+
+# Linear layers of transformers that return something else than a linear layer does: PEFT's wrapper
+# raises on it. Source: transformers 5.22.2, modeling_llama4.py:140, modeling_phimoe.py:462,
+# modeling_deepseek_v4.py:300 (2026-11-27).
+_OTHER_LINEAR = frozenset({"Llama4Router", "PhimoeTopKRouter", "DeepseekV4GroupedLinear"})
+
+
+def build_without_weights(loader: Any, model_config: Any, *, trusted: bool) -> Any:
+    """Build a model on the meta device, without weights; None where its class does not allow it.
+
+    Args:
+        loader: the class that loads the model.
+        model_config: the transformers configuration.
+        trusted: whether code of the model's repository may run.
+    """
+    import torch
+
+    try:
+        with torch.device("meta"):
+            if hasattr(loader, "from_config"):
+                return loader.from_config(model_config, trust_remote_code=trusted)
+            return loader._from_config(model_config)
+    except Exception:  # the model's own code may run here; loading the model reports its errors
+        return None
+
+
+def resolve_targets(model: Any, config: Config) -> list[str] | str:
+    """Return the config's targets as PEFT takes them: names, a regular expression or all-linear.
+
+    Raises:
+        AttnimgError: a target matches no module, or an adapter on it could not be trained or merged
+            (bad-value).
+    """
+    targets = config.lora_target_modules
+    if not targets or (isinstance(targets, str) and targets.lower() == ALL_LINEAR):
+        others = any(type(module).__name__ in _OTHER_LINEAR for module in model.modules())
+        return adaptable(model, linear=True) if others else ALL_LINEAR
+    experts = expert_names(model)
+    names = [*(name for name, _ in model.named_modules() if name), *experts]
+    if isinstance(targets, str):
+        found = {name for name in names if re.fullmatch(targets, name)}
+        if not found:
+            raise _no_match(targets, model)
+    else:
+        missing = [entry for entry in targets if not matched(entry, names)]
+        if missing:
+            layers = [*adaptable(model), *experts]
+            fused = _names_before(model)
+            raise _unknown_names("lora_target_modules", missing, layers, kept=targets, fused=fused)
+        found = {name for entry in targets for name in matched(entry, names)}
+    _refuse_embeddings(model, found, config)
+    if not config.lora_target_linear:
+        return targets
+    every = {*adaptable(model, linear=True), *experts}
+    return ALL_LINEAR if found <= every else sorted(found | every)
+
+
+def targeted(model: Any, config: Config) -> set[str]:
+    """Return the full names of the layers that the config's targets match.
+
+    Raises:
+        AttnimgError: as `resolve_targets` does.
+    """
+    targets = resolve_targets(model, config)
+    experts = expert_names(model)
+    if targets == ALL_LINEAR:
+        return {*adaptable(model, linear=True), *experts}
+    names = [*(name for name, _ in model.named_modules() if name), *experts]
+    if isinstance(targets, str):
+        return {name for name in names if re.fullmatch(targets, name)}
+    return {name for entry in targets for name in matched(entry, names)}
+
+
+def require_modules_to_save(model: Any, config: Config) -> None:
+    """Raise unless each of lora_modules_to_save is a module of the model.
+
+    Raises:
+        AttnimgError: code bad-value, with the nearest names.
+    """
+    saved = config.lora_modules_to_save or []
+    names = [name for name, _ in model.named_modules() if name]
+    missing = [entry for entry in saved if not matched(entry, names)]
+    if missing:
+        raise _unknown_names("lora_modules_to_save", missing, names, kept=saved)
+
+
+def embeddings(model: Any) -> tuple[list[str], bool]:
+    """Return the names of the input and output embeddings, and whether they are tied."""
+    layers = [model.get_input_embeddings(), model.get_output_embeddings()]
+    names = [name for layer in layers for name, module in model.named_modules() if module is layer]
+    weights = [getattr(layer, "weight", None) for layer in layers]
+    return names, len(names) == 2 and weights[0] is not None and weights[0] is weights[1]
+
+
+def untrained_embeddings(model: Any, config: Config) -> list[str]:
+    """Return the embeddings that lora_modules_to_save lacks for new tokens to be trained."""
+    names, tied = embeddings(model)
+    saved = config.lora_modules_to_save or []
+    lacking = [name for name in names if not is_named(name, saved)]
+    return [] if tied and len(lacking) < len(names) else [last_part(name) for name in lacking]
+
+
+def linear_names(model: Any) -> list[str]:
+    """Return the last parts of the names of all linear layers except the output layer."""
+    return sorted({last_part(name) for name in adaptable(model, linear=True)})
+
+
+def is_named(name: str, entries: Iterable[str]) -> bool:
+    """Return whether an entry of a list matches a module."""
+    return any(matched(entry, [name]) for entry in entries)
+
+
+def _refuse_embeddings(model: Any, found: set[str], config: Config) -> None:
+    """Raise where an adapter would be put on the output layer, or on an embedding tied to it."""
+    names, tied = embeddings(model)
+    saved = config.lora_modules_to_save or []
+    asked = [
+        name
+        for name in (names if tied else names[1:])
+        if name in found and not is_named(name, saved)  # PEFT removes those from the targets
+    ]
+    if not asked:
+        return
+    leaf = last_part(asked[0])
+    why = f"the loss uses the weight of {leaf} directly, so its adapter would not be trained"
+    if tied:
+        other = next(last_part(name) for name in names if name != asked[0])
+        why = (
+            f"{leaf} and {other} are tied in this model: an adapter on one of them would be "
+            "merged into both, and the merged model would differ from the trained one"
+        )
+    rest = sorted({last_part(name) for name in found} - {last_part(name) for name in asked})
+    if isinstance(config.lora_target_modules, list):
+        rest = [
+            entry
+            for entry in config.lora_target_modules
+            if not set(matched(entry, found)) & set(asked)
+        ]
+    raise _bad(
+        "lora_target_modules",
+        f"lora_target_modules can't hold {leaf}",
+        why=why,
+        do=f"set lora_target_modules: {listed(rest) if rest else ALL_LINEAR}\n"
+        f"set lora_modules_to_save: {listed([*saved, leaf])}",
+    )
+
+
+def _no_match(pattern: str, model: Any) -> AttnimgError:
+    """Build the error for a string that matches no module; it is often meant as a name."""
+    names = adaptable(model)
+    leaves = sorted({last_part(name) for name in names})
+    parts = [part.strip() for part in pattern.split(",")]
+    near = [difflib.get_close_matches(part, leaves, n=1, cutoff=0.6) for part in parts]
+    if all(near):
+        do = f"set lora_target_modules: {listed([match[0] for match in near])}"
+    else:
+        do = f"set lora_target_modules: {listed(linear_names(model))}"
+    return _bad(
+        "lora_target_modules",
+        f"lora_target_modules: {pattern} matches no module of the model",
+        why="a string is a regular expression that must match a module's full name, such as "
+        f"{names[0] if names else 'none'}; for short names use a list\n"
+        f"its modules: {', '.join(leaves)}",
+        do=f"{do}\nor set lora_target_modules: {ALL_LINEAR}",
+    )
+
+
+def _unknown_names(
+    key: str,
+    missing: list[str],
+    names: list[str],
+    *,
+    kept: list[str],
+    fused: Mapping[str, list[str]] | None = None,
+) -> AttnimgError:
+    """Build the error for names that no module has, with the nearest existing names.
+
+    Args:
+        key: of the config.
+        missing: names that no module has.
+        names: of the modules.
+        kept: the value of the key.
+        fused: names of experts' parameters -> the names that PEFT takes for them.
+    """
+    leaves = sorted({last_part(name) for name in names if not last_part(name).isdigit()})
+    parts = {entry: (fused or {}).get(last_part(entry), []) for entry in missing}
+    near = {entry: parts[entry] or _nearest(entry, leaves, names) for entry in missing}
+    fixed = [name for entry in kept
+             for name in parts.get(entry) or near.get(entry, [entry])[:1]]  # fmt: skip
+    fixed = list(dict.fromkeys(fixed))
+    do = f"set {key}: {listed(fixed)}" if fixed else f"remove {key}"
+    if ALL_LINEAR in missing:
+        do = f"set {key}: {ALL_LINEAR}"
+    texts = [f"{entry}: nearest {', '.join(near[entry]) or '(none)'}" for entry in missing]
+    return _bad(
+        key,
+        f"{key}: no module of the model is named {', '.join(missing)}",
+        why="\n".join((*texts, f"its modules: {', '.join(leaves)}")),
+        do=do,
+    )
+
+
+def _nearest(entry: str, leaves: list[str], names: list[str]) -> list[str]:
+    """Return up to three names similar to an entry; a path is also compared by its end."""
+    found = difflib.get_close_matches(entry, names, n=3) if "." in entry else []
+    return found or difflib.get_close_matches(last_part(entry), leaves, n=3, cutoff=0.5)
+
+
+def adaptable(model: Any, *, linear: bool = False) -> list[str]:
+    """List the modules that an adapter may be put on, without the output layer.
+
+    Args:
+        model: a transformers model.
+        linear: leave out embeddings, as all-linear does.
+    """
+    import torch
+    from transformers.pytorch_utils import Conv1D
+
+    kinds = (torch.nn.Linear, Conv1D) if linear else (torch.nn.Linear, Conv1D, torch.nn.Embedding)
+    output = model.get_output_embeddings()
+    return [name for name, module in model.named_modules()
+            if isinstance(module, kinds) and module is not output
+            and type(module).__name__ not in _OTHER_LINEAR]  # fmt: skip
+
+
+def expert_names(model: Any) -> list[str]:
+    """Return the names by which PEFT adapts experts, whose layers are fused parameters."""
+    return [
+        f"{name.removesuffix(now)}{earlier}"
+        for name, _ in model.named_parameters()
+        for now, before in _names_before(model).items()
+        if name.endswith(f".experts.{now}")
+        for earlier in before
+    ]
+
+
+def _names_before(model: Any) -> dict[str, list[str]]:
+    """Return the names of an experts' parameter -> the earlier names of the layers in it.
+
+    Source: peft 0.21.2, utils/transformers_weight_conversion.py, _convert_peft_config_moe
+    (2026-11-27).
+    """
+    from peft.utils import transformers_weight_conversion as conversion
+
+    base = conversion._MODEL_TO_CONVERSION_PATTERN.get(model.config.model_type)
+    found: dict[str, list[str]] = {}
+    for earlier, now in conversion._MOE_TARGET_MODULE_MAPPING.get(base, {}).items():
+        found.setdefault(now, []).append(earlier)
+    return found
+
+
+def matched(entry: str, names: Iterable[str]) -> list[str]:
+    """Return the names that an entry of a list matches, by PEFT's rule."""
+    return [name for name in names if name == entry or name.endswith(f".{entry}")]
+
+
+def last_part(name: str) -> str:
+    """Return the last part of a module's full name."""
+    return name.rpartition(".")[2]
+
+
+def listed(names: list[str]) -> str:
+    """Return names as a YAML list."""
+    return f"[{', '.join(names)}]"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Fitting:
+    """The modules that an adapter can be put on, before PEFT changes the model.
+
+    Attributes:
+        linear: names of all linear layers except the output layer.
+        named: names of the layers that an adapter can be put on, in and below the run's targets.
+        whole: targets that only lora_modules_to_save can train, such as norms: modules with weights
+            but without such a layer.
+    """
+
+    linear: list[str]
+    named: list[str]
+    whole: list[str]
+
+
+def find_fitting(model: Any, config: Config) -> Fitting:
+    """Return the modules that an adapter of a run can be put on."""
+    targets = config.lora_target_modules or []
+    layers = [*adaptable(model), *expert_names(model)]
+    found, whole = set[str](), set[str]()
+    for name, module in model.named_modules():
+        if not _matches(targets, name):
+            continue
+        below = {layer for layer in layers if layer == name or layer.startswith(f"{name}.")}
+        found |= below
+        if not below and any(True for _ in module.parameters(recurse=False)):
+            whole.add(last_part(name))
+    return Fitting(
+        linear=_shortened(adaptable(model, linear=True), layers),
+        named=_shortened(found, layers),
+        whole=sorted(whole),
+    )
+
+
+def advice_on(fitting: Fitting, config: Config, error: Exception) -> str:
+    """Return the edits of the config after which an adapter fits.
+
+    Source: peft 0.21.2, tuners/lora/layer.py, ParamWrapper.__init__, and
+    utils/transformers_weight_conversion.py, _convert_peft_config_moe (2026-11-27).
+
+    Args:
+        fitting: of the model before PEFT changed it.
+        config: the validated run.
+        error: what PEFT raised.
+    """
+    said, targets = str(error), config.lora_target_modules
+    linear, whole = fitting.linear, list[str]()
+    if "lora_dropout" in said:
+        return f"set lora_dropout: 0.0\nor set lora_target_modules: {listed(linear)}"
+    if "use_dora" in said:
+        return f"set peft_use_dora: false\nor set lora_target_modules: {listed(linear)}"
+    if "without also targeting" in said and isinstance(targets, list):
+        partners = re.findall(r"\w+", said.partition("also targeting ")[2].partition(" because")[0])
+        linear = list(dict.fromkeys([*targets, *partners]))
+    elif said.startswith("Target module ") and targets:
+        linear, whole = fitting.named or linear, fitting.whole
+    else:
+        linear = [name for name in linear if f"'{name}'" not in said]
+    do = f"set lora_target_modules: {listed(linear)}"
+    saved = [*(config.lora_modules_to_save or ()), *whole]
+    return f"{do}\nset lora_modules_to_save: {listed(saved)}" if whole else do
+
+
+def _matches(targets: list[str] | str, name: str) -> bool:
+    """Return whether targets match the full name of a module, by PEFT's rule."""
+    if isinstance(targets, str):
+        return re.fullmatch(targets, name) is not None
+    return any(matched(entry, [name]) for entry in targets)
+
+
+def _shortened(names: Any, layers: list[str]) -> list[str]:
+    """Return the last parts of names; full names where other layers have the same last part."""
+    others = {last_part(layer) for layer in layers if layer not in names}
+    return sorted({name if last_part(name) in others else last_part(name) for name in names})

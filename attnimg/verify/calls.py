@@ -1,0 +1,281 @@
+"""Make one call of a case: by a backend, as a model makes it, and by the reference.
+
+Letters: B batch, T query tokens, S key tokens, H query heads, E head size of v.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from attnimg.facts import AttentionFunction, Backend, Pattern
+from attnimg.verify.cases import Case
+from attnimg.verify.inputs import Inputs
+from attnimg.verify.process_state import is_rewound, states_after_draw
+from attnimg.verify.reference import attend, shifted_keys, visible_keys
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Result:
+    """What a call gave.
+
+    Attributes:
+        out: (B, T, H, E); of the reference, its compared rows only.
+        gradients: "dq", "dk", "dv" and "dsinks" to their tensors; None where there is none.
+        attached: whether the output has a backward pass at all.
+        overwritten: what the call changed of all that it was handed.
+    """
+
+    out: Tensor
+    gradients: dict[str, Tensor | None]
+    attached: bool = True
+    overwritten: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Started:
+    """A call between its forward and its backward pass.
+
+    Attributes:
+        out: (B, T, H, E), with its graph.
+        leaves: "dq" and so on to what the gradient is of.
+        d_out: gradient of the output, laid out as it arrives.
+        handed: what the call was given, by name, and a copy of it as it was.
+        overwritten: what the forward pass changed of that.
+        reseeded: whether the forward pass set torch's random numbers back.
+        dropout: what it was called with; with none, no pass has anything to draw.
+    """
+
+    out: Tensor
+    leaves: dict[str, Tensor]
+    d_out: Tensor
+    handed: dict[str, tuple[Tensor, Tensor]]
+    overwritten: tuple[str, ...]
+    reseeded: bool
+    dropout: float
+
+
+class _Layer(nn.Module):  # type: ignore[misc]  # mypy does not follow torch
+    """What backends read off the attention layer that calls them."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.is_causal = True
+        self.layer_idx = 0
+        self.projection = nn.Linear(1, 1, dtype=dtype)
+
+
+ALL = ("dq", "dk", "dv", "dsinks")
+
+
+def call(function: AttentionFunction, backend: Backend, case: Case, inputs: Inputs) -> Result:
+    """Call a backend forward and backward, with the arguments that a model would pass.
+
+    Raises:
+        Exception: whatever the kernel raises.
+    """
+    return backward(forward(function, backend, case, inputs))
+
+
+def forward(
+    function: AttentionFunction,
+    backend: Backend,
+    case: Case,
+    inputs: Inputs,
+    *,
+    dropout: float = 0.0,
+    learning: tuple[str, ...] = ALL,
+) -> Started:
+    """Call a backend forward; `learning` names the gradients that will be asked for."""
+    named = {"dq": inputs.q, "dk": inputs.k, "dv": inputs.v}
+    if inputs.sinks is not None:
+        named["dsinks"] = inputs.sinks
+    # detach() keeps the strides, which are part of the probe.
+    leaves = {name: leaf.detach().requires_grad_(name in learning) for name, leaf in named.items()}
+    arguments = _arguments(backend, case, inputs, sinks=leaves.get("dsinks"))
+    d_out = _d_out(case, inputs)
+    given = {name[1:]: leaf.detach() for name, leaf in leaves.items()} | {"d_out": d_out}
+    given |= {name: value for name, value in arguments.items() if name.startswith("cu_seq_lens")}
+    handed = {name: (value, value.clone()) for name, value in given.items()}
+    dtype = getattr(torch, case.geometry.dtype)
+    autocast = case.geometry.autocast
+    # Made first, since a layer draws its own weights.
+    layer, mask = _Layer(inputs.q.dtype).to(inputs.q.device), _mask(backend, case, inputs)
+    random = states_after_draw(inputs.q.device)
+    with torch.autocast(inputs.q.device.type, dtype if autocast else None, enabled=autocast):
+        out, _ = function(
+            layer,
+            leaves["dq"],
+            leaves["dk"],
+            leaves["dv"],
+            mask,
+            dropout=dropout,
+            **arguments,
+        )
+    reseeded = not dropout and is_rewound(random, inputs.q.device)
+    return Started(
+        out=out,
+        leaves=leaves,
+        d_out=d_out,
+        handed=handed,
+        overwritten=_changed(handed),
+        reseeded=reseeded,
+        dropout=dropout,
+    )
+
+
+def forward_only(started: Started) -> Result:
+    """Return the result of a call without a backward pass."""
+    return Result(out=started.out.detach(), gradients={}, overwritten=_overwritten(started))
+
+
+def backward(started: Started) -> Result:
+    """Run the backward pass of a call, and return its result."""
+    out, d_out = started.out, started.d_out
+    learning = {name: leaf for name, leaf in started.leaves.items() if leaf.requires_grad}
+    gradients: dict[str, Tensor | None] = dict.fromkeys(learning)
+    random = states_after_draw(d_out.device)
+    if out.shape == d_out.shape and out.requires_grad:
+        leaves = list(learning.values())
+        found = torch.autograd.grad(out, leaves, d_out.to(out.dtype), allow_unused=True)
+        gradients = dict(zip(learning, found, strict=True))
+    reseeded = not started.dropout and is_rewound(random, d_out.device)
+    return Result(
+        out=out.detach(),
+        gradients=gradients,
+        attached=out.requires_grad,
+        overwritten=_overwritten(started, reseeded=reseeded),
+    )
+
+
+def _overwritten(started: Started, *, reseeded: bool = False) -> tuple[str, ...]:
+    """Return the names of the inputs that a call wrote to, in its forward pass or later."""
+    names = started.overwritten or _changed(started.handed)
+    if started.reseeded or reseeded:
+        names = (*names, "torch's random numbers")
+    return names
+
+
+def _changed(handed: dict[str, tuple[Tensor, Tensor]]) -> tuple[str, ...]:
+    return tuple(name for name, (value, copy) in handed.items() if not torch.equal(value, copy))
+
+
+def _d_out(case: Case, inputs: Inputs) -> Tensor:
+    """Lay the output's gradient out: by tokens, or by heads as where what follows transposes."""
+    d_out = inputs.d_out
+    if 0 in d_out.stride() or case.layout == "fused":
+        return d_out
+    return d_out.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def reference(
+    case: Case,
+    inputs: Inputs,
+    *,
+    dtype: torch.dtype,
+    pattern: Pattern = "full",
+    keep: Tensor | None = None,
+) -> Result:
+    """Attend plainly in some precision, at the compared rows alone.
+
+    Args:
+        case: the probe.
+        inputs: its tensors.
+        dtype: the precision; float64 is the oracle, the run's own is the measure of its rounding.
+        pattern: which keys queries see; "shifted" for as many queries as keys, not packed.
+        keep: factors on the attention weights, (B, H, T, S).
+    """
+    leaves = {"dq": inputs.q, "dk": inputs.k, "dv": inputs.v}
+    if inputs.sinks is not None:
+        leaves["dsinks"] = inputs.sinks
+    leaves = {name: leaf.detach().to(dtype).requires_grad_() for name, leaf in leaves.items()}
+    places = inputs.rows + (inputs.k.shape[2] - inputs.q.shape[2])
+    if pattern == "shifted":
+        visible = shifted_keys(inputs.documents, heads=inputs.q.shape[1])[:, :, inputs.rows]
+    else:
+        visible = visible_keys(inputs.documents, places=places, window=case.geometry.window)
+    out = attend(
+        leaves["dq"][:, :, inputs.rows],
+        leaves["dk"],
+        leaves["dv"],
+        visible=visible,
+        scale=inputs.scale,
+        softcap=case.geometry.softcap,
+        sinks=leaves.get("dsinks"),
+        keep=keep,
+    )
+    d_out = inputs.d_out[:, inputs.rows].to(dtype)
+    found = torch.autograd.grad(out, list(leaves.values()), d_out)
+    return Result(out=out.detach(), gradients=dict(zip(leaves, found, strict=True)))
+
+
+def slope_of_scale(case: Case, inputs: Inputs, *, pattern: Pattern, exact: Result) -> Tensor:
+    """Return the derivative of the output by the logarithm of the scale, at the compared rows."""
+    step = 1e-4
+    steeper = replace(inputs, scale=inputs.scale * (1 + step))
+    found = reference(case, steeper, dtype=torch.float64, pattern=pattern)
+    return (found.out - exact.out) / step
+
+
+def _arguments(
+    backend: Backend, case: Case, inputs: Inputs, *, sinks: Tensor | None
+) -> dict[str, Any]:
+    arguments: dict[str, Any] = {"scaling": inputs.scale}
+    if case.geometry.window is not None:
+        arguments["sliding_window"] = case.geometry.window
+    if case.geometry.softcap is not None:
+        arguments["softcap"] = case.geometry.softcap
+    if sinks is not None:
+        arguments["s_aux"] = sinks
+    if case.queries is None:
+        arguments["position_ids"] = _positions(inputs.documents)
+    if case.packed and backend.mask == "flash":
+        lengths = torch.tensor((0, *case.lengths), device=inputs.q.device)
+        ends = lengths.cumsum(0).to(torch.int32)
+        longest = max(case.lengths) + case.longest_slack
+        for side in "qk":
+            # Two tensors, as when a batch was moved to a GPU, or twice the same.
+            arguments[f"cu_seq_lens_{side}"] = ends if case.layout == "fused" else ends.clone()
+            arguments[f"max_length_{side}"] = longest
+    return arguments
+
+
+def _positions(documents: Tensor) -> Tensor:
+    """Count tokens within their document, (B, S)."""
+    place_S = torch.arange(documents.shape[1], device=documents.device).expand_as(documents)
+    begins = torch.ones_like(documents, dtype=torch.bool)
+    begins[:, 1:] = documents[:, 1:] != documents[:, :-1]
+    return place_S - torch.where(begins, place_S, 0).cummax(1).values
+
+
+def _mask(backend: Backend, case: Case, inputs: Inputs) -> Any:
+    """Build the attention_mask that transformers would hand to this backend."""
+    padded = bool((inputs.documents < 0).any())
+    n_keys, n_queries = inputs.k.shape[2], inputs.q.shape[2]
+    if backend.mask == "flash":
+        return (inputs.documents >= 0) if padded else None
+    window = case.geometry.window
+    # With these, transformers leaves the mask out for sdpa, which then goes by is_causal.
+    plain = not padded and not case.packed and n_keys == n_queries
+    if backend.mask == "sdpa" and plain and (window is None or window >= n_keys):
+        return None
+    places = torch.arange(n_keys - n_queries, n_keys, device=inputs.q.device)
+    seen = visible_keys(inputs.documents, places=places, window=window)
+    # A query of the padding sees nothing, and would be NaN; transformers lets it see itself.
+    seen |= (places[:, None] == torch.arange(n_keys, device=places.device)) & ~seen.any(-1, True)
+    if backend.mask == "eager":
+        lowest = torch.finfo(inputs.q.dtype).min
+        return torch.zeros_like(seen, dtype=inputs.q.dtype).masked_fill(~seen, lowest)
+    if backend.mask == "flex":
+        from torch.nn.attention.flex_attention import create_block_mask
+
+        def look_up(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            del head
+            return seen[batch, 0, query, key]
+
+        n_rows = len(inputs.documents)
+        return create_block_mask(look_up, n_rows, None, n_queries, n_keys, device=seen.device)
+    return seen
