@@ -16,7 +16,7 @@ def context_of(problem: Problem, backend: Backend) -> RunContext:
         dtype=problem.dtype,
         autocast=problem.dtype if problem.autocast else None,
         packing=problem.packing,
-        one_row=takes_one_row(backend),
+        padding_free=is_padding_free(backend),
         rows=problem.rows,
         sequence_len=problem.sequence_len,
         compiled=problem.compiled,
@@ -25,19 +25,19 @@ def context_of(problem: Problem, backend: Backend) -> RunContext:
     )
 
 
-def takes_one_row(backend: Backend) -> bool:
+def is_padding_free(backend: Backend) -> bool:
     """Return whether the rows of a batch are flattened into one, with cu_seqlens.
 
     A hub kernel that nobody here has read gets cu_seqlens too, and must prove that it uses them.
     """
-    return backend.packing == "native" or backend.unread
+    return backend.packing == "native" or backend.unreviewed
 
 
 def described(context: RunContext) -> str:
     """Describe how a run calls its model, for a log line."""
     layout = "one document per row"
     if context.packing:
-        kept_apart = "cu_seqlens" if context.one_row else "the attention mask"
+        kept_apart = "cu_seqlens" if context.padding_free else "the attention mask"
         layout = f"packed documents, isolated by {kept_apart}"
     parts = [
         f"{layout}, up to {context.rows} x {context.sequence_len} tokens",

@@ -206,8 +206,9 @@ class RunContext:
         dtype: the precision of matrix multiplications, and so of q, k and v.
         autocast: what torch.autocast casts to in a forward pass; None where it is off.
         packing: whether rows hold several documents.
-        one_row: whether the rows of a batch are flattened to (1, T) with cu_seqlens, as kernels
-            with native packing take them; False for (B, S), where a mask keeps documents apart.
+        padding_free: whether the rows of a batch are flattened to (1, T) with cu_seqlens, as
+            kernels with native packing take them; False for (B, S), where a mask isolates
+            documents.
         rows: rows of the largest batch.
         sequence_len: tokens of the longest row; None when not known.
         compiled: whether torch.compile is on.
@@ -219,7 +220,7 @@ class RunContext:
     dtype: DType
     autocast: DType | None
     packing: bool
-    one_row: bool
+    padding_free: bool
     rows: int
     sequence_len: int | None
     compiled: bool
@@ -341,7 +342,7 @@ class Needs:
         head_dims: rules on head sizes; empty for any size.
         features: which of "window", "softcap", "sinks", "dropout" it honours.
         features_missing: NVIDIA capability major, or AMD architecture -> features it lacks there.
-        apart: features of which it does one at a time; empty for none.
+        exclusive: features of which it does one at a time; empty for none.
         dtypes_missing: NVIDIA capability major -> precisions it lacks there.
         backward: whose devices it has a backward pass on.
         backward_code: the contract's code when it has none.
@@ -363,7 +364,7 @@ class Needs:
     head_dims: tuple[HeadDims, ...] = ()
     features: frozenset[str] = frozenset({"window", "softcap", "sinks", "dropout"})
     features_missing: Mapping[int | str, frozenset[str]] = field(default_factory=dict)
-    apart: frozenset[str] = frozenset()
+    exclusive: frozenset[str] = frozenset()
     dtypes_missing: Mapping[int, frozenset[DType]] = field(default_factory=dict)
     backward: frozenset[Vendor] = frozenset({"nvidia", "amd", "cpu"})
     backward_code: str = "no-backward"
@@ -434,8 +435,9 @@ class Backend:
         hub_repo: the hub kernel transformers takes for it, which LOCAL_KERNELS may serve.
         family: members of one family stand in for one another.
         mask: what its attention_mask is.
-        load_attend: imports the kernel and gives its function, for a hub kernel with the argument
-            `trusted`; None where transformers has the function.
+        load_function: imports the kernel and returns its function, for a hub kernel with the
+            argument `trusted`; None where transformers has the function.
+        module: the module of its package that has FlashAttention's two entry points.
         forward_only: its kernel has no backward pass; where a run allows it, gradients are those
             of exact attention.
         unpadded_v: its kernel takes v with another head size than q and k, which transformers
@@ -445,7 +447,7 @@ class Backend:
         k_backward: the same for the gradients.
         sqnr_db: lowest ratio of signal to quantisation noise of the output, in decibels.
         tolerance_source: where these bounds come from.
-        unread: a hub kernel that nobody here has read.
+        unreviewed: a hub kernel that nobody here has read.
         pattern: which keys its queries see.
         variants: AMD architecture -> the kernels of its package that run there; empty where the
             package has one set.
@@ -469,14 +471,15 @@ class Backend:
     hub_repo: str | None = None
     family: str | None = None
     mask: MaskKind = "flash"
-    load_attend: Callable[..., AttentionFunction] | None = None
+    load_function: Callable[..., AttentionFunction] | None = None
+    module: str | None = None
     forward_only: bool = False
     unpadded_v: bool = False
     k_forward: float | None = 2.0
     k_backward: float | None = 3.0
     sqnr_db: float | None = None
     tolerance_source: str = "flash-attention 2.8.3.post2, tests/test_flash_attn.py:1121-1132"
-    unread: bool = False
+    unreviewed: bool = False
     pattern: Pattern = "full"
     variants: Mapping[str, Variant] = field(default_factory=dict)
     for_process: Mapping[str, str] = field(default_factory=dict)

@@ -35,20 +35,20 @@ class Layout:
 
 
 def lay_out(
-    document_lengths: Sequence[Sequence[int]], *, one_row: bool, pad_to: int | None = None
+    document_lengths: Sequence[Sequence[int]], *, padding_free: bool, pad_to: int | None = None
 ) -> Layout:
     """Lay rows of documents out.
 
     Args:
         document_lengths: tokens of each document, by row; each row has at least one token.
-        one_row: flatten to (1, T). Without `pad_to` nothing is padded then, since rows need not be
-            equally long.
+        padding_free: flatten to (1, T). Without `pad_to` nothing is padded then, since rows need
+            not be equally long.
         pad_to: pad every row to a multiple of it, for static shapes. None pads to the longest row.
     """
     row_lengths = [sum(lengths) for lengths in document_lengths]
     assert row_lengths, "a batch without rows"
     assert all(row_lengths), "a row without tokens"
-    if one_row and pad_to is None:
+    if padding_free and pad_to is None:
         widths = row_lengths
     else:
         step = pad_to or 1
@@ -63,7 +63,7 @@ def lay_out(
     is_token_T = np.concatenate(
         [np.arange(width) < length for width, length in zip(widths, row_lengths, strict=True)]
     )
-    shape = (1, -1) if one_row else (len(rows), -1)
+    shape = (1, -1) if padding_free else (len(rows), -1)
     document_BS = np.repeat(np.arange(len(lengths_D), dtype=np.int32), lengths_D).reshape(shape)
     return Layout(
         position_ids=position_T.reshape(shape),

@@ -181,7 +181,7 @@ def make_call(spec: CallSpec, function: Any = None) -> Any:
     """Run a call forward and backward; `function` replaces the kernel's own."""
     import torch
 
-    from attnimg.backends._capture import NAMES, CallKind, CapturedCall, call_again
+    from attnimg.verify.capture import NAMES, CallKind, CapturedCall, call_again
 
     generator = torch.Generator().manual_seed(spec.seed)
     n_tokens, dtype = sum(spec.lengths), getattr(torch, spec.dtype)
@@ -229,7 +229,8 @@ def _kernel(spec: CallSpec, generator: Any) -> tuple[Any, Any, dict[str, Any], A
     import torch
 
     from attnimg.backends._exact import exact_attention
-    from attnimg.backends._transformers_native import eager_attention, native_attention
+    from attnimg.backends._transformers import native_attention
+    from attnimg.backends.eager import eager_attention
 
     noisy, backends = import_module("noisy_proofs"), import_module("attnimg.backends")
     lengths = torch.tensor((0, *spec.lengths))
@@ -243,14 +244,14 @@ def _kernel(spec: CallSpec, generator: Any) -> tuple[Any, Any, dict[str, Any], A
         arguments["s_aux"] = torch.randn(spec.heads, generator=generator)
         arguments["s_aux"] = arguments["s_aux"].to(getattr(torch, spec.dtype))
     if spec.kernel == "sdpa":
-        return partial(exact_attention, "sdpa"), None, arguments, None
+        return exact_attention("sdpa"), None, arguments, None
     if spec.kernel in ("fa2", "fa3", "fa4"):
         ends = lengths.cumsum(0).int()
         for side in "qk":
             arguments |= {f"cu_seq_lens_{side}": ends, f"max_length_{side}": max(spec.lengths)}
         tile = (64, 128)[spec.seed % 2]
         module = noisy.load(spec.kernel, fault="none", tile=tile)
-        return _flash(module).attend, None, arguments, None
+        return _flash(module), None, arguments, None
     number = torch.repeat_interleave(torch.arange(len(spec.lengths)), lengths[1:])
     behind = torch.arange(len(number))[:, None] - torch.arange(len(number))
     seen = (behind >= 0) & (behind < (spec.window or len(number)))
@@ -265,7 +266,7 @@ def _kernel(spec: CallSpec, generator: Any) -> tuple[Any, Any, dict[str, Any], A
 
 
 def _flash(module: Any) -> Any:
-    from attnimg.backends._flash import FlashKernel
+    from attnimg.backends._varlen import FlashKernel
 
     return FlashKernel(
         backend="flash_attention_2",
@@ -380,7 +381,7 @@ def _faulty(fault: str, module: Any, q: Any, k: Any, v: Any, mask: Any, **argume
     elif fault == "a gradient is NaN":
         v = v.view_as(v)
         v.register_hook(lambda gradient: gradient.index_fill(2, torch.tensor([7]), torch.nan))
-    out, _ = exact_attention("sdpa", module, q, k, v, mask, **arguments)
+    out, _ = exact_attention("sdpa")(module, q, k, v, mask, **arguments)
     if fault == "the last token's output is 0":
         out = torch.cat([out[:, :-1], torch.zeros_like(out[:, -1:])], 1)
     elif fault == "out is 3 % too large":

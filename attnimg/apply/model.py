@@ -6,7 +6,7 @@ from typing import Any
 
 from attnimg.apply.registry import prepare
 from attnimg.backends import repo_of
-from attnimg.backends._attend import DIRECT
+from attnimg.backends._transformers import DIRECT
 from attnimg.errors import AttnimgError
 from attnimg.facts import Backend, LayerGroup, ModelClass
 

@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from functools import wraps
 from typing import Any
 
-from attnimg.backends._attend import as_applied, attention_function
+from attnimg.backends._transformers import as_applied, attention_function
 from attnimg.facts import AttentionFunction, Backend, LayerGroup
 
 # transformers' slot for the one flash implementation that is loaded; 5.17 has not all of them.
@@ -76,10 +76,10 @@ def prepare(backend: Backend, *, layers: tuple[LayerGroup, ...] = (), trusted: b
 
 def _prepared(backend: Backend, *, trusted: bool) -> str:
     name = backend.applied_as or backend.name
-    if backend.load_attend is not None:
+    if backend.load_function is not None:
         register(name, attention_function(backend, trusted=trusted))
     elif backend.family is not None or backend.hub_repo is not None:
-        from attnimg.backends._transformers_flash import flash_name, load_flash
+        from attnimg.backends._transformers import flash_name, load_flash
 
         loaded = flash_name(backend)
         load_flash(loaded, trusted=trusted)

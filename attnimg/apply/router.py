@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from attnimg.backends import backend_named
-from attnimg.backends._attend import as_applied, attention_function
+from attnimg.backends._transformers import as_applied, attention_function
 from attnimg.errors import AttnimgError
 from attnimg.facts import AttentionFunction, Backend, GroupChoice, LayerGroup, Needs, Plan
 
@@ -45,7 +45,7 @@ class Router:
         attention_mask: Any,
         **arguments: Any,
     ) -> Any:
-        """Return the output of attention; see attnimg.backends._attend.
+        """Return the output of attention; see attnimg.backends._transformers.
 
         Raises:
             AttnimgError: no layer of the plan has this shape.
@@ -108,7 +108,7 @@ def _router(groups: tuple[GroupChoice, ...]) -> Backend:
         packing="native",
         # One name a set of routes: a second model with other layers gets a router of its own.
         applied_as=f"{ROUTER}_{_digest(groups)}",
-        load_attend=partial(_load, groups),
+        load_function=partial(_load, groups),
         needs=Needs(),
     )
 

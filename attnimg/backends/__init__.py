@@ -1,17 +1,18 @@
 """Every attention backend that attnimg knows: one file each, found by being here.
 
-To add one, copy `sdpa_math.py`, fill in its needs and their sources; then `make render check`.
+A file has one BACKEND, or several BACKENDS. To add one, copy `flex_attention.py`, or `xformers.py`
+where the call is attnimg's own; fill in its needs and their sources; then `make render check`.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from functools import cache
 from importlib import import_module
 from pkgutil import iter_modules
 
-from attnimg.facts import Arch, Backend, Needs
+from attnimg.facts import Arch, Backend, LocalKernel, Machine, Needs
 
 # org/name, then @revision, then :function. Source: transformers 5.22.2, modeling_utils.py.
 _HUB_PATH = re.compile(r"(?!\.)[\w.-]+/(?!\.)[\w.-]+(@[^/:@\s]+)?(:[^/:@\s]+)?", re.ASCII)
@@ -23,24 +24,26 @@ _ON = "TRUE"
 @cache
 def all_backends() -> tuple[Backend, ...]:
     """Return the named backends, best general rank first."""
-    names = (module.name for module in iter_modules(__path__) if module.name[0] != "_")
-    names = (name for name in names if name != "hub")
-    found = (import_module(f"{__name__}.{name}").BACKEND for name in names)
+    found: list[Backend] = []
+    for name in (module.name for module in iter_modules(__path__)):
+        if name[0] != "_" and name != "hub":
+            module = import_module(f"{__name__}.{name}")
+            found += module.BACKENDS if hasattr(module, "BACKENDS") else [module.BACKEND]
     return tuple(sorted(found, key=lambda backend: backend.rank))
 
 
 def is_hub_path(name: str) -> bool:
-    """Tell whether `name` is org/name[@rev][:fn]."""
+    """Return whether `name` is org/name[@rev][:fn]."""
     return _HUB_PATH.fullmatch(name) is not None
 
 
 def repo_of(path: str) -> str:
-    """Give the org/name of a hub path, without its @rev and :fn."""
+    """Return the org/name of a hub path, without its @rev and :fn."""
     return re.split("[@:]", path, maxsplit=1)[0]
 
 
 def backend_named(name: str) -> Backend | None:
-    """Find the backend that a config names; None for "auto" and for a name nobody knows."""
+    """Return the backend that a config names; None for "auto" and for a name nobody knows."""
     for backend in all_backends():
         if backend.name == name:
             return backend
@@ -52,14 +55,41 @@ def backend_named(name: str) -> Backend | None:
     return backend
 
 
+def local_kernel_repo(
+    backend: Backend, *, installed: Container[str], served: Container[str]
+) -> str | None:
+    """Return the hub kernel that a backend runs from a folder of LOCAL_KERNELS; None for none.
+
+    A hub kernel that the config names is the served one. In place of a package it is taken where
+    the package is not installed.
+
+    Args:
+        backend: what is to run.
+        installed: distributions.
+        served: org/name of the hub kernels that LOCAL_KERNELS serves.
+    """
+    repo, packages = backend.hub_repo, [package for package, _, _ in backend.needs.packages]
+    if repo is None or repo not in served:
+        return None
+    named = repo == repo_of(backend.name)
+    return repo if named or not any(package in installed for package in packages) else None
+
+
+def local_kernel(backend: Backend, machine: Machine) -> LocalKernel | None:
+    """Return the folder of LOCAL_KERNELS that a backend runs on a machine; None for none."""
+    served = {kernel.repo: kernel for kernel in machine.local_kernels}
+    repo = local_kernel_repo(backend, installed=machine.packages or {}, served=served)
+    return None if repo is None else served[repo]
+
+
 def is_automatic(name: str) -> bool:
-    """Check whether `auto` may take a backend."""
+    """Return whether `auto` may take a backend."""
     backend = backend_named(name)
     return backend is not None and backend.automatic and backend.applied_as is not None
 
 
 def variables_that_choose(environment: Mapping[str, str]) -> dict[str, str]:
-    """Give what is set in `environment` of that by which packages choose among their kernels."""
+    """Return what is set in `environment` of that by which packages choose among their kernels."""
     variants = (variant for backend in all_backends() for variant in backend.variants.values())
     names = {name for variant in variants for name in variant.variables}
     names |= {name for backend in all_backends() for name in backend.for_process}
@@ -67,7 +97,7 @@ def variables_that_choose(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def contrary_settings(backend: Backend, arch: Arch, variables: Mapping[str, str]) -> list[str]:
-    """Give what is set against the kernels that a backend's package has for an architecture.
+    """Return what is set against the kernels that a backend's package has for an architecture.
 
     Args:
         backend: its variants name the variables, each on by one word and off by all others.
@@ -86,7 +116,7 @@ def contrary_settings(backend: Backend, arch: Arch, variables: Mapping[str, str]
 
 
 def runs_on(needs: Needs, arch: Arch) -> bool:
-    """Tell whether a backend has machine code for an architecture."""
+    """Return whether a backend has machine code for an architecture."""
     if arch.vendor not in needs.vendors:
         return False
     if arch.vendor == "amd":
@@ -100,7 +130,7 @@ def runs_on(needs: Needs, arch: Arch) -> bool:
 
 
 def arch_code(needs: Needs, arch: Arch) -> str:
-    """Give the contract's code for an architecture that a backend does not run on."""
+    """Return the contract's code for an architecture that a backend does not run on."""
     newer = (
         arch.capability is not None
         and needs.capability_max is not None

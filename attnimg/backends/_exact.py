@@ -1,4 +1,7 @@
-"""Exact attention on torch's own kernels, one document at a time."""
+"""Exact attention on torch's own kernels, and gradients of it for kernels without a backward pass.
+
+Letters: see _varlen.py.
+"""
 
 from __future__ import annotations
 
@@ -8,34 +11,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnimg.backends._arguments import Call, read_call
-from attnimg.backends._documents import attend_by_document
+from attnimg.backends._varlen import (
+    AttentionCall,
+    DenseKernel,
+    as_attention_function,
+    attention_by_document,
+    ungrouped,
+)
+from attnimg.facts import AttentionFunction
 
 
-def attend_exactly(call: Call) -> Tensor:
-    """Attend with scaled_dot_product_attention, each document by itself; gives (B, T, H, V)."""
-    return attend_by_document(call, exact_kernel(call))
-
-
-def exact_attention(
-    backend: str,
-    module: Any,
-    query: Any,
-    key: Any,
-    value: Any,
-    attention_mask: Any,
-    **arguments: Any,
-) -> tuple[Any, None]:
-    """Attend on torch's kernels, document by document; attention_mask is that of "flash"."""
-    honours = frozenset({"window", "dropout"})
-    call = read_call(
-        backend, module, query, key, value, attention_mask, honours=honours, **arguments
+def exact_attention(backend: str) -> AttentionFunction:
+    """Return attention on torch's kernels, document by document; its mask is that of "flash"."""
+    return as_attention_function(
+        backend,
+        ("window", "dropout"),
+        lambda call: attention_by_document(call, exact_kernel(call)),
     )
-    return attend_exactly(call), None
 
 
-def exact_kernel(call: Call) -> partial[Tensor]:
-    """Give exact attention with a call's scale, mask and dropout: q, k, v to (B, H, T, V)."""
+def exact_kernel(call: AttentionCall) -> partial[Tensor]:
+    """Return exact attention with a call's scale, mask and dropout: q, k, v to (B, H, T, V)."""
     return partial(
         exact,
         scale=call.scale,
@@ -55,7 +51,7 @@ def exact(
     window: int | None = None,
     dropout: float = 0.0,
 ) -> Tensor:
-    """Attend within each batch element, by torch's scaled_dot_product_attention.
+    """Compute attention within each batch element, by torch's scaled_dot_product_attention.
 
     Args:
         q: (B, H, T, D).
@@ -69,28 +65,65 @@ def exact(
     Returns:
         (B, H, T, V).
     """
-    group = q.shape[1] // k.shape[1]
-    if group > 1:
-        k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))
+    k, v = ungrouped(q, k, v)
     queries, keys = q.shape[2], k.shape[2]
     # torch aligns is_causal at the top left, which is the same for as many queries as keys.
     plain = causal and window is None and queries == keys
-    mask = None if plain else visible(queries, keys, causal=causal, window=window, device=q.device)
+    mask = None
+    # One query stands at the last key, and sees all.
+    if not plain and (window is not None or (causal and queries > 1)):
+        ahead = (
+            torch.arange(keys, device=q.device) - torch.arange(queries, device=q.device)[:, None]
+        )
+        ahead -= keys - queries
+        mask = ahead <= 0 if causal else torch.ones_like(ahead, dtype=torch.bool)
+        if window is not None:
+            mask = mask & (ahead > -window) & (ahead < window)
     return torch.nn.functional.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=plain, scale=scale
     )
 
 
-def visible(
-    queries: int, keys: int, *, causal: bool, window: int | None, device: torch.device
-) -> Tensor | None:
-    """Tell which keys each query sees, bool (T, S); None for all of them."""
-    # One query stands at the last key, and sees all.
-    if window is None and (not causal or queries == 1):
-        return None
-    ahead = torch.arange(keys, device=device) - torch.arange(queries, device=device)[:, None]
-    ahead -= keys - queries
-    seen = ahead <= 0 if causal else torch.ones_like(ahead, dtype=torch.bool)
-    if window is not None:
-        seen = seen & (ahead > -window) & (ahead < window)
-    return seen
+class _ExactBackward(torch.autograd.Function):  # type: ignore[misc]  # torch's types are not followed
+    """Forward by one function, backward by another, recomputed from the saved q, k and v."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, kernel: DenseKernel, exact: DenseKernel, q: Tensor, k: Tensor, v: Tensor
+    ) -> Tensor:
+        ctx.exact = exact
+        ctx.save_for_backward(q, k, v)
+        return kernel(q, k, v)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]  # as above
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        leaves = [x.detach().requires_grad_() for x in ctx.saved_tensors]
+        device = gradient.device.type
+        # q, k and v have their precision already; autocast would change it a second time.
+        with torch.enable_grad(), torch.autocast(device, enabled=False):
+            out = ctx.exact(*leaves)
+        return None, None, *torch.autograd.grad(out, leaves, gradient.to(out.dtype))
+
+
+def with_exact_backward(
+    kernel: DenseKernel, exact: DenseKernel, q: Tensor, k: Tensor, v: Tensor
+) -> Tensor:
+    """Run a forward-only kernel so that gradients reach q, k and v.
+
+    Without this, such a kernel returns tensors that autograd knows nothing of: the loss still
+    falls, by the other weights, while q, k and v never learn.
+    Source: https://github.com/thu-ml/SageAttention/issues/198 (2026-11-21).
+
+    Args:
+        kernel: q, k, v to the output; autograd is off inside.
+        exact: the same function, differentiable.
+        q: queries, in the layout that both take.
+        k: keys.
+        v: values.
+
+    Returns:
+        The kernel's output.
+    """
+    out: Tensor = _ExactBackward.apply(kernel, exact, q, k, v)
+    return out

@@ -30,6 +30,7 @@ BACKEND = Backend(
     packing="native",
     uses_flash_lib=True,
     applied_as="flash_attention_2",
+    module="flash_attn",
     hub_repo="kernels-community/flash-attn2",
     family="flash",
     variants={**dict.fromkeys(_CDNA, _CK), **dict.fromkeys(_RDNA, _TRITON)},
@@ -43,7 +44,7 @@ BACKEND = Backend(
         # transformers pads v to the head_dim of q and k, so v may be smaller.
         head_dims=(HeadDims(qk=(1, 256), v=(1, 256), multiple=8),),
         features=frozenset({"window", "softcap", "dropout"}),
-        apart=frozenset({"softcap", "dropout"}),
+        exclusive=frozenset({"softcap", "dropout"}),
         features_missing={
             **dict.fromkeys(_CDNA, _CK_LACKS),
             **dict.fromkeys(_RDNA, _TRITON_LACKS),

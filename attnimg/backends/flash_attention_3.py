@@ -15,6 +15,7 @@ BACKEND = Backend(
     packing="native",
     uses_flash_lib=True,
     applied_as="flash_attention_3",
+    module="flash_attn_interface",
     hub_repo="kernels-community/vllm-flash-attn3",
     family="flash",
     needs=Needs(

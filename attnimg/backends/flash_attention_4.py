@@ -1,20 +1,33 @@
 """FlashAttention-4, the package flash-attn-4 (CuTe DSL): Hopper and Blackwell.
 
 Head sizes are those that compiled for each target without a GPU, forward and backward, and whose
-shared memory fits. transformers hands it v padded to the head_dim of q and k, so that MLA's
+shared memory fits. transformers passes it v padded to the head_dim of q and k, so that MLA's
 (192, 128) would arrive as (192, 192), which Blackwell's kernels refuse. Source:
 flash-attn-4 4.0.0b36, flash_attn/cute/interface.py, compiled 2026-11-21.
+
+The second backend is the same package with its generic backward pass, for head_dim 256 with a
+window on B200 and B300. Its own backward pass for head_dim 256 takes no window
+(sm100_hd256_2cta_fmha_backward.py:60) and no soft cap (interface.py:2958).
+FLASH_ATTENTION_HD256_GENERIC_BWD=1 sends head_dim 256 to flash_bwd_sm100.py instead, which takes
+both. The variable is read at each backward call (interface.py:2387 and 2441, utils.py:103): it
+can't be chosen for one layer, so all layers of this head size run the generic kernel once one does.
+No time of this kernel is published; what is, of another patch for the same gap, is flash-attention
+PR #2749: backward on a B300 13.98 ms with FlashAttention-2, 4.04 ms with FlashAttention-4. Source:
+flash-attn-4 4.0.0b36, and compiled for sm_100 and sm_103, forward and backward, packed, with a
+window and a soft cap (2026-11-26).
 """
 
-from attnimg.facts import Backend, HeadDims, Needs, Rank
+from __future__ import annotations
 
-_HOPPER, _DATACENTER_BLACKWELL, _RTX_BLACKWELL = (
-    frozenset({9}),
-    frozenset({10, 11}),
-    frozenset({12}),
-)
+import os
 
-BACKEND = Backend(
+from attnimg.facts import AttentionFunction, Backend, HeadDims, Needs, Rank
+
+_HOPPER, _DATACENTER_BLACKWELL = frozenset({9}), frozenset({10, 11})
+_RTX_BLACKWELL = frozenset({12})
+_GENERIC = {"FLASH_ATTENTION_HD256_GENERIC_BWD": "1"}
+
+_FLASH_4 = Backend(
     name="flash_attention_4",
     rank=10,
     rank_why="is written for this generation of GPUs",
@@ -45,6 +58,7 @@ BACKEND = Backend(
     summary="FlashAttention-4",
     packing="native",
     applied_as="flash_attention_4",
+    module="flash_attn.cute",
     hub_repo="kernels-community/flash-attn4",
     family="flash",
     unpadded_v=True,
@@ -65,7 +79,7 @@ BACKEND = Backend(
                 equal=True,
                 without=frozenset({"window", "softcap", "sinks"}),
             ),
-            # MLA's sizes, which only attnimg's own call hands over unpadded.
+            # MLA's sizes, which only attnimg's own call passes unpadded.
             HeadDims(majors=_DATACENTER_BLACKWELL, qk=(192, 192), v=(128, 128), ungrouped=True),
             # head_dim 192 needs 115,712 bytes of shared memory backward; these GPUs give 101,376.
             HeadDims(majors=_RTX_BLACKWELL, qk=(8, 160), v=(8, 160), multiple=8),
@@ -74,5 +88,49 @@ BACKEND = Backend(
         features_missing={12: frozenset({"sinks"})},
         backward=frozenset({"nvidia"}),
         packages=(("flash-attn-4", None, "not-installed"),),
+    ),
+)
+
+
+def _load_generic() -> AttentionFunction:
+    os.environ.update(_GENERIC)
+    from attnimg.backends._transformers import flash_kernel
+
+    return flash_kernel(_FLASH_4, trusted=False)
+
+
+BACKENDS = (
+    _FLASH_4,
+    Backend(
+        name="flash_attention_4_generic",
+        rank=15,
+        rank_why="has a backward pass for head_dim 256 with a window, where FlashAttention-4 has "
+        "none",
+        rank_source="flash-attention PR #2749: backward on a B300, 4.04 ms against 13.98 ms of "
+        "FlashAttention-2, with a patched kernel (2026-11-26)",
+        ranks=(
+            Rank(
+                rank=63,
+                compiled=True,
+                why="registers no custom op, so that torch.compile breaks the graph at each call",
+                source="flash-attn-4 4.0.0b36: no torch.library in its Python (2026-11-26)",
+            ),
+        ),
+        summary="FlashAttention-4, generic backward pass",
+        packing="native",
+        in_config=False,
+        applied_as="attnimg_fa4_generic",
+        load_function=_load_generic,
+        for_process=_GENERIC,
+        needs=Needs(
+            vendors=frozenset({"nvidia"}),
+            capabilities=frozenset({(10, 0), (10, 3)}),
+            arch_text="sm_100 or sm_103 (B200, B300)",
+            dtypes=_FLASH_4.needs.dtypes,
+            head_dims=(HeadDims(qk=(256, 256), v=(256, 256), equal=True),),
+            features=frozenset({"window", "softcap"}),
+            backward=frozenset({"nvidia"}),
+            packages=_FLASH_4.needs.packages,
+        ),
     ),
 )

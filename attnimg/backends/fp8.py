@@ -1,22 +1,85 @@
 """torchao's fp8 attention: Hopper alone, on FlashAttention-3, and without a backward pass.
 
-It also strips masks, so packed or padded batches would be wrong. Source: torchao 0.18.0,
-prototype/attention/__init__.py ("backward is not supported"), api.py, utils.py. Read 2026-11-21.
+Forward in fp8, backward by exact attention. torchao's own way in wraps the model, swaps
+F.scaled_dot_product_attention while it runs, sets a global compiler pass and drops masks once it
+saw one causal call: packed or padded batches would be wrong. The function beneath it takes q, k and
+v, so the model is trained as it is. Source: torchao 0.18.0, prototype/attention/__init__.py
+("backward is not supported"), api.py, utils.py and fp8_fa3/attention.py. Read 2026-11-21.
 """
 
-from functools import partial
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 from attnimg.facts import AttentionFunction, Backend, HeadDims, Needs
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from attnimg.backends._varlen import AttentionCall
+
 
 def _load() -> AttentionFunction:
-    from attnimg.backends._imports import import_kernel
+    from attnimg.backends._loading import import_kernel
 
     name = "torchao.prototype.attention.fp8_fa3.attention"
-    kernel = import_kernel(name, backend="fp8", package="torchao").fp8_fa3_sdpa
-    from attnimg.backends._fp8 import attend_fp8
+    return fp8_attention(import_kernel(name, backend="fp8", package="torchao").fp8_fa3_sdpa)
 
-    return partial(attend_fp8, kernel)
+
+def fp8_attention(kernel: Callable[..., Any]) -> AttentionFunction:
+    """Return the attention of torchao's fp8_fa3_sdpa.
+
+    It refuses rows that are packed or padded, and a cache that holds earlier tokens.
+    """
+    from attnimg.backends._exact import exact_kernel, with_exact_backward
+    from attnimg.backends._loading import kernel_error
+    from attnimg.backends._varlen import as_attention_function, packed_tokens, ungrouped
+
+    def compute(call: AttentionCall) -> Tensor:
+        if packed_tokens(call) is not None or call.q.shape[2] != call.k.shape[2]:
+            raise kernel_error(
+                "fp8 can't do this batch",
+                why="found packed, padded or cached rows; its kernel takes no mask",
+                do="set sample_packing: false and micro_batch_size: 1, or attn_implementation: "
+                "sdpa",
+                code="packing-not-isolated",
+            )
+        # torchao takes enable_gqa and does not pass it on.
+        k, v = ungrouped(call.q, call.k, call.v)
+
+        def forward(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            _activate_fa3()
+            found: Tensor = kernel(q, k, v, is_causal=call.causal, scale=call.scale)
+            return found
+
+        return with_exact_backward(forward, exact_kernel(call), call.q, k, v).transpose(1, 2)
+
+    return as_attention_function("fp8", (), compute)
+
+
+def _activate_fa3() -> None:
+    """Set FlashAttention-3 as the flash kernel of this process, as torchao's function needs it.
+
+    Activating registers seven overrides of aten's operators, so it is done once and not undone
+    after each call: every later scaled_dot_product_attention on flash kernels runs on
+    FlashAttention-3 too, the exact backward pass included.
+    Source: torch 2.13.0, nn/attention/_fa3.py, _fa3_register_kernels (2026-11-26).
+    """
+    from torch.nn import attention
+
+    if attention.current_flash_attention_impl() != "FA3":
+        attention.activate_flash_attention_impl("FA3")
+
+
+def restore_flash_kernel() -> None:
+    """Set torch's own flash kernel as that of this process again."""
+    from torch.nn import attention
+
+    # torch before 2.11 knows one alone.
+    current = getattr(attention, "current_flash_attention_impl", None)
+    if current is not None and current() is not None:
+        attention.restore_flash_attention_impl()
 
 
 BACKEND = Backend(
@@ -29,7 +92,7 @@ BACKEND = Backend(
     automatic=False,
     forward_only=True,
     applied_as="attnimg_fp8",
-    load_attend=_load,
+    load_function=_load,
     k_forward=None,
     sqnr_db=25.0,
     tolerance_source="pytorch/ao, test_fp8_attention.py: SQNR above 25 dB (2026-11-21)",

@@ -1,89 +1,138 @@
 """Kernels from the Hugging Face hub, org/name[@rev][:fn]: taken only when the config names one.
 
-A kernel nobody here has read is judged by what is known of every hub kernel: nothing. Source of the
-GPUs: the kernels' build.toml in huggingface/kernels-community (read 2026-11-21).
+A kernel nobody here has read is judged by what is known of every hub kernel: nothing. It is called
+by what it exports. Source of the GPUs: the kernels' build.toml in huggingface/kernels-community
+(read 2026-11-21).
 """
 
-import hashlib
-from functools import cache, partial
+from __future__ import annotations
 
+import hashlib
+import inspect
+from dataclasses import replace
+from functools import cache, partial
+from types import ModuleType
+
+from attnimg.backends._loading import kernel_error, load_hub_kernel
 from attnimg.backends.flash_attention_2 import BACKEND as FLASH_2
 from attnimg.backends.flash_attention_3 import BACKEND as FLASH_3
+from attnimg.backends.sage import sage_attention
+from attnimg.errors import AttnimgError
 from attnimg.facts import AttentionFunction, Backend, HeadDims, Needs, Packing
 
 _KERNELS = (("kernels", "0.17.2", "not-installed"),)
-_HALF = FLASH_2.needs.dtypes
+_DENSE, _VARLEN, _SAGE = "flash_attn_func", "flash_attn_varlen_func", "sageattn"
+_SAGE_REPO = "kernels-community/sage-attention"
+_FLASH = frozenset({"kernels-community/flash-attn2", "kernels-community/flash-attn3"})
+_REVIEWED = {
+    "kernels-community/flash-attn2": replace(
+        FLASH_2.needs,
+        vendors=FLASH_2.needs.vendors | {"cpu"},
+        backward=FLASH_2.needs.vendors | {"cpu"},
+        gfx=frozenset(),
+        features_missing={},
+        exclusive=frozenset(),
+        packages=_KERNELS,
+    ),
+    "kernels-community/flash-attn3": replace(FLASH_3.needs, packages=_KERNELS),
+    _SAGE_REPO: Needs(
+        vendors=frozenset({"nvidia"}),
+        capabilities=frozenset({(8, 0), (8, 9), (9, 0), (10, 0)}),
+        arch_code="sage-arch",
+        arch_text="sm_80, sm_89, sm_90 or sm_100",
+        dtypes=frozenset({"float16", "bfloat16"}),
+        head_dims=(HeadDims(qk=(1, 128), v=(1, 128), equal=True),),
+        features=frozenset(),
+        packages=_KERNELS,
+    ),
+}
 
 
 @cache
 def backend_for(name: str, repo: str) -> Backend:
-    """Give the backend of a hub path.
+    """Return the backend of a hub path.
 
     Args:
         name: the whole path, as the config has it.
         repo: its org/name, which decides the flags.
     """
     native = repo in _FLASH and ":" not in name
-    packing: Packing = "native" if repo in _READ else "none"
+    packing: Packing = "native" if repo in _REVIEWED else "none"
+    digest = hashlib.sha256(name.encode()).hexdigest()[:8]
     return Backend(
         name=name,
         rank=35,
         rank_why="runs only when the config names it",
         rank_source="ours (2026-11-26)",
         summary=f"hub kernel {repo}",
-        needs=_READ.get(repo, Needs(packages=_KERNELS)),
+        needs=_REVIEWED.get(repo, Needs(packages=_KERNELS)),
         packing=packing,
         uses_flash_lib=repo in _FLASH,
         automatic=False,
         # transformers loads FlashAttention by its path. It takes no :fn (5.22.2: ignored or
         # refused), and nothing without a varlen entry: those are attnimg's own to register.
-        applied_as=name
-        if native
-        else f"attnimg_hub_{hashlib.sha256(name.encode()).hexdigest()[:8]}",
-        load_attend=None if native else partial(_load, name),
+        applied_as=name if native else f"attnimg_hub_{digest}",
+        load_function=None if native else partial(hub_attention, name),
         hub_repo=repo,
-        k_forward=None if repo == _SAGE else 2.0,
-        sqnr_db=20.0 if repo == _SAGE else None,
-        unread=repo not in _READ,
+        k_forward=None if repo == _SAGE_REPO else 2.0,
+        sqnr_db=20.0 if repo == _SAGE_REPO else None,
+        unreviewed=repo not in _REVIEWED,
     )
 
 
-def _load(name: str, *, trusted: bool = False) -> AttentionFunction:
-    from attnimg.backends._hub_kernels import hub_attention
+def hub_attention(name: str, *, trusted: bool = False) -> AttentionFunction:
+    """Load a hub kernel and return its attention, in whichever style it exports one.
 
-    return hub_attention(name, trusted=trusted)
+    FlashAttention's two entry points are looked for first, then SageAttention's. A function that
+    :fn names and that is none of these is judged by its arguments.
+
+    Args:
+        name: org/name[@rev][:fn].
+        trusted: whether the user set trust_remote_code.
+
+    Raises:
+        AttnimgError: the kernel does not load, or exports no attention that is known here.
+    """
+    from attnimg.backends._varlen import FlashKernel
+
+    module = load_hub_kernel(name, trusted=trusted)
+    known = {entry: getattr(module, entry, None) for entry in (_VARLEN, _DENSE, _SAGE)}
+    exported = [entry for entry, function in known.items() if callable(function)]
+    entry = name.partition(":")[2] or next(iter(exported), "")
+    function = getattr(module, entry, None)
+    if not callable(function):
+        raise _no_attention(name, module, needed=entry or f"{_VARLEN}, {_DENSE} or {_SAGE}")
+    if entry in (_VARLEN, _DENSE):
+        return FlashKernel(backend=name, dense=known[_DENSE], varlen=known[_VARLEN])
+    if entry == _SAGE:
+        varlen = getattr(module, "sageattn_varlen", None)
+        return sage_attention(name, dense=function, varlen=varlen)
+    takes = list(inspect.signature(function).parameters)
+    if takes[:1] == ["module"]:  # transformers' own interface
+        interface: AttentionFunction = function
+        return interface
+    if "cu_seqlens_q" in takes and "softmax_scale" in takes:
+        return FlashKernel(backend=name, dense=None, varlen=function)
+    if "softmax_scale" in takes:
+        return FlashKernel(backend=name, dense=function, varlen=None)
+    if "tensor_layout" in takes:
+        return sage_attention(name, dense=function, varlen=None)
+    styles = "softmax_scale (FlashAttention), tensor_layout (SageAttention) or module first"
+    raise kernel_error(
+        f"{name} is no attention that attnimg can call",
+        why=f"found the arguments {', '.join(takes)}; needed {styles}",
+        do="name another function of the kernel, or set attn_implementation: sdpa",
+        code="not-a-kernel",
+    )
 
 
-_SAGE = "kernels-community/sage-attention"
-_FLASH = frozenset({"kernels-community/flash-attn2", "kernels-community/flash-attn3"})
-_READ = {
-    "kernels-community/flash-attn2": Needs(
-        vendors=FLASH_2.needs.vendors | {"cpu"},
-        capability_min=(8, 0),
-        arch_code="arch-too-old",
-        arch_text=FLASH_2.needs.arch_text,
-        dtypes=_HALF,
-        head_dims=FLASH_2.needs.head_dims,
-        features=FLASH_2.needs.features,
-        packages=_KERNELS,
-    ),
-    "kernels-community/flash-attn3": Needs(
-        vendors=FLASH_3.needs.vendors,
-        capabilities=FLASH_3.needs.capabilities,
-        arch_text=FLASH_3.needs.arch_text,
-        dtypes=_HALF,
-        head_dims=FLASH_3.needs.head_dims,
-        features=FLASH_3.needs.features,
-        packages=_KERNELS,
-    ),
-    _SAGE: Needs(
-        vendors=frozenset({"nvidia"}),
-        capabilities=frozenset({(8, 0), (8, 9), (9, 0), (10, 0)}),
-        arch_code="sage-arch",
-        arch_text="sm_80, sm_89, sm_90 or sm_100",
-        dtypes=_HALF,
-        head_dims=(HeadDims(qk=(1, 128), v=(1, 128), equal=True),),
-        features=frozenset(),
-        packages=_KERNELS,
-    ),
-}
+def _no_attention(path: str, module: ModuleType, *, needed: str) -> AttnimgError:
+    exports = sorted(
+        name for name, value in vars(module).items() if name[0] != "_" and callable(value)
+    )
+    return kernel_error(
+        f"{path} exports no such attention",
+        why=f"found {', '.join(exports) or 'nothing'}; needed {needed}",
+        do="name a function after a colon, org/name:function, or set attn_implementation: sdpa",
+        code="not-a-kernel",
+    )

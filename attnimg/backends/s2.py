@@ -1,19 +1,240 @@
-"""Shifted sparse attention (LongLoRA): groups of tokens, half the heads shifted by half a group.
+"""LongLoRA's shifted sparse attention: within groups, for half the heads half a group further.
 
 Another function than full attention, so `auto` never takes it. LLaMA only, no packing.
-Source: LongLoRA, arXiv 2309.12307, and its llama_attn_replace.py: see _shifted_sparse.py.
+
+The group is a quarter of the row. The second half of the heads is rolled by half a group, so that
+their last group joins the row's last tokens to its first, which come after them there and would see
+the future. LongLoRA's FlashAttention path cuts that group into its two halves, the row's first half
+group and its last, and so does this one; its path without FlashAttention leaves them together.
+Every group is plain causal attention then, and one document of a kernel with packing.
+Source: arXiv 2309.12307 and its authors' llama_attn_replace.py: group_size_ratio, `shift` in
+forward_noflashattn, cu_q_lens in forward_flashattn
+(github.com/dvlab-research/LongLoRA, 03ac8a5, read 2026-11-21).
+
+Letters: see _varlen.py; P is T rounded up to a multiple of 8.
 """
 
-from functools import partial
+from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from itertools import accumulate
+from types import SimpleNamespace
+from typing import TYPE_CHECKING
+
+from attnimg.backends.flash_attention_2 import BACKEND as FLASH_2
+from attnimg.backends.varlen_attn import load_varlen_attn
+from attnimg.errors import AttnimgError
 from attnimg.facts import AttentionFunction, Backend, Needs
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from attnimg.backends._varlen import AttentionCall
+
+# Groups in a row: group_size_ratio = 1/4.
+GROUPS = 4
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GroupKernel:
+    """A kernel that computes attention within documents.
+
+    Attributes:
+        function: of transformers' attention interface.
+        on_cpu: whether it runs on a CPU, in any dtype; else on a GPU, in half precision.
+        has_dropout: whether it can drop weights.
+    """
+
+    function: AttentionFunction
+    on_cpu: bool
+    has_dropout: bool
+
+    def takes(self, call: AttentionCall) -> bool:
+        """Return whether it can run a call's groups."""
+        import torch
+
+        q, v = call.q, call.v
+        if call.dropout and not self.has_dropout:
+            return False
+        if self.on_cpu or q.device.type == "cpu":
+            return self.on_cpu and q.device.type == "cpu"
+        # torch's varlen_attn is built from FlashAttention-2, and has its limits.
+        needs = FLASH_2.needs
+        sizes = needs.head_dims[0]
+        return (
+            q.device.type == "cuda"
+            and str(q.dtype).removeprefix("torch.") in needs.dtypes
+            and q.shape[-1] == v.shape[-1] <= sizes.qk[1]
+            and q.shape[-1] % sizes.multiple == 0
+            and torch.cuda.get_device_capability(q.device) >= needs.capability_min
+        )
+
+    def within_documents(
+        self, call: AttentionCall, q: Tensor, k: Tensor, v: Tensor, lengths: list[int]
+    ) -> Tensor:
+        """Return causal attention within stretches of each row, (B, heads, P, V).
+
+        Args:
+            call: whose scale and dropout to take.
+            q: (B, heads, P, D).
+            k: (B, heads, P, D).
+            v: (B, heads, P, V).
+            lengths: of the stretches of a row; P in all.
+        """
+        import torch
+
+        ends = list(accumulate(lengths * q.shape[0], initial=0))
+        cu_seqlens = torch.tensor(ends, dtype=torch.int32, device=q.device)
+        out: Tensor = self.function(
+            SimpleNamespace(is_causal=True),
+            q,
+            k,
+            v,
+            None,
+            scaling=call.scale,
+            dropout=call.dropout,
+            cu_seq_lens_q=cu_seqlens,
+            max_length_q=max(lengths),
+            max_length_k=max(lengths),
+        )[0]
+        return out.transpose(1, 2)
+
+
+def group_kernels() -> tuple[GroupKernel, ...]:
+    """Load FlashAttention-2, installed or served locally, and torch's varlen_attn.
+
+    One that is not here is left out, and one that does not load with a warning.
+    """
+    import logging
+
+    import torch
+
+    from attnimg.backends._transformers import flash_kernel
+
+    on_gpu = torch.cuda.is_available()
+    loaders: dict[str, Callable[[], AttentionFunction]] = {
+        "flash-attn": partial(flash_kernel, FLASH_2, trusted=False)
+    }
+    if on_gpu:  # torch has no CPU kernel
+        loaders["varlen_attn"] = load_varlen_attn
+    found = []
+    for name, load in loaders.items():
+        try:
+            function = load()
+        except AttnimgError as error:
+            if error.code != "not-installed":
+                text = "attnimg: s2 goes without %s: %s"
+                logging.getLogger(__name__).warning(text, name, error.why)
+            continue
+        # Without a GPU it is one that LOCAL_KERNELS serves: the package does not load there.
+        dropout = name == "flash-attn"
+        found.append(GroupKernel(function=function, on_cpu=not on_gpu, has_dropout=dropout))
+    return tuple(found)
 
 
 def _load() -> AttentionFunction:
-    from attnimg.backends._shifted_kernels import group_kernels
-    from attnimg.backends._shifted_sparse import attend_shifted
+    return shifted_attention(group_kernels())
 
-    return partial(attend_shifted, group_kernels())
+
+def shifted_attention(kernels: tuple[GroupKernel, ...]) -> AttentionFunction:
+    """Return shifted sparse attention.
+
+    The first of `kernels` that takes the call's device, dtype and shape runs the groups; without
+    one scaled_dot_product_attention does.
+
+    A row whose length is no multiple of 8 is filled up at its end. Padding there changes no token
+    before it, since nothing sees what comes after; nor does the batch's own padding on the right.
+    It refuses rows that are packed, padded on the left, or part of a longer context.
+    """
+    from torch.nn.functional import pad
+
+    from attnimg.backends._varlen import as_attention_function, ungrouped
+
+    def compute(call: AttentionCall) -> Tensor:
+        _check(call)
+        tokens = call.q.shape[2]
+        filled = -tokens % (2 * GROUPS)
+        kv = ungrouped(call.q, call.k, call.v)
+        q, k, v = (pad(x, (0, 0, 0, filled)) for x in (call.q, *kv))
+        half = q.shape[1] // 2
+        kernel = next((kernel for kernel in kernels if kernel.takes(call)), None)
+        out = q.new_empty(*q.shape[:3], v.shape[-1])
+        for heads, shifted in ((slice(half), False), (slice(half, None), True)):
+            parts = (x[:, heads] for x in (q, k, v))
+            out[:, heads] = _grouped(call, *parts, shifted=shifted, kernel=kernel)
+        return out[:, :, :tokens].transpose(1, 2).contiguous()
+
+    return as_attention_function("s2", ("dropout",), compute)
+
+
+def _grouped(
+    call: AttentionCall,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    shifted: bool,
+    kernel: GroupKernel | None = None,
+) -> Tensor:
+    """Return attention within groups, (B, heads, P, V); q, k, v (B, heads, P, D)."""
+    from torch import cat
+
+    if not q.shape[1]:  # of one head, the first half is none
+        return v
+    size = q.shape[2] // GROUPS
+    half = size // 2
+    # Lengths, and how many stretches have them. Shifted, the row's first and last half group stand
+    # alone; between them are whole groups.
+    stretches = [(half, 1), (size, GROUPS - 1), (half, 1)] if shifted else [(size, GROUPS)]
+    if kernel is not None:
+        lengths = [length for length, count in stretches for _ in range(count)]
+        return kernel.within_documents(call, q, k, v, lengths)
+    tokens = [length * count for length, count in stretches]
+    parts = zip(*(x.split(tokens, dim=2) for x in (q, k, v)), strict=True)
+    outs = [
+        _within(call, *part, size=length)
+        for part, (length, _) in zip(parts, stretches, strict=True)
+    ]
+    return cat(outs, dim=2)
+
+
+def _within(call: AttentionCall, q: Tensor, k: Tensor, v: Tensor, *, size: int) -> Tensor:
+    """Return causal attention within stretches of `size` tokens."""
+    from attnimg.backends._exact import exact
+
+    rows, heads, tokens = q.shape[:3]
+    q, k, v = (x.reshape(rows, heads * (tokens // size), size, x.shape[-1]) for x in (q, k, v))
+    out = exact(q, k, v, scale=call.scale, causal=True, dropout=call.dropout)
+    return out.reshape(rows, heads, tokens, -1)
+
+
+def _check(call: AttentionCall) -> None:
+    """Refuse what groups can't be made of."""
+    tokens, keys = call.q.shape[2], call.k.shape[2]
+    if tokens != keys:
+        raise _refusal(f"{tokens} queries on {keys} keys: a cache", "as many keys as queries")
+    if not call.causal:
+        raise _refusal("attention to both sides", "a causal model")
+    packed = call.cu_seqlens_q is not None and len(call.cu_seqlens_q) - 1 > call.q.shape[0]
+    positions = call.position_ids
+    if call.padding is None and positions is not None and positions.dim() == 2:
+        packed = packed or bool((positions.diff(dim=-1) != 1).any())
+    if packed:
+        raise _refusal("packed documents", "one document a row", code="s2-with-packing")
+    if call.padding is not None and bool((call.padding.diff(dim=-1) & call.padding[:, 1:]).any()):
+        raise _refusal("padding on the left", "padding on the right, or none")
+
+
+def _refusal(found: str, needed: str, *, code: str = "s2-batch") -> AttnimgError:
+    from attnimg.backends._loading import kernel_error
+
+    return kernel_error(
+        "s2 can't group this batch",
+        why=f"found {found}, needed {needed}",
+        code=code,
+    )
 
 
 BACKEND = Backend(
@@ -26,7 +247,7 @@ BACKEND = Backend(
     uses_flash_lib=True,
     automatic=False,
     applied_as="attnimg_s2",
-    load_attend=_load,
+    load_function=_load,
     # It is proven against a reference of its own: verify/shifted.py.
     pattern="shifted",
     needs=Needs(

@@ -4,17 +4,109 @@ An approximation, so `auto` never takes it. Source: SageAttention d1a57a5, sagea
 lines 143-157 (which GPUs it dispatches) and its head_dim checks. Read 2026-11-21.
 """
 
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
 from attnimg.facts import AttentionFunction, Backend, HeadDims, Needs
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from attnimg.backends._varlen import AttentionCall, PackedTokens
 
 
 def _load() -> AttentionFunction:
-    from attnimg.backends._imports import import_kernel
+    from attnimg.backends._loading import import_kernel
 
     package = import_kernel("sageattention", backend="sage", package="sageattention")
-    from attnimg.backends._sage import SageKernel
-
     varlen = getattr(package, "sageattn_varlen", None)
-    return SageKernel(backend="sage", dense=package.sageattn, varlen=varlen).attend
+    return sage_attention("sage", dense=package.sageattn, varlen=varlen)
+
+
+def sage_attention(
+    backend: str, *, dense: Callable[..., Any], varlen: Callable[..., Any] | None
+) -> AttentionFunction:
+    """Return the attention of SageAttention's entry points.
+
+    Args:
+        backend: whose they are, for errors.
+        dense: sageattn, or one of its variants with the same arguments.
+        varlen: sageattn_varlen; None sends each document through `dense`.
+    """
+    from attnimg.backends._exact import exact_kernel, with_exact_backward
+    from attnimg.backends._loading import kernel_error
+    from attnimg.backends._varlen import as_attention_function, attention_by_document, one_by_one
+
+    def compute(call: AttentionCall) -> Tensor:
+        call = _in_precision_of_run(call)
+        packed = partial(compute_packed, call) if varlen else None
+        return attention_by_document(call, partial(compute_dense, call), packed)
+
+    def compute_dense(call: AttentionCall, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        causal = call.causal and q.shape[2] > 1
+        if causal and q.shape[2] != k.shape[2]:
+            raise kernel_error(
+                f"{backend} can't do this batch",
+                why=f"found {q.shape[2]} queries on {k.shape[2]} keys; causal needs as many",
+                code="argument-not-honoured",
+            )
+        kernel = partial(dense, tensor_layout="HND", is_causal=causal, sm_scale=call.scale)
+        return with_exact_backward(kernel, exact_kernel(call), q, k, v)
+
+    def compute_packed(call: AttentionCall, tokens: PackedTokens) -> Tensor:
+        assert varlen is not None
+
+        def kernel(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            found: Tensor = varlen(
+                q,
+                _centred(k, tokens.cu_seqlens_k),
+                v,
+                *tokens.boundaries,
+                is_causal=call.causal,
+                sm_scale=call.scale,
+                # It would take the mean over all documents: one would change another's rounding.
+                smooth_k=False,
+            )
+            return found
+
+        def exact(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return one_by_one(replace(tokens, q=q, k=k, v=v), exact_kernel(call))
+
+        return with_exact_backward(kernel, exact, tokens.q, tokens.k, tokens.v)
+
+    return as_attention_function(backend, (), compute)
+
+
+def _centred(k: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """Subtract from the keys, (M, G, D), the mean of their document, which softmax does not see.
+
+    It takes out what int8 would spend its range on. Source: SageAttention2, arXiv 2411.10958,
+    section 3.1.
+    """
+    import torch
+
+    lengths = cu_seqlens.diff()
+    document = torch.repeat_interleave(
+        torch.arange(len(lengths), device=k.device), lengths, output_size=len(k)
+    )
+    sums = k.new_zeros(len(lengths), *k.shape[1:], dtype=torch.float32)
+    means = sums.index_add(0, document, k.float()) / lengths.clamp(min=1)[:, None, None]
+    return (k.float() - means[document]).to(k.dtype)
+
+
+def _in_precision_of_run(call: AttentionCall) -> AttentionCall:
+    """Cast q, k and v to the precision of the run, where PEFT's float32 norms left q in float32."""
+    import torch
+
+    device = call.q.device.type
+    if call.q.dtype is not torch.float32 or not torch.is_autocast_enabled(device):
+        return call
+    dtype = torch.get_autocast_dtype(device)
+    return replace(call, q=call.q.to(dtype), k=call.k.to(dtype), v=call.v.to(dtype))
 
 
 BACKEND = Backend(
@@ -26,7 +118,7 @@ BACKEND = Backend(
     packing="native",
     automatic=False,
     applied_as="attnimg_sage",
-    load_attend=_load,
+    load_function=_load,
     k_forward=None,
     sqnr_db=20.0,
     tolerance_source="ours: SageAttention's repository has no accuracy test (2026-11-21)",

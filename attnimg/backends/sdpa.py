@@ -1,34 +1,185 @@
-"""PyTorch's own scaled_dot_product_attention: always there, and it picks its inner kernel.
+"""PyTorch's own scaled_dot_product_attention: by itself, and pinned to each of its inner kernels.
 
-Packed rows reach it with a block-diagonal mask, which costs memory quadratic in the row and rules
-out its flash kernel. Source: transformers 5.22.2, masking_utils.py (read 2026-11-21).
-On sm_90 and sm_10x it takes cuDNN's kernel first, which builds a plan for each new shape of a call,
-a second or less; TORCH_CUDNN_SDPA_DEPRIORITIZED=1 puts that kernel last. See verify/compiled.py.
+Plain sdpa is always there, and picks its inner kernel. Packed rows reach it with a block-diagonal
+mask, which costs memory quadratic in the row and rules out its flash kernel. Source: transformers
+5.22.2, masking_utils.py (read 2026-11-21). On sm_90 and sm_10x it takes cuDNN's kernel first, which
+builds a plan for each new shape of a call, a second or less; TORCH_CUDNN_SDPA_DEPRIORITIZED=1 puts
+that kernel last. See verify/compiled.py.
+
+The pinned ones are there for when its pick is wrong or slow, and get one document at a time. Source
+of their limits: aten/src/ATen/native/transformers/cuda/sdp_utils.cpp of pytorch/pytorch at 001f694
+(main, read 2026-11-21; torch 2.13's own copy: not verified), where not named otherwise.
 """
 
-from attnimg.facts import Backend, Needs, Rank
+from __future__ import annotations
 
-BACKEND = Backend(
-    name="sdpa",
-    rank=50,
-    rank_why="picks the best of PyTorch's own kernels by itself",
-    rank_source="torch 2.13, docstring of scaled_dot_product_attention (2026-11-26)",
-    ranks=(
-        Rank(
-            rank=62,
-            packed=True,
-            routed=False,
-            why="gets packed rows with a mask, and scores each token against its whole row",
-            source="transformers 5.22.2, masking_utils.py:find_packed_sequence_indices "
-            "(2026-11-26)",
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from attnimg.facts import AttentionFunction, Backend, HeadDims, Needs, Rank, Vendor
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from attnimg.backends._varlen import AttentionCall
+
+# These refuse calls of one key, which packed rows have: a document may be one token long. Source:
+# pytorch, sdp_utils.cpp, check_cudnn_tensor_shapes (2026-11-26); seen on an H200 with torch 2.11.
+# Flash and efficient take them there.
+_NO_SINGLE_KEY = frozenset({"CUDNN_ATTENTION"})
+_GPUS: frozenset[Vendor] = frozenset({"nvidia", "amd"})
+
+
+def _load(backend: str, inner: str, features: frozenset[str]) -> AttentionFunction:
+    """Return attention document by document on one inner kernel, a name of torch's SDPBackend.
+
+    torch takes that kernel or raises RuntimeError: it never falls back to another. Where a kernel
+    refuses a single key, torch's plain one computes it: over one key every kernel's softmax is 1,
+    and its output v.
+    """
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    from attnimg.backends._exact import exact_kernel
+    from attnimg.backends._varlen import as_attention_function, attention_by_document
+
+    def compute(call: AttentionCall) -> Tensor:
+        exact = exact_kernel(call)
+
+        def dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            single = k.shape[2] == 1 and inner in _NO_SINGLE_KEY
+            with sdpa_kernel(SDPBackend.MATH if single else getattr(SDPBackend, inner)):
+                return exact(q, k, v)
+
+        return attention_by_document(call, dense)
+
+    return as_attention_function(backend, features, compute)
+
+
+def _pinned(name: str, inner: str, needs: Needs, **fields: Any) -> Backend:
+    return Backend(
+        name=name,
+        packing="native",
+        in_config=False,
+        load_function=partial(_load, name, inner, needs.features),
+        needs=needs,
+        **fields,
+    )
+
+
+def _last_on_rdna(rank: int) -> Rank:
+    return Rank(
+        rank=rank,
+        archs=frozenset({"gfx1030", "gfx1100", "gfx1101", "gfx1102", "gfx1200", "gfx1201"}),
+        why="asks for TORCH_ROCM_AOTRITON_ENABLE_EXPERIMENTAL=1 on RDNA",
+        source="torch at 001f694, sdp_utils.cpp (2026-11-26)",
+    )
+
+
+BACKENDS = (
+    Backend(
+        name="sdpa",
+        rank=50,
+        rank_why="picks the best of PyTorch's own kernels by itself",
+        rank_source="torch 2.13, docstring of scaled_dot_product_attention (2026-11-26)",
+        ranks=(
+            Rank(
+                rank=62,
+                packed=True,
+                routed=False,
+                why="gets packed rows with a mask, and scores each token against its whole row",
+                source="transformers 5.22.2, masking_utils.py:find_packed_sequence_indices "
+                "(2026-11-26)",
+            ),
         ),
+        summary="PyTorch scaled_dot_product_attention",
+        packing="mask",
+        needs_dtype_cast=False,
+        applied_as="sdpa",
+        mask="sdpa",
+        # No argument for a soft cap or for sinks: transformers refuses the first and has models of
+        # the second say that they do not support it. Source: torch 2.13 signature; transformers
+        # 5.22.2.
+        needs=Needs(features=frozenset({"window", "dropout"})),
     ),
-    summary="PyTorch scaled_dot_product_attention",
-    packing="mask",
-    needs_dtype_cast=False,
-    applied_as="sdpa",
-    mask="sdpa",
-    # No argument for a soft cap or for sinks: transformers refuses the first and has models of the
-    # second say that they do not support it. Source: torch 2.13 signature; transformers 5.22.2.
-    needs=Needs(features=frozenset({"window", "dropout"})),
+    # check_flash_attention_hardware_support (sm_80 to sm_121) and check_head_dim_size_flash. On
+    # sm_86, sm_89, sm_120 and sm_121 it refuses to train with head sizes from 193 to 224, and above
+    # with dropout (check_requires_grad_and_head_dim_gt192_constraints_on_sm86_89_or_120).
+    _pinned(
+        "sdpa_flash",
+        "FLASH_ATTENTION",
+        Needs(
+            vendors=_GPUS,
+            capability_min=(8, 0),
+            arch_code="arch-too-old",
+            arch_text="sm_80 or newer, or AMD CDNA or RDNA",
+            dtypes=frozenset({"float16", "bfloat16"}),
+            head_dims=(HeadDims(qk=(1, 256), v=(1, 256), equal=True, multiple=8),),
+            features=frozenset({"dropout"}),
+            backward=_GPUS,
+        ),
+        rank=51,
+        rank_why="comes after plain sdpa, which may pick it",
+        rank_source="torch at 001f694, sdp_utils.cpp, priority_order (2026-11-26)",
+        ranks=(_last_on_rdna(66),),
+        summary="PyTorch's FlashAttention-2",
+        applied_as="attnimg_torch_fa",
+    ),
+    # check_mem_efficient_hardware_support (sm_50 to sm_121) and minimum_gemm_alignment (8 for half
+    # precision, less for float32). On AMD it is AOTriton, where head sizes end at 256 or 512 by
+    # version, and RDNA asks for TORCH_ROCM_AOTRITON_ENABLE_EXPERIMENTAL=1.
+    _pinned(
+        "sdpa_efficient",
+        "EFFICIENT_ATTENTION",
+        Needs(
+            vendors=_GPUS,
+            capability_min=(5, 0),
+            arch_code="arch-too-old",
+            arch_text="sm_50 or newer, or AMD CDNA or RDNA",
+            head_dims=(HeadDims(multiple=8, multiple_v=8),),
+            features=frozenset({"window", "dropout"}),
+            backward=_GPUS,
+        ),
+        rank=52,
+        rank_why="comes after PyTorch's flash kernel, which is faster where it fits",
+        rank_source="torch at 001f694, sdp_utils.cpp, priority_order (2026-11-26)",
+        ranks=(_last_on_rdna(67),),
+        summary="PyTorch's memory-efficient attention",
+        applied_as="attnimg_torch_efficient",
+    ),
+    # check_cudnn_hardware_support and check_cudnn_tensor_shapes. There the newest cuDNN also takes
+    # 256 and MLA's (192, 128) on sm_90 and sm_10x. It refuses a single key, and dropout that is no
+    # multiple of 1/16 (check_cudnn_dropout). It builds a plan for each new shape, so each new
+    # length of a document costs up to a second, once in a process; see verify/compiled.py.
+    _pinned(
+        "sdpa_cudnn",
+        "CUDNN_ATTENTION",
+        Needs(
+            vendors=frozenset({"nvidia"}),
+            capability_min=(8, 0),
+            arch_code="arch-too-old",
+            arch_text="sm_80 or newer",
+            dtypes=frozenset({"float16", "bfloat16"}),
+            head_dims=(HeadDims(qk=(8, 128), v=(8, 128), equal=True, multiple=8),),
+            features=frozenset({"dropout"}),
+            backward=_GPUS,
+        ),
+        rank=53,
+        rank_why="comes after PyTorch's other fused kernels until it is timed here",
+        rank_source="ours: unmeasured (2026-11-26)",
+        summary="PyTorch's cuDNN attention",
+        applied_as="attnimg_torch_cudnn",
+    ),
+    # Slow, and it holds all scores of a document at once; but it runs on every device and refuses
+    # no size: torch 2.13, the docstring of torch.nn.functional.scaled_dot_product_attention, names
+    # limits of "fused kernels" alone (2026-11-25).
+    _pinned(
+        "sdpa_math",
+        "MATH",
+        Needs(features=frozenset({"window", "dropout"})),
+        rank=85,
+        rank_why="stores the attention scores of one document, where eager stores those of a row",
+        rank_source="torch 2.13, docstring of scaled_dot_product_attention (2026-11-25)",
+        summary="PyTorch's plain attention",
+        applied_as="attnimg_torch_math",
+    ),
 )

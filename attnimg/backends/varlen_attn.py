@@ -4,34 +4,64 @@ FlashAttention-2 as torch builds it in, so its limits are those of sdpa's flash 
 Source: torch 2.13, torch/nn/attention/varlen.py (2026-11-21).
 """
 
-from typing import Any
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 from attnimg.facts import AttentionFunction, Backend, HeadDims, Needs
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from attnimg.backends._varlen import AttentionCall, PackedTokens
 
 _FEATURES = frozenset({"window"})
 
 
-def _load() -> AttentionFunction:
-    from attnimg.backends._imports import import_kernel
+def load_varlen_attn() -> AttentionFunction:
+    """Return the attention of the installed torch's varlen_attn.
 
-    kernel = import_kernel("torch.nn.attention.varlen", backend="varlen_attn", package="torch")
-    from attnimg.backends._torch_varlen import attend_varlen
+    Raises:
+        AttnimgError: this torch has none, or it does not load.
+    """
+    from attnimg.backends._loading import import_kernel
 
-    def attend(
-        module: Any, query: Any, key: Any, value: Any, attention_mask: Any, **arguments: Any
-    ) -> tuple[Any, None]:
-        return attend_varlen(
-            kernel.varlen_attn,
-            module,
-            query,
-            key,
-            value,
-            attention_mask,
-            honours=_FEATURES,
-            **arguments,
-        ), None
+    module = import_kernel("torch.nn.attention.varlen", backend="varlen_attn", package="torch")
+    return varlen_attention(module.varlen_attn)
 
-    return attend
+
+def varlen_attention(varlen: Callable[..., Any]) -> AttentionFunction:
+    """Return the attention of a function like torch's varlen_attn."""
+    from attnimg.backends._varlen import as_attention_function, attention_by_document, ungrouped
+
+    # torch 2.11 has no such argument, and takes as many key heads as query heads.
+    knows_groups = "enable_gqa" in inspect.signature(varlen).parameters
+
+    def compute(call: AttentionCall) -> Tensor:
+        left = -1 if call.window is None else call.window - 1
+        grouped = call.q.shape[1] != call.k.shape[1]
+        options: dict[str, Any] = {"enable_gqa": True} if grouped and knows_groups else {}
+
+        def packed(tokens: PackedTokens) -> Tensor:
+            k, v = tokens.k, tokens.v
+            if not knows_groups:
+                k, v = ungrouped(tokens.q, k, v)
+            out: Tensor = varlen(
+                tokens.q,
+                k,
+                v,
+                *tokens.boundaries,
+                scale=call.scale,
+                window_size=(left, 0) if call.causal else (left, left),
+                **options,
+            )
+            return out
+
+        return attention_by_document(call, None, packed)
+
+    return as_attention_function("varlen_attn", _FEATURES, compute)
 
 
 BACKEND = Backend(
@@ -43,7 +73,7 @@ BACKEND = Backend(
     packing="native",
     in_config=False,
     applied_as="attnimg_varlen_attn",
-    load_attend=_load,
+    load_function=load_varlen_attn,
     needs=Needs(
         vendors=frozenset({"nvidia"}),
         capability_min=(8, 0),

@@ -1,22 +1,80 @@
 """xFormers' memory-efficient attention: the packing kernel for GPUs older than Ampere.
 
-Source: xformers 0.0.35, ops/fmha/{cutlass,flash,common,attn_bias}.py. Read 2026-11-21.
+Source: xformers 0.0.35, ops/fmha/{__init__,attn_bias,common,cutlass,flash}.py. Read 2026-11-21.
 """
 
-from functools import partial
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
 
 from attnimg.facts import AttentionFunction, Backend, HeadDims, Needs, Rank
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from attnimg.backends._varlen import AttentionCall, PackedTokens
+
 _BLACKWELL = frozenset({10, 11, 12})
+_FEATURES = frozenset({"window", "dropout"})
 
 
 def _load() -> AttentionFunction:
-    from attnimg.backends._imports import import_kernel
+    from attnimg.backends._loading import import_kernel
 
-    ops = import_kernel("xformers.ops", backend="xformers", package="xformers")
-    from attnimg.backends._xformers_bias import attend_xformers
+    return xformers_attention(import_kernel("xformers.ops", backend="xformers", package="xformers"))
 
-    return partial(attend_xformers, ops)
+
+def xformers_attention(ops: Any) -> AttentionFunction:
+    """Return the attention of the module xformers.ops, with the mask object that a call needs."""
+    from attnimg.backends._varlen import as_attention_function, attention_by_document, ungrouped
+
+    def compute(call: AttentionCall) -> Tensor:
+        def kernel(q_BTHD: Tensor, k: Tensor, v: Tensor, mask: Any) -> Tensor:
+            # cutlass's backward pass takes no groups of heads.
+            k, v = ungrouped(q_BTHD, k, v, dim=2)
+            out: Tensor = ops.memory_efficient_attention(
+                q_BTHD, k, v, attn_bias=mask, p=call.dropout, scale=call.scale
+            )
+            return out
+
+        def packed(tokens: PackedTokens) -> Tensor:
+            mask = _mask_of_documents(ops.fmha.attn_bias, call, tokens)
+            return kernel(tokens.q[None], tokens.k[None], tokens.v[None], mask)[0]
+
+        def dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            mask = None
+            if call.causal and q.shape[2] == k.shape[2]:
+                mask = ops.LowerTriangularMask()
+            elif call.causal:
+                mask = ops.fmha.attn_bias.LowerTriangularFromBottomRightMask()
+            q_BTHD, k_BSGD, v_BSGV = (x.transpose(1, 2) for x in (q, k, v))
+            return kernel(q_BTHD, k_BSGD, v_BSGV, mask).transpose(1, 2)
+
+        # Windows exist for documents in a row; cutlass has no backward pass for the dense form.
+        return attention_by_document(call, dense if call.window is None else None, packed)
+
+    return as_attention_function("xformers", _FEATURES, compute)
+
+
+def _mask_of_documents(kinds: Any, call: AttentionCall, tokens: PackedTokens) -> Any:
+    from attnimg.backends._loading import kernel_error
+
+    lengths_q, lengths_k = (x.diff().tolist() for x in (tokens.cu_seqlens_q, tokens.cu_seqlens_k))
+    equal = lengths_q == lengths_k
+    if call.window is not None and not (call.causal and equal):
+        found = "a window with fewer queries than keys" if call.causal else "a window to both sides"
+        raise kernel_error(
+            "xformers has no mask for this batch",
+            why=f"found {found}, which its kernels do not take",
+            code="argument-not-honoured",
+        )
+    if not call.causal:
+        return kinds.BlockDiagonalMask.from_seqlens(lengths_q, lengths_k)
+    if not equal:
+        return kinds.BlockDiagonalCausalFromBottomRightMask.from_seqlens(lengths_q, lengths_k)
+    mask = kinds.BlockDiagonalCausalMask.from_seqlens(lengths_q)
+    # Backward, cutlass knows this window alone: the one aligned at the top left.
+    return mask if call.window is None else mask.make_local_attention(call.window)
 
 
 BACKEND = Backend(
@@ -37,7 +95,7 @@ BACKEND = Backend(
     summary="xFormers memory-efficient attention",
     packing="native",
     applied_as="attnimg_xformers",
-    load_attend=_load,
+    load_function=_load,
     needs=Needs(
         vendors=frozenset({"nvidia", "amd"}),
         capability_min=(7, 0),
@@ -51,7 +109,7 @@ BACKEND = Backend(
             HeadDims(majors=_BLACKWELL, qk=(1, 256), v=(1, 256), multiple=8, equal=True),
         ),
         dtypes_missing=dict.fromkeys(_BLACKWELL, frozenset({"float32"})),
-        features=frozenset({"window", "dropout"}),
+        features=_FEATURES,
         backward=frozenset({"nvidia", "amd"}),
         packages=(("xformers", "0.0.33", "not-installed"),),
     ),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from attnimg.backends import arch_code, contrary_settings, repo_of, runs_on
+from attnimg.backends import arch_code, contrary_settings, local_kernel, runs_on
 from attnimg.facts import Backend, LocalKernel, Machine, Problem, Reason, Verdict
 from attnimg.select import known_bad
 from attnimg.select.classes import reason_against_class, reason_of_own_code
@@ -35,7 +35,7 @@ def reasons_against(backend: Backend, machine: Machine, problem: Problem) -> tup
     """Give every reason why a backend cannot do this work here; none means that it fits."""
     problem = with_windows_that_hide(problem)
     needs = backend.needs
-    if (local := _local_kernel(backend, machine)) is not None:
+    if (local := local_kernel(backend, machine)) is not None:
         return (
             *_local_reasons(backend, local, machine, problem),
             *_class(backend, problem, served=True),
@@ -94,7 +94,7 @@ def _packing(backend: Backend, problem: Problem) -> Iterator[Reason]:
     if backend.needs.packed_only and not problem.packing:
         yield Reason(code="not-packed", text="takes packed rows only; sdpa takes the others")
     # A hub kernel that nobody here has read must prove that it isolates, before the first step.
-    if backend.unread and problem.trusted:
+    if backend.unreviewed and problem.trusted:
         return
     if problem.packing and backend.packing == "none":
         code = "s2-with-packing" if backend.name == "s2" else "packing-not-isolated"
@@ -117,7 +117,7 @@ def _model(backend: Backend, machine: Machine, problem: Problem) -> Iterator[Rea
     for layer in model.layers:
         yield from layer_reasons(layer, needs.head_dims, major, features)
     capped = any(layer.softcap for layer in model.layers)
-    if problem.dropout and capped and needs.apart >= {"softcap", "dropout"}:
+    if problem.dropout and capped and needs.exclusive >= {"softcap", "dropout"}:
         text = f"found attention dropout {problem.dropout} with a logit soft cap, does one of them"
         yield Reason(code="dropout", text=text)
 
@@ -149,17 +149,6 @@ def _software(backend: Backend, machine: Machine) -> Iterator[Reason]:
         elif lowest and _older(version, lowest):
             code = "version-low" if code == "not-installed" else code
             yield Reason(code=code, text=f"found {package} {version}, needs {lowest} or newer")
-
-
-def _local_kernel(backend: Backend, machine: Machine) -> LocalKernel | None:
-    """Find the folder that LOCAL_KERNELS serves for a backend whose package is not installed."""
-    installed = machine.packages or {}
-    if backend.hub_repo != repo_of(backend.name) and any(
-        package in installed for package, _, _ in backend.needs.packages
-    ):
-        return None
-    repo = repo_of(backend.hub_repo or "")
-    return next((kernel for kernel in machine.local_kernels if kernel.repo == repo), None)
 
 
 def _local_reasons(
@@ -205,7 +194,7 @@ def _arguments_missing(kernel: LocalKernel, problem: Problem) -> Iterator[Reason
 
 def _kernel(backend: Backend, machine: Machine) -> str:
     """Say what would run: a package and its version, or the folder that serves it."""
-    if (local := _local_kernel(backend, machine)) is not None:
+    if (local := local_kernel(backend, machine)) is not None:
         return f"{local.repo} {local.version} from {local.path}".replace("  ", " ")
     if not backend.needs.packages:
         return f"torch {machine.torch}" if machine.torch else "torch"

@@ -23,7 +23,7 @@ from attnimg.train.checkpoint import checkpoints, newest_checkpoint, step_of
 from attnimg.train.distributed import gathered, rank, world_size
 
 if TYPE_CHECKING:
-    from attnimg.backends._capture import CallKind, CapturedCall
+    from attnimg.verify.capture import CallKind, CapturedCall
 
 # Backends that the error on a wrong one suggests: torch's own, then plain attention.
 _OTHERS = ("sdpa", "eager")
@@ -113,7 +113,7 @@ class AttentionCheck:
         if not self.due(step):
             yield
             return
-        from attnimg.backends._capture import Capture
+        from attnimg.verify.capture import Capture
 
         # A resumed session continues with the layer after the last one of the session before.
         if self._checked is None:

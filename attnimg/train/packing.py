@@ -280,17 +280,17 @@ class PackedCollator:
 
     Attributes:
         pad_token_id: stands on padding, which is a document of its own and bears no loss.
-        one_row: True for kernels that take document boundaries (flash, varlen): rows flattened to
-            (1, T), with cu_seq_lens_q/k and max_length_q/k. False for those that take a mask
+        padding_free: True for kernels that take document boundaries (flash, varlen): rows flattened
+            to (1, T), with cu_seq_lens_q/k and max_length_q/k. False for those that take a mask
             (eager, sdpa, flex): (B, S) and position_ids alone. They find the documents there; what
             reads boundaries instead (flash, linear attention) takes them for one row only.
         seq_idx: True for models whose short convolutions or scans need each token's document.
         pad_to: pad every row to a multiple of this many tokens; None to the longest row, and where
-            one_row is True not at all.
+            padding_free is True not at all.
     """
 
     pad_token_id: int
-    one_row: bool
+    padding_free: bool
     seq_idx: bool
     pad_to: int | None = None
 
@@ -302,7 +302,7 @@ class PackedCollator:
                 example without document_lengths is one document.
 
         Returns:
-            input_ids, labels and position_ids, int64, (1, T) or (B, S); with one_row also
+            input_ids, labels and position_ids, int64, (1, T) or (B, S); with padding_free also
             cu_seq_lens_q/k (int32, padding included) and max_length_q/k (int: a tensor would be
             read back from the GPU in every layer); with seq_idx also that, int32, shaped as
             input_ids. The first label of each document is -100: the token that predicts it belongs
@@ -315,7 +315,7 @@ class PackedCollator:
         ]
         for example, row in zip(examples, lengths, strict=True):
             assert sum(row) == len(example["input_ids"]), "document_lengths don't sum to the row"
-        layout = lay_out(lengths, one_row=self.one_row, pad_to=self.pad_to)
+        layout = lay_out(lengths, padding_free=self.padding_free, pad_to=self.pad_to)
         input_ids = _place(examples, "input_ids", layout.is_token, fill=self.pad_token_id)
         labels = _place(examples, "labels", layout.is_token, fill=NO_LOSS)
         labels[layout.position_ids == 0] = NO_LOSS
@@ -324,7 +324,7 @@ class PackedCollator:
             "labels": torch.from_numpy(labels),
             "position_ids": torch.from_numpy(layout.position_ids),
         }
-        if self.one_row:
+        if self.padding_free:
             for side in ("q", "k"):
                 batch[f"cu_seq_lens_{side}"] = torch.from_numpy(layout.cu_seq_lens)
                 batch[f"max_length_{side}"] = layout.max_length
@@ -354,7 +354,7 @@ class PaddedCollator:
         import torch
 
         lengths = [[len(example["input_ids"])] for example in examples]
-        is_token = lay_out(lengths, one_row=False, pad_to=self.pad_to).is_token
+        is_token = lay_out(lengths, padding_free=False, pad_to=self.pad_to).is_token
         return {
             "input_ids": torch.from_numpy(
                 _place(examples, "input_ids", is_token, fill=self.pad_token_id)

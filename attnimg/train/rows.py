@@ -89,7 +89,7 @@ def make_rows(
         pad_token_id: fills what a row has left.
     """
     fixed = config.sequence_len if config.pad_to_sequence_len else None
-    flat = context.one_row and bool(config.batch_flattening)
+    flat = context.padding_free and bool(config.batch_flattening)
     if packed:
         rows = pack(_lengths(documents), capacity=config.sequence_len, seed=config.seed)
         dataset, tokens, filled = pack_dataset(documents, rows), rows.tokens, rows.filled_share
@@ -99,7 +99,7 @@ def make_rows(
     if packed or flat:
         collate: PackedCollator | PaddedCollator = PackedCollator(
             pad_token_id=pad_token_id,
-            one_row=context.one_row,
+            padding_free=context.padding_free,
             seq_idx=context.seq_idx,
             pad_to=fixed,
         )

@@ -17,8 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnimg.backends._arguments import Call
-from attnimg.backends._documents import documents_of
+from attnimg.backends._varlen import AttentionCall, packed_tokens
 
 # Tokens (begin, end) of a row.
 Span = tuple[int, int]
@@ -492,7 +491,7 @@ def _seen(mask: Any, row: int, begin: int, end: int, *, n_tokens: int) -> Tensor
     return ~hidden
 
 
-def spans_of_arguments(read: Call, row: int) -> tuple[Tensor, Tensor]:
+def spans_of_arguments(read: AttentionCall, row: int) -> tuple[Tensor, Tensor]:
     """Return the first key that each query of a row sees, and the key behind the last one."""
     n_rows, n_tokens = read.q.shape[0], read.q.shape[2]
     place = torch.arange(n_tokens, device=read.q.device)
@@ -503,10 +502,10 @@ def spans_of_arguments(read: Call, row: int) -> tuple[Tensor, Tensor]:
         first = torch.full_like(place, begin)
         last = torch.where(is_token, begin + is_token.sum(), begin)
     else:
-        documents = documents_of(read)
+        tokens = packed_tokens(read)
         ends = torch.arange(n_rows + 1, device=place.device) * n_tokens
-        if documents is not None:
-            ends = documents.bounds_q.long()
+        if tokens is not None:
+            ends = tokens.cu_seqlens_q.long()
         of_row = place + row * n_tokens
         number = torch.searchsorted(ends, of_row, right=True).clamp(1, len(ends) - 1)
         first = (ends[number - 1] - row * n_tokens).clamp(min=0)

@@ -124,7 +124,7 @@ def require_isolation(proof: IsolationProof) -> None:
         return
     other = (
         "attn_implementation: sdpa (isolates most models by a mask)"
-        if proof.context.one_row
+        if proof.context.padding_free
         else "attn_implementation: flash_attention_2 (its kernels get document boundaries)"
     )
     what = f"{proof.model_type} on {proof.backend} does not isolate packed documents"
@@ -165,7 +165,7 @@ def _compare(model: nn.Module, *, context: RunContext) -> _Figures:
     rows = [documents, documents[::-1]] if context.rows > 1 else [documents]
     flat = [document for row in rows for document in row]
     lengths = [[len(document) for document in row] for row in rows]
-    layout = lay_out(lengths, one_row=context.one_row, pad_to=PAD_TO)
+    layout = lay_out(lengths, padding_free=context.padding_free, pad_to=PAD_TO)
     bounds = document_bounds(layout)
     with undisturbed(model):
         apart = [forward_apart(model, document, context=context).float() for document in documents]
@@ -318,7 +318,7 @@ def packed_inputs(
     input_ids = torch.full_like(position_ids, int(rows[0][0][0]))
     input_ids[is_token] = torch.cat([document for row in rows for document in row])
     inputs: dict[str, Any] = {"input_ids": input_ids, "position_ids": position_ids}
-    if context.one_row:
+    if context.padding_free:
         boundaries = torch.from_numpy(layout.cu_seq_lens).to(device)
         inputs |= {f"cu_seq_lens_{side}": boundaries for side in "qk"}
         inputs |= {f"max_length_{side}": layout.max_length for side in "qk"}

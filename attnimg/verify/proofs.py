@@ -10,15 +10,14 @@ from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from pathlib import Path
 
-from attnimg.backends import variables_that_choose
-from attnimg.backends._hub_kernels import hub_folder
+from attnimg.backends import local_kernel, variables_that_choose
+from attnimg.backends._loading import hub_folder
 from attnimg.content_hashes import ContentHashes, cache_folder
 from attnimg.context import context_of
 from attnimg.facts import (
     Backend,
     Geometry,
     LayerGroup,
-    LocalKernel,
     Machine,
     Problem,
     Proof,
@@ -167,7 +166,7 @@ def _content(
         if found is None:
             raise OSError(f"{package} does not list its files")
         content[package] = found
-    if (local := local_kernel_of(backend, machine)) is not None:
+    if (local := local_kernel(backend, machine)) is not None:
         content["kernel"] = hashes.of_folder(Path(local.path))
     elif backend.hub_repo is not None and backend.name.startswith(backend.hub_repo):
         content["kernel"] = hashes.of_folder(hub_folder(backend.name, trusted=trusted))
@@ -182,7 +181,7 @@ def _candidate(backend: Backend, problem: Problem, setting: Setting, *, routed: 
         context_of(problem, backend),
         dense=not problem.packing or has_dense_entry(backend, setting.machine),
         deterministic=setting.environment.get("FLASH_ATTENTION_DETERMINISTIC") == "1",
-        every_length=backend.unread or local_kernel_of(backend, setting.machine) is not None,
+        every_length=backend.unreviewed or local_kernel(backend, setting.machine) is not None,
     )
     return Candidate(
         backend=backend.name, geometries=geometries, trusted=problem.trusted, routed=routed
@@ -340,13 +339,7 @@ def geometries_of(
     return tuple(dict.fromkeys(found))
 
 
-def local_kernel_of(backend: Backend, machine: Machine) -> LocalKernel | None:
-    """Find the folder that LOCAL_KERNELS serves for a backend."""
-    repo = (backend.hub_repo or "").partition("@")[0].partition(":")[0]
-    return next((kernel for kernel in machine.local_kernels if kernel.repo == repo), None)
-
-
 def has_dense_entry(backend: Backend, machine: Machine) -> bool:
     """Tell whether a backend takes rows of one document: some kernels have a varlen entry alone."""
-    local = local_kernel_of(backend, machine)
+    local = local_kernel(backend, machine)
     return local is None or local.exports is None or "flash_attn_func" in local.exports

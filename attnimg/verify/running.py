@@ -15,8 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from attnimg.backends._arguments import Call, read_call
-from attnimg.backends._capture import CapturedCall, call_again
+from attnimg.backends._varlen import AttentionCall, read_call
 from attnimg.errors import AttnimgError
 from attnimg.facts import Backend, CallCheck, DType, Figure, Reason, RunContext
 from attnimg.verify.blocks import (
@@ -28,6 +27,7 @@ from attnimg.verify.blocks import (
     spans_of_arguments,
     spans_of_mask,
 )
+from attnimg.verify.capture import CapturedCall, call_again
 from attnimg.verify.cases import Scores
 from attnimg.verify.checks import (
     GAIN,
@@ -56,7 +56,7 @@ ENDS = 64
 # Rows of at most so many tokens, whose queries see at most SHORT keys, have the bound of
 # noise.rounding_of_output.
 FEW_TOKENS = 256
-_HONOURS = frozenset({"window", "softcap", "sinks", "dropout"})
+_FEATURES = frozenset({"window", "softcap", "sinks", "dropout"})
 
 
 def why_unchecked(backends: list[Backend], context: RunContext, *, dropout: float) -> str:
@@ -136,7 +136,7 @@ class _Part:
     last: Tensor
     queries: list[Span]
     keys: list[Span]
-    call: Call
+    call: AttentionCall
 
     @property
     def query_heads(self) -> slice:
@@ -164,7 +164,7 @@ def _part_of(call: CapturedCall, *, longest: int | None, draw: random.Random) ->
         call.k,
         call.v,
         None if masked else call.mask,
-        honours=_HONOURS,
+        features=_FEATURES,
         **call.arguments,
     )
     if read.dropout:

@@ -56,8 +56,8 @@ def prove_candidate(
     """Prove one candidate; what its kernel raises is a reason."""
     import torch
 
-    from attnimg.backends._attend import as_applied, attention_function
-    from attnimg.backends._fp8 import restore_flash_kernel
+    from attnimg.backends._transformers import as_applied, attention_function
+    from attnimg.backends.fp8 import restore_flash_kernel
     from attnimg.verify.candidate import budget_here, merge, prove_geometry, repeat_calls
     from attnimg.verify.checks import with_bounds_here
     from attnimg.verify.process_state import (

@@ -34,10 +34,10 @@ def calls(asked: dict[str, Any], device: str, *, batch: int = 1, tokens: Any = N
     sage_without_cuda(device)
     import sageattention
 
-    from attnimg.backends._sage import SageKernel
+    from attnimg.backends.sage import sage_attention
 
-    kernel = SageKernel(
-        backend="sage", dense=sageattention.sageattn, varlen=sageattention.sageattn_varlen
+    attention = sage_attention(
+        "sage", dense=sageattention.sageattn, varlen=sageattention.sageattn_varlen
     )
     lengths = tokens or [length - less for length in TOKENS for less in (0, 1)]
     for head_dim, pairs in asked["heads"].items():
@@ -48,13 +48,13 @@ def calls(asked: dict[str, Any], device: str, *, batch: int = 1, tokens: Any = N
             kinds = ["causal" if causal else "full", "varlen" if varlen else "dense"]
             name = "-".join([f"d{head_dim}", f"h{heads}", f"g{kv_heads}", *kinds, dtype])
             yield name, partial(
-                _attend, kernel, int(head_dim), heads=heads, kv_heads=kv_heads, dtype=dtype,
+                _attend, attention, int(head_dim), heads=heads, kv_heads=kv_heads, dtype=dtype,
                 causal=causal, varlen=varlen, batch=batch, lengths=lengths,
             )  # fmt: skip
 
 
 def _attend(
-    kernel: Any, head_dim: int, *, heads: int, kv_heads: int, dtype: str, causal: bool,
+    attention: Any, head_dim: int, *, heads: int, kv_heads: int, dtype: str, causal: bool,
     varlen: bool, batch: int, lengths: list[int],
 ) -> None:  # fmt: skip
     """Attend over each length; q, k and v lie as transformers' models make them."""
@@ -68,7 +68,7 @@ def _attend(
         )
         first = length // 3 if varlen else 0
         positions = torch.cat([torch.arange(first), torch.arange(length - first)])
-        kernel.attend(
+        attention(
             layer, q, k, v, None, scaling=head_dim**-0.5, dropout=0.0, is_causal=causal,
             position_ids=positions.expand(batch, -1),
         )  # fmt: skip

@@ -7,7 +7,7 @@ from typing import Any
 
 from attnimg.backends import all_backends, backend_named
 from attnimg.context import context_of
-from attnimg.context import takes_one_row as takes_one_row
+from attnimg.context import is_padding_free as is_padding_free
 from attnimg.facts import Backend, LayerGroup, Machine, Model, Problem, Proof
 from attnimg.machine import probe
 from attnimg.machine.kernel_cache import use_shipped_kernels
@@ -139,7 +139,9 @@ def packed_collator(name: str) -> Any:
     """Return the collator of packed rows, as train makes it for a backend."""
     from attnimg.train.packing import PackedCollator
 
-    return PackedCollator(pad_token_id=0, one_row=takes_one_row(backend(name)), seq_idx=False)
+    return PackedCollator(
+        pad_token_id=0, padding_free=is_padding_free(backend(name)), seq_idx=False
+    )
 
 
 def packing() -> dict[str, str]:

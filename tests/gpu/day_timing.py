@@ -22,7 +22,7 @@ import torch
 from day_models import document_lengths
 from day_units import versions
 
-from attnimg.backends._attend import attention_function
+from attnimg.backends._transformers import attention_function
 
 # Dense bfloat16 TFLOP/s of the tensor cores: 132 multiprocessors * 4096 operations a cycle * 1830
 # MHz, the same for both. The clock may be higher, 1980 MHz on the H200 of docs/gpu-runs.md.
@@ -41,8 +41,8 @@ def timing(unit: dict[str, Any], stage: Callable[[str], None]) -> dict[str, Any]
     documents = [
         document_lengths(length, seed=row) if unit["packing"] else [length] for row in range(rows)
     ]
-    one_row = unit["packing"] and adapters.takes_one_row(backend)
-    shape = (1, tokens) if one_row else (rows, length)
+    padding_free = unit["packing"] and adapters.is_padding_free(backend)
+    shape = (1, tokens) if padding_free else (rows, length)
     heads = unit["width"] // unit["head_dim"]
     kv_heads = max(1, heads // adapters.GROUP)
     generator = torch.Generator(device=device).manual_seed(0)

@@ -20,7 +20,7 @@ from tiny_models import tiny_model
 
 from attnimg import apply
 from attnimg.backends import all_backends, backend_named
-from attnimg.backends._attend import attention_function
+from attnimg.backends._transformers import attention_function
 from attnimg.facts import LayerGroup, Model
 from attnimg.machine import probe
 from attnimg.select.plan import choose
@@ -73,8 +73,8 @@ def test_it_is_as_right_as_its_pattern_written_plainly_in_bf16(name, lengths):
     found = attention_function(backend)(LAYER, *leaves, None, scaling=0.125, **on_gpu)[0]
     seen = same_document(lengths).to(DEVICE)
     if backend.pattern == "shifted":
-        one_row = torch.zeros(1, sum(lengths), dtype=torch.int64, device=DEVICE)
-        seen = shifted_keys(one_row, heads=4)
+        one_document = torch.zeros(1, sum(lengths), dtype=torch.int64, device=DEVICE)
+        seen = shifted_keys(one_document, heads=4)
     right = plainly(*leaves, seen=seen, scale=0.125)
     k, v = (x.repeat_interleave(2, dim=1) for x in leaves[1:])
     scores = (leaves[0] @ k.transpose(-1, -2) * 0.125).masked_fill(~seen, float("-inf"))
@@ -93,12 +93,12 @@ def twenty_losses(backend, *, is_packed):
             DEVICE, torch.bfloat16
         )
         apply.require_applied(model, backend)
-        one_row = backend.packing == "native"
+        padding_free = backend.packing == "native"
         if is_packed:
             assert check_isolation(
-                model, implementation=backend.name, context=a_context(one_row=one_row)
+                model, implementation=backend.name, context=a_context(padding_free=padding_free)
             ).isolated
-        collate = PackedCollator(pad_token_id=0, seq_idx=False, one_row=one_row)
+        collate = PackedCollator(pad_token_id=0, seq_idx=False, padding_free=padding_free)
         if not is_packed:
             collate = PaddedCollator(pad_token_id=0)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)

@@ -29,7 +29,7 @@ from types import SimpleNamespace
 
 import torch
 
-from attnimg.backends._attend import attention_function
+from attnimg.backends._transformers import attention_function
 from attnimg.backends import backend_named
 
 name, packed = sys.argv[1], sys.argv[2] == "packed"

@@ -16,9 +16,9 @@ from attention_cases import LAYER, draw, packed
 from packages import constants, read, stand_in
 
 from attnimg.backends import backend_named
-from attnimg.backends._flash import FlashKernel
-from attnimg.backends._fp8 import attend_fp8
-from attnimg.backends._xformers_bias import attend_xformers
+from attnimg.backends._varlen import FlashKernel
+from attnimg.backends.fp8 import fp8_attention
+from attnimg.backends.xformers import xformers_attention
 
 FLASH = [
     pytest.param("flash_attn", "flash_attn/flash_attn_interface.py", "flash_attention_2", id="FA2"),
@@ -52,7 +52,7 @@ def test_flash_gets_each_argument_under_its_own_name(
     arguments = {k: v for feature in features for k, v in asked[feature].items()}
     if is_packed:
         arguments |= packed((5, 8))
-    kernel.attend(LAYER, *draw(), None, scaling=0.5, **arguments)
+    kernel(LAYER, *draw(), None, scaling=0.5, **arguments)
     assert (seen["softmax_scale"], seen["causal"], seen["deterministic"]) == (0.5, True, True)
     assert seen["window_size"] == (4, 4)
     assert seen["softcap"] == 30.0
@@ -74,7 +74,7 @@ def test_fp8_gets_each_argument_under_its_own_name(monkeypatch: pytest.MonkeyPat
     kernel = stand_in(source, "_fp8_sdpa", answer)
     for name in ("activate_flash_attention_impl", "restore_flash_attention_impl"):
         monkeypatch.setattr(torch.nn.attention, name, lambda *_: None)
-    attend_fp8(kernel, LAYER, *draw(), None, scaling=0.5)
+    fp8_attention(kernel)(LAYER, *draw(), None, scaling=0.5)
     assert (seen["is_causal"], seen["scale"], seen["attn_mask"]) == (True, 0.5, None)
     entry = read("torchao", "torchao/prototype/attention/fp8_fa3/attention.py")
     assert "fp8_fa3_sdpa = partial(_fp8_sdpa, backend_name='FA3')".replace("'", '"') in entry
@@ -92,7 +92,7 @@ def test_xformers_gets_each_argument_under_its_own_name() -> None:
         memory_efficient_attention=stand_in(source, "memory_efficient_attention", answer),
         LowerTriangularMask=lambda: "causal",
     )
-    attend_xformers(ops, LAYER, *draw(), None, scaling=0.5, dropout=0.1)
+    xformers_attention(ops)(LAYER, *draw(), None, scaling=0.5, dropout=0.1)
     assert (seen["attn_bias"], seen["p"], seen["scale"]) == ("causal", 0.1, 0.5)
 
 

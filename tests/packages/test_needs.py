@@ -47,7 +47,7 @@ def test_flash_attn_takes_what_its_file_says() -> None:
 
 def test_flash_attn_does_a_soft_cap_or_dropout() -> None:
     assert "Softcapping does not support dropout" in read("flash_attn", FLASH_API)
-    assert needs("flash_attention_2").apart == {"softcap", "dropout"}
+    assert needs("flash_attention_2").exclusive == {"softcap", "dropout"}
 
 
 @pytest.mark.parametrize("major", [9, 10])

@@ -192,4 +192,4 @@ def test_it_trains_as_the_receipt_tells(
     else:
         assert receipt["isolation"]["isolated"] is True
         assert receipt["isolation"]["context"] == receipt["context"]
-        assert receipt["context"]["one_row"] is (row[0] == "packed by varlen")
+        assert receipt["context"]["padding_free"] is (row[0] == "packed by varlen")

@@ -7,7 +7,7 @@ import torch
 from tiny_models import tiny_model
 
 from attnimg.backends import backend_named
-from attnimg.backends._attend import attention_function
+from attnimg.backends._transformers import attention_function
 from attnimg.layout import lay_out
 
 LENGTHS = (13, 21, 10)
@@ -22,7 +22,7 @@ def test_packed_documents_get_the_logits_they_get_alone() -> None:
     model = tiny_model("llama", "flex_attention").eval()
     torch.manual_seed(0)
     documents = [torch.randint(3, 128, (1, length)) for length in LENGTHS]
-    layout = lay_out([list(LENGTHS)], one_row=True)
+    layout = lay_out([list(LENGTHS)], padding_free=True)
     with torch.no_grad():
         apart = [model(input_ids=ids, use_cache=False).logits for ids in documents]
         packed = model(

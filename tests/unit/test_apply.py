@@ -56,7 +56,9 @@ def twenty_losses(name, *, is_packed):
     model, backend = applied(name)
     collate = PaddedCollator(pad_token_id=0)
     if is_packed:
-        collate = PackedCollator(pad_token_id=0, seq_idx=False, one_row=backend.packing == "native")
+        collate = PackedCollator(
+            pad_token_id=0, seq_idx=False, padding_free=backend.packing == "native"
+        )
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     losses = []
     for step in range(20):
@@ -108,7 +110,7 @@ def test_s2_trains_as_its_reference_does_and_not_as_sdpa(of_sdpa, monkeypatch):
     losses = twenty_losses("s2", is_packed=False)
     assert losses[-1] < losses[0] - 0.1
     assert losses != pytest.approx(of_sdpa[False], abs=1e-4)
-    plain = replace(backend_named("s2"), load_attend=lambda: s2_plainly)
+    plain = replace(backend_named("s2"), load_function=lambda: s2_plainly)
     monkeypatch.setitem(twenty_losses.__globals__, "backend_named", lambda name: plain)
     assert twenty_losses("s2", is_packed=False) == pytest.approx(losses, abs=1e-5)
 
@@ -120,7 +122,7 @@ def test_s2_trains_as_its_reference_does_and_not_as_sdpa(of_sdpa, monkeypatch):
 def test_packed_documents_are_isolated(name, model_type):
     model, backend = applied(name, model_type)
     proof = check_isolation(
-        model, implementation=name, context=a_context(one_row=backend.packing == "native")
+        model, implementation=name, context=a_context(padding_free=backend.packing == "native")
     )
     assert proof.isolated, proof.why
 
@@ -244,7 +246,7 @@ MLA = LayerGroup(count=2, heads=4, kv_heads=4, head_dim_qk=192, head_dim_v=128)
     ],
 )
 def test_values_of_another_size_reach_the_kernel_unpadded(monkeypatch, unpadded, layers, padded):
-    from attnimg.backends import _flash as flash
+    from attnimg.backends import _varlen as flash
 
     seen = set()
     whole = flash.FlashKernel._dense
@@ -284,7 +286,9 @@ def test_layers_that_differ_run_their_own_backends_and_compute_the_same():
     assert backend.packing == "native"
     model = tiny_model("gemma3_text", apply.prepare(backend), num_hidden_layers=6)
     apply.require_applied(model, backend)
-    proof = check_isolation(model, implementation=backend.name, context=a_context(one_row=True))
+    proof = check_isolation(
+        model, implementation=backend.name, context=a_context(padding_free=True)
+    )
     assert proof.isolated, proof.why
     ids = torch.arange(3, 35)[None]
     plain = tiny_model("gemma3_text", "eager", num_hidden_layers=6)

@@ -21,14 +21,14 @@ def lists(batch):
 
 
 @pytest.mark.parametrize(
-    ("one_row", "expected"),
+    ("padding_free", "expected"),
     [
         pytest.param(True, [[0, 0, 1, 1, 1, 2]], id="one row"),
         pytest.param(False, [[0, 0, 1, 1, 1], [0, 1, 1, 1, 1]], id="rows, padding last"),
     ],
 )
-def test_seq_idx_numbers_the_documents_of_a_row(one_row, expected):
-    collate = PackedCollator(pad_token_id=9, one_row=one_row, seq_idx=True)
+def test_seq_idx_numbers_the_documents_of_a_row(padding_free, expected):
+    collate = PackedCollator(pad_token_id=9, padding_free=padding_free, seq_idx=True)
     one = {"input_ids": [1], "labels": [1], "document_lengths": [1]}
     found = collate([TWO_AND_THREE, one])["seq_idx"]
     assert found.tolist() == expected
@@ -40,7 +40,7 @@ def test_seq_idx_numbers_the_documents_of_a_row(one_row, expected):
     [
         pytest.param(
             [TWO_AND_THREE],
-            {"one_row": True},
+            {"padding_free": True},
             {
                 "input_ids": [[11, 12, 21, 22, 23]],
                 "labels": [[-100, 12, -100, 22, 23]],
@@ -54,7 +54,7 @@ def test_seq_idx_numbers_the_documents_of_a_row(one_row, expected):
         ),
         pytest.param(
             [TWO_AND_THREE, ONE_OF_FOUR],
-            {"one_row": True},
+            {"padding_free": True},
             {
                 "input_ids": [[11, 12, 21, 22, 23, 31, 32, 33, 34]],
                 "labels": [[-100, 12, -100, 22, 23, -100, -100, 33, 34]],
@@ -68,7 +68,7 @@ def test_seq_idx_numbers_the_documents_of_a_row(one_row, expected):
         ),
         pytest.param(
             [TWO_AND_THREE, ONE_OF_FOUR],
-            {"one_row": True, "pad_to": 6},
+            {"padding_free": True, "pad_to": 6},
             {
                 "input_ids": [[11, 12, 21, 22, 23, 9, 31, 32, 33, 34, 9, 9]],
                 "labels": [[-100, 12, -100, 22, 23, -100, -100, -100, 33, 34, -100, -100]],
@@ -82,7 +82,7 @@ def test_seq_idx_numbers_the_documents_of_a_row(one_row, expected):
         ),
         pytest.param(
             [TWO_AND_THREE, ONE_OF_FOUR],
-            {"one_row": False},
+            {"padding_free": False},
             {
                 "input_ids": [[11, 12, 21, 22, 23], [31, 32, 33, 34, 9]],
                 "labels": [[-100, 12, -100, 22, 23], [-100, -100, 33, 34, -100]],
@@ -92,7 +92,7 @@ def test_seq_idx_numbers_the_documents_of_a_row(one_row, expected):
         ),
         pytest.param(
             [ONE_OF_FOUR],
-            {"one_row": False, "pad_to": 6},
+            {"padding_free": False, "pad_to": 6},
             {
                 "input_ids": [[31, 32, 33, 34, 9, 9]],
                 "labels": [[-100, -100, 33, 34, -100, -100]],
@@ -102,7 +102,7 @@ def test_seq_idx_numbers_the_documents_of_a_row(one_row, expected):
         ),
         pytest.param(
             [TWO_AND_THREE],
-            {"one_row": False, "pad_to": 4},
+            {"padding_free": False, "pad_to": 4},
             {
                 "input_ids": [[11, 12, 21, 22, 23, 9, 9, 9]],
                 "labels": [[-100, 12, -100, 22, 23, -100, -100, -100]],
@@ -146,7 +146,7 @@ def test_unpacked_documents_become(pad_to, batch):
 
 
 def test_dtypes_are_what_kernels_read():
-    batch = PackedCollator(pad_token_id=9, seq_idx=False, one_row=True)([TWO_AND_THREE])
+    batch = PackedCollator(pad_token_id=9, seq_idx=False, padding_free=True)([TWO_AND_THREE])
     assert {name: x.dtype for name, x in batch.items() if isinstance(x, torch.Tensor)} == {
         "input_ids": torch.int64,
         "labels": torch.int64,
@@ -159,7 +159,7 @@ def test_dtypes_are_what_kernels_read():
 
 def test_document_lengths_that_do_not_sum_to_the_row_are_a_mistake():
     with pytest.raises(AssertionError):
-        PackedCollator(pad_token_id=9, seq_idx=False, one_row=True)(
+        PackedCollator(pad_token_id=9, seq_idx=False, padding_free=True)(
             [{**TWO_AND_THREE, "document_lengths": [2, 2]}]
         )
 
@@ -169,10 +169,10 @@ def test_document_lengths_that_do_not_sum_to_the_row_are_a_mistake():
 @pytest.mark.parametrize(
     "settings",
     [
-        pytest.param({"one_row": False}, id="rows by mask"),
-        pytest.param({"one_row": False, "pad_to": 64}, id="rows by mask, padded"),
-        pytest.param({"one_row": True}, id="one row"),
-        pytest.param({"one_row": True, "pad_to": 64}, id="one row, padded"),
+        pytest.param({"padding_free": False}, id="rows by mask"),
+        pytest.param({"padding_free": False, "pad_to": 64}, id="rows by mask, padded"),
+        pytest.param({"padding_free": True}, id="one row"),
+        pytest.param({"padding_free": True, "pad_to": 64}, id="one row, padded"),
     ],
 )
 def test_a_batch_has_the_loss_of_its_documents_apart(model_type, implementation, settings):

@@ -131,13 +131,13 @@ def test_what_the_model_raised_is_told_and_not_called_a_leak():
     assert "does not keep" not in str(caught.value)
 
 
-@pytest.mark.parametrize("one_row", [True, False], ids=["one row", "rows by mask"])
+@pytest.mark.parametrize("padding_free", [True, False], ids=["one row", "rows by mask"])
 @pytest.mark.parametrize(("model_type", "implementation"), names(ISOLATED))
-def test_isolated(model_type, implementation, one_row):
+def test_isolated(model_type, implementation, padding_free):
     model = tiny_model(model_type, implementation).eval()
     assert change_in_second_document(model) < 1e-5
     proof = check_isolation(
-        model, implementation=implementation, context=a_context(one_row=one_row)
+        model, implementation=implementation, context=a_context(padding_free=padding_free)
     )
     assert proof.isolated, proof.why
     assert proof.leaked_gradient == 0.0
@@ -146,13 +146,13 @@ def test_isolated(model_type, implementation, one_row):
     require_isolation(proof)
 
 
-@pytest.mark.parametrize("one_row", [True, False], ids=["one row", "rows by mask"])
+@pytest.mark.parametrize("padding_free", [True, False], ids=["one row", "rows by mask"])
 @pytest.mark.parametrize(("model_type", "implementation"), names(LEAKING))
-def test_not_isolated(model_type, implementation, one_row):
+def test_not_isolated(model_type, implementation, padding_free):
     model = tiny_model(model_type, implementation).eval()
     assert change_in_second_document(model) > 1e-2
     proof = check_isolation(
-        model, implementation=implementation, context=a_context(one_row=one_row)
+        model, implementation=implementation, context=a_context(padding_free=padding_free)
     )
     assert not proof.isolated
     with pytest.raises(AttnimgError) as caught:
@@ -161,7 +161,7 @@ def test_not_isolated(model_type, implementation, one_row):
     assert implementation in caught.value.what
     assert proof.why in caught.value.why
     # Its convolution raises where it is given the bounds that it can't follow.
-    raised = (model_type, one_row) == ("qwen3_next", True)
+    raised = (model_type, padding_free) == ("qwen3_next", True)
     assert caught.value.code == ("model-raised" if raised else "packing-not-isolated")
     assert caught.value.key == "sample_packing"
     assert caught.value.exit_code == 1
@@ -169,7 +169,7 @@ def test_not_isolated(model_type, implementation, one_row):
 
 def test_qwen3_next_in_one_row_fails_with_its_own_words():
     model = tiny_model("qwen3_next", "sdpa")
-    proof = check_isolation(model, implementation="sdpa", context=a_context(one_row=True))
+    proof = check_isolation(model, implementation="sdpa", context=a_context(padding_free=True))
     assert "can't keep packed sequences apart" in proof.why
     assert proof.logits_error is None
 
@@ -177,7 +177,7 @@ def test_qwen3_next_in_one_row_fails_with_its_own_words():
 def test_a_wrong_position_shows_in_the_logits_even_where_nothing_leaks():
     # Transformers 5.22.2 counts llama4's chunks from the start of the row, not of the document.
     model = tiny_model("llama4_text", "sdpa")
-    proof = check_isolation(model, implementation="sdpa", context=a_context(one_row=False))
+    proof = check_isolation(model, implementation="sdpa", context=a_context(padding_free=False))
     assert not proof.isolated
     assert proof.leaked_gradient == 0.0
     assert proof.logits_error > 0.1
@@ -216,7 +216,7 @@ def linear_attention_kernels(monkeypatch):
 def test_linear_attention_is_isolated_with_seq_idx_alone(linear_attention_kernels, seq_idx):
     # sdpa_math takes one row with its bounds; here sdpa gets the same row under a mask.
     model = tiny_model("qwen3_next", "sdpa")
-    context = a_context(one_row=True, seq_idx=seq_idx)
+    context = a_context(padding_free=True, seq_idx=seq_idx)
     proof = check_isolation(model, implementation="sdpa", context=context)
     assert proof.isolated is seq_idx, proof.why
 
@@ -250,11 +250,11 @@ def one_late(kwargs):
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gpt2", "mixtral"])
-@pytest.mark.parametrize("one_row", [True, False], ids=["one row", "rows by mask"])
+@pytest.mark.parametrize("padding_free", [True, False], ids=["one row", "rows by mask"])
 @pytest.mark.parametrize(
     "break_layout", [without_restart, without_positions, with_mask, with_cache, one_late]
 )
-def test_a_broken_layout_is_caught(model_type, one_row, break_layout):
+def test_a_broken_layout_is_caught(model_type, padding_free, break_layout):
     model = tiny_model(model_type, "sdpa")
 
     def spoil(_module, args, kwargs):
@@ -263,11 +263,11 @@ def test_a_broken_layout_is_caught(model_type, one_row, break_layout):
 
     hook = model.register_forward_pre_hook(spoil, with_kwargs=True)
     assert not check_isolation(
-        model, implementation="sdpa", context=a_context(one_row=one_row)
+        model, implementation="sdpa", context=a_context(padding_free=padding_free)
     ).isolated
     hook.remove()
     assert check_isolation(
-        model, implementation="sdpa", context=a_context(one_row=one_row)
+        model, implementation="sdpa", context=a_context(padding_free=padding_free)
     ).isolated
 
 
@@ -281,7 +281,7 @@ def test_absolute_positions_that_do_not_start_at_zero_are_caught_by_the_logits()
         }
 
     model.register_forward_pre_hook(shift, with_kwargs=True)
-    proof = check_isolation(model, implementation="sdpa", context=a_context(one_row=False))
+    proof = check_isolation(model, implementation="sdpa", context=a_context(padding_free=False))
     assert proof.leaked_gradient == 0.0
     assert not proof.isolated
 
@@ -300,7 +300,7 @@ def test_absolute_positions_that_do_not_start_at_zero_are_caught_by_the_logits()
 def test_a_proof_needs_numbers_it_can_trust(spoil, words):
     model = tiny_model("llama", "sdpa")
     model.lm_head.register_forward_hook(lambda _m, _i, output: spoil(output))
-    proof = check_isolation(model, implementation="sdpa", context=a_context(one_row=False))
+    proof = check_isolation(model, implementation="sdpa", context=a_context(padding_free=False))
     assert not proof.isolated
     assert words in proof.why
     json.loads(json.dumps(dataclasses.asdict(proof), allow_nan=False))
@@ -321,7 +321,7 @@ def test_a_proof_needs_numbers_it_can_trust(spoil, words):
 def test_low_precision_is_judged_by_its_own_measure(model_type, dtype, autocast):
     model = tiny_model(model_type, "sdpa").to(getattr(torch, dtype))
     proof = check_isolation(
-        model, implementation="sdpa", context=a_context(one_row=False, autocast=autocast)
+        model, implementation="sdpa", context=a_context(padding_free=False, autocast=autocast)
     )
     assert proof.isolated, proof.why
     assert proof.own_gradient > 0
@@ -329,7 +329,7 @@ def test_low_precision_is_judged_by_its_own_measure(model_type, dtype, autocast)
         lambda _m, args, kwargs: (args, without_restart(kwargs)), with_kwargs=True
     )
     assert not check_isolation(
-        model, implementation="sdpa", context=a_context(one_row=False, autocast=autocast)
+        model, implementation="sdpa", context=a_context(padding_free=False, autocast=autocast)
     ).isolated
 
 
@@ -346,7 +346,9 @@ def test_low_precision_is_judged_by_its_own_measure(model_type, dtype, autocast)
 )
 def test_odd_configs_are_judged_too(changes):
     model = tiny_model("llama", "sdpa", **changes)
-    assert check_isolation(model, implementation="sdpa", context=a_context(one_row=False)).isolated
+    assert check_isolation(
+        model, implementation="sdpa", context=a_context(padding_free=False)
+    ).isolated
 
 
 def lora(model):
@@ -371,18 +373,20 @@ def frozen(model):
 
 
 @pytest.mark.parametrize("wrap", [lora, checkpointed, frozen])
-@pytest.mark.parametrize("one_row", [True, False], ids=["one row", "rows by mask"])
-def test_a_model_as_training_has_it_is_judged_right(wrap, one_row):
+@pytest.mark.parametrize("padding_free", [True, False], ids=["one row", "rows by mask"])
+def test_a_model_as_training_has_it_is_judged_right(wrap, padding_free):
     model = wrap(tiny_model("llama", "sdpa"))
-    proof = check_isolation(model, implementation="sdpa", context=a_context(one_row=one_row))
+    proof = check_isolation(
+        model, implementation="sdpa", context=a_context(padding_free=padding_free)
+    )
     assert proof.isolated, proof.why
     leaking = wrap(tiny_model("opt", "sdpa"))
     assert not check_isolation(
-        leaking, implementation="sdpa", context=a_context(one_row=one_row)
+        leaking, implementation="sdpa", context=a_context(padding_free=padding_free)
     ).isolated
 
 
-@pytest.mark.parametrize("one_row", [True, False], ids=["one row", "rows by mask"])
+@pytest.mark.parametrize("padding_free", [True, False], ids=["one row", "rows by mask"])
 @pytest.mark.parametrize(
     ("model_type", "isolated"),
     [
@@ -390,7 +394,7 @@ def test_a_model_as_training_has_it_is_judged_right(wrap, one_row):
         pytest.param("opt", False, id="opt leaks"),
     ],
 )
-def test_a_qlora_model_is_judged_right(model_type, isolated, one_row, tmp_path):
+def test_a_qlora_model_is_judged_right(model_type, isolated, padding_free, tmp_path):
     from peft import prepare_model_for_kbit_training
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -405,7 +409,9 @@ def test_a_qlora_model_is_judged_right(model_type, isolated, one_row, tmp_path):
     model = lora(prepare_model_for_kbit_training(model)).train()
     # In evaluation mode bitsandbytes repacks 4-bit weights for a kernel that can't train.
     before = [weight.detach().clone() for weight in model.parameters()]
-    proof = check_isolation(model, implementation="sdpa", context=a_context(one_row=one_row))
+    proof = check_isolation(
+        model, implementation="sdpa", context=a_context(padding_free=padding_free)
+    )
     assert proof.isolated is isolated, proof.why
     assert proof.logits_error is not None, proof.why
     assert all(map(torch.equal, before, model.parameters()))
@@ -441,7 +447,7 @@ def test_the_model_is_left_as_it_was(model_type, wrap, autocast):
     before = state()
     weights = [weight.detach().clone() for weight in model.parameters()]
     gradients = [weight.grad.clone() for weight in model.parameters() if weight.grad is not None]
-    context = a_context(one_row=True, autocast=autocast)
+    context = a_context(padding_free=True, autocast=autocast)
     check_isolation(model, implementation="sdpa", context=context)
     assert state() == before
     assert all(map(torch.equal, weights, model.parameters()))

@@ -163,7 +163,7 @@ def test_packed_logits_and_gradients_through_transformers_equal_sdpa(served):
     for row in rows:
         ids = torch.randint(3, 128, (sum(row),), generator=draw_ids).tolist()
         examples.append({"input_ids": ids, "labels": ids, "document_lengths": row})
-    batch = PackedCollator(pad_token_id=0, seq_idx=False, one_row=True, pad_to=40)(examples)
+    batch = PackedCollator(pad_token_id=0, seq_idx=False, padding_free=True, pad_to=40)(examples)
     found = {}
     for implementation in ("flash_attention_2", "sdpa"):
         model = tiny_model("llama", implementation)
@@ -191,7 +191,7 @@ def test_packed_logits_and_gradients_through_transformers_equal_sdpa(served):
 def test_the_flash_path_isolates(served, model_type):
     model = tiny_model(model_type, "flash_attention_2")
     proof = check_isolation(
-        model, implementation="flash_attention_2", context=a_context(one_row=True)
+        model, implementation="flash_attention_2", context=a_context(padding_free=True)
     )
     assert proof.isolated, proof.why
 
@@ -199,13 +199,13 @@ def test_the_flash_path_isolates(served, model_type):
 def test_the_flash_path_does_not_isolate_rows_without_boundaries(served):
     model = tiny_model("llama", "flash_attention_2")
     assert not check_isolation(
-        model, implementation="flash_attention_2", context=a_context(one_row=False)
+        model, implementation="flash_attention_2", context=a_context(padding_free=False)
     ).isolated
 
 
 def test_the_flash_path_does_not_isolate_linear_attention(served):
     model = tiny_model("qwen3_next", "flash_attention_2")
     proof = check_isolation(
-        model, implementation="flash_attention_2", context=a_context(one_row=True)
+        model, implementation="flash_attention_2", context=a_context(padding_free=True)
     )
     assert "can't keep packed sequences apart" in proof.why

@@ -535,13 +535,13 @@ def test_the_generic_kernel_is_chosen_before_it_is_called(monkeypatch: pytest.Mo
 
     def kernel(*_: object, **__: object) -> SimpleNamespace:
         seen.append(os.environ.get(name))
-        return SimpleNamespace(attend=lambda: None)
+        return SimpleNamespace()
 
-    monkeypatch.setattr("attnimg.backends._transformers_flash.flash_kernel", kernel)
+    monkeypatch.setattr("attnimg.backends._transformers.flash_kernel", kernel)
     backend = backend_named("flash_attention_4_generic")
     assert backend is not None
-    assert backend.load_attend is not None
-    backend.load_attend()
+    assert backend.load_function is not None
+    backend.load_function()
     assert seen == ["1"]
 
 

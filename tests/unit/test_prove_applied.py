@@ -13,7 +13,8 @@ from run_facts import a_geometry
 
 from attnimg import apply
 from attnimg.backends import backend_named
-from attnimg.backends._attend import as_applied, attention_function
+from attnimg.backends._transformers import as_applied, attention_function
+from attnimg.backends._varlen import FlashKernel
 from attnimg.facts import Backend, Geometry, LayerGroup, Proof
 
 FLASH_4 = "kernels-community/flash-attn4"
@@ -67,12 +68,10 @@ def test_values_of_another_size_are_proven_unpadded_as_they_are_trained() -> Non
     ("name", "routed", "function"),
     [
         pytest.param(
-            "sdpa", True, "exact.attend_exactly", id="a router's sdpa is exact, by document"
+            "sdpa", True, "_exact.exact_kernel", id="a router's sdpa is exact, by document"
         ),
-        pytest.param("eager", True, "exact.attend_exactly", id="and so is its eager"),
-        pytest.param(
-            "sdpa", False, "transformers_native.layer_of", id="sdpa alone is transformers'"
-        ),
+        pytest.param("eager", True, "_exact.exact_kernel", id="and so is its eager"),
+        pytest.param("sdpa", False, "_transformers.layer_of", id="sdpa alone is transformers'"),
     ],
 )
 @pytest.mark.parametrize("packing", [True, False], ids=["packed", "single"])
@@ -85,7 +84,7 @@ def test_what_a_router_calls_is_what_is_proven(
     def reached(*_tensors: Any, **_arguments: Any) -> Any:
         raise RuntimeError("reached")
 
-    monkeypatch.setattr(f"attnimg.backends._{function}", reached)
+    monkeypatch.setattr(f"attnimg.backends.{function}", reached)
     assert "reached" in str(proven(name, geometry, routed=routed).reasons)
 
 
@@ -128,7 +127,8 @@ def test_what_apply_registers_is_what_that_function_gives() -> None:
     registered = AttentionInterface()[apply.prepare(backend, layers=layers)]
     found = attention_function(as_applied(backend, layers))
     for function in (registered, found):
-        kernel = inspect.unwrap(function).__self__  # type: ignore[attr-defined]  # of FlashKernel
+        kernel = inspect.unwrap(function)
+        assert isinstance(kernel, FlashKernel)
         assert (kernel.backend, kernel.unpadded_v) == ("flash_attention_4", True)
 
 

@@ -13,8 +13,8 @@ from noisy_proofs import FAMILIES, LEAKS, LOST_HEAD, Shape, grid, load, prove_no
 from run_facts import a_geometry
 
 from attnimg.backends import backend_named
-from attnimg.backends._attend import attention_function
-from attnimg.backends._flash import FlashKernel
+from attnimg.backends._transformers import attention_function
+from attnimg.backends._varlen import FlashKernel
 from attnimg.facts import Backend, Reason
 from attnimg.verify import candidate
 from attnimg.verify.calls import Result, call
@@ -72,7 +72,7 @@ def test_a_leak_under_the_noise_is_refused(fault: str, references: dict[object, 
 def test_the_noise_is_there_and_within_its_bound(family: str, dtype: str) -> None:
     # The smallest tiles that the bound allows for.
     module = load(family, fault="none", tile=TILE)
-    function = FlashKernel(backend=family, dense=None, varlen=module.flash_attn_varlen_func).attend
+    function = FlashKernel(backend=family, dense=None, varlen=module.flash_attn_varlen_func)
     case, backend = _packed_case(dtype), _backend()
     inputs = draw(case, device="cpu")
     first, second = (call(function, backend, case, inputs) for _ in range(2))

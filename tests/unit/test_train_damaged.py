@@ -54,7 +54,7 @@ FILES = (ADAPTER, "adapter_config.json", "optimizer.json", "optimizer-1.safetens
          "scheduler.json", "rng_state.json", "trainer_state.json", "attnimg.json",
          "tokenizer.json", "manifest.json")  # fmt: skip
 CONTEXT = RunContext(
-    dtype="float32", autocast=None, packing=False, one_row=False, rows=1, sequence_len=8,
+    dtype="float32", autocast=None, packing=False, padding_free=False, rows=1, sequence_len=8,
     compiled=False, checkpointing=False, seq_idx=False,
 )  # fmt: skip
 

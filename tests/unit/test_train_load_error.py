@@ -15,7 +15,7 @@ from attnimg.train.model import load_model, load_model_config
 from attnimg.train.tokenizer import load_tokenizer
 
 CONTEXT = RunContext(
-    dtype="float32", autocast=None, packing=False, one_row=False, rows=1, sequence_len=8,
+    dtype="float32", autocast=None, packing=False, padding_free=False, rows=1, sequence_len=8,
     compiled=False, checkpointing=False, seq_idx=False,
 )  # fmt: skip
 

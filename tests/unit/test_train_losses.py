@@ -50,7 +50,7 @@ def true_loss(folder: Path, *, validation: bool) -> float:
 
 
 EAGER = {"attention": "eager"}
-FLASH = {"attention": "flash_attention_2", "one_row": True}
+FLASH = {"attention": "flash_attention_2", "padding_free": True}
 
 
 def test_twenty_packed_steps_are_the_same_on_every_backend(tiny: Path, tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ def test_processes_draw_each_row_once(rows: int, batch: int, world: int, epoch: 
 @pytest.mark.parametrize("packed", [True, False])
 def test_added_rows_count_no_tokens_and_have_no_loss(packed: bool) -> None:
     columns = {"input_ids": [[5, 6, 7]], "labels": [[5, 6, 7]], "document_lengths": [[2, 1]]}
-    collate = PackedCollator(pad_token_id=0, one_row=False, seq_idx=False)
+    collate = PackedCollator(pad_token_id=0, padding_free=False, seq_idx=False)
     made = Rows(
         dataset=Dataset.from_dict(columns if packed else dict(list(columns.items())[:2])),
         collate=CountingCollator(

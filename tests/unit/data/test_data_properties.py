@@ -141,7 +141,7 @@ def test_an_alpaca_answer_and_its_end_are_trained(pairs: list[tuple[str, str]]) 
     st.booleans(), st.booleans(), st.integers(1, 5),
 )  # fmt: skip
 def test_packed_rows_hold_the_documents_that_stand_apart(
-    drawn: list[list[tuple[int, bool]]], one_row: bool, fixed: bool, batch_size: int
+    drawn: list[list[tuple[int, bool]]], padding_free: bool, fixed: bool, batch_size: int
 ) -> None:
     import datasets
 
@@ -156,8 +156,8 @@ def test_packed_rows_hold_the_documents_that_stand_apart(
         Config(sequence_len=9, pad_to_sequence_len=fixed),
         packed=True, pad_token_id=0,
         context=RunContext(
-            dtype="float32", autocast=None, packing=True, one_row=one_row, rows=batch_size,
-            sequence_len=9, compiled=False, checkpointing=False, seq_idx=True,
+            dtype="float32", autocast=None, packing=True, padding_free=padding_free,
+            rows=batch_size, sequence_len=9, compiled=False, checkpointing=False, seq_idx=True,
         ),
     )  # fmt: skip
     found, whole = Counter[Any](), list(rows.dataset)

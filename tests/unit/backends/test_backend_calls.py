@@ -12,10 +12,11 @@ from attention_cases import LAYER, draw, gradients, packed, plainly, same_docume
 
 from attnimg import apply
 from attnimg.backends import backend_named
-from attnimg.backends._attend import attention_function, direct_function
+from attnimg.backends._transformers import attention_function, direct_function
+from attnimg.backends.varlen_attn import varlen_attention
 from attnimg.errors import AttnimgError
 
-FIXTURES = Path(__file__).parents[1] / "fixtures"
+FIXTURES = Path(__file__).parents[2] / "fixtures"
 
 
 def varlen_stand_in(q, k, v, cu_q, cu_k, max_q, max_k, *, scale, window_size, **groups):
@@ -41,15 +42,6 @@ def varlen_stand_in(q, k, v, cu_q, cu_k, max_q, max_k, *, scale, window_size, **
 
 def varlen_stand_in_old(q, k, v, cu_q, cu_k, max_q, max_k, *, scale, window_size):
     return varlen_stand_in(q, k, v, cu_q, cu_k, max_q, max_k, scale=scale, window_size=window_size)
-
-
-def torch_varlen(function):
-    from attnimg.backends._torch_varlen import attend_varlen
-
-    def attend(*tensors, **arguments):
-        return attend_varlen(function, *tensors, honours=frozenset({"window"}), **arguments), None
-
-    return attend
 
 
 def varlen_with_groups(q, k, v, cu_q, cu_k, max_q, max_k, *, scale, window_size, enable_gqa=False):
@@ -80,8 +72,8 @@ CALLS = {
         backend_named("kernels-community/flash-attn2:flash_attn_varlen_func")
     ),
     "unread hub kernel": lambda: attention_function(backend_named("org/unread")),
-    "varlen_attn": lambda: torch_varlen(varlen_with_groups),
-    "varlen_attn of torch 2.11": lambda: torch_varlen(varlen_stand_in_old),
+    "varlen_attn": lambda: varlen_attention(varlen_with_groups),
+    "varlen_attn of torch 2.11": lambda: varlen_attention(varlen_stand_in_old),
     "sage": lambda: attention_function(backend_named("sage")),
 }
 ROUNDS = {"sage": 0.15}  # int8 scores; gradients are exact

@@ -18,7 +18,7 @@ from attnimg.backends import backend_named
 from attnimg.errors import AttnimgError
 
 FLASH = "kernels-community/flash-attn2"
-FOLDER = Path(__file__).parents[1] / "fixtures" / "flash_attn2"
+FOLDER = Path(__file__).parents[2] / "fixtures" / "flash_attn2"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 

@@ -9,7 +9,7 @@ from attention_cases import LAYER, draw, gradients, packed, plainly, same_docume
 
 from attnimg import apply
 from attnimg.backends import backend_named
-from attnimg.backends._attend import attention_function
+from attnimg.backends._transformers import attention_function
 from attnimg.errors import AttnimgError
 
 SDPA = "torch.nn.functional.scaled_dot_product_attention"
@@ -156,5 +156,5 @@ def test_a_publisher_the_hub_does_not_vouch_for_needs_trust(monkeypatch):
 def test_only_flash_paths_without_a_function_are_left_to_transformers(path, native):
     backend = backend_named(path)
     assert (backend.applied_as == path) == native
-    assert (backend.load_attend is None) == native
+    assert (backend.load_function is None) == native
     assert backend_named(path) == backend

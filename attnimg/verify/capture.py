@@ -90,6 +90,7 @@ class Capture:
         self._order: dict[int, int] = {}
         self._call: CapturedCall | None = None
         self._versions: list[int] = []
+        self._gradients: dict[str, Tensor] = {}
         self._started = False
 
     @contextmanager
@@ -102,10 +103,7 @@ class Capture:
         def get_interface(interface: Any, *arguments: Any, **named: Any) -> AttentionFunction:
             function = original(interface, *arguments, **named)
 
-            def attend(*given: Any, **options: Any) -> Any:
-                return self._attend(function, *given, **options)
-
-            return attend
+            return partial(self._called, function)
 
         AttentionInterface.get_interface = get_interface
         try:
@@ -116,7 +114,7 @@ class Capture:
         if self._call is not None:
             self._finish()
 
-    def _attend(
+    def _called(
         self,
         function: AttentionFunction,
         module: Any,
@@ -157,38 +155,29 @@ class Capture:
             d_out=None,
             gradients={},
         )
-        self._versions = self._version_numbers()
+        self._versions = _versions(self._call)
         if not taken.requires_grad:
             self._finish()
             return taken, *rest
-        taken.register_hook(self._record_d_out)
-        for name, x in pairs:
+        for name, x in (("d_out", taken), *pairs):
             if x.requires_grad:
-                x.register_hook(partial(self._record_gradient, name))
+                x.register_hook(partial(self._record, name))
         return taken, *rest
 
-    def _record_d_out(self, gradient: Tensor) -> None:
+    def _record(self, name: str, gradient: Tensor) -> None:
         assert self._call is not None
-        self._call = replace(self._call, d_out=gradient.detach())
-
-    def _record_gradient(self, name: str, gradient: Tensor) -> None:
-        assert self._call is not None
-        found = {**self._call.gradients, name: gradient.detach()}
-        self._call = replace(self._call, gradients=found)
-        if len(found) == len(self._call.learning):
+        self._gradients[name] = gradient.detach()
+        if self._gradients.keys() >= {"d_out", *self._call.learning}:
             self._finish()
 
     def _finish(self) -> None:
         """Pass the call to `done`, and free its tensors."""
         assert self._call is not None
-        written = self._version_numbers() != self._versions
         call, self._call = self._call, None
-        self._done(replace(call, written=written))
-
-    def _version_numbers(self) -> list[int]:
-        assert self._call is not None
-        call = self._call
-        return [x._version for x in (call.q, call.k, call.v, call.out)]
+        gradients, self._gradients = self._gradients, {}
+        written = _versions(call) != self._versions
+        d_out = gradients.pop("d_out", None)
+        self._done(replace(call, d_out=d_out, gradients=gradients, written=written))
 
 
 def call_again(call: CapturedCall) -> CapturedCall:
@@ -212,6 +201,10 @@ def call_again(call: CapturedCall) -> CapturedCall:
         pairs = zip(call.learning, found, strict=True)
         gradients = {name: x for name, x in pairs if x is not None}
     return replace(call, out=out.detach(), gradients=gradients)
+
+
+def _versions(call: CapturedCall) -> list[int]:
+    return [x._version for x in (call.q, call.k, call.v, call.out)]
 
 
 def _kind_of(query: Tensor, key: Tensor, value: Tensor, arguments: Mapping[str, Any]) -> CallKind:

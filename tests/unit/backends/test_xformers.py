@@ -8,7 +8,7 @@ import pytest
 import torch
 from attention_cases import LAYER, draw, packed, plainly, same_document
 
-from attnimg.backends._xformers_bias import attend_xformers
+from attnimg.backends.xformers import xformers_attention
 from attnimg.errors import AttnimgError
 
 
@@ -61,7 +61,7 @@ def xformers(*tensors, mask=None, **arguments):
         LowerTriangularMask=Mask,
         memory_efficient_attention=memory_efficient_attention,
     )
-    return attend_xformers(ops, LAYER, *tensors, mask, **arguments)[0]
+    return xformers_attention(ops)(LAYER, *tensors, mask, **arguments)[0]
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import pytest
 import torch
 from attention_cases import LAYER, draw, gradients, packed, plainly
 
-from attnimg.backends._fp8 import attend_fp8, restore_flash_kernel
+from attnimg.backends.fp8 import fp8_attention, restore_flash_kernel
 from attnimg.errors import AttnimgError
 
 
@@ -19,7 +19,7 @@ def fp8(*tensors, mask=None, **arguments):
         assert is_causal
         return plainly(q, k, v, scale=scale).transpose(1, 2).to(q.dtype)
 
-    return attend_fp8(kernel, LAYER, *tensors, mask, **arguments)[0]
+    return fp8_attention(kernel)(LAYER, *tensors, mask, **arguments)[0]
 
 
 @pytest.fixture

@@ -10,11 +10,11 @@ import torch
 from attention_cases import LAYER, draw, gradients, packed, plainly, same_document
 
 from attnimg.backends import backend_named
-from attnimg.backends._attend import attention_function
-from attnimg.backends._forward_only import with_exact_backward
+from attnimg.backends._exact import with_exact_backward
+from attnimg.backends._transformers import attention_function
 from attnimg.errors import AttnimgError
 
-STAND_IN = Path(__file__).parents[1] / "fixtures" / "sage_stand_in"
+STAND_IN = Path(__file__).parents[2] / "fixtures" / "sage_stand_in"
 
 
 @pytest.fixture

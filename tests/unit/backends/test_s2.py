@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,17 +10,16 @@ import torch
 from attention_cases import LAYER, draw, gradients, packed, plainly
 from run_facts import a_geometry
 
-from attnimg.backends import _shifted_sparse as shifted_sparse
 from attnimg.backends import backend_named
-from attnimg.backends._arguments import read_call
-from attnimg.backends._attend import attention_function
-from attnimg.backends._shifted_kernels import GroupKernel, group_kernels
-from attnimg.backends._shifted_sparse import attend_shifted
+from attnimg.backends import s2 as shifted_sparse
+from attnimg.backends._transformers import attention_function
+from attnimg.backends._varlen import read_call
+from attnimg.backends.s2 import GroupKernel, group_kernels, shifted_attention
 from attnimg.errors import AttnimgError
 from attnimg.verify.candidate import prove_geometry
 from attnimg.verify.reference import attend, shifted_keys
 
-FIXTURES = Path(__file__).parents[1] / "fixtures"
+FIXTURES = Path(__file__).parents[2] / "fixtures"
 
 
 def as_published(q, k, v, *, scale):
@@ -75,9 +73,9 @@ def test_groups_are_documents_of_flash_attention_where_it_is(monkeypatch, tokens
 
     def counted(*tensors, **arguments):
         rows.append(arguments["cu_seq_lens_q"].tolist())
-        return kernel.attend(*tensors, **arguments)
+        return kernel.function(*tensors, **arguments)
 
-    attend = partial(attend_shifted, (replace(kernel, attend=counted),))
+    attend = shifted_attention((replace(kernel, function=counted),))
     found = attend(LAYER, q, k, v, None, scaling=0.4)[0]
     assert (found - expected).abs().max() < 1e-5
     for one, other in zip(gradients(found, (q, k, v)), gradients(expected, (q, k, v)), strict=True):
@@ -88,9 +86,9 @@ def test_groups_are_documents_of_flash_attention_where_it_is(monkeypatch, tokens
 
 def test_s2_takes_the_flash_attention_that_is_served(monkeypatch):
     monkeypatch.delenv("LOCAL_KERNELS", raising=False)
-    assert attention_function(backend_named("s2")).args == ((),)
+    assert group_kernels() == ()
     monkeypatch.setenv("LOCAL_KERNELS", f"kernels-community/flash-attn2={FIXTURES / 'flash_attn2'}")
-    assert len(attention_function(backend_named("s2")).args[0]) == 1
+    assert len(group_kernels()) == 1
 
 
 @pytest.mark.parametrize(
@@ -103,9 +101,9 @@ def test_s2_takes_the_flash_attention_that_is_served(monkeypatch):
     ],
 )
 def test_groups_go_to_a_kernel_that_can_run_them(on_cpu, has_dropout, dropout, takes):
-    kernel = GroupKernel(attend=plainly, on_cpu=on_cpu, has_dropout=has_dropout)
-    honours = frozenset({"dropout"})
-    call = read_call("s2", LAYER, *draw(), None, honours=honours, dropout=dropout)
+    kernel = GroupKernel(function=plainly, on_cpu=on_cpu, has_dropout=has_dropout)
+    features = frozenset({"dropout"})
+    call = read_call("s2", LAYER, *draw(), None, features=features, dropout=dropout)
     assert kernel.takes(call) == takes
 
 

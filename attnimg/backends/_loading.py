@@ -1,0 +1,258 @@
+"""Load a kernel's module: from an installed package, or from the Hugging Face hub.
+
+A hub kernel is pinned by kernels.lock, and its signature is checked before its code runs.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+from attnimg.errors import AttnimgError
+
+# Where `kernels lock` writes it: the folder of the project.
+_LOCK = Path("kernels.lock")
+# The error of kernels' get_kernel for a publisher that the hub does not vouch for.
+_UNTRUSTED = re.compile("not from a trusted publisher")
+# Results of kernels' verify_variant for a kernel without a signature, or with one over no files:
+# nothing speaks against the kernel, and nothing for it.
+# Source: kernels 0.17.2, verify.py, VerificationResult (2026-11-21).
+_UNSIGNED = {
+    "SignatureBundleMissing": "it is not signed",
+    "DigestMissing": "its signed metadata has no digest of its files",
+}
+_LOG = logging.getLogger(__name__)
+
+
+class HubKernel(NamedTuple):
+    """A hub kernel as `kernels` takes it: by a revision or by a version, never both.
+
+    Attributes:
+        repo: org/name.
+        revision: a branch, tag or commit.
+        version: its major version.
+        folder: its files; None where LOCAL_KERNELS serves it.
+    """
+
+    repo: str
+    revision: str | None
+    version: int | str | None
+    folder: Path | None
+
+
+def kernel_error(
+    what: str, *, why: str, code: str, do: str = "set attn_implementation: sdpa"
+) -> AttnimgError:
+    """Return an error about a kernel, which ends a run that has begun."""
+    return AttnimgError(what, why=why, do=do, code=code, key="attn_implementation", exit_code=1)
+
+
+def broken_kernel(backend: str, error: Exception, *, do: str) -> AttnimgError:
+    """Return the error for a kernel that does not load."""
+    return kernel_error(
+        f"{backend} does not load",
+        why=f"loading it raised {type(error).__name__}: {error}".strip(),
+        do=f"{do}, or set attn_implementation: sdpa",
+        code="import-error",
+    )
+
+
+def not_honoured(backend: str, why: str) -> AttnimgError:
+    """Return the error for an argument that a backend would have to drop."""
+    return kernel_error(
+        f"{backend} cannot honour an argument of this model's attention",
+        why=why,
+        do="set attn_implementation: eager, or another backend that `attnimg explain` shows to fit",
+        code="argument-not-honoured",
+    )
+
+
+def import_kernel(module: str, *, backend: str, package: str) -> ModuleType:
+    """Import a module that runs kernels.
+
+    Args:
+        module: its name.
+        backend: who needs it.
+        package: the distribution to install.
+
+    Raises:
+        AttnimgError: it is absent, or raises anything while it is imported.
+    """
+    try:
+        return import_module(module)
+    # Kernels raise anything at import: an undefined symbol is an ImportError or an OSError, a
+    # shadowed one an AttributeError. The reason is kept.
+    except Exception as error:
+        raise broken_kernel(backend, error, do=f"install {package} for this GPU") from error
+
+
+def load_hub_kernel(name: str, *, trusted: bool) -> ModuleType:
+    """Load org/name[@rev][:fn], from LOCAL_KERNELS, kernels.lock, the cache or the hub.
+
+    Args:
+        name: the path as the user wrote it; its :fn is not looked at.
+        trusted: whether the user set trust_remote_code.
+
+    Raises:
+        AttnimgError: the kernel is absent, untrusted, wrongly signed or broken.
+    """
+    path = name.partition(":")[0]
+    with hub_errors(path, trusted=trusted):
+        import kernels
+
+        repo, revision, version, _ = check_hub_kernel(path, trusted=trusted)
+        module: ModuleType
+        if revision is not None and "@" not in path:
+            # The lock has the revisions of the kernels that this one depends on, too.
+            module = kernels.get_locked_kernel(repo, lockfile=_LOCK, trust_remote_code=trusted)
+        else:
+            module = kernels.get_kernel(
+                repo, revision=revision, version=version, trust_remote_code=trusted
+            )
+    return module
+
+
+@contextmanager
+def hub_errors(path: str, *, trusted: bool) -> Iterator[None]:
+    """Raise each error of the block, which loads org/name[@rev], as an AttnimgError."""
+    repo = path.partition("@")[0]
+    try:
+        yield
+    except AttnimgError:
+        raise
+    # A kernel's own code runs here and raises anything, and so does the hub's client; kernels
+    # itself raises ValueError and FileNotFoundError. The reason is kept.
+    except Exception as error:
+        if isinstance(error, ValueError) and _UNTRUSTED.search(str(error)) and not trusted:
+            raise AttnimgError(
+                f"{repo} is no kernel of a publisher that the hub vouches for",
+                why=f"found trust_remote_code: false, needed true: its code runs here\n{error}",
+                do="read the kernel; then set trust_remote_code: true",
+                code="untrusted-kernel",
+                key="trust_remote_code",
+            ) from error
+        raise broken_kernel(path, error, do="serve its folder by LOCAL_KERNELS") from error
+
+
+def check_hub_kernel(path: str, *, trusted: bool) -> HubKernel:
+    """Download a kernel, without running it, and check its signature and its files.
+
+    A kernel that can't be checked is used, with a warning. Kernels that it depends on are not
+    checked, nor is one that LOCAL_KERNELS serves.
+
+    Args:
+        path: org/name[@rev]; without a revision that of kernels.lock is taken, or else the major
+            version that transformers pins.
+        trusted: whether the user set trust_remote_code.
+
+    Raises:
+        AttnimgError: the signature does not hold, or the files are not those signed; or
+            kernels.lock can't be read.
+        ValueError: the publisher is not trusted.
+        FileNotFoundError: there is no such kernel.
+    """
+    from transformers.integrations.hub_kernels import get_attn_kernel_version
+
+    repo, _, wanted = path.partition("@")
+    local = repo in served_locally()
+    revision = wanted or (None if local else locked_revision(repo))
+    version = get_attn_kernel_version(repo) if revision is None else None
+    if local:
+        return HubKernel(repo, revision, version, None)
+    import kernels
+    from huggingface_hub import constants
+
+    offline = bool(constants.HF_HUB_OFFLINE)
+    folder = kernels.install_kernel(
+        repo,
+        revision=revision,
+        version=version,
+        local_files_only=offline,
+        trust_remote_code=trusted,
+    )
+    if unchecked := _check_signature(repo, folder, offline=offline):
+        _LOG.warning("attnimg: the signature of %s was not checked: %s", repo, unchecked)
+    return HubKernel(repo, revision, version, Path(str(folder)))
+
+
+def hub_folder(name: str, *, trusted: bool) -> Path:
+    """Return the folder of a hub kernel's files; download them where that is allowed.
+
+    The kernel's code is not run.
+
+    Args:
+        name: org/name[@rev][:fn], which LOCAL_KERNELS does not serve.
+        trusted: whether the user set trust_remote_code.
+
+    Raises:
+        OSError: the kernel is not on this machine, and can't or must not be downloaded.
+    """
+    path = name.partition(":")[0]
+    try:
+        folder = check_hub_kernel(path, trusted=trusted).folder
+    # Loading the kernel raises the same error, which is reported there.
+    except Exception as error:
+        raise OSError(f"{path} is not available: {error}") from error
+    assert folder is not None
+    return folder
+
+
+def served_locally() -> frozenset[str]:
+    """Return the names of the hub kernels that LOCAL_KERNELS serves from folders."""
+    entries = os.environ.get("LOCAL_KERNELS", "").split(":")
+    return frozenset(entry.partition("=")[0] for entry in entries)
+
+
+def locked_revision(repo: str) -> str | None:
+    """Return the commit that kernels.lock has for org/name; None when it is not locked.
+
+    Raises:
+        AttnimgError: the lock file names the kernel and can't be read.
+    """
+    if not _LOCK.is_file() or f'"{repo}"' not in _LOCK.read_text(encoding="utf-8"):
+        return None
+    from kernels.locking import get_locked_kernel_revision
+
+    try:
+        locks, kernel = get_locked_kernel_revision(repo, _LOCK)
+    except ValueError as error:  # a lock file that is not kernels' own
+        do = "run `kernels lock`, which writes kernels.lock again"
+        raise broken_kernel(repo, error, do=do) from error
+    return str(locks[kernel].commit)
+
+
+def _check_signature(repo: str, folder: Path, *, offline: bool) -> str | None:
+    """Check a kernel's folder; return why it can't be checked, or None when its signature holds."""
+    try:
+        from kernels.verify import verify_variant
+    except ImportError as error:
+        return f"the installed kernels can't ({error})"
+    if offline:
+        # The verifier gets the keys it trusts from sigstore's servers.
+        return "HF_HUB_OFFLINE is set, and checking needs the network"
+    try:
+        result: Any = verify_variant(folder)
+    # sigstore raises errors of its own, of TUF and of requests when it can't reach its servers.
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    found = type(result).__name__
+    if found == "Success":
+        return None
+    if found in _UNSIGNED:
+        return _UNSIGNED[found]
+    details = getattr(result, "reason", None) or getattr(result, "violations", None)
+    raise kernel_error(
+        f"the signature of {repo} does not hold",
+        why=f"found {found}{f' ({details})' if details else ''}; "
+        "needed files that a publisher known to kernels signed",
+        do="delete it from the cache and try again; or name a revision that is signed, "
+        "or set attn_implementation: sdpa",
+        code="kernel-signature",
+    )

@@ -1,0 +1,279 @@
+"""Compute a backend's attention as transformers does, or past transformers' own path.
+
+Every backend is called as a function of transformers' attention interface:
+
+    fn(module, query, key, value, attention_mask, *, scaling, dropout=0.0, sliding_window=None,
+       softcap=None, s_aux=None, is_causal=None, cu_seq_lens_q=None, ..., position_ids=None)
+    -> (output, weights or None)
+
+query is (B, H, T, D), key (B, G, S, D), value (B, G, S, V), output (B, T, H, V). What
+attention_mask is, Backend.mask says. Importing this file imports no torch.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable
+from dataclasses import replace
+from functools import partial
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+from attnimg.backends import local_kernel_repo
+from attnimg.backends._loading import (
+    broken_kernel,
+    check_hub_kernel,
+    hub_errors,
+    import_kernel,
+    kernel_error,
+    load_hub_kernel,
+    locked_revision,
+    not_honoured,
+    served_locally,
+)
+from attnimg.errors import AttnimgError
+from attnimg.facts import AttentionFunction, Backend, Geometry, LayerGroup
+
+if TYPE_CHECKING:
+    from attnimg.backends._varlen import FlashKernel
+
+# How names of kernels begin that attnimg calls itself where transformers could.
+DIRECT = "attnimg_direct_"
+
+
+def as_applied(
+    backend: Backend, layers: Iterable[LayerGroup | Geometry], *, routed: bool = False
+) -> Backend:
+    """Return a backend as a run applies it to its layers, and as it is proven for them.
+
+    Most are left to transformers. A router calls kernels itself, and so do models whose v is to
+    reach the kernel with its own head size, which transformers would pad.
+
+    Args:
+        backend: what a plan chose.
+        layers: all that run it.
+        routed: whether a router between several backends calls it.
+    """
+    unpadded = backend.unpadded_v and any(_is_mla(layer) for layer in layers)
+    if backend.load_function is not None or not (routed or unpadded):
+        return backend
+    return replace(
+        backend,
+        applied_as=f"{DIRECT}{backend.rank}",
+        load_function=partial(direct_function, backend),
+        mask="flash",
+    )
+
+
+def _is_mla(layer: LayerGroup | Geometry) -> bool:
+    """Return whether unpadded values reach a kernel that is known to take them, backward too."""
+    return (layer.head_dim_qk, layer.head_dim_v) == (192, 128) and layer.heads == layer.kv_heads
+
+
+def attention_function(backend: Backend, *, trusted: bool = False) -> AttentionFunction:
+    """Return the function that computes a backend's attention; load its kernel.
+
+    Nothing is registered. Of the hub only kernels are loaded that the config named or that
+    LOCAL_KERNELS serves: never one that stands in for a missing package.
+
+    Args:
+        backend: whose function to return.
+        trusted: whether hub kernels of publishers the hub does not vouch for may run.
+
+    Raises:
+        AttnimgError: the kernel is missing or broken.
+    """
+    if backend.load_function is not None:
+        options = {"trusted": trusted} if backend.hub_repo else {}
+        return backend.load_function(**options)
+    if backend.family is not None or backend.hub_repo is not None:
+        return flash_attention(backend, trusted=trusted)
+    if backend.applied_as == "eager":
+        from attnimg.backends.eager import eager_attention
+
+        return eager_attention
+    return partial(native_attention, backend)
+
+
+def direct_function(backend: Backend, *, trusted: bool = False) -> AttentionFunction:
+    """Return the function that calls a backend's kernel itself, without transformers' own path.
+
+    That path has one slot for all flash kernels, which is loaded again on each change, and pads v
+    to the head size of q and k. The mask of each such function is that of "flash".
+
+    Args:
+        backend: whose function to return; sdpa and eager compute document by document, exactly.
+        trusted: whether hub kernels of publishers the hub does not vouch for may run.
+
+    Raises:
+        AttnimgError: the kernel is missing or broken, or there is no such way to call it.
+    """
+    if backend.load_function is not None:
+        return attention_function(backend, trusted=trusted)
+    if backend.applied_as in ("sdpa", "eager"):
+        from attnimg.backends._exact import exact_attention
+
+        return exact_attention(backend.name)
+    if backend.family is not None:
+        return flash_kernel(backend, trusted=trusted)
+    from attnimg.backends.hub import hub_attention
+
+    assert backend.hub_repo is not None, f"{backend.name} has a mask of its own"
+    return hub_attention(backend.name, trusted=trusted)
+
+
+def native_attention(
+    backend: Backend, module: Any, query: Any, key: Any, *others: Any, **arguments: Any
+) -> tuple[Any, Any]:
+    """Call what transformers registers for a name, sdpa or flex_attention."""
+    from transformers import AttentionInterface
+
+    if arguments.get("s_aux") is not None and "sinks" not in backend.needs.features:
+        raise dropped(backend.name, "s_aux")
+    function = AttentionInterface()[backend.applied_as]
+    layer = layer_of(module, query, key)
+    found: tuple[Any, Any] = function(layer, query, key, *others, **arguments)
+    return found
+
+
+def layer_of(module: Any, query: Any, key: Any) -> Any:
+    """Return what transformers' functions read off an attention layer, which may be any object."""
+    from torch import nn
+
+    # float32 queries are cast to the precision of the layer's first linear map.
+    same_dtype = nn.Linear(1, 1, device="meta", dtype=query.dtype)
+    return SimpleNamespace(
+        num_key_value_groups=query.shape[1] // key.shape[1],
+        is_causal=getattr(module, "is_causal", True),
+        training=getattr(module, "training", False),
+        layer_idx=getattr(module, "layer_idx", None),
+        head_dim=query.shape[-1],
+        modules=getattr(module, "modules", lambda: iter([same_dtype])),
+    )
+
+
+def dropped(backend: str, argument: str) -> AttnimgError:
+    """Return the error for an argument that transformers would drop without a word."""
+    why = f"found {argument}; it has no such argument, and transformers would drop it"
+    return not_honoured(backend, why)
+
+
+def flash_attention(backend: Backend, *, trusted: bool) -> AttentionFunction:
+    """Return transformers' flash path, called as a model of that implementation would."""
+    from transformers import modeling_flash_attention_utils as flash
+    from transformers.integrations.flash_attention import flash_attention_forward
+
+    name = flash_name(backend)
+    load_flash(name, trusted=trusted)
+    takes = inspect.signature(flash._flash_varlen_fn).parameters
+    has_sinks = "s_aux" in takes or "learnable_sink" in takes
+    has_window = "window_size" in takes
+
+    def attention(
+        module: Any, query: Any, key: Any, *others: Any, **arguments: Any
+    ) -> tuple[Any, Any]:
+        # transformers drops these two where the kernel has no such argument.
+        if arguments.get("s_aux") is not None and not has_sinks:
+            raise dropped(backend.name, "s_aux")
+        if arguments.get("sliding_window") and not has_window:
+            raise dropped(backend.name, "sliding_window")
+        layer = layer_of(module, query, key)
+        # The path reads the implementation off the layer's config.
+        layer.config = SimpleNamespace(_attn_implementation=name)
+        found: tuple[Any, Any] = flash_attention_forward(layer, query, key, *others, **arguments)
+        return found
+
+    return attention
+
+
+def flash_kernel(backend: Backend, *, trusted: bool) -> FlashKernel:
+    """Return the kernel of a member of the flash family, past transformers' own path.
+
+    Raises:
+        AttnimgError: it is missing or broken.
+    """
+    from attnimg.backends._varlen import FlashKernel
+
+    name = flash_name(backend)
+    if backend.module is not None and name == backend.applied_as:
+        package = backend.needs.packages[0][0]
+        module = import_kernel(backend.module, backend=backend.name, package=package)
+    else:
+        module = load_hub_kernel(name, trusted=trusted)
+    return FlashKernel(
+        backend=backend.name,
+        dense=getattr(module, "flash_attn_func", None),
+        varlen=getattr(module, "flash_attn_varlen_func", None),
+        unpadded_v=backend.unpadded_v,
+    )
+
+
+def flash_name(backend: Backend) -> str:
+    """Return the name under which transformers loads a member of the flash family.
+
+    That is its own where the package is installed, else the hub kernel that LOCAL_KERNELS serves. A
+    hub path without a revision gets that of kernels.lock: org/name@<commit>.
+
+    Raises:
+        AttnimgError: neither is there, and transformers would download a kernel; or kernels.lock
+            can't be read.
+    """
+    from transformers import modeling_flash_attention_utils as flash
+
+    name = backend.applied_as or backend.name
+    if backend.module is None:
+        if "@" in name or name in served_locally():
+            return name
+        commit = locked_revision(name)
+        return f"{name}@{commit}" if commit else name
+    package = backend.needs.packages[0][0]
+    # transformers calls a package available where it can run, which flash-attn needs a GPU for.
+    available = getattr(flash, f"is_flash_attn_{name.removeprefix('flash_attention_')}_available")
+    installed = {package} if available() else set[str]()
+    local = local_kernel_repo(backend, installed=installed, served=served_locally())
+    if installed or local is not None:
+        return local or name
+    raise kernel_error(
+        f"{backend.name} does not load",
+        why=f"package {package} is not installed; {backend.hub_repo} is not taken without being "
+        "named",
+        do=f"install {package}, or set attn_implementation: {backend.hub_repo}",
+        code="not-installed",
+    )
+
+
+def load_flash(name: str, *, trusted: bool = False) -> None:
+    """Load a flash implementation into transformers' one slot for it.
+
+    Args:
+        name: transformers' name of it, or a hub path.
+        trusted: whether kernels of publishers the hub does not vouch for may run.
+
+    Raises:
+        AttnimgError: it is missing, wrongly signed or broken.
+    """
+    from transformers import modeling_flash_attention_utils as flash
+
+    from attnimg.backends._varlen import without_autocast
+
+    from_hub = "/" in name
+    if from_hub:
+        with hub_errors(name, trusted=trusted):
+            check_hub_kernel(name, trusted=trusted)
+    if flash._loaded_implementation == name and flash._flash_varlen_fn is None:
+        # What a load that failed leaves behind: the same name is then taken for loaded, and the
+        # first forward pass raises KeyError. Source: transformers 5.18 to 5.22.2 (2026-11-21).
+        flash._loaded_implementation = None
+    before = flash._loaded_implementation
+    try:
+        flash.lazy_import_flash_attention(name, allow_all_kernels=trusted)
+    # Foreign kernels raise anything while they are imported. The reason is kept.
+    except Exception as error:
+        flash._loaded_implementation = before
+        repo = name.partition("@")[0]
+        raise broken_kernel(repo, error, do="fix or reinstall the kernel") from error
+    # The packages' own kernels are compiled, and are called as transformers calls them.
+    for slot in ("_flash_fn", "_flash_varlen_fn") if from_hub else ():
+        function = getattr(flash, slot)
+        if function is not None and not hasattr(function, "runs_without_autocast"):
+            setattr(flash, slot, without_autocast(function))

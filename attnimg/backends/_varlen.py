@@ -1,0 +1,455 @@
+"""Read an attention call, find its documents, and pass them to a kernel one after another.
+
+Every argument that a model passes is honoured or refused, none dropped. Kernels with packing take
+all documents of a batch in one row, with their boundaries (cu_seqlens).
+
+Letters: B batch, T query tokens, S key tokens, H query heads, G key heads, D head size of q and k,
+V head size of v; N and M are the query and key tokens of all documents together.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, replace
+from functools import cache, wraps
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from attnimg.backends._loading import kernel_error, not_honoured
+from attnimg.facts import AttentionFunction
+
+# Arguments that models pass through and that do not change what attention computes.
+# Source: call sites of 348 modeling files of transformers 5.22.2 (2026-11-21).
+_HARMLESS = frozenset(
+    {
+        "cache_position", "deterministic", "labels", "logits_to_keep", "num_items_in_batch",
+        "output_hidden_states", "output_router_logits", "position_embeddings", "return_dict",
+        "seq_idx", "shift_labels", "skip_logits", "use_cache", "use_return_dict",
+    }
+)  # fmt: skip
+# Our word for an argument, and each version's own: flash-attn 2 and 3, vLLM's 3, flash-attn 4.
+_FLASH_ARGUMENTS = {
+    "dropout": ("dropout_p",),
+    "window": ("window_size",),
+    "softcap": ("softcap",),
+    "sinks": ("s_aux", "learnable_sink"),
+}
+DenseKernel = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AttentionCall:
+    """One call of attention, every argument accounted for.
+
+    Attributes:
+        backend: who is called, for errors.
+        q: queries, (B, H, T, D).
+        k: keys, (B, G, S, D).
+        v: values, (B, G, S, V).
+        scale: factor on q @ k.
+        causal: whether keys to the right of a query are hidden; the last query stands at the last
+            key.
+        window: how many keys a query sees, its own included; without `causal` as many again to
+            the right. None for all.
+        softcap: scores become softcap * tanh(scores / softcap); None for none.
+        sinks: a logit a head that joins the softmax, (H,); None for none.
+        dropout: share of the weights that is dropped.
+        padding: True where a token is none of the padding, (B, S); None without padding.
+        cu_seqlens_q: where documents begin and end in the flattened queries, int32
+            (documents + 1,); None when the rows are not packed.
+        cu_seqlens_k: the same in the keys.
+        max_seqlen_q: the longest document's queries.
+        max_seqlen_k: the longest document's keys.
+        position_ids: (B, T); restart where a packed document begins. None when not given.
+    """
+
+    backend: str
+    q: Any
+    k: Any
+    v: Any
+    scale: float
+    causal: bool
+    window: int | None
+    softcap: float | None
+    sinks: Any
+    dropout: float
+    padding: Any
+    cu_seqlens_q: Any
+    cu_seqlens_k: Any
+    max_seqlen_q: int | None
+    max_seqlen_k: int | None
+    position_ids: Any
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PackedTokens:
+    """The tokens of a batch without padding, its documents one after another.
+
+    Attributes:
+        q: (N, H, D).
+        k: (M, G, D).
+        v: (M, G, V).
+        cu_seqlens_q: where documents begin and end in q, int32 (documents + 1,).
+        cu_seqlens_k: the same in k and v.
+        max_seqlen_q: queries of the longest document.
+        max_seqlen_k: keys of the longest one.
+        indices: where q's tokens stood in the flattened batch, (N,); None for everywhere.
+        shape: (B, T) of the batch.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    cu_seqlens_q: Tensor
+    cu_seqlens_k: Tensor
+    max_seqlen_q: int
+    max_seqlen_k: int
+    indices: Tensor | None
+    shape: tuple[int, int]
+
+    @property
+    def boundaries(self) -> tuple[Tensor, Tensor, int, int]:
+        """Return the boundaries in the order in which kernels take them."""
+        return self.cu_seqlens_q, self.cu_seqlens_k, self.max_seqlen_q, self.max_seqlen_k
+
+
+def as_attention_function(
+    backend: str, features: Collection[str], compute: Callable[[AttentionCall], Tensor]
+) -> AttentionFunction:
+    """Return a function of transformers' attention interface; see _transformers.py.
+
+    Args:
+        backend: who is called, for errors.
+        features: which of "window", "softcap", "sinks", "dropout" it can do.
+        compute: a call to its output, (B, T, H, V).
+    """
+
+    def attention(*layer_and_tensors: Any, **arguments: Any) -> tuple[Tensor, None]:
+        call = read_call(backend, *layer_and_tensors, features=features, **arguments)
+        return compute(call), None
+
+    return attention
+
+
+def read_call(
+    backend: str,
+    module: Any,
+    query: Any,
+    key: Any,
+    value: Any,
+    attention_mask: Any,
+    *,
+    features: Collection[str],
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    is_causal: bool | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Any = None,
+    position_ids: Any = None,
+    cu_seq_lens_q: Any = None,
+    cu_seq_lens_k: Any = None,
+    max_length_q: Any = None,
+    max_length_k: Any = None,
+    **others: Any,
+) -> AttentionCall:
+    """Return one call of transformers' attention interface, whose names its arguments have.
+
+    attention_mask is None, or True where a token is none of the padding, (B, S). `features` are
+    those of "window", "softcap", "sinks" and "dropout" that the backend can do. Without is_causal
+    the layer's own counts, without scaling D ** -0.5, and without cu_seq_lens_k that of the
+    queries. max_length_q and max_length_k are ints, tensors of one number, or None, which means
+    those of cu_seq_lens_q and cu_seq_lens_k.
+
+    Raises:
+        AttnimgError: an argument would change the result and the backend can't honour it.
+    """
+    window = sliding_window if sliding_window and sliding_window < key.shape[2] else None
+    refused = {
+        "window": window,
+        "softcap": softcap or None,
+        "sinks": s_aux,
+        "dropout": dropout or None,
+    }
+    refused = {name: found for name, found in refused.items() if name not in features}
+    refused |= {name: found for name, found in others.items() if name not in _HARMLESS}
+    refused["output_attentions"] = others.get("output_attentions") or None
+    if attention_mask is not None and attention_mask.dim() != 2:
+        refused["attention_mask"] = attention_mask
+    for name, found in refused.items():
+        if found is not None:
+            shape = getattr(found, "shape", None)
+            shown = repr(found) if shape is None else f"a tensor of shape {tuple(shape)}"
+            why = f"found {name}: {shown}; {backend} would have to drop it, and be wrong"
+            raise not_honoured(backend, why)
+    cu_seqlens_k = cu_seq_lens_q if cu_seq_lens_k is None else cu_seq_lens_k
+    return AttentionCall(
+        backend=backend,
+        q=query,
+        k=key,
+        v=value,
+        scale=query.shape[-1] ** -0.5 if scaling is None else float(scaling),
+        causal=bool(getattr(module, "is_causal", True) if is_causal is None else is_causal),
+        window=window,
+        softcap=softcap or None,
+        sinks=s_aux,
+        dropout=dropout,
+        padding=None if attention_mask is None else attention_mask.bool(),
+        cu_seqlens_q=cu_seq_lens_q,
+        cu_seqlens_k=cu_seqlens_k,
+        max_seqlen_q=_max_seqlen(max_length_q, cu_seq_lens_q),
+        max_seqlen_k=_max_seqlen(max_length_k, cu_seqlens_k),
+        position_ids=position_ids,
+    )
+
+
+def _max_seqlen(length: Any, cu_seqlens: Any) -> int | None:
+    if cu_seqlens is None:
+        return None
+    return int(cu_seqlens.diff().max() if length is None else length)
+
+
+def packed_tokens(call: AttentionCall) -> PackedTokens | None:
+    """Return the documents of a call; None when each row is one document without padding.
+
+    Padding comes first, then the boundaries that a collator passed, then position_ids that restart
+    within a row. transformers takes the latter for one row only; here each row is looked at.
+    """
+    if call.padding is not None:
+        return _without_padding(call, call.padding)
+    if call.cu_seqlens_q is not None:
+        return _flattened(call, call.cu_seqlens_q, call.cu_seqlens_k)
+    positions = call.position_ids
+    rows, queries = call.q.shape[0], call.q.shape[2]
+    if positions is None or queries == 1 or queries != call.k.shape[2]:
+        return None
+    if positions.dim() != 2:
+        raise kernel_error(
+            f"{call.backend} can't tell from this model's position_ids whether rows are packed",
+            why=f"found the shape {tuple(positions.shape)}, needed (batch, tokens)",
+            code="argument-not-honoured",
+        )
+    begins = positions.diff(dim=-1) != 1
+    if not begins.any():
+        return None
+    begins = pad(begins, (1, 0), value=True).expand(rows, -1).flatten()
+    cu_seqlens = pad(begins.nonzero().flatten(), (0, 1), value=rows * queries)
+    return _flattened(call, cu_seqlens, cu_seqlens)
+
+
+def attention_by_document(
+    call: AttentionCall,
+    dense: DenseKernel | None,
+    packed: Callable[[PackedTokens], Tensor] | None = None,
+) -> Tensor:
+    """Return the output of a kernel that takes one document at a time, or all of a batch.
+
+    Args:
+        call: what to compute.
+        dense: q (B, H, T, D), k and v to (B, H, T, V); no padding, no packing. None takes rows
+            for documents.
+        packed: documents to (N, H, V); None sends each document through `dense`.
+
+    Returns:
+        (B, T, H, V), zeros on padding.
+    """
+    tokens = packed_tokens(call)
+    if tokens is None:
+        if dense is not None:
+            return dense(call.q, call.k, call.v).transpose(1, 2)
+        rows, queries, keys = call.q.shape[0], call.q.shape[2], call.k.shape[2]
+        row = torch.arange(rows + 1, device=call.q.device, dtype=torch.int32)
+        call = replace(call, max_seqlen_q=queries, max_seqlen_k=keys)
+        tokens = _flattened(call, row * queries, row * keys)
+    if packed is not None:
+        out = packed(tokens)
+    else:
+        assert dense is not None
+        out = one_by_one(tokens, dense)
+    rows, queries = tokens.shape
+    if tokens.indices is not None:
+        empty = out.new_zeros(rows * queries, *out.shape[1:])
+        out = empty.index_copy(0, tokens.indices, out)
+    return out.reshape(rows, queries, *out.shape[1:])
+
+
+def one_by_one(tokens: PackedTokens, dense: DenseKernel) -> Tensor:
+    """Return (N, H, V), each document by itself through a dense kernel."""
+    lengths_q, lengths_k = (x.diff().tolist() for x in (tokens.cu_seqlens_q, tokens.cu_seqlens_k))
+    pieces = zip(
+        tokens.q.split(lengths_q),
+        tokens.k.split(lengths_k),
+        tokens.v.split(lengths_k),
+        strict=True,
+    )
+    outs = [
+        dense(*(piece.transpose(0, 1)[None] for piece in document))[0].transpose(0, 1)
+        for document in pieces
+        if len(document[0])
+    ]
+    return torch.cat(outs)
+
+
+def _flattened(call: AttentionCall, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) -> PackedTokens:
+    q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (call.q, call.k, call.v))
+    return PackedTokens(
+        q=q,
+        k=k,
+        v=v,
+        cu_seqlens_q=cu_seqlens_q.int(),
+        cu_seqlens_k=cu_seqlens_k.int(),
+        max_seqlen_q=call.max_seqlen_q or int(cu_seqlens_q.diff().max()),
+        max_seqlen_k=call.max_seqlen_k or int(cu_seqlens_k.diff().max()),
+        indices=None,
+        shape=(call.q.shape[0], call.q.shape[2]),
+    )
+
+
+def _without_padding(call: AttentionCall, is_token: Tensor) -> PackedTokens:
+    """Return the rows without their padding; the last T keys are those of the queries."""
+    is_token = is_token[:, -call.k.shape[2] :]
+    is_query = is_token[:, -call.q.shape[2] :]
+    cu_seqlens_q, cu_seqlens_k = (
+        pad(mask.sum(-1).cumsum(0), (1, 0)).int() for mask in (is_query, is_token)
+    )
+    call = replace(call, max_seqlen_q=None, max_seqlen_k=None)
+    whole = _flattened(call, cu_seqlens_q, cu_seqlens_k)
+    indices_q, indices_k = (mask.flatten().nonzero().flatten() for mask in (is_query, is_token))
+    return replace(
+        whole,
+        q=whole.q[indices_q],
+        k=whole.k[indices_k],
+        v=whole.v[indices_k],
+        indices=indices_q,
+    )
+
+
+def ungrouped(q: Tensor, k: Tensor, v: Tensor, *, dim: int = 1) -> tuple[Tensor, Tensor]:
+    """Return k and v with as many heads as q, for kernels that take no groups of heads."""
+    group = q.shape[dim] // k.shape[dim]
+    if group == 1:
+        return k, v
+    return k.repeat_interleave(group, dim=dim), v.repeat_interleave(group, dim=dim)
+
+
+def without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a kernel's entry point that runs outside of torch.autocast, as its backward pass does.
+
+    q, k and v have the precision of the run before they reach a kernel. One that is written with
+    torch's own operations would have its float32 intermediates cast in the forward pass alone, and
+    its gradients would not be those of its output. Compiled kernels see no difference.
+    """
+
+    @wraps(function)
+    def called(q: Tensor, *args: Any, **kwargs: Any) -> Any:
+        with torch.autocast(q.device.type, enabled=False):
+            return function(q, *args, **kwargs)
+
+    called.runs_without_autocast = True  # type: ignore[attr-defined]  # read by _transformers.py
+    return called
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FlashKernel:
+    """FlashAttention's two entry points, called with what their version takes.
+
+    Attributes:
+        backend: whose they are, for errors.
+        dense: flash_attn_func; None when the kernel has none.
+        varlen: flash_attn_varlen_func; None likewise.
+        unpadded_v: whether v may have another head size than q and k.
+    """
+
+    backend: str
+    dense: Callable[..., Any] | None
+    varlen: Callable[..., Any] | None
+    unpadded_v: bool = False
+
+    def __call__(self, *layer_and_tensors: Any, **arguments: Any) -> tuple[Tensor, None]:
+        """Compute a call of transformers' attention interface.
+
+        Raises:
+            AttnimgError: the model passes something that the kernel has no argument for.
+        """
+        function = self.varlen or self.dense
+        assert function is not None
+        takes = _arguments_of(function)
+        features = {
+            ours
+            for ours, theirs in _FLASH_ARGUMENTS.items()
+            if any(name in takes for name in theirs)
+        }
+        call = read_call(self.backend, *layer_and_tensors, features=features, **arguments)
+        options = _options(call, takes)
+        return attention_by_document(
+            call,
+            (lambda q, k, v: self._dense(q, k, v, options)) if self.dense else None,
+            lambda tokens: self._packed(tokens, options),
+        ), None
+
+    def _dense(self, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> Tensor:
+        """Return (B, H, T, V) for q (B, H, T, D)."""
+        assert self.dense is not None
+        q_BTHD, k_BSGD, v_BSGV = (x.transpose(1, 2) for x in (q, k, self._padded(v, q)))
+        out = without_autocast(self.dense)(q_BTHD, k_BSGD, v_BSGV, **options)
+        return _output(out, size=v.shape[-1]).transpose(1, 2)
+
+    def _packed(self, tokens: PackedTokens, options: dict[str, Any]) -> Tensor:
+        """Return (N, H, V)."""
+        if self.varlen is None:
+            raise kernel_error(
+                f"{self.backend} can't do packed or padded rows",
+                why="it exports no flash_attn_varlen_func: packed documents would mix",
+                do="set sample_packing: false and micro_batch_size: 1, or another backend",
+                code="packing-not-isolated",
+            )
+        out = without_autocast(self.varlen)(
+            tokens.q,
+            tokens.k,
+            self._padded(tokens.v, tokens.q),
+            # flash-attn 4 has another argument in fourth place.
+            cu_seqlens_q=tokens.cu_seqlens_q,
+            cu_seqlens_k=tokens.cu_seqlens_k,
+            max_seqlen_q=tokens.max_seqlen_q,
+            max_seqlen_k=tokens.max_seqlen_k,
+            **options,
+        )
+        return _output(out, size=tokens.v.shape[-1])
+
+    def _padded(self, v: Tensor, q: Tensor) -> Tensor:
+        missing = q.shape[-1] - v.shape[-1]
+        return v if self.unpadded_v or not missing else pad(v, (0, missing))
+
+
+@cache
+def _arguments_of(function: Callable[..., Any]) -> frozenset[str]:
+    return frozenset(inspect.signature(function).parameters)
+
+
+def _options(call: AttentionCall, takes: frozenset[str]) -> dict[str, Any]:
+    """Return the keyword arguments of a call under the kernel's own names."""
+    options: dict[str, Any] = {"softmax_scale": call.scale, "causal": call.causal}
+    if call.window is not None:
+        # Both ends count: (3, 3) is four keys up to the query, and `causal` hides the rest.
+        options["window_size"] = (call.window - 1, call.window - 1)
+    if call.softcap:
+        options["softcap"] = call.softcap
+    if call.dropout:
+        options["dropout_p"] = call.dropout
+    if call.sinks is not None:
+        name = next(name for name in _FLASH_ARGUMENTS["sinks"] if name in takes)
+        options[name] = call.sinks.to(call.q.dtype)
+    if "deterministic" in takes and os.environ.get("FLASH_ATTENTION_DETERMINISTIC") == "1":
+        options["deterministic"] = True
+    return options
+
+
+def _output(found: Any, *, size: int) -> Tensor:
+    """Return the output without v's padding; some kernels return the softmax's logarithm too."""
+    out: Tensor = found[0] if isinstance(found, tuple) else found
+    return out[..., :size]
