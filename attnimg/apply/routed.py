@@ -6,7 +6,6 @@ import hashlib
 from functools import partial
 
 from attnimg.apply.router import Router, shape_of
-from attnimg.backends import backend_named
 from attnimg.backends._attend import as_applied, attention_function
 from attnimg.facts import AttentionFunction, Backend, GroupChoice, Needs, Plan
 
@@ -18,13 +17,11 @@ def backend_of(plan: Plan) -> Backend:
     assert plan.chosen is not None, "a plan without a choice ends the run before"
     if plan.groups:
         return _router(plan.groups)
-    found = backend_named(plan.chosen.backend)
-    assert found is not None
-    return found
+    return plan.chosen.backend
 
 
 def _router(groups: tuple[GroupChoice, ...]) -> Backend:
-    names = dict.fromkeys(choice.verdict.backend for choice in groups)
+    names = dict.fromkeys(choice.verdict.backend.name for choice in groups)
     return Backend(
         name=ROUTER,
         rank=0,
@@ -38,15 +35,15 @@ def _router(groups: tuple[GroupChoice, ...]) -> Backend:
 
 
 def _digest(groups: tuple[GroupChoice, ...]) -> str:
-    """Tell sets of routes apart, the same in every process of a run."""
-    return hashlib.sha256(repr(groups).encode()).hexdigest()[:8]
+    """Return a short hash of a set of routes, the same in every process of a run."""
+    routes = [(choice.layers, choice.verdict.backend.name) for choice in groups]
+    return hashlib.sha256(repr(routes).encode()).hexdigest()[:8]
 
 
 def _load(groups: tuple[GroupChoice, ...]) -> AttentionFunction:
     functions: dict[str, AttentionFunction] = {}
-    for name in {choice.verdict.backend for choice in groups}:
-        backend = backend_named(name)
-        assert backend is not None
-        layers = [choice.layers for choice in groups if choice.verdict.backend == name]
+    backends = {one.verdict.backend.name: one.verdict.backend for one in groups}
+    for name, backend in backends.items():
+        layers = [one.layers for one in groups if one.verdict.backend.name == name]
         functions[name] = attention_function(as_applied(backend, layers, routed=True))
-    return Router({shape_of(choice.layers): functions[choice.verdict.backend] for choice in groups})
+    return Router({shape_of(one.layers): functions[one.verdict.backend.name] for one in groups})

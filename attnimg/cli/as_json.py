@@ -90,7 +90,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
         "because": plan.because,
         "candidates": [
             {
-                "backend": verdict.backend,
+                "backend": verdict.backend.name,
                 "fits": verdict.fits,
                 "rank": verdict.rank,
                 "reasons": [asdict(reason) for reason in verdict.reasons],
@@ -98,11 +98,11 @@ def plan_json(plan: Plan) -> dict[str, Any]:
             for verdict in plan.verdicts
         ],
         "chosen": chosen
-        and {"backend": chosen.backend, "kernel": chosen.kernel, "because": plan.because},
+        and {"backend": chosen.backend.name, "kernel": chosen.kernel, "because": plan.because},
         "groups": [
             {
                 "layers": asdict(choice.layers),
-                "backend": choice.verdict.backend,
+                "backend": choice.verdict.backend.name,
                 "kernel": choice.verdict.kernel,
             }
             for choice in plan.groups

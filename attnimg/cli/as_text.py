@@ -10,9 +10,8 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from attnimg.backends import backend_named
 from attnimg.errors import printable, shortened
-from attnimg.facts import Finding, LayerGroup, Model, Plan, Problem, Reason
+from attnimg.facts import Backend, Finding, LayerGroup, Model, Plan, Problem, Reason
 from attnimg.select.other_layers import OtherLayers, text_of
 
 if TYPE_CHECKING:
@@ -67,14 +66,16 @@ def print_warnings(warnings: Iterable[Finding], *, err: Console) -> None:
 
 def print_plan(plan: Plan, *, gpu: str, out: Console) -> None:
     """Print the three lines that every run begins with."""
-    got = "[red]nothing[/]"
-    if plan.chosen:
-        got = f"[bold green]{escape(plan.chosen.backend)}[/]  ({escape(plan.chosen.kernel or '')})"
+    got, chosen = "[red]nothing[/]", plan.chosen
+    if chosen:
+        got = f"[bold green]{escape(chosen.backend.name)}[/]  ({escape(chosen.kernel or '')})"
     grid = Table.grid(padding=(0, 2))
     grid.add_row("  [dim]asked[/]", escape(plan.asked))
     grid.add_row("  [dim]got[/]", f"{got}  on {escape(gpu)}")
     for choice in plan.groups:
-        taken = f"{_layer_text(choice.layers)}: [bold green]{escape(choice.verdict.backend)}[/]"
+        taken = (
+            f"{_layer_text(choice.layers)}: [bold green]{escape(choice.verdict.backend.name)}[/]"
+        )
         grid.add_row("  [dim]layers[/]", taken)
     grid.add_row("  [dim]because[/]", escape(plan.because))
     if not plan.chosen and plan.do:
@@ -113,13 +114,14 @@ def _candidates(plan: Plan) -> Table:
     table.add_column("fits")
     table.add_column("reasons", ratio=1)
     for verdict in plan.verdicts:
-        taken = plan.chosen is not None and plan.chosen.backend == verdict.backend
+        name = verdict.backend.name
+        taken = plan.chosen is not None and plan.chosen.backend.name == name
         text = escape(f"{verdict.kernel or ''}{_reserve(verdict.backend)}")
         if not verdict.fits:
             text = _reasons(verdict.reasons)
         table.add_row(
             str(verdict.rank),
-            f"[bold green]{verdict.backend}[/]" if taken else escape(verdict.backend),
+            f"[bold green]{name}[/]" if taken else escape(name),
             ("[bold green]taken[/]" if taken else "[green]yes[/]")
             if verdict.fits
             else "[red]no[/]",
@@ -136,10 +138,9 @@ def _reasons(reasons: tuple[Reason, ...]) -> str:
     return f"{text} [dim]+ {', '.join(codes)}[/]" if codes else text
 
 
-def _reserve(name: str) -> str:
+def _reserve(backend: Backend) -> str:
     """Say who may take a backend that fits: auto, a name in the config, or nobody yet."""
-    backend = backend_named(name)
-    if backend is None or backend.applied_as is None:
+    if backend.applied_as is None:
         return "  (judged only: this version cannot apply it)"
     if not backend.in_config:
         return "  (only with auto)"

@@ -11,8 +11,8 @@ from attnimg.cli import as_json
 from attnimg.cli.options import JsonOption
 from attnimg.machine import doctor as preflight
 from attnimg.machine import probe
+from attnimg.machine.doctor import Check
 from attnimg.machine.host import this_host
-from attnimg.machine.host_facts import Check
 from attnimg.select.images import catalogue, this_image
 
 _MARKS = {"ok": "[green]ok  [/]", "warn": "[yellow]warn[/]", "fail": "[red]FAIL[/]"}

@@ -27,7 +27,9 @@ from attnimg.cli.subject import (
 from attnimg.config.schema import Checked, Config
 from attnimg.errors import AttnimgError
 from attnimg.facts import Arch, Finding, Machine, Model, Plan, Problem
-from attnimg.select import plan, problem
+from attnimg.select import plan
+from attnimg.select.memory import quadratic_memory
+from attnimg.select.model_config import read_config
 from attnimg.select.other_layers import other_layers
 
 # Errors that are judgements of a backend: explaining them is what the command is for.
@@ -90,7 +92,7 @@ def explain(
             on=machine.arch.name,
             image=assumed,
             others=other_layers(model, machine),
-            memory=plan.quadratic_memory(found, task) if found and task else None,
+            memory=quadratic_memory(found, task) if found and task else None,
         )
         typer.echo(as_json.line(shown))
     else:
@@ -121,7 +123,7 @@ def _is_model(target: str) -> bool:
 
 def _json_keys(path: Path) -> set[str]:
     try:
-        return set(problem.read_config(path))
+        return set(read_config(path))
     except AttnimgError:
         return set()
 
@@ -159,7 +161,7 @@ def _base_model_findings(
     """Return the errors that train raises for the base model, and its warnings."""
     path = model_file(values)
     assert path is not None
-    errors, warnings = base_model_findings(values, problem.read_config(path), machine)
+    errors, warnings = base_model_findings(values, read_config(path), machine)
     return tuple(_as_finding(error) for error in errors), tuple(warnings)
 
 

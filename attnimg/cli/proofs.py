@@ -6,9 +6,8 @@ import os
 from collections.abc import Callable
 from dataclasses import replace
 
-from attnimg.backends import backend_named
 from attnimg.errors import AttnimgError
-from attnimg.facts import Backend, Machine, Plan, Problem, Proof, Reason
+from attnimg.facts import Backend, LayerGroup, Machine, Plan, Problem, Proof, Reason
 from attnimg.select import plan
 
 
@@ -102,31 +101,16 @@ def sentence(proof: Proof) -> str:
 def parts_of(found: Plan, problem: Problem) -> list[tuple[Backend, Problem]]:
     """Pair each backend of a plan that chose one with the layers that it runs."""
     assert found.chosen is not None
-    layers_of: dict[str, list[int]] = {}
-    if found.groups and problem.model is not None:
-        for place, choice in enumerate(found.groups):
-            layers_of.setdefault(choice.verdict.backend, []).append(place)
-    if not layers_of:
-        return [(_backend(found.chosen.backend), problem)]
-    assert problem.model is not None
+    if not found.groups or problem.model is None:
+        return [(found.chosen.backend, problem)]
+    layers_of: dict[str, list[LayerGroup]] = {}
+    backends = {choice.verdict.backend.name: choice.verdict.backend for choice in found.groups}
+    for choice in found.groups:
+        layers_of.setdefault(choice.verdict.backend.name, []).append(choice.layers)
     return [
-        (
-            _backend(name),
-            replace(
-                problem,
-                model=replace(
-                    problem.model, layers=tuple(found.groups[place].layers for place in places)
-                ),
-            ),
-        )
-        for name, places in layers_of.items()
+        (backends[name], replace(problem, model=replace(problem.model, layers=tuple(layers))))
+        for name, layers in layers_of.items()
     ]
-
-
-def _backend(name: str) -> Backend:
-    backend = backend_named(name)
-    assert backend is not None, name
-    return backend
 
 
 def _told(proof: Proof) -> str:

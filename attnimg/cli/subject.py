@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from datetime import date
 from pathlib import Path
@@ -16,14 +15,15 @@ from attnimg.machine import probe
 from attnimg.select import (
     images,
     known_bad,
+    memory,
+    model_config,
+    model_types,
     other_layers,
     plan,
-    problem,
-    quantizations,
-    refused_types,
 )
+from attnimg.select.attention_shapes import attention_dropout
+from attnimg.select.attention_shapes import read_model as shapes_of
 from attnimg.select.gpus import catalogue, cpus_with, gpu_named
-from attnimg.select.model_classes import class_named
 from attnimg.train.base_model import judge_base_model
 
 
@@ -100,8 +100,7 @@ def distributions() -> list[str]:
     needed = [package for backend in all_backends() for package, _, _ in backend.needs.packages]
     # Rules on known-bad versions also speak of what the backends' packages stand on.
     needed += [package for kind in other_layers.kinds().values() for package in kind.packages]
-    needed += refused_types.packages()
-    needed += [re.split("[<>=]", package)[0] for package in quantizations.packages()]
+    needed += model_types.needed_packages()
     return [*needed, "kernels", "nvidia-cutlass-dsl", "nvidia-cudnn-cu12", "nvidia-cudnn-cu13"]
 
 
@@ -109,7 +108,7 @@ def model_file(values: Config) -> Path | None:
     """Find the model's config.json on this machine; None when it is not here."""
     if not values.base_model:
         return None
-    return problem.find_config(values.base_model, revision=values.revision_of_model)
+    return model_config.find_config(values.base_model, revision=values.revision_of_model)
 
 
 def read_model(values: Config) -> tuple[Model | None, float]:
@@ -117,9 +116,8 @@ def read_model(values: Config) -> tuple[Model | None, float]:
     path = model_file(values)
     if path is None:
         return None, 0.0
-    raw = problem.read_config(path)
-    model = problem.read_model(raw, file=path.name)
-    return model, problem.attention_dropout(raw, file=path.name)
+    raw = model_config.read_config(path)
+    return shapes_of(raw, file=path.name), attention_dropout(raw, file=path.name)
 
 
 def problem_of(values: Config, *, model: Model | None, dropout: float, arch: Arch) -> Problem:
@@ -130,7 +128,7 @@ def problem_of(values: Config, *, model: Model | None, dropout: float, arch: Arc
     dtype = plan.training_dtype(bf16=values.bf16, fp16=bool(values.fp16), arch=arch)
     return Problem(
         model=model,
-        model_class=class_named(model.type) if model is not None and known else None,
+        model_class=model_types.class_named(model.type) if model is not None and known else None,
         dtype=dtype,
         packing=bool(values.sample_packing) or values.batch_flattening is True,
         dropout=dropout,
@@ -202,8 +200,8 @@ def run_findings(
     errors, warnings = other_layers.findings_on(task, machine)
     if (mixing := plan.mixing_error(found, task)) is not None:
         errors = (*errors, mixing)
-    memory = plan.memory_warning(found, task, memory_bytes=memory_of(machine))
-    return errors, (*warnings, *([memory] if memory else ()))
+    warning = memory.memory_warning(found, task, memory_bytes=memory_of(machine))
+    return errors, (*warnings, *([warning] if warning else ()))
 
 
 def base_model_findings(

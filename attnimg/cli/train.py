@@ -33,7 +33,10 @@ from attnimg.errors import AttnimgError, printable
 from attnimg.facts import Backend, LayerGroup, Machine, Plan, Problem, Proof, Reason
 from attnimg.machine import probe
 from attnimg.machine.kernel_cache import use_shipped_kernels
-from attnimg.select import plan, problem
+from attnimg.select import plan
+from attnimg.select.attention_shapes import attention_dropout
+from attnimg.select.attention_shapes import read_model as shapes_of
+from attnimg.select.model_config import read_config
 from attnimg.train.distributed import agree, rank, require_group
 from attnimg.train.receipt import versions
 from attnimg.train.signals import StopFlag, Stopped, stop_signals
@@ -104,7 +107,7 @@ def _train(file: str, settings: tuple[str, ...], *, console: Console, stop: Stop
     for note in without_effect(values):
         console.print(f"  warning: {note}", highlight=False, markup=False, soft_wrap=True)
     if (path := model_file(values)) is not None:
-        _require_base_model(values, problem.read_config(path), machine, console=console)
+        _require_base_model(values, read_config(path), machine, console=console)
     model, dropout = read_model(values)
     session = Session(
         config=values,
@@ -165,7 +168,7 @@ def _shown(found: Plan, session: Session) -> Plan:
 
 
 def _refusal(found: Plan) -> AttnimgError:
-    asked = next((v for v in found.verdicts if v.backend == found.asked), None)
+    asked = next((v for v in found.verdicts if v.backend.name == found.asked), None)
     against = asked.reasons if asked else ()
     why = [f"{reason.code}: {reason.text}" for reason in against] or [found.because]
     missing = bool(against) and {reason.code for reason in against} <= _KERNEL_MISSING
@@ -315,8 +318,8 @@ def _replanned(session: Session, model_config: Any) -> tuple[Session, Plan]:
     _require_base_model(session.config, raw, session.machine, console=session.console)
     task = problem_of(
         session.config,
-        model=problem.read_model(raw),
-        dropout=problem.attention_dropout(raw),
+        model=shapes_of(raw),
+        dropout=attention_dropout(raw),
         arch=session.machine.arch,
     )
     session = replace(session, problem=task)

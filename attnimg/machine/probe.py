@@ -1,46 +1,99 @@
-"""What this machine is: its GPU, driver, memory, installed packages and local kernels."""
+"""Detect this machine: its GPU, driver, memory, installed packages and local kernels.
+
+A Recording keeps the raw answers of the drivers as text, and `describe` is a pure function of it:
+machines that are not at hand are tested with recorded answers.
+"""
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import os
+import re
 import shutil
-from collections.abc import Iterable
-from dataclasses import replace
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 
 from attnimg.backends import variables_that_choose
-from attnimg.facts import LocalKernel, Machine
-from attnimg.machine.recording import Answer, Recording, describe
-from attnimg.machine.shadowed import shadowed
-
-__all__ = ["this_machine"]
+from attnimg.errors import AttnimgError
+from attnimg.facts import Arch, LocalKernel, Machine
+from attnimg.select.gpus import arch_from_name
 
 _QUERY = "name,compute_cap,memory.total,driver_version"
 # A healthy driver answers in well under a second; one without persistence mode takes a few to
 # wake eight GPUs up.
 _NVIDIA_SMI_SECONDS = 20.0
+# Memory banks of a GPU that hold its own memory (public and private frame buffer).
+# Source: HSA_MEM_HEAP_TYPE_FB_PUBLIC and _FB_PRIVATE in include/uapi/linux/kfd_sysfs.h,
+# torvalds/linux 512a93a (read 2026-11-21).
+_FRAME_BUFFER_HEAPS = frozenset({1, 2})
+# A package that may be overwritten, the one that does it, and a file that both claim. flash-attn
+# 2.8.3 ships an old stub of FlashAttention-4 in flash_attn/cute/, where flash-attn-4 has the real
+# one: 20 files, and whichever was installed last wins. With the stub, importing FlashAttention-4
+# raises AttributeError. Seen with pip 26.3 (2026-11-21).
+_CLAIMED_TWICE = (("flash-attn-4", "flash-attn", "flash_attn/cute/interface.py"),)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Answer:
+    """What a program printed and how it ended."""
+
+    returncode: int
+    stdout: str
+    stderr: str = ""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Recording:
+    """Everything that decides what a machine is, as text that can be kept in a file.
+
+    Attributes:
+        nvidia_smi: the answer to --query-gpu=name,compute_cap,memory.total,driver_version
+            --format=csv,noheader,nounits; None without the program.
+        kfd_nodes: `properties` of each node of amdgpu's topology, its memory banks' appended.
+        amd_driver: version of the amdgpu module.
+        memory_bytes: of the host.
+        cuda_visible_devices: the environment variable; None when it is not set.
+        hip_visible_devices: the same for AMD.
+    """
+
+    nvidia_smi: Answer | None = None
+    kfd_nodes: tuple[str, ...] = ()
+    amd_driver: str | None = None
+    memory_bytes: int | None = None
+    cuda_visible_devices: str | None = None
+    hip_visible_devices: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Device:
+    arch: Arch
+    gpu: str
+    memory_bytes: int | None
+    driver: str | None
 
 
 def this_machine(packages: Iterable[str], *, sys_root: Path = Path("/sys")) -> Machine:
-    """Look at this machine without importing torch.
+    """Return what this machine is, without importing torch.
 
     Args:
-        packages: distribution names to ask for, in any spelling; "torch" is always asked for.
+        packages: distribution names to look for, in any spelling; "torch" is always looked for.
         sys_root: where the kernel's /sys is.
 
     Raises:
         AttnimgError: LOCAL_KERNELS is malformed or names a folder that serves nothing.
     """
     recording = Recording(
-        nvidia_smi=_ask_nvidia_smi(),
+        nvidia_smi=_run_nvidia_smi(),
         kfd_nodes=_read_kfd(sys_root),
         amd_driver=_text(sys_root / "module" / "amdgpu" / "version"),
-        memory_bytes=_memory_bytes(),
+        memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         cuda_visible_devices=os.environ.get("CUDA_VISIBLE_DEVICES"),
         hip_visible_devices=os.environ.get("HIP_VISIBLE_DEVICES"),
     )
-    installed = _versions({_normalised(name) for name in packages} | {"torch"})
+    installed = _versions({canonical(name) for name in packages} | {"torch"})
     torch = installed.get("torch")
     machine = describe(
         recording,
@@ -52,6 +105,96 @@ def this_machine(packages: Iterable[str], *, sys_root: Path = Path("/sys")) -> M
     return replace(machine, shadowed=shadowed(installed), variables=variables)
 
 
+def describe(
+    recording: Recording,
+    *,
+    packages: Mapping[str, str] | None = None,
+    torch: str | None = None,
+    local_kernels: tuple[LocalKernel, ...] = (),
+) -> Machine:
+    """Return the machine that gave these answers. The first visible device counts."""
+    nvidia, problem = _nvidia_devices(recording.nvidia_smi)
+    visible = _visible(nvidia, recording.cuda_visible_devices)
+    if not nvidia:
+        mask = recording.hip_visible_devices
+        mask = recording.cuda_visible_devices if mask is None else mask
+        visible = _visible(_amd_devices(recording), mask)
+    cpu = _Device(
+        arch=arch_from_name("cpu"), gpu="cpu", memory_bytes=recording.memory_bytes, driver=None
+    )
+    first, *others = visible or [cpu]
+    differing = {device.arch.name: None for device in others if device.arch != first.arch}
+    return Machine(
+        arch=first.arch,
+        gpu=first.gpu,
+        memory_bytes=first.memory_bytes,
+        driver=first.driver,
+        packages=packages,
+        torch=torch,
+        local_kernels=local_kernels,
+        other_archs=tuple(differing),
+        driver_problem=problem,
+    )
+
+
+def shadowed(installed: Collection[str]) -> tuple[str, ...]:
+    """Return the packages whose files another one has overwritten, without importing either.
+
+    Args:
+        installed: names of installed distributions.
+    """
+    return tuple(
+        package
+        for package, other, path in _CLAIMED_TWICE
+        if {package, other} <= set(installed)
+        and changed_files(found := metadata.distribution(package), recorded(found, under=path))
+    )
+
+
+def canonical(name: str) -> str:
+    """Return a distribution's name as PEP 503 spells it.
+
+    packaging.utils does the same, and takes 10 ms to import.
+    """
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def recorded(dist: metadata.Distribution, *, under: str = "") -> list[str]:
+    """Return the lines of RECORD; parsing 80 of them as csv takes a second.
+
+    Args:
+        dist: an installed distribution.
+        under: how the lines begin.
+    """
+    lines = (dist.read_text("RECORD") or "").splitlines()
+    return [line for line in lines if line.startswith(under)]
+
+
+def changed_files(dist: metadata.Distribution, record: Iterable[str]) -> tuple[str, ...]:
+    """Return files that are missing, and Python files whose hash is not the recorded one.
+
+    Libraries are not hashed: hundreds of megabytes would take seconds.
+
+    Args:
+        dist: an installed distribution.
+        record: lines of its RECORD.
+    """
+    found = []
+    for line in record:
+        name, _, rest = line.rpartition(",")[0].rpartition(",")
+        algorithm, _, wanted = rest.partition("=")
+        path = Path(str(dist.locate_file(name)))
+        if not algorithm or name.endswith(".pyc"):
+            continue
+        if not path.is_file():
+            found.append(name)
+        elif path.suffix == ".py":
+            digest = hashlib.new(algorithm, path.read_bytes()).digest()
+            if base64.urlsafe_b64encode(digest).rstrip(b"=").decode() != wanted:
+                found.append(name)
+    return tuple(found)
+
+
 def _local_kernels(spec: str | None, *, torch: str | None) -> tuple[LocalKernel, ...]:
     if spec is None:
         return ()
@@ -60,7 +203,7 @@ def _local_kernels(spec: str | None, *, torch: str | None) -> tuple[LocalKernel,
     return read_local_kernels(spec, torch=torch)
 
 
-def _ask_nvidia_smi() -> Answer | None:
+def _run_nvidia_smi() -> Answer | None:
     """Run nvidia-smi; None when it is not on PATH."""
     program = shutil.which("nvidia-smi")
     if program is None:
@@ -104,23 +247,79 @@ def _text(path: Path) -> str | None:
         return None
 
 
-def _memory_bytes() -> int | None:
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, OSError, ValueError):  # these names are not everywhere
-        return None
-
-
-def _normalised(name: str) -> str:
-    return name.lower().replace("_", "-").replace(".", "-")
-
-
 def _versions(names: Iterable[str]) -> dict[str, str]:
     found = {}
     for name in sorted(names):
         try:
-            version = metadata.version(name)
+            found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
-        found[name] = version
     return found
+
+
+def _nvidia_devices(answer: Answer | None) -> tuple[list[_Device], str | None]:
+    """Read one device a line; other lines are the driver's complaints."""
+    if answer is None:
+        return [], None
+    devices, complaints = [], []
+    for line in (answer.stdout + "\n" + answer.stderr).splitlines():
+        fields = [field.strip() for field in line.rsplit(",", 3)]
+        if len(fields) == 4 and (sm := re.fullmatch(r"([1-9][0-9]?)\.([0-9])", fields[1])):
+            name, _, mebibytes, driver = fields
+            # "[N/A]" where memory is shared with the host, as on DGX Spark
+            memory = int(mebibytes) * 2**20 if mebibytes.isdecimal() else None
+            arch = arch_from_name(f"sm_{sm[1]}{sm[2]}")
+            devices.append(_Device(arch=arch, gpu=name, memory_bytes=memory, driver=driver))
+        elif line.strip():
+            complaints.append(line.strip())
+    if answer.returncode and not complaints:
+        complaints.append(f"nvidia-smi ended with status {answer.returncode} and said nothing")
+    return devices, " ".join(complaints) or None
+
+
+def _amd_devices(recording: Recording) -> list[_Device]:
+    devices = []
+    for node in recording.kfd_nodes:
+        pairs = [line.split() for line in node.splitlines()]
+        numbers = [(p[0], int(p[1])) for p in pairs if len(p) == 2 and p[1].isdecimal()]
+        version = dict(numbers).get("gfx_target_version", 0)
+        if not version:  # a CPU's node
+            continue
+        # 90402 is major 9, minor 4, stepping 2: gfx942; the last two are hexadecimal digits.
+        name = f"gfx{version // 10000}{version // 100 % 100:x}{version % 100:x}"
+        try:
+            arch = arch_from_name(name)
+        except AttnimgError:  # not the shape of any architecture we could plan for
+            continue
+        memory, driver = _frame_buffer_bytes(numbers), recording.amd_driver
+        devices.append(_Device(arch=arch, gpu=f"AMD {name}", memory_bytes=memory, driver=driver))
+    return devices
+
+
+def _frame_buffer_bytes(numbers: Iterable[tuple[str, int]]) -> int | None:
+    total, heap = 0, 0
+    for key, value in numbers:
+        if key == "heap_type":
+            heap = value
+        elif key == "size_in_bytes" and heap in _FRAME_BUFFER_HEAPS:
+            total += value
+    return total or None
+
+
+def _visible(devices: list[_Device], mask: str | None) -> list[_Device]:
+    """Apply CUDA_VISIBLE_DEVICES: a list of indices that ends at the first invalid one.
+
+    Source: https://docs.nvidia.com/cuda/cuda-programming-guide/05-appendices/environment-variables.html
+    (read 2026-11-21). Devices named by UUID can't be told apart here, so all of them stay.
+    """
+    if mask is None:
+        return devices
+    chosen: list[_Device] = []
+    for token in mask.split(","):
+        entry = token.strip()
+        if entry.startswith(("GPU-", "MIG-")):
+            return devices
+        if not entry.isdecimal() or int(entry) >= len(devices):
+            break
+        chosen.append(devices[int(entry)])
+    return chosen

@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cache
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from attnimg.errors import AttnimgError, bad_manifest
 from attnimg.facts import Arch, Machine
+from attnimg.files import data_file
 
 MANIFEST = Path("/opt/attnimg/image.json")
 
@@ -47,7 +47,7 @@ class ImageFacts:
 @cache
 def catalogue() -> dict[str, ImageFacts]:
     """Read data/images.json, rendered from the recipes: name -> image, stable ones first."""
-    return parse((files("attnimg") / "data" / "images.json").read_text("utf-8"))
+    return parse(data_file("images.json").read_text("utf-8"))
 
 
 def parse(text: str) -> dict[str, ImageFacts]:

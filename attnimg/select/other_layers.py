@@ -1,4 +1,4 @@
-"""Judge a model's layers without softmax attention: what they need, and whether they can be packed.
+"""Judge layers without softmax attention: what they need, and whether they can be packed.
 
 Attention backends and masks do not affect them: packed documents are isolated there by kernels that
 take document boundaries, or not at all.
@@ -6,12 +6,11 @@ take document boundaries, or not at all.
 
 from __future__ import annotations
 
-import tomllib
 from dataclasses import dataclass
 from functools import cache
-from importlib import resources
 
 from attnimg.facts import Finding, Machine, Model, Problem
+from attnimg.files import read_data
 
 # The document boundaries in train's packed batches; see train/collate.py.
 _IN_BATCH = frozenset({"cu_seq_lens_q", "seq_idx"})
@@ -48,7 +47,7 @@ class OtherLayers:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Kind:
+class OtherKind:
     """A row of data/other_layers.toml; the file explains its keys."""
 
     label: str
@@ -196,7 +195,6 @@ def hybrid_types() -> frozenset[str]:
 
 
 @cache
-def kinds() -> dict[str, Kind]:
+def kinds() -> dict[str, OtherKind]:
     """Read data/other_layers.toml: name -> kind."""
-    path = resources.files("attnimg").joinpath("data", "other_layers.toml")
-    return {name: Kind(**row) for name, row in tomllib.loads(path.read_text("utf-8")).items()}
+    return {name: OtherKind(**row) for name, row in read_data("other_layers.toml").items()}

@@ -44,7 +44,7 @@ def applied(engine: Any, plan: Plan) -> dict[str, object]:
         "attention": {
             "modules": _attention(engine.model),
             "backends": [
-                {"layers": choice.layers, "backend": choice.verdict.backend}
+                {"layers": choice.layers, "backend": choice.verdict.backend.name}
                 for choice in plan.groups
             ],
         },

@@ -7,8 +7,7 @@ from typing import Any
 
 from attnimg.config.schema import Config
 from attnimg.errors import AttnimgError
-from attnimg.select import refused_types
-from attnimg.select.model_classes import read_causal_types
+from attnimg.select.model_types import read_causal_types, refusal_of
 
 # What chooses a class by the model's type; the last two also load models that take images.
 DEFAULT = "AutoModelForCausalLM"
@@ -72,7 +71,7 @@ def require_trainable(
     require_causal_type(config, raw)
     if DEFAULT in (raw.get("auto_map") or {}) and config.trust_remote_code:
         return
-    found = refused_types.refusal_of(
+    found = refusal_of(
         raw,
         name=str(config.base_model),
         packing=bool(config.sample_packing) or config.batch_flattening is True,

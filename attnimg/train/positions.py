@@ -8,8 +8,8 @@ from typing import Any
 from attnimg.config.schema import Config
 from attnimg.errors import AttnimgError
 from attnimg.facts import Finding
-from attnimg.select.model_classes import PositionTable, position_table
-from attnimg.select.quantizations import LANGUAGE_PARTS
+from attnimg.select.model_config import LANGUAGE_PARTS
+from attnimg.select.model_types import PositionTable, position_table
 
 
 def judge_positions(config: Config, raw: Mapping[str, Any]) -> Finding | None:

@@ -35,7 +35,7 @@ class RunFacts:
     @property
     def backend(self) -> str:
         """Name the backend people know it by."""
-        return self.plan.chosen.backend if self.plan.chosen else self.implementation
+        return self.plan.chosen.backend.name if self.plan.chosen else self.implementation
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -14,7 +14,7 @@ from typing import Any
 
 from attnimg.config.schema import Config
 from attnimg.facts import Finding
-from attnimg.select.model_classes import read_causal_types
+from attnimg.select.model_types import read_causal_types
 from attnimg.train.causal import DEFAULT
 
 # Fields of config.json that describe other parts than the language model.

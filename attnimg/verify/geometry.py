@@ -13,7 +13,7 @@ from attnimg.facts import (
     Problem,
     RunContext,
 )
-from attnimg.select.windows import with_windows_that_hide
+from attnimg.select.judge import with_effective_windows
 
 # What is proven when the model's config is not at hand: grouped heads of the most frequent size.
 UNKNOWN_MODEL = (LayerGroup(count=1, heads=8, kv_heads=2, head_dim_qk=64, head_dim_v=64),)
@@ -33,7 +33,7 @@ def geometries_of(
         deterministic: whether gradients must repeat bit for bit.
         every_length: whether documents of each length are to be shown.
     """
-    model = with_windows_that_hide(problem).model
+    model = with_effective_windows(problem).model
     layers: Sequence[LayerGroup] = model.layers if model else ()
     found = (
         Geometry(

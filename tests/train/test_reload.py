@@ -24,8 +24,9 @@ from attnimg import apply, config
 from attnimg.cli.subject import base_model_findings, distributions, problem_of, read_model
 from attnimg.cli.train import Session, fit_planned
 from attnimg.machine import probe
-from attnimg.select import plan, problem
-from attnimg.select.model_classes import read_causal_types
+from attnimg.select import plan
+from attnimg.select.model_config import read_config
+from attnimg.select.model_types import read_causal_types
 from attnimg.train import fit
 from attnimg.train.quiet import silence_libraries
 from attnimg.train.safetensors_headers import TORCH_NAMES, stored_tensors
@@ -167,7 +168,7 @@ def train(model: Path, out: Path, patch: pytest.MonkeyPatch, **keys: Any) -> Any
     assert checked.config is not None, checked.errors
     silence_libraries()
     machine = probe.this_machine(distributions())
-    raw = problem.read_config(model / "config.json")
+    raw = read_config(model / "config.json")
     errors, _ = base_model_findings(checked.config, raw, machine)
     assert not errors, errors[0]
     geometry, dropout = read_model(checked.config)

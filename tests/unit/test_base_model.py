@@ -13,7 +13,7 @@ from tiny_vlms import tiny_vlm
 
 from attnimg.config.schema import Config
 from attnimg.errors import AttnimgError
-from attnimg.select.model_classes import position_table, read_causal_types
+from attnimg.select.model_types import position_table, read_causal_types
 from attnimg.train.base_model import judge_base_model
 from attnimg.train.positions import rope_reach
 from attnimg.train.safetensors_headers import stored_tensors, unused_weights

@@ -7,10 +7,10 @@ from dataclasses import replace
 import pytest
 
 from attnimg.facts import Arch, Machine
-from attnimg.machine.doctor import examine
-from attnimg.machine.doctor.variants import check_variants
+from attnimg.machine.doctor import Check, check_variants, examine
 from attnimg.machine.fingerprint import RELEASE
-from attnimg.machine.host_facts import WORKING_FOLDER, Check, Folder, Host, Shadow, ShippedKernels
+from attnimg.machine.host import WORKING_FOLDER, Folder, Host, Shadow
+from attnimg.machine.shipped_kernels import ShippedKernels
 from attnimg.select.images import ImageFacts, catalogue
 
 GIB = 1 << 30
@@ -174,7 +174,7 @@ def test_host_and_packages(host: Host, status: str | None, what: str) -> None:
     found = findings(host=host)
     assert [check.status for check in found] == ([status] if status else [])
     assert all(what in check.what for check in found)
-    assert all(check.do for check in found), "each finding has its mend"
+    assert all(check.do for check in found), "each finding has its fix"
 
 
 def test_a_kernel_of_which_a_part_was_compiled_is_told_although_the_image_has_it() -> None:

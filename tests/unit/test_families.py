@@ -18,8 +18,8 @@ from attnimg.config.schema import Config
 from attnimg.errors import AttnimgError
 from attnimg.facts import Arch, Machine
 from attnimg.select import plan
-from attnimg.select.problem import read_model
-from attnimg.select.refused_types import mask_refusal, refusal_of, rows
+from attnimg.select.attention_shapes import read_model
+from attnimg.select.model_types import mask_refusal, refusal_of, refused_types
 from attnimg.train.causal import require_trainable
 
 FOUND: dict[str, dict[str, dict[str, Any]]] = json.loads(RECORD.read_text())["types"]
@@ -76,7 +76,7 @@ def test_explain_without_torch_says_what_the_record_says(tmp_path: Path) -> None
 
 
 def test_every_refused_type_is_one_of_transformers() -> None:
-    named = {name for row in rows().values() for name in row.types}
+    named = {name for row in refused_types().values() for name in row.types}
     assert named <= set(causal_types())
 
 
@@ -84,7 +84,7 @@ def test_each_refusal_cites_a_file_of_its_type() -> None:
     import transformers
 
     models = Path(transformers.__file__).parent / "models"
-    for row in rows().values():
+    for row in refused_types().values():
         for name in row.types if "{file}" in row.source else ():
             assert list(models.glob(f"*/modeling_{name.replace('-', '_')}.py")), name
     mixes = mask_refusal("big_bird")
@@ -157,12 +157,12 @@ def test_a_mask_without_boundaries_is_not_packed_on(
     problem = a_problem(model=model, dtype="float32", packing=True)
     found = plan.choose(asked, CPU, problem)
     assert found.chosen is not None
-    assert found.chosen.backend == takes
+    assert found.chosen.backend.name == takes
     error = plan.mixing_error(found, problem)
     assert (error.code if error else None) == ("packing-not-isolated" if mixes else None)
     assert plan.mixing_error(found, a_problem(model=model, dtype="float32")) is None
 
 
 def test_the_changes_are_of_types_whose_rows_are_bounded() -> None:
-    bounded = {name for row in rows().values() if row.rows_up_to for name in row.types}
+    bounded = {name for row in refused_types().values() if row.rows_up_to for name in row.types}
     assert CHANGES.keys() == bounded

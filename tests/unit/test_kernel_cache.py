@@ -17,10 +17,9 @@ import pytest
 from attnimg.errors import AttnimgError
 from attnimg.facts import Arch, Machine
 from attnimg.machine import fingerprint as probed
+from attnimg.machine import kernel_cache
 from attnimg.machine.fingerprint import RELEASE, fingerprint, key_of
-from attnimg.machine.kernel_cache import fa4
-from attnimg.machine.kernel_cache.fa4 import fa4_settings
-from attnimg.machine.kernel_cache.variants import variant_settings
+from attnimg.machine.kernel_cache import fa4_settings, variant_settings
 
 ROOT = Path(__file__).parents[2]
 ENTRY = Path("0123abcd") / "fwd" / "4567.o"
@@ -157,7 +156,7 @@ def test_without_a_place_for_them_it_says_so(
     temporary.write_text("another")
     cache = {"ATTNIMG_CACHE": str(tmp_path / "cache")}
     assert fa4_settings(H100, cache, shipped=shipped) == {}
-    assert "compiles its kernels anew" in capsys.readouterr().err
+    assert "compiles its kernels again" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"key": "a"}'])
@@ -171,8 +170,8 @@ def test_kinds_of_cpu_have_a_folder_each(tmp_path: Path) -> None:
     names = set()
     for flags in ("flags : sse2 avx", "flags : sse2 avx avx512f", "flags : avx sse2"):
         (tmp_path / "cpuinfo").write_text(f"processor : 0\n{flags}\n")
-        names.add(fa4._cpu(tmp_path / "cpuinfo"))
-    names.add(fa4._cpu(tmp_path / "nothing"))
+        names.add(kernel_cache._cpu(tmp_path / "cpuinfo"))
+    names.add(kernel_cache._cpu(tmp_path / "nothing"))
     assert len(names) == 3
 
 

@@ -17,12 +17,12 @@ from attnimg.backends import backend_named
 from attnimg.cli.subject import problem_of
 from attnimg.config.schema import Config
 from attnimg.facts import LayerGroup, Model, ModelClass
-from attnimg.select.classes import reason_against_class
+from attnimg.select.attention_shapes import read_model
 from attnimg.select.gpus import parse_gpu
 from attnimg.select.images import image_for, machine_with
-from attnimg.select.model_classes import class_named
+from attnimg.select.judge import reason_against_class
+from attnimg.select.model_types import class_named
 from attnimg.select.plan import choose
-from attnimg.select.problem import read_model
 from recipes import positions
 from recipes.model_classes import (
     CAUSAL_PATH,
@@ -166,4 +166,4 @@ def test_layers_that_differ_share_one_backend_where_no_router_can_be_put() -> No
     found = choose(None, machine, own)
     assert found.groups == ()
     assert found.chosen is not None
-    assert found.chosen.backend == "sdpa"
+    assert found.chosen.backend.name == "sdpa"

@@ -14,8 +14,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from attnimg.__main__ import run as attnimg
 from attnimg.cli.subject import distributions
 from attnimg.facts import Arch, Machine, Model
+from attnimg.select.attention_shapes import read_model
 from attnimg.select.other_layers import findings_on, kinds, other_layers
-from attnimg.select.problem import read_model
 
 GRANITE = {"num_hidden_layers": 4, "hidden_size": 64, "num_attention_heads": 4,
            "num_key_value_heads": 2}  # fmt: skip

@@ -25,8 +25,7 @@ from attnimg.facts import (
 from attnimg.select import known_bad
 from attnimg.select.gpus import catalogue, parse_gpu
 from attnimg.select.judge import reasons_against
-from attnimg.select.plan import choose, training_dtype, without
-from attnimg.select.ranks import place_of
+from attnimg.select.plan import choose, place_of, training_dtype, without
 
 
 def group(d: int = 128, *, v: int | None = None, **more: object) -> LayerGroup:
@@ -72,11 +71,11 @@ def plan(
 
 
 def got(found: Plan) -> str | None:
-    return found.chosen.backend if found.chosen else None
+    return found.chosen.backend.name if found.chosen else None
 
 
 def reasons(found: Plan, backend: str) -> list[str]:
-    verdict = next(v for v in found.verdicts if v.backend == backend)
+    verdict = next(v for v in found.verdicts if v.backend.name == backend)
     return [reason.code for reason in verdict.reasons]
 
 
@@ -440,7 +439,7 @@ def test_after_a_failed_proof_the_next_of_the_flash_family_stands_in(
         found = without(found, name, wrong)
         assert found.asked == asked
     assert names == [f"flash_attention_{member}" for member in tried]
-    assert [v.backend for v in found.verdicts if wrong in v.reasons] == names
+    assert [v.backend.name for v in found.verdicts if wrong in v.reasons] == names
     assert found.because
     assert found.do
 
@@ -448,7 +447,7 @@ def test_after_a_failed_proof_the_next_of_the_flash_family_stands_in(
 @pytest.mark.parametrize("gpu", catalogue())
 def test_every_backend_is_judged_on_every_gpu(gpu: str) -> None:
     found = plan(None, gpu)
-    assert sorted(v.backend for v in found.verdicts) == sorted(b.name for b in all_backends())
+    assert sorted(v.backend.name for v in found.verdicts) == sorted(b.name for b in all_backends())
     assert [v.rank for v in found.verdicts] == list(range(1, len(found.verdicts) + 1))
     assert all(v.fits != bool(v.reasons) for v in found.verdicts)
     assert got(found)
@@ -504,7 +503,7 @@ def test_reasons_that_several_backends_share_are_told_once() -> None:
 )
 def test_groups_of_layers_run_their_own_best(gpu: str, runs: list[str]) -> None:
     found = plan(None, gpu, GEMMA4, packing=True)
-    assert [choice.verdict.backend for choice in found.groups] == runs
+    assert [choice.verdict.backend.name for choice in found.groups] == runs
     if runs:
         assert f"32 layers of head_dim 256 with window 512 run {runs[0]}" in found.because
         assert "32 layers of head_dim 512 run sdpa" in found.because
@@ -514,7 +513,7 @@ def test_a_variable_of_the_process_holds_for_every_layer_that_it_reaches() -> No
     wide = group(192, v=128)
     three = Model(type="x", layers=(group(256, window=512), group(256), replace(wide, kv_heads=32)))
     found = plan(None, "b200", three, packing=True)
-    names = [choice.verdict.backend for choice in found.groups]
+    names = [choice.verdict.backend.name for choice in found.groups]
     # Alone, layers of head_dim 256 without a window would run FlashAttention-4's own kernel.
     assert names == ["flash_attention_4_generic", "flash_attention_4_generic", "flash_attention_4"]
 

@@ -12,10 +12,13 @@ import pytest
 
 from attnimg.errors import AttnimgError
 from attnimg.machine.fingerprint import triton_fingerprint, triton_in_short
-from attnimg.machine.kernel_variants import TorchBuild, choose, torch_build
-from attnimg.machine.local_kernels import read_local_kernels
-from attnimg.machine.probe import this_machine
-from attnimg.machine.recording import Answer, Recording, describe
+from attnimg.machine.local_kernels import (
+    TorchBuild,
+    choose_variant,
+    read_local_kernels,
+    torch_build,
+)
+from attnimg.machine.probe import Answer, Recording, describe, this_machine
 from attnimg.machine.shipped_kernels import shipped_kernels, shipped_triton
 
 MACHINES = Path(__file__).parent / "machines"
@@ -212,7 +215,7 @@ def test_the_source_may_stand_in_a_package_of_the_kernels_name(tmp_path):
 def test_the_variant_is_the_one_that_kernels_would_load(build, variants, chosen, tmp_path):
     for name in variants:
         (tmp_path / "build" / name).mkdir(parents=True)
-    path, rejected = choose(tmp_path, build=build)
+    path, rejected = choose_variant(tmp_path, build=build)
     assert (path.name if path else None) == chosen
     assert len(rejected) == (0 if chosen or "src" in variants else len(variants))
 
@@ -229,7 +232,7 @@ def test_kernels_itself_chooses_the_same(tmp_path):
         )
     torch = this_machine([]).torch
     while names:
-        chosen, _ = choose(tmp_path, build=torch_build(torch))
+        chosen, _ = choose_variant(tmp_path, build=torch_build(torch))
         try:
             theirs = resolver.resolve_local_kernel(tmp_path, backend=None).variant_path
         except FileNotFoundError:

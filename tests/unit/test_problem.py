@@ -11,8 +11,9 @@ import pytest
 
 from attnimg.errors import AttnimgError
 from attnimg.facts import LayerGroup
-from attnimg.select.problem import read_config, read_model
-from attnimg.select.problem.families import read_families
+from attnimg.select.attention_shapes import read_model
+from attnimg.select.layer_kinds import read_families
+from attnimg.select.model_config import read_config
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -232,7 +233,7 @@ def test_multimodal_models_are_read_by_their_language_part(type_, tmp_path):
 def test_every_assumed_value_is_the_class_default():
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    from attnimg.select.problem.fields import _ALIASES
+    from attnimg.select.model_config import ALIASES
 
     # gemma4 takes it from the file alone, so it is no field of its class.
     not_fields = {("gemma4_text", "global_head_dim"): 512}
@@ -241,7 +242,7 @@ def test_every_assumed_value_is_the_class_default():
             continue
         defaults = {f.name: f.default for f in dataclasses.fields(CONFIG_MAPPING[type_])}
         for name, assumed in family.defaults.items():
-            names = [name, *_ALIASES.get(name, ())]
+            names = [name, *ALIASES.get(name, ())]
             real = next((defaults[n] for n in names if n in defaults), None)
             real = not_fields.get((type_, name), real)
             assert assumed == real, f"{type_}.{name}"

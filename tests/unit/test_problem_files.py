@@ -8,7 +8,8 @@ import pytest
 
 from attnimg.errors import AttnimgError
 from attnimg.facts import LayerGroup
-from attnimg.select.problem import attention_dropout, find_config, read_config, read_model
+from attnimg.select.attention_shapes import attention_dropout, read_model
+from attnimg.select.model_config import find_config, read_config
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from attnimg.__main__ import run as attnimg
 from attnimg.facts import Arch, DType, LayerGroup, Machine, Model, Problem
-from attnimg.select.memory import WARN_FROM
-from attnimg.select.plan import choose, memory_warning, quadratic_memory
+from attnimg.select.memory import WARN_FROM, memory_warning, quadratic_memory
+from attnimg.select.plan import choose
 
 TOKENS, HEADS, LAYERS = 256, 4, 2
 CPU = Machine(arch=Arch(name="cpu", vendor="cpu"), gpu="cpu", packages={}, torch="2.13.0")

@@ -7,7 +7,7 @@ import hashlib
 
 import pytest
 
-from attnimg.machine.shadowed import shadowed
+from attnimg.machine.probe import shadowed
 
 FILE = "flash_attn/cute/interface.py"
 

@@ -14,8 +14,8 @@ from attnimg.cli.subject import problem_of
 from attnimg.config import check_values
 from attnimg.facts import LayerGroup, LocalKernel, Machine, Model, Problem, Verdict
 from attnimg.select.gpus import parse_gpu
+from attnimg.select.judge import with_effective_windows
 from attnimg.select.plan import choose
-from attnimg.select.windows import with_windows_that_hide
 from attnimg.verify.geometry import geometries_of
 
 LAYER = LayerGroup(
@@ -47,7 +47,7 @@ def test_a_window_counts_where_it_is_shorter_than_the_row(
     sequence_len: int | None, packing: bool, rows: int, window: int | None
 ) -> None:
     problem = run(sequence_len=sequence_len, packing=packing, rows=rows)
-    found = with_windows_that_hide(problem)
+    found = with_effective_windows(problem)
     assert found.model is not None
     assert [layer.window for layer in found.model.layers] == [window]
     context = a_context(packing=packing, rows=rows, sequence_len=sequence_len)
@@ -66,7 +66,7 @@ def test_transformers_passes_the_window_by_the_same_rule(key_length: int) -> Non
         _process_flash_attention_kwargs, is_causal=True, sliding_window=4096, supports_mapping=takes
     )(query_length=key_length, key_length=key_length)
     row = run(sequence_len=key_length, packing=False, rows=1)
-    model = with_windows_that_hide(row).model
+    model = with_effective_windows(row).model
     assert model is not None
     assert ("window_size" in passed) == (model.layers[0].window is not None)
 
@@ -74,7 +74,7 @@ def test_transformers_passes_the_window_by_the_same_rule(key_length: int) -> Non
 def verdict(problem: Problem, backend: str, gpu: str = "b200", **more: object) -> Verdict:
     arch, label = parse_gpu(gpu)
     machine = Machine(arch=arch, gpu=label, **more)  # type: ignore[arg-type]  # a test's values
-    return next(v for v in choose(None, machine, problem).verdicts if v.backend == backend)
+    return next(v for v in choose(None, machine, problem).verdicts if v.backend.name == backend)
 
 
 def test_a_window_that_hides_nothing_refuses_no_backend() -> None:
@@ -106,7 +106,7 @@ def test_the_largest_batch_counts() -> None:
     assert checked.config is not None
     arch, _ = parse_gpu("h100")
     problem = problem_of(checked.config, model=MODEL, dropout=0.0, arch=arch)
-    found = with_windows_that_hide(problem).model
+    found = with_effective_windows(problem).model
     assert found is not None
     assert found.layers[0].window == 4096, "evaluation hands the kernel four rows as one"
 
