@@ -9,15 +9,22 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import resource
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TypeVar
 
 from attnimg.files import read_private, write_private
-from attnimg.threads import in_threads
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+_THREADS = 4
 
 # Smaller files are hashed each time, which is faster than looking up their hash.
 _CACHED_BYTES = 1 << 20
@@ -28,18 +35,40 @@ _FILE = "hashes.json"
 _FILE_BYTES = 4 << 20
 
 
-def cache_folder(environment: Mapping[str, str]) -> Path:
-    """Return this user's folder of proofs and hashes.
+def cache_folder(environment: Mapping[str, str], name: str = "proofs") -> Path:
+    """Return this user's folder of proofs and hashes, or another one beside it.
 
     It is below ATTNIMG_CACHE, or below the user's cache folder. Its name has the uid: users of one
     ATTNIMG_CACHE, such as an image's /cache, have one each.
     """
-    named = environment.get("ATTNIMG_CACHE")
-    if named:
-        return Path(named) / f"proofs-{os.geteuid()}"
+    own = f"{name}-{os.geteuid()}"
+    if named := environment.get("ATTNIMG_CACHE"):
+        return Path(named) / own
     from platformdirs import user_cache_path
 
-    return user_cache_path("attnimg") / f"proofs-{os.geteuid()}"
+    return user_cache_path("attnimg") / own
+
+
+def in_threads(function: Callable[[T], R], items: Iterable[T]) -> list[R]:
+    """Return the function's result for each item, in order.
+
+    Args:
+        function: releases the GIL for most of its time, as reading and hashing do.
+        items: what it is called with.
+    """
+    items = list(items)
+    # Under `ulimit -v` a new thread may fail before it reports that it runs, and
+    # threading.Thread.start() then waits for ever.
+    # Source: CPython 3.11, Lib/threading.py, Thread.start, self._started.wait() (2026-11-27).
+    limited = resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY
+    if not limited:
+        try:
+            with ThreadPoolExecutor(_THREADS) as pool:
+                return list(pool.map(function, items))
+        except RuntimeError as error:
+            if "start new thread" not in str(error):
+                raise
+    return [function(item) for item in items]
 
 
 class ContentHashes:
@@ -97,13 +126,13 @@ class ContentHashes:
             OSError: a file can't be read.
         """
         try:
-            files = metadata.distribution(name).files
+            found = metadata.distribution(name)
         except metadata.PackageNotFoundError:
             return ""
-        if files is None:
+        if found.files is None:
             return None
-        root = Path(str(metadata.distribution(name).locate_file("")))
-        return self.of_files(root, filter(_computes, (Path(str(f.locate())) for f in files)))
+        paths = (Path(str(file.locate())) for file in found.files)
+        return self.of_files(Path(str(found.locate_file(""))), filter(_computes, paths))
 
     def of_torch(self) -> str:
         """Return one hash of torch's compiled libraries: 0.5 GB on a CPU, 2 GB with CUDA."""

@@ -52,12 +52,6 @@ def backend_named(name: str) -> Backend | None:
     return backend
 
 
-def is_automatic(name: str) -> bool:
-    """Check whether `auto` may take a backend."""
-    backend = backend_named(name)
-    return backend is not None and backend.automatic and backend.applied_as is not None
-
-
 def variables_that_choose(environment: Mapping[str, str]) -> dict[str, str]:
     """Give what is set in `environment` of that by which packages choose among their kernels."""
     variants = (variant for backend in all_backends() for variant in backend.variants.values())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,6 +15,7 @@ from attnimg.machine.shipped_kernels import (
     reasons_against_shipped_triton,
 )
 from attnimg.select.images import ImageFacts
+from attnimg.select.judge import older
 
 Status = Literal["ok", "warn", "fail"]
 
@@ -134,21 +135,15 @@ def _driver(
     driver: str, arch: str, image: ImageFacts | None, images: Mapping[str, ImageFacts]
 ) -> Check:
     floor = image.driver_min if image else None
-    if image is None or floor is None or _numbers(driver) >= _numbers(floor):
+    if image is None or floor is None or not older(driver, floor):
         return Check("driver", "ok", f"driver {driver}")
     others = "".join(
         f", or run attnimg:{name}"
         for name, other in images.items()
-        if arch in other.devices
-        and other.driver_min
-        and _numbers(driver) >= _numbers(other.driver_min)
+        if arch in other.devices and other.driver_min and not older(driver, other.driver_min)
     )
     what = f"driver {driver} is too old: attnimg:{image.name} needs {floor} or newer"
     return Check("driver", "fail", what, f"update the host's driver{others}")
-
-
-def _numbers(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in version.split(".") if part.isdigit())
 
 
 def _check_packages(host: Host, image: ImageFacts | None) -> Iterator[Check]:
@@ -160,7 +155,7 @@ def _check_packages(host: Host, image: ImageFacts | None) -> Iterator[Check]:
         f"{name} {text}" for name, text in host.installed.items() if text.endswith("+trim")
     ]:
         what = (
-            f"only a part of {_join(small)} was compiled: some precisions, head sizes and "
+            f"only a part of {' and '.join(small)} was compiled: some precisions, head sizes and "
             "features are missing"
         )
         do = "build the image from whole wheels, without TRIM=1; a small one is not published"
@@ -192,7 +187,9 @@ def _against_manifest(host: Host, image: ImageFacts) -> Iterator[Check]:
 def _shadowing(host: Host) -> Iterator[Check]:
     # flash-attn's own sdist brings 20 files of an old FlashAttention-4 over the real ones.
     if host.cute_owners and host.cute_owners != ("flash-attn-4",):
-        what = f"flash_attn/cute/, FlashAttention-4's, is claimed by {_join(host.cute_owners)}"
+        what = (
+            f"flash_attn/cute/, FlashAttention-4's, is claimed by {' and '.join(host.cute_owners)}"
+        )
         do = (
             "install a flash-attn wheel without flash_attn/cute (attnimg's images have one), "
             "then: pip install --force-reinstall --no-deps flash-attn-4"
@@ -202,49 +199,35 @@ def _shadowing(host: Host) -> Iterator[Check]:
         shown = ", ".join(files[:3]) + (f" and {len(files) - 3} more" if len(files) > 3 else "")
         do = f"pip install --force-reinstall --no-deps {name}, or a fresh image"
         yield Check("damaged", "fail", f"{name}: missing or not as installed: {shown}", do)
-    for shadow in host.shadows:
-        first, *hidden = shadow.folders
-        what = f"{shadow.package} in {first} hides the one in {_join(hidden)}"
-        do = f"remove {first}/{shadow.package}, or take {first} off PYTHONPATH"
+    for package, (first, *hidden) in host.shadows.items():
+        what = f"{package} in {first} hides the one in {' and '.join(hidden)}"
+        do = f"remove {first}/{package}, or take {first} off PYTHONPATH"
         yield Check("shadowing", "fail", what, do)
-
-
-def _join(names: Iterable[str]) -> str:
-    return " and ".join(names)
 
 
 def _check_shipped_kernels(machine: Machine, host: Host) -> Iterator[Check]:
     """Check whether the image's kernels are found; nothing without such kernels or a GPU."""
     if machine.arch.vendor != "nvidia":
         return
-    if fa4 := host.shipped_kernels:
-        reasons = reasons_against_shipped(fa4, machine)
-        yield _shipped("kernels", fa4, reasons, machine, whose="FlashAttention-4", kind="kernels")
+    if host.shipped_kernels:
+        reasons = reasons_against_shipped(host.shipped_kernels, machine)
+        yield _shipped("kernels", "FlashAttention-4", host.shipped_kernels, reasons, machine)
     sage = backend_named("sage")
-    if (triton := host.shipped_triton) and sage and runs_on(sage.needs, machine.arch):
-        reasons = reasons_against_shipped_triton(triton, machine)
-        yield _shipped(
-            "triton-kernels", triton, reasons, machine, whose="SageAttention", kind="Triton kernels"
-        )
+    if host.shipped_triton and sage and runs_on(sage.needs, machine.arch):
+        reasons = reasons_against_shipped_triton(host.shipped_triton, machine)
+        yield _shipped("Triton kernels", "SageAttention", host.shipped_triton, reasons, machine)
 
 
 def _shipped(
-    code: str,
-    shipped: ShippedKernels,
-    reasons: tuple[Reason, ...],
-    machine: Machine,
-    *,
-    whose: str,
-    kind: str,
+    kind: str, whose: str, shipped: ShippedKernels, reasons: tuple[Reason, ...], machine: Machine
 ) -> Check:
+    code, arch = kind.lower().replace(" ", "-"), machine.arch.name
     if shipped.settings:
         text = f"set here: {', '.join(shipped.settings)}"
         reasons = (*reasons, Reason(code="kernels-settings", text=text))
     if not reasons:
-        arch = machine.arch.name
-        return Check(
-            code, "ok", f"{whose} finds its {kind} for {arch} compiled: {shipped.kernels[arch]}"
-        )
+        what = f"{whose} finds its {kind} for {arch} compiled: {shipped.kernels[arch]}"
+        return Check(code, "ok", what)
     what = (
         f"{whose} does not use the {kind} compiled with the image, so that each is compiled at its "
         f"first call: {'; '.join(reason.text for reason in reasons)}"

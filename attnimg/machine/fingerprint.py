@@ -60,9 +60,13 @@ def triton_fingerprint() -> dict[str, str]:
     Returns:
         Those of triton_in_short(), and the hash of each library: 0.6 GB are read.
     """
-    libraries = {f"triton/{name}": path for name, path in _libraries().items()}
-    hashes = {name: _file_hash(path) if path else ABSENT for name, path in libraries.items()}
-    return triton_in_short() | hashes
+    found = triton_in_short()
+    for name, path in _libraries().items():
+        found[f"triton/{name}"] = ABSENT
+        if path:
+            with path.open("rb") as stream:
+                found[f"triton/{name}"] = hashlib.file_digest(stream, "sha256").hexdigest()
+    return found
 
 
 def triton_in_short() -> dict[str, str]:
@@ -120,8 +124,3 @@ def _folder(package: str) -> Path | None:
     """Return the folder of a package, without importing it."""
     found = importlib.util.find_spec(package)
     return Path(found.origin).parent if found and found.origin else None
-
-
-def _file_hash(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -48,19 +48,6 @@ class Folder:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Shadow:
-    """An import package that is in several folders of sys.path: the first one wins.
-
-    Attributes:
-        package: the top-level name, "flash_attn".
-        folders: all that have it, in the order of sys.path.
-    """
-
-    package: str
-    folders: tuple[str, ...]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class Host:
     """What a preflight looks at besides the GPU.
 
@@ -73,7 +60,8 @@ class Host:
         installed: every distribution -> its version, names as PEP 503 spells them.
         cute_owners: distributions that claim files of flash_attn/cute/.
         damaged: distribution -> its files that are missing or changed, for flash_attn's packages.
-        shadows: kernels' packages that are in several folders.
+        shadows: import packages of kernels that several folders of sys.path have -> these folders,
+            in the order of sys.path: the first one wins.
         shipped_kernels: FlashAttention-4's kernels compiled with the image; None without any.
         shipped_triton: SageAttention's Triton kernels compiled with the image.
     """
@@ -86,7 +74,7 @@ class Host:
     installed: Mapping[str, str]
     cute_owners: tuple[str, ...]
     damaged: Mapping[str, tuple[str, ...]]
-    shadows: tuple[Shadow, ...]
+    shadows: Mapping[str, tuple[str, ...]]
     shipped_kernels: ShippedKernels | None = None
     shipped_triton: ShippedKernels | None = None
 
@@ -96,6 +84,8 @@ def this_host(*, shm: Path = Path("/dev/shm")) -> Host:
     distributions = {_name_and_version(dist): dist for dist in metadata.distributions()}
     flash = {name: d for (name, _), d in distributions.items() if name.startswith("flash-attn")}
     changed = {name: changed_files(dist, recorded(dist)) for name, dist in flash.items()}
+    cute = "flash_attn/cute/"
+    owners = [name for (name, _), d in distributions.items() if recorded(d, under=cute)]
     home = os.environ.get("HOME", "")
     user = None
     with suppress(KeyError, OSError):  # OSError from Python 3.13 on
@@ -107,15 +97,9 @@ def this_host(*, shm: Path = Path("/dev/shm")) -> Host:
         folders=tuple(_folders(home)),
         shm_bytes=shutil.disk_usage(shm).total if shm.is_dir() else None,
         installed=dict(distributions.keys()),
-        cute_owners=tuple(
-            sorted(
-                name
-                for (name, _), dist in distributions.items()
-                if recorded(dist, under="flash_attn/cute/")
-            )
-        ),
+        cute_owners=tuple(sorted(owners)),
         damaged={name: files for name, files in changed.items() if files},
-        shadows=tuple(_shadows(sys.path)),
+        shadows=_shadows(sys.path),
         shipped_kernels=shipped_kernels(),
         shipped_triton=shipped_triton(),
     )
@@ -131,19 +115,20 @@ def _name_and_version(dist: metadata.Distribution) -> tuple[str, str]:
     return canonical(name[1].strip()), version[1].strip()
 
 
-def _shadows(folders: Iterable[str]) -> Iterator[Shadow]:
+def _shadows(folders: Iterable[str]) -> dict[str, tuple[str, ...]]:
     existing = dict.fromkeys(Path(folder or ".").resolve() for folder in folders)
     names = {
         folder: {path.name for path in folder.iterdir()} for folder in existing if folder.is_dir()
     }
-    for package in _KERNEL_PACKAGES:
-        at = tuple(
+    found = {
+        package: tuple(
             str(folder)
             for folder, inside in names.items()
             if any(name == package or name.startswith(f"{package}.") for name in inside)
         )
-        if len(at) > 1:
-            yield Shadow(package=package, folders=at)
+        for package in _KERNEL_PACKAGES
+    }
+    return {package: at for package, at in found.items() if len(at) > 1}
 
 
 def _folders(home: str) -> Iterator[Folder]:

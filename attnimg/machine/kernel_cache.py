@@ -27,8 +27,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from attnimg.backends import all_backends, contrary_settings
+from attnimg.content_hashes import cache_folder
 from attnimg.errors import AttnimgError
 from attnimg.facts import Machine
+from attnimg.files import make_private_folder
 from attnimg.machine.probe import this_machine
 from attnimg.machine.shipped_kernels import (
     CACHE_AT,
@@ -53,11 +55,8 @@ def settings_for(machine: Machine, environment: Mapping[str, str]) -> dict[str, 
     Raises:
         AttnimgError: the manifest of the image's kernels can't be read.
     """
-    return {
-        **variant_settings(machine, environment),
-        **fa4_settings(machine, environment),
-        **triton_settings(machine, environment),
-    }
+    settings = variant_settings(machine, environment) | fa4_settings(machine, environment)
+    return settings | triton_settings(machine, environment)
 
 
 def variant_settings(machine: Machine, environment: Mapping[str, str]) -> dict[str, str]:
@@ -101,27 +100,14 @@ def fa4_settings(
         return {}
     source = shipped / machine.arch.name
     name = Path(kernels.key) / f"{machine.arch.name}-{_cpu()}"
-    folders = [*_fa4_folders(environment)]
+    # The temporary folder is for a volume whose folders another user made.
+    folders = [cache_folder(environment, "flash-attn-4"), *_temporary("flash-attn-4")]
     for folder in folders:
         if _is_copied(source, folder / name):
             return {CACHE_ON: "1", CACHE_AT: str(folder / name)}
     tried = ", ".join(map(str, folders))
     _note(f"FlashAttention-4 compiles its kernels again: no private, writable folder in {tried}")
     return {}
-
-
-def _fa4_folders(environment: Mapping[str, str]) -> Iterator[Path]:
-    """Yield where the copy may be: attnimg's cache, or else the temporary folder.
-
-    The second is for a volume whose folders another user made.
-    """
-    if named := environment.get("ATTNIMG_CACHE"):
-        yield Path(named) / f"flash-attn-4-{os.getuid()}"
-    else:
-        from platformdirs import user_cache_path
-
-        yield user_cache_path("attnimg") / "flash-attn-4"
-    yield from _temporary("flash-attn-4")
 
 
 def _temporary(name: str) -> Iterator[Path]:
@@ -206,13 +192,12 @@ def triton_settings(
 
 
 def _is_private(folder: Path) -> bool:
-    """Create a folder; return whether no other user can write it."""
+    """Create a folder, or check an existing one; return whether only this user can write to it."""
     try:
-        folder.mkdir(mode=0o700, exist_ok=True)
-        stat = folder.lstat()
+        make_private_folder(folder)
     except OSError:
         return False
-    return stat.st_uid == os.getuid() and not stat.st_mode & 0o022
+    return True
 
 
 def _is_merged(source: Path, target: Path) -> bool:
@@ -267,11 +252,11 @@ def _note(text: str) -> None:
 
 def main() -> None:
     """Print the variables for the shell that starts a program, if there are any to set."""
-    settings: dict[str, str] = {}
     try:
         settings = settings_for(this_machine(()), os.environ)
     except AttnimgError as error:
         print(error, file=sys.stderr)  # noqa: T201 - stdout is read by the shell
+        return
     for name, value in settings.items():
         print(f"export {name}={shlex.quote(value)}")  # noqa: T201 - what this is for
 

@@ -26,7 +26,7 @@ from attnimg.files import read_regular
 _METADATA_BYTES = 1 << 20
 _COMPILED = re.compile(
     r"(?P<kind>torch-stable-abi|torch|tvm-ffi)(?P<version>\d\d+)(?:-cxx(?:11|98))?"
-    r"-(?P<toolkit>(?P<backend>[a-z]+)\d*)-(?P<cpu>\w+)-(?P<os>\w+)"
+    r"-(?P<toolkit>(?P<backend>[a-z]+)(?P<digits>\d*))-(?P<cpu>\w+)-(?P<os>\w+)"
 )
 _PURE_PYTHON = re.compile(r"torch-(?P<backend>[a-z]+)")
 # What is preferred where several fit.
@@ -186,9 +186,12 @@ def _against_compiled(name: re.Match[str], *, build: TorchBuild) -> str | None:
         return f"is for {name['cpu']}-{name['os']}, this machine is {'-'.join(here)}"
     if _VENDORS.get(name["backend"]) != build.vendor:
         return f"is for {name['toolkit']}, this torch for {build.vendor}"
-    if build.toolkit and not _toolkit_fits(name["toolkit"], toolkit=build.toolkit):
-        major, minor = build.toolkit
-        return f"is for {name['toolkit']}, this torch for {name['backend']}{major}{minor}"
+    if build.toolkit and (digits := name["digits"]):
+        built, (major, minor) = (int(digits[:-1] or 0), int(digits[-1])), build.toolkit
+        # A newer minor version of CUDA runs older code; ROCm must be the same.
+        is_older = name["backend"] == "cu" and built[0] == major and built[1] <= minor
+        if built != build.toolkit and not is_older:
+            return f"is for {name['toolkit']}, this torch for {name['backend']}{major}{minor}"
     if name["kind"] == "tvm-ffi":
         return None
     needed = (int(name["version"][0]), int(name["version"][1:]))
@@ -198,17 +201,6 @@ def _against_compiled(name: re.Match[str], *, build: TorchBuild) -> str | None:
     if name["kind"] == "torch-stable-abi":
         return None if needed <= build.version else f"needs {text} or newer"
     return None if needed == build.version else f"needs exactly {text}"
-
-
-def _toolkit_fits(backend: str, *, toolkit: tuple[int, int]) -> bool:
-    """Return whether a toolkit loads: the same major and no newer minor of CUDA, the same ROCm."""
-    digits = backend.lstrip("curom")
-    if not digits:
-        return True
-    built = (int(digits[:-1] or 0), int(digits[-1]))
-    if backend.startswith("cu"):
-        return built[0] == toolkit[0] and built[1] <= toolkit[1]
-    return built == toolkit
 
 
 def _pair(version: str) -> tuple[int, int] | None:

@@ -11,14 +11,15 @@ import hashlib
 import os
 import re
 import shutil
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 
 from attnimg.backends import variables_that_choose
 from attnimg.errors import AttnimgError
-from attnimg.facts import Arch, LocalKernel, Machine
+from attnimg.facts import LocalKernel, Machine
 from attnimg.select.gpus import arch_from_name
 
 _QUERY = "name,compute_cap,memory.total,driver_version"
@@ -37,7 +38,7 @@ _CLAIMED_TWICE = (("flash-attn-4", "flash-attn", "flash_attn/cute/interface.py")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Answer:
+class CommandResult:
     """What a program printed and how it ended."""
 
     returncode: int
@@ -59,20 +60,12 @@ class Recording:
         hip_visible_devices: the same for AMD.
     """
 
-    nvidia_smi: Answer | None = None
+    nvidia_smi: CommandResult | None = None
     kfd_nodes: tuple[str, ...] = ()
     amd_driver: str | None = None
     memory_bytes: int | None = None
     cuda_visible_devices: str | None = None
     hip_visible_devices: str | None = None
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Device:
-    arch: Arch
-    gpu: str
-    memory_bytes: int | None
-    driver: str | None
 
 
 def this_machine(packages: Iterable[str], *, sys_root: Path = Path("/sys")) -> Machine:
@@ -95,46 +88,36 @@ def this_machine(packages: Iterable[str], *, sys_root: Path = Path("/sys")) -> M
     )
     installed = _versions({canonical(name) for name in packages} | {"torch"})
     torch = installed.get("torch")
-    machine = describe(
-        recording,
+    local: tuple[LocalKernel, ...] = ()
+    if (spec := os.environ.get("LOCAL_KERNELS")) is not None:
+        from attnimg.machine.local_kernels import read_local_kernels  # 8 ms, mostly not needed
+
+        local = read_local_kernels(spec, torch=torch)
+    return replace(
+        describe(recording),
         packages=installed,
         torch=torch,
-        local_kernels=_local_kernels(os.environ.get("LOCAL_KERNELS"), torch=torch),
+        local_kernels=local,
+        shadowed=shadowed(installed),
+        variables=variables_that_choose(os.environ),
     )
-    variables = variables_that_choose(os.environ)
-    return replace(machine, shadowed=shadowed(installed), variables=variables)
 
 
-def describe(
-    recording: Recording,
-    *,
-    packages: Mapping[str, str] | None = None,
-    torch: str | None = None,
-    local_kernels: tuple[LocalKernel, ...] = (),
-) -> Machine:
-    """Return the machine that gave these answers. The first visible device counts."""
+def describe(recording: Recording) -> Machine:
+    """Return the machine that gave these answers, without its packages.
+
+    The first visible device counts.
+    """
     nvidia, problem = _nvidia_devices(recording.nvidia_smi)
     visible = _visible(nvidia, recording.cuda_visible_devices)
     if not nvidia:
         mask = recording.hip_visible_devices
         mask = recording.cuda_visible_devices if mask is None else mask
         visible = _visible(_amd_devices(recording), mask)
-    cpu = _Device(
-        arch=arch_from_name("cpu"), gpu="cpu", memory_bytes=recording.memory_bytes, driver=None
-    )
+    cpu = Machine(arch=arch_from_name("cpu"), gpu="cpu", memory_bytes=recording.memory_bytes)
     first, *others = visible or [cpu]
-    differing = {device.arch.name: None for device in others if device.arch != first.arch}
-    return Machine(
-        arch=first.arch,
-        gpu=first.gpu,
-        memory_bytes=first.memory_bytes,
-        driver=first.driver,
-        packages=packages,
-        torch=torch,
-        local_kernels=local_kernels,
-        other_archs=tuple(differing),
-        driver_problem=problem,
-    )
+    differing = dict.fromkeys(other.arch.name for other in others if other.arch != first.arch)
+    return replace(first, other_archs=tuple(differing), driver_problem=problem)
 
 
 def shadowed(installed: Collection[str]) -> tuple[str, ...]:
@@ -195,15 +178,7 @@ def changed_files(dist: metadata.Distribution, record: Iterable[str]) -> tuple[s
     return tuple(found)
 
 
-def _local_kernels(spec: str | None, *, torch: str | None) -> tuple[LocalKernel, ...]:
-    if spec is None:
-        return ()
-    from attnimg.machine.local_kernels import read_local_kernels  # 8 ms that most runs don't need
-
-    return read_local_kernels(spec, torch=torch)
-
-
-def _run_nvidia_smi() -> Answer | None:
+def _run_nvidia_smi() -> CommandResult | None:
     """Run nvidia-smi; None when it is not on PATH."""
     program = shutil.which("nvidia-smi")
     if program is None:
@@ -222,10 +197,10 @@ def _run_nvidia_smi() -> Answer | None:
         )
     except subprocess.TimeoutExpired:
         text = f"nvidia-smi did not answer within {_NVIDIA_SMI_SECONDS:.0f} s"
-        return Answer(returncode=124, stdout="", stderr=text)
+        return CommandResult(returncode=124, stdout="", stderr=text)
     except OSError as error:
-        return Answer(returncode=126, stdout="", stderr=f"nvidia-smi does not run: {error}")
-    return Answer(returncode=done.returncode, stdout=done.stdout, stderr=done.stderr)
+        return CommandResult(returncode=126, stdout="", stderr=f"nvidia-smi does not run: {error}")
+    return CommandResult(returncode=done.returncode, stdout=done.stdout, stderr=done.stderr)
 
 
 def _read_kfd(sys_root: Path) -> tuple[str, ...]:
@@ -250,15 +225,13 @@ def _text(path: Path) -> str | None:
 def _versions(names: Iterable[str]) -> dict[str, str]:
     found = {}
     for name in sorted(names):
-        try:
+        with suppress(metadata.PackageNotFoundError):
             found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
     return found
 
 
-def _nvidia_devices(answer: Answer | None) -> tuple[list[_Device], str | None]:
-    """Read one device a line; other lines are the driver's complaints."""
+def _nvidia_devices(answer: CommandResult | None) -> tuple[list[Machine], str | None]:
+    """Return a machine with each of the devices, one a line; other lines are complaints."""
     if answer is None:
         return [], None
     devices, complaints = [], []
@@ -269,7 +242,7 @@ def _nvidia_devices(answer: Answer | None) -> tuple[list[_Device], str | None]:
             # "[N/A]" where memory is shared with the host, as on DGX Spark
             memory = int(mebibytes) * 2**20 if mebibytes.isdecimal() else None
             arch = arch_from_name(f"sm_{sm[1]}{sm[2]}")
-            devices.append(_Device(arch=arch, gpu=name, memory_bytes=memory, driver=driver))
+            devices.append(Machine(arch=arch, gpu=name, memory_bytes=memory, driver=driver))
         elif line.strip():
             complaints.append(line.strip())
     if answer.returncode and not complaints:
@@ -277,7 +250,7 @@ def _nvidia_devices(answer: Answer | None) -> tuple[list[_Device], str | None]:
     return devices, " ".join(complaints) or None
 
 
-def _amd_devices(recording: Recording) -> list[_Device]:
+def _amd_devices(recording: Recording) -> list[Machine]:
     devices = []
     for node in recording.kfd_nodes:
         pairs = [line.split() for line in node.splitlines()]
@@ -292,7 +265,7 @@ def _amd_devices(recording: Recording) -> list[_Device]:
         except AttnimgError:  # not the shape of any architecture we could plan for
             continue
         memory, driver = _frame_buffer_bytes(numbers), recording.amd_driver
-        devices.append(_Device(arch=arch, gpu=f"AMD {name}", memory_bytes=memory, driver=driver))
+        devices.append(Machine(arch=arch, gpu=f"AMD {name}", memory_bytes=memory, driver=driver))
     return devices
 
 
@@ -306,7 +279,7 @@ def _frame_buffer_bytes(numbers: Iterable[tuple[str, int]]) -> int | None:
     return total or None
 
 
-def _visible(devices: list[_Device], mask: str | None) -> list[_Device]:
+def _visible(devices: list[Machine], mask: str | None) -> list[Machine]:
     """Apply CUDA_VISIBLE_DEVICES: a list of indices that ends at the first invalid one.
 
     Source: https://docs.nvidia.com/cuda/cuda-programming-guide/05-appendices/environment-variables.html
@@ -314,7 +287,7 @@ def _visible(devices: list[_Device], mask: str | None) -> list[_Device]:
     """
     if mask is None:
         return devices
-    chosen: list[_Device] = []
+    chosen: list[Machine] = []
     for token in mask.split(","):
         entry = token.strip()
         if entry.startswith(("GPU-", "MIG-")):

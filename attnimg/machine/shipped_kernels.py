@@ -13,14 +13,11 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
 
 from attnimg.errors import bad_manifest
 from attnimg.facts import Machine, Reason
 from attnimg.files import read_data
 from attnimg.machine.fingerprint import ABSENT, fingerprint, triton_in_short
-
-_T = TypeVar("_T")
 
 FOLDER = Path("/opt/attnimg/fa4")
 TRITON_FOLDER = Path("/opt/attnimg/triton")
@@ -88,25 +85,22 @@ def _read(
     manifest, names = folder / "manifest.json", read_data("kernel_variables.toml")[variables]
     try:
         raw = json.loads(manifest.read_text(encoding="utf-8"))
+        key, built = raw["key"], dict(raw["fingerprint"])
+        kernels = {arch: target["kernels"] for arch, target in raw["targets"].items()}
+        wrong = [v for v in (key, *built.values()) if not isinstance(v, str)]
+        if wrong := [*wrong, *(v for v in kernels.values() if not isinstance(v, int))]:
+            raise TypeError(f"found {wrong[0]!r:.60} as a name, a version or a count")
         return ShippedKernels(
-            key=_checked(raw["key"], str),
-            built={name: _checked(version, str) for name, version in raw["fingerprint"].items()},
+            key=key,
+            built=built,
             found=found(),
-            kernels={
-                arch: _checked(target["kernels"], int) for arch, target in raw["targets"].items()
-            },
+            kernels=kernels,
             settings=tuple(name for name in names if name in os.environ),
         )
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise bad_manifest(manifest, error) from error
-
-
-def _checked(value: object, kind: type[_T]) -> _T:
-    if not isinstance(value, kind):
-        raise TypeError(f"found {value!r:.60}; needed {kind.__name__}")
-    return value
 
 
 def reasons_against_shipped(shipped: ShippedKernels, machine: Machine) -> tuple[Reason, ...]:

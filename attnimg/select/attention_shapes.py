@@ -89,25 +89,18 @@ def _language_model(config: Mapping[str, Any], file: str) -> tuple[str, Family, 
     """Return the model's type, and the family and the fields of its language model."""
     families = read_families()
     outer = Fields(config=config, defaults={}, file=file)
-    type_ = _model_type(outer)
+    type_ = outer.text("model_type") or "unknown"
     part = next((name for name in LANGUAGE_PARTS if config.get(name) is not None), None)
     inner = outer.mapping(part) if part else None
     names: tuple[str, ...] = (type_, f"{type_}_text")
     fields = outer
     if inner is not None:
         fields = Fields(config=inner, defaults={}, file=file, part=part)
-        inner_type = _model_type(fields)
+        inner_type = fields.text("model_type") or "unknown"
         # Older checkpoints give the part no type, or the whole model's.
         names = (inner_type, f"{inner_type}_text", f"{type_}_text")
     family = next((families[name] for name in names if name in families), Family(known=False))
     return type_, family, replace(fields, defaults=family.defaults)
-
-
-def _model_type(fields: Fields) -> str:
-    value = fields.config.get("model_type")
-    if not isinstance(value, str | None):
-        raise fields.refusal("model_type", value, needed="a string")
-    return value or "unknown"
 
 
 def _missing(fields: Fields) -> str | None:

@@ -40,22 +40,23 @@ _CLASS_SUPPORTS = {"sdpa": "sdpa", "flex_attention": "flex"}
 
 def judge(backend: Backend, machine: Machine, problem: Problem, *, rank: int) -> Verdict:
     """Return the verdict on one candidate; see reasons_against."""
-    reasons = reasons_against(backend, machine, problem)
-    kernel = None if reasons else _kernel(backend, machine)
-    return Verdict(backend=backend, rank=rank, reasons=reasons, kernel=kernel)
+    if reasons := reasons_against(backend, machine, problem):
+        return Verdict(backend=backend, rank=rank, reasons=reasons)
+    return Verdict(backend=backend, rank=rank, reasons=(), kernel=_kernel(backend, machine))
 
 
 def reasons_against(backend: Backend, machine: Machine, problem: Problem) -> tuple[Reason, ...]:
     """Return every reason why a backend cannot do this work here; none means that it fits."""
     problem = with_effective_windows(problem)
-    needs = backend.needs
+    needs, model_class = backend.needs, problem.model_class
+    against_class = reason_against_class(model_class, backend)
+    found: list[Reason] = []
     if (local := _local_kernel(backend, machine)) is not None:
-        found = [*_local_reasons(backend, local, machine, problem)]
-        if problem.model_class is not None and "others" in problem.model_class.lacks:
+        if model_class is not None and "others" in model_class.lacks:
             # falcon, gpt_neo and gptj look the name up in their own tables.
-            return (*found, _own_code(problem.model_class, backend.name))
-        return (*found, *_class(backend, problem))
-    found = []
+            against_class = _own_code(model_class, backend.name)
+        found += _local_reasons(backend, local, machine, problem)
+        return (*found, *filter(None, [against_class]))
     if not runs_on(needs, machine.arch):
         text = f"found {machine.arch.name}, needs {needs.arch_text}"
         found.append(Reason(code=arch_code(needs, machine.arch), text=text))
@@ -64,7 +65,7 @@ def reasons_against(backend: Backend, machine: Machine, problem: Problem) -> tup
     found += _backward(backend, machine, problem)
     found += _packing(backend, problem)
     found += _model(backend, machine, problem)
-    found += _class(backend, problem)
+    found += filter(None, [against_class])
     found += _software(backend, machine)
     found += known_bad.reasons_against(backend, machine, problem)
     return tuple(found)
@@ -217,14 +218,10 @@ def _sizes(rules: tuple[HeadDims, ...]) -> str:
     return " or ".join(texts)
 
 
-def _class(backend: Backend, problem: Problem) -> Iterator[Reason]:
-    if problem.model_class is not None:
-        reason = reason_against_class(problem.model_class, backend)
-        yield from [reason] if reason else []
-
-
-def reason_against_class(model_class: ModelClass, backend: Backend) -> Reason | None:
-    """Return why a transformers model class cannot run a backend."""
+def reason_against_class(model_class: ModelClass | None, backend: Backend) -> Reason | None:
+    """Return why a transformers model class cannot run a backend; None stands for no such class."""
+    if model_class is None:
+        return None
     name = backend.applied_as or backend.name
     if name.startswith("attnimg_"):
         return reason_against_own(model_class, backend.name)
@@ -268,7 +265,7 @@ def _class_reason(model_class: ModelClass, text: str) -> Reason:
 
 def _software(backend: Backend, machine: Machine) -> Iterator[Reason]:
     needs = backend.needs
-    if needs.torch_min and machine.torch and _older(machine.torch, needs.torch_min[0]):
+    if needs.torch_min and machine.torch and older(machine.torch, needs.torch_min[0]):
         minimum, code = needs.torch_min
         yield Reason(code=code, text=f"found torch {machine.torch}, needs {minimum} or newer")
     if machine.packages is None:
@@ -280,12 +277,13 @@ def _software(backend: Backend, machine: Machine) -> Iterator[Reason]:
         version = machine.packages.get(package)
         if version is None:
             yield Reason(code=code, text=f"package {package} is not installed")
-        elif lowest and _older(version, lowest):
+        elif lowest and older(version, lowest):
             code = "version-low" if code == "not-installed" else code
             yield Reason(code=code, text=f"found {package} {version}, needs {lowest} or newer")
 
 
-def _older(version: str, minimum: str) -> bool:
+def older(version: str, minimum: str) -> bool:
+    """Return whether the numbers of a version are lower; what follows them does not count."""
     return _release(version) < _release(minimum)
 
 

@@ -164,20 +164,18 @@ def _versions_match(rule: KnownBad, machine: Machine) -> bool:
 
 def _shapes_match(rule: KnownBad, problem: Problem) -> bool:
     """Return whether a rule's features and sizes are those of the run, or of one of its layers."""
-    run = {
+    of_run = {
         "packing": problem.packing,
         "dropout": problem.dropout > 0,
         "training": problem.training,
         "compiled": problem.compiled,
     }
-    if any(run[name] != value for name, value in rule.features.items() if name in run):
-        return False
-    of_layers = {name: value for name, value in rule.features.items() if name not in run}
+    used = {name for name, is_used in of_run.items() if is_used}
     sized = (rule.head_dim_qk, rule.head_dim_v, rule.heads_differ) != (None, None, None)
-    if not of_layers and not sized:
-        return True
+    if not sized and rule.features.keys() <= of_run.keys():
+        return all((name in used) == value for name, value in rule.features.items())
     return any(
-        all((name in layer.features) == value for name, value in of_layers.items())
+        all((name in used | layer.features) == value for name, value in rule.features.items())
         and _within(layer.head_dim_qk, rule.head_dim_qk)
         and _within(layer.head_dim_v, rule.head_dim_v)
         and rule.heads_differ in (None, layer.heads != layer.kv_heads)

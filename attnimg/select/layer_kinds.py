@@ -55,15 +55,12 @@ class Family:
 
 def read_families() -> dict[str, Family]:
     """Read data/families.toml: model_type -> family."""
-    return {name: _family(row) for name, row in read_data("families.toml").items()}
-
-
-def _family(row: dict[str, Any]) -> Family:
-    pattern = row.pop("pattern", None)
-    if pattern and "from" in pattern:
-        pattern["slide_from"] = pattern.pop("from")
-    defaults = row.pop("shape", {}) | row.pop("size", {})
-    return Family(**row, pattern=pattern and Alternation(**pattern), defaults=defaults)
+    families = {}
+    for name, row in read_data("families.toml").items():
+        defaults = row.pop("shape", {}) | row.pop("size", {})
+        pattern = Alternation(**row.pop("pattern")) if "pattern" in row else None
+        families[name] = Family(**row, pattern=pattern, defaults=defaults)
+    return families
 
 
 def layer_kinds(fields: Fields, family: Family) -> list[str]:

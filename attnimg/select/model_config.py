@@ -109,7 +109,7 @@ def _find_cached(name: str, revision: str | None) -> Path | None:
 
 
 def _hub_cache() -> Path:
-    """Return the cache's folder as huggingface_hub does, whose import takes 0.3 s.
+    """Return the cache's folder as huggingface_hub does, which reads variables at its import only.
 
     Source: constants.py of huggingface_hub 2.4.0 (2026-11-21).
     """
@@ -192,6 +192,11 @@ class Fields:
 
         value = self._read(name, fits, "a number of at least 0")
         return None if value is None else float(value)
+
+    def text(self, name: str) -> str | None:
+        """Return a string."""
+        value: str | None = self._read(name, lambda v: isinstance(v, str), "a string")
+        return value
 
     def flag(self, name: str) -> bool:
         """Return true or false."""

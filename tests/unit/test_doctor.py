@@ -9,7 +9,7 @@ import pytest
 from attnimg.facts import Arch, Machine
 from attnimg.machine.doctor import Check, check_variants, examine
 from attnimg.machine.fingerprint import RELEASE
-from attnimg.machine.host import WORKING_FOLDER, Folder, Host, Shadow
+from attnimg.machine.host import WORKING_FOLDER, Folder, Host
 from attnimg.machine.shipped_kernels import ShippedKernels
 from attnimg.select.images import ImageFacts, catalogue
 
@@ -26,7 +26,7 @@ HOST = Host(
     installed=PACKAGES,
     cute_owners=("flash-attn-4",),
     damaged={},
-    shadows=(),
+    shadows={},
 )
 BUILT = {
     "python": "3.11",
@@ -145,7 +145,7 @@ def test_gpu_and_driver(
             "fail", "and 1 more", id="changed files fail",
         ),
         pytest.param(
-            replace(HOST, shadows=(Shadow(package="flash_attn", folders=("/a", "/b")),)),
+            replace(HOST, shadows={"flash_attn": ("/a", "/b")}),
             "fail", "/a hides the one in /b", id="a kernel in two folders fails",
         ),
         pytest.param(replace(HOST, user=None, uid=77), "fail", "77", id="a nameless user fails"),

@@ -18,7 +18,7 @@ from attnimg.machine.local_kernels import (
     read_local_kernels,
     torch_build,
 )
-from attnimg.machine.probe import Answer, Recording, describe, this_machine
+from attnimg.machine.probe import CommandResult, Recording, describe, this_machine
 from attnimg.machine.shipped_kernels import shipped_kernels, shipped_triton
 
 MACHINES = Path(__file__).parent / "machines"
@@ -32,7 +32,7 @@ def read_machine(name):
     kept = json.loads((MACHINES / f"{name}.json").read_text())
     raw = dict(kept["recording"])
     if "nvidia_smi" in raw:
-        raw["nvidia_smi"] = Answer(**raw["nvidia_smi"])
+        raw["nvidia_smi"] = CommandResult(**raw["nvidia_smi"])
     raw["kfd_nodes"] = tuple(raw.get("kfd_nodes", ()))
     return Recording(**raw), kept["machine"]
 
@@ -67,7 +67,9 @@ def test_a_recorded_machine_is_told_by_its_answers(name):
     ],
 )
 def test_cuda_visible_devices_hides_devices(mask, arch, others):
-    recording = Recording(nvidia_smi=Answer(returncode=0, stdout=TWO), cuda_visible_devices=mask)
+    recording = Recording(
+        nvidia_smi=CommandResult(returncode=0, stdout=TWO), cuda_visible_devices=mask
+    )
     machine = describe(recording)
     assert (machine.arch.name, machine.other_archs) == (arch, others)
 
