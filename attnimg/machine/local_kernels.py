@@ -3,7 +3,7 @@
 A folder may be a kernel repository, its `build` folder, or one build variant. A variant's name says
 what it was built for: torch213-cxx11-cu130-x86_64-linux, torch-stable-abi29-..., torch-cpu. The
 choice among them follows the kernels library, whose own resolver imports torch and huggingface_hub
-(0.5 s without torch); tests/unit/test_probe.py compares the two.
+(0.5 s without torch); tests/unit/machine/test_probe.py compares the two.
 Source: load.py, importer.py, resolver.py and variants.py of kernels 0.17.2 (2026-11-21).
 """
 

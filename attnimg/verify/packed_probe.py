@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from attnimg.facts import DType, RunContext
-from attnimg.layout import Layout
+from attnimg.layout import PackedLayout
 
 # Tokens of the two documents: different, and no multiples of a kernel's tile.
 LENGTHS = (13, 21)
@@ -87,7 +87,7 @@ def forward_apart(model: nn.Module, document: Tensor, *, context: RunContext) ->
 
 
 def packed_inputs(
-    rows: list[list[Tensor]], *, layout: Layout, context: RunContext
+    rows: list[list[Tensor]], *, layout: PackedLayout, context: RunContext
 ) -> dict[str, Any]:
     """Return the arguments of a model for rows of documents, as PackedCollator makes them."""
     device = rows[0][0].device
@@ -133,7 +133,7 @@ def _precision(device_type: str, autocast: DType | None) -> AbstractContextManag
     return cast
 
 
-def document_bounds(layout: Layout) -> list[tuple[int, int]]:
+def document_bounds(layout: PackedLayout) -> list[tuple[int, int]]:
     """List where each document begins and ends in the flattened batch, padding left out."""
     is_token = layout.is_token.reshape(-1)
     pairs = zip(layout.cu_seq_lens[:-1].tolist(), layout.cu_seq_lens[1:].tolist(), strict=True)

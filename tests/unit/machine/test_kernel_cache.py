@@ -21,7 +21,7 @@ from attnimg.machine import kernel_cache
 from attnimg.machine.fingerprint import RELEASE, fingerprint, key_of
 from attnimg.machine.kernel_cache import fa4_settings, variant_settings
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 ENTRY = Path("0123abcd") / "fwd" / "4567.o"
 SM_90 = Arch(name="sm_90", vendor="nvidia", capability=(9, 0))
 SM_100 = Arch(name="sm_100", vendor="nvidia", capability=(10, 0))

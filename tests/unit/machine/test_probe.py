@@ -1,5 +1,7 @@
 """What this machine is: recorded answers of drivers, and folders of local kernels."""
 
+import base64
+import hashlib
 import json
 import os
 import platform
@@ -18,7 +20,7 @@ from attnimg.machine.local_kernels import (
     read_local_kernels,
     torch_build,
 )
-from attnimg.machine.probe import CommandResult, Recording, describe, this_machine
+from attnimg.machine.probe import CommandResult, Recording, describe, shadowed, this_machine
 from attnimg.machine.shipped_kernels import shipped_kernels, shipped_triton
 
 MACHINES = Path(__file__).parent / "machines"
@@ -379,3 +381,42 @@ def test_a_manifest_from_before_sizes_were_in_it_is_read(tmp_path, monkeypatch):
     (tmp_path / "manifest.json").write_text(json.dumps(SHIPPED | {"fingerprint": old}))
     read = shipped_triton(tmp_path)
     assert read.built.items() < read.found.items()
+
+
+CLAIMED_TWICE = "flash_attn/cute/interface.py"
+
+
+def install(site, package, content):
+    """Put a distribution of one file into a folder, as pip does."""
+    path = site / CLAIMED_TWICE
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(content)
+    digest = base64.urlsafe_b64encode(hashlib.sha256(content.encode()).digest()).rstrip(b"=")
+    info = site / f"{package.replace('-', '_')}-1.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: 1\n")
+    (info / "RECORD").write_text(f"{CLAIMED_TWICE},sha256={digest.decode()},{len(content)}\n")
+
+
+@pytest.mark.parametrize(
+    ("order", "found"),
+    [
+        pytest.param(["flash-attn", "flash-attn-4"], (), id="FA4 last: it is in front"),
+        pytest.param(["flash-attn-4", "flash-attn"], ("flash-attn-4",), id="FA2 last: its stub is"),
+        pytest.param(["flash-attn-4"], (), id="FA4 alone"),
+        pytest.param(["flash-attn"], (), id="FA2 alone"),
+    ],
+)
+def test_whichever_was_installed_last_wins(tmp_path, monkeypatch, order, found):
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for package in order:
+        install(tmp_path, package, f"# {package}")
+    assert shadowed(order) == found
+
+
+def test_a_file_that_an_uninstall_took_along_is_missed(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for package in ("flash-attn", "flash-attn-4"):
+        install(tmp_path, package, f"# {package}")
+    (tmp_path / CLAIMED_TWICE).unlink()
+    assert shadowed(["flash-attn", "flash-attn-4"]) == ("flash-attn-4",)
