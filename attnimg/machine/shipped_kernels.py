@@ -57,10 +57,9 @@ def shipped_kernels(folder: Path = FOLDER) -> ShippedKernels | None:
     if found is None:
         return None
     # Set by the user: the cache elsewhere, or off.
-    on, at = os.environ.get(CACHE_ON, "1"), os.environ.get(CACHE_AT)
-    elsewhere = {CACHE_ON: on != "1", CACHE_AT: at and found.key not in at}
-    chosen = (name for name, is_set in elsewhere.items() if is_set)
-    return replace(found, settings=(*found.settings, *chosen))
+    off = [CACHE_ON] if os.environ.get(CACHE_ON, "1") != "1" else []
+    elsewhere = [CACHE_AT] if found.key not in (os.environ.get(CACHE_AT) or found.key) else []
+    return replace(found, settings=(*found.settings, *off, *elsewhere))
 
 
 def shipped_triton(folder: Path = TRITON_FOLDER) -> ShippedKernels | None:

@@ -330,10 +330,8 @@ def _family_because(asked: Verdict, taken: Verdict) -> str:
         f"attn_implementation: {wanted} asks for the flash family, whose order is 4, 3, 2 "
         "until this GPU is timed"
     )
-    if wanted == name:
-        return f"{rule}; it is the first of them that fits"
     if asked.fits:
-        return f"{rule}; {name} is the first of them that fits"
+        return f"{rule}; {'it' if wanted == name else name} is the first of them that fits"
     reason = asked.reasons[0].text
     return f"{rule}; {wanted} does not fit ({reason}), {name} is the first that does"
 
