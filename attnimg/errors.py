@@ -73,7 +73,7 @@ class AttnimgError(Exception):
 
 
 def bad_manifest(path: Path, error: Exception) -> AttnimgError:
-    """Return the error of a file that an image's build wrote and that can't be read."""
+    """Return the error of a file that an image's build wrote and that cannot be read."""
     return AttnimgError(
         f"{path} cannot be read",
         why=f"{type(error).__name__}: {error}; an image writes it when it is built",

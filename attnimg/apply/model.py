@@ -1,4 +1,4 @@
-"""What a loaded model runs, and how to change that."""
+"""Which attention a model class takes, what a loaded model runs, and how to change it."""
 
 from __future__ import annotations
 
@@ -8,16 +8,44 @@ from attnimg.apply.registry import prepare
 from attnimg.backends import repo_of
 from attnimg.backends._attend import DIRECT
 from attnimg.errors import AttnimgError
-from attnimg.facts import Backend, LayerGroup
+from attnimg.facts import Backend, LayerGroup, ModelClass
+
+# Where a model class says whether it takes a kind of attention.
+# Source: transformers 5.22.2, modeling_utils.py, class PreTrainedModel.
+_FLAGS = {
+    "sdpa": "_supports_sdpa",
+    "flash": "_supports_flash_attn",
+    "flex": "_supports_flex_attn",
+}
+
+
+def class_of(config: Any) -> type[Any] | None:
+    """Return the causal language model class of a transformers config, None when there is none."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    found = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    return found if isinstance(found, type) else None
+
+
+def facts_of(model_class: type[Any]) -> ModelClass | None:
+    """Return what a PreTrainedModel class does not take; None when it takes everything."""
+    lacks = {kind for kind, flag in _FLAGS.items() if not getattr(model_class, flag, True)}
+    can_set = getattr(model_class, "_can_set_attn_implementation", None)
+    if can_set is not None and not can_set():
+        lacks.add("others")
+    flash_names = tuple(getattr(model_class, "_compatible_flash_implementations", None) or ())
+    if not lacks and not flash_names:
+        return None
+    return ModelClass(name=model_class.__name__, lacks=frozenset(lacks), flash_names=flash_names)
 
 
 def running(model: Any) -> str:
-    """Name the attention implementation that a loaded model has, as transformers calls it."""
+    """Return the attention implementation of a loaded model, as transformers names it."""
     return str(model.config._attn_implementation)
 
 
 def require_applied(model: Any, backend: Backend) -> None:
-    """Stop when a model runs something other than the plan says.
+    """Raise where a model runs something other than the plan says.
 
     transformers may fall back to a hub kernel or replace a name; neither is silent here.
 
@@ -42,7 +70,7 @@ def require_applied(model: Any, backend: Backend) -> None:
 def switch(
     model: Any, backend: Backend, *, layers: tuple[LayerGroup, ...] = (), trusted: bool = False
 ) -> None:
-    """Change the attention of a loaded model, and make sure that it changed.
+    """Change the attention of a loaded model, and check that it changed.
 
     Args:
         model: a transformers model, PEFT-wrapped ones included.

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import os
+import signal
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from functools import wraps
 from typing import Any
 
-from attnimg.apply.process_settings import process_settings_kept
 from attnimg.backends._attend import as_applied, attention_function
 from attnimg.facts import AttentionFunction, Backend, LayerGroup
 
@@ -23,6 +25,10 @@ _FLASH_SLOT = (
     "_process_flash_kwargs_fn",
     "_process_with_kvcache_kwargs_fn",
 )
+
+# Signals that stop a run. Their handlers are always set again: Python does not see a handler that C
+# code has set.
+_STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 @contextmanager
@@ -105,3 +111,37 @@ def register(name: str, function: AttentionFunction) -> None:
     # afmoe passes attention_mask by this name, and its view() needs a contiguous output.
     AttentionInterface.register(name, attend)
     AttentionMaskInterface.register(name, flash_attention_mask)
+
+
+@contextmanager
+def process_settings_kept() -> Iterator[None]:
+    """Restore signal handlers, the signal mask, umask and working directory after the block.
+
+    A kernel's library may change these when it is imported. The proof refuses such kernels, but the
+    proof may be a kept one, and an import may behave differently in this process.
+    """
+    handlers = {number: signal.getsignal(number) for number in signal.valid_signals()}
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    directory = os.open(".", os.O_RDONLY | os.O_DIRECTORY)
+    umask = os.umask(0o077)
+    os.umask(umask)
+    try:
+        yield
+    finally:
+        os.umask(umask)
+        os.fchdir(directory)
+        os.close(directory)
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+        # Python lets only the main thread set handlers.
+        if threading.current_thread() is threading.main_thread():
+            _set_handlers(handlers)
+
+
+def _set_handlers(handlers: Mapping[signal.Signals, Any]) -> None:
+    for number, handler in handlers.items():
+        # None: it was set by C code, and can't be set from here.
+        changed = signal.getsignal(number) is not handler or number in _STOPPING
+        if handler is not None and changed:
+            # SIGKILL and SIGSTOP can't have a handler.
+            with suppress(OSError):
+                signal.signal(number, handler)

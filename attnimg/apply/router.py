@@ -1,12 +1,17 @@
-"""Send each call of attention to the backend of its layers' shape."""
+"""Run a plan: one backend, or a router that sends each call to the backend of its layers' shape."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
+from attnimg.backends._attend import as_applied, attention_function
 from attnimg.errors import AttnimgError
-from attnimg.facts import AttentionFunction, LayerGroup
+from attnimg.facts import AttentionFunction, Backend, GroupChoice, LayerGroup, Needs, Plan
+
+ROUTER = "attnimg_router"
 
 
 class Shape(NamedTuple):
@@ -39,7 +44,7 @@ class Router:
         attention_mask: Any,
         **arguments: Any,
     ) -> Any:
-        """Attend; see attnimg.backends._attend.
+        """Return the output of attention; see attnimg.backends._attend.
 
         Raises:
             AttnimgError: no layer of the plan has this shape.
@@ -77,7 +82,44 @@ class Router:
 
 
 def shape_of(group: LayerGroup) -> Shape:
-    """Give the shape of a group's calls."""
+    """Return the shape of a group's calls."""
     return Shape(
         group.head_dim_qk, group.head_dim_v, group.window, group.softcap or None, group.sinks
     )
+
+
+def backend_of(plan: Plan) -> Backend:
+    """Return the backend that a plan chose; a router where groups of layers have their own."""
+    assert plan.chosen is not None, "a plan without a choice ends the run before"
+    if plan.groups:
+        return _router(plan.groups)
+    return plan.chosen.backend
+
+
+def _router(groups: tuple[GroupChoice, ...]) -> Backend:
+    names = dict.fromkeys(choice.verdict.backend.name for choice in groups)
+    return Backend(
+        name=ROUTER,
+        rank=0,
+        summary=f"a router between {', '.join(names)}",
+        packing="native",
+        # One name a set of routes: a second model with other layers gets a router of its own.
+        applied_as=f"{ROUTER}_{_digest(groups)}",
+        load_attend=partial(_load, groups),
+        needs=Needs(),
+    )
+
+
+def _digest(groups: tuple[GroupChoice, ...]) -> str:
+    """Return a name for a set of routes, the same in every process of a run."""
+    routes = [(choice.layers, choice.verdict.backend.name) for choice in groups]
+    return hashlib.sha256(repr(routes).encode()).hexdigest()[:8]
+
+
+def _load(groups: tuple[GroupChoice, ...]) -> AttentionFunction:
+    functions: dict[str, AttentionFunction] = {}
+    backends = {one.verdict.backend.name: one.verdict.backend for one in groups}
+    for name, backend in backends.items():
+        layers = [one.layers for one in groups if one.verdict.backend.name == name]
+        functions[name] = attention_function(as_applied(backend, layers, routed=True))
+    return Router({shape_of(one.layers): functions[one.verdict.backend.name] for one in groups})

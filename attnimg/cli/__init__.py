@@ -10,6 +10,11 @@ import typer
 
 from attnimg import __version__
 
+OnOption = Annotated[
+    str | None,
+    typer.Option("--on", metavar="GPU", help="Judge for this GPU: h100, t4, sm_90, gfx942, cpu."),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, one object a line.")]
 COMMANDS = ("check", "explain", "doctor", "verify", "train", "selftest")
 
 

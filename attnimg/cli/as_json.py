@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from attnimg.facts import Finding, Model, Plan
 from attnimg.select.other_layers import OtherLayers
+from attnimg.select.plan import plan_dict
 
 if TYPE_CHECKING:
     from attnimg.config.schema import Checked
@@ -29,7 +30,7 @@ def line(value: dict[str, Any]) -> str:
 
 
 def checked_json(checked: Checked) -> dict[str, Any]:
-    """Give the object that `check --json` prints for one file."""
+    """Return the object that `check --json` prints for one file."""
     attn = config = None
     if checked.config is not None:
         # Through pydantic's own JSON, which writes null for numbers that JSON does not have.
@@ -58,7 +59,7 @@ def explained_json(
     others: tuple[OtherLayers, ...] = (),
     memory: Any = None,
 ) -> dict[str, Any]:
-    """Give the object that `explain --json` prints.
+    """Return the object that `explain --json` prints.
 
     Args:
         checked: the config's own judgement.
@@ -74,39 +75,11 @@ def explained_json(
         "image": image,
         "model": model and _model(model),
         "layers": [asdict(group) for group in model.layers] if model else [],
-        "candidates": plan_json(plan)["candidates"] if plan else [],
-        "chosen": plan_json(plan)["chosen"] if plan else None,
-        "groups": plan_json(plan)["groups"] if plan else [],
+        "candidates": plan_dict(plan)["candidates"] if plan else [],
+        "chosen": plan_dict(plan)["chosen"] if plan else None,
+        "groups": plan_dict(plan)["groups"] if plan else [],
         "other_layers": [asdict(layers) for layers in others],
         "quadratic_memory": asdict(memory) if memory else None,
-    }
-
-
-def plan_json(plan: Plan) -> dict[str, Any]:
-    """Give a plan with every candidate and all reasons, as receipts and explain hold it."""
-    chosen = plan.chosen
-    return {
-        "asked": plan.asked,
-        "because": plan.because,
-        "candidates": [
-            {
-                "backend": verdict.backend.name,
-                "fits": verdict.fits,
-                "rank": verdict.rank,
-                "reasons": [asdict(reason) for reason in verdict.reasons],
-            }
-            for verdict in plan.verdicts
-        ],
-        "chosen": chosen
-        and {"backend": chosen.backend.name, "kernel": chosen.kernel, "because": plan.because},
-        "groups": [
-            {
-                "layers": asdict(choice.layers),
-                "backend": choice.verdict.backend.name,
-                "kernel": choice.verdict.kernel,
-            }
-            for choice in plan.groups
-        ],
     }
 
 

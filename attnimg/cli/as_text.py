@@ -66,16 +66,16 @@ def print_warnings(warnings: Iterable[Finding], *, err: Console) -> None:
 
 def print_plan(plan: Plan, *, gpu: str, out: Console) -> None:
     """Print the three lines that every run begins with."""
-    got, chosen = "[red]nothing[/]", plan.chosen
-    if chosen:
-        got = f"[bold green]{escape(chosen.backend.name)}[/]  ({escape(chosen.kernel or '')})"
+    got = "[red]nothing[/]"
+    if plan.chosen:
+        name, kernel = plan.chosen.backend.name, plan.chosen.kernel or ""
+        got = f"[bold green]{escape(name)}[/]  ({escape(kernel)})"
     grid = Table.grid(padding=(0, 2))
     grid.add_row("  [dim]asked[/]", escape(plan.asked))
     grid.add_row("  [dim]got[/]", f"{got}  on {escape(gpu)}")
     for choice in plan.groups:
-        taken = (
-            f"{_layer_text(choice.layers)}: [bold green]{escape(choice.verdict.backend.name)}[/]"
-        )
+        name = escape(choice.verdict.backend.name)
+        taken = f"{_layer_text(choice.layers)}: [bold green]{name}[/]"
         grid.add_row("  [dim]layers[/]", taken)
     grid.add_row("  [dim]because[/]", escape(plan.because))
     if not plan.chosen and plan.do:
@@ -131,7 +131,7 @@ def _candidates(plan: Plan) -> Table:
 
 
 def _reasons(reasons: tuple[Reason, ...]) -> str:
-    """Give the first reason whole, and of the others their codes; JSON has all their texts."""
+    """Return the first reason in full and the codes of the others; JSON has all texts."""
     first, *others = reasons
     text = f"[dim]{first.code}:[/] {escape(first.text)}"
     codes = list(dict.fromkeys(reason.code for reason in others if reason.code != first.code))
@@ -139,7 +139,7 @@ def _reasons(reasons: tuple[Reason, ...]) -> str:
 
 
 def _reserve(backend: Backend) -> str:
-    """Say who may take a backend that fits: auto, a name in the config, or nobody yet."""
+    """Return who may take a backend that fits: auto, a name in the config, or nobody yet."""
     if backend.applied_as is None:
         return "  (judged only: this version cannot apply it)"
     if not backend.in_config:

@@ -7,8 +7,7 @@ from typing import Annotated
 
 import typer
 
-from attnimg.cli import as_json
-from attnimg.cli.options import JsonOption, OnOption
+from attnimg.cli import JsonOption, OnOption, as_json
 from attnimg.select.gpus import parse_gpu
 
 

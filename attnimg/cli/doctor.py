@@ -7,8 +7,7 @@ from dataclasses import asdict
 
 import typer
 
-from attnimg.cli import as_json
-from attnimg.cli.options import JsonOption
+from attnimg.cli import JsonOption, as_json
 from attnimg.machine import doctor as preflight
 from attnimg.machine import probe
 from attnimg.machine.doctor import Check

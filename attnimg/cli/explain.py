@@ -11,10 +11,15 @@ from typing import Annotated
 import typer
 
 from attnimg import config
-from attnimg.cli import as_json
-from attnimg.cli.options import JsonOption, OnOption
-from attnimg.cli.subject import (
-    base_model_findings,
+from attnimg.cli import JsonOption, OnOption, as_json
+from attnimg.config.schema import Checked, Config
+from attnimg.errors import AttnimgError
+from attnimg.facts import Arch, Finding, Machine, Model, Plan, Problem
+from attnimg.select import plan
+from attnimg.select.memory import quadratic_memory
+from attnimg.select.model_config import read_config
+from attnimg.select.other_layers import other_layers
+from attnimg.task import (
     gpu_text,
     image_notes,
     machine_notes,
@@ -24,13 +29,7 @@ from attnimg.cli.subject import (
     read_model,
     run_findings,
 )
-from attnimg.config.schema import Checked, Config
-from attnimg.errors import AttnimgError
-from attnimg.facts import Arch, Finding, Machine, Model, Plan, Problem
-from attnimg.select import plan
-from attnimg.select.memory import quadratic_memory
-from attnimg.select.model_config import read_config
-from attnimg.select.other_layers import other_layers
+from attnimg.train.base_model import judge_base_model
 
 # Errors that are judgements of a backend: explaining them is what the command is for.
 _JUDGEMENTS = frozenset(
@@ -72,7 +71,7 @@ def explain(
             found = _no_name(checked, found)
         errors, notes = run_findings(found, task, machine)
         if model is not None:
-            judge = _for_some_run if _is_model(target) else _base_model_findings
+            judge = _for_some_run if _is_model(target) else _judge_base_model
             refusals, warnings = judge(values, machine)
             errors, notes = (*errors, *refusals), (*notes, *warnings)
         checked = replace(
@@ -155,13 +154,13 @@ def _with_model(checked: Checked, values: Config) -> tuple[Checked, Model | None
     return replace(checked, warnings=warnings), model, dropout
 
 
-def _base_model_findings(
+def _judge_base_model(
     values: Config, machine: Machine
 ) -> tuple[tuple[Finding, ...], tuple[Finding, ...]]:
     """Return the errors that train raises for the base model, and its warnings."""
     path = model_file(values)
     assert path is not None
-    errors, warnings = base_model_findings(values, read_config(path), machine)
+    errors, warnings = judge_base_model(values, read_config(path), machine)
     return tuple(_as_finding(error) for error in errors), tuple(warnings)
 
 
@@ -172,8 +171,8 @@ def _for_some_run(
 
     Errors that only full training has are warnings.
     """
-    full, notes = _base_model_findings(values, machine)
-    lora, _ = _base_model_findings(values.model_copy(update={"adapter": "lora"}), machine)
+    full, notes = _judge_base_model(values, machine)
+    lora, _ = _judge_base_model(values.model_copy(update={"adapter": "lora"}), machine)
     errors = tuple(error for error in full if error in lora)
     warnings = tuple(error for error in full if error not in lora)
     return tuple(e for e in errors if e.code not in _LENGTH_CODES), tuple(

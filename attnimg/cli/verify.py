@@ -11,15 +11,13 @@ from rich.markup import escape
 from rich.table import Table
 
 from attnimg import config
-from attnimg.cli import as_json
-from attnimg.cli.options import JsonOption
-from attnimg.cli.proofs import parts_of, proofs
-from attnimg.cli.subject import distributions, gpu_text, problem_of, read_model
+from attnimg.cli import JsonOption, as_json
 from attnimg.errors import AttnimgError
 from attnimg.facts import Backend, LayerGroup, Machine, Model, Plan, Problem, Proof
-from attnimg.machine import probe
 from attnimg.machine.kernel_cache import use_shipped_kernels
+from attnimg.pipeline import parts_of, proofs_of
 from attnimg.select import plan
+from attnimg.task import gpu_text, installed_machine, problem_of, read_model
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -46,17 +44,17 @@ def verify(
     def say(text: str) -> None:
         console.print(f"  {text}", style="dim", highlight=False, markup=False, soft_wrap=True)
 
-    machine = probe.this_machine(distributions())
+    machine = installed_machine()
     use_shipped_kernels(machine)
     results: list[tuple[Problem, Proof]] = []
     for problem, asked in _problems(file, machine):
         found = plan.choose(asked, machine, problem)
         fitting = _fitting(found)
-        made = proofs(fitting, problem, machine=machine, say=say)
+        made = proofs_of(fitting, problem, machine=machine, say=say)
         results += [(problem, proof) for proof in made]
         # What train's router would run: other calls of the kernels, on some of the layers.
         for backend, part in parts_of(found, problem) if found.groups else ():
-            (proof,) = proofs([backend], part, machine=machine, say=say, routed=True)
+            (proof,) = proofs_of([backend], part, machine=machine, say=say, routed=True)
             results.append((part, proof))
     if as_json_lines:
         shown = {
@@ -73,7 +71,7 @@ def verify(
 
 
 def _problems(file: str | None, machine: Machine) -> list[tuple[Problem, str | None]]:
-    """Give what to prove for, each with the backend that a config asks for."""
+    """Return what to prove for, each with the backend that a config asks for."""
     if file is None:
         dtype = plan.training_dtype(bf16="auto", fp16=False, arch=machine.arch)
         model = Model(type="llama", layers=_SIZES)
@@ -102,7 +100,7 @@ def _problems(file: str | None, machine: Machine) -> list[tuple[Problem, str | N
 
 
 def _fitting(found: Plan) -> list[Backend]:
-    """Give the backends of a plan that fit and that can be applied, by rank."""
+    """Return the backends of a plan that fit and that can be applied, by rank."""
     fitting = (verdict.backend for verdict in found.verdicts if verdict.fits)
     return [backend for backend in fitting if backend.applied_as is not None]
 

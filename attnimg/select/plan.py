@@ -10,7 +10,8 @@ Pure: no GPU, file, clock or environment is read here. All comes in as arguments
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
+from typing import Any
 
 from attnimg.backends import all_backends, backend_named
 from attnimg.facts import (
@@ -92,6 +93,34 @@ def choose(asked: str | None, machine: Machine, problem: Problem, *, strict: boo
     if groups := _choose_groups(backends, machine, problem):
         return replace(found, groups=groups, because=_groups_because(groups, found.chosen))
     return replace(found, because=_automatic_because(found, found.chosen, machine, problem))
+
+
+def plan_dict(plan: Plan) -> dict[str, Any]:
+    """Return a plan with every candidate and all reasons, as `explain --json` prints it."""
+    chosen = plan.chosen
+    return {
+        "asked": plan.asked,
+        "because": plan.because,
+        "candidates": [
+            {
+                "backend": verdict.backend.name,
+                "fits": verdict.fits,
+                "rank": verdict.rank,
+                "reasons": [asdict(reason) for reason in verdict.reasons],
+            }
+            for verdict in plan.verdicts
+        ],
+        "chosen": chosen
+        and {"backend": chosen.backend.name, "kernel": chosen.kernel, "because": plan.because},
+        "groups": [
+            {
+                "layers": asdict(choice.layers),
+                "backend": choice.verdict.backend.name,
+                "kernel": choice.verdict.kernel,
+            }
+            for choice in plan.groups
+        ],
+    }
 
 
 def without(plan: Plan, backend: str, reason: Reason) -> Plan:

@@ -8,7 +8,8 @@ from typing import Any
 
 from attnimg.config.schema import Config
 from attnimg.errors import AttnimgError
-from attnimg.facts import Finding
+from attnimg.facts import Finding, Machine
+from attnimg.task import model_file
 from attnimg.train.causal import require_trainable
 from attnimg.train.pickled_weights import require_safetensors
 from attnimg.train.positions import judge_positions
@@ -17,22 +18,38 @@ from attnimg.train.towers import judge_towers
 
 
 def judge_base_model(
+    config: Config, raw: Mapping[str, Any], machine: Machine
+) -> tuple[list[AttnimgError], list[Finding]]:
+    """Return every error and warning on a base model, without its attention.
+
+    Args:
+        config: the validated run.
+        raw: the model's config.json.
+        machine: its packages count; None of them assumes that all are installed.
+
+    Returns:
+        The errors, each of which ends the run, and the warnings.
+    """
+    path = model_file(config)
+    return judge_files(
+        config, raw, packages=machine.packages, folder=path.parent if path is not None else None
+    )
+
+
+def judge_files(
     config: Config,
     raw: Mapping[str, Any],
     *,
     packages: Mapping[str, str] | None,
     folder: Path | None,
 ) -> tuple[list[AttnimgError], list[Finding]]:
-    """Collect every error and warning on a base model.
+    """Return the errors and warnings of judge_base_model.
 
     Args:
         config: the validated run.
         raw: the model's config.json.
         packages: the installed distributions; None assumes that all are.
         folder: the folder of its weights; None where they are not on this machine.
-
-    Returns:
-        The errors, each of which ends the run, and the warnings.
     """
 
     def known_weights() -> None:

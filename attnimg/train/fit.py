@@ -36,7 +36,7 @@ from attnimg.train.resume import (
     resume_notes,
 )
 from attnimg.train.rows import Rows, even_out, make_rows
-from attnimg.train.run import FitResult, RunFacts
+from attnimg.train.run_facts import FitResult, RunFacts
 from attnimg.train.schedule import plan_steps
 from attnimg.train.session import Session, build_engine, check_own_loss, run_engine
 from attnimg.train.signals import StopFlag, Stopped

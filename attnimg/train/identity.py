@@ -19,7 +19,7 @@ from attnimg.train.model_hashes import model_of, tokenizer_of
 
 if TYPE_CHECKING:
     from attnimg.train.data.documents import SourceFigures
-    from attnimg.train.run import RunFacts
+    from attnimg.train.run_facts import RunFacts
 
 # Compared by value: another value trains another model.
 BY_VALUE = frozenset(

@@ -13,7 +13,7 @@ from typing import Literal
 
 from attnimg.config.schema import Config
 from attnimg.train.disk import replace_text, writing
-from attnimg.train.run import RunFacts
+from attnimg.train.run_facts import RunFacts
 
 FILE = "receipt.json"
 PACKAGES = (

@@ -1,66 +1,230 @@
-"""What a run knows before its first step, and what it tells after its last."""
+"""Train a run from its config: check, select, load, verify, train.
+
+select a backend -> check inputs -> model config -> verify -> tokenizer, documents -> model -> fit
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING, Any, Protocol
 
-from attnimg.facts import Machine, Plan, Proof, RunContext
+from attnimg import apply
+from attnimg.config.schema import Config
+from attnimg.context import described
+from attnimg.facts import Finding, Machine, Plan
+from attnimg.pipeline import Report, Selected, kernel_hashes, select, select_verify_apply
+from attnimg.select.model_config import read_config
+from attnimg.select.plan import plan_dict
+from attnimg.task import Task, model_file, task_of
+from attnimg.train.base_model import judge_base_model
+from attnimg.train.distributed import agree
+from attnimg.train.receipt import versions
+from attnimg.train.run_facts import FitResult, RunFacts
+from attnimg.train.signals import StopFlag
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from attnimg.train.checkpoint import ResumePoint
+    from attnimg.train.data import Documents
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RunFacts:
-    """What the steps before training found out.
-
-    Attributes:
-        machine: where the run happens.
-        plan: the attention choice with every reason.
-        implementation: what transformers was told, "sdpa" or "kernels-community/flash-attn2".
-        context: how the model is called, as it was proven.
-        isolation: figures of the packing proof; None when nothing is packed.
-        proofs: of the attention kernels, failed ones included.
-        kernels: backend -> hashes of the files that compute it, by their kind, such as "torch";
-            None where some are unknown.
-    """
-
-    machine: Machine
-    plan: Plan
-    implementation: str
-    context: RunContext
-    isolation: Mapping[str, object] | None = None
-    proofs: tuple[Proof, ...] = ()
-    kernels: Mapping[str, Mapping[str, str] | None] = field(default_factory=dict)
+class TrainReport(Report, Protocol):
+    """Where a training run reports what it found."""
 
     @property
-    def backend(self) -> str:
-        """Name the backend people know it by."""
-        return self.plan.chosen.backend.name if self.plan.chosen else self.implementation
+    def console(self) -> Console:
+        """The console of the progress bar."""
+
+    def warn(self, warnings: Sequence[Finding]) -> None:
+        """Print warnings."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class FitResult:
-    """How the run ended.
+def train(config: Config, machine: Machine, *, report: TrainReport, stop: StopFlag) -> FitResult:
+    """Train a run; everything heavy is imported after the checks that need none of it.
 
-    Attributes:
-        steps: optimizer steps the model has behind it, those of earlier sessions included.
-        loss: of the last logged window of steps; None when no step was left to train.
-        eval_loss: of the last evaluation, per trained token; None without one.
-        aux_loss: the auxiliary loss of a mixture of experts in that window, without its weight;
-            None where the model computes none.
-        tokens: real tokens seen, padding left out, earlier sessions included.
-        seconds: wall time of this session.
-        files: what was written, in the order a person looks for it.
-        resumed_from: the checkpoint it went on from.
-        notes: sentences a person should read, such as an early stop.
+    What the run registers with transformers is removed after it: others may share the process.
+
+    Raises:
+        AttnimgError: the run is refused (exit code 2) or failed (1).
+        Stopped: someone asked to stop.
     """
+    from attnimg.train.check import check_inputs
+    from attnimg.train.data import check_sources
+    from attnimg.train.manifest import hash_of
+    from attnimg.train.quiet import silence_libraries
 
-    steps: int
-    loss: float | None
-    eval_loss: float | None
-    aux_loss: float | None
-    tokens: int
-    seconds: float
-    files: tuple[Path, ...]
-    resumed_from: Path | None
-    notes: tuple[str, ...] = ()
+    path = model_file(config)
+    raw = read_config(path) if path is not None else None
+    if raw is not None:
+        _require_base_model(config, raw, machine, report)
+    task = task_of(config, raw, machine)
+    plan = select(task, report)
+    resume = check_inputs(config, machine)
+    check_sources(config)
+    checkpoint = (resume.path.name, hash_of(resume.path)) if resume and resume.path else None
+    _agree(config, machine, {**config.model_dump(), "plan": plan_dict(plan),
+                             "packages": versions(), "checkpoint": checkpoint})  # fmt: skip
+    silence_libraries()
+    with apply.restored():
+        task, plan = _with_model_config(config, task, plan, report)
+        return fit_selected(config, task, plan, report=report, stop=stop, resume=resume)
+
+
+def _with_model_config(
+    config: Config, task: Task, plan: Plan, report: TrainReport
+) -> tuple[Task, Plan]:
+    """Select again where the hub's config.json, or the model's class, says more than was known."""
+    from attnimg.train.model import load_model_config
+    from attnimg.train.options import try_options
+
+    try_options(config)
+    model_config = load_model_config(config)
+    if task.problem.model is None:
+        raw = model_config.to_dict()
+        _require_base_model(config, raw, task.machine, report)
+        task = task_of(config, raw, task.machine)
+        plan = select(task, report)
+    model_class = apply.class_of(model_config)
+    facts = apply.facts_of(model_class) if model_class is not None else None
+    if facts != task.problem.model_class:
+        task = replace(task, problem=replace(task.problem, model_class=facts))
+        plan = select(task, report)
+    return task, plan
+
+
+def fit_selected(
+    config: Config,
+    task: Task,
+    plan: Plan,
+    *,
+    report: TrainReport,
+    stop: StopFlag,
+    resume: ResumePoint | None,
+) -> FitResult:
+    """Verify and apply a plan, and train with it.
+
+    Args:
+        config: the validated run.
+        task: what the plan was selected for.
+        plan: a plan that chose a backend.
+        report: where progress goes.
+        stop: whether someone asked to stop.
+        resume: the checkpoint to resume from; None for a new run.
+    """
+    from attnimg.train.attention_check import attention_check_of
+    from attnimg.train.fit import fit
+    from attnimg.train.tokenizer import load_tokenizer
+
+    inputs: dict[str, Any] = {}
+
+    def load(selected: Selected) -> Any:
+        hashes = kernel_hashes(selected.plan, task)
+        _agree(config, task.machine, {"plan": plan_dict(selected.plan), "kernels": hashes})
+        inputs["tokenizer"] = load_tokenizer(config, say=report.say)
+        inputs["documents"] = _load_documents(config, task.machine, inputs["tokenizer"], report)
+        return _load_model(config, task, selected, **inputs, resume=resume, report=report)
+
+    applied = select_verify_apply(task, load, report=report, plan=plan)
+    selected = applied.selected
+    result = fit(
+        config,
+        model=applied.model,
+        **inputs,
+        run=RunFacts(
+            machine=task.machine,
+            plan=selected.plan,
+            implementation=apply.running(applied.model),
+            context=selected.context,
+            isolation=asdict(applied.isolation) if applied.isolation else None,
+            proofs=selected.proofs,
+            kernels=kernel_hashes(selected.plan, task),
+        ),
+        resume=resume,
+        stop=stop,
+        console=report.console,
+        attention_check=attention_check_of(
+            config.attn_check_steps,
+            selected.plan,
+            selected.context,
+            dropout=task.problem.dropout,
+            say=report.say,
+        ),
+    )
+    for note in result.notes:
+        report.say(note)
+    return result
+
+
+def _load_documents(
+    config: Config, machine: Machine, tokenizer: Any, report: TrainReport
+) -> Documents:
+    """Load the data, report what is in it, and raise unless all processes have the same."""
+    from attnimg.train.data import load_documents, sample_text, sentence
+
+    documents = load_documents(config, tokenizer)
+    for figures in documents.figures:
+        report.say(sentence(figures))
+    for warning in documents.warnings:
+        report.say(f"warning: {warning}")
+    lengths = [len(documents.train), len(documents.validation or ())]
+    if lengths[1]:
+        report.say(f"{lengths[0]:,} documents to train on, {lengths[1]:,} to evaluate")
+    content = [figures.content for figures in documents.figures]
+    _agree(config, machine, {"documents": lengths, "data": content})
+    report.say(sample_text(documents, tokenizer))
+    return documents
+
+
+def _load_model(
+    config: Config,
+    task: Task,
+    selected: Selected,
+    *,
+    tokenizer: Any,
+    documents: Documents,
+    resume: ResumePoint | None,
+    report: TrainReport,
+) -> Any:
+    """Load the model, after checks that a resumed run is the same as before."""
+    from attnimg.train.adapter import adapter_notes
+    from attnimg.train.identity import attention_and_precision, data_of
+    from attnimg.train.model import load_model
+    from attnimg.train.model_hashes import model_of, tokenizer_of
+    from attnimg.train.new_tokens import require_embeddings
+    from attnimg.train.resume import require_same
+
+    computed = attention_and_precision(selected.backend.name, selected.context)
+    data = data_of(config, documents.figures, tokenizer)
+    require_same({**data, **computed, "tokenizer": tokenizer_of(config)}, config, resume)
+    require_embeddings(config, (documents.train, documents.validation), tokenizer)
+    report.say(f"run: {described(selected.context)}")
+    model = load_model(
+        config,
+        tokenizer=tokenizer,
+        implementation=selected.implementation,
+        context=selected.context,
+        needs_dtype_cast=selected.backend.needs_dtype_cast,
+        say=report.say,
+    )
+    # A folder of this name, or a hub's snapshot, may have other content on another machine.
+    _agree(config, task.machine, {"base_model": model_of(config)})
+    for note in adapter_notes(model, config):
+        report.say(f"warning: {note}")
+    return model
+
+
+def _require_base_model(
+    config: Config, raw: Mapping[str, Any], machine: Machine, report: TrainReport
+) -> None:
+    """Report the warnings on the base model, and raise the first error."""
+    errors, warnings = judge_base_model(config, raw, machine)
+    if errors:
+        raise errors[0]
+    report.warn(warnings)
+
+
+def _agree(config: Config, machine: Machine, facts: Mapping[str, object]) -> None:
+    """Raise unless every process of the group found the same."""
+    agree(facts, cpu=machine.arch.vendor == "cpu", timeout_s=config.ddp_timeout)

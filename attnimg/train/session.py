@@ -20,7 +20,7 @@ from attnimg.train.intact import damages_of
 from attnimg.train.loss_facts import LossCheck, sentence
 from attnimg.train.progress import ProgressView
 from attnimg.train.rows import Rows
-from attnimg.train.run import RunFacts
+from attnimg.train.run_facts import RunFacts
 from attnimg.train.schedule import Schedule
 from attnimg.train.signals import StopFlag
 

@@ -6,7 +6,6 @@ import os
 from typing import Any
 
 from attnimg.backends import all_backends, backend_named
-from attnimg.cli.subject import distributions
 from attnimg.context import context_of
 from attnimg.context import takes_one_row as takes_one_row
 from attnimg.facts import Backend, LayerGroup, Machine, Model, Problem, Proof
@@ -14,6 +13,7 @@ from attnimg.machine import probe
 from attnimg.machine.kernel_cache import use_shipped_kernels
 from attnimg.machine.shipped_kernels import shipped_kernels
 from attnimg.select import plan
+from attnimg.task import distributions
 from attnimg.verify import proofs
 from attnimg.verify.runner import run
 

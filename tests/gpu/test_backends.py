@@ -21,10 +21,10 @@ from tiny_models import tiny_model
 from attnimg import apply
 from attnimg.backends import all_backends, backend_named
 from attnimg.backends._attend import attention_function
-from attnimg.cli.subject import distributions
 from attnimg.facts import LayerGroup, Model
 from attnimg.machine import probe
 from attnimg.select.plan import choose
+from attnimg.task import distributions
 from attnimg.train.collate import PackedCollator, PaddedCollator
 from attnimg.verify.isolation import check_isolation
 from attnimg.verify.shifted import shifted_keys

@@ -13,10 +13,10 @@ import torch
 from run_facts import a_problem
 
 from attnimg.backends import all_backends, backend_named
-from attnimg.cli.subject import distributions
 from attnimg.facts import LayerGroup, Machine, Model
 from attnimg.machine import probe
 from attnimg.select import plan
+from attnimg.task import distributions
 from attnimg.verify.proofs import Setting, prove
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")

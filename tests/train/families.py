@@ -104,7 +104,7 @@ def _trained(file: Path) -> dict[str, Any]:
     import typer
     from rich.console import Console
 
-    from attnimg.cli.train import _train
+    from attnimg.cli.train import PrintedReport, train_file
     from attnimg.errors import AttnimgError
     from attnimg.train.signals import StopFlag
 
@@ -112,7 +112,7 @@ def _trained(file: Path) -> dict[str, Any]:
     console = Console(file=text, width=400)
     with _loading() as loaded, contextlib.redirect_stdout(io.StringIO()):
         try:
-            _train(str(file), (), console=console, stop=StopFlag())
+            train_file(str(file), (), report=PrintedReport(console), stop=StopFlag())
         except AttnimgError as error:
             said = error.why.splitlines()[0].removeprefix("found: ")
             return {"refused": error.code, "found": said, "before_weights": not loaded}
@@ -218,7 +218,7 @@ def run(model_types: list[str], *, home: Path) -> Iterator[tuple[str, dict[str, 
 
 def main() -> None:
     """Train the types that are named, or all, and put what came of each into the record."""
-    from attnimg.cli import train as command
+    from attnimg import pipeline
 
     os.environ.update(QUIET)
     warnings.filterwarnings("ignore")
@@ -228,7 +228,7 @@ def main() -> None:
     parser.add_argument("--proofs", action="store_true", help="prove the kernels too, an hour")
     options = parser.parse_args()
     if not options.proofs:  # the kernels are the same for all, and tested elsewhere
-        command._computes_right = lambda session, found: (found, [])
+        pipeline.verify_plan = lambda plan, task, report: (plan, ())
     keep = options.types and options.out.exists()
     types = json.loads(options.out.read_text())["types"] if keep else {}
     with tempfile.TemporaryDirectory() as folder:

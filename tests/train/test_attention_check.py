@@ -16,7 +16,7 @@ from test_torchrun import ENV, free_port
 from transformers import AttentionInterface
 
 from attnimg.errors import AttnimgError
-from attnimg.train.run import FitResult
+from attnimg.train.run_facts import FitResult
 
 SDPA = AttentionInterface._global_mapping["sdpa"]
 # Attention calls of a training step: two layers.

@@ -14,17 +14,17 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from rich.console import Console
 from tiny_run import losses, make_tokenizer, sentences
 
-from attnimg import apply, config
-from attnimg.cli.subject import distributions, problem_of, read_model
-from attnimg.cli.train import Session, fit_planned
-from attnimg.machine import probe
-from attnimg.select import plan
+from attnimg import config, pipeline
+from attnimg.cli.train import PrintedReport
+from attnimg.task import installed_machine
+from attnimg.train import run as training
 from attnimg.train.quiet import silence_libraries
 from attnimg.train.signals import StopFlag
 
@@ -141,20 +141,9 @@ def run(home: Path, out: Path, **keys: Any) -> dict[str, Any]:
     assert checked.config is not None, checked.errors
     assert checked.ok, checked.errors
     silence_libraries()
-    machine = probe.this_machine(distributions())
-    model, dropout = read_model(checked.config)
-    task = problem_of(checked.config, model=model, dropout=dropout, arch=machine.arch)
-    found = plan.choose(checked.config.attn_implementation, machine, task)
-    assert found.chosen is not None, found.because
-    session = Session(
-        config=checked.config,
-        machine=machine,
-        problem=task,
-        console=Console(quiet=True),
-        stop=StopFlag(),
-    )
-    with apply.restored():
-        fit_planned(session, found, proofs=[], resume=None)
+    report = PrintedReport(Console(quiet=True))
+    with mock.patch.object(pipeline, "verify_plan", lambda plan, task, report: (plan, ())):
+        training.train(checked.config, installed_machine(), report=report, stop=StopFlag())
     receipt: dict[str, Any] = json.loads((out / "receipt.json").read_text())
     return receipt
 

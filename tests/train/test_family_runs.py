@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from families import RECORD, run
 
-from attnimg.cli import train as command
+from attnimg import pipeline
 from attnimg.select import model_types
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.timeout(120)]
@@ -22,7 +22,7 @@ FOUND = json.loads(RECORD.read_text())["types"]
 @pytest.fixture(autouse=True)
 def _alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Skip the kernels' proofs, and restore the environment after a run."""
-    monkeypatch.setattr(command, "_computes_right", lambda session, found: (found, []))
+    monkeypatch.setattr(pipeline, "verify_plan", lambda plan, task, report: (plan, ()))
     before = dict(os.environ)
     yield
     os.environ.clear()

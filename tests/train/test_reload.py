@@ -20,14 +20,11 @@ from tiny_models import tiny_model
 from tiny_run import sentences
 from tiny_vlms import tiny_vlm
 
-from attnimg import apply, config
-from attnimg.cli.subject import base_model_findings, distributions, problem_of, read_model
-from attnimg.cli.train import Session, fit_planned
-from attnimg.machine import probe
-from attnimg.select import plan
-from attnimg.select.model_config import read_config
+from attnimg import config, pipeline
+from attnimg.cli.train import PrintedReport
 from attnimg.select.model_types import read_causal_types
-from attnimg.train import fit
+from attnimg.task import installed_machine
+from attnimg.train import fit, run
 from attnimg.train.quiet import silence_libraries
 from attnimg.train.safetensors_headers import TORCH_NAMES, stored_tensors
 from attnimg.train.signals import StopFlag
@@ -167,20 +164,9 @@ def train(model: Path, out: Path, patch: pytest.MonkeyPatch, **keys: Any) -> Any
     checked = config.check_values(values, file="run.yaml")
     assert checked.config is not None, checked.errors
     silence_libraries()
-    machine = probe.this_machine(distributions())
-    raw = read_config(model / "config.json")
-    errors, _ = base_model_findings(checked.config, raw, machine)
-    assert not errors, errors[0]
-    geometry, dropout = read_model(checked.config)
-    task = problem_of(checked.config, model=geometry, dropout=dropout, arch=machine.arch)
-    plan_ = plan.choose("eager", machine, task)
-    assert plan_.chosen is not None, plan_.because
-    session = Session(
-        config=checked.config, machine=machine, problem=task, console=Console(quiet=True),
-        stop=StopFlag(),
-    )  # fmt: skip
-    with apply.restored():
-        fit_planned(session, plan_, proofs=[], resume=None)
+    patch.setattr(pipeline, "verify_plan", lambda plan, task, report: (plan, ()))
+    report = PrintedReport(Console(quiet=True))
+    run.train(checked.config, installed_machine(), report=report, stop=StopFlag())
     return found[0]
 
 

@@ -22,7 +22,6 @@ from advice import Values, all_advice, edited
 from advice_without_edit import WITHOUT_EDIT
 from tiny_run import CPU, make_model, make_tokenizer
 
-from attnimg.cli.subject import model_file, precision_notes, problem_of
 from attnimg.config import check_values
 from attnimg.config.keys import unsupported_keys
 from attnimg.config.schema import Config
@@ -32,7 +31,8 @@ from attnimg.select.attention_shapes import read_model
 from attnimg.select.gpus import parse_gpu
 from attnimg.select.model_config import read_config
 from attnimg.select.plan import choose
-from attnimg.train.base_model import judge_base_model
+from attnimg.task import model_file, precision_notes, problem_of
+from attnimg.train.base_model import judge_files
 from attnimg.train.check import check_inputs
 from attnimg.train.data import load_documents
 from attnimg.train.file_hashes import FileHashes
@@ -139,7 +139,7 @@ class Case:
         if (path := model_file(config)) is None:
             return [], []
         packages = (self.machine or CPU).packages
-        return judge_base_model(config, read_config(path), packages=packages, folder=None)
+        return judge_files(config, read_config(path), packages=packages, folder=None)
 
     def start(self, config: Config) -> None:
         """What `attnimg train` does before it loads a model."""

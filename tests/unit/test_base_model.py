@@ -14,7 +14,7 @@ from tiny_vlms import tiny_vlm
 from attnimg.config.schema import Config
 from attnimg.errors import AttnimgError
 from attnimg.select.model_types import position_table, read_causal_types
-from attnimg.train.base_model import judge_base_model
+from attnimg.train.base_model import judge_files
 from attnimg.train.positions import rope_reach
 from attnimg.train.safetensors_headers import stored_tensors, unused_weights
 from attnimg.train.saved_model import correct_saved_config
@@ -31,7 +31,7 @@ LLAVA = {"model_type": "llava", "architectures": ["LlavaForConditionalGeneration
 def judged(raw: dict[str, Any], **keys: Any) -> tuple[list[AttnimgError], dict[str, str]]:
     """Judge a base model; its errors, and code -> do of its warnings."""
     values = Config(base_model="org/model", learning_rate=1e-3, **keys)
-    errors, warnings = judge_base_model(values, raw, packages={}, folder=None)
+    errors, warnings = judge_files(values, raw, packages={}, folder=None)
     return errors, {finding.code: f"{finding.what}\n{finding.do}" for finding in warnings}
 
 

@@ -27,7 +27,7 @@ from attnimg.config.schema import Config
 from attnimg.errors import AttnimgError
 from attnimg.facts import DType
 from attnimg.select.model_types import quantizations
-from attnimg.train.base_model import judge_base_model
+from attnimg.train.base_model import judge_files
 from attnimg.train.model import load_model
 from attnimg.train.tokenizer import load_tokenizer
 
@@ -59,7 +59,7 @@ def judged(
 ) -> tuple[list[AttnimgError], list[str]]:
     """Judge a llama with a quantization_config; errors, and the codes of the warnings."""
     given = {"quantization_config": quantization} if quantization else {}
-    errors, warnings = judge_base_model(
+    errors, warnings = judge_files(
         config_for("org/model", **keys),
         {"model_type": "llama", **given, **(raw or {})},
         packages={} if packages is None else packages,
@@ -104,7 +104,7 @@ def test_weights_are_dequantized_as_the_checkpoint_says(
 ) -> None:
     folder, meant = dequantized_case(tmp_path, name)
     raw = json.loads((folder / "config.json").read_text())
-    errors, warnings = judge_base_model(config_for(folder), raw, packages={}, folder=folder)
+    errors, warnings = judge_files(config_for(folder), raw, packages={}, folder=folder)
     assert not errors, errors[0]
     assert "dequantized" in [finding.code for finding in warnings]
     model = load(folder, dtype=dtype)
@@ -170,7 +170,7 @@ def test_bitsandbytes_weights_stay_quantized_under_an_adapter(
     folder = with_bitsandbytes(tmp_path, bits=bits)
     raw = json.loads((folder / "config.json").read_text())
     keys: dict[str, Any] = {"adapter": adapter}
-    errors, _ = judge_base_model(config_for(folder, **keys), raw, packages={}, folder=folder)
+    errors, _ = judge_files(config_for(folder, **keys), raw, packages={}, folder=folder)
     assert not errors, errors[0]
     model = load(folder, **keys)
     layer = model.base_model.model.model.layers[0].self_attn.q_proj.base_layer
@@ -393,9 +393,9 @@ def test_a_quantization_config_beside_whole_weights_is_refused(
 ) -> None:
     folder = plain(tmp_path / "plain")
     raw = json.loads((folder / "config.json").read_text())
-    assert not judge_base_model(config_for(folder, **LORA), raw, packages={}, folder=folder)[0]
+    assert not judge_files(config_for(folder, **LORA), raw, packages={}, folder=folder)[0]
     given = {**raw, "quantization_config": quantization}
-    errors, _ = judge_base_model(config_for(folder, **LORA), given, packages={}, folder=folder)
+    errors, _ = judge_files(config_for(folder, **LORA), given, packages={}, folder=folder)
     assert [error.code for error in errors] == ["quantized-checkpoint"]
     assert "only whole weights in its files: F32" in errors[0].why
     assert errors[0].do == "remove quantization_config from its config.json"

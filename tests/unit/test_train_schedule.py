@@ -8,11 +8,11 @@ from typing import Any, get_args
 import pytest
 
 from attnimg.backends import backend_named
-from attnimg.cli.subject import problem_of
 from attnimg.config.schema import Config, Optimizer, Scheduler
 from attnimg.context import context_of
 from attnimg.errors import AttnimgError
 from attnimg.facts import Arch, Machine
+from attnimg.task import problem_of
 from attnimg.train.adapter import check_adapter
 from attnimg.train.arguments import training_arguments
 from attnimg.train.limits import check_limits

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 from run_facts import a_context, a_problem
 
-from attnimg.cli.subject import problem_of
 from attnimg.config import check_values
 from attnimg.facts import LayerGroup, LocalKernel, Machine, Model, Problem, Verdict
 from attnimg.select.gpus import parse_gpu
 from attnimg.select.judge import with_effective_windows
 from attnimg.select.plan import choose
+from attnimg.task import problem_of
 from attnimg.verify.geometry import geometries_of
 
 LAYER = LayerGroup(

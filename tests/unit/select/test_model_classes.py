@@ -14,7 +14,6 @@ from run_facts import a_problem
 
 from attnimg.__main__ import run as attnimg
 from attnimg.backends import backend_named
-from attnimg.cli.subject import problem_of
 from attnimg.config.schema import Config
 from attnimg.facts import LayerGroup, Model, ModelClass
 from attnimg.select.attention_shapes import read_model
@@ -23,6 +22,7 @@ from attnimg.select.images import image_for, machine_with
 from attnimg.select.judge import reason_against_class
 from attnimg.select.model_types import class_named
 from attnimg.select.plan import choose
+from attnimg.task import problem_of
 from recipes import positions
 from recipes.model_classes import (
     CAUSAL_PATH,

@@ -12,10 +12,10 @@ from run_facts import a_problem
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from attnimg.__main__ import run as attnimg
-from attnimg.cli.subject import distributions
 from attnimg.facts import Arch, Machine, Model
 from attnimg.select.attention_shapes import read_model
 from attnimg.select.other_layers import findings_on, kinds, other_layers
+from attnimg.task import distributions
 
 GRANITE = {"num_hidden_layers": 4, "hidden_size": 64, "num_attention_heads": 4,
            "num_key_value_heads": 2}  # fmt: skip

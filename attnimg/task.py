@@ -1,15 +1,15 @@
-"""What explain and train judge: this machine or another one, a model, and the run's problem."""
+"""Describe what a run asks of attention: the machine, the model's shapes, precision and rows."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 from typing import Any
 
 from attnimg.backends import all_backends
 from attnimg.config.schema import Config
-from attnimg.errors import AttnimgError
 from attnimg.facts import Arch, Finding, Machine, Model, Plan, Problem
 from attnimg.machine import probe
 from attnimg.select import (
@@ -24,7 +24,104 @@ from attnimg.select import (
 from attnimg.select.attention_shapes import attention_dropout
 from attnimg.select.attention_shapes import read_model as shapes_of
 from attnimg.select.gpus import catalogue, cpus_with, gpu_named
-from attnimg.train.base_model import judge_base_model
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Task:
+    """What a backend is selected for.
+
+    Attributes:
+        machine: where the run happens.
+        problem: what its attention has to compute.
+        asked: attn_implementation; None for auto.
+        strict: whether no other member of the flash family may replace what was asked.
+    """
+
+    machine: Machine
+    problem: Problem
+    asked: str | None
+    strict: bool
+
+    def choose(self) -> Plan:
+        """Return the plan for this task; it may have chosen nothing."""
+        return plan.choose(self.asked, self.machine, self.problem, strict=self.strict)
+
+
+def task_of(values: Config, raw: Mapping[str, Any] | None, machine: Machine) -> Task:
+    """Return the task of a run.
+
+    Args:
+        values: the validated config.
+        raw: the model's config.json; None where it is not on this machine.
+        machine: where the run happens.
+
+    Raises:
+        AttnimgError: config.json is wrong.
+    """
+    model = shapes_of(raw) if raw is not None else None
+    dropout = attention_dropout(raw) if raw is not None else 0.0
+    return Task(
+        machine=machine,
+        problem=problem_of(values, model=model, dropout=dropout, arch=machine.arch),
+        asked=values.attn_implementation,
+        strict=values.attn_strict,
+    )
+
+
+def problem_of(values: Config, *, model: Model | None, dropout: float, arch: Arch) -> Problem:
+    """Return what attention has to compute in the run that a config describes."""
+    gpu = arch.vendor != "cpu"
+    # Code that comes with the model is a class that nobody here knows.
+    known = model is not None and not (model.brings_code and values.trust_remote_code)
+    dtype = plan.training_dtype(bf16=values.bf16, fp16=bool(values.fp16), arch=arch)
+    return Problem(
+        model=model,
+        model_class=model_types.class_named(model.type) if model is not None and known else None,
+        dtype=dtype,
+        packing=bool(values.sample_packing) or values.batch_flattening is True,
+        dropout=dropout,
+        compiled=gpu if values.torch_compile == "auto" else bool(values.torch_compile),
+        checkpointing=bool(values.gradient_checkpointing),
+        forward_only_ok=values.attn_forward_only_ok,
+        trusted=bool(values.trust_remote_code),
+        sequence_len=values.sequence_len,
+        rows=max(values.micro_batch_size, values.eval_batch_size or 0),
+        # bf16: full means that the weights are bfloat16 and nothing is cast on the way; DeepSpeed
+        # casts the weights, too.
+        autocast=dtype != "float32" and values.bf16 != "full" and not values.deepspeed,
+        known_bad=known_bad.load(values.attn_known_bad, today=date.today()),
+    )
+
+
+def model_file(values: Config) -> Path | None:
+    """Return the path of the model's config.json; None when it is not on this machine."""
+    if not values.base_model:
+        return None
+    return model_config.find_config(values.base_model, revision=values.revision_of_model)
+
+
+def read_model(values: Config) -> tuple[Model | None, float]:
+    """Return the model's geometry and attention dropout; (None, 0.0) without its config.json."""
+    path = model_file(values)
+    if path is None:
+        return None, 0.0
+    raw = model_config.read_config(path)
+    model = shapes_of(raw, file=path.name)
+    return model, attention_dropout(raw, file=path.name)
+
+
+def installed_machine() -> Machine:
+    """Return this machine, with the versions of all packages that a rule reads."""
+    return probe.this_machine(distributions())
+
+
+def distributions() -> list[str]:
+    """Return every distribution that a backend or a rule needs, for the probe to look for."""
+    needed = [package for backend in all_backends() for package, _, _ in backend.needs.packages]
+    needed += [package for kind in other_layers.kinds().values() for package in kind.packages]
+    needed += model_types.needed_packages()
+    # Rules on known-bad versions read those of the libraries that the backends need, too.
+    return [*needed, "kernels", "nvidia-cutlass-dsl", "nvidia-cudnn-cu12", "nvidia-cudnn-cu13"]
 
 
 def machine_of(on: str | None, image: str | None) -> tuple[Machine, str | None]:
@@ -38,7 +135,7 @@ def machine_of(on: str | None, image: str | None) -> tuple[Machine, str | None]:
         AttnimgError: no such GPU, or no such image.
     """
     if on is None and image is None:
-        return probe.this_machine(distributions()), None
+        return installed_machine(), None
     named = images.image_named(image) if image is not None else None
     if on is not None:
         gpu = gpu_named(on)
@@ -92,56 +189,6 @@ def image_notes(on: str | None, image: str | None) -> tuple[Finding, ...]:
             f"{' '.join(built)}; every package is assumed here",
             do="install torch and the kernels on that machine, and run attnimg explain there",
         ),
-    )
-
-
-def distributions() -> list[str]:
-    """Return every distribution that a backend may need, for the probe to look for."""
-    needed = [package for backend in all_backends() for package, _, _ in backend.needs.packages]
-    # Rules on known-bad versions also speak of what the backends' packages stand on.
-    needed += [package for kind in other_layers.kinds().values() for package in kind.packages]
-    needed += model_types.needed_packages()
-    return [*needed, "kernels", "nvidia-cutlass-dsl", "nvidia-cudnn-cu12", "nvidia-cudnn-cu13"]
-
-
-def model_file(values: Config) -> Path | None:
-    """Find the model's config.json on this machine; None when it is not here."""
-    if not values.base_model:
-        return None
-    return model_config.find_config(values.base_model, revision=values.revision_of_model)
-
-
-def read_model(values: Config) -> tuple[Model | None, float]:
-    """Read the model's geometry and its attention dropout, where its config.json is at hand."""
-    path = model_file(values)
-    if path is None:
-        return None, 0.0
-    raw = model_config.read_config(path)
-    return shapes_of(raw, file=path.name), attention_dropout(raw, file=path.name)
-
-
-def problem_of(values: Config, *, model: Model | None, dropout: float, arch: Arch) -> Problem:
-    """Return what attention has to do in the run that a config describes."""
-    gpu = arch.vendor != "cpu"
-    # Code that comes with the model is a class that nobody here knows.
-    known = model is not None and not (model.brings_code and values.trust_remote_code)
-    dtype = plan.training_dtype(bf16=values.bf16, fp16=bool(values.fp16), arch=arch)
-    return Problem(
-        model=model,
-        model_class=model_types.class_named(model.type) if model is not None and known else None,
-        dtype=dtype,
-        packing=bool(values.sample_packing) or values.batch_flattening is True,
-        dropout=dropout,
-        compiled=gpu if values.torch_compile == "auto" else bool(values.torch_compile),
-        checkpointing=bool(values.gradient_checkpointing),
-        forward_only_ok=values.attn_forward_only_ok,
-        trusted=bool(values.trust_remote_code),
-        sequence_len=values.sequence_len,
-        rows=max(values.micro_batch_size, values.eval_batch_size or 0),
-        # bf16: full means that the weights are bfloat16 and nothing is cast on the way; DeepSpeed
-        # casts the weights, too.
-        autocast=dtype != "float32" and values.bf16 != "full" and not values.deepspeed,
-        known_bad=known_bad.load(values.attn_known_bad, today=date.today()),
     )
 
 
@@ -202,16 +249,6 @@ def run_findings(
         errors = (*errors, mixing)
     warning = memory.memory_warning(found, task, memory_bytes=memory_of(machine))
     return errors, (*warnings, *([warning] if warning else ()))
-
-
-def base_model_findings(
-    values: Config, raw: Mapping[str, Any], machine: Machine
-) -> tuple[list[AttnimgError], list[Finding]]:
-    """Return the errors and warnings on a base model from its files, without its attention."""
-    path = model_file(values)
-    return judge_base_model(
-        values, raw, packages=machine.packages, folder=path.parent if path is not None else None
-    )
 
 
 def gpu_text(machine: Machine) -> str:

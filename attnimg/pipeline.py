@@ -1,0 +1,300 @@
+"""Select an attention backend, verify it, apply it to a model and check its packing.
+
+    select -> verify -> load -> check packing; where one fails, the same for the next candidate
+
+The command line calls these functions, and so does every other user of a plan.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Protocol
+
+from attnimg import apply
+from attnimg.context import context_of
+from attnimg.errors import AttnimgError
+from attnimg.facts import (
+    Backend,
+    Finding,
+    LayerGroup,
+    Machine,
+    Plan,
+    Problem,
+    Proof,
+    Reason,
+    RunContext,
+)
+from attnimg.select import plan as planning
+from attnimg.task import Task, run_findings
+
+if TYPE_CHECKING:
+    from attnimg.verify.isolation import IsolationProof
+
+# A plan that fails on these alone lacks a kernel; any other reason is in the config.
+_KERNEL_MISSING = frozenset({"not-installed", "version-low", "fp8-torchao", "fp8-needs-fa3"})
+
+
+class Report(Protocol):
+    """Where the pipeline reports what it found."""
+
+    def say(self, text: str) -> None:
+        """Print a line."""
+
+    def show_plan(self, plan: Plan, task: Task, warnings: Sequence[Finding]) -> None:
+        """Print a plan that chose a backend, and the warnings on it."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Selected:
+    """A verified choice, with the name under which transformers has it.
+
+    Attributes:
+        plan: the plan, whose backends passed their proofs.
+        backend: the backend, or a router between those of the plan's groups of layers.
+        context: how the run calls its model.
+        implementation: what from_pretrained takes as attn_implementation.
+        proofs: of all backends tried, failed ones included.
+    """
+
+    plan: Plan
+    backend: Backend
+    context: RunContext
+    implementation: str
+    proofs: tuple[Proof, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Applied:
+    """A model that runs a verified choice.
+
+    Attributes:
+        model: the loaded model.
+        selected: what it runs.
+        isolation: the proof that packed documents are isolated; None where nothing is packed.
+    """
+
+    model: Any
+    selected: Selected
+    isolation: IsolationProof | None
+
+
+def select_verify_apply(
+    task: Task,
+    load: Callable[[Selected], Any],
+    *,
+    report: Report,
+    plan: Plan | None = None,
+) -> Applied:
+    """Select a backend, verify it, load the model with it and check its packing.
+
+    A backend that fails a proof or leaks between packed documents is replaced by the next
+    candidate, where the task leaves the choice. Everything heavy is imported from here on. Call it
+    inside `apply.restored()`, which restores transformers' registries.
+
+    Args:
+        task: what the backend is selected for.
+        load: loads the model with `attn_implementation=selected.implementation`; called once.
+        report: where plans, proofs and warnings go.
+        plan: what `select` returned for this task, where it was called before.
+
+    Raises:
+        AttnimgError: nothing that the task allows fits, passes its proof and isolates documents.
+    """
+    plan, proofs = verify_plan(plan or select(task, report), task, report)
+    selected = _selected(plan, task, proofs)
+    model = load(selected)
+    apply.require_applied(model, selected.backend)
+    if not task.problem.packing:
+        return Applied(model=model, selected=selected, isolation=None)
+    from attnimg.verify.isolation import check_isolation, require_isolation
+
+    while True:
+        name = selected.backend.name
+        isolation = check_isolation(model, implementation=name, context=selected.context)
+        if isolation.isolated:
+            report.say(f"packing: isolated on {name} ({isolation.why})")
+            return Applied(model=model, selected=selected, isolation=isolation)
+        reason = Reason(code=isolation.code or "packing-not-isolated", text=isolation.why)
+        following = planning.without(plan, name, reason)
+        if following.chosen is None:
+            require_isolation(isolation)
+        following, proofs = verify_plan(following, task, report)
+        report.say(f"packing: {name} is not used ({reason.code}): {isolation.why}")
+        try:
+            apply.switch(
+                model,
+                apply.backend_of(following),
+                layers=_layers(task),
+                trusted=task.problem.trusted,
+            )
+        except AttnimgError:  # a model off transformers' attention interface keeps what it has
+            require_isolation(isolation)
+        plan = _announced(following, task, report)
+        selected = replace(
+            selected,
+            plan=plan,
+            backend=apply.backend_of(plan),
+            context=context_of(task.problem, apply.backend_of(plan)),
+            implementation=apply.running(model),
+            proofs=(*selected.proofs, *proofs),
+        )
+
+
+def select(task: Task, report: Report) -> Plan:
+    """Return a plan that chose a backend; report it with its warnings.
+
+    Raises:
+        AttnimgError: nothing fits, or packed documents would mix.
+    """
+    return _announced(task.choose(), task, report)
+
+
+def verify_plan(plan: Plan, task: Task, report: Report) -> tuple[Plan, tuple[Proof, ...]]:
+    """Verify a plan's backends; replace one that fails by the next candidate.
+
+    Returns:
+        A plan whose backends passed, and every proof that was made, failed ones included.
+
+    Raises:
+        AttnimgError: nothing that the plan may take passed; its code is the first broken rule's.
+    """
+    made: list[Proof] = []
+    while True:
+        failed = None
+        for backend, part in parts_of(plan, task.problem):
+            (proof,) = proofs_of(
+                [backend],
+                part,
+                machine=task.machine,
+                say=report.say,
+                routed=bool(plan.groups),
+            )
+            made.append(proof)
+            if not proof.passed:
+                failed = proof
+                break
+            report.say(sentence(proof))
+        if failed is None:
+            return plan, tuple(made)
+        reason = Reason(
+            code=failed.reasons[0].code, text=f"failed its proof: {_reasons_text(failed)}"
+        )
+        following = planning.without(plan, failed.backend, reason)
+        if following.chosen is None:
+            raise _failed_proof(failed, do=following.do)
+        report.say(sentence(failed))
+        plan = _announced(following, task, report)
+
+
+def proofs_of(
+    backends: list[Backend],
+    problem: Problem,
+    *,
+    machine: Machine,
+    say: Callable[[str], None],
+    routed: bool = False,
+) -> list[Proof]:
+    """Return a proof for each backend: from the disk where one is kept, else made now."""
+    from attnimg.verify.proofs import Setting, prove
+
+    setting = Setting.here(machine, os.environ)
+    return prove(backends, problem, setting=setting, say=say, routed=routed)
+
+
+def kernel_hashes(plan: Plan, task: Task) -> dict[str, dict[str, str] | None]:
+    """Return hashes of the files that compute each of a plan's backends; None for unknown ones."""
+    from attnimg.verify.proofs import Setting, content_of
+
+    setting = Setting.here(task.machine, os.environ)
+    return {
+        backend.name: content_of(backend, setting=setting, trusted=part.trusted)
+        for backend, part in parts_of(plan, task.problem)
+    }
+
+
+def parts_of(plan: Plan, problem: Problem) -> list[tuple[Backend, Problem]]:
+    """Return each backend of a plan that chose one, with the layers that it runs."""
+    assert plan.chosen is not None
+    if not plan.groups or problem.model is None:
+        return [(plan.chosen.backend, problem)]
+    layers_of: dict[str, list[LayerGroup]] = {}
+    for choice in plan.groups:
+        layers_of.setdefault(choice.verdict.backend.name, []).append(choice.layers)
+    backends = {choice.verdict.backend.name: choice.verdict.backend for choice in plan.groups}
+    return [
+        (backends[name], replace(problem, model=replace(problem.model, layers=tuple(layers))))
+        for name, layers in layers_of.items()
+    ]
+
+
+def sentence(proof: Proof) -> str:
+    """Return a proof as one line of text."""
+    if not proof.passed:
+        return f"proof: {proof.backend} failed: {_reasons_text(proof)}"
+    parts = [
+        f"{figure.quantity} {figure.error:.0e} (allowed {figure.allowed:.0e})"
+        for figure in proof.figures
+        if figure.allowed < float("inf")
+    ]
+    how = "kept from an earlier run" if proof.cached else f"{proof.seconds:.1f} s"
+    note = f"; {proof.note}" if proof.note else ""
+    figures = f": {', '.join(parts)}" if parts else ""
+    return f"proof: {proof.backend} passed {proof.cases} probes, {how}{figures}{note}"
+
+
+def _announced(plan: Plan, task: Task, report: Report) -> Plan:
+    """Report a plan; raise where it chose nothing, or where its documents would mix."""
+    if plan.chosen is None:
+        raise _nothing_fits(plan)
+    errors, warnings = run_findings(plan, task.problem, task.machine)
+    report.show_plan(plan, task, () if errors else warnings)
+    for error in errors:
+        raise AttnimgError(error.what, why=error.why, do=error.do, code=error.code, key=error.key)
+    return plan
+
+
+def _selected(plan: Plan, task: Task, proofs: tuple[Proof, ...]) -> Selected:
+    """Load the kernel of a verified plan, and register it with transformers."""
+    backend = apply.backend_of(plan)
+    implementation = apply.prepare(backend, layers=_layers(task), trusted=task.problem.trusted)
+    context = context_of(task.problem, backend)
+    return Selected(
+        plan=plan, backend=backend, context=context, implementation=implementation, proofs=proofs
+    )
+
+
+def _layers(task: Task) -> tuple[LayerGroup, ...]:
+    return task.problem.model.layers if task.problem.model else ()
+
+
+def _reasons_text(proof: Proof) -> str:
+    return "; ".join(f"{reason.code}: {reason.text}" for reason in proof.reasons)
+
+
+def _nothing_fits(plan: Plan) -> AttnimgError:
+    asked = next((v for v in plan.verdicts if v.backend.name == plan.asked), None)
+    against = asked.reasons if asked else ()
+    why = [f"{reason.code}: {reason.text}" for reason in against] or [plan.because]
+    missing = bool(against) and {reason.code for reason in against} <= _KERNEL_MISSING
+    return AttnimgError(
+        f"{plan.asked} cannot be used here" if asked else "no attention backend fits",
+        why="\n".join(why),
+        do=plan.do,
+        code=against[0].code if against else "not-built",
+        key="attn_implementation",
+        exit_code=1 if missing else 2,
+    )
+
+
+def _failed_proof(failed: Proof, *, do: str) -> AttnimgError:
+    found = "\n".join(f"found {reason.code}: {reason.text}" for reason in failed.reasons)
+    return AttnimgError(
+        f"{failed.backend} failed its proof on this machine",
+        why=f"{found}\nneeded: what plain attention gives, forward and backward",
+        do=do or "set attn_implementation: sdpa, and report the kernel to its publisher",
+        code=failed.reasons[0].code,
+        key="attn_implementation",
+        exit_code=1,
+    )
