@@ -34,7 +34,8 @@ demo: .venv/ready ## Train a small model on real English text, a few minutes on 
 	@echo; echo "  look at $(DEMO)/trained/loss.png and $(DEMO)/trained/receipt.json"
 
 test: .venv/ready ## Run the tests that need no Docker and no GPU
-	$(BIN)/pytest -n $(JOBS)
+	@# By file, for the fixtures of a file; in the order of tests/conftest.py.
+	$(BIN)/pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 test/packages: .venv/ready build/fa4/ready ## Compare the backends' files with the kernels' own packages: 17 MB, and build/fa4
 	@mkdir -p build/packages
@@ -186,8 +187,9 @@ test/fa4-cache: .venv/ready build/fa4/ready ## Compile kernels of FlashAttention
 test/contexts: .venv/ready ## Train in every context: rows x precision x weights x checkpointing x compiled; 242 runs, half of them compiled
 	CONTEXTS=all $(BIN)/pytest -v tests/train/test_contexts.py
 
-test/proofs: .venv/ready ## Test that proofs find all kernels that are wrong only for a combination of inputs, 2 minutes
-	PROOFS=all $(BIN)/pytest -v tests/unit/test_mutations_products.py
+test/proofs: .venv/ready ## Prove all wrong kernels, also those that `make test` leaves out, 6 minutes
+	PROOFS=all $(BIN)/pytest -v tests/unit/test_mutations.py tests/unit/test_mutations_products.py \
+	  tests/unit/test_prove_cli.py
 
 test/reload: .venv/ready ## Train 110 model types, save and reload them: full and LoRA, float32 and bfloat16; 15 minutes
 	RELOAD=all $(BIN)/pytest -v tests/train/test_reload.py

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 from attnimg.cli import app_for
 from attnimg.errors import AttnimgError
 from attnimg.memory_errors import memory_errors
 from attnimg.train.distributed import end_process
+from attnimg.train.environment import as_bad_environment
 
 
 def main() -> None:
@@ -41,6 +43,9 @@ def run(arguments: list[str], *, debug: bool = False) -> int:
         _say(str(_raised_warning(error)), debug=debug)
         return 2
     except Exception as error:  # the edge: whatever escaped is a fault of attnimg's own
+        if (refusal := as_bad_environment(error, os.environ)) is not None:
+            _say(str(refusal), debug=debug)
+            return refusal.exit_code
         fault = AttnimgError(
             f"it failed with {type(error).__name__}, which it should have foreseen",
             why=" ".join(str(error).split())[:300] or "it said nothing more",

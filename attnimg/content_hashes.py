@@ -9,22 +9,15 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import resource
 import time
-from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TypeVar
 
 from attnimg.files import read_private, write_private
-
-T = TypeVar("T")
-R = TypeVar("R")
-
-_THREADS = 4
+from attnimg.threads import in_threads
 
 # Smaller files are hashed each time, which is faster than looking up their hash.
 _CACHED_BYTES = 1 << 20
@@ -47,28 +40,6 @@ def cache_folder(environment: Mapping[str, str], name: str = "proofs") -> Path:
     from platformdirs import user_cache_path
 
     return user_cache_path("attnimg") / own
-
-
-def in_threads(function: Callable[[T], R], items: Iterable[T]) -> list[R]:
-    """Return the function's result for each item, in order.
-
-    Args:
-        function: releases the GIL for most of its time, as reading and hashing do.
-        items: what it is called with.
-    """
-    items = list(items)
-    # Under `ulimit -v` a new thread may fail before it reports that it runs, and
-    # threading.Thread.start() then waits for ever.
-    # Source: CPython 3.11, Lib/threading.py, Thread.start, self._started.wait() (2026-11-27).
-    limited = resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY
-    if not limited:
-        try:
-            with ThreadPoolExecutor(_THREADS) as pool:
-                return list(pool.map(function, items))
-        except RuntimeError as error:
-            if "start new thread" not in str(error):
-                raise
-    return [function(item) for item in items]
 
 
 class ContentHashes:

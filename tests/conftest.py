@@ -1,4 +1,4 @@
-"""What every test run has: a cache of its own for proofs, so that nobody's own cache is touched."""
+"""What every test run has: an own cache for proofs, and the files that take longest first."""
 
 from __future__ import annotations
 
@@ -6,6 +6,21 @@ import os
 from collections.abc import Iterator
 
 import pytest
+
+# Files that take longest, in this order. They begin first, so that no process of `make test` still
+# works on one when the others are done.
+LONGEST = [
+    "test_mutations.py", "test_torchrun.py", "test_prove_cli.py", "test_kill_and_resume.py",
+    "test_command.py", "test_attention_check.py", "test_contexts.py", "test_reload.py",
+    "test_mutations_products.py", "test_patience.py", "test_prove_process_state.py",
+    "test_prove_runner.py", "test_family_runs.py", "test_prove_noise.py",
+]  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Move the tests of LONGEST to the front."""
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.name, len(places)))
 
 
 @pytest.fixture(autouse=True, scope="session")

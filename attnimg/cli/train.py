@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -17,6 +18,7 @@ from attnimg.machine.kernel_cache import use_shipped_kernels
 from attnimg.task import Task, gpu_text, installed_machine, machine_notes, precision_notes
 from attnimg.train import run
 from attnimg.train.distributed import rank, require_group
+from attnimg.train.environment import require_readable
 from attnimg.train.signals import StopFlag, Stopped, stop_signals
 
 if TYPE_CHECKING:
@@ -57,6 +59,7 @@ def train(
     """Train: choose the attention backend, say why, prove that packing is safe, then run."""
     from attnimg.cli import as_text
 
+    require_readable(os.environ)
     require_group()
     console = as_text.console(sys.stderr)
     console.quiet = rank() != 0

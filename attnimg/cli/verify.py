@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Annotated, Any
@@ -18,6 +19,7 @@ from attnimg.machine.kernel_cache import use_shipped_kernels
 from attnimg.pipeline import parts_of, proofs_of
 from attnimg.select import plan
 from attnimg.task import gpu_text, installed_machine, problem_of, read_model
+from attnimg.train.environment import require_readable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -39,6 +41,7 @@ def verify(
     """Prove every backend that fits here: outputs, gradients, and no leak between documents."""
     from attnimg.cli import as_text
 
+    require_readable(os.environ)
     console = as_text.console(sys.stderr)
 
     def say(text: str) -> None:

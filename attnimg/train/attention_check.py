@@ -91,6 +91,13 @@ class AttentionCheck:
             steps = f"{every} steps" if every > 1 else "step"
             self.say(f"attention: one layer is checked every {steps} (attn_check_steps)")
 
+    def due(self, step: int) -> bool:
+        """Return whether a call of the next micro-batch is judged; it belongs to this step."""
+        every = self.record.every_steps
+        if not every or self.record.why_not:
+            return False
+        return self._checked is None or (step != self._checked and step % every == 0)
+
     @contextmanager
     def watching(self, step: int, folder: Path) -> Iterator[None]:
         """Capture and judge a call of the block's micro-batch, the first of each step to check.
@@ -102,15 +109,14 @@ class AttentionCheck:
         Raises:
             AttnimgError: a call is wrong on one of the processes (kernel-wrong-at-run).
         """
-        every = self.record.every_steps
-        due = self._checked is None or (step != self._checked and step % every == 0)
-        if not every or self.record.why_not or not due:
+        if not self.due(step):
             yield
             return
         from attnimg.backends._capture import Capture
 
         # A resumed session continues with the layer after the last one of the session before.
         if self._checked is None:
+            every = self.record.every_steps
             self._turn, self._began = (step - 1) // every, step
         else:
             self._turn += 1

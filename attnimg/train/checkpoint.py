@@ -1,18 +1,23 @@
 """Checkpoints that are complete or not there, whatever moment the run is killed at.
 
 A checkpoint is written under PARTIAL, its manifest (manifest.py) last, and renamed into place when
-all of it is on the disk. One that rotation removes is renamed away first. So every `checkpoint-N`
-in output_dir is complete, and what a killed run left half done lies under PARTIAL.
+all of it is on the disk. Training continues when the files are written: a thread hashes and flushes
+them, writes the manifest and renames. A checkpoint that rotation removes is renamed away first. So
+every `checkpoint-N` in output_dir is complete, and what a killed run left half done lies under
+PARTIAL.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 
+from attnimg.threads import executor
+from attnimg.train.disk import writing
 from attnimg.train.file_hashes import FileHashes, flush
 from attnimg.train.manifest import write_manifest
 
@@ -53,6 +58,71 @@ def newest_checkpoint(folder: Path) -> Path | None:
 def step_of(checkpoint: Path) -> int:
     """Read the step off a checkpoint's name."""
     return int(checkpoint.name.rpartition("-")[2])
+
+
+class Finishing:
+    """The checkpoint that a thread finishes while training continues; at most one at a time."""
+
+    def __init__(self) -> None:
+        self._job: Future[None] | None = None
+
+    def begin(self, finish: Callable[[], None]) -> None:
+        """Call a function in a thread; the one before has ended."""
+        thread = executor(1)
+        self._job = thread.submit(finish)
+        thread.shutdown(wait=False)
+
+    @property
+    def ended(self) -> bool:
+        """Whether a checkpoint is finished, or failed, and nobody has waited for it."""
+        return self._job is not None and self._job.done()
+
+    def wait(self) -> None:
+        """Wait until the checkpoint is complete.
+
+        Raises:
+            AttnimgError: it could not be written (disk-full, not-written).
+        """
+        job = self._job
+        if job is not None:
+            try:
+                job.result()
+            finally:
+                # A signal that ends the wait leaves the job to the next one.
+                if job.done():
+                    self._job = None
+
+
+def finish(
+    partial: Path,
+    hashes: FileHashes,
+    *,
+    processes: int,
+    limit: int | None,
+    best: Path,
+    told: str,
+) -> None:
+    """Make a checkpoint exist whose files are written, then remove the oldest ones.
+
+    Args:
+        partial: as for `promote`.
+        hashes: as for `promote`; closed.
+        processes: how many processes train.
+        limit: complete checkpoints to keep; None for all.
+        best: the one that early stopping returns to, which is kept.
+        told: what is safe if this fails, as a sentence.
+
+    Raises:
+        AttnimgError: it could not be written (disk-full, not-written); it is removed.
+    """
+    folder = partial.parent.parent
+    try:
+        with writing(partial, kept=told), hashes:
+            place = promote(partial, hashes, processes=processes)
+    except BaseException:
+        remove_leftovers(folder)
+        raise
+    rotate(folder, limit=limit, keep=[place, best])
 
 
 def promote(partial: Path, hashes: FileHashes, *, processes: int) -> Path:

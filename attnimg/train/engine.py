@@ -6,9 +6,11 @@ processes. objective.py computes it; own_loss.py compares it with the model's ow
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +64,7 @@ class Engine(SavedStates):
         self.save_limit, self.identity = save_limit, identity
         self.meter = metrics.Meter()
         self._evaluated_at = -1
-        self.last_checkpoint: Path | None = None
+        self.finishing, self.hashes = checkpoints.Finishing(), FileHashes()
         self.loaded_config = options["model"].config.to_dict()
         trained = {
             name: weight.dtype
@@ -94,11 +96,34 @@ class Engine(SavedStates):
             )
         return loader
 
+    def train(self, *args: Any, **options: Any) -> Any:
+        """Train; the last checkpoint is complete when this returns or raises.
+
+        Raises:
+            AttnimgError: what training raises, or the checkpoint could not be written.
+        """
+        try:
+            found = super().train(*args, **options)
+        except BaseException:
+            with suppress(Exception):  # the first error is the one to print
+                self.finishing.wait()
+            raise
+        self.finish_checkpoint()
+        return found
+
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
-        """Count the batch, then train on it."""
+        """Count the batch, then train on it.
+
+        Raises:
+            AttnimgError: an attention call is wrong, or a checkpoint could not be written.
+        """
         tokens, places = inputs.pop(COUNTS).tolist()
         self.meter.count(tokens, places)
-        with self.attention_check.watching(self.state.global_step + 1, self.folder):
+        step = self.state.global_step + 1
+        # The error on a wrong call names the newest checkpoint.
+        if self.finishing.ended or self.attention_check.due(step):
+            self.finishing.wait()
+        with self.attention_check.watching(step, self.folder):
             return super().training_step(model, inputs, num_items_in_batch)
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
@@ -119,7 +144,8 @@ class Engine(SavedStates):
 
     def _not_finite(self, norm: Any) -> AttnimgError:
         step = self.state.global_step + 1
-        saved = self.last_checkpoint or checkpoints.newest_checkpoint(self.folder)
+        self.finishing.wait()
+        saved = checkpoints.newest_checkpoint(self.folder)
         norm_text = f", gradient norm {float(norm):.3g}" if norm is not None else ""
         return AttnimgError(
             f"the loss is not a number any more at step {step}",
@@ -159,9 +185,10 @@ class Engine(SavedStates):
         return bool(self.args.eval_strategy == "epoch" and closing)
 
     def stopped(self) -> Stopped:
-        """Say where the run stopped, for the caller to raise."""
-        number = self.stop.number or 15
-        return Stopped(number, step=self.state.global_step, checkpoint=self.last_checkpoint)
+        """Return where the run stopped, for the caller to raise; its checkpoint is complete."""
+        self.finish_checkpoint()
+        number, saved = self.stop.number or 15, checkpoints.newest_checkpoint(self.folder)
+        return Stopped(number, step=self.state.global_step, checkpoint=saved)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add tokens, time and memory to a training log; transformers hands it to the callbacks."""
@@ -176,39 +203,60 @@ class Engine(SavedStates):
         """Point transformers' writing at the folder of unfinished checkpoints."""
         return str(self.folder / checkpoints.PARTIAL)
 
+    def finish_checkpoint(self) -> None:
+        """Wait until the checkpoint before is complete; every process calls this.
+
+        Raises:
+            AttnimgError: it could not be written; those before it are untouched.
+        """
+        with self.meter.paused():
+            self.finishing.wait()
+            self.accelerator.wait_for_everyone()
+
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Write a checkpoint aside, and rename it into place when all processes are done.
+        """Write a checkpoint's files, and have a thread finish it while training continues.
 
         Raises:
             AttnimgError: the disk is full; what was there before is untouched.
         """
+        self.finish_checkpoint()
         name = f"checkpoint-{self.state.global_step}"
         partial = self.folder / checkpoints.PARTIAL / name
         if (self.folder / name).is_dir():
             # The step was saved before its evaluation, and a signal came during that.
-            self.last_checkpoint = self.folder / name
             return
         kept = checkpoints.newest_checkpoint(self.folder)
         best = self.folder / f"checkpoint-{self.state.best_global_step}"
         self.state.best_model_checkpoint = str(best) if best.is_dir() else None
         told = f"{kept.name} is kept" if kept else "no checkpoint was written before"
+        hashes = self.hashes = FileHashes()
         try:
-            with self.meter.paused(), writing(partial, kept=told), FileHashes() as self.hashes:
+            with self.meter.paused(), writing(partial, kept=told):
                 if not self.args.save_only_model:
                     self.save_optimizer(partial)
                 super()._save_checkpoint(model, trial)
-                self._promote(partial)
+                self._add_own_state(partial)
         except BaseException:
+            hashes.close()
             if self.is_world_process_zero():
                 checkpoints.remove_leftovers(self.folder)
             raise
         if self.is_world_process_zero():
-            keep = [path for path in (self.last_checkpoint, best) if path]
-            checkpoints.rotate(self.folder, limit=self.save_limit, keep=keep)
-        self.accelerator.wait_for_everyone()
+            finish = functools.partial(
+                checkpoints.finish,
+                partial,
+                hashes,
+                processes=self.args.world_size,
+                limit=self.save_limit,
+                best=best,
+                told=told,
+            )
+            self.finishing.begin(finish)
+        else:
+            hashes.close()
 
-    def _promote(self, partial: Path) -> None:
-        """Add the run's own state, and make the checkpoint exist."""
+    def _add_own_state(self, partial: Path) -> None:
+        """Add the run's own state to a checkpoint that all processes have written."""
         self.accelerator.wait_for_everyone()
         state = self._window_state()
         if self.is_world_process_zero():
@@ -216,8 +264,6 @@ class Engine(SavedStates):
             (partial / checkpoints.STATE).write_text(json.dumps(state, indent=2))
             for name in NOT_THE_MODEL:
                 (partial / name).unlink(missing_ok=True)
-            checkpoints.promote(partial, self.hashes, processes=self.args.world_size)
-        self.last_checkpoint = self.folder / partial.name
 
     def _window_state(self) -> dict[str, object]:
         """Tell what was summed since the last log, so that a resumed window logs the same loss."""

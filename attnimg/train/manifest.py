@@ -15,8 +15,8 @@ from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from attnimg.content_hashes import in_threads
 from attnimg.files import read_regular
+from attnimg.threads import in_threads
 from attnimg.train.file_hashes import FileHashes, flush, sha256_of
 
 FILE = "manifest.json"

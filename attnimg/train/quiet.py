@@ -16,6 +16,11 @@ def silence_libraries() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # transformers would report to a Kubeflow server whatever report_to says.
+    # Source: transformers 5.22.2, training_args.py, is_kubeflow_available (2026-11-27).
+    os.environ["DISABLE_KUBEFLOW_INTEGRATION"] = "TRUE"
+    # loss.png is drawn without a window; matplotlib raises on a backend that it does not know.
+    os.environ["MPLBACKEND"] = "agg"
     # It would warn that the kernel it was kept from is missing.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     _import_bitsandbytes_alone()

@@ -5,6 +5,7 @@ select a backend -> check inputs -> model config -> verify -> tokenizer, documen
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any, Protocol
@@ -19,6 +20,7 @@ from attnimg.select.plan import plan_dict
 from attnimg.task import Task, model_file, task_of
 from attnimg.train.base_model import judge_base_model
 from attnimg.train.distributed import agree
+from attnimg.train.environment import require_agreement
 from attnimg.train.receipt import versions
 from attnimg.train.run_facts import FitResult, RunFacts
 from attnimg.train.signals import StopFlag
@@ -60,6 +62,8 @@ def train(config: Config, machine: Machine, *, report: TrainReport, stop: StopFl
     if raw is not None:
         _require_base_model(config, raw, machine, report)
     task = task_of(config, raw, machine)
+    on_cpu = machine.arch.vendor == "cpu"
+    require_agreement(os.environ, config, task.problem, cpu=on_cpu)
     plan = select(task, report)
     resume = check_inputs(config, machine)
     check_sources(config)
@@ -162,6 +166,7 @@ def _load_documents(
 ) -> Documents:
     """Load the data, report what is in it, and raise unless all processes have the same."""
     from attnimg.train.data import load_documents, sample_text, sentence
+    from attnimg.train.model_hashes import tokenizer_of
 
     documents = load_documents(config, tokenizer)
     for figures in documents.figures:
@@ -172,7 +177,11 @@ def _load_documents(
     if lengths[1]:
         report.say(f"{lengths[0]:,} documents to train on, {lengths[1]:,} to evaluate")
     content = [figures.content for figures in documents.figures]
-    _agree(config, machine, {"documents": lengths, "data": content})
+    _agree(
+        config,
+        machine,
+        {"tokenizer": tokenizer_of(config), "documents": lengths, "data": content},
+    )
     report.say(sample_text(documents, tokenizer))
     return documents
 

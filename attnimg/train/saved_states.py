@@ -30,7 +30,7 @@ class SavedStates(Evaluator):
     """The part of the engine that saves and loads the states of a checkpoint.
 
     Attributes:
-        hashes: of the files of the checkpoint that is being saved.
+        hashes: of the files of the checkpoint that is being saved, or was saved last.
     """
 
     hashes: FileHashes

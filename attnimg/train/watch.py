@@ -64,6 +64,10 @@ class Watch(TrainerCallback):  # type: ignore[misc]  # transformers' types are n
         if self.restored.get("evaluate_first"):
             self.engine.evaluate_missed()
 
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Wait for the hashes of the optimizer's state, which its step will change."""
+        self.engine.hashes.settle()
+
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Move the bar, and ask for a checkpoint when any process was told to stop."""
         self.view.step(state.global_step)

@@ -269,10 +269,19 @@ def budget_here(backend: Backend, *, device: str) -> Budget:
     return budget_of(backend, memory_bytes=properties.total_memory)
 
 
-def leaks_of(
-    function: AttentionFunction, backend: Backend, geometry: Geometry, *, device: str
-) -> list[str]:
-    """Return what equal calls leave behind in the process, each by its name.
+def repeat_calls(
+    function: AttentionFunction,
+    backend: Backend,
+    geometry: Geometry,
+    *,
+    device: str,
+    references: References,
+) -> tuple[list[str], list[Reason]]:
+    """Repeat a training call and an evaluation call, and judge the last of them.
+
+    Returns:
+        What the calls leave behind in the process, each by its name, and the rules that the last
+        ones broke: a kernel may be wrong from some number of calls on.
 
     Raises:
         Exception: whatever the kernel raises.
@@ -282,14 +291,29 @@ def leaks_of(
     kind = geometry.packing and backend.pattern == "full"
     case = next(c for c in cases if c.packed == kind and c.scale_factor != 1)
     inputs = draw(case, device=device)
+    right = references.get((backend.pattern, case)) or _expected(case, inputs, backend.pattern)
 
-    def again() -> int:
-        found = call(function, backend, case, inputs)
+    def again() -> tuple[Result, Result]:
+        with torch.no_grad():
+            evaluated = forward_only(forward(function, backend, case, inputs))
+        return call(function, backend, case, inputs), evaluated
+
+    def again_and_size() -> int:
+        found, _ = again()
         results = [found.out, *(g for g in found.gradients.values() if g is not None)]
         return sum(x.numel() * x.itemsize for x in results)
 
+    def judge() -> tuple[list[Figure], list[Fault]]:
+        named = replace(case, name=f"{case.name}, repeated")
+        judged = [
+            check_values(backend, named, inputs, found=found, right=right)[1] for found in again()
+        ]
+        return [], list(itertools.chain(*judged))
+
     with compiling_each_shape(backend, device=device):
-        return leaks(again)
+        leaking = leaks(again_and_size)
+        found = _run_until_sure(judge, refused=False)
+    return leaking, found.reasons
 
 
 def _without_gradients(

@@ -45,6 +45,11 @@ K_BACKWARD_CK = 10.0
 # attention's own: rounding averages out there, and a wrong factor does not. Ours (2026-11-25);
 # torch 2.13's CPU kernels stay below a sixth of it, plain attention below half.
 GAIN = {"float32": 1e-4, "float16": 3e-3, "bfloat16": 1e-2}
+# The same for dv where the terms of its sums have the same sign. Kernels that add them up in
+# float32 are up to 0.0011 off in bfloat16; sums in bfloat16 are 0.008 to 0.012 off where they are
+# rounded after every 16 of 512 to 829 rows, and 0.002 to 0.006 after every 32. Not for dk: a right
+# kernel was 0.005 off (torch 2.13's on a CPU, head_dim 128). Ours (2026-11-27).
+GAIN_ALIKE = GAIN | {"bfloat16": 5e-3}
 # Up to so many tokens plain attention's own error in dq and dk is a draw of few numbers; see
 # noise.rounding_of_output. A right kernel with 3 tokens in float16 was 1.1 times what that allowed
 # (benchmarks/proof_noise.py, 2026-11-27).
@@ -84,6 +89,7 @@ class Expected:
         gain: by how much plain attention as a whole is off by a factor, for each quantity.
         slope: how the output changes with the logarithm of the scale; None where it is not judged.
         scale: by how much plain attention's scale seems to be off.
+        alike: whether the terms of dv have the same sign; see whole_row.py.
     """
 
     exact: Result
@@ -91,6 +97,7 @@ class Expected:
     gain: dict[str, float]
     slope: Tensor | None = None
     scale: float = 0.0
+    alike: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -160,7 +167,9 @@ def check_values(
             continue
         exact_gradient = right.exact.gradients[name]
         assert exact_gradient is not None
-        unsound = list(_is_sound(case, name, gradient, empty_ok=not exact_gradient.any()))
+        # Plain attention's is 0 as well where bfloat16 rounds all weights, or tanh of a cap, to 1.
+        empty_ok = right.rounding[name] >= largest(exact_gradient)
+        unsound = list(_is_sound(case, name, gradient, empty_ok=empty_ok))
         faults += unsound
         if not unsound:
             pair = (gradient, exact_gradient)
@@ -282,7 +291,8 @@ def _off_by_a_factor(
     if factor is None or case.scores != "spread" or pair[1].numel() < GAIN_VALUES:
         return
     found = gain_of(*pair)
-    allowed = allowed_gain(backend, name, dtype=case.geometry.dtype, gain=right.gain[name])
+    atol = (GAIN_ALIKE if right.alike and name == "dv" else GAIN)[case.geometry.dtype]
+    allowed = allowed_gain(backend, name, atol=atol, gain=right.gain[name])
     if abs(found - 1) > allowed:
         text = f"{case.name}: {name} is {found:.4f} times the reference, allowed 1 +- {allowed:.1e}"
         code = "numerics-fwd" if name == "out" else "numerics-bwd"
@@ -310,11 +320,11 @@ def _scale_error(found: Tensor, exact: Tensor, slope: Tensor) -> float:
     return ((found.double() - exact) * slope).sum().item() / size if size else 0.0
 
 
-def allowed_gain(backend: Backend, name: str, *, dtype: DType, gain: float) -> float:
+def allowed_gain(backend: Backend, name: str, *, atol: float, gain: float) -> float:
     """Return how far the factor of a quantity may be from 1; `gain` is plain attention's."""
     factor = backend.k_forward if name == "out" else backend.k_backward
     assert factor is not None
-    return factor * gain + GAIN[dtype]
+    return factor * gain + atol
 
 
 def gain_of(found: Tensor, exact: Tensor) -> float:

@@ -16,11 +16,13 @@ from attnimg.facts import AttentionFunction, Backend, Geometry, Reason
 from attnimg.verify.cases import Case
 from attnimg.verify.checks import Fault, check_values, expected
 from attnimg.verify.inputs import draw
-from attnimg.verify.one_call import backward, forward, reference
+from attnimg.verify.one_call import backward, forward, forward_only, reference
 
 # flash-attn compares 8 random bits with p, so that its rate is p to 1 in 256.
 # Source: flash-attn 2.8.3.post2, csrc/flash_attn/src/flash.h, p_dropout_in_uint8_t (2026-11-21).
 COARSEST_RATE = 1 / 256
+# Where two masks are equal by chance with a probability from here on, they are not compared.
+BY_CHANCE = 1e-9
 
 
 def check_dropout(
@@ -46,8 +48,18 @@ def check_dropout(
     with torch.random.fork_rng(range(torch.cuda.device_count())):
         torch.manual_seed(seed)
         found = backward(forward(function, backend, case, inputs, dropout=geometry.dropout))
-    kept_BHTS = (found.out.transpose(1, 2)[..., :length] != 0).double()
+        again = forward_only(forward(function, backend, case, inputs, dropout=geometry.dropout))
     causal = torch.ones(length, length, device=device).tril().bool()
+    kept_BHTS, kept_again = (
+        (out.transpose(1, 2)[..., :length] != 0).double() for out in (found.out, again.out)
+    )
+    same = (geometry.dropout**2 + (1 - geometry.dropout) ** 2) ** (length * (length + 1) // 2)
+    first, *others = kept_BHTS.unbind(1)
+    if same < BY_CHANCE:
+        whose = "two calls" if torch.equal(kept_BHTS, kept_again) else "two heads"
+        if whose == "two calls" or any(torch.equal(first, other) for other in others):
+            text = f"{case.name}: {whose} dropped the same weights"
+            yield Fault(reason=Reason(code="dropout", text=text), noise_sensitive=True)
     rate = 1 - kept_BHTS[..., causal].mean().item()
     n_weights = kept_BHTS[..., causal].numel()
     spread = math.sqrt(geometry.dropout * (1 - geometry.dropout) / n_weights)

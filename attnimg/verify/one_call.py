@@ -45,6 +45,7 @@ class Started:
         leaves: "dq" and so on to what the gradient is of.
         d_out: gradient of the output, laid out as it arrives.
         handed: what the call was given, by name, and a copy of it as it was.
+        overwritten: what the forward pass changed of that.
         reseeded: whether the forward pass set torch's random numbers back.
         dropout: what it was called with; with none, no pass has anything to draw.
     """
@@ -53,6 +54,7 @@ class Started:
     leaves: dict[str, Tensor]
     d_out: Tensor
     handed: dict[str, tuple[Tensor, Tensor]]
+    overwritten: tuple[str, ...]
     reseeded: bool
     dropout: float
 
@@ -116,7 +118,13 @@ def forward(
         )
     reseeded = not dropout and is_rewound(random, inputs.q.device)
     return Started(
-        out=out, leaves=leaves, d_out=d_out, handed=handed, reseeded=reseeded, dropout=dropout
+        out=out,
+        leaves=leaves,
+        d_out=d_out,
+        handed=handed,
+        overwritten=_changed(handed),
+        reseeded=reseeded,
+        dropout=dropout,
     )
 
 
@@ -145,11 +153,15 @@ def backward(started: Started) -> Result:
 
 
 def _overwritten(started: Started, *, reseeded: bool = False) -> tuple[str, ...]:
-    """Return the names of the inputs that a call wrote to."""
-    names = [name for name, (value, copy) in started.handed.items() if not torch.equal(value, copy)]
+    """Return the names of the inputs that a call wrote to, in its forward pass or later."""
+    names = started.overwritten or _changed(started.handed)
     if started.reseeded or reseeded:
-        names.append("torch's random numbers")
-    return tuple(names)
+        names = (*names, "torch's random numbers")
+    return names
+
+
+def _changed(handed: dict[str, tuple[Tensor, Tensor]]) -> tuple[str, ...]:
+    return tuple(name for name, (value, copy) in handed.items() if not torch.equal(value, copy))
 
 
 def _d_out(case: Case, inputs: Inputs) -> Tensor:

@@ -3,9 +3,10 @@
 The results of a kernel may be right while it changes the run: a default of torch, the working
 directory, a signal handler, or files that stay open after each call. What is compared, and when:
 
-- settings stay the same from before the import to the end: defaults and precision of torch,
-  flushing of denormals, the number of torch's threads, Python's and numpy's random numbers, working
-  directory, umask, signals (for torch's random numbers, see seeding.py);
+- settings stay the same from before the import to the end: those of torch (torch_settings.py),
+  Python's and numpy's random numbers, Python's hooks and garbage collection, rounding, working
+  directory, umask, signals, timers, limits (for torch's random numbers, see seeding.py);
+- the functions of torch that models call are not replaced;
 - existing environment variables keep their values, and none that other software reads is added. A
   library may set variables of its own on import or in its first calls;
 - no filter silences all warnings, and existing filters stay;
@@ -16,12 +17,18 @@ directory, a signal handler, or files that stay open after each call. What is co
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import gc
+import locale
+import logging
 import os
 import random
+import resource
 import signal
+import socket
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -31,6 +38,7 @@ import torch
 
 from attnimg.facts import Reason
 from attnimg.verify.exception_text import signal_name
+from attnimg.verify.torch_settings import Functions, torch_settings
 
 # Calls of a round, and rounds. A cache of the last calls is full by then, after hundreds of probes.
 CALLS, ROUNDS = 6, 3
@@ -54,6 +62,9 @@ _READ_BY_OTHERS = (
 )  # fmt: skip
 # Set by torch itself, when it first compiles or uses a GPU.
 _SET_BY_TORCH = frozenset({"PYTORCH_NVML_BASED_CUDA_CHECK"})
+# OpenMP binds the main thread to some CPUs when it first starts others.
+_BINDING = ("OMP_PROC_BIND", "OMP_PLACES", "GOMP_CPU_AFFINITY", "KMP_AFFINITY")
+_LIMITS = [value for name, value in vars(resource).items() if name.startswith("RLIMIT_")]
 
 
 class ProcessState:
@@ -61,7 +72,8 @@ class ProcessState:
 
     def __init__(self) -> None:
         self._settings = _settings()
-        self._environment = dict(os.environ)
+        self._functions = Functions()
+        self._environment = _environment()
         self._filters = list(warnings.filters)
         self._counts: dict[str, int] | None = None
 
@@ -74,6 +86,7 @@ class ProcessState:
             # None: numpy was not imported yet.
             if before is not None and after[name] != before
         ]
+        found += self._functions.replaced()
         return found + list(self._environment_changes()) + list(self._filter_changes())
 
     def count_changes(self) -> list[str]:
@@ -88,8 +101,9 @@ class ProcessState:
         ]
 
     def _environment_changes(self) -> Iterator[str]:
-        for name in sorted({*self._environment, *os.environ}):
-            before, after = self._environment.get(name), os.environ.get(name)
+        now = _environment()
+        for name in sorted({*self._environment, *now}):
+            before, after = self._environment.get(name), now.get(name)
             if before == after or name in _SET_BY_TORCH:
                 continue
             if before is None and not name.startswith(_READ_BY_OTHERS):
@@ -132,7 +146,7 @@ def leaks(call: Callable[[], int]) -> list[str]:
 def _leaks(call: Callable[[], int]) -> list[str]:
     size = call()
     before, grown = _measured(), dict[str, list[int]]()
-    environment = set(os.environ)
+    environment = set(_environment())
     for _ in range(ROUNDS):
         for _ in range(CALLS):
             call()
@@ -146,69 +160,74 @@ def _leaks(call: Callable[[], int]) -> list[str]:
         for name, growth in grown.items()
         if min(growth) >= needed.get(name, CALLS // 2)
     ]
-    added = sorted(set(os.environ) - environment)
+    added = sorted(set(_environment()) - environment)
     return found + [f"environment: {name} was set by a repeated call" for name in added]
 
 
 def _settings() -> dict[str, Any]:
     """Return the settings that a kernel must not change, by name."""
-    found: dict[str, Any] = {
-        "default dtype": torch.get_default_dtype(),
-        "default device": torch.get_default_device(),
-        "float32 matmul precision": _precision(),
-        "reduced precision in float16 sums": (
-            torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction
-        ),
-        "reduced precision in bfloat16 sums": (
-            torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction
-        ),
-        "deterministic algorithms": (
-            torch.are_deterministic_algorithms_enabled(),
-            torch.is_deterministic_algorithms_warn_only_enabled(),
-            torch.backends.cudnn.deterministic,
-        ),
-        "cuDNN benchmark": torch.backends.cudnn.benchmark,
-        "kernels of scaled_dot_product_attention": (
-            torch.backends.cuda.flash_sdp_enabled(),
-            torch.backends.cuda.mem_efficient_sdp_enabled(),
-            torch.backends.cuda.math_sdp_enabled(),
-            torch.backends.cuda.cudnn_sdp_enabled(),
-        ),
-        "gradient mode": torch.is_grad_enabled(),
-        "anomaly detection": torch.is_anomaly_enabled(),
-        "autocast": (torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda")),
-        "threads of torch": (torch.get_num_threads(), torch.get_num_interop_threads()),
-        "flush-denormal": _flushes_denormals(),
+    found: dict[str, Any] = torch_settings() | {
         "random numbers of Python": random.getstate(),
         "random numbers of numpy": _numpy_state(),
+        "floating-point errors of numpy": _numpy_errors(),
+        "rounding of floating-point numbers": _rounding(),
+        "garbage collection": (gc.isenabled(), gc.get_threshold()),
+        "hooks of Python": (
+            sys.excepthook,
+            threading.excepthook,
+            sys.unraisablehook,
+            sys.gettrace(),
+            sys.getprofile(),
+        ),
+        "output of Python": (sys.stdout, sys.stderr, print),
+        "logging": logging.root.manager.disable,
+        "locale": locale.setlocale(locale.LC_ALL),
+        "timeout of sockets": (socket.getdefaulttimeout(),),
         "working directory": _directory(),
         "umask": _umask(),
         "signals blocked": frozenset(signal.pthread_sigmask(signal.SIG_BLOCK, [])),
         "signals ignored": _ignored(),
+        "timers": tuple(
+            signal.getitimer(kind)[0] > 0
+            for kind in (signal.ITIMER_REAL, signal.ITIMER_VIRTUAL, signal.ITIMER_PROF)
+        ),
+        "priority": os.getpriority(os.PRIO_PROCESS, 0),
+        "CPUs": _cpus(),
+        "resource limits": [resource.getrlimit(kind) for kind in _LIMITS],
     }
     for number in sorted(signal.valid_signals()):
         found[f"signal handler of {signal_name(number)}"] = signal.getsignal(number)
     return found
 
 
-def _precision() -> tuple[str, ...]:
-    """Return the precision of float32 products: torch's old settings, or the new ones if set."""
-    try:
-        return (torch.get_float32_matmul_precision(), str(torch.backends.cudnn.allow_tf32))
-    # torch raises on reading the old settings where they contradict the new ones.
-    except RuntimeError:
-        parts = (
-            torch.backends.cuda.matmul,
-            torch.backends.cudnn.conv,
-            torch.backends.mkldnn.matmul,
-        )
-        return tuple(str(getattr(part, "fp32_precision", None)) for part in parts)
+def _environment() -> dict[str, str]:
+    """Return the environment; os.environ does not have what C code sets."""
+    entries = ctypes.POINTER(ctypes.c_char_p).in_dll(ctypes.CDLL(None), "environ")
+    found, place = dict[str, str](), 0
+    # A null pointer once clearenv() was called.
+    while entries and (entry := entries[place]) is not None:
+        name, _, value = os.fsdecode(entry).partition("=")
+        found[name] = value
+        place += 1
+    return found
 
 
-def _flushes_denormals() -> bool:
-    """Return whether this thread's arithmetic replaces denormal numbers by 0."""
-    smallest = torch.full((1,), 1e-310, dtype=torch.float64, device="cpu")
-    return bool((smallest * 1.0 == 0).item())
+def _rounding() -> tuple[bool, bool]:
+    """Return whether sums are rounded upward, and whether downward."""
+    one, little = 1.0, 2.0**-60
+    return one + little > one, one - little < one
+
+
+def _cpus() -> frozenset[int] | None:
+    """Return the CPUs that this thread runs on; None where OpenMP is to bind threads to them."""
+    if any(name in os.environ for name in _BINDING):
+        return None
+    return frozenset(os.sched_getaffinity(0))
+
+
+def _numpy_errors() -> Any:
+    numpy = sys.modules.get("numpy")
+    return None if numpy is None else numpy.geterr()
 
 
 def _numpy_state() -> Any:
@@ -272,6 +291,7 @@ def _measured() -> dict[str, int]:
         **_counts(),
         "memory": memory,
         "warnings filters": len(warnings.filters),
+        "exit handlers": atexit._ncallbacks(),
         "bytes of output": os.fstat(2).st_size,
     }
 

@@ -22,6 +22,7 @@ from attnimg.facts import Backend, CallCheck, DType, Figure, Reason, RunContext
 from attnimg.verify.blocks import BlockReference, Span, span_reference
 from attnimg.verify.cases import Scores
 from attnimg.verify.checks import (
+    GAIN,
     GAIN_VALUES,
     NEAR,
     SHORT,
@@ -351,7 +352,7 @@ class _Judge:
         if exact.numel() >= GAIN_VALUES and clear:
             off = gain_of(found, exact) - 1
             gain = abs(gain_of(plain, exact) - 1)
-            limit = allowed_gain(self.backend, name, dtype=self.dtype, gain=gain)
+            limit = allowed_gain(self.backend, name, atol=GAIN[self.dtype], gain=gain)
             if abs(off) > limit:
                 text = f"{name} is {1 + off:.4f} times the reference, allowed 1 +- {limit:.1e}"
                 self._fault(code, text, near=abs(off) <= NEAR * limit)

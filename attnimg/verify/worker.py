@@ -58,7 +58,7 @@ def prove_candidate(
 
     from attnimg.backends._attend import as_applied, attention_function
     from attnimg.backends._fp8 import restore_flash_kernel
-    from attnimg.verify.candidate import budget_here, leaks_of, merge, prove_geometry
+    from attnimg.verify.candidate import budget_here, merge, prove_geometry, repeat_calls
     from attnimg.verify.checks import with_bounds_here
     from attnimg.verify.marked_processes import count_forks
     from attnimg.verify.process_state import ProcessState, process_state
@@ -108,7 +108,9 @@ def prove_candidate(
             for geometry in geometries
         )
         starting("repeated calls")
-        leaking = leaks_of(function, backend, geometries[0], device=device)
+        leaking, later = repeat_calls(
+            function, backend, geometries[0], device=device, references=references
+        )
         require_unchanged()
         if running := count_forks():
             leaking = [*leaking, f"children: {running} forks of this process still run"]
@@ -131,7 +133,7 @@ def prove_candidate(
         notes.append(f"proven with all heads up to {whole} of {wanted} tokens: limited by {limit}")
     notes += [f"found once, and not when run again: {reason.text}" for reason in found.unrepeated]
     notes += [f"raises where training never calls it: {call}" for call in found.raises]
-    reasons = tuple(found.reasons)
+    reasons = tuple(found.reasons) or tuple(later)
     if leaking:
         reasons = (process_state(leaking, when=stage[0]), *reasons)
     return Proof(

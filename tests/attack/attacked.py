@@ -21,6 +21,16 @@ REFUSALS = (("why:", "do:"), ('"why":', '"do":'), ("Usage:",))
 CONTROL = re.compile("[\x00-\x08\x0b-\x0c\x0e-\x1f\x7f-\x9f]")
 
 
+def put_inputs(folder: Path, home: Path) -> None:
+    """Link the model and the data of `home` into a folder, where the right config names them.
+
+    Its paths are relative, so that no case depends on a temporary path.
+    """
+    for name in ("model", "data.jsonl"):
+        if not (folder / name).exists():
+            (folder / name).symlink_to(home / name)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
     """How a command ended.
@@ -106,6 +116,7 @@ class Attnimg:
         environ: Mapping[str, str] | None = None,
         limits: Mapping[str, int] | None = None,
         seconds: float = 90,
+        until: Sequence[str] = (),
     ) -> Outcome:
         """Run one command in a folder.
 
@@ -115,9 +126,12 @@ class Attnimg:
             environ: variables to set.
             limits: of resources, such as "AS" in bytes.
             seconds: after which it is killed by SIGKILL.
+            until: paths in the folder; it is killed when one of them exists.
         """
-        asked = {"arguments": list(arguments), "folder": str(folder), "environ": environ or {},
-                 "limits": dict(limits or {}), "seconds": seconds}  # fmt: skip
+        asked = {
+            "arguments": list(arguments), "folder": str(folder), "environ": environ or {},
+            "limits": dict(limits or {}), "seconds": seconds, "until": list(until),
+        }  # fmt: skip
         assert self.process.stdin is not None
         self.process.stdin.write(json.dumps(asked) + "\n")
         self.process.stdin.flush()

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import yaml
-from attacked import Attnimg, Outcome
+from attacked import Attnimg, Outcome, put_inputs
 from generated import SECONDS
 
-# A class stops itself after its time. Before it, the libraries are loaded and one right run trains,
-# which takes minutes on a machine that does much else: a limit that it exceeds prints no result.
+# A class stops itself after its time or its cases. Before it, libraries are loaded and a right run
+# trains, which takes minutes on a busy machine: a limit that it exceeds prints no result.
 SETUP_S = 600
 
 
@@ -45,8 +45,8 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def right(attnimg: Attnimg, home: Path) -> dict[str, Any]:
     """The config of a short run that is right; it has run, so that its proofs are kept."""
     keys = {
-        "base_model": str(home / "model"),
-        "datasets": [{"path": str(home / "data.jsonl"), "type": "completion"}],
+        "base_model": "model",
+        "datasets": [{"path": "data.jsonl", "type": "completion"}],
         "learning_rate": 1e-2,
         "sequence_len": 64,
         "sample_packing": True,
@@ -63,7 +63,7 @@ def right(attnimg: Attnimg, home: Path) -> dict[str, Any]:
 
 @pytest.fixture
 def train(
-    attnimg: Attnimg, right: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
+    attnimg: Attnimg, right: dict[str, Any], home: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[..., Outcome]:
     """Train in a new folder, with keys that override those of `right`."""
 
@@ -71,6 +71,7 @@ def train(
         folder: Path | None = None, *, options: dict[str, Any] | None = None, **keys: Any
     ) -> Outcome:
         folder = folder or tmp_path_factory.mktemp("run")
+        put_inputs(folder, home)
         (folder / "run.yaml").write_text(yaml.safe_dump({**right, **keys}))
         return attnimg.run(["train", "run.yaml"], folder=folder, **(options or {}))
 
@@ -87,5 +88,6 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
     ]
     if found:
         terminalreporter.section("attacks: tried and held")
-        for kind, tried, held in sorted(found):
-            terminalreporter.write_line(f"{kind:<18} {tried:>5} tried  {held:>5} held")
+        for kind, tried, held, cases in sorted(found):
+            line = f"{kind:<18} {tried:>5} tried  {held:>5} held  cases {cases}"
+            terminalreporter.write_line(line)

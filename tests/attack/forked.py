@@ -2,10 +2,12 @@
 
 Read a command a line from stdin, as JSON, and write its end to stdout:
 
-    {"arguments": [...], "folder": ".", "environ": {...}, "limits": {"AS": 4000000}, "seconds": 9}
+    {"arguments": [...], "folder": ".", "environ": {...}, "limits": {"AS": 4000000}, "seconds": 9,
+     "until": ["out/checkpoint-2"]}
     {"code": 2, "seconds": 0.3, "peak_bytes": 350000000, "ended": true}
 
-A fork's stdout and stderr go to the files out.txt and err.txt of its folder.
+A fork is killed after `seconds`, or when one of the paths `until` exists. Its stdout and stderr go
+to the files out.txt and err.txt of its folder.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import resource
 import signal
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,14 +68,20 @@ def be_command(asked: dict[str, Any]) -> None:
         os._exit(code)
 
 
-def finished(child: int, *, seconds: float) -> tuple[int, int, bool]:
-    """Wait for a child; return its status, its largest memory, and whether it ended by itself."""
+def finished(child: int, *, seconds: float, until: Sequence[Path]) -> tuple[int, int, bool]:
+    """Wait for a child; return its status, its largest memory, and whether it ended by itself.
+
+    Args:
+        child: its process id.
+        seconds: after which it is killed.
+        until: paths; it is killed when one of them exists.
+    """
     deadline, ended = time.monotonic() + seconds, True
     while True:
         found, status, usage = os.wait4(child, os.WNOHANG)
         if found:
             return status, usage.ru_maxrss * 1024, ended
-        if time.monotonic() > deadline and ended:
+        if ended and (time.monotonic() > deadline or any(path.exists() for path in until)):
             ended = False
             os.killpg(child, signal.SIGKILL)
         time.sleep(0.005)
@@ -88,7 +97,11 @@ def main() -> None:
         child = os.fork()
         if not child:
             be_command(asked)
-        status, peak, ended = finished(child, seconds=asked["seconds"])
+        status, peak, ended = finished(
+            child,
+            seconds=asked["seconds"],
+            until=[Path(asked["folder"]) / name for name in asked["until"]],
+        )
         answer = {"code": os.waitstatus_to_exitcode(status), "peak_bytes": peak, "ended": ended,
                   "seconds": round(time.monotonic() - began, 2)}  # fmt: skip
         sys.stdout.write(json.dumps(answer) + "\n")

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import yaml
-from attacked import Attnimg
-from generated import ODD, damaged, held_against
+from attacked import Attnimg, put_inputs
+from generated import DAMAGES, ODD, held_against
 from hypothesis import strategies as st
 
 from attnimg.config.keys import LEGACY, unsupported_keys
@@ -28,16 +28,17 @@ entries = st.dictionaries(st.sampled_from(ENTRY), ODD, max_size=2)
 
 
 def test_configs(
-    attnimg: Attnimg, right: dict[str, Any], tmp_path: Path,
+    attnimg: Attnimg, right: dict[str, Any], home: Path, tmp_path: Path,
     record_property: Callable[[str, Any], None],
 ) -> None:  # fmt: skip
     file = tmp_path / "run.yaml"
+    put_inputs(tmp_path, home)
     text = yaml.safe_dump(right).encode()
 
     @st.composite
     def contents(draw: st.DrawFn) -> bytes:
         if draw(st.integers(0, 3)) == 0:
-            return draw(damaged(text))
+            return draw(DAMAGES).of(text)
         changed = {**right, **draw(changes)}
         for key in LONG & changed.keys():
             if isinstance(changed[key], int) and changed[key] > 3:
@@ -52,13 +53,14 @@ def test_configs(
         return attnimg.run([*command, file.name], folder=tmp_path).fell_with_text
 
     held_against("configs", st.tuples(st.sampled_from(COMMANDS), contents()), judge,
-                 record=record_property)  # fmt: skip
+                 record=record_property, count=24)  # fmt: skip
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
 def test_the_right_config_is_taken(
-    attnimg: Attnimg, right: dict[str, Any], tmp_path: Path, command: list[str]
+    attnimg: Attnimg, right: dict[str, Any], home: Path, tmp_path: Path, command: list[str]
 ) -> None:
+    put_inputs(tmp_path, home)
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(right))
     outcome = attnimg.run([*command, "run.yaml"], folder=tmp_path)
     assert outcome.code == 0, outcome.err

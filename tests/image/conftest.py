@@ -58,7 +58,11 @@ def untrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def workspace(tmp_path: Path, untrained: Path) -> Path:
     """A folder of user UID with the demo's config, data and model, as a person would mount it."""
-    folder = tmp_path / "workspace"
+    return make_workspace(tmp_path / "workspace", untrained)
+
+
+def make_workspace(folder: Path, untrained: Path) -> Path:
+    """Make such a folder, and return it."""
     shutil.copytree(ROOT / "examples", folder / "examples")
     shutil.copytree(untrained, folder / "outputs" / "demo" / "untrained")
     for path in [folder, *folder.rglob("*")]:

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import Run, losses, mounted
+from conftest import Run, losses, make_workspace, mounted
 
 RUN = (
     "train",
@@ -22,16 +22,22 @@ RUN = (
 )
 
 
+@pytest.fixture(scope="module")
+def whole(docker: Run, untrained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The output of a run that nobody ended early."""
+    workspace = make_workspace(tmp_path_factory.mktemp("whole") / "workspace", untrained)
+    done = docker(*RUN, "output_dir=whole", options=mounted(workspace))
+    assert done.returncode == 0, done.stderr
+    return workspace / "whole"
+
+
 @pytest.mark.parametrize(
     ("how", "code"),
     [pytest.param("kill", 137, id="SIGKILL"), pytest.param("stop", 143, id="docker stop")],
 )
 def test_a_run_that_ends_early_is_resumed_to_the_same_losses(
-    docker: Run, image: str, workspace: Path, how: str, code: int
+    docker: Run, image: str, workspace: Path, whole: Path, how: str, code: int
 ) -> None:
-    whole = docker(*RUN, "output_dir=whole", options=mounted(workspace))
-    assert whole.returncode == 0, whole.stderr
-
     name = f"attnimg-test-{how}"
     container = ["docker", "run", "--rm", "--name", name, *mounted(workspace), image]
     process = subprocess.Popen([*container, *RUN, "output_dir=cut"], stderr=subprocess.DEVNULL)
@@ -42,8 +48,6 @@ def test_a_run_that_ends_early_is_resumed_to_the_same_losses(
 
     resumed = docker(*RUN, "output_dir=cut", options=mounted(workspace))
     assert resumed.returncode == 0, resumed.stderr
-    assert losses(workspace / "cut/metrics.jsonl") == losses(workspace / "whole/metrics.jsonl")
+    assert losses(workspace / "cut/metrics.jsonl") == losses(whole / "metrics.jsonl")
     weights = "model.safetensors"
-    assert (workspace / "cut" / weights).read_bytes() == (
-        workspace / "whole" / weights
-    ).read_bytes()
+    assert (workspace / "cut" / weights).read_bytes() == (whole / weights).read_bytes()

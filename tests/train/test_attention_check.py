@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny_run
-from test_torchrun import ENV, free_port
+from forked_runs import Ranks
+from test_torchrun import ENV
 from transformers import AttentionInterface
 
 from attnimg.errors import AttnimgError
@@ -229,14 +227,9 @@ end_process(tiny_run.main(Path(sys.argv[1]), sys.argv[2:]))
 """)
     keys = {"attn_check_steps": 1, "max_steps": 6, "save_steps": 1, "micro_batch_size": 1,
             "output_dir": str(tmp_path / "out")}  # fmt: skip
-    process = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2",
-         "--master-port", str(free_port()), str(program), str(made),
-         *(f"{key}={json.dumps(value)}" for key, value in keys.items())],
-        env=ENV | {"PYTHONPATH": os.pathsep.join(sys.path)}, capture_output=True, text=True,
-        check=False, timeout=120,
-    )  # fmt: skip
-    said = process.stdout + process.stderr
+    settings = [f"{key}={json.dumps(value)}" for key, value in keys.items()]
+    process = Ranks([program, made, *settings], env=ENV)
+    said = process.communicate(timeout=120)
     assert process.returncode == 1, said
     # Each of the two processes prints the error.
     assert said.count("is wrong in layer 0 at step 3 on rank 1") == 2, said

@@ -1,11 +1,13 @@
-"""`attnimg train` as a user runs it: trained on what was planned, or refused before any weights."""
+"""`attnimg train` as a user runs it: trained on what was planned, or refused before any weights.
+
+The first run is a process of its own, and those under torchrun; the others run in forks.
+"""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -14,11 +16,13 @@ from typing import Any
 import pytest
 import yaml
 from damages import code_in, flipped
+from forked_runs import Fork, free_port
 from tiny_models import tiny_model
 from tiny_run import losses, make_model, sentences
 
 TESTS = Path(__file__).parents[1]
 KERNEL = TESTS / "fixtures" / "flash_attn2"
+QUIET = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 LOCAL = {"LOCAL_KERNELS": f"kernels-community/flash-attn2={KERNEL}"}
 
 
@@ -41,9 +45,8 @@ def leaky(home: Path, model_type: str) -> str:
     return model_type
 
 
-def train(
-    home: Path, out: Path, *settings: str, environ: dict[str, str] | None = None, **keys: Any
-) -> subprocess.CompletedProcess[str]:
+def command(home: Path, out: Path, *settings: str, **keys: Any) -> list[str]:
+    """Write a config, and return what stands after `python` to train by it."""
     config = {
         "base_model": str(home / keys.pop("model", "llama")),
         "datasets": [{"path": str(home / "data.jsonl"), "type": "completion"}],
@@ -57,12 +60,18 @@ def train(
     }
     file = out / "run.yaml"
     file.write_text(yaml.safe_dump(config))
-    command = [sys.executable, "-m", "attnimg", "train", str(file), *settings]
+    return ["-m", "attnimg", "train", str(file), *settings]
+
+
+def train(
+    home: Path, out: Path, *settings: str, environ: dict[str, str] | None = None, **keys: Any
+) -> subprocess.CompletedProcess[str]:
+    """Train in a fork."""
     base = {key: value for key, value in os.environ.items() if key != "LOCAL_KERNELS"}
-    quiet = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    return subprocess.run(
-        command, capture_output=True, text=True, check=False, env=base | quiet | (environ or {})
-    )
+    fork = Fork(command(home, out, *settings, **keys), env=base | QUIET | (environ or {}))
+    stdout, stderr = fork.communicate()
+    assert fork.returncode is not None
+    return subprocess.CompletedProcess([], fork.returncode, stdout, stderr)
 
 
 def receipt(out: Path) -> dict[str, Any]:
@@ -71,7 +80,14 @@ def receipt(out: Path) -> dict[str, Any]:
 
 
 def test_a_run_says_what_was_asked_and_got_and_leaves_a_receipt(home: Path, tmp_path: Path) -> None:
-    done = train(home, tmp_path, "max_steps=2", "learning_rate=1e-3")
+    words = command(home, tmp_path, "max_steps=2", "learning_rate=1e-3")
+    done = subprocess.run(
+        [sys.executable, *words],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | QUIET,
+    )
     assert done.returncode == 0, done.stderr
     for word in ("asked", "auto", "got", "sdpa", "because", "isolated", ">>>", "<<<"):
         assert word in done.stderr
@@ -177,35 +193,13 @@ def test_a_broken_record_is_named_by_file_and_line(home: Path, tmp_path: Path) -
     assert "2" in done.stderr
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
 def test_two_processes_train_one_run(home: Path, tmp_path: Path) -> None:
-    file = tmp_path / "run.yaml"
-    config = {
-        "base_model": str(home / "llama"),
-        "datasets": [{"path": str(home / "data.jsonl"), "type": "completion"}],
-        "learning_rate": 1e-2,
-        "sequence_len": 64,
-        "sample_packing": True,
-        "max_steps": 2,
-        "save_strategy": "no",
-        "output_dir": str(tmp_path / "out"),
-    }
-    file.write_text(yaml.safe_dump(config))
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    words = command(home, tmp_path, max_steps=2)
     done = subprocess.run(
-        [*torchrun, "--master-port", str(free_port()), "-m", "attnimg", "train", str(file)],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=200,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-    )
+        [sys.executable, *torchrun, "--master-port", str(free_port()), *words],
+        capture_output=True, text=True, check=False, timeout=200, env=os.environ | QUIET,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
     found = receipt(tmp_path)
     assert found["status"] == "done"

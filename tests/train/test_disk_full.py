@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from forked_runs import Fork
 
 PROGRAM = Path(__file__).parents[1] / "fixtures" / "tiny_run.py"
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
@@ -30,13 +30,11 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(disk)], check=True)
 
 
-def run(folder: Path, **keys: object) -> tuple[int, str]:
-    arguments = [f"{key}={json.dumps(value)}" for key, value in keys.items()]
-    done = subprocess.run(
-        [sys.executable, str(PROGRAM), str(folder), *arguments],
-        env=ENV, capture_output=True, text=True, check=False, timeout=120,
-    )  # fmt: skip
-    return done.returncode, done.stderr
+def run(folder: Path, **keys: object) -> tuple[int | None, str]:
+    settings = [f"{key}={json.dumps(value)}" for key, value in keys.items()]
+    process = Fork([PROGRAM, folder, *settings], env=ENV)
+    errors = process.communicate(timeout=120)[1]
+    return process.returncode, errors
 
 
 def test_a_full_disk_keeps_the_checkpoints_before_it(tmp_path: Path, small_disk: Path) -> None:

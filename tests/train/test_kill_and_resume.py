@@ -1,4 +1,7 @@
-"""A run that is killed at any moment and resumed trains as if nothing had happened."""
+"""A run that is killed at any moment and resumed trains as if nothing had happened.
+
+The run that they are compared with is a program; the others run in forks.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ import time
 from pathlib import Path
 
 import pytest
+from forked_runs import Fork
 
 PROGRAM = Path(__file__).parents[1] / "fixtures" / "tiny_run.py"
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
@@ -30,19 +34,19 @@ KEYS = {
 }
 
 
-def start(folder: Path, **keys: object) -> subprocess.Popen[str]:
-    arguments = [f"{key}={json.dumps(value)}" for key, value in keys.items()]
-    return subprocess.Popen(
-        [sys.executable, str(PROGRAM), str(folder), *arguments],
-        env=ENV, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+def arguments(folder: Path, **keys: object) -> list[str]:
+    settings = (f"{key}={json.dumps(value)}" for key, value in keys.items())
+    return [str(PROGRAM), str(folder), *settings]
 
 
-def finish(folder: Path, **keys: object) -> str:
+def start(folder: Path, **keys: object) -> Fork:
+    return Fork(arguments(folder, **keys), env=ENV)
+
+
+def finish(folder: Path, **keys: object) -> None:
     process = start(folder, **keys)
     errors = process.communicate(timeout=120)[1]
     assert process.returncode == 0, errors
-    return errors
 
 
 def curve(out: Path) -> list[dict[str, float]]:
@@ -52,7 +56,7 @@ def curve(out: Path) -> list[dict[str, float]]:
     return [{key: line[key] for key in same if key in line} for line in lines]
 
 
-def wait_for(process: subprocess.Popen[str], there: Path) -> None:
+def wait_for(process: Fork, there: Path) -> None:
     while not there.exists() and process.poll() is None:
         time.sleep(0.0005)
 
@@ -74,7 +78,12 @@ def killed_at(tmp_path: Path, moment: str) -> Path:
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run nobody interrupted, with two epochs and a bit."""
     folder = tmp_path_factory.mktemp("whole")
-    finish(folder, **KEYS)
+    subprocess.run(
+        [sys.executable, *arguments(folder, **KEYS)],
+        env=ENV,
+        check=True,
+        timeout=120,
+    )
     return folder
 
 

@@ -1,4 +1,8 @@
-"""Two processes under torchrun train what one would, stop together and resume exactly."""
+"""Two processes train what one would, stop together and resume exactly.
+
+Where torchrun's agent takes part in what is tested, torchrun starts them: the uninterrupted run,
+signals, lost processes, another config. The others run in forks that have torchrun's variables.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -14,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from forked_runs import Fork, Ranks, free_port
 from safetensors.torch import load_file
 from tiny_models import tiny_model
 from tiny_run import make_tokenizer, run
@@ -25,12 +29,6 @@ KEYS = {"max_steps": 8, "save_steps": 2, "logging_steps": 1, "micro_batch_size":
         "auto_resume_from_checkpoints": True}  # fmt: skip
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 def torchrun(program: Path, *arguments: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2",
@@ -40,8 +38,22 @@ def torchrun(program: Path, *arguments: str) -> subprocess.Popen[str]:
     )  # fmt: skip
 
 
+def arguments(folder: Path, **keys: object) -> list[str]:
+    return [str(folder), *(f"{k}={json.dumps(v)}" for k, v in keys.items())]
+
+
 def start(folder: Path, **keys: object) -> subprocess.Popen[str]:
-    return torchrun(PROGRAM, str(folder), *(f"{k}={json.dumps(v)}" for k, v in keys.items()))
+    return torchrun(PROGRAM, *arguments(folder, **keys))
+
+
+def finish(ranks: Ranks) -> str:
+    output = ranks.communicate(timeout=200)
+    assert ranks.returncode == 0, output
+    return output
+
+
+def forked(folder: Path, **keys: object) -> Ranks:
+    return Ranks([PROGRAM, *arguments(folder, **keys)], env=ENV)
 
 
 def curve(out: Path, *others: str) -> list[dict[str, float]]:
@@ -50,7 +62,7 @@ def curve(out: Path, *others: str) -> list[dict[str, float]]:
     return [{key: line[key] for key in same if key in line} for line in lines]
 
 
-def wait_for(process: subprocess.Popen[str], there: Path) -> None:
+def wait_for(process: Ranks, there: Path) -> None:
     while not there.exists() and process.poll() is None:
         time.sleep(0.01)
 
@@ -59,12 +71,10 @@ def wait_for(process: subprocess.Popen[str], there: Path) -> None:
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of two processes that nobody interrupted; its folder also holds the model."""
     folder = tmp_path_factory.mktemp("pair")
-    one = subprocess.run(
-        [sys.executable, str(PROGRAM), str(folder), f'output_dir="{folder}/single"',
-         *(f"{k}={json.dumps(v)}" for k, v in {**KEYS, "micro_batch_size": 2}.items())],
-        env=ENV, capture_output=True, text=True, check=False, timeout=120,
-    )  # fmt: skip
-    assert one.returncode == 0, one.stderr
+    alone = {**KEYS, "micro_batch_size": 2, "output_dir": f"{folder}/single"}
+    one = Fork([PROGRAM, *arguments(folder, **alone)], env=ENV)
+    errors = one.communicate(timeout=120)[1]
+    assert one.returncode == 0, errors
     two = start(folder, **KEYS)
     output = two.communicate(timeout=200)[0]
     assert two.returncode == 0, output
@@ -85,14 +95,11 @@ def test_two_processes_train_each_row_once_an_epoch(tmp_path: Path) -> None:
         "save_steps": 5, "auto_resume_from_checkpoints": True,
     }  # fmt: skip
     save_model(tmp_path, "llama")
-    two = start(tmp_path, **common, max_steps=5)
+    two = forked(tmp_path, **common, max_steps=5)
     single = tmp_path / "single"
     run(tmp_path, single, gradient_accumulation_steps=2, engine=None, **common, max_steps=6)
-    output = two.communicate(timeout=200)[0]
-    assert two.returncode == 0, output
-    again = start(tmp_path, **common, max_steps=6)
-    output = again.communicate(timeout=200)[0]
-    assert again.returncode == 0, output
+    finish(two)
+    finish(forked(tmp_path, **common, max_steps=6))
     receipt = json.loads((tmp_path / "out/receipt.json").read_text())
     assert 0 < receipt["packing"]["train"]["rows"] % 18 <= 9
     for ours, theirs in zip(curve(tmp_path / "out"), curve(single), strict=True):
@@ -126,11 +133,10 @@ def test_two_processes_train_an_adapter_and_experts_as_one(
     }  # fmt: skip
     if "eval_steps" in keys:  # 6 rows: one of the processes evaluates 1 row, and added ones
         common |= {"val_set_size": 0.1, "eval_batch_size": 5}
-    two = start(tmp_path, gradient_accumulation_steps=2, **common)
+    two = forked(tmp_path, gradient_accumulation_steps=2, **common)
     single = tmp_path / "single"
     run(tmp_path, single, gradient_accumulation_steps=4, engine=None, **common)
-    output = two.communicate(timeout=200)[0]
-    assert two.returncode == 0, output
+    finish(two)
     losses = ("aux_loss", "eval_aux_loss")
     for ours, theirs in zip(curve(tmp_path / "out", *losses), curve(single, *losses), strict=True):
         assert ours == pytest.approx(theirs, abs=1e-5, rel=1e-5)
@@ -146,18 +152,13 @@ def prepare(tmp_path: Path, pair: Path) -> None:
 
 def test_a_killed_pair_resumes_to_the_same_curve(pair: Path, tmp_path: Path) -> None:
     prepare(tmp_path, pair)
-    process = start(tmp_path, **KEYS, delay=0.05)
-    wait_for(process, tmp_path / "out/checkpoint-4")
-    os.killpg(process.pid, signal.SIGKILL)
-    for child in Path("/proc").glob("[0-9]*/cmdline"):
-        # torchrun starts each worker in a session of its own, which the group's kill leaves alive.
-        words = child.read_bytes().split(b"\0") if child.exists() else []
-        if str(tmp_path).encode() in words:
-            os.kill(int(child.parent.name), signal.SIGKILL)
-    process.communicate()
-    again = start(tmp_path, **KEYS)
-    output = again.communicate(timeout=200)[0]
-    assert again.returncode == 0, output
+    pair_of_forks = forked(tmp_path, **KEYS, delay=0.05)
+    wait_for(pair_of_forks, tmp_path / "out/checkpoint-4")
+    for fork in pair_of_forks.forks:
+        fork.send_signal(signal.SIGKILL)
+    pair_of_forks.communicate()
+    assert pair_of_forks.returncode == -signal.SIGKILL
+    output = finish(forked(tmp_path, **KEYS))
     assert "resuming from" in output
     assert curve(tmp_path / "out") == curve(pair / "out")
 
@@ -174,9 +175,7 @@ def test_a_stopped_pair_saves_one_checkpoint_and_resumes(pair: Path, tmp_path: P
     saved = [path.name for path in (tmp_path / "out").glob("checkpoint-*")]
     assert len(saved) == 1, output
     assert json.loads((tmp_path / "out/receipt.json").read_text())["status"] == "stopped"
-    again = start(tmp_path, **{**KEYS, "save_steps": 100})
-    output = again.communicate(timeout=200)[0]
-    assert again.returncode == 0, output
+    finish(forked(tmp_path, **{**KEYS, "save_steps": 100}))
     assert curve(tmp_path / "out") == curve(pair / "out")
 
 
@@ -243,8 +242,8 @@ end_process(0)
 def test_processes_must_agree(tmp_path: Path, odd: str, refused: bool) -> None:
     program = tmp_path / "agree.py"
     program.write_text(AGREE)
-    process = torchrun(program, odd, "answers")
-    output = process.communicate(timeout=120)[0]
+    process = Ranks([program, odd, "answers"], env=ENV)
+    output = process.communicate(timeout=120)
     assert process.returncode == (1 if refused else 0), output
     assert ("rank-mismatch" in output) is refused
     if refused:
@@ -309,10 +308,8 @@ def test_another_model_of_the_same_name_on_a_rank_is_refused(pair: Path, tmp_pat
         f"learning_rate: 0.0001\nmicro_batch_size: 1\nsequence_len: 32\n"
         f"datasets: [{{path: {tmp_path / 'data.jsonl'}, type: completion}}]\n"
     )
-    process = torchrun(
-        tmp_path / "train.py", str(tmp_path / "run.yaml"), str(tmp_path / "0"), str(tmp_path / "1")
-    )
-    output = process.communicate(timeout=300)[0]
+    process = Ranks([tmp_path / name for name in ("train.py", "run.yaml", "0", "1")], env=ENV)
+    output = process.communicate()
     assert process.returncode != 0, output
     assert "the processes do not agree: base_model" in output, output
     assert not list((tmp_path / "out").glob("*.safetensors"))

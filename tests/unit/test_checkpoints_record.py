@@ -16,14 +16,17 @@ def test_the_record_is_of_this_code() -> None:
     assert {name: RECORD[name] for name in described} == described
     found = checkpoints.summary(RECORD)
     assert {name: RECORD[name] for name in found} == found
-    for kind in checkpoints.KINDS:
-        assert len(RECORD["saves"][kind]) == checkpoints.ORDER.count(kind)
+    for name in checkpoints.RUNS:
+        for kind in checkpoints.KINDS:
+            saves = RECORD["saves"][name][kind]
+            assert len(saves) == checkpoints.order_of(name).count(kind)
+            assert all(save["blocked"] <= save["cycle"] for save in saves)
     assert len(RECORD["resumes"]) == checkpoints.RESUMES
 
 
-@pytest.mark.xfail(strict=True, reason="SHA-256 needs 0.25 s of CPU time, a plain save 0.24 s")
+@pytest.mark.xfail(strict=True, reason="two threads and the flushes share two cores")
 def test_hashing_adds_at_most_the_target_to_a_save() -> None:
-    assert RECORD["extra_of_hashing"] <= checkpoints.TARGET
+    assert RECORD["of_saves"][checkpoints.FIRST]["extra"] <= checkpoints.TARGET
 
 
 def test_the_check_is_within_the_target_of_resuming() -> None:
@@ -32,13 +35,16 @@ def test_the_check_is_within_the_target_of_resuming() -> None:
 
 def test_the_page_quotes_the_record() -> None:
     page = " ".join((checkpoints.ROOT / "docs/resume.md").read_text(encoding="utf-8").split())
-    for text in (
-        f"{RECORD['checkpoint_mb']} MB",
-        f"{RECORD['seconds_of_save_hashed']} s",
-        f"{RECORD['seconds_of_save_plain']} s without hashes",
-        f"({RECORD['extra_of_hashing']:.1%} more)",
-        f"{RECORD['seconds_of_save_earlier']} s as attnimg 0.1.0",
-        f"{RECORD['seconds_of_check']} s of {RECORD['seconds_of_resume']} s",
-        f"{RECORD['share_of_resume']:.1%}",
-    ):
+    texts = [f"{RECORD['seconds_of_check']} s of {RECORD['seconds_of_resume']} s",
+             f"({RECORD['share_of_resume']:.1%})"]  # fmt: skip
+    for name, run in checkpoints.RUNS.items():
+        found = RECORD["of_saves"][name]
+        blocked, finished = (
+            [f"{found[kind][what]:.2f} s" for kind in checkpoints.KINDS]
+            for what in ("blocked", "finished")
+        )
+        cells = [f"{RECORD['saves'][name]['mb']} MB", str(run["cores"]),
+                 *blocked, f"{found['extra']:+.0%}", *finished[:2]]  # fmt: skip
+        texts.append(f"| {' | '.join(cells)} |")
+    for text in texts:
         assert text in page, text

@@ -1,7 +1,7 @@
 """Test that proofs find kernels that are wrong only for a combination of a call's properties.
 
 One child process proves them all, on a run of eight heads, two key heads and 832 tokens: every
-third of them, and all with PROOFS=all (`make test/proofs`, 2 minutes).
+third of them, and all with PROOFS=all (`make test/proofs`).
 """
 
 from __future__ import annotations
@@ -70,6 +70,11 @@ ALL = [
     ("scale 1.5 % off in the output alone", BF16, "numerics-fwd"),
     ("the key before a border of tiles is hidden", BF16, "numerics-fwd"),
     ("q learns and long rows", SINGLE, "numerics-bwd"),
+    ("from the last 12 calls on", PACKED, "numerics-fwd"),
+    ("rows of 256n+1 tokens", PACKED, "numerics-fwd"),
+    ("sums of gradients in bfloat16", replace(BF16, head_dim_qk=32, head_dim_v=32), "numerics-bwd"),
+    ("q is twice as large until the backward pass", SINGLE, "numerics-fwd"),
+    ("one buffer without gradients", SINGLE, "numerics-fwd"),
 ]
 RIGHT = [row for row in ALL if row[2] is None]
 WRONG = [row for row in ALL if row[2] is not None]

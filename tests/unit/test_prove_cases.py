@@ -82,6 +82,13 @@ def test_rows_that_a_packed_run_lays_one_after_another_are_probed_so() -> None:
     assert totals == {1: 2048, 2: 2 * 2048}
 
 
+@pytest.mark.parametrize("tile", [16, 32, 64, 128, 256])
+def test_packed_rows_end_at_a_border_of_tiles_and_one_token_to_either_side(tile: int) -> None:
+    cases = cases_of(replace(LLAMA, dense=False), budget=CPU)
+    ends = {sum(case.lengths) % tile for case in cases if sum(case.lengths) > 128}
+    assert {0, 1, tile - 1} <= ends
+
+
 WHOLE = replace(LLAMA, heads=8, kv_heads=2, sequence_len=1024)
 FULL = ("dq", "dk", "dv")
 

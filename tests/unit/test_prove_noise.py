@@ -13,6 +13,7 @@ from noisy_proofs import FAMILIES, LEAKS, LOST_HEAD, Shape, grid, load, prove_no
 from run_facts import a_geometry
 
 from attnimg.backends import backend_named
+from attnimg.backends._attend import attention_function
 from attnimg.backends._flash import FlashKernel
 from attnimg.facts import Backend, Reason
 from attnimg.verify import candidate
@@ -90,6 +91,20 @@ def test_the_noise_is_there_and_within_its_bound(family: str, dtype: str) -> Non
         assert (excess <= bound[name]).all()
         # And the bound is far below what the gradients are.
         assert bound[name].max() < 1e-2 * one.abs().max(), bound[name].max() / one.abs().max()
+
+
+def test_plain_attention_with_a_soft_cap_passes_in_bfloat16() -> None:
+    # tanh rounds to 1 at large scores, and the gradient of q to 0.
+    backend = backend_named("eager")
+    assert backend is not None
+    geometry = a_geometry(
+        dtype="bfloat16", softcap=30.0, sequence_len=64, dense=False, packing=True
+    )
+    found = prove_geometry(
+        attention_function(backend, trusted=True), backend, geometry, device="cpu", references={},
+        starting=lambda _case: None, again=lambda: None,
+    )  # fmt: skip
+    assert found.reasons == []
 
 
 def _backend() -> Backend:

@@ -7,7 +7,8 @@ import pytest
 from attnimg.errors import AttnimgError
 from attnimg.train import distributed
 
-NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "PMI_SIZE",
+         "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")  # fmt: skip
 WHOLE = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "host",
          "MASTER_PORT": "29500"}  # fmt: skip
 
@@ -35,6 +36,8 @@ def set_all(monkeypatch: pytest.MonkeyPatch, values: dict[str, str]) -> None:
         pytest.param({**WHOLE, "LOCAL_RANK": "4"}, id="a local rank beyond the rank"),
         pytest.param({**WHOLE, "MASTER_PORT": ""}, id="an empty port"),
         pytest.param({**WHOLE, "WORLD_SIZE": "\u0664"}, id="digits of another script"),
+        pytest.param({"PMI_SIZE": "2"}, id="processes of MPI"),
+        pytest.param({"OMPI_COMM_WORLD_SIZE": "4"}, id="processes of Open MPI"),
     ],
 )
 def test_leftovers_of_a_group_are_refused(
@@ -62,6 +65,8 @@ def test_leftovers_of_a_group_are_refused(
             {**WHOLE, "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}, id="a group of 1"
         ),
         pytest.param({"MASTER_ADDR": "host", "MASTER_PORT": "1"}, id="the address alone"),
+        pytest.param({"PMI_SIZE": "1"}, id="one process of MPI"),
+        pytest.param({**WHOLE, "OMPI_COMM_WORLD_SIZE": "4"}, id="torchrun's and MPI's"),
     ],
 )
 def test_a_whole_group_and_none_are_fine(

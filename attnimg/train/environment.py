@@ -1,0 +1,273 @@
+"""Refuse environment variables that libraries read and that break the run or contradict its config.
+
+accelerate and transformers take settings from variables, which `accelerate launch` exports, where
+their caller passes none. A variable that says what the config says is fine.
+
+Source: accelerate 1.15.0 (utils/launch.py, accelerator.py, state.py, utils/dataclasses.py),
+transformers 5.22.2 (training_args.py, distributed/fsdp.py), torch 2.13 (_dynamo/config.py,
+_inductor/config.py, distributed/__init__.py), huggingface_hub 2.4.0 (constants.py), datasets 5.2.0
+(config.py) and tqdm (utils.py, envwrap), each searched for os.environ and getenv (2026-11-27).
+"""
+
+from __future__ import annotations
+
+import linecache
+import logging
+import re
+import traceback
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from attnimg.config.schema import Config
+from attnimg.errors import AttnimgError
+from attnimg.facts import Problem
+
+_TRUE = frozenset({"y", "yes", "t", "true", "on", "1"})
+_FALSE = frozenset({"n", "no", "f", "false", "off", "0"})
+_PRECISIONS = {"bfloat16": "bf16", "float16": "fp16"}
+_LEVELS = logging.getLevelNamesMapping()
+# Frames from where an error is raised in which a library may read the variable.
+_NEAR = 3
+_OWN = str(Path(__file__).parents[1])
+_VARIABLE = re.compile(r"\b[A-Z][A-Z0-9]*(?:_[A-Z0-9]+)+\b")
+
+
+def _is_flag(text: str) -> bool:
+    return text.lower() in _TRUE | _FALSE
+
+
+def _is_count(text: str) -> bool:
+    return text.isascii() and text.strip().isdigit()
+
+
+def _are_threads(text: str) -> bool:
+    """OpenMP takes a list, for nested parallel regions, too."""
+    return all(_is_count(part) and part.strip("0 ") for part in text.split(","))
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+# Variables that a library reads as something else than text, and raises on other text: the names,
+# what is needed, and its test.
+_READABLE: tuple[tuple[tuple[str, ...], str, Callable[[str], bool]], ...] = (
+    (
+        ("ACCELERATE_CPU_AFFINITY", "ACCELERATE_DEBUG_MODE", "ACCELERATE_ENABLE_RICH",
+         "ACCELERATE_INIT_INCLUDE_BUFFERS", "FORK_LAUNCHED", "USE_TORCH_XLA"),
+        "true or false",
+        _is_flag,
+    ),
+    (
+        ("PYTORCH_JIT",),
+        "0 or 1",
+        lambda text: text.lower() in ("0", "1", "0v", "1v", "true", "false", "yes", "no"),
+    ),
+    (
+        ("HF_HUB_DOWNLOAD_TIMEOUT", "HF_HUB_ETAG_TIMEOUT", "INDUCTOR_PROVENANCE",
+         "TORCHDYNAMO_REPRO_LEVEL", "TORCHINDUCTOR_COMPILE_THREADS", "TORCH_COMPILE_DEBUG",
+         "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"),
+        "a whole number",
+        _is_count,
+    ),
+    (("OMP_NUM_THREADS",), "a number of threads, 1 or more", _are_threads),
+    (
+        ("HF_DATASETS_IN_MEMORY_MAX_SIZE", "TQDM_MAXINTERVAL", "TQDM_MININTERVAL",
+         "TQDM_SMOOTHING"),
+        "a number",
+        _is_number,
+    ),
+    (
+        ("TORCH_DISTRIBUTED_DEBUG",),
+        "OFF, INFO or DETAIL",
+        lambda text: text.upper() in ("OFF", "INFO", "DETAIL"),
+    ),
+    (
+        ("ACCELERATE_LOG_LEVEL",),
+        ", ".join(_LEVELS),
+        lambda text: text.upper() in _LEVELS,
+    ),
+)  # fmt: skip
+
+
+def require_readable(environ: Mapping[str, str]) -> None:
+    """Raise unless libraries can read the variables that they take numbers and choices from.
+
+    Raises:
+        AttnimgError: code bad-environment; an empty value counts, too.
+    """
+    found = [
+        (name, environ[name], needed)
+        for names, needed, readable in _READABLE
+        for name in names
+        if name in environ and not readable(environ[name])
+    ]
+    if found:
+        raise AttnimgError(
+            "the environment has values that a library cannot read",
+            why="\n".join(f"found {name}={value}; needed {text}" for name, value, text in found),
+            do=f"unset {' '.join(name for name, _, _ in found)}",
+            code="bad-environment",
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Run:
+    """What decides which values agree with a run: its config, its problem, and whether on a CPU."""
+
+    config: Config
+    problem: Problem
+    cpu: bool
+
+    @property
+    def fsdp(self) -> dict[str, object] | None:
+        """fsdp_config without the prefix of its keys; None where the run does not use FSDP."""
+        if not (self.config.fsdp or self.config.fsdp_config):
+            return None
+        given = self.config.fsdp_config or {}
+        return {name.removeprefix("fsdp_"): value for name, value in given.items()}
+
+
+def _flag(value: object) -> frozenset[str]:
+    return _TRUE if str(value).lower() in _TRUE else _FALSE
+
+
+def _precisions(run: _Run) -> frozenset[str]:
+    """Return "no", which `accelerate launch` exports by default, and what the run casts to."""
+    casts = run.problem.autocast or run.config.deepspeed
+    return frozenset({"no", *([_PRECISIONS.get(run.problem.dtype, "no")] if casts else [])})
+
+
+def _compilers(run: _Run) -> frozenset[str]:
+    ours = run.config.torch_compile_backend or "inductor"
+    return frozenset({"no", *([ours] if run.problem.compiled else [])})
+
+
+def _compile_flag(run: _Run) -> frozenset[str]:
+    """Without torch.compile, any flag that can be read has no effect."""
+    return _FALSE if run.problem.compiled else _TRUE | _FALSE
+
+
+def _of_fsdp(key: str) -> Callable[[_Run], frozenset[str] | None]:
+    return lambda run: None if run.fsdp is None else _flag(run.fsdp.get(key, False))
+
+
+def _offload(run: _Run) -> frozenset[str] | None:
+    if run.fsdp is None:
+        return None
+    return _flag(run.fsdp.get("cpu_offload", "offload" in str(run.config.fsdp)))
+
+
+_COMPILE = "the config has torch_compile, torch_compile_backend and torch_compile_mode"
+_NOTHING = "attnimg does not support it"
+
+# Name, the values in lower case that agree with a run (None: any), and what to set instead.
+_AGREEING: tuple[tuple[str, Callable[[_Run], Collection[str | None] | None], str], ...] = (
+    ("ACCELERATE_MIXED_PRECISION", _precisions, "the config has bf16 and fp16"),
+    ("ACCELERATE_FP8_BACKEND", lambda _: {"no"}, _NOTHING),
+    ("ACCELERATE_DYNAMO_BACKEND", _compilers, _COMPILE),
+    ("ACCELERATE_DYNAMO_MODE",
+     lambda run: {"default", run.config.torch_compile_mode} if run.problem.compiled else None,
+     _COMPILE),
+    ("ACCELERATE_DYNAMO_USE_DYNAMIC", _compile_flag, _NOTHING),
+    ("ACCELERATE_DYNAMO_USE_FULLGRAPH", _compile_flag, _NOTHING),
+    ("ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION", _compile_flag, _NOTHING),
+    ("TORCHDYNAMO_DISABLE", lambda run: {"0"} if run.problem.compiled else None, _COMPILE),
+    ("TORCH_COMPILE_DISABLE", lambda run: {"0"} if run.problem.compiled else None, _COMPILE),
+    ("ACCELERATE_USE_CPU", lambda run: _TRUE | _FALSE if run.cpu else _FALSE,
+     "CUDA_VISIBLE_DEVICES= (empty) hides the GPUs"),
+    ("ACCELERATE_TORCH_DEVICE", lambda run: {"cpu"} if run.cpu else (),
+     "CUDA_VISIBLE_DEVICES chooses the GPU"),
+    ("ACCELERATE_USE_DEEPSPEED", lambda run: _TRUE | _FALSE if run.config.deepspeed else _FALSE,
+     "the config has deepspeed"),
+    ("ACCELERATE_CONFIG_DS_FIELDS", lambda run: () if run.config.deepspeed else None,
+     "the file that the key deepspeed names has its settings"),
+    ("ACCELERATE_USE_FSDP", lambda run: _FALSE if run.fsdp is None else _TRUE | _FALSE,
+     "the config has fsdp and fsdp_config"),
+    ("FSDP_CPU_RAM_EFFICIENT_LOADING", _of_fsdp("cpu_ram_efficient_loading"),
+     "fsdp_config has cpu_ram_efficient_loading"),
+    ("FSDP_OFFLOAD_PARAMS", _offload, "fsdp_config has cpu_offload"),
+    ("FSDP_ACTIVATION_CHECKPOINTING", _of_fsdp("activation_checkpointing"),
+     "fsdp_config has activation_checkpointing"),
+    ("FSDP_ACTIVATION_CHECKPOINTING_OFFLOAD", lambda run: None if run.fsdp is None else _FALSE,
+     _NOTHING),
+    ("FSDP_IGNORED_MODULES", lambda run: None if run.fsdp is None else (), _NOTHING),
+    ("ACCELERATE_USE_MEGATRON_LM", lambda _: _FALSE, _NOTHING),
+    ("ACCELERATE_USE_PARALLELISM_CONFIG", lambda _: _FALSE, _NOTHING),
+    ("ACCELERATE_USE_SAGEMAKER", lambda _: _FALSE, _NOTHING),
+)  # fmt: skip
+
+
+def require_agreement(
+    environ: Mapping[str, str], config: Config, problem: Problem, *, cpu: bool
+) -> None:
+    """Raise unless the variables that alter a run agree with its config.
+
+    Args:
+        environ: os.environ.
+        config: the run's.
+        problem: what attention has to do in the run: precision, torch.compile.
+        cpu: whether the run is on a CPU.
+
+    Raises:
+        AttnimgError: code bad-environment.
+    """
+    run = _Run(config=config, problem=problem, cpu=cpu)
+    found = []
+    for name, agreeing, instead in _AGREEING:
+        fine = agreeing(run)
+        if name in environ and fine is not None and environ[name].lower() not in fine:
+            shown = f"found {name}={environ[name]}; needed: unset{_or(fine)}; {instead}"
+            found.append((name, shown))
+    if found:
+        raise AttnimgError(
+            "the environment contradicts the config",
+            why="\n".join(text for _, text in found),
+            do=f"unset {' '.join(name for name, _ in found)}",
+            code="bad-environment",
+        )
+
+
+def _or(fine: Collection[str | None]) -> str:
+    """Return the values that agree, for a message; of a flag, one is enough."""
+    if set(fine) == _FALSE:
+        return " or false"
+    if set(fine) == _TRUE:
+        return " or true"
+    named = sorted(value for value in fine if value)
+    return f" or {' or '.join(named)}" if named else ""
+
+
+def as_bad_environment(error: Exception, environ: Mapping[str, str]) -> AttnimgError | None:
+    """Return the AttnimgError for an error of a library that read a variable; None for any other.
+
+    A ValueError whose message names the variable counts, and any error raised by a line of a
+    library that reads it.
+    """
+    texts = [str(error)] if isinstance(error, ValueError) else []
+    for frame in traceback.extract_tb(error.__traceback__)[-_NEAR:]:
+        source = _source(frame)
+        if re.search(r"environ|getenv|from_env", source) and not frame.filename.startswith(_OWN):
+            texts.append(source)
+    named = [name for name in dict.fromkeys(_VARIABLE.findall("\n".join(texts))) if name in environ]
+    if not named:
+        return None
+    return AttnimgError(
+        "a library cannot use a variable of the environment",
+        why=f"found {', '.join(f'{name}={environ[name]}' for name in named)}\n"
+        f"{type(error).__name__}: {' '.join(str(error).split())[:300]}",
+        do=f"unset {' '.join(named)}",
+        code="bad-environment",
+    )
+
+
+def _source(frame: traceback.FrameSummary) -> str:
+    """Return all lines of the statement that a frame of a traceback was in."""
+    first = frame.lineno or 0
+    last = frame.end_lineno or first
+    return "".join(linecache.getline(frame.filename, n) for n in range(first, last + 1))

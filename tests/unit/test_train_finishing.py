@@ -1,0 +1,230 @@
+"""Test that training continues while a checkpoint is finished, and that none is lost by it."""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from attnimg.errors import AttnimgError
+from attnimg.threads import executor
+from attnimg.train import checkpoint, file_hashes
+from attnimg.train.engine import Engine
+from attnimg.train.file_hashes import FileHashes
+from attnimg.train.intact import damages_of
+from attnimg.train.signals import StopFlag, Stopped
+
+sys.path.append(str(Path(__file__).parents[1] / "fixtures"))
+from damages import flipped
+from tiny_run import config_for, make_model, run, train
+
+FIXTURES = Path(__file__).parents[1] / "fixtures"
+KEYS: dict[str, Any] = {"max_steps": 6, "save_steps": 2, "adapter": "lora", "lora_dropout": 0.2}
+ADAPTER = "adapter_model.safetensors"
+
+# Waits in the thread that finishes checkpoint-4 until step 5 is logged, then kills the run.
+KILLED = """
+import os, signal, sys, time
+from pathlib import Path
+sys.path.append(sys.argv[1])
+from attnimg.train import checkpoint
+from tiny_run import run
+folder = Path(sys.argv[2])
+promote = checkpoint.promote
+
+def killed(partial, *arguments, **options):
+    while partial.name == "checkpoint-4":
+        if '"step": 5' in (folder / "out/metrics.jsonl").read_text():
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(0.01)
+    return promote(partial, *arguments, **options)
+
+checkpoint.promote = killed
+run(Path(sys.argv[3]), folder / "out", **{keys})
+"""
+LIMITED = """
+import resource, sys, threading
+from pathlib import Path
+resource.setrlimit(resource.RLIMIT_AS, (2**40, resource.getrlimit(resource.RLIMIT_AS)[1]))
+from attnimg.train.checkpoint import Finishing
+from attnimg.train.file_hashes import FileHashes
+path, finishing = Path(sys.argv[1]), Finishing()
+with FileHashes() as hashes:
+    hashes.write(path, [memoryview(b"abc")])
+    finishing.begin(lambda: print(*hashes.of([path])))
+    assert threading.active_count() == 1
+    finishing.wait()
+finishing.begin(lambda: path.rmdir())
+try:
+    finishing.wait()
+except NotADirectoryError:
+    print("raised")
+"""
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tiny")
+    make_model(folder / "model")
+    return folder
+
+
+def hold(monkeypatch: pytest.MonkeyPatch, name: str, until: Callable[[Path], object]) -> None:
+    """Have the thread that finishes a checkpoint call a function with its folder first."""
+    promote = checkpoint.promote
+
+    def held(partial: Path, *arguments: Any, **options: Any) -> Path:
+        if partial.name == name:
+            until(partial)
+        return promote(partial, *arguments, **options)
+
+    monkeypatch.setattr(checkpoint, "promote", held)
+
+
+def whole(out: Path) -> list[int]:
+    """Return the steps of the checkpoints in a folder, all of which are whole."""
+    found = checkpoint.checkpoints(out)
+    assert [damages_of(path) for path in found] == [[]] * len(found)
+    return [checkpoint.step_of(path) for path in found]
+
+
+def test_training_continues_while_a_checkpoint_is_finished(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    during = []
+
+    def wait_for_step_3(partial: Path) -> None:
+        ends = time.monotonic() + 60
+        while '"step": 3' not in (out / "metrics.jsonl").read_text():
+            assert time.monotonic() < ends
+            time.sleep(0.01)
+        during.append((checkpoint.checkpoints(out), (partial / "manifest.json").exists()))
+
+    hold(monkeypatch, "checkpoint-2", wait_for_step_3)
+    run(tiny, out, **KEYS)
+    assert during == [([], False)], "it does not exist yet, and is not finished"
+    assert whole(out) == [2, 4, 6]
+    assert not (out / ".partial").exists()
+
+
+def test_a_run_killed_meanwhile_resumes_from_the_checkpoint_before(
+    tiny: Path, tmp_path: Path
+) -> None:
+    keys = {**KEYS, "save_total_limit": 1}
+    code = KILLED.replace("{keys}", repr(keys))
+    killed = subprocess.run(
+        [sys.executable, "-c", code, str(FIXTURES), str(tmp_path), str(tiny)],
+        capture_output=True, check=False, timeout=120,
+    )  # fmt: skip
+    assert killed.returncode == -9, killed.stderr
+    out = tmp_path / "out"
+    assert whole(out) == [2], "the last whole one is kept"
+    assert (out / ".partial/checkpoint-4" / ADAPTER).is_file()
+    assert not (out / ".partial/checkpoint-4/manifest.json").exists()
+    run(tiny, out, **keys, auto_resume_from_checkpoints=True)
+    run(tiny, tmp_path / "other", **keys)
+    assert (out / ADAPTER).read_bytes() == (tmp_path / "other" / ADAPTER).read_bytes()
+    assert whole(out) == [6]
+
+
+def test_a_checkpoint_that_can_not_be_finished_stops_the_run(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flush = file_hashes.flush
+
+    def full(path: Path) -> None:
+        if "checkpoint-4" in str(path):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        flush(path)
+
+    monkeypatch.setattr(file_hashes, "flush", full)
+    out = tmp_path / "out"
+    with pytest.raises(AttnimgError, match="checkpoint-4 could not be written") as caught:
+        run(tiny, out, **KEYS)
+    assert caught.value.code == "disk-full"
+    assert "checkpoint-2 is kept" in caught.value.why
+    assert whole(out) == [2]
+    assert not (out / ".partial").exists()
+
+
+def test_a_stop_waits_for_the_checkpoint_before_and_its_own(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stop = StopFlag()
+
+    def ask(_: Path) -> None:
+        stop.number = 15
+        time.sleep(0.5)
+
+    hold(monkeypatch, "checkpoint-2", ask)
+    config = config_for(tiny, output_dir=str(tmp_path / "out"), **KEYS)
+    with pytest.raises(Stopped) as caught:
+        train(config, stop=stop)
+    assert caught.value.checkpoint == tmp_path / "out" / f"checkpoint-{caught.value.step}"
+    assert whole(tmp_path / "out") == [2, caught.value.step]
+
+
+def test_an_error_of_training_leaves_the_checkpoint_before_whole(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    norm = Engine._get_grad_norm
+
+    def wrong(engine: Engine, *arguments: Any, **options: Any) -> Any:
+        if engine.state.global_step == 2:
+            raise ZeroDivisionError
+        return norm(engine, *arguments, **options)
+
+    hold(monkeypatch, "checkpoint-2", lambda _: time.sleep(0.5))
+    monkeypatch.setattr(Engine, "_get_grad_norm", wrong)
+    with pytest.raises(ZeroDivisionError):
+        run(tiny, tmp_path / "out", **KEYS)
+    assert whole(tmp_path / "out") == [2]
+
+
+def test_the_optimizer_is_hashed_before_its_next_step_changes_it(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hash_of = file_hashes._hash_of
+
+    def late(content: Any) -> str:
+        time.sleep(0.3)
+        return hash_of(content)
+
+    monkeypatch.setattr(file_hashes, "_hash_of", late)
+    run(tiny, tmp_path / "out", max_steps=3, save_steps=1)
+    assert whole(tmp_path / "out") == [1, 2, 3]
+
+
+def test_damage_between_writing_and_hashing_is_found(tmp_path: Path) -> None:
+    place = tmp_path / "checkpoint-4"
+    place.mkdir()
+    with FileHashes() as hashes:
+        hashes.write(place / "optimizer-1.safetensors", [memoryview(bytes(1000))])
+        flipped("optimizer-1.safetensors")(place)
+        checkpoint.write_manifest(place, hashes, step=4, processes=1)
+    assert damages_of(place)[0].startswith("optimizer-1.safetensors: found SHA-256")
+
+
+def test_without_threads_a_checkpoint_is_finished_at_once(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", LIMITED, str(tmp_path / "file")],
+        capture_output=True, text=True, check=False, timeout=60,
+    )  # fmt: skip
+    sha256_of_abc = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    assert done.stdout.split() == [sha256_of_abc, "raised"], done.stderr
+
+
+def test_only_the_threads_that_hash_have_a_lower_priority() -> None:
+    mine = os.getpriority(os.PRIO_PROCESS, 0)
+    with executor(1, nice=10) as lower, executor(1) as same:
+        found = [pool.submit(os.getpriority, os.PRIO_PROCESS, 0).result() for pool in (lower, same)]
+    assert found == [min(mine + 10, 19), mine]
+    assert os.getpriority(os.PRIO_PROCESS, 0) == mine
