@@ -202,7 +202,8 @@ def refusal_of(
             return _not_packable(row, type_)
         if isinstance(limit, int) and sequence_len > limit:
             bound = f"; {row.rows_up_to} is {limit}, sequence_len {sequence_len}"
-            return _not_packable(row, type_, bound=bound, do=f", or sequence_len: {limit}")
+            do = f"{row.do}, or sequence_len: {limit}"
+            return _not_packable(row, type_, bound=bound, do=do)
     return None
 
 
@@ -238,7 +239,7 @@ def _not_packable(row: RefusedTypes, model_type: str, *, bound: str = "", do: st
         what=f"packed documents would mix in {model_type}",
         why=f"found: {row.found}{bound}\n"
         f"needed: the same logits for a document packed and alone [{_source(row, model_type)}]",
-        do=row.do + do,
+        do=do or row.do,
     )
 
 

@@ -127,6 +127,7 @@ def findings_on(
             # Some kernels take boundaries that a batch does not have: installing them is no help.
             batch = kinds()[layers.kind].batch
             helps = missing and batch and _IN_BATCH.issuperset(batch)
+            install = f", or, on a GPU, install {missing}" if helps else ""
             error = Finding(
                 code="packing-not-isolated",
                 key="sample_packing",
@@ -134,8 +135,7 @@ def findings_on(
                 f"which have {layers.label}",
                 why=f"found: {layers.why}{f' ({missing} not installed)' if missing else ''}\n"
                 f"needed: layers that get the boundaries of packed documents [{layers.source}]",
-                do="set sample_packing: false"
-                + (f", or, on a GPU, install {missing}" if helps else ""),
+                do=f"set sample_packing: false{install}",
             )
             errors.append(error)
         elif problem.packing and layers.keeps_apart is None:
