@@ -5,11 +5,9 @@ from __future__ import annotations
 import os
 import sys
 
-from attnimg.cli import app_for
+from attnimg.cli import run_command
 from attnimg.errors import AttnimgError
 from attnimg.memory_errors import memory_errors
-from attnimg.train.distributed import end_process
-from attnimg.train.environment import as_bad_environment
 
 
 def main() -> None:
@@ -18,7 +16,12 @@ def main() -> None:
     if not debug:
         # Hide errors that libraries raise at the end of the process, after the reported one.
         sys.unraisablehook = lambda _: None
-    end_process(run([argument for argument in sys.argv[1:] if argument != "--debug"], debug=debug))
+    code = run([argument for argument in sys.argv[1:] if argument != "--debug"], debug=debug)
+    if "WORLD_SIZE" in os.environ:
+        from attnimg.train.distributed import end_process
+
+        end_process(code)
+    sys.exit(code)
 
 
 def run(arguments: list[str], *, debug: bool = False) -> int:
@@ -33,9 +36,14 @@ def run(arguments: list[str], *, debug: bool = False) -> int:
     """
     try:
         with memory_errors():
-            app_for(arguments)(arguments, prog_name="attnimg")
-    except SystemExit as done:  # typer ends every command so, after a usage error too
+            run_command(arguments)
+    except SystemExit as done:  # every command ends so, after a wrong argument too
         return done.code if isinstance(done.code, int) else 1
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # what reads the output has ended, such as head
+        sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115  for Python's last flush
+        return 1
     except AttnimgError as error:
         _say(str(error), debug=debug)
         return error.exit_code
@@ -43,6 +51,8 @@ def run(arguments: list[str], *, debug: bool = False) -> int:
         _say(str(_raised_warning(error)), debug=debug)
         return 2
     except Exception as error:  # the edge: whatever escaped is a fault of attnimg's own
+        from attnimg.train.environment import as_bad_environment  # not for check, which is quick
+
         if (refusal := as_bad_environment(error, os.environ)) is not None:
             _say(str(refusal), debug=debug)
             return refusal.exit_code

@@ -8,11 +8,10 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from attnimg.facts import Finding, Model, Plan
-from attnimg.select.other_layers import OtherLayers
-from attnimg.select.plan import plan_dict
 
 if TYPE_CHECKING:
     from attnimg.config.schema import Checked
+    from attnimg.select.other_layers import OtherLayers
 
 _FLAGS = (
     "attn_implementation",
@@ -70,6 +69,8 @@ def explained_json(
         others: the model's layers without softmax attention, judged.
         memory: a dataclass of the bytes that are quadratic in the row; None for none.
     """
+    from attnimg.select.plan import plan_dict  # check, which prints JSON too, needs no plan
+
     return checked_json(checked) | {
         "on": on,
         "image": image,

@@ -10,7 +10,8 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from attnimg.errors import printable, shortened
+from attnimg.cli.check import Styled, findings_text
+from attnimg.errors import printable
 from attnimg.facts import Backend, Finding, LayerGroup, Model, Plan, Problem, Reason
 from attnimg.select.other_layers import OtherLayers, text_of
 
@@ -37,31 +38,22 @@ def console(file: IO[str]) -> Console:
     return screen
 
 
-def print_checked(checked: Checked, *, out: Console, err: Console) -> None:
-    """Print one line about a file, and its errors and warnings in full."""
-    mark = "[green]ok[/]" if checked.ok else "[red]no[/]"
-    said = ", ".join(
-        f"{len(found)} {word}{'s' if len(found) > 1 else ''}"
-        for found, word in ((checked.errors, "error"), (checked.warnings, "warning"))
-        if found
-    )
-    name = checked.config.attn_implementation if checked.config else None
-    shown = escape(name or ("-" if checked.errors else "auto"))
-    out.print(f"{mark}  {escape(checked.file)}  [cyan]{shown}[/]  {said}")
-    print_findings(checked, err=err)
+def styled(text: Styled) -> Text:
+    """Return pieces of text with their styles, their control characters escaped."""
+    return Text.assemble(*((printable(piece), style) for piece, style in text))
 
 
 def print_findings(checked: Checked, *, err: Console) -> None:
     """Print errors and warnings: what happened, why, what to do."""
-    for finding in checked.errors:
-        err.print(_finding(finding, "red", "error"), soft_wrap=True)
+    for text in findings_text(checked.errors, "error"):
+        err.print(styled(text), soft_wrap=True)
     print_warnings(checked.warnings, err=err)
 
 
 def print_warnings(warnings: Iterable[Finding], *, err: Console) -> None:
     """Print warnings: what happened, what to do."""
-    for finding in warnings:
-        err.print(_finding(finding, "yellow", "warning"), soft_wrap=True)
+    for text in findings_text(warnings, "warning"):
+        err.print(styled(text), soft_wrap=True)
 
 
 def print_plan(plan: Plan, *, gpu: str, out: Console) -> None:
@@ -172,12 +164,3 @@ def _layer_text(group: LayerGroup) -> str:
 def _problem_text(problem: Problem) -> str:
     rows = "packed rows" if problem.packing else "one document per row"
     return f"{problem.dtype}, {rows}, forward and backward"
-
-
-def _finding(finding: Finding, colour: str, kind: str) -> str:
-    lines = [f"  [{colour}]{kind}[/] [dim]{finding.code}:[/] {escape(shortened(finding.what))}"]
-    for label, text in (("why", finding.why), ("do", finding.do)):
-        if text:
-            indented = escape(shortened(text)).replace("\n", "\n" + " " * 9)
-            lines.append(f"    [dim]{label + ':':<4}[/] {indented}")
-    return "\n".join(lines)

@@ -5,9 +5,7 @@ from __future__ import annotations
 import sys
 from dataclasses import asdict
 
-import typer
-
-from attnimg.cli import JsonOption, as_json
+from attnimg.cli import JSON, as_json
 from attnimg.machine import doctor as preflight
 from attnimg.machine import probe
 from attnimg.machine.doctor import Check
@@ -17,18 +15,21 @@ from attnimg.select.images import catalogue, this_image
 _MARKS = {"ok": "[green]ok  [/]", "warn": "[yellow]warn[/]", "fail": "[red]FAIL[/]"}
 
 
-def doctor(as_json_line: JsonOption = False) -> None:
+ARGUMENTS = (JSON,)
+
+
+def doctor(as_json_lines: bool) -> None:
     """Look at this machine and image: GPU, driver, kernels, user, folders, shared memory."""
     image = this_image()
     checks = preflight.examine(probe.this_machine(()), this_host(), image=image, images=catalogue())
     ok = all(check.status != "fail" for check in checks)
-    if as_json_line:
+    if as_json_lines:
         name = image.name if image else None
         shown = {"ok": ok, "image": name, "checks": [asdict(check) for check in checks]}
-        typer.echo(as_json.line(shown))
+        print(as_json.line(shown))
     else:
         _print(checks)
-    raise typer.Exit(0 if ok else 1)
+    raise SystemExit(0 if ok else 1)
 
 
 def _print(checks: tuple[Check, ...]) -> None:

@@ -6,12 +6,9 @@ import re
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
-
-import typer
 
 from attnimg import config
-from attnimg.cli import JsonOption, OnOption, as_json
+from attnimg.cli import JSON, ON, argument, as_json
 from attnimg.config.schema import Checked, Config
 from attnimg.errors import AttnimgError
 from attnimg.facts import Arch, Finding, Machine, Model, Plan, Problem
@@ -45,17 +42,15 @@ _HUB_NAME = re.compile(r"[\w-][\w.-]*/(?!.*\.ya?ml$)[\w.-]+", re.ASCII)
 _NO_NAME = frozenset({"unknown-backend", "alias-rejected", "not-a-string"})
 
 
-def explain(
-    target: Annotated[
-        str, typer.Argument(metavar="CONFIG_OR_MODEL", help="A YAML, a model folder, config.json.")
-    ],
-    on: OnOption = None,
-    image: Annotated[
-        str | None,
-        typer.Option(metavar="NAME", help="Assume this image's packages: hopper, ada, cpu."),
-    ] = None,
-    as_json_lines: JsonOption = False,
-) -> None:
+ARGUMENTS = (
+    argument("target", metavar="CONFIG_OR_MODEL", help="A YAML, a model folder, config.json."),
+    ON,
+    argument("--image", metavar="NAME", help="Assume this image's packages: hopper, ada, cpu."),
+    JSON,
+)
+
+
+def explain(target: str, on: str | None, image: str | None, as_json_lines: bool) -> None:
     """Explain which backend would run, why, and the reasons against each other one."""
     machine, assumed = machine_of(on, image)
     checked = _checked(target, on=machine.arch if on is not None or image is not None else None)
@@ -93,11 +88,11 @@ def explain(
             others=other_layers(model, machine),
             memory=quadratic_memory(found, task) if found and task else None,
         )
-        typer.echo(as_json.line(shown))
+        print(as_json.line(shown))
     else:
         _print(checked, found, machine=machine, model=model, task=task)
     invalid = any(error.code not in _JUDGEMENTS for error in checked.errors)
-    raise typer.Exit(2 if invalid else 0)
+    raise SystemExit(2 if invalid else 0)
 
 
 def _checked(target: str, *, on: Arch | None) -> Checked:

@@ -5,10 +5,8 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
-from typing import Annotated
 
-import typer
-
+from attnimg.cli import argument
 from attnimg.errors import AttnimgError
 from attnimg.machine import probe
 from attnimg.machine.kernel_cache import use_shipped_kernels
@@ -17,11 +15,10 @@ from attnimg.machine.kernel_cache import use_shipped_kernels
 _TESTS = Path("/opt/attnimg/inside")
 
 
-def selftest(
-    only: Annotated[
-        str | None, typer.Option("--only", metavar="WORDS", help="Tests whose names match, as -k.")
-    ] = None,
-) -> None:
+ARGUMENTS = (argument("--only", metavar="WORDS", help="Tests whose names match, as -k."),)
+
+
+def selftest(only: str | None) -> None:
     """Run the image's own tests here: imports, a short training run, kernels on this GPU."""
     if not _TESTS.is_dir():
         raise AttnimgError(
@@ -34,4 +31,4 @@ def selftest(
     use_shipped_kernels(probe.this_machine(()))
     command = [sys.executable, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", str(_TESTS)]
     done = subprocess.run([*command, *(["-k", only] if only else [])], check=False)
-    raise typer.Exit(0 if done.returncode == 0 else 1)
+    raise SystemExit(0 if done.returncode == 0 else 1)

@@ -6,11 +6,10 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Annotated
-
-import typer
+from typing import TYPE_CHECKING
 
 from attnimg import config
+from attnimg.cli import argument
 from attnimg.config.schema import Checked, Config
 from attnimg.errors import printable
 from attnimg.facts import Finding, Plan
@@ -49,13 +48,14 @@ class PrintedReport:
         as_text.print_warnings(warnings, err=self.console)
 
 
-def train(
-    file: Annotated[str, typer.Argument(metavar="CONFIG", help="The YAML file of the run.")],
-    settings: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[KEY=VALUE]...", help="Keys to set, such as learning_rate=1e-4."),
-    ] = None,
-) -> None:
+ARGUMENTS = (
+    argument("file", metavar="CONFIG", help="The YAML file of the run."),
+    argument("settings", metavar="KEY=VALUE", nargs="*",
+             help="Keys to set, such as learning_rate=1e-4."),
+)  # fmt: skip
+
+
+def train(file: str, settings: list[str]) -> None:
     """Train: choose the attention backend, say why, prove that packing is safe, then run."""
     from attnimg.cli import as_text
 
@@ -65,20 +65,20 @@ def train(
     console.quiet = rank() != 0
     try:
         with stop_signals() as stop:
-            train_file(file, settings or (), report=PrintedReport(console), stop=stop)
+            train_file(file, settings, report=PrintedReport(console), stop=stop)
     except Stopped as stopped:
         kept = "nothing was trained yet"
         if stopped.checkpoint is not None:
             kept = f"saved {stopped.checkpoint}; go on with resume_from_checkpoint=true"
         console.print(f"attnimg: {stopped}; {kept}", highlight=False, markup=False, soft_wrap=True)
-        raise typer.Exit(stopped.exit_code) from None
+        raise SystemExit(stopped.exit_code) from None
 
 
 def train_file(
     file: str, settings: Sequence[str], *, report: PrintedReport, stop: StopFlag
 ) -> None:
     """Check a config file, train it, and print the files that were written."""
-    from attnimg.train.without_effect import without_effect
+    from attnimg.config.rules import without_effect
 
     checked = config.check_file(file, overrides=tuple(settings))
     machine = installed_machine()
@@ -93,7 +93,7 @@ def train_file(
     result = run.train(values, machine, report=report, stop=stop)
     for path in result.files if rank() == 0 else ():
         # Scripts get the path unchanged; a terminal must not interpret its control characters.
-        typer.echo(printable(str(path)) if sys.stdout.isatty() else path)
+        print(printable(str(path)) if sys.stdout.isatty() else path)
 
 
 def _valid(checked: Checked, console: Console) -> Config:
@@ -102,5 +102,5 @@ def _valid(checked: Checked, console: Console) -> Config:
 
     as_text.print_findings(checked, err=console)
     if checked.config is None or not checked.ok:
-        raise typer.Exit(2)
+        raise SystemExit(2)
     return checked.config

@@ -5,14 +5,13 @@ from __future__ import annotations
 import os
 import sys
 from dataclasses import asdict, replace
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import typer
 from rich.markup import escape
 from rich.table import Table
 
 from attnimg import config
-from attnimg.cli import JsonOption, as_json
+from attnimg.cli import JSON, argument, as_json
 from attnimg.errors import AttnimgError
 from attnimg.facts import Backend, LayerGroup, Machine, Model, Plan, Problem, Proof
 from attnimg.machine.kernel_cache import use_shipped_kernels
@@ -32,12 +31,13 @@ _SIZES = (
 _SEQUENCE_LEN = 1024
 
 
-def verify(
-    file: Annotated[
-        str | None, typer.Argument(metavar="[CONFIG]", help="Prove for this run's model.")
-    ] = None,
-    as_json_lines: JsonOption = False,
-) -> None:
+ARGUMENTS = (
+    argument("file", metavar="CONFIG", nargs="?", help="Prove for this run's model."),
+    JSON,
+)
+
+
+def verify(file: str | None, as_json_lines: bool) -> None:
     """Prove every backend that fits here: outputs, gradients, and no leak between documents."""
     from attnimg.cli import as_text
 
@@ -66,11 +66,11 @@ def verify(
             "ok": bool(results) and all(proof.passed for _, proof in results),
             "proofs": [_json(problem, proof) for problem, proof in results],
         }
-        typer.echo(as_json.line(shown))
+        print(as_json.line(shown))
     else:
         _print(results, machine=machine, out=as_text.console(sys.stdout))
     ok = bool(results) and all(proof.passed for _, proof in results)
-    raise typer.Exit(0 if ok else 1)
+    raise SystemExit(0 if ok else 1)
 
 
 def _problems(file: str | None, machine: Machine) -> list[tuple[Problem, str | None]]:

@@ -13,11 +13,15 @@ from pydantic import ValidationError
 
 from attnimg.backends import backend_named
 from attnimg.config import keys
-from attnimg.config.legacy import modernise
-from attnimg.config.names import AUTO, name_errors
-from attnimg.config.overrides import with_overrides
-from attnimg.config.read import read_yaml
-from attnimg.config.rules import View, run_rules
+from attnimg.config.attention import (
+    AUTO,
+    View,
+    attention_findings,
+    name_errors,
+    replace_legacy_keys,
+)
+from attnimg.config.read import read_yaml, with_overrides
+from attnimg.config.rules import value_errors
 from attnimg.config.schema import Checked, Config, DatasetSpec, SpecialToken
 from attnimg.errors import AttnimgError
 from attnimg.facts import Arch, Backend, Finding
@@ -66,9 +70,9 @@ def check_values(
     """Check one mapping of config keys; see check_file."""
     present = {key: value for key, value in values.items() if value is not None}
     errors = [_computed(key) for key in keys.COMPUTED if key in present]
-    modern = modernise({k: v for k, v in present.items() if k not in keys.COMPUTED})
-    errors += modern.errors
-    values = dict(modern.values)
+    values, found = replace_legacy_keys(
+        {key: value for key, value in present.items() if key not in keys.COMPUTED}
+    )
     name = values.pop("attn_implementation", None)
     bad_name = list(name_errors(name)) if name is not None else []
     config, bad_values = _validated(values)
@@ -80,17 +84,19 @@ def check_values(
         on=on,
         torch=parse_torch(torch) if torch is not None else None,
     )
-    found = list(run_rules(view))
-    rows = [finding for kind, finding in found if kind == "error"]
-    errors += [*bad_name, *_missing(values), *bad_values, *rows]
-    errors += _unsupported(values, failed={finding.key for finding in errors})
+    errors += [row for row in found if row.why]
+    rows = list(attention_findings(view))
+    errors += [*bad_name, *_missing(values), *bad_values, *(row for row in rows if row.why)]
+    failed = {(row.key or "").partition("[")[0] for row in bad_values}
+    errors += value_errors(config, failed)
+    errors += _unsupported(values, failed={error.key for error in errors})
     return Checked(
         file=file,
         on=on.name if on else None,
         config=config.model_copy(update=_flags(name, backend, bad=bool(bad_name))),
         requested=name if isinstance(name, str) else None,
         errors=tuple(errors),
-        warnings=(*modern.warnings, *(finding for kind, finding in found if kind == "warning")),
+        warnings=tuple(row for row in (*found, *rows) if not row.why),
     )
 
 
@@ -112,15 +118,15 @@ def parse_torch(version: str) -> tuple[int, int]:
 
 
 def _validated(values: dict[str, Any]) -> tuple[Config, list[Finding]]:
-    """Build the config from the keys that are right; say what is wrong with the others."""
+    """Return the config of the keys that are right, and what is wrong with the others."""
     known = {key: _without_nulls(v) for key, v in values.items() if key in Config.model_fields}
     try:
         return Config.model_validate(known), []
     except ValidationError as error:
         found: dict[str, Finding] = {}
         for item in error.errors(include_url=False):
-            finding = _schema_finding(item)
-            found.setdefault(finding.key or "", finding)
+            wrong = _schema_finding(item)
+            found.setdefault(wrong.key or "", wrong)
         bad = {str(item["loc"][0]) for item in error.errors(include_url=False)}
     rest = {key: value for key, value in known.items() if key not in bad}
     return Config.model_validate(rest), list(found.values())
@@ -161,20 +167,22 @@ def _missing(values: dict[str, Any]) -> list[Finding]:
 
 
 def _unsupported(values: dict[str, Any], *, failed: set[str | None]) -> list[Finding]:
-    """Refuse keys by name; one whose own row failed has been spoken of already."""
+    """Return errors on keys that have no effect here, unless their own rule failed already."""
     found = []
     for key, value in values.items():
         if key in failed:
+            continue
+        if key in Config.model_fields and key not in keys.IN_SCHEMA:
             continue
         if (refused := keys.unsupported_keys().get(key)) is not None:
             # 0, "" and an empty list ask for nothing, just as false does.
             if value and value not in refused.accepts:
                 found.append(_unsupported_key(key, value, do=refused.do))
-        elif key.startswith("lora_") and key not in Config.model_fields:
+        elif key.startswith("lora_"):
             # Axolotl's plugins add adapter keys; one that is false has no effect.
             if value is not False:
                 found.append(replace(_unknown(key, key), code="unsupported-key"))
-        elif key not in Config.model_fields:
+        else:
             found.append(_unknown(key, key))
     return found
 
@@ -226,15 +234,14 @@ def _flags(name: Any, backend: Backend | None, *, bad: bool) -> dict[str, Any]:
 
 
 def _without_nulls(value: Any) -> Any:
-    """Take nulls out of data sets and special_tokens: null means absent there too."""
+    """Return a value without the nulls in its data sets and special_tokens: null means absent."""
     if isinstance(value, list):
         return [_without_nulls(item) for item in value]
     if isinstance(value, dict) and value.keys() & _NULLABLE:
-        refused = keys.unsupported_dataset_keys()
         return {
             key: item
             for key, item in value.items()
-            if item is not None and not (item is False and key in refused)
+            if item is not None and not (item is False and key in keys.unsupported_dataset_keys())
         }
     return value
 

@@ -2,25 +2,14 @@
 
 from __future__ import annotations
 
-import tomllib
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cache
-from importlib.resources import files
 from typing import Any
 
+from attnimg.config.attention import LEGACY
 from attnimg.config.schema import Config, DatasetSpec
 
-# Legacy key -> what to write instead, highest priority first: of several the first wins.
-LEGACY = {
-    "xformers_attention": "xformers",
-    "s2_attention": "s2",
-    "sage_attention": "sage",
-    "flex_attention": "flex_attention",
-    "flash_attention": "flash_attention_2",
-    "sdp_attention": "sdpa",
-    "eager_attention": "eager",
-}
 # What other trainers call a key of ours.
 SYNONYMS = {
     "attn_impl": "attn_implementation",
@@ -40,6 +29,9 @@ SYNONYMS = {
 }
 # Computed from the backend, never written by hand.
 COMPUTED = ("attn_supports_packing", "attn_uses_flash_lib", "attn_needs_dtype_cast")
+# Keys of the schema that data/keys.toml refuses too, after their own rules. It has no other key of
+# the schema, so that it need not be read for most configs.
+IN_SCHEMA = frozenset({"rl", "context_parallel_size", "scaling_softmax"})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -85,4 +77,7 @@ def nearest_key(key: str, *, dataset: bool = False) -> str | None:
 
 @cache
 def _table() -> dict[str, Any]:
+    import tomllib
+    from importlib.resources import files
+
     return tomllib.loads((files("attnimg") / "data" / "keys.toml").read_text("utf-8"))

@@ -1,15 +1,26 @@
-"""The contract's checks on values alone, one function a row or two; nothing else is read."""
+"""Rules on the values of a run: what `train` would refuse, and keys that have no effect.
+
+Only the config is read. Rules on attention are in attention.py, types and ranges in schema.py; what
+depends on files, the model, the machine or installed packages is refused by `train`.
+"""
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Collection, Iterator
+from difflib import get_close_matches
 
-from attnimg.backends import arch_code, backend_named, is_hub_path, runs_on
-from attnimg.config.names import finding
-from attnimg.config.schema import DATASET_TYPES, Config
-from attnimg.facts import Arch, Backend, Finding, Needs
+from attnimg.config.schema import (
+    DATASET_TYPES,
+    Config,
+    DatasetSpec,
+    entries,
+    finding,
+    is_chat,
+    is_text,
+    roles,
+)
+from attnimg.facts import Finding
 
 # Keys that say the same thing in two ways: setting both contradicts.
 _EITHER_OR = (
@@ -22,271 +33,299 @@ _EITHER_OR = (
     ("load_in_4bit", "load_in_8bit"),
     ("deepspeed", "fsdp"),
 )
-# Backends to suggest where another one does not run on a GPU, fastest first.
-_ALTERNATIVES = ("flash_attention_2", "xformers", "sdpa")
-# Backends whose GPU rows the contract lists; on a CPU every backend is judged.
-_ARCH_ROWS = frozenset(
-    {"sage", "fp8", "flash_attention_2", "flash_attention_3", "flash_attention_4"}
+# Schedules that need an argument: its possible names, and an example value.
+SCHEDULER_NEEDS: dict[str, tuple[tuple[str, ...], str]] = {
+    "cosine_with_min_lr": (("min_lr", "min_lr_rate"), "1e-6"),
+    "warmup_stable_decay": (("num_decay_steps",), "10"),
+}
+# What `split` may be: splits or rows of them, such as train[:10%]+test.
+# Source: datasets 5.2, arrow_reader.py:46, _RelativeInstruction (2026-11-27)
+_BOUND = r"-?\d(?:_?\d){0,17}%?"
+_PART_OF_SPLIT = re.compile(
+    rf"\w+(?:\.\w+)*(?:\[({_BOUND})?:({_BOUND})?\])?(\((?:closest|pct1_dropremainder)\))?"
 )
+# Optimizers that get no betas, or no epsilon. Source: transformers 5.22.2, trainer_optimizer.py,
+# _get_adafactor, _get_bitsandbytes_optimizer, _get_sgd, _get_adagrad, _get_rmsprop (2026-11-27)
+_NO_BETAS = frozenset({"adafactor", "sgd", "adagrad", "rmsprop"})
+_NO_EPSILON = _NO_BETAS | {"lion_32bit", "lion_8bit", "paged_lion_32bit", "paged_lion_8bit"}
+# Keys of a dataset entry that only one kind of dataset type reads.
+_CHAT_KEYS = frozenset(
+    {"field_messages", "message_field_role", "message_field_content", "message_property_mappings",
+     "roles", "roles_to_train", "train_on_eos", "chat_template", "chat_template_jinja"}
+)  # fmt: skip
+_TEXT_KEYS = frozenset({"field", "text_column"})
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class View:
-    """What the rules look at.
+def value_errors(config: Config, failed: Collection[str]) -> Iterator[Finding]:
+    """Yield every reason why `train` would refuse the values of a config.
 
-    Attributes:
-        config: the valid part of the config.
-        backend: the one it names; None when it names none, "auto", or nothing that exists.
-        resolved: whether attention can be judged: false for "auto" and for a name in error.
-        on: the GPU of --on.
-        torch: the version of --torch, as (major, minor).
+    Args:
+        config: its valid part.
+        failed: the keys that are not in it because their values are wrong.
     """
-
-    config: Config
-    backend: Backend | None
-    resolved: bool
-    on: Arch | None
-    torch: tuple[int, int] | None
+    for rule, keys in _RULES:
+        if not set(keys) & set(failed):
+            yield from rule(config)
 
 
-Found = Iterator[tuple[str, Finding]]  # ("error" or "warning", what was found)
-
-
-def run_rules(view: View) -> Iterator[tuple[str, Finding]]:
-    """Run every row over one config, in the contract's order."""
-    for rule in _RULES:
-        yield from rule(view)
-
-
-def _packing(view: View) -> Found:
-    backend, config = view.backend, view.config
-    if not config.sample_packing or backend is None or backend.packing == "native":
-        return
-    name, key = backend.name, "sample_packing"
-    if backend.packing == "mask":
-        yield (
-            "warning",
-            Finding(
-                code="packing-by-mask",
-                key=key,
-                what=f"{name} keeps packed documents apart by a mask: correct, but slower",
-                do="use flash_attention_2, flex_attention or xformers where your GPU has them",
-            ),
-        )
-    elif name == "s2":
-        why = "s2 attends across groups of a whole row, so packed documents would see each other"
-        do = "set sample_packing: false, or attn_implementation: flash_attention_2 or sdpa"
-        yield "error", finding("s2-with-packing", key, "s2 cannot train packed rows", why, do)
-    elif is_hub_path(name) and config.trust_remote_code:
-        yield (
-            "warning",
-            Finding(
-                code="packing-unproven",
-                key=key,
-                what=f"nobody here has read whether {name} keeps packed documents apart",
-                do="train proves it before the first step, or stops",
-            ),
-        )
-    else:
-        why = f"{name} takes no document boundaries, so packed documents would see each other"
-        do = "set sample_packing: false, or attn_implementation: flash_attention_2 or sdpa"
-        if is_hub_path(name):
-            do += "; with trust_remote_code: true the kernel is loaded and has to prove isolation"
-        yield "error", finding("packing-not-isolated", key, f"{name} cannot pack", why, do)
-
-
-def _sage_full_finetune(view: View) -> Found:
-    if _is(view, "sage") and view.config.adapter is None:
-        yield (
-            "warning",
-            Finding(
-                code="sage-full-finetune",
-                key="attn_implementation",
-                what="sage approximates, and full fine-tuning with it has been seen to fail",
-                do="set adapter: lora or qlora, for which it is recommended",
-            ),
-        )
-
-
-def _arch(view: View) -> Found:
-    backend, arch = view.backend, view.on
-    if backend is None or arch is None or runs_on(backend.needs, arch):
-        return
-    if backend.name not in _ARCH_ROWS and arch.vendor != "cpu":
-        return
-    if backend.name == "flash_attention_2" and arch.vendor == "amd":
-        return  # which AMD GPUs it serves depends on how it was built: explain judges that
-    fitting = [name for name in _ALTERNATIVES if runs_on(_needs(name), arch)]
-    do = f"set attn_implementation: {' or '.join(fitting)}"
-    why = f"found {arch.name}, {backend.name} needs {backend.needs.arch_text}"
-    what = f"{backend.name} does not run on {arch.name}"
-    code = arch_code(backend.needs, arch)
-    yield "error", finding(code, "attn_implementation", what, why, do)
-
-
-def _torch(view: View) -> Found:
-    if view.backend is None or view.torch is None or view.backend.needs.torch_min is None:
-        return
-    needed, code = view.backend.needs.torch_min
-    if view.torch < _minor(needed):
-        found = ".".join(map(str, view.torch))
-        name = view.backend.name
-        yield (
-            "error",
-            finding(
-                code,
-                "attn_implementation",
-                f"{name} does not run on this torch",
-                f"found torch {found}, {name} needs {needed} or newer",
-                f"pip install 'torch>={needed}', or set attn_implementation: sdpa",
-            ),
-        )
-
-
-def _batch_flattening(view: View) -> Found:
-    config, key = view.config, "batch_flattening"
-    if config.batch_flattening is not True:
-        return
-    if view.resolved and (view.backend is None or view.backend.packing != "native"):
-        name = view.backend.name if view.backend else "no attn_implementation"
-        why = f"found {name}; rows without padding need a kernel that takes document boundaries"
-        do = "set attn_implementation: flash_attention_2, or remove batch_flattening"
-        what = "batch_flattening needs a varlen backend"
-        yield "error", finding("batch-flattening-needs-varlen", key, what, why, do)
-    if config.sample_packing:
-        why = "sample_packing already leaves no padding; found both set to true"
-        what = "batch_flattening and sample_packing exclude each other"
-        yield "error", finding("batch-flattening-with-packing", key, what, why,
-                                "remove batch_flattening")  # fmt: skip
-
-
-def _scaling_softmax(view: View) -> Found:
-    if view.config.scaling_softmax and view.resolved and not _is(view, "flex_attention"):
-        name = view.backend.name if view.backend else "no attn_implementation"
-        yield (
-            "error",
-            finding(
-                "scaling-softmax-needs-flex",
-                "scaling_softmax",
-                "scaling_softmax needs flex_attention",
-                f"found {name}; only flex_attention lets the logits be scaled by length",
-                "remove scaling_softmax",
-            ),
-        )
-
-
-def _context_parallel(view: View) -> Found:
-    config, key = view.config, "context_parallel_size"
-    if (config.context_parallel_size or 0) <= 1:
-        return
-    if view.resolved and (view.backend is None or not view.backend.uses_flash_lib):
-        name = view.backend.name if view.backend else "no attn_implementation"
-        why = f"found {name}; a sequence split over GPUs needs a flash-attn kernel"
-        do = "set context_parallel_size: 1"
-        yield "error", finding("cp-needs-flash", key, f"{key} needs flash-attn", why, do)
-    if config.sample_packing and config.micro_batch_size > 1:
-        why = f"found sample_packing and micro_batch_size: {config.micro_batch_size}, needed is 1"
-        what = f"{key} with packing takes one row at a time"
-        yield "error", finding("cp-packing-mbs1", key, what, why, "set context_parallel_size: 1")
-
-
-def _packing_with_rl(view: View) -> Found:
-    if view.config.sample_packing and view.config.rl:
-        yield (
-            "error",
-            finding(
-                "packing-with-rl",
-                "rl",
-                "sample_packing and rl exclude each other",
-                f"found rl: {view.config.rl}; preference pairs are not packed",
-                "remove rl",
-            ),
-        )
-
-
-def _flex_uncompiled(view: View) -> Found:
-    on_gpu = view.on is not None and view.on.vendor != "cpu"
-    if on_gpu and _is(view, "flex_attention") and not view.config.torch_compile:
-        yield (
-            "warning",
-            Finding(
-                code="flex-uncompiled",
-                key="torch_compile",
-                what="flex_attention without torch_compile is several times slower",
-                do="set torch_compile: true",
-            ),
-        )
-
-
-def _contradictions(view: View) -> Found:
-    config = view.config
+def _contradictions(config: Config) -> Iterator[Finding]:
     for first, second in _EITHER_OR:
-        if getattr(config, first) and getattr(config, second):
+        values = [getattr(config, key) for key in (first, second)]
+        # Zero steps beside a ratio contradict it; other zeros and empty lists ask for nothing.
+        if all(values) or (first == "warmup_steps" and None not in values):
             why = f"found both; {first} and {second} say the same thing in two ways"
             do = f"keep {first} or {second}"
-            yield "error", finding("bad-value", second, f"{second} contradicts {first}", why, do)
+            yield finding("bad-value", second, f"{second} contradicts {first}", why, do)
     if config.fp16 and config.bf16 in (True, "full"):
         why = "found fp16: true and bf16: true; a run has one precision"
-        yield "error", finding("bad-value", "fp16", "fp16 contradicts bf16", why,
-                                "keep bf16 or fp16")  # fmt: skip
-    if config.adapter == "qlora" and (config.load_in_4bit is False or config.load_in_8bit):
-        key = "load_in_8bit" if config.load_in_8bit else "load_in_4bit"
-        yield "error", finding("bad-value", key, f"{key} contradicts adapter: qlora",
-                                "qlora trains on weights loaded in 4 bits",
-                                f"remove {key}, or set adapter: lora")  # fmt: skip
-    if config.adapter is None and (config.load_in_4bit or config.load_in_8bit):
-        key = "load_in_4bit" if config.load_in_4bit else "load_in_8bit"
-        yield "error", finding("bad-value", key, f"{key} needs an adapter",
-                                f"found no adapter; weights of {key[8:]} take no gradient",
-                                f"set adapter: {'qlora' if config.load_in_4bit else 'lora'}, "
-                                f"or remove {key}")  # fmt: skip
+        yield finding("bad-value", "fp16", "fp16 contradicts bf16", why, "keep bf16 or fp16")
+    for verb in ("eval", "save"):
+        strategy = getattr(config, f"{verb}_strategy")
+        if strategy not in ("no", "epoch"):
+            continue
+        if getattr(config, f"{verb}_steps") or getattr(config, f"{verb}s_per_epoch"):
+            key = f"{verb}_strategy"
+            what = f"{key}: {strategy} contradicts {verb}_steps or {verb}s_per_epoch"
+            why = f"a count of steps needs {key}: steps, or none"
+            yield finding("bad-value", key, what, why, f"remove {key}")
+
+
+def _schedule(config: Config) -> Iterator[Finding]:
+    name = config.lr_scheduler
+    if config.cosine_min_lr_ratio is not None and name != "cosine":
+        key = "cosine_min_lr_ratio"
+        do = f"set lr_scheduler: cosine, or remove {key}"
+        what = f"{key} contradicts lr_scheduler: {name}"
+        yield finding("bad-value", key, what, "a lowest learning rate is a cosine's", do)
+    wanted, value = SCHEDULER_NEEDS.get(name, ((), ""))
+    if wanted and not set(wanted) & set(config.lr_scheduler_kwargs or {}):
+        key = "lr_scheduler_kwargs"
+        do = f"set {key}: {{{wanted[0]}: {value}}}"
+        what = f"lr_scheduler: {name} needs {key}"
+        yield finding("bad-value", key, what, f"needed {' or '.join(wanted)}", do)
+
+
+def _evaluation(config: Config) -> Iterator[Finding]:
+    """Refuse evaluations without documents to evaluate on, and a size that leaves no others."""
     size = config.val_set_size
     if size == 1 or (size > 1 and not size.is_integer()):
         taken = "all documents (1 is 100 %)" if size == 1 else "a part of a document"
-        yield "error", finding("bad-value", "val_set_size", f"val_set_size {size:g} is not valid",
-                                f"it takes {taken}; needed a share below 1, or from 2 on a whole "
-                                "number of documents", "set val_set_size: 0.05")  # fmt: skip
+        why = f"it takes {taken}; needed a share below 1, or from 2 on a whole number of documents"
+        what = f"val_set_size {size:g} is not valid"
+        yield finding("bad-value", "val_set_size", what, why, "set val_set_size: 0.05")
+    stopping = config.early_stopping_patience and "early_stopping_patience"
+    if config.lr_scheduler == "reduce_lr_on_plateau":
+        stopping = "lr_scheduler: reduce_lr_on_plateau"
+    if size or config.test_datasets:
+        if stopping and config.eval_strategy == "no":
+            key, why = "eval_strategy", "it needs the validation loss, which is never computed"
+            yield finding("bad-value", key, f"{key}: no contradicts {stopping}", why,
+                          f"remove {key}")  # fmt: skip
+        return
+    why = "found val_set_size: 0 and no test_datasets"
+    asked = [
+        key
+        for key in ("eval_steps", "evals_per_epoch", "early_stopping_patience", "eval_strategy")
+        if getattr(config, key) not in (None, 0, "no")
+    ]
+    for key in asked[:1]:
+        do = f"set val_set_size: 0.05, or remove {key}"
+        yield finding("bad-value", key, f"{key} needs something to evaluate on", why, do)
+    if config.lr_scheduler == "reduce_lr_on_plateau":
+        what = "lr_scheduler: reduce_lr_on_plateau needs something to evaluate on"
+        yield finding("bad-value", "lr_scheduler", what, why, "set val_set_size: 0.05")
 
 
-def _dataset_types(view: View) -> Found:
-    for name in ("datasets", "pretraining_dataset", "test_datasets"):
-        for number, spec in enumerate(getattr(view.config, name) or ()):
-            if spec.type is None or spec.type in DATASET_TYPES:
-                continue
-            near = difflib.get_close_matches(spec.type, DATASET_TYPES, n=1)
-            # Source: axolotl 067b021c, utils/schemas/validation.py:52 (2026-11-27)
-            near = ["chat_template"] if spec.type.startswith("sharegpt") else near
-            key = f"{name}[{number}].type"
-            why = f"{key} is {spec.type}, needed one of {', '.join(DATASET_TYPES)}"
-            do = f"set {key}: {' or '.join(near or DATASET_TYPES[:-1])}"
-            yield "error", finding("bad-value", key, f"unknown dataset type {spec.type!r}", why, do)
+def _adapter(config: Config) -> Iterator[Finding]:
+    if config.adapter == "qlora" and (config.load_in_4bit is False or config.load_in_8bit):
+        key = "load_in_8bit" if config.load_in_8bit else "load_in_4bit"
+        yield finding("bad-value", key, f"{key} contradicts adapter: qlora",
+                      "qlora trains on weights loaded in 4 bits",
+                      f"remove {key}, or set adapter: lora")  # fmt: skip
+    if config.adapter is None and (config.load_in_4bit or config.load_in_8bit):
+        key = "load_in_4bit" if config.load_in_4bit else "load_in_8bit"
+        fitting = "qlora" if config.load_in_4bit else "lora"
+        yield finding("bad-value", key, f"{key} needs an adapter",
+                      f"found no adapter; weights of {key[8:]} take no gradient",
+                      f"set adapter: {fitting}, or remove {key}")  # fmt: skip
+    targets = config.lora_target_modules or []
+    if "lm_head" in ([targets] if isinstance(targets, str) else targets):
+        key = "lora_target_modules"
+        yield finding("bad-value", key, f"{key} can't hold lm_head",
+                      "the loss reads lm_head's own weight, so its adapter would not be trained",
+                      "move lm_head to lora_modules_to_save")  # fmt: skip
 
 
-_RULES: tuple[Callable[[View], Found], ...] = (
-    _packing,
-    _sage_full_finetune,
-    _arch,
-    _torch,
-    _batch_flattening,
-    _scaling_softmax,
-    _context_parallel,
-    _packing_with_rl,
-    _flex_uncompiled,
-    _contradictions,
-    _dataset_types,
+def _dataset_types(config: Config) -> Iterator[Finding]:
+    """Refuse unknown types; one that is missing follows from the columns, which `train` reads."""
+    for entry, spec, _ in entries(config):
+        if spec.type is None or spec.type in DATASET_TYPES:
+            continue
+        near = get_close_matches(spec.type, DATASET_TYPES, n=1)
+        # Source: axolotl 067b021c, utils/schemas/validation.py:52 (2026-11-27)
+        near = ["chat_template"] if spec.type.startswith("sharegpt") else near
+        key = f"{entry}.type"
+        why = f"{key} is {spec.type}, needed one of {', '.join(DATASET_TYPES)}"
+        do = f"set {key}: {' or '.join(near or DATASET_TYPES[:-1])}"
+        yield finding("bad-value", key, f"unknown dataset type {spec.type!r}", why, do)
+
+
+def _trained_roles(config: Config) -> Iterator[Finding]:
+    """Refuse a name in roles_to_train that no message can have: its turns would not be trained."""
+    for entry, spec, _ in entries(config):
+        known, key = roles(spec), f"{entry}.roles_to_train"
+        asked = (spec.roles_to_train or []) if is_chat(spec) else []
+        unknown = [name for name in asked if name not in {*known, *known.values()}]
+        if not unknown:
+            continue
+        near = get_close_matches(unknown[0], known, n=1, cutoff=0.0)
+        named = [known.get(name, name) for name in asked if name in known]
+        fitting = list(dict.fromkeys([*named, *(known[name] for name in near)]))
+        what = f"unknown role in roles_to_train: {unknown[0]!r}"
+        why = f"{key} has {', '.join(unknown)}, needed one of {', '.join(known)}"
+        yield finding("bad-value", key, what, why, f"set {key}: [{', '.join(fitting)}]")
+
+
+def _splits(config: Config) -> Iterator[Finding]:
+    for entry, spec, _ in entries(config):
+        if not all(map(_is_part_of_split, re.split(r"\s*\+\s*", spec.split or "train"))):
+            key = f"{entry}.split"
+            why = f"{key} is {spec.split!r}; needed a split, or rows of one"
+            do = f"set {key}: train, or train[:1000], or train[10%:20%]"
+            yield finding("bad-value", key, f"{spec.split} does not name a split", why, do)
+
+
+def _is_part_of_split(text: str) -> bool:
+    """Return whether the datasets library reads a text as a split or as rows of one."""
+    if (found := _PART_OF_SPLIT.fullmatch(text)) is None:
+        return False
+    first, last, rounding = found.groups()
+    if "%" not in f"{first}{last}":
+        return rounding is None
+    return all(abs(int(bound.rstrip("%"))) <= 100 for bound in (first, last) if bound)
+
+
+def _templates(config: Config) -> Iterator[Finding]:
+    """Refuse chat_template: jinja without a template, and a system message that is not used."""
+    specs = {f"{key}.": spec for key, spec, _ in entries(config)}
+    chats = {place: spec for place, spec in specs.items() if is_chat(spec)}
+    holders: dict[str, Config | DatasetSpec] = {"": config, **chats} if chats else {}
+    for place, holder in holders.items():
+        if holder.chat_template == "jinja" and not holder.chat_template_jinja:
+            key = f"{place}chat_template"
+            why = f"found {key}: jinja and no {key}_jinja, which holds the template"
+            yield finding("bad-value", key, f"{key}: jinja has no template", why, f"remove {key}")
+    key = "default_system_message"
+    if not config.default_system_message or not all(spec.type for spec in specs.values()):
+        return
+    if specs and not chats:
+        why = "found no dataset of type chat_template, the only type with system turns"
+        yield finding("bad-value", key, f"{key} has no effect here", why, f"remove {key}")
+    elif any((spec.type or "").startswith("alpaca") for spec in specs.values()):
+        why = f"alpaca's prompt has fixed wording; found {key} beside it"
+        what = f"{key} does not reach alpaca records"
+        yield finding("unsupported-key", key, what, why, f"remove {key}")
+
+
+_Rule = Callable[[Config], Iterator[Finding]]
+_DATASETS = ("datasets", "pretraining_dataset", "test_datasets")
+# Each rule, and the keys without which it would refuse others: it is left out where they are wrong.
+_RULES: tuple[tuple[_Rule, tuple[str, ...]], ...] = (
+    (_contradictions, ()),
+    (_schedule, ("lr_scheduler", "lr_scheduler_kwargs")),
+    (_evaluation, ("val_set_size", "test_datasets")),
+    (_adapter, ("adapter",)),
+    (_dataset_types, ()),
+    (_trained_roles, ()),
+    (_splits, ()),
+    (_templates, ("chat_template_jinja", *_DATASETS)),
 )
 
 
-def _is(view: View, name: str) -> bool:
-    return view.backend is not None and view.backend.name == name
+def without_effect(config: Config) -> list[str]:
+    """Return a sentence for each reason why keys that the config sets have no effect."""
+    return [
+        f"{reason}, so that {' and '.join(keys)} {'has' if len(keys) == 1 else 'have'} no effect"
+        for reason, keys in (*_of_run(config), *_of_entries(config))
+        if keys
+    ]
 
 
-def _needs(name: str) -> Needs:
-    backend = backend_named(name)
-    assert backend is not None, name
-    return backend.needs
+def _of_run(config: Config) -> Iterator[tuple[str, list[str]]]:
+    """Yield a reason and the keys of the run that are not read for it."""
+
+    def named(*keys: str) -> list[str]:
+        return [key for key in keys if key in config.model_fields_set and getattr(config, key)]
+
+    yield f"lr_scheduler is {config.lr_scheduler}", _unused_by_schedule(config)
+    yield f"optimizer is {config.optimizer}", _unused_by_optimizer(config)
+    if config.max_steps:
+        yield f"max_steps is {config.max_steps}", named("num_epochs")
+    if config.adapter is None:
+        of_adapter = (key for key in config.model_fields_set if key.startswith(("lora_", "peft_")))
+        yield "adapter is not set", sorted(of_adapter)
+    if not (config.val_set_size or config.test_datasets):
+        yield "there is nothing to evaluate on", named("eval_batch_size", "eval_sample_packing")
+    elif not config.sample_packing:
+        yield "sample_packing is not true", named("eval_sample_packing")
+    if not config.gradient_checkpointing:
+        yield "gradient_checkpointing is not true", named("gradient_checkpointing_kwargs")
+    if not config.torch_compile:
+        yield "torch_compile is not set", named("torch_compile_backend", "torch_compile_mode")
+    if config.save_strategy == "no":
+        yield "save_strategy is no", named("save_total_limit", "save_only_model")
+    if not (config.fsdp or config.fsdp_config):
+        yield "fsdp is not set", named("fsdp_version")
+    specs = [spec for _, spec, _ in entries(config)]
+    if not any(map(is_chat, specs)):
+        of_chats = named("chat_template", "chat_template_jinja", "eot_tokens")
+        yield "no dataset has the type chat_template", of_chats
+    elif config.chat_template not in (None, "jinja"):
+        yield f"chat_template is {config.chat_template}", named("chat_template_jinja")
+    if specs and all(map(is_text, specs)):
+        yield "all tokens of running text are trained", named("train_on_inputs")
 
 
-def _minor(version: str) -> tuple[int, int]:
-    major, minor = version.split(".")[:2]
-    return int(major), int(minor)
+def _unused_by_schedule(config: Config) -> list[str]:
+    """Return the keys that the run's learning rate schedule does not read.
+
+    Source: transformers 5.22.2, optimization.py, get_scheduler (2026-11-27).
+    """
+    name, unused = config.lr_scheduler, []
+    if name in ("constant", "reduce_lr_on_plateau"):
+        unused = [key for key in ("warmup_steps", "warmup_ratio") if getattr(config, key)]
+    if name in ("constant", "constant_with_warmup") and config.lr_scheduler_kwargs:
+        unused.append("lr_scheduler_kwargs")
+    return unused
+
+
+def _unused_by_optimizer(config: Config) -> list[str]:
+    """Return Adam's keys that the run's optimizer does not read."""
+    unread = ["adam_beta1", "adam_beta2"] if config.optimizer in _NO_BETAS else []
+    unread += ["adam_epsilon"] if config.optimizer in _NO_EPSILON else []
+    return [key for key in unread if getattr(config, key) is not None]
+
+
+def _of_entries(config: Config) -> Iterator[tuple[str, list[str]]]:
+    """Yield a reason and the keys of a dataset entry that are not read for it."""
+    for key, spec, _ in entries(config):
+
+        def named(names: Collection[str], key: str = key, spec: DatasetSpec = spec) -> list[str]:
+            return [f"{key}.{name}" for name in sorted(names) if getattr(spec, name) is not None]
+
+        if spec.type is not None:
+            unread = (frozenset() if is_chat(spec) else _CHAT_KEYS) | (
+                frozenset() if is_text(spec) else _TEXT_KEYS
+            )
+            yield f"{key}.type is {spec.type}", named(unread)
+        if is_text(spec) and spec.field:
+            yield f"{key}.field is {spec.field}", named(["text_column"])
+        if not is_chat(spec):
+            continue
+        if config.train_on_inputs:
+            yield "train_on_inputs trains all roles", named(["roles_to_train"])
+        mapped = {"message_field_" + name for name in spec.message_property_mappings or {}}
+        fields = mapped & {"message_field_role", "message_field_content"}
+        yield f"{key}.message_property_mappings names the same keys", named(fields)
+        if spec.chat_template not in (None, "jinja"):
+            yield f"{key}.chat_template is {spec.chat_template}", named(["chat_template_jinja"])

@@ -4,10 +4,10 @@ Axolotl's names, so that its users' files work. Keys that axolotl knows and attn
 implement stand in data/keys.toml. Values of the wrong type are refused, never converted.
 """
 
-from __future__ import annotations
-
+# No `from __future__ import annotations`: pydantic would evaluate 110 strings, 3 ms of `check`.
 import os
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -17,7 +17,7 @@ from attnimg.facts import Finding
 
 
 def _flag(value: object) -> object:
-    """Take 1 and 0 as YAML people write them; everything else must be a real boolean."""
+    """Return 1 and 0 as booleans, as axolotl takes them; all else must be a real boolean."""
     return bool(value) if type(value) is int and value in (0, 1) else value
 
 
@@ -29,7 +29,7 @@ def _number(value: object) -> object:
 
 
 def _learning_rate(value: object) -> object:
-    """Axolotl takes a quoted learning rate ("2e-4"); so do we."""
+    """Return a quoted learning rate ("2e-4") as a number, as axolotl takes it."""
     if isinstance(value, str):
         return float(value)
     return _number(value)
@@ -64,7 +64,7 @@ def _targets(value: object) -> object:
 
 
 def _list_of_specs(value: object) -> object:
-    """Axolotl takes a bare path, or one mapping, for pretraining_dataset."""
+    """Return a list for a bare path or one mapping, which axolotl takes for pretraining_dataset."""
     if isinstance(value, str):
         return [{"path": value, "type": "pretrain"}]
     return [value] if isinstance(value, dict) else value
@@ -108,6 +108,11 @@ SpecialToken = Literal[
 DATASET_TYPES = (
     "alpaca", "alpaca:chat", "completion", "pretrain", "chat_template", "chat_template.default",
 )  # fmt: skip
+# Names of roles in records, and those of chat templates. The first seven are axolotl's.
+# Source: axolotl 067b021c, prompt_strategies/chat_template.py:78-87 (2026-11-26)
+ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant",
+         "system": "system", "tool": "tool", "developer": "developer",
+         "ipython": "ipython"}  # fmt: skip
 
 
 class DatasetSpec(BaseModel):
@@ -274,6 +279,39 @@ class Config(BaseModel):
     strict: Flag | None = None
 
 
+def entries(config: Config) -> Iterator[tuple[str, DatasetSpec, bool]]:
+    """Yield key, entry, and whether it is for training, in the order of the config."""
+    for name, specs in (
+        ("datasets", config.datasets),
+        ("pretraining_dataset", config.pretraining_dataset),
+        ("test_datasets", config.test_datasets),
+    ):
+        for index, spec in enumerate(specs or ()):
+            if name == "pretraining_dataset" and spec.type is None:
+                spec = spec.model_copy(update={"type": "pretrain"})  # as in axolotl
+            yield f"{name}[{index}]", spec, name != "test_datasets"
+
+
+def is_chat(spec: DatasetSpec) -> bool:
+    """Return whether records are conversations, rendered by a chat template."""
+    return (spec.type or "").startswith("chat_template")
+
+
+def is_text(spec: DatasetSpec) -> bool:
+    """Return whether records are running text, which may be split anywhere."""
+    return spec.type in ("completion", "pretrain")
+
+
+def roles(spec: DatasetSpec) -> dict[str, str]:
+    """Map the names of roles in records to those of the chat template."""
+    custom = spec.roles or {}
+    return (
+        ROLES
+        | {role: role for role in custom}
+        | {name: role for role, names in custom.items() for name in names}
+    )
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Checked:
     """What `check` found in one file.
@@ -296,5 +334,10 @@ class Checked:
 
     @property
     def ok(self) -> bool:
-        """Tell whether there is no error."""
+        """Return whether there is no error."""
         return not self.errors
+
+
+def finding(code: str, key: str, what: str, why: str, do: str) -> Finding:
+    """Build an error with all its parts; a warning is a Finding without `why`."""
+    return Finding(code=code, key=key, what=what, why=why, do=do)

@@ -20,47 +20,6 @@ from attnimg.train.precision import torch_dtype
 from attnimg.train.towers import freeze_towers
 
 
-def check_adapter(config: Config) -> None:
-    """Refuse adapter keys that contradict one another.
-
-    Raises:
-        AttnimgError: quantized weights without an adapter, qlora without 4 bit, or a LoRA on the
-            output layer, which the fused loss would leave untrained.
-    """
-    if config.load_in_4bit and config.load_in_8bit:
-        raise _bad(
-            "load_in_8bit",
-            "load_in_4bit and load_in_8bit contradict each other",
-            why="weights are loaded in one of them",
-            do="keep load_in_4bit or load_in_8bit",
-        )
-    bits, fitting = "load_in_8bit", "lora"
-    if config.load_in_4bit:
-        bits, fitting = "load_in_4bit", "qlora"
-    if (config.load_in_4bit or config.load_in_8bit) and not config.adapter:
-        raise _bad(
-            bits,
-            f"{bits} needs an adapter",
-            why="quantized weights can't be trained themselves; found no adapter",
-            do=f"set adapter: {fitting}, or remove {bits}",
-        )
-    if config.adapter == "qlora" and config.load_in_8bit:
-        raise _bad(
-            "load_in_8bit",
-            "adapter: qlora is 4 bit",
-            why="found load_in_8bit: true",
-            do="remove load_in_8bit, or set adapter: lora",
-        )
-    targets = config.lora_target_modules or []
-    if "lm_head" in ([targets] if isinstance(targets, str) else targets):
-        raise _bad(
-            "lora_target_modules",
-            "lora_target_modules can't hold lm_head",
-            why="the loss reads lm_head's own weight, so its adapter would not be trained",
-            do="move lm_head to lora_modules_to_save",
-        )
-
-
 def _bad(key: str, what: str, *, why: str, do: str) -> AttnimgError:
     return AttnimgError(what, why=why, do=do, code="bad-value", key=key)
 

@@ -1,4 +1,7 @@
-"""Everything that can be known to be wrong with a run before anything heavy is loaded."""
+"""Check the machine, files and folders of a run before anything heavy is loaded.
+
+The values of its config are checked already, by attnimg.config.
+"""
 
 from __future__ import annotations
 
@@ -7,17 +10,15 @@ from pathlib import Path
 from attnimg.config.schema import Config
 from attnimg.errors import AttnimgError
 from attnimg.facts import Machine
-from attnimg.train.adapter import check_adapter
 from attnimg.train.checkpoint import ResumePoint
 from attnimg.train.limits import check_limits
 from attnimg.train.model_files import check_model_files
 from attnimg.train.output_dir import check_output_dir
 from attnimg.train.resume import check_settings
-from attnimg.train.schedule import check_schedule
 
 
 def check_inputs(config: Config, machine: Machine) -> ResumePoint | None:
-    """Refuse keys that contradict one another, files that are missing, folders in the way.
+    """Refuse what the machine can't do, files that are missing, folders in the way.
 
     Reads a few file names, and all of a checkpoint that the run resumes from.
 
@@ -28,8 +29,6 @@ def check_inputs(config: Config, machine: Machine) -> ResumePoint | None:
         AttnimgError: exit code 2, with the key at fault.
     """
     _check_homes(config)
-    check_schedule(config)
-    check_adapter(config)
     check_limits(config, machine)
     check_model_files(config)
     point = check_output_dir(config)

@@ -6,11 +6,9 @@ import json
 from collections import Counter
 from typing import Any
 
-from attnimg.config.schema import Config
+from attnimg.config.schema import Config, entries, is_chat
 from attnimg.train.collate import NO_LOSS
 from attnimg.train.data.chat_templates import choose_chat_template
-from attnimg.train.data.sources import entries
-from attnimg.train.data.types import is_chat
 
 # Documents that are looked at for the token that ends an answer.
 DOCUMENTS = 100

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from attnimg.config.schema import Config, DatasetSpec
+from attnimg.config.schema import Config, DatasetSpec, is_chat
 from attnimg.facts import RunContext
 from attnimg.train.distributed import world_size
 from attnimg.train.model_hashes import model_of, tokenizer_of
@@ -172,7 +172,6 @@ def _dated(config: Config, spec: DatasetSpec, key: str, tokenizer: Any) -> str |
     None where the tokens of the same records are the same on any day.
     """
     from attnimg.train.data.chat_templates import choose_chat_template
-    from attnimg.train.data.types import is_chat
 
     if not is_chat(spec):
         return None

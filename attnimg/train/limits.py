@@ -12,11 +12,6 @@ from attnimg.facts import Machine
 # Paged optimizers whose unpaged equivalent has another name.
 _UNPAGED = {"paged_adamw": "adamw_torch_fused", "paged_adamw_32bit": "adamw_torch_fused"}
 
-# Schedules that need an argument: its possible names, and an example value.
-SCHEDULER_NEEDS: dict[str, tuple[tuple[str, ...], str]] = {
-    "cosine_with_min_lr": (("min_lr", "min_lr_rate"), "1e-6"),
-    "warmup_stable_decay": (("num_decay_steps",), "10"),
-}
 # Most processes that load or prepare data: each takes 0.4 GB, and more are not faster.
 _PROCESSES, _PROCESSES_A_CPU = 16, 4
 # The smallest address space that a run may have. On a CPU a tiny model takes 2.3 GiB, torch 2.13.
@@ -31,11 +26,10 @@ def check_limits(config: Config, machine: Machine) -> None:
     """Refuse what this machine, or the installed packages, can't do - before anything heavy.
 
     Raises:
-        AttnimgError: an optimizer, a precision, a learning-rate schedule or a way of distribution
-            that would fail later or silently be something else.
+        AttnimgError: an optimizer, a precision or a way of distribution that would fail later or
+            silently be something else.
     """
     _check_optimizer(config, machine)
-    _check_scheduler(config)
     _check_processes(config)
     _check_address_space()
     _check_shared_memory(config)
@@ -146,45 +140,6 @@ def _check_shared_memory(config: Config) -> None:
             do="set dataloader_num_workers: 0, or start the container with --shm-size=1g",
             code="out-of-memory",
             key="dataloader_num_workers",
-        )
-
-
-def _check_scheduler(config: Config) -> None:
-    """Refuse a schedule whose arguments are missing or said twice."""
-    if config.cosine_min_lr_ratio is not None and config.lr_scheduler != "cosine":
-        raise AttnimgError(
-            f"cosine_min_lr_ratio contradicts lr_scheduler: {config.lr_scheduler}",
-            why="a lowest learning rate is a cosine's",
-            do="set lr_scheduler: cosine, or remove cosine_min_lr_ratio",
-            code="bad-value",
-            key="cosine_min_lr_ratio",
-        )
-    if config.warmup_steps is not None and config.warmup_ratio is not None:
-        raise AttnimgError(
-            "warmup_steps and warmup_ratio contradict each other",
-            why=f"found {config.warmup_steps} steps and a share of {config.warmup_ratio}",
-            do="keep warmup_steps or warmup_ratio",
-            code="bad-value",
-            key="warmup_ratio",
-        )
-    wanted, value = SCHEDULER_NEEDS.get(config.lr_scheduler, ((), ""))
-    if wanted and not set(wanted) & set(config.lr_scheduler_kwargs or {}):
-        raise AttnimgError(
-            f"lr_scheduler: {config.lr_scheduler} needs lr_scheduler_kwargs",
-            why=f"needed {' or '.join(wanted)}",
-            do=f"set lr_scheduler_kwargs: {{{wanted[0]}: {value}}}",
-            code="bad-value",
-            key="lr_scheduler_kwargs",
-        )
-    if config.lr_scheduler == "reduce_lr_on_plateau" and not (
-        config.val_set_size or config.test_datasets
-    ):
-        raise AttnimgError(
-            "lr_scheduler: reduce_lr_on_plateau needs something to evaluate on",
-            why="found val_set_size: 0 and no test_datasets",
-            do="set val_set_size: 0.05",
-            code="bad-value",
-            key="lr_scheduler",
         )
 
 

@@ -9,10 +9,10 @@ import math
 import warnings
 from typing import Any
 
+from attnimg.config.rules import SCHEDULER_NEEDS
 from attnimg.config.schema import Config
 from attnimg.errors import AttnimgError
 from attnimg.train.arguments import scheduler_of
-from attnimg.train.limits import SCHEDULER_NEEDS
 
 # Steps of the tried schedule where max_steps is not set.
 _STEPS = 100

@@ -6,7 +6,6 @@ import math
 from dataclasses import dataclass
 
 from attnimg.config.schema import Config, Strategy
-from attnimg.errors import AttnimgError
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,52 +27,6 @@ class Schedule:
     eval_steps: int | None
     save_strategy: Strategy
     save_steps: int | None
-
-
-def check_schedule(config: Config) -> None:
-    """Refuse keys that say two different things about when to evaluate or to save.
-
-    Raises:
-        AttnimgError: two keys contradict each other, or an evaluation has no data.
-    """
-    for verb, every, per_epoch, strategy in (
-        ("eval", config.eval_steps, config.evals_per_epoch, config.eval_strategy),
-        ("save", config.save_steps, config.saves_per_epoch, config.save_strategy),
-    ):
-        if every and per_epoch:
-            raise AttnimgError(
-                f"{verb}_steps and {verb}s_per_epoch contradict each other",
-                why=f"found {verb}_steps: {every} and {verb}s_per_epoch: {per_epoch}; one decides",
-                do=f"keep {verb}_steps or {verb}s_per_epoch",
-                code="bad-value",
-                key=f"{verb}_steps",
-            )
-        if (every or per_epoch) and strategy in ("no", "epoch"):
-            raise AttnimgError(
-                f"{verb}_strategy: {strategy} contradicts {verb}_steps or {verb}s_per_epoch",
-                why=f"a count of steps needs {verb}_strategy: steps, or none",
-                do=f"remove {verb}_strategy",
-                code="bad-value",
-                key=f"{verb}_strategy",
-            )
-    asked = [
-        key
-        for key, value in (
-            ("eval_steps", config.eval_steps),
-            ("evals_per_epoch", config.evals_per_epoch),
-            ("early_stopping_patience", config.early_stopping_patience),
-            ("eval_strategy", config.eval_strategy not in (None, "no")),
-        )
-        if value
-    ]
-    if asked and not config.val_set_size and not config.test_datasets:
-        raise AttnimgError(
-            f"{asked[0]} needs something to evaluate on",
-            why="found val_set_size: 0 and no test_datasets",
-            do=f"set val_set_size: 0.05, or remove {asked[0]}",
-            code="bad-value",
-            key=asked[0],
-        )
 
 
 def plan_steps(config: Config, *, rows: int, world: int, validation: bool) -> Schedule:

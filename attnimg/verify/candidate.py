@@ -10,15 +10,9 @@ from typing import NamedTuple
 
 import torch
 
+from attnimg.errors import exception_text
 from attnimg.facts import AttentionFunction, Backend, Figure, Geometry, Pattern, Reason
-from attnimg.verify.cases import Case, cases_of
-from attnimg.verify.checks import ORDER, Expected, Fault, check_values, expected
-from attnimg.verify.compiled import builds_plans, compiling_each_shape, few_shapes, is_compiled
-from attnimg.verify.dropout import check_dropout
-from attnimg.verify.exception_text import raised
-from attnimg.verify.inputs import Inputs, draw
-from attnimg.verify.noise import sum_noise
-from attnimg.verify.one_call import (
+from attnimg.verify.calls import (
     Result,
     backward,
     call,
@@ -27,11 +21,28 @@ from attnimg.verify.one_call import (
     reference,
     slope_of_scale,
 )
-from attnimg.verify.probe_sizes import Budget, budget_of
+from attnimg.verify.cases import Budget, Case, budget_of, cases_of
+from attnimg.verify.checks import (
+    ORDER,
+    Expected,
+    Fault,
+    check_isolated,
+    check_repeated,
+    check_values,
+    expected,
+)
+from attnimg.verify.inputs import Inputs, draw
 from attnimg.verify.process_state import leaks
-from attnimg.verify.repeated_calls import check_isolated, check_repeated
-from attnimg.verify.training_conditions import check_company
-from attnimg.verify.whole_row import check_whole_row
+from attnimg.verify.reference import sum_noise
+from attnimg.verify.training_conditions import (
+    builds_plans,
+    check_company,
+    check_dropout,
+    check_whole_row,
+    compiling_each_shape,
+    few_shapes,
+    is_compiled,
+)
 
 # The reference of a case serves every backend of a pattern that is proven in the same process.
 References = dict[tuple[Pattern, Case], Expected]
@@ -165,7 +176,7 @@ def _run_probes(
             if case.in_training:
                 raise
             # One that broke the GPU's context raises in the next probe as well.
-            raises.append(f"{case.name}: {raised(error)}")
+            raises.append(f"{case.name}: {exception_text(error)}")
             continue
         figures += found.figures
         reasons += found.reasons

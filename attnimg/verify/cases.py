@@ -9,19 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from attnimg.facts import Geometry
-from attnimg.verify.probe_sizes import (
-    Budget,
-    few_heads,
-    longest_of,
-    one_group,
-    rows_of,
-    short_window,
-    two_groups,
-    whole_row,
-)
+from attnimg.facts import Backend, Geometry
 
 Layout = Literal["fused", "heads-first", "tokens-first", "mixed"]
+
 # What the scores look like: spread around 0; all about -110, where exp() in float32 underflows
 # (pytorch#196678: NaN in dq); all about +190, where it overflows unless the largest is subtracted,
 # and some values of v too; about the size of the soft cap;
@@ -45,9 +36,12 @@ Scores = Literal[
 
 # Every length up to this one is shown to kernels that nobody here has read, and these beyond it.
 EVERY_LENGTH = 512
+
 _BEYOND = (600, 767, 768, 1000, 1023, 1024, 1025, 1536, 2047, 2048, 2049, 3001, 4095, 4096)
+
 # Up to so many tokens all rows of a probe are compared; see inputs.py.
 _WHOLE_ROW = 384
+
 # What the gradient of a mean over a row's tokens comes to, and what a scaled loss may. float16 has
 # 2e-5 between neighbours at the lower end, which is why its losses are scaled.
 _GRADIENTS = {
@@ -55,15 +49,20 @@ _GRADIENTS = {
     "bfloat16": (2.0**-26, 2.0**10),
     "float16": (2.0**-4, 2.0**4),
 }
+
 # A scale that a kernel may take for a mistake: models that normalize q and k have them.
 _ABOVE_1 = 3.0
+
 # 7 * 256 + 1 tokens together.
 _LADDER = (95, 96, 127, 128, 129, 160, 192, 255, 257, 354)
+
 # Lengths that kernels treat in ways of their own, each of them shown in each of four places. The
 # rows have 257, 256 and 511 tokens, so that their ends lie around those of tiles too.
 _IN_PLACES = ((64, 33, 128, 32), (17, 129, 2, 108), (65, 127, 256, 63))
+
 # Documents beside the longest one of a whole row, over and over.
 _MANY = (1, 17, 3, 64, 2, 33, 1, 5, 129, 9)
+
 # The same for all heads in a short row, more than 8 of them.
 _THIRTEEN = (19, 1, 46, 1, 2, 129, 5, 1, 31, 3, 7, 1, 17)
 
@@ -403,3 +402,98 @@ def _plain_case(geometry: Geometry, length: int) -> Case:
     return Case(
         name=f"{length} tokens", geometry=geometry, lengths=(length,), layout=layouts[length % 4]
     )
+
+
+# Scores of all heads in one call on a GPU, for kernels that do not store them: 32 heads of 32768
+# tokens.
+_COMPUTED = 1 << 35
+
+# Bytes of a GPU's memory for each score that plain attention holds: scores, softmax and weights and
+# the gradients of all three, in up to 4 bytes each, take 24.
+_BYTES_A_SCORE = 40
+
+# Bytes for each number in a whole row's q and v: drawing them holds 4 arrays in float64.
+_DRAWN = 4 * 8
+
+# Kernels that store all scores, besides those that get a mask for each pair of tokens.
+_HOLDING = frozenset({"sdpa_math", "s2"})
+
+# A sliding window longer than the short probes would show nothing there.
+_SHORT_WINDOW = 37
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Budget:
+    """The limits of the longest probes.
+
+    Attributes:
+        held: scores that plain attention holds at once, in a probe with few heads.
+        whole: scores of a call with all heads of the run.
+        drawn: bytes of the inputs that are drawn for such a call.
+    """
+
+    held: int
+    whole: int
+    drawn: int
+
+
+# 134 MB in float32. Time bounds the call with all heads: 32 heads of 829 tokens.
+CPU = Budget(held=1 << 25, whole=21 << 20, drawn=1 << 30)
+
+
+def budget_of(backend: Backend, *, memory_bytes: int | None) -> Budget:
+    """Return the budget of a backend's probes.
+
+    Args:
+        backend: some store all scores.
+        memory_bytes: of the GPU; None for a CPU.
+    """
+    if memory_bytes is None:
+        return CPU
+    held = memory_bytes // _BYTES_A_SCORE
+    holding = backend.mask in ("sdpa", "eager") or backend.name in _HOLDING
+    return Budget(held=held, whole=held if holding else _COMPUTED, drawn=memory_bytes // 4)
+
+
+def longest_of(geometry: Geometry, budget: Budget) -> int:
+    """Return the longest document that is probed: sequence_len, or what the budget allows."""
+    few = int((budget.held / few_heads(geometry).heads) ** 0.5)
+    return min(geometry.sequence_len, max(few, whole_row(geometry, budget)))
+
+
+def rows_of(geometry: Geometry, longest: int, budget: Budget) -> int:
+    """Return how many rows of that length are probed: the run's, or what the budget allows."""
+    held = int((budget.held / few_heads(geometry).heads) ** 0.5) // longest
+    return min(geometry.rows, held)
+
+
+def whole_row(geometry: Geometry, budget: Budget) -> int:
+    """Return the tokens of a probe with all heads: sequence_len, or what the budget allows."""
+    size = geometry.heads * (geometry.head_dim_qk + geometry.head_dim_v) * _DRAWN
+    tokens = min(int((budget.whole / geometry.heads) ** 0.5), budget.drawn // size)
+    return min(geometry.sequence_len, max(129, tokens))
+
+
+def two_groups(geometry: Geometry) -> Geometry:
+    """Keep two key heads and the number of query heads to each."""
+    kv_heads = min(geometry.kv_heads, 2)
+    heads = geometry.heads // geometry.kv_heads * kv_heads
+    return replace(geometry, heads=heads, kv_heads=kv_heads)
+
+
+def one_group(geometry: Geometry) -> Geometry:
+    """Keep one key head and all query heads to it."""
+    return replace(geometry, heads=geometry.heads // geometry.kv_heads, kv_heads=1)
+
+
+def few_heads(geometry: Geometry) -> Geometry:
+    """Keep one key head, and two query heads where the run has several to a key head."""
+    heads = min(geometry.heads // geometry.kv_heads, 2)
+    return replace(geometry, heads=heads, kv_heads=1)
+
+
+def short_window(geometry: Geometry) -> Geometry:
+    """Shorten a window, so that short documents outgrow it."""
+    if geometry.window is None or geometry.window <= _SHORT_WINDOW:
+        return geometry
+    return replace(geometry, window=_SHORT_WINDOW)

@@ -16,51 +16,60 @@ in place of exp and for rescaling block by block: kernels that do all of that co
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from attnimg.facts import Backend, DType, Figure, Reason
+from attnimg.verify.calls import Result
 from attnimg.verify.cases import Case, Scores
 from attnimg.verify.inputs import Inputs
-from attnimg.verify.noise import rounding_of_output
-from attnimg.verify.one_call import Result
+from attnimg.verify.reference import beyond_a_flip, rounding_of_output
 
 # Allowed besides a multiple of plain attention's own error, as a share of the largest value: a few
 # units in the last place, for where plain attention happens to be exact. In float32 more, since
 # torch 2.13's CPU kernel has an exp() of its own and is 7e-6 off in dk (seen 2026-11-21).
 ATOL = {"float32": 2e-5, "float16": 1e-3, "bfloat16": 8e-3}
+
 # And for gradients where scores are in the hundreds: a flash kernel's backward goes by the
 # log-sum-exp in float32, which has 8e-6 to 3e-5 between neighbours there. torch 2.13's CPU kernel
 # is 4e-4 off in dq (seen 2026-11-21), plain attention 4e-5. Scores of -900 have 6e-5 between
 # neighbours, and all of k is long there: torch's kernel is 9e-3 off where the scale is no power of
 # 2, such as with head_dim 32 (seen 2026-11-27).
 ATOL_SHIFTED = {"negative": 1e-3, "large": 1e-3, "hundreds": 1e-3, "below-hundreds": 2e-2}
+
 # flash-attn's own bound for the gradients of its CK kernels, on AMD's GPUs.
 # Source: flash-attention 2.8.3.post2, tests/test_flash_attn_ck.py (2026-11-21).
 K_BACKWARD_CK = 10.0
+
 # How far a quantity as a whole may be from 1 times the reference, besides a multiple of plain
 # attention's own: rounding averages out there, and a wrong factor does not. Ours (2026-11-25);
 # torch 2.13's CPU kernels stay below a sixth of it, plain attention below half.
 GAIN = {"float32": 1e-4, "float16": 3e-3, "bfloat16": 1e-2}
+
 # The same for dv where the terms of its sums have the same sign. Kernels that add them up in
 # float32 are up to 0.0011 off in bfloat16; sums in bfloat16 are 0.008 to 0.012 off where they are
 # rounded after every 16 of 512 to 829 rows, and 0.002 to 0.006 after every 32. Not for dk: a right
 # kernel was 0.005 off (torch 2.13's on a CPU, head_dim 128). Ours (2026-11-27).
 GAIN_ALIKE = GAIN | {"bfloat16": 5e-3}
+
 # Up to so many tokens plain attention's own error in dq and dk is a draw of few numbers; see
 # noise.rounding_of_output. A right kernel with 3 tokens in float16 was 1.1 times what that allowed
 # (benchmarks/proof_noise.py, 2026-11-27).
 SHORT = 16
+
 # The same for the scale of the scores, which a kernel may round to the run's precision; the gain of
 # the output hardly shows it. Ours (2026-11-27).
 SCALE = {"float32": 1e-4, "float16": 3e-3, "bfloat16": 7e-3}
+
 # Over fewer values rounding does not average out.
 GAIN_VALUES = 4096
+
 # Values up to so many times the allowed error off are taken for noise until they are seen again.
 NEAR = 2.0
+
 # Told first, as what lies at the root of the others.
 ORDER = (
     "import-error",
@@ -336,3 +345,94 @@ def gain_of(found: Tensor, exact: Tensor) -> float:
 def largest(value: Tensor) -> float:
     """Give the largest absolute value; 0 where there is none."""
     return value.abs().max().item() if value.numel() else 0.0
+
+
+# A kernel may be noisier than float32 sums are, such as one with sums in bfloat16: how far repeats
+# of one call are apart, as a multiple of the bound, holds for other calls up to this factor.
+BEYOND_SEEN = 2.0
+
+
+def check_repeated(
+    case: Case, *, first: Result, second: Result, gradients_too: bool
+) -> Iterator[Fault]:
+    """Compare two calls with the same inputs, bit by bit."""
+    if not torch.equal(first.out, second.out):
+        text = f"{case.name}: the same inputs gave outputs {_apart(first.out, second.out)} apart"
+        yield _fault("nondeterministic", text)
+    for name, gradient in first.gradients.items():
+        other = second.gradients[name]
+        if not gradients_too or gradient is None or other is None:
+            continue
+        if not torch.equal(gradient, other):
+            text = f"{case.name}: the same inputs gave {name} {_apart(gradient, other)} apart"
+            yield _fault("nondeterministic", text)
+
+
+def check_isolated(
+    case: Case,
+    *,
+    before: Sequence[Result],
+    after: Sequence[Result],
+    kept: Tensor,
+    noise: dict[str, Tensor],
+) -> Iterator[Fault]:
+    """Require that tokens of other documents kept their outputs and gradients.
+
+    Args:
+        case: the probe.
+        before: the results of one call made at least twice, before some documents' q, k and v were
+            changed.
+        after: the results of one call made after that, one or more.
+        kept: the tokens of the other documents, bool, (B, T).
+        noise: noise.sum_noise of the call before.
+    """
+    if not torch.equal(before[0].out[kept], after[0].out[kept]):
+        shift = _apart(before[0].out[kept], after[0].out[kept])
+        text = f"{case.name}: changing one document moved the output of others by {shift}"
+        yield _fault("packing-not-isolated", text)
+    for name, bound_BTHD in noise.items():
+        one, *same = _kept(before, name, kept)
+        other, *same_after = _kept(after, name, kept)
+        if one is None or other is None or torch.equal(one, other):
+            continue
+        again = [(one, x) for x in same] + [(other, x) for x in same_after]
+        repeats = all(x is not None and torch.equal(x, reference) for reference, x in again)
+        bound = bound_BTHD[kept].double()
+        seen = max(_multiple(reference, x, bound) for reference, x in again if x is not None)
+        allowed = max(1.0, BEYOND_SEEN * seen)
+        # `not <=` also holds for NaN.
+        if repeats or not _multiple(one, other, bound) <= allowed:
+            moved, by_itself = _apart(one, other), "does not move"
+            if not repeats:
+                excess = largest(beyond_a_flip(one, other))
+                by_itself = (
+                    f"moves by one rounding and a float32 sum's order, not {excess:.1e} more"
+                )
+            text = (
+                f"{case.name}: changing one document moved {name} of others by {moved}"
+                f" (by itself it {by_itself})"
+            )
+            yield _fault("packing-not-isolated", text)
+
+
+def _kept(results: Sequence[Result], name: str, kept: Tensor) -> list[Tensor | None]:
+    """Return a gradient at the kept tokens, (tokens, heads, D), for each result."""
+    found = (result.gradients[name] for result in results)
+    return [None if x is None else x.transpose(1, 2)[kept] for x in found]
+
+
+def _multiple(one: Tensor, other: Tensor, bound: Tensor) -> float:
+    """Return by how many times the bound two gradients differ at worst, one flip left out."""
+    if torch.equal(one, other):
+        return 0.0
+    excess = beyond_a_flip(one, other)
+    # 0 / 0 where nothing may move and nothing does; NaN of a gradient stays.
+    return largest(torch.where(excess == 0, 0.0, excess / bound))
+
+
+def _apart(one: Tensor, other: Tensor) -> str:
+    return f"{largest(one.double() - other.double()):.1e}"
+
+
+def _fault(code: str, text: str) -> Fault:
+    return Fault(reason=Reason(code=code, text=text), noise_sensitive=True)

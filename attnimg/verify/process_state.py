@@ -35,21 +35,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from attnimg.errors import signal_name
 from attnimg.facts import Reason
-from attnimg.verify.exception_text import signal_name
 from attnimg.verify.torch_settings import Functions, torch_settings
 
 # Calls of a round, and rounds. A cache of the last calls is full by then, after hundreds of probes.
 CALLS, ROUNDS = 6, 3
+
 # Growth of memory in a round that counts as a leak, as a share of the bytes that the calls return.
 # The allocator's own growth is smaller.
 _LEAK_SHARE = 0.1
+
 # The least growth of a round that counts. glibc's allocator takes and returns memory in such steps.
 _LEAK_BYTES = 64 << 10
+
 # How many more files, threads or children than after the first probe are allowed: compilers start
 # pools of them.
 MAX_MORE = 128
+
 # Prefixes of variables that other software than a kernel's own library reads.
 _READ_BY_OTHERS = (
     "ACCELERATE_", "ATTNIMG_", "CUBLAS_WORKSPACE_CONFIG", "CUDA_DEVICE_ORDER",
@@ -60,10 +65,13 @@ _READ_BY_OTHERS = (
     "PYTORCH_", "RANK", "ROCR_VISIBLE_DEVICES", "TMPDIR", "TORCH_ALLOW_TF32", "TOKENIZERS_",
     "TRANSFORMERS_", "TZ", "WANDB_", "WORLD_SIZE", "http_proxy", "https_proxy",
 )  # fmt: skip
+
 # Set by torch itself, when it first compiles or uses a GPU.
 _SET_BY_TORCH = frozenset({"PYTORCH_NVML_BASED_CUDA_CHECK"})
+
 # OpenMP binds the main thread to some CPUs when it first starts others.
 _BINDING = ("OMP_PROC_BIND", "OMP_PLACES", "GOMP_CPU_AFFINITY", "KMP_AFFINITY")
+
 _LIMITS = [value for name, value in vars(resource).items() if name.startswith("RLIMIT_")]
 
 
@@ -298,3 +306,68 @@ def _measured() -> dict[str, int]:
 
 def _is_short(value: Any) -> bool:
     return len(str(value)) <= 80
+
+
+# The CPU's generator is a Mersenne Twister: it makes this many words at a time.
+_BLOCK = 624
+
+# Blocks that a call without dropout may have drawn on the CPU: 640 000 numbers, far more than a
+# kernel that draws a seed or a rotation takes.
+_BLOCKS = 1024
+
+# Where these words lie in the generator's state, 8 bytes each. Source: torch 2.13.0,
+# aten/src/ATen/CPUGeneratorImpl.cpp, CPUGeneratorImplStateLegacy: seed, left and seeded, next,
+# state[624] (2026-11-26).
+_WORDS = slice(3 * 8, (3 + _BLOCK) * 8)
+
+
+def states_after_draw(device: torch.device) -> dict[str, Tensor]:
+    """Return the states of the generators after a draw, so that seeding again changes them."""
+    torch.rand(())
+    if device.type == "cuda":
+        torch.rand((), device=device)
+    return _states(device)
+
+
+def is_rewound(before: dict[str, Tensor], device: torch.device) -> bool:
+    """Return whether a call seeded a generator or set it to an earlier state.
+
+    Drawing is allowed: some kernels reserve numbers, or draw a seed of their own.
+    """
+    after = _states(device)
+    if not _is_ahead(before["cpu"], after["cpu"]):
+        return True
+    if "cuda" not in before:
+        return False
+    # A seed and an offset.
+    (seed, offset), (seed_after, offset_after) = (
+        states["cuda"].view(torch.int64).tolist() for states in (before, after)
+    )
+    return bool(seed != seed_after or offset_after < offset)
+
+
+def _is_ahead(before: Tensor, after: Tensor) -> bool:
+    """Return whether draws alone lead from one state of the CPU's generator to another."""
+    if torch.equal(before, after):
+        return True
+    replay = torch.Generator()
+    replay.set_state(before)
+    for _ in range(_BLOCKS):
+        if torch.equal(replay.get_state()[_WORDS], after[_WORDS]):
+            # The same block: as many words or fewer are left.
+            return _left(after) <= _left(replay.get_state())
+        # One word each.
+        torch.rand(_left(replay.get_state()), generator=replay)
+    return False
+
+
+def _left(state: Tensor) -> int:
+    """Return how many words of its block a CPU generator has left, 1 to 624."""
+    return int(state[8:12].view(torch.int32).item())
+
+
+def _states(device: torch.device) -> dict[str, Tensor]:
+    states = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    return states

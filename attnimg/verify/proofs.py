@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from pathlib import Path
 
@@ -11,10 +14,19 @@ from attnimg.backends import variables_that_choose
 from attnimg.backends._hub_kernels import hub_folder
 from attnimg.content_hashes import ContentHashes, cache_folder
 from attnimg.context import context_of
-from attnimg.facts import Backend, Machine, Problem, Proof
-from attnimg.verify import cache
-from attnimg.verify.geometry import geometries_of, has_dense_entry, local_kernel_of
-from attnimg.verify.runner import Candidate, run
+from attnimg.facts import (
+    Backend,
+    Geometry,
+    LayerGroup,
+    LocalKernel,
+    Machine,
+    Problem,
+    Proof,
+    RunContext,
+)
+from attnimg.files import read_private, write_private
+from attnimg.select.judge import with_effective_windows
+from attnimg.verify.runner import Candidate, proof_from_json, run
 
 # Of these a proof depends besides the packages of the backend itself.
 _LIBRARIES = ("torch", "transformers", "kernels", "triton")
@@ -73,7 +85,7 @@ def prove(
     proofs: dict[int, Proof] = {}
     for place, key in enumerate(keys):
         if folder is not None and key is not None:
-            kept = cache.read(folder, key, backend=backends[place], say=say)
+            kept = read(folder, key, backend=backends[place], say=say)
             if kept is not None:
                 proofs[place] = kept
     missing = [place for place in range(len(backends)) if place not in proofs]
@@ -87,7 +99,7 @@ def prove(
             for place in missing:
                 key = after[place]
                 if key is not None and keys[place] in (None, key):
-                    cache.write(folder, key, proofs[place], say=say)
+                    write(folder, key, proofs[place], say=say)
     return [proofs[place] for place in range(len(backends))]
 
 
@@ -108,7 +120,7 @@ def _keys(
             keys.append(None)
             continue
         keys.append(
-            cache.key_of(
+            key_of(
                 candidate,
                 machine=setting.machine,
                 versions=_versions(backend),
@@ -188,3 +200,153 @@ def _version(name: str) -> str:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
         return ""
+
+
+_TRANSIENT = frozenset({"timeout", "crash", "oom", "import-error"})
+
+# A proof has one figure for each quantity and a few lines of reasons.
+_PROOF_BYTES = 1 << 20
+
+
+def key_of(
+    candidate: Candidate,
+    *,
+    machine: Machine,
+    versions: Mapping[str, str],
+    content: Mapping[str, str],
+    variables: Mapping[str, str],
+) -> str:
+    """Hash all that a proof depends on.
+
+    Args:
+        candidate: the backend and its geometries.
+        machine: where it runs.
+        versions: of torch, transformers and all else that takes part.
+        content: hashes of the files that compute the attention, by their kind.
+        variables: those that are set and choose among a package's kernels.
+    """
+    parts = {
+        "candidate": asdict(candidate),
+        "gpu": [machine.gpu, machine.arch.name, machine.driver],
+        "versions": dict(sorted(versions.items())),
+        "content": dict(sorted(content.items())),
+        "variables": dict(sorted(variables.items())),
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def read(folder: Path, key: str, *, backend: Backend, say: Callable[[str], None]) -> Proof | None:
+    """Read a proof; None when there is none, or when it is not valid, which is printed."""
+    path = folder / f"{key}.json"
+    try:
+        kept = json.loads(read_private(path, at_most=_PROOF_BYTES))
+        proof = proof_from_json(kept["proof"])
+        if kept["key"] != key or proof.backend != backend.name:
+            raise ValueError("it was made for another key or backend")
+        _require_valid(proof, has_bounds=backend.k_forward is not None)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        say(f"note: {path} is not used, as {error.strerror or error}; proving again")
+        return None
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        say(f"note: {path} is damaged; proving again")
+        return None
+    return replace(proof, cached=True)
+
+
+def write(folder: Path, key: str, proof: Proof, *, say: Callable[[str], None]) -> None:
+    """Write a proof whole or not at all. A folder that can't be written to only costs time."""
+    if any(reason.code in _TRANSIENT for reason in proof.reasons):
+        return
+    text = json.dumps({"key": key, "proof": asdict(proof)})
+    try:
+        write_private(folder / f"{key}.json", text.encode())
+    except OSError as error:
+        say(f"note: the proof could not be kept in {folder}: {error.strerror or error}")
+
+
+def _require_valid(proof: Proof, *, has_bounds: bool) -> None:
+    """Raise unless a proof has values of the right types, and figures within their bounds.
+
+    Args:
+        proof: what was read.
+        has_bounds: whether the backend has a bound for each figure; a quantizing one has none for
+            gradients.
+
+    Raises:
+        ValueError, TypeError: this code did not write it.
+    """
+    for number in (proof.cases, proof.longest):
+        if type(number) is not int or number < 0:
+            raise ValueError(f"found {number!r}, needed a count")
+    texts = [proof.note, *(figure.quantity for figure in proof.figures)]
+    texts += [figure.case for figure in proof.figures]
+    texts += [text for reason in proof.reasons for text in (reason.code, reason.text)]
+    if not all(isinstance(text, str) for text in texts) or not math.isfinite(proof.seconds):
+        raise TypeError("found a value of another type")
+    if proof.reasons:
+        return
+    if not proof.figures or not proof.cases:
+        raise ValueError("found a proof without cases or figures")
+    for figure in proof.figures:
+        within = figure.error <= figure.allowed  # False for NaN
+        if not within or (has_bounds and not math.isfinite(figure.allowed)):
+            raise ValueError(f"{figure.quantity} is beyond its bound")
+
+
+# What is proven when the model's config is not at hand: grouped heads of the most frequent size.
+UNKNOWN_MODEL = (LayerGroup(count=1, heads=8, kv_heads=2, head_dim_qk=64, head_dim_v=64),)
+
+# Short runs on a CPU are no reason to prove on less than a few tiles.
+SHORTEST_ROW = 64
+
+
+def geometries_of(
+    problem: Problem, context: RunContext, *, dense: bool, deterministic: bool, every_length: bool
+) -> tuple[Geometry, ...]:
+    """List the distinct geometries of a run.
+
+    Args:
+        problem: what the run has to do; its layers and its dropout count.
+        context: how the run calls its model.
+        dense: whether rows of one document are to be proven as well.
+        deterministic: whether gradients must repeat bit for bit.
+        every_length: whether documents of each length are to be shown.
+    """
+    model = with_effective_windows(problem).model
+    layers: Sequence[LayerGroup] = model.layers if model else ()
+    found = (
+        Geometry(
+            heads=layer.heads,
+            kv_heads=layer.kv_heads,
+            head_dim_qk=layer.head_dim_qk,
+            head_dim_v=layer.head_dim_v,
+            window=layer.window,
+            softcap=layer.softcap,
+            sinks=layer.sinks,
+            dtype=context.dtype,
+            packing=context.packing,
+            dropout=problem.dropout,
+            sequence_len=max(context.sequence_len or 0, SHORTEST_ROW),
+            dense=dense,
+            deterministic=deterministic,
+            rows=context.rows,
+            autocast=context.autocast is not None,
+            every_length=every_length,
+        )
+        for layer in layers or UNKNOWN_MODEL
+    )
+    return tuple(dict.fromkeys(found))
+
+
+def local_kernel_of(backend: Backend, machine: Machine) -> LocalKernel | None:
+    """Find the folder that LOCAL_KERNELS serves for a backend."""
+    repo = (backend.hub_repo or "").partition("@")[0].partition(":")[0]
+    return next((kernel for kernel in machine.local_kernels if kernel.repo == repo), None)
+
+
+def has_dense_entry(backend: Backend, machine: Machine) -> bool:
+    """Tell whether a backend takes rows of one document: some kernels have a varlen entry alone."""
+    local = local_kernel_of(backend, machine)
+    return local is None or local.exports is None or "flash_attn_func" in local.exports

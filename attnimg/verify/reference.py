@@ -11,6 +11,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from attnimg.verify.cases import Case
+from attnimg.verify.inputs import Inputs
+
 
 def attend(
     q: Tensor,
@@ -85,3 +88,162 @@ def visible_keys(documents: Tensor, *, places: Tensor, window: int | None) -> Te
     of_query = documents[:, places, None]
     same_BTS = (of_query == documents[:, None, :]) & (of_query >= 0)
     return (seen_TS & same_BTS)[:, None]
+
+
+def shifted_keys(documents: Tensor, *, heads: int) -> Tensor:
+    """Tell which keys each query sees.
+
+    A row is four groups, filled up at its end to whole half groups. The first half of the heads
+    attends causally within groups. The others do the same after tokens were rolled back by half a
+    group, which brings the row's first tokens to its end: there they see no token that stands
+    after them in the row. Source: LongLoRA, llama_attn_replace.py: group_size_ratio, `shift` in
+    forward_noflashattn for the roll, cu_q_lens in forward_flashattn for the row's two ends
+    (github.com/dvlab-research/LongLoRA, 03ac8a5, read 2026-11-21).
+
+    Args:
+        documents: 0 for a token, below 0 for padding, int, (B, S).
+        heads: H.
+
+    Returns:
+        Bool, (B, H, T, S), with as many queries as keys.
+    """
+    n_tokens = documents.shape[1]
+    n_filled = -(-n_tokens // 8) * 8
+    group = n_filled // 4
+    place = torch.arange(n_filled, device=documents.device)
+    masks = []
+    for head in range(heads):
+        roll = group // 2 if head >= heads // 2 else 0
+        order = place.roll(-roll)  # which token stands at each place
+        stands = torch.empty_like(place)
+        stands[order] = place
+        same_group = stands[:, None] // group == stands[None, :] // group
+        behind = (stands[:, None] >= stands[None, :]) & (place[:, None] >= place[None, :])
+        masks.append((same_group & behind)[:n_tokens, :n_tokens])
+    of_token = documents >= 0
+    return torch.stack(masks)[None] & (of_token[:, None, :, None] & of_token[:, None, None, :])
+
+
+TILE = 16
+
+# Half of the spacing of float32 at 1.
+UNIT = 2.0**-24
+
+# Standard deviations that a sum of roundings stays within: 6 leave 2e-9 beyond, and a proof looks
+# at some 1e6 elements.
+DEVIATIONS = 6.0
+
+
+def sum_noise(case: Case, inputs: Inputs) -> dict[str, Tensor]:
+    """Bound what the order of a sum moves: 2 * n * u * A, (B, T, heads, D), float32.
+
+    Args:
+        case: a packed probe, short enough for all its rows to be compared.
+        inputs: its tensors.
+    """
+    q, k, v, scores, weights = _attention(case, inputs)
+    group = inputs.q.shape[1] // inputs.k.shape[1]
+    d_out = inputs.d_out.float().transpose(1, 2)
+    out = weights @ v
+    (d_scores,) = torch.autograd.grad(out, scores, d_out)
+    weights, out = weights.detach(), out.detach()
+    rounding = torch.finfo(inputs.q.dtype).eps + v.shape[-1] * UNIT
+    both = d_out.abs() @ v.abs().transpose(-1, -2) + (d_out * out).abs().sum(-1, keepdim=True)
+    d_scores = (d_scores.abs() + weights * rounding * both) * inputs.scale
+    sizes = {
+        "dq": d_scores @ k.abs(),
+        "dk": d_scores.transpose(-1, -2) @ q.abs(),
+        "dv": weights.transpose(-1, -2) @ d_out.abs(),
+    }
+    # A document may begin within a block: one more.
+    blocks = -(-max(case.lengths) // TILE) + 1
+    for name in ("dk", "dv"):
+        sizes[name] = sizes[name].unflatten(1, (-1, group)).sum(2)
+    terms = {"dq": blocks, "dk": blocks * group, "dv": blocks * group}
+    return {name: 2 * terms[name] * UNIT * size.transpose(1, 2) for name, size in sizes.items()}
+
+
+def rounding_of_output(case: Case, inputs: Inputs) -> dict[str, float]:
+    """Bound what the rounding of the output moves dq and dk by: largest element of each.
+
+    A flash kernel forms the gradient of the scores as P * (d_out v - d_out out) from the output
+    that it stored, in the precision of the run. Rounding moves each value of it by at most u times
+    the value, with u half the spacing at 1, and by u / sqrt(3) times it as a standard deviation.
+    The roundings of a row are taken to be independent, so that d_out out is off by at most
+    DEVIATIONS * u / sqrt(3) * |d_out * out|, the norm over the head size. Source of the model:
+    Higham and Mary, A New Approach to Probabilistic Rounding Error Analysis, SIAM J. Sci. Comput.
+    41(5), 2019. Plain attention stores no such output. In a call of few tokens none of its other
+    roundings need be as large, so that its own error is no measure there.
+
+    Args:
+        case: a probe of as many queries as keys.
+        inputs: its tensors.
+    """
+    q, k, v, _, weights = _attention(case, inputs)
+    return rounding_through(
+        q,
+        k,
+        v,
+        weights.detach(),
+        d_out=inputs.d_out.float().transpose(1, 2),
+        scale=inputs.scale,
+        unit=torch.finfo(inputs.q.dtype).eps / 2,
+        group=inputs.q.shape[1] // inputs.k.shape[1],
+    )
+
+
+def rounding_through(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    weights: Tensor,
+    *,
+    d_out: Tensor,
+    scale: float,
+    unit: float,
+    group: int,
+) -> dict[str, float]:
+    """Return bounds on the change of dq and dk by rounding the output; see rounding_of_output.
+
+    Args:
+        q: (..., H, T, D), as wide as d_out.
+        k: of each query head, (..., H, S, D).
+        v: of each query head, (..., H, S, E).
+        weights: of the attention, (..., H, T, S).
+        d_out: (..., H, T, E).
+        scale: factor on q @ k.
+        unit: half of the spacing at 1 in the precision of the output.
+        group: query heads to a key head.
+    """
+    products = d_out * (weights @ v)
+    off = DEVIATIONS * unit / 3**0.5 * products.square().sum(-1, keepdim=True).sqrt()
+    off_scores = weights * off * scale
+    dk = off_scores.transpose(-1, -2) @ q.abs()
+    dk = dk.unflatten(-3, (-1, group)).sum(-3)
+    return {"dq": (off_scores @ k.abs()).max().item(), "dk": dk.max().item()}
+
+
+def _attention(case: Case, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return q, k and v of each query head, the scores with a graph, and the weights, float32."""
+    group = inputs.q.shape[1] // inputs.k.shape[1]
+    q, k, v = (x.detach().float() for x in (inputs.q, inputs.k, inputs.v))
+    k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))
+    places = torch.arange(q.shape[2], device=q.device)
+    scores = (q @ k.transpose(-1, -2) * inputs.scale).requires_grad_()
+    weights = attention_weights(
+        scores,
+        visible=visible_keys(inputs.documents, places=places, window=case.geometry.window),
+        softcap=case.geometry.softcap,
+        sinks=None if inputs.sinks is None else inputs.sinks.detach().float(),
+    )
+    return q, k, v, scores, weights
+
+
+def beyond_a_flip(one: Tensor, other: Tensor) -> Tensor:
+    """Return by how much two roundings differ beyond one unit in the last place, float64."""
+    kind = torch.finfo(one.dtype)
+    wide, other_wide = one.double(), other.double()
+    _, exponent = torch.frexp(torch.maximum(wide.abs(), other_wide.abs()))
+    # frexp's mantissa is below 1.
+    ulp = torch.ldexp(torch.full_like(wide, kind.eps), exponent - 1).clamp_min(kind.eps * kind.tiny)
+    return ((wide - other_wide).abs() - ulp).clamp_min(0.0)

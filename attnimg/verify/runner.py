@@ -17,34 +17,38 @@ import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
-from typing import IO, Any
+from pathlib import Path
+from typing import IO, Any, NamedTuple
 
 from attnimg.backends import backend_named
+from attnimg.errors import signal_name
 from attnimg.facts import Figure, Geometry, Proof, Reason
-from attnimg.verify.compiled import is_compiled
-from attnimg.verify.exception_text import signal_name
-from attnimg.verify.marked_processes import MARK, processes_with
-from attnimg.verify.watchdog import LOOK_EVERY_S, Patience
+from attnimg.verify.training_conditions import is_compiled
 
 # Seconds that one candidate may compute and sleep. On a GPU some kernels are compiled in their
 # first call.
 TIMEOUT_S = {"cpu": 60.0, "cuda": 300.0}
+
 # The same besides, where torch.compile makes a kernel for each kind of call: some 60 graphs, each
 # forward and backward. Ours: on an H200, beside compilers, 153 s were too few (docs/gpu-runs.md,
 # 2026-11-26).
 COMPILING_S = 600.0
+
 # The same until the child has imported torch and transformers.
 IMPORT_TIMEOUT_S = 180.0
+
 # Seconds in all, on a machine so busy that the child hardly gets a CPU, or where it was stopped.
 WALL_S = 900.0
+
 # What a child may allocate besides what its imports take: the longest probe on a CPU holds some ten
 # arrays of shown.CPU.held scores. On a GPU its probes follow its memory, of which a tenth is left.
 MEMORY_BYTES = {"cpu": 6 << 30, "cuda": 1 << 40}
 
-
 # Bytes that a child may print (into a temporary file), and of the longest line that it reports.
 OUTPUT_BYTES = 64 << 20
+
 _LINE_BYTES = 1 << 20
 
 
@@ -284,3 +288,125 @@ def proof_from_json(values: dict[str, Any]) -> Proof:
     reasons = tuple(Reason(**reason) for reason in values["reasons"])
     figures = tuple(Figure(**figure) for figure in values["figures"])
     return Proof(**{**values, "reasons": reasons, "figures": figures})
+
+
+# How often the child is looked at.
+LOOK_EVERY_S = 0.1
+
+# A look that comes later says nothing of the time before: this process was stopped or starved.
+LONGEST_LOOK_S = 1.0
+
+# States of threads in /proc/PID/stat that are no sleep: they have a CPU or wait for one, for the
+# disk, or for whoever stopped them. Source: proc_pid_stat(5), man-pages 6.9 (2026-11-25).
+_AWAKE = frozenset("RDTt")
+
+
+class Usage(NamedTuple):
+    """What a process and all that it started have done so far."""
+
+    cpu_s: float
+    asleep: bool
+
+
+class Patience:
+    """A clock that is set anew for each candidate.
+
+    Args:
+        pid: the child.
+        limit_s: seconds of computing and sleeping that it may take.
+        wall_s: seconds that it may take in all, the wait for a CPU included.
+    """
+
+    def __init__(self, pid: int, *, limit_s: float, wall_s: float) -> None:
+        self.pid = pid
+        self.restart(limit_s=limit_s, wall_s=wall_s)
+
+    def restart(self, *, limit_s: float, wall_s: float) -> None:
+        """Begin anew, with other limits."""
+        self.limit_s, self.wall_s = limit_s, wall_s
+        self.own_s = self.passed_s = 0.0
+        self._looked = time.monotonic()
+        self._cpu_s = usage_of(self.pid).cpu_s
+
+    def spent(self) -> bool:
+        """Look at the child, unless that was done just now; tell whether a limit is passed."""
+        since = time.monotonic() - self._looked
+        if since >= LOOK_EVERY_S:
+            usage = usage_of(self.pid)
+            since = min(since, LONGEST_LOOK_S)
+            self.passed_s += since
+            self.own_s += own_time(since, cpu_s=usage.cpu_s - self._cpu_s, asleep=usage.asleep)
+            self._looked, self._cpu_s = time.monotonic(), usage.cpu_s
+        return self.own_s >= self.limit_s or self.passed_s >= self.wall_s
+
+    def sentence(self) -> str:
+        """Say which limit was passed."""
+        if self.own_s >= self.limit_s:
+            return f"still running after {self.limit_s:g} s"
+        return f"still running after {self.wall_s:g} s, {self.own_s:.0f} s of them with a CPU"
+
+
+def own_time(since: float, *, cpu_s: float, asleep: bool) -> float:
+    """Give how much of a stretch of time a process answers for itself.
+
+    Args:
+        since: seconds of wall time.
+        cpu_s: seconds of CPU time in it, of all threads.
+        asleep: whether none of its threads wanted a CPU at the end.
+    """
+    return since if asleep else min(since, max(cpu_s, 0.0))
+
+
+def usage_of(pid: int) -> Usage:
+    """Add up the CPU time of a process and its descendants, and see whether any is awake."""
+    ticks, awake = 0, False
+    for process in _tree(Path("/proc") / str(pid)):
+        # What ends meanwhile has no files any more.
+        with contextlib.suppress(OSError):
+            fields = _fields(process)
+            # utime, stime, and the same of the children that were waited for.
+            ticks += sum(map(int, fields[11:15]))
+            awake = awake or any(_fields(task)[0] in _AWAKE for task in process.glob("task/*"))
+    return Usage(cpu_s=ticks / os.sysconf("SC_CLK_TCK"), asleep=not awake)
+
+
+def _tree(process: Path) -> Iterator[Path]:
+    yield process
+    for listed in process.glob("task/*/children"):
+        with contextlib.suppress(OSError):
+            for pid in listed.read_text(encoding="ascii").split():
+                yield from _tree(process.parent / pid)
+
+
+def _fields(process: Path) -> list[str]:
+    """Split a stat file behind the name, which may hold spaces and brackets: state comes first."""
+    return (
+        (process / "stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+    )
+
+
+MARK = "ATTNIMG_PROOF"
+
+
+def processes_with(mark: str) -> Iterator[Path]:
+    """Yield the folders in /proc of the processes that were started with a mark."""
+    entry = f"{MARK}={mark}".encode()
+    for process in Path("/proc").glob("[0-9]*"):
+        # The process may be another user's, or may have ended.
+        with suppress(OSError):
+            if entry in (process / "environ").read_bytes().split(b"\0"):
+                yield process
+
+
+def count_forks() -> int:
+    """Return how many forks of this process run: other processes with its mark and command."""
+    mark = os.environ.get(MARK)
+    if mark is None:
+        return 0
+    own = Path("/proc/self/cmdline").read_bytes()
+    found = 0
+    for process in processes_with(mark):
+        with suppress(OSError):
+            alike = (process / "cmdline").read_bytes() == own
+            found += alike and int(process.name) != os.getpid()
+    return found

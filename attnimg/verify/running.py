@@ -19,7 +19,15 @@ from attnimg.backends._arguments import Call, read_call
 from attnimg.backends._capture import CapturedCall, call_again
 from attnimg.errors import AttnimgError
 from attnimg.facts import Backend, CallCheck, DType, Figure, Reason, RunContext
-from attnimg.verify.blocks import BlockReference, Span, span_reference
+from attnimg.verify.blocks import (
+    BlockReference,
+    NotComparable,
+    Span,
+    closed_part,
+    span_reference,
+    spans_of_arguments,
+    spans_of_mask,
+)
 from attnimg.verify.cases import Scores
 from attnimg.verify.checks import (
     GAIN,
@@ -32,9 +40,7 @@ from attnimg.verify.checks import (
     largest,
     with_bounds_here,
 )
-from attnimg.verify.noise import UNIT, rounding_through
-from attnimg.verify.reference import attention_weights
-from attnimg.verify.spans import NotComparable, closed_part, spans_of_arguments, spans_of_mask
+from attnimg.verify.reference import UNIT, attention_weights, rounding_through
 
 # Bytes that the results of both references and their differences may take, and tiles of scores.
 RESULT_BYTES, TILE_BYTES = 128 << 20, 96 << 20

@@ -21,7 +21,7 @@ from typing import Any, TextIO
 from attnimg.backends import backend_named
 from attnimg.errors import AttnimgError
 from attnimg.facts import Geometry, Proof, Reason
-from attnimg.verify.probe_sizes import longest_of, whole_row
+from attnimg.verify.cases import longest_of, whole_row
 
 
 def main() -> None:
@@ -60,9 +60,13 @@ def prove_candidate(
     from attnimg.backends._fp8 import restore_flash_kernel
     from attnimg.verify.candidate import budget_here, merge, prove_geometry, repeat_calls
     from attnimg.verify.checks import with_bounds_here
-    from attnimg.verify.marked_processes import count_forks
-    from attnimg.verify.process_state import ProcessState, process_state
-    from attnimg.verify.seeding import is_rewound, states_after_draw
+    from attnimg.verify.process_state import (
+        ProcessState,
+        is_rewound,
+        process_state,
+        states_after_draw,
+    )
+    from attnimg.verify.runner import count_forks
 
     started = time.perf_counter()
     name, geometries = (
@@ -169,16 +173,16 @@ def _reason(error: BaseException, *, stage: str) -> Reason:
     """Return the reason of what a kernel raised."""
     import torch
 
-    from attnimg.verify.exception_text import raised
+    from attnimg.errors import exception_text
 
     text = str(error)
-    said = f"{stage}: {raised(error)}"
+    said = f"{stage}: {exception_text(error)}"
     out_of_memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
     # torch's CPU allocator raises a RuntimeError.
     if out_of_memory or "can't allocate memory" in text or "not enough memory" in text:
         return Reason(code="oom", text=said)
     if isinstance(error, AttnimgError):
-        return Reason(code=error.code, text=raised(error))
+        return Reason(code=error.code, text=exception_text(error))
     return Reason(code="import-error" if stage == "loading" else "crash", text=said)
 
 

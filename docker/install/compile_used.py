@@ -30,7 +30,6 @@ USED = (
     "matplotlib.figure",
     "pydantic",
     "rich.console",
-    "typer.main",
     "yaml",
     "pytest",
 )

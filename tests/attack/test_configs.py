@@ -12,7 +12,8 @@ from attacked import Attnimg, put_inputs
 from generated import DAMAGES, ODD, held_against
 from hypothesis import strategies as st
 
-from attnimg.config.keys import LEGACY, unsupported_keys
+from attnimg.config.attention import LEGACY
+from attnimg.config.keys import unsupported_keys
 from attnimg.config.schema import Config, DatasetSpec
 
 # Values that are right, and make a run longer than an attack has time for.

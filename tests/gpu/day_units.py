@@ -256,9 +256,9 @@ def _number(value: float) -> float | None:
 
 def _raised(error: BaseException, *, stage: str) -> Outcome:
     """Return the outcome of an exception; a broken CUDA context asks for another process."""
-    from attnimg.verify.exception_text import shortened
+    from attnimg.errors import without_middle
 
-    text = shortened(" ".join(str(error).split()))
+    text = without_middle(" ".join(str(error).split()))
     kind = type(error).__name__
     code = "out-of-memory" if "out of memory" in text.lower() else getattr(error, "code", kind)
     if isinstance(error, subprocess.TimeoutExpired):

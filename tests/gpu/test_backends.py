@@ -27,7 +27,7 @@ from attnimg.select.plan import choose
 from attnimg.task import distributions
 from attnimg.train.collate import PackedCollator, PaddedCollator
 from attnimg.verify.isolation import check_isolation
-from attnimg.verify.shifted import shifted_keys
+from attnimg.verify.reference import shifted_keys
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NAMES = [backend.name for backend in all_backends() if backend.name != "eager"]

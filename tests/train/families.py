@@ -101,7 +101,6 @@ def values_of(home: Path, *, rows: str) -> dict[str, Any]:
 
 
 def _trained(file: Path) -> dict[str, Any]:
-    import typer
     from rich.console import Console
 
     from attnimg.cli.train import PrintedReport, train_file
@@ -116,7 +115,7 @@ def _trained(file: Path) -> dict[str, Any]:
         except AttnimgError as error:
             said = error.why.splitlines()[0].removeprefix("found: ")
             return {"refused": error.code, "found": said, "before_weights": not loaded}
-        except typer.Exit:
+        except SystemExit:
             return {"refused": "config", "found": text.getvalue(), "before_weights": not loaded}
         except Exception as error:
             trace = traceback.extract_tb(error.__traceback__)
@@ -146,12 +145,10 @@ def _loading() -> Iterator[list[str]]:
 
 def explained(file: Path) -> list[str]:
     """Return the codes of the errors that `attnimg explain` finds in a config."""
-    import typer
-
     from attnimg.cli.explain import explain
 
     out = io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.suppress(typer.Exit):
+    with contextlib.redirect_stdout(out), contextlib.suppress(SystemExit):
         explain(str(file), on=None, image=None, as_json_lines=True)
     return [error["code"] for error in json.loads(out.getvalue())["errors"]]
 

@@ -411,6 +411,14 @@ CASES: dict[str, Case] = {
                                      values={"chat_template": "chatmi"}),
     "an entry's unknown chat template": Case(code="bad-value", records=[TALK],
                                              entry=CHAT | {"chat_template": "lama3"}),
+    "jinja without a template": Case(code="bad-value", entry=CHAT, records=[TALK],
+                                     values={"chat_template": "jinja"}),
+    "an entry's jinja without a template": Case(code="bad-value", records=[TALK],
+                                                entry=CHAT | {"chat_template": "jinja"}),
+    "early stopping without evaluations": Case(code="bad-value", values={
+        "early_stopping_patience": 2, "val_set_size": 0.1, "eval_strategy": "no"}),
+    "no steps and a share of warmup": Case(code="bad-value", options=2, values={
+        "warmup_steps": 0, "warmup_ratio": 0.1}),
     "an unused system message": Case(code="bad-value", records=TEXTS,
                                      values={"default_system_message": "Be brief."}),
     "a system message for alpaca": Case(

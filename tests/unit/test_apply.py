@@ -18,8 +18,7 @@ from attnimg.errors import AttnimgError
 from attnimg.facts import GroupChoice, LayerGroup, Plan, Verdict
 from attnimg.train.collate import PackedCollator, PaddedCollator
 from attnimg.verify.isolation import check_isolation
-from attnimg.verify.reference import attend
-from attnimg.verify.shifted import shifted_keys
+from attnimg.verify.reference import attend, shifted_keys
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 FLASH = "kernels-community/flash-attn2"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +14,7 @@ import pytest
 
 from attnimg.__main__ import run as attnimg
 from attnimg.backends import all_backends
+from attnimg.cli import COMMANDS
 
 GOOD = "base_model: org/model\nlearning_rate: 1e-4\ndatasets: [{path: d.jsonl, type: alpaca}]\n"
 LLAMA = {
@@ -360,3 +363,71 @@ def test_explain_refuses_an_image_that_does_not_start_there(
     assert "linux/amd64" in note["what"]
     assert "arm64" in note["what"]
     assert note["do"] == "leave --image out: no image runs on that GPU"
+
+
+def test_check_imports_nothing_that_it_can_do_without() -> None:
+    heavy = ["rich", "typer", "torch", "transformers", "attnimg.select", "attnimg.train"]
+    code = (
+        "import sys; from attnimg.__main__ import run; code = run(['check', 'x.yaml']); "
+        f"print(code, [name for name in {heavy} if name in sys.modules])"
+    )
+    write("x.yaml", GOOD + "attn_implementation: sdpa\nsample_packing: true\n")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "0 []"
+
+
+def test_options_may_stand_between_files(capsys: pytest.CaptureFixture[str]) -> None:
+    files = [write("b.yaml", GOOD), write("a.yaml", GOOD)]
+    code, out, _ = run(capsys, "check", files[0], "--on", "h100", files[1], "--json")
+    assert code == 0
+    assert [line["file"] for line in objects(out)] == files
+
+
+@pytest.mark.parametrize("arguments", [(), ("--help",), ("-h",)])
+def test_help_lists_every_command(
+    capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...]
+) -> None:
+    code, out, _ = run(capsys, *arguments)
+    assert code == 0
+    for name in COMMANDS:
+        assert f"  {name} " in out
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_each_command_has_help(capsys: pytest.CaptureFixture[str], name: str) -> None:
+    code, out, _ = run(capsys, name, "--help")
+    assert code == 0
+    assert out.startswith(f"usage: attnimg {name} ")
+
+
+def test_a_wrong_argument_is_printed_without_control_characters(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    code, _, err = run(capsys, "che\x1b[31mck")
+    assert code == 2
+    assert "\x1b" not in err
+
+
+def test_a_terminal_gets_the_same_words_as_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = []
+    for terminal in (True, False):
+        out, err = io.StringIO(), io.StringIO()
+        for name, stream in (("stdout", out), ("stderr", err)):
+            monkeypatch.setattr(stream, "isatty", lambda terminal=terminal: terminal)
+            monkeypatch.setattr(sys, name, stream)
+        file = write("x[bold].yaml", GOOD + "sample_packin: '[red]'\neval_steps: 3\n")
+        assert attnimg(["check", file]) == 2
+        texts.append(re.sub("\x1b\\[[0-9;]*m", "", out.getvalue() + err.getvalue()))
+    assert texts[0] == texts[1]
+    assert "x[bold].yaml" in texts[0]
+
+
+def test_train_refuses_the_same_as_check(capsys: pytest.CaptureFixture[str]) -> None:
+    wrong = "lr_scheduler: linear\ncosine_min_lr_ratio: 0.1\neval_steps: 5\nwarmup_steps: 0\n"
+    file = write("x.yaml", f"{GOOD}{wrong}warmup_ratio: 0.1\n")
+    code, _, checked = run(capsys, "check", file)
+    assert code == 2
+    assert checked.count("error bad-value:") == 3
+    code, out, trained = run(capsys, "train", file)
+    assert (code, out) == (2, "")
+    assert checked in trained

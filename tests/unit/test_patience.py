@@ -15,8 +15,7 @@ from run_facts import a_geometry
 from served_kernels import serve
 
 from attnimg.facts import Proof
-from attnimg.verify.runner import Candidate, run
-from attnimg.verify.watchdog import Patience, own_time, usage_of
+from attnimg.verify.runner import Candidate, Patience, own_time, run, usage_of
 
 SMALL = a_geometry(heads=2, kv_heads=1, head_dim_qk=16, head_dim_v=16, sequence_len=64)
 SPIN = "while True: pass"

@@ -134,7 +134,7 @@ def test_what_apply_registers_is_what_that_function_gives() -> None:
 
 def test_a_row_that_is_shortened_on_a_cpu_is_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
     from attnimg.verify import candidate
-    from attnimg.verify.probe_sizes import CPU, Budget
+    from attnimg.verify.cases import CPU, Budget
 
     little = Budget(held=CPU.held, whole=4 * 150**2, drawn=CPU.drawn)
     monkeypatch.setattr(candidate, "budget_here", lambda *_args, **_named: little)

@@ -16,7 +16,7 @@ from run_facts import a_geometry
 from attnimg.backends import backend_named
 from attnimg.facts import Arch, Figure, Machine, Proof, Reason
 from attnimg.files import write_private
-from attnimg.verify import cache
+from attnimg.verify import proofs as cache
 from attnimg.verify.runner import Candidate
 
 CPU = Machine(arch=Arch(name="cpu", vendor="cpu"), gpu="cpu", driver="1")

@@ -8,8 +8,9 @@ from run_facts import a_geometry
 
 from attnimg.backends import backend_named
 from attnimg.facts import Backend, Geometry
-from attnimg.verify.cases import cases_of
-from attnimg.verify.compiled import (
+from attnimg.verify.cases import budget_of, cases_of
+from attnimg.verify.runner import COMPILING_S, TIMEOUT_S, Candidate, limits_of
+from attnimg.verify.training_conditions import (
     EDGES,
     RECOMPILE_LIMIT,
     builds_plans,
@@ -18,8 +19,6 @@ from attnimg.verify.compiled import (
     is_compiled,
     shapes_of,
 )
-from attnimg.verify.probe_sizes import budget_of
-from attnimg.verify.runner import COMPILING_S, TIMEOUT_S, Candidate, limits_of
 
 
 def backend(name: str) -> Backend:

@@ -17,14 +17,12 @@ from attnimg.backends._attend import attention_function
 from attnimg.backends._flash import FlashKernel
 from attnimg.facts import Backend, Reason
 from attnimg.verify import candidate
+from attnimg.verify.calls import Result, call
 from attnimg.verify.candidate import Findings, prove_geometry
-from attnimg.verify.cases import Case, cases_of
-from attnimg.verify.checks import Fault
+from attnimg.verify.cases import CPU, Case, cases_of
+from attnimg.verify.checks import Fault, check_isolated
 from attnimg.verify.inputs import draw
-from attnimg.verify.noise import TILE, beyond_a_flip, sum_noise
-from attnimg.verify.one_call import Result, call
-from attnimg.verify.probe_sizes import CPU
-from attnimg.verify.repeated_calls import check_isolated
+from attnimg.verify.reference import TILE, beyond_a_flip, sum_noise
 from attnimg.verify.worker import prove_candidate
 
 SMALL = Shape(head_dim=64, group=4, dtype="bfloat16", packed=True, tile=64)

@@ -17,7 +17,7 @@ from attnimg.backends._capture import CallKind, call_again
 from attnimg.facts import Backend, CallCheck
 from attnimg.train.attention_check import AttentionCheck
 from attnimg.verify import blocks, running
-from attnimg.verify.spans import NotComparable, closed_part, spans_of_mask
+from attnimg.verify.blocks import NotComparable, closed_part, spans_of_mask
 from benchmarks import running_check as measured
 
 

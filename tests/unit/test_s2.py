@@ -19,8 +19,7 @@ from attnimg.backends._shifted_kernels import GroupKernel, group_kernels
 from attnimg.backends._shifted_sparse import attend_shifted
 from attnimg.errors import AttnimgError
 from attnimg.verify.candidate import prove_geometry
-from attnimg.verify.reference import attend
-from attnimg.verify.shifted import shifted_keys
+from attnimg.verify.reference import attend, shifted_keys
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 

@@ -1,4 +1,4 @@
-"""When a run logs, evaluates and saves, in steps; and which keys contradict one another."""
+"""When a run logs, evaluates and saves, in steps; and what a machine can't do."""
 
 from __future__ import annotations
 
@@ -13,10 +13,9 @@ from attnimg.context import context_of
 from attnimg.errors import AttnimgError
 from attnimg.facts import Arch, Machine
 from attnimg.task import problem_of
-from attnimg.train.adapter import check_adapter
 from attnimg.train.arguments import training_arguments
 from attnimg.train.limits import check_limits
-from attnimg.train.schedule import Schedule, check_schedule, plan_steps
+from attnimg.train.schedule import Schedule, plan_steps
 
 CPU = Machine(arch=Arch(name="cpu", vendor="cpu"), gpu="cpu", packages={})
 T4 = Machine(arch=Arch(name="sm_75", vendor="nvidia", capability=(7, 5)), gpu="Tesla T4",
@@ -76,31 +75,9 @@ def test_nothing_is_evaluated_without_validation() -> None:
     assert (found.eval_strategy, found.eval_steps) == ("no", None)
 
 
-def check_all(values: Config, machine: Machine) -> None:
-    check_schedule(values)
-    check_adapter(values)
-    check_limits(values, machine)
-
-
 @pytest.mark.parametrize(
     ("keys", "machine", "key", "code"),
     [
-        pytest.param({"eval_steps": 1, "evals_per_epoch": 1, "val_set_size": 0.1}, CPU,
-                     "eval_steps", "bad-value", id="two ways to say when to evaluate"),
-        pytest.param({"save_steps": 1, "saves_per_epoch": 1}, CPU, "save_steps", "bad-value",
-                     id="two ways to say when to save"),
-        pytest.param({"save_steps": 1, "save_strategy": "epoch"}, CPU, "save_strategy",
-                     "bad-value", id="steps under strategy epoch"),
-        pytest.param({"evals_per_epoch": 1}, CPU, "evals_per_epoch", "bad-value",
-                     id="evaluations without data"),
-        pytest.param({"early_stopping_patience": 2}, CPU, "early_stopping_patience", "bad-value",
-                     id="early stopping without data"),
-        pytest.param({"load_in_4bit": True}, CPU, "load_in_4bit", "bad-value",
-                     id="4 bit without an adapter"),
-        pytest.param({"load_in_8bit": True, "adapter": "qlora"}, CPU, "load_in_8bit", "bad-value",
-                     id="qlora in 8 bit"),
-        pytest.param({"adapter": "lora", "lora_target_modules": ["lm_head"]}, CPU,
-                     "lora_target_modules", "bad-value", id="LoRA on the output layer"),
         pytest.param({"optimizer": "paged_adamw_8bit"}, CPU, "optimizer", "bad-value",
                      id="a paged optimizer on a CPU"),
         pytest.param({"optimizer": "adamw_torch_8bit"}, CPU, "optimizer", "not-installed",
@@ -113,21 +90,13 @@ def check_all(values: Config, machine: Machine) -> None:
                      id="DeepSpeed on a CPU"),
         pytest.param({"deepspeed": "z3.json"}, T4, "deepspeed", "not-installed",
                      id="DeepSpeed that is not installed"),
-        pytest.param({"cosine_min_lr_ratio": 0.1, "lr_scheduler": "linear"}, CPU,
-                     "cosine_min_lr_ratio", "bad-value", id="a cosine's minimum on a line"),
-        pytest.param({"warmup_steps": 5, "warmup_ratio": 0.1}, CPU, "warmup_ratio", "bad-value",
-                     id="two warmups"),
-        pytest.param({"lr_scheduler": "warmup_stable_decay"}, CPU, "lr_scheduler_kwargs",
-                     "bad-value", id="a schedule without its arguments"),
-        pytest.param({"lr_scheduler": "reduce_lr_on_plateau"}, CPU, "lr_scheduler", "bad-value",
-                     id="a plateau of nothing"),
     ],
 )  # fmt: skip
-def test_contradictions_are_refused(
+def test_what_a_machine_lacks_is_refused(
     keys: dict[str, Any], machine: Machine, key: str, code: str
 ) -> None:
     with pytest.raises(AttnimgError) as caught:
-        check_all(config(**keys), machine)
+        check_limits(config(**keys), machine)
     assert (caught.value.key, caught.value.code, caught.value.exit_code) == (key, code, 2)
     assert caught.value.why
     assert caught.value.do

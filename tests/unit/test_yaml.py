@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 from attnimg.config import check_file
-from attnimg.config.overrides import with_overrides
-from attnimg.config.read import parse_yaml
+from attnimg.config.read import parse_yaml, with_overrides
 from attnimg.errors import AttnimgError
 
 BOMB = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(

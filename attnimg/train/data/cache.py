@@ -22,7 +22,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from attnimg.config.schema import Config
+from attnimg.config.schema import Config, is_chat
 from attnimg.errors import AttnimgError
 from attnimg.files import NotPrivate, check_private
 from attnimg.train.data.chat_templates import choose_chat_template
@@ -30,7 +30,6 @@ from attnimg.train.data.documents import SourceFigures
 from attnimg.train.data.lengths import strategy_for
 from attnimg.train.data.prepare import schema
 from attnimg.train.data.sources import Source
-from attnimg.train.data.types import is_chat
 
 if TYPE_CHECKING:
     import pyarrow

@@ -29,7 +29,7 @@ from attnimg.train.data.chat_render import (
 from attnimg.train.data.chat_shape import Shape, shape_of, transferred
 from attnimg.train.data.chat_turn import Ends, RenderedTurn
 from attnimg.train.data.offsets import label, with_whole_offsets
-from attnimg.train.data.parsed import Conversation, Parsed, Turn, without_effect
+from attnimg.train.data.parsed import Conversation, Parsed, Turn, unused_note
 from attnimg.train.data.records import Place
 
 EMPTY_ANSWERS = (
@@ -275,7 +275,7 @@ class ChatEncoder:
         )
         for what, names in (("columns", conversation.unused), ("message keys", tuple(keys))):
             if names:
-                self.notes[without_effect(what, names)] = None
+                self.notes[unused_note(what, names)] = None
         if any(
             self._trains(turn)
             and not (turn.content or "").strip()

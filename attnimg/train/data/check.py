@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection
 from contextlib import suppress
 
-from attnimg.config.schema import DATASET_TYPES, Config, DatasetSpec
+from attnimg.config.schema import DATASET_TYPES, Config, DatasetSpec, entries
 from attnimg.errors import AttnimgError
 from attnimg.train.data.records import read_records
-from attnimg.train.data.sources import Source, entries, find_source
-from attnimg.train.data.types import is_chat, parser
+from attnimg.train.data.sources import Source, find_source
+from attnimg.train.data.types import FITTING, parser
 
 
 def check_sources(config: Config) -> None:
@@ -24,11 +24,11 @@ def check_sources(config: Config) -> None:
 
 def find_sources(config: Config) -> tuple[list[Source], list[Source]]:
     """Find and check every source: those to train on, and test_datasets."""
-    _check_keys(config, [spec for _, spec, _ in entries(config)])
     training, testing = list[Source](), list[Source]()
     for key, spec, trains in entries(config):
-        columns = () if spec.type in DATASET_TYPES else _columns(spec, key=key)
-        parse = parser(spec, key=key, columns=columns)
+        if spec.type is None:
+            raise _without_type(spec, key=key)
+        parse = parser(spec)
         source = find_source(spec, key=key)
         found = False
         for file in source.files:
@@ -43,13 +43,19 @@ def find_sources(config: Config) -> tuple[list[Source], list[Source]]:
     return training, testing
 
 
-def _columns(spec: DatasetSpec, *, key: str) -> tuple[str, ...]:
-    """Return the columns of an entry's first record; () where it can't be read."""
-    with suppress(AttnimgError):
-        for file in find_source(spec, key=key).files:
-            for _, record in read_records(file, key=key):
-                return tuple(record)
-    return ()
+def _without_type(spec: DatasetSpec, *, key: str) -> AttnimgError:
+    """Build the error for an entry without a type; its first record shows which one fits."""
+    columns: Collection[str] = ()
+    with suppress(AttnimgError, StopIteration, IndexError):
+        _, columns = next(read_records(find_source(spec, key=key).files[0], key=key))
+    fitting = next((type_ for name, type_ in FITTING.items() if name in columns), None)
+    return AttnimgError(
+        f"{key} has no type",
+        why=f"found no type for {spec.path}, needed one of {', '.join(DATASET_TYPES)}",
+        do=f"set {key}.type: {fitting or ' or '.join(DATASET_TYPES[:-1])}",
+        code="missing-key",
+        key=f"{key}.type",
+    )
 
 
 def empty(source: Source, *, why: str) -> AttnimgError:
@@ -61,41 +67,3 @@ def empty(source: Source, *, why: str) -> AttnimgError:
         code="empty-dataset",
         key=f"{source.key}.path",
     )
-
-
-def _check_keys(config: Config, specs: Sequence[DatasetSpec]) -> None:
-    """Refuse keys that contradict one another, or that would have no effect."""
-    if not (config.datasets or config.pretraining_dataset):
-        raise AttnimgError(
-            "no dataset",
-            why="found neither datasets nor pretraining_dataset",
-            do="add a line `datasets: ...`",
-            code="missing-key",
-            key="datasets",
-        )
-    if config.val_set_size and config.test_datasets:
-        raise AttnimgError(
-            "two ways to get validation documents",
-            why=f"found val_set_size {config.val_set_size:g} and test_datasets",
-            do="keep test_datasets or val_set_size",
-            code="bad-value",
-            key="val_set_size",
-        )
-    if config.default_system_message and not any(is_chat(spec) for spec in specs):
-        raise AttnimgError(
-            "default_system_message has no effect here",
-            why="found no dataset of type chat_template, the only type with system turns",
-            do="remove default_system_message",
-            code="bad-value",
-            key="default_system_message",
-        )
-    if config.default_system_message and any(
-        (spec.type or "").startswith("alpaca") for spec in specs
-    ):
-        raise AttnimgError(
-            "default_system_message does not reach alpaca records",
-            why="alpaca's prompt has fixed wording; found default_system_message beside it",
-            do="remove default_system_message",
-            code="unsupported-key",
-            key="default_system_message",
-        )

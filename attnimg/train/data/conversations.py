@@ -9,16 +9,10 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from attnimg.config.schema import DatasetSpec
+from attnimg.config.schema import DatasetSpec, roles
 from attnimg.train.data.parsed import Conversation, Turn, column, shown, text
 from attnimg.train.data.records import Place, bad_record
 from attnimg.train.data.tool_calls import read_tool_calls, read_tools, without_nulls
-
-# Names of roles in records, and those of chat templates. The first seven are axolotl's.
-# Source: axolotl 067b021c, prompt_strategies/chat_template.py:78-87 (2026-11-26)
-ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant",
-         "system": "system", "tool": "tool", "developer": "developer",
-         "ipython": "ipython"}  # fmt: skip
 
 # Roles that stand for a tool call or for its result in the records of other trainers.
 CALLS = frozenset({"function_call", "tool_call", "tool_calls", "function-call", "tool-call"})
@@ -64,16 +58,6 @@ def parse_turns(spec: DatasetSpec, record: Mapping[str, Any], place: Place) -> C
     used = {name, "tools", "system"}
     unused = tuple(key for key, value in record.items() if key not in used and value is not None)
     return Conversation(turns, read_tools(record.get("tools"), place), unused)
-
-
-def roles(spec: DatasetSpec) -> dict[str, str]:
-    """Map the names of roles in records to those of the chat template."""
-    custom = spec.roles or {}
-    return (
-        ROLES
-        | {role: role for role in custom}
-        | {name: role for role, names in custom.items() for name in names}
-    )
 
 
 def trained_roles(spec: DatasetSpec) -> frozenset[str]:

@@ -6,13 +6,12 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from attnimg.config.schema import Config
+from attnimg.config.schema import Config, is_text
 from attnimg.errors import AttnimgError
 from attnimg.train.data.documents import IGNORED
 from attnimg.train.data.records import Place
 from attnimg.train.data.sources import Source
 from attnimg.train.data.tokens import Tokens
-from attnimg.train.data.types import is_text
 
 Strategy = Literal["drop", "split", "truncate", "raise"]
 

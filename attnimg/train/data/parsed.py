@@ -63,7 +63,7 @@ Parsed = Pair | Conversation
 Parse = Callable[[Mapping[str, Any], Place], Parsed | None]
 
 
-def without_effect(what: str, names: Sequence[str]) -> str:
+def unused_note(what: str, names: Sequence[str]) -> str:
     """Return the warning on names ("columns") that change nothing."""
     return f"these {what} have no effect: {', '.join(names)}"
 

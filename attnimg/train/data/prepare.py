@@ -101,7 +101,7 @@ def prepare(
 
 
 def _parsed(source: Source, tally: Tally, advance: Callable[[int], None]) -> Iterator[Batch]:
-    parse = parser(source.spec, key=source.key)
+    parse = parser(source.spec)
     stream = read_source(source)
     while records := list(islice(stream, BATCH_RECORDS)):
         tally.records += len(records)

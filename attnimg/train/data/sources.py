@@ -8,14 +8,14 @@ from __future__ import annotations
 import glob
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import takewhile
 from pathlib import Path
 from typing import Literal
 
-from attnimg.config.schema import Config, DatasetSpec
+from attnimg.config.schema import DatasetSpec
 from attnimg.errors import AttnimgError
 from attnimg.train.data.open_file import (
     BROKEN,
@@ -83,19 +83,6 @@ class Source:
     splits: Mapping[str, tuple[LocalFile, ...]] = field(default_factory=dict)
     files: tuple[LocalFile, ...] = ()
     warnings: tuple[str, ...] = ()
-
-
-def entries(config: Config) -> Iterator[tuple[str, DatasetSpec, bool]]:
-    """Yield key, entry, and whether it is for training, in the order of the config."""
-    for name, specs in (
-        ("datasets", config.datasets),
-        ("pretraining_dataset", config.pretraining_dataset),
-        ("test_datasets", config.test_datasets),
-    ):
-        for index, spec in enumerate(specs or ()):
-            if name == "pretraining_dataset" and spec.type is None:
-                spec = spec.model_copy(update={"type": "pretrain"})  # as in axolotl
-            yield f"{name}[{index}]", spec, name != "test_datasets"
 
 
 def find_source(spec: DatasetSpec, *, key: str) -> Source:

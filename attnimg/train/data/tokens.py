@@ -6,16 +6,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from attnimg.config.schema import Config
+from attnimg.config.schema import Config, is_chat
 from attnimg.errors import AttnimgError
 from attnimg.train.data.chat import ChatEncoder
 from attnimg.train.data.chat_templates import choose_chat_template
 from attnimg.train.data.conversations import trained_roles
 from attnimg.train.data.documents import IGNORED
-from attnimg.train.data.parsed import Pair, Parsed, without_effect
+from attnimg.train.data.parsed import Pair, Parsed, unused_note
 from attnimg.train.data.records import Place
 from attnimg.train.data.sources import Source
-from attnimg.train.data.types import is_chat
 
 Tokens = tuple[list[int], list[int]]  # input_ids and labels, equally long
 
@@ -54,7 +53,7 @@ class PairEncoder:
         """Encode pairs: [start] prompt completion [end]; texts without prompt the same way."""
         pairs = [parsed for _, parsed in batch if isinstance(parsed, Pair)]
         unused = dict.fromkeys(pair.unused for pair in pairs if pair.unused)
-        self.notes.update((without_effect("columns", names), None) for names in unused)
+        self.notes.update((unused_note("columns", names), None) for names in unused)
         opening, ending = self._added()
         prompts = iter(self._tokenize([pair.prompt for pair in pairs if pair.prompt is not None]))
         encoded = []

@@ -5,15 +5,13 @@ Pure: a record in, a parsed record out, or an error that names the record. Token
 
 from __future__ import annotations
 
-import difflib
 import json
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
-from attnimg.config.schema import DATASET_TYPES, DatasetSpec
-from attnimg.errors import AttnimgError
-from attnimg.train.data.conversations import parse_turns, roles
+from attnimg.config.schema import DatasetSpec, is_chat, is_text
+from attnimg.train.data.conversations import parse_turns
 from attnimg.train.data.parsed import Pair, Parse, column, text
 from attnimg.train.data.records import Place, bad_record
 
@@ -33,68 +31,13 @@ REQUEST = "Write a response that appropriately completes the request."
 CONTEXT = ("system", "history")
 
 
-def is_chat(spec: DatasetSpec) -> bool:
-    """Return whether records are conversations, rendered by a chat template."""
-    return (spec.type or "").startswith("chat_template")
-
-
-def is_text(spec: DatasetSpec) -> bool:
-    """Return whether records are running text, which may be split anywhere."""
-    return spec.type in ("completion", "pretrain")
-
-
-def parser(spec: DatasetSpec, *, key: str, columns: Collection[str] = ()) -> Parse:
-    """Choose how records become texts or turns; the parser gives None for an empty record.
-
-    Args:
-        spec: the entry.
-        key: "datasets[0]".
-        columns: of the first record; the advice on a missing or unknown type follows from them.
-
-    Raises:
-        AttnimgError: no type (missing-key) or one that is not known (bad-value).
-    """
-    fitting = next((type_ for name, type_ in FITTING.items() if name in columns), None)
-    if spec.type is None:
-        raise AttnimgError(
-            f"{key} has no type",
-            why=f"found no type for {spec.path}, needed one of {', '.join(DATASET_TYPES)}",
-            do=f"set {key}.type: {fitting or ' or '.join(DATASET_TYPES[:-1])}",
-            code="missing-key",
-            key=f"{key}.type",
-        )
-    if spec.type not in DATASET_TYPES:
-        near = difflib.get_close_matches(spec.type, DATASET_TYPES, n=1)
-        raise AttnimgError(
-            f"unknown dataset type {spec.type!r}",
-            why=f"{key}.type is {spec.type}, needed one of {', '.join(DATASET_TYPES)}",
-            do=f"set {key}.type: {fitting or ' or '.join(near or DATASET_TYPES[:-1])}",
-            code="bad-value",
-            key=f"{key}.type",
-        )
+def parser(spec: DatasetSpec) -> Parse:
+    """Return the function that turns a record into texts or turns, None for an empty record."""
     if is_chat(spec):
-        _require_known_roles(spec, key=key)
         return partial(parse_turns, spec)
     if is_text(spec):
         return partial(_running_text, spec.field or spec.text_column or "text")
     return partial(_alpaca, _chat_prompt if spec.type == "alpaca:chat" else _instruct_prompt)
-
-
-def _require_known_roles(spec: DatasetSpec, *, key: str) -> None:
-    """Refuse a name in roles_to_train that no message can have: its turns would not be trained."""
-    known = roles(spec)
-    unknown = [name for name in spec.roles_to_train or () if name not in {*known, *known.values()}]
-    if unknown:
-        near = difflib.get_close_matches(unknown[0], known, n=1, cutoff=0.0)
-        named = [known.get(name, name) for name in spec.roles_to_train or () if name in known]
-        fitting = list(dict.fromkeys([*named, *(known[name] for name in near)]))
-        raise AttnimgError(
-            f"unknown role in roles_to_train: {unknown[0]!r}",
-            why=f"{key}.roles_to_train has {', '.join(unknown)}, needed one of {', '.join(known)}",
-            do=f"set {key}.roles_to_train: [{', '.join(fitting)}]",
-            code="bad-value",
-            key=f"{key}.roles_to_train",
-        )
 
 
 def _alpaca(

@@ -122,7 +122,7 @@ def test_flags_roles_parts_and_reasoning_are_followed(
 @examples(60)
 @given(st.lists(st.tuples(texts(), texts()), min_size=1, max_size=4))
 def test_an_alpaca_answer_and_its_end_are_trained(pairs: list[tuple[str, str]]) -> None:
-    parse = parser(DatasetSpec(path="data.jsonl", type="alpaca"), key="datasets[0]")
+    parse = parser(DatasetSpec(path="data.jsonl", type="alpaca"))
     records = [{"instruction": asked, "output": answered} for asked, answered in pairs]
     batch = [(PLACE, parse(record, PLACE)) for record in records]
     encode = PairEncoder(tokenizer("byte-level", ()), train_on_inputs=False)

@@ -8,10 +8,9 @@ from typing import Any
 
 import pytest
 
-from attnimg.config.schema import Config, DatasetSpec
+from attnimg.config.schema import Config
 from attnimg.errors import AttnimgError
 from attnimg.train.data import load_documents
-from attnimg.train.data.types import parser
 
 Run = Callable[..., Config]
 Write = Callable[..., str]
@@ -317,27 +316,3 @@ def test_a_tokenizer_without_an_end_token_is_refused(
     endless.eos_token = None
     with pytest.raises(AttnimgError, match="end-of-text"):
         load_documents(run_on(json_lines({"text": "x"})), endless)
-
-
-@pytest.mark.parametrize(
-    ("named", "unknown"),
-    [
-        pytest.param(["assistant", "usr"], "usr", id="a typo beside a good one"),
-        pytest.param(["asistant"], "asistant", id="a typo alone"),
-        pytest.param(["gpt", "user"], None, id="names of roles in records"),
-        pytest.param(["coder", "bot"], None, id="roles of the entry, and their names"),
-        pytest.param([], None, id="none"),
-    ],
-)
-def test_roles_to_train_are_roles_that_messages_can_have(
-    named: list[str], unknown: str | None
-) -> None:
-    spec = DatasetSpec(
-        path="data.jsonl", type="chat_template", roles={"coder": ["bot"]}, roles_to_train=named
-    )
-    if unknown is None:
-        parser(spec, key="datasets[0]")
-        return
-    with pytest.raises(AttnimgError, match=f"unknown role in roles_to_train: '{unknown}'") as found:
-        parser(spec, key="datasets[0]")
-    assert found.value.key == "datasets[0].roles_to_train"

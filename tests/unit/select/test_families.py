@@ -30,10 +30,9 @@ import contextlib, io, json, sys
 for name in ("torch", "transformers", "trl", "datasets"):
     sys.modules[name] = None
 from attnimg.cli.explain import explain
-import typer
 for file in sys.argv[1:]:
     out = io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.suppress(typer.Exit):
+    with contextlib.redirect_stdout(out), contextlib.suppress(SystemExit):
         explain(file, on=None, image=None, as_json_lines=True)
     print(json.dumps([error["code"] for error in json.loads(out.getvalue())["errors"]]))
 """

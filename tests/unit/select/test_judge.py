@@ -16,7 +16,7 @@ from attnimg.select.gpus import parse_gpu
 from attnimg.select.judge import with_effective_windows
 from attnimg.select.plan import choose
 from attnimg.task import problem_of
-from attnimg.verify.geometry import geometries_of
+from attnimg.verify.proofs import geometries_of
 
 LAYER = LayerGroup(
     count=26, heads=8, kv_heads=4, head_dim_qk=256, head_dim_v=256, window=4096, softcap=None

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from attnimg.verify.exception_text import BEGINNING, ENDING, raised
+from attnimg.errors import BEGINNING, ENDING, exception_text
 
 
 def test_a_short_message_is_whole_and_on_one_line() -> None:
-    assert raised(RuntimeError("No available\n  kernel.")) == "RuntimeError: No available kernel."
+    assert (
+        exception_text(RuntimeError("No available\n  kernel."))
+        == "RuntimeError: No available kernel."
+    )
     longest = "x" * (BEGINNING + ENDING)
-    assert raised(ValueError(longest)) == f"ValueError: {longest}"
+    assert exception_text(ValueError(longest)) == f"ValueError: {longest}"
 
 
 def test_of_a_long_message_the_beginning_and_the_end_are_kept() -> None:
     text = f"No operator found for {'shapes ' * 200}: xFormers wasn't build with CUDA support"
-    found = raised(NotImplementedError(text))
+    found = exception_text(NotImplementedError(text))
     assert found.startswith("NotImplementedError: No operator found for shapes")
     assert found.endswith("xFormers wasn't build with CUDA support")
     assert len(found) < 700

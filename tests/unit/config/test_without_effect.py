@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
+from attnimg.config.rules import without_effect
 from attnimg.config.schema import Config
-from attnimg.train.without_effect import without_effect
 
 CHAT = {"path": "a.jsonl", "type": "chat_template"}
 TEXT = {"path": "a.jsonl", "type": "completion"}

@@ -14,9 +14,8 @@ from torch import Tensor, nn
 from attnimg.facts import AttentionFunction, Backend, Pattern
 from attnimg.verify.cases import Case
 from attnimg.verify.inputs import Inputs
-from attnimg.verify.reference import attend, visible_keys
-from attnimg.verify.seeding import is_rewound, states_after_draw
-from attnimg.verify.shifted import shifted_keys
+from attnimg.verify.process_state import is_rewound, states_after_draw
+from attnimg.verify.reference import attend, shifted_keys, visible_keys
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,0 +1,324 @@
+"""Test that `check` finds everything that `train` refuses on values alone, and all at once."""
+
+from __future__ import annotations
+
+import ast
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import attnimg
+from attnimg.config import check_values, keys
+from attnimg.config.schema import Config
+from attnimg.facts import Finding
+
+TRAIN = Path(attnimg.__file__).parent / "train"
+TEXT = {"path": "a.jsonl", "type": "completion"}
+CHAT = {"path": "a.jsonl", "type": "chat_template"}
+ALPACA = {"path": "a.jsonl", "type": "alpaca"}
+LORA = {"adapter": "lora"}
+DECAY = {"lr_scheduler": "warmup_stable_decay"}
+
+
+def errors(**given: Any) -> tuple[Finding, ...]:
+    values = {"base_model": "m", "learning_rate": 1e-4, "datasets": [TEXT], **given}
+    return check_values(values, file="x.yaml").errors
+
+
+def chat(**keys: Any) -> dict[str, Any]:
+    return {"datasets": [CHAT | keys]}
+
+
+# What is wrong: the config, and the code and the key of its only error.
+WRONG: dict[str, tuple[dict[str, Any], str, str]] = {
+    "two ways to say when to evaluate": (
+        {"eval_steps": 1, "evals_per_epoch": 1, "val_set_size": 0.1},
+        "bad-value", "evals_per_epoch"),
+    "two ways to say when to save": (
+        {"save_steps": 1, "saves_per_epoch": 1}, "bad-value", "saves_per_epoch"),
+    "steps under strategy epoch": (
+        {"save_steps": 1, "save_strategy": "epoch"}, "bad-value", "save_strategy"),
+    "evaluations an epoch under strategy no": (
+        {"evals_per_epoch": 1, "eval_strategy": "no", "val_set_size": 0.1},
+        "bad-value", "eval_strategy"),
+    "evaluations without data": ({"evals_per_epoch": 1}, "bad-value", "evals_per_epoch"),
+    "steps of evaluations without data": ({"eval_steps": 5}, "bad-value", "eval_steps"),
+    "a strategy of evaluations without data": (
+        {"eval_strategy": "epoch"}, "bad-value", "eval_strategy"),
+    "early stopping without data": (
+        {"early_stopping_patience": 2}, "bad-value", "early_stopping_patience"),
+    "early stopping without evaluations": (
+        {"early_stopping_patience": 2, "val_set_size": 0.1, "eval_strategy": "no"},
+        "bad-value", "eval_strategy"),
+    "a plateau without evaluations": (
+        {"lr_scheduler": "reduce_lr_on_plateau", "val_set_size": 0.1, "eval_strategy": "no"},
+        "bad-value", "eval_strategy"),
+    "a plateau without data": (
+        {"lr_scheduler": "reduce_lr_on_plateau"}, "bad-value", "lr_scheduler"),
+    "a size and documents for validation": (
+        {"val_set_size": 0.1, "test_datasets": [TEXT]}, "bad-value", "val_set_size"),
+    "all documents for validation": ({"val_set_size": 1}, "bad-value", "val_set_size"),
+    "half a document for validation": ({"val_set_size": 2.5}, "bad-value", "val_set_size"),
+    "a cosine's minimum on a line": (
+        {"cosine_min_lr_ratio": 0.1, "lr_scheduler": "linear"},
+        "bad-value", "cosine_min_lr_ratio"),
+    "two warmups": ({"warmup_steps": 5, "warmup_ratio": 0.1}, "bad-value", "warmup_ratio"),
+    "no steps and a share of warmup": (
+        {"warmup_steps": 0, "warmup_ratio": 0.1}, "bad-value", "warmup_ratio"),
+    "a schedule without its argument": (DECAY, "bad-value", "lr_scheduler_kwargs"),
+    "a cosine without its minimum": (
+        {"lr_scheduler": "cosine_with_min_lr", "lr_scheduler_kwargs": {"num_cycles": 1}},
+        "bad-value", "lr_scheduler_kwargs"),
+    "an unknown schedule": ({"lr_scheduler": "cosin"}, "bad-value", "lr_scheduler"),
+    "an unknown optimizer": ({"optimizer": "adam"}, "bad-value", "optimizer"),
+    "4 bit without an adapter": ({"load_in_4bit": True}, "bad-value", "load_in_4bit"),
+    "4 and 8 bit": (
+        LORA | {"load_in_4bit": True, "load_in_8bit": True}, "bad-value", "load_in_8bit"),
+    "qlora in 8 bit": ({"adapter": "qlora", "load_in_8bit": True}, "bad-value", "load_in_8bit"),
+    "LoRA on the output layer": (
+        LORA | {"lora_target_modules": ["q_proj", "lm_head"]},
+        "bad-value", "lora_target_modules"),
+    "LoRA on the output layer alone": (
+        LORA | {"lora_target_modules": "lm_head"}, "bad-value", "lora_target_modules"),
+    "two precisions": ({"fp16": True, "bf16": True}, "bad-value", "fp16"),
+    "two kinds of data": ({"pretraining_dataset": [TEXT]}, "bad-value", "pretraining_dataset"),
+    "a typo of a type": (
+        {"datasets": [{"path": "a", "type": "alpacca"}]}, "bad-value", "datasets[0].type"),
+    "a typo of the type of the second test set": (
+        {"test_datasets": [TEXT, {"path": "a", "type": "chat"}]},
+        "bad-value", "test_datasets[1].type"),
+    "no dataset": ({"datasets": None}, "missing-key", "datasets"),
+    "a typo beside a good role": (
+        chat(roles={"coder": ["bot"]}, roles_to_train=["assistant", "usr"]),
+        "bad-value", "datasets[0].roles_to_train"),
+    "a typo of a role": (chat(roles_to_train=["asistant"]),
+                         "bad-value", "datasets[0].roles_to_train"),
+    "no split's words": (
+        {"datasets": [TEXT | {"split": "train[a:"}]}, "bad-value", "datasets[0].split"),
+    "jinja without a template": (
+        {"chat_template": "jinja", "datasets": [CHAT]}, "bad-value", "chat_template"),
+    "an entry's jinja without a template": (
+        {**chat(chat_template="jinja"), "chat_template_jinja": "{{ x }}"},
+        "bad-value", "datasets[0].chat_template"),
+    "a system message without conversations": (
+        {"default_system_message": "Be brief."}, "bad-value", "default_system_message"),
+    "a system message for alpaca": (
+        {"default_system_message": "Be brief.", "datasets": [CHAT, ALPACA]},
+        "unsupported-key", "default_system_message"),
+}  # fmt: skip
+
+# What is right, and close to it.
+RIGHT: dict[str, dict[str, Any]] = {
+    "steps and no times an epoch": {"eval_steps": 1, "evals_per_epoch": 0, "val_set_size": 0.1},
+    "strategy no of saving": {"save_strategy": "no"},
+    "strategy no of evaluating": {"eval_strategy": "no", "val_set_size": 0.1},
+    "steps under strategy steps": {"save_steps": 5, "save_strategy": "steps"},
+    "early stopping with documents": {"early_stopping_patience": 2, "test_datasets": [TEXT]},
+    "a plateau with documents": {"lr_scheduler": "reduce_lr_on_plateau", "val_set_size": 8},
+    "a cosine's minimum": {"cosine_min_lr_ratio": 0.0},
+    "no warmup": {"warmup_steps": 0},
+    "a share of warmup": {"warmup_ratio": 0.1},
+    "a schedule with its argument": DECAY | {"lr_scheduler_kwargs": {"num_decay_steps": 3}},
+    "4 bit with an adapter": {"adapter": "qlora", "load_in_4bit": True},
+    "the output layer saved whole": LORA
+    | {"lora_target_modules": ["q_proj"], "lora_modules_to_save": ["lm_head"]},
+    "a regular expression": LORA | {"lora_target_modules": r".*(?<!lm_head)_proj"},
+    "names of roles in records": chat(roles_to_train=["gpt", "user"]),
+    "roles of the entry, and their names": chat(
+        roles={"coder": ["bot"]}, roles_to_train=["coder", "bot"]
+    ),
+    "no role": chat(roles_to_train=[]),
+    "roles that alpaca does not read": {"datasets": [ALPACA | {"roles_to_train": ["usr"]}]},
+    "a template by name": chat(chat_template="mine"),
+    "jinja that is not used": {"chat_template": "jinja"},
+    "jinja with a template": {"chat_template": "jinja", "chat_template_jinja": "x", **chat()},
+    "a system message": {"default_system_message": "Be brief.", "datasets": [CHAT, TEXT]},
+    "a dataset for pretraining": {"datasets": None, "pretraining_dataset": "a.jsonl"},
+    "a type that follows from the data": {"datasets": [{"path": "a.jsonl"}]},
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_train_refuses_on_values_is_refused_by_check(name: str) -> None:
+    values, code, key = WRONG[name]
+    (found,) = errors(**values)
+    assert (found.code, found.key) == (code, key)
+    assert found.what
+    assert found.why
+    assert found.do
+
+
+@pytest.mark.parametrize("name", RIGHT)
+def test_right_values_pass(name: str) -> None:
+    assert errors(**RIGHT[name]) == ()
+
+
+def test_all_errors_are_found_at_once() -> None:
+    names = ["two ways to say when to save", "steps of evaluations without data", "two warmups",
+             "a cosine's minimum on a line", "4 bit without an adapter", "two precisions",
+             "no split's words", "a system message without conversations"]  # fmt: skip
+    wrong = [WRONG[name] for name in names]
+    values = {key: value for found_, _, _ in wrong for key, value in found_.items()}
+    found = [(error.code, error.key) for error in errors(**values)]
+    assert Counter(found) == Counter((code, key) for _, code, key in wrong)
+
+
+@pytest.mark.parametrize(
+    ("values", "key"),
+    [
+        ({"val_set_size": "much", "eval_steps": 5}, "val_set_size"),
+        ({"adapter": "lorra", "load_in_4bit": True}, "adapter"),
+        ({"lr_scheduler": "cosin", "cosine_min_lr_ratio": 0.1}, "lr_scheduler"),
+        ({"datasets": 3, "default_system_message": "Be brief."}, "datasets"),
+    ],
+)
+def test_a_wrong_value_is_not_taken_for_an_absent_one(values: dict[str, Any], key: str) -> None:
+    (found,) = errors(**values)
+    assert (found.code, found.key) == ("bad-value", key)
+
+
+SPLITS = (
+    "train", "a.b", "train[:3]", "train[-5:]", "train[10%:20%]", "train[:1_000] + test",
+    "train[:100%](closest)", "train[:50%](pct1_dropremainder)", "validation+test", "train[:]",
+    "train[", "train[a:", "train[3]", "train test", "+", "train+", "train[:101%]",
+    "train[:5](closest)", "train[:50%](up)", "a-b", "train[::2]", "train[:-101%]", "train[1%:5]",
+    f"train[:{'9' * 5000}%]",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("split", SPLITS, ids=range(len(SPLITS)))
+def test_a_split_is_judged_as_datasets_judges_it(split: str) -> None:
+    import datasets
+
+    try:
+        datasets.ReadInstruction.from_spec(split)
+    except ValueError:
+        right = False
+    else:
+        right = True
+    assert (errors(datasets=[TEXT | {"split": split}]) == ()) is right
+
+
+# What each refusal of attnimg/train needs besides the values of the config. A refusal is named by
+# its function, and by its code or the function that builds it; x2 where there are two.
+NEEDS = {
+    "model": """
+        _bad bad-value x2, _loading bad_model, _loading pickled-weights, _no_match _bad,
+        _refusal bad-value, _refusal not-causal-lm, _refusal quantized-checkpoint,
+        _refuse_embeddings _bad, _require_adapter _refusal x4, _require_scale _refusal x3,
+        _unknown_names _bad, _untrained bad-value, add_adapter _bad, judge_positions
+        positions-short, judge_quantization _refusal x2, load_model bad_model,
+        require_causal_class _refusal, require_causal_type _refusal, require_embeddings
+        _untrained, require_finite weights-not-finite, require_known_weights _refusal x2,
+        require_modules_to_save _unknown_names, require_trainable AttnimgError,
+        require_trained_tokens _untrained, resolve_targets _no_match, resolve_targets
+        _unknown_names
+    """,
+    "tokenizer": """
+        __init__ bad-value, _load bad-model, _require_known bad-value, choose_chat_template
+        bad-value, choose_chat_template missing-key, encoder_for missing-key, load_tokenizer
+        bad-model
+    """,
+    "data": """
+        __call__ _raised, __call__ _refusal, __call__ bad-value, _arrow _broken, _arrow
+        _unfit, _broken bad-data, _content bad_record, _csv _broken x5, _csv _damaged,
+        _damaged _broken, _flag bad_record x2, _gather_rows bad-data, _json _broken, _json
+        _damaged, _lines _unfit, _nothing_left empty-dataset, _parquet _broken, _parquet
+        _unfit, _raised bad-data, _reasoning bad_record, _refuse_context bad_record,
+        _refuse_media bad_record, _refuse_unpackable bad-data, _role bad_record x3, _split
+        bad-value, _text _broken x2, _text _damaged, _too_long bad-data, _turn bad_record
+        x3, _unfit _broken, _with_system_column bad_record, _without_type missing-key,
+        bad_record AttnimgError, column bad_record, documents_of _nothing_left, empty
+        empty-dataset, find_sources _without_type, find_sources empty, fit _too_long,
+        load_documents _nothing_left, parse_turns bad_record, read_records bad_record,
+        read_tool_calls bad_record, read_tools bad_record, text bad_record, value _unfit
+    """,
+    "files": """
+        _bad_dir AttnimgError, _check_options bad-value, _check_reachable file-missing,
+        _check_reachable hub-unreachable, _check_size bad-data, _configured bad-value,
+        _files bad-data, _files bad-value, _folder bad-value, _folder file-missing, _found
+        _missing, _hashes bad_model, _in_two bad-value, _load _refused x2,
+        _load_from_checkpoint _missing, _malformed bad-value, _matches _missing, _matches
+        bad-value, _missing file-missing, _named_point _not_empty, _named_point damaged,
+        _named_point output-dir-not-empty, _newest_point damaged, _not_empty
+        output-dir-not-empty, _read_jinja file-missing, _refused pickled-weights,
+        _require_checkpoint no-checkpoint, _require_files bad-model, _require_optimizer
+        no-checkpoint, _require_shards bad_model x2, _require_writable _bad_dir x2, _under
+        bad-data, _unknown bad-value, _unreadable bad-data, _unreadable file-missing,
+        bad_model bad-model, check_model_files bad_model x4, check_output_dir _not_empty,
+        check_output_dir no-checkpoint, check_packing bad-data x2, check_packing bad-value,
+        check_regular bad-data, damaged damaged-checkpoint, find_rows _malformed, find_rows
+        empty-dataset, find_source bad-data, folder_splits _in_two, folder_splits bad-value,
+        load_hub _unreadable, load_hub unsupported-key, load_saved bad-data, loading
+        damaged-checkpoint, on_disk not-writable, require_safetensors pickled-weights,
+        require_same _refused, require_same resume-differs, require_steps resume-past-end,
+        split_names _unknown
+    """,
+    "machine": """
+        _check_homes bad-value, _check_optimizer bad-value, _check_processes bad-value,
+        _check_shared_memory out-of-memory, check_limits AttnimgError, check_limits
+        bad-value
+    """,
+    "packages": """
+        _check_compile bad-value, _check_optimizer not-installed, _load bad-value, _loader
+        bad-value, _require_packages _refusal, _try_checkpointing bad-value, _try_schedule
+        bad-value, check_limits not-installed
+    """,
+    "environment": """
+        _check_address_space bad-environment, _require_context context-differs,
+        as_bad_environment bad-environment, require_agreement bad-environment,
+        require_group bad-environment, require_readable bad-environment
+    """,
+    "processes": """
+        _locked output-dir-busy, agree rank-mismatch, lost_rank_errors rank-lost
+    """,
+    "the run": """
+        _differs loss-differs, _get_grad_norm _not_finite, _model_raised model-raised,
+        _not_finite not-finite, _settle _wrong, _wrong kernel-wrong-at-run, likelihood
+        _differs, require_equal _differs, require_equal _model_raised, run _model_raised,
+        run_engine out-of-memory, writing AttnimgError
+    """,
+}
+
+
+def test_found_of_the_schema_that_are_refused_by_name_are_listed() -> None:
+    assert keys.unsupported_keys().keys() & Config.model_fields.keys() == keys.IN_SCHEMA
+
+
+def refusals() -> Counter[str]:
+    """Return the refusals in the source of train, with their number in each function."""
+    trees = [ast.parse(path.read_text("utf-8")) for path in sorted(TRAIN.rglob("*.py"))]
+    functions = [
+        node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)
+    ]
+    builders = {
+        function.name
+        for function in functions
+        if isinstance(function.returns, ast.Name) and function.returns.id == "AttnimgError"
+    }
+    found = Counter[str]()
+    for function in functions:
+        for node in ast.walk(function):
+            if not isinstance(node, ast.Call):
+                continue
+            called = node.func
+            name = called.id if isinstance(called, ast.Name) else ""
+            if isinstance(called, ast.Attribute) and isinstance(called.value, ast.Name):
+                name = called.attr if called.value.id == "self" else ""
+            if name == "AttnimgError" or name in builders:
+                codes = [k.value for k in node.keywords if k.arg == "code"]
+                code = codes[0].value if codes and isinstance(codes[0], ast.Constant) else name
+                found[f"{function.name} {code}"] += 1
+    return found
+
+
+def test_each_refusal_of_train_needs_more_than_values() -> None:
+    known = Counter[str]()
+    for place in ",".join(NEEDS.values()).split(","):
+        name, _, count = " ".join(place.split()).partition(" x")
+        known[name] += int(count or 1)
+    unknown = refusals() - known
+    assert not unknown, "what does it need? On values alone it belongs to attnimg/config/rules.py"
+    assert not known - refusals(), "these are no longer in the source"
