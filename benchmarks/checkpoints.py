@@ -152,9 +152,8 @@ def saves(place: str, name: str) -> None:
     import torch
     from tiny_run import run
 
-    from attnimg.train.checkpoint import Finishing
+    from attnimg.train.checkpoint import FileHashes, Finishing
     from attnimg.train.engine import Engine
-    from attnimg.train.file_hashes import FileHashes
 
     folder, settings = Path(place), RUNS[name]
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: settings["cores"]])
@@ -217,7 +216,8 @@ def changes(kind: str) -> list[Any]:
     """Return what is patched for a kind of save."""
     from transformers import Trainer
 
-    from attnimg.train import checkpoint, file_hashes
+    from attnimg.train import checkpoint
+    from attnimg.train import checkpoint as file_hashes
     from attnimg.train.engine import Engine
 
     no_hash = mock.patch.multiple(file_hashes, **{
@@ -236,7 +236,7 @@ def changes(kind: str) -> list[Any]:
 
 def flush_in_turn(folder: Path, *_: object, **__: object) -> None:
     """Flush the files of a checkpoint as before there were manifests."""
-    from attnimg.train.file_hashes import flush
+    from attnimg.train.checkpoint import flush
 
     for path in folder.rglob("*"):
         flush(path)
@@ -247,7 +247,8 @@ def resume(folder: str) -> None:
     import psutil
     from tiny_run import run
 
-    from attnimg.train import intact, output_dir, watch
+    from attnimg.train import intact, output_dir
+    from attnimg.train import session as watch
 
     started, seconds = psutil.Process().create_time(), dict[str, float]()
     begin = watch.Watch.on_train_begin

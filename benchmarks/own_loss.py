@@ -72,8 +72,8 @@ def main() -> int:
 
 def described() -> dict[str, Any]:
     """Return the settings of the comparison, for the test that the record is up to date."""
-    tolerance = import_module("attnimg.train.loss_tolerance")
-    layer = import_module("attnimg.train.output_layer")
+    tolerance = import_module("attnimg.train.loss")
+    layer = import_module("attnimg.train.own_loss")
     return {
         "types": list(TYPES),
         "types_missed_by_trl": list(MISSED_BY_TRL),

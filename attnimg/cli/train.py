@@ -16,9 +16,8 @@ from attnimg.facts import Finding, Plan
 from attnimg.machine.kernel_cache import use_shipped_kernels
 from attnimg.task import Task, gpu_text, installed_machine, machine_notes, precision_notes
 from attnimg.train import run
-from attnimg.train.distributed import rank, require_group
+from attnimg.train.distributed import StopFlag, Stopped, rank, require_group, stop_signals
 from attnimg.train.environment import require_readable
-from attnimg.train.signals import StopFlag, Stopped, stop_signals
 
 if TYPE_CHECKING:
     from rich.console import Console

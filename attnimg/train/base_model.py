@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from attnimg.config.schema import Config
 from attnimg.errors import AttnimgError
 from attnimg.facts import Finding, Machine
+from attnimg.select.model_config import LANGUAGE_PARTS
+from attnimg.select.model_types import (
+    PositionTable,
+    position_table,
+    read_causal_types,
+    refusal_of,
+)
 from attnimg.task import model_file
-from attnimg.train.causal import require_trainable
 from attnimg.train.pickled_weights import require_safetensors
-from attnimg.train.positions import judge_positions
 from attnimg.train.quantized import judge_quantization, require_known_weights
-from attnimg.train.towers import judge_towers
 
 
 def judge_base_model(
@@ -75,3 +80,333 @@ def judge_files(
         else:
             warnings += [found] if found else []
     return errors, warnings
+
+
+# What chooses a class by the model's type; the last two also load models that take images.
+DEFAULT = "AutoModelForCausalLM"
+
+AUTO_CLASSES = frozenset({DEFAULT, "AutoModelForImageTextToText", "AutoModelForMultimodalLM"})
+
+
+def require_causal_type(config: Config, raw: Mapping[str, Any]) -> None:
+    """Raise unless config.json describes a causal language model.
+
+    Args:
+        config: the validated run; a class that its key model_type names is judged by
+            require_causal_class instead.
+        raw: the model's config.json.
+
+    Raises:
+        AttnimgError: code not-causal-lm.
+    """
+    type_ = raw.get("model_type")
+    brings_code = DEFAULT in (raw.get("auto_map") or {})
+    if (config.model_type or DEFAULT) != DEFAULT or not isinstance(type_, str):
+        return
+    if brings_code and config.trust_remote_code:
+        return
+    types = read_causal_types()
+    if type_ in types.causal:
+        if type_ not in types.two_sided or raw.get("is_decoder") is True:
+            return
+        found = "its tokens attend to later tokens, or it has an encoder"
+        do = "choose a decoder; a decoder of this type has is_decoder: true in its config.json"
+    elif type_ in types.text_trained:
+        return
+    elif type_ in types.with_other_inputs:
+        found = "it takes images or audio, and training it on text only was not tested"
+        do = (
+            "choose a decoder such as llama, qwen3 or mistral; to try this one anyway, set "
+            f"model_type: {types.with_other_inputs[type_]}"
+        )
+    else:
+        found = "transformers has no causal language model of that type"
+        do = "choose a decoder such as llama, qwen3 or mistral"
+        if brings_code:
+            do = "set trust_remote_code: true, since the model brings its own code"
+    raise _refusal(
+        f"{config.base_model} (model_type {type_})", found=found, do=do, key="base_model"
+    )
+
+
+def require_trainable(
+    config: Config, raw: Mapping[str, Any], *, packages: Mapping[str, str] | None
+) -> None:
+    """Raise unless the run's model is known to train, with packed rows where the run packs.
+
+    Args:
+        config: the validated run.
+        raw: the model's config.json.
+        packages: the installed distributions; None assumes that all are.
+
+    Raises:
+        AttnimgError: code not-causal-lm, not-trainable, loss-differs or packing-not-isolated.
+    """
+    require_causal_type(config, raw)
+    if DEFAULT in (raw.get("auto_map") or {}) and config.trust_remote_code:
+        return
+    found = refusal_of(
+        raw,
+        name=str(config.base_model),
+        packing=bool(config.sample_packing) or config.batch_flattening is True,
+        sequence_len=config.sequence_len,
+        packages=packages,
+    )
+    if found is not None:
+        raise AttnimgError(found.what, why=found.why, do=found.do, code=found.code, key=found.key)
+
+
+def require_causal_class(name: str) -> None:
+    """Raise unless a class of transformers that model_type names is a causal language model's.
+
+    Raises:
+        AttnimgError: code not-causal-lm.
+    """
+    types = read_causal_types()
+    known = {*types.causal.values(), *types.with_other_inputs.values(), *types.multimodal.values()}
+    if name in AUTO_CLASSES or name in known:
+        return
+    raise _refusal(
+        f"model_type: {name}",
+        found="transformers lists the class under another task",
+        do=f"remove model_type: {DEFAULT} finds the right class",
+        key="model_type",
+    )
+
+
+def _refusal(what: str, *, found: str, do: str, key: str) -> AttnimgError:
+    return AttnimgError(
+        f"{what} is not a causal language model",
+        why=f"found: {found}\nneeded: a model that predicts each token from those before it",
+        do=do,
+        code="not-causal-lm",
+        key=key,
+    )
+
+
+def judge_positions(config: Config, raw: Mapping[str, Any]) -> Finding | None:
+    """Compare sequence_len with the positions that a model has.
+
+    Args:
+        config: the validated run.
+        raw: the model's config.json.
+
+    Returns:
+        A warning for rotary positions beyond those of the config; None where they suffice or are
+        unknown.
+
+    Raises:
+        AttnimgError: the model's table of positions is shorter than sequence_len (code
+            positions-short).
+    """
+    part = _language_part(raw)
+    type_ = str(part.get("model_type") or raw.get("model_type"))
+    table = position_table(type_)
+    if table is not None:
+        named = (part[key] for key in table.keys if isinstance(part.get(key), int))
+        found = next(named, table.default) - _reserved(table, part)
+        if config.sequence_len <= found:
+            return None
+        raise AttnimgError(
+            f"{config.base_model} has {found:,} positions, fewer than sequence_len",
+            why=f"found {found:,} positions ({type_}, {table.keys[0]} in config.json); "
+            f"needed sequence_len {config.sequence_len:,}",
+            do=f"set sequence_len: {found}",
+            code="positions-short",
+            key="sequence_len",
+        )
+    reach = rope_reach(part)
+    if reach is None or config.sequence_len <= reach:
+        return None
+    return Finding(
+        code="positions-beyond",
+        key="sequence_len",
+        what=f"sequence_len {config.sequence_len:,} exceeds the {reach:,} positions of "
+        f"{config.base_model}, which was not trained on later ones",
+        do=f"set sequence_len: {reach}, or scale its RoPE by rope_parameters in its "
+        "config.json, such as rope_type yarn and a factor",
+    )
+
+
+def _reserved(table: PositionTable, part: Mapping[str, Any]) -> int:
+    """Return how many positions no token can have."""
+    padding = part.get("pad_token_id")
+    return padding + 1 if table.reserved and isinstance(padding, int) else table.reserved
+
+
+def rope_reach(part: Mapping[str, Any]) -> int | None:
+    """Return how many positions a config's RoPE covers, including its scaling.
+
+    Args:
+        part: the part of config.json that describes the language model.
+
+    Returns:
+        max_position_embeddings, or the original length times the factor where that is more; None
+        where the config has no such length, or ALiBi instead of RoPE.
+    """
+    longest = part.get("max_position_embeddings")
+    if type(longest) is not int or part.get("alibi"):
+        return None
+    reach = float(longest)
+    for scaling in _scalings(part):
+        kind = scaling.get("rope_type") or scaling.get("type") or "default"
+        factor = scaling.get("factor")
+        if kind == "default" or not isinstance(factor, int | float):
+            continue
+        original = scaling.get("original_max_position_embeddings") or longest
+        if isinstance(original, int | float):
+            reach = max(reach, original * factor)
+    return int(reach)
+
+
+def _scalings(part: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """Yield the RoPE settings of a config: one for all layers, or one for each kind of layer."""
+    for key in ("rope_parameters", "rope_scaling"):
+        found = part.get(key)
+        if isinstance(found, Mapping):
+            yield found
+            yield from (inner for inner in found.values() if isinstance(inner, Mapping))
+
+
+def _language_part(raw: Mapping[str, Any]) -> Mapping[str, Any]:
+    parts = (raw.get(name) for name in LANGUAGE_PARTS)
+    return next((part for part in parts if isinstance(part, Mapping) and part), raw)
+
+
+# Fields of config.json that describe other parts than the language model.
+OTHER_PARTS = ("vision_config", "audio_config", "vq_config", "speech_config")
+
+# Files that an AutoProcessor reads besides the tokenizer's.
+PROCESSOR_FILES = (
+    "processor_config.json", "preprocessor_config.json", "image_processor_config.json",
+    "video_preprocessor_config.json",
+)  # fmt: skip
+
+
+def class_to_load(config: Config, raw: Mapping[str, Any]) -> str:
+    """Return the name of the transformers class that loads a checkpoint.
+
+    Args:
+        config: the validated run; its model_type is the user's choice.
+        raw: the model's config.json.
+
+    Returns:
+        model_type where the config has it, otherwise AutoModelForCausalLM, or the multimodal class
+        where AutoModelForCausalLM would load only the language model or nothing.
+    """
+    # AutoModelForCausalLM loads the language model of the other types where it is asked for.
+    loads_all = raw.get("model_type") in read_causal_types().text_trained
+    if config.model_type and not (config.model_type == DEFAULT and loads_all):
+        return config.model_type
+    return _multimodal_class(raw) or DEFAULT
+
+
+def judge_towers(config: Config, raw: Mapping[str, Any]) -> Finding | None:
+    """Return a warning where parts of a checkpoint are frozen, or dropped because of model_type."""
+    parts = [name for name in OTHER_PARTS if isinstance(raw.get(name), Mapping)]
+    if not parts or (config.trust_remote_code and "auto_map" in raw):
+        return None
+    named = ", ".join(name.removesuffix("_config") for name in parts)
+    whole = _multimodal_class(raw)
+    divisible = raw.get("model_type") in read_causal_types().multimodal
+    if divisible and whole is None:
+        return None
+    if divisible and config.model_type == DEFAULT:
+        return Finding(
+            code="loses-towers",
+            key="model_type",
+            what=f"{config.base_model} has parts besides its language model ({named}), which "
+            f"{DEFAULT} drops: only the language model is saved",
+            do=f"remove model_type: {whole} keeps them",
+        )
+    return Finding(
+        code="towers-frozen",
+        key="base_model",
+        what=f"{config.base_model} has parts besides its language model ({named}): they are "
+        "frozen, and saved unchanged",
+        do=f"set model_type: {DEFAULT} to save only its language model"
+        if divisible
+        else "plan for their memory: they are loaded, too",
+    )
+
+
+def _multimodal_class(raw: Mapping[str, Any]) -> str | None:
+    """Return the multimodal class of a checkpoint; None where it has a language model only."""
+    types = read_causal_types()
+    type_ = str(raw.get("model_type"))
+    if type_ in types.text_trained:
+        return types.with_other_inputs[type_]
+    # A checkpoint whose architectures has the language model's class has no other weights.
+    if types.causal.get(type_) in (raw.get("architectures") or ()):
+        return None
+    return types.multimodal.get(type_)
+
+
+def attention_by_part(model_config: Any, implementation: str) -> str | dict[str, str]:
+    """Return the attn_implementation that sets only the attention of the language model.
+
+    The other parts keep the default of transformers: the backend was neither judged nor proven for
+    their layers, and their classes may not support it.
+
+    Args:
+        model_config: a transformers configuration.
+        implementation: transformers' name of an attention.
+    """
+    text = model_config.get_text_config(decoder=True)
+    named = [name for name in model_config.sub_configs if getattr(model_config, name, None) is text]
+    if text is model_config or not named:
+        return implementation
+    return {"": implementation, **dict.fromkeys(named, implementation)}
+
+
+def freeze_towers(model: Any) -> tuple[str, ...]:
+    """Freeze all weights of a loaded model outside its language model.
+
+    Args:
+        model: a transformers model.
+
+    Returns:
+        The names of the frozen modules; empty for a plain language model.
+    """
+    if model.config.get_text_config(decoder=True) is model.config:
+        return ()
+    trained = {id(weight) for part in _language_parts(model) for weight in part.parameters()}
+    frozen: list[str] = []
+    for name, module in model.named_modules():
+        weights = list(module.parameters())
+        if not weights or any(id(weight) in trained for weight in weights):
+            continue
+        if not any(name.startswith(f"{outer}.") for outer in frozen):
+            frozen.append(name)
+    for weight in model.parameters():
+        if id(weight) not in trained:
+            weight.requires_grad_(False)
+    return tuple(frozen)
+
+
+def _language_parts(model: Any) -> Iterable[Any]:
+    """Return the decoder and the input and output embeddings of a language model."""
+    parts = (model.get_decoder(), model.get_input_embeddings(), model.get_output_embeddings())
+    return [part for part in parts if part is not None]
+
+
+def keep_processor(config: Config, loaded: Mapping[str, Any], folder: Path) -> None:
+    """Copy the files of the AutoProcessor of a multimodal checkpoint.
+
+    Args:
+        config: the validated run.
+        loaded: the model's config before training, as `to_dict` gives it.
+        folder: of the trained model.
+    """
+    from transformers.utils import cached_file
+
+    for name in PROCESSOR_FILES if any(loaded.get(part) for part in OTHER_PARTS) else ():
+        found = cached_file(
+            config.base_model,
+            name,
+            revision=config.revision_of_model,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+        if found is not None and not (folder / name).exists():
+            shutil.copyfile(found, folder / name)

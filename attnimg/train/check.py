@@ -5,13 +5,19 @@ The values of its config are checked already, by attnimg.config.
 
 from __future__ import annotations
 
+import math
+import os
+import resource
+import warnings
 from pathlib import Path
+from typing import Any
 
+from attnimg.config.rules import SCHEDULER_NEEDS
 from attnimg.config.schema import Config
 from attnimg.errors import AttnimgError
 from attnimg.facts import Machine
+from attnimg.train.arguments import scheduler_of
 from attnimg.train.checkpoint import ResumePoint
-from attnimg.train.limits import check_limits
 from attnimg.train.model_files import check_model_files
 from attnimg.train.output_dir import check_output_dir
 from attnimg.train.resume import check_settings
@@ -51,3 +57,238 @@ def _check_homes(config: Config) -> None:
                 code="bad-value",
                 key=key,
             ) from None
+
+
+# Paged optimizers whose unpaged equivalent has another name.
+_UNPAGED = {"paged_adamw": "adamw_torch_fused", "paged_adamw_32bit": "adamw_torch_fused"}
+
+# Most processes that load or prepare data: each takes 0.4 GB, and more are not faster.
+_PROCESSES, _PROCESSES_A_CPU = 16, 4
+
+# The smallest address space that a run may have. On a CPU a tiny model takes 2.3 GiB, torch 2.13.
+_ADDRESS_BYTES = 3 << 30
+
+# What workers need in /dev/shm besides their batches, and a token in input_ids, labels and
+# position_ids or attention_mask.
+_SHARED_BYTES, _TOKEN_BYTES = 1 << 20, 24
+
+
+def check_limits(config: Config, machine: Machine) -> None:
+    """Refuse what this machine, or the installed packages, can't do - before anything heavy.
+
+    Raises:
+        AttnimgError: an optimizer, a precision or a way of distribution that would fail later or
+            silently be something else.
+    """
+    _check_optimizer(config, machine)
+    _check_processes(config)
+    _check_address_space()
+    _check_shared_memory(config)
+    cpu = machine.arch.vendor == "cpu"
+    capability = machine.arch.capability
+    if config.tf32 is True and (capability is None or capability < (8, 0)):
+        raise AttnimgError(
+            "tf32 needs an Ampere GPU or newer",
+            why=f"found {machine.gpu} ({machine.arch.name}); needed sm_80 or above",
+            do="set tf32: auto",
+            code="bad-value",
+            key="tf32",
+        )
+    for key, found in (
+        ("fsdp", [name for name in ("fsdp", "fsdp_config") if getattr(config, name)]),
+        ("deepspeed", ["deepspeed"] if config.deepspeed else []),
+    ):
+        if found and cpu:
+            raise AttnimgError(
+                f"{key} needs a GPU",
+                why="on a CPU accelerate would silently run plain DDP; found no GPU",
+                do=f"remove {' and '.join(found)}; torchrun --nproc-per-node N trains here",
+                code=f"{key}-needs-gpu",
+                key=key,
+            )
+    if config.deepspeed and not _installed(machine, "deepspeed"):
+        raise AttnimgError(
+            "deepspeed is not installed",
+            why="found the key deepspeed, and no such package",
+            do="install deepspeed, or use fsdp",
+            code="not-installed",
+            key="deepspeed",
+        )
+
+
+def _check_optimizer(config: Config, machine: Machine) -> None:
+    """Refuse paged optimizers on a CPU, and those of a package that is not there."""
+    name = config.optimizer
+    if name.startswith("paged_") and machine.arch.vendor == "cpu":
+        raise AttnimgError(
+            f"optimizer: {name} needs a GPU",
+            why="paged memory is CUDA's; found no GPU, and bitsandbytes would fall back unpaged",
+            do=f"set optimizer: {_UNPAGED.get(name, name.removeprefix('paged_'))}",
+            code="bad-value",
+            key="optimizer",
+        )
+    needs = "torchao" if name in ("adamw_torch_8bit", "adamw_torch_4bit") else None
+    if needs and not _installed(machine, needs):
+        raise AttnimgError(
+            f"optimizer: {name} needs {needs}",
+            why=f"{needs} is not installed",
+            do=f"install {needs}, or set optimizer: adamw_8bit",
+            code="not-installed",
+            key="optimizer",
+        )
+
+
+def _check_processes(config: Config) -> None:
+    """Refuse more processes for data than this machine can run."""
+    cpus = os.cpu_count() or 1
+    most = max(_PROCESSES, _PROCESSES_A_CPU * cpus)
+    for key in ("dataloader_num_workers", "dataset_num_proc", "dataset_processes"):
+        asked = getattr(config, key) or 0
+        if asked > most:
+            raise AttnimgError(
+                f"{key}: {asked} is more than this machine can run",
+                why=f"found {cpus} CPUs; needed at most {most} processes",
+                do=f"set {key}: {cpus}",
+                code="bad-value",
+                key=key,
+            )
+
+
+def _check_address_space() -> None:
+    """Refuse an address space that is too small for torch and its libraries.
+
+    Under such a limit, Python can wait forever for a thread that could not start.
+    """
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if limit != resource.RLIM_INFINITY and limit < _ADDRESS_BYTES:
+        raise AttnimgError(
+            "ulimit -v leaves too little memory",
+            why=f"found {limit >> 20:,} MiB; needed at least {_ADDRESS_BYTES >> 20:,}, of which "
+            "torch and its libraries take 2,300",
+            do="run ulimit -v unlimited before attnimg",
+            code="bad-environment",
+        )
+
+
+def _check_shared_memory(config: Config) -> None:
+    """Refuse workers whose batches do not fit in /dev/shm: torch would wait for them forever.
+
+    Each worker keeps two batches ready (prefetch_factor of torch's DataLoader).
+    """
+    workers = config.dataloader_num_workers or 0
+    tokens = config.micro_batch_size * config.sequence_len
+    needed = max(_SHARED_BYTES, workers * 2 * tokens * _TOKEN_BYTES)
+    try:
+        found = os.statvfs("/dev/shm")
+    except OSError:
+        return
+    free = found.f_bavail * found.f_frsize
+    if workers and free < needed:
+        raise AttnimgError(
+            "shared memory (/dev/shm) is too small for dataloader_num_workers",
+            why=f"found {free / 2**20:,.1f} MiB free; needed {needed / 2**20:,.1f} for "
+            f"{workers} workers with two batches of {tokens:,} tokens each",
+            do="set dataloader_num_workers: 0, or start the container with --shm-size=1g",
+            code="out-of-memory",
+            key="dataloader_num_workers",
+        )
+
+
+def _installed(machine: Machine, package: str) -> bool:
+    return machine.packages is None or package in machine.packages
+
+
+# Steps of the tried schedule where max_steps is not set.
+_STEPS = 100
+
+
+def try_options(config: Config) -> None:
+    """Raise unless the schedule, torch.compile and checkpointing accept the config's arguments.
+
+    Raises:
+        AttnimgError: code bad-value.
+    """
+    if config.lr_scheduler_kwargs:
+        _try_schedule(config)
+    if config.torch_compile and (config.torch_compile_backend or config.torch_compile_mode):
+        _check_compile(config)
+    if config.gradient_checkpointing and config.gradient_checkpointing_kwargs:
+        _try_checkpointing(config)
+
+
+def _try_schedule(config: Config) -> None:
+    """Build the learning rate schedule, and compute the rates of some steps."""
+    import torch
+    from transformers import get_scheduler
+
+    name, arguments = scheduler_of(config)
+    steps = config.max_steps or _STEPS
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=config.learning_rate or 1.0)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a schedule that steps without its optimizer
+            schedule = get_scheduler(
+                name,
+                optimizer=optimizer,
+                num_warmup_steps=min(config.warmup_steps or 0, steps),
+                num_training_steps=steps,
+                scheduler_specific_kwargs=arguments,
+            )
+            for _ in range(min(steps, _STEPS)):
+                schedule.step(*([1.0] if name == "reduce_lr_on_plateau" else []))
+                rate = optimizer.param_groups[0]["lr"]
+                if not (isinstance(rate, int | float) and math.isfinite(rate) and rate >= 0):
+                    raise ValueError(f"found a learning rate of {rate}")
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        needed, value = SCHEDULER_NEEDS.get(config.lr_scheduler, ((), ""))
+        raise AttnimgError(
+            f"lr_scheduler: {config.lr_scheduler} does not accept these lr_scheduler_kwargs",
+            why=f"found {config.lr_scheduler_kwargs}; {error}",
+            do=f"set lr_scheduler_kwargs: {{{needed[0]}: {value}}}"
+            if needed
+            else "remove lr_scheduler_kwargs",
+            code="bad-value",
+            key="lr_scheduler_kwargs",
+        ) from error
+
+
+def _check_compile(config: Config) -> None:
+    """Compare torch_compile_backend and torch_compile_mode with the names that torch has."""
+    import torch._dynamo
+    import torch._inductor
+    from accelerate.utils import DynamoBackend
+
+    known = {backend.value.lower() for backend in DynamoBackend}
+    backends = sorted(known & set(torch._dynamo.list_backends(exclude_tags=())))
+    for key, names in (
+        ("torch_compile_backend", backends),
+        ("torch_compile_mode", sorted(torch._inductor.list_mode_options())),
+    ):
+        value = getattr(config, key)
+        if value is not None and value not in names:
+            raise AttnimgError(
+                f"{key}: {value} is not known",
+                why=f"needed one of {', '.join(names)}, which torch {torch.__version__} and "
+                "accelerate have",
+                do=f"remove {key}",
+                code="bad-value",
+                key=key,
+            )
+
+
+def _try_checkpointing(config: Config) -> None:
+    """Run one step under gradient checkpointing with the config's arguments."""
+    import torch
+    from torch.utils.checkpoint import checkpoint
+
+    given: dict[str, Any] = {"use_reentrant": False, **(config.gradient_checkpointing_kwargs or {})}
+    try:
+        checkpoint(torch.sin, torch.zeros(1, requires_grad=True), **given).backward()
+    except (AttributeError, RuntimeError, TypeError, ValueError) as error:
+        raise AttnimgError(
+            "gradient_checkpointing does not accept these gradient_checkpointing_kwargs",
+            why=f"found {config.gradient_checkpointing_kwargs}; {str(error).splitlines()[0]}",
+            do="remove gradient_checkpointing_kwargs",
+            code="bad-value",
+            key="gradient_checkpointing_kwargs",
+        ) from error

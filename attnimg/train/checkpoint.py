@@ -1,6 +1,6 @@
 """Checkpoints that are complete or not there, whatever moment the run is killed at.
 
-A checkpoint is written under PARTIAL, its manifest (manifest.py) last, and renamed into place when
+A checkpoint is written under PARTIAL, its manifest last, and renamed into place when
 all of it is on the disk. Training continues when the files are written: a thread hashes and flushes
 them, writes the manifest and renames. A checkpoint that rotation removes is renamed away first. So
 every `checkpoint-N` in output_dir is complete, and what a killed run left half done lies under
@@ -9,19 +9,27 @@ PARTIAL.
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import json
+import os
+import re
 import shutil
-from collections.abc import Callable, Iterable
-from concurrent.futures import Future
+import stat
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import CancelledError, Future
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from typing import IO, Any, Self
 
-from attnimg.threads import executor
-from attnimg.train.disk import writing
-from attnimg.train.file_hashes import FileHashes, flush
-from attnimg.train.manifest import write_manifest
+from attnimg.errors import AttnimgError
+from attnimg.files import read_regular
+from attnimg.threads import executor, in_threads
 
 PARTIAL = ".partial"
+
 STATE = "attnimg.json"
 
 
@@ -187,3 +195,353 @@ def read_state(checkpoint: Path) -> dict[str, object]:
     file = checkpoint / STATE
     state: dict[str, object] = json.loads(file.read_text()) if file.is_file() else {}
     return state
+
+
+FILE = "manifest.json"
+
+# A sharded checkpoint of a thousand processes has some ten thousand files of 150 bytes each.
+_MAX_BYTES = 16 * 2**20
+
+# Names that only a checkpoint with a manifest has: states that saved_states.py wrote.
+_OURS = ("optimizer.json", "scheduler.json", "rng_state*.json")
+
+# Where each part of a checkpoint records its step.
+_STEPS = {
+    "optimizer.json": ("optimizer", "step"),
+    "scheduler.json": ("scheduler", "step"),
+    "rng_state": ("rng", "step"),
+    "trainer_state.json": ("trainer", "global_step"),
+    "attnimg.json": ("run", "step"),
+}
+
+# Files that transformers, PEFT, accelerate or DeepSpeed would load where a checkpoint has them. Any
+# other file that someone added is not read, and does no harm.
+# Source: transformers 5.22.2, trainer.py, _load_from_checkpoint and _load_optimizer_and_scheduler;
+# accelerate 1.15, utils/fsdp_utils.py (2026-11-27).
+_LOADED = re.compile(
+    r".*\.(safetensors|bin|pt|pth|distcp|index\.json)|(adapter_)?config\.json|\.metadata|latest|"
+    r"(optimizer|scheduler|rng_state.*|scaler|trainer_state|attnimg)\.json"
+)
+
+
+def has_manifest(checkpoint: Path) -> bool:
+    """Return whether a checkpoint has a manifest, or files that are only written with one."""
+    return os.path.lexists(checkpoint / FILE) or any(
+        next(checkpoint.glob(name), None) for name in _OURS
+    )
+
+
+def write_manifest(folder: Path, hashes: FileHashes, *, step: int, processes: int) -> None:
+    """Write the manifest of a checkpoint, when all of its files are on the disk.
+
+    Args:
+        folder: the checkpoint; all processes have written their files.
+        hashes: of the files that were hashed already; the others are hashed now.
+        step: optimizer steps that its weights have done.
+        processes: how many processes train.
+    """
+    paths = (path for path in folder.rglob("*") if path.is_file() and path != folder / FILE)
+    names = sorted(path.relative_to(folder) for path in paths)
+    found = hashes.of([folder / name for name in names])
+    content: dict[str, Any] = {
+        "format": 1,
+        "step": step,
+        "processes": processes,
+        "parts": {"weights": step, **_steps(folder)},
+        "files": {
+            name.as_posix(): {"size": (folder / name).stat().st_size, "sha256": digest}
+            for name, digest in zip(names, found, strict=True)
+        },
+    }
+    content["sha256"] = _own_hash(content)
+    (folder / FILE).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    flush(folder / FILE)
+
+
+def hash_of(checkpoint: Path) -> str | None:
+    """Return the hash in a whole checkpoint's manifest, which is of all files; None without one."""
+    if not has_manifest(checkpoint):
+        return None
+    found: str = _read(checkpoint / FILE)["sha256"]
+    return found
+
+
+def damages(checkpoint: Path, *, step: int) -> list[str]:
+    """Return what is wrong with the files of a checkpoint; empty where all are as written.
+
+    Args:
+        checkpoint: a folder for which `has_manifest` is true.
+        step: the one in the folder's name.
+
+    Returns:
+        One text for each damage, with what was found and needed, such as
+        "model.safetensors: found 100 bytes, needed 200".
+    """
+    try:
+        content = _read(checkpoint / FILE)
+    except FileNotFoundError:
+        return [f"{FILE}: it is missing, and the other files can't be checked without it"]
+    except OSError as error:
+        return [f"{FILE}: it can't be read: {error.strerror or error}"]
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return [f"{FILE}: it is not as it was written, and the other files can't be checked "
+                "without it"]  # fmt: skip
+    steps = {"the manifest": content["step"], **content["parts"]}
+    found = [
+        f"{part}: found step {at}, needed {step} as in the name of {checkpoint.name}"
+        for part, at in steps.items()
+        if at != step
+    ]
+    files: Mapping[str, Mapping[str, Any]] = content["files"]
+    judged = in_threads(lambda name: _damage(checkpoint / name, files[name]), files)
+    found += [f"{name}: {text}" for name, text in zip(files, judged, strict=True) if text]
+    return found + [
+        f"{name}: found a file that was added later and would be loaded, needed none of this name"
+        for name in _added(checkpoint, files)
+    ]
+
+
+def _steps(folder: Path) -> dict[str, int]:
+    """Return the step of each part that records one."""
+    found = {}
+    for path in sorted(folder.glob("*.json")):
+        name = "rng_state" if path.name.startswith("rng_state") else path.name
+        if name in _STEPS:
+            part, key = _STEPS[name]
+            found[part] = json.loads(path.read_text(encoding="utf-8"))[key]
+    return found
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """Return a manifest's content.
+
+    Raises:
+        OSError: it can't be read.
+        ValueError, TypeError, KeyError, AttributeError, RecursionError: it was changed.
+    """
+    content: dict[str, Any] = json.loads(read_regular(path, at_most=_MAX_BYTES))
+    if content["sha256"] != _own_hash(content):
+        raise ValueError("its own hash differs")
+    if any(type(at) is not int for at in (content["step"], *content["parts"].values())):
+        raise TypeError("a step is no number")
+    for name, entry in content["files"].items():
+        inside = PurePosixPath(name.encode().decode())  # raises for a lone surrogate
+        if inside.is_absolute() or ".." in inside.parts or "\0" in name or not inside.parts:
+            raise ValueError("a name leads out of the checkpoint")
+        if type(entry["size"]) is not int or entry["size"] < 0:
+            raise ValueError("a size is no number")
+        if not re.fullmatch("[0-9a-f]{64}", entry["sha256"]):
+            raise ValueError("a hash is not of SHA-256")
+    return content
+
+
+def _own_hash(content: Mapping[str, Any]) -> str:
+    """Return the hash of a manifest without the field that holds it."""
+    rest = {key: value for key, value in content.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def _damage(path: Path, needed: Mapping[str, Any]) -> str | None:
+    """Return what is wrong with a file; None where it is as it was written."""
+    try:
+        # O_NONBLOCK: opening a pipe would wait for its writer.
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        with os.fdopen(handle, "rb", buffering=0) as file:
+            about = os.fstat(file.fileno())
+            if not stat.S_ISREG(about.st_mode):
+                return "found a pipe, a socket, a device or a folder, needed a file"
+            if about.st_size != needed["size"]:
+                return f"found {about.st_size:,} bytes, needed {needed['size']:,}"
+            found = sha256_of(file)
+    except FileNotFoundError:
+        return "it is missing"
+    except OSError as error:
+        return f"it can't be read: {error.strerror or error}"
+    if found == needed["sha256"]:
+        return None
+    return f"found SHA-256 {found[:12]}..., needed {needed['sha256'][:12]}..."
+
+
+def _added(checkpoint: Path, files: Mapping[str, Any]) -> list[str]:
+    """Return the files that are not in a manifest and that loading the checkpoint would read."""
+    names = (path.relative_to(checkpoint).as_posix() for path in checkpoint.rglob("*"))
+    return sorted(
+        name for name in names if name not in files and _LOADED.fullmatch(name.rpartition("/")[2])
+    )
+
+
+THREADS = 4
+
+# The threads that hash leave the cores to the one that writes, and then trains.
+_NICE = 10
+
+# What is read at a time: it stays in a core's cache until it is hashed.
+_BLOCK_BYTES = 2**20
+
+# Memory that may wait to be hashed, because a GPU's tensors are copied to the CPU for it.
+_WAITING_BYTES = 4 * 2**30
+
+
+class FileHashes:
+    """SHA-256 of files, taken in threads beside those that flush; a context manager ends them."""
+
+    def __init__(self) -> None:
+        # A core is left to the thread that writes: what it writes late is on the disk late.
+        spare = max(1, len(os.sched_getaffinity(0)) - 1)
+        self._memory = executor(min(spare, THREADS), nice=_NICE)
+        self._read, self._flush = executor(THREADS, nice=_NICE), executor(THREADS)
+        self._files: dict[Path, tuple[tuple[int, ...] | None, Future[str], Future[None]]] = {}
+        self._waiting: deque[tuple[Future[str], int]] = deque()
+
+    def __enter__(self) -> Self:
+        """Return itself."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close it."""
+        self.close()
+
+    def close(self) -> None:
+        """Wait for what is under way, and drop the rest."""
+        for pool in (self._memory, self._read, self._flush):
+            pool.shutdown(cancel_futures=True)
+
+    def write(self, path: Path, content: Sequence[memoryview]) -> None:
+        """Write a file while a thread hashes the same memory, and begin to flush it.
+
+        The content must stay as it is until `settle` returns. The hash is that of the content,
+        whatever happens to the file.
+        """
+        hashing = self._memory.submit(_hash_of, content)
+        with path.open("wb") as file:
+            file.writelines(content)
+        self._files[path] = None, hashing, self._flush.submit(flush, path)
+        self._waiting.append((hashing, sum(part.nbytes for part in content)))
+        while sum(size for _, size in self._waiting) > _WAITING_BYTES:
+            self._waiting.popleft()[0].result()
+
+    def add(self, path: Path) -> None:
+        """Begin to hash and flush a file that is written."""
+        hashing = self._read.submit(_hash, path)
+        self._files[path] = _identity(path), hashing, self._flush.submit(flush, path)
+
+    def settle(self) -> None:
+        """Wait until all that was written from memory is hashed."""
+        for hashing, _ in self._waiting:
+            with suppress(CancelledError):  # closed, because a file could not be written
+                hashing.result()
+        self._waiting.clear()
+
+    def of(self, paths: list[Path]) -> list[str]:
+        """Return the hashes of files, when all are on the disk.
+
+        A file that was changed since `add` is hashed again.
+
+        Raises:
+            OSError: a file could not be written to the disk.
+        """
+        for path in paths:
+            if path not in self._files or self._files[path][0] not in (None, _identity(path)):
+                self.add(path)
+        for path in paths:
+            self._files[path][2].result()
+        return [self._files[path][1].result() for path in paths]
+
+
+def flush(path: Path) -> None:
+    """Wait until a file, or a folder's list of names, is on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def sha256_of(file: IO[Any]) -> str:
+    """Return the SHA-256 of a file that is open for unbuffered reading."""
+    found, block = hashlib.sha256(), bytearray(_BLOCK_BYTES)
+    view = memoryview(block)
+    while count := file.readinto(block):  # type: ignore[attr-defined]  # of raw files
+        found.update(view[:count])
+    return found.hexdigest()
+
+
+def _hash_of(content: Sequence[memoryview]) -> str:
+    found = hashlib.sha256()
+    for part in content:
+        found.update(part)
+    return found.hexdigest()
+
+
+def _hash(path: Path) -> str:
+    with path.open("rb", buffering=0) as file:
+        return sha256_of(file)
+
+
+def _identity(path: Path) -> tuple[int, ...]:
+    found = path.stat()
+    return found.st_ino, found.st_size, found.st_mtime_ns
+
+
+# What libraries that hide the error number write into their text instead. torch.save:
+# "PytorchStreamWriter failed writing file"; safetensors: "... (os error 28)".
+FULL = ("no space left", "os error 28", "disk quota exceeded", "os error 122", "file too large")
+
+# They write in pieces, so a little may be left when the next piece did not fit.
+HARDLY_ANY = 4 * 2**20
+
+UNWRITTEN = ("failed writing", "error while serializing", "write failed", "unexpected pos")
+
+
+@contextmanager
+def writing(path: Path, *, kept: str) -> Iterator[None]:
+    """Turn what fails while `path` is written into an error that says what was lost.
+
+    Args:
+        path: what is being written.
+        kept: what is safe all the same, as a sentence.
+
+    Raises:
+        AttnimgError: code disk-full or not-written, exit code 1.
+    """
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        text = str(error).lower()
+        number = getattr(error, "errno", None)
+        full = number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or any(s in text for s in FULL)
+        if not full and not isinstance(error, OSError):
+            if not any(s in text for s in UNWRITTEN):
+                raise
+            full = _free_bytes(path) < HARDLY_ANY
+        # torch's own words, "unexpected pos 87872 vs 87760", would only puzzle.
+        reason = "no space left" if full else str(error).strip().splitlines()[0]
+        raise AttnimgError(
+            f"the disk is full: {path.name} could not be written"
+            if full
+            else f"{path.name} could not be written",
+            why=f"{path}: {reason}\n{_free_bytes(path) / 2**20:,.1f} MiB free there; {kept}",
+            do="free space, then run again with resume_from_checkpoint: true",
+            code="disk-full" if full else "not-written",
+            key="output_dir",
+            exit_code=1,
+        ) from error
+
+
+def _free_bytes(path: Path) -> int:
+    """Tell how much room is left where `path` would stand."""
+    place = next((p for p in (path, *path.parents) if p.exists()), Path())
+    left = os.statvfs(place)
+    return left.f_bavail * left.f_frsize
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a file so that it is the old one or the new one at every moment."""
+    fresh = path.with_name(f".{path.name}.partial")
+    with fresh.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    fresh.replace(path)

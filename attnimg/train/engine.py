@@ -1,7 +1,7 @@
 """TRL's SFTTrainer, made to survive kills, stop on signals and count what it trains.
 
 The loss is the negative log-likelihood averaged over the trained tokens of a step, on all
-processes. objective.py computes it; own_loss.py compares it with the model's own loss.
+processes. loss.py computes it; own_loss.py compares it with the model's own loss.
 """
 
 from __future__ import annotations
@@ -20,15 +20,13 @@ from attnimg.errors import AttnimgError
 from attnimg.train import checkpoint as checkpoints
 from attnimg.train import metrics
 from attnimg.train.attention_check import AttentionCheck
-from attnimg.train.disk import writing
-from attnimg.train.evaluator import EvaluationCut
-from attnimg.train.file_hashes import FileHashes
-from attnimg.train.final import NOT_THE_MODEL
+from attnimg.train.checkpoint import FileHashes, writing
+from attnimg.train.distributed import StopFlag, Stopped
+from attnimg.train.metrics import EvaluationCut
+from attnimg.train.packing import OnceAnEpoch
 from attnimg.train.rows import COUNTS, Collator
-from attnimg.train.sampler import OnceAnEpoch
-from attnimg.train.saved_model import correct_saved_config
+from attnimg.train.saved_model import NOT_THE_MODEL, correct_saved_config
 from attnimg.train.saved_states import SavedStates
-from attnimg.train.signals import StopFlag, Stopped
 
 
 class Engine(SavedStates):

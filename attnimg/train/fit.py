@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import logging
+import os
+import sys
 import time
 from collections.abc import Mapping
 from contextlib import nullcontext, suppress
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,19 +19,14 @@ from attnimg.config.schema import Config
 from attnimg.errors import AttnimgError
 from attnimg.memory_errors import memory_errors
 from attnimg.train import metrics
-from attnimg.train.applied import applied
+from attnimg.train.arguments import plan_steps
 from attnimg.train.attention_check import AttentionCheck
 from attnimg.train.checkpoint import ResumePoint, read_state
-from attnimg.train.distributed import join, rank, world_size
-from attnimg.train.final import save_final
-from attnimg.train.generation import stop_notes, use_trained_template
+from attnimg.train.distributed import StopFlag, Stopped, join, rank, world_size
 from attnimg.train.identity import identity_of
-from attnimg.train.output_dir import prepare_output_dir
-from attnimg.train.output_lock import locked
-from attnimg.train.plot import draw_loss
-from attnimg.train.progress import ProgressView
-from attnimg.train.quiet import silence_libraries
-from attnimg.train.receipt import Status, open_receipt, write_receipt
+from attnimg.train.metrics import draw_loss
+from attnimg.train.output_dir import locked, prepare_output_dir
+from attnimg.train.receipt import FitResult, RunFacts, Status, applied, open_receipt, write_receipt
 from attnimg.train.resume import (
     accepted_changes,
     identity_in,
@@ -36,11 +35,9 @@ from attnimg.train.resume import (
     resume_notes,
 )
 from attnimg.train.rows import Rows, even_out, make_rows
-from attnimg.train.run_facts import FitResult, RunFacts
-from attnimg.train.schedule import plan_steps
-from attnimg.train.session import Session, build_engine, check_own_loss, run_engine
-from attnimg.train.signals import StopFlag, Stopped
-from attnimg.train.weight_counts import count_weights, sentence
+from attnimg.train.saved_model import save_final
+from attnimg.train.session import ProgressView, Session, build_engine, check_own_loss, run_engine
+from attnimg.train.tokenizer import stop_notes, use_trained_template
 
 if TYPE_CHECKING:
     from attnimg.train.data.documents import Documents
@@ -248,3 +245,82 @@ def _write_end(folder: Path, receipt: Mapping[str, object], *, error: BaseExcept
     # The error on its way to the user matters more than its copy on a full disk.
     with suppress(AttnimgError):
         write_receipt(folder, {**receipt, "error": told}, status=status)
+
+
+def silence_libraries() -> None:
+    """Turn off progress bars, notes and telemetry of the libraries below; errors still come.
+
+    Call it before transformers is imported: the hub client reads its switches at import.
+    """
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # transformers would report to a Kubeflow server whatever report_to says.
+    # Source: transformers 5.22.2, training_args.py, is_kubeflow_available (2026-11-27).
+    os.environ["DISABLE_KUBEFLOW_INTEGRATION"] = "TRUE"
+    # loss.png is drawn without a window; matplotlib raises on a backend that it does not know.
+    os.environ["MPLBACKEND"] = "agg"
+    # It would warn that the kernel it was kept from is missing.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    _import_bitsandbytes_alone()
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    # What they warn of is either refused by name before the run or said by the plan.
+    for name in ("accelerate", "torch.distributed", "kernels", "trl", "peft"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def _import_bitsandbytes_alone() -> None:
+    """Import bitsandbytes without the hub kernel it would fetch, and run, at import.
+
+    On a CPU with avx512_bf16 it asks the hub for kernels-community/quantization-bitsandbytes, which
+    also computes in bfloat16 whatever the run's precision; without it, it uses its own code.
+    Source: bitsandbytes 0.50.2, backends/cpu/ops.py, has_avx512bf16 (2026-11-21).
+    """
+    if find_spec("bitsandbytes") is None or "bitsandbytes" in sys.modules:
+        return
+    kernels = sys.modules.get("kernels")
+    sys.modules["kernels"] = None  # type: ignore[assignment]  # None makes its import fail
+    try:
+        import bitsandbytes  # noqa: F401  imported for its registrations alone
+    finally:
+        del sys.modules["kernels"]
+        if kernels is not None:
+            sys.modules["kernels"] = kernels
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WeightCounts:
+    """Numbers of weights; tied ones count once, packed 4-bit ones by their unpacked number."""
+
+    trained: int
+    all: int
+
+
+def count_weights(model: Any) -> WeightCounts:
+    """Count a model's weights, without the frozen copies of PEFT's modules_to_save."""
+    counts = [
+        (_count(weight), weight.requires_grad)
+        for name, weight in model.named_parameters()
+        if ".original_module." not in name
+    ]
+    return WeightCounts(
+        trained=sum(count for count, trained in counts if trained),
+        all=sum(count for count, _ in counts),
+    )
+
+
+def _count(weight: Any) -> int:
+    # DeepSpeed's ZeRO 3 leaves an empty tensor in place of a weight.
+    count = int(weight.numel() or getattr(weight, "ds_numel", 0))
+    if type(weight).__name__ == "Params4bit":
+        return count * 2 * int(weight.element_size())
+    return count
+
+
+def sentence(counts: WeightCounts) -> str:
+    """Return the line that a run prints before its first step."""
+    share = counts.trained / max(counts.all, 1)
+    return f"weights: trains {counts.trained:,} of {counts.all:,} ({share:.2%})"

@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 from attnimg.config.schema import Config, DatasetSpec, is_chat
 from attnimg.facts import RunContext
 from attnimg.train.distributed import world_size
-from attnimg.train.model_hashes import model_of, tokenizer_of
+from attnimg.train.model_files import model_of, tokenizer_of
 
 if TYPE_CHECKING:
     from attnimg.train.data.documents import SourceFigures
-    from attnimg.train.run_facts import RunFacts
+    from attnimg.train.receipt import RunFacts
 
 # Compared by value: another value trains another model.
 BY_VALUE = frozenset(

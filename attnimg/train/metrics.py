@@ -5,12 +5,19 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from attnimg.train.disk import replace_text, writing
+import torch
+
+from attnimg.train import metrics
+from attnimg.train.checkpoint import replace_text, writing
+from attnimg.train.distributed import StopFlag, any_rank
+from attnimg.train.loss import Objective
+from attnimg.train.rows import COUNTS, Collator
 
 FILE = "metrics.jsonl"
 
@@ -119,3 +126,132 @@ def memory_bytes() -> int:
     if torch.cuda.is_available():
         return int(torch.cuda.max_memory_allocated())
     return int(psutil.Process().memory_info().rss)
+
+
+PICTURE_FILE = "loss.png"
+
+# Colours that stay apart in print and for colour-blind eyes (Okabe and Ito, 2008).
+TRAIN, EVALUATION = "#0072B2", "#D55E00"
+
+
+def smooth(values: Sequence[float], *, weight: float) -> list[float]:
+    """Return the mean of two running means, one from each end, so that neither shift shows.
+
+    Args:
+        values: one a logged step.
+        weight: of the mean so far, against the next value: 0 smooths nothing.
+    """
+    forwards = _running_mean(values, weight=weight)
+    backwards = _running_mean(values[::-1], weight=weight)[::-1]
+    return [(a + b) / 2 for a, b in zip(forwards, backwards, strict=True)]
+
+
+def _running_mean(values: Sequence[float], *, weight: float) -> list[float]:
+    """Return the exponential running mean; its first values are not drawn towards zero."""
+    smoothed, mean, mass = [], 0.0, 0.0
+    for value in values:
+        mean = weight * mean + (1 - weight) * value
+        mass = weight * mass + (1 - weight)
+        smoothed.append(mean / mass)
+    return smoothed
+
+
+def draw_loss(folder: Path, *, title: str, subtitle: str) -> Path | None:
+    """Draw metrics.jsonl as loss.png: the training loss, smoothed, and the evaluation loss.
+
+    Args:
+        folder: output_dir.
+        title: the model.
+        subtitle: the attention backend and what else tells two plots apart.
+
+    Returns:
+        The picture; None when nothing was logged.
+
+    Raises:
+        AttnimgError: the disk is full (disk-full).
+    """
+    lines = metrics.read(folder)
+    train = [(line["step"], line["loss"]) for line in lines if "loss" in line]
+    evaluation = [(line["step"], line["eval_loss"]) for line in lines if "eval_loss" in line]
+    if not train:
+        return None
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    # A bare Figure draws without pyplot, so no display and no global state are touched.
+    figure = Figure(figsize=(8, 4.5), dpi=150, layout="constrained")
+    axes = figure.add_subplot()
+    steps, losses = zip(*train, strict=True)
+    many = len(train) > 20
+    axes.plot(steps, losses, color=TRAIN, alpha=0.25 if many else 1, linewidth=1,
+              marker="" if many else ".", label=None if many else "training")  # fmt: skip
+    if many:
+        # Over a tenth or so of a short run, over fifty lines of a long one.
+        weight = min(0.98, max(0.0, 1 - 10 / len(losses)))
+        axes.plot(steps, smooth(losses, weight=weight), color=TRAIN, linewidth=1.8,
+                  label="training, smoothed")  # fmt: skip
+    if evaluation:
+        axes.plot(*zip(*evaluation, strict=True), color=EVALUATION, marker="o", markersize=4,
+                  linewidth=1.5, label="evaluation")  # fmt: skip
+        axes.annotate(f"{evaluation[-1][1]:.3f}", evaluation[-1], xytext=(4, 6),
+                      textcoords="offset points", color=EVALUATION, fontsize=9)  # fmt: skip
+    axes.set_title(title, loc="left", fontsize=12, fontweight="bold", pad=18)
+    axes.text(0, 1.02, subtitle, transform=axes.transAxes, fontsize=9, color="0.4")
+    axes.set(xlabel="step", ylabel="loss per trained token (nats)")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", color="0.9")
+    axes.legend(frameon=False)
+    path = folder / PICTURE_FILE
+    with writing(path, kept="the model and metrics.jsonl are written"):
+        figure.savefig(path)
+    return path
+
+
+class EvaluationCut(Exception):
+    """A signal came while evaluating; the rest of the evaluation is left for the next session."""
+
+
+class Evaluator(Objective):
+    """The part of the engine that evaluates.
+
+    Args:
+        stop: whether someone asked to stop; read after each evaluation batch.
+        eval_collate: the collator of evaluation batches.
+        options: what SFTTrainer takes.
+    """
+
+    def __init__(self, *, stop: StopFlag, eval_collate: Collator, **options: Any) -> None:
+        self.stop, self.eval_collate = stop, eval_collate
+        self._eval_sums = torch.zeros(2, dtype=torch.float64)
+        super().__init__(**options)
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """Batch evaluation rows with their own collator."""
+        train_collate = self.data_collator
+        self.data_collator: Collator = self.eval_collate
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.data_collator = train_collate
+
+    def prediction_step(
+        self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None
+    ) -> Any:
+        """Sum the loss over trained tokens, so that it does not depend on how rows are batched."""
+        inputs.pop(COUNTS, None)
+        trained = (inputs["labels"][..., 1:] != -100).sum()
+        result = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        self._eval_sums += torch.stack([result[0] * trained, trained]).double().cpu()
+        if any_rank(self.stop.number is not None):
+            raise EvaluationCut
+        return result
+
+    def evaluation_loop(self, *args: Any, **options: Any) -> Any:
+        """Replace transformers' mean over batches with the mean over trained tokens."""
+        self._eval_sums = torch.zeros(2, dtype=torch.float64)
+        output = super().evaluation_loop(*args, **options)
+        sums = self._eval_sums.float().to(self.args.device)
+        loss, tokens = self.accelerator.reduce(sums, reduction="sum").tolist()
+        output.metrics[f"{options.get('metric_key_prefix', 'eval')}_loss"] = loss / max(tokens, 1)
+        return output

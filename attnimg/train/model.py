@@ -4,36 +4,44 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from attnimg.config.schema import Config
 from attnimg.errors import AttnimgError
 from attnimg.facts import DType, RunContext
 from attnimg.memory_errors import as_refusal
-from attnimg.train.adapter import add_adapter, quantization
-from attnimg.train.causal import DEFAULT, require_causal_class
-from attnimg.train.finite import require_finite
-from attnimg.train.load_error import advice_on
-from attnimg.train.lora_targets import build_without_weights, untrained_embeddings
-from attnimg.train.model_files import GET_WHOLE, bad_model
+from attnimg.train.base_model import (
+    DEFAULT,
+    attention_by_part,
+    class_to_load,
+    freeze_towers,
+    require_causal_class,
+)
+from attnimg.train.distributed import rank
+from attnimg.train.lora import (
+    add_adapter,
+    build_without_weights,
+    quantization,
+    untrained_embeddings,
+)
+from attnimg.train.model_files import GET_WHOLE, bad_model, stored_tensors, unused_weights
 from attnimg.train.pickled_weights import advice_on_hub
-from attnimg.train.precision import (
+from attnimg.train.quantized import (
     cast_embeddings_and_norms,
+    cast_unquantized,
     keeps_float32,
     loading_dtype,
-    torch_dtype,
-)
-from attnimg.train.quantized import (
-    cast_unquantized,
     require_known_weights,
     save_dequantized,
+    torch_dtype,
     use_stored_quantization,
 )
-from attnimg.train.safetensors_headers import stored_tensors, unused_weights
-from attnimg.train.towers import attention_by_part, class_to_load, freeze_towers
+
+if TYPE_CHECKING:
+    import torch
 
 
 @contextmanager
@@ -218,3 +226,78 @@ def _device_map() -> dict[str, int | str]:
     import torch
 
     return {"": int(os.environ.get("LOCAL_RANK", "0")) if torch.cuda.is_available() else "cpu"}
+
+
+def advice_on(config: Config, error: Exception) -> str:
+    """Return what to do. Only missing or damaged files call for another download.
+
+    Source: transformers 5.22.2, models/auto/auto_factory.py, configuration_auto.py and
+    dynamic_module_utils.py, the errors they raise (2026-11-27)
+    """
+    from safetensors import SafetensorError
+
+    text = str(error)
+    if "trust_remote_code" in text and not config.trust_remote_code:
+        return "set trust_remote_code: true, since the model brings its own code"
+    if isinstance(error, ImportError):
+        return "install the packages that it names"
+    if "does not recognize this architecture" in text or "Unrecognized model" in text:
+        return "choose a model whose model_type the installed transformers has, or upgrade it"
+    if not Path(config.base_model or "").expanduser().is_dir():
+        return (
+            "check base_model; without network it must be a folder, or a hub name "
+            "that is already in the cache"
+        )
+    if isinstance(error, OSError | SafetensorError):
+        return GET_WHOLE
+    return "correct config.json to fit the weights, or point base_model at another folder"
+
+
+def require_finite(model: Any, *, name: str, files: Iterable[Path]) -> None:
+    """Raise when a weight is NaN or infinite; the first process looks for all.
+
+    Args:
+        model: as it was loaded, without an adapter.
+        name: what it was loaded from.
+        files: safetensors to read as well. Those of a model that was quantized while it was
+            loaded: bitsandbytes makes a finite number of a NaN.
+
+    Raises:
+        AttnimgError: code weights-not-finite, with the first such tensor and how many there are.
+    """
+    # Where weights are sharded, other processes may hold memory that is not filled yet.
+    if rank() != 0:
+        return
+    bad = [label for label, tensor in model.named_parameters() if not _is_finite(tensor.detach())]
+    bad += [label for label, tensor in _stored(files) if not _is_finite(tensor)]
+    if not bad:
+        return
+    others = f" and {len(bad) - 1} more tensors" if len(bad) > 1 else ""
+    raise AttnimgError(
+        f"{name} has weights that are NaN or infinite",
+        why=f"found {bad[0]}{others}; needed finite numbers",
+        do="use an earlier checkpoint, or download the model again; with fp16: true set bf16: true "
+        "instead, since weights above 65504 are infinite in float16",
+        code="weights-not-finite",
+        key="base_model",
+    )
+
+
+def _stored(files: Iterable[Path]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Read the tensors of safetensors files, one at a time."""
+    from safetensors import safe_open
+
+    for file in files:
+        with safe_open(file, framework="pt") as tensors:
+            for label in tensors.keys():  # noqa: SIM118  it has no __iter__
+                yield label, tensors.get_tensor(label)
+
+
+def _is_finite(tensor: torch.Tensor) -> bool:
+    """Return whether all values are finite, without a copy as large as the tensor."""
+    if tensor.is_meta or not tensor.numel() or not tensor.is_floating_point():
+        return True
+    if tensor.element_size() == 1:  # float8 has no comparisons
+        return bool(tensor.float().isfinite().all())
+    low, high = tensor.aminmax()
+    return bool((low.isfinite() & high.isfinite()).item())

@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
+import os
+import re
 import stat
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from attnimg.config.schema import Config
+from attnimg.content_hashes import ContentHashes, cache_folder
 from attnimg.errors import AttnimgError
-from attnimg.files import read_regular
+from attnimg.files import open_regular, read_regular
 from attnimg.train.pickled_weights import require_safetensors
 
 WEIGHT_INDEX = "model.safetensors.index.json"
+
 WEIGHT_FILES = "*.safetensors"
 
 # Endings of files that loaders read whole; the largest published one, a tokenizer.json, has 35 MiB.
 _READ_WHOLE = frozenset({".json", ".jinja", ".model", ".txt", ".py", ".tiktoken"})
+
 _LARGEST_BYTES = 256 << 20
+
 # Endings of files that loaders read; a folder of such a name is refused.
 _READ = _READ_WHOLE | {".safetensors", ".bin"}
 
@@ -127,3 +138,203 @@ def _shards(index: dict[str, dict[str, object]]) -> set[str]:
     if odd := next((name for name in names if not isinstance(name, str)), None):
         raise TypeError(f"found {odd!r}, needed the name of a file")
     return {str(name) for name in names}
+
+
+# The header of a hundred thousand tensors has 15 MB; a far longer one is damaged.
+_MAX_HEADER = 100 * 2**20
+
+# safetensors' names of the dtypes of weights that are not quantized -> torch's names.
+TORCH_NAMES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+
+# Endings of buffers that older versions of transformers saved, and that are computed now.
+_COMPUTED = ("inv_freq", "masked_bias", "attn.bias", "attention.bias", "position_ids")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StoredTensor:
+    """One tensor of a file: its dtype as safetensors names it, and its shape."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def count(self) -> int:
+        """Return the number of its elements."""
+        return math.prod(self.shape)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Return the files of the index; without one, model.safetensors, or else all."""
+    try:
+        text = read_regular(folder / "model.safetensors.index.json", at_most=_MAX_HEADER)
+        names = sorted(set(json.loads(text)["weight_map"].values()))
+        return [folder / name for name in names]
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError):
+        whole = folder / "model.safetensors"
+        return [whole] if whole.is_file() else sorted(folder.glob("*.safetensors"))
+
+
+def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
+    """Return name -> tensor of the weight files in a model's folder.
+
+    Files that can't be read are left out: loading the model reports them.
+    """
+    found: dict[str, StoredTensor] = {}
+    for file in weight_files(folder):
+        for name, entry in _header(file).items():
+            found[name] = StoredTensor(dtype=entry["dtype"], shape=entry["shape"])
+    return found
+
+
+def unused_weights(model: Any, stored: Iterable[str], unexpected: Iterable[str]) -> tuple[str, ...]:
+    """Return the stored weights that a loaded model does not use, sorted.
+
+    Args:
+        model: a transformers model.
+        stored: the names in its checkpoint.
+        unexpected: those that from_pretrained reported; it does not report what the class ignores,
+            such as layers for multi-token prediction.
+    """
+    ignored = [re.compile(text) for text in model._keys_to_ignore_on_load_unexpected or ()]
+    names = {name for name in stored if any(pattern.search(name) for pattern in ignored)}
+    return tuple(sorted(name for name in names | set(unexpected) if not name.endswith(_COMPUTED)))
+
+
+def _header(file: Path) -> dict[str, dict[str, Any]]:
+    """Return name -> dtype, shape and data_offsets; empty where the file can't be read."""
+    try:
+        with open_regular(file) as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            header = json.loads(stream.read(length)) if length < _MAX_HEADER else {}
+        return {
+            name: {**entry, "shape": tuple(entry["shape"]), "dtype": entry["dtype"]}
+            for name, entry in header.items()
+            if name != "__metadata__"
+        }
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError):
+        return {}
+
+
+def damages(file: Path) -> list[str]:
+    """Return what is wrong with a file: its header can't be read, or tensors are cut off."""
+    if not file.is_file():
+        return ["found a pipe, a socket, a device or a folder, needed a file"]
+    try:
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+        ends = [entry["data_offsets"][1] for entry in _header(file).values()]
+        needed, found = 8 + length + max(ends), file.stat().st_size
+    except OSError as error:
+        return [f"it can't be read: {error.strerror or error}"]
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError):
+        return ["it has no header of safetensors"]
+    return [] if found == needed else [f"found {found:,} bytes, needed {needed:,}"]
+
+
+# What transformers loads a tokenizer from.
+# Source: transformers 5.22.2, tokenization_utils_base.py, from_pretrained (2026-11-27).
+_TOKENIZER_FILES = ("*token*.json", "vocab*", "merges.txt", "*.model", "*.tiktoken", "tekken.json",
+                    "chat_template*", "additional_chat_templates/*")  # fmt: skip
+
+# What transformers writes into config.json about itself.
+_NOT_OF_THE_MODEL = ("_name_or_path", "transformers_version")
+
+
+def model_of(config: Config) -> dict[str, Any] | None:
+    """Return the SHA-256 of each file of the model; None when not all are on this machine.
+
+    config.json counts by its values, so that another transformers may have written it.
+
+    Raises:
+        AttnimgError: a file can't be read (bad-model).
+    """
+    folder = _folder_of(config.base_model, config, holding="config.json")
+    weights = weight_files(folder) if folder else []
+    if folder is None or not weights or not all(path.is_file() for path in weights):
+        return None
+    raw = json.loads((folder / "config.json").read_bytes())
+    values = {key: raw[key] for key in raw if key not in _NOT_OF_THE_MODEL}
+    text = json.dumps(values, sort_keys=True)
+    files = [*weights, *folder.glob(WEIGHT_INDEX), *folder.glob("*.py")]
+    return {
+        "path": config.base_model,
+        "revision": config.revision_of_model,
+        "files": {
+            "config.json": hashlib.sha256(text.encode()).hexdigest(),
+            **_hashes(folder, files),
+        },
+    }
+
+
+def tokenizer_of(config: Config) -> dict[str, Any] | None:
+    """Return the SHA-256 of each file of the tokenizer; None when it is not on this machine.
+
+    Raises:
+        AttnimgError: a file can't be read (bad-model).
+    """
+    named = config.tokenizer_config or config.base_model
+    folder = _folder_of(named, config, holding="tokenizer_config.json")
+    if folder is None:
+        return None
+    files = {path for pattern in _TOKENIZER_FILES for path in folder.glob(pattern)}
+    return {
+        "path": named,
+        "revision": config.revision_of_model,
+        "files": _hashes(folder, sorted(path for path in files if path.is_file())),
+    }
+
+
+def _folder_of(name: str | None, config: Config, *, holding: str) -> Path | None:
+    """Return a model's folder, or that of its snapshot in the hub's cache, if it has a file."""
+    folder = Path(name or "").expanduser()
+    if folder.is_dir():
+        return folder if (folder / holding).is_file() else None
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        found = try_to_load_from_cache(str(name), holding, revision=config.revision_of_model)
+    except HFValidationError:
+        return None
+    return Path(found).parent if isinstance(found, str) else None
+
+
+def _hashes(folder: Path, files: Sequence[Path]) -> dict[str, str]:
+    hashes = ContentHashes(cache_folder(os.environ))
+    try:
+        found = hashes.of_each(files)
+    except OSError as error:
+        raise bad_model(
+            f"{error.filename or folder} can't be read",
+            why=error.strerror or str(error),
+            do=GET_WHOLE,
+        ) from error
+    hashes.save()
+    # An index may name files outside of the folder.
+    names = [os.path.relpath(path, folder) for path in files]
+    return dict(zip(names, found, strict=True))
+
+
+def load_renamed(model: Any, folder: Path) -> bool:
+    """Load a checkpoint with from_pretrained, where the model lacks one of its names.
+
+    Args:
+        model: a transformers model, with the checkpoint's other weights.
+        folder: the checkpoint.
+
+    Returns:
+        Whether the weights were loaded; False where the model has all names.
+    """
+    import torch
+    from safetensors import safe_open
+
+    saved: set[str] = set()
+    for file in folder.glob("model*.safetensors"):
+        with safe_open(file, framework="pt") as tensors:
+            saved |= set(tensors.keys())
+    if saved <= set(model.state_dict()):
+        return False
+    # float32 represents weights of every dtype exactly, so copying does not round.
+    loaded = type(model).from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
+    model.load_state_dict(loaded.state_dict())
+    return True

@@ -1,20 +1,26 @@
-"""Where a run goes on, and whether output_dir may be used at all."""
+"""Check output_dir before a run, and lock it for the run."""
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
+import socket
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
 
 from attnimg.config.schema import Config
 from attnimg.errors import AttnimgError, printable
-from attnimg.train import metrics, output_lock
+from attnimg.train import metrics
 from attnimg.train.checkpoint import (
     PARTIAL,
     ResumePoint,
     checkpoints,
+    has_manifest,
     newest_checkpoint,
     read_state,
     remove_leftovers,
@@ -22,10 +28,60 @@ from attnimg.train.checkpoint import (
     step_of,
 )
 from attnimg.train.intact import damaged, damages_of, newest_whole, notes_on
-from attnimg.train.manifest import has_manifest
+
+FILE = ".lock"
+
+
+def require_unlocked(folder: Path) -> None:
+    """Raise when another process trains in a folder; the lock is not taken.
+
+    Raises:
+        AttnimgError: code output-dir-busy.
+    """
+    if (folder / FILE).is_file():
+        os.close(_locked(folder))
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Create a folder and hold its lock inside the block.
+
+    Raises:
+        AttnimgError: another process trains there (code output-dir-busy).
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = _locked(folder)
+    try:
+        os.ftruncate(handle, 0)
+        os.pwrite(handle, f"pid {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _locked(folder: Path) -> int:
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    handle = os.open(folder / FILE, flags, 0o644)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+            return handle  # some network file systems have no locks
+        owner = os.pread(handle, 200, 0).decode(errors="replace").strip()
+        os.close(handle)
+        raise AttnimgError(
+            f"another run trains in output_dir {folder}",
+            why=f"found {folder / FILE}, locked by {owner or 'a process that is starting'}\n"
+            "needed: a folder that no running process writes to",
+            do="set another output_dir, or wait until that run has ended",
+            code="output-dir-busy",
+            key="output_dir",
+        ) from None
+    return handle
+
 
 # What a run that has not done a step leaves behind; it does not stand in a new run's way.
-HARMLESS = frozenset({"receipt.json", PARTIAL, output_lock.FILE})
+HARMLESS = frozenset({"receipt.json", PARTIAL, FILE})
 
 
 def check_output_dir(config: Config) -> ResumePoint | None:
@@ -42,7 +98,7 @@ def check_output_dir(config: Config) -> ResumePoint | None:
     """
     folder = Path(config.output_dir).expanduser()
     _require_writable(folder)
-    output_lock.require_unlocked(folder)
+    require_unlocked(folder)
     found = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
     leftovers = _leftovers(folder)
     asked = config.resume_from_checkpoint

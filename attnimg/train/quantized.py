@@ -15,7 +15,7 @@ from packaging.requirements import Requirement
 
 from attnimg.config.schema import Config
 from attnimg.errors import AttnimgError
-from attnimg.facts import DType, Finding
+from attnimg.facts import DType, Finding, RunContext
 from attnimg.select.model_config import LANGUAGE_PARTS
 from attnimg.select.model_types import (
     Quantization,
@@ -24,21 +24,25 @@ from attnimg.select.model_types import (
     quantization_of,
     quantizations,
 )
-from attnimg.train.safetensors_headers import TORCH_NAMES, StoredTensor, stored_tensors
+from attnimg.train.model_files import TORCH_NAMES, StoredTensor, stored_tensors
 
 if TYPE_CHECKING:
     import torch
-
 _UNQUANTIZED = "set base_model to the checkpoint that it was quantized from"
+
 # Endings of names that only quantized checkpoints have: gptq and awq, compressed-tensors, mxfp4,
 # bitsandbytes. float8 is recognized by its dtype.
 _PACKED = (
     ".qweight", ".weight_packed", "_blocks", ".SCB", ".absmax", ".weight_scale", "_scale_inv",
 )  # fmt: skip
+
 _INTEGERS = frozenset({"U8", "I8", "I32"})
+
 # What a checkpoint that is not quantized holds: weights, and buffers of positions and masks.
 _WHOLE = frozenset({*TORCH_NAMES, "I64", "BOOL"})
+
 _FLOAT8 = frozenset({"F8_E4M3", "F8_E5M2"})
+
 # Names of the scale of a weight in fp8 checkpoints.
 # Source: transformers 5.22.2, quantizer_finegrained_fp8.py, update_weight_conversions (2026-11-27).
 _SCALES = ("{name}_scale_inv", "{module}.scale", "{module}.qscale_weight")
@@ -322,3 +326,61 @@ def _refusal(
         code="quantized-checkpoint",
         key=key,
     )
+
+
+# What modules that hold embeddings are called across model types.
+EMBEDDING_NAMES = (
+    "embed_tokens", "lm_head", "embed_in", "embed_out", "word_embeddings", "embeddings", "wte",
+)  # fmt: skip
+
+
+def loading_dtype(config: Config, dtype: DType) -> DType:
+    """Tell in which precision the weights are loaded.
+
+    float16 has too few exponent bits for the weights of a full fine-tune: they stay float32, and
+    autocast computes in float16. Frozen weights under an adapter may be float16.
+    """
+    if dtype == "float16" and not config.adapter:
+        return "float32"
+    return dtype
+
+
+def keeps_float32(config: Config, *, context: RunContext, needs_dtype_cast: bool) -> bool:
+    """Return whether embeddings and norms stay float32 beside bfloat16 weights.
+
+    Without autocast a float32 norm would hand float32 to a bfloat16 layer.
+    """
+    plain = not needs_dtype_cast and not config.adapter and not config.fsdp
+    return context.autocast == "bfloat16" and plain
+
+
+def cast_embeddings_and_norms(model: Any) -> None:
+    """Cast embeddings and norms of `model` to float32, in place.
+
+    Their loaded dtypes, by name, are kept in `model.attnimg_loaded_dtypes` for
+    `restore_loaded_dtypes`.
+    """
+    import torch
+
+    before = _floating(model)
+    for name, module in model.named_modules():
+        leaf = name.rpartition(".")[2]
+        norm = "norm" in leaf.lower() or "ln" in re.split(r"[_\d]", leaf)
+        if norm or leaf in EMBEDDING_NAMES:
+            module.to(torch.float32)
+    after = _floating(model)
+    model.attnimg_loaded_dtypes = {k: dtype for k, dtype in before.items() if after[k] != dtype}
+
+
+def _floating(model: Any) -> dict[str, torch.dtype]:
+    """Return the dtype of each floating-point parameter and buffer."""
+    weights = dict(model.named_parameters()) | dict(model.named_buffers())
+    return {name: weight.dtype for name, weight in weights.items() if weight.is_floating_point()}
+
+
+def torch_dtype(dtype: DType) -> torch.dtype:
+    """Give torch's object for a name of ours."""
+    import torch
+
+    named: torch.dtype = getattr(torch, dtype)
+    return named

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping, Set
-from dataclasses import fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from attnimg.config.schema import Config
-from attnimg.train.disk import replace_text, writing
-from attnimg.train.run_facts import RunFacts
+from attnimg.facts import Machine, Plan, Proof, RunContext
+from attnimg.train.checkpoint import replace_text, writing
 
 FILE = "receipt.json"
+
 PACKAGES = (
     "attnimg", "torch", "transformers", "trl", "peft", "accelerate", "datasets", "kernels",
     "bitsandbytes", "safetensors", "numpy", "flash-attn", "flash-attn-3", "flash-attn-4",
@@ -101,3 +103,133 @@ def plain(value: object) -> object:
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     return value if isinstance(value, str | int | float | bool | None) else str(value)
+
+
+def applied(engine: Any, plan: Plan) -> dict[str, object]:
+    """Return what a trainer uses, when it is ready for its next step.
+
+    Args:
+        engine: after it restored the checkpoint, if there is one.
+        plan: for the backends that a router calls.
+    """
+    optimizer, scheduler = engine.optimizer, engine.lr_scheduler
+    arguments, accelerator = engine.args, engine.accelerator
+    return {
+        "step": engine.state.global_step,
+        "max_steps": engine.state.max_steps,
+        "optimizer": type(getattr(optimizer, "optimizer", optimizer)).__name__,
+        "groups": [_group(group) for group in optimizer.param_groups],
+        "scheduler": {
+            "class": type(scheduler).__name__,
+            "last_epoch": getattr(scheduler, "last_epoch", None),
+            "base_lrs": [_number(rate) for rate in getattr(scheduler, "base_lrs", ())],
+        },
+        "max_grad_norm": arguments.max_grad_norm,
+        "micro_batch_size": arguments.per_device_train_batch_size,
+        "gradient_accumulation_steps": arguments.gradient_accumulation_steps,
+        "processes": accelerator.num_processes,
+        "mixed_precision": accelerator.mixed_precision,
+        "seed": arguments.seed,
+        "dtypes": {
+            "trained": _dtypes(engine.model, trained=True),
+            "frozen": _dtypes(engine.model, trained=False),
+        },
+        "attention": {
+            "modules": _attention(engine.model),
+            "backends": [
+                {"layers": choice.layers, "backend": choice.verdict.backend.name}
+                for choice in plan.groups
+            ],
+        },
+    }
+
+
+def _group(group: dict[str, Any]) -> dict[str, object]:
+    """Return the values of a group of the optimizer, and the number of its tensors."""
+    values = {name: _number(value) for name, value in group.items() if name != "params"}
+    return {"tensors": len(group["params"]), **values}
+
+
+def _number(value: Any) -> Any:
+    """Return a value; torchao's optimizers keep their rate in a tensor."""
+    return value.item() if hasattr(value, "item") else value
+
+
+def _dtypes(model: Any, *, trained: bool) -> dict[str, int]:
+    """Return how many weights have each dtype, of those that learn or of the others."""
+    found: Counter[str] = Counter()
+    for weight in model.parameters():
+        if weight.requires_grad is trained:
+            found[str(weight.dtype).removeprefix("torch.")] += weight.numel()
+    return dict(found)
+
+
+def _attention(model: Any) -> list[dict[str, object]]:
+    """Return each kind of attention module with the implementation that it calls, and its count."""
+    found: Counter[tuple[str, int | None, str]] = Counter()
+    for module in model.modules():
+        name = type(module).__name__
+        called = getattr(getattr(module, "config", None), "_attn_implementation", None)
+        if "Attention" in name and called is not None:
+            found[name, getattr(module, "sliding_window", None), str(called)] += 1
+    return [
+        {"class": name, "window": window, "implementation": called, "count": count}
+        for (name, window, called), count in found.items()
+    ]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunFacts:
+    """What the steps before training found out.
+
+    Attributes:
+        machine: where the run happens.
+        plan: the attention choice with every reason.
+        implementation: what transformers was told, "sdpa" or "kernels-community/flash-attn2".
+        context: how the model is called, as it was proven.
+        isolation: figures of the packing proof; None when nothing is packed.
+        proofs: of the attention kernels, failed ones included.
+        kernels: backend -> hashes of the files that compute it, by their kind, such as "torch";
+            None where some are unknown.
+    """
+
+    machine: Machine
+    plan: Plan
+    implementation: str
+    context: RunContext
+    isolation: Mapping[str, object] | None = None
+    proofs: tuple[Proof, ...] = ()
+    kernels: Mapping[str, Mapping[str, str] | None] = field(default_factory=dict)
+
+    @property
+    def backend(self) -> str:
+        """Name the backend people know it by."""
+        return self.plan.chosen.backend.name if self.plan.chosen else self.implementation
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FitResult:
+    """How the run ended.
+
+    Attributes:
+        steps: optimizer steps the model has behind it, those of earlier sessions included.
+        loss: of the last logged window of steps; None when no step was left to train.
+        eval_loss: of the last evaluation, per trained token; None without one.
+        aux_loss: the auxiliary loss of a mixture of experts in that window, without its weight;
+            None where the model computes none.
+        tokens: real tokens seen, padding left out, earlier sessions included.
+        seconds: wall time of this session.
+        files: what was written, in the order a person looks for it.
+        resumed_from: the checkpoint it went on from.
+        notes: sentences a person should read, such as an early stop.
+    """
+
+    steps: int
+    loss: float | None
+    eval_loss: float | None
+    aux_loss: float | None
+    tokens: int
+    seconds: float
+    files: tuple[Path, ...]
+    resumed_from: Path | None
+    notes: tuple[str, ...] = ()

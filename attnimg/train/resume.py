@@ -13,7 +13,7 @@ from attnimg.config.schema import Config
 from attnimg.errors import AttnimgError
 from attnimg.train import checkpoint as checkpoints
 from attnimg.train.identity import CHANGEABLE, evaluation_decides, settings_of
-from attnimg.train.lora_targets import targeted
+from attnimg.train.lora import targeted
 from attnimg.train.model import load_without_weights
 
 # Keys of the config in the identity that attnimg 0.1.0 wrote, next to processes, rows and tokens.

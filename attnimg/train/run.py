@@ -19,11 +19,9 @@ from attnimg.select.model_config import read_config
 from attnimg.select.plan import plan_dict
 from attnimg.task import Task, model_file, task_of
 from attnimg.train.base_model import judge_base_model
-from attnimg.train.distributed import agree
+from attnimg.train.distributed import StopFlag, agree
 from attnimg.train.environment import require_agreement
-from attnimg.train.receipt import versions
-from attnimg.train.run_facts import FitResult, RunFacts
-from attnimg.train.signals import StopFlag
+from attnimg.train.receipt import FitResult, RunFacts, versions
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -53,9 +51,9 @@ def train(config: Config, machine: Machine, *, report: TrainReport, stop: StopFl
         Stopped: someone asked to stop.
     """
     from attnimg.train.check import check_inputs
+    from attnimg.train.checkpoint import hash_of
     from attnimg.train.data import check_sources
-    from attnimg.train.manifest import hash_of
-    from attnimg.train.quiet import silence_libraries
+    from attnimg.train.fit import silence_libraries
 
     path = model_file(config)
     raw = read_config(path) if path is not None else None
@@ -80,8 +78,8 @@ def _with_model_config(
     config: Config, task: Task, plan: Plan, report: TrainReport
 ) -> tuple[Task, Plan]:
     """Select again where the hub's config.json, or the model's class, says more than was known."""
+    from attnimg.train.check import try_options
     from attnimg.train.model import load_model_config
-    from attnimg.train.options import try_options
 
     try_options(config)
     model_config = load_model_config(config)
@@ -166,7 +164,7 @@ def _load_documents(
 ) -> Documents:
     """Load the data, report what is in it, and raise unless all processes have the same."""
     from attnimg.train.data import load_documents, sample_text, sentence
-    from attnimg.train.model_hashes import tokenizer_of
+    from attnimg.train.model_files import tokenizer_of
 
     documents = load_documents(config, tokenizer)
     for figures in documents.figures:
@@ -197,12 +195,12 @@ def _load_model(
     report: TrainReport,
 ) -> Any:
     """Load the model, after checks that a resumed run is the same as before."""
-    from attnimg.train.adapter import adapter_notes
     from attnimg.train.identity import attention_and_precision, data_of
+    from attnimg.train.lora import adapter_notes
     from attnimg.train.model import load_model
-    from attnimg.train.model_hashes import model_of, tokenizer_of
-    from attnimg.train.new_tokens import require_embeddings
+    from attnimg.train.model_files import model_of, tokenizer_of
     from attnimg.train.resume import require_same
+    from attnimg.train.tokenizer import require_embeddings
 
     computed = attention_and_precision(selected.backend.name, selected.context)
     data = data_of(config, documents.figures, tokenizer)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable
 from typing import Any
 
-from attnimg.config.schema import Config
+from attnimg.config.schema import Config, entries, is_chat
 from attnimg.errors import AttnimgError
-from attnimg.train.new_tokens import has_embedding, may_add_pad_token, require_trained_tokens
+from attnimg.train.data.chat_templates import choose_chat_template
+from attnimg.train.lora import untrained_embeddings
+from attnimg.train.model import load_model_config, load_without_weights
+from attnimg.train.packing import NO_LOSS
 
 
 def load_tokenizer(config: Config, *, say: Callable[[str], None]) -> Any:
@@ -114,3 +118,173 @@ def _require_known(tokenizer: Any, eot_tokens: list[str]) -> None:
                 code="bad-value",
                 key="eot_tokens",
             )
+
+
+def vocabulary(config: Config) -> int:
+    """Return vocab_size of config.json, the least that the embeddings hold; 0 without one."""
+    try:
+        return int(load_model_config(config).get_text_config().vocab_size)
+    except (AttributeError, ValueError):  # no such field, or several text models
+        return 0
+
+
+def embedding_count(config: Config) -> int:
+    """Return how many rows the model's embeddings have."""
+    model = load_without_weights(config)
+    return vocabulary(config) if model is None else len(model.get_input_embeddings().weight)
+
+
+def untrained(config: Config) -> list[str]:
+    """Return the embeddings that lora_modules_to_save lacks for new tokens to be trained."""
+    if not config.adapter:
+        return []
+    model = load_without_weights(config)
+    if model is None:
+        return [] if config.lora_modules_to_save else ["embed_tokens", "lm_head"]
+    return untrained_embeddings(model, config)
+
+
+def may_add_pad_token(config: Config, tokenizer: Any, wanted: str) -> bool:
+    """Return whether a pad token may be added to the tokenizer.
+
+    Padding has no loss and is not attended to, so an existing token can pad as well. With a new row
+    for it, the adapter would load only on a base model whose embeddings were resized first.
+    """
+    if not config.adapter or wanted in tokenizer.get_vocab():
+        return True
+    if len(tokenizer) < vocabulary(config):
+        return True
+    return len(tokenizer) < embedding_count(config) or not untrained(config)
+
+
+def has_embedding(config: Config, token_id: int | None) -> bool:
+    """Return whether the trained model will have an embedding for a token."""
+    if token_id is None or not config.adapter:
+        return token_id is not None
+    if token_id < vocabulary(config):
+        return True
+    return token_id < embedding_count(config) or not untrained(config)
+
+
+def require_trained_tokens(config: Config, added: Iterable[str]) -> None:
+    """Raise where an adapter would leave the embeddings of new tokens untrained.
+
+    Raises:
+        AttnimgError: code bad-value, with the modules to save.
+    """
+    tokens = sorted(added)
+    if tokens and (lacking := untrained(config)):
+        raise _untrained(
+            config, tokens, lacking, f"{len(tokens)} new token(s) would never be trained"
+        )
+
+
+def require_embeddings(config: Config, splits: Iterable[Any], tokenizer: Any) -> None:
+    """Raise where documents have tokens without an embedding, and the adapter adds none.
+
+    Args:
+        config: the validated run.
+        splits: datasets with a column input_ids; None for one that the run does not have.
+        tokenizer: as `load_tokenizer` returns it.
+
+    Raises:
+        AttnimgError: code bad-value, with the modules to save.
+    """
+    if not config.adapter or len(tokenizer) <= vocabulary(config):
+        return
+    rows = embedding_count(config)
+    lacking = untrained(config)
+    beyond = {} if not lacking else {
+        number: tokenizer.convert_ids_to_tokens(number)
+        for split in splits
+        if split is not None
+        for number in _ids_from(split, rows)
+    }  # fmt: skip
+    if beyond:
+        raise _untrained(
+            config,
+            [beyond[number] for number in sorted(beyond)],
+            lacking,
+            f"the documents hold {len(beyond)} token(s) that the model has no embedding for",
+        )
+
+
+def _ids_from(split: Any, rows: int) -> set[int]:
+    """Return the token ids of a dataset that are `rows` or above."""
+    import pyarrow.compute as pc
+
+    found: set[int] = set()
+    for chunk in split.with_format("arrow").data.column("input_ids").chunks:
+        ids = chunk.flatten()
+        found.update(pc.unique(pc.filter(ids, pc.greater_equal(ids, rows))).to_pylist())
+    return found
+
+
+def _untrained(config: Config, tokens: list[str], lacking: list[str], what: str) -> AttnimgError:
+    saved = ", ".join((*(config.lora_modules_to_save or ()), *lacking))
+    return AttnimgError(
+        f"{what}: {', '.join(tokens[:5])}",
+        why=f"adapter: {config.adapter} freezes the embeddings, and lora_modules_to_save does not "
+        f"name {' and '.join(lacking)}",
+        do=f"set lora_modules_to_save: [{saved}]",
+        code="bad-value",
+        key="lora_modules_to_save",
+    )
+
+
+# Documents that are looked at for the token that ends an answer.
+DOCUMENTS = 100
+
+
+def use_trained_template(config: Config, tokenizer: Any) -> list[str]:
+    """Set a tokenizer's chat template to the one that wrote the training data, to be saved so.
+
+    Generation would prompt the model otherwise than it was trained. axolotl sets it too.
+    Source: axolotl 0.18.0, loaders/tokenizer.py, chat_template (2026-11-27)
+
+    Returns:
+        A warning where the data were written with several templates.
+    """
+    found = {
+        key: choose_chat_template(config, tokenizer, spec=spec, key=key)
+        for key, spec, trains in entries(config)
+        if trains and is_chat(spec)
+    }
+    if not found:
+        return []
+    key = next(iter(found))
+    if config.chat_template or config.chat_template_jinja:
+        own = choose_chat_template(config, tokenizer)
+        key = next((name for name, template in found.items() if template == own), key)
+    tokenizer.chat_template = found[key]
+    if all(template == found[key] for template in found.values()):
+        return []
+    return [
+        "the datasets are written with different chat templates; the tokenizer saved with the "
+        f"model has that of {key}"
+    ]
+
+
+def stop_notes(documents: Any, tokenizer: Any, model: Any) -> list[str]:
+    """Return a warning where most documents end with a token that generation does not stop at.
+
+    Args:
+        documents: what is trained on, with a column labels.
+        tokenizer: as it is saved; its end token is one of those that stop generation.
+        model: as it is loaded; its generation config may name others.
+    """
+    named = getattr(model.generation_config, "eos_token_id", None)
+    stops = {tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])} - {None}
+    ends = Counter(
+        next(label for label in reversed(labels) if label != NO_LOSS)
+        for labels in documents.select(range(min(DOCUMENTS, len(documents))))["labels"]
+    )
+    end = ends.most_common(1)[0][0]
+    if end in stops or end not in tokenizer.added_tokens_decoder:
+        return []
+    token = tokenizer.convert_ids_to_tokens(end)
+    names = " or ".join(repr(tokenizer.convert_ids_to_tokens(stop)) for stop in sorted(stops))
+    return [
+        f"most documents end with {token!r}, and the saved model will stop at "
+        f"{names or 'no token'} alone: set special_tokens: {{eos_token: {json.dumps(token)}}}"
+    ]

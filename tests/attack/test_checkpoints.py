@@ -15,8 +15,7 @@ from generated import DAMAGES, ODD, held_against
 from hypothesis import strategies as st
 from trainer_format import to_trainer_format
 
-from attnimg.train.file_hashes import FileHashes
-from attnimg.train.manifest import write_manifest
+from attnimg.train.checkpoint import FileHashes, write_manifest
 
 KEYS: dict[str, Any] = {
     "max_steps": 4, "save_strategy": "steps", "save_steps": 1, "save_total_limit": 4,

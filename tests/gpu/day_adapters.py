@@ -137,7 +137,7 @@ def isolation(model: Any, unit: dict[str, Any]) -> tuple[bool, str]:
 
 def packed_collator(name: str) -> Any:
     """Return the collator of packed rows, as train makes it for a backend."""
-    from attnimg.train.collate import PackedCollator
+    from attnimg.train.packing import PackedCollator
 
     return PackedCollator(pad_token_id=0, one_row=takes_one_row(backend(name)), seq_idx=False)
 

@@ -105,7 +105,7 @@ def _trained(file: Path) -> dict[str, Any]:
 
     from attnimg.cli.train import PrintedReport, train_file
     from attnimg.errors import AttnimgError
-    from attnimg.train.signals import StopFlag
+    from attnimg.train.distributed import StopFlag
 
     text = io.StringIO()
     console = Console(file=text, width=400)

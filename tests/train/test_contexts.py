@@ -25,8 +25,8 @@ from attnimg import config, pipeline
 from attnimg.cli.train import PrintedReport
 from attnimg.task import installed_machine
 from attnimg.train import run as training
-from attnimg.train.quiet import silence_libraries
-from attnimg.train.signals import StopFlag
+from attnimg.train.distributed import StopFlag
+from attnimg.train.fit import silence_libraries
 
 KERNEL = Path(__file__).parents[1] / "fixtures" / "flash_attn2"
 EVERY = os.environ.get("CONTEXTS") == "all"

@@ -25,9 +25,9 @@ from attnimg.cli.train import PrintedReport
 from attnimg.select.model_types import read_causal_types
 from attnimg.task import installed_machine
 from attnimg.train import fit, run
-from attnimg.train.quiet import silence_libraries
-from attnimg.train.safetensors_headers import TORCH_NAMES, stored_tensors
-from attnimg.train.signals import StopFlag
+from attnimg.train.distributed import StopFlag
+from attnimg.train.fit import silence_libraries
+from attnimg.train.model_files import TORCH_NAMES, stored_tensors
 
 RECORD = Path(__file__).parents[2] / "docs" / "measured" / "reload.json"
 EVERY = os.environ.get("RELOAD") == "all"

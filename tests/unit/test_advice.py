@@ -33,12 +33,10 @@ from attnimg.select.model_config import read_config
 from attnimg.select.plan import choose
 from attnimg.task import model_file, precision_notes, problem_of
 from attnimg.train.base_model import judge_files
-from attnimg.train.check import check_inputs
+from attnimg.train.check import check_inputs, try_options
+from attnimg.train.checkpoint import FileHashes, write_manifest
 from attnimg.train.data import load_documents
-from attnimg.train.file_hashes import FileHashes
-from attnimg.train.manifest import write_manifest
 from attnimg.train.model import load_model_config
-from attnimg.train.options import try_options
 from attnimg.train.tokenizer import load_tokenizer
 
 H100 = Machine(

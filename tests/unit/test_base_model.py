@@ -14,11 +14,15 @@ from tiny_vlms import tiny_vlm
 from attnimg.config.schema import Config
 from attnimg.errors import AttnimgError
 from attnimg.select.model_types import position_table, read_causal_types
-from attnimg.train.base_model import judge_files
-from attnimg.train.positions import rope_reach
-from attnimg.train.safetensors_headers import stored_tensors, unused_weights
+from attnimg.train.base_model import (
+    attention_by_part,
+    class_to_load,
+    freeze_towers,
+    judge_files,
+    rope_reach,
+)
+from attnimg.train.model_files import stored_tensors, unused_weights
 from attnimg.train.saved_model import correct_saved_config
-from attnimg.train.towers import attention_by_part, class_to_load, freeze_towers
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 256}
 WHOLE = "Qwen3_5ForConditionalGeneration"

@@ -16,7 +16,7 @@ from tiny_models import tiny_model
 from wrong_heads import WRONG_HEADS
 
 from attnimg.errors import AttnimgError
-from attnimg.train.loss_facts import Comparison, Loss, LossCheck, Tolerance, sentence
+from attnimg.train.loss import Comparison, Loss, LossCheck, Tolerance, sentence
 from attnimg.train.own_loss import check_loss
 
 pytestmark = pytest.mark.filterwarnings("ignore")

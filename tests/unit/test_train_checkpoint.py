@@ -13,9 +13,7 @@ from attnimg.config.schema import Config
 from attnimg.errors import AttnimgError
 from attnimg.train import checkpoint as checkpoints
 from attnimg.train import metrics
-from attnimg.train.disk import writing
-from attnimg.train.file_hashes import FileHashes
-from attnimg.train.manifest import write_manifest
+from attnimg.train.checkpoint import FileHashes, write_manifest, writing
 from attnimg.train.output_dir import check_output_dir
 
 

@@ -19,10 +19,8 @@ from attnimg.config.schema import Config
 from attnimg.errors import AttnimgError
 from attnimg.facts import RunContext
 from attnimg.train import session
-from attnimg.train.checkpoint import ResumePoint
-from attnimg.train.file_hashes import FileHashes
+from attnimg.train.checkpoint import FileHashes, ResumePoint, hash_of, write_manifest
 from attnimg.train.intact import damages_of
-from attnimg.train.manifest import hash_of, write_manifest
 from attnimg.train.model import load_model
 from attnimg.train.output_dir import check_output_dir
 from attnimg.train.pickled_weights import convert

@@ -15,11 +15,12 @@ import pytest
 
 from attnimg.errors import AttnimgError
 from attnimg.threads import executor
-from attnimg.train import checkpoint, file_hashes
+from attnimg.train import checkpoint
+from attnimg.train import checkpoint as file_hashes
+from attnimg.train.checkpoint import FileHashes
+from attnimg.train.distributed import StopFlag, Stopped
 from attnimg.train.engine import Engine
-from attnimg.train.file_hashes import FileHashes
 from attnimg.train.intact import damages_of
-from attnimg.train.signals import StopFlag, Stopped
 
 sys.path.append(str(Path(__file__).parents[1] / "fixtures"))
 from damages import flipped
@@ -54,7 +55,7 @@ import resource, sys, threading
 from pathlib import Path
 resource.setrlimit(resource.RLIMIT_AS, (2**40, resource.getrlimit(resource.RLIMIT_AS)[1]))
 from attnimg.train.checkpoint import Finishing
-from attnimg.train.file_hashes import FileHashes
+from attnimg.train.checkpoint import FileHashes
 path, finishing = Path(sys.argv[1]), Finishing()
 with FileHashes() as hashes:
     hashes.write(path, [memoryview(b"abc")])

@@ -14,7 +14,7 @@ sys.path.append(str(Path(__file__).parents[1] / "fixtures"))
 from tiny_run import config_for, make_model, make_tokenizer, run
 
 from attnimg.train.data.chat_templates import CHATML, LLAMA3
-from attnimg.train.generation import stop_notes, use_trained_template
+from attnimg.train.tokenizer import stop_notes, use_trained_template
 
 OWN = "{{ bos_token }}{% for m in messages %}{{ m.role + m.content }}{% endfor %}"
 NAMED = {"default": OWN, "tool_use": CHATML}

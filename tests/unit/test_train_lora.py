@@ -13,10 +13,9 @@ import yaml
 
 from attnimg.config import check_values
 from attnimg.errors import AttnimgError
-from attnimg.train.adapter import adapter_notes, add_adapter
+from attnimg.train.lora import adapter_notes, add_adapter
 from attnimg.train.model import load_model
-from attnimg.train.new_tokens import require_embeddings
-from attnimg.train.tokenizer import load_tokenizer
+from attnimg.train.tokenizer import load_tokenizer, require_embeddings
 
 sys.path.append(str(Path(__file__).parents[1] / "fixtures"))
 import tiny_run
@@ -470,7 +469,7 @@ def test_all_linear_leaves_out_routers_that_return_two_values(model_type: str) -
 def test_every_linear_layer_of_transformers_with_code_of_its_own_is_known() -> None:
     import transformers
 
-    from attnimg.train.lora_targets import _OTHER_LINEAR
+    from attnimg.train.lora import _OTHER_LINEAR
 
     # Falcon's returns what a linear layer does; the others are no part of a causal model.
     known = _OTHER_LINEAR | {"FalconLinear", "EsmFoldLinear", "IdeficsDecoupledLinear"}

@@ -17,10 +17,9 @@ import pytest
 from attnimg.config.schema import Config
 from attnimg.errors import AttnimgError
 from attnimg.facts import DType
-from attnimg.train.causal import require_causal_type
+from attnimg.train.base_model import require_causal_type
 from attnimg.train.model import load_model, load_model_config
-from attnimg.train.model_files import check_model_files
-from attnimg.train.safetensors_headers import stored_tensors
+from attnimg.train.model_files import check_model_files, stored_tensors
 from attnimg.train.tokenizer import load_tokenizer
 
 sys.path.append(str(Path(__file__).parents[1] / "fixtures"))

@@ -12,9 +12,7 @@ from attnimg.config import check_values
 from attnimg.config.schema import Config
 from attnimg.errors import AttnimgError
 from attnimg.facts import Arch, Machine
-from attnimg.train.check import check_inputs
-from attnimg.train.limits import check_limits
-from attnimg.train.options import try_options
+from attnimg.train.check import check_inputs, check_limits, try_options
 
 CPU = Machine(arch=Arch(name="cpu", vendor="cpu"), gpu="cpu", packages={})
 COMPILED = {"torch_compile": True}

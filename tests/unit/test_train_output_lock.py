@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 
 from attnimg.errors import AttnimgError
-from attnimg.train.output_lock import FILE, locked, require_unlocked
+from attnimg.train.output_dir import FILE, locked, require_unlocked
 
 HOLD = """
 import sys
 from pathlib import Path
-from attnimg.train.output_lock import locked
+from attnimg.train.output_dir import locked
 with locked(Path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.read()

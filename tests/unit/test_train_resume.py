@@ -16,7 +16,8 @@ import yaml
 
 from attnimg.config.schema import Config
 from attnimg.errors import AttnimgError
-from attnimg.train import identity, model_hashes, resume
+from attnimg.train import identity, resume
+from attnimg.train import model_files as model_hashes
 from attnimg.train.checkpoint import STATE, ResumePoint
 from attnimg.train.data.documents import SourceFigures
 

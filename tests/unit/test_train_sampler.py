@@ -7,9 +7,8 @@ from accelerate.data_loader import BatchSamplerShard, SeedableRandomSampler
 from datasets import Dataset
 from torch.utils.data import BatchSampler
 
-from attnimg.train.collate import NO_LOSS, PackedCollator, PaddedCollator
+from attnimg.train.packing import NO_LOSS, OnceAnEpoch, PackedCollator, PaddedCollator
 from attnimg.train.rows import COUNTS, CountingCollator, Rows, even_out
-from attnimg.train.sampler import OnceAnEpoch
 
 
 @pytest.mark.parametrize("epoch", [0, 3])

@@ -13,9 +13,8 @@ from attnimg.context import context_of
 from attnimg.errors import AttnimgError
 from attnimg.facts import Arch, Machine
 from attnimg.task import problem_of
-from attnimg.train.arguments import training_arguments
-from attnimg.train.limits import check_limits
-from attnimg.train.schedule import Schedule, plan_steps
+from attnimg.train.arguments import Schedule, plan_steps, training_arguments
+from attnimg.train.check import check_limits
 
 CPU = Machine(arch=Arch(name="cpu", vendor="cpu"), gpu="cpu", packages={})
 T4 = Machine(arch=Arch(name="sm_75", vendor="nvidia", capability=(7, 5)), gpu="Tesla T4",

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from attnimg.train.signals import SAME_WISH_SECONDS, StopFlag, Stopped, stop_signals
+from attnimg.train.distributed import SAME_WISH_SECONDS, StopFlag, Stopped, stop_signals
 
 
 def test_before_training_a_signal_stops_at_once() -> None:
@@ -38,7 +38,7 @@ def test_while_training_a_signal_waits_for_the_step() -> None:
 )
 def test_the_second_signal(monkeypatch: pytest.MonkeyPatch, later: float, stops: bool) -> None:
     now = 100.0
-    monkeypatch.setattr("attnimg.train.signals.time.monotonic", lambda: now)
+    monkeypatch.setattr("attnimg.train.distributed.time.monotonic", lambda: now)
     stop = StopFlag()
     stop.training = True
     stop.receive(signal.SIGINT)
@@ -64,7 +64,7 @@ def test_the_handlers_from_before_come_back() -> None:
 
 HANGUP = """
 import os, signal, sys, time
-from attnimg.train.signals import stop_signals
+from attnimg.train.distributed import stop_signals
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup
 with stop_signals() as stop:
     stop.training = True

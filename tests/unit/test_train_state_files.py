@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
 
-from attnimg.train import state_files
-from attnimg.train.file_hashes import FileHashes, sha256_of
-from attnimg.train.state_files import NotPlain, read_state, write_state
+from attnimg.train import saved_states as state_files
+from attnimg.train.checkpoint import FileHashes, sha256_of
+from attnimg.train.saved_states import NotPlain, read_state, write_state
 
 
 def write(folder: Path, name: str, state: object, *, step: int) -> None:

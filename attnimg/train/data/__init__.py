@@ -4,10 +4,8 @@ sources -> records -> types -> tokens -> lengths -> documents; `load` strings th
 """
 
 from attnimg.train.data.chat_templates import choose_chat_template
-from attnimg.train.data.check import check_sources
-from attnimg.train.data.documents import Documents, SourceFigures, sentence
-from attnimg.train.data.load import load_documents
-from attnimg.train.data.sample import sample_text
+from attnimg.train.data.documents import Documents, SourceFigures, sample_text, sentence
+from attnimg.train.data.load import check_sources, load_documents
 
 __all__ = [
     "Documents",

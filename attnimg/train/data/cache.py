@@ -27,8 +27,7 @@ from attnimg.errors import AttnimgError
 from attnimg.files import NotPrivate, check_private
 from attnimg.train.data.chat_templates import choose_chat_template
 from attnimg.train.data.documents import SourceFigures
-from attnimg.train.data.lengths import strategy_for
-from attnimg.train.data.prepare import schema
+from attnimg.train.data.prepare import schema, strategy_for
 from attnimg.train.data.sources import Source
 
 if TYPE_CHECKING:

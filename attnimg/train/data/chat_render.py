@@ -8,9 +8,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from attnimg.train.data.bounded_render import render_bounded
-from attnimg.train.data.parsed import Conversation, Turn
-from attnimg.train.data.tool_calls import arguments_as_text
+from attnimg.train.data.chat_templates import render_bounded
+from attnimg.train.data.conversations import arguments_as_text
+from attnimg.train.data.records import Conversation, Turn
 
 Span = tuple[int, int]  # first character and the one after the last
 Message = Mapping[str, Any]

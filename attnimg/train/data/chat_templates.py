@@ -3,8 +3,16 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+import os
+import resource
+import signal
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from functools import cache
+from itertools import pairwise
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from attnimg.config.schema import Config, DatasetSpec
@@ -33,6 +41,7 @@ LLAMA3 = (
 )
 
 NAMED = {"chatml": CHATML, "llama3": LLAMA3}
+
 FALLBACK = "tokenizer_default_fallback_"
 
 # Published templates have up to 20 KiB.
@@ -116,3 +125,138 @@ def _read_jinja(jinja: str, *, key: str) -> str:
         code="file-missing",
         key=key,
     )
+
+
+# CPU seconds, which do not grow on a busy machine; the longest conversations take 0.1.
+SECONDS = 10.0
+
+# The address space that rendering one record may add.
+MEMORY_BYTES = 1 << 30
+
+# The longest output: this, and so many times the characters of the record.
+OUTPUT_CHARACTERS, OUTPUT_RATIO = 1 << 20, 20
+
+# Digits that the filter `round` may keep: a double has 17, and 308 before its point.
+_DIGITS = 1000
+
+_PAGE_BYTES = resource.getpagesize()
+
+
+class TemplateLimitError(Exception):
+    """Raised where a template exceeds a limit; the message has the value found and the limit."""
+
+
+def render_bounded(
+    messages: Sequence[Mapping[str, Any]], *, template: str, **options: Any
+) -> tuple[str, list[tuple[int, int]]]:
+    """Return the text that a template writes, and the spans that its generation blocks mark.
+
+    Args:
+        messages: one conversation.
+        template: Jinja.
+        options: other arguments of transformers' render_jinja_template.
+
+    Raises:
+        TemplateLimitError: it exceeds a limit.
+        jinja2.TemplateError: the template is wrong; it may raise any other exception, too.
+    """
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    _require_no_powers(template)
+    try:
+        with _limited(), _bounded_round():
+            texts, spans = render_jinja_template(
+                conversations=[list(messages)], chat_template=template, **options
+            )
+    except MemoryError:
+        raise TemplateLimitError(
+            f"it needs more than {MEMORY_BYTES >> 20:,} MiB of memory for one record"
+        ) from None
+    text = str(texts[0])
+    if len(text) > OUTPUT_CHARACTERS:
+        given = len(repr((messages, options)))
+        if len(text) > OUTPUT_CHARACTERS + OUTPUT_RATIO * given:
+            raise TemplateLimitError(
+                f"it writes {len(text):,} characters for a record of {given:,}, needed at most "
+                f"{OUTPUT_CHARACTERS:,} and {OUTPUT_RATIO} times the record"
+            )
+    return text, spans[0] if spans else []
+
+
+@contextmanager
+def _limited() -> Iterator[None]:
+    """Limit CPU time and memory inside the block; time in the main thread only."""
+
+    def end(_number: int, _frame: FrameType | None) -> None:
+        raise TemplateLimitError(f"it takes more than {SECONDS:.0f} s for one record")
+
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    timed = threading.current_thread() is threading.main_thread()
+    # Not ITIMER_REAL: other programs in this process use that one, such as pytest-timeout.
+    handler = signal.signal(signal.SIGVTALRM, end) if timed else None
+    try:
+        with suppress(OSError, ValueError):  # /proc may be missing
+            _set_memory(_address_bytes() + MEMORY_BYTES, before)
+        if timed:
+            signal.setitimer(signal.ITIMER_VIRTUAL, SECONDS)
+        yield
+    finally:
+        if timed:
+            signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+            signal.signal(signal.SIGVTALRM, handler)
+        resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+@contextmanager
+def _bounded_round() -> Iterator[None]:
+    """Limit the digits of the filter `round` in templates that are compiled inside the block.
+
+    It computes 10 ** digits in one step, which no signal interrupts, and for constants already when
+    the template is compiled: so the filter has to be replaced where Jinja takes it from.
+    """
+    from jinja2.filters import FILTERS
+
+    original = FILTERS["round"]
+
+    def bounded(value: Any, precision: Any = 0, method: Any = "common") -> Any:
+        if isinstance(precision, int) and abs(precision) > _DIGITS:
+            raise TemplateLimitError(f"it rounds to {precision:,} digits, needed at most {_DIGITS}")
+        return original(value, precision, method)
+
+    FILTERS["round"] = bounded
+    try:
+        yield
+    finally:
+        FILTERS["round"] = original
+
+
+def _set_memory(most: int, before: tuple[int, int]) -> None:
+    """Lower the soft limit of the address space, unless it is lower already."""
+    given = [limit for limit in before if limit != resource.RLIM_INFINITY]
+    resource.setrlimit(resource.RLIMIT_AS, (min([most, *given]), before[1]))
+
+
+def _address_bytes() -> int:
+    opened = os.open("/proc/self/statm", os.O_RDONLY)  # four times as fast as pathlib
+    try:
+        return int(os.read(opened, 100).split()[0]) * _PAGE_BYTES
+    finally:
+        os.close(opened)
+
+
+@cache
+def _require_no_powers(template: str) -> None:
+    """Refuse powers: no signal interrupts Python while it computes 10 ** 10 ** 8.
+
+    No published template has a power. `f(**values)` is not one.
+    """
+    import jinja2
+
+    try:
+        tokens = [(kind, text) for _, kind, text in jinja2.Environment().lex(template)]
+    except jinja2.TemplateError:  # rendering reports it
+        return
+    tokens = [token for token in tokens if token[0] != "whitespace"]
+    for (_, before), (kind, text) in pairwise(tokens):
+        if kind == "operator" and text == "**" and before not in ("(", ","):
+            raise TemplateLimitError("it computes a power (**), whose result may have any size")

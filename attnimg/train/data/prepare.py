@@ -7,26 +7,25 @@ from array import array
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from itertools import islice
 from multiprocessing import get_context
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from attnimg.config.schema import Config
-from attnimg.train.data.documents import SourceFigures
-from attnimg.train.data.lengths import Tally, fit, strategy_for
-from attnimg.train.data.parsed import Parsed
-from attnimg.train.data.read import read_source
-from attnimg.train.data.records import Place
-from attnimg.train.data.sources import Source
-from attnimg.train.data.tokens import Encoder, Tokens, encoder_for
-from attnimg.train.data.types import parser
+from attnimg.config.schema import Config, is_text
+from attnimg.errors import AttnimgError
+from attnimg.train.data.documents import IGNORED, SourceFigures
+from attnimg.train.data.records import Parsed, Place, Record, read_records
+from attnimg.train.data.sources import Source, load_hub, load_saved
+from attnimg.train.data.splits import asked_split, find_rows, split_names
+from attnimg.train.data.types import Encoder, Tokens, encoder_for, parser
 
 if TYPE_CHECKING:
     import pyarrow
-
 BATCH_RECORDS = 256
+
 Batch = list[tuple[Place, Parsed]]
+
 Result = tuple[list[Tokens], tuple[str, ...]]  # a batch's tokens, and the encoder's warnings
 
 # The encoder of a worker process, which is sent to it once instead of with every batch.
@@ -145,3 +144,112 @@ def _keep(encoder: Encoder) -> None:
 
 def _encode(batch: Batch) -> Result:
     return _encoders[0](batch), _encoders[0].warnings
+
+
+Strategy = Literal["drop", "split", "truncate", "raise"]
+
+
+@dataclass(slots=True)
+class Tally:
+    """Running counts of one source; see SourceFigures for what each means."""
+
+    records: int = 0
+    documents: int = 0
+    tokens: int = 0
+    trained_tokens: int = 0
+    empty: int = 0
+    too_long: int = 0
+    split: int = 0
+    truncated: int = 0
+    without_loss: int = 0
+    longest: int = 0
+
+
+def strategy_for(source: Source, config: Config) -> Strategy:
+    """Choose what happens to long documents; running text loses nothing when it is split."""
+    if config.excess_length_strategy is not None:
+        return config.excess_length_strategy
+    return "split" if is_text(source.spec) else "drop"
+
+
+def fit(
+    encoded: Iterable[tuple[Place, Tokens]], tally: Tally, *, strategy: Strategy, sequence_len: int
+) -> Iterator[Tokens]:
+    """Yield documents of 1 to sequence_len tokens that carry loss; count all others.
+
+    Raises:
+        AttnimgError: a document is longer and the strategy is "raise".
+    """
+    for place, (ids, labels) in encoded:
+        tally.longest = max(tally.longest, len(ids))
+        pieces = [(ids, labels)]
+        if len(ids) > sequence_len:
+            if strategy == "raise":
+                raise _too_long(place, len(ids), sequence_len=sequence_len)
+            if strategy == "drop":
+                tally.too_long += 1
+                continue
+            starts = range(0, len(ids) if strategy == "split" else 1, sequence_len)
+            pieces = [(ids[i : i + sequence_len], labels[i : i + sequence_len]) for i in starts]
+            tally.split += strategy == "split"
+            tally.truncated += strategy == "truncate"
+        for piece in pieces:
+            # Nothing comes before a document's first token, so it can't be predicted.
+            trained = sum(label != IGNORED for label in piece[1][1:])
+            if not trained:
+                tally.without_loss += 1
+                continue
+            tally.documents += 1
+            tally.tokens += len(piece[0])
+            tally.trained_tokens += trained
+            yield piece
+
+
+def _too_long(place: Place, tokens: int, *, sequence_len: int) -> AttnimgError:
+    return AttnimgError(
+        f"too long: {place}",
+        why=f"found {tokens:,} tokens, at most sequence_len {sequence_len:,} are allowed with "
+        "excess_length_strategy: raise",
+        do=f"set sequence_len: {tokens}, or excess_length_strategy: split or truncate or drop",
+        code="bad-data",
+        key=f"{place.key}.path",
+    )
+
+
+def read_source(source: Source) -> Iterator[Record]:
+    """Yield the records of a source in order, each with its place.
+
+    Raises:
+        AttnimgError: the data are missing or broken, or the split is not one that exists.
+    """
+    if source.kind == "files":
+        yield from _rows_of_files(source)
+        return
+    loaded = load_hub(source) if source.kind == "hub" else load_saved(source)
+    spec, key = source.spec, source.key
+    rows = find_rows(spec, {name: len(split) for name, split in loaded.items()}, key=key)
+    first = True
+    for name, start, stop in rows:
+        part = loaded[name].select(range(start, max(start, stop)))
+        for number, record in enumerate(part, start=start + 1):
+            yield Place(spec.path, number, "record", key, first), record
+            first = False
+
+
+def _from_files(source: Source, split: str) -> Iterator[Record]:
+    for file in source.splits[split]:
+        yield from read_records(file, key=source.key)
+
+
+def _rows_of_files(source: Source) -> Iterator[Record]:
+    """Read the rows that the split names; files are read twice where it is a part of them."""
+    spec, key = source.spec, source.key
+    if "[" not in asked_split(spec, source.splits, key=key):
+        for name in split_names(spec, source.splits, key=key):
+            yield from _from_files(source, name)
+        return
+    lengths = dict.fromkeys(source.splits, 0)
+    for name in split_names(spec, source.splits, key=key):
+        lengths[name] = sum(1 for _ in _from_files(source, name))
+    for name, start, stop in find_rows(spec, lengths, key=key):
+        yield from islice(_from_files(source, name), start, max(start, stop))

@@ -205,7 +205,7 @@ def test_a_split_is_judged_as_datasets_judges_it(split: str) -> None:
 # its function, and by its code or the function that builds it; x2 where there are two.
 NEEDS = {
     "model": """
-        _bad bad-value x2, _loading bad_model, _loading pickled-weights, _no_match _bad,
+        _bad bad-value, _loading bad_model, _loading pickled-weights, _no_match _bad,
         _refusal bad-value, _refusal not-causal-lm, _refusal quantized-checkpoint,
         _refuse_embeddings _bad, _require_adapter _refusal x4, _require_scale _refusal x3,
         _unknown_names _bad, _untrained bad-value, add_adapter _bad, judge_positions

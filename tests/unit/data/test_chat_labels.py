@@ -29,7 +29,7 @@ from hypothesis import strategies as st
 
 from attnimg.errors import AttnimgError
 from attnimg.train.data.chat import ChatEncoder
-from attnimg.train.data.offsets import label
+from attnimg.train.data.documents import label
 
 FIXTURES = Path(__file__).parents[2] / "fixtures" / "chat_templates"
 TAGS = "<think>\n{reasoning}\n</think>\n\n{answer}"

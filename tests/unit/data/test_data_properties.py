@@ -29,11 +29,10 @@ from attnimg.errors import AttnimgError
 from attnimg.facts import RunContext
 from attnimg.train.data import load_documents
 from attnimg.train.data.chat import ChatEncoder
-from attnimg.train.data.check import find_sources
 from attnimg.train.data.conversations import parse_turns
-from attnimg.train.data.read import read_source
-from attnimg.train.data.tokens import PairEncoder
-from attnimg.train.data.types import parser
+from attnimg.train.data.load import find_sources
+from attnimg.train.data.prepare import read_source
+from attnimg.train.data.types import PairEncoder, parser
 from attnimg.train.rows import make_rows
 
 Draw = Callable[[st.SearchStrategy[Any]], Any]

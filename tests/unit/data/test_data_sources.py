@@ -17,8 +17,8 @@ import pytest
 from attnimg.config.schema import Config
 from attnimg.errors import AttnimgError
 from attnimg.train.data import sources
-from attnimg.train.data.check import find_sources
-from attnimg.train.data.read import read_source
+from attnimg.train.data.load import find_sources
+from attnimg.train.data.prepare import read_source
 
 RECORDS = [{"text": "In the beginning"}, {"text": "was the Word."}]
 LINES = "".join(json.dumps(record) + "\n" for record in RECORDS).encode()

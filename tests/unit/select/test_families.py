@@ -20,7 +20,7 @@ from attnimg.facts import Arch, Machine
 from attnimg.select import plan
 from attnimg.select.attention_shapes import read_model
 from attnimg.select.model_types import mask_refusal, refusal_of, refused_types
-from attnimg.train.causal import require_trainable
+from attnimg.train.base_model import require_trainable
 
 FOUND: dict[str, dict[str, dict[str, Any]]] = json.loads(RECORD.read_text())["types"]
 CPU = Machine(arch=Arch(name="cpu", vendor="cpu"), gpu="cpu", packages={"torch": "2"})

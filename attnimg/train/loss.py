@@ -1,0 +1,372 @@
+"""Hold the results of comparing the trainer's loss with the model's own, for the receipt."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from trl import SFTTrainer
+
+from attnimg.train.packing import NO_LOSS
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Loss:
+    """A loss computed in one of the two ways.
+
+    Attributes:
+        nll: negative log-likelihood per trained token.
+        total: the minimized loss: nll plus the weighted auxiliary loss.
+        aux: the auxiliary loss without its weight; None without one.
+        grad_norm: norm of the gradient of the trained weights, or of the hidden states before the
+            output layer.
+    """
+
+    nll: float
+    total: float
+    aux: float | None
+    grad_norm: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Tolerance:
+    """The largest difference due to rounding: absolute for a loss, relative for a gradient norm."""
+
+    loss: float
+    grad_norm: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Comparison:
+    """The loss by the model's own forward and by the trainer, on the same inputs.
+
+    Attributes:
+        model: the loss by the model's own forward.
+        trainer: the loss by TRL's chunked head; None where that raised.
+        tolerance: the allowed difference.
+        raised: the error that TRL's head raised; None where it raised none.
+    """
+
+    model: Loss
+    trainer: Loss | None
+    tolerance: Tolerance
+    raised: str | None = None
+
+    @property
+    def ratio(self) -> float:
+        """Return the largest difference divided by its tolerance; inf if the trainer has none."""
+        if self.trainer is None:
+            return math.inf
+        return difference(self.trainer, self.model, self.tolerance)
+
+    @property
+    def why(self) -> str:
+        """Return how the trainer's loss differs, in words."""
+        if self.trainer is None:
+            return f"it raised {self.raised}"
+        ours, own = self.trainer, self.model
+        if abs(ours.total - own.total) > self.tolerance.loss:
+            return f"its loss is {ours.total:.4f}, the model's own {own.total:.4f}"
+        if abs(ours.nll - own.nll) > self.tolerance.loss:
+            return f"its negative log-likelihood is {ours.nll:.4f}, the model's own {own.nll:.4f}"
+        return f"its gradient norm is {ours.grad_norm:.8g}, the model's own {own.grad_norm:.8g}"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LossCheck:
+    """How a run computes its loss, and why.
+
+    Attributes:
+        head: "chunked" (TRL's head) or "own" (the model's own logits).
+        compared: whether the losses were compared.
+        why: why they were not compared, or why the head is "own"; empty otherwise.
+        tokens: number of trained tokens in the compared batch.
+        on_data: the comparison on that batch, in the run's precision.
+        output_layer: the comparison of the output layer alone, in float32, on large hidden states;
+            None where the class can't be called that way.
+        own_head: the loss on the batch by the model's own logits, where the run uses them.
+        own_loss_raised: the error that the model's own loss raised, so that only its logits were
+            compared; None where it raised none.
+        aux_coefficient: weight of the auxiliary loss; None where the model has none.
+        seconds: duration of the comparison.
+    """
+
+    head: str = "chunked"
+    compared: bool = True
+    why: str = ""
+    tokens: int = 0
+    on_data: Comparison | None = None
+    output_layer: Comparison | None = None
+    own_head: Loss | None = None
+    own_loss_raised: str | None = None
+    aux_coefficient: float | None = None
+    seconds: float = 0.0
+
+    @property
+    def ratio(self) -> float:
+        """Return the largest difference divided by its tolerance; 0 where nothing was compared."""
+        made = [found for found in (self.on_data, self.output_layer) if found is not None]
+        return max((found.ratio for found in made), default=0.0)
+
+
+def difference(a: Loss, b: Loss, tolerance: Tolerance) -> float:
+    """Return the largest difference of two losses divided by its tolerance.
+
+    It is inf where `a` has NaN or inf. A gradient norm of `b` that overflowed is not compared.
+    """
+    found = [abs(a.nll - b.nll) / tolerance.loss, abs(a.total - b.total) / tolerance.loss]
+    if math.isfinite(b.grad_norm):
+        allowed = max(tolerance.grad_norm * b.grad_norm, 1e-30)
+        found.append(abs(a.grad_norm - b.grad_norm) / allowed)
+    return max(value if math.isfinite(value) else math.inf for value in found)
+
+
+def sentence(check: LossCheck) -> str:
+    """Return the line that a run prints on the comparison."""
+    if not check.compared:
+        return f"warning: loss: not compared with the model's own: {check.why}"
+    raised = ""
+    if check.own_loss_raised:
+        raised = f"; compared by its logits, since its own loss raised {check.own_loss_raised}"
+    if check.head == "own":
+        return (
+            f"warning: loss: TRL's chunked head is not used: {check.why}; the loss is computed "
+            f"from the model's own logits, which takes more memory{raised}"
+        )
+    assert check.on_data is not None
+    return (
+        f"{'warning: ' if raised else ''}loss: the trainer's loss equals the model's own on "
+        f"{check.tokens} tokens ({check.seconds:.1f} s)"
+        + ("" if check.output_layer else "; its output layer alone could not be compared")
+        + raised
+    )
+
+
+ROUNDINGS = 6
+
+SIGMAS = 8.0
+
+
+def loss_tolerance(
+    logits: torch.Tensor, targets: torch.Tensor, *, loss: float, precision: str
+) -> Tolerance:
+    """Return the largest differences that rounding explains.
+
+    Args:
+        logits: (B, S, V), of the model's own forward.
+        targets: int64 (B, S), the label that each position predicts or -100.
+        loss: negative log-likelihood per trained token.
+        precision: the run's dtype; the dtype of the logits is used where it is coarser.
+    """
+    import torch
+
+    u32 = torch.finfo(torch.float32).eps / 2
+    u = max(torch.finfo(dtype).eps / 2 for dtype in (getattr(torch, precision), logits.dtype))
+    trained = targets != NO_LOSS
+    z = logits[trained].float()
+    weight = z.softmax(-1)
+    weight[torch.arange(len(z), device=z.device), targets[trained]] -= 1
+    # Rounding errors of a dot product are relative to its terms, which a small logit hides.
+    size = z.square() + z.square().mean(-1, keepdim=True)
+    variance = (weight.square() * size).sum().item() * ROUNDINGS * u**2 / 3
+    sums = math.sqrt(z.shape[-1]) * u32
+    return Tolerance(
+        loss=SIGMAS * (math.sqrt(variance) / max(len(z), 1) + sums * max(abs(loss), 1.0)),
+        grad_norm=SIGMAS * (math.sqrt(2 * ROUNDINGS / 3) * u + sums),
+    )
+
+
+# Tokens whose float32 log-probabilities are held at once.
+CHUNK = 1024
+
+
+def with_own_head(model: Any) -> Callable[..., Any]:
+    """Return a function that is called like a model with TRL's head, and uses the model's own head.
+
+    Args:
+        model: a causal language model, also one wrapped by PEFT, DDP or torch.compile.
+
+    Returns:
+        A function of the model's arguments, labels and fused_lm_head; it returns TRL's
+        FusedCausalLMOutput without `loss`, which the trainer computes from `log_probs`.
+    """
+    from trl.trainer.utils import FusedCausalLMOutput
+
+    def call(*, labels: torch.Tensor, fused_lm_head: bool, **arguments: Any) -> Any:
+        assert fused_lm_head
+        outputs = model(**arguments)
+        targets = shifted(labels)
+        log_probs, entropy, is_top1 = score(outputs.logits, targets)
+        return FusedCausalLMOutput(
+            log_probs=log_probs,
+            entropy=entropy,
+            is_top1=is_top1,
+            label_mask=targets != NO_LOSS,
+            aux_loss=getattr(outputs, "aux_loss", None),
+        )
+
+    return call
+
+
+def shifted(labels: torch.Tensor) -> torch.Tensor:
+    """Return the label that each position predicts, int64 (B, S); -100 for the last one."""
+    import torch
+
+    return torch.nn.functional.pad(labels[:, 1:], (0, 1), value=NO_LOSS)
+
+
+def score(
+    logits: torch.Tensor, targets: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return log-probability, entropy and whether the target is the most likely token, (B, S) each.
+
+    Args:
+        logits: (B, S, V) in any precision; everything is computed in float32.
+        targets: int64 (B, S); where it is -100, all three are zero.
+    """
+    import torch
+    from torch.utils.checkpoint import checkpoint
+
+    vocabulary = logits.shape[-1]
+    parts = zip(
+        logits.reshape(-1, vocabulary).split(CHUNK), targets.reshape(-1).split(CHUNK), strict=True
+    )
+    # The backward pass recomputes a chunk's float32 values, so that only the logits are kept.
+    found = [checkpoint(_score_chunk, *part, use_reentrant=False) for part in parts]
+    log_probs, entropy, is_top1 = (torch.cat(values).view(targets.shape)
+                                   for values in zip(*found, strict=True))  # fmt: skip
+    return log_probs, entropy, is_top1
+
+
+def _score_chunk(
+    logits: torch.Tensor, targets: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    import torch
+
+    has_loss = targets != NO_LOSS
+    log_probs = logits.float().log_softmax(-1)
+    chosen = log_probs.gather(-1, targets.clamp(min=0)[:, None])[:, 0]
+    with torch.no_grad():
+        entropy = torch.special.entr(log_probs.exp()).sum(-1)
+        is_top1 = (log_probs.argmax(-1) == targets) & has_loss
+    return chosen.masked_fill(~has_loss, 0), entropy.masked_fill(~has_loss, 0), is_top1
+
+
+# Names of the weight of the auxiliary loss in classes and configs.
+COEFFICIENTS = ("router_aux_loss_coef", "aux_loss_coef")
+
+
+class Objective(SFTTrainer):  # type: ignore[misc]  # TRL's types are not followed
+    """The part of the engine that computes the loss.
+
+    Args:
+        options: what SFTTrainer takes.
+
+    Attributes:
+        own_head: whether the loss is computed from the model's own logits, not by TRL's head.
+        aux_coefficient: the weight of the auxiliary loss; None where the model computes none.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        self.own_head = False
+        config = options["model"].config.get_text_config()
+        asked = getattr(config, "output_router_logits", None)
+        self.aux_coefficient = _coefficient(options["model"]) if asked else None
+        super().__init__(**options)
+        # The saved config must equal the loaded one, and the auxiliary loss is added below.
+        if asked is not None:
+            config.output_router_logits = asked
+        self.aux_loss_enabled = False
+        # transformers counts a step's trained tokens as the class's own loss would; ours is
+        # divided by the step's count of shifted labels whatever the class is.
+        self.model_accepts_loss_kwargs = self._loss_shifts_labels = True
+        self._nll = torch.zeros(())
+        # Sum of the auxiliary losses since the last log, and number of batches.
+        self._aux = torch.zeros(2, device=self.args.device)
+
+    def loss_terms(
+        self, model: Any, inputs: Any, num_items_in_batch: Any = None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Compute one batch's negative log-likelihood, and its auxiliary loss without its weight.
+
+        Args:
+            model: the model, or the trainer's wrapper of it.
+            inputs: a batch of the collator.
+            num_items_in_batch: trained tokens of the step on all processes; None divides by those
+                of the batch.
+        """
+        if self.aux_coefficient is not None:
+            inputs["output_router_logits"] = True
+        head = with_own_head(model) if self.own_head else model
+        aux: list[torch.Tensor | None] = []
+
+        def call(**arguments: Any) -> Any:
+            outputs = head(**arguments)
+            aux.append(outputs.aux_loss)
+            return outputs
+
+        nll = super().compute_loss(call, inputs, num_items_in_batch=num_items_in_batch)
+        return nll, aux[0] if self.aux_coefficient is not None else None
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: Any,
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """Return the minimized loss in training mode, the negative log-likelihood in eval mode."""
+        assert not return_outputs, "the engine asks for losses only"
+        labels = inputs["labels"]
+        nll, aux = self.loss_terms(model, inputs, num_items_in_batch)
+        self._nll = nll.detach()
+        if aux is None:
+            return nll
+        # Several processes have equally many batches: some may have no document.
+        held = (labels != NO_LOSS).any().float()
+        if not self.model.training:
+            found = self.accelerator.gather(torch.stack([aux.detach().float(), held])[None])
+            self._metrics["eval"]["aux_loss"] += found[found[:, 1] > 0, 0].tolist()
+            return nll
+        aux = aux * held.to(aux.device)
+        self._aux += torch.stack([aux.detach().float(), held.to(self._aux.device)])
+        # Averaged over the micro-batches of a step, since it is not a sum over tokens.
+        steps = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
+        return nll + self.aux_coefficient * aux.to(nll.device) / steps
+
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
+        """Train on a batch, and return its negative log-likelihood for the log."""
+        super().training_step(model, inputs, num_items_in_batch)
+        return self._nll
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the mean auxiliary loss of the batches since the last log."""
+        if "loss" in logs and self.aux_coefficient is not None:
+            total, batches = self.aux_window()
+            self._aux.zero_()
+            if batches:
+                logs["aux_loss"] = total / batches
+        super().log(logs, start_time)
+
+    def aux_window(self) -> list[float]:
+        """Return the sum and the number of the auxiliary losses of all ranks since the last log."""
+        window: list[float] = self.accelerator.reduce(self._aux.clone(), reduction="sum").tolist()
+        return window
+
+    def restore_aux_window(self, window: list[float]) -> None:
+        """Add the values of `aux_window` from a checkpoint."""
+        self._aux += torch.tensor(window, device=self._aux.device)
+
+
+def _coefficient(model: Any) -> float:
+    """Return the weight of a model's auxiliary loss; 0 where neither class nor config has it."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    holders = (base, base.config.get_text_config())
+    found = [getattr(holder, name, None) for holder in holders for name in COEFFICIENTS]
+    return next((float(value) for value in found if value is not None), 0.0)
