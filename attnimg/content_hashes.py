@@ -28,18 +28,18 @@ _FILE = "hashes.json"
 _FILE_BYTES = 4 << 20
 
 
-def cache_folder(environment: Mapping[str, str]) -> Path:
-    """Return this user's folder of proofs and hashes.
+def cache_folder(environment: Mapping[str, str], name: str = "proofs") -> Path:
+    """Return this user's folder of proofs and hashes, or another one beside it.
 
     It is below ATTNIMG_CACHE, or below the user's cache folder. Its name has the uid: users of one
     ATTNIMG_CACHE, such as an image's /cache, have one each.
     """
-    named = environment.get("ATTNIMG_CACHE")
-    if named:
-        return Path(named) / f"proofs-{os.geteuid()}"
+    own = f"{name}-{os.geteuid()}"
+    if named := environment.get("ATTNIMG_CACHE"):
+        return Path(named) / own
     from platformdirs import user_cache_path
 
-    return user_cache_path("attnimg") / f"proofs-{os.geteuid()}"
+    return user_cache_path("attnimg") / own
 
 
 class ContentHashes:
@@ -97,13 +97,13 @@ class ContentHashes:
             OSError: a file can't be read.
         """
         try:
-            files = metadata.distribution(name).files
+            found = metadata.distribution(name)
         except metadata.PackageNotFoundError:
             return ""
-        if files is None:
+        if found.files is None:
             return None
-        root = Path(str(metadata.distribution(name).locate_file("")))
-        return self.of_files(root, filter(_computes, (Path(str(f.locate())) for f in files)))
+        paths = (Path(str(file.locate())) for file in found.files)
+        return self.of_files(Path(str(found.locate_file(""))), filter(_computes, paths))
 
     def of_torch(self) -> str:
         """Return one hash of torch's compiled libraries: 0.5 GB on a CPU, 2 GB with CUDA."""

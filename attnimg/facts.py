@@ -5,6 +5,7 @@ Everything here is frozen and plain: no torch, no files, no methods that act.
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -18,6 +19,8 @@ Packing = Literal["native", "mask", "none"]
 MaskKind = Literal["sdpa", "eager", "flash", "flex"]
 # Which keys a query sees besides the run's own limits: all of its past, or LongLoRA's groups.
 Pattern = Literal["full", "shifted"]
+# What a rule on known-bad backends can depend on.
+Feature = Literal["packing", "window", "softcap", "sinks", "dropout", "training", "compiled"]
 # transformers' attention interface: (module, query, key, value, attention_mask, **arguments) to
 # (output, weights). Its tensors would need torch to name.
 AttentionFunction = Callable[..., Any]
@@ -114,6 +117,12 @@ class LayerGroup:
     window: int | None = None
     softcap: float | None = None
     sinks: bool = False
+
+    @property
+    def features(self) -> frozenset[str]:
+        """Return what its attention needs beyond plain softmax: "window", "softcap", "sinks"."""
+        used = {"window": self.window is not None, "softcap": self.softcap, "sinks": self.sinks}
+        return frozenset(name for name, is_used in used.items() if is_used)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -241,13 +250,13 @@ class Verdict:
     """One candidate's judgement.
 
     Attributes:
-        backend: its name.
+        backend: the candidate.
         rank: place among the candidates, 1 is tried first.
         reasons: all reasons against it; none means it fits.
         kernel: what would run, "flash-attn 2.8.3"; None when it does not fit.
     """
 
-    backend: str
+    backend: Backend
     rank: int
     reasons: tuple[Reason, ...]
     kernel: str | None = None
@@ -629,8 +638,7 @@ class KnownBad:
         head_dim_qk: lowest and highest; None for all.
         head_dim_v: lowest and highest; None for all.
         heads_differ: whether there are fewer key heads than query heads; None for either.
-        features: each of "packing", "window", "softcap", "sinks", "dropout", "training",
-            "compiled" that must be in use (true) or must not (false).
+        features: those that must be in use (true) or must not (false).
         row_tokens_min: shortest row, in tokens, with all that a packed batch lays one after
             another; None for any.
     """
@@ -639,8 +647,8 @@ class KnownBad:
     backends: frozenset[str]
     effect: str
     link: str
-    date: str
-    expires: str | None = None
+    date: datetime.date
+    expires: datetime.date | None = None
     status: Literal["reported", "seen"] = "reported"
     packages: Mapping[str, str] = field(default_factory=dict, hash=False)
     archs: frozenset[str] = frozenset()
@@ -648,5 +656,5 @@ class KnownBad:
     head_dim_qk: tuple[int, int] | None = None
     head_dim_v: tuple[int, int] | None = None
     heads_differ: bool | None = None
-    features: Mapping[str, bool] = field(default_factory=dict, hash=False)
+    features: Mapping[Feature, bool] = field(default_factory=dict, hash=False)
     row_tokens_min: int | None = None

@@ -1,4 +1,4 @@
-"""Read regular files up to a size, and read and write files that only this user can change.
+"""Read attnimg's own data, regular files up to a size, and files that only this user can change.
 
 What one run stores is trusted by the next, so it must be a regular file (no link, pipe or device)
 that belongs to this user, in a folder that belongs to this user, and neither may be writable by the
@@ -11,13 +11,24 @@ import errno
 import os
 import stat
 import tempfile
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 
 class NotPrivate(OSError):
     """Raised for a file or folder that others may change; says why: "it belongs to user 1001"."""
+
+
+def data_file(name: str) -> Path:
+    """Return the path of a file of attnimg/data, which pip installs as files."""
+    return Path(__file__).parent / "data" / name
+
+
+def read_data(name: str) -> dict[str, Any]:
+    """Read a TOML file of attnimg/data."""
+    return tomllib.loads(data_file(name).read_text("utf-8"))
 
 
 def read_regular(path: Path, *, at_most: int) -> bytes:

@@ -1,4 +1,4 @@
-"""Where packed documents stand in a batch: positions, boundaries and the padding between them.
+"""Lay packed documents out in a batch: positions, boundaries and the padding between them.
 
 The collator lays training batches out with it, and the isolation proof lays its probe out with it:
 what is proven is what is trained. Steps don't import one another, so it stands below both.
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Layout:
+class PackedLayout:
     """The documents of one batch, padding included: the padding of a row is a document of its own.
 
     B rows of S tokens. Flattened, the rows stand one after the other, so one row is (1, B * S).
@@ -36,8 +36,8 @@ class Layout:
 
 def lay_out(
     document_lengths: Sequence[Sequence[int]], *, padding_free: bool, pad_to: int | None = None
-) -> Layout:
-    """Lay rows of documents out.
+) -> PackedLayout:
+    """Return the layout of rows of documents.
 
     Args:
         document_lengths: tokens of each document, by row; each row has at least one token.
@@ -65,7 +65,7 @@ def lay_out(
     )
     shape = (1, -1) if padding_free else (len(rows), -1)
     document_BS = np.repeat(np.arange(len(lengths_D), dtype=np.int32), lengths_D).reshape(shape)
-    return Layout(
+    return PackedLayout(
         position_ids=position_T.reshape(shape),
         is_token=is_token_T.reshape(shape),
         cu_seq_lens=np.concatenate(([0], ends_D)).astype(np.int32),

@@ -1,11 +1,11 @@
-"""Turn out-of-memory errors of Python, torch and the operating system into an AttnimgError."""
+"""Convert out-of-memory errors of Python, torch and the operating system into an AttnimgError."""
 
 from __future__ import annotations
 
 import errno
-import os
 import re
 import resource
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -30,7 +30,8 @@ _SHARED = re.compile(
 )
 _WORKER = re.compile(r"DataLoader worker.* (killed by signal|exited unexpectedly)")
 
-# With less free space, /dev/shm counts as full.
+_SHM = Path("/dev/shm")
+# With less free space, it counts as full.
 _FULL_BELOW_BYTES = 64 << 10
 
 _LESS = (
@@ -62,25 +63,27 @@ def as_refusal(error: BaseException) -> AttnimgError | None:
     matching = [line for line in lines if any(p.search(line) for p in (_SHARED, _WORKER, _MEMORY))]
     said = (matching or lines)[-1].strip()
     if isinstance(error, BrokenProcessPool):
-        return _error("a process that prepares data was killed", said, "set dataset_num_proc: 1",
-                      key="dataset_num_proc")  # fmt: skip
-    # The error of a semaphore that does not fit into /dev/shm has no file name.
-    semaphore = isinstance(error, OSError) and error.errno == errno.ENOSPC and not error.filename
-    if (semaphore and _shared_free() < _FULL_BELOW_BYTES) or (
-        not isinstance(error, OSError) and _SHARED.search(said)
-    ):
-        return _error(
-            "shared memory (/dev/shm) is full", f"{said}\n{_shared_text()}",
-            "set dataloader_num_workers: 0, or start the container with --shm-size=1g",
-            key="dataloader_num_workers",
-        )  # fmt: skip
+        what, do = "a process that prepares data was killed", "set dataset_num_proc: 1"
+        return _error(what, said, do, key="dataset_num_proc")
+    if _is_shm_full(error, said):
+        why = f"{said}\n/dev/shm has {shutil.disk_usage(_SHM).total / 2**20:,.1f} MiB"
+        do = "set dataloader_num_workers: 0, or start the container with --shm-size=1g"
+        return _error("shared memory (/dev/shm) is full", why, do, key="dataloader_num_workers")
     if _WORKER.search(said):
-        return _error("a process that loads data was killed", f"{said}\n{_memory_text()}",
-                      "set dataloader_num_workers: 0", key="dataloader_num_workers")  # fmt: skip
-    full = isinstance(error, MemoryError) or (
-        matching if not isinstance(error, OSError) else error.errno == errno.ENOMEM
-    )
-    return _error("out of memory", f"{said}\n{_memory_text()}", _LESS, key=None) if full else None
+        what, do = "a process that loads data was killed", "set dataloader_num_workers: 0"
+        return _error(what, f"{said}\n{_memory_text()}", do, key="dataloader_num_workers")
+    full = error.errno == errno.ENOMEM if isinstance(error, OSError) else matching
+    if full or isinstance(error, MemoryError):
+        return _error("out of memory", f"{said}\n{_memory_text()}", _LESS, key=None)
+    return None
+
+
+def _is_shm_full(error: BaseException, said: str) -> bool:
+    if not isinstance(error, OSError):
+        return _SHARED.search(said) is not None
+    # The error of a semaphore that does not fit into /dev/shm has no file name.
+    semaphore = error.errno == errno.ENOSPC and not error.filename
+    return semaphore and _SHM.is_dir() and shutil.disk_usage(_SHM).free < _FULL_BELOW_BYTES
 
 
 def _error(what: str, why: str, do: str, *, key: str | None) -> AttnimgError:
@@ -101,16 +104,3 @@ def _memory_text() -> str:
         most = int(Path("/sys/fs/cgroup/memory.max").read_text())
         found.append(f"the container may use {most >> 20:,} MiB")
     return "; ".join(found) or "the amount of free memory is not known"
-
-
-def _shared_text() -> str:
-    found = os.statvfs("/dev/shm")
-    return f"/dev/shm has {found.f_blocks * found.f_frsize / 2**20:,.1f} MiB"
-
-
-def _shared_free() -> int:
-    """Return the bytes that are free in /dev/shm; 0 where there is none."""
-    with suppress(OSError):
-        left = os.statvfs("/dev/shm")
-        return left.f_bavail * left.f_frsize
-    return 0

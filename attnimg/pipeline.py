@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 from attnimg import apply
-from attnimg.backends import backend_named
 from attnimg.context import context_of
 from attnimg.errors import AttnimgError
 from attnimg.facts import (
@@ -218,13 +217,14 @@ def kernel_hashes(plan: Plan, task: Task) -> dict[str, dict[str, str] | None]:
 def parts_of(plan: Plan, problem: Problem) -> list[tuple[Backend, Problem]]:
     """Return each backend of a plan that chose one, with the layers that it runs."""
     assert plan.chosen is not None
+    if not plan.groups or problem.model is None:
+        return [(plan.chosen.backend, problem)]
     layers_of: dict[str, list[LayerGroup]] = {}
-    for choice in plan.groups if problem.model is not None else ():
-        layers_of.setdefault(choice.verdict.backend, []).append(choice.layers)
-    if not layers_of or problem.model is None:
-        return [(_named(plan.chosen.backend), problem)]
+    for choice in plan.groups:
+        layers_of.setdefault(choice.verdict.backend.name, []).append(choice.layers)
+    backends = {choice.verdict.backend.name: choice.verdict.backend for choice in plan.groups}
     return [
-        (_named(name), replace(problem, model=replace(problem.model, layers=tuple(layers))))
+        (backends[name], replace(problem, model=replace(problem.model, layers=tuple(layers))))
         for name, layers in layers_of.items()
     ]
 
@@ -269,18 +269,12 @@ def _layers(task: Task) -> tuple[LayerGroup, ...]:
     return task.problem.model.layers if task.problem.model else ()
 
 
-def _named(name: str) -> Backend:
-    backend = backend_named(name)
-    assert backend is not None, name
-    return backend
-
-
 def _reasons_text(proof: Proof) -> str:
     return "; ".join(f"{reason.code}: {reason.text}" for reason in proof.reasons)
 
 
 def _nothing_fits(plan: Plan) -> AttnimgError:
-    asked = next((v for v in plan.verdicts if v.backend == plan.asked), None)
+    asked = next((v for v in plan.verdicts if v.backend.name == plan.asked), None)
     against = asked.reasons if asked else ()
     why = [f"{reason.code}: {reason.text}" for reason in against] or [plan.because]
     missing = bool(against) and {reason.code for reason in against} <= _KERNEL_MISSING

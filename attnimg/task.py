@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import date
@@ -16,14 +15,15 @@ from attnimg.machine import probe
 from attnimg.select import (
     images,
     known_bad,
+    memory,
+    model_config,
+    model_types,
     other_layers,
     plan,
-    problem,
-    quantizations,
-    refused_types,
 )
+from attnimg.select.attention_shapes import attention_dropout
+from attnimg.select.attention_shapes import read_model as shapes_of
 from attnimg.select.gpus import catalogue, cpus_with, gpu_named
-from attnimg.select.model_classes import class_named
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,8 +58,8 @@ def task_of(values: Config, raw: Mapping[str, Any] | None, machine: Machine) -> 
     Raises:
         AttnimgError: config.json is wrong.
     """
-    model = problem.read_model(raw) if raw is not None else None
-    dropout = problem.attention_dropout(raw) if raw is not None else 0.0
+    model = shapes_of(raw) if raw is not None else None
+    dropout = attention_dropout(raw) if raw is not None else 0.0
     return Task(
         machine=machine,
         problem=problem_of(values, model=model, dropout=dropout, arch=machine.arch),
@@ -76,7 +76,7 @@ def problem_of(values: Config, *, model: Model | None, dropout: float, arch: Arc
     dtype = plan.training_dtype(bf16=values.bf16, fp16=bool(values.fp16), arch=arch)
     return Problem(
         model=model,
-        model_class=class_named(model.type) if model is not None and known else None,
+        model_class=model_types.class_named(model.type) if model is not None and known else None,
         dtype=dtype,
         packing=bool(values.sample_packing) or values.batch_flattening is True,
         dropout=dropout,
@@ -97,7 +97,7 @@ def model_file(values: Config) -> Path | None:
     """Return the path of the model's config.json; None when it is not on this machine."""
     if not values.base_model:
         return None
-    return problem.find_config(values.base_model, revision=values.revision_of_model)
+    return model_config.find_config(values.base_model, revision=values.revision_of_model)
 
 
 def read_model(values: Config) -> tuple[Model | None, float]:
@@ -105,9 +105,9 @@ def read_model(values: Config) -> tuple[Model | None, float]:
     path = model_file(values)
     if path is None:
         return None, 0.0
-    raw = problem.read_config(path)
-    model = problem.read_model(raw, file=path.name)
-    return model, problem.attention_dropout(raw, file=path.name)
+    raw = model_config.read_config(path)
+    model = shapes_of(raw, file=path.name)
+    return model, attention_dropout(raw, file=path.name)
 
 
 def installed_machine() -> Machine:
@@ -119,8 +119,7 @@ def distributions() -> list[str]:
     """Return every distribution that a backend or a rule needs, for the probe to look for."""
     needed = [package for backend in all_backends() for package, _, _ in backend.needs.packages]
     needed += [package for kind in other_layers.kinds().values() for package in kind.packages]
-    needed += refused_types.packages()
-    needed += [re.split("[<>=]", package)[0] for package in quantizations.packages()]
+    needed += model_types.needed_packages()
     # Rules on known-bad versions read those of the libraries that the backends need, too.
     return [*needed, "kernels", "nvidia-cutlass-dsl", "nvidia-cudnn-cu12", "nvidia-cudnn-cu13"]
 
@@ -248,8 +247,8 @@ def run_findings(
     errors, warnings = other_layers.findings_on(task, machine)
     if (mixing := plan.mixing_error(found, task)) is not None:
         errors = (*errors, mixing)
-    memory = plan.memory_warning(found, task, memory_bytes=memory_of(machine))
-    return errors, (*warnings, *([memory] if memory else ()))
+    warning = memory.memory_warning(found, task, memory_bytes=memory_of(machine))
+    return errors, (*warnings, *([warning] if warning else ()))
 
 
 def gpu_text(machine: Machine) -> str:

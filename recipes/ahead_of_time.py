@@ -8,7 +8,7 @@ from typing import Any
 from attnimg.backends import all_backends
 from attnimg.facts import LayerGroup
 from attnimg.select.gpus import arch_from_name
-from attnimg.select.layers import layer_reasons
+from attnimg.select.judge import layer_reasons
 from recipes.facts import AheadOfTime, Plan, Step, TrainedModel, TritonSet
 from recipes.files import NOTICE
 from recipes.kernel_rules import device

@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 
-from attnimg.select.model_classes import CausalTypes, position_table
-from attnimg.select.quantizations import Quantization, quantizations
+from attnimg.select.model_types import CausalTypes, Quantization, position_table, quantizations
 from recipes.files import NOTICE
 from recipes.pages import table
 

@@ -17,12 +17,12 @@ from typing import Any
 
 from attnimg.facts import Finding, KnownBad, Machine, Model, Plan, Problem
 from attnimg.select import known_bad, plan
+from attnimg.select.attention_shapes import read_model
 from attnimg.select.gpus import Gpu, catalogue
 from attnimg.select.images import ImageFacts, image_for, machine_with, runs_on
-from attnimg.select.model_classes import class_named
+from attnimg.select.memory import QuadraticMemory, quadratic_memory
+from attnimg.select.model_types import class_named
 from attnimg.select.other_layers import findings_on
-from attnimg.select.plan import Quadratic
-from attnimg.select.problem import read_model
 from recipes.files import NOTICE
 
 _class_of = cache(class_named)
@@ -50,7 +50,7 @@ class Choice:
     dtype: str
     plan: Plan
     refusals: tuple[Finding, ...]
-    memory: Quadratic | None
+    memory: QuadraticMemory | None
 
 
 @cache
@@ -122,7 +122,7 @@ def _choice(
         dtype=dtype,
         plan=chosen,
         refusals=(*findings_on(problem, machine)[0], *([mixing] if mixing else ())),
-        memory=plan.quadratic_memory(chosen, problem),
+        memory=quadratic_memory(chosen, problem),
     )
 
 
@@ -165,7 +165,7 @@ def choices_json(found: Iterable[Choice], images: Mapping[str, ImageFacts]) -> s
 def _line(choice: Choice) -> str:
     """Write what a choice takes, and the codes against all that it does not."""
     refused = {
-        verdict.backend: [reason.code for reason in verdict.reasons]
+        verdict.backend.name: [reason.code for reason in verdict.reasons]
         for verdict in choice.plan.verdicts
         if verdict.reasons
     }
@@ -187,5 +187,5 @@ def _cell(gpu: Gpu, image: ImageFacts, *, own: Mapping[str, str]) -> str:
 def taken(found: Plan) -> list[str]:
     """Name the backends of a plan, by group of layers."""
     if found.groups:
-        return [choice.verdict.backend for choice in found.groups]
-    return [found.chosen.backend] if found.chosen else ["none"]
+        return [choice.verdict.backend.name for choice in found.groups]
+    return [found.chosen.backend.name] if found.chosen else ["none"]

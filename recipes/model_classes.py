@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 from attnimg.facts import ModelClass
-from attnimg.select.model_classes import CausalTypes
+from attnimg.select.model_types import CausalTypes
 
 PATH = "attnimg/data/model_classes.toml"
 CAUSAL_PATH = "attnimg/data/causal_types.toml"

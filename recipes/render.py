@@ -8,7 +8,7 @@ from pathlib import Path
 
 from attnimg.errors import AttnimgError
 from attnimg.select.images import parse
-from attnimg.select.model_classes import read_causal_types
+from attnimg.select.model_types import read_causal_types
 from recipes.ahead_of_time import kernel_sets
 from recipes.bake import bake_file
 from recipes.catalogue import catalogue

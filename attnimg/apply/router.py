@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
-from attnimg.backends import backend_named
 from attnimg.backends._transformers import as_applied, attention_function
 from attnimg.errors import AttnimgError
 from attnimg.facts import AttentionFunction, Backend, GroupChoice, LayerGroup, Needs, Plan
@@ -94,13 +93,11 @@ def backend_of(plan: Plan) -> Backend:
     assert plan.chosen is not None, "a plan without a choice ends the run before"
     if plan.groups:
         return _router(plan.groups)
-    found = backend_named(plan.chosen.backend)
-    assert found is not None
-    return found
+    return plan.chosen.backend
 
 
 def _router(groups: tuple[GroupChoice, ...]) -> Backend:
-    names = dict.fromkeys(choice.verdict.backend for choice in groups)
+    names = dict.fromkeys(choice.verdict.backend.name for choice in groups)
     return Backend(
         name=ROUTER,
         rank=0,
@@ -115,14 +112,14 @@ def _router(groups: tuple[GroupChoice, ...]) -> Backend:
 
 def _digest(groups: tuple[GroupChoice, ...]) -> str:
     """Return a name for a set of routes, the same in every process of a run."""
-    return hashlib.sha256(repr(groups).encode()).hexdigest()[:8]
+    routes = [(choice.layers, choice.verdict.backend.name) for choice in groups]
+    return hashlib.sha256(repr(routes).encode()).hexdigest()[:8]
 
 
 def _load(groups: tuple[GroupChoice, ...]) -> AttentionFunction:
     functions: dict[str, AttentionFunction] = {}
-    for name in {choice.verdict.backend for choice in groups}:
-        backend = backend_named(name)
-        assert backend is not None
-        layers = [choice.layers for choice in groups if choice.verdict.backend == name]
+    backends = {one.verdict.backend.name: one.verdict.backend for one in groups}
+    for name, backend in backends.items():
+        layers = [one.layers for one in groups if one.verdict.backend.name == name]
         functions[name] = attention_function(as_applied(backend, layers, routed=True))
-    return Router({shape_of(choice.layers): functions[choice.verdict.backend] for choice in groups})
+    return Router({shape_of(one.layers): functions[one.verdict.backend.name] for one in groups})

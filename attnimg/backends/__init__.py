@@ -82,12 +82,6 @@ def local_kernel(backend: Backend, machine: Machine) -> LocalKernel | None:
     return None if repo is None else served[repo]
 
 
-def is_automatic(name: str) -> bool:
-    """Return whether `auto` may take a backend."""
-    backend = backend_named(name)
-    return backend is not None and backend.automatic and backend.applied_as is not None
-
-
 def variables_that_choose(environment: Mapping[str, str]) -> dict[str, str]:
     """Return what is set in `environment` of that by which packages choose among their kernels."""
     variants = (variant for backend in all_backends() for variant in backend.variants.values())

@@ -10,10 +10,9 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from attnimg.backends import backend_named
 from attnimg.cli.check import Styled, findings_text
 from attnimg.errors import printable
-from attnimg.facts import Finding, LayerGroup, Model, Plan, Problem, Reason
+from attnimg.facts import Backend, Finding, LayerGroup, Model, Plan, Problem, Reason
 from attnimg.select.other_layers import OtherLayers, text_of
 
 if TYPE_CHECKING:
@@ -61,12 +60,14 @@ def print_plan(plan: Plan, *, gpu: str, out: Console) -> None:
     """Print the three lines that every run begins with."""
     got = "[red]nothing[/]"
     if plan.chosen:
-        got = f"[bold green]{escape(plan.chosen.backend)}[/]  ({escape(plan.chosen.kernel or '')})"
+        name, kernel = plan.chosen.backend.name, plan.chosen.kernel or ""
+        got = f"[bold green]{escape(name)}[/]  ({escape(kernel)})"
     grid = Table.grid(padding=(0, 2))
     grid.add_row("  [dim]asked[/]", escape(plan.asked))
     grid.add_row("  [dim]got[/]", f"{got}  on {escape(gpu)}")
     for choice in plan.groups:
-        taken = f"{_layer_text(choice.layers)}: [bold green]{escape(choice.verdict.backend)}[/]"
+        name = escape(choice.verdict.backend.name)
+        taken = f"{_layer_text(choice.layers)}: [bold green]{name}[/]"
         grid.add_row("  [dim]layers[/]", taken)
     grid.add_row("  [dim]because[/]", escape(plan.because))
     if not plan.chosen and plan.do:
@@ -105,13 +106,14 @@ def _candidates(plan: Plan) -> Table:
     table.add_column("fits")
     table.add_column("reasons", ratio=1)
     for verdict in plan.verdicts:
-        taken = plan.chosen is not None and plan.chosen.backend == verdict.backend
+        name = verdict.backend.name
+        taken = plan.chosen is not None and plan.chosen.backend.name == name
         text = escape(f"{verdict.kernel or ''}{_reserve(verdict.backend)}")
         if not verdict.fits:
             text = _reasons(verdict.reasons)
         table.add_row(
             str(verdict.rank),
-            f"[bold green]{verdict.backend}[/]" if taken else escape(verdict.backend),
+            f"[bold green]{name}[/]" if taken else escape(name),
             ("[bold green]taken[/]" if taken else "[green]yes[/]")
             if verdict.fits
             else "[red]no[/]",
@@ -128,10 +130,9 @@ def _reasons(reasons: tuple[Reason, ...]) -> str:
     return f"{text} [dim]+ {', '.join(codes)}[/]" if codes else text
 
 
-def _reserve(name: str) -> str:
+def _reserve(backend: Backend) -> str:
     """Return who may take a backend that fits: auto, a name in the config, or nobody yet."""
-    backend = backend_named(name)
-    if backend is None or backend.applied_as is None:
+    if backend.applied_as is None:
         return "  (judged only: this version cannot apply it)"
     if not backend.in_config:
         return "  (only with auto)"

@@ -8,8 +8,8 @@ from dataclasses import asdict
 from attnimg.cli import JSON, as_json
 from attnimg.machine import doctor as preflight
 from attnimg.machine import probe
+from attnimg.machine.doctor import Check
 from attnimg.machine.host import this_host
-from attnimg.machine.host_facts import Check
 from attnimg.select.images import catalogue, this_image
 
 _MARKS = {"ok": "[green]ok  [/]", "warn": "[yellow]warn[/]", "fail": "[red]FAIL[/]"}

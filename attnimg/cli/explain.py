@@ -12,7 +12,9 @@ from attnimg.cli import JSON, ON, argument, as_json
 from attnimg.config.schema import Checked, Config
 from attnimg.errors import AttnimgError
 from attnimg.facts import Arch, Finding, Machine, Model, Plan, Problem
-from attnimg.select import plan, problem
+from attnimg.select import plan
+from attnimg.select.memory import quadratic_memory
+from attnimg.select.model_config import read_config
 from attnimg.select.other_layers import other_layers
 from attnimg.task import (
     gpu_text,
@@ -84,7 +86,7 @@ def explain(target: str, on: str | None, image: str | None, as_json_lines: bool)
             on=machine.arch.name,
             image=assumed,
             others=other_layers(model, machine),
-            memory=plan.quadratic_memory(found, task) if found and task else None,
+            memory=quadratic_memory(found, task) if found and task else None,
         )
         print(as_json.line(shown))
     else:
@@ -115,7 +117,7 @@ def _is_model(target: str) -> bool:
 
 def _json_keys(path: Path) -> set[str]:
     try:
-        return set(problem.read_config(path))
+        return set(read_config(path))
     except AttnimgError:
         return set()
 
@@ -153,7 +155,7 @@ def _judge_base_model(
     """Return the errors that train raises for the base model, and its warnings."""
     path = model_file(values)
     assert path is not None
-    errors, warnings = judge_base_model(values, problem.read_config(path), machine)
+    errors, warnings = judge_base_model(values, read_config(path), machine)
     return tuple(_as_finding(error) for error in errors), tuple(warnings)
 
 

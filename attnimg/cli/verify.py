@@ -11,7 +11,6 @@ from rich.markup import escape
 from rich.table import Table
 
 from attnimg import config
-from attnimg.backends import backend_named
 from attnimg.cli import JSON, argument, as_json
 from attnimg.errors import AttnimgError
 from attnimg.facts import Backend, LayerGroup, Machine, Model, Plan, Problem, Proof
@@ -105,8 +104,8 @@ def _problems(file: str | None, machine: Machine) -> list[tuple[Problem, str | N
 
 def _fitting(found: Plan) -> list[Backend]:
     """Return the backends of a plan that fit and that can be applied, by rank."""
-    named = [backend_named(verdict.backend) for verdict in found.verdicts if verdict.fits]
-    return [backend for backend in named if backend is not None and backend.applied_as is not None]
+    fitting = (verdict.backend for verdict in found.verdicts if verdict.fits)
+    return [backend for backend in fitting if backend.applied_as is not None]
 
 
 def _json(problem: Problem, proof: Proof) -> dict[str, Any]:

@@ -1,6 +1,6 @@
-"""What kernels that were compiled ahead of time depend on, as it is here; imports nothing heavy.
+"""Fingerprint all that the machine code of kernels compiled ahead of time depends on.
 
-The image's build reads this file too, by itself: it imports nothing of attnimg.
+The image's build runs this file by itself: it imports nothing of attnimg, and nothing heavy.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _TRITON_LIBRARIES = (
 
 
 def fingerprint() -> dict[str, str]:
-    """Give all that a kernel's machine code and its place in the cache depend on.
+    """Return all that FlashAttention-4's machine code and its place in the cache depend on.
 
     Returns:
         "python" -> its minor release; RELEASE -> that in full; each of PACKAGES -> its version or
@@ -52,21 +52,25 @@ def fingerprint() -> dict[str, str]:
 
 
 def triton_fingerprint() -> dict[str, str]:
-    """Give all that SageAttention's Triton kernels and the names of their entries depend on.
+    """Return all that SageAttention's Triton kernels and the names of their entries depend on.
 
     Triton hashes its own files, libtriton.so as it lies there, and what its ptxas calls itself;
     and of a kernel its source (triton 3.8.0, runtime/cache.py and jit.py, read 2026-11-25).
 
     Returns:
-        What triton_in_short() gives, and of each library its hash: 0.6 GB are read.
+        Those of triton_in_short(), and the hash of each library: 0.6 GB are read.
     """
-    libraries = {f"triton/{name}": path for name, path in _libraries().items()}
-    hashes = {name: _file_hash(path) if path else ABSENT for name, path in libraries.items()}
-    return triton_in_short() | hashes
+    found = triton_in_short()
+    for name, path in _libraries().items():
+        found[f"triton/{name}"] = ABSENT
+        if path:
+            with path.open("rb") as stream:
+                found[f"triton/{name}"] = hashlib.file_digest(stream, "sha256").hexdigest()
+    return found
 
 
 def triton_in_short() -> dict[str, str]:
-    """Give of triton_fingerprint() what is known in milliseconds: of a library its size."""
+    """Return what takes milliseconds of triton_fingerprint(): of a library its size."""
     found = {"python": f"{sys.version_info.major}.{sys.version_info.minor}"}
     for package in ("triton", "sageattention"):
         folder = _folder(package)
@@ -78,13 +82,13 @@ def triton_in_short() -> dict[str, str]:
 
 
 def key_of(fingerprint: Mapping[str, str]) -> str:
-    """Name a fingerprint, for a folder."""
+    """Return a short name for a fingerprint, which a folder can have."""
     text = json.dumps(dict(sorted(fingerprint.items())))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def source_hash(folder: Path) -> str:
-    """Hash the names and the content of all Python files of a folder."""
+    """Return one hash of the names and the content of all Python files of a folder."""
     hashed = hashlib.sha256()
     for path in sorted(folder.rglob("*.py")):
         content = path.read_bytes()
@@ -101,7 +105,7 @@ def _version(name: str) -> str:
 
 
 def _cute() -> Path | None:
-    """Find the folder that `import flash_attn.cute` would take, without importing it."""
+    """Return the folder that `import flash_attn.cute` would take, without importing it."""
     package = importlib.util.find_spec("flash_attn")
     for folder in (package.submodule_search_locations or ()) if package else ():
         if (Path(folder) / "cute" / "__init__.py").is_file():
@@ -110,18 +114,13 @@ def _cute() -> Path | None:
 
 
 def _libraries() -> dict[str, Path | None]:
-    """Find what of Triton is machine code and makes machine code; None for what is not there."""
+    """Return Triton's compiler and assemblers; None for what is not there."""
     triton = _folder("triton")
     paths = {name: triton / name if triton else None for name in _TRITON_LIBRARIES}
     return {name: path if path and path.is_file() else None for name, path in paths.items()}
 
 
 def _folder(package: str) -> Path | None:
-    """Find the folder of a package, without importing it."""
+    """Return the folder of a package, without importing it."""
     found = importlib.util.find_spec(package)
     return Path(found.origin).parent if found and found.origin else None
-
-
-def _file_hash(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

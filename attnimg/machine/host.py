@@ -1,19 +1,22 @@
-"""Where a run would happen: user, folders, shared memory, and whether the kernels are whole."""
+"""Read what a preflight looks at besides the GPU: user, folders, shared memory, packages."""
 
 from __future__ import annotations
 
-import base64
-import hashlib
+import getpass
 import os
 import re
+import shutil
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-from attnimg.machine.host_facts import WORKING_FOLDER, Folder, Host, Shadow
-from attnimg.machine.shipped_kernels import shipped_kernels, shipped_triton
+from attnimg.machine.probe import canonical, changed_files, recorded
+from attnimg.machine.shipped_kernels import ShippedKernels, shipped_kernels, shipped_triton
 
+WORKING_FOLDER = "the working folder"
 # Variables that say where something is cached; where one is unset, its default lies under HOME.
 _CACHES = ("HF_HOME", "TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "XDG_CACHE_HOME")
 # Top-level packages of the kernels: a second one elsewhere on sys.path hides one or is hidden.
@@ -25,34 +28,78 @@ _KERNEL_PACKAGES = (
     "sageattention",
     "xformers",
 )
-_CUTE = "flash_attn/cute/"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Folder:
+    """A folder that a run writes to.
+
+    Attributes:
+        role: the environment variable that names it, or WORKING_FOLDER.
+        path: where it is.
+        writable: whether this user may write there, or create it.
+        free_bytes: free space of its file system; None where that is not known.
+    """
+
+    role: str
+    path: str
+    writable: bool
+    free_bytes: int | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Host:
+    """What a preflight looks at besides the GPU.
+
+    Attributes:
+        uid: the user's number.
+        user: what getpass.getuser() returns; None where it raises.
+        home: HOME.
+        folders: HOME, the caches and the working folder.
+        shm_bytes: size of /dev/shm; None without one.
+        installed: every distribution -> its version, names as PEP 503 spells them.
+        cute_owners: distributions that claim files of flash_attn/cute/.
+        damaged: distribution -> its files that are missing or changed, for flash_attn's packages.
+        shadows: import packages of kernels that several folders of sys.path have -> these folders,
+            in the order of sys.path: the first one wins.
+        shipped_kernels: FlashAttention-4's kernels compiled with the image; None without any.
+        shipped_triton: SageAttention's Triton kernels compiled with the image.
+    """
+
+    uid: int
+    user: str | None
+    home: str
+    folders: tuple[Folder, ...]
+    shm_bytes: int | None
+    installed: Mapping[str, str]
+    cute_owners: tuple[str, ...]
+    damaged: Mapping[str, tuple[str, ...]]
+    shadows: Mapping[str, tuple[str, ...]]
+    shipped_kernels: ShippedKernels | None = None
+    shipped_triton: ShippedKernels | None = None
 
 
 def this_host(*, shm: Path = Path("/dev/shm")) -> Host:
-    """Look at this host; nothing is imported, nothing is written."""
+    """Return what this host is; nothing is imported, nothing is written."""
     distributions = {_name_and_version(dist): dist for dist in metadata.distributions()}
-    records = {name: (dist, _record(dist)) for (name, _), dist in distributions.items()}
+    flash = {name: d for (name, _), d in distributions.items() if name.startswith("flash-attn")}
+    changed = {name: changed_files(dist, recorded(dist)) for name, dist in flash.items()}
+    cute = "flash_attn/cute/"
+    owners = [name for (name, _), d in distributions.items() if recorded(d, under=cute)]
     home = os.environ.get("HOME", "")
+    user = None
+    with suppress(KeyError, OSError):  # OSError from Python 3.13 on
+        user = getpass.getuser()
     return Host(
         uid=os.getuid(),
-        user=_user(),
+        user=user,
         home=home,
         folders=tuple(_folders(home)),
-        shm_bytes=_total(shm),
+        shm_bytes=shutil.disk_usage(shm).total if shm.is_dir() else None,
         installed=dict(distributions.keys()),
-        cute_owners=tuple(
-            sorted(
-                name
-                for name, (_, lines) in records.items()
-                if any(line.startswith(_CUTE) for line in lines)
-            )
-        ),
-        damaged={
-            name: damaged
-            for name, (dist, lines) in records.items()
-            if name.startswith("flash-attn") and (damaged := _damaged(dist, lines))
-        },
-        shadows=tuple(_shadows(sys.path)),
+        cute_owners=tuple(sorted(owners)),
+        damaged={name: files for name, files in changed.items() if files},
+        shadows=_shadows(sys.path),
         shipped_kernels=shipped_kernels(),
         shipped_triton=shipped_triton(),
     )
@@ -64,91 +111,37 @@ def _name_and_version(dist: metadata.Distribution) -> tuple[str, str]:
     name = re.search(r"^Name: *(.+)$", head, re.MULTILINE)
     version = re.search(r"^Version: *(.+)$", head, re.MULTILINE)
     if name is None or version is None:  # an egg, or metadata of another form
-        return _canonical(dist.name), dist.version
-    return _canonical(name[1].strip()), version[1].strip()
+        return canonical(dist.name), dist.version
+    return canonical(name[1].strip()), version[1].strip()
 
 
-def _canonical(name: str) -> str:
-    return re.sub(r"[-_.]+", "-", name).lower()
-
-
-def _record(dist: metadata.Distribution) -> list[str]:
-    """Read RECORD as it stands: parsing 80 of them as csv takes a second."""
-    return (dist.read_text("RECORD") or "").splitlines()
-
-
-def _damaged(dist: metadata.Distribution, lines: Iterable[str]) -> tuple[str, ...]:
-    """Name Python files whose hash is not the recorded one, and files that are gone.
-
-    Libraries are looked for, not hashed: hundreds of megabytes would take seconds.
-    """
-    found = []
-    for line in lines:
-        name, _, rest = line.rpartition(",")[0].rpartition(",")
-        algorithm, _, wanted = rest.partition("=")
-        path = Path(str(dist.locate_file(name)))
-        if not algorithm or name.endswith(".pyc"):
-            continue
-        if not path.is_file():
-            found.append(name)
-        elif path.suffix == ".py":
-            digest = hashlib.new(algorithm, path.read_bytes()).digest()
-            if base64.urlsafe_b64encode(digest).rstrip(b"=").decode() != wanted:
-                found.append(name)
-    return tuple(found)
-
-
-def _shadows(folders: Iterable[str]) -> Iterable[Shadow]:
+def _shadows(folders: Iterable[str]) -> dict[str, tuple[str, ...]]:
     existing = dict.fromkeys(Path(folder or ".").resolve() for folder in folders)
     names = {
         folder: {path.name for path in folder.iterdir()} for folder in existing if folder.is_dir()
     }
-    for package in _KERNEL_PACKAGES:
-        at = tuple(
+    found = {
+        package: tuple(
             str(folder)
             for folder, inside in names.items()
             if any(name == package or name.startswith(f"{package}.") for name in inside)
         )
-        if len(at) > 1:
-            yield Shadow(package=package, folders=at)
+        for package in _KERNEL_PACKAGES
+    }
+    return {package: at for package, at in found.items() if len(at) > 1}
 
 
-def _folders(home: str) -> Iterable[Folder]:
-    yield _folder("HOME", home)
-    for name in _CACHES:
-        if name in os.environ:
-            yield _folder(name, os.environ[name])
-    yield _folder(WORKING_FOLDER, str(Path.cwd()))
-
-
-def _folder(role: str, path: str) -> Folder:
-    """Ask of a folder, or of the nearest one above it that exists."""
-    nearest = Path(path or "/nonexistent").absolute()
-    while not nearest.exists() and nearest != nearest.parent:
-        nearest = nearest.parent
-    writable = nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK)
-    free = None
-    if nearest.is_dir():
-        status = os.statvfs(nearest)
-        free = status.f_bavail * status.f_frsize
-    return Folder(role=role, path=path, writable=writable, free_bytes=free)
-
-
-def _total(path: Path) -> int | None:
-    if not path.is_dir():
-        return None
-    status = os.statvfs(path)
-    return status.f_blocks * status.f_frsize
-
-
-def _user() -> str | None:
-    """Give the user's name as libraries ask for it; None where that raises."""
-    for variable in ("LOGNAME", "USER", "LNAME", "USERNAME"):
-        if name := os.environ.get(variable):
-            return name
-    import pwd  # not on Windows
-
-    try:
-        return pwd.getpwuid(os.getuid()).pw_name
-    except KeyError:
-        return None
+def _folders(home: str) -> Iterator[Folder]:
+    paths = {name: os.environ[name] for name in _CACHES if name in os.environ}
+    for role, path in {"HOME": home, **paths, WORKING_FOLDER: str(Path.cwd())}.items():
+        # The folder, or the nearest one above it that exists.
+        nearest = Path(path or "/nonexistent").absolute()
+        while not nearest.exists() and nearest != nearest.parent:
+            nearest = nearest.parent
+        is_folder = nearest.is_dir()
+        yield Folder(
+            role=role,
+            path=path,
+            writable=is_folder and os.access(nearest, os.W_OK | os.X_OK),
+            free_bytes=shutil.disk_usage(nearest).free if is_folder else None,
+        )

@@ -1,23 +1,61 @@
-"""The folders that LOCAL_KERNELS serves in place of hub kernels, read without importing them.
+"""Read the folders that LOCAL_KERNELS serves in place of hub kernels, without importing them.
 
-Source: load.py and importer.py of kernels 0.17.2 (2026-11-21).
+A folder may be a kernel repository, its `build` folder, or one build variant. A variant's name says
+what it was built for: torch213-cxx11-cu130-x86_64-linux, torch-stable-abi29-..., torch-cpu. The
+choice among them follows the kernels library, whose own resolver imports torch and huggingface_hub
+(0.5 s without torch); tests/unit/machine/test_probe.py compares the two.
+Source: load.py, importer.py, resolver.py and variants.py of kernels 0.17.2 (2026-11-21).
 """
 
 from __future__ import annotations
 
 import ast
 import json
+import platform
+import re
+from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from attnimg.errors import AttnimgError
 from attnimg.facts import LocalKernel, Vendor
 from attnimg.files import read_regular
-from attnimg.machine.kernel_variants import TorchBuild, choose, torch_build
 
 # A kernel's metadata.json has some hundred bytes.
 _METADATA_BYTES = 1 << 20
-_VENDORS: dict[str, Vendor] = {"cpu": "cpu", "cuda": "nvidia", "rocm": "amd"}
+_COMPILED = re.compile(
+    r"(?P<kind>torch-stable-abi|torch|tvm-ffi)(?P<version>\d\d+)(?:-cxx(?:11|98))?"
+    r"-(?P<toolkit>(?P<backend>[a-z]+)(?P<digits>\d*))-(?P<cpu>\w+)-(?P<os>\w+)"
+)
+_PURE_PYTHON = re.compile(r"torch-(?P<backend>[a-z]+)")
+# What is preferred where several fit.
+_ORDER = ("torch-stable-abi", "torch", "tvm-ffi", "pure python")
+# "cu" is the name in compiled variants, "cuda" the one in metadata.json and pure Python.
+_VENDORS: dict[str, Vendor] = {"cpu": "cpu", "cuda": "nvidia", "rocm": "amd", "cu": "nvidia"}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TorchBuild:
+    """What torch was built for: the kernels library goes by that, not by the GPU.
+
+    Attributes:
+        version: torch's own (major, minor); None without torch.
+        vendor: whose devices it was built for.
+        toolkit: CUDA's or ROCm's (major, minor); None for a CPU build.
+    """
+
+    version: tuple[int, int] | None
+    vendor: Vendor
+    toolkit: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _BuildVariant:
+    path: Path
+    vendor: Vendor | None  # None: any
+    order: tuple[int, int]
+    against: str | None  # why it does not load here
 
 
 def read_local_kernels(spec: str, *, torch: str | None) -> tuple[LocalKernel, ...]:
@@ -44,15 +82,15 @@ def _read(repo: str, path: str, *, build: TorchBuild) -> LocalKernel:
     entry, folder = f"{repo}={path}", Path(path)
     if not folder.is_dir():
         raise _refusal(entry, why=f"found no folder {path}")
-    variant, rejected = choose(folder, build=build)
+    variant, rejected = choose_variant(folder, build=build)
     if variant is None:
         why = "\n".join(rejected) or "found no build variant; needed one such as build/torch-cpu"
         raise _refusal(entry, why=why)
     described = _read_metadata(entry, variant)
     backend = described["backend"]["type"]
-    if backend not in _VENDORS:
-        known = ", ".join(_VENDORS)
-        raise _refusal(entry, why=f"found a kernel built for {backend!r}; needed one of {known}")
+    if backend not in ("cpu", "cuda", "rocm"):
+        why = f"found a kernel built for {backend!r}; needed one of cpu, cuda, rocm"
+        raise _refusal(entry, why=why)
     name = str(described.get("name", "")).replace("-", "_")
     exports, takes = _exports(variant, name=name)
     return LocalKernel(
@@ -78,8 +116,100 @@ def _read_metadata(entry: str, variant: Path) -> dict[str, Any]:
     return dict(described)
 
 
+def torch_build(version: str | None) -> TorchBuild:
+    """Return what torch was built for, from torch/version.py as text: importing it takes seconds.
+
+    Args:
+        version: torch's; None without torch.
+    """
+    own = _pair(version or "")
+    try:
+        located = metadata.distribution("torch").locate_file("torch/version.py")
+        text = Path(str(located)).read_text(encoding="utf-8")
+    except (metadata.PackageNotFoundError, OSError):
+        text = ""
+    vendors: dict[str, Vendor] = {"cuda": "nvidia", "hip": "amd"}
+    for field, vendor in vendors.items():
+        if found := re.search(rf"^{field}\b[^=]*= *['\"]([\d.]+)", text, flags=re.MULTILINE):
+            return TorchBuild(version=own, vendor=vendor, toolkit=_pair(found[1]))
+    return TorchBuild(version=own, vendor="cpu")
+
+
+def choose_variant(folder: Path, *, build: TorchBuild) -> tuple[Path | None, list[str]]:
+    """Return the build variant that the kernels library would load here.
+
+    Where every variant is for another vendor's devices, it is the best of those: its metadata names
+    the mismatch better than "no variant" does.
+
+    Returns:
+        The variant's folder, or None and a line on each variant that does not load.
+    """
+    rejected: list[_BuildVariant] = []
+    for place in (folder, folder / "build"):
+        variants = sorted(_variants(place, build=build), key=lambda v: (v.order, v.path.name))
+        if fitting := [variant for variant in variants if variant.against is None]:
+            return fitting[0].path, []
+        rejected.extend(variants)
+    if (folder / "metadata.json").is_file():
+        return folder, []
+    foreign = [variant for variant in rejected if variant.vendor not in (build.vendor, None)]
+    if foreign:
+        return foreign[0].path, []
+    return None, [f"{variant.path.name}: {variant.against}" for variant in rejected]
+
+
+def _variants(place: Path, *, build: TorchBuild) -> list[_BuildVariant]:
+    found = []
+    for path in place.iterdir() if place.is_dir() else ():
+        if not path.is_dir():
+            continue
+        if name := _COMPILED.fullmatch(path.name):
+            # Newer stable ABIs come first.
+            order = (_ORDER.index(name["kind"]), -int(name["version"]))
+            against = _against_compiled(name, build=build)
+        elif name := _PURE_PYTHON.fullmatch(path.name):
+            universal = name["backend"] == "universal"
+            order = (_ORDER.index("pure python"), int(universal))
+            fits = universal or _VENDORS.get(name["backend"]) == build.vendor
+            against = None if fits else f"is for {name['backend']}, this torch for {build.vendor}"
+        else:
+            continue
+        vendor = _VENDORS.get(name["backend"])
+        found.append(_BuildVariant(path=path, vendor=vendor, order=order, against=against))
+    return found
+
+
+def _against_compiled(name: re.Match[str], *, build: TorchBuild) -> str | None:
+    """Return why this torch on this CPU and system can't load a compiled variant."""
+    here = (platform.machine(), platform.system().lower())
+    if (name["cpu"], name["os"]) != here:
+        return f"is for {name['cpu']}-{name['os']}, this machine is {'-'.join(here)}"
+    if _VENDORS.get(name["backend"]) != build.vendor:
+        return f"is for {name['toolkit']}, this torch for {build.vendor}"
+    if build.toolkit and (digits := name["digits"]):
+        built, (major, minor) = (int(digits[:-1] or 0), int(digits[-1])), build.toolkit
+        # A newer minor version of CUDA runs older code; ROCm must be the same.
+        is_older = name["backend"] == "cu" and built[0] == major and built[1] <= minor
+        if built != build.toolkit and not is_older:
+            return f"is for {name['toolkit']}, this torch for {name['backend']}{major}{minor}"
+    if name["kind"] == "tvm-ffi":
+        return None
+    needed = (int(name["version"][0]), int(name["version"][1:]))
+    text = f"torch {needed[0]}.{needed[1]}"
+    if build.version is None:
+        return f"needs {text}, torch is not installed"
+    if name["kind"] == "torch-stable-abi":
+        return None if needed <= build.version else f"needs {text} or newer"
+    return None if needed == build.version else f"needs exactly {text}"
+
+
+def _pair(version: str) -> tuple[int, int] | None:
+    found = re.match(r"(\d+)\.(\d+)", version)
+    return (int(found[1]), int(found[2])) if found else None
+
+
 def _exports(variant: Path, *, name: str) -> tuple[frozenset[str] | None, frozenset[str] | None]:
-    """List what a module's source defines or imports, and what its varlen function takes.
+    """Return what a module's source defines or imports, and what its varlen function takes.
 
     Returns:
         The public names; the arguments of flash_attn_varlen_func. Each None when that can't be
@@ -94,7 +224,7 @@ def _exports(variant: Path, *, name: str) -> tuple[frozenset[str] | None, frozen
         return None, None
     names: set[str] = set()
     takes: frozenset[str] | None = None
-    pending: list[ast.stmt] = list(tree.body)
+    pending: list[ast.AST] = list(tree.body)
     while pending:
         node = pending.pop()
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
@@ -105,20 +235,16 @@ def _exports(variant: Path, *, name: str) -> tuple[frozenset[str] | None, frozen
             names.update(alias.asname or alias.name for alias in node.names)
         elif isinstance(node, ast.Assign):
             names.update(target.id for target in node.targets if isinstance(target, ast.Name))
-        elif isinstance(node, ast.If | ast.Try | ast.With):
-            pending.extend(
-                part for part in ast.iter_child_nodes(node) if isinstance(part, ast.stmt)
-            )
-            handlers = node.handlers if isinstance(node, ast.Try) else []
-            pending.extend(part for handler in handlers for part in handler.body)
+        elif isinstance(node, ast.If | ast.Try | ast.With | ast.ExceptHandler):
+            pending.extend(ast.iter_child_nodes(node))
     # `from x import *` and a module-level __getattr__ hide what there is.
     if {"*", "__getattr__"} & names:
         return None, None
     return frozenset(name for name in names if not name.startswith("_")), takes
 
 
-def _arguments(node: ast.stmt) -> frozenset[str] | None:
-    """Name a function's arguments; None where **kwargs or a decorator hide them."""
+def _arguments(node: ast.AST) -> frozenset[str] | None:
+    """Return the names of a function's arguments; None where **kwargs or a decorator hide them."""
     if not isinstance(node, ast.FunctionDef) or node.args.kwarg or node.decorator_list:
         return None
     arguments = (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)

@@ -1,66 +1,184 @@
-"""What this machine is: its GPU, driver, memory, installed packages and local kernels."""
+"""Detect this machine: its GPU, driver, memory, installed packages and local kernels.
+
+A Recording keeps the raw answers of the drivers as text, and `describe` is a pure function of it:
+machines that are not at hand are tested with recorded answers.
+"""
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import os
+import re
 import shutil
-from collections.abc import Iterable
-from dataclasses import replace
+from collections.abc import Collection, Iterable
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 
 from attnimg.backends import variables_that_choose
+from attnimg.errors import AttnimgError
 from attnimg.facts import LocalKernel, Machine
-from attnimg.machine.recording import Answer, Recording, describe
-from attnimg.machine.shadowed import shadowed
-
-__all__ = ["this_machine"]
+from attnimg.select.gpus import arch_from_name
 
 _QUERY = "name,compute_cap,memory.total,driver_version"
 # A healthy driver answers in well under a second; one without persistence mode takes a few to
 # wake eight GPUs up.
 _NVIDIA_SMI_SECONDS = 20.0
+# Memory banks of a GPU that hold its own memory (public and private frame buffer).
+# Source: HSA_MEM_HEAP_TYPE_FB_PUBLIC and _FB_PRIVATE in include/uapi/linux/kfd_sysfs.h,
+# torvalds/linux 512a93a (read 2026-11-21).
+_FRAME_BUFFER_HEAPS = frozenset({1, 2})
+# A package that may be overwritten, the one that does it, and a file that both claim. flash-attn
+# 2.8.3 ships an old stub of FlashAttention-4 in flash_attn/cute/, where flash-attn-4 has the real
+# one: 20 files, and whichever was installed last wins. With the stub, importing FlashAttention-4
+# raises AttributeError. Seen with pip 26.3 (2026-11-21).
+_CLAIMED_TWICE = (("flash-attn-4", "flash-attn", "flash_attn/cute/interface.py"),)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CommandResult:
+    """What a program printed and how it ended."""
+
+    returncode: int
+    stdout: str
+    stderr: str = ""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Recording:
+    """Everything that decides what a machine is, as text that can be kept in a file.
+
+    Attributes:
+        nvidia_smi: the answer to --query-gpu=name,compute_cap,memory.total,driver_version
+            --format=csv,noheader,nounits; None without the program.
+        kfd_nodes: `properties` of each node of amdgpu's topology, its memory banks' appended.
+        amd_driver: version of the amdgpu module.
+        memory_bytes: of the host.
+        cuda_visible_devices: the environment variable; None when it is not set.
+        hip_visible_devices: the same for AMD.
+    """
+
+    nvidia_smi: CommandResult | None = None
+    kfd_nodes: tuple[str, ...] = ()
+    amd_driver: str | None = None
+    memory_bytes: int | None = None
+    cuda_visible_devices: str | None = None
+    hip_visible_devices: str | None = None
 
 
 def this_machine(packages: Iterable[str], *, sys_root: Path = Path("/sys")) -> Machine:
-    """Look at this machine without importing torch.
+    """Return what this machine is, without importing torch.
 
     Args:
-        packages: distribution names to ask for, in any spelling; "torch" is always asked for.
+        packages: distribution names to look for, in any spelling; "torch" is always looked for.
         sys_root: where the kernel's /sys is.
 
     Raises:
         AttnimgError: LOCAL_KERNELS is malformed or names a folder that serves nothing.
     """
     recording = Recording(
-        nvidia_smi=_ask_nvidia_smi(),
+        nvidia_smi=_run_nvidia_smi(),
         kfd_nodes=_read_kfd(sys_root),
         amd_driver=_text(sys_root / "module" / "amdgpu" / "version"),
-        memory_bytes=_memory_bytes(),
+        memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         cuda_visible_devices=os.environ.get("CUDA_VISIBLE_DEVICES"),
         hip_visible_devices=os.environ.get("HIP_VISIBLE_DEVICES"),
     )
-    installed = _versions({_normalised(name) for name in packages} | {"torch"})
+    installed = _versions({canonical(name) for name in packages} | {"torch"})
     torch = installed.get("torch")
-    machine = describe(
-        recording,
+    local: tuple[LocalKernel, ...] = ()
+    if (spec := os.environ.get("LOCAL_KERNELS")) is not None:
+        from attnimg.machine.local_kernels import read_local_kernels  # 8 ms, mostly not needed
+
+        local = read_local_kernels(spec, torch=torch)
+    return replace(
+        describe(recording),
         packages=installed,
         torch=torch,
-        local_kernels=_local_kernels(os.environ.get("LOCAL_KERNELS"), torch=torch),
+        local_kernels=local,
+        shadowed=shadowed(installed),
+        variables=variables_that_choose(os.environ),
     )
-    variables = variables_that_choose(os.environ)
-    return replace(machine, shadowed=shadowed(installed), variables=variables)
 
 
-def _local_kernels(spec: str | None, *, torch: str | None) -> tuple[LocalKernel, ...]:
-    if spec is None:
-        return ()
-    from attnimg.machine.local_kernels import read_local_kernels  # 8 ms that most runs don't need
+def describe(recording: Recording) -> Machine:
+    """Return the machine that gave these answers, without its packages.
 
-    return read_local_kernels(spec, torch=torch)
+    The first visible device counts.
+    """
+    nvidia, problem = _nvidia_devices(recording.nvidia_smi)
+    visible = _visible(nvidia, recording.cuda_visible_devices)
+    if not nvidia:
+        mask = recording.hip_visible_devices
+        mask = recording.cuda_visible_devices if mask is None else mask
+        visible = _visible(_amd_devices(recording), mask)
+    cpu = Machine(arch=arch_from_name("cpu"), gpu="cpu", memory_bytes=recording.memory_bytes)
+    first, *others = visible or [cpu]
+    differing = dict.fromkeys(other.arch.name for other in others if other.arch != first.arch)
+    return replace(first, other_archs=tuple(differing), driver_problem=problem)
 
 
-def _ask_nvidia_smi() -> Answer | None:
+def shadowed(installed: Collection[str]) -> tuple[str, ...]:
+    """Return the packages whose files another one has overwritten, without importing either.
+
+    Args:
+        installed: names of installed distributions.
+    """
+    return tuple(
+        package
+        for package, other, path in _CLAIMED_TWICE
+        if {package, other} <= set(installed)
+        and changed_files(found := metadata.distribution(package), recorded(found, under=path))
+    )
+
+
+def canonical(name: str) -> str:
+    """Return a distribution's name as PEP 503 spells it.
+
+    packaging.utils does the same, and takes 10 ms to import.
+    """
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def recorded(dist: metadata.Distribution, *, under: str = "") -> list[str]:
+    """Return the lines of RECORD; parsing 80 of them as csv takes a second.
+
+    Args:
+        dist: an installed distribution.
+        under: how the lines begin.
+    """
+    lines = (dist.read_text("RECORD") or "").splitlines()
+    return [line for line in lines if line.startswith(under)]
+
+
+def changed_files(dist: metadata.Distribution, record: Iterable[str]) -> tuple[str, ...]:
+    """Return files that are missing, and Python files whose hash is not the recorded one.
+
+    Libraries are not hashed: hundreds of megabytes would take seconds.
+
+    Args:
+        dist: an installed distribution.
+        record: lines of its RECORD.
+    """
+    found = []
+    for line in record:
+        name, _, rest = line.rpartition(",")[0].rpartition(",")
+        algorithm, _, wanted = rest.partition("=")
+        path = Path(str(dist.locate_file(name)))
+        if not algorithm or name.endswith(".pyc"):
+            continue
+        if not path.is_file():
+            found.append(name)
+        elif path.suffix == ".py":
+            digest = hashlib.new(algorithm, path.read_bytes()).digest()
+            if base64.urlsafe_b64encode(digest).rstrip(b"=").decode() != wanted:
+                found.append(name)
+    return tuple(found)
+
+
+def _run_nvidia_smi() -> CommandResult | None:
     """Run nvidia-smi; None when it is not on PATH."""
     program = shutil.which("nvidia-smi")
     if program is None:
@@ -79,10 +197,10 @@ def _ask_nvidia_smi() -> Answer | None:
         )
     except subprocess.TimeoutExpired:
         text = f"nvidia-smi did not answer within {_NVIDIA_SMI_SECONDS:.0f} s"
-        return Answer(returncode=124, stdout="", stderr=text)
+        return CommandResult(returncode=124, stdout="", stderr=text)
     except OSError as error:
-        return Answer(returncode=126, stdout="", stderr=f"nvidia-smi does not run: {error}")
-    return Answer(returncode=done.returncode, stdout=done.stdout, stderr=done.stderr)
+        return CommandResult(returncode=126, stdout="", stderr=f"nvidia-smi does not run: {error}")
+    return CommandResult(returncode=done.returncode, stdout=done.stdout, stderr=done.stderr)
 
 
 def _read_kfd(sys_root: Path) -> tuple[str, ...]:
@@ -104,23 +222,77 @@ def _text(path: Path) -> str | None:
         return None
 
 
-def _memory_bytes() -> int | None:
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, OSError, ValueError):  # these names are not everywhere
-        return None
-
-
-def _normalised(name: str) -> str:
-    return name.lower().replace("_", "-").replace(".", "-")
-
-
 def _versions(names: Iterable[str]) -> dict[str, str]:
     found = {}
     for name in sorted(names):
-        try:
-            version = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-        found[name] = version
+        with suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
     return found
+
+
+def _nvidia_devices(answer: CommandResult | None) -> tuple[list[Machine], str | None]:
+    """Return a machine with each of the devices, one a line; other lines are complaints."""
+    if answer is None:
+        return [], None
+    devices, complaints = [], []
+    for line in (answer.stdout + "\n" + answer.stderr).splitlines():
+        fields = [field.strip() for field in line.rsplit(",", 3)]
+        if len(fields) == 4 and (sm := re.fullmatch(r"([1-9][0-9]?)\.([0-9])", fields[1])):
+            name, _, mebibytes, driver = fields
+            # "[N/A]" where memory is shared with the host, as on DGX Spark
+            memory = int(mebibytes) * 2**20 if mebibytes.isdecimal() else None
+            arch = arch_from_name(f"sm_{sm[1]}{sm[2]}")
+            devices.append(Machine(arch=arch, gpu=name, memory_bytes=memory, driver=driver))
+        elif line.strip():
+            complaints.append(line.strip())
+    if answer.returncode and not complaints:
+        complaints.append(f"nvidia-smi ended with status {answer.returncode} and said nothing")
+    return devices, " ".join(complaints) or None
+
+
+def _amd_devices(recording: Recording) -> list[Machine]:
+    devices = []
+    for node in recording.kfd_nodes:
+        pairs = [line.split() for line in node.splitlines()]
+        numbers = [(p[0], int(p[1])) for p in pairs if len(p) == 2 and p[1].isdecimal()]
+        version = dict(numbers).get("gfx_target_version", 0)
+        if not version:  # a CPU's node
+            continue
+        # 90402 is major 9, minor 4, stepping 2: gfx942; the last two are hexadecimal digits.
+        name = f"gfx{version // 10000}{version // 100 % 100:x}{version % 100:x}"
+        try:
+            arch = arch_from_name(name)
+        except AttnimgError:  # not the shape of any architecture we could plan for
+            continue
+        memory, driver = _frame_buffer_bytes(numbers), recording.amd_driver
+        devices.append(Machine(arch=arch, gpu=f"AMD {name}", memory_bytes=memory, driver=driver))
+    return devices
+
+
+def _frame_buffer_bytes(numbers: Iterable[tuple[str, int]]) -> int | None:
+    total, heap = 0, 0
+    for key, value in numbers:
+        if key == "heap_type":
+            heap = value
+        elif key == "size_in_bytes" and heap in _FRAME_BUFFER_HEAPS:
+            total += value
+    return total or None
+
+
+def _visible(devices: list[Machine], mask: str | None) -> list[Machine]:
+    """Apply CUDA_VISIBLE_DEVICES: a list of indices that ends at the first invalid one.
+
+    Source: https://docs.nvidia.com/cuda/cuda-programming-guide/05-appendices/environment-variables.html
+    (read 2026-11-21). Devices named by UUID can't be told apart here, so all of them stay.
+    """
+    if mask is None:
+        return devices
+    chosen: list[Machine] = []
+    for token in mask.split(","):
+        entry = token.strip()
+        if entry.startswith(("GPU-", "MIG-")):
+            return devices
+        if not entry.isdecimal() or int(entry) >= len(devices):
+            break
+        chosen.append(devices[int(entry)])
+    return chosen

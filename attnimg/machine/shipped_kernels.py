@@ -1,81 +1,50 @@
-"""Read what kernels came compiled with the image, and what here decides whether they are used."""
+"""Read which kernels were compiled with the image, and check whether this machine can use them.
+
+docker/fa4_cache and docker/triton_cache compile them: a folder for each architecture, and a
+manifest.json with a fingerprint of the software they were compiled with. fingerprint.py computes
+the same here, kernel_cache.py copies them to where they are looked for, and doctor.py reports why
+they are not found.
+"""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
 
 from attnimg.errors import bad_manifest
-from attnimg.machine.fingerprint import fingerprint, triton_in_short
-from attnimg.machine.host_facts import ShippedKernels
+from attnimg.facts import Machine, Reason
+from attnimg.files import read_data
+from attnimg.machine.fingerprint import ABSENT, fingerprint, triton_in_short
 
-_T = TypeVar("_T")
-
-# docker/*_cache/build.py make these: a folder for each architecture, and manifest.json.
 FOLDER = Path("/opt/attnimg/fa4")
 TRITON_FOLDER = Path("/opt/attnimg/triton")
 CACHE_ON = "FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED"
 CACHE_AT = "FLASH_ATTENTION_CUTE_DSL_CACHE_DIR"
-# What of these is set stands in the key of a kernel, so that another one is looked for.
-# Source: flash-attn-4 4.0.0b36, compile_key in interface.py (read 2026-11-25).
-_IN_KEYS = (
-    "FA_CLC",
-    "FA_DISABLE_2CTA",
-    "FA_DISABLE_S_PING_PONG",
-    "FA_LOG_LEVEL",
-    "FLASH_ATTENTION_ARCH",
-    "FLASH_ATTENTION_BWD_TILE_N",
-    "FLASH_ATTENTION_HD256_GENERIC_BWD",
-)
+# CuTe DSL's flavour for CUDA 13 compiles them, and an older driver does not load them.
+# Source: recipes/cuda.toml, 13.0.
+_DRIVER_MAJOR = 580
 
 
-# What of these is set, whatever to, stands in the name of every entry, or has all compiled anew.
-# Source: triton 3.8.0, what get_cache_invalidating_env_vars() of libtriton gives with all of them
-# set, without AMD's; and with the last five, a kernel was compiled anew (tried 2026-11-25).
-_IN_TRITON_NAMES = (
-    "ALLOW_LHS_TMEM_LAYOUT_CONVERSION",
-    "DISABLE_LLVM_OPT",
-    "DISABLE_MMA_V3",
-    "DISABLE_MMA_V5",
-    "DISABLE_PTXAS_OPT",
-    "LLVM_ENABLE_TIMING",
-    "LLVM_EXTRACT_DI_LOCAL_VARIABLES",
-    "LLVM_IR_ENABLE_DUMP",
-    "MLIR_DISABLE_MULTITHREADING",
-    "MLIR_DUMP_PATH",
-    "MLIR_ENABLE_DIAGNOSTICS",
-    "MLIR_ENABLE_DUMP",
-    "MLIR_ENABLE_TIMING",
-    "NVPTX_ENABLE_DUMP",
-    "TRITON_CONSAN_INIT_ALLOCATIONS",
-    "TRITON_DEFAULT_FP_FUSION",
-    "TRITON_DISABLE_LINE_INFO",
-    "TRITON_DUMP_MIR",
-    "TRITON_ENABLE_ASAN",
-    "TRITON_ENABLE_EXPERIMENTAL_CONSAN",
-    "TRITON_ENABLE_LLVM_DEBUG",
-    "TRITON_F32_DEFAULT",
-    "TRITON_LLVM_DEBUG_ONLY",
-    "TRITON_OVERRIDE_ARCH",
-    "TRITON_PARTITION_SCHEDULING_DUMP_DATA_ONLY",
-    "TRITON_PARTITION_SCHEDULING_DUMP_LOOP_ONLY",
-    "TRITON_PARTITION_SCHEDULING_ENABLE_DUMP_DOT",
-    "USE_IR_LOC",
-    "PTXAS_OPTIONS",
-    "TRITON_ALWAYS_COMPILE",
-    "TRITON_DEBUG",
-    "TRITON_INSTRUMENTATION_MODE",
-    "TRITON_MOCK_PTX_VERSION",
-    # Read in it: another ptxas, another libdevice, another cache (compiler.py, knobs.py).
-    "TRITON_PTXAS_PATH",
-    "TRITON_PTXAS_BLACKWELL_PATH",
-    "TRITON_LIBDEVICE_PATH",
-    "TRITON_CACHE_MANAGER",
-)
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ShippedKernels:
+    """Kernels that were compiled with the image, and the software that would use them.
+
+    Attributes:
+        key: names what they were compiled with; for FlashAttention-4, in the cache's folders.
+        built: that software: "python" or a package -> its version, a folder -> its hash.
+        found: the same software as installed here.
+        kernels: architecture -> number of kernels, "sm_90".
+        settings: variables that are set here and lead to other kernels or another folder.
+    """
+
+    key: str
+    built: Mapping[str, str]
+    found: Mapping[str, str]
+    kernels: Mapping[str, int]
+    settings: tuple[str, ...] = ()
 
 
 def shipped_kernels(folder: Path = FOLDER) -> ShippedKernels | None:
@@ -84,42 +53,48 @@ def shipped_kernels(folder: Path = FOLDER) -> ShippedKernels | None:
     Raises:
         AttnimgError: the manifest is there and can't be read (code "bad-image").
     """
-    return _read(folder, found=fingerprint, settings=lambda key: (*_IN_KEYS, *_elsewhere(key)))
+    found = _read(folder, found=fingerprint, variables="flash_attention_4")
+    if found is None:
+        return None
+    # Set by the user: the cache elsewhere, or off.
+    off = [CACHE_ON] if os.environ.get(CACHE_ON, "1") != "1" else []
+    elsewhere = [CACHE_AT] if found.key not in (os.environ.get(CACHE_AT) or found.key) else []
+    return replace(found, settings=(*found.settings, *off, *elsewhere))
 
 
 def shipped_triton(folder: Path = TRITON_FOLDER) -> ShippedKernels | None:
     """Read the manifest of SageAttention's Triton kernels in the image; None where it has none.
 
-    Of what they were compiled with, only that is given which is known here without reading half a
-    gigabyte.
+    `built` has only what is known here without reading half a gigabyte.
 
     Raises:
         AttnimgError: the manifest is there and can't be read (code "bad-image").
     """
-    whole = _read(folder, found=triton_in_short, settings=lambda _: _IN_TRITON_NAMES)
-    if whole is None:
+    found = _read(folder, found=triton_in_short, variables="triton")
+    if found is None:
         return None
-    built = {name: value for name, value in whole.built.items() if name in whole.found}
-    return replace(whole, built=built)
+    built = {name: value for name, value in found.built.items() if name in found.found}
+    return replace(found, built=built)
 
 
 def _read(
-    folder: Path,
-    *,
-    found: Callable[[], dict[str, str]],
-    settings: Callable[[str], tuple[str, ...]],
+    folder: Path, *, found: Callable[[], dict[str, str]], variables: str
 ) -> ShippedKernels | None:
-    manifest = folder / "manifest.json"
+    """Read a manifest.json; `variables` is a row of data/kernel_variables.toml."""
+    manifest, names = folder / "manifest.json", read_data("kernel_variables.toml")[variables]
     try:
         raw = json.loads(manifest.read_text(encoding="utf-8"))
+        key, built = raw["key"], dict(raw["fingerprint"])
+        kernels = {arch: target["kernels"] for arch, target in raw["targets"].items()}
+        wrong = [v for v in (key, *built.values()) if not isinstance(v, str)]
+        if wrong := [*wrong, *(v for v in kernels.values() if not isinstance(v, int))]:
+            raise TypeError(f"found {wrong[0]!r:.60} as a name, a version or a count")
         return ShippedKernels(
-            key=(key := _checked(raw["key"], str)),
-            built={name: _checked(version, str) for name, version in raw["fingerprint"].items()},
+            key=key,
+            built=built,
             found=found(),
-            kernels={
-                arch: _checked(target["kernels"], int) for arch, target in raw["targets"].items()
-            },
-            settings=tuple(name for name in settings(key) if name in os.environ),
+            kernels=kernels,
+            settings=tuple(name for name in names if name in os.environ),
         )
     except FileNotFoundError:
         return None
@@ -127,13 +102,38 @@ def _read(
         raise bad_manifest(manifest, error) from error
 
 
-def _checked(value: object, kind: type[_T]) -> _T:
-    if not isinstance(value, kind):
-        raise TypeError(f"found {value!r:.60}; needed {kind.__name__}")
-    return value
+def reasons_against_shipped(shipped: ShippedKernels, machine: Machine) -> tuple[Reason, ...]:
+    """Return the reasons why FlashAttention-4 on an NVIDIA GPU does not use the image's kernels."""
+    arch, others = machine.arch.name, machine.other_archs
+    found = [*_other_gpu(shipped, (arch,))]
+    if others:
+        # One folder is for one architecture: some keys in it do not name theirs.
+        text = f"GPUs differ: {arch} and {' '.join(others)}"
+        found.append(Reason(code="kernels-mixed-gpus", text=text))
+    major = (machine.driver or "").partition(".")[0]
+    if major.isdecimal() and int(major) < _DRIVER_MAJOR:
+        text = f"they need driver {_DRIVER_MAJOR} or newer, found {machine.driver}"
+        found.append(Reason(code="kernels-driver", text=text))
+    return (*found, *_other_packages(shipped))
 
 
-def _elsewhere(key: str) -> tuple[str, ...]:
-    """Name the variables that a person sets to have FlashAttention-4's cache elsewhere, or off."""
-    on, at = os.environ.get(CACHE_ON, "1"), os.environ.get(CACHE_AT)
-    return (*([CACHE_ON] if on != "1" else []), *([CACHE_AT] if at and key not in at else []))
+def reasons_against_shipped_triton(shipped: ShippedKernels, machine: Machine) -> tuple[Reason, ...]:
+    """Return the reasons why Triton compiles kernels again on a machine with NVIDIA GPUs."""
+    # Those of several architectures are in one folder, each with a name of its own.
+    archs = (machine.arch.name, *machine.other_archs)
+    return (*_other_gpu(shipped, archs), *_other_packages(shipped))
+
+
+def _other_gpu(shipped: ShippedKernels, archs: tuple[str, ...]) -> Iterator[Reason]:
+    if missing := [arch for arch in archs if arch not in shipped.kernels]:
+        text = f"they are for {' '.join(shipped.kernels)}, found {' '.join(missing)}"
+        yield Reason(code="kernels-arch", text=text)
+
+
+def _other_packages(shipped: ShippedKernels) -> Iterator[Reason]:
+    for name, built in shipped.built.items():
+        here = shipped.found.get(name, ABSENT)
+        if here != built:
+            # 12 characters of a hash; versions are shorter.
+            text = f"compiled with another: {name} {built[:12]} -> {here[:12]}"
+            yield Reason(code="kernels-packages", text=text)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import difflib
 import re
-import tomllib
 from dataclasses import dataclass
-from importlib import resources
 from typing import Literal
 
 from attnimg.errors import AttnimgError
 from attnimg.facts import Arch
+from attnimg.files import read_data
 
 _SM = re.compile(r"sm_([1-9][0-9]?)([0-9])")
 _GFX = re.compile(r"gfx[1-9][0-9a-f]{2,3}")
@@ -36,7 +35,7 @@ class Gpu:
 
 
 def arch_from_name(name: str) -> Arch:
-    """Read "sm_90", "gfx942" or "cpu".
+    """Return the architecture of a name: "sm_90", "gfx942" or "cpu".
 
     Raises:
         AttnimgError: it is none of them (code "unknown-gpu").
@@ -51,8 +50,7 @@ def arch_from_name(name: str) -> Arch:
 
 
 def catalogue() -> dict[str, Gpu]:
-    """Read data/gpus.toml: name -> GPU, in the file's order."""
-    text = resources.files("attnimg").joinpath("data", "gpus.toml").read_text(encoding="utf-8")
+    """Return data/gpus.toml: name -> GPU, in the file's order."""
     return {
         name: Gpu(
             name=name,
@@ -61,7 +59,7 @@ def catalogue() -> dict[str, Gpu]:
             memory_gb=entry.get("memory_gb"),
             cpu=entry.get("cpu", "amd64"),
         )
-        for name, entry in tomllib.loads(text).items()
+        for name, entry in read_data("gpus.toml").items()
     }
 
 

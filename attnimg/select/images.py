@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cache
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from attnimg.errors import AttnimgError, bad_manifest
 from attnimg.facts import Arch, Machine
+from attnimg.files import data_file
 
 MANIFEST = Path("/opt/attnimg/image.json")
 
@@ -47,7 +47,7 @@ class ImageFacts:
 @cache
 def catalogue() -> dict[str, ImageFacts]:
     """Read data/images.json, rendered from the recipes: name -> image, stable ones first."""
-    return parse((files("attnimg") / "data" / "images.json").read_text("utf-8"))
+    return parse(data_file("images.json").read_text("utf-8"))
 
 
 def parse(text: str) -> dict[str, ImageFacts]:
@@ -72,7 +72,7 @@ def this_image(manifest: Path = MANIFEST) -> ImageFacts | None:
 
 
 def image_named(name: str) -> ImageFacts:
-    """Find an image by its tag or an alias of it.
+    """Return an image by its tag or an alias of it.
 
     Raises:
         AttnimgError: there is none (code "unknown-image").
@@ -109,20 +109,18 @@ def runs_on(image: ImageFacts, arch: Arch, *, cpu: str | None) -> bool:
 
 
 def machine_with(image: ImageFacts | None, arch: Arch, label: str) -> Machine:
-    """Give a machine that has an image's packages; without an image, every one is assumed."""
+    """Return a machine with the packages of an image that have code for its architecture.
+
+    Without an image, every package is assumed.
+    """
     if image is None:
         return Machine(arch=arch, gpu=label)
-    packages = packages_on(image, arch)
-    return Machine(arch=arch, gpu=label, packages=packages, torch=image.torch)
-
-
-def packages_on(image: ImageFacts, arch: Arch) -> dict[str, str]:
-    """Give the distributions of an image that have code for an architecture."""
-    return {
+    packages = {
         name: version
         for name, version in image.packages.items()
         if name not in image.kernels or arch.name in image.kernels[name]
     }
+    return Machine(arch=arch, gpu=label, packages=packages, torch=image.torch)
 
 
 def _facts(name: str, raw: Mapping[str, Any]) -> ImageFacts:

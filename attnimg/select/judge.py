@@ -1,46 +1,62 @@
-"""Judge one backend on plain values: every reason why it cannot do this work here."""
+"""Judge one backend on plain values: every reason why it cannot do this work here.
+
+The rules on layers, model classes and software are here; those on known bugs are in known_bad.py.
+"""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 
 from attnimg.backends import arch_code, contrary_settings, local_kernel, runs_on
-from attnimg.facts import Backend, LocalKernel, Machine, Problem, Reason, Verdict
+from attnimg.facts import (
+    Backend,
+    HeadDims,
+    LayerGroup,
+    LocalKernel,
+    Machine,
+    ModelClass,
+    Problem,
+    Reason,
+    Verdict,
+)
 from attnimg.select import known_bad
-from attnimg.select.classes import reason_against_class, reason_of_own_code
-from attnimg.select.layers import layer_reasons
-from attnimg.select.windows import with_windows_that_hide
 
 _VARLEN, _DENSE = "flash_attn_varlen_func", "flash_attn_func"
 # SageAttention's entry point; packed documents go through it one by one.
 _SAGE = "sageattn"
-# What FlashAttention's versions call the features that models ask for.
+# FlashAttention's names, by version, for the features that models ask for.
 _ARGUMENTS = {
     "window": frozenset({"window_size"}),
     "softcap": frozenset({"softcap"}),
     "sinks": frozenset({"s_aux", "learnable_sink"}),
     "dropout": frozenset({"dropout_p"}),
 }
+# What transformers asks a class before it takes a name of its own.
+# Source: transformers 5.22.2, modeling_utils.py, class PreTrainedModel.
+_CLASS_SUPPORTS = {"sdpa": "sdpa", "flex_attention": "flex"}
 
 
 def judge(backend: Backend, machine: Machine, problem: Problem, *, rank: int) -> Verdict:
-    """Judge one candidate; see reasons_against."""
-    reasons = reasons_against(backend, machine, problem)
-    kernel = None if reasons else _kernel(backend, machine)
-    return Verdict(backend=backend.name, rank=rank, reasons=reasons, kernel=kernel)
+    """Return the verdict on one candidate; see reasons_against."""
+    if reasons := reasons_against(backend, machine, problem):
+        return Verdict(backend=backend, rank=rank, reasons=reasons)
+    return Verdict(backend=backend, rank=rank, reasons=(), kernel=_kernel(backend, machine))
 
 
 def reasons_against(backend: Backend, machine: Machine, problem: Problem) -> tuple[Reason, ...]:
-    """Give every reason why a backend cannot do this work here; none means that it fits."""
-    problem = with_windows_that_hide(problem)
-    needs = backend.needs
-    if (local := local_kernel(backend, machine)) is not None:
-        return (
-            *_local_reasons(backend, local, machine, problem),
-            *_class(backend, problem, served=True),
-        )
+    """Return every reason why a backend cannot do this work here; none means that it fits."""
+    problem = with_effective_windows(problem)
+    needs, model_class = backend.needs, problem.model_class
+    against_class = reason_against_class(model_class, backend)
     found: list[Reason] = []
+    if (local := local_kernel(backend, machine)) is not None:
+        if model_class is not None and "others" in model_class.lacks:
+            # falcon, gpt_neo and gptj look the name up in their own tables.
+            against_class = _own_code(model_class, backend.name)
+        found += _local_reasons(backend, local, machine, problem)
+        return (*found, *filter(None, [against_class]))
     if not runs_on(needs, machine.arch):
         text = f"found {machine.arch.name}, needs {needs.arch_text}"
         found.append(Reason(code=arch_code(needs, machine.arch), text=text))
@@ -49,14 +65,34 @@ def reasons_against(backend: Backend, machine: Machine, problem: Problem) -> tup
     found += _backward(backend, machine, problem)
     found += _packing(backend, problem)
     found += _model(backend, machine, problem)
-    found += _class(backend, problem)
+    found += filter(None, [against_class])
     found += _software(backend, machine)
     found += known_bad.reasons_against(backend, machine, problem)
     return tuple(found)
 
 
+def with_effective_windows(problem: Problem) -> Problem:
+    """Return the problem without the sliding windows that hide no key; verify uses the same rule.
+
+    A layer whose window is not shorter than its row is full attention, and no kernel is asked for
+    the window: transformers passes it where `key_length > sliding_window`, attnimg's own calls
+    likewise. key_length is the tokens of the row that the call gets. Packed rows of a batch reach a
+    kernel one after another, as one row: then its length counts, though no document of it is longer
+    than sequence_len. Without a known sequence_len every window stays.
+    Source: transformers 5.22.2, modeling_flash_attention_utils.py:685 (2026-11-26).
+    """
+    if problem.model is None or problem.sequence_len is None:
+        return problem
+    row = problem.sequence_len * (problem.rows if problem.packing else 1)
+    layers = tuple(
+        replace(layer, window=None) if layer.window is not None and layer.window >= row else layer
+        for layer in problem.model.layers
+    )
+    return replace(problem, model=replace(problem.model, layers=layers))
+
+
 def _variant(backend: Backend, machine: Machine) -> Iterator[Reason]:
-    """Refuse kernels that a person chose against those which were judged for this GPU."""
+    """Refuse kernels that the user chose in place of those judged for this GPU."""
     for setting in contrary_settings(backend, machine.arch, machine.variables):
         kernels = backend.variants[machine.arch.name].name
         text = f"found {setting}, needs it unset: on {machine.arch.name} it runs {kernels} kernels"
@@ -75,9 +111,8 @@ def _dtype(backend: Backend, machine: Machine, problem: Problem) -> Iterator[Rea
         takes = " or ".join(sorted(dtypes))
         yield Reason(code="dtype", text=f"found {problem.dtype}, takes {takes} here")
     elif problem.dtype == "bfloat16" and capability is not None and capability < (8, 0):
-        yield Reason(
-            code="dtype", text=f"found bfloat16 on {machine.arch.name}, needs sm_80 or newer"
-        )
+        text = f"found bfloat16 on {machine.arch.name}, needs sm_80 or newer"
+        yield Reason(code="dtype", text=text)
 
 
 def _backward(backend: Backend, machine: Machine, problem: Problem) -> Iterator[Reason]:
@@ -103,8 +138,7 @@ def _packing(backend: Backend, problem: Problem) -> Iterator[Reason]:
 
 def _model(backend: Backend, machine: Machine, problem: Problem) -> Iterator[Reason]:
     needs, model = backend.needs, problem.model
-    capability = machine.arch.capability
-    major = capability[0] if capability else None
+    major = machine.arch.capability[0] if machine.arch.capability else None
     place = machine.arch.name if major is None else major
     features = needs.features - needs.features_missing.get(place, frozenset())
     if problem.dropout and "dropout" not in features:
@@ -122,19 +156,118 @@ def _model(backend: Backend, machine: Machine, problem: Problem) -> Iterator[Rea
         yield Reason(code="dropout", text=text)
 
 
-def _class(backend: Backend, problem: Problem, *, served: bool = False) -> Iterator[Reason]:
-    if problem.model_class is None:
-        return
-    if served and "others" in problem.model_class.lacks:
-        # falcon, gpt_neo and gptj look the name up in their own tables.
-        yield reason_of_own_code(problem.model_class, backend.name)
-    elif (reason := reason_against_class(problem.model_class, backend)) is not None:
-        yield reason
+def layer_reasons(
+    layer: LayerGroup, rules: tuple[HeadDims, ...], major: int | None, features: frozenset[str]
+) -> Iterator[Reason]:
+    """Return the reasons against one group of layers: its head sizes, and features it asks for.
+
+    Args:
+        layer: the group.
+        rules: the head sizes a backend takes.
+        major: NVIDIA's capability major; None elsewhere.
+        features: what the backend honours on this machine.
+    """
+    texts = {
+        "window": f"a sliding window of {layer.window}",
+        "softcap": f"a logit soft cap of {layer.softcap}",
+        "sinks": "attention sinks",
+    }
+    asked = layer.features
+    for feature in sorted(asked - features):
+        text = f"{layer.count} layers use {texts[feature]}, not supported here"
+        yield Reason(code=feature, text=text)
+    rules = tuple(
+        rule for rule in rules if not rule.majors or major is None or major in rule.majors
+    )
+    sized = [rule for rule in rules if _takes_qk(rule, layer) and _takes_v(rule, layer)]
+    size = f"{layer.count} layers have head_dim {layer.head_dim_qk}"
+    if layer.head_dim_v != layer.head_dim_qk:
+        size += f" (v {layer.head_dim_v})"
+    if rules and not sized:
+        code = "head-dim" if not any(_takes_qk(rule, layer) for rule in rules) else "head-dim-v"
+        yield Reason(code=code, text=f"{size}, takes {_sizes(rules)}")
+    elif sized and all(asked & features & rule.without for rule in sized):
+        lost = sorted(asked & features & sized[0].without)
+        yield Reason(code=lost[0], text=f"{size}, where {' or '.join(lost)} is not supported")
+
+
+def _takes_qk(rule: HeadDims, layer: LayerGroup) -> bool:
+    if rule.ungrouped and layer.heads != layer.kv_heads:
+        return False
+    in_range = rule.qk[0] <= layer.head_dim_qk <= rule.qk[1]
+    return in_range and layer.head_dim_qk % rule.multiple == 0
+
+
+def _takes_v(rule: HeadDims, layer: LayerGroup) -> bool:
+    if rule.equal and layer.head_dim_v != layer.head_dim_qk:
+        return False
+    in_range = rule.v[0] <= layer.head_dim_v <= rule.v[1]
+    return in_range and layer.head_dim_v % rule.multiple_v == 0
+
+
+def _sizes(rules: tuple[HeadDims, ...]) -> str:
+    texts = []
+    for rule in rules:
+        low, high = rule.qk
+        text = f"{high}" if low == high else f"at most {high}"
+        if rule.multiple > 1:
+            text += f" in steps of {rule.multiple}"
+        if rule.ungrouped:
+            text += f" with v {rule.v[1]} and ungrouped heads"
+        if rule.multiple_v > 1 and not rule.equal:
+            text += f", v in steps of {rule.multiple_v}"
+        texts.append(text + (", v equal" if rule.equal else ""))
+    return " or ".join(texts)
+
+
+def reason_against_class(model_class: ModelClass | None, backend: Backend) -> Reason | None:
+    """Return why a transformers model class cannot run a backend; None stands for no such class."""
+    if model_class is None:
+        return None
+    name = backend.applied_as or backend.name
+    if name.startswith("attnimg_"):
+        return reason_against_own(model_class, backend.name)
+    flash = backend.uses_flash_lib or backend.family
+    text, takes = "", model_class.flash_names
+    if ("flash" if flash else _CLASS_SUPPORTS.get(name)) in model_class.lacks:
+        text = f"says that it has no {backend.summary}"
+    # transformers replaces any other name with "flash" in it by the first of that list.
+    elif takes and "flash" in name and name not in takes:
+        text = f"takes {', '.join(takes)} and would swap {name}"
+    return _class_reason(model_class, text) if text else None
+
+
+def reason_against_own(model_class: ModelClass, name: str) -> Reason | None:
+    """Return why a model class cannot run a function that attnimg registers with transformers.
+
+    transformers takes a registered name for classes with attention code of their own all the same:
+    bloom then runs eager without a word, falcon raises KeyError. And it asks no flag of the class:
+    a function that gets the padding and no mask, as flash kernels do, would drop the chunks of
+    llama4. Seen with transformers 5.22.2 (2026-11-21).
+
+    Args:
+        model_class: what the class says of itself.
+        name: whose function it is, for people.
+    """
+    if "others" in model_class.lacks:
+        return _own_code(model_class, name)
+    if "flash" in model_class.lacks:
+        text = f"says that it has no flash attention: its mask says more than {name} is told"
+        return _class_reason(model_class, text)
+    return None
+
+
+def _own_code(model_class: ModelClass, name: str) -> Reason:
+    return _class_reason(model_class, f"has its own attention code, which can't call {name}")
+
+
+def _class_reason(model_class: ModelClass, text: str) -> Reason:
+    return Reason(code="model-class", text=f"transformers' {model_class.name} {text}")
 
 
 def _software(backend: Backend, machine: Machine) -> Iterator[Reason]:
     needs = backend.needs
-    if needs.torch_min and machine.torch and _older(machine.torch, needs.torch_min[0]):
+    if needs.torch_min and machine.torch and older(machine.torch, needs.torch_min[0]):
         minimum, code = needs.torch_min
         yield Reason(code=code, text=f"found torch {machine.torch}, needs {minimum} or newer")
     if machine.packages is None:
@@ -146,9 +279,19 @@ def _software(backend: Backend, machine: Machine) -> Iterator[Reason]:
         version = machine.packages.get(package)
         if version is None:
             yield Reason(code=code, text=f"package {package} is not installed")
-        elif lowest and _older(version, lowest):
+        elif lowest and older(version, lowest):
             code = "version-low" if code == "not-installed" else code
             yield Reason(code=code, text=f"found {package} {version}, needs {lowest} or newer")
+
+
+def older(version: str, minimum: str) -> bool:
+    """Return whether the numbers of a version are lower; what follows them does not count."""
+    return _release(version) < _release(minimum)
+
+
+def _release(version: str) -> tuple[int, ...]:
+    digits = re.match(r"\d+(\.\d+)*", version)
+    return tuple(map(int, digits[0].split("."))) if digits else ()
 
 
 def _local_reasons(
@@ -160,11 +303,9 @@ def _local_reasons(
         yield Reason(code="arch-mismatch", text=text)
     if kernel.exports is None:
         return
-    wanted = backend.name.partition(":")[2]
-    if wanted:
+    if wanted := backend.name.partition(":")[2]:
         if wanted not in kernel.exports:
-            text = f"{kernel.path} exports no {wanted}"
-            yield Reason(code="not-a-kernel", text=text)
+            yield Reason(code="not-a-kernel", text=f"{kernel.path} exports no {wanted}")
         return
     if problem.packing and not kernel.exports & {_VARLEN, _SAGE}:
         text = f"{kernel.path} exports no {_VARLEN}: packed documents would mix"
@@ -176,24 +317,21 @@ def _local_reasons(
 
 
 def _arguments_missing(kernel: LocalKernel, problem: Problem) -> Iterator[Reason]:
-    """Find what the run needs and the kernel has no argument for: it would be dropped."""
+    """Return what the run needs and the kernel has no argument for: it would be dropped."""
     if kernel.varlen_takes is None:
         return
     layers = problem.model.layers if problem.model else ()
-    needed = {
-        "window": any(layer.window for layer in layers),
-        "softcap": any(layer.softcap for layer in layers),
-        "sinks": any(layer.sinks for layer in layers),
-        "dropout": problem.training and bool(problem.dropout),
-    }
+    needed = {feature for layer in layers for feature in layer.features}
+    if problem.training and problem.dropout:
+        needed.add("dropout")
     for feature, arguments in _ARGUMENTS.items():
-        if needed[feature] and not kernel.varlen_takes & arguments:
+        if feature in needed and not kernel.varlen_takes & arguments:
             text = f"{kernel.path} has no argument {' or '.join(sorted(arguments))} for it"
             yield Reason(code=feature, text=text)
 
 
 def _kernel(backend: Backend, machine: Machine) -> str:
-    """Say what would run: a package and its version, or the folder that serves it."""
+    """Return what would run: a package and its version, or the folder that serves it."""
     if (local := local_kernel(backend, machine)) is not None:
         return f"{local.repo} {local.version} from {local.path}".replace("  ", " ")
     if not backend.needs.packages:
@@ -203,12 +341,3 @@ def _kernel(backend: Backend, machine: Machine) -> str:
     named = f"{package} {version}" if version else package
     variant = backend.variants.get(machine.arch.name)
     return f"{named}, {variant.name}" if variant else named
-
-
-def _older(version: str, minimum: str) -> bool:
-    return _release(version) < _release(minimum)
-
-
-def _release(version: str) -> tuple[int, ...]:
-    digits = re.match(r"\d+(\.\d+)*", version)
-    return tuple(map(int, digits[0].split("."))) if digits else ()

@@ -1,4 +1,4 @@
-"""Rules on where backends are known to fail: read from TOML, and matched against a run.
+"""Read rules on where backends are known to fail from TOML, and match them against a run.
 
 They are data, so that they can be newer than the image: attn_known_bad names a file that is read
 besides the one in the package. A rule of the same id replaces the package's.
@@ -7,63 +7,39 @@ besides the one in the package. A rule of the same id replaces the package's.
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from datetime import date
-from importlib import resources
+from functools import cache
 from pathlib import Path
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any
 
 from attnimg.errors import AttnimgError
-from attnimg.facts import Backend, DType, KnownBad, Machine, Problem, Reason
-from attnimg.files import read_regular
+from attnimg.facts import Backend, KnownBad, Machine, Problem, Reason
+from attnimg.files import data_file, read_regular
+
+if TYPE_CHECKING:
+    from pydantic import TypeAdapter
+    from pydantic_core import ErrorDetails
 
 KEY = "attn_known_bad"
-_FEATURES = ("packing", "window", "softcap", "sinks", "dropout", "training", "compiled")
 _LARGEST_FILE = 1 << 20
-# What a rule may say: the type of each field, and whether it must be there.
-_FIELDS: dict[str, tuple[type, bool]] = {
-    "id": (str, True),
-    "backends": (list, True),
-    "effect": (str, True),
-    "link": (str, True),
-    "date": (date, True),
-    "expires": (date, False),
-    "status": (str, False),
-    "packages": (dict, False),
-    "archs": (list, False),
-    "dtypes": (list, False),
-    "head_dim_qk": (list, False),
-    "head_dim_v": (list, False),
-    "heads_differ": (bool, False),
-    "features": (dict, False),
-    "row_tokens_min": (int, False),
-}
-_TYPE_NAMES = {
-    str: "a text",
-    list: "a list",
-    dict: "a table",
-    date: "a date, such as 2026-11-21",
-    bool: "true or false",
-    int: "a whole number",
-}
 
 
 def load(named: str | None, *, today: date) -> tuple[KnownBad, ...]:
-    """Read the package's rules and those of a file that the user names, without the expired.
+    """Return the package's rules and those of a file that the user names, without the expired.
 
     Raises:
         AttnimgError: the user's file can't be read, or holds something that is no rule.
     """
-    own = resources.files("attnimg") / "data" / "known_bad.toml"
-    rules = {rule.id: rule for rule in parse(own.read_text(encoding="utf-8"), place=str(own))}
+    own = data_file("known_bad.toml")
+    rules = {rule.id: rule for rule in parse(own.read_text("utf-8"), place=str(own))}
     if named is not None:
         rules |= {rule.id: rule for rule in parse(_read(named), place=named)}
-    day = today.isoformat()
-    return tuple(rule for rule in rules.values() if rule.expires is None or day < rule.expires)
+    return tuple(rule for rule in rules.values() if rule.expires is None or today < rule.expires)
 
 
 def reasons_against(backend: Backend, machine: Machine, problem: Problem) -> Iterator[Reason]:
-    """Give a reason for each of the problem's rules that holds here.
+    """Return a reason for each of the problem's rules that holds here.
 
     Where the versions of packages are not known, rules about versions are left out.
     """
@@ -75,7 +51,7 @@ def reasons_against(backend: Backend, machine: Machine, problem: Problem) -> Ite
 
 
 def parse(text: str, *, place: str) -> tuple[KnownBad, ...]:
-    """Read rules, refusing everything that is not understood: a typo must not disarm a rule.
+    """Return the rules of a file, refusing all that is not understood: a typo must not disarm one.
 
     Raises:
         AttnimgError: with the place.
@@ -84,19 +60,17 @@ def parse(text: str, *, place: str) -> tuple[KnownBad, ...]:
         tables = tomllib.loads(text)
     except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise _refusal(place, f"it is not TOML: {error}") from error
-    rules = tables.pop("rule", [])
-    if tables or not isinstance(rules, list) or not all(isinstance(rule, dict) for rule in rules):
+    rows = tables.pop("rule", [])
+    if tables or not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         found = ", ".join(tables) or "rule"
         raise _refusal(place, f"found {found} at the top, needed tables [[rule]]")
-    parsed = [
-        _rule(values, place=f"{place}, rule {number} ({values.get('id', 'no id')})")
-        for number, values in enumerate(rules, 1)
-    ]
-    ids = [rule.id for rule in parsed]
-    if len(set(ids)) < len(ids):
-        twice = next(name for name in ids if ids.count(name) > 1)
-        raise _refusal(place, f"found two rules with the id {twice}")
-    return tuple(parsed)
+    rules: dict[str, KnownBad] = {}
+    for number, row in enumerate(rows, 1):
+        rule = _rule(row, place=f"{place}, rule {number} ({row.get('id', 'no id')})")
+        if rule.id in rules:
+            raise _refusal(place, f"found two rules with the id {rule.id}")
+        rules[rule.id] = rule
+    return tuple(rules.values())
 
 
 def _read(named: str) -> str:
@@ -108,79 +82,68 @@ def _read(named: str) -> str:
         raise _refusal(named, "it is not text") from error
 
 
-def _rule(values: Mapping[str, Any], *, place: str) -> KnownBad:
-    for name, value in values.items():
-        if name not in _FIELDS:
-            raise _refusal(place, f"found {name}, needed one of {', '.join(_FIELDS)}")
-        needed = _FIELDS[name][0]
-        if type(value) is not needed:
-            raise _refusal(place, f"found {name} = {value!r}, needed {_TYPE_NAMES[needed]}")
-    for name, (_, required) in _FIELDS.items():
-        if required and not values.get(name):
-            raise _refusal(place, f"{name} is missing or empty")
-    _check_choices(values, place=place)
-    _check_versions(values.get("packages", {}), place=place)
-    return KnownBad(
-        **{
-            **values,
-            **{name: str(values[name]) for name in ("date", "expires") if name in values},
-            **{name: frozenset(values.get(name, ())) for name in ("backends", "archs", "dtypes")},
-            **{
-                name: tuple(values[name])
-                for name in ("head_dim_qk", "head_dim_v")
-                if name in values
-            },
-        }
+def _rule(row: dict[str, Any], *, place: str) -> KnownBad:
+    from packaging.specifiers import InvalidSpecifier, SpecifierSet
+    from pydantic import ValidationError
+
+    try:
+        rule = _adapter().validate_python(row)
+    except ValidationError as error:
+        raise _refusal(place, "\n".join(map(_text_of, error.errors()))) from error
+    for name in ("id", "backends", "effect", "link"):
+        if not getattr(rule, name):
+            raise _refusal(place, f"found no {name}, needed one")
+    for name in ("head_dim_qk", "head_dim_v"):
+        low, high = getattr(rule, name) or (1, 1)
+        if not 1 <= low <= high:
+            raise _refusal(place, f"found {name} = {[low, high]}, needed [lowest, highest]")
+    for name, versions in rule.packages.items():
+        try:
+            SpecifierSet(versions)
+        except InvalidSpecifier as error:
+            why = f'found packages.{name} = {versions!r}, needed versions such as ">=2.8,<2.9"'
+            raise _refusal(place, why) from error
+    return rule
+
+
+def _text_of(error: ErrorDetails) -> str:
+    """Return pydantic's error in the words of TOML."""
+    key = ".".join(str(part) for part in error["loc"] if part != "[key]")
+    if error["type"] == "missing":
+        return f"found no {key}, needed one"
+    text = error["msg"].lower().replace("frozenset", "list").replace("tuple", "list")
+    return f"found {key} = {error['input']!r}: {text}"
+
+
+@cache
+def _adapter() -> TypeAdapter[KnownBad]:
+    """Return pydantic's reader of a rule: the types are those of the dataclass."""
+    from pydantic import ConfigDict, TypeAdapter, with_config
+
+    return TypeAdapter(with_config(ConfigDict(extra="forbid"))(KnownBad))
+
+
+def _refusal(place: str, why: str) -> AttnimgError:
+    return AttnimgError(
+        "the rules on known-bad backends could not be read",
+        why=f"{place}: {why}",
+        do=f"correct the file, or remove {KEY}",
+        code="known-bad-file",
+        key=KEY,
     )
 
 
-def _check_choices(values: Mapping[str, Any], *, place: str) -> None:
-    """Check what the values themselves must be."""
-    choices = {
-        "dtypes": (values.get("dtypes", []), get_args(DType)),
-        "status": ([values.get("status", "reported")], ("reported", "seen")),
-        "features": (list(values.get("features", {})), _FEATURES),
-    }
-    for name, (found, allowed) in choices.items():
-        for value in found:
-            if value not in allowed:
-                raise _refusal(place, f"found {value!r} in {name}, needed {', '.join(allowed)}")
-    for name in ("backends", "archs"):
-        if not all(isinstance(value, str) for value in values.get(name, [])):
-            raise _refusal(place, f"found {values[name]!r}, needed texts in {name}")
-    if not all(isinstance(value, bool) for value in values.get("features", {}).values()):
-        raise _refusal(place, "found a feature that is neither true nor false")
-    for name in ("head_dim_qk", "head_dim_v"):
-        sizes = values.get(name, [1, 1])
-        if [type(size) for size in sizes] != [int, int] or not 1 <= sizes[0] <= sizes[1]:
-            raise _refusal(place, f"found {name} = {sizes}, needed [lowest, highest]")
-
-
-def _check_versions(packages: Mapping[str, Any], *, place: str) -> None:
-    if not packages:
-        return
-    from packaging.specifiers import InvalidSpecifier, SpecifierSet
-
-    for name, versions in packages.items():
-        try:
-            SpecifierSet(versions)
-        except (InvalidSpecifier, TypeError, AttributeError) as error:
-            why = f'found {name} = {versions!r}, needed versions such as ">=2.8,<2.9"'
-            raise _refusal(place, why) from error
-
-
 def _holds(rule: KnownBad, backend: Backend, machine: Machine, problem: Problem) -> bool:
-    if backend.name not in rule.backends:
-        return False
-    if rule.archs and machine.arch.name not in rule.archs:
-        return False
-    if rule.dtypes and problem.dtype not in rule.dtypes:
-        return False
     # Packed rows of a batch may reach a kernel one after another, as one.
     rows = problem.rows if problem.packing else 1
-    if rule.row_tokens_min and (problem.sequence_len or 0) * rows < rule.row_tokens_min:
-        return False
-    return _versions_match(rule, machine) and _shapes_match(rule, problem)
+    return (
+        backend.name in rule.backends
+        and (not rule.archs or machine.arch.name in rule.archs)
+        and (not rule.dtypes or problem.dtype in rule.dtypes)
+        and (problem.sequence_len or 0) * rows >= (rule.row_tokens_min or 0)
+        and _versions_match(rule, machine)
+        and _shapes_match(rule, problem)
+    )
 
 
 def _versions_match(rule: KnownBad, machine: Machine) -> bool:
@@ -200,44 +163,25 @@ def _versions_match(rule: KnownBad, machine: Machine) -> bool:
 
 
 def _shapes_match(rule: KnownBad, problem: Problem) -> bool:
-    """Tell whether a rule's features and sizes are those of the run, or of one of its layers."""
-    run = {
+    """Return whether a rule's features and sizes are those of the run, or of one of its layers."""
+    of_run = {
         "packing": problem.packing,
         "dropout": problem.dropout > 0,
         "training": problem.training,
         "compiled": problem.compiled,
     }
-    if any(run[name] != value for name, value in rule.features.items() if name in run):
-        return False
-    of_layers = {name: value for name, value in rule.features.items() if name not in run}
+    used = {name for name, is_used in of_run.items() if is_used}
     sized = (rule.head_dim_qk, rule.head_dim_v, rule.heads_differ) != (None, None, None)
-    if not of_layers and not sized:
-        return True
-    for layer in problem.model.layers if problem.model else ():
-        used = {
-            "window": layer.window is not None,
-            "softcap": bool(layer.softcap),
-            "sinks": layer.sinks,
-        }
-        if (
-            all(used[name] == value for name, value in of_layers.items())
-            and _within(layer.head_dim_qk, rule.head_dim_qk)
-            and _within(layer.head_dim_v, rule.head_dim_v)
-            and rule.heads_differ in (None, layer.heads != layer.kv_heads)
-        ):
-            return True
-    return False
+    if not sized and rule.features.keys() <= of_run.keys():
+        return all((name in used) == value for name, value in rule.features.items())
+    return any(
+        all((name in used | layer.features) == value for name, value in rule.features.items())
+        and _within(layer.head_dim_qk, rule.head_dim_qk)
+        and _within(layer.head_dim_v, rule.head_dim_v)
+        and rule.heads_differ in (None, layer.heads != layer.kv_heads)
+        for layer in (problem.model.layers if problem.model else ())
+    )
 
 
 def _within(size: int, bounds: tuple[int, int] | None) -> bool:
     return bounds is None or bounds[0] <= size <= bounds[1]
-
-
-def _refusal(place: str, why: str) -> AttnimgError:
-    return AttnimgError(
-        "the rules on known-bad backends could not be read",
-        why=f"{place}: {why}",
-        do=f"correct the file, or remove {KEY}",
-        code="known-bad-file",
-        key=KEY,
-    )

@@ -18,8 +18,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from attnimg.backends import backend_named
-from attnimg.facts import Finding, LayerGroup, Plan, Problem
+from attnimg.facts import Backend, Finding, LayerGroup, Plan, Problem
 
 # A sixteenth of a T4, a small GPU: below it, the activations of the rest of the model take more.
 WARN_FROM = 1 << 30
@@ -27,8 +26,8 @@ _BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Quadratic:
-    """Memory quadratic in the row.
+class QuadraticMemory:
+    """Memory quadratic in the row length.
 
     Attributes:
         layer: bytes of the layer that takes most.
@@ -41,9 +40,9 @@ class Quadratic:
     formula: str
 
 
-def quadratic_memory(plan: Plan, problem: Problem) -> Quadratic | None:
+def quadratic_memory(plan: Plan, problem: Problem) -> QuadraticMemory | None:
     """Return a plan's memory quadratic in the row length; None for none, or where not known."""
-    name = plan.chosen.backend if plan.chosen else ""
+    name = plan.chosen.backend.name if plan.chosen else ""
     model, tokens = problem.model, problem.sequence_len
     # A router has sdpa and eager attend document by document.
     if name not in ("eager", "sdpa") or plan.groups or model is None or not tokens:
@@ -59,7 +58,7 @@ def quadratic_memory(plan: Plan, problem: Problem) -> Quadratic | None:
     each, words = max(parts)
     rows = "1 row" if problem.rows == 1 else f"{problem.rows} rows"
     formula = f"{words}, {tokens} x {tokens} tokens, {rows}"
-    return Quadratic(layer=square * each, total=total, formula=formula)
+    return QuadraticMemory(layer=square * each, total=total, formula=formula)
 
 
 def memory_warning(plan: Plan, problem: Problem, *, memory_bytes: int | None) -> Finding | None:
@@ -75,19 +74,20 @@ def memory_warning(plan: Plan, problem: Problem, *, memory_bytes: int | None) ->
         return None
     assert plan.chosen is not None
     what = (
-        f"{plan.chosen.backend} keeps {_size(found.layer)} per layer, quadratic in the row length "
-        f"({found.formula}), and {_size(found.total)} in all layers without gradient_checkpointing"
+        f"{plan.chosen.backend.name} keeps {_size(found.layer)} per layer, quadratic in the row "
+        f"length ({found.formula}), and {_size(found.total)} in all layers without "
+        "gradient_checkpointing"
     )
     if memory_bytes and found.layer > memory_bytes:
         what += f": more than the {_size(memory_bytes)} of this GPU, so it will run out of memory"
     elif memory_bytes and found.total > memory_bytes and not problem.checkpointing:
         what += f": likely out of memory, this GPU has {_size(memory_bytes)}"
-    native = [v.backend for v in plan.verdicts if v.fits and _is_linear(v.backend)]
+    linear = [v.backend.name for v in plan.verdicts if v.fits and _is_linear(v.backend)]
     do = "reduce sequence_len (half of it needs a quarter of this memory)"
     if not problem.checkpointing:
         do += "; or set gradient_checkpointing: true"
-    if native:
-        do = f"set attn_implementation: {native[0]}, or {do}"
+    if linear:
+        do = f"set attn_implementation: {linear[0]}, or {do}"
     return Finding(code="quadratic-memory", key="attn_implementation", what=what, do=do)
 
 
@@ -105,20 +105,14 @@ def _of_layer(name: str, layer: LayerGroup, problem: Problem, *, fused: bool) ->
 
 def _fits_efficient(plan: Plan) -> bool:
     """Check whether torch's memory-efficient kernel, or on a CPU its flash kernel, takes a mask."""
-    verdict = next((v for v in plan.verdicts if v.backend == "sdpa_efficient"), None)
+    verdict = next((v for v in plan.verdicts if v.backend.name == "sdpa_efficient"), None)
     return verdict is None or not {"head-dim", "head-dim-v", "dtype"} & {
         reason.code for reason in verdict.reasons
     }
 
 
-def _is_linear(name: str) -> bool:
-    backend = backend_named(name)
-    return (
-        backend is not None
-        and backend.in_config
-        and backend.automatic
-        and name not in ("eager", "sdpa")
-    )
+def _is_linear(backend: Backend) -> bool:
+    return backend.in_config and backend.automatic and backend.name not in ("eager", "sdpa")
 
 
 def _size(count: int) -> str:

@@ -1,4 +1,4 @@
-"""Judge a model's layers without softmax attention: what they need, and whether they can be packed.
+"""Judge layers without softmax attention: what they need, and whether they can be packed.
 
 Attention backends and masks do not affect them: packed documents are isolated there by kernels that
 take document boundaries, or not at all.
@@ -6,12 +6,11 @@ take document boundaries, or not at all.
 
 from __future__ import annotations
 
-import tomllib
 from dataclasses import dataclass
 from functools import cache
-from importlib import resources
 
 from attnimg.facts import Finding, Machine, Model, Problem
+from attnimg.files import read_data
 
 # The document boundaries in train's packed batches; see train/packing.py.
 _IN_BATCH = frozenset({"cu_seq_lens_q", "seq_idx"})
@@ -48,7 +47,7 @@ class OtherLayers:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Kind:
+class OtherKind:
     """A row of data/other_layers.toml; the file explains its keys."""
 
     label: str
@@ -82,11 +81,8 @@ def other_layers(model: Model | None, machine: Machine) -> tuple[OtherLayers, ..
     count = sum(found.values()) or None
     if row.every:
         count = sum(layer.count for layer in model.layers) or None
-    missing = (
-        ()
-        if machine.packages is None
-        else tuple(package for package in row.packages if package not in machine.packages)
-    )
+    installed = row.packages if machine.packages is None else machine.packages
+    missing = tuple(package for package in row.packages if package not in installed)
     absent = [key for key in row.batch if key not in _IN_BATCH]
     if not row.batch:
         why = "transformers passes no document boundaries to it"
@@ -116,7 +112,7 @@ def other_layers(model: Model | None, machine: Machine) -> tuple[OtherLayers, ..
 def findings_on(
     problem: Problem, machine: Machine
 ) -> tuple[tuple[Finding, ...], tuple[Finding, ...]]:
-    """Return the errors and the warnings that a model's other layers give.
+    """Return the errors and the warnings on a model's layers without softmax attention.
 
     Args:
         problem: the run.
@@ -124,12 +120,43 @@ def findings_on(
     """
     errors, warnings = [], []
     for layers in other_layers(problem.model, machine):
+        assert problem.model is not None
+        count = "the layers" if layers.count is None else f"{layers.count} layers"
+        missing = " and ".join(layers.missing)
         if problem.packing and layers.keeps_apart is False:
-            errors.append(_refusal(problem, layers))
+            # Some kernels take boundaries that a batch does not have: installing them is no help.
+            batch = kinds()[layers.kind].batch
+            helps = missing and batch and _IN_BATCH.issuperset(batch)
+            install = f", or, on a GPU, install {missing}" if helps else ""
+            error = Finding(
+                code="packing-not-isolated",
+                key="sample_packing",
+                what=f"packed documents would mix in {count} of {problem.model.type}, "
+                f"which have {layers.label}",
+                why=f"found: {layers.why}{f' ({missing} not installed)' if missing else ''}\n"
+                f"needed: layers that get the boundaries of packed documents [{layers.source}]",
+                do=f"set sample_packing: false{install}",
+            )
+            errors.append(error)
         elif problem.packing and layers.keeps_apart is None:
-            warnings.append(_unknown(layers))
-        elif layers.missing:
-            warnings.append(_slow(layers))
+            warning = Finding(
+                code="packing-unproven",
+                key="sample_packing",
+                what=f"it is not known whether packed documents are isolated in {count} "
+                f"({layers.label})",
+                do="nothing now: attnimg train checks this on the real model before the first "
+                "step, and stops when documents leak",
+            )
+            warnings.append(warning)
+        elif missing:
+            warning = Finding(
+                code="slow-layers",
+                key="base_model",
+                what=f"{count} with {layers.label} run in plain PyTorch, which is correct but "
+                f"slow: {missing} not installed",
+                do=f"install {missing}, or accept the speed",
+            )
+            warnings.append(warning)
     return tuple(errors), tuple(warnings)
 
 
@@ -147,56 +174,12 @@ def text_of(layers: OtherLayers) -> str:
     )
 
 
-def _refusal(problem: Problem, layers: OtherLayers) -> Finding:
-    assert problem.model is not None
-    missing = f" ({' and '.join(layers.missing)} not installed)" if layers.missing else ""
-    batch = kinds()[layers.kind].batch
-    # Some kernels take boundaries that a batch does not hold: to install them would not help.
-    helps = layers.missing and batch and _IN_BATCH.issuperset(batch)
-    install = f", or, on a GPU, install {' and '.join(layers.missing)}" if helps else ""
-    return Finding(
-        code="packing-not-isolated",
-        key="sample_packing",
-        what=f"packed documents would mix in {_count(layers)} of {problem.model.type}, "
-        f"which have {layers.label}",
-        why=f"found: {layers.why}{missing}\n"
-        f"needed: layers that get the boundaries of packed documents [{layers.source}]",
-        do=f"set sample_packing: false{install}",
-    )
-
-
-def _unknown(layers: OtherLayers) -> Finding:
-    return Finding(
-        code="packing-unproven",
-        key="sample_packing",
-        what=f"it is not known whether packed documents are isolated in {_count(layers)} "
-        f"({layers.label})",
-        do="nothing now: attnimg train checks this on the real model before the first step, and "
-        "stops when documents leak",
-    )
-
-
-def _slow(layers: OtherLayers) -> Finding:
-    return Finding(
-        code="slow-layers",
-        key="base_model",
-        what=f"{_count(layers)} with {layers.label} run in plain PyTorch, which is correct but "
-        f"slow: {' and '.join(layers.missing)} not installed",
-        do=f"install {' and '.join(layers.missing)}, or accept the speed",
-    )
-
-
-def _count(layers: OtherLayers) -> str:
-    return "the layers" if layers.count is None else f"{layers.count} layers"
-
-
 def hybrid_types() -> frozenset[str]:
     """Return the model types that are known to have such layers, or may have."""
     return frozenset(name for row in kinds().values() for name in row.types)
 
 
 @cache
-def kinds() -> dict[str, Kind]:
+def kinds() -> dict[str, OtherKind]:
     """Read data/other_layers.toml: name -> kind."""
-    path = resources.files("attnimg").joinpath("data", "other_layers.toml")
-    return {name: Kind(**row) for name, row in tomllib.loads(path.read_text("utf-8")).items()}
+    return {name: OtherKind(**row) for name, row in read_data("other_layers.toml").items()}

@@ -1,46 +1,53 @@
 """Choose a backend: judge every candidate on plain values, then take the best that fits.
 
+Candidates are ordered by what their own files say of their places. Until timings of this GPU
+replace them, ranks are facts with a source: Backend.rank in general, and Backend.ranks where a
+situation says otherwise. Where layers differ, each group of equal layers may get its own backend.
+
 Pure: no GPU, file, clock or environment is read here. All comes in as arguments.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
-from attnimg.backends import all_backends, backend_named, is_automatic
-from attnimg.facts import Arch, Backend, DType, Machine, Plan, Problem, Reason, Verdict
-from attnimg.select.because import automatic_because, family_because, groups_because
-from attnimg.select.groups import choose_groups
-from attnimg.select.judge import judge
-from attnimg.select.masks import masked_backend, mixing_error
-from attnimg.select.memory import Quadratic, memory_warning, quadratic_memory
-from attnimg.select.ranks import ordered
-
-__all__ = [
-    "Quadratic",
-    "choose",
-    "memory_warning",
-    "mixing_error",
-    "plan_dict",
-    "quadratic_memory",
-    "training_dtype",
-    "without",
-]
+from attnimg.backends import all_backends, backend_named
+from attnimg.facts import (
+    Arch,
+    Backend,
+    DType,
+    Finding,
+    GroupChoice,
+    LayerGroup,
+    Machine,
+    Plan,
+    Problem,
+    Rank,
+    Reason,
+    Verdict,
+)
+from attnimg.select.judge import judge, reason_against_own
+from attnimg.select.model_types import mask_refusal
 
 AUTO = "auto"
 # Reasons that lie in the GPU itself. A flash member that was asked for by name and has one of them
 # is refused; the others of its family stand in for it only where a head size is the obstacle.
 _ARCH_CODES = frozenset(backend.needs.arch_code for backend in all_backends())
+# Reasons that lie in the model's attention: the backend runs here, and not these layers.
+_LAYER_CODES = frozenset(
+    {"head-dim", "head-dim-v", "window", "softcap", "sinks", "dropout", "model-class"}
+)
 
 
 def training_dtype(*, bf16: bool | str, fp16: bool, arch: Arch) -> DType:
-    """Choose the precision of a run.
+    """Return the precision of a run.
 
     Args:
         bf16: the config's value: true, false, "auto" or "full".
         fp16: the config's value. On a CPU the run is fp32 all the same: accelerate neither casts
-            nor scales there, and would say so to nobody.
+            nor scales there, and does not report that.
             Source: accelerate/accelerator.py:565-569, 1.12 (2026-11-26).
         arch: what it runs on. Below sm_80 there is no bf16 arithmetic, so "auto" is fp16 there;
             on a CPU "auto" is fp32, which is faster than an emulated bf16.
@@ -66,28 +73,26 @@ def choose(asked: str | None, machine: Machine, problem: Problem, *, strict: boo
     Returns:
         The plan. Its `chosen` is None when what was asked does not fit, or nothing does.
     """
-    asked = asked or AUTO
+    named = backend_named(asked or AUTO)
     backends = list(all_backends())
-    if (named := backend_named(asked)) is not None and named not in backends:
+    if named is not None and named not in backends:
         backends.append(named)
-    backends = ordered(backends, machine, problem)
+    backends = _ordered(backends, machine, problem)
     if named is not None and named.family:
         backends = _in_family_order(backends, named.family)
     verdicts = tuple(
         judge(backend, machine, problem, rank=place) for place, backend in enumerate(backends, 1)
     )
-    if named is None:
-        found = _automatic(verdicts)
-        if found.chosen is None:
-            return found
-        if (following := _with_boundaries(found, problem)) is not found:
-            return following
-        said = automatic_because(found, machine, problem)
-        groups = choose_groups(backends, machine, problem)
-        if groups:
-            return replace(found, groups=groups, because=groups_because(groups, found.chosen))
-        return replace(found, because=said)
-    return replace(_explicit(named, verdicts, strict=strict), strict=strict)
+    if named is not None:
+        return replace(_explicit(named, verdicts, strict=strict), strict=strict)
+    found = _automatic(verdicts)
+    if found.chosen is None:
+        return found
+    if (isolating := _with_boundaries(found, problem)) is not found:
+        return isolating
+    if groups := _choose_groups(backends, machine, problem):
+        return replace(found, groups=groups, because=_groups_because(groups, found.chosen))
+    return replace(found, because=_automatic_because(found, found.chosen, machine, problem))
 
 
 def plan_dict(plan: Plan) -> dict[str, Any]:
@@ -98,7 +103,7 @@ def plan_dict(plan: Plan) -> dict[str, Any]:
         "because": plan.because,
         "candidates": [
             {
-                "backend": verdict.backend,
+                "backend": verdict.backend.name,
                 "fits": verdict.fits,
                 "rank": verdict.rank,
                 "reasons": [asdict(reason) for reason in verdict.reasons],
@@ -106,27 +111,16 @@ def plan_dict(plan: Plan) -> dict[str, Any]:
             for verdict in plan.verdicts
         ],
         "chosen": chosen
-        and {"backend": chosen.backend, "kernel": chosen.kernel, "because": plan.because},
+        and {"backend": chosen.backend.name, "kernel": chosen.kernel, "because": plan.because},
         "groups": [
             {
                 "layers": asdict(choice.layers),
-                "backend": choice.verdict.backend,
+                "backend": choice.verdict.backend.name,
                 "kernel": choice.verdict.kernel,
             }
             for choice in plan.groups
         ],
     }
-
-
-def _with_boundaries(found: Plan, problem: Problem) -> Plan:
-    """Return the plan with the best backend that isolates documents; the same plan without one."""
-    following = found
-    while (against := mixing_error(following, problem)) is not None:
-        name = masked_backend(following)
-        assert name is not None
-        reason = Reason(code=against.code, text=against.why.splitlines()[0])
-        following = without(following, name, reason)
-    return following if following.chosen is not None else found
 
 
 def without(plan: Plan, backend: str, reason: Reason) -> Plan:
@@ -136,15 +130,13 @@ def without(plan: Plan, backend: str, reason: Reason) -> Plan:
     An automatic choice goes on to the next candidate, and the flash family to its next member. Any
     other backend that was asked for by name is never swapped.
     """
-    verdicts = tuple(
-        Verdict(backend=v.backend, rank=v.rank, reasons=(*v.reasons, reason))
-        if v.backend == backend
-        else v
-        for v in plan.verdicts
-    )
-    if plan.groups and backend not in {v.backend for v in plan.verdicts}:
+    if plan.groups and backend not in {v.backend.name for v in plan.verdicts}:
         because = f"its layers could not run different backends: {reason.text}"
         return replace(plan, groups=(), because=because)
+    verdicts = tuple(
+        replace(v, reasons=(*v.reasons, reason), kernel=None) if v.backend.name == backend else v
+        for v in plan.verdicts
+    )
     named = backend_named(plan.asked)
     if named is not None and named.family and not plan.strict:
         return _explicit(named, verdicts, strict=False)
@@ -155,29 +147,54 @@ def without(plan: Plan, backend: str, reason: Reason) -> Plan:
     return _automatic(verdicts)
 
 
+def mixing_error(plan: Plan, problem: Problem) -> Finding | None:
+    """Return the error of a plan under which packed documents would mix; None where none do.
+
+    They mix where transformers' mask separates documents, and that of the model's type has no
+    document boundaries.
+    """
+    if not problem.packing or problem.model is None or _masked_backend(plan) is None:
+        return None
+    return mask_refusal(problem.model.type)
+
+
+def _masked_backend(plan: Plan) -> Backend | None:
+    """Return the first backend of a plan that separates documents by transformers' mask."""
+    verdicts = [choice.verdict for choice in plan.groups] or ([plan.chosen] if plan.chosen else [])
+    return next((v.backend for v in verdicts if v.backend.mask != "flash"), None)
+
+
+def _with_boundaries(found: Plan, problem: Problem) -> Plan:
+    """Return the plan with the best backend that isolates documents; the same plan without one."""
+    following = found
+    while (against := mixing_error(following, problem)) is not None:
+        masked = _masked_backend(following)
+        assert masked is not None
+        reason = Reason(code=against.code, text=against.why.splitlines()[0])
+        following = without(following, masked.name, reason)
+    return following if following.chosen is not None else found
+
+
 def _automatic(verdicts: tuple[Verdict, ...]) -> Plan:
-    able = [verdict for verdict in verdicts if verdict.fits and is_automatic(verdict.backend)]
-    if not able:
+    if not (able := _able(verdicts)):
         because = "no attention backend fits"
         if dtype := _dtype_reason(verdicts):
             because += f"; eager, which takes every model: {dtype}"
         do = _nothing_fits_do(verdicts)
         return Plan(asked=AUTO, chosen=None, because=because, verdicts=verdicts, do=do)
-    because = f"{able[0].backend} has the best rank of the backends that still fit"
+    because = f"{able[0].backend.name} has the best rank of the backends that still fit"
     return Plan(asked=AUTO, chosen=able[0], because=because, verdicts=verdicts)
 
 
 def _explicit(named: Backend, verdicts: tuple[Verdict, ...], *, strict: bool) -> Plan:
-    by_name = {verdict.backend: verdict for verdict in verdicts}
-    asked = by_name[named.name]
+    asked = next(verdict for verdict in verdicts if verdict.backend.name == named.name)
     # flash_attention_4 asks for itself; 2 and 3 ask for the best of the family.
     stands_in = named.uses_flash_lib and named.family is not None and not strict
-    arch_fails = any(reason.code in _ARCH_CODES for reason in asked.reasons)
-    if stands_in and not arch_fails:
-        members = {b.name for b in all_backends() if b.family == named.family and b.applied_as}
+    if stands_in and not any(reason.code in _ARCH_CODES for reason in asked.reasons):
         for verdict in verdicts:
-            if verdict.backend in members and verdict.fits:
-                because = family_because(asked, verdict)
+            member = verdict.backend.family == named.family and verdict.backend.applied_as
+            if member and verdict.fits:
+                because = _family_because(asked, verdict)
                 return Plan(asked=named.name, chosen=verdict, because=because, verdicts=verdicts)
     if asked.fits and named.applied_as:
         because = "the config names it, and it fits"
@@ -185,10 +202,19 @@ def _explicit(named: Backend, verdicts: tuple[Verdict, ...], *, strict: bool) ->
     because = "; ".join(reason.text for reason in asked.reasons)
     if asked.fits:
         because = "it would fit, but this version of attnimg cannot apply it yet"
-    others = [v.backend for v in verdicts if v.fits and is_automatic(v.backend)]
-    do = f"set attn_implementation: {others[0]}, which fits" if others else ""
-    do = do or _nothing_fits_do(verdicts)
+    do = _nothing_fits_do(verdicts)
+    if others := _able(verdicts):
+        do = f"set attn_implementation: {others[0].backend.name}, which fits"
     return Plan(asked=named.name, chosen=None, because=because, verdicts=verdicts, do=do)
+
+
+def _able(verdicts: Iterable[Verdict]) -> list[Verdict]:
+    """Return those that fit and that `auto` may take."""
+    return [verdict for verdict in verdicts if verdict.fits and _is_automatic(verdict.backend)]
+
+
+def _is_automatic(backend: Backend) -> bool:
+    return backend.automatic and backend.applied_as is not None
 
 
 def _nothing_fits_do(verdicts: tuple[Verdict, ...]) -> str:
@@ -200,8 +226,8 @@ def _nothing_fits_do(verdicts: tuple[Verdict, ...]) -> str:
 
 def _dtype_reason(verdicts: tuple[Verdict, ...]) -> str:
     """Return why eager does not take the precision of the run; "" where it does."""
-    reasons = [r for v in verdicts if v.backend == "eager" for r in v.reasons if r.code == "dtype"]
-    return reasons[0].text if reasons else ""
+    reasons = (reason for v in verdicts if v.backend.name == "eager" for reason in v.reasons)
+    return next((reason.text for reason in reasons if reason.code == "dtype"), "")
 
 
 def _in_family_order(backends: list[Backend], family: str) -> list[Backend]:
@@ -213,3 +239,149 @@ def _in_family_order(backends: list[Backend], family: str) -> list[Backend]:
     """
     members = iter([backend for backend in all_backends() if backend.family == family])
     return [next(members) if backend.family == family else backend for backend in backends]
+
+
+def _ordered(
+    backends: Iterable[Backend], machine: Machine, problem: Problem, *, routed: bool = False
+) -> list[Backend]:
+    """Return the candidates in the order in which `auto` tries them; see place_of."""
+    return sorted(backends, key=lambda b: place_of(b, machine, problem, routed=routed).rank)
+
+
+def place_of(backend: Backend, machine: Machine, problem: Problem, *, routed: bool = False) -> Rank:
+    """Return a backend's place: the first of its particular ones that holds, or its general one.
+
+    Args:
+        backend: the candidate.
+        machine: what it runs on.
+        problem: what has to be computed.
+        routed: whether a router calls it for its own layers, document by document.
+    """
+    sizes = [layer.head_dim_qk for layer in problem.model.layers] if problem.model else []
+    for rank in backend.ranks:
+        low, high = rank.head_dim or (0, 0)
+        if (
+            (not rank.archs or machine.arch.name in rank.archs)
+            and rank.packed in (None, problem.packing)
+            and rank.compiled in (None, problem.compiled)
+            and rank.routed in (None, routed)
+            and (rank.head_dim is None or any(low <= size <= high for size in sizes))
+        ):
+            return rank
+    return Rank(rank=backend.rank, why=backend.rank_why, source=backend.rank_source)
+
+
+def _choose_groups(
+    backends: Sequence[Backend], machine: Machine, problem: Problem
+) -> tuple[GroupChoice, ...]:
+    """Choose a backend for each group of equal layers, where layers differ.
+
+    Returns:
+        One choice a group; empty where every group would run the same, or where one of them would
+        run what a router can't call.
+    """
+    if problem.model is None or len(problem.model.layers) < 2:
+        return ()
+    if problem.model_class and reason_against_own(problem.model_class, "a router"):
+        return ()
+    order = _ordered(backends, machine, problem, routed=True)
+    choices: list[tuple[LayerGroup, Problem, Backend]] = []
+    for group in problem.model.layers:
+        alone = replace(problem, model=replace(problem.model, layers=(group,)))
+        fitting = (b for b in order if _is_automatic(b) and judge(b, machine, alone, rank=0).fits)
+        backend = next(fitting, None)
+        # A router hands out the padding alone: no block mask, and torch's exact attention has
+        # neither soft cap nor sinks.
+        if backend is None or backend.mask == "flex":
+            return ()
+        if backend.mask != "flash" and (group.softcap or group.sinks):
+            return ()
+        choices.append((group, alone, backend))
+    # A variable that chooses one of them would have the others of its package run its kernel.
+    for whole in [backend for _, _, backend in choices if backend.for_process]:
+        choices = [
+            (group, alone, whole)
+            if backend.needs.packages == whole.needs.packages
+            and judge(whole, machine, alone, rank=0).fits
+            else (group, alone, backend)
+            for group, alone, backend in choices
+        ]
+    if len({backend.name for _, _, backend in choices}) == 1:
+        return ()
+    return tuple(
+        GroupChoice(
+            layers=group, verdict=judge(backend, machine, alone, rank=order.index(backend) + 1)
+        )
+        for group, alone, backend in choices
+    )
+
+
+def _automatic_because(plan: Plan, chosen: Verdict, machine: Machine, problem: Problem) -> str:
+    """Return in one sentence why `auto` chose its backend, for readers who do not see the ranks.
+
+    It has how many fit, why this one is first, and why no better-ranked one was taken.
+    """
+    able, name = _able(plan.verdicts), chosen.backend.name
+    words = ["compiled"] * problem.compiled + ["packed"] * problem.packing
+    run = f"{' '.join([*words, 'training'])} on {machine.arch.name}"
+    fit = "fits" if len(able) == 1 else "fit"
+    count = f"{len(able)} of {len(plan.verdicts)} backends {fit} {run}"
+    by_name = [v.backend.name for v in plan.verdicts if v.fits and v not in able]
+    if by_name:
+        count += f" ({', '.join(by_name)}: only when the config names it)"
+    if len(able) == 1:
+        return f"{count}: {name}"
+    parts = [f"{count}; {name} has the best rank of them"]
+    general = chosen.backend.rank
+    place = place_of(chosen.backend, machine, problem)
+    if place.rank <= general:
+        parts[0] += f": it {place.why} [{place.source}]"
+    for backend in (verdict.backend for verdict in able[1:]):
+        behind = place_of(backend, machine, problem)
+        if behind.rank > backend.rank < general:
+            parts.append(f"{backend.name} {behind.why} [{behind.source}]")
+    better: dict[str, list[str]] = {}
+    for verdict in plan.verdicts[: plan.verdicts.index(chosen)]:
+        codes = {reason.code for reason in verdict.reasons}
+        if _is_automatic(verdict.backend) and codes <= _LAYER_CODES:
+            better.setdefault(verdict.reasons[0].text, []).append(verdict.backend.name)
+    parts += [
+        f"{', '.join(names)} {'ranks' if len(names) == 1 else 'rank'} better, but: {reason}"
+        for reason, names in better.items()
+    ]
+    return "; ".join(parts)
+
+
+def _family_because(asked: Verdict, taken: Verdict) -> str:
+    """Return why a member of the flash family was taken where one was asked for by name."""
+    wanted, name = asked.backend.name, taken.backend.name
+    rule = (
+        f"attn_implementation: {wanted} asks for the flash family, whose order is 4, 3, 2 "
+        "until this GPU is timed"
+    )
+    if asked.fits:
+        return f"{rule}; {'it' if wanted == name else name} is the first of them that fits"
+    reason = asked.reasons[0].text
+    return f"{rule}; {wanted} does not fit ({reason}), {name} is the first that does"
+
+
+def _groups_because(groups: Sequence[GroupChoice], chosen: Verdict) -> str:
+    """Return why layers of different shape run different backends."""
+    parts = [f"{_layers_text(one.layers)} run {one.verdict.backend.name}" for one in groups]
+    return (
+        "its layers differ, and each group runs the best backend that fits it: "
+        f"{'; '.join(parts)}; the best one for all layers would be {chosen.backend.name}"
+    )
+
+
+def _layers_text(group: LayerGroup) -> str:
+    """Return a group of layers in words: what makes it different."""
+    text = f"{group.count} layers of head_dim {group.head_dim_qk}"
+    if group.head_dim_v != group.head_dim_qk:
+        text += f" (v {group.head_dim_v})"
+    extras = [
+        f"window {group.window}" if group.window else "",
+        f"soft cap {group.softcap:g}" if group.softcap else "",
+        "sinks" if group.sinks else "",
+    ]
+    return f"{text} with {' and '.join(filter(None, extras))}" if any(extras) else text

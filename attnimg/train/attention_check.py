@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from attnimg.apply.router import shape_of
-from attnimg.backends import backend_named
 from attnimg.errors import AttnimgError
 from attnimg.facts import Backend, CallCheck, LayerGroup, Plan, RunContext
 from attnimg.train.checkpoint import checkpoints, newest_checkpoint, step_of
@@ -260,15 +259,15 @@ def attention_check_of(
     from attnimg.verify.running import why_unchecked
 
     assert found.chosen is not None
-    names = [found.chosen.backend, *(choice.verdict.backend for choice in found.groups)]
-    used = [_named(name) for name in dict.fromkeys(names[1:] or names)]
+    verdicts = [choice.verdict for choice in found.groups] or [found.chosen]
+    used = {verdict.backend.name: verdict.backend for verdict in verdicts}
     # Plain attention supports every model.
-    fitting = {"eager", *(verdict.backend for verdict in found.verdicts if verdict.fits)}
+    fitting = {"eager", *(verdict.backend.name for verdict in found.verdicts if verdict.fits)}
     return AttentionCheck(
         every,
         partial(_judged, found, context),
-        why_not=why_unchecked(used, context, dropout=dropout),
-        others=[name for name in _OTHERS if name in fitting and _named(name) not in used],
+        why_not=why_unchecked([*used.values()], context, dropout=dropout),
+        others=[name for name in _OTHERS if name in fitting - used.keys()],
         say=say,
     )
 
@@ -298,10 +297,4 @@ def _backend_of(found: Plan, call: CapturedCall) -> Backend:
         return sum(a == b for a, b in zip(shape_of(layers), shape, strict=True))
 
     closest = max(found.groups, key=lambda choice: similarity(choice.layers), default=None)
-    return _named(closest.verdict.backend if closest else found.chosen.backend)
-
-
-def _named(name: str) -> Backend:
-    backend = backend_named(name)
-    assert backend is not None, name
-    return backend
+    return (closest.verdict if closest else found.chosen).backend

@@ -10,9 +10,13 @@ from typing import Any
 from attnimg.config.schema import Config
 from attnimg.errors import AttnimgError
 from attnimg.facts import Finding, Machine
-from attnimg.select import refused_types
-from attnimg.select.model_classes import PositionTable, position_table, read_causal_types
-from attnimg.select.quantizations import LANGUAGE_PARTS
+from attnimg.select.model_config import LANGUAGE_PARTS
+from attnimg.select.model_types import (
+    PositionTable,
+    position_table,
+    read_causal_types,
+    refusal_of,
+)
 from attnimg.task import model_file
 from attnimg.train.pickled_weights import require_safetensors
 from attnimg.train.quantized import judge_quantization, require_known_weights
@@ -141,7 +145,7 @@ def require_trainable(
     require_causal_type(config, raw)
     if DEFAULT in (raw.get("auto_map") or {}) and config.trust_remote_code:
         return
-    found = refused_types.refusal_of(
+    found = refusal_of(
         raw,
         name=str(config.base_model),
         packing=bool(config.sample_packing) or config.batch_flattening is True,

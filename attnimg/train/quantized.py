@@ -16,8 +16,8 @@ from packaging.requirements import Requirement
 from attnimg.config.schema import Config
 from attnimg.errors import AttnimgError
 from attnimg.facts import DType, Finding, RunContext
-from attnimg.select.quantizations import (
-    LANGUAGE_PARTS,
+from attnimg.select.model_config import LANGUAGE_PARTS
+from attnimg.select.model_types import (
     Quantization,
     bits_of,
     method_of,

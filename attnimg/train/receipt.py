@@ -137,7 +137,7 @@ def applied(engine: Any, plan: Plan) -> dict[str, object]:
         "attention": {
             "modules": _attention(engine.model),
             "backends": [
-                {"layers": choice.layers, "backend": choice.verdict.backend}
+                {"layers": choice.layers, "backend": choice.verdict.backend.name}
                 for choice in plan.groups
             ],
         },
@@ -204,7 +204,7 @@ class RunFacts:
     @property
     def backend(self) -> str:
         """Name the backend people know it by."""
-        return self.plan.chosen.backend if self.plan.chosen else self.implementation
+        return self.plan.chosen.backend.name if self.plan.chosen else self.implementation
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

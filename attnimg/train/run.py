@@ -15,7 +15,7 @@ from attnimg.config.schema import Config
 from attnimg.context import described
 from attnimg.facts import Finding, Machine, Plan
 from attnimg.pipeline import Report, Selected, kernel_hashes, select, select_verify_apply
-from attnimg.select import problem
+from attnimg.select.model_config import read_config
 from attnimg.select.plan import plan_dict
 from attnimg.task import Task, model_file, task_of
 from attnimg.train.base_model import judge_base_model
@@ -56,7 +56,7 @@ def train(config: Config, machine: Machine, *, report: TrainReport, stop: StopFl
     from attnimg.train.fit import silence_libraries
 
     path = model_file(config)
-    raw = problem.read_config(path) if path is not None else None
+    raw = read_config(path) if path is not None else None
     if raw is not None:
         _require_base_model(config, raw, machine, report)
     task = task_of(config, raw, machine)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from attnimg.context import described
 from attnimg.errors import AttnimgError
 from attnimg.facts import DType, RunContext
-from attnimg.layout import Layout, lay_out
+from attnimg.layout import PackedLayout, lay_out
 from attnimg.memory_errors import as_refusal
 
 # Rows are padded to a multiple of this, so that the probe has padding as training has.
@@ -309,7 +309,7 @@ def forward_apart(model: nn.Module, document: Tensor, *, context: RunContext) ->
 
 
 def packed_inputs(
-    rows: list[list[Tensor]], *, layout: Layout, context: RunContext
+    rows: list[list[Tensor]], *, layout: PackedLayout, context: RunContext
 ) -> dict[str, Any]:
     """Return the arguments of a model for rows of documents, as PackedCollator makes them."""
     device = rows[0][0].device
@@ -355,7 +355,7 @@ def _precision(device_type: str, autocast: DType | None) -> AbstractContextManag
     return cast
 
 
-def document_bounds(layout: Layout) -> list[tuple[int, int]]:
+def document_bounds(layout: PackedLayout) -> list[tuple[int, int]]:
     """List where each document begins and ends in the flattened batch, padding left out."""
     is_token = layout.is_token.reshape(-1)
     pairs = zip(layout.cu_seq_lens[:-1].tolist(), layout.cu_seq_lens[1:].tolist(), strict=True)

@@ -24,7 +24,7 @@ from attnimg.facts import (
     RunContext,
 )
 from attnimg.files import read_private, write_private
-from attnimg.select.windows import with_windows_that_hide
+from attnimg.select.judge import with_effective_windows
 from attnimg.verify.runner import Candidate, proof_from_json, run
 
 # Of these a proof depends besides the packages of the backend itself.
@@ -313,7 +313,7 @@ def geometries_of(
         deterministic: whether gradients must repeat bit for bit.
         every_length: whether documents of each length are to be shown.
     """
-    model = with_windows_that_hide(problem).model
+    model = with_effective_windows(problem).model
     layers: Sequence[LayerGroup] = model.layers if model else ()
     found = (
         Geometry(

@@ -27,7 +27,7 @@ GPUS = {
 }
 SETTINGS = """
 import json, os, pathlib, sys
-from attnimg.machine.kernel_cache.fa4 import fa4_settings
+from attnimg.machine.kernel_cache import fa4_settings
 from attnimg.machine.probe import this_machine
 print(json.dumps(fa4_settings(this_machine(()), os.environ, shipped=pathlib.Path(sys.argv[1]))))
 """

@@ -91,7 +91,7 @@ def problem(unit: dict[str, Any]) -> Problem:
 def reasons_against(name: str, machine: Machine, task: Problem) -> list[tuple[str, str]]:
     """Return the plan's reasons why a backend cannot run here; none means it can."""
     found = plan.choose(name, machine, task, strict=True)
-    verdict = next(verdict for verdict in found.verdicts if verdict.backend == name)
+    verdict = next(verdict for verdict in found.verdicts if verdict.backend.name == name)
     return [(reason.code, reason.text) for reason in verdict.reasons]
 
 

@@ -45,7 +45,7 @@ def fitting(name, *, is_packed):
         forward_only_ok=True,
     )
     found = choose(name, probe.this_machine(distributions()), problem, strict=True)
-    verdict = next(verdict for verdict in found.verdicts if verdict.backend == name)
+    verdict = next(verdict for verdict in found.verdicts if verdict.backend.name == name)
     if not verdict.fits:
         pytest.skip("; ".join(f"{reason.code}: {reason.text}" for reason in verdict.reasons))
     return backend_named(name)

@@ -54,7 +54,9 @@ def test_it_passes(
         sequence_len=4096,
     )
     verdict = next(
-        v for v in plan.choose(name, machine, problem, strict=True).verdicts if v.backend == name
+        v
+        for v in plan.choose(name, machine, problem, strict=True).verdicts
+        if v.backend.name == name
     )
     if not verdict.fits:
         pytest.skip("; ".join(f"{reason.code}: {reason.text}" for reason in verdict.reasons))

@@ -17,8 +17,14 @@ from attnimg.backends import backend_named, runs_on
 from attnimg.facts import Machine
 from attnimg.machine import probe
 from attnimg.machine.kernel_cache import settings_for
-from attnimg.machine.shipped import reasons_against_shipped, reasons_against_shipped_triton
-from attnimg.machine.shipped_kernels import CACHE_AT, CACHE_ON, shipped_kernels, shipped_triton
+from attnimg.machine.shipped_kernels import (
+    CACHE_AT,
+    CACHE_ON,
+    reasons_against_shipped,
+    reasons_against_shipped_triton,
+    shipped_kernels,
+    shipped_triton,
+)
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
 from importlib.machinery import PathFinder
 
 from attnimg.machine.host import this_host
@@ -31,7 +30,7 @@ json.dump(
     {
         "owners": host.cute_owners,
         "damaged": host.damaged,
-        "shadows": [asdict(shadow) for shadow in host.shadows],
+        "shadows": dict(host.shadows),
         "found": {name: is_found(name) for name in MODULES},
     },
     sys.stdout,

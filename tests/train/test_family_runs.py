@@ -12,7 +12,7 @@ import pytest
 from families import RECORD, run
 
 from attnimg import pipeline
-from attnimg.select import refused_types
+from attnimg.select import model_types
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.timeout(120)]
 
@@ -45,6 +45,6 @@ def test_a_type_comes_out_as_recorded(tmp_path: Path, name: str) -> None:
 def test_a_leak_that_no_table_knows_is_found_on_the_model_itself(
     tmp_path: Path, name: str, expected: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(refused_types, "rows", dict)
+    monkeypatch.setattr(model_types, "refused_types", dict)
     ((_, results),) = run([name], home=tmp_path)
     assert expected.items() <= results["packed"].items()

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from attnimg.facts import Arch, Machine
-from attnimg.machine.kernel_cache.triton import triton_settings
+from attnimg.machine.kernel_cache import triton_settings
 from recipes.artifact.elf import read_elf
 
 HERE = Path(__file__).parent

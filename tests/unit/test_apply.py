@@ -273,13 +273,15 @@ def choices(*pairs):
         for w, b in pairs
     ]
     return tuple(
-        GroupChoice(layers=group, verdict=Verdict(backend=backend, rank=1, reasons=()))
+        GroupChoice(
+            layers=group, verdict=Verdict(backend=backend_named(backend), rank=1, reasons=())
+        )
         for group, backend in groups
     )
 
 
 def test_layers_that_differ_run_their_own_backends_and_compute_the_same():
-    chosen = Verdict(backend="sdpa", rank=1, reasons=())
+    chosen = Verdict(backend=backend_named("sdpa"), rank=1, reasons=())
     groups = choices((8, "flash_attention_2"), (None, "sdpa"))
     plan = Plan(asked="auto", chosen=chosen, because="", verdicts=(chosen,), groups=groups)
     backend = apply.backend_of(plan)

@@ -19,12 +19,12 @@ from attnimg.backends import backend_named
 from attnimg.content_hashes import ContentHashes, cache_folder
 from attnimg.facts import Machine
 from attnimg.machine import probe
-from attnimg.select import problem
+from attnimg.select.attention_shapes import read_model
 from attnimg.verify.proofs import Setting, prove
 
 KERNEL = Path(__file__).parents[1] / "fixtures" / "flash_attn2"
 LARGE = 3 << 20
-SMALL = problem.read_model({"model_type": "llama", "hidden_size": 32, "num_attention_heads": 2})
+SMALL = read_model({"model_type": "llama", "hidden_size": 32, "num_attention_heads": 2})
 
 
 @pytest.fixture

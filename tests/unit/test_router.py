@@ -100,7 +100,7 @@ def plan_for(
 def test_groups_of_layers_get_their_own_backend_where_that_is_better(gpu, layers, asked, groups):
     dtype = "float16" if gpu == "t4" else "bfloat16"
     found = plan_for(gpu, layers, asked, dtype)
-    assert [choice.verdict.backend for choice in found.groups] == groups
+    assert [choice.verdict.backend.name for choice in found.groups] == groups
     assert found.chosen is not None
 
 

@@ -1,0 +1,305 @@
+"""Check whether this machine and this image fit a run. Pure: all comes in as arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from attnimg.backends import all_backends, backend_named, contrary_settings, runs_on
+from attnimg.facts import Machine, Reason
+from attnimg.machine.host import WORKING_FOLDER, Folder, Host
+from attnimg.machine.shipped_kernels import (
+    ShippedKernels,
+    reasons_against_shipped,
+    reasons_against_shipped_triton,
+)
+from attnimg.select.images import ImageFacts
+from attnimg.select.judge import older
+
+Status = Literal["ok", "warn", "fail"]
+
+_REBUILD = "build the child image again from a fresh attnimg image, and install without it"
+_DO_ABOUT_KERNELS = {
+    "kernels-arch": "run the image that is made for this GPU",
+    "kernels-mixed-gpus": "choose alike ones with CUDA_VISIBLE_DEVICES",
+    "kernels-driver": "update the host's driver",
+    "kernels-packages": "install the image's versions again, or use a fresh image",
+    "kernels-settings": "unset them, unless they are meant",
+}
+_GIB = 1 << 30
+# A checkpoint of a 7B LoRA run with its optimizer is under 1 GiB, a full one 80: below the first
+# nothing can be saved, below the second much can't.
+_DISK_FAIL, _DISK_WARN = 1 * _GIB, 20 * _GIB
+# Docker's default is 64 MiB; data loaders' workers and NCCL die of it with a bus error.
+# Source: https://github.com/NVIDIA/nccl/issues/290 (2026-11-21).
+_SHM_WARN = 1 * _GIB
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One line of a preflight.
+
+    Attributes:
+        code: what was looked at, "driver".
+        status: whether it is good enough.
+        what: what was found, in one sentence.
+        do: the fix; empty where there is nothing to fix.
+    """
+
+    code: str
+    status: Status
+    what: str
+    do: str = ""
+
+
+def examine(
+    machine: Machine,
+    host: Host,
+    *,
+    image: ImageFacts | None,
+    images: Mapping[str, ImageFacts],
+) -> tuple[Check, ...]:
+    """Return the result of every check; none stops the others.
+
+    Args:
+        machine: its GPU and driver.
+        host: its user, folders and packages.
+        image: what this image was built as; None outside an image.
+        images: every image there is, to name the right one.
+    """
+    name = f"attnimg:{image.name}" if image else "not in an attnimg image; judging the machine"
+    return (
+        Check("image", "ok", name),
+        *_check_gpu(machine, image, images),
+        *_check_packages(host, image),
+        *_check_shipped_kernels(machine, host),
+        *check_variants(machine, host),
+        _check_user(host),
+        *_check_folders(host),
+        _check_shared_memory(host),
+    )
+
+
+def _check_gpu(
+    machine: Machine, image: ImageFacts | None, images: Mapping[str, ImageFacts]
+) -> Iterator[Check]:
+    """Check GPU and driver; for a wrong image, name the right tag."""
+    if machine.driver_problem:
+        what = f"the GPU driver does not answer: {machine.driver_problem}"
+        do = "run nvidia-smi on the host; if it works there, start the container with --gpus all"
+        yield Check("driver", "fail", what, do)
+        return
+    if machine.arch.vendor == "cpu":
+        yield _without_gpu(image)
+        return
+    yield _architecture(machine, image, images)
+    if machine.other_archs:
+        what = f"GPUs differ: {machine.arch.name} and {', '.join(machine.other_archs)}"
+        yield Check("mixed-gpus", "warn", what, "choose alike ones with CUDA_VISIBLE_DEVICES")
+    if machine.driver is not None:
+        yield _driver(machine.driver, machine.arch.name, image, images)
+
+
+def _without_gpu(image: ImageFacts | None) -> Check:
+    if image is None or "cpu" in image.devices:
+        return Check("gpu", "ok", "no GPU; this is judged as a CPU machine")
+    what = f"no GPU is visible, and attnimg:{image.name} is for {' '.join(image.devices)}"
+    do = (
+        "start the container with --gpus all (AMD: --device /dev/kfd --device /dev/dri), "
+        "or run attnimg:cpu"
+    )
+    return Check("gpu", "fail", what, do)
+
+
+def _architecture(
+    machine: Machine, image: ImageFacts | None, images: Mapping[str, ImageFacts]
+) -> Check:
+    arch, shown = machine.arch.name, f"{machine.gpu} ({machine.arch.name})"
+    if image is None or arch in image.devices:
+        return Check("gpu", "ok", shown)
+    right = [
+        f"attnimg:{name}"
+        for name, other in images.items()
+        if arch in other.devices and other.channel == "stable"
+    ]
+    do = f"run {' or '.join(right)}" if right else "no image serves this GPU yet; run attnimg:cpu"
+    if "cpu" in image.devices:
+        what = f"attnimg:{image.name} does not use the {shown} that is here"
+        return Check("gpu", "warn", what, do)
+    what = f"attnimg:{image.name} has code for {' '.join(image.devices)}, the GPU is a {shown}"
+    return Check("gpu", "fail", what, do)
+
+
+def _driver(
+    driver: str, arch: str, image: ImageFacts | None, images: Mapping[str, ImageFacts]
+) -> Check:
+    floor = image.driver_min if image else None
+    if image is None or floor is None or not older(driver, floor):
+        return Check("driver", "ok", f"driver {driver}")
+    others = "".join(
+        f", or run attnimg:{name}"
+        for name, other in images.items()
+        if arch in other.devices and other.driver_min and not older(driver, other.driver_min)
+    )
+    what = f"driver {driver} is too old: attnimg:{image.name} needs {floor} or newer"
+    return Check("driver", "fail", what, f"update the host's driver{others}")
+
+
+def _check_packages(host: Host, image: ImageFacts | None) -> Iterator[Check]:
+    """Compare what is installed with the manifest, then look for kernels that hide one another."""
+    if image is not None:
+        yield from _against_manifest(host, image)
+    # Kernels of which only a part was compiled (`make wheels/NAME TRIM=1`).
+    if small := [
+        f"{name} {text}" for name, text in host.installed.items() if text.endswith("+trim")
+    ]:
+        what = (
+            f"only a part of {' and '.join(small)} was compiled: some precisions, head sizes and "
+            "features are missing"
+        )
+        do = "build the image from whole wheels, without TRIM=1; a small one is not published"
+        yield Check("trimmed", "warn", what, do)
+    shadowing = [*_shadowing(host)]
+    yield from shadowing
+    if not shadowing:
+        yield Check("shadowing", "ok", "no kernel is hidden by another one")
+
+
+def _against_manifest(host: Host, image: ImageFacts) -> Iterator[Check]:
+    differ = {
+        name: f"{name} {version} -> {host.installed.get(name, 'gone')}"
+        for name, version in image.packages.items()
+        if host.installed.get(name) != version
+    }
+    vital = [differ.pop(name) for name in ("torch", *image.kernels) if name in differ]
+    if vital:
+        what = f"not what attnimg:{image.name} was built and tested with: {', '.join(vital)}"
+        yield Check("packages", "fail", what, _REBUILD)
+    if differ:
+        what = f"changed since attnimg:{image.name} was built: {', '.join(differ.values())}"
+        do = "attnimg selftest tells whether they still work together"
+        yield Check("packages", "warn", what, do)
+    if not vital and not differ:
+        yield Check("packages", "ok", f"all {len(image.packages)} packages are the image's")
+
+
+def _shadowing(host: Host) -> Iterator[Check]:
+    # flash-attn's own sdist brings 20 files of an old FlashAttention-4 over the real ones.
+    if host.cute_owners and host.cute_owners != ("flash-attn-4",):
+        what = (
+            f"flash_attn/cute/, FlashAttention-4's, is claimed by {' and '.join(host.cute_owners)}"
+        )
+        do = (
+            "install a flash-attn wheel without flash_attn/cute (attnimg's images have one), "
+            "then: pip install --force-reinstall --no-deps flash-attn-4"
+        )
+        yield Check("shadowing", "fail", what, do)
+    for name, files in host.damaged.items():
+        shown = ", ".join(files[:3]) + (f" and {len(files) - 3} more" if len(files) > 3 else "")
+        do = f"pip install --force-reinstall --no-deps {name}, or a fresh image"
+        yield Check("damaged", "fail", f"{name}: missing or not as installed: {shown}", do)
+    for package, (first, *hidden) in host.shadows.items():
+        what = f"{package} in {first} hides the one in {' and '.join(hidden)}"
+        do = f"remove {first}/{package}, or take {first} off PYTHONPATH"
+        yield Check("shadowing", "fail", what, do)
+
+
+def _check_shipped_kernels(machine: Machine, host: Host) -> Iterator[Check]:
+    """Check whether the image's kernels are found; nothing without such kernels or a GPU."""
+    if machine.arch.vendor != "nvidia":
+        return
+    if host.shipped_kernels:
+        reasons = reasons_against_shipped(host.shipped_kernels, machine)
+        yield _shipped("kernels", "FlashAttention-4", host.shipped_kernels, reasons, machine)
+    sage = backend_named("sage")
+    if host.shipped_triton and sage and runs_on(sage.needs, machine.arch):
+        reasons = reasons_against_shipped_triton(host.shipped_triton, machine)
+        yield _shipped("Triton kernels", "SageAttention", host.shipped_triton, reasons, machine)
+
+
+def _shipped(
+    kind: str, whose: str, shipped: ShippedKernels, reasons: tuple[Reason, ...], machine: Machine
+) -> Check:
+    code, arch = kind.lower().replace(" ", "-"), machine.arch.name
+    if shipped.settings:
+        text = f"set here: {', '.join(shipped.settings)}"
+        reasons = (*reasons, Reason(code="kernels-settings", text=text))
+    if not reasons:
+        what = f"{whose} finds its {kind} for {arch} compiled: {shipped.kernels[arch]}"
+        return Check(code, "ok", what)
+    what = (
+        f"{whose} does not use the {kind} compiled with the image, so that each is compiled at its "
+        f"first call: {'; '.join(reason.text for reason in reasons)}"
+    )
+    do = dict.fromkeys(_DO_ABOUT_KERNELS[reason.code] for reason in reasons)
+    return Check(code, "warn", what, "; ".join(do))
+
+
+def check_variants(machine: Machine, host: Host) -> Iterator[Check]:
+    """Return which kernels run, for each installed package with several sets for AMD GPUs."""
+    arch = machine.arch.name
+    for backend in all_backends():
+        variant = backend.variants.get(arch)
+        if variant is None or backend.needs.packages[0][0] not in host.installed:
+            continue
+        kernels = f"{backend.needs.packages[0][0]}'s {variant.name} kernels"
+        if against := contrary_settings(backend, machine.arch, machine.variables):
+            what = f"{backend.name} is refused on {arch}, where it runs {kernels}: "
+            do = f"unset {against[0].partition('=')[0]}"
+            yield Check("variant", "warn", f"{what}found {against[0]}", do)
+        else:
+            yield Check("variant", "ok", f"{backend.name} on {arch} runs {kernels}")
+
+
+def _check_user(host: Host) -> Check:
+    """Check the user's name, which PyTorch's compiler asks for."""
+    if host.user is None:
+        what = f"user {host.uid} has no name: torch.compile stops with a KeyError of getpwuid"
+        do = "set USER and LOGNAME, for example -e USER=me -e LOGNAME=me"
+        return Check("user", "fail", what, do)
+    if host.uid == 0:
+        what = f"{host.user} (0); as root, so what it writes on a mounted folder is root's"
+        return Check("user", "warn", what, "start the container with --user $(id -u):$(id -g)")
+    return Check("user", "ok", f"{host.user} ({host.uid})")
+
+
+def _check_folders(host: Host) -> Iterator[Check]:
+    """Check HOME, the caches and the working folder: writable, and with room.
+
+    Folders with the same result share a line: the caches are mostly on one volume.
+    """
+    alike: dict[Check, list[str]] = {}
+    for folder in host.folders:
+        name = f"{folder.role} ({folder.path or 'not set'})"
+        alike.setdefault(_check_folder(folder, uid=host.uid), []).append(name)
+    for check, names in alike.items():
+        yield Check(check.code, check.status, f"{', '.join(names)}: {check.what}", check.do)
+
+
+def _check_folder(folder: Folder, *, uid: int) -> Check:
+    if not folder.writable:
+        what = f"not writable for user {uid}"
+        if folder.role == WORKING_FOLDER:
+            # An output_dir elsewhere works, so this alone stops nothing.
+            do = "mount a folder of this user's there: -v $PWD:/workspace"
+            return Check("folder", "warn", what, do)
+        return Check(
+            "folder", "fail", what, "mount a volume that this user may write: -v cache:/cache"
+        )
+    if folder.free_bytes is None:
+        return Check("folder", "ok", "writable")
+    free = f"{folder.free_bytes / _GIB:.1f} GiB free"
+    if folder.free_bytes >= _DISK_WARN:
+        return Check("folder", "ok", f"writable, {free}")
+    status: Status = "fail" if folder.free_bytes < _DISK_FAIL else "warn"
+    what = f"{free}, a checkpoint may need more"
+    return Check("disk", status, what, "mount a larger volume there")
+
+
+def _check_shared_memory(host: Host) -> Check:
+    if host.shm_bytes is not None and host.shm_bytes >= _SHM_WARN:
+        return Check("shm", "ok", f"/dev/shm {host.shm_bytes / _GIB:.1f} GiB")
+    size = "absent" if host.shm_bytes is None else f"{host.shm_bytes / (1 << 20):.0f} MiB"
+    what = f"/dev/shm is {size}; data loaders' workers and several GPUs need more"
+    return Check("shm", "warn", what, "start the container with --shm-size=8g, or with --ipc=host")

@@ -1,0 +1,385 @@
+"""What `attnimg doctor` finds on machines that are not this one."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from attnimg.facts import Arch, Machine
+from attnimg.machine.doctor import Check, check_variants, examine
+from attnimg.machine.fingerprint import RELEASE
+from attnimg.machine.host import WORKING_FOLDER, Folder, Host
+from attnimg.machine.shipped_kernels import ShippedKernels
+from attnimg.select.images import ImageFacts, catalogue
+
+GIB = 1 << 30
+HOME = Folder(role="HOME", path="/cache/home", writable=True, free_bytes=500 * GIB)
+WORK = Folder(role=WORKING_FOLDER, path="/workspace", writable=True, free_bytes=500 * GIB)
+PACKAGES = {"torch": "2.14.1", "flash-attn": "2.8.3.post2", "rich": "15.0.0"}
+HOST = Host(
+    uid=1000,
+    user="attnimg",
+    home="/cache/home",
+    folders=(HOME, WORK),
+    shm_bytes=8 * GIB,
+    installed=PACKAGES,
+    cute_owners=("flash-attn-4",),
+    damaged={},
+    shadows={},
+)
+BUILT = {
+    "python": "3.11",
+    RELEASE: "3.11.2",
+    "quack-kernels": "0.6.5",
+    "flash_attn/cute": "ab" * 32,
+}
+SHIPPED = ShippedKernels(key="0123", built=BUILT, found=BUILT, kernels={"sm_90": 200})
+IMAGES = catalogue()
+HOPPER: ImageFacts = replace(IMAGES["hopper"], packages=PACKAGES)
+CPU = replace(IMAGES["cpu"], packages=PACKAGES)
+
+
+def gpu(name: str, *, driver: str = "590.10", **facts: object) -> Machine:
+    digits = name.removeprefix("sm_")
+    arch = Arch(name=name, vendor="nvidia", capability=(int(digits[:-1]), int(digits[-1])))
+    return Machine(arch=arch, gpu="NVIDIA GPU", driver=driver, **facts)  # type: ignore[arg-type]
+
+
+NO_GPU = Machine(arch=Arch(name="cpu", vendor="cpu"), gpu="cpu")
+H100 = gpu("sm_90")
+
+
+def findings(
+    machine: Machine = H100, host: Host = HOST, *, image: ImageFacts | None = HOPPER
+) -> list[Check]:
+    return [
+        check
+        for check in examine(machine, host, image=image, images=IMAGES)
+        if check.status != "ok"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("machine", "image"),
+    [
+        pytest.param(H100, HOPPER, id="hopper on an H100"),
+        pytest.param(NO_GPU, CPU, id="cpu without a GPU"),
+        pytest.param(NO_GPU, None, id="no image, no GPU"),
+        pytest.param(H100, None, id="no image, a GPU"),
+    ],
+)
+def test_nothing_is_wrong(machine: Machine, image: ImageFacts | None) -> None:
+    assert findings(machine, image=image) == []
+
+
+@pytest.mark.parametrize(
+    ("machine", "image", "status", "what", "do"),
+    [
+        pytest.param(
+            gpu("sm_100"), HOPPER, "fail", "sm_100", "attnimg:blackwell",
+            id="hopper on a B200 names blackwell",
+        ),
+        pytest.param(
+            gpu("sm_86"), HOPPER, "fail", "sm_86", "attnimg:ampere",
+            id="hopper on an A10G names ampere",
+        ),
+        pytest.param(
+            gpu("sm_70"), HOPPER, "fail", "sm_70", "attnimg:cpu",
+            id="a GPU that no image serves is told",
+        ),
+        pytest.param(
+            H100, CPU, "warn", "does not use", "attnimg:hopper", id="cpu on an H100 names hopper",
+        ),
+        pytest.param(
+            NO_GPU, HOPPER, "fail", "no GPU is visible", "--gpus all", id="a GPU image needs a GPU",
+        ),
+        pytest.param(
+            gpu("sm_90", driver="535.104"), HOPPER, "fail", "535.104 is too old", "update",
+            id="an old driver is refused with the floor",
+        ),
+        pytest.param(
+            gpu("sm_90", driver_problem="NVML: version mismatch"), HOPPER, "fail", "mismatch",
+            "nvidia-smi", id="a driver that fails is quoted",
+        ),
+        pytest.param(
+            gpu("sm_90", other_archs=("sm_80",)), HOPPER, "warn", "sm_80", "CUDA_VISIBLE_DEVICES",
+            id="GPUs that differ are told",
+        ),
+    ],
+)  # fmt: skip
+def test_gpu_and_driver(
+    machine: Machine, image: ImageFacts, status: str, what: str, do: str
+) -> None:
+    (found,) = findings(machine, image=image)
+    assert found.status == status
+    assert what in found.what
+    assert do in found.do
+
+
+@pytest.mark.parametrize(
+    ("host", "status", "what"),
+    [
+        pytest.param(
+            replace(HOST, installed={**PACKAGES, "torch": "2.12.1"}),
+            "fail", "torch 2.14.1 -> 2.12.1", id="another torch fails",
+        ),
+        pytest.param(
+            replace(HOST, installed={"torch": "2.14.1", "rich": "15.0.0"}),
+            "fail", "flash-attn 2.8.3.post2 -> gone", id="a kernel that is gone fails",
+        ),
+        pytest.param(
+            replace(HOST, installed={**PACKAGES, "rich": "16.0.0"}),
+            "warn", "rich 15.0.0 -> 16.0.0", id="another rich warns",
+        ),
+        pytest.param(
+            replace(HOST, installed={**PACKAGES, "einops": "1"}), None, "",
+            id="a package more is nobody's business",
+        ),
+        pytest.param(
+            replace(HOST, cute_owners=("flash-attn", "flash-attn-4")),
+            "fail", "flash-attn and flash-attn-4", id="two owners of flash_attn/cute fail",
+        ),
+        pytest.param(
+            replace(HOST, damaged={"flash-attn-4": ("a.py", "b.py", "c.py", "d.py")}),
+            "fail", "and 1 more", id="changed files fail",
+        ),
+        pytest.param(
+            replace(HOST, shadows={"flash_attn": ("/a", "/b")}),
+            "fail", "/a hides the one in /b", id="a kernel in two folders fails",
+        ),
+        pytest.param(replace(HOST, user=None, uid=77), "fail", "77", id="a nameless user fails"),
+        pytest.param(replace(HOST, user="root", uid=0), "warn", "root", id="root warns"),
+        pytest.param(
+            replace(HOST, folders=(replace(HOME, writable=False), WORK)),
+            "fail", "HOME", id="a HOME that can't be written fails",
+        ),
+        pytest.param(
+            replace(HOST, folders=(HOME, replace(WORK, writable=False))),
+            "warn", "/workspace", id="a working folder that can't be written warns",
+        ),
+        pytest.param(
+            replace(HOST, folders=(replace(HOME, free_bytes=GIB // 2), WORK)),
+            "fail", "0.5 GiB", id="no room fails",
+        ),
+        pytest.param(
+            replace(HOST, folders=(replace(HOME, free_bytes=5 * GIB), WORK)),
+            "warn", "5.0 GiB", id="little room warns",
+        ),
+        pytest.param(replace(HOST, shm_bytes=64 << 20), "warn", "64 MiB", id="Docker's shm warns"),
+        pytest.param(replace(HOST, shm_bytes=None), "warn", "absent", id="no shm warns"),
+    ],
+)  # fmt: skip
+def test_host_and_packages(host: Host, status: str | None, what: str) -> None:
+    found = findings(host=host)
+    assert [check.status for check in found] == ([status] if status else [])
+    assert all(what in check.what for check in found)
+    assert all(check.do for check in found), "each finding has its fix"
+
+
+def test_a_kernel_of_which_a_part_was_compiled_is_told_although_the_image_has_it() -> None:
+    packages = {**PACKAGES, "flash-attn": "2.8.3.post2+trim"}
+    host, image = replace(HOST, installed=packages), replace(HOPPER, packages=packages)
+    (found,) = findings(host=host, image=image)
+    assert (found.code, found.status) == ("trimmed", "warn")
+    assert "flash-attn 2.8.3.post2+trim" in found.what
+    assert "without TRIM=1" in found.do
+
+
+def test_one_fault_hides_no_other() -> None:
+    host = replace(HOST, user=None, shm_bytes=None, cute_owners=("flash-attn",))
+    codes = {check.code for check in findings(NO_GPU, host)}
+    assert {"gpu", "user", "shm", "shadowing"} <= codes
+
+
+def with_kernels(**facts: object) -> Host:
+    return replace(HOST, shipped_kernels=replace(SHIPPED, **facts))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("machine", "host", "what", "do"),
+    [
+        pytest.param(
+            H100, with_kernels(found={**BUILT, "python": "3.12"}),
+            "python 3.11 -> 3.12", "fresh image", id="another Python",
+        ),
+        pytest.param(
+            H100, with_kernels(found={**BUILT, RELEASE: "3.11.7"}),
+            "python release 3.11.2 -> 3.11.7", "fresh image", id="another patch release of Python",
+        ),
+        pytest.param(
+            H100, with_kernels(found={**BUILT, "quack-kernels": "0.6.6"}),
+            "quack-kernels 0.6.5 -> 0.6.6", "fresh image", id="another quack",
+        ),
+        pytest.param(
+            H100, with_kernels(found={**BUILT, "flash_attn/cute": "cd" * 32}),
+            "flash_attn/cute abababababab -> cdcdcdcdcdcd", "fresh image", id="changed sources",
+        ),
+        pytest.param(
+            H100, with_kernels(found={**BUILT, "quack-kernels": "absent"}),
+            "-> absent", "fresh image", id="a package that is gone",
+        ),
+        pytest.param(
+            gpu("sm_90", driver="575.51.03"), with_kernels(),
+            "driver 580 or newer, found 575.51.03", "driver", id="a driver of CUDA 12",
+        ),
+        pytest.param(
+            H100, with_kernels(kernels={"sm_100": 200}), "for sm_100, found sm_90", "image",
+            id="another GPU's kernels",
+        ),
+        pytest.param(
+            gpu("sm_90", other_archs=("sm_80",)), with_kernels(), "sm_90 and sm_80",
+            "CUDA_VISIBLE_DEVICES", id="GPUs that differ",
+        ),
+        pytest.param(
+            H100, with_kernels(settings=("FA_LOG_LEVEL",)), "set here: FA_LOG_LEVEL", "unset",
+            id="a variable that asks for other kernels",
+        ),
+    ],
+)  # fmt: skip
+def test_shipped_kernels_that_are_missed(machine: Machine, host: Host, what: str, do: str) -> None:
+    (found,) = (check for check in findings(machine, host, image=None) if check.code == "kernels")
+    assert found.status == "warn"
+    assert what in found.what
+    assert do in found.do
+
+
+@pytest.mark.parametrize(
+    "host",
+    [
+        pytest.param(with_kernels(), id="the same of all"),
+        pytest.param(
+            with_kernels(built={name: BUILT[name] for name in BUILT if name != RELEASE}),
+            id="a manifest from before Python's release was in it",
+        ),
+    ],
+)
+def test_shipped_kernels_that_are_found(host: Host) -> None:
+    checks = examine(H100, host, image=HOPPER, images=IMAGES)
+    (found,) = (check for check in checks if check.code == "kernels")
+    assert found.status == "ok"
+    assert "its kernels for sm_90 compiled: 200" in found.what
+
+
+@pytest.mark.parametrize(
+    ("machine", "host"),
+    [
+        pytest.param(H100, HOST, id="an image without such kernels"),
+        pytest.param(NO_GPU, with_kernels(), id="no GPU"),
+    ],
+)
+def test_of_shipped_kernels_nothing_is_said(machine: Machine, host: Host) -> None:
+    checks = examine(machine, host, image=None, images=IMAGES)
+    assert "kernels" not in {check.code for check in checks}
+
+
+TRITON = {
+    "python": "3.11",
+    "triton": "3.8.0",
+    "triton/*.py": "ab" * 32,
+    "sageattention": "2.2.0",
+    "sageattention/*.py": "ab" * 32,
+    "bytes of triton/_C/libtriton.so": "505687320",
+    "bytes of triton/backends/nvidia/bin/ptxas": "34931056",
+}
+SHIPPED_TRITON = ShippedKernels(
+    key="0123", built=TRITON, found=TRITON, kernels={"sm_90": 122, "sm_89": 120}
+)
+
+
+def triton_check(machine: Machine = H100, **facts: object) -> Check:
+    shipped = replace(SHIPPED_TRITON, **facts)  # type: ignore[arg-type]
+    checks = examine(machine, replace(HOST, shipped_triton=shipped), image=None, images=IMAGES)
+    (check,) = (check for check in checks if check.code == "triton-kernels")
+    return check
+
+
+@pytest.mark.parametrize(
+    ("name", "here", "what"),
+    [
+        ("python", "3.12", "python 3.11 -> 3.12"),
+        ("triton", "3.9.0", "triton 3.8.0 -> 3.9.0"),
+        ("triton/*.py", "cd" * 32, "triton/*.py abababababab -> cdcdcdcdcdcd"),
+        ("sageattention", "2.3.0", "sageattention 2.2.0 -> 2.3.0"),
+        ("sageattention/*.py", "cd" * 32, "sageattention/*.py abababababab -> cdcdcdcdcdcd"),
+        (
+            "bytes of triton/_C/libtriton.so", "505687321",
+            "bytes of triton/_C/libtriton.so 505687320 -> 505687321",
+        ),
+        (
+            "bytes of triton/backends/nvidia/bin/ptxas", "absent",
+            "bytes of triton/backends/nvidia/bin/ptxas 34931056 -> absent",
+        ),
+    ],
+)  # fmt: skip
+def test_triton_kernels_of_other_packages_are_missed(name: str, here: str, what: str) -> None:
+    check = triton_check(found={**TRITON, name: here})
+    assert check.status == "warn"
+    assert check.what.endswith(f"compiled with another: {what}")
+    assert "fresh image" in check.do
+
+
+@pytest.mark.parametrize(
+    ("machine", "facts", "what", "do"),
+    [
+        pytest.param(
+            gpu("sm_86"), {}, "for sm_90 sm_89, found sm_86", "image", id="another GPU"
+        ),
+        pytest.param(
+            gpu("sm_90", other_archs=("sm_86",)), {}, "found sm_86", "image", id="one of two GPUs"
+        ),
+        pytest.param(
+            H100, {"settings": ("TRITON_DEBUG",)}, "set here: TRITON_DEBUG", "unset",
+            id="a variable that asks for other kernels",
+        ),
+        pytest.param(
+            H100, {"found": {**TRITON, "python": "3.12", "triton": "3.9.0"}},
+            "python 3.11 -> 3.12; compiled with another: triton 3.8.0 -> 3.9.0", "fresh image",
+            id="one reason hides no other",
+        ),
+    ],
+)  # fmt: skip
+def test_triton_kernels_that_are_missed(
+    machine: Machine, facts: dict[str, object], what: str, do: str
+) -> None:
+    check = triton_check(machine, **facts)
+    assert check.status == "warn"
+    assert what in check.what
+    assert do in check.do
+
+
+def test_triton_kernels_that_are_found() -> None:
+    for machine in (H100, gpu("sm_90", other_archs=("sm_89",)), gpu("sm_90", driver="575.51.03")):
+        check = triton_check(machine)
+        assert (check.status, check.do) == ("ok", "")
+        assert check.what == "SageAttention finds its Triton kernels for sm_90 compiled: 122"
+
+
+def test_of_triton_kernels_nothing_is_said_where_sageattention_does_not_run() -> None:
+    host = replace(HOST, shipped_triton=replace(SHIPPED_TRITON, kernels={"sm_120": 90}))
+    checks = examine(gpu("sm_100"), host, image=None, images=IMAGES)
+    assert "triton-kernels" not in {check.code for check in checks}
+
+
+def test_of_triton_kernels_nothing_is_said_without_a_gpu() -> None:
+    host = replace(HOST, shipped_triton=SHIPPED_TRITON)
+    checks = examine(NO_GPU, host, image=None, images=IMAGES)
+    assert "triton-kernels" not in {check.code for check in checks}
+
+
+@pytest.mark.parametrize(
+    ("gpu", "variables", "status", "what"),
+    [
+        ("gfx1100", {}, "ok", "flash-attn's Triton kernels"),
+        ("gfx942", {}, "ok", "flash-attn's CK kernels"),
+        ("gfx1100", {"FLASH_ATTENTION_TRITON_AMD_ENABLE": "FALSE"}, "warn", "ENABLE=FALSE"),
+    ],
+)
+def test_the_kernels_that_an_amd_gpu_runs_are_named(
+    gpu: str, variables: dict[str, str], status: str, what: str
+) -> None:
+    machine = Machine(arch=Arch(name=gpu, vendor="amd"), gpu=gpu, variables=variables)
+    host = replace(HOST, installed={"flash-attn": "2.8.3.post2"})
+    (check,) = check_variants(machine, host)
+    assert check.status == status
+    assert what in check.what
