@@ -38,32 +38,46 @@ def run(arguments: list[str], *, debug: bool = False) -> int:
         with memory_errors():
             run_command(arguments)
     except SystemExit as done:  # every command ends so, after a wrong argument too
-        return done.code if isinstance(done.code, int) else 1
+        code = done.code if isinstance(done.code, int) else 1
+        if code in (1, 2):
+            _tell_ranks(arguments, f"exit code {code}, see its output")
+        return code
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # what reads the output has ended, such as head
         sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115  for Python's last flush
         return 1
-    except AttnimgError as error:
-        _say(str(error), debug=debug)
-        return error.exit_code
-    except Warning as error:
-        _say(str(_raised_warning(error)), debug=debug)
-        return 2
-    except Exception as error:  # the edge: whatever escaped is a fault of attnimg's own
-        from attnimg.train.environment import as_bad_environment  # not for check, which is quick
-
-        if (refusal := as_bad_environment(error, os.environ)) is not None:
-            _say(str(refusal), debug=debug)
-            return refusal.exit_code
-        fault = AttnimgError(
-            f"it failed with {type(error).__name__}, which it should have foreseen",
-            why=" ".join(str(error).split())[:300] or "it said nothing more",
-            do="run it again with --debug and report what it prints",
-        )
-        _say(str(fault), debug=debug)
-        return 1
+    except Exception as error:
+        failure = _as_failure(error)
+        _say(str(failure), debug=debug)
+        if failure.code != "rank-lost":
+            _tell_ranks(arguments, failure.what)
+        return failure.exit_code
     return 0
+
+
+def _as_failure(error: Exception) -> AttnimgError:
+    """Return the error to print for any error; what is not foreseen is a fault of attnimg's own."""
+    if isinstance(error, AttnimgError):
+        return error
+    if isinstance(error, Warning):
+        return _raised_warning(error)
+    from attnimg.train.environment import as_bad_environment  # not for check, which is quick
+
+    return as_bad_environment(error, os.environ) or AttnimgError(
+        f"it failed with {type(error).__name__}, which it should have foreseen",
+        why=" ".join(str(error).split())[:300] or "it said nothing more",
+        do="run it again with --debug and report what it prints",
+        exit_code=1,
+    )
+
+
+def _tell_ranks(arguments: list[str], text: str) -> None:
+    """End the other processes of a training run, which wait for this one."""
+    if arguments[:1] == ["train"]:
+        from attnimg.train.distributed import report_failure
+
+        report_failure(text)
 
 
 def _raised_warning(error: Warning) -> AttnimgError:

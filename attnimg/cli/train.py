@@ -99,6 +99,8 @@ def _valid(checked: Checked, console: Console) -> Config:
     """Print what is wrong with the config and stop, or print its warnings and go on."""
     from attnimg.cli import as_text
 
+    if not checked.ok:
+        console.quiet = False  # a rank that is refused says why, whichever it is
     as_text.print_findings(checked, err=console)
     if checked.config is None or not checked.ok:
         raise SystemExit(2)

@@ -8,6 +8,7 @@ import logging
 import os
 import re
 import signal
+import socket
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -15,7 +16,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from attnimg.errors import AttnimgError
 
@@ -36,6 +37,13 @@ _LOST = re.compile(
 
 # Seconds for the other processes to answer, after an exchange has failed.
 _ANSWER_S = 5.0
+# Seconds that processes wait for one another before the group exists, unless ddp_timeout is set:
+# torch's default with gloo.
+# Source: torch 2.13, distributed/constants.py and c10d's Backend.hpp (2026-11-27).
+_JOIN_S = 1800.0
+# Seconds that a process that has failed waits for the others to read why.
+_NOTICE_S = 30.0
+_POLL_S = 0.05
 
 
 def world_size() -> int:
@@ -69,10 +77,11 @@ def require_group() -> None:
     numbers = {name: text for name, text in found.items() if name not in ("MASTER_ADDR",)}
     odd = [name for name, text in numbers.items() if not (text.isascii() and text.isdigit())]
     missing = [name for name in _GROUP if not found.get(name)]
-    if not odd and not missing and rank() < world_size() and _number("LOCAL_RANK", 0) <= rank():
+    in_range = _number("LOCAL_RANK", 0) <= rank() < world_size() and _port() < 2**16
+    if not odd and not missing and in_range:
         return
     shown = ", ".join(f"{name}={text}" for name, text in found.items())
-    needed = "numbers with LOCAL_RANK <= RANK < WORLD_SIZE"
+    needed = "numbers with LOCAL_RANK <= RANK < WORLD_SIZE and MASTER_PORT < 65536"
     if missing:
         needed = f"all of {', '.join(_GROUP)}, as torchrun sets them, or none"
     raise AttnimgError(
@@ -97,12 +106,145 @@ def join(*, cpu: bool, timeout_s: float | None) -> None:
     from accelerate import PartialState
 
     if not torch.distributed.is_initialized():
+        store = _meet(timeout_s)
         waits = {} if timeout_s is None else {"timeout": timedelta(seconds=timeout_s)}
         with lost_rank_errors(timeout_s):
             PartialState(cpu=cpu, **waits)
+        del store  # of rank 0 until here: torch's own store uses its server
         # A process that ends with gloo's threads still running aborts now and then, after all is
         # done, and torchrun would report a failed run.
         atexit.register(_leave)
+
+
+def _meet(timeout_s: float | None) -> Any:
+    """Wait until every process wants to join, and return the store in which they say so.
+
+    Raises:
+        AttnimgError: a process failed before, or did not come in time (code rank-lost).
+    """
+    deadline = time.monotonic() + (_JOIN_S if timeout_s is None else timeout_s)
+    store = _open_store(deadline)
+    if store is None:
+        raise _lost([0], timeout_s, found=f"no server at {':'.join(map(str, _address()))}")
+    others = [other for other in range(world_size()) if other != rank()]
+    try:
+        store.set(_key("joins", rank()), str(world_size()))
+        while others:
+            for other in others:
+                _require_member(store, other)
+            others = [other for other in others if not store.check([_key("joins", other)])]
+            if others and time.monotonic() > deadline:
+                raise _lost(others, timeout_s, found="it did not join the group")
+            time.sleep(_POLL_S if others else 0)
+    except RuntimeError as error:  # the store's process has ended
+        raise _lost([0], timeout_s, found=str(error).splitlines()[0]) from error
+    return store
+
+
+def _require_member(store: Any, other: int) -> None:
+    """Raise where another process has failed, or is of a group of another size."""
+    if store.check([_key("failed", other)]):
+        text = store.get(_key("failed", other)).decode(errors="replace")
+        store.set(_key("read", rank()), b"1")
+        raise AttnimgError(
+            f"rank {other} of {world_size()} ended before the group was complete",
+            why=f"found on rank {other}: {text}",
+            do=f"correct what rank {other} printed, and start all processes again",
+            code="rank-lost",
+            exit_code=1,
+        )
+    if store.check([_key("joins", other)]):
+        size = store.get(_key("joins", other)).decode(errors="replace")
+        if size != str(world_size()):
+            store.set(_key("read", rank()), b"1")
+            raise AttnimgError(
+                "the processes do not agree: WORLD_SIZE",
+                why=f"WORLD_SIZE: rank {rank()} has {world_size()}, rank {other} has {size}",
+                do="start all processes with one torchrun command, or set one WORLD_SIZE",
+                code="rank-mismatch",
+                exit_code=1,
+            )
+
+
+def report_failure(text: str) -> None:
+    """Let the processes that wait for this one to join end at once, with the reason.
+
+    After the group exists, they lose its connection, and need no other sign.
+
+    Args:
+        text: why this process ends, one line.
+    """
+    if world_size() == 1:
+        return
+    try:
+        require_group()
+        import torch
+
+        if torch.distributed.is_initialized():
+            return
+        deadline = time.monotonic() + _NOTICE_S
+        store = _open_store(deadline)
+        if store is None:
+            return
+        store.set(_key("failed", rank()), text[:500].encode())
+        others = [other for other in range(world_size()) if other != rank()]
+        while _hosts_store() and others and time.monotonic() < deadline:
+            others = [
+                other
+                for other in others
+                if not any(store.check([_key(did, other)]) for did in ("read", "failed"))
+            ]
+            time.sleep(_POLL_S)
+    except (AttnimgError, RuntimeError, ValueError, ImportError):
+        return  # this process ends with its own failure, whatever hinders the notice
+
+
+def _open_store(deadline: float) -> Any:
+    """Return the key-value store of the group; None where nobody serves it until a deadline."""
+    from torch.distributed import TCPStore
+
+    host, port = _address()
+    while not _hosts_store() and not _is_served(host, port):
+        if time.monotonic() > deadline:
+            return None
+        time.sleep(_POLL_S)
+    wait = timedelta(seconds=max(1.0, deadline - time.monotonic()))
+    return TCPStore(
+        host, port, world_size(), _hosts_store(), wait, wait_for_workers=False, multi_tenant=True
+    )
+
+
+def _hosts_store() -> bool:
+    """Return whether this process serves the store; torchrun's agent does where it says so.
+
+    Source: torch 2.13, distributed/rendezvous.py, _create_c10d_store (2026-11-27).
+    """
+    return rank() == 0 and not _agent_hosts_store()
+
+
+def _agent_hosts_store() -> bool:
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == str(True)
+
+
+def _is_served(host: str, port: int) -> bool:
+    try:
+        socket.create_connection((host, port), timeout=_ANSWER_S).close()
+    except OSError:
+        return False
+    return True
+
+
+def _address() -> tuple[str, int]:
+    return os.environ["MASTER_ADDR"], _port()
+
+
+def _port() -> int:
+    return _number("MASTER_PORT", 0)
+
+
+def _key(did: str, number: int) -> str:
+    """Return the key under which a process says something; torchrun may restart a group."""
+    return f"attnimg/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{did}/{number}"
 
 
 def _leave() -> None:
@@ -178,32 +320,39 @@ def lost_rank_errors(timeout_s: float | None) -> Iterator[None]:
     except RuntimeError as error:
         if world_size() == 1 or not _LOST.search(str(error)):
             raise
-        lost = _ranks_without_answer()
-        who = f"rank {', '.join(map(str, lost))}" if lost else "another process"
-        limit = "torch's default timeout" if timeout_s is None else f"ddp_timeout: {timeout_s:g} s"
-        raise AttnimgError(
-            f"{who} of {world_size()} did not answer",
-            why=f"rank {rank()} waited for {limit}, or lost its connection\n"
-            f"found {str(error).splitlines()[0]}",
-            do="check the output of that process and its GPU; raise ddp_timeout if a step or an "
-            "evaluation takes longer",
-            code="rank-lost",
-            key="ddp_timeout",
-            exit_code=1,
-        ) from error
+        found = str(error).splitlines()[0]
+        raise _lost(_ranks_without_answer(), timeout_s, found=found) from error
+
+
+def _lost(lost: list[int], timeout_s: float | None, *, found: str) -> AttnimgError:
+    who = f"rank {', '.join(map(str, lost))}" if lost else "another process"
+    limit = "torch's default timeout" if timeout_s is None else f"ddp_timeout: {timeout_s:g} s"
+    return AttnimgError(
+        f"{who} of {world_size()} did not answer",
+        why=f"rank {rank()} waited for {limit}, or lost its connection\nfound {found}",
+        do="check the output of that process and its GPU; raise ddp_timeout if a step or an "
+        "evaluation takes longer",
+        code="rank-lost",
+        key="ddp_timeout",
+        exit_code=1,
+    )
 
 
 def _ranks_without_answer() -> list[int]:
     """Return the processes that do not write to the group's store within _ANSWER_S seconds."""
     from torch.distributed.distributed_c10d import _get_default_store
 
+    rank_0_hosts = rank() != 0 and not _agent_hosts_store()
     try:
         store = _get_default_store()
         store.set(f"attnimg/alive/{rank()}", "1")
-        time.sleep(_ANSWER_S)
+        # Rank 0 asks last: the store that it hosts ends with it.
+        time.sleep(_ANSWER_S * 0.8 if rank_0_hosts else _ANSWER_S)
+        if rank_0_hosts and not _is_served(*_address()):
+            return [0]
         return [r for r in range(world_size()) if not store.check([f"attnimg/alive/{r}"])]
     except (RuntimeError, ValueError):  # the store's process has ended, or there is no store
-        return []
+        return [0] if rank_0_hosts else []
 
 
 def gathered(mine: T) -> list[T]:

@@ -22,7 +22,14 @@ from attnimg.train import metrics
 from attnimg.train.arguments import plan_steps
 from attnimg.train.attention_check import AttentionCheck
 from attnimg.train.checkpoint import ResumePoint, read_state
-from attnimg.train.distributed import StopFlag, Stopped, join, rank, world_size
+from attnimg.train.distributed import (
+    StopFlag,
+    Stopped,
+    join,
+    lost_rank_errors,
+    rank,
+    world_size,
+)
 from attnimg.train.identity import identity_of
 from attnimg.train.metrics import draw_loss
 from attnimg.train.output_dir import locked, prepare_output_dir
@@ -143,7 +150,7 @@ def _with_receipt(session: Session, data_figures: object) -> FitResult:
     if first:
         write_receipt(session.folder, receipt, status="running")
     try:
-        with memory_errors():
+        with memory_errors(), lost_rank_errors(session.config.ddp_timeout):
             result = _train(session, receipt)
     except BaseException as error:
         if first:

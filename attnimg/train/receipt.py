@@ -20,8 +20,8 @@ FILE = "receipt.json"
 
 PACKAGES = (
     "attnimg", "torch", "transformers", "trl", "peft", "accelerate", "datasets", "kernels",
-    "bitsandbytes", "safetensors", "numpy", "flash-attn", "flash-attn-3", "flash-attn-4",
-    "xformers", "sageattention", "torchao",
+    "tokenizers", "deepspeed", "triton", "bitsandbytes", "safetensors", "numpy", "flash-attn",
+    "flash-attn-3", "flash-attn-4", "xformers", "sageattention", "torchao",
 )  # fmt: skip
 
 Status = Literal["running", "done", "stopped", "failed"]

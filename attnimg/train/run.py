@@ -5,15 +5,19 @@ select a backend -> check inputs -> model config -> verify -> tokenizer, documen
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from attnimg import apply
-from attnimg.config.schema import Config
+from attnimg.config.schema import Config, entries
 from attnimg.context import described
 from attnimg.facts import Finding, Machine, Plan
+from attnimg.files import read_regular
 from attnimg.pipeline import Report, Selected, kernel_hashes, select, select_verify_apply
 from attnimg.select.model_config import read_config
 from attnimg.select.plan import plan_dict
@@ -28,6 +32,9 @@ if TYPE_CHECKING:
 
     from attnimg.train.checkpoint import ResumePoint
     from attnimg.train.data import Documents
+
+# Of the files that a config names, the longest are chat templates.
+_FILE_BYTES = 1 << 20
 
 
 class TrainReport(Report, Protocol):
@@ -66,7 +73,7 @@ def train(config: Config, machine: Machine, *, report: TrainReport, stop: StopFl
     resume = check_inputs(config, machine)
     check_sources(config)
     checkpoint = (resume.path.name, hash_of(resume.path)) if resume and resume.path else None
-    _agree(config, machine, {**config.model_dump(), "plan": plan_dict(plan),
+    _agree(config, machine, {**config.model_dump(), **_named_files(config), "plan": _chosen(plan),
                              "packages": versions(), "checkpoint": checkpoint})  # fmt: skip
     silence_libraries()
     with apply.restored():
@@ -123,13 +130,16 @@ def fit_selected(
 
     def load(selected: Selected) -> Any:
         hashes = kernel_hashes(selected.plan, task)
-        _agree(config, task.machine, {"plan": plan_dict(selected.plan), "kernels": hashes})
+        _agree(config, task.machine, {"plan": _chosen(selected.plan), "kernels": hashes})
         inputs["tokenizer"] = load_tokenizer(config, say=report.say)
         inputs["documents"] = _load_documents(config, task.machine, inputs["tokenizer"], report)
         return _load_model(config, task, selected, **inputs, resume=resume, report=report)
 
     applied = select_verify_apply(task, load, report=report, plan=plan)
     selected = applied.selected
+    kernels = kernel_hashes(selected.plan, task)
+    # Documents may leak on one machine alone, which then uses another backend.
+    _agree(config, task.machine, {"plan": _chosen(selected.plan), "kernels": kernels})
     result = fit(
         config,
         model=applied.model,
@@ -141,7 +151,7 @@ def fit_selected(
             context=selected.context,
             isolation=asdict(applied.isolation) if applied.isolation else None,
             proofs=selected.proofs,
-            kernels=kernel_hashes(selected.plan, task),
+            kernels=kernels,
         ),
         resume=resume,
         stop=stop,
@@ -230,6 +240,29 @@ def _require_base_model(
     if errors:
         raise errors[0]
     report.warn(warnings)
+
+
+def _chosen(plan: Plan) -> dict[str, Any]:
+    """Return a plan without the sentences about it, which name folders of one machine."""
+    found = plan_dict(plan)
+    groups = [{**group, "kernel": None} for group in found["groups"]]
+    backend = plan.chosen and plan.chosen.backend
+    return {"chosen": backend, "groups": groups, "candidates": found["candidates"]}
+
+
+def _named_files(config: Config) -> dict[str, str]:
+    """Return the hash of each file that the config names and that no other fact covers."""
+    paths = {"deepspeed": config.deepspeed, "attn_known_bad": config.attn_known_bad,
+             "chat_template_jinja": config.chat_template_jinja}  # fmt: skip
+    for key, spec, _ in entries(config):
+        paths[f"{key}.chat_template_jinja"] = spec.chat_template_jinja
+    found = {}
+    for key, path in paths.items():
+        with suppress(OSError, ValueError):  # a template may be the text itself
+            if isinstance(path, str):
+                content = read_regular(Path(path).expanduser(), at_most=_FILE_BYTES)
+                found[f"{key} (content)"] = hashlib.sha256(content).hexdigest()
+    return found
 
 
 def _agree(config: Config, machine: Machine, facts: Mapping[str, object]) -> None:
