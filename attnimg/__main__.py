@@ -6,8 +6,7 @@ import os
 import sys
 
 from attnimg.cli import run_command
-from attnimg.errors import AttnimgError
-from attnimg.memory_errors import memory_errors
+from attnimg.errors import AttnimgError, memory_errors
 
 
 def main() -> None:

@@ -24,9 +24,9 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, Self
 
+from attnimg.content_hashes import executor, in_threads
 from attnimg.errors import AttnimgError
 from attnimg.files import read_regular
-from attnimg.threads import executor, in_threads
 
 PARTIAL = ".partial"
 

@@ -16,8 +16,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from attnimg.config.schema import Config
-from attnimg.errors import AttnimgError
-from attnimg.memory_errors import memory_errors
+from attnimg.errors import AttnimgError, memory_errors
 from attnimg.train import metrics
 from attnimg.train.arguments import plan_steps
 from attnimg.train.attention_check import AttentionCheck

@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from attnimg.config.schema import Config
-from attnimg.errors import AttnimgError
+from attnimg.errors import AttnimgError, as_refusal
 from attnimg.facts import DType, RunContext
-from attnimg.memory_errors import as_refusal
 from attnimg.train.base_model import (
     DEFAULT,
     attention_by_part,

@@ -24,9 +24,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from attnimg.errors import AttnimgError
+from attnimg.errors import AttnimgError, as_refusal
 from attnimg.facts import RunContext
-from attnimg.memory_errors import as_refusal
 from attnimg.train.distributed import any_rank
 from attnimg.train.loss import (
     COEFFICIENTS,

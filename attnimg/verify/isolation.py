@@ -18,10 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from attnimg.context import described
-from attnimg.errors import AttnimgError
+from attnimg.errors import AttnimgError, as_refusal
 from attnimg.facts import DType, RunContext
 from attnimg.layout import PackedLayout, lay_out
-from attnimg.memory_errors import as_refusal
 
 # Rows are padded to a multiple of this, so that the probe has padding as training has.
 PAD_TO = 8

@@ -7,8 +7,7 @@ from concurrent.futures.process import BrokenProcessPool
 
 import pytest
 
-from attnimg.errors import AttnimgError
-from attnimg.memory_errors import as_refusal, memory_errors
+from attnimg.errors import AttnimgError, as_refusal, memory_errors
 
 FULL = {
     "Python": (MemoryError(), "out of memory"),
