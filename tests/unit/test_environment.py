@@ -11,11 +11,11 @@ import pytest
 from accelerate.commands.launch import launch_command_parser
 from accelerate.utils.launch import prepare_simple_launcher_cmd_env
 from advice import Values
-from attnimg.cli.subject import problem_of
 
 from attnimg.config.schema import Config
 from attnimg.errors import AttnimgError
 from attnimg.facts import Arch
+from attnimg.task import problem_of
 from attnimg.train.environment import as_bad_environment, require_agreement, require_readable
 
 CPU = Arch(name="x86_64", vendor="cpu", capability=None)
