@@ -11,21 +11,21 @@ from typing import Annotated
 import typer
 
 from attnimg.errors import AttnimgError
-from recipes import model_classes, positions
-from recipes.built import FOLDER as BUILT
-from recipes.built import built_table, codes_found, listed, read_records, record, with_table
-from recipes.checkpoints_page import RECORD as RELOAD
 from recipes.facts import Plan
-from recipes.families_page import RECORD as FAMILIES
 from recipes.files import write_all
-from recipes.gpu_runs import BEGIN as RUNS_BEGIN
-from recipes.gpu_runs import END as RUNS_END
-from recipes.gpu_runs import faults, read_notes, read_run, read_runs, runs_page, runs_table
-from recipes.lock import lock_all
-from recipes.read import read_recipes
-from recipes.render import drifted, read_locks, rendered
-from recipes.solve import refuse_unresolved, solve, solve_all
-from recipes.sources import have_sources
+from recipes.pages.built import FOLDER as BUILT
+from recipes.pages.built import built_table, codes_found, listed, read_records, record, with_table
+from recipes.pages.checkpoints_page import RECORD as RELOAD
+from recipes.pages.families_page import RECORD as FAMILIES
+from recipes.pages.gpu_runs import BEGIN as RUNS_BEGIN
+from recipes.pages.gpu_runs import END as RUNS_END
+from recipes.pages.gpu_runs import faults, read_notes, read_run, read_runs, runs_page, runs_table
+from recipes.read.recipes import read_recipes
+from recipes.render import model_classes, positions
+from recipes.rendered import drifted, rendered
+from recipes.solve.lock import lock_all, read_locks
+from recipes.solve.plan import refuse_unresolved, solve, solve_all
+from recipes.solve.sources import have_sources
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -115,8 +115,7 @@ def gate(
 ) -> None:
     """Judge a finished image or wheelhouse; exit with 1 when a gate fails."""
     # Here: `make lock` runs before what these import is installed.
-    from recipes.gating import gate_artifact
-    from recipes.judging import report, report_json
+    from recipes.judge import gate_artifact, report, report_json
 
     plan = _plan(name, root)
     if archive and unpacked:

@@ -267,7 +267,6 @@ class Kernel(Strict):
     patches: tuple[Patch, ...] = ()
     trim: Trim | None = None
     prebuilt: tuple[Prebuilt, ...] = ()
-    patch: tuple[Patch, ...] = ()
     ahead_of_time: AheadOfTime | None = None
     triton: TritonSet | None = None
 
@@ -292,7 +291,6 @@ class Image(Strict):
         driver_min: the oldest GPU driver it runs with; None on cpu.
         size_max_mb: compressed with zstd -3, in 10**6 bytes.
         layers_max_mb: stage of the Dockerfile -> the same for what it adds.
-        gates: checks on the finished image, by name.
     """
 
     name: str
@@ -306,7 +304,6 @@ class Image(Strict):
     kernels: tuple[Choice, ...]
     platforms: tuple[str, ...]
     size_max_mb: int | Unresolved
-    gates: tuple[str, ...]
     layers_max_mb: Mapping[str, int] = field(default_factory=dict)
     aliases: tuple[str, ...] = ()
     toolkit: str | Unresolved | None = None

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from recipes.artifact.facts import Artifact, File
-from recipes.gate_facts import Finding, Gate, Promise
+from recipes.gates import Finding, Gate, Promise
 
 _NAME = "duplicates"
 # Smaller ones cost nothing: empty extension modules are alike.

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from packaging.version import Version
 
 from recipes.artifact.facts import Artifact, File
-from recipes.gate_facts import Finding, Gate, Promise
+from recipes.gates import Finding, Gate, Promise
 
 _NAME = "floor"
 _VERSION = re.compile(r"(GLIBC|GLIBCXX)_(\d[\d.]*)")

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator
 
 from recipes.artifact.facts import Artifact, File
-from recipes.gate_facts import Finding, Gate, Promise
+from recipes.gates import Finding, Gate, Promise
 
 _NAME = "layers"
 _SITE = r".*site-packages/"

@@ -6,7 +6,7 @@ The licences are those that each package states; they are listed in dist/NAME-li
 from __future__ import annotations
 
 from recipes.artifact.facts import Artifact
-from recipes.gate_facts import Finding, Gate, Promise
+from recipes.gates import Finding, Gate, Promise
 
 _NAME = "licences"
 

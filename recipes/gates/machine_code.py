@@ -15,8 +15,8 @@ from collections.abc import Iterator, Mapping
 
 from recipes.artifact.facts import Artifact, File
 from recipes.facts import Step
-from recipes.gate_facts import Finding, Gate, Promise
-from recipes.kernel_rules import device
+from recipes.gates import Finding, Gate, Promise
+from recipes.solve.rules import device
 
 _NAME = "machine-code"
 # Folder of /opt/attnimg -> the kernel whose entries docker/*_cache compiles into it.

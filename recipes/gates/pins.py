@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from packaging.version import Version
 
 from recipes.artifact.facts import Artifact, Distribution
-from recipes.gate_facts import Finding, Gate, Promise
+from recipes.gates import Finding, Gate, Promise
 
 _NAME = "pins"
 # Ours, and what makes a virtual environment; neither is in a lock file.

@@ -7,7 +7,7 @@ dist/NAME-sbom.json in CycloneDX's form.
 from __future__ import annotations
 
 from recipes.artifact.facts import Artifact
-from recipes.gate_facts import Finding, Gate, Promise
+from recipes.gates import Finding, Gate, Promise
 
 _NAME = "sbom"
 _OURS = "attnimg"

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 from recipes.artifact.facts import Artifact
 from recipes.artifact.secret_forms import secrets_in
-from recipes.gate_facts import Finding, Gate, Promise
+from recipes.gates import Finding, Gate, Promise
 
 _NAME = "secrets"
 _FILES = re.compile(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from recipes.artifact.facts import Artifact
 from recipes.facts import Unresolved
-from recipes.gate_facts import Finding, Gate, Promise
+from recipes.gates import Finding, Gate, Promise
 
 _NAME = "size"
 

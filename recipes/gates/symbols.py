@@ -13,8 +13,8 @@ import re
 from collections.abc import Iterator
 
 from recipes.artifact.facts import Artifact, Elf, Symbol
-from recipes.gate_facts import Finding, Gate, Promise
-from recipes.linking import DRIVER, View, view_of
+from recipes.artifact.linking import DRIVER, View, view_of
+from recipes.gates import Finding, Gate, Promise
 
 _NAME = "symbols"
 # Read by the gate `floor`, which says more of it.

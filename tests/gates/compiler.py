@@ -11,7 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from recipes.lock import FOLDER, blocks
+from recipes.solve.lock import FOLDER, blocks
 
 ROOT = Path(__file__).parents[2]
 LOCKS = ("toolchain-2.14.1-cu130.txt", "torch-2.14.1-cu130.txt")

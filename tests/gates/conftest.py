@@ -9,15 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from recipes import judging
+from recipes import judge as judging
 from recipes.artifact.facts import Artifact
 from recipes.artifact.read import read_image
 from recipes.facts import Plan
-from recipes.gate_facts import Finding
-from recipes.gates import gate_named
-from recipes.read import read_recipes
-from recipes.render import read_locks
-from recipes.solve import solve
+from recipes.gates import Finding, gate_named
+from recipes.read.recipes import read_recipes
+from recipes.solve.lock import read_locks
+from recipes.solve.plan import solve
 
 ROOT = Path(__file__).parents[2]
 CUDA = ROOT / "build/nvcc/nvidia/cu13"

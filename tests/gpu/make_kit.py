@@ -32,8 +32,8 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from recipes.facts import Kernel  # noqa: E402 - recipes is not installed
-from recipes.read import read_recipes  # noqa: E402
-from recipes.sources import FOLDER as SOURCES  # noqa: E402
+from recipes.read.recipes import read_recipes  # noqa: E402
+from recipes.solve.sources import FOLDER as SOURCES  # noqa: E402
 
 PATCHES = Path(__file__).parent / "patches"
 # The lent machine: Python 3.12.3, torch 2.11.0 of CUDA 13.0, read 2026-11-17.

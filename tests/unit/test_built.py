@@ -11,9 +11,9 @@ from small_image import wheelhouse
 
 from attnimg.errors import AttnimgError
 from recipes.artifact.read import read_wheelhouse
-from recipes.built import BEGIN, END, built_table, listed, read_records, record, with_table
-from recipes.read import read_recipes
-from recipes.solve import solve_all
+from recipes.pages.built import BEGIN, END, built_table, listed, read_records, record, with_table
+from recipes.read.recipes import read_recipes
+from recipes.solve.plan import solve_all
 
 ROOT = Path(__file__).resolve().parents[2]
 PLANS = solve_all(read_recipes(ROOT))

@@ -17,7 +17,7 @@ from attnimg.__main__ import run as attnimg
 from attnimg.backends import all_backends
 from attnimg.select.gpus import catalogue
 from attnimg.select.images import catalogue as images
-from recipes.choices import ROW, models
+from recipes.pages.choices import ROW, models
 
 GOLDEN = json.loads((Path(__file__).parent / "golden/choices.json").read_text(encoding="utf-8"))
 # GPUs of arm64 machines have blocks of their own, "sm_90 arm64": no image runs there.

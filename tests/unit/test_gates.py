@@ -18,11 +18,10 @@ from recipes.artifact.facts import Artifact
 from recipes.artifact.read import read_image
 from recipes.artifact.secret_forms import secrets_in
 from recipes.facts import Plan
-from recipes.gate_facts import Promise
-from recipes.gates import gate_named
+from recipes.gates import Promise, gate_named
 from recipes.gates.machine_code import runs
-from recipes.read import read_recipes
-from recipes.solve import solve
+from recipes.read.recipes import read_recipes
+from recipes.solve.plan import solve
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = read_recipes(ROOT)

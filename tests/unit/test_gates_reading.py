@@ -8,6 +8,7 @@ import io
 import json
 import re
 import tarfile
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -16,12 +17,12 @@ from small_image import save, wheelhouse
 from test_gates import KEY, PLAN, RECIPES, ROOT, judge, read
 
 from attnimg.errors import AttnimgError
-from recipes import judging
+from recipes import judge as judging
 from recipes.artifact.facts import Artifact
 from recipes.artifact.read import read_wheelhouse
 from recipes.facts import Allowance
-from recipes.gate_facts import Finding, Promise
-from recipes.gates import all_gates, gate_named, gate_names
+from recipes.gates import Finding, Promise, all_gates, gate_named, gate_names
+from recipes.solve.plan import solve_all
 
 
 def oci(path: Path, layer: bytes) -> Path:
@@ -132,9 +133,12 @@ def test_every_allowance_is_of_a_gate_that_exists_and_has_a_reason() -> None:
         assert re.search(r"\w{3}.*\w{3}", allowance.reason)
 
 
-def test_every_image_names_every_gate() -> None:
-    for image in RECIPES.images.values():
-        assert set(image.gates) == gate_names()
+def test_every_gate_judges_every_image(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "toy-1-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("toy.py", "")
+    for plan in solve_all(RECIPES):
+        _, verdicts = judging.gate_artifact(plan, RECIPES, image=None, wheels=tmp_path, root=ROOT)
+        assert {verdict.gate for verdict in verdicts} == gate_names()
 
 
 def test_a_report_says_found_needed_and_what_to_do() -> None:

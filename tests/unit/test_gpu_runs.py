@@ -11,7 +11,7 @@ import day_steps
 import pytest
 
 from attnimg.errors import AttnimgError
-from recipes.gpu_runs import (
+from recipes.pages.gpu_runs import (
     NONE,
     REFERENCES,
     Notes,

@@ -16,16 +16,16 @@ import pytest
 from attnimg.backends import all_backends
 from attnimg.errors import AttnimgError
 from attnimg.select.gpus import catalogue
-from recipes.checkpoints_page import RECORD as RELOAD_RECORD
 from recipes.facts import Plan
-from recipes.families_page import RECORD as FAMILIES_RECORD
 from recipes.files import NOTICE, write_all
-from recipes.labels import labels
-from recipes.lock import blocks
-from recipes.matrix import matrix
-from recipes.read import read_recipes
-from recipes.render import read_locks, rendered
-from recipes.solve import solve, solve_all
+from recipes.pages.checkpoints_page import RECORD as RELOAD_RECORD
+from recipes.pages.families_page import RECORD as FAMILIES_RECORD
+from recipes.read.recipes import read_recipes
+from recipes.render.labels import labels
+from recipes.render.matrix import matrix
+from recipes.rendered import rendered
+from recipes.solve.lock import blocks, read_locks
+from recipes.solve.plan import solve, solve_all
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = read_recipes(ROOT)

@@ -10,9 +10,9 @@ import pytest
 
 from attnimg.errors import AttnimgError
 from recipes.facts import Plan
-from recipes.read import read_recipes
-from recipes.solve import solve
-from recipes.sources import have_sources
+from recipes.read.recipes import read_recipes
+from recipes.solve.plan import solve
+from recipes.solve.sources import have_sources
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = read_recipes(ROOT)

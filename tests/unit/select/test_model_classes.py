@@ -23,8 +23,8 @@ from attnimg.select.judge import reason_against_class
 from attnimg.select.model_types import class_named
 from attnimg.select.plan import choose
 from attnimg.task import problem_of
-from recipes import positions
-from recipes.model_classes import (
+from recipes.render import positions
+from recipes.render.model_classes import (
     CAUSAL_PATH,
     PATH,
     causal_toml,

@@ -8,9 +8,9 @@ from itertools import groupby
 from attnimg.backends import all_backends
 from attnimg.facts import Model, Rank
 from attnimg.select.other_layers import kinds
-from recipes.choices import ROW, Choice, taken
 from recipes.files import NOTICE
-from recipes.pages import table
+from recipes.pages.choices import ROW, Choice, taken
+from recipes.pages.images_and_kernels import table
 
 _SHORT = {
     "flash_attention_4_generic": "FA4g",

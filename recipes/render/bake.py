@@ -8,7 +8,7 @@ from typing import Any
 
 from recipes.facts import Plan, Step
 from recipes.files import NOTICE
-from recipes.labels import labels
+from recipes.render.labels import labels
 
 # What a Triton kernel is launched through is compiled where it runs.
 _APT = {

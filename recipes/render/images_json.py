@@ -8,7 +8,7 @@ from typing import Any
 
 from recipes.facts import Plan, Step, Unresolved
 from recipes.files import NOTICE
-from recipes.kernel_rules import device
+from recipes.solve.rules import device
 
 
 def catalogue(plans: tuple[Plan, ...], *, stack: Mapping[str, str]) -> str:

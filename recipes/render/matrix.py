@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from recipes.facts import Plan
 from recipes.files import NOTICE
-from recipes.kernel_rules import device
+from recipes.solve.rules import device
 
 
 def matrix(plans: tuple[Plan, ...], *, build_runner: str, gpu_runners: Mapping[str, str]) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 
 from attnimg.select.model_types import read_causal_types
 from recipes.files import NOTICE
-from recipes.pages import table
+from recipes.pages.images_and_kernels import table
 
 RECORD = "docs/measured/families.json"
 

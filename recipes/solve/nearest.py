@@ -10,7 +10,7 @@ from typing import Any
 from packaging.version import InvalidVersion, Version
 
 from recipes.facts import Choice, Image, Recipes
-from recipes.rules import reasons_against
+from recipes.solve.rules import reasons_against
 
 # What a change costs its owner: another torch is nearer than a kernel less, and an added kernel
 # nearer than either; a promise to a GPU is given up last.

@@ -9,20 +9,26 @@ from pathlib import Path
 from attnimg.errors import AttnimgError
 from attnimg.select.images import parse
 from attnimg.select.model_types import read_causal_types
-from recipes.ahead_of_time import kernel_sets
-from recipes.bake import bake_file
-from recipes.catalogue import catalogue
-from recipes.checkpoints_page import checkpoints_page
-from recipes.choices import choices, choices_json
-from recipes.choices_page import choices_page
-from recipes.constraints import constraints
 from recipes.facts import Plan, Recipes
-from recipes.families_page import families_page
 from recipes.files import text_of
 from recipes.gates import docs
-from recipes.lock import FOLDER, blocks
-from recipes.matrix import matrix
-from recipes.pages import fa4_models_page, gates_page, images_page, kernels_page, support_page
+from recipes.pages.checkpoints_page import checkpoints_page
+from recipes.pages.choices import choices, choices_json
+from recipes.pages.choices_page import choices_page
+from recipes.pages.families_page import families_page
+from recipes.pages.images_and_kernels import (
+    fa4_models_page,
+    gates_page,
+    images_page,
+    kernels_page,
+    support_page,
+)
+from recipes.render.bake import bake_file
+from recipes.render.constraints import constraints
+from recipes.render.images_json import catalogue
+from recipes.render.matrix import matrix
+from recipes.render.precompiled import kernel_sets
+from recipes.solve.lock import blocks
 
 
 def rendered(
@@ -95,24 +101,6 @@ def refuse_wrong_hashes(plans: tuple[Plan, ...], *, locks: Mapping[str, str]) ->
             do="write the hash of the file itself into recipes/kernels/, or make lock if it moved",
             code="wrong-hash",
         )
-
-
-def read_locks(plans: tuple[Plan, ...], *, root: Path) -> dict[str, str]:
-    """Read each image's lock file.
-
-    Raises:
-        AttnimgError: one is missing.
-    """
-    found = {plan.image.name: text_of(root / FOLDER / f"{plan.image.name}.txt") for plan in plans}
-    missing = [name for name, text in found.items() if text is None]
-    if missing:
-        raise AttnimgError(
-            "an image has no lock file",
-            why=f"found no {FOLDER}/ file for: {', '.join(missing)}",
-            do="make lock",
-            code="no-lock",
-        )
-    return {name: text for name, text in found.items() if text is not None}
 
 
 def drifted(texts: Mapping[str, str], *, root: Path) -> list[str]:

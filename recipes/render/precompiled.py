@@ -11,7 +11,7 @@ from attnimg.select.gpus import arch_from_name
 from attnimg.select.judge import layer_reasons
 from recipes.facts import AheadOfTime, Plan, Step, TrainedModel, TritonSet
 from recipes.files import NOTICE
-from recipes.kernel_rules import device
+from recipes.solve.rules import device
 
 # docker/fa4_cache knows how to compile these, and no others.
 _KERNEL = "flash-attn-4"

@@ -25,7 +25,7 @@ from recipes.facts import (
     Torch,
     Unresolved,
 )
-from recipes.values import image_faults, kernel_faults
+from recipes.read.values import image_faults, kernel_faults
 
 _Fact = TypeVar("_Fact")
 

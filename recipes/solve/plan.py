@@ -10,9 +10,8 @@ from graphlib import TopologicalSorter
 
 from attnimg.errors import AttnimgError
 from recipes.facts import Choice, Image, Kernel, Plan, Prebuilt, Recipes, Step, Unresolved
-from recipes.kernel_rules import served
-from recipes.nearest import nearest
-from recipes.rules import reasons_against
+from recipes.solve.nearest import nearest
+from recipes.solve.rules import reasons_against, served
 
 
 def solve(image: Image, recipes: Recipes) -> Plan:

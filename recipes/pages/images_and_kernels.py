@@ -7,10 +7,10 @@ from collections.abc import Iterable, Mapping
 from attnimg.backends import all_backends, runs_on
 from attnimg.facts import Backend
 from attnimg.select.gpus import arch_from_name, catalogue
-from recipes.ahead_of_time import covered
 from recipes.facts import Allowance, Kernel, Plan, TrainedModel, Unresolved
 from recipes.files import NOTICE
-from recipes.kernel_rules import device
+from recipes.render.precompiled import covered
+from recipes.solve.rules import device
 
 _IMAGE_HEAD = ("Tag", "GPUs", "Machine code", "torch", "CUDA", "Driver", "Kernels", "Size limit")
 

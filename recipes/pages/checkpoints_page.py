@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from attnimg.select.model_types import CausalTypes, Quantization, position_table, quantizations
 from recipes.files import NOTICE
-from recipes.pages import table
+from recipes.pages.images_and_kernels import table
 
 RECORD = "docs/measured/reload.json"
 

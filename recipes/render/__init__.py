@@ -1,0 +1,1 @@
+"""Write the files that programs read: bake file, kernel builds, constraints, data, CI matrix."""
