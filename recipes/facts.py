@@ -287,8 +287,6 @@ class Image(Strict):
         aliases: further tags.
         archs: the architectures it promises.
         base: the image it starts from; base_digest pins it.
-        toolkit: CUDA's or ROCm's release; None on cpu.
-        driver_min: the oldest GPU driver it runs with; None on cpu.
         size_max_mb: compressed with zstd -3, in 10**6 bytes.
         layers_max_mb: stage of the Dockerfile -> the same for what it adds.
     """
@@ -306,8 +304,6 @@ class Image(Strict):
     size_max_mb: int | Unresolved
     layers_max_mb: Mapping[str, int] = field(default_factory=dict)
     aliases: tuple[str, ...] = ()
-    toolkit: str | Unresolved | None = None
-    driver_min: str | Unresolved | None = None
     channel: Literal["stable", "frontier"] = "stable"
 
 
@@ -421,6 +417,8 @@ class Plan:
         unresolved: field -> reason; empty when it may be published.
         abi: what a compiled extension must match, "cp311-torch2.14-cu130".
         lock: names the lock files of its torch and stack layers, "2.14.1-cu130".
+        toolkit: the CUDA release of its torch; None on cpu.
+        driver_min: the oldest GPU driver that this release runs with; None on cpu.
         nvcc: the compiler's version; empty where none is needed.
     """
 
@@ -429,4 +427,6 @@ class Plan:
     unresolved: Mapping[str, str]
     abi: str
     lock: str
+    toolkit: str | Unresolved | None
+    driver_min: str | Unresolved | None
     nvcc: str

@@ -44,8 +44,8 @@ def _image_row(plan: Plan) -> tuple[str, ...]:
         image.summary,
         " ".join(image.archs),
         _text(image.torch),
-        _text(image.toolkit),
-        _text(image.driver_min),
+        _text(plan.toolkit),
+        _text(plan.driver_min),
         ", ".join(f"{step.kernel.summary} {step.kernel.version}" for step in plan.steps) or "-",
         _size(image.size_max_mb),
     )

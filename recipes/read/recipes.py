@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -79,6 +79,7 @@ def read_image(name: str, text: str) -> tuple[Image, ...]:
     """
     where = f"recipes/images/{name}.toml"
     values = _toml(where, text)
+    _refuse(where, _computed(values, "name", "channel"))
     frontier = values.pop("frontier", None)
     if isinstance(values.get("kernels"), list):
         values["kernels"] = [{"name": k} if isinstance(k, str) else k for k in values["kernels"]]
@@ -86,10 +87,10 @@ def read_image(name: str, text: str) -> tuple[Image, ...]:
     _refuse(where, image_faults(image))
     if frontier is None:
         return (image,)
-    if not isinstance(frontier, dict) or set(frontier) != {"torch", "toolkit"}:
-        _refuse(where, [f"frontier: found {frontier!r}, needed a table of torch and toolkit"])
+    if not isinstance(frontier, str):
+        _refuse(where, [f"frontier: found {frontier!r}, needed a release of torch"])
     return image, replace(
-        image, name=f"{name}-frontier", aliases=(), channel="frontier", **frontier
+        image, name=f"{name}-frontier", aliases=(), channel="frontier", torch=frontier
     )
 
 
@@ -100,7 +101,9 @@ def read_kernel(name: str, text: str) -> Kernel:
         AttnimgError: as read_recipes.
     """
     where = f"recipes/kernels/{name}.toml"
-    kernel = _facts(where, Kernel, {"name": name, **_toml(where, text)})
+    values = _toml(where, text)
+    _refuse(where, _computed(values, "name", "patches"))
+    kernel = _facts(where, Kernel, {"name": name, **values})
     _refuse(where, kernel_faults(kernel))
     return kernel
 
@@ -148,6 +151,11 @@ def _facts(where: str, kind: type[_Fact], values: Mapping[str, Any]) -> _Fact:
     except ValidationError as error:
         _refuse(where, [_fault(dict(fault), known) for fault in error.errors()])
         raise
+
+
+def _computed(values: Mapping[str, Any], *keys: str) -> Iterator[str]:
+    """Find keys that a fact has and its file does not: their values come from elsewhere."""
+    yield from (f"{key}: unknown key" for key in keys if key in values)
 
 
 def _fault(fault: dict[str, Any], known: list[str]) -> str:

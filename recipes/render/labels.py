@@ -22,7 +22,7 @@ def labels(plan: Plan) -> dict[str, str]:
         "org.opencontainers.image.base.name": image.base,
         "attnimg.arch": " ".join(image.archs),
         "attnimg.kernels": " ".join(kernels),
-        "attnimg.driver_min": _text(image.driver_min),
+        "attnimg.driver_min": _text(plan.driver_min),
         "attnimg.torch": _text(image.torch),
         "attnimg.abi": plan.abi,
     }

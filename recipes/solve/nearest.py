@@ -47,15 +47,13 @@ def _torches(image: Image, recipes: Recipes) -> Iterator[tuple[int, list[str], d
     versions = list(recipes.torch)
     here = sum(_before(version, image.torch) for version in versions)
     for place, version in enumerate(versions):
-        distance = abs(place - here) if version in recipes.torch else 0
-        toolkit = recipes.torch[version].toolkit
-        if image.accelerator == "cpu":
-            yield _TORCH + distance, [f"torch {version}"], {"torch": version}
+        if version == image.torch:
             continue
-        driver = recipes.cuda[toolkit].driver_min
-        values = {"torch": version, "toolkit": toolkit, "driver_min": driver}
-        say = [f"torch {version} with CUDA {toolkit} (driver {driver} or newer)"]
-        yield (_TORCH if version != image.torch else _ADD) + distance, say, values
+        say = f"torch {version}"
+        toolkit = recipes.torch[version].toolkit
+        if image.accelerator == "cuda" and toolkit in recipes.cuda:
+            say += f" with CUDA {toolkit} (driver {recipes.cuda[toolkit].driver_min} or newer)"
+        yield _TORCH + abs(place - here), [say], {"torch": version}
 
 
 def _before(version: str, other: str) -> bool:

@@ -11,7 +11,7 @@ from graphlib import TopologicalSorter
 from attnimg.errors import AttnimgError
 from recipes.facts import Choice, Image, Kernel, Plan, Prebuilt, Recipes, Step, Unresolved
 from recipes.solve.nearest import nearest
-from recipes.solve.rules import reasons_against, served
+from recipes.solve.rules import reasons_against, served, toolkit_of
 
 
 def solve(image: Image, recipes: Recipes) -> Plan:
@@ -27,16 +27,19 @@ def solve(image: Image, recipes: Recipes) -> Plan:
             do=nearest(image, recipes),
             code="no-solution",
         )
-    abi = _abi(image)
+    toolkit, driver_min = _toolkit_and_driver(image, recipes)
+    flavour = f"cu{toolkit.replace('.', '')}" if isinstance(toolkit, str) else image.accelerator
+    abi = _abi(image, flavour)
     steps = tuple(_step(image, choice, recipes, abi=abi) for choice in _ordered(image, recipes))
-    toolkit = recipes.cuda.get(str(image.toolkit))
     return Plan(
         image=image,
         steps=steps,
-        unresolved=_unresolved(image, steps),
+        unresolved=_unresolved(image, steps, toolkit=toolkit, driver_min=driver_min),
         abi=abi,
-        lock=_lock(image),
-        nvcc=toolkit.nvcc if toolkit else "",
+        lock=_lock(image, flavour),
+        toolkit=toolkit,
+        driver_min=driver_min,
+        nvcc=recipes.cuda[toolkit].nvcc if isinstance(toolkit, str) else "",
     )
 
 
@@ -152,28 +155,33 @@ def _ordered(image: Image, recipes: Recipes) -> list[Choice]:
     return [choices[name] for name in TopologicalSorter(graph).static_order()]
 
 
-def _abi(image: Image) -> str:
+def _toolkit_and_driver(
+    image: Image, recipes: Recipes
+) -> tuple[str | Unresolved | None, str | Unresolved | None]:
+    """Return the CUDA release of an image's torch and its oldest driver; None on cpu."""
+    if image.accelerator == "cpu":
+        return None, None
+    if release := toolkit_of(image, recipes):
+        return release, recipes.cuda[release].driver_min
+    return Unresolved("follows from torch's build"), Unresolved("follows from the ROCm release")
+
+
+def _abi(image: Image, flavour: str) -> str:
     python = f"cp{image.python.replace('.', '')}"
     if isinstance(image.torch, Unresolved):
         return f"{python}-torch-unresolved"
     minor = ".".join(image.torch.split(".")[:2])
-    return f"{python}-torch{minor}-{_flavour(image)}"
+    return f"{python}-torch{minor}-{flavour}"
 
 
-def _lock(image: Image) -> str:
+def _lock(image: Image, flavour: str) -> str:
     torch = "unresolved" if isinstance(image.torch, Unresolved) else image.torch
-    return f"{torch}-{_flavour(image)}"
+    return f"{torch}-{flavour}"
 
 
-def _flavour(image: Image) -> str:
-    if image.accelerator == "cuda":
-        return f"cu{str(image.toolkit).replace('.', '')}"
-    return image.accelerator
-
-
-def _unresolved(image: Image, steps: tuple[Step, ...]) -> dict[str, str]:
-    values: list[tuple[str, Image | Kernel]]
-    values = [(f"images/{image.name}: {item.name}", image) for item in fields(image)]
-    values += [(f"kernels/{step.kernel.name}: sha256", step.kernel) for step in steps]
-    found = ((key, getattr(facts, key.rpartition(": ")[2])) for key, facts in values)
-    return {key: value.reason for key, value in found if isinstance(value, Unresolved)}
+def _unresolved(image: Image, steps: tuple[Step, ...], **computed: object) -> dict[str, str]:
+    """Return each open value of an image, of its kernels and of what is computed: key -> reason."""
+    values: dict[str, object] = {item.name: getattr(image, item.name) for item in fields(image)}
+    found = {f"images/{image.name}: {key}": value for key, value in (values | computed).items()}
+    found |= {f"kernels/{step.kernel.name}: sha256": step.kernel.sha256 for step in steps}
+    return {key: value.reason for key, value in found.items() if isinstance(value, Unresolved)}

@@ -9,7 +9,6 @@ import re
 from collections.abc import Iterator
 
 from packaging.specifiers import SpecifierSet
-from packaging.version import Version
 
 from attnimg.backends import backend_named, runs_on
 from attnimg.facts import Reason
@@ -45,7 +44,7 @@ def _names(image: Image, recipes: Recipes) -> Iterator[Reason]:
 
 
 def _platform(image: Image, recipes: Recipes) -> Iterator[Reason]:
-    """Judge torch, toolkit, driver, Python and architectures among themselves."""
+    """Check torch, its CUDA release, Python and architectures against one another."""
     vendors = {"cpu": "cpu", "cuda": "nvidia", "rocm": "amd"}
     for arch in image.archs:
         if arch_from_name(device(arch)).vendor != vendors[image.accelerator]:
@@ -66,34 +65,28 @@ def _platform(image: Image, recipes: Recipes) -> Iterator[Reason]:
         yield from _cuda(image, recipes)
 
 
+def toolkit_of(image: Image, recipes: Recipes) -> str | None:
+    """Return the CUDA release of an image's torch; None where that is not known, or not CUDA."""
+    torch = recipes.torch.get(str(image.torch)) if image.accelerator == "cuda" else None
+    return torch.toolkit if torch else None
+
+
 def _cuda(image: Image, recipes: Recipes) -> Iterator[Reason]:
     torch = recipes.torch.get(str(image.torch))
-    if torch and image.toolkit != torch.toolkit:
-        text = f"torch {image.torch} is built with CUDA {torch.toolkit}; found {image.toolkit}"
-        yield Reason(code="torch-toolkit", text=text)
-    toolkit = recipes.cuda.get(str(image.toolkit))
+    if torch is None:
+        return
+    toolkit = recipes.cuda.get(torch.toolkit)
     if toolkit is None:
-        text = f"CUDA {image.toolkit} is not in recipes/cuda.toml; known: {', '.join(recipes.cuda)}"
+        known = ", ".join(recipes.cuda)
+        release = f"CUDA {torch.toolkit} of torch {image.torch}"
+        text = f"{release} is not in recipes/cuda.toml; known: {known}"
         yield Reason(code="unknown-toolkit", text=text)
         return
-    if isinstance(image.driver_min, str) and Version(image.driver_min) < Version(
-        toolkit.driver_min
-    ):
-        text = (
-            f"CUDA {image.toolkit} needs driver {toolkit.driver_min} or newer; "
-            f"found driver_min {image.driver_min}"
-        )
-        yield Reason(code="driver-floor", text=text)
-    if image.driver_min is None:
-        text = (
-            f"CUDA {image.toolkit} needs driver {toolkit.driver_min} or newer; found no driver_min"
-        )
-        yield Reason(code="driver-floor", text=text)
     for arch in image.archs:
         if arch not in toolkit.archs:
-            text = f"CUDA {image.toolkit} compiles for {' '.join(toolkit.archs)}; found {arch}"
+            text = f"CUDA {torch.toolkit} compiles for {' '.join(toolkit.archs)}; found {arch}"
             yield Reason(code="toolkit-arch", text=text)
-        if torch and torch.archs and not _runs(arch, torch.archs):
+        if torch.archs and not _runs(arch, torch.archs):
             text = f"torch {image.torch} has machine code for {' '.join(torch.archs)}; found {arch}"
             yield Reason(code="torch-arch", text=text)
 
@@ -168,9 +161,10 @@ def _versions(image: Image, kernel: Kernel, recipes: Recipes) -> Iterator[Reason
             f"{label} is compiled as C++{kernel.cxx_standard}"
         )
         yield Reason(code="kernel-cxx", text=text)
-    toolkit = recipes.cuda.get(str(image.toolkit))
+    release = toolkit_of(image, recipes)
+    toolkit = recipes.cuda.get(release) if release else None
     if toolkit and kernel.nvcc and not within(toolkit.nvcc, kernel.nvcc):
-        text = f"{label} needs nvcc {kernel.nvcc}; found {toolkit.nvcc} of CUDA {image.toolkit}"
+        text = f"{label} needs nvcc {kernel.nvcc}; found {toolkit.nvcc} of CUDA {release}"
         yield Reason(code="kernel-nvcc", text=text)
 
 

@@ -32,6 +32,10 @@ def put(text: str, key: str, value: str | None) -> str:
             'versoin = "1"\n' + KERNEL, "versoin: unknown key; did you mean version?", id="a typo"
         ),
         pytest.param(put(KERNEL, "version", None), "version: missing", id="a missing key"),
+        *(
+            pytest.param(f"{key} = []\n" + KERNEL, f"{key}: unknown key", id=f"{key} in its file")
+            for key in ("patch", "patches", "name")
+        ),
         pytest.param(
             put(KERNEL, "sha256", None),
             "sha256: missing; flash-attn==2.8.3.post2 needs its archive's",
@@ -149,9 +153,19 @@ def test_refuses_a_kernel_with(text: str, says: str) -> None:
             put(IMAGE, "size_max_mb", '"3 GB"'), "size_max_mb", id="a size that is no number"
         ),
         pytest.param(
-            IMAGE + 'frontier = "2.15.0"\n',
-            "frontier: found '2.15.0', needed a table of torch and toolkit",
-            id="a frontier that is no table",
+            IMAGE + 'frontier = { torch = "2.15.0" }\n',
+            "frontier: found {'torch': '2.15.0'}, needed a release of torch",
+            id="a frontier that is no release",
+        ),
+        *(
+            pytest.param(f"{key} = {value}\n" + IMAGE, f"{key}: unknown key", id=f"{key}: {why}")
+            for key, value, why in (
+                ("toolkit", '"12.8"', "kernels of one CUDA major beside torch of another"),
+                ("driver_min", '"570.26"', "a driver floor below the toolkit's"),
+                ("gates", '["size"]', "every gate judges every image"),
+                ("name", '"other"', "a name is its file's"),
+                ("channel", '"frontier"', "a variant is made of the key frontier"),
+            )
         ),
     ],
 )
@@ -200,11 +214,9 @@ def test_an_unresolved_value_keeps_its_reason() -> None:
 
 
 def test_a_frontier_line_makes_a_second_image() -> None:
-    stable, frontier = read_image(
-        "x", IMAGE + 'frontier = { torch = "2.15.0", toolkit = "13.2" }\n'
-    )
+    stable, frontier = read_image("x", IMAGE + 'frontier = "2.15.0"\n')
     assert (stable.name, frontier.name) == ("x", "x-frontier")
-    assert (frontier.torch, frontier.toolkit, frontier.archs) == ("2.15.0", "13.2", stable.archs)
+    assert (frontier.torch, frontier.archs) == ("2.15.0", stable.archs)
 
 
 @pytest.mark.parametrize(

@@ -39,8 +39,8 @@ def refusal(made: Image, recipes: Recipes = RECIPES) -> AttnimgError:
     return caught.value
 
 
-TORCH_2_13 = {"torch": "2.13.0", "toolkit": "13.0"}
-FRONTIER = {"torch": "2.15.0", "toolkit": "13.2"}
+TORCH_2_13 = {"torch": "2.13.0"}
+FRONTIER = {"torch": "2.15.0"}
 
 
 @pytest.mark.parametrize(
@@ -58,12 +58,6 @@ FRONTIER = {"torch": "2.15.0", "toolkit": "13.2"}
             "flash-attn 2.8.3.post2 needs torch >=2.6; found 2.5.1",
             "torch 2.10.0",
             id="flash-attn is refused on a torch older than its headers",
-        ),
-        pytest.param(
-            image("ampere", toolkit="12.8", driver_min="570.26"),
-            "torch 2.14.1 is built with CUDA 13.0; found 12.8",
-            "torch 2.14.1 with CUDA 13.0",
-            id="kernels of one CUDA major are not put beside torch of another",
         ),
         pytest.param(
             image("turing", kernels="xformers flash-attn"),
@@ -100,12 +94,6 @@ FRONTIER = {"torch": "2.15.0", "toolkit": "13.2"}
             "torch 2.15.0 needs Python >=3.11; found 3.10",
             "torch 2.14.1 with CUDA 13.0",
             id="torch 2.15 has no wheel for Python 3.10",
-        ),
-        pytest.param(
-            image("hopper", driver_min="570.26"),
-            "CUDA 13.0 needs driver 580.65.06 or newer; found driver_min 570.26",
-            "driver 580.65.06 or newer",
-            id="a driver floor below the toolkit's is refused",
         ),
         # users.md A2: FlashAttention-3.
         pytest.param(
@@ -238,6 +226,18 @@ def test_refuses(made: Image, says: str, nearest: str) -> None:
             id="xformers is not put beside a flash-attn that it refuses",
         ),
         pytest.param(
+            replace(
+                RECIPES,
+                torch={
+                    **RECIPES.torch,
+                    "2.14.1": replace(RECIPES.torch["2.14.1"], toolkit="13.1"),
+                },
+            ),
+            image("ampere"),
+            "CUDA 13.1 of torch 2.14.1 is not in recipes/cuda.toml; known: 12.8, 13.0, 13.2",
+            id="torch of a CUDA release whose driver nobody wrote down is refused",
+        ),
+        pytest.param(
             replace(RECIPES, stack={**RECIPES.stack, "transformers": "5.23.0"}),
             image("cpu"),
             "kernels 0.17.2 works with transformers >=5.20,<5.23; found 5.23.0",
@@ -250,8 +250,8 @@ def test_refuses_what_recipes_must_not_become(recipes: Recipes, made: Image, say
 
 
 def test_all_reasons_are_told_together() -> None:
-    error = refusal(image("turing", kernels="xformers flash-attn", torch="2.9.1", driver_min="1.0"))
-    for text in ("flash_attention_2", "torch >=2.10", "driver 580.65.06", "torch 2.9.1 is not in"):
+    error = refusal(image("turing", kernels="xformers flash-attn", torch="2.9.1"))
+    for text in ("flash_attention_2", "torch >=2.10", "torch 2.9.1 is not in"):
         assert text in error.why
 
 
@@ -284,6 +284,26 @@ def test_matrix(kernel: str, arch: str, *, runs: bool) -> None:
     needed = {need.kernel for need in RECIPES.kernels[kernel].needs if not need.beside}
     made = image("hopper", kernels=" ".join([kernel, *sorted(needed)]), archs=(arch,))
     assert (reasons_against(made, RECIPES) == ()) is runs
+
+
+@pytest.mark.parametrize(
+    ("made", "toolkit", "driver", "abi"),
+    [
+        pytest.param(
+            image("hopper"), "13.0", "580.65.06", "cp311-torch2.14-cu130", id="torch 2.14: CUDA 13"
+        ),
+        pytest.param(
+            image("hopper", kernels="xformers", torch="2.10.0"), "12.8", "570.26",
+            "cp311-torch2.10-cu128", id="torch 2.10: CUDA 12.8 and its older driver",
+        ),
+        pytest.param(image("cpu"), None, None, "cp311-torch2.13-cpu", id="none on a CPU"),
+    ],
+)  # fmt: skip
+def test_cuda_and_the_driver_follow_from_torch(
+    made: Image, toolkit: str | None, driver: str | None, abi: str
+) -> None:
+    plan = solve(made, RECIPES)
+    assert (plan.toolkit, plan.driver_min, plan.abi) == (toolkit, driver, abi)
 
 
 def test_every_image_is_planned_whole() -> None:
