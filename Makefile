@@ -126,9 +126,9 @@ base: engine ## Have the base that images are built on
 # An engine and a base, though not for an image that does not exist.
 HAVE_BASE = @docker/build.py $* --check && $(MAKE) base
 
-# $(call HAS_SET,CACHE,WHAT): an image whose recipe has nothing to compile ahead of time is refused.
-HAS_SET = @[ -e docker/$(1)/$*.json ] || { printf '$@: %s\n  why: %s\n  do:  %s\n' "attnimg:$* has no $(2)" \
-	  "found no docker/$(1)/$*.json" "name one of: $$(cd docker/$(1) && ls *.json | sed 's/[.]json//' | paste -sd ' ')" >&2; exit 2; }
+# $(call HAS_SET,FILE,WHAT): an image whose recipe has nothing to compile ahead of time is refused.
+HAS_SET = @[ -e docker/images/$*/$(1) ] || { printf '$@: %s\n  why: %s\n  do:  %s\n' "attnimg:$* has no $(2)" \
+	  "found no docker/images/$*/$(1)" "name one of: $$(cd docker/images && ls */$(1) | cut -d/ -f1 | paste -sd ' ')" >&2; exit 2; }
 
 build/%: ## Build the image attnimg:%, such as build/cpu; WHEELS=dist/% compiles nothing
 	$(HAVE_BASE)
@@ -152,17 +152,16 @@ built/%: .venv/ready ## Write down what dist/% holds; MACHINE="what it was built
 
 unit/%: ## Compile one real unit of flash-attn for attnimg:%, 5 minutes
 	$(HAVE_BASE)
-	@PROGRESS=plain docker/build.py $* --stage flash-attn-unit
+	@PROGRESS=plain docker/build.py $* --kernel flash-attn --stage unit
 
 fa4-kernels/%: .venv/ready ## Compile FlashAttention-4's kernels for attnimg:% into dist/, 10 minutes an architecture
-	$(call HAS_SET,fa4_cache,kernels of FlashAttention-4)
+	$(call HAS_SET,fa4_kernels.json,kernels of FlashAttention-4)
 	$(HAVE_BASE)
 	@PROGRESS=plain docker/build.py $* --stage fa4-kernels
 	@rm -rf dist/fa4-kernels-$* && mkdir -p dist docs/built
 	@id=$$(docker create attnimg-fa4-kernels:$* none) && \
 	  docker cp -q "$$id:/opt/attnimg/fa4" dist/fa4-kernels-$* && docker rm "$$id" >/dev/null
-	@$(BIN)/python -B docker/fa4_cache/built.py dist/fa4-kernels-$*/manifest.json \
-	  docker/fa4_cache/$*.json >dist/record.json
+	@$(BIN)/python -B docker/precompiled/record.py dist/fa4-kernels-$*/manifest.json >dist/record.json
 	@mv dist/record.json docs/built/fa4-cache-$*.json
 	@release=$$(sed -n 's/.*"python release": "\([^"]*\)".*/\1/p' docs/built/fa4-cache-$*.json); \
 	  echo "test them by a Python $$release, as the image has; another would look for other kernels:"; \
@@ -170,19 +169,18 @@ fa4-kernels/%: .venv/ready ## Compile FlashAttention-4's kernels for attnimg:% i
 	  echo "  PATH of Python $$release; Debian bookworm's own, /usr/bin/python3.11, is 3.11.2"
 
 triton-kernels/%: .venv/ready ## Compile SageAttention's Triton kernels for attnimg:% into dist/, 1 to 3 minutes an architecture
-	$(call HAS_SET,triton_cache,Triton kernels)
+	$(call HAS_SET,triton_kernels.json,Triton kernels)
 	$(HAVE_BASE)
 	@PROGRESS=plain docker/build.py $* --stage triton-kernels
 	@rm -rf dist/triton-kernels-$* && mkdir -p dist docs/built
 	@id=$$(docker create attnimg-triton-kernels:$* none) && \
 	  docker cp -q "$$id:/opt/attnimg/triton" dist/triton-kernels-$* && docker rm "$$id" >/dev/null
-	@PYTHONPATH=docker/fa4_cache $(BIN)/python -B docker/triton_cache/built_in_short.py \
-	  dist/triton-kernels-$*/manifest.json >dist/record.json
+	@$(BIN)/python -B docker/precompiled/record.py dist/triton-kernels-$*/manifest.json >dist/record.json
 	@mv dist/record.json docs/built/triton-cache-$*.json
 
 test/fa4-cache: .venv/ready build/fa4/ready ## Compile kernels of FlashAttention-4 and Triton without a GPU, and find them
-	TRITON_PYTHON=build/fa4/bin/python $(BIN)/pytest tests/triton_cache
-	FA4_PYTHON=build/fa4/bin/python $(BIN)/pytest tests/fa4_cache
+	TRITON_PYTHON=build/fa4/bin/python $(BIN)/pytest tests/precompiled/triton
+	FA4_PYTHON=build/fa4/bin/python $(BIN)/pytest tests/precompiled/fa4
 
 test/contexts: .venv/ready ## Train in every context: rows x precision x weights x checkpointing x compiled; 242 runs, half of them compiled
 	CONTEXTS=all $(BIN)/pytest -v tests/train/test_contexts.py
@@ -235,11 +233,11 @@ clean: ## Remove what was built here, .venv too
 	rm -rf .venv outputs build dist .pytest_cache .hypothesis .mypy_cache .ruff_cache .import_linter_cache
 
 # FlashAttention-4 in the versions of the images, on the CPU build of torch; attnimg runs there too.
-build/fa4/ready: requirements/torch.txt docker/constraints/hopper.txt docker/fa4_cache/requirements.txt
+build/fa4/ready: requirements/torch.txt docker/constraints/hopper.txt docker/precompiled/fa4/requirements.txt
 	@echo "fa4-cache: making build/fa4 with FlashAttention-4, 1 minute"
 	@$(PYTHON) -m venv build/fa4
 	@build/fa4/bin/pip install -qq --disable-pip-version-check -r requirements/torch.txt
-	@build/fa4/bin/pip install -qq --disable-pip-version-check --no-deps -r docker/fa4_cache/requirements.txt
+	@build/fa4/bin/pip install -qq --disable-pip-version-check --no-deps -r docker/precompiled/fa4/requirements.txt
 	@build/fa4/bin/pip install -qq --disable-pip-version-check --no-deps -c docker/constraints/hopper.txt \
 	  flash-attn-4 nvidia-cutlass-dsl nvidia-cutlass-dsl-libs-base nvidia-cutlass-dsl-libs-core \
 	  nvidia-cutlass-dsl-libs-cu13 apache-tvm-ffi quack-kernels torch-c-dlpack-ext cuda-bindings \

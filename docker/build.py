@@ -2,7 +2,8 @@
 """Build a stage of one image with what `make base` made; the standard library suffices.
 
     docker/build.py NAME                    the image, as attnimg:NAME
-    docker/build.py NAME --stage STAGE      that stage of the Dockerfile, as attnimg-STAGE:NAME
+    docker/build.py NAME --stage STAGE      that stage of the Dockerfile, as attnimg-STAGE:NAME;
+                                            for one kernel with --kernel KERNEL
     docker/build.py NAME --wheels-to DIR    its kernels' wheels alone, into DIR
 
 In the environment: WHEELS, a folder of wheels made earlier, in place of compiling them; TRIM=1, the
@@ -34,24 +35,23 @@ def fail(what: str, why: str, do: str) -> NoReturn:
     sys.exit(f"build: {what}\n  why: {why}\n  do:  {do}")
 
 
-def target_of(name: str) -> dict[str, Any]:
-    """Read the target of an image; refuse one whose recipe lacks what a build starts from."""
+def targets_of(name: str) -> dict[str, dict[str, Any]]:
+    """Read the targets of an image; refuse one whose recipe lacks what a build starts from."""
     targets = json.loads(BAKE.read_text())["target"]
-    if name not in targets or name == "image":
+    images = json.loads(IMAGES.read_text())["images"]
+    if name not in images:
         fail(
             f"there is no image {name}",
             f"found no target of that name in {BAKE}",
             f"make help, or write recipes/images/{name}.toml and make render",
         )
-    unresolved = json.loads(IMAGES.read_text())["images"][name]["unresolved"]
-    if torch := unresolved.get(f"images/{name}: torch"):
+    if torch := images[name]["unresolved"].get(f"images/{name}: torch"):
         fail(
             f"the image {name} can't be built yet",
             f"found no torch for it: {torch}",
             f"name one in recipes/images/{name}.toml, then make lock",
         )
-    target: dict[str, Any] = targets[name]
-    return target
+    return {key: target for key, target in targets.items() if key.partition("_")[0] == name}
 
 
 def refuse_without_room(name: str, accelerator: str) -> None:
@@ -72,7 +72,7 @@ def refuse_without_room(name: str, accelerator: str) -> None:
 
 
 def torch_wheel(version: str, name: str) -> str:
-    """Have the CPU build of torch in a folder: the package index has the CUDA build alone."""
+    """Fetch the CPU build of torch to a folder: the package index has the CUDA build alone."""
     folder = Path("build/torch-wheel")
     wanted = f"torch-{version}+cpu-*.whl"
     if not any(folder.glob(wanted)):
@@ -89,15 +89,18 @@ def torch_wheel(version: str, name: str) -> str:
     return str(folder)
 
 
-def contexts(name: str, target: dict[str, Any], wheels: str) -> Iterator[tuple[str, str]]:
-    """Give the named contexts that differ here from those of the bake file."""
-    yield "base", "docker-image://attnimg-base:bookworm"
-    if target["args"]["ACCELERATOR"] == "cpu":
-        yield "torch-wheel", torch_wheel(target["labels"]["attnimg.torch"], name)
-    for context, address in target.get("contexts", {}).items():
-        tree = Path("build/sources") / f"{context}-{address.rpartition('#')[2]}"
-        if tree.is_dir():
-            yield context, str(tree)
+def contexts(
+    name: str, targets: dict[str, dict[str, Any]], wheels: str
+) -> Iterator[tuple[str, str, str]]:
+    """Yield (target, context, place) for those that differ here from the bake file."""
+    if targets[f"{name}_common"]["args"]["ACCELERATOR"] == "cpu":
+        wheel = torch_wheel(targets[name]["labels"]["attnimg.torch"], name)
+        yield from ((target, "torch-wheel", wheel) for target in targets)
+    for target, content in targets.items():
+        address, _, commit = content.get("contexts", {}).get("source", "").partition("#")
+        tree = Path("build/sources") / f"{target.partition('_')[2]}-source-{commit}"
+        if address and tree.is_dir():
+            yield target, "source", str(tree)
     if wheels:
         if not (Path(wheels) / "manifest.json").is_file():
             fail(
@@ -105,7 +108,9 @@ def contexts(name: str, target: dict[str, Any], wheels: str) -> Iterator[tuple[s
                 "found no manifest.json in it",
                 f"make wheels/{name}, or leave WHEELS away to build them",
             )
-        yield "wheelhouse", wheels
+        for target, content in targets.items():
+            if "wheelhouse" in content.get("contexts", {}):
+                yield target, "wheelhouse", wheels
 
 
 def run(command: list[str], *, wheels_to: Path | None) -> int:
@@ -114,7 +119,9 @@ def run(command: list[str], *, wheels_to: Path | None) -> int:
         return subprocess.run(command, check=False).returncode
     part = wheels_to.with_name(f"{wheels_to.name}.part")
     shutil.rmtree(part, ignore_errors=True)
-    code = subprocess.run([*command, f"--set=*.output=type=local,dest={part}"], check=False)
+    code = subprocess.run(
+        [*command, f"--set={command[-1]}.output=type=local,dest={part}"], check=False
+    )
     if code.returncode == 0:
         shutil.rmtree(wheels_to, ignore_errors=True)
         part.chmod(0o755)  # docker makes it for its own user alone
@@ -130,28 +137,33 @@ def main() -> None:
     )
     parser.add_argument("name")
     parser.add_argument("--stage", default="runtime")
+    parser.add_argument("--kernel", default="", help="the stage of this kernel's build")
     parser.add_argument("--wheels-to", type=Path)
     parser.add_argument("--check", action="store_true", help="only whether there is such an image")
     asked = parser.parse_args()
     name, stage = asked.name, "wheelhouse" if asked.wheels_to else asked.stage
-    target = target_of(name)
+    targets = targets_of(name)
     if asked.check:
         return
     if not (jobs := os.environ.get("JOBS", "1")).isdigit() or int(jobs) < 1:
         fail(f"JOBS is {jobs!r}", "needed a number of compilers, 1 or more", "make ... JOBS=2")
-    settings = {"target": stage}
-    settings |= {key: os.environ[key] for key in ("TRIM", "JOBS") if os.environ.get(key)}
-    settings = {f"args.{key}" if key != "target" else key: v for key, v in settings.items()}
-    for context, place in contexts(name, target, os.environ.get("WHEELS", "")):
-        settings[f"contexts.{context}"] = place
-    refuse_without_room(name, target["args"]["ACCELERATOR"])
+    # A stage that has a target of its own has named contexts there; any other has none.
+    target = name if stage == "runtime" else f"{name}_{asked.kernel or stage}"
+    settings = {}
+    if target not in targets or asked.kernel:
+        target = target if asked.kernel else f"{name}_common"
+        settings[f"{target}.target"] = stage
+    for of, context, place in contexts(name, targets, os.environ.get("WHEELS", "")):
+        settings[f"{of}.contexts.{context}"] = place
+    refuse_without_room(name, targets[f"{name}_common"]["args"]["ACCELERATOR"])
     if stage not in ("runtime", "wheelhouse"):
-        settings["tags"] = f"attnimg-{stage}:{name}"
+        settings[f"{target}.tags"] = f"attnimg-{stage}:{name}"
     command = ["docker", "buildx", "bake", f"--progress={os.environ.get('PROGRESS', 'auto')}"]
     command += ["-f", str(BAKE)]
     for key, value in settings.items():
-        command += ["--set", f"{name}.{key}={value}"]
-    sys.exit(run([*command, name], wheels_to=asked.wheels_to))
+        command += ["--set", f"{key}={value}"]
+    os.environ["BASE"] = "docker-image://attnimg-base:bookworm"
+    sys.exit(run([*command, target], wheels_to=asked.wheels_to))
 
 
 if __name__ == "__main__":

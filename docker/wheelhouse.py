@@ -1,19 +1,19 @@
 """Write what a wheelhouse says of itself, or verify one before anything of it is installed.
 
-    python wheelhouse.py write FOLDER IMAGE ABI
-    python wheelhouse.py verify FOLDER IMAGE ABI
+    python wheelhouse.py write FOLDER WANTED.json
+    python wheelhouse.py verify FOLDER WANTED.json
 
-FOLDER has the wheels. `write` gathers the NAME.json that build.py left beside each into
-manifest.json, and writes SHA256SUMS. `verify` wants what the recipes of this checkout would build:
-the same hashes, ABI and kernels, the latter as KEYS in the environment (NAME=key ...). A wheelhouse
-that was built on another machine, or yesterday, is thus as good as one built here, or is refused.
+FOLDER has the wheels. `write` gathers the NAME.json that kernel/build.py left beside each into
+manifest.json, and writes SHA256SUMS. `verify` wants what the recipes of this checkout would build,
+WANTED.json, which is docker/images/IMAGE/wheelhouse.json: the same hashes, ABI and kernels, each
+with the key of its recipe. A wheelhouse that was built on another machine, or yesterday, is thus as
+good as one built here, or is refused.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -33,7 +33,7 @@ def write(folder: Path, image: str, abi: str) -> None:
 
 
 def verify(folder: Path, abi: str, keys: dict[str, str]) -> list[str]:
-    """Give everything that speaks against installing a wheelhouse; nothing when it fits.
+    """Return everything that speaks against installing a wheelhouse; nothing when it fits.
 
     Args:
         folder: of the wheels.
@@ -68,17 +68,18 @@ def verify(folder: Path, abi: str, keys: dict[str, str]) -> list[str]:
 
 
 def digest(path: Path) -> str:
-    """Give the sha256 of a file."""
+    """Return the sha256 of a file."""
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def main(task: str, folder: Path, image: str, abi: str) -> None:
+def main(task: str, folder: Path, wanted_file: Path) -> None:
     """Write, or verify and end the build when something speaks against it."""
+    wanted = json.loads(wanted_file.read_text())
+    image = wanted["image"]
     if task == "write":
-        write(folder, image, abi)
+        write(folder, image, wanted["abi"])
         return
-    keys = dict(pair.split("=", 1) for pair in os.environ.get("KEYS", "").split())
-    if faults := verify(folder, abi, keys):
+    if faults := verify(folder, wanted["abi"], wanted["kernels"]):
         lines = "\n       ".join(faults)
         sys.exit(
             f"wheelhouse: it does not fit the image {image}\n  why: {lines}\n"
@@ -87,4 +88,4 @@ def main(task: str, folder: Path, image: str, abi: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]), sys.argv[3], sys.argv[4])
+    main(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]))

@@ -198,12 +198,14 @@ class TritonSet(Strict):
     """The calls whose Triton kernels are compiled when an image is built.
 
     Attributes:
+        calls: the module below docker/ that does the calls.
         dtypes: of q, k and v.
         causal: whether a token sees only those before it.
         varlen: packed documents, or a rectangle.
         heads: head_dim -> query heads/key-value heads, "32/8": both are constants in the kernels.
     """
 
+    calls: str
     dtypes: tuple[Literal["bfloat16", "float16"], ...]
     causal: tuple[bool, ...]
     varlen: tuple[bool, ...]
@@ -395,7 +397,9 @@ class Step:
         archs: the image's architectures that it serves.
         tokens: what its build is told of them.
         codes: the machine code that must be in it, and no other.
-        env: its whole build environment.
+        arch_variable: the environment variable that takes the tokens; empty for none.
+        env: the rest of its build environment.
+        job_memory_gb: the most that one compiler needs, in GB.
         prebuilt: the public wheel that is taken instead of a build; None when it is built.
         key: names the wheel in a cache; any change of the recipe or the architectures changes it.
     """
@@ -404,7 +408,9 @@ class Step:
     archs: tuple[str, ...]
     tokens: tuple[str, ...]
     codes: tuple[str, ...]
+    arch_variable: str
     env: Mapping[str, str]
+    job_memory_gb: float
     key: str
     prebuilt: Prebuilt | None = None
 

@@ -24,9 +24,9 @@ from recipes.pages.images_and_kernels import (
     support_page,
 )
 from recipes.render.bake import bake_file
-from recipes.render.constraints import constraints
 from recipes.render.images_json import catalogue
 from recipes.render.matrix import matrix
+from recipes.render.mounted import mounted_files
 from recipes.render.precompiled import kernel_sets
 from recipes.solve.lock import blocks
 
@@ -66,16 +66,16 @@ def rendered(
         "docs/checkpoints.md": checkpoints_page(read_causal_types(), reloaded=reload),
         "tests/unit/golden/choices.json": choices_json(chosen, parsed),
         "docs/families.md": families_page(families),
-        "docs/fa4-models.md": fa4_models_page(recipes.kernels["flash-attn-4"]),
         "docs/gates.md": gates_page(docs(), recipes.allowed),
         "docs/images.md": images_page(plans),
         "docs/kernels.md": kernels_page(recipes.kernels.values()),
         "docs/support.md": support_page(plans),
         **kernel_sets(plans),
     }
+    for kernel in (kernel for kernel in recipes.kernels.values() if kernel.ahead_of_time):
+        texts["docs/fa4-models.md"] = fa4_models_page(kernel)
     for plan in plans:
-        name = plan.image.name
-        texts[f"docker/constraints/{name}.txt"] = constraints(plan, lock=locks[name])
+        texts |= mounted_files(plan, lock=locks[plan.image.name])
     return texts
 
 

@@ -1,10 +1,10 @@
 """Build the wheel of one kernel into WHEELS (/wheels), and write how that went beside it.
 
-    python build.py NAME [TREE]
+    python -m kernel.build KERNEL.json
 
-NAME is the distribution; TREE its source where it is a git tree. Patches lie in PATCHES (/patches).
-What else there is to know stands in the environment as docker-bake.json has it, see source.py. Two
-files come out: the wheel, and NAME.json with the time, the jobs and the objects that it took.
+KERNEL.json is docker/images/IMAGE/kernels/NAME.json, see source.py. Patches lie in PATCHES
+(/patches), a git tree in SOURCE (/source). Two files come out: the wheel, and NAME.json with the
+time, the jobs and the objects that it took.
 """
 
 from __future__ import annotations
@@ -20,8 +20,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-import jobs
-import source
+from kernel import jobs, source
 
 WHEELS = Path(os.environ.get("WHEELS", "/wheels"))
 
@@ -61,24 +60,25 @@ def compiled(project: Path, *, env: dict[str, str], memory_gb: float) -> dict[st
     )
 
 
-def main(name: str, tree: Path | None) -> None:
+def main(build_file: Path) -> None:
     """Build one wheel, or take the prebuilt one that the recipe names."""
+    build = source.read_build(build_file)
     WHEELS.mkdir(parents=True, exist_ok=True)
     source.WORK.mkdir(parents=True)
     began = time.monotonic()
-    if source.fact(name, "_PREBUILT"):
-        took: dict[str, Any] = {"prebuilt": source.fact(name, "_PREBUILT")}
-        source.take_prebuilt(name, WHEELS)
+    if build.prebuilt:
+        took: dict[str, Any] = {"prebuilt": build.prebuilt}
+        source.take_prebuilt(build, WHEELS)
     else:
-        project = source.prepare(name, tree)
-        memory_gb = float(source.fact(name, "_JOB_GB") or 1)
-        took = compiled(project, env=source.environment(name), memory_gb=memory_gb)
+        project = source.prepare(build)
+        env = source.environment(build)
+        took = compiled(project, env=env, memory_gb=build.job_memory_gb)
     wheel = next(WHEELS.glob("*.whl"))
     report = {
-        "name": name,
-        "version": source.fact(name, ""),
-        "key": source.fact(name, "_KEY"),
-        "trimmed": source.trimmed(name),
+        "name": build.name,
+        "version": build.version,
+        "key": build.key,
+        "trimmed": build.trimmed,
         "wheel": wheel.name,
         "bytes": wheel.stat().st_size,
         "sha256": hashlib.sha256(wheel.read_bytes()).hexdigest(),
@@ -86,13 +86,13 @@ def main(name: str, tree: Path | None) -> None:
         "cpu_seconds": round(resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime),
         **took,
     }
-    (WHEELS / f"{name}.json").write_text(json.dumps(report, indent=1) + "\n")
+    (WHEELS / f"{build.name}.json").write_text(json.dumps(report, indent=1) + "\n")
     print(f"kernel: {json.dumps(report)}")
     shutil.rmtree(source.WORK)
 
 
 if __name__ == "__main__":
     try:
-        main(sys.argv[1], Path(sys.argv[2]) if len(sys.argv) > 2 else None)
+        main(Path(sys.argv[1]))
     except subprocess.CalledProcessError as error:
         source.fail("a step of the build failed", str(error), "read its words above")

@@ -1,10 +1,10 @@
 """Compile one translation unit of flash-attn, with the flags and the compiler of the whole build.
 
-    python compile_unit.py UNIT
+    python -m kernel.compile_unit KERNEL.json UNIT
 
 A whole flash-attn takes CPU-hours; one unit tells in minutes whether source, patches, compiler,
-headers and torch fit together. UNIT is a file of csrc/flash_attn/src. Facts come as build.py takes
-them.
+headers and torch fit together. KERNEL.json is flash-attn's, as build.py takes it; UNIT is a
+file of csrc/flash_attn/src.
 """
 
 from __future__ import annotations
@@ -14,13 +14,14 @@ import resource
 import runpy
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
-import source
+from kernel import source
 from torch.utils import cpp_extension
 
 
-def main(unit: str) -> None:
+def main(build_file: Path, unit: str) -> None:
     """Fetch, patch, and let setup.py build an extension that has this one source."""
     extension = cpp_extension.CUDAExtension
 
@@ -28,8 +29,9 @@ def main(unit: str) -> None:
         return extension(name, [file for file in sources if file.endswith(f"/{unit}")], **rest)
 
     source.WORK.mkdir(parents=True)
-    tree = source.prepare("flash-attn")
-    os.environ.update(source.environment("flash-attn"))
+    build = source.read_build(build_file)
+    tree = source.prepare(build)
+    os.environ.update(source.environment(build))
     cpp_extension.CUDAExtension = of_one_unit
     os.chdir(tree)
     sys.argv = ["setup.py", "build_ext", "--inplace"]
@@ -44,4 +46,4 @@ def main(unit: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(Path(sys.argv[1]), sys.argv[2])

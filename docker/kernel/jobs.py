@@ -1,4 +1,4 @@
-"""Run compilers: as many at a time as the memory takes, through a cache, and tell how they died."""
+"""Run compilers: as many at a time as the memory takes, through a cache; report how they died."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Done:
 
 
 def count(memory_gb: float) -> int:
-    """Give how many compilers may run at a time; JOBS, when set, decides.
+    """Return how many compilers may run at a time; JOBS, when set, decides.
 
     Args:
         memory_gb: what one of them may need, in GB.
@@ -53,7 +53,7 @@ def count(memory_gb: float) -> int:
 
 
 def memory_bytes() -> int:
-    """Give the memory that is free: the machine's, or less where a cgroup sets a limit."""
+    """Return the memory that is free: the machine's, or less where a cgroup sets a limit."""
     lines = Path("/proc/meminfo").read_text().splitlines()
     free = next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable"))
     for limit, used in CGROUPS:

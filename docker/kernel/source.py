@@ -1,18 +1,15 @@
-"""Have the source of a kernel: fetched, verified by its hash, patched.
-
-Of a kernel flash-attn the environment has FLASH_ATTN (its version), FLASH_ATTN_SOURCE, _SHA256,
-_DIRECTORY (where in the tree), _REMOVE (paths), _ENV and _TRIM_ENV (NAME=value ...), _PREBUILT (a
-wheel), _JOB_GB and _KEY. TRIM, when it is not empty, asks for the small build of TRIM_ENV.
-"""
+"""Read the build of a kernel, and prepare its source: fetched, verified by its hash, patched."""
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
 import sys
 import tarfile
 import tempfile
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import NoReturn
 
@@ -20,6 +17,58 @@ PIP = (sys.executable, "-m", "pip", "--cert=/etc/ssl/certs/ca-certificates.crt")
 # The same path in every build: it is part of what a compiler cache compares.
 WORK = Path(tempfile.gettempdir()) / "kernel"
 PATCHES = Path(os.environ.get("PATCHES", "/patches"))
+SOURCE = Path(os.environ.get("SOURCE", "/source"))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Build:
+    """docker/images/IMAGE/kernels/NAME.json, rendered from the recipes of image and kernel.
+
+    Attributes:
+        name: the distribution.
+        key: names the wheel; the hash of all that goes into it.
+        archs: the image's architectures that it serves.
+        source: name==version on the index; empty for a git tree, which lies in SOURCE.
+        sha256: of what is downloaded.
+        prebuilt: a wheel that is taken instead, as pip names it; empty for none.
+        directory: of the setup.py or pyproject.toml, in the source.
+        remove: folders of the source that are deleted first.
+        arch_variable: the environment variable that takes the tokens; empty for none.
+        tokens: what the build calls the architectures.
+        env: the rest of its environment.
+        trim_env: further environment of the small build; empty where there is none.
+        job_memory_gb: what one compiler may need, in GB.
+        trimmed: whether the small build is asked for, by TRIM, and there is one.
+    """
+
+    name: str
+    version: str
+    key: str
+    archs: list[str]
+    source: str
+    sha256: str
+    prebuilt: str
+    directory: str
+    remove: list[str]
+    arch_variable: str
+    tokens: list[str]
+    env: dict[str, str]
+    trim_env: dict[str, str]
+    job_memory_gb: float
+    trimmed: bool
+
+
+def read_build(path: Path) -> Build:
+    """Read the build of a kernel."""
+    content = json.loads(path.read_text())
+    content["trimmed"] = bool(os.environ.get("TRIM") and content["trim_env"])
+    return Build(**{field.name: content[field.name] for field in fields(Build)})
+
+
+def environment(build: Build) -> dict[str, str]:
+    """Return the environment that a kernel is built in."""
+    archs = {build.arch_variable: ";".join(build.tokens)} if build.arch_variable else {}
+    return {**os.environ, **build.env, **archs, **(build.trim_env if build.trimmed else {})}
 
 
 def fail(what: str, why: str, do: str) -> NoReturn:
@@ -27,42 +76,23 @@ def fail(what: str, why: str, do: str) -> NoReturn:
     sys.exit(f"kernel: {what}\n  why: {why}\n  do:  {do}")
 
 
-def fact(name: str, suffix: str) -> str:
-    """Give one fact of a kernel's recipe; empty where the recipe has none."""
-    return os.environ.get(f"{name.upper().replace('-', '_')}{suffix}", "")
-
-
-def trimmed(name: str) -> bool:
-    """Tell whether the small build was asked for, and the kernel has one."""
-    return bool(os.environ.get("TRIM") and fact(name, "_TRIM_ENV"))
-
-
-def environment(name: str) -> dict[str, str]:
-    """Give the environment that a kernel is built in."""
-    pairs = fact(name, "_ENV").split() + (fact(name, "_TRIM_ENV").split() if trimmed(name) else [])
-    return {**os.environ, **dict(pair.split("=", 1) for pair in pairs)}
-
-
-def prepare(name: str, tree: Path | None = None) -> Path:
-    """Have a kernel's patched source; it is fetched when no tree is given.
-
-    Args:
-        name: the distribution.
-        tree: a git tree at the recipe's commit; it is changed in place.
+def prepare(build: Build) -> Path:
+    """Fetch and patch a kernel's source; a git tree in SOURCE is changed in place.
 
     Returns:
         The folder of its setup.py or pyproject.toml.
     """
-    if tree is None:
-        tree = _fetched(fact(name, "_SOURCE"), fact(name, "_SHA256"))
-    for path in fact(name, "_REMOVE").split():
+    tree = _fetched(build.source, build.sha256) if build.source else SOURCE
+    for path in build.remove:
         if not (tree / path).is_dir():
-            fail(f"there is no {path} to remove", f"{name} does not have it", "mend the recipe")
+            fail(
+                f"there is no {path} to remove", f"{build.name} does not have it", "fix the recipe"
+            )
         shutil.rmtree(tree / path)
-    folders = [PATCHES, PATCHES / "trim"] if trimmed(name) else [PATCHES]
+    folders = [PATCHES, PATCHES / "trim"] if build.trimmed else [PATCHES]
     for patch in [patch for folder in folders for patch in sorted(folder.glob("*.patch"))]:
         apply(patch, tree)
-    return tree / fact(name, "_DIRECTORY")
+    return tree / build.directory
 
 
 def apply(patch: Path, tree: Path) -> None:
@@ -75,15 +105,15 @@ def apply(patch: Path, tree: Path) -> None:
         fail(
             f"{patch.name} can't be applied",
             done.stdout.strip().replace("\n", "; ") + done.stderr.strip(),
-            "read its reason: remove the patch where upstream has mended it, or make it anew",
+            "read its reason: remove the patch where upstream has fixed it, or write a new one",
         )
     print(f"kernel: applied {patch.name}")
 
 
-def take_prebuilt(name: str, wheels: Path) -> None:
+def take_prebuilt(build: Build, wheels: Path) -> None:
     """Download the wheel that the recipe names, and refuse it when its hash is another."""
     wanted = WORK / "wanted.txt"
-    wanted.write_text(f"{fact(name, '_PREBUILT')} --hash=sha256:{fact(name, '_SHA256')}\n")
+    wanted.write_text(f"{build.prebuilt} --hash=sha256:{build.sha256}\n")
     command = [*PIP, "download", "-q", "--no-deps", "--only-binary=:all:", "--require-hashes"]
     subprocess.run([*command, f"--dest={wheels}", f"--requirement={wanted}"], check=True)
 

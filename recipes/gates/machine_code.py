@@ -19,9 +19,8 @@ from recipes.gates import Finding, Gate, Promise
 from recipes.solve.rules import device
 
 _NAME = "machine-code"
-# Folder of /opt/attnimg -> the kernel whose entries docker/*_cache compiles into it.
-_AHEAD_OF_TIME = {"fa4": "flash-attn-4", "triton": "sageattention"}
-_COMPILED = re.compile(rf"opt/attnimg/({'|'.join(_AHEAD_OF_TIME)})/(sm_\d+)/")
+# Where docker/precompiled leaves what it compiled, and for which GPU.
+_COMPILED = re.compile(r"opt/attnimg/(fa4|triton)/(sm_\d+)/")
 _CODE = re.compile(r"(sm|compute|lto)_(\d+)(\d)([af]?)")
 
 
@@ -87,25 +86,26 @@ def _against(file: File, *, owner: str, step: Step | None, promise: Promise) -> 
     elif image.accelerator == "cpu":
         yield _finding(file.path, _text(codes), "no GPU code in a cpu image", "prune it")
     elif place := _COMPILED.match(file.path):
-        kernel = _AHEAD_OF_TIME[place[1]]
-        if codes != (declared := _declared(kernel, place[2], promise)):
-            need = f"what recipes/kernels/{kernel}.toml declares for {place[2]}: {_text(declared)}"
-            yield _finding(file.path, _text(codes), need, "compile it anew, with no other")
+        made_by = [step for step in promise.plan.steps if _compiles_into(place[1], step)]
+        declared = {
+            _code_of(step, arch)
+            for step in made_by
+            for arch in step.archs
+            if device(arch) == place[2]
+        }
+        if codes != declared:
+            recipe = " ".join(f"recipes/kernels/{step.kernel.name}.toml" for step in made_by)
+            need = f"what {recipe or 'no recipe'} declares for {place[2]}: {_text(declared)}"
+            yield _finding(file.path, _text(codes), need, "compile it again, with no other")
     elif owner != "torch":
         for arch in _promised(file.path, owner, image.archs, codes):
             do = f"prune it where no GPU of {image.name} loads it, or build it for {arch}"
             yield _finding(file.path, _text(codes), f"code that {arch} runs", do)
 
 
-def _declared(kernel: str, folder: str, promise: Promise) -> set[str]:
-    """Give the code of a kernel's entries in a folder; none where the image has none for it."""
-    return {
-        _code_of(step, arch)
-        for step in promise.plan.steps
-        if step.kernel.name == kernel
-        for arch in step.archs
-        if device(arch) == folder
-    }
+def _compiles_into(folder: str, step: Step) -> bool:
+    """Return whether a kernel is compiled ahead of time into a folder of /opt/attnimg."""
+    return (step.kernel.ahead_of_time if folder == "fa4" else step.kernel.triton) is not None
 
 
 def _code_of(step: Step, arch: str) -> str:

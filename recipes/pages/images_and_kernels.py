@@ -145,7 +145,11 @@ def fa4_models_page(kernel: Kernel) -> str:
     assert asked is not None
     archs = list(kernel.archs)
     rows = [
-        (f"`{model.model}`", _words(model), *(covered(model, arch) for arch in archs))
+        (
+            f"`{model.model}`",
+            _words(model),
+            *(covered(model, arch, backend=kernel.backends[0]) for arch in archs),
+        )
         for model in asked.models
     ]
     head = ("Model", "Attention", *(f"`{device(arch)}`" for arch in archs))

@@ -1,14 +1,20 @@
-"""Write the bake file: one target an image, with every fact that the Dockerfile takes."""
+"""Write the bake file: for each image a target, one for each of its kernels, and what joins them.
+
+    NAME_KERNEL, one each -> NAME_wheels -> NAME_wheelhouse -> NAME
+    NAME_KERNEL -> NAME_fa4-kernels -> NAME           [ahead_of_time] in the kernel's recipe
+    NAME_wheelhouse -> NAME_triton-kernels -> NAME    [triton] in the kernel's recipe
+
+An arrow is a named context: BuildKit builds what stands left of it first, and again only when what
+that reads has changed. NAME_common has the arguments of all of them.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from typing import Any
 
-from recipes.facts import Plan, Step
+from recipes.facts import Plan, Step, Unresolved
 from recipes.files import NOTICE
-from recipes.render.labels import labels
 
 # What a Triton kernel is launched through is compiled where it runs.
 _APT = {
@@ -22,7 +28,8 @@ def bake_file(plans: tuple[Plan, ...]) -> str:
     """Write docker/docker-bake.json.
 
     Variables, to be set in the environment: REGISTRY (a prefix of the tags, with its slash),
-    VERSION, REVISION and CREATED (for the labels), BASE (another base image), CA (a CA bundle).
+    VERSION, REVISION and CREATED (for the labels), BASE (another base image), CA (a CA bundle),
+    TRIM and JOBS (for the kernels: small builds, compilers at a time).
     """
     stable = [plan.image.name for plan in plans if plan.image.channel == "stable"]
     frontier = [plan.image.name for plan in plans if plan.image.channel == "frontier"]
@@ -37,6 +44,8 @@ def bake_file(plans: tuple[Plan, ...]) -> str:
             "VERSION": {"default": "dev"},
             "REVISION": {"default": ""},
             "CREATED": {"default": ""},
+            "TRIM": {"default": ""},
+            "JOBS": {"default": ""},
         },
         "group": {
             "default": {"targets": ["cpu"]},
@@ -47,87 +56,105 @@ def bake_file(plans: tuple[Plan, ...]) -> str:
             "image": {
                 "context": ".",
                 "dockerfile": "docker/Dockerfile",
-                "target": "runtime",
                 "contexts": {"base": "${BASE}"},
                 "secret": ["id=ca,src=${CA}"],
+                "args": {"TRIM": "${TRIM}", "JOBS": "${JOBS}"},
             },
-            **{plan.image.name: _target(plan) for plan in plans},
+            **{name: target for plan in plans for name, target in _targets(plan).items()},
         },
     }
     return json.dumps(content, indent=2) + "\n"
 
 
-def _target(plan: Plan) -> dict[str, Any]:
-    image = plan.image
-    tags = [f"${{REGISTRY}}attnimg:{name}" for name in (image.name, *image.aliases)]
-    target: dict[str, Any] = {
-        "inherits": ["image"],
-        "args": _args(plan),
-        "labels": labels(plan),
-        "platforms": list(image.platforms),
-        "tags": tags,
-    }
-    if contexts := _sources(plan):
-        target["contexts"] = contexts
-    return target
-
-
-def _args(plan: Plan) -> dict[str, str]:
-    image = plan.image
-    args = {
-        "IMAGE": image.name,
-        "ACCELERATOR": image.accelerator,
-        "LOCK": plan.lock,
-        "ABI": plan.abi,
-        "APT_PACKAGES": _APT[image.accelerator],
-    }
+def _targets(plan: Plan) -> dict[str, dict[str, Any]]:
+    """Return the targets of one image, as the module's docstring draws them."""
+    image, common = plan.image, f"{plan.image.name}_common"
     built = [step for step in plan.steps if step.kernel.form != "wheel"]
-    if built:
-        args["KEYS"] = " ".join(f"{step.kernel.name}={step.key}" for step in built)
-    for step in built:
-        args |= _kernel_args(step, image.accelerator)
-    return args
-
-
-def _pairs(env: Mapping[str, str]) -> str:
-    return " ".join(f"{key}={value}" for key, value in sorted(env.items()))
-
-
-def _job_memory(step: Step, accelerator: str) -> str:
-    """Give the memory of one compiler; empty where nothing is compiled."""
-    return str(step.kernel.build[accelerator].job_memory_gb) if step.codes else ""
-
-
-def _kernel_args(step: Step, accelerator: str) -> dict[str, str]:
-    """Give one built kernel's arguments; FLASH_ATTN is flash-attn's version, and so on.
-
-    docker/kernel/source.py says what they mean. A kernel that an image lacks has no arguments; a
-    git tree comes as a context and has no _SOURCE.
-    """
-    kernel, wheel = step.kernel, step.prebuilt
-    sha256 = wheel.sha256 if wheel else kernel.sha256
-    args = {
-        "": kernel.version,
-        "_SOURCE": kernel.source if kernel.form == "sdist" else "",
-        "_SHA256": sha256 if isinstance(sha256, str) else "",
-        "_PREBUILT": wheel.source if wheel else "",
-        "_DIRECTORY": kernel.subdirectory,
-        "_ENV": _pairs(step.env),
-        "_TRIM_ENV": _pairs(kernel.trim.env) if kernel.trim else "",
-        "_REMOVE": " ".join(removal.path for removal in kernel.remove),
-        "_JOB_GB": _job_memory(step, accelerator),
-        "_KEY": step.key,
+    targets: dict[str, dict[str, Any]] = {
+        common: {
+            "inherits": ["image"],
+            "args": {
+                "IMAGE": image.name,
+                "ACCELERATOR": image.accelerator,
+                "LOCK": plan.lock,
+                "APT_PACKAGES": _APT[image.accelerator],
+            },
+            "platforms": list(image.platforms),
+        }
     }
-    name = kernel.name.upper().replace("-", "_")
-    return {f"{name}{suffix}": value for suffix, value in args.items() if value}
+
+    def add(name: str, stage: str, contexts: dict[str, str], **rest: Any) -> str:
+        """Add the target NAME_name, built from contexts; return how others name it as theirs."""
+        target = {"inherits": [common], "target": stage, "contexts": contexts, **rest}
+        targets[f"{image.name}_{name}"] = target
+        return f"target:{image.name}_{name}"
+
+    contexts: dict[str, str] = {}
+    wheels: dict[str, str] = {}
+    for step in built:
+        name = step.kernel.name
+        # What has no machine code needs no compiler.
+        args = {"KERNEL": name, "BUILDER": "toolchain" if step.codes else "packaging"}
+        wheels[name] = add(name, "kernel", _source(step), args=args)
+        if step.kernel.ahead_of_time:
+            contexts["fa4-kernels"] = add("fa4-kernels", "fa4-compiled", {"wheel": wheels[name]})
+    if built:
+        copies = "".join(f"COPY --from={name} /wheels /wheels\n" for name in wheels)
+        targets[f"{image.name}_wheels"] = {
+            "context": ".",
+            "dockerfile-inline": f"FROM scratch\n{copies}",
+            "contexts": wheels,
+            "platforms": list(image.platforms),
+        }
+        kernel_wheels = {"kernel-wheels": f"target:{image.name}_wheels"}
+        contexts["wheelhouse"] = add("wheelhouse", "wheelhouse", kernel_wheels)
+    if any(step.kernel.triton for step in built):
+        wheelhouse = {"wheelhouse": contexts["wheelhouse"]}
+        contexts["triton-kernels"] = add("triton-kernels", "triton-compiled", wheelhouse)
+    targets[image.name] = {
+        "inherits": [common],
+        "target": "runtime",
+        "contexts": contexts,
+        "labels": labels(plan),
+        "tags": [f"${{REGISTRY}}attnimg:{name}" for name in (image.name, *image.aliases)],
+    }
+    return targets
 
 
-def _sources(plan: Plan) -> dict[str, str]:
-    """Name the git trees as contexts NAME-source; BuildKit fetches submodules with them."""
+def _source(step: Step) -> dict[str, str]:
+    """Return the contexts of a kernel's build: its git tree, and the folder of its patches."""
     contexts = {}
-    for step in plan.steps:
-        if step.kernel.form == "git" and step.prebuilt is None:
-            repository, _, commit = step.kernel.source.partition("@")
-            url = f"https://github.com/{repository}.git#{commit}"
-            contexts[f"{step.kernel.name}-source"] = url
+    if step.kernel.form == "git" and step.prebuilt is None:
+        repository, _, commit = step.kernel.source.partition("@")
+        # BuildKit fetches submodules with it.
+        contexts["source"] = f"https://github.com/{repository}.git#{commit}"
+    if step.kernel.patches:
+        contexts["patches"] = f"recipes/patches/{step.kernel.name}"
     return contexts
+
+
+def labels(plan: Plan) -> dict[str, str]:
+    """Return the labels of OCI and of attnimg; ${...} are variables of the bake file.
+
+    Source of OCI's: https://github.com/opencontainers/image-spec, annotations.md (2026-11-21).
+    """
+    image = plan.image
+    kernels = [f"{step.kernel.name}=={step.kernel.version}" for step in plan.steps]
+    return {
+        "org.opencontainers.image.title": f"attnimg:{image.name}",
+        "org.opencontainers.image.description": f"Attention kernels for {image.summary}",
+        "org.opencontainers.image.licenses": "Apache-2.0",
+        "org.opencontainers.image.version": "${VERSION}",
+        "org.opencontainers.image.revision": "${REVISION}",
+        "org.opencontainers.image.created": "${CREATED}",
+        "org.opencontainers.image.base.name": image.base,
+        "attnimg.arch": " ".join(image.archs),
+        "attnimg.kernels": " ".join(kernels),
+        "attnimg.driver_min": _text(plan.driver_min),
+        "attnimg.torch": _text(image.torch),
+        "attnimg.abi": plan.abi,
+    }
+
+
+def _text(value: str | Unresolved | None) -> str:
+    return "unresolved" if isinstance(value, Unresolved) else value or ""

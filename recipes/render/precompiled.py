@@ -1,11 +1,11 @@
-"""Write docker/*_cache/IMAGE.json: the kernels that are compiled when an image is built."""
+"""Write docker/images/IMAGE/*_kernels.json: what is compiled ahead of time, for precompiled/."""
 
 from __future__ import annotations
 
 import json
 from typing import Any
 
-from attnimg.backends import all_backends
+from attnimg.backends import backend_named
 from attnimg.facts import LayerGroup
 from attnimg.select.gpus import arch_from_name
 from attnimg.select.judge import layer_reasons
@@ -13,30 +13,23 @@ from recipes.facts import AheadOfTime, Plan, Step, TrainedModel, TritonSet
 from recipes.files import NOTICE
 from recipes.solve.rules import device
 
-# docker/fa4_cache knows how to compile these, and no others.
-_KERNEL = "flash-attn-4"
-# The module of docker/triton_cache that calls a kernel package.
-_TRITON_CALLS = {"sageattention": "sage_calls"}
-
 
 def kernel_sets(plans: tuple[Plan, ...]) -> dict[str, str]:
     """Write the set of each image that has one: path -> text."""
-    return {
-        f"docker/fa4_cache/{plan.image.name}.json": _text(step, step.kernel.ahead_of_time)
-        for plan in plans
-        for step in plan.steps
-        if step.kernel.name == _KERNEL and step.kernel.ahead_of_time
-    } | {
-        f"docker/triton_cache/{plan.image.name}.json": _triton_text(step, step.kernel.triton)
-        for plan in plans
-        for step in plan.steps
-        if step.kernel.name in _TRITON_CALLS and step.kernel.triton
-    }
+    texts = {}
+    for plan in plans:
+        folder = f"docker/images/{plan.image.name}"
+        for step in plan.steps:
+            if step.kernel.ahead_of_time:
+                texts[f"{folder}/fa4_kernels.json"] = _text(step, step.kernel.ahead_of_time)
+            if step.kernel.triton:
+                texts[f"{folder}/triton_kernels.json"] = _triton_text(step, step.kernel.triton)
+    return texts
 
 
-def covered(model: TrainedModel, arch: str) -> str:
+def covered(model: TrainedModel, arch: str, *, backend: str) -> str:
     """Return which layers of a model have their kernels on an architecture: "yes", "-", some."""
-    fits = {group.window: not _against(group, arch) for group in _groups(model)}
+    fits = {group.window: not _against(backend, group, arch) for group in _groups(model)}
     if len(set(fits.values())) == 1:
         return "yes" if all(fits.values()) else "-"
     return "full layers" if fits[None] else "sliding layers"
@@ -59,9 +52,10 @@ def _groups(model: TrainedModel) -> tuple[LayerGroup, ...]:
     )
 
 
-def _against(group: LayerGroup, arch: str) -> str:
-    """Return why FlashAttention-4 has no kernel for a layer on an architecture; "" if it has."""
-    (backend,) = (found for found in all_backends() if found.name == "flash_attention_4")
+def _against(name: str, group: LayerGroup, arch: str) -> str:
+    """Return why a backend has no kernel for a layer on an architecture; "" if it has."""
+    backend = backend_named(name)
+    assert backend is not None
     capability = arch_from_name(device(arch)).capability
     assert capability is not None
     major = capability[0]
@@ -72,7 +66,7 @@ def _against(group: LayerGroup, arch: str) -> str:
 
 
 def _shape(group: LayerGroup) -> dict[str, Any]:
-    """Return what of a layer enters a kernel; docker/fa4_cache/kernel_set.py explains it.
+    """Return what of a layer enters a kernel; docker/precompiled/fa4/kernel_set.py explains it.
 
     Source: compile_key in flash_attn/cute/interface.py of flash-attn-4 4.0.0b36 (2026-11-26).
     """
@@ -87,19 +81,19 @@ def _shape(group: LayerGroup) -> dict[str, Any]:
 
 
 def _text(step: Step, asked: AheadOfTime) -> str:
-    content: dict[str, Any] = {"//": NOTICE}
+    content: dict[str, Any] = {"//": NOTICE, "method": "precompiled.fa4.method"}
     content |= {axis: list(getattr(asked, axis)) for axis in ("dtypes", "varlen", "gradient")}
-    content["targets"] = {device(arch): _target(asked, arch) for arch in step.archs}
+    content["targets"] = {device(arch): _target(step, asked, arch) for arch in step.archs}
     return json.dumps(content, indent=1) + "\n"
 
 
-def _target(asked: AheadOfTime, arch: str) -> dict[str, Any]:
-    """Write what is compiled for one architecture: each distinct shape once."""
+def _target(step: Step, asked: AheadOfTime, arch: str) -> dict[str, Any]:
+    """Return what is compiled for one architecture: each distinct shape once."""
     shapes: list[dict[str, Any]] = []
     left_out: dict[str, str] = {}
     for model in asked.models:
         for group in _groups(model):
-            if against := _against(group, arch):
+            if against := _against(step.kernel.backends[0], group, arch):
                 kind = "sliding layers" if group.window else "full layers"
                 left_out[f"{model.model}, {kind}"] = against
             elif _shape(group) not in shapes:
@@ -114,7 +108,8 @@ def _target(asked: AheadOfTime, arch: str) -> dict[str, Any]:
 
 
 def _triton_text(step: Step, asked: TritonSet) -> str:
-    content: dict[str, Any] = {"//": NOTICE, "calls": _TRITON_CALLS[step.kernel.name]}
+    content: dict[str, Any] = {"//": NOTICE, "method": "precompiled.triton.method"}
+    content["calls"] = asked.calls
     content |= {axis: list(getattr(asked, axis)) for axis in ("dtypes", "causal", "varlen")}
     content["heads"] = {str(head_dim): list(pairs) for head_dim, pairs in asked.heads.items()}
     content["targets"] = {

@@ -114,18 +114,19 @@ def _step(image: Image, choice: Choice, recipes: Recipes, *, abi: str) -> Step:
     archs = served(image, choice)
     build = kernel.build[image.accelerator]
     tokens = _once(kernel.archs[arch].token for arch in archs)
-    env = dict(build.env)
-    if build.arch_variable:
-        env[build.arch_variable] = ";".join(tokens)
+    archs_told = {build.arch_variable: ";".join(tokens)} if build.arch_variable else {}
+    bound_to = "" if kernel.abi == "python" else abi
     codes = _once(kernel.archs[arch].code for arch in archs)
     return Step(
         kernel=kernel,
         archs=archs,
         tokens=tokens,
         codes=codes,
-        env=env,
+        arch_variable=build.arch_variable,
+        env=build.env,
+        job_memory_gb=build.job_memory_gb,
         prebuilt=_fitting(kernel, codes, abi=abi),
-        key=cache_key(kernel, archs, abi="" if kernel.abi == "python" else abi, env=env),
+        key=cache_key(kernel, archs, abi=bound_to, env={**build.env, **archs_told}),
     )
 
 

@@ -21,6 +21,7 @@ import pytest
 from conftest import ROOT
 
 UV = Path(sys.executable).with_name("uv")
+WITHOUT_CUDA = {"FLASH_ATTENTION_SKIP_CUDA_BUILD": "TRUE", "FLASH_ATTENTION_FORCE_BUILD": "TRUE"}
 LOOK = Path(__file__).with_name("look_at_kernels.py")
 
 
@@ -37,7 +38,7 @@ def run(*command: object, **env: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="module")
 def wheels(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Build both wheels with docker/kernel/build.py and the facts of the hopper image."""
+    """Build both wheels with docker/kernel and the builds of the hopper image."""
     folder = tmp_path_factory.mktemp("kernels")
     run(sys.executable, "-m", "venv", folder / "venv")
     python = folder / "venv" / "bin" / "python"
@@ -45,20 +46,19 @@ def wheels(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     # flash-attn's setup.py asks torch for its version.
     site = next((folder / "venv").glob("lib/python*/site-packages"))
     (site / "torch.pth").write_text(sysconfig.get_path("purelib"))
-    facts = json.loads((ROOT / "docker/docker-bake.json").read_text())["target"]["hopper"]["args"]
     for number, name in (("2", "flash-attn"), ("4", "flash-attn-4"), ("stock", "flash-attn")):
         temp = folder / number
         temp.mkdir()
-        # Only what has no CUDA: kernel/build.py's own environment for the rest.
-        env = {key: value for key, value in facts.items() if key.startswith("FLASH_ATTN")}
-        env["FLASH_ATTN_ENV"] = (
-            "FLASH_ATTENTION_SKIP_CUDA_BUILD=TRUE FLASH_ATTENTION_FORCE_BUILD=TRUE"
-        )
+        build = json.loads((ROOT / f"docker/images/hopper/kernels/{name}.json").read_text())
+        # Only what has no CUDA.
+        build |= {"env": WITHOUT_CUDA, "arch_variable": ""}
         if number == "stock":
-            del env["FLASH_ATTN_REMOVE"]
+            build["remove"] = []
+        (temp / "kernel.json").write_text(json.dumps(build))
         paths = {"WHEELS": str(temp / "wheels"), "TMPDIR": str(temp)}
         paths["PATCHES"] = str(ROOT / "recipes/patches" / name)
-        run(python, ROOT / "docker/kernel/build.py", name, **env, **paths)
+        paths["PYTHONPATH"] = str(ROOT / "docker")
+        run(python, "-m", "kernel.build", temp / "kernel.json", **paths)
     return {path.parents[1].name: path for path in folder.glob("*/wheels/*.whl")}
 
 

@@ -8,27 +8,31 @@ from pathlib import Path
 
 from conftest import ROOT, Run
 
-BUILD = ("python", "-B", "/kernel/build.py", "toy", "/tree")
+BUILD = ("python", "-B", "-m", "kernel.build", "/toy.json")
 
 
 def options(folder: Path, **env: str) -> tuple[str, ...]:
     """Mount a copy of the toy, and where its wheel goes."""
     shutil.copytree(ROOT / "tests/fixtures/toy_kernel", folder / "tree")
-    facts = {"TOY": "1", "TOY_JOB_GB": "0.15", "WHEELS": "/wheels", "PIP_CONSTRAINT": "", **env}
+    build = json.loads((ROOT / "tests/fixtures/toy_kernel.json").read_text())
+    (folder / "toy.json").write_text(json.dumps(build | {"job_memory_gb": 0.15}))
+    places = {"WHEELS": "/wheels", "SOURCE": "/tree", "PYTHONPATH": "/docker"}
+    variables = {**places, "PIP_CONSTRAINT": "", **env}
     return (
         "--network=none",
         "--user=0:0",
-        f"--volume={ROOT}/docker/kernel:/kernel:ro",
+        f"--volume={ROOT}/docker/kernel:/docker/kernel:ro",
+        f"--volume={folder}/toy.json:/toy.json:ro",
         f"--volume={folder}/tree:/tree",
         f"--volume={folder}/wheels:/wheels",
-        *(f"--env={name}={value}" for name, value in facts.items()),
+        *(f"--env={name}={value}" for name, value in variables.items()),
     )
 
 
 def test_jobs_follow_the_limit_of_a_container(docker: Run) -> None:
-    count = "import sys; sys.path.insert(0, '/kernel'); import jobs; print(jobs.count(2.0))"
-    mount = f"--volume={ROOT}/docker/kernel:/kernel:ro"
-    done = docker("python", "-B", "-c", count, options=(mount, "--memory=3g"))
+    count = "from kernel import jobs; print(jobs.count(2.0))"
+    mount = (f"--volume={ROOT}/docker/kernel:/docker/kernel:ro", "--env=PYTHONPATH=/docker")
+    done = docker("python", "-B", "-c", count, options=(*mount, "--memory=3g"))
     assert done.stdout.strip() == "1", done.stderr
 
 

@@ -1,7 +1,7 @@
 """A GPU would find every Triton kernel that the image has compiled, in a process of its own.
 
-The GPU is made up by docker/triton_cache/stand_in.py; the packages, the entries and their copy at
-start are the image's. An image whose recipe has no such kernels skips.
+The GPU is made up by docker/precompiled/triton/stand_in.py; the packages, the entries and their
+copy at start are the image's. An image whose recipe has no such kernels skips.
 """
 
 from __future__ import annotations
@@ -18,17 +18,18 @@ MANIFEST = f"cat {SHIPPED}/manifest.json"
 # The name and driver do not matter; what a start copies is chosen by the capability.
 SMI = "#!/bin/sh\necho 'NVIDIA GPU, {capability}, 81559, 590.10'\n"
 # What the build compiles on, and this test runs by.
-MOUNTED = ("docker/triton_cache", "tests/triton_cache")
+MOUNTED = ("docker", "tests/precompiled/triton")
 LOOK_UP = (
     'set -e; test ! -w {shipped}; PYTHONPATH="{path}" python -BWignore '
-    "/repo/tests/triton_cache/simulated_gpu.py /repo/docker/triton_cache/{image}.json {device}"
+    "/repo/tests/precompiled/triton/simulated_gpu.py "
+    "/repo/docker/images/{image}/triton_kernels.json {device}"
 )
 
 
 @pytest.fixture(scope="module")
 def targets(docker: Run, image: str) -> dict[str, Any]:
     """What the image has, by architecture: all that its recipe promises."""
-    promised = ROOT / "docker/triton_cache" / f"{image.rpartition(':')[2]}.json"
+    promised = ROOT / "docker/images" / image.rpartition(":")[2] / "triton_kernels.json"
     if not promised.exists():
         pytest.skip(f"the recipe of {image} has no Triton kernels: there is no {promised}")
     told = docker("bash", "-c", MANIFEST, options=("--entrypoint=",))
@@ -72,7 +73,7 @@ def test_a_gpu_finds_every_triton_kernel(
             ),
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
-        assert json.loads(done.stdout.splitlines()[-1]) == target["entries"]
+        assert json.loads(done.stdout.splitlines()[-1]) == sorted(target["entries"])
         assert len(target["entries"]) == target["kernels"]
 
 

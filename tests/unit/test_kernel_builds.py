@@ -1,4 +1,4 @@
-"""docker/kernel/build.py on a small project: hashes, patches, compilers that die of memory."""
+"""docker/kernel on a small project: hashes, patches, compilers that die of memory."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-BUILD = Path(__file__).resolve().parents[2] / "docker/kernel/build.py"
+DOCKER = Path(__file__).resolve().parents[2] / "docker"
 
 TOY = Path(__file__).resolve().parents[1] / "fixtures/toy_kernel"
 
@@ -25,17 +26,26 @@ def tree(tmp_path: Path) -> Path:
     return tree
 
 
-def build(tree: Path, **env: str) -> subprocess.CompletedProcess[str]:
-    """Build the toy as a stage of the Dockerfile does."""
+# As docker/images/IMAGE/kernels/NAME.json.
+FACTS: dict[str, Any] = json.loads(TOY.with_suffix(".json").read_text())
+
+
+def build(
+    tree: Path, env: dict[str, str] | None = None, **facts: object
+) -> subprocess.CompletedProcess[str]:
+    """Build the toy as a stage of the Dockerfile does, its facts those of FACTS but for some."""
+    build_file = tree.parent / "toy.json"
+    build_file.write_text(json.dumps(FACTS | facts))
     places = {
         "WHEELS": str(tree.parent / "wheels"),
         "PATCHES": str(tree.parent / "patches"),
+        "SOURCE": str(tree),
         "TMPDIR": str(tree.parent),
+        "PYTHONPATH": str(DOCKER),
     }
-    facts = {"TOY": "1", "TOY_KEY": "abcd", "TOY_JOB_GB": "0.1"}
     return subprocess.run(
-        [sys.executable, str(BUILD), "toy", str(tree)],
-        env={**os.environ, **places, **facts, **env},
+        [sys.executable, "-m", "kernel.build", str(build_file)],
+        env={**os.environ, **places, **(env or {})},
         capture_output=True,
         text=True,
         check=False,
@@ -68,7 +78,7 @@ def test_a_wheel_and_its_report_come_out(tree: Path) -> None:
 
 
 def test_a_compiler_that_dies_of_memory_runs_again_with_fewer_beside_it(tree: Path) -> None:
-    done = build(tree, MOST="1", JOBS="2")
+    done = build(tree, {"MOST": "1", "JOBS": "2"})
     assert done.returncode == 0, done.stdout + done.stderr
     assert "a compiler died of memory; again with 1 jobs" in done.stdout
     assert (report(tree)["attempts"], report(tree)["jobs"]) == (2, 1)
@@ -77,7 +87,7 @@ def test_a_compiler_that_dies_of_memory_runs_again_with_fewer_beside_it(tree: Pa
 
 
 def test_one_that_dies_alone_ends_the_build_in_words(tree: Path) -> None:
-    done = build(tree, MOST="0", JOBS="2")
+    done = build(tree, {"MOST": "0", "JOBS": "2"})
     assert done.returncode == 1
     assert "a compiler died of memory, alone" in done.stderr
     assert "do:  give the build more memory" in done.stderr
@@ -86,7 +96,7 @@ def test_one_that_dies_alone_ends_the_build_in_words(tree: Path) -> None:
 
 def test_an_error_of_the_source_is_not_tried_again(tree: Path) -> None:
     (tree / "setup.py").write_text("raise SystemExit('no such header')")
-    done = build(tree, JOBS="2")
+    done = build(tree, {"JOBS": "2"})
     assert done.returncode == 1
     assert done.stdout.count("jobs at a time") == 1
     assert "the wheel was not built" in done.stderr
@@ -95,18 +105,18 @@ def test_an_error_of_the_source_is_not_tried_again(tree: Path) -> None:
 @pytest.mark.parametrize(
     ("job_gb", "jobs"),
     [
-        pytest.param("0.001", len(os.sched_getaffinity(0)), id="one a core where memory is ample"),
-        pytest.param("100000", 1, id="one where it is scarce"),
+        pytest.param(0.001, len(os.sched_getaffinity(0)), id="one a core where memory is ample"),
+        pytest.param(100000, 1, id="one where it is scarce"),
     ],
 )
-def test_jobs_follow_the_memory(tree: Path, job_gb: str, jobs: int) -> None:
-    assert build(tree, TOY_JOB_GB=job_gb).returncode == 0
+def test_jobs_follow_the_memory(tree: Path, job_gb: float, jobs: int) -> None:
+    assert build(tree, job_memory_gb=job_gb).returncode == 0
     assert report(tree)["jobs"] == jobs
 
 
 def test_patches_and_removals_are_made_first(tree: Path) -> None:
     patch(tree, ANSWER)
-    done = build(tree, TOY_REMOVE="stub")
+    done = build(tree, remove=["stub"])
     assert done.returncode == 0, done.stdout + done.stderr
     assert (tree / "toy.py").read_text() == "answer = 42\n"
     assert not (tree / "stub").exists()
@@ -116,17 +126,17 @@ def test_patches_and_removals_are_made_first(tree: Path) -> None:
     ("text", "remove", "says"),
     [
         pytest.param(
-            ANSWER.replace("-answer = 41", "-answer = 40"), "", "can't be applied", id="x"
+            ANSWER.replace("-answer = 41", "-answer = 40"), [], "can't be applied", id="x"
         ),
-        pytest.param("", "gone", "there is no gone to remove", id="y"),
+        pytest.param("", ["gone"], "there is no gone to remove", id="y"),
     ],
 )
 def test_a_change_whose_reason_is_gone_ends_the_build(
-    tree: Path, text: str, remove: str, says: str
+    tree: Path, text: str, remove: list[str], says: str
 ) -> None:
     if text:
         patch(tree, text)
-    done = build(tree, TOY_REMOVE=remove)
+    done = build(tree, remove=remove)
     assert done.returncode == 1
     assert says in done.stderr
     assert not (tree.parent / "wheels/toy.json").exists()
@@ -140,10 +150,11 @@ def test_a_patch_that_is_applied_already_ends_the_build(tree: Path) -> None:
 
 def test_a_small_build_says_so_in_its_version_and_has_its_own_patches(tree: Path) -> None:
     patch(tree, ANSWER, name="trim/small.patch")
-    assert build(tree, TOY_TRIM_ENV="TOY_VERSION=1+trim").returncode == 0
+    small = {"TOY_VERSION": "1+trim"}
+    assert build(tree, trim_env=small).returncode == 0
     assert (tree / "toy.py").read_text() == "answer = 41\n"
     shutil.rmtree(tree.parent / "wheels")
-    done = build(tree, TOY_TRIM_ENV="TOY_VERSION=1+trim", TRIM="1")
+    done = build(tree, {"TRIM": "1"}, trim_env=small)
     assert done.returncode == 0, done.stdout + done.stderr
     assert (report(tree)["trimmed"], report(tree)["wheel"]) == (True, "toy-1+trim-py3-none-any.whl")
     assert (tree / "toy.py").read_text() == "answer = 42\n"
@@ -154,10 +165,16 @@ def test_a_prebuilt_wheel_is_taken_by_its_hash_alone(tree: Path) -> None:
     made = report(tree)
     wheel = (tree.parent / "wheels" / str(made["wheel"])).rename(tree.parent / str(made["wheel"]))
     shutil.rmtree(tree.parent / "wheels")
-    done = build(tree, TOY_PREBUILT=f"toy @ {wheel.as_uri()}", TOY_SHA256="0" * 64)
+    done = build(tree, prebuilt=f"toy @ {wheel.as_uri()}", sha256="0" * 64)
     assert done.returncode == 1
     assert "a step of the build failed" in done.stderr
     shutil.rmtree(tree.parent / "kernel")
-    done = build(tree, TOY_PREBUILT=f"toy @ {wheel.as_uri()}", TOY_SHA256=str(made["sha256"]))
+    done = build(tree, prebuilt=f"toy @ {wheel.as_uri()}", sha256=str(made["sha256"]))
     assert done.returncode == 0, done.stdout + done.stderr
     assert report(tree)["sha256"] == made["sha256"]
+
+
+def test_the_architectures_reach_the_compiler_in_the_variable_that_it_reads(tree: Path) -> None:
+    (tree / "setup.py").write_text("import os\nraise SystemExit(os.environ['ARCHS'])")
+    done = build(tree, arch_variable="ARCHS", tokens=["10.0", "12.0"], env={"OTHER": "1"})
+    assert "10.0;12.0" in done.stdout

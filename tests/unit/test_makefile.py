@@ -56,5 +56,5 @@ def test_an_image_without_kernels_to_compile_ahead_is_refused_in_words(
     assert done.returncode == 2
     what, why, do, _ = done.stderr.splitlines()
     assert "attnimg:turing has no " in what
-    assert "turing.json" in why
+    assert "docker/images/turing/" in why
     assert "hopper" in do

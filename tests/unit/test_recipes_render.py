@@ -10,6 +10,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,7 +22,7 @@ from recipes.files import NOTICE, write_all
 from recipes.pages.checkpoints_page import RECORD as RELOAD_RECORD
 from recipes.pages.families_page import RECORD as FAMILIES_RECORD
 from recipes.read.recipes import read_recipes
-from recipes.render.labels import labels
+from recipes.render.bake import labels
 from recipes.render.matrix import matrix
 from recipes.rendered import rendered
 from recipes.solve.lock import blocks, read_locks
@@ -80,21 +81,39 @@ def test_the_dockerfile_takes_every_argument() -> None:
     assert given <= taken
 
 
-def test_a_bumped_kernel_changes_its_own_arguments_alone() -> None:
+def test_a_bumped_kernel_changes_its_own_build_and_what_is_installed() -> None:
     kernel = replace(RECIPES.kernels["sageattention"], version="2.2.1")
     recipes = replace(RECIPES, kernels={**RECIPES.kernels, "sageattention": kernel})
     after = rendered(solve_all(recipes), recipes, locks=LOCKS, runners=RUNNERS, **RECORDS)
-    old, new = (
-        json.loads(texts["docker/docker-bake.json"])["target"]["hopper"]["args"]
-        for texts in (TEXTS, after)
-    )
-    changed = {name for name in old if old[name] != new[name]}
-    assert changed == {"SAGEATTENTION", "SAGEATTENTION_KEY", "KEYS"}, "KEYS: what is installed"
+    changed = {path for path in TEXTS if TEXTS[path] != after[path]}
+    assert {path for path in changed if path.startswith("docker/images/hopper")} == {
+        "docker/images/hopper/kernels/sageattention.json",
+        "docker/images/hopper/wheelhouse.json",
+    }
+    old, new = (json.loads(texts["docker/docker-bake.json"])["target"] for texts in (TEXTS, after))
+    without_labels = [
+        {name: {**target, "labels": None} for name, target in targets.items()}
+        for targets in (old, new)
+    ]
+    assert without_labels[0] == without_labels[1], "no argument of any other kernel's build"
+
+
+def mounted_by(stage: str) -> set[str]:
+    """Name what a stage of the Dockerfile reads: mounted files and named contexts."""
+    text = (ROOT / "docker/Dockerfile").read_text(encoding="utf-8")
+    (body,) = re.findall(rf"^FROM \S+ AS {stage}\n(.*?)(?=^FROM )", text, re.MULTILINE | re.DOTALL)
+    return set(re.findall(r"(?:from|source)=([^,\s]+)", body)) - {"/wheels"}
+
+
+def test_the_build_of_a_kernel_reads_its_own_files_alone() -> None:
+    assert mounted_by("kernel-builder") == {
+        "source", "patches", "docker/images/$IMAGE/kernels/$KERNEL.json", "docker/kernel",
+    }  # fmt: skip
 
 
 def compiled_shapes(device: str) -> list[dict[str, object]]:
     name = "hopper" if device == "sm_90" else "blackwell"
-    return json.loads(TEXTS[f"docker/fa4_cache/{name}.json"])["targets"][device]["shapes"]
+    return json.loads(TEXTS[f"docker/images/{name}/fa4_kernels.json"])["targets"][device]["shapes"]
 
 
 def plain_shape(head_dim: int, heads_per_kv: int, **rest: object) -> dict[str, object]:
@@ -133,7 +152,8 @@ def test_a_shape_of_several_models_is_compiled_once() -> None:
 
 def test_what_is_left_out_has_a_reason_and_nothing_else_is() -> None:
     for name in ("hopper", "blackwell"):
-        for target in json.loads(TEXTS[f"docker/fa4_cache/{name}.json"])["targets"].values():
+        asked = json.loads(TEXTS[f"docker/images/{name}/fa4_kernels.json"])
+        for target in asked["targets"].values():
             layers = sum(len(model.windows) for model in FA4_SET.models)
             assert all(target["left_out"].values())
             assert len(target["left_out"]) + len(target["shapes"]) <= layers
@@ -246,16 +266,24 @@ def test_a_gpu_without_a_runner_is_a_skip_on_the_record() -> None:
     assert runners == {"sm_90": "h100", "sm_75": None}
 
 
-def test_buildx_takes_the_bake_file() -> None:
+def printed_by_buildx(folder: Path, *targets: str) -> dict[str, Any]:
+    """Return the targets of a bake file as the engine's own bake reads them."""
     if shutil.which("docker") is None:
         pytest.skip("docker is not installed: buildx can't read the bake file")
     asked = subprocess.run(["docker", "buildx", "version"], capture_output=True, check=False)
     if asked.returncode != 0:
         pytest.skip("docker has no buildx")
-    command = ["docker", "buildx", "bake", "-f", "docker/docker-bake.json", "--print", "all"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    command = ["docker", "buildx", "bake", "-f", "docker/docker-bake.json", "--print", *targets]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["target"]["hopper"]["args"]["FLASH_ATTN"] == "2.8.3.post2"
+    found: dict[str, Any] = json.loads(done.stdout)["target"]
+    return found
+
+
+def test_buildx_takes_the_bake_file() -> None:
+    targets = printed_by_buildx(ROOT, "all")
+    assert targets["hopper_flash-attn"]["args"]["KERNEL"] == "flash-attn"
+    assert targets["hopper_wheels"]["contexts"]["flash-attn"] == "target:hopper_flash-attn"
 
 
 @pytest.fixture
@@ -278,6 +306,52 @@ def edit(path: Path, old: str, new: str) -> None:
     text = path.read_text(encoding="utf-8")
     assert old in text
     path.write_text(text.replace(old, new), encoding="utf-8")
+
+
+TOY = """
+version = "1.0"
+summary = "Toy"
+source = "toy==1.0"
+sha256 = "0000000000000000000000000000000000000000000000000000000000000000"
+form = "sdist"
+backends = ["sdpa"]
+abi = "stable"
+cxx_standard = 17
+torch = ">=2.10"
+python = ">=3.10"
+nvcc = ">=12.8"
+requires = []
+ships = ["toy"]
+
+[archs]
+sm_75 = { token = "7.5", code = "sm_75" }
+
+[build.cuda]
+arch_variable = "TORCH_CUDA_ARCH_LIST"
+env = {}
+job_memory_gb = 2.0
+"""
+
+
+def test_a_kernel_is_one_toml_and_no_other_edit(checkout: Path) -> None:
+    (checkout / "recipes/kernels/toy.toml").write_text(TOY, encoding="utf-8")
+    edit(checkout / "recipes/images/turing.toml", '["xformers"]', '["xformers", "toy"]')
+    done = run(checkout, "render")
+    assert done.returncode == 0, done.stderr
+    build = json.loads((checkout / "docker/images/turing/kernels/toy.json").read_text())
+    assert (build["arch_variable"], build["tokens"]) == ("TORCH_CUDA_ARCH_LIST", ["7.5"])
+    wanted = json.loads((checkout / "docker/images/turing/wheelhouse.json").read_text())
+    assert wanted["kernels"] == {
+        "toy": build["key"],
+        **json.loads(TEXTS["docker/images/turing/wheelhouse.json"])["kernels"],
+    }
+    targets = printed_by_buildx(checkout, "turing")
+    assert targets["turing_toy"]["target"] == "kernel"
+    args = {key: targets["turing_toy"]["args"][key] for key in ("IMAGE", "KERNEL", "BUILDER")}
+    assert args == {"IMAGE": "turing", "KERNEL": "toy", "BUILDER": "toolchain"}
+    assert "COPY --from=toy /wheels /wheels" in targets["turing_wheels"]["dockerfile-inline"]
+    before = printed_by_buildx(ROOT, "turing")
+    assert targets["turing_xformers"] == before["turing_xformers"], "it is not built again"
 
 
 SHA = "6540b148e40ba81cbd4de86392225a076a1591146e9cebb099b3b234ba9feebe"

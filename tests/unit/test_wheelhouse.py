@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 ABI = "cp311-torch2.14-cu130"
-KEYS = "flash-attn=aaaa sageattention=bbbb"
+KEYS = {"flash-attn": "aaaa", "sageattention": "bbbb"}
 
 
-def run(task: str, folder: Path, *, abi: str = ABI, keys: str = KEYS) -> str:
-    """Run docker/wheelhouse.py as the Dockerfile does; give what it says, "" when it is content."""
-    command = [sys.executable, str(ROOT / "docker/wheelhouse.py"), task, str(folder), "hopper", abi]
-    done = subprocess.run(
-        command, env={**os.environ, "KEYS": keys}, capture_output=True, text=True, check=False
-    )
+def run(task: str, folder: Path, *, abi: str = ABI, keys: Mapping[str, str] = KEYS) -> str:
+    """Run docker/wheelhouse.py as the Dockerfile does; return what it prints, "" when it fits."""
+    with tempfile.NamedTemporaryFile("w") as wanted:
+        json.dump({"image": "hopper", "abi": abi, "kernels": dict(keys)}, wanted)
+        wanted.flush()
+        program = str(ROOT / "docker/wheelhouse.py")
+        command = [sys.executable, program, task, str(folder), wanted.name]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (done.returncode == 0) == (done.stderr == "")
     assert "Traceback" not in done.stderr
     return done.stderr
@@ -55,8 +57,8 @@ def test_what_was_just_written_fits(wheelhouse: Path) -> None:
 
 
 def test_an_image_without_kernels_takes_an_empty_one(tmp_path: Path) -> None:
-    run("write", tmp_path, keys="")
-    assert run("verify", tmp_path, keys="") == ""
+    run("write", tmp_path, keys={})
+    assert run("verify", tmp_path, keys={}) == ""
 
 
 def change(folder: Path) -> None:
@@ -105,16 +107,20 @@ def empty(folder: Path) -> None:
         ),
         pytest.param(
             None,
-            KEYS.replace("aaaa", "cccc"),
+            KEYS | {"flash-attn": "cccc"},
             ABI,
             "flash-attn was built from recipe aaaa, needed cccc",
             id="a wheel of another recipe",
         ),
         pytest.param(
-            None, f"{KEYS} xformers=dddd", ABI, "it has no xformers", id="a kernel too few"
+            None, KEYS | {"xformers": "dddd"}, ABI, "it has no xformers", id="a kernel too few"
         ),
         pytest.param(
-            None, "flash-attn=aaaa", ABI, "sageattention is no kernel of this", id="one too many"
+            None,
+            {"flash-attn": "aaaa"},
+            ABI,
+            "sageattention is no kernel of this",
+            id="one too many",
         ),
         pytest.param(
             None,
@@ -126,7 +132,7 @@ def empty(folder: Path) -> None:
     ],
 )
 def test_refuses(
-    wheelhouse: Path, harm: Callable[[Path], None] | None, keys: str, abi: str, says: str
+    wheelhouse: Path, harm: Callable[[Path], None] | None, keys: dict[str, str], abi: str, says: str
 ) -> None:
     if harm:
         harm(wheelhouse)

@@ -1,0 +1,66 @@
+"""Call FlashAttention-4 as a training run does: with tensors that have a shape and no content.
+
+Under torch's fake tensors it compiles what the call needs and launches nothing. The backward pass
+is called directly: through autograd, torch asks for a GPU that isn't here.
+Letters: B batch, T tokens, H query heads, G key/value heads, D head size of q and k, V of v.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from flash_attn.cute import interface
+from precompiled.fa4.kernel_set import Call
+
+# Long enough that no kernel for short sequences is chosen, few enough documents that none for
+# many is: neither enters a kernel's key otherwise. Nor does the length of a window, only whether
+# there is one. Source: compile_key in interface.py of flash-attn-4 4.0.0b36 (2026-11-26).
+BATCH, TOKENS, KV_HEADS, WINDOW = 2, 4096, 4, 1024
+
+
+def attend(
+    call: Call,
+    *,
+    empty: Callable[..., torch.Tensor],
+    batch: int = BATCH,
+    tokens: int = TOKENS,
+    kv_heads: int = KV_HEADS,
+) -> None:
+    """Do one call, backward too where it asks for a gradient.
+
+    Args:
+        call: the kernel's.
+        empty: makes a tensor: empty(*shape, dtype=..., requires_grad=...).
+        batch: B; documents where the call is varlen.
+        tokens: T of each.
+        kv_heads: G.
+    """
+    dtype = getattr(torch, call.dtype)
+    rows = (batch * tokens,) if call.varlen else (batch, tokens)
+    heads = call.heads_per_kv * kv_heads
+    options: dict[str, Any] = {"causal": True, "softcap": call.softcap}
+    if call.window:
+        options |= {"window_size_left": WINDOW - 1, "window_size_right": WINDOW - 1}
+    if call.sinks:
+        options["learnable_sink"] = empty(heads, dtype=dtype, requires_grad=False)
+    if call.varlen:
+        ends = empty(batch + 1, dtype=torch.int32, requires_grad=False)
+        options |= {"cu_seqlens_q": ends, "cu_seqlens_k": ends}
+        options |= {"max_seqlen_q": tokens, "max_seqlen_k": tokens}
+    q, k, v = (
+        empty(*rows, count, size, dtype=dtype, requires_grad=call.gradient)
+        for count, size in (
+            (heads, call.head_dim),
+            (kv_heads, call.head_dim),
+            (kv_heads, call.head_dim_v),
+        )
+    )
+    out, lse, *_ = interface._flash_attn_fwd(q, k, v, **options)
+    if call.gradient:
+        q, k, v = (tensor.detach() for tensor in (q, k, v))
+        out, dout, lse = (
+            empty(*like.shape, dtype=like.dtype, requires_grad=False) for like in (out, out, lse)
+        )
+        interface._flash_attn_bwd(q, k, v, out, dout, lse, **options)

@@ -1,0 +1,156 @@
+"""Compile FlashAttention-4's kernels: what build.py and worker.py ask of CuTe DSL.
+
+A part of a set is a head_dim. FOLDER/FINGERPRINT/KIND/HASH.o is an entry, as FlashAttention-4 names
+and finds it: an object file with the launcher and the GPU's code.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from precompiled.entries import beyond_baseline, check_gpu_code
+from precompiled.fa4.kernel_set import Call, calls_of
+
+from attnimg.machine.fingerprint import RELEASE, fingerprint, key_of
+
+__all__ = ["fingerprint"]
+
+FOREIGN = re.compile(r"(FLASH_ATTENTION|FA|CUTE_DSL|QUACK)_")
+ADVICE = "fix that, or correct what attnimg/backends/flash_attention_4.py takes there"
+# Where the Dockerfile mounts a stage that has objdump(1); elsewhere the one on PATH will do.
+BINUTILS = Path("/binutils")
+
+
+def state_name(found: dict[str, str]) -> str:
+    """Name the folder of what is compiled by these packages, in this way.
+
+    Another patch release of Python asks for some entries by other names, and shares the rest.
+    """
+    same = {name: value for name, value in found.items() if name != RELEASE}
+    # Entries made in another way are others, though FlashAttention-4 would take either.
+    source = Path(__file__).with_name("retarget.py").read_text()
+    way = f"llvmlite {metadata.version('llvmlite')} {source}"
+    return f"{key_of(same)}-{hashlib.sha256(way.encode()).hexdigest()[:8]}"
+
+
+def parts(asked: dict[str, Any], device: str) -> list[str]:
+    """Return the head_dims of a target: each is compiled by a process of its own."""
+    return [str(size) for size in sorted({call.head_dim for call in calls_of(asked, device)})]
+
+
+def cache(folder: Path) -> Path:
+    """Return the folder of the entries, which FlashAttention-4 names by its own fingerprint."""
+    (found,) = (path for path in folder.iterdir() if path.name != "calls")
+    return found
+
+
+def files(entry: Path) -> list[Path]:
+    """Return the files of an entry."""
+    return [entry]
+
+
+def check(entry: Path, code: str) -> None:
+    """End the build at an entry for another GPU, or for some CPUs only."""
+    check_gpu_code(entry, code)
+    objdump, env = "objdump", None
+    if (BINUTILS / "bin/objdump").exists():
+        objdump = str(BINUTILS / "bin/objdump")
+        env = {"LD_LIBRARY_PATH": str(BINUTILS / "lib/x86_64-linux-gnu")}
+    if found := beyond_baseline(entry, objdump=objdump, env=env):
+        sys.exit(f"precompiled: {entry} needs a CPU with {' '.join(found)}, needed any x86-64")
+
+
+def start(asked: dict[str, Any], device: str, folder: Path) -> dict[str, bool]:
+    """Set up this process to compile for a target; return the entries it looks up from here on."""
+    target = asked["targets"][device]
+    # FlashAttention-4 and CuTe DSL read these at import.
+    os.environ |= {
+        "FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED": "1",
+        "FLASH_ATTENTION_CUTE_DSL_CACHE_DIR": str(folder),
+        "FLASH_ATTENTION_ARCH": device,
+        "FLASH_ATTENTION_NUM_SMS": str(target["multiprocessors"]),
+        "CUTE_DSL_ARCH": target["code"],
+    }
+    from precompiled.fa4.retarget import retarget_exports
+
+    retarget_exports()
+    without_gpu(target["multiprocessors"])
+    return watch()
+
+
+def without_gpu(multiprocessors: int) -> None:
+    """Answer what kernels of sm_100 ask the driver while they are traced: the GPU's size."""
+    import cutlass.utils
+    from cutlass.utils import hardware_info
+    from flash_attn.cute import tile_scheduler
+
+    class HardwareInfo:
+        def __init__(self, device_id: int = 0) -> None:
+            pass
+
+        def get_device_multiprocessor_count(self) -> int:
+            return multiprocessors
+
+        def get_max_active_clusters(self, cluster_size: int) -> int:
+            return multiprocessors // cluster_size
+
+    for module in (hardware_info, cutlass.utils, tile_scheduler):
+        module.HardwareInfo = HardwareInfo
+
+
+def watch() -> dict[str, bool]:
+    """Note each entry that is looked up from here on: KIND/HASH.o -> whether it was compiled."""
+    from flash_attn.cute.cache_utils import JITPersistentCache
+
+    entries: dict[str, bool] = {}
+    load, store = JITPersistentCache.__contains__, JITPersistentCache.__setitem__
+
+    def name(cache: Any, key: Any) -> str:
+        return f"{cache.cache_path.name}/{cache._key_to_hash(key)}.o"
+
+    def contains(cache: Any, key: Any) -> bool:
+        found: bool = load(cache, key)
+        if found:
+            entries.setdefault(name(cache, key), False)
+        return found
+
+    def setitem(cache: Any, key: Any, kernel: Any) -> None:
+        store(cache, key, kernel)
+        # A failed export is a log line upstream, and would be a kernel that is missing.
+        if not (cache.cache_path / f"{cache._key_to_hash(key)}.o").exists():
+            raise RuntimeError("FlashAttention-4 could not export this kernel (FA_LOG_LEVEL=1)")
+        entries[name(cache, key)] = True
+
+    JITPersistentCache.__contains__ = contains
+    JITPersistentCache.__setitem__ = setitem
+    return entries
+
+
+def calls(
+    asked: dict[str, Any], device: str, part: str
+) -> Iterator[tuple[str, Callable[[], None]]]:
+    """Yield each call of one head_dim by name."""
+    for call in calls_of(asked, device):
+        if str(call.head_dim) == part:
+            yield str(call), partial(_compile, call)
+
+
+def _compile(call: Call) -> None:
+    """Compile what a call needs and does not find; nothing is launched."""
+    import torch
+    from precompiled.fa4.attention_call import attend
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    def empty(*shape: int, **options: Any) -> torch.Tensor:
+        return torch.empty(*shape, device="cuda", **options)
+
+    with FakeTensorMode():
+        attend(call, empty=empty)

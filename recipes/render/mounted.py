@@ -1,0 +1,67 @@
+"""Write what the Dockerfile mounts for one image: docker/images/NAME/ and its constraints."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from recipes.facts import Plan, Step
+from recipes.files import NOTICE
+from recipes.solve.lock import pins
+
+
+def mounted_files(plan: Plan, *, lock: str) -> dict[str, str]:
+    """Return the files of one image: path -> text.
+
+    Args:
+        plan: the image's.
+        lock: the text of requirements/images/IMAGE.txt.
+    """
+    name = plan.image.name
+    built = [step for step in plan.steps if step.kernel.form != "wheel"]
+    wheelhouse = {
+        "image": name,
+        "abi": plan.abi,
+        "kernels": {step.kernel.name: step.key for step in built},
+    }
+    texts = {
+        f"docker/constraints/{name}.txt": constraints(plan, lock=lock),
+        f"docker/images/{name}/wheelhouse.json": _json(wheelhouse),
+    }
+    for step in built:
+        path = f"docker/images/{name}/kernels/{step.kernel.name}.json"
+        texts[path] = _json(kernel_build(step))
+    return texts
+
+
+def kernel_build(step: Step) -> dict[str, Any]:
+    """Return all that the build of one kernel reads; docker/kernel/source.py explains it."""
+    kernel, wheel = step.kernel, step.prebuilt
+    sha256 = wheel.sha256 if wheel else kernel.sha256
+    return {
+        "name": kernel.name,
+        "version": kernel.version,
+        "key": step.key,
+        "archs": list(step.archs),
+        "source": kernel.source if kernel.form == "sdist" else "",
+        "sha256": sha256 if isinstance(sha256, str) else "",
+        "prebuilt": wheel.source if wheel else "",
+        "directory": kernel.subdirectory,
+        "remove": [removal.path for removal in kernel.remove],
+        "arch_variable": step.arch_variable,
+        "tokens": list(step.tokens),
+        "env": dict(step.env),
+        "trim_env": dict(kernel.trim.env) if kernel.trim else {},
+        "job_memory_gb": step.job_memory_gb,
+    }
+
+
+def constraints(plan: Plan, *, lock: str) -> str:
+    """Return an image's /etc/pip/constraint.txt: every version, which pip may not replace."""
+    versions = pins(plan, lock=lock)
+    lines = (f"{name}=={versions[name]}" for name in sorted(versions))
+    return "\n".join([f"# {NOTICE}", *lines]) + "\n"
+
+
+def _json(content: dict[str, Any]) -> str:
+    return json.dumps({"//": NOTICE, **content}, indent=1) + "\n"
