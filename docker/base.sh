@@ -6,7 +6,7 @@ public=${BASE_IMAGE:-python:3.11-slim-bookworm}
 tag=attnimg-base:bookworm
 
 if docker image inspect "$tag" >/dev/null 2>&1; then
-  echo "base: $tag is here already; docker image rm it to make it anew"
+  echo "base: $tag is here already; docker image rm it to make it again"
   exit 0
 fi
 if docker image inspect "$public" >/dev/null 2>&1 || timeout 120 docker pull -q "$public"; then

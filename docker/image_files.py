@@ -26,7 +26,7 @@ FOLDER = Path("/opt/attnimg")
 
 
 def manifest(image: str, wheelhouse: Path) -> dict[str, Any]:
-    """Say what this image was meant to be and what it holds.
+    """Return what this image was meant to be and what it holds.
 
     Args:
         image: its recipe's name.
@@ -53,7 +53,7 @@ def manifest(image: str, wheelhouse: Path) -> dict[str, Any]:
 
 
 def canonical(name: str) -> str:
-    """Spell a distribution's name as PEP 503 does."""
+    """Return a distribution's name as PEP 503 normalizes it."""
     return re.sub(r"[-_.]+", "-", name).lower()
 
 

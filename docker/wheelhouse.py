@@ -21,7 +21,7 @@ _SUMS, _MANIFEST = "SHA256SUMS", "manifest.json"
 
 
 def write(folder: Path, image: str, abi: str) -> None:
-    """Turn the reports of single kernels into one manifest, and add the sums."""
+    """Write the reports of single kernels as one manifest, and add the sums."""
     reports = []
     for path in sorted(folder.glob("*.json")):
         reports.append(json.loads(path.read_text()))

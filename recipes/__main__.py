@@ -58,7 +58,7 @@ def check(root: Root = ROOT) -> None:
 
 @app.command()
 def classes(root: Root = ROOT) -> None:
-    """Ask the installed transformers for its causal language models, and what they don't take."""
+    """Read off the installed transformers its causal language models, and what they don't take."""
     version = metadata.version("transformers")
     classes_text = model_classes.classes_toml(model_classes.model_classes(), transformers=version)
     causal_text = model_classes.causal_toml(model_classes.causal_types(), transformers=version)
@@ -77,14 +77,14 @@ def solve_command(
     names: Annotated[list[str] | None, typer.Argument(metavar="[IMAGE]...")] = None,
     root: Root = ROOT,
 ) -> None:
-    """Say what an image is made of, or why it can't be and what is nearest."""
+    """Print what an image is made of, or why it can't be built and what is nearest."""
     for name in names or list(read_recipes(root).images):
         _print(_plan(name, root))
 
 
 @app.command()
 def lock(root: Root = ROOT) -> None:
-    """Resolve the packages of every image anew, with hashes."""
+    """Resolve the packages of every image again, with hashes."""
     for path in lock_all(solve_all(read_recipes(root)), root=root):
         typer.echo(f"lock: wrote {path}")
 
@@ -97,7 +97,7 @@ def sources(
     ] = None,
     root: Root = ROOT,
 ) -> None:
-    """Have the git trees that the image's kernels are built from, in build/sources."""
+    """Fetch the git trees that the image's kernels are built from, to build/sources."""
     for tree in have_sources(_plan(name, root), root=root, clones=clones):
         typer.echo(f"sources: {tree.relative_to(root)}")
 

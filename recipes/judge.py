@@ -58,7 +58,7 @@ def promise_of(plan: Plan, recipes: Recipes, *, lock: str, tools: str) -> Promis
 def judged(
     artifact: Artifact, promise: Promise, gates: Iterable[Gate], allowances: Iterable[Allowance]
 ) -> tuple[Verdict, ...]:
-    """Ask every gate."""
+    """Return the verdict of each gate."""
     kept = tuple(allowances)
     return tuple(_verdict(artifact, promise, gate, kept) for gate in gates)
 
@@ -183,5 +183,5 @@ def _read(image: Path | None, wheels: Path | None) -> Artifact:
 
 
 def _say(text: str) -> None:
-    """Tell of progress on stderr: reading gigabytes takes minutes."""
+    """Print progress to stderr: reading gigabytes takes minutes."""
     print(f"gate: reading {text}", file=sys.stderr)  # noqa: T201 - progress, not a result

@@ -1,4 +1,4 @@
-"""Turn the recipes into every file that is made of them."""
+"""Render every file that is made of the recipes."""
 
 from __future__ import annotations
 
@@ -104,5 +104,5 @@ def refuse_wrong_hashes(plans: tuple[Plan, ...], *, locks: Mapping[str, str]) ->
 
 
 def drifted(texts: Mapping[str, str], *, root: Path) -> list[str]:
-    """Name the generated files that are not what the recipes say."""
+    """Return the generated files that differ from what the recipes say."""
     return [path for path, text in texts.items() if text_of(root / path) != text]

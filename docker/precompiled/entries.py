@@ -1,6 +1,7 @@
 """Read a cache entry: the architecture of the GPU code in it, and whether its host part needs AVX.
 
-An entry is an x86-64 object file, a launcher, with one or more CUDA ELF images among its data.
+An entry is an x86-64 object file, a launcher, with one or more CUDA ELF images among its data, or
+such an image alone. In the former cuobjdump 13.5.37 finds no device code (tried 2026-11-27).
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ _INSTRUCTION = re.compile(r"^ *[0-9a-f]+:\t", re.MULTILINE)
 
 
 def gpu_codes(data: bytes) -> tuple[str, ...]:
-    """Name the architectures of the CUDA images in a file, "sm_90a", in their order.
+    """Return the architectures of the CUDA images in a file, "sm_90a", in their order.
 
     The number is read from e_flags, as in all that ptxas 13 writes (ELF ABI version 8, bits 8 to
     15; compared with nvdisasm, 2026-11-21); the letter from the options that ptxas notes. An image
@@ -60,7 +61,7 @@ def check_gpu_code(entry: Path, code: str) -> None:
 
 
 def beyond_baseline(path: Path, *, objdump: str, env: Mapping[str, str] | None = None) -> list[str]:
-    """Name the instructions of a file's host part that not every x86-64 has.
+    """Return the instructions of a file's host part that not every x86-64 has.
 
     Raises:
         ValueError: objdump finds no code at all, so that finding no AVX says nothing.

@@ -95,13 +95,13 @@ def read_archive(
 
 
 def archive_kind(path: Path) -> str:
-    """Name an archive's kind as other tools do: docker-archive, or oci-archive."""
+    """Return an archive's kind as other tools call it: docker-archive, or oci-archive."""
     with opened(path) as tar:
         return "docker-archive" if "manifest.json" in tar.getnames() else "oci-archive"
 
 
 def stage_of(made: dict[str, Any]) -> str:
-    """Name the stage of the Dockerfile that made a layer."""
+    """Return the stage of the Dockerfile that made a layer."""
     command = str(made.get("created_by", ""))
     if "buildkit" not in str(made.get("comment", "")):
         return "base"

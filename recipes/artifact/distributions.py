@@ -16,7 +16,7 @@ _OSI = "License :: OSI Approved :: "
 
 
 def distributions(files: Iterable[File]) -> tuple[Distribution, ...]:
-    """Give the packages that a container sees, by name."""
+    """Return the packages that a container sees, by name."""
     texts = {file.path: file.text for file in files if file.visible and file.text}
     found = [
         _distribution(path.removesuffix("/METADATA"), texts)
@@ -27,12 +27,12 @@ def distributions(files: Iterable[File]) -> tuple[Distribution, ...]:
 
 
 def _site(path: str) -> str:
-    """Name the folder that holds a dist-info folder."""
+    """Return the name of the folder that holds a dist-info folder."""
     return posixpath.basename(posixpath.dirname(posixpath.dirname(path)))
 
 
 def canonical(name: str) -> str:
-    """Spell a package's name as PEP 503 does."""
+    """Return a package's name as PEP 503 normalizes it."""
     return re.sub(r"[-_.]+", "-", name).lower()
 
 

@@ -114,7 +114,7 @@ def _codes(
 
 
 def _search(tags: list[tuple[str, Any]]) -> Iterator[str]:
-    """Give the folders of DT_RUNPATH, or of DT_RPATH where there is none, as the loader does."""
+    """Yield the folders of DT_RUNPATH, or of DT_RPATH where there is none, as the loader does."""
     names = {name for name, _ in tags}
     wanted = "DT_RUNPATH" if "DT_RUNPATH" in names else "DT_RPATH"
     for name, tag in tags:

@@ -9,6 +9,11 @@ payload is decompressed:
     entry   u16 kind, u16 version, u32 header bytes, u64 payload bytes, ...
             at 28: u32 architecture (90), at 40: u64 flags
 
+cuobjdump can't take its place. 13.5.37 refuses libbitsandbytes_cuda121.so of bitsandbytes 0.50, 8
+codes, as "Invalid ELF"; it finds no device code in the kernels that CuTe DSL compiles, in triton's
+libcheckpoint.so with its 15 codes, nor in anything of AMD's; and it leaves out the f of sm_100f
+(measured 2026-11-27). witness.py asks it for a second opinion where it can read a file.
+
 HIP's bundle is documented: https://clang.llvm.org/docs/ClangOffloadBundler.html (2026-11-25).
 """
 
@@ -43,7 +48,7 @@ _TABLE = 1 << 16
 
 
 def is_fatbin(start: bytes) -> bool:
-    """Tell whether a file's first bytes are a fat binary's."""
+    """Return whether a file's first bytes are a fat binary's."""
     return start.startswith(_FATBIN)
 
 
@@ -98,7 +103,7 @@ def loose_codes(stream: BinaryIO, *, start: int, size: int) -> frozenset[str]:
 
 
 def cubin_code(flags: int, abi: int, data: bytes) -> str:
-    """Name a cubin's target: its number from the ELF flags, its letter from them or ptxas' note.
+    """Return a cubin's target: its number from the ELF flags, its letter from them or ptxas' note.
 
     ABI version 7, of CUDA 12, has a flag for the letter and no note; 8 has the note (the two ptxas
     of triton 3.8.0, 12.9.86 and 13.3.33, 2026-11-25).

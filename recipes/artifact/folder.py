@@ -51,7 +51,7 @@ def read_wheels(folder: Path, *, site: str) -> tuple[tuple[Layer, ...], tuple[Fi
                 files += [read_entry(entry, layer=place) for entry in _zipped(archive, site)]
         except (zipfile.BadZipFile, OSError) as error:
             raise AttnimgError(
-                f"{wheel.name} is no wheel", why=str(error), do="make wheels/NAME anew"
+                f"{wheel.name} is no wheel", why=str(error), do="make wheels/NAME again"
             ) from error
         with wheel.open("rb") as stream:
             squeezed = zstd_bytes(stream)

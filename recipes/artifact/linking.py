@@ -97,7 +97,7 @@ class View:
         return None
 
     def scope(self, path: str) -> frozenset[str]:
-        """Give the paths where a file's symbols are looked for, and names of driver libraries."""
+        """Return the paths where a file's symbols are looked for, and names of driver libraries."""
         if path not in self._scopes:
             seen, queue = {path}, [path]
             while queue:
@@ -113,11 +113,11 @@ class View:
         return self._scopes[path]
 
     def users(self, path: str) -> list[str]:
-        """Give the files that are loaded together with one, because they need it."""
+        """Return the files that are loaded together with one, because they need it."""
         return [other for other in self.elves if other != path and path in self.scope(other)]
 
     def defined(self, want: Symbol, scope: frozenset[str]) -> bool:
-        """Tell whether a symbol is defined in a scope, in its version where that is asked for."""
+        """Return whether a symbol is defined in a scope, in its version where that is asked for."""
         plain = self._definers.get(want.name, set())
         if not want.version:
             return not plain.isdisjoint(scope)

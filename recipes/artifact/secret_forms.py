@@ -1,4 +1,4 @@
-"""Know secrets by their form: private keys and tokens, as those who issue them describe them."""
+"""Find secrets by their form: private keys and tokens, as those who issue them describe them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _PATTERNS = {name: re.compile(pattern) for name, pattern in _SECRETS.items()}
 
 
 def secrets_in(data: bytes) -> tuple[str, ...]:
-    """Name what looks like a secret in a text; a binary file has none to be read."""
+    """Return the kinds of secrets that a text seems to hold; of a binary file none are read."""
     if b"\0" in data[:4096]:
         return ()
     return tuple(name for name, pattern in _PATTERNS.items() if pattern.search(data))

@@ -1,4 +1,4 @@
-"""Ask NVIDIA's own cuobjdump what machine code is in a file: a second opinion on fatbin.py."""
+"""List the machine code in a file with NVIDIA's cuobjdump: a second opinion on fatbin.py."""
 
 from __future__ import annotations
 

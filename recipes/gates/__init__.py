@@ -23,7 +23,7 @@ class Finding:
         file: the path at fault, or the layer, or the package.
         found: what is there.
         needed: what should be.
-        do: the mend.
+        do: the fix.
     """
 
     gate: str
@@ -70,17 +70,17 @@ class Gate:
 
 
 def gate_names() -> frozenset[str]:
-    """Give the name of every gate, without importing one."""
+    """Return the name of every gate, without importing one."""
     return frozenset(module.name.replace("_", "-") for module in iter_modules(__path__))
 
 
 def all_gates() -> tuple[Gate, ...]:
-    """Give the gates, by name."""
+    """Return the gates, sorted by name."""
     return tuple(gate_named(name) for name in sorted(gate_names()))
 
 
 def gate_named(name: str) -> Gate:
-    """Give one of gate_names()."""
+    """Return the gate of that name."""
     gate = import_module(f"{__name__}.{name.replace('-', '_')}").GATE
     assert isinstance(gate, Gate)
     assert gate.name == name
@@ -88,7 +88,7 @@ def gate_named(name: str) -> Gate:
 
 
 def docs() -> dict[str, str]:
-    """Give each gate's description: the docstring of its file."""
+    """Return the description of each gate: the docstring of its file."""
     return {
         name: import_module(f"{__name__}.{name.replace('-', '_')}").__doc__ or ""
         for name in sorted(gate_names())

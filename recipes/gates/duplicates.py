@@ -31,7 +31,7 @@ def judge(artifact: Artifact, promise: Promise) -> tuple[Finding, ...]:
 
 
 def _groups(files: list[File], key: Callable[[File], str]) -> list[list[File]]:
-    """Give the files that share a key; those without one share nothing."""
+    """Return the files that share a key; those without one share nothing."""
     found: dict[str, list[File]] = {}
     for file in files:
         if value := key(file):

@@ -49,7 +49,7 @@ def judge(artifact: Artifact, promise: Promise) -> tuple[Finding, ...]:
 
 
 def newest(names: Iterable[str]) -> dict[str, Version]:
-    """Give the newest version of each family among names such as GLIBC_2.34."""
+    """Return the newest version of each family among names such as GLIBC_2.34."""
     found: dict[str, Version] = {}
     for name in names:
         if match := _VERSION.fullmatch(name):

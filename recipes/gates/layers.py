@@ -15,7 +15,7 @@ from recipes.gates import Finding, Gate, Promise
 
 _NAME = "layers"
 _SITE = r".*site-packages/"
-# (what it is, paths, mend)
+# (what it is, paths, the fix)
 _WASTE = (
     (
         "a static library",
@@ -48,7 +48,7 @@ _EMPTY_ARCHIVE = 8
 
 
 def judge(artifact: Artifact, promise: Promise) -> tuple[Finding, ...]:
-    """Look at every file of every layer."""
+    """Check every file of every layer."""
     again = {file.path for file in artifact.files if file.visible}
     return tuple(fault for file in artifact.files for fault in _faults(file, again, artifact))
 

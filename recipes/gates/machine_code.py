@@ -48,7 +48,7 @@ def _unread(artifact: Artifact) -> Iterator[Finding]:
         if not file.visible or file.elf is None:
             continue
         for fault in file.elf.faults:
-            yield _finding(file.path, fault, "machine code that can be listed", "build it anew")
+            yield _finding(file.path, fault, "machine code that can be listed", "build it again")
         ours = {code.replace("f", "") for code in file.elf.sectioned if not code.startswith("gfx")}
         ours = {code for code in ours if not code.startswith(("lto", "kind"))}
         if file.elf.witness is not None and file.elf.witness != ours:
@@ -56,7 +56,7 @@ def _unread(artifact: Artifact) -> Iterator[Finding]:
                 file.path,
                 f"{_text(ours)} by attnimg's reader, {_text(file.elf.witness)} by cuobjdump",
                 "the same from both",
-                "mend recipes/artifact/fatbin.py",
+                "fix recipes/artifact/fatbin.py",
             )
 
 
@@ -76,7 +76,7 @@ def _missing(
 
 
 def _against(file: File, *, owner: str, step: Step | None, promise: Promise) -> Iterator[Finding]:
-    """Judge one file that has machine code."""
+    """Check one file that has machine code."""
     image = promise.plan.image
     codes = file.elf.codes if file.elf else frozenset()
     if step is not None:
@@ -109,7 +109,7 @@ def _compiles_into(folder: str, step: Step) -> bool:
 
 
 def _code_of(step: Step, arch: str) -> str:
-    """Give the code that a kernel's entries have for an architecture of its recipe."""
+    """Return the code that a kernel's entries have for an architecture of its recipe."""
     asked = step.kernel.ahead_of_time
     return asked.targets[arch].code if asked else step.kernel.archs[arch].code
 
@@ -117,7 +117,7 @@ def _code_of(step: Step, arch: str) -> str:
 def _promised(
     path: str, owner: str, archs: tuple[str, ...], codes: frozenset[str]
 ) -> tuple[str, ...]:
-    """Give the architectures that a file should serve and does not.
+    """Return the architectures that a file should serve and does not.
 
     A package serves all of the image's. What belongs to none, kernels that were compiled ahead of
     time, serves the one of the folder it is in (sm_90), or any.
@@ -131,7 +131,7 @@ def _promised(
 
 
 def _torch(files: list[File], promise: Promise) -> Iterator[Finding]:
-    """Judge torch as a whole: some of its libraries are for some architectures alone."""
+    """Check torch as a whole: some of its libraries are for some architectures alone."""
     has = {code for file in files if file.elf for code in file.elf.codes}
     if lacks := set(promise.torch_archs) - has:
         do = "correct `archs` in recipes/torch.toml, or install the build that it describes"
@@ -143,7 +143,7 @@ def _torch(files: list[File], promise: Promise) -> Iterator[Finding]:
 
 
 def runs(arch: str, code: str) -> bool:
-    """Tell whether a device runs a code: the same major and no newer minor; PTX, no newer.
+    """Return whether a device runs a code: the same major and no newer minor; PTX, no newer.
 
     sm_90a runs on 9.0 alone; sm_100f on 10.x. Source: CUDA C++ Programming Guide 13.0, 5.1.2,
     Feature Set Compiler Targets (2026-11-25).

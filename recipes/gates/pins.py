@@ -50,8 +50,8 @@ def _versions(found: tuple[Distribution, ...], pins: Mapping[str, str]) -> Itera
         if pin is None and one.name != _OURS:
             yield _finding(one.name, f"version {one.version}", "no package that is not locked", do)
         elif pin is not None and not _same(one.version, pin):
-            mend = _WHOLE if Version(one.version).local == _TRIMMED else do
-            yield _finding(one.name, f"version {one.version}", f"{pin}, which is locked", mend)
+            fix = _WHOLE if Version(one.version).local == _TRIMMED else do
+            yield _finding(one.name, f"version {one.version}", f"{pin}, which is locked", fix)
     for name in sorted(set(pins) - set(seen)):
         yield _finding(name, "nothing installed", f"{pins[name]}, which is locked", do)
 
@@ -63,7 +63,7 @@ def _same(found: str, pin: str) -> bool:
 
 
 def _wheelhouse(artifact: Artifact, promise: Promise) -> Iterator[Finding]:
-    """Judge what a wheelhouse says of itself."""
+    """Check a wheelhouse's own sums, ABI and keys."""
     again = f"make wheels/{promise.plan.image.name} from this checkout"
     for name, same in artifact.sums.items():
         if not same:

@@ -26,7 +26,7 @@ _ASSIGNED = re.compile(
 
 
 def judge(artifact: Artifact, promise: Promise) -> tuple[Finding, ...]:
-    """Look at every file of every layer, at variables and at history."""
+    """Check every file of every layer, the variables and the history."""
     faults: list[Finding] = []
     for file in artifact.files:
         where = f"layer {file.layer + 1} ({artifact.layers[file.layer].name})"

@@ -50,7 +50,7 @@ def record(
 
 
 def listed(wheelhouse: Artifact, *, image: str) -> Mapping[str, Any]:
-    """Give the manifest of a wheelhouse that is whole, and that of an image.
+    """Return the manifest of a wheelhouse that is whole, and that of an image.
 
     Raises:
         AttnimgError: a wheel is not what its sum says, the manifest is none, or another image's
@@ -79,7 +79,7 @@ def listed(wheelhouse: Artifact, *, image: str) -> Mapping[str, Any]:
 
 
 def _times(kernel: Mapping[str, Any], before: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Give the figures of the build that compiled a kernel's objects, where this one did not."""
+    """Return the figures of the build that compiled a kernel's objects, where this one did not."""
     reused = kernel.get("objects_reused", 0) > kernel.get("objects_compiled", 0)
     same = before is not None and all(before[key] == kernel[key] for key in ("version", "trimmed"))
     if before is None or not reused or not same:
@@ -105,7 +105,7 @@ def read_records(root: Path) -> dict[str, dict[str, Any]]:
 
 
 def built_table(plans: Iterable[Plan], records: Mapping[str, Mapping[str, Any]]) -> str:
-    """Say for each stable image and each kernel whether it was built, and how much of it."""
+    """Return the table of images and kernels: whether each was built, and how much of it."""
     stable = [plan for plan in plans if plan.image.channel == "stable" and plan.steps]
     kernels: dict[str, Kernel] = {}
     for step in (step for plan in stable for step in plan.steps):
@@ -135,7 +135,7 @@ def _cell(step: Step | None, made: Mapping[str, Any] | None, *, day: str) -> str
 
 
 def with_table(readme: str, text: str, *, begin: str = BEGIN, end: str = END) -> str:
-    """Put a text between two marks of the README.
+    """Return the README with a text between two marks.
 
     Args:
         readme: the whole file.

@@ -185,7 +185,7 @@ def _cell(gpu: Gpu, image: ImageFacts, *, own: Mapping[str, str]) -> str:
 
 
 def taken(found: Plan) -> list[str]:
-    """Name the backends of a plan, by group of layers."""
+    """Return the names of the backends of a plan, by group of layers."""
     if found.groups:
         return [choice.verdict.backend.name for choice in found.groups]
     return [found.chosen.backend.name] if found.chosen else ["none"]

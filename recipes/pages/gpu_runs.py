@@ -186,7 +186,7 @@ def _day(records: Sequence[Record]) -> str:
 
 
 def _summary(name: str, records: Sequence[Record], names: Mapping[str, str]) -> str:
-    """Say in sentences how the run went; `names` are of runs by what they were called there."""
+    """Return in sentences how the run went; `names` are of runs by what they were called there."""
     start, units = _start(records), [r for r in records if "unit" in r]
     counts = {
         state: sum(1 for r in units if r["state"] == state)
@@ -284,7 +284,7 @@ def _package(record: Record) -> str:
 
 
 def _nearest(figures: Sequence[Mapping[str, Any]]) -> str:
-    """Name the figure that comes closest to what is allowed."""
+    """Return the figure that comes closest to what is allowed."""
     bounded = [f for f in figures if f["allowed"] and f["error"] is not None]
     if not bounded:
         return "-"

@@ -108,7 +108,7 @@ def _name(backend: Backend) -> str:
 
 
 def _cell(backend: Backend, plan: Plan) -> str:
-    """Say what a backend does in an image: its packages are there and its needs are met."""
+    """Return what a backend does in an image: its packages are there and its needs are met."""
     there = {step.kernel.name: step for step in plan.steps}
     archs = []
     for arch in plan.image.archs:

@@ -135,7 +135,7 @@ def _toml(where: str, text: str) -> dict[str, Any]:
 
 
 def _unresolved(values: Any) -> Any:
-    """Turn each {unresolved = "reason"} into the fact of that name."""
+    """Replace each {unresolved = "reason"} by the fact of that name."""
     if isinstance(values, dict):
         if set(values) == {"unresolved"} and isinstance(values["unresolved"], str):
             return Unresolved(values["unresolved"])
@@ -144,7 +144,7 @@ def _unresolved(values: Any) -> Any:
 
 
 def _facts(where: str, kind: type[_Fact], values: Mapping[str, Any]) -> _Fact:
-    """Make a dataclass of a table; everything that does not fit is refused at once."""
+    """Build a dataclass from a table; everything that does not fit is refused at once."""
     known = [item.name for item in fields(kind)]  # type: ignore[arg-type]  # all are dataclasses
     try:
         return TypeAdapter(kind).validate_python(values)

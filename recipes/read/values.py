@@ -1,4 +1,4 @@
-"""Judge the values of one recipe by themselves: hashes, sources, bounds, names of architectures."""
+"""Check the values of one recipe by themselves: hashes, sources, bounds, names of architectures."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _HEADS = re.compile(r"[1-9]\d*/[1-9]\d*")
 
 
 def image_faults(image: Image) -> Iterator[str]:
-    """Give what is wrong with the values of an image's file."""
+    """Yield what is wrong with the values of an image's file."""
     yield from _arch_faults("archs", image.archs)
     for choice in image.kernels:
         yield from _arch_faults(f"kernels.{choice.name}.archs", choice.archs)
@@ -31,7 +31,7 @@ def image_faults(image: Image) -> Iterator[str]:
 
 
 def kernel_faults(kernel: Kernel) -> Iterator[str]:
-    """Give what is wrong with the values of a kernel's file."""
+    """Yield what is wrong with the values of a kernel's file."""
     yield from _arch_faults("archs", tuple(kernel.archs))
     if _RELEASE.fullmatch(kernel.source):
         if kernel.sha256 is None:
@@ -69,7 +69,7 @@ def kernel_faults(kernel: Kernel) -> Iterator[str]:
 
 
 def _ahead_of_time_faults(kernel: Kernel) -> Iterator[str]:
-    """Judge what is compiled when an image is built: every architecture has its target."""
+    """Check what is compiled when an image is built: every architecture has its target."""
     asked = kernel.ahead_of_time
     if asked is None:
         return

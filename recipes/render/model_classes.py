@@ -21,7 +21,7 @@ TEXT_TRAINED = (
 
 
 def model_classes() -> dict[str, ModelClass | None]:
-    """Ask the class of every model type; None for one that takes everything."""
+    """Return what each model type does not take; None for one that takes everything."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES

@@ -69,7 +69,7 @@ def blocks(text: str) -> dict[str, str]:
 
 
 def pins(plan: Plan, *, lock: str) -> dict[str, str]:
-    """Give every package of an image with its version: those of a lock file, torch, kernels."""
+    """Return every package of an image with its version: those of a lock file, torch, kernels."""
     found = {}
     for line in lock.splitlines():
         if "==" in line and not line.startswith(("#", " ")):
@@ -104,7 +104,7 @@ def _torch(plan: Plan) -> str:
 
 
 def _requirements(step: Step) -> tuple[str, ...]:
-    """Give what a kernel adds to an image besides a wheel that is built for it."""
+    """Return what a kernel adds to an image besides a wheel that is built for it."""
     own = (step.kernel.source,) if step.kernel.form == "wheel" else ()
     return own + step.kernel.requires
 

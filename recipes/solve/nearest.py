@@ -18,7 +18,7 @@ _ADD, _TORCH, _DROP, _NARROW, _ARCH = 1, 2, 4, 3, 8
 
 
 def nearest(image: Image, recipes: Recipes) -> str:
-    """Say which changes make an image buildable, in a sentence that begins with "nearest:"."""
+    """Return which changes make an image buildable, in a sentence that begins with "nearest:"."""
     for _, changes, candidate in sorted(_candidates(image, recipes), key=lambda found: found[:2]):
         if not reasons_against(candidate, recipes):
             return f"nearest: {', '.join(changes)}"
@@ -28,7 +28,7 @@ def nearest(image: Image, recipes: Recipes) -> str:
 
 
 def _candidates(image: Image, recipes: Recipes) -> Iterator[tuple[int, list[str], Image]]:
-    """Give (cost, changes, image) for each combination of changes."""
+    """Yield (cost, changes, image) for each combination of changes."""
     options = product(_torches(image, recipes), _kernel_sets(image, recipes), _arch_sets(image))
     for (cost_t, say_t, torch), (cost_k, say_k, kernels), (cost_a, say_a, archs) in options:
         kept = tuple(
@@ -66,7 +66,7 @@ def _before(version: str, other: str) -> bool:
 def _kernel_sets(
     image: Image, recipes: Recipes
 ) -> Iterator[tuple[int, list[str], tuple[Choice, ...]]]:
-    """Give the kernels, some fewer, and some more where others need them."""
+    """Yield the kernels, some fewer, and some more where others need them."""
     names = [choice.name for choice in image.kernels]
     needed = {
         n.kernel for name in names if name in recipes.kernels for n in recipes.kernels[name].needs
@@ -84,7 +84,7 @@ def _kernel_sets(
 def _narrowed(
     image: Image, recipes: Recipes
 ) -> Iterator[tuple[int, list[str], tuple[Choice, ...]]]:
-    """Give each kernel only the architectures that it has."""
+    """Yield each kernel with only the architectures that it has."""
     for place, choice in enumerate(image.kernels):
         has = recipes.kernels[choice.name].archs if choice.name in recipes.kernels else {}
         archs = tuple(arch for arch in image.archs if arch in has)

@@ -62,7 +62,7 @@ def solve_all(recipes: Recipes) -> tuple[Plan, ...]:
 
 
 def refuse_unresolved(plan: Plan) -> None:
-    """Let only a plan without open values be published.
+    """Refuse to publish a plan with open values.
 
     Raises:
         AttnimgError: a value is unresolved (code "unresolved").
@@ -79,9 +79,9 @@ def refuse_unresolved(plan: Plan) -> None:
 def cache_key(
     kernel: Kernel, archs: tuple[str, ...], *, abi: str, env: Mapping[str, str] | None = None
 ) -> str:
-    """Name a kernel's wheel in a cache: the hash of what goes into its build, and of no more.
+    """Return the key of a kernel's wheel: the hash of what goes into its build, and of no more.
 
-    A reason that is worded anew, an architecture that another image adds, the small build: none of
+    A reason in other words, an architecture that another image adds, the small build: none of
     these may cost hours of compiling.
 
     Args:
@@ -139,7 +139,7 @@ def _fitting(kernel: Kernel, codes: tuple[str, ...], *, abi: str) -> Prebuilt | 
 
 
 def _once(texts: Iterable[str]) -> tuple[str, ...]:
-    """Give each text once, in order, without empty ones."""
+    """Return each text once, in order, without empty ones."""
     return tuple(dict.fromkeys(text for text in texts if text))
 
 

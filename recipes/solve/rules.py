@@ -19,7 +19,7 @@ _SM = re.compile(r"sm_([0-9]+)([0-9])[af]?")
 
 
 def reasons_against(image: Image, recipes: Recipes) -> tuple[Reason, ...]:
-    """Give every reason why an image can't be built; none means that it can."""
+    """Return every reason why an image can't be built; none means that it can."""
     found = [*_names(image, recipes), *_platform(image, recipes), *_stack(recipes)]
     for choice in image.kernels:
         if choice.name in recipes.kernels:
@@ -92,7 +92,7 @@ def _cuda(image: Image, recipes: Recipes) -> Iterator[Reason]:
 
 
 def _stack(recipes: Recipes) -> Iterator[Reason]:
-    """Judge the packages that every image has among themselves."""
+    """Check the packages that every image has against one another."""
     for pair in recipes.pairs:
         here, other = recipes.stack.get(pair.package), recipes.stack.get(pair.needs)
         if here and other and within(here, pair.versions) and not within(other, pair.bound):
@@ -101,7 +101,7 @@ def _stack(recipes: Recipes) -> Iterator[Reason]:
 
 
 def _runs(arch: str, codes: tuple[str, ...]) -> bool:
-    """Tell whether a device runs one of these codes: same major, and no newer minor."""
+    """Return whether a device runs one of these codes: same major, and no newer minor."""
     here = _SM.fullmatch(arch)
     return here is not None and any(
         (code := _SM.fullmatch(text)) is not None and code[1] == here[1] and code[2] <= here[2]
@@ -120,26 +120,26 @@ def _unserved(image: Image) -> Iterator[Reason]:
 
 
 def reasons_against_kernel(image: Image, choice: Choice, recipes: Recipes) -> Iterator[Reason]:
-    """Give every reason why a kernel that has a recipe can't be part of an image."""
+    """Return every reason why a kernel that has a recipe can't be part of an image."""
     kernel = recipes.kernels[choice.name]
     yield from _versions(image, kernel, recipes)
     yield from _archs(image, kernel, choice)
     yield from _backends(image, kernel, choice)
-    yield from _company(image, kernel, recipes)
+    yield from _beside(image, kernel, recipes)
 
 
 def served(image: Image, choice: Choice) -> tuple[str, ...]:
-    """Give the architectures that a kernel has to serve in an image."""
+    """Return the architectures that a kernel has to serve in an image."""
     return choice.archs or image.archs
 
 
 def device(arch: str) -> str:
-    """Give the device that a compiler target is for: sm_90a is machine code for sm_90."""
+    """Return the device that a compiler target is for: sm_90a is machine code for sm_90."""
     return re.sub(r"(?<=\d)[af]$", "", arch) if arch.startswith("sm_") else arch
 
 
 def within(version: str, bound: str) -> bool:
-    """Tell whether a version, a pre-release too, is within a bound."""
+    """Return whether a version, a pre-release too, is within a bound."""
     return SpecifierSet(bound).contains(version, prereleases=True)
 
 
@@ -192,8 +192,8 @@ def _backends(image: Image, kernel: Kernel, choice: Choice) -> Iterator[Reason]:
                 yield Reason(code="backend-arch", text=text)
 
 
-def _company(image: Image, kernel: Kernel, recipes: Recipes) -> Iterator[Reason]:
-    """Judge a kernel beside the others and beside the pinned stack."""
+def _beside(image: Image, kernel: Kernel, recipes: Recipes) -> Iterator[Reason]:
+    """Check a kernel against the other kernels and the pinned stack."""
     names = {choice.name for choice in image.kernels}
     label = f"{kernel.name} {kernel.version}"
     versions = dict(recipes.stack)

@@ -1,4 +1,4 @@
-"""Have the git trees that an image's kernels are built from, as their recipes pin them.
+"""Fetch the git trees that an image's kernels are built from, as their recipes pin them.
 
 A commit names its content, so that any clone will do: one on this disk, or a fetch from GitHub.
 """

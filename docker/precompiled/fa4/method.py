@@ -30,7 +30,7 @@ BINUTILS = Path("/binutils")
 
 
 def state_name(found: dict[str, str]) -> str:
-    """Name the folder of what is compiled by these packages, in this way.
+    """Return the folder name for what these packages compile, in this way.
 
     Another patch release of Python asks for some entries by other names, and shares the rest.
     """

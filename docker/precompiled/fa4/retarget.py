@@ -1,4 +1,4 @@
-"""Make cache entries that run on every x86-64: the launcher is compiled anew for its baseline.
+"""Write cache entries that run on every x86-64: the launcher is compiled again for its baseline.
 
 CuTe DSL compiles an entry's host part for the CPU that it runs on: built here, all of them had AVX
 and some AVX-512, and nothing in a cache's key tells (flash-attn-4 4.0.0b36, 2026-11-21). On a CPU

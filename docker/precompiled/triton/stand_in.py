@@ -1,4 +1,4 @@
-"""Stand in for an NVIDIA GPU and its driver where there is none, for Triton and SageAttention.
+"""Simulate an NVIDIA GPU and its driver where there is none, for Triton and SageAttention.
 
 Triton compiles for whatever GPU its driver names, so all the rest of a launch is its own: how it
 reads the arguments, names the entry, finds or compiles it. Tensors lie on the CPU, and their
@@ -42,13 +42,13 @@ class Driver:
 
 
 def without_gpu(device: str) -> None:
-    """Have this process believe in a GPU of a name such as sm_90, for Triton and for torch."""
-    torch_believes_in(device)
+    """Simulate a GPU of a name such as sm_90 in this process, for Triton and for torch."""
+    simulate_in_torch(device)
     driver.set_active(Driver(int(device.removeprefix("sm_"))))
 
 
-def torch_believes_in(device: str) -> None:
-    """Have torch answer what SageAttention and Triton ask it about the GPU."""
+def simulate_in_torch(device: str) -> None:
+    """Replace what SageAttention and Triton ask torch about the GPU."""
     digits = device.removeprefix("sm_")
     capability = (int(digits[:-1]), int(digits[-1]))
     torch.Tensor.is_cuda = property(lambda tensor: True)
@@ -60,7 +60,7 @@ def torch_believes_in(device: str) -> None:
 
 
 class Extension:
-    """Stands for a module of CUDA functions: each does nothing."""
+    """A module of CUDA functions, each of which does nothing."""
 
     def __getattr__(self, name: str) -> Any:
         return lambda *arguments: None
