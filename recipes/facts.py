@@ -288,7 +288,7 @@ class Image(Strict):
     Attributes:
         aliases: further tags.
         archs: the architectures it promises.
-        base: the image it starts from; base_digest pins it.
+        base: the image it starts from, one of bases.toml.
         size_max_mb: compressed with zstd -3, in 10**6 bytes.
         layers_max_mb: stage of the Dockerfile -> the same for what it adds.
     """
@@ -299,7 +299,6 @@ class Image(Strict):
     accelerator: Accelerator
     python: str
     base: str
-    base_digest: str | Unresolved
     torch: str | Unresolved
     kernels: tuple[Choice, ...]
     platforms: tuple[str, ...]
@@ -340,9 +339,10 @@ class Pair(Strict):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Floor(Strict):
-    """The versions of a base image's C and C++ libraries: bases.toml."""
+class Base(Strict):
+    """A base image: its digest, the versions of its C and C++ libraries (bases.toml)."""
 
+    digest: str | Unresolved
     glibc: str
     glibcxx: str
 
@@ -385,7 +385,7 @@ class Recipes:
     cuda: Mapping[str, Toolkit]
     stack: Mapping[str, str]
     pairs: tuple[Pair, ...]
-    bases: Mapping[str, Floor] = field(default_factory=dict)
+    bases: Mapping[str, Base] = field(default_factory=dict)
     allowed: tuple[Allowance, ...] = ()
 
 
@@ -423,6 +423,7 @@ class Plan:
         unresolved: field -> reason; empty when it may be published.
         abi: what a compiled extension must match, "cp311-torch2.14-cu130".
         lock: names the lock files of its torch and stack layers, "2.14.1-cu130".
+        base_digest: pins its base.
         toolkit: the CUDA release of its torch; None on cpu.
         driver_min: the oldest GPU driver that this release runs with; None on cpu.
         nvcc: the compiler's version; empty where none is needed.
@@ -433,6 +434,7 @@ class Plan:
     unresolved: Mapping[str, str]
     abi: str
     lock: str
+    base_digest: str | Unresolved
     toolkit: str | Unresolved | None
     driver_min: str | Unresolved | None
     nvcc: str

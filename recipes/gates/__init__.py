@@ -11,7 +11,7 @@ from importlib import import_module
 from pkgutil import iter_modules
 
 from recipes.artifact.facts import Artifact
-from recipes.facts import Floor, Plan
+from recipes.facts import Base, Plan
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,7 +47,7 @@ class Promise:
     plan: Plan
     torch_archs: tuple[str, ...] = ()
     pins: Mapping[str, str]
-    floor: Floor | None = None
+    floor: Base | None = None
 
 
 def _always(artifact: Artifact, promise: Promise) -> str:

@@ -15,7 +15,7 @@ from pydantic import TypeAdapter, ValidationError
 from attnimg.errors import AttnimgError
 from recipes.facts import (
     Allowance,
-    Floor,
+    Base,
     Image,
     Kernel,
     Pair,
@@ -25,7 +25,7 @@ from recipes.facts import (
     Torch,
     Unresolved,
 )
-from recipes.read.values import image_faults, kernel_faults
+from recipes.read.values import base_faults, image_faults, kernel_faults
 
 _Fact = TypeVar("_Fact")
 
@@ -66,7 +66,7 @@ def read_recipes(root: Path) -> Recipes:
         cuda=_releases(folder / "cuda.toml", Toolkit),
         stack=_pins(root / "pyproject.toml"),
         pairs=_entries(folder / "pairs.toml", "pair", Pair),
-        bases=_tables(folder / "bases.toml", Floor),
+        bases=_bases(folder / "bases.toml"),
         allowed=_entries(folder / "allowed.toml", "allowed", Allowance),
     )
 
@@ -175,6 +175,13 @@ def _tables(path: Path, kind: type[_Fact]) -> dict[str, _Fact]:
         name: _facts(f"{where} [{name}]", kind, values)
         for name, values in _toml(where, path.read_text(encoding="utf-8")).items()
     }
+
+
+def _bases(path: Path) -> dict[str, Base]:
+    found = _tables(path, Base)
+    for name, base in found.items():
+        _refuse(f"recipes/{path.name} [{name}]", base_faults(base))
+    return found
 
 
 def _releases(path: Path, kind: type[_Fact]) -> dict[str, _Fact]:

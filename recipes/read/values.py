@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from packaging.requirements import InvalidRequirement, Requirement
 from packaging.specifiers import InvalidSpecifier, SpecifierSet
 
-from recipes.facts import Image, Kernel
+from recipes.facts import Base, Image, Kernel
 
 _ARCH = re.compile(r"cpu|sm_[1-9][0-9]{1,2}[af]?|gfx[1-9][0-9a-f]{2,3}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -22,12 +22,14 @@ def image_faults(image: Image) -> Iterator[str]:
     yield from _arch_faults("archs", image.archs)
     for choice in image.kernels:
         yield from _arch_faults(f"kernels.{choice.name}.archs", choice.archs)
-    if isinstance(image.base_digest, str) and not _SHA256.fullmatch(
-        image.base_digest.removeprefix("sha256:")
-    ):
-        yield f"base_digest: found {image.base_digest!r}, needed sha256: and 64 hexadecimal digits"
     if not image.archs:
         yield "archs: found none, needed at least one"
+
+
+def base_faults(base: Base) -> Iterator[str]:
+    """Yield what is wrong with the values of a base image."""
+    if isinstance(base.digest, str) and not _SHA256.fullmatch(base.digest.removeprefix("sha256:")):
+        yield f"digest: found {base.digest!r}, needed sha256: and 64 hexadecimal digits"
 
 
 def kernel_faults(kernel: Kernel) -> Iterator[str]:

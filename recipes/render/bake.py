@@ -33,7 +33,7 @@ def bake_file(plans: tuple[Plan, ...]) -> str:
     """
     stable = [plan.image.name for plan in plans if plan.image.channel == "stable"]
     frontier = [plan.image.name for plan in plans if plan.image.channel == "frontier"]
-    digest = plans[0].image.base_digest
+    digest = plans[0].base_digest
     base = plans[0].image.base + (f"@{digest}" if isinstance(digest, str) else "")
     content = {
         "//": NOTICE,

@@ -27,6 +27,7 @@ def solve(image: Image, recipes: Recipes) -> Plan:
             do=nearest(image, recipes),
             code="no-solution",
         )
+    digest = recipes.bases[image.base].digest
     toolkit, driver_min = _toolkit_and_driver(image, recipes)
     flavour = f"cu{toolkit.replace('.', '')}" if isinstance(toolkit, str) else image.accelerator
     abi = _abi(image, flavour)
@@ -34,9 +35,12 @@ def solve(image: Image, recipes: Recipes) -> Plan:
     return Plan(
         image=image,
         steps=steps,
-        unresolved=_unresolved(image, steps, toolkit=toolkit, driver_min=driver_min),
+        unresolved=_unresolved(
+            image, steps, base_digest=digest, toolkit=toolkit, driver_min=driver_min
+        ),
         abi=abi,
         lock=_lock(image, flavour),
+        base_digest=digest,
         toolkit=toolkit,
         driver_min=driver_min,
         nvcc=recipes.cuda[toolkit].nvcc if isinstance(toolkit, str) else "",
@@ -50,11 +54,11 @@ def solve_all(recipes: Recipes) -> tuple[Plan, ...]:
         AttnimgError: as solve, for the first one that can't be built; or images differ in their
             base, which is one context for all of them.
     """
-    if len(bases := {(image.base, image.base_digest) for image in recipes.images.values()}) > 1:
+    if len(bases := {image.base for image in recipes.images.values()}) > 1:
         raise AttnimgError(
             "images stand on different bases",
-            why="\n".join(sorted(f"found {base}, digest {digest}" for base, digest in bases)),
-            do="give every file of recipes/images the same base and base_digest",
+            why="\n".join(f"found {base}" for base in sorted(bases)),
+            do="give every file of recipes/images the same base",
             code="bases-differ",
         )
     plans = [solve(image, recipes) for image in recipes.images.values()]

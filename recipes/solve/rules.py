@@ -44,7 +44,11 @@ def _names(image: Image, recipes: Recipes) -> Iterator[Reason]:
 
 
 def _platform(image: Image, recipes: Recipes) -> Iterator[Reason]:
-    """Check torch, its CUDA release, Python and architectures against one another."""
+    """Check base, torch, its CUDA release, Python and architectures against one another."""
+    if image.base not in recipes.bases:
+        known = ", ".join(recipes.bases)
+        text = f"base {image.base} is not in recipes/bases.toml; known: {known}"
+        yield Reason(code="unknown-base", text=text)
     vendors = {"cpu": "cpu", "cuda": "nvidia", "rocm": "amd"}
     for arch in image.archs:
         if arch_from_name(device(arch)).vendor != vendors[image.accelerator]:

@@ -65,8 +65,8 @@ def test_the_base_is_named_once() -> None:
 
 def test_a_digest_pins_the_base() -> None:
     digest = "sha256:" + "0" * 64
-    images = {k: replace(found, base_digest=digest) for k, found in RECIPES.images.items()}
-    recipes = replace(RECIPES, images=images)
+    bases = {name: replace(base, digest=digest) for name, base in RECIPES.bases.items()}
+    recipes = replace(RECIPES, bases=bases)
     after = rendered(solve_all(recipes), recipes, locks=LOCKS, runners=RUNNERS, **RECORDS)
     base = json.loads(after["docker/docker-bake.json"])["variable"]["BASE"]["default"]
     assert base == f"docker-image://python:3.11-slim-bookworm@{digest}"
@@ -367,6 +367,13 @@ SHA = "6540b148e40ba81cbd4de86392225a076a1591146e9cebb099b3b234ba9feebe"
         pytest.param("kernels/torchao", f'sha256 = "{SHA}"', "", "sha256: missing", id="no hash"),
         pytest.param("images/turing", '"sm_75"', '"sm_70"', "found sm_70", id="an arch nobody has"),
         pytest.param("images/cpu", "[", "[[", "is not a recipe", id="a broken TOML"),
+        pytest.param(
+            "bases",
+            "digest = {",
+            'digest = "latest" # {',
+            "digest: found 'latest', needed sha256: and 64 hexadecimal digits",
+            id="a tag for a digest",
+        ),
     ],
 )
 def test_bad_input_is_told_and_writes_nothing(

@@ -184,6 +184,12 @@ FRONTIER = {"torch": "2.15.0"}
             id="an architecture that no kernel serves is not promised",
         ),
         pytest.param(
+            image("cpu", base="debian:bookworm-slim"),
+            "base debian:bookworm-slim is not in recipes/bases.toml; known: python:3.11-slim",
+            "nearest: none",
+            id="a base whose libraries nobody wrote down is refused",
+        ),
+        pytest.param(
             image("cpu", archs=("cpu", "sm_90a")),
             "found sm_90a in an image for cpu",
             "without sm_90a",
@@ -449,14 +455,20 @@ def test_an_unresolved_value_is_planned_but_not_published() -> None:
     assert "images/rocm: torch is unresolved: PyPI has no torch for ROCm" in caught.value.why
 
 
+def with_digest(recipes: Recipes = RECIPES) -> Recipes:
+    """Pin the base."""
+    name = recipes.images["cpu"].base
+    base = replace(recipes.bases[name], digest="sha256:" + "0" * 64)
+    return replace(recipes, bases={name: base})
+
+
 def test_a_resolved_image_may_be_published() -> None:
-    digest = "sha256:" + "0" * 64
-    refuse_unresolved(solve(image("hopper", base_digest=digest), RECIPES))
+    refuse_unresolved(solve(image("hopper"), with_digest()))
 
 
 def test_an_unresolved_hash_of_a_kernel_is_not_published() -> None:
     recipes = with_kernel("xformers", sha256=Unresolved("never downloaded"))
-    plan = solve(image("turing", base_digest="sha256:" + "0" * 64), recipes)
+    plan = solve(image("turing"), with_digest(recipes))
     assert plan.unresolved == {"kernels/xformers: sha256": "never downloaded"}
 
 
