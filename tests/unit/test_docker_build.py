@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import os
+import re
 import subprocess
 import sys
 from itertools import pairwise
@@ -111,3 +113,26 @@ def bake(docker: Path, *arguments: str, **variables: str) -> list[str]:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return done.stdout.split()
+
+
+MOUNTED = sorted(
+    set(
+        re.findall(
+            r"--mount=type=bind,source=([^,\s]+)",
+            (ROOT / "docker/Dockerfile").read_text(encoding="utf-8"),
+        )
+    )
+)
+
+
+@pytest.mark.parametrize("path", MOUNTED)
+def test_what_the_dockerfile_mounts_is_there(path: str) -> None:
+    assert list(ROOT.glob(re.sub(r"\$[A-Z]+", "*", path))), path
+
+
+@pytest.mark.parametrize("path", [p for p in MOUNTED if re.fullmatch(r"attnimg/.*[.]py", p)])
+def test_a_file_of_attnimg_that_is_mounted_alone_imports_nothing_else_of_it(path: str) -> None:
+    tree = ast.parse((ROOT / path).read_text(encoding="utf-8"))
+    imported = [node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
+    assert imported
+    assert not [node for node in imported if "attnimg" in ast.unparse(node)]
