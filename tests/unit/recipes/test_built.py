@@ -15,7 +15,7 @@ from recipes.pages.built import BEGIN, END, built_table, listed, read_records, r
 from recipes.read.recipes import read_recipes
 from recipes.solve.plan import solve_all
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 PLANS = solve_all(read_recipes(ROOT))
 HOPPER = next(plan for plan in PLANS if plan.image.name == "hopper")
 KEY = next(step.key for step in HOPPER.steps if step.kernel.name == "flash-attn")

@@ -23,7 +23,7 @@ from recipes.gates.machine_code import runs
 from recipes.read.recipes import read_recipes
 from recipes.solve.plan import solve
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 RECIPES = read_recipes(ROOT)
 PLAN = solve(RECIPES.images["cpu"], RECIPES)
 KEY = "-----BEGIN OPENSSH PRIVATE KEY-----\n" + "b3BlbnNzaC1r" * 8

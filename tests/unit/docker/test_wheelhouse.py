@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 ABI = "cp311-torch2.14-cu130"
 KEYS = {"flash-attn": "aaaa", "sageattention": "bbbb"}
 

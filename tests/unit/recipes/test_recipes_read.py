@@ -11,7 +11,7 @@ from attnimg.errors import AttnimgError
 from recipes.facts import Unresolved
 from recipes.read.recipes import read_image, read_kernel, read_patches
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 KERNEL = (ROOT / "recipes/kernels/flash-attn.toml").read_text(encoding="utf-8")
 GIT_KERNEL = (ROOT / "recipes/kernels/sageattention.toml").read_text(encoding="utf-8")
 FA4 = (ROOT / "recipes/kernels/flash-attn-4.toml").read_text(encoding="utf-8")

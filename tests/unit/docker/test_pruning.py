@@ -15,7 +15,7 @@ import pytest
 from recipes.artifact.elf import read_elf
 from recipes.artifact.facts import Elf
 
-INSTALL = Path(__file__).resolve().parents[2] / "docker/install"
+INSTALL = Path(__file__).resolve().parents[3] / "docker/install"
 
 
 @pytest.fixture

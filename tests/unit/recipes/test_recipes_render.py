@@ -28,7 +28,7 @@ from recipes.rendered import rendered
 from recipes.solve.lock import blocks, read_locks
 from recipes.solve.plan import solve, solve_all
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 RECIPES = read_recipes(ROOT)
 PLANS = {plan.image.name: plan for plan in solve_all(RECIPES)}
 LOCKS = read_locks(tuple(PLANS.values()), root=ROOT)

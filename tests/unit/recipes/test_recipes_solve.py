@@ -14,7 +14,7 @@ from recipes.read.recipes import read_recipes
 from recipes.solve.plan import cache_key, refuse_unresolved, solve, solve_all
 from recipes.solve.rules import reasons_against
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 RECIPES = read_recipes(ROOT)
 
 

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-DOCKER = Path(__file__).resolve().parents[2] / "docker"
+DOCKER = Path(__file__).resolve().parents[3] / "docker"
 
-TOY = Path(__file__).resolve().parents[1] / "fixtures/toy_kernel"
+TOY = Path(__file__).resolve().parents[2] / "fixtures/toy_kernel"
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from recipes.read.recipes import read_recipes
 from recipes.solve.plan import solve
 from recipes.solve.sources import have_sources
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 RECIPES = read_recipes(ROOT)
 
 
