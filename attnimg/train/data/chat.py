@@ -6,32 +6,29 @@ Conversations of plain messages share a layout with all others that have the sam
 
 from __future__ import annotations
 
+import copy
+import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Literal
 
 from attnimg.errors import AttnimgError
-from attnimg.train.data.chat_layout import Answer, Layout, lay_out
+from attnimg.train.data.chat_layout import AnswerLayout, SharedLayout, lay_out, share_layout
 from attnimg.train.data.chat_render import (
     CLOSING,
-    Literals,
     Message,
     Renderer,
-    Rendering,
     RewrittenError,
     Span,
     TemplateError,
     forms,
-    literals_between,
-    mark,
-    place_contents,
     reads,
     render,
 )
 from attnimg.train.data.chat_templates import TemplateLimitError
 from attnimg.train.data.chat_turn import Ends, RenderedTurn
-from attnimg.train.data.documents import label, with_whole_offsets
-from attnimg.train.data.records import Conversation, Parsed, Place, Turn, unused_note
+from attnimg.train.data.documents import IGNORED, Conversation, Parsed, Turn, unused_note
+from attnimg.train.data.records import Place, bad_file
 
 EMPTY_ANSWERS = (
     "answers without text carry no loss: they would train the model to answer with nothing"
@@ -76,18 +73,13 @@ class ChatEncoder:
                 code="bad-value",
                 key="tokenizer_type",
             )
-        self.tokenizer = with_whole_offsets(tokenizer)
+        self.tokenizer = _with_whole_offsets(tokenizer)
         self.templates = {"default": template} if isinstance(template, str) else dict(template)
         self.trained_roles, self.train_on_eos = trained_roles, train_on_eos
         self.train_on_inputs, self.system_message = train_on_inputs, system_message
         self.ends = Ends.of(tokenizer, eot_tokens)
-        self.shapes: dict[tuple[tuple[str, bool], ...], Shape | None] = {}
+        self.shared: dict[tuple[tuple[str, bool], ...], SharedLayout | None] = {}
         self.notes: dict[str, None] = {}
-
-    @property
-    def warnings(self) -> tuple[str, ...]:
-        """Sentences on what does not carry loss, or may surprise, in what was encoded so far."""
-        return tuple(self.notes)
 
     def __call__(self, batch: Sequence[tuple[Place, Parsed]]) -> list[tuple[list[int], list[int]]]:
         """Encode conversations to input_ids and labels.
@@ -102,17 +94,7 @@ class ChatEncoder:
             try:
                 layout = self._laid_out(conversation)
                 masked.append(list(self._masks(conversation, layout)))
-            except TemplateError as error:
-                raise self._raised(conversation, place, str(error)) from None
-            except TemplateLimitError as error:
-                raise AttnimgError(
-                    f"the chat template takes too much: {place}",
-                    why=str(error),
-                    do="set chat_template to another one, or correct this one",
-                    code="bad-value",
-                    key="chat_template",
-                ) from None
-            except RewrittenError as error:
+            except (TemplateError, TemplateLimitError, RewrittenError) as error:
                 raise self._refusal(conversation, place, error) from None
             self.notes |= dict.fromkeys(layout.notes)
             self._note_unused(conversation)
@@ -122,7 +104,7 @@ class ChatEncoder:
             texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False
         )
         return [
-            (ids, label(ids, text, offsets, trained=spans, masked=without))
+            (ids, label_tokens(ids, text, offsets, trained=spans, masked=without))
             for ids, text, offsets, spans, without in zip(
                 encoded["input_ids"], texts, encoded["offset_mapping"], trained, masked,
                 strict=True,
@@ -150,20 +132,23 @@ class ChatEncoder:
         name = "tool_use" if tools and "tool_use" in self.templates else "default"
         return Renderer(self.tokenizer, self.templates[name], tools)
 
-    def _laid_out(self, conversation: Conversation) -> Layout:
-        """Find the answers, by the shape that conversations of these roles share where it fits."""
+    def _laid_out(self, conversation: Conversation) -> AnswerLayout:
+        """Find the answers, by the layout that conversations of these roles share where it fits."""
         renderer, turns = self._renderer(conversation), conversation.turns
-        if not conversation.tools and not any(turn.extra for turn in turns):
+        bounded = [self._bounded(turn) for turn in turns]
+        if not conversation.tools and all(
+            not turn.extra and (turn.content or "").strip() for turn in turns
+        ):
+            roles = [turn.role for turn in turns]
+            key = tuple(zip(roles, bounded, strict=True))
+            if key not in self.shared:
+                self.shared[key] = share_layout(renderer, roles, bounded, self.ends)
             messages: tuple[Message, ...] = tuple(
                 {"role": turn.role, "content": turn.content} for turn in turns
             )
-            if all((turn.content or "").strip() for turn in turns):
-                shape = self._shape(renderer, turns)
-                rendering = Rendering(messages, renderer.text(messages))
-                placed = shape and place_contents(rendering, shape.literals, whole=True)
-                if shape and placed:
-                    return transferred(shape, replace(rendering, contents=placed))
-        bounded = [self._bounded(turn) for turn in turns]
+            text = renderer.text(messages)
+            if (shared := self.shared[key]) and (layout := shared.fit(messages, text)):
+                return layout
         errors = list[TemplateError | RewrittenError]()
         for given, form in forms(renderer, conversation):
             try:
@@ -173,19 +158,7 @@ class ChatEncoder:
         # What a template that rendered does wrong says more than why another form raised.
         raise next((error for error in errors if isinstance(error, RewrittenError)), errors[0])
 
-    def _shape(self, renderer: Renderer, turns: Sequence[Turn]) -> Shape | None:
-        """Lay out a conversation of these roles with marks for contents; None where that fails.
-
-        What fails is laid out by itself, and its error names the record; so is a conversation whose
-        template marks a part of a content as generated.
-        """
-        key = tuple((turn.role, self._bounded(turn)) for turn in turns)
-        if key not in self.shapes:
-            flags = [flag for _, flag in key]
-            self.shapes[key] = shape_of(renderer, [turn.role for turn in turns], flags, self.ends)
-        return self.shapes[key]
-
-    def _spans(self, conversation: Conversation, layout: Layout) -> Iterator[Span]:
+    def _spans(self, conversation: Conversation, layout: AnswerLayout) -> Iterator[Span]:
         """Yield the spans that carry loss: texts of answers, and what ends a turn."""
         if self.train_on_inputs:
             yield 0, len(layout.rendering.text) + len(layout.appended)
@@ -199,7 +172,7 @@ class ChatEncoder:
         if self.train_on_eos == "all":
             yield from self._all_ends(layout)
 
-    def _all_ends(self, layout: Layout) -> Iterator[Span]:
+    def _all_ends(self, layout: AnswerLayout) -> Iterator[Span]:
         """Yield the end tokens of all turns: those that end an answer, or end a text."""
         text = layout.rendering.text + layout.appended
         ends = [span for answer in layout.answers for span in answer.end]
@@ -216,7 +189,7 @@ class ChatEncoder:
             if end is not None and text[span[1] : end].strip() in known:
                 yield span[1], end
 
-    def _masks(self, conversation: Conversation, layout: Layout) -> Iterator[Span]:
+    def _masks(self, conversation: Conversation, layout: AnswerLayout) -> Iterator[Span]:
         """Yield the spans that are taken out of the loss again."""
         if self.train_on_inputs:
             yield from self._left_out(conversation, layout)
@@ -237,7 +210,7 @@ class ChatEncoder:
                 for start, end in turn.untrained:
                     yield max(span[0], start + offset), min(span[1], end + offset)
 
-    def _left_out(self, conversation: Conversation, layout: Layout) -> Iterator[Span]:
+    def _left_out(self, conversation: Conversation, layout: AnswerLayout) -> Iterator[Span]:
         """Yield what train_on_inputs leaves out: turns of the flag `train: false`, end tokens.
 
         axolotl trains the end token of a turn with loss, or of every turn with train_on_eos: all.
@@ -285,100 +258,84 @@ class ChatEncoder:
         ):
             self.notes[EMPTY_ANSWERS] = None
 
-    def _raised(self, conversation: Conversation, place: Place, error: str) -> AttnimgError:
-        roles = ", ".join(turn.role for turn in conversation.turns)
-        return AttnimgError(
-            f"the chat template refuses {place}",
-            why=f"it raises: {error}; the roles are {roles}",
-            do="correct the record, or set chat_template to one that takes these roles",
-            code="bad-data",
-            key=f"{place.key}.path",
-        )
-
     def _refusal(
-        self, conversation: Conversation, place: Place, error: RewrittenError
+        self,
+        conversation: Conversation,
+        place: Place,
+        error: TemplateError | TemplateLimitError | RewrittenError,
     ) -> AttnimgError:
-        template = self._renderer(conversation).template
-        name = template if len(template) <= 60 else template[:57] + "..."
-        return AttnimgError(
-            f"the chat template can't be used for training: {place}",
-            why=f"{error}, so the loss would not be on what the record says\ntemplate: {name}",
-            do=error.do,
-            code="bad-value",
-            key="chat_template",
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class Shape:
-    """The template's text and the layout that all conversations with the same roles share.
-
-    Attributes:
-        literals: the template's own text between the contents.
-        starts: where each of these texts starts in the layout.
-        layout: of the conversation with marks in place of contents.
-    """
-
-    literals: Literals
-    starts: tuple[int, ...]
-    layout: Layout
-
-
-def shape_of(
-    renderer: Renderer, roles: Sequence[str], bounded: Sequence[bool], ends: Ends
-) -> Shape | None:
-    """Return the shape of conversations with these roles; None where they can't share one.
-
-    They can't where the marks can't be laid out, or where the template marks a part of a content
-    as generated. Each conversation is then laid out by itself, and an error names its record.
-    """
-    marked = tuple({"role": role, "content": mark(index)} for index, role in enumerate(roles))
-    try:
-        rendering = render(renderer, marked)
-        layout = lay_out(renderer, rendering, bounded, ends)
-    except (TemplateError, RewrittenError):
-        return None
-    if _marks_parts(layout):
-        return None
-    literals = literals_between(rendering.text, [True] * len(roles))
-    assert literals is not None, roles
-    return Shape(literals, _starts(rendering, literals), layout)
-
-
-def _starts(rendering: Rendering, literals: Literals) -> tuple[int, ...]:
-    """Return where each literal starts: after the content before it."""
-    ends = [span[1] for number in literals[0] if (span := rendering.contents[number])]
-    return (0, *ends)
-
-
-def _marks_parts(layout: Layout) -> bool:
-    """Return whether the text of an answer begins or ends inside a content."""
-    bounds = [at for answer in layout.answers for span in answer.text for at in span]
-    return any(a < at < b for at in bounds for a, b in filter(None, layout.rendering.contents))
-
-
-def transferred(shape: Shape, rendering: Rendering) -> Layout:
-    """Return a shape's layout, moved to the places of a conversation's own contents.
-
-    Answers begin and end in the template's text, never inside a content.
-    """
-    here = _starts(rendering, shape.literals)
-    *pieces, last = shape.literals[1]
-    pieces.append(last + shape.layout.appended)
-
-    def moved(span: Span) -> Span:
-        start, end = (
-            next(
-                new + at - old
-                for old, new, piece in zip(shape.starts, here, pieces, strict=True)
-                if old <= at <= old + len(piece)
+        if isinstance(error, TemplateError):
+            roles = ", ".join(turn.role for turn in conversation.turns)
+            return bad_file(
+                f"the chat template refuses {place}",
+                why=f"it raises: {error}; the roles are {roles}",
+                do="correct the record, or set chat_template to one that takes these roles",
+                key=place.key,
             )
-            for at in span
-        )
-        return start, end
+        what, why = f"the chat template takes too much: {place}", str(error)
+        do = "set chat_template to another one, or correct this one"
+        if isinstance(error, RewrittenError):
+            template = self._renderer(conversation).template
+            name = template if len(template) <= 60 else template[:57] + "..."
+            what, do = f"the chat template can't be used for training: {place}", error.do
+            why = f"{why}, so the loss would not be on what the record says\ntemplate: {name}"
+        return AttnimgError(what, why=why, do=do, code="bad-value", key="chat_template")
 
-    answers = tuple(
-        Answer(answer.turn, tuple(map(moved, answer.text)), tuple(map(moved, answer.end)))
-        for answer in shape.layout.answers
-    )
-    return Layout(rendering, answers, shape.layout.appended, shape.layout.notes)
+
+def _with_whole_offsets(tokenizer: Any) -> Any:
+    """Return a tokenizer with the same ids, whose offsets cover all characters of a token.
+
+    Byte-level tokenizers leave blanks out of the offsets (trim_offsets). A token of a newline and a
+    blank then covers the newline alone, and the blank of the answer is not found.
+    """
+    from tokenizers import Tokenizer, models
+
+    def untrim(part: dict[str, Any]) -> dict[str, Any]:
+        return part | {"trim_offsets": False} if part.get("trim_offsets") else part
+
+    holder = Tokenizer(models.BPE())
+    holder.post_processor = tokenizer.backend_tokenizer.post_processor
+    written = holder.to_str()
+    untrimmed = json.loads(written, object_hook=untrim)
+    if untrimmed == json.loads(written):
+        return tokenizer
+    whole = copy.deepcopy(tokenizer)  # the run's own is saved beside the model
+    whole.backend_tokenizer.post_processor = Tokenizer.from_str(
+        json.dumps(untrimmed)
+    ).post_processor
+    return whole
+
+
+def label_tokens(
+    ids: list[int],
+    text: str,
+    offsets: Sequence[Span],
+    *,
+    trained: Sequence[Span],
+    masked: Sequence[Span] = (),
+) -> list[int]:
+    """Return labels: the ids of tokens that cover a character of a trained span, IGNORED elsewhere.
+
+    Blanks between two tokens count to the second one, since tokenizers may leave them out of its
+    offsets. Other characters between two tokens were removed by a normalizer (an accent, a
+    zero-width space), and belong to neither. A token that shares only blanks with a span is not in
+    it, unless the token has no other characters: the first token of an answer may begin with the
+    blank before the answer.
+    """
+    spans = [(*span, True) for span in trained] + [(*span, False) for span in masked]
+    spans.sort(key=lambda span: (span[0], not span[2]))
+    labels, reached, first = [IGNORED] * len(ids), 0, 0
+    for index, (start, end) in enumerate(offsets):
+        # A blank that the tokenizer inserts may have offsets after those of the next token.
+        removed = len(text[reached:start].rstrip()) if start < end else 0
+        low, high = min(start, reached + removed), max(end, reached)
+        reached = high
+        while first < len(spans) and spans[first][1] <= low:
+            first += 1
+        for a, b, counts in spans[first:]:
+            if a >= high:
+                break
+            inside = text[max(a, low) : min(b, high)]
+            if inside and (inside.strip() or not text[low:high].strip()):
+                labels[index] = ids[index] if counts else IGNORED
+    return labels

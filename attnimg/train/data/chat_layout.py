@@ -8,7 +8,19 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
-from attnimg.train.data.chat_render import Message, Renderer, Rendering, RewrittenError, Span
+from attnimg.train.data.chat_render import (
+    Literals,
+    Message,
+    Renderer,
+    Rendering,
+    RewrittenError,
+    Span,
+    TemplateError,
+    literals_between,
+    mark,
+    place_contents,
+    render,
+)
 from attnimg.train.data.chat_turn import Ends, RenderedTurn
 
 NO_END = (
@@ -33,7 +45,7 @@ RESTORED = (
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class AnswerSpans:
     """A turn with loss.
 
     Attributes:
@@ -48,7 +60,7 @@ class Answer:
 
 
 @dataclass(frozen=True, slots=True)
-class Layout:
+class AnswerLayout:
     """A rendered conversation with its answers.
 
     Attributes:
@@ -59,14 +71,14 @@ class Layout:
     """
 
     rendering: Rendering
-    answers: tuple[Answer, ...]
+    answers: tuple[AnswerSpans, ...]
     appended: str
     notes: tuple[str, ...]
 
 
 def lay_out(
     renderer: Renderer, rendering: Rendering, trained: Sequence[bool], ends: Ends
-) -> Layout:
+) -> AnswerLayout:
     """Find the answers of a rendered conversation.
 
     Args:
@@ -94,7 +106,7 @@ def lay_out(
                     stops[number] = turn.end(text_end, ends) or text_end
         else:
             turn.reasoning(notes)  # refused where it is dropped, trained or not
-    answers, appended = list[Answer](), ""
+    answers, appended = list[AnswerSpans](), ""
     speakers = [n for n, message in enumerate(rendering.messages) if message["role"] == "assistant"]
     last = max([*bounds, *speakers], default=0)
     for number, (start, text_end) in bounds.items():
@@ -131,13 +143,13 @@ def lay_out(
         elif ends.chosen and not any(token in ending for token in ends.chosen):
             notes[_not_chosen(ends.chosen, ending.strip())] = None
         answers.append(
-            Answer(
+            AnswerSpans(
                 number,
                 tuple((a, min(b, text_end)) for a, b in spans if a < text_end),
                 tuple((max(a, text_end), b) for a, b in spans if b > text_end),
             )
         )
-    return Layout(rendering, tuple(answers), appended, tuple(notes))
+    return AnswerLayout(rendering, tuple(answers), appended, tuple(notes))
 
 
 def _appended(end: str) -> str:
@@ -180,6 +192,77 @@ def _owned(
         if number
         == next((n for n, (_, end) in bounds.items() if span[0] <= end or span[0] < stops[n]), last)
     ]
+
+
+@dataclass(frozen=True, slots=True)
+class SharedLayout:
+    """The template's text and the layout that all conversations with the same roles share.
+
+    Attributes:
+        literals: the template's own text between the contents.
+        layout: of the conversation with marks in place of contents.
+    """
+
+    literals: Literals
+    layout: AnswerLayout
+
+    def fit(self, messages: tuple[Message, ...], text: str) -> AnswerLayout | None:
+        """Return the layout, moved to the contents of these messages; None where it does not fit.
+
+        Answers begin and end in the template's text, never inside a content.
+        """
+        rendering = Rendering(messages, text)
+        placed = place_contents(rendering, self.literals, whole=True)
+        if placed is None:
+            return None
+        rendering = replace(rendering, contents=placed)
+        there, here = (self._starts(r) for r in (self.layout.rendering, rendering))
+        *pieces, last = self.literals[1]
+        pieces.append(last + self.layout.appended)
+
+        def moved(at: int) -> int:
+            return next(
+                new + at - old
+                for old, new, piece in zip(there, here, pieces, strict=True)
+                if old <= at <= old + len(piece)
+            )
+
+        answers = tuple(
+            AnswerSpans(
+                answer.turn,
+                tuple((moved(a), moved(b)) for a, b in answer.text),
+                tuple((moved(a), moved(b)) for a, b in answer.end),
+            )
+            for answer in self.layout.answers
+        )
+        return replace(self.layout, rendering=rendering, answers=answers)
+
+    def _starts(self, rendering: Rendering) -> tuple[int, ...]:
+        """Return where each literal starts: after the content before it."""
+        spans = (rendering.contents[number] for number in self.literals[0])
+        return (0, *(span[1] for span in spans if span))
+
+
+def share_layout(
+    renderer: Renderer, roles: Sequence[str], bounded: Sequence[bool], ends: Ends
+) -> SharedLayout | None:
+    """Lay out a conversation of these roles with marks for contents; None where that fails.
+
+    It fails where the marks can't be laid out, or where the template marks a part of a content
+    as generated. Each conversation is then laid out by itself, and an error names its record.
+    """
+    marked = tuple({"role": role, "content": mark(index)} for index, role in enumerate(roles))
+    try:
+        rendering = render(renderer, marked)
+        layout = lay_out(renderer, rendering, bounded, ends)
+    except (TemplateError, RewrittenError):
+        return None
+    bounds = [at for answer in layout.answers for span in answer.text for at in span]
+    if any(a < at < b for at in bounds for a, b in filter(None, rendering.contents)):
+        return None
+    literals = literals_between(rendering.text, [True] * len(roles))
+    assert literals is not None, roles
+    return SharedLayout(literals, layout)
 
 
 def check_tools(renderer: Renderer, rendering: Rendering) -> None:

@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from attnimg.config.schema import DatasetSpec, roles
-from attnimg.train.data.records import Conversation, Place, Turn, bad_record, column, shown, text
+from attnimg.train.data.documents import Conversation, Turn
+from attnimg.train.data.records import Place, bad_record, column, shown, text
 
 # Roles that stand for a tool call or for its result in the records of other trainers.
 CALLS = frozenset({"function_call", "tool_call", "tool_calls", "function-call", "tool-call"})

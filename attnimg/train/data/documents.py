@@ -2,17 +2,72 @@
 
 from __future__ import annotations
 
-import copy
-import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
-from attnimg.train.data.chat_render import Span
-
 if TYPE_CHECKING:
     from datasets import Dataset
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """A text to be answered and its answer; without a prompt, all of the text is learnt.
+
+    Attributes:
+        prompt: the text to be answered.
+        completion: the answer.
+        unused: the record's columns that have no effect, where a type reads several.
+    """
+
+    prompt: str | None
+    completion: str
+    unused: tuple[str, ...] = field(default=(), repr=False)  # not part of the data's hash
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One message of a conversation, its role in the chat template's terms.
+
+    Attributes:
+        role: the role.
+        content: the text; None where the record has none, as beside tool calls.
+        extra: the message's other keys, such as reasoning_content and tool_calls.
+        train: what the record's flag says of the loss; None: as the role says.
+        untrained: character spans of the content that carry no loss.
+    """
+
+    role: str
+    content: str | None
+    extra: Mapping[str, Any] = field(default_factory=dict)
+    train: bool | None = None
+    untrained: tuple[tuple[int, int], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """What a record of the type chat_template holds.
+
+    Attributes:
+        turns: the messages.
+        tools: JSON schemas of the functions that the assistant may call.
+        unused: the record's columns that have no effect.
+    """
+
+    turns: tuple[Turn, ...]
+    tools: tuple[Mapping[str, Any], ...] = ()
+    unused: tuple[str, ...] = ()
+
+
+Parsed = Pair | Conversation
+
+
+def unused_note(what: str, names: Sequence[str]) -> str:
+    """Return the warning on names ("columns") that change nothing."""
+    return f"these {what} have no effect: {', '.join(names)}"
+
+
 IGNORED = -100  # the label of a token without loss (torch's cross_entropy, ignore_index)
 
 
@@ -123,67 +178,3 @@ def _printable(text: str) -> str:
     return "".join(
         letter if letter.isprintable() or letter == "\n" else repr(letter)[1:-1] for letter in text
     )
-
-
-def with_whole_offsets(tokenizer: Any) -> Any:
-    """Return a tokenizer with the same ids, whose offsets cover all characters of a token.
-
-    Byte-level tokenizers leave blanks out of the offsets (trim_offsets). A token of a newline and a
-    blank then covers the newline alone, and the blank of the answer is not found.
-    """
-    from tokenizers import Tokenizer, models
-
-    holder = Tokenizer(models.BPE())
-    holder.post_processor = tokenizer.backend_tokenizer.post_processor
-    written = json.loads(holder.to_str())
-    if not _untrim(written["post_processor"]):
-        return tokenizer
-    whole = copy.deepcopy(tokenizer)  # the run's own is saved beside the model
-    whole.backend_tokenizer.post_processor = Tokenizer.from_str(json.dumps(written)).post_processor
-    return whole
-
-
-def _untrim(processor: dict[str, Any] | None) -> bool:
-    """Turn trim_offsets off, also in a sequence of processors; return whether it was on."""
-    if processor is None:
-        return False
-    trims = any([_untrim(part) for part in processor.get("processors", ())])
-    if processor.get("trim_offsets"):
-        processor["trim_offsets"] = False
-        return True
-    return trims
-
-
-def label(
-    ids: list[int],
-    text: str,
-    offsets: Sequence[Span],
-    *,
-    trained: Sequence[Span],
-    masked: Sequence[Span] = (),
-) -> list[int]:
-    """Return labels: the ids of tokens that cover a character of a trained span, IGNORED elsewhere.
-
-    Blanks between two tokens count to the second one, since tokenizers may leave them out of its
-    offsets. Other characters between two tokens were removed by a normalizer (an accent, a
-    zero-width space), and belong to neither. A token that shares only blanks with a span is not in
-    it, unless the token has no other characters: the first token of an answer may begin with the
-    blank before the answer.
-    """
-    spans = [(*span, True) for span in trained] + [(*span, False) for span in masked]
-    spans.sort(key=lambda span: (span[0], not span[2]))
-    labels, reached, first = [IGNORED] * len(ids), 0, 0
-    for index, (start, end) in enumerate(offsets):
-        # A blank that the tokenizer inserts may have offsets after those of the next token.
-        removed = len(text[reached:start].rstrip()) if start < end else 0
-        low, high = min(start, reached + removed), max(end, reached)
-        reached = high
-        while first < len(spans) and spans[first][1] <= low:
-            first += 1
-        for a, b, counts in spans[first:]:
-            if a >= high:
-                break
-            inside = text[max(a, low) : min(b, high)]
-            if inside and (inside.strip() or not text[low:high].strip()):
-                labels[index] = ids[index] if counts else IGNORED
-    return labels

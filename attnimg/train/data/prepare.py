@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from attnimg.config.schema import Config, is_text
 from attnimg.errors import AttnimgError
-from attnimg.train.data.documents import IGNORED, SourceFigures
-from attnimg.train.data.records import Parsed, Place, Record, read_records
+from attnimg.train.data.documents import IGNORED, Parsed, SourceFigures
+from attnimg.train.data.records import Place, Record, read_records
 from attnimg.train.data.sources import Source, load_hub, load_saved
 from attnimg.train.data.splits import asked_split, find_rows, split_names
 from attnimg.train.data.types import Encoder, Tokens, encoder_for, parser
@@ -122,7 +122,7 @@ def _encoded(
     """
     if processes == 1:
         for batch in batches:
-            yield batch, (encoder(batch), encoder.warnings)
+            yield batch, (encoder(batch), tuple(encoder.notes))
         return
     with ProcessPoolExecutor(
         processes, mp_context=get_context("spawn"), initializer=_keep, initargs=(encoder,)
@@ -143,7 +143,7 @@ def _keep(encoder: Encoder) -> None:
 
 
 def _encode(batch: Batch) -> Result:
-    return _encoders[0](batch), _encoders[0].warnings
+    return _encoders[0](batch), tuple(_encoders[0].notes)
 
 
 Strategy = Literal["drop", "split", "truncate", "raise"]

@@ -1,30 +1,74 @@
-"""Read records one at a time from local files, so that each error names its file and line.
+"""Open local files of data and read their records one at a time, each with its place for errors.
 
 Nothing here holds more than one batch of a file, so a file may be larger than memory.
 """
 
 from __future__ import annotations
 
+import bz2
 import csv
+import gzip
+import io
 import json
+import lzma
+import stat
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, TYPE_CHECKING, Any, Literal, cast
 
 from attnimg.errors import AttnimgError
 from attnimg.train.data.json_records import (
-    AS_UTF8,
-    BROKEN,
     LIMIT_BYTES,
-    BrokenJson,
-    TooLong,
-    open_data,
+    BrokenFile,
+    Numbered,
     read_json,
     read_lines,
 )
-from attnimg.train.data.sources import LocalFile
+
+if TYPE_CHECKING:
+    import pyarrow
+
+Format = Literal["json", "csv", "parquet", "arrow", "text"]
+
+# Columns by which a record is known, when the entry names no others: what the types read.
+COLUMNS = frozenset(
+    {"text", "instruction", "input", "output", "prompt", "completion", "messages", "conversations"}
+)
+
+# Suffixes that a name has after its format's own: train.jsonl.zst.
+COMPRESSED = frozenset({".gz", ".zst", ".zstd", ".xz", ".bz2"})
+
+# What broken compressed files raise: zstd's errors are OSError, UnicodeDecodeError is not one.
+BROKEN = (OSError, EOFError, zlib.error, lzma.LZMAError)
+
+# Archives and pointers hold no records themselves; each with the command that gives the files.
+_ARCHIVES = {
+    b"PK\x03\x04": ("a zip archive", "unzip {path}"),
+    b"7z\xbc\xaf\x27\x1c": ("a 7z archive", "7z x {path}"),
+    b"Rar!\x1a\x07": ("a rar archive", "unrar x {path}"),
+    b"\x04\x22\x4d\x18": ("an lz4 file", "lz4 -d {path}"),
+}
+
+# Formats that are no text, by their first bytes.
+_BINARY = {b"PAR1": "parquet", b"ARROW1": "arrow"}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LocalFile:
+    """One file and how its records are found.
+
+    Attributes:
+        path: the file.
+        format: what its records are written in.
+        columns: names of columns that a record has.
+    """
+
+    path: Path
+    format: Format
+    columns: frozenset[str] = COLUMNS
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,232 +97,49 @@ class Place:
 Record = tuple[Place, dict[str, Any]]
 
 
-def bad_record(place: Place, *, why: str, do: str, code: str = "bad-data") -> AttnimgError:
-    """Build the error for a record that is not what its type says."""
-    return AttnimgError(f"bad record: {place}", why=why, do=do, code=code, key=f"{place.key}.path")
-
-
 def read_records(file: LocalFile, *, key: str) -> Iterator[Record]:
     """Yield the records of one local file.
 
     Raises:
         AttnimgError: the file is not in its format; names the line or record.
     """
-    readers = {
-        "json": _json, "csv": _csv, "parquet": _parquet, "arrow": _arrow, "text": _text,
-    }  # fmt: skip
     first = True
-    for unit, number, record in readers[file.format](file, key):
-        place = Place(str(file.path), number, unit, key, first)
-        if not isinstance(record, dict):
-            raise bad_record(
-                place,
-                why=f"found {_json_name(record)}, needed an object with named columns",
-                do="write each record as {...}",
-            )
-        yield place, record
-        first = False
-
-
-def _json_name(value: object) -> str:
-    names = {list: "a list", str: "a string", bool: "true or false", type(None): "null"}
-    return names.get(type(value), "a number")
-
-
-Numbered = tuple[Literal["line", "record"], int, object]
-
-
-def _broken(path: Path, key: str, why: str, *, at: str = "", do: str = "") -> AttnimgError:
-    return AttnimgError(
-        f"cannot read {path}{at}",
-        why=why,
-        do=do or "repair the file, or write it again with the tool that made it",
-        code="bad-data",
-        key=f"{key}.path",
-    )
-
-
-def _damaged(path: Path, key: str, error: BaseException) -> AttnimgError:
-    """Build the error for bytes that can't be read or unpacked."""
-    return _broken(
-        path,
-        key,
-        f"found damaged or cut off data: {error}",
-        do="copy or download the file again; where it is whole but compressed in a way that is "
-        "not read here, unpack it and name the unpacked file",
-    )
-
-
-def _json(file: LocalFile, key: str) -> Iterator[Numbered]:
     try:
-        yield from read_json(partial(open_data, file.path), file.columns)
-    except BrokenJson as error:
-        raise _broken(file.path, key, error.why, at=f", {error.place}", do=error.do) from None
+        for unit, number, record in _READERS[file.format](file):
+            place = Place(str(file.path), number, unit, key, first)
+            if not isinstance(record, dict):
+                raise bad_record(
+                    place,
+                    why=f"found {_json_name(record)}, needed an object with named columns",
+                    do="write each record as {...}",
+                )
+            yield place, record
+            first = False
+    except BrokenFile as error:
+        at = f", {error.place}" if error.place else ""
+        do = (
+            error.do.replace("{key}", key)
+            or "repair it, or write it again with the tool that made it"
+        )
+        raise bad_file(f"cannot read {file.path}{at}", why=error.why, do=do, key=key) from None
     except BROKEN as error:
-        raise _damaged(file.path, key, error) from None
-
-
-def _text(file: LocalFile, key: str) -> Iterator[Numbered]:
-    path, number = file.path, 0
-    try:
-        with open_data(path) as lines:
-            for number, line in enumerate(read_lines(lines), start=1):
-                yield "line", number, {"text": line.decode("utf-8-sig").rstrip("\r\n")}
-    except TooLong as error:
-        raise _broken(path, key, str(error), at=f", line {number + 1}", do=error.do) from None
-    except UnicodeDecodeError as error:
-        raise _broken(
-            path, key, f"not UTF-8 text: {error}", at=f", line {number}", do=AS_UTF8
+        raise bad_file(
+            f"cannot read {file.path}",
+            why=f"found damaged or cut off data: {error}",
+            do="copy or download the file again; where it is whole but compressed in a way that is "
+            "not read here, unpack it and name the unpacked file",
+            key=key,
         ) from None
-    except BROKEN as error:
-        raise _damaged(path, key, error) from None
 
 
-def _csv(file: LocalFile, key: str) -> Iterator[Numbered]:
-    # The library's limit of 128 KiB is shorter than documents.
-    csv.field_size_limit(LIMIT_BYTES)
-    path, number = file.path, 0
-    delimiter = "\t" if ".tsv" in path.suffixes else ","
-    try:
-        with open_data(path) as lines:
-            text = (
-                line.decode("utf-8-sig" if i == 0 else "utf-8")
-                for i, line in enumerate(read_lines(lines))
-            )
-            rows = csv.DictReader(text, delimiter=delimiter, strict=True)
-            header = rows.fieldnames or ()
-            if twice := sorted({name for name in header if header.count(name) > 1}):
-                why = f"found the column {', '.join(twice)} twice, of which one would be lost"
-                raise _broken(path, key, why, do="rename the columns in the file's first line")
-            for number, row in enumerate(rows, start=1):
-                if None in row or None in row.values():
-                    found = sum(v is not None for k, v in row.items() if k) + len(row.get(None, ()))
-                    needed = sum(name is not None for name in row)
-                    why = f"found {found} fields, needed {needed} as in the header"
-                    raise _broken(path, key, why, at=f", record {number}")
-                yield "record", number, row
-    except UnicodeDecodeError as error:
-        why = f"not UTF-8 text: {error}"
-        raise _broken(path, key, why, at=f", record {number + 1}", do=AS_UTF8) from None
-    except csv.Error as error:
-        raise _broken(path, key, f"not CSV: {error}", at=f", record {number + 1}") from None
-    except TooLong as error:
-        raise _broken(path, key, str(error), at=f", record {number + 1}", do=error.do) from None
-    except BROKEN as error:
-        raise _damaged(path, key, error) from None
+def bad_record(place: Place, *, why: str, do: str, code: str = "bad-data") -> AttnimgError:
+    """Build the error for a record that is not what its type says."""
+    return AttnimgError(f"bad record: {place}", why=why, do=do, code=code, key=f"{place.key}.path")
 
 
-def _parquet(file: LocalFile, key: str) -> Iterator[Numbered]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        with pyarrow.parquet.ParquetFile(file.path) as opened:
-            yield from _rows(opened.iter_batches(batch_size=1000))
-    except (pyarrow.ArrowException, OSError) as error:
-        raise _broken(file.path, key, f"not Parquet: {error}", do=_ds_type(key)) from None
-    except (ValueError, OverflowError) as error:
-        raise _unfit(file.path, key, error) from None
-
-
-def _arrow(file: LocalFile, key: str) -> Iterator[Numbered]:
-    """Read Arrow's stream format, which datasets writes, or its file format."""
-    import pyarrow
-
-    try:
-        with pyarrow.memory_map(str(file.path)) as source:
-            try:
-                batches = iter(pyarrow.ipc.open_stream(source))
-            except pyarrow.ArrowInvalid:
-                opened = pyarrow.ipc.open_file(source)
-                batches = (opened.get_batch(i) for i in range(opened.num_record_batches))
-            yield from _rows(
-                batch.slice(start, 1000)
-                for batch in batches
-                for start in range(0, batch.num_rows, 1000)
-            )
-    except (pyarrow.ArrowException, OSError) as error:
-        raise _broken(file.path, key, f"not Arrow: {error}", do=_ds_type(key)) from None
-    except (ValueError, OverflowError) as error:
-        raise _unfit(file.path, key, error) from None
-
-
-def _ds_type(key: str) -> str:
-    return f"set {key}.ds_type to the format that it has, or write the file again"
-
-
-def _rows(batches: Iterator[Any]) -> Iterator[Numbered]:
-    rows = (row for batch in batches for row in batch.to_pylist())
-    for number, row in enumerate(rows, start=1):
-        yield "record", number, row
-
-
-def _unfit(path: Path, key: str, error: Exception) -> AttnimgError:
-    return _broken(
-        path,
-        key,
-        f"found a value that Python cannot hold: {error}",
-        do="write that column as text, or leave it out of the file",
-    )
-
-
-@dataclass(frozen=True, slots=True)
-class Pair:
-    """A text to be answered and its answer; without a prompt, all of the text is learnt.
-
-    Attributes:
-        prompt: the text to be answered.
-        completion: the answer.
-        unused: the record's columns that have no effect, where a type reads several.
-    """
-
-    prompt: str | None
-    completion: str
-    unused: tuple[str, ...] = field(default=(), repr=False)  # not part of the data's hash
-
-
-@dataclass(frozen=True, slots=True)
-class Turn:
-    """One message of a conversation, its role in the chat template's terms.
-
-    Attributes:
-        role: the role.
-        content: the text; None where the record has none, as beside tool calls.
-        extra: the message's other keys, such as reasoning_content and tool_calls.
-        train: what the record's flag says of the loss; None: as the role says.
-        untrained: character spans of the content that carry no loss.
-    """
-
-    role: str
-    content: str | None
-    extra: Mapping[str, Any] = field(default_factory=dict)
-    train: bool | None = None
-    untrained: tuple[tuple[int, int], ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Conversation:
-    """What a record of the type chat_template holds.
-
-    Attributes:
-        turns: the messages.
-        tools: JSON schemas of the functions that the assistant may call.
-        unused: the record's columns that have no effect.
-    """
-
-    turns: tuple[Turn, ...]
-    tools: tuple[Mapping[str, Any], ...] = ()
-    unused: tuple[str, ...] = ()
-
-
-Parsed = Pair | Conversation
-
-Parse = Callable[[Mapping[str, Any], Place], Parsed | None]
-
-
-def unused_note(what: str, names: Sequence[str]) -> str:
-    """Return the warning on names ("columns") that change nothing."""
-    return f"these {what} have no effect: {', '.join(names)}"
+def bad_file(what: str, *, why: str, do: str, key: str) -> AttnimgError:
+    """Build the error for a file of the entry `key` that can't be used."""
+    return AttnimgError(what, why=why, do=do, code="bad-data", key=f"{key}.path")
 
 
 def column(
@@ -311,3 +172,171 @@ def shown(value: object) -> str:
     """Write a value for an error, cut to 60 characters."""
     written = json.dumps(value, default=str)
     return written if len(written) <= 60 else written[:57] + "..."
+
+
+def _json_name(value: object) -> str:
+    names = {list: "a list", str: "a string", bool: "true or false", type(None): "null"}
+    return names.get(type(value), "a number")
+
+
+def _json(file: LocalFile) -> Iterator[Numbered]:
+    return read_json(partial(open_data, file.path), file.columns)
+
+
+def _text(file: LocalFile) -> Iterator[Numbered]:
+    with open_data(file.path) as lines:
+        for number, line in read_lines(lines):
+            yield "line", number, {"text": line.rstrip("\r\n")}
+
+
+def _csv(file: LocalFile) -> Iterator[Numbered]:
+    # The library's limit of 128 KiB is shorter than documents.
+    csv.field_size_limit(LIMIT_BYTES)
+    number, delimiter = 0, "\t" if ".tsv" in file.path.suffixes else ","
+    try:
+        with open_data(file.path) as lines:
+            text = (line for _, line in read_lines(lines))
+            rows = csv.DictReader(text, delimiter=delimiter, strict=True)
+            header = rows.fieldnames or ()
+            if twice := sorted({name for name in header if header.count(name) > 1}):
+                why = f"found the column {', '.join(twice)} twice, of which one would be lost"
+                raise BrokenFile("", why, do="rename the columns in the file's first line")
+            for number, row in enumerate(rows, start=1):
+                if None in row or None in row.values():
+                    found = sum(v is not None for k, v in row.items() if k) + len(row.get(None, ()))
+                    needed = sum(name is not None for name in row)
+                    why = f"found {found} fields, needed {needed} as in the header"
+                    raise BrokenFile(f"record {number}", why)
+                yield "record", number, row
+    except csv.Error as error:
+        raise BrokenFile(f"record {number + 1}", f"not CSV: {error}") from None
+
+
+def _table(file: LocalFile) -> Iterator[Numbered]:
+    """Read Parquet, or Arrow's stream format, which datasets writes, or its file format."""
+    import pyarrow
+
+    try:
+        batches = (_parquet if file.format == "parquet" else _arrow)(file.path)
+        rows = (row for batch in batches for row in batch.to_pylist())
+        for number, row in enumerate(rows, start=1):
+            yield "record", number, row
+    except (pyarrow.ArrowException, OSError) as error:
+        do = "set {key}.ds_type to the format that it has, or write the file again"
+        raise BrokenFile("", f"not {file.format.title()}: {error}", do=do) from None
+    except (ValueError, OverflowError) as error:
+        do = "write that column as text, or leave it out of the file"
+        raise BrokenFile("", f"found a value that Python cannot hold: {error}", do=do) from None
+
+
+def _parquet(path: Path) -> Iterator[pyarrow.RecordBatch]:
+    import pyarrow.parquet
+
+    with pyarrow.parquet.ParquetFile(path) as file:
+        yield from file.iter_batches(batch_size=1000)
+
+
+def _arrow(path: Path) -> Iterator[pyarrow.RecordBatch]:
+    import pyarrow
+
+    with pyarrow.memory_map(str(path)) as source:
+        try:
+            batches = iter(pyarrow.ipc.open_stream(source))
+        except pyarrow.ArrowInvalid:
+            opened = pyarrow.ipc.open_file(source)
+            batches = (opened.get_batch(i) for i in range(opened.num_record_batches))
+        for batch in batches:
+            yield from (batch.slice(start, 1000) for start in range(0, batch.num_rows, 1000))
+
+
+_READERS: dict[Format, Callable[[LocalFile], Iterator[Numbered]]] = {
+    "json": _json, "csv": _csv, "parquet": _table, "arrow": _table, "text": _text,
+}  # fmt: skip
+
+
+def open_data(path: Path) -> IO[bytes]:
+    """Open a file for reading, unpacked where it is compressed."""
+    with path.open("rb") as file:
+        start = file.read(8)
+    found = (opener for magic, opener in _OPENERS.items() if start.startswith(magic))
+    return cast(IO[bytes], next(found, lambda plain: plain.open("rb"))(path))
+
+
+def _zstd(path: Path) -> Any:
+    import pyarrow
+
+    return io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd"))
+
+
+# Source: the first bytes in RFC 1952, RFC 8878 and the .xz and bzip2 formats (2026-11-26).
+_OPENERS: dict[bytes, Callable[[Path], Any]] = {
+    b"\x1f\x8b": gzip.GzipFile,
+    b"\x28\xb5\x2f\xfd": _zstd,
+    b"\xfd7zXZ\x00": lzma.LZMAFile,
+    b"BZh": bz2.BZ2File,
+}
+
+
+def check_regular(path: Path, *, key: str) -> None:
+    """Refuse what is no regular file: a pipe, a socket or a device may never end.
+
+    Raises:
+        AttnimgError: the path leads to something else than a file.
+    """
+    mode = path.stat().st_mode
+    if stat.S_ISREG(mode):
+        return
+    kinds = {
+        stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device",
+        stat.S_IFBLK: "a device", stat.S_IFDIR: "a folder",
+    }  # fmt: skip
+    raise bad_file(
+        f"{path} is not a regular file",
+        why=f"found {kinds.get(stat.S_IFMT(mode), 'something else')}, needed a file that can be "
+        "read more than once",
+        do=f"write what it gives to a file (`cat {path} > data.jsonl`), and name that file in "
+        f"{key}.path",
+        key=key,
+    )
+
+
+def check_packing(path: Path, *, declared: str | None, key: str) -> None:
+    """Refuse an archive or a Git LFS pointer by the command that gives the files in it.
+
+    Args:
+        path: a regular file.
+        declared: the format that it is read in; None when that is not known.
+        key: "datasets[0]".
+
+    Raises:
+        AttnimgError: the file holds no records itself, or in another format.
+    """
+    with path.open("rb") as file:
+        start = file.read(512)
+    if start.startswith(b"version https://git-lfs"):
+        raise bad_file(
+            f"{path} was not downloaded",
+            why="found a Git LFS pointer, which names the data but does not contain it",
+            do=f"git -C {path.parent} lfs pull",
+            key=key,
+        )
+    found = next((other for magic, other in _ARCHIVES.items() if start.startswith(magic)), None)
+    packed_tar = {".tar", ".tgz", ".tbz2", ".txz"} & {suffix.lower() for suffix in path.suffixes}
+    if packed_tar or start.startswith(b"ustar", 257):
+        found = ("a tar archive", "tar -xf {path}")
+    if found:
+        raise bad_file(
+            f"cannot read {path}",
+            why=f"found {found[0]}, needed plain, gzip, zstd, xz or bzip2 data",
+            do=f"unpack it (`{found[1].format(path=path)}`), and name the files in {key}.path",
+            key=key,
+        )
+    binary = next((kind for magic, kind in _BINARY.items() if start.startswith(magic)), None)
+    if binary and declared != binary:
+        raise AttnimgError(
+            f"{path} is in another format than expected",
+            why=f"found {binary}, needed {declared or 'a known format'}",
+            do=f"set {key}.ds_type: {binary}",
+            code="bad-value",
+            key=f"{key}.ds_type",
+        )

@@ -17,9 +17,12 @@ from typing import TYPE_CHECKING, Literal, cast
 
 from attnimg.config.schema import DatasetSpec
 from attnimg.errors import AttnimgError
-from attnimg.train.data.json_records import (
+from attnimg.train.data.records import (
     BROKEN,
+    COLUMNS,
     COMPRESSED,
+    Format,
+    LocalFile,
     check_packing,
     check_regular,
     open_data,
@@ -28,7 +31,6 @@ from attnimg.train.data.splits import folder_splits, split_in_name, split_names
 
 if TYPE_CHECKING:
     from datasets import Dataset
-Format = Literal["json", "csv", "parquet", "arrow", "text"]
 
 FORMATS: dict[str, Format] = {
     ".json": "json", ".jsonl": "json", ".ndjson": "json", ".csv": "csv", ".tsv": "csv",
@@ -38,31 +40,11 @@ FORMATS: dict[str, Format] = {
 # `path: json` with data_files is the datasets library's way to name a format.
 BUILDERS = frozenset(FORMATS.values())
 
-# Columns by which a record is known, when the entry names no others: what the types read.
-COLUMNS = frozenset(
-    {"text", "instruction", "input", "output", "prompt", "completion", "messages", "conversations"}
-)
-
 # Folders and files without records that a folder of data may have. Resolving splits takes 1 ms of
 # CPU time for each of them (datasets 5.2, 10,000 files, 2026-11-27).
 _MOST_OTHERS = 10_000
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(?:/[A-Za-z0-9][\w.-]*)?")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class LocalFile:
-    """One file and how its records are found.
-
-    Attributes:
-        path: the file.
-        format: what its records are written in.
-        columns: names of columns that a record has.
-    """
-
-    path: Path
-    format: Format
-    columns: frozenset[str] = COLUMNS
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

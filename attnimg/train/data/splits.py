@@ -19,7 +19,7 @@ from typing import Any
 
 from attnimg.config.schema import DatasetSpec
 from attnimg.errors import AttnimgError
-from attnimg.train.data.json_records import check_regular
+from attnimg.train.data.records import check_regular
 
 Rows = tuple[str, int, int]  # a split, its first row and the one after its last
 

@@ -9,24 +9,15 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 from attnimg.config.schema import Config, DatasetSpec, is_chat, is_text
 from attnimg.errors import AttnimgError
 from attnimg.train.data.chat import ChatEncoder
 from attnimg.train.data.chat_templates import choose_chat_template
 from attnimg.train.data.conversations import parse_turns, trained_roles
-from attnimg.train.data.documents import IGNORED
-from attnimg.train.data.records import (
-    Pair,
-    Parse,
-    Parsed,
-    Place,
-    bad_record,
-    column,
-    text,
-    unused_note,
-)
+from attnimg.train.data.documents import IGNORED, Pair, Parsed, unused_note
+from attnimg.train.data.records import Place, bad_record, column, text
 from attnimg.train.data.sources import Source
 
 # The type that a column of this name usually belongs to.
@@ -47,7 +38,7 @@ REQUEST = "Write a response that appropriately completes the request."
 CONTEXT = ("system", "history")
 
 
-def parser(spec: DatasetSpec) -> Parse:
+def parser(spec: DatasetSpec) -> Callable[[Mapping[str, Any], Place], Parsed | None]:
     """Return the function that turns a record into texts or turns, None for an empty record."""
     if is_chat(spec):
         return partial(parse_turns, spec)
@@ -113,17 +104,6 @@ def _running_text(field: str, record: Mapping[str, Any], place: Place) -> Pair |
 Tokens = tuple[list[int], list[int]]  # input_ids and labels, equally long
 
 
-class Encoder(Protocol):
-    """Makes tokens of parsed records, in their order."""
-
-    @property
-    def warnings(self) -> tuple[str, ...]:
-        """Sentences on what people should know."""
-
-    def __call__(self, batch: Sequence[tuple[Place, Parsed]]) -> list[Tokens]:
-        """Encode a batch."""
-
-
 @dataclass(frozen=True, slots=True)
 class PairEncoder:
     """Encode prompt and completion apart, so that generation meets the same prompt tokens.
@@ -131,17 +111,12 @@ class PairEncoder:
     Attributes:
         tokenizer: a transformers tokenizer; what it adds to a text stands at the ends of the pair.
         train_on_inputs: whether prompts carry loss.
-        notes: the warnings, each once.
+        notes: sentences on what had no effect in what was encoded so far.
     """
 
     tokenizer: Any
     train_on_inputs: bool
     notes: dict[str, None] = field(default_factory=dict)
-
-    @property
-    def warnings(self) -> tuple[str, ...]:
-        """Sentences on what had no effect in what was encoded so far."""
-        return tuple(self.notes)
 
     def __call__(self, batch: Sequence[tuple[Place, Parsed]]) -> list[Tokens]:
         """Encode pairs: [start] prompt completion [end]; texts without prompt the same way."""
@@ -182,6 +157,9 @@ class PairEncoder:
         # verbose: the warning about the model's longest sequence; sequence_len is checked later.
         encoded = self.tokenizer(texts, add_special_tokens=False, verbose=False)
         return list(encoded["input_ids"])
+
+
+Encoder = ChatEncoder | PairEncoder
 
 
 def encoder_for(source: Source, config: Config, tokenizer: Any) -> Encoder:

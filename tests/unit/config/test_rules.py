@@ -222,36 +222,32 @@ NEEDS = {
         bad-model
     """,
     "data": """
-        __call__ _raised, __call__ _refusal, __call__ bad-value, _arrow _broken, _arrow
-        _unfit, _broken bad-data, _content bad_record, _csv _broken x5, _csv _damaged,
-        _damaged _broken, _flag bad_record x2, _gather_rows bad-data, _json _broken, _json
-        _damaged, _lines _unfit, _nothing_left empty-dataset, _parquet _broken, _parquet
-        _unfit, _raised bad-data, _reasoning bad_record, _refuse_context bad_record,
-        _refuse_media bad_record, _refuse_unpackable bad-data, _role bad_record x3, _split
-        bad-value, _text _broken x2, _text _damaged, _too_long bad-data, _turn bad_record
-        x3, _unfit _broken, _with_system_column bad_record, _without_type missing-key,
-        bad_record AttnimgError, column bad_record, documents_of _nothing_left, empty
-        empty-dataset, find_sources _without_type, find_sources empty, fit _too_long,
-        load_documents _nothing_left, parse_turns bad_record, read_records bad_record,
-        read_tool_calls bad_record, read_tools bad_record, text bad_record, value _unfit
+        __call__ _refusal, _content bad_record, _flag bad_record x2, _gather_rows bad-data,
+        _nothing_left empty-dataset, _reasoning bad_record, _refusal bad_file, _refuse_context
+        bad_record, _refuse_media bad_record, _refuse_unpackable bad-data, _role bad_record x3,
+        _split bad-value, _too_long bad-data, _turn bad_record x3, _with_system_column
+        bad_record, _without_type missing-key, bad_file bad-data, bad_record AttnimgError,
+        column bad_record, documents_of _nothing_left, empty empty-dataset, find_sources
+        _without_type, find_sources empty, fit _too_long, load_documents _nothing_left,
+        parse_turns bad_record, read_records bad_file x2, read_records bad_record,
+        read_tool_calls bad_record, read_tools bad_record, text bad_record
     """,
     "files": """
         _bad_dir AttnimgError, _check_options bad-value, _check_reachable file-missing,
-        _check_reachable hub-unreachable, _check_size bad-data, _configured bad-value,
-        _files bad-data, _files bad-value, _folder bad-value, _folder file-missing, _found
-        _missing, _hashes bad_model, _in_two bad-value, _load _refused x2,
-        _load_from_checkpoint _missing, _malformed bad-value, _matches _missing, _matches
-        bad-value, _missing file-missing, _named_point _not_empty, _named_point damaged,
-        _named_point output-dir-not-empty, _newest_point damaged, _not_empty
-        output-dir-not-empty, _read_jinja file-missing, _refused pickled-weights,
-        _require_checkpoint no-checkpoint, _require_files bad-model, _require_optimizer
-        no-checkpoint, _require_shards bad_model x2, _require_writable _bad_dir x2, _under
-        bad-data, _unknown bad-value, _unreadable bad-data, _unreadable file-missing,
-        bad_model bad-model, check_model_files bad_model x4, check_output_dir _not_empty,
-        check_output_dir no-checkpoint, check_packing bad-data x2, check_packing bad-value,
-        check_regular bad-data, damaged damaged-checkpoint, find_rows _malformed, find_rows
-        empty-dataset, find_source bad-data, folder_splits _in_two, folder_splits bad-value,
-        load_hub _unreadable, load_hub unsupported-key, load_saved bad-data, loading
+        _check_reachable hub-unreachable, _check_size bad-data, _configured bad-value, _files
+        bad-data, _files bad-value, _folder bad-value, _folder file-missing, _found _missing,
+        _hashes bad_model, _in_two bad-value, _load _refused x2, _load_from_checkpoint _missing,
+        _malformed bad-value, _matches _missing, _matches bad-value, _missing file-missing,
+        _named_point _not_empty, _named_point damaged, _named_point output-dir-not-empty,
+        _newest_point damaged, _not_empty output-dir-not-empty, _read_jinja file-missing,
+        _refused pickled-weights, _require_checkpoint no-checkpoint, _require_files bad-model,
+        _require_optimizer no-checkpoint, _require_shards bad_model x2, _require_writable
+        _bad_dir x2, _under bad-data, _unknown bad-value, _unreadable bad-data, _unreadable
+        file-missing, bad_model bad-model, check_model_files bad_model x4, check_output_dir
+        _not_empty, check_output_dir no-checkpoint, check_packing bad-value, check_packing
+        bad_file x2, check_regular bad_file, damaged damaged-checkpoint, find_rows _malformed,
+        find_rows empty-dataset, find_source bad-data, folder_splits _in_two, folder_splits
+        bad-value, load_hub _unreadable, load_hub unsupported-key, load_saved bad-data, loading
         damaged-checkpoint, on_disk not-writable, require_safetensors pickled-weights,
         require_same _refused, require_same resume-differs, require_steps resume-past-end,
         split_names _unknown

@@ -15,7 +15,8 @@ from attnimg.train.data import chat_templates as bounded_render
 from attnimg.train.data.chat import ChatEncoder
 from attnimg.train.data.chat_render import Renderer
 from attnimg.train.data.chat_templates import TemplateLimitError, render_bounded
-from attnimg.train.data.records import Conversation, Place, Turn
+from attnimg.train.data.documents import Conversation, Turn
+from attnimg.train.data.records import Place
 
 TEMPLATES = Path(__file__).parents[2] / "fixtures" / "chat_templates"
 PLAIN = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}"

@@ -28,8 +28,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from attnimg.errors import AttnimgError
-from attnimg.train.data.chat import ChatEncoder
-from attnimg.train.data.documents import label
+from attnimg.train.data.chat import ChatEncoder, label_tokens
 
 FIXTURES = Path(__file__).parents[2] / "fixtures" / "chat_templates"
 TAGS = "<think>\n{reasoning}\n</think>\n\n{answer}"
@@ -224,7 +223,7 @@ def test_the_answer_and_its_end_are_trained_and_nothing_else(name: str, kind: st
             shown(run, tokens) for run in want
         ], tokens
         removed = kind == "reasoning in two turns" and not TEMPLATES[name].keeps
-        assert any("reasoning of earlier turns" in note for note in encode.warnings) == removed
+        assert any("reasoning of earlier turns" in note for note in encode.notes) == removed
 
 
 @pytest.mark.parametrize("kind", ["single", "multi-turn", "system"])
@@ -242,7 +241,7 @@ def test_a_template_that_marks_what_is_generated_is_followed(name: str, kind: st
     )  # fmt: skip
     assert ids == marked["input_ids"]
     assert [label != -100 for label in labels] == [bool(bit) for bit in marked["assistant_masks"]]
-    assert not encode.warnings
+    assert not encode.notes
 
 
 @pytest.mark.parametrize("blank", ["", " ", "\t"])
@@ -253,7 +252,7 @@ def test_an_answer_without_text_is_not_trained_with_another(name: str, blank: st
     assert learnt(encode, {"messages": turns}) == ["Yes.<|eot_id|>"]
     assert learnt(encode, {"messages": turns[:4]}) == ["Yes.<|eot_id|>"]
     assert learnt(encode, {"messages": turns[2:]}) == ["Yes.<|eot_id|>"]
-    assert any("answers without text carry no loss" in note for note in encode.warnings)
+    assert any("answers without text carry no loss" in note for note in encode.notes)
 
 
 @pytest.mark.parametrize(
@@ -275,7 +274,7 @@ def test_an_answer_without_text_is_not_trained_with_another(name: str, blank: st
 def test_what_a_template_does_of_itself_is_said(name: str, kind: str, note: str | None) -> None:
     encode = encoder(name, "byte-level")
     learnt(encode, CONVERSATIONS[kind])
-    assert any(note in said for said in encode.warnings) if note else not encode.warnings
+    assert any(note in said for said in encode.notes) if note else not encode.notes
 
 
 def test_reasoning_that_a_template_always_drops_is_put_back_once() -> None:
@@ -285,14 +284,14 @@ def test_reasoning_that_a_template_always_drops_is_put_back_once() -> None:
     want = "The king spoke.\n</think>\n\nYes." + DEEPSEEK
     assert encode.tokenizer.decode(ids).endswith("\uff5c><think>\n" + want)
     assert learnt(encode, record) == [want]
-    assert any("restored before the last answer" in note for note in encode.warnings)
+    assert any("restored before the last answer" in note for note in encode.notes)
 
 
 def test_end_tokens_that_end_no_answer_are_said() -> None:
     for chosen, said in (("</s>", True), ("<|im_end|>", False)):
         encode = encoder("qwen2_5", "byte-level", eot_tokens=(chosen,))
         assert learnt(encode, CONVERSATIONS["single"]) == ["Yes.<|im_end|>"]
-        assert any("do not end the answers" in note for note in encode.warnings) == said
+        assert any("do not end the answers" in note for note in encode.notes) == said
 
 
 @pytest.mark.parametrize(
@@ -315,31 +314,31 @@ def test_tokens_that_show_the_answer_are_labelled(
 ) -> None:
     text = "[I] Yes</s>"  # the answer is characters 4 to 11
     ids = list(range(1, len(offsets) + 1))
-    assert label(ids, text, offsets, trained=[(4, 11)]) == labels
+    assert label_tokens(ids, text, offsets, trained=[(4, 11)]) == labels
 
 
 def test_a_token_that_swallows_an_answers_first_blank_is_not_the_answers() -> None:
     """Phi-3's <|assistant|> takes the blanks behind it (rstrip), the answer's own too."""
     offsets = [(0, 4), (4, 7), (7, 11)]
-    assert label([1, 2, 3], "[I] Yes</s>", offsets, trained=[(3, 11)]) == [-100, 2, 3]
+    assert label_tokens([1, 2, 3], "[I] Yes</s>", offsets, trained=[(3, 11)]) == [-100, 2, 3]
 
 
 def test_the_token_behind_a_character_that_a_normalizer_removed_is_not_the_answers() -> None:
     """NFC makes one character of a letter and its accent, with the offsets of the letter."""
     text, offsets = "[I] e\u0301</s>", [(0, 3), (4, 5), (6, 10)]
-    assert label([1, 2, 3], text, offsets, trained=[(4, 6)]) == [-100, 2, -100]
-    assert label([1, 2, 3], text, offsets, trained=[(4, 6), (6, 10)]) == [-100, 2, 3]
+    assert label_tokens([1, 2, 3], text, offsets, trained=[(4, 6)]) == [-100, 2, -100]
+    assert label_tokens([1, 2, 3], text, offsets, trained=[(4, 6), (6, 10)]) == [-100, 2, 3]
 
 
 def test_a_letter_behind_a_blank_that_the_tokenizer_inserts_is_labelled() -> None:
     """ByteLevel with add_prefix_space: the blank's trimmed offsets are behind the letter's."""
     offsets = [(0, 1), (2, 2), (1, 2)]
-    assert label([1, 2, 3], ":y", offsets, trained=[(1, 2)]) == [-100, 2, 3]
+    assert label_tokens([1, 2, 3], ":y", offsets, trained=[(1, 2)]) == [-100, 2, 3]
 
 
 def test_a_blank_inside_the_answer_is_labelled_though_trimmed() -> None:
     ids, offsets = [1, 2, 3, 4], [(0, 1), (1, 2), (6, 6), (6, 7)]  # "x:" and blanks, then "y"
-    assert label(ids, ":x    y", offsets, trained=[(1, 7)]) == [-100, 2, 3, 4]
+    assert label_tokens(ids, ":x    y", offsets, trained=[(1, 7)]) == [-100, 2, 3, 4]
 
 
 def one_blank_trimmed(processor: str) -> Any:

@@ -245,7 +245,7 @@ def test_a_list_of_objects_before_the_text_is_the_records_own(tmp_path: Path) ->
 def test_a_record_without_end_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    for module in ("open_file", "json_records", "records"):
+    for module in ("json_records", "records"):
         monkeypatch.setattr(f"attnimg.train.data.{module}.LIMIT_BYTES", 1000)
     monkeypatch.setattr("attnimg.train.data.json_records.CHUNK_BYTES", 100)
     content = {
