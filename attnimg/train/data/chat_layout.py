@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any
 
 from attnimg.train.data.chat_render import (
@@ -22,6 +21,7 @@ from attnimg.train.data.chat_render import (
     render,
 )
 from attnimg.train.data.chat_turn import Ends, RenderedTurn
+from attnimg.train.data.conversations import with_function
 
 NO_END = (
     "the chat template writes nothing after an answer, so the model will not learn to stop; "
@@ -36,6 +36,21 @@ UNMARKED_END = (
 PARTLY_MARKED = (
     "the chat template leaves a part of an answer out of its {% generation %} block, so that it "
     "carries no loss"
+)
+
+APPENDED = (
+    "the chat template ends a turn by opening the next one, with {!r}; it is added after "
+    "the last answer, so that the model learns to stop"
+)
+
+NOT_CHOSEN = (
+    "eot_tokens ({}) do not end the answers that the chat template writes; what does, and is "
+    "trained, is {!r}"
+)
+
+NOT_ONE_TOKEN = (
+    "the chat template ends a turn with {0!r}, which the tokenizer does not know as one token; "
+    "generation stops at one token: add it with `tokens: [{0!r}]`"
 )
 
 RESTORED = (
@@ -90,7 +105,7 @@ def lay_out(
     Raises:
         RewrittenError: the template drops part of a turn, or does not show where it ends.
     """
-    check_tools(renderer, rendering)
+    _check_tools(renderer, rendering)
     generated = renderer.generated(rendering.messages)
     notes, bounds, stops = dict[str, None](), dict[int, Span](), dict[int, int]()
     if renderer.restores:
@@ -125,23 +140,21 @@ def lay_out(
                 appended = turn.following(text_end, ends)
                 end = len(rendering.text) + len(appended) if appended else None
                 if appended:
-                    notes[_appended(appended.strip())] = None
+                    notes[APPENDED.format(appended.strip())] = None
             spans = [(start, end or text_end)]
         reached = start
-        for a, b in sorted(spans):
+        for a, b in (*sorted(spans), (text_end, text_end)):
             if rendering.text[reached : max(reached, min(a, text_end))].strip():
                 notes[PARTLY_MARKED] = None
             reached = max(reached, b)
-        if rendering.text[reached:text_end].strip():
-            notes[PARTLY_MARKED] = None
         end = max(b for _, b in spans)
         ending = (rendering.text + appended)[text_end:end]
         if not ending.strip():
             notes[UNMARKED_END if generated else NO_END] = None
         elif not ends.pattern.search(ending):
-            notes[_not_one_token(ending.strip())] = None
+            notes[NOT_ONE_TOKEN.format(ending.strip())] = None
         elif ends.chosen and not any(token in ending for token in ends.chosen):
-            notes[_not_chosen(ends.chosen, ending.strip())] = None
+            notes[NOT_CHOSEN.format(", ".join(ends.chosen), ending.strip())] = None
         answers.append(
             AnswerSpans(
                 number,
@@ -150,27 +163,6 @@ def lay_out(
             )
         )
     return AnswerLayout(rendering, tuple(answers), appended, tuple(notes))
-
-
-def _appended(end: str) -> str:
-    return (
-        f"the chat template ends a turn by opening the next one, with {end!r}; it is added after "
-        "the last answer, so that the model learns to stop"
-    )
-
-
-def _not_chosen(chosen: tuple[str, ...], end: str) -> str:
-    return (
-        f"eot_tokens ({', '.join(chosen)}) do not end the answers that the chat template writes; "
-        f"{end!r} does, and is trained"
-    )
-
-
-def _not_one_token(end: str) -> str:
-    return (
-        f"the chat template ends a turn with {end!r}, which the tokenizer does not know as one "
-        f"token; generation stops at one token: add it with `tokens: [{end!r}]`"
-    )
 
 
 def _owned(
@@ -265,14 +257,12 @@ def share_layout(
     return SharedLayout(literals, layout)
 
 
-def check_tools(renderer: Renderer, rendering: Rendering) -> None:
-    """Raise where a template drops the tools, or a part of a tool call.
+def _check_tools(renderer: Renderer, rendering: Rendering) -> None:
+    """Raise RewrittenError where a template drops the tools, or a part of a tool call.
 
     Names and keys, then values, are replaced by unique marks. A mark that is not in the rendered
-    text was cut off, or belongs to a type of value that the template does not write.
-
-    Raises:
-        RewrittenError: the template drops something; the error names the message.
+    text was cut off, or belongs to a type of value that the template does not write. A flag has no
+    room for a mark: each is negated, which must change the text.
     """
     messages = rendering.messages
     if renderer.tools and replace(renderer, tools=()).attempt(messages) == rendering.text:
@@ -283,17 +273,18 @@ def check_tools(renderer: Renderer, rendering: Rendering) -> None:
         )
     if not any(message.get("tool_calls") for message in messages):
         return
+    dropped = set[int]()
     for marks in (_Marks(values=False), _Marks(values=True)):
         marked = [marks.message(number, message) for number, message in enumerate(messages)]
         text = renderer.attempt(marked) or ""
-        for found, number in marks.given.items():
-            if found not in text:
-                raise RewrittenError(f"it drops a tool call of message {number + 1}, or part of it")
+        dropped |= {number for found, number in marks.given.items() if found not in text}
     for number, message in enumerate(messages):
-        for other in _with_flipped_flags(message):
+        for other in () if dropped else _with_flipped_flags(message):
             changed = [*messages[:number], other, *messages[number + 1 :]]
             if renderer.attempt(changed) == rendering.text:
-                raise RewrittenError(f"it drops a tool call of message {number + 1}, or part of it")
+                dropped.add(number)
+    if dropped:
+        raise RewrittenError(f"it drops a tool call of message {min(dropped) + 1}, or part of it")
 
 
 @dataclass(frozen=True, slots=True)
@@ -310,15 +301,12 @@ class _Marks:
 
     def message(self, number: int, message: Message) -> Message:
         """Return a message with marks in its tool calls."""
-
-        def marked(function: Mapping[str, Any]) -> dict[str, Any]:
-            name = function["name"] if self.values else self._mark(number, function["name"])
-            return {**function, "name": name}
-
-        calls, change = [], partial(self._value, number)
+        calls = []
         for call in message.get("tool_calls") or ():
-            named = {"function": marked(call["function"])} if "function" in call else marked(call)
-            calls.append(_with_arguments({**call, **named}, change))
+            if not self.values:
+                name = call.get("function", call)["name"]
+                call = with_function(call, name=self._mark(number, name))
+            calls.append(_with_arguments(call, self._value(number, _arguments(call))))
         return {**message, "tool_calls": calls} if calls else message
 
     def _mark(self, number: int, old: str) -> str:
@@ -344,42 +332,38 @@ class _Marks:
         return type(value)(mark)
 
 
-def _with_arguments(call: Message, change: Callable[[Any], Any]) -> dict[str, Any]:
-    """Return a tool call with changed arguments, which may be JSON text."""
+def _arguments(call: Message) -> Any:
+    """Return the arguments of a tool call, which may be JSON text."""
+    given = call.get("function", call).get("arguments", {})
+    return json.loads(given) if isinstance(given, str) else given
+
+
+def _with_arguments(call: Message, arguments: Any) -> Message:
+    """Return a tool call with other arguments, written as its own are."""
     function = call.get("function", call)
     if "arguments" not in function:
-        return dict(call)
-    given = function["arguments"]
-    text = isinstance(given, str)
-    changed = change(json.loads(given) if text else given)
-    arguments = json.dumps(changed, ensure_ascii=False) if text else changed
-    if "function" in call:
-        return {**call, "function": {**function, "arguments": arguments}}
-    return {**call, "arguments": arguments}
+        return call
+    if isinstance(function["arguments"], str):
+        arguments = json.dumps(arguments, ensure_ascii=False)
+    return with_function(call, arguments=arguments)
 
 
 def _with_flipped_flags(message: Message) -> Iterator[Message]:
     """Yield a message once for each true, false or null in its calls, with this value negated."""
     calls = message.get("tool_calls") or []
     for number, call in enumerate(calls):
-        given = call.get("function", call).get("arguments", {})
-        for other in _changed(json.loads(given) if isinstance(given, str) else given):
-            changed = _with_arguments(call, partial(_first, other))
+        for other in _flipped(_arguments(call)):
+            changed = _with_arguments(call, other)
             yield {**message, "tool_calls": [*calls[:number], changed, *calls[number + 1 :]]}
 
 
-def _first(first: Any, _: Any) -> Any:
-    return first
-
-
-def _changed(value: Any) -> Iterator[Any]:
+def _flipped(value: Any) -> Iterator[Any]:
     """Yield a value once for each true, false or null in it, with this one negated."""
     if value is None or isinstance(value, bool):
         yield not value
     elif isinstance(value, Mapping):
         for key, inner in value.items():
-            yield from ({**value, key: other} for other in _changed(inner))
+            yield from ({**value, key: other} for other in _flipped(inner))
     elif isinstance(value, list):
         for index, inner in enumerate(value):
-            for other in _changed(inner):
-                yield [*value[:index], other, *value[index + 1 :]]
+            yield from ([*value[:index], x, *value[index + 1 :]] for x in _flipped(inner))

@@ -31,6 +31,10 @@ TAG = re.compile(r"<[^<>\s]{1,60}>|\[[A-Z_/]{1,40}\]")
 # Plain answers that share neither their first nor their last character.
 PLAIN = ("1 plain answer 2", "3 plain answer 4")
 
+UNPROMPTED = (
+    "the chat template opens an answer with {!r} where generation does not; it is not the record's "
+    "text and carries no loss"
+)
 MOVED = (
     "the chat template writes the turns before an answer differently once others follow (reasoning "
     "is removed, the system message or the tools move): all answers but the last are trained after "
@@ -124,7 +128,7 @@ class RenderedTurn:
                 return len(prompt), end
             unasked = text[len(prompt) : first].strip() if prompt else ""
             if unasked and not self.renderer.marks:
-                notes[_unasked(unasked)] = None
+                notes[UNPROMPTED.format(unasked)] = None
             return first, end
         # What opens the reasoning belongs to it, whether or not the template writes it unasked.
         first = reasoning - (len(text[len(prompt) : reasoning].lstrip()) if prompt else 0)
@@ -313,13 +317,6 @@ class RenderedTurn:
         if len(messages) <= len(self.rendering.messages):
             return whole
         return whole.partition(added)[0] if added in whole else ""
-
-
-def _unasked(opening: str) -> str:
-    return (
-        f"the chat template opens an answer with {opening!r} where generation does not; it is not "
-        "the record's text and carries no loss"
-    )
 
 
 def _common_prefix(one: str, other: str) -> int:

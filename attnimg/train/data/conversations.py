@@ -357,6 +357,13 @@ def read_tool_calls(value: object, place: Place, *, number: int) -> list[dict[st
     return [dict(call) for call in calls]
 
 
+def with_function(call: Mapping[str, Any], **changes: Any) -> dict[str, Any]:
+    """Return a tool call with changes to its function, which may be the call itself."""
+    if "function" in call:
+        return {**call, "function": {**call["function"], **changes}}
+    return {**call, **changes}
+
+
 def arguments_as_text(message: Mapping[str, Any]) -> dict[str, Any]:
     """Return a message whose tool calls hold their arguments as JSON text.
 
@@ -364,12 +371,10 @@ def arguments_as_text(message: Mapping[str, Any]) -> dict[str, Any]:
     """
     calls = []
     for call in message.get("tool_calls", ()):
-        call = dict(call)
-        holder = call
-        if "function" in call:
-            holder = call["function"] = dict(call["function"])
-        if "arguments" in holder:
-            holder["arguments"] = json.dumps(holder["arguments"], ensure_ascii=False)
+        function = call.get("function", call)
+        if "arguments" in function:
+            text = json.dumps(function["arguments"], ensure_ascii=False)
+            call = with_function(call, arguments=text)
         calls.append(call)
     return {**message, "tool_calls": calls} if calls else dict(message)
 

@@ -13,9 +13,8 @@ from multiprocessing import get_context
 from typing import TYPE_CHECKING, Any, Literal
 
 from attnimg.config.schema import Config, is_text
-from attnimg.errors import AttnimgError
 from attnimg.train.data.documents import IGNORED, Parsed, SourceFigures
-from attnimg.train.data.records import Place, Record, read_records
+from attnimg.train.data.records import Place, Record, bad_file, read_records
 from attnimg.train.data.sources import Source, load_hub, load_saved
 from attnimg.train.data.splits import asked_split, find_rows, split_names
 from attnimg.train.data.types import Encoder, Tokens, encoder_for, parser
@@ -185,7 +184,14 @@ def fit(
         pieces = [(ids, labels)]
         if len(ids) > sequence_len:
             if strategy == "raise":
-                raise _too_long(place, len(ids), sequence_len=sequence_len)
+                raise bad_file(
+                    f"too long: {place}",
+                    why=f"found {len(ids):,} tokens, at most sequence_len {sequence_len:,} are "
+                    "allowed with excess_length_strategy: raise",
+                    do=f"set sequence_len: {len(ids)}, or excess_length_strategy: split or "
+                    "truncate or drop",
+                    key=place.key,
+                )
             if strategy == "drop":
                 tally.too_long += 1
                 continue
@@ -203,17 +209,6 @@ def fit(
             tally.tokens += len(piece[0])
             tally.trained_tokens += trained
             yield piece
-
-
-def _too_long(place: Place, tokens: int, *, sequence_len: int) -> AttnimgError:
-    return AttnimgError(
-        f"too long: {place}",
-        why=f"found {tokens:,} tokens, at most sequence_len {sequence_len:,} are allowed with "
-        "excess_length_strategy: raise",
-        do=f"set sequence_len: {tokens}, or excess_length_strategy: split or truncate or drop",
-        code="bad-data",
-        key=f"{place.key}.path",
-    )
 
 
 def read_source(source: Source) -> Iterator[Record]:

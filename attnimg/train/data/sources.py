@@ -23,6 +23,7 @@ from attnimg.train.data.records import (
     COMPRESSED,
     Format,
     LocalFile,
+    bad_file,
     check_packing,
     check_regular,
     open_data,
@@ -79,12 +80,11 @@ def find_source(spec: DatasetSpec, *, key: str) -> Source:
     try:
         return _found(spec, key=key)
     except (OSError, RuntimeError) as error:  # RuntimeError: ~user without a home
-        raise AttnimgError(
+        raise bad_file(
             f"cannot read {spec.path}",
             why=f"{key}.path: {getattr(error, 'strerror', None) or error}",
             do=f"correct {key}.path, or the permissions of its folders",
-            code="bad-data",
-            key=f"{key}.path",
+            key=key,
         ) from None
 
 
@@ -108,8 +108,7 @@ def _found(spec: DatasetSpec, *, key: str) -> Source:
         where = f"{key}.path"
         found = [root] if root.exists() else _matches(Path(), spec.path, key=key, where=where)
         return _in_files(spec, {"train": _files(found, spec, None, key)}, key=key)
-    suffixed = any(suffix in FORMATS for suffix in _suffixes(root))
-    if suffixed or not HUB_NAME.fullmatch(spec.path):
+    if _format(root) or not HUB_NAME.fullmatch(spec.path):
         raise _missing(spec.path, key=f"{key}.path")
     return Source(key=key, spec=spec, kind="hub")
 
@@ -185,13 +184,9 @@ def _check_size(root: Path, *, key: str, where: str) -> None:
             )
 
 
-def _suffixes(path: Path) -> list[str]:
-    return [suffix.lower() for suffix in path.suffixes if suffix.lower() not in COMPRESSED][-1:]
-
-
 def _format(path: Path) -> Format | None:
-    suffixes = _suffixes(path)
-    return FORMATS.get(suffixes[0]) if suffixes else None
+    suffixes = [suffix.lower() for suffix in path.suffixes if suffix.lower() not in COMPRESSED]
+    return FORMATS.get(suffixes[-1]) if suffixes else None
 
 
 def _folder(root: Path, spec: DatasetSpec, *, key: str) -> Source:
@@ -249,12 +244,11 @@ def _files(
     for path in paths:
         check_regular(path, key=key)
         if not os.access(path, os.R_OK):
-            raise AttnimgError(
+            raise bad_file(
                 f"no permission to read {path}",
                 why=f"user {os.getuid()} may not read it",
                 do=f"chmod a+r {path}",
-                code="bad-data",
-                key=f"{key}.path",
+                key=key,
             )
         declared = spec.ds_type or next((f for f in FORMATS.values() if f == builder), None)
         kind = declared or _format(path)
@@ -299,10 +293,7 @@ def load_hub(source: Source) -> Mapping[str, Dataset]:
         _check_reachable(source)
     try:
         loaded = datasets.load_dataset(
-            spec.path,
-            spec.name,
-            revision=spec.revision,
-            data_files=spec.data_files,
+            spec.path, spec.name, revision=spec.revision, data_files=spec.data_files
         )
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise _unreadable(source, error, offline=constants.HF_HUB_OFFLINE) from None
@@ -323,13 +314,12 @@ def load_saved(source: Source) -> Mapping[str, Dataset]:
     try:
         loaded = datasets.load_from_disk(Path(source.spec.path).expanduser())
     except (OSError, ValueError, KeyError, TypeError, pyarrow.ArrowException) as error:
-        raise AttnimgError(
+        raise bad_file(
             f"cannot read the saved dataset {source.spec.path}",
             why=f"{type(error).__name__}: {' '.join(str(error).split())[:300]}",
             do=f'set {source.key}.data_files: "*.arrow", which takes its files as they are, or '
             "write it again with save_to_disk",
-            code="bad-data",
-            key=f"{source.key}.path",
+            key=source.key,
         ) from None
     if not isinstance(loaded, datasets.Dataset):
         return cast("Mapping[str, Dataset]", loaded)
@@ -380,10 +370,4 @@ def _unreadable(source: Source, error: Exception, *, offline: bool) -> AttnimgEr
     do = f"correct {source.key}: path, name, split, revision and data_files"
     if "config" in reason.lower():  # a name is missing, or is not one of those that exist
         do = f"set {source.key}.name to one of them"
-    return AttnimgError(
-        f"cannot read the dataset {spec.path}",
-        why=reason,
-        do=do,
-        code="bad-data",
-        key=f"{source.key}.path",
-    )
+    return bad_file(f"cannot read the dataset {spec.path}", why=reason, do=do, key=source.key)

@@ -19,9 +19,9 @@ from typing import Any
 
 from attnimg.config.schema import DatasetSpec
 from attnimg.errors import AttnimgError
-from attnimg.train.data.records import check_regular
+from attnimg.train.data.records import bad_file, check_regular
 
-Rows = tuple[str, int, int]  # a split, its first row and the one after its last
+RowRange = tuple[str, int, int]  # a split, its first row and the one after its last
 
 # What a README with odd configs makes datasets raise.
 _UNUSABLE = (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError)
@@ -48,12 +48,20 @@ def split_names(spec: DatasetSpec, names: Collection[str], *, key: str) -> list[
     """
     asked = asked_split(spec, names, key=key)
     found = re.findall(r"(?:^|\+)\s*([\w.]+)", asked)
-    if missing := [name for name in found if name not in names]:
-        raise _unknown(spec, missing[0], names, key=key)
+    if missing := next((name for name in found if name not in names), None):
+        near = next(iter([*difflib.get_close_matches(missing, names, n=1), *names]))
+        set_to = f"{key}.split is {spec.split}" if spec.split else f"{key}.split is not set"
+        raise AttnimgError(
+            f"no split {missing} in {spec.path}",
+            why=f"{set_to}, found {', '.join(names)}",
+            do=f"set {key}.split: {near}, or correct {key}.path",
+            code="bad-value",
+            key=f"{key}.split",
+        )
     return list(dict.fromkeys(found))
 
 
-def find_rows(spec: DatasetSpec, lengths: Mapping[str, int], *, key: str) -> list[Rows]:
+def find_rows(spec: DatasetSpec, lengths: Mapping[str, int], *, key: str) -> list[RowRange]:
     """Return the rows that an entry's split names, in order.
 
     Args:
@@ -70,7 +78,15 @@ def find_rows(spec: DatasetSpec, lengths: Mapping[str, int], *, key: str) -> lis
     try:
         parts = datasets.ReadInstruction.from_spec(asked).to_absolute(lengths)
     except ValueError as error:
-        raise _malformed(spec, asked, lengths, reason=str(error), key=key) from None
+        raise AttnimgError(
+            f"{asked} does not name a split of {spec.path}",
+            why=f"{error}; needed a split ({', '.join(lengths)}), or rows of one",
+            do="set {0}.split: {1}, or {1}[:1000], or {1}[10%:20%]".format(
+                key, next(iter(lengths))
+            ),
+            code="bad-value",
+            key=f"{key}.split",
+        ) from None
     found = [(part.splitname, part.from_, part.to) for part in parts]
     if "[" in asked and all(start >= stop for _, start, stop in found):
         rows = ", ".join(f"{lengths[name]:,} rows in {name}" for name in names)
@@ -82,31 +98,6 @@ def find_rows(spec: DatasetSpec, lengths: Mapping[str, int], *, key: str) -> lis
             key=f"{key}.split",
         )
     return found
-
-
-def _malformed(
-    spec: DatasetSpec, asked: str, names: Collection[str], *, reason: str, key: str
-) -> AttnimgError:
-    one = next(iter(names))
-    return AttnimgError(
-        f"{asked} does not name a split of {spec.path}",
-        why=f"{reason}; needed a split ({', '.join(names)}), or rows of one",
-        do=f"set {key}.split: {one}, or {one}[:1000], or {one}[10%:20%]",
-        code="bad-value",
-        key=f"{key}.split",
-    )
-
-
-def _unknown(spec: DatasetSpec, name: str, names: Collection[str], *, key: str) -> AttnimgError:
-    near = next(iter([*difflib.get_close_matches(name, names, n=1), *names]))
-    asked = f"{key}.split is {spec.split}" if spec.split else f"{key}.split is not set"
-    return AttnimgError(
-        f"no split {name} in {spec.path}",
-        why=f"{asked}, found {', '.join(names)}",
-        do=f"set {key}.split: {near}, or correct {key}.path",
-        code="bad-value",
-        key=f"{key}.split",
-    )
 
 
 def folder_splits(
@@ -155,19 +146,15 @@ def folder_splits(
     for split, paths in splits.items():
         for path in paths:
             if path in seen:
-                raise _in_two(path, (seen[path], split), key=key)
+                raise AttnimgError(
+                    f"{path} belongs to two splits",
+                    why=f"its name says {seen[path]} and {split}, needed one",
+                    do=f"name the files to use in {key}.data_files, or rename this one",
+                    code="bad-value",
+                    key=f"{key}.data_files",
+                )
             seen[path] = split
     return splits, [path for path in matching(["**"]) if path not in seen]
-
-
-def _in_two(path: Path, splits: tuple[str, str], *, key: str) -> AttnimgError:
-    return AttnimgError(
-        f"{path} belongs to two splits",
-        why=f"its name says {splits[0]} and {splits[1]}, needed one",
-        do=f"name the files to use in {key}.data_files, or rename this one",
-        code="bad-value",
-        key=f"{key}.data_files",
-    )
 
 
 def _configured(root: Path, spec: DatasetSpec, *, key: str) -> dict[str, list[Path]] | None:
@@ -234,12 +221,11 @@ def _under(root: Path, found: Iterable[str], *, key: str) -> list[Path]:
     for name in found:
         path = Path(os.path.normpath(name))
         if not path.is_relative_to(base):
-            raise AttnimgError(
+            raise bad_file(
                 f"{root} names a file outside of it",
                 why=f"found {name} in its README.md, needed files in the folder",
                 do=f"name the files in {key}.data_files",
-                code="bad-data",
-                key=f"{key}.path",
+                key=key,
             )
         paths.append(root / path.relative_to(base))
     return sorted(paths)
