@@ -1,6 +1,7 @@
 """Data on its way into training: files and hub names become documents of tokens with labels.
 
-sources -> records -> types -> tokens -> lengths -> documents; `load` strings them together.
+sources -> records -> types -> prepare -> load, and dataset_prepared_path in `cache`. Conversations
+take the way conversations -> chat_render -> chat_turn -> chat_layout -> chat.
 """
 
 from attnimg.train.data.chat_templates import choose_chat_template

@@ -39,11 +39,11 @@ PACKAGES = ("datasets", "jinja2", "pyarrow", "tokenizers", "transformers")
 DOCUMENTS, FIGURES = "documents.arrow", "figures.json"
 
 Write = Callable[["pyarrow.RecordBatch"], None]
-Made = tuple[SourceFigures, tuple[str, ...]]
+Prepared = tuple[SourceFigures, tuple[str, ...]]
 
 
 class Unusable(Exception):
-    """Why a kept folder cannot be used, in words."""
+    """Raised for a kept folder that cannot be used; the message says why."""
 
 
 def cache_key(source: Source, config: Config, tokenizer: Any) -> str:
@@ -72,10 +72,10 @@ def cache_key(source: Source, config: Config, tokenizer: Any) -> str:
         "tokenizer": backend.to_str() if backend is not None else tokenizer.get_vocab(),
         "special_tokens": str(tokenizer.special_tokens_map),
     }
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+    return _text_digest(facts)
 
 
-def in_memory(make: Callable[[Write], Made]) -> tuple[Dataset, Made]:
+def make_in_memory(make: Callable[[Write], Prepared]) -> tuple[Dataset, Prepared]:
     """Make documents and hold them in memory: 8 bytes a token."""
     import datasets
     import pyarrow
@@ -86,7 +86,9 @@ def in_memory(make: Callable[[Write], Made]) -> tuple[Dataset, Made]:
     return datasets.Dataset(table, fingerprint=figures.content[:16]), (figures, warnings)
 
 
-def on_disk(root: Path, key: str, make: Callable[[Write], Made]) -> tuple[Dataset, Made]:
+def make_on_disk(
+    root: Path, key: str, make: Callable[[Write], Prepared]
+) -> tuple[Dataset, Prepared]:
     """Return the documents kept under a key, or make and keep them; they stay on disk (mmap).
 
     Raises:
@@ -97,15 +99,15 @@ def on_disk(root: Path, key: str, make: Callable[[Write], Made]) -> tuple[Datase
     refused = tuple[str, ...]()
     try:
         root.mkdir(parents=True, exist_ok=True)
-        with _alone(root, folder.name):
+        with _locked_folder(root, folder.name):
             try:
                 if os.path.lexists(folder):
-                    return _kept(folder, key)
+                    return _load_kept(folder, key)
             except Unusable as error:
                 refused = (f"{folder} is not used, as {error}",)
                 _remove(folder)
             _write(root, folder, key, make)
-            documents, (figures, warnings) = _kept(folder, key)
+            documents, (figures, warnings) = _load_kept(folder, key)
     except (OSError, Unusable) as error:
         raise AttnimgError(
             f"cannot write prepared documents to {root}",
@@ -120,7 +122,7 @@ def on_disk(root: Path, key: str, make: Callable[[Write], Made]) -> tuple[Datase
 
 
 @contextmanager
-def _alone(root: Path, name: str) -> Iterator[None]:
+def _locked_folder(root: Path, name: str) -> Iterator[None]:
     """Wait for the other processes of a run, so that one prepares and all others find it kept."""
     try:
         flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
@@ -140,7 +142,7 @@ def _alone(root: Path, name: str) -> Iterator[None]:
         os.close(lock)
 
 
-def _kept(folder: Path, key: str) -> tuple[Dataset, Made]:
+def _load_kept(folder: Path, key: str) -> tuple[Dataset, Prepared]:
     """Return the documents of a folder after checking whose they are, and that they are whole.
 
     Raises:
@@ -175,7 +177,7 @@ def _check_own(path: Path, is_kind: Callable[[int], bool]) -> None:
         raise Unusable(f"{path.name} cannot be read: {error.strerror}") from None
 
 
-def _write(root: Path, folder: Path, key: str, make: Callable[[Write], Made]) -> None:
+def _write(root: Path, folder: Path, key: str, make: Callable[[Write], Prepared]) -> None:
     """Write under another name, and rename when whole: a killed run leaves nothing to be found."""
     import pyarrow
 

@@ -21,12 +21,12 @@ from attnimg.train.data.chat_render import (
     RewrittenError,
     Span,
     TemplateError,
-    forms,
-    reads,
+    message_forms,
     render,
+    template_reads,
 )
 from attnimg.train.data.chat_templates import TemplateLimitError
-from attnimg.train.data.chat_turn import Ends, RenderedTurn
+from attnimg.train.data.chat_turn import EndTokens, RenderedTurn
 from attnimg.train.data.documents import IGNORED, Conversation, Parsed, Turn, unused_note
 from attnimg.train.data.records import Place, bad_file
 
@@ -77,7 +77,7 @@ class ChatEncoder:
         self.templates = {"default": template} if isinstance(template, str) else dict(template)
         self.trained_roles, self.train_on_eos = trained_roles, train_on_eos
         self.train_on_inputs, self.system_message = train_on_inputs, system_message
-        self.ends = Ends.of(tokenizer, eot_tokens)
+        self.ends = EndTokens.of(tokenizer, eot_tokens)
         self.shared: dict[tuple[tuple[str, bool], ...], SharedLayout | None] = {}
         self.notes: dict[str, None] = {}
 
@@ -87,29 +87,30 @@ class ChatEncoder:
         Raises:
             AttnimgError: the template raises, or drops what a record says; names the record.
         """
-        texts, trained, masked = list[str](), list[list[Span]](), list[list[Span]]()
+        written = list[tuple[str, list[Span], list[Span]]]()
         for place, parsed in batch:
             assert isinstance(parsed, Conversation), place
             conversation = self._with_system_message(parsed)
             try:
-                layout = self._laid_out(conversation)
-                masked.append(list(self._masks(conversation, layout)))
+                layout = self._lay_out(conversation)
+                masked = list(self._masked_spans(conversation, layout))
             except (TemplateError, TemplateLimitError, RewrittenError) as error:
                 raise self._refusal(conversation, place, error) from None
             self.notes |= dict.fromkeys(layout.notes)
             self._note_unused(conversation)
-            texts.append(layout.rendering.text + layout.appended)
-            trained.append(list(self._spans(conversation, layout)))
+            text = layout.rendering.text + layout.appended
+            written.append((text, list(self._trained_spans(conversation, layout)), masked))
         encoded = self.tokenizer(
-            texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False
+            [text for text, _, _ in written],
+            add_special_tokens=False,
+            return_offsets_mapping=True,
+            verbose=False,
         )
+        tokens = zip(encoded["input_ids"], encoded["offset_mapping"], written, strict=True)
         return [
-            (ids, label_tokens(ids, text, offsets, trained=spans, masked=without))
-            for ids, text, offsets, spans, without in zip(
-                encoded["input_ids"], texts, encoded["offset_mapping"], trained, masked,
-                strict=True,
-            )
-        ]  # fmt: skip
+            (ids, label_tokens(ids, text, offsets, trained=trained, masked=masked))
+            for ids, offsets, (text, trained, masked) in tokens
+        ]
 
     def _with_system_message(self, conversation: Conversation) -> Conversation:
         turns = conversation.turns
@@ -120,7 +121,7 @@ class ChatEncoder:
     def _trains(self, turn: Turn) -> bool:
         return turn.role in self.trained_roles if turn.train is None else turn.train
 
-    def _bounded(self, turn: Turn) -> bool:
+    def _needs_bounds(self, turn: Turn) -> bool:
         """Return whether the bounds of a turn are needed: to train it or its end, or to mask it."""
         if self.train_on_inputs and (turn.train is False or self.train_on_eos in ("last", "none")):
             return True
@@ -132,10 +133,10 @@ class ChatEncoder:
         name = "tool_use" if tools and "tool_use" in self.templates else "default"
         return Renderer(self.tokenizer, self.templates[name], tools)
 
-    def _laid_out(self, conversation: Conversation) -> AnswerLayout:
+    def _lay_out(self, conversation: Conversation) -> AnswerLayout:
         """Find the answers, by the layout that conversations of these roles share where it fits."""
         renderer, turns = self._renderer(conversation), conversation.turns
-        bounded = [self._bounded(turn) for turn in turns]
+        bounded = [self._needs_bounds(turn) for turn in turns]
         if not conversation.tools and all(
             not turn.extra and (turn.content or "").strip() for turn in turns
         ):
@@ -150,7 +151,7 @@ class ChatEncoder:
             if (shared := self.shared[key]) and (layout := shared.fit(messages, text)):
                 return layout
         errors = list[TemplateError | RewrittenError]()
-        for given, form in forms(renderer, conversation):
+        for given, form in message_forms(renderer, conversation):
             try:
                 return lay_out(given, render(given, form), bounded, self.ends)
             except (TemplateError, RewrittenError) as error:
@@ -158,7 +159,7 @@ class ChatEncoder:
         # What a template that rendered does wrong says more than why another form raised.
         raise next((error for error in errors if isinstance(error, RewrittenError)), errors[0])
 
-    def _spans(self, conversation: Conversation, layout: AnswerLayout) -> Iterator[Span]:
+    def _trained_spans(self, conversation: Conversation, layout: AnswerLayout) -> Iterator[Span]:
         """Yield the spans that carry loss: texts of answers, and what ends a turn."""
         if self.train_on_inputs:
             yield 0, len(layout.rendering.text) + len(layout.appended)
@@ -189,28 +190,29 @@ class ChatEncoder:
             if end is not None and text[span[1] : end].strip() in known:
                 yield span[1], end
 
-    def _masks(self, conversation: Conversation, layout: AnswerLayout) -> Iterator[Span]:
+    def _masked_spans(self, conversation: Conversation, layout: AnswerLayout) -> Iterator[Span]:
         """Yield the spans that are taken out of the loss again."""
         if self.train_on_inputs:
-            yield from self._left_out(conversation, layout)
-        spans = layout.rendering.contents
+            yield from self._untrained_input_spans(conversation, layout)
+        rendering = layout.rendering
         for turn, message, span in zip(
-            conversation.turns, layout.rendering.messages, spans, strict=True
+            conversation.turns, rendering.messages, rendering.contents, strict=True
         ):
-            if span is None or turn.content is None:
+            if span is None or turn.content is None or not turn.untrained:
                 continue
-            if turn.untrained:
-                written = layout.rendering.text[slice(*span)]
-                if message.get("content") != turn.content or (
-                    CLOSING in turn.content and CLOSING not in written
-                ):
-                    raise RewrittenError("it rewrites a content that has untrained parts")
-                # The template may have stripped the content: parts count from its beginning.
-                offset = span[0] - turn.content.rfind(written)
-                for start, end in turn.untrained:
-                    yield max(span[0], start + offset), min(span[1], end + offset)
+            written = rendering.text[slice(*span)]
+            if message.get("content") != turn.content or (
+                CLOSING in turn.content and CLOSING not in written
+            ):
+                raise RewrittenError("it rewrites a content that has untrained parts")
+            # The template may have stripped the content: parts count from its beginning.
+            offset = span[0] - turn.content.rfind(written)
+            for start, end in turn.untrained:
+                yield max(span[0], start + offset), min(span[1], end + offset)
 
-    def _left_out(self, conversation: Conversation, layout: AnswerLayout) -> Iterator[Span]:
+    def _untrained_input_spans(
+        self, conversation: Conversation, layout: AnswerLayout
+    ) -> Iterator[Span]:
         """Yield what train_on_inputs leaves out: turns of the flag `train: false`, end tokens.
 
         axolotl trains the end token of a turn with loss, or of every turn with train_on_eos: all.
@@ -218,16 +220,15 @@ class ChatEncoder:
         """
         turns, found = conversation.turns, {answer.turn for answer in layout.answers}
         for number, turn in enumerate(turns):
-            if number in found or not self._bounded(turn):
+            if number in found or turn.train is not False or self.train_on_eos == "all":
                 continue
-            if turn.train is False and self.train_on_eos != "all":
-                blank = RenderedTurn(self._renderer(conversation), layout.rendering, number)
-                if (end := blank.end_of_blank(self.ends)) is None:
-                    raise RewrittenError(
-                        f"message {number + 1} has no text, so that its end token can't be found",
-                        f"take message {number + 1} out, or set train_on_inputs: false",
-                    )
-                yield end
+            blank = RenderedTurn(self._renderer(conversation), layout.rendering, number)
+            if (end := blank.end_of_blank(self.ends)) is None:
+                raise RewrittenError(
+                    f"message {number + 1} has no text, so that its end token can't be found",
+                    f"take message {number + 1} out, or set train_on_inputs: false",
+                )
+            yield end
         counting = [answer for answer in layout.answers if turns[answer.turn].train is not False]
         for answer in layout.answers:
             if turns[answer.turn].train is False:
@@ -245,7 +246,7 @@ class ChatEncoder:
             key
             for turn in conversation.turns
             for key in turn.extra
-            if not reads(template, key) and key not in ("reasoning_content", "tool_calls")
+            if not template_reads(template, key) and key not in ("reasoning_content", "tool_calls")
         )
         for what, names in (("columns", conversation.unused), ("message keys", tuple(keys))):
             if names:

@@ -1,4 +1,8 @@
-"""Find which characters of a rendered conversation carry loss: its answers, and what ends them."""
+"""Find which characters of a rendered conversation carry loss: its answers, and what ends them.
+
+Conversations of plain messages with the same roles share one layout. A template that drops a part
+of a tool call is refused.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +24,7 @@ from attnimg.train.data.chat_render import (
     place_contents,
     render,
 )
-from attnimg.train.data.chat_turn import Ends, RenderedTurn
+from attnimg.train.data.chat_turn import EndTokens, RenderedTurn
 from attnimg.train.data.conversations import with_function
 
 NO_END = (
@@ -92,7 +96,7 @@ class AnswerLayout:
 
 
 def lay_out(
-    renderer: Renderer, rendering: Rendering, trained: Sequence[bool], ends: Ends
+    renderer: Renderer, rendering: Rendering, trained: Sequence[bool], ends: EndTokens
 ) -> AnswerLayout:
     """Find the answers of a rendered conversation.
 
@@ -131,7 +135,7 @@ def lay_out(
         # What is marked before its text, or after the next content, is of an answer without text.
         spans = [
             (a, min(b, turn.limit))
-            for a, b in _owned(generated, number, bounds, stops, last=last)
+            for a, b in _marked_spans_of(generated, number, bounds, stops, last=last)
             if b > start and a < turn.limit
         ]
         if not spans:
@@ -165,7 +169,7 @@ def lay_out(
     return AnswerLayout(rendering, tuple(answers), appended, tuple(notes))
 
 
-def _owned(
+def _marked_spans_of(
     generated: Sequence[Span],
     number: int,
     bounds: Mapping[int, Span],
@@ -236,7 +240,7 @@ class SharedLayout:
 
 
 def share_layout(
-    renderer: Renderer, roles: Sequence[str], bounded: Sequence[bool], ends: Ends
+    renderer: Renderer, roles: Sequence[str], bounded: Sequence[bool], ends: EndTokens
 ) -> SharedLayout | None:
     """Lay out a conversation of these roles with marks for contents; None where that fails.
 

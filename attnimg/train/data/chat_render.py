@@ -1,4 +1,7 @@
-"""Render conversations with a chat template, and find what the record's own text became in it."""
+"""Render conversations with a chat template, and locate the record's own text in the result.
+
+A content is located by a mark that is rendered in its place.
+"""
 
 from __future__ import annotations
 
@@ -14,14 +17,16 @@ from attnimg.train.data.documents import Conversation, Turn
 
 Span = tuple[int, int]  # first character and the one after the last
 Message = Mapping[str, Any]
-# A template's {% generation %} marks what the model writes.
+Literals = tuple[tuple[int, ...], tuple[str, ...]]  # numbers of the contents, and texts around them
+
 CLOSING = "</think>"
 LISTED = re.compile(r"""['"]type['"]: ?['"]text['"]""")  # a list of parts that became text
+# A template's {% generation %} marks what the model writes.
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
 class TemplateError(Exception):
-    """A chat template that raised, with what it said."""
+    """Raised where a chat template raises, with its message."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +77,7 @@ class Renderer:
 
     def _restored(self, messages: Sequence[Message], text: str) -> str:
         """Return a text with the whole content of the last answer in the place of its end."""
-        last, head = messages[-1], head_of(messages[-1])
+        last, head = messages[-1], think_block(messages[-1])
         if not head:
             return text
         shown = self._render([*messages[:-1], {**last, "content": mark(-1)}])[0]
@@ -130,7 +135,7 @@ class Rendering:
 
 
 class RewrittenError(Exception):
-    """A template whose text does not show a record's own; says how, and what to do about it."""
+    """Raised where a template does not write a record's own text; with how, and what to do."""
 
     def __init__(
         self,
@@ -152,7 +157,7 @@ def render(renderer: Renderer, messages: tuple[Message, ...]) -> Rendering:
     return replace(rendering, contents=_locate(renderer, rendering))
 
 
-def forms(
+def message_forms(
     renderer: Renderer, conversation: Conversation
 ) -> Iterator[tuple[Renderer, tuple[Message, ...]]]:
     """Yield the messages in each form that templates expect; the first serves nearly all.
@@ -188,12 +193,14 @@ def _message(renderer: Renderer, turn: Turn) -> dict[str, Any]:
     The standard keys are always there: a template may look into them without their name.
     """
     standard = ("reasoning_content", "tool_calls", "name", "tool_call_id")
-    extra = {k: v for k, v in turn.extra.items() if k in standard or reads(renderer.template, k)}
+    extra = {
+        k: v for k, v in turn.extra.items() if k in standard or template_reads(renderer.template, k)
+    }
     content = {} if turn.content is None else {"content": turn.content}
     return {"role": turn.role, **content, **extra}
 
 
-def reads(template: str, key: str) -> bool:
+def template_reads(template: str, key: str) -> bool:
     """Return whether a template reads a key of a message, or of anything else."""
     return re.search(rf"""[.'"]{re.escape(key)}\b""", template) is not None
 
@@ -202,13 +209,13 @@ def reasoning_of(message: Message) -> str:
     """Return the reasoning of an answer, from its key or from <think> tags in its content."""
     if message.get("reasoning_content"):
         return str(message["reasoning_content"]).strip()
-    before, tag, _ = head_of(message).rpartition(CLOSING)
+    before, tag, _ = think_block(message).rpartition(CLOSING)
     return before.strip().removeprefix("<think>").strip() if tag else ""
 
 
 def with_reasoning(message: Message, other: str) -> Message:
     """Return an answer with other reasoning text, in reasoning_content or in <think> tags."""
-    reasoning, head = reasoning_of(message), head_of(message)
+    reasoning, head = reasoning_of(message), think_block(message)
     if message.get("reasoning_content"):
         return {**message, "reasoning_content": other}
     end = len(head.rpartition(CLOSING)[0].rstrip())
@@ -216,7 +223,7 @@ def with_reasoning(message: Message, other: str) -> Message:
     return {**message, "content": content[: end - len(reasoning)] + other + content[end:]}
 
 
-def head_of(message: Message) -> str:
+def think_block(message: Message) -> str:
     """Return what a content says before the answer proper: its reasoning in <think> tags."""
     content = message.get("content") or ""
     _, tag, answer = content.rpartition(CLOSING)
@@ -227,7 +234,7 @@ def head_of(message: Message) -> str:
 
 def _split_reasoning(message: Message) -> Message:
     """Return a message with the reasoning of its content under a key of its own."""
-    head, reasoning = head_of(message), reasoning_of(message)
+    head, reasoning = think_block(message), reasoning_of(message)
     if message.get("reasoning_content") or not reasoning:
         return message
     return {**message, "content": message["content"][len(head) :], "reasoning_content": reasoning}
@@ -235,7 +242,7 @@ def _split_reasoning(message: Message) -> Message:
 
 def _drops_reasoning(renderer: Renderer, messages: Sequence[Message]) -> bool:
     """Return whether a template drops reasoning in the content of the last answer."""
-    number = next((n for n, message in enumerate(messages) if head_of(message)), None)
+    number = next((n for n, message in enumerate(messages) if think_block(message)), None)
     if number is None:
         return False
     marked = with_reasoning(messages[number], mark(number))
@@ -261,7 +268,7 @@ def _locate(renderer: Renderer, rendering: Rendering) -> tuple[Span | None, ...]
     """Find the content of each message, with marks in the place of all, else of one at a time."""
     messages = rendering.messages
     marked = tuple(
-        {**message, "content": head_of(message) + mark(number)}
+        {**message, "content": think_block(message) + mark(number)}
         if _has_content(message)
         else message
         for number, message in enumerate(messages)
@@ -285,9 +292,6 @@ def _locate(renderer: Renderer, rendering: Rendering) -> tuple[Span | None, ...]
 
 def _has_content(message: Message) -> bool:
     return bool((message.get("content") or "").strip())
-
-
-Literals = tuple[tuple[int, ...], tuple[str, ...]]  # numbers of the contents, and texts around them
 
 
 def literals_between(text: str, has_content: Sequence[bool]) -> Literals | None:
@@ -328,7 +332,7 @@ def place_contents(
         else:
             return None
         end = at + len(content)
-        spans[number] = (at if whole else _with_head(message, text, at), end)
+        spans[number] = (at if whole else _with_think_block(message, text, at), end)
         at = end + len(after)
     return tuple(spans) if at == len(text) and _in_order(rendering.messages, spans) else None
 
@@ -338,7 +342,7 @@ def _variants(message: Message, *, whole: bool) -> tuple[str, ...]:
 
     Qwen's templates strip newlines only.
     """
-    content = message["content"][0 if whole else len(head_of(message)) :]
+    content = message["content"][0 if whole else len(think_block(message)) :]
     plain = dict.fromkeys(
         cut
         for blanks in (None, "\n")
@@ -349,9 +353,9 @@ def _variants(message: Message, *, whole: bool) -> tuple[str, ...]:
     return (*plain, json.dumps(content, ensure_ascii=False)[1:-1])
 
 
-def _with_head(message: Message, text: str, start: int) -> int:
+def _with_think_block(message: Message, text: str, start: int) -> int:
     """Return where a content starts, which is before its answer where its head stands there too."""
-    head = head_of(message)
+    head = think_block(message)
     for variant in (head, head.lstrip()):
         if variant and text.endswith(variant, 0, start):
             return start - len(variant)
@@ -369,7 +373,7 @@ def _locate_one(text: str | None, rendering: Rendering, number: int) -> Span:
     message = rendering.messages[number]
     if whole[len(before) : end] not in _variants(message, whole=False):
         raise RewrittenError(f"it rewrites the content of message {number + 1}")
-    return _with_head(message, whole, len(before)), end
+    return _with_think_block(message, whole, len(before)), end
 
 
 def _in_order(messages: Sequence[Message], spans: Sequence[Span | None]) -> bool:

@@ -1,4 +1,8 @@
-"""Choose the chat template of a run: the tokenizer's, one by name, or one written in the config."""
+"""Choose the chat template of a run, and render it within limits of time, memory and output.
+
+The template is the tokenizer's, one by name, or one written in the config. It is code that comes
+with a model or a config, so that it runs in Jinja's sandbox and can't use up the machine.
+"""
 
 from __future__ import annotations
 
@@ -47,6 +51,20 @@ FALLBACK = "tokenizer_default_fallback_"
 # Published templates have up to 20 KiB.
 _TEMPLATE_BYTES = 1 << 20
 
+# CPU seconds, which do not grow on a busy machine; the longest conversations take 0.1.
+SECONDS = 10.0
+
+# The address space that rendering one record may add.
+MEMORY_BYTES = 1 << 30
+
+# The longest output: this, and so many times the characters of the record.
+OUTPUT_CHARACTERS, OUTPUT_RATIO = 1 << 20, 20
+
+# Digits that the filter `round` may keep: a double has 17, and 308 before its point.
+_DIGITS = 1000
+
+_PAGE_BYTES = resource.getpagesize()
+
 
 def choose_chat_template(
     config: Config, tokenizer: Any, *, spec: DatasetSpec | None = None, key: str = "datasets[0]"
@@ -77,9 +95,10 @@ def choose_chat_template(
         return str(named[name])
     if named and "default" not in named:
         own = None
-    if name is None or name == "tokenizer_default":
-        if own:
-            return named or str(own)
+    is_own = name is None or name == "tokenizer_default"
+    if own and (is_own or str(name).startswith(FALLBACK)):
+        return named or str(own)
+    if name is None or is_own:
         raise AttnimgError(
             "the tokenizer has no chat template",
             why=(f"found {', '.join(named)}" if named else "found none")
@@ -89,8 +108,6 @@ def choose_chat_template(
             code="missing-key",
             key=where,
         )
-    if name.startswith(FALLBACK) and own:
-        return named or str(own)
     plain = name.removeprefix(FALLBACK)
     if plain in NAMED:
         return NAMED[plain]
@@ -125,21 +142,6 @@ def _read_jinja(jinja: str, *, key: str) -> str:
         code="file-missing",
         key=key,
     )
-
-
-# CPU seconds, which do not grow on a busy machine; the longest conversations take 0.1.
-SECONDS = 10.0
-
-# The address space that rendering one record may add.
-MEMORY_BYTES = 1 << 30
-
-# The longest output: this, and so many times the characters of the record.
-OUTPUT_CHARACTERS, OUTPUT_RATIO = 1 << 20, 20
-
-# Digits that the filter `round` may keep: a double has 17, and 308 before its point.
-_DIGITS = 1000
-
-_PAGE_BYTES = resource.getpagesize()
 
 
 class TemplateLimitError(Exception):
@@ -196,7 +198,9 @@ def _limited() -> Iterator[None]:
     handler = signal.signal(signal.SIGVTALRM, end) if timed else None
     try:
         with suppress(OSError, ValueError):  # /proc may be missing
-            _set_memory(_address_bytes() + MEMORY_BYTES, before)
+            lower = [limit for limit in before if limit != resource.RLIM_INFINITY]
+            most = min([_address_bytes() + MEMORY_BYTES, *lower])
+            resource.setrlimit(resource.RLIMIT_AS, (most, before[1]))
         if timed:
             signal.setitimer(signal.ITIMER_VIRTUAL, SECONDS)
         yield
@@ -228,12 +232,6 @@ def _bounded_round() -> Iterator[None]:
         yield
     finally:
         FILTERS["round"] = original
-
-
-def _set_memory(most: int, before: tuple[int, int]) -> None:
-    """Lower the soft limit of the address space, unless it is lower already."""
-    given = [limit for limit in before if limit != resource.RLIM_INFINITY]
-    resource.setrlimit(resource.RLIMIT_AS, (min([most, *given]), before[1]))
 
 
 def _address_bytes() -> int:

@@ -19,9 +19,9 @@ from attnimg.train.data.chat_render import (
     Rendering,
     RewrittenError,
     Span,
-    head_of,
     mark,
     reasoning_of,
+    think_block,
     with_reasoning,
 )
 
@@ -46,7 +46,7 @@ REASONING_REMOVED = (
 
 
 @dataclass(frozen=True, slots=True)
-class Ends:
+class EndTokens:
     """The tokens that may end a turn.
 
     Attributes:
@@ -60,7 +60,7 @@ class Ends:
     chosen: tuple[str, ...]
 
     @classmethod
-    def of(cls, tokenizer: Any, chosen: tuple[str, ...]) -> Ends:
+    def of(cls, tokenizer: Any, chosen: tuple[str, ...]) -> EndTokens:
         """Return the tokenizer's special and added tokens, without what opens a text."""
         tokens = {*tokenizer.all_special_tokens, *chosen}
         tokens |= set(map(str, tokenizer.added_tokens_decoder.values()))
@@ -80,7 +80,7 @@ class Ends:
 
 @dataclass(frozen=True, slots=True)
 class RenderedTurn:
-    """One turn of a rendered conversation, and the questions about where it stands."""
+    """One turn of a rendered conversation, with methods that find where it stands."""
 
     renderer: Renderer
     rendering: Rendering
@@ -237,7 +237,7 @@ class RenderedTurn:
         opening = whole.partition(PLAIN[0])[0][len(prompt) :]
         return opening.strip() == self.rendering.text[len(prompt) : first].strip()
 
-    def end(self, text_end: int, ends: Ends) -> int | None:
+    def end(self, text_end: int, ends: EndTokens) -> int | None:
         """Return the end of what ends the turn, None where nothing does.
 
         What is written both where the conversation ends and where it goes on belongs to the turn.
@@ -266,7 +266,7 @@ class RenderedTurn:
         last = (named or tokens)[-1:]
         return text_end + (last[0].end() if last else len(ended[:shared].rstrip()))
 
-    def end_of_blank(self, ends: Ends) -> Span | None:
+    def end_of_blank(self, ends: EndTokens) -> Span | None:
         """Return the span of the end of a turn without text; None where it can't be found."""
         text, messages = self.rendering.text, list(self.rendering.messages)
         messages[self.number] = {**self.message, "content": mark(self.number)}
@@ -276,7 +276,7 @@ class RenderedTurn:
             return None
         return at, self.end(at, ends) or at
 
-    def following(self, text_end: int, ends: Ends) -> str:
+    def following(self, text_end: int, ends: EndTokens) -> str:
         """Return what to append to the last turn, whose end is the opening of the next one.
 
         GLM-4.5 is stopped by <|user|> and <|observation|>.
@@ -305,7 +305,7 @@ class RenderedTurn:
         said = text[max(content[0] if content else 0, text_end - 40) : text_end]
         if content and content[1] == text_end:  # the template's own text may have short ones, too
             said, changed = mark(self.number), list(messages)
-            changed[self.number] = {**self.message, "content": head_of(self.message) + said}
+            changed[self.number] = {**self.message, "content": think_block(self.message) + said}
             other = self._up_to_mark(changed)
         _, found, after = other.rpartition(said)
         return after if found else ""

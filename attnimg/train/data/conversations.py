@@ -1,4 +1,4 @@
-"""Check that a record holds a conversation, and name its roles and keys as chat templates do.
+"""Parse a record into a conversation, with roles and keys named as chat templates name them.
 
 Nothing of a message is dropped in silence: a key is used, refused, or named as having no effect.
 """
@@ -11,7 +11,7 @@ from typing import Any
 
 from attnimg.config.schema import DatasetSpec, roles
 from attnimg.train.data.documents import Conversation, Turn
-from attnimg.train.data.records import Place, bad_record, column, shown, text
+from attnimg.train.data.records import Place, bad_record, require_column, require_text, shorten
 
 # Roles that stand for a tool call or for its result in the records of other trainers.
 CALLS = frozenset({"function_call", "tool_call", "tool_calls", "function-call", "tool-call"})
@@ -38,16 +38,12 @@ def parse_turns(spec: DatasetSpec, record: Mapping[str, Any], place: Place) -> C
         AttnimgError: it is no list of messages, or a message holds what can't be trained on.
     """
     name = spec.field_messages or "messages"
-    messages = column(record, name, place, needed=(name,), hint=_column_hint(record, place))
-    if isinstance(messages, str):  # some sets store the conversation as JSON text
-        try:
-            messages = json.loads(messages)
-        except (ValueError, RecursionError):
-            messages = shown(messages)
+    given = require_column(record, name, place, needed=(name,), hint=_column_hint(record, place))
+    messages = _parsed_json(given)  # some sets store the conversation as JSON text
     if not isinstance(messages, list) or not messages:
         raise bad_record(
             place,
-            why=f"{name} is {shown(messages)}, needed a list of messages",
+            why=f"{name} is {shorten(given)}, needed a list of messages",
             do="write a conversation as a list of objects with role and content",
         )
     _refuse_media(record, "the record", place)
@@ -111,7 +107,7 @@ def _with_system_column(
     """Put the text of the column `system` before the conversation, as axolotl does."""
     if record.get("system") is None:
         return turns
-    system = text(record["system"], "system", place)
+    system = require_text(record["system"], "system", place)
     if not system.strip() or (turns[0].role == "system" and turns[0].content == system):
         return turns
     if turns[0].role == "system":
@@ -131,7 +127,7 @@ def _turn(spec: DatasetSpec, message: object, place: Place, *, number: int) -> T
     if not isinstance(message, Mapping):
         raise bad_record(
             place,
-            why=f"message {number} is {shown(message)}, needed an object with "
+            why=f"message {number} is {shorten(message)}, needed an object with "
             f"{mappings['role']} and {mappings['content']}",
             do="write each message as an object",
         )
@@ -162,7 +158,7 @@ def _turn(spec: DatasetSpec, message: object, place: Place, *, number: int) -> T
                 do=_keys_hint(spec, message, place),
                 code="wrong-columns" if place.first else "bad-data",
             )
-    name = text(named["role"], f"{mappings['role']} of message {number}", place)
+    name = require_text(named["role"], f"{mappings['role']} of message {number}", place)
     role = _role(spec, name, place, number=number)
     reasoning = _reasoning(named, place, number=number)
     content, untrained = _content(
@@ -187,18 +183,18 @@ def _content(
     if value is None and optional:
         return None, ()
     if not isinstance(value, list):
-        return text(value, name, place), ()
+        return require_text(value, name, place), ()
     pieces, untrained, at = list[str](), list[tuple[int, int]](), 0
     for part in value:
         if not isinstance(part, Mapping) or part.get("type") not in (None, "text"):
             raise bad_record(
                 place,
-                why=f"a part of {name} is {shown(part)}, needed text: "
+                why=f"a part of {name} is {shorten(part)}, needed text: "
                 '{"type": "text", "text": "..."}',
                 do="write it as text, or drop the record; images, audio and video are not read",
             )
         found = next((part[k] for k in ("text", "content", "value") if part.get(k)), "")
-        pieces.append(text(found, f"a part of {name}", place))
+        pieces.append(require_text(found, f"a part of {name}", place))
         if _flag(part, f"a part of {name}", place) is False:
             untrained.append((at, at + len(found)))
         at += len(found)
@@ -208,7 +204,7 @@ def _content(
 def _reasoning(message: Mapping[str, Any], place: Place, *, number: int) -> str:
     """Return the reasoning before an answer, which records name in several ways."""
     found = {
-        text(message[key], f"{key} of message {number}", place): key
+        require_text(message[key], f"{key} of message {number}", place): key
         for key in REASONING
         if message.get(key) not in (None, "")
     }
@@ -235,7 +231,7 @@ def _flag(holder: Mapping[str, Any], what: str, place: Place) -> bool | None:
         if not isinstance(value, bool | int | float) or value not in (0, 1):
             raise bad_record(
                 place,
-                why=f"{key} of {what} is {shown(value)}, needed 0 or 1 (false or true)",
+                why=f"{key} of {what} is {shorten(value)}, needed 0 or 1 (false or true)",
                 do="write 0 or 1; other weights of the loss are not supported",
             )
         found[key] = bool(value)
@@ -278,9 +274,8 @@ def _role(spec: DatasetSpec, name: str, place: Place, *, number: int) -> str:
             why=f"{what}, which stands for the result of a tool",
             do='write it as {"role": "tool", "content": ...} after the message with tool_calls',
         )
-    speakers: tuple[str, ...] = ("user", "assistant")
-    if (meant := known.get(name.strip().lower())) is not None:
-        speakers = (meant,)
+    meant = known.get(name.strip().lower())
+    speakers = (meant,) if meant else ("user", "assistant")
     mapped = (
         {**(spec.roles or {}), role: [*(spec.roles or {}).get(role, []), name]} for role in speakers
     )
@@ -311,19 +306,19 @@ def read_tools(value: object, place: Place) -> tuple[Mapping[str, Any], ...]:
     Raises:
         AttnimgError: it is neither.
     """
-    tools = without_nulls(_parsed(value))
+    tools = without_nulls(_parsed_json(value))
     if not tools:
         return ()
     if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
         raise bad_record(
             place,
-            why=f"tools is {shown(value)}, needed a list of objects",
+            why=f"tools is {shorten(value)}, needed a list of objects",
             do='write each tool as {"type": "function", "function": {"name": ..., ...}}',
         )
     for tool in tools:
         function = tool.get("function")
         if isinstance(function, dict) and "parameters" in function:
-            function["parameters"] = _parsed(function["parameters"])
+            function["parameters"] = _parsed_json(function["parameters"])
     return tuple(tools)
 
 
@@ -333,14 +328,14 @@ def read_tool_calls(value: object, place: Place, *, number: int) -> list[dict[st
     Raises:
         AttnimgError: a call has no name, or arguments that are no object.
     """
-    calls = without_nulls(_parsed(value))
+    calls = without_nulls(_parsed_json(value))
     if not calls:
         return []
     fine = isinstance(calls, list) and all(isinstance(call, Mapping) for call in calls)
     functions = [call.get("function", call) for call in calls] if fine else []
     for function in functions:
         if isinstance(function, dict) and "arguments" in function:
-            function["arguments"] = _parsed(function["arguments"])
+            function["arguments"] = _parsed_json(function["arguments"])
     if not fine or not all(
         isinstance(function, Mapping)
         and isinstance(function.get("name"), str)
@@ -349,7 +344,7 @@ def read_tool_calls(value: object, place: Place, *, number: int) -> list[dict[st
     ):
         raise bad_record(
             place,
-            why=f"tool_calls of message {number} is {shown(value)}, needed a list of calls with "
+            why=f"tool_calls of message {number} is {shorten(value)}, needed a list of calls with "
             "name and arguments",
             do='write each call as {"type": "function", "function": {"name": ..., '
             '"arguments": {...}}}',
@@ -379,7 +374,7 @@ def arguments_as_text(message: Mapping[str, Any]) -> dict[str, Any]:
     return {**message, "tool_calls": calls} if calls else dict(message)
 
 
-def _parsed(value: object) -> Any:
+def _parsed_json(value: object) -> Any:
     """Return what JSON text holds; other values as they are."""
     if not isinstance(value, str):
         return value

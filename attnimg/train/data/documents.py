@@ -1,4 +1,4 @@
-"""What the data step hands on: documents of tokens, and how many became of what."""
+"""What the data step passes on: parsed records, documents, and what became of a source."""
 
 from __future__ import annotations
 
@@ -68,6 +68,7 @@ def unused_note(what: str, names: Sequence[str]) -> str:
     return f"these {what} have no effect: {', '.join(names)}"
 
 
+SHOWN_TOKENS = 400  # of a long document, to fit on a screen
 IGNORED = -100  # the label of a token without loss (torch's cross_entropy, ignore_index)
 
 
@@ -148,9 +149,6 @@ def sentence(figures: SourceFigures) -> str:
     parts.append(f"{figures.tokens:,} tokens, {share:.0%} with loss")
     reused = " (prepared earlier, reused)" if figures.reused else ""
     return f"{figures.path}: {', '.join(parts)}{reused}"
-
-
-SHOWN_TOKENS = 400  # of a long document, to fit on a screen
 
 
 def sample_text(documents: Documents, tokenizer: Any) -> str:

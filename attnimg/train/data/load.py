@@ -1,4 +1,4 @@
-"""Load all documents of a run: every source prepared, merged, shuffled, split for validation."""
+"""Find and check the sources of a run, and load them: prepared, merged, shuffled, split."""
 
 from __future__ import annotations
 
@@ -10,15 +10,52 @@ from typing import TYPE_CHECKING, Any
 
 from attnimg.config.schema import DATASET_TYPES, Config, DatasetSpec, entries
 from attnimg.errors import AttnimgError
-from attnimg.train.data.cache import Made, Write, cache_key, in_memory, on_disk
+from attnimg.train.data.cache import Prepared, Write, cache_key, make_in_memory, make_on_disk
 from attnimg.train.data.documents import Documents, SourceFigures
 from attnimg.train.data.prepare import prepare
 from attnimg.train.data.records import read_records
 from attnimg.train.data.sources import Source, find_source
-from attnimg.train.data.types import FITTING, parser
+from attnimg.train.data.types import FITTING, record_parser
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+
+def check_sources(config: Config) -> None:
+    """Check what can be known without a tokenizer; reads one record of each local file.
+
+    Raises:
+        AttnimgError: missing-key, bad-value, file-missing, empty-dataset, wrong-columns or
+            bad-data, with the config key, the file and the record.
+    """
+    find_sources(config)
+
+
+def find_sources(config: Config) -> tuple[list[Source], list[Source]]:
+    """Return the sources to train on and those of test_datasets, each found and checked."""
+    training, testing = list[Source](), list[Source]()
+    for key, spec, trains in entries(config):
+        if spec.type is None:
+            raise _without_type(spec, key=key)
+        parse = record_parser(spec)
+        source = find_source(spec, key=key)
+        found = False
+        for file in source.files:
+            first = next(read_records(file, key=key), None)
+            if first is not None:
+                place, record = first
+                parse(record, place)
+                found = True
+        if source.kind == "files" and not found:
+            raise AttnimgError(
+                f"nothing to train on in {spec.path}",
+                why="found no record in it, needed at least one",
+                do=f"correct {key}.path, or take the entry out",
+                code="empty-dataset",
+                key=f"{key}.path",
+            )
+        (training if trains else testing).append(source)
+    return training, testing
 
 
 def load_documents(config: Config, tokenizer: Any, *, progress: bool = True) -> Documents:
@@ -38,7 +75,7 @@ def load_documents(config: Config, tokenizer: Any, *, progress: bool = True) -> 
     import datasets
 
     training, testing = find_sources(config)
-    figures, warnings = list[SourceFigures](), dict.fromkeys(_shared(training, testing))
+    figures, warnings = list[SourceFigures](), dict.fromkeys(_shared_files(training, testing))
 
     def documents_of(sources: list[Source]) -> Dataset:
         parts = []
@@ -59,18 +96,33 @@ def load_documents(config: Config, tokenizer: Any, *, progress: bool = True) -> 
     if config.val_set_size:
         train, validation = _split(train, config)
     if validation is not None:
-        warnings.update(dict.fromkeys(_repeated(train, validation)))
+        warnings.update(dict.fromkeys(_repeated_documents(train, validation)))
     return Documents(
         train=train, validation=validation, figures=tuple(figures), warnings=tuple(warnings)
     )
 
 
+def _without_type(spec: DatasetSpec, *, key: str) -> AttnimgError:
+    """Build the error for an entry without a type; its first record shows which one fits."""
+    columns: Collection[str] = ()
+    with suppress(AttnimgError, StopIteration, IndexError):
+        _, columns = next(read_records(find_source(spec, key=key).files[0], key=key))
+    fitting = next((type_ for name, type_ in FITTING.items() if name in columns), None)
+    return AttnimgError(
+        f"{key} has no type",
+        why=f"found no type for {spec.path}, needed one of {', '.join(DATASET_TYPES)}",
+        do=f"set {key}.type: {fitting or ' or '.join(DATASET_TYPES[:-1])}",
+        code="missing-key",
+        key=f"{key}.type",
+    )
+
+
 def _documents(
     source: Source, config: Config, tokenizer: Any, *, progress: bool
-) -> tuple[Dataset, Made]:
+) -> tuple[Dataset, Prepared]:
     from datasets.utils import tqdm
 
-    def make(write: Write) -> Made:
+    def make(write: Write) -> Prepared:
         with tqdm(
             desc=source.spec.path, unit=" records", disable=None if progress else True, leave=False
         ) as bar:
@@ -79,16 +131,16 @@ def _documents(
     # A name on the hub may point to other data tomorrow, so only what is here is kept.
     if config.dataset_prepared_path and source.kind != "hub":
         root = Path(config.dataset_prepared_path).expanduser()
-        return on_disk(root, cache_key(source, config, tokenizer), make)
-    return in_memory(make)
+        return make_on_disk(root, cache_key(source, config, tokenizer), make)
+    return make_in_memory(make)
 
 
-def _shared(training: list[Source], testing: list[Source]) -> Iterator[str]:
+def _shared_files(training: list[Source], testing: list[Source]) -> Iterator[str]:
     """Yield a sentence for each source of test_datasets whose rows are trained on as well."""
     for test in testing:
         for train in training:
             sliced = all("[" in (source.spec.split or "") for source in (train, test))
-            shared = _content(train) & _content(test)
+            shared = _data_names(train) & _data_names(test)
             if shared and not sliced:
                 yield (
                     f"{train.key} and {test.key} both read {min(shared)}: the evaluation "
@@ -96,7 +148,7 @@ def _shared(training: list[Source], testing: list[Source]) -> Iterator[str]:
                 )
 
 
-def _repeated(train: Dataset, validation: Dataset) -> Iterator[str]:
+def _repeated_documents(train: Dataset, validation: Dataset) -> Iterator[str]:
     """Yield a sentence where documents to evaluate on are among those to train on."""
     evaluated = list(_digests(validation))
     shared = set(evaluated).intersection(_digests(train))
@@ -115,7 +167,8 @@ def _digests(documents: Dataset) -> Iterator[bytes]:
             yield hashlib.blake2b(ids.tobytes(), digest_size=16).digest()
 
 
-def _content(source: Source) -> set[str]:
+def _data_names(source: Source) -> set[str]:
+    """Return the files or the splits that a source reads."""
     if source.kind == "files":
         return {str(file.path.resolve()) for file in source.files}
     spec = source.spec
@@ -172,60 +225,3 @@ def _split(documents: Dataset, config: Config) -> tuple[Dataset, Dataset]:
     held_out = sorted(order[:count].tolist())
     kept = sorted(order[count:].tolist())
     return documents.select(kept), documents.select(held_out)
-
-
-def check_sources(config: Config) -> None:
-    """Refuse what can be known without a tokenizer; reads one record of each local file.
-
-    Raises:
-        AttnimgError: missing-key, bad-value, file-missing, empty-dataset, wrong-columns or
-            bad-data, with the config key, the file and the record.
-    """
-    find_sources(config)
-
-
-def find_sources(config: Config) -> tuple[list[Source], list[Source]]:
-    """Find and check every source: those to train on, and test_datasets."""
-    training, testing = list[Source](), list[Source]()
-    for key, spec, trains in entries(config):
-        if spec.type is None:
-            raise _without_type(spec, key=key)
-        parse = parser(spec)
-        source = find_source(spec, key=key)
-        found = False
-        for file in source.files:
-            first = next(read_records(file, key=key), None)
-            if first is not None:
-                place, record = first
-                parse(record, place)
-                found = True
-        if source.kind == "files" and not found:
-            raise empty(source, why="found no record in it, needed at least one")
-        (training if trains else testing).append(source)
-    return training, testing
-
-
-def _without_type(spec: DatasetSpec, *, key: str) -> AttnimgError:
-    """Build the error for an entry without a type; its first record shows which one fits."""
-    columns: Collection[str] = ()
-    with suppress(AttnimgError, StopIteration, IndexError):
-        _, columns = next(read_records(find_source(spec, key=key).files[0], key=key))
-    fitting = next((type_ for name, type_ in FITTING.items() if name in columns), None)
-    return AttnimgError(
-        f"{key} has no type",
-        why=f"found no type for {spec.path}, needed one of {', '.join(DATASET_TYPES)}",
-        do=f"set {key}.type: {fitting or ' or '.join(DATASET_TYPES[:-1])}",
-        code="missing-key",
-        key=f"{key}.type",
-    )
-
-
-def empty(source: Source, *, why: str) -> AttnimgError:
-    """Build the error for a source that holds nothing to train on."""
-    return AttnimgError(
-        f"nothing to train on in {source.spec.path}",
-        why=why,
-        do=f"correct {source.key}.path, or take the entry out",
-        code="empty-dataset",
-        key=f"{source.key}.path",
-    )

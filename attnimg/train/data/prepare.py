@@ -1,42 +1,36 @@
-"""Make the documents of one source: read, parse, tokenize, fit; in batches, in order."""
+"""Write the documents of one source: read, parse, encode and fit its records, batch by batch."""
 
 from __future__ import annotations
 
 import hashlib
 from array import array
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
-from dataclasses import asdict, dataclass
 from itertools import islice
 from multiprocessing import get_context
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from attnimg.config.schema import Config, is_text
 from attnimg.train.data.documents import IGNORED, Parsed, SourceFigures
 from attnimg.train.data.records import Place, Record, bad_file, read_records
 from attnimg.train.data.sources import Source, load_hub, load_saved
 from attnimg.train.data.splits import asked_split, find_rows, split_names
-from attnimg.train.data.types import Encoder, Tokens, encoder_for, parser
+from attnimg.train.data.types import Encoder, Tokens, encoder_for, record_parser
 
 if TYPE_CHECKING:
     import pyarrow
+
 BATCH_RECORDS = 256
 
 Batch = list[tuple[Place, Parsed]]
 
-Result = tuple[list[Tokens], tuple[str, ...]]  # a batch's tokens, and the encoder's warnings
+Encoded = tuple[list[Tokens], tuple[str, ...]]  # a batch's tokens, and the encoder's warnings
+
+Strategy = Literal["drop", "split", "truncate", "raise"]  # what happens to long documents
 
 # The encoder of a worker process, which is sent to it once instead of with every batch.
 _encoders: list[Encoder] = []
-
-
-def schema() -> pyarrow.Schema:
-    """Return the columns of documents: input_ids and labels, list<int32>."""
-    import pyarrow
-
-    ids = pyarrow.list_(pyarrow.int32())
-    return pyarrow.schema([("input_ids", ids), ("labels", ids)])
 
 
 def prepare(
@@ -61,9 +55,9 @@ def prepare(
     """
     import pyarrow
 
-    tally, warnings, content = Tally(), dict[str, None](), hashlib.sha256()
-    read = hashlib.sha256()
-    batches = _parsed(source, tally, advance)
+    tally, warnings = Counter[str](), dict[str, None]()
+    content, read = hashlib.sha256(), hashlib.sha256()
+    batches = _parsed_batches(source, tally, advance)
     processes = config.dataset_num_proc or config.dataset_processes or 1
     encoder = encoder_for(source, config, tokenizer)
     for batch, (tokens, found) in _encoded(batches, encoder, processes=processes):
@@ -72,7 +66,7 @@ def prepare(
             read.update(repr(value).encode("utf-8", "surrogatepass"))
         places = (place for place, _ in batch)
         documents = list(
-            fit(
+            _fit(
                 zip(places, tokens, strict=True),
                 tally,
                 strategy=strategy_for(source, config),
@@ -93,27 +87,81 @@ def prepare(
         sequence_len=config.sequence_len,
         content=content.hexdigest(),
         read=read.hexdigest(),
-        **asdict(tally),
+        **cast("dict[str, Any]", tally),
     )
     return figures, tuple(warnings)
 
 
-def _parsed(source: Source, tally: Tally, advance: Callable[[int], None]) -> Iterator[Batch]:
-    parse = parser(source.spec)
+def schema() -> pyarrow.Schema:
+    """Return the columns of documents: input_ids and labels, list<int32>."""
+    import pyarrow
+
+    ids = pyarrow.list_(pyarrow.int32())
+    return pyarrow.schema([("input_ids", ids), ("labels", ids)])
+
+
+def strategy_for(source: Source, config: Config) -> Strategy:
+    """Choose what happens to long documents; running text loses nothing when it is split."""
+    if config.excess_length_strategy is not None:
+        return config.excess_length_strategy
+    return "split" if is_text(source.spec) else "drop"
+
+
+def read_source(source: Source) -> Iterator[Record]:
+    """Yield the records of a source in order, each with its place.
+
+    Raises:
+        AttnimgError: the data are missing or broken, or the split is not one that exists.
+    """
+    if source.kind == "files":
+        yield from _read_files(source)
+        return
+    loaded = load_hub(source) if source.kind == "hub" else load_saved(source)
+    spec, key = source.spec, source.key
+    first = True
+    for name, start, stop in find_rows(spec, {n: len(s) for n, s in loaded.items()}, key=key):
+        rows = loaded[name].select(range(start, stop))
+        for number, record in enumerate(rows, start=start + 1):
+            yield Place(spec.path, number, "record", key, first), record
+            first = False
+
+
+def _read_files(source: Source) -> Iterator[Record]:
+    """Read the rows that the split names; files are read twice where it is a part of them."""
+    spec, key, lengths = source.spec, source.key, dict.fromkeys(source.splits, 0)
+
+    def read(split: str) -> Iterator[Record]:
+        for file in source.splits[split]:
+            yield from read_records(file, key=key)
+
+    names = split_names(spec, lengths, key=key)
+    if "[" not in asked_split(spec, lengths, key=key):
+        for name in names:
+            yield from read(name)
+        return
+    lengths |= {name: sum(1 for _ in read(name)) for name in names}
+    for name, start, stop in find_rows(spec, lengths, key=key):
+        yield from islice(read(name), start, stop)
+
+
+def _parsed_batches(
+    source: Source, tally: Counter[str], advance: Callable[[int], None]
+) -> Iterator[Batch]:
+    parse = record_parser(source.spec)
     stream = read_source(source)
     while records := list(islice(stream, BATCH_RECORDS)):
-        tally.records += len(records)
+        tally["records"] += len(records)
         advance(len(records))
         parsed = ((place, parse(record, place)) for place, record in records)
         kept = [(place, value) for place, value in parsed if value is not None]
-        tally.empty += len(records) - len(kept)
+        tally["empty"] += len(records) - len(kept)
         if kept:
             yield kept
 
 
 def _encoded(
     batches: Iterable[Batch], encoder: Encoder, *, processes: int
-) -> Iterator[tuple[Batch, Result]]:
+) -> Iterator[tuple[Batch, Encoded]]:
     """Encode batches in their order, in this process or in several.
 
     Few batches wait at a time, so that a file larger than memory can be prepared. Processes are
@@ -124,9 +172,9 @@ def _encoded(
             yield batch, (encoder(batch), tuple(encoder.notes))
         return
     with ProcessPoolExecutor(
-        processes, mp_context=get_context("spawn"), initializer=_keep, initargs=(encoder,)
+        processes, mp_context=get_context("spawn"), initializer=_set_encoder, initargs=(encoder,)
     ) as pool:
-        waiting: deque[tuple[Batch, Future[Result]]] = deque()
+        waiting: deque[tuple[Batch, Future[Encoded]]] = deque()
         for batch in batches:
             waiting.append((batch, pool.submit(_encode, batch)))
             if len(waiting) > 2 * processes:
@@ -137,50 +185,30 @@ def _encoded(
             yield done, future.result()
 
 
-def _keep(encoder: Encoder) -> None:
+def _set_encoder(encoder: Encoder) -> None:
     _encoders.append(encoder)
 
 
-def _encode(batch: Batch) -> Result:
+def _encode(batch: Batch) -> Encoded:
     return _encoders[0](batch), tuple(_encoders[0].notes)
 
 
-Strategy = Literal["drop", "split", "truncate", "raise"]
-
-
-@dataclass(slots=True)
-class Tally:
-    """Running counts of one source; see SourceFigures for what each means."""
-
-    records: int = 0
-    documents: int = 0
-    tokens: int = 0
-    trained_tokens: int = 0
-    empty: int = 0
-    too_long: int = 0
-    split: int = 0
-    truncated: int = 0
-    without_loss: int = 0
-    longest: int = 0
-
-
-def strategy_for(source: Source, config: Config) -> Strategy:
-    """Choose what happens to long documents; running text loses nothing when it is split."""
-    if config.excess_length_strategy is not None:
-        return config.excess_length_strategy
-    return "split" if is_text(source.spec) else "drop"
-
-
-def fit(
-    encoded: Iterable[tuple[Place, Tokens]], tally: Tally, *, strategy: Strategy, sequence_len: int
+def _fit(
+    encoded: Iterable[tuple[Place, Tokens]],
+    tally: Counter[str],
+    *,
+    strategy: Strategy,
+    sequence_len: int,
 ) -> Iterator[Tokens]:
-    """Yield documents of 1 to sequence_len tokens that carry loss; count all others.
+    """Yield documents of 1 to sequence_len tokens that carry loss; count each in the tally.
+
+    The tally has the names of SourceFigures.
 
     Raises:
         AttnimgError: a document is longer and the strategy is "raise".
     """
     for place, (ids, labels) in encoded:
-        tally.longest = max(tally.longest, len(ids))
+        tally["longest"] = max(tally["longest"], len(ids))
         pieces = [(ids, labels)]
         if len(ids) > sequence_len:
             if strategy == "raise":
@@ -193,58 +221,19 @@ def fit(
                     key=place.key,
                 )
             if strategy == "drop":
-                tally.too_long += 1
+                tally["too_long"] += 1
                 continue
             starts = range(0, len(ids) if strategy == "split" else 1, sequence_len)
             pieces = [(ids[i : i + sequence_len], labels[i : i + sequence_len]) for i in starts]
-            tally.split += strategy == "split"
-            tally.truncated += strategy == "truncate"
+            tally["split"] += strategy == "split"
+            tally["truncated"] += strategy == "truncate"
         for piece in pieces:
             # Nothing comes before a document's first token, so it can't be predicted.
             trained = sum(label != IGNORED for label in piece[1][1:])
             if not trained:
-                tally.without_loss += 1
+                tally["without_loss"] += 1
                 continue
-            tally.documents += 1
-            tally.tokens += len(piece[0])
-            tally.trained_tokens += trained
+            tally["documents"] += 1
+            tally["tokens"] += len(piece[0])
+            tally["trained_tokens"] += trained
             yield piece
-
-
-def read_source(source: Source) -> Iterator[Record]:
-    """Yield the records of a source in order, each with its place.
-
-    Raises:
-        AttnimgError: the data are missing or broken, or the split is not one that exists.
-    """
-    if source.kind == "files":
-        yield from _rows_of_files(source)
-        return
-    loaded = load_hub(source) if source.kind == "hub" else load_saved(source)
-    spec, key = source.spec, source.key
-    rows = find_rows(spec, {name: len(split) for name, split in loaded.items()}, key=key)
-    first = True
-    for name, start, stop in rows:
-        part = loaded[name].select(range(start, max(start, stop)))
-        for number, record in enumerate(part, start=start + 1):
-            yield Place(spec.path, number, "record", key, first), record
-            first = False
-
-
-def _from_files(source: Source, split: str) -> Iterator[Record]:
-    for file in source.splits[split]:
-        yield from read_records(file, key=source.key)
-
-
-def _rows_of_files(source: Source) -> Iterator[Record]:
-    """Read the rows that the split names; files are read twice where it is a part of them."""
-    spec, key = source.spec, source.key
-    if "[" not in asked_split(spec, source.splits, key=key):
-        for name in split_names(spec, source.splits, key=key):
-            yield from _from_files(source, name)
-        return
-    lengths = dict.fromkeys(source.splits, 0)
-    for name in split_names(spec, source.splits, key=key):
-        lengths[name] = sum(1 for _ in _from_files(source, name))
-    for name, start, stop in find_rows(spec, lengths, key=key):
-        yield from islice(_from_files(source, name), start, max(start, stop))

@@ -90,7 +90,7 @@ class Place:
     first: bool = False
 
     def __str__(self) -> str:
-        """Say it as a person would: "train.jsonl, line 3"."""
+        """Return it in words: "train.jsonl, line 3"."""
         return f"{self.file}, {self.unit} {self.number}"
 
 
@@ -117,10 +117,8 @@ def read_records(file: LocalFile, *, key: str) -> Iterator[Record]:
             first = False
     except BrokenFile as error:
         at = f", {error.place}" if error.place else ""
-        do = (
-            error.do.replace("{key}", key)
-            or "repair it, or write it again with the tool that made it"
-        )
+        do = error.do.replace("{key}", key)
+        do = do or "repair the file, or write it again with the tool that made it"
         raise bad_file(f"cannot read {file.path}{at}", why=error.why, do=do, key=key) from None
     except BROKEN as error:
         raise bad_file(
@@ -142,10 +140,14 @@ def bad_file(what: str, *, why: str, do: str, key: str) -> AttnimgError:
     return AttnimgError(what, why=why, do=do, code="bad-data", key=f"{key}.path")
 
 
-def column(
+def require_column(
     record: Mapping[str, Any], name: str, place: Place, *, needed: Sequence[str], hint: str
 ) -> Any:
-    """Take one column of a record; the error names what is there and what is needed."""
+    """Return one column of a record.
+
+    Raises:
+        AttnimgError: it is missing; the error names what is there and what is needed.
+    """
     if name in record:
         return record[name]
     raise bad_record(
@@ -156,20 +158,20 @@ def column(
     )
 
 
-def text(value: object, name: str, place: Place) -> str:
-    """Give a value that must be a string."""
+def require_text(value: object, name: str, place: Place) -> str:
+    """Return a value that must be a string."""
     # Half of a surrogate pair is no character: JSON can spell it, UTF-8 and tokenizers can't.
     if isinstance(value, str) and not any("\ud800" <= letter <= "\udfff" for letter in value):
         return value
     raise bad_record(
         place,
-        why=f"{name} is {shown(value)}, needed text",
+        why=f"{name} is {shorten(value)}, needed text",
         do="write it as a string, or drop the record",
     )
 
 
-def shown(value: object) -> str:
-    """Write a value for an error, cut to 60 characters."""
+def shorten(value: object) -> str:
+    """Return a value as JSON for an error, cut to 60 characters."""
     written = json.dumps(value, default=str)
     return written if len(written) <= 60 else written[:57] + "..."
 

@@ -1,6 +1,6 @@
-"""Find what a dataset entry names: local files, a saved dataset, or a name on the hub.
+"""Find what a dataset entry names (local files, a saved dataset or a hub name), and load it.
 
-A path that exists here is always taken before the hub, as in axolotl.
+A path that exists here is always taken before the hub, as in axolotl. Files are read by records.py.
 """
 
 from __future__ import annotations
@@ -39,11 +39,14 @@ FORMATS: dict[str, Format] = {
 }  # fmt: skip
 
 # `path: json` with data_files is the datasets library's way to name a format.
-BUILDERS = frozenset(FORMATS.values())
+BUILDERS: dict[str, Format] = {name: name for name in FORMATS.values()}
 
 # Folders and files without records that a folder of data may have. Resolving splits takes 1 ms of
 # CPU time for each of them (datasets 5.2, 10,000 files, 2026-11-27).
 _MOST_OTHERS = 10_000
+
+# For the first request to the hub: the datasets library tries for half a minute.
+TIMEOUT_SECONDS = 10
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(?:/[A-Za-z0-9][\w.-]*)?")
 
@@ -78,7 +81,7 @@ def find_source(spec: DatasetSpec, *, key: str) -> Source:
             regular file, or no possible name.
     """
     try:
-        return _found(spec, key=key)
+        return _locate(spec, key=key)
     except (OSError, RuntimeError) as error:  # RuntimeError: ~user without a home
         raise bad_file(
             f"cannot read {spec.path}",
@@ -88,14 +91,13 @@ def find_source(spec: DatasetSpec, *, key: str) -> Source:
         ) from None
 
 
-def _found(spec: DatasetSpec, *, key: str) -> Source:
+def _locate(spec: DatasetSpec, *, key: str) -> Source:
     root = Path(spec.path).expanduser()
     is_folder = root.is_dir()
     if spec.data_files and (is_folder or spec.path in BUILDERS):
         base, where = root if is_folder else Path(), f"{key}.data_files"
         found = [p for name in spec.data_files for p in _matches(base, name, key=key, where=where)]
-        builder = None if is_folder else spec.path
-        return _in_files(spec, {"train": _files(found, spec, builder, key)}, key=key)
+        return _source_of_files(spec, {"train": found}, key=key)
     if is_folder:
         if (root / "state.json").exists() or (root / "dataset_dict.json").exists():
             _check_size(root, key=f"{key}.path", where=key)
@@ -107,22 +109,32 @@ def _found(spec: DatasetSpec, *, key: str) -> Source:
     if root.exists() or glob.has_magic(spec.path):
         where = f"{key}.path"
         found = [root] if root.exists() else _matches(Path(), spec.path, key=key, where=where)
-        return _in_files(spec, {"train": _files(found, spec, None, key)}, key=key)
+        return _source_of_files(spec, {"train": found}, key=key)
     if _format(root) or not HUB_NAME.fullmatch(spec.path):
         raise _missing(spec.path, key=f"{key}.path")
     return Source(key=key, spec=spec, kind="hub")
 
 
-def _in_files(
+def _source_of_files(
     spec: DatasetSpec,
-    splits: Mapping[str, tuple[LocalFile, ...]],
+    splits: Mapping[str, Sequence[Path]],
     *,
     key: str,
     warnings: tuple[str, ...] = (),
 ) -> Source:
+    """Return the source that reads the files of those splits that the entry asks for."""
     names = split_names(spec, splits, key=key)
-    files = tuple(file for name in names for file in splits[name])
-    return Source(key=key, spec=spec, kind="files", splits=splits, files=files, warnings=warnings)
+    read = {
+        split: tuple(_local_file(path, spec, key=key) for path in splits[split]) for split in names
+    }
+    return Source(
+        key=key,
+        spec=spec,
+        kind="files",
+        splits={split: read.get(split, ()) for split in splits},
+        files=tuple(file for files in read.values() for file in files),
+        warnings=warnings,
+    )
 
 
 def _missing(path: str, *, key: str) -> AttnimgError:
@@ -227,48 +239,40 @@ def _folder(root: Path, spec: DatasetSpec, *, key: str) -> Source:
             f"after splits ({', '.join(splits)}) and these are not; list them in {key}.data_files "
             "to train on them",
         )
-    files = {
-        split: _files(paths, spec, None, key) if split in asked else ()
-        for split, paths in splits.items()
-    }
-    return _in_files(spec, files, key=key, warnings=warnings)
+    return _source_of_files(spec, splits, key=key, warnings=warnings)
 
 
-def _files(
-    paths: Sequence[Path], spec: DatasetSpec, builder: str | None, key: str
-) -> tuple[LocalFile, ...]:
-    """Find each file's format: what the config says, else what its name says."""
+def _local_file(path: Path, spec: DatasetSpec, *, key: str) -> LocalFile:
+    """Return a file with its format: what the config says, else what its name says.
+
+    Raises:
+        AttnimgError: it is no regular file, can't be read, is an archive, or has no known format.
+    """
+    check_regular(path, key=key)
+    if not os.access(path, os.R_OK):
+        raise bad_file(
+            f"no permission to read {path}",
+            why=f"user {os.getuid()} may not read it",
+            do=f"chmod a+r {path}",
+            key=key,
+        )
+    named_builder = spec.data_files and not Path(spec.path).is_dir()
+    builder = BUILDERS.get(spec.path) if named_builder else None
+    kind = spec.ds_type or builder or _format(path)
+    check_packing(path, declared=kind, key=key)
+    if kind is None:
+        likely = ["csv", "text"]
+        with suppress(*BROKEN), open_data(path) as file:
+            likely = ["json"] if file.read(64).lstrip()[:1] in (b"{", b"[") else likely
+        raise AttnimgError(
+            f"the format of {path} is not known",
+            why=f"found the name {path.name}, needed one of {' '.join(FORMATS)}",
+            do=f"set {key}.ds_type: {' or '.join(likely)}",
+            code="bad-value",
+            key=f"{key}.ds_type",
+        )
     named = (spec.field, spec.text_column, spec.field_messages)
-    columns = COLUMNS | {name for name in named if name}
-    files = []
-    for path in paths:
-        check_regular(path, key=key)
-        if not os.access(path, os.R_OK):
-            raise bad_file(
-                f"no permission to read {path}",
-                why=f"user {os.getuid()} may not read it",
-                do=f"chmod a+r {path}",
-                key=key,
-            )
-        declared = spec.ds_type or next((f for f in FORMATS.values() if f == builder), None)
-        kind = declared or _format(path)
-        check_packing(path, declared=kind, key=key)
-        if kind is None:
-            likely = ["csv", "text"]
-            with suppress(*BROKEN), open_data(path) as file:
-                likely = ["json"] if file.read(64).lstrip()[:1] in (b"{", b"[") else likely
-            raise AttnimgError(
-                f"the format of {path} is not known",
-                why=f"found the name {path.name}, needed one of {' '.join(FORMATS)}",
-                do=f"set {key}.ds_type: {' or '.join(likely)}",
-                code="bad-value",
-                key=f"{key}.ds_type",
-            )
-        files.append(LocalFile(path=path, format=kind, columns=columns))
-    return tuple(files)
-
-
-TIMEOUT_SECONDS = 10
+    return LocalFile(path=path, format=kind, columns=COLUMNS.union(filter(None, named)))
 
 
 def load_hub(source: Source) -> Mapping[str, Dataset]:
@@ -329,7 +333,7 @@ def load_saved(source: Source) -> Mapping[str, Dataset]:
 
 
 def _check_reachable(source: Source) -> None:
-    """Ask the hub once, with a short timeout: the datasets library tries for half a minute."""
+    """Check that the hub can be reached and has the dataset."""
     from huggingface_hub import HfApi, errors
 
     spec = source.spec

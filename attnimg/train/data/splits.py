@@ -87,8 +87,8 @@ def find_rows(spec: DatasetSpec, lengths: Mapping[str, int], *, key: str) -> lis
             code="bad-value",
             key=f"{key}.split",
         ) from None
-    found = [(part.splitname, part.from_, part.to) for part in parts]
-    if "[" in asked and all(start >= stop for _, start, stop in found):
+    found = [(part.splitname, part.from_, max(part.from_, part.to)) for part in parts]
+    if "[" in asked and all(start == stop for _, start, stop in found):
         rows = ", ".join(f"{lengths[name]:,} rows in {name}" for name in names)
         raise AttnimgError(
             f"no rows in {asked} of {spec.path}",

@@ -1,6 +1,7 @@
-"""What each dataset type asks of a record, and the texts or turns it makes of it.
+"""Parse and encode records by the type of their dataset.
 
-Pure: a record in, a parsed record out, or an error that names the record. Tokens come later.
+A type has a parser, which turns a record into a pair of texts or a conversation or refuses it by
+its place, and an encoder, which turns what was parsed into tokens and labels.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from attnimg.train.data.chat import ChatEncoder
 from attnimg.train.data.chat_templates import choose_chat_template
 from attnimg.train.data.conversations import parse_turns, trained_roles
 from attnimg.train.data.documents import IGNORED, Pair, Parsed, unused_note
-from attnimg.train.data.records import Place, bad_record, column, text
+from attnimg.train.data.records import Place, bad_record, require_column, require_text
 from attnimg.train.data.sources import Source
 
 # The type that a column of this name usually belongs to.
@@ -34,11 +35,11 @@ WITH_INPUT = f"{PREAMBLE}, paired with an input that provides further context."
 
 REQUEST = "Write a response that appropriately completes the request."
 
-# What other trainers put before an instruction.
+# What other trainers put before an instruction; alpaca's prompt has no place for it.
 CONTEXT = ("system", "history")
 
 
-def parser(spec: DatasetSpec) -> Callable[[Mapping[str, Any], Place], Parsed | None]:
+def record_parser(spec: DatasetSpec) -> Callable[[Mapping[str, Any], Place], Parsed | None]:
     """Return the function that turns a record into texts or turns, None for an empty record."""
     if is_chat(spec):
         return partial(parse_turns, spec)
@@ -54,18 +55,9 @@ def _alpaca(
     hint = "rename the columns" + "".join(f", or set {place.key}.type: {n}" for n in fitting[:1])
     needed = ("instruction", "output")
     instruction, output = (
-        text(column(record, name, place, needed=needed, hint=hint), name, place) for name in needed
+        require_text(require_column(record, name, place, needed=needed, hint=hint), name, place)
+        for name in needed
     )
-    _refuse_context(record, place)
-    extra = record.get("input")
-    extra = "" if extra is None else text(extra, "input", place)
-    used = (*needed, "input", *CONTEXT)
-    unused = tuple(key for key, value in record.items() if key not in used and value is not None)
-    return Pair(prompt(instruction, extra), output, unused) if output.strip() else None
-
-
-def _refuse_context(record: Mapping[str, Any], place: Place) -> None:
-    """Refuse what other trainers put before an instruction: alpaca's prompt has no place for it."""
     for name in CONTEXT:
         if record.get(name):
             raise bad_record(
@@ -73,6 +65,11 @@ def _refuse_context(record: Mapping[str, Any], place: Place) -> None:
                 why=f"found {name}, which the alpaca prompt does not contain",
                 do=f"write the records as conversations (type: chat_template), or drop {name}",
             )
+    extra = record.get("input")
+    extra = "" if extra is None else require_text(extra, "input", place)
+    used = (*needed, "input", *CONTEXT)
+    unused = tuple(key for key, value in record.items() if key not in used and value is not None)
+    return Pair(prompt(instruction, extra), output, unused) if output.strip() else None
 
 
 def _instruct_prompt(instruction: str, extra: str) -> str:
@@ -97,7 +94,9 @@ def _running_text(field: str, record: Mapping[str, Any], place: Place) -> Pair |
     hint = "name the text column: `field: ...`"
     if longest is not None:
         hint = f"name the text column: `field: {json.dumps(longest, ensure_ascii=False)}`"
-    whole = text(column(record, field, place, needed=(field,), hint=hint), field, place)
+    whole = require_text(
+        require_column(record, field, place, needed=(field,), hint=hint), field, place
+    )
     return Pair(None, whole) if whole.strip() else None
 
 
@@ -123,7 +122,7 @@ class PairEncoder:
         pairs = [parsed for _, parsed in batch if isinstance(parsed, Pair)]
         unused = dict.fromkeys(pair.unused for pair in pairs if pair.unused)
         self.notes.update((unused_note("columns", names), None) for names in unused)
-        opening, ending = self._added()
+        opening, ending = self._added_tokens()
         prompts = iter(self._tokenize([pair.prompt for pair in pairs if pair.prompt is not None]))
         encoded = []
         for pair, answer in zip(pairs, self._tokenize([p.completion for p in pairs]), strict=True):
@@ -139,7 +138,7 @@ class PairEncoder:
             encoded.append((prompt + learnt, mask + learnt))
         return encoded
 
-    def _added(self) -> tuple[list[int], list[int]]:
+    def _added_tokens(self) -> tuple[list[int], list[int]]:
         """Return the tokens that are added before and after a text; the end token is the last."""
         bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
         whole = self.tokenizer("a", verbose=False)["input_ids"]

@@ -222,35 +222,34 @@ NEEDS = {
         bad-model
     """,
     "data": """
-        __call__ _refusal, _content bad_record, _flag bad_record x2, _gather_rows bad-data,
-        _nothing_left empty-dataset, _reasoning bad_record, _refusal bad_file, _refuse_context
-        bad_record, _refuse_media bad_record, _refuse_unpackable bad-data, _role bad_record x3,
-        _split bad-value, _too_long bad-data, _turn bad_record x3, _with_system_column
-        bad_record, _without_type missing-key, bad_file bad-data, bad_record AttnimgError,
-        column bad_record, documents_of _nothing_left, empty empty-dataset, find_sources
-        _without_type, find_sources empty, fit _too_long, load_documents _nothing_left,
-        parse_turns bad_record, read_records bad_file x2, read_records bad_record,
-        read_tool_calls bad_record, read_tools bad_record, text bad_record
+        __call__ _refusal, _alpaca bad_record, _content bad_record, _fit bad_file, _flag
+        bad_record x2, _gather_rows bad-data, _local_file bad-value, _local_file bad_file,
+        _locate _missing, _nothing_left empty-dataset, _reasoning bad_record, _refusal bad_file,
+        _refuse_media bad_record, _refuse_unpackable bad-data, _role bad_record x3, _split
+        bad-value, _turn bad_record x3, _with_system_column bad_record, _without_type
+        missing-key, bad_file bad-data, bad_record AttnimgError, documents_of _nothing_left,
+        find_sources _without_type, find_sources empty-dataset, load_documents _nothing_left,
+        make_on_disk not-writable, parse_turns bad_record, read_records bad_file x2,
+        read_records bad_record, read_tool_calls bad_record, read_tools bad_record,
+        require_column bad_record, require_text bad_record
     """,
     "files": """
         _bad_dir AttnimgError, _check_options bad-value, _check_reachable file-missing,
-        _check_reachable hub-unreachable, _check_size bad-data, _configured bad-value, _files
-        bad-data, _files bad-value, _folder bad-value, _folder file-missing, _found _missing,
-        _hashes bad_model, _in_two bad-value, _load _refused x2, _load_from_checkpoint _missing,
-        _malformed bad-value, _matches _missing, _matches bad-value, _missing file-missing,
-        _named_point _not_empty, _named_point damaged, _named_point output-dir-not-empty,
-        _newest_point damaged, _not_empty output-dir-not-empty, _read_jinja file-missing,
-        _refused pickled-weights, _require_checkpoint no-checkpoint, _require_files bad-model,
-        _require_optimizer no-checkpoint, _require_shards bad_model x2, _require_writable
-        _bad_dir x2, _under bad-data, _unknown bad-value, _unreadable bad-data, _unreadable
+        _check_reachable hub-unreachable, _check_size bad-data, _configured bad-value, _folder
+        bad-value, _folder file-missing, _hashes bad_model, _load _refused x2,
+        _load_from_checkpoint _missing, _matches _missing, _matches bad-value, _missing
+        file-missing, _named_point _not_empty, _named_point damaged, _named_point
+        output-dir-not-empty, _newest_point damaged, _not_empty output-dir-not-empty,
+        _read_jinja file-missing, _refused pickled-weights, _require_checkpoint no-checkpoint,
+        _require_files bad-model, _require_optimizer no-checkpoint, _require_shards bad_model
+        x2, _require_writable _bad_dir x2, _under bad_file, _unreadable bad_file, _unreadable
         file-missing, bad_model bad-model, check_model_files bad_model x4, check_output_dir
         _not_empty, check_output_dir no-checkpoint, check_packing bad-value, check_packing
-        bad_file x2, check_regular bad_file, damaged damaged-checkpoint, find_rows _malformed,
-        find_rows empty-dataset, find_source bad-data, folder_splits _in_two, folder_splits
-        bad-value, load_hub _unreadable, load_hub unsupported-key, load_saved bad-data, loading
-        damaged-checkpoint, on_disk not-writable, require_safetensors pickled-weights,
-        require_same _refused, require_same resume-differs, require_steps resume-past-end,
-        split_names _unknown
+        bad_file x2, check_regular bad_file, damaged damaged-checkpoint, find_rows bad-value,
+        find_rows empty-dataset, find_source bad_file, folder_splits bad-value x2, load_hub
+        _unreadable, load_hub unsupported-key, load_saved bad_file, loading damaged-checkpoint,
+        require_safetensors pickled-weights, require_same _refused, require_same resume-differs,
+        require_steps resume-past-end, split_names bad-value
     """,
     "machine": """
         _check_homes bad-value, _check_optimizer bad-value, _check_processes bad-value,

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from attnimg.errors import AttnimgError
-from attnimg.train.data import chat_templates as bounded_render
+from attnimg.train.data import chat_templates
 from attnimg.train.data.chat import ChatEncoder
 from attnimg.train.data.chat_render import Renderer
 from attnimg.train.data.chat_templates import TemplateLimitError, render_bounded
@@ -44,8 +44,8 @@ HEAVY = {
 def test_a_template_that_takes_too_much_is_refused(
     template: str, says: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bounded_render, "SECONDS", 0.3)
-    monkeypatch.setattr(bounded_render, "MEMORY_BYTES", 256 << 20)
+    monkeypatch.setattr(chat_templates, "SECONDS", 0.3)
+    monkeypatch.setattr(chat_templates, "MEMORY_BYTES", 256 << 20)
     with pytest.raises(TemplateLimitError, match=says):
         render_bounded(TALK, template=template + PLAIN)
     assert render_bounded(TALK, template=PLAIN)[0] == "<user>Is it?</s><assistant>Yes.</s>"
@@ -54,7 +54,7 @@ def test_a_template_that_takes_too_much_is_refused(
 @pytest.mark.parametrize("path", sorted(TEMPLATES.glob("*.jinja*")), ids=lambda path: path.stem)
 def test_published_templates_keep_the_limits_with_a_long_record(path: Path, tokenizer: Any) -> None:
     long = [{**message, "content": message["content"] * 300_000} for message in TALK]
-    bounded_render._require_no_powers(path.read_text())
+    chat_templates._require_no_powers(path.read_text())
     Renderer(tokenizer, path.read_text()).attempt(long)
 
 
@@ -99,7 +99,7 @@ def test_a_thread_renders_without_the_limit_of_time() -> None:
 def test_the_encoder_names_the_record_and_does_not_try_again(
     monkeypatch: pytest.MonkeyPatch, tokenizer: Any
 ) -> None:
-    monkeypatch.setattr(bounded_render, "MEMORY_BYTES", 256 << 20)
+    monkeypatch.setattr(chat_templates, "MEMORY_BYTES", 256 << 20)
     encode = ChatEncoder(tokenizer, "{{ 'a' * 10000000000 }}" + PLAIN)
     turns = tuple(Turn(message["role"], message["content"]) for message in TALK)
     with pytest.raises(AttnimgError, match=r"talk\.jsonl, line 3") as caught:
