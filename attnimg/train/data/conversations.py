@@ -64,6 +64,28 @@ def trained_roles(spec: DatasetSpec) -> frozenset[str]:
     return frozenset(roles(spec).get(role, role) for role in named)
 
 
+def with_function(call: Mapping[str, Any], **changes: Any) -> dict[str, Any]:
+    """Return a tool call with changes to its function, which may be the call itself."""
+    if "function" in call:
+        return {**call, "function": {**call["function"], **changes}}
+    return {**call, **changes}
+
+
+def arguments_as_text(message: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a message whose tool calls hold their arguments as JSON text.
+
+    The chat templates of DeepSeek join them to other text and take nothing else.
+    """
+    calls = []
+    for call in message.get("tool_calls", ()):
+        function = call.get("function", call)
+        if "arguments" in function:
+            text = json.dumps(function["arguments"], ensure_ascii=False)
+            call = with_function(call, arguments=text)
+        calls.append(call)
+    return {**message, "tool_calls": calls} if calls else dict(message)
+
+
 def _column_hint(record: Mapping[str, Any], place: Place) -> str:
     """Return what to set: the column that holds a list of messages, where there is one."""
     if {"prompt", "completion"} <= record.keys():
@@ -350,28 +372,6 @@ def read_tool_calls(value: object, place: Place, *, number: int) -> list[dict[st
             '"arguments": {...}}}',
         )
     return [dict(call) for call in calls]
-
-
-def with_function(call: Mapping[str, Any], **changes: Any) -> dict[str, Any]:
-    """Return a tool call with changes to its function, which may be the call itself."""
-    if "function" in call:
-        return {**call, "function": {**call["function"], **changes}}
-    return {**call, **changes}
-
-
-def arguments_as_text(message: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a message whose tool calls hold their arguments as JSON text.
-
-    The chat templates of DeepSeek join them to other text and take nothing else.
-    """
-    calls = []
-    for call in message.get("tool_calls", ()):
-        function = call.get("function", call)
-        if "arguments" in function:
-            text = json.dumps(function["arguments"], ensure_ascii=False)
-            call = with_function(call, arguments=text)
-        calls.append(call)
-    return {**message, "tool_calls": calls} if calls else dict(message)
 
 
 def _parsed_json(value: object) -> Any:

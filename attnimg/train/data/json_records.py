@@ -115,26 +115,20 @@ def _layout(
         return _array
     if start != b"{":
         return None
-    alone, followed = _first_line(open_file)
-    if not followed and (name := _attempt(open_file, lambda window: _list_name(window, columns))):
+    if name := _attempt(open_file, lambda window: _list_name(window, columns)):
         return lambda window: _wrapped(window, name, columns)
-    if alone or _attempt(open_file, _Window.value) is None:
+    if _first_line_is_value(open_file) or _attempt(open_file, _Window.value) is None:
         return None
     return _values
 
 
-def _first_line(open_file: Open) -> tuple[bool, bool]:
-    """Return whether the first line is a value of its own, and if so, whether more lines follow."""
+def _first_line_is_value(open_file: Open) -> bool:
     with open_file() as file:
-        lines = (text for _, text in read_lines(file) if text.strip())
         try:
-            json.loads(next(lines))
+            json.loads(next(text for _, text in read_lines(file) if text.strip()))
         except (ValueError, RecursionError):
-            return False, False
-        try:
-            return True, next(lines, None) is not None
-        except BrokenFile:
-            return True, True
+            return False
+    return True
 
 
 def _attempt(open_file: Open, look: Callable[[_Window], T]) -> T | None:
@@ -195,7 +189,10 @@ def _members(window: _Window) -> Iterator[str]:
 
 
 def _list_name(window: _Window, columns: Collection[str]) -> str | None:
-    """Return the key of the list of objects in an object; None when the object is a record."""
+    """Return the key of the list of objects in an object; None when the object is a record.
+
+    It is one where it has a column or holds messages, or where something follows it.
+    """
     found = empty = None
     try:
         for key in _members(window):
@@ -212,6 +209,8 @@ def _list_name(window: _Window, columns: Collection[str]) -> str | None:
                     if not value.keys().isdisjoint(MESSAGE):
                         return None
                     found = key
+        if window.peek():
+            return None
     except BrokenFile:
         if found is None:
             raise
@@ -310,8 +309,9 @@ class _Window:
                 continue
             except (RecursionError, ValueError) as error:
                 raise self.error(_unreadable_value(error), record=number) from None
-            # A number at the window's edge may have more digits to come.
-            if end == len(self.text) and self.grow(size, record=number):
+            # A number at the window's edge may have more to come, also where "1.5e-" ends there.
+            if len(self.text) - end < 3 and not self.ended:
+                self.grow(size, record=number)
                 continue
             self.at, self.record = end, number or self.record
             return value

@@ -130,6 +130,79 @@ def read_records(file: LocalFile, *, key: str) -> Iterator[Record]:
         ) from None
 
 
+def open_data(path: Path) -> IO[bytes]:
+    """Open a file for reading, unpacked where it is compressed."""
+    with path.open("rb") as file:
+        start = file.read(8)
+    found = (opener for magic, opener in _OPENERS.items() if start.startswith(magic))
+    return cast(IO[bytes], next(found, lambda plain: plain.open("rb"))(path))
+
+
+def check_regular(path: Path, *, key: str) -> None:
+    """Refuse what is no regular file: a pipe, a socket or a device may never end.
+
+    Raises:
+        AttnimgError: the path leads to something else than a file.
+    """
+    mode = path.stat().st_mode
+    if stat.S_ISREG(mode):
+        return
+    kinds = {
+        stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device",
+        stat.S_IFBLK: "a device", stat.S_IFDIR: "a folder",
+    }  # fmt: skip
+    raise bad_file(
+        f"{path} is not a regular file",
+        why=f"found {kinds.get(stat.S_IFMT(mode), 'something else')}, needed a file that can be "
+        "read more than once",
+        do=f"write what it gives to a file (`cat {path} > data.jsonl`), and name that file in "
+        f"{key}.path",
+        key=key,
+    )
+
+
+def check_packing(path: Path, *, declared: str | None, key: str) -> None:
+    """Refuse an archive or a Git LFS pointer by the command that gives the files in it.
+
+    Args:
+        path: a regular file.
+        declared: the format that it is read in; None when that is not known.
+        key: "datasets[0]".
+
+    Raises:
+        AttnimgError: the file holds no records itself, or in another format.
+    """
+    with path.open("rb") as file:
+        start = file.read(512)
+    if start.startswith(b"version https://git-lfs"):
+        raise bad_file(
+            f"{path} was not downloaded",
+            why="found a Git LFS pointer, which names the data but does not contain it",
+            do=f"git -C {path.parent} lfs pull",
+            key=key,
+        )
+    found = next((other for magic, other in _ARCHIVES.items() if start.startswith(magic)), None)
+    packed_tar = {".tar", ".tgz", ".tbz2", ".txz"} & {suffix.lower() for suffix in path.suffixes}
+    if packed_tar or start.startswith(b"ustar", 257):
+        found = ("a tar archive", "tar -xf {path}")
+    if found:
+        raise bad_file(
+            f"cannot read {path}",
+            why=f"found {found[0]}, needed plain, gzip, zstd, xz or bzip2 data",
+            do=f"unpack it (`{found[1].format(path=path)}`), and name the files in {key}.path",
+            key=key,
+        )
+    binary = next((kind for magic, kind in _BINARY.items() if start.startswith(magic)), None)
+    if binary and declared != binary:
+        raise AttnimgError(
+            f"{path} is in another format than expected",
+            why=f"found {binary}, needed {declared or 'a known format'}",
+            do=f"set {key}.ds_type: {binary}",
+            code="bad-value",
+            key=f"{key}.ds_type",
+        )
+
+
 def bad_record(place: Place, *, why: str, do: str, code: str = "bad-data") -> AttnimgError:
     """Build the error for a record that is not what its type says."""
     return AttnimgError(f"bad record: {place}", why=why, do=do, code=code, key=f"{place.key}.path")
@@ -256,14 +329,6 @@ _READERS: dict[Format, Callable[[LocalFile], Iterator[Numbered]]] = {
 }  # fmt: skip
 
 
-def open_data(path: Path) -> IO[bytes]:
-    """Open a file for reading, unpacked where it is compressed."""
-    with path.open("rb") as file:
-        start = file.read(8)
-    found = (opener for magic, opener in _OPENERS.items() if start.startswith(magic))
-    return cast(IO[bytes], next(found, lambda plain: plain.open("rb"))(path))
-
-
 def _zstd(path: Path) -> Any:
     import pyarrow
 
@@ -277,68 +342,3 @@ _OPENERS: dict[bytes, Callable[[Path], Any]] = {
     b"\xfd7zXZ\x00": lzma.LZMAFile,
     b"BZh": bz2.BZ2File,
 }
-
-
-def check_regular(path: Path, *, key: str) -> None:
-    """Refuse what is no regular file: a pipe, a socket or a device may never end.
-
-    Raises:
-        AttnimgError: the path leads to something else than a file.
-    """
-    mode = path.stat().st_mode
-    if stat.S_ISREG(mode):
-        return
-    kinds = {
-        stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device",
-        stat.S_IFBLK: "a device", stat.S_IFDIR: "a folder",
-    }  # fmt: skip
-    raise bad_file(
-        f"{path} is not a regular file",
-        why=f"found {kinds.get(stat.S_IFMT(mode), 'something else')}, needed a file that can be "
-        "read more than once",
-        do=f"write what it gives to a file (`cat {path} > data.jsonl`), and name that file in "
-        f"{key}.path",
-        key=key,
-    )
-
-
-def check_packing(path: Path, *, declared: str | None, key: str) -> None:
-    """Refuse an archive or a Git LFS pointer by the command that gives the files in it.
-
-    Args:
-        path: a regular file.
-        declared: the format that it is read in; None when that is not known.
-        key: "datasets[0]".
-
-    Raises:
-        AttnimgError: the file holds no records itself, or in another format.
-    """
-    with path.open("rb") as file:
-        start = file.read(512)
-    if start.startswith(b"version https://git-lfs"):
-        raise bad_file(
-            f"{path} was not downloaded",
-            why="found a Git LFS pointer, which names the data but does not contain it",
-            do=f"git -C {path.parent} lfs pull",
-            key=key,
-        )
-    found = next((other for magic, other in _ARCHIVES.items() if start.startswith(magic)), None)
-    packed_tar = {".tar", ".tgz", ".tbz2", ".txz"} & {suffix.lower() for suffix in path.suffixes}
-    if packed_tar or start.startswith(b"ustar", 257):
-        found = ("a tar archive", "tar -xf {path}")
-    if found:
-        raise bad_file(
-            f"cannot read {path}",
-            why=f"found {found[0]}, needed plain, gzip, zstd, xz or bzip2 data",
-            do=f"unpack it (`{found[1].format(path=path)}`), and name the files in {key}.path",
-            key=key,
-        )
-    binary = next((kind for magic, kind in _BINARY.items() if start.startswith(magic)), None)
-    if binary and declared != binary:
-        raise AttnimgError(
-            f"{path} is in another format than expected",
-            why=f"found {binary}, needed {declared or 'a known format'}",
-            do=f"set {key}.ds_type: {binary}",
-            code="bad-value",
-            key=f"{key}.ds_type",
-        )

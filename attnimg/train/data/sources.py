@@ -91,6 +91,63 @@ def find_source(spec: DatasetSpec, *, key: str) -> Source:
         ) from None
 
 
+def load_hub(source: Source) -> Mapping[str, Dataset]:
+    """Load the splits of a dataset from the hub, or from its cache when HF_HUB_OFFLINE is set.
+
+    Raises:
+        AttnimgError: no connection (hub-unreachable), no such dataset, or one that can't be read.
+    """
+    import datasets
+    from huggingface_hub import constants
+
+    spec = source.spec
+    if spec.trust_remote_code:
+        raise AttnimgError(
+            "datasets that bring their own code are not supported",
+            why=f"found {source.key}.trust_remote_code true; the library runs none",
+            do="convert the dataset to Parquet, and drop trust_remote_code",
+            code="unsupported-key",
+            key=f"{source.key}.trust_remote_code",
+        )
+    if not constants.HF_HUB_OFFLINE:
+        _check_reachable(source)
+    try:
+        loaded = datasets.load_dataset(
+            spec.path, spec.name, revision=spec.revision, data_files=spec.data_files
+        )
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise _unreadable(source, error, offline=constants.HF_HUB_OFFLINE) from None
+    return cast("Mapping[str, Dataset]", loaded)
+
+
+def load_saved(source: Source) -> Mapping[str, Dataset]:
+    """Load the splits of a folder that `save_to_disk` wrote.
+
+    A `Dataset` saved alone is the split that it was taken from: the folder remembers which.
+
+    Raises:
+        AttnimgError: the folder is damaged.
+    """
+    import datasets
+    import pyarrow
+
+    try:
+        loaded = datasets.load_from_disk(Path(source.spec.path).expanduser())
+    except (OSError, ValueError, KeyError, TypeError, pyarrow.ArrowException) as error:
+        raise bad_file(
+            f"cannot read the saved dataset {source.spec.path}",
+            why=f"{type(error).__name__}: {' '.join(str(error).split())[:300]}",
+            do=f'set {source.key}.data_files: "*.arrow", which takes its files as they are, or '
+            "write it again with save_to_disk",
+            key=source.key,
+        ) from None
+    if not isinstance(loaded, datasets.Dataset):
+        return cast("Mapping[str, Dataset]", loaded)
+    # "test[:10%]" is a part of test; what was put together from several is as good as train.
+    name = str(loaded.split or "train").partition("[")[0]
+    return {name if "+" not in str(loaded.split) else "train": loaded}
+
+
 def _locate(spec: DatasetSpec, *, key: str) -> Source:
     root = Path(spec.path).expanduser()
     is_folder = root.is_dir()
@@ -273,63 +330,6 @@ def _local_file(path: Path, spec: DatasetSpec, *, key: str) -> LocalFile:
         )
     named = (spec.field, spec.text_column, spec.field_messages)
     return LocalFile(path=path, format=kind, columns=COLUMNS.union(filter(None, named)))
-
-
-def load_hub(source: Source) -> Mapping[str, Dataset]:
-    """Load the splits of a dataset from the hub, or from its cache when HF_HUB_OFFLINE is set.
-
-    Raises:
-        AttnimgError: no connection (hub-unreachable), no such dataset, or one that can't be read.
-    """
-    import datasets
-    from huggingface_hub import constants
-
-    spec = source.spec
-    if spec.trust_remote_code:
-        raise AttnimgError(
-            "datasets that bring their own code are not supported",
-            why=f"found {source.key}.trust_remote_code true; the library runs none",
-            do="convert the dataset to Parquet, and drop trust_remote_code",
-            code="unsupported-key",
-            key=f"{source.key}.trust_remote_code",
-        )
-    if not constants.HF_HUB_OFFLINE:
-        _check_reachable(source)
-    try:
-        loaded = datasets.load_dataset(
-            spec.path, spec.name, revision=spec.revision, data_files=spec.data_files
-        )
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise _unreadable(source, error, offline=constants.HF_HUB_OFFLINE) from None
-    return cast("Mapping[str, Dataset]", loaded)
-
-
-def load_saved(source: Source) -> Mapping[str, Dataset]:
-    """Load the splits of a folder that `save_to_disk` wrote.
-
-    A `Dataset` saved alone is the split that it was taken from: the folder remembers which.
-
-    Raises:
-        AttnimgError: the folder is damaged.
-    """
-    import datasets
-    import pyarrow
-
-    try:
-        loaded = datasets.load_from_disk(Path(source.spec.path).expanduser())
-    except (OSError, ValueError, KeyError, TypeError, pyarrow.ArrowException) as error:
-        raise bad_file(
-            f"cannot read the saved dataset {source.spec.path}",
-            why=f"{type(error).__name__}: {' '.join(str(error).split())[:300]}",
-            do=f'set {source.key}.data_files: "*.arrow", which takes its files as they are, or '
-            "write it again with save_to_disk",
-            key=source.key,
-        ) from None
-    if not isinstance(loaded, datasets.Dataset):
-        return cast("Mapping[str, Dataset]", loaded)
-    # "test[:10%]" is a part of test; what was put together from several is as good as train.
-    name = str(loaded.split or "train").partition("[")[0]
-    return {name if "+" not in str(loaded.split) else "train": loaded}
 
 
 def _check_reachable(source: Source) -> None:

@@ -48,6 +48,35 @@ def record_parser(spec: DatasetSpec) -> Callable[[Mapping[str, Any], Place], Par
     return partial(_alpaca, _chat_prompt if spec.type == "alpaca:chat" else _instruct_prompt)
 
 
+def encoder_for(source: Source, config: Config, tokenizer: Any) -> Encoder:
+    """Choose how a source's records become tokens.
+
+    Raises:
+        AttnimgError: the tokenizer has no end token, or no chat template where one is needed.
+    """
+    spec = source.spec
+    if is_chat(spec):
+        return ChatEncoder(
+            tokenizer,
+            choose_chat_template(config, tokenizer, spec=spec, key=source.key),
+            trained_roles=trained_roles(spec),
+            train_on_eos=spec.train_on_eos or "turn",
+            train_on_inputs=config.train_on_inputs,
+            eot_tokens=tuple(config.eot_tokens or ()),
+            system_message=config.default_system_message,
+        )
+    if tokenizer.eos_token_id is None:
+        raise AttnimgError(
+            "the tokenizer has no end-of-text token",
+            why=f"found none; {spec.type} ends each document with it, so that the model "
+            "learns to stop",
+            do='name one: `special_tokens: {eos_token: "</s>"}`',
+            code="missing-key",
+            key="special_tokens",
+        )
+    return PairEncoder(tokenizer, config.train_on_inputs)
+
+
 def _alpaca(
     prompt: Callable[[str, str], str], record: Mapping[str, Any], place: Place
 ) -> Pair | None:
@@ -159,32 +188,3 @@ class PairEncoder:
 
 
 Encoder = ChatEncoder | PairEncoder
-
-
-def encoder_for(source: Source, config: Config, tokenizer: Any) -> Encoder:
-    """Choose how a source's records become tokens.
-
-    Raises:
-        AttnimgError: the tokenizer has no end token, or no chat template where one is needed.
-    """
-    spec = source.spec
-    if is_chat(spec):
-        return ChatEncoder(
-            tokenizer,
-            choose_chat_template(config, tokenizer, spec=spec, key=source.key),
-            trained_roles=trained_roles(spec),
-            train_on_eos=spec.train_on_eos or "turn",
-            train_on_inputs=config.train_on_inputs,
-            eot_tokens=tuple(config.eot_tokens or ()),
-            system_message=config.default_system_message,
-        )
-    if tokenizer.eos_token_id is None:
-        raise AttnimgError(
-            "the tokenizer has no end-of-text token",
-            why=f"found none; {spec.type} ends each document with it, so that the model "
-            "learns to stop",
-            do='name one: `special_tokens: {eos_token: "</s>"}`',
-            code="missing-key",
-            key="special_tokens",
-        )
-    return PairEncoder(tokenizer, config.train_on_inputs)

@@ -16,6 +16,7 @@ from attnimg.config.schema import Config
 from attnimg.errors import AttnimgError
 from attnimg.train.data.load import find_sources
 from attnimg.train.data.prepare import read_source
+from attnimg.train.data.records import LocalFile, read_records
 
 RECORDS = [{"text": "In the beginning"}, {"text": "was the Word."}]
 LINES = "".join(json.dumps(record) + "\n" for record in RECORDS).encode()
@@ -239,6 +240,27 @@ def test_a_list_of_objects_before_the_text_is_the_records_own(tmp_path: Path) ->
     records = [{"tags": [{"text": "not this"}], "text": "The Word."}] * 2
     (tmp_path / "a.json").write_text("\n".join(json.dumps(r, indent=1) for r in records))
     assert [text for _, text in read(path=str(tmp_path / "a.json"))] == ["The Word."] * 2
+
+
+def test_a_number_is_whole_wherever_a_chunk_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    records = [{"n": [-2.5, 1.5e-7, 12345], "text": "x"}] * 3
+    (tmp_path / "a.json").write_text(json.dumps(records))
+    file = LocalFile(path=tmp_path / "a.json", format="json", columns=frozenset({"text"}))
+    for size in range(1, 40):
+        monkeypatch.setattr("attnimg.train.data.json_records.CHUNK_BYTES", size)
+        assert [record for _, record in read_records(file, key="datasets[0]")] == records
+
+
+def test_objects_one_after_another_may_hold_lists_of_objects(tmp_path: Path) -> None:
+    records = [{"tags": [{"a": 1}], "body": "The Word."}] * 2
+    for between, indent in ((" ", None), ("\n", 1)):
+        (tmp_path / "a.json").write_text(
+            between.join(json.dumps(r, indent=indent) for r in records)
+        )
+        file = LocalFile(path=tmp_path / "a.json", format="json", columns=frozenset({"text"}))
+        assert [record for _, record in read_records(file, key="datasets[0]")] == records
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.txt"])
