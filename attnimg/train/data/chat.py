@@ -241,6 +241,7 @@ class ChatEncoder:
                 yield from answer.end
 
     def _note_unused(self, conversation: Conversation) -> None:
+        """Add notes on columns, keys and answers of a conversation that have no effect."""
         template = self._renderer(conversation).template
         keys = dict.fromkeys(
             key
@@ -265,6 +266,7 @@ class ChatEncoder:
         place: Place,
         error: TemplateError | TemplateLimitError | RewrittenError,
     ) -> AttnimgError:
+        """Build the error for a template that fails on a record, exceeds a limit or drops text."""
         if isinstance(error, TemplateError):
             roles = ", ".join(turn.role for turn in conversation.turns)
             return bad_file(

@@ -126,7 +126,7 @@ def _has_text(spec: DatasetSpec, turns: tuple[Turn, ...]) -> bool:
 def _with_system_column(
     turns: tuple[Turn, ...], record: Mapping[str, Any], place: Place
 ) -> tuple[Turn, ...]:
-    """Put the text of the column `system` before the conversation, as axolotl does."""
+    """Return the turns after one with the text of the column `system`, as axolotl does."""
     if record.get("system") is None:
         return turns
     system = require_text(record["system"], "system", place)
@@ -142,6 +142,7 @@ def _with_system_column(
 
 
 def _turn(spec: DatasetSpec, message: object, place: Place, *, number: int) -> Turn:
+    """Return one message as a turn, its keys named as chat templates name them."""
     mappings = {
         "role": spec.message_field_role or "role",
         "content": spec.message_field_content or "content",
@@ -279,6 +280,7 @@ def _refuse_media(holder: Mapping[str, Any], what: str, place: Place) -> None:
 
 
 def _role(spec: DatasetSpec, name: str, place: Place, *, number: int) -> str:
+    """Return a role in the chat template's terms."""
     known = roles(spec)
     if name in known:
         return known[name]

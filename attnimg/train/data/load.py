@@ -120,6 +120,7 @@ def _without_type(spec: DatasetSpec, *, key: str) -> AttnimgError:
 def _documents(
     source: Source, config: Config, tokenizer: Any, *, progress: bool
 ) -> tuple[Dataset, Prepared]:
+    """Return the documents of one source, from dataset_prepared_path where they are kept."""
     from datasets.utils import tqdm
 
     def make(write: Write) -> Prepared:
@@ -201,7 +202,9 @@ def _nothing_left(source: Source, figures: SourceFigures) -> AttnimgError:
 
 
 def _split(documents: Dataset, config: Config) -> tuple[Dataset, Dataset]:
-    """Take val_set_size documents out for validation: a share up to 1, above it a number.
+    """Return the documents to train on and those for validation: val_set_size of them.
+
+    It is a share up to 1, above it a number.
 
     Source: axolotl 0.18.0, schemas/config.py:1084, "1 = 100%", and utils/data/sft.py (2026-11-26).
     """

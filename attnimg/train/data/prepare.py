@@ -147,6 +147,7 @@ def _read_files(source: Source) -> Iterator[Record]:
 def _parsed_batches(
     source: Source, tally: Counter[str], advance: Callable[[int], None]
 ) -> Iterator[Batch]:
+    """Yield batches of parsed records, and count what was read."""
     parse = record_parser(source.spec)
     stream = read_source(source)
     while records := list(islice(stream, BATCH_RECORDS)):

@@ -149,6 +149,7 @@ def load_saved(source: Source) -> Mapping[str, Dataset]:
 
 
 def _locate(spec: DatasetSpec, *, key: str) -> Source:
+    """Return the source of an entry: data_files, a folder, a file, a pattern or a hub name."""
     root = Path(spec.path).expanduser()
     is_folder = root.is_dir()
     if spec.data_files and (is_folder or spec.path in BUILDERS):
@@ -205,6 +206,7 @@ def _missing(path: str, *, key: str) -> AttnimgError:
 
 
 def _matches(base: Path, pattern: str, *, key: str, where: str) -> list[Path]:
+    """Return the files that a name or a pattern matches, sorted."""
     if (base / pattern).exists():
         return [base / pattern]
     if "**" in pattern:
@@ -259,6 +261,7 @@ def _format(path: Path) -> Format | None:
 
 
 def _folder(root: Path, spec: DatasetSpec, *, key: str) -> Source:
+    """Return the source of a folder of data files."""
     _check_size(root, key=f"{key}.path", where=key)
     wanted = (spec.ds_type,) if spec.ds_type else tuple(FORMATS.values())
 

@@ -80,6 +80,7 @@ def encoder_for(source: Source, config: Config, tokenizer: Any) -> Encoder:
 def _alpaca(
     prompt: Callable[[str, str], str], record: Mapping[str, Any], place: Place
 ) -> Pair | None:
+    """Return the pair of an alpaca record, None without an answer."""
     fitting = [name for column, name in FITTING.items() if column in record and name != "alpaca"]
     hint = "rename the columns" + "".join(f", or set {place.key}.type: {n}" for n in fitting[:1])
     needed = ("instruction", "output")
@@ -118,6 +119,7 @@ def _chat_prompt(instruction: str, extra: str) -> str:
 
 
 def _running_text(field: str, record: Mapping[str, Any], place: Place) -> Pair | None:
+    """Return the text of a record, None for a blank one."""
     texts = {key: value for key, value in record.items() if isinstance(value, str)}
     longest = max(texts, key=lambda key: len(texts[key]), default=None)
     hint = "name the text column: `field: ...`"
