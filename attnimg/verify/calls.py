@@ -27,12 +27,14 @@ class Result:
         gradients: "dq", "dk", "dv" and "dsinks" to their tensors; None where there is none.
         attached: whether the output has a backward pass at all.
         overwritten: what the call changed of all that it was handed.
+        dsinks_terms: what each query adds to dsinks, (B, H, T); of the reference alone.
     """
 
     out: Tensor
     gradients: dict[str, Tensor | None]
     attached: bool = True
     overwritten: tuple[str, ...] = ()
+    dsinks_terms: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -190,7 +192,8 @@ def reference(
     """
     leaves = {"dq": inputs.q, "dk": inputs.k, "dv": inputs.v}
     if inputs.sinks is not None:
-        leaves["dsinks"] = inputs.sinks
+        shape = (len(inputs.q), -1, len(inputs.rows), 1)
+        leaves["dsinks"] = inputs.sinks[:, None, None].expand(shape)
     leaves = {name: leaf.detach().to(dtype).requires_grad_() for name, leaf in leaves.items()}
     places = inputs.rows + (inputs.k.shape[2] - inputs.q.shape[2])
     if pattern == "shifted":
@@ -209,7 +212,12 @@ def reference(
     )
     d_out = inputs.d_out[:, inputs.rows].to(dtype)
     found = torch.autograd.grad(out, list(leaves.values()), d_out)
-    return Result(out=out.detach(), gradients=dict(zip(leaves, found, strict=True)))
+    gradients: dict[str, Tensor | None] = dict(zip(leaves, found, strict=True))
+    terms = None
+    if inputs.sinks is not None:
+        terms = found[-1].squeeze(-1)
+        gradients["dsinks"] = terms.sum((0, 2))
+    return Result(out=out.detach(), gradients=gradients, dsinks_terms=terms)
 
 
 def slope_of_scale(case: Case, inputs: Inputs, *, pattern: Pattern, exact: Result) -> Tensor:

@@ -70,6 +70,13 @@ GAIN_VALUES = 4096
 # Values up to so many times the allowed error off are taken for noise until they are seen again.
 NEAR = 2.0
 
+# Each head has one value of dsinks, a sum over all queries that may cancel: plain attention's own
+# error in it is a draw of few numbers, and right kernels had up to 4 times the bound that it gave.
+# The root of the squared errors of the sum's terms is the standard deviation of such a draw; so
+# many of these count as plain attention's error. transformers' eager attention, and kernels that
+# round P or out before they are used, stay below 0.45 of the bound (1620 probes, 2026-11-27).
+SINK_DEVIATIONS = 2.0
+
 # Told first, as what lies at the root of the others.
 ORDER = (
     "import-error",
@@ -94,7 +101,8 @@ class Expected:
 
     Attributes:
         exact: in float64.
-        rounding: largest error of plain attention in the run's precision, for each quantity.
+        rounding: largest error of plain attention in the run's precision, for each quantity; of
+            dsinks, what it may come to.
         gain: by how much plain attention as a whole is off by a factor, for each quantity.
         slope: how the output changes with the logarithm of the scale; None where it is not judged.
         scale: by how much plain attention's scale seems to be off.
@@ -133,6 +141,10 @@ def expected(exact: Result, plain: Result, *, slope: Tensor | None = None) -> Ex
         assert gradient is not None
         rounding[name] = largest(found.double() - gradient)
         gain[name] = abs(gain_of(found, gradient) - 1)
+    if exact.dsinks_terms is not None and plain.dsinks_terms is not None:
+        off = plain.dsinks_terms.double() - exact.dsinks_terms
+        deviation = largest(off.square().sum((0, 2)).sqrt())
+        rounding["dsinks"] = max(rounding["dsinks"], SINK_DEVIATIONS * deviation)
     scale = 0.0 if slope is None else abs(_scale_error(plain.out, exact.out, slope))
     return Expected(exact=exact, rounding=rounding, gain=gain, slope=slope, scale=scale)
 

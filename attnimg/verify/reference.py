@@ -35,7 +35,8 @@ def attend(
         visible: where a query may look, bool, (B, 1, T, S).
         scale: factor on q @ k.
         softcap: scores become softcap * tanh(scores / softcap).
-        sinks: a logit for each head that joins the softmax and has no value, (H,).
+        sinks: a logit of each head and query that joins the softmax and has no value,
+            broadcastable to (B, H, T, 1).
         keep: factors on the attention weights, such as those of dropout, (B, H, T, S).
 
     Returns:
@@ -56,15 +57,17 @@ def attention_weights(
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
     scores = scores.masked_fill(~visible, -torch.inf)
-    # Detached: subtracting any constant leaves a softmax and its gradient as they are.
-    highest = scores.detach().amax(-1, keepdim=True)
-    if sinks is not None:
-        highest = torch.maximum(highest, sinks.detach()[None, :, None, None])
+    # Subtracting any constant leaves a softmax and its gradient as they are. With sinks, that of
+    # the maximum is computed all the same, as eager attention does: it is the rounding of all other
+    # gradients. Source: transformers 5.22.2, modeling_gpt_oss.py, eager_attention_forward
+    # (2026-11-27).
+    highest = scores.max(-1, keepdim=True).values
+    highest = highest.detach() if sinks is None else torch.maximum(highest, sinks)
     highest = highest.masked_fill(highest == -torch.inf, 0.0)
     weights = torch.exp(scores - highest)
     total = weights.sum(-1, keepdim=True)
     if sinks is not None:
-        total = total + torch.exp(sinks[None, :, None, None] - highest)
+        total = total + torch.exp(sinks - highest)
     return weights / total.masked_fill(total == 0, 1.0)
 
 
@@ -234,7 +237,7 @@ def _attention(case: Case, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor, Tens
         scores,
         visible=visible_keys(inputs.documents, places=places, window=case.geometry.window),
         softcap=case.geometry.softcap,
-        sinks=None if inputs.sinks is None else inputs.sinks.detach().float(),
+        sinks=None if inputs.sinks is None else inputs.sinks.detach().float()[:, None, None],
     )
     return q, k, v, scores, weights
 

@@ -407,7 +407,7 @@ def _size_and_floors(
         (q @ k.transpose(-1, -2))[None] * part.call.scale,
         visible=(place >= part.first[:, None]) & (place < part.last[:, None]),
         softcap=part.call.softcap,
-        sinks=None if sinks is None else sinks.detach()[part.query_heads].double(),
+        sinks=None if sinks is None else sinks.detach()[part.query_heads, None, None].double(),
     )[0]
     unit = torch.finfo(getattr(torch, dtype)).eps / 2
     floors = rounding_through(

@@ -44,7 +44,8 @@ def test_it_equals_plain_attention_at_the_requested_tokens(
     out = attend(
         *(leaves[name][None] for name in "qkv"),
         visible=visible_keys(documents, places=torch.arange(T), window=window),
-        scale=0.4, softcap=softcap, sinks=leaves.get("sinks"),
+        scale=0.4, softcap=softcap,
+        sinks=leaves["sinks"][:, None, None] if sinks else None,
     )  # fmt: skip
     gradients = torch.autograd.grad(out, list(leaves.values()), d_out.transpose(0, 1)[None])
     right = {f"d{name}": x for name, x in zip(leaves, gradients, strict=True)}
