@@ -50,7 +50,9 @@ def main() -> None:
             for _ in range(rounds):
                 for run, asked in RUNS.items():
                     for side, source in (("before", tree), ("after", ROOT)):
-                        found[run][side].append(seconds_of(source, asked))
+                        seconds = seconds_of(source, asked)
+                        print(f"{run}, {side}: {seconds} s", flush=True)
+                        found[run][side].append(seconds)
         finally:
             subprocess.run([*git, "remove", "--force", str(tree)], check=True)
     runs = {run: summary(**sides) for run, sides in found.items()}
@@ -103,6 +105,7 @@ def seconds_of(source: Path, asked: tuple[str, str, bool]) -> float:
 
 def prove(asked: list[Any]) -> None:
     """Prove one backend in this process as a proof's child does, and print the CPU seconds."""
+    import importlib
     import inspect
     import io
     import time
@@ -113,8 +116,12 @@ def prove(asked: list[Any]) -> None:
     import transformers.modeling_utils  # noqa: F401 - loaded for the time it takes
 
     from attnimg.facts import Geometry
-    from attnimg.verify.worker import prove_candidate
 
+    # BEFORE has the folder's former name.
+    former = Path("attnimg/prove/child.py").exists()
+    worker: Any = importlib.import_module(
+        "attnimg.prove.child" if former else "attnimg.verify.worker"
+    )
     backend, dtype, packing = asked
     torch.set_num_threads(1)
     values: dict[str, Any] = {
@@ -129,7 +136,7 @@ def prove(asked: list[Any]) -> None:
         "backend": backend, "geometries": [asdict(geometry)], "trusted": False, "routed": False
     }  # fmt: skip
     begun = time.process_time()
-    proof = prove_candidate(candidate, device="cpu", references={}, report=io.StringIO())
+    proof = worker.prove_candidate(candidate, device="cpu", references={}, report=io.StringIO())
     assert proof.passed, proof.reasons
     print(round(time.process_time() - begun, 2))
 
