@@ -166,7 +166,7 @@ def _changed(handed: dict[str, tuple[Tensor, Tensor]]) -> tuple[str, ...]:
 
 
 def _d_out(case: Case, inputs: Inputs) -> Tensor:
-    """Lay the output's gradient out: by tokens, or by heads as where what follows transposes."""
+    """Return the output's gradient by tokens, or by heads as where the next layer transposes."""
     d_out = inputs.d_out
     if 0 in d_out.stride() or case.layout == "fused":
         return d_out
@@ -190,26 +190,8 @@ def reference(
         pattern: which keys queries see; "shifted" for as many queries as keys, not packed.
         keep: factors on the attention weights, (B, H, T, S).
     """
-    leaves = {"dq": inputs.q, "dk": inputs.k, "dv": inputs.v}
-    if inputs.sinks is not None:
-        shape = (len(inputs.q), -1, len(inputs.rows), 1)
-        leaves["dsinks"] = inputs.sinks[:, None, None].expand(shape)
-    leaves = {name: leaf.detach().to(dtype).requires_grad_() for name, leaf in leaves.items()}
-    places = inputs.rows + (inputs.k.shape[2] - inputs.q.shape[2])
-    if pattern == "shifted":
-        visible = shifted_keys(inputs.documents, heads=inputs.q.shape[1])[:, :, inputs.rows]
-    else:
-        visible = visible_keys(inputs.documents, places=places, window=case.geometry.window)
-    out = attend(
-        leaves["dq"][:, :, inputs.rows],
-        leaves["dk"],
-        leaves["dv"],
-        visible=visible,
-        scale=inputs.scale,
-        softcap=case.geometry.softcap,
-        sinks=leaves.get("dsinks"),
-        keep=keep,
-    )
+    leaves = {name: x.requires_grad_() for name, x in _leaves(inputs, dtype=dtype).items()}
+    out = _plain_output(case, inputs, leaves, pattern=pattern, keep=keep)
     d_out = inputs.d_out[:, inputs.rows].to(dtype)
     found = torch.autograd.grad(out, list(leaves.values()), d_out)
     gradients: dict[str, Tensor | None] = dict(zip(leaves, found, strict=True))
@@ -220,12 +202,47 @@ def reference(
     return Result(out=out.detach(), gradients=gradients, dsinks_terms=terms)
 
 
+def _leaves(inputs: Inputs, *, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Return q, k, v and the sinks of each query in a precision, by the name of the gradient."""
+    leaves = {"dq": inputs.q, "dk": inputs.k, "dv": inputs.v}
+    if inputs.sinks is not None:
+        shape = (len(inputs.q), -1, len(inputs.rows), 1)
+        leaves["dsinks"] = inputs.sinks[:, None, None].expand(shape)
+    return {name: leaf.detach().to(dtype) for name, leaf in leaves.items()}
+
+
+def _plain_output(
+    case: Case,
+    inputs: Inputs,
+    leaves: dict[str, Tensor],
+    *,
+    pattern: Pattern,
+    keep: Tensor | None = None,
+) -> Tensor:
+    """Return the output of plain attention at the compared rows; arguments are reference's."""
+    places = inputs.rows + (inputs.k.shape[2] - inputs.q.shape[2])
+    if pattern == "shifted":
+        visible = shifted_keys(inputs.documents, heads=inputs.q.shape[1])[:, :, inputs.rows]
+    else:
+        visible = visible_keys(inputs.documents, places=places, window=case.geometry.window)
+    return attend(
+        leaves["dq"].index_select(2, inputs.rows),
+        leaves["dk"],
+        leaves["dv"],
+        visible=visible,
+        scale=inputs.scale,
+        softcap=case.geometry.softcap,
+        sinks=leaves.get("dsinks"),
+        keep=keep,
+    )
+
+
 def slope_of_scale(case: Case, inputs: Inputs, *, pattern: Pattern, exact: Result) -> Tensor:
     """Return the derivative of the output by the logarithm of the scale, at the compared rows."""
     step = 1e-4
     steeper = replace(inputs, scale=inputs.scale * (1 + step))
-    found = reference(case, steeper, dtype=torch.float64, pattern=pattern)
-    return (found.out - exact.out) / step
+    leaves = _leaves(inputs, dtype=torch.float64)
+    return (_plain_output(case, steeper, leaves, pattern=pattern) - exact.out) / step
 
 
 def _arguments(
@@ -272,8 +289,10 @@ def _mask(backend: Backend, case: Case, inputs: Inputs) -> Any:
         return None
     places = torch.arange(n_keys - n_queries, n_keys, device=inputs.q.device)
     seen = visible_keys(inputs.documents, places=places, window=window)
-    # A query of the padding sees nothing, and would be NaN; transformers lets it see itself.
-    seen |= (places[:, None] == torch.arange(n_keys, device=places.device)) & ~seen.any(-1, True)
+    if padded:
+        # A query of the padding sees nothing, and would be NaN; transformers lets it see itself.
+        itself = places[:, None] == torch.arange(n_keys, device=places.device)
+        seen |= itself & ~seen.any(-1, True)
     if backend.mask == "eager":
         lowest = torch.finfo(inputs.q.dtype).min
         return torch.zeros_like(seen, dtype=inputs.q.dtype).masked_fill(~seen, lowest)

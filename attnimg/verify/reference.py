@@ -61,8 +61,10 @@ def attention_weights(
     # the maximum is computed all the same, as eager attention does: it is the rounding of all other
     # gradients. Source: transformers 5.22.2, modeling_gpt_oss.py, eager_attention_forward
     # (2026-11-27).
-    highest = scores.max(-1, keepdim=True).values
-    highest = highest.detach() if sinks is None else torch.maximum(highest, sinks)
+    if sinks is None:
+        highest = scores.detach().amax(-1, keepdim=True)
+    else:
+        highest = torch.maximum(scores.max(-1, keepdim=True).values, sinks)
     highest = highest.masked_fill(highest == -torch.inf, 0.0)
     weights = torch.exp(scores - highest)
     total = weights.sum(-1, keepdim=True)
@@ -72,7 +74,7 @@ def attention_weights(
 
 
 def visible_keys(documents: Tensor, *, places: Tensor, window: int | None) -> Tensor:
-    """Tell which keys each query sees: those of its document, not later ones, within its window.
+    """Return which keys each query sees: those of its document, not later ones, within its window.
 
     Args:
         documents: which document each key belongs to, int, (B, S); below 0 for padding.
@@ -94,7 +96,7 @@ def visible_keys(documents: Tensor, *, places: Tensor, window: int | None) -> Te
 
 
 def shifted_keys(documents: Tensor, *, heads: int) -> Tensor:
-    """Tell which keys each query sees.
+    """Return which keys each query sees under LongLoRA's shifted groups.
 
     A row is four groups, filled up at its end to whole half groups. The first half of the heads
     attends causally within groups. The others do the same after tokens were rolled back by half a
