@@ -26,6 +26,7 @@ from attnimg.verify.checks import (
     ORDER,
     Expected,
     Fault,
+    check_further_call,
     check_isolated,
     check_repeated,
     check_values,
@@ -36,8 +37,8 @@ from attnimg.verify.process_state import leaks
 from attnimg.verify.reference import sum_noise
 from attnimg.verify.training_conditions import (
     builds_plans,
-    check_company,
     check_dropout,
+    check_training_conditions,
     check_whole_row,
     compiling_each_shape,
     few_shapes,
@@ -48,7 +49,7 @@ from attnimg.verify.training_conditions import (
 References = dict[tuple[Pattern, Case], Expected]
 # How often a probe, and then the whole proof, is run again where noise may be what broke a rule.
 AGAIN = 2
-# Tokens of the longest rows that an evaluation is shown besides the whole ones.
+# Tokens of the longest rows that are evaluated besides the whole ones.
 _EVALUATED = 1024
 # How many more calls show whether gradients that moved move by themselves.
 MORE = 3
@@ -155,7 +156,7 @@ def _run_probes(
     if plans or is_compiled(backend, device=device):
         cases = few_shapes(cases)
     for case in cases:
-        # What is refused already need not be shown the probes that take the longest.
+        # A kernel that is refused already need not run the probes that take the longest.
         if reasons and case.also_learning:
             continue
         starting(case.name)
@@ -168,7 +169,7 @@ def _run_probes(
         )
         try:
             with compiling_each_shape(backend, device=device):
-                found = _run_until_sure(probe, refused=bool(reasons))
+                found = _run_and_confirm(probe, refused=bool(reasons))
         # Kernels raise anything. Where an earlier probe found a fault, that says more.
         except Exception as error:
             if reasons:
@@ -189,7 +190,7 @@ def _run_probes(
             faults = check_dropout(function, backend, geometry, device=device, seed=next(seeds))
             return [], list(faults)
 
-        found = _run_until_sure(drop, refused=bool(reasons))
+        found = _run_and_confirm(drop, refused=bool(reasons))
         reasons += found.reasons
         unrepeated += found.unrepeated
     if reasons or len(unrepeated) > 1:
@@ -210,7 +211,7 @@ def _expected(case: Case, inputs: Inputs, pattern: Pattern) -> Expected:
     return expected(exact, plain, slope=slope)
 
 
-def _run_until_sure(
+def _run_and_confirm(
     probe: Callable[[], tuple[list[Figure], list[Fault]]], *, refused: bool
 ) -> Findings:
     """Run a probe, and again where all that it finds may be noise.
@@ -244,14 +245,14 @@ def _run_probe(
     right: Expected,
     references: References,
 ) -> tuple[list[Figure], list[Fault]]:
-    """Make the calls of one probe."""
+    """Run the calls of one probe, and return the figures and the broken rules."""
     found = call(function, backend, case, inputs)
     figures, faults = check_values(backend, case, inputs, found=found, right=right)
     further: list[Iterator[Fault]] = []
     if case.repeated:
         further = [
             _repeated(function, backend, case, inputs, first=found, right=right),
-            check_company(function, backend, case, inputs, right=right),
+            check_training_conditions(function, backend, case, inputs, right=right),
         ]
     elif case.also_learning:
         further = [
@@ -315,35 +316,37 @@ def repeat_calls(
         return sum(x.numel() * x.itemsize for x in results)
 
     def judge() -> tuple[list[Figure], list[Fault]]:
-        named = replace(case, name=f"{case.name}, repeated")
         judged = [
-            check_values(backend, named, inputs, found=found, right=right)[1] for found in again()
+            check_further_call(backend, case, inputs, "repeated", found=found, right=right)
+            for found in again()
         ]
         return [], list(itertools.chain(*judged))
 
     with compiling_each_shape(backend, device=device):
         leaking = leaks(again_and_size)
-        found = _run_until_sure(judge, refused=False)
+        found = _run_and_confirm(judge, refused=False)
     return leaking, found.reasons
 
 
 def _without_gradients(
     function: AttentionFunction, backend: Backend, case: Case, inputs: Inputs, *, right: Expected
 ) -> Iterator[Fault]:
-    """Make the call as an evaluation does."""
+    """Check the call as an evaluation makes it."""
     with torch.no_grad():
         found = forward_only(forward(function, backend, case, inputs))
-    named = replace(case, name=f"{case.name}, without gradients")
-    yield from check_values(backend, named, inputs, found=found, right=right)[1]
+    yield from check_further_call(
+        backend, case, inputs, "without gradients", found=found, right=right
+    )
 
 
 def _q_alone(
     function: AttentionFunction, backend: Backend, case: Case, inputs: Inputs, *, right: Expected
 ) -> Iterator[Fault]:
-    """Make the call as where an adapter sits on q alone."""
+    """Check the call of a model whose only adapter is on q."""
     found = backward(forward(function, backend, case, inputs, learning=("dq",)))
-    named = replace(case, name=f"{case.name}, gradients of q alone")
-    yield from check_values(backend, named, inputs, found=found, right=right)[1]
+    yield from check_further_call(
+        backend, case, inputs, "gradients of q alone", found=found, right=right
+    )
 
 
 def merge(found: Iterable[Findings]) -> Findings:
@@ -372,7 +375,7 @@ def _repeated(
     first: Result,
     right: Expected,
 ) -> Iterator[Fault]:
-    """Make the call again; where documents are packed, also with some of them changed."""
+    """Check the call made again; where documents are packed, also with some of them changed."""
     same = partial(call, function, backend, case, inputs)
     before = [first, same()]
     asked = case.geometry.deterministic
@@ -410,7 +413,7 @@ def _qkv(inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 
 def _worst(figures: list[Figure]) -> list[Figure]:
-    """Keep, for each quantity, the figure that comes closest to its bound or is furthest beyond."""
+    """Return, for each quantity, the figure that is closest to its bound or furthest beyond."""
     worst: dict[str, Figure] = {}
     for figure in figures:
         kept = worst.get(figure.quantity)
@@ -426,7 +429,7 @@ def _margin(figure: Figure) -> float:
 
 
 def _first_of_each(reasons: list[Reason]) -> list[Reason]:
-    """Keep the first reason of each code, in the order of checks.ORDER."""
+    """Return the first reason of each code, in the order of checks.ORDER."""
     first: dict[str, Reason] = {}
     for reason in reasons:
         first.setdefault(reason.code, reason)

@@ -34,7 +34,7 @@ Scores = Literal[
     "neighbours",
 ]
 
-# Every length up to this one is shown to kernels that nobody here has read, and these beyond it.
+# Kernels that nobody here has read are probed at every length up to this one, and these beyond it.
 EVERY_LENGTH = 512
 
 _BEYOND = (600, 767, 768, 1000, 1023, 1024, 1025, 1536, 2047, 2048, 2049, 3001, 4095, 4096)
@@ -85,7 +85,7 @@ class Case:
         gradient_scale: how large the output's gradient is, about.
         repeated: whether the call is made twice and its documents are perturbed.
         also_learning: of "dk" and "dv", the gradients that are asked for in a second call,
-            whose output has a gradient at every row; none for no such call. See whole_row.py.
+            whose output has a gradient at every row; none for no such call. See check_whole_row.
     """
 
     name: str
@@ -119,7 +119,7 @@ def cases_of(geometry: Geometry, *, budget: Budget) -> list[Case]:
 
 
 def _every_length(geometry: Geometry, longest: int) -> list[Case]:
-    """Show documents of each length that no other probe has, alone or several to a row."""
+    """Return probes of each length that no other probe has, alone or several documents to a row."""
     few = short_window(few_heads(geometry))
     last = min(max(longest, EVERY_LENGTH // 2), EVERY_LENGTH)
     lengths = [*range(73, last + 1), *_beyond(longest)]
@@ -265,7 +265,7 @@ def _packed(geometry: Geometry, longest: int, *, budget: Budget) -> list[Case]:
 
 
 def _whole_rows(geometry: Geometry, budget: Budget) -> list[Case]:
-    """Show all heads a row as the run has it: of one document, and of many."""
+    """Return probes of a row as the run has it, with all heads: of one document, and of many."""
     row = whole_row(geometry, budget)
     # Rows of a batch follow one another in one call, where kernels take them so.
     total = geometry.rows * geometry.sequence_len
@@ -372,7 +372,7 @@ def _dense(geometry: Geometry, longest: int, *, budget: Budget) -> list[Case]:
 
 
 def _whole_batch(geometry: Geometry, longest: int, budget: Budget) -> list[Case]:
-    """Show all heads a batch as the run has it, or as much of it as the budget allows."""
+    """Return probes of a batch with all heads, as large as the run's or as the budget allows."""
     whole = whole_row(geometry, budget)
     rows = geometry.rows if geometry.heads * geometry.rows * whole**2 <= budget.whole else 1
     cases = [
@@ -475,19 +475,19 @@ def whole_row(geometry: Geometry, budget: Budget) -> int:
 
 
 def two_groups(geometry: Geometry) -> Geometry:
-    """Keep two key heads and the number of query heads to each."""
+    """Return a geometry of two key heads and the number of query heads to each."""
     kv_heads = min(geometry.kv_heads, 2)
     heads = geometry.heads // geometry.kv_heads * kv_heads
     return replace(geometry, heads=heads, kv_heads=kv_heads)
 
 
 def one_group(geometry: Geometry) -> Geometry:
-    """Keep one key head and all query heads to it."""
+    """Return a geometry of one key head and all query heads to it."""
     return replace(geometry, heads=geometry.heads // geometry.kv_heads, kv_heads=1)
 
 
 def few_heads(geometry: Geometry) -> Geometry:
-    """Keep one key head, and two query heads where the run has several to a key head."""
+    """Return a geometry of one key head, with two query heads where the run has as many to one."""
     heads = min(geometry.heads // geometry.kv_heads, 2)
     return replace(geometry, heads=heads, kv_heads=1)
 

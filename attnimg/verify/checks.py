@@ -2,15 +2,15 @@
 
 Every rule that is broken is a Fault, whose reason has a code of its own. A kernel that is right may
 break a rule once by what rounding or random numbers do in that call: such a fault is marked, and
-candidate.py believes it when it is seen again.
+candidate.py believes it when it occurs again.
 
 What is compared bit by bit, and why a right kernel on a GPU passes: the inputs with a copy of them,
-which hold no NaN and which autograd forbids to change; in company.py a result with a copy of the
-same memory; outputs of equal calls, see repeats.py. Nothing else is: gradients follow noise.py,
-random numbers may go on (seeding.py), a dropout rate has 5 standard deviations and the coarsest
-kernel's step. The bounds here leave room for P and dS rounded before they are multiplied, for exp2
-in place of exp and for rescaling block by block: kernels that do all of that come to half of them
-(tests/fixtures/noisy_kernels, docs/measured/proof-noise.json).
+which hold no NaN and which autograd forbids to change; in training_conditions.py a result with a
+copy of the same memory; outputs of equal calls, see check_repeated. Nothing else is: gradients may
+move by reference.sum_noise, random numbers may go on (process_state.py), a dropout rate has 5
+standard deviations and the coarsest kernel's step. The bounds here leave room for P and dS rounded
+before they are multiplied, for exp2 in place of exp and for rescaling block by block: kernels that
+do all of that come to half of them (tests/fixtures/noisy_kernels, docs/measured/proof-noise.json).
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ GAIN = {"float32": 1e-4, "float16": 3e-3, "bfloat16": 1e-2}
 GAIN_ALIKE = GAIN | {"bfloat16": 5e-3}
 
 # Up to so many tokens plain attention's own error in dq and dk is a draw of few numbers; see
-# noise.rounding_of_output. A right kernel with 3 tokens in float16 was 1.1 times what that allowed
-# (benchmarks/proof_noise.py, 2026-11-27).
+# reference.rounding_of_output. A right kernel with 3 tokens in float16 was 1.1 times what that
+# allowed (benchmarks/proof_noise.py, 2026-11-27).
 SHORT = 16
 
 # The same for the scale of the scores, which a kernel may round to the run's precision; the gain of
@@ -77,7 +77,7 @@ NEAR = 2.0
 # round P or out before they are used, stay below 0.45 of the bound (1620 probes, 2026-11-27).
 SINK_DEVIATIONS = 2.0
 
-# Told first, as what lies at the root of the others.
+# Reported first, as the likely cause of the others.
 ORDER = (
     "import-error",
     "process-state",
@@ -97,7 +97,7 @@ ORDER = (
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Expected:
-    """What a case should give: the oracle's result, and how far plain attention is from it.
+    """What a case should give: the result in float64, and how far plain attention is from it.
 
     Attributes:
         exact: in float64.
@@ -106,7 +106,7 @@ class Expected:
         gain: by how much plain attention as a whole is off by a factor, for each quantity.
         slope: how the output changes with the logarithm of the scale; None where it is not judged.
         scale: by how much plain attention's scale seems to be off.
-        alike: whether the terms of dv have the same sign; see whole_row.py.
+        alike: whether the terms of dv have the same sign; see check_whole_row.
     """
 
     exact: Result
@@ -132,7 +132,7 @@ class Fault:
 
 
 def expected(exact: Result, plain: Result, *, slope: Tensor | None = None) -> Expected:
-    """Measure plain attention in the run's precision against the oracle; see Expected.slope."""
+    """Measure plain attention in the run's precision against float64; see Expected.slope."""
     rounding = {"out": largest(plain.out.double() - exact.out)}
     gain = {"out": abs(gain_of(plain.out, exact.out) - 1)}
     for name, gradient in exact.gradients.items():
@@ -161,14 +161,14 @@ def check_values(
     faults: list[Fault] = []
     if found.out.shape != inputs.d_out.shape:
         text = f"{case.name}: output {tuple(found.out.shape)}, needed {tuple(inputs.d_out.shape)}"
-        return figures, [_sure("numerics-fwd", text)]
+        return figures, [fault("numerics-fwd", text, noise_sensitive=False)]
     if found.out.dtype != inputs.q.dtype:
         text = f"{case.name}: output in {found.out.dtype}, needed {inputs.q.dtype}"
-        faults.append(_sure("numerics-fwd", text.replace("torch.", "")))
+        faults.append(fault("numerics-fwd", text.replace("torch.", ""), noise_sensitive=False))
     if found.overwritten:
         names = " and ".join(found.overwritten)
         text = f"{case.name}: the call wrote into {names}, which the model goes on to use"
-        faults.append(_sure("numerics-fwd", text))
+        faults.append(fault("numerics-fwd", text, noise_sensitive=False))
     out = found.out[:, inputs.rows]
     is_token = inputs.documents[:, -found.out.shape[1] :] >= 0
     unsound = list(_is_sound(case, "out", found.out[is_token]))
@@ -184,7 +184,7 @@ def check_values(
     for name, gradient in found.gradients.items():
         if gradient is None or not found.attached:
             text = f"{case.name}: no gradient reaches {name[1:]}"
-            faults.append(_sure("grad-detached", text))
+            faults.append(fault("grad-detached", text, noise_sensitive=False))
             continue
         exact_gradient = right.exact.gradients[name]
         assert exact_gradient is not None
@@ -208,9 +208,17 @@ def check_finite(case: Case, found: Result) -> Iterator[Fault]:
             yield from _is_sound(case, name, gradient, empty_ok=True)
 
 
-def _sure(code: str, text: str) -> Fault:
-    """Build a fault that no noise explains."""
-    return Fault(reason=Reason(code=code, text=text), noise_sensitive=False)
+def fault(code: str, text: str, *, noise_sensitive: bool) -> Fault:
+    """Build a fault."""
+    return Fault(reason=Reason(code=code, text=text), noise_sensitive=noise_sensitive)
+
+
+def check_further_call(
+    backend: Backend, case: Case, inputs: Inputs, what: str, *, found: Result, right: Expected
+) -> list[Fault]:
+    """Return the rules that another call of a case breaks; `what` is added to the case's name."""
+    named = replace(case, name=f"{case.name}, {what}")
+    return check_values(backend, named, inputs, found=found, right=right)[1]
 
 
 def _is_sound(case: Case, name: str, value: Tensor, *, empty_ok: bool = False) -> Iterator[Fault]:
@@ -218,13 +226,14 @@ def _is_sound(case: Case, name: str, value: Tensor, *, empty_ok: bool = False) -
     if not torch.isfinite(value).all():
         share = (~torch.isfinite(value)).double().mean().item()
         text = f"{case.name}: {share:.0%} of {name} is NaN or infinite"
-        yield _sure("nan", text)
+        yield fault("nan", text, noise_sensitive=False)
     elif not value.any() and not empty_ok:
         if name == "out":
-            yield _sure("zeros", f"{case.name}: the whole output is 0")
+            text = f"{case.name}: the whole output is 0"
+            yield fault("zeros", text, noise_sensitive=False)
         else:
             text = f"{case.name}: {name} is 0 everywhere: {name[1:]} would never learn"
-            yield _sure("grad-detached", text)
+            yield fault("grad-detached", text, noise_sensitive=False)
 
 
 def _compare(
@@ -301,7 +310,7 @@ def _out_of_bounds(backend: Backend, figure: Figure, *, code: str) -> Iterator[F
     )
     # Decibels are below 0.
     near = figure.error - figure.allowed <= (NEAR - 1) * abs(figure.allowed)
-    yield Fault(reason=Reason(code=code, text=text), noise_sensitive=near)
+    yield fault(code, text, noise_sensitive=near)
 
 
 def _off_by_a_factor(
@@ -318,7 +327,7 @@ def _off_by_a_factor(
         text = f"{case.name}: {name} is {found:.4f} times the reference, allowed 1 +- {allowed:.1e}"
         code = "numerics-fwd" if name == "out" else "numerics-bwd"
         near = abs(found - 1) <= NEAR * allowed
-        yield Fault(reason=Reason(code=code, text=text), noise_sensitive=near)
+        yield fault(code, text, noise_sensitive=near)
 
 
 def _off_in_scale(
@@ -330,9 +339,10 @@ def _off_in_scale(
     off = _scale_error(*pair, right.slope)
     allowed = backend.k_forward * right.scale + SCALE[case.geometry.dtype]
     if abs(off) > allowed:
-        text = f"{case.name}: out is that of {1 + off:.4f} times the scale, allowed 1 +-"
-        reason = Reason(code="numerics-fwd", text=f"{text} {allowed:.1e}")
-        yield Fault(reason=reason, noise_sensitive=abs(off) <= NEAR * allowed)
+        text = (
+            f"{case.name}: out is that of {1 + off:.4f} times the scale, allowed 1 +- {allowed:.1e}"
+        )
+        yield fault("numerics-fwd", text, noise_sensitive=abs(off) <= NEAR * allowed)
 
 
 def _scale_error(found: Tensor, exact: Tensor, slope: Tensor) -> float:
@@ -349,13 +359,13 @@ def allowed_gain(backend: Backend, name: str, *, atol: float, gain: float) -> fl
 
 
 def gain_of(found: Tensor, exact: Tensor) -> float:
-    """Give the factor that brings `exact` closest to `found`; 1 where there is nothing."""
+    """Return the factor that brings `exact` closest to `found`; 1 where there is nothing."""
     size = exact.square().sum().item()
     return (found.double() * exact).sum().item() / size if size else 1.0
 
 
 def largest(value: Tensor) -> float:
-    """Give the largest absolute value; 0 where there is none."""
+    """Return the largest absolute value; 0 where there is none."""
     return value.abs().max().item() if value.numel() else 0.0
 
 
@@ -369,15 +379,17 @@ def check_repeated(
 ) -> Iterator[Fault]:
     """Compare two calls with the same inputs, bit by bit."""
     if not torch.equal(first.out, second.out):
-        text = f"{case.name}: the same inputs gave outputs {_apart(first.out, second.out)} apart"
-        yield _fault("nondeterministic", text)
+        text = (
+            f"{case.name}: the same inputs gave outputs {_difference(first.out, second.out)} apart"
+        )
+        yield fault("nondeterministic", text, noise_sensitive=True)
     for name, gradient in first.gradients.items():
         other = second.gradients[name]
         if not gradients_too or gradient is None or other is None:
             continue
         if not torch.equal(gradient, other):
-            text = f"{case.name}: the same inputs gave {name} {_apart(gradient, other)} apart"
-            yield _fault("nondeterministic", text)
+            text = f"{case.name}: the same inputs gave {name} {_difference(gradient, other)} apart"
+            yield fault("nondeterministic", text, noise_sensitive=True)
 
 
 def check_isolated(
@@ -396,12 +408,12 @@ def check_isolated(
             changed.
         after: the results of one call made after that, one or more.
         kept: the tokens of the other documents, bool, (B, T).
-        noise: noise.sum_noise of the call before.
+        noise: reference.sum_noise of the call before.
     """
     if not torch.equal(before[0].out[kept], after[0].out[kept]):
-        shift = _apart(before[0].out[kept], after[0].out[kept])
+        shift = _difference(before[0].out[kept], after[0].out[kept])
         text = f"{case.name}: changing one document moved the output of others by {shift}"
-        yield _fault("packing-not-isolated", text)
+        yield fault("packing-not-isolated", text, noise_sensitive=True)
     for name, bound_BTHD in noise.items():
         one, *same = _kept(before, name, kept)
         other, *same_after = _kept(after, name, kept)
@@ -414,7 +426,7 @@ def check_isolated(
         allowed = max(1.0, BEYOND_SEEN * seen)
         # `not <=` also holds for NaN.
         if repeats or not _multiple(one, other, bound) <= allowed:
-            moved, by_itself = _apart(one, other), "does not move"
+            moved, by_itself = _difference(one, other), "does not move"
             if not repeats:
                 excess = largest(beyond_a_flip(one, other))
                 by_itself = (
@@ -424,7 +436,7 @@ def check_isolated(
                 f"{case.name}: changing one document moved {name} of others by {moved}"
                 f" (by itself it {by_itself})"
             )
-            yield _fault("packing-not-isolated", text)
+            yield fault("packing-not-isolated", text, noise_sensitive=True)
 
 
 def _kept(results: Sequence[Result], name: str, kept: Tensor) -> list[Tensor | None]:
@@ -442,9 +454,5 @@ def _multiple(one: Tensor, other: Tensor, bound: Tensor) -> float:
     return largest(torch.where(excess == 0, 0.0, excess / bound))
 
 
-def _apart(one: Tensor, other: Tensor) -> str:
+def _difference(one: Tensor, other: Tensor) -> str:
     return f"{largest(one.double() - other.double()):.1e}"
-
-
-def _fault(code: str, text: str) -> Fault:
-    return Fault(reason=Reason(code=code, text=text), noise_sensitive=True)

@@ -147,7 +147,7 @@ def _documents(case: Case) -> Tensor:
 
 
 def _needles(case: Case, k: Tensor, documents: Tensor, *, n_queries: int) -> Tensor:
-    """Give queries whose scores with chosen keys are 1 at scale 1; (B, H, T, D)."""
+    """Return queries whose scores with chosen keys are 1 at scale 1; (B, H, T, D)."""
     geometry = case.geometry
     needle = k / k.square().sum(-1, keepdim=True)
     needle = needle.repeat_interleave(geometry.heads // geometry.kv_heads, dim=1)
@@ -215,7 +215,7 @@ def _rows(n_queries: int, generator: torch.Generator, *, few: bool) -> Tensor:
 
 
 def _laid_out(case: Case, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Lay q, k and v out in memory as models do; shapes and values stay."""
+    """Return q, k and v laid out in memory as models do; shapes and values stay."""
     if case.layout == "heads-first":
         return q.contiguous(), k.contiguous(), v.contiguous()
     tokens_first = [x.transpose(1, 2).contiguous() for x in (q, k, v)]

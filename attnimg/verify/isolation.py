@@ -166,8 +166,8 @@ def _compare(model: nn.Module, *, context: RunContext) -> _Figures:
     lengths = [[len(document) for document in row] for row in rows]
     layout = lay_out(lengths, padding_free=context.padding_free, pad_to=PAD_TO)
     bounds = document_bounds(layout)
-    with undisturbed(model):
-        apart = [forward_apart(model, document, context=context).float() for document in documents]
+    with evaluation_mode(model):
+        alone = [forward_alone(model, document, context=context).float() for document in documents]
         inputs = packed_inputs(rows, layout=layout, context=context)
         leaked, own = [], []
         for place in with_loss(rows):
@@ -184,7 +184,7 @@ def _compare(model: nn.Module, *, context: RunContext) -> _Figures:
             leaked.append(by_token_T.max())
     coarsest = _coarsest_dtype(model, packed.dtype, context=context)
     errors = []
-    for (begin, end), logits in zip(bounds, [*apart, *apart[::-1]][: len(bounds)], strict=True):
+    for (begin, end), logits in zip(bounds, [*alone, *alone[::-1]][: len(bounds)], strict=True):
         by_token = (packed[begin:end].float() - logits).abs().amax(-1)
         # A mixture of experts may send a token elsewhere on a rounding difference, which low
         # precision makes likely. That moves a token or two, a leak most of a document.
@@ -192,7 +192,7 @@ def _compare(model: nn.Module, *, context: RunContext) -> _Figures:
     # torch.stack, because Python's max and min may pass over a NaN.
     return _Figures(
         logits_error=torch.stack(errors).max().item(),
-        logits_tolerance=TOLERANCE[coarsest] * torch.cat(apart).abs().max().item(),
+        logits_tolerance=TOLERANCE[coarsest] * torch.cat(alone).abs().max().item(),
         leaked_gradient=torch.stack(leaked).max().item(),
         own_gradient=torch.stack(own).min().item(),
     )
@@ -280,7 +280,7 @@ def draw_documents(model: Any) -> list[Tensor]:
 
 
 @contextmanager
-def undisturbed(model: nn.Module) -> Iterator[None]:
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Run with dropout off and gradients on, and leave modes and random state as they were.
 
     Layers of bitsandbytes keep their mode: on a CPU with AVX512-BF16 a 4-bit layer in evaluation
@@ -299,7 +299,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def forward_apart(model: nn.Module, document: Tensor, *, context: RunContext) -> Tensor:
+def forward_alone(model: nn.Module, document: Tensor, *, context: RunContext) -> Tensor:
     """Return the logits of one document alone; (length, V)."""
     positions = torch.arange(len(document), device=document.device)
     inputs = {"input_ids": document[None], "position_ids": positions[None]}

@@ -5,7 +5,7 @@ directory, a signal handler, or files that stay open after each call. What is co
 
 - settings stay the same from before the import to the end: those of torch (torch_settings.py),
   Python's and numpy's random numbers, Python's hooks and garbage collection, rounding, working
-  directory, umask, signals, timers, limits (for torch's random numbers, see seeding.py);
+  directory, umask, signals, timers, limits (for torch's random numbers, see is_rewound);
 - the functions of torch that models call are not replaced;
 - existing environment variables keep their values, and none that other software reads is added. A
   library may set variables of its own on import or in its first calls;

@@ -48,7 +48,7 @@ class Setting:
 
     @staticmethod
     def here(machine: Machine, environment: Mapping[str, str]) -> Setting:
-        """Give the setting of this process."""
+        """Return the setting of this process."""
         return Setting(
             machine=machine,
             environment=environment,
@@ -311,7 +311,7 @@ def geometries_of(
         context: how the run calls its model.
         dense: whether rows of one document are to be proven as well.
         deterministic: whether gradients must repeat bit for bit.
-        every_length: whether documents of each length are to be shown.
+        every_length: whether documents of each length are probed.
     """
     model = with_effective_windows(problem).model
     layers: Sequence[LayerGroup] = model.layers if model else ()
@@ -340,6 +340,6 @@ def geometries_of(
 
 
 def has_dense_entry(backend: Backend, machine: Machine) -> bool:
-    """Tell whether a backend takes rows of one document: some kernels have a varlen entry alone."""
+    """Return whether a backend takes rows of one document: some have a varlen function alone."""
     local = local_kernel(backend, machine)
     return local is None or local.exports is None or "flash_attn_func" in local.exports

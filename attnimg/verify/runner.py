@@ -43,7 +43,7 @@ IMPORT_TIMEOUT_S = 180.0
 WALL_S = 900.0
 
 # What a child may allocate besides what its imports take: the longest probe on a CPU holds some ten
-# arrays of shown.CPU.held scores. On a GPU its probes follow its memory, of which a tenth is left.
+# arrays of cases.CPU.held scores. On a GPU its probes follow its memory, of which a tenth is left.
 MEMORY_BYTES = {"cpu": 6 << 30, "cuda": 1 << 40}
 
 # Bytes that a child may print (into a temporary file), and of the longest line that it reports.
@@ -134,18 +134,18 @@ def _run_child(
     running, case = candidates[0].backend, "starting"
     begun = time.monotonic()
     with tempfile.TemporaryFile() as noise, _Child(task, noise=noise) as child:
-        patience = Patience(child.pid, limit_s=IMPORT_TIMEOUT_S, wall_s=WALL_S)
-        for line in _lines(child, patience, noise=noise):
+        watchdog = Watchdog(child.pid, limit_s=IMPORT_TIMEOUT_S, wall_s=WALL_S)
+        for line in _lines(child, watchdog, noise=noise):
             message = _message(line, pid=child.pid)
             if "begin" in message:
                 running, case = str(message["begin"]), "loading"
                 begun = time.monotonic()
                 limit_s, wall_s = limits[len(proofs)]
-                patience.restart(limit_s=limit_s, wall_s=wall_s)
+                watchdog.restart(limit_s=limit_s, wall_s=wall_s)
                 say(f"proving {running}")
             elif "again" in message:
                 limit_s, wall_s = limits[len(proofs)]
-                patience.restart(limit_s=limit_s, wall_s=wall_s)
+                watchdog.restart(limit_s=limit_s, wall_s=wall_s)
             elif "case" in message:
                 case = str(message["case"])
             elif (proof := _proof(message)) is not None and proof.backend == running:
@@ -157,7 +157,7 @@ def _run_child(
             # An earlier candidate's kernel ended this child; the next child proves the rest.
             return proofs
         # A kernel may close the pipe of its reports, and run on.
-        while child.poll() is None and not patience.spent() and not _is_flooded(noise):
+        while child.poll() is None and not watchdog.spent() and not _is_flooded(noise):
             time.sleep(LOOK_EVERY_S)
         late, flooded = child.poll() is None, _is_flooded(noise)
         if late:
@@ -167,7 +167,7 @@ def _run_child(
             text = f"{case}: printed more than {OUTPUT_BYTES >> 20} MiB"
             reason = Reason(code="process-state", text=text)
         elif late:
-            reason = Reason(code="timeout", text=f"{case}: {patience.sentence()}")
+            reason = Reason(code="timeout", text=f"{case}: {watchdog.sentence()}")
         else:
             reason = _death(status, case=case, noise=noise)
     seconds = time.monotonic() - begun
@@ -195,7 +195,7 @@ def _is_flooded(noise: IO[bytes]) -> bool:
 
 
 def _silence(_text: str) -> None:
-    """Say nothing."""
+    """Print nothing."""
 
 
 class _Child:
@@ -244,14 +244,14 @@ def _kill_marked(mark: str) -> None:
 
 
 def _lines(
-    child: subprocess.Popen[bytes], patience: Patience, *, noise: IO[bytes]
+    child: subprocess.Popen[bytes], watchdog: Watchdog, *, noise: IO[bytes]
 ) -> Iterator[bytes]:
     """Yield the lines of the child until it ends, closes the pipe, or exceeds a limit."""
     pending = b""
     assert child.stdout is not None
     with selectors.DefaultSelector() as selector:
         selector.register(child.stdout, selectors.EVENT_READ)
-        while not patience.spent() and not _is_flooded(noise):
+        while not watchdog.spent() and not _is_flooded(noise):
             if not selector.select(timeout=LOOK_EVERY_S):
                 # A process that a kernel started may hold the pipe open.
                 if child.poll() is not None:
@@ -280,7 +280,7 @@ def _death(status: int, *, case: str, noise: IO[bytes]) -> Reason:
 
 
 def proof_from_json(values: dict[str, Any]) -> Proof:
-    """Make a proof of what dataclasses.asdict made of one.
+    """Build a proof of what dataclasses.asdict made of one.
 
     Raises:
         TypeError, KeyError: the values are no proof.
@@ -308,8 +308,8 @@ class Usage(NamedTuple):
     asleep: bool
 
 
-class Patience:
-    """A clock that is set anew for each candidate.
+class Watchdog:
+    """The time limits of a child, which start over for each candidate.
 
     Args:
         pid: the child.
@@ -322,14 +322,14 @@ class Patience:
         self.restart(limit_s=limit_s, wall_s=wall_s)
 
     def restart(self, *, limit_s: float, wall_s: float) -> None:
-        """Begin anew, with other limits."""
+        """Start over, with other limits."""
         self.limit_s, self.wall_s = limit_s, wall_s
         self.own_s = self.passed_s = 0.0
         self._looked = time.monotonic()
         self._cpu_s = usage_of(self.pid).cpu_s
 
     def spent(self) -> bool:
-        """Look at the child, unless that was done just now; tell whether a limit is passed."""
+        """Look at the child, unless just done, and return whether a limit is passed."""
         since = time.monotonic() - self._looked
         if since >= LOOK_EVERY_S:
             usage = usage_of(self.pid)
@@ -340,14 +340,14 @@ class Patience:
         return self.own_s >= self.limit_s or self.passed_s >= self.wall_s
 
     def sentence(self) -> str:
-        """Say which limit was passed."""
+        """Return which limit was passed, in words."""
         if self.own_s >= self.limit_s:
             return f"still running after {self.limit_s:g} s"
         return f"still running after {self.wall_s:g} s, {self.own_s:.0f} s of them with a CPU"
 
 
 def own_time(since: float, *, cpu_s: float, asleep: bool) -> float:
-    """Give how much of a stretch of time a process answers for itself.
+    """Return how much of a stretch of time counts for a process.
 
     Args:
         since: seconds of wall time.

@@ -54,7 +54,7 @@ CLEAR = 0.1
 # The last tokens of a long row, which are always compared.
 ENDS = 64
 # Rows of at most so many tokens, whose queries see at most SHORT keys, have the bound of
-# noise.rounding_of_output.
+# reference.rounding_of_output.
 FEW_TOKENS = 256
 _FEATURES = frozenset({"window", "softcap", "sinks", "dropout"})
 
@@ -391,7 +391,7 @@ def _size_and_floors(
 ) -> tuple[float, dict[str, float]]:
     """Return the size of terms that may cancel, and for short rows the effect of rounding out.
 
-    See checks.py, and noise.rounding_of_output.
+    See checks.py, and reference.rounding_of_output.
     """
     size = largest(d_out) * largest(v) * v.shape[-1] * part.call.scale
     size *= max(largest(q), largest(k))

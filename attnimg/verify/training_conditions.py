@@ -1,9 +1,9 @@
-"""Prove that a call is right in the company that it has in training.
+"""Check a backend under training conditions: no_grad, checkpointing, concurrent calls, dropout.
 
-There every layer has called before the first of them goes backward, some calls record no gradient,
-as with checkpointed activations and in evaluation, and where part of a model is frozen some of q, k
-and v need none. What a call saves may be dropped and made again. A kernel that keeps something
-between calls is right only when it is alone.
+In training every layer has called before the first of them goes backward, some calls record no
+gradient, as with checkpointed activations and in evaluation, and where part of a model is frozen
+some of q, k and v need none. What a call saves may be dropped and computed again. A kernel that
+keeps something between calls is right only when it is alone.
 """
 
 from __future__ import annotations
@@ -20,11 +20,19 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from attnimg.facts import AttentionFunction, Backend, Geometry, Pattern, Reason
+from attnimg.facts import AttentionFunction, Backend, Geometry, Pattern
 from attnimg.verify.blocks import Span, block_reference
 from attnimg.verify.calls import ALL, Result, backward, call, forward, forward_only, reference
 from attnimg.verify.cases import Case
-from attnimg.verify.checks import Expected, Fault, check_finite, check_values, expected
+from attnimg.verify.checks import (
+    Expected,
+    Fault,
+    check_finite,
+    check_further_call,
+    check_values,
+    expected,
+    fault,
+)
 from attnimg.verify.inputs import Inputs, draw
 
 # Calls that are under way at once, as many as a common model has layers.
@@ -43,7 +51,7 @@ _WITHOUT = {
 }
 
 
-def check_company(
+def check_training_conditions(
     function: AttentionFunction, backend: Backend, case: Case, inputs: Inputs, *, right: Expected
 ) -> Iterator[Fault]:
     """Call a backend without gradients, with some of them, and while another call is under way.
@@ -62,20 +70,17 @@ def check_company(
     for what, (mode, learning) in _WITHOUT.items():
         with mode():
             found = forward_only(forward(function, backend, case, inputs, learning=learning))
-        named = replace(case, name=f"{case.name}, {what}")
         if before is not None and _address(found.out) == _address(before):
-            text = f"{named.name}: the output is in the memory of the one before"
-            yield Fault(reason=Reason(code="numerics-fwd", text=text), noise_sensitive=False)
+            text = f"{case.name}, {what}: the output is in the memory of the one before"
+            yield fault("numerics-fwd", text, noise_sensitive=False)
         before = found.out
-        yield from check_values(backend, named, inputs, found=found, right=right)[1]
+        yield from check_further_call(backend, case, inputs, what, found=found, right=right)
     found = call(_checkpointed(function), backend, case, inputs)
-    named = replace(case, name=f"{case.name}, checkpointed")
-    yield from check_values(backend, named, inputs, found=found, right=right)[1]
+    yield from check_further_call(backend, case, inputs, "checkpointed", found=found, right=right)
     for learning in _SUBSETS:
         found = backward(forward(function, backend, case, inputs, learning=learning))
-        what = " and ".join(name[1:] for name in learning)
-        named = replace(case, name=f"{case.name}, gradients of {what} alone")
-        yield from check_values(backend, named, inputs, found=found, right=right)[1]
+        what = f"gradients of {' and '.join(name[1:] for name in learning)} alone"
+        yield from check_further_call(backend, case, inputs, what, found=found, right=right)
     yield from _interleaved(function, backend, case, inputs, right=right)
 
 
@@ -84,7 +89,7 @@ def _address(value: torch.Tensor) -> int:
 
 
 def _checkpointed(function: AttentionFunction) -> AttentionFunction:
-    """Drop what a call saves, and make it again in the backward pass, as with long sequences."""
+    """Return the function under checkpointing: what it saves is computed again when needed."""
 
     def attend(*args: Any, **kwargs: Any) -> Any:
         return checkpoint(function, *args, use_reentrant=False, **kwargs)
@@ -95,7 +100,7 @@ def _checkpointed(function: AttentionFunction) -> AttentionFunction:
 def _interleaved(
     function: AttentionFunction, backend: Backend, case: Case, inputs: Inputs, *, right: Expected
 ) -> Iterator[Fault]:
-    """Make calls forward, then the first two backward; the second's gradient comes from a sum."""
+    """Check two calls that run backward after many ran forward; the second's d_out is expanded."""
     second = replace(case, name=f"{case.name}, a second call")
     others = draw(second, device=str(inputs.q.device))
     others = replace(
@@ -106,8 +111,7 @@ def _interleaved(
     follows = forward(function, backend, second, others)
     if not torch.equal(started.out, first_out):
         text = f"{second.name} wrote into the output of the first"
-        reason = Reason(code="numerics-fwd", text=text)
-        yield Fault(reason=reason, noise_sensitive=False)
+        yield fault("numerics-fwd", text, noise_sensitive=False)
     held = [forward(function, backend, second, others) for _ in range(_LAYERS - 2)]
     found = backward(started)
     del held
@@ -116,10 +120,9 @@ def _interleaved(
     for name, gradient in gradients.items():
         if not torch.equal(found.gradients[name], gradient):
             text = f"{second.name} wrote into {name} of the first"
-            reason = Reason(code="numerics-bwd", text=text)
-            yield Fault(reason=reason, noise_sensitive=False)
-    first = replace(case, name=f"{case.name}, a second call before the backward pass")
-    yield from check_values(backend, first, inputs, found=found, right=right)[1]
+            yield fault("numerics-bwd", text, noise_sensitive=False)
+    what = "a second call before the backward pass"
+    yield from check_further_call(backend, case, inputs, what, found=found, right=right)
     of_second = expected(
         *(
             reference(second, others, dtype=dtype, pattern=backend.pattern)
@@ -136,7 +139,7 @@ FILLED = (384, 1920)
 EDGES = frozenset({1, 17, 64, 65, 127, 128, 129, 192, 257})
 
 # Graphs that a proof may compile: about twice those that 30 shapes and the ways of
-# company.py to ask for gradients come to.
+# check_training_conditions to ask for gradients come to.
 RECOMPILE_LIMIT = 128
 
 
@@ -191,7 +194,7 @@ def shapes_of(cases: list[Case]) -> set[tuple[int | str, ...]]:
 
 @contextmanager
 def compiling_each_shape(backend: Backend, *, device: str) -> Iterator[None]:
-    """Let Dynamo compile as many graphs as a proof needs, and raise rather than run uncompiled."""
+    """Allow Dynamo as many graphs as a proof needs, and make it raise rather than not compile."""
     if not is_compiled(backend, device=device):
         yield
         return
@@ -253,13 +256,13 @@ def check_dropout(
         whose = "two calls" if torch.equal(kept_BHTS, kept_again) else "two heads"
         if whose == "two calls" or any(torch.equal(first, other) for other in others):
             text = f"{case.name}: {whose} dropped the same weights"
-            yield Fault(reason=Reason(code="dropout", text=text), noise_sensitive=True)
+            yield fault("dropout", text, noise_sensitive=True)
     rate = 1 - kept_BHTS[..., causal].mean().item()
     n_weights = kept_BHTS[..., causal].numel()
     spread = math.sqrt(geometry.dropout * (1 - geometry.dropout) / n_weights)
     if abs(rate - geometry.dropout) > 5 * spread + COARSEST_RATE:
         text = f"{case.name}: {rate:.1%} of the weights were dropped"
-        yield Fault(reason=Reason(code="dropout", text=text), noise_sensitive=True)
+        yield fault("dropout", text, noise_sensitive=True)
         return
     keep = kept_BHTS / (1 - geometry.dropout)
     exact = reference(case, inputs, dtype=torch.float64, keep=keep)
@@ -288,7 +291,7 @@ def check_whole_row(
     right: Expected,
     references: dict[tuple[Pattern, Case], Expected],
 ) -> Iterator[Fault]:
-    """Make two more calls of a whole row.
+    """Check two more calls of a whole row.
 
     Args:
         function: the backend's attention.
@@ -303,8 +306,9 @@ def check_whole_row(
     """
     with torch.no_grad():
         found = forward_only(forward(function, backend, case, inputs))
-    named = replace(case, name=f"{case.name}, without gradients")
-    yield from check_values(backend, named, inputs, found=found, right=right)[1]
+    yield from check_further_call(
+        backend, case, inputs, "without gradients", found=found, right=right
+    )
     if backend.pattern != "full":
         return
     what = " and ".join(name[1:] for name in case.also_learning)

@@ -187,13 +187,13 @@ def _reason(error: BaseException, *, stage: str) -> Reason:
 
 
 def _die_with_parent() -> None:
-    """Have the kernel end this process with its parent: nobody else ends one that hangs."""
+    """Ask Linux to end this process with its parent: nobody else ends one that hangs."""
     # Source: prctl(2), PR_SET_PDEATHSIG is 1 (2026-11-25).
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 
 
 def _cap_memory(memory_bytes: int, *, device: str) -> None:
-    """Let this process allocate so much more, and no kernel eat the machine."""
+    """Limit what this process may allocate, so that no kernel takes all memory."""
     import torch
 
     if device == "cuda":

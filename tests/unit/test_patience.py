@@ -15,7 +15,7 @@ from run_facts import a_geometry
 from served_kernels import serve
 
 from attnimg.facts import Proof
-from attnimg.verify.runner import Candidate, Patience, own_time, run, usage_of
+from attnimg.verify.runner import Candidate, Watchdog, own_time, run, usage_of
 
 SMALL = a_geometry(heads=2, kv_heads=1, head_dim_qk=16, head_dim_v=16, sequence_len=64)
 SPIN = "while True: pass"
@@ -45,15 +45,15 @@ def test_a_process_is_seen_with_all_that_it_started() -> None:
     code = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {SPIN!r}])"
     with subprocess.Popen([sys.executable, "-c", code], start_new_session=True) as process:
         try:
-            patience = Patience(process.pid, limit_s=0.5, wall_s=60.0)
-            while not patience.spent():
+            watchdog = Watchdog(process.pid, limit_s=0.5, wall_s=60.0)
+            while not watchdog.spent():
                 time.sleep(0.05)
             usage = usage_of(process.pid)
         finally:
             os.killpg(process.pid, signal.SIGKILL)
     assert usage.cpu_s > 0.4
     assert not usage.asleep
-    assert patience.sentence() == "still running after 0.5 s"
+    assert watchdog.sentence() == "still running after 0.5 s"
 
 
 def test_a_process_that_is_gone_has_done_nothing() -> None:
