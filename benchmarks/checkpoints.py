@@ -247,8 +247,8 @@ def resume(folder: str) -> None:
     import psutil
     from tiny_run import run
 
+    from attnimg.train import engine as watch
     from attnimg.train import intact, output_dir
-    from attnimg.train import session as watch
 
     started, seconds = psutil.Process().create_time(), dict[str, float]()
     begin = watch.Watch.on_train_begin

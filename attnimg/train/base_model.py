@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from attnimg.select.model_types import (
     refusal_of,
 )
 from attnimg.task import model_file
+from attnimg.train.model_files import OTHER_PARTS
 from attnimg.train.pickled_weights import require_safetensors
 from attnimg.train.quantized import judge_quantization, require_known_weights
 
@@ -273,16 +273,6 @@ def _language_part(raw: Mapping[str, Any]) -> Mapping[str, Any]:
     return next((part for part in parts if isinstance(part, Mapping) and part), raw)
 
 
-# Fields of config.json that describe other parts than the language model.
-OTHER_PARTS = ("vision_config", "audio_config", "vq_config", "speech_config")
-
-# Files that an AutoProcessor reads besides the tokenizer's.
-PROCESSOR_FILES = (
-    "processor_config.json", "preprocessor_config.json", "image_processor_config.json",
-    "video_preprocessor_config.json",
-)  # fmt: skip
-
-
 def class_to_load(config: Config, raw: Mapping[str, Any]) -> str:
     """Return the name of the transformers class that loads a checkpoint.
 
@@ -388,25 +378,3 @@ def _language_parts(model: Any) -> Iterable[Any]:
     """Return the decoder and the input and output embeddings of a language model."""
     parts = (model.get_decoder(), model.get_input_embeddings(), model.get_output_embeddings())
     return [part for part in parts if part is not None]
-
-
-def keep_processor(config: Config, loaded: Mapping[str, Any], folder: Path) -> None:
-    """Copy the files of the AutoProcessor of a multimodal checkpoint.
-
-    Args:
-        config: the validated run.
-        loaded: the model's config before training, as `to_dict` gives it.
-        folder: of the trained model.
-    """
-    from transformers.utils import cached_file
-
-    for name in PROCESSOR_FILES if any(loaded.get(part) for part in OTHER_PARTS) else ():
-        found = cached_file(
-            config.base_model,
-            name,
-            revision=config.revision_of_model,
-            _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=False,
-        )
-        if found is not None and not (folder / name).exists():
-            shutil.copyfile(found, folder / name)

@@ -9,24 +9,30 @@ from __future__ import annotations
 import functools
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import TrainerCallback
 
+from attnimg.config.schema import Config
 from attnimg.errors import AttnimgError
 from attnimg.train import checkpoint as checkpoints
 from attnimg.train import metrics
 from attnimg.train.attention_check import AttentionCheck
 from attnimg.train.checkpoint import FileHashes, writing
-from attnimg.train.distributed import StopFlag, Stopped
-from attnimg.train.metrics import EvaluationCut
-from attnimg.train.packing import OnceAnEpoch
-from attnimg.train.rows import COUNTS, Collator
-from attnimg.train.saved_model import NOT_THE_MODEL, correct_saved_config
+from attnimg.train.distributed import StopFlag, Stopped, any_rank
+from attnimg.train.metrics import ProgressView
+from attnimg.train.model_files import NOT_THE_MODEL, correct_saved_config
+from attnimg.train.resume import apply_config
+from attnimg.train.rows import COUNTS, Collator, OnceAnEpoch
 from attnimg.train.saved_states import SavedStates
+
+
+class EvaluationCut(Exception):
+    """A signal came while evaluating; the rest of the evaluation is left for the next session."""
 
 
 class Engine(SavedStates):
@@ -57,6 +63,8 @@ class Engine(SavedStates):
         added_rows: int,
         **options: Any,
     ) -> None:
+        self.stop, self.eval_collate = stop, eval_collate
+        self._eval_sums = torch.zeros(2, dtype=torch.float64)
         self.attention_check, self.added_rows = attention_check, added_rows
         self.folder, self.backend = folder, backend
         self.save_limit, self.identity = save_limit, identity
@@ -69,7 +77,7 @@ class Engine(SavedStates):
             for name, weight in options["model"].named_parameters()
             if weight.requires_grad
         }
-        super().__init__(stop=stop, eval_collate=eval_collate, **options)
+        super().__init__(**options)
         # TRL casts the adapter of a quantized model to bfloat16, whatever the run's precision:
         # wrong on a CPU in float32, and float16's gradient scaler can't unscale bfloat16.
         # Source: trl 1.16 sft_trainer.py, "When using QLoRA" (2026-11-21).
@@ -168,6 +176,36 @@ class Engine(SavedStates):
         self._evaluated_at = self.state.global_step
         return found
 
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """Batch evaluation rows with their own collator."""
+        train_collate = self.data_collator
+        self.data_collator: Collator = self.eval_collate
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.data_collator = train_collate
+
+    def prediction_step(
+        self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None
+    ) -> Any:
+        """Sum the loss over trained tokens, so that it does not depend on how rows are batched."""
+        inputs.pop(COUNTS, None)
+        trained = (inputs["labels"][..., 1:] != -100).sum()
+        result = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        self._eval_sums += torch.stack([result[0] * trained, trained]).double().cpu()
+        if any_rank(self.stop.number is not None):
+            raise EvaluationCut
+        return result
+
+    def evaluation_loop(self, *args: Any, **options: Any) -> Any:
+        """Replace transformers' mean over batches with the mean over trained tokens."""
+        self._eval_sums = torch.zeros(2, dtype=torch.float64)
+        output = super().evaluation_loop(*args, **options)
+        sums = self._eval_sums.float().to(self.args.device)
+        loss, tokens = self.accelerator.reduce(sums, reduction="sum").tolist()
+        output.metrics[f"{options.get('metric_key_prefix', 'eval')}_loss"] = loss / max(tokens, 1)
+        return output
+
     def evaluate_missed(self) -> None:
         """Do the evaluation that the session before did not come to."""
         self._determine_best_metric(self._evaluate(None, None), None)
@@ -197,7 +235,7 @@ class Engine(SavedStates):
             logs.update(self.attention_check.close_window())
         super().log(logs, start_time)
 
-    def _get_output_dir(self, trial: Any) -> str:  # noqa: ARG002  transformers' signature
+    def _get_output_dir(self, trial: Any) -> str:
         """Point transformers' writing at the folder of unfinished checkpoints."""
         return str(self.folder / checkpoints.PARTIAL)
 
@@ -289,3 +327,89 @@ class Engine(SavedStates):
         if self.is_world_process_zero():
             self.meter.count(window["tokens"], window["places"])
             self.restore_aux_window(window.get("aux", [0, 0]))
+
+
+# transformers' name -> the name in metrics.jsonl, in the order of a line.
+TRAIN_KEYS = (
+    "epoch", "loss", "learning_rate", "grad_norm", "tokens", "tokens_per_second", "filled",
+    "memory_bytes", "seconds", "aux_loss", "attn_checks", "attn_margin",
+)  # fmt: skip
+
+
+# ruff: noqa: ARG002
+# transformers calls each of these with all of its arguments, whether they are needed or not.
+class Watch(TrainerCallback):  # type: ignore[misc]  # transformers' types are not followed
+    """Follow the engine: write each log, draw progress, and stop it when asked.
+
+    Args:
+        folder: output_dir, where metrics.jsonl stands.
+        stop: whether someone asked to stop.
+        view: the bar.
+        restored: the state of the checkpoint the run goes on from; empty for a new run.
+        config: the validated run if it resumes from a checkpoint; None for a new run.
+        ready: called with the engine when it is ready for its first step.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        stop: StopFlag,
+        view: ProgressView,
+        restored: Mapping[str, Any],
+        config: Config | None,
+        ready: Callable[[Any], None],
+    ) -> None:
+        self.folder, self.stop, self.view, self.restored = folder, stop, view, restored
+        self.config, self.ready = config, ready
+        self.stopping = False
+        self.engine: Any = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Take up the sums, and the evaluation, that the session before left unfinished."""
+        if self.config is not None:
+            apply_config(self.engine, self.config, self.restored.get("identity", {}))
+        self.ready(self.engine)
+        self.engine.restore_window(self.restored)
+        self.view.begin(state.global_step)
+        self.stop.training = True
+        if self.restored.get("evaluate_first"):
+            self.engine.evaluate_missed()
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Wait for the hashes of the optimizer's state, which its step will change."""
+        self.engine.hashes.settle()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Move the bar, and ask for a checkpoint when any process was told to stop."""
+        self.view.step(state.global_step)
+        if state.global_step >= state.max_steps:
+            control.should_log = True
+        if any_rank(self.stop.number is not None):
+            self.stopping = True
+            # An evaluation due here is the next session's first act: the checkpoint says so.
+            control.should_evaluate = False
+            control.should_save = True
+            # Weights alone could not be resumed from.
+            args.save_only_model = False
+        elif control.should_evaluate:
+            self.view.evaluating()
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Leave training once the checkpoint of a stop is in place."""
+        if self.stopping:
+            raise self.engine.stopped()
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        """Write the log as one line, on the first process alone."""
+        if "loss" in logs:
+            line = {"step": state.global_step} | {k: logs[k] for k in TRAIN_KEYS if k in logs}
+            self.view.figures(state.global_step, line)
+        elif "eval_loss" in logs:
+            line = {"step": state.global_step}
+            line |= {key: logs[key] for key in ("eval_loss", "eval_aux_loss") if key in logs}
+            self.view.evaluated(state.global_step, logs["eval_loss"])
+        else:
+            return
+        if state.is_world_process_zero:
+            metrics.append(self.folder, line)

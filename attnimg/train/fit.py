@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import logging
-import os
-import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,8 +13,9 @@ from rich.console import Console
 
 from attnimg.config.schema import Config
 from attnimg.errors import AttnimgError, memory_errors
+from attnimg.facts import RunContext
 from attnimg.train import metrics
-from attnimg.train.arguments import plan_steps
+from attnimg.train.arguments import Schedule, plan_steps, training_arguments
 from attnimg.train.attention_check import AttentionCheck
 from attnimg.train.checkpoint import ResumePoint, read_state
 from attnimg.train.distributed import (
@@ -29,10 +26,23 @@ from attnimg.train.distributed import (
     rank,
     world_size,
 )
+from attnimg.train.environment import silence_libraries
 from attnimg.train.identity import identity_of
-from attnimg.train.metrics import draw_loss
+from attnimg.train.intact import damages_of
+from attnimg.train.loss import LossCheck, loss_sentence
+from attnimg.train.metrics import ProgressView, draw_loss
+from attnimg.train.model_files import save_final
 from attnimg.train.output_dir import locked, prepare_output_dir
-from attnimg.train.receipt import FitResult, RunFacts, Status, applied, open_receipt, write_receipt
+from attnimg.train.receipt import (
+    FitResult,
+    RunFacts,
+    Status,
+    applied,
+    count_weights,
+    open_receipt,
+    sentence,
+    write_receipt,
+)
 from attnimg.train.resume import (
     accepted_changes,
     identity_in,
@@ -41,12 +51,51 @@ from attnimg.train.resume import (
     resume_notes,
 )
 from attnimg.train.rows import Rows, even_out, make_rows
-from attnimg.train.saved_model import save_final
-from attnimg.train.session import ProgressView, Session, build_engine, check_own_loss, run_engine
 from attnimg.train.tokenizer import stop_notes, use_trained_template
 
 if TYPE_CHECKING:
     from attnimg.train.data.documents import Documents
+
+
+# How model configs count experts, of which a batch may use only some.
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Session:
+    """What one session of a run works with.
+
+    Attributes:
+        config: the validated run.
+        folder: output_dir.
+        model: what `load_model` gave.
+        tokenizer: what `load_tokenizer` gave.
+        run: what the steps before training found out.
+        resume: where the run goes on; None for a new run in an empty folder.
+        stop: whether someone asked to stop.
+        console: where progress goes, stderr's.
+        train: rows to train on.
+        evaluation: rows to evaluate on; None without.
+        schedule: the run counted in steps.
+        restored: the run's own state in the checkpoint it goes on from; empty for a new run.
+        identity: what determines the run's result (identity.py); saved with each checkpoint.
+        attention_check: judges attention calls of training steps.
+    """
+
+    config: Config
+    folder: Path
+    model: Any
+    tokenizer: Any
+    run: RunFacts
+    resume: ResumePoint | None
+    stop: StopFlag
+    console: Console
+    train: Rows
+    evaluation: Rows | None
+    schedule: Schedule
+    restored: Mapping[str, Any]
+    identity: Mapping[str, Any]
+    attention_check: AttentionCheck
 
 
 def fit(
@@ -253,80 +302,156 @@ def _write_end(folder: Path, receipt: Mapping[str, object], *, error: BaseExcept
         write_receipt(folder, {**receipt, "error": told}, status=status)
 
 
-def silence_libraries() -> None:
-    """Turn off progress bars, notes and telemetry of the libraries below; errors still come.
+def build_engine(session: Session, view: ProgressView, ready: Callable[[Any], None]) -> Any:
+    """Put the engine together; transformers' own printing is taken out.
 
-    Call it before transformers is imported: the hub client reads its switches at import.
+    Args:
+        session: what it works with.
+        view: the bar.
+        ready: called with the engine when it is ready for its first step.
     """
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    # transformers would report to a Kubeflow server whatever report_to says.
-    # Source: transformers 5.22.2, training_args.py, is_kubeflow_available (2026-11-27).
-    os.environ["DISABLE_KUBEFLOW_INTEGRATION"] = "TRUE"
-    # loss.png is drawn without a window; matplotlib raises on a backend that it does not know.
-    os.environ["MPLBACKEND"] = "agg"
-    # It would warn that the kernel it was kept from is missing.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    _import_bitsandbytes_alone()
-    from transformers.utils import logging as transformers_logging
+    from transformers import EarlyStoppingCallback, PrinterCallback
+    from trl import SFTConfig
 
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    # What they warn of is either refused by name before the run or said by the plan.
-    for name in ("accelerate", "torch.distributed", "kernels", "trl", "peft"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    from attnimg.train.engine import Engine, Watch
+
+    config, run, train, evaluation = session.config, session.run, session.train, session.evaluation
+    arguments = training_arguments(
+        config,
+        machine=run.machine,
+        context=run.context,
+        schedule=session.schedule,
+        sparse=any(getattr(session.model.config, name, None) for name in EXPERTS),
+    )
+    watch = Watch(
+        session.folder,
+        stop=session.stop,
+        view=view,
+        restored=session.restored,
+        config=config if session.resume and session.resume.path else None,
+        ready=ready,
+    )
+    patience = config.early_stopping_patience
+    engine = Engine(
+        session.folder,
+        stop=session.stop,
+        backend=run.backend,
+        save_limit=config.save_total_limit,
+        identity=session.identity,
+        eval_collate=(evaluation or train).collate,
+        attention_check=session.attention_check,
+        added_rows=train.added,
+        model=session.model,
+        args=SFTConfig(**arguments),
+        data_collator=train.collate,
+        train_dataset=train.dataset,
+        eval_dataset=evaluation.dataset if evaluation else None,
+        processing_class=session.tokenizer,
+        callbacks=[*([EarlyStoppingCallback(patience)] if patience else []), watch],
+    )
+    engine.remove_callback(PrinterCallback)
+    watch.engine = engine
+    _require_context(engine, run.context, deepspeed=bool(config.deepspeed))
+    return engine
 
 
-def _import_bitsandbytes_alone() -> None:
-    """Import bitsandbytes without the hub kernel it would fetch, and run, at import.
+def _require_context(engine: Any, context: RunContext, *, deepspeed: bool) -> None:
+    """Raise unless the engine calls the model as it was proven: accelerate also reads variables.
 
-    On a CPU with avx512_bf16 it asks the hub for kernels-community/quantization-bitsandbytes, which
-    also computes in bfloat16 whatever the run's precision; without it, it uses its own code.
-    Source: bitsandbytes 0.50.2, backends/cpu/ops.py, has_avx512bf16 (2026-11-21).
+    Raises:
+        AttnimgError: autocast or torch.compile differ (code context-differs, exit code 1).
     """
-    if find_spec("bitsandbytes") is None or "bitsandbytes" in sys.modules:
+    accelerator = engine.accelerator
+    named = {"fp16": "float16", "bf16": "bfloat16"}
+    # DeepSpeed's own engine casts the weights; accelerate's autocast is off there.
+    cast = named.get(accelerator.mixed_precision) if accelerator.native_amp else None
+    compiled = accelerator.state.dynamo_plugin.backend.value != "NO"
+    found, needed = (cast, compiled), (context.autocast, context.compiled)
+    if found == needed or deepspeed:
         return
-    kernels = sys.modules.get("kernels")
-    sys.modules["kernels"] = None  # type: ignore[assignment]  # None makes its import fail
-    try:
-        import bitsandbytes  # noqa: F401  imported for its registrations alone
-    finally:
-        del sys.modules["kernels"]
-        if kernels is not None:
-            sys.modules["kernels"] = kernels
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class WeightCounts:
-    """Numbers of weights; tied ones count once, packed 4-bit ones by their unpacked number."""
-
-    trained: int
-    all: int
-
-
-def count_weights(model: Any) -> WeightCounts:
-    """Count a model's weights, without the frozen copies of PEFT's modules_to_save."""
-    counts = [
-        (_count(weight), weight.requires_grad)
-        for name, weight in model.named_parameters()
-        if ".original_module." not in name
-    ]
-    return WeightCounts(
-        trained=sum(count for count, trained in counts if trained),
-        all=sum(count for count, _ in counts),
+    texts = [f"autocast {cast or 'off'}, torch.compile {'on' if on else 'off'}"
+             for cast, on in (found, needed)]  # fmt: skip
+    raise AttnimgError(
+        "the trainer would call the model differently from its proof",
+        why=f"found {texts[0]}\nneeded {texts[1]}",
+        do="unset ACCELERATE_MIXED_PRECISION and ACCELERATE_DYNAMO_BACKEND, and set bf16 and "
+        "torch_compile in the config",
+        code="context-differs",
+        exit_code=1,
     )
 
 
-def _count(weight: Any) -> int:
-    # DeepSpeed's ZeRO 3 leaves an empty tensor in place of a weight.
-    count = int(weight.numel() or getattr(weight, "ds_numel", 0))
-    if type(weight).__name__ == "Params4bit":
-        return count * 2 * int(weight.element_size())
-    return count
+def check_own_loss(engine: Any, session: Session) -> LossCheck:
+    """Compare the trainer's loss with the model's own, and print the result.
+
+    Raises:
+        AttnimgError: the class's loss is not that of its logits (loss-differs), or the model
+            raises (model-raised); exit code 1.
+    """
+    from attnimg.train.own_loss import check_loss
+
+    config = session.config
+    if session.resume and session.resume.step >= session.schedule.total_steps:
+        return LossCheck(compared=False, why="no step is left to train")
+    found = check_loss(
+        engine,
+        session.train,
+        context=session.run.context,
+        sharded=bool(config.fsdp or config.fsdp_config or config.deepspeed),
+    )
+    session.console.print(
+        f"  {loss_sentence(found)}", highlight=False, markup=False, soft_wrap=True
+    )
+    return found
 
 
-def sentence(counts: WeightCounts) -> str:
-    """Return the line that a run prints before its first step."""
-    share = counts.trained / max(counts.all, 1)
-    return f"weights: trains {counts.trained:,} of {counts.all:,} ({share:.2%})"
+def run_engine(engine: Any, session: Session) -> list[str]:
+    """Train to the end, or to an early stop; give the notes of how it ended.
+
+    Raises:
+        AttnimgError: the GPU's memory is full (out-of-memory), or another process has ended or
+            does not answer (rank-lost); exit code 1.
+    """
+    import torch
+
+    total = session.schedule.total_steps
+    point = session.resume.path if session.resume else None
+    if point and session.resume and session.resume.step >= total:
+        # transformers would train one step more than asked: only the model is missing.
+        engine._load_from_checkpoint(str(point))
+        engine.state.global_step = session.resume.step
+        engine.meter.total_tokens = int(session.restored.get("tokens", 0))
+        if session.restored.get("evaluate_first"):
+            engine.evaluate_missed()
+        return [f"all {total} steps were done already at {point}"]
+    try:
+        with lost_rank_errors(session.config.ddp_timeout):
+            engine.train(resume_from_checkpoint=str(point) if point else None)
+    except torch.OutOfMemoryError as error:
+        raise AttnimgError(
+            f"out of GPU memory at step {engine.state.global_step + 1}",
+            why=str(error).splitlines()[0],
+            do="halve micro_batch_size and double gradient_accumulation_steps (the same losses), "
+            "set gradient_checkpointing: true, or adapter: lora",
+            code="out-of-memory",
+            key="micro_batch_size",
+            exit_code=1,
+        ) from error
+    if engine.state.global_step >= total:
+        return []
+    return [_end_early(engine)]
+
+
+def _end_early(engine: Any) -> str:
+    """Go back to the best checkpoint if there is one; say which model is kept."""
+    best = engine.folder / f"checkpoint-{engine.state.best_global_step}"
+    reason = f"stopped early at step {engine.state.global_step}: the evaluation loss is no better"
+    if not best.is_dir():
+        return f"{reason}; the model is that of the last step"
+    if wrong := damages_of(best):
+        return (
+            f"warning: {reason} than at step {engine.state.best_global_step}, but {best.name} is "
+            f"damaged ({wrong[0]}); the model is that of the last step"
+        )
+    engine._load_from_checkpoint(str(best))
+    return f"{reason} than at step {engine.state.best_global_step}; the model is {best.name}"

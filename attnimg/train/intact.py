@@ -4,34 +4,157 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
+import stat
 import zipfile
 import zlib
 from collections.abc import Mapping
 from contextlib import suppress
 from importlib import import_module
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from pickle import PickleError
 from typing import Any
 
+from attnimg.content_hashes import in_threads
 from attnimg.errors import AttnimgError
 from attnimg.files import read_regular
-from attnimg.train import model_files
-from attnimg.train.checkpoint import checkpoints, damages, has_manifest, step_of
+from attnimg.train.checkpoint import FILE, checkpoints, own_hash, sha256_of, step_of
+from attnimg.train.model_files import safetensors_damages
 from attnimg.train.pickled_weights import require_safetensors
 
 _KEY = "resume_from_checkpoint"
 
 
+# A sharded checkpoint of a thousand processes has some ten thousand files of 150 bytes each.
+_MAX_BYTES = 16 * 2**20
+
+
+# Names that only a checkpoint with a manifest has: states that saved_states.py wrote.
+_OURS = ("optimizer.json", "scheduler.json", "rng_state*.json")
+
+
+# Files that transformers, PEFT, accelerate or DeepSpeed would load where a checkpoint has them. Any
+# other file that someone added is not read, and does no harm.
+# Source: transformers 5.22.2, trainer.py, _load_from_checkpoint and _load_optimizer_and_scheduler;
+# accelerate 1.15, utils/fsdp_utils.py (2026-11-27).
+_LOADED = re.compile(
+    r".*\.(safetensors|bin|pt|pth|distcp|index\.json)|(adapter_)?config\.json|\.metadata|latest|"
+    r"(optimizer|scheduler|rng_state.*|scaler|trainer_state|attnimg)\.json"
+)
+
+
+def has_manifest(checkpoint: Path) -> bool:
+    """Return whether a checkpoint has a manifest, or files that are only written with one."""
+    return os.path.lexists(checkpoint / FILE) or any(
+        next(checkpoint.glob(name), None) for name in _OURS
+    )
+
+
+def hash_of(checkpoint: Path) -> str | None:
+    """Return the hash in a whole checkpoint's manifest, which is of all files; None without one."""
+    if not has_manifest(checkpoint):
+        return None
+    found: str = _read(checkpoint / FILE)["sha256"]
+    return found
+
+
+def manifest_damages(checkpoint: Path, *, step: int) -> list[str]:
+    """Return what is wrong with the files of a checkpoint; empty where all are as written.
+
+    Args:
+        checkpoint: a folder for which `has_manifest` is true.
+        step: the one in the folder's name.
+
+    Returns:
+        One text for each damage, with what was found and needed, such as
+        "model.safetensors: found 100 bytes, needed 200".
+    """
+    try:
+        content = _read(checkpoint / FILE)
+    except FileNotFoundError:
+        return [f"{FILE}: it is missing, and the other files can't be checked without it"]
+    except OSError as error:
+        return [f"{FILE}: it can't be read: {error.strerror or error}"]
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return [f"{FILE}: it is not as it was written, and the other files can't be checked "
+                "without it"]  # fmt: skip
+    steps = {"the manifest": content["step"], **content["parts"]}
+    found = [
+        f"{part}: found step {at}, needed {step} as in the name of {checkpoint.name}"
+        for part, at in steps.items()
+        if at != step
+    ]
+    files: Mapping[str, Mapping[str, Any]] = content["files"]
+    judged = in_threads(lambda name: _damage(checkpoint / name, files[name]), files)
+    found += [f"{name}: {text}" for name, text in zip(files, judged, strict=True) if text]
+    return found + [
+        f"{name}: found a file that was added later and would be loaded, needed none of this name"
+        for name in _added(checkpoint, files)
+    ]
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """Return a manifest's content.
+
+    Raises:
+        OSError: it can't be read.
+        ValueError, TypeError, KeyError, AttributeError, RecursionError: it was changed.
+    """
+    content: dict[str, Any] = json.loads(read_regular(path, at_most=_MAX_BYTES))
+    if content["sha256"] != own_hash(content):
+        raise ValueError("its own hash differs")
+    if any(type(at) is not int for at in (content["step"], *content["parts"].values())):
+        raise TypeError("a step is no number")
+    for name, entry in content["files"].items():
+        inside = PurePosixPath(name.encode().decode())  # raises for a lone surrogate
+        if inside.is_absolute() or ".." in inside.parts or "\0" in name or not inside.parts:
+            raise ValueError("a name leads out of the checkpoint")
+        if type(entry["size"]) is not int or entry["size"] < 0:
+            raise ValueError("a size is no number")
+        if not re.fullmatch("[0-9a-f]{64}", entry["sha256"]):
+            raise ValueError("a hash is not of SHA-256")
+    return content
+
+
+def _damage(path: Path, needed: Mapping[str, Any]) -> str | None:
+    """Return what is wrong with a file; None where it is as it was written."""
+    try:
+        # O_NONBLOCK: opening a pipe would wait for its writer.
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        with os.fdopen(handle, "rb", buffering=0) as file:
+            about = os.fstat(file.fileno())
+            if not stat.S_ISREG(about.st_mode):
+                return "found a pipe, a socket, a device or a folder, needed a file"
+            if about.st_size != needed["size"]:
+                return f"found {about.st_size:,} bytes, needed {needed['size']:,}"
+            found = sha256_of(file)
+    except FileNotFoundError:
+        return "it is missing"
+    except OSError as error:
+        return f"it can't be read: {error.strerror or error}"
+    if found == needed["sha256"]:
+        return None
+    return f"found SHA-256 {found[:12]}..., needed {needed['sha256'][:12]}..."
+
+
+def _added(checkpoint: Path, files: Mapping[str, Any]) -> list[str]:
+    """Return the files that are not in a manifest and that loading the checkpoint would read."""
+    names = (path.relative_to(checkpoint).as_posix() for path in checkpoint.rglob("*"))
+    return sorted(
+        name for name in names if name not in files and _LOADED.fullmatch(name.rpartition("/")[2])
+    )
+
+
 def damages_of(checkpoint: Path) -> list[str]:
-    """Return what is wrong with a checkpoint's files, as checkpoint.damages does.
+    """Return what is wrong with a checkpoint's files, as manifest_damages does.
 
     Raises:
         AttnimgError: it has no manifest, and its weights are pickled (code pickled-weights).
     """
     step = step_of(checkpoint)
     if has_manifest(checkpoint):
-        return damages(checkpoint, step=step)
+        return manifest_damages(checkpoint, step=step)
     require_safetensors(checkpoint, key=_KEY)
     return damages_without_manifest(checkpoint, step=step)
 
@@ -133,12 +256,12 @@ _IDENTITY: Mapping[str, tuple[type, ...]] = {
 
 
 def damages_without_manifest(checkpoint: Path, *, step: int) -> list[str]:
-    """Return what is wrong with a checkpoint without a manifest, as checkpoint.damages does."""
+    """Return what is wrong with a checkpoint without a manifest, as manifest_damages does."""
     found = [*_trainer_state(checkpoint, step), *_run_state(checkpoint)]
     if (checkpoint / "optimizer.pt").exists() and not (checkpoint / "scheduler.pt").exists():
         found.append("scheduler.pt: it is missing, and the optimizer can't be resumed without it")
     for path in sorted(checkpoint.rglob("*.safetensors")):
-        wrong = model_files.damages(path)
+        wrong = safetensors_damages(path)
         found += [f"{path.relative_to(checkpoint)}: {text}" for text in wrong]
     return found + _shards(checkpoint) + _states(checkpoint)
 

@@ -11,36 +11,11 @@ from typing import Any
 
 from attnimg.config.schema import Config
 from attnimg.errors import AttnimgError
-from attnimg.facts import DType
 from attnimg.train.base_model import freeze_towers
-from attnimg.train.quantized import torch_dtype
 
 
 def _bad(key: str, what: str, *, why: str, do: str) -> AttnimgError:
     return AttnimgError(what, why=why, do=do, code="bad-value", key=key)
-
-
-def quantization(config: Config, *, dtype: DType) -> Any:
-    """Make the bitsandbytes config of the run; None when weights are loaded as they are.
-
-    Args:
-        config: the validated run; adapter: qlora implies 4 bit.
-        dtype: the precision that 4-bit weights are multiplied in.
-    """
-    from transformers import BitsAndBytesConfig
-
-    if config.load_in_8bit:
-        return BitsAndBytesConfig(load_in_8bit=True)
-    if config.load_in_4bit or config.adapter == "qlora":
-        return BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch_dtype(dtype),
-            # FSDP shards tensors of one dtype only, so the packed weights take the others'.
-            bnb_4bit_quant_storage=torch_dtype(dtype) if config.fsdp else "uint8",
-        )
-    return None
 
 
 def add_adapter(model: Any, config: Config) -> Any:

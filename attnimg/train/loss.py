@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from trl import SFTTrainer
 
-from attnimg.train.packing import NO_LOSS
+from attnimg.train.rows import NO_LOSS
 
 if TYPE_CHECKING:
     import torch
@@ -127,7 +127,7 @@ def difference(a: Loss, b: Loss, tolerance: Tolerance) -> float:
     return max(value if math.isfinite(value) else math.inf for value in found)
 
 
-def sentence(check: LossCheck) -> str:
+def loss_sentence(check: LossCheck) -> str:
     """Return the line that a run prints on the comparison."""
     if not check.compared:
         return f"warning: loss: not compared with the model's own: {check.why}"

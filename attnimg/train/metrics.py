@@ -9,15 +9,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from attnimg.train import metrics
 from attnimg.train.checkpoint import replace_text, writing
-from attnimg.train.distributed import StopFlag, any_rank
-from attnimg.train.loss import Objective
-from attnimg.train.rows import COUNTS, Collator
 
 FILE = "metrics.jsonl"
 
@@ -128,6 +124,87 @@ def memory_bytes() -> int:
     return int(psutil.Process().memory_info().rss)
 
 
+# Where no bar can be drawn, a line a second is enough to see that the run lives.
+SECONDS_BETWEEN_LINES = 1.0
+
+
+class ProgressView:
+    """Draw the run's progress on `console`, which should be stderr's.
+
+    Args:
+        console: where to draw; a bar on a terminal, plain lines elsewhere.
+        total: optimizer steps of the whole run.
+        visible: False on every process but the first.
+    """
+
+    def __init__(self, console: Console, *, total: int, visible: bool = True) -> None:
+        self.console, self.total, self.visible = console, total, visible
+        self._figures = ""
+        self._last_line = float("-inf")
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[figures]}"),
+            TimeRemainingColumn(compact=True),
+            console=console,
+            disable=not (visible and console.is_terminal),
+        )
+        self._task = self._bar.add_task("training", total=total, figures="")
+
+    def begin(self, step: int) -> None:
+        """Start drawing at `step`, where a resumed run goes on."""
+        self._bar.update(self._task, completed=step)
+        self._bar.start()
+
+    def step(self, step: int) -> None:
+        """Move to `step`."""
+        self._bar.update(self._task, completed=step, description="training")
+
+    def evaluating(self) -> None:
+        """Say that the model is being evaluated, so that a bar that stands still is understood."""
+        self._bar.update(self._task, description="evaluating")
+
+    def figures(self, step: int, line: Mapping[str, float]) -> None:
+        """Show a training log.
+
+        Args:
+            step: optimizer steps done.
+            line: loss, tokens_per_second, filled (0 to 1) and memory_bytes.
+        """
+        self._figures = describe(line)
+        self._bar.update(self._task, figures=self._figures)
+        due = time.monotonic() - self._last_line >= SECONDS_BETWEEN_LINES
+        if due or step in (1, self.total):
+            self._print_line(f"step {step:>{len(str(self.total))}}/{self.total}  {self._figures}")
+
+    def evaluated(self, step: int, loss: float) -> None:
+        """Show an evaluation's loss; it stays on the screen."""
+        if self.visible:
+            self.console.print(
+                f"step {step:>{len(str(self.total))}}/{self.total}  eval loss {loss:.4f}",
+                highlight=False,
+                markup=False,
+            )
+
+    def end(self) -> None:
+        """Stop drawing; the last state stays."""
+        self._bar.stop()
+
+    def _print_line(self, text: str) -> None:
+        if self.visible and not self.console.is_terminal:
+            self._last_line = time.monotonic()
+            self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def describe(line: Mapping[str, float]) -> str:
+    """Put a training log into words: loss, speed, filled share, memory."""
+    return (
+        f"loss {line['loss']:.4f}  {line['tokens_per_second']:,.0f} tok/s  "
+        f"{line['filled']:.1%} filled  {line['memory_bytes'] / 2**30:.2f} GiB"
+    )
+
+
 PICTURE_FILE = "loss.png"
 
 # Colours that stay apart in print and for colour-blind eyes (Okabe and Ito, 2008).
@@ -170,7 +247,7 @@ def draw_loss(folder: Path, *, title: str, subtitle: str) -> Path | None:
     Raises:
         AttnimgError: the disk is full (disk-full).
     """
-    lines = metrics.read(folder)
+    lines = read(folder)
     train = [(line["step"], line["loss"]) for line in lines if "loss" in line]
     evaluation = [(line["step"], line["eval_loss"]) for line in lines if "eval_loss" in line]
     if not train:
@@ -206,52 +283,3 @@ def draw_loss(folder: Path, *, title: str, subtitle: str) -> Path | None:
     with writing(path, kept="the model and metrics.jsonl are written"):
         figure.savefig(path)
     return path
-
-
-class EvaluationCut(Exception):
-    """A signal came while evaluating; the rest of the evaluation is left for the next session."""
-
-
-class Evaluator(Objective):
-    """The part of the engine that evaluates.
-
-    Args:
-        stop: whether someone asked to stop; read after each evaluation batch.
-        eval_collate: the collator of evaluation batches.
-        options: what SFTTrainer takes.
-    """
-
-    def __init__(self, *, stop: StopFlag, eval_collate: Collator, **options: Any) -> None:
-        self.stop, self.eval_collate = stop, eval_collate
-        self._eval_sums = torch.zeros(2, dtype=torch.float64)
-        super().__init__(**options)
-
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
-        """Batch evaluation rows with their own collator."""
-        train_collate = self.data_collator
-        self.data_collator: Collator = self.eval_collate
-        try:
-            return super().get_eval_dataloader(eval_dataset)
-        finally:
-            self.data_collator = train_collate
-
-    def prediction_step(
-        self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None
-    ) -> Any:
-        """Sum the loss over trained tokens, so that it does not depend on how rows are batched."""
-        inputs.pop(COUNTS, None)
-        trained = (inputs["labels"][..., 1:] != -100).sum()
-        result = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
-        self._eval_sums += torch.stack([result[0] * trained, trained]).double().cpu()
-        if any_rank(self.stop.number is not None):
-            raise EvaluationCut
-        return result
-
-    def evaluation_loop(self, *args: Any, **options: Any) -> Any:
-        """Replace transformers' mean over batches with the mean over trained tokens."""
-        self._eval_sums = torch.zeros(2, dtype=torch.float64)
-        output = super().evaluation_loop(*args, **options)
-        sums = self._eval_sums.float().to(self.args.device)
-        loss, tokens = self.accelerator.reduce(sums, reduction="sum").tolist()
-        output.metrics[f"{options.get('metric_key_prefix', 'eval')}_loss"] = loss / max(tokens, 1)
-        return output

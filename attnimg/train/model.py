@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,19 +21,12 @@ from attnimg.train.base_model import (
     require_causal_class,
 )
 from attnimg.train.distributed import rank
-from attnimg.train.lora import (
-    add_adapter,
-    build_without_weights,
-    quantization,
-    untrained_embeddings,
-)
+from attnimg.train.lora import add_adapter, build_without_weights, untrained_embeddings
 from attnimg.train.model_files import GET_WHOLE, bad_model, stored_tensors, unused_weights
 from attnimg.train.pickled_weights import advice_on_hub
 from attnimg.train.quantized import (
-    cast_embeddings_and_norms,
     cast_unquantized,
-    keeps_float32,
-    loading_dtype,
+    quantization,
     require_known_weights,
     save_dequantized,
     torch_dtype,
@@ -300,3 +294,53 @@ def _is_finite(tensor: torch.Tensor) -> bool:
         return bool(tensor.float().isfinite().all())
     low, high = tensor.aminmax()
     return bool((low.isfinite() & high.isfinite()).item())
+
+
+# What modules that hold embeddings are called across model types.
+EMBEDDING_NAMES = (
+    "embed_tokens", "lm_head", "embed_in", "embed_out", "word_embeddings", "embeddings", "wte",
+)  # fmt: skip
+
+
+def loading_dtype(config: Config, dtype: DType) -> DType:
+    """Tell in which precision the weights are loaded.
+
+    float16 has too few exponent bits for the weights of a full fine-tune: they stay float32, and
+    autocast computes in float16. Frozen weights under an adapter may be float16.
+    """
+    if dtype == "float16" and not config.adapter:
+        return "float32"
+    return dtype
+
+
+def keeps_float32(config: Config, *, context: RunContext, needs_dtype_cast: bool) -> bool:
+    """Return whether embeddings and norms stay float32 beside bfloat16 weights.
+
+    Without autocast a float32 norm would hand float32 to a bfloat16 layer.
+    """
+    plain = not needs_dtype_cast and not config.adapter and not config.fsdp
+    return context.autocast == "bfloat16" and plain
+
+
+def cast_embeddings_and_norms(model: Any) -> None:
+    """Cast embeddings and norms of `model` to float32, in place.
+
+    Their loaded dtypes, by name, are kept in `model.attnimg_loaded_dtypes` for
+    `restore_loaded_dtypes`.
+    """
+    import torch
+
+    before = _floating(model)
+    for name, module in model.named_modules():
+        leaf = name.rpartition(".")[2]
+        norm = "norm" in leaf.lower() or "ln" in re.split(r"[_\d]", leaf)
+        if norm or leaf in EMBEDDING_NAMES:
+            module.to(torch.float32)
+    after = _floating(model)
+    model.attnimg_loaded_dtypes = {k: dtype for k, dtype in before.items() if after[k] != dtype}
+
+
+def _floating(model: Any) -> dict[str, torch.dtype]:
+    """Return the dtype of each floating-point parameter and buffer."""
+    weights = dict(model.named_parameters()) | dict(model.named_buffers())
+    return {name: weight.dtype for name, weight in weights.items() if weight.is_floating_point()}

@@ -7,8 +7,10 @@ import json
 import math
 import os
 import re
+import shutil
 import stat
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,8 @@ from attnimg.config.schema import Config
 from attnimg.content_hashes import ContentHashes, cache_folder
 from attnimg.errors import AttnimgError
 from attnimg.files import open_regular, read_regular
+from attnimg.train import checkpoint as checkpoints
+from attnimg.train.checkpoint import writing
 from attnimg.train.pickled_weights import require_safetensors
 
 WEIGHT_INDEX = "model.safetensors.index.json"
@@ -215,7 +219,7 @@ def _header(file: Path) -> dict[str, dict[str, Any]]:
         return {}
 
 
-def damages(file: Path) -> list[str]:
+def safetensors_damages(file: Path) -> list[str]:
     """Return what is wrong with a file: its header can't be read, or tensors are cut off."""
     if not file.is_file():
         return ["found a pipe, a socket, a device or a folder, needed a file"]
@@ -338,3 +342,137 @@ def load_renamed(model: Any, folder: Path) -> bool:
     loaded = type(model).from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
     model.load_state_dict(loaded.state_dict())
     return True
+
+
+# Fields of config.json that describe other parts than the language model.
+OTHER_PARTS = ("vision_config", "audio_config", "vq_config", "speech_config")
+
+
+# Files that an AutoProcessor reads besides the tokenizer's.
+PROCESSOR_FILES = (
+    "processor_config.json", "preprocessor_config.json", "image_processor_config.json",
+    "video_preprocessor_config.json",
+)  # fmt: skip
+
+
+# What Trainer writes beside a model that only Trainer reads.
+NOT_THE_MODEL = ("training_args.bin",)
+
+
+# Settings that trainers change for training, and that must not be saved with the model.
+_TRAINERS = ("use_cache", "output_router_logits")
+
+
+def save_final(engine: Any, config: Config, folder: Path) -> list[Path]:
+    """Write model and tokenizer aside, then move them into `folder` file by file.
+
+    Args:
+        engine: after training; every process calls this, since gathering weights is collective.
+        config: the validated run.
+        folder: output_dir.
+
+    Returns:
+        The files, weights first; empty on every process but the first.
+
+    Raises:
+        AttnimgError: the disk is full; the checkpoints are untouched (disk-full).
+    """
+    aside = folder / checkpoints.PARTIAL / "model"
+    try:
+        with writing(aside, kept="the checkpoints are kept"):
+            restore_loaded_dtypes(engine.model)
+            engine.save_model(str(aside))
+            if not engine.is_world_process_zero():
+                return []
+            correct_saved_config(aside, engine.loaded_config)
+            keep_processor(config, engine.loaded_config, aside)
+            names = _move_into(folder, aside)
+    finally:
+        if engine.is_world_process_zero():
+            shutil.rmtree(folder / checkpoints.PARTIAL, ignore_errors=True)
+    return [folder / name for name in reversed(names)]
+
+
+def _move_into(folder: Path, aside: Path) -> list[str]:
+    """Move the finished files, weights last: a folder that has them is whole."""
+    for name in NOT_THE_MODEL:
+        (aside / name).unlink(missing_ok=True)
+    checkpoints.open_to_others(aside)
+    names = sorted((p.name for p in aside.iterdir()), key=lambda name: name.endswith("safetensors"))
+    for name in names:
+        (aside / name).replace(folder / name)
+    return names
+
+
+def restore_loaded_dtypes(model: Any) -> None:
+    """Cast weights that were float32 for training only back to the dtype they were loaded in.
+
+    Args:
+        model: after training.
+    """
+    import torch
+
+    model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper renames weights
+    weights = dict(model.named_parameters()) | dict(model.named_buffers())
+    for name, dtype in getattr(model, "attnimg_loaded_dtypes", {}).items():
+        with torch.no_grad():
+            weights[name].data = weights[name].data.to(dtype)
+
+
+def correct_saved_config(folder: Path, loaded: Mapping[str, Any]) -> None:
+    """Set the dtype in a saved config.json, and the settings that the loaded model had.
+
+    transformers writes the dtype of the first weight, an embedding, which is float32 in training
+    even where most layers are bfloat16. The dtype of most saved weights is written instead. A
+    folder without config.json, such as an adapter's, is not changed.
+
+    Args:
+        folder: where save_pretrained has written.
+        loaded: the model's config before training, as `to_dict` gives it.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        return
+    config = json.loads(path.read_text(encoding="utf-8"))
+    dtype = _dtype_of(folder)
+    for name in (None, *(key for key, value in config.items() if isinstance(value, dict))):
+        part, before = (config, loaded) if name is None else (config[name], loaded.get(name) or {})
+        if dtype and (name is None or "dtype" in part):
+            part["dtype"] = dtype
+        for key in _TRAINERS:
+            if key in before:
+                part[key] = before[key]
+            else:
+                part.pop(key, None)
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _dtype_of(folder: Path) -> str | None:
+    """Return the dtype of most of the numbers in a folder's weights; None without weights."""
+    sizes: Counter[str] = Counter()
+    for tensor in stored_tensors(folder).values():
+        if tensor.dtype in TORCH_NAMES:
+            sizes[TORCH_NAMES[tensor.dtype]] += tensor.count
+    return sizes.most_common(1)[0][0] if sizes else None
+
+
+def keep_processor(config: Config, loaded: Mapping[str, Any], folder: Path) -> None:
+    """Copy the files of the AutoProcessor of a multimodal checkpoint.
+
+    Args:
+        config: the validated run.
+        loaded: the model's config before training, as `to_dict` gives it.
+        folder: of the trained model.
+    """
+    from transformers.utils import cached_file
+
+    for name in PROCESSOR_FILES if any(loaded.get(part) for part in OTHER_PARTS) else ():
+        found = cached_file(
+            config.base_model,
+            name,
+            revision=config.revision_of_model,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+        if found is not None and not (folder / name).exists():
+            shutil.copyfile(found, folder / name)

@@ -20,14 +20,13 @@ from attnimg.train.checkpoint import (
     PARTIAL,
     ResumePoint,
     checkpoints,
-    has_manifest,
     newest_checkpoint,
     read_state,
     remove_leftovers,
     set_aside,
     step_of,
 )
-from attnimg.train.intact import damaged, damages_of, newest_whole, notes_on
+from attnimg.train.intact import damaged, damages_of, has_manifest, newest_whole, notes_on
 
 FILE = ".lock"
 

@@ -15,7 +15,7 @@ from packaging.requirements import Requirement
 
 from attnimg.config.schema import Config
 from attnimg.errors import AttnimgError
-from attnimg.facts import DType, Finding, RunContext
+from attnimg.facts import DType, Finding
 from attnimg.select.model_config import LANGUAGE_PARTS
 from attnimg.select.model_types import (
     Quantization,
@@ -248,6 +248,29 @@ def _looks_quantized(name: str, tensor: StoredTensor) -> bool:
     return tensor.dtype in _INTEGERS and name.endswith(".weight")
 
 
+def quantization(config: Config, *, dtype: DType) -> Any:
+    """Make the bitsandbytes config of the run; None when weights are loaded as they are.
+
+    Args:
+        config: the validated run; adapter: qlora implies 4 bit.
+        dtype: the precision that 4-bit weights are multiplied in.
+    """
+    from transformers import BitsAndBytesConfig
+
+    if config.load_in_8bit:
+        return BitsAndBytesConfig(load_in_8bit=True)
+    if config.load_in_4bit or config.adapter == "qlora":
+        return BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch_dtype(dtype),
+            # FSDP shards tensors of one dtype only, so the packed weights take the others'.
+            bnb_4bit_quant_storage=torch_dtype(dtype) if config.fsdp else "uint8",
+        )
+    return None
+
+
 def use_stored_quantization(
     model_config: Any, *, dtype: DType
 ) -> Literal["dequantized", "kept", "refused"] | None:
@@ -326,56 +349,6 @@ def _refusal(
         code="quantized-checkpoint",
         key=key,
     )
-
-
-# What modules that hold embeddings are called across model types.
-EMBEDDING_NAMES = (
-    "embed_tokens", "lm_head", "embed_in", "embed_out", "word_embeddings", "embeddings", "wte",
-)  # fmt: skip
-
-
-def loading_dtype(config: Config, dtype: DType) -> DType:
-    """Tell in which precision the weights are loaded.
-
-    float16 has too few exponent bits for the weights of a full fine-tune: they stay float32, and
-    autocast computes in float16. Frozen weights under an adapter may be float16.
-    """
-    if dtype == "float16" and not config.adapter:
-        return "float32"
-    return dtype
-
-
-def keeps_float32(config: Config, *, context: RunContext, needs_dtype_cast: bool) -> bool:
-    """Return whether embeddings and norms stay float32 beside bfloat16 weights.
-
-    Without autocast a float32 norm would hand float32 to a bfloat16 layer.
-    """
-    plain = not needs_dtype_cast and not config.adapter and not config.fsdp
-    return context.autocast == "bfloat16" and plain
-
-
-def cast_embeddings_and_norms(model: Any) -> None:
-    """Cast embeddings and norms of `model` to float32, in place.
-
-    Their loaded dtypes, by name, are kept in `model.attnimg_loaded_dtypes` for
-    `restore_loaded_dtypes`.
-    """
-    import torch
-
-    before = _floating(model)
-    for name, module in model.named_modules():
-        leaf = name.rpartition(".")[2]
-        norm = "norm" in leaf.lower() or "ln" in re.split(r"[_\d]", leaf)
-        if norm or leaf in EMBEDDING_NAMES:
-            module.to(torch.float32)
-    after = _floating(model)
-    model.attnimg_loaded_dtypes = {k: dtype for k, dtype in before.items() if after[k] != dtype}
-
-
-def _floating(model: Any) -> dict[str, torch.dtype]:
-    """Return the dtype of each floating-point parameter and buffer."""
-    weights = dict(model.named_parameters()) | dict(model.named_buffers())
-    return {name: weight.dtype for name, weight in weights.items() if weight.is_floating_point()}
 
 
 def torch_dtype(dtype: DType) -> torch.dtype:

@@ -58,9 +58,9 @@ def train(config: Config, machine: Machine, *, report: TrainReport, stop: StopFl
         Stopped: someone asked to stop.
     """
     from attnimg.train.check import check_inputs
-    from attnimg.train.checkpoint import hash_of
     from attnimg.train.data import check_sources
-    from attnimg.train.fit import silence_libraries
+    from attnimg.train.environment import silence_libraries
+    from attnimg.train.intact import hash_of
 
     path = model_file(config)
     raw = read_config(path) if path is not None else None

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from pickle import PickleError
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,14 +21,11 @@ from safetensors import SafetensorError
 
 from attnimg.errors import AttnimgError
 from attnimg.train.checkpoint import FileHashes
-from attnimg.train.metrics import Evaluator
+from attnimg.train.loss import Objective
 from attnimg.train.model_files import load_renamed, stored_tensors
 
-if TYPE_CHECKING:
-    import torch
 
-
-class SavedStates(Evaluator):
+class SavedStates(Objective):
     """The part of the engine that saves and loads the states of a checkpoint.
 
     Attributes:

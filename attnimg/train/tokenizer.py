@@ -12,7 +12,7 @@ from attnimg.errors import AttnimgError
 from attnimg.train.data.chat_templates import choose_chat_template
 from attnimg.train.lora import untrained_embeddings
 from attnimg.train.model import load_model_config, load_without_weights
-from attnimg.train.packing import NO_LOSS
+from attnimg.train.rows import NO_LOSS
 
 
 def load_tokenizer(config: Config, *, say: Callable[[str], None]) -> Any:

@@ -137,7 +137,7 @@ def isolation(model: Any, unit: dict[str, Any]) -> tuple[bool, str]:
 
 def packed_collator(name: str) -> Any:
     """Return the collator of packed rows, as train makes it for a backend."""
-    from attnimg.train.packing import PackedCollator
+    from attnimg.train.rows import PackedCollator
 
     return PackedCollator(
         pad_token_id=0, padding_free=is_padding_free(backend(name)), seq_idx=False

@@ -25,7 +25,7 @@ from attnimg.facts import LayerGroup, Model
 from attnimg.machine import probe
 from attnimg.select.plan import choose
 from attnimg.task import distributions
-from attnimg.train.packing import PackedCollator, PaddedCollator
+from attnimg.train.rows import PackedCollator, PaddedCollator
 from attnimg.verify.isolation import check_isolation
 from attnimg.verify.reference import shifted_keys
 

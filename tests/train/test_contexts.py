@@ -26,7 +26,7 @@ from attnimg.cli.train import PrintedReport
 from attnimg.task import installed_machine
 from attnimg.train import run as training
 from attnimg.train.distributed import StopFlag
-from attnimg.train.fit import silence_libraries
+from attnimg.train.environment import silence_libraries
 
 KERNEL = Path(__file__).parents[1] / "fixtures" / "flash_attn2"
 EVERY = os.environ.get("CONTEXTS") == "all"

@@ -26,7 +26,7 @@ from attnimg.select.model_types import read_causal_types
 from attnimg.task import installed_machine
 from attnimg.train import fit, run
 from attnimg.train.distributed import StopFlag
-from attnimg.train.fit import silence_libraries
+from attnimg.train.environment import silence_libraries
 from attnimg.train.model_files import TORCH_NAMES, stored_tensors
 
 RECORD = Path(__file__).parents[2] / "docs" / "measured" / "reload.json"

@@ -16,7 +16,7 @@ from attnimg import apply
 from attnimg.backends import all_backends, backend_named
 from attnimg.errors import AttnimgError
 from attnimg.facts import GroupChoice, LayerGroup, Plan, Verdict
-from attnimg.train.packing import PackedCollator, PaddedCollator
+from attnimg.train.rows import PackedCollator, PaddedCollator
 from attnimg.verify.isolation import check_isolation
 from attnimg.verify.reference import attend, shifted_keys
 

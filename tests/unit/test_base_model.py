@@ -21,8 +21,7 @@ from attnimg.train.base_model import (
     judge_files,
     rope_reach,
 )
-from attnimg.train.model_files import stored_tensors, unused_weights
-from attnimg.train.saved_model import correct_saved_config
+from attnimg.train.model_files import correct_saved_config, stored_tensors, unused_weights
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 256}
 WHOLE = "Qwen3_5ForConditionalGeneration"

@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny_models import tiny_model
 
-from attnimg.train.packing import PackedCollator, PaddedCollator
+from attnimg.train.rows import PackedCollator, PaddedCollator
 
 TWO_AND_THREE = {
     "input_ids": [11, 12, 21, 22, 23],

@@ -246,7 +246,7 @@ def test_a_command_words_what_fails_at_the_import_of_a_library(tmp_path: Path) -
 def test_silenced_libraries_report_nowhere(monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers.integrations import integration_utils
 
-    from attnimg.train.fit import silence_libraries
+    from attnimg.train.environment import silence_libraries
 
     monkeypatch.setenv("KUBEFLOW_TRAINER_SERVER_URL", "http://127.0.0.1:1")
     silence_libraries()

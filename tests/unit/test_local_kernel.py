@@ -10,7 +10,7 @@ import torch
 from run_facts import a_context
 from tiny_models import tiny_model
 
-from attnimg.train.packing import PackedCollator
+from attnimg.train.rows import PackedCollator
 from attnimg.verify.isolation import check_isolation
 
 FOLDER = Path(__file__).parents[1] / "fixtures" / "flash_attn2"

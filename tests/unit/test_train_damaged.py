@@ -18,9 +18,9 @@ import pytest
 from attnimg.config.schema import Config
 from attnimg.errors import AttnimgError
 from attnimg.facts import RunContext
-from attnimg.train import session
-from attnimg.train.checkpoint import FileHashes, ResumePoint, hash_of, write_manifest
-from attnimg.train.intact import damages_of
+from attnimg.train import fit
+from attnimg.train.checkpoint import FileHashes, ResumePoint, write_manifest
+from attnimg.train.intact import damages_of, hash_of
 from attnimg.train.model import load_model
 from attnimg.train.output_dir import check_output_dir
 from attnimg.train.pickled_weights import convert
@@ -341,14 +341,14 @@ def test_weights_in_shards_are_checked_and_resumed(tiny: Path, tmp_path: Path) -
 def test_the_best_checkpoint_is_loaded_only_where_it_is_whole(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: bool
 ) -> None:
-    end_early = session._end_early
+    end_early = fit._end_early
 
     def damaged_first(engine: Any) -> str:
         if not whole:
             flipped(ADAPTER)(tmp_path / "out/checkpoint-1")
         return end_early(engine)
 
-    monkeypatch.setattr(session, "_end_early", damaged_first)
+    monkeypatch.setattr(fit, "_end_early", damaged_first)
     result = run(
         tiny, tmp_path / "out", **{**KEYS, "learning_rate": 1e-12, "save_steps": 1},
         val_set_size=0.1, eval_steps=1, early_stopping_patience=2,

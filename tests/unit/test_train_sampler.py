@@ -7,8 +7,16 @@ from accelerate.data_loader import BatchSamplerShard, SeedableRandomSampler
 from datasets import Dataset
 from torch.utils.data import BatchSampler
 
-from attnimg.train.packing import NO_LOSS, OnceAnEpoch, PackedCollator, PaddedCollator
-from attnimg.train.rows import COUNTS, CountingCollator, Rows, even_out
+from attnimg.train.rows import (
+    COUNTS,
+    NO_LOSS,
+    CountingCollator,
+    OnceAnEpoch,
+    PackedCollator,
+    PaddedCollator,
+    Rows,
+    even_out,
+)
 
 
 @pytest.mark.parametrize("epoch", [0, 3])
