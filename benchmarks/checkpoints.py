@@ -247,11 +247,11 @@ def resume(folder: str) -> None:
     import psutil
     from tiny_run import run
 
-    from attnimg.train import engine as watch
     from attnimg.train import intact, output_dir
+    from attnimg.train.engine import RunCallback
 
     started, seconds = psutil.Process().create_time(), dict[str, float]()
-    begin = watch.Watch.on_train_begin
+    begin = RunCallback.on_train_begin
 
     def timed(found: list[Path]) -> Any:
         began = time.perf_counter()
@@ -268,7 +268,7 @@ def resume(folder: str) -> None:
     keys = {**KEYS, "max_steps": 1000, "save_steps": 100, "resume_from_checkpoint": True}
     with (
         mock.patch.object(output_dir, "newest_whole", timed),
-        mock.patch.object(watch.Watch, "on_train_begin", reached),
+        mock.patch.object(RunCallback, "on_train_begin", reached),
     ):
         run(Path(folder), Path(folder) / "out", **keys)
 

@@ -1,10 +1,9 @@
-"""Checkpoints that are complete or not there, whatever moment the run is killed at.
+"""Write checkpoints that are complete or not there, whenever the run is killed.
 
-A checkpoint is written under PARTIAL, its manifest last, and renamed into place when
-all of it is on the disk. Training continues when the files are written: a thread hashes and flushes
-them, writes the manifest and renames. A checkpoint that rotation removes is renamed away first. So
-every `checkpoint-N` in output_dir is complete, and what a killed run left half done lies under
-PARTIAL.
+A checkpoint is written under PARTIAL, its manifest last, and renamed into place when all of it is
+on the disk. Training continues when the files are written: a thread hashes and flushes them, writes
+the manifest and renames. A checkpoint that rotation removes is renamed first. So every
+`checkpoint-N` in output_dir is complete, and incomplete ones of a killed run are under PARTIAL.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from concurrent.futures import CancelledError, Future
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Self
+from typing import Any, Self
 
 from attnimg.content_hashes import executor
 from attnimg.errors import AttnimgError
@@ -29,15 +28,26 @@ PARTIAL = ".partial"
 
 STATE = "attnimg.json"
 
+FILE = "manifest.json"
+
+# Where each part of a checkpoint records its step.
+_STEPS = {
+    "optimizer.json": ("optimizer", "step"),
+    "scheduler.json": ("scheduler", "step"),
+    "rng_state": ("rng", "step"),
+    "trainer_state.json": ("trainer", "global_step"),
+    "attnimg.json": ("run", "step"),
+}
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ResumePoint:
-    """Where a run goes on.
+    """Where a run resumes.
 
     Attributes:
-        path: a complete checkpoint; None when the run starts anew in a folder it may use.
-        step: optimizer steps behind it.
-        leftovers: what a killed run left half done; removed when the run starts.
+        path: a complete checkpoint; None when a new run starts in a folder it may use.
+        step: optimizer steps that it has done.
+        leftovers: incomplete files of a killed run; removed when the run starts.
         damaged: newer checkpoints, which are damaged; renamed when the run starts.
         notes: lines for the user on why this checkpoint was chosen, and what is not known of it.
     """
@@ -50,19 +60,26 @@ class ResumePoint:
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """List the complete checkpoints in `folder`, lowest step first."""
+    """Return the complete checkpoints in `folder`, lowest step first."""
     named = (path for path in folder.glob("checkpoint-*") if path.name[11:].isdigit())
     return sorted((path for path in named if path.is_dir()), key=step_of)
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
-    """Find the complete checkpoint with the highest step."""
+    """Return the complete checkpoint with the highest step."""
     return next(reversed(checkpoints(folder)), None)
 
 
 def step_of(checkpoint: Path) -> int:
-    """Read the step off a checkpoint's name."""
+    """Return the step in a checkpoint's name."""
     return int(checkpoint.name.rpartition("-")[2])
+
+
+def read_state(checkpoint: Path) -> dict[str, object]:
+    """Read what the run itself wrote into a checkpoint; empty for one of another program."""
+    file = checkpoint / STATE
+    state: dict[str, object] = json.loads(file.read_text()) if file.is_file() else {}
+    return state
 
 
 class Finishing:
@@ -105,9 +122,9 @@ def finish(
     processes: int,
     limit: int | None,
     best: Path,
-    told: str,
+    safe: str,
 ) -> None:
-    """Make a checkpoint exist whose files are written, then remove the oldest ones.
+    """Complete a checkpoint whose files are written, then remove the oldest ones.
 
     Args:
         partial: as for `promote`.
@@ -115,14 +132,14 @@ def finish(
         processes: how many processes train.
         limit: complete checkpoints to keep; None for all.
         best: the one that early stopping returns to, which is kept.
-        told: what is safe if this fails, as a sentence.
+        safe: what is kept if this fails, as a sentence.
 
     Raises:
         AttnimgError: it could not be written (disk-full, not-written); it is removed.
     """
     folder = partial.parent.parent
     try:
-        with writing(partial, kept=told), hashes:
+        with writing(partial, kept=safe), hashes:
             place = promote(partial, hashes, processes=processes)
     except BaseException:
         remove_leftovers(folder)
@@ -149,7 +166,7 @@ def promote(partial: Path, hashes: FileHashes, *, processes: int) -> Path:
 
 
 def open_to_others(folder: Path) -> None:
-    """Give all files the rights a new file gets here: safetensors makes its own 0600."""
+    """Set the permissions of all files to those of a new file here: safetensors writes 0600."""
     probe = folder / ".rights"
     probe.touch()
     rights = probe.stat().st_mode & 0o777
@@ -157,54 +174,6 @@ def open_to_others(folder: Path) -> None:
     for path in folder.rglob("*"):
         if path.is_file():
             path.chmod(rights)
-
-
-def rotate(folder: Path, *, limit: int | None, keep: Iterable[Path]) -> list[Path]:
-    """Remove the oldest checkpoints beyond `limit`, never one of `keep`; tell which went."""
-    if limit is None:
-        return []
-    spared = {path.name for path in keep}
-    there = checkpoints(folder)
-    gone = [path for path in there[: max(0, len(there) - limit)] if path.name not in spared]
-    for path in gone:
-        # A rename takes it out of the way at once; a kill while files go leaves no half checkpoint.
-        away = folder / PARTIAL / f"removed-{path.name}"
-        away.parent.mkdir(exist_ok=True)
-        path.rename(away)
-        shutil.rmtree(away)
-    return gone
-
-
-def set_aside(checkpoint: Path) -> Path:
-    """Rename a damaged checkpoint, whose step the run will save again; return its new path."""
-    names = (f"{checkpoint.name}.damaged{number}" for number in ("", *map(str, range(2, 1000))))
-    place = next(path for path in map(checkpoint.with_name, names) if not path.exists())
-    return checkpoint.rename(place)
-
-
-def remove_leftovers(folder: Path) -> None:
-    """Remove what a killed run left half done."""
-    shutil.rmtree(folder / PARTIAL, ignore_errors=True)
-
-
-def read_state(checkpoint: Path) -> dict[str, object]:
-    """Read what the run itself wrote into a checkpoint; empty for one of another program."""
-    file = checkpoint / STATE
-    state: dict[str, object] = json.loads(file.read_text()) if file.is_file() else {}
-    return state
-
-
-FILE = "manifest.json"
-
-
-# Where each part of a checkpoint records its step.
-_STEPS = {
-    "optimizer.json": ("optimizer", "step"),
-    "scheduler.json": ("scheduler", "step"),
-    "rng_state": ("rng", "step"),
-    "trainer_state.json": ("trainer", "global_step"),
-    "attnimg.json": ("run", "step"),
-}
 
 
 def write_manifest(folder: Path, hashes: FileHashes, *, step: int, processes: int) -> None:
@@ -251,13 +220,38 @@ def own_hash(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
+def rotate(folder: Path, *, limit: int | None, keep: Iterable[Path]) -> list[Path]:
+    """Remove the oldest checkpoints beyond `limit`, never one of `keep`; return them."""
+    if limit is None:
+        return []
+    spared = {path.name for path in keep}
+    there = checkpoints(folder)
+    gone = [path for path in there[: max(0, len(there) - limit)] if path.name not in spared]
+    for path in gone:
+        # A rename takes it out of the way at once; a kill while files go leaves no half checkpoint.
+        away = folder / PARTIAL / f"removed-{path.name}"
+        away.parent.mkdir(exist_ok=True)
+        path.rename(away)
+        shutil.rmtree(away)
+    return gone
+
+
+def set_aside(checkpoint: Path) -> Path:
+    """Rename a damaged checkpoint, whose step the run will save again; return its new path."""
+    names = (f"{checkpoint.name}.damaged{number}" for number in ("", *map(str, range(2, 1000))))
+    place = next(path for path in map(checkpoint.with_name, names) if not path.exists())
+    return checkpoint.rename(place)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove the incomplete files of a killed run."""
+    shutil.rmtree(folder / PARTIAL, ignore_errors=True)
+
+
 THREADS = 4
 
 # The threads that hash leave the cores to the one that writes, and then trains.
 _NICE = 10
-
-# What is read at a time: it stays in a core's cache until it is hashed.
-_BLOCK_BYTES = 2**20
 
 # Memory that may wait to be hashed, because a GPU's tensors are copied to the CPU for it.
 _WAITING_BYTES = 4 * 2**30
@@ -338,15 +332,6 @@ def flush(path: Path) -> None:
         os.close(handle)
 
 
-def sha256_of(file: IO[Any]) -> str:
-    """Return the SHA-256 of a file that is open for unbuffered reading."""
-    found, block = hashlib.sha256(), bytearray(_BLOCK_BYTES)
-    view = memoryview(block)
-    while count := file.readinto(block):  # type: ignore[attr-defined]  # of raw files
-        found.update(view[:count])
-    return found.hexdigest()
-
-
 def _hash_of(content: Sequence[memoryview]) -> str:
     found = hashlib.sha256()
     for part in content:
@@ -356,7 +341,7 @@ def _hash_of(content: Sequence[memoryview]) -> str:
 
 def _hash(path: Path) -> str:
     with path.open("rb", buffering=0) as file:
-        return sha256_of(file)
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _identity(path: Path) -> tuple[int, ...]:
@@ -368,7 +353,7 @@ def _identity(path: Path) -> tuple[int, ...]:
 # "PytorchStreamWriter failed writing file"; safetensors: "... (os error 28)".
 FULL = ("no space left", "os error 28", "disk quota exceeded", "os error 122", "file too large")
 
-# They write in pieces, so a little may be left when the next piece did not fit.
+# Libraries write in pieces, so a little may be free when the next piece did not fit.
 HARDLY_ANY = 4 * 2**20
 
 UNWRITTEN = ("failed writing", "error while serializing", "write failed", "unexpected pos")
@@ -376,11 +361,11 @@ UNWRITTEN = ("failed writing", "error while serializing", "write failed", "unexp
 
 @contextmanager
 def writing(path: Path, *, kept: str) -> Iterator[None]:
-    """Turn what fails while `path` is written into an error that says what was lost.
+    """Turn errors while `path` is written into one that says what was lost.
 
     Args:
         path: what is being written.
-        kept: what is safe all the same, as a sentence.
+        kept: what is kept nevertheless, as a sentence.
 
     Raises:
         AttnimgError: code disk-full or not-written, exit code 1.
@@ -397,7 +382,7 @@ def writing(path: Path, *, kept: str) -> Iterator[None]:
             if not any(s in text for s in UNWRITTEN):
                 raise
             full = _free_bytes(path) < HARDLY_ANY
-        # torch's own words, "unexpected pos 87872 vs 87760", would only puzzle.
+        # torch's text, "unexpected pos 87872 vs 87760", does not say why.
         reason = "no space left" if full else str(error).strip().splitlines()[0]
         raise AttnimgError(
             f"the disk is full: {path.name} could not be written"
@@ -412,10 +397,9 @@ def writing(path: Path, *, kept: str) -> Iterator[None]:
 
 
 def _free_bytes(path: Path) -> int:
-    """Tell how much room is left where `path` would stand."""
+    """Return the free bytes of the file system of a path, which may not exist."""
     place = next((p for p in (path, *path.parents) if p.exists()), Path())
-    left = os.statvfs(place)
-    return left.f_bavail * left.f_frsize
+    return shutil.disk_usage(place).free
 
 
 def replace_text(path: Path, text: str) -> None:

@@ -1,4 +1,4 @@
-"""TRL's SFTTrainer, made to survive kills, stop on signals and count what it trains.
+"""Train with TRL's SFTTrainer: checkpoints that survive kills, stops on signals, token counts.
 
 The loss is the negative log-likelihood averaged over the trained tokens of a step, on all
 processes. loss.py computes it; own_loss.py compares it with the model's own loss.
@@ -12,23 +12,29 @@ import math
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import TrainerCallback
 
-from attnimg.config.schema import Config
 from attnimg.errors import AttnimgError
 from attnimg.train import checkpoint as checkpoints
 from attnimg.train import metrics
-from attnimg.train.attention_check import AttentionCheck
 from attnimg.train.checkpoint import FileHashes, writing
-from attnimg.train.distributed import StopFlag, Stopped, any_rank
-from attnimg.train.metrics import ProgressView
+from attnimg.train.distributed import Stopped, any_rank
 from attnimg.train.model_files import NOT_THE_MODEL, correct_saved_config
 from attnimg.train.resume import apply_config
-from attnimg.train.rows import COUNTS, Collator, OnceAnEpoch
+from attnimg.train.rows import COUNTS, OnceAnEpoch
 from attnimg.train.saved_states import SavedStates
+
+if TYPE_CHECKING:
+    from attnimg.train.fit import Session
+
+# transformers' name -> the name in metrics.jsonl, in the order of a line.
+TRAIN_KEYS = (
+    "epoch", "loss", "learning_rate", "grad_norm", "tokens", "tokens_per_second", "filled",
+    "memory_bytes", "seconds", "aux_loss", "attn_checks", "attn_margin",
+)  # fmt: skip
 
 
 class EvaluationCut(Exception):
@@ -39,36 +45,20 @@ class Engine(SavedStates):
     """Train one run.
 
     Args:
-        folder: output_dir.
-        stop: whether someone asked to stop; read at the end of each step and evaluation batch.
-        backend: named when the loss is no number any more.
-        save_limit: complete checkpoints to keep; None for all.
-        identity: what decides the order of the data; saved with each checkpoint.
-        eval_collate: the collator of evaluation batches.
-        attention_check: judges attention calls of training steps.
-        added_rows: rows without loss at the end of the training rows, from `even_out`.
+        session: what it works with. Its stop flag is read after each step and evaluation batch.
         options: what SFTTrainer takes.
+
+    Attributes:
+        counter: counts tokens and time from one log to the next.
+        finishing: the checkpoint that is being finished.
+        loaded_config: the model's config before training.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        *,
-        stop: StopFlag,
-        backend: str,
-        save_limit: int | None,
-        identity: Mapping[str, object],
-        eval_collate: Collator,
-        attention_check: AttentionCheck,
-        added_rows: int,
-        **options: Any,
-    ) -> None:
-        self.stop, self.eval_collate = stop, eval_collate
+    def __init__(self, session: Session, **options: Any) -> None:
+        self.session, self.folder, self.stop = session, session.folder, session.stop
+        self.attention_check = session.attention_check
+        self.counter = metrics.TokenCounter()
         self._eval_sums = torch.zeros(2, dtype=torch.float64)
-        self.attention_check, self.added_rows = attention_check, added_rows
-        self.folder, self.backend = folder, backend
-        self.save_limit, self.identity = save_limit, identity
-        self.meter = metrics.Meter()
         self._evaluated_at = -1
         self.finishing, self.hashes = checkpoints.Finishing(), FileHashes()
         self.loaded_config = options["model"].config.to_dict()
@@ -94,12 +84,10 @@ class Engine(SavedStates):
     def get_train_dataloader(self) -> Any:
         """Batch training rows; with added rows, each of the others once an epoch."""
         loader = super().get_train_dataloader()
-        if self.added_rows:
-            rows = len(self.train_dataset) - self.added_rows
+        if added := self.session.train.added:
+            rows = len(self.train_dataset) - added
             # In the place of accelerate's own sampler, which resuming sets to its epoch.
-            loader.set_sampler(
-                OnceAnEpoch(rows=rows, added=self.added_rows, seed=self.args.data_seed)
-            )
+            loader.set_sampler(OnceAnEpoch(rows=rows, added=added, seed=self.args.data_seed))
         return loader
 
     def train(self, *args: Any, **options: Any) -> Any:
@@ -124,7 +112,7 @@ class Engine(SavedStates):
             AttnimgError: an attention call is wrong, or a checkpoint could not be written.
         """
         tokens, places = inputs.pop(COUNTS).tolist()
-        self.meter.count(tokens, places)
+        self.counter.count(tokens, places)
         step = self.state.global_step + 1
         # The error on a wrong call names the newest checkpoint.
         if self.finishing.ended or self.attention_check.due(step):
@@ -133,7 +121,7 @@ class Engine(SavedStates):
             return super().training_step(model, inputs, num_items_in_batch)
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
-        """Refuse to step on a loss or gradient that is no number, while the weights are still good.
+        """Raise where a loss or gradient is NaN or inf, before the step changes the weights.
 
         Raises:
             AttnimgError: code not-finite, exit code 1.
@@ -154,9 +142,9 @@ class Engine(SavedStates):
         saved = checkpoints.newest_checkpoint(self.folder)
         norm_text = f", gradient norm {float(norm):.3g}" if norm is not None else ""
         return AttnimgError(
-            f"the loss is not a number any more at step {step}",
-            why=f"found loss {float(self._tr_loss):.3g}{norm_text}, attention by {self.backend}; "
-            f"the step was not applied\n"
+            f"loss or gradient is NaN or inf at step {step}",
+            why=f"found loss {float(self._tr_loss):.3g}{norm_text}, attention by "
+            f"{self.session.run.backend}; the step was not applied\n"
             + (f"the newest good checkpoint is {saved}" if saved else "no checkpoint was written"),
             do="lower learning_rate or lengthen warmup_steps; if it stays, try "
             "attn_implementation: eager to rule out the attention kernel",
@@ -167,7 +155,7 @@ class Engine(SavedStates):
     def _evaluate(self, trial: Any, ignore_keys_for_eval: Any, skip_scheduler: bool = False) -> Any:
         """Evaluate; a signal meanwhile saves, and leaves the evaluation to the next session."""
         try:
-            with self.meter.paused():
+            with self.counter.paused():
                 found = super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler)
         except EvaluationCut:
             self.model.train()
@@ -178,12 +166,11 @@ class Engine(SavedStates):
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         """Batch evaluation rows with their own collator."""
-        train_collate = self.data_collator
-        self.data_collator: Collator = self.eval_collate
+        self.data_collator = (self.session.evaluation or self.session.train).collate
         try:
             return super().get_eval_dataloader(eval_dataset)
         finally:
-            self.data_collator = train_collate
+            self.data_collator = self.session.train.collate
 
     def prediction_step(
         self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None
@@ -207,11 +194,11 @@ class Engine(SavedStates):
         return output
 
     def evaluate_missed(self) -> None:
-        """Do the evaluation that the session before did not come to."""
+        """Run the evaluation that was due when the session before was stopped."""
         self._determine_best_metric(self._evaluate(None, None), None)
 
     def _evaluation_due(self) -> bool:
-        """Tell whether this step still has to be evaluated, now or when its epoch is closed."""
+        """Return whether this step still has to be evaluated, now or when its epoch is closed."""
         step, every = self.state.global_step, self.state.eval_steps
         if self.eval_dataset is None or self._evaluated_at == step:
             return False
@@ -221,7 +208,7 @@ class Engine(SavedStates):
         return bool(self.args.eval_strategy == "epoch" and closing)
 
     def stopped(self) -> Stopped:
-        """Return where the run stopped, for the caller to raise; its checkpoint is complete."""
+        """Return the exception for the caller to raise; the last checkpoint is complete."""
         self.finish_checkpoint()
         number, saved = self.stop.number or 15, checkpoints.newest_checkpoint(self.folder)
         return Stopped(number, step=self.state.global_step, checkpoint=saved)
@@ -229,14 +216,13 @@ class Engine(SavedStates):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add tokens, time and memory to a training log; transformers hands it to the callbacks."""
         if "loss" in logs:
-            counts = torch.tensor([self.meter.tokens, self.meter.places], device=self.args.device)
-            tokens, places = self.accelerator.reduce(counts, reduction="sum").tolist()
-            logs.update(self.meter.close_window(tokens=tokens, places=places))
+            tokens, places = self._counts()
+            logs.update(self.counter.close_window(tokens=tokens, places=places))
             logs.update(self.attention_check.close_window())
         super().log(logs, start_time)
 
     def _get_output_dir(self, trial: Any) -> str:
-        """Point transformers' writing at the folder of unfinished checkpoints."""
+        """Return the folder of unfinished checkpoints, for transformers to write to."""
         return str(self.folder / checkpoints.PARTIAL)
 
     def finish_checkpoint(self) -> None:
@@ -245,12 +231,12 @@ class Engine(SavedStates):
         Raises:
             AttnimgError: it could not be written; those before it are untouched.
         """
-        with self.meter.paused():
+        with self.counter.paused():
             self.finishing.wait()
             self.accelerator.wait_for_everyone()
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Write a checkpoint's files, and have a thread finish it while training continues.
+        """Write a checkpoint's files; a thread finishes it while training continues.
 
         Raises:
             AttnimgError: the disk is full; what was there before is untouched.
@@ -264,10 +250,10 @@ class Engine(SavedStates):
         kept = checkpoints.newest_checkpoint(self.folder)
         best = self.folder / f"checkpoint-{self.state.best_global_step}"
         self.state.best_model_checkpoint = str(best) if best.is_dir() else None
-        told = f"{kept.name} is kept" if kept else "no checkpoint was written before"
+        safe = f"{kept.name} is kept" if kept else "no checkpoint was written before"
         hashes = self.hashes = FileHashes()
         try:
-            with self.meter.paused(), writing(partial, kept=told):
+            with self.counter.paused(), writing(partial, kept=safe):
                 if not self.args.save_only_model:
                     self.save_optimizer(partial)
                 super()._save_checkpoint(model, trial)
@@ -283,9 +269,9 @@ class Engine(SavedStates):
                 partial,
                 hashes,
                 processes=self.args.world_size,
-                limit=self.save_limit,
+                limit=self.session.config.save_total_limit,
                 best=best,
-                told=told,
+                safe=safe,
             )
             self.finishing.begin(finish)
         else:
@@ -301,93 +287,80 @@ class Engine(SavedStates):
             for name in NOT_THE_MODEL:
                 (partial / name).unlink(missing_ok=True)
 
+    def _counts(self) -> list[int]:
+        """Return tokens and places of all processes since the last log."""
+        mine = torch.tensor([self.counter.tokens, self.counter.places], device=self.args.device)
+        found: list[int] = self.accelerator.reduce(mine, reduction="sum").tolist()
+        return found
+
     def _window_state(self) -> dict[str, object]:
-        """Tell what was summed since the last log, so that a resumed window logs the same loss."""
-        sums = torch.tensor([self.meter.tokens, self.meter.places], device=self.args.device)
-        tokens, places = self.accelerator.reduce(sums, reduction="sum").tolist()
+        """Return what was summed since the last log, so that a resumed run logs the same loss."""
+        tokens, places = self._counts()
         loss = self.accelerator.reduce(self._tr_loss.clone(), reduction="mean").item()
         return {
             "step": self.state.global_step,
-            "tokens": self.meter.total_tokens,
+            "tokens": self.counter.total_tokens,
             "window": {"loss": loss, "from_step": self._globalstep_last_logged,
                        "tokens": tokens, "places": places, "aux": self.aux_window()},
             "evaluate_first": self._evaluation_due(),
-            "identity": dict(self.identity),
+            "identity": dict(self.session.identity),
         }  # fmt: skip
 
     def restore_window(self, state: Mapping[str, Any]) -> None:
-        """Go on summing where the checkpoint's session stopped; called when training begins."""
+        """Restore the sums since the last log from a checkpoint; called when training begins."""
         window = state.get("window")
         if window is None:
             return
-        self.meter.total_tokens = state["tokens"]
+        self.counter.total_tokens = state["tokens"]
         self._tr_loss += window["loss"]
         self._globalstep_last_logged = window["from_step"]
         # The sums are of all processes; one of them carries them on.
         if self.is_world_process_zero():
-            self.meter.count(window["tokens"], window["places"])
+            self.counter.count(window["tokens"], window["places"])
             self.restore_aux_window(window.get("aux", [0, 0]))
-
-
-# transformers' name -> the name in metrics.jsonl, in the order of a line.
-TRAIN_KEYS = (
-    "epoch", "loss", "learning_rate", "grad_norm", "tokens", "tokens_per_second", "filled",
-    "memory_bytes", "seconds", "aux_loss", "attn_checks", "attn_margin",
-)  # fmt: skip
 
 
 # ruff: noqa: ARG002
 # transformers calls each of these with all of its arguments, whether they are needed or not.
-class Watch(TrainerCallback):  # type: ignore[misc]  # transformers' types are not followed
-    """Follow the engine: write each log, draw progress, and stop it when asked.
+class RunCallback(TrainerCallback):  # type: ignore[misc]  # transformers' types are not followed
+    """Write each log, draw progress, and stop the engine when asked.
 
     Args:
-        folder: output_dir, where metrics.jsonl stands.
-        stop: whether someone asked to stop.
+        engine: which calls it.
         view: the bar.
-        restored: the state of the checkpoint the run goes on from; empty for a new run.
-        config: the validated run if it resumes from a checkpoint; None for a new run.
         ready: called with the engine when it is ready for its first step.
     """
 
     def __init__(
-        self,
-        folder: Path,
-        *,
-        stop: StopFlag,
-        view: ProgressView,
-        restored: Mapping[str, Any],
-        config: Config | None,
-        ready: Callable[[Any], None],
+        self, engine: Engine, view: metrics.ProgressView, ready: Callable[[Any], None]
     ) -> None:
-        self.folder, self.stop, self.view, self.restored = folder, stop, view, restored
-        self.config, self.ready = config, ready
+        self.engine, self.view, self.ready = engine, view, ready
         self.stopping = False
-        self.engine: Any = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Take up the sums, and the evaluation, that the session before left unfinished."""
-        if self.config is not None:
-            apply_config(self.engine, self.config, self.restored.get("identity", {}))
-        self.ready(self.engine)
-        self.engine.restore_window(self.restored)
+        """Restore the sums of the session before, and run the evaluation that it missed."""
+        engine, session = self.engine, self.engine.session
+        if session.point is not None:
+            apply_config(engine, session.config, session.restored.get("identity", {}))
+        self.ready(engine)
+        engine.restore_window(session.restored)
         self.view.begin(state.global_step)
-        self.stop.training = True
-        if self.restored.get("evaluate_first"):
-            self.engine.evaluate_missed()
+        session.stop.training = True
+        if session.restored.get("evaluate_first"):
+            engine.evaluate_missed()
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Wait for the hashes of the optimizer's state, which its step will change."""
         self.engine.hashes.settle()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Move the bar, and ask for a checkpoint when any process was told to stop."""
+        """Move the bar, and save a checkpoint when any process was asked to stop."""
         self.view.step(state.global_step)
         if state.global_step >= state.max_steps:
             control.should_log = True
-        if any_rank(self.stop.number is not None):
+        if any_rank(self.engine.stop.number is not None):
             self.stopping = True
-            # An evaluation due here is the next session's first act: the checkpoint says so.
+            # The next session runs an evaluation that is due here: the checkpoint records it.
             control.should_evaluate = False
             control.should_save = True
             # Weights alone could not be resumed from.
@@ -412,4 +385,4 @@ class Watch(TrainerCallback):  # type: ignore[misc]  # transformers' types are n
         else:
             return
         if state.is_world_process_zero:
-            metrics.append(self.folder, line)
+            metrics.append(self.engine.folder, line)

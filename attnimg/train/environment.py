@@ -1,4 +1,4 @@
-"""Refuse environment variables that libraries read and that break the run or contradict its config.
+"""Refuse environment variables that break a run or contradict its config, and silence libraries.
 
 accelerate and transformers take settings from variables, which `accelerate launch` exports, where
 their caller passes none. A variable that says what the config says is fine.
@@ -27,12 +27,18 @@ from attnimg.errors import AttnimgError
 from attnimg.facts import Problem
 
 _TRUE = frozenset({"y", "yes", "t", "true", "on", "1"})
+
 _FALSE = frozenset({"n", "no", "f", "false", "off", "0"})
+
 _PRECISIONS = {"bfloat16": "bf16", "float16": "fp16"}
+
 _LEVELS = logging.getLevelNamesMapping()
+
 # Frames from where an error is raised in which a library may read the variable.
 _NEAR = 3
+
 _OWN = str(Path(__file__).parents[1])
+
 _VARIABLE = re.compile(r"\b[A-Z][A-Z0-9]*(?:_[A-Z0-9]+)+\b")
 
 
@@ -167,6 +173,7 @@ def _offload(run: _Run) -> frozenset[str] | None:
 
 
 _COMPILE = "the config has torch_compile, torch_compile_backend and torch_compile_mode"
+
 _NOTHING = "attnimg does not support it"
 
 # Name, the values in lower case that agree with a run (None: any), and what to set instead.
@@ -277,7 +284,7 @@ def _source(frame: traceback.FrameSummary) -> str:
 
 
 def silence_libraries() -> None:
-    """Turn off progress bars, notes and telemetry of the libraries below; errors still come.
+    """Turn off the progress bars, notes and telemetry of libraries; errors are still printed.
 
     Call it before transformers is imported: the hub client reads its switches at import.
     """
@@ -289,7 +296,7 @@ def silence_libraries() -> None:
     os.environ["DISABLE_KUBEFLOW_INTEGRATION"] = "TRUE"
     # loss.png is drawn without a window; matplotlib raises on a backend that it does not know.
     os.environ["MPLBACKEND"] = "agg"
-    # It would warn that the kernel it was kept from is missing.
+    # It would warn that the kernel is missing that _import_bitsandbytes_alone keeps it from.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     _import_bitsandbytes_alone()
     from transformers.utils import logging as transformers_logging

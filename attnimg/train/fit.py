@@ -1,4 +1,7 @@
-"""Run the training: rows, engine, final model, plot, receipt."""
+"""Train: make rows, build the engine, compare its loss, run it, save the model, write the receipt.
+
+documents -> rows -> engine -> own loss compared -> steps -> final model, loss.png, receipt.json
+"""
 
 from __future__ import annotations
 
@@ -29,18 +32,17 @@ from attnimg.train.distributed import (
 from attnimg.train.environment import silence_libraries
 from attnimg.train.identity import identity_of
 from attnimg.train.intact import damages_of
-from attnimg.train.loss import LossCheck, loss_sentence
-from attnimg.train.metrics import ProgressView, draw_loss
+from attnimg.train.metrics import ProgressView, print_line
 from attnimg.train.model_files import save_final
 from attnimg.train.output_dir import locked, prepare_output_dir
 from attnimg.train.receipt import (
     FitResult,
     RunFacts,
     Status,
-    applied,
     count_weights,
     open_receipt,
-    sentence,
+    settings_in_use,
+    weights_sentence,
     write_receipt,
 )
 from attnimg.train.resume import (
@@ -55,7 +57,7 @@ from attnimg.train.tokenizer import stop_notes, use_trained_template
 
 if TYPE_CHECKING:
     from attnimg.train.data.documents import Documents
-
+    from attnimg.train.loss import LossCheck
 
 # How model configs count experts, of which a batch may use only some.
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
@@ -68,16 +70,16 @@ class Session:
     Attributes:
         config: the validated run.
         folder: output_dir.
-        model: what `load_model` gave.
-        tokenizer: what `load_tokenizer` gave.
-        run: what the steps before training found out.
-        resume: where the run goes on; None for a new run in an empty folder.
+        model: as `load_model` returns it.
+        tokenizer: as `load_tokenizer` returns it.
+        run: the results of the steps before training.
+        resume: where the run resumes; None for a new run in an empty folder.
         stop: whether someone asked to stop.
         console: where progress goes, stderr's.
         train: rows to train on.
         evaluation: rows to evaluate on; None without.
         schedule: the run counted in steps.
-        restored: the run's own state in the checkpoint it goes on from; empty for a new run.
+        restored: the run's own state in the checkpoint that it resumes from; empty for a new run.
         identity: what determines the run's result (identity.py); saved with each checkpoint.
         attention_check: judges attention calls of training steps.
     """
@@ -97,6 +99,16 @@ class Session:
     identity: Mapping[str, Any]
     attention_check: AttentionCheck
 
+    @property
+    def point(self) -> Path | None:
+        """Return the checkpoint that the session resumes from."""
+        return self.resume.path if self.resume else None
+
+    @property
+    def is_done(self) -> bool:
+        """Return whether the checkpoint has all steps of the run."""
+        return self.resume is not None and self.resume.step >= self.schedule.total_steps
+
 
 def fit(
     config: Config,
@@ -110,15 +122,15 @@ def fit(
     console: Console,
     attention_check: AttentionCheck,
 ) -> FitResult:
-    """Train, and leave in output_dir: checkpoints, the model, metrics, a plot, a receipt.
+    """Train, and write checkpoints, model, metrics.jsonl, loss.png and receipt.json to output_dir.
 
     Args:
         config: the validated run.
-        model: what `load_model` gave.
-        tokenizer: what `load_tokenizer` gave.
+        model: as `load_model` returns it.
+        tokenizer: as `load_tokenizer` returns it.
         documents: training and validation documents, tokenized.
-        run: what the steps before found out.
-        resume: what `check_inputs` found; None for a new run in an empty folder.
+        run: the results of the steps before.
+        resume: as `check_inputs` returns it; None for a new run in an empty folder.
         stop: whether someone asked to stop, from `stop_signals`.
         console: where progress goes, stderr's.
         attention_check: judges attention calls of training steps.
@@ -143,7 +155,7 @@ def fit(
     require_same(identity, config, resume)
     notes = use_trained_template(config, tokenizer)
     for note in (*notes, *stop_notes(documents.train, tokenizer, model)):
-        console.print(f"  warning: {note}", highlight=False, markup=False, soft_wrap=True)
+        print_line(console, f"  warning: {note}")
     session = Session(
         config=config,
         folder=folder,
@@ -169,14 +181,39 @@ def fit(
         return _with_receipt(session, documents.figures)
 
 
+def _rows(
+    config: Config, documents: Documents, *, run: RunFacts, tokenizer: Any
+) -> tuple[Rows, Rows | None]:
+    """Pack both splits; evaluation is packed as training is, unless eval_sample_packing is false.
+
+    Without sample_packing nothing is packed: no proof shows that the model keeps documents apart.
+    """
+
+    def rows(dataset: Any, *, packed: bool, batch_size: int) -> Rows:
+        padding = tokenizer.pad_token_id
+        made = make_rows(dataset, config, packed=packed, context=run.context, pad_token_id=padding)
+        at_once = batch_size * world_size() if world_size() > 1 else 1
+        return even_out(made, multiple=at_once, pad_token_id=padding)
+
+    packed, batch_size = bool(config.sample_packing), config.micro_batch_size
+    train = rows(documents.train, packed=packed, batch_size=batch_size)
+    if not documents.validation:
+        return train, None
+    return train, rows(
+        documents.validation,
+        packed=packed and config.eval_sample_packing is not False,
+        batch_size=config.eval_batch_size or batch_size,
+    )
+
+
 def _with_receipt(session: Session, data_figures: object) -> FitResult:
-    """Train with a receipt on the disk from before the first step to after the last word."""
-    train, evaluation = session.train, session.evaluation
-    point = session.resume.path if session.resume else None
+    """Train; write the receipt before the first step, and again when the run has ended."""
+    train, evaluation, point = session.train, session.evaluation, session.point
+    first = rank() == 0
     before = identity_in(point) if point else {}
-    if point and rank() == 0:
+    if point and first:
         for note in resume_notes(before, session.identity, name=point.name):
-            session.console.print(note, highlight=False, markup=False, soft_wrap=True)
+            print_line(session.console, note)
     receipt = open_receipt(
         session.config,
         run=session.run,
@@ -194,7 +231,6 @@ def _with_receipt(session: Session, data_figures: object) -> FitResult:
         },
         resumed_from=point,
     )
-    first = rank() == 0
     if first:
         write_receipt(session.folder, receipt, status="running")
     try:
@@ -212,98 +248,65 @@ def _with_receipt(session: Session, data_figures: object) -> FitResult:
     return result
 
 
-def _rows(
-    config: Config, documents: Documents, *, run: RunFacts, tokenizer: Any
-) -> tuple[Rows, Rows | None]:
-    """Pack both splits; evaluation is packed as training is, unless eval_sample_packing is false.
-
-    Without sample_packing nothing is packed: no proof shows that the model keeps documents apart.
-    """
-    packed = bool(config.sample_packing)
-    eval_packed = packed and config.eval_sample_packing is not False
-
-    def rows(dataset: Any, *, packed: bool) -> Rows:
-        return make_rows(
-            dataset, config, packed=packed, context=run.context, pad_token_id=tokenizer.pad_token_id
-        )
-
-    def shared_out(made: Rows, *, batch_size: int) -> Rows:
-        at_once = batch_size * world_size() if world_size() > 1 else 1
-        return even_out(made, multiple=at_once, pad_token_id=tokenizer.pad_token_id)
-
-    train = shared_out(rows(documents.train, packed=packed), batch_size=config.micro_batch_size)
-    if documents.validation is None or not len(documents.validation):
-        return train, None
-    evaluation = shared_out(
-        rows(documents.validation, packed=eval_packed),
-        batch_size=config.eval_batch_size or config.micro_batch_size,
-    )
-    return train, evaluation
+def _write_end(folder: Path, receipt: Mapping[str, object], *, error: BaseException) -> None:
+    """Write how the run ended, unless the disk is too full even for that."""
+    status: Status = "stopped" if isinstance(error, Stopped | KeyboardInterrupt) else "failed"
+    shown: dict[str, object] = {"code": type(error).__name__, "what": str(error)}
+    if isinstance(error, AttnimgError):
+        shown = {"code": error.code, "what": error.what, "why": error.why, "do": error.do}
+    # The error on its way to the user matters more than its copy on a full disk.
+    with suppress(AttnimgError):
+        write_receipt(folder, {**receipt, "error": shown}, status=status)
 
 
 def _train(session: Session, receipt: dict[str, object]) -> FitResult:
     """Build the engine, compare its loss with the model's own, train, and write the model."""
     began = time.monotonic()
-    first = rank() == 0
+    first, config = rank() == 0, session.config
     view = ProgressView(session.console, total=session.schedule.total_steps, visible=first)
 
     def ready(engine: Any) -> None:
-        receipt["applied"] = applied(engine, session.run.plan)
+        receipt["applied"] = settings_in_use(engine, session.run.plan)
         if first:
             write_receipt(session.folder, receipt, status="running")
 
     engine = build_engine(session, view, ready)
-    counts = count_weights(engine.model)
-    receipt["weights"] = counts
-    session.console.print(f"  {sentence(counts)}", highlight=False, markup=False, soft_wrap=True)
+    receipt["weights"] = counts = count_weights(engine.model)
+    print_line(session.console, f"  {weights_sentence(counts)}")
     session.attention_check.announce()
-    receipt["loss"] = check_own_loss(engine, session)
+    receipt["loss"] = _check_own_loss(engine, session)
     try:
-        notes = run_engine(engine, session)
+        notes = _run_engine(engine, session)
     finally:
         view.end()
-    files = save_final(engine, session.config, session.folder)
+    files, steps = save_final(engine, config, session.folder), engine.state.global_step
     if first:
-        files += _draw(session, steps=engine.state.global_step)
+        subtitle = f"attention {session.run.backend}, {session.run.context.dtype}, {steps:,} steps"
+        title = Path(str(config.base_model)).name
+        picture = metrics.draw_loss(session.folder, title=title, subtitle=subtitle)
+        files += [path for path in (picture, session.folder / metrics.FILE) if path]
     # All is written: a signal from here on has nothing left to save.
     session.stop.training = False
     lines = metrics.read(session.folder)
+
+    def last(name: str) -> float | None:
+        return next((line[name] for line in reversed(lines) if name in line), None)
+
     return FitResult(
-        steps=engine.state.global_step,
-        loss=next((line["loss"] for line in reversed(lines) if "loss" in line), None),
-        eval_loss=next((x["eval_loss"] for x in reversed(lines) if "eval_loss" in x), None),
-        aux_loss=next((line["aux_loss"] for line in reversed(lines) if "aux_loss" in line), None),
-        tokens=engine.meter.total_tokens,
+        steps=steps,
+        loss=last("loss"),
+        eval_loss=last("eval_loss"),
+        aux_loss=last("aux_loss"),
+        tokens=engine.counter.total_tokens,
         seconds=time.monotonic() - began,
         files=tuple(files),
-        resumed_from=session.resume.path if session.resume else None,
+        resumed_from=session.point,
         notes=tuple(notes),
     )
 
 
-def _draw(session: Session, *, steps: int) -> list[Path]:
-    """Draw the losses; name the files about them."""
-    picture = draw_loss(
-        session.folder,
-        title=Path(str(session.config.base_model)).name,
-        subtitle=f"attention {session.run.backend}, {session.run.context.dtype}, {steps:,} steps",
-    )
-    return [path for path in (picture, session.folder / metrics.FILE) if path]
-
-
-def _write_end(folder: Path, receipt: Mapping[str, object], *, error: BaseException) -> None:
-    """Write how the run ended, unless the disk is too full even for that."""
-    status: Status = "stopped" if isinstance(error, Stopped | KeyboardInterrupt) else "failed"
-    told: dict[str, object] = {"code": type(error).__name__, "what": str(error)}
-    if isinstance(error, AttnimgError):
-        told = {"code": error.code, "what": error.what, "why": error.why, "do": error.do}
-    # The error on its way to the user matters more than its copy on a full disk.
-    with suppress(AttnimgError):
-        write_receipt(folder, {**receipt, "error": told}, status=status)
-
-
 def build_engine(session: Session, view: ProgressView, ready: Callable[[Any], None]) -> Any:
-    """Put the engine together; transformers' own printing is taken out.
+    """Build the engine, without transformers' own printing.
 
     Args:
         session: what it works with.
@@ -313,9 +316,9 @@ def build_engine(session: Session, view: ProgressView, ready: Callable[[Any], No
     from transformers import EarlyStoppingCallback, PrinterCallback
     from trl import SFTConfig
 
-    from attnimg.train.engine import Engine, Watch
+    from attnimg.train.engine import Engine, RunCallback
 
-    config, run, train, evaluation = session.config, session.run, session.train, session.evaluation
+    config, run, evaluation = session.config, session.run, session.evaluation
     arguments = training_arguments(
         config,
         machine=run.machine,
@@ -323,34 +326,19 @@ def build_engine(session: Session, view: ProgressView, ready: Callable[[Any], No
         schedule=session.schedule,
         sparse=any(getattr(session.model.config, name, None) for name in EXPERTS),
     )
-    watch = Watch(
-        session.folder,
-        stop=session.stop,
-        view=view,
-        restored=session.restored,
-        config=config if session.resume and session.resume.path else None,
-        ready=ready,
-    )
     patience = config.early_stopping_patience
     engine = Engine(
-        session.folder,
-        stop=session.stop,
-        backend=run.backend,
-        save_limit=config.save_total_limit,
-        identity=session.identity,
-        eval_collate=(evaluation or train).collate,
-        attention_check=session.attention_check,
-        added_rows=train.added,
+        session,
         model=session.model,
         args=SFTConfig(**arguments),
-        data_collator=train.collate,
-        train_dataset=train.dataset,
+        data_collator=session.train.collate,
+        train_dataset=session.train.dataset,
         eval_dataset=evaluation.dataset if evaluation else None,
         processing_class=session.tokenizer,
-        callbacks=[*([EarlyStoppingCallback(patience)] if patience else []), watch],
+        callbacks=[EarlyStoppingCallback(patience)] if patience else [],
     )
     engine.remove_callback(PrinterCallback)
-    watch.engine = engine
+    engine.add_callback(RunCallback(engine, view, ready))
     _require_context(engine, run.context, deepspeed=bool(config.deepspeed))
     return engine
 
@@ -381,32 +369,27 @@ def _require_context(engine: Any, context: RunContext, *, deepspeed: bool) -> No
     )
 
 
-def check_own_loss(engine: Any, session: Session) -> LossCheck:
+def _check_own_loss(engine: Any, session: Session) -> LossCheck:
     """Compare the trainer's loss with the model's own, and print the result.
 
     Raises:
         AttnimgError: the class's loss is not that of its logits (loss-differs), or the model
             raises (model-raised); exit code 1.
     """
+    from attnimg.train.loss import LossCheck, loss_sentence
     from attnimg.train.own_loss import check_loss
 
     config = session.config
-    if session.resume and session.resume.step >= session.schedule.total_steps:
+    if session.is_done:
         return LossCheck(compared=False, why="no step is left to train")
-    found = check_loss(
-        engine,
-        session.train,
-        context=session.run.context,
-        sharded=bool(config.fsdp or config.fsdp_config or config.deepspeed),
-    )
-    session.console.print(
-        f"  {loss_sentence(found)}", highlight=False, markup=False, soft_wrap=True
-    )
+    sharded = bool(config.fsdp or config.fsdp_config or config.deepspeed)
+    found = check_loss(engine, session.train, context=session.run.context, sharded=sharded)
+    print_line(session.console, f"  {loss_sentence(found)}")
     return found
 
 
-def run_engine(engine: Any, session: Session) -> list[str]:
-    """Train to the end, or to an early stop; give the notes of how it ended.
+def _run_engine(engine: Any, session: Session) -> list[str]:
+    """Train to the end, or to an early stop; return notes on how it ended.
 
     Raises:
         AttnimgError: the GPU's memory is full (out-of-memory), or another process has ended or
@@ -414,13 +397,12 @@ def run_engine(engine: Any, session: Session) -> list[str]:
     """
     import torch
 
-    total = session.schedule.total_steps
-    point = session.resume.path if session.resume else None
-    if point and session.resume and session.resume.step >= total:
+    total, point = session.schedule.total_steps, session.point
+    if session.is_done and session.resume:
         # transformers would train one step more than asked: only the model is missing.
         engine._load_from_checkpoint(str(point))
         engine.state.global_step = session.resume.step
-        engine.meter.total_tokens = int(session.restored.get("tokens", 0))
+        engine.counter.total_tokens = int(session.restored.get("tokens", 0))
         if session.restored.get("evaluate_first"):
             engine.evaluate_missed()
         return [f"all {total} steps were done already at {point}"]
@@ -437,13 +419,11 @@ def run_engine(engine: Any, session: Session) -> list[str]:
             key="micro_batch_size",
             exit_code=1,
         ) from error
-    if engine.state.global_step >= total:
-        return []
-    return [_end_early(engine)]
+    return [] if engine.state.global_step >= total else [_end_early(engine)]
 
 
 def _end_early(engine: Any) -> str:
-    """Go back to the best checkpoint if there is one; say which model is kept."""
+    """Load the best checkpoint, if there is one; return a note on which model is kept."""
     best = engine.folder / f"checkpoint-{engine.state.best_global_step}"
     reason = f"stopped early at step {engine.state.global_step}: the evaluation loss is no better"
     if not best.is_dir():

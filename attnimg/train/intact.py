@@ -1,7 +1,12 @@
-"""Check that the files of a checkpoint are as they were written, and find the newest whole one."""
+"""Check that the files of a checkpoint are as they were written, and find the newest whole one.
+
+With a manifest, each file is compared with its size and SHA-256 there. A checkpoint without one, as
+transformers' Trainer writes it, must at least be readable without running code.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -19,20 +24,17 @@ from typing import Any
 from attnimg.content_hashes import in_threads
 from attnimg.errors import AttnimgError
 from attnimg.files import read_regular
-from attnimg.train.checkpoint import FILE, checkpoints, own_hash, sha256_of, step_of
-from attnimg.train.model_files import safetensors_damages
+from attnimg.train.checkpoint import FILE, checkpoints, own_hash, step_of
+from attnimg.train.model_files import UNREADABLE, WEIGHT_INDEX, safetensors_damages, shards_of
 from attnimg.train.pickled_weights import require_safetensors
 
 _KEY = "resume_from_checkpoint"
 
-
 # A sharded checkpoint of a thousand processes has some ten thousand files of 150 bytes each.
 _MAX_BYTES = 16 * 2**20
 
-
 # Names that only a checkpoint with a manifest has: states that saved_states.py wrote.
 _OURS = ("optimizer.json", "scheduler.json", "rng_state*.json")
-
 
 # Files that transformers, PEFT, accelerate or DeepSpeed would load where a checkpoint has them. Any
 # other file that someone added is not read, and does no harm.
@@ -42,6 +44,85 @@ _LOADED = re.compile(
     r".*\.(safetensors|bin|pt|pth|distcp|index\.json)|(adapter_)?config\.json|\.metadata|latest|"
     r"(optimizer|scheduler|rng_state.*|scaler|trainer_state|attnimg)\.json"
 )
+
+
+def damages_of(checkpoint: Path) -> list[str]:
+    """Return what is wrong with a checkpoint's files, as manifest_damages does.
+
+    Raises:
+        AttnimgError: it has no manifest, and its weights are pickled (code pickled-weights).
+    """
+    step = step_of(checkpoint)
+    if has_manifest(checkpoint):
+        return manifest_damages(checkpoint, step=step)
+    require_safetensors(checkpoint, key=_KEY)
+    return damages_without_manifest(checkpoint, step=step)
+
+
+def newest_whole(found: list[Path]) -> tuple[Path | None, dict[Path, list[str]]]:
+    """Return the newest whole checkpoint, and the newer ones with what is wrong with each.
+
+    Args:
+        found: checkpoints, lowest step first.
+    """
+    damaged: dict[Path, list[str]] = {}
+    for path in reversed(found):
+        wrong = damages_of(path)
+        if not wrong:
+            return path, damaged
+        damaged[path] = wrong
+    return None, damaged
+
+
+def notes_on(checkpoint: Path, damaged: dict[Path, list[str]]) -> tuple[str, ...]:
+    """Return lines for the user on a whole checkpoint, and on newer ones that are damaged."""
+    notes = [
+        f"warning: {path.name} is damaged ({wrong[0]}"
+        + (f", and {len(wrong) - 1} more" if len(wrong) > 1 else "")
+        + f"): resuming from {checkpoint.name}, the newest whole one"
+        for path, wrong in damaged.items()
+    ]
+    if not has_manifest(checkpoint):
+        notes.append(
+            f"warning: {checkpoint.name} has no manifest: its files can be read, but whether they "
+            "are as they were written can't be checked"
+        )
+        if not any(checkpoint.glob("rng_state*")):
+            notes.append(
+                f"warning: {checkpoint.name} has no rng_state: dropout uses other random numbers"
+            )
+    return tuple(notes)
+
+
+def damaged(checkpoint: Path, wrong: list[str], *, output_dir: Path) -> AttnimgError:
+    """Return the error on a damaged checkpoint, which names the newest whole one beside it.
+
+    Args:
+        checkpoint: the damaged one.
+        wrong: what is wrong with it.
+        output_dir: of the run.
+    """
+    others = [path for path in checkpoints(checkpoint.parent) if path.name != checkpoint.name]
+    newest = None
+    with suppress(AttnimgError):  # one with pickled weights
+        newest = newest_whole(others)[0]
+    if newest is None:
+        do = (
+            f"copy {checkpoint.name} again from where it was written: no whole checkpoint is in "
+            f"{checkpoint.parent}\nor, for a new run, set another output_dir and remove {_KEY}"
+        )
+    elif newest.resolve().parent == output_dir.resolve() and step_of(newest) < step_of(checkpoint):
+        do = f"set {_KEY}: true, which resumes from {newest.name}, the newest whole one"
+    else:
+        do = f"set {_KEY}: {newest}, the newest whole one"
+    shown = [*wrong[:8], *([f"and {len(wrong) - 8} more"] if len(wrong) > 8 else [])]
+    return AttnimgError(
+        f"{checkpoint} is damaged",
+        why="\n".join(shown),
+        do=do,
+        code="damaged-checkpoint",
+        key=_KEY,
+    )
 
 
 def has_manifest(checkpoint: Path) -> bool:
@@ -128,7 +209,7 @@ def _damage(path: Path, needed: Mapping[str, Any]) -> str | None:
                 return "found a pipe, a socket, a device or a folder, needed a file"
             if about.st_size != needed["size"]:
                 return f"found {about.st_size:,} bytes, needed {needed['size']:,}"
-            found = sha256_of(file)
+            found = hashlib.file_digest(file, "sha256").hexdigest()
     except FileNotFoundError:
         return "it is missing"
     except OSError as error:
@@ -143,85 +224,6 @@ def _added(checkpoint: Path, files: Mapping[str, Any]) -> list[str]:
     names = (path.relative_to(checkpoint).as_posix() for path in checkpoint.rglob("*"))
     return sorted(
         name for name in names if name not in files and _LOADED.fullmatch(name.rpartition("/")[2])
-    )
-
-
-def damages_of(checkpoint: Path) -> list[str]:
-    """Return what is wrong with a checkpoint's files, as manifest_damages does.
-
-    Raises:
-        AttnimgError: it has no manifest, and its weights are pickled (code pickled-weights).
-    """
-    step = step_of(checkpoint)
-    if has_manifest(checkpoint):
-        return manifest_damages(checkpoint, step=step)
-    require_safetensors(checkpoint, key=_KEY)
-    return damages_without_manifest(checkpoint, step=step)
-
-
-def newest_whole(found: list[Path]) -> tuple[Path | None, dict[Path, list[str]]]:
-    """Return the newest whole checkpoint, and the newer ones with what is wrong with each.
-
-    Args:
-        found: checkpoints, lowest step first.
-    """
-    damaged: dict[Path, list[str]] = {}
-    for path in reversed(found):
-        wrong = damages_of(path)
-        if not wrong:
-            return path, damaged
-        damaged[path] = wrong
-    return None, damaged
-
-
-def notes_on(checkpoint: Path, damaged: dict[Path, list[str]]) -> tuple[str, ...]:
-    """Return lines for the user on a whole checkpoint, and on newer ones that are damaged."""
-    notes = [
-        f"warning: {path.name} is damaged ({wrong[0]}"
-        + (f", and {len(wrong) - 1} more" if len(wrong) > 1 else "")
-        + f"): resuming from {checkpoint.name}, the newest whole one"
-        for path, wrong in damaged.items()
-    ]
-    if not has_manifest(checkpoint):
-        notes.append(
-            f"warning: {checkpoint.name} has no manifest: its files can be read, but whether they "
-            "are as they were written can't be checked"
-        )
-        if not any(checkpoint.glob("rng_state*")):
-            notes.append(
-                f"warning: {checkpoint.name} has no rng_state: dropout uses other random numbers"
-            )
-    return tuple(notes)
-
-
-def damaged(checkpoint: Path, wrong: list[str], *, output_dir: Path) -> AttnimgError:
-    """Return the error on a damaged checkpoint, which names the newest whole one beside it.
-
-    Args:
-        checkpoint: the damaged one.
-        wrong: what is wrong with it.
-        output_dir: of the run.
-    """
-    others = [path for path in checkpoints(checkpoint.parent) if path.name != checkpoint.name]
-    newest = None
-    with suppress(AttnimgError):  # one with pickled weights
-        newest = newest_whole(others)[0]
-    if newest is None:
-        do = (
-            f"copy {checkpoint.name} again from where it was written: no whole checkpoint is in "
-            f"{checkpoint.parent}\nor, for a new run, set another output_dir and remove {_KEY}"
-        )
-    elif newest.resolve().parent == output_dir.resolve() and step_of(newest) < step_of(checkpoint):
-        do = f"set {_KEY}: true, which resumes from {newest.name}, the newest whole one"
-    else:
-        do = f"set {_KEY}: {newest}, the newest whole one"
-    shown = [*wrong[:8], *([f"and {len(wrong) - 8} more"] if len(wrong) > 8 else [])]
-    return AttnimgError(
-        f"{checkpoint} is damaged",
-        why="\n".join(shown),
-        do=do,
-        code="damaged-checkpoint",
-        key=_KEY,
     )
 
 
@@ -324,15 +326,14 @@ def _json(path: Path) -> dict[str, Any] | None:
 
 def _shards(checkpoint: Path) -> list[str]:
     """Return the shards that an index names and that are not there."""
-    name = "model.safetensors.index.json"
-    if not (checkpoint / name).exists():
+    if not (checkpoint / WEIGHT_INDEX).exists():
         return []
-    content = _json(checkpoint / name) or {}
-    shards = content.get("weight_map")
-    if not isinstance(shards, dict) or not all(isinstance(at, str) for at in shards.values()):
-        return [f"{name}: it is no index of weights"]
-    missing = sorted({at for at in shards.values() if not (checkpoint / at).is_file()})
-    return [f"{at}: it is missing, and {name} names it" for at in missing]
+    try:
+        shards = shards_of(checkpoint)
+    except UNREADABLE:
+        return [f"{WEIGHT_INDEX}: it is no index of weights"]
+    missing = [at for at in shards if not (checkpoint / at).is_file()]
+    return [f"{at}: it is missing, and {WEIGHT_INDEX} names it" for at in missing]
 
 
 def _states(checkpoint: Path) -> list[str]:

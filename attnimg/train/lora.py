@@ -1,4 +1,8 @@
-"""Put a LoRA adapter on a model, and load its weights quantized where the config says so."""
+"""Put a LoRA adapter on a model: resolve its targets, refuse those that would not train or merge.
+
+PEFT matches an entry of a list with the end of a module's full name, and a string as a regular
+expression with the whole name.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +17,12 @@ from attnimg.config.schema import Config
 from attnimg.errors import AttnimgError
 from attnimg.train.base_model import freeze_towers
 
+ALL_LINEAR = "all-linear"
 
-def _bad(key: str, what: str, *, why: str, do: str) -> AttnimgError:
-    return AttnimgError(what, why=why, do=do, code="bad-value", key=key)
+# Linear layers of transformers that return something else than a linear layer does: PEFT's wrapper
+# raises on it. Source: transformers 5.22.2, modeling_llama4.py:140, modeling_phimoe.py:462,
+# modeling_deepseek_v4.py:300 (2026-11-27).
+_OTHER_LINEAR = frozenset({"Llama4Router", "PhimoeTopKRouter", "DeepseekV4GroupedLinear"})
 
 
 def add_adapter(model: Any, config: Config) -> Any:
@@ -46,7 +53,7 @@ def add_adapter(model: Any, config: Config) -> Any:
         use_dora=bool(config.peft_use_dora),
         use_rslora=bool(config.peft_use_rslora),
         # Tied embeddings stay tied: otherwise training would make them differ.
-        ensure_weight_tying=tied and any(is_named(name, saved) for name in names),
+        ensure_weight_tying=tied and any(matches(saved, name) for name in names),
     )
     fitting = find_fitting(model, config)
     try:
@@ -60,17 +67,22 @@ def add_adapter(model: Any, config: Config) -> Any:
         raise _bad(
             "lora_target_modules",
             "the adapter does not fit the model",
-            why=_short(error),
+            why=_reason(error),
             do=advice_on(fitting, config, error),
         ) from error
 
 
-def _short(error: Exception) -> str:
+def _reason(error: Exception) -> str:
     """Return PEFT's message in one line, without the printed module."""
     found = re.match(r"Target module (\w+)\(.* is not supported", str(error), re.DOTALL)
     if found is None:
         return str(error).splitlines()[0]
     return f"found a target of the class {found[1]}; needed a linear layer, an embedding or experts"
+
+
+def _within(modules: tuple[str, ...]) -> str | None:
+    """Return a regular expression for the submodules of modules; None for no modules."""
+    return rf"({'|'.join(re.escape(name) for name in modules)})\..*" if modules else None
 
 
 def adapter_notes(model: Any, config: Config) -> list[str]:
@@ -81,7 +93,7 @@ def adapter_notes(model: Any, config: Config) -> list[str]:
     notes = []
     if lora.ensure_weight_tying:
         names, _ = embeddings(model.get_base_model())
-        leaves = " and ".join(name.rpartition(".")[2] for name in names)
+        leaves = " and ".join(last_part(name) for name in names)
         notes.append(
             f"lora_modules_to_save: {leaves} are tied in the base model: both are trained, and "
             "stay one weight"
@@ -98,7 +110,7 @@ def adapter_notes(model: Any, config: Config) -> list[str]:
 def _bare_experts(model: Any) -> set[str]:
     """Return the last part of the names of experts' frozen parameters without an adapter."""
     return {
-        name.rpartition(".")[2]
+        last_part(name)
         for name, weight in model.named_parameters()
         if weight.dim() > 2 and ".experts." in name and ".base_layer." not in name
         and not weight.requires_grad
@@ -111,41 +123,7 @@ def _asks_for_experts(config: Config) -> bool:
     if not targets or config.lora_target_linear:
         return True
     text = targets if isinstance(targets, str) else " ".join(targets)
-    return (
-        re.search(r"(?i)all-linear|(gate|up|down)(_up)?_proj|\bw[123]\b|experts", text) is not None
-    )
-
-
-def _within(modules: tuple[str, ...]) -> str | None:
-    """Return a regular expression for the submodules of modules; None for no modules."""
-    return rf"({'|'.join(re.escape(name) for name in modules)})\..*" if modules else None
-
-
-ALL_LINEAR = "all-linear"
-
-# Linear layers of transformers that return something else than a linear layer does: PEFT's wrapper
-# raises on it. Source: transformers 5.22.2, modeling_llama4.py:140, modeling_phimoe.py:462,
-# modeling_deepseek_v4.py:300 (2026-11-27).
-_OTHER_LINEAR = frozenset({"Llama4Router", "PhimoeTopKRouter", "DeepseekV4GroupedLinear"})
-
-
-def build_without_weights(loader: Any, model_config: Any, *, trusted: bool) -> Any:
-    """Build a model on the meta device, without weights; None where its class does not allow it.
-
-    Args:
-        loader: the class that loads the model.
-        model_config: the transformers configuration.
-        trusted: whether code of the model's repository may run.
-    """
-    import torch
-
-    try:
-        with torch.device("meta"):
-            if hasattr(loader, "from_config"):
-                return loader.from_config(model_config, trust_remote_code=trusted)
-            return loader._from_config(model_config)
-    except Exception:  # the model's own code may run here; loading the model reports its errors
-        return None
+    return bool(re.search(r"(?i)all-linear|(gate|up|down)(_up)?_proj|\bw[123]\b|experts", text))
 
 
 def resolve_targets(model: Any, config: Config) -> list[str] | str:
@@ -159,23 +137,19 @@ def resolve_targets(model: Any, config: Config) -> list[str] | str:
     if not targets or (isinstance(targets, str) and targets.lower() == ALL_LINEAR):
         others = any(type(module).__name__ in _OTHER_LINEAR for module in model.modules())
         return adaptable(model, linear=True) if others else ALL_LINEAR
-    experts = expert_names(model)
-    names = [*(name for name, _ in model.named_modules() if name), *experts]
+    names = _adaptable_names(model)
+    found = {name for name in names if matches(targets, name)}
     if isinstance(targets, str):
-        found = {name for name in names if re.fullmatch(targets, name)}
         if not found:
             raise _no_match(targets, model)
-    else:
-        missing = [entry for entry in targets if not matched(entry, names)]
-        if missing:
-            layers = [*adaptable(model), *experts]
-            fused = _names_before(model)
-            raise _unknown_names("lora_target_modules", missing, layers, kept=targets, fused=fused)
-        found = {name for entry in targets for name in matched(entry, names)}
+    elif missing := [entry for entry in targets if not matched(entry, names)]:
+        layers = [*adaptable(model), *expert_names(model)]
+        fused = _names_before(model)
+        raise _unknown_names("lora_target_modules", missing, layers, kept=targets, fused=fused)
     _refuse_embeddings(model, found, config)
     if not config.lora_target_linear:
         return targets
-    every = {*adaptable(model, linear=True), *experts}
+    every = {*adaptable(model, linear=True), *expert_names(model)}
     return ALL_LINEAR if found <= every else sorted(found | every)
 
 
@@ -186,52 +160,57 @@ def targeted(model: Any, config: Config) -> set[str]:
         AttnimgError: as `resolve_targets` does.
     """
     targets = resolve_targets(model, config)
-    experts = expert_names(model)
     if targets == ALL_LINEAR:
-        return {*adaptable(model, linear=True), *experts}
-    names = [*(name for name, _ in model.named_modules() if name), *experts]
-    if isinstance(targets, str):
-        return {name for name in names if re.fullmatch(targets, name)}
-    return {name for entry in targets for name in matched(entry, names)}
+        return {*adaptable(model, linear=True), *expert_names(model)}
+    return {name for name in _adaptable_names(model) if matches(targets, name)}
 
 
-def require_modules_to_save(model: Any, config: Config) -> None:
-    """Raise unless each of lora_modules_to_save is a module of the model.
+def _adaptable_names(model: Any) -> list[str]:
+    """Return the names that targets can match: modules, and the layers fused in experts."""
+    return [*(name for name, _ in model.named_modules() if name), *expert_names(model)]
 
-    Raises:
-        AttnimgError: code bad-value, with the nearest names.
+
+def adaptable(model: Any, *, linear: bool = False) -> list[str]:
+    """List the modules that an adapter may be put on, without the output layer.
+
+    Args:
+        model: a transformers model.
+        linear: leave out embeddings, as all-linear does.
     """
-    saved = config.lora_modules_to_save or []
-    names = [name for name, _ in model.named_modules() if name]
-    missing = [entry for entry in saved if not matched(entry, names)]
-    if missing:
-        raise _unknown_names("lora_modules_to_save", missing, names, kept=saved)
+    import torch
+    from transformers.pytorch_utils import Conv1D
+
+    kinds = (torch.nn.Linear, Conv1D) if linear else (torch.nn.Linear, Conv1D, torch.nn.Embedding)
+    output = model.get_output_embeddings()
+    return [name for name, module in model.named_modules()
+            if isinstance(module, kinds) and module is not output
+            and type(module).__name__ not in _OTHER_LINEAR]  # fmt: skip
 
 
-def embeddings(model: Any) -> tuple[list[str], bool]:
-    """Return the names of the input and output embeddings, and whether they are tied."""
-    layers = [model.get_input_embeddings(), model.get_output_embeddings()]
-    names = [name for layer in layers for name, module in model.named_modules() if module is layer]
-    weights = [getattr(layer, "weight", None) for layer in layers]
-    return names, len(names) == 2 and weights[0] is not None and weights[0] is weights[1]
+def expert_names(model: Any) -> list[str]:
+    """Return the names by which PEFT adapts experts, whose layers are fused parameters."""
+    return [
+        f"{name.removesuffix(now)}{earlier}"
+        for name, _ in model.named_parameters()
+        for now, before in _names_before(model).items()
+        if name.endswith(f".experts.{now}")
+        for earlier in before
+    ]
 
 
-def untrained_embeddings(model: Any, config: Config) -> list[str]:
-    """Return the embeddings that lora_modules_to_save lacks for new tokens to be trained."""
-    names, tied = embeddings(model)
-    saved = config.lora_modules_to_save or []
-    lacking = [name for name in names if not is_named(name, saved)]
-    return [] if tied and len(lacking) < len(names) else [last_part(name) for name in lacking]
+def _names_before(model: Any) -> dict[str, list[str]]:
+    """Return the names of an experts' parameter -> the earlier names of the layers in it.
 
+    Source: peft 0.21.2, utils/transformers_weight_conversion.py, _convert_peft_config_moe
+    (2026-11-27).
+    """
+    from peft.utils import transformers_weight_conversion as conversion
 
-def linear_names(model: Any) -> list[str]:
-    """Return the last parts of the names of all linear layers except the output layer."""
-    return sorted({last_part(name) for name in adaptable(model, linear=True)})
-
-
-def is_named(name: str, entries: Iterable[str]) -> bool:
-    """Return whether an entry of a list matches a module."""
-    return any(matched(entry, [name]) for entry in entries)
+    base = conversion._MODEL_TO_CONVERSION_PATTERN.get(model.config.model_type)
+    found: dict[str, list[str]] = {}
+    for earlier, now in conversion._MOE_TARGET_MODULE_MAPPING.get(base, {}).items():
+        found.setdefault(now, []).append(earlier)
+    return found
 
 
 def _refuse_embeddings(model: Any, found: set[str], config: Config) -> None:
@@ -241,7 +220,7 @@ def _refuse_embeddings(model: Any, found: set[str], config: Config) -> None:
     asked = [
         name
         for name in (names if tied else names[1:])
-        if name in found and not is_named(name, saved)  # PEFT removes those from the targets
+        if name in found and not matches(saved, name)  # PEFT removes those from the targets
     ]
     if not asked:
         return
@@ -269,6 +248,35 @@ def _refuse_embeddings(model: Any, found: set[str], config: Config) -> None:
     )
 
 
+def require_modules_to_save(model: Any, config: Config) -> None:
+    """Raise unless each of lora_modules_to_save is a module of the model.
+
+    Raises:
+        AttnimgError: code bad-value, with the nearest names.
+    """
+    saved = config.lora_modules_to_save or []
+    names = [name for name, _ in model.named_modules() if name]
+    missing = [entry for entry in saved if not matched(entry, names)]
+    if missing:
+        raise _unknown_names("lora_modules_to_save", missing, names, kept=saved)
+
+
+def untrained_embeddings(model: Any, config: Config) -> list[str]:
+    """Return the embeddings that lora_modules_to_save lacks for new tokens to be trained."""
+    names, tied = embeddings(model)
+    saved = config.lora_modules_to_save or []
+    lacking = [name for name in names if not matches(saved, name)]
+    return [] if tied and len(lacking) < len(names) else [last_part(name) for name in lacking]
+
+
+def embeddings(model: Any) -> tuple[list[str], bool]:
+    """Return the names of the input and output embeddings, and whether they are tied."""
+    layers = [model.get_input_embeddings(), model.get_output_embeddings()]
+    names = [name for layer in layers for name, module in model.named_modules() if module is layer]
+    weights = [getattr(layer, "weight", None) for layer in layers]
+    return names, len(names) == 2 and weights[0] is not None and weights[0] is weights[1]
+
+
 def _no_match(pattern: str, model: Any) -> AttnimgError:
     """Build the error for a string that matches no module; it is often meant as a name."""
     names = adaptable(model)
@@ -278,7 +286,8 @@ def _no_match(pattern: str, model: Any) -> AttnimgError:
     if all(near):
         do = f"set lora_target_modules: {listed([match[0] for match in near])}"
     else:
-        do = f"set lora_target_modules: {listed(linear_names(model))}"
+        linear = sorted({last_part(name) for name in adaptable(model, linear=True)})
+        do = f"set lora_target_modules: {listed(linear)}"
     return _bad(
         "lora_target_modules",
         f"lora_target_modules: {pattern} matches no module of the model",
@@ -330,64 +339,6 @@ def _nearest(entry: str, leaves: list[str], names: list[str]) -> list[str]:
     return found or difflib.get_close_matches(last_part(entry), leaves, n=3, cutoff=0.5)
 
 
-def adaptable(model: Any, *, linear: bool = False) -> list[str]:
-    """List the modules that an adapter may be put on, without the output layer.
-
-    Args:
-        model: a transformers model.
-        linear: leave out embeddings, as all-linear does.
-    """
-    import torch
-    from transformers.pytorch_utils import Conv1D
-
-    kinds = (torch.nn.Linear, Conv1D) if linear else (torch.nn.Linear, Conv1D, torch.nn.Embedding)
-    output = model.get_output_embeddings()
-    return [name for name, module in model.named_modules()
-            if isinstance(module, kinds) and module is not output
-            and type(module).__name__ not in _OTHER_LINEAR]  # fmt: skip
-
-
-def expert_names(model: Any) -> list[str]:
-    """Return the names by which PEFT adapts experts, whose layers are fused parameters."""
-    return [
-        f"{name.removesuffix(now)}{earlier}"
-        for name, _ in model.named_parameters()
-        for now, before in _names_before(model).items()
-        if name.endswith(f".experts.{now}")
-        for earlier in before
-    ]
-
-
-def _names_before(model: Any) -> dict[str, list[str]]:
-    """Return the names of an experts' parameter -> the earlier names of the layers in it.
-
-    Source: peft 0.21.2, utils/transformers_weight_conversion.py, _convert_peft_config_moe
-    (2026-11-27).
-    """
-    from peft.utils import transformers_weight_conversion as conversion
-
-    base = conversion._MODEL_TO_CONVERSION_PATTERN.get(model.config.model_type)
-    found: dict[str, list[str]] = {}
-    for earlier, now in conversion._MOE_TARGET_MODULE_MAPPING.get(base, {}).items():
-        found.setdefault(now, []).append(earlier)
-    return found
-
-
-def matched(entry: str, names: Iterable[str]) -> list[str]:
-    """Return the names that an entry of a list matches, by PEFT's rule."""
-    return [name for name in names if name == entry or name.endswith(f".{entry}")]
-
-
-def last_part(name: str) -> str:
-    """Return the last part of a module's full name."""
-    return name.rpartition(".")[2]
-
-
-def listed(names: list[str]) -> str:
-    """Return names as a YAML list."""
-    return f"[{', '.join(names)}]"
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Fitting:
     """The modules that an adapter can be put on, before PEFT changes the model.
@@ -410,7 +361,7 @@ def find_fitting(model: Any, config: Config) -> Fitting:
     layers = [*adaptable(model), *expert_names(model)]
     found, whole = set[str](), set[str]()
     for name, module in model.named_modules():
-        if not _matches(targets, name):
+        if not matches(targets, name):
             continue
         below = {layer for layer in layers if layer == name or layer.startswith(f"{name}.")}
         found |= below
@@ -452,14 +403,33 @@ def advice_on(fitting: Fitting, config: Config, error: Exception) -> str:
     return f"{do}\nset lora_modules_to_save: {listed(saved)}" if whole else do
 
 
-def _matches(targets: list[str] | str, name: str) -> bool:
+def _shortened(names: Any, layers: list[str]) -> list[str]:
+    """Return the last parts of names; full names where other layers have the same last part."""
+    others = {last_part(layer) for layer in layers if layer not in names}
+    return sorted({name if last_part(name) in others else last_part(name) for name in names})
+
+
+def matches(targets: list[str] | str, name: str) -> bool:
     """Return whether targets match the full name of a module, by PEFT's rule."""
     if isinstance(targets, str):
         return re.fullmatch(targets, name) is not None
     return any(matched(entry, [name]) for entry in targets)
 
 
-def _shortened(names: Any, layers: list[str]) -> list[str]:
-    """Return the last parts of names; full names where other layers have the same last part."""
-    others = {last_part(layer) for layer in layers if layer not in names}
-    return sorted({name if last_part(name) in others else last_part(name) for name in names})
+def matched(entry: str, names: Iterable[str]) -> list[str]:
+    """Return the names that an entry of a list matches, by PEFT's rule."""
+    return [name for name in names if name == entry or name.endswith(f".{entry}")]
+
+
+def last_part(name: str) -> str:
+    """Return the last part of a module's full name."""
+    return name.rpartition(".")[2]
+
+
+def listed(names: list[str]) -> str:
+    """Return names as a YAML list."""
+    return f"[{', '.join(names)}]"
+
+
+def _bad(key: str, what: str, *, why: str, do: str) -> AttnimgError:
+    return AttnimgError(what, why=why, do=do, code="bad-value", key=key)

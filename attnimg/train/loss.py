@@ -1,19 +1,209 @@
-"""Hold the results of comparing the trainer's loss with the model's own, for the receipt."""
+"""Compute the loss of a training step, and bound the difference of two such losses.
+
+TRL's chunked head computes it, or the same is computed from the model's own logits; own_loss.py
+compares it with the model's own loss.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from trl import SFTTrainer
 
 from attnimg.train.rows import NO_LOSS
 
-if TYPE_CHECKING:
-    import torch
+# Names of the weight of the auxiliary loss in classes and configs.
+COEFFICIENTS = ("router_aux_loss_coef", "aux_loss_coef")
+
+
+class Objective(SFTTrainer):  # type: ignore[misc]  # TRL's types are not followed
+    """The part of the engine that computes the loss.
+
+    Args:
+        options: what SFTTrainer takes.
+
+    Attributes:
+        own_head: whether the loss is computed from the model's own logits, not by TRL's head.
+        aux_coefficient: the weight of the auxiliary loss; None where the model computes none.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        self.own_head = False
+        config = options["model"].config.get_text_config()
+        asked = getattr(config, "output_router_logits", None)
+        self.aux_coefficient = _coefficient(options["model"]) if asked else None
+        super().__init__(**options)
+        # The saved config must equal the loaded one, and the auxiliary loss is added below.
+        if asked is not None:
+            config.output_router_logits = asked
+        self.aux_loss_enabled = False
+        # transformers counts a step's trained tokens as the class's own loss would; ours is
+        # divided by the step's count of shifted labels whatever the class is.
+        self.model_accepts_loss_kwargs = self._loss_shifts_labels = True
+        self._nll = torch.zeros(())
+        # Sum of the auxiliary losses since the last log, and number of batches.
+        self._aux = torch.zeros(2, device=self.args.device)
+
+    def loss_terms(
+        self, model: Any, inputs: Any, num_items_in_batch: Any = None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Compute one batch's negative log-likelihood, and its auxiliary loss without its weight.
+
+        Args:
+            model: the model, or the trainer's wrapper of it.
+            inputs: a batch of the collator.
+            num_items_in_batch: trained tokens of the step on all processes; None divides by those
+                of the batch.
+        """
+        if self.aux_coefficient is not None:
+            inputs["output_router_logits"] = True
+        head = with_own_head(model) if self.own_head else model
+        aux: list[torch.Tensor | None] = []
+
+        def call(**arguments: Any) -> Any:
+            outputs = head(**arguments)
+            aux.append(outputs.aux_loss)
+            return outputs
+
+        nll = super().compute_loss(call, inputs, num_items_in_batch=num_items_in_batch)
+        return nll, aux[0] if self.aux_coefficient is not None else None
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: Any,
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """Return the minimized loss in training mode, the negative log-likelihood in eval mode."""
+        assert not return_outputs, "the engine asks for losses only"
+        labels = inputs["labels"]
+        nll, aux = self.loss_terms(model, inputs, num_items_in_batch)
+        self._nll = nll.detach()
+        if aux is None:
+            return nll
+        # Several processes have equally many batches: some may have no document.
+        held = (labels != NO_LOSS).any().float()
+        if not self.model.training:
+            found = self.accelerator.gather(torch.stack([aux.detach().float(), held])[None])
+            self._metrics["eval"]["aux_loss"] += found[found[:, 1] > 0, 0].tolist()
+            return nll
+        aux = aux * held.to(aux.device)
+        self._aux += torch.stack([aux.detach().float(), held.to(self._aux.device)])
+        # Averaged over the micro-batches of a step, since it is not a sum over tokens.
+        steps = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
+        return nll + self.aux_coefficient * aux.to(nll.device) / steps
+
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
+        """Train on a batch, and return its negative log-likelihood for the log."""
+        super().training_step(model, inputs, num_items_in_batch)
+        return self._nll
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the mean auxiliary loss of the batches since the last log."""
+        if "loss" in logs and self.aux_coefficient is not None:
+            total, batches = self.aux_window()
+            self._aux.zero_()
+            if batches:
+                logs["aux_loss"] = total / batches
+        super().log(logs, start_time)
+
+    def aux_window(self) -> list[float]:
+        """Return the sum and the number of the auxiliary losses of all ranks since the last log."""
+        window: list[float] = self.accelerator.reduce(self._aux.clone(), reduction="sum").tolist()
+        return window
+
+    def restore_aux_window(self, window: list[float]) -> None:
+        """Add the values of `aux_window` from a checkpoint."""
+        self._aux += torch.tensor(window, device=self._aux.device)
+
+
+def base_of(model: Any) -> Any:
+    """Return the model inside a PEFT model, or a model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _coefficient(model: Any) -> float:
+    """Return the weight of a model's auxiliary loss; 0 where neither class nor config has it."""
+    base = base_of(model)
+    holders = (base, base.config.get_text_config())
+    found = [getattr(holder, name, None) for holder in holders for name in COEFFICIENTS]
+    return next((float(value) for value in found if value is not None), 0.0)
+
+
+# Tokens whose float32 log-probabilities are held at once.
+CHUNK = 1024
+
+
+def with_own_head(model: Any) -> Callable[..., Any]:
+    """Return a function that is called like a model with TRL's head, and uses the model's own head.
+
+    Args:
+        model: a causal language model, also one wrapped by PEFT, DDP or torch.compile.
+
+    Returns:
+        A function of the model's arguments, labels and fused_lm_head; it returns TRL's
+        FusedCausalLMOutput without `loss`, which the trainer computes from `log_probs`.
+    """
+    from trl.trainer.utils import FusedCausalLMOutput
+
+    def call(*, labels: torch.Tensor, fused_lm_head: bool, **arguments: Any) -> Any:
+        assert fused_lm_head
+        outputs = model(**arguments)
+        targets = shifted(labels)
+        log_probs, entropy, is_top1 = score(outputs.logits, targets)
+        return FusedCausalLMOutput(
+            log_probs=log_probs,
+            entropy=entropy,
+            is_top1=is_top1,
+            label_mask=targets != NO_LOSS,
+            aux_loss=getattr(outputs, "aux_loss", None),
+        )
+
+    return call
+
+
+def shifted(labels: torch.Tensor) -> torch.Tensor:
+    """Return the label that each position predicts, int64 (B, S); -100 for the last one."""
+    return torch.nn.functional.pad(labels[:, 1:], (0, 1), value=NO_LOSS)
+
+
+def score(
+    logits: torch.Tensor, targets: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return log-probability, entropy and whether the target is the most likely token, (B, S) each.
+
+    Args:
+        logits: (B, S, V) in any precision; everything is computed in float32.
+        targets: int64 (B, S); where it is -100, all three are zero.
+    """
+    from torch.utils.checkpoint import checkpoint
+
+    vocabulary = logits.shape[-1]
+    parts = zip(
+        logits.reshape(-1, vocabulary).split(CHUNK), targets.reshape(-1).split(CHUNK), strict=True
+    )
+    # The backward pass recomputes a chunk's float32 values, so that only the logits are kept.
+    found = [checkpoint(_score_chunk, *part, use_reentrant=False) for part in parts]
+    log_probs, entropy, is_top1 = (torch.cat(values).view(targets.shape)
+                                   for values in zip(*found, strict=True))  # fmt: skip
+    return log_probs, entropy, is_top1
+
+
+def _score_chunk(
+    logits: torch.Tensor, targets: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    has_loss = targets != NO_LOSS
+    log_probs = logits.float().log_softmax(-1)
+    chosen = log_probs.gather(-1, targets.clamp(min=0)[:, None])[:, 0]
+    with torch.no_grad():
+        entropy = torch.special.entr(log_probs.exp()).sum(-1)
+        is_top1 = (log_probs.argmax(-1) == targets) & has_loss
+    return chosen.masked_fill(~has_loss, 0), entropy.masked_fill(~has_loss, 0), is_top1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -164,8 +354,6 @@ def loss_tolerance(
         loss: negative log-likelihood per trained token.
         precision: the run's dtype; the dtype of the logits is used where it is coarser.
     """
-    import torch
-
     u32 = torch.finfo(torch.float32).eps / 2
     u = max(torch.finfo(dtype).eps / 2 for dtype in (getattr(torch, precision), logits.dtype))
     trained = targets != NO_LOSS
@@ -180,193 +368,3 @@ def loss_tolerance(
         loss=SIGMAS * (math.sqrt(variance) / max(len(z), 1) + sums * max(abs(loss), 1.0)),
         grad_norm=SIGMAS * (math.sqrt(2 * ROUNDINGS / 3) * u + sums),
     )
-
-
-# Tokens whose float32 log-probabilities are held at once.
-CHUNK = 1024
-
-
-def with_own_head(model: Any) -> Callable[..., Any]:
-    """Return a function that is called like a model with TRL's head, and uses the model's own head.
-
-    Args:
-        model: a causal language model, also one wrapped by PEFT, DDP or torch.compile.
-
-    Returns:
-        A function of the model's arguments, labels and fused_lm_head; it returns TRL's
-        FusedCausalLMOutput without `loss`, which the trainer computes from `log_probs`.
-    """
-    from trl.trainer.utils import FusedCausalLMOutput
-
-    def call(*, labels: torch.Tensor, fused_lm_head: bool, **arguments: Any) -> Any:
-        assert fused_lm_head
-        outputs = model(**arguments)
-        targets = shifted(labels)
-        log_probs, entropy, is_top1 = score(outputs.logits, targets)
-        return FusedCausalLMOutput(
-            log_probs=log_probs,
-            entropy=entropy,
-            is_top1=is_top1,
-            label_mask=targets != NO_LOSS,
-            aux_loss=getattr(outputs, "aux_loss", None),
-        )
-
-    return call
-
-
-def shifted(labels: torch.Tensor) -> torch.Tensor:
-    """Return the label that each position predicts, int64 (B, S); -100 for the last one."""
-    import torch
-
-    return torch.nn.functional.pad(labels[:, 1:], (0, 1), value=NO_LOSS)
-
-
-def score(
-    logits: torch.Tensor, targets: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return log-probability, entropy and whether the target is the most likely token, (B, S) each.
-
-    Args:
-        logits: (B, S, V) in any precision; everything is computed in float32.
-        targets: int64 (B, S); where it is -100, all three are zero.
-    """
-    import torch
-    from torch.utils.checkpoint import checkpoint
-
-    vocabulary = logits.shape[-1]
-    parts = zip(
-        logits.reshape(-1, vocabulary).split(CHUNK), targets.reshape(-1).split(CHUNK), strict=True
-    )
-    # The backward pass recomputes a chunk's float32 values, so that only the logits are kept.
-    found = [checkpoint(_score_chunk, *part, use_reentrant=False) for part in parts]
-    log_probs, entropy, is_top1 = (torch.cat(values).view(targets.shape)
-                                   for values in zip(*found, strict=True))  # fmt: skip
-    return log_probs, entropy, is_top1
-
-
-def _score_chunk(
-    logits: torch.Tensor, targets: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    import torch
-
-    has_loss = targets != NO_LOSS
-    log_probs = logits.float().log_softmax(-1)
-    chosen = log_probs.gather(-1, targets.clamp(min=0)[:, None])[:, 0]
-    with torch.no_grad():
-        entropy = torch.special.entr(log_probs.exp()).sum(-1)
-        is_top1 = (log_probs.argmax(-1) == targets) & has_loss
-    return chosen.masked_fill(~has_loss, 0), entropy.masked_fill(~has_loss, 0), is_top1
-
-
-# Names of the weight of the auxiliary loss in classes and configs.
-COEFFICIENTS = ("router_aux_loss_coef", "aux_loss_coef")
-
-
-class Objective(SFTTrainer):  # type: ignore[misc]  # TRL's types are not followed
-    """The part of the engine that computes the loss.
-
-    Args:
-        options: what SFTTrainer takes.
-
-    Attributes:
-        own_head: whether the loss is computed from the model's own logits, not by TRL's head.
-        aux_coefficient: the weight of the auxiliary loss; None where the model computes none.
-    """
-
-    def __init__(self, **options: Any) -> None:
-        self.own_head = False
-        config = options["model"].config.get_text_config()
-        asked = getattr(config, "output_router_logits", None)
-        self.aux_coefficient = _coefficient(options["model"]) if asked else None
-        super().__init__(**options)
-        # The saved config must equal the loaded one, and the auxiliary loss is added below.
-        if asked is not None:
-            config.output_router_logits = asked
-        self.aux_loss_enabled = False
-        # transformers counts a step's trained tokens as the class's own loss would; ours is
-        # divided by the step's count of shifted labels whatever the class is.
-        self.model_accepts_loss_kwargs = self._loss_shifts_labels = True
-        self._nll = torch.zeros(())
-        # Sum of the auxiliary losses since the last log, and number of batches.
-        self._aux = torch.zeros(2, device=self.args.device)
-
-    def loss_terms(
-        self, model: Any, inputs: Any, num_items_in_batch: Any = None
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Compute one batch's negative log-likelihood, and its auxiliary loss without its weight.
-
-        Args:
-            model: the model, or the trainer's wrapper of it.
-            inputs: a batch of the collator.
-            num_items_in_batch: trained tokens of the step on all processes; None divides by those
-                of the batch.
-        """
-        if self.aux_coefficient is not None:
-            inputs["output_router_logits"] = True
-        head = with_own_head(model) if self.own_head else model
-        aux: list[torch.Tensor | None] = []
-
-        def call(**arguments: Any) -> Any:
-            outputs = head(**arguments)
-            aux.append(outputs.aux_loss)
-            return outputs
-
-        nll = super().compute_loss(call, inputs, num_items_in_batch=num_items_in_batch)
-        return nll, aux[0] if self.aux_coefficient is not None else None
-
-    def compute_loss(
-        self,
-        model: Any,
-        inputs: Any,
-        return_outputs: bool = False,
-        num_items_in_batch: Any = None,
-    ) -> Any:
-        """Return the minimized loss in training mode, the negative log-likelihood in eval mode."""
-        assert not return_outputs, "the engine asks for losses only"
-        labels = inputs["labels"]
-        nll, aux = self.loss_terms(model, inputs, num_items_in_batch)
-        self._nll = nll.detach()
-        if aux is None:
-            return nll
-        # Several processes have equally many batches: some may have no document.
-        held = (labels != NO_LOSS).any().float()
-        if not self.model.training:
-            found = self.accelerator.gather(torch.stack([aux.detach().float(), held])[None])
-            self._metrics["eval"]["aux_loss"] += found[found[:, 1] > 0, 0].tolist()
-            return nll
-        aux = aux * held.to(aux.device)
-        self._aux += torch.stack([aux.detach().float(), held.to(self._aux.device)])
-        # Averaged over the micro-batches of a step, since it is not a sum over tokens.
-        steps = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
-        return nll + self.aux_coefficient * aux.to(nll.device) / steps
-
-    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
-        """Train on a batch, and return its negative log-likelihood for the log."""
-        super().training_step(model, inputs, num_items_in_batch)
-        return self._nll
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the mean auxiliary loss of the batches since the last log."""
-        if "loss" in logs and self.aux_coefficient is not None:
-            total, batches = self.aux_window()
-            self._aux.zero_()
-            if batches:
-                logs["aux_loss"] = total / batches
-        super().log(logs, start_time)
-
-    def aux_window(self) -> list[float]:
-        """Return the sum and the number of the auxiliary losses of all ranks since the last log."""
-        window: list[float] = self.accelerator.reduce(self._aux.clone(), reduction="sum").tolist()
-        return window
-
-    def restore_aux_window(self, window: list[float]) -> None:
-        """Add the values of `aux_window` from a checkpoint."""
-        self._aux += torch.tensor(window, device=self._aux.device)
-
-
-def _coefficient(model: Any) -> float:
-    """Return the weight of a model's auxiliary loss; 0 where neither class nor config has it."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    holders = (base, base.config.get_text_config())
-    found = [getattr(holder, name, None) for holder in holders for name in COEFFICIENTS]
-    return next((float(value) for value in found if value is not None), 0.0)

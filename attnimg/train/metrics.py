@@ -1,4 +1,7 @@
-"""metrics.jsonl: one line per log, on the disk before the next step begins."""
+"""Count, log, show and draw the figures of a run: metrics.jsonl, the progress bar, loss.png.
+
+Each line of metrics.jsonl is on the disk before the next step begins.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +19,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from attnimg.train.checkpoint import replace_text, writing
 
 FILE = "metrics.jsonl"
+
+PICTURE_FILE = "loss.png"
 
 
 def append(folder: Path, line: Mapping[str, object]) -> None:
@@ -48,7 +53,7 @@ def read(folder: Path) -> list[dict[str, float]]:
 
 
 def cut_after(folder: Path, step: int, *, evaluate_again: bool) -> int:
-    """Drop the lines that a resumed run will write again; tell how many.
+    """Remove the lines that a resumed run will write again; return how many.
 
     Args:
         folder: output_dir.
@@ -68,8 +73,8 @@ def cut_after(folder: Path, step: int, *, evaluate_again: bool) -> int:
 
 
 @dataclass(slots=True)
-class Meter:
-    """Counts tokens and time between two logs; the engine's own, so it may change.
+class TokenCounter:
+    """Count tokens and time between two logs.
 
     Attributes:
         total_tokens: real tokens trained on, earlier sessions included.
@@ -91,7 +96,7 @@ class Meter:
         self.places += places
 
     def close_window(self, *, tokens: int, places: int) -> dict[str, float]:
-        """End the window and give its figures; tokens and places are those of all processes."""
+        """End the window and return its figures; tokens and places are those of all processes."""
         now = time.monotonic()
         seconds, self.since = max(now - self.since, 1e-9), now
         self.total_tokens += tokens
@@ -115,7 +120,7 @@ class Meter:
 
 
 def memory_bytes() -> int:
-    """Tell the GPU memory torch holds at its highest, or this process's memory without a GPU."""
+    """Return the most GPU memory that torch allocated; without a GPU, this process's memory."""
     import psutil
     import torch
 
@@ -139,7 +144,6 @@ class ProgressView:
 
     def __init__(self, console: Console, *, total: int, visible: bool = True) -> None:
         self.console, self.total, self.visible = console, total, visible
-        self._figures = ""
         self._last_line = float("-inf")
         self._bar = Progress(
             TextColumn("{task.description}"),
@@ -153,7 +157,7 @@ class ProgressView:
         self._task = self._bar.add_task("training", total=total, figures="")
 
     def begin(self, step: int) -> None:
-        """Start drawing at `step`, where a resumed run goes on."""
+        """Start drawing at `step`, from which a resumed run continues."""
         self._bar.update(self._task, completed=step)
         self._bar.start()
 
@@ -162,7 +166,7 @@ class ProgressView:
         self._bar.update(self._task, completed=step, description="training")
 
     def evaluating(self) -> None:
-        """Say that the model is being evaluated, so that a bar that stands still is understood."""
+        """Show that the model is being evaluated, while the bar does not move."""
         self._bar.update(self._task, description="evaluating")
 
     def figures(self, step: int, line: Mapping[str, float]) -> None:
@@ -172,65 +176,37 @@ class ProgressView:
             step: optimizer steps done.
             line: loss, tokens_per_second, filled (0 to 1) and memory_bytes.
         """
-        self._figures = describe(line)
-        self._bar.update(self._task, figures=self._figures)
+        figures = (
+            f"loss {line['loss']:.4f}  {line['tokens_per_second']:,.0f} tok/s  "
+            f"{line['filled']:.1%} filled  {line['memory_bytes'] / 2**30:.2f} GiB"
+        )
+        self._bar.update(self._task, figures=figures)
         due = time.monotonic() - self._last_line >= SECONDS_BETWEEN_LINES
-        if due or step in (1, self.total):
-            self._print_line(f"step {step:>{len(str(self.total))}}/{self.total}  {self._figures}")
+        bar = self.console.is_terminal
+        if self.visible and not bar and (due or step in (1, self.total)):
+            self._last_line = time.monotonic()
+            self._print(step, figures)
 
     def evaluated(self, step: int, loss: float) -> None:
         """Show an evaluation's loss; it stays on the screen."""
         if self.visible:
-            self.console.print(
-                f"step {step:>{len(str(self.total))}}/{self.total}  eval loss {loss:.4f}",
-                highlight=False,
-                markup=False,
-            )
+            self._print(step, f"eval loss {loss:.4f}")
 
     def end(self) -> None:
         """Stop drawing; the last state stays."""
         self._bar.stop()
 
-    def _print_line(self, text: str) -> None:
-        if self.visible and not self.console.is_terminal:
-            self._last_line = time.monotonic()
-            self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+    def _print(self, step: int, figures: str) -> None:
+        print_line(self.console, f"step {step:>{len(str(self.total))}}/{self.total}  {figures}")
 
 
-def describe(line: Mapping[str, float]) -> str:
-    """Put a training log into words: loss, speed, filled share, memory."""
-    return (
-        f"loss {line['loss']:.4f}  {line['tokens_per_second']:,.0f} tok/s  "
-        f"{line['filled']:.1%} filled  {line['memory_bytes'] / 2**30:.2f} GiB"
-    )
+def print_line(console: Console, text: str) -> None:
+    """Print one line as it is, without markup."""
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
 
-
-PICTURE_FILE = "loss.png"
 
 # Colours that stay apart in print and for colour-blind eyes (Okabe and Ito, 2008).
 TRAIN, EVALUATION = "#0072B2", "#D55E00"
-
-
-def smooth(values: Sequence[float], *, weight: float) -> list[float]:
-    """Return the mean of two running means, one from each end, so that neither shift shows.
-
-    Args:
-        values: one a logged step.
-        weight: of the mean so far, against the next value: 0 smooths nothing.
-    """
-    forwards = _running_mean(values, weight=weight)
-    backwards = _running_mean(values[::-1], weight=weight)[::-1]
-    return [(a + b) / 2 for a, b in zip(forwards, backwards, strict=True)]
-
-
-def _running_mean(values: Sequence[float], *, weight: float) -> list[float]:
-    """Return the exponential running mean; its first values are not drawn towards zero."""
-    smoothed, mean, mass = [], 0.0, 0.0
-    for value in values:
-        mean = weight * mean + (1 - weight) * value
-        mass = weight * mass + (1 - weight)
-        smoothed.append(mean / mass)
-    return smoothed
 
 
 def draw_loss(folder: Path, *, title: str, subtitle: str) -> Path | None:
@@ -283,3 +259,25 @@ def draw_loss(folder: Path, *, title: str, subtitle: str) -> Path | None:
     with writing(path, kept="the model and metrics.jsonl are written"):
         figure.savefig(path)
     return path
+
+
+def smooth(values: Sequence[float], *, weight: float) -> list[float]:
+    """Return the mean of two running means, one from each end, so that neither shift shows.
+
+    Args:
+        values: one a logged step.
+        weight: of the mean so far, against the next value: 0 smooths nothing.
+    """
+    forwards = _running_mean(values, weight=weight)
+    backwards = _running_mean(values[::-1], weight=weight)[::-1]
+    return [(a + b) / 2 for a, b in zip(forwards, backwards, strict=True)]
+
+
+def _running_mean(values: Sequence[float], *, weight: float) -> list[float]:
+    """Return the exponential running mean; its first values are not drawn towards zero."""
+    smoothed, mean, mass = [], 0.0, 0.0
+    for value in values:
+        mean = weight * mean + (1 - weight) * value
+        mass = weight * mass + (1 - weight)
+        smoothed.append(mean / mass)
+    return smoothed

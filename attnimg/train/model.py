@@ -1,4 +1,4 @@
-"""Load the model as the plan says: weights, precision, attention, adapter."""
+"""Load the model of a run, with the precision, attention and adapter that were planned."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from attnimg.train.base_model import (
     require_causal_class,
 )
 from attnimg.train.distributed import rank
-from attnimg.train.lora import add_adapter, build_without_weights, untrained_embeddings
+from attnimg.train.lora import add_adapter, untrained_embeddings
 from attnimg.train.model_files import GET_WHOLE, bad_model, stored_tensors, unused_weights
 from attnimg.train.pickled_weights import advice_on_hub
 from attnimg.train.quantized import (
@@ -29,42 +29,16 @@ from attnimg.train.quantized import (
     quantization,
     require_known_weights,
     save_dequantized,
-    torch_dtype,
     use_stored_quantization,
 )
 
 if TYPE_CHECKING:
     import torch
 
-
-@contextmanager
-def _loading(config: Config) -> Iterator[None]:
-    """Turn what transformers raises while loading into an error a person can use."""
-    from huggingface_hub.errors import StrictDataclassError
-    from safetensors import SafetensorError
-
-    try:
-        yield
-    except (
-        OSError, ValueError, ImportError, LookupError, RuntimeError, TypeError, AttributeError,
-        AssertionError, SafetensorError, StrictDataclassError,
-    ) as error:  # fmt: skip
-        if "loaded with `safetensors`" in str(error):  # of a model on the hub
-            raise AttnimgError(
-                f"{config.base_model} has no weights in safetensors",
-                why="found pickled weights or none; a pickle can run code while it is loaded",
-                do=advice_on_hub(str(config.base_model)),
-                code="pickled-weights",
-                key="base_model",
-            ) from error
-        if (full := as_refusal(error)) is not None:
-            raise full from error
-        text = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-        raise bad_model(
-            f"{config.base_model} could not be loaded",
-            why="\n".join(text[:3]),
-            do=advice_on(config, error),
-        ) from error
+# What modules that hold embeddings are called across model types.
+EMBEDDING_NAMES = (
+    "embed_tokens", "lm_head", "embed_in", "embed_out", "word_embeddings", "embeddings", "wte",
+)  # fmt: skip
 
 
 def load_model(
@@ -80,7 +54,7 @@ def load_model(
 
     Args:
         config: the validated run.
-        tokenizer: what `load_tokenizer` gave; the embeddings grow to hold its tokens.
+        tokenizer: as `load_tokenizer` returns it; the embeddings grow to hold its tokens.
         implementation: transformers' name of the attention that was chosen.
         context: how the run calls the model; decides the precision of the weights.
         needs_dtype_cast: whether the backend takes q, k, v in that precision only.
@@ -125,13 +99,13 @@ def load_model(
     if larger and not (config.adapter and untrained_embeddings(model, config)):
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     freeze_towers(model)
-    if keeps_float32(config, context=context, needs_dtype_cast=needs_dtype_cast):
-        cast_embeddings_and_norms(model)
+    if _keeps_float32(config, context=context, needs_dtype_cast=needs_dtype_cast):
+        _cast_embeddings_and_norms(model)
     return add_adapter(model, config) if config.adapter else model
 
 
 def load_model_config(config: Config) -> Any:
-    """Load what the model is, without its weights.
+    """Load the configuration of the model.
 
     Returns:
         A transformers configuration.
@@ -152,20 +126,31 @@ def load_model_config(config: Config) -> Any:
 
 
 def load_without_weights(config: Config) -> Any:
-    """Return the model without weights; None where its class can't be built without them."""
+    """Return the model on the meta device; None where its class can't be built without weights."""
+    import torch
+
     model_config = load_model_config(config)
     loader = _loader(class_to_load(config, model_config.to_dict()))
-    return build_without_weights(loader, model_config, trusted=bool(config.trust_remote_code))
+    trusted = bool(config.trust_remote_code)
+    try:
+        with torch.device("meta"):
+            if hasattr(loader, "from_config"):
+                return loader.from_config(model_config, trust_remote_code=trusted)
+            return loader._from_config(model_config)
+    except Exception:  # the model's own code may run here; loading the model reports its errors
+        return None
 
 
 def _from_pretrained(config: Config, *, implementation: str, dtype: DType) -> tuple[Any, Any]:
     """Load by name; return the model and transformers' report on missing weights."""
+    import torch
+
     quantized = quantization(config, dtype=dtype)
     model_config = load_model_config(config)
     loader = _loader(class_to_load(config, model_config.to_dict()))
     stored = use_stored_quantization(model_config, dtype=dtype)
     given = {"quantization_config": quantized} if quantized and stored != "kept" else {}
-    weights_dtype = torch_dtype(loading_dtype(config, dtype))
+    weights_dtype = getattr(torch, _loading_dtype(config, dtype))
     with _loading(config):
         model, loading = loader.from_pretrained(
             config.base_model,
@@ -215,13 +200,43 @@ def _loader(name: str) -> Any:
 
 
 def _device_map() -> dict[str, int | str]:
-    """Put quantized weights where they will be used: they can't be moved later."""
+    """Return the device that quantized weights are used on: they can't be moved later."""
     import torch
 
     return {"": int(os.environ.get("LOCAL_RANK", "0")) if torch.cuda.is_available() else "cpu"}
 
 
-def advice_on(config: Config, error: Exception) -> str:
+@contextmanager
+def _loading(config: Config) -> Iterator[None]:
+    """Turn what transformers raises while loading into an AttnimgError."""
+    from huggingface_hub.errors import StrictDataclassError
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (
+        OSError, ValueError, ImportError, LookupError, RuntimeError, TypeError, AttributeError,
+        AssertionError, SafetensorError, StrictDataclassError,
+    ) as error:  # fmt: skip
+        if "loaded with `safetensors`" in str(error):  # of a model on the hub
+            raise AttnimgError(
+                f"{config.base_model} has no weights in safetensors",
+                why="found pickled weights or none; a pickle can run code while it is loaded",
+                do=advice_on_hub(str(config.base_model)),
+                code="pickled-weights",
+                key="base_model",
+            ) from error
+        if (full := as_refusal(error)) is not None:
+            raise full from error
+        text = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        raise bad_model(
+            f"{config.base_model} could not be loaded",
+            why="\n".join(text[:3]),
+            do=_advice_on(config, error),
+        ) from error
+
+
+def _advice_on(config: Config, error: Exception) -> str:
     """Return what to do. Only missing or damaged files call for another download.
 
     Source: transformers 5.22.2, models/auto/auto_factory.py, configuration_auto.py and
@@ -247,7 +262,7 @@ def advice_on(config: Config, error: Exception) -> str:
 
 
 def require_finite(model: Any, *, name: str, files: Iterable[Path]) -> None:
-    """Raise when a weight is NaN or infinite; the first process looks for all.
+    """Raise where a weight is NaN or infinite; the first process checks for all.
 
     Args:
         model: as it was loaded, without an adapter.
@@ -296,14 +311,8 @@ def _is_finite(tensor: torch.Tensor) -> bool:
     return bool((low.isfinite() & high.isfinite()).item())
 
 
-# What modules that hold embeddings are called across model types.
-EMBEDDING_NAMES = (
-    "embed_tokens", "lm_head", "embed_in", "embed_out", "word_embeddings", "embeddings", "wte",
-)  # fmt: skip
-
-
-def loading_dtype(config: Config, dtype: DType) -> DType:
-    """Tell in which precision the weights are loaded.
+def _loading_dtype(config: Config, dtype: DType) -> DType:
+    """Return the precision that the weights are loaded in.
 
     float16 has too few exponent bits for the weights of a full fine-tune: they stay float32, and
     autocast computes in float16. Frozen weights under an adapter may be float16.
@@ -313,7 +322,7 @@ def loading_dtype(config: Config, dtype: DType) -> DType:
     return dtype
 
 
-def keeps_float32(config: Config, *, context: RunContext, needs_dtype_cast: bool) -> bool:
+def _keeps_float32(config: Config, *, context: RunContext, needs_dtype_cast: bool) -> bool:
     """Return whether embeddings and norms stay float32 beside bfloat16 weights.
 
     Without autocast a float32 norm would hand float32 to a bfloat16 layer.
@@ -322,7 +331,7 @@ def keeps_float32(config: Config, *, context: RunContext, needs_dtype_cast: bool
     return context.autocast == "bfloat16" and plain
 
 
-def cast_embeddings_and_norms(model: Any) -> None:
+def _cast_embeddings_and_norms(model: Any) -> None:
     """Cast embeddings and norms of `model` to float32, in place.
 
     Their loaded dtypes, by name, are kept in `model.attnimg_loaded_dtypes` for

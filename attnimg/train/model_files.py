@@ -1,4 +1,8 @@
-"""Refuse a model folder that can't be loaded, before anything heavy is imported."""
+"""Check, read, hash and write the files of a model.
+
+check_model_files refuses a folder that can't be loaded, before anything heavy is imported.
+save_final writes the trained model, so that it loads as it was trained.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +29,16 @@ from attnimg.train.pickled_weights import require_safetensors
 
 WEIGHT_INDEX = "model.safetensors.index.json"
 
-WEIGHT_FILES = "*.safetensors"
+GET_WHOLE = "download the model again, whole, or point base_model at another folder"
+
+# What is raised where a file of JSON, or the JSON in a file, is not as it was written.
+UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
+
+# safetensors' names of the dtypes of weights that are not quantized -> torch's names.
+TORCH_NAMES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+
+# Fields of config.json that describe other parts than the language model.
+OTHER_PARTS = ("vision_config", "audio_config", "vq_config", "speech_config")
 
 # Endings of files that loaders read whole; the largest published one, a tokenizer.json, has 35 MiB.
 _READ_WHOLE = frozenset({".json", ".jinja", ".model", ".txt", ".py", ".tiktoken"})
@@ -34,13 +47,6 @@ _LARGEST_BYTES = 256 << 20
 
 # Endings of files that loaders read; a folder of such a name is refused.
 _READ = _READ_WHOLE | {".safetensors", ".bin"}
-
-GET_WHOLE = "download the model again, whole, or point base_model at another folder"
-
-
-def bad_model(what: str, *, why: str, do: str) -> AttnimgError:
-    """Make the error that all faults of a model share."""
-    return AttnimgError(what, why=why, do=do, code="bad-model", key="base_model")
 
 
 def check_model_files(config: Config) -> None:
@@ -75,8 +81,8 @@ def check_model_files(config: Config) -> None:
         )
     require_safetensors(folder, key="base_model")
     if WEIGHT_INDEX in found:
-        _require_shards(folder, WEIGHT_INDEX)
-    if not any(folder.glob(WEIGHT_FILES)):
+        _require_shards(folder)
+    if not any(folder.glob("*.safetensors")):
         raise bad_model(
             f"the model folder {folder} has no weights",
             why=f"needed *.safetensors, found {', '.join(found[:6])}",
@@ -111,47 +117,44 @@ def _require_files(folder: Path, *, key: str) -> None:
             why = f"found {found.st_size:,} bytes, needed at most {_LARGEST_BYTES:,}"
             why = why if large else ""
         if why:
-            raise AttnimgError(
-                f"{entry} can't be read", why=why, do=GET_WHOLE, code="bad-model", key=key
-            )
+            raise bad_model(f"{entry} can't be read", why=why, do=GET_WHOLE, key=key)
 
 
-def _require_shards(folder: Path, index: str) -> None:
+def _require_shards(folder: Path) -> None:
     """Refuse an index that can't be read or that names a shard which is not there."""
     try:
-        shards = _shards(json.loads(read_regular(folder / index, at_most=_LARGEST_BYTES)))
-        missing = sorted(shard for shard in shards if not (folder / shard).is_file())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        shards = shards_of(folder)
+        missing = [shard for shard in shards if not (folder / shard).is_file()]
+    except UNREADABLE as error:
         reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
-        raise bad_model(f"{folder / index} can't be read", why=reason, do=GET_WHOLE) from error
+        raise bad_model(
+            f"{folder / WEIGHT_INDEX} can't be read", why=reason, do=GET_WHOLE
+        ) from error
     if missing:
         raise bad_model(
             f"the model folder {folder} lacks {len(missing)} of {len(shards)} shards",
-            why=f"{index} names {', '.join(missing[:3])}",
+            why=f"{WEIGHT_INDEX} names {', '.join(missing[:3])}",
             do=GET_WHOLE,
         )
 
 
-def _shards(index: dict[str, dict[str, object]]) -> set[str]:
-    """Return the names of the shards in an index.
+def shards_of(folder: Path) -> list[str]:
+    """Return the names of the shards in a folder's index, sorted.
 
     Raises:
-        TypeError: one is not a string.
+        OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError: it can't be read,
+            or has something else than names.
     """
-    names = index["weight_map"].values()
+    index = json.loads(read_regular(folder / WEIGHT_INDEX, at_most=_LARGEST_BYTES))
+    names = set(index["weight_map"].values())
     if odd := next((name for name in names if not isinstance(name, str)), None):
         raise TypeError(f"found {odd!r}, needed the name of a file")
-    return {str(name) for name in names}
+    return sorted(names)
 
 
-# The header of a hundred thousand tensors has 15 MB; a far longer one is damaged.
-_MAX_HEADER = 100 * 2**20
-
-# safetensors' names of the dtypes of weights that are not quantized -> torch's names.
-TORCH_NAMES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
-
-# Endings of buffers that older versions of transformers saved, and that are computed now.
-_COMPUTED = ("inv_freq", "masked_bias", "attn.bias", "attention.bias", "position_ids")
+def bad_model(what: str, *, why: str, do: str, key: str = "base_model") -> AttnimgError:
+    """Return the error that all faults of a model share."""
+    return AttnimgError(what, why=why, do=do, code="bad-model", key=key)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -167,13 +170,15 @@ class StoredTensor:
         return math.prod(self.shape)
 
 
+# The header of a hundred thousand tensors has 15 MB; a far longer one is damaged.
+_MAX_HEADER = 100 * 2**20
+
+
 def weight_files(folder: Path) -> list[Path]:
     """Return the files of the index; without one, model.safetensors, or else all."""
     try:
-        text = read_regular(folder / "model.safetensors.index.json", at_most=_MAX_HEADER)
-        names = sorted(set(json.loads(text)["weight_map"].values()))
-        return [folder / name for name in names]
-    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError):
+        return [folder / name for name in shards_of(folder)]
+    except UNREADABLE:
         whole = folder / "model.safetensors"
         return [whole] if whole.is_file() else sorted(folder.glob("*.safetensors"))
 
@@ -190,20 +195,6 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
     return found
 
 
-def unused_weights(model: Any, stored: Iterable[str], unexpected: Iterable[str]) -> tuple[str, ...]:
-    """Return the stored weights that a loaded model does not use, sorted.
-
-    Args:
-        model: a transformers model.
-        stored: the names in its checkpoint.
-        unexpected: those that from_pretrained reported; it does not report what the class ignores,
-            such as layers for multi-token prediction.
-    """
-    ignored = [re.compile(text) for text in model._keys_to_ignore_on_load_unexpected or ()]
-    names = {name for name in stored if any(pattern.search(name) for pattern in ignored)}
-    return tuple(sorted(name for name in names | set(unexpected) if not name.endswith(_COMPUTED)))
-
-
 def _header(file: Path) -> dict[str, dict[str, Any]]:
     """Return name -> dtype, shape and data_offsets; empty where the file can't be read."""
     try:
@@ -215,7 +206,7 @@ def _header(file: Path) -> dict[str, dict[str, Any]]:
             for name, entry in header.items()
             if name != "__metadata__"
         }
-    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError):
+    except UNREADABLE:
         return {}
 
 
@@ -233,6 +224,44 @@ def safetensors_damages(file: Path) -> list[str]:
     except (ValueError, TypeError, KeyError, IndexError, AttributeError):
         return ["it has no header of safetensors"]
     return [] if found == needed else [f"found {found:,} bytes, needed {needed:,}"]
+
+
+# Endings of buffers that older versions of transformers saved, and that are computed now.
+_COMPUTED = ("inv_freq", "masked_bias", "attn.bias", "attention.bias", "position_ids")
+
+
+def unused_weights(model: Any, stored: Iterable[str], unexpected: Iterable[str]) -> tuple[str, ...]:
+    """Return the stored weights that a loaded model does not use, sorted.
+
+    Args:
+        model: a transformers model.
+        stored: the names in its checkpoint.
+        unexpected: those that from_pretrained reported; it does not report what the class ignores,
+            such as layers for multi-token prediction.
+    """
+    ignored = [re.compile(text) for text in model._keys_to_ignore_on_load_unexpected or ()]
+    names = {name for name in stored if any(pattern.search(name) for pattern in ignored)}
+    return tuple(sorted(name for name in names | set(unexpected) if not name.endswith(_COMPUTED)))
+
+
+def load_renamed(model: Any, folder: Path) -> bool:
+    """Load a checkpoint with from_pretrained, where the model lacks one of its names.
+
+    Args:
+        model: a transformers model, with the checkpoint's other weights.
+        folder: the checkpoint.
+
+    Returns:
+        Whether the weights were loaded; False where the model has all names.
+    """
+    import torch
+
+    if stored_tensors(folder).keys() <= model.state_dict().keys():
+        return False
+    # float32 represents weights of every dtype exactly, so copying does not round.
+    loaded = type(model).from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
+    model.load_state_dict(loaded.state_dict())
+    return True
 
 
 # What transformers loads a tokenizer from.
@@ -319,34 +348,11 @@ def _hashes(folder: Path, files: Sequence[Path]) -> dict[str, str]:
     return dict(zip(names, found, strict=True))
 
 
-def load_renamed(model: Any, folder: Path) -> bool:
-    """Load a checkpoint with from_pretrained, where the model lacks one of its names.
+# What Trainer writes beside a model, and only Trainer reads.
+NOT_THE_MODEL = ("training_args.bin",)
 
-    Args:
-        model: a transformers model, with the checkpoint's other weights.
-        folder: the checkpoint.
-
-    Returns:
-        Whether the weights were loaded; False where the model has all names.
-    """
-    import torch
-    from safetensors import safe_open
-
-    saved: set[str] = set()
-    for file in folder.glob("model*.safetensors"):
-        with safe_open(file, framework="pt") as tensors:
-            saved |= set(tensors.keys())
-    if saved <= set(model.state_dict()):
-        return False
-    # float32 represents weights of every dtype exactly, so copying does not round.
-    loaded = type(model).from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
-    model.load_state_dict(loaded.state_dict())
-    return True
-
-
-# Fields of config.json that describe other parts than the language model.
-OTHER_PARTS = ("vision_config", "audio_config", "vq_config", "speech_config")
-
+# Settings that trainers change for training, and that must not be saved with the model.
+_TRAINERS = ("use_cache", "output_router_logits")
 
 # Files that an AutoProcessor reads besides the tokenizer's.
 PROCESSOR_FILES = (
@@ -355,16 +361,8 @@ PROCESSOR_FILES = (
 )  # fmt: skip
 
 
-# What Trainer writes beside a model that only Trainer reads.
-NOT_THE_MODEL = ("training_args.bin",)
-
-
-# Settings that trainers change for training, and that must not be saved with the model.
-_TRAINERS = ("use_cache", "output_router_logits")
-
-
 def save_final(engine: Any, config: Config, folder: Path) -> list[Path]:
-    """Write model and tokenizer aside, then move them into `folder` file by file.
+    """Write model and tokenizer into PARTIAL, then move them into output_dir file by file.
 
     Args:
         engine: after training; every process calls this, since gathering weights is collective.
@@ -393,17 +391,6 @@ def save_final(engine: Any, config: Config, folder: Path) -> list[Path]:
     return [folder / name for name in reversed(names)]
 
 
-def _move_into(folder: Path, aside: Path) -> list[str]:
-    """Move the finished files, weights last: a folder that has them is whole."""
-    for name in NOT_THE_MODEL:
-        (aside / name).unlink(missing_ok=True)
-    checkpoints.open_to_others(aside)
-    names = sorted((p.name for p in aside.iterdir()), key=lambda name: name.endswith("safetensors"))
-    for name in names:
-        (aside / name).replace(folder / name)
-    return names
-
-
 def restore_loaded_dtypes(model: Any) -> None:
     """Cast weights that were float32 for training only back to the dtype they were loaded in.
 
@@ -428,7 +415,7 @@ def correct_saved_config(folder: Path, loaded: Mapping[str, Any]) -> None:
 
     Args:
         folder: where save_pretrained has written.
-        loaded: the model's config before training, as `to_dict` gives it.
+        loaded: the model's config before training, as `to_dict` returns it.
     """
     path = folder / "config.json"
     if not path.is_file():
@@ -461,7 +448,7 @@ def keep_processor(config: Config, loaded: Mapping[str, Any], folder: Path) -> N
 
     Args:
         config: the validated run.
-        loaded: the model's config before training, as `to_dict` gives it.
+        loaded: the model's config before training, as `to_dict` returns it.
         folder: of the trained model.
     """
     from transformers.utils import cached_file
@@ -476,3 +463,14 @@ def keep_processor(config: Config, loaded: Mapping[str, Any], folder: Path) -> N
         )
         if found is not None and not (folder / name).exists():
             shutil.copyfile(found, folder / name)
+
+
+def _move_into(folder: Path, aside: Path) -> list[str]:
+    """Move the finished files, weights last: a folder with weights is complete."""
+    for name in NOT_THE_MODEL:
+        (aside / name).unlink(missing_ok=True)
+    checkpoints.open_to_others(aside)
+    names = sorted((p.name for p in aside.iterdir()), key=lambda name: name.endswith("safetensors"))
+    for name in names:
+        (aside / name).replace(folder / name)
+    return names

@@ -1,4 +1,4 @@
-"""Check output_dir before a run, and lock it for the run."""
+"""Check output_dir before a run: find the checkpoint to resume from, and lock the folder."""
 
 from __future__ import annotations
 
@@ -30,9 +30,179 @@ from attnimg.train.intact import damaged, damages_of, has_manifest, newest_whole
 
 FILE = ".lock"
 
+# Files of a run that has not done a step; a new run may start beside them.
+HARMLESS = frozenset({"receipt.json", PARTIAL, FILE})
+
+
+def check_output_dir(config: Config) -> ResumePoint | None:
+    """Return where the run resumes; refuse a folder that it may not write to.
+
+    Returns:
+        None when it starts in an empty folder.
+
+    Raises:
+        AttnimgError: output_dir is a file, is not writable, holds another run's files, another run
+            trains there, there is no checkpoint to resume from, or it is damaged. Code output-dir,
+            output-dir-not-empty, output-dir-busy, no-checkpoint, damaged-checkpoint or
+            pickled-weights.
+    """
+    folder = Path(config.output_dir).expanduser()
+    _require_writable(folder)
+    require_unlocked(folder)
+    found = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
+    partial = folder / PARTIAL
+    leftovers = tuple(sorted(partial.iterdir())) if partial.is_dir() else ()
+    asked = config.resume_from_checkpoint
+    if isinstance(asked, str):
+        return _named_point(folder, Path(asked).expanduser(), found=found, leftovers=leftovers)
+    newest = newest_checkpoint(folder)
+    if (asked or config.auto_resume_from_checkpoints) and newest:
+        return _newest_point(folder, leftovers)
+    if asked:
+        raise AttnimgError(
+            "there is no checkpoint to resume from",
+            why=f"found no complete checkpoint-N in {folder}"
+            + (f", only {len(leftovers)} that was never finished" if leftovers else ""),
+            do="remove resume_from_checkpoint, or name a checkpoint's folder with it",
+            code="no-checkpoint",
+            key="resume_from_checkpoint",
+        )
+    if set(found) - HARMLESS and not config.auto_resume_from_checkpoints:
+        raise _not_empty(folder, found, newest=newest)
+    return ResumePoint(path=None, step=0, leftovers=leftovers) if found else None
+
+
+def _newest_point(folder: Path, leftovers: tuple[Path, ...]) -> ResumePoint:
+    """Return the newest whole checkpoint in output_dir."""
+    found = checkpoints(folder)
+    newest, newer = newest_whole(found)
+    if newest is None:
+        raise damaged(found[-1], newer[found[-1]], output_dir=folder)
+    return _point(newest, leftovers, newer)
+
+
+def _named_point(
+    folder: Path, checkpoint: Path, *, found: list[str], leftovers: tuple[Path, ...]
+) -> ResumePoint:
+    """Return the checkpoint that the config names, here or in another run's folder."""
+    _require_checkpoint(checkpoint)
+    own = checkpoint.resolve().parent == folder.resolve()
+    if not own and set(found) - HARMLESS:
+        raise _not_empty(folder, found, newest=newest_checkpoint(folder))
+    newer = [path for path in checkpoints(folder) if step_of(path) > step_of(checkpoint)]
+    if own and newer:
+        raise _bad_dir(
+            f"output_dir {folder} holds checkpoints newer than {checkpoint.name}",
+            why=f"found {', '.join(path.name for path in newer)}; they would be taken "
+            "for this run's",
+            do="move them away, or set another output_dir",
+            code="output-dir-not-empty",
+        )
+    if wrong := damages_of(checkpoint):
+        raise damaged(checkpoint, wrong, output_dir=folder)
+    return _point(checkpoint, leftovers, {})
+
+
+def _point(
+    checkpoint: Path, leftovers: tuple[Path, ...], newer: dict[Path, list[str]]
+) -> ResumePoint:
+    """Return the point of a whole checkpoint; refuse one that has only weights."""
+    if not any(checkpoint.glob("optimizer*")) and not any(checkpoint.glob("global_step*")):
+        raise AttnimgError(
+            f"{checkpoint} can't be resumed from",
+            why="it holds no optimizer state (save_only_model: true)",
+            do="remove resume_from_checkpoint, and set base_model to this folder and output_dir to "
+            "a new one, to go on with a fresh optimizer",
+            code="no-checkpoint",
+            key="resume_from_checkpoint",
+        )
+    return ResumePoint(
+        path=checkpoint,
+        step=step_of(checkpoint),
+        leftovers=leftovers,
+        damaged=tuple(newer),
+        notes=notes_on(checkpoint, newer),
+    )
+
+
+def _require_checkpoint(checkpoint: Path) -> None:
+    """Refuse a folder that is not a checkpoint."""
+    is_named = checkpoint.name.rpartition("-")[2].isdecimal()
+    whole = has_manifest(checkpoint) or (checkpoint / "trainer_state.json").exists()
+    if not checkpoint.is_dir() or not is_named or not whole:
+        why = "no such folder"
+        if checkpoint.is_dir():
+            why = f"{checkpoint} has no trainer_state.json" if is_named else "its name has no step"
+        raise AttnimgError(
+            f"{checkpoint} is not a checkpoint",
+            why=why,
+            do="name a checkpoint-N folder, or set resume_from_checkpoint: true",
+            code="no-checkpoint",
+            key="resume_from_checkpoint",
+        )
+
+
+def _require_writable(folder: Path) -> None:
+    """Refuse a file in the folder's place, and a folder that this user may not write to."""
+    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not nearest.is_dir():
+        raise _bad_dir(
+            f"output_dir {folder} is not a folder",
+            why=f"{nearest} is a file",
+            do="set output_dir to a folder of its own",
+        )
+    try:
+        # Trying is the only test that holds for root, read-only mounts and odd file systems alike.
+        with tempfile.TemporaryFile(dir=nearest):
+            pass
+    except OSError as error:
+        raise _bad_dir(
+            f"output_dir {folder} can't be written to",
+            why=f"{nearest}: {error.strerror}; it belongs to user "
+            f"{nearest.stat().st_uid}, this is user {os.getuid()}",
+            do="set output_dir elsewhere, or chown the folder",
+        ) from error
+
+
+def _not_empty(folder: Path, found: list[str], *, newest: Path | None) -> AttnimgError:
+    """Return the error on a folder with other files, and how to resume a run that is in it."""
+    found = [name for name in found if name not in HARMLESS]
+    shown = ", ".join(found[:4]) + (" ..." if len(found) > 4 else "")
+    resume = f"set resume_from_checkpoint: true (goes on at {newest.name}), or " if newest else ""
+    return _bad_dir(
+        f"output_dir {folder} is not empty",
+        why=f"found {shown}; a new run would mix with it",
+        do=f"{resume}set another output_dir, or remove the folder",
+        code="output-dir-not-empty",
+    )
+
+
+def _bad_dir(what: str, *, why: str, do: str, code: str = "output-dir") -> AttnimgError:
+    return AttnimgError(what, why=why, do=do, code=code, key="output_dir")
+
+
+def prepare_output_dir(folder: Path, resume: ResumePoint | None, *, console: Console) -> None:
+    """Remove the files that a killed run left in output_dir, which is locked, after `resume`."""
+    if resume is None:
+        return
+    for leftover in resume.leftovers:
+        metrics.print_line(console, f"removing {leftover.name}: it was never finished")
+    remove_leftovers(folder)
+    notes = list(resume.notes)
+    for path in resume.damaged:
+        notes.append(f"{path.name} is renamed to {set_aside(path).name}")
+    for note in notes:
+        metrics.print_line(console, printable(note))
+    restored = read_state(resume.path) if resume.path else {}
+    again = bool(restored.get("evaluate_first"))
+    cut = metrics.cut_after(folder, resume.step, evaluate_again=again)
+    redone = f"; {cut} logged lines after it are done again" if cut else ""
+    if resume.path:
+        metrics.print_line(console, f"resuming from {resume.path}{redone}")
+
 
 def require_unlocked(folder: Path) -> None:
-    """Raise when another process trains in a folder; the lock is not taken.
+    """Raise where another process trains in a folder; the lock is not taken.
 
     Raises:
         AttnimgError: code output-dir-busy.
@@ -77,189 +247,3 @@ def _locked(folder: Path) -> int:
             key="output_dir",
         ) from None
     return handle
-
-
-# What a run that has not done a step leaves behind; it does not stand in a new run's way.
-HARMLESS = frozenset({"receipt.json", PARTIAL, FILE})
-
-
-def check_output_dir(config: Config) -> ResumePoint | None:
-    """Decide where the run goes on, and refuse a folder it may not write to.
-
-    Returns:
-        None when it starts in an empty folder.
-
-    Raises:
-        AttnimgError: output_dir is a file, is not writable, holds another run's files, another run
-            trains there, there is no checkpoint to resume from, or it is damaged. Code output-dir,
-            output-dir-not-empty, output-dir-busy, no-checkpoint, damaged-checkpoint or
-            pickled-weights.
-    """
-    folder = Path(config.output_dir).expanduser()
-    _require_writable(folder)
-    require_unlocked(folder)
-    found = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
-    leftovers = _leftovers(folder)
-    asked = config.resume_from_checkpoint
-    if isinstance(asked, str):
-        return _named_point(folder, Path(asked).expanduser(), found=found, leftovers=leftovers)
-    newest = newest_checkpoint(folder)
-    if (asked or config.auto_resume_from_checkpoints) and newest:
-        return _newest_point(folder, leftovers)
-    if asked:
-        raise AttnimgError(
-            "there is no checkpoint to resume from",
-            why=f"found no complete checkpoint-N in {folder}"
-            + (f", only {len(leftovers)} that was never finished" if leftovers else ""),
-            do="remove resume_from_checkpoint, or name a checkpoint's folder with it",
-            code="no-checkpoint",
-            key="resume_from_checkpoint",
-        )
-    if set(found) - HARMLESS and not config.auto_resume_from_checkpoints:
-        raise _not_empty(folder, found, newest=newest)
-    return ResumePoint(path=None, step=0, leftovers=leftovers) if found else None
-
-
-def prepare_output_dir(folder: Path, resume: ResumePoint | None, *, console: Console) -> None:
-    """Remove from output_dir, which is locked, the files that a killed run left after `resume`."""
-    if resume is None:
-        return
-    for leftover in resume.leftovers:
-        console.print(
-            f"removing {leftover.name}: it was never finished",
-            highlight=False,
-            markup=False,
-            soft_wrap=True,
-        )
-    remove_leftovers(folder)
-    notes = list(resume.notes)
-    for path in resume.damaged:
-        notes.append(f"{path.name} is renamed to {set_aside(path).name}")
-    for note in notes:
-        console.print(printable(note), highlight=False, markup=False, soft_wrap=True)
-    restored = read_state(resume.path) if resume.path else {}
-    again = bool(restored.get("evaluate_first"))
-    cut = metrics.cut_after(folder, resume.step, evaluate_again=again)
-    redone = f"; {cut} logged lines after it are done again" if cut else ""
-    if resume.path:
-        console.print(
-            f"resuming from {resume.path}{redone}", highlight=False, markup=False, soft_wrap=True
-        )
-
-
-def _leftovers(folder: Path) -> tuple[Path, ...]:
-    partial = folder / PARTIAL
-    return tuple(sorted(partial.iterdir())) if partial.is_dir() else ()
-
-
-def _require_writable(folder: Path) -> None:
-    """Refuse a file in the folder's place, and a folder, there or to be made, without the right."""
-    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not nearest.is_dir():
-        raise _bad_dir(
-            f"output_dir {folder} is not a folder",
-            why=f"{nearest} is a file",
-            do="set output_dir to a folder of its own",
-        )
-    try:
-        # Trying is the only test that holds for root, read-only mounts and odd file systems alike.
-        with tempfile.TemporaryFile(dir=nearest):
-            pass
-    except OSError as error:
-        raise _bad_dir(
-            f"output_dir {folder} can't be written to",
-            why=f"{nearest}: {error.strerror}; it belongs to user "
-            f"{nearest.stat().st_uid}, this is user {os.getuid()}",
-            do="set output_dir elsewhere, or chown the folder",
-        ) from error
-
-
-def _bad_dir(what: str, *, why: str, do: str, code: str = "output-dir") -> AttnimgError:
-    return AttnimgError(what, why=why, do=do, code=code, key="output_dir")
-
-
-def _not_empty(folder: Path, found: list[str], *, newest: Path | None) -> AttnimgError:
-    """Say what is in the way, and how to go on with it if it is a run."""
-    found = [name for name in found if name not in HARMLESS]
-    shown = ", ".join(found[:4]) + (" ..." if len(found) > 4 else "")
-    resume = f"set resume_from_checkpoint: true (goes on at {newest.name}), or " if newest else ""
-    return _bad_dir(
-        f"output_dir {folder} is not empty",
-        why=f"found {shown}; a new run would mix with it",
-        do=f"{resume}set another output_dir, or remove the folder",
-        code="output-dir-not-empty",
-    )
-
-
-def _newest_point(folder: Path, leftovers: tuple[Path, ...]) -> ResumePoint:
-    """Resume from the newest whole checkpoint in output_dir."""
-    found = checkpoints(folder)
-    newest, newer = newest_whole(found)
-    if newest is None:
-        raise damaged(found[-1], newer[found[-1]], output_dir=folder)
-    _require_optimizer(newest)
-    return ResumePoint(
-        path=newest,
-        step=step_of(newest),
-        leftovers=leftovers,
-        damaged=tuple(newer),
-        notes=notes_on(newest, newer),
-    )
-
-
-def _named_point(
-    folder: Path, checkpoint: Path, *, found: list[str], leftovers: tuple[Path, ...]
-) -> ResumePoint:
-    """Resume from the checkpoint the config names, here or in another run's folder."""
-    _require_checkpoint(checkpoint)
-    own = checkpoint.resolve().parent == folder.resolve()
-    if not own and set(found) - HARMLESS:
-        raise _not_empty(folder, found, newest=newest_checkpoint(folder))
-    newer = [path for path in checkpoints(folder) if step_of(path) > step_of(checkpoint)]
-    if own and newer:
-        raise _bad_dir(
-            f"output_dir {folder} holds checkpoints newer than {checkpoint.name}",
-            why=f"found {', '.join(path.name for path in newer)}; they would be taken "
-            "for this run's",
-            do="move them away, or set another output_dir",
-            code="output-dir-not-empty",
-        )
-    if wrong := damages_of(checkpoint):
-        raise damaged(checkpoint, wrong, output_dir=folder)
-    _require_optimizer(checkpoint)
-    return ResumePoint(
-        path=checkpoint,
-        step=step_of(checkpoint),
-        leftovers=leftovers,
-        notes=notes_on(checkpoint, {}),
-    )
-
-
-def _require_checkpoint(checkpoint: Path) -> None:
-    """Refuse a folder that is not a checkpoint."""
-    is_named = checkpoint.name.rpartition("-")[2].isdecimal()
-    whole = has_manifest(checkpoint) or (checkpoint / "trainer_state.json").exists()
-    if not checkpoint.is_dir() or not is_named or not whole:
-        why = "no such folder"
-        if checkpoint.is_dir():
-            why = f"{checkpoint} has no trainer_state.json" if is_named else "its name has no step"
-        raise AttnimgError(
-            f"{checkpoint} is not a checkpoint",
-            why=why,
-            do="name a checkpoint-N folder, or set resume_from_checkpoint: true",
-            code="no-checkpoint",
-            key="resume_from_checkpoint",
-        )
-
-
-def _require_optimizer(checkpoint: Path) -> None:
-    """Refuse a checkpoint that has only weights."""
-    if not any(checkpoint.glob("optimizer*")) and not any(checkpoint.glob("global_step*")):
-        raise AttnimgError(
-            f"{checkpoint} can't be resumed from",
-            why="it holds no optimizer state (save_only_model: true)",
-            do="remove resume_from_checkpoint, and set base_model to this folder and output_dir to "
-            "a new one, to go on with a fresh optimizer",
-            code="no-checkpoint",
-            key="resume_from_checkpoint",
-        )

@@ -17,10 +17,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -33,6 +33,7 @@ from attnimg.train.loss import (
     Loss,
     LossCheck,
     Tolerance,
+    base_of,
     difference,
     loss_tolerance,
     score,
@@ -40,8 +41,6 @@ from attnimg.train.loss import (
 )
 from attnimg.train.rows import COUNTS, Rows, first_batch, slice_tokens
 
-if TYPE_CHECKING:
-    import torch
 # Without it, gradients below float16's range would be zero in both.
 FLOAT16_SCALE = 1024.0
 
@@ -62,8 +61,6 @@ def check_loss(engine: Any, rows: Rows, *, context: RunContext, sharded: bool) -
         AttnimgError: the loss of the class is not the negative log-likelihood of its logits
             (loss-differs), or the model raises (model-raised); exit code 1.
     """
-    import torch
-
     began = time.monotonic()
     if sharded:
         return LossCheck(compared=False, why="FSDP or DeepSpeed shards the weights")
@@ -91,8 +88,6 @@ class _Check:
 
     def run(self) -> LossCheck:
         """Compare with TRL's head; on a difference, switch to the model's own and compare again."""
-        import torch
-
         trainer, raised = self.trainer_loss()
         try:
             model, tolerance, tokens = self.model_loss()
@@ -124,8 +119,6 @@ class _Check:
 
     def trainer_loss(self) -> tuple[Loss | None, str | None]:
         """Compute the engine's loss with its current head; return the error where that raises."""
-        import torch
-
         engine = self.engine
         try:
             with _run_context(engine):
@@ -147,7 +140,7 @@ class _Check:
         with _run_context(self.engine):
             nll, total, aux, tolerance = self.likelihood(targets)
             found = self.figures(nll, total, aux)
-            with _train_mode(self.engine.model):
+            with _modes(self.engine.model, lambda _: True):
                 self.likelihood(targets)
         return found, tolerance, int((targets != -100).sum())
 
@@ -159,8 +152,6 @@ class _Check:
         Raises:
             AttnimgError: its loss is not that of its logits (loss-differs).
         """
-        import torch
-
         engine = self.engine
         outputs = self.own_outputs()
         nll = -score(outputs.logits, targets)[0].sum() / max(int((targets != -100).sum()), 1)
@@ -181,8 +172,6 @@ class _Check:
 
     def own_outputs(self) -> Any:
         """Call the model with labels; without them where its own loss raises on these rows."""
-        import torch
-
         arguments = {**self.inputs, "use_cache": False}
         if self.engine.aux_coefficient is not None:
             arguments["output_router_logits"] = True
@@ -198,8 +187,6 @@ class _Check:
 
     def figures(self, nll: torch.Tensor, total: torch.Tensor, aux: torch.Tensor | None) -> Loss:
         """Return the numbers, with the norm of the gradient of the trained weights."""
-        import torch
-
         scale = FLOAT16_SCALE if self.context.autocast == "float16" else 1.0
         (total * scale).backward()
         norms = [
@@ -233,100 +220,6 @@ class _Check:
         return used
 
 
-@contextmanager
-def _run_context(engine: Any) -> Iterator[None]:
-    """Call the model as the run does: gradients on, in its autocast."""
-    import torch
-
-    with torch.enable_grad(), engine.accelerator.autocast():
-        yield
-
-
-@contextmanager
-def _without_side_effects(engine: Any) -> Iterator[None]:
-    """Turn dropout off; restore modes, buffers, gradients, random states and metrics after it."""
-    import torch
-
-    modes = {module: module.training for module in engine.model.modules()}
-    # In train mode a class may count into its buffers.
-    buffers = [(module, name, buffer, buffer.clone()) for module in modes
-               for name, buffer in module._buffers.items() if buffer is not None]  # fmt: skip
-    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-    for module in modes:
-        # In eval mode on a CPU, bitsandbytes permanently changes the order of a 4-bit layer's
-        # weights (0.50, nn/modules.py, Linear4bit.forward); it has no dropout.
-        module.training = type(module).__module__.startswith("bitsandbytes.")
-    engine.model.zero_grad(set_to_none=True)
-    try:
-        with torch.random.fork_rng(devices):
-            yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
-        for module, name, buffer, content in buffers:
-            module._buffers[name] = buffer.copy_(content)
-        engine.model.zero_grad(set_to_none=True)
-        engine._metrics["eval"].clear()
-        if devices:
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-
-
-@contextmanager
-def _train_mode(model: Any) -> Iterator[None]:
-    modes = {module: module.training for module in model.modules()}
-    for module in modes:
-        module.training = True
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
-
-
-def _differs(engine: Any, *, own: float, ours: float, mode: str) -> AttnimgError:
-    do = (
-        "train the model with its own training code; attnimg minimizes the negative log-likelihood "
-        "of the next token"
-    )
-    weights = engine.model.config.get_text_config().to_dict()
-    terms = [name for name, value in weights.items()
-             if "loss_coef" in name and name not in COEFFICIENTS and value]  # fmt: skip
-    if terms:
-        zeros = " and ".join(f"{name}: 0.0" for name in terms)
-        do = f"set {zeros} in its config.json to train without that term, or {do}"
-    return AttnimgError(
-        f"the loss of {_class_name(engine)} is not the negative log-likelihood of its logits",
-        why=f"found {own:.4f} from its forward with labels in {mode} mode, {ours:.4f} from its "
-        "logits for the next tokens\nneeded the same, apart from an aux_loss that it returns",
-        do=do,
-        code="loss-differs",
-        key="base_model",
-        exit_code=1,
-    )
-
-
-def _model_raised(engine: Any, raised: str | None) -> AttnimgError:
-    return AttnimgError(
-        f"{_class_name(engine)} raised when it was called on the first documents",
-        why=f"found {raised}",
-        do="check that plain transformers runs this model; --debug shows where it raised",
-        code="model-raised",
-        key="base_model",
-        exit_code=1,
-    )
-
-
-def _class_name(engine: Any) -> str:
-    model = engine.model
-    return type(model.get_base_model() if hasattr(model, "get_base_model") else model).__name__
-
-
-def _short(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:160]}" if lines else type(error).__name__
-
-
 # Standard deviation of the logits; caps of published models lie at 15 to 50.
 LOGITS = 10.0
 
@@ -343,7 +236,7 @@ def compare_output_layer(engine: Any, inputs: dict[str, Any]) -> Comparison | No
         both, or the layers after it raise in float32 or run out of memory.
     """
     model = engine.model
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = base_of(model)
     backbone = getattr(base, "base_model", base)
     if backbone is base:
         return None
@@ -360,7 +253,7 @@ def compare_output_layer(engine: Any, inputs: dict[str, Any]) -> Comparison | No
         return nll
 
     try:
-        with torch.enable_grad(), engine.accelerator.autocast(), _in_float32(base, backbone):
+        with _run_context(engine), _in_float32(base, backbone):
             with torch.no_grad(), _RandomHiddenStates(backbone, scale=1.0) as first:
                 spread = model_logits().float().std().item()
             scale = LOGITS / max(spread, 1e-6)
@@ -445,3 +338,95 @@ def _in_float32(base: torch.nn.Module, backbone: torch.nn.Module) -> Iterator[No
     finally:
         for holder, name, weight in kept:
             holder[name] = weight
+
+
+@contextmanager
+def _run_context(engine: Any) -> Iterator[None]:
+    """Call the model as the run does: gradients on, in its autocast."""
+    with torch.enable_grad(), engine.accelerator.autocast():
+        yield
+
+
+@contextmanager
+def _without_side_effects(engine: Any) -> Iterator[None]:
+    """Turn dropout off; restore modes, buffers, gradients, random states and metrics after it."""
+    # In train mode a class may count into its buffers.
+    buffers = [(module, name, buffer, buffer.clone()) for module in engine.model.modules()
+               for name, buffer in module._buffers.items() if buffer is not None]  # fmt: skip
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    engine.model.zero_grad(set_to_none=True)
+    try:
+        with torch.random.fork_rng(devices), _modes(engine.model, _is_bitsandbytes):
+            yield
+    finally:
+        for module, name, buffer, content in buffers:
+            module._buffers[name] = buffer.copy_(content)
+        engine.model.zero_grad(set_to_none=True)
+        engine._metrics["eval"].clear()
+        if devices:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+
+
+def _is_bitsandbytes(module: torch.nn.Module) -> bool:
+    """Return whether a layer stays in train mode; it has no dropout.
+
+    In eval mode on a CPU, bitsandbytes permanently changes the order of a 4-bit layer's weights.
+    Source: bitsandbytes 0.50, nn/modules.py, Linear4bit.forward (2026-11-21).
+    """
+    return type(module).__module__.startswith("bitsandbytes.")
+
+
+@contextmanager
+def _modes(model: Any, training: Callable[[torch.nn.Module], bool]) -> Iterator[None]:
+    """Set each module to train or eval mode inside the block; restore the modes after it."""
+    before = {module: module.training for module in model.modules()}
+    for module in before:
+        module.training = training(module)
+    try:
+        yield
+    finally:
+        for module, mode in before.items():
+            module.training = mode
+
+
+def _differs(engine: Any, *, own: float, ours: float, mode: str) -> AttnimgError:
+    do = (
+        "train the model with its own training code; attnimg minimizes the negative log-likelihood "
+        "of the next token"
+    )
+    weights = engine.model.config.get_text_config().to_dict()
+    terms = [name for name, value in weights.items()
+             if "loss_coef" in name and name not in COEFFICIENTS and value]  # fmt: skip
+    if terms:
+        zeros = " and ".join(f"{name}: 0.0" for name in terms)
+        do = f"set {zeros} in its config.json to train without that term, or {do}"
+    return AttnimgError(
+        f"the loss of {_class_name(engine)} is not the negative log-likelihood of its logits",
+        why=f"found {own:.4f} from its forward with labels in {mode} mode, {ours:.4f} from its "
+        "logits for the next tokens\nneeded the same, apart from an aux_loss that it returns",
+        do=do,
+        code="loss-differs",
+        key="base_model",
+        exit_code=1,
+    )
+
+
+def _model_raised(engine: Any, raised: str | None) -> AttnimgError:
+    return AttnimgError(
+        f"{_class_name(engine)} raised when it was called on the first documents",
+        why=f"found {raised}",
+        do="check that plain transformers runs this model; --debug shows where it raised",
+        code="model-raised",
+        key="base_model",
+        exit_code=1,
+    )
+
+
+def _class_name(engine: Any) -> str:
+    return type(base_of(engine.model)).__name__
+
+
+def _short(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:160]}" if lines else type(error).__name__

@@ -1,4 +1,4 @@
-"""Pack documents into rows of fixed capacity, shuffled, and lay their tokens out in them."""
+"""Pack documents into shuffled rows of a fixed capacity: search for full rows, copy the tokens."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from attnimg.errors import AttnimgError
 if TYPE_CHECKING:
     import pyarrow
     from datasets import Dataset
+
 Integers = NDArray[np.int64]
 
 # Gathered at once by pack_dataset: some 16 MB at 2048 tokens, so that memory-mapped data stays so.
@@ -21,8 +22,8 @@ ROWS_PER_BATCH = 1024
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Rows:
-    """Which documents stand in which row, flat.
+class PackedRows:
+    """The documents of each row, as flat arrays.
 
     Attributes:
         documents: indices of the documents, row after row, each exactly once; (documents,).
@@ -38,16 +39,16 @@ class Rows:
 
     @property
     def count(self) -> int:
-        """Count the rows."""
+        """Return the number of rows."""
         return len(self.offsets) - 1
 
     @property
     def filled_share(self) -> float:
-        """Tell tokens / (rows * capacity); 1.0 where there are no rows, since nothing is wasted."""
+        """Return tokens / (rows * capacity); 1.0 where there are no rows."""
         return self.tokens / (self.count * self.capacity) if self.count else 1.0
 
 
-def pack(lengths: ArrayLike, *, capacity: int, seed: int) -> Rows:
+def pack(lengths: ArrayLike, *, capacity: int, seed: int) -> PackedRows:
     """Pack documents into rows.
 
     The order of the rows, of the documents inside a row, and of equally long documents among
@@ -78,7 +79,7 @@ def pack(lengths: ArrayLike, *, capacity: int, seed: int) -> Rows:
     order_N = np.lexsort((rng.random(len(documents_N)), place_N))
     sizes_shuffled = np.empty_like(row_sizes)
     sizes_shuffled[place] = row_sizes
-    return Rows(
+    return PackedRows(
         documents=documents_N[order_N],
         offsets=np.concatenate(([0], np.cumsum(sizes_shuffled))),
         capacity=capacity,
@@ -86,13 +87,13 @@ def pack(lengths: ArrayLike, *, capacity: int, seed: int) -> Rows:
     )
 
 
-def pack_dataset(documents: Dataset, rows: Rows) -> Dataset:
-    """Lay the documents' tokens out in rows.
+def pack_dataset(documents: Dataset, rows: PackedRows) -> Dataset:
+    """Copy the documents' tokens into rows.
 
     Args:
         documents: columns input_ids and labels, lists of integers of equal length; others are
-            left behind.
-        rows: what `pack` made of the lengths of these documents.
+            left out.
+        rows: as `pack` returns it for the lengths of these documents.
 
     Returns:
         A dataset of `rows.count` rows, in memory, with columns input_ids and labels (documents one
@@ -115,54 +116,8 @@ def pack_dataset(documents: Dataset, rows: Rows) -> Dataset:
     return Dataset(table.cast(features.arrow_schema))
 
 
-def _refuse_unpackable(lengths_N: Integers, *, capacity: int) -> None:
-    """Refuse documents that are empty or longer than a row, naming the first one."""
-    wrong = np.flatnonzero((lengths_N < 1) | (lengths_N > capacity))
-    if len(wrong):
-        raise AttnimgError(
-            f"{len(wrong):,} of {len(lengths_N):,} documents can't be packed",
-            why=f"document {wrong[0]} has {lengths_N[wrong[0]]:,} tokens; a row takes 1 to"
-            f" {capacity:,}",
-            do="raise sequence_len, or set excess_length_strategy: split",
-            code="bad-data",
-            key="sequence_len",
-        )
-
-
-def _expand(patterns: dict[tuple[int, ...], int]) -> tuple[Integers, Integers]:
-    """Write every row out: documents per row (rows,), and the length of every slot (documents,)."""
-    repeats = np.fromiter(patterns.values(), dtype=np.int64, count=len(patterns))
-    sizes = np.fromiter(map(len, patterns), dtype=np.int64, count=len(patterns))
-    slots = [np.tile(np.array(pattern, dtype=np.int64), n) for pattern, n in patterns.items()]
-    return np.repeat(sizes, repeats), np.concatenate(slots) if slots else np.empty(0, np.int64)
-
-
-def _gather_rows(source: Dataset, rows: Rows, *, first: int) -> pyarrow.Table:
-    """Gather up to ROWS_PER_BATCH rows from `first` on, out of a dataset in arrow format."""
-    import pyarrow as pa
-
-    row_bounds = rows.offsets[first : first + ROWS_PER_BATCH + 1]
-    found = source[rows.documents[row_bounds[0] : row_bounds[-1]]].combine_chunks()
-    in_batch = row_bounds - row_bounds[0]
-    columns = {name: found[name].combine_chunks() for name in ("input_ids", "labels")}
-    lengths_N = columns["input_ids"].value_lengths().to_numpy().astype(np.int32)
-    if not np.array_equal(lengths_N, columns["labels"].value_lengths().to_numpy()):
-        raise AttnimgError(
-            "a document has not as many labels as tokens",
-            why="input_ids and labels differ in length; each token needs one label (-100: no loss)",
-            do="prepare the dataset again; remove the folder dataset_prepared_path names",
-            code="bad-data",
-        )
-    token_bounds = np.concatenate(([0], np.cumsum(lengths_N)))[in_batch].astype(np.int32)
-    rows_of = {
-        name: pa.ListArray.from_arrays(token_bounds, c.flatten()) for name, c in columns.items()
-    }
-    rows_of["document_lengths"] = pa.ListArray.from_arrays(in_batch.astype(np.int32), lengths_N)
-    return pa.table(rows_of)
-
-
 def find_rows(counts: NDArray[np.int64]) -> dict[tuple[int, ...], int]:
-    """Find rows for all documents.
+    """Return rows for all documents.
 
     First-fit-decreasing is tried as well: where most lengths exceed half a row it is sometimes the
     better one (log-normal with sigma 0.2 around 1000 of 2048 tokens, by 0.03 %).
@@ -178,7 +133,7 @@ def find_rows(counts: NDArray[np.int64]) -> dict[tuple[int, ...], int]:
 
 
 def fill_rows(counts: NDArray[np.int64], *, exact_pairs: bool) -> dict[tuple[int, ...], int]:
-    """Find rows until no length is left.
+    """Return rows that use up all lengths.
 
     Args:
         counts: documents of each length; (capacity + 1,).
@@ -233,18 +188,18 @@ class _Lengths:
         )
 
     def take(self, length: int, count: int) -> None:
-        """Take `count` documents of one length away."""
+        """Remove `count` documents of one length."""
         self.left[length] -= count
         if not self.left[length]:
             self.present ^= 1 << length
             self.mirrored ^= 1 << (self.capacity - length)
 
     def longest(self, space: int) -> int:
-        """Tell the longest length that fits into `space`, 0 for none."""
+        """Return the longest length that fits into `space`, 0 for none."""
         return max(0, (self.present & ((2 << space) - 1)).bit_length() - 1)
 
     def exact_pair(self, space: int) -> tuple[int, int] | None:
-        """Find the most equal pair of lengths that sums to `space`.
+        """Return the most equal pair of lengths that sums to `space`.
 
         Equal halves are taken first because mid lengths are the hardest to place later: short ones
         fit anywhere. Taking lopsided pairs first filled log-normal rows up to 0.1 % worse.
@@ -257,3 +212,49 @@ class _Lengths:
             return None
         longer = half + (upper & -upper).bit_length() - 1
         return longer, space - longer
+
+
+def _expand(patterns: dict[tuple[int, ...], int]) -> tuple[Integers, Integers]:
+    """Return documents per row (rows,), and the length of every slot (documents,)."""
+    repeats = np.fromiter(patterns.values(), dtype=np.int64, count=len(patterns))
+    sizes = np.fromiter(map(len, patterns), dtype=np.int64, count=len(patterns))
+    slots = [np.tile(np.array(pattern, dtype=np.int64), n) for pattern, n in patterns.items()]
+    return np.repeat(sizes, repeats), np.concatenate(slots) if slots else np.empty(0, np.int64)
+
+
+def _refuse_unpackable(lengths_N: Integers, *, capacity: int) -> None:
+    """Raise where documents are empty or longer than a row."""
+    wrong = np.flatnonzero((lengths_N < 1) | (lengths_N > capacity))
+    if len(wrong):
+        raise AttnimgError(
+            f"{len(wrong):,} of {len(lengths_N):,} documents can't be packed",
+            why=f"document {wrong[0]} has {lengths_N[wrong[0]]:,} tokens; a row takes 1 to"
+            f" {capacity:,}",
+            do="raise sequence_len, or set excess_length_strategy: split",
+            code="bad-data",
+            key="sequence_len",
+        )
+
+
+def _gather_rows(source: Dataset, rows: PackedRows, *, first: int) -> pyarrow.Table:
+    """Gather up to ROWS_PER_BATCH rows from `first` on, out of a dataset in arrow format."""
+    import pyarrow as pa
+
+    row_bounds = rows.offsets[first : first + ROWS_PER_BATCH + 1]
+    found = source[rows.documents[row_bounds[0] : row_bounds[-1]]].combine_chunks()
+    in_batch = row_bounds - row_bounds[0]
+    columns = {name: found[name].combine_chunks() for name in ("input_ids", "labels")}
+    lengths_N = columns["input_ids"].value_lengths().to_numpy().astype(np.int32)
+    if not np.array_equal(lengths_N, columns["labels"].value_lengths().to_numpy()):
+        raise AttnimgError(
+            "a document has not as many labels as tokens",
+            why="input_ids and labels differ in length; each token needs one label (-100: no loss)",
+            do="prepare the dataset again; remove the folder dataset_prepared_path names",
+            code="bad-data",
+        )
+    token_bounds = np.concatenate(([0], np.cumsum(lengths_N)))[in_batch].astype(np.int32)
+    rows_of = {
+        name: pa.ListArray.from_arrays(token_bounds, c.flatten()) for name, c in columns.items()
+    }
+    rows_of["document_lengths"] = pa.ListArray.from_arrays(in_batch.astype(np.int32), lengths_N)
+    return pa.table(rows_of)

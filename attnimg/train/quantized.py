@@ -1,7 +1,7 @@
-"""Dequantize a quantized checkpoint, keep it quantized under an adapter, or refuse it.
+"""Load quantized weights: quantize them, dequantize a checkpoint, keep it as it is, or refuse it.
 
-This is decided from config.json and the headers of the files, before any weight is loaded: in some
-cases transformers would load the quantized numbers as if they were weights.
+A checkpoint is judged by config.json and the headers of its files, before any weight is loaded: in
+some cases transformers would load the quantized numbers as if they were weights.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from attnimg.train.model_files import TORCH_NAMES, StoredTensor, stored_tensors
 
 if TYPE_CHECKING:
     import torch
+
 _UNQUANTIZED = "set base_model to the checkpoint that it was quantized from"
 
 # Endings of names that only quantized checkpoints have: gptq and awq, compressed-tensors, mxfp4,
@@ -65,28 +66,28 @@ def judge_quantization(
     Raises:
         AttnimgError: code quantized-checkpoint: the run can't use it.
     """
-    found = quantization_of(raw)
-    if found is None:
+    stored = quantization_of(raw)
+    if stored is None:
         return None
-    method = method_of(found)
+    method = method_of(stored)
     row = quantizations().get(method)
     if row is None or row.loaded == "refused":
         why = row.why if row else f"it is none of {', '.join(quantizations())}"
         raise _refusal(config, method, why=f"found quant_method {method}: {why}", do=_UNQUANTIZED)
     _require_packages(config, method, row, packages)
     if row.loaded == "kept":
-        _require_adapter(config, method, row, found)
+        _require_adapter(config, method, row, stored)
         return None
-    asked = _asks_to_quantize(config)
-    if asked is not None:
-        key, do = asked
+    flags = [key for key in ("load_in_8bit", "load_in_4bit") if getattr(config, key)]
+    if flags or config.adapter == "qlora":
+        found = f"{flags[0]}: true" if flags else "adapter: qlora"
         raise _refusal(
             config,
             method,
-            why=f"found {key}, and weights that are quantized already are not quantized again\n"
+            why=f"found {found}, and weights that are quantized already are not quantized again\n"
             f"needed LoRA on its weights, which are dequantized from {method} while loading",
-            do=do,
-            key=key.partition(":")[0],
+            do=f"remove {flags[0]} and set adapter: lora" if flags else "set adapter: lora",
+            key=flags[0] if flags else "adapter",
         )
     return Finding(
         code="dequantized",
@@ -157,14 +158,6 @@ def _require_adapter(
             do="set adapter: lora",
             key="adapter",
         )
-
-
-def _asks_to_quantize(config: Config) -> tuple[str, str] | None:
-    """Return the setting that asks to quantize weights, and what to set instead."""
-    for key in ("load_in_8bit", "load_in_4bit"):
-        if getattr(config, key):
-            return f"{key}: true", f"remove {key} and set adapter: lora"
-    return ("adapter: qlora", "set adapter: lora") if config.adapter == "qlora" else None
 
 
 def require_known_weights(config: Config, folder: Path, raw: Mapping[str, Any]) -> None:
@@ -248,8 +241,20 @@ def _looks_quantized(name: str, tensor: StoredTensor) -> bool:
     return tensor.dtype in _INTEGERS and name.endswith(".weight")
 
 
+def _refusal(
+    config: Config, method: str, *, why: str, do: str, key: str = "base_model"
+) -> AttnimgError:
+    return AttnimgError(
+        f"{config.base_model} is quantized ({method}), and this run cannot use it that way",
+        why=why,
+        do=do,
+        code="quantized-checkpoint",
+        key=key,
+    )
+
+
 def quantization(config: Config, *, dtype: DType) -> Any:
-    """Make the bitsandbytes config of the run; None when weights are loaded as they are.
+    """Return the bitsandbytes config of a run; None where weights are loaded as they are.
 
     Args:
         config: the validated run; adapter: qlora implies 4 bit.
@@ -264,9 +269,9 @@ def quantization(config: Config, *, dtype: DType) -> Any:
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch_dtype(dtype),
+            bnb_4bit_compute_dtype=dtype,
             # FSDP shards tensors of one dtype only, so the packed weights take the others'.
-            bnb_4bit_quant_storage=torch_dtype(dtype) if config.fsdp else "uint8",
+            bnb_4bit_quant_storage=dtype if config.fsdp else "uint8",
         )
     return None
 
@@ -337,23 +342,3 @@ def cast_unquantized(model: Any, dtype: torch.dtype) -> None:
             continue
         if not any(re.search(rf"(^|\.){pattern}(\.|$)", name) for pattern in patterns):
             weight.data = weight.data.to(dtype)
-
-
-def _refusal(
-    config: Config, method: str, *, why: str, do: str, key: str = "base_model"
-) -> AttnimgError:
-    return AttnimgError(
-        f"{config.base_model} is quantized ({method}), and this run cannot use it that way",
-        why=why,
-        do=do,
-        code="quantized-checkpoint",
-        key=key,
-    )
-
-
-def torch_dtype(dtype: DType) -> torch.dtype:
-    """Give torch's object for a name of ours."""
-    import torch
-
-    named: torch.dtype = getattr(torch, dtype)
-    return named

@@ -1,4 +1,4 @@
-"""receipt.json: what ran, where, why this attention, and how it ended."""
+"""Write receipt.json: what a run used, on which machine, why this attention, and how it ended."""
 
 from __future__ import annotations
 
@@ -27,21 +27,73 @@ PACKAGES = (
 Status = Literal["running", "done", "stopped", "failed"]
 
 
-def now() -> str:
-    """Tell the time in UTC, ISO 8601, to the second."""
-    return datetime.now(UTC).isoformat(timespec="seconds")
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunFacts:
+    """The results of the steps before training.
+
+    Attributes:
+        machine: where the run happens.
+        plan: the attention choice with every reason.
+        implementation: the attn_implementation, "sdpa" or "kernels-community/flash-attn2".
+        context: how the model is called, as it was proven.
+        isolation: figures of the packing proof; None when nothing is packed.
+        proofs: of the attention kernels, failed ones included.
+        kernels: backend -> hashes of the files that compute it, by their kind, such as "torch";
+            None where some are unknown.
+    """
+
+    machine: Machine
+    plan: Plan
+    implementation: str
+    context: RunContext
+    isolation: Mapping[str, object] | None = None
+    proofs: tuple[Proof, ...] = ()
+    kernels: Mapping[str, Mapping[str, str] | None] = field(default_factory=dict)
+
+    @property
+    def backend(self) -> str:
+        """Return the name of the backend."""
+        return self.plan.chosen.backend.name if self.plan.chosen else self.implementation
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FitResult:
+    """How the run ended.
+
+    Attributes:
+        steps: optimizer steps done, those of earlier sessions included.
+        loss: of the last logged window of steps; None when no step was left to train.
+        eval_loss: of the last evaluation, per trained token; None without one.
+        aux_loss: the auxiliary loss of a mixture of experts in that window, without its weight;
+            None where the model computes none.
+        tokens: real tokens seen, padding left out, earlier sessions included.
+        seconds: wall time of this session.
+        files: what was written, in the order in which a person looks for it.
+        resumed_from: the checkpoint that it resumed from.
+        notes: sentences a person should read, such as an early stop.
+    """
+
+    steps: int
+    loss: float | None
+    eval_loss: float | None
+    aux_loss: float | None
+    tokens: int
+    seconds: float
+    files: tuple[Path, ...]
+    resumed_from: Path | None
+    notes: tuple[str, ...] = ()
 
 
 def open_receipt(
     config: Config, *, run: RunFacts, figures: Mapping[str, object], resumed_from: Path | None
 ) -> dict[str, object]:
-    """Write down what is known before the first step.
+    """Return the content of a receipt before the first step.
 
     Args:
         config: the validated run.
         run: machine, plan, precision, packing proof.
         figures: of the data, the packing and the schedule, by name.
-        resumed_from: the checkpoint the run goes on from.
+        resumed_from: the checkpoint that the run resumes from.
     """
     return {
         "status": "running",
@@ -66,7 +118,7 @@ def open_receipt(
 
 
 def versions() -> dict[str, str]:
-    """Name the installed packages that decide what a run computes."""
+    """Return the versions of the installed packages that decide what a run computes."""
     found = {}
     for package in PACKAGES:
         try:
@@ -77,7 +129,7 @@ def versions() -> dict[str, str]:
 
 
 def write_receipt(folder: Path, receipt: Mapping[str, object], *, status: Status) -> Path:
-    """Write the receipt in one piece; a killed run leaves the last one that was whole.
+    """Write the receipt in one piece: after a kill, the file is the last whole one.
 
     Raises:
         AttnimgError: the disk is full (disk-full).
@@ -90,8 +142,13 @@ def write_receipt(folder: Path, receipt: Mapping[str, object], *, status: Status
     return path
 
 
+def now() -> str:
+    """Return the time in UTC, ISO 8601, to the second."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
 def plain(value: object) -> object:
-    """Turn facts into what JSON holds: dataclasses, mappings, sets, paths; nan becomes a string."""
+    """Return values as JSON types: from dataclasses, mappings, sets and paths; NaN as a string."""
     if is_dataclass(value) and not isinstance(value, type):
         return {field.name: plain(getattr(value, field.name)) for field in fields(value)}
     if isinstance(value, Mapping):
@@ -105,8 +162,8 @@ def plain(value: object) -> object:
     return value if isinstance(value, str | int | float | bool | None) else str(value)
 
 
-def applied(engine: Any, plan: Plan) -> dict[str, object]:
-    """Return what a trainer uses, when it is ready for its next step.
+def settings_in_use(engine: Any, plan: Plan) -> dict[str, object]:
+    """Return the settings that a trainer uses, when it is ready for its next step.
 
     Args:
         engine: after it restored the checkpoint, if there is one.
@@ -118,7 +175,11 @@ def applied(engine: Any, plan: Plan) -> dict[str, object]:
         "step": engine.state.global_step,
         "max_steps": engine.state.max_steps,
         "optimizer": type(getattr(optimizer, "optimizer", optimizer)).__name__,
-        "groups": [_group(group) for group in optimizer.param_groups],
+        "groups": [
+            {"tensors": len(group["params"])}
+            | {name: _number(value) for name, value in group.items() if name != "params"}
+            for group in optimizer.param_groups
+        ],
         "scheduler": {
             "class": type(scheduler).__name__,
             "last_epoch": getattr(scheduler, "last_epoch", None),
@@ -142,12 +203,6 @@ def applied(engine: Any, plan: Plan) -> dict[str, object]:
             ],
         },
     }
-
-
-def _group(group: dict[str, Any]) -> dict[str, object]:
-    """Return the values of a group of the optimizer, and the number of its tensors."""
-    values = {name: _number(value) for name, value in group.items() if name != "params"}
-    return {"tensors": len(group["params"]), **values}
 
 
 def _number(value: Any) -> Any:
@@ -179,63 +234,6 @@ def _attention(model: Any) -> list[dict[str, object]]:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class RunFacts:
-    """What the steps before training found out.
-
-    Attributes:
-        machine: where the run happens.
-        plan: the attention choice with every reason.
-        implementation: what transformers was told, "sdpa" or "kernels-community/flash-attn2".
-        context: how the model is called, as it was proven.
-        isolation: figures of the packing proof; None when nothing is packed.
-        proofs: of the attention kernels, failed ones included.
-        kernels: backend -> hashes of the files that compute it, by their kind, such as "torch";
-            None where some are unknown.
-    """
-
-    machine: Machine
-    plan: Plan
-    implementation: str
-    context: RunContext
-    isolation: Mapping[str, object] | None = None
-    proofs: tuple[Proof, ...] = ()
-    kernels: Mapping[str, Mapping[str, str] | None] = field(default_factory=dict)
-
-    @property
-    def backend(self) -> str:
-        """Name the backend people know it by."""
-        return self.plan.chosen.backend.name if self.plan.chosen else self.implementation
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class FitResult:
-    """How the run ended.
-
-    Attributes:
-        steps: optimizer steps the model has behind it, those of earlier sessions included.
-        loss: of the last logged window of steps; None when no step was left to train.
-        eval_loss: of the last evaluation, per trained token; None without one.
-        aux_loss: the auxiliary loss of a mixture of experts in that window, without its weight;
-            None where the model computes none.
-        tokens: real tokens seen, padding left out, earlier sessions included.
-        seconds: wall time of this session.
-        files: what was written, in the order a person looks for it.
-        resumed_from: the checkpoint it went on from.
-        notes: sentences a person should read, such as an early stop.
-    """
-
-    steps: int
-    loss: float | None
-    eval_loss: float | None
-    aux_loss: float | None
-    tokens: int
-    seconds: float
-    files: tuple[Path, ...]
-    resumed_from: Path | None
-    notes: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class WeightCounts:
     """Numbers of weights; tied ones count once, packed 4-bit ones by their unpacked number."""
 
@@ -246,7 +244,7 @@ class WeightCounts:
 def count_weights(model: Any) -> WeightCounts:
     """Count a model's weights, without the frozen copies of PEFT's modules_to_save."""
     counts = [
-        (_count(weight), weight.requires_grad)
+        (_numel(weight), weight.requires_grad)
         for name, weight in model.named_parameters()
         if ".original_module." not in name
     ]
@@ -256,7 +254,8 @@ def count_weights(model: Any) -> WeightCounts:
     )
 
 
-def _count(weight: Any) -> int:
+def _numel(weight: Any) -> int:
+    """Return the number of a weight's elements, of a sharded or packed one as well."""
     # DeepSpeed's ZeRO 3 leaves an empty tensor in place of a weight.
     count = int(weight.numel() or getattr(weight, "ds_numel", 0))
     if type(weight).__name__ == "Params4bit":
@@ -264,7 +263,7 @@ def _count(weight: Any) -> int:
     return count
 
 
-def sentence(counts: WeightCounts) -> str:
-    """Return the line that a run prints before its first step."""
+def weights_sentence(counts: WeightCounts) -> str:
+    """Return the line on the weights that a run prints before its first step."""
     share = counts.trained / max(counts.all, 1)
     return f"weights: trains {counts.trained:,} of {counts.all:,} ({share:.2%})"

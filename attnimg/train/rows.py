@@ -1,12 +1,16 @@
-"""Documents become the rows a step trains on, and the collators that batch them."""
+"""Build the rows that a run trains on, and batch them: collators, sampler, equal shares.
+
+Batches have the arguments of a model's forward, and their own count of tokens under COUNTS.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import KW_ONLY, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from accelerate.data_loader import SeedableRandomSampler
 from numpy.typing import NDArray
 from torch.utils.data import Sampler
@@ -17,10 +21,12 @@ from attnimg.layout import lay_out
 from attnimg.train.packing import pack, pack_dataset
 
 if TYPE_CHECKING:
-    import torch
     from datasets import Dataset
 
-# The batch's own count of tokens and places, taken off again before the model sees the batch.
+# torch.nn.CrossEntropyLoss(ignore_index) and so transformers' losses skip this label.
+NO_LOSS = -100
+
+# The batch's own count of tokens and places, which is removed before the model gets the batch.
 COUNTS = "attnimg_counts"
 
 Batch = dict[str, Any]
@@ -45,49 +51,10 @@ class Rows:
     added: int = 0
 
 
-class CountingCollator:
-    """Batch with another collator, and count tokens and the places they could have filled.
-
-    Args:
-        collate: the collator that makes the batch.
-        capacity: tokens a row can hold when rows are packed; None counts the places of the batch.
-        drops_added: whether rows that `even_out` added are left out of a batch with other rows.
-    """
-
-    def __init__(
-        self,
-        collate: PackedCollator | PaddedCollator,
-        *,
-        capacity: int | None,
-        drops_added: bool = False,
-    ) -> None:
-        self.collate, self.capacity, self.drops_added = collate, capacity, drops_added
-
-    def __call__(self, examples: list[dict[str, Any]]) -> Batch:
-        """Make the batch; COUNTS is int64 (2,): tokens, places."""
-        import torch
-
-        counted = examples
-        if self.drops_added:
-            # Their padding would count in the auxiliary loss of a mixture of experts.
-            counted = [row for row in examples if row["labels"] != [NO_LOSS]]
-        batch: Batch = {**self.collate(counted or examples[:1])}
-        tokens = sum(len(example["input_ids"]) for example in counted)
-        places = batch["input_ids"].numel() if counted else 0
-        if self.capacity:
-            places = self.capacity * len(counted)
-        batch[COUNTS] = torch.tensor([tokens, places])
-        return batch
-
-    def without_fixed_length(self) -> CountingCollator:
-        """Return a collator that pads only to the longest row."""
-        return CountingCollator(replace(self.collate, pad_to=None), capacity=None)
-
-
 def make_rows(
     documents: Dataset, config: Config, *, packed: bool, context: RunContext, pad_token_id: int
 ) -> Rows:
-    """Pack the documents, or leave each a row of its own.
+    """Pack the documents, or make each a row of its own.
 
     Args:
         documents: columns input_ids and labels, 1 to sequence_len tokens each.
@@ -127,8 +94,15 @@ def make_rows(
     )
 
 
+def _lengths(documents: Dataset) -> Any:
+    """Count the tokens of each document, int64 (documents,), without making Python lists."""
+    column = documents.with_format("arrow")["input_ids"]
+    chunks = column if hasattr(column, "combine_chunks") else column[:]
+    return np.asarray(chunks.combine_chunks().value_lengths(), dtype=np.int64)
+
+
 def even_out(rows: Rows, *, multiple: int, pad_token_id: int) -> Rows:
-    """Add rows without loss until the count divides evenly.
+    """Add rows without loss until the number of rows is a multiple.
 
     Several processes get equally many batches; accelerate would fill up with rows from the start,
     which would be trained, or count in an evaluation, twice.
@@ -151,41 +125,39 @@ def even_out(rows: Rows, *, multiple: int, pad_token_id: int) -> Rows:
     return replace(
         rows,
         dataset=concatenate_datasets([rows.dataset, empty]),
-        collate=CountingCollator(
-            rows.collate.collate, capacity=rows.collate.capacity, drops_added=True
-        ),
+        collate=replace(rows.collate, drops_added=True),
         added=missing,
     )
 
 
-def _lengths(documents: Dataset) -> Any:
-    """Count the tokens of each document, int64 (documents,), without making Python lists."""
-    import numpy as np
+@dataclass(frozen=True, slots=True)
+class CountingCollator:
+    """Batch with another collator, and count tokens and the places they could have filled.
 
-    column = documents.with_format("arrow")["input_ids"]
-    chunks = column if hasattr(column, "combine_chunks") else column[:]
-    return np.asarray(chunks.combine_chunks().value_lengths(), dtype=np.int64)
+    Attributes:
+        collate: the collator that makes the batch.
+        capacity: tokens a row can hold when rows are packed; None counts the places of the batch.
+        drops_added: whether rows that `even_out` added are left out of a batch with other rows.
+    """
 
+    collate: PackedCollator | PaddedCollator
+    _: KW_ONLY
+    capacity: int | None
+    drops_added: bool = False
 
-# Memory for the float32 logits of the batch; a backward pass holds about four such tensors.
-LOGITS_MIB = 128
-
-MOST_TOKENS = 512
-
-MOST_DOCUMENTS = 16
-
-# Rows that are searched for documents with a trained token.
-ROWS = 64
-
-# Tokens kept before the first trained token of a cut document.
-LEAD = 8
-
-
-Example = dict[str, Any]
-
-
-# torch.nn.CrossEntropyLoss(ignore_index) and so transformers' losses skip this label.
-NO_LOSS = -100
+    def __call__(self, examples: list[dict[str, Any]]) -> Batch:
+        """Return the batch; COUNTS is int64 (2,): tokens, places."""
+        counted = examples
+        if self.drops_added:
+            # Their padding would count in the auxiliary loss of a mixture of experts.
+            counted = [row for row in examples if row["labels"] != [NO_LOSS]]
+        batch: Batch = {**self.collate(counted or examples[:1])}
+        tokens = sum(len(example["input_ids"]) for example in counted)
+        places = batch["input_ids"].numel() if counted else 0
+        if self.capacity:
+            places = self.capacity * len(counted)
+        batch[COUNTS] = torch.tensor([tokens, places])
+        return batch
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -198,8 +170,8 @@ class PackedCollator:
 
     Attributes:
         pad_token_id: stands on padding, which is a document of its own and bears no loss.
-        padding_free: True for kernels that take document boundaries (flash, varlen): rows flattened to
-            (1, T), with cu_seq_lens_q/k and max_length_q/k. False for those that take a mask
+        padding_free: True for kernels that take document boundaries (flash, varlen): rows flattened
+            to (1, T), with cu_seq_lens_q/k and max_length_q/k. False for those that take a mask
             (eager, sdpa, flex): (B, S) and position_ids alone. They find the documents there; what
             reads boundaries instead (flash, linear attention) takes them for one row only.
         seq_idx: True for models whose short convolutions or scans need each token's document.
@@ -212,7 +184,7 @@ class PackedCollator:
     seq_idx: bool
     pad_to: int | None = None
 
-    def __call__(self, examples: Sequence[Example]) -> dict[str, torch.Tensor | int]:
+    def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor | int]:
         """Collate examples into the arguments of a model's forward.
 
         Args:
@@ -226,8 +198,6 @@ class PackedCollator:
             input_ids. The first label of each document is -100: the token that predicts it belongs
             to the document before.
         """
-        import torch
-
         lengths = [
             example.get("document_lengths") or [len(example["input_ids"])] for example in examples
         ]
@@ -263,27 +233,24 @@ class PaddedCollator:
     pad_token_id: int
     pad_to: int | None = None
 
-    def __call__(self, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
+    def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         """Collate examples with input_ids and labels.
 
         Returns:
             input_ids, labels (-100 on padding) and attention_mask (0 on padding), int64, (B, S).
         """
-        import torch
-
         lengths = [[len(example["input_ids"])] for example in examples]
         is_token = lay_out(lengths, padding_free=False, pad_to=self.pad_to).is_token
-        return {
-            "input_ids": torch.from_numpy(
-                _place(examples, "input_ids", is_token, fill=self.pad_token_id)
-            ),
-            "labels": torch.from_numpy(_place(examples, "labels", is_token, fill=NO_LOSS)),
-            "attention_mask": torch.from_numpy(is_token.astype(np.int64)),
+        batch = {
+            "input_ids": _place(examples, "input_ids", is_token, fill=self.pad_token_id),
+            "labels": _place(examples, "labels", is_token, fill=NO_LOSS),
+            "attention_mask": is_token.astype(np.int64),
         }
+        return {name: torch.from_numpy(values) for name, values in batch.items()}
 
 
 def _place(
-    examples: Sequence[Example], column: str, is_token: NDArray[np.bool_], *, fill: int
+    examples: Sequence[Mapping[str, Any]], column: str, is_token: NDArray[np.bool_], *, fill: int
 ) -> NDArray[np.int64]:
     """Place one column's values on the tokens, row after row, and `fill` on the padding."""
     placed = np.full(is_token.shape, fill, dtype=np.int64)
@@ -321,6 +288,20 @@ class OnceAnEpoch(Sampler[int]):  # type: ignore[misc]  # torch's types are not 
         self.order.set_epoch(epoch)
 
 
+# Memory for the float32 logits of the batch; a backward pass holds about four such tensors.
+LOGITS_MIB = 128
+
+MOST_TOKENS = 512
+
+MOST_DOCUMENTS = 16
+
+# Rows that are searched for documents with a trained token.
+ROWS = 64
+
+# Tokens kept before the first trained token of a cut document.
+LEAD = 8
+
+
 def slice_tokens(vocabulary: int) -> int:
     """Return the largest number of tokens of the batch, padding included."""
     return max(32, min(MOST_TOKENS, LOGITS_MIB * 2**20 // (4 * vocabulary)))
@@ -352,7 +333,8 @@ def first_batch(rows: Rows, *, tokens: int) -> Batch | None:
                 "document_lengths": [len(item["input_ids"]) for item in taken],
             }
         ]
-    return rows.collate.without_fixed_length()(taken)
+    # Padded to the longest document only.
+    return CountingCollator(replace(rows.collate.collate, pad_to=None), capacity=None)(taken)
 
 
 def _documents(rows: Rows) -> Iterator[dict[str, Any]]:

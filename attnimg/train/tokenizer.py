@@ -1,4 +1,7 @@
-"""Load the tokenizer and give it the tokens the config asks for."""
+"""Load the tokenizer with the tokens of the config, and check what is saved with the model.
+
+Each token that is trained on must have an embedding that is trained: an adapter freezes the others.
+"""
 
 from __future__ import annotations
 
@@ -14,13 +17,16 @@ from attnimg.train.lora import untrained_embeddings
 from attnimg.train.model import load_model_config, load_without_weights
 from attnimg.train.rows import NO_LOSS
 
+# Documents that are looked at for the token that ends an answer.
+DOCUMENTS = 100
+
 
 def load_tokenizer(config: Config, *, say: Callable[[str], None]) -> Any:
     """Load the tokenizer of `base_model`, with special_tokens, tokens and eot_tokens added.
 
     Args:
         config: the validated run.
-        say: takes a sentence a person should read, such as which token pads.
+        say: prints a line for the user, such as which token pads.
 
     Returns:
         A transformers tokenizer that has a pad token.
@@ -73,7 +79,7 @@ def load_tokenizer(config: Config, *, say: Callable[[str], None]) -> Any:
 
 
 def _load(config: Config, source: str) -> Any:
-    """Load by name; what transformers raises becomes an error a person can use."""
+    """Load by name; turn what transformers raises into an AttnimgError."""
     import transformers
 
     name = config.tokenizer_type or "AutoTokenizer"
@@ -120,8 +126,26 @@ def _require_known(tokenizer: Any, eot_tokens: list[str]) -> None:
             )
 
 
+def may_add_pad_token(config: Config, tokenizer: Any, wanted: str) -> bool:
+    """Return whether a pad token may be added to the tokenizer.
+
+    Padding has no loss and is not attended to, so an existing token can pad as well. With a new row
+    for it, the adapter would load only on a base model whose embeddings were resized first.
+    """
+    return wanted in tokenizer.get_vocab() or has_embedding(config, len(tokenizer))
+
+
+def has_embedding(config: Config, token_id: int | None) -> bool:
+    """Return whether the trained model will have an embedding for a token."""
+    if token_id is None or not config.adapter:
+        return token_id is not None
+    if token_id < vocabulary(config):
+        return True
+    return token_id < embedding_count(config) or not untrained(config)
+
+
 def vocabulary(config: Config) -> int:
-    """Return vocab_size of config.json, the least that the embeddings hold; 0 without one."""
+    """Return vocab_size of config.json, which the embeddings have at least; 0 without one."""
     try:
         return int(load_model_config(config).get_text_config().vocab_size)
     except (AttributeError, ValueError):  # no such field, or several text models
@@ -142,28 +166,6 @@ def untrained(config: Config) -> list[str]:
     if model is None:
         return [] if config.lora_modules_to_save else ["embed_tokens", "lm_head"]
     return untrained_embeddings(model, config)
-
-
-def may_add_pad_token(config: Config, tokenizer: Any, wanted: str) -> bool:
-    """Return whether a pad token may be added to the tokenizer.
-
-    Padding has no loss and is not attended to, so an existing token can pad as well. With a new row
-    for it, the adapter would load only on a base model whose embeddings were resized first.
-    """
-    if not config.adapter or wanted in tokenizer.get_vocab():
-        return True
-    if len(tokenizer) < vocabulary(config):
-        return True
-    return len(tokenizer) < embedding_count(config) or not untrained(config)
-
-
-def has_embedding(config: Config, token_id: int | None) -> bool:
-    """Return whether the trained model will have an embedding for a token."""
-    if token_id is None or not config.adapter:
-        return token_id is not None
-    if token_id < vocabulary(config):
-        return True
-    return token_id < embedding_count(config) or not untrained(config)
 
 
 def require_trained_tokens(config: Config, added: Iterable[str]) -> None:
@@ -230,10 +232,6 @@ def _untrained(config: Config, tokens: list[str], lacking: list[str], what: str)
         code="bad-value",
         key="lora_modules_to_save",
     )
-
-
-# Documents that are looked at for the token that ends an answer.
-DOCUMENTS = 100
 
 
 def use_trained_template(config: Config, tokenizer: Any) -> list[str]:

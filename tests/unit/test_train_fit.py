@@ -132,7 +132,7 @@ def test_a_loss_that_is_no_number_stops_the_run(
         return output
 
     monkeypatch.setattr(LlamaModel, "forward", broken)
-    with pytest.raises(AttnimgError, match="not a number any more at step 4") as caught:
+    with pytest.raises(AttnimgError, match="NaN or inf at step 4") as caught:
         run(tiny, tmp_path, save_steps=1)
     assert (caught.value.code, caught.value.exit_code) == ("not-finite", 1)
     assert "sdpa" in caught.value.why

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
 
 from attnimg.train import saved_states as state_files
-from attnimg.train.checkpoint import FileHashes, sha256_of
+from attnimg.train.checkpoint import FileHashes
 from attnimg.train.saved_states import NotPlain, read_state, write_state
 
 
@@ -23,8 +24,7 @@ def write(folder: Path, name: str, state: object, *, step: int) -> None:
         paths = sorted(folder.glob(f"{name}-*.safetensors"))
         assert set(paths) == set(hashes._files), "each was hashed from memory"
         for path, found in zip(paths, hashes.of(paths), strict=True):
-            with path.open("rb", buffering=0) as file:
-                assert found == sha256_of(file)
+            assert found == hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def same(found: Any, needed: Any) -> bool:

@@ -241,7 +241,7 @@ NEEDS = {
         file-missing, _named_point _not_empty, _named_point damaged, _named_point
         output-dir-not-empty, _newest_point damaged, _not_empty output-dir-not-empty,
         _read_jinja file-missing, _refused pickled-weights, _require_checkpoint no-checkpoint,
-        _require_files bad-model, _require_optimizer no-checkpoint, _require_shards bad_model
+        _require_files bad_model, _point no-checkpoint, _require_shards bad_model
         x2, _require_writable _bad_dir x2, _under bad_file, _unreadable bad_file, _unreadable
         file-missing, bad_model bad-model, check_model_files bad_model x4, check_output_dir
         _not_empty, check_output_dir no-checkpoint, check_packing bad-value, check_packing
@@ -273,7 +273,7 @@ NEEDS = {
         _differs loss-differs, _get_grad_norm _not_finite, _model_raised model-raised,
         _not_finite not-finite, _settle _wrong, _wrong kernel-wrong-at-run, likelihood
         _differs, require_equal _differs, require_equal _model_raised, run _model_raised,
-        run_engine out-of-memory, writing AttnimgError
+        _run_engine out-of-memory, writing AttnimgError
     """,
 }
 
