@@ -1,16 +1,17 @@
 """Train: documents and a planned model in; checkpoints, metrics, a plot and a receipt out.
 
-The way through it, each line a module (nothing is imported before it is called):
+The modules, in the order in which a run needs them (nothing is imported before it is called):
 
-    run        -> the steps of a run, from its config to the final model
-    check      -> what is wrong with this run, before anything heavy (output_dir, resume)
-    tokenizer  -> the tokenizer, with the config's tokens in it
-    data       -> documents of tokens with labels
-    model      -> the weights (base_model, quantized), with an adapter (lora)
-    fit        -> rows (rows, packing), the engine (session, arguments, engine, loss), the saved
-                  model (saved_model), loss.png (metrics) and receipt.json (receipt)
+    run         -> the steps of a run, from its config to the final model
+    check       -> refuses what would fail (environment, model_files, base_model, quantized), and
+                   finds the checkpoint to resume from (output_dir, intact, resume)
+    tokenizer   -> the tokenizer, with the config's tokens in it
+    data        -> documents of tokens with labels
+    model       -> the weights, quantized where asked (quantized), with an adapter (lora)
+    fit         -> rows (packing, rows), the engine, the final model (model_files), receipt.json
+    engine      -> TRL's trainer with our arguments, loss, checks and checkpoints (arguments, loss,
+                   own_loss, attention_check, saved_states, checkpoint, metrics)
 
-The engine writes checkpoints that are complete or absent (checkpoint), with states that hold no
-code (saved_states) and hashes of all files, which resuming compares (intact). It writes one JSON
-line per log (metrics), one bar (session), and stops on a signal (distributed).
+distributed coordinates several processes; identity is what a resumed run must have in common with
+its checkpoint; pickled_weights converts weights that are refused.
 """

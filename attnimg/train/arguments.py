@@ -1,4 +1,4 @@
-"""The one map from the config's keys to the arguments of TRL's SFTTrainer.
+"""Return the arguments of TRL's SFTTrainer for a config, and the number of its steps.
 
 Every argument whose default differs from ours is set: TRL's own defaults turn gradient
 checkpointing and bf16 on (trl 1.16, sft_config.py, 2026-11-21).
@@ -17,6 +17,66 @@ from attnimg.facts import Machine, RunContext
 OPTIMIZERS = {"paged_adamw": "paged_adamw_32bit"}
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Schedule:
+    """The optimizer steps of a run, and at which of them it evaluates and saves.
+
+    Attributes:
+        steps_per_epoch: optimizer steps in one pass over the rows.
+        total_steps: of the whole run.
+        eval_strategy: when it evaluates.
+        eval_steps: how often, with strategy "steps".
+        save_strategy: when it saves.
+        save_steps: how often, with strategy "steps".
+    """
+
+    steps_per_epoch: int
+    total_steps: int
+    eval_strategy: Strategy
+    eval_steps: int | None
+    save_strategy: Strategy
+    save_steps: int | None
+
+
+def plan_steps(config: Config, *, rows: int, world: int, validation: bool) -> Schedule:
+    """Return the steps of a run, counted as transformers counts them.
+
+    Args:
+        config: the validated run.
+        rows: packed rows, or documents when nothing is packed.
+        world: processes that share the rows.
+        validation: whether there is something to evaluate on.
+    """
+    batches = math.ceil(rows / (config.micro_batch_size * world))
+    per_epoch = max(1, math.ceil(batches / config.gradient_accumulation_steps))
+    total = config.max_steps or math.ceil(config.num_epochs * per_epoch)
+    evaluate, eval_steps = _when(
+        config.eval_strategy, config.eval_steps, config.evals_per_epoch, per_epoch=per_epoch
+    )
+    save, save_steps = _when(
+        config.save_strategy, config.save_steps, config.saves_per_epoch, per_epoch=per_epoch
+    )
+    return Schedule(
+        steps_per_epoch=per_epoch,
+        total_steps=total,
+        eval_strategy=evaluate if validation else "no",
+        eval_steps=eval_steps if validation else None,
+        save_strategy=save,
+        save_steps=save_steps,
+    )
+
+
+def _when(
+    strategy: Strategy | None, every: int | None, times: int | None, *, per_epoch: int
+) -> tuple[Strategy, int | None]:
+    """Return the strategy and its number of steps; by default once an epoch, as in axolotl."""
+    if every or times:
+        return "steps", every or max(1, math.ceil(per_epoch / (times or 1)))
+    if strategy == "steps":
+        return "steps", max(1, math.ceil(per_epoch / 4))
+    return strategy or "epoch", None
+
+
 def training_arguments(
     config: Config, *, machine: Machine, context: RunContext, schedule: Schedule, sparse: bool
 ) -> dict[str, Any]:
@@ -26,7 +86,7 @@ def training_arguments(
         config: the validated run.
         machine: where it happens; decides tf32 and pinned memory.
         context: how the model is called, as it was proven.
-        schedule: the run counted in steps.
+        schedule: the steps of the run.
         sparse: whether the model has experts that a batch may leave out.
     """
     gpu = machine.arch.vendor != "cpu"
@@ -57,7 +117,7 @@ def training_arguments(
 
 
 def _optimisation(config: Config, *, context: RunContext) -> dict[str, Any]:
-    """Steps, batches, optimizer, learning rate."""
+    """Return the arguments on steps, batches, optimizer and learning rate."""
     scheduler, scheduler_kwargs = scheduler_of(config)
     given = {
         "adam_beta1": config.adam_beta1,
@@ -92,7 +152,7 @@ def scheduler_of(config: Config) -> tuple[str, dict[str, Any]]:
 
 
 def _warmup(config: Config) -> float:
-    """Give warmup_steps as transformers 5 wants it: below 1 it is a share of the run."""
+    """Return warmup_steps as transformers 5 takes it: below 1 it is a share of the run."""
     if config.warmup_steps is not None:
         return float(config.warmup_steps)
     # A ratio of 1 is the whole run, which transformers would read as one step.
@@ -100,7 +160,7 @@ def _warmup(config: Config) -> float:
 
 
 def _precision(config: Config, *, machine: Machine, context: RunContext) -> dict[str, Any]:
-    """Autocast, tf32 and torch.compile."""
+    """Return the arguments on autocast, tf32 and torch.compile."""
     ampere = machine.arch.capability is not None and machine.arch.capability >= (8, 0)
     gpu = machine.arch.vendor != "cpu"
     mixed = context.autocast
@@ -118,7 +178,7 @@ def _precision(config: Config, *, machine: Machine, context: RunContext) -> dict
 
 
 def _intervals(config: Config, *, schedule: Schedule) -> dict[str, Any]:
-    """When it logs, evaluates and saves; rotation is ours (checkpoint.py), hence no limit here."""
+    """Return when the engine logs, evaluates and saves; checkpoint.py keeps save_total_limit."""
     stopping = config.early_stopping_patience or config.lr_scheduler == "reduce_lr_on_plateau"
     return {
         "logging_steps": config.logging_steps,
@@ -135,7 +195,7 @@ def _intervals(config: Config, *, schedule: Schedule) -> dict[str, Any]:
 
 
 def _processes(config: Config, *, gpu: bool, sparse: bool) -> dict[str, Any]:
-    """Data loading and distribution, handed through."""
+    """Return the arguments on data loading and distribution."""
     given: dict[str, Any] = {
         "ddp_timeout": config.ddp_timeout,
         # transformers' default looks for unused weights in every step; only experts can be unused.
@@ -154,63 +214,3 @@ def _processes(config: Config, *, gpu: bool, sparse: bool) -> dict[str, Any]:
         else config.dataloader_pin_memory and gpu,
         **{name: value for name, value in given.items() if value is not None},
     }  # fmt: skip
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Schedule:
-    """The run counted in optimizer steps.
-
-    Attributes:
-        steps_per_epoch: optimizer steps in one pass over the rows.
-        total_steps: of the whole run.
-        eval_strategy: when it evaluates.
-        eval_steps: how often, with strategy "steps".
-        save_strategy: when it saves.
-        save_steps: how often, with strategy "steps".
-    """
-
-    steps_per_epoch: int
-    total_steps: int
-    eval_strategy: Strategy
-    eval_steps: int | None
-    save_strategy: Strategy
-    save_steps: int | None
-
-
-def plan_steps(config: Config, *, rows: int, world: int, validation: bool) -> Schedule:
-    """Count the run in steps, the way transformers counts them.
-
-    Args:
-        config: the validated run.
-        rows: packed rows, or documents when nothing is packed.
-        world: processes that share the rows.
-        validation: whether there is something to evaluate on.
-    """
-    batches = math.ceil(rows / (config.micro_batch_size * world))
-    per_epoch = max(1, math.ceil(batches / config.gradient_accumulation_steps))
-    total = config.max_steps or math.ceil(config.num_epochs * per_epoch)
-    evaluate, eval_steps = _when(
-        config.eval_strategy, config.eval_steps, config.evals_per_epoch, per_epoch=per_epoch
-    )
-    save, save_steps = _when(
-        config.save_strategy, config.save_steps, config.saves_per_epoch, per_epoch=per_epoch
-    )
-    return Schedule(
-        steps_per_epoch=per_epoch,
-        total_steps=total,
-        eval_strategy=evaluate if validation else "no",
-        eval_steps=eval_steps if validation else None,
-        save_strategy=save,
-        save_steps=save_steps,
-    )
-
-
-def _when(
-    strategy: Strategy | None, every: int | None, times: int | None, *, per_epoch: int
-) -> tuple[Strategy, int | None]:
-    """Decide between steps and epochs; without any word, once an epoch, as axolotl does."""
-    if every or times:
-        return "steps", every or max(1, math.ceil(per_epoch / (times or 1)))
-    if strategy == "steps":
-        return "steps", max(1, math.ceil(per_epoch / 4))
-    return strategy or "epoch", None

@@ -26,8 +26,42 @@ if TYPE_CHECKING:
 
 # Backends that the error on a wrong one suggests: torch's own, then plain attention.
 _OTHERS = ("sdpa", "eager")
+
 # Compares a call with the reference; the text is a seed that chooses the row and the heads.
 Judge = Callable[["CapturedCall", str], CallCheck]
+
+
+def attention_check_of(
+    every: int,
+    found: Plan,
+    context: RunContext,
+    *,
+    dropout: float,
+    say: Callable[[str], None],
+) -> AttentionCheck:
+    """Return the check of a run's attention calls.
+
+    Args:
+        every: attn_check_steps.
+        found: the plan of the run.
+        context: how the run calls its model.
+        dropout: of the attention weights.
+        say: prints a line for the user.
+    """
+    from attnimg.verify.running import why_unchecked
+
+    assert found.chosen is not None
+    verdicts = [choice.verdict for choice in found.groups] or [found.chosen]
+    used = {verdict.backend.name: verdict.backend for verdict in verdicts}
+    # Plain attention supports every model.
+    fitting = {"eager", *(verdict.backend.name for verdict in found.verdicts if verdict.fits)}
+    return AttentionCheck(
+        every,
+        partial(_judged, found, context),
+        why_not=why_unchecked([*used.values()], context, dropout=dropout),
+        others=[name for name in _OTHERS if name in fitting - used.keys()],
+        say=say,
+    )
 
 
 @dataclass(kw_only=True, slots=True)
@@ -80,7 +114,7 @@ class AttentionCheck:
         self._kinds: list[CallKind] = []
         self._checked: int | None = None
         self._turn = self._began = 0
-        self._window: list[float] = []
+        self._margins: list[float] = []
 
     def announce(self) -> None:
         """Print whether calls will be checked."""
@@ -99,7 +133,7 @@ class AttentionCheck:
         return self._checked is None or (step != self._checked and step % every == 0)
 
     @contextmanager
-    def watching(self, step: int, folder: Path) -> Iterator[None]:
+    def checking(self, step: int, folder: Path) -> Iterator[None]:
         """Capture and judge a call of the block's micro-batch, the first of each step to check.
 
         Args:
@@ -186,7 +220,7 @@ class AttentionCheck:
 
     def _count(self, check: CallCheck, step: int) -> None:
         margin = round(check.margin, 4)
-        self._window.append(margin)
+        self._margins.append(margin)
         if margin >= (self.record.worst_margin or 0.0):
             worst = max(check.figures, key=lambda figure: figure.error / figure.allowed)
             self.record.worst_margin = margin
@@ -194,7 +228,7 @@ class AttentionCheck:
 
     def close_window(self) -> dict[str, float]:
         """Return the number of right calls since the last log, and their largest margin."""
-        margins, self._window = self._window, []
+        margins, self._margins = self._margins, []
         return {"attn_checks": len(margins), "attn_margin": max(margins)} if margins else {}
 
     def _wrong(self, check: CallCheck, ranks: list[int], step: int, folder: Path) -> AttnimgError:
@@ -237,39 +271,6 @@ class AttentionCheck:
         last = self._began - 1 if passed is None else passed
         good = [path for path in checkpoints(folder) if step_of(path) <= last]
         return good[-1] if good else None
-
-
-def attention_check_of(
-    every: int,
-    found: Plan,
-    context: RunContext,
-    *,
-    dropout: float,
-    say: Callable[[str], None],
-) -> AttentionCheck:
-    """Return the check of a run's attention calls.
-
-    Args:
-        every: attn_check_steps.
-        found: the plan of the run.
-        context: how the run calls its model.
-        dropout: of the attention weights.
-        say: prints a line for the user.
-    """
-    from attnimg.verify.running import why_unchecked
-
-    assert found.chosen is not None
-    verdicts = [choice.verdict for choice in found.groups] or [found.chosen]
-    used = {verdict.backend.name: verdict.backend for verdict in verdicts}
-    # Plain attention supports every model.
-    fitting = {"eager", *(verdict.backend.name for verdict in found.verdicts if verdict.fits)}
-    return AttentionCheck(
-        every,
-        partial(_judged, found, context),
-        why_not=why_unchecked([*used.values()], context, dropout=dropout),
-        others=[name for name in _OTHERS if name in fitting - used.keys()],
-        say=say,
-    )
 
 
 def _judged(found: Plan, context: RunContext, call: CapturedCall, seed: str) -> CallCheck:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +10,16 @@ from attnimg.config.schema import Config
 from attnimg.errors import AttnimgError
 from attnimg.facts import Finding, Machine
 from attnimg.select.model_config import LANGUAGE_PARTS
-from attnimg.select.model_types import (
-    PositionTable,
-    position_table,
-    read_causal_types,
-    refusal_of,
-)
+from attnimg.select.model_types import position_table, read_causal_types, refusal_of
 from attnimg.task import model_file
 from attnimg.train.model_files import OTHER_PARTS
 from attnimg.train.pickled_weights import require_safetensors
 from attnimg.train.quantized import judge_quantization, require_known_weights
+
+# What chooses a class by the model's type; the last two also load models that take images.
+DEFAULT = "AutoModelForCausalLM"
+
+AUTO_CLASSES = frozenset({DEFAULT, "AutoModelForImageTextToText", "AutoModelForMultimodalLM"})
 
 
 def judge_base_model(
@@ -80,12 +80,6 @@ def judge_files(
         else:
             warnings += [found] if found else []
     return errors, warnings
-
-
-# What chooses a class by the model's type; the last two also load models that take images.
-DEFAULT = "AutoModelForCausalLM"
-
-AUTO_CLASSES = frozenset({DEFAULT, "AutoModelForImageTextToText", "AutoModelForMultimodalLM"})
 
 
 def require_causal_type(config: Config, raw: Mapping[str, Any]) -> None:
@@ -204,7 +198,11 @@ def judge_positions(config: Config, raw: Mapping[str, Any]) -> Finding | None:
     table = position_table(type_)
     if table is not None:
         named = (part[key] for key in table.keys if isinstance(part.get(key), int))
-        found = next(named, table.default) - _reserved(table, part)
+        padding, reserved = part.get("pad_token_id"), table.reserved
+        if reserved and isinstance(padding, int):
+            reserved = padding + 1
+        # No token can have a reserved position.
+        found = next(named, table.default) - reserved
         if config.sequence_len <= found:
             return None
         raise AttnimgError(
@@ -226,12 +224,6 @@ def judge_positions(config: Config, raw: Mapping[str, Any]) -> Finding | None:
         do=f"set sequence_len: {reach}, or scale its RoPE by rope_parameters in its "
         "config.json, such as rope_type yarn and a factor",
     )
-
-
-def _reserved(table: PositionTable, part: Mapping[str, Any]) -> int:
-    """Return how many positions no token can have."""
-    padding = part.get("pad_token_id")
-    return padding + 1 if table.reserved and isinstance(padding, int) else table.reserved
 
 
 def rope_reach(part: Mapping[str, Any]) -> int | None:
@@ -273,24 +265,6 @@ def _language_part(raw: Mapping[str, Any]) -> Mapping[str, Any]:
     return next((part for part in parts if isinstance(part, Mapping) and part), raw)
 
 
-def class_to_load(config: Config, raw: Mapping[str, Any]) -> str:
-    """Return the name of the transformers class that loads a checkpoint.
-
-    Args:
-        config: the validated run; its model_type is the user's choice.
-        raw: the model's config.json.
-
-    Returns:
-        model_type where the config has it, otherwise AutoModelForCausalLM, or the multimodal class
-        where AutoModelForCausalLM would load only the language model or nothing.
-    """
-    # AutoModelForCausalLM loads the language model of the other types where it is asked for.
-    loads_all = raw.get("model_type") in read_causal_types().text_trained
-    if config.model_type and not (config.model_type == DEFAULT and loads_all):
-        return config.model_type
-    return _multimodal_class(raw) or DEFAULT
-
-
 def judge_towers(config: Config, raw: Mapping[str, Any]) -> Finding | None:
     """Return a warning where parts of a checkpoint are frozen, or dropped because of model_type."""
     parts = [name for name in OTHER_PARTS if isinstance(raw.get(name), Mapping)]
@@ -318,6 +292,24 @@ def judge_towers(config: Config, raw: Mapping[str, Any]) -> Finding | None:
         if divisible
         else "plan for their memory: they are loaded, too",
     )
+
+
+def class_to_load(config: Config, raw: Mapping[str, Any]) -> str:
+    """Return the name of the transformers class that loads a checkpoint.
+
+    Args:
+        config: the validated run; its model_type is the user's choice.
+        raw: the model's config.json.
+
+    Returns:
+        model_type where the config has it, otherwise AutoModelForCausalLM, or the multimodal class
+        where AutoModelForCausalLM would load only the language model or nothing.
+    """
+    # AutoModelForCausalLM loads the language model of the other types where it is asked for.
+    loads_all = raw.get("model_type") in read_causal_types().text_trained
+    if config.model_type and not (config.model_type == DEFAULT and loads_all):
+        return config.model_type
+    return _multimodal_class(raw) or DEFAULT
 
 
 def _multimodal_class(raw: Mapping[str, Any]) -> str | None:
@@ -360,7 +352,8 @@ def freeze_towers(model: Any) -> tuple[str, ...]:
     """
     if model.config.get_text_config(decoder=True) is model.config:
         return ()
-    trained = {id(weight) for part in _language_parts(model) for weight in part.parameters()}
+    parts = (model.get_decoder(), model.get_input_embeddings(), model.get_output_embeddings())
+    trained = {id(weight) for part in parts if part is not None for weight in part.parameters()}
     frozen: list[str] = []
     for name, module in model.named_modules():
         weights = list(module.parameters())
@@ -372,9 +365,3 @@ def freeze_towers(model: Any) -> tuple[str, ...]:
         if id(weight) not in trained:
             weight.requires_grad_(False)
     return tuple(frozen)
-
-
-def _language_parts(model: Any) -> Iterable[Any]:
-    """Return the decoder and the input and output embeddings of a language model."""
-    parts = (model.get_decoder(), model.get_input_embeddings(), model.get_output_embeddings())
-    return [part for part in parts if part is not None]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import os
 import resource
+import shutil
 import warnings
 from pathlib import Path
 from typing import Any
@@ -24,12 +25,12 @@ from attnimg.train.resume import check_settings
 
 
 def check_inputs(config: Config, machine: Machine) -> ResumePoint | None:
-    """Refuse what the machine can't do, files that are missing, folders in the way.
+    """Refuse what the machine can't do, missing files, and an output_dir that is in use.
 
     Reads a few file names, and all of a checkpoint that the run resumes from.
 
     Returns:
-        Where the run goes on; None when it starts in an empty folder.
+        Where the run resumes; None when it starts in an empty folder.
 
     Raises:
         AttnimgError: exit code 2, with the key at fault.
@@ -50,12 +51,11 @@ def _check_homes(config: Config) -> None:
         try:
             _ = isinstance(value, str) and Path(value).expanduser()
         except RuntimeError:
-            raise AttnimgError(
+            raise _bad(
+                key,
                 f"{key}: {value} can't be found",
                 why=f"found no home of the user {value.partition('/')[0][1:] or 'who runs this'}",
                 do=f"write {key} without ~",
-                code="bad-value",
-                key=key,
             ) from None
 
 
@@ -74,7 +74,7 @@ _SHARED_BYTES, _TOKEN_BYTES = 1 << 20, 24
 
 
 def check_limits(config: Config, machine: Machine) -> None:
-    """Refuse what this machine, or the installed packages, can't do - before anything heavy.
+    """Refuse what this machine or the installed packages can't do.
 
     Raises:
         AttnimgError: an optimizer, a precision or a way of distribution that would fail later or
@@ -87,12 +87,11 @@ def check_limits(config: Config, machine: Machine) -> None:
     cpu = machine.arch.vendor == "cpu"
     capability = machine.arch.capability
     if config.tf32 is True and (capability is None or capability < (8, 0)):
-        raise AttnimgError(
+        raise _bad(
+            "tf32",
             "tf32 needs an Ampere GPU or newer",
             why=f"found {machine.gpu} ({machine.arch.name}); needed sm_80 or above",
             do="set tf32: auto",
-            code="bad-value",
-            key="tf32",
         )
     for key, found in (
         ("fsdp", [name for name in ("fsdp", "fsdp_config") if getattr(config, name)]),
@@ -120,12 +119,11 @@ def _check_optimizer(config: Config, machine: Machine) -> None:
     """Refuse paged optimizers on a CPU, and those of a package that is not there."""
     name = config.optimizer
     if name.startswith("paged_") and machine.arch.vendor == "cpu":
-        raise AttnimgError(
+        raise _bad(
+            "optimizer",
             f"optimizer: {name} needs a GPU",
             why="paged memory is CUDA's; found no GPU, and bitsandbytes would fall back unpaged",
             do=f"set optimizer: {_UNPAGED.get(name, name.removeprefix('paged_'))}",
-            code="bad-value",
-            key="optimizer",
         )
     needs = "torchao" if name in ("adamw_torch_8bit", "adamw_torch_4bit") else None
     if needs and not _installed(machine, needs):
@@ -138,6 +136,10 @@ def _check_optimizer(config: Config, machine: Machine) -> None:
         )
 
 
+def _installed(machine: Machine, package: str) -> bool:
+    return machine.packages is None or package in machine.packages
+
+
 def _check_processes(config: Config) -> None:
     """Refuse more processes for data than this machine can run."""
     cpus = os.cpu_count() or 1
@@ -145,12 +147,11 @@ def _check_processes(config: Config) -> None:
     for key in ("dataloader_num_workers", "dataset_num_proc", "dataset_processes"):
         asked = getattr(config, key) or 0
         if asked > most:
-            raise AttnimgError(
+            raise _bad(
+                key,
                 f"{key}: {asked} is more than this machine can run",
                 why=f"found {cpus} CPUs; needed at most {most} processes",
                 do=f"set {key}: {cpus}",
-                code="bad-value",
-                key=key,
             )
 
 
@@ -179,10 +180,9 @@ def _check_shared_memory(config: Config) -> None:
     tokens = config.micro_batch_size * config.sequence_len
     needed = max(_SHARED_BYTES, workers * 2 * tokens * _TOKEN_BYTES)
     try:
-        found = os.statvfs("/dev/shm")
+        free = shutil.disk_usage("/dev/shm").free
     except OSError:
         return
-    free = found.f_bavail * found.f_frsize
     if workers and free < needed:
         raise AttnimgError(
             "shared memory (/dev/shm) is too small for dataloader_num_workers",
@@ -192,10 +192,6 @@ def _check_shared_memory(config: Config) -> None:
             code="out-of-memory",
             key="dataloader_num_workers",
         )
-
-
-def _installed(machine: Machine, package: str) -> bool:
-    return machine.packages is None or package in machine.packages
 
 
 # Steps of the tried schedule where max_steps is not set.
@@ -241,14 +237,13 @@ def _try_schedule(config: Config) -> None:
                     raise ValueError(f"found a learning rate of {rate}")
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         needed, value = SCHEDULER_NEEDS.get(config.lr_scheduler, ((), ""))
-        raise AttnimgError(
+        raise _bad(
+            "lr_scheduler_kwargs",
             f"lr_scheduler: {config.lr_scheduler} does not accept these lr_scheduler_kwargs",
             why=f"found {config.lr_scheduler_kwargs}; {error}",
             do=f"set lr_scheduler_kwargs: {{{needed[0]}: {value}}}"
             if needed
             else "remove lr_scheduler_kwargs",
-            code="bad-value",
-            key="lr_scheduler_kwargs",
         ) from error
 
 
@@ -266,13 +261,12 @@ def _check_compile(config: Config) -> None:
     ):
         value = getattr(config, key)
         if value is not None and value not in names:
-            raise AttnimgError(
+            raise _bad(
+                key,
                 f"{key}: {value} is not known",
                 why=f"needed one of {', '.join(names)}, which torch {torch.__version__} and "
                 "accelerate have",
                 do=f"remove {key}",
-                code="bad-value",
-                key=key,
             )
 
 
@@ -285,10 +279,13 @@ def _try_checkpointing(config: Config) -> None:
     try:
         checkpoint(torch.sin, torch.zeros(1, requires_grad=True), **given).backward()
     except (AttributeError, RuntimeError, TypeError, ValueError) as error:
-        raise AttnimgError(
+        raise _bad(
+            "gradient_checkpointing_kwargs",
             "gradient_checkpointing does not accept these gradient_checkpointing_kwargs",
             why=f"found {config.gradient_checkpointing_kwargs}; {str(error).splitlines()[0]}",
             do="remove gradient_checkpointing_kwargs",
-            code="bad-value",
-            key="gradient_checkpointing_kwargs",
         ) from error
+
+
+def _bad(key: str, what: str, *, why: str, do: str) -> AttnimgError:
+    return AttnimgError(what, why=why, do=do, code="bad-value", key=key)

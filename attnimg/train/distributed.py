@@ -1,4 +1,7 @@
-"""More than one process: who am I, do all agree, does anyone want to stop."""
+"""Coordinate the processes of a run: rank, group, equal facts, lost processes, signals to stop.
+
+Alone, without torchrun, each function returns at once.
+"""
 
 from __future__ import annotations
 
@@ -93,7 +96,7 @@ def require_group() -> None:
 
 
 def join(*, cpu: bool, timeout_s: float | None) -> None:
-    """Meet the other processes that torchrun started; alone, do nothing.
+    """Join the process group that torchrun started; alone, do nothing.
 
     Args:
         cpu: whether they talk over gloo because there is no GPU.
@@ -255,7 +258,7 @@ def _leave() -> None:
 
 
 def end_process(code: int) -> NoReturn:
-    """Exit; one of several processes exits without taking torch's threads apart.
+    """Exit; one of several processes exits without the teardown of torch's threads.
 
     Gloo's threads and DDP's reducer outlive Python, and their teardown aborts (SIGABRT) now and
     then although all is written: torchrun would call a good run failed. Seen with torch 2.13 on
@@ -308,6 +311,14 @@ def agree(facts: Mapping[str, object], *, cpu: bool, timeout_s: float | None) ->
     )
 
 
+def _shorten(text: str, other: str, *, width: int = 120) -> str:
+    """Return text cut to its first difference from another, with a little before it."""
+    if len(text) <= width:
+        return text
+    same = next((i for i, (a, b) in enumerate(zip(text, other, strict=False)) if a != b), 0)
+    return f"...{text[max(0, same - 40) : same + width]}..."
+
+
 @contextmanager
 def lost_rank_errors(timeout_s: float | None) -> Iterator[None]:
     """Turn torch's error where another process has ended, or does not answer, into an AttnimgError.
@@ -356,7 +367,7 @@ def _ranks_without_answer() -> list[int]:
 
 
 def gathered(mine: T) -> list[T]:
-    """Return what every process passes, by rank; every process must ask."""
+    """Return what every process passes, by rank; every process must call this."""
     import torch
 
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
@@ -366,38 +377,30 @@ def gathered(mine: T) -> list[T]:
     return found
 
 
-def any_rank(wish: bool) -> bool:
-    """Tell whether any process has the wish; every process must ask, and all get one answer."""
+def any_rank(flag: bool) -> bool:
+    """Return whether the flag is set in any process; every process must call this."""
     import torch
 
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return wish
+        return flag
     on_gpu = torch.distributed.get_backend() == "nccl"
-    flag = torch.tensor([int(wish)], device="cuda" if on_gpu else "cpu")
-    torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
-    return bool(flag.item())
-
-
-def _shorten(text: str, other: str, *, width: int = 120) -> str:
-    """Return text cut to its first difference from another, with a little before it."""
-    if len(text) <= width:
-        return text
-    same = next((i for i, (a, b) in enumerate(zip(text, other, strict=False)) if a != b), 0)
-    return f"...{text[max(0, same - 40) : same + width]}..."
+    flags = torch.tensor([int(flag)], device="cuda" if on_gpu else "cpu")
+    torch.distributed.all_reduce(flags, op=torch.distributed.ReduceOp.MAX)
+    return bool(flags.item())
 
 
 # A terminal sends Ctrl-C to the whole process group, and torchrun then sends its own signal to
-# each worker as well: two signals this close together are one wish.
-SAME_WISH_SECONDS = 2.0
+# each worker as well: two signals this close together count as one.
+ONE_SIGNAL_SECONDS = 2.0
 
 
 class Stopped(BaseException):
-    """The run was asked to stop, and did. Like KeyboardInterrupt, no `except Exception` holds it.
+    """Raised when a run has stopped on a signal; like KeyboardInterrupt, it is no Exception.
 
     Args:
         number: the signal: 1, 2 or 15.
         step: optimizer steps done.
-        checkpoint: what it can go on from; None when no step was done.
+        checkpoint: the one to resume from; None when no step was done.
     """
 
     def __init__(self, number: int, *, step: int = 0, checkpoint: Path | None = None) -> None:
@@ -411,7 +414,7 @@ class Stopped(BaseException):
 
 
 class StopFlag:
-    """Whether someone asked this process to stop, and what to do about it.
+    """Whether a signal asked this process to stop; raises unless a step is under way.
 
     Attributes:
         number: the signal that came; None as long as none did.
@@ -425,14 +428,14 @@ class StopFlag:
         self._terminals = [number for number in (1, 2) if os.isatty(number)]
 
     def receive(self, number: int, _frame: FrameType | None = None) -> None:
-        """Take a signal, as `signal.signal` calls it.
+        """Handle a signal, as `signal.signal` calls it.
 
         Raises:
-            Stopped: nothing is being trained, or this is the second wish.
+            Stopped: nothing is being trained, or this is the second request.
         """
         if number == signal.SIGHUP:
             self._leave_terminals()
-        first, repeat = self.number is None, time.monotonic() - self._at < SAME_WISH_SECONDS
+        first, repeat = self.number is None, time.monotonic() - self._at < ONE_SIGNAL_SECONDS
         if first:
             self.number, self._at = number, time.monotonic()
         if not self.training or not (first or repeat):
@@ -448,7 +451,7 @@ class StopFlag:
 
 @contextmanager
 def stop_signals() -> Iterator[StopFlag]:
-    """Listen to Ctrl-C, SIGTERM and SIGHUP inside the block; restore the handlers after it.
+    """Handle Ctrl-C, SIGTERM and SIGHUP inside the block; restore the handlers after it.
 
     An ignored SIGHUP stays ignored, as nohup(1) requires.
     """

@@ -117,7 +117,7 @@ class Engine(SavedStates):
         # The error on a wrong call names the newest checkpoint.
         if self.finishing.ended or self.attention_check.due(step):
             self.finishing.wait()
-        with self.attention_check.watching(step, self.folder):
+        with self.attention_check.checking(step, self.folder):
             return super().training_step(model, inputs, num_items_in_batch)
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:

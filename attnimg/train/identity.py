@@ -38,6 +38,7 @@ BY_VALUE = frozenset(
         "fsdp", "fsdp_config", "fsdp_version", "deepspeed", "rl", "context_parallel_size",
     }
 )  # fmt: skip
+
 # Compared by content: the files of model and tokenizer, the documents' tokens, the kernel that
 # runs. Moved folders and renamed data files are the same.
 BY_CONTENT = frozenset(
@@ -46,13 +47,16 @@ BY_CONTENT = frozenset(
         "test_datasets", "attn_implementation",
     }
 )  # fmt: skip
+
 # Compared by value only where evaluation controls early stopping or the learning rate; so is the
 # content of test_datasets.
 EVALUATION_KEYS = frozenset(
     {"eval_strategy", "eval_steps", "evals_per_epoch", "eval_sample_packing"}
 )
+
 # May change: the new value is used from the checkpoint on.
 CHANGEABLE = frozenset({"learning_rate", "max_steps", "num_epochs"})
+
 # Not compared: paths, logging, saving and speed, which do not change the trained weights.
 NOT_COMPARED = frozenset(
     {
@@ -67,11 +71,6 @@ NOT_COMPARED = frozenset(
         "ddp_find_unused_parameters", "dataloader_num_workers", "dataloader_pin_memory", "strict",
     }
 )  # fmt: skip
-
-
-def settings_of(config: Config) -> dict[str, Any]:
-    """Return the part of a run's identity that is known before anything is loaded."""
-    return {"keys": keys_of(config), "model": model_of(config), "processes": world_size()}
 
 
 def identity_of(
@@ -102,6 +101,11 @@ def identity_of(
         "rows": rows,
         "tokens": tokens,
     }
+
+
+def settings_of(config: Config) -> dict[str, Any]:
+    """Return the part of a run's identity that is known before anything is loaded."""
+    return {"keys": keys_of(config), "model": model_of(config), "processes": world_size()}
 
 
 def keys_of(config: Config) -> dict[str, Any]:
@@ -178,7 +182,8 @@ def _dated(config: Config, spec: DatasetSpec, key: str, tokenizer: Any) -> str |
     template = choose_chat_template(config, tokenizer, spec=spec, key=key)
     if "strftime_now" not in json.dumps(template):
         return None
-    return _hash([template, tokenizer.backend_tokenizer.to_str()])
+    text = json.dumps([template, tokenizer.backend_tokenizer.to_str()])
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _json_of(path: str) -> Any:
@@ -187,7 +192,3 @@ def _json_of(path: str) -> Any:
         return json.loads(Path(path).expanduser().read_bytes())
     except (OSError, ValueError):
         return path
-
-
-def _hash(value: Mapping[str, object] | list[Any]) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

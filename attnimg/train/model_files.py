@@ -52,7 +52,7 @@ _READ = _READ_WHOLE | {".safetensors", ".bin"}
 def check_model_files(config: Config) -> None:
     """Refuse a model folder that can't be loaded, without importing anything heavy.
 
-    A name on the hub is left to `load_model`: only asking the hub tells.
+    A name on the hub is checked by `load_model`, which asks the hub.
 
     Raises:
         AttnimgError: config, weights or tokenizer are missing, or an index names a shard that is

@@ -112,7 +112,7 @@ def _point(
             f"{checkpoint} can't be resumed from",
             why="it holds no optimizer state (save_only_model: true)",
             do="remove resume_from_checkpoint, and set base_model to this folder and output_dir to "
-            "a new one, to go on with a fresh optimizer",
+            "a new one, to continue with a new optimizer",
             code="no-checkpoint",
             key="resume_from_checkpoint",
         )
@@ -168,7 +168,7 @@ def _not_empty(folder: Path, found: list[str], *, newest: Path | None) -> Attnim
     """Return the error on a folder with other files, and how to resume a run that is in it."""
     found = [name for name in found if name not in HARMLESS]
     shown = ", ".join(found[:4]) + (" ..." if len(found) > 4 else "")
-    resume = f"set resume_from_checkpoint: true (goes on at {newest.name}), or " if newest else ""
+    resume = f"set resume_from_checkpoint: true (resumes from {newest.name}), or " if newest else ""
     return _bad_dir(
         f"output_dir {folder} is not empty",
         why=f"found {shown}; a new run would mix with it",

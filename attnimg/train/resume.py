@@ -18,8 +18,10 @@ from attnimg.train.model import load_without_weights
 
 # Keys of the config in the identity that attnimg 0.1.0 wrote, next to processes, rows and tokens.
 EARLIER_KEYS = ("micro_batch_size", "gradient_accumulation_steps", "seed")
+
 # Keys that name the modules of an adapter, in several ways.
 TARGETS = frozenset({"lora_target_modules", "lora_target_linear"})
+
 # Backends that compute something else than exact attention.
 INEXACT = frozenset({"s2", "fp8", "sage", "kernels-community/sage-attention"})
 
@@ -158,25 +160,6 @@ def resume_notes(before: Mapping[str, Any], now: Mapping[str, Any], *, name: str
     return said
 
 
-def _kernel_notes(before: Mapping[str, Any], now: Mapping[str, Any], *, name: str) -> list[str]:
-    """Return a line for each backend whose files changed since a checkpoint."""
-    then, here = before.get("kernels") or {}, now.get("kernels") or {}
-    notes = []
-    for backend in sorted(then.keys() & here.keys()):
-        old, new = then[backend] or {}, here[backend] or {}
-        parts = sorted(part for part in old.keys() | new.keys() if old.get(part) != new.get(part))
-        if parts:
-            texts = [
-                ", ".join(f"{part} {side.get(part, 'none')[:12]}" for part in parts)
-                for side in (old, new)
-            ]
-            notes.append(
-                f"warning: the files of {backend} changed: {texts[0]} until {name}, {texts[1]} "
-                "now: results may differ"
-            )
-    return notes
-
-
 def apply_config(engine: Any, config: Config, before: Mapping[str, Any]) -> None:
     """Make a resumed engine use the config's learning rate, number of steps and intervals.
 
@@ -201,14 +184,6 @@ def apply_config(engine: Any, config: Config, before: Mapping[str, Any]) -> None
         group["initial_lr"] = rate
         _set(group, "lr", now)
     scheduler._last_lr = [group["lr"] for group in groups]
-
-
-def _set(group: dict[str, Any], key: str, value: float) -> None:
-    """Set a value of an optimizer; torchao's optimizers keep theirs in a tensor."""
-    if hasattr(group[key], "fill_"):
-        group[key].fill_(value)
-    else:
-        group[key] = value
 
 
 def _changed_keys(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
@@ -384,6 +359,33 @@ def _computed(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]
         changes.append(Change(key="attn_implementation", before=then, now=here,
                               revert=f"set attn_implementation: {then}"))  # fmt: skip
     return changes
+
+
+def _kernel_notes(before: Mapping[str, Any], now: Mapping[str, Any], *, name: str) -> list[str]:
+    """Return a line for each backend whose files changed since a checkpoint."""
+    then, here = before.get("kernels") or {}, now.get("kernels") or {}
+    notes = []
+    for backend in sorted(then.keys() & here.keys()):
+        old, new = then[backend] or {}, here[backend] or {}
+        parts = sorted(part for part in old.keys() | new.keys() if old.get(part) != new.get(part))
+        if parts:
+            texts = [
+                ", ".join(f"{part} {side.get(part, 'none')[:12]}" for part in parts)
+                for side in (old, new)
+            ]
+            notes.append(
+                f"warning: the files of {backend} changed: {texts[0]} until {name}, {texts[1]} "
+                "now: results may differ"
+            )
+    return notes
+
+
+def _set(group: dict[str, Any], key: str, value: float) -> None:
+    """Set a value of an optimizer; torchao's optimizers keep theirs in a tensor."""
+    if hasattr(group[key], "fill_"):
+        group[key].fill_(value)
+    else:
+        group[key] = value
 
 
 def as_yaml(value: object) -> str:

@@ -38,7 +38,7 @@ _FILE_BYTES = 1 << 20
 
 
 class TrainReport(Report, Protocol):
-    """Where a training run reports what it found."""
+    """The interface to which a training run reports."""
 
     @property
     def console(self) -> Console:
@@ -84,7 +84,7 @@ def train(config: Config, machine: Machine, *, report: TrainReport, stop: StopFl
 def _with_model_config(
     config: Config, task: Task, plan: Plan, report: TrainReport
 ) -> tuple[Task, Plan]:
-    """Select again where the hub's config.json, or the model's class, says more than was known."""
+    """Select again where the hub's config.json, or the model's class, has more facts."""
     from attnimg.train.check import try_options
     from attnimg.train.model import load_model_config
 

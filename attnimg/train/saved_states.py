@@ -1,4 +1,4 @@
-"""Save and load the states of a run in formats that hold no code, and word each error of loading.
+"""Save and load the states of a run in formats that hold no code.
 
 States that these formats can't hold, such as torchao's optimizers and those of FSDP and DeepSpeed,
 stay in the library's format.
@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 
 from attnimg.errors import AttnimgError
 from attnimg.train.checkpoint import FileHashes
@@ -200,7 +200,7 @@ def loading(checkpoint: Path, part: str, *, sharded: bool) -> Iterator[None]:
     except torch.OutOfMemoryError:
         raise
     except wrong as error:
-        # torch's own words advise to load with weights_only=False, which runs the code.
+        # torch's text advises to load with weights_only=False, which runs the code.
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         found = "; ".join(lines[:3]) or type(error).__name__
         if isinstance(error, PickleError) or "weights_only" in str(error):
@@ -215,6 +215,10 @@ def loading(checkpoint: Path, part: str, *, sharded: bool) -> Iterator[None]:
         ) from error
 
 
+class NotPlain(TypeError):
+    """Raised for a state that has an object of another class, such as torchao's tensors."""
+
+
 # A state is written in this many files, within these sizes: several are hashed at a time, and only
 # these are in CPU memory.
 _PARTS = 16
@@ -227,10 +231,6 @@ _DTYPES = {
     "int32": "I32", "int16": "I16", "int8": "I8", "uint8": "U8", "bool": "BOOL",
     "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2",
 }  # fmt: skip
-
-
-class NotPlain(TypeError):
-    """Raised for a state that has an object of another class, such as torchao's tensors."""
 
 
 def write_state(folder: Path, name: str, state: object, *, step: int, hashes: FileHashes) -> None:
@@ -250,7 +250,7 @@ def write_state(folder: Path, name: str, state: object, *, step: int, hashes: Fi
     tree = _encoded(state, tensors, {})
     parts = _parts(tensors)
     for number, part in enumerate(parts, 1):
-        named = {str(place): _on_cpu(tensors[place]) for place in part}
+        named = {str(place): tensors[place].detach().cpu().contiguous() for place in part}
         hashes.write(folder / f"{name}-{number}.safetensors", _safetensors(named))
     content = {"step": step, "files": len(parts), "state": tree}
     (folder / f"{name}.json").write_text(json.dumps(content), encoding="utf-8")
@@ -267,8 +267,6 @@ def read_state(folder: Path, name: str, *, device: str) -> Any:
     Raises:
         OSError, ValueError, TypeError, KeyError, SafetensorError: it is not such a state.
     """
-    from safetensors import safe_open
-
     content = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
     tensors = {}
     for number in range(1, content["files"] + 1):
@@ -299,8 +297,6 @@ def _safetensors(tensors: Mapping[str, torch.Tensor]) -> list[memoryview]:
 
     Source: https://github.com/huggingface/safetensors, README.md, "Format" (2026-11-27).
     """
-    import torch
-
     # The reader needs each tensor at a multiple of its element size.
     ordered = sorted(tensors.items(), key=lambda entry: -entry[1].element_size())
     header, end = {}, 0
@@ -319,14 +315,8 @@ def _dtype(tensor: torch.Tensor) -> str | None:
     return _DTYPES.get(str(tensor.dtype).removeprefix("torch."))
 
 
-def _on_cpu(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.detach().cpu().contiguous()
-
-
 def _encoded(value: Any, tensors: list[torch.Tensor], seen: dict[int, int]) -> Any:
     """Return a value as JSON; its tensors, each once, are added to a list."""
-    import torch
-
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, list):

@@ -132,7 +132,7 @@ def test_workers_whose_batches_do_not_fit_in_shared_memory_are_refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     keys = {"dataloader_num_workers": 4, "micro_batch_size": 8, "sequence_len": 8192}
-    docker = SimpleNamespace(f_bavail=64 << 20, f_frsize=1)
+    docker = SimpleNamespace(f_blocks=64 << 20, f_bfree=64 << 20, f_bavail=64 << 20, f_frsize=1)
     monkeypatch.setattr("os.statvfs", lambda _: docker)
     check_limits(config(**keys), CPU)
     docker.f_bavail = 8 << 20

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from attnimg.train.distributed import SAME_WISH_SECONDS, StopFlag, Stopped, stop_signals
+from attnimg.train.distributed import ONE_SIGNAL_SECONDS, StopFlag, Stopped, stop_signals
 
 
 def test_before_training_a_signal_stops_at_once() -> None:
@@ -32,8 +32,8 @@ def test_while_training_a_signal_waits_for_the_step() -> None:
 @pytest.mark.parametrize(
     ("later", "stops"),
     [
-        pytest.param(0.5 * SAME_WISH_SECONDS, False, id="torchrun's echo of Ctrl-C is one wish"),
-        pytest.param(1.5 * SAME_WISH_SECONDS, True, id="a second wish stops at once"),
+        pytest.param(0.5 * ONE_SIGNAL_SECONDS, False, id="torchrun's echo of Ctrl-C is one wish"),
+        pytest.param(1.5 * ONE_SIGNAL_SECONDS, True, id="a second wish stops at once"),
     ],
 )
 def test_the_second_signal(monkeypatch: pytest.MonkeyPatch, later: float, stops: bool) -> None:

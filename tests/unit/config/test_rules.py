@@ -205,7 +205,7 @@ def test_a_split_is_judged_as_datasets_judges_it(split: str) -> None:
 # its function, and by its code or the function that builds it; x2 where there are two.
 NEEDS = {
     "model": """
-        _bad bad-value, _loading bad_model, _loading pickled-weights, _no_match _bad,
+        _bad bad-value x2, _loading bad_model, _loading pickled-weights, _no_match _bad,
         _refusal bad-value, _refusal not-causal-lm, _refusal quantized-checkpoint,
         _refuse_embeddings _bad, _require_adapter _refusal x4, _require_scale _refusal x3,
         _unknown_names _bad, _untrained bad-value, add_adapter _bad, judge_positions
@@ -252,14 +252,13 @@ NEEDS = {
         require_steps resume-past-end, split_names bad-value
     """,
     "machine": """
-        _check_homes bad-value, _check_optimizer bad-value, _check_processes bad-value,
-        _check_shared_memory out-of-memory, check_limits AttnimgError, check_limits
-        bad-value
+        _check_homes _bad, _check_optimizer _bad, _check_processes _bad,
+        _check_shared_memory out-of-memory, check_limits AttnimgError, check_limits _bad
     """,
     "packages": """
-        _check_compile bad-value, _check_optimizer not-installed, _load bad-value, _loader
-        bad-value, _require_packages _refusal, _try_checkpointing bad-value, _try_schedule
-        bad-value, check_limits not-installed
+        _check_compile _bad, _check_optimizer not-installed, _load bad-value, _loader
+        bad-value, _require_packages _refusal, _try_checkpointing _bad, _try_schedule
+        _bad, check_limits not-installed
     """,
     "environment": """
         _check_address_space bad-environment, _require_context context-differs,
