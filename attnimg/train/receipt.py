@@ -233,25 +233,17 @@ def _attention(model: Any) -> list[dict[str, object]]:
     ]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class WeightCounts:
-    """Numbers of weights; tied ones count once, packed 4-bit ones by their unpacked number."""
+def count_weights(model: Any) -> dict[str, int]:
+    """Return the number of trained weights and of all, without the frozen copies of PEFT's modules.
 
-    trained: int
-    all: int
-
-
-def count_weights(model: Any) -> WeightCounts:
-    """Count a model's weights, without the frozen copies of PEFT's modules_to_save."""
-    counts = [
-        (_numel(weight), weight.requires_grad)
-        for name, weight in model.named_parameters()
-        if ".original_module." not in name
-    ]
-    return WeightCounts(
-        trained=sum(count for count, trained in counts if trained),
-        all=sum(count for count, _ in counts),
-    )
+    Tied weights count once, packed 4-bit ones by their unpacked number.
+    """
+    counts = {"trained": 0, "all": 0}
+    for name, weight in model.named_parameters():
+        if ".original_module." not in name:  # of modules_to_save
+            counts["all"] += _numel(weight)
+            counts["trained"] += _numel(weight) * weight.requires_grad
+    return counts
 
 
 def _numel(weight: Any) -> int:
@@ -263,7 +255,7 @@ def _numel(weight: Any) -> int:
     return count
 
 
-def weights_sentence(counts: WeightCounts) -> str:
+def weights_sentence(counts: Mapping[str, int]) -> str:
     """Return the line on the weights that a run prints before its first step."""
-    share = counts.trained / max(counts.all, 1)
-    return f"weights: trains {counts.trained:,} of {counts.all:,} ({share:.2%})"
+    trained, total = counts["trained"], counts["all"]
+    return f"weights: trains {trained:,} of {total:,} ({trained / max(total, 1):.2%})"
