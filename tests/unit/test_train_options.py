@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import resource
+import subprocess
+import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -140,3 +142,13 @@ def test_workers_whose_batches_do_not_fit_in_shared_memory_are_refused(
         check_limits(config(**keys), CPU)
     assert caught.value.key == "dataloader_num_workers"
     check_limits(config(**{**keys, "dataloader_num_workers": 0}), CPU)
+
+
+def test_the_checks_before_a_run_import_nothing_heavy() -> None:
+    heavy = ["torch", "transformers", "trl", "accelerate", "bitsandbytes"]
+    code = (
+        "import sys, attnimg.train.check, attnimg.train.run; "
+        f"print([name for name in {heavy} if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
