@@ -120,7 +120,7 @@ def join(*, cpu: bool, timeout_s: float | None) -> None:
 
 
 def _meet(timeout_s: float | None) -> Any:
-    """Wait until every process wants to join, and return the store in which they say so.
+    """Wait until every process wants to join; return the store in which each records that.
 
     Raises:
         AttnimgError: a process failed before, or did not come in time (code rank-lost).
@@ -170,7 +170,7 @@ def _require_member(store: Any, other: int) -> None:
 
 
 def report_failure(text: str) -> None:
-    """Let the processes that wait for this one to join end at once, with the reason.
+    """Report why this process ends to those that wait for it to join, so that they end at once.
 
     After the group exists, they lose its connection, and need no other sign.
 
@@ -246,7 +246,7 @@ def _port() -> int:
 
 
 def _key(did: str, number: int) -> str:
-    """Return the key under which a process says something; torchrun may restart a group."""
+    """Return the key under which a process reports; torchrun may restart a group."""
     return f"attnimg/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{did}/{number}"
 
 

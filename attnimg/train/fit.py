@@ -392,8 +392,7 @@ def _run_engine(engine: Any, session: Session) -> list[str]:
     """Train to the end, or to an early stop; return notes on how it ended.
 
     Raises:
-        AttnimgError: the GPU's memory is full (out-of-memory), or another process has ended or
-            does not answer (rank-lost); exit code 1.
+        AttnimgError: the GPU's memory is full (out-of-memory, exit code 1).
     """
     import torch
 
@@ -407,8 +406,7 @@ def _run_engine(engine: Any, session: Session) -> list[str]:
             engine.evaluate_missed()
         return [f"all {total} steps were done already at {point}"]
     try:
-        with lost_rank_errors(session.config.ddp_timeout):
-            engine.train(resume_from_checkpoint=str(point) if point else None)
+        engine.train(resume_from_checkpoint=str(point) if point else None)
     except torch.OutOfMemoryError as error:
         raise AttnimgError(
             f"out of GPU memory at step {engine.state.global_step + 1}",

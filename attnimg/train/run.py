@@ -246,7 +246,7 @@ def _chosen(plan: Plan) -> dict[str, Any]:
     """Return a plan without the sentences about it, which name folders of one machine."""
     found = plan_dict(plan)
     groups = [{**group, "kernel": None} for group in found["groups"]]
-    backend = plan.chosen and plan.chosen.backend
+    backend = plan.chosen and plan.chosen.backend.name
     return {"chosen": backend, "groups": groups, "candidates": found["candidates"]}
 
 

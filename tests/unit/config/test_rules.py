@@ -266,7 +266,8 @@ NEEDS = {
         require_group bad-environment, require_readable bad-environment
     """,
     "processes": """
-        _locked output-dir-busy, agree rank-mismatch, lost_rank_errors rank-lost
+        _locked output-dir-busy, _lost rank-lost, _meet _lost x3, _require_member rank-lost,
+        _require_member rank-mismatch, agree rank-mismatch, lost_rank_errors _lost
     """,
     "the run": """
         _differs loss-differs, _get_grad_norm _not_finite, _model_raised model-raised,
