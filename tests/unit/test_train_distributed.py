@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
+from attnimg.backends import backend_named
 from attnimg.errors import AttnimgError
+from attnimg.facts import Plan, Verdict
 from attnimg.train import distributed
+from attnimg.train.run import _chosen
 
 NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "PMI_SIZE",
          "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")  # fmt: skip
@@ -74,3 +79,11 @@ def test_a_whole_group_and_none_are_fine(
 ) -> None:
     set_all(monkeypatch, values)
     distributed.require_group()
+
+
+def test_the_plan_that_processes_compare_has_plain_values_only() -> None:
+    backend = backend_named("sdpa")
+    assert backend is not None
+    verdict = Verdict(backend=backend, rank=1, reasons=())
+    facts = _chosen(Plan(asked="auto", chosen=verdict, because="it fits", verdicts=(verdict,)))
+    assert json.loads(json.dumps(facts))["chosen"] == "sdpa"
