@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from attnimg.config.schema import Config
-from attnimg.facts import Machine, Plan, Proof, RunContext
+from attnimg.facts import Backend, Machine, Plan, Proof, RunContext
 from attnimg.train.checkpoint import replace_text, writing
 
 FILE = "receipt.json"
@@ -148,7 +148,9 @@ def now() -> str:
 
 
 def plain(value: object) -> object:
-    """Return values as JSON types: from dataclasses, mappings, sets and paths; NaN as a string."""
+    """Return values as JSON types: a backend by its name, NaN and paths as strings."""
+    if isinstance(value, Backend):
+        return value.name
     if is_dataclass(value) and not isinstance(value, type):
         return {field.name: plain(getattr(value, field.name)) for field in fields(value)}
     if isinstance(value, Mapping):
