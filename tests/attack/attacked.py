@@ -17,7 +17,7 @@ SERVER = Path(__file__).with_name("forked.py")
 # A refusal takes little: the process itself has 0.6 GB after its imports.
 MOST_BYTES = 3 << 30
 # What a refusal has, for people and in JSON.
-REFUSALS = (("why:", "do:"), ('"why":', '"do":'), ("Usage:",))
+REFUSALS = (("why:", "do:"), ('"why":', '"do":'), ("usage:",))
 CONTROL = re.compile("[\x00-\x08\x0b-\x0c\x0e-\x1f\x7f-\x9f]")
 
 

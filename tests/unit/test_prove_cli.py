@@ -105,7 +105,7 @@ def test_verify_names_a_wrong_kernel_and_ends_with_1(
     [
         pytest.param(["verify", "none.yaml"], "none.yaml", id="no such file"),
         pytest.param(["verify", "bad.yaml"], "missing-key", id="a config that check refuses"),
-        pytest.param(["verify", "--fast"], "No such option", id="an unknown option"),
+        pytest.param(["verify", "--fast"], "unrecognized arguments", id="an unknown option"),
     ],
 )
 def test_wrong_arguments_end_with_2(
