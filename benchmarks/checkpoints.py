@@ -1,7 +1,7 @@
 """Measure the time of hashing in saving a checkpoint and in resuming from it.
 
-Trains models in full: a checkpoint is the weights and twice as much of the optimizer. Checkpoints
-are saved in turn with hashes, and by the same code with a constant in place of each hash; the last
+Trains all weights of models: a checkpoint has the weights and twice their size of the optimizer. It
+saves checkpoints in turn with hashes, and by the same code with a constant for each hash; the last
 ones as attnimg 0.1.0 did: pickled, without hashes, and complete before training continues. Resuming
 is timed in new processes, from their start to the first step; the files are in the page cache.
 Writes docs/measured/checkpoints.json, and exits with 1 where a share is above TARGET. It needs two
@@ -31,11 +31,11 @@ ROOT = Path(__file__).parents[1]
 RECORD = ROOT / "docs/measured/checkpoints.json"
 sys.path[:0] = [str(ROOT), str(ROOT / "tests/fixtures")]
 
-# What hashing may add to the time that a save takes from training, and the share of the check in
-# resuming. Source: issue 12, item 2.
+# Limit on the share that hashing adds to the time for which a save stops training, and on the share
+# of the check in resuming. Source: issue 12, item 2.
 TARGET = 0.10
 KINDS = ("hashed", "plain", "earlier")
-# The disk's state depends on the save before, so each of these kinds follows each.
+# The disk's state depends on the save before, so each of these kinds follows every kind.
 COMPARED = ("hashed", "plain", "plain", "hashed")
 EARLIER = ("earlier",) * 4
 STEPS_BETWEEN = 5

@@ -2,8 +2,8 @@
 
     python benchmarks/image.py [--cold]
 
-Needs attnimg:cpu (`make build/cpu`) and zstd. --cold also builds it from nothing but the base
-image and the cache of downloaded packages.
+Needs attnimg:cpu (`make build/cpu`) and zstd. --cold also builds it without the cache of layers,
+with the base image and the cache of downloaded packages.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 IMAGE = "attnimg:cpu"
-# What docker/Dockerfile.dockerignore lets in, and what the build script reads.
+# What docker/Dockerfile.dockerignore includes, and what the build script reads.
 SOURCES = ("attnimg", "docker", "requirements", "tests/image/inside", "build/torch-wheel")
 
 
 def disk_bytes() -> int:
-    """Give the image's size unpacked, as Docker counts it."""
+    """Return the image's unpacked size, as Docker counts it."""
     command = ["docker", "image", "inspect", "--format={{.Size}}", IMAGE]
     return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 
 def compressed_bytes() -> int:
-    """Give the size of all layers compressed with zstd -3, as a registry would hold them."""
+    """Return the size of all layers compressed with zstd -3, as a registry would store them."""
     pipe = f"docker save {IMAGE} | zstd -3 -q | wc -c"
     return int(subprocess.run(["bash", "-c", pipe], capture_output=True, check=True).stdout)
 
@@ -88,7 +88,7 @@ def first_step_seconds() -> float:
 
 
 def main() -> None:
-    """Print every figure, one a line."""
+    """Print every figure, one per line."""
     parser = argparse.ArgumentParser(description="Measure the cpu image.")
     parser.add_argument("--cold", action="store_true", help="build it from nothing, too")
     cold = parser.parse_args().cold
@@ -98,7 +98,7 @@ def main() -> None:
         print(
             f"build without layer cache        {build_seconds(change=False, no_cache=True):.0f} s"
         )
-    build_seconds(change=False)  # so that the next one finds all but the change in the cache
+    build_seconds(change=False)  # so that the next build has all but the change in its cache
     print(f"build after a one-line change    {build_seconds(change=True):.0f} s; at most 60")
     print(f"docker run ... train, first step {first_step_seconds():.0f} s")
 

@@ -1,9 +1,9 @@
 """Count false alarms and misses of the comparison of a run's loss with its model's own.
 
-Builds TYPES tiny, loads each as a run does, in float32 and in bfloat16, in full, with LoRA and with
-QLoRA, and compares the losses as `attnimg train` does before its first step. Then each is given
-the wrong heads of tests/fixtures/wrong_heads.py. Prints the rates, and writes what was compared to
-docs/measured/own-loss.json.
+Builds a tiny model of each of TYPES, loads it as a run does, in float32 and bfloat16, in full, with
+LoRA and with QLoRA, and compares the losses as `attnimg train` does before its first step. Then it
+compares them with the wrong heads of tests/fixtures/wrong_heads.py. Prints the rates, and writes
+the results to docs/measured/own-loss.json.
 
     python benchmarks/own_loss.py [types]
 """

@@ -1,8 +1,8 @@
-"""Measure how full packed rows are, and how long finding them takes, beside other packers.
+"""Measure how full packed rows are, and how long packing takes, compared with other packers.
 
     python benchmarks/packing.py [--json]
 
-Exits 1 where ours misses its target: see TARGETS.
+Exits with 1 if attnimg's packing misses its target: see TARGETS.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ TARGETS = {"log-normal": 0.999, "uniform": 0.997}
 
 
 def draw_lengths(case: str) -> tuple[str, Integers]:
-    """Draw the lengths of a case; the words say how."""
+    """Draw the lengths of a case; return its description and them."""
     rng = np.random.default_rng(SEED)
     if case == "uniform":
         return f"uniform(16, {CAPACITY})", rng.integers(16, CAPACITY + 1, DOCUMENTS)
@@ -42,10 +42,10 @@ def draw_lengths(case: str) -> tuple[str, Integers]:
 
 
 def lower_bound(lengths: Integers) -> int:
-    """Count the rows that no packing can do without: Martello and Toth's bound L2.
+    """Return a lower bound on the number of rows of any packing: Martello and Toth's bound L2.
 
-    For every k: documents above capacity - k stand alone, those above capacity / 2 one a row, and
-    what the room beside these cannot take of the documents of k and more needs further rows.
+    For every k: documents above capacity - k need a row alone, those above capacity / 2 a row each,
+    and documents of k or more that do not fit into the space left in these rows need further rows.
     Source: Martello, Toth, Knapsack Problems, 1990, section 8.3.
     """
     counts = np.bincount(lengths, minlength=CAPACITY + 1)
@@ -147,7 +147,7 @@ def show(result: dict[str, Any], console: Console) -> None:
 
 
 def main() -> int:
-    """Run both cases; 1 where a target is missed."""
+    """Run both cases; return 1 if a target is missed."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
     parser.add_argument("--json", action="store_true", help="one JSON line a case")
     as_json = parser.parse_args().json

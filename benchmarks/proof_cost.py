@@ -21,7 +21,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 RECORD = ROOT / "docs/measured/proof-cost.json"
-# The last commit whose proofs have no whole row with all heads and don't compare process state.
+# The last commit whose proofs test no whole row with all heads and don't compare process state.
 BEFORE = "5a8433e"
 AT_MOST = 1.5
 ROUNDS = 3

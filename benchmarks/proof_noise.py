@@ -1,7 +1,7 @@
-"""Count how often a proof refuses a right kernel for its noise, and how often it sees a wrong one.
+"""Count how often proofs refuse right kernels for their noise, and how often they find wrong ones.
 
-Right kernels are those of tests/fixtures/noisy_kernels, 200 proofs of each kind of noise, spread
-over head sizes, heads to a key head, precisions, packing and tile sizes. Wrong ones are the same
+Right kernels are those of tests/fixtures/noisy_kernels, with 200 proofs of each kind of noise over
+head sizes, query heads per key head, precisions, packing and tile sizes. Wrong ones are the same
 with a leak, and every kernel of tests/unit/test_mutations.py. Prints the rates, and writes what
 was proven to docs/measured/proof-noise.json.
 
@@ -27,10 +27,10 @@ ROOT = Path(__file__).parents[1]
 RECORD = ROOT / "docs/measured/proof-noise.json"
 sys.path[:0] = [str(ROOT / "tests/fixtures"), str(ROOT / "tests/unit")]
 
-# Tokens of the longest row: the noise is in the probe of isolation, whose length is its own.
+# Tokens of the longest row. The noise matters in the isolation probe, which has its own length.
 SEQUENCE_LEN = 64
 PROOFS = 200
-# Shapes that each leak is shown on, for each kernel.
+# Number of shapes on which each leak is tested, for each kernel.
 LEAK_SHAPES = 4
 
 
@@ -119,7 +119,7 @@ def _prove_leaks() -> Iterator[tuple[str, Any]]:
         references: dict[Any, Any] = {}
         for family in noisy.FAMILIES:
             for fault in (*noisy.LEAKS, noisy.LOST_HEAD):
-                # The probe that is to see it, and only where that one does not, all.
+                # First the probe that should find it; if that does not, all probes.
                 for alone in (True, False):
                     proof = noisy.prove_noisy(
                         family,

@@ -1,7 +1,9 @@
-"""What the router between layers costs a call: python benchmarks/router.py [--json].
+"""Measure the overhead of attnimg's router per attention call.
 
-Times the same do-nothing function called directly and through the router, with the arguments that
-a model passes, in process time on one thread; the least of several rounds counts.
+    python benchmarks/router.py [--json]
+
+Times the same empty function called directly and through the router, with the arguments that a
+model passes, in process time on one thread; the fastest of several rounds counts.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ BOUND_US = 6.0
 
 
 def microseconds_a_call(function: Callable[..., Any], *tensors: Any, **arguments: Any) -> float:
-    """Time a function, in microseconds of this process."""
+    """Return the CPU time of a call of a function, in microseconds."""
     best = float("inf")
     for _ in range(ROUNDS):
         begin = time.process_time()
@@ -36,7 +38,7 @@ def main() -> int:
     torch.set_num_threads(1)
 
     def nothing(*_tensors: Any, **_arguments: Any) -> None:
-        """Stand for a backend."""
+        """Do nothing, in place of a backend."""
 
     q, k = torch.empty(1, 8, 16, 256), torch.empty(1, 4, 16, 256)
     arguments = {

@@ -1,7 +1,7 @@
-"""Measure what the quick commands cost: CPU seconds from start to end, in a fresh process.
+"""Measure the CPU seconds of the quick commands, from start to end in a new process.
 
-Prints a table, or with --json one line a command; exits 1 when a target is missed. `check` is also
-measured against the import of its three largest libraries, in turns, which holds on any machine.
+Prints a table, or with --json one line per command; exits with 1 if a target is missed. `check` is
+also compared with the import of its three largest libraries, in turns: a ratio for any machine.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def main() -> int:
     missed = 0
     for arguments, target in COMMANDS:
         command = ["-m", "attnimg", *arguments]
-        cpu_seconds(command)  # bytecode and page cache
+        cpu_seconds(command)  # fills the bytecode and page caches
         runs = [cpu_seconds(command) for _ in range(RUNS)]
         cpu = statistics.median(seconds for seconds, _ in runs)
         wall = statistics.median(seconds for _, seconds in runs)

@@ -1,14 +1,14 @@
 #!/usr/bin/env python3
-"""Build a stage of one image with what `make base` made; the standard library suffices.
+"""Build a stage of one image on the base of `make base`; needs the standard library only.
 
     docker/build.py NAME                    the image, as attnimg:NAME
     docker/build.py NAME --stage STAGE      that stage of the Dockerfile, as attnimg-STAGE:NAME;
                                             for one kernel with --kernel KERNEL
-    docker/build.py NAME --wheels-to DIR    its kernels' wheels alone, into DIR
+    docker/build.py NAME --wheels-to DIR    its kernels' wheels only, into DIR
 
-In the environment: WHEELS, a folder of wheels made earlier, in place of compiling them; TRIM=1, the
-small builds of kernels; JOBS, compilers at a time; TORCH_INDEX, where a CPU build of torch is;
-PROGRESS, docker's.
+Environment variables: WHEELS, a folder of wheels to use instead of compiling them; TRIM=1, for the
+small builds of kernels; JOBS, the number of parallel compilers; TORCH_INDEX, a package index with
+CPU builds of torch; PROGRESS, for docker.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ ROOM_GB = {"cpu": 6, "cuda": 25, "rocm": 25}
 
 
 def fail(what: str, why: str, do: str) -> NoReturn:
-    """End with what happened, why, and what to do."""
+    """Exit with an error: what happened, why, and what to do."""
     sys.exit(f"build: {what}\n  why: {why}\n  do:  {do}")
 
 
 def targets_of(name: str) -> dict[str, dict[str, Any]]:
-    """Read the targets of an image; refuse one whose recipe lacks what a build starts from."""
+    """Return the targets of an image; exit if its recipe has no torch release."""
     targets = json.loads(BAKE.read_text())["target"]
     images = json.loads(IMAGES.read_text())["images"]
     if name not in images:
@@ -55,13 +55,13 @@ def targets_of(name: str) -> dict[str, dict[str, Any]]:
 
 
 def refuse_without_room(name: str, accelerator: str) -> None:
-    """Refuse to begin what would fill the engine's disk."""
+    """Exit if the disk of the Docker engine has too little free space for the build."""
     command = ["docker", "info", "--format", "{{.DockerRootDir}}"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         fail("no Docker engine answers", done.stderr.strip() or "docker info fails", "make engine")
     root, needed = Path(done.stdout.strip()), ROOM_GB[accelerator]
-    # A remote engine's folder is not here; then nothing is known of its disk.
+    # The folder of a remote engine is not on this machine: its free space is not known.
     free = shutil.disk_usage(root).free // 10**9 if root.exists() else needed
     if free < needed:
         fail(
@@ -72,7 +72,7 @@ def refuse_without_room(name: str, accelerator: str) -> None:
 
 
 def torch_wheel(version: str, name: str) -> str:
-    """Fetch the CPU build of torch to a folder: the package index has the CUDA build alone."""
+    """Fetch the CPU build of torch to a folder: the package index only has the CUDA build."""
     folder = Path("build/torch-wheel")
     wanted = f"torch-{version}+cpu-*.whl"
     if not any(folder.glob(wanted)):
@@ -92,7 +92,7 @@ def torch_wheel(version: str, name: str) -> str:
 def contexts(
     name: str, targets: dict[str, dict[str, Any]], wheels: str
 ) -> Iterator[tuple[str, str, str]]:
-    """Yield (target, context, place) for those that differ here from the bake file."""
+    """Yield (target, context, place) for contexts that differ from the bake file."""
     if targets[f"{name}_common"]["args"]["ACCELERATOR"] == "cpu":
         wheel = torch_wheel(targets[name]["labels"]["attnimg.torch"], name)
         yield from ((target, "torch-wheel", wheel) for target in targets)
@@ -114,7 +114,7 @@ def contexts(
 
 
 def run(command: list[str], *, wheels_to: Path | None) -> int:
-    """Run docker; wheels take the place of older ones only when all of them are there."""
+    """Run docker; older wheels are replaced only after all new ones are complete."""
     if wheels_to is None:
         return subprocess.run(command, check=False).returncode
     part = wheels_to.with_name(f"{wheels_to.name}.part")
@@ -124,14 +124,14 @@ def run(command: list[str], *, wheels_to: Path | None) -> int:
     )
     if code.returncode == 0:
         shutil.rmtree(wheels_to, ignore_errors=True)
-        part.chmod(0o755)  # docker makes it for its own user alone
+        part.chmod(0o755)  # docker creates it for its own user only
         part.rename(wheels_to)
         print(f"wheels: {wheels_to} has " + ", ".join(sorted(p.name for p in wheels_to.iterdir())))
     return code.returncode
 
 
 def main() -> None:
-    """Build; the exit code is docker's."""
+    """Build, and exit with docker's exit code."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -147,7 +147,7 @@ def main() -> None:
         return
     if not (jobs := os.environ.get("JOBS", "1")).isdigit() or int(jobs) < 1:
         fail(f"JOBS is {jobs!r}", "needed a number of compilers, 1 or more", "make ... JOBS=2")
-    # A stage that has a target of its own has named contexts there; any other has none.
+    # A stage with a target of its own has its named contexts there; other stages have none.
     target = name if stage == "runtime" else f"{name}_{asked.kernel or stage}"
     settings = {}
     if target not in targets or asked.kernel:

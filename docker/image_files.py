@@ -1,10 +1,9 @@
-"""Write what an image says of itself under /opt/attnimg: its manifest and attnimg's commands.
+"""Write an image's manifest and the list of attnimg's commands to /opt/attnimg.
 
     python image_files.py IMAGE WHEELHOUSE
 
-The recipe's facts are those of attnimg/data/images.json. Added to them are the versions that are
-installed and the hash of each wheel that was built for this image. Kernels that break one another
-end the build.
+The manifest has the values of attnimg/data/images.json, the installed versions, and the hash of
+each wheel that was built for this image. The build fails if kernels break one another.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ FOLDER = Path("/opt/attnimg")
 
 
 def manifest(image: str, wheelhouse: Path) -> dict[str, Any]:
-    """Return what this image was meant to be and what it holds.
+    """Return the recipe of this image, and what is installed in it.
 
     Args:
         image: its recipe's name.
@@ -37,7 +36,7 @@ def manifest(image: str, wheelhouse: Path) -> dict[str, Any]:
     installed = {canonical(found.name): found.version for found in metadata.distributions()}
     for kernel in recipe["kernels"]:
         found = installed.get(kernel["name"], "nothing")
-        # A small build says so in its version, and `attnimg doctor` and the gate `pins` see it.
+        # A small build has +trim in its version: `attnimg doctor` and the gate `pins` report it.
         if found.removesuffix("+trim") != kernel["version"]:
             sys.exit(f"image_files: {kernel['name']} {kernel['version']} is wanted, found {found}")
     return {
@@ -58,7 +57,7 @@ def canonical(name: str) -> str:
 
 
 def refuse_broken_kernels() -> None:
-    """End the build when one kernel hides or damaged another; FlashAttention-4 is imported too."""
+    """Exit if one kernel hides or damaged another; also check that FlashAttention-4 imports."""
     host = this_host()
     if host.damaged or host.shadows or set(host.cute_owners) - {"flash-attn-4"}:
         sys.exit(f"image_files: {host.cute_owners=} {host.damaged=} {host.shadows=}")
@@ -69,7 +68,7 @@ def refuse_broken_kernels() -> None:
 
 
 def main(image: str, wheelhouse: Path) -> None:
-    """Write image.json, and the list of commands that the entrypoint reads."""
+    """Check the kernels; write image.json, and the list of commands for the entrypoint."""
     refuse_broken_kernels()
     (FOLDER / "image.json").write_text(json.dumps(manifest(image, wheelhouse), indent=1) + "\n")
     (FOLDER / "commands").write_text("\n".join(COMMANDS) + "\n")

@@ -1,13 +1,13 @@
-"""Write what a wheelhouse says of itself, or verify one before anything of it is installed.
+"""Write the manifest of a wheelhouse, or verify a wheelhouse before it is installed.
 
     python wheelhouse.py write FOLDER WANTED.json
     python wheelhouse.py verify FOLDER WANTED.json
 
-FOLDER has the wheels. `write` gathers the NAME.json that kernel/build.py left beside each into
-manifest.json, and writes SHA256SUMS. `verify` wants what the recipes of this checkout would build,
-WANTED.json, which is docker/images/IMAGE/wheelhouse.json: the same hashes, ABI and kernels, each
-with the key of its recipe. A wheelhouse that was built on another machine, or yesterday, is thus as
-good as one built here, or is refused.
+FOLDER has the wheels. `write` merges the NAME.json that kernel/build.py wrote for each wheel into
+manifest.json, and writes SHA256SUMS. `verify` compares FOLDER with SHA256SUMS and with what the
+recipes of this checkout would build (WANTED.json is docker/images/IMAGE/wheelhouse.json): the ABI
+and the kernels, each with the key of its recipe. So a wheelhouse that was built earlier or on
+another machine is equal to one built here, or is refused.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _SUMS, _MANIFEST = "SHA256SUMS", "manifest.json"
 
 
 def write(folder: Path, image: str, abi: str) -> None:
-    """Write the reports of single kernels as one manifest, and add the sums."""
+    """Merge the reports of single kernels into one manifest, and write the hashes."""
     reports = []
     for path in sorted(folder.glob("*.json")):
         reports.append(json.loads(path.read_text()))
@@ -33,7 +33,7 @@ def write(folder: Path, image: str, abi: str) -> None:
 
 
 def verify(folder: Path, abi: str, keys: dict[str, str]) -> list[str]:
-    """Return everything that speaks against installing a wheelhouse; nothing when it fits.
+    """Return all reasons why a wheelhouse can't be installed; none if it fits.
 
     Args:
         folder: of the wheels.
@@ -73,7 +73,7 @@ def digest(path: Path) -> str:
 
 
 def main(task: str, folder: Path, wanted_file: Path) -> None:
-    """Write, or verify and end the build when something speaks against it."""
+    """Write the manifest, or verify the wheelhouse and exit if it does not fit."""
     wanted = json.loads(wanted_file.read_text())
     image = wanted["image"]
     if task == "write":

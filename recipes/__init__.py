@@ -1,6 +1,7 @@
-"""What each image is made of: TOML files, and the code that turns them into files.
+"""Recipes of the images: TOML files, and the code that generates files from them.
 
-Data: images/ and kernels/ have one file an image and a kernel package, patches/ what is changed in
-sources, *.toml one table a subject. Code: read/, solve/, render/ and pages/ run in this order, by
-`python -m recipes render`; artifact/ and gates/ judge what was built. Never inside an image.
+Data: images/ has one file per image, kernels/ one per kernel package, patches/ the changes to the
+kernels' sources, and each *.toml here has one subject. Code: `python -m recipes render` runs read/,
+solve/, render/ and pages/ in this order; artifact/ and gates/ check what was built. Images contain
+none of it.
 """

@@ -38,14 +38,14 @@ Name = Annotated[str, typer.Argument(metavar="IMAGE", help="A file of recipes/im
 
 @app.command()
 def render(root: Root = ROOT) -> None:
-    """Write every file that is made of the recipes."""
+    """Write every file that is generated from the recipes."""
     for path in write_all(root, _texts(root)):
         typer.echo(f"render: wrote {path}")
 
 
 @app.command()
 def check(root: Root = ROOT) -> None:
-    """Refuse recipes that can't be built, and generated files that drifted from them."""
+    """Check that the images can be built and that the generated files are up to date."""
     if paths := drifted(_texts(root), root=root):
         raise AttnimgError(
             "generated files are not what the recipes say",
@@ -58,7 +58,7 @@ def check(root: Root = ROOT) -> None:
 
 @app.command()
 def classes(root: Root = ROOT) -> None:
-    """Read off the installed transformers its causal language models, and what they don't take."""
+    """List the causal language models of transformers, and what they don't support."""
     version = metadata.version("transformers")
     classes_text = model_classes.classes_toml(model_classes.model_classes(), transformers=version)
     causal_text = model_classes.causal_toml(model_classes.causal_types(), transformers=version)
@@ -77,7 +77,7 @@ def solve_command(
     names: Annotated[list[str] | None, typer.Argument(metavar="[IMAGE]...")] = None,
     root: Root = ROOT,
 ) -> None:
-    """Print what an image is made of, or why it can't be built and what is nearest."""
+    """Print an image's contents, or why it can't be built and which similar image can."""
     for name in names or list(read_recipes(root).images):
         _print(_plan(name, root))
 
@@ -113,8 +113,8 @@ def gate(
     as_json: Annotated[bool, typer.Option("--json", help="Write JSON.")] = False,
     root: Root = ROOT,
 ) -> None:
-    """Judge a finished image or wheelhouse; exit with 1 when a gate fails."""
-    # Here: `make lock` runs before what these import is installed.
+    """Check a finished image or wheelhouse by all gates; exit with 1 if one fails."""
+    # Imported here, since `make lock` runs before their dependencies are installed.
     from recipes.judge import gate_artifact, report, report_json
 
     plan = _plan(name, root)
@@ -139,7 +139,7 @@ def built(
     machine: Annotated[str, typer.Option(help="What it was built on, in general words.")],
     root: Root = ROOT,
 ) -> None:
-    """Write down what a wheelhouse holds, for the README's table: docs/built/NAME.json."""
+    """Record the contents of a wheelhouse in docs/built/NAME.json, for the README's table."""
     from recipes.artifact.read import read_wheelhouse
 
     _plan(name, root)
@@ -160,7 +160,7 @@ def gpu_run(
         bool, typer.Option("--all-right", help="Refuse a run in which a unit failed.")
     ] = False,
 ) -> None:
-    """Print the page of one run; exit with 1 when its records are not complete."""
+    """Print the report of one run; exit with 1 if its records are not complete."""
     records = read_run(file)
     typer.echo(runs_page({file.stem: records}))
     if found := faults(records, all_right=all_right):
@@ -175,7 +175,7 @@ def gpu_run(
 
 @app.command()
 def publish(name: Name, root: Root = ROOT) -> None:
-    """Exit with 0 when an image may be published: no value of it is unresolved."""
+    """Exit with 0 if an image may be published: none of its values is unresolved."""
     refuse_unresolved(_plan(name, root))
 
 
@@ -218,7 +218,7 @@ def _print(plan: Plan) -> None:
 
 
 def main() -> None:
-    """Run the command line; print an error of the user without a traceback."""
+    """Run the command line; print user errors without a traceback."""
     try:
         app()
     except AttnimgError as error:

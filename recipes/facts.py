@@ -1,6 +1,6 @@
 """The values of a recipe: images, kernel packages, releases, and the plan made of them.
 
-Everything here is frozen and plain. Versions are strings as their owners write them, bounds are
+All are frozen dataclasses of plain values. Versions are strings as upstream writes them, bounds are
 version specifiers of PEP 440 (">=2.10"), architectures are compiler targets ("sm_90a", "gfx942").
 """
 
@@ -18,7 +18,7 @@ Abi = Literal["torch", "stable", "python"]
 
 
 class Strict:
-    """What comes from a file: a key that is not named below is refused."""
+    """The base of values that are read from a file: an unknown key is refused."""
 
     __slots__ = ()
     __pydantic_config__ = ConfigDict(extra="forbid")
@@ -26,7 +26,7 @@ class Strict:
 
 @dataclass(frozen=True, slots=True)
 class Unresolved(Strict):
-    """A value that could not be found out yet. Rendering takes it, publishing refuses it."""
+    """A value that is not known yet. Rendering accepts it, publishing refuses it."""
 
     reason: str
 
@@ -36,8 +36,8 @@ class Code(Strict):
     """What a kernel is built with for one architecture.
 
     Attributes:
-        token: what its build calls the architecture; empty when it is not told.
-        code: the machine code that comes out; empty when none is compiled at build time.
+        token: the build's name for the architecture; empty if the build takes none.
+        code: the machine code that is compiled; empty if none is compiled at build time.
     """
 
     token: str = ""
@@ -46,10 +46,10 @@ class Code(Strict):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Removal(Strict):
-    """A folder of a kernel's source that is deleted before it is built.
+    """A folder of a kernel's source that is deleted before the build.
 
     Attributes:
-        path: where in the tree.
+        path: its path in the source tree.
         reason: why, with a source.
     """
 
@@ -62,7 +62,7 @@ class Patch:
     """A file patches/KERNEL/[trim/]NAME.patch: a unified diff below the reason for it.
 
     Attributes:
-        name: "cxx20.patch", or "trim/NAME.patch" for the small build alone.
+        name: "cxx20.patch", or "trim/NAME.patch" for the small build only.
         reason: why it is needed, with a source.
         diff: the change.
     """
@@ -74,11 +74,11 @@ class Patch:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Trim(Strict):
-    """A small build of a kernel, for trying the whole way on a small machine; never published.
+    """A small build of a kernel, to test all steps on a small machine; never published.
 
     Attributes:
-        summary: what it still does.
-        env: further environment of its build.
+        summary: what it still supports.
+        env: additional environment variables of its build.
     """
 
     summary: str
@@ -87,12 +87,12 @@ class Trim(Strict):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Prebuilt(Strict):
-    """A public wheel that may stand in for a build, where it fits an image exactly.
+    """A public wheel that is used instead of a build if it fits an image exactly.
 
     Attributes:
-        source: name==version or an address, as pip takes it.
+        source: name==version or a URL, as pip takes it.
         sha256: of the file.
-        abi: what it is built for, as Plan.abi has it; for a kernel of torch's stable ABI, empty.
+        abi: what it is built for, in the format of Plan.abi; empty for torch's stable ABI.
         codes: the machine code in it.
         reason: where it was found, and when.
     """
@@ -110,8 +110,8 @@ class Need(Strict):
 
     Attributes:
         reason: why, with a source.
-        kernel: which one.
-        beside: only when this one is there too; empty for always.
+        kernel: its name.
+        beside: it is needed only if this kernel is in the image too; empty for always.
     """
 
     reason: str
@@ -124,9 +124,9 @@ class Build(Strict):
     """How a kernel is built on one kind of accelerator.
 
     Attributes:
-        arch_variable: the environment variable that takes the tokens; empty for none.
-        env: further environment.
-        job_memory_gb: the most that one compiler needs, in GB.
+        arch_variable: the environment variable for the tokens; empty for none.
+        env: additional environment variables.
+        job_memory_gb: the peak memory of one compiler, in GB.
     """
 
     arch_variable: str = ""
@@ -140,7 +140,7 @@ class Target(Strict):
 
     Attributes:
         code: the machine code, "sm_90a".
-        multiprocessors: of the GPU that is meant; it shapes the grids of some kernels.
+        multiprocessors: number of SMs of the GPU; the grids of some kernels depend on it.
     """
 
     code: str
@@ -153,12 +153,12 @@ class TrainedModel(Strict):
 
     Attributes:
         model: its name on the Hugging Face hub.
-        heads, kv_heads, head_dim: as in its config.json; for MLA as its attention call has them.
-        head_dim_v: of v; None for head_dim.
+        heads, kv_heads, head_dim: as in its config.json; for MLA as in its attention call.
+        head_dim_v: head size of v; None for head_dim.
         windows: the sliding windows of its layers, 0 for a layer without one.
         softcap: of the logits; 0 without one.
         sinks: whether each head has a learned sink.
-        source: which of AheadOfTime.sources says so.
+        source: a key of AheadOfTime.sources.
     """
 
     model: str
@@ -174,15 +174,15 @@ class TrainedModel(Strict):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AheadOfTime(Strict):
-    """Kernels that would be compiled at their first use, and are when an image is built.
+    """Kernels that are compiled when an image is built, not at their first use.
 
     Attributes:
-        dtypes: of q, k and v alike.
-        varlen: packed documents, or a rectangle.
-        gradient: forward and backward, or forward alone.
-        models: whose attention they compute.
+        dtypes: of q, k and v.
+        varlen: whether rows are packed documents (cu_seqlens), or of equal length.
+        gradient: whether forward and backward are compiled, or forward only.
+        models: the models whose attention they compute.
         sources: name -> where models' shapes were read, and when.
-        targets: architecture -> the GPU that is meant.
+        targets: architecture -> the GPU to compile for.
     """
 
     dtypes: tuple[Literal["bfloat16", "float16"], ...]
@@ -198,10 +198,10 @@ class TritonSet(Strict):
     """The calls whose Triton kernels are compiled when an image is built.
 
     Attributes:
-        calls: the module below docker/ that does the calls.
+        calls: the module below docker/ that makes the calls.
         dtypes: of q, k and v.
-        causal: whether a token sees only those before it.
-        varlen: packed documents, or a rectangle.
+        causal: whether attention is causal.
+        varlen: whether rows are packed documents (cu_seqlens), or of equal length.
         heads: head_dim -> query heads/key-value heads, "32/8": both are constants in the kernels.
     """
 
@@ -218,29 +218,29 @@ class Kernel(Strict):
 
     Attributes:
         source: name==version, or owner/name@commit.
-        sha256: of the archive; None for a git commit, which names its content itself.
+        sha256: of the archive; None for a git commit, which is a hash itself.
         form: an sdist or a git tree is built, a wheel is installed.
         subdirectory: where in the tree the package is.
         paths: what of a git tree its build reads, as git's pathspecs.
-        submodules: path -> owner/name@commit, where git archives leave a hole; of a path below a
-            submodule's root, only that folder is taken.
-        backends: the attnimg backends that it serves.
+        submodules: path -> owner/name@commit, which git archives leave out; for a path below a
+            submodule's root, only that folder is used.
+        backends: the attnimg backends that use it.
         abi: what its machine code is bound to: torch's minor release, its stable ABI, or nothing.
-        cxx_standard: C++ that it is compiled as, patches applied; None when nothing is compiled.
-        torch, python, nvcc: bounds; an empty nvcc means that no compiler is needed.
+        cxx_standard: the C++ standard of the patched source; None if nothing is compiled.
+        torch, python, nvcc: version bounds; an empty nvcc means that no compiler is needed.
         requires: what its wheel needs besides torch, as pip requirements.
-        beside: kernel or package -> versions it can be installed with, if that is there at all.
+        beside: kernel or package -> versions of it that work together with this kernel.
         needs: kernels it needs in the same image.
         ships: paths below site-packages that its source installs.
-        owns: those that nobody else may install.
+        owns: those that no other package may install.
         archs: architecture -> how it is built for it.
         build: accelerator -> how it is built there.
         remove: folders that are deleted first.
         patches: the files of patches/NAME, applied in order of their names.
-        trim: the small build; None where the whole one is small.
-        prebuilt: public wheels, the first that fits is preferred to a build.
-        ahead_of_time: what is compiled of it when an image is built; None for all in its wheel.
-        triton: for which calls its Triton kernels are; None where they are left to the first one.
+        trim: the small build; None if the whole build is small.
+        prebuilt: public wheels; the first that fits is used instead of a build.
+        ahead_of_time: kernels that are compiled for an image besides its wheel; None for none.
+        triton: calls whose Triton kernels are compiled for an image; None for none.
     """
 
     name: str
@@ -275,7 +275,7 @@ class Kernel(Strict):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Choice(Strict):
-    """A kernel in an image; `archs` are those it serves there, empty for all of the image's."""
+    """A kernel in an image; `archs` are those it is built for, empty for all of the image's."""
 
     name: str
     archs: tuple[str, ...] = ()
@@ -286,11 +286,11 @@ class Image(Strict):
     """One image: images/NAME.toml, or its `frontier` variant.
 
     Attributes:
-        aliases: further tags.
-        archs: the architectures it promises.
+        aliases: additional tags.
+        archs: the architectures it supports.
         base: the image it starts from, one of bases.toml.
         size_max_mb: compressed with zstd -3, in 10**6 bytes.
-        layers_max_mb: stage of the Dockerfile -> the same for what it adds.
+        layers_max_mb: stage of the Dockerfile -> the same for the layers of that stage.
     """
 
     name: str
@@ -310,7 +310,7 @@ class Image(Strict):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Torch(Strict):
-    """One torch release; `archs` is empty where its machine code was not read."""
+    """One torch release; `archs` is empty if its machine code was not read."""
 
     toolkit: str
     cxx_standard: int
@@ -321,7 +321,7 @@ class Torch(Strict):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Toolkit(Strict):
-    """One CUDA release: the oldest driver it runs with, its compiler, what that compiles for."""
+    """One CUDA release: the oldest driver it runs with, its compiler, the compiler's targets."""
 
     driver_min: str
     nvcc: str
@@ -330,7 +330,7 @@ class Toolkit(Strict):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Pair(Strict):
-    """Packages that go together: where `package` is in `versions`, `needs` must be in `bound`."""
+    """Versions that work together: if `package` is in `versions`, `needs` must be in `bound`."""
 
     package: str
     versions: str
@@ -349,12 +349,12 @@ class Base(Strict):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Allowance(Strict):
-    """A finding of a gate that is no fault: allowed.toml.
+    """A finding of a gate that is accepted: an entry of allowed.toml.
 
     Attributes:
-        gate: whose.
-        file: a pattern of paths; * crosses folders.
-        found: part of what was found; empty for anything.
+        gate: the gate's name.
+        file: a glob pattern of paths; * also matches /.
+        found: a part of the finding's text; empty for any.
         reason: why, with a source.
     """
 
@@ -366,7 +366,7 @@ class Allowance(Strict):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Recipes:
-    """Everything that was read.
+    """All recipes of a checkout.
 
     Attributes:
         images: by name, frontier variants as NAME-frontier.
@@ -374,9 +374,9 @@ class Recipes:
         torch: by version, oldest first.
         cuda: by release.
         stack: pinned packages that every image has, name -> version (pyproject.toml).
-        pairs: which of these work together.
+        pairs: which versions of these work together.
         bases: by name.
-        allowed: what gates find and let pass.
+        allowed: findings of gates that are accepted.
     """
 
     images: Mapping[str, Image]
@@ -394,14 +394,14 @@ class Step:
     """One kernel of a plan.
 
     Attributes:
-        archs: the image's architectures that it serves.
-        tokens: what its build is told of them.
+        archs: the image's architectures that it is built for.
+        tokens: the build's names for them.
         codes: the machine code that must be in it, and no other.
-        arch_variable: the environment variable that takes the tokens; empty for none.
+        arch_variable: the environment variable for the tokens; empty for none.
         env: the rest of its build environment.
-        job_memory_gb: the most that one compiler needs, in GB.
-        prebuilt: the public wheel that is taken instead of a build; None when it is built.
-        key: names the wheel in a cache; any change of the recipe or the architectures changes it.
+        job_memory_gb: the peak memory of one compiler, in GB.
+        prebuilt: the public wheel that is used instead of a build; None if it is built.
+        key: the wheel's name in a cache; it changes with the recipe and the architectures.
     """
 
     kernel: Kernel
@@ -417,13 +417,13 @@ class Step:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
-    """An image that can be built: its kernels in order of installation.
+    """An image that can be built, with its kernels in order of installation.
 
     Attributes:
         unresolved: field -> reason; empty when it may be published.
         abi: what a compiled extension must match, "cp311-torch2.14-cu130".
         lock: names the lock files of its torch and stack layers, "2.14.1-cu130".
-        base_digest: pins its base.
+        base_digest: digest of its base image.
         toolkit: the CUDA release of its torch; None on cpu.
         driver_min: the oldest GPU driver that this release runs with; None on cpu.
         nvcc: the compiler's version; empty where none is needed.

@@ -1,4 +1,4 @@
-"""Judge an artifact by every gate, and write the verdicts for people and programs."""
+"""Check an artifact by every gate, and report the results as text or JSON."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from recipes.solve.lock import pins, read_locks
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Verdict:
-    """What one gate says.
+    """The result of one gate.
 
     Attributes:
-        findings: what speaks against the artifact.
-        allowed: what would, were it not in allowed.toml, each with the reason.
-        unjudged: why it was not judged; empty when it was.
+        findings: reasons why the artifact may not be shipped.
+        allowed: findings that allowed.toml accepts, each with the reason.
+        unjudged: why the gate could not check the artifact; empty if it could.
     """
 
     gate: str
@@ -36,13 +36,13 @@ class Verdict:
 
 
 def promise_of(plan: Plan, recipes: Recipes, *, lock: str, tools: str) -> Promise:
-    """Gather what an image is held to.
+    """Return what an image is checked against.
 
     Args:
-        plan: the image's.
-        recipes: what it was made from.
+        plan: of the image.
+        recipes: what the plan was made from.
         lock: the text of its lock file.
-        tools: the text of the lock file of what every image has.
+        tools: the text of the lock file of the packages that every image has.
     """
     release = (
         None if isinstance(plan.image.torch, Unresolved) else recipes.torch.get(plan.image.torch)
@@ -58,7 +58,7 @@ def promise_of(plan: Plan, recipes: Recipes, *, lock: str, tools: str) -> Promis
 def judged(
     artifact: Artifact, promise: Promise, gates: Iterable[Gate], allowances: Iterable[Allowance]
 ) -> tuple[Verdict, ...]:
-    """Return the verdict of each gate."""
+    """Return the result of each gate."""
     kept = tuple(allowances)
     return tuple(_verdict(artifact, promise, gate, kept) for gate in gates)
 
@@ -87,7 +87,7 @@ def _allows(allowance: Allowance, finding: Finding) -> bool:
 
 
 def report(name: str, artifact: Artifact, verdicts: Iterable[Verdict]) -> str:
-    """Write a line for each gate, and each finding in three parts."""
+    """Return a line for each gate, and each finding in three parts."""
     lines = [f"{name}: {artifact.source}, {len(artifact.files)} files"]
     lines += [f"  MB with zstd -3: {sizes}"] if (sizes := _sizes(artifact)) else []
     for verdict in verdicts:
@@ -104,7 +104,7 @@ def report(name: str, artifact: Artifact, verdicts: Iterable[Verdict]) -> str:
 
 
 def _sizes(artifact: Artifact) -> str:
-    """Write what each stage's layers take, and all of them; empty where that is not known."""
+    """Return the sizes of each stage's layers and of all; empty if they are not known."""
     stages: dict[str, float] = {}
     for layer in artifact.layers:
         if layer.zstd_bytes is None:
@@ -115,7 +115,7 @@ def _sizes(artifact: Artifact) -> str:
 
 
 def report_json(name: str, artifact: Artifact, verdicts: Iterable[Verdict]) -> str:
-    """Write the same as JSON, with layers and what was allowed and why."""
+    """Return the same as JSON, with the layers and the accepted findings and their reasons."""
     gates = [asdict(verdict) for verdict in verdicts]
     content: Mapping[str, object] = {
         "image": name,
@@ -134,17 +134,17 @@ _TOOLS = "docker/install/every_image.txt"
 def gate_artifact(
     plan: Plan, recipes: Recipes, *, image: Path | None, wheels: Path | None, root: Path
 ) -> tuple[Artifact, tuple[Verdict, ...]]:
-    """Judge one artifact by every gate.
+    """Check one artifact by every gate.
 
     Args:
         plan: what it should be.
         recipes: what the plan was made from.
         image: an archive of `docker save`, an OCI archive, or an unpacked image.
-        wheels: a wheelhouse; with `image` it is judged as if installed there.
+        wheels: a wheelhouse; with `image` it is checked as if installed there.
         root: the checkout; dist/ there gets NAME-sbom.json and NAME-licences.txt.
 
     Raises:
-        AttnimgError: neither is given, or one can't be read.
+        AttnimgError: neither is given, or one of them can't be read.
     """
     artifact = _read(image, wheels)
     if artifact.kind != "wheels":
@@ -163,7 +163,7 @@ def gate_artifact(
 
 
 def licences(artifact: Artifact) -> str:
-    """List each package with its version and its licence."""
+    """Return a list of each package with its version and its licence."""
     lines = (f"{one.name} {one.version}: {one.licence}" for one in artifact.distributions)
     return "\n".join(lines) + "\n"
 

@@ -1,4 +1,4 @@
-"""Render every file that is made of the recipes."""
+"""Render every file that is generated from the recipes."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def rendered(
 
     Args:
         plans: of all images.
-        recipes: what they were made from.
+        recipes: what the plans were made from.
         locks: image -> text of its lock file.
         runners: text of recipes/runners.toml.
         families: text of the record of `make families`.
@@ -80,7 +80,7 @@ def rendered(
 
 
 def refuse_wrong_hashes(plans: tuple[Plan, ...], *, locks: Mapping[str, str]) -> None:
-    """Compare the hash of each kernel that comes as a wheel with those of its image's lock file.
+    """Check that the hash of each kernel that comes as a wheel is in its image's lock file.
 
     Sdists are compared where they are downloaded: at build time, before anything of them runs.
 

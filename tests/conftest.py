@@ -1,4 +1,4 @@
-"""What every test run has: an own cache for proofs, and the files that take longest first."""
+"""Set a separate cache of proofs for each test run, and run the slowest files first."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 import pytest
 
-# Files that take longest, in this order. They begin first, so that no process of `make test` still
-# works on one when the others are done.
+# The slowest files, in this order. They run first, so that no process of `make test` still runs one
+# when the others are done.
 LONGEST = [
     "test_mutations.py", "test_torchrun.py", "test_prove_cli.py", "test_kill_and_resume.py",
     "test_command.py", "test_attention_check.py", "test_contexts.py", "test_reload.py",

@@ -1,5 +1,5 @@
-"""Compile kernels without a GPU when an image is built, which would be compiled at first use.
+"""Compile kernels without a GPU when an image is built, instead of at their first use.
 
-build.py runs worker.py for each architecture and checks what came out. fa4/ and triton/ know one
+build.py runs worker.py for each architecture and checks the results. fa4/ and triton/ are for one
 compiler each: its method.py has the functions that build.py and worker.py call.
 """

@@ -2,11 +2,11 @@
 
     python -m precompiled.build SET.json STATE OUT
 
-SET.json is docker/images/IMAGE/*_kernels.json; its "method" names the folder beside this file that
-knows the compiler. OUT gets one folder a compute capability, and manifest.json. STATE keeps what
-was compiled: whatever is there for the same packages is not compiled again. JOBS processes run at
-once; by default as many as there are cores. In the end every kernel of the set is there, or the
-build stops with the reason.
+SET.json is docker/images/IMAGE/*_kernels.json; its "method" names the module for the compiler, in a
+folder beside this file. OUT gets one folder per compute capability, and manifest.json. STATE keeps
+what was compiled: kernels of the same packages are not compiled again. JOBS processes run in
+parallel, by default one per core. If a kernel of the set can't be compiled, the build stops with
+the reason.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from attnimg.machine.fingerprint import key_of
 
 
 def compile_all(set_file: Path, tasks: Iterable[tuple[str, str]], *, state: Path) -> None:
-    """Run a worker for each device and part of its calls; end the build where one fails."""
+    """Run a worker for each device and part of its calls; exit if one fails."""
     method = import_module(json.loads(set_file.read_text())["method"])
-    # Nothing that changes a kernel or its name comes from outside.
+    # Without the variables that would change a kernel or its name.
     env = {name: value for name, value in os.environ.items() if not method.FOREIGN.match(name)}
 
     def work(task: tuple[str, str]) -> int:
@@ -48,7 +48,7 @@ def compile_all(set_file: Path, tasks: Iterable[tuple[str, str]], *, state: Path
 
 
 def collect(asked: dict[str, Any], device: str, *, state: Path, out: Path) -> dict[str, Any]:
-    """Copy the entries that a target's calls need, check each; return what they are."""
+    """Copy and check the entries that a target's calls need; return the target's manifest."""
     method, target = import_module(asked["method"]), asked["targets"][device]
     folder = state / device
     records: dict[str, Any] = {}

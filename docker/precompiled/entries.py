@@ -1,7 +1,7 @@
-"""Read a cache entry: the architecture of the GPU code in it, and whether its host part needs AVX.
+"""Read a cache entry: the architecture of its GPU code, and whether its host code needs AVX.
 
-An entry is an x86-64 object file, a launcher, with one or more CUDA ELF images among its data, or
-such an image alone. In the former cuobjdump 13.5.37 finds no device code (tried 2026-11-27).
+An entry is an x86-64 object file (a launcher) with one or more CUDA ELF images in its data, or only
+such an image. In the former cuobjdump 13.5.37 finds no device code (tried 2026-11-27).
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from pathlib import Path
 
 _ELF64 = b"\x7fELF\x02\x01"
 _EM_CUDA = 190
-# AVX and its kin begin with v; the others are of the same CPUs or of newer ones than x86-64's
-# first. tzcnt is not among them: on a CPU without it, it runs as bsf, which LLVM relies on.
+# Instructions of AVX and its extensions begin with v; the others came with the same or other CPUs
+# after the first x86-64. tzcnt is left out: older CPUs run it as bsf, which LLVM relies on.
 _BEYOND_BASELINE = re.compile(
     r"\t(v\w+|andn|bextr|bls\w+|bzhi|mulx|pdep|pext|rorx|sarx|shlx|shrx|popcnt|lzcnt|movbe)\b"
 )
@@ -27,8 +27,8 @@ def gpu_codes(data: bytes) -> tuple[str, ...]:
     """Return the architectures of the CUDA images in a file, "sm_90a", in their order.
 
     The number is read from e_flags, as in all that ptxas 13 writes (ELF ABI version 8, bits 8 to
-    15; compared with nvdisasm, 2026-11-21); the letter from the options that ptxas notes. An image
-    whose two disagree is named by both, so that it equals no architecture.
+    15; compared with nvdisasm, 2026-11-21); the letter from the options that ptxas notes. If the
+    two differ, the name has both, so that it equals no architecture.
     """
     return tuple(_code(image) for image in _cuda_images(data))
 
@@ -55,16 +55,16 @@ def _code(image: bytes) -> str:
 
 
 def check_gpu_code(entry: Path, code: str) -> None:
-    """End the build at an entry for another GPU than one of that architecture, "sm_90a"."""
+    """Exit if an entry has code for any other architecture than this one, such as "sm_90a"."""
     if (codes := gpu_codes(entry.read_bytes())) != (code,):
         sys.exit(f"{entry} has code for {codes}, needed {code} once")
 
 
 def beyond_baseline(path: Path, *, objdump: str, env: Mapping[str, str] | None = None) -> list[str]:
-    """Return the instructions of a file's host part that not every x86-64 has.
+    """Return the instructions of a file's host code that not every x86-64 CPU has.
 
     Raises:
-        ValueError: objdump finds no code at all, so that finding no AVX says nothing.
+        ValueError: objdump finds no code at all, so that finding no AVX means nothing.
     """
     command = [objdump, "--disassemble", "--no-show-raw-insn", str(path)]
     text = subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout

@@ -1,8 +1,8 @@
-"""Print in short what was compiled, where and when: the record that docs/built keeps.
+"""Print a summary of what was compiled, where and when: the record in docs/built.
 
     python record.py MANIFEST
 
-MANIFEST is build.py's.
+MANIFEST is the manifest.json of build.py.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 
 def in_short(manifest: dict[str, Any]) -> dict[str, Any]:
-    """Count calls, and leave the names of entries to their common hash."""
+    """Return the manifest without the names of entries, and with the number of calls."""
     targets = {
         device: {key: value for key, value in target.items() if key != "entries"}
         | {"calls": len(target["calls"])}

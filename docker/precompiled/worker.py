@@ -1,10 +1,10 @@
-"""Compile one part of a set for one compute capability: what build.py runs.
+"""Compile one part of a set for one compute capability; build.py runs this.
 
     python -m precompiled.worker SET.json DEVICE PART FOLDER
 
 FOLDER becomes the cache of the compiler. FOLDER/calls/PART.json records for each call the entries
-that it needs, how many of them were compiled so far, and the CPU seconds that cost. What is there
-already is not compiled again, so that an interrupted build goes on. One line a call is printed.
+that it needs, how many of them were compiled so far, and the CPU seconds for that. Existing entries
+are not compiled again, so that an interrupted build continues. It prints one line per call.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from typing import Any
 
 
 def cpu_seconds() -> float:
-    """Return those of this process and of the compilers that it waited for."""
+    """Return the CPU seconds of this process and of the compilers that it waited for."""
     return sum(os.times()[:4])
 
 
 def write(path: Path, content: dict[str, Any]) -> None:
-    """Write JSON whole or not at all: a build may be killed, or another run beside it."""
+    """Write JSON atomically: a build may be killed, and another may run at the same time."""
     part = path.with_name(f".{path.name}.{os.getpid()}")
     part.write_text(json.dumps(content, indent=1) + "\n")
     part.replace(path)
 
 
 def main(set_file: Path, device: str, part: str, folder: Path) -> None:
-    """Do every call of one part; stop at the first that can't be done."""
+    """Make every call of one part; stop at the first that fails."""
     asked = json.loads(set_file.read_text())
     method = import_module(asked["method"])
     (folder / "calls").mkdir(parents=True, exist_ok=True)
@@ -47,7 +47,7 @@ def main(set_file: Path, device: str, part: str, folder: Path) -> None:
         print(f"{device} {name}: {new} compiled, {seconds:.1f} s of CPU", flush=True)
         asked_for.append(name)
         old = records.get(name, {"entries": [], "compiled": 0, "cpu_s": 0.0})
-        # Other names, though nothing is new: this Python compiled, then another, now this again.
+        # Names can change although nothing was compiled, if another Python ran last.
         if new or name not in records or {*old["entries"]} != {*entries}:
             records[name] = {
                 "entries": sorted(entries),

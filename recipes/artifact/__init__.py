@@ -1,4 +1,4 @@
-"""What is in a finished image or wheelhouse: files read once into facts, for gates to judge.
+"""Read the contents of a finished image or wheelhouse, for the gates to check.
 
-An artifact is read without a daemon and without running anything of it.
+Reading needs no Docker daemon, and runs nothing of the artifact.
 """

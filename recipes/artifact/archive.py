@@ -1,7 +1,7 @@
-"""Read an image from the file that `docker save` writes, or from an OCI archive: no daemon.
+"""Read an image from the file that `docker save` writes, or from an OCI archive.
 
-Layers are read where they stand in the file; a compressed one is unpacked to a temporary file
-first. Nothing of the size of a layer is held in memory.
+It needs no Docker daemon. Layers are read in place; a compressed one is unpacked to a temporary
+file first. No whole layer is held in memory.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from recipes.artifact.entries import Entry, read_entry
 from recipes.artifact.facts import File, Layer
 
 _CHUNK = 1 << 20
-# Which stage of docker/Dockerfile wrote a layer, by what its command in the history mentions.
+# A text in a layer's command in the history -> the stage of docker/Dockerfile that wrote it.
 _STAGES = (
     ("/torch.txt", "torch"),
     ("/stack.txt", "stack"),
@@ -34,7 +34,7 @@ _STAGES = (
     ("find /wheels", "kernels"),
     ("$APT_PACKAGES", "python"),
 )
-# What a damaged archive raises, in its tar and in a compressed layer.
+# The errors of a damaged archive, in its tar and in a compressed layer.
 _DAMAGE = (tarfile.TarError, OSError, KeyError, EOFError, zlib.error, zstandard.ZstdError)
 _KINDS: dict[bytes, Any] = {
     tarfile.REGTYPE: "file", tarfile.AREGTYPE: "file", tarfile.DIRTYPE: "folder",
@@ -44,7 +44,7 @@ _KINDS: dict[bytes, Any] = {
 
 @contextmanager
 def opened(path: Path) -> Iterator[tarfile.TarFile]:
-    """Open an archive; a compressed one can't be read from the middle, and is refused."""
+    """Open an archive; a compressed one is refused, since it has no random access."""
     try:
         with tarfile.open(path, "r:") as tar:
             yield tar
@@ -64,10 +64,10 @@ def read_archive(
 
     Args:
         path: docker-archive or OCI archive, not compressed itself; its layers may be.
-        say: is told of each layer before it is read.
+        say: called with a line of text before each layer is read.
 
     Raises:
-        AttnimgError: it is no image, or damaged (code "bad-archive").
+        AttnimgError: it is not an image, or is damaged (code "bad-archive").
     """
     layers: list[Layer] = []
     files: list[File] = []
@@ -75,7 +75,7 @@ def read_archive(
         try:
             config, members = _parts(tar)
             history = [made for made in config.get("history", []) if not made.get("empty_layer")]
-        # JSON that is none, or has another form than what is looked up in it.
+        # The JSON is invalid, or has another structure than expected.
         except (ValueError, IndexError, TypeError, AttributeError) as error:
             raise tarfile.ReadError(f"its manifest is damaged: {error}") from error
         for place, member in enumerate(members):
@@ -109,7 +109,7 @@ def stage_of(made: dict[str, Any]) -> str:
 
 
 def zstd_bytes(stream: IO[bytes]) -> int:
-    """Measure a stream compressed with zstd -3, as registries store it."""
+    """Return the size of a stream compressed with zstd -3, as registries store it."""
     squeeze = zstandard.ZstdCompressor(level=3, threads=2).compressobj()
     size = 0
     while chunk := stream.read(_CHUNK):
@@ -187,7 +187,7 @@ def _is_whiteout(path: str) -> bool:
 
 
 def _hidden_by(files: list[File], layer: list[File]) -> Iterator[File]:
-    """Mark the files of earlier layers that a layer replaces or deletes."""
+    """Yield the files of earlier layers, those that a layer replaces or deletes as not visible."""
     gone: set[str] = set()
     replaced: set[str] = set()
     for entry in layer:

@@ -10,7 +10,7 @@ from email.parser import Parser
 
 from recipes.artifact.facts import Distribution, File
 
-# Folders that Python looks into; what setuptools and others bundle in theirs is not installed.
+# Folders that Python searches; packages that setuptools and others bundle are not installed.
 _SITES = ("site-packages", "dist-packages", "")
 _OSI = "License :: OSI Approved :: "
 
@@ -40,7 +40,7 @@ def _distribution(folder: str, texts: dict[str, str]) -> Distribution:
     headers = Parser().parsestr(texts[f"{folder}/METADATA"], headersonly=True)
     site = posixpath.dirname(folder)
     stated = [headers.get("License-Expression"), *_classified(headers.get_all("Classifier") or [])]
-    # A whole licence text may stand in License: its first line names it.
+    # License may have a whole licence text: its first line names the licence.
     stated += [(headers.get("License") or "").strip().partition("\n")[0]]
     named = [text for text in stated if text and text != "UNKNOWN"]
     return Distribution(

@@ -1,4 +1,4 @@
-"""Read what the loader and a GPU would read of one ELF file: names, symbols, machine code."""
+"""Read from an ELF file what the loader and a GPU use: names, symbols, machine code."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _HIDDEN = (1, 2)
 
 
 def read_elf(stream: BinaryIO) -> Elf:
-    """Read one file; what can't be read stands in its `faults`."""
+    """Read one file; what can't be read is in its `faults`."""
     faults: list[str] = []
     try:
         file = ELFFile(stream)
@@ -86,7 +86,7 @@ def _machine(file: ELFFile) -> str:
 def _codes(
     file: ELFFile, stream: BinaryIO, faults: list[str]
 ) -> tuple[frozenset[str], frozenset[str]]:
-    """List the GPU code that a file is or holds: in sections meant for it, and in other data."""
+    """Return the GPU code of a file: in the sections for GPU code, and in other data."""
     machine = _machine(file)
     if machine == "EM_CUDA":
         stream.seek(0)
@@ -124,9 +124,9 @@ def _search(tags: list[tuple[str, Any]]) -> Iterator[str]:
 
 
 def _symbols(file: ELFFile) -> tuple[frozenset[str], tuple[Symbol, ...]]:
-    """Read the dynamic symbols: those it offers, and those it wants.
+    """Return the dynamic symbols: those it defines, and those it needs.
 
-    The table is unpacked at once: pyelftools parses symbol by symbol, minutes for an image.
+    The table is unpacked at once: pyelftools parses single symbols, which takes minutes per image.
     """
     table = file.get_section_by_name(".dynsym")
     if table is None:
@@ -154,7 +154,7 @@ def _symbols(file: ELFFile) -> tuple[frozenset[str], tuple[Symbol, ...]]:
 
 
 def _symbol_versions(file: ELFFile) -> dict[int, str]:
-    """Map a symbol's index to the name of its version, where it has one."""
+    """Return a symbol's index -> the name of its version, for symbols that have one."""
     section = file.get_section_by_name(".gnu.version")
     if section is None:
         return {}
@@ -173,7 +173,7 @@ def _symbol_versions(file: ELFFile) -> dict[int, str]:
 
 
 def _versions_defined(file: ELFFile) -> dict[int, str]:
-    """Map the index of each version that a file defines to its name, without the file's own."""
+    """Return index -> name of each version that a file defines, without the file's own."""
     section = file.get_section_by_name(".gnu.version_d")
     if not isinstance(section, GNUVerDefSection):
         return {}
@@ -188,7 +188,7 @@ def _versions_needed(file: ELFFile) -> dict[str, tuple[str, ...]]:
     section = file.get_section_by_name(".gnu.version_r")
     if not isinstance(section, GNUVerNeedSection):
         return {}
-    # A weak need (flag 2) is only warned of.
+    # The loader only warns of a missing weak version (flag 2).
     return {
         need.name: tuple(v.name for v in versions if not v["vna_flags"] & 2)
         for need, versions in section.iter_versions()

@@ -1,4 +1,4 @@
-"""Turn one entry of a tar, a folder or a wheel into a File: what it is, and what is inside."""
+"""Read one entry of a tar, a folder or a wheel into a File."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from recipes.artifact.secret_forms import secrets_in
 from recipes.artifact.witness import listed
 
 _CHUNK = 1 << 20
-# Files that are larger hold no secret that a person or a tool left there.
+# Larger files are not searched for secrets: no person or tool stores one in them.
 _SECRET_BYTES = 1 << 20
-# Files whose text is kept: what packages say of themselves.
+# Files whose text is kept: the metadata of packages.
 _KEPT = re.compile(r"\.dist-info/(METADATA|RECORD)$")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Entry:
-    """One entry as it is found; `open` gives a seekable stream of a regular file."""
+    """One entry before it is read; `open` returns a seekable stream of a regular file."""
 
     path: str
     bytes: int
@@ -34,7 +34,7 @@ class Entry:
 
 
 def read_entry(entry: Entry, *, layer: int) -> File:
-    """Read an entry once: whether it is machine code, and whether a secret stands in it."""
+    """Read an entry once: whether it is machine code, and whether it has a secret."""
     elf: Elf | None = None
     secrets: tuple[str, ...] = ()
     digest, text = "", ""

@@ -1,4 +1,4 @@
-"""The values that gates judge: the layers, files, machine code and packages of an artifact.
+"""The values that gates check: the layers, files, machine code and packages of an artifact.
 
 Paths are relative to the image's root ("opt/venv/bin/python"); in a wheelhouse without an image,
 to site-packages. Sizes are bytes.
@@ -16,7 +16,7 @@ FileKind = Literal["file", "link", "hardlink", "folder", "device"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Symbol:
-    """A symbol that a file wants from others; `version` is empty where it asks for none."""
+    """A symbol that a file needs from others; `version` is empty if any version will do."""
 
     name: str
     version: str = ""
@@ -31,17 +31,17 @@ class Elf:
 
     Attributes:
         machine: "EM_X86_64", "EM_CUDA", "EM_AMDGPU".
-        soname: the name that others ask for; empty for none.
-        needed: sonames of the libraries it is loaded with.
+        soname: the name by which others need it; empty for none.
+        needed: sonames of the libraries it needs.
         search: folders where they are looked for first; $ORIGIN is its own folder.
-        defines: symbols it offers, each as "name", and as "name@version" where it has one.
+        defines: symbols it defines, each as "name", and as "name@version" where it has one.
         wants: symbols that others must define; weak ones are left out.
-        versions_defined: versions it offers; empty where it has none.
-        versions_needed: soname -> versions it asks of that library.
+        versions_defined: versions it defines; empty for none.
+        versions_needed: soname -> versions it needs of that library.
         codes: GPU machine code inside: "sm_90a", "compute_90" (PTX), "gfx942".
-        sectioned: those of them that stand in the sections that are meant for them.
-        witness: the latter as another program lists them; None where none was asked.
-        faults: what of it could not be read.
+        sectioned: those of them in the sections for GPU code.
+        witness: the latter as cuobjdump lists them; None if it did not list them.
+        faults: parts that could not be read.
     """
 
     machine: str
@@ -65,11 +65,11 @@ class File:
     Attributes:
         layer: index into the artifact's layers.
         mode: permission bits, setuid and sticky ones too.
-        target: where a link or hard link leads, as it stands there.
-        visible: it is what a container sees at this path; else a later layer hides it, though it
+        target: of a symbolic or hard link, as stored.
+        visible: whether a container sees it at this path; if not, a later layer hides it, but it
             is still shipped.
         digest: sha256; empty unless it is an ELF file.
-        secrets: what looks like one inside: "private key".
+        secrets: kinds of secrets that it seems to have: "private key".
         text: of a package's metadata; empty elsewhere.
     """
 
@@ -94,7 +94,7 @@ class Layer:
         name: the stage of the Dockerfile it comes from; a wheel's file name.
         made_by: the command in the image's history; empty for a wheel.
         bytes: of the tar, or of the wheel.
-        zstd_bytes: compressed with zstd -3; None where it was not compressed.
+        zstd_bytes: compressed with zstd -3; None if that was not measured.
     """
 
     name: str
@@ -110,8 +110,8 @@ class Distribution:
     Attributes:
         name: as PEP 503 spells it.
         folder: its dist-info folder.
-        licence: as its metadata state it; empty when they do not.
-        files: paths of the files that it says are its own.
+        licence: as in its metadata; empty if they have none.
+        files: paths of the files that its metadata list.
     """
 
     name: str
@@ -123,17 +123,17 @@ class Distribution:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Artifact:
-    """All that was read of an image, an unpacked folder or a wheelhouse.
+    """Everything that was read of an image, an unpacked folder or a wheelhouse.
 
     Attributes:
-        source: the file or folder that was read, as people name it.
+        source: name of the file or folder that was read.
         files: of all layers, in order.
         distributions: those that a container sees.
         env: variables of the image's configuration.
-        sums: wheel -> whether its hash is that of SHA256SUMS; a wheelhouse alone.
-        manifest: what the wheelhouse says of itself; None elsewhere.
-        below: what a container sees of the image that a wheelhouse is laid over.
-        sbom: package -> version as an SBOM tool found it; None where it was not asked.
+        sums: wheel -> whether its hash is that of SHA256SUMS; for a wheelhouse only.
+        manifest: manifest.json of a wheelhouse; None for others.
+        below: visible files of the image over which a wheelhouse is installed.
+        sbom: package -> version as an SBOM tool found it; None if it was not run.
     """
 
     source: str

@@ -1,18 +1,18 @@
 """List the GPU machine code in a binary: NVIDIA's fat binaries and the offload bundles of HIP.
 
 NVIDIA does not document the container of fat binaries. What is read here was found by compiling
-with nvcc 13.0.88 and comparing with cuobjdump (2026-11-25); tests/gates does so again. A header of
-16 bytes and its entries, each with a header of its own that names the architecture, so that no
-payload is decompressed:
+with nvcc 13.0.88 and comparing with cuobjdump (2026-11-25); tests/gates compares again. A header of
+16 bytes is followed by entries; each has a header with its architecture, so no payload has to be
+decompressed:
 
     header  u32 magic, u16 version, u16 header bytes, u64 bytes of all entries
     entry   u16 kind, u16 version, u32 header bytes, u64 payload bytes, ...
             at 28: u32 architecture (90), at 40: u64 flags
 
-cuobjdump can't take its place. 13.5.37 refuses libbitsandbytes_cuda121.so of bitsandbytes 0.50, 8
-codes, as "Invalid ELF"; it finds no device code in the kernels that CuTe DSL compiles, in triton's
-libcheckpoint.so with its 15 codes, nor in anything of AMD's; and it leaves out the f of sm_100f
-(measured 2026-11-27). witness.py asks it for a second opinion where it can read a file.
+cuobjdump can't replace this module. 13.5.37 refuses libbitsandbytes_cuda121.so of bitsandbytes
+0.50, 8 codes, as "Invalid ELF"; it finds no device code in the kernels that CuTe DSL compiles, in
+triton's libcheckpoint.so with its 15 codes, nor in any file of AMD's; and it leaves out the f of
+sm_100f (measured 2026-11-27). witness.py compares with its list where it can.
 
 HIP's bundle is documented: https://clang.llvm.org/docs/ClangOffloadBundler.html (2026-11-25).
 """
@@ -34,7 +34,7 @@ _SPECIFIC, _FAMILY = 0x100000, 0x200000
 _BUNDLE, _PACKED = b"__CLANG_OFFLOAD_BUNDLE__", b"CCOB"
 _BUNDLES = re.compile(re.escape(_BUNDLE) + b"|" + _PACKED)
 _PLAIN = re.compile(re.escape(_FATBIN))
-# A cubin's own ABI stands where other ELF files name their system.
+# In a cubin, the OS/ABI byte of the ELF header is 0x33 or 0x41.
 _LOOSE = re.compile(re.escape(_FATBIN) + rb"\x01\x00\x10\x00|\x7fELF\x02\x01\x01[\x33\x41]")
 CUDA_MACHINE = 190
 # Set in the flags of sm_90a, up to CUDA 12. Source: EF_CUDA_ACCELERATORS in BinaryFormat/ELF.h of
@@ -43,25 +43,25 @@ _ACCELERATED = 0x800
 # ptxas writes its notes before the code.
 _CUBIN = 1 << 16
 _CHUNK = 1 << 20
-# The table at the start of a bundle; more targets than fit in this have not been seen.
+# Bytes read for the table at the start of a bundle; no larger table has been seen.
 _TABLE = 1 << 16
 
 
 def is_fatbin(start: bytes) -> bool:
-    """Return whether a file's first bytes are a fat binary's."""
+    """Return whether these first bytes of a file are those of a fat binary."""
     return start.startswith(_FATBIN)
 
 
 def fatbin_codes(stream: BinaryIO, *, start: int, size: int) -> frozenset[str]:
-    """List what a section of fat binaries holds: sm_90a machine code, compute_90 PTX, lto_90.
+    """Return the code in a section of fat binaries: sm_90a machine code, compute_90 PTX, lto_90.
 
     Args:
-        stream: of the whole file; it is moved.
-        start: where the section begins.
+        stream: of the whole file; its position changes.
+        start: offset of the section.
         size: its bytes.
 
     Raises:
-        ValueError: it holds no fat binary, or one that ends too early.
+        ValueError: it has no fat binary, or a truncated one.
     """
     codes: set[str] = set()
     place, end = start, start + size
@@ -78,9 +78,9 @@ def fatbin_codes(stream: BinaryIO, *, start: int, size: int) -> frozenset[str]:
 
 
 def loose_codes(stream: BinaryIO, *, start: int, size: int) -> frozenset[str]:
-    """List NVIDIA's machine code among other data: cuFFT, and what CuTe compiles, keep it so.
+    """Return NVIDIA's machine code among other data, as in cuFFT and in kernels of CuTe DSL.
 
-    What looks like it by chance, and can't be read as it, is passed over.
+    Bytes that only look like machine code, and can't be parsed, are skipped.
     """
     codes: set[str] = set()
     place, end = start, start + size
@@ -135,10 +135,10 @@ def _entries(stream: BinaryIO, place: int, end: int) -> Iterator[str]:
 
 
 def bundle_codes(stream: BinaryIO, *, start: int, size: int) -> frozenset[str]:
-    """List the targets of HIP's bundles in a section: gfx942, without xnack and the like.
+    """Return the targets of HIP's bundles in a section: gfx942, without suffixes such as xnack.
 
     Raises:
-        ValueError: it holds no bundle, or one that is not what the documentation says.
+        ValueError: it has no bundle, or one that does not match the documentation.
     """
     codes: set[str] = set()
     place, end = start, start + size
@@ -171,13 +171,13 @@ def _targets(data: bytes) -> Iterator[str]:
 
 
 def _unpacked(stream: BinaryIO, head: bytes, place: int, end: int) -> tuple[bytes, int]:
-    """Decompress the start of a compressed bundle, and give the bytes that the whole takes."""
+    """Return the decompressed start of a compressed bundle, and the bytes of the whole bundle."""
     version, method = struct.unpack_from("<HH", head, 4)
     header = {1: 20, 2: 24, 3: 32}.get(version)
     if header is None or method not in (0, 1):
         raise ValueError(f"a compressed bundle has version {version} and method {method}")
     length = struct.unpack_from("<I" if version == 2 else "<Q", head, 8)[0]
-    # Version 1 does not say where it ends: nothing else was seen beside it in a section.
+    # Version 1 does not store its size: no section was seen that has anything after it.
     length = end - place if version == 1 else length
     stream.seek(place + header)
     try:
@@ -190,7 +190,7 @@ def _unpacked(stream: BinaryIO, head: bytes, place: int, end: int) -> tuple[byte
 
 
 def _find(stream: BinaryIO, wanted: re.Pattern[bytes], place: int, end: int) -> int:
-    """Find the next place of a pattern of at most 24 bytes before `end`; -1 for none."""
+    """Return the next offset of a pattern of at most 24 bytes before `end`; -1 for none."""
     rest = b""
     stream.seek(place)
     while place < end:

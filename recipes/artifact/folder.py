@@ -1,4 +1,4 @@
-"""Read an unpacked image, or a wheelhouse; the wheels are laid over an image where one is given."""
+"""Read an unpacked image, or a wheelhouse as if installed over an image."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ def read_wheels(folder: Path, *, site: str) -> tuple[tuple[Layer, ...], tuple[Fi
 
     Args:
         folder: of *.whl.
-        site: the path of site-packages that they are laid into; empty for none.
+        site: the path of site-packages that they are installed into; empty for none.
 
     Raises:
-        AttnimgError: there is none, or one is no wheel.
+        AttnimgError: there is no wheel, or one is invalid.
     """
     wheels = sorted(folder.glob("*.whl"))
     if not wheels:
@@ -61,7 +61,7 @@ def read_wheels(folder: Path, *, site: str) -> tuple[tuple[Layer, ...], tuple[Fi
 
 
 def read_sums(folder: Path) -> tuple[dict[str, bool], dict[str, object]]:
-    """Compare each file with SHA256SUMS, and read manifest.json; what is absent is empty."""
+    """Compare each file with SHA256SUMS, and read manifest.json; a missing file is empty."""
     sums: dict[str, bool] = {}
     if (folder / _SUMS).is_file():
         for line in (folder / _SUMS).read_text(encoding="utf-8").splitlines():
@@ -128,7 +128,7 @@ def _zipped(archive: zipfile.ZipFile, site: str) -> Iterator[Entry]:
 
 
 def _seekable(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> BinaryIO:
-    """Unpack a member to a temporary file: a member itself can't be read backwards quickly."""
+    """Unpack a member to a temporary file: seeking back in a member is slow."""
     copy = cast(BinaryIO, tempfile.TemporaryFile())  # noqa: SIM115 - whoever asked for it closes it
     with archive.open(member) as stored:
         shutil.copyfileobj(stored, copy, 1 << 20)

@@ -1,7 +1,7 @@
 """Resolve libraries and symbols inside an image as glibc's loader would (ld.so(8)).
 
-scope of a file = what is loaded for all (Python, what torch loads globally)
-                + the file + all that it needs, and what these need
+scope of a file = libraries that are loaded globally (Python's and some of torch's)
+                + the file + the libraries that it needs, and those that they need
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Mapping
 
 from recipes.artifact.facts import Artifact, Elf, Symbol
 
-# What a GPU driver brings, and what its functions are called; an image never holds them.
+# Libraries of a GPU driver, and a pattern of their functions; an image never has them.
 # Source: CUDA 13.0, cuda.h and nvml.h (2026-11-25).
 DRIVER = {"libcuda.so.1": r"cu[A-Z]", "libnvidia-ml.so.1": r"nvml[A-Z]"}
 # Debian's /etc/ld.so.conf.d and the loader's own folders.
@@ -23,15 +23,15 @@ _SYSTEM = (
 _PYTHON = re.compile(r"usr/(local/)?bin/python3\.\d+")
 _TORCH = re.compile(r".*/torch/_C\.[\w.-]*so")
 _GLOBAL = re.compile(r".*/torch/lib/libtorch_global_deps\.so")
-_LINKS = 40  # as the kernel: more of them are a loop
+_LINKS = 40  # as in the Linux kernel: more of them are a loop
 
 
 class View:
-    """The files of an artifact as the loader meets them.
+    """The files of an artifact as the loader sees them.
 
     Args:
         elves: path -> shared library or program of the host.
-        links: path -> where that symbolic link leads.
+        links: path -> target of that symbolic link.
     """
 
     def __init__(self, elves: Mapping[str, Elf], links: Mapping[str, str]) -> None:
@@ -41,7 +41,7 @@ class View:
         for path, elf in elves.items():
             for name in elf.defines:
                 self._definers.setdefault(name, set()).add(path)
-        # soname -> path of what Python and torch have loaded before an extension, and the paths
+        # soname -> path of libraries that Python and torch load before an extension, and the paths
         # whose symbols every file sees.
         self._loaded: dict[str, str] = {}
         self._everywhere: set[str] = set()
@@ -55,7 +55,7 @@ class View:
             self._loaded.setdefault(self.elves[place].soname, place)
         if everywhere:
             self._everywhere |= scope
-        # What was looked up before this was loaded may differ.
+        # Earlier lookups may have another result now.
         self._scopes.clear()
         self._found.clear()
 
@@ -74,7 +74,7 @@ class View:
         return path
 
     def found(self, path: str, soname: str) -> str | None:
-        """Find the library of a name that a file needs; None when it is nowhere."""
+        """Return the path of a library that a file needs; None if it is nowhere."""
         key = (path, soname)
         if key not in self._found:
             self._found[key] = self._find(path, soname)
@@ -97,7 +97,7 @@ class View:
         return None
 
     def scope(self, path: str) -> frozenset[str]:
-        """Return the paths where a file's symbols are looked for, and names of driver libraries."""
+        """Return the paths where a file's symbols are searched, and names of missing libraries."""
         if path not in self._scopes:
             seen, queue = {path}, [path]
             while queue:
@@ -117,7 +117,7 @@ class View:
         return [other for other in self.elves if other != path and path in self.scope(other)]
 
     def defined(self, want: Symbol, scope: frozenset[str]) -> bool:
-        """Return whether a symbol is defined in a scope, in its version where that is asked for."""
+        """Return whether a symbol is defined in a scope, in its version if it has one."""
         plain = self._definers.get(want.name, set())
         if not want.version:
             return not plain.isdisjoint(scope)
@@ -128,7 +128,7 @@ class View:
 
 
 def view_of(artifact: Artifact) -> View:
-    """Lay out an artifact for the loader; start Python and `import torch` in it."""
+    """Return the loader's view of an artifact after Python has run `import torch`."""
     seen = [file for file in (*artifact.below, *artifact.files) if file.visible]
     elves = {file.path: file.elf for file in seen if file.elf and file.elf.machine == "EM_X86_64"}
     links = {f.path: f.target for f in seen if f.kind == "link"}

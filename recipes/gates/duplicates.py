@@ -1,7 +1,7 @@
-"""Refuse one library in two places: it is shipped twice, and two copies of one state disagree.
+"""Refuse a library that is in two places: it is shipped twice, and its global state exists twice.
 
-Two files are one library when their bytes are the same, or when they answer to the same name
-(SONAME), in which case the loader takes whichever is asked for first.
+Two files are the same library if their bytes are equal, or if they have the same SONAME, in which
+case the loader uses the one that is requested first.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from recipes.artifact.facts import Artifact, File
 from recipes.gates import Finding, Gate, Promise
 
 _NAME = "duplicates"
-# Smaller ones cost nothing: empty extension modules are alike.
+# Smaller ones are not checked: empty extension modules have the same bytes.
 _LEAST_BYTES = 20_000
 
 
@@ -31,7 +31,7 @@ def judge(artifact: Artifact, promise: Promise) -> tuple[Finding, ...]:
 
 
 def _groups(files: list[File], key: Callable[[File], str]) -> list[list[File]]:
-    """Return the files that share a key; those without one share nothing."""
+    """Return the groups of files with the same key; files without a key are left out."""
     found: dict[str, list[File]] = {}
     for file in files:
         if value := key(file):

@@ -1,7 +1,7 @@
-"""Refuse files that want a newer C or C++ library than the base image has.
+"""Refuse files that need a newer C or C++ library than the base image has.
 
-They would not load: "version `GLIBC_2.38' not found". The floor of an image is what its own
-libc.so.6 and libstdc++.so.6 define; that of a wheelhouse stands in recipes/bases.toml.
+They would not load: "version `GLIBC_2.38' not found". The limit of an image is the newest version
+that its own libc.so.6 and libstdc++.so.6 define; that of a wheelhouse is in recipes/bases.toml.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ _LIBRARIES = {"GLIBC": "libc.so.6", "GLIBCXX": "libstdc++.so.6"}
 
 
 def unjudged(artifact: Artifact, promise: Promise) -> str:
-    """There must be a floor to stand on."""
+    """Return why there is no limit to compare with; empty if there is one."""
     return (
         "" if _floor(artifact, promise) else f"recipes/bases.toml lacks {promise.plan.image.base}"
     )
 
 
 def judge(artifact: Artifact, promise: Promise) -> tuple[Finding, ...]:
-    """Compare the newest version that each file asks for with the floor."""
+    """Compare the newest version that each file needs with the limit."""
     floor = _floor(artifact, promise)
     faults = []
     for file in artifact.files:
@@ -59,7 +59,7 @@ def newest(names: Iterable[str]) -> dict[str, Version]:
 
 
 def _floor(artifact: Artifact, promise: Promise) -> dict[str, Version]:
-    """Read the image's own libraries, or the recipe's word where there is no image."""
+    """Return the versions of the image's libraries; those of the recipe if there is no image."""
     libraries = {
         family: file
         for family, name in _LIBRARIES.items()

@@ -1,8 +1,8 @@
-"""Refuse what no run reads, in any layer: what a later layer deletes is still shipped.
+"""Refuse files that no run needs, in any layer: a file that a later layer deletes is still shipped.
 
-These are static libraries, caches and logs of package managers, tests of dependencies. Files that
-a later layer replaces or deletes are shipped for nothing from 1 MB on. No program may change who
-runs it: setuid and setgid bits are cleared, because a container runs as anybody.
+These are static libraries, caches and logs of package managers, tests of dependencies, and files of
+1 MB or more that a later layer replaces or deletes. Programs with setuid or setgid bits are refused
+too, because a container may run as any user.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _WASTE = (
 _PATTERNS = tuple((what, re.compile(path), do) for what, path, do in _WASTE)
 _HIDDEN_BYTES = 1_000_000
 _SETID = 0o6000
-# glibc's libpthread.a and others are there to be named alone (bytes).
+# glibc has empty archives such as libpthread.a, which linkers may name (size in bytes).
 _EMPTY_ARCHIVE = 8
 
 

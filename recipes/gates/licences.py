@@ -1,4 +1,4 @@
-"""Refuse a package whose licence nobody can tell.
+"""Refuse a package whose metadata have no licence.
 
 The licences are those that each package states; they are listed in dist/NAME-licences.txt.
 """

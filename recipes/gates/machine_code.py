@@ -1,11 +1,11 @@
 """Refuse GPU machine code that is not what the recipe declares.
 
-A kernel's files hold the architectures of its recipe and no other: a missing one means "no kernel
-image is available" on a promised GPU, an extra one is weight that nothing runs, and PTX hides
-that machine code is missing. torch holds what recipes/torch.toml says. Whatever else has GPU code
-has some that runs on every architecture of the image. Below /opt/attnimg, what was compiled ahead
-of time into a folder sm_90 is the code that its kernel's recipe declares for 9.0, and no other. An
-image for `cpu` has none at all.
+A kernel's files have code for the architectures of its recipe and no other: a missing one means "no
+kernel image is available" on a supported GPU, an extra one is never run, and PTX hides that machine
+code is missing. torch has the architectures of recipes/torch.toml. Any other file with GPU code has
+some for every architecture of the image. Below /opt/attnimg, the kernels that were compiled ahead
+of time into a folder sm_90 have the code that the kernel's recipe declares for 9.0, and no other.
+An image for `cpu` has no GPU code.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _CODE = re.compile(r"(sm|compute|lto)_(\d+)(\d)([af]?)")
 
 
 def judge(artifact: Artifact, promise: Promise) -> tuple[Finding, ...]:
-    """Compare what is in each file with what the plan declares."""
+    """Compare the machine code of each file with the plan."""
     owners = {path: one.name for one in artifact.distributions for path in one.files}
     steps = {step.kernel.name: step for step in promise.plan.steps}
     found: dict[str, list[File]] = {}
@@ -117,10 +117,10 @@ def _code_of(step: Step, arch: str) -> str:
 def _promised(
     path: str, owner: str, archs: tuple[str, ...], codes: frozenset[str]
 ) -> tuple[str, ...]:
-    """Return the architectures that a file should serve and does not.
+    """Return the architectures that a file should support and does not.
 
-    A package serves all of the image's. What belongs to none, kernels that were compiled ahead of
-    time, serves the one of the folder it is in (sm_90), or any.
+    A package supports all of the image's. Kernels that were compiled ahead of time belong to no
+    package, and support the architecture of their folder (sm_90), or any.
     """
     if owner:
         return tuple(arch for arch in archs if not any(runs(arch, code) for code in codes))
@@ -131,7 +131,7 @@ def _promised(
 
 
 def _torch(files: list[File], promise: Promise) -> Iterator[Finding]:
-    """Check torch as a whole: some of its libraries are for some architectures alone."""
+    """Check torch as a whole: some of its libraries are for some architectures only."""
     has = {code for file in files if file.elf for code in file.elf.codes}
     if lacks := set(promise.torch_archs) - has:
         do = "correct `archs` in recipes/torch.toml, or install the build that it describes"
@@ -145,7 +145,7 @@ def _torch(files: list[File], promise: Promise) -> Iterator[Finding]:
 def runs(arch: str, code: str) -> bool:
     """Return whether a device runs a code: the same major and no newer minor; PTX, no newer.
 
-    sm_90a runs on 9.0 alone; sm_100f on 10.x. Source: CUDA C++ Programming Guide 13.0, 5.1.2,
+    sm_90a runs on 9.0 only; sm_100f on 10.x. Source: CUDA C++ Programming Guide 13.0, 5.1.2,
     Feature Set Compiler Targets (2026-11-25).
     """
     here, there = _CODE.fullmatch(arch), _CODE.fullmatch(code)

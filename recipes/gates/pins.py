@@ -1,8 +1,8 @@
-"""Refuse a package whose version is not the locked one, or that nothing locked.
+"""Refuse a package whose version is not the locked one, or that is not in the lock file.
 
 Every package of the image's lock file is installed, once, in that version, and no other package
-is; a trimmed build of a kernel is not that kernel. A wheelhouse has each kernel that its image
-builds, made from this recipe (its key), and the bytes that its SHA256SUMS says.
+is; a small (trimmed) build of a kernel is refused. A wheelhouse has each kernel that its image
+builds, made from this recipe (its key), and its files have the hashes in SHA256SUMS.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from recipes.artifact.facts import Artifact, Distribution
 from recipes.gates import Finding, Gate, Promise
 
 _NAME = "pins"
-# Ours, and what makes a virtual environment; neither is in a lock file.
+# attnimg, and the packages of a new virtual environment; neither is in a lock file.
 _OURS = "attnimg"
-# The label of a small build, which is for trying the way and never published.
+# The local version label of a small build, which is for tests and never published.
 _TRIMMED = "trim"
 _WHOLE = "build the whole wheel, without TRIM=1; a small build is for trying the way"
 
@@ -63,7 +63,7 @@ def _same(found: str, pin: str) -> bool:
 
 
 def _wheelhouse(artifact: Artifact, promise: Promise) -> Iterator[Finding]:
-    """Check a wheelhouse's own sums, ABI and keys."""
+    """Check a wheelhouse's hashes, ABI and keys."""
     again = f"make wheels/{promise.plan.image.name} from this checkout"
     for name, same in artifact.sums.items():
         if not same:

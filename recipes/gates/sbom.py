@@ -1,7 +1,7 @@
-"""Refuse an image in which another program finds other packages than the lock has.
+"""Refuse an image in which syft finds other Python packages than the lock file has.
 
-That program is syft; its list of everything in the image, Debian's packages too, is written to
-dist/NAME-sbom.json in CycloneDX's form.
+syft's list of everything in the image, Debian's packages too, is written to dist/NAME-sbom.json in
+the CycloneDX format.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ _OURS = "attnimg"
 
 
 def unjudged(artifact: Artifact, promise: Promise) -> str:
-    """Needs syft to have looked, and an image."""
+    """Return why there is no list of syft's to compare with; empty if there is one."""
     if artifact.kind == "wheels":
         return "a wheelhouse is no image"
     return "" if artifact.sbom is not None else "syft is not installed: make setup"
 
 
 def judge(artifact: Artifact, promise: Promise) -> tuple[Finding, ...]:
-    """Compare syft's Python packages with the lock, both ways."""
+    """Compare syft's Python packages with the lock file, both ways."""
     found = artifact.sbom or {}
     faults = []
     for name in sorted(set(found) ^ (set(promise.pins) | {_OURS})):

@@ -1,7 +1,7 @@
-"""Refuse what somebody could use to be somebody else, in any layer and in the image's history.
+"""Refuse credentials, in any layer and in the image's history.
 
-Looked for are private keys and tokens by their form, files that hold credentials by their name,
-and build arguments and variables whose name says that their value is secret.
+It finds private keys and tokens by their format, files of credentials by their name, and build
+arguments and environment variables by a name that is usual for a secret value.
 """
 
 from __future__ import annotations

@@ -14,14 +14,14 @@ _NAME = "size"
 
 
 def unjudged(artifact: Artifact, promise: Promise) -> str:
-    """A folder has no layers; a wheelhouse has no budget of its own."""
+    """Return why the size is not known or has no limit; empty if it is and has one."""
     if isinstance(promise.plan.image.size_max_mb, Unresolved):
         return f"size_max_mb is unresolved: {promise.plan.image.size_max_mb.reason}"
     return "" if artifact.kind == "image" else "only an archive has layers: give one with ARCHIVE="
 
 
 def judge(artifact: Artifact, promise: Promise) -> tuple[Finding, ...]:
-    """Add up what the layers take compressed."""
+    """Add up the compressed sizes of the layers."""
     image = promise.plan.image
     stages: dict[str, float] = {}
     for layer in artifact.layers:

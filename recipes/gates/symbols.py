@@ -1,10 +1,10 @@
-"""Refuse libraries that the loader would refuse: the `undefined symbol` that users meet.
+"""Refuse libraries that the loader can't load, which users see as `undefined symbol`.
 
-Every library that a file needs is found as the loader finds it: on its RPATH or RUNPATH, among
-those that Python and `import torch` have loaded already, in the system's folders. Every symbol
-that it wants, in the version that it wants, is defined by one of these. Of the GPU driver, which
-comes with the machine, the names of the libraries and of their functions are known. The plugins of
-Debian's own programs, which those programs load, are not judged.
+Every library that a file needs must be where the loader finds it: on its RPATH or RUNPATH, among
+those that Python and `import torch` have loaded already, or in the system's folders. Every symbol
+that it needs must be defined by one of these, in the version that it needs. The GPU driver comes
+with the machine, so its libraries and functions are recognized by their names. The plugins of
+Debian's own programs, which those programs load, are not checked.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from recipes.artifact.linking import DRIVER, View, view_of
 from recipes.gates import Finding, Gate, Promise
 
 _NAME = "symbols"
-# Read by the gate `floor`, which says more of it.
+# Checked by the gate `floor`, with a better message.
 _FLOOR = re.compile(r"(GLIBC|GLIBCXX|CXXABI)_")
 _SHOWN = 3
 # Debian's own programs and their plugins, except Python's extensions.
@@ -25,7 +25,7 @@ _DEBIAN = re.compile(r"(usr/)?s?bin/|(usr/)?lib(64|exec)?/(?!.*python3)")
 
 
 def unjudged(artifact: Artifact, promise: Promise) -> str:
-    """Symbols can be found only where the libraries are."""
+    """Return why the libraries that define symbols are not there; empty if they are."""
     if any(file.path.endswith("/libc.so.6") for file in (*artifact.files, *artifact.below)):
         return ""
     return "there is no image to look for symbols in: give one with ARCHIVE="
@@ -45,7 +45,7 @@ def judge(artifact: Artifact, promise: Promise) -> tuple[Finding, ...]:
 
 
 def _libraries(path: str, elf: Elf, view: View) -> Iterator[Finding]:
-    """Find needed libraries that are not there, or lack a version that is asked of them."""
+    """Find needed libraries that are missing, or lack a version that is needed."""
     nowhere = [name for name in elf.needed if view.found(path, name) is None]
     if absent := [name for name in nowhere if name not in DRIVER]:
         do = "ship what it needs, or prune this file if nothing loads it"
@@ -66,7 +66,7 @@ def _libraries(path: str, elf: Elf, view: View) -> Iterator[Finding]:
 
 
 def _symbols(path: str, elf: Elf, view: View) -> Iterator[Finding]:
-    """Find symbols that nobody defines where this file, or one that loads it, would look."""
+    """Find symbols that no library of this file, or of one that loads it, defines."""
     lacking = _lacking(elf, view.scope(path), view)
     for user in view.users(path) if lacking else ():
         lacking = [want for want in lacking if want in _lacking(elf, view.scope(user), view)]

@@ -1,4 +1,4 @@
-"""What was really built: records of wheelhouses, and the table of them that the README shows."""
+"""Write the records of the wheelhouses that were built, and the README's table of them."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def record(
 ) -> str:
     """Write the record of a wheelhouse.
 
-    Where a build took its objects from the cache, its times say nothing: those of the earlier
-    record, which compiled them, are kept.
+    If a build took its objects from the cache, its times have no meaning: the times of the earlier
+    record, whose build compiled them, are kept.
 
     Args:
         manifest: its manifest.json: each kernel with its time, jobs and bytes.
@@ -50,10 +50,10 @@ def record(
 
 
 def listed(wheelhouse: Artifact, *, image: str) -> Mapping[str, Any]:
-    """Return the manifest of a wheelhouse that is whole, and that of an image.
+    """Return the manifest of a wheelhouse; check that it is complete and belongs to an image.
 
     Raises:
-        AttnimgError: a wheel is not what its sum says, the manifest is none, or another image's
+        AttnimgError: a wheel has another hash, or the manifest is invalid or another image's
             (code "bad-wheelhouse").
     """
     manifest = wheelhouse.manifest or {}
@@ -79,7 +79,7 @@ def listed(wheelhouse: Artifact, *, image: str) -> Mapping[str, Any]:
 
 
 def _times(kernel: Mapping[str, Any], before: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Return the figures of the build that compiled a kernel's objects, where this one did not."""
+    """Return the figures of the earlier build, if this one reused most objects of a kernel."""
     reused = kernel.get("objects_reused", 0) > kernel.get("objects_compiled", 0)
     same = before is not None and all(before[key] == kernel[key] for key in ("version", "trimmed"))
     if before is None or not reused or not same:
@@ -135,16 +135,16 @@ def _cell(step: Step | None, made: Mapping[str, Any] | None, *, day: str) -> str
 
 
 def with_table(readme: str, text: str, *, begin: str = BEGIN, end: str = END) -> str:
-    """Return the README with a text between two marks.
+    """Return the README with a text between two marker lines.
 
     Args:
         readme: the whole file.
-        text: what is to stand between the marks.
+        text: the new text between the markers.
         begin: the line before it.
-        end: what stands behind it.
+        end: the line after it.
 
     Raises:
-        AttnimgError: it has no such marks (code "no-marks").
+        AttnimgError: it has no such markers (code "no-marks").
     """
     head, found_begin, rest = readme.partition(begin)
     _, found_end, tail = rest.partition(end)

@@ -1,7 +1,7 @@
 """Write what `attnimg explain` chooses for every GPU that has a name, and what it refuses.
 
-docs/choices.md is for people; tests/unit/golden/choices.json has every reason too, so that a change
-of a backend's needs shows whose choice it changes.
+docs/choices.md has the choices; tests/unit/golden/choices.json also has every reason, so that a
+test shows which choices a change of a backend's needs changes.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ class Choice:
 
     Attributes:
         name: the model's, as in recipes/models.toml.
-        refusals: what stops training all the same.
-        memory: what the choice takes quadratic in the row; None for nothing.
+        refusals: why training is refused anyway.
+        memory: of the choice, if it is quadratic in the length of the row; else None.
     """
 
     gpu: Gpu
@@ -77,7 +77,7 @@ def choices(images: Mapping[str, ImageFacts]) -> list[Choice]:
 
 
 def choices_on(gpu: Gpu, image: ImageFacts | None) -> list[Choice]:
-    """Choose for one GPU in one image, for every model; without an image all is assumed."""
+    """Choose for one GPU and every model; without an image, all packages are assumed."""
     machine = machine_with(image, gpu.arch, gpu.label)
     return [
         _choice(name, model, gpu=gpu, image=image, machine=machine)
@@ -127,12 +127,12 @@ def _choice(
 
 
 def choices_json(found: Iterable[Choice], images: Mapping[str, ImageFacts]) -> str:
-    """Write every choice with the codes against each other backend, one model a line.
+    """Return every choice with the reason codes of each other backend, one model per line.
 
     GPUs of one architecture, which have the same choices, share a block; those whose machines have
-    another CPU than amd64 have one of their own, "sm_90 arm64". Under "images" stands every image:
-    "wrong-image" where it does not run on the GPU, else the models for which it chooses or refuses
-    otherwise than the GPU's own image does.
+    another CPU than amd64 have one of their own, "sm_90 arm64". "images" has every image:
+    "wrong-image" if it does not run on the GPU, else the models whose choice or refusal differs
+    from that in the GPU's own image.
     """
     lines: dict[str, dict[str, str]] = {}
     heads: dict[str, dict[str, Any]] = {}
@@ -163,7 +163,7 @@ def choices_json(found: Iterable[Choice], images: Mapping[str, ImageFacts]) -> s
 
 
 def _line(choice: Choice) -> str:
-    """Write what a choice takes, and the codes against all that it does not."""
+    """Return the backends that a choice takes, and the reason codes of all others."""
     refused = {
         verdict.backend.name: [reason.code for reason in verdict.reasons]
         for verdict in choice.plan.verdicts
@@ -176,7 +176,7 @@ def _line(choice: Choice) -> str:
 
 
 def _cell(gpu: Gpu, image: ImageFacts, *, own: Mapping[str, str]) -> str:
-    """Write what an image changes for a GPU, compared with the lines of its own one."""
+    """Return the choices for a GPU that differ in an image from those in the GPU's own image."""
     if not runs_on(image, gpu.arch, cpu=gpu.cpu):
         return '"wrong-image"'
     lines = {choice.name: _line(choice) for choice in choices_on(gpu, image)}

@@ -1,4 +1,4 @@
-"""What ran on a GPU: the records of tests/gpu/day.py, and the pages that show them."""
+"""Read the records of GPU runs that tests/gpu/day.py wrote, and write the pages of them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ BEGIN = "<!-- gpu runs: `make render` writes what follows -->\n"
 END = "<!-- gpu runs: end -->"
 NONE = "No run on a GPU is recorded yet.\n"
 
-# Whose losses the others are compared with: the first of these that was trained in the same run.
+# The reference for losses: the first of these backends that was trained in the same run.
 REFERENCES = ("sdpa", "eager", "sdpa_math")
 
 Record = Mapping[str, Any]
@@ -54,10 +54,10 @@ def read_runs(root: Path) -> dict[str, list[Record]]:
 
 @dataclass(frozen=True, kw_only=True)
 class Notes:
-    """What was written by hand of a run.
+    """Notes on a run, written by hand.
 
     Attributes:
-        was: its name on its machine, by which another run's `known` names it.
+        was: its name on its machine, which another run's `known` may have.
         notes: sentences for its section.
     """
 
@@ -186,7 +186,7 @@ def _day(records: Sequence[Record]) -> str:
 
 
 def _summary(name: str, records: Sequence[Record], names: Mapping[str, str]) -> str:
-    """Return in sentences how the run went; `names` are of runs by what they were called there."""
+    """Return sentences on how the run went; `names` maps the GPU machine's run names to ours."""
     start, units = _start(records), [r for r in records if "unit" in r]
     counts = {
         state: sum(1 for r in units if r["state"] == state)
@@ -274,7 +274,7 @@ def _proofs(records: Sequence[Record]) -> str:
 
 
 def _package(record: Record) -> str:
-    """Return the version of the package that a backend's kernel is of."""
+    """Return the packages of a backend's kernel, with versions."""
     backend = backend_named(record["backend"])
     packages = backend.needs.packages if backend else ()
     versions = record["values"]["versions"]
@@ -284,7 +284,7 @@ def _package(record: Record) -> str:
 
 
 def _nearest(figures: Sequence[Mapping[str, Any]]) -> str:
-    """Return the figure that comes closest to what is allowed."""
+    """Return the figure that is closest to its limit."""
     bounded = [f for f in figures if f["allowed"] and f["error"] is not None]
     if not bounded:
         return "-"
@@ -330,7 +330,7 @@ def _training(records: Sequence[Record]) -> str:
 
 
 def _difference(record: Record, trained: Sequence[Record]) -> str:
-    """Compare the losses of a record with those of the reference on the same model."""
+    """Return the largest difference of a record's losses from those of the reference."""
     shape = record["values"]["shape"]
     losses = {
         r["backend"]: r["values"]["losses"]
@@ -347,7 +347,7 @@ def _difference(record: Record, trained: Sequence[Record]) -> str:
 
 
 def _times(records: Sequence[Record]) -> str:
-    """Write a row for each call and a column for each backend, the fastest of a row in bold."""
+    """Return a row for each call and a column for each backend, the fastest of a row in bold."""
     calls: dict[tuple[int, int, int, str], dict[str, Mapping[str, Any]]] = {}
     for r in records:
         if r["kind"] == "timing" and "values" in r:
@@ -438,5 +438,5 @@ def _gib(memory: int | None) -> str:
 
 
 def _cell(text: object) -> str:
-    """Return a text that a table's cell can hold."""
+    """Return a text as one line that fits into a table's cell."""
     return " ".join(str(text).split()).replace("|", "/")

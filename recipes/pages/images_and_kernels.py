@@ -1,4 +1,4 @@
-"""Write what people read: docs/images.md, kernels.md, support.md and gates.md."""
+"""Write docs/images.md, kernels.md, support.md, gates.md and fa4-models.md."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _IMAGE_HEAD = ("Tag", "GPUs", "Machine code", "torch", "CUDA", "Driver", "Kernel
 
 
 def images_page(plans: tuple[Plan, ...]) -> str:
-    """Write one row an image, one a GPU that has a name, and what is open in each image."""
+    """Write one row per image, one per GPU with a name, and the unresolved values of images."""
     open_values: dict[str, list[str]] = {}
     for plan in plans:
         for key, reason in plan.unresolved.items():
@@ -52,7 +52,7 @@ def _image_row(plan: Plan) -> tuple[str, ...]:
 
 
 def _gpu_rows(plans: tuple[Plan, ...]) -> list[tuple[str, ...]]:
-    """Find the stable image of every GPU of the catalogue."""
+    """Return the stable image of every GPU of the catalogue."""
     images = {
         device(arch): plan.image
         for plan in plans
@@ -70,7 +70,7 @@ def _gpu_rows(plans: tuple[Plan, ...]) -> list[tuple[str, ...]]:
 
 
 def support_page(plans: tuple[Plan, ...]) -> str:
-    """Write one row a backend, one column an image: where it runs, and whether it can train."""
+    """Write a row per backend and a column per image: where it runs, and whether it can train."""
     stable = [plan for plan in plans if plan.image.channel == "stable"]
     rows = [
         (_name(backend), *(_cell(backend, plan) for plan in stable)) for backend in all_backends()
@@ -85,7 +85,7 @@ def support_page(plans: tuple[Plan, ...]) -> str:
 
 
 def gates_page(docs: Mapping[str, str], allowances: Iterable[Allowance]) -> str:
-    """Write what each gate refuses, in its own words, and what is allowed nevertheless."""
+    """Write the description of each gate, and the findings that are accepted."""
     parts = [
         f"<!-- {NOTICE} -->\n\n# Gates\n\n"
         "A finished image or wheelhouse is read and judged before it is published: without a GPU,\n"
@@ -108,7 +108,7 @@ def _name(backend: Backend) -> str:
 
 
 def _cell(backend: Backend, plan: Plan) -> str:
-    """Return what a backend does in an image: its packages are there and its needs are met."""
+    """Return whether a backend trains (T) or only infers (I) in an image, or neither (-)."""
     there = {step.kernel.name: step for step in plan.steps}
     archs = []
     for arch in plan.image.archs:
@@ -126,7 +126,7 @@ def _cell(backend: Backend, plan: Plan) -> str:
 
 
 def table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
-    """Write a table in Markdown."""
+    """Return a table in Markdown."""
     lines = [head, tuple("---" for _ in head), *rows]
     return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
 
@@ -182,7 +182,7 @@ def _words(model: TrainedModel) -> str:
 
 
 def kernels_page(kernels: Iterable[Kernel]) -> str:
-    """Write a section a kernel: its source, what is changed in it and why, its small build."""
+    """Write a section per kernel: its source, the changes to it and why, its small build."""
     return (
         f"<!-- {NOTICE} -->\n\n# Kernels\n\n"
         "What each kernel package is built from, and what is changed in its source first. `make\n"

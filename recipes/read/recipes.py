@@ -37,8 +37,8 @@ def read_recipes(root: Path) -> Recipes:
         root: the folder that holds recipes/ and pyproject.toml.
 
     Raises:
-        AttnimgError: a file is no TOML, or has an unknown key or a value that is not one; or
-            there is no folder recipes/.
+        AttnimgError: a file is not TOML, or has an unknown key or an invalid value; or there is no
+            folder recipes/.
     """
     folder = root / "recipes"
     if not folder.is_dir():
@@ -135,7 +135,7 @@ def _toml(where: str, text: str) -> dict[str, Any]:
 
 
 def _unresolved(values: Any) -> Any:
-    """Replace each {unresolved = "reason"} by the fact of that name."""
+    """Replace each {unresolved = "reason"} by an Unresolved."""
     if isinstance(values, dict):
         if set(values) == {"unresolved"} and isinstance(values["unresolved"], str):
             return Unresolved(values["unresolved"])
@@ -144,7 +144,7 @@ def _unresolved(values: Any) -> Any:
 
 
 def _facts(where: str, kind: type[_Fact], values: Mapping[str, Any]) -> _Fact:
-    """Build a dataclass from a table; everything that does not fit is refused at once."""
+    """Build a dataclass from a table; raise all errors of the table together."""
     known = [item.name for item in fields(kind)]  # type: ignore[arg-type]  # all are dataclasses
     try:
         return TypeAdapter(kind).validate_python(values)
@@ -154,7 +154,7 @@ def _facts(where: str, kind: type[_Fact], values: Mapping[str, Any]) -> _Fact:
 
 
 def _computed(values: Mapping[str, Any], *keys: str) -> Iterator[str]:
-    """Find keys that a fact has and its file does not: their values come from elsewhere."""
+    """Yield keys that a file may not set, since their values come from elsewhere."""
     yield from (f"{key}: unknown key" for key in keys if key in values)
 
 

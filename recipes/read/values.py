@@ -1,4 +1,4 @@
-"""Check the values of one recipe by themselves: hashes, sources, bounds, names of architectures."""
+"""Check the values of one recipe: hashes, sources, bounds, names of architectures."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def kernel_faults(kernel: Kernel) -> Iterator[str]:
 
 
 def _ahead_of_time_faults(kernel: Kernel) -> Iterator[str]:
-    """Check what is compiled when an image is built: every architecture has its target."""
+    """Check the kernels to compile when an image is built: each architecture has a target."""
     asked = kernel.ahead_of_time
     if asked is None:
         return

@@ -1,11 +1,11 @@
-"""Write the bake file: for each image a target, one for each of its kernels, and what joins them.
+"""Write the bake file: targets for each image, its kernels, and the stages between them.
 
     NAME_KERNEL, one each -> NAME_wheels -> NAME_wheelhouse -> NAME
     NAME_KERNEL -> NAME_fa4-kernels -> NAME           [ahead_of_time] in the kernel's recipe
     NAME_wheelhouse -> NAME_triton-kernels -> NAME    [triton] in the kernel's recipe
 
-An arrow is a named context: BuildKit builds what stands left of it first, and again only when what
-that reads has changed. NAME_common has the arguments of all of them.
+An arrow is a named context: BuildKit builds the target on its left first, and builds it again only
+if its inputs have changed. NAME_common has the arguments of all of them.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 from recipes.facts import Plan, Step, Unresolved
 from recipes.files import NOTICE
 
-# What a Triton kernel is launched through is compiled where it runs.
+# gcc, since Triton compiles the launcher of a kernel on the machine where it runs.
 _APT = {
     "cpu": "tini",
     "cuda": "tini gcc libc6-dev libpython3-dev",
@@ -67,7 +67,7 @@ def bake_file(plans: tuple[Plan, ...]) -> str:
 
 
 def _targets(plan: Plan) -> dict[str, dict[str, Any]]:
-    """Return the targets of one image, as the module's docstring draws them."""
+    """Return the targets of one image, as shown in the module's docstring."""
     image, common = plan.image, f"{plan.image.name}_common"
     built = [step for step in plan.steps if step.kernel.form != "wheel"]
     targets: dict[str, dict[str, Any]] = {
@@ -84,7 +84,7 @@ def _targets(plan: Plan) -> dict[str, dict[str, Any]]:
     }
 
     def add(name: str, stage: str, contexts: dict[str, str], **rest: Any) -> str:
-        """Add the target NAME_name, built from contexts; return how others name it as theirs."""
+        """Add the target NAME_name; return the context by which other targets use it."""
         target = {"inherits": [common], "target": stage, "contexts": contexts, **rest}
         targets[f"{image.name}_{name}"] = target
         return f"target:{image.name}_{name}"
@@ -93,7 +93,7 @@ def _targets(plan: Plan) -> dict[str, dict[str, Any]]:
     wheels: dict[str, str] = {}
     for step in built:
         name = step.kernel.name
-        # What has no machine code needs no compiler.
+        # A kernel package without machine code needs no compiler.
         args = {"KERNEL": name, "BUILDER": "toolchain" if step.codes else "packaging"}
         wheels[name] = add(name, "kernel", _source(step), args=args)
         if step.kernel.ahead_of_time:
@@ -126,7 +126,7 @@ def _source(step: Step) -> dict[str, str]:
     contexts = {}
     if step.kernel.form == "git" and step.prebuilt is None:
         repository, _, commit = step.kernel.source.partition("@")
-        # BuildKit fetches submodules with it.
+        # BuildKit fetches submodules too.
         contexts["source"] = f"https://github.com/{repository}.git#{commit}"
     if step.kernel.patches:
         contexts["patches"] = f"recipes/patches/{step.kernel.name}"

@@ -12,7 +12,7 @@ from recipes.solve.rules import device
 
 
 def catalogue(plans: tuple[Plan, ...], *, stack: Mapping[str, str]) -> str:
-    """Write every image: architectures, driver floor, packages, kernels with their hashes.
+    """Return every image: architectures, oldest driver, packages, kernels with their hashes.
 
     Args:
         plans: in the order of the file.

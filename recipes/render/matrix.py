@@ -13,8 +13,9 @@ from recipes.solve.rules import device
 def matrix(plans: tuple[Plan, ...], *, build_runner: str, gpu_runners: Mapping[str, str]) -> str:
     """Write .github/matrix.json.
 
-    `images` has one entry an image and platform; `publish` is false while a value is unresolved.
-    `gpu` has one entry an image and architecture; a null runner is a skip to be recorded.
+    `images` has one entry per image and platform; `publish` is false while a value is unresolved.
+    `gpu` has one entry per image and architecture; with a null runner the suite is skipped, and
+    the skip is recorded.
     """
     images = [
         {

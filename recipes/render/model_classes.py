@@ -1,4 +1,4 @@
-"""Write down the causal language models of the installed transformers, and what they don't take."""
+"""List the causal language models of the installed transformers, and what they don't support."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TEXT_TRAINED = (
 
 
 def model_classes() -> dict[str, ModelClass | None]:
-    """Return what each model type does not take; None for one that takes everything."""
+    """Return what each model type does not support; None for a type that supports everything."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -38,7 +38,7 @@ def classes_toml(found: dict[str, ModelClass | None], *, transformers: str) -> s
     """Write the types that refuse something.
 
     Args:
-        found: what model_classes gives.
+        found: what model_classes returns.
         transformers: its version.
     """
     texts = [
@@ -60,7 +60,7 @@ def classes_toml(found: dict[str, ModelClass | None], *, transformers: str) -> s
 
 
 def causal_types() -> CausalTypes:
-    """Read off the mappings of transformers which model types are causal language models."""
+    """Return the causal language models, as in the mappings of transformers."""
     from transformers.models.auto import modeling_auto as auto
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -95,7 +95,7 @@ def causal_toml(found: CausalTypes, *, transformers: str) -> str:
     """Write the causal language models.
 
     Args:
-        found: what causal_types gives.
+        found: what causal_types returns.
         transformers: its version.
     """
     lines = [

@@ -1,4 +1,4 @@
-"""Write what the Dockerfile mounts for one image: docker/images/NAME/ and its constraints."""
+"""Write the files that the Dockerfile mounts for one image: docker/images/NAME/, constraints."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def mounted_files(plan: Plan, *, lock: str) -> dict[str, str]:
     """Return the files of one image: path -> text.
 
     Args:
-        plan: the image's.
+        plan: of the image.
         lock: the text of requirements/images/IMAGE.txt.
     """
     name = plan.image.name
@@ -57,7 +57,7 @@ def kernel_build(step: Step) -> dict[str, Any]:
 
 
 def constraints(plan: Plan, *, lock: str) -> str:
-    """Return an image's /etc/pip/constraint.txt: every version, which pip may not replace."""
+    """Return an image's /etc/pip/constraint.txt: the versions that pip may not replace."""
     versions = pins(plan, lock=lock)
     lines = (f"{name}=={versions[name]}" for name in sorted(versions))
     return "\n".join([f"# {NOTICE}", *lines]) + "\n"

@@ -1,4 +1,4 @@
-"""Write docker/images/IMAGE/*_kernels.json: what is compiled ahead of time, for precompiled/."""
+"""Write docker/images/IMAGE/*_kernels.json: which kernels docker/precompiled compiles."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def kernel_sets(plans: tuple[Plan, ...]) -> dict[str, str]:
 
 
 def covered(model: TrainedModel, arch: str, *, backend: str) -> str:
-    """Return which layers of a model have their kernels on an architecture: "yes", "-", some."""
+    """Return whether all ("yes"), no ("-") or which layers of a model have kernels."""
     fits = {group.window: not _against(backend, group, arch) for group in _groups(model)}
     if len(set(fits.values())) == 1:
         return "yes" if all(fits.values()) else "-"
@@ -66,7 +66,7 @@ def _against(name: str, group: LayerGroup, arch: str) -> str:
 
 
 def _shape(group: LayerGroup) -> dict[str, Any]:
-    """Return what of a layer enters a kernel; docker/precompiled/fa4/kernel_set.py explains it.
+    """Return what a layer's kernel depends on; docker/precompiled/fa4/kernel_set.py explains it.
 
     Source: compile_key in flash_attn/cute/interface.py of flash-attn-4 4.0.0b36 (2026-11-26).
     """

@@ -1,1 +1,1 @@
-"""Turn an image's facts into a plan; resolve its packages and fetch the sources of its kernels."""
+"""Turn an image's recipe into a plan; resolve its packages and fetch its kernels' sources."""

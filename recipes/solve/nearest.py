@@ -12,8 +12,8 @@ from packaging.version import InvalidVersion, Version
 from recipes.facts import Choice, Image, Recipes
 from recipes.solve.rules import reasons_against
 
-# What a change costs its owner: another torch is nearer than a kernel less, and an added kernel
-# nearer than either; a promise to a GPU is given up last.
+# The cost of each kind of change, for the order of candidates: adding a kernel is the smallest
+# change, then another torch; removing a GPU architecture is the largest.
 _ADD, _TORCH, _DROP, _NARROW, _ARCH = 1, 2, 4, 3, 8
 
 
@@ -66,7 +66,7 @@ def _before(version: str, other: str) -> bool:
 def _kernel_sets(
     image: Image, recipes: Recipes
 ) -> Iterator[tuple[int, list[str], tuple[Choice, ...]]]:
-    """Yield the kernels, some fewer, and some more where others need them."""
+    """Yield the kernels with up to three removed, and with those added that others need."""
     names = [choice.name for choice in image.kernels]
     needed = {
         n.kernel for name in names if name in recipes.kernels for n in recipes.kernels[name].needs
@@ -84,7 +84,7 @@ def _kernel_sets(
 def _narrowed(
     image: Image, recipes: Recipes
 ) -> Iterator[tuple[int, list[str], tuple[Choice, ...]]]:
-    """Yield each kernel with only the architectures that it has."""
+    """Yield the kernels with one of them limited to the architectures that it supports."""
     for place, choice in enumerate(image.kernels):
         has = recipes.kernels[choice.name].archs if choice.name in recipes.kernels else {}
         archs = tuple(arch for arch in image.archs if arch in has)

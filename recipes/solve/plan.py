@@ -1,4 +1,4 @@
-"""Turn an image's facts into a whole plan, or refuse with every reason and what is nearest."""
+"""Turn an image's recipe into a plan, or raise every reason and the nearest image that works."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def solve_all(recipes: Recipes) -> tuple[Plan, ...]:
 
     Raises:
         AttnimgError: as solve, for the first one that can't be built; or images differ in their
-            base, which is one context for all of them.
+            base image, which is one build context for all.
     """
     if len(bases := {image.base for image in recipes.images.values()}) > 1:
         raise AttnimgError(
@@ -66,7 +66,7 @@ def solve_all(recipes: Recipes) -> tuple[Plan, ...]:
 
 
 def refuse_unresolved(plan: Plan) -> None:
-    """Refuse to publish a plan with open values.
+    """Raise if a plan has unresolved values, which must not be published.
 
     Raises:
         AttnimgError: a value is unresolved (code "unresolved").
@@ -83,10 +83,10 @@ def refuse_unresolved(plan: Plan) -> None:
 def cache_key(
     kernel: Kernel, archs: tuple[str, ...], *, abi: str, env: Mapping[str, str] | None = None
 ) -> str:
-    """Return the key of a kernel's wheel: the hash of what goes into its build, and of no more.
+    """Return the key of a kernel's wheel: the hash of all inputs of its build, and of nothing else.
 
-    A reason in other words, an architecture that another image adds, the small build: none of
-    these may cost hours of compiling.
+    A change of a reason's text, of another image's architectures or of the small build must not
+    cause hours of compiling.
 
     Args:
         kernel: its recipe.
@@ -135,7 +135,7 @@ def _step(image: Image, choice: Choice, recipes: Recipes, *, abi: str) -> Step:
 
 
 def _fitting(kernel: Kernel, codes: tuple[str, ...], *, abi: str) -> Prebuilt | None:
-    """Find a public wheel with just this machine code, for this torch, CUDA and Python."""
+    """Return a public wheel with exactly this machine code, torch, CUDA and Python; or None."""
     for wheel in kernel.prebuilt:
         if set(wheel.codes) == set(codes) and wheel.abi in ("", abi):
             return wheel
@@ -148,7 +148,7 @@ def _once(texts: Iterable[str]) -> tuple[str, ...]:
 
 
 def _ordered(image: Image, recipes: Recipes) -> list[Choice]:
-    """Order kernels so that each comes after those it needs and those whose files it owns."""
+    """Return the kernels, each after those it needs and those whose files it owns."""
     choices = {choice.name: choice for choice in image.kernels}
     graph: dict[str, set[str]] = {name: set() for name in sorted(choices)}
     for name in choices:
@@ -185,7 +185,7 @@ def _lock(image: Image, flavour: str) -> str:
 
 
 def _unresolved(image: Image, steps: tuple[Step, ...], **computed: object) -> dict[str, str]:
-    """Return each open value of an image, of its kernels and of what is computed: key -> reason."""
+    """Return the unresolved values of an image, its kernels and `computed`: key -> reason."""
     values: dict[str, object] = {item.name: getattr(image, item.name) for item in fields(image)}
     found = {f"images/{image.name}: {key}": value for key, value in (values | computed).items()}
     found |= {f"kernels/{step.kernel.name}: sha256": step.kernel.sha256 for step in steps}

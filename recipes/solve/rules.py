@@ -1,6 +1,6 @@
-"""Find everything that is wrong with an image, each reason with what was found and needed.
+"""Find all reasons why an image can't be built, each with what was found and needed.
 
-A bound on a value that is still unresolved is not judged: publishing refuses such an image anyway.
+A bound on an unresolved value is not checked: publishing refuses such an image anyway.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def _platform(image: Image, recipes: Recipes) -> Iterator[Reason]:
 
 
 def toolkit_of(image: Image, recipes: Recipes) -> str | None:
-    """Return the CUDA release of an image's torch; None where that is not known, or not CUDA."""
+    """Return the CUDA release of an image's torch; None if that is not known, or not CUDA."""
     torch = recipes.torch.get(str(image.torch)) if image.accelerator == "cuda" else None
     return torch.toolkit if torch else None
 
@@ -114,7 +114,7 @@ def _runs(arch: str, codes: tuple[str, ...]) -> bool:
 
 
 def _unserved(image: Image) -> Iterator[Reason]:
-    """Find promised architectures that no kernel of the image serves."""
+    """Yield the image's architectures that no kernel of it supports."""
     if image.accelerator == "cpu":
         return
     for arch in image.archs:
@@ -133,7 +133,7 @@ def reasons_against_kernel(image: Image, choice: Choice, recipes: Recipes) -> It
 
 
 def served(image: Image, choice: Choice) -> tuple[str, ...]:
-    """Return the architectures that a kernel has to serve in an image."""
+    """Return the architectures that a kernel has to support in an image."""
     return choice.archs or image.archs
 
 
@@ -158,7 +158,7 @@ def _versions(image: Image, kernel: Kernel, recipes: Recipes) -> Iterator[Reason
         text = f"{label} needs torch {kernel.torch}; found {image.torch}"
         yield Reason(code="kernel-torch", text=text)
     torch = recipes.torch.get(image.torch)
-    # Stable-ABI headers do not include those that ask for a newer C++.
+    # The headers of the stable ABI do not include those that need a newer C++ standard.
     if torch and kernel.abi == "torch" and (kernel.cxx_standard or 0) < torch.cxx_standard:
         text = (
             f"torch {image.torch}'s headers need C++{torch.cxx_standard}; "
@@ -184,7 +184,7 @@ def _archs(image: Image, kernel: Kernel, choice: Choice) -> Iterator[Reason]:
 
 
 def _backends(image: Image, kernel: Kernel, choice: Choice) -> Iterator[Reason]:
-    """Refuse a kernel whose backend can't run where the image promises it."""
+    """Check that a kernel's backend can run on the architectures for which it is built."""
     for name in kernel.backends:
         backend = backend_named(name)
         if backend is None:

@@ -1,6 +1,6 @@
 """Fetch the git trees that an image's kernels are built from, as their recipes pin them.
 
-A commit names its content, so that any clone will do: one on this disk, or a fetch from GitHub.
+A commit is a hash of its content, so any clone can be used: one on this disk, or GitHub's.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from pathlib import Path
 from attnimg.errors import AttnimgError
 from recipes.facts import Kernel, Plan
 
-# Where docker/build.py looks: one folder KERNEL-source-COMMIT each.
+# docker/build.py uses the folders KERNEL-source-COMMIT in it.
 FOLDER = Path("build/sources")
 
 
 def have_sources(plan: Plan, *, root: Path, clones: Path | None) -> Iterator[Path]:
-    """Write the tree of each kernel that is built from git; those that are there are left alone.
+    """Write the tree of each kernel that is built from git; existing trees are kept.
 
     Args:
-        plan: the image's.
+        plan: of the image.
         root: the checkout; trees go to FOLDER in it.
         clones: a folder with git repositories at any depth up to three, searched by commit; None
             to fetch from GitHub.

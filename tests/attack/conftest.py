@@ -1,4 +1,4 @@
-"""What the attacks share: the process that runs commands, a model with data, and the summary."""
+"""Fixtures of the attacks: the process that runs commands, a model with data, the summary."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import yaml
 from attacked import Attnimg, Outcome, put_inputs
 from generated import SECONDS
 
-# A class stops itself after its time or its cases. Before it, libraries are loaded and a right run
-# trains, which takes minutes on a busy machine: a limit that it exceeds prints no result.
+# Each class of attacks stops by itself after its time or its cases. Before that, libraries are
+# loaded and a correct run trains, which takes minutes on a busy machine. A timeout has no result.
 SETUP_S = 600
 
 
@@ -43,7 +43,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def right(attnimg: Attnimg, home: Path) -> dict[str, Any]:
-    """The config of a short run that is right; it has run, so that its proofs are kept."""
+    """The config of a short, correct run; it has run once, so that its proofs are stored."""
     keys = {
         "base_model": "model",
         "datasets": [{"path": "data.jsonl", "type": "completion"}],
@@ -79,7 +79,7 @@ def train(
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
-    """Print tried and held by class; the reports come from all of xdist's processes."""
+    """Print the cases tried and passed per class, from the reports of all xdist processes."""
     reports = [
         report for kind in ("passed", "failed") for report in terminalreporter.getreports(kind)
     ]

@@ -36,7 +36,7 @@ def plan_of(image: str) -> Plan:
 
 @pytest.fixture(scope="session")
 def judge() -> Judge:
-    """Judge an image by one gate, held to a recipe: judge(gate, recipe, archive)."""
+    """Check an image by one gate, against a recipe: judge(gate, recipe, archive)."""
     recipes = read_recipes(ROOT)
 
     def ask(gate: str, image: str, given: Path | Artifact) -> tuple[Finding, ...]:

@@ -1,8 +1,8 @@
-"""Tests of a built image, named by the variable IMAGE; they run it with the engine that is here.
+"""Tests of a built image, named by the variable IMAGE; they run it with this machine's Docker.
 
     IMAGE=attnimg:cpu pytest tests/image        make test/cpu
 
-The folder inside/ travels in the image: `attnimg selftest` runs it there, not this run.
+The folder inside/ is part of the image: `attnimg selftest` runs it there, not this run.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-# No user of this machine or of the image, so that whatever needs an entry in /etc/passwd shows.
+# No user of this machine or of the image, so that code that needs an entry in /etc/passwd fails.
 UID, GID = 4321, 4399
 
 collect_ignore = ["inside"]
@@ -62,7 +62,7 @@ def workspace(tmp_path: Path, untrained: Path) -> Path:
 
 
 def make_workspace(folder: Path, untrained: Path) -> Path:
-    """Make such a folder, and return it."""
+    """Write the folder of the fixture `workspace`, and return it."""
     shutil.copytree(ROOT / "examples", folder / "examples")
     shutil.copytree(untrained, folder / "outputs" / "demo" / "untrained")
     for path in [folder, *folder.rglob("*")]:
@@ -71,13 +71,13 @@ def make_workspace(folder: Path, untrained: Path) -> Path:
 
 
 def faults(told: str) -> list[str]:
-    """Give what `attnimg doctor` fails, but for the GPU that this run shows to no image."""
+    """Return the failures of `attnimg doctor`, except that no GPU is visible in this run."""
     lines = [line.strip() for line in told.splitlines()]
     return [line for line in lines if line.startswith("FAIL") and "no GPU is visible" not in line]
 
 
 def mounted(workspace: Path) -> tuple[str, ...]:
-    """Give the options of a run as user UID on that folder, without network."""
+    """Return the options of a run as user UID on that folder, without network."""
     return (
         "--network=none",
         f"--user={UID}:{GID}",

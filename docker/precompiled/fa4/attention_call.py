@@ -1,4 +1,4 @@
-"""Call FlashAttention-4 as a training run does: with tensors that have a shape and no content.
+"""Call FlashAttention-4 as a training run does: with tensors that have a shape and no data.
 
 Under torch's fake tensors it compiles what the call needs and launches nothing. The backward pass
 is called directly: through autograd, torch asks for a GPU that isn't here.
@@ -14,9 +14,9 @@ import torch
 from flash_attn.cute import interface
 from precompiled.fa4.kernel_set import Call
 
-# Long enough that no kernel for short sequences is chosen, few enough documents that none for
-# many is: neither enters a kernel's key otherwise. Nor does the length of a window, only whether
-# there is one. Source: compile_key in interface.py of flash-attn-4 4.0.0b36 (2026-11-26).
+# Long enough to avoid the kernels for short sequences, and few enough documents to avoid those for
+# many. Otherwise a kernel's key does not depend on them, nor on the length of a window, only on
+# whether there is one. Source: compile_key in interface.py of flash-attn-4 4.0.0b36 (2026-11-26).
 BATCH, TOKENS, KV_HEADS, WINDOW = 2, 4096, 4, 1024
 
 
@@ -28,12 +28,12 @@ def attend(
     tokens: int = TOKENS,
     kv_heads: int = KV_HEADS,
 ) -> None:
-    """Do one call, backward too where it asks for a gradient.
+    """Make one call, with a backward pass if it has a gradient.
 
     Args:
         call: the kernel's.
-        empty: makes a tensor: empty(*shape, dtype=..., requires_grad=...).
-        batch: B; documents where the call is varlen.
+        empty: creates a tensor: empty(*shape, dtype=..., requires_grad=...).
+        batch: B; the number of documents if the call is varlen.
         tokens: T of each.
         kv_heads: G.
     """

@@ -1,4 +1,4 @@
-"""The calls of FlashAttention-4 whose kernels an image compiles: each attention shape, each way."""
+"""The calls of FlashAttention-4 whose kernels are compiled: every shape in every way."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ class Call:
         head_dim: of q and k.
         head_dim_v: of v.
         heads_per_kv: query heads for one key/value head.
-        window: whether it slides; its length enters no kernel.
+        window: whether there is a sliding window; no kernel depends on its length.
         softcap: of the logits; 0 without one.
         sinks: whether each head has a learned sink.
-        varlen: packed documents (cu_seqlens) instead of a rectangle.
-        gradient: forward that keeps what backward needs, and backward; otherwise forward alone.
+        varlen: packed documents (cu_seqlens) instead of rows of equal length.
+        gradient: forward with the tensors for backward, and backward; otherwise forward only.
     """
 
     dtype: str
@@ -33,7 +33,7 @@ class Call:
     gradient: bool
 
     def __str__(self) -> str:
-        """Return a name that can be a file's: d128-gqa4-window-varlen-gradient-bfloat16."""
+        """Return a name that can be a file name: d128-gqa4-window-varlen-gradient-bfloat16."""
         size = f"d{self.head_dim}"
         if self.head_dim_v != self.head_dim:
             size += f"v{self.head_dim_v}"

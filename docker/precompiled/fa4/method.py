@@ -1,7 +1,7 @@
-"""Compile FlashAttention-4's kernels: what build.py and worker.py ask of CuTe DSL.
+"""Compile FlashAttention-4's kernels: the functions that build.py and worker.py call.
 
-A part of a set is a head_dim. FOLDER/FINGERPRINT/KIND/HASH.o is an entry, as FlashAttention-4 names
-and finds it: an object file with the launcher and the GPU's code.
+A part of a set is a head_dim. FOLDER/FINGERPRINT/KIND/HASH.o is an entry, in the layout of
+FlashAttention-4's cache: an object file with the launcher and the GPU code.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ __all__ = ["fingerprint"]
 
 FOREIGN = re.compile(r"(FLASH_ATTENTION|FA|CUTE_DSL|QUACK)_")
 ADVICE = "fix that, or correct what attnimg/backends/flash_attention_4.py takes there"
-# Where the Dockerfile mounts a stage that has objdump(1); elsewhere the one on PATH will do.
+# Where the Dockerfile mounts a stage that has objdump(1); elsewhere the one on PATH is used.
 BINUTILS = Path("/binutils")
 
 
 def state_name(found: dict[str, str]) -> str:
-    """Return the folder name for what these packages compile, in this way.
+    """Return the folder name for kernels that these packages and this code compile.
 
-    Another patch release of Python asks for some entries by other names, and shares the rest.
+    Patch releases of Python share it: some entries have another name in each.
     """
     same = {name: value for name, value in found.items() if name != RELEASE}
-    # Entries made in another way are others, though FlashAttention-4 would take either.
+    # Entries of another retarget.py differ, although FlashAttention-4 names them the same.
     source = Path(__file__).with_name("retarget.py").read_text()
     way = f"llvmlite {metadata.version('llvmlite')} {source}"
     return f"{key_of(same)}-{hashlib.sha256(way.encode()).hexdigest()[:8]}"
@@ -47,7 +47,7 @@ def parts(asked: dict[str, Any], device: str) -> list[str]:
 
 
 def cache(folder: Path) -> Path:
-    """Return the folder of the entries, which FlashAttention-4 names by its own fingerprint."""
+    """Return the folder of the entries; its name is FlashAttention-4's own fingerprint."""
     (found,) = (path for path in folder.iterdir() if path.name != "calls")
     return found
 
@@ -58,7 +58,7 @@ def files(entry: Path) -> list[Path]:
 
 
 def check(entry: Path, code: str) -> None:
-    """End the build at an entry for another GPU, or for some CPUs only."""
+    """Exit if an entry is for another GPU, or for some CPUs only."""
     check_gpu_code(entry, code)
     objdump, env = "objdump", None
     if (BINUTILS / "bin/objdump").exists():
@@ -87,7 +87,7 @@ def start(asked: dict[str, Any], device: str, folder: Path) -> dict[str, bool]:
 
 
 def without_gpu(multiprocessors: int) -> None:
-    """Answer what kernels of sm_100 ask the driver while they are traced: the GPU's size."""
+    """Simulate the driver's answer on the GPU's size, which sm_100 kernels need for tracing."""
     import cutlass.utils
     from cutlass.utils import hardware_info
     from flash_attn.cute import tile_scheduler
@@ -107,7 +107,7 @@ def without_gpu(multiprocessors: int) -> None:
 
 
 def watch() -> dict[str, bool]:
-    """Note each entry that is looked up from here on: KIND/HASH.o -> whether it was compiled."""
+    """Record each entry that is looked up from here on: KIND/HASH.o -> whether it was compiled."""
     from flash_attn.cute.cache_utils import JITPersistentCache
 
     entries: dict[str, bool] = {}
@@ -124,7 +124,7 @@ def watch() -> dict[str, bool]:
 
     def setitem(cache: Any, key: Any, kernel: Any) -> None:
         store(cache, key, kernel)
-        # A failed export is a log line upstream, and would be a kernel that is missing.
+        # Upstream only logs a failed export; the kernel would be missing.
         if not (cache.cache_path / f"{cache._key_to_hash(key)}.o").exists():
             raise RuntimeError("FlashAttention-4 could not export this kernel (FA_LOG_LEVEL=1)")
         entries[name(cache, key)] = True
@@ -144,7 +144,7 @@ def calls(
 
 
 def _compile(call: Call) -> None:
-    """Compile what a call needs and does not find; nothing is launched."""
+    """Compile the kernels of a call that are not in the cache; nothing is launched."""
     import torch
     from precompiled.fa4.attention_call import attend
     from torch._subclasses.fake_tensor import FakeTensorMode

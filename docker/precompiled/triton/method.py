@@ -1,7 +1,7 @@
-"""Compile Triton kernels: what build.py and worker.py ask of Triton.
+"""Compile Triton kernels: the functions that build.py and worker.py call.
 
-A set has one part. FOLDER/HASH/ is an entry, as Triton names and finds it. SET.json names the
-module that does the calls: "calls".
+A set has one part. FOLDER/HASH/ is an entry, in the layout of Triton's cache. "calls" in SET.json
+names the module that makes the calls.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ FOREIGN = re.compile(r".*TRITON")
 ADVICE = "fix that, or shorten [triton] of the kernel's recipe"
 # An entry's other files are the steps between source and machine code: no launch reads them.
 SHIPPED = (".cubin", ".json")
-# A group names its files by their folder; attnimg.machine.kernel_cache rewrites it in the copy.
+# A group has its files' absolute paths; attnimg.machine.kernel_cache rewrites it in the copy.
 GROUP = "__grp__"
 
 fingerprint = triton_fingerprint
@@ -29,7 +29,7 @@ state_name = key_of
 
 
 def parts(asked: dict[str, Any], device: str) -> list[str]:
-    """Return the one part: calls share kernels, which two processes would both compile."""
+    """Return a single part: calls share kernels, which several processes would compile twice."""
     return ["all"]
 
 
@@ -39,7 +39,7 @@ def cache(folder: Path) -> Path:
 
 
 def files(entry: Path) -> list[Path]:
-    """Return what of an entry is shipped."""
+    """Return the files of an entry that are shipped."""
     return [
         path
         for path in sorted(entry.iterdir())
@@ -48,7 +48,7 @@ def files(entry: Path) -> list[Path]:
 
 
 def check(file: Path, code: str) -> None:
-    """End the build at machine code for another GPU."""
+    """Exit if the machine code is for another GPU."""
     if file.suffix == ".cubin":
         check_gpu_code(file, code)
 
@@ -63,7 +63,7 @@ def start(asked: dict[str, Any], device: str, folder: Path) -> dict[str, bool]:
 
 
 def watch() -> dict[str, bool]:
-    """Note each entry that Triton looks up from here on: hash -> whether it had to compile it."""
+    """Record each entry that Triton looks up from here on: hash -> whether it had to compile it."""
     from triton import knobs
     from triton.runtime.cache import _base32
 

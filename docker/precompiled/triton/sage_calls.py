@@ -1,7 +1,8 @@
-"""Call SageAttention as attnimg does, in each way that has Triton compile a kernel of its own.
+"""Call SageAttention as attnimg does, in each way that needs a Triton kernel of its own.
 
-A kernel's entry is named by what Triton makes of its arguments: their types, which numbers 16
-divides, which are 1, and those that SageAttention makes constants: head size and numbers of heads.
+An entry's name depends on how Triton specializes the kernel's arguments: on their types, on which
+numbers are divisible by 16 or equal to 1, and on those that SageAttention declares as constants:
+head size and numbers of heads.
 Letters: B batch, T tokens, H query heads, G key/value heads, D head size.
 """
 
@@ -16,20 +17,20 @@ from typing import Any
 import torch
 from precompiled.triton.stand_in import sage_without_cuda
 
-# Enters by T % 16, by the blocks of 64 and 128 tokens in it (1, or 16 divides their number or G
-# times it, or 4 of them), and by nothing else. One T less for each, which 16 does not divide.
+# A kernel depends on T only by T % 16 and by the number of blocks of 64 and 128 tokens: whether it
+# is 1 or 4, and whether it or G times it is divisible by 16. T - 1 is called too, for T % 16 != 0.
 TOKENS = (64, 128, 192, 256, 320, 384, 512, 768, 1024, 2048)
 Calls = Iterator[tuple[str, Callable[[], None]]]
 
 
 def calls(asked: dict[str, Any], device: str, *, batch: int = 1, tokens: Any = None) -> Calls:
-    """Yield each call of a set by name, ready to be done in a process without a GPU.
+    """Yield each call of a set by name, to make in a process without a GPU.
 
     Args:
         asked: docker/images/IMAGE/triton_kernels.json.
         device: "sm_90".
-        batch: B; documents where the call is varlen.
-        tokens: the lengths; None for those that have every kernel compiled.
+        batch: B; the number of documents if the call is varlen.
+        tokens: the lengths; None for those that compile every kernel.
     """
     sage_without_cuda(device)
     import sageattention
@@ -57,7 +58,7 @@ def _attend(
     attention: Any, head_dim: int, *, heads: int, kv_heads: int, dtype: str, causal: bool,
     varlen: bool, batch: int, lengths: list[int],
 ) -> None:  # fmt: skip
-    """Attend over each length; q, k and v lie as transformers' models make them."""
+    """Attend over each length; q, k and v have the memory layout of transformers' models."""
     layer = SimpleNamespace(
         is_causal=causal, num_key_value_groups=heads // kv_heads, layer_idx=0, training=True
     )

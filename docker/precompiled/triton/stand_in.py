@@ -1,8 +1,8 @@
 """Simulate an NVIDIA GPU and its driver where there is none, for Triton and SageAttention.
 
-Triton compiles for whatever GPU its driver names, so all the rest of a launch is its own: how it
-reads the arguments, names the entry, finds or compiles it. Tensors lie on the CPU, and their
-addresses are aligned as torch aligns those on a GPU.
+Triton compiles for the GPU that its driver names, so the rest of a launch is Triton's own code: how
+it specializes the arguments, names the entry, finds or compiles it. Tensors are on the CPU, and
+their addresses are aligned as torch aligns those on a GPU.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ import torch
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-# What one block may use, in bytes: Triton refuses a kernel that needs more, and no entry depends on
+# Shared memory of one block, in bytes: Triton refuses a kernel that needs more; no entry depends on
 # it. Source: SMEM_CAPACITY_MAP in cutlass_dsl/cutlass.py of nvidia-cutlass-dsl 4.8.1 (2026-11-25).
 SHARED_BYTES = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 120: 101376, 121: 101376}
 
 
 class Driver:
-    """Answers as Triton's driver does on a GPU of that architecture; a launch does nothing."""
+    """A driver for Triton that answers as on a GPU of an architecture; launches do nothing."""
 
     def __init__(self, arch: int) -> None:
         self.arch = arch
@@ -48,7 +48,7 @@ def without_gpu(device: str) -> None:
 
 
 def simulate_in_torch(device: str) -> None:
-    """Replace what SageAttention and Triton ask torch about the GPU."""
+    """Replace the functions by which SageAttention and Triton ask torch about the GPU."""
     digits = device.removeprefix("sm_")
     capability = (int(digits[:-1]), int(digits[-1]))
     torch.Tensor.is_cuda = property(lambda tensor: True)
@@ -67,10 +67,10 @@ class Extension:
 
 
 def sage_without_cuda(device: str) -> None:
-    """Leave of SageAttention what is Python and Triton; its CUDA kernels are compiled already."""
+    """Replace SageAttention's CUDA extensions, so that only its Python and Triton code runs."""
     from sageattention import core, quant
 
-    # By the index of a tensor's device, and the CPU has none.
+    # The key is the index of a tensor's device, which is None for the CPU.
     core.get_cuda_arch_versions = lambda: {None: device.replace("_", "")}
     for name in ("sm80", "sm89", "sm90"):
         setattr(core, f"{name}_compile", Extension())

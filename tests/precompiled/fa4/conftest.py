@@ -1,8 +1,8 @@
 """Tests that compile FlashAttention-4's kernels, without a GPU: `make test/fa4-cache`.
 
-FA4_PYTHON names an interpreter that has FlashAttention-4 and all it needs, in the versions of the
-images; FA4_KERNELS, if set, a finished set to test as well: what docker/precompiled/build.py or the
-stage fa4-compiled made.
+FA4_PYTHON is a Python interpreter with FlashAttention-4 and its dependencies, in the versions of
+the images; FA4_KERNELS, if set, is a complete set to test as well: the output of
+docker/precompiled/build.py or of the stage fa4-compiled.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ sys.path.insert(0, str(DOCKER))
 
 @dataclass(frozen=True)
 class Built:
-    """A set that was compiled here, and how that can be done once more."""
+    """A set that was compiled here, and the arguments to compile it again."""
 
     python: Path
     set_file: Path
@@ -33,7 +33,7 @@ class Built:
     out: Path
 
     def build(self) -> list[str]:
-        """Build, and give what was printed."""
+        """Build the set, and return the lines that were printed."""
         command = [self.python, "-B", "-m", "precompiled.build"]
         paths = [self.set_file, self.state, self.out]
         return run(*command, *paths, PYTHONPATH=f"{DOCKER}:{ROOT}").splitlines()
@@ -44,7 +44,7 @@ class Built:
 
 
 def run(*command: object, **env: str) -> str:
-    """Run a program that has to succeed; give its stdout."""
+    """Run a program that must succeed; return its stdout."""
     done = subprocess.run(
         [str(part) for part in command],
         env={**os.environ, **env}, capture_output=True, text=True, check=False,

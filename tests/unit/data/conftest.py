@@ -1,4 +1,4 @@
-"""What the data tests share: a small real tokenizer, and a way to write a config in a line."""
+"""Fixtures of the data tests: a small real tokenizer, and a short way to write a config."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def tokenizer() -> Any:
 
 @pytest.fixture
 def json_lines(tmp_path: Path) -> Callable[..., str]:
-    """Write records to a JSON lines file and give its path."""
+    """Write records to a JSON Lines file and return its path."""
 
     def write(*records: object, name: str = "data.jsonl") -> str:
         path = tmp_path / name
