@@ -1,3 +1,3 @@
-"""The right attention kernels for your GPU: chosen, checked, applied to a training run."""
+"""Select the attention kernels for a GPU, verify them, and use them in a training run."""
 
 __version__ = "0.1.0"

@@ -1,4 +1,4 @@
-"""`attnimg` and `python -m attnimg`: run a command, and turn what went wrong into an exit code."""
+"""`attnimg` and `python -m attnimg`: run a command; turn exceptions into exit codes."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def run(arguments: list[str], *, debug: bool = False) -> int:
     """Run one command.
 
     Args:
-        arguments: what stands after `attnimg`.
-        debug: show the traceback of what went wrong.
+        arguments: the command line after `attnimg`.
+        debug: show the traceback of an exception.
 
     Returns:
         The exit code.
@@ -36,14 +36,14 @@ def run(arguments: list[str], *, debug: bool = False) -> int:
     try:
         with memory_errors():
             run_command(arguments)
-    except SystemExit as done:  # every command ends so, after a wrong argument too
+    except SystemExit as done:  # raised at the end of every command, and for a wrong argument
         code = done.code if isinstance(done.code, int) else 1
         if code in (1, 2):
             _tell_ranks(arguments, f"exit code {code}, see its output")
         return code
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # what reads the output has ended, such as head
+    except BrokenPipeError:  # the program that reads the output has ended, such as head
         sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115  for Python's last flush
         return 1
     except Exception as error:
@@ -56,12 +56,12 @@ def run(arguments: list[str], *, debug: bool = False) -> int:
 
 
 def _as_failure(error: Exception) -> AttnimgError:
-    """Return the error to print for any error; what is not foreseen is a fault of attnimg's own."""
+    """Return the error to print for an exception; an unexpected one is a bug in attnimg."""
     if isinstance(error, AttnimgError):
         return error
     if isinstance(error, Warning):
         return _raised_warning(error)
-    from attnimg.train.environment import as_bad_environment  # not for check, which is quick
+    from attnimg.train.environment import as_bad_environment  # imported here to keep `check` fast
 
     return as_bad_environment(error, os.environ) or AttnimgError(
         f"it failed with {type(error).__name__}, which it should have foreseen",
@@ -72,7 +72,7 @@ def _as_failure(error: Exception) -> AttnimgError:
 
 
 def _tell_ranks(arguments: list[str], text: str) -> None:
-    """End the other processes of a training run, which wait for this one."""
+    """Stop the other processes of a training run, which wait for this one."""
     if arguments[:1] == ["train"]:
         from attnimg.train.distributed import report_failure
 
@@ -80,7 +80,7 @@ def _tell_ranks(arguments: list[str], text: str) -> None:
 
 
 def _raised_warning(error: Warning) -> AttnimgError:
-    """Build the error for a warning that Python raised, as PYTHONWARNINGS=error asks."""
+    """Return the error for a warning that Python raised because of PYTHONWARNINGS=error."""
     return AttnimgError(
         f"Python raised a {type(error).__name__} as an error",
         why=" ".join(str(error).split()),

@@ -1,4 +1,4 @@
-"""Hash files that a result depends on, of kernels and models; cache the hashes of large ones.
+"""Hash the files of kernels and models that a result depends on; cache the hashes of large files.
 
 A cached hash is used only while the device, inode, size, mtime and ctime of the file are the same:
 the operating system sets ctime at each change of content or metadata, and no program can set it.
@@ -34,10 +34,10 @@ _FILE_BYTES = 4 << 20
 
 
 def cache_folder(environment: Mapping[str, str], name: str = "proofs") -> Path:
-    """Return this user's folder of proofs and hashes, or another one beside it.
+    """Return this user's cache folder of the given name.
 
-    It is below ATTNIMG_CACHE, or below the user's cache folder. Its name has the uid: users of one
-    ATTNIMG_CACHE, such as an image's /cache, have one each.
+    It is below ATTNIMG_CACHE, or else below the user's cache folder. Its name contains the uid, so
+    that users who share ATTNIMG_CACHE, such as an image's /cache, have one each.
     """
     own = f"{name}-{os.geteuid()}"
     if named := environment.get("ATTNIMG_CACHE"):
@@ -96,7 +96,7 @@ class ContentHashes:
         """Return one hash of a distribution's files; "" when it is not installed.
 
         Returns:
-            None when the distribution does not list its files, as some that pip did not install.
+            None when the distribution has no list of its files, as some that pip did not install.
 
         Raises:
             OSError: a file can't be read.
@@ -119,7 +119,7 @@ class ContentHashes:
         return self.of_files(folder, (path for path in folder.glob("lib/*.so*") if path.is_file()))
 
     def save(self) -> None:
-        """Write the hashes of large files to the cache, where its folder can be written to."""
+        """Write the hashes of large files to the cache, unless its folder is not writable."""
         if self.folder is None or not self._new:
             return
         merged = _load(self.folder) | self._new
@@ -154,7 +154,7 @@ def _identity_of(found: os.stat_result) -> str:
 
 
 def _load(folder: Path) -> dict[str, str]:
-    """Read the cached hashes; none where their file is missing, damaged or another user's."""
+    """Read the cached hashes; return none if the file is missing, damaged or another user's."""
     try:
         kept = json.loads(read_private(folder / _FILE, at_most=_FILE_BYTES))
     except (OSError, ValueError, RecursionError):
@@ -175,8 +175,8 @@ def in_threads(function: Callable[[T], R], items: Iterable[T]) -> list[R]:
     """Return the function's result for each item, in order.
 
     Args:
-        function: releases the GIL for most of its time, as reading and hashing do.
-        items: what it is called with.
+        function: spends most of its time without the GIL, as reading and hashing do.
+        items: its argument in each call.
     """
     items = list(items)
     if not _limited():
@@ -190,15 +190,15 @@ def in_threads(function: Callable[[T], R], items: Iterable[T]) -> list[R]:
 
 
 def executor(threads: int, *, nice: int = 0) -> Executor:
-    """Return a pool of threads; where they can't start, one that calls each function at once.
+    """Return a thread pool; where threads can't start, an executor that runs each call at once.
 
     Args:
-        threads: how many, at most.
-        nice: what is added to their nice value, 10 to leave a core to a thread that needs it.
+        threads: the maximum number of threads.
+        nice: added to their nice value, such as 10 to give other threads priority.
     """
     if _limited():
         return _Caller()
-    # On Linux the nice value is that of the thread that calls nice(2), not of its process.
+    # On Linux nice(2) changes the nice value of the calling thread, not of the whole process.
     # Source: https://man7.org/linux/man-pages/man2/nice.2.html, "BUGS" (2026-11-27).
     return ThreadPoolExecutor(threads, initializer=os.nice, initargs=(nice,))
 
@@ -207,11 +207,11 @@ class _Caller(Executor):
     """Call each submitted function in the thread that submits it."""
 
     def submit(self, fn: Callable[..., R], /, *args: Any, **kwargs: Any) -> Future[R]:
-        """Return the result, or the error, of a function that is called now."""
+        """Call the function now, and return a finished future with its result or its exception."""
         future = Future[R]()
         try:
             future.set_result(fn(*args, **kwargs))
-        except Exception as error:  # raised by Future.result, as a thread's is
+        except Exception as error:  # raised by Future.result, as in a thread pool
             future.set_exception(error)
         return future
 
@@ -219,8 +219,8 @@ class _Caller(Executor):
 def _limited() -> bool:
     """Return whether `ulimit -v` is set.
 
-    Under it a new thread may fail before it reports that it runs, and threading.Thread.start() then
-    waits for ever.
+    With such a limit a new thread may fail before it reports that it has started;
+    threading.Thread.start() then never returns.
     Source: CPython 3.11, Lib/threading.py, Thread.start, self._started.wait() (2026-11-27).
     """
     return resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY

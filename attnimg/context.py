@@ -1,7 +1,7 @@
-"""Make the run context: how one backend is called in a run.
+"""Build the run context: how a run calls one backend.
 
-The kernel's proof, the isolation check on the real model and the trainer each get this value, so
-that what is proven is what is trained.
+The kernel's proof, the isolation check on the real model and the trainer all use this value, so
+that the proof makes the same calls as training.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from attnimg.facts import Backend, Problem, RunContext
 
 
 def context_of(problem: Problem, backend: Backend) -> RunContext:
-    """Return how a run calls its model when `backend` computes its attention."""
+    """Return the context of a run whose attention `backend` computes."""
     model = problem.model
     return RunContext(
         dtype=problem.dtype,
@@ -28,13 +28,13 @@ def context_of(problem: Problem, backend: Backend) -> RunContext:
 def is_padding_free(backend: Backend) -> bool:
     """Return whether the rows of a batch are flattened into one, with cu_seqlens.
 
-    A hub kernel that nobody here has read gets cu_seqlens too, and must prove that it uses them.
+    An unreviewed hub kernel gets cu_seqlens too; the isolation check tests whether it uses them.
     """
     return backend.packing == "native" or backend.unreviewed
 
 
 def described(context: RunContext) -> str:
-    """Describe how a run calls its model, for a log line."""
+    """Return a description of the context for a log line."""
     layout = "one document per row"
     if context.packing:
         kept_apart = "cu_seqlens" if context.padding_free else "the attention mask"

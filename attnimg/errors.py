@@ -1,4 +1,4 @@
-"""What went wrong, why, and what to do: the one exception that reaches people."""
+"""Define AttnimgError, the exception that is shown to users: what happened, why, what to do."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
-# Control characters of ASCII and Latin-1, and bidirectional ones, which reorder the text.
+# Control characters of ASCII and Latin-1, and bidirectional ones, which reorder text.
 # Source: Unicode 17, categories Cc and Cf (Bidi_Control), less tab and newline (2026-11-27).
 _CONTROL_CHARACTERS = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]"
@@ -26,7 +26,8 @@ def printable(text: str) -> str:
     """Return text that is safe to print on a terminal: its control characters are escaped.
 
     Args:
-        text: from outside, such as a path, a key or a library's message. Tabs and newlines stay.
+        text: from an external source, such as a path, a config key or a library's message. Tabs
+            and newlines are kept.
     """
     return _CONTROL_CHARACTERS.sub(lambda found: ascii(found.group())[1:-1], text)
 
@@ -39,15 +40,15 @@ def shortened(text: str) -> str:
 
 
 class AttnimgError(Exception):
-    """Something a person can fix: their input, their machine, or a kernel that failed.
+    """An error that a user can fix: in their input, their machine, or a kernel that failed.
 
     Args:
         what: what happened, one line, no full stop.
         why: what was found and what is needed; may have several lines.
         do: the fix, as a command or a config line where there is one.
-        code: the contract's code, such as "packing-not-isolated".
+        code: the error code, such as "packing-not-isolated".
         key: the config key at fault, such as "datasets[0].path".
-        exit_code: 2 when it could be known before the run, 1 when the run itself failed.
+        exit_code: 2 for an error that is found before the run, 1 when the run itself failed.
     """
 
     def __init__(
@@ -65,12 +66,12 @@ class AttnimgError(Exception):
         self.code, self.key, self.exit_code = code, key, exit_code
 
     def __reduce__(self) -> tuple[object, ...]:
-        """Pickle with the keywords, so that a worker process can raise it in its parent."""
+        """Return how to pickle it with its keywords, so that a parent process can raise it."""
         rest = {name: getattr(self, name) for name in ("why", "do", "code", "key", "exit_code")}
         return partial(type(self), **rest), (self.what,)
 
     def __str__(self) -> str:
-        """Return the three parts, aligned, and safe to print on a terminal."""
+        """Return what, why and do, aligned and safe to print on a terminal."""
         parts = [f"attnimg: {printable(shortened(self.what))}"]
         for label, text in (("why", self.why), ("do", self.do)):
             first, *rest = printable(shortened(text)).splitlines() or [""]
@@ -80,7 +81,7 @@ class AttnimgError(Exception):
 
 
 def bad_manifest(path: Path, error: Exception) -> AttnimgError:
-    """Return the error of a file that an image's build wrote and that cannot be read."""
+    """Return the error for an unreadable file that was written when the image was built."""
     return AttnimgError(
         f"{path} cannot be read",
         why=f"{type(error).__name__}: {error}; an image writes it when it is built",
@@ -90,13 +91,13 @@ def bad_manifest(path: Path, error: Exception) -> AttnimgError:
     )
 
 
-# Characters of a message that are kept. Some name the call first and the cause last: xFormers lists
-# its kernels with the reasons against each.
+# Characters of a message that are kept at its beginning and end. Some messages name the call first
+# and the cause last: xFormers lists its kernels with the reasons against each.
 BEGINNING, ENDING = 250, 350
 
 
 def exception_text(error: BaseException) -> str:
-    """Return the kind and the message of an exception, without the middle of a long one."""
+    """Return the type and the message of an exception, without the middle of a long message."""
     if isinstance(error, AttnimgError):
         return f"{error.what}: {' '.join(error.why.split())}"
     return f"{type(error).__name__}: {without_middle(' '.join(str(error).split()))}"
@@ -110,7 +111,7 @@ def without_middle(text: str) -> str:
 
 
 def signal_name(number: int) -> str:
-    """Return a signal's name; real-time signals have none."""
+    """Return a signal's name, or its number if it has no name, as real-time signals."""
     try:
         return signal.Signals(number).name
     except ValueError:
@@ -139,7 +140,7 @@ _WORKER = re.compile(r"DataLoader worker.* (killed by signal|exited unexpectedly
 
 _SHM = Path("/dev/shm")
 
-# With less free space, it counts as full.
+# /dev/shm counts as full when it has less free space.
 _FULL_BELOW_BYTES = 64 << 10
 
 _LESS = (
@@ -199,7 +200,7 @@ def _error(what: str, why: str, do: str, *, key: str | None) -> AttnimgError:
 
 
 def _memory_text() -> str:
-    """Return how much memory is free, and the limits that this process has."""
+    """Return how much memory is free, and the memory limits of this process."""
     found = []
     with suppress(OSError, ImportError, MemoryError):
         import psutil

@@ -1,6 +1,6 @@
-"""The values that steps hand to one another: a machine, a model, a verdict, a plan.
+"""Define the dataclasses that steps pass to one another, such as Machine, Model and Plan.
 
-Everything here is frozen and plain: no torch, no files, no methods that act.
+All are frozen and hold plain values: they import no torch, read no file and have no side effects.
 """
 
 from __future__ import annotations
@@ -13,26 +13,27 @@ from typing import Any, Literal
 DType = Literal["float32", "float16", "bfloat16"]
 Vendor = Literal["nvidia", "amd", "cpu"]
 Packing = Literal["native", "mask", "none"]
-# What a backend gets as attention_mask: None or True where a query may look, (B, 1, T, S) ("sdpa");
-# the same added to the scores ("eager"); None or True where a token is none of the padding, (B, S)
-# ("flash"); flex_attention's block mask ("flex").
+# What a backend gets as attention_mask. "sdpa": None, or (B, 1, T, S), True where a query attends
+# to a key. "eager": the same as numbers that are added to the scores. "flash": None, or (B, S),
+# False on padding. "flex": flex_attention's block mask.
 MaskKind = Literal["sdpa", "eager", "flash", "flex"]
-# Which keys a query sees besides the run's own limits: all of its past, or LongLoRA's groups.
+# Which keys a query attends to: all earlier ones, or LongLoRA's groups (s2). The causal mask,
+# packing and sliding windows limit them further.
 Pattern = Literal["full", "shifted"]
 # What a rule on known-bad backends can depend on.
 Feature = Literal["packing", "window", "softcap", "sinks", "dropout", "training", "compiled"]
-# transformers' attention interface: (module, query, key, value, attention_mask, **arguments) to
-# (output, weights). Its tensors would need torch to name.
+# transformers' attention interface: (module, query, key, value, attention_mask, **arguments) ->
+# (output, weights). The types are Any because this file does not import torch.
 AttentionFunction = Callable[..., Any]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Arch:
-    """What machine code runs here.
+    """The architecture of a GPU or CPU, which decides what machine code it runs.
 
     Attributes:
-        name: "sm_90", "gfx942" or "cpu"; the form that JSON carries.
-        vendor: who made it.
+        name: "sm_90", "gfx942" or "cpu", as in JSON output.
+        vendor: the vendor of the device.
         capability: NVIDIA's compute capability, (9, 0); None elsewhere.
     """
 
@@ -43,15 +44,15 @@ class Arch:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LocalKernel:
-    """A folder that LOCAL_KERNELS serves in place of a hub kernel.
+    """A folder that LOCAL_KERNELS names in place of a hub kernel.
 
     Attributes:
-        repo: the hub name it stands for, "kernels-community/flash-attn2".
+        repo: the hub name that it replaces, "kernels-community/flash-attn2".
         path: the folder, as the user wrote it.
-        vendor: which kind of machine its metadata says it was built for.
-        version: the version its metadata gives, for people to read.
+        vendor: the vendor of the devices that it was built for, from its metadata.
+        version: the version in its metadata, for messages.
         exports: top-level functions; None when they could not be read without importing it.
-        varlen_takes: arguments of flash_attn_varlen_func; None when they could not be read.
+        varlen_takes: arguments of its flash_attn_varlen_func; None when they could not be read.
     """
 
     repo: str
@@ -67,18 +68,18 @@ class Machine:
     """The machine a plan is made for: this one, or one named with --on.
 
     Attributes:
-        arch: what its first device is; "cpu" when it has no GPU.
-        gpu: the name people know, "NVIDIA H100 80GB HBM3"; "cpu" without one.
+        arch: the architecture of its first device; "cpu" without a GPU.
+        gpu: the GPU's name, "NVIDIA H100 80GB HBM3"; "cpu" without one.
         memory_bytes: of the first device; None when not known.
         driver: the GPU driver's version; None without one.
         packages: distribution name -> version of what is installed. None: not this machine, so
             every package that fits the GPU is assumed.
         torch: torch's version, None when absent or not given.
-        local_kernels: what LOCAL_KERNELS serves.
+        local_kernels: the folders that LOCAL_KERNELS names.
         other_archs: architectures of further devices where they differ from the first one's.
         shadowed: distributions whose files another one has overwritten.
-        driver_problem: what a GPU driver said besides naming its devices; None when it worked.
-        variables: those that are set and choose among a package's kernels.
+        driver_problem: the error message of the GPU driver; None when it worked.
+        variables: environment variables that are set and select kernels of a package.
     """
 
     arch: Arch
@@ -104,9 +105,9 @@ class LayerGroup:
         kv_heads: key/value heads, G; H is a multiple of it.
         head_dim_qk: size of a query and of a key.
         head_dim_v: size of a value; differs from head_dim_qk in MLA models.
-        window: tokens a sliding window sees; None for all.
+        window: size of the sliding window in tokens; None for none.
         softcap: tanh cap on the logits; None for none.
-        sinks: whether a learned sink logit joins the softmax.
+        sinks: whether each head has a learned sink logit in the softmax.
     """
 
     count: int
@@ -120,14 +121,14 @@ class LayerGroup:
 
     @property
     def features(self) -> frozenset[str]:
-        """Return what its attention needs beyond plain softmax: "window", "softcap", "sinks"."""
+        """Return the features that its attention needs: "window", "softcap", "sinks"."""
         used = {"window": self.window is not None, "softcap": self.softcap, "sinks": self.sinks}
         return frozenset(name for name, is_used in used.items() if is_used)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Model:
-    """What a model's config.json says of its attention.
+    """What a model's config.json says about its attention.
 
     Attributes:
         type: transformers' model_type, "llama".
@@ -135,8 +136,8 @@ class Model:
         other_layers: layers that mix tokens without softmax attention (linear attention, state
             space, convolution): (kind as the config names it, count).
         parameters: rough count of weights, None when not known.
-        unknown: sentences on what the config did not say.
-        brings_code: whether its repository has model code of its own, which trust_remote_code runs.
+        unknown: sentences about what the config does not say.
+        brings_code: whether its repository has model code, which trust_remote_code runs.
     """
 
     type: str
@@ -149,14 +150,14 @@ class Model:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelClass:
-    """What a class of transformers does not take.
+    """The attention implementations that a transformers model class does not support.
 
     Attributes:
         name: "LlamaForCausalLM".
-        lacks: which of "sdpa", "flash" and "flex" it says that it has not; and "others" where its
-            attention code is its own, so that no function can be put there.
-        flash_names: what it takes in place of every other name with "flash" in it; empty when it
-            swaps none.
+        lacks: which of "sdpa", "flash" and "flex" it declares unsupported; also "others" where it
+            has its own attention code, which does not call registered functions.
+        flash_names: the flash implementations that it supports: transformers replaces any other
+            name with "flash" in it by the first of them. Empty when it replaces none.
     """
 
     name: str
@@ -166,26 +167,26 @@ class ModelClass:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Problem:
-    """What attention has to do in one run.
+    """What attention has to compute in one run.
 
-    What a proof is made for has no default: who makes a Problem says it.
+    The fields that a proof depends on have no default, so that callers can't leave them out.
 
     Attributes:
-        model: the model's geometry; None when its config is not at hand.
+        model: the model's attention layers; None when its config.json is not available.
         dtype: the precision of q, k and v.
         packing: whether rows hold several documents that must not see each other.
         dropout: attention dropout while training.
         compiled: whether torch.compile is on.
-        checkpointing: whether activations are dropped and computed again in the backward pass.
+        checkpointing: whether activations are recomputed in the backward pass.
         sequence_len: tokens of the longest row; None when not known.
         rows: rows of the largest batch.
         autocast: whether the forward pass runs under torch.autocast.
-        model_class: what its class in transformers does not take; None when it takes everything,
+        model_class: what its transformers class does not support; None when it supports everything
             or is not known.
         training: whether a backward pass is needed.
-        forward_only_ok: whether a kernel without a backward pass may train all the same.
-        trusted: whether the user lets code from the hub run.
-        known_bad: rules on where backends are known to fail.
+        forward_only_ok: whether a kernel without a backward pass may be used for training.
+        trusted: whether the user allows code from the hub to run (trust_remote_code).
+        known_bad: rules that list where backends are known to fail.
     """
 
     model: Model | None
@@ -206,23 +207,22 @@ class Problem:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunContext:
-    """How a run calls its model: the proof, the isolation check and the trainer share one value.
+    """How a run calls its model: the proof, the isolation check and the trainer use the same value.
 
-    `attnimg.context.context_of` makes it. No field has a default: a value left out would prove
-    something else than what is trained.
+    `attnimg.context.context_of` makes it. No field has a default: with a field left out, the proof
+    could test other calls than the training run makes.
 
     Attributes:
-        dtype: the precision of matrix multiplications, and so of q, k and v.
-        autocast: what torch.autocast casts to in a forward pass; None where it is off.
+        dtype: the precision of matrix multiplications, and therefore of q, k and v.
+        autocast: the dtype that torch.autocast casts to; None where it is off.
         packing: whether rows hold several documents.
-        padding_free: whether the rows of a batch are flattened to (1, T) with cu_seqlens, as
-            kernels with native packing take them; False for (B, S), where a mask isolates
-            documents.
+        padding_free: whether the rows of a batch are flattened to (1, T) with cu_seqlens, the input
+            of varlen kernels; False for (B, S), where a mask isolates documents.
         rows: rows of the largest batch.
         sequence_len: tokens of the longest row; None when not known.
         compiled: whether torch.compile is on.
-        checkpointing: whether activations are computed again in the backward pass.
-        seq_idx: whether batches carry seq_idx, the number of each token's document, which the
+        checkpointing: whether activations are recomputed in the backward pass.
+        seq_idx: whether batches contain seq_idx, the number of each token's document, which the
             short convolutions and the scans of linear-attention layers need.
     """
 
@@ -239,7 +239,7 @@ class RunContext:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Reason:
-    """Why a backend does not fit: a code of the contract and a sentence with found and needed."""
+    """Why a backend does not fit: an error code, and a sentence with what was found and needed."""
 
     code: str
     text: str
@@ -247,13 +247,13 @@ class Reason:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Verdict:
-    """One candidate's judgement.
+    """Whether one candidate fits, and the reasons if it does not.
 
     Attributes:
         backend: the candidate.
-        rank: place among the candidates, 1 is tried first.
-        reasons: all reasons against it; none means it fits.
-        kernel: what would run, "flash-attn 2.8.3"; None when it does not fit.
+        rank: its position among the candidates; 1 is tried first.
+        reasons: all reasons against it; empty when it fits.
+        kernel: the kernel that would run, "flash-attn 2.8.3"; None when it does not fit.
     """
 
     backend: Backend
@@ -263,13 +263,13 @@ class Verdict:
 
     @property
     def fits(self) -> bool:
-        """Return whether no reason speaks against it."""
+        """Return whether there is no reason against it."""
         return not self.reasons
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GroupChoice:
-    """What one group of equal layers runs, where groups run different backends."""
+    """The backend of one group of equal layers, where groups run different backends."""
 
     layers: LayerGroup
     verdict: Verdict
@@ -277,17 +277,17 @@ class GroupChoice:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
-    """The choice and everything it was chosen from.
+    """The chosen backend, and the verdicts on all candidates.
 
     Attributes:
-        asked: the name in the config, "auto" when there was none.
-        chosen: the verdict that won, None when nothing may be used.
-        because: one sentence.
+        asked: the name in the config; "auto" when there was none.
+        chosen: the verdict on the chosen backend; None when no backend may be used.
+        because: why it was chosen, in one sentence.
         verdicts: every candidate, by rank.
         do: what to change when nothing was chosen.
-        strict: whether nothing may stand in for what was asked.
-        groups: what each group of layers runs, where that is better than `chosen` for all of
-            them; empty where every layer runs `chosen`.
+        strict: whether no other backend may replace the requested one.
+        groups: the backend of each group of layers, where groups run different backends; empty
+            where every layer runs `chosen`.
     """
 
     asked: str
@@ -312,17 +312,18 @@ class Finding:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class HeadDims:
-    """Head sizes that a kernel takes; a layer fits when one such rule does.
+    """Head sizes that a kernel supports; a layer fits when one of a backend's rules allows it.
 
     Attributes:
-        majors: NVIDIA capability majors it speaks of; empty for every machine.
+        majors: major compute capabilities that the rule is for; empty for every machine.
         qk: lowest and highest head_dim of q and k.
         v: lowest and highest head_dim of v.
-        multiple: what that of q and k must be a multiple of.
-        multiple_v: what that of v must be a multiple of, where it is not padded to that of q and k.
-        equal: whether v must have the head_dim of q and k.
-        ungrouped: whether there must be as many key heads as query heads.
-        without: features the kernel lacks at these sizes, such as "window".
+        multiple: the head_dim of q and k must be a multiple of it.
+        multiple_v: the head_dim of v must be a multiple of it, where v is not padded to the
+            head_dim of q and k.
+        equal: whether v must have the same head_dim as q and k.
+        ungrouped: whether the number of key heads must equal that of query heads.
+        without: features that the kernel does not support at these sizes, such as "window".
     """
 
     majors: frozenset[int] = frozenset()
@@ -337,29 +338,30 @@ class HeadDims:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Needs:
-    """What a backend asks of a machine and of a problem, as data.
+    """The requirements of a backend on the machine and on the run.
 
     Attributes:
-        vendors: whose devices it runs on.
+        vendors: the vendors of the devices that it runs on.
         capability_min: lowest NVIDIA compute capability; None for any.
         capability_max: highest one; None for any.
-        capabilities: the exact list where it has holes; empty for none.
+        capabilities: the exact list, where it is not a range; empty where it is.
         gfx: AMD architectures it runs on; empty for all of them.
-        arch_code: the contract's code when the architecture does not fit.
-        arch_text: the architectures it needs, in words.
+        arch_code: the error code when the architecture does not fit.
+        arch_text: the architectures it needs, for messages.
         dtypes: precisions of q, k and v.
         head_dims: rules on head sizes; empty for any size.
-        features: which of "window", "softcap", "sinks", "dropout" it honours.
-        features_missing: NVIDIA capability major, or AMD architecture -> features it lacks there.
-        exclusive: features of which it does one at a time; empty for none.
-        dtypes_missing: NVIDIA capability major -> precisions it lacks there.
-        backward: whose devices it has a backward pass on.
-        backward_code: the contract's code when it has none.
-        packages: (distribution, lowest version or None, code when absent or too old).
-        torch_min: lowest torch, with the code when it is older.
-        model_types: the only transformers model types it takes; empty for all.
-        model_code: the contract's code for another model type.
-        packed_only: whether it is there for packed rows alone.
+        features: which of "window", "softcap", "sinks", "dropout" it supports.
+        features_missing: major compute capability, or AMD architecture -> features that it does
+            not support there.
+        exclusive: features that it can't combine with one another; empty for none.
+        dtypes_missing: major compute capability -> precisions that it does not support there.
+        backward: vendors on whose devices it has a backward pass.
+        backward_code: the error code when it has none.
+        packages: (distribution, lowest version or None, error code when absent or too old).
+        torch_min: lowest torch version, with the error code when it is older.
+        model_types: the only transformers model types it supports; empty for all.
+        model_code: the error code for another model type.
+        packed_only: whether it is used for packed rows only.
     """
 
     vendors: frozenset[Vendor] = frozenset({"nvidia", "amd", "cpu"})
@@ -386,10 +388,10 @@ class Needs:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Variant:
-    """One of several sets of kernels in a package, of which its import takes one.
+    """One of several sets of kernels in a package, one of which is selected at import.
 
     Attributes:
-        name: what people call it, "Triton".
+        name: its usual name, "Triton".
         variables: the environment variables that choose it.
     """
 
@@ -399,17 +401,18 @@ class Variant:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rank:
-    """A backend's place where it is not its general one. It holds where all of it holds.
+    """A backend's rank in a particular situation. It applies where all conditions match.
 
     Attributes:
         rank: lower is tried first.
-        why: half a sentence, of which the backend is the subject.
-        source: where that is read, with the day.
+        why: the reason, as the rest of a sentence that begins with the backend's name.
+        source: the source of `why`, with the date it was read.
         archs: "sm_90" and the like; empty for all.
         packed: whether rows hold several documents; None for either.
         compiled: whether torch.compile is on; None for either.
-        head_dim: lowest and highest of q and k; one layer within is enough. None for any.
-        routed: whether a router calls it document by document; None for either.
+        head_dim: lowest and highest head_dim of q and k; it applies when one layer is in this
+            range. None for any.
+        routed: whether a router calls it, one document at a time; None for either.
     """
 
     rank: int
@@ -428,40 +431,40 @@ class Backend:
 
     Attributes:
         name: as written in attn_implementation.
-        rank: its general place, lower is tried first; that of a family is the contract's order.
-        summary: what it is, in half a line.
-        needs: what it asks for.
-        rank_why: why that place, half a sentence of which the backend is the subject.
-        rank_source: where that is read, with the day.
-        ranks: places that hold for `auto` in particular situations, in place of the general one:
-            the first that holds.
-        packing: how packed documents are kept apart: by the kernel, by a mask, or not at all.
-        uses_flash_lib: the contract's flag of that name.
-        needs_dtype_cast: the contract's flag of that name.
-        in_config: whether attn_implementation may name it; the others are for `auto` alone.
-        automatic: whether `auto` may take it; never true for one that approximates.
-        applied_as: transformers' name for it; None until attnimg can apply it.
-        hub_repo: the hub kernel transformers takes for it, which LOCAL_KERNELS may serve.
-        family: members of one family stand in for one another.
-        mask: what its attention_mask is.
-        load_function: imports the kernel and returns its function, for a hub kernel with the
-            argument `trusted`; None where transformers has the function.
+        rank: its general rank; lower is tried first. Within a family, ranks give the order 4, 3, 2.
+        summary: a short description.
+        needs: its requirements.
+        rank_why: the reason for `rank`, as the rest of a sentence that begins with its name.
+        rank_source: the source of `rank_why`, with the date it was read.
+        ranks: ranks in particular situations, which `auto` uses in place of `rank`: the first one
+            that applies.
+        packing: how packed documents are isolated: by the kernel, by a mask, or not at all.
+        uses_flash_lib: the value of attn_uses_flash_lib in a validated config.
+        needs_dtype_cast: the value of attn_needs_dtype_cast in a validated config.
+        in_config: whether attn_implementation may name it; otherwise only `auto` may choose it.
+        automatic: whether `auto` may choose it; false for approximations.
+        applied_as: transformers' name for it; None when attnimg can't apply it.
+        hub_repo: the hub kernel that transformers uses for it; LOCAL_KERNELS may replace it.
+        family: backends of the same family may replace one another.
+        mask: the kind of attention_mask that it gets.
+        load_function: imports the kernel and returns its function; that of a hub kernel takes the
+            argument `trusted`. None where transformers has the function.
         module: the module of its package that has FlashAttention's two entry points.
-        forward_only: its kernel has no backward pass; where a run allows it, gradients are those
-            of exact attention.
-        unpadded_v: its kernel takes v with another head size than q and k, which transformers
-            would pad.
-        k_forward: allowed error of the output, as a multiple of what plain attention in the run's
-            own precision has; None for a backend judged by sqnr_db.
+        forward_only: its kernel has no backward pass; gradients come from exact attention where a
+            run allows that.
+        unpadded_v: its kernel supports a head_dim of v other than that of q and k; transformers
+            would pad v.
+        k_forward: allowed error of the output, as a multiple of the error of eager attention in
+            the run's precision; None for a backend judged by sqnr_db.
         k_backward: the same for the gradients.
-        sqnr_db: lowest ratio of signal to quantisation noise of the output, in decibels.
+        sqnr_db: lowest signal-to-quantization-noise ratio of the output, in decibels.
         tolerance_source: where these bounds come from.
-        unreviewed: a hub kernel that nobody here has read.
-        pattern: which keys its queries see.
+        unreviewed: a hub kernel whose code attnimg's authors have not reviewed.
+        pattern: which keys its queries attend to.
         variants: AMD architecture -> the kernels of its package that run there; empty where the
             package has one set.
-        for_process: variables that choose its kernel at each call, and so for every layer of the
-            process that another backend would run with the same package.
+        for_process: environment variables that select its kernel and are read at each call. They
+            therefore affect every layer whose backend uses the same package.
     """
 
     name: str
@@ -496,29 +499,29 @@ class Backend:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Geometry:
-    """One kind of attention call that a run makes, and that a backend is proven on.
+    """The properties of one kind of attention call of a run, on which a backend is verified.
 
-    No field has a default: a proof on another geometry than the run's would prove nothing.
+    No field has a default: a proof for other properties than the run's would be worthless.
 
     Attributes:
         heads: query heads, H.
         kv_heads: key/value heads, G; H is a multiple of it.
         head_dim_qk: size of a query and of a key.
         head_dim_v: size of a value.
-        window: tokens a sliding window sees; None for all.
+        window: size of the sliding window in tokens; None for none.
         softcap: tanh cap on the logits; None for none.
-        sinks: whether a learned sink logit joins the softmax.
+        sinks: whether each head has a learned sink logit in the softmax.
         dtype: the precision of q, k and v.
         packing: whether rows hold several documents.
         dropout: attention dropout while training.
         sequence_len: tokens of the longest row of the run.
-        dense: whether rows of one document occur, which reach a kernel's entry without boundaries.
-        deterministic: whether gradients must repeat bit for bit.
-        rows: rows of a batch, which a packed run may lay one after another.
-        autocast: whether calls are made under torch.autocast, which reaches into what a kernel
-            computes with torch's own functions.
-        every_length: whether documents of each length are to be shown, as to a kernel that nobody
-            here has read.
+        dense: whether the run has rows of one document, for which the dense entry point is called,
+            without document boundaries.
+        deterministic: whether gradients must be bitwise reproducible.
+        rows: rows of a batch, which a packed run may flatten into one.
+        autocast: whether calls are made under torch.autocast, which also changes the precision of
+            torch operations inside a kernel.
+        every_length: whether to test documents of every length, as for an unreviewed kernel.
     """
 
     heads: int
@@ -541,14 +544,14 @@ class Geometry:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Figure:
-    """How far a backend is from the reference, where it comes closest to the bound.
+    """The error of a backend against the reference, in the case nearest to its bound.
 
     Attributes:
         quantity: "out", or the gradient: "dq", "dk", "dv", "dsinks".
-        error: largest difference from the reference; decibels below the signal for a backend that
-            quantizes.
-        allowed: what the backend's rule allows there.
-        case: the probe.
+        error: largest difference from the reference; for a backend that quantizes, the
+            signal-to-noise ratio in decibels.
+        allowed: the bound on `error`.
+        case: the test case.
     """
 
     quantity: str
@@ -559,17 +562,17 @@ class Figure:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Proof:
-    """What came out when a backend was run against the reference.
+    """The result of comparing a backend with the reference.
 
     Attributes:
         backend: its name.
-        reasons: all that was found wrong; none means that it passed.
+        reasons: all faults that were found; empty when it passed.
         figures: one for each quantity.
-        cases: how many probes it went through.
-        longest: tokens of the longest document it was shown.
-        seconds: what the proof took.
+        cases: the number of test cases.
+        longest: tokens of the longest document among them.
+        seconds: the duration of the proof.
         cached: whether it was read from the disk instead of run.
-        note: what the reader should know, such as a bound on the length; "" for nothing.
+        note: a remark for the user, such as a limit on the length; "" for none.
     """
 
     backend: str
@@ -583,7 +586,7 @@ class Proof:
 
     @property
     def passed(self) -> bool:
-        """Return whether no check found a fault."""
+        """Return whether no fault was found."""
         return not self.reasons
 
 
@@ -595,7 +598,7 @@ class CallCheck:
         backend: the one that computed the call.
         layer: the layer's number in the model.
         figures: one for each compared quantity; `case` names the row, tokens and heads.
-        faults: the rules that the call broke; none means that it is right.
+        faults: the rules that the call broke; empty when it is correct.
         near: whether all errors are so close to their bounds that rounding may explain them.
         repeated: whether the repeated call was wrong too; None without faults.
         skipped: why the call was not compared; "" where it was.
@@ -611,36 +614,36 @@ class CallCheck:
 
     @property
     def sure(self) -> bool:
-        """Return whether the call is wrong beyond doubt."""
+        """Return whether the repeated call was wrong too, by more than rounding can explain."""
         return bool(self.repeated) and not self.near
 
     @property
     def margin(self) -> float:
-        """Return the largest error as a share of what is allowed."""
+        """Return the largest ratio of an error to its bound."""
         return max((figure.error / figure.allowed for figure in self.figures), default=0.0)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class KnownBad:
-    """A rule of known_bad.toml: where a backend is known to fail. It holds where all of it holds.
+    """A rule of known_bad.toml: where backends are known to fail. All conditions must match.
 
     Attributes:
         id: "kb07".
-        backends: whose calls it concerns.
-        effect: what happens, in half a line.
-        link: where it was told.
-        date: the day it was read there.
-        expires: the day from which it no longer counts; None for never.
-        status: "reported" until somebody here saw it, then "seen".
+        backends: the backends that it is about.
+        effect: what happens, in a few words.
+        link: the report.
+        date: the day the report was read.
+        expires: the day from which the rule is ignored; None for never.
+        status: "reported", or "seen" once attnimg's authors have reproduced it.
         packages: distribution -> versions, "<4.0.0b30,>=4.0.0b26"; all of them must match.
         archs: "sm_86" and the like; empty for all.
         dtypes: empty for all.
         head_dim_qk: lowest and highest; None for all.
         head_dim_v: lowest and highest; None for all.
         heads_differ: whether there are fewer key heads than query heads; None for either.
-        features: those that must be in use (true) or must not (false).
-        row_tokens_min: shortest row, in tokens, with all that a packed batch lays one after
-            another; None for any.
+        features: those that must be in use (true) or must not be (false).
+        row_tokens_min: lowest number of tokens in a row; rows that a packed batch flattens count
+            as one. None for any.
     """
 
     id: str

@@ -1,8 +1,8 @@
 """Read attnimg's own data, regular files up to a size, and files that only this user can change.
 
-What one run stores is trusted by the next, so it must be a regular file (no link, pipe or device)
-that belongs to this user, in a folder that belongs to this user, and neither may be writable by the
-group or by others.
+A run trusts the files that earlier runs stored. Each must therefore be a regular file (no link,
+pipe or device) that belongs to this user, in a folder that belongs to this user, and neither may be
+writable by the group or by others.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from typing import Any, BinaryIO
 
 
 class NotPrivate(OSError):
-    """Raised for a file or folder that others may change; says why: "it belongs to user 1001"."""
+    """Raised for a file or folder that others can change; the message is the reason."""
 
 
 def data_file(name: str) -> Path:
-    """Return the path of a file of attnimg/data, which pip installs as files."""
+    """Return the path of a file in attnimg/data; pip installs the package unzipped."""
     return Path(__file__).parent / "data" / name
 
 

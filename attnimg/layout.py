@@ -1,7 +1,7 @@
-"""Lay packed documents out in a batch: positions, boundaries and the padding between them.
+"""Compute the layout of packed documents in a batch: positions, boundaries and padding.
 
-The collator lays training batches out with it, and the isolation proof lays its probe out with it:
-what is proven is what is trained. Steps don't import one another, so it stands below both.
+The collator uses it for training batches, and the isolation check for its test batch, so that both
+have the same layout. It is a module of its own because steps don't import one another.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PackedLayout:
-    """The documents of one batch, padding included: the padding of a row is a document of its own.
+    """The layout of one batch of B rows of S tokens, or of one row (1, B * S) when flattened.
 
-    B rows of S tokens. Flattened, the rows stand one after the other, so one row is (1, B * S).
+    The padding of a row counts as a document of its own.
 
     Attributes:
-        position_ids: restart at 0 with every document; (B, S) int64.
+        position_ids: start at 0 in every document; (B, S) int64.
         is_token: False on padding; (B, S) bool.
         cu_seq_lens: where documents begin and end in the flattened batch; (documents + 1,) int32.
         max_length: tokens in the longest document.
-        seq_idx: number of each token's document, from 0 in every row; (B, S) int32.
+        seq_idx: index of each token's document within its row, from 0; (B, S) int32.
     """
 
     position_ids: NDArray[np.int64]
@@ -41,8 +41,8 @@ def lay_out(
 
     Args:
         document_lengths: tokens of each document, by row; each row has at least one token.
-        padding_free: flatten to (1, T). Without `pad_to` nothing is padded then, since rows need
-            not be equally long.
+        padding_free: flatten to (1, T). Rows then need not be equally long, so nothing is padded
+            without `pad_to`.
         pad_to: pad every row to a multiple of it, for static shapes. None pads to the longest row.
     """
     row_lengths = [sum(lengths) for lengths in document_lengths]

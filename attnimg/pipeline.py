@@ -1,8 +1,8 @@
 """Select an attention backend, verify it, apply it to a model and check its packing.
 
-    select -> verify -> load -> check packing; where one fails, the same for the next candidate
+    select -> verify -> load -> check packing; if a step fails, repeat with the next candidate
 
-The command line calls these functions, and so does every other user of a plan.
+The commands verify and train call these functions.
 """
 
 from __future__ import annotations
@@ -32,30 +32,30 @@ from attnimg.task import Task, run_findings
 if TYPE_CHECKING:
     from attnimg.verify.isolation import IsolationProof
 
-# A plan that fails on these alone lacks a kernel; any other reason is in the config.
+# If these are the only reasons against a backend, a kernel is missing; others are in the config.
 _KERNEL_MISSING = frozenset({"not-installed", "version-low", "fp8-torchao", "fp8-needs-fa3"})
 
 
 class Report(Protocol):
-    """Where the pipeline reports what it found."""
+    """The interface through which the pipeline reports its results."""
 
     def say(self, text: str) -> None:
         """Print a line."""
 
     def show_plan(self, plan: Plan, task: Task, warnings: Sequence[Finding]) -> None:
-        """Print a plan that chose a backend, and the warnings on it."""
+        """Print a plan that chose a backend, and its warnings."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Selected:
-    """A verified choice, with the name under which transformers has it.
+    """A verified choice, with its attn_implementation name in transformers.
 
     Attributes:
         plan: the plan, whose backends passed their proofs.
-        backend: the backend, or a router between those of the plan's groups of layers.
+        backend: the backend, or a router between the backends of the plan's groups of layers.
         context: how the run calls its model.
-        implementation: what from_pretrained takes as attn_implementation.
-        proofs: of all backends tried, failed ones included.
+        implementation: the value of attn_implementation for from_pretrained.
+        proofs: the proofs of all backends that were tried, including failed ones.
     """
 
     plan: Plan
@@ -67,12 +67,12 @@ class Selected:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Applied:
-    """A model that runs a verified choice.
+    """A model that runs a verified backend.
 
     Attributes:
         model: the loaded model.
-        selected: what it runs.
-        isolation: the proof that packed documents are isolated; None where nothing is packed.
+        selected: the backend that it runs.
+        isolation: the result of the isolation check; None without packing.
     """
 
     model: Any
@@ -89,18 +89,18 @@ def select_verify_apply(
 ) -> Applied:
     """Select a backend, verify it, load the model with it and check its packing.
 
-    A backend that fails a proof or leaks between packed documents is replaced by the next
-    candidate, where the task leaves the choice. Everything heavy is imported from here on. Call it
-    inside `apply.restored()`, which restores transformers' registries.
+    A backend that fails its proof or leaks between packed documents is replaced by the next
+    candidate, if the config allows that. torch and transformers are imported here. Call it inside
+    `apply.restored()`, which restores transformers' registries.
 
     Args:
         task: what the backend is selected for.
         load: loads the model with `attn_implementation=selected.implementation`; called once.
-        report: where plans, proofs and warnings go.
-        plan: what `select` returned for this task, where it was called before.
+        report: gets plans, proofs and warnings.
+        plan: the result of `select` for this task, if it was called before.
 
     Raises:
-        AttnimgError: nothing that the task allows fits, passes its proof and isolates documents.
+        AttnimgError: no allowed backend fits, passes its proof and isolates documents.
     """
     plan, proofs = verify_plan(plan or select(task, report), task, report)
     selected = _selected(plan, task, proofs)
@@ -129,7 +129,7 @@ def select_verify_apply(
                 layers=_layers(task),
                 trusted=task.problem.trusted,
             )
-        except AttnimgError:  # a model off transformers' attention interface keeps what it has
+        except AttnimgError:  # a model without transformers' attention interface keeps its own
             require_isolation(isolation)
         plan = _announced(following, task, report)
         selected = replace(
@@ -143,10 +143,10 @@ def select_verify_apply(
 
 
 def select(task: Task, report: Report) -> Plan:
-    """Return a plan that chose a backend; report it with its warnings.
+    """Return a plan that chose a backend, and report it with its warnings.
 
     Raises:
-        AttnimgError: nothing fits, or packed documents would mix.
+        AttnimgError: no backend fits, or packed documents would mix.
     """
     return _announced(task.choose(), task, report)
 
@@ -155,10 +155,10 @@ def verify_plan(plan: Plan, task: Task, report: Report) -> tuple[Plan, tuple[Pro
     """Verify a plan's backends; replace one that fails by the next candidate.
 
     Returns:
-        A plan whose backends passed, and every proof that was made, failed ones included.
+        A plan whose backends passed, and all proofs, including failed ones.
 
     Raises:
-        AttnimgError: nothing that the plan may take passed; its code is the first broken rule's.
+        AttnimgError: no backend that the plan may use passed; its code is that of the first fault.
     """
     made: list[Proof] = []
     while True:
@@ -196,7 +196,7 @@ def proofs_of(
     say: Callable[[str], None],
     routed: bool = False,
 ) -> list[Proof]:
-    """Return a proof for each backend: from the disk where one is kept, else made now."""
+    """Return a proof for each backend: a cached one, or else a new one."""
     from attnimg.verify.proofs import Setting, prove
 
     setting = Setting.here(machine, os.environ)
@@ -215,7 +215,7 @@ def kernel_hashes(plan: Plan, task: Task) -> dict[str, dict[str, str] | None]:
 
 
 def parts_of(plan: Plan, problem: Problem) -> list[tuple[Backend, Problem]]:
-    """Return each backend of a plan that chose one, with the layers that it runs."""
+    """Return each backend of a plan, with a problem that has only the layers it runs."""
     assert plan.chosen is not None
     if not plan.groups or problem.model is None:
         return [(plan.chosen.backend, problem)]
@@ -245,7 +245,7 @@ def sentence(proof: Proof) -> str:
 
 
 def _announced(plan: Plan, task: Task, report: Report) -> Plan:
-    """Report a plan; raise where it chose nothing, or where its documents would mix."""
+    """Report a plan; raise if it chose no backend, or if packed documents would mix."""
     if plan.chosen is None:
         raise _nothing_fits(plan)
     errors, warnings = run_findings(plan, task.problem, task.machine)

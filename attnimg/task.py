@@ -1,4 +1,4 @@
-"""Describe what a run asks of attention: the machine, the model's shapes, precision and rows."""
+"""Build the task that a backend is selected for: the machine, the model's layers, and the run."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ from attnimg.select.gpus import catalogue, cpus_with, gpu_named
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Task:
-    """What a backend is selected for.
+    """A run that a backend is selected for.
 
     Attributes:
-        machine: where the run happens.
+        machine: the machine of the run.
         problem: what its attention has to compute.
         asked: attn_implementation; None for auto.
-        strict: whether no other member of the flash family may replace what was asked.
+        strict: whether no other member of the flash family may replace the requested one.
     """
 
     machine: Machine
@@ -43,7 +43,7 @@ class Task:
     strict: bool
 
     def choose(self) -> Plan:
-        """Return the plan for this task; it may have chosen nothing."""
+        """Return the plan for this task; its `chosen` may be None."""
         return plan.choose(self.asked, self.machine, self.problem, strict=self.strict)
 
 
@@ -53,10 +53,10 @@ def task_of(values: Config, raw: Mapping[str, Any] | None, machine: Machine) -> 
     Args:
         values: the validated config.
         raw: the model's config.json; None where it is not on this machine.
-        machine: where the run happens.
+        machine: the machine of the run.
 
     Raises:
-        AttnimgError: config.json is wrong.
+        AttnimgError: config.json is invalid.
     """
     model = shapes_of(raw) if raw is not None else None
     dropout = attention_dropout(raw) if raw is not None else 0.0
@@ -71,7 +71,7 @@ def task_of(values: Config, raw: Mapping[str, Any] | None, machine: Machine) -> 
 def problem_of(values: Config, *, model: Model | None, dropout: float, arch: Arch) -> Problem:
     """Return what attention has to compute in the run that a config describes."""
     gpu = arch.vendor != "cpu"
-    # Code that comes with the model is a class that nobody here knows.
+    # The table of model classes does not have classes from a model's own repository.
     known = model is not None and not (model.brings_code and values.trust_remote_code)
     dtype = plan.training_dtype(bf16=values.bf16, fp16=bool(values.fp16), arch=arch)
     return Problem(
@@ -86,8 +86,8 @@ def problem_of(values: Config, *, model: Model | None, dropout: float, arch: Arc
         trusted=bool(values.trust_remote_code),
         sequence_len=values.sequence_len,
         rows=max(values.micro_batch_size, values.eval_batch_size or 0),
-        # bf16: full means that the weights are bfloat16 and nothing is cast on the way; DeepSpeed
-        # casts the weights, too.
+        # With bf16: full the weights are bfloat16 and nothing is cast; DeepSpeed casts the weights
+        # too.
         autocast=dtype != "float32" and values.bf16 != "full" and not values.deepspeed,
         known_bad=known_bad.load(values.attn_known_bad, today=date.today()),
     )
@@ -101,7 +101,7 @@ def model_file(values: Config) -> Path | None:
 
 
 def read_model(values: Config) -> tuple[Model | None, float]:
-    """Return the model's geometry and attention dropout; (None, 0.0) without its config.json."""
+    """Return the model and its attention dropout; (None, 0.0) without its config.json."""
     path = model_file(values)
     if path is None:
         return None, 0.0
@@ -111,25 +111,25 @@ def read_model(values: Config) -> tuple[Model | None, float]:
 
 
 def installed_machine() -> Machine:
-    """Return this machine, with the versions of all packages that a rule reads."""
+    """Return this machine, with the versions of all packages that a rule depends on."""
     return probe.this_machine(distributions())
 
 
 def distributions() -> list[str]:
-    """Return every distribution that a backend or a rule needs, for the probe to look for."""
+    """Return every distribution that a backend or a rule depends on; the probe looks for them."""
     needed = [package for backend in all_backends() for package, _, _ in backend.needs.packages]
     needed += [package for kind in other_layers.kinds().values() for package in kind.packages]
     needed += model_types.needed_packages()
-    # Rules on known-bad versions read those of the libraries that the backends need, too.
+    # Rules on known-bad versions also depend on libraries that the backends need.
     return [*needed, "kernels", "nvidia-cutlass-dsl", "nvidia-cudnn-cu12", "nvidia-cudnn-cu13"]
 
 
 def machine_of(on: str | None, image: str | None) -> tuple[Machine, str | None]:
-    """Return the machine to judge for, and the image whose packages it is assumed to have.
+    """Return the machine to select for, and the image whose packages it is assumed to have.
 
     Args:
         on: a GPU's name; None for this machine, or for the image's first GPU.
-        image: an image's tag; None for the one made for that GPU.
+        image: an image's tag; None for the image of that GPU.
 
     Raises:
         AttnimgError: no such GPU, or no such image.
@@ -152,7 +152,7 @@ def image_notes(on: str | None, image: str | None) -> tuple[Finding, ...]:
 
     Args:
         on: a GPU's name; None for this machine, or for the image's first GPU.
-        image: the image that machine_of gave for it.
+        image: the image that machine_of returned for it.
     """
     if on is None:
         return ()
@@ -193,7 +193,7 @@ def image_notes(on: str | None, image: str | None) -> tuple[Finding, ...]:
 
 
 def machine_notes(machine: Machine) -> tuple[Finding, ...]:
-    """Return notes on what is odd about this machine: a driver that fails, GPUs that differ."""
+    """Return warnings about this machine: a GPU driver that fails, different GPUs."""
     notes = []
     if machine.driver_problem:
         notes.append(
@@ -219,7 +219,7 @@ def machine_notes(machine: Machine) -> tuple[Finding, ...]:
 
 
 def precision_notes(values: Config, machine: Machine) -> tuple[Finding, ...]:
-    """Return a warning where a run computes in another precision than its config names."""
+    """Return a warning if a run computes in a precision other than its config names."""
     if not values.fp16 or machine.arch.vendor != "cpu":
         return ()
     return (
@@ -233,7 +233,7 @@ def precision_notes(values: Config, machine: Machine) -> tuple[Finding, ...]:
 
 
 def memory_of(machine: Machine) -> int | None:
-    """Return a device's memory in bytes, probed or from the catalogue of GPUs."""
+    """Return a device's memory in bytes, as detected or from the catalogue of GPUs."""
     if machine.memory_bytes is not None:
         return machine.memory_bytes
     sold = next((gpu.memory_gb for gpu in catalogue().values() if gpu.label == machine.gpu), None)
@@ -252,6 +252,6 @@ def run_findings(
 
 
 def gpu_text(machine: Machine) -> str:
-    """Name a machine for people: "NVIDIA H100 80GB (sm_90)"."""
+    """Return a machine's name for messages, "NVIDIA H100 80GB (sm_90)"."""
     name = machine.arch.name
     return name if name in ("cpu", machine.gpu) else f"{machine.gpu} ({name})"

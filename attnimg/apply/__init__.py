@@ -1,4 +1,4 @@
-"""Apply a plan: which model classes take a backend, and what a loaded model really runs."""
+"""Apply a plan to a model, and check which attention implementation the model runs."""
 
 from attnimg.apply.model import class_of, facts_of, require_applied, running, switch
 from attnimg.apply.registry import prepare, restored

@@ -1,4 +1,4 @@
-"""Which attention a model class takes, what a loaded model runs, and how to change it."""
+"""Read and change the attention implementation of a model."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from attnimg.backends._transformers import DIRECT
 from attnimg.errors import AttnimgError
 from attnimg.facts import Backend, LayerGroup, ModelClass
 
-# Where a model class says whether it takes a kind of attention.
+# Kind of attention -> the attribute of a model class that declares its support.
 # Source: transformers 5.22.2, modeling_utils.py, class PreTrainedModel.
 _FLAGS = {
     "sdpa": "_supports_sdpa",
@@ -28,7 +28,7 @@ def class_of(config: Any) -> type[Any] | None:
 
 
 def facts_of(model_class: type[Any]) -> ModelClass | None:
-    """Return what a PreTrainedModel class does not take; None when it takes everything."""
+    """Return what a PreTrainedModel class does not support; None when it supports everything."""
     lacks = {kind for kind, flag in _FLAGS.items() if not getattr(model_class, flag, True)}
     can_set = getattr(model_class, "_can_set_attn_implementation", None)
     if can_set is not None and not can_set():
@@ -45,9 +45,9 @@ def running(model: Any) -> str:
 
 
 def require_applied(model: Any, backend: Backend) -> None:
-    """Raise where a model runs something other than the plan says.
+    """Raise if a model runs another attention implementation than the plan's.
 
-    transformers may fall back to a hub kernel or replace a name; neither is silent here.
+    transformers may silently fall back to a hub kernel or replace a name.
 
     Raises:
         AttnimgError: the model's implementation is not the backend's.
@@ -73,13 +73,13 @@ def switch(
     """Change the attention of a loaded model, and check that it changed.
 
     Args:
-        model: a transformers model, PEFT-wrapped ones included.
-        backend: what to run from now on.
-        layers: the model's attention.
-        trusted: whether hub kernels of publishers the hub does not vouch for may run.
+        model: a transformers model, which PEFT may have wrapped.
+        backend: the new backend.
+        layers: the model's attention layers.
+        trusted: whether hub kernels of untrusted publishers may run (trust_remote_code).
 
     Raises:
-        AttnimgError: the model does not take it.
+        AttnimgError: the model does not support the backend.
     """
     try:
         model.set_attn_implementation(prepare(backend, layers=layers, trusted=trusted))

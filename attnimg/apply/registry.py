@@ -1,4 +1,4 @@
-"""Put a backend's function where transformers looks for it, and take it away again."""
+"""Register a backend's function with transformers, and restore transformers' registries."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 from attnimg.backends._transformers import as_applied, attention_function
 from attnimg.facts import AttentionFunction, Backend, LayerGroup
 
-# transformers' slot for the one flash implementation that is loaded; 5.17 has not all of them.
+# transformers' globals for the one loaded flash implementation; 5.17 does not have all of them.
 # Source: transformers 5.17.0 and 5.22.2, modeling_flash_attention_utils.py (2026-11-26).
 _FLASH_SLOT = (
     "_loaded_implementation",
@@ -26,16 +26,16 @@ _FLASH_SLOT = (
     "_process_with_kvcache_kwargs_fn",
 )
 
-# Signals that stop a run. Their handlers are always set again: Python does not see a handler that C
-# code has set.
+# Signals that stop a run. Their handlers are always restored, because Python can't detect a handler
+# that C code has set.
 _STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 @contextmanager
 def restored() -> Iterator[None]:
-    """Leave transformers' registries of attention and mask functions as they were on entry.
+    """Restore transformers' registries of attention and mask functions after the block.
 
-    A model that was given one of attnimg's backends runs it only inside.
+    A model can run a backend that attnimg registered only inside the block.
     """
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers import modeling_flash_attention_utils as flash
@@ -54,18 +54,19 @@ def restored() -> Iterator[None]:
 
 
 def prepare(backend: Backend, *, layers: tuple[LayerGroup, ...] = (), trusted: bool = False) -> str:
-    """Load a backend's kernel and give the name that transformers has for it from now on.
+    """Load a backend's kernel, register it if needed, and return its name in transformers.
 
-    A name of transformers' own stays as it is and costs nothing. Others are registered with the
-    mask function that they need: without one transformers hands them no mask at all.
+    Names that transformers has are not changed. Other functions are registered together with the
+    mask function that they need, without which transformers passes no mask.
 
     Args:
-        backend: what the plan chose.
-        layers: the model's attention; v of another head size than q and k needs a call of our own.
-        trusted: whether hub kernels of publishers the hub does not vouch for may run.
+        backend: the backend that the plan chose.
+        layers: the model's attention layers; attnimg calls the kernel directly if the head_dim of
+            v differs from that of q and k.
+        trusted: whether hub kernels of untrusted publishers may run (trust_remote_code).
 
     Returns:
-        What from_pretrained and set_attn_implementation take.
+        The argument for from_pretrained and set_attn_implementation.
 
     Raises:
         AttnimgError: the kernel is missing or broken.
@@ -84,17 +85,17 @@ def _prepared(backend: Backend, *, trusted: bool) -> str:
         loaded = flash_name(backend)
         load_flash(loaded, trusted=trusted)
         if name == backend.hub_repo:
-            # With the revision of kernels.lock: transformers loads the path once more by itself.
+            # It has the revision of kernels.lock, as transformers loads the path again.
             name = loaded
     return name
 
 
 def register(name: str, function: AttentionFunction) -> None:
-    """Register a function that takes no mask but that of the padding.
+    """Register a function whose only mask is that of the padding.
 
     Args:
-        name: without "flash", "sdpa" and "flex" in it: transformers goes by these.
-        function: transformers' attention interface.
+        name: must not contain "flash", "sdpa" or "flex", which transformers treats specially.
+        function: a function of transformers' attention interface.
     """
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import flash_attention_mask
@@ -108,7 +109,7 @@ def register(name: str, function: AttentionFunction) -> None:
         output, weights = function(module, query, key, value, attention_mask, **arguments)
         return output.contiguous(), weights
 
-    # afmoe passes attention_mask by this name, and its view() needs a contiguous output.
+    # afmoe passes attention_mask as a keyword, and calls view(), which needs a contiguous output.
     AttentionInterface.register(name, attend)
     AttentionMaskInterface.register(name, flash_attention_mask)
 
@@ -117,8 +118,8 @@ def register(name: str, function: AttentionFunction) -> None:
 def process_settings_kept() -> Iterator[None]:
     """Restore signal handlers, the signal mask, umask and working directory after the block.
 
-    A kernel's library may change these when it is imported. The proof refuses such kernels, but the
-    proof may be a kept one, and an import may behave differently in this process.
+    Importing a kernel's library may change these. The proof refuses such kernels, but it may be a
+    cached one, and the import may behave differently in this process.
     """
     handlers = {number: signal.getsignal(number) for number in signal.valid_signals()}
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, [])
@@ -132,14 +133,14 @@ def process_settings_kept() -> Iterator[None]:
         os.fchdir(directory)
         os.close(directory)
         signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
-        # Python lets only the main thread set handlers.
+        # Only the main thread can set handlers in Python.
         if threading.current_thread() is threading.main_thread():
             _set_handlers(handlers)
 
 
 def _set_handlers(handlers: Mapping[signal.Signals, Any]) -> None:
     for number, handler in handlers.items():
-        # None: it was set by C code, and can't be set from here.
+        # None: C code has set it, and Python can't set it again.
         changed = signal.getsignal(number) is not handler or number in _STOPPING
         if handler is not None and changed:
             # SIGKILL and SIGSTOP can't have a handler.

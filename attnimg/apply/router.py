@@ -1,4 +1,4 @@
-"""Run a plan: one backend, or a router that sends each call to the backend of its layers' shape."""
+"""Return a plan's backend, or a router that calls the right backend for each layer's shape."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ROUTER = "attnimg_router"
 
 
 class Shape(NamedTuple):
-    """What a call shows of its layer: head sizes, window, soft cap, sinks."""
+    """The properties of a layer that its calls show: head sizes, window, soft cap, sinks."""
 
     head_dim_qk: int
     head_dim_v: int
@@ -25,10 +25,10 @@ class Shape(NamedTuple):
 
 
 class Router:
-    """An attention function that looks at a call's own shape, and at nothing else.
+    """An attention function that selects a backend by the shape of each call.
 
     Args:
-        routes: what each shape of the model runs.
+        routes: shape of a group of layers -> the function that it runs.
     """
 
     def __init__(self, routes: Mapping[Shape, AttentionFunction]) -> None:
@@ -65,8 +65,8 @@ class Router:
     def _function_for(self, shape: Shape) -> AttentionFunction:
         if shape in self.routes:
             return self.routes[shape]
-        # A model may leave the window to its mask, or the cap out of a call: the size decides,
-        # where it is the same backend either way.
+        # A model may implement the window in its mask, or the soft cap outside the call. Then the
+        # head sizes decide, if all layers with these sizes have the same backend.
         sized = {f for s, f in self.routes.items() if s[:2] == shape[:2] and s.sinks == shape.sinks}
         if len(sized) == 1:
             return sized.pop()
@@ -103,7 +103,7 @@ def _router(groups: tuple[GroupChoice, ...]) -> Backend:
         rank=0,
         summary=f"a router between {', '.join(names)}",
         packing="native",
-        # One name a set of routes: a second model with other layers gets a router of its own.
+        # Each set of routes has its own name, so that another model gets its own router.
         applied_as=f"{ROUTER}_{_digest(groups)}",
         load_function=partial(_load, groups),
         needs=Needs(),
@@ -111,7 +111,7 @@ def _router(groups: tuple[GroupChoice, ...]) -> Backend:
 
 
 def _digest(groups: tuple[GroupChoice, ...]) -> str:
-    """Return a name for a set of routes, the same in every process of a run."""
+    """Return a hash of a set of routes, the same in every process of a run."""
     routes = [(choice.layers, choice.verdict.backend.name) for choice in groups]
     return hashlib.sha256(repr(routes).encode()).hexdigest()[:8]
 

@@ -1,7 +1,8 @@
-"""Every attention backend that attnimg knows: one file each, found by being here.
+"""Find the attention backends: every module in this folder that defines one.
 
-A file has one BACKEND, or several BACKENDS. To add one, copy `flex_attention.py`, or `xformers.py`
-where the call is attnimg's own; fill in its needs and their sources; then `make render check`.
+A module has BACKEND, or a list BACKENDS. To add a backend, copy `flex_attention.py`, which calls
+transformers' function, or `xformers.py`, which calls a kernel itself; fill in its needs and their
+sources; then run `make render check`.
 """
 
 from __future__ import annotations
@@ -17,13 +18,14 @@ from attnimg.facts import Arch, Backend, LocalKernel, Machine, Needs
 # org/name, then @revision, then :function. Source: transformers 5.22.2, modeling_utils.py.
 _HUB_PATH = re.compile(r"(?!\.)[\w.-]+/(?!\.)[\w.-]+(@[^/:@\s]+)?(:[^/:@\s]+)?", re.ASCII)
 
-# Turns a variant's variable on; all else is off (flash_attn_interface.py:11, read 2026-11-25).
+# The value that turns a variant's variable on; any other value turns it off.
+# Source: flash-attn, flash_attn_interface.py:11 (2026-11-25).
 _ON = "TRUE"
 
 
 @cache
 def all_backends() -> tuple[Backend, ...]:
-    """Return the named backends, best general rank first."""
+    """Return all backends except hub kernels, best general rank first."""
     found: list[Backend] = []
     for name in (module.name for module in iter_modules(__path__)):
         if name[0] != "_" and name != "hub":
@@ -43,7 +45,7 @@ def repo_of(path: str) -> str:
 
 
 def backend_named(name: str) -> Backend | None:
-    """Return the backend that a config names; None for "auto" and for a name nobody knows."""
+    """Return the backend that a config names; None for "auto" and for an unknown name."""
     for backend in all_backends():
         if backend.name == name:
             return backend
@@ -58,15 +60,15 @@ def backend_named(name: str) -> Backend | None:
 def local_kernel_repo(
     backend: Backend, *, installed: Container[str], served: Container[str]
 ) -> str | None:
-    """Return the hub kernel that a backend runs from a folder of LOCAL_KERNELS; None for none.
+    """Return the hub kernel that a backend runs from a folder in LOCAL_KERNELS; None for none.
 
-    A hub kernel that the config names is the served one. In place of a package it is taken where
-    the package is not installed.
+    A hub kernel that the config names is loaded from that folder. A backend with a package uses the
+    folder only if the package is not installed.
 
     Args:
-        backend: what is to run.
-        installed: distributions.
-        served: org/name of the hub kernels that LOCAL_KERNELS serves.
+        backend: the backend to run.
+        installed: the installed distributions.
+        served: org/name of the hub kernels in LOCAL_KERNELS.
     """
     repo, packages = backend.hub_repo, [package for package, _, _ in backend.needs.packages]
     if repo is None or repo not in served:
@@ -76,14 +78,14 @@ def local_kernel_repo(
 
 
 def local_kernel(backend: Backend, machine: Machine) -> LocalKernel | None:
-    """Return the folder of LOCAL_KERNELS that a backend runs on a machine; None for none."""
+    """Return the folder in LOCAL_KERNELS that a backend uses on a machine; None for none."""
     served = {kernel.repo: kernel for kernel in machine.local_kernels}
     repo = local_kernel_repo(backend, installed=machine.packages or {}, served=served)
     return None if repo is None else served[repo]
 
 
 def variables_that_choose(environment: Mapping[str, str]) -> dict[str, str]:
-    """Return what is set in `environment` of that by which packages choose among their kernels."""
+    """Return the variables that are set in `environment` and select kernels of a package."""
     variants = (variant for backend in all_backends() for variant in backend.variants.values())
     names = {name for variant in variants for name in variant.variables}
     names |= {name for backend in all_backends() for name in backend.for_process}
@@ -91,15 +93,12 @@ def variables_that_choose(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def contrary_settings(backend: Backend, arch: Arch, variables: Mapping[str, str]) -> list[str]:
-    """Return what is set against the kernels that a backend's package has for an architecture.
+    """Return the settings that select kernels other than those that an architecture needs.
 
     Args:
-        backend: its variants name the variables, each on by one word and off by all others.
-        arch: where it runs.
-        variables: what is set.
-
-    Returns:
-        "NAME=value" for each.
+        backend: its variants name the variables; one value turns each on, any other turns it off.
+        arch: the architecture.
+        variables: the variables that are set.
     """
     variant = backend.variants.get(arch.name)
     return [
@@ -124,7 +123,7 @@ def runs_on(needs: Needs, arch: Arch) -> bool:
 
 
 def arch_code(needs: Needs, arch: Arch) -> str:
-    """Return the contract's code for an architecture that a backend does not run on."""
+    """Return the error code for an architecture that a backend does not run on."""
     newer = (
         arch.capability is not None
         and needs.capability_max is not None

@@ -1,6 +1,6 @@
-"""Exact attention on torch's own kernels, and gradients of it for kernels without a backward pass.
+"""Compute exact attention with torch's kernels, also as the backward pass of forward-only kernels.
 
-Letters: see _varlen.py.
+The letters of shapes are explained in _varlen.py.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from attnimg.facts import AttentionFunction
 
 
 def exact_attention(backend: str) -> AttentionFunction:
-    """Return attention on torch's kernels, document by document; its mask is that of "flash"."""
+    """Return exact attention, one document at a time; its mask is of the kind "flash"."""
     return as_attention_function(
         backend,
         ("window", "dropout"),
@@ -31,7 +31,7 @@ def exact_attention(backend: str) -> AttentionFunction:
 
 
 def exact_kernel(call: AttentionCall) -> partial[Tensor]:
-    """Return exact attention with a call's scale, mask and dropout: q, k, v to (B, H, T, V)."""
+    """Return a function of q, k, v to (B, H, T, V), with a call's scale, mask and dropout."""
     return partial(
         exact,
         scale=call.scale,
@@ -51,26 +51,26 @@ def exact(
     window: int | None = None,
     dropout: float = 0.0,
 ) -> Tensor:
-    """Compute attention within each batch element, by torch's scaled_dot_product_attention.
+    """Compute attention with torch's scaled_dot_product_attention.
 
     Args:
         q: (B, H, T, D).
         k: (B, G, S, D).
         v: (B, G, S, V).
         scale: factor on q @ k.
-        causal: hide keys to the right of the query, which stands at the bottom right.
-        window: keys a query sees; None for all.
-        dropout: share of the weights to drop.
+        causal: mask later keys, aligned at the bottom right: the last query attends to all keys.
+        window: keys that a query attends to, its own included; None for all.
+        dropout: dropout probability of the attention weights.
 
     Returns:
         (B, H, T, V).
     """
     k, v = ungrouped(q, k, v)
     queries, keys = q.shape[2], k.shape[2]
-    # torch aligns is_causal at the top left, which is the same for as many queries as keys.
+    # torch aligns is_causal at the top left, which is equal if there are as many queries as keys.
     plain = causal and window is None and queries == keys
     mask = None
-    # One query stands at the last key, and sees all.
+    # A single query is aligned with the last key and attends to all keys.
     if not plain and (window is not None or (causal and queries > 1)):
         ahead = (
             torch.arange(keys, device=q.device) - torch.arange(queries, device=q.device)[:, None]
@@ -85,7 +85,7 @@ def exact(
 
 
 class _ExactBackward(torch.autograd.Function):  # type: ignore[misc]  # torch's types are not followed
-    """Forward by one function, backward by another, recomputed from the saved q, k and v."""
+    """Run one function forward; compute the gradients of another from the saved q, k and v."""
 
     @staticmethod
     def forward(
@@ -100,7 +100,7 @@ class _ExactBackward(torch.autograd.Function):  # type: ignore[misc]  # torch's 
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         leaves = [x.detach().requires_grad_() for x in ctx.saved_tensors]
         device = gradient.device.type
-        # q, k and v have their precision already; autocast would change it a second time.
+        # q, k and v are cast already; autocast would cast them a second time.
         with torch.enable_grad(), torch.autocast(device, enabled=False):
             out = ctx.exact(*leaves)
         return None, None, *torch.autograd.grad(out, leaves, gradient.to(out.dtype))
@@ -109,16 +109,17 @@ class _ExactBackward(torch.autograd.Function):  # type: ignore[misc]  # torch's 
 def with_exact_backward(
     kernel: DenseKernel, exact: DenseKernel, q: Tensor, k: Tensor, v: Tensor
 ) -> Tensor:
-    """Run a forward-only kernel so that gradients reach q, k and v.
+    """Run a forward-only kernel, with the gradients of exact attention for q, k and v.
 
-    Without this, such a kernel returns tensors that autograd knows nothing of: the loss still
-    falls, by the other weights, while q, k and v never learn.
+    The output of such a kernel is not connected to the autograd graph. Without this function the
+    loss would still fall, because the other weights are trained, but the projections of q, k and v
+    would get no gradient.
     Source: https://github.com/thu-ml/SageAttention/issues/198 (2026-11-21).
 
     Args:
-        kernel: q, k, v to the output; autograd is off inside.
+        kernel: q, k, v to the output; it runs without autograd.
         exact: the same function, differentiable.
-        q: queries, in the layout that both take.
+        q: queries, in the layout of both functions.
         k: keys.
         v: values.
 

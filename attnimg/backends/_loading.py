@@ -17,12 +17,12 @@ from typing import Any, NamedTuple
 
 from attnimg.errors import AttnimgError
 
-# Where `kernels lock` writes it: the folder of the project.
+# `kernels lock` writes it to the current folder.
 _LOCK = Path("kernels.lock")
-# The error of kernels' get_kernel for a publisher that the hub does not vouch for.
+# The error of kernels' get_kernel for a publisher that is not trusted.
 _UNTRUSTED = re.compile("not from a trusted publisher")
-# Results of kernels' verify_variant for a kernel without a signature, or with one over no files:
-# nothing speaks against the kernel, and nothing for it.
+# Results of kernels' verify_variant for a kernel without a signature, or whose signature covers no
+# files: it is neither verified nor refuted.
 # Source: kernels 0.17.2, verify.py, VerificationResult (2026-11-21).
 _UNSIGNED = {
     "SignatureBundleMissing": "it is not signed",
@@ -32,13 +32,13 @@ _LOG = logging.getLogger(__name__)
 
 
 class HubKernel(NamedTuple):
-    """A hub kernel as `kernels` takes it: by a revision or by a version, never both.
+    """A hub kernel, by its revision or its version, as the library `kernels` takes it.
 
     Attributes:
         repo: org/name.
         revision: a branch, tag or commit.
         version: its major version.
-        folder: its files; None where LOCAL_KERNELS serves it.
+        folder: the folder of its files; None where it comes from LOCAL_KERNELS.
     """
 
     repo: str
@@ -50,7 +50,7 @@ class HubKernel(NamedTuple):
 def kernel_error(
     what: str, *, why: str, code: str, do: str = "set attn_implementation: sdpa"
 ) -> AttnimgError:
-    """Return an error about a kernel, which ends a run that has begun."""
+    """Return an error about a kernel, with exit code 1."""
     return AttnimgError(what, why=why, do=do, code=code, key="attn_implementation", exit_code=1)
 
 
@@ -65,7 +65,7 @@ def broken_kernel(backend: str, error: Exception, *, do: str) -> AttnimgError:
 
 
 def not_honoured(backend: str, why: str) -> AttnimgError:
-    """Return the error for an argument that a backend would have to drop."""
+    """Return the error for an argument that a backend does not support."""
     return kernel_error(
         f"{backend} cannot honour an argument of this model's attention",
         why=why,
@@ -79,16 +79,16 @@ def import_kernel(module: str, *, backend: str, package: str) -> ModuleType:
 
     Args:
         module: its name.
-        backend: who needs it.
+        backend: the backend that needs it.
         package: the distribution to install.
 
     Raises:
-        AttnimgError: it is absent, or raises anything while it is imported.
+        AttnimgError: it is not installed, or its import raises any exception.
     """
     try:
         return import_module(module)
-    # Kernels raise anything at import: an undefined symbol is an ImportError or an OSError, a
-    # shadowed one an AttributeError. The reason is kept.
+    # The import of a kernel may raise any exception: ImportError or OSError for an undefined
+    # symbol, AttributeError for a shadowed module. The message is kept.
     except Exception as error:
         raise broken_kernel(backend, error, do=f"install {package} for this GPU") from error
 
@@ -97,11 +97,11 @@ def load_hub_kernel(name: str, *, trusted: bool) -> ModuleType:
     """Load org/name[@rev][:fn], from LOCAL_KERNELS, kernels.lock, the cache or the hub.
 
     Args:
-        name: the path as the user wrote it; its :fn is not looked at.
+        name: the path as the user wrote it; its :fn is ignored.
         trusted: whether the user set trust_remote_code.
 
     Raises:
-        AttnimgError: the kernel is absent, untrusted, wrongly signed or broken.
+        AttnimgError: the kernel is missing, untrusted or broken, or its signature is invalid.
     """
     path = name.partition(":")[0]
     with hub_errors(path, trusted=trusted):
@@ -110,7 +110,7 @@ def load_hub_kernel(name: str, *, trusted: bool) -> ModuleType:
         repo, revision, version, _ = check_hub_kernel(path, trusted=trusted)
         module: ModuleType
         if revision is not None and "@" not in path:
-            # The lock has the revisions of the kernels that this one depends on, too.
+            # The lock file also has the revisions of the kernels that this one depends on.
             module = kernels.get_locked_kernel(repo, lockfile=_LOCK, trust_remote_code=trusted)
         else:
             module = kernels.get_kernel(
@@ -121,14 +121,14 @@ def load_hub_kernel(name: str, *, trusted: bool) -> ModuleType:
 
 @contextmanager
 def hub_errors(path: str, *, trusted: bool) -> Iterator[None]:
-    """Raise each error of the block, which loads org/name[@rev], as an AttnimgError."""
+    """Convert any exception of the block, which loads org/name[@rev], to an AttnimgError."""
     repo = path.partition("@")[0]
     try:
         yield
     except AttnimgError:
         raise
-    # A kernel's own code runs here and raises anything, and so does the hub's client; kernels
-    # itself raises ValueError and FileNotFoundError. The reason is kept.
+    # The kernel's code and the hub's client may raise any exception; the library kernels raises
+    # ValueError and FileNotFoundError. The message is kept.
     except Exception as error:
         if isinstance(error, ValueError) and _UNTRUSTED.search(str(error)) and not trusted:
             raise AttnimgError(
@@ -144,16 +144,16 @@ def hub_errors(path: str, *, trusted: bool) -> Iterator[None]:
 def check_hub_kernel(path: str, *, trusted: bool) -> HubKernel:
     """Download a kernel, without running it, and check its signature and its files.
 
-    A kernel that can't be checked is used, with a warning. Kernels that it depends on are not
-    checked, nor is one that LOCAL_KERNELS serves.
+    A kernel that can't be checked is used, with a warning. Its dependencies are not checked, nor is
+    a kernel from LOCAL_KERNELS.
 
     Args:
-        path: org/name[@rev]; without a revision that of kernels.lock is taken, or else the major
+        path: org/name[@rev]; the default revision is that of kernels.lock, or else the major
             version that transformers pins.
         trusted: whether the user set trust_remote_code.
 
     Raises:
-        AttnimgError: the signature does not hold, or the files are not those signed; or
+        AttnimgError: the signature is invalid, or the files are not the signed ones, or
             kernels.lock can't be read.
         ValueError: the publisher is not trusted.
         FileNotFoundError: there is no such kernel.
@@ -188,16 +188,16 @@ def hub_folder(name: str, *, trusted: bool) -> Path:
     The kernel's code is not run.
 
     Args:
-        name: org/name[@rev][:fn], which LOCAL_KERNELS does not serve.
+        name: org/name[@rev][:fn] of a kernel that is not in LOCAL_KERNELS.
         trusted: whether the user set trust_remote_code.
 
     Raises:
-        OSError: the kernel is not on this machine, and can't or must not be downloaded.
+        OSError: the kernel is not on this machine, and can't be downloaded or may not be.
     """
     path = name.partition(":")[0]
     try:
         folder = check_hub_kernel(path, trusted=trusted).folder
-    # Loading the kernel raises the same error, which is reported there.
+    # Loading the kernel later raises and reports the same error.
     except Exception as error:
         raise OSError(f"{path} is not available: {error}") from error
     assert folder is not None
@@ -205,13 +205,13 @@ def hub_folder(name: str, *, trusted: bool) -> Path:
 
 
 def served_locally() -> frozenset[str]:
-    """Return the names of the hub kernels that LOCAL_KERNELS serves from folders."""
+    """Return the names of the hub kernels in LOCAL_KERNELS."""
     entries = os.environ.get("LOCAL_KERNELS", "").split(":")
     return frozenset(entry.partition("=")[0] for entry in entries)
 
 
 def locked_revision(repo: str) -> str | None:
-    """Return the commit that kernels.lock has for org/name; None when it is not locked.
+    """Return the commit of org/name in kernels.lock; None when it is not locked.
 
     Raises:
         AttnimgError: the lock file names the kernel and can't be read.
@@ -222,24 +222,24 @@ def locked_revision(repo: str) -> str | None:
 
     try:
         locks, kernel = get_locked_kernel_revision(repo, _LOCK)
-    except ValueError as error:  # a lock file that is not kernels' own
+    except ValueError as error:  # not a lock file of the library kernels
         do = "run `kernels lock`, which writes kernels.lock again"
         raise broken_kernel(repo, error, do=do) from error
     return str(locks[kernel].commit)
 
 
 def _check_signature(repo: str, folder: Path, *, offline: bool) -> str | None:
-    """Check a kernel's folder; return why it can't be checked, or None when its signature holds."""
+    """Check a kernel's signature; return None if it is valid, or why it can't be checked."""
     try:
         from kernels.verify import verify_variant
     except ImportError as error:
         return f"the installed kernels can't ({error})"
     if offline:
-        # The verifier gets the keys it trusts from sigstore's servers.
+        # The verifier downloads the trusted keys from sigstore's servers.
         return "HF_HUB_OFFLINE is set, and checking needs the network"
     try:
         result: Any = verify_variant(folder)
-    # sigstore raises errors of its own, of TUF and of requests when it can't reach its servers.
+    # sigstore raises its own, TUF's and requests' exceptions when it can't reach its servers.
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     found = type(result).__name__

@@ -1,13 +1,13 @@
-"""Compute a backend's attention as transformers does, or past transformers' own path.
+"""Return a backend's attention function: through transformers, or by calling the kernel directly.
 
-Every backend is called as a function of transformers' attention interface:
+Every backend is called through transformers' attention interface:
 
     fn(module, query, key, value, attention_mask, *, scaling, dropout=0.0, sliding_window=None,
        softcap=None, s_aux=None, is_causal=None, cu_seq_lens_q=None, ..., position_ids=None)
     -> (output, weights or None)
 
-query is (B, H, T, D), key (B, G, S, D), value (B, G, S, V), output (B, T, H, V). What
-attention_mask is, Backend.mask says. Importing this file imports no torch.
+query is (B, H, T, D), key (B, G, S, D), value (B, G, S, V), output (B, T, H, V). Backend.mask is
+the kind of attention_mask. This file does not import torch.
 """
 
 from __future__ import annotations
@@ -37,21 +37,21 @@ from attnimg.facts import AttentionFunction, Backend, Geometry, LayerGroup
 if TYPE_CHECKING:
     from attnimg.backends._varlen import FlashKernel
 
-# How names of kernels begin that attnimg calls itself where transformers could.
+# The prefix of the names of kernels that attnimg calls directly, although transformers could.
 DIRECT = "attnimg_direct_"
 
 
 def as_applied(
     backend: Backend, layers: Iterable[LayerGroup | Geometry], *, routed: bool = False
 ) -> Backend:
-    """Return a backend as a run applies it to its layers, and as it is proven for them.
+    """Return the form of a backend that a run applies to its layers, and that is verified for them.
 
-    Most are left to transformers. A router calls kernels itself, and so do models whose v is to
-    reach the kernel with its own head size, which transformers would pad.
+    transformers calls most backends. attnimg calls a kernel directly in a router, and for models
+    whose v has another head_dim than q and k, which transformers would pad.
 
     Args:
-        backend: what a plan chose.
-        layers: all that run it.
+        backend: the backend that a plan chose.
+        layers: all layers that run it.
         routed: whether a router between several backends calls it.
     """
     unpadded = backend.unpadded_v and any(_is_mla(layer) for layer in layers)
@@ -66,19 +66,19 @@ def as_applied(
 
 
 def _is_mla(layer: LayerGroup | Geometry) -> bool:
-    """Return whether unpadded values reach a kernel that is known to take them, backward too."""
+    """Return whether a layer has MLA's head sizes, which kernels are known to support unpadded."""
     return (layer.head_dim_qk, layer.head_dim_v) == (192, 128) and layer.heads == layer.kv_heads
 
 
 def attention_function(backend: Backend, *, trusted: bool = False) -> AttentionFunction:
-    """Return the function that computes a backend's attention; load its kernel.
+    """Load a backend's kernel, and return the function that computes its attention.
 
-    Nothing is registered. Of the hub only kernels are loaded that the config named or that
-    LOCAL_KERNELS serves: never one that stands in for a missing package.
+    Nothing is registered. Only hub kernels that the config names or that are in LOCAL_KERNELS are
+    loaded, never one in place of a missing package.
 
     Args:
         backend: whose function to return.
-        trusted: whether hub kernels of publishers the hub does not vouch for may run.
+        trusted: whether hub kernels of untrusted publishers may run (trust_remote_code).
 
     Raises:
         AttnimgError: the kernel is missing or broken.
@@ -96,17 +96,18 @@ def attention_function(backend: Backend, *, trusted: bool = False) -> AttentionF
 
 
 def direct_function(backend: Backend, *, trusted: bool = False) -> AttentionFunction:
-    """Return the function that calls a backend's kernel itself, without transformers' own path.
+    """Return a function that calls a backend's kernel directly, without transformers.
 
-    That path has one slot for all flash kernels, which is loaded again on each change, and pads v
-    to the head size of q and k. The mask of each such function is that of "flash".
+    transformers keeps one flash implementation loaded at a time, and pads v to the head_dim of q
+    and k. The mask of the returned function is of the kind "flash".
 
     Args:
-        backend: whose function to return; sdpa and eager compute document by document, exactly.
-        trusted: whether hub kernels of publishers the hub does not vouch for may run.
+        backend: whose function to return; that of sdpa and eager is exact attention, one document
+            at a time.
+        trusted: whether hub kernels of untrusted publishers may run (trust_remote_code).
 
     Raises:
-        AttnimgError: the kernel is missing or broken, or there is no such way to call it.
+        AttnimgError: the kernel is missing or broken, or can't be called directly.
     """
     if backend.load_function is not None:
         return attention_function(backend, trusted=trusted)
@@ -125,7 +126,7 @@ def direct_function(backend: Backend, *, trusted: bool = False) -> AttentionFunc
 def native_attention(
     backend: Backend, module: Any, query: Any, key: Any, *others: Any, **arguments: Any
 ) -> tuple[Any, Any]:
-    """Call what transformers registers for a name, sdpa or flex_attention."""
+    """Call the function that transformers registers for sdpa or flex_attention."""
     from transformers import AttentionInterface
 
     if arguments.get("s_aux") is not None and "sinks" not in backend.needs.features:
@@ -137,10 +138,10 @@ def native_attention(
 
 
 def layer_of(module: Any, query: Any, key: Any) -> Any:
-    """Return what transformers' functions read off an attention layer, which may be any object."""
+    """Return an object with the attributes of an attention layer that transformers reads."""
     from torch import nn
 
-    # float32 queries are cast to the precision of the layer's first linear map.
+    # transformers casts float32 queries to the precision of the layer's first nn.Linear.
     same_dtype = nn.Linear(1, 1, device="meta", dtype=query.dtype)
     return SimpleNamespace(
         num_key_value_groups=query.shape[1] // key.shape[1],
@@ -153,13 +154,13 @@ def layer_of(module: Any, query: Any, key: Any) -> Any:
 
 
 def dropped(backend: str, argument: str) -> AttnimgError:
-    """Return the error for an argument that transformers would drop without a word."""
+    """Return the error for an argument that transformers would drop silently."""
     why = f"found {argument}; it has no such argument, and transformers would drop it"
     return not_honoured(backend, why)
 
 
 def flash_attention(backend: Backend, *, trusted: bool) -> AttentionFunction:
-    """Return transformers' flash path, called as a model of that implementation would."""
+    """Return transformers' flash attention function, called as a model would call it."""
     from transformers import modeling_flash_attention_utils as flash
     from transformers.integrations.flash_attention import flash_attention_forward
 
@@ -172,13 +173,13 @@ def flash_attention(backend: Backend, *, trusted: bool) -> AttentionFunction:
     def attention(
         module: Any, query: Any, key: Any, *others: Any, **arguments: Any
     ) -> tuple[Any, Any]:
-        # transformers drops these two where the kernel has no such argument.
+        # transformers silently drops these two if the kernel has no such argument.
         if arguments.get("s_aux") is not None and not has_sinks:
             raise dropped(backend.name, "s_aux")
         if arguments.get("sliding_window") and not has_window:
             raise dropped(backend.name, "sliding_window")
         layer = layer_of(module, query, key)
-        # The path reads the implementation off the layer's config.
+        # transformers reads the implementation from the layer's config.
         layer.config = SimpleNamespace(_attn_implementation=name)
         found: tuple[Any, Any] = flash_attention_forward(layer, query, key, *others, **arguments)
         return found
@@ -187,7 +188,7 @@ def flash_attention(backend: Backend, *, trusted: bool) -> AttentionFunction:
 
 
 def flash_kernel(backend: Backend, *, trusted: bool) -> FlashKernel:
-    """Return the kernel of a member of the flash family, past transformers' own path.
+    """Return the kernel of a member of the flash family, for direct calls.
 
     Raises:
         AttnimgError: it is missing or broken.
@@ -211,12 +212,12 @@ def flash_kernel(backend: Backend, *, trusted: bool) -> FlashKernel:
 def flash_name(backend: Backend) -> str:
     """Return the name under which transformers loads a member of the flash family.
 
-    That is its own where the package is installed, else the hub kernel that LOCAL_KERNELS serves. A
-    hub path without a revision gets that of kernels.lock: org/name@<commit>.
+    That is the backend's name where its package is installed, else the hub kernel in LOCAL_KERNELS.
+    A hub path without a revision gets that of kernels.lock: org/name@<commit>.
 
     Raises:
-        AttnimgError: neither is there, and transformers would download a kernel; or kernels.lock
-            can't be read.
+        AttnimgError: there is neither, so that transformers would download a kernel; or
+            kernels.lock can't be read.
     """
     from transformers import modeling_flash_attention_utils as flash
 
@@ -227,7 +228,7 @@ def flash_name(backend: Backend) -> str:
         commit = locked_revision(name)
         return f"{name}@{commit}" if commit else name
     package = backend.needs.packages[0][0]
-    # transformers calls a package available where it can run, which flash-attn needs a GPU for.
+    # transformers calls a package available only where it can run: flash-attn needs a GPU.
     available = getattr(flash, f"is_flash_attn_{name.removeprefix('flash_attention_')}_available")
     installed = {package} if available() else set[str]()
     local = local_kernel_repo(backend, installed=installed, served=served_locally())
@@ -243,14 +244,14 @@ def flash_name(backend: Backend) -> str:
 
 
 def load_flash(name: str, *, trusted: bool = False) -> None:
-    """Load a flash implementation into transformers' one slot for it.
+    """Load a flash implementation as the one that transformers uses.
 
     Args:
-        name: transformers' name of it, or a hub path.
-        trusted: whether kernels of publishers the hub does not vouch for may run.
+        name: its name in transformers, or a hub path.
+        trusted: whether kernels of untrusted publishers may run (trust_remote_code).
 
     Raises:
-        AttnimgError: it is missing, wrongly signed or broken.
+        AttnimgError: it is missing or broken, or its signature is invalid.
     """
     from transformers import modeling_flash_attention_utils as flash
 
@@ -261,18 +262,18 @@ def load_flash(name: str, *, trusted: bool = False) -> None:
         with hub_errors(name, trusted=trusted):
             check_hub_kernel(name, trusted=trusted)
     if flash._loaded_implementation == name and flash._flash_varlen_fn is None:
-        # What a load that failed leaves behind: the same name is then taken for loaded, and the
-        # first forward pass raises KeyError. Source: transformers 5.18 to 5.22.2 (2026-11-21).
+        # After a failed load transformers treats the name as loaded, and the first forward pass
+        # raises KeyError. Source: transformers 5.18 to 5.22.2 (2026-11-21).
         flash._loaded_implementation = None
     before = flash._loaded_implementation
     try:
         flash.lazy_import_flash_attention(name, allow_all_kernels=trusted)
-    # Foreign kernels raise anything while they are imported. The reason is kept.
+    # The import of a kernel may raise any exception. The message is kept.
     except Exception as error:
         flash._loaded_implementation = before
         repo = name.partition("@")[0]
         raise broken_kernel(repo, error, do="fix or reinstall the kernel") from error
-    # The packages' own kernels are compiled, and are called as transformers calls them.
+    # Only hub kernels may be written with torch operations; the packages' kernels are compiled.
     for slot in ("_flash_fn", "_flash_varlen_fn") if from_hub else ():
         function = getattr(flash, slot)
         if function is not None and not hasattr(function, "runs_without_autocast"):

@@ -1,7 +1,7 @@
-"""Read an attention call, find its documents, and pass them to a kernel one after another.
+"""Parse an attention call, find its documents, and pass them to a kernel.
 
-Every argument that a model passes is honoured or refused, none dropped. Kernels with packing take
-all documents of a batch in one row, with their boundaries (cu_seqlens).
+Every argument that a model passes is used or refused, never dropped. Varlen kernels take all
+documents of a batch in one row with their boundaries (cu_seqlens), other kernels one at a time.
 
 Letters: B batch, T query tokens, S key tokens, H query heads, G key heads, D head size of q and k,
 V head size of v; N and M are the query and key tokens of all documents together.
@@ -32,7 +32,7 @@ _HARMLESS = frozenset(
         "seq_idx", "shift_labels", "skip_logits", "use_cache", "use_return_dict",
     }
 )  # fmt: skip
-# Our word for an argument, and each version's own: flash-attn 2 and 3, vLLM's 3, flash-attn 4.
+# Name of an argument here -> its names in flash-attn 2 and 3, vLLM's flash-attn 3, flash-attn 4.
 _FLASH_ARGUMENTS = {
     "dropout": ("dropout_p",),
     "window": ("window_size",),
@@ -44,28 +44,27 @@ DenseKernel = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AttentionCall:
-    """One call of attention, every argument accounted for.
+    """One attention call, with all arguments that affect its result.
 
     Attributes:
-        backend: who is called, for errors.
+        backend: the backend's name, for errors.
         q: queries, (B, H, T, D).
         k: keys, (B, G, S, D).
         v: values, (B, G, S, V).
         scale: factor on q @ k.
-        causal: whether keys to the right of a query are hidden; the last query stands at the last
-            key.
-        window: how many keys a query sees, its own included; without `causal` as many again to
-            the right. None for all.
+        causal: whether keys after a query are masked; the last query is aligned with the last key.
+        window: how many keys a query attends to, its own included; without `causal` also as many
+            to the right. None for all.
         softcap: scores become softcap * tanh(scores / softcap); None for none.
-        sinks: a logit a head that joins the softmax, (H,); None for none.
-        dropout: share of the weights that is dropped.
-        padding: True where a token is none of the padding, (B, S); None without padding.
+        sinks: one logit per head that is added to the softmax, (H,); None for none.
+        dropout: dropout probability of the attention weights.
+        padding: False on padding, else True, (B, S); None without padding.
         cu_seqlens_q: where documents begin and end in the flattened queries, int32
             (documents + 1,); None when the rows are not packed.
         cu_seqlens_k: the same in the keys.
         max_seqlen_q: the longest document's queries.
         max_seqlen_k: the longest document's keys.
-        position_ids: (B, T); restart where a packed document begins. None when not given.
+        position_ids: (B, T); they restart where a packed document begins. None when not given.
     """
 
     backend: str
@@ -98,7 +97,7 @@ class PackedTokens:
         cu_seqlens_k: the same in k and v.
         max_seqlen_q: queries of the longest document.
         max_seqlen_k: keys of the longest one.
-        indices: where q's tokens stood in the flattened batch, (N,); None for everywhere.
+        indices: the positions of q's tokens in the flattened batch, (N,); None for all.
         shape: (B, T) of the batch.
     """
 
@@ -114,7 +113,7 @@ class PackedTokens:
 
     @property
     def boundaries(self) -> tuple[Tensor, Tensor, int, int]:
-        """Return the boundaries in the order in which kernels take them."""
+        """Return cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, the order of kernels."""
         return self.cu_seqlens_q, self.cu_seqlens_k, self.max_seqlen_q, self.max_seqlen_k
 
 
@@ -124,9 +123,9 @@ def as_attention_function(
     """Return a function of transformers' attention interface; see _transformers.py.
 
     Args:
-        backend: who is called, for errors.
-        features: which of "window", "softcap", "sinks", "dropout" it can do.
-        compute: a call to its output, (B, T, H, V).
+        backend: the backend's name, for errors.
+        features: which of "window", "softcap", "sinks", "dropout" it supports.
+        compute: maps a call to its output, (B, T, H, V).
     """
 
     def attention(*layer_and_tensors: Any, **arguments: Any) -> tuple[Tensor, None]:
@@ -158,16 +157,16 @@ def read_call(
     max_length_k: Any = None,
     **others: Any,
 ) -> AttentionCall:
-    """Return one call of transformers' attention interface, whose names its arguments have.
+    """Parse the arguments of one call of transformers' attention interface.
 
-    attention_mask is None, or True where a token is none of the padding, (B, S). `features` are
-    those of "window", "softcap", "sinks" and "dropout" that the backend can do. Without is_causal
-    the layer's own counts, without scaling D ** -0.5, and without cu_seq_lens_k that of the
-    queries. max_length_q and max_length_k are ints, tensors of one number, or None, which means
-    those of cu_seq_lens_q and cu_seq_lens_k.
+    attention_mask is None, or (B, S), False on padding. `features` are those of "window",
+    "softcap", "sinks" and "dropout" that the backend supports. The default of is_causal is the
+    layer's, that of scaling is D ** -0.5, and that of cu_seq_lens_k is cu_seq_lens_q. max_length_q
+    and max_length_k are ints or tensors of one element; None computes them from cu_seq_lens_q and
+    cu_seq_lens_k.
 
     Raises:
-        AttnimgError: an argument would change the result and the backend can't honour it.
+        AttnimgError: an argument changes the result and the backend does not support it.
     """
     window = sliding_window if sliding_window and sliding_window < key.shape[2] else None
     refused = {
@@ -217,8 +216,9 @@ def _max_seqlen(length: Any, cu_seqlens: Any) -> int | None:
 def packed_tokens(call: AttentionCall) -> PackedTokens | None:
     """Return the documents of a call; None when each row is one document without padding.
 
-    Padding comes first, then the boundaries that a collator passed, then position_ids that restart
-    within a row. transformers takes the latter for one row only; here each row is looked at.
+    They are found from the padding, or else from the boundaries that a collator passed, or else
+    from position_ids that restart within a row. transformers supports the latter for one row only;
+    here each row is checked.
     """
     if call.padding is not None:
         return _without_padding(call, call.padding)
@@ -247,13 +247,13 @@ def attention_by_document(
     dense: DenseKernel | None,
     packed: Callable[[PackedTokens], Tensor] | None = None,
 ) -> Tensor:
-    """Return the output of a kernel that takes one document at a time, or all of a batch.
+    """Return the output of a dense or varlen kernel for a call that may have padding or packing.
 
     Args:
-        call: what to compute.
-        dense: q (B, H, T, D), k and v to (B, H, T, V); no padding, no packing. None takes rows
-            for documents.
-        packed: documents to (N, H, V); None sends each document through `dense`.
+        call: the attention call.
+        dense: maps q (B, H, T, D), k and v to (B, H, T, V), without padding or packing. None:
+            rows are passed to `packed` as documents.
+        packed: maps documents to (N, H, V); None: `dense` computes each document.
 
     Returns:
         (B, T, H, V), zeros on padding.
@@ -279,7 +279,7 @@ def attention_by_document(
 
 
 def one_by_one(tokens: PackedTokens, dense: DenseKernel) -> Tensor:
-    """Return (N, H, V), each document by itself through a dense kernel."""
+    """Return (N, H, V), computed by one call of a dense kernel per document."""
     lengths_q, lengths_k = (x.diff().tolist() for x in (tokens.cu_seqlens_q, tokens.cu_seqlens_k))
     pieces = zip(
         tokens.q.split(lengths_q),
@@ -311,7 +311,7 @@ def _flattened(call: AttentionCall, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) 
 
 
 def _without_padding(call: AttentionCall, is_token: Tensor) -> PackedTokens:
-    """Return the rows without their padding; the last T keys are those of the queries."""
+    """Return the rows without their padding; queries are aligned with the last T keys."""
     is_token = is_token[:, -call.k.shape[2] :]
     is_query = is_token[:, -call.q.shape[2] :]
     cu_seqlens_q, cu_seqlens_k = (
@@ -330,7 +330,7 @@ def _without_padding(call: AttentionCall, is_token: Tensor) -> PackedTokens:
 
 
 def ungrouped(q: Tensor, k: Tensor, v: Tensor, *, dim: int = 1) -> tuple[Tensor, Tensor]:
-    """Return k and v with as many heads as q, for kernels that take no groups of heads."""
+    """Return k and v repeated to as many heads as q, for kernels without GQA."""
     group = q.shape[dim] // k.shape[dim]
     if group == 1:
         return k, v
@@ -338,11 +338,11 @@ def ungrouped(q: Tensor, k: Tensor, v: Tensor, *, dim: int = 1) -> tuple[Tensor,
 
 
 def without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a kernel's entry point that runs outside of torch.autocast, as its backward pass does.
+    """Return a kernel's entry point that runs without torch.autocast, as its backward pass does.
 
-    q, k and v have the precision of the run before they reach a kernel. One that is written with
-    torch's own operations would have its float32 intermediates cast in the forward pass alone, and
-    its gradients would not be those of its output. Compiled kernels see no difference.
+    q, k and v are cast to the precision of the run before the call. In a kernel that is written
+    with torch operations, autocast would cast float32 intermediates in the forward pass only, and
+    its gradients would not match its output. Compiled kernels are not affected.
     """
 
     @wraps(function)
@@ -356,13 +356,13 @@ def without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FlashKernel:
-    """FlashAttention's two entry points, called with what their version takes.
+    """FlashAttention's two entry points, called with the arguments of their version.
 
     Attributes:
-        backend: whose they are, for errors.
+        backend: the backend's name, for errors.
         dense: flash_attn_func; None when the kernel has none.
         varlen: flash_attn_varlen_func; None likewise.
-        unpadded_v: whether v may have another head size than q and k.
+        unpadded_v: whether v may have another head_dim than q and k.
     """
 
     backend: str
@@ -432,10 +432,11 @@ def _arguments_of(function: Callable[..., Any]) -> frozenset[str]:
 
 
 def _options(call: AttentionCall, takes: frozenset[str]) -> dict[str, Any]:
-    """Return the keyword arguments of a call under the kernel's own names."""
+    """Return the keyword arguments of a call, under the kernel's names for them."""
     options: dict[str, Any] = {"softmax_scale": call.scale, "causal": call.causal}
     if call.window is not None:
-        # Both ends count: (3, 3) is four keys up to the query, and `causal` hides the rest.
+        # The window excludes the query's own key: (3, 3) is four keys up to the query, and `causal`
+        # masks the rest.
         options["window_size"] = (call.window - 1, call.window - 1)
     if call.softcap:
         options["softcap"] = call.softcap
@@ -450,6 +451,6 @@ def _options(call: AttentionCall, takes: frozenset[str]) -> dict[str, Any]:
 
 
 def _output(found: Any, *, size: int) -> Tensor:
-    """Return the output without v's padding; some kernels return the softmax's logarithm too."""
+    """Return the output without v's padding; some kernels also return the log-sum-exp."""
     out: Tensor = found[0] if isinstance(found, tuple) else found
     return out[..., :size]

@@ -1,4 +1,4 @@
-"""Plain matrix products and softmax, in PyTorch: slow, exact, runs everywhere."""
+"""Define the backend eager: matrix products and softmax in PyTorch, on every device."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from attnimg.facts import Backend, Needs
 def eager_attention(
     module: Any, query: Any, key: Any, *others: Any, **arguments: Any
 ) -> tuple[Any, Any]:
-    """Compute the plain attention of the model family whose arguments these are."""
+    """Call transformers' eager attention, with softcap or sinks if the arguments have them."""
     from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward as with_softcap
     from transformers.models.gpt_oss.modeling_gpt_oss import eager_attention_forward as with_sinks
     from transformers.models.llama.modeling_llama import eager_attention_forward as plain

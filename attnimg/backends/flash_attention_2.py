@@ -1,4 +1,4 @@
-"""FlashAttention-2, the package flash-attn: Ampere and newer, and AMD's CDNA and RDNA.
+"""Define FlashAttention-2, the package flash-attn: Ampere and newer, and AMD's CDNA and RDNA.
 
 Sources: flash-attn 2.8.3.post2's sdist, flash_api.cpp lines 370-397 (arch, dtypes, head_dim; a soft
 cap without dropout) and 829-830 (backward); setup.py (AMD targets). Read 2026-11-21.
@@ -6,17 +6,18 @@ cap without dropout) and 829-830 (backward); setup.py (AMD targets). Read 2026-1
 
 from attnimg.facts import Backend, HeadDims, Needs, Variant
 
-# One wheel has both; this is read at import (flash_attn_interface.py:11-16, 2026-11-25).
+# One wheel has both sets; the variable is read at import.
+# Source: flash_attn_interface.py:11-16 (2026-11-25).
 _TRITON = Variant(name="Triton", variables={"FLASH_ATTENTION_TRITON_AMD_ENABLE": "TRUE"})
 _CK = Variant(name="CK", variables={"FLASH_ATTENTION_TRITON_AMD_ENABLE": "FALSE"})
 _CDNA = ("gfx90a", "gfx942", "gfx950")
 _RDNA = ("gfx1030", "gfx1100", "gfx1101", "gfx1102", "gfx1200", "gfx1201")
-# RDNA 2 to 4 run the Triton kernels, whose entry points take a window and a soft cap and pass
-# neither on, and draw dropout from one constant seed: the same mask in each layer and step.
+# RDNA 2 to 4 run the Triton kernels, whose entry points accept a window and a soft cap but ignore
+# both, and use a constant dropout seed: the same dropout mask in each layer and step.
 # Source: flash_attn/flash_attn_triton_amd, interface_fa.py:16-147 and 355-495, utils.py:122-126.
-# The dense ones were seen to do so in Triton's interpreter (2026-11-25).
+# The dense kernels were tested in Triton's interpreter (2026-11-25).
 _TRITON_LACKS = frozenset({"window", "softcap", "dropout"})
-# CDNA's CK kernels take a soft cap and leave its parameter unnamed, in silence: mha_fwd.cpp:156,
+# CDNA's CK kernels accept a soft cap and silently ignore it: mha_fwd.cpp:156,
 # mha_varlen_fwd.cpp:316, mha_bwd.cpp:212, mha_varlen_bwd.cpp:223 of csrc/flash_attn_ck
 # (flash-attn 2.8.3.post2, 2026-11-26).
 _CK_LACKS = frozenset({"softcap"})

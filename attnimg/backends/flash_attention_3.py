@@ -1,6 +1,6 @@
-"""FlashAttention-3, the package flash-attn-3: Hopper alone.
+"""Define FlashAttention-3, the package flash-attn-3: Hopper only.
 
-Its sm_80 kernels are left out of our builds; Blackwell has none. Sources: flash-attention
+Our builds do not contain its sm_80 kernels, and it has none for Blackwell. Sources: flash-attention
 0251105a, hopper/flash_api_stable.cpp (dtypes, head_dim, no dropout), setup.py. Read 2026-11-21.
 """
 
@@ -27,7 +27,7 @@ BACKEND = Backend(
         head_dims=(HeadDims(qk=(1, 256), v=(1, 256), multiple=8),),
         features=frozenset({"window", "softcap"}),
         backward=frozenset({"nvidia"}),
-        # The distribution of this name on the package index is an empty placeholder, 0.0.0.
+        # The distribution of this name on PyPI is an empty placeholder, version 0.0.0.
         packages=(("flash-attn-3", "3.0.0", "not-installed"),),
     ),
 )

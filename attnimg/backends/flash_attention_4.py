@@ -1,18 +1,18 @@
-"""FlashAttention-4, the package flash-attn-4 (CuTe DSL): Hopper and Blackwell.
+"""Define FlashAttention-4, the package flash-attn-4 (CuTe DSL): Hopper and Blackwell.
 
-Head sizes are those that compiled for each target without a GPU, forward and backward, and whose
-shared memory fits. transformers passes it v padded to the head_dim of q and k, so that MLA's
-(192, 128) would arrive as (192, 192), which Blackwell's kernels refuse. Source:
+The head sizes are those whose forward and backward kernels compiled for each target, without a GPU,
+and fit into its shared memory. transformers pads v to the head_dim of q and k: MLA's (192, 128)
+would become (192, 192), which the Blackwell kernels do not support. Source:
 flash-attn-4 4.0.0b36, flash_attn/cute/interface.py, compiled 2026-11-21.
 
 The second backend is the same package with its generic backward pass, for head_dim 256 with a
-window on B200 and B300. Its own backward pass for head_dim 256 takes no window
-(sm100_hd256_2cta_fmha_backward.py:60) and no soft cap (interface.py:2958).
-FLASH_ATTENTION_HD256_GENERIC_BWD=1 sends head_dim 256 to flash_bwd_sm100.py instead, which takes
-both. The variable is read at each backward call (interface.py:2387 and 2441, utils.py:103): it
-can't be chosen for one layer, so all layers of this head size run the generic kernel once one does.
-No time of this kernel is published; what is, of another patch for the same gap, is flash-attention
-PR #2749: backward on a B300 13.98 ms with FlashAttention-2, 4.04 ms with FlashAttention-4. Source:
+window on B200 and B300. The special backward pass for head_dim 256 supports neither a window
+(sm100_hd256_2cta_fmha_backward.py:60) nor a soft cap (interface.py:2958).
+FLASH_ATTENTION_HD256_GENERIC_BWD=1 selects flash_bwd_sm100.py for head_dim 256 instead, which
+supports both. The variable is read at each backward call (interface.py:2387 and 2441,
+utils.py:103), so it can't be set for one layer: it affects all layers of this head size.
+No timing of this kernel is published. flash-attention PR #2749, another patch for the same case,
+has one: backward on a B300 13.98 ms with FlashAttention-2, 4.04 ms with FlashAttention-4. Source:
 flash-attn-4 4.0.0b36, and compiled for sm_100 and sm_103, forward and backward, packed, with a
 window and a soft cap (2026-11-26).
 """
@@ -79,9 +79,10 @@ _FLASH_4 = Backend(
                 equal=True,
                 without=frozenset({"window", "softcap", "sinks"}),
             ),
-            # MLA's sizes, which only attnimg's own call passes unpadded.
+            # MLA's sizes: attnimg's direct call passes v unpadded, transformers does not.
             HeadDims(majors=_DATACENTER_BLACKWELL, qk=(192, 192), v=(128, 128), ungrouped=True),
-            # head_dim 192 needs 115,712 bytes of shared memory backward; these GPUs give 101,376.
+            # The backward pass of head_dim 192 needs 115,712 bytes of shared memory; these GPUs
+            # have 101,376.
             HeadDims(majors=_RTX_BLACKWELL, qk=(8, 160), v=(8, 160), multiple=8),
         ),
         features=frozenset({"window", "softcap", "sinks"}),

@@ -1,4 +1,4 @@
-"""PyTorch's FlexAttention: a Triton kernel compiled for the mask it is given.
+"""Define PyTorch's FlexAttention: a Triton kernel that is compiled for each mask.
 
 On a CPU it has a forward pass only: torch 2.13 raises NotImplementedError, "FlexAttention does not
 support backward on CPU" (seen 2026-11-21).
@@ -27,7 +27,7 @@ BACKEND = Backend(
     needs=Needs(
         capability_min=(8, 0),
         arch_code="arch-too-old",
-        # torch asks for 7.0; below 8.0 nobody has shown that its kernels run.
+        # torch requires 7.0, but there is no evidence that its kernels run below 8.0.
         arch_text="sm_80 or newer, AMD CDNA or RDNA, or a CPU (forward only)",
         features=frozenset({"window", "softcap", "sinks"}),
         backward=frozenset({"nvidia", "amd"}),

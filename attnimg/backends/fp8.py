@@ -1,10 +1,11 @@
-"""torchao's fp8 attention: Hopper alone, on FlashAttention-3, and without a backward pass.
+"""Define torchao's fp8 attention: FlashAttention-3 on Hopper, without a backward pass.
 
-Forward in fp8, backward by exact attention. torchao's own way in wraps the model, swaps
-F.scaled_dot_product_attention while it runs, sets a global compiler pass and drops masks once it
-saw one causal call: packed or padded batches would be wrong. The function beneath it takes q, k and
-v, so the model is trained as it is. Source: torchao 0.18.0, prototype/attention/__init__.py
-("backward is not supported"), api.py, utils.py and fp8_fa3/attention.py. Read 2026-11-21.
+The forward pass is in fp8, the backward pass is exact attention. torchao's public API wraps the
+model, replaces F.scaled_dot_product_attention while it runs, sets a global compiler pass, and drops
+masks after it has seen one causal call: packed or padded batches would be wrong. attnimg calls the
+function below that API, which takes q, k and v, and does not change the model. Source:
+torchao 0.18.0, prototype/attention/__init__.py ("backward is not supported"), api.py, utils.py and
+fp8_fa3/attention.py. Read 2026-11-21.
 """
 
 from __future__ import annotations
@@ -28,9 +29,9 @@ def _load() -> AttentionFunction:
 
 
 def fp8_attention(kernel: Callable[..., Any]) -> AttentionFunction:
-    """Return the attention of torchao's fp8_fa3_sdpa.
+    """Return the attention function for torchao's fp8_fa3_sdpa.
 
-    It refuses rows that are packed or padded, and a cache that holds earlier tokens.
+    It refuses packed or padded rows, and a KV cache with earlier tokens.
     """
     from attnimg.backends._exact import exact_kernel, with_exact_backward
     from attnimg.backends._loading import kernel_error
@@ -45,7 +46,7 @@ def fp8_attention(kernel: Callable[..., Any]) -> AttentionFunction:
                 "sdpa",
                 code="packing-not-isolated",
             )
-        # torchao takes enable_gqa and does not pass it on.
+        # torchao accepts enable_gqa but ignores it.
         k, v = ungrouped(call.q, call.k, call.v)
 
         def forward(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -59,11 +60,11 @@ def fp8_attention(kernel: Callable[..., Any]) -> AttentionFunction:
 
 
 def _activate_fa3() -> None:
-    """Set FlashAttention-3 as the flash kernel of this process, as torchao's function needs it.
+    """Set FlashAttention-3 as torch's flash kernel in this process; torchao's function needs it.
 
-    Activating registers seven overrides of aten's operators, so it is done once and not undone
-    after each call: every later scaled_dot_product_attention on flash kernels runs on
-    FlashAttention-3 too, the exact backward pass included.
+    This registers seven overrides of aten operators, so it is done once and not undone after each
+    call. Every later scaled_dot_product_attention on the flash kernel uses FlashAttention-3 too,
+    including the exact backward pass.
     Source: torch 2.13.0, nn/attention/_fa3.py, _fa3_register_kernels (2026-11-26).
     """
     from torch.nn import attention
@@ -73,10 +74,10 @@ def _activate_fa3() -> None:
 
 
 def restore_flash_kernel() -> None:
-    """Set torch's own flash kernel as that of this process again."""
+    """Restore torch's built-in flash kernel in this process."""
     from torch.nn import attention
 
-    # torch before 2.11 knows one alone.
+    # torch before 2.11 has only one flash kernel.
     current = getattr(attention, "current_flash_attention_impl", None)
     if current is not None and current() is not None:
         attention.restore_flash_attention_impl()

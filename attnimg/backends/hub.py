@@ -1,7 +1,7 @@
-"""Kernels from the Hugging Face hub, org/name[@rev][:fn]: taken only when the config names one.
+"""Define backends for hub kernels, org/name[@rev][:fn], which run only when the config names them.
 
-A kernel nobody here has read is judged by what is known of every hub kernel: nothing. It is called
-by what it exports. Source of the GPUs: the kernels' build.toml in huggingface/kernels-community
+Nothing is assumed about an unreviewed kernel; the functions that it exports decide how it is
+called. Source of the GPUs: the kernels' build.toml in huggingface/kernels-community
 (read 2026-11-21).
 """
 
@@ -53,8 +53,8 @@ def backend_for(name: str, repo: str) -> Backend:
     """Return the backend of a hub path.
 
     Args:
-        name: the whole path, as the config has it.
-        repo: its org/name, which decides the flags.
+        name: the whole path, as in the config.
+        repo: its org/name, which determines its requirements and flags.
     """
     native = repo in _FLASH and ":" not in name
     packing: Packing = "native" if repo in _REVIEWED else "none"
@@ -69,8 +69,8 @@ def backend_for(name: str, repo: str) -> Backend:
         packing=packing,
         uses_flash_lib=repo in _FLASH,
         automatic=False,
-        # transformers loads FlashAttention by its path. It takes no :fn (5.22.2: ignored or
-        # refused), and nothing without a varlen entry: those are attnimg's own to register.
+        # transformers loads FlashAttention kernels by their path. It does not support :fn (5.22.2:
+        # ignored or refused) or kernels without a varlen function: attnimg registers those.
         applied_as=name if native else f"attnimg_hub_{digest}",
         load_function=None if native else partial(hub_attention, name),
         hub_repo=repo,
@@ -81,17 +81,17 @@ def backend_for(name: str, repo: str) -> Backend:
 
 
 def hub_attention(name: str, *, trusted: bool = False) -> AttentionFunction:
-    """Load a hub kernel and return its attention, in whichever style it exports one.
+    """Load a hub kernel and return an attention function that calls one of its exported functions.
 
-    FlashAttention's two entry points are looked for first, then SageAttention's. A function that
-    :fn names and that is none of these is judged by its arguments.
+    FlashAttention's two entry points are looked for first, then SageAttention's. The arguments of a
+    function that :fn names, and that is none of these, decide how it is called.
 
     Args:
         name: org/name[@rev][:fn].
         trusted: whether the user set trust_remote_code.
 
     Raises:
-        AttnimgError: the kernel does not load, or exports no attention that is known here.
+        AttnimgError: the kernel does not load, or exports no known attention function.
     """
     from attnimg.backends._varlen import FlashKernel
 
@@ -108,7 +108,7 @@ def hub_attention(name: str, *, trusted: bool = False) -> AttentionFunction:
         varlen = getattr(module, "sageattn_varlen", None)
         return sage_attention(name, dense=function, varlen=varlen)
     takes = list(inspect.signature(function).parameters)
-    if takes[:1] == ["module"]:  # transformers' own interface
+    if takes[:1] == ["module"]:  # transformers' attention interface
         interface: AttentionFunction = function
         return interface
     if "cu_seqlens_q" in takes and "softmax_scale" in takes:

@@ -1,17 +1,17 @@
-"""LongLoRA's shifted sparse attention: within groups, for half the heads half a group further.
+"""Define LongLoRA's shifted sparse attention (S2-Attn): causal attention within groups of a row.
 
-Another function than full attention, so `auto` never takes it. LLaMA only, no packing.
+It is not full attention, so `auto` never chooses it. LLaMA only, no packing.
 
-The group is a quarter of the row. The second half of the heads is rolled by half a group, so that
-their last group joins the row's last tokens to its first, which come after them there and would see
-the future. LongLoRA's FlashAttention path cuts that group into its two halves, the row's first half
-group and its last, and so does this one; its path without FlashAttention leaves them together.
-Every group is plain causal attention then, and one document of a kernel with packing.
+A row has four groups. For the second half of the heads the groups are shifted by half a group. The
+last shifted group would contain the row's last tokens followed by its first ones, which would
+attend to the future. LongLoRA's FlashAttention path therefore splits it into the row's first and
+last half group, and so does this file; LongLoRA's path without FlashAttention does not split it.
+Each group is then causal attention on its own, and one document for a varlen kernel.
 Source: arXiv 2309.12307 and its authors' llama_attn_replace.py: group_size_ratio, `shift` in
 forward_noflashattn, cu_q_lens in forward_flashattn
 (github.com/dvlab-research/LongLoRA, 03ac8a5, read 2026-11-21).
 
-Letters: see _varlen.py; P is T rounded up to a multiple of 8.
+The letters of shapes are explained in _varlen.py; P is T rounded up to a multiple of 8.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ class GroupKernel:
     """A kernel that computes attention within documents.
 
     Attributes:
-        function: of transformers' attention interface.
+        function: a function of transformers' attention interface.
         on_cpu: whether it runs on a CPU, in any dtype; else on a GPU, in half precision.
-        has_dropout: whether it can drop weights.
+        has_dropout: whether it supports dropout.
     """
 
     function: AttentionFunction
@@ -52,7 +52,7 @@ class GroupKernel:
     has_dropout: bool
 
     def takes(self, call: AttentionCall) -> bool:
-        """Return whether it can run a call's groups."""
+        """Return whether it supports a call's device, dtype, shape and dropout."""
         import torch
 
         q, v = call.q, call.v
@@ -60,7 +60,7 @@ class GroupKernel:
             return False
         if self.on_cpu or q.device.type == "cpu":
             return self.on_cpu and q.device.type == "cpu"
-        # torch's varlen_attn is built from FlashAttention-2, and has its limits.
+        # torch's varlen_attn is built from FlashAttention-2 and has the same limits.
         needs = FLASH_2.needs
         sizes = needs.head_dims[0]
         return (
@@ -74,14 +74,14 @@ class GroupKernel:
     def within_documents(
         self, call: AttentionCall, q: Tensor, k: Tensor, v: Tensor, lengths: list[int]
     ) -> Tensor:
-        """Return causal attention within stretches of each row, (B, heads, P, V).
+        """Return causal attention within segments of each row, (B, heads, P, V).
 
         Args:
-            call: whose scale and dropout to take.
+            call: the call with the scale and the dropout.
             q: (B, heads, P, D).
             k: (B, heads, P, D).
             v: (B, heads, P, V).
-            lengths: of the stretches of a row; P in all.
+            lengths: the lengths of a row's segments; their sum is P.
         """
         import torch
 
@@ -103,9 +103,9 @@ class GroupKernel:
 
 
 def group_kernels() -> tuple[GroupKernel, ...]:
-    """Load FlashAttention-2, installed or served locally, and torch's varlen_attn.
+    """Load FlashAttention-2, from its package or LOCAL_KERNELS, and torch's varlen_attn.
 
-    One that is not here is left out, and one that does not load with a warning.
+    A missing kernel is left out; one that fails to load is left out with a warning.
     """
     import logging
 
@@ -128,7 +128,7 @@ def group_kernels() -> tuple[GroupKernel, ...]:
                 text = "attnimg: s2 goes without %s: %s"
                 logging.getLogger(__name__).warning(text, name, error.why)
             continue
-        # Without a GPU it is one that LOCAL_KERNELS serves: the package does not load there.
+        # Without a GPU it is a kernel from LOCAL_KERNELS: the package does not load there.
         dropout = name == "flash-attn"
         found.append(GroupKernel(function=function, on_cpu=not on_gpu, has_dropout=dropout))
     return tuple(found)
@@ -141,12 +141,12 @@ def _load() -> AttentionFunction:
 def shifted_attention(kernels: tuple[GroupKernel, ...]) -> AttentionFunction:
     """Return shifted sparse attention.
 
-    The first of `kernels` that takes the call's device, dtype and shape runs the groups; without
-    one scaled_dot_product_attention does.
+    The first of `kernels` that supports the call computes the groups; if none does,
+    scaled_dot_product_attention computes them.
 
-    A row whose length is no multiple of 8 is filled up at its end. Padding there changes no token
-    before it, since nothing sees what comes after; nor does the batch's own padding on the right.
-    It refuses rows that are packed, padded on the left, or part of a longer context.
+    A row whose length is not a multiple of 8 is padded at its end. Attention is causal, so padding
+    on the right does not change the tokens before it. Rows that are packed, padded on the left, or
+    part of a longer context are refused.
     """
     from torch.nn.functional import pad
 
@@ -181,12 +181,12 @@ def _grouped(
     """Return attention within groups, (B, heads, P, V); q, k, v (B, heads, P, D)."""
     from torch import cat
 
-    if not q.shape[1]:  # of one head, the first half is none
+    if not q.shape[1]:  # with one head, the first half is empty
         return v
     size = q.shape[2] // GROUPS
     half = size // 2
-    # Lengths, and how many stretches have them. Shifted, the row's first and last half group stand
-    # alone; between them are whole groups.
+    # (length, number of segments of this length). When shifted, the row begins and ends with half a
+    # group, with whole groups between.
     stretches = [(half, 1), (size, GROUPS - 1), (half, 1)] if shifted else [(size, GROUPS)]
     if kernel is not None:
         lengths = [length for length, count in stretches for _ in range(count)]
@@ -201,7 +201,7 @@ def _grouped(
 
 
 def _within(call: AttentionCall, q: Tensor, k: Tensor, v: Tensor, *, size: int) -> Tensor:
-    """Return causal attention within stretches of `size` tokens."""
+    """Return causal attention within segments of `size` tokens."""
     from attnimg.backends._exact import exact
 
     rows, heads, tokens = q.shape[:3]
@@ -211,7 +211,7 @@ def _within(call: AttentionCall, q: Tensor, k: Tensor, v: Tensor, *, size: int) 
 
 
 def _check(call: AttentionCall) -> None:
-    """Refuse what groups can't be made of."""
+    """Raise if a call's rows can't be divided into groups."""
     tokens, keys = call.q.shape[2], call.k.shape[2]
     if tokens != keys:
         raise _refusal(f"{tokens} queries on {keys} keys: a cache", "as many keys as queries")
@@ -248,7 +248,7 @@ BACKEND = Backend(
     automatic=False,
     applied_as="attnimg_s2",
     load_function=_load,
-    # It is proven against a reference of its own: verify/shifted.py.
+    # It is compared with its own reference: shifted_keys in verify/reference.py.
     pattern="shifted",
     needs=Needs(
         features=frozenset(),

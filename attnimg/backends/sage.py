@@ -1,7 +1,8 @@
-"""SageAttention 2: q and k in int8, forward only, so gradients come from exact attention.
+"""Define SageAttention 2: q and k in int8, forward only; gradients come from exact attention.
 
-An approximation, so `auto` never takes it. Source: SageAttention d1a57a5, sageattention/core.py
-lines 143-157 (which GPUs it dispatches) and its head_dim checks. Read 2026-11-21.
+It is an approximation, so `auto` never chooses it. Source: SageAttention d1a57a5,
+sageattention/core.py lines 143-157 (the GPUs it dispatches to) and its head_dim checks. Read
+2026-11-21.
 """
 
 from __future__ import annotations
@@ -30,12 +31,12 @@ def _load() -> AttentionFunction:
 def sage_attention(
     backend: str, *, dense: Callable[..., Any], varlen: Callable[..., Any] | None
 ) -> AttentionFunction:
-    """Return the attention of SageAttention's entry points.
+    """Return an attention function that calls SageAttention's entry points.
 
     Args:
-        backend: whose they are, for errors.
+        backend: the backend's name, for errors.
         dense: sageattn, or one of its variants with the same arguments.
-        varlen: sageattn_varlen; None sends each document through `dense`.
+        varlen: sageattn_varlen; None: `dense` computes each document.
     """
     from attnimg.backends._exact import exact_kernel, with_exact_backward
     from attnimg.backends._loading import kernel_error
@@ -68,7 +69,7 @@ def sage_attention(
                 *tokens.boundaries,
                 is_causal=call.causal,
                 sm_scale=call.scale,
-                # It would take the mean over all documents: one would change another's rounding.
+                # It would subtract the mean over all documents, so that they affect one another.
                 smooth_k=False,
             )
             return found
@@ -82,10 +83,10 @@ def sage_attention(
 
 
 def _centred(k: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """Subtract from the keys, (M, G, D), the mean of their document, which softmax does not see.
+    """Return the keys, (M, G, D), minus the mean over their document.
 
-    It takes out what int8 would spend its range on. Source: SageAttention2, arXiv 2411.10958,
-    section 3.1.
+    It leaves the softmax unchanged and reduces the quantization error of int8. Source:
+    SageAttention2, arXiv 2411.10958, section 3.1.
     """
     import torch
 
@@ -99,7 +100,7 @@ def _centred(k: Tensor, cu_seqlens: Tensor) -> Tensor:
 
 
 def _in_precision_of_run(call: AttentionCall) -> AttentionCall:
-    """Cast q, k and v to the precision of the run, where PEFT's float32 norms left q in float32."""
+    """Cast q, k and v to the precision of the run: q may be float32, after PEFT's float32 norms."""
     import torch
 
     device = call.q.device.type

@@ -1,14 +1,16 @@
-"""PyTorch's own scaled_dot_product_attention: by itself, and pinned to each of its inner kernels.
+"""Define PyTorch's scaled_dot_product_attention: sdpa, and one backend for each inner kernel.
 
-Plain sdpa is always there, and picks its inner kernel. Packed rows reach it with a block-diagonal
-mask, which costs memory quadratic in the row and rules out its flash kernel. Source: transformers
-5.22.2, masking_utils.py (read 2026-11-21). On sm_90 and sm_10x it takes cuDNN's kernel first, which
-builds a plan for each new shape of a call, a second or less; TORCH_CUDNN_SDPA_DEPRIORITIZED=1 puts
-that kernel last. See verify/compiled.py.
+sdpa is always available and chooses its inner kernel. For packed rows it gets a block-diagonal
+mask, whose memory is quadratic in the row length and which its flash kernel does not support.
+Source: transformers 5.22.2, masking_utils.py (read 2026-11-21). On sm_90 and sm_10x it prefers
+cuDNN's kernel, which builds a plan for each new shape, in up to a second;
+TORCH_CUDNN_SDPA_DEPRIORITIZED=1 gives that kernel the lowest priority. The proof therefore uses few
+shapes: see few_shapes in verify/training_conditions.py.
 
-The pinned ones are there for when its pick is wrong or slow, and get one document at a time. Source
-of their limits: aten/src/ATen/native/transformers/cuda/sdp_utils.cpp of pytorch/pytorch at 001f694
-(main, read 2026-11-21; torch 2.13's own copy: not verified), where not named otherwise.
+The backends for inner kernels are for cases where sdpa's choice is wrong or slow, and get one
+document at a time. Source of their limits: aten/src/ATen/native/transformers/cuda/sdp_utils.cpp of
+pytorch/pytorch at 001f694 (main, read 2026-11-21; torch 2.13's own copy: not verified), unless
+another is given.
 """
 
 from __future__ import annotations
@@ -23,19 +25,19 @@ if TYPE_CHECKING:
 
     from attnimg.backends._varlen import AttentionCall
 
-# These refuse calls of one key, which packed rows have: a document may be one token long. Source:
-# pytorch, sdp_utils.cpp, check_cudnn_tensor_shapes (2026-11-26); seen on an H200 with torch 2.11.
-# Flash and efficient take them there.
+# Kernels that refuse calls with one key, as for a packed document of one token. Source:
+# pytorch, sdp_utils.cpp, check_cudnn_tensor_shapes (2026-11-26); seen on an H200 with torch 2.11,
+# where the flash and the efficient kernel accept them.
 _NO_SINGLE_KEY = frozenset({"CUDNN_ATTENTION"})
 _GPUS: frozenset[Vendor] = frozenset({"nvidia", "amd"})
 
 
 def _load(backend: str, inner: str, features: frozenset[str]) -> AttentionFunction:
-    """Return attention document by document on one inner kernel, a name of torch's SDPBackend.
+    """Return attention on one inner kernel, a name in torch's SDPBackend, one document at a time.
 
-    torch takes that kernel or raises RuntimeError: it never falls back to another. Where a kernel
-    refuses a single key, torch's plain one computes it: over one key every kernel's softmax is 1,
-    and its output v.
+    torch uses that kernel or raises RuntimeError; it does not fall back to another. Where a kernel
+    refuses a single key, torch's math kernel is used: with one key the softmax is 1 and the output
+    is v.
     """
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -96,14 +98,15 @@ BACKENDS = (
         needs_dtype_cast=False,
         applied_as="sdpa",
         mask="sdpa",
-        # No argument for a soft cap or for sinks: transformers refuses the first and has models of
-        # the second say that they do not support it. Source: torch 2.13 signature; transformers
+        # It has no argument for a soft cap or for sinks: transformers refuses a soft cap, and its
+        # models with sinks declare sdpa unsupported. Source: torch 2.13, signature; transformers
         # 5.22.2.
         needs=Needs(features=frozenset({"window", "dropout"})),
     ),
     # check_flash_attention_hardware_support (sm_80 to sm_121) and check_head_dim_size_flash. On
-    # sm_86, sm_89, sm_120 and sm_121 it refuses to train with head sizes from 193 to 224, and above
-    # with dropout (check_requires_grad_and_head_dim_gt192_constraints_on_sm86_89_or_120).
+    # sm_86, sm_89, sm_120 and sm_121 it refuses to train with head sizes from 193 to 224, and with
+    # larger ones and dropout
+    # (check_requires_grad_and_head_dim_gt192_constraints_on_sm86_89_or_120).
     _pinned(
         "sdpa_flash",
         "FLASH_ATTENTION",
@@ -125,8 +128,8 @@ BACKENDS = (
         applied_as="attnimg_torch_fa",
     ),
     # check_mem_efficient_hardware_support (sm_50 to sm_121) and minimum_gemm_alignment (8 for half
-    # precision, less for float32). On AMD it is AOTriton, where head sizes end at 256 or 512 by
-    # version, and RDNA asks for TORCH_ROCM_AOTRITON_ENABLE_EXPERIMENTAL=1.
+    # precision, less for float32). On AMD it is AOTriton, whose largest head size is 256 or 512,
+    # depending on its version; RDNA requires TORCH_ROCM_AOTRITON_ENABLE_EXPERIMENTAL=1.
     _pinned(
         "sdpa_efficient",
         "EFFICIENT_ATTENTION",
@@ -146,10 +149,10 @@ BACKENDS = (
         summary="PyTorch's memory-efficient attention",
         applied_as="attnimg_torch_efficient",
     ),
-    # check_cudnn_hardware_support and check_cudnn_tensor_shapes. There the newest cuDNN also takes
-    # 256 and MLA's (192, 128) on sm_90 and sm_10x. It refuses a single key, and dropout that is no
-    # multiple of 1/16 (check_cudnn_dropout). It builds a plan for each new shape, so each new
-    # length of a document costs up to a second, once in a process; see verify/compiled.py.
+    # check_cudnn_hardware_support and check_cudnn_tensor_shapes: the newest cuDNN also supports
+    # 256 and MLA's (192, 128) on sm_90 and sm_10x. It refuses a single key, and dropout that is
+    # not a multiple of 1/16 (check_cudnn_dropout). It builds a plan for each new shape, so each
+    # new document length costs up to a second, once per process.
     _pinned(
         "sdpa_cudnn",
         "CUDNN_ATTENTION",
@@ -169,9 +172,9 @@ BACKENDS = (
         summary="PyTorch's cuDNN attention",
         applied_as="attnimg_torch_cudnn",
     ),
-    # Slow, and it holds all scores of a document at once; but it runs on every device and refuses
-    # no size: torch 2.13, the docstring of torch.nn.functional.scaled_dot_product_attention, names
-    # limits of "fused kernels" alone (2026-11-25).
+    # It is slow and stores all scores of a document, but runs on every device and supports every
+    # head size: torch 2.13, the docstring of torch.nn.functional.scaled_dot_product_attention,
+    # has limits for "fused kernels" only (2026-11-25).
     _pinned(
         "sdpa_math",
         "MATH",

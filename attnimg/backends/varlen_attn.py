@@ -1,6 +1,6 @@
-"""torch's own varlen_attn: the packing kernel that needs no package.
+"""Define torch's varlen_attn: a varlen kernel that needs no package besides torch.
 
-FlashAttention-2 as torch builds it in, so its limits are those of sdpa's flash kernel; no dropout.
+It is torch's build of FlashAttention-2, with the limits of sdpa's flash kernel and without dropout.
 Source: torch 2.13, torch/nn/attention/varlen.py (2026-11-21).
 """
 
@@ -21,7 +21,7 @@ _FEATURES = frozenset({"window"})
 
 
 def load_varlen_attn() -> AttentionFunction:
-    """Return the attention of the installed torch's varlen_attn.
+    """Return an attention function that calls the installed torch's varlen_attn.
 
     Raises:
         AttnimgError: this torch has none, or it does not load.
@@ -33,10 +33,10 @@ def load_varlen_attn() -> AttentionFunction:
 
 
 def varlen_attention(varlen: Callable[..., Any]) -> AttentionFunction:
-    """Return the attention of a function like torch's varlen_attn."""
+    """Return an attention function that calls a function like torch's varlen_attn."""
     from attnimg.backends._varlen import as_attention_function, attention_by_document, ungrouped
 
-    # torch 2.11 has no such argument, and takes as many key heads as query heads.
+    # torch 2.11 has no such argument, and needs as many key heads as query heads.
     knows_groups = "enable_gqa" in inspect.signature(varlen).parameters
 
     def compute(call: AttentionCall) -> Tensor:

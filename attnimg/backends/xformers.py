@@ -1,4 +1,4 @@
-"""xFormers' memory-efficient attention: the packing kernel for GPUs older than Ampere.
+"""Define xFormers' memory-efficient attention: the varlen kernel for GPUs older than Ampere.
 
 Source: xformers 0.0.35, ops/fmha/{__init__,attn_bias,common,cutlass,flash}.py. Read 2026-11-21.
 """
@@ -25,12 +25,12 @@ def _load() -> AttentionFunction:
 
 
 def xformers_attention(ops: Any) -> AttentionFunction:
-    """Return the attention of the module xformers.ops, with the mask object that a call needs."""
+    """Return an attention function that calls xformers.ops with the mask object of each call."""
     from attnimg.backends._varlen import as_attention_function, attention_by_document, ungrouped
 
     def compute(call: AttentionCall) -> Tensor:
         def kernel(q_BTHD: Tensor, k: Tensor, v: Tensor, mask: Any) -> Tensor:
-            # cutlass's backward pass takes no groups of heads.
+            # The backward pass of CUTLASS has no grouped-query attention.
             k, v = ungrouped(q_BTHD, k, v, dim=2)
             out: Tensor = ops.memory_efficient_attention(
                 q_BTHD, k, v, attn_bias=mask, p=call.dropout, scale=call.scale
@@ -50,7 +50,7 @@ def xformers_attention(ops: Any) -> AttentionFunction:
             q_BTHD, k_BSGD, v_BSGV = (x.transpose(1, 2) for x in (q, k, v))
             return kernel(q_BTHD, k_BSGD, v_BSGV, mask).transpose(1, 2)
 
-        # Windows exist for documents in a row; cutlass has no backward pass for the dense form.
+        # With a window, CUTLASS has a backward pass for packed documents, but not for dense rows.
         return attention_by_document(call, dense if call.window is None else None, packed)
 
     return as_attention_function("xformers", _FEATURES, compute)
@@ -73,7 +73,7 @@ def _mask_of_documents(kinds: Any, call: AttentionCall, tokens: PackedTokens) ->
     if not equal:
         return kinds.BlockDiagonalCausalFromBottomRightMask.from_seqlens(lengths_q, lengths_k)
     mask = kinds.BlockDiagonalCausalMask.from_seqlens(lengths_q)
-    # Backward, cutlass knows this window alone: the one aligned at the top left.
+    # The backward pass of CUTLASS supports only this window, which is aligned at the top left.
     return mask if call.window is None else mask.make_local_attention(call.window)
 
 
@@ -102,8 +102,8 @@ BACKEND = Backend(
         gfx=frozenset({"gfx90a", "gfx942"}),
         arch_code="arch-too-old",
         arch_text="sm_70 or newer, gfx90a or gfx942",
-        # Blackwell has FlashAttention-2's kernels only, in half precision; cutlass ends at sm_90.
-        # Steps of 8 are cutlass's in half precision, where the tensor cores are.
+        # On Blackwell xFormers has only FlashAttention-2's kernels, in half precision; CUTLASS's
+        # end at sm_90. In half precision CUTLASS needs multiples of 8, for tensor cores.
         head_dims=(
             HeadDims(majors=frozenset({7, 8, 9}), multiple=8, multiple_v=8),
             HeadDims(majors=_BLACKWELL, qk=(1, 256), v=(1, 256), multiple=8, equal=True),

@@ -1,6 +1,6 @@
-"""The command line: one file a command; each strings the steps and prints what they found.
+"""Parse the command line and run a command; each command has its own file.
 
-Parsed by argparse: typer takes 30 ms of CPU to import, a tenth of `check` (0.29, 2026-11-27).
+It uses argparse, as importing typer takes 30 ms of CPU, a tenth of `check` (0.29 s, 2026-11-27).
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from typing import Any
 from attnimg import __version__
 from attnimg.errors import printable
 
-# Names and options of argparse's add_argument.
+# The positional and the keyword arguments of argparse's add_argument.
 Argument = tuple[tuple[str, ...], dict[str, Any]]
 
 
 def argument(*names: str, **options: Any) -> Argument:
-    """Return one argument of a command, as argparse's add_argument takes it."""
+    """Return one argument of a command, for argparse's add_argument."""
     return names, options
 
 
@@ -38,14 +38,14 @@ COMMANDS = {
 
 
 def run_command(arguments: Sequence[str]) -> None:
-    """Run one command; its file alone is imported.
+    """Run one command; only its file is imported.
 
     Args:
-        arguments: what stands after `attnimg`.
+        arguments: the command line after `attnimg`.
 
     Raises:
         SystemExit: at the end, with the exit code; 2 for a wrong argument.
-        AttnimgError: what the command found wrong.
+        AttnimgError: the command failed.
     """
     name = arguments[0] if arguments else "--help"
     if name not in COMMANDS:
@@ -54,7 +54,7 @@ def run_command(arguments: Sequence[str]) -> None:
     parser = _Parser(prog=f"attnimg {name}", description=COMMANDS[name], allow_abbrev=False)
     for names, options in command.ARGUMENTS:
         parser.add_argument(*names, **options)
-    # Options may stand between the files, as after them.
+    # Options may be between the files, too.
     getattr(command, name)(**vars(parser.parse_intermixed_args(arguments[1:])))
 
 

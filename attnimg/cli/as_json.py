@@ -1,4 +1,4 @@
-"""The JSON that check and explain print, one object a line; its shape is the contract's."""
+"""Build the JSON that check and explain print, one object per line."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ _FLAGS = (
 
 
 def line(value: dict[str, Any]) -> str:
-    """Write one JSON object on one line; what a terminal acts on is escaped."""
+    """Return a JSON object as one line, with control characters escaped."""
     text = json.dumps(value, ensure_ascii=False, allow_nan=False)
-    # JSON itself escapes those below U+0020 alone.
+    # JSON itself escapes only those below U+0020.
     return re.sub("[\x7f-\x9f]", lambda found: f"\\u{ord(found.group()):04x}", text)
 
 
@@ -32,7 +32,7 @@ def checked_json(checked: Checked) -> dict[str, Any]:
     """Return the object that `check --json` prints for one file."""
     attn = config = None
     if checked.config is not None:
-        # Through pydantic's own JSON, which writes null for numbers that JSON does not have.
+        # pydantic's JSON has null for NaN and infinity, which JSON does not have.
         config = json.loads(checked.config.model_dump_json(exclude_none=True))
         flags = {key: getattr(checked.config, key) for key in _FLAGS}
         config |= flags
@@ -61,15 +61,15 @@ def explained_json(
     """Return the object that `explain --json` prints.
 
     Args:
-        checked: the config's own judgement.
-        model: what its model looks like; None when its config.json is not at hand.
-        plan: every candidate and the choice; None when the file could not be read.
-        on: the architecture it was judged for.
-        image: the image whose packages were assumed; None for what is installed here.
-        others: the model's layers without softmax attention, judged.
-        memory: a dataclass of the bytes that are quadratic in the row; None for none.
+        checked: the result of `check`.
+        model: its model; None when its config.json is not available.
+        plan: all candidates and the choice; None when the file could not be read.
+        on: the architecture it was checked for.
+        image: the image whose packages were assumed; None for the installed packages.
+        others: the model's layers without softmax attention.
+        memory: a dataclass of the memory that is quadratic in the row length; None for none.
     """
-    from attnimg.select.plan import plan_dict  # check, which prints JSON too, needs no plan
+    from attnimg.select.plan import plan_dict  # imported here because check --json does not need it
 
     return checked_json(checked) | {
         "on": on,

@@ -1,4 +1,4 @@
-"""What check and explain show people: asked, got, because; then every candidate."""
+"""Print the results of check and explain as text."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 class PrintableConsole(Console):
     """A rich console that escapes control characters in the text that it prints.
 
-    They come from file names, configs and messages of libraries; markup and styles still work.
+    They may be in file names, configs and messages of libraries. Markup and styles are kept.
     """
 
     def render_str(self, text: str, **options: Any) -> Text:
@@ -31,7 +31,7 @@ class PrintableConsole(Console):
 
 
 def console(file: IO[str]) -> Console:
-    """Return a console that wraps to the terminal, and to 100 columns elsewhere."""
+    """Return a console with the width of the terminal, or 100 columns without one."""
     screen = PrintableConsole(file=file, highlight=False, emoji=False)
     if not screen.is_terminal:
         screen = PrintableConsole(file=file, highlight=False, emoji=False, width=100)
@@ -57,7 +57,7 @@ def print_warnings(warnings: Iterable[Finding], *, err: Console) -> None:
 
 
 def print_plan(plan: Plan, *, gpu: str, out: Console) -> None:
-    """Print the three lines that every run begins with."""
+    """Print the three lines of a plan: asked, got, because."""
     got = "[red]nothing[/]"
     if plan.chosen:
         name, kernel = plan.chosen.backend.name, plan.chosen.kernel or ""
@@ -84,7 +84,7 @@ def print_explained(
     others: tuple[OtherLayers, ...] = (),
     out: Console,
 ) -> None:
-    """Print the whole judgement on one screen."""
+    """Print a plan, the model and the run, then all candidates with their reasons."""
     out.print()
     print_plan(plan, gpu=gpu, out=out)
     grid = Table.grid(padding=(0, 2))
@@ -123,7 +123,7 @@ def _candidates(plan: Plan) -> Table:
 
 
 def _reasons(reasons: tuple[Reason, ...]) -> str:
-    """Return the first reason in full and the codes of the others; JSON has all texts."""
+    """Return the text of the first reason and the codes of the others; JSON has all texts."""
     first, *others = reasons
     text = f"[dim]{first.code}:[/] {escape(first.text)}"
     codes = list(dict.fromkeys(reason.code for reason in others if reason.code != first.code))
@@ -131,7 +131,7 @@ def _reasons(reasons: tuple[Reason, ...]) -> str:
 
 
 def _reserve(backend: Backend) -> str:
-    """Return who may take a backend that fits: auto, a name in the config, or nobody yet."""
+    """Return how a fitting backend can be chosen: by auto, by a name in the config, or not yet."""
     if backend.applied_as is None:
         return "  (judged only: this version cannot apply it)"
     if not backend.in_config:

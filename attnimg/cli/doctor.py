@@ -1,4 +1,4 @@
-"""`attnimg doctor`: will this machine and this image do for a run?"""
+"""Run `attnimg doctor`: check whether this machine and this image are ready for a run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`attnimg explain`: judge every backend for a config or a model, here or for another GPU."""
+"""Run `attnimg explain`: check every backend for a config or a model, here or on another GPU."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from attnimg.task import (
 )
 from attnimg.train.base_model import judge_base_model
 
-# Errors that are judgements of a backend: explaining them is what the command is for.
+# Errors about the choice of a backend, which this command explains instead of stopping.
 _JUDGEMENTS = frozenset(
     {"arch-too-old", "arch-mismatch", "sage-arch", "fp8-arch", "fp8-torch", "flex-torch"}
     | {"s2-with-packing", "packing-not-isolated", "not-causal-lm", "not-trainable", "loss-differs"}
@@ -36,9 +36,9 @@ _JUDGEMENTS = frozenset(
 )
 # Findings that depend on sequence_len, which only a config has.
 _LENGTH_CODES = frozenset({"positions-short", "positions-beyond"})
-# org/name; what ends in .yaml is a config that is missing.
+# org/name; a name that ends in .yaml is a missing config.
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/(?!.*\.ya?ml$)[\w.-]+", re.ASCII)
-# Errors of a name that is no backend: then there is nothing to choose.
+# Errors about a name that is not a backend, with which nothing can be chosen.
 _NO_NAME = frozenset({"unknown-backend", "alias-rejected", "not-a-string"})
 
 
@@ -58,7 +58,7 @@ def explain(target: str, on: str | None, image: str | None, as_json_lines: bool)
     if (values := checked.config) is not None:
         checked, model, dropout = _with_model(checked, values)
         task = problem_of(values, model=model, dropout=dropout, arch=machine.arch)
-        if _is_model(target):  # a model alone does not say how long its rows will be
+        if _is_model(target):  # the row length is not known without a config
             task = replace(task, sequence_len=None)
         asked = values.attn_implementation
         found = plan.choose(asked, machine, task, strict=values.attn_strict)
@@ -96,13 +96,13 @@ def explain(target: str, on: str | None, image: str | None, as_json_lines: bool)
 
 
 def _checked(target: str, *, on: Arch | None) -> Checked:
-    """Check a config; a model stands for a config that names it and nothing else."""
+    """Check a config; for a model, check a config that has only base_model."""
     if not _is_model(target):
         return config.check_file(target, on=on)
     values = {"base_model": target, "learning_rate": 1.0, "datasets": [{"path": target}]}
     checked = config.check_values(values, file=target, on=on)
     assert checked.config is not None
-    # Those two are there to pass the check: nobody wrote them.
+    # These two keys are only set to pass the check.
     unsaid = {"learning_rate": None, "datasets": None}
     return replace(checked, config=checked.config.model_copy(update=unsaid))
 
@@ -110,7 +110,7 @@ def _checked(target: str, *, on: Arch | None) -> Checked:
 def _is_model(target: str) -> bool:
     path = Path(target)
     if path.is_file():
-        # A config may be written in JSON too; a model's says what it is.
+        # A run's config may be JSON too; it has other keys than a model's config.json.
         return path.suffix == ".json" and not {"datasets", "learning_rate"} & _json_keys(path)
     return path.is_dir() or _HUB_NAME.fullmatch(target) is not None
 
@@ -123,7 +123,7 @@ def _json_keys(path: Path) -> set[str]:
 
 
 def _with_model(checked: Checked, values: Config) -> tuple[Checked, Model | None, float]:
-    """Read the model, and add what is wrong with it or could not be known."""
+    """Read the model, and add errors and warnings about it."""
     try:
         model, dropout = read_model(values)
     except AttnimgError as error:
@@ -152,7 +152,7 @@ def _with_model(checked: Checked, values: Config) -> tuple[Checked, Model | None
 def _judge_base_model(
     values: Config, machine: Machine
 ) -> tuple[tuple[Finding, ...], tuple[Finding, ...]]:
-    """Return the errors that train raises for the base model, and its warnings."""
+    """Return the errors and the warnings of `train` about the base model."""
     path = model_file(values)
     assert path is not None
     errors, warnings = judge_base_model(values, read_config(path), machine)
@@ -162,9 +162,9 @@ def _judge_base_model(
 def _for_some_run(
     values: Config, machine: Machine
 ) -> tuple[tuple[Finding, ...], tuple[Finding, ...]]:
-    """Return the findings on a model without a config: errors with and without an adapter.
+    """Return the findings about a model without a config, for training with or without an adapter.
 
-    Errors that only full training has are warnings.
+    Errors of full fine-tuning only are returned as warnings.
     """
     full, notes = _judge_base_model(values, machine)
     lora, _ = _judge_base_model(values.model_copy(update={"adapter": "lora"}), machine)

@@ -1,4 +1,4 @@
-"""`attnimg selftest`: run the tests that travel in the image."""
+"""Run `attnimg selftest`: run the tests that are in the image."""
 
 from __future__ import annotations
 

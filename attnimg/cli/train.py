@@ -1,4 +1,4 @@
-"""`attnimg train`: one run, from a YAML file to a model."""
+"""Run `attnimg train`: train a model as a YAML file describes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class PrintedReport:
-    """Print what a run reports, for people."""
+    """Print what a run reports, as text."""
 
     console: Console
 
@@ -91,16 +91,16 @@ def train_file(
         report.say(f"warning: {note}")
     result = run.train(values, machine, report=report, stop=stop)
     for path in result.files if rank() == 0 else ():
-        # Scripts get the path unchanged; a terminal must not interpret its control characters.
+        # Control characters in the path are escaped for a terminal, but not for scripts.
         print(printable(str(path)) if sys.stdout.isatty() else path)
 
 
 def _valid(checked: Checked, console: Console) -> Config:
-    """Print what is wrong with the config and stop, or print its warnings and go on."""
+    """Return the config after printing its warnings; print its errors and exit if it has any."""
     from attnimg.cli import as_text
 
     if not checked.ok:
-        console.quiet = False  # a rank that is refused says why, whichever it is
+        console.quiet = False  # every rank prints its errors
     as_text.print_findings(checked, err=console)
     if checked.config is None or not checked.ok:
         raise SystemExit(2)

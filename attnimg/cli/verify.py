@@ -1,4 +1,4 @@
-"""`attnimg verify`: prove every backend that fits this machine."""
+"""Run `attnimg verify`: compare every backend that fits this machine with the reference."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from attnimg.train.environment import require_readable
 if TYPE_CHECKING:
     from rich.console import Console
 
-# Without a config: what most models have, grouped heads of 64 and of 128, alone and packed.
+# Used without a config: GQA with head_dim 64 and 128, as most models have, packed and not.
 _SIZES = (
     LayerGroup(count=1, heads=8, kv_heads=2, head_dim_qk=64, head_dim_v=64),
     LayerGroup(count=1, heads=8, kv_heads=2, head_dim_qk=128, head_dim_v=128, window=1024),
@@ -55,7 +55,7 @@ def verify(file: str | None, as_json_lines: bool) -> None:
         fitting = _fitting(found)
         made = proofs_of(fitting, problem, machine=machine, say=say)
         results += [(problem, proof) for proof in made]
-        # What train's router would run: other calls of the kernels, on some of the layers.
+        # A router in `train` calls kernels in another way, for some of the layers each.
         for backend, part in parts_of(found, problem) if found.groups else ():
             (proof,) = proofs_of([backend], part, machine=machine, say=say, routed=True)
             results.append((part, proof))
@@ -74,7 +74,7 @@ def verify(file: str | None, as_json_lines: bool) -> None:
 
 
 def _problems(file: str | None, machine: Machine) -> list[tuple[Problem, str | None]]:
-    """Return what to prove for, each with the backend that a config asks for."""
+    """Return the problems to verify, each with the backend that the config names."""
     if file is None:
         dtype = plan.training_dtype(bf16="auto", fp16=False, arch=machine.arch)
         model = Model(type="llama", layers=_SIZES)
@@ -110,7 +110,7 @@ def _fitting(found: Plan) -> list[Backend]:
 
 def _json(problem: Problem, proof: Proof) -> dict[str, Any]:
     values = asdict(proof)
-    # A backend without a bound has an infinite one, which JSON lacks.
+    # A missing bound is infinite, which JSON does not have.
     values["figures"] = [
         {
             name: None if value in (float("inf"), float("-inf")) else value
@@ -122,7 +122,7 @@ def _json(problem: Problem, proof: Proof) -> dict[str, Any]:
 
 
 def _print(results: list[tuple[Problem, Proof]], *, machine: Machine, out: Console) -> None:
-    """Print a row for each proof, with the figure nearest to its bound, and what was wrong."""
+    """Print a row for each proof, with the figure nearest to its bound, and the faults."""
     out.print(f"\n  proofs on {escape(gpu_text(machine))}\n")
     table = Table(box=None, padding=(0, 2, 0, 2), header_style="dim")
     table.add_column("backend", no_wrap=True)

@@ -1,6 +1,6 @@
-"""YAML -> Config: what a run's file says, checked on values alone.
+"""Check the config of a run: YAML -> Config.
 
-No model, GPU, package, network or file but the config itself is looked at.
+Only the config's values are read: no model, GPU, package, network or other file.
 """
 
 from __future__ import annotations
@@ -34,20 +34,20 @@ _VERSION = re.compile(
 )
 _WITHOUT_DEFAULT = ("base_model", "learning_rate", "datasets", "pretraining_dataset")
 _DATASET_LISTS = ("datasets", "pretraining_dataset", "test_datasets")
-# Keys by which a mapping is known as a data set, or as special_tokens.
+# Keys of a dataset entry, and of special_tokens.
 _NULLABLE = DatasetSpec.model_fields.keys() | set(get_args(SpecialToken))
 
 
 def check_file(
     path: str, *, on: Arch | None = None, torch: str | None = None, overrides: tuple[str, ...] = ()
 ) -> Checked:
-    """Check one file; whatever is wrong with it is in the result, nothing is raised.
+    """Check one file; all errors are in the result, none is raised.
 
     Args:
-        path: a YAML file, as typed.
-        on: the GPU to judge for; None judges no GPU row.
-        torch: the torch version to judge for; None judges no version row.
-        overrides: key=value arguments, as with_overrides takes them.
+        path: a YAML file, as the user typed it.
+        on: the GPU to check for; None skips the rules on GPUs.
+        torch: the torch version to check for; None skips the rules on versions.
+        overrides: key=value arguments; see with_overrides.
     """
     try:
         values = with_overrides(read_yaml(path), overrides)
@@ -101,10 +101,10 @@ def check_values(
 
 
 def parse_torch(version: str) -> tuple[int, int]:
-    """Read torch's major and minor version.
+    """Return the major and minor version of torch.
 
     Raises:
-        AttnimgError: it is not a version.
+        AttnimgError: the text is not a version.
     """
     match = _VERSION.fullmatch(version)
     if match is None:
@@ -118,7 +118,7 @@ def parse_torch(version: str) -> tuple[int, int]:
 
 
 def _validated(values: dict[str, Any]) -> tuple[Config, list[Finding]]:
-    """Return the config of the keys that are right, and what is wrong with the others."""
+    """Return the config with the valid keys, and the errors of the others."""
     known = {key: _without_nulls(v) for key, v in values.items() if key in Config.model_fields}
     try:
         return Config.model_validate(known), []
@@ -167,7 +167,7 @@ def _missing(values: dict[str, Any]) -> list[Finding]:
 
 
 def _unsupported(values: dict[str, Any], *, failed: set[str | None]) -> list[Finding]:
-    """Return errors on keys that have no effect here, unless their own rule failed already."""
+    """Return errors about keys that are not implemented, unless they already have an error."""
     found = []
     for key, value in values.items():
         if key in failed:
@@ -175,11 +175,11 @@ def _unsupported(values: dict[str, Any], *, failed: set[str | None]) -> list[Fin
         if key in Config.model_fields and key not in keys.IN_SCHEMA:
             continue
         if (refused := keys.unsupported_keys().get(key)) is not None:
-            # 0, "" and an empty list ask for nothing, just as false does.
+            # 0, "" and an empty list turn a key off, as false does.
             if value and value not in refused.accepts:
                 found.append(_unsupported_key(key, value, do=refused.do))
         elif key.startswith("lora_"):
-            # Axolotl's plugins add adapter keys; one that is false has no effect.
+            # Adapter keys of axolotl's plugins have no effect if they are false.
             if value is not False:
                 found.append(replace(_unknown(key, key), code="unsupported-key"))
         else:
@@ -234,7 +234,7 @@ def _flags(name: Any, backend: Backend | None, *, bad: bool) -> dict[str, Any]:
 
 
 def _without_nulls(value: Any) -> Any:
-    """Return a value without the nulls in its data sets and special_tokens: null means absent."""
+    """Return a value without nulls in dataset entries and special_tokens: null means absent."""
     if isinstance(value, list):
         return [_without_nulls(item) for item in value]
     if isinstance(value, dict) and value.keys() & _NULLABLE:

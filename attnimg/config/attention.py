@@ -1,6 +1,6 @@
-"""The value of attn_implementation: its names, axolotl's old flags, and what excludes what.
+"""Check attn_implementation and axolotl's legacy flags against the other keys.
 
-Rules look at values alone; the GPU and the torch version are those of --on and --torch.
+The rules read only values of the config; the GPU and torch version come from --on and --torch.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from attnimg.config.schema import Config, finding
 from attnimg.facts import Arch, Backend, Finding, Needs
 
 AUTO = "auto"
-# Short names that people try, and what each stands for. Any other unknown name is unknown-backend.
+# Short names that users try -> the backend. They are errors too, but not unknown-backend.
 ALIASES = {
     "flash": "flash_attention_2",
     "flash_attn": "flash_attention_2",
@@ -29,7 +29,7 @@ ALIASES = {
     "xformer": "xformers",
     "sageattention": "sage",
 }
-# Legacy key -> what to write instead, highest priority first: of several the first wins.
+# Legacy key -> value of attn_implementation. If several are set, the first one is used.
 LEGACY = {
     "xformers_attention": "xformers",
     "s2_attention": "s2",
@@ -39,16 +39,16 @@ LEGACY = {
     "sdp_attention": "sdpa",
     "eager_attention": "eager",
 }
-# Backends to suggest where another one does not run on a GPU, fastest first.
+# Backends to suggest if the configured one does not run on the GPU, fastest first.
 _ALTERNATIVES = ("flash_attention_2", "xformers", "sdpa")
-# Backends whose GPU rows the contract lists; on a CPU every backend is judged.
+# Backends that are checked for a GPU; for a CPU every backend is checked.
 _ARCH_ROWS = frozenset(
     {"sage", "fp8", "flash_attention_2", "flash_attention_3", "flash_attention_4"}
 )
 
 
 def name_errors(name: object) -> Iterator[Finding]:
-    """Yield what is wrong with the value of attn_implementation."""
+    """Yield the errors about the value of attn_implementation."""
     key = "attn_implementation"
     if not isinstance(name, str):
         kind = type(name).__name__
@@ -85,14 +85,14 @@ def _names_text() -> str:
 
 
 def replace_legacy_keys(values: dict[str, Any]) -> tuple[dict[str, Any], list[Finding]]:
-    """Replace axolotl's old flags, such as flash_attention: true, by attn_implementation.
+    """Replace axolotl's legacy flags, such as flash_attention: true, by attn_implementation.
 
     Args:
         values: the YAML's mapping, without nulls.
 
     Returns:
-        The mapping without the seven keys, and what was found. Each key set to true also raises a
-        real DeprecationWarning.
+        The mapping without the seven keys, and the findings. Each key that is true also causes a
+        DeprecationWarning.
     """
     asked = [key for key in LEGACY if values.get(key) in (True, 1) and _is_flag(values[key])]
     found = [
@@ -145,12 +145,12 @@ def _is_flag(value: object) -> bool:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class View:
-    """What the rules look at.
+    """The values that the rules read.
 
     Attributes:
         config: the valid part of the config.
-        backend: the one it names; None when it names none, "auto", or nothing that exists.
-        resolved: whether attention can be judged: false for "auto" and for a name in error.
+        backend: the backend that it names; None for none, "auto", or an unknown name.
+        resolved: whether attention can be checked: false for "auto" and for an invalid name.
         on: the GPU of --on.
         torch: the version of --torch, as (major, minor).
     """
@@ -163,7 +163,7 @@ class View:
 
 
 def attention_findings(view: View) -> Iterator[Finding]:
-    """Yield what the rules on attention find, in the contract's order; warnings have no `why`."""
+    """Yield the findings of the rules on attention; warnings have no `why`."""
     for rule in _RULES:
         yield from rule(view)
 
@@ -216,7 +216,7 @@ def _arch(view: View) -> Iterator[Finding]:
     if backend.name not in _ARCH_ROWS and arch.vendor != "cpu":
         return
     if backend.name == "flash_attention_2" and arch.vendor == "amd":
-        return  # which AMD GPUs it serves depends on how it was built: explain judges that
+        return  # the supported AMD GPUs depend on its build, which only `explain` checks
     fitting = [name for name in _ALTERNATIVES if runs_on(_needs(name), arch)]
     do = f"set attn_implementation: {' or '.join(fitting)}"
     why = f"found {arch.name}, {backend.name} needs {backend.needs.arch_text}"

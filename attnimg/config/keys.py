@@ -1,4 +1,4 @@
-"""Which keys exist: those the schema implements, and those that are refused by name."""
+"""List the config keys: those that the schema implements, and known ones that are refused."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from attnimg.config.attention import LEGACY
 from attnimg.config.schema import Config, DatasetSpec
 
-# What other trainers call a key of ours.
+# Key of another trainer -> attnimg's key.
 SYNONYMS = {
     "attn_impl": "attn_implementation",
     "batch_size_per_device": "micro_batch_size",
@@ -27,16 +27,16 @@ SYNONYMS = {
     "seq_len": "sequence_len",
     "xformers": "attn_implementation",
 }
-# Computed from the backend, never written by hand.
+# Computed from the backend; a config can't set them.
 COMPUTED = ("attn_supports_packing", "attn_uses_flash_lib", "attn_needs_dtype_cast")
-# Keys of the schema that data/keys.toml refuses too, after their own rules. It has no other key of
-# the schema, so that it need not be read for most configs.
+# Keys of the schema that are also in data/keys.toml, which refuses them after their own rules. That
+# file has no other key of the schema, so most configs can be checked without reading it.
 IN_SCHEMA = frozenset({"rl", "context_parallel_size", "scaling_softmax"})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class UnsupportedKey:
-    """A key that is known and not implemented: what to do instead, and harmless values."""
+    """A known key that is not implemented: what to do instead, and values without effect."""
 
     do: str
     accepts: tuple[Any, ...] = ()
@@ -44,7 +44,7 @@ class UnsupportedKey:
 
 @cache
 def unsupported_keys() -> dict[str, UnsupportedKey]:
-    """Return the top-level keys that are refused by name."""
+    """Return the top-level keys that are known but not implemented."""
     table = _table()
     accepts = table["accepts"]
     return {
@@ -56,19 +56,19 @@ def unsupported_keys() -> dict[str, UnsupportedKey]:
 
 @cache
 def unsupported_dataset_keys() -> dict[str, UnsupportedKey]:
-    """Return the keys of one data set that are refused by name."""
+    """Return the keys of a dataset entry that are known but not implemented."""
     table = _table()["dataset"]
     return {key: UnsupportedKey(do=table["do"]) for key in table["keys"]}
 
 
 def nearest_key(key: str, *, dataset: bool = False) -> str | None:
-    """Return the known key most like `key`; None when none is similar."""
+    """Return the known key that is most similar to `key`; None when none is similar."""
     name = key.strip().lower()
     if not dataset and name in SYNONYMS:
         return SYNONYMS[name]
     fields = DatasetSpec.model_fields if dataset else {**Config.model_fields, **LEGACY}
     others = unsupported_dataset_keys() if dataset else unsupported_keys()
-    # Implemented keys first: of two equally near ones, the one that works is meant.
+    # Implemented keys come first, so that they are suggested if two keys are equally similar.
     for known in (fields, others):
         if matches := get_close_matches(name, known, n=1, cutoff=0.75):
             return matches[0]

@@ -1,4 +1,4 @@
-"""Read a YAML file and the command line's key=value into plain values: one mapping of text."""
+"""Read a YAML file, and key=value arguments of the command line, into one mapping."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ import yaml
 from attnimg.errors import AttnimgError
 
 MAX_BYTES = 1_000_000
-# A YAML of 1 MB that says everything once has fewer nodes than this.
+# A YAML file of 1 MB without aliases has fewer nodes.
 _MAX_NODES = 500_000
-# libyaml's composer recurses in C and takes the process down with it; a config needs three levels.
+# libyaml's composer recurses in C, where a stack overflow kills the process. A config needs only
+# three levels.
 _MAX_DEPTH = 50
-# Longer numbers mean nothing here, and Python refuses to print them.
+# No key needs longer numbers, and Python refuses to print very long ones.
 _MAX_BITS = 256
 
-# YAML 1.1 wants a dot in a float, which makes 1e-4 a string. Here it is a number, as in YAML 1.2.
+# In YAML 1.1 a float needs a dot, so 1e-4 would be a string. Here it is a float.
 _FLOAT = re.compile(
     r"""[-+]?(?:[0-9][0-9_]*\.[0-9_]*(?:[eE][-+]?[0-9]+)?
     |[0-9][0-9_]*[eE][-+]?[0-9]+
@@ -30,8 +31,8 @@ _FLOAT = re.compile(
 )
 
 
-class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]  # C where built
-    """YAML 1.1, safe tags only, 1e-4 a number, dates left as text, duplicate keys refused."""
+class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]  # in C if available
+    """Load YAML 1.1 with safe tags only; 1e-4 is a number, dates are strings."""
 
     yaml_implicit_resolvers = {  # noqa: RUF012  the base class's own attribute
         first: [
@@ -43,7 +44,7 @@ class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[mi
     }
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
-        """Build one value; one that its tag does not fit is an error with its place."""
+        """Return the value of a node; raise an error with its place if its tag does not match."""
         try:
             value = super().construct_object(node, deep=deep)
         except yaml.YAMLError:
@@ -76,11 +77,11 @@ def read_yaml(path: str) -> dict[str, Any]:
         path: a YAML file of at most 1 MB.
 
     Returns:
-        Its top mapping; keys that are not strings are spelled as YAML shows them.
+        Its top-level mapping; keys that are not strings are converted to their YAML text.
 
     Raises:
-        AttnimgError: with one of the contract's codes: file-missing, too-large, not-text,
-            yaml-syntax, duplicate-key, empty, not-a-mapping.
+        AttnimgError: with one of the codes file-missing, too-large, not-text, yaml-syntax,
+            duplicate-key, empty, not-a-mapping.
     """
     return parse_yaml(_text(path), name=path)
 
@@ -121,14 +122,15 @@ def parse_value(text: str) -> Any:
 
 
 def with_overrides(values: dict[str, Any], overrides: tuple[str, ...]) -> dict[str, Any]:
-    """Set keys of a config.
+    """Return a config with some keys set.
 
     Args:
-        values: the YAML's mapping; not changed.
-        overrides: "key=value"; the value is YAML, a dotted key nests, a number indexes a list.
+        values: the mapping from the YAML file; it is not changed.
+        overrides: "key=value". The value is YAML; dots in the key separate the keys of nested
+            mappings and the indices of lists.
 
     Raises:
-        AttnimgError: an argument is not key=value, or nests into something that holds no keys.
+        AttnimgError: an argument is not key=value, or its key does not exist in a nested value.
     """
     result: Any = dict(values)
     for text in overrides:
@@ -146,7 +148,7 @@ def with_overrides(values: dict[str, Any], overrides: tuple[str, ...]) -> dict[s
 
 
 def _with(node: Any, parts: list[str], value: Any, *, whole: str) -> Any:
-    """Copy `node` with the value at the path `parts` replaced."""
+    """Return a copy of `node` with the value at the path `parts` replaced."""
     if not parts:
         return value
     part, *rest = parts
@@ -167,7 +169,7 @@ def _with(node: Any, parts: list[str], value: Any, *, whole: str) -> Any:
 
 def _text(path: str) -> str:
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode):  # noqa: PTH116  opening a pipe would wait
+        if not stat.S_ISREG(os.stat(path).st_mode):  # noqa: PTH116  opening a pipe would block
             raise OSError(None, "It is no file, but a folder, a pipe or a device")
         with Path(path).open("rb") as file:
             raw = file.read(MAX_BYTES + 1)
@@ -261,7 +263,7 @@ def _shown(node: yaml.Node) -> str:
 
 
 def _refuse_duplicates(root: yaml.Node, loader: _Loader) -> None:
-    """Refuse a key written twice, before merges (<<) add keys that a mapping may override."""
+    """Raise for a duplicate key, before merges (<<) add keys that a mapping may override."""
     seen: set[int] = set()
     waiting = [root]
     while waiting:
@@ -284,7 +286,7 @@ def _refuse_duplicates(root: yaml.Node, loader: _Loader) -> None:
 
 
 def _refuse_depth(text: str) -> None:
-    """Refuse nesting that no config has, on events alone, which take no stack."""
+    """Raise for deep nesting; it reads YAML events, for which the parser does not recurse."""
     depth = 0
     for event in yaml.parse(text, Loader=_Loader):
         depth += isinstance(event, yaml.CollectionStartEvent)
@@ -292,12 +294,12 @@ def _refuse_depth(text: str) -> None:
         if depth > _MAX_DEPTH:
             raise yaml.composer.ComposerError(
                 problem=f"nested more than {_MAX_DEPTH} levels deep",
-                problem_mark=event.start_mark,  # type: ignore[arg-type]  # two kinds of one mark
+                problem_mark=event.start_mark,  # type: ignore[arg-type]  # yaml has two types of marks
             )
 
 
 def _refuse_bomb(root: yaml.Node, *, name: str) -> None:
-    """Refuse aliases that multiply into more than a config can hold, or that hold themselves."""
+    """Raise for aliases that expand to too many values, or that contain themselves."""
     sizes: dict[int, int] = {}
     open_nodes: set[int] = set()
 

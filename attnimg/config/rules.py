@@ -1,7 +1,7 @@
-"""Rules on the values of a run: what `train` would refuse, and keys that have no effect.
+"""Check the values of a config: those that `train` would refuse, and keys without effect.
 
-Only the config is read. Rules on attention are in attention.py, types and ranges in schema.py; what
-depends on files, the model, the machine or installed packages is refused by `train`.
+Only the config is read. Rules on attention are in attention.py, types and ranges in schema.py;
+`train` checks what depends on files, the model, the machine or installed packages.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from attnimg.config.schema import (
 )
 from attnimg.facts import Finding
 
-# Keys that say the same thing in two ways: setting both contradicts.
+# Pairs of keys for the same setting; only one of them may be set.
 _EITHER_OR = (
     ("warmup_steps", "warmup_ratio"),
     ("save_steps", "saves_per_epoch"),
@@ -38,13 +38,13 @@ SCHEDULER_NEEDS: dict[str, tuple[tuple[str, ...], str]] = {
     "cosine_with_min_lr": (("min_lr", "min_lr_rate"), "1e-6"),
     "warmup_stable_decay": (("num_decay_steps",), "10"),
 }
-# What `split` may be: splits or rows of them, such as train[:10%]+test.
+# The form of `split`: names of splits, or rows of them, such as train[:10%]+test.
 # Source: datasets 5.2, arrow_reader.py:46, _RelativeInstruction (2026-11-27)
 _BOUND = r"-?\d(?:_?\d){0,17}%?"
 _PART_OF_SPLIT = re.compile(
     rf"\w+(?:\.\w+)*(?:\[({_BOUND})?:({_BOUND})?\])?(\((?:closest|pct1_dropremainder)\))?"
 )
-# Optimizers that get no betas, or no epsilon. Source: transformers 5.22.2, trainer_optimizer.py,
+# Optimizers without betas, or without epsilon. Source: transformers 5.22.2, trainer_optimizer.py,
 # _get_adafactor, _get_bitsandbytes_optimizer, _get_sgd, _get_adagrad, _get_rmsprop (2026-11-27)
 _NO_BETAS = frozenset({"adafactor", "sgd", "adagrad", "rmsprop"})
 _NO_EPSILON = _NO_BETAS | {"lion_32bit", "lion_8bit", "paged_lion_32bit", "paged_lion_8bit"}
@@ -60,8 +60,8 @@ def value_errors(config: Config, failed: Collection[str]) -> Iterator[Finding]:
     """Yield every reason why `train` would refuse the values of a config.
 
     Args:
-        config: its valid part.
-        failed: the keys that are not in it because their values are wrong.
+        config: the valid part of the config.
+        failed: the keys that are not in it because their values are invalid.
     """
     for rule, keys in _RULES:
         if not set(keys) & set(failed):
@@ -71,7 +71,7 @@ def value_errors(config: Config, failed: Collection[str]) -> Iterator[Finding]:
 def _contradictions(config: Config) -> Iterator[Finding]:
     for first, second in _EITHER_OR:
         values = [getattr(config, key) for key in (first, second)]
-        # Zero steps beside a ratio contradict it; other zeros and empty lists ask for nothing.
+        # warmup_steps: 0 contradicts a ratio; other zeros and empty lists mean that a key is off.
         if all(values) or (first == "warmup_steps" and None not in values):
             why = f"found both; {first} and {second} say the same thing in two ways"
             do = f"keep {first} or {second}"
@@ -106,7 +106,7 @@ def _schedule(config: Config) -> Iterator[Finding]:
 
 
 def _evaluation(config: Config) -> Iterator[Finding]:
-    """Refuse evaluations without documents to evaluate on, and a size that leaves no others."""
+    """Yield errors: evaluation without documents, and a val_set_size that is not valid."""
     size = config.val_set_size
     if size == 1 or (size > 1 and not size.is_integer()):
         taken = "all documents (1 is 100 %)" if size == 1 else "a part of a document"
@@ -157,7 +157,7 @@ def _adapter(config: Config) -> Iterator[Finding]:
 
 
 def _dataset_types(config: Config) -> Iterator[Finding]:
-    """Refuse unknown types; one that is missing follows from the columns, which `train` reads."""
+    """Yield an error for each unknown type; `train` finds a missing one from the columns."""
     for entry, spec, _ in entries(config):
         if spec.type is None or spec.type in DATASET_TYPES:
             continue
@@ -171,7 +171,7 @@ def _dataset_types(config: Config) -> Iterator[Finding]:
 
 
 def _trained_roles(config: Config) -> Iterator[Finding]:
-    """Refuse a name in roles_to_train that no message can have: its turns would not be trained."""
+    """Yield an error for each name in roles_to_train that no message can have."""
     for entry, spec, _ in entries(config):
         known, key = roles(spec), f"{entry}.roles_to_train"
         asked = (spec.roles_to_train or []) if is_chat(spec) else []
@@ -196,7 +196,7 @@ def _splits(config: Config) -> Iterator[Finding]:
 
 
 def _is_part_of_split(text: str) -> bool:
-    """Return whether the datasets library reads a text as a split or as rows of one."""
+    """Return whether the datasets library parses a text as a split or as rows of one."""
     if (found := _PART_OF_SPLIT.fullmatch(text)) is None:
         return False
     first, last, rounding = found.groups()
@@ -206,7 +206,7 @@ def _is_part_of_split(text: str) -> bool:
 
 
 def _templates(config: Config) -> Iterator[Finding]:
-    """Refuse chat_template: jinja without a template, and a system message that is not used."""
+    """Yield errors: chat_template: jinja without a template, and an unused system message."""
     specs = {f"{key}.": spec for key, spec, _ in entries(config)}
     chats = {place: spec for place, spec in specs.items() if is_chat(spec)}
     holders: dict[str, Config | DatasetSpec] = {"": config, **chats} if chats else {}
@@ -229,7 +229,7 @@ def _templates(config: Config) -> Iterator[Finding]:
 
 _Rule = Callable[[Config], Iterator[Finding]]
 _DATASETS = ("datasets", "pretraining_dataset", "test_datasets")
-# Each rule, and the keys without which it would refuse others: it is left out where they are wrong.
+# Each rule, and the keys that it depends on: it is skipped if their values are invalid.
 _RULES: tuple[tuple[_Rule, tuple[str, ...]], ...] = (
     (_contradictions, ()),
     (_schedule, ("lr_scheduler", "lr_scheduler_kwargs")),
@@ -243,7 +243,7 @@ _RULES: tuple[tuple[_Rule, tuple[str, ...]], ...] = (
 
 
 def without_effect(config: Config) -> list[str]:
-    """Return a sentence for each reason why keys that the config sets have no effect."""
+    """Return a sentence for each reason why some keys of the config have no effect."""
     return [
         f"{reason}, so that {' and '.join(keys)} {'has' if len(keys) == 1 else 'have'} no effect"
         for reason, keys in (*_of_run(config), *_of_entries(config))
@@ -252,7 +252,7 @@ def without_effect(config: Config) -> list[str]:
 
 
 def _of_run(config: Config) -> Iterator[tuple[str, list[str]]]:
-    """Yield a reason and the keys of the run that are not read for it."""
+    """Yield each reason with the keys of the run that have no effect because of it."""
 
     def named(*keys: str) -> list[str]:
         return [key for key in keys if key in config.model_fields_set and getattr(config, key)]
@@ -307,7 +307,7 @@ def _unused_by_optimizer(config: Config) -> list[str]:
 
 
 def _of_entries(config: Config) -> Iterator[tuple[str, list[str]]]:
-    """Yield a reason and the keys of a dataset entry that are not read for it."""
+    """Yield each reason with the keys of a dataset entry that have no effect because of it."""
     for key, spec, _ in entries(config):
 
         def named(names: Collection[str], key: str = key, spec: DatasetSpec = spec) -> list[str]:

@@ -1,10 +1,10 @@
-"""The keys of a run's YAML that attnimg implements: name, type, range and default of each.
+"""Define the config keys that attnimg implements: name, type, range and default of each.
 
-Axolotl's names, so that its users' files work. Keys that axolotl knows and attnimg does not
-implement stand in data/keys.toml. Values of the wrong type are refused, never converted.
+The names are axolotl's, so that axolotl's configs work. Axolotl's keys that attnimg does not
+implement are in data/keys.toml. Values of the wrong type are refused, not converted.
 """
 
-# No `from __future__ import annotations`: pydantic would evaluate 110 strings, 3 ms of `check`.
+# No `from __future__ import annotations`: pydantic would evaluate 110 strings, which takes 3 ms.
 import os
 import re
 from collections.abc import Iterator
@@ -17,26 +17,26 @@ from attnimg.facts import Finding
 
 
 def _flag(value: object) -> object:
-    """Return 1 and 0 as booleans, as axolotl takes them; all else must be a real boolean."""
+    """Return 1 and 0 as booleans, as axolotl does; other values must be booleans."""
     return bool(value) if type(value) is int and value in (0, 1) else value
 
 
 def _number(value: object) -> object:
-    """Refuse true and "3" where a number belongs: pydantic would convert both."""
+    """Raise for true and "3", which pydantic would convert to numbers."""
     if isinstance(value, bool | str):
         raise ValueError("should be a number")
     return value
 
 
 def _learning_rate(value: object) -> object:
-    """Return a quoted learning rate ("2e-4") as a number, as axolotl takes it."""
+    """Return a quoted learning rate ("2e-4") as a number, as axolotl does."""
     if isinstance(value, str):
         return float(value)
     return _number(value)
 
 
 def _path(text: str) -> str:
-    """Refuse paths that no file system accepts.
+    """Raise for paths that no file system accepts.
 
     Source: Linux, include/uapi/linux/limits.h, NAME_MAX and PATH_MAX (2026-11-27).
     """
@@ -52,7 +52,7 @@ def _listed(value: object) -> object:
 
 
 def _targets(value: object) -> object:
-    """Refuse a string that is not a regular expression: PEFT matches it with full module names."""
+    """Raise for an invalid regular expression, which PEFT matches against full module names."""
     if isinstance(value, str):
         try:
             re.compile(value)
@@ -64,7 +64,7 @@ def _targets(value: object) -> object:
 
 
 def _list_of_specs(value: object) -> object:
-    """Return a list for a bare path or one mapping, which axolotl takes for pretraining_dataset."""
+    """Return a list for one path or mapping, which axolotl accepts for pretraining_dataset."""
     if isinstance(value, str):
         return [{"path": value, "type": "pretrain"}]
     return [value] if isinstance(value, dict) else value
@@ -73,7 +73,7 @@ def _list_of_specs(value: object) -> object:
 Flag = Annotated[bool, Strict(), BeforeValidator(_flag)]
 Count = Annotated[int, BeforeValidator(_number), Field(ge=1, le=2**31 - 1)]
 Whole = Annotated[int, BeforeValidator(_number), Field(ge=0, le=2**31 - 1)]
-# More rows than any batch has, and few enough to count in memory.
+# More rows than any batch has, but few enough to allocate lists of this length.
 Rows = Annotated[int, BeforeValidator(_number), Field(ge=1, le=2**20)]
 # More than the CPUs of the largest machines.
 Processes = Annotated[int, BeforeValidator(_number), Field(ge=1, le=1024)]
@@ -103,12 +103,11 @@ SpecialToken = Literal[
     "additional_special_tokens",
 ]  # fmt: skip
 
-# The dataset types, by axolotl's names; `pretrain` is `completion` under the name that
-# pretraining_dataset uses.
+# The dataset types, with axolotl's names; `pretrain` is `completion` in pretraining_dataset.
 DATASET_TYPES = (
     "alpaca", "alpaca:chat", "completion", "pretrain", "chat_template", "chat_template.default",
 )  # fmt: skip
-# Names of roles in records, and those of chat templates. The first seven are axolotl's.
+# Name of a role in records -> its name in chat templates. The first seven are axolotl's.
 # Source: axolotl 067b021c, prompt_strategies/chat_template.py:78-87 (2026-11-26)
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant",
          "system": "system", "tool": "tool", "developer": "developer",
@@ -116,16 +115,16 @@ ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assi
 
 
 class DatasetSpec(BaseModel):
-    """One entry of `datasets`: where records are and how they become text.
+    """One entry of `datasets`: where records are and how they are converted to text.
 
     Attributes:
         path: a local file or folder, or a name on the Hugging Face hub.
         type: alpaca, alpaca:chat, completion, chat_template or pretrain.
         field: the text column of completion and pretrain.
         field_messages: the column that holds a conversation.
-        message_property_mappings: role/content -> the keys the records use.
-        roles: canonical role -> the names the records use.
-        roles_to_train: whose turns carry loss.
+        message_property_mappings: role/content -> the keys in the records.
+        roles: role of the chat template -> its names in the records.
+        roles_to_train: the roles whose turns have loss.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -152,7 +151,7 @@ class DatasetSpec(BaseModel):
 
 
 class Config(BaseModel):
-    """A validated run: what the YAML said, defaults filled in, legacy keys gone."""
+    """The validated config of a run, with defaults and without legacy keys."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
@@ -199,7 +198,7 @@ class Config(BaseModel):
     default_system_message: Text | None = None
     eot_tokens: list[Text] | None = None
 
-    # Optimisation
+    # Optimization
     micro_batch_size: Rows = 1
     eval_batch_size: Rows | None = None
     gradient_accumulation_steps: Count = 1
@@ -270,17 +269,17 @@ class Config(BaseModel):
     dataloader_num_workers: Workers | None = None
     dataloader_pin_memory: Flag | None = None
 
-    # Known to the schema for their own rows of the contract; see data/keys.toml.
+    # These have rules of their own, and are refused by data/keys.toml.
     rl: Text | Flag | None = None
     context_parallel_size: Whole | None = None
     scaling_softmax: Flag | None = None
 
-    # attnimg is always strict about keys, so either value is what happens already.
+    # attnimg always refuses unknown keys, whatever this value is.
     strict: Flag | None = None
 
 
 def entries(config: Config) -> Iterator[tuple[str, DatasetSpec, bool]]:
-    """Yield key, entry, and whether it is for training, in the order of the config."""
+    """Yield the key, the entry and whether it is for training, for each dataset entry."""
     for name, specs in (
         ("datasets", config.datasets),
         ("pretraining_dataset", config.pretraining_dataset),
@@ -298,12 +297,12 @@ def is_chat(spec: DatasetSpec) -> bool:
 
 
 def is_text(spec: DatasetSpec) -> bool:
-    """Return whether records are running text, which may be split anywhere."""
+    """Return whether records are plain text, which may be split anywhere."""
     return spec.type in ("completion", "pretrain")
 
 
 def roles(spec: DatasetSpec) -> dict[str, str]:
-    """Map the names of roles in records to those of the chat template."""
+    """Return a mapping from names of roles in records to those in the chat template."""
     custom = spec.roles or {}
     return (
         ROLES
@@ -314,15 +313,15 @@ def roles(spec: DatasetSpec) -> dict[str, str]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Checked:
-    """What `check` found in one file.
+    """The result of `check` for one file.
 
     Attributes:
         file: the argument as typed.
-        on: the GPU it was judged for, "sm_90"; None without --on.
+        on: the GPU it was checked for, "sm_90"; None without --on.
         config: the valid part of the config; None when the file could not be read.
-        requested: the backend asked for, by name or by legacy key.
-        errors: what makes it unusable.
-        warnings: what its owner should know.
+        requested: the requested backend, by name or by legacy key.
+        errors: the errors, with which it can't be used.
+        warnings: the warnings.
     """
 
     file: str
@@ -339,5 +338,5 @@ class Checked:
 
 
 def finding(code: str, key: str, what: str, why: str, do: str) -> Finding:
-    """Build an error with all its parts; a warning is a Finding without `why`."""
+    """Return an error with all its parts; a warning is a Finding without `why`."""
     return Finding(code=code, key=key, what=what, why=why, do=do)

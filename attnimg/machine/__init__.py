@@ -1,1 +1,1 @@
-"""Describe this machine: GPU, driver, packages, and the kernels that came with the image."""
+"""Detect this machine: GPU, driver, packages, and the kernels in the image."""

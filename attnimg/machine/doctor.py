@@ -1,4 +1,4 @@
-"""Check whether this machine and this image fit a run. Pure: all comes in as arguments."""
+"""Check whether this machine and this image are ready for a run, with pure functions."""
 
 from __future__ import annotations
 
@@ -28,21 +28,21 @@ _DO_ABOUT_KERNELS = {
     "kernels-settings": "unset them, unless they are meant",
 }
 _GIB = 1 << 30
-# A checkpoint of a 7B LoRA run with its optimizer is under 1 GiB, a full one 80: below the first
-# nothing can be saved, below the second much can't.
+# A checkpoint of a 7B model with its optimizer has under 1 GiB for LoRA, 80 GiB for full
+# fine-tuning. With less than the first nothing can be saved, with less than the second little.
 _DISK_FAIL, _DISK_WARN = 1 * _GIB, 20 * _GIB
-# Docker's default is 64 MiB; data loaders' workers and NCCL die of it with a bus error.
+# With Docker's default, 64 MiB, data loader workers and NCCL fail with a bus error.
 # Source: https://github.com/NVIDIA/nccl/issues/290 (2026-11-21).
 _SHM_WARN = 1 * _GIB
 
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One line of a preflight.
+    """The result of one check.
 
     Attributes:
-        code: what was looked at, "driver".
-        status: whether it is good enough.
+        code: the subject of the check, "driver".
+        status: "ok", "warn" or "fail".
         what: what was found, in one sentence.
         do: the fix; empty where there is nothing to fix.
     """
@@ -60,13 +60,13 @@ def examine(
     image: ImageFacts | None,
     images: Mapping[str, ImageFacts],
 ) -> tuple[Check, ...]:
-    """Return the result of every check; none stops the others.
+    """Return the results of all checks.
 
     Args:
-        machine: its GPU and driver.
-        host: its user, folders and packages.
-        image: what this image was built as; None outside an image.
-        images: every image there is, to name the right one.
+        machine: the GPU and its driver.
+        host: the user, folders and packages.
+        image: the image of this process; None outside an image.
+        images: all images, to suggest the right one.
     """
     name = f"attnimg:{image.name}" if image else "not in an attnimg image; judging the machine"
     return (
@@ -84,7 +84,7 @@ def examine(
 def _check_gpu(
     machine: Machine, image: ImageFacts | None, images: Mapping[str, ImageFacts]
 ) -> Iterator[Check]:
-    """Check GPU and driver; for a wrong image, name the right tag."""
+    """Check GPU and driver; suggest the right tag for a wrong image."""
     if machine.driver_problem:
         what = f"the GPU driver does not answer: {machine.driver_problem}"
         do = "run nvidia-smi on the host; if it works there, start the container with --gpus all"
@@ -147,10 +147,10 @@ def _driver(
 
 
 def _check_packages(host: Host, image: ImageFacts | None) -> Iterator[Check]:
-    """Compare what is installed with the manifest, then look for kernels that hide one another."""
+    """Compare the installed packages with the manifest, and look for kernels that are shadowed."""
     if image is not None:
         yield from _against_manifest(host, image)
-    # Kernels of which only a part was compiled (`make wheels/NAME TRIM=1`).
+    # Kernels that were only partly compiled (`make wheels/NAME TRIM=1`).
     if small := [
         f"{name} {text}" for name, text in host.installed.items() if text.endswith("+trim")
     ]:
@@ -185,7 +185,7 @@ def _against_manifest(host: Host, image: ImageFacts) -> Iterator[Check]:
 
 
 def _shadowing(host: Host) -> Iterator[Check]:
-    # flash-attn's own sdist brings 20 files of an old FlashAttention-4 over the real ones.
+    # flash-attn's sdist has 20 files of an old FlashAttention-4, which overwrite flash-attn-4's.
     if host.cute_owners and host.cute_owners != ("flash-attn-4",):
         what = (
             f"flash_attn/cute/, FlashAttention-4's, is claimed by {' and '.join(host.cute_owners)}"
@@ -206,7 +206,7 @@ def _shadowing(host: Host) -> Iterator[Check]:
 
 
 def _check_shipped_kernels(machine: Machine, host: Host) -> Iterator[Check]:
-    """Check whether the image's kernels are found; nothing without such kernels or a GPU."""
+    """Check whether the image's precompiled kernels are used, if it has any and there is a GPU."""
     if machine.arch.vendor != "nvidia":
         return
     if host.shipped_kernels:
@@ -237,7 +237,7 @@ def _shipped(
 
 
 def check_variants(machine: Machine, host: Host) -> Iterator[Check]:
-    """Return which kernels run, for each installed package with several sets for AMD GPUs."""
+    """Yield which kernels run, for each installed package with several sets for AMD GPUs."""
     arch = machine.arch.name
     for backend in all_backends():
         variant = backend.variants.get(arch)
@@ -253,7 +253,7 @@ def check_variants(machine: Machine, host: Host) -> Iterator[Check]:
 
 
 def _check_user(host: Host) -> Check:
-    """Check the user's name, which PyTorch's compiler asks for."""
+    """Check whether the user has a name, which torch.compile needs."""
     if host.user is None:
         what = f"user {host.uid} has no name: torch.compile stops with a KeyError of getpwuid"
         do = "set USER and LOGNAME, for example -e USER=me -e LOGNAME=me"
@@ -265,9 +265,9 @@ def _check_user(host: Host) -> Check:
 
 
 def _check_folders(host: Host) -> Iterator[Check]:
-    """Check HOME, the caches and the working folder: writable, and with room.
+    """Check whether HOME, the caches and the working folder are writable and have free space.
 
-    Folders with the same result share a line: the caches are mostly on one volume.
+    Folders with the same result share a line, as the caches are mostly on one volume.
     """
     alike: dict[Check, list[str]] = {}
     for folder in host.folders:
@@ -281,7 +281,7 @@ def _check_folder(folder: Folder, *, uid: int) -> Check:
     if not folder.writable:
         what = f"not writable for user {uid}"
         if folder.role == WORKING_FOLDER:
-            # An output_dir elsewhere works, so this alone stops nothing.
+            # output_dir may be elsewhere, so this is only a warning.
             do = "mount a folder of this user's there: -v $PWD:/workspace"
             return Check("folder", "warn", what, do)
         return Check(

@@ -1,6 +1,6 @@
-"""Fingerprint all that the machine code of kernels compiled ahead of time depends on.
+"""Compute a fingerprint of the software that precompiled kernels depend on.
 
-The image's build runs this file by itself: it imports nothing of attnimg, and nothing heavy.
+The image's build runs this file alone, so it does not import attnimg or large libraries.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 
-# FlashAttention-4's own key has the first three; quack's functions are traced into the kernels
-# all the same, and which of CuTe DSL's two flavours compiles them decides what driver they need
-# (flash-attn-4 4.0.0b36, cache_utils.py, read 2026-11-21).
+# FlashAttention-4's cache key has only the first three. But quack's functions are traced into the
+# kernels too, and CuTe DSL's build, for CUDA 12 or 13, decides which driver the kernels need.
+# Source: flash-attn-4 4.0.0b36, cache_utils.py (2026-11-21).
 PACKAGES = (
     "flash-attn-4",
     "nvidia-cutlass-dsl",
@@ -24,11 +24,11 @@ PACKAGES = (
     "nvidia-cutlass-dsl-libs-cu13",
 )
 SOURCE = "flash_attn/cute"
-# FlashAttention-4 names an entry by the pickle of its key, and a key of sm_100 may hold an enum:
-# 3.11.2 pickles it by name, 3.11.7 by value (CPython, Enum.__reduce_ex__, read 2026-11-25).
+# FlashAttention-4 names a cache entry by a pickle of its key. A key for sm_100 may have an enum,
+# which Python 3.11.2 pickles by name and 3.11.7 by value (CPython, Enum.__reduce_ex__, 2026-11-25).
 RELEASE = "python release"
 ABSENT = "absent"
-# Which ptxas it is, depends on the GPU: the second one is for sm_100 and newer.
+# The second ptxas is for sm_100 and newer.
 _TRITON_LIBRARIES = (
     "_C/libtriton.so",
     "backends/nvidia/bin/ptxas",
@@ -37,11 +37,11 @@ _TRITON_LIBRARIES = (
 
 
 def fingerprint() -> dict[str, str]:
-    """Return all that FlashAttention-4's machine code and its place in the cache depend on.
+    """Return what FlashAttention-4's machine code and its name in the cache depend on.
 
     Returns:
-        "python" -> its minor release; RELEASE -> that in full; each of PACKAGES -> its version or
-        ABSENT; SOURCE -> a hash of FlashAttention-4's files.
+        "python" -> major and minor version; RELEASE -> full version; each of PACKAGES -> its
+        version or ABSENT; SOURCE -> a hash of FlashAttention-4's files.
     """
     minor = f"{sys.version_info.major}.{sys.version_info.minor}"
     found = {"python": minor, RELEASE: f"{minor}.{sys.version_info.micro}"}
@@ -52,13 +52,13 @@ def fingerprint() -> dict[str, str]:
 
 
 def triton_fingerprint() -> dict[str, str]:
-    """Return all that SageAttention's Triton kernels and the names of their entries depend on.
+    """Return what SageAttention's Triton kernels and the names of their cache entries depend on.
 
-    Triton hashes its own files, libtriton.so as it lies there, and what its ptxas calls itself;
-    and of a kernel its source (triton 3.8.0, runtime/cache.py and jit.py, read 2026-11-25).
+    Triton hashes its own files, the file libtriton.so, the version text of its ptxas, and the
+    source of a kernel (triton 3.8.0, runtime/cache.py and jit.py, read 2026-11-25).
 
     Returns:
-        Those of triton_in_short(), and the hash of each library: 0.6 GB are read.
+        The items of triton_in_short(), and the hash of each library, for which 0.6 GB are read.
     """
     found = triton_in_short()
     for name, path in _libraries().items():
@@ -70,7 +70,7 @@ def triton_fingerprint() -> dict[str, str]:
 
 
 def triton_in_short() -> dict[str, str]:
-    """Return what takes milliseconds of triton_fingerprint(): of a library its size."""
+    """Return a fast form of triton_fingerprint(), with the sizes of libraries, not their hashes."""
     found = {"python": f"{sys.version_info.major}.{sys.version_info.minor}"}
     for package in ("triton", "sageattention"):
         folder = _folder(package)
@@ -82,7 +82,7 @@ def triton_in_short() -> dict[str, str]:
 
 
 def key_of(fingerprint: Mapping[str, str]) -> str:
-    """Return a short name for a fingerprint, which a folder can have."""
+    """Return a short hash of a fingerprint that is valid as a folder name."""
     text = json.dumps(dict(sorted(fingerprint.items())))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -105,7 +105,7 @@ def _version(name: str) -> str:
 
 
 def _cute() -> Path | None:
-    """Return the folder that `import flash_attn.cute` would take, without importing it."""
+    """Return the folder that `import flash_attn.cute` would load, without importing it."""
     package = importlib.util.find_spec("flash_attn")
     for folder in (package.submodule_search_locations or ()) if package else ():
         if (Path(folder) / "cute" / "__init__.py").is_file():
@@ -114,7 +114,7 @@ def _cute() -> Path | None:
 
 
 def _libraries() -> dict[str, Path | None]:
-    """Return Triton's compiler and assemblers; None for what is not there."""
+    """Return the paths of Triton's compiler and assemblers; None for a missing one."""
     triton = _folder("triton")
     paths = {name: triton / name if triton else None for name in _TRITON_LIBRARIES}
     return {name: path if path and path.is_file() else None for name, path in paths.items()}

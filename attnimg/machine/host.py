@@ -1,4 +1,4 @@
-"""Read what a preflight looks at besides the GPU: user, folders, shared memory, packages."""
+"""Read the state of this host that `doctor` checks: user, folders, shared memory, packages."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from attnimg.machine.probe import canonical, changed_files, recorded
 from attnimg.machine.shipped_kernels import ShippedKernels, shipped_kernels, shipped_triton
 
 WORKING_FOLDER = "the working folder"
-# Variables that say where something is cached; where one is unset, its default lies under HOME.
+# Variables that name cache folders; their defaults are under HOME.
 _CACHES = ("HF_HOME", "TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "XDG_CACHE_HOME")
-# Top-level packages of the kernels: a second one elsewhere on sys.path hides one or is hidden.
+# Top-level packages of the kernels; of two with one name on sys.path, one shadows the other.
 _KERNEL_PACKAGES = (
     "flash_attn",
     "flash_attn_2_cuda",
@@ -36,8 +36,8 @@ class Folder:
 
     Attributes:
         role: the environment variable that names it, or WORKING_FOLDER.
-        path: where it is.
-        writable: whether this user may write there, or create it.
+        path: its path.
+        writable: whether this user can write to it, or create it.
         free_bytes: free space of its file system; None where that is not known.
     """
 
@@ -49,21 +49,21 @@ class Folder:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Host:
-    """What a preflight looks at besides the GPU.
+    """The state of a host that `doctor` checks, besides the GPU.
 
     Attributes:
-        uid: the user's number.
-        user: what getpass.getuser() returns; None where it raises.
+        uid: the user's id.
+        user: the result of getpass.getuser(); None where it raises.
         home: HOME.
         folders: HOME, the caches and the working folder.
         shm_bytes: size of /dev/shm; None without one.
-        installed: every distribution -> its version, names as PEP 503 spells them.
-        cute_owners: distributions that claim files of flash_attn/cute/.
-        damaged: distribution -> its files that are missing or changed, for flash_attn's packages.
-        shadows: import packages of kernels that several folders of sys.path have -> these folders,
-            in the order of sys.path: the first one wins.
-        shipped_kernels: FlashAttention-4's kernels compiled with the image; None without any.
-        shipped_triton: SageAttention's Triton kernels compiled with the image.
+        installed: every distribution, by its normalized name (PEP 503) -> its version.
+        cute_owners: distributions that list files of flash_attn/cute/ in their RECORD.
+        damaged: distribution -> its missing or changed files, for flash_attn's packages.
+        shadows: import package of a kernel that is in several folders of sys.path -> these
+            folders, in the order of sys.path; the first one is imported.
+        shipped_kernels: FlashAttention-4's precompiled kernels in the image; None without any.
+        shipped_triton: SageAttention's precompiled Triton kernels in the image.
     """
 
     uid: int
@@ -80,7 +80,7 @@ class Host:
 
 
 def this_host(*, shm: Path = Path("/dev/shm")) -> Host:
-    """Return what this host is; nothing is imported, nothing is written."""
+    """Return the state of this host, without importing packages or writing files."""
     distributions = {_name_and_version(dist): dist for dist in metadata.distributions()}
     flash = {name: d for (name, _), d in distributions.items() if name.startswith("flash-attn")}
     changed = {name: changed_files(dist, recorded(dist)) for name, dist in flash.items()}
@@ -106,11 +106,11 @@ def this_host(*, shm: Path = Path("/dev/shm")) -> Host:
 
 
 def _name_and_version(dist: metadata.Distribution) -> tuple[str, str]:
-    """Read both from the head of METADATA; dist.name parses all of it, 80 times 1 ms."""
+    """Read both from the head of METADATA: dist.name parses the whole file, 1 ms each for 80."""
     head = (dist.read_text("METADATA") or "")[:2000]
     name = re.search(r"^Name: *(.+)$", head, re.MULTILINE)
     version = re.search(r"^Version: *(.+)$", head, re.MULTILINE)
-    if name is None or version is None:  # an egg, or metadata of another form
+    if name is None or version is None:  # an egg, or metadata in another format
         return canonical(dist.name), dist.version
     return canonical(name[1].strip()), version[1].strip()
 
@@ -134,7 +134,7 @@ def _shadows(folders: Iterable[str]) -> dict[str, tuple[str, ...]]:
 def _folders(home: str) -> Iterator[Folder]:
     paths = {name: os.environ[name] for name in _CACHES if name in os.environ}
     for role, path in {"HOME": home, **paths, WORKING_FOLDER: str(Path.cwd())}.items():
-        # The folder, or the nearest one above it that exists.
+        # The folder, or its nearest parent that exists.
         nearest = Path(path or "/nonexistent").absolute()
         while not nearest.exists() and nearest != nearest.parent:
             nearest = nearest.parent

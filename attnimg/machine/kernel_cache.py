@@ -1,16 +1,16 @@
-"""Make a GPU find the kernels compiled with the image, and the right set of a package's kernels.
+"""Copy the image's precompiled kernels to the user's caches, and set the variables that name them.
 
 A run sets the variables for itself; `python -m attnimg.machine.kernel_cache` prints them as shell
-commands, which docker/entrypoint.sh runs for programs that are not attnimg's own. Notes go to
-stderr, for the shell reads stdout.
+commands, which docker/entrypoint.sh runs for other programs. Notes are printed to stderr because
+the shell reads stdout.
 
-FlashAttention-4 opens a lock file beside each kernel that it looks up: in the image's own folder,
-which nobody may write, that would raise inside the attention call. So the folder of this GPU is
-copied once to a cache, and two variables name it. Both are read when flash_attn.cute is imported
+FlashAttention-4 creates a lock file beside each kernel that it loads. In the image's folder, which
+is not writable, that would raise inside the attention call. The folder of this GPU is therefore
+copied to a cache, and two variables name it. Both are read when flash_attn.cute is imported
 (flash-attn-4 4.0.0b36, cache_utils.py, read 2026-11-25).
 
-Triton names an entry of its cache by all that it depends on, so entries of several architectures
-may be in one folder, and a superfluous one is never loaded. They are copied into the user's cache.
+Triton names a cache entry by a hash of everything that it depends on, so that one folder can have
+entries of several architectures, and unused ones do no harm. They are copied into the user's cache.
 """
 
 from __future__ import annotations
@@ -45,12 +45,12 @@ TRITON_CACHE = "TRITON_CACHE_DIR"
 
 
 def use_shipped_kernels(machine: Machine) -> None:
-    """Set the variables for this process and its children; call it before flash_attn's import."""
+    """Set the variables for this process and its children; call it before importing flash_attn."""
     os.environ.update(settings_for(machine, os.environ))
 
 
 def settings_for(machine: Machine, environment: Mapping[str, str]) -> dict[str, str]:
-    """Copy the kernels that fit, and return the variables to set.
+    """Copy the kernels for this machine, and return the variables to set.
 
     Raises:
         AttnimgError: the manifest of the image's kernels can't be read.
@@ -60,9 +60,9 @@ def settings_for(machine: Machine, environment: Mapping[str, str]) -> dict[str, 
 
 
 def variant_settings(machine: Machine, environment: Mapping[str, str]) -> dict[str, str]:
-    """Return the variables that choose a package's kernels for this GPU.
+    """Return the variables that select a package's kernels for this GPU.
 
-    A variable that is set already stays; a note names a wrong one.
+    A variable that is already set is kept; a note is printed if it is wrong.
     """
     settings: dict[str, str] = {}
     arch = machine.arch.name
@@ -83,12 +83,13 @@ def fa4_settings(
     """Copy FlashAttention-4's kernels to the user's cache, and return the variables to set.
 
     Args:
-        machine: its GPU and driver.
-        environment: names the cache; what it has on FlashAttention-4's own cache stays.
-        shipped: the image's kernels.
+        machine: the GPU and its driver.
+        environment: the environment variables; those for FlashAttention-4's own cache are kept.
+        shipped: the folder of the image's kernels.
 
     Returns:
-        Variable -> value; none where the image has no kernels that fit, or the user chose.
+        Variable -> value; none if the image has no kernels for this machine, or if the user has
+        set the variables.
 
     Raises:
         AttnimgError: the image's manifest can't be read.
@@ -100,7 +101,7 @@ def fa4_settings(
         return {}
     source = shipped / machine.arch.name
     name = Path(kernels.key) / f"{machine.arch.name}-{_cpu()}"
-    # The temporary folder is for a volume whose folders another user made.
+    # The temporary folder is used if the cache is on a volume with another user's folders.
     folders = [cache_folder(environment, "flash-attn-4"), *_temporary("flash-attn-4")]
     for folder in folders:
         if _is_copied(source, folder / name):
@@ -111,18 +112,18 @@ def fa4_settings(
 
 
 def _temporary(name: str) -> Iterator[Path]:
-    """Yield this user's folder of a name in the temporary folder, where there is one."""
+    """Yield this user's folder with a name in the temporary folder, if there is one."""
     try:
         yield Path(tempfile.gettempdir()) / f"attnimg-{name}-{os.getuid()}"
-    except FileNotFoundError:  # there is none that this user may write
+    except FileNotFoundError:  # there is no temporary folder that this user can write to
         return
 
 
 def _is_copied(source: Path, target: Path) -> bool:
-    """Copy a folder as a whole for this user, while other processes may do the same.
+    """Copy a folder atomically for this user; other processes may do the same concurrently.
 
     Returns:
-        Whether the copy is there, is writable, and only this user can change it.
+        Whether the copy exists and is writable, and no other user can change it.
     """
     temporary = None
     try:
@@ -135,13 +136,13 @@ def _is_copied(source: Path, target: Path) -> bool:
                 shutil.copyfile(path, copy)
             try:
                 temporary.rename(target)
-            except OSError:  # another process was first; its copy is as good
+            except OSError:  # another process has made the same copy first
                 if not target.is_dir():
                     raise
-        # What is there is loaded and run: never from folders that another user can change.
+        # Its files are loaded as code, so no other user may be able to change them.
         owners = {folder.stat().st_uid for folder in (target, *target.parents[:2])}
         return owners == {os.getuid()} and os.access(target, os.W_OK)
-    except OSError:  # not writable, or no room
+    except OSError:  # not writable, or the disk is full
         return False
     finally:
         if temporary is not None:
@@ -149,10 +150,10 @@ def _is_copied(source: Path, target: Path) -> bool:
 
 
 def _cpu(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
-    """Return a name for this kind of CPU, by its features, which psutil does not read.
+    """Return a hash of this CPU's features, which psutil does not read.
 
-    What FlashAttention-4 adds to its cache is compiled for the CPU it runs on, and no key tells: on
-    a volume that several machines share, an older one would die of an illegal instruction.
+    The files that FlashAttention-4 adds to its cache are compiled for the CPU, but its cache keys
+    don't contain it: if machines share a volume, older CPUs would fail with an illegal instruction.
     """
     try:
         lines = cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines()
@@ -166,11 +167,11 @@ def _cpu(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
 def triton_settings(
     machine: Machine, environment: Mapping[str, str], *, shipped: Path = TRITON_FOLDER
 ) -> dict[str, str]:
-    """Copy the entries for this machine's GPUs to Triton's cache, those that it lacks.
+    """Copy the missing entries for this machine's GPUs to Triton's cache.
 
     Returns:
-        Another TRITON_CACHE_DIR where this user can't write the one that is set: Triton would raise
-        at the first kernel that it does not find there. Otherwise nothing.
+        Another TRITON_CACHE_DIR if this user can't write to the one that is set, where Triton
+        would raise when it compiles a kernel. Otherwise nothing.
     """
     archs = (machine.arch.name, *machine.other_archs)
     sources = [shipped / arch for arch in archs if (shipped / arch).is_dir()]
@@ -182,7 +183,7 @@ def triton_settings(
         return {}
     others = [*_temporary("triton")]
     for own in others:
-        # What is there is run: never from a folder that another user can change.
+        # Its files are run, so no other user may be able to change them.
         if _is_private(own) and all(_is_merged(source, own) for source in sources):
             _note(f"Triton can't write {named}; its cache is {own}")
             return {TRITON_CACHE: str(own)}
@@ -192,7 +193,7 @@ def triton_settings(
 
 
 def _is_private(folder: Path) -> bool:
-    """Create a folder, or check an existing one; return whether only this user can write to it."""
+    """Create or check a folder; return whether only this user can write to it."""
     try:
         make_private_folder(folder)
     except OSError:
@@ -201,10 +202,10 @@ def _is_private(folder: Path) -> bool:
 
 
 def _is_merged(source: Path, target: Path) -> bool:
-    """Copy each entry of a folder to Triton's cache; return False where it can't be written.
+    """Copy each entry of a folder to Triton's cache; return False if it can't be written.
 
-    Its group file is what makes Triton see an entry, and names the others by their paths: it is
-    written for this folder, and last. Other processes that do the same write the same (triton
+    Triton finds an entry by its group file, which has the paths of the other files. It is therefore
+    written last, with the paths of this folder. Concurrent processes write the same content (triton
     3.8.0, runtime/cache.py, read 2026-11-25).
     """
     try:
@@ -221,13 +222,13 @@ def _is_merged(source: Path, target: Path) -> bool:
             for name in files:
                 _put(group.with_name(name), (entry / name).read_bytes())
             _put(group, json.dumps({"child_paths": files}).encode())
-    except OSError:  # not writable, or no room
+    except OSError:  # not writable, or the disk is full
         return False
     return True
 
 
 def _is_whole(group: Path) -> bool:
-    """Return whether all files that a group names are there: the cache may have been moved."""
+    """Return whether all files in a group exist; they may not if the cache was moved."""
     try:
         paths = json.loads(group.read_bytes())["child_paths"].values()
         return all(Path(path).exists() for path in paths)
@@ -236,7 +237,7 @@ def _is_whole(group: Path) -> bool:
 
 
 def _put(path: Path, content: bytes) -> None:
-    """Write a file, whole or not at all."""
+    """Write a file atomically."""
     part = path.with_name(f"tmp.attnimg_{os.getpid()}_{threading.get_ident()}_{path.name}")
     try:
         part.write_bytes(content)
@@ -246,12 +247,12 @@ def _put(path: Path, content: bytes) -> None:
 
 
 def _note(text: str) -> None:
-    """Print a note, where the entrypoint's own go."""
+    """Print a note to stderr, as the entrypoint does."""
     print(f"attnimg: {text}", file=sys.stderr)  # noqa: T201
 
 
 def main() -> None:
-    """Print the variables for the shell that starts a program, if there are any to set."""
+    """Print the variables to set, as shell commands."""
     try:
         settings = settings_for(this_machine(()), os.environ)
     except AttnimgError as error:

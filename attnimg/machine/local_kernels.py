@@ -1,9 +1,9 @@
-"""Read the folders that LOCAL_KERNELS serves in place of hub kernels, without importing them.
+"""Read the folders that LOCAL_KERNELS names in place of hub kernels, without importing them.
 
-A folder may be a kernel repository, its `build` folder, or one build variant. A variant's name says
-what it was built for: torch213-cxx11-cu130-x86_64-linux, torch-stable-abi29-..., torch-cpu. The
-choice among them follows the kernels library, whose own resolver imports torch and huggingface_hub
-(0.5 s without torch); tests/unit/machine/test_probe.py compares the two.
+A folder may be a kernel repository, its `build` folder, or one build variant. The name of a variant
+is what it was built for: torch213-cxx11-cu130-x86_64-linux, torch-stable-abi29-..., torch-cpu. They
+are chosen as in the kernels library, whose resolver imports torch and huggingface_hub (0.5 s
+without torch); tests/unit/machine/test_probe.py compares the two.
 Source: load.py, importer.py, resolver.py and variants.py of kernels 0.17.2 (2026-11-21).
 """
 
@@ -22,26 +22,26 @@ from attnimg.errors import AttnimgError
 from attnimg.facts import LocalKernel, Vendor
 from attnimg.files import read_regular
 
-# A kernel's metadata.json has some hundred bytes.
+# A kernel's metadata.json has a few hundred bytes.
 _METADATA_BYTES = 1 << 20
 _COMPILED = re.compile(
     r"(?P<kind>torch-stable-abi|torch|tvm-ffi)(?P<version>\d\d+)(?:-cxx(?:11|98))?"
     r"-(?P<toolkit>(?P<backend>[a-z]+)(?P<digits>\d*))-(?P<cpu>\w+)-(?P<os>\w+)"
 )
 _PURE_PYTHON = re.compile(r"torch-(?P<backend>[a-z]+)")
-# What is preferred where several fit.
+# The order of preference where several variants fit.
 _ORDER = ("torch-stable-abi", "torch", "tvm-ffi", "pure python")
-# "cu" is the name in compiled variants, "cuda" the one in metadata.json and pure Python.
+# "cu" is used in names of compiled variants, "cuda" in metadata.json and pure Python variants.
 _VENDORS: dict[str, Vendor] = {"cpu": "cpu", "cuda": "nvidia", "rocm": "amd", "cu": "nvidia"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TorchBuild:
-    """What torch was built for: the kernels library goes by that, not by the GPU.
+    """The torch build that the kernels library chooses a variant for; it ignores the GPU.
 
     Attributes:
-        version: torch's own (major, minor); None without torch.
-        vendor: whose devices it was built for.
+        version: torch's (major, minor); None without torch.
+        vendor: the vendor of the devices that it was built for.
         toolkit: CUDA's or ROCm's (major, minor); None for a CPU build.
     """
 
@@ -63,10 +63,10 @@ def read_local_kernels(spec: str, *, torch: str | None) -> tuple[LocalKernel, ..
 
     Args:
         spec: the variable's value.
-        torch: torch's version; build variants are made for one of them.
+        torch: torch's version, which decides the build variant.
 
     Raises:
-        AttnimgError: an entry is malformed, or its folder serves nothing here.
+        AttnimgError: an entry is malformed, or its folder has no kernel for this machine.
     """
     paths: dict[str, str] = {}
     for entry in spec.split(":"):
@@ -117,7 +117,7 @@ def _read_metadata(entry: str, variant: Path) -> dict[str, Any]:
 
 
 def torch_build(version: str | None) -> TorchBuild:
-    """Return what torch was built for, from torch/version.py as text: importing it takes seconds.
+    """Return the torch build, from the text of torch/version.py, as importing torch takes seconds.
 
     Args:
         version: torch's; None without torch.
@@ -138,11 +138,11 @@ def torch_build(version: str | None) -> TorchBuild:
 def choose_variant(folder: Path, *, build: TorchBuild) -> tuple[Path | None, list[str]]:
     """Return the build variant that the kernels library would load here.
 
-    Where every variant is for another vendor's devices, it is the best of those: its metadata names
-    the mismatch better than "no variant" does.
+    If all variants are for another vendor's devices, the best of those is returned: its metadata
+    gives a better error message than "no variant".
 
     Returns:
-        The variant's folder, or None and a line on each variant that does not load.
+        The variant's folder, or None; and a line for each variant that does not load.
     """
     rejected: list[_BuildVariant] = []
     for place in (folder, folder / "build"):
@@ -188,7 +188,7 @@ def _against_compiled(name: re.Match[str], *, build: TorchBuild) -> str | None:
         return f"is for {name['toolkit']}, this torch for {build.vendor}"
     if build.toolkit and (digits := name["digits"]):
         built, (major, minor) = (int(digits[:-1] or 0), int(digits[-1])), build.toolkit
-        # A newer minor version of CUDA runs older code; ROCm must be the same.
+        # A newer minor version of CUDA runs code for older ones; that of ROCm must be equal.
         is_older = name["backend"] == "cu" and built[0] == major and built[1] <= minor
         if built != build.toolkit and not is_older:
             return f"is for {name['toolkit']}, this torch for {name['backend']}{major}{minor}"
@@ -209,11 +209,11 @@ def _pair(version: str) -> tuple[int, int] | None:
 
 
 def _exports(variant: Path, *, name: str) -> tuple[frozenset[str] | None, frozenset[str] | None]:
-    """Return what a module's source defines or imports, and what its varlen function takes.
+    """Return a module's public names, and the arguments of its varlen function, from its source.
 
     Returns:
-        The public names; the arguments of flash_attn_varlen_func. Each None when that can't be
-        told from the source.
+        The public names, and the arguments of flash_attn_varlen_func; each is None when the source
+        does not show it.
     """
     path = variant / "__init__.py"
     if not path.is_file():
@@ -237,7 +237,7 @@ def _exports(variant: Path, *, name: str) -> tuple[frozenset[str] | None, frozen
             names.update(target.id for target in node.targets if isinstance(target, ast.Name))
         elif isinstance(node, ast.If | ast.Try | ast.With | ast.ExceptHandler):
             pending.extend(ast.iter_child_nodes(node))
-    # `from x import *` and a module-level __getattr__ hide what there is.
+    # With `from x import *` or a module-level __getattr__ the names are not known.
     if {"*", "__getattr__"} & names:
         return None, None
     return frozenset(name for name in names if not name.startswith("_")), takes

@@ -1,7 +1,7 @@
 """Detect this machine: its GPU, driver, memory, installed packages and local kernels.
 
-A Recording keeps the raw answers of the drivers as text, and `describe` is a pure function of it:
-machines that are not at hand are tested with recorded answers.
+A Recording has the raw output of the drivers as text, and `describe` is a pure function of it, so
+that tests can use recorded output of other machines.
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ from attnimg.facts import LocalKernel, Machine
 from attnimg.select.gpus import arch_from_name
 
 _QUERY = "name,compute_cap,memory.total,driver_version"
-# A healthy driver answers in well under a second; one without persistence mode takes a few to
-# wake eight GPUs up.
+# nvidia-smi normally takes less than a second; without persistence mode it takes a few seconds to
+# initialize eight GPUs.
 _NVIDIA_SMI_SECONDS = 20.0
-# Memory banks of a GPU that hold its own memory (public and private frame buffer).
+# Heap types of a GPU's own memory (public and private frame buffer).
 # Source: HSA_MEM_HEAP_TYPE_FB_PUBLIC and _FB_PRIVATE in include/uapi/linux/kfd_sysfs.h,
 # torvalds/linux 512a93a (read 2026-11-21).
 _FRAME_BUFFER_HEAPS = frozenset({1, 2})
-# A package that may be overwritten, the one that does it, and a file that both claim. flash-attn
-# 2.8.3 ships an old stub of FlashAttention-4 in flash_attn/cute/, where flash-attn-4 has the real
-# one: 20 files, and whichever was installed last wins. With the stub, importing FlashAttention-4
-# raises AttributeError. Seen with pip 26.3 (2026-11-21).
+# (package, package that may overwrite it, a file that both contain). flash-attn 2.8.3 has 20 files
+# of an old FlashAttention-4 in flash_attn/cute/, the folder of flash-attn-4; the package that is
+# installed last overwrites the other's files. With the old files, importing FlashAttention-4 raises
+# AttributeError. Seen with pip 26.3 (2026-11-21).
 _CLAIMED_TWICE = (("flash-attn-4", "flash-attn", "flash_attn/cute/interface.py"),)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CommandResult:
-    """What a program printed and how it ended."""
+    """The output and the exit status of a program."""
 
     returncode: int
     stdout: str
@@ -48,12 +48,12 @@ class CommandResult:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Recording:
-    """Everything that decides what a machine is, as text that can be kept in a file.
+    """The raw data that a Machine is computed from, as text that can be stored in a file.
 
     Attributes:
-        nvidia_smi: the answer to --query-gpu=name,compute_cap,memory.total,driver_version
+        nvidia_smi: the output for --query-gpu=name,compute_cap,memory.total,driver_version
             --format=csv,noheader,nounits; None without the program.
-        kfd_nodes: `properties` of each node of amdgpu's topology, its memory banks' appended.
+        kfd_nodes: `properties` of each node of amdgpu's topology, then those of its memory banks.
         amd_driver: version of the amdgpu module.
         memory_bytes: of the host.
         cuda_visible_devices: the environment variable; None when it is not set.
@@ -69,14 +69,14 @@ class Recording:
 
 
 def this_machine(packages: Iterable[str], *, sys_root: Path = Path("/sys")) -> Machine:
-    """Return what this machine is, without importing torch.
+    """Detect this machine, without importing torch.
 
     Args:
         packages: distribution names to look for, in any spelling; "torch" is always looked for.
-        sys_root: where the kernel's /sys is.
+        sys_root: the path of /sys.
 
     Raises:
-        AttnimgError: LOCAL_KERNELS is malformed or names a folder that serves nothing.
+        AttnimgError: LOCAL_KERNELS is malformed, or a folder in it has no kernel.
     """
     recording = Recording(
         nvidia_smi=_run_nvidia_smi(),
@@ -90,7 +90,7 @@ def this_machine(packages: Iterable[str], *, sys_root: Path = Path("/sys")) -> M
     torch = installed.get("torch")
     local: tuple[LocalKernel, ...] = ()
     if (spec := os.environ.get("LOCAL_KERNELS")) is not None:
-        from attnimg.machine.local_kernels import read_local_kernels  # 8 ms, mostly not needed
+        from attnimg.machine.local_kernels import read_local_kernels  # 8 ms, rarely needed
 
         local = read_local_kernels(spec, torch=torch)
     return replace(
@@ -104,9 +104,9 @@ def this_machine(packages: Iterable[str], *, sys_root: Path = Path("/sys")) -> M
 
 
 def describe(recording: Recording) -> Machine:
-    """Return the machine that gave these answers, without its packages.
+    """Return the machine of a recording, without its packages.
 
-    The first visible device counts.
+    Its architecture is that of the first visible device.
     """
     nvidia, problem = _nvidia_devices(recording.nvidia_smi)
     visible = _visible(nvidia, recording.cuda_visible_devices)
@@ -121,7 +121,7 @@ def describe(recording: Recording) -> Machine:
 
 
 def shadowed(installed: Collection[str]) -> tuple[str, ...]:
-    """Return the packages whose files another one has overwritten, without importing either.
+    """Return the packages whose files another package has overwritten, without importing any.
 
     Args:
         installed: names of installed distributions.
@@ -135,28 +135,28 @@ def shadowed(installed: Collection[str]) -> tuple[str, ...]:
 
 
 def canonical(name: str) -> str:
-    """Return a distribution's name as PEP 503 spells it.
+    """Return the normalized name of a distribution (PEP 503).
 
-    packaging.utils does the same, and takes 10 ms to import.
+    packaging.utils has the same function, but takes 10 ms to import.
     """
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
 def recorded(dist: metadata.Distribution, *, under: str = "") -> list[str]:
-    """Return the lines of RECORD; parsing 80 of them as csv takes a second.
+    """Return the lines of RECORD as text, as parsing 80 such files as csv takes a second.
 
     Args:
         dist: an installed distribution.
-        under: how the lines begin.
+        under: the prefix of the lines to return.
     """
     lines = (dist.read_text("RECORD") or "").splitlines()
     return [line for line in lines if line.startswith(under)]
 
 
 def changed_files(dist: metadata.Distribution, record: Iterable[str]) -> tuple[str, ...]:
-    """Return files that are missing, and Python files whose hash is not the recorded one.
+    """Return missing files, and Python files whose hash differs from the one in RECORD.
 
-    Libraries are not hashed: hundreds of megabytes would take seconds.
+    Libraries are not hashed: with hundreds of megabytes that would take seconds.
 
     Args:
         dist: an installed distribution.
@@ -179,11 +179,11 @@ def changed_files(dist: metadata.Distribution, record: Iterable[str]) -> tuple[s
 
 
 def _run_nvidia_smi() -> CommandResult | None:
-    """Run nvidia-smi; None when it is not on PATH."""
+    """Run nvidia-smi; return None when it is not on PATH."""
     program = shutil.which("nvidia-smi")
     if program is None:
         return None
-    import subprocess  # 3 ms that a machine without a GPU doesn't need
+    import subprocess  # takes 3 ms, and is not needed without a GPU
 
     command = [program, f"--query-gpu={_QUERY}", "--format=csv,noheader,nounits"]
     try:
@@ -204,10 +204,10 @@ def _run_nvidia_smi() -> CommandResult | None:
 
 
 def _read_kfd(sys_root: Path) -> tuple[str, ...]:
-    """Read what amdgpu's compute driver says of each node, its memory banks appended."""
+    """Read the properties of each node of amdgpu's compute driver, and of its memory banks."""
     nodes = sys_root / "class" / "kfd" / "kfd" / "topology" / "nodes"
     texts = []
-    # Numeric order: it is the order of the devices.
+    # The devices have the numeric order of their nodes.
     for node in sorted(nodes.glob("[0-9]*"), key=lambda path: (len(path.name), path.name)):
         banks = sorted(node.glob("mem_banks/*/properties"))
         texts.append("\n".join(_text(path) or "" for path in [node / "properties", *banks]))
@@ -218,7 +218,7 @@ def _text(path: Path) -> str | None:
     try:
         return path.read_text(encoding="utf-8", errors="replace").strip()
     except OSError:
-        # A container may be allowed to list a node and not to read it; that is no AMD GPU for us.
+        # A container may be able to list a node but not to read it: it can't use that GPU.
         return None
 
 
@@ -231,7 +231,7 @@ def _versions(names: Iterable[str]) -> dict[str, str]:
 
 
 def _nvidia_devices(answer: CommandResult | None) -> tuple[list[Machine], str | None]:
-    """Return a machine with each of the devices, one a line; other lines are complaints."""
+    """Return a machine for each line that describes a device, and the other lines as an error."""
     if answer is None:
         return [], None
     devices, complaints = [], []
@@ -262,7 +262,7 @@ def _amd_devices(recording: Recording) -> list[Machine]:
         name = f"gfx{version // 10000}{version // 100 % 100:x}{version % 100:x}"
         try:
             arch = arch_from_name(name)
-        except AttnimgError:  # not the shape of any architecture we could plan for
+        except AttnimgError:  # not the name of a known kind of architecture
             continue
         memory, driver = _frame_buffer_bytes(numbers), recording.amd_driver
         devices.append(Machine(arch=arch, gpu=f"AMD {name}", memory_bytes=memory, driver=driver))
@@ -280,10 +280,10 @@ def _frame_buffer_bytes(numbers: Iterable[tuple[str, int]]) -> int | None:
 
 
 def _visible(devices: list[Machine], mask: str | None) -> list[Machine]:
-    """Apply CUDA_VISIBLE_DEVICES: a list of indices that ends at the first invalid one.
+    """Return the devices in CUDA_VISIBLE_DEVICES, a list of indices up to the first invalid one.
 
     Source: https://docs.nvidia.com/cuda/cuda-programming-guide/05-appendices/environment-variables.html
-    (read 2026-11-21). Devices named by UUID can't be told apart here, so all of them stay.
+    (read 2026-11-21). UUIDs of devices are not known here, so a list of UUIDs selects all devices.
     """
     if mask is None:
         return devices

@@ -1,9 +1,9 @@
-"""Read which kernels were compiled with the image, and check whether this machine can use them.
+"""Read which precompiled kernels the image has, and check whether this machine can use them.
 
-docker/fa4_cache and docker/triton_cache compile them: a folder for each architecture, and a
-manifest.json with a fingerprint of the software they were compiled with. fingerprint.py computes
-the same here, kernel_cache.py copies them to where they are looked for, and doctor.py reports why
-they are not found.
+docker/precompiled compiles them: a folder for each architecture, and a manifest.json with a
+fingerprint of the software that they were compiled with. fingerprint.py computes the fingerprint of
+this machine's software, kernel_cache.py copies the kernels to the user's caches, and doctor.py
+reports why they are not used.
 """
 
 from __future__ import annotations
@@ -23,21 +23,22 @@ FOLDER = Path("/opt/attnimg/fa4")
 TRITON_FOLDER = Path("/opt/attnimg/triton")
 CACHE_ON = "FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED"
 CACHE_AT = "FLASH_ATTENTION_CUTE_DSL_CACHE_DIR"
-# CuTe DSL's flavour for CUDA 13 compiles them, and an older driver does not load them.
+# They are compiled by CuTe DSL for CUDA 13, and need a driver for CUDA 13.
 # Source: recipes/cuda.toml, 13.0.
 _DRIVER_MAJOR = 580
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ShippedKernels:
-    """Kernels that were compiled with the image, and the software that would use them.
+    """Precompiled kernels in the image, and the software that would use them.
 
     Attributes:
-        key: names what they were compiled with; for FlashAttention-4, in the cache's folders.
-        built: that software: "python" or a package -> its version, a folder -> its hash.
+        key: a hash of `built`; for FlashAttention-4 part of the path of its cache folder.
+        built: the software that they were compiled with: "python" or a package -> its version, a
+            folder -> its hash.
         found: the same software as installed here.
-        kernels: architecture -> number of kernels, "sm_90".
-        settings: variables that are set here and lead to other kernels or another folder.
+        kernels: architecture, "sm_90" -> number of kernels.
+        settings: variables that are set here and select other kernels or another folder.
     """
 
     key: str
@@ -48,27 +49,27 @@ class ShippedKernels:
 
 
 def shipped_kernels(folder: Path = FOLDER) -> ShippedKernels | None:
-    """Read the manifest of FlashAttention-4's kernels in the image; None where it has none.
+    """Read the manifest of FlashAttention-4's kernels in the image; return None if it has none.
 
     Raises:
-        AttnimgError: the manifest is there and can't be read (code "bad-image").
+        AttnimgError: the manifest exists but can't be read (code "bad-image").
     """
     found = _read(folder, found=fingerprint, variables="flash_attention_4")
     if found is None:
         return None
-    # Set by the user: the cache elsewhere, or off.
+    # The user has moved the cache or turned it off.
     off = [CACHE_ON] if os.environ.get(CACHE_ON, "1") != "1" else []
     elsewhere = [CACHE_AT] if found.key not in (os.environ.get(CACHE_AT) or found.key) else []
     return replace(found, settings=(*found.settings, *off, *elsewhere))
 
 
 def shipped_triton(folder: Path = TRITON_FOLDER) -> ShippedKernels | None:
-    """Read the manifest of SageAttention's Triton kernels in the image; None where it has none.
+    """Read the manifest of SageAttention's Triton kernels in the image; return None if it has none.
 
-    `built` has only what is known here without reading half a gigabyte.
+    `built` has only the items of triton_in_short(): the others need half a gigabyte of reading.
 
     Raises:
-        AttnimgError: the manifest is there and can't be read (code "bad-image").
+        AttnimgError: the manifest exists but can't be read (code "bad-image").
     """
     found = _read(folder, found=triton_in_short, variables="triton")
     if found is None:
@@ -107,7 +108,7 @@ def reasons_against_shipped(shipped: ShippedKernels, machine: Machine) -> tuple[
     arch, others = machine.arch.name, machine.other_archs
     found = [*_other_gpu(shipped, (arch,))]
     if others:
-        # One folder is for one architecture: some keys in it do not name theirs.
+        # A folder is for one architecture only, as some keys in it do not contain the architecture.
         text = f"GPUs differ: {arch} and {' '.join(others)}"
         found.append(Reason(code="kernels-mixed-gpus", text=text))
     major = (machine.driver or "").partition(".")[0]
@@ -119,7 +120,7 @@ def reasons_against_shipped(shipped: ShippedKernels, machine: Machine) -> tuple[
 
 def reasons_against_shipped_triton(shipped: ShippedKernels, machine: Machine) -> tuple[Reason, ...]:
     """Return the reasons why Triton compiles kernels again on a machine with NVIDIA GPUs."""
-    # Those of several architectures are in one folder, each with a name of its own.
+    # One folder has the kernels of several architectures, whose names differ.
     archs = (machine.arch.name, *machine.other_archs)
     return (*_other_gpu(shipped, archs), *_other_packages(shipped))
 

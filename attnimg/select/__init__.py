@@ -1,1 +1,1 @@
-"""Select an attention backend for a model: pure rules on plain values, without torch."""
+"""Select an attention backend for a model, with pure functions and without torch."""

@@ -22,15 +22,15 @@ from attnimg.select.other_layers import UNLISTED, hybrid_types
 
 
 def read_model(config: Mapping[str, Any], *, file: str = "config.json") -> Model:
-    """Return the attention of every layer of a decoder, from its config.json.
+    """Return the attention layers of a decoder, from its config.json.
 
     Args:
-        config: the raw mapping; fields that it leaves out have transformers' class defaults.
-        file: how errors name what it was read from.
+        config: the raw mapping; missing fields have the defaults of transformers' class.
+        file: the name of the file, for errors.
 
     Returns:
-        Groups of equal layers in the order of their first appearance. What could not be known is in
-        `unknown`; `layers` is empty when nothing could be read.
+        Groups of equal layers in the order of their first appearance. `unknown` lists what the
+        config does not say; `layers` is empty when they could not be read.
 
     Raises:
         AttnimgError: a field has a wrong type or contradicts another (code "bad-model").
@@ -70,13 +70,13 @@ def read_model(config: Mapping[str, Any], *, file: str = "config.json") -> Model
 
 
 def attention_dropout(config: Mapping[str, Any], *, file: str = "config.json") -> float:
-    """Return the probability with which training drops attention weights; see read_model.
+    """Return the attention dropout of a model; see read_model for the arguments.
 
     Raises:
         AttnimgError: the field is not a number below 1 (code "bad-model").
     """
     _, _, fields = _language_model(config, file)
-    # MPT has it one level down.
+    # MPT has it in attn_config.
     if inner := fields.mapping("attn_config"):
         fields = fields.with_changes({k: v for k, v in inner.items() if k == "attn_pdrop"})
     probability = fields.number("attention_dropout") or 0.0
@@ -97,7 +97,7 @@ def _language_model(config: Mapping[str, Any], file: str) -> tuple[str, Family, 
     if inner is not None:
         fields = Fields(config=inner, defaults={}, file=file, part=part)
         inner_type = fields.text("model_type") or "unknown"
-        # Older checkpoints give the part no type, or the whole model's.
+        # In older checkpoints the part has no type, or that of the whole model.
         names = (inner_type, f"{inner_type}_text", f"{type_}_text")
     family = next((families[name] for name in names if name in families), Family(known=False))
     return type_, family, replace(fields, defaults=family.defaults)
@@ -114,7 +114,7 @@ def _missing(fields: Fields) -> str | None:
 
 
 def _groups(fields: Fields, kinds: Sequence[str], family: Family) -> tuple[LayerGroup, ...]:
-    """Return the attention layers, equal ones counted in one group."""
+    """Return the attention layers, with equal ones in one group."""
     changes = _per_layer_changes(fields, kinds)
     counts = Counter(
         _layer(fields.with_changes(changes[i]) if i in changes else fields, kind, family=family)
@@ -132,7 +132,7 @@ def _per_layer_changes(fields: Fields, kinds: Sequence[str]) -> dict[int, Mappin
             needed = "objects under layer numbers"
             raise fields.refusal("per_layer_config", dict(listed), needed=needed)
         return {int(key): value for key, value in listed.items()}
-    # gemma4 in its first checkpoints: full layers have heads of their own.
+    # In the first checkpoints of gemma4, full-attention layers have their own head sizes.
     # Source: Gemma4TextConfig.__post_init__ of transformers 5.22.2 (2026-11-21).
     full: dict[str, Any] = {}
     if head_dim := fields.whole("global_head_dim"):
@@ -149,7 +149,7 @@ def _layer(fields: Fields, kind: str, *, family: Family) -> LayerGroup:
     nope = fields.whole("qk_nope_head_dim", minimum=0)
     rope = fields.whole("qk_rope_head_dim", minimum=0)
     if nope is not None and rope is not None:
-        # MLA: every query head has a key and a value of its own; head_dim there is the rotary part.
+        # MLA: every query head has its own key and value; head_dim is that of the rotary part.
         head_dim, kv_heads = nope + rope, heads
         head_dim_v = fields.whole("v_head_dim") or size
     else:
@@ -157,7 +157,7 @@ def _layer(fields: Fields, kind: str, *, family: Family) -> LayerGroup:
         head_dim_v = fields.whole("v_head_dim") or head_dim
         kv_heads = fields.whole("num_key_value_heads") or heads
         if fields.flag("multi_query") and not fields.flag("new_decoder_architecture"):
-            kv_heads = 1  # falcon and gpt_bigcode, whatever their number of kv heads says
+            kv_heads = 1  # falcon and gpt_bigcode, whatever num_kv_heads is
     if not head_dim or not head_dim_v:
         hidden = fields.whole("hidden_size")
         raise fields.refusal("hidden_size", hidden, needed=f"at least {heads}, one for each head")
@@ -169,7 +169,7 @@ def _layer(fields: Fields, kind: str, *, family: Family) -> LayerGroup:
     if (slides or family.window == "every layer") and (
         not family.window_switch or fields.flag(family.window_switch)
     ):
-        window = fields.whole("sliding_window", minimum=0) or None  # some write 0 for none
+        window = fields.whole("sliding_window", minimum=0) or None  # some configs have 0 for none
     return LayerGroup(
         count=1,
         heads=heads,
@@ -204,7 +204,8 @@ def _attention(fields: Fields, group: LayerGroup, *, hidden: int) -> int:
     latent = fields.whole("kv_lora_rank")
     if latent is None:
         return hidden * (q + group.kv_heads * (group.head_dim_qk + group.head_dim_v)) + out
-    # MLA: keys and values come from a shared latent, queries from one of their own or directly.
+    # MLA: keys and values are projected from a shared latent vector, queries from another one or
+    # directly from the hidden state.
     rotary = fields.whole("qk_rope_head_dim", minimum=0) or 0
     kv = hidden * (latent + rotary)
     kv += latent * group.heads * (group.head_dim_qk - rotary + group.head_dim_v)
@@ -213,8 +214,8 @@ def _attention(fields: Fields, group: LayerGroup, *, hidden: int) -> int:
 
 
 def _mlps(fields: Fields, count: int, *, weights: str | None) -> int | None:
-    """Return the rows of length `hidden_size` of all MLPs: three matrices each, and the routers."""
-    if weights is None:  # first: where it is not known, intermediate_size may be a list
+    """Return the number of weights of all MLPs and routers, divided by hidden_size."""
+    if weights is None:  # checked first, as intermediate_size may then be a list
         return None
     wide = fields.whole("intermediate_size")
     if wide is None or weights == "dense":

@@ -1,4 +1,4 @@
-"""The GPUs that people name: a catalogue of names, and the architectures behind them."""
+"""Look up the architecture of a GPU by its name, in the catalogue data/gpus.toml."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ class Gpu:
     """One entry of the catalogue.
 
     Attributes:
-        name: what --on takes, "h100".
-        arch: the machine code it runs.
-        label: the name people know, "NVIDIA H100 80GB".
-        memory_gb: device memory as sold; None for "cpu" and for a bare architecture.
-        cpu: the CPU architecture of its machines; None for a bare architecture, which says nothing.
+        name: the value of --on, "h100".
+        arch: its architecture.
+        label: its full name, "NVIDIA H100 80GB".
+        memory_gb: nominal device memory; None for "cpu" and for an architecture such as "sm_90".
+        cpu: the CPU architecture of its machines; None for an architecture such as "sm_90".
     """
 
     name: str
@@ -38,7 +38,7 @@ def arch_from_name(name: str) -> Arch:
     """Return the architecture of a name: "sm_90", "gfx942" or "cpu".
 
     Raises:
-        AttnimgError: it is none of them (code "unknown-gpu").
+        AttnimgError: the name is not of this form (code "unknown-gpu").
     """
     if name == "cpu":
         return Arch(name="cpu", vendor="cpu")
@@ -64,13 +64,13 @@ def catalogue() -> dict[str, Gpu]:
 
 
 def gpu_named(text: str) -> Gpu:
-    """Return the GPU that --on was given.
+    """Return the GPU for a value of --on.
 
     Args:
-        text: a name of the catalogue, or any sm_NN, sm_NNN, gfxNNN, catalogued or not.
+        text: a name in the catalogue, or any sm_NN, sm_NNN, gfxNNN.
 
     Raises:
-        AttnimgError: neither (code "unknown-gpu"); it names the nearest ones.
+        AttnimgError: it is neither (code "unknown-gpu"); the message suggests similar names.
     """
     if text != "cpu" and (_SM.fullmatch(text) or _GFX.fullmatch(text)):
         return Gpu(name=text, arch=arch_from_name(text), label=text)
@@ -81,13 +81,13 @@ def gpu_named(text: str) -> Gpu:
 
 
 def parse_gpu(text: str) -> tuple[Arch, str]:
-    """Return the architecture and the label of what --on was given; raises as gpu_named."""
+    """Return the architecture and the label for a value of --on; see gpu_named."""
     gpu = gpu_named(text)
     return gpu.arch, gpu.label
 
 
 def cpus_with(arch: Arch) -> frozenset[str]:
-    """Return the CPU architectures of the catalogued machines that have a GPU architecture."""
+    """Return the CPU architectures of machines with a GPU architecture, from the catalogue."""
     return frozenset(gpu.cpu for gpu in catalogue().values() if gpu.arch == arch and gpu.cpu)
 
 

@@ -1,4 +1,4 @@
-"""The images there are, and the one this process runs in: what each promises and brings."""
+"""Read the facts about each image, and about the image that this process runs in."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ class ImageFacts:
         name: its tag, "hopper".
         aliases: further tags, such as "ada".
         channel: "stable" or "frontier".
-        devices: the architectures it runs on, best known first.
-        platforms: what it is built for, "linux/amd64"; a CPU of another one does not start it.
+        devices: the architectures it runs on, the most common first.
+        platforms: the platforms it is built for, "linux/amd64"; it starts on no other.
         torch: its torch version; None where it is not resolved.
-        driver_min: lowest GPU driver; None without a GPU.
-        packages: distribution -> version: what the recipe names, or, in an image, all of them.
+        driver_min: lowest GPU driver version; None without a GPU.
+        packages: distribution -> version: those that the recipe names; in an image, all of them.
         kernels: distribution of each attention kernel -> the devices it has code for.
     """
 
@@ -46,21 +46,21 @@ class ImageFacts:
 
 @cache
 def catalogue() -> dict[str, ImageFacts]:
-    """Read data/images.json, rendered from the recipes: name -> image, stable ones first."""
+    """Read data/images.json, which is generated from the recipes: name -> image, stable first."""
     return parse(data_file("images.json").read_text("utf-8"))
 
 
 def parse(text: str) -> dict[str, ImageFacts]:
-    """Read a catalogue: name -> image, stable ones first."""
+    """Parse such a catalogue: name -> image, stable ones first."""
     found = [_facts(name, facts) for name, facts in json.loads(text)["images"].items()]
     return {image.name: image for image in sorted(found, key=lambda i: i.channel != "stable")}
 
 
 def this_image(manifest: Path = MANIFEST) -> ImageFacts | None:
-    """Read what this image was built as; None outside an image.
+    """Read the manifest of this image; return None outside an image.
 
     Raises:
-        AttnimgError: the manifest is there and can't be read (code "bad-image").
+        AttnimgError: the manifest exists but can't be read (code "bad-image").
     """
     try:
         raw = json.loads(manifest.read_text("utf-8"))
@@ -72,7 +72,7 @@ def this_image(manifest: Path = MANIFEST) -> ImageFacts | None:
 
 
 def image_named(name: str) -> ImageFacts:
-    """Return an image by its tag or an alias of it.
+    """Return the image with a tag or an alias.
 
     Raises:
         AttnimgError: there is none (code "unknown-image").
@@ -92,19 +92,19 @@ def image_named(name: str) -> ImageFacts:
 def image_for(
     arch: Arch, images: Mapping[str, ImageFacts] | None = None, *, cpu: str | None = None
 ) -> ImageFacts | None:
-    """Return the image made for an architecture; None when there is none.
+    """Return the image for an architecture; None when there is none.
 
     Args:
-        arch: what it must have code for.
-        images: where to look; None for the catalogue.
-        cpu: the CPU architecture that it must start on; None for any.
+        arch: the architecture that it must have code for.
+        images: the images to choose from; None for the catalogue.
+        cpu: the CPU architecture that it must run on; None for any.
     """
     known = catalogue() if images is None else images
     return next((image for image in known.values() if runs_on(image, arch, cpu=cpu)), None)
 
 
 def runs_on(image: ImageFacts, arch: Arch, *, cpu: str | None) -> bool:
-    """Return whether an image has code for an architecture, and starts on that CPU; None is any."""
+    """Return whether an image has code for an architecture and runs on a CPU (None: any)."""
     return arch.name in image.devices and (cpu is None or f"linux/{cpu}" in image.platforms)
 
 

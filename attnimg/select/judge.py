@@ -1,6 +1,6 @@
-"""Judge one backend on plain values: every reason why it cannot do this work here.
+"""Return every reason why one backend cannot be used for a run on a machine.
 
-The rules on layers, model classes and software are here; those on known bugs are in known_bad.py.
+This file has the rules on layers, model classes and software; known_bad.py has those on known bugs.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from attnimg.facts import (
 from attnimg.select import known_bad
 
 _VARLEN, _DENSE = "flash_attn_varlen_func", "flash_attn_func"
-# SageAttention's entry point; packed documents go through it one by one.
+# SageAttention's entry point; each packed document is one call.
 _SAGE = "sageattn"
-# FlashAttention's names, by version, for the features that models ask for.
+# Feature -> names of its argument in versions of FlashAttention.
 _ARGUMENTS = {
     "window": frozenset({"window_size"}),
     "softcap": frozenset({"softcap"}),
     "sinks": frozenset({"s_aux", "learnable_sink"}),
     "dropout": frozenset({"dropout_p"}),
 }
-# What transformers asks a class before it takes a name of its own.
+# Backend -> its name in ModelClass.lacks: a model class declares whether it supports these.
 # Source: transformers 5.22.2, modeling_utils.py, class PreTrainedModel.
 _CLASS_SUPPORTS = {"sdpa": "sdpa", "flex_attention": "flex"}
 
@@ -46,7 +46,7 @@ def judge(backend: Backend, machine: Machine, problem: Problem, *, rank: int) ->
 
 
 def reasons_against(backend: Backend, machine: Machine, problem: Problem) -> tuple[Reason, ...]:
-    """Return every reason why a backend cannot do this work here; none means that it fits."""
+    """Return every reason why a backend can't be used here; empty when it fits."""
     problem = with_effective_windows(problem)
     needs, model_class = backend.needs, problem.model_class
     against_class = reason_against_class(model_class, backend)
@@ -72,13 +72,13 @@ def reasons_against(backend: Backend, machine: Machine, problem: Problem) -> tup
 
 
 def with_effective_windows(problem: Problem) -> Problem:
-    """Return the problem without the sliding windows that hide no key; verify uses the same rule.
+    """Return the problem without sliding windows that mask no key; verify uses the same rule.
 
-    A layer whose window is not shorter than its row is full attention, and no kernel is asked for
-    the window: transformers passes it where `key_length > sliding_window`, attnimg's own calls
-    likewise. key_length is the tokens of the row that the call gets. Packed rows of a batch reach a
-    kernel one after another, as one row: then its length counts, though no document of it is longer
-    than sequence_len. Without a known sequence_len every window stays.
+    A layer whose window is not shorter than its row has full attention, and kernels do not get the
+    window: transformers passes it only if `key_length > sliding_window`, and so do attnimg's own
+    calls. key_length is the number of tokens in the row of the call. The packed rows of a batch are
+    flattened into one row for a kernel, whose length counts then, although no document is longer
+    than sequence_len. If sequence_len is not known, all windows are kept.
     Source: transformers 5.22.2, modeling_flash_attention_utils.py:685 (2026-11-26).
     """
     if problem.model is None or problem.sequence_len is None:
@@ -92,7 +92,7 @@ def with_effective_windows(problem: Problem) -> Problem:
 
 
 def _variant(backend: Backend, machine: Machine) -> Iterator[Reason]:
-    """Refuse kernels that the user chose in place of those judged for this GPU."""
+    """Yield a reason if the user's environment selects other kernels than those for this GPU."""
     for setting in contrary_settings(backend, machine.arch, machine.variables):
         kernels = backend.variants[machine.arch.name].name
         text = f"found {setting}, needs it unset: on {machine.arch.name} it runs {kernels} kernels"
@@ -128,7 +128,7 @@ def _backward(backend: Backend, machine: Machine, problem: Problem) -> Iterator[
 def _packing(backend: Backend, problem: Problem) -> Iterator[Reason]:
     if backend.needs.packed_only and not problem.packing:
         yield Reason(code="not-packed", text="takes packed rows only; sdpa takes the others")
-    # A hub kernel that nobody here has read must prove that it isolates, before the first step.
+    # The isolation check tests an unreviewed hub kernel before the first training step.
     if backend.unreviewed and problem.trusted:
         return
     if problem.packing and backend.packing == "none":
@@ -159,13 +159,13 @@ def _model(backend: Backend, machine: Machine, problem: Problem) -> Iterator[Rea
 def layer_reasons(
     layer: LayerGroup, rules: tuple[HeadDims, ...], major: int | None, features: frozenset[str]
 ) -> Iterator[Reason]:
-    """Return the reasons against one group of layers: its head sizes, and features it asks for.
+    """Yield the reasons against one group of layers: its head sizes, and the features it needs.
 
     Args:
         layer: the group.
-        rules: the head sizes a backend takes.
-        major: NVIDIA's capability major; None elsewhere.
-        features: what the backend honours on this machine.
+        rules: the head sizes that a backend supports.
+        major: major compute capability of an NVIDIA GPU; None for other devices.
+        features: the features that the backend supports on this machine.
     """
     texts = {
         "window": f"a sliding window of {layer.window}",
@@ -221,7 +221,7 @@ def _sizes(rules: tuple[HeadDims, ...]) -> str:
 
 
 def reason_against_class(model_class: ModelClass | None, backend: Backend) -> Reason | None:
-    """Return why a transformers model class cannot run a backend; None stands for no such class."""
+    """Return why a transformers model class (None: unknown) can't run a backend, or None."""
     if model_class is None:
         return None
     name = backend.applied_as or backend.name
@@ -231,23 +231,23 @@ def reason_against_class(model_class: ModelClass | None, backend: Backend) -> Re
     text, takes = "", model_class.flash_names
     if ("flash" if flash else _CLASS_SUPPORTS.get(name)) in model_class.lacks:
         text = f"says that it has no {backend.summary}"
-    # transformers replaces any other name with "flash" in it by the first of that list.
+    # transformers replaces any other name with "flash" in it by the first in this list.
     elif takes and "flash" in name and name not in takes:
         text = f"takes {', '.join(takes)} and would swap {name}"
     return _class_reason(model_class, text) if text else None
 
 
 def reason_against_own(model_class: ModelClass, name: str) -> Reason | None:
-    """Return why a model class cannot run a function that attnimg registers with transformers.
+    """Return why a model class can't run a function that attnimg registers with transformers.
 
-    transformers takes a registered name for classes with attention code of their own all the same:
-    bloom then runs eager without a word, falcon raises KeyError. And it asks no flag of the class:
-    a function that gets the padding and no mask, as flash kernels do, would drop the chunks of
-    llama4. Seen with transformers 5.22.2 (2026-11-21).
+    transformers accepts a registered name even for classes with their own attention code: bloom
+    then silently runs eager, falcon raises KeyError. It does not check the flags of the class
+    either: a function that gets no mask except for padding, like a flash kernel, would ignore the
+    chunks of llama4. Seen with transformers 5.22.2 (2026-11-21).
 
     Args:
-        model_class: what the class says of itself.
-        name: whose function it is, for people.
+        model_class: the implementations that the class supports.
+        name: the backend's name, for messages.
     """
     if "others" in model_class.lacks:
         return _own_code(model_class, name)
@@ -285,7 +285,7 @@ def _software(backend: Backend, machine: Machine) -> Iterator[Reason]:
 
 
 def older(version: str, minimum: str) -> bool:
-    """Return whether the numbers of a version are lower; what follows them does not count."""
+    """Return whether a version's release number is lower; suffixes are ignored."""
     return _release(version) < _release(minimum)
 
 
@@ -297,7 +297,7 @@ def _release(version: str) -> tuple[int, ...]:
 def _local_reasons(
     backend: Backend, kernel: LocalKernel, machine: Machine, problem: Problem
 ) -> Iterator[Reason]:
-    """Judge a local kernel by its own metadata: what it was built for and what it exports."""
+    """Yield the reasons against a local kernel, from its metadata and its exports."""
     if kernel.vendor != machine.arch.vendor:
         text = f"LOCAL_KERNELS serves a build for {kernel.vendor}, found {machine.arch.name}"
         yield Reason(code="arch-mismatch", text=text)
@@ -317,7 +317,7 @@ def _local_reasons(
 
 
 def _arguments_missing(kernel: LocalKernel, problem: Problem) -> Iterator[Reason]:
-    """Return what the run needs and the kernel has no argument for: it would be dropped."""
+    """Yield a reason for each feature that the run needs and the kernel has no argument for."""
     if kernel.varlen_takes is None:
         return
     layers = problem.model.layers if problem.model else ()
@@ -331,7 +331,7 @@ def _arguments_missing(kernel: LocalKernel, problem: Problem) -> Iterator[Reason
 
 
 def _kernel(backend: Backend, machine: Machine) -> str:
-    """Return what would run: a package and its version, or the folder that serves it."""
+    """Return the kernel that would run: a package and its version, or a local kernel's folder."""
     if (local := local_kernel(backend, machine)) is not None:
         return f"{local.repo} {local.version} from {local.path}".replace("  ", " ")
     if not backend.needs.packages:

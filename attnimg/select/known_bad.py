@@ -1,7 +1,7 @@
-"""Read rules on where backends are known to fail from TOML, and match them against a run.
+"""Read TOML rules about where backends are known to fail, and match them against a run.
 
-They are data, so that they can be newer than the image: attn_known_bad names a file that is read
-besides the one in the package. A rule of the same id replaces the package's.
+The config key attn_known_bad names a file with further rules, which can be newer than the image. A
+rule with the same id replaces the package's.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ _LARGEST_FILE = 1 << 20
 
 
 def load(named: str | None, *, today: date) -> tuple[KnownBad, ...]:
-    """Return the package's rules and those of a file that the user names, without the expired.
+    """Return the package's rules and those of the user's file, without expired ones.
 
     Raises:
-        AttnimgError: the user's file can't be read, or holds something that is no rule.
+        AttnimgError: the user's file can't be read, or has an invalid rule.
     """
     own = data_file("known_bad.toml")
     rules = {rule.id: rule for rule in parse(own.read_text("utf-8"), place=str(own))}
@@ -39,9 +39,9 @@ def load(named: str | None, *, today: date) -> tuple[KnownBad, ...]:
 
 
 def reasons_against(backend: Backend, machine: Machine, problem: Problem) -> Iterator[Reason]:
-    """Return a reason for each of the problem's rules that holds here.
+    """Yield a reason for each of the problem's rules that matches.
 
-    Where the versions of packages are not known, rules about versions are left out.
+    Rules about versions are skipped where the versions of packages are not known.
     """
     for rule in problem.known_bad:
         if _holds(rule, backend, machine, problem):
@@ -51,10 +51,10 @@ def reasons_against(backend: Backend, machine: Machine, problem: Problem) -> Ite
 
 
 def parse(text: str, *, place: str) -> tuple[KnownBad, ...]:
-    """Return the rules of a file, refusing all that is not understood: a typo must not disarm one.
+    """Parse the rules of a file strictly, so that a typo can't disable a rule.
 
     Raises:
-        AttnimgError: with the place.
+        AttnimgError: the text is invalid; the message has the place.
     """
     try:
         tables = tomllib.loads(text)
@@ -107,7 +107,7 @@ def _rule(row: dict[str, Any], *, place: str) -> KnownBad:
 
 
 def _text_of(error: ErrorDetails) -> str:
-    """Return pydantic's error in the words of TOML."""
+    """Return the text of a pydantic error, in TOML's terms."""
     key = ".".join(str(part) for part in error["loc"] if part != "[key]")
     if error["type"] == "missing":
         return f"found no {key}, needed one"
@@ -117,7 +117,7 @@ def _text_of(error: ErrorDetails) -> str:
 
 @cache
 def _adapter() -> TypeAdapter[KnownBad]:
-    """Return pydantic's reader of a rule: the types are those of the dataclass."""
+    """Return pydantic's validator for the dataclass KnownBad."""
     from pydantic import ConfigDict, TypeAdapter, with_config
 
     return TypeAdapter(with_config(ConfigDict(extra="forbid"))(KnownBad))
@@ -134,7 +134,7 @@ def _refusal(place: str, why: str) -> AttnimgError:
 
 
 def _holds(rule: KnownBad, backend: Backend, machine: Machine, problem: Problem) -> bool:
-    # Packed rows of a batch may reach a kernel one after another, as one.
+    # The packed rows of a batch may be flattened into one for a kernel.
     rows = problem.rows if problem.packing else 1
     return (
         backend.name in rule.backends
@@ -163,7 +163,7 @@ def _versions_match(rule: KnownBad, machine: Machine) -> bool:
 
 
 def _shapes_match(rule: KnownBad, problem: Problem) -> bool:
-    """Return whether a rule's features and sizes are those of the run, or of one of its layers."""
+    """Return whether a rule's features and sizes match the run, or one of its layers."""
     of_run = {
         "packing": problem.packing,
         "dropout": problem.dropout > 0,

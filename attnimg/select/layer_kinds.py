@@ -1,6 +1,6 @@
-"""Read what kind each layer of a model is: full attention, sliding, or no softmax attention.
+"""Read the kind of each layer of a model: full attention, sliding, or without softmax attention.
 
-data/families.toml has what config.json leaves out, by model type, and how layer kinds alternate.
+data/families.toml has, for each model type, defaults for config.json and how layer kinds alternate.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from attnimg.select.model_config import Fields
 FULL = frozenset({"full_attention", "attention", "global", "hybrid"})
 SLIDING = frozenset({"sliding_attention", "sliding_window", "local"})
 CHUNKED = frozenset({"chunked_attention"})
-# Layers without softmax attention, which no attention backend computes.
+# Kinds of layers without softmax attention, which attention backends do not compute.
 OTHER = frozenset({"linear_attention", "mamba", "mamba2", "conv", "recurrent", "moe", "mlp"})
 
-_MAX_LAYERS = 10_000  # a thousand times that would fill the memory, and is a typo
+_MAX_LAYERS = 10_000  # more is a typo, and could fill the memory
 _NEMOTRON_H = {"M": "linear_attention", "*": "full_attention", "-": "mlp", "E": "moe"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Alternation:
-    """How layer kinds alternate where config.json does not list them; see data/families.toml."""
+    """How layer kinds alternate, if config.json does not list them; see data/families.toml."""
 
     every: int | None = None
     every_key: str | None = None
@@ -39,7 +39,7 @@ class Alternation:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Family:
-    """One model_type; the keys of data/families.toml, explained there."""
+    """One model_type: an entry of data/families.toml, which explains the keys."""
 
     known: bool = True
     attention: bool = True
@@ -67,12 +67,12 @@ def layer_kinds(fields: Fields, family: Family) -> list[str]:
     """Return the kind of each layer, first to last.
 
     Raises:
-        AttnimgError: the lists in the config do not have one entry a layer (code "bad-model").
+        AttnimgError: a list in the config does not have one entry per layer (code "bad-model").
     """
     count = fields.whole("num_hidden_layers") or 0
     if count > _MAX_LAYERS:
         raise fields.refusal("num_hidden_layers", count, needed=f"at most {_MAX_LAYERS}")
-    # Families with one window for all layers do not look at layer_types.
+    # Families with one window for all layers ignore layer_types.
     listed = fields.names("layer_types") if family.window == "sliding layers" else None
     if listed is None:
         kinds = _alternating(fields, family, count=count)
@@ -86,7 +86,7 @@ def layer_kinds(fields: Fields, family: Family) -> list[str]:
 
 
 def remarks_on(kinds: list[str], fields: Fields) -> list[str]:
-    """Return sentences on layers that a LayerGroup cannot describe."""
+    """Return sentences about layers that a LayerGroup cannot describe."""
     remarks = []
     counts = Counter(kinds)
     if chunked := sum(counts[kind] for kind in CHUNKED):
@@ -106,8 +106,8 @@ def remarks_on(kinds: list[str], fields: Fields) -> list[str]:
 def _alternating(fields: Fields, family: Family, *, count: int) -> list[str]:
     pattern = family.pattern
     if pattern is None:
-        # The general rule for a type that is not in the table: a window holds for every layer,
-        # unless use_sliding_window, where a config has it, says otherwise.
+        # For a type that is not in the table, the window applies to every layer, unless the
+        # config has use_sliding_window: false.
         switched_on = "use_sliding_window" not in fields.config or fields.flag("use_sliding_window")
         slides = not family.known and switched_on
         return ["sliding_attention" if slides else "full_attention"] * count
@@ -127,7 +127,7 @@ def _alternating(fields: Fields, family: Family, *, count: int) -> list[str]:
 
 
 def with_layer_types(fields: Fields, *, listed_in: str | None) -> Fields:
-    """Return the fields with layer_types, where a family lists its layers in words of its own.
+    """Return the fields with layer_types, for a family that lists its layers in another way.
 
     Source: __post_init__ of NemotronHConfig, KimiLinearConfig and Lfm2Config in transformers 5.22.2
     (2026-11-26).
@@ -137,7 +137,7 @@ def with_layer_types(fields: Fields, *, listed_in: str | None) -> Fields:
         listed_in: the field that the family lists its layers in; None for layer_types.
 
     Raises:
-        AttnimgError: it is not such a list (code "bad-model").
+        AttnimgError: the field is not such a list (code "bad-model").
     """
     if listed_in is None:
         return fields
@@ -151,13 +151,13 @@ def with_layer_types(fields: Fields, *, listed_in: str | None) -> Fields:
         return fields
     changes: dict[str, object] = {"layer_types": kinds}
     if listed_in == "hybrid_override_pattern":
-        # NemotronH has as many layers as it lists, whatever num_hidden_layers says.
+        # NemotronH has as many layers as it lists, and ignores num_hidden_layers.
         changes["num_hidden_layers"] = len(kinds)
     return fields.with_changes(changes)
 
 
 def _letters(fields: Fields, key: str) -> list[str] | None:
-    """Read NemotronH's "M-M*-": one letter a layer."""
+    """Read NemotronH's layer list, "M-M*-", with one letter per layer."""
     text = fields.config.get(key)
     if text is None:
         return None
@@ -167,9 +167,9 @@ def _letters(fields: Fields, key: str) -> list[str] | None:
 
 
 def _numbered_from_one(fields: Fields, key: str) -> list[str]:
-    """Read Kimi Linear's full_attn_layers and kda_layers, whose first layer is number 1.
+    """Read Kimi Linear's full_attn_layers and kda_layers, which count layers from 1.
 
-    Without them every fourth layer has attention, except the first.
+    Without them, layers have attention at every fourth index except 0.
     """
     lists = fields.mapping(key) or {}
     count = fields.whole("num_hidden_layers") or 0
@@ -186,7 +186,7 @@ def _numbered_from_one(fields: Fields, key: str) -> list[str]:
 
 
 def _indices(fields: Fields, key: str) -> list[str] | None:
-    """Read LFM2's numbers of the layers with attention; the others are convolutions."""
+    """Read LFM2's indices of the layers with attention; the others are convolutions."""
     full = fields.config.get(key)
     if full is None:
         return None

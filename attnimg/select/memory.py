@@ -1,17 +1,17 @@
-"""Estimate the memory that attention takes in proportion to the square of the row.
+"""Estimate the attention memory that is quadratic in the row length.
 
-Counted is what autograd keeps of one layer until its backward pass, for B rows of T tokens and H
-query heads; gradient_checkpointing keeps it of one layer at a time.
+It is the memory that autograd keeps for the backward pass of one layer, for B rows of T tokens and
+H query heads; with gradient_checkpointing only one layer at a time keeps it.
 
 - eager: the softmax is (B, H, T, T). transformers computes it in float32 and casts it to the run's
-  precision (eager_attention_forward, 5.22.2): 4 bytes, and those of the cast copy where there is
-  one. The scores, as many in the run's precision, live until the softmax is there.
+  precision (eager_attention_forward, 5.22.2): 4 bytes per element, plus those of the cast copy, if
+  there is one. The scores, in the run's precision, are freed after the softmax.
 - sdpa with packed rows: transformers makes one boolean mask (B, 1, T, T) for all layers; torch adds
   a copy in the run's precision in each layer and keeps it for the backward pass (torch 2.13,
   convert_boolean_attn_mask and derivatives.yaml, attn_bias). Where its memory-efficient kernel does
-  not take the layer, the plain one holds scores and softmax in float32 besides.
+  not support the layer, its math kernel also keeps scores and softmax in float32.
 
-All other backends keep what is linear in T. Read 2026-11-26.
+The memory of all other backends is linear in T. Read 2026-11-26.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 from attnimg.facts import Backend, Finding, LayerGroup, Plan, Problem
 
-# A sixteenth of a T4, a small GPU: below it, the activations of the rest of the model take more.
+# A sixteenth of the memory of a T4. Other activations of a model need more than smaller amounts.
 WARN_FROM = 1 << 30
 _BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
@@ -30,8 +30,8 @@ class QuadraticMemory:
     """Memory quadratic in the row length.
 
     Attributes:
-        layer: bytes of the layer that takes most.
-        total: bytes of all layers together, kept without gradient_checkpointing.
+        layer: bytes of the largest layer.
+        total: bytes of all layers together, without gradient_checkpointing.
         formula: how `layer` is computed, with the numbers.
     """
 
@@ -41,10 +41,10 @@ class QuadraticMemory:
 
 
 def quadratic_memory(plan: Plan, problem: Problem) -> QuadraticMemory | None:
-    """Return a plan's memory quadratic in the row length; None for none, or where not known."""
+    """Return a plan's memory that is quadratic in the row length; None if none or unknown."""
     name = plan.chosen.backend.name if plan.chosen else ""
     model, tokens = problem.model, problem.sequence_len
-    # A router has sdpa and eager attend document by document.
+    # A router calls sdpa and eager for one document at a time.
     if name not in ("eager", "sdpa") or plan.groups or model is None or not tokens:
         return None
     if not model.layers or (name == "sdpa" and not problem.packing):
@@ -62,10 +62,10 @@ def quadratic_memory(plan: Plan, problem: Problem) -> QuadraticMemory | None:
 
 
 def memory_warning(plan: Plan, problem: Problem, *, memory_bytes: int | None) -> Finding | None:
-    """Return a warning where quadratic memory is large.
+    """Return a warning if the quadratic memory is large.
 
     Args:
-        plan: what was chosen.
+        plan: the chosen plan.
         problem: the run.
         memory_bytes: of the device; None when not known.
     """
@@ -92,7 +92,7 @@ def memory_warning(plan: Plan, problem: Problem, *, memory_bytes: int | None) ->
 
 
 def _of_layer(name: str, layer: LayerGroup, problem: Problem, *, fused: bool) -> tuple[int, str]:
-    """Return bytes for each pair of tokens of a row, and the words for it."""
+    """Return the bytes for each pair of tokens of a row, and a description of them."""
     size = _BYTES[problem.dtype]
     if name == "eager":
         cast = f" + {size} cast" if size < 4 else ""
@@ -104,7 +104,7 @@ def _of_layer(name: str, layer: LayerGroup, problem: Problem, *, fused: bool) ->
 
 
 def _fits_efficient(plan: Plan) -> bool:
-    """Check whether torch's memory-efficient kernel, or on a CPU its flash kernel, takes a mask."""
+    """Return whether torch's memory-efficient kernel, or its CPU flash kernel, takes the mask."""
     verdict = next((v for v in plan.verdicts if v.backend.name == "sdpa_efficient"), None)
     return verdict is None or not {"head-dim", "head-dim-v", "dtype"} & {
         reason.code for reason in verdict.reasons

@@ -1,4 +1,4 @@
-"""Find and read a model's config.json, and its fields under any of their names, checked for type.
+"""Find a model's config.json, and read its fields under all their names, with type checks.
 
 Neither transformers nor the network is needed: a hub name is looked up in the hub's cache.
 """
@@ -17,14 +17,14 @@ from typing import Any
 from attnimg.errors import AttnimgError
 from attnimg.files import read_regular
 
-# Where models that see or hear have the config of their language model.
+# The fields in which multimodal models have the config of their language model.
 LANGUAGE_PARTS = ("text_config", "llm_config", "language_config")
-# The largest config.json of a language model is far below this; weights given by mistake are above.
+# The config.json of a language model is much smaller; a file of weights is larger.
 _MAX_BYTES = 16 * 2**20
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 _ADAPTER = "adapter_config.json"
 _REVISION = re.compile(r"[\w-][\w./-]*")
-# llama's name -> the names in other families.
+# The field's name in llama -> its names in other families.
 ALIASES = {
     "num_hidden_layers": ("n_layer", "n_layers", "num_layers"),
     "hidden_size": ("n_embd", "n_embed", "d_model"),
@@ -35,20 +35,20 @@ ALIASES = {
     "num_experts": ("num_local_experts", "n_routed_experts"),
     "attention_dropout": ("attn_pdrop", "attention_probs_dropout_prob"),
 }
-# No model is near it; a typo of this size would otherwise fill the memory.
+# Every model's numbers are much lower; a larger one is a typo, and could fill the memory.
 _MAX_WHOLE = 2**31 - 1
 
 
 def find_config(base_model: str, *, revision: str | None = None) -> Path | None:
-    """Return the path of a model's config.json, without asking the network.
+    """Return the path of a model's config.json, without network access.
 
     Args:
         base_model: a model folder, a config.json, or a name on the Hugging Face hub.
         revision: branch, tag or commit of a hub name; None for "main".
 
     Returns:
-        The file; for a folder also where it has none, so that reading it names what the folder
-        lacks. None when the model is not at hand.
+        The path; also for a folder without this file, so that reading it raises an error. None
+        when the model is not on this machine.
     """
     if not base_model:
         return None
@@ -58,7 +58,7 @@ def find_config(base_model: str, *, revision: str | None = None) -> Path | None:
             return local / "config.json"
         if local.is_file():
             return local
-    except (OSError, RuntimeError):  # no name of a file, no right to look, or no such user's home
+    except (OSError, RuntimeError):  # not a valid path, no permission, or no home folder
         return None
     return _find_cached(base_model, revision) if _HUB_NAME.fullmatch(base_model) else None
 
@@ -89,7 +89,7 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def _find_cached(name: str, revision: str | None) -> Path | None:
-    """Search the hub's cache: refs/REVISION names a snapshot, else the newest one counts."""
+    """Search the hub's cache: the snapshot in refs/REVISION, or else the newest one."""
     folder = _hub_cache() / ("models--" + name.replace("/", "--"))
     wanted = revision or "main"
     if not _REVISION.fullmatch(wanted) or ".." in wanted:
@@ -99,7 +99,7 @@ def _find_cached(name: str, revision: str | None) -> Path | None:
         commit = (folder / "refs" / wanted).read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError):
         commit = wanted
-    # The pattern also keeps a broken refs file from leading out of the cache.
+    # With the pattern, a corrupted refs file can't lead to a path outside the cache.
     if _REVISION.fullmatch(commit) and (snapshots / commit / "config.json").is_file():
         return snapshots / commit / "config.json"
     if revision is not None:
@@ -109,7 +109,7 @@ def _find_cached(name: str, revision: str | None) -> Path | None:
 
 
 def _hub_cache() -> Path:
-    """Return the cache's folder as huggingface_hub does, which reads variables at its import only.
+    """Return the cache's folder as huggingface_hub does, which reads variables only at its import.
 
     Source: constants.py of huggingface_hub 2.4.0 (2026-11-21).
     """
@@ -123,7 +123,7 @@ def _hub_cache() -> Path:
 
 
 def _adapter(folder: Path) -> AttnimgError:
-    """Return the refusal of an adapter's folder in the place of a model's."""
+    """Return the error for a folder that has an adapter instead of a model."""
     try:
         named = json.loads(read_regular(folder / _ADAPTER, at_most=_MAX_BYTES))
         base = str(named["base_model_name_or_path"])
@@ -151,16 +151,16 @@ def _bad_model(what: str, *, why: str, do: str) -> AttnimgError:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Fields:
-    """A config and what is assumed for the fields it leaves out.
+    """The fields of a config, and defaults for missing ones.
 
-    Each reader returns None (a flag: False) when the field is absent or null, and raises an
-    AttnimgError (code "bad-model") when it has another type or is out of range.
+    Each method that reads a field returns None (flag: False) when the field is absent or null, and
+    raises an AttnimgError (code "bad-model") when it has another type or is out of range.
 
     Attributes:
         config: the raw mapping.
-        defaults: field -> assumed value, under llama's names.
-        file: how an error names the file.
-        part: the mapping's own name when it is only a part of it, "text_config".
+        defaults: field -> default value, under llama's names.
+        file: the name of the file, for errors.
+        part: the name of the mapping when it is only a part of the file, "text_config".
     """
 
     config: Mapping[str, Any]
@@ -169,14 +169,14 @@ class Fields:
     part: str | None = None
 
     def with_changes(self, changes: Mapping[str, Any]) -> Fields:
-        """Return the fields with one layer's own values in place of the model's."""
+        """Return the fields with some values replaced, such as those of one layer."""
         names = {alias: name for name, aliases in ALIASES.items() for alias in aliases}
         hidden = {names.get(key, key) for key in changes}
         kept = {k: v for k, v in self.config.items() if names.get(k, k) not in hidden}
         return replace(self, config={**kept, **changes})
 
     def whole(self, name: str, *, minimum: int = 1) -> int | None:
-        """Return a whole number."""
+        """Return an integer."""
 
         def fits(value: Any) -> bool:
             return type(value) is int and minimum <= value <= _MAX_WHOLE
@@ -219,13 +219,13 @@ class Fields:
         return value
 
     def refusal(self, key: str, value: object, *, needed: str) -> AttnimgError:
-        """Return the error of a field with an impossible value."""
+        """Return the error for a field with an invalid value."""
         shown = repr(value)
         shown = shown if len(shown) <= 60 else shown[:57] + "..."
         return self._refusal(key, why=f"found {shown}; needed {needed}")
 
     def wrong_length(self, key: str, found: int, *, count: int) -> AttnimgError:
-        """Return the error of a list that does not have one entry for each of `count` layers."""
+        """Return the error for a list that does not have one entry for each of `count` layers."""
         why = f"found {found} entries; needed {count}, one for each of num_hidden_layers"
         return self._refusal(key, why=why)
 
@@ -235,7 +235,7 @@ class Fields:
         return _bad_model(f"{where}: {key} cannot be used", why=why, do=do)
 
     def _read(self, name: str, fits: Callable[[Any], bool], needed: str) -> Any:
-        """Return a field under the name that the config uses; the assumed value without one."""
+        """Return a field under the name that the config uses, or its default."""
         present = [key for key in (name, *ALIASES.get(name, ())) if key in self.config]
         key = next((key for key in present if self.config[key] is not None), name)
         value = self.config.get(key) if present else self.defaults.get(name)

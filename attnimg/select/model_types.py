@@ -1,9 +1,9 @@
-"""Read what is known of model types and quantized checkpoints, without importing transformers.
+"""Read the tables of model types and quantization methods, without importing transformers.
 
-`make classes` reads data/model_classes.toml, causal_types.toml and positions.toml off the pinned
-transformers. data/quantizations.toml has a row for each of its quantization methods.
+`make classes` generates data/model_classes.toml, causal_types.toml and positions.toml from the
+pinned transformers. data/quantizations.toml has a row for each of its quantization methods.
 data/refused_types.toml has the types that are refused before their weights are loaded, with the
-reasons: `make families` trains every type of the pinned transformers, and so finds missing ones.
+reasons; `make families` finds missing ones: it trains every type of the pinned transformers.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ class CausalTypes:
 
     Attributes:
         causal: model type -> class that AutoModelForCausalLM loads.
-        two_sided: those of them that attend to both sides, or have an encoder, unless their
-            config.json says is_decoder.
-        with_other_inputs: model type -> class of those that also take images or sound, which
+        two_sided: those of them with bidirectional attention or an encoder, unless their
+            config.json has is_decoder: true.
+        with_other_inputs: model type -> class of models with image or audio inputs that
             AutoModelForCausalLM does not load.
-        multimodal: model type -> class of those that also take images or sound, and of which
+        multimodal: model type -> class of models with image or audio inputs of which
             AutoModelForCausalLM loads only the language model.
         text_trained: those of with_other_inputs that `make test/reload` trains on text.
     """
@@ -45,13 +45,13 @@ class CausalTypes:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PositionTable:
-    """The table of positions of a model type, which limits the length of its rows.
+    """The position embedding table of a model type, which limits the length of its rows.
 
     Attributes:
         keys: fields of config.json that have the number of positions, in order of precedence.
         default: the number of positions where config.json has none of these fields.
-        reserved: how many positions no token can have where config.json has no pad_token_id; if
-            this is not 0 and it has one, pad_token_id + 1 positions are reserved.
+        reserved: how many positions are reserved, that is, no token has them. If it is not 0 and
+            config.json has a pad_token_id, pad_token_id + 1 positions are reserved.
     """
 
     keys: tuple[str, ...]
@@ -85,7 +85,7 @@ class RefusedTypes:
 
 
 def class_named(model_type: str) -> ModelClass | None:
-    """Return the class of a model type; None when it takes everything, or is not transformers'."""
+    """Return the class of a model type; None if it supports everything or is unknown."""
     row = read_data("model_classes.toml").get(model_type)
     if row is None:
         return None
@@ -121,7 +121,7 @@ def quantizations() -> Mapping[str, Quantization]:
 def quantization_of(raw: Mapping[str, Any]) -> Mapping[str, Any] | None:
     """Return the quantization_config of a config.json, None where it has none.
 
-    It may be in the part of the language model; older versions of llm-compressor called it
+    It may be in the config of the language model; older versions of llm-compressor call it
     compression_config.
 
     Args:
@@ -136,7 +136,7 @@ def quantization_of(raw: Mapping[str, Any]) -> Mapping[str, Any] | None:
 
 
 def method_of(quantization: Mapping[str, Any]) -> str:
-    """Return the row's name for a quantization_config; "none named" where it has no method."""
+    """Return the quantization method of a quantization_config; "none named" if it has none."""
     for bits in (4, 8):
         if quantization.get(f"load_in_{bits}bit"):
             return f"bitsandbytes_{bits}bit"
@@ -144,7 +144,7 @@ def method_of(quantization: Mapping[str, Any]) -> str:
 
 
 def bits_of(quantization: Mapping[str, Any]) -> int | None:
-    """Return how many bits the weights of a checkpoint have; None where its config does not say.
+    """Return the number of bits of a checkpoint's weights; None if its config does not say.
 
     gptq and awq: {"bits": 4}, in old configs {"w_bit": 4}. torchao names a class: {"quant_type":
     {"default": {"_type": "Int8WeightOnlyConfig"}}}.
@@ -165,7 +165,7 @@ def refused_types() -> dict[str, RefusedTypes]:
 
 
 def needed_packages() -> frozenset[str]:
-    """Return the distributions whose absence refuses a type or a quantized checkpoint."""
+    """Return the distributions that some model types or quantized checkpoints require."""
     named = [row.packages for row in quantizations().values()]
     named += [tuple(row.packages or ()) for row in refused_types().values()]
     return frozenset(re.split("[<>=]", name)[0] for names in named for name in names)
@@ -179,14 +179,14 @@ def refusal_of(
     sequence_len: int,
     packages: Mapping[str, str] | None,
 ) -> Finding | None:
-    """Return the error of a run with a model of a refused type; None where it may run.
+    """Return the error for a run with a model of a refused type; None if the model is allowed.
 
     Args:
         raw: the model's config.json.
         name: base_model, for the message.
         packing: whether rows hold several documents.
         sequence_len: tokens of the longest row.
-        packages: the installed distributions; None assumes that all are.
+        packages: the installed distributions; None if all are assumed to be installed.
     """
     text = raw.get("text_config")
     for part in (raw, *([text] if isinstance(text, Mapping) else [])):
@@ -208,13 +208,13 @@ def refusal_of(
 
 
 def mask_refusal(model_type: str) -> Finding | None:
-    """Return the error of a packed run whose backend separates documents by transformers' mask."""
+    """Return the error for a packed run whose backend isolates documents by transformers' mask."""
     row = _row_of(model_type, "mask")
     return _not_packable(row, model_type) if row else None
 
 
 def _row_of(model_type: str, refuses: Refuses) -> RefusedTypes | None:
-    """Return the row that refuses a type, before its conditions are checked."""
+    """Return the row of a refused type; the caller checks its conditions."""
     rows = refused_types().values()
     return next((row for row in rows if row.refuses == refuses and model_type in row.types), None)
 

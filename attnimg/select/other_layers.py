@@ -1,7 +1,7 @@
-"""Judge layers without softmax attention: what they need, and whether they can be packed.
+"""Check layers without softmax attention: required packages, and support for packing.
 
-Attention backends and masks do not affect them: packed documents are isolated there by kernels that
-take document boundaries, or not at all.
+Attention backends and masks do not affect them: packed documents are isolated by kernels that take
+document boundaries, or not at all.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from attnimg.files import read_data
 
 # The document boundaries in train's packed batches; see train/packing.py.
 _IN_BATCH = frozenset({"cu_seq_lens_q", "seq_idx"})
-# Layers that look at one token at a time.
+# Layers that process each token on its own.
 _TOKENWISE = frozenset({"moe", "mlp"})
-# Stands for layers that a type of model has and its config does not list in a way known here.
+# The kind of layers that a model type has, but that its config lists in no known way.
 UNLISTED = "unlisted"
 _UNKNOWN = "of a kind that is not known here"
 
@@ -26,14 +26,14 @@ class OtherLayers:
     """One kind of such layers in a model.
 
     Attributes:
-        kind: the row of data/other_layers.toml, or the config's own word.
+        kind: the row of data/other_layers.toml, or the name in the config.
         label: its usual name.
         count: how many layers have it; None when the config does not say.
         needs: the distributions of its kernels.
         missing: those of them that are not installed.
         keeps_apart: whether packed documents are isolated; None when not known.
         why: the reason for keeps_apart.
-        source: where that was read.
+        source: the source of the reason.
     """
 
     kind: str
@@ -62,8 +62,8 @@ def other_layers(model: Model | None, machine: Machine) -> tuple[OtherLayers, ..
     """Return the kinds of layers without softmax attention that a model has.
 
     Args:
-        model: its geometry; None when it is not at hand.
-        machine: whose packages count; where they are not known, all are assumed.
+        model: the model; None when its config.json is not available.
+        machine: the machine, with its packages; if they are not known, all are assumed.
     """
     if model is None:
         return ()
@@ -112,11 +112,11 @@ def other_layers(model: Model | None, machine: Machine) -> tuple[OtherLayers, ..
 def findings_on(
     problem: Problem, machine: Machine
 ) -> tuple[tuple[Finding, ...], tuple[Finding, ...]]:
-    """Return the errors and the warnings on a model's layers without softmax attention.
+    """Return the errors and the warnings about a model's layers without softmax attention.
 
     Args:
         problem: the run.
-        machine: whose packages count.
+        machine: the machine, with its packages.
     """
     errors, warnings = [], []
     for layers in other_layers(problem.model, machine):
@@ -124,7 +124,7 @@ def findings_on(
         count = "the layers" if layers.count is None else f"{layers.count} layers"
         missing = " and ".join(layers.missing)
         if problem.packing and layers.keeps_apart is False:
-            # Some kernels take boundaries that a batch does not have: installing them is no help.
+            # Installing kernels does not help if a batch lacks the boundaries that they need.
             batch = kinds()[layers.kind].batch
             helps = missing and batch and _IN_BATCH.issuperset(batch)
             install = f", or, on a GPU, install {missing}" if helps else ""
@@ -161,7 +161,7 @@ def findings_on(
 
 
 def text_of(layers: OtherLayers) -> str:
-    """Describe one kind of other layers in a line."""
+    """Return a description of one kind of other layers, in one line."""
     count = "some" if layers.count is None else str(layers.count)
     text = f"{count} layers with {layers.label}"
     if layers.needs:
@@ -175,7 +175,7 @@ def text_of(layers: OtherLayers) -> str:
 
 
 def hybrid_types() -> frozenset[str]:
-    """Return the model types that are known to have such layers, or may have."""
+    """Return the model types that have or may have such layers."""
     return frozenset(name for row in kinds().values() for name in row.types)
 
 

@@ -1,10 +1,10 @@
-"""Choose a backend: judge every candidate on plain values, then take the best that fits.
+"""Choose a backend: check every candidate, then take the best-ranked one that fits.
 
-Candidates are ordered by what their own files say of their places. Until timings of this GPU
-replace them, ranks are facts with a source: Backend.rank in general, and Backend.ranks where a
-situation says otherwise. Where layers differ, each group of equal layers may get its own backend.
+Candidates are ordered by the ranks in their files: Backend.ranks in particular situations,
+Backend.rank otherwise, each with a source. Timings on this GPU will replace them. Where layers
+differ, each group of equal layers may get its own backend.
 
-Pure: no GPU, file, clock or environment is read here. All comes in as arguments.
+All functions are pure: they do not read the GPU, files, the clock or the environment.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ from attnimg.select.judge import judge, reason_against_own
 from attnimg.select.model_types import mask_refusal
 
 AUTO = "auto"
-# Reasons that lie in the GPU itself. A flash member that was asked for by name and has one of them
-# is refused; the others of its family stand in for it only where a head size is the obstacle.
+# Codes of reasons about the GPU. A flash backend that the config names is refused for such a
+# reason; for other reasons, such as an unsupported head size, a member of its family replaces it.
 _ARCH_CODES = frozenset(backend.needs.arch_code for backend in all_backends())
-# Reasons that lie in the model's attention: the backend runs here, and not these layers.
+# Codes of reasons about the model's layers: the backend runs here, but does not support them.
 _LAYER_CODES = frozenset(
     {"head-dim", "head-dim-v", "window", "softcap", "sinks", "dropout", "model-class"}
 )
@@ -46,11 +46,11 @@ def training_dtype(*, bf16: bool | str, fp16: bool, arch: Arch) -> DType:
 
     Args:
         bf16: the config's value: true, false, "auto" or "full".
-        fp16: the config's value. On a CPU the run is fp32 all the same: accelerate neither casts
-            nor scales there, and does not report that.
+        fp16: the config's value. On a CPU the run is fp32 even so: accelerate silently neither
+            casts nor scales there.
             Source: accelerate/accelerator.py:565-569, 1.12 (2026-11-26).
-        arch: what it runs on. Below sm_80 there is no bf16 arithmetic, so "auto" is fp16 there;
-            on a CPU "auto" is fp32, which is faster than an emulated bf16.
+        arch: the architecture. "auto" is fp16 below sm_80, which has no bf16 arithmetic, and fp32
+            on a CPU, where it is faster than emulated bf16.
     """
     if fp16:
         return "float32" if arch.vendor == "cpu" else "float16"
@@ -62,16 +62,16 @@ def training_dtype(*, bf16: bool | str, fp16: bool, arch: Arch) -> DType:
 
 
 def choose(asked: str | None, machine: Machine, problem: Problem, *, strict: bool = False) -> Plan:
-    """Judge every candidate and choose one.
+    """Check every candidate and choose one.
 
     Args:
-        asked: attn_implementation; None and "auto" leave the choice to the ranks.
-        machine: what it runs on.
-        problem: what has to be computed.
-        strict: take exactly what was asked, also within the flash family.
+        asked: attn_implementation; for None and "auto" the ranks decide.
+        machine: the machine of the run.
+        problem: what attention has to compute.
+        strict: use exactly the requested backend, also within the flash family.
 
     Returns:
-        The plan. Its `chosen` is None when what was asked does not fit, or nothing does.
+        The plan. Its `chosen` is None when the requested backend, or every backend, does not fit.
     """
     named = backend_named(asked or AUTO)
     backends = list(all_backends())
@@ -96,7 +96,7 @@ def choose(asked: str | None, machine: Machine, problem: Problem, *, strict: boo
 
 
 def plan_dict(plan: Plan) -> dict[str, Any]:
-    """Return a plan with every candidate and all reasons, as `explain --json` prints it."""
+    """Return a plan with all candidates and reasons as a dict, as `explain --json` prints it."""
     chosen = plan.chosen
     return {
         "asked": plan.asked,
@@ -124,11 +124,11 @@ def plan_dict(plan: Plan) -> dict[str, Any]:
 
 
 def without(plan: Plan, backend: str, reason: Reason) -> Plan:
-    """Return the plan that remains when a proof ruled a backend out.
+    """Return the plan after a proof has ruled a backend out.
 
-    Where groups of layers ran different ones, all of them run the best for all from then on.
-    An automatic choice goes on to the next candidate, and the flash family to its next member. Any
-    other backend that was asked for by name is never swapped.
+    If groups of layers had different backends, all of them get the best one for all layers. `auto`
+    chooses the next candidate, and the flash family its next member. Any other backend that the
+    config names is never replaced.
     """
     if plan.groups and backend not in {v.backend.name for v in plan.verdicts}:
         because = f"its layers could not run different backends: {reason.text}"
@@ -148,10 +148,10 @@ def without(plan: Plan, backend: str, reason: Reason) -> Plan:
 
 
 def mixing_error(plan: Plan, problem: Problem) -> Finding | None:
-    """Return the error of a plan under which packed documents would mix; None where none do.
+    """Return the error for a plan with which packed documents would mix; None if they would not.
 
-    They mix where transformers' mask separates documents, and that of the model's type has no
-    document boundaries.
+    They mix if the backend isolates documents by transformers' mask, and the mask of the model's
+    type has no document boundaries.
     """
     if not problem.packing or problem.model is None or _masked_backend(plan) is None:
         return None
@@ -159,7 +159,7 @@ def mixing_error(plan: Plan, problem: Problem) -> Finding | None:
 
 
 def _masked_backend(plan: Plan) -> Backend | None:
-    """Return the first backend of a plan that separates documents by transformers' mask."""
+    """Return the first backend of a plan that isolates documents by transformers' mask."""
     verdicts = [choice.verdict for choice in plan.groups] or ([plan.chosen] if plan.chosen else [])
     return next((v.backend for v in verdicts if v.backend.mask != "flash"), None)
 
@@ -188,7 +188,7 @@ def _automatic(verdicts: tuple[Verdict, ...]) -> Plan:
 
 def _explicit(named: Backend, verdicts: tuple[Verdict, ...], *, strict: bool) -> Plan:
     asked = next(verdict for verdict in verdicts if verdict.backend.name == named.name)
-    # flash_attention_4 asks for itself; 2 and 3 ask for the best of the family.
+    # flash_attention_4 means exactly that; 2 and 3 mean the best member of the family.
     stands_in = named.uses_flash_lib and named.family is not None and not strict
     if stands_in and not any(reason.code in _ARCH_CODES for reason in asked.reasons):
         for verdict in verdicts:
@@ -209,7 +209,7 @@ def _explicit(named: Backend, verdicts: tuple[Verdict, ...], *, strict: bool) ->
 
 
 def _able(verdicts: Iterable[Verdict]) -> list[Verdict]:
-    """Return those that fit and that `auto` may take."""
+    """Return those that fit and that `auto` may choose."""
     return [verdict for verdict in verdicts if verdict.fits and _is_automatic(verdict.backend)]
 
 
@@ -218,24 +218,24 @@ def _is_automatic(backend: Backend) -> bool:
 
 
 def _nothing_fits_do(verdicts: tuple[Verdict, ...]) -> str:
-    """Return what to do where no backend fits: change the precision, where that is why."""
+    """Return what to do if no backend fits: change the precision, if that is the reason."""
     if _dtype_reason(verdicts):
         return "set bf16: auto, which takes the precision that the GPU has"
     return "see the reasons against each backend, which attnimg explain prints"
 
 
 def _dtype_reason(verdicts: tuple[Verdict, ...]) -> str:
-    """Return why eager does not take the precision of the run; "" where it does."""
+    """Return why eager does not support the precision of the run; "" if it does."""
     reasons = (reason for v in verdicts if v.backend.name == "eager" for reason in v.reasons)
     return next((reason.text for reason in reasons if reason.code == "dtype"), "")
 
 
 def _in_family_order(backends: list[Backend], family: str) -> list[Backend]:
-    """Return the candidates with a family's members in the contract's order among themselves.
+    """Return the candidates, with the members of a family ordered by their general ranks: 4, 3, 2.
 
-    That order, 4, 3, 2, is the one of their general ranks. `auto` goes by architecture; a name asks
-    for this one until timings replace it: recorded ones of this GPU (docs/gpu-runs) count where
-    torch, the kernel and Python are the image's.
+    This order is used if the config names a member of the family; `auto` uses the ranks for the
+    architecture. Timings will replace it: those in docs/gpu-runs for the same GPU and for the
+    image's versions of torch, the kernel and Python.
     """
     members = iter([backend for backend in all_backends() if backend.family == family])
     return [next(members) if backend.family == family else backend for backend in backends]
@@ -249,13 +249,13 @@ def _ordered(
 
 
 def place_of(backend: Backend, machine: Machine, problem: Problem, *, routed: bool = False) -> Rank:
-    """Return a backend's place: the first of its particular ones that holds, or its general one.
+    """Return a backend's rank: the first of Backend.ranks that applies, or the general rank.
 
     Args:
         backend: the candidate.
-        machine: what it runs on.
-        problem: what has to be computed.
-        routed: whether a router calls it for its own layers, document by document.
+        machine: the machine of the run.
+        problem: what attention has to compute.
+        routed: whether a router calls it for its layers, one document at a time.
     """
     sizes = [layer.head_dim_qk for layer in problem.model.layers] if problem.model else []
     for rank in backend.ranks:
@@ -277,8 +277,8 @@ def _choose_groups(
     """Choose a backend for each group of equal layers, where layers differ.
 
     Returns:
-        One choice a group; empty where every group would run the same, or where one of them would
-        run what a router can't call.
+        One choice per group; empty if all groups would run the same backend, or if one of them
+        would run a backend that a router can't call.
     """
     if problem.model is None or len(problem.model.layers) < 2:
         return ()
@@ -290,14 +290,14 @@ def _choose_groups(
         alone = replace(problem, model=replace(problem.model, layers=(group,)))
         fitting = (b for b in order if _is_automatic(b) and judge(b, machine, alone, rank=0).fits)
         backend = next(fitting, None)
-        # A router hands out the padding alone: no block mask, and torch's exact attention has
-        # neither soft cap nor sinks.
+        # A router passes only the padding mask, so flex_attention would get no block mask; and
+        # torch's exact attention has neither soft cap nor sinks.
         if backend is None or backend.mask == "flex":
             return ()
         if backend.mask != "flash" and (group.softcap or group.sinks):
             return ()
         choices.append((group, alone, backend))
-    # A variable that chooses one of them would have the others of its package run its kernel.
+    # A variable that selects such a backend also affects layers of other backends of its package.
     for whole in [backend for _, _, backend in choices if backend.for_process]:
         choices = [
             (group, alone, whole)
@@ -317,9 +317,10 @@ def _choose_groups(
 
 
 def _automatic_because(plan: Plan, chosen: Verdict, machine: Machine, problem: Problem) -> str:
-    """Return in one sentence why `auto` chose its backend, for readers who do not see the ranks.
+    """Return in one sentence why `auto` chose its backend.
 
-    It has how many fit, why this one is first, and why no better-ranked one was taken.
+    It says how many backends fit, why this one has the best rank, and why better-ranked ones were
+    not chosen.
     """
     able, name = _able(plan.verdicts), chosen.backend.name
     words = ["compiled"] * problem.compiled + ["packed"] * problem.packing
@@ -353,7 +354,7 @@ def _automatic_because(plan: Plan, chosen: Verdict, machine: Machine, problem: P
 
 
 def _family_because(asked: Verdict, taken: Verdict) -> str:
-    """Return why a member of the flash family was taken where one was asked for by name."""
+    """Return why a member of the flash family was chosen when the config names a member."""
     wanted, name = asked.backend.name, taken.backend.name
     rule = (
         f"attn_implementation: {wanted} asks for the flash family, whose order is 4, 3, 2 "
@@ -366,7 +367,7 @@ def _family_because(asked: Verdict, taken: Verdict) -> str:
 
 
 def _groups_because(groups: Sequence[GroupChoice], chosen: Verdict) -> str:
-    """Return why layers of different shape run different backends."""
+    """Return why groups of layers run different backends."""
     parts = [f"{_layers_text(one.layers)} run {one.verdict.backend.name}" for one in groups]
     return (
         "its layers differ, and each group runs the best backend that fits it: "
@@ -375,7 +376,7 @@ def _groups_because(groups: Sequence[GroupChoice], chosen: Verdict) -> str:
 
 
 def _layers_text(group: LayerGroup) -> str:
-    """Return a group of layers in words: what makes it different."""
+    """Return a description of a group of layers: its head_dim, and its features if it has any."""
     text = f"{group.count} layers of head_dim {group.head_dim_qk}"
     if group.head_dim_v != group.head_dim_qk:
         text += f" (v {group.head_dim_v})"
