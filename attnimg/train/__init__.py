@@ -1,11 +1,11 @@
-"""Train: documents and a planned model in; checkpoints, metrics, a plot and a receipt out.
+"""Train a model as planned on documents; write checkpoints, metrics, a plot and a receipt.
 
-The modules, in the order in which a run needs them (nothing is imported before it is called):
+The modules, in the order in which a run uses them (each is imported only when it is needed):
 
     run         -> the steps of a run, from its config to the final model
-    check       -> refuses what would fail (environment, model_files, base_model, quantized), and
+    check       -> raises for what would fail (environment, model_files, base_model, quantized), and
                    finds the checkpoint to resume from (output_dir, intact, resume)
-    tokenizer   -> the tokenizer, with the config's tokens in it
+    tokenizer   -> the tokenizer, with the config's tokens added
     data        -> documents of tokens with labels
     model       -> the weights, quantized where asked (quantized), with an adapter (lora)
     fit         -> rows (packing, rows), the engine, the final model (model_files), receipt.json

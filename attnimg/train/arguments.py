@@ -1,4 +1,4 @@
-"""Return the arguments of TRL's SFTTrainer for a config, and the number of its steps.
+"""Compute the arguments of TRL's SFTTrainer for a config, and the number of its steps.
 
 Every argument whose default differs from ours is set: TRL's own defaults turn gradient
 checkpointing and bf16 on (trl 1.16, sft_config.py, 2026-11-21).
@@ -23,11 +23,11 @@ class Schedule:
 
     Attributes:
         steps_per_epoch: optimizer steps in one pass over the rows.
-        total_steps: of the whole run.
+        total_steps: optimizer steps of the whole run.
         eval_strategy: when it evaluates.
-        eval_steps: how often, with strategy "steps".
+        eval_steps: steps between evaluations, with strategy "steps".
         save_strategy: when it saves.
-        save_steps: how often, with strategy "steps".
+        save_steps: steps between checkpoints, with strategy "steps".
     """
 
     steps_per_epoch: int
@@ -45,7 +45,7 @@ def plan_steps(config: Config, *, rows: int, world: int, validation: bool) -> Sc
         config: the validated run.
         rows: packed rows, or documents when nothing is packed.
         world: processes that share the rows.
-        validation: whether there is something to evaluate on.
+        validation: whether there are evaluation rows.
     """
     batches = math.ceil(rows / (config.micro_batch_size * world))
     per_epoch = max(1, math.ceil(batches / config.gradient_accumulation_steps))
@@ -84,7 +84,7 @@ def training_arguments(
 
     Args:
         config: the validated run.
-        machine: where it happens; decides tf32 and pinned memory.
+        machine: the machine of the run; decides tf32 and pinned memory.
         context: how the model is called, as it was proven.
         schedule: the steps of the run.
         sparse: whether the model has experts that a batch may leave out.
@@ -106,7 +106,7 @@ def training_arguments(
         "max_length": None,
         "prediction_loss_only": True,
         "use_cache": False,
-        # The bar, the log and the sums are ours too, and nothing is sent anywhere.
+        # The progress bar, logs and sums are also made here, and nothing is reported to servers.
         "disable_tqdm": True,
         "log_level": "error",
         "log_level_replica": "error",
@@ -152,7 +152,7 @@ def scheduler_of(config: Config) -> tuple[str, dict[str, Any]]:
 
 
 def _warmup(config: Config) -> float:
-    """Return warmup_steps as transformers 5 takes it: below 1 it is a share of the run."""
+    """Return warmup_steps as transformers 5 takes it: a value below 1 is a share of the run."""
     if config.warmup_steps is not None:
         return float(config.warmup_steps)
     # A ratio of 1 is the whole run, which transformers would read as one step.
@@ -198,7 +198,8 @@ def _processes(config: Config, *, gpu: bool, sparse: bool) -> dict[str, Any]:
     """Return the arguments on data loading and distribution."""
     given: dict[str, Any] = {
         "ddp_timeout": config.ddp_timeout,
-        # transformers' default looks for unused weights in every step; only experts can be unused.
+        # transformers' default searches for unused weights in every step; only experts can be
+        # unused.
         "ddp_find_unused_parameters": sparse
         if config.ddp_find_unused_parameters is None
         else config.ddp_find_unused_parameters,

@@ -1,9 +1,9 @@
 """Check the attention kernel during training, and stop all processes where it is wrong.
 
 At the session's first step, and at every multiple of attn_check_steps, one attention call of the
-first micro-batch is captured with its gradients and judged (verify/running.py). Checks go through
-the kinds of layers in turn, and through the layers of each kind. The processes then exchange what
-they found, so that all of them stop, or none.
+first micro-batch is captured with its gradients and compared with the reference
+(verify/running.py). The checks alternate between the kinds of layers, and between the layers of
+each kind. The processes then exchange their results, so that either all of them stop or none.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from attnimg.train.distributed import gathered, rank, world_size
 if TYPE_CHECKING:
     from attnimg.verify.capture import CallKind, CapturedCall
 
-# Backends that the error on a wrong one suggests: torch's own, then plain attention.
+# Backends that the error on a wrong kernel suggests: torch's own, then plain attention.
 _OTHERS = ("sdpa", "eager")
 
 # Compares a call with the reference; the text is a seed that chooses the row and the heads.
@@ -45,7 +45,7 @@ def attention_check_of(
         every: attn_check_steps.
         found: the plan of the run.
         context: how the run calls its model.
-        dropout: of the attention weights.
+        dropout: the dropout rate of the attention weights.
         say: prints a line for the user.
     """
     from attnimg.verify.running import why_unchecked
@@ -70,7 +70,7 @@ class CheckRecord:
 
     Attributes:
         every_steps: attn_check_steps.
-        why_not: why no call is checked; "" where calls are.
+        why_not: why no call is checked; "" if calls are checked.
         checks: calls that were judged, on all processes.
         last_passed: the last step whose calls were judged and right.
         worst_margin: the largest error of a right call, as a share of the allowed error.
@@ -93,9 +93,9 @@ class AttentionCheck:
     """Capture and judge attention calls of a run.
 
     Args:
-        every: optimizer steps from one check to the next; 0 for none.
+        every: optimizer steps between two checks; 0 for no checks.
         judge: compares a call with the reference.
-        why_not: why the run's calls can't be compared; "" where they can.
+        why_not: why the run's calls can't be compared; "" if they can.
         others: other backends that fit this run, the best first.
         say: prints a line for the user.
     """
@@ -126,7 +126,7 @@ class AttentionCheck:
             self.say(f"attention: one layer is checked every {steps} (attn_check_steps)")
 
     def due(self, step: int) -> bool:
-        """Return whether a call of the next micro-batch is judged; it belongs to this step."""
+        """Return whether a call of the next micro-batch, which belongs to this step, is checked."""
         every = self.record.every_steps
         if not every or self.record.why_not:
             return False
@@ -170,7 +170,7 @@ class AttentionCheck:
         self._settle(gathered(found[0]), step, folder)
 
     def _layer(self) -> int:
-        """Return the layer to check, of each kind in turn; 0 where the kinds are not known yet."""
+        """Return the layer to check, of each kind in turn; 0 while the kinds are unknown."""
         if not self._kinds:
             return 0
         kinds = list(dict.fromkeys(self._kinds))

@@ -1,4 +1,4 @@
-"""Judge a base model by its config.json and the headers of its weights, before any is loaded."""
+"""Check a base model by its config.json and the headers of its weights, before they are loaded."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from attnimg.train.model_files import OTHER_PARTS
 from attnimg.train.pickled_weights import require_safetensors
 from attnimg.train.quantized import judge_quantization, require_known_weights
 
-# What chooses a class by the model's type; the last two also load models that take images.
+# Classes that choose the model's class by its type; the last two also load models with image input.
 DEFAULT = "AutoModelForCausalLM"
 
 AUTO_CLASSES = frozenset({DEFAULT, "AutoModelForImageTextToText", "AutoModelForMultimodalLM"})
@@ -30,7 +30,7 @@ def judge_base_model(
     Args:
         config: the validated run.
         raw: the model's config.json.
-        machine: its packages count; None of them assumes that all are installed.
+        machine: its installed packages are used; None for packages assumes that all are installed.
 
     Returns:
         The errors, each of which ends the run, and the warnings.
@@ -48,7 +48,7 @@ def judge_files(
     packages: Mapping[str, str] | None,
     folder: Path | None,
 ) -> tuple[list[AttnimgError], list[Finding]]:
-    """Return the errors and warnings of judge_base_model.
+    """Return the errors and warnings of judge_base_model, from its inputs.
 
     Args:
         config: the validated run.
@@ -327,8 +327,8 @@ def _multimodal_class(raw: Mapping[str, Any]) -> str | None:
 def attention_by_part(model_config: Any, implementation: str) -> str | dict[str, str]:
     """Return the attn_implementation that sets only the attention of the language model.
 
-    The other parts keep the default of transformers: the backend was neither judged nor proven for
-    their layers, and their classes may not support it.
+    The other parts keep the default of transformers: the backend was neither selected nor proven
+    for their layers, and their classes may not support it.
 
     Args:
         model_config: a transformers configuration.

@@ -25,9 +25,9 @@ from attnimg.train.resume import check_settings
 
 
 def check_inputs(config: Config, machine: Machine) -> ResumePoint | None:
-    """Refuse what the machine can't do, missing files, and an output_dir that is in use.
+    """Raise for what the machine can't do, missing files, and an output_dir that is in use.
 
-    Reads a few file names, and all of a checkpoint that the run resumes from.
+    This lists files, and reads all files of a checkpoint that the run resumes from.
 
     Returns:
         Where the run resumes; None when it starts in an empty folder.
@@ -44,7 +44,7 @@ def check_inputs(config: Config, machine: Machine) -> ResumePoint | None:
 
 
 def _check_homes(config: Config) -> None:
-    """Refuse a path in the home of a user that does not exist, such as ~nobody/out."""
+    """Raise for a path in the home of a user that does not exist, such as ~nobody/out."""
     for key in ("base_model", "tokenizer_config", "output_dir", "dataset_prepared_path",
                 "resume_from_checkpoint", "deepspeed"):  # fmt: skip
         value = getattr(config, key)
@@ -62,23 +62,23 @@ def _check_homes(config: Config) -> None:
 # Paged optimizers whose unpaged equivalent has another name.
 _UNPAGED = {"paged_adamw": "adamw_torch_fused", "paged_adamw_32bit": "adamw_torch_fused"}
 
-# Most processes that load or prepare data: each takes 0.4 GB, and more are not faster.
+# Limits of the processes that load or prepare data: each takes 0.4 GB, and more are not faster.
 _PROCESSES, _PROCESSES_A_CPU = 16, 4
 
 # The smallest address space that a run may have. On a CPU a tiny model takes 2.3 GiB, torch 2.13.
 _ADDRESS_BYTES = 3 << 30
 
-# What workers need in /dev/shm besides their batches, and a token in input_ids, labels and
-# position_ids or attention_mask.
+# Bytes that a worker needs in /dev/shm besides its batches, and bytes of a token in input_ids,
+# labels and position_ids or attention_mask.
 _SHARED_BYTES, _TOKEN_BYTES = 1 << 20, 24
 
 
 def check_limits(config: Config, machine: Machine) -> None:
-    """Refuse what this machine or the installed packages can't do.
+    """Raise for settings that this machine or the installed packages do not support.
 
     Raises:
-        AttnimgError: an optimizer, a precision or a way of distribution that would fail later or
-            silently be something else.
+        AttnimgError: an optimizer, a precision or a kind of distributed training that would fail
+            later or silently be replaced by another.
     """
     _check_optimizer(config, machine)
     _check_processes(config)
@@ -116,7 +116,7 @@ def check_limits(config: Config, machine: Machine) -> None:
 
 
 def _check_optimizer(config: Config, machine: Machine) -> None:
-    """Refuse paged optimizers on a CPU, and those of a package that is not there."""
+    """Raise for paged optimizers on a CPU, and for those of a package that is not installed."""
     name = config.optimizer
     if name.startswith("paged_") and machine.arch.vendor == "cpu":
         raise _bad(
@@ -141,7 +141,7 @@ def _installed(machine: Machine, package: str) -> bool:
 
 
 def _check_processes(config: Config) -> None:
-    """Refuse more processes for data than this machine can run."""
+    """Raise for more data processes than this machine can run."""
     cpus = os.cpu_count() or 1
     most = max(_PROCESSES, _PROCESSES_A_CPU * cpus)
     for key in ("dataloader_num_workers", "dataset_num_proc", "dataset_processes"):
@@ -156,7 +156,7 @@ def _check_processes(config: Config) -> None:
 
 
 def _check_address_space() -> None:
-    """Refuse an address space that is too small for torch and its libraries.
+    """Raise for an address space that is too small for torch and its libraries.
 
     Under such a limit, Python can wait forever for a thread that could not start.
     """
@@ -172,7 +172,7 @@ def _check_address_space() -> None:
 
 
 def _check_shared_memory(config: Config) -> None:
-    """Refuse workers whose batches do not fit in /dev/shm: torch would wait for them forever.
+    """Raise for workers whose batches do not fit in /dev/shm: torch would wait for them forever.
 
     Each worker keeps two batches ready (prefetch_factor of torch's DataLoader).
     """
@@ -194,7 +194,7 @@ def _check_shared_memory(config: Config) -> None:
         )
 
 
-# Steps of the tried schedule where max_steps is not set.
+# Steps of the schedule in the test where max_steps is not set.
 _STEPS = 100
 
 
@@ -222,7 +222,7 @@ def _try_schedule(config: Config) -> None:
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=config.learning_rate or 1.0)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of a schedule that steps without its optimizer
+            warnings.simplefilter("ignore")  # the schedule warns if its optimizer does not step
             schedule = get_scheduler(
                 name,
                 optimizer=optimizer,
@@ -248,7 +248,7 @@ def _try_schedule(config: Config) -> None:
 
 
 def _check_compile(config: Config) -> None:
-    """Compare torch_compile_backend and torch_compile_mode with the names that torch has."""
+    """Raise unless torch knows the names in torch_compile_backend and torch_compile_mode."""
     import torch._dynamo
     import torch._inductor
     from accelerate.utils import DynamoBackend

@@ -1,9 +1,9 @@
-"""Write checkpoints that are complete or not there, whenever the run is killed.
+"""Write checkpoints atomically: each one is complete or absent, whenever the run is killed.
 
-A checkpoint is written under PARTIAL, its manifest last, and renamed into place when all of it is
-on the disk. Training continues when the files are written: a thread hashes and flushes them, writes
-the manifest and renames. A checkpoint that rotation removes is renamed first. So every
-`checkpoint-N` in output_dir is complete, and incomplete ones of a killed run are under PARTIAL.
+A checkpoint is written to the folder PARTIAL, its manifest last, and renamed when all of it is on
+the disk. Training continues once the files are written: a thread hashes and flushes them, writes
+the manifest and renames the folder. A checkpoint that rotation removes is renamed first. So every
+`checkpoint-N` in output_dir is complete, and incomplete ones of a killed run are in PARTIAL.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ class ResumePoint:
         path: a complete checkpoint; None when a new run starts in a folder it may use.
         step: optimizer steps that it has done.
         leftovers: incomplete files of a killed run; removed when the run starts.
-        damaged: newer checkpoints, which are damaged; renamed when the run starts.
-        notes: lines for the user on why this checkpoint was chosen, and what is not known of it.
+        damaged: newer checkpoints that are damaged; renamed when the run starts.
+        notes: lines for the user on why this checkpoint was chosen, and what could not be checked.
     """
 
     path: Path | None
@@ -76,7 +76,7 @@ def step_of(checkpoint: Path) -> int:
 
 
 def read_state(checkpoint: Path) -> dict[str, object]:
-    """Read what the run itself wrote into a checkpoint; empty for one of another program."""
+    """Return the state that attnimg wrote into a checkpoint; empty for one of another program."""
     file = checkpoint / STATE
     state: dict[str, object] = json.loads(file.read_text()) if file.is_file() else {}
     return state
@@ -89,14 +89,14 @@ class Finishing:
         self._job: Future[None] | None = None
 
     def begin(self, finish: Callable[[], None]) -> None:
-        """Call a function in a thread; the one before has ended."""
+        """Call a function in a thread; the previous one must have ended."""
         thread = executor(1)
         self._job = thread.submit(finish)
         thread.shutdown(wait=False)
 
     @property
     def ended(self) -> bool:
-        """Whether a checkpoint is finished, or failed, and nobody has waited for it."""
+        """Return whether a checkpoint is finished or failed, and wait() was not called since."""
         return self._job is not None and self._job.done()
 
     def wait(self) -> None:
@@ -110,7 +110,7 @@ class Finishing:
             try:
                 job.result()
             finally:
-                # A signal that ends the wait leaves the job to the next one.
+                # If a signal interrupts the wait, the next call waits for the same job.
                 if job.done():
                     self._job = None
 
@@ -128,11 +128,11 @@ def finish(
 
     Args:
         partial: as for `promote`.
-        hashes: as for `promote`; closed.
-        processes: how many processes train.
+        hashes: as for `promote`; closed here.
+        processes: number of training processes.
         limit: complete checkpoints to keep; None for all.
-        best: the one that early stopping returns to, which is kept.
-        safe: what is kept if this fails, as a sentence.
+        best: the best checkpoint, for early stopping; it is not removed.
+        safe: for the error message, what is kept if this fails.
 
     Raises:
         AttnimgError: it could not be written (disk-full, not-written); it is removed.
@@ -148,12 +148,12 @@ def finish(
 
 
 def promote(partial: Path, hashes: FileHashes, *, processes: int) -> Path:
-    """Write a checkpoint's manifest, and move it from PARTIAL into place; from here on it exists.
+    """Write a checkpoint's manifest, and move the checkpoint from PARTIAL to its final path.
 
     Args:
-        partial: output_dir/PARTIAL/checkpoint-N, all of it written.
-        hashes: of its files, as far as they were taken while others were written.
-        processes: how many processes train.
+        partial: output_dir/PARTIAL/checkpoint-N, with all files written.
+        hashes: hashes of its files that were computed while others were written.
+        processes: number of training processes.
     """
     place = partial.parent.parent / partial.name
     open_to_others(partial)
@@ -166,7 +166,7 @@ def promote(partial: Path, hashes: FileHashes, *, processes: int) -> Path:
 
 
 def open_to_others(folder: Path) -> None:
-    """Set the permissions of all files to those of a new file here: safetensors writes 0600."""
+    """Set the permissions of all files to those of a new file: safetensors writes 0600."""
     probe = folder / ".rights"
     probe.touch()
     rights = probe.stat().st_mode & 0o777
@@ -181,9 +181,9 @@ def write_manifest(folder: Path, hashes: FileHashes, *, step: int, processes: in
 
     Args:
         folder: the checkpoint; all processes have written their files.
-        hashes: of the files that were hashed already; the others are hashed now.
-        step: optimizer steps that its weights have done.
-        processes: how many processes train.
+        hashes: hashes of files that were computed already; the others are computed now.
+        step: optimizer steps done.
+        processes: number of training processes.
     """
     paths = (path for path in folder.rglob("*") if path.is_file() and path != folder / FILE)
     names = sorted(path.relative_to(folder) for path in paths)
@@ -228,7 +228,7 @@ def rotate(folder: Path, *, limit: int | None, keep: Iterable[Path]) -> list[Pat
     there = checkpoints(folder)
     gone = [path for path in there[: max(0, len(there) - limit)] if path.name not in spared]
     for path in gone:
-        # A rename takes it out of the way at once; a kill while files go leaves no half checkpoint.
+        # Renamed first: a kill while files are removed leaves no incomplete checkpoint behind.
         away = folder / PARTIAL / f"removed-{path.name}"
         away.parent.mkdir(exist_ok=True)
         path.rename(away)
@@ -237,7 +237,7 @@ def rotate(folder: Path, *, limit: int | None, keep: Iterable[Path]) -> list[Pat
 
 
 def set_aside(checkpoint: Path) -> Path:
-    """Rename a damaged checkpoint, whose step the run will save again; return its new path."""
+    """Rename a damaged checkpoint, since the run will save its step again; return the new path."""
     names = (f"{checkpoint.name}.damaged{number}" for number in ("", *map(str, range(2, 1000))))
     place = next(path for path in map(checkpoint.with_name, names) if not path.exists())
     return checkpoint.rename(place)
@@ -250,18 +250,18 @@ def remove_leftovers(folder: Path) -> None:
 
 THREADS = 4
 
-# The threads that hash leave the cores to the one that writes, and then trains.
+# Niceness of the hashing threads: the thread that writes, and then trains, has priority.
 _NICE = 10
 
-# Memory that may wait to be hashed, because a GPU's tensors are copied to the CPU for it.
+# Bytes that may wait to be hashed; tensors on a GPU are copied to CPU memory for it.
 _WAITING_BYTES = 4 * 2**30
 
 
 class FileHashes:
-    """SHA-256 of files, taken in threads beside those that flush; a context manager ends them."""
+    """Compute SHA-256 of files in threads, and flush the files; use it as a context manager."""
 
     def __init__(self) -> None:
-        # A core is left to the thread that writes: what it writes late is on the disk late.
+        # One core is left to the thread that writes, since its delays delay the whole checkpoint.
         spare = max(1, len(os.sched_getaffinity(0)) - 1)
         self._memory = executor(min(spare, THREADS), nice=_NICE)
         self._read, self._flush = executor(THREADS, nice=_NICE), executor(THREADS)
@@ -277,15 +277,15 @@ class FileHashes:
         self.close()
 
     def close(self) -> None:
-        """Wait for what is under way, and drop the rest."""
+        """Wait for running jobs, and cancel the others."""
         for pool in (self._memory, self._read, self._flush):
             pool.shutdown(cancel_futures=True)
 
     def write(self, path: Path, content: Sequence[memoryview]) -> None:
         """Write a file while a thread hashes the same memory, and begin to flush it.
 
-        The content must stay as it is until `settle` returns. The hash is that of the content,
-        whatever happens to the file.
+        The content must not change until `settle` returns. The hash is that of the content in
+        memory, not of the file.
         """
         hashing = self._memory.submit(_hash_of, content)
         with path.open("wb") as file:
@@ -296,12 +296,12 @@ class FileHashes:
             self._waiting.popleft()[0].result()
 
     def add(self, path: Path) -> None:
-        """Begin to hash and flush a file that is written."""
+        """Begin to hash and flush a file that has been written."""
         hashing = self._read.submit(_hash, path)
         self._files[path] = _identity(path), hashing, self._flush.submit(flush, path)
 
     def settle(self) -> None:
-        """Wait until all that was written from memory is hashed."""
+        """Wait until all content passed to `write` is hashed."""
         for hashing, _ in self._waiting:
             with suppress(CancelledError):  # closed, because a file could not be written
                 hashing.result()
@@ -349,11 +349,12 @@ def _identity(path: Path) -> tuple[int, ...]:
     return found.st_ino, found.st_size, found.st_mtime_ns
 
 
-# What libraries that hide the error number write into their text instead. torch.save:
+# Texts in the errors of libraries that do not pass on the error number. torch.save:
 # "PytorchStreamWriter failed writing file"; safetensors: "... (os error 28)".
 FULL = ("no space left", "os error 28", "disk quota exceeded", "os error 122", "file too large")
 
-# Libraries write in pieces, so a little may be free when the next piece did not fit.
+# Free bytes up to which a disk counts as full: libraries write in blocks, and the next one may not
+# fit.
 HARDLY_ANY = 4 * 2**20
 
 UNWRITTEN = ("failed writing", "error while serializing", "write failed", "unexpected pos")
@@ -361,11 +362,11 @@ UNWRITTEN = ("failed writing", "error while serializing", "write failed", "unexp
 
 @contextmanager
 def writing(path: Path, *, kept: str) -> Iterator[None]:
-    """Turn errors while `path` is written into one that says what was lost.
+    """Turn errors while `path` is written into an AttnimgError.
 
     Args:
-        path: what is being written.
-        kept: what is kept nevertheless, as a sentence.
+        path: the file or folder that is being written.
+        kept: for the error message, what is kept nevertheless.
 
     Raises:
         AttnimgError: code disk-full or not-written, exit code 1.
@@ -382,7 +383,7 @@ def writing(path: Path, *, kept: str) -> Iterator[None]:
             if not any(s in text for s in UNWRITTEN):
                 raise
             full = _free_bytes(path) < HARDLY_ANY
-        # torch's text, "unexpected pos 87872 vs 87760", does not say why.
+        # torch's message, "unexpected pos 87872 vs 87760", does not name the reason.
         reason = "no space left" if full else str(error).strip().splitlines()[0]
         raise AttnimgError(
             f"the disk is full: {path.name} could not be written"
@@ -403,7 +404,7 @@ def _free_bytes(path: Path) -> int:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Write a file so that it is the old one or the new one at every moment."""
+    """Write a file atomically, by writing another one and renaming it."""
     fresh = path.with_name(f".{path.name}.partial")
     with fresh.open("w", encoding="utf-8") as file:
         file.write(text)

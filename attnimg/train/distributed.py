@@ -1,6 +1,6 @@
-"""Coordinate the processes of a run: rank, group, equal facts, lost processes, signals to stop.
+"""Coordinate the processes of a run: rank, process group, agreement, lost processes, stop signals.
 
-Alone, without torchrun, each function returns at once.
+In a single process, without torchrun, each function returns at once.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ T = TypeVar("T")
 # Source: torch 2.13, distributed/run.py, "Environment Variables" (2026-11-27).
 _GROUP = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
-# Variables in which MPI's launchers give the number of processes, which accelerate reads on a CPU.
+# Variables in which MPI's launchers set the number of processes, which accelerate reads on a CPU.
 # Source: accelerate 1.15.0, state.py, PartialState._prepare_backend (2026-11-27).
 _MPI = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 
-# Errors of gloo, NCCL and torch's store where a process has ended or does not answer.
+# Errors of gloo, NCCL and torch's store if a process has ended or does not answer.
 _LOST = re.compile(
     r"timed out|timeout|connection (closed|reset|refused)|broken pipe|aborted", re.IGNORECASE
 )
@@ -44,7 +44,7 @@ _ANSWER_S = 5.0
 # torch's default with gloo.
 # Source: torch 2.13, distributed/constants.py and c10d's Backend.hpp (2026-11-27).
 _JOIN_S = 1800.0
-# Seconds that a process that has failed waits for the others to read why.
+# Seconds that a failed process waits for the others to read its error.
 _NOTICE_S = 30.0
 _POLL_S = 0.05
 
@@ -55,12 +55,12 @@ def world_size() -> int:
 
 
 def rank() -> int:
-    """Return this process's number; 0 prints and writes."""
+    """Return this process's rank; rank 0 prints and writes."""
     return _number("RANK", 0)
 
 
 def _number(name: str, default: int) -> int:
-    """Return a variable as a number; the default where it is none, which require_group refuses."""
+    """Return a variable as a number; the default if it is not a number (see require_group)."""
     text = os.environ.get(name, "")
     return int(text) if text.isascii() and text.isdigit() else default
 
@@ -96,10 +96,10 @@ def require_group() -> None:
 
 
 def join(*, cpu: bool, timeout_s: float | None) -> None:
-    """Join the process group that torchrun started; alone, do nothing.
+    """Join the process group that torchrun started; do nothing in a single process.
 
     Args:
-        cpu: whether they talk over gloo because there is no GPU.
+        cpu: whether the processes use gloo, because there is no GPU.
         timeout_s: seconds that a process waits for the others in each exchange; None for torch's
             default, 30 minutes with gloo and 10 with NCCL.
     """
@@ -113,17 +113,17 @@ def join(*, cpu: bool, timeout_s: float | None) -> None:
         waits = {} if timeout_s is None else {"timeout": timedelta(seconds=timeout_s)}
         with lost_rank_errors(timeout_s):
             PartialState(cpu=cpu, **waits)
-        del store  # of rank 0 until here: torch's own store uses its server
-        # A process that ends with gloo's threads still running aborts now and then, after all is
-        # done, and torchrun would report a failed run.
+        del store  # rank 0 keeps it until here, since torch's own store uses its server
+        # A process that ends while gloo's threads run sometimes aborts, after all work is done, and
+        # torchrun would report a failed run.
         atexit.register(_leave)
 
 
 def _meet(timeout_s: float | None) -> Any:
-    """Wait until every process wants to join; return the store in which each records that.
+    """Wait until all processes are ready to join; return the store in which they record that.
 
     Raises:
-        AttnimgError: a process failed before, or did not come in time (code rank-lost).
+        AttnimgError: a process failed before, or did not join in time (code rank-lost).
     """
     deadline = time.monotonic() + (_JOIN_S if timeout_s is None else timeout_s)
     store = _open_store(deadline)
@@ -145,7 +145,7 @@ def _meet(timeout_s: float | None) -> Any:
 
 
 def _require_member(store: Any, other: int) -> None:
-    """Raise where another process has failed, or is of a group of another size."""
+    """Raise if another process has failed, or belongs to a group of another size."""
     if store.check([_key("failed", other)]):
         text = store.get(_key("failed", other)).decode(errors="replace")
         store.set(_key("read", rank()), b"1")
@@ -170,12 +170,12 @@ def _require_member(store: Any, other: int) -> None:
 
 
 def report_failure(text: str) -> None:
-    """Report why this process ends to those that wait for it to join, so that they end at once.
+    """Report a failure to the processes that wait for this one to join, so that they end at once.
 
-    After the group exists, they lose its connection, and need no other sign.
+    Once the group exists, this is not needed: the others notice the lost connection.
 
     Args:
-        text: why this process ends, one line.
+        text: the reason in one line.
     """
     if world_size() == 1:
         return
@@ -199,11 +199,11 @@ def report_failure(text: str) -> None:
             ]
             time.sleep(_POLL_S)
     except (AttnimgError, RuntimeError, ValueError, ImportError):
-        return  # this process ends with its own failure, whatever hinders the notice
+        return  # the error of this process matters more than why it can't be reported
 
 
 def _open_store(deadline: float) -> Any:
-    """Return the key-value store of the group; None where nobody serves it until a deadline."""
+    """Return the key-value store of the group; None if it is not served until the deadline."""
     from torch.distributed import TCPStore
 
     host, port = _address()
@@ -218,7 +218,7 @@ def _open_store(deadline: float) -> Any:
 
 
 def _hosts_store() -> bool:
-    """Return whether this process serves the store; torchrun's agent does where it says so.
+    """Return whether this process serves the store, which torchrun's agent may do instead.
 
     Source: torch 2.13, distributed/rendezvous.py, _create_c10d_store (2026-11-27).
     """
@@ -246,7 +246,7 @@ def _port() -> int:
 
 
 def _key(did: str, number: int) -> str:
-    """Return the key under which a process reports; torchrun may restart a group."""
+    """Return a process's key in the store; it includes the count of torchrun's restarts."""
     return f"attnimg/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{did}/{number}"
 
 
@@ -258,11 +258,11 @@ def _leave() -> None:
 
 
 def end_process(code: int) -> NoReturn:
-    """Exit; one of several processes exits without the teardown of torch's threads.
+    """Exit; with several processes, skip the teardown of torch's threads.
 
-    Gloo's threads and DDP's reducer outlive Python, and their teardown aborts (SIGABRT) now and
-    then although all is written: torchrun would call a good run failed. Seen with torch 2.13 on
-    CPU, about once in ten runs of two processes (2026-11-21).
+    Gloo's threads and DDP's reducer outlive the interpreter, and their teardown sometimes aborts
+    (SIGABRT) after everything is written: torchrun would report a failed run. Seen with torch 2.13
+    on a CPU, about once in ten runs of two processes (2026-11-21).
     """
     if world_size() == 1:
         sys.exit(code)
@@ -273,12 +273,12 @@ def end_process(code: int) -> NoReturn:
 
 
 def agree(facts: Mapping[str, object], *, cpu: bool, timeout_s: float | None) -> None:
-    """Raise unless every process has the same facts.
+    """Raise unless all processes have the same values.
 
     Args:
-        facts: name -> value that must be equal; the names are shown, such as keys of the config.
-        cpu: whether the processes talk over gloo because there is no GPU.
-        timeout_s: as of join.
+        facts: name -> value that must be equal; errors show the names, such as config keys.
+        cpu: whether the processes use gloo, because there is no GPU.
+        timeout_s: as for `join`.
 
     Raises:
         AttnimgError: two processes differ (rank-mismatch), or one did not answer (rank-lost).
@@ -321,7 +321,7 @@ def _shorten(text: str, other: str, *, width: int = 120) -> str:
 
 @contextmanager
 def lost_rank_errors(timeout_s: float | None) -> Iterator[None]:
-    """Turn torch's error where another process has ended, or does not answer, into an AttnimgError.
+    """Turn torch's error about a process that ended or does not answer into an AttnimgError.
 
     Raises:
         AttnimgError: code rank-lost.
@@ -357,7 +357,7 @@ def _ranks_without_answer() -> list[int]:
     try:
         store = _get_default_store()
         store.set(f"attnimg/alive/{rank()}", "1")
-        # Rank 0 asks last: the store that it hosts ends with it.
+        # Rank 0 checks last, since the store that it hosts ends with it.
         time.sleep(_ANSWER_S * 0.8 if rank_0_hosts else _ANSWER_S)
         if rank_0_hosts and not _is_served(*_address()):
             return [0]
@@ -367,7 +367,7 @@ def _ranks_without_answer() -> list[int]:
 
 
 def gathered(mine: T) -> list[T]:
-    """Return what every process passes, by rank; every process must call this."""
+    """Return the values of all processes, by rank; every process must call this."""
     import torch
 
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
@@ -414,11 +414,11 @@ class Stopped(BaseException):
 
 
 class StopFlag:
-    """Whether a signal asked this process to stop; raises unless a step is under way.
+    """Record whether a signal asked this process to stop; raise at once if no step is running.
 
     Attributes:
-        number: the signal that came; None as long as none did.
-        training: whether a step is under way, so that stopping can wait for it.
+        number: the received signal; None if there was none.
+        training: whether a step is running, so that stopping can wait for its end.
     """
 
     def __init__(self) -> None:
@@ -431,7 +431,7 @@ class StopFlag:
         """Handle a signal, as `signal.signal` calls it.
 
         Raises:
-            Stopped: nothing is being trained, or this is the second request.
+            Stopped: no step is running, or this is the second request.
         """
         if number == signal.SIGHUP:
             self._leave_terminals()

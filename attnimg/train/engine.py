@@ -38,19 +38,20 @@ TRAIN_KEYS = (
 
 
 class EvaluationCut(Exception):
-    """A signal came while evaluating; the rest of the evaluation is left for the next session."""
+    """Raised if a signal comes during an evaluation, which the next session then repeats."""
 
 
 class Engine(SavedStates):
     """Train one run.
 
     Args:
-        session: what it works with. Its stop flag is read after each step and evaluation batch.
-        options: what SFTTrainer takes.
+        session: config, model, rows and state of the run. Its stop flag is read after each step
+            and evaluation batch.
+        options: arguments of SFTTrainer.
 
     Attributes:
-        counter: counts tokens and time from one log to the next.
-        finishing: the checkpoint that is being finished.
+        counter: counts tokens and time between two logs.
+        finishing: the checkpoint that a thread is finishing.
         loaded_config: the model's config before training.
     """
 
@@ -82,11 +83,11 @@ class Engine(SavedStates):
         """Write no model card: TRL's names a hub repository that does not exist."""
 
     def get_train_dataloader(self) -> Any:
-        """Batch training rows; with added rows, each of the others once an epoch."""
+        """Return the training batches; with added rows, each other row occurs once per epoch."""
         loader = super().get_train_dataloader()
         if added := self.session.train.added:
             rows = len(self.train_dataset) - added
-            # In the place of accelerate's own sampler, which resuming sets to its epoch.
+            # It replaces accelerate's own sampler, so that resuming sets its epoch.
             loader.set_sampler(OnceAnEpoch(rows=rows, added=added, seed=self.args.data_seed))
         return loader
 
@@ -153,7 +154,7 @@ class Engine(SavedStates):
         )
 
     def _evaluate(self, trial: Any, ignore_keys_for_eval: Any, skip_scheduler: bool = False) -> Any:
-        """Evaluate; a signal meanwhile saves, and leaves the evaluation to the next session."""
+        """Evaluate; on a signal, save, and leave the evaluation to the next session."""
         try:
             with self.counter.paused():
                 found = super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler)
@@ -165,7 +166,7 @@ class Engine(SavedStates):
         return found
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
-        """Batch evaluation rows with their own collator."""
+        """Return the evaluation batches, made by their own collator."""
         self.data_collator = (self.session.evaluation or self.session.train).collate
         try:
             return super().get_eval_dataloader(eval_dataset)
@@ -194,11 +195,11 @@ class Engine(SavedStates):
         return output
 
     def evaluate_missed(self) -> None:
-        """Run the evaluation that was due when the session before was stopped."""
+        """Run the evaluation that was due when the previous session was stopped."""
         self._determine_best_metric(self._evaluate(None, None), None)
 
     def _evaluation_due(self) -> bool:
-        """Return whether this step still has to be evaluated, now or when its epoch is closed."""
+        """Return whether an evaluation at this step is due and has not run."""
         step, every = self.state.global_step, self.state.eval_steps
         if self.eval_dataset is None or self._evaluated_at == step:
             return False
@@ -214,7 +215,7 @@ class Engine(SavedStates):
         return Stopped(number, step=self.state.global_step, checkpoint=saved)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add tokens, time and memory to a training log; transformers hands it to the callbacks."""
+        """Add tokens, time and memory to a training log; transformers passes it to callbacks."""
         if "loss" in logs:
             tokens, places = self._counts()
             logs.update(self.counter.close_window(tokens=tokens, places=places))
@@ -226,10 +227,10 @@ class Engine(SavedStates):
         return str(self.folder / checkpoints.PARTIAL)
 
     def finish_checkpoint(self) -> None:
-        """Wait until the checkpoint before is complete; every process calls this.
+        """Wait until the previous checkpoint is complete; every process calls this.
 
         Raises:
-            AttnimgError: it could not be written; those before it are untouched.
+            AttnimgError: it could not be written; earlier ones are unchanged.
         """
         with self.counter.paused():
             self.finishing.wait()
@@ -239,7 +240,7 @@ class Engine(SavedStates):
         """Write a checkpoint's files; a thread finishes it while training continues.
 
         Raises:
-            AttnimgError: the disk is full; what was there before is untouched.
+            AttnimgError: the disk is full; earlier checkpoints are unchanged.
         """
         self.finish_checkpoint()
         name = f"checkpoint-{self.state.global_step}"
@@ -288,13 +289,13 @@ class Engine(SavedStates):
                 (partial / name).unlink(missing_ok=True)
 
     def _counts(self) -> list[int]:
-        """Return tokens and places of all processes since the last log."""
+        """Return the tokens and token positions of all processes since the last log."""
         mine = torch.tensor([self.counter.tokens, self.counter.places], device=self.args.device)
         found: list[int] = self.accelerator.reduce(mine, reduction="sum").tolist()
         return found
 
     def _window_state(self) -> dict[str, object]:
-        """Return what was summed since the last log, so that a resumed run logs the same loss."""
+        """Return the sums since the last log, so that a resumed run logs the same loss."""
         tokens, places = self._counts()
         loss = self.accelerator.reduce(self._tr_loss.clone(), reduction="mean").item()
         return {
@@ -314,7 +315,7 @@ class Engine(SavedStates):
         self.counter.total_tokens = state["tokens"]
         self._tr_loss += window["loss"]
         self._globalstep_last_logged = window["from_step"]
-        # The sums are of all processes; one of them carries them on.
+        # The sums include all processes, so only one of them restores them.
         if self.is_world_process_zero():
             self.counter.count(window["tokens"], window["places"])
             self.restore_aux_window(window.get("aux", [0, 0]))
@@ -323,11 +324,11 @@ class Engine(SavedStates):
 # ruff: noqa: ARG002
 # transformers calls each of these with all of its arguments, whether they are needed or not.
 class RunCallback(TrainerCallback):  # type: ignore[misc]  # transformers' types are not followed
-    """Write each log, draw progress, and stop the engine when asked.
+    """Write each log, draw progress, and stop the engine when a signal asks for it.
 
     Args:
-        engine: which calls it.
-        view: the bar.
+        engine: the engine that calls it.
+        view: the progress bar.
         ready: called with the engine when it is ready for its first step.
     """
 
@@ -338,7 +339,7 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]  # transformers' types
         self.stopping = False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Restore the sums of the session before, and run the evaluation that it missed."""
+        """Restore the sums of the previous session, and run the evaluation that it missed."""
         engine, session = self.engine, self.engine.session
         if session.point is not None:
             apply_config(engine, session.config, session.restored.get("identity", {}))
@@ -350,11 +351,11 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]  # transformers' types
             engine.evaluate_missed()
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Wait for the hashes of the optimizer's state, which its step will change."""
+        """Wait until the optimizer's state is hashed, since the step changes it."""
         self.engine.hashes.settle()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Move the bar, and save a checkpoint when any process was asked to stop."""
+        """Update the bar, and save a checkpoint if any process was asked to stop."""
         self.view.step(state.global_step)
         if state.global_step >= state.max_steps:
             control.should_log = True
@@ -369,12 +370,12 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]  # transformers' types
             self.view.evaluating()
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Leave training once the checkpoint of a stop is in place."""
+        """Stop training after the checkpoint of a stop is written."""
         if self.stopping:
             raise self.engine.stopped()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-        """Write the log as one line, on the first process alone."""
+        """Write the log as one line, on the first process only."""
         if "loss" in logs:
             line = {"step": state.global_step} | {k: logs[k] for k in TRAIN_KEYS if k in logs}
             self.view.figures(state.global_step, line)

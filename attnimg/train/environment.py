@@ -1,7 +1,7 @@
-"""Refuse environment variables that break a run or contradict its config, and silence libraries.
+"""Raise for environment variables that break a run or contradict its config; silence libraries.
 
-accelerate and transformers take settings from variables, which `accelerate launch` exports, where
-their caller passes none. A variable that says what the config says is fine.
+accelerate and transformers read settings from environment variables, which `accelerate launch`
+exports, if their caller passes none. A variable that agrees with the config is allowed.
 
 Source: accelerate 1.15.0 (utils/launch.py, accelerator.py, state.py, utils/dataclasses.py),
 transformers 5.22.2 (training_args.py, distributed/fsdp.py), torch 2.13 (_dynamo/config.py,
@@ -34,7 +34,7 @@ _PRECISIONS = {"bfloat16": "bf16", "float16": "fp16"}
 
 _LEVELS = logging.getLevelNamesMapping()
 
-# Frames from where an error is raised in which a library may read the variable.
+# Number of innermost stack frames of an error in which a library may have read the variable.
 _NEAR = 3
 
 _OWN = str(Path(__file__).parents[1])
@@ -51,7 +51,7 @@ def _is_count(text: str) -> bool:
 
 
 def _are_threads(text: str) -> bool:
-    """OpenMP takes a list, for nested parallel regions, too."""
+    """Return whether text is a number of threads, or OpenMP's list for nested parallel regions."""
     return all(_is_count(part) and part.strip("0 ") for part in text.split(","))
 
 
@@ -63,8 +63,8 @@ def _is_number(text: str) -> bool:
     return True
 
 
-# Variables that a library reads as something else than text, and raises on other text: the names,
-# what is needed, and its test.
+# Variables that a library parses, and that raise an error if it can't: the names, the needed value,
+# and its test.
 _READABLE: tuple[tuple[tuple[str, ...], str, Callable[[str], bool]], ...] = (
     (
         ("ACCELERATE_CPU_AFFINITY", "ACCELERATE_DEBUG_MODE", "ACCELERATE_ENABLE_RICH",
@@ -105,10 +105,10 @@ _READABLE: tuple[tuple[tuple[str, ...], str, Callable[[str], bool]], ...] = (
 
 
 def require_readable(environ: Mapping[str, str]) -> None:
-    """Raise unless libraries can read the variables that they take numbers and choices from.
+    """Raise unless libraries can parse the variables that they read numbers and choices from.
 
     Raises:
-        AttnimgError: code bad-environment; an empty value counts, too.
+        AttnimgError: code bad-environment, also for an empty value.
     """
     found = [
         (name, environ[name], needed)
@@ -127,7 +127,7 @@ def require_readable(environ: Mapping[str, str]) -> None:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Run:
-    """What decides which values agree with a run: its config, its problem, and whether on a CPU."""
+    """The facts that decide which values agree with a run: config, problem, and CPU or GPU."""
 
     config: Config
     problem: Problem
@@ -135,7 +135,7 @@ class _Run:
 
     @property
     def fsdp(self) -> dict[str, object] | None:
-        """fsdp_config without the prefix of its keys; None where the run does not use FSDP."""
+        """Return fsdp_config without the prefix of its keys; None if the run does not use FSDP."""
         if not (self.config.fsdp or self.config.fsdp_config):
             return None
         given = self.config.fsdp_config or {}
@@ -147,7 +147,7 @@ def _flag(value: object) -> frozenset[str]:
 
 
 def _precisions(run: _Run) -> frozenset[str]:
-    """Return "no", which `accelerate launch` exports by default, and what the run casts to."""
+    """Return "no", which `accelerate launch` exports by default, and the run's autocast dtype."""
     casts = run.problem.autocast or run.config.deepspeed
     return frozenset({"no", *([_PRECISIONS.get(run.problem.dtype, "no")] if casts else [])})
 
@@ -158,7 +158,7 @@ def _compilers(run: _Run) -> frozenset[str]:
 
 
 def _compile_flag(run: _Run) -> frozenset[str]:
-    """Without torch.compile, any flag that can be read has no effect."""
+    """Return the flags that agree; without torch.compile, all do, since they have no effect."""
     return _FALSE if run.problem.compiled else _TRUE | _FALSE
 
 
@@ -220,7 +220,7 @@ def require_agreement(
 
     Args:
         environ: os.environ.
-        config: the run's.
+        config: the run's config.
         problem: what attention has to do in the run: precision, torch.compile.
         cpu: whether the run is on a CPU.
 
@@ -244,7 +244,7 @@ def require_agreement(
 
 
 def _or(fine: Collection[str | None]) -> str:
-    """Return the values that agree, for a message; of a flag, one is enough."""
+    """Return the values that agree, for a message; for a flag, only one of them."""
     if set(fine) == _FALSE:
         return " or false"
     if set(fine) == _TRUE:
@@ -256,8 +256,8 @@ def _or(fine: Collection[str | None]) -> str:
 def as_bad_environment(error: Exception, environ: Mapping[str, str]) -> AttnimgError | None:
     """Return the AttnimgError for an error of a library that read a variable; None for any other.
 
-    A ValueError whose message names the variable counts, and any error raised by a line of a
-    library that reads it.
+    These are ValueErrors whose message names the variable, and errors raised by a line of a library
+    that reads it.
     """
     texts = [str(error)] if isinstance(error, ValueError) else []
     for frame in traceback.extract_tb(error.__traceback__)[-_NEAR:]:
@@ -284,35 +284,36 @@ def _source(frame: traceback.FrameSummary) -> str:
 
 
 def silence_libraries() -> None:
-    """Turn off the progress bars, notes and telemetry of libraries; errors are still printed.
+    """Turn off the progress bars, warnings and telemetry of libraries; errors are still printed.
 
-    Call it before transformers is imported: the hub client reads its switches at import.
+    Call it before transformers is imported: the hub client reads its settings at import.
     """
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    # transformers would report to a Kubeflow server whatever report_to says.
+    # transformers would report to a Kubeflow server regardless of report_to.
     # Source: transformers 5.22.2, training_args.py, is_kubeflow_available (2026-11-27).
     os.environ["DISABLE_KUBEFLOW_INTEGRATION"] = "TRUE"
     # loss.png is drawn without a window; matplotlib raises on a backend that it does not know.
     os.environ["MPLBACKEND"] = "agg"
-    # It would warn that the kernel is missing that _import_bitsandbytes_alone keeps it from.
+    # It would warn about the missing kernel, which _import_bitsandbytes_alone prevents it from
+    # fetching.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     _import_bitsandbytes_alone()
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    # What they warn of is either refused by name before the run or said by the plan.
+    # What they warn about is either checked before the run or reported in the plan.
     for name in ("accelerate", "torch.distributed", "kernels", "trl", "peft"):
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def _import_bitsandbytes_alone() -> None:
-    """Import bitsandbytes without the hub kernel it would fetch, and run, at import.
+    """Import bitsandbytes without the hub kernel that it would download and run at import.
 
-    On a CPU with avx512_bf16 it asks the hub for kernels-community/quantization-bitsandbytes, which
-    also computes in bfloat16 whatever the run's precision; without it, it uses its own code.
+    On a CPU with avx512_bf16 it downloads kernels-community/quantization-bitsandbytes, which also
+    computes in bfloat16 in a run of any precision; without it, bitsandbytes uses its own code.
     Source: bitsandbytes 0.50.2, backends/cpu/ops.py, has_avx512bf16 (2026-11-21).
     """
     if find_spec("bitsandbytes") is None or "bitsandbytes" in sys.modules:
@@ -320,7 +321,7 @@ def _import_bitsandbytes_alone() -> None:
     kernels = sys.modules.get("kernels")
     sys.modules["kernels"] = None  # type: ignore[assignment]  # None makes its import fail
     try:
-        import bitsandbytes  # noqa: F401  imported for its registrations alone
+        import bitsandbytes  # noqa: F401  imported only for what it registers
     finally:
         del sys.modules["kernels"]
         if kernels is not None:

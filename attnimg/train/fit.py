@@ -59,13 +59,13 @@ if TYPE_CHECKING:
     from attnimg.train.data.documents import Documents
     from attnimg.train.loss import LossCheck
 
-# How model configs count experts, of which a batch may use only some.
+# Keys of model configs with the number of experts, of which a batch may use only some.
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Session:
-    """What one session of a run works with.
+    """The config, model, rows and state of one session of a run.
 
     Attributes:
         config: the validated run.
@@ -74,11 +74,11 @@ class Session:
         tokenizer: as `load_tokenizer` returns it.
         run: the results of the steps before training.
         resume: where the run resumes; None for a new run in an empty folder.
-        stop: whether someone asked to stop.
-        console: where progress goes, stderr's.
+        stop: whether a stop was requested.
+        console: the console for progress, on stderr.
         train: rows to train on.
-        evaluation: rows to evaluate on; None without.
-        schedule: the run counted in steps.
+        evaluation: rows to evaluate on; None without evaluation.
+        schedule: the optimizer steps of the run.
         restored: the run's own state in the checkpoint that it resumes from; empty for a new run.
         identity: what determines the run's result (identity.py); saved with each checkpoint.
         attention_check: judges attention calls of training steps.
@@ -129,16 +129,16 @@ def fit(
         model: as `load_model` returns it.
         tokenizer: as `load_tokenizer` returns it.
         documents: training and validation documents, tokenized.
-        run: the results of the steps before.
+        run: the results of the steps before training.
         resume: as `check_inputs` returns it; None for a new run in an empty folder.
-        stop: whether someone asked to stop, from `stop_signals`.
-        console: where progress goes, stderr's.
+        stop: whether a stop was requested, from `stop_signals`.
+        console: the console for progress, on stderr.
         attention_check: judges attention calls of training steps.
 
     Raises:
         AttnimgError: the run failed (exit code 1): disk full, out of memory, loss not finite,
             attention kernel wrong; or another run trains in output_dir (output-dir-busy).
-        Stopped: someone asked to stop; a checkpoint is written.
+        Stopped: a stop was requested; a checkpoint is written.
     """
     silence_libraries()
     join(cpu=run.machine.arch.vendor == "cpu", timeout_s=config.ddp_timeout)
@@ -254,7 +254,7 @@ def _write_end(folder: Path, receipt: Mapping[str, object], *, error: BaseExcept
     shown: dict[str, object] = {"code": type(error).__name__, "what": str(error)}
     if isinstance(error, AttnimgError):
         shown = {"code": error.code, "what": error.what, "why": error.why, "do": error.do}
-    # The error on its way to the user matters more than its copy on a full disk.
+    # The error being raised matters more than a failure to write it to a full disk.
     with suppress(AttnimgError):
         write_receipt(folder, {**receipt, "error": shown}, status=status)
 
@@ -285,7 +285,7 @@ def _train(session: Session, receipt: dict[str, object]) -> FitResult:
         title = Path(str(config.base_model)).name
         picture = metrics.draw_loss(session.folder, title=title, subtitle=subtitle)
         files += [path for path in (picture, session.folder / metrics.FILE) if path]
-    # All is written: a signal from here on has nothing left to save.
+    # Everything is written: a later signal has nothing to save.
     session.stop.training = False
     lines = metrics.read(session.folder)
 
@@ -309,8 +309,8 @@ def build_engine(session: Session, view: ProgressView, ready: Callable[[Any], No
     """Build the engine, without transformers' own printing.
 
     Args:
-        session: what it works with.
-        view: the bar.
+        session: config, model, rows and state of the run.
+        view: the progress bar.
         ready: called with the engine when it is ready for its first step.
     """
     from transformers import EarlyStoppingCallback, PrinterCallback
@@ -344,7 +344,7 @@ def build_engine(session: Session, view: ProgressView, ready: Callable[[Any], No
 
 
 def _require_context(engine: Any, context: RunContext, *, deepspeed: bool) -> None:
-    """Raise unless the engine calls the model as it was proven: accelerate also reads variables.
+    """Raise unless the engine calls the model as in its proof: accelerate also reads variables.
 
     Raises:
         AttnimgError: autocast or torch.compile differ (code context-differs, exit code 1).
@@ -398,7 +398,7 @@ def _run_engine(engine: Any, session: Session) -> list[str]:
 
     total, point = session.schedule.total_steps, session.point
     if session.is_done and session.resume:
-        # transformers would train one step more than asked: only the model is missing.
+        # transformers would train one step too many; only the model has to be loaded.
         engine._load_from_checkpoint(str(point))
         engine.state.global_step = session.resume.step
         engine.counter.total_tokens = int(session.restored.get("tokens", 0))

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from attnimg.train.data.documents import SourceFigures
     from attnimg.train.receipt import RunFacts
 
-# Compared by value: another value trains another model.
+# Compared by value: a different value results in a different model.
 BY_VALUE = frozenset(
     {
         "model_type", "tokenizer_type", "special_tokens", "tokens", "scaling_softmax",
@@ -82,13 +82,13 @@ def identity_of(
     rows: object,
     tokens: object,
 ) -> dict[str, Any]:
-    """Return the identity of a run, as its checkpoints have it.
+    """Return the identity of a run, as it is saved in checkpoints.
 
     Args:
         config: the validated run.
-        run: for its attention, kernels and precision.
+        run: has the attention, kernels and precision.
         tokenizer: as `load_tokenizer` returns it.
-        figures: of the documents.
+        figures: statistics of the sources.
         rows: number of training rows, packed where the run packs.
         tokens: number of tokens in them.
     """
@@ -171,9 +171,9 @@ def data_of(
 
 
 def _dated(config: Config, spec: DatasetSpec, key: str, tokenizer: Any) -> str | None:
-    """Return a hash of what writes a source where it writes the date, as Llama 3.2's template.
+    """Return a hash of template and tokenizer where the template writes the current date.
 
-    None where the tokens of the same records are the same on any day.
+    Llama 3.2's does. None where the same records have the same tokens on any day.
     """
     from attnimg.train.data.chat_templates import choose_chat_template
 

@@ -1,6 +1,6 @@
-"""Check that the files of a checkpoint are as they were written, and find the newest whole one.
+"""Check that the files of checkpoints are unchanged since they were written; find an intact one.
 
-With a manifest, each file is compared with its size and SHA-256 there. A checkpoint without one, as
+With a manifest, each file is compared with its size and SHA-256 in it. A checkpoint without one, as
 transformers' Trainer writes it, must at least be readable without running code.
 """
 
@@ -30,14 +30,15 @@ from attnimg.train.pickled_weights import require_safetensors
 
 _KEY = "resume_from_checkpoint"
 
-# A sharded checkpoint of a thousand processes has some ten thousand files of 150 bytes each.
+# Limit of a manifest's size: a sharded checkpoint of a thousand processes has about ten thousand
+# files, which take 150 bytes each.
 _MAX_BYTES = 16 * 2**20
 
 # Names that only a checkpoint with a manifest has: states that saved_states.py wrote.
 _OURS = ("optimizer.json", "scheduler.json", "rng_state*.json")
 
-# Files that transformers, PEFT, accelerate or DeepSpeed would load where a checkpoint has them. Any
-# other file that someone added is not read, and does no harm.
+# Files that transformers, PEFT, accelerate or DeepSpeed load if a checkpoint has them. Any other
+# added file is not read, and does no harm.
 # Source: transformers 5.22.2, trainer.py, _load_from_checkpoint and _load_optimizer_and_scheduler;
 # accelerate 1.15, utils/fsdp_utils.py (2026-11-27).
 _LOADED = re.compile(
@@ -60,7 +61,7 @@ def damages_of(checkpoint: Path) -> list[str]:
 
 
 def newest_whole(found: list[Path]) -> tuple[Path | None, dict[Path, list[str]]]:
-    """Return the newest whole checkpoint, and the newer ones with what is wrong with each.
+    """Return the newest intact checkpoint, and the newer ones with what is wrong with each.
 
     Args:
         found: checkpoints, lowest step first.
@@ -75,7 +76,7 @@ def newest_whole(found: list[Path]) -> tuple[Path | None, dict[Path, list[str]]]
 
 
 def notes_on(checkpoint: Path, damaged: dict[Path, list[str]]) -> tuple[str, ...]:
-    """Return lines for the user on a whole checkpoint, and on newer ones that are damaged."""
+    """Return lines for the user on an intact checkpoint, and on newer ones that are damaged."""
     notes = [
         f"warning: {path.name} is damaged ({wrong[0]}"
         + (f", and {len(wrong) - 1} more" if len(wrong) > 1 else "")
@@ -95,12 +96,12 @@ def notes_on(checkpoint: Path, damaged: dict[Path, list[str]]) -> tuple[str, ...
 
 
 def damaged(checkpoint: Path, wrong: list[str], *, output_dir: Path) -> AttnimgError:
-    """Return the error on a damaged checkpoint, which names the newest whole one beside it.
+    """Return the error for a damaged checkpoint; it names the newest intact one in the folder.
 
     Args:
         checkpoint: the damaged one.
         wrong: what is wrong with it.
-        output_dir: of the run.
+        output_dir: the run's.
     """
     others = [path for path in checkpoints(checkpoint.parent) if path.name != checkpoint.name]
     newest = None
@@ -126,14 +127,14 @@ def damaged(checkpoint: Path, wrong: list[str], *, output_dir: Path) -> AttnimgE
 
 
 def has_manifest(checkpoint: Path) -> bool:
-    """Return whether a checkpoint has a manifest, or files that are only written with one."""
+    """Return whether a checkpoint has a manifest, or files that only occur with one."""
     return os.path.lexists(checkpoint / FILE) or any(
         next(checkpoint.glob(name), None) for name in _OURS
     )
 
 
 def hash_of(checkpoint: Path) -> str | None:
-    """Return the hash in a whole checkpoint's manifest, which is of all files; None without one."""
+    """Return the hash of an intact checkpoint, from its manifest; None without one."""
     if not has_manifest(checkpoint):
         return None
     found: str = _read(checkpoint / FILE)["sha256"]
@@ -141,11 +142,11 @@ def hash_of(checkpoint: Path) -> str | None:
 
 
 def manifest_damages(checkpoint: Path, *, step: int) -> list[str]:
-    """Return what is wrong with the files of a checkpoint; empty where all are as written.
+    """Return what is wrong with the files of a checkpoint; empty if all are unchanged.
 
     Args:
         checkpoint: a folder for which `has_manifest` is true.
-        step: the one in the folder's name.
+        step: the step in the folder's name.
 
     Returns:
         One text for each damage, with what was found and needed, such as
@@ -199,9 +200,9 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _damage(path: Path, needed: Mapping[str, Any]) -> str | None:
-    """Return what is wrong with a file; None where it is as it was written."""
+    """Return what is wrong with a file; None if it is unchanged."""
     try:
-        # O_NONBLOCK: opening a pipe would wait for its writer.
+        # O_NONBLOCK, since opening a pipe would otherwise wait for a writer.
         handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         with os.fdopen(handle, "rb", buffering=0) as file:
             about = os.fstat(file.fileno())
@@ -220,14 +221,14 @@ def _damage(path: Path, needed: Mapping[str, Any]) -> str | None:
 
 
 def _added(checkpoint: Path, files: Mapping[str, Any]) -> list[str]:
-    """Return the files that are not in a manifest and that loading the checkpoint would read."""
+    """Return the files that are not in a manifest, but would be loaded with the checkpoint."""
     names = (path.relative_to(checkpoint).as_posix() for path in checkpoint.rglob("*"))
     return sorted(
         name for name in names if name not in files and _LOADED.fullmatch(name.rpartition("/")[2])
     )
 
 
-# Pickles that transformers and accelerate read, by torch.load(weights_only=True).
+# Pickles that transformers and accelerate read with torch.load(weights_only=True).
 _PICKLES = re.compile(r".*\.(pt|pth)|optimizer(_\d+)?\.bin|pytorch_model_fsdp(_\d+)?\.bin")
 
 _MAX_JSON = 256 * 2**20
@@ -325,7 +326,7 @@ def _json(path: Path) -> dict[str, Any] | None:
 
 
 def _shards(checkpoint: Path) -> list[str]:
-    """Return the shards that an index names and that are not there."""
+    """Return the missing shards of an index."""
     if not (checkpoint / WEIGHT_INDEX).exists():
         return []
     try:
@@ -344,7 +345,7 @@ def _states(checkpoint: Path) -> list[str]:
 
 
 def _pickle(path: Path) -> str | None:
-    """Return what is wrong with a file of torch.save, whose pickle is parsed but not run."""
+    """Return what is wrong with a file of torch.save; its pickle is parsed, but not run."""
     import torch
     from transformers.trainer_pt_utils import safe_globals
 

@@ -1,4 +1,4 @@
-"""Put a LoRA adapter on a model: resolve its targets, refuse those that would not train or merge.
+"""Add a LoRA adapter to a model: resolve its targets, raise for those that can't train or merge.
 
 PEFT matches an entry of a list with the end of a module's full name, and a string as a regular
 expression with the whole name.
@@ -19,9 +19,9 @@ from attnimg.train.base_model import freeze_towers
 
 ALL_LINEAR = "all-linear"
 
-# Linear layers of transformers that return something else than a linear layer does: PEFT's wrapper
-# raises on it. Source: transformers 5.22.2, modeling_llama4.py:140, modeling_phimoe.py:462,
-# modeling_deepseek_v4.py:300 (2026-11-27).
+# Linear layers of transformers whose forward does not return a linear layer's result, so that
+# PEFT's wrapper raises on them. Source: transformers 5.22.2, modeling_llama4.py:140,
+# modeling_phimoe.py:462, modeling_deepseek_v4.py:300 (2026-11-27).
 _OTHER_LINEAR = frozenset({"Llama4Router", "PhimoeTopKRouter", "DeepseekV4GroupedLinear"})
 
 
@@ -58,9 +58,9 @@ def add_adapter(model: Any, config: Config) -> Any:
     fitting = find_fitting(model, config)
     try:
         with warnings.catch_warnings():
-            # PEFT warns where no target is in an excluded module, which is no fault.
+            # PEFT warns if no target is in an excluded module, which is fine.
             warnings.filterwarnings("ignore", message="You have passed exclude_modules")
-            # PEFT has applied them: it looks for the experts' parameters among the modules.
+            # A false alarm: PEFT searches for the experts' parameters among the modules.
             warnings.filterwarnings("ignore", message=r"The following \w+_pattern keys")
             return get_peft_model(model, lora)
     except (TypeError, ValueError) as error:
@@ -73,7 +73,7 @@ def add_adapter(model: Any, config: Config) -> Any:
 
 
 def _reason(error: Exception) -> str:
-    """Return PEFT's message in one line, without the printed module."""
+    """Return PEFT's message in one line, without the module's repr."""
     found = re.match(r"Target module (\w+)\(.* is not supported", str(error), re.DOTALL)
     if found is None:
         return str(error).splitlines()[0]
@@ -127,7 +127,7 @@ def _asks_for_experts(config: Config) -> bool:
 
 
 def resolve_targets(model: Any, config: Config) -> list[str] | str:
-    """Return the config's targets as PEFT takes them: names, a regular expression or all-linear.
+    """Return the config's targets in PEFT's form: names, a regular expression or all-linear.
 
     Raises:
         AttnimgError: a target matches no module, or an adapter on it could not be trained or merged
@@ -175,7 +175,7 @@ def adaptable(model: Any, *, linear: bool = False) -> list[str]:
 
     Args:
         model: a transformers model.
-        linear: leave out embeddings, as all-linear does.
+        linear: whether to leave out embeddings, as all-linear does.
     """
     import torch
     from transformers.pytorch_utils import Conv1D
@@ -214,7 +214,7 @@ def _names_before(model: Any) -> dict[str, list[str]]:
 
 
 def _refuse_embeddings(model: Any, found: set[str], config: Config) -> None:
-    """Raise where an adapter would be put on the output layer, or on an embedding tied to it."""
+    """Raise if the output layer, or an embedding tied to it, would get an adapter."""
     names, tied = embeddings(model)
     saved = config.lora_modules_to_save or []
     asked = [
@@ -278,7 +278,7 @@ def embeddings(model: Any) -> tuple[list[str], bool]:
 
 
 def _no_match(pattern: str, model: Any) -> AttnimgError:
-    """Build the error for a string that matches no module; it is often meant as a name."""
+    """Build the error for a pattern that matches no module; users often mean it as a name."""
     names = adaptable(model)
     leaves = sorted({last_part(name) for name in names})
     parts = [part.strip() for part in pattern.split(",")]
@@ -309,9 +309,9 @@ def _unknown_names(
     """Build the error for names that no module has, with the nearest existing names.
 
     Args:
-        key: of the config.
+        key: the config key.
         missing: names that no module has.
-        names: of the modules.
+        names: names of the modules.
         kept: the value of the key.
         fused: names of experts' parameters -> the names that PEFT takes for them.
     """
@@ -346,8 +346,8 @@ class Fitting:
     Attributes:
         linear: names of all linear layers except the output layer.
         named: names of the layers that an adapter can be put on, in and below the run's targets.
-        whole: targets that only lora_modules_to_save can train, such as norms: modules with weights
-            but without such a layer.
+        whole: targets that can only be trained by lora_modules_to_save, such as norms: modules with
+            weights, but without a layer in `named`.
     """
 
     linear: list[str]
@@ -381,9 +381,9 @@ def advice_on(fitting: Fitting, config: Config, error: Exception) -> str:
     utils/transformers_weight_conversion.py, _convert_peft_config_moe (2026-11-27).
 
     Args:
-        fitting: of the model before PEFT changed it.
+        fitting: the layers of the model before PEFT changed it.
         config: the validated run.
-        error: what PEFT raised.
+        error: the error that PEFT raised.
     """
     said, targets = str(error), config.lora_target_modules
     linear, whole = fitting.linear, list[str]()

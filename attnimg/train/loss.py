@@ -1,7 +1,7 @@
 """Compute the loss of a training step, and bound the difference of two such losses.
 
-TRL's chunked head computes it, or the same is computed from the model's own logits; own_loss.py
-compares it with the model's own loss.
+It is computed by TRL's chunked head, or from the model's own logits; own_loss.py compares it with
+the model's own loss.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Objective(SFTTrainer):  # type: ignore[misc]  # TRL's types are not follow
     """The part of the engine that computes the loss.
 
     Args:
-        options: what SFTTrainer takes.
+        options: arguments of SFTTrainer.
 
     Attributes:
         own_head: whether the loss is computed from the model's own logits, not by TRL's head.
@@ -41,8 +41,8 @@ class Objective(SFTTrainer):  # type: ignore[misc]  # TRL's types are not follow
         if asked is not None:
             config.output_router_logits = asked
         self.aux_loss_enabled = False
-        # transformers counts a step's trained tokens as the class's own loss would; ours is
-        # divided by the step's count of shifted labels whatever the class is.
+        # transformers counts a step's trained tokens as the model class's own loss does; the loss
+        # here is always divided by the number of shifted labels in the step.
         self.model_accepts_loss_kwargs = self._loss_shifts_labels = True
         self._nll = torch.zeros(())
         # Sum of the auxiliary losses since the last log, and number of batches.
@@ -86,7 +86,7 @@ class Objective(SFTTrainer):  # type: ignore[misc]  # TRL's types are not follow
         self._nll = nll.detach()
         if aux is None:
             return nll
-        # Several processes have equally many batches: some may have no document.
+        # All processes have the same number of batches, so some batches may have no document.
         held = (labels != NO_LOSS).any().float()
         if not self.model.training:
             found = self.accelerator.gather(torch.stack([aux.detach().float(), held])[None])
@@ -135,7 +135,7 @@ def _coefficient(model: Any) -> float:
     return next((float(value) for value in found if value is not None), 0.0)
 
 
-# Tokens whose float32 log-probabilities are held at once.
+# Tokens whose float32 log-probabilities are in memory at once.
 CHUNK = 1024
 
 

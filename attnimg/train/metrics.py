@@ -1,4 +1,4 @@
-"""Count, log, show and draw the figures of a run: metrics.jsonl, the progress bar, loss.png.
+"""Write the metrics of a run: metrics.jsonl, the progress bar, loss.png.
 
 Each line of metrics.jsonl is on the disk before the next step begins.
 """
@@ -24,7 +24,7 @@ PICTURE_FILE = "loss.png"
 
 
 def append(folder: Path, line: Mapping[str, object]) -> None:
-    """Add one line. A single write to a file opened for appending can't be torn by a kill.
+    """Append one line. A single write to a file opened for appending can't be cut off by a kill.
 
     Raises:
         AttnimgError: the disk is full (disk-full).
@@ -41,7 +41,7 @@ def append(folder: Path, line: Mapping[str, object]) -> None:
 
 
 def read(folder: Path) -> list[dict[str, float]]:
-    """Read all whole lines; a last line that a full disk tore is left out."""
+    """Read all complete lines; a last line that a full disk cut off is left out."""
     path = folder / FILE
     lines = []
     for text in path.read_text().splitlines() if path.is_file() else ():
@@ -57,7 +57,7 @@ def cut_after(folder: Path, step: int, *, evaluate_again: bool) -> int:
 
     Args:
         folder: output_dir.
-        step: of the checkpoint; lines past it go.
+        step: the checkpoint's step; later lines are removed.
         evaluate_again: whether the evaluation at `step` itself is repeated.
     """
     lines = read(folder)
@@ -79,8 +79,8 @@ class TokenCounter:
     Attributes:
         total_tokens: real tokens trained on, earlier sessions included.
         tokens: real tokens since the last log.
-        places: token places computed or paid for since the last log.
-        since: when this window began, on the monotonic clock, pauses taken out.
+        places: token positions since the last log, padding included.
+        since: start of this window on the monotonic clock, moved forward by pauses.
         started: when this session began.
     """
 
@@ -111,7 +111,7 @@ class TokenCounter:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Leave the time in the block, an evaluation or a save, out of tokens per second."""
+        """Exclude the time in the block, such as an evaluation, from tokens per second."""
         began = time.monotonic()
         try:
             yield
@@ -120,7 +120,7 @@ class TokenCounter:
 
 
 def memory_bytes() -> int:
-    """Return the most GPU memory that torch allocated; without a GPU, this process's memory."""
+    """Return torch's peak of allocated GPU memory; without a GPU, this process's memory."""
     import psutil
     import torch
 
@@ -129,7 +129,7 @@ def memory_bytes() -> int:
     return int(psutil.Process().memory_info().rss)
 
 
-# Where no bar can be drawn, a line a second is enough to see that the run lives.
+# Where no bar can be drawn, progress is printed at most this often.
 SECONDS_BETWEEN_LINES = 1.0
 
 
@@ -157,7 +157,7 @@ class ProgressView:
         self._task = self._bar.add_task("training", total=total, figures="")
 
     def begin(self, step: int) -> None:
-        """Start drawing at `step`, from which a resumed run continues."""
+        """Start drawing at `step`, which is above 0 in a resumed run."""
         self._bar.update(self._task, completed=step)
         self._bar.start()
 
@@ -170,7 +170,7 @@ class ProgressView:
         self._bar.update(self._task, description="evaluating")
 
     def figures(self, step: int, line: Mapping[str, float]) -> None:
-        """Show a training log.
+        """Draw the values of a training log.
 
         Args:
             step: optimizer steps done.
@@ -188,7 +188,7 @@ class ProgressView:
             self._print(step, figures)
 
     def evaluated(self, step: int, loss: float) -> None:
-        """Show an evaluation's loss; it stays on the screen."""
+        """Print an evaluation's loss above the bar."""
         if self.visible:
             self._print(step, f"eval loss {loss:.4f}")
 
@@ -205,7 +205,7 @@ def print_line(console: Console, text: str) -> None:
     console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
-# Colours that stay apart in print and for colour-blind eyes (Okabe and Ito, 2008).
+# Colours that are distinct in print and for colour-blind readers (Okabe and Ito, 2008).
 TRAIN, EVALUATION = "#0072B2", "#D55E00"
 
 
@@ -215,10 +215,10 @@ def draw_loss(folder: Path, *, title: str, subtitle: str) -> Path | None:
     Args:
         folder: output_dir.
         title: the model.
-        subtitle: the attention backend and what else tells two plots apart.
+        subtitle: the attention backend and other settings that distinguish two plots.
 
     Returns:
-        The picture; None when nothing was logged.
+        The path of the image; None when nothing was logged.
 
     Raises:
         AttnimgError: the disk is full (disk-full).
@@ -231,7 +231,7 @@ def draw_loss(folder: Path, *, title: str, subtitle: str) -> Path | None:
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    # A bare Figure draws without pyplot, so no display and no global state are touched.
+    # A Figure made without pyplot needs no display and changes no global state.
     figure = Figure(figsize=(8, 4.5), dpi=150, layout="constrained")
     axes = figure.add_subplot()
     steps, losses = zip(*train, strict=True)
@@ -239,7 +239,7 @@ def draw_loss(folder: Path, *, title: str, subtitle: str) -> Path | None:
     axes.plot(steps, losses, color=TRAIN, alpha=0.25 if many else 1, linewidth=1,
               marker="" if many else ".", label=None if many else "training")  # fmt: skip
     if many:
-        # Over a tenth or so of a short run, over fifty lines of a long one.
+        # The mean is over about a tenth of a short run, and over about fifty lines of a long one.
         weight = min(0.98, max(0.0, 1 - 10 / len(losses)))
         axes.plot(steps, smooth(losses, weight=weight), color=TRAIN, linewidth=1.8,
                   label="training, smoothed")  # fmt: skip
@@ -262,11 +262,11 @@ def draw_loss(folder: Path, *, title: str, subtitle: str) -> Path | None:
 
 
 def smooth(values: Sequence[float], *, weight: float) -> list[float]:
-    """Return the mean of two running means, one from each end, so that neither shift shows.
+    """Return the mean of two running means, one from each end, so that their lags cancel.
 
     Args:
-        values: one a logged step.
-        weight: of the mean so far, against the next value: 0 smooths nothing.
+        values: one value per logged step.
+        weight: weight of the mean so far against the next value; 0 for no smoothing.
     """
     forwards = _running_mean(values, weight=weight)
     backwards = _running_mean(values[::-1], weight=weight)[::-1]
@@ -274,7 +274,7 @@ def smooth(values: Sequence[float], *, weight: float) -> list[float]:
 
 
 def _running_mean(values: Sequence[float], *, weight: float) -> list[float]:
-    """Return the exponential running mean; its first values are not drawn towards zero."""
+    """Return the exponential running mean, with bias correction of the first values."""
     smoothed, mean, mass = [], 0.0, 0.0
     for value in values:
         mean = weight * mean + (1 - weight) * value

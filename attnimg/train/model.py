@@ -35,7 +35,7 @@ from attnimg.train.quantized import (
 if TYPE_CHECKING:
     import torch
 
-# What modules that hold embeddings are called across model types.
+# Names of modules with embeddings in the various model types.
 EMBEDDING_NAMES = (
     "embed_tokens", "lm_head", "embed_in", "embed_out", "word_embeddings", "embeddings", "wte",
 )  # fmt: skip
@@ -50,12 +50,12 @@ def load_model(
     needs_dtype_cast: bool,
     say: Callable[[str], None] | None = None,
 ) -> Any:
-    """Load the weights, cast them, and put the adapter on.
+    """Load the weights, cast them, and add the adapter.
 
     Args:
         config: the validated run.
-        tokenizer: as `load_tokenizer` returns it; the embeddings grow to hold its tokens.
-        implementation: transformers' name of the attention that was chosen.
+        tokenizer: as `load_tokenizer` returns it; the embeddings are resized to its tokens.
+        implementation: transformers' name of the selected attention.
         context: how the run calls the model; decides the precision of the weights.
         needs_dtype_cast: whether the backend takes q, k, v in that precision only.
         say: prints a line for the user, such as which weights are not loaded.
@@ -71,7 +71,7 @@ def load_model(
 
     if config.adapter and (shape := load_without_weights(config)) is not None:
         add_adapter(shape, config)
-    # New embeddings and LoRA matrices are random: the seed makes two runs start alike.
+    # New embeddings and LoRA matrices are random: with the seed, two runs start with the same ones.
     set_seed(config.seed)
     model, loading = _from_pretrained(config, implementation=implementation, dtype=context.dtype)
     folder = _folder(config)
@@ -95,7 +95,8 @@ def load_model(
             + ("..." if len(unused) > 3 else "")
         )
     larger = len(tokenizer) > model.get_input_embeddings().weight.shape[0]
-    # Untrained rows are not added: without them saved, the adapter would not load again.
+    # Rows that are not trained are not added: as they are not saved, the adapter could not be
+    # loaded again.
     if larger and not (config.adapter and untrained_embeddings(model, config)):
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     freeze_towers(model)
@@ -111,8 +112,8 @@ def load_model_config(config: Config) -> Any:
         A transformers configuration.
 
     Raises:
-        AttnimgError: it can't be loaded (bad-model), or the class that the config names is not
-            there (bad-value) or no causal language model's (not-causal-lm).
+        AttnimgError: it can't be loaded (bad-model), or the class that the config names does not
+            exist (bad-value) or is not a causal language model (not-causal-lm).
     """
     import transformers
 
@@ -142,7 +143,7 @@ def load_without_weights(config: Config) -> Any:
 
 
 def _from_pretrained(config: Config, *, implementation: str, dtype: DType) -> tuple[Any, Any]:
-    """Load by name; return the model and transformers' report on missing weights."""
+    """Load the model with from_pretrained; return it and transformers' report on its weights."""
     import torch
 
     quantized = quantization(config, dtype=dtype)
@@ -200,7 +201,7 @@ def _loader(name: str) -> Any:
 
 
 def _device_map() -> dict[str, int | str]:
-    """Return the device that quantized weights are used on: they can't be moved later."""
+    """Return the device map for quantized weights, which can't be moved after loading."""
     import torch
 
     return {"": int(os.environ.get("LOCAL_RANK", "0")) if torch.cuda.is_available() else "cpu"}
@@ -208,7 +209,7 @@ def _device_map() -> dict[str, int | str]:
 
 @contextmanager
 def _loading(config: Config) -> Iterator[None]:
-    """Turn what transformers raises while loading into an AttnimgError."""
+    """Turn errors that transformers raises while loading into an AttnimgError."""
     from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
 
@@ -237,7 +238,7 @@ def _loading(config: Config) -> Iterator[None]:
 
 
 def _advice_on(config: Config, error: Exception) -> str:
-    """Return what to do. Only missing or damaged files call for another download.
+    """Return advice on an error; only missing or damaged files have to be downloaded again.
 
     Source: transformers 5.22.2, models/auto/auto_factory.py, configuration_auto.py and
     dynamic_module_utils.py, the errors they raise (2026-11-27)
@@ -262,18 +263,18 @@ def _advice_on(config: Config, error: Exception) -> str:
 
 
 def require_finite(model: Any, *, name: str, files: Iterable[Path]) -> None:
-    """Raise where a weight is NaN or infinite; the first process checks for all.
+    """Raise if a weight is NaN or infinite; the first process checks for all.
 
     Args:
-        model: as it was loaded, without an adapter.
-        name: what it was loaded from.
-        files: safetensors to read as well. Those of a model that was quantized while it was
-            loaded: bitsandbytes makes a finite number of a NaN.
+        model: the loaded model, without an adapter.
+        name: the folder or name that it was loaded from.
+        files: safetensors to check as well, for a model that was quantized while it was loaded:
+            bitsandbytes turns NaN into a finite number.
 
     Raises:
-        AttnimgError: code weights-not-finite, with the first such tensor and how many there are.
+        AttnimgError: code weights-not-finite, with the first such tensor and their number.
     """
-    # Where weights are sharded, other processes may hold memory that is not filled yet.
+    # Where weights are sharded, other processes may have memory that is not filled yet.
     if rank() != 0:
         return
     bad = [label for label, tensor in model.named_parameters() if not _is_finite(tensor.detach())]
@@ -314,8 +315,8 @@ def _is_finite(tensor: torch.Tensor) -> bool:
 def _loading_dtype(config: Config, dtype: DType) -> DType:
     """Return the precision that the weights are loaded in.
 
-    float16 has too few exponent bits for the weights of a full fine-tune: they stay float32, and
-    autocast computes in float16. Frozen weights under an adapter may be float16.
+    float16 has too few exponent bits for the weights of full fine-tuning: they stay float32, and
+    autocast computes in float16. The frozen weights of a model with an adapter may be float16.
     """
     if dtype == "float16" and not config.adapter:
         return "float32"
@@ -323,9 +324,9 @@ def _loading_dtype(config: Config, dtype: DType) -> DType:
 
 
 def _keeps_float32(config: Config, *, context: RunContext, needs_dtype_cast: bool) -> bool:
-    """Return whether embeddings and norms stay float32 beside bfloat16 weights.
+    """Return whether embeddings and norms stay float32 while other weights are bfloat16.
 
-    Without autocast a float32 norm would hand float32 to a bfloat16 layer.
+    Without autocast, a float32 norm would pass float32 values to a bfloat16 layer.
     """
     plain = not needs_dtype_cast and not config.adapter and not config.fsdp
     return context.autocast == "bfloat16" and plain

@@ -1,7 +1,7 @@
 """Check, read, hash and write the files of a model.
 
-check_model_files refuses a folder that can't be loaded, before anything heavy is imported.
-save_final writes the trained model, so that it loads as it was trained.
+check_model_files raises for a folder that can't be loaded, before anything heavy is imported.
+save_final writes the trained model with the config and dtypes that it needs to be loaded.
 """
 
 from __future__ import annotations
@@ -31,36 +31,37 @@ WEIGHT_INDEX = "model.safetensors.index.json"
 
 GET_WHOLE = "download the model again, whole, or point base_model at another folder"
 
-# What is raised where a file of JSON, or the JSON in a file, is not as it was written.
+# Errors that are raised for a damaged JSON file.
 UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
 
 # safetensors' names of the dtypes of weights that are not quantized -> torch's names.
 TORCH_NAMES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
-# Fields of config.json that describe other parts than the language model.
+# Keys of config.json that describe parts other than the language model.
 OTHER_PARTS = ("vision_config", "audio_config", "vq_config", "speech_config")
 
-# Endings of files that loaders read whole; the largest published one, a tokenizer.json, has 35 MiB.
+# Suffixes of files that loaders read into memory; the largest published one, a tokenizer.json, has
+# 35 MiB.
 _READ_WHOLE = frozenset({".json", ".jinja", ".model", ".txt", ".py", ".tiktoken"})
 
 _LARGEST_BYTES = 256 << 20
 
-# Endings of files that loaders read; a folder of such a name is refused.
+# Suffixes of files that loaders read; a folder with such a name is an error.
 _READ = _READ_WHOLE | {".safetensors", ".bin"}
 
 
 def check_model_files(config: Config) -> None:
-    """Refuse a model folder that can't be loaded, without importing anything heavy.
+    """Raise for a model folder that can't be loaded, without importing anything heavy.
 
-    A name on the hub is checked by `load_model`, which asks the hub.
+    A name on the hub is checked by `load_model`, which connects to the hub.
 
     Raises:
-        AttnimgError: config, weights or tokenizer are missing, or an index names a shard that is
-            not there (bad-model), or the weights are pickled (pickled-weights).
+        AttnimgError: config, weights or tokenizer are missing, or an index names a missing shard
+            (bad-model), or the weights are pickled (pickled-weights).
     """
     folder = Path(config.base_model or "").expanduser()
     if not folder.is_dir():
-        # A hub name is name or org/name; anything deeper can only be a path.
+        # A hub name is name or org/name; anything with more parts can only be a path.
         name = config.base_model or ""
         if folder.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
             raise bad_model(
@@ -98,7 +99,7 @@ def check_model_files(config: Config) -> None:
 
 
 def _require_files(folder: Path, *, key: str) -> None:
-    """Refuse pipes, devices and folders in the place of files, and files that are too large.
+    """Raise for pipes, devices and folders in place of files, and for files that are too large.
 
     Raises:
         AttnimgError: code bad-model; a loader would wait forever, or run out of memory.
@@ -121,7 +122,7 @@ def _require_files(folder: Path, *, key: str) -> None:
 
 
 def _require_shards(folder: Path) -> None:
-    """Refuse an index that can't be read or that names a shard which is not there."""
+    """Raise for an index that can't be read, or that names a missing shard."""
     try:
         shards = shards_of(folder)
         missing = [shard for shard in shards if not (folder / shard).is_file()]
@@ -143,7 +144,7 @@ def shards_of(folder: Path) -> list[str]:
 
     Raises:
         OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError: it can't be read,
-            or has something else than names.
+            or has values other than names.
     """
     index = json.loads(read_regular(folder / WEIGHT_INDEX, at_most=_LARGEST_BYTES))
     names = set(index["weight_map"].values())
@@ -153,7 +154,7 @@ def shards_of(folder: Path) -> list[str]:
 
 
 def bad_model(what: str, *, why: str, do: str, key: str = "base_model") -> AttnimgError:
-    """Return the error that all faults of a model share."""
+    """Return an AttnimgError with the code bad-model."""
     return AttnimgError(what, why=why, do=do, code="bad-model", key=key)
 
 
@@ -170,12 +171,12 @@ class StoredTensor:
         return math.prod(self.shape)
 
 
-# The header of a hundred thousand tensors has 15 MB; a far longer one is damaged.
+# Limit of a header: that of a hundred thousand tensors has 15 MB, a far longer one is damaged.
 _MAX_HEADER = 100 * 2**20
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Return the files of the index; without one, model.safetensors, or else all."""
+    """Return the files of the index; without one, model.safetensors, or else all safetensors."""
     try:
         return [folder / name for name in shards_of(folder)]
     except UNREADABLE:
@@ -226,7 +227,7 @@ def safetensors_damages(file: Path) -> list[str]:
     return [] if found == needed else [f"found {found:,} bytes, needed {needed:,}"]
 
 
-# Endings of buffers that older versions of transformers saved, and that are computed now.
+# Suffixes of buffers that older versions of transformers saved, and that are now computed.
 _COMPUTED = ("inv_freq", "masked_bias", "attn.bias", "attention.bias", "position_ids")
 
 
@@ -235,9 +236,9 @@ def unused_weights(model: Any, stored: Iterable[str], unexpected: Iterable[str])
 
     Args:
         model: a transformers model.
-        stored: the names in its checkpoint.
-        unexpected: those that from_pretrained reported; it does not report what the class ignores,
-            such as layers for multi-token prediction.
+        stored: names of the weights in its checkpoint.
+        unexpected: names that from_pretrained reported; it does not report weights that the class
+            ignores, such as layers for multi-token prediction.
     """
     ignored = [re.compile(text) for text in model._keys_to_ignore_on_load_unexpected or ()]
     names = {name for name in stored if any(pattern.search(name) for pattern in ignored)}
@@ -245,10 +246,10 @@ def unused_weights(model: Any, stored: Iterable[str], unexpected: Iterable[str])
 
 
 def load_renamed(model: Any, folder: Path) -> bool:
-    """Load a checkpoint with from_pretrained, where the model lacks one of its names.
+    """Load a checkpoint with from_pretrained, if it has weights under names that the model lacks.
 
     Args:
-        model: a transformers model, with the checkpoint's other weights.
+        model: a transformers model that has loaded the checkpoint's other weights.
         folder: the checkpoint.
 
     Returns:
@@ -264,19 +265,20 @@ def load_renamed(model: Any, folder: Path) -> bool:
     return True
 
 
-# What transformers loads a tokenizer from.
+# Files that transformers loads a tokenizer from.
 # Source: transformers 5.22.2, tokenization_utils_base.py, from_pretrained (2026-11-27).
 _TOKENIZER_FILES = ("*token*.json", "vocab*", "merges.txt", "*.model", "*.tiktoken", "tekken.json",
                     "chat_template*", "additional_chat_templates/*")  # fmt: skip
 
-# What transformers writes into config.json about itself.
+# Keys of config.json that transformers writes about itself.
 _NOT_OF_THE_MODEL = ("_name_or_path", "transformers_version")
 
 
 def model_of(config: Config) -> dict[str, Any] | None:
     """Return the SHA-256 of each file of the model; None when not all are on this machine.
 
-    config.json counts by its values, so that another transformers may have written it.
+    config.json is hashed by its values, so that another version of transformers may have written
+    it.
 
     Raises:
         AttnimgError: a file can't be read (bad-model).
@@ -318,7 +320,7 @@ def tokenizer_of(config: Config) -> dict[str, Any] | None:
 
 
 def _folder_of(name: str | None, config: Config, *, holding: str) -> Path | None:
-    """Return a model's folder, or that of its snapshot in the hub's cache, if it has a file."""
+    """Return a model's folder, or its snapshot in the hub's cache, if it has the file `holding`."""
     folder = Path(name or "").expanduser()
     if folder.is_dir():
         return folder if (folder / holding).is_file() else None
@@ -348,7 +350,7 @@ def _hashes(folder: Path, files: Sequence[Path]) -> dict[str, str]:
     return dict(zip(names, found, strict=True))
 
 
-# What Trainer writes beside a model, and only Trainer reads.
+# Files that Trainer writes with a model, and that only Trainer reads.
 NOT_THE_MODEL = ("training_args.bin",)
 
 # Settings that trainers change for training, and that must not be saved with the model.
@@ -365,7 +367,8 @@ def save_final(engine: Any, config: Config, folder: Path) -> list[Path]:
     """Write model and tokenizer into PARTIAL, then move them into output_dir file by file.
 
     Args:
-        engine: after training; every process calls this, since gathering weights is collective.
+        engine: the engine after training; every process calls this, since gathering weights is a
+            collective operation.
         config: the validated run.
         folder: output_dir.
 
@@ -373,7 +376,7 @@ def save_final(engine: Any, config: Config, folder: Path) -> list[Path]:
         The files, weights first; empty on every process but the first.
 
     Raises:
-        AttnimgError: the disk is full; the checkpoints are untouched (disk-full).
+        AttnimgError: the disk is full; the checkpoints are unchanged (disk-full).
     """
     aside = folder / checkpoints.PARTIAL / "model"
     try:
@@ -392,7 +395,7 @@ def save_final(engine: Any, config: Config, folder: Path) -> list[Path]:
 
 
 def restore_loaded_dtypes(model: Any) -> None:
-    """Cast weights that were float32 for training only back to the dtype they were loaded in.
+    """Cast weights that were float32 only for training to the dtype that they were loaded in.
 
     Args:
         model: after training.
@@ -407,14 +410,14 @@ def restore_loaded_dtypes(model: Any) -> None:
 
 
 def correct_saved_config(folder: Path, loaded: Mapping[str, Any]) -> None:
-    """Set the dtype in a saved config.json, and the settings that the loaded model had.
+    """Correct the dtype in a saved config.json, and restore the settings of the loaded model.
 
     transformers writes the dtype of the first weight, an embedding, which is float32 in training
     even where most layers are bfloat16. The dtype of most saved weights is written instead. A
     folder without config.json, such as an adapter's, is not changed.
 
     Args:
-        folder: where save_pretrained has written.
+        folder: the folder that save_pretrained wrote.
         loaded: the model's config before training, as `to_dict` returns it.
     """
     path = folder / "config.json"
@@ -466,7 +469,7 @@ def keep_processor(config: Config, loaded: Mapping[str, Any], folder: Path) -> N
 
 
 def _move_into(folder: Path, aside: Path) -> list[str]:
-    """Move the finished files, weights last: a folder with weights is complete."""
+    """Move the finished files, weights last, so that a folder with weights is complete."""
     for name in NOT_THE_MODEL:
         (aside / name).unlink(missing_ok=True)
     checkpoints.open_to_others(aside)

@@ -30,19 +30,19 @@ from attnimg.train.intact import damaged, damages_of, has_manifest, newest_whole
 
 FILE = ".lock"
 
-# Files of a run that has not done a step; a new run may start beside them.
+# Files of a run that has done no step; a new run may start in a folder with them.
 HARMLESS = frozenset({"receipt.json", PARTIAL, FILE})
 
 
 def check_output_dir(config: Config) -> ResumePoint | None:
-    """Return where the run resumes; refuse a folder that it may not write to.
+    """Return where the run resumes; raise for a folder that it may not write to.
 
     Returns:
         None when it starts in an empty folder.
 
     Raises:
-        AttnimgError: output_dir is a file, is not writable, holds another run's files, another run
-            trains there, there is no checkpoint to resume from, or it is damaged. Code output-dir,
+        AttnimgError: output_dir is a file, is not writable or has another run's files; another run
+            trains there; the checkpoint to resume from is missing or damaged. Code output-dir,
             output-dir-not-empty, output-dir-busy, no-checkpoint, damaged-checkpoint or
             pickled-weights.
     """
@@ -73,7 +73,7 @@ def check_output_dir(config: Config) -> ResumePoint | None:
 
 
 def _newest_point(folder: Path, leftovers: tuple[Path, ...]) -> ResumePoint:
-    """Return the newest whole checkpoint in output_dir."""
+    """Return the newest intact checkpoint in output_dir."""
     found = checkpoints(folder)
     newest, newer = newest_whole(found)
     if newest is None:
@@ -106,7 +106,7 @@ def _named_point(
 def _point(
     checkpoint: Path, leftovers: tuple[Path, ...], newer: dict[Path, list[str]]
 ) -> ResumePoint:
-    """Return the point of a whole checkpoint; refuse one that has only weights."""
+    """Return the resume point of an intact checkpoint; raise if it has only weights."""
     if not any(checkpoint.glob("optimizer*")) and not any(checkpoint.glob("global_step*")):
         raise AttnimgError(
             f"{checkpoint} can't be resumed from",
@@ -126,7 +126,7 @@ def _point(
 
 
 def _require_checkpoint(checkpoint: Path) -> None:
-    """Refuse a folder that is not a checkpoint."""
+    """Raise unless a folder is a checkpoint."""
     is_named = checkpoint.name.rpartition("-")[2].isdecimal()
     whole = has_manifest(checkpoint) or (checkpoint / "trainer_state.json").exists()
     if not checkpoint.is_dir() or not is_named or not whole:
@@ -143,7 +143,7 @@ def _require_checkpoint(checkpoint: Path) -> None:
 
 
 def _require_writable(folder: Path) -> None:
-    """Refuse a file in the folder's place, and a folder that this user may not write to."""
+    """Raise for a file in place of the folder, and for a folder that this user can't write to."""
     nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not nearest.is_dir():
         raise _bad_dir(
@@ -152,7 +152,7 @@ def _require_writable(folder: Path) -> None:
             do="set output_dir to a folder of its own",
         )
     try:
-        # Trying is the only test that holds for root, read-only mounts and odd file systems alike.
+        # Only writing tests this for root, read-only mounts and unusual file systems alike.
         with tempfile.TemporaryFile(dir=nearest):
             pass
     except OSError as error:
@@ -165,7 +165,7 @@ def _require_writable(folder: Path) -> None:
 
 
 def _not_empty(folder: Path, found: list[str], *, newest: Path | None) -> AttnimgError:
-    """Return the error on a folder with other files, and how to resume a run that is in it."""
+    """Return the error for a folder with other files, with advice on resuming the run in it."""
     found = [name for name in found if name not in HARMLESS]
     shown = ", ".join(found[:4]) + (" ..." if len(found) > 4 else "")
     resume = f"set resume_from_checkpoint: true (resumes from {newest.name}), or " if newest else ""
@@ -182,7 +182,7 @@ def _bad_dir(what: str, *, why: str, do: str, code: str = "output-dir") -> Attni
 
 
 def prepare_output_dir(folder: Path, resume: ResumePoint | None, *, console: Console) -> None:
-    """Remove the files that a killed run left in output_dir, which is locked, after `resume`."""
+    """Remove what a killed run left in output_dir after `resume`; the folder is locked."""
     if resume is None:
         return
     for leftover in resume.leftovers:
@@ -202,7 +202,7 @@ def prepare_output_dir(folder: Path, resume: ResumePoint | None, *, console: Con
 
 
 def require_unlocked(folder: Path) -> None:
-    """Raise where another process trains in a folder; the lock is not taken.
+    """Raise if another process trains in a folder; the lock is not acquired.
 
     Raises:
         AttnimgError: code output-dir-busy.

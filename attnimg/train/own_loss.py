@@ -41,7 +41,7 @@ from attnimg.train.loss import (
 )
 from attnimg.train.rows import COUNTS, Rows, first_batch, slice_tokens
 
-# Without it, gradients below float16's range would be zero in both.
+# Loss scale for float16: without it, gradients below its range would be zero in both losses.
 FLOAT16_SCALE = 1024.0
 
 
@@ -51,11 +51,11 @@ def check_loss(engine: Any, rows: Rows, *, context: RunContext, sharded: bool) -
     Weights, gradients, train and eval modes and random number generators are not changed.
 
     Args:
-        engine: before it trains; every process calls this.
-        rows: to train on.
+        engine: the engine before training; every process calls this.
+        rows: the training rows.
         context: how the run calls the model.
-        sharded: whether FSDP or DeepSpeed will divide the weights among processes: then nothing
-            is compared, since before the first step no process can hold all of them.
+        sharded: whether FSDP or DeepSpeed will shard the weights: then nothing is compared, since
+            no process may have the memory for all of them.
 
     Raises:
         AttnimgError: the loss of the class is not the negative log-likelihood of its logits
@@ -87,7 +87,7 @@ class _Check:
         self.own_loss_raised: str | None = None
 
     def run(self) -> LossCheck:
-        """Compare with TRL's head; on a difference, switch to the model's own and compare again."""
+        """Compare with TRL's head; if it differs, switch to the model's own and compare again."""
         trainer, raised = self.trainer_loss()
         try:
             model, tolerance, tokens = self.model_loss()
@@ -118,7 +118,7 @@ class _Check:
         return replace(found, head="own", why=why, own_head=own_head)
 
     def trainer_loss(self) -> tuple[Loss | None, str | None]:
-        """Compute the engine's loss with its current head; return the error where that raises."""
+        """Compute the engine's loss with its current head; if that raises, return the error."""
         engine = self.engine
         try:
             with _run_context(engine):
@@ -212,7 +212,7 @@ class _Check:
         if used is None:
             raise _model_raised(self.engine, raised)
         if difference(used, model, tolerance) > 1:
-            # Kernels that sum in no fixed order differ from run to run, which is allowed.
+            # Kernels without a fixed order of summation may differ between calls.
             again, _, _ = self.model_loss()
             noise = 4 * difference(again, model, tolerance)
             if difference(used, model, tolerance) > 1 + noise:
@@ -220,7 +220,7 @@ class _Check:
         return used
 
 
-# Standard deviation of the logits; caps of published models lie at 15 to 50.
+# Standard deviation of the logits; the caps of published models are 15 to 50.
 LOGITS = 10.0
 
 
@@ -283,7 +283,7 @@ class _RandomHiddenStates:
         scale: standard deviation of the values.
 
     Attributes:
-        calls: how often the backbone was called.
+        calls: number of calls of the backbone.
     """
 
     def __init__(self, backbone: torch.nn.Module, *, scale: float) -> None:
@@ -350,7 +350,7 @@ def _run_context(engine: Any) -> Iterator[None]:
 @contextmanager
 def _without_side_effects(engine: Any) -> Iterator[None]:
     """Turn dropout off; restore modes, buffers, gradients, random states and metrics after it."""
-    # In train mode a class may count into its buffers.
+    # In train mode, a class may update its buffers.
     buffers = [(module, name, buffer, buffer.clone()) for module in engine.model.modules()
                for name, buffer in module._buffers.items() if buffer is not None]  # fmt: skip
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []

@@ -1,4 +1,4 @@
-"""Pack documents into shuffled rows of a fixed capacity: search for full rows, copy the tokens."""
+"""Pack documents into shuffled rows of a fixed capacity, and copy their tokens."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
 Integers = NDArray[np.int64]
 
-# Gathered at once by pack_dataset: some 16 MB at 2048 tokens, so that memory-mapped data stays so.
+# Rows that pack_dataset copies at once: about 16 MB at 2048 tokens, so that memory-mapped data is
+# not loaded as a whole.
 ROWS_PER_BATCH = 1024
 
 
@@ -51,9 +52,8 @@ class PackedRows:
 def pack(lengths: ArrayLike, *, capacity: int, seed: int) -> PackedRows:
     """Pack documents into rows.
 
-    The order of the rows, of the documents inside a row, and of equally long documents among
-    their places comes from the seed: rows found one after the other hold equal lengths, and would
-    otherwise train together.
+    The seed shuffles the rows, the documents inside a row, and documents of equal length:
+    consecutive rows of the search have equal lengths, and would otherwise be trained on together.
 
     Args:
         lengths: tokens in each document, 1 to `capacity`; (documents,).
@@ -69,7 +69,7 @@ def pack(lengths: ArrayLike, *, capacity: int, seed: int) -> PackedRows:
     patterns = find_rows(np.bincount(lengths_N, minlength=capacity + 1))
     row_sizes, slot_lengths_N = _expand(patterns)
     rng = np.random.default_rng(seed)
-    # Sorted by length, the k-th slot and the k-th document match, whatever rows the slots lie in.
+    # Sorted by length, the k-th slot fits the k-th document, whatever row the slot is in.
     shuffled_N = rng.permutation(len(lengths_N))
     by_length_N = shuffled_N[np.argsort(lengths_N[shuffled_N], kind="stable")]
     documents_N = np.empty_like(by_length_N)
@@ -149,9 +149,10 @@ def fill_rows(counts: NDArray[np.int64], *, exact_pairs: bool) -> dict[tuple[int
         pattern: list[int] = []
         space = lengths.capacity
         while longest := lengths.longest(space):
-            # One length that fits exactly beats two; two reach no further than twice the longest.
+            # A single length that fits exactly is better than a pair; a pair fills at most twice
+            # the longest.
             search = exact_pairs and pattern and longest < space <= 2 * longest
-            # Short documents in a long row are taken in one go, up to where a pair may end the row.
+            # Equal short documents are taken at once, until a pair may fill the rest of the row.
             copies = max(1, min(lengths.left[longest], space // longest - 2))
             pair = lengths.exact_pair(space) if search else None
             for length, count in ((pair[0], 1), (pair[1], 1)) if pair else ((longest, copies),):
@@ -171,7 +172,7 @@ def fill_rows(counts: NDArray[np.int64], *, exact_pairs: bool) -> dict[tuple[int
 class _Lengths:
     """How many documents of each length are left, and which lengths those are, as bits.
 
-    Python's integers search 2048 lengths in a fraction of a microsecond; NumPy needs several.
+    Python's integers search 2048 lengths in under a microsecond; NumPy needs several.
 
     Attributes:
         left: documents of each length.
@@ -201,8 +202,8 @@ class _Lengths:
     def exact_pair(self, space: int) -> tuple[int, int] | None:
         """Return the most equal pair of lengths that sums to `space`.
 
-        Equal halves are taken first because mid lengths are the hardest to place later: short ones
-        fit anywhere. Taking lopsided pairs first filled log-normal rows up to 0.1 % worse.
+        Medium lengths are the hardest to place later, while short ones fit anywhere. Taking the
+        most unequal pairs first filled rows of log-normal lengths up to 0.1 % less.
         """
         half = (space + 1) // 2
         upper = (self.present & (self.mirrored >> (self.capacity - space))) >> half
@@ -223,7 +224,7 @@ def _expand(patterns: dict[tuple[int, ...], int]) -> tuple[Integers, Integers]:
 
 
 def _refuse_unpackable(lengths_N: Integers, *, capacity: int) -> None:
-    """Raise where documents are empty or longer than a row."""
+    """Raise if documents are empty or longer than a row."""
     wrong = np.flatnonzero((lengths_N < 1) | (lengths_N > capacity))
     if len(wrong):
         raise AttnimgError(
@@ -237,7 +238,7 @@ def _refuse_unpackable(lengths_N: Integers, *, capacity: int) -> None:
 
 
 def _gather_rows(source: Dataset, rows: PackedRows, *, first: int) -> pyarrow.Table:
-    """Gather up to ROWS_PER_BATCH rows from `first` on, out of a dataset in arrow format."""
+    """Return up to ROWS_PER_BATCH rows from `first` on, from a dataset in arrow format."""
     import pyarrow as pa
 
     row_bounds = rows.offsets[first : first + ROWS_PER_BATCH + 1]

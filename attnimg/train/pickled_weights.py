@@ -1,4 +1,4 @@
-"""Refuse pickled weights (.bin), and convert them to safetensors.
+"""Raise for pickled weights (.bin), and convert them to safetensors.
 
 A pickle can run code while it is loaded, and damage to it is not detected. Usage:
 
@@ -24,7 +24,7 @@ _INDEX = "pytorch_model.bin.index.json"
 
 
 def pickled_weights(folder: Path) -> list[Path]:
-    """Return the pickled weights of a folder that has no safetensors of them."""
+    """Return the pickled weights of a folder that has no safetensors in their place."""
     found = [path for path in sorted(folder.glob("*.bin")) if _NAMES.fullmatch(path.name)]
     whole = any(folder.glob("model*.safetensors"))
     return [
@@ -65,7 +65,7 @@ def convert_command(folder: Path | str) -> str:
 
 
 def advice_on_hub(name: str) -> str:
-    """Return what to do with a model of the hub that has only pickled weights."""
+    """Return advice on a model of the hub that has only pickled weights."""
     folder = name.rpartition("/")[2]
     return (
         f"run hf download {name} --local-dir {folder} && {convert_command(folder)}, and set "
@@ -114,7 +114,7 @@ def _load(path: Path) -> Mapping[str, Any]:
 
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of another protocol of pickle than torch's
+            warnings.simplefilter("ignore")  # torch warns about other pickle protocols than its own
             tensors = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, ValueError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise _refused(path, "found objects other than tensors, or a damaged file") from error

@@ -1,4 +1,4 @@
-"""Load quantized weights: quantize them, dequantize a checkpoint, keep it as it is, or refuse it.
+"""Load quantized weights: quantize them, dequantize a checkpoint, keep it quantized, or refuse it.
 
 A checkpoint is judged by config.json and the headers of its files, before any weight is loaded: in
 some cases transformers would load the quantized numbers as if they were weights.
@@ -31,15 +31,15 @@ if TYPE_CHECKING:
 
 _UNQUANTIZED = "set base_model to the checkpoint that it was quantized from"
 
-# Endings of names that only quantized checkpoints have: gptq and awq, compressed-tensors, mxfp4,
-# bitsandbytes. float8 is recognized by its dtype.
+# Suffixes of names that only occur in quantized checkpoints: gptq and awq, compressed-tensors,
+# mxfp4, bitsandbytes. float8 is recognized by its dtype.
 _PACKED = (
     ".qweight", ".weight_packed", "_blocks", ".SCB", ".absmax", ".weight_scale", "_scale_inv",
 )  # fmt: skip
 
 _INTEGERS = frozenset({"U8", "I8", "I32"})
 
-# What a checkpoint that is not quantized holds: weights, and buffers of positions and masks.
+# Dtypes in a checkpoint that is not quantized: of weights, and of buffers of positions and masks.
 _WHOLE = frozenset({*TORCH_NAMES, "I64", "BOOL"})
 
 _FLOAT8 = frozenset({"F8_E4M3", "F8_E5M2"})
@@ -121,7 +121,7 @@ def _require_packages(
 def _require_adapter(
     config: Config, method: str, row: Quantization, found: Mapping[str, Any]
 ) -> None:
-    """Refuse full fine-tuning of weights that stay quantized, and keys that name other bits."""
+    """Raise for full fine-tuning of weights that stay quantized, and for keys of other bits."""
     bits = row.bits if method.startswith("bitsandbytes") else bits_of(found)
     if row.bits is not None and bits != row.bits:
         raise _refusal(
@@ -161,7 +161,7 @@ def _require_adapter(
 
 
 def require_known_weights(config: Config, folder: Path, raw: Mapping[str, Any]) -> None:
-    """Refuse quantized numbers that would be loaded as if they were weights.
+    """Raise for quantized numbers that would be loaded as if they were weights.
 
     Args:
         config: the validated run.
@@ -205,7 +205,7 @@ def require_known_weights(config: Config, folder: Path, raw: Mapping[str, Any]) 
 def _require_scale(
     config: Config, name: str, tensor: StoredTensor, stored: Mapping[str, StoredTensor]
 ) -> None:
-    """Refuse a float8 weight whose scale is not stored, or does not divide it into blocks."""
+    """Raise for a float8 weight whose scale is missing, or does not divide it into blocks."""
     module = name.rpartition(".")[0]
     names = [pattern.format(name=name, module=module) for pattern in _SCALES]
     scale = next((stored[key] for key in names if key in stored), None)
@@ -270,7 +270,7 @@ def quantization(config: Config, *, dtype: DType) -> Any:
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=dtype,
-            # FSDP shards tensors of one dtype only, so the packed weights take the others'.
+            # FSDP shards tensors of one dtype only, so packed weights have the dtype of the others.
             bnb_4bit_quant_storage=dtype if config.fsdp else "uint8",
         )
     return None
@@ -289,7 +289,7 @@ def use_stored_quantization(
         dtype: the run's precision.
 
     Returns:
-        `loaded` of its row in data/quantizations.toml; None where it is not quantized.
+        `loaded` of its row in attnimg/data/quantizations.toml; None if it is not quantized.
     """
     found = quantization_of(model_config.to_dict())
     # transformers removes it from the saved config only where it stands at the top level; it raises
@@ -312,13 +312,13 @@ def use_stored_quantization(
 def save_dequantized(model: Any) -> None:
     """Make a dequantized model save its weights as they are.
 
-    transformers saves through the reverse of what it loaded with, which rounds the weights to
-    float8 again, while config.json has no quantization_config: loaded again, they are raw numbers.
+    transformers saves with the reverse of the conversion at loading, which rounds the weights to
+    float8 again. As config.json has no quantization_config, they would be loaded without scales.
     Source: transformers 5.22.2, core_model_loading.py, revert_weight_conversion;
     finegrained_fp8.py, Fp8Dequantize.reverse_op (2026-11-27).
 
     Args:
-        model: as it was loaded; it saves under the names of its class, as a new model does.
+        model: the loaded model; it then saves weights under the names of its class.
     """
     if hasattr(model, "_weight_conversions"):
         del model._weight_conversions
@@ -328,7 +328,7 @@ def cast_unquantized(model: Any, dtype: torch.dtype) -> None:
     """Cast the weights that are not quantized in a quantized checkpoint to the requested dtype.
 
     Args:
-        model: as it was loaded; weights that its class keeps in float32 are not cast.
+        model: the loaded model; weights that its class keeps in float32 are not cast.
         dtype: the requested dtype.
     """
     import torch

@@ -32,12 +32,12 @@ class RunFacts:
     """The results of the steps before training.
 
     Attributes:
-        machine: where the run happens.
-        plan: the attention choice with every reason.
+        machine: the machine of the run.
+        plan: the selected attention, with all reasons.
         implementation: the attn_implementation, "sdpa" or "kernels-community/flash-attn2".
         context: how the model is called, as it was proven.
-        isolation: figures of the packing proof; None when nothing is packed.
-        proofs: of the attention kernels, failed ones included.
+        isolation: figures of the packing proof; None without packing.
+        proofs: proofs of the attention kernels, failed ones included.
         kernels: backend -> hashes of the files that compute it, by their kind, such as "torch";
             None where some are unknown.
     """
@@ -62,15 +62,15 @@ class FitResult:
 
     Attributes:
         steps: optimizer steps done, those of earlier sessions included.
-        loss: of the last logged window of steps; None when no step was left to train.
-        eval_loss: of the last evaluation, per trained token; None without one.
+        loss: loss of the last logged window of steps; None when no step was left to train.
+        eval_loss: loss of the last evaluation, per trained token; None without one.
         aux_loss: the auxiliary loss of a mixture of experts in that window, without its weight;
             None where the model computes none.
-        tokens: real tokens seen, padding left out, earlier sessions included.
+        tokens: tokens trained on without padding, earlier sessions included.
         seconds: wall time of this session.
-        files: what was written, in the order in which a person looks for it.
+        files: the written files, the most important first.
         resumed_from: the checkpoint that it resumed from.
-        notes: sentences a person should read, such as an early stop.
+        notes: notes for the user, such as on an early stop.
     """
 
     steps: int
@@ -92,7 +92,7 @@ def open_receipt(
     Args:
         config: the validated run.
         run: machine, plan, precision, packing proof.
-        figures: of the data, the packing and the schedule, by name.
+        figures: statistics of the data, the packing and the schedule, by name.
         resumed_from: the checkpoint that the run resumes from.
     """
     return {
@@ -129,7 +129,7 @@ def versions() -> dict[str, str]:
 
 
 def write_receipt(folder: Path, receipt: Mapping[str, object], *, status: Status) -> Path:
-    """Write the receipt in one piece: after a kill, the file is the last whole one.
+    """Write the receipt atomically: after a kill, the file is the last complete one.
 
     Raises:
         AttnimgError: the disk is full (disk-full).
@@ -168,7 +168,7 @@ def settings_in_use(engine: Any, plan: Plan) -> dict[str, object]:
     """Return the settings that a trainer uses, when it is ready for its next step.
 
     Args:
-        engine: after it restored the checkpoint, if there is one.
+        engine: the engine, after it restored the checkpoint, if there is one.
         plan: for the backends that a router calls.
     """
     optimizer, scheduler = engine.optimizer, engine.lr_scheduler
@@ -208,12 +208,12 @@ def settings_in_use(engine: Any, plan: Plan) -> dict[str, object]:
 
 
 def _number(value: Any) -> Any:
-    """Return a value; torchao's optimizers keep their rate in a tensor."""
+    """Return a value as a number; torchao's optimizers keep their learning rate in a tensor."""
     return value.item() if hasattr(value, "item") else value
 
 
 def _dtypes(model: Any, *, trained: bool) -> dict[str, int]:
-    """Return how many weights have each dtype, of those that learn or of the others."""
+    """Return how many weights have each dtype, of the trained or of the frozen ones."""
     found: Counter[str] = Counter()
     for weight in model.parameters():
         if weight.requires_grad is trained:

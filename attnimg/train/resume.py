@@ -22,7 +22,7 @@ EARLIER_KEYS = ("micro_batch_size", "gradient_accumulation_steps", "seed")
 # Keys that name the modules of an adapter, in several ways.
 TARGETS = frozenset({"lora_target_modules", "lora_target_linear"})
 
-# Backends that compute something else than exact attention.
+# Backends that do not compute exact attention.
 INEXACT = frozenset({"s2", "fp8", "sage", "kernels-community/sage-attention"})
 
 
@@ -44,7 +44,7 @@ class Change:
 
 
 def identity_in(checkpoint: Path) -> dict[str, Any]:
-    """Return the identity in a checkpoint; empty where another program wrote it."""
+    """Return the identity in a checkpoint; empty if another program wrote it."""
     found: Any = checkpoints.read_state(checkpoint).get("identity", {})
     if not found or "keys" in found:
         return dict(found)
@@ -53,7 +53,7 @@ def identity_in(checkpoint: Path) -> dict[str, Any]:
 
 
 def check_settings(config: Config, point: checkpoints.ResumePoint | None) -> None:
-    """Refuse a run that resumes with other keys or another model, before anything is loaded.
+    """Raise if a run resumes with other keys or another model, before anything is loaded.
 
     Raises:
         AttnimgError: a key that changes the result differs (resume-differs), or max_steps ends
@@ -67,7 +67,7 @@ def check_settings(config: Config, point: checkpoints.ResumePoint | None) -> Non
 
 
 def require_steps(total: int, config: Config, point: checkpoints.ResumePoint | None) -> None:
-    """Refuse a run that would end before the checkpoint it resumes from.
+    """Raise if a run would end before the checkpoint that it resumes from.
 
     Raises:
         AttnimgError: code resume-past-end.
@@ -89,10 +89,10 @@ def require_steps(total: int, config: Config, point: checkpoints.ResumePoint | N
 def require_same(
     now: Mapping[str, Any], config: Config, point: checkpoints.ResumePoint | None
 ) -> None:
-    """Refuse to resume with another identity; parts that only one of them has are not compared.
+    """Raise if a run resumes with another identity; parts that one of them lacks are not compared.
 
     Raises:
-        AttnimgError: code resume-differs; it has each changed key with both values.
+        AttnimgError: code resume-differs, with each changed key and both values.
     """
     if point is None or point.path is None:
         return
@@ -166,7 +166,7 @@ def apply_config(engine: Any, config: Config, before: Mapping[str, Any]) -> None
     transformers restores all three from the checkpoint. An unchanged config changes nothing.
 
     Args:
-        engine: after transformers restored it.
+        engine: the engine, after transformers restored it.
         config: the validated run.
         before: the checkpoint's identity.
     """
@@ -226,7 +226,7 @@ def _same_targets(config: Config, before: Mapping[str, Any]) -> bool:
 def _batch(
     changes: list[Change], before: Mapping[str, Any], now: Mapping[str, Any]
 ) -> list[Change]:
-    """Return the changes; processes times accumulation steps may be divided in another way."""
+    """Return the changes that alter the batch; only processes * accumulation steps matters."""
     key = "gradient_accumulation_steps"
     then, here = before.get("processes"), now.get("processes")
     if None in (then, here) or then == here:
@@ -243,7 +243,7 @@ def _batch(
 
 
 def _files(part: str, key: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
-    """Return the change of the files of the model or the tokenizer; their folder may be another.
+    """Return the changes in the files of the model or the tokenizer; their folder may differ.
 
     Args:
         part: "model" or "tokenizer".
@@ -256,8 +256,8 @@ def _files(part: str, key: str, before: Mapping[str, Any], now: Mapping[str, Any
         return []
     names = then["files"].keys() | here["files"].keys()
     if part == "tokenizer":
-        # Versions of transformers download other files of one repository. Where that makes other
-        # tokens, the data differs, too.
+        # Versions of transformers download different files of a repository. Where that changes the
+        # tokens, the data differs as well.
         names = then["files"].keys() & here["files"].keys()
     names = sorted(name for name in names if then["files"].get(name) != here["files"].get(name))
     if not names:
@@ -279,14 +279,14 @@ def _files(part: str, key: str, before: Mapping[str, Any], now: Mapping[str, Any
 
 
 def _named_hashes(side: Mapping[str, Any], names: list[str]) -> str:
-    """Return a folder with the start of the SHA-256 of some of its files."""
+    """Return a text: a folder, with the start of the SHA-256 of some of its files."""
     hashes = [f"{name} {side['files'].get(name, 'missing')[:12]}" for name in names[:3]]
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return f"{side['path']} ({', '.join(hashes)}{more})"
 
 
 def _data(before: Mapping[str, Any], now: Mapping[str, Any], part: str) -> list[Change]:
-    """Return the sources whose documents are not those of the checkpoint's run.
+    """Return the sources whose documents differ from those of the checkpoint's run.
 
     Args:
         before: the checkpoint's identity; one that lacks the part is not compared.
@@ -315,7 +315,7 @@ def _data(before: Mapping[str, Any], now: Mapping[str, Any], part: str) -> list[
 
 
 def _dated(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
-    """Return whether a source differs by no more than the date that its template writes."""
+    """Return whether a source differs only by the date that its template writes."""
     same = ("dated", "spec", "read", "documents")
     return bool(old["dated"]) and all(old.get(name) == new.get(name) for name in same)
 

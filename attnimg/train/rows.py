@@ -1,4 +1,4 @@
-"""Build the rows that a run trains on, and batch them: collators, sampler, equal shares.
+"""Build the rows that a run trains on, and batch them: collators, sampler, rows per process.
 
 Batches have the arguments of a model's forward, and their own count of tokens under COUNTS.
 """
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 # torch.nn.CrossEntropyLoss(ignore_index) and so transformers' losses skip this label.
 NO_LOSS = -100
 
-# The batch's own count of tokens and places, which is removed before the model gets the batch.
+# Key of a batch's numbers of tokens and token positions; removed before the model gets the batch.
 COUNTS = "attnimg_counts"
 
 Batch = dict[str, Any]
@@ -36,11 +36,11 @@ Collator = Callable[[list[dict[str, Any]]], Batch]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rows:
-    """Rows of one split, how to batch them, and what packing made of them.
+    """Rows of one split, how to batch them, and the statistics of packing.
 
     Attributes:
         dataset: columns input_ids, labels and, when packed, document_lengths.
-        collate: examples -> batch, with the count of its tokens and places under COUNTS.
+        collate: examples -> batch, with its numbers of tokens and positions under COUNTS.
         figures: documents, rows, tokens, capacity and filled share, for the receipt.
         added: rows at the end that `even_out` added.
     """
@@ -61,7 +61,7 @@ def make_rows(
         config: sequence_len, seed, pad_to_sequence_len and batch_flattening are read.
         packed: whether documents share rows.
         context: how the run calls its model; decides the layout of packed rows.
-        pad_token_id: fills what a row has left.
+        pad_token_id: the token that fills the rest of a row.
     """
     fixed = config.sequence_len if config.pad_to_sequence_len else None
     flat = context.padding_free and bool(config.batch_flattening)
@@ -104,13 +104,13 @@ def _lengths(documents: Dataset) -> Any:
 def even_out(rows: Rows, *, multiple: int, pad_token_id: int) -> Rows:
     """Add rows without loss until the number of rows is a multiple.
 
-    Several processes get equally many batches; accelerate would fill up with rows from the start,
-    which would be trained, or count in an evaluation, twice.
+    All processes get the same number of batches; accelerate would fill up the last ones with rows
+    from the start, which would then be trained on, or count in an evaluation, twice.
 
     Args:
         rows: rows of one split.
-        multiple: rows that all processes together take at once.
-        pad_token_id: the one token of an added row.
+        multiple: number of rows in a batch of all processes together.
+        pad_token_id: the single token of an added row.
     """
     from datasets import Dataset, concatenate_datasets
 
@@ -132,11 +132,11 @@ def even_out(rows: Rows, *, multiple: int, pad_token_id: int) -> Rows:
 
 @dataclass(frozen=True, slots=True)
 class CountingCollator:
-    """Batch with another collator, and count tokens and the places they could have filled.
+    """Batch with another collator, and count tokens and token positions (padding included).
 
     Attributes:
         collate: the collator that makes the batch.
-        capacity: tokens a row can hold when rows are packed; None counts the places of the batch.
+        capacity: tokens per row when rows are packed; None to count the positions of the batch.
         drops_added: whether rows that `even_out` added are left out of a batch with other rows.
     """
 
@@ -146,10 +146,10 @@ class CountingCollator:
     drops_added: bool = False
 
     def __call__(self, examples: list[dict[str, Any]]) -> Batch:
-        """Return the batch; COUNTS is int64 (2,): tokens, places."""
+        """Return the batch; COUNTS is int64 (2,): tokens, positions."""
         counted = examples
         if self.drops_added:
-            # Their padding would count in the auxiliary loss of a mixture of experts.
+            # The padding of added rows would count in the auxiliary loss of a mixture of experts.
             counted = [row for row in examples if row["labels"] != [NO_LOSS]]
         batch: Batch = {**self.collate(counted or examples[:1])}
         tokens = sum(len(example["input_ids"]) for example in counted)
@@ -164,12 +164,12 @@ class CountingCollator:
 class PackedCollator:
     """Collate rows of packed documents so that no document can see another.
 
-    transformers isolates documents by `position_ids` alone, and only without `attention_mask` and
-    without a cache (masking_utils.find_packed_sequence_indices, 5.22.2): this emits neither, and
-    the caller passes use_cache=False.
+    transformers isolates documents by `position_ids`, and only without `attention_mask` and without
+    a cache (masking_utils.find_packed_sequence_indices, 5.22.2): the batch has neither, and the
+    caller passes use_cache=False.
 
     Attributes:
-        pad_token_id: stands on padding, which is a document of its own and bears no loss.
+        pad_token_id: the token of padding, which is a document of its own and carries no loss.
         padding_free: True for kernels that take document boundaries (flash, varlen): rows flattened
             to (1, T), with cu_seq_lens_q/k and max_length_q/k. False for those that take a mask
             (eager, sdpa, flex): (B, S) and position_ids alone. They find the documents there; what
@@ -226,7 +226,7 @@ class PaddedCollator:
     """Collate documents one a row, padded on the right.
 
     Attributes:
-        pad_token_id: stands on padding.
+        pad_token_id: the token of padding.
         pad_to: pad to a multiple of this many tokens; None to the longest document.
     """
 
@@ -259,15 +259,15 @@ def _place(
 
 
 class OnceAnEpoch(Sampler[int]):  # type: ignore[misc]  # torch's types are not followed
-    """Draw the rows in the order of one process, and the added ones at the end of the epoch.
+    """Sample the rows in the order of a single process, with the added rows at the end of an epoch.
 
     accelerate would fill up the last batches with rows from the start of the epoch, which would be
     trained twice.
 
     Args:
         rows: number of rows to train on.
-        added: number of rows without loss behind them, from `even_out`.
-        seed: of the order, as accelerate's own sampler takes it.
+        added: number of rows without loss after them, from `even_out`.
+        seed: seed of the order, used as in accelerate's own sampler.
     """
 
     def __init__(self, *, rows: int, added: int, seed: int) -> None:
@@ -284,11 +284,11 @@ class OnceAnEpoch(Sampler[int]):  # type: ignore[misc]  # torch's types are not 
         return self.rows + self.added
 
     def set_epoch(self, epoch: int) -> None:
-        """Set which epoch is drawn next."""
+        """Set the epoch whose order is drawn next."""
         self.order.set_epoch(epoch)
 
 
-# Memory for the float32 logits of the batch; a backward pass holds about four such tensors.
+# Memory for the float32 logits of the batch; a backward pass needs about four such tensors.
 LOGITS_MIB = 128
 
 MOST_TOKENS = 512

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from attnimg.train.checkpoint import ResumePoint
     from attnimg.train.data import Documents
 
-# Of the files that a config names, the longest are chat templates.
+# Limit of the files that a config names; chat templates are the longest.
 _FILE_BYTES = 1 << 20
 
 
@@ -49,13 +49,13 @@ class TrainReport(Report, Protocol):
 
 
 def train(config: Config, machine: Machine, *, report: TrainReport, stop: StopFlag) -> FitResult:
-    """Train a run; everything heavy is imported after the checks that need none of it.
+    """Train a run; heavy packages are imported after the checks that do not need them.
 
-    What the run registers with transformers is removed after it: others may share the process.
+    What the run registers with transformers is removed at its end, for other code in the process.
 
     Raises:
         AttnimgError: the run is refused (exit code 2) or failed (1).
-        Stopped: someone asked to stop.
+        Stopped: a stop was requested.
     """
     from attnimg.train.check import check_inputs
     from attnimg.train.data import check_sources
@@ -84,7 +84,7 @@ def train(config: Config, machine: Machine, *, report: TrainReport, stop: StopFl
 def _with_model_config(
     config: Config, task: Task, plan: Plan, report: TrainReport
 ) -> tuple[Task, Plan]:
-    """Select again where the hub's config.json, or the model's class, has more facts."""
+    """Select again if config.json from the hub, or the model's class, has more information."""
     from attnimg.train.check import try_options
     from attnimg.train.model import load_model_config
 
@@ -116,10 +116,10 @@ def fit_selected(
 
     Args:
         config: the validated run.
-        task: what the plan was selected for.
-        plan: a plan that chose a backend.
-        report: where progress goes.
-        stop: whether someone asked to stop.
+        task: the task that the plan was selected for.
+        plan: a plan with a selected backend.
+        report: the interface for progress.
+        stop: whether a stop was requested.
         resume: the checkpoint to resume from; None for a new run.
     """
     from attnimg.train.attention_check import attention_check_of
@@ -138,7 +138,7 @@ def fit_selected(
     applied = select_verify_apply(task, load, report=report, plan=plan)
     selected = applied.selected
     kernels = kernel_hashes(selected.plan, task)
-    # Documents may leak on one machine alone, which then uses another backend.
+    # If documents leak on one machine only, that machine selects another backend.
     _agree(config, task.machine, {"plan": _chosen(selected.plan), "kernels": kernels})
     result = fit(
         config,
@@ -172,7 +172,7 @@ def fit_selected(
 def _load_documents(
     config: Config, machine: Machine, tokenizer: Any, report: TrainReport
 ) -> Documents:
-    """Load the data, report what is in it, and raise unless all processes have the same."""
+    """Load the data, report its statistics, and raise unless all processes have the same data."""
     from attnimg.train.data import load_documents, sample_text, sentence
     from attnimg.train.model_files import tokenizer_of
 
@@ -204,7 +204,7 @@ def _load_model(
     resume: ResumePoint | None,
     report: TrainReport,
 ) -> Any:
-    """Load the model, after checks that a resumed run is the same as before."""
+    """Load the model, after checking that a resumed run has the identity of its checkpoint."""
     from attnimg.train.identity import attention_and_precision, data_of
     from attnimg.train.lora import adapter_notes
     from attnimg.train.model import load_model
@@ -225,7 +225,7 @@ def _load_model(
         needs_dtype_cast=selected.backend.needs_dtype_cast,
         say=report.say,
     )
-    # A folder of this name, or a hub's snapshot, may have other content on another machine.
+    # The model's folder, or its snapshot of the hub, may have other content on another machine.
     _agree(config, task.machine, {"base_model": model_of(config)})
     for note in adapter_notes(model, config):
         report.say(f"warning: {note}")
@@ -243,7 +243,7 @@ def _require_base_model(
 
 
 def _chosen(plan: Plan) -> dict[str, Any]:
-    """Return a plan without the sentences about it, which name folders of one machine."""
+    """Return a plan without its texts, which may have folder names of one machine."""
     found = plan_dict(plan)
     groups = [{**group, "kernel": None} for group in found["groups"]]
     backend = plan.chosen and plan.chosen.backend.name
@@ -251,7 +251,7 @@ def _chosen(plan: Plan) -> dict[str, Any]:
 
 
 def _named_files(config: Config) -> dict[str, str]:
-    """Return the hash of each file that the config names and that no other fact covers."""
+    """Return the hash of each file that the config names and that is not compared elsewhere."""
     paths = {"deepspeed": config.deepspeed, "attn_known_bad": config.attn_known_bad,
              "chat_template_jinja": config.chat_template_jinja}  # fmt: skip
     for key, spec, _ in entries(config):
@@ -266,5 +266,5 @@ def _named_files(config: Config) -> dict[str, str]:
 
 
 def _agree(config: Config, machine: Machine, facts: Mapping[str, object]) -> None:
-    """Raise unless every process of the group found the same."""
+    """Raise unless all processes of the group have the same facts."""
     agree(facts, cpu=machine.arch.vendor == "cpu", timeout_s=config.ddp_timeout)

@@ -29,7 +29,7 @@ class SavedStates(Objective):
     """The part of the engine that saves and loads the states of a checkpoint.
 
     Attributes:
-        hashes: of the files of the checkpoint that is being saved, or was saved last.
+        hashes: hashes of the files of the checkpoint that is being saved, or was saved last.
     """
 
     hashes: FileHashes
@@ -45,7 +45,7 @@ class SavedStates(Objective):
         folder.mkdir(parents=True, exist_ok=True)
         step, hashes = self.state.global_step, self.hashes
         with warnings.catch_warnings():
-            # Schedules warn that the optimizer is to be saved as well, which it is.
+            # Schedules warn that the optimizer should be saved as well, which is done here.
             warnings.simplefilter("ignore", UserWarning)
             schedule = self.lr_scheduler.state_dict()
         try:
@@ -57,7 +57,7 @@ class SavedStates(Objective):
             write_state(folder, "scheduler", schedule, step=step, hashes=hashes)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        """Begin to hash the weights, which are written; save_optimizer has written the rest."""
+        """Begin to hash the written weights; save_optimizer has written the rest already."""
         if self._sharded():
             super()._save_optimizer_and_scheduler(output_dir)
         elif self.args.should_save:
@@ -66,7 +66,7 @@ class SavedStates(Objective):
                     self.hashes.add(weights)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """Load what _save_optimizer_and_scheduler wrote, or transformers' Trainer.
+        """Load optimizer and schedule, as written by save_optimizer or by transformers' Trainer.
 
         Raises:
             AttnimgError: they can't be loaded (code damaged-checkpoint).
@@ -116,7 +116,7 @@ class SavedStates(Objective):
         write_state(folder, self._rng_name(), state, step=step, hashes=self.hashes)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        """Load the states of this process's random number generators; other processes' are not.
+        """Load the states of this process's random number generators, if its rank saved them.
 
         Raises:
             AttnimgError: they can't be loaded (code damaged-checkpoint).
@@ -129,7 +129,7 @@ class SavedStates(Objective):
                 super()._load_rng_state(checkpoint)
                 return
             if not (folder / f"{self._rng_name()}.json").is_file():
-                return  # written by another number of processes: the run has warned
+                return  # another number of processes wrote it: a warning was printed
             state = read_state(folder, self._rng_name(), device="cpu")
             random.setstate(state["python"])
             kind, words, *rest = state["numpy"]
@@ -156,7 +156,7 @@ class SavedStates(Objective):
                 super()._load_from_checkpoint(resume_from_checkpoint, model)
                 return
             if hasattr(self.model, "get_base_model"):
-                # transformers would load model.safetensors in its place, where that is there, too.
+                # transformers would load model.safetensors instead, if that exists as well.
                 name = self.model.active_adapters[0]
                 missing = self.model.load_adapter(folder, name, is_trainable=True).missing_keys
             else:
@@ -181,12 +181,12 @@ class SavedStates(Objective):
 
 @contextmanager
 def loading(checkpoint: Path, part: str, *, sharded: bool) -> Iterator[None]:
-    """Turn what a library raises while it loads a part of a checkpoint into an AttnimgError.
+    """Turn errors of a library that loads a part of a checkpoint into an AttnimgError.
 
     Args:
         checkpoint: the folder.
-        part: what is loaded, in the plural.
-        sharded: whether processes exchange data meanwhile, whose RuntimeErrors are passed on.
+        part: a plural noun for what is loaded, for the message.
+        sharded: whether processes exchange data while loading; RuntimeErrors are then passed on.
 
     Raises:
         AttnimgError: code damaged-checkpoint.
@@ -200,7 +200,7 @@ def loading(checkpoint: Path, part: str, *, sharded: bool) -> Iterator[None]:
     except torch.OutOfMemoryError:
         raise
     except wrong as error:
-        # torch's text advises to load with weights_only=False, which runs the code.
+        # torch's message advises weights_only=False, which would run the code.
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         found = "; ".join(lines[:3]) or type(error).__name__
         if isinstance(error, PickleError) or "weights_only" in str(error):
@@ -219,8 +219,8 @@ class NotPlain(TypeError):
     """Raised for a state that has an object of another class, such as torchao's tensors."""
 
 
-# A state is written in this many files, within these sizes: several are hashed at a time, and only
-# these are in CPU memory.
+# A state is split into this many files, within these sizes: several are hashed in parallel, and
+# only those are in CPU memory.
 _PARTS = 16
 
 _SMALLEST, _LARGEST = 32 * 2**20, 2**30
@@ -238,13 +238,13 @@ def write_state(folder: Path, name: str, state: object, *, step: int, hashes: Fi
 
     Args:
         folder: an existing folder.
-        name: of the files, without their endings.
-        state: as `state_dict` returns it; it must stay as it is until the hashes are taken.
+        name: name of the files, without suffix.
+        state: as `state_dict` returns it; it must not change until it is hashed.
         step: optimizer steps done.
         hashes: writes the tensors' files.
 
     Raises:
-        NotPlain: it holds something else than numbers, texts and plain tensors; nothing is written.
+        NotPlain: it has other objects than numbers, strings and plain tensors; nothing is written.
     """
     tensors: list[torch.Tensor] = []
     tree = _encoded(state, tensors, {})
@@ -260,9 +260,9 @@ def read_state(folder: Path, name: str, *, device: str) -> Any:
     """Return a state that write_state wrote.
 
     Args:
-        folder: where it is.
-        name: of the files.
-        device: the type of the device that the tensors are for, such as "cpu".
+        folder: the folder with the files.
+        name: name of the files, without suffix.
+        device: the type of device to load tensors to, such as "cpu".
 
     Raises:
         OSError, ValueError, TypeError, KeyError, SafetensorError: it is not such a state.
@@ -271,7 +271,7 @@ def read_state(folder: Path, name: str, *, device: str) -> Any:
     tensors = {}
     for number in range(1, content["files"] + 1):
         with safe_open(folder / f"{name}-{number}.safetensors", framework="pt") as file:
-            for key in file.keys():  # noqa: SIM118  a file of tensors is no mapping
+            for key in file.keys():  # noqa: SIM118  safe_open returns no mapping
                 found = file.get_tensor(key)
                 # The tensors are views of the file until they are copied to another device.
                 tensors[key] = found.clone() if device == "cpu" else found
@@ -279,7 +279,7 @@ def read_state(folder: Path, name: str, *, device: str) -> Any:
 
 
 def _parts(tensors: list[torch.Tensor]) -> list[list[int]]:
-    """Return the numbers of the tensors of each file."""
+    """Return, for each file, the indices of its tensors."""
     size = min(max(sum(tensor.nbytes for tensor in tensors) // _PARTS, _SMALLEST), _LARGEST)
     parts: list[list[int]] = []
     used = size
@@ -311,12 +311,12 @@ def _safetensors(tensors: Mapping[str, torch.Tensor]) -> list[memoryview]:
 
 
 def _dtype(tensor: torch.Tensor) -> str | None:
-    """Return the name that safetensors has for a dtype."""
+    """Return safetensors' name of a tensor's dtype; None if it has none."""
     return _DTYPES.get(str(tensor.dtype).removeprefix("torch."))
 
 
 def _encoded(value: Any, tensors: list[torch.Tensor], seen: dict[int, int]) -> Any:
-    """Return a value as JSON; its tensors, each once, are added to a list."""
+    """Return a value as JSON types; each of its tensors is added to a list once."""
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, list):

@@ -1,6 +1,6 @@
-"""Load the tokenizer with the tokens of the config, and check what is saved with the model.
+"""Load the tokenizer with the config's tokens added, and check the settings saved with the model.
 
-Each token that is trained on must have an embedding that is trained: an adapter freezes the others.
+Each new token in the data must have a trained embedding, but an adapter freezes the embeddings.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from attnimg.train.lora import untrained_embeddings
 from attnimg.train.model import load_model_config, load_without_weights
 from attnimg.train.rows import NO_LOSS
 
-# Documents that are looked at for the token that ends an answer.
+# Number of documents in which to look for the token that ends an answer.
 DOCUMENTS = 100
 
 
@@ -26,7 +26,7 @@ def load_tokenizer(config: Config, *, say: Callable[[str], None]) -> Any:
 
     Args:
         config: the validated run.
-        say: prints a line for the user, such as which token pads.
+        say: prints a line for the user, such as which token is used for padding.
 
     Returns:
         A transformers tokenizer that has a pad token.
@@ -79,7 +79,7 @@ def load_tokenizer(config: Config, *, say: Callable[[str], None]) -> Any:
 
 
 def _load(config: Config, source: str) -> Any:
-    """Load by name; turn what transformers raises into an AttnimgError."""
+    """Load a tokenizer; turn errors that transformers raises into an AttnimgError."""
     import transformers
 
     name = config.tokenizer_type or "AutoTokenizer"
@@ -113,7 +113,7 @@ def _load(config: Config, source: str) -> Any:
 
 
 def _require_known(tokenizer: Any, eot_tokens: list[str]) -> None:
-    """Refuse an end-of-turn token that would be cut into several."""
+    """Raise for an end-of-turn text that is not a single token."""
     for token in eot_tokens:
         ids = tokenizer.encode(token, add_special_tokens=False)
         if len(ids) != 1:
@@ -129,8 +129,8 @@ def _require_known(tokenizer: Any, eot_tokens: list[str]) -> None:
 def may_add_pad_token(config: Config, tokenizer: Any, wanted: str) -> bool:
     """Return whether a pad token may be added to the tokenizer.
 
-    Padding has no loss and is not attended to, so an existing token can pad as well. With a new row
-    for it, the adapter would load only on a base model whose embeddings were resized first.
+    Padding has no loss and is not attended to, so an existing token works as well. With a new row
+    for it, the adapter would load only on a base model with resized embeddings.
     """
     return wanted in tokenizer.get_vocab() or has_embedding(config, len(tokenizer))
 
@@ -145,7 +145,7 @@ def has_embedding(config: Config, token_id: int | None) -> bool:
 
 
 def vocabulary(config: Config) -> int:
-    """Return vocab_size of config.json, which the embeddings have at least; 0 without one."""
+    """Return vocab_size of config.json, the minimum of embedding rows; 0 if there is none."""
     try:
         return int(load_model_config(config).get_text_config().vocab_size)
     except (AttributeError, ValueError):  # no such field, or several text models
@@ -169,7 +169,7 @@ def untrained(config: Config) -> list[str]:
 
 
 def require_trained_tokens(config: Config, added: Iterable[str]) -> None:
-    """Raise where an adapter would leave the embeddings of new tokens untrained.
+    """Raise if an adapter would leave the embeddings of new tokens untrained.
 
     Raises:
         AttnimgError: code bad-value, with the modules to save.
@@ -182,7 +182,7 @@ def require_trained_tokens(config: Config, added: Iterable[str]) -> None:
 
 
 def require_embeddings(config: Config, splits: Iterable[Any], tokenizer: Any) -> None:
-    """Raise where documents have tokens without an embedding, and the adapter adds none.
+    """Raise if documents have tokens without an embedding, and the adapter adds none.
 
     Args:
         config: the validated run.
@@ -235,13 +235,14 @@ def _untrained(config: Config, tokens: list[str], lacking: list[str], what: str)
 
 
 def use_trained_template(config: Config, tokenizer: Any) -> list[str]:
-    """Set a tokenizer's chat template to the one that wrote the training data, to be saved so.
+    """Set the tokenizer's chat template to that of the training data, so that it is saved.
 
-    Generation would prompt the model otherwise than it was trained. axolotl sets it too.
+    With another template, generation would prompt the model differently from training. axolotl sets
+    it too.
     Source: axolotl 0.18.0, loaders/tokenizer.py, chat_template (2026-11-27)
 
     Returns:
-        A warning where the data were written with several templates.
+        A warning if the data were rendered with several templates.
     """
     found = {
         key: choose_chat_template(config, tokenizer, spec=spec, key=key)
@@ -264,12 +265,12 @@ def use_trained_template(config: Config, tokenizer: Any) -> list[str]:
 
 
 def stop_notes(documents: Any, tokenizer: Any, model: Any) -> list[str]:
-    """Return a warning where most documents end with a token that generation does not stop at.
+    """Return a warning if most documents end with a token at which generation does not stop.
 
     Args:
-        documents: what is trained on, with a column labels.
-        tokenizer: as it is saved; its end token is one of those that stop generation.
-        model: as it is loaded; its generation config may name others.
+        documents: the training documents, with a column labels.
+        tokenizer: the tokenizer as it is saved; generation stops at its end token.
+        model: the loaded model; its generation config may name other end tokens.
     """
     named = getattr(model.generation_config, "eos_token_id", None)
     stops = {tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])} - {None}

@@ -1,1 +1,1 @@
-"""Prove on the real model and machine what was planned on paper."""
+"""Check the planned attention with real calls on this machine, before and during training."""

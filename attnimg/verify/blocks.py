@@ -1,8 +1,8 @@
-"""Compute attention of one row by blocks: outputs and gradients of chosen tokens, in little memory.
+"""Compute attention of one row block by block, for chosen tokens, with little memory.
 
-Plain attention of a long row holds heads * tokens squared scores. Here one tile of queries and one
-of keys are computed at a time, so that the memory does not grow with the row. Only the requested
-queries, and those that see a requested key, are computed. torch's attention functions are not used.
+Plain attention of a long row stores heads * tokens ** 2 scores. Here one tile of queries and keys
+is computed at a time, so that the memory does not grow with the row. Only the requested queries,
+and those that see a requested key, are computed. torch's attention functions are not used.
 Letters: T query and key tokens, H query heads, G key heads, R query heads to a key head, D head
 size of q and k, E head size of v.
 """
@@ -22,13 +22,14 @@ from attnimg.backends._varlen import AttentionCall, packed_tokens
 # Tokens (begin, end) of a row.
 Span = tuple[int, int]
 
-# Arrays of the size of a tile of scores that are held at once: scores, weights, the gradients of
+# Arrays as large as a tile of scores that are in memory at once: scores, weights, the gradients of
 # both, the derivative of the soft cap, and the mask.
 _ARRAYS = 6
 
 _TILE_Q, _TILE_K = 256, 2048
 
-# Up to so many tokens, one tile is faster: half of its scores are hidden, none is computed twice.
+# Up to this many tokens, a single tile is faster: half of its scores are masked, but none is
+# computed twice.
 _ONE_TILE = 1024
 
 _SMALLEST = 16
@@ -36,12 +37,12 @@ _SMALLEST = 16
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BlockReference:
-    """Attention at the requested tokens, in their order.
+    """The outputs and gradients of attention at the requested tokens, in the requested order.
 
     Attributes:
         out: (H, queries, E).
         dq: (H, queries, D); None without d_out.
-        dk: (G, keys, D), of the whole row's output; None without d_out.
+        dk: (G, keys, D), from the outputs of the whole row; None without d_out.
         dv: (G, keys, E), likewise.
         dsinks: (H,); None without d_out or without sinks.
     """
@@ -70,7 +71,7 @@ class _Row:
     rounded_to: torch.dtype | None
 
     def rounded(self, x: Tensor) -> Tensor:
-        """Return an intermediate result as it is after it was stored in `rounded_to`."""
+        """Return an intermediate result rounded to the dtype `rounded_to`, if there is one."""
         return x if self.rounded_to is None else x.to(self.rounded_to).to(self.dtype)
 
 
@@ -92,27 +93,27 @@ def block_reference(
     rounded_to: torch.dtype | None = None,
     at_most_bytes: int = 256 << 20,
 ) -> BlockReference:
-    """Attend within the documents of one row, at chosen queries and keys.
+    """Compute attention within the documents of one row, for chosen queries and keys.
 
     Args:
         q: (H, T, D), in any precision and memory layout.
         k: (G, T, D), H a multiple of G.
         v: (G, T, E).
         d_out: gradient of the output, (H, T, E); None for no gradients.
-        cu_seqlens: where documents begin, and the end of the last one, int, (documents + 1,).
-            Tokens after that are padding, and see nothing.
-        queries: whose out and dq are returned. They must not overlap.
-        keys: whose dk and dv are returned. All queries that see one of them take part.
+        cu_seqlens: the start of each document, and the end of the last one, int,
+            (documents + 1,). Tokens after that are padding, and see no keys.
+        queries: spans whose out and dq are returned. They must not overlap.
+        keys: spans whose dk and dv are returned. All queries that see one of them are computed.
         scale: factor on q @ k.
         causal: whether a query sees no later key.
-        window: keys that a query sees, its own included, to either side where it is not causal.
+        window: number of keys that a query sees, its own included; to either side if not causal.
         softcap: scores become softcap * tanh(scores / softcap).
         sinks: a logit for each head that joins the softmax and has no value, (H,).
         dtype: the precision of the sums.
         rounded_to: the precision in which plain attention stores its scores, weights, their
             gradients and its results; None to round nothing.
-        at_most_bytes: memory for intermediate results, without the results that are returned and
-            two numbers for each query head and token.
+        at_most_bytes: limit on the memory for intermediate results, not counting the returned
+            results and two numbers for each query head and token.
     """
     first_T, last_T = _bounds(cu_seqlens, n_tokens=q.shape[1], causal=causal, window=window)
     return span_reference(
@@ -150,7 +151,7 @@ def span_reference(
     rounded_to: torch.dtype | None,
     at_most_bytes: int = 256 << 20,
 ) -> BlockReference:
-    """Attend where each query sees one span of keys; the other arguments are block_reference's.
+    """Compute attention where each query sees one contiguous span of keys.
 
     Args:
         q: (H, T, D).
@@ -159,14 +160,14 @@ def span_reference(
         d_out: (H, T, E), or None.
         first_T: the first key that each query sees, int64, (T,).
         last_T: the key after the last one that it sees, int64, (T,).
-        queries: whose out and dq are returned.
-        keys: whose dk and dv are returned.
+        queries: spans whose out and dq are returned.
+        keys: spans whose dk and dv are returned.
         scale: factor on q @ k.
-        softcap: cap of the scores.
+        softcap: scores become softcap * tanh(scores / softcap).
         sinks: a logit for each head, (H,).
         dtype: the precision of the sums.
         rounded_to: the precision in which intermediate results are stored.
-        at_most_bytes: memory for intermediate results.
+        at_most_bytes: limit on the memory for intermediate results.
     """
     row = _Row(
         q=q.unflatten(0, (len(k), -1)),
@@ -207,7 +208,7 @@ def _bounds(
     ends = cu_seqlens.to(place_T.dtype)
     document_T = torch.searchsorted(ends, place_T, right=True).clamp(1, len(ends) - 1)
     first_T, last_T = ends[document_T - 1], ends[document_T]
-    # Tokens after the last document are padding, and see nothing.
+    # Tokens after the last document are padding, and see no keys.
     last_T = torch.where(place_T < ends[-1], last_T, first_T)
     if causal:
         last_T = torch.minimum(last_T, place_T + 1)
@@ -218,7 +219,7 @@ def _bounds(
 
 
 def _is_whole(row: _Row, queries: Sequence[Span], keys: Sequence[Span]) -> bool:
-    """Return whether all tokens are requested: then one tile computes each product once."""
+    """Return whether all tokens are requested, so that one tile computes each product once."""
     return row.d_out is not None and [*queries] == [*keys] == [(0, row.q.shape[2])]
 
 
@@ -248,7 +249,7 @@ def _attend_heads(
     tile_q: int,
     tile_k: int,
 ) -> tuple[Tensor | None, ...]:
-    """Return out, dq, dk, dv and dsinks of some key heads and the query heads to each."""
+    """Return out, dq, dk, dv and dsinks of some key heads and their query heads."""
     n_tokens = row.q.shape[2]
     if n_tokens <= min(tile_q, tile_k) and _is_whole(row, queries, keys):
         return _attend_one_tile(row, heads)
@@ -374,7 +375,7 @@ def _log_sums(row: _Row, heads: slice, queries: Span, *, tile_k: int) -> Tensor:
     for keys in _split(_keys_seen_by(row, queries), tile_k):
         scores, _ = _scores(row, heads, queries, keys)
         found = torch.logaddexp(found, scores.logsumexp(-1))
-    # Where a query sees nothing, its weights become exp(-inf - 0).
+    # Where a query sees no key, its weights become exp(-inf - 0) = 0.
     return found.masked_fill_(found == -torch.inf, 0.0)
 
 
@@ -435,7 +436,7 @@ def _dk_dv(
     return row.rounded(dk), row.rounded(dv)
 
 
-# Queries whose mask is read at a time.
+# Number of queries whose part of the mask is read at once.
 _ROWS = 1024
 
 
@@ -444,16 +445,16 @@ class NotComparable(Exception):
 
 
 def spans_of_mask(mask: Any, row: int, *, n_tokens: int) -> tuple[Tensor, Tensor]:
-    """Return the first key that each query of a row sees, and the key behind the last one.
+    """Return the first key that each query of a row sees, and the key after the last one.
 
     Args:
         mask: the attention_mask of a call: (B or 1, 1, T, T), bool, True where a query sees a key,
             or a float that is added to the scores; or flex_attention's block mask.
-        row: which of the batch.
+        row: the index of the row in the batch.
         n_tokens: T.
 
     Raises:
-        NotComparable: a query sees other keys than those of one span, or the mask adds a bias.
+        NotComparable: the keys that a query sees are not contiguous, or the mask adds a bias.
     """
     firsts, lasts = [], []
     for begin in range(0, n_tokens, _ROWS):
@@ -492,7 +493,7 @@ def _seen(mask: Any, row: int, begin: int, end: int, *, n_tokens: int) -> Tensor
 
 
 def spans_of_arguments(read: AttentionCall, row: int) -> tuple[Tensor, Tensor]:
-    """Return the first key that each query of a row sees, and the key behind the last one."""
+    """Return the first key that each query of a row sees, and the key after the last one."""
     n_rows, n_tokens = read.q.shape[0], read.q.shape[2]
     place = torch.arange(n_tokens, device=read.q.device)
     if read.padding is not None:
@@ -510,7 +511,7 @@ def spans_of_arguments(read: AttentionCall, row: int) -> tuple[Tensor, Tensor]:
         number = torch.searchsorted(ends, of_row, right=True).clamp(1, len(ends) - 1)
         first = (ends[number - 1] - row * n_tokens).clamp(min=0)
         last = (ends[number] - row * n_tokens).clamp(max=n_tokens)
-        # Tokens after the last document are padding, and see nothing.
+        # Tokens after the last document are padding, and see no keys.
         last = torch.where(of_row < ends[-1], last, first)
     seen = last > first
     if read.causal:
@@ -522,7 +523,7 @@ def spans_of_arguments(read: AttentionCall, row: int) -> tuple[Tensor, Tensor]:
 
 
 def closed_part(first: Tensor, last: Tensor, *, longest: int | None, draw: random.Random) -> slice:
-    """Choose tokens of a row that see no others: all, or as many whole documents as fit."""
+    """Return the tokens to compare, which see no others: all, or the whole documents that fit."""
     n_tokens = len(first)
     if longest is None or n_tokens <= longest:
         return slice(0, n_tokens)

@@ -1,4 +1,4 @@
-"""Make one call of a case: by a backend, as a model makes it, and by the reference.
+"""Run the attention call of a case: with a backend, as a model calls it, or with the reference.
 
 Letters: B batch, T query tokens, S key tokens, H query heads, E head size of v.
 """
@@ -20,14 +20,14 @@ from attnimg.verify.reference import attend, shifted_keys, visible_keys
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Result:
-    """What a call gave.
+    """The result of a call.
 
     Attributes:
-        out: (B, T, H, E); of the reference, its compared rows only.
-        gradients: "dq", "dk", "dv" and "dsinks" to their tensors; None where there is none.
-        attached: whether the output has a backward pass at all.
-        overwritten: what the call changed of all that it was handed.
-        dsinks_terms: what each query adds to dsinks, (B, H, T); of the reference alone.
+        out: (B, T, H, E); from the reference, only the compared rows.
+        gradients: "dq", "dk", "dv" and "dsinks" -> tensor; None where a gradient is missing.
+        attached: whether the output is attached to the autograd graph.
+        overwritten: names of the inputs that the call changed in place.
+        dsinks_terms: each query's contribution to dsinks, (B, H, T); from the reference only.
     """
 
     out: Tensor
@@ -43,12 +43,12 @@ class Started:
 
     Attributes:
         out: (B, T, H, E), with its graph.
-        leaves: "dq" and so on to what the gradient is of.
-        d_out: gradient of the output, laid out as it arrives.
-        handed: what the call was given, by name, and a copy of it as it was.
-        overwritten: what the forward pass changed of that.
-        reseeded: whether the forward pass set torch's random numbers back.
-        dropout: what it was called with; with none, no pass has anything to draw.
+        leaves: "dq" and so on -> the leaf tensor whose gradient it is.
+        d_out: gradient of the output, in the memory layout in which it arrives.
+        handed: name of an input -> the input, and a copy of it from before the call.
+        overwritten: names of the inputs that the forward pass changed.
+        reseeded: whether the forward pass seeded or rewound torch's random number generators.
+        dropout: the rate of the call; at 0, neither pass needs random numbers.
     """
 
     out: Tensor
@@ -61,7 +61,7 @@ class Started:
 
 
 class _Layer(nn.Module):  # type: ignore[misc]  # mypy does not follow torch
-    """What backends read off the attention layer that calls them."""
+    """A stand-in for a model's attention layer, with the attributes that backends read."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()
@@ -74,7 +74,7 @@ ALL = ("dq", "dk", "dv", "dsinks")
 
 
 def call(function: AttentionFunction, backend: Backend, case: Case, inputs: Inputs) -> Result:
-    """Call a backend forward and backward, with the arguments that a model would pass.
+    """Run a backend's forward and backward pass, with the arguments that a model would pass.
 
     Raises:
         Exception: whatever the kernel raises.
@@ -91,11 +91,11 @@ def forward(
     dropout: float = 0.0,
     learning: tuple[str, ...] = ALL,
 ) -> Started:
-    """Call a backend forward; `learning` names the gradients that will be asked for."""
+    """Run a backend's forward pass; `learning` names the gradients that will be requested."""
     named = {"dq": inputs.q, "dk": inputs.k, "dv": inputs.v}
     if inputs.sinks is not None:
         named["dsinks"] = inputs.sinks
-    # detach() keeps the strides, which are part of the probe.
+    # detach() keeps the strides, which the probe tests as well.
     leaves = {name: leaf.detach().requires_grad_(name in learning) for name, leaf in named.items()}
     arguments = _arguments(backend, case, inputs, sinks=leaves.get("dsinks"))
     d_out = _d_out(case, inputs)
@@ -104,7 +104,7 @@ def forward(
     handed = {name: (value, value.clone()) for name, value in given.items()}
     dtype = getattr(torch, case.geometry.dtype)
     autocast = case.geometry.autocast
-    # Made first, since a layer draws its own weights.
+    # Built before the generators' states are read, since initializing a layer draws numbers.
     layer, mask = _Layer(inputs.q.dtype).to(inputs.q.device), _mask(backend, case, inputs)
     random = states_after_draw(inputs.q.device)
     with torch.autocast(inputs.q.device.type, dtype if autocast else None, enabled=autocast):
@@ -166,7 +166,7 @@ def _changed(handed: dict[str, tuple[Tensor, Tensor]]) -> tuple[str, ...]:
 
 
 def _d_out(case: Case, inputs: Inputs) -> Tensor:
-    """Return the output's gradient by tokens, or by heads as where the next layer transposes."""
+    """Return d_out stored by tokens, or by heads, as it arrives where the next layer transposes."""
     d_out = inputs.d_out
     if 0 in d_out.stride() or case.layout == "fused":
         return d_out
@@ -181,13 +181,13 @@ def reference(
     pattern: Pattern = "full",
     keep: Tensor | None = None,
 ) -> Result:
-    """Attend plainly in some precision, at the compared rows alone.
+    """Compute plain attention in a given precision, at the compared rows only.
 
     Args:
         case: the probe.
         inputs: its tensors.
-        dtype: the precision; float64 is the oracle, the run's own is the measure of its rounding.
-        pattern: which keys queries see; "shifted" for as many queries as keys, not packed.
+        dtype: float64 for the exact result, the run's own dtype to measure its rounding.
+        pattern: which keys queries see; "shifted" needs equally many queries and keys, not packed.
         keep: factors on the attention weights, (B, H, T, S).
     """
     leaves = {name: x.requires_grad_() for name, x in _leaves(inputs, dtype=dtype).items()}
@@ -203,7 +203,7 @@ def reference(
 
 
 def _leaves(inputs: Inputs, *, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Return q, k, v and the sinks of each query in a precision, by the name of the gradient."""
+    """Return gradient name -> q, k, v or the sinks of each query, in a given precision."""
     leaves = {"dq": inputs.q, "dk": inputs.k, "dv": inputs.v}
     if inputs.sinks is not None:
         shape = (len(inputs.q), -1, len(inputs.rows), 1)
@@ -219,7 +219,7 @@ def _plain_output(
     pattern: Pattern,
     keep: Tensor | None = None,
 ) -> Tensor:
-    """Return the output of plain attention at the compared rows; arguments are reference's."""
+    """Return the output of plain attention at the compared rows; see `reference`."""
     places = inputs.rows + (inputs.k.shape[2] - inputs.q.shape[2])
     if pattern == "shifted":
         visible = shifted_keys(inputs.documents, heads=inputs.q.shape[1])[:, :, inputs.rows]
@@ -238,7 +238,7 @@ def _plain_output(
 
 
 def slope_of_scale(case: Case, inputs: Inputs, *, pattern: Pattern, exact: Result) -> Tensor:
-    """Return the derivative of the output by the logarithm of the scale, at the compared rows."""
+    """Return d(output) / d(log scale) at the compared rows."""
     step = 1e-4
     steeper = replace(inputs, scale=inputs.scale * (1 + step))
     leaves = _leaves(inputs, dtype=torch.float64)
@@ -262,14 +262,14 @@ def _arguments(
         ends = lengths.cumsum(0).to(torch.int32)
         longest = max(case.lengths) + case.longest_slack
         for side in "qk":
-            # Two tensors, as when a batch was moved to a GPU, or twice the same.
+            # Two tensors, as after moving a batch to a GPU, or the same tensor twice.
             arguments[f"cu_seq_lens_{side}"] = ends if case.layout == "fused" else ends.clone()
             arguments[f"max_length_{side}"] = longest
     return arguments
 
 
 def _positions(documents: Tensor) -> Tensor:
-    """Count tokens within their document, (B, S)."""
+    """Return the position of each token within its document, (B, S)."""
     place_S = torch.arange(documents.shape[1], device=documents.device).expand_as(documents)
     begins = torch.ones_like(documents, dtype=torch.bool)
     begins[:, 1:] = documents[:, 1:] != documents[:, :-1]
@@ -283,14 +283,15 @@ def _mask(backend: Backend, case: Case, inputs: Inputs) -> Any:
     if backend.mask == "flash":
         return (inputs.documents >= 0) if padded else None
     window = case.geometry.window
-    # With these, transformers leaves the mask out for sdpa, which then goes by is_causal.
+    # For such calls transformers passes no mask to sdpa, which then uses is_causal.
     plain = not padded and not case.packed and n_keys == n_queries
     if backend.mask == "sdpa" and plain and (window is None or window >= n_keys):
         return None
     places = torch.arange(n_keys - n_queries, n_keys, device=inputs.q.device)
     seen = visible_keys(inputs.documents, places=places, window=window)
     if padded:
-        # A query of the padding sees nothing, and would be NaN; transformers lets it see itself.
+        # A query on padding sees no key, so its output would be NaN: transformers lets it see
+        # itself.
         itself = places[:, None] == torch.arange(n_keys, device=places.device)
         seen |= itself & ~seen.any(-1, True)
     if backend.mask == "eager":

@@ -1,4 +1,4 @@
-"""Prove one backend on one geometry: every probe, every rule."""
+"""Prove one backend on one geometry: run all probes, and check all rules."""
 
 from __future__ import annotations
 
@@ -45,24 +45,25 @@ from attnimg.verify.training_conditions import (
     is_compiled,
 )
 
-# The reference of a case serves every backend of a pattern that is proven in the same process.
+# Expected results, shared by all backends of a pattern that are proven in one process.
 References = dict[tuple[Pattern, Case], Expected]
-# How often a probe, and then the whole proof, is run again where noise may be what broke a rule.
+# How often a probe, and then the whole proof, is repeated if noise may have broken a rule.
 AGAIN = 2
-# Tokens of the longest rows that are evaluated besides the whole ones.
+# Up to this many tokens, a probe's call is also checked without gradients; check_whole_row does
+# that for the longest rows.
 _EVALUATED = 1024
-# How many more calls show whether gradients that moved move by themselves.
+# Further equal calls that show whether gradients that changed are nondeterministic.
 MORE = 3
 
 
 class Findings(NamedTuple):
-    """What the probes found.
+    """The results of the probes.
 
     Attributes:
-        figures: for each quantity, the one that comes closest to its bound.
-        reasons: every rule that was broken, and broken again where noise might be why.
+        figures: for each quantity, the figure that is closest to its bound.
+        reasons: broken rules; one that noise may break is included only if it broke again.
         cases: how many probes were run.
-        unrepeated: what was broken once and not again.
+        unrepeated: rules that were broken once, but not when the probe was repeated.
         raises: calls that training never makes, and what the kernel raised in them.
     """
 
@@ -83,29 +84,28 @@ def prove_geometry(
     starting: Callable[[str], None],
     again: Callable[[], None],
 ) -> Findings:
-    """Run every probe of a geometry, and again where a right kernel may have failed by noise.
+    """Run every probe of a geometry; repeat those that a correct kernel may have failed by noise.
 
-    A rule that noise may have broken is believed when it breaks twice: when one of AGAIN further
-    runs of that probe breaks a rule, when another probe does, or when one does in AGAIN further
-    runs of all. They get the same inputs: what is wrong at these must show again, and only the
-    kernel's own noise and, with dropout, the random numbers are new. So a right
-    kernel that fails once in a proof with a small probability p is refused with one of about
-    2 * p * p. A kernel that is wrong now and then passes after a fault only if every call of two
-    further proofs, several hundred, is right; and a fault that no noise explains is believed at
-    once.
+    A fault that noise may have caused counts only if there is a second one: in one of AGAIN further
+    runs of that probe, in another probe, or in one of AGAIN further runs of all probes. The inputs
+    stay the same, so that a real fault occurs again; only the kernel's own noise and, with dropout,
+    the random numbers change. If a correct kernel fails once in a proof with a small probability p,
+    it is refused with a probability of about 2 * p * p. A kernel that is wrong only in some calls
+    passes after a fault only if all calls of two further proofs, several hundred, are right. A
+    fault that noise can't cause counts at once.
 
-    A kernel may raise at the probes with fewer queries than keys, which are calls with a key-value
-    cache: training has none, and what raises gives nothing wrong. A wrong result refuses there too.
+    A kernel may raise in the probes with fewer queries than keys, which are calls with a key-value
+    cache: training makes no such calls. A wrong result in them is a fault nevertheless.
 
     Args:
-        function: the backend's attention.
-        backend: what it is judged by.
+        function: the backend's attention function.
+        backend: has the bounds that its results are compared with.
         geometry: the run's.
         device: "cpu" or "cuda".
-        references: filled on the way.
-        starting: called with a probe's name before it is run, for what the parent process tells
-            when this one dies.
-        again: called before all probes are run again, which takes as long as they took.
+        references: cache of expected results; missing ones are added.
+        starting: called with a probe's name before it is run, so that the parent process can name
+            it if this process dies.
+        again: called before all probes are repeated, which takes as long as the first time.
 
     Raises:
         Exception: whatever a kernel raises in a call that training makes.
@@ -138,15 +138,15 @@ def _run_probes(
     references: References,
     starting: Callable[[str], None],
 ) -> Findings:
-    """Run every probe of a geometry once, and those again that noise may have failed."""
+    """Run every probe of a geometry, and repeat each one that may have failed by noise."""
     figures: list[Figure] = []
     reasons: list[Reason] = []
     unrepeated: list[Reason] = []
     raises: list[str] = []
     cases = cases_of(geometry, budget=budget_here(backend, device=device))
     if backend.pattern == "shifted":
-        # s2 refuses rows that are packed or continue a cache. In rows of up to 8 tokens most see
-        # themselves alone: their gradients are rounding, with nothing to measure it by.
+        # s2 supports neither packed rows nor a cache. In rows of up to 8 tokens most tokens see
+        # only themselves: their gradients are pure rounding, for which there is no bound.
         cases = [
             case
             for case in cases
@@ -156,7 +156,7 @@ def _run_probes(
     if plans or is_compiled(backend, device=device):
         cases = few_shapes(cases)
     for case in cases:
-        # A kernel that is refused already need not run the probes that take the longest.
+        # The slowest probes are skipped for a kernel that is refused already.
         if reasons and case.also_learning:
             continue
         starting(case.name)
@@ -170,13 +170,13 @@ def _run_probes(
         try:
             with compiling_each_shape(backend, device=device):
                 found = _run_and_confirm(probe, refused=bool(reasons))
-        # Kernels raise anything. Where an earlier probe found a fault, that says more.
+        # Kernels may raise anything. A fault that an earlier probe found is more informative.
         except Exception as error:
             if reasons:
                 break
             if case.in_training:
                 raise
-            # One that broke the GPU's context raises in the next probe as well.
+            # If the error broke the CUDA context, the next probe raises as well.
             raises.append(f"{case.name}: {exception_text(error)}")
             continue
         figures += found.figures
@@ -200,7 +200,7 @@ def _run_probes(
 
 
 def _expected(case: Case, inputs: Inputs, pattern: Pattern) -> Expected:
-    """Compute what a probe should give, and where it tells most, what another scale would."""
+    """Compute the expected results of a probe, in some with their derivative by the scale."""
     exact, plain = (
         reference(case, inputs, dtype=dtype, pattern=pattern)
         for dtype in (torch.float64, inputs.q.dtype)
@@ -214,10 +214,10 @@ def _expected(case: Case, inputs: Inputs, pattern: Pattern) -> Expected:
 def _run_and_confirm(
     probe: Callable[[], tuple[list[Figure], list[Fault]]], *, refused: bool
 ) -> Findings:
-    """Run a probe, and again where all that it finds may be noise.
+    """Run a probe; repeat it if noise may have caused all of its faults.
 
     Args:
-        probe: makes its calls.
+        probe: runs the probe's calls, and returns figures and faults.
         refused: whether the kernel is refused already, whatever this probe finds.
     """
     figures, faults = probe()
@@ -227,12 +227,12 @@ def _run_and_confirm(
     for _ in range(AGAIN):
         try:
             further_figures, further = probe()
-        # Kernels raise anything. The fault that the first run found says more.
+        # Kernels may raise anything. The fault that the first run found is more informative.
         except Exception:
             return Findings(figures, reasons, 1, [])
         if further:
             return Findings(figures, reasons, 1, [])
-    # One for a probe: two are a reason.
+    # One per probe: the caller refuses a kernel with two of them.
     return Findings(further_figures, [], 1, reasons[:1])
 
 
@@ -245,7 +245,7 @@ def _run_probe(
     right: Expected,
     references: References,
 ) -> tuple[list[Figure], list[Fault]]:
-    """Run the calls of one probe, and return the figures and the broken rules."""
+    """Run the calls of one probe, and return the figures and the faults."""
     found = call(function, backend, case, inputs)
     figures, faults = check_values(backend, case, inputs, found=found, right=right)
     further: list[Iterator[Fault]] = []
@@ -266,7 +266,7 @@ def _run_probe(
     try:
         for fault in itertools.chain(*further):
             faults.append(fault)
-    # Kernels raise anything. Where an earlier call found a fault, that says more.
+    # Kernels may raise anything. A fault that an earlier call found is more informative.
     except Exception:
         if not faults:
             raise
@@ -289,17 +289,17 @@ def repeat_calls(
     device: str,
     references: References,
 ) -> tuple[list[str], list[Reason]]:
-    """Repeat a training call and an evaluation call, and judge the last of them.
+    """Repeat a training call and an evaluation call, and check the results of the last ones.
 
     Returns:
-        What the calls leave behind in the process, each by its name, and the rules that the last
-        ones broke: a kernel may be wrong from some number of calls on.
+        Descriptions of what grew in the process with each call (leaks), and the rules that the last
+        calls broke: a kernel may be wrong only after some number of calls.
 
     Raises:
         Exception: whatever the kernel raises.
     """
     cases = cases_of(geometry, budget=budget_here(backend, device=device))
-    # s2 takes no packed rows.
+    # s2 does not support packed rows.
     kind = geometry.packing and backend.pattern == "full"
     case = next(c for c in cases if c.packed == kind and c.scale_factor != 1)
     inputs = draw(case, device=device)
@@ -331,7 +331,7 @@ def repeat_calls(
 def _without_gradients(
     function: AttentionFunction, backend: Backend, case: Case, inputs: Inputs, *, right: Expected
 ) -> Iterator[Fault]:
-    """Check the call as an evaluation makes it."""
+    """Check the call without gradients, as evaluation makes it."""
     with torch.no_grad():
         found = forward_only(forward(function, backend, case, inputs))
     yield from check_further_call(
@@ -375,13 +375,13 @@ def _repeated(
     first: Result,
     right: Expected,
 ) -> Iterator[Fault]:
-    """Check the call made again; where documents are packed, also with some of them changed."""
+    """Check a repeated call; with packed documents, also one where some of them are changed."""
     same = partial(call, function, backend, case, inputs)
     before = [first, same()]
     asked = case.geometry.deterministic
     if asked or case.packed:
         yield from check_repeated(case, first=first, second=before[1], gradients_too=asked)
-    # What is right once may be wrong the next time.
+    # A call that was right once may be wrong when repeated.
     yield from check_values(backend, case, inputs, found=before[1], right=right)[1]
     if not case.packed or first.out.shape != inputs.d_out.shape:
         return
@@ -396,7 +396,7 @@ def _repeated(
         kept = ~changed & (inputs.documents >= 0)
         judge = partial(check_isolated, case, kept=kept, noise=noise)
         if any(judge(before=before, after=after)):
-            # Two calls may agree by chance: whether gradients move by themselves takes more.
+            # Two calls may agree by chance: more are needed to see whether gradients repeat.
             before += [same() for _ in range(MORE)]
             after += [call(function, backend, case, other) for _ in range(MORE)]
             yield from judge(before=before, after=after)
@@ -413,7 +413,7 @@ def _qkv(inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 
 def _worst(figures: list[Figure]) -> list[Figure]:
-    """Return, for each quantity, the figure that is closest to its bound or furthest beyond."""
+    """Return, for each quantity, the figure that is closest to its bound or exceeds it most."""
     worst: dict[str, Figure] = {}
     for figure in figures:
         kept = worst.get(figure.quantity)

@@ -47,7 +47,7 @@ class CapturedCall:
         v: (B, G, S, E).
         mask: the attention_mask.
         arguments: all others, by name.
-        autocast: what torch.autocast cast to; None where it was off.
+        autocast: the dtype that torch.autocast cast to; None where it was off.
         learning: the gradients that the model needs, of dq, dk and dv.
         out: (B, T, H, E).
         d_out: gradient of out; None where none arrived.
@@ -77,8 +77,8 @@ class Capture:
 
     Args:
         layer: which of the model's attention layers, counted in the order of their calls.
-        done: called with the call as soon as all of its gradients are there, in the backward pass,
-            while its tensors are in memory anyway.
+        done: called with the captured call in the backward pass, as soon as all of its gradients
+            exist, while its tensors are still in memory.
 
     Attributes:
         kinds: the kind of each layer, in the order of their calls.
@@ -95,7 +95,7 @@ class Capture:
 
     @contextmanager
     def installed(self) -> Iterator[None]:
-        """Record a call of the block, which holds a forward and a backward pass."""
+        """Record a call inside the block, which runs a forward and a backward pass."""
         from transformers import AttentionInterface
 
         original = AttentionInterface.get_interface
@@ -124,7 +124,7 @@ class Capture:
         attention_mask: Any = None,
         **arguments: Any,
     ) -> Any:
-        """Call the function; record the call where it is the one to capture."""
+        """Call the function; record the call if it is the one to capture."""
         place = self._order.setdefault(id(module), len(self._order))
         kind = _kind_of(query, key, value, arguments)
         if place == len(self.kinds):

@@ -1,7 +1,8 @@
-"""The probes of a proof: which calls are made to see what a backend gets wrong.
+"""List the probes of a proof: the attention calls that are made to find errors of a backend.
 
-They follow the run's own geometry. Lengths are odd and reach the run's own; memory is laid out as
-models lay it out; every length from 1 to 72 occurs, since a kernel may fail at a single one.
+They use the run's own geometry. Lengths are odd, up to sequence_len; tensors have the memory
+layouts that models produce; every length from 1 to 72 occurs, since a kernel may fail at a single
+one.
 """
 
 from __future__ import annotations
@@ -13,14 +14,18 @@ from attnimg.facts import Backend, Geometry
 
 Layout = Literal["fused", "heads-first", "tokens-first", "mixed"]
 
-# What the scores look like: spread around 0; all about -110, where exp() in float32 underflows
-# (pytorch#196678: NaN in dq); all about +190, where it overflows unless the largest is subtracted,
-# and some values of v too; about the size of the soft cap;
-# all about the same, so that many small terms are added up; spread, with some tokens whose q, k or
-# v is 0, as those of padding or of a layer that starts at 0; spread, with values of v in the
-# hundreds; in steps from 60 to 480, and the same with all of them below -200, so that a bound on
-# scores makes different ones equal; spread, with the weight of each query on itself and the two
-# keys just before it, across the borders of tiles.
+# The distribution of the scores, in the order of the names below:
+# spread: around 0.
+# negative: all about -110, where exp() in float32 underflows (pytorch#196678: NaN in dq).
+# large: all about +190, where exp() overflows unless the maximum is subtracted; v has outliers.
+# near-cap: about as large as the soft cap.
+# flat: nearly equal, so that many small terms are added up.
+# zero-tokens: spread, but q, k or v is 0 for some tokens, as on padding or after a zero init.
+# large-v: spread, with values of v in the hundreds.
+# hundreds: in steps from 60 to 480, so that clamping the scores makes different ones equal.
+# below-hundreds: the same steps, with all scores below -200.
+# neighbours: spread, with each query's weight on itself and the two keys just before it, across the
+# borders of tiles.
 Scores = Literal[
     "spread",
     "negative",
@@ -34,58 +39,59 @@ Scores = Literal[
     "neighbours",
 ]
 
-# Kernels that nobody here has read are probed at every length up to this one, and these beyond it.
+# Kernels whose source we have not reviewed are probed at every length up to this one, and at the
+# lengths in _BEYOND.
 EVERY_LENGTH = 512
 
 _BEYOND = (600, 767, 768, 1000, 1023, 1024, 1025, 1536, 2047, 2048, 2049, 3001, 4095, 4096)
 
-# Up to so many tokens all rows of a probe are compared; see inputs.py.
+# Up to this many tokens, all query rows of a probe are compared; see inputs.py.
 _WHOLE_ROW = 384
 
-# What the gradient of a mean over a row's tokens comes to, and what a scaled loss may. float16 has
-# 2e-5 between neighbours at the lower end, which is why its losses are scaled.
+# Sizes of the output's gradient: with a loss that is a mean over a row's tokens, and with a scaled
+# loss. float16 numbers are 2e-5 apart at the smaller size, which is why its losses are scaled.
 _GRADIENTS = {
     "float32": (2.0**-26, 2.0**10),
     "bfloat16": (2.0**-26, 2.0**10),
     "float16": (2.0**-4, 2.0**4),
 }
 
-# A scale that a kernel may take for a mistake: models that normalize q and k have them.
+# A scale above 1, which a kernel may reject as an error; models that normalize q and k use one.
 _ABOVE_1 = 3.0
 
-# 7 * 256 + 1 tokens together.
+# 7 * 256 + 1 tokens in all.
 _LADDER = (95, 96, 127, 128, 129, 160, 192, 255, 257, 354)
 
-# Lengths that kernels treat in ways of their own, each of them shown in each of four places. The
-# rows have 257, 256 and 511 tokens, so that their ends lie around those of tiles too.
+# Lengths for which kernels have special code, each one at each of the four positions in a row. The
+# rows have 257, 256 and 511 tokens, so that they too end close to the end of a tile.
 _IN_PLACES = ((64, 33, 128, 32), (17, 129, 2, 108), (65, 127, 256, 63))
 
-# Documents beside the longest one of a whole row, over and over.
+# Lengths of the documents beside the longest one of a whole row, repeated in this order.
 _MANY = (1, 17, 3, 64, 2, 33, 1, 5, 129, 9)
 
-# The same for all heads in a short row, more than 8 of them.
+# Lengths of the documents in a short row with all heads: more than 8 documents.
 _THIRTEEN = (19, 1, 46, 1, 2, 129, 5, 1, 31, 3, 7, 1, 17)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Case:
-    """One call.
+    """One attention call of a proof.
 
     Attributes:
-        name: for people.
+        name: its description in messages.
         geometry: the heads and the window of this call; the rest is the run's.
         lengths: tokens of each document of the row when packed, else of each row of the batch.
         packed: whether the documents share one row.
-        queries: query tokens when fewer than the keys; None for as many.
-        layout: how q, k and v lie in memory: views of one tensor as after a fused projection, as
-            after rotary embeddings, contiguous as the kernels take them, or each in another way.
+        queries: number of query tokens where it is smaller than that of keys; None if equal.
+        layout: memory layout of q, k and v: views of one tensor as after a fused projection, as
+            after rotary embeddings, contiguous as kernels take them, or a different one for each.
         scores: see Scores.
-        scale_factor: times D ** -0.5 is the scale of the call.
+        scale_factor: the scale of the call is this times D ** -0.5.
         longest_slack: by how much max_length exceeds the longest document.
-        gradient_scale: how large the output's gradient is, about.
+        gradient_scale: approximate size of the output's gradient.
         repeated: whether the call is made twice and its documents are perturbed.
-        also_learning: of "dk" and "dv", the gradients that are asked for in a second call,
-            whose output has a gradient at every row; none for no such call. See check_whole_row.
+        also_learning: which of "dk" and "dv" are requested in a second call, whose output has a
+            gradient at every row; empty for no such call. See check_whole_row.
     """
 
     name: str
@@ -103,7 +109,7 @@ class Case:
 
     @property
     def in_training(self) -> bool:
-        """Whether training makes such calls: none with a cache, or of a document without tokens."""
+        """Return whether training makes such calls: none has a cache or an empty document."""
         return self.queries is None and all(self.lengths)
 
 
@@ -119,7 +125,7 @@ def cases_of(geometry: Geometry, *, budget: Budget) -> list[Case]:
 
 
 def _every_length(geometry: Geometry, longest: int) -> list[Case]:
-    """Return probes of each length that no other probe has, alone or several documents to a row."""
+    """Return probes of each length that no other probe has, in rows of one or more documents."""
     few = short_window(few_heads(geometry))
     last = min(max(longest, EVERY_LENGTH // 2), EVERY_LENGTH)
     lengths = [*range(73, last + 1), *_beyond(longest)]
@@ -130,7 +136,7 @@ def _every_length(geometry: Geometry, longest: int) -> list[Case]:
         if sum(rows[-1]) + length > _WHOLE_ROW:
             rows.append([])
         rows[-1].append(length)
-    # And each number of documents to a row, of unequal lengths.
+    # Also each number of documents per row up to 32, with unequal lengths.
     counts = [
         Case(
             name=f"{n} documents",
@@ -153,7 +159,7 @@ def _every_length(geometry: Geometry, longest: int) -> list[Case]:
 
 
 def _beyond(longest: int) -> list[int]:
-    """Return lengths above EVERY_LENGTH: usual ones, and those around each eighth of the row."""
+    """Return lengths above EVERY_LENGTH: common ones, and those around each eighth of the row."""
     spread = {n for eighth in range(1, 8) for n in _around(longest * eighth // 8)}
     return sorted(n for n in spread | set(_BEYOND) if EVERY_LENGTH < n < longest)
 
@@ -164,7 +170,7 @@ def _around(length: int) -> tuple[int, int]:
 
 
 def _packed(geometry: Geometry, longest: int, *, budget: Budget) -> list[Case]:
-    """Rows of several documents: all unequal, all equal, one alone, of every small length."""
+    """Return probes of packed rows: equal, unequal and single documents, and all small lengths."""
     short = short_window(two_groups(geometry))
     few = short_window(few_heads(geometry))
     above = _ABOVE_1 * geometry.head_dim_qk**0.5
@@ -175,8 +181,8 @@ def _packed(geometry: Geometry, longest: int, *, budget: Budget) -> list[Case]:
             lengths=(13, 1, 64, 192, 5, 67, 1),
             repeated=True,
         ),
-        # As many tokens and documents as before, and as long a longest one: what a kernel keeps by
-        # these of another row would show.
+        # The same number of tokens and documents and the same longest one as above: a kernel that
+        # caches something under these numbers gets this row wrong.
         Case(
             name="documents of 1, 67, 5, 192, 64, 1 and 13",
             geometry=short,
@@ -265,9 +271,9 @@ def _packed(geometry: Geometry, longest: int, *, budget: Budget) -> list[Case]:
 
 
 def _whole_rows(geometry: Geometry, budget: Budget) -> list[Case]:
-    """Return probes of a row as the run has it, with all heads: of one document, and of many."""
+    """Return probes of a full row of the run with all heads: with one document, and with many."""
     row = whole_row(geometry, budget)
-    # Rows of a batch follow one another in one call, where kernels take them so.
+    # Kernels that take cu_seqlens get all rows of a batch concatenated in one call.
     total = geometry.rows * geometry.sequence_len
     if row < geometry.sequence_len or geometry.heads * total**2 > budget.whole:
         total = row
@@ -296,7 +302,7 @@ def _whole_rows(geometry: Geometry, budget: Budget) -> list[Case]:
 
 
 def _dense(geometry: Geometry, longest: int, *, budget: Budget) -> list[Case]:
-    """Rows of one document each, alone or padded to a common length."""
+    """Return probes of rows with one document each, alone or padded to a common length."""
     short = short_window(two_groups(geometry))
     few = short_window(few_heads(geometry))
     run = few_heads(geometry)
@@ -342,7 +348,8 @@ def _dense(geometry: Geometry, longest: int, *, budget: Budget) -> list[Case]:
         Case(name="flat scores", geometry=run, lengths=(longest,), scores="flat"),
     ]
     if geometry.packing:
-        # Rows of a packed run come with their boundaries: this is a second way into the kernel.
+        # Calls of a packed run have document boundaries. This one has none, and so takes another
+        # path to the kernel.
         cases.append(Case(name=f"{longest} tokens", geometry=run, lengths=(longest,)))
     else:
         cases += [
@@ -404,21 +411,21 @@ def _plain_case(geometry: Geometry, length: int) -> Case:
     )
 
 
-# Scores of all heads in one call on a GPU, for kernels that do not store them: 32 heads of 32768
-# tokens.
+# Most scores of a call with all heads on a GPU, for kernels that do not store them: 32 heads of
+# 32768 tokens.
 _COMPUTED = 1 << 35
 
-# Bytes of a GPU's memory for each score that plain attention holds: scores, softmax and weights and
-# the gradients of all three, in up to 4 bytes each, take 24.
+# Bytes of a GPU's memory for each score of plain attention: scores, softmax and weights and the
+# gradients of all three, with up to 4 bytes each, take 24.
 _BYTES_A_SCORE = 40
 
-# Bytes for each number in a whole row's q and v: drawing them holds 4 arrays in float64.
+# Bytes for each number in a whole row's q and v: drawing them takes 4 arrays in float64.
 _DRAWN = 4 * 8
 
-# Kernels that store all scores, besides those that get a mask for each pair of tokens.
+# Kernels that store all scores, besides those that get a mask of all pairs of tokens.
 _HOLDING = frozenset({"sdpa_math", "s2"})
 
-# A sliding window longer than the short probes would show nothing there.
+# A sliding window longer than the short probes would have no effect in them.
 _SHORT_WINDOW = 37
 
 
@@ -427,7 +434,7 @@ class Budget:
     """The limits of the longest probes.
 
     Attributes:
-        held: scores that plain attention holds at once, in a probe with few heads.
+        held: scores that plain attention stores at once, in a probe with few heads.
         whole: scores of a call with all heads of the run.
         drawn: bytes of the inputs that are drawn for such a call.
     """
@@ -437,7 +444,7 @@ class Budget:
     drawn: int
 
 
-# 134 MB in float32. Time bounds the call with all heads: 32 heads of 829 tokens.
+# 134 MB in float32. The call with all heads is limited by its time: 32 heads of 829 tokens.
 CPU = Budget(held=1 << 25, whole=21 << 20, drawn=1 << 30)
 
 
@@ -445,7 +452,7 @@ def budget_of(backend: Backend, *, memory_bytes: int | None) -> Budget:
     """Return the budget of a backend's probes.
 
     Args:
-        backend: some store all scores.
+        backend: some backends store all scores.
         memory_bytes: of the GPU; None for a CPU.
     """
     if memory_bytes is None:
@@ -475,25 +482,25 @@ def whole_row(geometry: Geometry, budget: Budget) -> int:
 
 
 def two_groups(geometry: Geometry) -> Geometry:
-    """Return a geometry of two key heads and the number of query heads to each."""
+    """Return a geometry with two key heads and their query heads."""
     kv_heads = min(geometry.kv_heads, 2)
     heads = geometry.heads // geometry.kv_heads * kv_heads
     return replace(geometry, heads=heads, kv_heads=kv_heads)
 
 
 def one_group(geometry: Geometry) -> Geometry:
-    """Return a geometry of one key head and all query heads to it."""
+    """Return a geometry with one key head and its query heads."""
     return replace(geometry, heads=geometry.heads // geometry.kv_heads, kv_heads=1)
 
 
 def few_heads(geometry: Geometry) -> Geometry:
-    """Return a geometry of one key head, with two query heads where the run has as many to one."""
+    """Return a geometry with one key head and at most two of its query heads."""
     heads = min(geometry.heads // geometry.kv_heads, 2)
     return replace(geometry, heads=heads, kv_heads=1)
 
 
 def short_window(geometry: Geometry) -> Geometry:
-    """Shorten a window, so that short documents outgrow it."""
+    """Return a geometry with a window that is shorter than the documents of the short probes."""
     if geometry.window is None or geometry.window <= _SHORT_WINDOW:
         return geometry
     return replace(geometry, window=_SHORT_WINDOW)

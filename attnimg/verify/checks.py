@@ -1,16 +1,17 @@
-"""Judge one probe: the rules that a call of a backend must keep.
+"""Check the results of one probe against the rules that each call of a backend must satisfy.
 
-Every rule that is broken is a Fault, whose reason has a code of its own. A kernel that is right may
-break a rule once by what rounding or random numbers do in that call: such a fault is marked, and
-candidate.py believes it when it occurs again.
+Each broken rule is a Fault, whose reason has a code of its own. Rounding or random numbers may make
+a correct kernel break a rule in one call: such a fault is marked as noise_sensitive, and
+candidate.py counts it only if it occurs again.
 
-What is compared bit by bit, and why a right kernel on a GPU passes: the inputs with a copy of them,
-which hold no NaN and which autograd forbids to change; in training_conditions.py a result with a
-copy of the same memory; outputs of equal calls, see check_repeated. Nothing else is: gradients may
-move by reference.sum_noise, random numbers may go on (process_state.py), a dropout rate has 5
-standard deviations and the coarsest kernel's step. The bounds here leave room for P and dS rounded
-before they are multiplied, for exp2 in place of exp and for rescaling block by block: kernels that
-do all of that come to half of them (tests/fixtures/noisy_kernels, docs/measured/proof-noise.json).
+These are compared bit by bit, and a correct kernel on a GPU passes: the inputs with a copy of them,
+since they hold no NaN and autograd forbids changing them; in training_conditions.py a result with a
+copy of the same memory; the outputs of equal calls, see check_repeated. All else has a tolerance:
+gradients may change by reference.sum_noise, random number generators may advance
+(process_state.py), a dropout rate may be off by 5 standard deviations and the step of the coarsest
+kernel. The bounds here allow for P and dS rounded before they are multiplied, for exp2 in place of
+exp and for rescaling block by block: the errors of kernels that do all of that are up to half of
+the bounds (tests/fixtures/noisy_kernels, docs/measured/proof-noise.json).
 """
 
 from __future__ import annotations
@@ -28,56 +29,57 @@ from attnimg.verify.cases import Case, Scores
 from attnimg.verify.inputs import Inputs
 from attnimg.verify.reference import beyond_a_flip, rounding_of_output
 
-# Allowed besides a multiple of plain attention's own error, as a share of the largest value: a few
-# units in the last place, for where plain attention happens to be exact. In float32 more, since
-# torch 2.13's CPU kernel has an exp() of its own and is 7e-6 off in dk (seen 2026-11-21).
+# Allowed in addition to a multiple of plain attention's own error, as a share of the largest value:
+# a few units in the last place, for cases where plain attention is exact by chance. More in
+# float32, since torch 2.13's CPU kernel has its own exp() and is 7e-6 off in dk (seen 2026-11-21).
 ATOL = {"float32": 2e-5, "float16": 1e-3, "bfloat16": 8e-3}
 
-# And for gradients where scores are in the hundreds: a flash kernel's backward goes by the
-# log-sum-exp in float32, which has 8e-6 to 3e-5 between neighbours there. torch 2.13's CPU kernel
-# is 4e-4 off in dq (seen 2026-11-21), plain attention 4e-5. Scores of -900 have 6e-5 between
-# neighbours, and all of k is long there: torch's kernel is 9e-3 off where the scale is no power of
-# 2, such as with head_dim 32 (seen 2026-11-27).
+# The same for gradients where scores are in the hundreds: a flash kernel's backward pass uses the
+# log-sum-exp in float32, whose spacing is 8e-6 to 3e-5 there. torch 2.13's CPU kernel is 4e-4 off
+# in dq (seen 2026-11-21), plain attention 4e-5. At scores of -900 the spacing is 6e-5, and the
+# vectors of k are long: torch's kernel is 9e-3 off where the scale is not a power of 2, such as
+# with head_dim 32 (seen 2026-11-27).
 ATOL_SHIFTED = {"negative": 1e-3, "large": 1e-3, "hundreds": 1e-3, "below-hundreds": 2e-2}
 
 # flash-attn's own bound for the gradients of its CK kernels, on AMD's GPUs.
 # Source: flash-attention 2.8.3.post2, tests/test_flash_attn_ck.py (2026-11-21).
 K_BACKWARD_CK = 10.0
 
-# How far a quantity as a whole may be from 1 times the reference, besides a multiple of plain
-# attention's own: rounding averages out there, and a wrong factor does not. Ours (2026-11-25);
-# torch 2.13's CPU kernels stay below a sixth of it, plain attention below half.
+# How far the least-squares factor between a quantity and its reference may be from 1, in addition
+# to a multiple of plain attention's: rounding averages out in it, a wrong factor does not. Our
+# choice (2026-11-25); torch 2.13's CPU kernels stay below a sixth of it, plain attention below
+# half.
 GAIN = {"float32": 1e-4, "float16": 3e-3, "bfloat16": 1e-2}
 
 # The same for dv where the terms of its sums have the same sign. Kernels that add them up in
 # float32 are up to 0.0011 off in bfloat16; sums in bfloat16 are 0.008 to 0.012 off where they are
-# rounded after every 16 of 512 to 829 rows, and 0.002 to 0.006 after every 32. Not for dk: a right
-# kernel was 0.005 off (torch 2.13's on a CPU, head_dim 128). Ours (2026-11-27).
+# rounded after every 16 of 512 to 829 rows, and 0.002 to 0.006 after every 32. Not used for dk: a
+# correct kernel was 0.005 off (torch 2.13's on a CPU, head_dim 128). Our choice (2026-11-27).
 GAIN_ALIKE = GAIN | {"bfloat16": 5e-3}
 
-# Up to so many tokens plain attention's own error in dq and dk is a draw of few numbers; see
-# reference.rounding_of_output. A right kernel with 3 tokens in float16 was 1.1 times what that
-# allowed (benchmarks/proof_noise.py, 2026-11-27).
+# Up to this many tokens, plain attention's own error in dq and dk comes from too few values to be a
+# measure; see reference.rounding_of_output. The error of a correct kernel with 3 tokens in float16
+# was 1.1 times the bound from it (benchmarks/proof_noise.py, 2026-11-27).
 SHORT = 16
 
-# The same for the scale of the scores, which a kernel may round to the run's precision; the gain of
-# the output hardly shows it. Ours (2026-11-27).
+# The same as GAIN for the scale of the scores, which a kernel may round to the run's precision; it
+# hardly changes the gain of the output. Our choice (2026-11-27).
 SCALE = {"float32": 1e-4, "float16": 3e-3, "bfloat16": 7e-3}
 
-# Over fewer values rounding does not average out.
+# The fewest values for which GAIN is checked: over fewer, rounding does not average out.
 GAIN_VALUES = 4096
 
-# Values up to so many times the allowed error off are taken for noise until they are seen again.
+# Errors up to this many times the allowed error may be noise: they count only if they occur again.
 NEAR = 2.0
 
 # Each head has one value of dsinks, a sum over all queries that may cancel: plain attention's own
-# error in it is a draw of few numbers, and right kernels had up to 4 times the bound that it gave.
-# The root of the squared errors of the sum's terms is the standard deviation of such a draw; so
-# many of these count as plain attention's error. transformers' eager attention, and kernels that
-# round P or out before they are used, stay below 0.45 of the bound (1620 probes, 2026-11-27).
+# error in it comes from few values, and correct kernels had up to 4 times the bound from it. The
+# root of the sum of the terms' squared errors is the standard deviation of this error; this many of
+# them count as plain attention's error. transformers' eager attention, and kernels that round P or
+# out before they are used, stay below 0.45 of the bound (1620 probes, 2026-11-27).
 SINK_DEVIATIONS = 2.0
 
-# Reported first, as the likely cause of the others.
+# Codes of reasons in the order in which they are reported: likely causes of others come first.
 ORDER = (
     "import-error",
     "process-state",
@@ -97,15 +99,15 @@ ORDER = (
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Expected:
-    """What a case should give: the result in float64, and how far plain attention is from it.
+    """The expected result of a case: in float64, and how far plain attention is from that.
 
     Attributes:
-        exact: in float64.
-        rounding: largest error of plain attention in the run's precision, for each quantity; of
-            dsinks, what it may come to.
-        gain: by how much plain attention as a whole is off by a factor, for each quantity.
-        slope: how the output changes with the logarithm of the scale; None where it is not judged.
-        scale: by how much plain attention's scale seems to be off.
+        exact: the result in float64.
+        rounding: largest error of plain attention in the run's precision, for each quantity; for
+            dsinks, an estimate of it.
+        gain: for each quantity, how far plain attention's least-squares factor is from 1.
+        slope: d(output) / d(log scale); None where the scale is not checked.
+        scale: relative error of the scale that fits plain attention's output best.
         alike: whether the terms of dv have the same sign; see check_whole_row.
     """
 
@@ -122,9 +124,9 @@ class Fault:
     """A rule that a call broke.
 
     Attributes:
-        reason: what the user is told.
-        noise_sensitive: whether rounding or random numbers may break the rule for a right kernel
-            in one call, but hardly in two.
+        reason: shown to the user.
+        noise_sensitive: whether rounding or random numbers may make a correct kernel break the
+            rule in one call, but hardly in two.
     """
 
     reason: Reason
@@ -132,7 +134,7 @@ class Fault:
 
 
 def expected(exact: Result, plain: Result, *, slope: Tensor | None = None) -> Expected:
-    """Measure plain attention in the run's precision against float64; see Expected.slope."""
+    """Return the expected result, with plain attention's errors; see Expected for the slope."""
     rounding = {"out": largest(plain.out.double() - exact.out)}
     gain = {"out": abs(gain_of(plain.out, exact.out) - 1)}
     for name, gradient in exact.gradients.items():
@@ -152,10 +154,10 @@ def expected(exact: Result, plain: Result, *, slope: Tensor | None = None) -> Ex
 def check_values(
     backend: Backend, case: Case, inputs: Inputs, *, found: Result, right: Expected
 ) -> tuple[list[Figure], list[Fault]]:
-    """Compare a result with what is expected.
+    """Compare a result with the expected one.
 
     Returns:
-        A figure for each quantity that could be compared, and every rule that was broken.
+        A figure for each quantity that could be compared, and a fault for each broken rule.
     """
     figures: list[Figure] = []
     faults: list[Fault] = []
@@ -188,7 +190,8 @@ def check_values(
             continue
         exact_gradient = right.exact.gradients[name]
         assert exact_gradient is not None
-        # Plain attention's is 0 as well where bfloat16 rounds all weights, or tanh of a cap, to 1.
+        # Plain attention's gradient is 0 as well where bfloat16 rounds all weights, or the tanh of
+        # the soft cap, to 1.
         empty_ok = right.rounding[name] >= largest(exact_gradient)
         unsound = list(_is_sound(case, name, gradient, empty_ok=empty_ok))
         faults += unsound
@@ -202,7 +205,7 @@ def check_values(
 
 
 def check_finite(case: Case, found: Result) -> Iterator[Fault]:
-    """Require finite gradients everywhere, where check_values is to see a part of them."""
+    """Check that all gradients are finite, where check_values gets only a part of them."""
     for name, gradient in found.gradients.items():
         if gradient is not None:
             yield from _is_sound(case, name, gradient, empty_ok=True)
@@ -216,13 +219,13 @@ def fault(code: str, text: str, *, noise_sensitive: bool) -> Fault:
 def check_further_call(
     backend: Backend, case: Case, inputs: Inputs, what: str, *, found: Result, right: Expected
 ) -> list[Fault]:
-    """Return the rules that another call of a case breaks; `what` is added to the case's name."""
+    """Return the faults of another call of a case; `what` is added to the case's name."""
     named = replace(case, name=f"{case.name}, {what}")
     return check_values(backend, named, inputs, found=found, right=right)[1]
 
 
 def _is_sound(case: Case, name: str, value: Tensor, *, empty_ok: bool = False) -> Iterator[Fault]:
-    """Require finite values that are not all zero."""
+    """Check that values are finite and not all zero."""
     if not torch.isfinite(value).all():
         share = (~torch.isfinite(value)).double().mean().item()
         text = f"{case.name}: {share:.0%} of {name} is NaN or infinite"
@@ -252,13 +255,13 @@ def _compare(
     if factor is None:
         signal, noise = exact.square().sum().item(), difference.square().sum().item()
         decibels = 10 * math.log10(signal / noise) if signal and noise else math.inf
-        # Quantized scores around -110 keep no digit of what the softmax sees.
+        # Quantizing scores around -110 loses all digits that matter to the softmax.
         judged = backend.sqnr_db is not None and case.scores == "spread"
         allowed = backend.sqnr_db if judged and backend.sqnr_db is not None else -math.inf
         return Figure(quantity=name, error=-decibels, allowed=-allowed, case=case.name)
     size = largest(exact)
     if not size:
-        # dq and dk of a lone token: what is left when two equal terms of this size are subtracted.
+        # dq and dk of a single token are the difference of two equal terms of this size.
         size = largest(inputs.d_out) * largest(inputs.v) * inputs.v.shape[-1]
         size *= inputs.scale * max(largest(inputs.q), largest(inputs.k))
     rounding, dtype = right.rounding[name], case.geometry.dtype
@@ -284,10 +287,10 @@ def allowed_error(
     """Return how far a quantity of a backend with bounds may be from the reference.
 
     Args:
-        backend: whose bounds count.
+        backend: the backend whose bounds are used.
         name: "out", or the gradient.
         dtype: the precision of the call.
-        scores: what its scores look like.
+        scores: the distribution of its scores.
         rounding: largest error of plain attention in that precision.
         size: largest value of the reference.
     """
@@ -308,7 +311,7 @@ def _out_of_bounds(backend: Backend, figure: Figure, *, code: str) -> Iterator[F
         f"{figure.case}: {figure.quantity} is {figure.error:.1e} off the reference,"
         f" allowed {figure.allowed:.1e} ({rule})"
     )
-    # Decibels are below 0.
+    # Bounds in decibels are negative.
     near = figure.error - figure.allowed <= (NEAR - 1) * abs(figure.allowed)
     yield fault(code, text, noise_sensitive=near)
 
@@ -316,7 +319,7 @@ def _out_of_bounds(backend: Backend, figure: Figure, *, code: str) -> Iterator[F
 def _off_by_a_factor(
     backend: Backend, case: Case, *, name: str, pair: tuple[Tensor, Tensor], right: Expected
 ) -> Iterator[Fault]:
-    """Require that a quantity as a whole is 1 times the reference."""
+    """Check that a quantity is not the reference times a factor other than 1."""
     factor = backend.k_forward if name == "out" else backend.k_backward
     if factor is None or case.scores != "spread" or pair[1].numel() < GAIN_VALUES:
         return
@@ -333,7 +336,7 @@ def _off_by_a_factor(
 def _off_in_scale(
     backend: Backend, case: Case, *, pair: tuple[Tensor, Tensor], right: Expected
 ) -> Iterator[Fault]:
-    """Require that the output is that of the scale which was asked for."""
+    """Check that the output is that of the requested scale."""
     if right.slope is None or backend.k_forward is None or pair[1].numel() < GAIN_VALUES:
         return
     off = _scale_error(*pair, right.slope)
@@ -346,7 +349,7 @@ def _off_in_scale(
 
 
 def _scale_error(found: Tensor, exact: Tensor, slope: Tensor) -> float:
-    """Return the change of the scale, as a share of it, that explains an output best."""
+    """Return the relative error of the scale that fits an output best."""
     size = slope.square().sum().item()
     return ((found.double() - exact) * slope).sum().item() / size if size else 0.0
 
@@ -359,18 +362,18 @@ def allowed_gain(backend: Backend, name: str, *, atol: float, gain: float) -> fl
 
 
 def gain_of(found: Tensor, exact: Tensor) -> float:
-    """Return the factor that brings `exact` closest to `found`; 1 where there is nothing."""
+    """Return the factor that brings `exact` closest to `found`; 1 where `exact` is 0."""
     size = exact.square().sum().item()
     return (found.double() * exact).sum().item() / size if size else 1.0
 
 
 def largest(value: Tensor) -> float:
-    """Return the largest absolute value; 0 where there is none."""
+    """Return the largest absolute value; 0 for an empty tensor."""
     return value.abs().max().item() if value.numel() else 0.0
 
 
-# A kernel may be noisier than float32 sums are, such as one with sums in bfloat16: how far repeats
-# of one call are apart, as a multiple of the bound, holds for other calls up to this factor.
+# A kernel may be noisier than float32 sums, such as one with sums in bfloat16. The differences of
+# other calls may then be up to this many times those between repeats of one call.
 BEYOND_SEEN = 2.0
 
 
@@ -400,15 +403,15 @@ def check_isolated(
     kept: Tensor,
     noise: dict[str, Tensor],
 ) -> Iterator[Fault]:
-    """Require that tokens of other documents kept their outputs and gradients.
+    """Check that tokens of other documents kept their outputs and gradients.
 
     Args:
         case: the probe.
-        before: the results of one call made at least twice, before some documents' q, k and v were
+        before: the results of at least two equal calls, before q, k and v of some documents were
             changed.
-        after: the results of one call made after that, one or more.
+        after: the results of one or more equal calls after that change.
         kept: the tokens of the other documents, bool, (B, T).
-        noise: reference.sum_noise of the call before.
+        noise: reference.sum_noise of the calls before the change.
     """
     if not torch.equal(before[0].out[kept], after[0].out[kept]):
         shift = _difference(before[0].out[kept], after[0].out[kept])
@@ -424,7 +427,7 @@ def check_isolated(
         bound = bound_BTHD[kept].double()
         seen = max(_multiple(reference, x, bound) for reference, x in again if x is not None)
         allowed = max(1.0, BEYOND_SEEN * seen)
-        # `not <=` also holds for NaN.
+        # `not <=` is also true for NaN.
         if repeats or not _multiple(one, other, bound) <= allowed:
             moved, by_itself = _difference(one, other), "does not move"
             if not repeats:
@@ -446,11 +449,11 @@ def _kept(results: Sequence[Result], name: str, kept: Tensor) -> list[Tensor | N
 
 
 def _multiple(one: Tensor, other: Tensor, bound: Tensor) -> float:
-    """Return by how many times the bound two gradients differ at worst, one flip left out."""
+    """Return the largest difference beyond one unit in the last place, divided by the bound."""
     if torch.equal(one, other):
         return 0.0
     excess = beyond_a_flip(one, other)
-    # 0 / 0 where nothing may move and nothing does; NaN of a gradient stays.
+    # 0 / 0 counts as 0: nothing may change and nothing does. NaN of a gradient stays NaN.
     return largest(torch.where(excess == 0, 0.0, excess / bound))
 
 

@@ -1,9 +1,9 @@
-"""Draw q, k and v so that each key that matters is seen, and each that must not be would show.
+"""Draw q, k and v so that a missing key or a key that should be masked changes the output clearly.
 
-Random scores hide faults: among 2000 keys of equal weight one too many changes the output by less
-than bf16 rounds. Here each query is built from the keys at the edges of what it may see, one half
-of its weight on its own key, the oldest, or one between, and from the keys just beyond, which
-would take most of its weight if a mask let them through.
+Random scores hide faults: among 2000 keys of equal weight, one too many changes the output by less
+than bfloat16 rounds. Here each query has half of its weight on each of two of these keys: its own,
+the oldest that it sees, and one between. The keys just outside of what it may see would take most
+of its weight if the mask did not hide them.
 Letters: B batch, T query tokens, S key tokens, H query heads, G key heads, D head size of q and k,
 E head size of v.
 """
@@ -19,20 +19,22 @@ from torch import Tensor
 
 from attnimg.verify.cases import Case
 
-# What scores spread by where all keys are to count alike.
+# Size of the scores where all keys should have about the same weight.
 FLAT = 0.5
-# Values of v that stick out, as they do in trained models, in the probes of large scores.
+# Outliers of v, as in trained models, in the probes of large scores.
 OUTLIER, OUTLIER_SHARE = 40.0, 0.05
-# The same in the probes of large values, where float16 must hold what the gradients add up.
+# Outliers of v in the probes of large values; in float16 the sums of the gradients must not
+# overflow.
 LARGE_V = {"float32": 1000.0, "bfloat16": 1000.0, "float16": 200.0}
-# Scores of the keys that a query sees. The two highest share the weight: with all of it on one key,
-# q and k have no gradient. Keys that the mask hides have a higher score than all of these.
+# Scores of the keys that a query sees. The two highest share the weight: with all weight on one
+# key, q and k would have no gradient. Keys that the mask hides have a higher score than these.
 _STEPS = (60, 120, 180, 240, 300, 360, 420, 478, 480)
 _HIDDEN = 600
-# In the probes of zeros, every how many tokens q, k and v are 0: all three at once, too.
+# In the probes of zeros, q is 0 at every 3rd token, k at every 5th and v at every 7th, so that all
+# three are 0 at some.
 ZERO_EVERY = (3, 5, 7)
-# Rows of queries whose output has a gradient, and is compared, in long probes: the reference then
-# costs rows * keys instead of keys squared.
+# Numbers of queries whose output has a gradient and is compared in long probes: the reference then
+# costs rows * keys instead of keys ** 2.
 FIRST, LAST, BETWEEN = 32, 64, 96
 # The same for probes with all heads of a run, whose cost grows with the heads.
 _FIRST, _LAST, _BETWEEN = 16, 32, 48
@@ -43,7 +45,7 @@ class Inputs:
     """The tensors of one call.
 
     Attributes:
-        q: (B, H, T, D) in the run's precision, laid out as the case says.
+        q: (B, H, T, D) in the run's precision, in the memory layout of the case.
         k: (B, G, S, D).
         v: (B, G, S, E).
         sinks: (H,) or None.
@@ -64,7 +66,7 @@ class Inputs:
 
 
 def draw(case: Case, *, device: str) -> Inputs:
-    """Draw the inputs of a case, equal on every machine up to rounding."""
+    """Draw the inputs of a case; they are equal on all machines up to rounding."""
     geometry = case.geometry
     # zlib.crc32, because Python's hash of a string differs from process to process.
     generator = torch.Generator().manual_seed(zlib.crc32(case.name.encode()))
@@ -73,7 +75,7 @@ def draw(case: Case, *, device: str) -> Inputs:
     n_queries = case.queries or n_keys
     scale = geometry.head_dim_qk**-0.5 * case.scale_factor
     shape_k = (n_rows, geometry.kv_heads, n_keys, geometry.head_dim_qk)
-    # The CPU draws the random numbers, the device computes the inputs from them.
+    # The random numbers are drawn on the CPU; the inputs are computed from them on the device.
     k, v, direction = (
         torch.randn(shape, generator=generator, dtype=torch.float64).to(device)
         for shape in (
@@ -86,12 +88,12 @@ def draw(case: Case, *, device: str) -> Inputs:
     if case.scores == "near-cap":
         strength = geometry.softcap or strength
     if case.scores == "flat":
-        # About 1 each, so that sums grow with every key.
+        # Values of about 1, so that sums grow with every key.
         strength, v = FLAT, v + 1.0
-    # bfloat16 has 1 between neighbours from 128 to 256: plain attention is no measure beyond.
+    # The spacing of bfloat16 is 1 from 128 to 256: beyond that, plain attention is too inexact.
     shift = {"negative": -120.0, "large": 180.0, "below-hundreds": -900.0}.get(case.scores, 0.0)
     direction = torch.nn.functional.normalize(direction, dim=0)
-    # Without this part of k, the shift below is the same for every score.
+    # Without the component of k along `direction`, the shift below is the same for all scores.
     k -= (k @ direction)[..., None] * direction
     if case.scores == "large":
         v *= torch.where(_some(v, OUTLIER_SHARE, generator), OUTLIER, 1.0)
@@ -136,7 +138,7 @@ def draw(case: Case, *, device: str) -> Inputs:
 
 
 def _documents(case: Case) -> Tensor:
-    """Number the documents: one after the other in one row, or each in a row and padded."""
+    """Return the document number of each token: packed into one row, or one padded row each."""
     if case.packed:
         lengths = torch.tensor(case.lengths)
         return torch.repeat_interleave(torch.arange(len(lengths)), lengths)[None]
@@ -147,7 +149,7 @@ def _documents(case: Case) -> Tensor:
 
 
 def _needles(case: Case, k: Tensor, documents: Tensor, *, n_queries: int) -> Tensor:
-    """Return queries whose scores with chosen keys are 1 at scale 1; (B, H, T, D)."""
+    """Return queries whose scores with the chosen keys are 1 at scale 1; (B, H, T, D)."""
     geometry = case.geometry
     needle = k / k.square().sum(-1, keepdim=True)
     needle = needle.repeat_interleave(geometry.heads // geometry.kv_heads, dim=1)
@@ -173,7 +175,7 @@ def _needles(case: Case, k: Tensor, documents: Tensor, *, n_queries: int) -> Ten
 
 
 def _stepped(case: Case, k: Tensor, documents: Tensor, generator: torch.Generator) -> Tensor:
-    """Build queries whose scores are _STEPS, each with a random visible key; (B, H, T, D)."""
+    """Return queries whose scores are _STEPS, each with a random visible key; (B, H, T, D)."""
     geometry = case.geometry
     needle = k / k.square().sum(-1, keepdim=True)
     needle = needle.repeat_interleave(geometry.heads // geometry.kv_heads, dim=1)
@@ -193,7 +195,7 @@ def _stepped(case: Case, k: Tensor, documents: Tensor, generator: torch.Generato
 
 
 def _oldest(own: Tensor, place_T: Tensor, *, window: int | None) -> tuple[Tensor, Tensor]:
-    """Return the first key of each query's document, and the oldest that it sees."""
+    """Return the first key of each query's document, and the oldest key that the query sees."""
     first_T = torch.searchsorted(own.abs(), own.abs()[place_T])
     if window is None:
         return first_T, first_T

@@ -1,9 +1,10 @@
-"""Prove on the real model that packed documents can't see each other, before the first step.
+"""Check on the real model that packed documents can't see each other, before the first step.
 
-The model gets short documents packed, as the run calls it, and one by one. Each must get the same
-logits both ways, and no document's loss may send any gradient into another one's embeddings. A
-table of model types would not do: whether position_ids reach the mask depends on the model, the
-backend and the version of transformers, and where they don't, training is wrong without a word.
+The model is called with short documents packed, as in the run, and one by one. Each document must
+get the same logits both ways, and its loss must have no gradient with respect to the embeddings of
+another document. A table of model types would not suffice: whether position_ids affect the mask
+depends on the model, the backend and the version of transformers. Where they don't, training is
+wrong without any error.
 """
 
 from __future__ import annotations
@@ -22,41 +23,44 @@ from attnimg.errors import AttnimgError, as_refusal
 from attnimg.facts import DType, RunContext
 from attnimg.layout import PackedLayout, lay_out
 
-# Rows are padded to a multiple of this, so that the probe has padding as training has.
+# Rows are padded to a multiple of this, so that they have padding as in training.
 PAD_TO = 8
 
-# Share of the largest logit by which packed and apart may differ, by the coarsest precision in use.
-# Nine model types of 2 and 12 layers differ by up to 9e-7, 1.7e-3 and 1.2e-2 of it, five that leak
-# by 0.3 and more (CPU, 2026-11-21).
+# Largest difference between the logits of packed and separate documents, as a share of the largest
+# logit, by the coarsest precision in use. Nine model types of 2 and 12 layers differ by up to 9e-7,
+# 1.7e-3 and 1.2e-2; five that leak differ by 0.3 and more (CPU, 2026-11-21).
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 6e-2}
 
-# Share of a document's own gradient that may reach another one, in any precision: 8 roundings of
-# float32. It is 0 where other documents have an attention weight of 0, as behind a mask of -inf or
-# of the dtype's lowest number, since exp() underflows to 0 from -104 on. Then the gradient that
-# arrives is 0 times a number: atomic adds and other orders of summing change nothing in a sum of
-# zeros, so noise can't look like a leak. What is allowed is for code that masks with a number like
-# -50 (e-50 is 2e-22), or takes the difference of two sums over the row; no leak is that small.
+# Largest gradient that a document's loss may have on another document, as a share of that on its
+# own embeddings, in any precision: 8 roundings of float32. It is 0 where other documents have an
+# attention weight of 0, as with a mask of -inf or of the dtype's lowest number, since exp()
+# underflows to 0 below -104. Such a gradient is a sum of zeros, which atomic adds and other orders
+# of summation do not change, so noise can't look like a leak. The tolerance is for code that masks
+# with a number like -50 (exp(-50) is 2e-22), or subtracts two sums over the row; real leaks are
+# larger.
 LEAK = 2.0**-20
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class IsolationProof:
-    """What the check found.
+    """The result of the check.
 
     Attributes:
         model_type: transformers' model_type.
-        backend: the attention implementation the model ran with.
+        backend: the attention implementation that the model ran with.
         context: how it was called.
-        isolated: whether packed documents are safe from one another.
-        code: the contract's code where they are not: packing-not-isolated, model-raised where the
-            model raised, not-finite where its logits or gradients are NaN or inf; else None.
+        isolated: whether packed documents do not affect one another.
+        code: the error code where they do: packing-not-isolated; model-raised if the model raised;
+            not-finite if its logits or gradients are NaN or inf; otherwise None.
         why: the figures in a sentence, or what the model raised.
-        logits_error: largest difference between packed and apart; below float32 that of a
-            document's median token. None, as the other figures, when it never came to that.
-        logits_tolerance: what is allowed.
-        leaked_gradient: largest gradient of a document's loss on what is not its own.
+        logits_error: largest difference of the logits between packed and separate documents; in
+            precisions below float32 that of a document's median token. None, like the other
+            figures, if the model raised.
+        logits_tolerance: the allowed difference.
+        leaked_gradient: largest gradient of a document's loss on the embeddings of another one.
         own_gradient: largest gradient of a document's loss on its own embeddings, the smallest of
-            the documents; 0.0 means a cut backward pass, where leaked_gradient says nothing.
+            all documents; 0.0 means that the backward pass is cut off, so that leaked_gradient
+            proves nothing.
     """
 
     model_type: str
@@ -74,22 +78,22 @@ class IsolationProof:
 def check_isolation(
     model: nn.Module, *, implementation: str, context: RunContext
 ) -> IsolationProof:
-    """Run a model on documents packed and one by one, and compare.
+    """Run a model on documents packed and one by one, and compare the results.
 
-    The model is left as it was: mode of every module, gradients, hooks and random state. Dropout
-    and checkpointing are off meanwhile: checkpointing calls a layer twice with the same arguments,
-    which the kernel's own proof covers.
+    The modes of all modules, gradients, hooks and random states are restored. Dropout and
+    checkpointing are off during the check: checkpointing calls a layer twice with the same
+    arguments, which the kernel's own proof covers.
 
     Args:
         model: a transformers causal language model, PEFT-wrapped and quantized ones included.
-        implementation: the attention it runs with, for the proof.
+        implementation: the attention that it runs with, recorded in the proof.
         context: how the run calls the model.
 
     Returns:
         The proof. A model that raises on packed documents has failed.
 
     Raises:
-        AttnimgError: memory is full, which says nothing about the model (code out-of-memory).
+        AttnimgError: out of memory, which proves nothing about the model (code out-of-memory).
     """
     proof = IsolationProof(
         model_type=model.config.model_type,
@@ -101,8 +105,8 @@ def check_isolation(
     )
     try:
         figures = _compare(model, context=context)
-    # Model code and kernels raise anything: ValueError where transformers refuses packing,
-    # TypeError on an unknown argument, IndexError past a position table. The reason is kept.
+    # Model code and kernels may raise anything: ValueError where transformers refuses packing,
+    # TypeError on an unknown argument, IndexError beyond a position table. The reason is kept.
     except Exception as error:
         if (full := as_refusal(error)) is not None:
             raise full from error
@@ -117,7 +121,7 @@ def require_isolation(proof: IsolationProof) -> None:
     """Raise unless documents are isolated.
 
     Raises:
-        AttnimgError: they are not, or the model could not be asked; the code is the proof's.
+        AttnimgError: they are not, or the model raised; the code is the proof's.
     """
     if proof.isolated:
         return
@@ -159,7 +163,7 @@ class _Figures(NamedTuple):
 
 
 def _compare(model: nn.Module, *, context: RunContext) -> _Figures:
-    """Measure how far documents packed and apart differ, and what crosses between them."""
+    """Measure the differences between packed and separate documents, and leaked gradients."""
     documents = draw_documents(model)
     rows = [documents, documents[::-1]] if context.rows > 1 else [documents]
     flat = [document for row in rows for document in row]
@@ -186,10 +190,10 @@ def _compare(model: nn.Module, *, context: RunContext) -> _Figures:
     errors = []
     for (begin, end), logits in zip(bounds, [*alone, *alone[::-1]][: len(bounds)], strict=True):
         by_token = (packed[begin:end].float() - logits).abs().amax(-1)
-        # A mixture of experts may send a token elsewhere on a rounding difference, which low
-        # precision makes likely. That moves a token or two, a leak most of a document.
+        # In low precision, rounding may make a mixture of experts route a token to other experts.
+        # That changes one or two tokens; a leak changes most tokens of a document.
         errors.append(by_token.max() if coarsest is torch.float32 else by_token.median())
-    # torch.stack, because Python's max and min may pass over a NaN.
+    # torch.stack, because Python's max and min may ignore a NaN.
     return _Figures(
         logits_error=torch.stack(errors).max().item(),
         logits_tolerance=TOLERANCE[coarsest] * torch.cat(alone).abs().max().item(),
@@ -199,7 +203,7 @@ def _compare(model: nn.Module, *, context: RunContext) -> _Figures:
 
 
 def _judge(proof: IsolationProof, figures: _Figures) -> IsolationProof:
-    """Complete the proof with the figures and what follows from them."""
+    """Return the proof with the figures and the conclusion from them."""
     faults = []
     if figures.logits_error > figures.logits_tolerance:
         faults.append(
@@ -226,7 +230,7 @@ def _judge(proof: IsolationProof, figures: _Figures) -> IsolationProof:
 
 
 def _coarsest_dtype(model: nn.Module, logits: torch.dtype, *, context: RunContext) -> torch.dtype:
-    """Return the coarsest precision at work, in weights, logits, autocast or matrix products."""
+    """Return the coarsest precision of weights, logits, autocast and matrix products."""
     cast = getattr(torch, context.autocast) if context.autocast else None
     dtypes = {logits, cast, *(weight.dtype for weight in model.parameters())}
     dtypes |= {getattr(module, "compute_dtype", None) for module in model.modules()}
@@ -237,7 +241,7 @@ def _coarsest_dtype(model: nn.Module, logits: torch.dtype, *, context: RunContex
     return torch.float16 if torch.float16 in dtypes or tf32 else torch.float32
 
 
-# Tokens of the two documents: different, and no multiples of a kernel's tile.
+# Lengths of the two documents: different, and not multiples of a kernel's tile.
 LENGTHS = (13, 21)
 
 # The documents are made longer than a sliding window or an attention chunk of up to this size.
@@ -247,8 +251,8 @@ TINY_WINDOW = 64
 def draw_documents(model: Any) -> list[Tensor]:
     """Draw two documents of ordinary tokens; int64, (length,), on the device of the embeddings.
 
-    They are longer than a tiny sliding window, so that a window across a boundary would show, and
-    no longer than the model's positions.
+    They are longer than a tiny sliding window, so that a window across a boundary is detected, and
+    no longer than the model's maximum of positions.
     """
     settings = model.config.get_text_config(decoder=True).to_dict()
     windows = (settings.get("sliding_window"), settings.get("attention_chunk_size"))
@@ -265,7 +269,7 @@ def draw_documents(model: Any) -> list[Tensor]:
     }
     embedding = model.get_input_embeddings()
     ordinary = [n for n in range(settings["vocab_size"]) if n not in special] or [0]
-    # A generator of its own: the run's random state stays as it is.
+    # A separate generator, so that the run's random state does not change.
     generator = torch.Generator().manual_seed(0)
     lengths = (
         min(longest - 1, max(LENGTHS[0], window + 3)),
@@ -281,10 +285,10 @@ def draw_documents(model: Any) -> list[Tensor]:
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Run with dropout off and gradients on, and leave modes and random state as they were.
+    """Run with dropout off and gradients on; restore modes and random state after the block.
 
     Layers of bitsandbytes keep their mode: on a CPU with AVX512-BF16 a 4-bit layer in evaluation
-    mode repacks its weight for a kernel without a backward pass, and never packs it back.
+    mode repacks its weight for a kernel without a backward pass, and never undoes that.
     Source: bitsandbytes/nn/modules.py, Linear4bit.forward, 0.50.2 (2026-11-21).
     """
     training = [(module, module.training) for module in model.modules()]
@@ -329,7 +333,7 @@ def packed_inputs(
 def _forward(
     model: Any, inputs: dict[str, Any], *, autocast: DType | None
 ) -> tuple[Tensor, list[Tensor]]:
-    """Run a model with leaves in place of its embeddings; logits (T, V) and the leaves."""
+    """Run a model with its embeddings as leaves; return the logits (T, V) and the leaves."""
     embeddings: list[Tensor] = []
 
     def swap_in_leaf(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
@@ -339,7 +343,7 @@ def _forward(
 
     hook = model.get_input_embeddings().register_forward_hook(swap_in_leaf)
     try:
-        # As in training: the backward pass runs outside of autocast.
+        # As in training, the backward pass runs outside of autocast.
         with _precision(inputs["input_ids"].device.type, autocast):
             logits: Tensor = model(**inputs, use_cache=False).logits
     finally:
@@ -355,17 +359,17 @@ def _precision(device_type: str, autocast: DType | None) -> AbstractContextManag
 
 
 def document_bounds(layout: PackedLayout) -> list[tuple[int, int]]:
-    """List where each document begins and ends in the flattened batch, padding left out."""
+    """Return the start and end of each document in the flattened batch, without padding."""
     is_token = layout.is_token.reshape(-1)
     pairs = zip(layout.cu_seq_lens[:-1].tolist(), layout.cu_seq_lens[1:].tolist(), strict=True)
     return [(begin, end) for begin, end in pairs if is_token[begin]]
 
 
 def with_loss(rows: list[list[Tensor]]) -> list[int]:
-    """Choose the documents whose loss is differentiated: the first one and the last of each row.
+    """Return the documents whose loss is differentiated: the first one and the last of each row.
 
-    The last document of a row has others before it, in its row and in the rows above; the first
-    one has all others behind it. The rest would repeat one of these directions.
+    The last document of a row has others before it, in its row and in earlier rows; the first one
+    has all others after it. Other documents would only repeat one of these directions.
     """
     last = [sum(map(len, rows[: place + 1])) - 1 for place in range(len(rows))]
     return sorted({0, *last})
@@ -379,11 +383,11 @@ def differentiate(
     bounds: tuple[int, int],
     autocast: DType | None,
 ) -> tuple[Tensor, Tensor]:
-    """Run a model on packed rows, and differentiate the loss of one document by all embeddings.
+    """Run a model on packed rows; return one document's loss gradient on all embeddings.
 
     Args:
         model: with its dropout off.
-        inputs: what packed_inputs gave.
+        inputs: as packed_inputs returns them.
         document: the tokens of the document, (length,).
         bounds: where it begins and ends in the flattened batch.
         autocast: the precision of the forward pass.
@@ -393,7 +397,7 @@ def differentiate(
     """
     logits, embeddings = _forward(model, inputs, autocast=autocast)
     begin, end = bounds
-    # Summed, not averaged: float16 gradients of a mean would underflow.
+    # A sum, because float16 gradients of a mean would underflow.
     loss = nn.functional.cross_entropy(
         logits[begin : end - 1].float(), document[1:].to(logits.device), reduction="sum"
     )

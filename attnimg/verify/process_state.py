@@ -1,7 +1,7 @@
-"""Compare the process before and after a kernel was loaded and called.
+"""Check that loading and calling a kernel does not change the state of the process.
 
-The results of a kernel may be right while it changes the run: a default of torch, the working
-directory, a signal handler, or files that stay open after each call. What is compared, and when:
+A kernel may compute correct results and still affect the run: it may change a default of torch,
+the working directory or a signal handler, or leave files open after each call. The checks:
 
 - settings stay the same from before the import to the end: those of torch (torch_settings.py),
   Python's and numpy's random numbers, Python's hooks and garbage collection, rounding, working
@@ -10,9 +10,9 @@ directory, a signal handler, or files that stay open after each call. What is co
 - existing environment variables keep their values, and none that other software reads is added. A
   library may set variables of its own on import or in its first calls;
 - no filter silences all warnings, and existing filters stay;
-- open files, threads, children, memory, filters and bytes of output may grow on import and in first
-  calls, for caches, pools and compilers. Then the same call is made again in ROUNDS rounds: what
-  grows in every round is a leak.
+- open files, threads, child processes, memory, filters and bytes of output may grow on import and
+  in first calls, for caches, pools and compilers. Then the same call is repeated in ROUNDS rounds:
+  what grows in every round is a leak.
 """
 
 from __future__ import annotations
@@ -41,21 +41,22 @@ from attnimg.errors import signal_name
 from attnimg.facts import Reason
 from attnimg.verify.torch_settings import Functions, torch_settings
 
-# Calls of a round, and rounds. A cache of the last calls is full by then, after hundreds of probes.
+# Calls per round, and rounds. They follow hundreds of probes, which have filled any cache of calls.
 CALLS, ROUNDS = 6, 3
 
 # Growth of memory in a round that counts as a leak, as a share of the bytes that the calls return.
 # The allocator's own growth is smaller.
 _LEAK_SHARE = 0.1
 
-# The least growth of a round that counts. glibc's allocator takes and returns memory in such steps.
+# The smallest growth in a round that counts: glibc's allocator takes and returns memory in steps of
+# this size.
 _LEAK_BYTES = 64 << 10
 
-# How many more files, threads or children than after the first probe are allowed: compilers start
-# pools of them.
+# How many more files, threads or child processes than after the first probe are allowed: compilers
+# start pools of them.
 MAX_MORE = 128
 
-# Prefixes of variables that other software than a kernel's own library reads.
+# Prefixes of environment variables that are read by software other than the kernel's own library.
 _READ_BY_OTHERS = (
     "ACCELERATE_", "ATTNIMG_", "CUBLAS_WORKSPACE_CONFIG", "CUDA_DEVICE_ORDER",
     "CUDA_LAUNCH_BLOCKING", "CUDA_VISIBLE_DEVICES", "FLASH_ATTENTION_DETERMINISTIC", "GROUP_RANK",
@@ -69,7 +70,7 @@ _READ_BY_OTHERS = (
 # Set by torch itself, when it first compiles or uses a GPU.
 _SET_BY_TORCH = frozenset({"PYTORCH_NVML_BASED_CUDA_CHECK"})
 
-# OpenMP binds the main thread to some CPUs when it first starts others.
+# With these variables, OpenMP binds the main thread to CPUs when it first starts other threads.
 _BINDING = ("OMP_PROC_BIND", "OMP_PLACES", "GOMP_CPU_AFFINITY", "KMP_AFFINITY")
 
 _LIMITS = [value for name, value in vars(resource).items() if name.startswith("RLIMIT_")]
@@ -86,7 +87,7 @@ class ProcessState:
         self._counts: dict[str, int] | None = None
 
     def changes(self) -> list[str]:
-        """Return the settings that changed, each with its name; [] where none did."""
+        """Return the names of the settings that changed, with details; [] if none did."""
         after = _settings()
         found = [
             f"{name} was {before}, is {after[name]}" if _is_short(before) else f"{name} changed"
@@ -137,15 +138,16 @@ def process_state(changes: list[str], *, when: str) -> Reason:
 
 
 def leaks(call: Callable[[], int]) -> list[str]:
-    """Repeat a call, and return which counts grow with it.
+    """Repeat a call, and return which counts grow with each repetition.
 
     Args:
-        call: makes the call, whose shape was called before, and returns the bytes of its results.
+        call: makes a call of a shape that was called before, and returns the size of its results
+            in bytes.
     """
-    # Only garbage of these calls is collected: all older objects would take 0.2 s each time.
+    # Restricts garbage collection to objects of these calls: with all it would take 0.2 s each.
     gc.freeze()
     try:
-        # Measured twice, since a heap may grow for other reasons.
+        # Measured twice, since the heap may also grow for other reasons.
         return _leaks(call) and _leaks(call)
     finally:
         gc.unfreeze()
@@ -209,10 +211,10 @@ def _settings() -> dict[str, Any]:
 
 
 def _environment() -> dict[str, str]:
-    """Return the environment; os.environ does not have what C code sets."""
+    """Return the environment variables, including those set by C code, which os.environ lacks."""
     entries = ctypes.POINTER(ctypes.c_char_p).in_dll(ctypes.CDLL(None), "environ")
     found, place = dict[str, str](), 0
-    # A null pointer once clearenv() was called.
+    # A null pointer after clearenv() was called.
     while entries and (entry := entries[place]) is not None:
         name, _, value = os.fsdecode(entry).partition("=")
         found[name] = value
@@ -221,13 +223,13 @@ def _environment() -> dict[str, str]:
 
 
 def _rounding() -> tuple[bool, bool]:
-    """Return whether sums are rounded upward, and whether downward."""
+    """Return whether additions round upward, and whether they round downward."""
     one, little = 1.0, 2.0**-60
     return one + little > one, one - little < one
 
 
 def _cpus() -> frozenset[int] | None:
-    """Return the CPUs that this thread runs on; None where OpenMP is to bind threads to them."""
+    """Return the CPUs that this thread may run on; None if OpenMP is set to bind threads."""
     if any(name in os.environ for name in _BINDING):
         return None
     return frozenset(os.sched_getaffinity(0))
@@ -239,7 +241,7 @@ def _numpy_errors() -> Any:
 
 
 def _numpy_state() -> Any:
-    """Return the state of numpy's global generator; None where numpy was not imported yet."""
+    """Return the state of numpy's global generator; None if numpy was not imported yet."""
     numpy = sys.modules.get("numpy")
     if numpy is None:
         return None
@@ -255,7 +257,7 @@ def _directory() -> str:
 
 
 def _umask() -> str:
-    """Return the umask, which os.umask only returns by setting another."""
+    """Return the umask; os.umask only returns it when it sets another."""
     return _status("Umask")
 
 
@@ -285,9 +287,9 @@ def _counts() -> dict[str, int]:
 
 
 def _measured() -> dict[str, int]:
-    """Return the counts that calls may increase."""
+    """Return the counts that a leaking call increases."""
     gc.collect()
-    # Free memory goes back to the system, so that the rest is in use.
+    # Free memory is returned to the system, so that only memory in use is counted.
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
@@ -308,21 +310,21 @@ def _is_short(value: Any) -> bool:
     return len(str(value)) <= 80
 
 
-# The CPU's generator is a Mersenne Twister: it makes this many words at a time.
+# The CPU's generator is a Mersenne Twister, which generates this many words at a time.
 _BLOCK = 624
 
-# Blocks that a call without dropout may have drawn on the CPU: 640 000 numbers, far more than a
-# kernel that draws a seed or a rotation takes.
+# Blocks that a call without dropout may draw on the CPU: 640 000 numbers, far more than a kernel
+# needs for a seed or a rotation.
 _BLOCKS = 1024
 
-# Where these words lie in the generator's state, 8 bytes each. Source: torch 2.13.0,
+# The position of these words in the generator's state, 8 bytes each. Source: torch 2.13.0,
 # aten/src/ATen/CPUGeneratorImpl.cpp, CPUGeneratorImplStateLegacy: seed, left and seeded, next,
 # state[624] (2026-11-26).
 _WORDS = slice(3 * 8, (3 + _BLOCK) * 8)
 
 
 def states_after_draw(device: torch.device) -> dict[str, Tensor]:
-    """Return the states of the generators after a draw, so that seeding again changes them."""
+    """Draw a number from each generator, so that seeding changes its state; return the states."""
     torch.rand(())
     if device.type == "cuda":
         torch.rand((), device=device)
@@ -332,7 +334,7 @@ def states_after_draw(device: torch.device) -> dict[str, Tensor]:
 def is_rewound(before: dict[str, Tensor], device: torch.device) -> bool:
     """Return whether a call seeded a generator or set it to an earlier state.
 
-    Drawing is allowed: some kernels reserve numbers, or draw a seed of their own.
+    Drawing numbers is allowed: some kernels reserve random numbers, or draw a seed of their own.
     """
     after = _states(device)
     if not _is_ahead(before["cpu"], after["cpu"]):
@@ -347,16 +349,16 @@ def is_rewound(before: dict[str, Tensor], device: torch.device) -> bool:
 
 
 def _is_ahead(before: Tensor, after: Tensor) -> bool:
-    """Return whether draws alone lead from one state of the CPU's generator to another."""
+    """Return whether the CPU's generator gets from one state to the other only by drawing."""
     if torch.equal(before, after):
         return True
     replay = torch.Generator()
     replay.set_state(before)
     for _ in range(_BLOCKS):
         if torch.equal(replay.get_state()[_WORDS], after[_WORDS]):
-            # The same block: as many words or fewer are left.
+            # In the same block: it is ahead if no more words are left than before.
             return _left(after) <= _left(replay.get_state())
-        # One word each.
+        # Each number takes one word.
         torch.rand(_left(replay.get_state()), generator=replay)
     return False
 

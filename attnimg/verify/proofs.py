@@ -1,4 +1,4 @@
-"""Prove backends for a run: from the disk where a proof is kept, else in a child process."""
+"""Prove backends for a run: read cached proofs, and make missing ones in a child process."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ from attnimg.files import read_private, write_private
 from attnimg.select.judge import with_effective_windows
 from attnimg.verify.runner import Candidate, proof_from_json, run
 
-# Of these a proof depends besides the packages of the backend itself.
+# Packages that a proof depends on, besides those of the backend itself.
 _LIBRARIES = ("torch", "transformers", "kernels", "triton")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Setting:
-    """Where and for what proofs are made.
+    """The machine and environment that proofs are made for, and the cache.
 
     Attributes:
-        machine: this one.
-        environment: os.environ; ATTNIMG_CACHE, FLASH_ATTENTION_DETERMINISTIC and what a backend's
-            variants name count.
-        folder: where proofs are kept; None to keep none.
+        machine: this machine.
+        environment: os.environ; only ATTNIMG_CACHE, FLASH_ATTENTION_DETERMINISTIC and the variables
+            in a backend's variants are used.
+        folder: the cache of proofs; None for no cache.
     """
 
     machine: Machine
@@ -68,15 +68,15 @@ def prove(
     """Prove backends on the geometry of a problem.
 
     Args:
-        backends: what to prove; each must fit the machine.
-        problem: what the run has to do.
-        setting: where.
-        say: told what is run, and what is odd about the cache.
+        backends: the backends to prove; each must fit the machine.
+        problem: what attention has to do in the run.
+        setting: the machine, the environment and the cache.
+        say: called with each progress line, and with notes on unusable files of the cache.
         routed: whether a router calls them.
         timeout_s: seconds for one backend; None for the device's default.
 
     Returns:
-        A proof for each backend, in the same order. What a kernel does is never raised here.
+        A proof for each backend, in the same order. An error of a kernel is a reason in its proof.
     """
     machine, folder = setting.machine, setting.folder
     candidates = [_candidate(backend, problem, setting, routed=routed) for backend in backends]
@@ -93,7 +93,8 @@ def prove(
         asked = [candidates[place] for place in missing]
         proofs |= zip(missing, run(asked, device=device, timeout_s=timeout_s, say=say), strict=True)
         if folder is not None:
-            # Kernels downloaded meanwhile have a key now; files changed meanwhile were not proven.
+            # Kernels that were downloaded by the proof have a key now. Where files changed during
+            # the proof, it is not written.
             after = _keys(backends, candidates, setting=setting)
             for place in missing:
                 key = after[place]
@@ -135,8 +136,8 @@ def content_of(backend: Backend, *, setting: Setting, trusted: bool) -> dict[str
     """Return hashes of all files that compute a backend's attention; None where some are unknown.
 
     Args:
-        backend: one that fits the machine.
-        setting: its folder has the cache of file hashes.
+        backend: a backend that fits the machine.
+        setting: its folder also has the cache of file hashes.
         trusted: whether the user set trust_remote_code.
 
     Returns:
@@ -215,14 +216,14 @@ def key_of(
     content: Mapping[str, str],
     variables: Mapping[str, str],
 ) -> str:
-    """Hash all that a proof depends on.
+    """Return a hash of all that a proof depends on.
 
     Args:
         candidate: the backend and its geometries.
-        machine: where it runs.
-        versions: of torch, transformers and all else that takes part.
+        machine: the machine that it runs on.
+        versions: of torch, transformers and the other packages involved.
         content: hashes of the files that compute the attention, by their kind.
-        variables: those that are set and choose among a package's kernels.
+        variables: the environment variables that choose among a package's kernels, if set.
     """
     parts = {
         "candidate": asdict(candidate),
@@ -235,7 +236,7 @@ def key_of(
 
 
 def read(folder: Path, key: str, *, backend: Backend, say: Callable[[str], None]) -> Proof | None:
-    """Read a proof; None when there is none, or when it is not valid, which is printed."""
+    """Read a proof; return None where there is none, or it is not valid, which is printed."""
     path = folder / f"{key}.json"
     try:
         kept = json.loads(read_private(path, at_most=_PROOF_BYTES))
@@ -255,7 +256,7 @@ def read(folder: Path, key: str, *, backend: Backend, say: Callable[[str], None]
 
 
 def write(folder: Path, key: str, proof: Proof, *, say: Callable[[str], None]) -> None:
-    """Write a proof whole or not at all. A folder that can't be written to only costs time."""
+    """Write a proof atomically; where that fails, print a note: the next run proves again."""
     if any(reason.code in _TRANSIENT for reason in proof.reasons):
         return
     text = json.dumps({"key": key, "proof": asdict(proof)})
@@ -269,12 +270,12 @@ def _require_valid(proof: Proof, *, has_bounds: bool) -> None:
     """Raise unless a proof has values of the right types, and figures within their bounds.
 
     Args:
-        proof: what was read.
+        proof: the proof that was read.
         has_bounds: whether the backend has a bound for each figure; a quantizing one has none for
             gradients.
 
     Raises:
-        ValueError, TypeError: this code did not write it.
+        ValueError, TypeError: this program can't have written it.
     """
     for number in (proof.cases, proof.longest):
         if type(number) is not int or number < 0:
@@ -294,10 +295,10 @@ def _require_valid(proof: Proof, *, has_bounds: bool) -> None:
             raise ValueError(f"{figure.quantity} is beyond its bound")
 
 
-# What is proven when the model's config is not at hand: grouped heads of the most frequent size.
+# The heads to prove if the model's config is not available: grouped heads of the most common size.
 UNKNOWN_MODEL = (LayerGroup(count=1, heads=8, kv_heads=2, head_dim_qk=64, head_dim_v=64),)
 
-# Short runs on a CPU are no reason to prove on less than a few tiles.
+# The shortest row to prove on, so that it has several tiles even if sequence_len is small.
 SHORTEST_ROW = 64
 
 
@@ -307,9 +308,9 @@ def geometries_of(
     """List the distinct geometries of a run.
 
     Args:
-        problem: what the run has to do; its layers and its dropout count.
+        problem: what attention has to do in the run; its layers and dropout are used.
         context: how the run calls its model.
-        dense: whether rows of one document are to be proven as well.
+        dense: whether to prove rows of one document as well.
         deterministic: whether gradients must repeat bit for bit.
         every_length: whether documents of each length are probed.
     """
@@ -340,6 +341,6 @@ def geometries_of(
 
 
 def has_dense_entry(backend: Backend, machine: Machine) -> bool:
-    """Return whether a backend takes rows of one document: some have a varlen function alone."""
+    """Return whether a backend takes rows of one document: some have only a varlen function."""
     local = local_kernel(backend, machine)
     return local is None or local.exports is None or "flash_attn_func" in local.exports

@@ -1,7 +1,7 @@
-"""Plain attention in any precision, written out: what every backend is compared with.
+"""Compute plain attention in any precision, step by step: the reference of every backend.
 
-No fused kernel and none of torch's attention functions takes part, so that a fault in those cannot
-hide in the reference too.
+No fused kernel and none of torch's attention functions is used, so that the reference can't have
+the same fault as these.
 Letters: B batch, T query tokens, S key tokens, H query heads, G key heads, D head size of q and k,
 E head size of v.
 """
@@ -26,13 +26,13 @@ def attend(
     sinks: Tensor | None = None,
     keep: Tensor | None = None,
 ) -> Tensor:
-    """Attend step by step in the precision of the inputs.
+    """Compute attention step by step in the precision of the inputs.
 
     Args:
         q: queries, (B, H, T, D).
         k: keys, (B, G, S, D), H a multiple of G.
         v: values, (B, G, S, E).
-        visible: where a query may look, bool, (B, 1, T, S).
+        visible: which keys a query may see, bool, (B, 1, T, S).
         scale: factor on q @ k.
         softcap: scores become softcap * tanh(scores / softcap).
         sinks: a logit of each head and query that joins the softmax and has no value,
@@ -53,14 +53,14 @@ def attend(
 def attention_weights(
     scores: Tensor, *, visible: Tensor, softcap: float | None, sinks: Tensor | None
 ) -> Tensor:
-    """Return the softmax of scaled scores, (B, H, T, S); the other arguments are attend's."""
+    """Return the softmax of scaled scores, (B, H, T, S); see `attend` for the arguments."""
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
     scores = scores.masked_fill(~visible, -torch.inf)
-    # Subtracting any constant leaves a softmax and its gradient as they are. With sinks, that of
-    # the maximum is computed all the same, as eager attention does: it is the rounding of all other
-    # gradients. Source: transformers 5.22.2, modeling_gpt_oss.py, eager_attention_forward
-    # (2026-11-27).
+    # Subtracting a constant changes neither a softmax nor its gradient, so the maximum needs no
+    # gradient. With sinks it gets one, as in eager attention: it consists of the rounding errors of
+    # all other gradients. Source: transformers 5.22.2, modeling_gpt_oss.py,
+    # eager_attention_forward (2026-11-27).
     if sinks is None:
         highest = scores.detach().amax(-1, keepdim=True)
     else:
@@ -78,8 +78,8 @@ def visible_keys(documents: Tensor, *, places: Tensor, window: int | None) -> Te
 
     Args:
         documents: which document each key belongs to, int, (B, S); below 0 for padding.
-        places: among the keys, where each query stands, int, (T,). The last query of a call
-            stands at the last key (bottom-right).
+        places: the position of each query among the keys, int, (T,). The last query of a call is
+            at the last key (bottom-right alignment).
         window: keys that a query sees, its own included; None for all.
 
     Returns:
@@ -98,12 +98,12 @@ def visible_keys(documents: Tensor, *, places: Tensor, window: int | None) -> Te
 def shifted_keys(documents: Tensor, *, heads: int) -> Tensor:
     """Return which keys each query sees under LongLoRA's shifted groups.
 
-    A row is four groups, filled up at its end to whole half groups. The first half of the heads
-    attends causally within groups. The others do the same after tokens were rolled back by half a
-    group, which brings the row's first tokens to its end: there they see no token that stands
-    after them in the row. Source: LongLoRA, llama_attn_replace.py: group_size_ratio, `shift` in
-    forward_noflashattn for the roll, cu_q_lens in forward_flashattn for the row's two ends
-    (github.com/dvlab-research/LongLoRA, 03ac8a5, read 2026-11-21).
+    A row has four groups, and is padded at its end to a multiple of half a group. The first half of
+    the heads attends causally within groups. The other half does the same after the tokens were
+    rolled back by half a group, which moves the row's first tokens to its end: there they see no
+    token that comes after them in the row. Source: LongLoRA, llama_attn_replace.py:
+    group_size_ratio, `shift` in forward_noflashattn for the roll, cu_q_lens in forward_flashattn
+    for the row's two ends (github.com/dvlab-research/LongLoRA, 03ac8a5, read 2026-11-21).
 
     Args:
         documents: 0 for a token, below 0 for padding, int, (B, S).
@@ -119,7 +119,7 @@ def shifted_keys(documents: Tensor, *, heads: int) -> Tensor:
     masks = []
     for head in range(heads):
         roll = group // 2 if head >= heads // 2 else 0
-        order = place.roll(-roll)  # which token stands at each place
+        order = place.roll(-roll)  # the token at each position
         stands = torch.empty_like(place)
         stands[order] = place
         same_group = stands[:, None] // group == stands[None, :] // group
@@ -131,16 +131,16 @@ def shifted_keys(documents: Tensor, *, heads: int) -> Tensor:
 
 TILE = 16
 
-# Half of the spacing of float32 at 1.
+# Half of the spacing of float32 at 1: the unit roundoff.
 UNIT = 2.0**-24
 
-# Standard deviations that a sum of roundings stays within: 6 leave 2e-9 beyond, and a proof looks
-# at some 1e6 elements.
+# Standard deviations within which a sum of roundings stays: it exceeds 6 with a probability of
+# 2e-9, and a proof compares about 1e6 elements.
 DEVIATIONS = 6.0
 
 
 def sum_noise(case: Case, inputs: Inputs) -> dict[str, Tensor]:
-    """Bound what the order of a sum moves: 2 * n * u * A, (B, T, heads, D), float32.
+    """Return a bound on gradient changes by the order of sums: 2 n u A, (B, T, heads, D), float32.
 
     Args:
         case: a packed probe, short enough for all its rows to be compared.
@@ -160,7 +160,7 @@ def sum_noise(case: Case, inputs: Inputs) -> dict[str, Tensor]:
         "dk": d_scores.transpose(-1, -2) @ q.abs(),
         "dv": weights.transpose(-1, -2) @ d_out.abs(),
     }
-    # A document may begin within a block: one more.
+    # A document may begin within a block, which makes one more.
     blocks = -(-max(case.lengths) // TILE) + 1
     for name in ("dk", "dv"):
         sizes[name] = sizes[name].unflatten(1, (-1, group)).sum(2)
@@ -169,16 +169,16 @@ def sum_noise(case: Case, inputs: Inputs) -> dict[str, Tensor]:
 
 
 def rounding_of_output(case: Case, inputs: Inputs) -> dict[str, float]:
-    """Bound what the rounding of the output moves dq and dk by: largest element of each.
+    """Return bounds on the change of dq and dk by rounding the output: the largest element of each.
 
-    A flash kernel forms the gradient of the scores as P * (d_out v - d_out out) from the output
-    that it stored, in the precision of the run. Rounding moves each value of it by at most u times
-    the value, with u half the spacing at 1, and by u / sqrt(3) times it as a standard deviation.
-    The roundings of a row are taken to be independent, so that d_out out is off by at most
+    A flash kernel computes the gradient of the scores as P * (d_out v - d_out out), from the output
+    that it stored in the precision of the run. Rounding changes each value by at most u times the
+    value, where u is half the spacing at 1, with a standard deviation of u / sqrt(3) times it. The
+    roundings of a row are assumed to be independent, so that the error of d_out out is at most
     DEVIATIONS * u / sqrt(3) * |d_out * out|, the norm over the head size. Source of the model:
     Higham and Mary, A New Approach to Probabilistic Rounding Error Analysis, SIAM J. Sci. Comput.
-    41(5), 2019. Plain attention stores no such output. In a call of few tokens none of its other
-    roundings need be as large, so that its own error is no measure there.
+    41(5), 2019. Plain attention does not store the output. In a call of few tokens its other
+    rounding errors may all be smaller, so that they are no measure of this one.
 
     Args:
         case: a probe of as many queries as keys.
@@ -211,14 +211,14 @@ def rounding_through(
     """Return bounds on the change of dq and dk by rounding the output; see rounding_of_output.
 
     Args:
-        q: (..., H, T, D), as wide as d_out.
-        k: of each query head, (..., H, S, D).
-        v: of each query head, (..., H, S, E).
-        weights: of the attention, (..., H, T, S).
+        q: (..., H, T, D), in the same dtype as d_out.
+        k: the keys of each query head, (..., H, S, D).
+        v: the values of each query head, (..., H, S, E).
+        weights: the attention weights, (..., H, T, S).
         d_out: (..., H, T, E).
         scale: factor on q @ k.
         unit: half of the spacing at 1 in the precision of the output.
-        group: query heads to a key head.
+        group: query heads per key head.
     """
     products = d_out * (weights @ v)
     off = DEVIATIONS * unit / 3**0.5 * products.square().sum(-1, keepdim=True).sqrt()
@@ -229,7 +229,7 @@ def rounding_through(
 
 
 def _attention(case: Case, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return q, k and v of each query head, the scores with a graph, and the weights, float32."""
+    """Return float32 q, k, v of each query head, scores that require gradients, and weights."""
     group = inputs.q.shape[1] // inputs.k.shape[1]
     q, k, v = (x.detach().float() for x in (inputs.q, inputs.k, inputs.v))
     k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))
@@ -245,10 +245,10 @@ def _attention(case: Case, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor, Tens
 
 
 def beyond_a_flip(one: Tensor, other: Tensor) -> Tensor:
-    """Return by how much two roundings differ beyond one unit in the last place, float64."""
+    """Return by how much two rounded values differ beyond one unit in the last place, float64."""
     kind = torch.finfo(one.dtype)
     wide, other_wide = one.double(), other.double()
     _, exponent = torch.frexp(torch.maximum(wide.abs(), other_wide.abs()))
-    # frexp's mantissa is below 1.
+    # frexp's mantissa is below 1, so the exponent is one larger than that of the leading bit.
     ulp = torch.ldexp(torch.full_like(wide, kind.eps), exponent - 1).clamp_min(kind.eps * kind.tiny)
     return ((wide - other_wide).abs() - ulp).clamp_min(0.0)

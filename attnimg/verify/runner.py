@@ -1,7 +1,7 @@
-"""Run proofs in a child process, and turn its death into a reason.
+"""Run proofs in a child process; where a kernel crashes it, return that as the proof's reason.
 
-Importing torch and transformers takes longer than a proof, so one child proves all candidates. When
-one of them kills it, that one has failed, and another child goes on with the rest.
+Importing torch and transformers takes longer than a proof, so one child proves all candidates. If
+one of them crashes the child, that candidate has failed, and a new child proves the rest.
 """
 
 from __future__ import annotations
@@ -27,26 +27,26 @@ from attnimg.errors import signal_name
 from attnimg.facts import Figure, Geometry, Proof, Reason
 from attnimg.verify.training_conditions import is_compiled
 
-# Seconds that one candidate may compute and sleep. On a GPU some kernels are compiled in their
-# first call.
+# Seconds that one candidate may compute and sleep, without waiting for a CPU. On a GPU some kernels
+# are compiled in their first call.
 TIMEOUT_S = {"cpu": 60.0, "cuda": 300.0}
 
-# The same besides, where torch.compile makes a kernel for each kind of call: some 60 graphs, each
-# forward and backward. Ours: on an H200, beside compilers, 153 s were too few (docs/gpu-runs.md,
-# 2026-11-26).
+# Added to the limit where torch.compile builds a kernel for each kind of call: some 60 graphs, each
+# forward and backward. Our choice: on an H200, with compilers running beside it, 153 s were too few
+# (docs/gpu-runs.md, 2026-11-26).
 COMPILING_S = 600.0
 
-# The same until the child has imported torch and transformers.
+# The same limit for the time until the child has imported torch and transformers.
 IMPORT_TIMEOUT_S = 180.0
 
-# Seconds in all, on a machine so busy that the child hardly gets a CPU, or where it was stopped.
+# Seconds of wall time, for a machine so busy that the child hardly gets a CPU, or a stopped child.
 WALL_S = 900.0
 
-# What a child may allocate besides what its imports take: the longest probe on a CPU holds some ten
-# arrays of cases.CPU.held scores. On a GPU its probes follow its memory, of which a tenth is left.
+# Memory that a child may allocate after its imports: the longest probe on a CPU has some ten arrays
+# of cases.CPU.held scores. On a GPU the probes are sized to its memory, of which a tenth is left.
 MEMORY_BYTES = {"cpu": 6 << 30, "cuda": 1 << 40}
 
-# Bytes that a child may print (into a temporary file), and of the longest line that it reports.
+# Bytes that a child may print (into a temporary file), and bytes of the longest line of a report.
 OUTPUT_BYTES = 64 << 20
 
 _LINE_BYTES = 1 << 20
@@ -54,12 +54,12 @@ _LINE_BYTES = 1 << 20
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Candidate:
-    """What to prove.
+    """A backend to prove.
 
     Attributes:
         backend: its name.
-        geometries: what it is proven on.
-        trusted: whether the user lets code from the hub run.
+        geometries: the geometries that it is proven on.
+        trusted: whether the user allows code from the hub to run.
         routed: whether it is one of several that a router calls.
     """
 
@@ -83,14 +83,16 @@ def run(
     Args:
         candidates: what to prove, in this order.
         device: "cpu" or "cuda", which decides the limits.
-        timeout_s: seconds that one candidate may compute and sleep, as often as it runs its
-            probes; None for TIMEOUT_S, and COMPILING_S where its kernel is compiled.
-        wall_s: seconds that it may take in all, once the child has started; COMPILING_S besides.
-        memory_bytes: what the child may allocate; None for MEMORY_BYTES.
-        say: told what is being run, for a progress line; None for silence.
+        timeout_s: seconds that one candidate may compute and sleep, each time it runs its probes;
+            None for TIMEOUT_S, plus COMPILING_S where its kernel is compiled.
+        wall_s: seconds of wall time that it may take after the child has started; COMPILING_S is
+            added where its kernel is compiled.
+        memory_bytes: bytes that the child may allocate; None for MEMORY_BYTES.
+        say: called with each progress line; None for no output.
 
     Returns:
-        A proof for each candidate, in the same order. Nothing that a kernel does is raised here.
+        A proof for each candidate, in the same order. An error of a kernel is a reason in its
+        proof, and is not raised.
     """
     memory = MEMORY_BYTES[device] if memory_bytes is None else memory_bytes
     proofs: list[Proof] = []
@@ -111,7 +113,7 @@ def run(
 def limits_of(
     candidate: Candidate, *, device: str, timeout_s: float | None, wall_s: float
 ) -> tuple[float, float]:
-    """Return the seconds of its own, and in all, that a candidate may take for its probes."""
+    """Return a candidate's limits: seconds of computing and sleeping, and seconds of wall time."""
     backend = backend_named(candidate.backend)
     compiling = backend is not None and is_compiled(backend, device=device)
     extra = COMPILING_S if compiling else 0.0
@@ -125,7 +127,7 @@ def _run_child(
     memory_bytes: int,
     say: Callable[[str], None],
 ) -> list[Proof]:
-    """Prove candidates until the child is done or dead; at least one proof comes back."""
+    """Prove candidates until the child has ended; return at least one proof."""
     task = {
         "candidates": [asdict(candidate) for candidate in candidates],
         "memory_bytes": memory_bytes,
@@ -154,9 +156,9 @@ def _run_child(
             if len(proofs) == len(candidates) or (proofs and "stop" in message):
                 return proofs
         if proofs and case == "starting":
-            # An earlier candidate's kernel ended this child; the next child proves the rest.
+            # The kernel of an earlier candidate ended this child; the next one proves the rest.
             return proofs
-        # A kernel may close the pipe of its reports, and run on.
+        # A kernel may close the pipe of the reports and keep running.
         while child.poll() is None and not watchdog.spent() and not _is_flooded(noise):
             time.sleep(LOOK_EVERY_S)
         late, flooded = child.poll() is None, _is_flooded(noise)
@@ -175,7 +177,7 @@ def _run_child(
 
 
 def _message(line: bytes, *, pid: int) -> dict[str, Any]:
-    """Return a report of the child; {} for a line that a kernel or a forked process wrote."""
+    """Return a report of the child; {} for a line that its kernel or a forked process wrote."""
     try:
         message = json.loads(line)
     except (ValueError, RecursionError):
@@ -199,7 +201,7 @@ def _silence(_text: str) -> None:
 
 
 class _Child:
-    """A child process with its task on stdin; the block's end kills it and all that it started."""
+    """A child process with its task on stdin; it and all that it started are killed on exit."""
 
     def __init__(self, task: dict[str, Any], *, noise: IO[bytes]) -> None:
         self.mark = uuid.uuid4().hex
@@ -208,7 +210,7 @@ class _Child:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=noise,
-            # A group of its own: Ctrl-C reaches the parent, which then ends the whole group.
+            # In a process group of its own: Ctrl-C reaches the parent, which then kills the group.
             start_new_session=True,
             env=os.environ | {MARK: self.mark},
         )
@@ -216,7 +218,7 @@ class _Child:
 
     def __enter__(self) -> subprocess.Popen[bytes]:
         assert self.process.stdin is not None
-        # A child that died at once has closed the pipe; its exit status says so.
+        # A child that ended at once has closed the pipe; its exit status is reported.
         with contextlib.suppress(BrokenPipeError):
             self.process.stdin.write(self.task)
             self.process.stdin.close()
@@ -233,7 +235,7 @@ class _Child:
 
 def _kill_marked(mark: str) -> None:
     """Kill the processes that a kernel started and that left the child's group and session."""
-    # A process may fork during the search.
+    # Repeated, since a process may fork during the search.
     for _ in range(3):
         found = list(processes_with(mark))
         for process in found:
@@ -262,12 +264,12 @@ def _lines(
                 return
             *lines, pending = (pending + chunk).split(b"\n")
             yield from lines
-            # No message is this long: the line is cut, and then ignored.
+            # No report is this long: the line is cut, and later ignored.
             pending = pending[:_LINE_BYTES]
 
 
 def _death(status: int, *, case: str, noise: IO[bytes]) -> Reason:
-    """Return the reason of a child's end by its exit status."""
+    """Return the reason why a child ended, from its exit status."""
     noise.seek(max(0, os.fstat(noise.fileno()).st_size - _LINE_BYTES))
     said = [line for line in noise.read().decode(errors="replace").splitlines() if line.strip()]
     last = f": {said[-1].strip()[:200]}" if said else ""
@@ -280,41 +282,42 @@ def _death(status: int, *, case: str, noise: IO[bytes]) -> Reason:
 
 
 def proof_from_json(values: dict[str, Any]) -> Proof:
-    """Build a proof of what dataclasses.asdict made of one.
+    """Build a proof from the result of dataclasses.asdict.
 
     Raises:
-        TypeError, KeyError: the values are no proof.
+        TypeError, KeyError: the values are not those of a proof.
     """
     reasons = tuple(Reason(**reason) for reason in values["reasons"])
     figures = tuple(Figure(**figure) for figure in values["figures"])
     return Proof(**{**values, "reasons": reasons, "figures": figures})
 
 
-# How often the child is looked at.
+# Seconds between two checks of the child.
 LOOK_EVERY_S = 0.1
 
-# A look that comes later says nothing of the time before: this process was stopped or starved.
+# If the last check is longer ago, this process was stopped or got no CPU, and only this much of the
+# time counts.
 LONGEST_LOOK_S = 1.0
 
-# States of threads in /proc/PID/stat that are no sleep: they have a CPU or wait for one, for the
-# disk, or for whoever stopped them. Source: proc_pid_stat(5), man-pages 6.9 (2026-11-25).
+# States in /proc/PID/stat of threads that are not asleep: running or waiting for a CPU, waiting for
+# the disk, stopped, and traced. Source: proc_pid_stat(5), man-pages 6.9 (2026-11-25).
 _AWAKE = frozenset("RDTt")
 
 
 class Usage(NamedTuple):
-    """What a process and all that it started have done so far."""
+    """The CPU time of a process and its descendants so far, and whether all of them sleep."""
 
     cpu_s: float
     asleep: bool
 
 
 class Watchdog:
-    """The time limits of a child, which start over for each candidate.
+    """The time limits of a child, which restart for each candidate.
 
     Args:
         pid: the child.
         limit_s: seconds of computing and sleeping that it may take.
-        wall_s: seconds that it may take in all, the wait for a CPU included.
+        wall_s: seconds of wall time that it may take, the wait for a CPU included.
     """
 
     def __init__(self, pid: int, *, limit_s: float, wall_s: float) -> None:
@@ -322,14 +325,14 @@ class Watchdog:
         self.restart(limit_s=limit_s, wall_s=wall_s)
 
     def restart(self, *, limit_s: float, wall_s: float) -> None:
-        """Start over, with other limits."""
+        """Restart the clocks, with other limits."""
         self.limit_s, self.wall_s = limit_s, wall_s
         self.own_s = self.passed_s = 0.0
         self._looked = time.monotonic()
         self._cpu_s = usage_of(self.pid).cpu_s
 
     def spent(self) -> bool:
-        """Look at the child, unless just done, and return whether a limit is passed."""
+        """Return whether a limit is exceeded; check the child at most every LOOK_EVERY_S."""
         since = time.monotonic() - self._looked
         if since >= LOOK_EVERY_S:
             usage = usage_of(self.pid)
@@ -340,31 +343,31 @@ class Watchdog:
         return self.own_s >= self.limit_s or self.passed_s >= self.wall_s
 
     def sentence(self) -> str:
-        """Return which limit was passed, in words."""
+        """Return a text on the limit that was exceeded."""
         if self.own_s >= self.limit_s:
             return f"still running after {self.limit_s:g} s"
         return f"still running after {self.wall_s:g} s, {self.own_s:.0f} s of them with a CPU"
 
 
 def own_time(since: float, *, cpu_s: float, asleep: bool) -> float:
-    """Return how much of a stretch of time counts for a process.
+    """Return how many seconds of an interval count as computing or sleeping.
 
     Args:
         since: seconds of wall time.
-        cpu_s: seconds of CPU time in it, of all threads.
+        cpu_s: seconds of CPU time in the interval, of all threads.
         asleep: whether none of its threads wanted a CPU at the end.
     """
     return since if asleep else min(since, max(cpu_s, 0.0))
 
 
 def usage_of(pid: int) -> Usage:
-    """Add up the CPU time of a process and its descendants, and see whether any is awake."""
+    """Return the CPU time of a process and its descendants, and whether all of them sleep."""
     ticks, awake = 0, False
     for process in _tree(Path("/proc") / str(pid)):
-        # What ends meanwhile has no files any more.
+        # The files of a process that ends meanwhile disappear.
         with contextlib.suppress(OSError):
             fields = _fields(process)
-            # utime, stime, and the same of the children that were waited for.
+            # utime and stime, of the process and of its children that were waited for.
             ticks += sum(map(int, fields[11:15]))
             awake = awake or any(_fields(task)[0] in _AWAKE for task in process.glob("task/*"))
     return Usage(cpu_s=ticks / os.sysconf("SC_CLK_TCK"), asleep=not awake)
@@ -379,7 +382,7 @@ def _tree(process: Path) -> Iterator[Path]:
 
 
 def _fields(process: Path) -> list[str]:
-    """Split a stat file behind the name, which may hold spaces and brackets: state comes first."""
+    """Return the fields of a stat file after the name, which may have spaces and brackets."""
     return (
         (process / "stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
     )
@@ -399,7 +402,7 @@ def processes_with(mark: str) -> Iterator[Path]:
 
 
 def count_forks() -> int:
-    """Return how many forks of this process run: other processes with its mark and command."""
+    """Return the number of running forks of this process: others with its mark and command."""
     mark = os.environ.get(MARK)
     if mark is None:
         return 0

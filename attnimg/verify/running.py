@@ -1,9 +1,9 @@
 """Compare an attention call of a training step with the reference: the running check.
 
-A kernel may be wrong only from its 3000th call on, or at one length, which no finite proof finds.
-One row of one layer's call is computed again by blocks (blocks.py), in float64 and as plain
-attention in the run's precision, for as many heads as fit into the budgets below. The bounds are
-those of the proofs (checks.py).
+A kernel may fail only from its 3000th call on, or at a single length, which no finite proof finds.
+One row of one layer's call is computed again block by block (blocks.py), in float64 and as plain
+attention in the run's precision, for as many heads as the budgets below allow. The bounds are those
+of the proofs (checks.py).
 Letters: B batch, T query and key tokens, H query heads, G key heads, D and E head sizes.
 """
 
@@ -42,10 +42,10 @@ from attnimg.verify.checks import (
 )
 from attnimg.verify.reference import UNIT, attention_weights, rounding_through
 
-# Bytes that the results of both references and their differences may take, and tiles of scores.
+# Bytes for the results of both references and their differences, and for the tiles of scores.
 RESULT_BYTES, TILE_BYTES = 128 << 20, 96 << 20
-# Pairs of a query and a key, over all query heads, that a check computes. Where a single key head
-# has more than LONG times as many, a part of its tokens is compared.
+# Query-key pairs, over all query heads, that a check computes. Where a single key head has more
+# than LONG times as many, only a part of its tokens is compared.
 PAIRS, LONG = {"cpu": 2**18, "cuda": 2**27}, 4
 # Calls with larger scores have the bounds of the proofs' probes with large scores.
 LARGE_SCORE = 32.0
@@ -53,7 +53,7 @@ LARGE_SCORE = 32.0
 CLEAR = 0.1
 # The last tokens of a long row, which are always compared.
 ENDS = 64
-# Rows of at most so many tokens, whose queries see at most SHORT keys, have the bound of
+# Rows of at most this many tokens, whose queries see at most SHORT keys, have the bound of
 # reference.rounding_of_output.
 FEW_TOKENS = 256
 _FEATURES = frozenset({"window", "softcap", "sinks", "dropout"})
@@ -80,9 +80,9 @@ def check_call(
 
     Args:
         call: with its gradients.
-        backend: the one that computed it, whose bounds are used.
+        backend: the backend that computed it, whose bounds are used.
         dtype: the run's precision.
-        longest: at most so many tokens of a row are compared, in whole documents; None for all.
+        longest: the most tokens of a row to compare, in whole documents; None for all.
         seed: decides which row and heads are compared.
     """
     cast = torch.autocast(call.q.device.type, enabled=False)
@@ -106,7 +106,7 @@ def check_call(
             repeated = _compared(again, part, backend=backend, dtype=dtype)
     except torch.OutOfMemoryError:
         return replace(check, repeated=False)
-    # Foreign kernels raise anything.
+    # Foreign kernels may raise anything.
     except Exception as error:
         text = f"called again, it raised {type(error).__name__}: {error}"
         faults = (*check.faults, Reason(code="crash", text=text))
@@ -119,13 +119,13 @@ class _Part:
     """The part of a call that is compared.
 
     Attributes:
-        row: its number in the batch.
-        tokens: of the row; these and the other tokens do not see one another.
-        heads: key heads.
-        first: the first key that each query sees, counted in `tokens`.
-        last: the key after the last one.
+        row: the index of the row in the batch.
+        tokens: a range of the row; these and the other tokens do not see one another.
+        heads: a range of key heads.
+        first: the first key that each query sees, counted within `tokens`.
+        last: the key after the last one that it sees.
         queries: spans of `tokens` whose out and dq are compared.
-        keys: those whose dk and dv are compared.
+        keys: spans of `tokens` whose dk and dv are compared.
         call: scale, soft cap and sinks.
     """
 
@@ -146,11 +146,11 @@ class _Part:
 
 
 def _part_of(call: CapturedCall, *, longest: int | None, draw: random.Random) -> _Part:
-    """Choose a row, whole documents of it, and heads, at random within the budgets.
+    """Choose a row, documents and heads to compare, at random within the budgets.
 
     Raises:
         NotComparable: the reference can't compute the call.
-        AttnimgError: the model passes an argument that the reference does not know.
+        AttnimgError: the model passes an argument that the reference does not support.
     """
     if call.written:
         raise NotComparable("the model overwrote a tensor of the call before its backward pass")
@@ -203,7 +203,7 @@ def _part_of(call: CapturedCall, *, longest: int | None, draw: random.Random) ->
 
 
 def _some_of(n_tokens: int, wanted: int, draw: random.Random) -> list[Span]:
-    """Choose about as many tokens as wanted: the last ones, and a random span before them."""
+    """Choose about `wanted` tokens: the last ones, and a random span before them."""
     ends = min(ENDS, n_tokens // 2)
     before = min(max(wanted - ends, ends), n_tokens - ends)
     begin = draw.randrange(n_tokens - ends - before + 1)
@@ -211,7 +211,7 @@ def _some_of(n_tokens: int, wanted: int, draw: random.Random) -> list[Span]:
 
 
 def _compared(call: CapturedCall, part: _Part, *, backend: Backend, dtype: DType) -> _Found:
-    """Compare a part of a call, without values that the precision can't represent."""
+    """Compare a part of a call, without values that overflow or underflow in its precision."""
     of_q = part.query_heads
     q, k, v = (
         x[part.row, heads, part.tokens]
@@ -221,9 +221,9 @@ def _compared(call: CapturedCall, part: _Part, *, backend: Backend, dtype: DType
     sees = part.last > part.first
     d_out = None
     if call.d_out is not None and call.learning:
-        # The gradient of queries without a key does not depend on the kernel.
+        # Queries without a key are left out: their output is not defined by attention.
         d_out = call.d_out[part.row, part.tokens, of_q].transpose(0, 1) * sees[:, None]
-        # Not finite after a NaN, or where float16's loss scale was too large.
+        # It is not finite after a NaN, or where float16's loss scale is too large.
         d_out = d_out if d_out.isfinite().all() else None
     if not all(x.isfinite().all() for x in (q, k, v)):
         raise NotComparable("q, k or v is NaN or inf")
@@ -264,7 +264,7 @@ def _reference(
     dtype: torch.dtype,
     rounded_to: torch.dtype | None,
 ) -> BlockReference:
-    """Attend by blocks in a precision, with inputs that are rounded to `rounded_to`."""
+    """Compute attention block by block in a given precision; see `block_reference`."""
     if rounded_to is not None:
         q, k, v = (x.to(rounded_to) for x in (q, k, v))
         d_out = None if d_out is None else d_out.to(rounded_to)
@@ -297,7 +297,7 @@ class _Found:
 
 
 class _Judge:
-    """Compares the quantities of a call, and collects figures and broken rules."""
+    """Compare the quantities of a call, and collect figures and broken rules."""
 
     def __init__(self, *, backend: Backend, dtype: DType, case: str, scores: Scores) -> None:
         self.backend, self.dtype, self.case, self.scores = backend, dtype, case, scores
@@ -322,14 +322,15 @@ class _Judge:
             found: the result of the call; None for no gradient.
             exact: the reference in float64.
             plain: plain attention in the run's precision.
-            size: of the terms whose sum is the quantity; counts where they cancel up to rounding.
-            floor: the least allowed error.
+            size: size of the terms whose sum is the quantity; used where they cancel up to
+                rounding.
+            floor: the smallest allowed error.
         """
         code = "numerics-fwd" if name == "out" else "numerics-bwd"
         if found is None:
             self._fault("grad-detached", f"no gradient reaches {name[1:]}")
             return
-        # The values overflow or underflow in float16.
+        # The reference overflows or underflows in float16.
         if not plain.isfinite().all() or (exact.any() and not plain.any()):
             return
         if not found.isfinite().all():
@@ -345,7 +346,7 @@ class _Judge:
             rounding=largest(rounding),
             size=largest(exact) if largest(exact) > UNIT * size else size,
         )
-        # Values below the smallest normal number of the precision are rounded to a denormal one.
+        # Values below the smallest normal number of the precision are rounded to denormal numbers.
         kind = torch.finfo(getattr(torch, self.dtype))
         allowed = max(allowed, floor, 4 * kind.eps * kind.smallest_normal)
         error = largest(found.double() - exact)
@@ -389,7 +390,7 @@ def _scores(q: Tensor, k: Tensor, part: _Part) -> Scores:
 def _size_and_floors(
     q: Tensor, k: Tensor, v: Tensor, d_out: Tensor, part: _Part, *, dtype: DType
 ) -> tuple[float, dict[str, float]]:
-    """Return the size of terms that may cancel, and for short rows the effect of rounding out.
+    """Return the size of terms that may cancel, and the smallest allowed errors in short rows.
 
     See checks.py, and reference.rounding_of_output.
     """

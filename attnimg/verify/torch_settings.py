@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.nn.modules import module
 
-# Replaced by torch itself: _dynamo wraps it when it is first imported.
+# Replaced by torch itself: torch._dynamo wraps it when it is first imported.
 _REPLACED_BY_TORCH = frozenset({"manual_seed"})
 
 
@@ -67,10 +67,10 @@ def torch_settings() -> dict[str, Any]:
 
 
 def _precision() -> tuple[str, ...]:
-    """Return the precision of float32 products: torch's old settings, or the new ones if set."""
+    """Return the precision of float32 products: from torch's old settings, or new ones if set."""
     try:
         return (torch.get_float32_matmul_precision(), str(torch.backends.cudnn.allow_tf32))
-    # torch raises on reading the old settings where they contradict the new ones.
+    # torch raises when the old settings are read and contradict the new ones.
     except RuntimeError:
         parts = (
             torch.backends.cuda.matmul,
@@ -89,7 +89,8 @@ def _flushes_denormals() -> bool:
 class Functions:
     """The functions of torch, and transformers' attention functions, when the object was created.
 
-    Of torch: all in torch and torch.nn.functional, methods of tensors, forward of torch.nn.
+    Those of torch are all in torch and torch.nn.functional, tensor methods, and forward of torch.nn
+    modules.
     """
 
     def __init__(self) -> None:
@@ -116,7 +117,7 @@ class Functions:
         ]
 
     def replaced(self) -> list[str]:
-        """Return the names of the functions that are others now."""
+        """Return the names of the functions that were replaced since then."""
         return [
             f"{owner}: {name} was replaced"
             for owner, values, name, value in self._known

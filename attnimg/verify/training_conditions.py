@@ -1,9 +1,9 @@
 """Check a backend under training conditions: no_grad, checkpointing, concurrent calls, dropout.
 
-In training every layer has called before the first of them goes backward, some calls record no
-gradient, as with checkpointed activations and in evaluation, and where part of a model is frozen
-some of q, k and v need none. What a call saves may be dropped and computed again. A kernel that
-keeps something between calls is right only when it is alone.
+In training, all layers run forward before the first backward pass. Some calls record no gradients,
+as with checkpointed activations and in evaluation, and in a partly frozen model some of q, k and v
+need none. The tensors that a call saves may be discarded and computed again. A kernel that keeps
+state between calls is correct only if no other call comes between.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ from attnimg.verify.checks import (
 )
 from attnimg.verify.inputs import Inputs, draw
 
-# Calls that are under way at once, as many as a common model has layers.
+# Calls between the first forward and backward pass: as many as a typical model has layers.
 _LAYERS = 32
 
-# The gradients that are needed where an adapter is on some of the first layer's projections.
+# Gradients that are needed if an adapter is on some of the first layer's projections only.
 _SUBSETS = [names for size in (1, 2) for names in itertools.combinations(("dq", "dk", "dv"), size)]
 
-# Calls that no gradient is asked of, and which of their arguments require one: a first pass with
-# reentrant checkpointing, evaluation, generation, and layers below the first one that learns.
+# Calls without gradients, and which of their arguments require one: the first pass of reentrant
+# checkpointing, evaluation, generation, and layers below the first trained one.
 _WITHOUT = {
     "without gradients": (torch.no_grad, ALL),
     "in evaluation": (torch.no_grad, ()),
@@ -54,14 +54,14 @@ _WITHOUT = {
 def check_training_conditions(
     function: AttentionFunction, backend: Backend, case: Case, inputs: Inputs, *, right: Expected
 ) -> Iterator[Fault]:
-    """Call a backend without gradients, with some of them, and while another call is under way.
+    """Check calls without gradients, with some of them, and between the passes of another call.
 
     Args:
-        function: the backend's attention.
-        backend: what it is judged by.
+        function: the backend's attention function.
+        backend: has the bounds that its results are compared with.
         case: the probe, short enough for all its rows to be compared.
         inputs: its tensors.
-        right: what it should give.
+        right: the expected result.
 
     Raises:
         Exception: whatever the kernel raises.
@@ -89,7 +89,7 @@ def _address(value: torch.Tensor) -> int:
 
 
 def _checkpointed(function: AttentionFunction) -> AttentionFunction:
-    """Return the function under checkpointing: what it saves is computed again when needed."""
+    """Return the function under checkpointing: its saved tensors are recomputed when needed."""
 
     def attend(*args: Any, **kwargs: Any) -> Any:
         return checkpoint(function, *args, use_reentrant=False, **kwargs)
@@ -100,7 +100,7 @@ def _checkpointed(function: AttentionFunction) -> AttentionFunction:
 def _interleaved(
     function: AttentionFunction, backend: Backend, case: Case, inputs: Inputs, *, right: Expected
 ) -> Iterator[Fault]:
-    """Check two calls that run backward after many ran forward; the second's d_out is expanded."""
+    """Check two calls that run backward after many run forward; the second d_out is expanded."""
     second = replace(case, name=f"{case.name}, a second call")
     others = draw(second, device=str(inputs.q.device))
     others = replace(
@@ -132,27 +132,27 @@ def _interleaved(
     yield from check_values(backend, second, others, found=after, right=of_second)[1]
 
 
-# Rows of packed documents are filled up to these: three blocks of 128, and fifteen.
+# Packed rows are filled up to one of these lengths: three blocks of 128, and fifteen.
 FILLED = (384, 1920)
 
-# Rows of one document that say the most: about the edges of tiles of 64 and of blocks of 128.
+# The most informative lengths of rows with one document: around tiles of 64 and blocks of 128.
 EDGES = frozenset({1, 17, 64, 65, 127, 128, 129, 192, 257})
 
-# Graphs that a proof may compile: about twice those that 30 shapes and the ways of
-# check_training_conditions to ask for gradients come to.
+# Graphs that a proof may compile: about twice the number that 30 shapes and the combinations of
+# gradients in check_training_conditions need.
 RECOMPILE_LIMIT = 128
 
 
 def is_compiled(backend: Backend, *, device: str) -> bool:
-    """Check whether a backend's kernel is compiled in its first call of a shape."""
+    """Return whether a backend's kernel is compiled in its first call with each shape."""
     return backend.mask == "flex" and device == "cuda"
 
 
 def builds_plans(backend: Backend, *, device: str, capability: tuple[int, int] | None) -> bool:
-    """Check whether a backend's calls go to cuDNN, which builds a plan for each shape.
+    """Return whether a backend's calls go to cuDNN, which builds a plan for each shape.
 
     Args:
-        backend: which.
+        backend: the backend.
         device: "cpu" or "cuda".
         capability: the GPU's compute capability; None for a CPU or an AMD GPU.
     """
@@ -161,7 +161,7 @@ def builds_plans(backend: Backend, *, device: str, capability: tuple[int, int] |
 
 
 def few_shapes(cases: list[Case]) -> list[Case]:
-    """Lay probes out in few shapes: packed rows filled up, other rows around the edges alone."""
+    """Return probes with few shapes: packed rows are filled up, other rows have EDGES only."""
     longest = max(max(case.lengths) for case in cases)
     kept = []
     for case in cases:
@@ -181,7 +181,7 @@ def few_shapes(cases: list[Case]) -> list[Case]:
 
 
 def shapes_of(cases: list[Case]) -> set[tuple[int | str, ...]]:
-    """List the distinct shapes of calls: batch, heads, key heads, queries, keys and layout."""
+    """Return the distinct shapes of calls: batch, heads, key heads, queries, keys and layout."""
     found: set[tuple[int | str, ...]] = set()
     for case in cases:
         rows, keys = (
@@ -194,7 +194,7 @@ def shapes_of(cases: list[Case]) -> set[tuple[int | str, ...]]:
 
 @contextmanager
 def compiling_each_shape(backend: Backend, *, device: str) -> Iterator[None]:
-    """Allow Dynamo as many graphs as a proof needs, and make it raise rather than not compile."""
+    """Allow Dynamo as many graphs as a proof needs, and make it raise where it can't compile."""
     if not is_compiled(backend, device=device):
         yield
         return
@@ -205,30 +205,30 @@ def compiling_each_shape(backend: Backend, *, device: str) -> Iterator[None]:
 
 
 def _filled(case: Case) -> Case:
-    """Fill a packed row up with one more document, to the next common length."""
+    """Return a packed row filled up to the next of FILLED with one more document."""
     total = sum(case.lengths)
     length = next((length for length in FILLED if length >= total), total)
-    # The probe of isolation is left as it is: its last document is one of those that change.
+    # The probe of isolation is not filled up: its last document is one of those that change.
     if length == total or case.repeated:
         return case
     return replace(case, lengths=(*case.lengths, length - total))
 
 
-# flash-attn compares 8 random bits with p, so that its rate is p to 1 in 256.
+# flash-attn compares 8 random bits with p, so that its rate is p rounded to 1/256.
 # Source: flash-attn 2.8.3.post2, csrc/flash_attn/src/flash.h, p_dropout_in_uint8_t (2026-11-21).
 COARSEST_RATE = 1 / 256
 
-# Where two masks are equal by chance with a probability from here on, they are not compared.
+# Two masks are compared only if the probability that they are equal by chance is below this.
 BY_CHANCE = 1e-9
 
 
 def check_dropout(
     function: AttentionFunction, backend: Backend, geometry: Geometry, *, device: str, seed: int
 ) -> Iterator[Fault]:
-    """Call a backend with dropout and compare with the reference that drops the same weights.
+    """Check a call with dropout against the reference with the same dropped weights.
 
-    A kernel whose rate is right is 5 standard deviations off in one of 1.7 million seeds. It would
-    be so again with the same seed, which is why each further call of this probe has another one.
+    A kernel with the right rate is off by 5 standard deviations for one of 1.7 million seeds. It
+    would be off again with the same seed, so each repetition of this probe has another one.
     """
     length = min(geometry.head_dim_v, 64)
     small = replace(geometry, softcap=None, sinks=False, window=None)
@@ -271,14 +271,14 @@ def check_dropout(
     yield from check_values(backend, case, inputs, found=found, right=right)[1]
 
 
-# Tokens of a block of keys, and the number of random blocks besides the first and the last.
+# Tokens per block of keys, and the number of random blocks besides the first and the last one.
 _BLOCK, _DRAWN = 32, 4
 
-# Scores that the reference computes for the sampled key heads. On a GPU with a 64th of float32's
-# speed in float64, 1 << 32 take a second or two.
+# Scores that the reference computes for the sampled key heads. On a GPU whose float64 is 64 times
+# slower than its float32, 1 << 32 scores take one or two seconds.
 _SCORES = {"cpu": 1 << 21, "cuda": 1 << 32}
 
-# Terms of about 1 whose sum float16 holds, with room for larger ones.
+# Number of terms of about 1 whose sum does not overflow float16, with a margin for larger terms.
 _TERMS = 4096
 
 
@@ -291,15 +291,15 @@ def check_whole_row(
     right: Expected,
     references: dict[tuple[Pattern, Case], Expected],
 ) -> Iterator[Fault]:
-    """Check two more calls of a whole row.
+    """Check two more calls of a whole row: without gradients, and with gradients at every row.
 
     Args:
-        function: the backend's attention.
-        backend: whose bounds count.
-        case: its also_learning names the gradients of the last call.
+        function: the backend's attention function.
+        backend: the backend whose bounds are used.
+        case: the probe; its also_learning names the gradients of the second call.
         inputs: its tensors.
-        right: the reference of the first call.
-        references: those of last calls; a missing one is added.
+        right: the expected result of the probe's own call.
+        references: cache of the expected results of second calls; a missing one is added.
 
     Raises:
         Exception: whatever the kernel raises.
@@ -332,7 +332,7 @@ def check_whole_row(
 
 
 def _with_every_gradient(case: Case, inputs: Inputs, *, alike: bool) -> Inputs:
-    """Draw gradients of the output at every row; where `alike`, with the same signs at all."""
+    """Return inputs with a random d_out at every row; with `alike`, its signs are equal at all."""
     generator = torch.Generator(inputs.q.device).manual_seed(zlib.crc32(case.name.encode()))
     d_out = torch.randn(inputs.d_out.shape, generator=generator, device=inputs.q.device)
     if alike:
@@ -345,7 +345,7 @@ def _with_every_gradient(case: Case, inputs: Inputs, *, alike: bool) -> Inputs:
 
 
 def _sampled(case: Case, *, first: int) -> tuple[list[int], list[Span]]:
-    """Choose the key heads and the blocks of keys, from one on, whose gradients are compared."""
+    """Choose the key heads, and the blocks of keys from `first` on, to compare gradients of."""
     generator = torch.Generator().manual_seed(zlib.crc32(f"{case.name}, blocks".encode()))
     geometry, n_tokens = case.geometry, _tokens(case)
     group = geometry.heads // geometry.kv_heads
@@ -361,14 +361,14 @@ def _sampled(case: Case, *, first: int) -> tuple[list[int], list[Span]]:
 
 
 def _tokens(case: Case) -> int:
-    """Return the tokens of a row."""
+    """Return the number of tokens in a row."""
     return sum(case.lengths) if case.packed else max(case.lengths)
 
 
 def _expected(
     case: Case, inputs: Inputs, *, right: Expected, heads: list[int], blocks: list[Span]
 ) -> Expected:
-    """Return the reference of the last call: dk and dv by blocks, the output of the first call."""
+    """Return the expected result of the second call: the same output, and dk and dv of blocks."""
     group = case.geometry.heads // case.geometry.kv_heads
     of_group = [head * group + place for head in heads for place in range(group)]
     lengths = case.lengths if case.packed else case.lengths[:1]

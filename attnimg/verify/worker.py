@@ -1,8 +1,9 @@
 """The process that runs foreign kernels: `python -m attnimg.verify.worker`.
 
-It reads one JSON object from stdin, the candidates, and writes one JSON object a line to stdout:
-what it is about to run, so that its parent knows what killed it, and the proofs. What kernels print
-goes to stderr. After a kernel that changed the process, or forked it, a new child proves the rest.
+It reads the candidates from stdin, as one JSON object, and writes JSON objects to stdout, one per
+line: what it is about to run, so that its parent knows what crashed it, and the proofs. The output
+of kernels goes to stderr. After a kernel that changed the state of the process, or forked it, the
+parent starts a new child for the rest.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from attnimg.verify.cases import longest_of, whole_row
 
 
 def main() -> None:
-    """Prove every candidate on stdin."""
+    """Prove all candidates on stdin."""
     task = json.loads(sys.stdin.read())
     _die_with_parent()
     report = os.fdopen(os.dup(1), "w", buffering=1)
@@ -35,7 +36,7 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    # The imports that every candidate needs are no candidate's time.
+    # Imported here, so that no candidate's time limit includes it.
     import transformers.integrations.flash_attention
     import transformers.modeling_utils  # noqa: F401 - loaded for the time it takes
 
@@ -53,7 +54,7 @@ def main() -> None:
 def prove_candidate(
     candidate: dict[str, Any], *, device: str, references: dict[Any, Any], report: TextIO
 ) -> Proof:
-    """Prove one candidate; what its kernel raises is a reason."""
+    """Prove one candidate; an exception of its kernel becomes a reason."""
     import torch
 
     from attnimg.backends._transformers import as_applied, attention_function
@@ -118,13 +119,13 @@ def prove_candidate(
         require_unchanged()
         if running := count_forks():
             leaking = [*leaking, f"children: {running} forks of this process still run"]
-    # Foreign kernels raise anything, on import and in a call. The reason is kept and shown.
+    # Foreign kernels may raise anything, on import and in a call. The reason is kept and shown.
     except (Exception, SystemExit) as error:
         reasons = _reasons(error, stage=stage[0], changes=before.changes())
         seconds = time.perf_counter() - started
         return Proof(backend=name, reasons=reasons, longest=longest, seconds=seconds)
     finally:
-        # fp8 exchanges torch's own, which the next candidate may be.
+        # fp8 replaces torch's own flash kernel, which the next candidate may use.
         restore_flash_kernel()
     if device == "cuda":
         torch.cuda.empty_cache()
@@ -152,7 +153,7 @@ def prove_candidate(
 
 
 class _ProcessChanged(Exception):
-    """Raised where a kernel changed the process: later probes would fail for this reason."""
+    """Raised if a kernel changed the process, which would make later probes fail."""
 
     def __init__(self, reason: Reason) -> None:
         super().__init__(reason.text)
@@ -160,7 +161,7 @@ class _ProcessChanged(Exception):
 
 
 def _reasons(error: BaseException, *, stage: str, changes: list[str]) -> tuple[Reason, ...]:
-    """Return the reasons for an exception; a changed process comes first, as a likely cause."""
+    """Return the reasons for an exception; a changed process comes first, as the likely cause."""
     from attnimg.verify.process_state import process_state
 
     if isinstance(error, _ProcessChanged):
@@ -170,7 +171,7 @@ def _reasons(error: BaseException, *, stage: str, changes: list[str]) -> tuple[R
 
 
 def _reason(error: BaseException, *, stage: str) -> Reason:
-    """Return the reason of what a kernel raised."""
+    """Return the reason for an exception that a kernel raised."""
     import torch
 
     from attnimg.errors import exception_text
@@ -187,7 +188,7 @@ def _reason(error: BaseException, *, stage: str) -> Reason:
 
 
 def _die_with_parent() -> None:
-    """Ask Linux to end this process with its parent: nobody else ends one that hangs."""
+    """Make Linux kill this process when its parent ends, so that a hanging kernel does not stay."""
     # Source: prctl(2), PR_SET_PDEATHSIG is 1 (2026-11-25).
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 
@@ -210,7 +211,8 @@ def _cap_memory(memory_bytes: int, *, device: str) -> None:
 
 
 def _send(report: TextIO, **message: Any) -> None:
-    # The first newline ends a line that a kernel began; the reports of a fork have another pid.
+    # The first newline ends a line that a kernel began; reports of a forked process have another
+    # pid.
     report.write("\n" + json.dumps(message | {"pid": os.getpid()}) + "\n")
 
 

@@ -1,7 +1,7 @@
-"""Data on its way into training: files and hub names become documents of tokens with labels.
+"""Load the training data: turn files and hub datasets into tokenized documents with labels.
 
-sources -> records -> types -> prepare -> load, and dataset_prepared_path in `cache`. Conversations
-take the way conversations -> chat_render -> chat_turn -> chat_layout -> chat.
+sources -> records -> types -> prepare -> load; `cache` reads and writes dataset_prepared_path.
+Conversations are processed by conversations -> chat_render -> chat_turn -> chat_layout -> chat.
 """
 
 from attnimg.train.data.chat_templates import choose_chat_template

@@ -1,8 +1,8 @@
-"""Keep prepared documents in dataset_prepared_path, so that a second run need not tokenize.
+"""Cache prepared documents in dataset_prepared_path, so that a second run need not tokenize.
 
-One folder a source and user, named after a hash of all that its documents depend on: the bytes of
-the data, the tokenizer, this package's own code. It is used only where it is whole and the user's
-own; else the documents are prepared again, and a sentence says why.
+There is one folder for each source and user, named after a hash of all that its documents depend
+on: the bytes of the data, the tokenizer, this package's code. It is used only if it is complete and
+belongs to the user; otherwise the documents are prepared again, and a warning gives the reason.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     import pyarrow
     from datasets import Dataset
 
-# What turns records into documents besides this package.
+# Packages that the prepared documents depend on, besides this one.
 PACKAGES = ("datasets", "jinja2", "pyarrow", "tokenizers", "transformers")
 DOCUMENTS, FIGURES = "documents.arrow", "figures.json"
 
@@ -43,7 +43,7 @@ Prepared = tuple[SourceFigures, tuple[str, ...]]
 
 
 class Unusable(Exception):
-    """Raised for a kept folder that cannot be used; the message says why."""
+    """Raised for a cached folder that can't be used; the message is the reason."""
 
 
 def cache_key(source: Source, config: Config, tokenizer: Any) -> str:
@@ -67,7 +67,7 @@ def cache_key(source: Source, config: Config, tokenizer: Any) -> str:
         "system_message": config.default_system_message,
         "eot_tokens": config.eot_tokens,
         "template": template,
-        # Templates such as Llama 3.1's write the date of the day.
+        # Templates such as Llama 3.1's write the current date.
         "day": str(date.today()) if "strftime_now" in json.dumps(template) else None,
         "tokenizer": backend.to_str() if backend is not None else tokenizer.get_vocab(),
         "special_tokens": str(tokenizer.special_tokens_map),
@@ -76,7 +76,7 @@ def cache_key(source: Source, config: Config, tokenizer: Any) -> str:
 
 
 def make_in_memory(make: Callable[[Write], Prepared]) -> tuple[Dataset, Prepared]:
-    """Make documents and hold them in memory: 8 bytes a token."""
+    """Prepare documents and return them in memory: 8 bytes per token."""
     import datasets
     import pyarrow
 
@@ -89,12 +89,12 @@ def make_in_memory(make: Callable[[Write], Prepared]) -> tuple[Dataset, Prepared
 def make_on_disk(
     root: Path, key: str, make: Callable[[Write], Prepared]
 ) -> tuple[Dataset, Prepared]:
-    """Return the documents kept under a key, or make and keep them; they stay on disk (mmap).
+    """Return the documents cached under a key, or prepare and cache them; both are memory-mapped.
 
     Raises:
         AttnimgError: the folder can't be written, or the disk is full.
     """
-    # The uid keeps the users of a shared folder apart: none reads what another wrote.
+    # The uid separates the users of a shared folder: none reads files that another user wrote.
     folder = root / f"{key[:32]}-{os.geteuid()}"
     refused = tuple[str, ...]()
     try:
@@ -123,19 +123,19 @@ def make_on_disk(
 
 @contextmanager
 def _locked_folder(root: Path, name: str) -> Iterator[None]:
-    """Wait for the other processes of a run, so that one prepares and all others find it kept."""
+    """Lock a folder, so that one process of a run prepares it and the others wait and reuse it."""
     try:
         flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
         lock = os.open(root / f".lock-{name}", flags, 0o600)
-    except OSError:  # a folder that can only be read may hold what is needed
+    except OSError:  # a read-only folder may contain the documents already
         yield
         return
     try:
-        # Another user's file could be locked for ever; some network file systems have no locks.
+        # Another user could hold the lock forever; some network file systems have no locks.
         if os.fstat(lock).st_uid == os.geteuid():
             with suppress(OSError):
                 fcntl.flock(lock, fcntl.LOCK_EX)
-                for left in root.glob(f".partial-{name}-*"):  # by a run that was killed
+                for left in root.glob(f".partial-{name}-*"):  # left by a killed run
                     shutil.rmtree(left, ignore_errors=True)
         yield
     finally:
@@ -143,10 +143,10 @@ def _locked_folder(root: Path, name: str) -> Iterator[None]:
 
 
 def _load_kept(folder: Path, key: str) -> tuple[Dataset, Prepared]:
-    """Return the documents of a folder after checking whose they are, and that they are whole.
+    """Return the documents of a folder, after checking its owner and that it is complete.
 
     Raises:
-        Unusable: they are another user's, damaged, or of other data.
+        Unusable: they belong to another user, are damaged, or were made from other data.
     """
     import datasets
 
@@ -178,7 +178,7 @@ def _check_own(path: Path, is_kind: Callable[[int], bool]) -> None:
 
 
 def _write(root: Path, folder: Path, key: str, make: Callable[[Write], Prepared]) -> None:
-    """Write under another name, and rename when whole: a killed run leaves nothing to be found."""
+    """Write to a temporary folder, and rename it when complete, so that a kill leaves no cache."""
     import pyarrow
 
     partial = Path(tempfile.mkdtemp(prefix=f".partial-{folder.name}-", dir=root))

@@ -1,7 +1,7 @@
-"""Encode conversations: a chat template writes them, and exactly the answers carry loss.
+"""Encode conversations: render them with a chat template, and label the answers.
 
-render -> locate the contents -> lay out the answers -> tokenize -> label by character offsets.
-Conversations of plain messages share a layout with all others that have the same roles.
+render -> locate the contents -> find the spans of the answers -> tokenize -> label by character
+offsets. Conversations of plain messages share a layout with all others that have the same roles.
 """
 
 from __future__ import annotations
@@ -36,21 +36,21 @@ EMPTY_ANSWERS = (
 
 
 class ChatEncoder:
-    """Encode conversations; loss falls on the turns of the trained roles.
+    """Encode conversations; the turns of the trained roles carry loss.
 
     Args:
-        tokenizer: a transformers tokenizer that gives character offsets (a "fast" one).
-        template: the chat template, Jinja; or several by name, of which "tool_use" serves
-            conversations with tools and "default" all others.
-        trained_roles: roles whose turns carry loss, in the template's terms.
+        tokenizer: a transformers tokenizer that returns character offsets (a "fast" one).
+        template: the chat template in Jinja; or several by name, of which "tool_use" is used for
+            conversations with tools and "default" for all others.
+        trained_roles: roles whose turns carry loss, as the template names them.
         train_on_eos: which turns' end tokens carry loss: of trained turns ("turn"), of every
             turn ("all"), of the last trained one ("last"), or of none.
         train_on_inputs: whether every token carries loss.
         eot_tokens: texts that end a turn, besides the tokenizer's special tokens.
-        system_message: put before conversations without a system turn; None for nothing.
+        system_message: inserted before conversations without a system turn; None for none.
 
     Raises:
-        AttnimgError: the tokenizer gives no offsets.
+        AttnimgError: the tokenizer returns no offsets.
     """
 
     def __init__(
@@ -85,7 +85,7 @@ class ChatEncoder:
         """Encode conversations to input_ids and labels.
 
         Raises:
-            AttnimgError: the template raises, or drops what a record says; names the record.
+            AttnimgError: the template raises or drops text; the message names the record.
         """
         written = list[tuple[str, list[Span], list[Span]]]()
         for place, parsed in batch:
@@ -122,7 +122,7 @@ class ChatEncoder:
         return turn.role in self.trained_roles if turn.train is None else turn.train
 
     def _needs_bounds(self, turn: Turn) -> bool:
-        """Return whether the bounds of a turn are needed: to train it or its end, or to mask it."""
+        """Return whether a turn's bounds are needed: to train it or its end, or to mask it."""
         if self.train_on_inputs and (turn.train is False or self.train_on_eos in ("last", "none")):
             return True
         ends = self.train_on_eos == "all" and turn.role == "assistant"
@@ -134,7 +134,7 @@ class ChatEncoder:
         return Renderer(self.tokenizer, self.templates[name], tools)
 
     def _lay_out(self, conversation: Conversation) -> AnswerLayout:
-        """Find the answers, by the layout that conversations of these roles share where it fits."""
+        """Find the answers, with the shared layout of conversations with these roles if it fits."""
         renderer, turns = self._renderer(conversation), conversation.turns
         bounded = [self._needs_bounds(turn) for turn in turns]
         if not conversation.tools and all(
@@ -156,11 +156,11 @@ class ChatEncoder:
                 return lay_out(given, render(given, form), bounded, self.ends)
             except (TemplateError, RewrittenError) as error:
                 errors.append(error)
-        # What a template that rendered does wrong says more than why another form raised.
+        # A fault in rendered text is more informative than the error of another message form.
         raise next((error for error in errors if isinstance(error, RewrittenError)), errors[0])
 
     def _trained_spans(self, conversation: Conversation, layout: AnswerLayout) -> Iterator[Span]:
-        """Yield the spans that carry loss: texts of answers, and what ends a turn."""
+        """Yield the spans that carry loss: texts of answers, and ends of turns."""
         if self.train_on_inputs:
             yield 0, len(layout.rendering.text) + len(layout.appended)
             return
@@ -174,7 +174,7 @@ class ChatEncoder:
             yield from self._all_ends(layout)
 
     def _all_ends(self, layout: AnswerLayout) -> Iterator[Span]:
-        """Yield the end tokens of all turns: those that end an answer, or end a text."""
+        """Yield the end tokens of all turns: after an answer, or after another turn's text."""
         text = layout.rendering.text + layout.appended
         ends = [span for answer in layout.answers for span in answer.end]
         yield from ends
@@ -191,7 +191,7 @@ class ChatEncoder:
                 yield span[1], end
 
     def _masked_spans(self, conversation: Conversation, layout: AnswerLayout) -> Iterator[Span]:
-        """Yield the spans that are taken out of the loss again."""
+        """Yield the spans that are excluded from the loss."""
         if self.train_on_inputs:
             yield from self._untrained_input_spans(conversation, layout)
         rendering = layout.rendering
@@ -205,7 +205,7 @@ class ChatEncoder:
                 CLOSING in turn.content and CLOSING not in written
             ):
                 raise RewrittenError("it rewrites a content that has untrained parts")
-            # The template may have stripped the content: parts count from its beginning.
+            # The template may have stripped the content; spans are relative to the unstripped one.
             offset = span[0] - turn.content.rfind(written)
             for start, end in turn.untrained:
                 yield max(span[0], start + offset), min(span[1], end + offset)
@@ -213,7 +213,7 @@ class ChatEncoder:
     def _untrained_input_spans(
         self, conversation: Conversation, layout: AnswerLayout
     ) -> Iterator[Span]:
-        """Yield what train_on_inputs leaves out: turns of the flag `train: false`, end tokens.
+        """Yield what train_on_inputs excludes: turns with `train: false`, and some end tokens.
 
         axolotl trains the end token of a turn with loss, or of every turn with train_on_eos: all.
         Source: axolotl 067b021c, prompt_strategies/chat_template.py:502-630 (2026-11-27)
@@ -288,8 +288,8 @@ class ChatEncoder:
 def _with_whole_offsets(tokenizer: Any) -> Any:
     """Return a tokenizer with the same ids, whose offsets cover all characters of a token.
 
-    Byte-level tokenizers leave blanks out of the offsets (trim_offsets). A token of a newline and a
-    blank then covers the newline alone, and the blank of the answer is not found.
+    Byte-level tokenizers exclude whitespace from the offsets (trim_offsets). A token of a newline
+    and a blank then covers only the newline, and the blank of the answer is not found.
     """
     from tokenizers import Tokenizer, models
 
@@ -302,7 +302,7 @@ def _with_whole_offsets(tokenizer: Any) -> Any:
     untrimmed = json.loads(written, object_hook=untrim)
     if untrimmed == json.loads(written):
         return tokenizer
-    whole = copy.deepcopy(tokenizer)  # the run's own is saved beside the model
+    whole = copy.deepcopy(tokenizer)  # the original is saved with the model
     whole.backend_tokenizer.post_processor = Tokenizer.from_str(
         json.dumps(untrimmed)
     ).post_processor
@@ -319,11 +319,11 @@ def label_tokens(
 ) -> list[int]:
     """Return labels: the ids of tokens that cover a character of a trained span, IGNORED elsewhere.
 
-    Blanks between two tokens count to the second one, since tokenizers may leave them out of its
+    Blanks between two tokens belong to the second one, since tokenizers may exclude them from its
     offsets. Other characters between two tokens were removed by a normalizer (an accent, a
-    zero-width space), and belong to neither. A token that shares only blanks with a span is not in
-    it, unless the token has no other characters: the first token of an answer may begin with the
-    blank before the answer.
+    zero-width space), and belong to neither. A token that shares only blanks with a span is not
+    part of it, unless the token has no other characters: the first token of an answer may begin
+    with the blank before the answer.
     """
     spans = [(*span, True) for span in trained] + [(*span, False) for span in masked]
     spans.sort(key=lambda span: (span[0], not span[2]))

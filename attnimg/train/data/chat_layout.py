@@ -1,4 +1,4 @@
-"""Find which characters of a rendered conversation carry loss: its answers, and what ends them.
+"""Find which characters of a rendered conversation carry loss: answers, and the ends of turns.
 
 Conversations of plain messages with the same roles share one layout. A template that drops a part
 of a tool call is refused.
@@ -69,8 +69,8 @@ class AnswerSpans:
 
     Attributes:
         turn: its number, from 0.
-        text: the spans of what it says.
-        end: the spans of what ends it, empty where nothing does.
+        text: the spans of its text.
+        end: the spans of the text that ends the turn; empty where there is none.
     """
 
     turn: int
@@ -83,10 +83,10 @@ class AnswerLayout:
     """A rendered conversation with its answers.
 
     Attributes:
-        rendering: what was rendered.
+        rendering: the rendered conversation.
         answers: the turns with loss.
-        appended: what must be added, because the template ends a turn with the next one's opening.
-        notes: sentences on what a person should know.
+        appended: text to append, if the template ends a turn only by the opening of the next one.
+        notes: warnings for the user.
     """
 
     rendering: Rendering
@@ -102,7 +102,7 @@ def lay_out(
 
     Args:
         renderer: the template.
-        rendering: the conversation, its contents located.
+        rendering: the conversation, with the positions of its contents.
         trained: whether each turn carries loss.
         ends: the tokens that may end a turn.
 
@@ -116,7 +116,7 @@ def lay_out(
         notes[RESTORED] = None
     for number, message in enumerate(rendering.messages):
         turn = RenderedTurn(renderer, rendering, number)
-        # A marked span belongs to one of all answers, so that all must be known to share them out.
+        # To assign each generated span to an answer, the bounds of all answers must be known.
         if trained[number] or (generated and message["role"] == "assistant"):
             start, text_end = turn.bounds(notes)
             if start < text_end:
@@ -132,7 +132,7 @@ def lay_out(
         if not trained[number]:
             continue
         turn = RenderedTurn(renderer, rendering, number)
-        # What is marked before its text, or after the next content, is of an answer without text.
+        # Spans before the turn's text, or after the next content, belong to an answer without text.
         spans = [
             (a, min(b, turn.limit))
             for a, b in _marked_spans_of(generated, number, bounds, stops, last=last)
@@ -177,9 +177,9 @@ def _marked_spans_of(
     *,
     last: int,
 ) -> list[Span]:
-    """Return the marked spans of a turn: those that start before the end of its answer.
+    """Return the generated spans of a turn: those that start before the end of its answer.
 
-    The end of an answer may have a marked span of its own. Spans after all answers belong to the
+    The end of an answer may have a generated span of its own. Spans after all answers belong to the
     last turn, since Phi-3's template ends the conversation there.
     """
     return [
@@ -196,14 +196,14 @@ class SharedLayout:
 
     Attributes:
         literals: the template's own text between the contents.
-        layout: of the conversation with marks in place of contents.
+        layout: the layout of the conversation with marks in place of contents.
     """
 
     literals: Literals
     layout: AnswerLayout
 
     def fit(self, messages: tuple[Message, ...], text: str) -> AnswerLayout | None:
-        """Return the layout, moved to the contents of these messages; None where it does not fit.
+        """Return the layout with the contents of these messages; None where it does not fit.
 
         Answers begin and end in the template's text, never inside a content.
         """
@@ -242,10 +242,10 @@ class SharedLayout:
 def share_layout(
     renderer: Renderer, roles: Sequence[str], bounded: Sequence[bool], ends: EndTokens
 ) -> SharedLayout | None:
-    """Lay out a conversation of these roles with marks for contents; None where that fails.
+    """Return the layout of a conversation with marks as contents; None where that fails.
 
-    It fails where the marks can't be laid out, or where the template marks a part of a content
-    as generated. Each conversation is then laid out by itself, and an error names its record.
+    It fails where the answers can't be found, or where the template marks a part of a content as
+    generated. Each conversation is then laid out separately, and an error names its record.
     """
     marked = tuple({"role": role, "content": mark(index)} for index, role in enumerate(roles))
     try:
@@ -265,8 +265,8 @@ def _check_tools(renderer: Renderer, rendering: Rendering) -> None:
     """Raise RewrittenError where a template drops the tools, or a part of a tool call.
 
     Names and keys, then values, are replaced by unique marks. A mark that is not in the rendered
-    text was cut off, or belongs to a type of value that the template does not write. A flag has no
-    room for a mark: each is negated, which must change the text.
+    text was cut off, or belongs to a type of value that the template does not write. A boolean
+    can't be replaced by a mark: each is negated, which must change the text.
     """
     messages = rendering.messages
     if renderer.tools and replace(renderer, tools=()).attempt(messages) == rendering.text:
@@ -297,7 +297,7 @@ class _Marks:
 
     Attributes:
         values: whether they replace values.
-        given: mark -> the number of its message.
+        given: mark -> the index of its message.
     """
 
     values: bool
@@ -343,7 +343,7 @@ def _arguments(call: Message) -> Any:
 
 
 def _with_arguments(call: Message, arguments: Any) -> Message:
-    """Return a tool call with other arguments, written as its own are."""
+    """Return a tool call with other arguments, in the same form (object or JSON text)."""
     function = call.get("function", call)
     if "arguments" not in function:
         return call

@@ -1,6 +1,6 @@
-"""Render conversations with a chat template, and locate the record's own text in the result.
+"""Render conversations with a chat template, and locate the record's text in the result.
 
-A content is located by a mark that is rendered in its place.
+A content is located by rendering the conversation with a unique mark in its place.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from attnimg.train.data.documents import Conversation, Turn
 
 Span = tuple[int, int]  # first character and the one after the last
 Message = Mapping[str, Any]
-Literals = tuple[tuple[int, ...], tuple[str, ...]]  # numbers of the contents, and texts around them
+Literals = tuple[tuple[int, ...], tuple[str, ...]]  # message indices, and the texts around them
 
 CLOSING = "</think>"
-LISTED = re.compile(r"""['"]type['"]: ?['"]text['"]""")  # a list of parts that became text
-# A template's {% generation %} marks what the model writes.
+LISTED = re.compile(r"""['"]type['"]: ?['"]text['"]""")  # a list of parts written as text
+# A template marks with {% generation %} what the model generates.
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
@@ -35,11 +35,11 @@ class Renderer:
 
     Attributes:
         tokenizer: a transformers tokenizer, whose special tokens the template may write.
-        template: Jinja.
-        tools: JSON schemas, shown to the template.
-        parts: whether contents are given as lists of one part, as to vision models.
-        restores: whether the reasoning that the template drops is put back before the last
-            answer, where generation writes it too.
+        template: the template in Jinja.
+        tools: JSON schemas, passed to the template.
+        parts: whether contents are passed as lists of one part, as to vision models.
+        restores: whether reasoning that the template drops is restored before the last answer,
+            where the model generates it.
     """
 
     tokenizer: Any
@@ -49,7 +49,7 @@ class Renderer:
     restores: bool = False
 
     def text(self, messages: Sequence[Message], *, prompt: bool = False) -> str:
-        """Return what the template writes; with `prompt`, the opening of an answer at its end.
+        """Return the rendered text; with `prompt`, it ends with the opening of an answer.
 
         Raises:
             TemplateError: the template raised.
@@ -58,7 +58,7 @@ class Renderer:
         return self._restored(messages, text) if self.restores and not prompt else text
 
     def attempt(self, messages: Sequence[Message], *, prompt: bool = False) -> str | None:
-        """Return what the template writes, None where it raises: not all parts make a whole."""
+        """Return the rendered text; None where the template raises, as it may on a part."""
         try:
             return self.text(messages, prompt=prompt) if messages else None
         except TemplateError:
@@ -66,17 +66,17 @@ class Renderer:
 
     @property
     def marks(self) -> bool:
-        """Whether the template marks what the model writes."""
+        """Return whether the template marks what the model generates."""
         return GENERATION.search(self.template) is not None
 
     def generated(self, messages: Sequence[Message]) -> list[Span]:
-        """Return the spans that the template's {% generation %} marks, none without it."""
+        """Return the spans of the template's {% generation %} blocks; empty without them."""
         if not self.marks:
             return []
         return self._render(messages, return_assistant_tokens_mask=True)[1]
 
     def _restored(self, messages: Sequence[Message], text: str) -> str:
-        """Return a text with the whole content of the last answer in the place of its end."""
+        """Return a text with the full content of the last answer, including its reasoning."""
         last, head = messages[-1], think_block(messages[-1])
         if not head:
             return text
@@ -86,7 +86,7 @@ class Renderer:
         dropped = found and text.startswith(before) and text.endswith(after)
         if not dropped or answer != last["content"][len(head) :].strip():
             return text
-        if before.rstrip().endswith(CLOSING):  # it wrote a reasoning of its own
+        if before.rstrip().endswith(CLOSING):  # the template wrote its own reasoning
             return text
         opening = "" if "<think>" in head else "<think>\n"  # generation begins with it
         return before + opening + str(last["content"]) + after
@@ -108,7 +108,7 @@ class Renderer:
                 **kwargs,
                 **self.tokenizer.special_tokens_map,
             )
-            text.encode()  # raises for a lone surrogate, for which tokenizers raise, too
+            text.encode()  # raises for a lone surrogate, as tokenizers do
         except (
             jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, RecursionError,
             TypeError, ValueError,
@@ -121,12 +121,12 @@ class Renderer:
 
 @dataclass(frozen=True, slots=True)
 class Rendering:
-    """A conversation as a template writes it.
+    """A conversation as rendered by a template.
 
     Attributes:
-        messages: what the template was given.
-        text: what it wrote.
-        contents: where each message's content stands in it; None for a blank one.
+        messages: the messages that the template got.
+        text: the rendered text.
+        contents: the span of each message's content in the text; None for a blank one.
     """
 
     messages: tuple[Message, ...]
@@ -135,7 +135,7 @@ class Rendering:
 
 
 class RewrittenError(Exception):
-    """Raised where a template does not write a record's own text; with how, and what to do."""
+    """Raised where a template does not write a record's text unchanged."""
 
     def __init__(
         self,
@@ -151,7 +151,7 @@ def render(renderer: Renderer, messages: tuple[Message, ...]) -> Rendering:
 
     Raises:
         TemplateError: the template raised.
-        RewrittenError: it drops, repeats, reorders or rewrites what a message says.
+        RewrittenError: it drops, repeats, reorders or rewrites the text of a message.
     """
     rendering = Rendering(messages, renderer.text(messages))
     return replace(rendering, contents=_locate(renderer, rendering))
@@ -160,12 +160,12 @@ def render(renderer: Renderer, messages: tuple[Message, ...]) -> Rendering:
 def message_forms(
     renderer: Renderer, conversation: Conversation
 ) -> Iterator[tuple[Renderer, tuple[Message, ...]]]:
-    """Yield the messages in each form that templates expect; the first serves nearly all.
+    """Yield the messages in each form that templates expect; nearly all take the first.
 
-    Beside tool calls a content may be missing (as axolotl has it), empty (most templates) or null
-    (DeepSeek-R1's), and the arguments may be JSON text (DeepSeek's). Reasoning in a content may
-    have a key of its own, or stand in the content of the last answer alone (DeepSeek's templates
-    drop it there too). Templates of vision models may take nothing but lists of parts.
+    Beside tool calls, a content may be missing (as in axolotl), empty (most templates) or null
+    (DeepSeek-R1's), and the arguments may be JSON text (DeepSeek's). Reasoning may have a key of
+    its own, or be in the content of the last answer only (DeepSeek's templates drop it there too).
+    Templates of vision models may accept only lists of parts.
     """
     known = [_message(renderer, turn) for turn in conversation.turns]
     absent = [turn.content is None for turn in conversation.turns]
@@ -190,7 +190,7 @@ def message_forms(
 def _message(renderer: Renderer, turn: Turn) -> dict[str, Any]:
     """Return a turn as a message, with the keys that the template reads.
 
-    The standard keys are always there: a template may look into them without their name.
+    The standard keys are always included, since a template may read them without naming them.
     """
     standard = ("reasoning_content", "tool_calls", "name", "tool_call_id")
     extra = {
@@ -224,7 +224,7 @@ def with_reasoning(message: Message, other: str) -> Message:
 
 
 def think_block(message: Message) -> str:
-    """Return what a content says before the answer proper: its reasoning in <think> tags."""
+    """Return the part of a content before the answer: its reasoning in <think> tags."""
     content = message.get("content") or ""
     _, tag, answer = content.rpartition(CLOSING)
     if message["role"] != "assistant" or not tag or not answer.strip():
@@ -265,7 +265,7 @@ def mark(number: int) -> str:
 
 
 def _locate(renderer: Renderer, rendering: Rendering) -> tuple[Span | None, ...]:
-    """Find the content of each message, with marks in the place of all, else of one at a time."""
+    """Find the content of each message, with marks for all contents, or else one at a time."""
     messages = rendering.messages
     marked = tuple(
         {**message, "content": think_block(message) + mark(number)}
@@ -354,7 +354,7 @@ def _variants(message: Message, *, whole: bool) -> tuple[str, ...]:
 
 
 def _with_think_block(message: Message, text: str, start: int) -> int:
-    """Return where a content starts, which is before its answer where its head stands there too."""
+    """Return where a content starts, including its <think> block where the text has it too."""
     head = think_block(message)
     for variant in (head, head.lstrip()):
         if variant and text.endswith(variant, 0, start):
@@ -363,7 +363,7 @@ def _with_think_block(message: Message, text: str, start: int) -> int:
 
 
 def _locate_one(text: str | None, rendering: Rendering, number: int) -> Span:
-    """Return where one content stands, by the rendering with a mark in its place."""
+    """Return the span of one content, found by a rendering with a mark in its place."""
     if text is None or text.count(mark(number)) != 1:
         raise RewrittenError(f"it drops or repeats the content of message {number + 1}")
     before, _, after = text.partition(mark(number))
@@ -377,9 +377,9 @@ def _locate_one(text: str | None, rendering: Rendering, number: int) -> Span:
 
 
 def _in_order(messages: Sequence[Message], spans: Sequence[Span | None]) -> bool:
-    """Return whether turns stand in their order; system messages may be moved.
+    """Return whether the turns are in their order; system messages may be moved.
 
-    Gemma puts them into the first user turn, Mistral into the last one.
+    Gemma's template moves them into the first user turn, Mistral's into the last one.
     """
     starts = [
         span[0]

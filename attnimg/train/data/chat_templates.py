@@ -1,7 +1,7 @@
 """Choose the chat template of a run, and render it within limits of time, memory and output.
 
-The template is the tokenizer's, one by name, or one written in the config. It is code that comes
-with a model or a config, so that it runs in Jinja's sandbox and can't use up the machine.
+The template is the tokenizer's, a named one, or one written in the config. It is code that comes
+with a model or a config, so it runs in Jinja's sandbox, with limits on time, memory and output.
 """
 
 from __future__ import annotations
@@ -51,16 +51,17 @@ FALLBACK = "tokenizer_default_fallback_"
 # Published templates have up to 20 KiB.
 _TEMPLATE_BYTES = 1 << 20
 
-# CPU seconds, which do not grow on a busy machine; the longest conversations take 0.1.
+# Limit in CPU seconds, which does not depend on how busy the machine is; the longest conversations
+# take 0.1.
 SECONDS = 10.0
 
-# The address space that rendering one record may add.
+# Address space that rendering one record may allocate.
 MEMORY_BYTES = 1 << 30
 
-# The longest output: this, and so many times the characters of the record.
+# Limits of the output: at most this many characters, or this many times the record's characters.
 OUTPUT_CHARACTERS, OUTPUT_RATIO = 1 << 20, 20
 
-# Digits that the filter `round` may keep: a double has 17, and 308 before its point.
+# Digits that the filter `round` may keep: a double has 17, and up to 308 before the point.
 _DIGITS = 1000
 
 _PAGE_BYTES = resource.getpagesize()
@@ -69,7 +70,7 @@ _PAGE_BYTES = resource.getpagesize()
 def choose_chat_template(
     config: Config, tokenizer: Any, *, spec: DatasetSpec | None = None, key: str = "datasets[0]"
 ) -> str | dict[str, str]:
-    """Return the Jinja text of the template; what a dataset entry says goes before the run's own.
+    """Return the Jinja text of the template; a dataset entry's overrides that of the run.
 
     A tokenizer may have several by name (Command-R, Mistral v0.3, Hermes): all of them are
     returned, and conversations with tools use "tool_use", all others "default".
@@ -81,7 +82,7 @@ def choose_chat_template(
         key: the config key of that entry.
 
     Raises:
-        AttnimgError: the name is not known, or nobody has a template.
+        AttnimgError: the name is not known, or neither config nor tokenizer has a template.
     """
     if spec is not None and (spec.chat_template or spec.chat_template_jinja):
         name, jinja, where = spec.chat_template, spec.chat_template_jinja, f"{key}.chat_template"
@@ -151,16 +152,16 @@ class TemplateLimitError(Exception):
 def render_bounded(
     messages: Sequence[Mapping[str, Any]], *, template: str, **options: Any
 ) -> tuple[str, list[tuple[int, int]]]:
-    """Return the text that a template writes, and the spans that its generation blocks mark.
+    """Return the text that a template renders, and the spans of its generation blocks.
 
     Args:
         messages: one conversation.
-        template: Jinja.
+        template: the template in Jinja.
         options: other arguments of transformers' render_jinja_template.
 
     Raises:
         TemplateLimitError: it exceeds a limit.
-        jinja2.TemplateError: the template is wrong; it may raise any other exception, too.
+        jinja2.TemplateError: the template is wrong; it may also raise any other exception.
     """
     from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -194,7 +195,7 @@ def _limited() -> Iterator[None]:
 
     before = resource.getrlimit(resource.RLIMIT_AS)
     timed = threading.current_thread() is threading.main_thread()
-    # Not ITIMER_REAL: other programs in this process use that one, such as pytest-timeout.
+    # Not ITIMER_REAL, which other code in this process may use, such as pytest-timeout.
     handler = signal.signal(signal.SIGVTALRM, end) if timed else None
     try:
         with suppress(OSError, ValueError):  # /proc may be missing
@@ -216,7 +217,7 @@ def _bounded_round() -> Iterator[None]:
     """Limit the digits of the filter `round` in templates that are compiled inside the block.
 
     It computes 10 ** digits in one step, which no signal interrupts, and for constants already when
-    the template is compiled: so the filter has to be replaced where Jinja takes it from.
+    the template is compiled: so the filter is replaced in Jinja's own table of filters.
     """
     from jinja2.filters import FILTERS
 
@@ -244,7 +245,7 @@ def _address_bytes() -> int:
 
 @cache
 def _require_no_powers(template: str) -> None:
-    """Refuse powers: no signal interrupts Python while it computes 10 ** 10 ** 8.
+    """Raise for a template with powers: no signal interrupts Python in 10 ** 10 ** 8.
 
     No published template has a power. `f(**values)` is not one.
     """

@@ -1,8 +1,8 @@
 """Find where one turn of a rendered conversation begins and ends.
 
-An answer begins where the template, asked for the opening of an answer, stops writing; it ends
-with the token that ends its turn. Both follow from what the template writes for the conversation,
-for its beginning, and with another answer in the same place: nothing is guessed from names.
+An answer begins where the template's generation prompt ends, and ends with the token that ends its
+turn. Both are found by comparing renderings: of the conversation, of its beginning, and with
+another answer in the same place. Nothing is guessed from names.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from attnimg.train.data.chat_render import (
     with_reasoning,
 )
 
-# What may open a reasoning, where the template writes no opening of an answer by itself.
+# Text that may open the reasoning, where the template has no generation prompt.
 OPENING = re.compile(r"[<\[][^<>\[\]]*think[^<>\[\]]*[>\]]\s*\Z", re.IGNORECASE)
 TAG = re.compile(r"<[^<>\s]{1,60}>|\[[A-Z_/]{1,40}\]")
-# Plain answers that share neither their first nor their last character.
+# Two plain answers with different first and last characters.
 PLAIN = ("1 plain answer 2", "3 plain answer 4")
 
 UNPROMPTED = (
@@ -50,9 +50,9 @@ class EndTokens:
     """The tokens that may end a turn.
 
     Attributes:
-        pattern: matches one of them.
-        eos: the tokenizer's own end of text.
-        chosen: those that the config names (eot_tokens).
+        pattern: matches one of the tokens.
+        eos: the tokenizer's end-of-text token.
+        chosen: the tokens that the config names (eot_tokens).
     """
 
     pattern: re.Pattern[str]
@@ -61,7 +61,7 @@ class EndTokens:
 
     @classmethod
     def of(cls, tokenizer: Any, chosen: tuple[str, ...]) -> EndTokens:
-        """Return the tokenizer's special and added tokens, without what opens a text."""
+        """Return the tokenizer's special and added tokens, without those that open a text."""
         tokens = {*tokenizer.all_special_tokens, *chosen}
         tokens |= set(map(str, tokenizer.added_tokens_decoder.values()))
         if tokenizer.bos_token != tokenizer.eos_token:
@@ -71,7 +71,7 @@ class EndTokens:
         return cls(re.compile(pattern), tokenizer.eos_token, chosen)
 
     def first(self, text: str, start: int, limit: int) -> int | None:
-        """Return the end of the token that follows at `start`, after blanks at most."""
+        """Return the end of the end token at `start`; only blanks may come before it."""
         found = self.pattern.search(text, start, limit)
         if found is None or text[start : found.start()].strip():
             return None
@@ -80,7 +80,7 @@ class EndTokens:
 
 @dataclass(frozen=True, slots=True)
 class RenderedTurn:
-    """One turn of a rendered conversation, with methods that find where it stands."""
+    """One turn of a rendered conversation, with methods that find its position."""
 
     renderer: Renderer
     rendering: Rendering
@@ -88,12 +88,12 @@ class RenderedTurn:
 
     @property
     def message(self) -> Message:
-        """The turn as the template was given it."""
+        """Return the turn's message as passed to the template."""
         return self.rendering.messages[self.number]
 
     @property
     def before(self) -> int:
-        """The end of the last content before this turn's; a system message may be moved behind."""
+        """Return the end of the last content before this turn's (system messages may be moved)."""
         own = self.rendering.contents[self.number]
         start = own[0] if own else len(self.rendering.text)
         earlier = self.rendering.contents[: self.number]
@@ -101,14 +101,14 @@ class RenderedTurn:
 
     @property
     def limit(self) -> int:
-        """The start of the first content after this turn's."""
+        """Return the start of the first content after this turn's."""
         own = self.rendering.contents[self.number]
         after = own[1] if own else self.before
         starts = [span[0] for span in self.rendering.contents if span and span != own]
         return min((start for start in starts if start >= after), default=len(self.rendering.text))
 
     def bounds(self, notes: dict[str, None]) -> Span:
-        """Return where the turn's text begins and ends; equal where it says nothing."""
+        """Return where the turn's text begins and ends; equal where it has no text."""
         text, content = self.rendering.text, self.rendering.contents[self.number]
         reasoning = self.reasoning(notes)
         if content is None and reasoning is None and not self.message.get("tool_calls"):
@@ -130,13 +130,13 @@ class RenderedTurn:
             if unasked and not self.renderer.marks:
                 notes[UNPROMPTED.format(unasked)] = None
             return first, end
-        # What opens the reasoning belongs to it, whether or not the template writes it unasked.
+        # The text that opens the reasoning belongs to it, unless the generation prompt has it.
         first = reasoning - (len(text[len(prompt) : reasoning].lstrip()) if prompt else 0)
         opening = OPENING.search(text, self.before, reasoning)
         return min(first, opening.start() if opening else first), end
 
     def reasoning(self, notes: dict[str, None]) -> int | None:
-        """Return where the turn's reasoning begins, None where there is none."""
+        """Return where the turn's reasoning begins; None where there is none."""
         reasoning = reasoning_of(self.message)
         content = self.rendering.contents[self.number]
         within = content and CLOSING in self.rendering.text[slice(*content)]
@@ -172,9 +172,9 @@ class RenderedTurn:
         return self.renderer.attempt(messages[: self.number + 1] if last else messages) or ""
 
     def _prompt(self, notes: dict[str, None]) -> str | None:
-        """Return what generation of this answer starts from, and compare it with what stands here.
+        """Return the generation prompt of this answer, if the conversation has the same text there.
 
-        None where it differs, or where the template does not open an answer when it is asked to.
+        None where it differs, or where the template writes no generation prompt.
         """
         messages = self.rendering.messages
         prompt = self.renderer.attempt(messages[: self.number], prompt=True)
@@ -194,9 +194,10 @@ class RenderedTurn:
     def _bounds_of_calls(self) -> Span:
         """Return where a turn with tool calls, or with reasoning alone, begins and ends.
 
-        A plain answer in its place shows what the template itself writes around it. What follows
-        may not fit a plain answer (the result of a tool), or may change with it: so it must say
-        what it says as the last turn, and is looked for by that where no plain answer fits.
+        Rendering a plain answer in its place shows the template's own text around it. The messages
+        after it may not fit a plain answer (the result of a tool), or their text may change with
+        it: so the turn must have the same text as when it is the last one. Where no plain answer
+        fits, the turn is found by that text.
         """
         text, messages = self.rendering.text, self.rendering.messages
         alone = self.renderer.attempt(messages[: self.number + 1]) or ""
@@ -206,7 +207,7 @@ class RenderedTurn:
             return low, high
         tags = list(TAG.finditer(said))
         if tags and alone.rstrip().endswith(said.rstrip()) and said.endswith(tags[-1].group()):
-            said = said[: tags[-1].start()]  # another end than a plain answer's, as Gemma 4 writes
+            said = said[: tags[-1].start()]  # Gemma 4 ends a call differently from a plain answer
         if said and text.count(said, self.before, self.limit) == 1:
             low = text.index(said, self.before)
             return low, low + len(said)
@@ -228,9 +229,9 @@ class RenderedTurn:
         )
 
     def _plain_opens(self, prompt: str, first: int) -> bool:
-        """Return whether what stands before this turn's text also stands before a plain answer.
+        """Return whether the text before this turn's text is also before a plain answer.
 
-        Else it belongs to a call: gpt-oss names the channel, Muse Glimmer who is called.
+        Otherwise it belongs to a call: gpt-oss names the channel, Muse Glimmer the called tool.
         """
         plain = {"role": self.message["role"], "content": PLAIN[0]}
         whole = self.renderer.attempt([*self.rendering.messages[: self.number], plain]) or ""
@@ -238,9 +239,10 @@ class RenderedTurn:
         return opening.strip() == self.rendering.text[len(prompt) : first].strip()
 
     def end(self, text_end: int, ends: EndTokens) -> int | None:
-        """Return the end of what ends the turn, None where nothing does.
+        """Return the end of the text that ends the turn; None where there is none.
 
-        What is written both where the conversation ends and where it goes on belongs to the turn.
+        Text that is written both at the end of the conversation and before another turn belongs to
+        the turn.
         """
         text, messages = self.rendering.text, self.rendering.messages
         ended, goes_on = text[text_end:], text[text_end : self.limit]
@@ -254,7 +256,7 @@ class RenderedTurn:
             return ends.first(text, text_end, self.limit)
         tokens = list(ends.pattern.finditer(ended[:shared]))
         named = [token for token in tokens if token.group() in (ends.chosen or (ends.eos,))]
-        # A template that always opens an answer at its end shares that opening with other turns.
+        # If a template always ends with the opening of an answer, that text is not part of the end.
         rest = ended[tokens[-1].start() :] if tokens else ""
         if (
             not named
@@ -267,7 +269,7 @@ class RenderedTurn:
         return text_end + (last[0].end() if last else len(ended[:shared].rstrip()))
 
     def end_of_blank(self, ends: EndTokens) -> Span | None:
-        """Return the span of the end of a turn without text; None where it can't be found."""
+        """Return the span of the end tokens of a turn without text; None where there are none."""
         text, messages = self.rendering.text, list(self.rendering.messages)
         messages[self.number] = {**self.message, "content": mark(self.number)}
         before, found, after = (self.renderer.attempt(messages) or "").partition(mark(self.number))
@@ -277,9 +279,9 @@ class RenderedTurn:
         return at, self.end(at, ends) or at
 
     def following(self, text_end: int, ends: EndTokens) -> str:
-        """Return what to append to the last turn, whose end is the opening of the next one.
+        """Return what to append to the last turn, if turns end with the opening of the next one.
 
-        GLM-4.5 is stopped by <|user|> and <|observation|>.
+        Generation with GLM-4.5 stops at <|user|> and <|observation|>.
         Source: huggingface.co/zai-org/GLM-4.5, generation_config.json, eos_token_id (2026-11-26)
         """
         written = self.rendering.text[text_end:]
@@ -303,7 +305,7 @@ class RenderedTurn:
         if other.startswith(text[:text_end]):
             return other[text_end:]
         said = text[max(content[0] if content else 0, text_end - 40) : text_end]
-        if content and content[1] == text_end:  # the template's own text may have short ones, too
+        if content and content[1] == text_end:  # a short content may also be in the template's text
             said, changed = mark(self.number), list(messages)
             changed[self.number] = {**self.message, "content": think_block(self.message) + said}
             other = self._up_to_mark(changed)
@@ -321,7 +323,7 @@ class RenderedTurn:
 
 def _common_prefix(one: str, other: str) -> int:
     low, high = 0, min(len(one), len(other))
-    while low < high:  # slices are compared at the speed of memcmp, characters are not
+    while low < high:  # comparing slices (memcmp) is faster than comparing characters
         middle = (low + high + 1) // 2
         if one[low:middle] == other[low:middle]:
             low = middle
@@ -331,7 +333,7 @@ def _common_prefix(one: str, other: str) -> int:
 
 
 def _before_tag(text: str, at: int) -> int:
-    """Return `at`, or the start of the tag that it would cut in two."""
+    """Return `at`, or the start of the tag that `at` is inside of."""
     window = max(0, at - 64)
     for tag in TAG.finditer(text, window, at + 64):
         if tag.start() < at < tag.end():

@@ -1,6 +1,6 @@
-"""Parse a record into a conversation, with roles and keys named as chat templates name them.
+"""Parse a record into a conversation, with the names that chat templates have for roles and keys.
 
-Nothing of a message is dropped in silence: a key is used, refused, or named as having no effect.
+No part of a message is dropped silently: a key is used, refused, or reported as having no effect.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 
 
 def parse_turns(spec: DatasetSpec, record: Mapping[str, Any], place: Place) -> Conversation | None:
-    """Return the conversation of a record; None where no answer to be trained has any text.
+    """Return the conversation of a record; None where no trained answer has any text.
 
     Raises:
-        AttnimgError: it is no list of messages, or a message holds what can't be trained on.
+        AttnimgError: it is not a list of messages, or a message has content that is not supported.
     """
     name = spec.field_messages or "messages"
     given = require_column(record, name, place, needed=(name,), hint=_column_hint(record, place))
-    messages = _parsed_json(given)  # some sets store the conversation as JSON text
+    messages = _parsed_json(given)  # some datasets store the conversation as JSON text
     if not isinstance(messages, list) or not messages:
         raise bad_record(
             place,
@@ -59,13 +59,13 @@ def parse_turns(spec: DatasetSpec, record: Mapping[str, Any], place: Place) -> C
 
 
 def trained_roles(spec: DatasetSpec) -> frozenset[str]:
-    """Return the roles whose turns carry loss, in the chat template's terms."""
+    """Return the roles whose turns carry loss, as the chat template names them."""
     named = spec.roles_to_train if spec.roles_to_train is not None else ["assistant"]
     return frozenset(roles(spec).get(role, role) for role in named)
 
 
 def with_function(call: Mapping[str, Any], **changes: Any) -> dict[str, Any]:
-    """Return a tool call with changes to its function, which may be the call itself."""
+    """Return a tool call with changed keys of its function, which may be the call itself."""
     if "function" in call:
         return {**call, "function": {**call["function"], **changes}}
     return {**call, **changes}
@@ -74,7 +74,7 @@ def with_function(call: Mapping[str, Any], **changes: Any) -> dict[str, Any]:
 def arguments_as_text(message: Mapping[str, Any]) -> dict[str, Any]:
     """Return a message whose tool calls hold their arguments as JSON text.
 
-    The chat templates of DeepSeek join them to other text and take nothing else.
+    The chat templates of DeepSeek concatenate them with other text, and accept only text.
     """
     calls = []
     for call in message.get("tool_calls", ()):
@@ -87,7 +87,7 @@ def arguments_as_text(message: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _column_hint(record: Mapping[str, Any], place: Place) -> str:
-    """Return what to set: the column that holds a list of messages, where there is one."""
+    """Return advice for the user: the column that holds a list of messages, if there is one."""
     if {"prompt", "completion"} <= record.keys():
         return "write prompt and completion as one conversation, in a column messages"
     for name, value in record.items():
@@ -100,7 +100,7 @@ def _column_hint(record: Mapping[str, Any], place: Place) -> str:
 
 
 def _keys_hint(spec: DatasetSpec, message: Mapping[str, Any], place: Place) -> str:
-    """Return what to set: the keys of a message that hold a role and a text, where there are."""
+    """Return advice for the user: the keys of a message that hold a role and a text, if any."""
     texts = {key: value for key, value in message.items() if isinstance(value, str)}
     role = next((key for key, value in texts.items() if value.strip().lower() in roles(spec)), None)
     others = sorted((key for key in texts if key != role), key=lambda key: len(texts[key]))
@@ -111,7 +111,7 @@ def _keys_hint(spec: DatasetSpec, message: Mapping[str, Any], place: Place) -> s
 
 
 def _has_text(spec: DatasetSpec, turns: tuple[Turn, ...]) -> bool:
-    """Return whether a conversation has anything to learn; without answers, any text counts."""
+    """Return whether a conversation has text to train on; without answers, any text counts."""
     trained = trained_roles(spec)
     flagged = [turn.role in trained if turn.train is None else turn.train for turn in turns]
     answers = [turn for turn, flag in zip(turns, flagged, strict=True) if flag] or turns
@@ -126,7 +126,7 @@ def _has_text(spec: DatasetSpec, turns: tuple[Turn, ...]) -> bool:
 def _with_system_column(
     turns: tuple[Turn, ...], record: Mapping[str, Any], place: Place
 ) -> tuple[Turn, ...]:
-    """Return the turns after one with the text of the column `system`, as axolotl does."""
+    """Return the turns, preceded by a turn with the column `system` if set, as in axolotl."""
     if record.get("system") is None:
         return turns
     system = require_text(record["system"], "system", place)
@@ -142,7 +142,7 @@ def _with_system_column(
 
 
 def _turn(spec: DatasetSpec, message: object, place: Place, *, number: int) -> Turn:
-    """Return one message as a turn, its keys named as chat templates name them."""
+    """Return one message as a turn, with the key names that chat templates use."""
     mappings = {
         "role": spec.message_field_role or "role",
         "content": spec.message_field_content or "content",
@@ -225,7 +225,7 @@ def _content(
 
 
 def _reasoning(message: Mapping[str, Any], place: Place, *, number: int) -> str:
-    """Return the reasoning before an answer, which records name in several ways."""
+    """Return the reasoning before an answer, which has different names in different datasets."""
     found = {
         require_text(message[key], f"{key} of message {number}", place): key
         for key in REASONING
@@ -241,9 +241,10 @@ def _reasoning(message: Mapping[str, Any], place: Place, *, number: int) -> str:
 
 
 def _flag(holder: Mapping[str, Any], what: str, place: Place) -> bool | None:
-    """Return what a record's flags say of the loss: trained, not trained, or nothing.
+    """Return whether a record's flags include it in the loss; None if they do not decide.
 
-    A weight of 1 says nothing: OpenAI's format has it on any message, and trains answers alone.
+    A weight of 1 does not decide: OpenAI's format allows it on any message, and trains only
+    answers.
     Source: platform.openai.com/docs/guides/supervised-fine-tuning, "weight" (2026-11-26)
     """
     found = dict[str, bool]()
@@ -280,7 +281,7 @@ def _refuse_media(holder: Mapping[str, Any], what: str, place: Place) -> None:
 
 
 def _role(spec: DatasetSpec, name: str, place: Place, *, number: int) -> str:
-    """Return a role in the chat template's terms."""
+    """Return the chat template's name of a role."""
     known = roles(spec)
     if name in known:
         return known[name]
@@ -325,10 +326,10 @@ def without_nulls(value: Any) -> Any:
 
 
 def read_tools(value: object, place: Place) -> tuple[Mapping[str, Any], ...]:
-    """Return the functions that may be called; sets store them as a list or as JSON text.
+    """Return the functions that may be called; datasets store them as a list or as JSON text.
 
     Raises:
-        AttnimgError: it is neither.
+        AttnimgError: the value is neither.
     """
     tools = without_nulls(_parsed_json(value))
     if not tools:
@@ -350,7 +351,7 @@ def read_tool_calls(value: object, place: Place, *, number: int) -> list[dict[st
     """Return a message's tool calls, their arguments as objects.
 
     Raises:
-        AttnimgError: a call has no name, or arguments that are no object.
+        AttnimgError: a call has no name, or its arguments are not an object.
     """
     calls = without_nulls(_parsed_json(value))
     if not calls:
@@ -377,7 +378,7 @@ def read_tool_calls(value: object, place: Place, *, number: int) -> list[dict[st
 
 
 def _parsed_json(value: object) -> Any:
-    """Return what JSON text holds; other values as they are."""
+    """Return the value of a JSON text; other values unchanged."""
     if not isinstance(value, str):
         return value
     try:

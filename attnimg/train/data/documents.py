@@ -1,4 +1,4 @@
-"""What the data step passes on: parsed records, documents, and what became of a source."""
+"""Define the results of data loading: parsed records, documents, and statistics of each source."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """A text to be answered and its answer; without a prompt, all of the text is learnt.
+    """A prompt and its completion; without a prompt, all of the text is trained on.
 
     Attributes:
-        prompt: the text to be answered.
-        completion: the answer.
-        unused: the record's columns that have no effect, where a type reads several.
+        prompt: the text before the completion; None for plain text.
+        completion: the text to train on.
+        unused: the record's columns that have no effect, for types that read several columns.
     """
 
     prompt: str | None
@@ -28,13 +28,13 @@ class Pair:
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """One message of a conversation, its role in the chat template's terms.
+    """One message of a conversation.
 
     Attributes:
-        role: the role.
+        role: the role, as the chat template names it.
         content: the text; None where the record has none, as beside tool calls.
         extra: the message's other keys, such as reasoning_content and tool_calls.
-        train: what the record's flag says of the loss; None: as the role says.
+        train: whether it carries loss, by the record's flag; None: the role decides.
         untrained: character spans of the content that carry no loss.
     """
 
@@ -47,7 +47,7 @@ class Turn:
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """What a record of the type chat_template holds.
+    """The content of a record of the type chat_template.
 
     Attributes:
         turns: the messages.
@@ -64,7 +64,7 @@ Parsed = Pair | Conversation
 
 
 def unused_note(what: str, names: Sequence[str]) -> str:
-    """Return the warning on names ("columns") that change nothing."""
+    """Return the warning on names of a kind ("columns") that have no effect."""
     return f"these {what} have no effect: {', '.join(names)}"
 
 
@@ -74,12 +74,12 @@ IGNORED = -100  # the label of a token without loss (torch's cross_entropy, igno
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SourceFigures:
-    """What became of one entry of `datasets` or `test_datasets`.
+    """Statistics of one entry of `datasets` or `test_datasets`.
 
     Attributes:
         key: the config key, "datasets[0]".
-        path: what the config names.
-        type: how its records became text.
+        path: the path or name in the config.
+        type: the dataset type, which decides how records become text.
         records: records read.
         documents: documents kept.
         tokens: tokens in them.
@@ -88,11 +88,11 @@ class SourceFigures:
         too_long: records dropped because they exceed sequence_len.
         split: records cut into several documents.
         truncated: records cut off at sequence_len.
-        without_loss: documents dropped because no token of theirs carries loss.
-        longest: tokens of the longest record, before any limit.
+        without_loss: documents dropped because none of their tokens carries loss.
+        longest: tokens of the longest record, before any cut.
         sequence_len: the longest document allowed, in tokens.
         content: SHA-256 of the documents' tokens and labels, in order.
-        read: SHA-256 of the records, before a template writes them.
+        read: SHA-256 of the records, before a template renders them.
         reused: whether the documents were found in dataset_prepared_path.
     """
 
@@ -121,9 +121,9 @@ class Documents:
 
     Attributes:
         train: columns input_ids and labels, both list[int32] of equal length.
-        validation: the same, None without val_set_size and test_datasets.
-        figures: one a source, in the order of the config, test_datasets last.
-        warnings: sentences on what a person should know before training.
+        validation: the same columns; None without val_set_size and test_datasets.
+        figures: statistics of each source, in the order of the config, test_datasets last.
+        warnings: warnings for the user before training.
     """
 
     train: Dataset
@@ -133,7 +133,7 @@ class Documents:
 
 
 def sentence(figures: SourceFigures) -> str:
-    """Return in one line what became of a source, naming only what happened."""
+    """Return the statistics of a source in one line, without those that are 0."""
     parts = [f"{figures.records:,} records -> {figures.documents:,} documents"]
     longer = f"longer than {figures.sequence_len:,} tokens"
     for count, what in (
@@ -152,10 +152,10 @@ def sentence(figures: SourceFigures) -> str:
 
 
 def sample_text(documents: Documents, tokenizer: Any) -> str:
-    """Return the first document's text, with >>> and <<< around what carries loss.
+    """Return the first document's text, with >>> and <<< around the tokens that carry loss.
 
-    The text begins a little before the first token with loss; control characters are
-    written as escapes, so that data can't steer a terminal.
+    The text begins a little before the first token with loss. Control characters are escaped, so
+    that data can't send commands to a terminal.
     """
     row = documents.train[0]
     ids, labels = row["input_ids"], row["labels"]

@@ -1,7 +1,7 @@
-"""Read lines of text and the records of JSON files as streams; errors say where a file is broken.
+"""Read lines of text and records of JSON files as streams; errors name the place in the file.
 
-A JSON file holds lines, one array, one object around an array (`{"data": [...]}`), or records one
-after another that each take several lines.
+A JSON file has one record per line, one array, one object with an array (`{"data": [...]}`), or
+consecutive records of several lines each.
 """
 
 from __future__ import annotations
@@ -14,22 +14,22 @@ from itertools import count
 from typing import IO, Literal, TypeVar
 
 # The longest line or JSON value that is read as one record, so that a broken or malicious file
-# ends in a sentence instead of the machine's memory. The longest single books are near 5 MiB.
+# raises an error instead of filling the memory. The longest single books have about 5 MiB.
 LIMIT_BYTES = 64 << 20
 
 TOO_LONG = f"found more than {LIMIT_BYTES >> 20} MiB in one {{}}"
 CUT = "cut it into several records"
 
-# Most consecutive empty lines: a compressed file with nothing else takes hours to unpack.
+# Limit of consecutive empty lines: a compressed file of empty lines would take hours to unpack.
 LIMIT_BLANK_LINES = 1 << 20
 
-# What helps against text in another encoding.
+# Advice on text in another encoding.
 AS_UTF8 = "write the file in UTF-8: `iconv -f ENCODING -t UTF-8 FILE > NEW`, and name the new one"
 
 CHUNK_BYTES = 1 << 20
 SPACES = re.compile(r"[ \t\r\n]*")
 BLANK = b"\xef\xbb\xbf \t\r\n"  # a byte order mark and white space
-MESSAGE = frozenset({"role", "from"})  # keys of a message: a list of messages is one record's
+MESSAGE = frozenset({"role", "from"})  # keys of a message: a list of messages is one record
 
 Open = Callable[[], IO[bytes]]
 Numbered = tuple[Literal["line", "record"], int, object]
@@ -37,12 +37,12 @@ T = TypeVar("T")
 
 
 class BrokenFile(ValueError):
-    """A file that is not in its format.
+    """Raised for a file that is not valid in its format.
 
     Attributes:
-        place: where it breaks, in words ("line 3"); "" for the file as a whole.
+        place: the place of the error, such as "line 3"; "" for the file as a whole.
         why: the reason.
-        do: what helps; "" where only writing the file again does.
+        do: advice; "" where the file has to be written again.
     """
 
     def __init__(self, place: str, why: str, *, do: str = "") -> None:
@@ -81,15 +81,15 @@ def read_lines(file: IO[bytes]) -> Iterator[tuple[int, str]]:
 
 
 def read_json(open_file: Open, columns: Collection[str]) -> Iterator[Numbered]:
-    """Yield unit, number and value of each record.
+    """Yield the unit ("line" or "record"), number and value of each record.
 
     Args:
         open_file: opens the file at its start; called more than once.
         columns: names of columns that records have. An object with one of them is a record
-            itself, not an object around records.
+            itself, not an object that contains records.
 
     Raises:
-        BrokenFile: it is not JSON in UTF-8.
+        BrokenFile: the file is not JSON in UTF-8.
     """
     read = _layout(open_file, columns)
     with open_file() as file:
@@ -103,7 +103,7 @@ def read_json(open_file: Open, columns: Collection[str]) -> Iterator[Numbered]:
 def _layout(
     open_file: Open, columns: Collection[str]
 ) -> Callable[[_Window], Iterator[object]] | None:
-    """Return what reads the records of a file, judged by its start; None for JSON lines.
+    """Return the function that reads a file's records, chosen by its start; None for JSON lines.
 
     A broken file is read as lines, the most common layout.
     """
@@ -132,7 +132,7 @@ def _first_line_is_value(open_file: Open) -> bool:
 
 
 def _attempt(open_file: Open, look: Callable[[_Window], T]) -> T | None:
-    """Return what the start of a file shows, None where it is broken."""
+    """Return the result of parsing the start of a file; None where it is broken."""
     with open_file() as file:
         try:
             return look(_Window(file))
@@ -155,7 +155,7 @@ def _json_lines(file: IO[bytes]) -> Iterator[Numbered]:
 
 
 def _unreadable_value(error: Exception) -> str:
-    """Return why Python's reader refuses JSON that is well formed."""
+    """Return the reason why Python's parser can't read JSON that is well-formed."""
     if isinstance(error, RecursionError):
         return "found lists or objects nested too deep, needed flat records"
     return f"found a number that cannot be read ({str(error).partition(';')[0]})"
@@ -169,7 +169,7 @@ def _array(window: _Window) -> Iterator[object]:
 
 
 def _values(window: _Window) -> Iterator[object]:
-    """Yield values that stand one after another."""
+    """Yield consecutive values."""
     for number in count(1):
         if not window.peek():
             return
@@ -191,7 +191,7 @@ def _members(window: _Window) -> Iterator[str]:
 def _list_name(window: _Window, columns: Collection[str]) -> str | None:
     """Return the key of the list of objects in an object; None when the object is a record.
 
-    It is one where it has a column or holds messages, or where something follows it.
+    It is a record if it has a known column or a list of messages, or if something follows it.
     """
     found = empty = None
     try:
@@ -218,7 +218,7 @@ def _list_name(window: _Window, columns: Collection[str]) -> str | None:
 
 
 def _wrapped(window: _Window, name: str, columns: Collection[str]) -> Iterator[object]:
-    """Yield the elements of the list that an object holds under a key."""
+    """Yield the elements of the list under a key of an object."""
     for key in _members(window):
         is_list = window.peek() == "["
         if is_list:
@@ -245,7 +245,7 @@ class _Window:
         self.file, self.text, self.at, self.line = file, "", 0, 1
         self.decoder = codecs.getincrementaldecoder("utf-8-sig")()
         self.ended = False
-        self.record = 0  # the last one that was read
+        self.record = 0  # the number of the last record that was read
 
     def grow(self, size: int, *, record: int = 0) -> bool:
         """Read more of the file; return False at its end."""
@@ -263,26 +263,26 @@ class _Window:
         return bool(chunk)
 
     def peek(self) -> str:
-        """Go on to the next character that is not white space, and return it; "" at the end."""
+        """Return the next character that is not white space, and move to it; "" at the end."""
         while True:
             self.at = SPACES.match(self.text, self.at).end()  # type: ignore[union-attr]  # always
             if self.at < len(self.text) or not self.grow(CHUNK_BYTES):
                 return self.text[self.at : self.at + 1]
 
     def take(self, character: str) -> None:
-        """Go past one character, which must be next."""
+        """Move past the given character; raise if another one is next."""
         if (found := self.peek()) != character:
             shown = repr(found) if found else "the end of the file"
             raise self.error(f"found {shown}, needed {character!r}")
         self.at += 1
 
     def end(self) -> None:
-        """Check that nothing follows."""
+        """Raise if anything but white space follows."""
         if self.peek():
             raise self.error("found more text after the end of the records, needed nothing")
 
     def elements(self) -> Iterator[object]:
-        """Yield the elements of an array whose bracket is taken, and go past its end."""
+        """Yield the elements of an array after its opening bracket, and move past its end."""
         number = 0
         while self.peek() != "]":
             number += 1
@@ -301,7 +301,7 @@ class _Window:
             except json.JSONDecodeError as error:
                 if len(self.text) - self.at > LIMIT_BYTES:
                     raise self.error(TOO_LONG.format("value"), record=number, do=CUT) from None
-                # The value may go on past the window; doubling keeps a long one linear.
+                # The value may continue after the window; doubling keeps parsing time linear.
                 if not self.grow(size, record=number):
                     self.at = error.pos if error.doc is self.text else self.at
                     raise self.error(f"found broken JSON ({error.msg})", record=number) from None
@@ -309,7 +309,7 @@ class _Window:
                 continue
             except (RecursionError, ValueError) as error:
                 raise self.error(_unreadable_value(error), record=number) from None
-            # A number at the window's edge may have more to come, also where "1.5e-" ends there.
+            # A number at the end of the window may continue, also where the window ends in "1.5e-".
             if len(self.text) - end < 3 and not self.ended:
                 self.grow(size, record=number)
                 continue
@@ -317,11 +317,11 @@ class _Window:
             return value
 
     def line_number(self) -> int:
-        """Return the line that parsing has come to."""
+        """Return the current line number of the parser."""
         return self.line + self.text.count("\n", 0, self.at)
 
     def error(self, why: str, *, record: int = 0, do: str = "") -> BrokenFile:
-        """Build the error for the place where parsing stopped, by record and line."""
+        """Build the error for the current place of the parser, with record and line."""
         after = f"after record {self.record}" if self.record else "start"
         place = f"record {record}" if record else after
         return BrokenFile(f"{place} (line {self.line_number()})", why, do=do)

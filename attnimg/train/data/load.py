@@ -1,4 +1,4 @@
-"""Find and check the sources of a run, and load them: prepared, merged, shuffled, split."""
+"""Find and check the sources of a run, and load them: prepare, merge, shuffle and split."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def check_sources(config: Config) -> None:
-    """Check what can be known without a tokenizer; reads one record of each local file.
+    """Check everything that needs no tokenizer; this reads one record of each local file.
 
     Raises:
         AttnimgError: missing-key, bad-value, file-missing, empty-dataset, wrong-columns or
@@ -67,10 +67,10 @@ def load_documents(config: Config, tokenizer: Any, *, progress: bool = True) -> 
     Args:
         config: the validated run.
         tokenizer: a transformers tokenizer, special tokens already set.
-        progress: whether to show a bar on stderr; never shown where stderr is no terminal.
+        progress: whether to show a bar on stderr; never shown where stderr is not a terminal.
 
     Raises:
-        AttnimgError: anything about the data that a person can correct.
+        AttnimgError: the data are missing, broken, or not as the config describes them.
     """
     import datasets
 
@@ -90,7 +90,7 @@ def load_documents(config: Config, tokenizer: Any, *, progress: bool = True) -> 
 
     train = documents_of(training)
     if config.shuffle_merged_datasets:
-        # In memory: the library would keep the order beside the documents, and believe it there.
+        # In memory: the library would cache the order on disk, and trust that file in later runs.
         train = train.shuffle(seed=config.seed, keep_in_memory=True)
     validation = documents_of(testing) if testing else None
     if config.val_set_size:
@@ -103,7 +103,7 @@ def load_documents(config: Config, tokenizer: Any, *, progress: bool = True) -> 
 
 
 def _without_type(spec: DatasetSpec, *, key: str) -> AttnimgError:
-    """Build the error for an entry without a type; its first record shows which one fits."""
+    """Build the error for an entry without a type; it suggests one that fits the first record."""
     columns: Collection[str] = ()
     with suppress(AttnimgError, StopIteration, IndexError):
         _, columns = next(read_records(find_source(spec, key=key).files[0], key=key))
@@ -120,7 +120,7 @@ def _without_type(spec: DatasetSpec, *, key: str) -> AttnimgError:
 def _documents(
     source: Source, config: Config, tokenizer: Any, *, progress: bool
 ) -> tuple[Dataset, Prepared]:
-    """Return the documents of one source, from dataset_prepared_path where they are kept."""
+    """Return the documents of one source, from dataset_prepared_path if they are cached there."""
     from datasets.utils import tqdm
 
     def make(write: Write) -> Prepared:
@@ -129,7 +129,7 @@ def _documents(
         ) as bar:
             return prepare(source, config, tokenizer, write=write, advance=bar.update)
 
-    # A name on the hub may point to other data tomorrow, so only what is here is kept.
+    # The data of a hub name may change, so only local data are cached.
     if config.dataset_prepared_path and source.kind != "hub":
         root = Path(config.dataset_prepared_path).expanduser()
         return make_on_disk(root, cache_key(source, config, tokenizer), make)
@@ -137,7 +137,7 @@ def _documents(
 
 
 def _shared_files(training: list[Source], testing: list[Source]) -> Iterator[str]:
-    """Yield a sentence for each source of test_datasets whose rows are trained on as well."""
+    """Yield a warning for each source of test_datasets whose rows are also trained on."""
     for test in testing:
         for train in training:
             sliced = all("[" in (source.spec.split or "") for source in (train, test))
@@ -150,7 +150,7 @@ def _shared_files(training: list[Source], testing: list[Source]) -> Iterator[str
 
 
 def _repeated_documents(train: Dataset, validation: Dataset) -> Iterator[str]:
-    """Yield a sentence where documents to evaluate on are among those to train on."""
+    """Yield a warning if documents of the evaluation are also trained on."""
     evaluated = list(_digests(validation))
     shared = set(evaluated).intersection(_digests(train))
     if count := sum(digest in shared for digest in evaluated):
@@ -169,7 +169,7 @@ def _digests(documents: Dataset) -> Iterator[bytes]:
 
 
 def _data_names(source: Source) -> set[str]:
-    """Return the files or the splits that a source reads."""
+    """Return the names of the files or splits that a source reads."""
     if source.kind == "files":
         return {str(file.path.resolve()) for file in source.files}
     spec = source.spec
@@ -179,7 +179,7 @@ def _data_names(source: Source) -> set[str]:
 
 
 def _nothing_left(source: Source, figures: SourceFigures) -> AttnimgError:
-    """Build the error for a source of which no document is left, by what most records lack."""
+    """Build the error for a source without documents, with advice for most of its records."""
     longer = figures.too_long + figures.truncated + figures.split
     if longer >= max(1, figures.empty):
         do = f"set sequence_len: {figures.longest}, the longest of them"
@@ -204,7 +204,7 @@ def _nothing_left(source: Source, figures: SourceFigures) -> AttnimgError:
 def _split(documents: Dataset, config: Config) -> tuple[Dataset, Dataset]:
     """Return the documents to train on and those for validation: val_set_size of them.
 
-    It is a share up to 1, above it a number.
+    Values up to 1 are a share of the documents, larger ones their number.
 
     Source: axolotl 0.18.0, schemas/config.py:1084, "1 = 100%", and utils/data/sft.py (2026-11-26).
     """

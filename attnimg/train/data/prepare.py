@@ -1,4 +1,4 @@
-"""Write the documents of one source: read, parse, encode and fit its records, batch by batch."""
+"""Prepare the documents of one source: read, parse, encode and cut its records, batch by batch."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ Batch = list[tuple[Place, Parsed]]
 
 Encoded = tuple[list[Tokens], tuple[str, ...]]  # a batch's tokens, and the encoder's warnings
 
-Strategy = Literal["drop", "split", "truncate", "raise"]  # what happens to long documents
+Strategy = Literal["drop", "split", "truncate", "raise"]  # how to treat long documents
 
-# The encoder of a worker process, which is sent to it once instead of with every batch.
+# The encoder in a worker process: it is sent once, instead of with every batch.
 _encoders: list[Encoder] = []
 
 
@@ -44,14 +44,14 @@ def prepare(
     """Write the documents of one source, batch by batch; return its figures and warnings.
 
     Args:
-        source: what to read.
+        source: the source to read.
         config: sequence_len, strategy, loss on inputs, number of processes.
         tokenizer: a transformers tokenizer.
-        write: takes each batch of documents, in the order of the records.
-        advance: told how many more records were read.
+        write: called with each batch of documents, in the order of the records.
+        advance: called with the number of records read since the last call.
 
     Raises:
-        AttnimgError: a record is not what its type says, or the template can't be used.
+        AttnimgError: a record does not fit its type, or the template can't be used.
     """
     import pyarrow
 
@@ -101,7 +101,7 @@ def schema() -> pyarrow.Schema:
 
 
 def strategy_for(source: Source, config: Config) -> Strategy:
-    """Choose what happens to long documents; running text loses nothing when it is split."""
+    """Return how long documents are treated; by default, plain text is split without loss."""
     if config.excess_length_strategy is not None:
         return config.excess_length_strategy
     return "split" if is_text(source.spec) else "drop"
@@ -111,7 +111,7 @@ def read_source(source: Source) -> Iterator[Record]:
     """Yield the records of a source in order, each with its place.
 
     Raises:
-        AttnimgError: the data are missing or broken, or the split is not one that exists.
+        AttnimgError: the data are missing or broken, or the split does not exist.
     """
     if source.kind == "files":
         yield from _read_files(source)
@@ -127,7 +127,7 @@ def read_source(source: Source) -> Iterator[Record]:
 
 
 def _read_files(source: Source) -> Iterator[Record]:
-    """Read the rows that the split names; files are read twice where it is a part of them."""
+    """Yield the rows of the split; files are read twice if it is a part of them (to count rows)."""
     spec, key, lengths = source.spec, source.key, dict.fromkeys(source.splits, 0)
 
     def read(split: str) -> Iterator[Record]:
@@ -165,8 +165,8 @@ def _encoded(
 ) -> Iterator[tuple[Batch, Encoded]]:
     """Encode batches in their order, in this process or in several.
 
-    Few batches wait at a time, so that a file larger than memory can be prepared. Processes are
-    spawned: forking after torch or a tokenizer has started threads can hang.
+    Few batches are queued at a time, so that a file larger than memory can be prepared. Processes
+    are spawned: forking after torch or a tokenizer has started threads can hang.
     """
     if processes == 1:
         for batch in batches:
@@ -203,7 +203,7 @@ def _fit(
 ) -> Iterator[Tokens]:
     """Yield documents of 1 to sequence_len tokens that carry loss; count each in the tally.
 
-    The tally has the names of SourceFigures.
+    The keys of the tally are fields of SourceFigures.
 
     Raises:
         AttnimgError: a document is longer and the strategy is "raise".
@@ -229,7 +229,7 @@ def _fit(
             tally["split"] += strategy == "split"
             tally["truncated"] += strategy == "truncate"
         for piece in pieces:
-            # Nothing comes before a document's first token, so it can't be predicted.
+            # A document's first token has no context to predict it from.
             trained = sum(label != IGNORED for label in piece[1][1:])
             if not trained:
                 tally["without_loss"] += 1

@@ -1,6 +1,6 @@
-"""Open local files of data and read their records one at a time, each with its place for errors.
+"""Read the records of local data files one at a time, each with its place in the file for errors.
 
-Nothing here holds more than one batch of a file, so a file may be larger than memory.
+At most one batch of a file is in memory, so a file may be larger than memory.
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ if TYPE_CHECKING:
 
 Format = Literal["json", "csv", "parquet", "arrow", "text"]
 
-# Columns by which a record is known, when the entry names no others: what the types read.
+# Columns that identify a record, unless the entry names others: those that the types read.
 COLUMNS = frozenset(
     {"text", "instruction", "input", "output", "prompt", "completion", "messages", "conversations"}
 )
 
-# Suffixes that a name has after its format's own: train.jsonl.zst.
+# Suffixes of compressed files, after the suffix of the format: train.jsonl.zst.
 COMPRESSED = frozenset({".gz", ".zst", ".zstd", ".xz", ".bz2"})
 
-# What broken compressed files raise: zstd's errors are OSError, UnicodeDecodeError is not one.
+# Errors raised for broken compressed files; zstd's are OSErrors. UnicodeDecodeError is not one.
 BROKEN = (OSError, EOFError, zlib.error, lzma.LZMAError)
 
-# Archives and pointers hold no records themselves; each with the command that gives the files.
+# Archives and pointers, which have no records themselves, with the command that gets the files.
 _ARCHIVES = {
     b"PK\x03\x04": ("a zip archive", "unzip {path}"),
     b"7z\xbc\xaf\x27\x1c": ("a 7z archive", "7z x {path}"),
@@ -52,17 +52,17 @@ _ARCHIVES = {
     b"\x04\x22\x4d\x18": ("an lz4 file", "lz4 -d {path}"),
 }
 
-# Formats that are no text, by their first bytes.
+# Binary formats, by their first bytes.
 _BINARY = {b"PAR1": "parquet", b"ARROW1": "arrow"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LocalFile:
-    """One file and how its records are found.
+    """One file, and how to read its records.
 
     Attributes:
         path: the file.
-        format: what its records are written in.
+        format: the format of its records.
         columns: names of columns that a record has.
     """
 
@@ -73,11 +73,11 @@ class LocalFile:
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a record stands, for errors.
+    """The place of a record, for error messages.
 
     Attributes:
         file: the file or hub name.
-        number: of the record, from 1; the line number in JSON lines and text.
+        number: the record's number, from 1; in JSON lines and text the line number.
         unit: what the number counts.
         key: the config key of its source, "datasets[0]".
         first: whether it is the first record of its file.
@@ -90,7 +90,7 @@ class Place:
     first: bool = False
 
     def __str__(self) -> str:
-        """Return it in words: "train.jsonl, line 3"."""
+        """Return a text such as "train.jsonl, line 3"."""
         return f"{self.file}, {self.unit} {self.number}"
 
 
@@ -101,7 +101,7 @@ def read_records(file: LocalFile, *, key: str) -> Iterator[Record]:
     """Yield the records of one local file.
 
     Raises:
-        AttnimgError: the file is not in its format; names the line or record.
+        AttnimgError: the file is not valid in its format; the error names the line or record.
     """
     first = True
     try:
@@ -131,7 +131,7 @@ def read_records(file: LocalFile, *, key: str) -> Iterator[Record]:
 
 
 def open_data(path: Path) -> IO[bytes]:
-    """Open a file for reading, unpacked where it is compressed."""
+    """Open a file for reading, and decompress it if it is compressed."""
     with path.open("rb") as file:
         start = file.read(8)
     found = (opener for magic, opener in _OPENERS.items() if start.startswith(magic))
@@ -139,10 +139,10 @@ def open_data(path: Path) -> IO[bytes]:
 
 
 def check_regular(path: Path, *, key: str) -> None:
-    """Refuse what is no regular file: a pipe, a socket or a device may never end.
+    """Raise unless a path is a regular file: reading a pipe, a socket or a device may never end.
 
     Raises:
-        AttnimgError: the path leads to something else than a file.
+        AttnimgError: the path is not a regular file.
     """
     mode = path.stat().st_mode
     if stat.S_ISREG(mode):
@@ -162,7 +162,7 @@ def check_regular(path: Path, *, key: str) -> None:
 
 
 def check_packing(path: Path, *, declared: str | None, key: str) -> None:
-    """Refuse an archive or a Git LFS pointer by the command that gives the files in it.
+    """Raise for an archive or a Git LFS pointer, with the command that gets the files in it.
 
     Args:
         path: a regular file.
@@ -170,7 +170,7 @@ def check_packing(path: Path, *, declared: str | None, key: str) -> None:
         key: "datasets[0]".
 
     Raises:
-        AttnimgError: the file holds no records itself, or in another format.
+        AttnimgError: the file has no records itself, or has another format.
     """
     with path.open("rb") as file:
         start = file.read(512)
@@ -204,7 +204,7 @@ def check_packing(path: Path, *, declared: str | None, key: str) -> None:
 
 
 def bad_record(place: Place, *, why: str, do: str, code: str = "bad-data") -> AttnimgError:
-    """Build the error for a record that is not what its type says."""
+    """Build the error for a record that does not fit its type."""
     return AttnimgError(f"bad record: {place}", why=why, do=do, code=code, key=f"{place.key}.path")
 
 
@@ -219,7 +219,7 @@ def require_column(
     """Return one column of a record.
 
     Raises:
-        AttnimgError: it is missing; the error names what is there and what is needed.
+        AttnimgError: it is missing; the error names the columns that exist and those needed.
     """
     if name in record:
         return record[name]
@@ -232,8 +232,8 @@ def require_column(
 
 
 def require_text(value: object, name: str, place: Place) -> str:
-    """Return a value that must be a string."""
-    # Half of a surrogate pair is no character: JSON can spell it, UTF-8 and tokenizers can't.
+    """Return a value; raise unless it is a string."""
+    # A lone surrogate is not a character: JSON can contain it, UTF-8 and tokenizers can't.
     if isinstance(value, str) and not any("\ud800" <= letter <= "\udfff" for letter in value):
         return value
     raise bad_record(
@@ -265,7 +265,7 @@ def _text(file: LocalFile) -> Iterator[Numbered]:
 
 
 def _csv(file: LocalFile) -> Iterator[Numbered]:
-    # The library's limit of 128 KiB is shorter than documents.
+    # The csv module's default limit of 128 KiB is too small for documents.
     csv.field_size_limit(LIMIT_BYTES)
     number, delimiter = 0, "\t" if ".tsv" in file.path.suffixes else ","
     try:
@@ -288,7 +288,7 @@ def _csv(file: LocalFile) -> Iterator[Numbered]:
 
 
 def _table(file: LocalFile) -> Iterator[Numbered]:
-    """Read Parquet, or Arrow's stream format, which datasets writes, or its file format."""
+    """Read Parquet, Arrow's stream format (which datasets writes), or Arrow's file format."""
     import pyarrow
 
     try:

@@ -1,6 +1,6 @@
 """Find what a dataset entry names (local files, a saved dataset or a hub name), and load it.
 
-A path that exists here is always taken before the hub, as in axolotl. Files are read by records.py.
+A local path takes precedence over a hub name, as in axolotl. Files are read by records.py.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ FORMATS: dict[str, Format] = {
     ".parquet": "parquet", ".arrow": "arrow", ".txt": "text", ".text": "text",
 }  # fmt: skip
 
-# `path: json` with data_files is the datasets library's way to name a format.
+# `path: json` with data_files is how the datasets library names a format.
 BUILDERS: dict[str, Format] = {name: name for name in FORMATS.values()}
 
-# Folders and files without records that a folder of data may have. Resolving splits takes 1 ms of
-# CPU time for each of them (datasets 5.2, 10,000 files, 2026-11-27).
+# Limit of folders and files without records in a folder of data. Resolving splits takes 1 ms of CPU
+# time for each of them (datasets 5.2, 10,000 files, 2026-11-27).
 _MOST_OTHERS = 10_000
 
-# For the first request to the hub: the datasets library tries for half a minute.
+# Timeout of the first request to the hub; the datasets library tries for half a minute.
 TIMEOUT_SECONDS = 10
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(?:/[A-Za-z0-9][\w.-]*)?")
@@ -53,16 +53,16 @@ HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(?:/[A-Za-z0-9][\w.-]*)?")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Source:
-    """One entry of the config and where its records are.
+    """One dataset entry of the config, and where its records are.
 
     Attributes:
         key: "datasets[0]".
         spec: the entry.
-        kind: files here, a folder of datasets' save_to_disk, or a name on the hub.
-        splits: for the kind "files", all splits that there are, with the files of those that the
-            entry asks for, in the order they are read.
+        kind: local files, a folder written by datasets' save_to_disk, or a name on the hub.
+        splits: for the kind "files", all existing splits, with the files of those that the entry
+            asks for, in the order in which they are read.
         files: the files that are read.
-        warnings: sentences on what of the source is not read.
+        warnings: warnings on parts of the source that are not read.
     """
 
     key: str
@@ -77,8 +77,8 @@ def find_source(spec: DatasetSpec, *, key: str) -> Source:
     """Find where an entry's records are, without reading them.
 
     Raises:
-        AttnimgError: no such file, a folder without data, mixed formats, no such split, no
-            regular file, or no possible name.
+        AttnimgError: no such file, a folder without data, mixed formats, no such split, not a
+            regular file, or not a valid name.
     """
     try:
         return _locate(spec, key=key)
@@ -123,7 +123,7 @@ def load_hub(source: Source) -> Mapping[str, Dataset]:
 def load_saved(source: Source) -> Mapping[str, Dataset]:
     """Load the splits of a folder that `save_to_disk` wrote.
 
-    A `Dataset` saved alone is the split that it was taken from: the folder remembers which.
+    A single saved `Dataset` has the name of the split that it was taken from.
 
     Raises:
         AttnimgError: the folder is damaged.
@@ -143,7 +143,7 @@ def load_saved(source: Source) -> Mapping[str, Dataset]:
         ) from None
     if not isinstance(loaded, datasets.Dataset):
         return cast("Mapping[str, Dataset]", loaded)
-    # "test[:10%]" is a part of test; what was put together from several is as good as train.
+    # "test[:10%]" is a part of test; a dataset made of several splits counts as train.
     name = str(loaded.split or "train").partition("[")[0]
     return {name if "+" not in str(loaded.split) else "train": loaded}
 
@@ -180,7 +180,7 @@ def _source_of_files(
     key: str,
     warnings: tuple[str, ...] = (),
 ) -> Source:
-    """Return the source that reads the files of those splits that the entry asks for."""
+    """Return the source with the files of the splits that the entry asks for."""
     names = split_names(spec, splits, key=key)
     read = {
         split: tuple(_local_file(path, spec, key=key) for path in splits[split]) for split in names
@@ -213,7 +213,7 @@ def _matches(base: Path, pattern: str, *, key: str, where: str) -> list[Path]:
         parts = (base / pattern).parts
         fixed = Path(*takewhile(lambda part: not glob.has_magic(part), parts))
         _check_size(fixed, key=where, where=key)
-    # Path.glob takes no absolute pattern, which data_files may be.
+    # Path.glob does not accept absolute patterns, which data_files may have.
     matches = glob.glob(str(base / pattern), recursive=True)  # noqa: PTH207
     found = sorted(Path(match) for match in matches if not Path(match).is_dir())
     if not found:
@@ -232,16 +232,16 @@ def _matches(base: Path, pattern: str, *, key: str, where: str) -> list[Path]:
 
 
 def _check_size(root: Path, *, key: str, where: str) -> None:
-    """Refuse a folder that is not one of data, such as `/`, before all of it is searched.
+    """Raise for a folder that is not a data folder, such as `/`, before all of it is searched.
 
     Args:
         root: the folder.
-        key: the key that names it.
-        where: the entry's, "datasets[0]".
+        key: the config key that names it.
+        where: the key of the entry, "datasets[0]".
     """
     others = 0
     for folder, folders, files in os.walk(root):
-        # `hf download` has a file for each file in its .cache.
+        # `hf download` writes a file for each downloaded file into .cache.
         folders[:] = [name for name in folders if not name.startswith(".")]
         others += len(folders) + sum(_format(Path(name)) is None for name in files)
         if others > _MOST_OTHERS:
@@ -303,10 +303,11 @@ def _folder(root: Path, spec: DatasetSpec, *, key: str) -> Source:
 
 
 def _local_file(path: Path, spec: DatasetSpec, *, key: str) -> LocalFile:
-    """Return a file with its format: what the config says, else what its name says.
+    """Return a file with its format, from the config or else from its name.
 
     Raises:
-        AttnimgError: it is no regular file, can't be read, is an archive, or has no known format.
+        AttnimgError: it is not a regular file, can't be read, is an archive, or has no known
+            format.
     """
     check_regular(path, key=key)
     if not os.access(path, os.R_OK):
@@ -350,7 +351,7 @@ def _check_reachable(source: Source) -> None:
             code="file-missing",
             key=f"{source.key}.path",
         ) from None
-    # Whichever HTTP library the hub client uses; it differs between its releases.
+    # The hub client's releases use different HTTP libraries.
     except (errors.HTTPError, OSError) as error:  # type: ignore[attr-defined]  # re-exported
         raise AttnimgError(
             f"dataset not found here, and the hub can't be reached: {spec.path}",
@@ -375,6 +376,6 @@ def _unreadable(source: Source, error: Exception, *, offline: bool) -> AttnimgEr
             key=f"{source.key}.path",
         )
     do = f"correct {source.key}: path, name, split, revision and data_files"
-    if "config" in reason.lower():  # a name is missing, or is not one of those that exist
+    if "config" in reason.lower():  # the name of a config is missing, or does not exist
         do = f"set {source.key}.name to one of them"
     return bad_file(f"cannot read the dataset {spec.path}", why=reason, do=do, key=source.key)

@@ -1,7 +1,7 @@
 """Resolve which files of a folder belong to which split, and which rows a split names.
 
-Both as the datasets library does, with its own functions: a folder here gives the rows that
-`load_dataset` would give. Source: https://huggingface.co/docs/datasets/v4.4.1/repository_structure
+Both are done with the functions of the datasets library, so that a folder has the same rows as with
+`load_dataset`. Source: https://huggingface.co/docs/datasets/v4.4.1/repository_structure
 and .../loading#slice-splits (2026-11-26).
 """
 
@@ -23,15 +23,15 @@ from attnimg.train.data.records import bad_file, check_regular
 
 RowRange = tuple[str, int, int]  # a split, its first row and the one after its last
 
-# What a README with odd configs makes datasets raise.
+# Errors that datasets raises for a README with invalid configs.
 _UNUSABLE = (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError)
 
 
 def asked_split(spec: DatasetSpec, names: Collection[str], *, key: str) -> str:
-    """Return the split that an entry asks for, in words, or the default as in axolotl.
+    """Return the split that an entry names, or axolotl's default.
 
     Source: axolotl 0.18.0, utils/data/sft.py:391-400: train, and test for test_datasets. A
-    source of test_datasets that has one split alone is taken whole, as a file is.
+    source of test_datasets that has a single split is used as a whole, as a file is.
     """
     if spec.split is not None:
         return spec.split
@@ -41,7 +41,7 @@ def asked_split(spec: DatasetSpec, names: Collection[str], *, key: str) -> str:
 
 
 def split_names(spec: DatasetSpec, names: Collection[str], *, key: str) -> list[str]:
-    """Return the names of the splits that an entry asks for: of `train[:3]+test`, both.
+    """Return the names of the splits that an entry asks for: both, for `train[:3]+test`.
 
     Raises:
         AttnimgError: one does not exist.
@@ -107,17 +107,17 @@ def folder_splits(
 
     Args:
         root: the folder.
-        spec: its entry; `name` is one of the README's configs.
+        spec: the dataset entry; its `name` is one of the README's configs.
         is_data: whether a file holds records; others are ignored.
         key: "datasets[0]".
 
     Raises:
-        AttnimgError: the README's configs can't be used, there is none of the entry's name, or
-            a file belongs to two splits.
+        AttnimgError: the README's configs can't be used, none has the entry's name, or a file
+            belongs to two splits.
     """
     from datasets.data_files import EmptyDatasetError, get_data_patterns, resolve_pattern
 
-    # The folder's own name may hold a bracket, which is not part of a pattern.
+    # The folder's own name may have a bracket, which is not a pattern.
     base = glob.escape(str(root.resolve()))
 
     def matching(patterns: Iterable[str]) -> list[Path]:
@@ -158,7 +158,7 @@ def folder_splits(
 
 
 def _configured(root: Path, spec: DatasetSpec, *, key: str) -> dict[str, list[Path]] | None:
-    """Return the files that the README's `configs` name; None where it has no configs."""
+    """Return the files that the README's `configs` name; None if it has no configs."""
     import datasets
     import yaml
     from datasets.utils.metadata import MetadataConfigs
@@ -174,7 +174,7 @@ def _configured(root: Path, spec: DatasetSpec, *, key: str) -> dict[str, list[Pa
             has_configs = has_configs or bool(MetadataConfigs.from_dataset_card_data(data))
         if not has_configs:
             return None
-        with tempfile.TemporaryDirectory() as cache:  # nothing is prepared, so nothing is kept
+        with tempfile.TemporaryDirectory() as cache:  # only the configs are read: no cache needed
             path = str(root.resolve())
             builder = datasets.load_dataset_builder(path, spec.name, cache_dir=cache)
     except (*_UNUSABLE, datasets.exceptions.DatasetsError, yaml.YAMLError) as error:
@@ -195,7 +195,7 @@ def _configured(root: Path, spec: DatasetSpec, *, key: str) -> dict[str, list[Pa
 def _check_options(
     config: Any, readme: Path, files: Mapping[str, Sequence[Path]], *, key: str
 ) -> None:
-    """Refuse options of the reader that the README sets: files are read in one way here."""
+    """Raise if the README sets options of the reader, which are not supported."""
     plain = type(config)()
     tabs = all(".tsv" in path.suffixes for found in files.values() for path in found)
     changed = [
@@ -216,7 +216,7 @@ def _check_options(
 
 
 def _under(root: Path, found: Iterable[str], *, key: str) -> list[Path]:
-    """Return files by the path that the config has for their folder, sorted."""
+    """Return files as paths below the folder as the config names it, sorted."""
     base, paths = root.resolve(), list[Path]()
     for name in found:
         path = Path(os.path.normpath(name))
@@ -232,7 +232,7 @@ def _under(root: Path, found: Iterable[str], *, key: str) -> list[Path]:
 
 
 def split_in_name(path: Path) -> str | None:
-    """Return the split that a file's name or its folder's says, by the words of datasets."""
+    """Return the split in a file's or folder's name, by the keywords of the datasets library."""
     from datasets.data_files import NON_WORDS_CHARS, SPLIT_KEYWORDS
 
     for part in (path.parent.name, path.name):

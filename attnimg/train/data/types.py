@@ -1,7 +1,7 @@
 """Parse and encode records by the type of their dataset.
 
-A type has a parser, which turns a record into a pair of texts or a conversation or refuses it by
-its place, and an encoder, which turns what was parsed into tokens and labels.
+A type has a parser, which turns a record into a pair of texts or a conversation, or raises with the
+record's place, and an encoder, which turns the parsed records into tokens and labels.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ FITTING = {
     "text": "completion",
 }  # fmt: skip
 
-# Stanford Alpaca's two prompts; models are asked in the very words they were trained on.
+# Stanford Alpaca's two prompts, unchanged: a model should be prompted as it was trained.
 # Source: https://deepwiki.com/tatsu-lab/stanford_alpaca/2.2-data-format-and-structure (2026-11-21)
 PREAMBLE = "Below is an instruction that describes a task"
 
@@ -35,12 +35,12 @@ WITH_INPUT = f"{PREAMBLE}, paired with an input that provides further context."
 
 REQUEST = "Write a response that appropriately completes the request."
 
-# What other trainers put before an instruction; alpaca's prompt has no place for it.
+# Columns that other trainers put before an instruction; alpaca's prompt does not include them.
 CONTEXT = ("system", "history")
 
 
 def record_parser(spec: DatasetSpec) -> Callable[[Mapping[str, Any], Place], Parsed | None]:
-    """Return the function that turns a record into texts or turns, None for an empty record."""
+    """Return the parser of a dataset type; it returns None for an empty record."""
     if is_chat(spec):
         return partial(parse_turns, spec)
     if is_text(spec):
@@ -49,7 +49,7 @@ def record_parser(spec: DatasetSpec) -> Callable[[Mapping[str, Any], Place], Par
 
 
 def encoder_for(source: Source, config: Config, tokenizer: Any) -> Encoder:
-    """Choose how a source's records become tokens.
+    """Return the encoder that turns a source's records into tokens.
 
     Raises:
         AttnimgError: the tokenizer has no end token, or no chat template where one is needed.
@@ -80,7 +80,7 @@ def encoder_for(source: Source, config: Config, tokenizer: Any) -> Encoder:
 def _alpaca(
     prompt: Callable[[str, str], str], record: Mapping[str, Any], place: Place
 ) -> Pair | None:
-    """Return the pair of an alpaca record, None without an answer."""
+    """Return the prompt and completion of an alpaca record; None without a completion."""
     fitting = [name for column, name in FITTING.items() if column in record and name != "alpaca"]
     hint = "rename the columns" + "".join(f", or set {place.key}.type: {n}" for n in fitting[:1])
     needed = ("instruction", "output")
@@ -112,14 +112,14 @@ def _instruct_prompt(instruction: str, extra: str) -> str:
 
 
 def _chat_prompt(instruction: str, extra: str) -> str:
-    """Axolotl's `alpaca:chat`: the same words as plain SYSTEM, USER and ASSISTANT lines."""
+    """Return the prompt of axolotl's `alpaca:chat`: plain SYSTEM, USER and ASSISTANT lines."""
     if extra:
         return f"SYSTEM: {WITH_INPUT} {REQUEST}\nUSER: {instruction}\n{extra}\nASSISTANT:"
     return f"SYSTEM: {PREAMBLE}. {REQUEST}\nUSER: {instruction}\nASSISTANT:"
 
 
 def _running_text(field: str, record: Mapping[str, Any], place: Place) -> Pair | None:
-    """Return the text of a record, None for a blank one."""
+    """Return the text of a record; None for a blank one."""
     texts = {key: value for key, value in record.items() if isinstance(value, str)}
     longest = max(texts, key=lambda key: len(texts[key]), default=None)
     hint = "name the text column: `field: ...`"
@@ -136,12 +136,12 @@ Tokens = tuple[list[int], list[int]]  # input_ids and labels, equally long
 
 @dataclass(frozen=True, slots=True)
 class PairEncoder:
-    """Encode prompt and completion apart, so that generation meets the same prompt tokens.
+    """Encode prompt and completion separately, so that generation has the same prompt tokens.
 
     Attributes:
-        tokenizer: a transformers tokenizer; what it adds to a text stands at the ends of the pair.
+        tokenizer: a transformers tokenizer; the tokens that it adds go to the ends of the pair.
         train_on_inputs: whether prompts carry loss.
-        notes: sentences on what had no effect in what was encoded so far.
+        notes: warnings on columns without effect in the records encoded so far.
     """
 
     tokenizer: Any
@@ -157,7 +157,7 @@ class PairEncoder:
         prompts = iter(self._tokenize([pair.prompt for pair in pairs if pair.prompt is not None]))
         encoded = []
         for pair, answer in zip(pairs, self._tokenize([p.completion for p in pairs]), strict=True):
-            # A text may spell the tokens that are added to it.
+            # A text may already begin with the tokens that would be added.
             if pair.prompt is None and answer[: len(opening)] == opening:
                 answer = answer[len(opening) :]
             if answer[-len(ending) :] == ending:
