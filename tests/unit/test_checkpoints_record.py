@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 
-import pytest
-
 from benchmarks import checkpoints
 
 RECORD = json.loads(checkpoints.RECORD.read_text(encoding="utf-8"))
@@ -24,7 +22,6 @@ def test_the_record_is_of_this_code() -> None:
     assert len(RECORD["resumes"]) == checkpoints.RESUMES
 
 
-@pytest.mark.xfail(strict=True, reason="two threads and the flushes share two cores")
 def test_hashing_adds_at_most_the_target_to_a_save() -> None:
     assert RECORD["of_saves"][checkpoints.FIRST]["extra"] <= checkpoints.TARGET
 
