@@ -36,7 +36,7 @@ OF_TRANSFORMERS = {"sdpa", "flex_attention"}
 
 
 def fitting(name, *, is_packed):
-    """Give a backend that fits a bf16 Llama here, or skip with the plan's reasons."""
+    """Return a backend that fits a bf16 Llama here, or skip with the plan's reasons."""
     group = LayerGroup(count=2, heads=4, kv_heads=2, head_dim_qk=64, head_dim_v=64)
     problem = a_problem(
         model=Model(type="llama", layers=(group,)),

@@ -94,7 +94,7 @@ class Place:
                 run(sys.executable, "-m", "pip", *install, "--target", self.other, *wanted)
 
     def look(self) -> dict[str, Any]:
-        """Say what is there, with the probe that `attnimg doctor` uses."""
+        """Return what is found with the probe that `attnimg doctor` uses."""
         return json.loads(run(self.python, LOOK, PYTHONPATH=f"{self.other}:{ROOT}").stdout)
 
 

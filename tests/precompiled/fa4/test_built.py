@@ -40,7 +40,7 @@ print(json.dumps(fingerprint()[RELEASE]))
 
 
 def entries(folder: Path) -> Iterator[tuple[str, Path]]:
-    """Give each entry of a set with the machine code that its folder declares."""
+    """Return each entry of a set with the machine code that its folder declares."""
     for device, target in json.loads((folder / "manifest.json").read_text())["targets"].items():
         for path in sorted((folder / device).rglob("*.o")):
             yield target["code"], path
@@ -160,7 +160,7 @@ def test_an_entry_for_another_gpu_ends_the_build(built: Built, tmp_path: Path) -
 
 
 def finished() -> list[tuple[Path, str]]:
-    """Give the architectures of the set that FA4_KERNELS names."""
+    """Return the architectures of the set that FA4_KERNELS names."""
     folder = Path(os.environ.get("FA4_KERNELS", "/nonexistent"))
     if not (folder / "manifest.json").exists():
         return []

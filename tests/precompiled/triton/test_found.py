@@ -75,7 +75,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
 
 
 def start(device: str, *, shipped: Path, cache: Path) -> None:
-    """Have the cache filled as at the start of a run."""
+    """Fill the cache as at the start of a run."""
     capability = {"sm_90": (9, 0), "sm_120": (12, 0)}[device]
     arch = Arch(name=device, vendor="nvidia", capability=capability)
     machine = Machine(arch=arch, gpu="NVIDIA GPU", driver="590.10")

@@ -337,7 +337,7 @@ def test_a_manifest_that_is_none_is_refused_in_words(tmp_path, read, text):
 
 
 def triton_here(folder, monkeypatch):
-    """Have packages of these names, small ones, in place of any that are installed."""
+    """Install small packages of these names in place of any that are installed."""
     for name in ("triton/_C/libtriton.so", "triton/backends/nvidia/bin/ptxas"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(b"machine code")

@@ -22,7 +22,7 @@ KEY = next(step.key for step in HOPPER.steps if step.kernel.name == "flash-attn"
 
 
 def cell(**kernel: object) -> str:
-    """Give what the table says of flash-attn in hopper."""
+    """Return what the table says of flash-attn in hopper."""
     made = {"name": "flash-attn", "key": KEY, "trimmed": False, **kernel}
     text = built_table(PLANS, {"hopper": {"day": "2026-11-25", "kernels": [made]}})
     head, *rows = (line.split(" | ") for line in text.splitlines())
