@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
-from attnimg import apply
+from attnimg import application
 from attnimg.context import context_of
 from attnimg.errors import AttnimgError
 from attnimg.facts import (
@@ -26,11 +26,11 @@ from attnimg.facts import (
     Reason,
     RunContext,
 )
-from attnimg.select import plan as planning
+from attnimg.selection import plan as planning
 from attnimg.task import Task, run_findings
 
 if TYPE_CHECKING:
-    from attnimg.verify.isolation import IsolationProof
+    from attnimg.verification.isolation import IsolationProof
 
 # If these are the only reasons against a backend, a kernel is missing; others are in the config.
 _KERNEL_MISSING = frozenset({"not-installed", "version-low", "fp8-torchao", "fp8-needs-fa3"})
@@ -91,7 +91,7 @@ def select_verify_apply(
 
     A backend that fails its proof or leaks between packed documents is replaced by the next
     candidate, if the config allows that. torch and transformers are imported here. Call it inside
-    `apply.restored()`, which restores transformers' registries.
+    `application.restored()`, which restores transformers' registries.
 
     Args:
         task: what the backend is selected for.
@@ -105,10 +105,10 @@ def select_verify_apply(
     plan, proofs = verify_plan(plan or select(task, report), task, report)
     selected = _selected(plan, task, proofs)
     model = load(selected)
-    apply.require_applied(model, selected.backend)
+    application.require_applied(model, selected.backend)
     if not task.problem.packing:
         return Applied(model=model, selected=selected, isolation=None)
-    from attnimg.verify.isolation import check_isolation, require_isolation
+    from attnimg.verification.isolation import check_isolation, require_isolation
 
     while True:
         name = selected.backend.name
@@ -123,9 +123,9 @@ def select_verify_apply(
         following, proofs = verify_plan(following, task, report)
         report.say(f"packing: {name} is not used ({reason.code}): {isolation.why}")
         try:
-            apply.switch(
+            application.switch(
                 model,
-                apply.backend_of(following),
+                application.backend_of(following),
                 layers=_layers(task),
                 trusted=task.problem.trusted,
             )
@@ -135,9 +135,9 @@ def select_verify_apply(
         selected = replace(
             selected,
             plan=plan,
-            backend=apply.backend_of(plan),
-            context=context_of(task.problem, apply.backend_of(plan)),
-            implementation=apply.running(model),
+            backend=application.backend_of(plan),
+            context=context_of(task.problem, application.backend_of(plan)),
+            implementation=application.running(model),
             proofs=(*selected.proofs, *proofs),
         )
 
@@ -197,7 +197,7 @@ def proofs_of(
     routed: bool = False,
 ) -> list[Proof]:
     """Return a proof for each backend: a cached one, or else a new one."""
-    from attnimg.verify.proofs import Setting, prove
+    from attnimg.verification.proofs import Setting, prove
 
     setting = Setting.here(machine, os.environ)
     return prove(backends, problem, setting=setting, say=say, routed=routed)
@@ -205,7 +205,7 @@ def proofs_of(
 
 def kernel_hashes(plan: Plan, task: Task) -> dict[str, dict[str, str] | None]:
     """Return hashes of the files that compute each of a plan's backends; None for unknown ones."""
-    from attnimg.verify.proofs import Setting, content_of
+    from attnimg.verification.proofs import Setting, content_of
 
     setting = Setting.here(task.machine, os.environ)
     return {
@@ -257,8 +257,10 @@ def _announced(plan: Plan, task: Task, report: Report) -> Plan:
 
 def _selected(plan: Plan, task: Task, proofs: tuple[Proof, ...]) -> Selected:
     """Load the kernel of a verified plan, and register it with transformers."""
-    backend = apply.backend_of(plan)
-    implementation = apply.prepare(backend, layers=_layers(task), trusted=task.problem.trusted)
+    backend = application.backend_of(plan)
+    implementation = application.prepare(
+        backend, layers=_layers(task), trusted=task.problem.trusted
+    )
     context = context_of(task.problem, backend)
     return Selected(
         plan=plan, backend=backend, context=context, implementation=implementation, proofs=proofs

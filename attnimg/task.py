@@ -12,7 +12,7 @@ from attnimg.backends import all_backends
 from attnimg.config.schema import Config
 from attnimg.facts import Arch, Finding, Machine, Model, Plan, Problem
 from attnimg.machine import probe
-from attnimg.select import (
+from attnimg.selection import (
     images,
     known_bad,
     memory,
@@ -21,9 +21,9 @@ from attnimg.select import (
     other_layers,
     plan,
 )
-from attnimg.select.attention_shapes import attention_dropout
-from attnimg.select.attention_shapes import read_model as shapes_of
-from attnimg.select.gpus import catalogue, cpus_with, gpu_named
+from attnimg.selection.attention_shapes import attention_dropout
+from attnimg.selection.attention_shapes import read_model as shapes_of
+from attnimg.selection.gpus import catalogue, cpus_with, gpu_named
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

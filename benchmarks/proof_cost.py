@@ -120,7 +120,7 @@ def prove(asked: list[Any]) -> None:
     # BEFORE has the folder's former name.
     former = Path("attnimg/prove/child.py").exists()
     worker: Any = importlib.import_module(
-        "attnimg.prove.child" if former else "attnimg.verify.worker"
+        "attnimg.prove.child" if former else "attnimg.verification.worker"
     )
     backend, dtype, packing = asked
     torch.set_num_threads(1)

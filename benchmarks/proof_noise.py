@@ -140,7 +140,7 @@ def _prove_leaks() -> Iterator[tuple[str, Any]]:
 def _prove_wrong() -> Iterator[tuple[str, Any]]:
     """Prove the wrong kernels of the tests as `verify` does, in a child process."""
     serve, mutations = import_module("served_kernels").serve, import_module("test_mutations")
-    from attnimg.verify.runner import Candidate, run
+    from attnimg.verification.runner import Candidate, run
 
     rows = list(zip(mutations.NAMES, mutations.ALL, strict=True))
     with tempfile.TemporaryDirectory() as folder:

@@ -33,7 +33,7 @@ def main() -> int:
     """Measure, print, and exit with 1 above the bound."""
     import torch
 
-    from attnimg.apply.router import Router, Shape
+    from attnimg.application.router import Router, Shape
 
     torch.set_num_threads(1)
 

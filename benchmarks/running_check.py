@@ -181,7 +181,7 @@ def make_call(spec: CallSpec, function: Any = None) -> Any:
     """Run a call forward and backward; `function` replaces the kernel's own."""
     import torch
 
-    from attnimg.verify.capture import NAMES, CallKind, CapturedCall, call_again
+    from attnimg.verification.capture import NAMES, CallKind, CapturedCall, call_again
 
     generator = torch.Generator().manual_seed(spec.seed)
     n_tokens, dtype = sum(spec.lengths), getattr(torch, spec.dtype)
@@ -278,7 +278,7 @@ def _flash(module: Any) -> Any:
 def check(call: Any, spec: CallSpec) -> Any:
     """Compare a call as a run does."""
     from attnimg.backends import backend_named
-    from attnimg.verify.running import check_call
+    from attnimg.verification.running import check_call
 
     name = "flash_attention_2" if spec.kernel.startswith("fa") else spec.kernel.split(",")[0]
     backend = backend_named(name.split()[0])

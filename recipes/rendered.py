@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from attnimg.errors import AttnimgError
-from attnimg.select.images import parse
-from attnimg.select.model_types import read_causal_types
+from attnimg.selection.images import parse
+from attnimg.selection.model_types import read_causal_types
 from recipes.facts import Plan, Recipes
 from recipes.files import text_of
 from recipes.gates import docs

@@ -11,7 +11,7 @@ from attnimg.facts import Finding, Model, Plan
 
 if TYPE_CHECKING:
     from attnimg.config.schema import Checked
-    from attnimg.select.other_layers import OtherLayers
+    from attnimg.selection.other_layers import OtherLayers
 
 _FLAGS = (
     "attn_implementation",
@@ -69,7 +69,9 @@ def explained_json(
         others: the model's layers without softmax attention.
         memory: a dataclass of the memory that is quadratic in the row length; None for none.
     """
-    from attnimg.select.plan import plan_dict  # imported here because check --json does not need it
+    from attnimg.selection.plan import (
+        plan_dict,  # imported here because check --json does not need it
+    )
 
     return checked_json(checked) | {
         "on": on,

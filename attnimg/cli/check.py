@@ -38,7 +38,7 @@ def _check(file: str, on: str | None, torch: str | None, as_json_lines: bool) ->
 
     arch = None
     if on is not None:
-        from attnimg.select.gpus import parse_gpu
+        from attnimg.selection.gpus import parse_gpu
 
         arch = parse_gpu(on)[0]
     if torch is not None:

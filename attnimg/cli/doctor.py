@@ -10,7 +10,7 @@ from attnimg.machine import doctor as preflight
 from attnimg.machine import probe
 from attnimg.machine.doctor import Check
 from attnimg.machine.host import this_host
-from attnimg.select.images import catalogue, this_image
+from attnimg.selection.images import catalogue, this_image
 
 _MARKS = {"ok": "[green]ok  [/]", "warn": "[yellow]warn[/]", "fail": "[red]FAIL[/]"}
 

@@ -12,10 +12,10 @@ from attnimg.cli import JSON, ON, argument, as_json
 from attnimg.config.schema import Checked, Config
 from attnimg.errors import AttnimgError
 from attnimg.facts import Arch, Finding, Machine, Model, Plan, Problem
-from attnimg.select import plan
-from attnimg.select.memory import quadratic_memory
-from attnimg.select.model_config import read_config
-from attnimg.select.other_layers import other_layers
+from attnimg.selection import plan
+from attnimg.selection.memory import quadratic_memory
+from attnimg.selection.model_config import read_config
+from attnimg.selection.other_layers import other_layers
 from attnimg.task import (
     gpu_text,
     image_notes,

@@ -16,7 +16,7 @@ from attnimg.errors import AttnimgError
 from attnimg.facts import Backend, LayerGroup, Machine, Model, Plan, Problem, Proof
 from attnimg.machine.kernel_cache import use_shipped_kernels
 from attnimg.pipeline import parts_of, proofs_of
-from attnimg.select import plan
+from attnimg.selection import plan
 from attnimg.task import gpu_text, installed_machine, problem_of, read_model
 from attnimg.train.environment import require_readable
 

@@ -14,8 +14,8 @@ from attnimg.machine.shipped_kernels import (
     reasons_against_shipped,
     reasons_against_shipped_triton,
 )
-from attnimg.select.images import ImageFacts
-from attnimg.select.judge import older
+from attnimg.selection.images import ImageFacts
+from attnimg.selection.judge import older
 
 Status = Literal["ok", "warn", "fail"]
 

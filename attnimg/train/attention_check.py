@@ -15,14 +15,14 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from attnimg.apply.router import shape_of
+from attnimg.application.router import shape_of
 from attnimg.errors import AttnimgError
 from attnimg.facts import Backend, CallCheck, LayerGroup, Plan, RunContext
 from attnimg.train.checkpoint import checkpoints, newest_checkpoint, step_of
 from attnimg.train.distributed import gathered, rank, world_size
 
 if TYPE_CHECKING:
-    from attnimg.verify.capture import CallKind, CapturedCall
+    from attnimg.verification.capture import CallKind, CapturedCall
 
 # Backends that the error on a wrong kernel suggests: torch's own, then plain attention.
 _OTHERS = ("sdpa", "eager")
@@ -48,7 +48,7 @@ def attention_check_of(
         dropout: the dropout rate of the attention weights.
         say: prints a line for the user.
     """
-    from attnimg.verify.running import why_unchecked
+    from attnimg.verification.running import why_unchecked
 
     assert found.chosen is not None
     verdicts = [choice.verdict for choice in found.groups] or [found.chosen]
@@ -146,7 +146,7 @@ class AttentionCheck:
         if not self.due(step):
             yield
             return
-        from attnimg.verify.capture import Capture
+        from attnimg.verification.capture import Capture
 
         # A resumed session continues with the layer after the last one of the session before.
         if self._checked is None:
@@ -274,7 +274,7 @@ class AttentionCheck:
 
 
 def _judged(found: Plan, context: RunContext, call: CapturedCall, seed: str) -> CallCheck:
-    from attnimg.verify.running import check_call
+    from attnimg.verification.running import check_call
 
     return check_call(
         call,

@@ -9,8 +9,8 @@ from typing import Any
 from attnimg.config.schema import Config
 from attnimg.errors import AttnimgError
 from attnimg.facts import Finding, Machine
-from attnimg.select.model_config import LANGUAGE_PARTS
-from attnimg.select.model_types import position_table, read_causal_types, refusal_of
+from attnimg.selection.model_config import LANGUAGE_PARTS
+from attnimg.selection.model_types import position_table, read_causal_types, refusal_of
 from attnimg.task import model_file
 from attnimg.train.model_files import OTHER_PARTS
 from attnimg.train.pickled_weights import require_safetensors

@@ -16,8 +16,8 @@ from packaging.requirements import Requirement
 from attnimg.config.schema import Config
 from attnimg.errors import AttnimgError
 from attnimg.facts import DType, Finding
-from attnimg.select.model_config import LANGUAGE_PARTS
-from attnimg.select.model_types import (
+from attnimg.selection.model_config import LANGUAGE_PARTS
+from attnimg.selection.model_types import (
     Quantization,
     bits_of,
     method_of,

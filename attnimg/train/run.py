@@ -13,14 +13,14 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from attnimg import apply
+from attnimg import application
 from attnimg.config.schema import Config, entries
 from attnimg.context import described
 from attnimg.facts import Finding, Machine, Plan
 from attnimg.files import read_regular
 from attnimg.pipeline import Report, Selected, kernel_hashes, select, select_verify_apply
-from attnimg.select.model_config import read_config
-from attnimg.select.plan import plan_dict
+from attnimg.selection.model_config import read_config
+from attnimg.selection.plan import plan_dict
 from attnimg.task import Task, model_file, task_of
 from attnimg.train.base_model import judge_base_model
 from attnimg.train.distributed import StopFlag, agree
@@ -76,7 +76,7 @@ def train(config: Config, machine: Machine, *, report: TrainReport, stop: StopFl
     _agree(config, machine, {**config.model_dump(), **_named_files(config), "plan": _chosen(plan),
                              "packages": versions(), "checkpoint": checkpoint})  # fmt: skip
     silence_libraries()
-    with apply.restored():
+    with application.restored():
         task, plan = _with_model_config(config, task, plan, report)
         return fit_selected(config, task, plan, report=report, stop=stop, resume=resume)
 
@@ -95,8 +95,8 @@ def _with_model_config(
         _require_base_model(config, raw, task.machine, report)
         task = task_of(config, raw, task.machine)
         plan = select(task, report)
-    model_class = apply.class_of(model_config)
-    facts = apply.facts_of(model_class) if model_class is not None else None
+    model_class = application.class_of(model_config)
+    facts = application.facts_of(model_class) if model_class is not None else None
     if facts != task.problem.model_class:
         task = replace(task, problem=replace(task.problem, model_class=facts))
         plan = select(task, report)
@@ -147,7 +147,7 @@ def fit_selected(
         run=RunFacts(
             machine=task.machine,
             plan=selected.plan,
-            implementation=apply.running(applied.model),
+            implementation=application.running(applied.model),
             context=selected.context,
             isolation=asdict(applied.isolation) if applied.isolation else None,
             proofs=selected.proofs,

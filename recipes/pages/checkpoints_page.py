@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 
-from attnimg.select.model_types import CausalTypes, Quantization, position_table, quantizations
+from attnimg.selection.model_types import CausalTypes, Quantization, position_table, quantizations
 from recipes.files import NOTICE
 from recipes.pages.images_and_kernels import table
 

@@ -16,13 +16,13 @@ from importlib import resources
 from typing import Any
 
 from attnimg.facts import Finding, KnownBad, Machine, Model, Plan, Problem
-from attnimg.select import known_bad, plan
-from attnimg.select.attention_shapes import read_model
-from attnimg.select.gpus import Gpu, catalogue
-from attnimg.select.images import ImageFacts, image_for, machine_with, runs_on
-from attnimg.select.memory import QuadraticMemory, quadratic_memory
-from attnimg.select.model_types import class_named
-from attnimg.select.other_layers import findings_on
+from attnimg.selection import known_bad, plan
+from attnimg.selection.attention_shapes import read_model
+from attnimg.selection.gpus import Gpu, catalogue
+from attnimg.selection.images import ImageFacts, image_for, machine_with, runs_on
+from attnimg.selection.memory import QuadraticMemory, quadratic_memory
+from attnimg.selection.model_types import class_named
+from attnimg.selection.other_layers import findings_on
 from recipes.files import NOTICE
 
 _class_of = cache(class_named)

@@ -7,7 +7,7 @@ from itertools import groupby
 
 from attnimg.backends import all_backends
 from attnimg.facts import Model, Rank
-from attnimg.select.other_layers import kinds
+from attnimg.selection.other_layers import kinds
 from recipes.files import NOTICE
 from recipes.pages.choices import ROW, Choice, taken
 from recipes.pages.images_and_kernels import table

@@ -9,7 +9,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from attnimg.select.model_types import read_causal_types
+from attnimg.selection.model_types import read_causal_types
 from recipes.files import NOTICE
 from recipes.pages.images_and_kernels import table
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 
 from attnimg.backends import all_backends, runs_on
 from attnimg.facts import Backend
-from attnimg.select.gpus import arch_from_name, catalogue
+from attnimg.selection.gpus import arch_from_name, catalogue
 from recipes.facts import Allowance, Kernel, Plan, TrainedModel, Unresolved
 from recipes.files import NOTICE
 from recipes.render.precompiled import covered

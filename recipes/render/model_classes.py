@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 from attnimg.facts import ModelClass
-from attnimg.select.model_types import CausalTypes
+from attnimg.selection.model_types import CausalTypes
 
 PATH = "attnimg/data/model_classes.toml"
 CAUSAL_PATH = "attnimg/data/causal_types.toml"
@@ -26,7 +26,7 @@ def model_classes() -> dict[str, ModelClass | None]:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    from attnimg.apply import facts_of
+    from attnimg.application import facts_of
 
     return {
         name: facts_of(MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[name]])

@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from attnimg.select.model_types import PositionTable
+from attnimg.selection.model_types import PositionTable
 
 PATH = "attnimg/data/positions.toml"
 # No default config of transformers has this size.
@@ -60,7 +60,7 @@ def positions_toml(
         f"# Causal language models of transformers {transformers} with a table of positions,\n"
         "# learned or computed, which limit the length of rows. keys: fields of config.json with\n"
         "# its length; default: its length without them; reserved: positions that no token\n"
-        "# can have, see PositionTable in attnimg/select/model_types.py.\n"
+        "# can have, see PositionTable in attnimg/selection/model_types.py.\n"
         f"# Not built from their default configs: {', '.join(unbuilt)}.\n"
     ]
     for name, table in found.items():

@@ -7,8 +7,8 @@ from typing import Any
 
 from attnimg.backends import backend_named
 from attnimg.facts import LayerGroup
-from attnimg.select.gpus import arch_from_name
-from attnimg.select.judge import layer_reasons
+from attnimg.selection.gpus import arch_from_name
+from attnimg.selection.judge import layer_reasons
 from recipes.facts import AheadOfTime, Plan, Step, TrainedModel, TritonSet
 from recipes.files import NOTICE
 from recipes.solve.rules import device

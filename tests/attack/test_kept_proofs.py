@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from attnimg.backends import backend_named
 from attnimg.facts import Figure, Proof
-from attnimg.verify import proofs as cache
+from attnimg.verification import proofs as cache
 
 FIGURE = Figure(quantity="dq", error=1e-7, allowed=1e-6, case="17 tokens")
 PROOF = Proof(backend="sdpa", reasons=(), figures=(FIGURE,), cases=3, longest=64, seconds=0.5)

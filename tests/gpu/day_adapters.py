@@ -12,10 +12,10 @@ from attnimg.facts import Backend, LayerGroup, Machine, Model, Problem, Proof
 from attnimg.machine import probe
 from attnimg.machine.kernel_cache import use_shipped_kernels
 from attnimg.machine.shipped_kernels import shipped_kernels
-from attnimg.select import plan
+from attnimg.selection import plan
 from attnimg.task import distributions
-from attnimg.verify import proofs
-from attnimg.verify.runner import run
+from attnimg.verification import proofs
+from attnimg.verification.runner import run
 
 # Query heads to a key head in every unit, as in Llama 3.
 GROUP = 4
@@ -127,7 +127,7 @@ def _setting(machine: Machine) -> proofs.Setting:
 
 def isolation(model: Any, unit: dict[str, Any]) -> tuple[bool, str]:
     """Return whether a model keeps packed documents apart on a unit's backend, and the figures."""
-    from attnimg.verify.isolation import check_isolation
+    from attnimg.verification.isolation import check_isolation
 
     task = problem({**unit, "head_dims": [], "packing": True, "sequence_len": unit["tokens"]})
     context = context_of(task, backend(unit["backend"]))

@@ -14,7 +14,7 @@ import day_adapters as adapters
 import torch
 from day_units import versions
 
-from attnimg import apply
+from attnimg import application
 
 # 1b: Llama 3.2 1B with a smaller vocabulary, since random weights need no words.
 # Source: config.json of meta-llama/Llama-3.2-1B as copies of it on the hub have it, such as
@@ -60,10 +60,12 @@ def training(unit: dict[str, Any], stage: Callable[[str], None]) -> dict[str, An
         heads=shape["num_attention_heads"],
         count=shape["num_hidden_layers"],
     )
-    with apply.restored():
+    with application.restored():
         stage("loading the model")
-        model = _model(shape, apply.prepare(backend, layers=layers), dtype=dtype, device=device)
-        apply.require_applied(model, backend)
+        model = _model(
+            shape, application.prepare(backend, layers=layers), dtype=dtype, device=device
+        )
+        application.require_applied(model, backend)
         stage("isolation check")
         isolated, why = adapters.isolation(model, unit)
         stage("training")

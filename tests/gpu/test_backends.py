@@ -18,16 +18,16 @@ from attention_cases import LAYER, draw, gradients, packed, plainly, same_docume
 from run_facts import a_context, a_problem
 from tiny_models import tiny_model
 
-from attnimg import apply
+from attnimg import application
 from attnimg.backends import all_backends, backend_named
 from attnimg.backends._transformers import attention_function
 from attnimg.facts import LayerGroup, Model
 from attnimg.machine import probe
-from attnimg.select.plan import choose
+from attnimg.selection.plan import choose
 from attnimg.task import distributions
 from attnimg.train.rows import PackedCollator, PaddedCollator
-from attnimg.verify.isolation import check_isolation
-from attnimg.verify.reference import shifted_keys
+from attnimg.verification.isolation import check_isolation
+from attnimg.verification.reference import shifted_keys
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NAMES = [backend.name for backend in all_backends() if backend.name != "eager"]
@@ -88,11 +88,11 @@ def test_it_is_as_right_as_its_pattern_written_plainly_in_bf16(name, lengths):
 
 
 def twenty_losses(backend, *, is_packed):
-    with apply.restored():
-        model = tiny_model("llama", apply.prepare(backend), hidden_size=256).to(
+    with application.restored():
+        model = tiny_model("llama", application.prepare(backend), hidden_size=256).to(
             DEVICE, torch.bfloat16
         )
-        apply.require_applied(model, backend)
+        application.require_applied(model, backend)
         padding_free = backend.packing == "native"
         if is_packed:
             assert check_isolation(

@@ -15,9 +15,9 @@ from run_facts import a_problem
 from attnimg.backends import all_backends, backend_named
 from attnimg.facts import LayerGroup, Machine, Model
 from attnimg.machine import probe
-from attnimg.select import plan
+from attnimg.selection import plan
 from attnimg.task import distributions
-from attnimg.verify.proofs import Setting, prove
+from attnimg.verification.proofs import Setting, prove
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 

@@ -15,7 +15,7 @@ from packages import constants, function, read
 
 from attnimg.backends import backend_named
 from attnimg.facts import LayerGroup, Needs
-from attnimg.select.judge import layer_reasons
+from attnimg.selection.judge import layer_reasons
 
 FLASH_API = "csrc/flash_attn/flash_api.cpp"
 INTERFACE = "flash_attn/cute/interface.py"

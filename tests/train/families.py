@@ -158,7 +158,7 @@ def variants(model_types: list[str]) -> dict[str, tuple[str, dict[str, Any]]]:
 
     A type that attends to both sides has a second row, for its decoders.
     """
-    from attnimg.select.model_types import read_causal_types
+    from attnimg.selection.model_types import read_causal_types
 
     two_sided = read_causal_types().two_sided
     found: dict[str, tuple[str, dict[str, Any]]] = {}

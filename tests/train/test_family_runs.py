@@ -12,7 +12,7 @@ import pytest
 from families import RECORD, run
 
 from attnimg import pipeline
-from attnimg.select import model_types
+from attnimg.selection import model_types
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.timeout(120)]
 

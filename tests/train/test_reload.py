@@ -22,7 +22,7 @@ from tiny_vlms import tiny_vlm
 
 from attnimg import config, pipeline
 from attnimg.cli.train import PrintedReport
-from attnimg.select.model_types import read_causal_types
+from attnimg.selection.model_types import read_causal_types
 from attnimg.task import installed_machine
 from attnimg.train import fit, metrics, run
 from attnimg.train.distributed import StopFlag

@@ -27,10 +27,10 @@ from attnimg.config.keys import unsupported_keys
 from attnimg.config.schema import Config
 from attnimg.errors import AttnimgError
 from attnimg.facts import Arch, Finding, Machine, Model, Plan
-from attnimg.select.attention_shapes import read_model
-from attnimg.select.gpus import parse_gpu
-from attnimg.select.model_config import read_config
-from attnimg.select.plan import choose
+from attnimg.selection.attention_shapes import read_model
+from attnimg.selection.gpus import parse_gpu
+from attnimg.selection.model_config import read_config
+from attnimg.selection.plan import choose
 from attnimg.task import model_file, precision_notes, problem_of
 from attnimg.train.base_model import judge_files
 from attnimg.train.check import check_inputs, try_options

@@ -12,13 +12,13 @@ import torch
 from run_facts import a_context
 from tiny_models import tiny_model
 
-from attnimg import apply
+from attnimg import application
 from attnimg.backends import all_backends, backend_named
 from attnimg.errors import AttnimgError
 from attnimg.facts import GroupChoice, LayerGroup, Plan, Verdict
 from attnimg.train.rows import PackedCollator, PaddedCollator
-from attnimg.verify.isolation import check_isolation
-from attnimg.verify.reference import attend, shifted_keys
+from attnimg.verification.isolation import check_isolation
+from attnimg.verification.reference import attend, shifted_keys
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 FLASH = "kernels-community/flash-attn2"
@@ -31,7 +31,7 @@ def kernels(monkeypatch):
     spec = ":".join(f"{name}={FIXTURES / folder}" for name, folder in served.items())
     monkeypatch.setenv("LOCAL_KERNELS", spec)
     monkeypatch.syspath_prepend(str(FIXTURES / "sage_stand_in"))
-    with apply.restored():
+    with application.restored():
         yield
     sys.modules.pop("sageattention", None)
 
@@ -39,8 +39,8 @@ def kernels(monkeypatch):
 def applied(name, model_type="llama", **changes):
     """Build a tiny model that runs a backend."""
     backend = backend_named(name)
-    model = tiny_model(model_type, apply.prepare(backend), **changes)
-    apply.require_applied(model, backend)
+    model = tiny_model(model_type, application.prepare(backend), **changes)
+    application.require_applied(model, backend)
     return model, backend
 
 
@@ -157,7 +157,7 @@ def snapshot():
 @pytest.mark.parametrize("name", ["sage", "s2", "flash_attention_2", "org/unread", "sdpa"])
 def test_undoing_leaves_the_process_as_it_was(name):
     before = snapshot()
-    with apply.restored():
+    with application.restored():
         for _ in range(2):
             model, _ = applied(name)
             model(torch.ones(1, 8, dtype=torch.long))
@@ -168,29 +168,29 @@ def test_undoing_leaves_the_process_as_it_was(name):
 def test_a_second_model_runs_its_own_backend():
     first, _ = applied("sage")
     second, _ = applied("sdpa")
-    assert apply.running(first) == "attnimg_sage"
-    assert apply.running(second) == "sdpa"
+    assert application.running(first) == "attnimg_sage"
+    assert application.running(second) == "sdpa"
 
 
 def test_models_of_one_config_object_flip_each_other_unless_it_is_copied():
     from transformers import AutoModelForCausalLM
 
     first, _ = applied("sdpa")
-    name = apply.prepare(backend_named("s2"))
+    name = application.prepare(backend_named("s2"))
     AutoModelForCausalLM.from_config(deepcopy(first.config), attn_implementation=name)
-    apply.require_applied(first, backend_named("sdpa"))
+    application.require_applied(first, backend_named("sdpa"))
     AutoModelForCausalLM.from_config(first.config, attn_implementation=name)
     with pytest.raises(AttnimgError, match="was not applied"):
-        apply.require_applied(first, backend_named("sdpa"))
+        application.require_applied(first, backend_named("sdpa"))
 
 
 def test_switching_a_loaded_model_changes_what_it_computes():
     model, _ = applied("sdpa")
     ids = torch.arange(3, 35)[None]
     full = model(ids, use_cache=False).logits
-    apply.switch(model, backend_named("s2"))
+    application.switch(model, backend_named("s2"))
     assert (model(ids, use_cache=False).logits - full).abs().max() > 1e-3
-    apply.switch(model, backend_named("sdpa"))
+    application.switch(model, backend_named("sdpa"))
     assert torch.equal(model(ids, use_cache=False).logits, full)
 
 
@@ -209,7 +209,7 @@ def test_a_load_that_failed_does_not_stick(monkeypatch):
     monkeypatch.setenv("LOCAL_KERNELS", f"{FLASH}={FIXTURES}")  # serves no kernel
     for _ in range(2):
         with pytest.raises(AttnimgError) as caught:
-            apply.prepare(backend_named("flash_attention_2"))
+            application.prepare(backend_named("flash_attention_2"))
         assert caught.value.exit_code == 1
     assert flash._loaded_implementation is None
     monkeypatch.setenv("LOCAL_KERNELS", f"{FLASH}={FIXTURES / 'flash_attn2'}")
@@ -220,7 +220,7 @@ def test_a_load_that_failed_does_not_stick(monkeypatch):
 def test_nothing_is_downloaded_for_a_name_that_is_no_hub_path(monkeypatch):
     monkeypatch.delenv("LOCAL_KERNELS")
     with pytest.raises(AttnimgError) as caught:
-        apply.prepare(backend_named("flash_attention_2"))
+        application.prepare(backend_named("flash_attention_2"))
     assert caught.value.code == "not-installed"
     assert "without being named" in caught.value.why
 
@@ -228,7 +228,7 @@ def test_nothing_is_downloaded_for_a_name_that_is_no_hub_path(monkeypatch):
 @pytest.mark.parametrize("name", ["xformers", "fp8"])
 def test_a_package_that_is_missing_is_named(name):
     with pytest.raises(AttnimgError) as caught:
-        apply.prepare(backend_named(name))
+        application.prepare(backend_named(name))
     assert caught.value.code == "import-error"
     assert "ModuleNotFoundError" in caught.value.why
 
@@ -257,10 +257,10 @@ def test_values_of_another_size_reach_the_kernel_unpadded(monkeypatch, unpadded,
 
     monkeypatch.setattr(flash.FlashKernel, "_dense", watched)
     backend = replace(backend_named("flash_attention_2"), unpadded_v=unpadded)
-    name = apply.prepare(backend, layers=layers)
+    name = application.prepare(backend, layers=layers)
     assert (name == "flash_attention_2") == padded
     model = tiny_model("deepseek_v3", name)
-    apply.require_applied(model, backend)
+    application.require_applied(model, backend)
     ids = torch.arange(3, 35)[None]
     plain = tiny_model("deepseek_v3", "sdpa")(ids, use_cache=False).logits
     assert (model(ids, use_cache=False).logits - plain).abs().max() < 1e-4
@@ -284,10 +284,10 @@ def test_layers_that_differ_run_their_own_backends_and_compute_the_same():
     chosen = Verdict(backend=backend_named("sdpa"), rank=1, reasons=())
     groups = choices((8, "flash_attention_2"), (None, "sdpa"))
     plan = Plan(asked="auto", chosen=chosen, because="", verdicts=(chosen,), groups=groups)
-    backend = apply.backend_of(plan)
+    backend = application.backend_of(plan)
     assert backend.packing == "native"
-    model = tiny_model("gemma3_text", apply.prepare(backend), num_hidden_layers=6)
-    apply.require_applied(model, backend)
+    model = tiny_model("gemma3_text", application.prepare(backend), num_hidden_layers=6)
+    application.require_applied(model, backend)
     proof = check_isolation(
         model, implementation=backend.name, context=a_context(padding_free=True)
     )

@@ -13,7 +13,7 @@ from tiny_vlms import tiny_vlm
 
 from attnimg.config.schema import Config
 from attnimg.errors import AttnimgError
-from attnimg.select.model_types import position_table, read_causal_types
+from attnimg.selection.model_types import position_table, read_causal_types
 from attnimg.train.base_model import (
     attention_by_part,
     class_to_load,

@@ -15,8 +15,8 @@ import pytest
 
 from attnimg.__main__ import run as attnimg
 from attnimg.backends import all_backends
-from attnimg.select.gpus import catalogue
-from attnimg.select.images import catalogue as images
+from attnimg.selection.gpus import catalogue
+from attnimg.selection.images import catalogue as images
 from recipes.pages.choices import ROW, models
 
 GOLDEN = json.loads((Path(__file__).parent / "golden/choices.json").read_text(encoding="utf-8"))

@@ -366,7 +366,7 @@ def test_explain_refuses_an_image_that_does_not_start_there(
 
 
 def test_check_imports_nothing_that_it_can_do_without() -> None:
-    heavy = ["rich", "typer", "torch", "transformers", "attnimg.select", "attnimg.train"]
+    heavy = ["rich", "typer", "torch", "transformers", "attnimg.selection", "attnimg.train"]
     code = (
         "import sys; from attnimg.__main__ import run; code = run(['check', 'x.yaml']); "
         f"print(code, [name for name in {heavy} if name in sys.modules])"

@@ -19,8 +19,8 @@ from attnimg.backends import backend_named
 from attnimg.content_hashes import ContentHashes, cache_folder
 from attnimg.facts import Machine
 from attnimg.machine import probe
-from attnimg.select.attention_shapes import read_model
-from attnimg.verify.proofs import Setting, prove
+from attnimg.selection.attention_shapes import read_model
+from attnimg.verification.proofs import Setting, prove
 
 KERNEL = Path(__file__).parents[1] / "fixtures" / "flash_attn2"
 LARGE = 3 << 20

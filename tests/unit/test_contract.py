@@ -10,7 +10,7 @@ import pytest
 from attnimg.config import check_values
 from attnimg.config.schema import Checked
 from attnimg.errors import AttnimgError
-from attnimg.select.gpus import parse_gpu
+from attnimg.selection.gpus import parse_gpu
 
 REQUIRED: dict[str, Any] = {
     "base_model": "org/model",

@@ -11,7 +11,7 @@ from run_facts import a_context
 from tiny_models import tiny_model
 
 from attnimg.errors import AttnimgError
-from attnimg.verify.isolation import IsolationProof, check_isolation, require_isolation
+from attnimg.verification.isolation import IsolationProof, check_isolation, require_isolation
 
 BY_MASK = [
     *("llama", "mistral", "qwen3", "gemma3_text", "phi3"),

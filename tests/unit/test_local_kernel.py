@@ -11,7 +11,7 @@ from run_facts import a_context
 from tiny_models import tiny_model
 
 from attnimg.train.rows import PackedCollator
-from attnimg.verify.isolation import check_isolation
+from attnimg.verification.isolation import check_isolation
 
 FOLDER = Path(__file__).parents[1] / "fixtures" / "flash_attn2"
 

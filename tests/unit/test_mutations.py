@@ -17,7 +17,7 @@ from run_facts import a_geometry
 from served_kernels import SLY, WRONG, serve
 
 from attnimg.facts import Geometry, Proof
-from attnimg.verify.runner import Candidate, run
+from attnimg.verification.runner import Candidate, run
 
 PACKED = a_geometry(
     heads=4, kv_heads=2, head_dim_qk=16, head_dim_v=16, packing=True, sequence_len=300

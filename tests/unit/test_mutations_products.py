@@ -15,7 +15,7 @@ from run_facts import a_geometry
 from served_kernels import serve
 
 from attnimg.facts import Proof
-from attnimg.verify.runner import Candidate, run
+from attnimg.verification.runner import Candidate, run
 
 SOURCE = Path(__file__).parents[1] / "fixtures/wrong_kernels/products.py"
 PACKED = a_geometry(

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from attnimg.verify.reference import attend, visible_keys
+from attnimg.verification.reference import attend, visible_keys
 
 HEADS, KV_HEADS, SIZE, SIZE_V = 4, 2, 8, 6
 

@@ -15,7 +15,7 @@ from run_facts import a_geometry
 from served_kernels import serve
 
 from attnimg.facts import Proof
-from attnimg.verify.runner import Candidate, Watchdog, own_time, run, usage_of
+from attnimg.verification.runner import Candidate, Watchdog, own_time, run, usage_of
 
 SMALL = a_geometry(heads=2, kv_heads=1, head_dim_qk=16, head_dim_v=16, sequence_len=64)
 SPIN = "while True: pass"
@@ -114,7 +114,7 @@ def children() -> list[int]:
         for path in Path("/proc/self/task").glob("*/children")
         for pid in path.read_text().split()
     ]
-    return [pid for pid in listed if b"attnimg.verify.worker" in cmdline(pid)]
+    return [pid for pid in listed if b"attnimg.verification.worker" in cmdline(pid)]
 
 
 def cmdline(pid: int) -> bytes:

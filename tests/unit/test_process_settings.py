@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from attnimg.apply.registry import process_settings_kept
+from attnimg.application.registry import process_settings_kept
 
 
 @pytest.fixture(autouse=True)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from run_facts import a_geometry
 
-from attnimg import apply
+from attnimg import application
 from attnimg.backends import backend_named
 from attnimg.backends._transformers import as_applied, attention_function
 from attnimg.backends._varlen import FlashKernel
@@ -46,13 +46,13 @@ def kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     source = source.replace("import torch\n", "import functools\n\nimport torch\n", 1)
     (build / "__init__.py").write_text(source + STRICT)
     monkeypatch.setenv("LOCAL_KERNELS", f"{FLASH_4}={tmp_path}")
-    with apply.restored():
+    with application.restored():
         yield
 
 
 def proven(name: str, geometry: Geometry, *, routed: bool = False) -> Proof:
     """Prove in this process what a child would prove."""
-    from attnimg.verify.worker import prove_candidate
+    from attnimg.verification.worker import prove_candidate
 
     candidate = {
         "backend": name, "geometries": [asdict(geometry)], "trusted": False, "routed": routed
@@ -124,7 +124,7 @@ def test_what_apply_registers_is_what_that_function_gives() -> None:
     backend = backend_named("flash_attention_4")
     assert backend is not None
     layers = (layer(192, 128),)
-    registered = AttentionInterface()[apply.prepare(backend, layers=layers)]
+    registered = AttentionInterface()[application.prepare(backend, layers=layers)]
     found = attention_function(as_applied(backend, layers))
     for function in (registered, found):
         kernel = inspect.unwrap(function)
@@ -133,8 +133,8 @@ def test_what_apply_registers_is_what_that_function_gives() -> None:
 
 
 def test_a_row_that_is_shortened_on_a_cpu_is_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
-    from attnimg.verify import candidate
-    from attnimg.verify.cases import CPU, Budget
+    from attnimg.verification import candidate
+    from attnimg.verification.cases import CPU, Budget
 
     little = Budget(held=CPU.held, whole=4 * 150**2, drawn=CPU.drawn)
     monkeypatch.setattr(candidate, "budget_here", lambda *_args, **_named: little)

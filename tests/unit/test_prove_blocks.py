@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from attnimg.verify.blocks import block_reference
-from attnimg.verify.reference import attend, visible_keys
+from attnimg.verification.blocks import block_reference
+from attnimg.verification.reference import attend, visible_keys
 
 LENGTHS = (70, 1, 0, 45, 200, 3)
 T = sum(LENGTHS)

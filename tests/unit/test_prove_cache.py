@@ -16,8 +16,8 @@ from run_facts import a_geometry
 from attnimg.backends import backend_named
 from attnimg.facts import Arch, Figure, Machine, Proof, Reason
 from attnimg.files import write_private
-from attnimg.verify import proofs as cache
-from attnimg.verify.runner import Candidate
+from attnimg.verification import proofs as cache
+from attnimg.verification.runner import Candidate
 
 CPU = Machine(arch=Arch(name="cpu", vendor="cpu"), gpu="cpu", driver="1")
 GEOMETRY = a_geometry(heads=4, kv_heads=2, head_dim_qk=16, head_dim_v=16)

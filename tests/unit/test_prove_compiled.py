@@ -8,9 +8,9 @@ from run_facts import a_geometry
 
 from attnimg.backends import backend_named
 from attnimg.facts import Backend, Geometry
-from attnimg.verify.cases import budget_of, cases_of
-from attnimg.verify.runner import COMPILING_S, TIMEOUT_S, Candidate, limits_of
-from attnimg.verify.training_conditions import (
+from attnimg.verification.cases import budget_of, cases_of
+from attnimg.verification.runner import COMPILING_S, TIMEOUT_S, Candidate, limits_of
+from attnimg.verification.training_conditions import (
     EDGES,
     RECOMPILE_LIMIT,
     builds_plans,

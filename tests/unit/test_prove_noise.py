@@ -16,14 +16,14 @@ from attnimg.backends import backend_named
 from attnimg.backends._transformers import attention_function
 from attnimg.backends._varlen import FlashKernel
 from attnimg.facts import Backend, Reason
-from attnimg.verify import candidate
-from attnimg.verify.calls import Result, call
-from attnimg.verify.candidate import Findings, prove_geometry
-from attnimg.verify.cases import CPU, Case, cases_of
-from attnimg.verify.checks import Fault, check_isolated
-from attnimg.verify.inputs import draw
-from attnimg.verify.reference import TILE, beyond_a_flip, sum_noise
-from attnimg.verify.worker import prove_candidate
+from attnimg.verification import candidate
+from attnimg.verification.calls import Result, call
+from attnimg.verification.candidate import Findings, prove_geometry
+from attnimg.verification.cases import CPU, Case, cases_of
+from attnimg.verification.checks import Fault, check_isolated
+from attnimg.verification.inputs import draw
+from attnimg.verification.reference import TILE, beyond_a_flip, sum_noise
+from attnimg.verification.worker import prove_candidate
 
 SMALL = Shape(head_dim=64, group=4, dtype="bfloat16", packed=True, tile=64)
 # 20 of the grid, with few heads: `make bench/proof-noise` runs 200 for each kind of noise.

@@ -10,7 +10,7 @@ from run_facts import a_geometry
 from served_kernels import serve
 
 from attnimg.facts import Proof
-from attnimg.verify.runner import Candidate, _message, run
+from attnimg.verification.runner import Candidate, _message, run
 
 SOURCES = Path(__file__).parents[1] / "fixtures/wrong_kernels"
 GEOMETRY = a_geometry(
@@ -73,7 +73,7 @@ def test_no_process_that_a_kernel_started_is_left(proofs: list[Proof]) -> None:
                 left.append((process / "cmdline").read_bytes())
         except OSError:
             continue
-    assert [line for line in left if b"attnimg.verify" in line] == []
+    assert [line for line in left if b"attnimg.verification" in line] == []
 
 
 @pytest.mark.parametrize(

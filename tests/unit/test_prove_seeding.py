@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from attnimg.verify.process_state import is_rewound, states_after_draw
+from attnimg.verification.process_state import is_rewound, states_after_draw
 
 CPU = torch.device("cpu")
 STATE = torch.Generator().manual_seed(3).get_state()

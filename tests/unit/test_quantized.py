@@ -26,7 +26,7 @@ from attnimg.__main__ import run as attnimg
 from attnimg.config.schema import Config
 from attnimg.errors import AttnimgError
 from attnimg.facts import DType
-from attnimg.select.model_types import quantizations
+from attnimg.selection.model_types import quantizations
 from attnimg.train.base_model import judge_files
 from attnimg.train.model import load_model
 from attnimg.train.tokenizer import load_tokenizer

@@ -7,12 +7,12 @@ import torch
 from attention_cases import LAYER, draw
 from run_facts import a_problem
 
-from attnimg.apply import backend_of
-from attnimg.apply.router import Router, Shape
+from attnimg.application import backend_of
+from attnimg.application.router import Router, Shape
 from attnimg.errors import AttnimgError
 from attnimg.facts import DType, LayerGroup, Machine, Model, Plan, Reason
-from attnimg.select.gpus import parse_gpu
-from attnimg.select.plan import choose, without
+from attnimg.selection.gpus import parse_gpu
+from attnimg.selection.plan import choose, without
 
 
 def named(name):

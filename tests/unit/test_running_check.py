@@ -15,9 +15,9 @@ from torch.nn.attention.flex_attention import create_block_mask
 from attnimg.backends import backend_named
 from attnimg.facts import Backend, CallCheck
 from attnimg.train.attention_check import AttentionCheck
-from attnimg.verify import blocks, running
-from attnimg.verify.blocks import NotComparable, closed_part, spans_of_mask
-from attnimg.verify.capture import CallKind, call_again
+from attnimg.verification import blocks, running
+from attnimg.verification.blocks import NotComparable, closed_part, spans_of_mask
+from attnimg.verification.capture import CallKind, call_again
 from benchmarks import running_check as measured
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from attention_cases import LAYER, draw, gradients, packed, plainly, same_document
 
-from attnimg import apply
+from attnimg import application
 from attnimg.backends import backend_named
 from attnimg.backends._transformers import attention_function, direct_function
 from attnimg.backends.varlen_attn import varlen_attention
@@ -58,7 +58,7 @@ def kernels(monkeypatch):
     spec = ":".join(f"{name}={FIXTURES / 'flash_attn2'}" for name in served)
     monkeypatch.setenv("LOCAL_KERNELS", spec)
     monkeypatch.syspath_prepend(str(FIXTURES / "sage_stand_in"))
-    with apply.restored():
+    with application.restored():
         yield
     sys.modules.pop("sageattention", None)
 
@@ -237,7 +237,7 @@ def test_choosing_imports_no_torch():
     import subprocess
 
     code = (
-        "import sys, attnimg.select.plan, attnimg.backends as b\n"
+        "import sys, attnimg.selection.plan, attnimg.backends as b\n"
         "[b.backend_named(n) for n in ('auto', 'sage', 'org/kernel:fn')]\n"
         "sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     )

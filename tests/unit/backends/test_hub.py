@@ -7,7 +7,7 @@ import json
 import pytest
 from attention_cases import LAYER, draw, gradients, packed, plainly, same_document
 
-from attnimg import apply
+from attnimg import application
 from attnimg.backends import backend_named
 from attnimg.backends._transformers import attention_function
 from attnimg.errors import AttnimgError
@@ -59,7 +59,7 @@ def serve(tmp_path, monkeypatch):
         monkeypatch.setenv("LOCAL_KERNELS", f"{name}={tmp_path / kind}")
         return name
 
-    with apply.restored():
+    with application.restored():
         yield served
 
 
@@ -110,7 +110,7 @@ def test_a_kernel_that_can_not_be_used_is_an_error_of_three_parts(
     serve, kind, function, code, shown
 ):
     with pytest.raises(AttnimgError) as caught:
-        apply.prepare(backend_named(serve(kind) + function))
+        application.prepare(backend_named(serve(kind) + function))
     assert caught.value.code == code
     assert caught.value.exit_code == 1
     assert shown in caught.value.why
@@ -120,7 +120,7 @@ def test_a_kernel_that_can_not_be_used_is_an_error_of_three_parts(
 def test_a_kernel_that_is_nowhere_is_an_error_and_no_traceback(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(AttnimgError) as caught:
-        apply.prepare(backend_named("org/nowhere@abc123"))
+        application.prepare(backend_named("org/nowhere@abc123"))
     assert caught.value.exit_code == 1
     assert "org/nowhere" in caught.value.what
 
@@ -135,11 +135,11 @@ def test_a_publisher_the_hub_does_not_vouch_for_needs_trust(monkeypatch):
 
     monkeypatch.setattr(kernels, "install_kernel", install_kernel)  # asks the hub: not here
     with pytest.raises(AttnimgError) as caught:
-        apply.prepare(backend_named("stranger/kernel"))
+        application.prepare(backend_named("stranger/kernel"))
     assert caught.value.code == "untrusted-kernel"
     assert caught.value.key == "trust_remote_code"
     with pytest.raises(AttnimgError) as caught:
-        apply.prepare(backend_named("stranger/kernel"), trusted=True)
+        application.prepare(backend_named("stranger/kernel"), trusted=True)
     assert caught.value.code == "import-error"
 
 

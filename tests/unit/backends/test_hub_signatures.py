@@ -13,7 +13,7 @@ import torch
 from kernels.verify import VerificationResult
 from tiny_models import tiny_model
 
-from attnimg import apply
+from attnimg import application
 from attnimg.backends import backend_named
 from attnimg.errors import AttnimgError
 
@@ -45,7 +45,7 @@ def hub(monkeypatch, tmp_path):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.delenv("LOCAL_KERNELS", raising=False)
     monkeypatch.chdir(tmp_path)
-    with apply.restored():
+    with application.restored():
         yield asked
 
 
@@ -82,7 +82,7 @@ def test_a_signature_that_does_not_hold_stops_before_the_kernel_runs(
 ):
     verifier(monkeypatch, result)
     with pytest.raises(AttnimgError) as caught:
-        apply.prepare(backend_named(path))
+        application.prepare(backend_named(path))
     assert caught.value.code == "kernel-signature"
     assert caught.value.exit_code == 1
     assert shown in caught.value.why
@@ -103,7 +103,7 @@ def test_a_kernel_that_can_not_be_checked_runs_and_is_said(
     monkeypatch, hub, caplog, path, result, said
 ):
     verifier(monkeypatch, result)
-    apply.prepare(backend_named(path))
+    application.prepare(backend_named(path))
     assert "run" in [verb for verb, *_ in hub]
     assert ("was not checked" in caplog.text) == (said is not None)
     assert said is None or said in caplog.text
@@ -112,14 +112,14 @@ def test_a_kernel_that_can_not_be_checked_runs_and_is_said(
 def test_offline_no_server_is_asked_for_a_signature(monkeypatch, hub, caplog):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     verifier(monkeypatch, AssertionError("asked"))
-    apply.prepare(backend_named(FLASH))
+    application.prepare(backend_named(FLASH))
     assert "HF_HUB_OFFLINE" in caplog.text
     assert "asked" not in caplog.text
 
 
 def test_a_kernel_of_a_local_folder_needs_no_signature(monkeypatch, hub, caplog):
     monkeypatch.setenv("LOCAL_KERNELS", f"{FLASH}={FOLDER}")
-    apply.prepare(backend_named(FLASH))
+    application.prepare(backend_named(FLASH))
     assert "install" not in [verb for verb, *_ in hub]
     assert "was not checked" not in caplog.text
 
@@ -145,7 +145,7 @@ def write_lock():
 def test_a_lock_file_decides_the_revision(monkeypatch, hub, path, name, checked, run):
     verifier(monkeypatch, RESULT.Success())
     write_lock()
-    applied = apply.prepare(backend_named(path))
+    applied = application.prepare(backend_named(path))
     assert name is None or applied == name
     assert hub == [("install", FLASH, checked), ("run", FLASH, run)]
 
@@ -154,8 +154,8 @@ def test_a_model_runs_the_locked_revision_and_no_other(monkeypatch, hub):
     verifier(monkeypatch, RESULT.Success())
     write_lock()
     backend = backend_named(FLASH)
-    model = tiny_model("llama", apply.prepare(backend))
-    apply.require_applied(model, backend)
+    model = tiny_model("llama", application.prepare(backend))
+    application.require_applied(model, backend)
     ids = torch.arange(3, 19)[None]
     model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
     assert {revision for verb, _, revision in hub} == {COMMIT}
@@ -165,6 +165,6 @@ def test_a_model_runs_the_locked_revision_and_no_other(monkeypatch, hub):
 def test_a_lock_file_that_is_none_is_an_error_and_no_other_revision(hub, path):
     Path("kernels.lock").write_text(f'{{"{FLASH}": 1}}', encoding="utf-8")
     with pytest.raises(AttnimgError) as caught:
-        apply.prepare(backend_named(path))
+        application.prepare(backend_named(path))
     assert caught.value.code == "import-error"
     assert hub == []

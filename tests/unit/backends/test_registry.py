@@ -16,8 +16,8 @@ from attnimg.backends import all_backends, backend_named, local_kernel_repo
 from attnimg.backends._transformers import flash_name
 from attnimg.backends.s2 import group_kernels
 from attnimg.facts import Arch, Backend, LocalKernel, Machine
-from attnimg.select.judge import judge
-from attnimg.verify.proofs import has_dense_entry
+from attnimg.selection.judge import judge
+from attnimg.verification.proofs import has_dense_entry
 
 FLASH = "kernels-community/flash-attn2"
 FOLDER = Path(__file__).parents[2] / "fixtures" / "flash_attn2"

@@ -16,8 +16,8 @@ from attnimg.backends._transformers import attention_function
 from attnimg.backends._varlen import read_call
 from attnimg.backends.s2 import GroupKernel, group_kernels, shifted_attention
 from attnimg.errors import AttnimgError
-from attnimg.verify.candidate import prove_geometry
-from attnimg.verify.reference import attend, shifted_keys
+from attnimg.verification.candidate import prove_geometry
+from attnimg.verification.reference import attend, shifted_keys
 
 FIXTURES = Path(__file__).parents[2] / "fixtures"
 

@@ -11,7 +11,7 @@ from attnimg.machine.doctor import Check, check_variants, examine
 from attnimg.machine.fingerprint import RELEASE
 from attnimg.machine.host import WORKING_FOLDER, Folder, Host
 from attnimg.machine.shipped_kernels import ShippedKernels
-from attnimg.select.images import ImageFacts, catalogue
+from attnimg.selection.images import ImageFacts, catalogue
 
 GIB = 1 << 30
 HOME = Folder(role="HOME", path="/cache/home", writable=True, free_bytes=500 * GIB)

@@ -16,7 +16,7 @@ import pytest
 
 from attnimg.backends import all_backends
 from attnimg.errors import AttnimgError
-from attnimg.select.gpus import catalogue
+from attnimg.selection.gpus import catalogue
 from recipes.facts import Plan
 from recipes.files import NOTICE, write_all
 from recipes.pages.checkpoints_page import RECORD as RELOAD_RECORD

@@ -1,0 +1,230 @@
+"""Read the groups of equal attention layers of a model, and its size, from its config.json."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from attnimg.facts import LayerGroup, Model
+from attnimg.selection.layer_kinds import (
+    OTHER,
+    SLIDING,
+    Family,
+    layer_kinds,
+    read_families,
+    remarks_on,
+    with_layer_types,
+)
+from attnimg.selection.model_config import LANGUAGE_PARTS, Fields
+from attnimg.selection.other_layers import UNLISTED, hybrid_types
+
+
+def read_model(config: Mapping[str, Any], *, file: str = "config.json") -> Model:
+    """Return the attention layers of a decoder, from its config.json.
+
+    Args:
+        config: the raw mapping; missing fields have the defaults of transformers' class.
+        file: the name of the file, for errors.
+
+    Returns:
+        Groups of equal layers in the order of their first appearance. `unknown` lists what the
+        config does not say; `layers` is empty when they could not be read.
+
+    Raises:
+        AttnimgError: a field has a wrong type or contradicts another (code "bad-model").
+    """
+    type_, family, fields = _language_model(config, file)
+    fields = with_layer_types(fields, listed_in=family.listed_in)
+    auto_map = Fields(config=config, defaults={}, file=file).mapping("auto_map") or {}
+    unknown = []
+    if not family.known:
+        unknown.append(f"model_type {type_!r} is not in the table; it was read by the general rule")
+    if fields.flag("is_encoder_decoder"):
+        unknown.append("it has an encoder as well; cross-attention was not looked at")
+    layers: tuple[LayerGroup, ...] = ()
+    other: tuple[tuple[str, int], ...] = ()
+    parameters = None
+    count = fields.whole("num_hidden_layers")
+    if not family.attention:
+        other = (("mamba", count or 0),)
+    elif missing := _missing(fields):
+        unknown.append(f"{file} has no {missing}, so its attention layers are not known")
+    else:
+        kinds = layer_kinds(fields, family)
+        unknown.extend(remarks_on(kinds, fields))
+        layers = _groups(fields, kinds, family)
+        other = tuple(Counter(kind for kind in kinds if kind in OTHER).items())
+        if not other and not family.known and type_ in hybrid_types():
+            other = ((UNLISTED, 0),)
+        parameters = None if other else _parameters(fields, layers, family)
+    return Model(
+        type=type_,
+        layers=layers,
+        other_layers=other,
+        parameters=parameters,
+        unknown=tuple(unknown),
+        brings_code="AutoModelForCausalLM" in auto_map,
+    )
+
+
+def attention_dropout(config: Mapping[str, Any], *, file: str = "config.json") -> float:
+    """Return the attention dropout of a model; see read_model for the arguments.
+
+    Raises:
+        AttnimgError: the field is not a number below 1 (code "bad-model").
+    """
+    _, _, fields = _language_model(config, file)
+    # MPT has it in attn_config.
+    if inner := fields.mapping("attn_config"):
+        fields = fields.with_changes({k: v for k, v in inner.items() if k == "attn_pdrop"})
+    probability = fields.number("attention_dropout") or 0.0
+    if probability >= 1:
+        raise fields.refusal("attention_dropout", probability, needed="a number below 1")
+    return probability
+
+
+def _language_model(config: Mapping[str, Any], file: str) -> tuple[str, Family, Fields]:
+    """Return the model's type, and the family and the fields of its language model."""
+    families = read_families()
+    outer = Fields(config=config, defaults={}, file=file)
+    type_ = outer.text("model_type") or "unknown"
+    part = next((name for name in LANGUAGE_PARTS if config.get(name) is not None), None)
+    inner = outer.mapping(part) if part else None
+    names: tuple[str, ...] = (type_, f"{type_}_text")
+    fields = outer
+    if inner is not None:
+        fields = Fields(config=inner, defaults={}, file=file, part=part)
+        inner_type = fields.text("model_type") or "unknown"
+        # In older checkpoints the part has no type, or that of the whole model.
+        names = (inner_type, f"{inner_type}_text", f"{type_}_text")
+    family = next((families[name] for name in names if name in families), Family(known=False))
+    return type_, family, replace(fields, defaults=family.defaults)
+
+
+def _missing(fields: Fields) -> str | None:
+    for name in ("num_hidden_layers", "num_attention_heads"):
+        if fields.whole(name) is None:
+            return name
+    mla = fields.whole("qk_nope_head_dim", minimum=0) is not None
+    if not mla and fields.whole("head_dim") is None and fields.whole("hidden_size") is None:
+        return "head_dim and no hidden_size"
+    return None
+
+
+def _groups(fields: Fields, kinds: Sequence[str], family: Family) -> tuple[LayerGroup, ...]:
+    """Return the attention layers, with equal ones in one group."""
+    changes = _per_layer_changes(fields, kinds)
+    counts = Counter(
+        _layer(fields.with_changes(changes[i]) if i in changes else fields, kind, family=family)
+        for i, kind in enumerate(kinds)
+        if kind not in OTHER
+    )
+    return tuple(replace(group, count=count) for group, count in counts.items())
+
+
+def _per_layer_changes(fields: Fields, kinds: Sequence[str]) -> dict[int, Mapping[str, Any]]:
+    """Return the fields that single layers override: layer index -> field -> value."""
+    listed = fields.mapping("per_layer_config")
+    if listed is not None:
+        if not all(key.isdecimal() and isinstance(value, dict) for key, value in listed.items()):
+            needed = "objects under layer numbers"
+            raise fields.refusal("per_layer_config", dict(listed), needed=needed)
+        return {int(key): value for key, value in listed.items()}
+    # In the first checkpoints of gemma4, full-attention layers have their own head sizes.
+    # Source: Gemma4TextConfig.__post_init__ of transformers 5.22.2 (2026-11-21).
+    full: dict[str, Any] = {}
+    if head_dim := fields.whole("global_head_dim"):
+        full["head_dim"] = head_dim
+        if fields.flag("attention_k_eq_v") and fields.whole("num_global_key_value_heads"):
+            full["num_key_value_heads"] = fields.whole("num_global_key_value_heads")
+    return {i: full for i, kind in enumerate(kinds) if kind == "full_attention"} if full else {}
+
+
+def _layer(fields: Fields, kind: str, *, family: Family) -> LayerGroup:
+    """Return one layer as a group of one."""
+    heads = fields.whole("num_attention_heads") or 1
+    size = (fields.whole("hidden_size") or 0) // heads
+    nope = fields.whole("qk_nope_head_dim", minimum=0)
+    rope = fields.whole("qk_rope_head_dim", minimum=0)
+    if nope is not None and rope is not None:
+        # MLA: every query head has its own key and value; head_dim is that of the rotary part.
+        head_dim, kv_heads = nope + rope, heads
+        head_dim_v = fields.whole("v_head_dim") or size
+    else:
+        head_dim = fields.whole("head_dim") or size
+        head_dim_v = fields.whole("v_head_dim") or head_dim
+        kv_heads = fields.whole("num_key_value_heads") or heads
+        if fields.flag("multi_query") and not fields.flag("new_decoder_architecture"):
+            kv_heads = 1  # falcon and gpt_bigcode, whatever num_kv_heads is
+    if not head_dim or not head_dim_v:
+        hidden = fields.whole("hidden_size")
+        raise fields.refusal("hidden_size", hidden, needed=f"at least {heads}, one for each head")
+    if heads % kv_heads:
+        needed = f"a divisor of the {heads} query heads"
+        raise fields.refusal("num_key_value_heads", kv_heads, needed=needed)
+    slides = kind in SLIDING
+    window = None
+    if (slides or family.window == "every layer") and (
+        not family.window_switch or fields.flag(family.window_switch)
+    ):
+        window = fields.whole("sliding_window", minimum=0) or None  # some configs have 0 for none
+    return LayerGroup(
+        count=1,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim_qk=head_dim,
+        head_dim_v=head_dim_v,
+        window=window,
+        softcap=fields.number("attn_logit_softcapping") or None,
+        sinks=family.sinks == "every layer" or (family.sinks == "sliding layers" and slides),
+    )
+
+
+def _parameters(fields: Fields, layers: Sequence[LayerGroup], family: Family) -> int | None:
+    """Return a rough count of embeddings, attention and MLP weights, without norms and biases.
+
+    Returns:
+        The count, within 2 % of the model's own; None when a size is missing.
+    """
+    hidden, vocabulary = fields.whole("hidden_size"), fields.whole("vocab_size")
+    mlps = _mlps(fields, sum(group.count for group in layers), weights=family.weights)
+    if hidden is None or vocabulary is None or mlps is None:
+        return None
+    embeddings = vocabulary * hidden * (1 if fields.flag("tie_word_embeddings") else 2)
+    attention = sum(g.count * _attention(fields, g, hidden=hidden) for g in layers)
+    return embeddings + attention + mlps * hidden
+
+
+def _attention(fields: Fields, group: LayerGroup, *, hidden: int) -> int:
+    """Return the number of weights in the projections of one layer."""
+    out = group.heads * group.head_dim_v * hidden
+    q = group.heads * group.head_dim_qk
+    latent = fields.whole("kv_lora_rank")
+    if latent is None:
+        return hidden * (q + group.kv_heads * (group.head_dim_qk + group.head_dim_v)) + out
+    # MLA: keys and values are projected from a shared latent vector, queries from another one or
+    # directly from the hidden state.
+    rotary = fields.whole("qk_rope_head_dim", minimum=0) or 0
+    kv = hidden * (latent + rotary)
+    kv += latent * group.heads * (group.head_dim_qk - rotary + group.head_dim_v)
+    q_latent = fields.whole("q_lora_rank")
+    return kv + out + (q * hidden if q_latent is None else q_latent * (hidden + q))
+
+
+def _mlps(fields: Fields, count: int, *, weights: str | None) -> int | None:
+    """Return the number of weights of all MLPs and routers, divided by hidden_size."""
+    if weights is None:  # checked first, as intermediate_size may then be a list
+        return None
+    wide = fields.whole("intermediate_size")
+    if wide is None or weights == "dense":
+        return wide and count * 3 * wide
+    experts = fields.whole("num_experts")
+    if experts is None:
+        return None
+    narrow = fields.whole("moe_intermediate_size") or wide
+    shared = fields.whole("n_shared_experts", minimum=0) or 0
+    dense = min(fields.whole("first_k_dense_replace", minimum=0) or 0, count)
+    routed = (experts + shared) * 3 * narrow + experts
+    return dense * 3 * wide + (count - dense) * routed

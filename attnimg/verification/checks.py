@@ -1,0 +1,461 @@
+"""Check the results of one probe against the rules that each call of a backend must satisfy.
+
+Each broken rule is a Fault, whose reason has a code of its own. Rounding or random numbers may make
+a correct kernel break a rule in one call: such a fault is marked as noise_sensitive, and
+candidate.py counts it only if it occurs again.
+
+These are compared bit by bit, and a correct kernel on a GPU passes: the inputs with a copy of them,
+since they hold no NaN and autograd forbids changing them; in training_conditions.py a result with a
+copy of the same memory; the outputs of equal calls, see check_repeated. All else has a tolerance:
+gradients may change by reference.sum_noise, random number generators may advance
+(process_state.py), a dropout rate may be off by 5 standard deviations and the step of the coarsest
+kernel. The bounds here allow for P and dS rounded before they are multiplied, for exp2 in place of
+exp and for rescaling block by block: the errors of kernels that do all of that are up to half of
+the bounds (tests/fixtures/noisy_kernels, docs/measured/proof-noise.json).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from attnimg.facts import Backend, DType, Figure, Reason
+from attnimg.verification.calls import Result
+from attnimg.verification.cases import Case, Scores
+from attnimg.verification.inputs import Inputs
+from attnimg.verification.reference import beyond_a_flip, rounding_of_output
+
+# Allowed in addition to a multiple of plain attention's own error, as a share of the largest value:
+# a few units in the last place, for cases where plain attention is exact by chance. More in
+# float32, since torch 2.13's CPU kernel has its own exp() and is 7e-6 off in dk (seen 2026-11-21).
+ATOL = {"float32": 2e-5, "float16": 1e-3, "bfloat16": 8e-3}
+
+# The same for gradients where scores are in the hundreds: a flash kernel's backward pass uses the
+# log-sum-exp in float32, whose spacing is 8e-6 to 3e-5 there. torch 2.13's CPU kernel is 4e-4 off
+# in dq (seen 2026-11-21), plain attention 4e-5. At scores of -900 the spacing is 6e-5, and the
+# vectors of k are long: torch's kernel is 9e-3 off where the scale is not a power of 2, such as
+# with head_dim 32 (seen 2026-11-27).
+ATOL_SHIFTED = {"negative": 1e-3, "large": 1e-3, "hundreds": 1e-3, "below-hundreds": 2e-2}
+
+# flash-attn's own bound for the gradients of its CK kernels, on AMD's GPUs.
+# Source: flash-attention 2.8.3.post2, tests/test_flash_attn_ck.py (2026-11-21).
+K_BACKWARD_CK = 10.0
+
+# How far the least-squares factor between a quantity and its reference may be from 1, in addition
+# to a multiple of plain attention's: rounding averages out in it, a wrong factor does not. Our
+# choice (2026-11-25); torch 2.13's CPU kernels stay below a sixth of it, plain attention below
+# half.
+GAIN = {"float32": 1e-4, "float16": 3e-3, "bfloat16": 1e-2}
+
+# The same for dv where the terms of its sums have the same sign. Kernels that add them up in
+# float32 are up to 0.0011 off in bfloat16; sums in bfloat16 are 0.008 to 0.012 off where they are
+# rounded after every 16 of 512 to 829 rows, and 0.002 to 0.006 after every 32. Not used for dk: a
+# correct kernel was 0.005 off (torch 2.13's on a CPU, head_dim 128). Our choice (2026-11-27).
+GAIN_ALIKE = GAIN | {"bfloat16": 5e-3}
+
+# Up to this many tokens, plain attention's own error in dq and dk comes from too few values to be a
+# measure; see reference.rounding_of_output. The error of a correct kernel with 3 tokens in float16
+# was 1.1 times the bound from it (benchmarks/proof_noise.py, 2026-11-27).
+SHORT = 16
+
+# The same as GAIN for the scale of the scores, which a kernel may round to the run's precision; it
+# hardly changes the gain of the output. Our choice (2026-11-27).
+SCALE = {"float32": 1e-4, "float16": 3e-3, "bfloat16": 7e-3}
+
+# The fewest values for which GAIN is checked: over fewer, rounding does not average out.
+GAIN_VALUES = 4096
+
+# Errors up to this many times the allowed error may be noise: they count only if they occur again.
+NEAR = 2.0
+
+# Each head has one value of dsinks, a sum over all queries that may cancel: plain attention's own
+# error in it comes from few values, and correct kernels had up to 4 times the bound from it. The
+# root of the sum of the terms' squared errors is the standard deviation of this error; this many of
+# them count as plain attention's error. transformers' eager attention, and kernels that round P or
+# out before they are used, stay below 0.45 of the bound (1620 probes, 2026-11-27).
+SINK_DEVIATIONS = 2.0
+
+# Codes of reasons in the order in which they are reported: likely causes of others come first.
+ORDER = (
+    "import-error",
+    "process-state",
+    "crash",
+    "timeout",
+    "oom",
+    "nan",
+    "zeros",
+    "packing-not-isolated",
+    "dropout",
+    "numerics-fwd",
+    "grad-detached",
+    "numerics-bwd",
+    "nondeterministic",
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Expected:
+    """The expected result of a case: in float64, and how far plain attention is from that.
+
+    Attributes:
+        exact: the result in float64.
+        rounding: largest error of plain attention in the run's precision, for each quantity; for
+            dsinks, an estimate of it.
+        gain: for each quantity, how far plain attention's least-squares factor is from 1.
+        slope: d(output) / d(log scale); None where the scale is not checked.
+        scale: relative error of the scale that fits plain attention's output best.
+        alike: whether the terms of dv have the same sign; see check_whole_row.
+    """
+
+    exact: Result
+    rounding: dict[str, float]
+    gain: dict[str, float]
+    slope: Tensor | None = None
+    scale: float = 0.0
+    alike: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Fault:
+    """A rule that a call broke.
+
+    Attributes:
+        reason: shown to the user.
+        noise_sensitive: whether rounding or random numbers may make a correct kernel break the
+            rule in one call, but hardly in two.
+    """
+
+    reason: Reason
+    noise_sensitive: bool
+
+
+def expected(exact: Result, plain: Result, *, slope: Tensor | None = None) -> Expected:
+    """Return the expected result, with plain attention's errors; see Expected for the slope."""
+    rounding = {"out": largest(plain.out.double() - exact.out)}
+    gain = {"out": abs(gain_of(plain.out, exact.out) - 1)}
+    for name, gradient in exact.gradients.items():
+        found = plain.gradients[name]
+        assert found is not None
+        assert gradient is not None
+        rounding[name] = largest(found.double() - gradient)
+        gain[name] = abs(gain_of(found, gradient) - 1)
+    if exact.dsinks_terms is not None and plain.dsinks_terms is not None:
+        off = plain.dsinks_terms.double() - exact.dsinks_terms
+        deviation = largest(off.square().sum((0, 2)).sqrt())
+        rounding["dsinks"] = max(rounding["dsinks"], SINK_DEVIATIONS * deviation)
+    scale = 0.0 if slope is None else abs(_scale_error(plain.out, exact.out, slope))
+    return Expected(exact=exact, rounding=rounding, gain=gain, slope=slope, scale=scale)
+
+
+def check_values(
+    backend: Backend, case: Case, inputs: Inputs, *, found: Result, right: Expected
+) -> tuple[list[Figure], list[Fault]]:
+    """Compare a result with the expected one.
+
+    Returns:
+        A figure for each quantity that could be compared, and a fault for each broken rule.
+    """
+    figures: list[Figure] = []
+    faults: list[Fault] = []
+    if found.out.shape != inputs.d_out.shape:
+        text = f"{case.name}: output {tuple(found.out.shape)}, needed {tuple(inputs.d_out.shape)}"
+        return figures, [fault("numerics-fwd", text, noise_sensitive=False)]
+    if found.out.dtype != inputs.q.dtype:
+        text = f"{case.name}: output in {found.out.dtype}, needed {inputs.q.dtype}"
+        faults.append(fault("numerics-fwd", text.replace("torch.", ""), noise_sensitive=False))
+    if found.overwritten:
+        names = " and ".join(found.overwritten)
+        text = f"{case.name}: the call wrote into {names}, which the model goes on to use"
+        faults.append(fault("numerics-fwd", text, noise_sensitive=False))
+    out = found.out[:, inputs.rows]
+    is_token = inputs.documents[:, -found.out.shape[1] :] >= 0
+    unsound = list(_is_sound(case, "out", found.out[is_token]))
+    faults += unsound
+    if not unsound:
+        exact = right.exact.out
+        out = out * is_token[:, inputs.rows, None, None]
+        figure = _compare(backend, case, inputs, name="out", pair=(out, exact), right=right)
+        figures.append(figure)
+        faults += _out_of_bounds(backend, figure, code="numerics-fwd")
+        faults += _off_by_a_factor(backend, case, name="out", pair=(out, exact), right=right)
+        faults += _off_in_scale(backend, case, pair=(out, exact), right=right)
+    for name, gradient in found.gradients.items():
+        if gradient is None or not found.attached:
+            text = f"{case.name}: no gradient reaches {name[1:]}"
+            faults.append(fault("grad-detached", text, noise_sensitive=False))
+            continue
+        exact_gradient = right.exact.gradients[name]
+        assert exact_gradient is not None
+        # Plain attention's gradient is 0 as well where bfloat16 rounds all weights, or the tanh of
+        # the soft cap, to 1.
+        empty_ok = right.rounding[name] >= largest(exact_gradient)
+        unsound = list(_is_sound(case, name, gradient, empty_ok=empty_ok))
+        faults += unsound
+        if not unsound:
+            pair = (gradient, exact_gradient)
+            figure = _compare(backend, case, inputs, name=name, pair=pair, right=right)
+            figures.append(figure)
+            faults += _out_of_bounds(backend, figure, code="numerics-bwd")
+            faults += _off_by_a_factor(backend, case, name=name, pair=pair, right=right)
+    return figures, faults
+
+
+def check_finite(case: Case, found: Result) -> Iterator[Fault]:
+    """Check that all gradients are finite, where check_values gets only a part of them."""
+    for name, gradient in found.gradients.items():
+        if gradient is not None:
+            yield from _is_sound(case, name, gradient, empty_ok=True)
+
+
+def fault(code: str, text: str, *, noise_sensitive: bool) -> Fault:
+    """Build a fault."""
+    return Fault(reason=Reason(code=code, text=text), noise_sensitive=noise_sensitive)
+
+
+def check_further_call(
+    backend: Backend, case: Case, inputs: Inputs, what: str, *, found: Result, right: Expected
+) -> list[Fault]:
+    """Return the faults of another call of a case; `what` is added to the case's name."""
+    named = replace(case, name=f"{case.name}, {what}")
+    return check_values(backend, named, inputs, found=found, right=right)[1]
+
+
+def _is_sound(case: Case, name: str, value: Tensor, *, empty_ok: bool = False) -> Iterator[Fault]:
+    """Check that values are finite and not all zero."""
+    if not torch.isfinite(value).all():
+        share = (~torch.isfinite(value)).double().mean().item()
+        text = f"{case.name}: {share:.0%} of {name} is NaN or infinite"
+        yield fault("nan", text, noise_sensitive=False)
+    elif not value.any() and not empty_ok:
+        if name == "out":
+            text = f"{case.name}: the whole output is 0"
+            yield fault("zeros", text, noise_sensitive=False)
+        else:
+            text = f"{case.name}: {name} is 0 everywhere: {name[1:]} would never learn"
+            yield fault("grad-detached", text, noise_sensitive=False)
+
+
+def _compare(
+    backend: Backend,
+    case: Case,
+    inputs: Inputs,
+    *,
+    name: str,
+    pair: tuple[Tensor, Tensor],
+    right: Expected,
+) -> Figure:
+    """Return the error of one quantity, found and exact, and what is allowed."""
+    found, exact = pair
+    difference = found.double() - exact
+    factor = backend.k_forward if name == "out" else backend.k_backward
+    if factor is None:
+        signal, noise = exact.square().sum().item(), difference.square().sum().item()
+        decibels = 10 * math.log10(signal / noise) if signal and noise else math.inf
+        # Quantizing scores around -110 loses all digits that matter to the softmax.
+        judged = backend.sqnr_db is not None and case.scores == "spread"
+        allowed = backend.sqnr_db if judged and backend.sqnr_db is not None else -math.inf
+        return Figure(quantity=name, error=-decibels, allowed=-allowed, case=case.name)
+    size = largest(exact)
+    if not size:
+        # dq and dk of a single token are the difference of two equal terms of this size.
+        size = largest(inputs.d_out) * largest(inputs.v) * inputs.v.shape[-1]
+        size *= inputs.scale * max(largest(inputs.q), largest(inputs.k))
+    rounding, dtype = right.rounding[name], case.geometry.dtype
+    allowed = allowed_error(
+        backend, name, dtype=dtype, scores=case.scores, rounding=rounding, size=size
+    )
+    short = max(case.lengths) <= SHORT and case.queries is None and backend.pattern == "full"
+    if short and name in ("dq", "dk") and exact.any():
+        allowed = max(allowed, rounding_of_output(case, inputs)[name])
+    return Figure(quantity=name, error=largest(difference), allowed=allowed, case=case.name)
+
+
+def with_bounds_here(backend: Backend) -> Backend:
+    """Return a backend with the bounds of the kernels that it has on this machine's GPU."""
+    if torch.version.hip and backend.name == "flash_attention_2":
+        return replace(backend, k_backward=K_BACKWARD_CK)
+    return backend
+
+
+def allowed_error(
+    backend: Backend, name: str, *, dtype: DType, scores: Scores, rounding: float, size: float
+) -> float:
+    """Return how far a quantity of a backend with bounds may be from the reference.
+
+    Args:
+        backend: the backend whose bounds are used.
+        name: "out", or the gradient.
+        dtype: the precision of the call.
+        scores: the distribution of its scores.
+        rounding: largest error of plain attention in that precision.
+        size: largest value of the reference.
+    """
+    factor = backend.k_forward if name == "out" else backend.k_backward
+    assert factor is not None
+    atol = ATOL[dtype]
+    if name != "out":
+        atol += ATOL_SHIFTED.get(scores, 0.0)
+    return factor * rounding + atol * size
+
+
+def _out_of_bounds(backend: Backend, figure: Figure, *, code: str) -> Iterator[Fault]:
+    if figure.error <= figure.allowed:
+        return
+    factor = backend.k_forward if figure.quantity == "out" else backend.k_backward
+    rule = f"{factor:g} times plain attention's" if factor else "of the signal, in decibels"
+    text = (
+        f"{figure.case}: {figure.quantity} is {figure.error:.1e} off the reference,"
+        f" allowed {figure.allowed:.1e} ({rule})"
+    )
+    # Bounds in decibels are negative.
+    near = figure.error - figure.allowed <= (NEAR - 1) * abs(figure.allowed)
+    yield fault(code, text, noise_sensitive=near)
+
+
+def _off_by_a_factor(
+    backend: Backend, case: Case, *, name: str, pair: tuple[Tensor, Tensor], right: Expected
+) -> Iterator[Fault]:
+    """Check that a quantity is not the reference times a factor other than 1."""
+    factor = backend.k_forward if name == "out" else backend.k_backward
+    if factor is None or case.scores != "spread" or pair[1].numel() < GAIN_VALUES:
+        return
+    found = gain_of(*pair)
+    atol = (GAIN_ALIKE if right.alike and name == "dv" else GAIN)[case.geometry.dtype]
+    allowed = allowed_gain(backend, name, atol=atol, gain=right.gain[name])
+    if abs(found - 1) > allowed:
+        text = f"{case.name}: {name} is {found:.4f} times the reference, allowed 1 +- {allowed:.1e}"
+        code = "numerics-fwd" if name == "out" else "numerics-bwd"
+        near = abs(found - 1) <= NEAR * allowed
+        yield fault(code, text, noise_sensitive=near)
+
+
+def _off_in_scale(
+    backend: Backend, case: Case, *, pair: tuple[Tensor, Tensor], right: Expected
+) -> Iterator[Fault]:
+    """Check that the output is that of the requested scale."""
+    if right.slope is None or backend.k_forward is None or pair[1].numel() < GAIN_VALUES:
+        return
+    off = _scale_error(*pair, right.slope)
+    allowed = backend.k_forward * right.scale + SCALE[case.geometry.dtype]
+    if abs(off) > allowed:
+        text = (
+            f"{case.name}: out is that of {1 + off:.4f} times the scale, allowed 1 +- {allowed:.1e}"
+        )
+        yield fault("numerics-fwd", text, noise_sensitive=abs(off) <= NEAR * allowed)
+
+
+def _scale_error(found: Tensor, exact: Tensor, slope: Tensor) -> float:
+    """Return the relative error of the scale that fits an output best."""
+    size = slope.square().sum().item()
+    return ((found.double() - exact) * slope).sum().item() / size if size else 0.0
+
+
+def allowed_gain(backend: Backend, name: str, *, atol: float, gain: float) -> float:
+    """Return how far the factor of a quantity may be from 1; `gain` is plain attention's."""
+    factor = backend.k_forward if name == "out" else backend.k_backward
+    assert factor is not None
+    return factor * gain + atol
+
+
+def gain_of(found: Tensor, exact: Tensor) -> float:
+    """Return the factor that brings `exact` closest to `found`; 1 where `exact` is 0."""
+    size = exact.square().sum().item()
+    return (found.double() * exact).sum().item() / size if size else 1.0
+
+
+def largest(value: Tensor) -> float:
+    """Return the largest absolute value; 0 for an empty tensor."""
+    return value.abs().max().item() if value.numel() else 0.0
+
+
+# A kernel may be noisier than float32 sums, such as one with sums in bfloat16. The differences of
+# other calls may then be up to this many times those between repeats of one call.
+BEYOND_SEEN = 2.0
+
+
+def check_repeated(
+    case: Case, *, first: Result, second: Result, gradients_too: bool
+) -> Iterator[Fault]:
+    """Compare two calls with the same inputs, bit by bit."""
+    if not torch.equal(first.out, second.out):
+        text = (
+            f"{case.name}: the same inputs gave outputs {_difference(first.out, second.out)} apart"
+        )
+        yield fault("nondeterministic", text, noise_sensitive=True)
+    for name, gradient in first.gradients.items():
+        other = second.gradients[name]
+        if not gradients_too or gradient is None or other is None:
+            continue
+        if not torch.equal(gradient, other):
+            text = f"{case.name}: the same inputs gave {name} {_difference(gradient, other)} apart"
+            yield fault("nondeterministic", text, noise_sensitive=True)
+
+
+def check_isolated(
+    case: Case,
+    *,
+    before: Sequence[Result],
+    after: Sequence[Result],
+    kept: Tensor,
+    noise: dict[str, Tensor],
+) -> Iterator[Fault]:
+    """Check that tokens of other documents kept their outputs and gradients.
+
+    Args:
+        case: the probe.
+        before: the results of at least two equal calls, before q, k and v of some documents were
+            changed.
+        after: the results of one or more equal calls after that change.
+        kept: the tokens of the other documents, bool, (B, T).
+        noise: reference.sum_noise of the calls before the change.
+    """
+    if not torch.equal(before[0].out[kept], after[0].out[kept]):
+        shift = _difference(before[0].out[kept], after[0].out[kept])
+        text = f"{case.name}: changing one document moved the output of others by {shift}"
+        yield fault("packing-not-isolated", text, noise_sensitive=True)
+    for name, bound_BTHD in noise.items():
+        one, *same = _kept(before, name, kept)
+        other, *same_after = _kept(after, name, kept)
+        if one is None or other is None or torch.equal(one, other):
+            continue
+        again = [(one, x) for x in same] + [(other, x) for x in same_after]
+        repeats = all(x is not None and torch.equal(x, reference) for reference, x in again)
+        bound = bound_BTHD[kept].double()
+        seen = max(_multiple(reference, x, bound) for reference, x in again if x is not None)
+        allowed = max(1.0, BEYOND_SEEN * seen)
+        # `not <=` is also true for NaN.
+        if repeats or not _multiple(one, other, bound) <= allowed:
+            moved, by_itself = _difference(one, other), "does not move"
+            if not repeats:
+                excess = largest(beyond_a_flip(one, other))
+                by_itself = (
+                    f"moves by one rounding and a float32 sum's order, not {excess:.1e} more"
+                )
+            text = (
+                f"{case.name}: changing one document moved {name} of others by {moved}"
+                f" (by itself it {by_itself})"
+            )
+            yield fault("packing-not-isolated", text, noise_sensitive=True)
+
+
+def _kept(results: Sequence[Result], name: str, kept: Tensor) -> list[Tensor | None]:
+    """Return a gradient at the kept tokens, (tokens, heads, D), for each result."""
+    found = (result.gradients[name] for result in results)
+    return [None if x is None else x.transpose(1, 2)[kept] for x in found]
+
+
+def _multiple(one: Tensor, other: Tensor, bound: Tensor) -> float:
+    """Return the largest difference beyond one unit in the last place, divided by the bound."""
+    if torch.equal(one, other):
+        return 0.0
+    excess = beyond_a_flip(one, other)
+    # 0 / 0 counts as 0: nothing may change and nothing does. NaN of a gradient stays NaN.
+    return largest(torch.where(excess == 0, 0.0, excess / bound))
+
+
+def _difference(one: Tensor, other: Tensor) -> str:
+    return f"{largest(one.double() - other.double()):.1e}"

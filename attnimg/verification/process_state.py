@@ -1,0 +1,375 @@
+"""Check that loading and calling a kernel does not change the state of the process.
+
+A kernel may compute correct results and still affect the run: it may change a default of torch,
+the working directory or a signal handler, or leave files open after each call. The checks:
+
+- settings stay the same from before the import to the end: those of torch (torch_settings.py),
+  Python's and numpy's random numbers, Python's hooks and garbage collection, rounding, working
+  directory, umask, signals, timers, limits (for torch's random numbers, see is_rewound);
+- the functions of torch that models call are not replaced;
+- existing environment variables keep their values, and none that other software reads is added. A
+  library may set variables of its own on import or in its first calls;
+- no filter silences all warnings, and existing filters stay;
+- open files, threads, child processes, memory, filters and bytes of output may grow on import and
+  in first calls, for caches, pools and compilers. Then the same call is repeated in ROUNDS rounds:
+  what grows in every round is a leak.
+"""
+
+from __future__ import annotations
+
+import atexit
+import ctypes
+import gc
+import locale
+import logging
+import os
+import random
+import resource
+import signal
+import socket
+import sys
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attnimg.errors import signal_name
+from attnimg.facts import Reason
+from attnimg.verification.torch_settings import Functions, torch_settings
+
+# Calls per round, and rounds. They follow hundreds of probes, which have filled any cache of calls.
+CALLS, ROUNDS = 6, 3
+
+# Growth of memory in a round that counts as a leak, as a share of the bytes that the calls return.
+# The allocator's own growth is smaller.
+_LEAK_SHARE = 0.1
+
+# The smallest growth in a round that counts: glibc's allocator takes and returns memory in steps of
+# this size.
+_LEAK_BYTES = 64 << 10
+
+# How many more files, threads or child processes than after the first probe are allowed: compilers
+# start pools of them.
+MAX_MORE = 128
+
+# Prefixes of environment variables that are read by software other than the kernel's own library.
+_READ_BY_OTHERS = (
+    "ACCELERATE_", "ATTNIMG_", "CUBLAS_WORKSPACE_CONFIG", "CUDA_DEVICE_ORDER",
+    "CUDA_LAUNCH_BLOCKING", "CUDA_VISIBLE_DEVICES", "FLASH_ATTENTION_DETERMINISTIC", "GROUP_RANK",
+    "HF_", "HIP_VISIBLE_DEVICES", "HOME", "HTTP_PROXY", "HTTPS_PROXY", "LANG", "LC_",
+    "LD_LIBRARY_PATH", "LD_PRELOAD", "LOCAL_KERNELS", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_",
+    "MKL_", "NCCL_", "NVIDIA_TF32_OVERRIDE", "NVIDIA_VISIBLE_DEVICES", "OMP_", "PATH", "PYTHON",
+    "PYTORCH_", "RANK", "ROCR_VISIBLE_DEVICES", "TMPDIR", "TORCH_ALLOW_TF32", "TOKENIZERS_",
+    "TRANSFORMERS_", "TZ", "WANDB_", "WORLD_SIZE", "http_proxy", "https_proxy",
+)  # fmt: skip
+
+# Set by torch itself, when it first compiles or uses a GPU.
+_SET_BY_TORCH = frozenset({"PYTORCH_NVML_BASED_CUDA_CHECK"})
+
+# With these variables, OpenMP binds the main thread to CPUs when it first starts other threads.
+_BINDING = ("OMP_PROC_BIND", "OMP_PLACES", "GOMP_CPU_AFFINITY", "KMP_AFFINITY")
+
+_LIMITS = [value for name, value in vars(resource).items() if name.startswith("RLIMIT_")]
+
+
+class ProcessState:
+    """The state of the process when the object was created."""
+
+    def __init__(self) -> None:
+        self._settings = _settings()
+        self._functions = Functions()
+        self._environment = _environment()
+        self._filters = list(warnings.filters)
+        self._counts: dict[str, int] | None = None
+
+    def changes(self) -> list[str]:
+        """Return the names of the settings that changed, with details; [] if none did."""
+        after = _settings()
+        found = [
+            f"{name} was {before}, is {after[name]}" if _is_short(before) else f"{name} changed"
+            for name, before in self._settings.items()
+            # None: numpy was not imported yet.
+            if before is not None and after[name] != before
+        ]
+        found += self._functions.replaced()
+        return found + list(self._environment_changes()) + list(self._filter_changes())
+
+    def count_changes(self) -> list[str]:
+        """Return the counts that grew by more than MAX_MORE since the first call of this method."""
+        counts = _counts()
+        if self._counts is None:
+            self._counts = counts
+        return [
+            f"{name}: {counts[name] - before} more than after the first probe"
+            for name, before in self._counts.items()
+            if counts[name] - before > MAX_MORE
+        ]
+
+    def _environment_changes(self) -> Iterator[str]:
+        now = _environment()
+        for name in sorted({*self._environment, *now}):
+            before, after = self._environment.get(name), now.get(name)
+            if before == after or name in _SET_BY_TORCH:
+                continue
+            if before is None and not name.startswith(_READ_BY_OTHERS):
+                continue
+            # No values: they may be secret.
+            verb = "set" if before is None else "unset" if after is None else "changed"
+            yield f"environment: {name} was {verb}"
+
+    def _filter_changes(self) -> Iterator[str]:
+        lost = [entry for entry in self._filters if entry not in warnings.filters]
+        if lost:
+            yield f"warnings filters: {len(lost)} of {len(self._filters)} were removed"
+        for entry in warnings.filters:
+            action, message, category, module, line = entry
+            whole = category is Warning and not (message or module or line)
+            if whole and action in ("ignore", "error") and entry not in self._filters:
+                yield f"warnings filters: the action for every warning is {action}"
+
+
+def process_state(changes: list[str], *, when: str) -> Reason:
+    """Build the reason for a kernel that changed the process."""
+    return Reason(code="process-state", text=f"{when}: {'; '.join(changes)}")
+
+
+def leaks(call: Callable[[], int]) -> list[str]:
+    """Repeat a call, and return which counts grow with each repetition.
+
+    Args:
+        call: makes a call of a shape that was called before, and returns the size of its results
+            in bytes.
+    """
+    # Restricts garbage collection to objects of these calls: with all it would take 0.2 s each.
+    gc.freeze()
+    try:
+        # Measured twice, since the heap may also grow for other reasons.
+        return _leaks(call) and _leaks(call)
+    finally:
+        gc.unfreeze()
+
+
+def _leaks(call: Callable[[], int]) -> list[str]:
+    size = call()
+    before, grown = _measured(), dict[str, list[int]]()
+    environment = set(_environment())
+    for _ in range(ROUNDS):
+        for _ in range(CALLS):
+            call()
+        after = _measured()
+        for name, value in after.items():
+            grown.setdefault(name, []).append(value - before[name])
+        before = after
+    needed = {"memory": max(_LEAK_BYTES, int(_LEAK_SHARE * size * CALLS))}
+    found = [
+        f"{name}: {sum(growth)} more after {ROUNDS * CALLS} equal calls"
+        for name, growth in grown.items()
+        if min(growth) >= needed.get(name, CALLS // 2)
+    ]
+    added = sorted(set(_environment()) - environment)
+    return found + [f"environment: {name} was set by a repeated call" for name in added]
+
+
+def _settings() -> dict[str, Any]:
+    """Return the settings that a kernel must not change, by name."""
+    found: dict[str, Any] = torch_settings() | {
+        "random numbers of Python": random.getstate(),
+        "random numbers of numpy": _numpy_state(),
+        "floating-point errors of numpy": _numpy_errors(),
+        "rounding of floating-point numbers": _rounding(),
+        "garbage collection": (gc.isenabled(), gc.get_threshold()),
+        "hooks of Python": (
+            sys.excepthook,
+            threading.excepthook,
+            sys.unraisablehook,
+            sys.gettrace(),
+            sys.getprofile(),
+        ),
+        "output of Python": (sys.stdout, sys.stderr, print),
+        "logging": logging.root.manager.disable,
+        "locale": locale.setlocale(locale.LC_ALL),
+        "timeout of sockets": (socket.getdefaulttimeout(),),
+        "working directory": _directory(),
+        "umask": _umask(),
+        "signals blocked": frozenset(signal.pthread_sigmask(signal.SIG_BLOCK, [])),
+        "signals ignored": _ignored(),
+        "timers": tuple(
+            signal.getitimer(kind)[0] > 0
+            for kind in (signal.ITIMER_REAL, signal.ITIMER_VIRTUAL, signal.ITIMER_PROF)
+        ),
+        "priority": os.getpriority(os.PRIO_PROCESS, 0),
+        "CPUs": _cpus(),
+        "resource limits": [resource.getrlimit(kind) for kind in _LIMITS],
+    }
+    for number in sorted(signal.valid_signals()):
+        found[f"signal handler of {signal_name(number)}"] = signal.getsignal(number)
+    return found
+
+
+def _environment() -> dict[str, str]:
+    """Return the environment variables, including those set by C code, which os.environ lacks."""
+    entries = ctypes.POINTER(ctypes.c_char_p).in_dll(ctypes.CDLL(None), "environ")
+    found, place = dict[str, str](), 0
+    # A null pointer after clearenv() was called.
+    while entries and (entry := entries[place]) is not None:
+        name, _, value = os.fsdecode(entry).partition("=")
+        found[name] = value
+        place += 1
+    return found
+
+
+def _rounding() -> tuple[bool, bool]:
+    """Return whether additions round upward, and whether they round downward."""
+    one, little = 1.0, 2.0**-60
+    return one + little > one, one - little < one
+
+
+def _cpus() -> frozenset[int] | None:
+    """Return the CPUs that this thread may run on; None if OpenMP is set to bind threads."""
+    if any(name in os.environ for name in _BINDING):
+        return None
+    return frozenset(os.sched_getaffinity(0))
+
+
+def _numpy_errors() -> Any:
+    numpy = sys.modules.get("numpy")
+    return None if numpy is None else numpy.geterr()
+
+
+def _numpy_state() -> Any:
+    """Return the state of numpy's global generator; None if numpy was not imported yet."""
+    numpy = sys.modules.get("numpy")
+    if numpy is None:
+        return None
+    kind, keys, *rest = numpy.random.get_state()
+    return kind, keys.tobytes(), *rest
+
+
+def _directory() -> str:
+    try:
+        return str(Path.cwd())
+    except OSError as error:  # it was removed
+        return f"none: {error.strerror}"
+
+
+def _umask() -> str:
+    """Return the umask; os.umask only returns it when it sets another."""
+    return _status("Umask")
+
+
+def _ignored() -> str:
+    """Return the mask of ignored signals; Python's getsignal misses those that C code ignores."""
+    return _status("SigIgn")
+
+
+def _status(name: str) -> str:
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return next(line.split()[1] for line in lines if line.startswith(f"{name}:"))
+
+
+def _counts() -> dict[str, int]:
+    tasks = list(Path("/proc/self/task").iterdir())
+    children = 0
+    for task in tasks:
+        try:
+            children += len((task / "children").read_text(encoding="ascii").split())
+        except OSError:  # the thread ended
+            continue
+    return {
+        "open files": len(list(Path("/proc/self/fd").iterdir())),
+        "threads": len(tasks),
+        "children": children,
+    }
+
+
+def _measured() -> dict[str, int]:
+    """Return the counts that a leaking call increases."""
+    gc.collect()
+    # Free memory is returned to the system, so that only memory in use is counted.
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+    memory = pages * os.sysconf("SC_PAGE_SIZE")
+    if torch.cuda.is_available():
+        memory += torch.cuda.memory_allocated()
+    return {
+        **_counts(),
+        "memory": memory,
+        "warnings filters": len(warnings.filters),
+        "exit handlers": atexit._ncallbacks(),
+        "bytes of output": os.fstat(2).st_size,
+    }
+
+
+def _is_short(value: Any) -> bool:
+    return len(str(value)) <= 80
+
+
+# The CPU's generator is a Mersenne Twister, which generates this many words at a time.
+_BLOCK = 624
+
+# Blocks that a call without dropout may draw on the CPU: 640 000 numbers, far more than a kernel
+# needs for a seed or a rotation.
+_BLOCKS = 1024
+
+# The position of these words in the generator's state, 8 bytes each. Source: torch 2.13.0,
+# aten/src/ATen/CPUGeneratorImpl.cpp, CPUGeneratorImplStateLegacy: seed, left and seeded, next,
+# state[624] (2026-11-26).
+_WORDS = slice(3 * 8, (3 + _BLOCK) * 8)
+
+
+def states_after_draw(device: torch.device) -> dict[str, Tensor]:
+    """Draw a number from each generator, so that seeding changes its state; return the states."""
+    torch.rand(())
+    if device.type == "cuda":
+        torch.rand((), device=device)
+    return _states(device)
+
+
+def is_rewound(before: dict[str, Tensor], device: torch.device) -> bool:
+    """Return whether a call seeded a generator or set it to an earlier state.
+
+    Drawing numbers is allowed: some kernels reserve random numbers, or draw a seed of their own.
+    """
+    after = _states(device)
+    if not _is_ahead(before["cpu"], after["cpu"]):
+        return True
+    if "cuda" not in before:
+        return False
+    # A seed and an offset.
+    (seed, offset), (seed_after, offset_after) = (
+        states["cuda"].view(torch.int64).tolist() for states in (before, after)
+    )
+    return bool(seed != seed_after or offset_after < offset)
+
+
+def _is_ahead(before: Tensor, after: Tensor) -> bool:
+    """Return whether the CPU's generator gets from one state to the other only by drawing."""
+    if torch.equal(before, after):
+        return True
+    replay = torch.Generator()
+    replay.set_state(before)
+    for _ in range(_BLOCKS):
+        if torch.equal(replay.get_state()[_WORDS], after[_WORDS]):
+            # In the same block: it is ahead if no more words are left than before.
+            return _left(after) <= _left(replay.get_state())
+        # Each number takes one word.
+        torch.rand(_left(replay.get_state()), generator=replay)
+    return False
+
+
+def _left(state: Tensor) -> int:
+    """Return how many words of its block a CPU generator has left, 1 to 624."""
+    return int(state[8:12].view(torch.int32).item())
+
+
+def _states(device: torch.device) -> dict[str, Tensor]:
+    states = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    return states

@@ -1,0 +1,254 @@
+"""Compute plain attention in any precision, step by step: the reference of every backend.
+
+No fused kernel and none of torch's attention functions is used, so that the reference can't have
+the same fault as these.
+Letters: B batch, T query tokens, S key tokens, H query heads, G key heads, D head size of q and k,
+E head size of v.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from attnimg.verification.cases import Case
+from attnimg.verification.inputs import Inputs
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    visible: Tensor,
+    scale: float,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    keep: Tensor | None = None,
+) -> Tensor:
+    """Compute attention step by step in the precision of the inputs.
+
+    Args:
+        q: queries, (B, H, T, D).
+        k: keys, (B, G, S, D), H a multiple of G.
+        v: values, (B, G, S, E).
+        visible: which keys a query may see, bool, (B, 1, T, S).
+        scale: factor on q @ k.
+        softcap: scores become softcap * tanh(scores / softcap).
+        sinks: a logit of each head and query that joins the softmax and has no value,
+            broadcastable to (B, H, T, 1).
+        keep: factors on the attention weights, such as those of dropout, (B, H, T, S).
+
+    Returns:
+        (B, T, H, E). A query that sees no key gets zeros.
+    """
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    scores = torch.matmul(q, k.transpose(-1, -2)) * scale
+    weights = attention_weights(scores, visible=visible, softcap=softcap, sinks=sinks)
+    if keep is not None:
+        weights = weights * keep
+    return torch.matmul(weights, v).transpose(1, 2)
+
+
+def attention_weights(
+    scores: Tensor, *, visible: Tensor, softcap: float | None, sinks: Tensor | None
+) -> Tensor:
+    """Return the softmax of scaled scores, (B, H, T, S); see `attend` for the arguments."""
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores.masked_fill(~visible, -torch.inf)
+    # Subtracting a constant changes neither a softmax nor its gradient, so the maximum needs no
+    # gradient. With sinks it gets one, as in eager attention: it consists of the rounding errors of
+    # all other gradients. Source: transformers 5.22.2, modeling_gpt_oss.py,
+    # eager_attention_forward (2026-11-27).
+    if sinks is None:
+        highest = scores.detach().amax(-1, keepdim=True)
+    else:
+        highest = torch.maximum(scores.max(-1, keepdim=True).values, sinks)
+    highest = highest.masked_fill(highest == -torch.inf, 0.0)
+    weights = torch.exp(scores - highest)
+    total = weights.sum(-1, keepdim=True)
+    if sinks is not None:
+        total = total + torch.exp(sinks - highest)
+    return weights / total.masked_fill(total == 0, 1.0)
+
+
+def visible_keys(documents: Tensor, *, places: Tensor, window: int | None) -> Tensor:
+    """Return which keys each query sees: those of its document, not later ones, within its window.
+
+    Args:
+        documents: which document each key belongs to, int, (B, S); below 0 for padding.
+        places: the position of each query among the keys, int, (T,). The last query of a call is
+            at the last key (bottom-right alignment).
+        window: keys that a query sees, its own included; None for all.
+
+    Returns:
+        Bool, (B, 1, T, S).
+    """
+    place_S = torch.arange(documents.shape[1], device=documents.device)
+    behind_TS = places[:, None] - place_S[None, :]
+    seen_TS = behind_TS >= 0
+    if window is not None:
+        seen_TS &= behind_TS < window
+    of_query = documents[:, places, None]
+    same_BTS = (of_query == documents[:, None, :]) & (of_query >= 0)
+    return (seen_TS & same_BTS)[:, None]
+
+
+def shifted_keys(documents: Tensor, *, heads: int) -> Tensor:
+    """Return which keys each query sees under LongLoRA's shifted groups.
+
+    A row has four groups, and is padded at its end to a multiple of half a group. The first half of
+    the heads attends causally within groups. The other half does the same after the tokens were
+    rolled back by half a group, which moves the row's first tokens to its end: there they see no
+    token that comes after them in the row. Source: LongLoRA, llama_attn_replace.py:
+    group_size_ratio, `shift` in forward_noflashattn for the roll, cu_q_lens in forward_flashattn
+    for the row's two ends (github.com/dvlab-research/LongLoRA, 03ac8a5, read 2026-11-21).
+
+    Args:
+        documents: 0 for a token, below 0 for padding, int, (B, S).
+        heads: H.
+
+    Returns:
+        Bool, (B, H, T, S), with as many queries as keys.
+    """
+    n_tokens = documents.shape[1]
+    n_filled = -(-n_tokens // 8) * 8
+    group = n_filled // 4
+    place = torch.arange(n_filled, device=documents.device)
+    masks = []
+    for head in range(heads):
+        roll = group // 2 if head >= heads // 2 else 0
+        order = place.roll(-roll)  # the token at each position
+        stands = torch.empty_like(place)
+        stands[order] = place
+        same_group = stands[:, None] // group == stands[None, :] // group
+        behind = (stands[:, None] >= stands[None, :]) & (place[:, None] >= place[None, :])
+        masks.append((same_group & behind)[:n_tokens, :n_tokens])
+    of_token = documents >= 0
+    return torch.stack(masks)[None] & (of_token[:, None, :, None] & of_token[:, None, None, :])
+
+
+TILE = 16
+
+# Half of the spacing of float32 at 1: the unit roundoff.
+UNIT = 2.0**-24
+
+# Standard deviations within which a sum of roundings stays: it exceeds 6 with a probability of
+# 2e-9, and a proof compares about 1e6 elements.
+DEVIATIONS = 6.0
+
+
+def sum_noise(case: Case, inputs: Inputs) -> dict[str, Tensor]:
+    """Return a bound on gradient changes by the order of sums: 2 n u A, (B, T, heads, D), float32.
+
+    Args:
+        case: a packed probe, short enough for all its rows to be compared.
+        inputs: its tensors.
+    """
+    q, k, v, scores, weights = _attention(case, inputs)
+    group = inputs.q.shape[1] // inputs.k.shape[1]
+    d_out = inputs.d_out.float().transpose(1, 2)
+    out = weights @ v
+    (d_scores,) = torch.autograd.grad(out, scores, d_out)
+    weights, out = weights.detach(), out.detach()
+    rounding = torch.finfo(inputs.q.dtype).eps + v.shape[-1] * UNIT
+    both = d_out.abs() @ v.abs().transpose(-1, -2) + (d_out * out).abs().sum(-1, keepdim=True)
+    d_scores = (d_scores.abs() + weights * rounding * both) * inputs.scale
+    sizes = {
+        "dq": d_scores @ k.abs(),
+        "dk": d_scores.transpose(-1, -2) @ q.abs(),
+        "dv": weights.transpose(-1, -2) @ d_out.abs(),
+    }
+    # A document may begin within a block, which makes one more.
+    blocks = -(-max(case.lengths) // TILE) + 1
+    for name in ("dk", "dv"):
+        sizes[name] = sizes[name].unflatten(1, (-1, group)).sum(2)
+    terms = {"dq": blocks, "dk": blocks * group, "dv": blocks * group}
+    return {name: 2 * terms[name] * UNIT * size.transpose(1, 2) for name, size in sizes.items()}
+
+
+def rounding_of_output(case: Case, inputs: Inputs) -> dict[str, float]:
+    """Return bounds on the change of dq and dk by rounding the output: the largest element of each.
+
+    A flash kernel computes the gradient of the scores as P * (d_out v - d_out out), from the output
+    that it stored in the precision of the run. Rounding changes each value by at most u times the
+    value, where u is half the spacing at 1, with a standard deviation of u / sqrt(3) times it. The
+    roundings of a row are assumed to be independent, so that the error of d_out out is at most
+    DEVIATIONS * u / sqrt(3) * |d_out * out|, the norm over the head size. Source of the model:
+    Higham and Mary, A New Approach to Probabilistic Rounding Error Analysis, SIAM J. Sci. Comput.
+    41(5), 2019. Plain attention does not store the output. In a call of few tokens its other
+    rounding errors may all be smaller, so that they are no measure of this one.
+
+    Args:
+        case: a probe of as many queries as keys.
+        inputs: its tensors.
+    """
+    q, k, v, _, weights = _attention(case, inputs)
+    return rounding_through(
+        q,
+        k,
+        v,
+        weights.detach(),
+        d_out=inputs.d_out.float().transpose(1, 2),
+        scale=inputs.scale,
+        unit=torch.finfo(inputs.q.dtype).eps / 2,
+        group=inputs.q.shape[1] // inputs.k.shape[1],
+    )
+
+
+def rounding_through(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    weights: Tensor,
+    *,
+    d_out: Tensor,
+    scale: float,
+    unit: float,
+    group: int,
+) -> dict[str, float]:
+    """Return bounds on the change of dq and dk by rounding the output; see rounding_of_output.
+
+    Args:
+        q: (..., H, T, D), in the same dtype as d_out.
+        k: the keys of each query head, (..., H, S, D).
+        v: the values of each query head, (..., H, S, E).
+        weights: the attention weights, (..., H, T, S).
+        d_out: (..., H, T, E).
+        scale: factor on q @ k.
+        unit: half of the spacing at 1 in the precision of the output.
+        group: query heads per key head.
+    """
+    products = d_out * (weights @ v)
+    off = DEVIATIONS * unit / 3**0.5 * products.square().sum(-1, keepdim=True).sqrt()
+    off_scores = weights * off * scale
+    dk = off_scores.transpose(-1, -2) @ q.abs()
+    dk = dk.unflatten(-3, (-1, group)).sum(-3)
+    return {"dq": (off_scores @ k.abs()).max().item(), "dk": dk.max().item()}
+
+
+def _attention(case: Case, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return float32 q, k, v of each query head, scores that require gradients, and weights."""
+    group = inputs.q.shape[1] // inputs.k.shape[1]
+    q, k, v = (x.detach().float() for x in (inputs.q, inputs.k, inputs.v))
+    k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))
+    places = torch.arange(q.shape[2], device=q.device)
+    scores = (q @ k.transpose(-1, -2) * inputs.scale).requires_grad_()
+    weights = attention_weights(
+        scores,
+        visible=visible_keys(inputs.documents, places=places, window=case.geometry.window),
+        softcap=case.geometry.softcap,
+        sinks=None if inputs.sinks is None else inputs.sinks.detach().float()[:, None, None],
+    )
+    return q, k, v, scores, weights
+
+
+def beyond_a_flip(one: Tensor, other: Tensor) -> Tensor:
+    """Return by how much two rounded values differ beyond one unit in the last place, float64."""
+    kind = torch.finfo(one.dtype)
+    wide, other_wide = one.double(), other.double()
+    _, exponent = torch.frexp(torch.maximum(wide.abs(), other_wide.abs()))
+    # frexp's mantissa is below 1, so the exponent is one larger than that of the leading bit.
+    ulp = torch.ldexp(torch.full_like(wide, kind.eps), exponent - 1).clamp_min(kind.eps * kind.tiny)
+    return ((wide - other_wide).abs() - ulp).clamp_min(0.0)

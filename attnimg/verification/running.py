@@ -1,0 +1,417 @@
+"""Compare an attention call of a training step with the reference: the running check.
+
+A kernel may fail only from its 3000th call on, or at a single length, which no finite proof finds.
+One row of one layer's call is computed again block by block (blocks.py), in float64 and as plain
+attention in the run's precision, for as many heads as the budgets below allow. The bounds are those
+of the proofs (checks.py).
+Letters: B batch, T query and key tokens, H query heads, G key heads, D and E head sizes.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from attnimg.backends._varlen import AttentionCall, read_call
+from attnimg.errors import AttnimgError
+from attnimg.facts import Backend, CallCheck, DType, Figure, Reason, RunContext
+from attnimg.verification.blocks import (
+    BlockReference,
+    NotComparable,
+    Span,
+    closed_part,
+    span_reference,
+    spans_of_arguments,
+    spans_of_mask,
+)
+from attnimg.verification.capture import CapturedCall, call_again
+from attnimg.verification.cases import Scores
+from attnimg.verification.checks import (
+    GAIN,
+    GAIN_VALUES,
+    NEAR,
+    SHORT,
+    allowed_error,
+    allowed_gain,
+    gain_of,
+    largest,
+    with_bounds_here,
+)
+from attnimg.verification.reference import UNIT, attention_weights, rounding_through
+
+# Bytes for the results of both references and their differences, and for the tiles of scores.
+RESULT_BYTES, TILE_BYTES = 128 << 20, 96 << 20
+# Query-key pairs, over all query heads, that a check computes. Where a single key head has more
+# than LONG times as many, only a part of its tokens is compared.
+PAIRS, LONG = {"cpu": 2**18, "cuda": 2**27}, 4
+# Calls with larger scores have the bounds of the proofs' probes with large scores.
+LARGE_SCORE = 32.0
+# The factor of a quantity is compared only where rounding is below this share of the quantity.
+CLEAR = 0.1
+# The last tokens of a long row, which are always compared.
+ENDS = 64
+# Rows of at most this many tokens, whose queries see at most SHORT keys, have the bound of
+# reference.rounding_of_output.
+FEW_TOKENS = 256
+_FEATURES = frozenset({"window", "softcap", "sinks", "dropout"})
+
+
+def why_unchecked(backends: list[Backend], context: RunContext, *, dropout: float) -> str:
+    """Return why the calls of a run can't be compared with the reference; "" where they can."""
+    if context.compiled:
+        return "torch.compile fuses attention into the model's graph, which has no call to capture"
+    if dropout:
+        return f"attention_dropout: {dropout:g} drops other weights in each call"
+    for backend in backends:
+        if backend.k_forward is None:
+            return f"{backend.name} quantizes q, k and v, and has no bound for real values"
+        if backend.pattern != "full":
+            return f"{backend.name} attends within groups of tokens"
+    return ""
+
+
+def check_call(
+    call: CapturedCall, *, backend: Backend, dtype: DType, longest: int | None, seed: str
+) -> CallCheck:
+    """Compare a call with the reference; a wrong call is repeated and compared again.
+
+    Args:
+        call: with its gradients.
+        backend: the backend that computed it, whose bounds are used.
+        dtype: the run's precision.
+        longest: the most tokens of a row to compare, in whole documents; None for all.
+        seed: decides which row and heads are compared.
+    """
+    cast = torch.autocast(call.q.device.type, enabled=False)
+    backend = with_bounds_here(backend)
+    nothing = CallCheck(backend=backend.name, layer=call.layer)
+    try:
+        with torch.no_grad(), cast:
+            part = _part_of(call, longest=longest, draw=random.Random(seed))
+            found = _compared(call, part, backend=backend, dtype=dtype)
+    except (NotComparable, AttnimgError) as error:
+        why = error.why if isinstance(error, AttnimgError) else str(error)
+        return replace(nothing, skipped=why.splitlines()[0])
+    except torch.OutOfMemoryError:
+        return replace(nothing, skipped="the GPU's memory is too full for the reference")
+    check = replace(nothing, figures=found.figures, faults=found.faults, near=found.near)
+    if not check.faults:
+        return check
+    try:
+        again = call_again(call)
+        with torch.no_grad(), cast:
+            repeated = _compared(again, part, backend=backend, dtype=dtype)
+    except torch.OutOfMemoryError:
+        return replace(check, repeated=False)
+    # Foreign kernels may raise anything.
+    except Exception as error:
+        text = f"called again, it raised {type(error).__name__}: {error}"
+        faults = (*check.faults, Reason(code="crash", text=text))
+        return replace(check, faults=faults, near=False, repeated=True)
+    return replace(check, repeated=bool(repeated.faults))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Part:
+    """The part of a call that is compared.
+
+    Attributes:
+        row: the index of the row in the batch.
+        tokens: a range of the row; these and the other tokens do not see one another.
+        heads: a range of key heads.
+        first: the first key that each query sees, counted within `tokens`.
+        last: the key after the last one that it sees.
+        queries: spans of `tokens` whose out and dq are compared.
+        keys: spans of `tokens` whose dk and dv are compared.
+        call: scale, soft cap and sinks.
+    """
+
+    row: int
+    tokens: slice
+    heads: slice
+    first: Tensor
+    last: Tensor
+    queries: list[Span]
+    keys: list[Span]
+    call: AttentionCall
+
+    @property
+    def query_heads(self) -> slice:
+        """Return the query heads of the key heads."""
+        group = self.call.q.shape[1] // self.call.k.shape[1]
+        return slice(self.heads.start * group, self.heads.stop * group)
+
+
+def _part_of(call: CapturedCall, *, longest: int | None, draw: random.Random) -> _Part:
+    """Choose a row, documents and heads to compare, at random within the budgets.
+
+    Raises:
+        NotComparable: the reference can't compute the call.
+        AttnimgError: the model passes an argument that the reference does not support.
+    """
+    if call.written:
+        raise NotComparable("the model overwrote a tensor of the call before its backward pass")
+    if call.q.shape[2] != call.k.shape[2]:
+        raise NotComparable(f"the call has {call.q.shape[2]} queries and {call.k.shape[2]} keys")
+    masked = call.mask is not None and getattr(call.mask, "ndim", 0) != 2
+    read = read_call(
+        "the reference",
+        call.module,
+        call.q,
+        call.k,
+        call.v,
+        None if masked else call.mask,
+        features=_FEATURES,
+        **call.arguments,
+    )
+    if read.dropout:
+        raise NotComparable(f"the call has dropout {read.dropout:g}")
+    row = draw.randrange(len(call.q))
+    if masked:
+        first, last = spans_of_mask(call.mask, row, n_tokens=call.q.shape[2])
+    else:
+        first, last = spans_of_arguments(read, row)
+    tokens = closed_part(first, last, longest=longest, draw=draw)
+    first, last = first[tokens] - tokens.start, last[tokens] - tokens.start
+    group = call.q.shape[1] // call.k.shape[1]
+    n_tokens = tokens.stop - tokens.start
+    sizes = call.q.shape[-1] + call.v.shape[-1]
+    per_head = int((last - first).sum()) * group
+    budget = PAIRS.get(call.q.device.type, PAIRS["cuda"])
+    bytes_per_token = 8 * 3 * sizes * (group + 1)
+    tokens_held = RESULT_BYTES // bytes_per_token
+    heads = min(call.k.shape[1], budget // max(per_head, 1), tokens_held // n_tokens)
+    heads = max(1, heads)
+    begin = draw.randrange(call.k.shape[1] - heads + 1)
+    spans = [(0, n_tokens)]
+    wanted = min(tokens_held, n_tokens * LONG * budget // max(per_head, 1))
+    if heads == 1 and wanted < n_tokens:
+        spans = _some_of(n_tokens, wanted, draw)
+    return _Part(
+        row=row,
+        tokens=tokens,
+        heads=slice(begin, begin + heads),
+        first=first,
+        last=last,
+        queries=spans,
+        keys=spans,
+        call=read,
+    )
+
+
+def _some_of(n_tokens: int, wanted: int, draw: random.Random) -> list[Span]:
+    """Choose about `wanted` tokens: the last ones, and a random span before them."""
+    ends = min(ENDS, n_tokens // 2)
+    before = min(max(wanted - ends, ends), n_tokens - ends)
+    begin = draw.randrange(n_tokens - ends - before + 1)
+    return [(begin, begin + before), (n_tokens - ends, n_tokens)]
+
+
+def _compared(call: CapturedCall, part: _Part, *, backend: Backend, dtype: DType) -> _Found:
+    """Compare a part of a call, without values that overflow or underflow in its precision."""
+    of_q = part.query_heads
+    q, k, v = (
+        x[part.row, heads, part.tokens]
+        for x, heads in ((call.q, of_q), (call.k, part.heads), (call.v, part.heads))
+    )
+    out = call.out[part.row, part.tokens, of_q].transpose(0, 1)
+    sees = part.last > part.first
+    d_out = None
+    if call.d_out is not None and call.learning:
+        # Queries without a key are left out: their output is not defined by attention.
+        d_out = call.d_out[part.row, part.tokens, of_q].transpose(0, 1) * sees[:, None]
+        # It is not finite after a NaN, or where float16's loss scale is too large.
+        d_out = d_out if d_out.isfinite().all() else None
+    if not all(x.isfinite().all() for x in (q, k, v)):
+        raise NotComparable("q, k or v is NaN or inf")
+    exact = _reference(part, q, k, v, d_out, dtype=torch.float64, rounded_to=None)
+    rounded_to = None if dtype == "float32" else getattr(torch, dtype)
+    plain = _reference(part, q, k, v, d_out, dtype=torch.float32, rounded_to=rounded_to)
+    heads = f"key heads {part.heads.start} to {part.heads.stop - 1}"
+    judge = _Judge(
+        backend=backend,
+        dtype=dtype,
+        case=f"row {part.row}, tokens {part.tokens.start} to {part.tokens.stop - 1}, {heads}",
+        scores=_scores(q, k, part),
+    )
+    seeing = torch.cat([sees[slice(*span)] for span in part.queries])
+    found_out = _at(out, part.queries)[:, seeing]
+    judge.compare("out", found_out, exact.out[:, seeing], plain.out[:, seeing])
+    if d_out is None:
+        return judge.result()
+    size, floors = _size_and_floors(q, k, v, d_out, part, dtype=dtype)
+    of_name = {"dq": of_q, "dk": part.heads, "dv": part.heads}
+    for name in call.learning:
+        found = call.gradients.get(name)
+        if found is not None:
+            found = found[part.row, of_name[name], part.tokens]
+            found = _at(found, part.queries if name == "dq" else part.keys)
+        pair = getattr(exact, name), getattr(plain, name)
+        judge.compare(name, found, *pair, size=size, floor=floors.get(name, 0.0))
+    return judge.result()
+
+
+def _reference(
+    part: _Part,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    d_out: Tensor | None,
+    *,
+    dtype: torch.dtype,
+    rounded_to: torch.dtype | None,
+) -> BlockReference:
+    """Compute attention block by block in a given precision; see `block_reference`."""
+    if rounded_to is not None:
+        q, k, v = (x.to(rounded_to) for x in (q, k, v))
+        d_out = None if d_out is None else d_out.to(rounded_to)
+    sinks = part.call.sinks
+    return span_reference(
+        q,
+        k,
+        v,
+        d_out,
+        first_T=part.first,
+        last_T=part.last,
+        queries=part.queries,
+        keys=part.keys,
+        scale=part.call.scale,
+        softcap=part.call.softcap,
+        sinks=None if sinks is None else sinks.detach()[part.query_heads],
+        dtype=dtype,
+        rounded_to=rounded_to,
+        at_most_bytes=TILE_BYTES,
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Found:
+    """Figures and broken rules; see CallCheck."""
+
+    figures: tuple[Figure, ...]
+    faults: tuple[Reason, ...]
+    near: bool
+
+
+class _Judge:
+    """Compare the quantities of a call, and collect figures and broken rules."""
+
+    def __init__(self, *, backend: Backend, dtype: DType, case: str, scores: Scores) -> None:
+        self.backend, self.dtype, self.case, self.scores = backend, dtype, case, scores
+        self.figures: list[Figure] = []
+        self.faults: list[Reason] = []
+        self._near = True
+
+    def compare(
+        self,
+        name: str,
+        found: Tensor | None,
+        exact: Tensor,
+        plain: Tensor,
+        *,
+        size: float = 0.0,
+        floor: float = 0.0,
+    ) -> None:
+        """Compare one quantity with both references.
+
+        Args:
+            name: "out", or the gradient.
+            found: the result of the call; None for no gradient.
+            exact: the reference in float64.
+            plain: plain attention in the run's precision.
+            size: size of the terms whose sum is the quantity; used where they cancel up to
+                rounding.
+            floor: the smallest allowed error.
+        """
+        code = "numerics-fwd" if name == "out" else "numerics-bwd"
+        if found is None:
+            self._fault("grad-detached", f"no gradient reaches {name[1:]}")
+            return
+        # The reference overflows or underflows in float16.
+        if not plain.isfinite().all() or (exact.any() and not plain.any()):
+            return
+        if not found.isfinite().all():
+            share = (~found.isfinite()).double().mean().item()
+            self._fault("nan", f"{share:.0%} of {name} is NaN or infinite")
+            return
+        rounding = plain.double() - exact
+        allowed = allowed_error(
+            self.backend,
+            name,
+            dtype=self.dtype,
+            scores=self.scores,
+            rounding=largest(rounding),
+            size=largest(exact) if largest(exact) > UNIT * size else size,
+        )
+        # Values below the smallest normal number of the precision are rounded to denormal numbers.
+        kind = torch.finfo(getattr(torch, self.dtype))
+        allowed = max(allowed, floor, 4 * kind.eps * kind.smallest_normal)
+        error = largest(found.double() - exact)
+        figure = Figure(quantity=name, error=error, allowed=allowed, case=self.case)
+        self.figures.append(figure)
+        if error > allowed:
+            text = f"{name} is {error:.1e} off the reference, allowed {allowed:.1e}"
+            self._fault(code, text, near=error <= NEAR * allowed)
+        clear = rounding.square().sum() <= CLEAR**2 * exact.square().sum()
+        if exact.numel() >= GAIN_VALUES and clear:
+            off = gain_of(found, exact) - 1
+            gain = abs(gain_of(plain, exact) - 1)
+            limit = allowed_gain(self.backend, name, atol=GAIN[self.dtype], gain=gain)
+            if abs(off) > limit:
+                text = f"{name} is {1 + off:.4f} times the reference, allowed 1 +- {limit:.1e}"
+                self._fault(code, text, near=abs(off) <= NEAR * limit)
+
+    def _fault(self, code: str, text: str, *, near: bool = False) -> None:
+        self._near &= near
+        self.faults.append(Reason(code=code, text=f"{text} ({self.case})"))
+
+    def result(self) -> _Found:
+        """Return the figures and the broken rules."""
+        near = self._near and bool(self.faults)
+        return _Found(figures=tuple(self.figures), faults=tuple(self.faults), near=near)
+
+
+def _at(x: Tensor, spans: list[Span]) -> Tensor:
+    """Return the tokens of some spans; x (heads, T, size)."""
+    return x[:, slice(*spans[0])] if len(spans) == 1 else torch.cat(
+        [x[:, slice(*span)] for span in spans], 1
+    )  # fmt: skip
+
+
+def _scores(q: Tensor, k: Tensor, part: _Part) -> Scores:
+    """Return "large" where a score may exceed LARGE_SCORE: scores are at most |q| |k| scale."""
+    size = q.float().norm(dim=-1).max() * k.float().norm(dim=-1).max() * abs(part.call.scale)
+    return "large" if size.item() > LARGE_SCORE else "spread"
+
+
+def _size_and_floors(
+    q: Tensor, k: Tensor, v: Tensor, d_out: Tensor, part: _Part, *, dtype: DType
+) -> tuple[float, dict[str, float]]:
+    """Return the size of terms that may cancel, and the smallest allowed errors in short rows.
+
+    See checks.py, and reference.rounding_of_output.
+    """
+    size = largest(d_out) * largest(v) * v.shape[-1] * part.call.scale
+    size *= max(largest(q), largest(k))
+    few = q.shape[1] <= FEW_TOKENS and int((part.last - part.first).max()) <= SHORT
+    if not few:
+        return size, {}
+    group = q.shape[0] // k.shape[0]
+    q, k, v, d_out = (x.double() for x in (q, k, v, d_out))
+    k, v = (x.repeat_interleave(group, dim=0) for x in (k, v))
+    place = torch.arange(q.shape[1], device=q.device)
+    sinks = part.call.sinks
+    weights = attention_weights(
+        (q @ k.transpose(-1, -2))[None] * part.call.scale,
+        visible=(place >= part.first[:, None]) & (place < part.last[:, None]),
+        softcap=part.call.softcap,
+        sinks=None if sinks is None else sinks.detach()[part.query_heads, None, None].double(),
+    )[0]
+    unit = torch.finfo(getattr(torch, dtype)).eps / 2
+    floors = rounding_through(
+        q, k, v, weights, d_out=d_out, scale=part.call.scale, unit=unit, group=group
+    )
+    return size, floors

@@ -1,0 +1,220 @@
+"""The process that runs foreign kernels: `python -m attnimg.verification.worker`.
+
+It reads the candidates from stdin, as one JSON object, and writes JSON objects to stdout, one per
+line: what it is about to run, so that its parent knows what crashed it, and the proofs. The output
+of kernels goes to stderr. After a kernel that changed the state of the process, or forked it, the
+parent starts a new child for the rest.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import resource
+import signal
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, TextIO
+
+from attnimg.backends import backend_named
+from attnimg.errors import AttnimgError
+from attnimg.facts import Geometry, Proof, Reason
+from attnimg.verification.cases import longest_of, whole_row
+
+
+def main() -> None:
+    """Prove all candidates on stdin."""
+    task = json.loads(sys.stdin.read())
+    _die_with_parent()
+    report = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    # Imported here, so that no candidate's time limit includes it.
+    import transformers.integrations.flash_attention
+    import transformers.modeling_utils  # noqa: F401 - loaded for the time it takes
+
+    _cap_memory(task["memory_bytes"], device=device)
+    references: dict[Any, Any] = {}
+    for candidate in task["candidates"]:
+        _send(report, begin=candidate["backend"])
+        proof = prove_candidate(candidate, device=device, references=references, report=report)
+        _send(report, proof=asdict(proof))
+        if any(reason.code == "process-state" for reason in proof.reasons):
+            _send(report, stop=True)
+            return
+
+
+def prove_candidate(
+    candidate: dict[str, Any], *, device: str, references: dict[Any, Any], report: TextIO
+) -> Proof:
+    """Prove one candidate; an exception of its kernel becomes a reason."""
+    import torch
+
+    from attnimg.backends._transformers import as_applied, attention_function
+    from attnimg.backends.fp8 import restore_flash_kernel
+    from attnimg.verification.candidate import budget_here, merge, prove_geometry, repeat_calls
+    from attnimg.verification.checks import with_bounds_here
+    from attnimg.verification.process_state import (
+        ProcessState,
+        is_rewound,
+        process_state,
+        states_after_draw,
+    )
+    from attnimg.verification.runner import count_forks
+
+    started = time.perf_counter()
+    name, geometries = (
+        candidate["backend"],
+        tuple(Geometry(**values) for values in candidate["geometries"]),
+    )
+    backend = backend_named(name)
+    assert backend is not None, name
+    backend = as_applied(with_bounds_here(backend), geometries, routed=candidate["routed"])
+    budget = budget_here(backend, device=device)
+    longest = min(longest_of(geometry, budget) for geometry in geometries)
+    whole = min(whole_row(geometry, budget) for geometry in geometries)
+    stage = ["loading"]
+    before, random = ProcessState(), states_after_draw(torch.device(device))
+
+    def require_unchanged() -> None:
+        changes = before.changes()
+        if stage[0] != "loading":
+            changes += before.count_changes()
+        elif not changes and is_rewound(random, torch.device(device)):
+            changes.append("torch's random numbers were seeded or rewound")
+        if changes:
+            raise _ProcessChanged(process_state(changes, when=stage[0]))
+
+    def starting(case: str) -> None:
+        require_unchanged()
+        stage[0] = case
+        _send(report, case=case)
+
+    try:
+        function = attention_function(backend, trusted=candidate["trusted"])
+        require_unchanged()
+        found = merge(
+            prove_geometry(
+                function,
+                backend,
+                geometry,
+                device=device,
+                references=references,
+                starting=starting,
+                again=lambda: _send(report, again=name),
+            )
+            for geometry in geometries
+        )
+        starting("repeated calls")
+        leaking, later = repeat_calls(
+            function, backend, geometries[0], device=device, references=references
+        )
+        require_unchanged()
+        if running := count_forks():
+            leaking = [*leaking, f"children: {running} forks of this process still run"]
+    # Foreign kernels may raise anything, on import and in a call. The reason is kept and shown.
+    except (Exception, SystemExit) as error:
+        reasons = _reasons(error, stage=stage[0], changes=before.changes())
+        seconds = time.perf_counter() - started
+        return Proof(backend=name, reasons=reasons, longest=longest, seconds=seconds)
+    finally:
+        # fp8 replaces torch's own flash kernel, which the next candidate may use.
+        restore_flash_kernel()
+    if device == "cuda":
+        torch.cuda.empty_cache()
+    wanted = max(geometry.sequence_len for geometry in geometries)
+    notes = []
+    if longest < wanted:
+        notes.append(f"proven up to {longest} of {wanted} tokens: limited by memory")
+    if whole < longest:
+        limit = "CPU time" if device == "cpu" else "memory"
+        notes.append(f"proven with all heads up to {whole} of {wanted} tokens: limited by {limit}")
+    notes += [f"found once, and not when run again: {reason.text}" for reason in found.unrepeated]
+    notes += [f"raises where training never calls it: {call}" for call in found.raises]
+    reasons = tuple(found.reasons) or tuple(later)
+    if leaking:
+        reasons = (process_state(leaking, when=stage[0]), *reasons)
+    return Proof(
+        backend=name,
+        reasons=reasons,
+        figures=tuple(found.figures),
+        cases=found.cases,
+        longest=longest,
+        seconds=time.perf_counter() - started,
+        note="; ".join(notes),
+    )
+
+
+class _ProcessChanged(Exception):
+    """Raised if a kernel changed the process, which would make later probes fail."""
+
+    def __init__(self, reason: Reason) -> None:
+        super().__init__(reason.text)
+        self.reason = reason
+
+
+def _reasons(error: BaseException, *, stage: str, changes: list[str]) -> tuple[Reason, ...]:
+    """Return the reasons for an exception; a changed process comes first, as the likely cause."""
+    from attnimg.verification.process_state import process_state
+
+    if isinstance(error, _ProcessChanged):
+        return (error.reason,)
+    changed = (process_state(changes, when=stage),) if changes else ()
+    return (*changed, _reason(error, stage=stage))
+
+
+def _reason(error: BaseException, *, stage: str) -> Reason:
+    """Return the reason for an exception that a kernel raised."""
+    import torch
+
+    from attnimg.errors import exception_text
+
+    text = str(error)
+    said = f"{stage}: {exception_text(error)}"
+    out_of_memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
+    # torch's CPU allocator raises a RuntimeError.
+    if out_of_memory or "can't allocate memory" in text or "not enough memory" in text:
+        return Reason(code="oom", text=said)
+    if isinstance(error, AttnimgError):
+        return Reason(code=error.code, text=exception_text(error))
+    return Reason(code="import-error" if stage == "loading" else "crash", text=said)
+
+
+def _die_with_parent() -> None:
+    """Make Linux kill this process when its parent ends, so that a hanging kernel does not stay."""
+    # Source: prctl(2), PR_SET_PDEATHSIG is 1 (2026-11-25).
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+
+
+def _cap_memory(memory_bytes: int, *, device: str) -> None:
+    """Limit what this process may allocate, so that no kernel takes all memory."""
+    import torch
+
+    if device == "cuda":
+        total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(0.9, memory_bytes / total))
+        return
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    used_kb = next(int(line.split()[1]) for line in status.splitlines() if line[:7] == "VmSize:")
+    limit = used_kb * 1024 + memory_bytes
+    _, hard = resource.getrlimit(resource.RLIMIT_AS)
+    if hard != resource.RLIM_INFINITY:
+        limit = min(limit, hard)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
+
+
+def _send(report: TextIO, **message: Any) -> None:
+    # The first newline ends a line that a kernel began; reports of a forked process have another
+    # pid.
+    report.write("\n" + json.dumps(message | {"pid": os.getpid()}) + "\n")
+
+
+if __name__ == "__main__":
+    main()
