@@ -80,6 +80,14 @@ class AttnimgError(Exception):
         return "\n".join(parts)
 
 
+class KernelError(AttnimgError):
+    """A kernel failed its proof, or no kernel may be used for the requested backend."""
+
+
+class PackingLeak(AttnimgError):
+    """Packed documents affect one another in a model, or the model raised on packed documents."""
+
+
 def bad_manifest(path: Path, error: Exception) -> AttnimgError:
     """Return the error for an unreadable file that was written when the image was built."""
     return AttnimgError(

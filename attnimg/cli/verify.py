@@ -13,11 +13,11 @@ from rich.table import Table
 from attnimg import config
 from attnimg.cli import JSON, argument, as_json
 from attnimg.errors import AttnimgError
-from attnimg.facts import Backend, LayerGroup, Machine, Model, Plan, Problem, Proof
+from attnimg.facts import LayerGroup, Machine, Model, Problem, Proof
 from attnimg.machine.kernel_cache import use_shipped_kernels
-from attnimg.pipeline import parts_of, proofs_of
+from attnimg.pipeline import prove_fitting
 from attnimg.selection import plan
-from attnimg.task import gpu_text, installed_machine, problem_of, read_model
+from attnimg.task import Task, gpu_text, installed_machine, problem_of, read_model
 from attnimg.train.environment import require_readable
 
 if TYPE_CHECKING:
@@ -51,14 +51,8 @@ def verify(file: str | None, as_json_lines: bool) -> None:
     use_shipped_kernels(machine)
     results: list[tuple[Problem, Proof]] = []
     for problem, asked in _problems(file, machine):
-        found = plan.choose(asked, machine, problem)
-        fitting = _fitting(found)
-        made = proofs_of(fitting, problem, machine=machine, say=say)
-        results += [(problem, proof) for proof in made]
-        # A router in `train` calls kernels in another way, for some of the layers each.
-        for backend, part in parts_of(found, problem) if found.groups else ():
-            (proof,) = proofs_of([backend], part, machine=machine, say=say, routed=True)
-            results.append((part, proof))
+        task = Task(machine=machine, problem=problem, asked=asked, strict=False)
+        results += prove_fitting(task, say=say)
     if as_json_lines:
         shown = {
             "on": machine.arch.name,
@@ -100,12 +94,6 @@ def _problems(file: str | None, machine: Machine) -> list[tuple[Problem, str | N
     model_found, dropout = read_model(values)
     problem = problem_of(values, model=model_found, dropout=dropout, arch=machine.arch)
     return [(problem, values.attn_implementation)]
-
-
-def _fitting(found: Plan) -> list[Backend]:
-    """Return the backends of a plan that fit and that can be applied, by rank."""
-    fitting = (verdict.backend for verdict in found.verdicts if verdict.fits)
-    return [backend for backend in fitting if backend.applied_as is not None]
 
 
 def _json(problem: Problem, proof: Proof) -> dict[str, Any]:
