@@ -465,6 +465,8 @@ class Backend:
             package has one set.
         for_process: environment variables that select its kernel and are read at each call. They
             therefore affect every layer whose backend uses the same package.
+        added_by: the top-level module of the package that added it by an entry point; None for
+            attnimg's own.
     """
 
     name: str
@@ -495,6 +497,7 @@ class Backend:
     pattern: Pattern = "full"
     variants: Mapping[str, Variant] = field(default_factory=dict)
     for_process: Mapping[str, str] = field(default_factory=dict)
+    added_by: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -8,7 +8,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from attnimg.backends import all_backends
+from attnimg.backends import added_backends, all_backends
 from attnimg.config.schema import Config
 from attnimg.facts import Arch, Finding, Machine, Model, Plan, Problem
 from attnimg.machine import probe
@@ -193,8 +193,16 @@ def image_notes(on: str | None, image: str | None) -> tuple[Finding, ...]:
 
 
 def machine_notes(machine: Machine) -> tuple[Finding, ...]:
-    """Return warnings about this machine: a GPU driver that fails, different GPUs."""
-    notes = []
+    """Return warnings about this machine: a GPU driver that fails, different GPUs, bad backends."""
+    notes = [
+        Finding(
+            code="bad-backend",
+            key=None,
+            what=f"a backend of another package can't be used: {problem}",
+            do="fix or uninstall that package",
+        )
+        for problem in added_backends().problems
+    ]
     if machine.driver_problem:
         notes.append(
             Finding(
