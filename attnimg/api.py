@@ -38,6 +38,7 @@ from attnimg.facts import (
     DType,
     Finding,
     GroupChoice,
+    LayerKind,
     Model,
     ModelClass,
     Plan,
@@ -67,6 +68,7 @@ class Settings(TypedDict, total=False):
     dtype: Any
     autocast: bool | None
     backend: str
+    backends: Mapping[LayerKind, str] | None
     strict: bool
     compiled: bool
     checkpointing: bool
@@ -268,6 +270,7 @@ def select(
     dtype: Any = "auto",
     autocast: bool | None = None,
     backend: str = "auto",
+    backends: Mapping[LayerKind, str] | None = None,
     strict: bool = False,
     compiled: bool = False,
     checkpointing: bool = False,
@@ -291,6 +294,8 @@ def select(
             of the weights.
         backend: "auto", a name that `attn_implementation` takes in a config, or a hub kernel
             "org/name". The environment variable ATTNIMG_BACKEND replaces "auto".
+        backends: the backend for each kind of layers, {"sliding": NAME, "full": NAME}, if `backend`
+            is "auto"; kinds that it does not name get the best backend that fits them.
         strict: whether no other member of the flash family may replace the named backend.
         compiled: whether the model runs under torch.compile.
         checkpointing: whether activations are recomputed in the backward pass.
@@ -314,6 +319,7 @@ def select(
         'flash_attention_3'
     """
     requested = backend_name(backend)
+    _require_kinds(backends, backend)
     machine, _ = machine_of(on, image)
     facts = _model_facts(model)
     precision = _dtype(dtype, facts, machine.arch)
@@ -333,7 +339,7 @@ def select(
         trusted=trust_remote_code,
         known_bad=known_bad.load(None, today=date.today()),
     )
-    task = Task(machine=machine, problem=problem, asked=requested, strict=strict)
+    task = Task(machine=machine, problem=problem, asked=requested, strict=strict, kinds=backends)
     plan = pipeline.select(task, Log())
     warnings = pipeline.warnings_of(plan, task)
     return Choice(task, plan, warnings, here=on is None and image is None)
@@ -614,6 +620,30 @@ def backend_name(name: str) -> str | None:
     for error in name_errors(name):
         raise AttnimgError(error.what, why=error.why, do=error.do, code=error.code, key="backend")
     return None if name == planning.AUTO else name
+
+
+def _require_kinds(backends: Mapping[LayerKind, str] | None, backend: str) -> None:
+    """Raise unless `backends` names backends for known kinds of layers, and `backend` is "auto"."""
+    if not backends:
+        return
+    if unknown := backends.keys() - {*get_args(LayerKind)}:
+        raise AttnimgError(
+            f"backends has an unknown kind of layers: {min(map(str, unknown))}",
+            why=f"known are {', '.join(get_args(LayerKind))}",
+            do='pass backends={"sliding": NAME, "full": NAME}',
+            code="bad-value",
+            key="backends",
+        )
+    for name in backends.values():
+        backend_name(name)
+    if backend != planning.AUTO:
+        raise AttnimgError(
+            "backends and backend exclude each other",
+            why=f"found backend={backend!r} and backends={dict(backends)!r}",
+            do="leave backend out",
+            code="bad-value",
+            key="backends",
+        )
 
 
 def _dtype(given: Any, facts: _ModelFacts, arch: Any) -> DType:

@@ -10,7 +10,7 @@ from typing import Any
 
 from attnimg.backends import added_backends, all_backends
 from attnimg.config.schema import Config
-from attnimg.facts import Arch, Finding, Machine, Model, Plan, Problem
+from attnimg.facts import Arch, Finding, LayerKind, Machine, Model, Plan, Problem
 from attnimg.machine import probe
 from attnimg.selection import (
     images,
@@ -35,16 +35,20 @@ class Task:
         problem: what its attention has to compute.
         asked: attn_implementation; None for auto.
         strict: whether no other member of the flash family may replace the requested one.
+        kinds: the backend of each kind of layers that attn_backends names.
     """
 
     machine: Machine
     problem: Problem
     asked: str | None
     strict: bool
+    kinds: Mapping[LayerKind, str] | None = None
 
     def choose(self) -> Plan:
         """Return the plan for this task; its `chosen` may be None."""
-        return plan.choose(self.asked, self.machine, self.problem, strict=self.strict)
+        return plan.choose(
+            self.asked, self.machine, self.problem, strict=self.strict, kinds=self.kinds
+        )
 
 
 def task_of(values: Config, raw: Mapping[str, Any] | None, machine: Machine) -> Task:

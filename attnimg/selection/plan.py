@@ -9,11 +9,13 @@ All functions are pure: they do not read the GPU, files, the clock or the enviro
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
-from typing import Any
+from typing import Any, Literal
 
 from attnimg.backends import all_backends, backend_named
+from attnimg.config.attention import name_errors
+from attnimg.errors import AttnimgError
 from attnimg.facts import (
     Arch,
     Backend,
@@ -21,17 +23,21 @@ from attnimg.facts import (
     Finding,
     GroupChoice,
     LayerGroup,
+    LayerKind,
     Machine,
     Plan,
     Problem,
     Rank,
     Reason,
+    RequestedBy,
     Verdict,
 )
 from attnimg.selection.judge import judge, reason_against_own
 from attnimg.selection.model_types import mask_refusal
 
 AUTO = "auto"
+# The environment variable that replaces "auto".
+VARIABLE: Literal["ATTNIMG_BACKEND"] = "ATTNIMG_BACKEND"
 # Codes of reasons about the GPU. A flash backend that the config names is refused for such a
 # reason; for other reasons, such as an unsupported head size, a member of its family replaces it.
 _ARCH_CODES = frozenset(backend.needs.arch_code for backend in all_backends())
@@ -61,18 +67,34 @@ def training_dtype(*, bf16: bool | str, fp16: bool, arch: Arch) -> DType:
     return "bfloat16" if arch.capability is None or arch.capability >= (8, 0) else "float16"
 
 
-def choose(asked: str | None, machine: Machine, problem: Problem, *, strict: bool = False) -> Plan:
+def choose(
+    asked: str | None,
+    machine: Machine,
+    problem: Problem,
+    *,
+    strict: bool = False,
+    kinds: Mapping[LayerKind, str] | None = None,
+) -> Plan:
     """Check every candidate and choose one.
 
     Args:
-        asked: attn_implementation; for None and "auto" the ranks decide.
+        asked: attn_implementation; for None and "auto" the ranks decide, unless the machine's
+            variables have ATTNIMG_BACKEND.
         machine: the machine of the run.
         problem: what attention has to compute.
         strict: use exactly the requested backend, also within the flash family.
+        kinds: attn_backends: a kind of layers -> the backend for them; it needs "auto".
 
     Returns:
         The plan. Its `chosen` is None when the requested backend, or every backend, does not fit.
+
+    Raises:
+        AttnimgError: ATTNIMG_BACKEND names no backend.
     """
+    by: RequestedBy = "config"
+    if asked in (None, AUTO) and not kinds and (variable := machine.variables.get(VARIABLE)):
+        _require_backend_name(variable)
+        asked, by = variable, VARIABLE
     named = backend_named(asked or AUTO)
     backends = list(all_backends())
     if named is not None and named not in backends:
@@ -84,7 +106,9 @@ def choose(asked: str | None, machine: Machine, problem: Problem, *, strict: boo
         judge(backend, machine, problem, rank=place) for place, backend in enumerate(backends, 1)
     )
     if named is not None:
-        return replace(_explicit(named, verdicts, strict=strict), strict=strict)
+        return replace(_explicit(named, verdicts, strict=strict, by=by), strict=strict)
+    if kinds:
+        return _by_kind(kinds, verdicts, machine, problem)
     found = _automatic(verdicts)
     if found.chosen is None:
         return found
@@ -139,9 +163,13 @@ def without(plan: Plan, backend: str, reason: Reason) -> Plan:
     )
     named = backend_named(plan.asked)
     if named is not None and named.family and not plan.strict:
-        return _explicit(named, verdicts, strict=False)
-    if plan.asked != AUTO:
-        do = "set attn_implementation: auto, which tries the next one"
+        return _explicit(named, verdicts, strict=False, by=plan.requested_by)
+    if plan.asked != AUTO or plan.requested_by == "attn_backends":
+        do = {
+            "config": "set attn_implementation: auto, which tries the next one",
+            "ATTNIMG_BACKEND": f"unset {VARIABLE}: attn_implementation: auto tries the next one",
+            "attn_backends": "remove attn_backends: attn_implementation: auto tries the next one",
+        }[plan.requested_by]
         why = f"{backend}: {reason.text}"
         return replace(plan, chosen=None, because=why, verdicts=verdicts, do=do)
     return _automatic(verdicts)
@@ -186,7 +214,11 @@ def _automatic(verdicts: tuple[Verdict, ...]) -> Plan:
     return Plan(asked=AUTO, chosen=able[0], because=because, verdicts=verdicts)
 
 
-def _explicit(named: Backend, verdicts: tuple[Verdict, ...], *, strict: bool) -> Plan:
+def _explicit(
+    named: Backend, verdicts: tuple[Verdict, ...], *, strict: bool, by: RequestedBy
+) -> Plan:
+    """Return the plan for a backend that is named by the config or by a variable."""
+    key = "attn_implementation: " if by == "config" else f"{by}="
     asked = next(verdict for verdict in verdicts if verdict.backend.name == named.name)
     # flash_attention_4 means exactly that; 2 and 3 mean the best member of the family.
     stands_in = named.uses_flash_lib and named.family is not None and not strict
@@ -194,18 +226,38 @@ def _explicit(named: Backend, verdicts: tuple[Verdict, ...], *, strict: bool) ->
         for verdict in verdicts:
             member = verdict.backend.family == named.family and verdict.backend.applied_as
             if member and verdict.fits:
-                because = _family_because(asked, verdict)
-                return Plan(asked=named.name, chosen=verdict, because=because, verdicts=verdicts)
+                because = _family_because(asked, verdict, key=key)
+                return Plan(
+                    asked=named.name,
+                    chosen=verdict,
+                    because=because,
+                    verdicts=verdicts,
+                    requested_by=by,
+                )
     if asked.fits and named.applied_as:
-        because = "the config names it, and it fits"
-        return Plan(asked=named.name, chosen=asked, because=because, verdicts=verdicts)
+        who = "the config" if by == "config" else by
+        because = f"{who} names it, and it fits"
+        return Plan(
+            asked=named.name, chosen=asked, because=because, verdicts=verdicts, requested_by=by
+        )
     because = "; ".join(reason.text for reason in asked.reasons)
     if asked.fits:
         because = "it would fit, but this version of attnimg cannot apply it yet"
     do = _nothing_fits_do(verdicts)
     if others := _able(verdicts):
-        do = f"set attn_implementation: {others[0].backend.name}, which fits"
-    return Plan(asked=named.name, chosen=None, because=because, verdicts=verdicts, do=do)
+        do = f"set {key}{others[0].backend.name}, which fits"
+    if by == VARIABLE:
+        do += f", or unset {by}"
+    if by == "attn_backends":
+        do = "remove attn_backends, or name another backend in it"
+    return Plan(
+        asked=named.name,
+        chosen=None,
+        because=because,
+        verdicts=verdicts,
+        do=do,
+        requested_by=by,
+    )
 
 
 def _able(verdicts: Iterable[Verdict]) -> list[Verdict]:
@@ -316,6 +368,79 @@ def _choose_groups(
     )
 
 
+def _by_kind(
+    kinds: Mapping[LayerKind, str],
+    verdicts: tuple[Verdict, ...],
+    machine: Machine,
+    problem: Problem,
+) -> Plan:
+    """Return the plan in which each kind of layers runs the backend that attn_backends names.
+
+    Kinds that it does not name get the best backend that fits them. Nothing is replaced: the plan
+    has no choice where a named backend does not fit its layers.
+    """
+    key: RequestedBy = "attn_backends"
+    layers = problem.model.layers if problem.model else ()
+    nothing = Plan(asked=AUTO, chosen=None, because="", verdicts=verdicts, requested_by=key)
+    if absent := sorted(kinds.keys() - {layer.kind for layer in layers}):
+        of_model = f"no {absent[0]} layers" if layers else "layers that are not known here"
+        because = f"{key} names a backend for {absent[0]} layers, and the model has {of_model}"
+        return replace(nothing, because=because, do=f"remove {absent[0]} from {key}")
+    order = _ordered([v.backend for v in verdicts], machine, problem, routed=True)
+    choices: list[GroupChoice] = []
+    for layer in layers:
+        assert problem.model is not None
+        alone = replace(problem, model=replace(problem.model, layers=(layer,)))
+        named = backend_named(kinds.get(layer.kind, AUTO))
+        candidates = [named] if named else [b for b in order if _is_automatic(b)]
+        judged = [judge(b, machine, alone, rank=n) for n, b in enumerate(candidates, 1)]
+        fitting = next((v for v in judged if v.fits), None)
+        if fitting is None:
+            reasons = "; ".join(reason.text for reason in judged[0].reasons)
+            because = f"{judged[0].backend.name} does not fit {_layers_text(layer)}: {reasons}"
+            do = f"name another backend for {layer.kind} layers in {key}, or remove it"
+            return replace(nothing, because=because, do=do)
+        choices.append(GroupChoice(layers=layer, verdict=fitting))
+    backends = {choice.verdict.backend.name: choice.verdict.backend for choice in choices}
+    if len(backends) == 1:
+        (only,) = backends.values()
+        rated = [v for v in verdicts if v.backend.name == only.name]
+        rated = rated or [judge(only, machine, problem, rank=len(verdicts) + 1)]
+        return _explicit(only, (*verdicts, *(v for v in rated if v not in verdicts)), strict=True,
+                         by=key)  # fmt: skip
+    if against := next(filter(None, (_reason_against_router(c, problem) for c in choices)), None):
+        return replace(nothing, because=against, do=f"name one backend for all layers in {key}")
+    groups, chosen = tuple(choices), choices[0].verdict
+    parts = [f"{_layers_text(one.layers)} run {one.verdict.backend.name}" for one in groups]
+    because = f"{key} names them, and they fit: {'; '.join(parts)}"
+    return replace(nothing, chosen=chosen, groups=groups, because=because)
+
+
+def _reason_against_router(choice: GroupChoice, problem: Problem) -> str | None:
+    """Return why a router can't call the backend of a group of layers; None if it can."""
+    backend, layers = choice.verdict.backend, choice.layers
+    if problem.model_class and (own := reason_against_own(problem.model_class, "a router")):
+        return own.text
+    if backend.mask == "flex":
+        return f"{backend.name} needs a mask of its own, so all layers must run it"
+    if backend.mask != "flash" and (layers.softcap or layers.sinks):
+        return f"{backend.name} has no soft cap or sinks where other layers run another backend"
+    if backend.for_process:
+        return f"the variables of {backend.name} affect all layers, so all layers must run it"
+    return None
+
+
+def _require_backend_name(name: str) -> None:
+    """Raise for a value of ATTNIMG_BACKEND that is not a backend."""
+    for error in name_errors(name):
+        raise AttnimgError(
+            f"{VARIABLE}: {error.what}",
+            why=error.why,
+            do=f"{error.do}; or unset {VARIABLE}",
+            code="bad-environment",
+        )
+
+
 def _automatic_because(plan: Plan, chosen: Verdict, machine: Machine, problem: Problem) -> str:
     """Return in one sentence why `auto` chose its backend.
 
@@ -353,12 +478,11 @@ def _automatic_because(plan: Plan, chosen: Verdict, machine: Machine, problem: P
     return "; ".join(parts)
 
 
-def _family_because(asked: Verdict, taken: Verdict) -> str:
+def _family_because(asked: Verdict, taken: Verdict, *, key: str) -> str:
     """Return why a member of the flash family was chosen when the config names a member."""
     wanted, name = asked.backend.name, taken.backend.name
     rule = (
-        f"attn_implementation: {wanted} asks for the flash family, whose order is 4, 3, 2 "
-        "until this GPU is timed"
+        f"{key}{wanted} asks for the flash family, whose order is 4, 3, 2 until this GPU is timed"
     )
     if asked.fits:
         return f"{rule}; {'it' if wanted == name else name} is the first of them that fits"
