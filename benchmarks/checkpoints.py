@@ -247,7 +247,7 @@ def resume(folder: str) -> None:
     import psutil
     from tiny_run import run
 
-    from attnimg.train import intact, output_dir
+    from attnimg.train import check, intact
     from attnimg.train.engine import RunCallback
 
     started, seconds = psutil.Process().create_time(), dict[str, float]()
@@ -267,7 +267,7 @@ def resume(folder: str) -> None:
 
     keys = {**KEYS, "max_steps": 1000, "save_steps": 100, "resume_from_checkpoint": True}
     with (
-        mock.patch.object(output_dir, "newest_whole", timed),
+        mock.patch.object(check, "newest_whole", timed),
         mock.patch.object(RunCallback, "on_train_begin", reached),
     ):
         run(Path(folder), Path(folder) / "out", **keys)

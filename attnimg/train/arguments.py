@@ -1,4 +1,4 @@
-"""Compute the arguments of TRL's SFTTrainer for a config, and the number of its steps.
+"""Compute the arguments of TRL's SFTTrainer, check them, and read the settings that it uses.
 
 Every argument whose default differs from ours is set: TRL's own defaults turn gradient
 checkpointing and bf16 on (trl 1.16, sft_config.py, 2026-11-21).
@@ -7,11 +7,16 @@ checkpointing and bf16 on (trl 1.16, sft_config.py, 2026-11-21).
 from __future__ import annotations
 
 import math
+import warnings
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from attnimg.config.rules import SCHEDULER_NEEDS
 from attnimg.config.schema import Config, Strategy
-from attnimg.facts import Machine, RunContext
+from attnimg.errors import bad_value
+from attnimg.facts import Machine, Plan, RunContext
 
 # Ours -> transformers', where they differ.
 OPTIMIZERS = {"paged_adamw": "paged_adamw_32bit"}
@@ -215,3 +220,195 @@ def _processes(config: Config, *, gpu: bool, sparse: bool) -> dict[str, Any]:
         else config.dataloader_pin_memory and gpu,
         **{name: value for name, value in given.items() if value is not None},
     }  # fmt: skip
+
+
+def settings_in_use(engine: Any, plan: Plan) -> dict[str, object]:
+    """Return the settings that a trainer uses, when it is ready for its next step.
+
+    Args:
+        engine: the engine, after it restored the checkpoint, if there is one.
+        plan: for the backends that a router calls.
+    """
+    optimizer, scheduler = engine.optimizer, engine.lr_scheduler
+    arguments, accelerator = engine.args, engine.accelerator
+    return {
+        "step": engine.state.global_step,
+        "max_steps": engine.state.max_steps,
+        "optimizer": type(getattr(optimizer, "optimizer", optimizer)).__name__,
+        "groups": [
+            {"tensors": len(group["params"])}
+            | {name: _number(value) for name, value in group.items() if name != "params"}
+            for group in optimizer.param_groups
+        ],
+        "scheduler": {
+            "class": type(scheduler).__name__,
+            "last_epoch": getattr(scheduler, "last_epoch", None),
+            "base_lrs": [_number(rate) for rate in getattr(scheduler, "base_lrs", ())],
+        },
+        "max_grad_norm": arguments.max_grad_norm,
+        "micro_batch_size": arguments.per_device_train_batch_size,
+        "gradient_accumulation_steps": arguments.gradient_accumulation_steps,
+        "processes": accelerator.num_processes,
+        "mixed_precision": accelerator.mixed_precision,
+        "seed": arguments.seed,
+        "dtypes": {
+            "trained": _dtypes(engine.model, trained=True),
+            "frozen": _dtypes(engine.model, trained=False),
+        },
+        "attention": {
+            "modules": _attention(engine.model),
+            "backends": [
+                {"layers": choice.layers, "backend": choice.verdict.backend.name}
+                for choice in plan.groups
+            ],
+        },
+    }
+
+
+def _number(value: Any) -> Any:
+    """Return a value as a number; torchao's optimizers keep their learning rate in a tensor."""
+    return value.item() if hasattr(value, "item") else value
+
+
+def _dtypes(model: Any, *, trained: bool) -> dict[str, int]:
+    """Return how many weights have each dtype, of the trained or of the frozen ones."""
+    found: Counter[str] = Counter()
+    for weight in model.parameters():
+        if weight.requires_grad is trained:
+            found[str(weight.dtype).removeprefix("torch.")] += weight.numel()
+    return dict(found)
+
+
+def _attention(model: Any) -> list[dict[str, object]]:
+    """Return each kind of attention module with the implementation that it calls, and its count."""
+    found: Counter[tuple[str, int | None, str]] = Counter()
+    for module in model.modules():
+        name = type(module).__name__
+        called = getattr(getattr(module, "config", None), "_attn_implementation", None)
+        if "Attention" in name and called is not None:
+            found[name, getattr(module, "sliding_window", None), str(called)] += 1
+    return [
+        {"class": name, "window": window, "implementation": called, "count": count}
+        for (name, window, called), count in found.items()
+    ]
+
+
+def count_weights(model: Any) -> dict[str, int]:
+    """Return the number of trained weights and of all, without the frozen copies of PEFT's modules.
+
+    Tied weights count once, packed 4-bit ones by their unpacked number.
+    """
+    counts = {"trained": 0, "all": 0}
+    for name, weight in model.named_parameters():
+        if ".original_module." not in name:  # of modules_to_save
+            counts["all"] += _numel(weight)
+            counts["trained"] += _numel(weight) * weight.requires_grad
+    return counts
+
+
+def _numel(weight: Any) -> int:
+    """Return the number of a weight's elements, of a sharded or packed one as well."""
+    # DeepSpeed's ZeRO 3 leaves an empty tensor in place of a weight.
+    count = int(weight.numel() or getattr(weight, "ds_numel", 0))
+    if type(weight).__name__ == "Params4bit":
+        return count * 2 * int(weight.element_size())
+    return count
+
+
+def weights_sentence(counts: Mapping[str, int]) -> str:
+    """Return the line on the weights that a run prints before its first step."""
+    trained, total = counts["trained"], counts["all"]
+    return f"weights: trains {trained:,} of {total:,} ({trained / max(total, 1):.2%})"
+
+
+# Steps of the schedule in the test where max_steps is not set.
+_STEPS = 100
+
+
+def try_options(config: Config) -> None:
+    """Raise unless the schedule, torch.compile and checkpointing accept the config's arguments.
+
+    Raises:
+        AttnimgError: code bad-value.
+    """
+    if config.lr_scheduler_kwargs:
+        _try_schedule(config)
+    if config.torch_compile and (config.torch_compile_backend or config.torch_compile_mode):
+        _check_compile(config)
+    if config.gradient_checkpointing and config.gradient_checkpointing_kwargs:
+        _try_checkpointing(config)
+
+
+def _try_schedule(config: Config) -> None:
+    """Build the learning rate schedule, and compute the rates of some steps."""
+    import torch
+    from transformers import get_scheduler
+
+    name, arguments = scheduler_of(config)
+    steps = config.max_steps or _STEPS
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=config.learning_rate or 1.0)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the schedule warns if its optimizer does not step
+            schedule = get_scheduler(
+                name,
+                optimizer=optimizer,
+                num_warmup_steps=min(config.warmup_steps or 0, steps),
+                num_training_steps=steps,
+                scheduler_specific_kwargs=arguments,
+            )
+            for _ in range(min(steps, _STEPS)):
+                schedule.step(*([1.0] if name == "reduce_lr_on_plateau" else []))
+                rate = optimizer.param_groups[0]["lr"]
+                if not (isinstance(rate, int | float) and math.isfinite(rate) and rate >= 0):
+                    raise ValueError(f"found a learning rate of {rate}")
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        needed, value = SCHEDULER_NEEDS.get(config.lr_scheduler, ((), ""))
+        raise bad_value(
+            "lr_scheduler_kwargs",
+            f"lr_scheduler: {config.lr_scheduler} does not accept these lr_scheduler_kwargs",
+            why=f"found {config.lr_scheduler_kwargs}; {error}",
+            do=f"set lr_scheduler_kwargs: {{{needed[0]}: {value}}}"
+            if needed
+            else "remove lr_scheduler_kwargs",
+        ) from error
+
+
+def _check_compile(config: Config) -> None:
+    """Raise unless torch knows the names in torch_compile_backend and torch_compile_mode."""
+    import torch._dynamo
+    import torch._inductor
+    from accelerate.utils import DynamoBackend
+
+    known = {backend.value.lower() for backend in DynamoBackend}
+    backends = sorted(known & set(torch._dynamo.list_backends(exclude_tags=())))
+    for key, names in (
+        ("torch_compile_backend", backends),
+        ("torch_compile_mode", sorted(torch._inductor.list_mode_options())),
+    ):
+        value = getattr(config, key)
+        if value is not None and value not in names:
+            raise bad_value(
+                key,
+                f"{key}: {value} is not known",
+                why=f"needed one of {', '.join(names)}, which torch {torch.__version__} and "
+                "accelerate have",
+                do=f"remove {key}",
+            )
+
+
+def _try_checkpointing(config: Config) -> None:
+    """Run one step under gradient checkpointing with the config's arguments."""
+    import torch
+    from torch.utils.checkpoint import checkpoint
+
+    given: dict[str, Any] = {"use_reentrant": False, **(config.gradient_checkpointing_kwargs or {})}
+    try:
+        checkpoint(torch.sin, torch.zeros(1, requires_grad=True), **given).backward()
+    except (AttributeError, RuntimeError, TypeError, ValueError) as error:
+        raise bad_value(
+            "gradient_checkpointing_kwargs",
+            "gradient_checkpointing does not accept these gradient_checkpointing_kwargs",
+            why=f"found {config.gradient_checkpointing_kwargs}; {str(error).splitlines()[0]}",
+            do="remove gradient_checkpointing_kwargs",
+        ) from error

@@ -1,20 +1,36 @@
-"""Check a base model by its config.json and the headers of its weights, before they are loaded."""
+"""Check a base model by its config.json and the headers of its weights, before they are loaded.
+
+In some cases transformers would load the quantized numbers of a checkpoint as if they were weights.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from packaging.requirements import Requirement
 
 from attnimg.config.schema import Config
 from attnimg.errors import AttnimgError
 from attnimg.facts import Finding, Machine
 from attnimg.select.model_config import LANGUAGE_PARTS
-from attnimg.select.model_types import position_table, read_causal_types, refusal_of
+from attnimg.select.model_types import (
+    Quantization,
+    bits_of,
+    method_of,
+    position_table,
+    quantization_of,
+    quantizations,
+    read_causal_types,
+    refusal_of,
+)
 from attnimg.task import model_file
-from attnimg.train.model_files import OTHER_PARTS
+from attnimg.train.model_files import OTHER_PARTS, TORCH_NAMES, StoredTensor, stored_tensors
 from attnimg.train.pickled_weights import require_safetensors
-from attnimg.train.quantized import judge_quantization, require_known_weights
+
+if TYPE_CHECKING:
+    pass
 
 # Classes that choose the model's class by its type; the last two also load models with image input.
 DEFAULT = "AutoModelForCausalLM"
@@ -118,7 +134,7 @@ def require_causal_type(config: Config, raw: Mapping[str, Any]) -> None:
         do = "choose a decoder such as llama, qwen3 or mistral"
         if brings_code:
             do = "set trust_remote_code: true, since the model brings its own code"
-    raise _refusal(
+    raise _not_causal(
         f"{config.base_model} (model_type {type_})", found=found, do=do, key="base_model"
     )
 
@@ -160,7 +176,7 @@ def require_causal_class(name: str) -> None:
     known = {*types.causal.values(), *types.with_other_inputs.values(), *types.multimodal.values()}
     if name in AUTO_CLASSES or name in known:
         return
-    raise _refusal(
+    raise _not_causal(
         f"model_type: {name}",
         found="transformers lists the class under another task",
         do=f"remove model_type: {DEFAULT} finds the right class",
@@ -168,7 +184,7 @@ def require_causal_class(name: str) -> None:
     )
 
 
-def _refusal(what: str, *, found: str, do: str, key: str) -> AttnimgError:
+def _not_causal(what: str, *, found: str, do: str, key: str) -> AttnimgError:
     return AttnimgError(
         f"{what} is not a causal language model",
         why=f"found: {found}\nneeded: a model that predicts each token from those before it",
@@ -324,44 +340,225 @@ def _multimodal_class(raw: Mapping[str, Any]) -> str | None:
     return types.multimodal.get(type_)
 
 
-def attention_by_part(model_config: Any, implementation: str) -> str | dict[str, str]:
-    """Return the attn_implementation that sets only the attention of the language model.
+_UNQUANTIZED = "set base_model to the checkpoint that it was quantized from"
 
-    The other parts keep the default of transformers: the backend was neither selected nor proven
-    for their layers, and their classes may not support it.
+# Suffixes of names that only occur in quantized checkpoints: gptq and awq, compressed-tensors,
+# mxfp4, bitsandbytes. float8 is recognized by its dtype.
+_PACKED = (
+    ".qweight", ".weight_packed", "_blocks", ".SCB", ".absmax", ".weight_scale", "_scale_inv",
+)  # fmt: skip
+
+_INTEGERS = frozenset({"U8", "I8", "I32"})
+
+# Dtypes in a checkpoint that is not quantized: of weights, and of buffers of positions and masks.
+_WHOLE = frozenset({*TORCH_NAMES, "I64", "BOOL"})
+
+_FLOAT8 = frozenset({"F8_E4M3", "F8_E5M2"})
+
+# Names of the scale of a weight in fp8 checkpoints.
+# Source: transformers 5.22.2, quantizer_finegrained_fp8.py, update_weight_conversions (2026-11-27).
+_SCALES = ("{name}_scale_inv", "{module}.scale", "{module}.qscale_weight")
+
+
+def judge_quantization(
+    config: Config, raw: Mapping[str, Any], *, packages: Mapping[str, str] | None
+) -> Finding | None:
+    """Check that a run can use a checkpoint's quantization_config.
 
     Args:
-        model_config: a transformers configuration.
-        implementation: transformers' name of an attention.
-    """
-    text = model_config.get_text_config(decoder=True)
-    named = [name for name in model_config.sub_configs if getattr(model_config, name, None) is text]
-    if text is model_config or not named:
-        return implementation
-    return {"": implementation, **dict.fromkeys(named, implementation)}
-
-
-def freeze_towers(model: Any) -> tuple[str, ...]:
-    """Freeze all weights of a loaded model outside its language model.
-
-    Args:
-        model: a transformers model.
+        config: the validated run.
+        raw: the model's config.json.
+        packages: the installed distributions; None assumes that all are.
 
     Returns:
-        The names of the frozen modules; empty for a plain language model.
+        A warning where the weights are dequantized, which takes more memory than the files; None
+        otherwise.
+
+    Raises:
+        AttnimgError: code quantized-checkpoint: the run can't use it.
     """
-    if model.config.get_text_config(decoder=True) is model.config:
-        return ()
-    parts = (model.get_decoder(), model.get_input_embeddings(), model.get_output_embeddings())
-    trained = {id(weight) for part in parts if part is not None for weight in part.parameters()}
-    frozen: list[str] = []
-    for name, module in model.named_modules():
-        weights = list(module.parameters())
-        if not weights or any(id(weight) in trained for weight in weights):
+    stored = quantization_of(raw)
+    if stored is None:
+        return None
+    method = method_of(stored)
+    row = quantizations().get(method)
+    if row is None or row.loaded == "refused":
+        why = row.why if row else f"it is none of {', '.join(quantizations())}"
+        raise _unusable(config, method, why=f"found quant_method {method}: {why}", do=_UNQUANTIZED)
+    _require_packages(config, method, row, packages)
+    if row.loaded == "kept":
+        _require_adapter(config, method, row, stored)
+        return None
+    flags = [key for key in ("load_in_8bit", "load_in_4bit") if getattr(config, key)]
+    if flags or config.adapter == "qlora":
+        found = f"{flags[0]}: true" if flags else "adapter: qlora"
+        raise _unusable(
+            config,
+            method,
+            why=f"found {found}, and weights that are quantized already are not quantized again\n"
+            f"needed LoRA on its weights, which are dequantized from {method} while loading",
+            do=f"remove {flags[0]} and set adapter: lora" if flags else "set adapter: lora",
+            key=flags[0] if flags else "adapter",
+        )
+    return Finding(
+        code="dequantized",
+        key="base_model",
+        what=f"{config.base_model} is quantized ({method}): its weights are dequantized while they "
+        "are loaded, and the saved model is not quantized",
+        do="plan for 2 bytes of memory per weight, or 4 in float32"
+        + ("" if config.adapter else "; adapter: lora trains fewer weights"),
+    )
+
+
+def _require_packages(
+    config: Config, method: str, row: Quantization, packages: Mapping[str, str] | None
+) -> None:
+    if packages is None:
+        return
+    for text in row.packages:
+        needed = Requirement(text)
+        found = packages.get(needed.name)
+        if found is not None and needed.specifier.contains(found, prereleases=True):
             continue
-        if not any(name.startswith(f"{outer}.") for outer in frozen):
-            frozen.append(name)
-    for weight in model.parameters():
-        if id(weight) not in trained:
-            weight.requires_grad_(False)
-    return tuple(frozen)
+        raise _unusable(
+            config,
+            method,
+            why=f"found {f'{needed.name} {found}' if found else f'no {needed.name}'}; "
+            f"needed {text}, with which transformers loads {method} weights",
+            do=f"pip install '{text}', or {_UNQUANTIZED}",
+        )
+
+
+def _require_adapter(
+    config: Config, method: str, row: Quantization, found: Mapping[str, Any]
+) -> None:
+    """Raise for full fine-tuning of weights that stay quantized, and for keys of other bits."""
+    bits = row.bits if method.startswith("bitsandbytes") else bits_of(found)
+    if row.bits is not None and bits != row.bits:
+        raise _unusable(
+            config,
+            method,
+            why=f"found weights of {bits or 'an unknown number of'} bits; "
+            f"only {method} weights of {row.bits} bits can be trained",
+            do=_UNQUANTIZED,
+        )
+    fitting = "qlora" if bits == 4 else "lora"
+    if not config.adapter:
+        raise _unusable(
+            config,
+            method,
+            why="quantized weights are frozen, so an adapter is needed; found none",
+            do=f"set adapter: {fitting}, or {_UNQUANTIZED}",
+            key="adapter",
+        )
+    asked = {"load_in_8bit": config.load_in_8bit, "load_in_4bit": config.load_in_4bit}
+    for key in (key for key, value in asked.items() if value):
+        if method != f"bitsandbytes_{key[8:]}":
+            raise _unusable(
+                config,
+                method,
+                why=f"found {key}: true; the checkpoint's weights are quantized already",
+                do=f"remove {key} and set adapter: {fitting}",
+                key=key,
+            )
+    if config.adapter == "qlora" and fitting == "lora":
+        raise _unusable(
+            config,
+            method,
+            why="found adapter: qlora, which needs 4-bit weights of bitsandbytes",
+            do="set adapter: lora",
+            key="adapter",
+        )
+
+
+def require_known_weights(config: Config, folder: Path, raw: Mapping[str, Any]) -> None:
+    """Raise for quantized numbers that would be loaded as if they were weights.
+
+    Args:
+        config: the validated run.
+        folder: the checkpoint; one without weights passes.
+        raw: its config.json.
+
+    Raises:
+        AttnimgError: code quantized-checkpoint.
+    """
+    stored = stored_tensors(folder)
+    found = quantization_of(raw)
+    if found is None:
+        odd = [name for name, tensor in stored.items() if _looks_quantized(name, tensor)]
+        if odd:
+            raise _unusable(
+                config,
+                "no quantization_config",
+                why=f"found {odd[0]} ({stored[odd[0]].dtype})"
+                + (f" and {len(odd) - 1} more" if len(odd) > 1 else "")
+                + "; config.json has no quantization_config, which says how to read them",
+                do="put the checkpoint's own quantization_config into its config.json, or "
+                f"{_UNQUANTIZED}",
+            )
+        return
+    if stored and all(tensor.dtype in _WHOLE for tensor in stored.values()):
+        raise _unusable(
+            config,
+            method_of(found),
+            why="found a quantization_config in config.json, and only whole weights in its files: "
+            f"{', '.join(sorted({tensor.dtype for tensor in stored.values()}))}",
+            do="remove quantization_config from its config.json",
+        )
+    if method_of(found) != "fp8":
+        return
+    for name, tensor in stored.items():
+        if tensor.dtype not in _FLOAT8 or name.endswith(("_scale", "_scale_inv")):
+            continue
+        _require_scale(config, name, tensor, stored)
+
+
+def _require_scale(
+    config: Config, name: str, tensor: StoredTensor, stored: Mapping[str, StoredTensor]
+) -> None:
+    """Raise for a float8 weight whose scale is missing, or does not divide it into blocks."""
+    module = name.rpartition(".")[0]
+    names = [pattern.format(name=name, module=module) for pattern in _SCALES]
+    scale = next((stored[key] for key in names if key in stored), None)
+    if scale is None and f"{name}_scale" in stored:
+        raise _unusable(
+            config,
+            "fp8",
+            why=f"found {name} in {tensor.dtype} with {name}_scale; transformers reads the scales "
+            f"of fp8 checkpoints from {names[0]} only",
+            do=_UNQUANTIZED,
+        )
+    if scale is None:
+        raise _unusable(
+            config,
+            "fp8",
+            why=f"found {name} in {tensor.dtype} without {names[0]}; its values need that scale",
+            do=f"download the checkpoint again, whole, or {_UNQUANTIZED}",
+        )
+    blocks = scale.shape[-2:] if len(scale.shape) > 1 else (1, 1)
+    if any(size % count for size, count in zip(tensor.shape[-2:], blocks, strict=False)):
+        raise _unusable(
+            config,
+            "fp8",
+            why=f"found {name} of {tensor.shape[-2:]} with {blocks} scales; transformers "
+            "dequantizes a weight only if its sizes are multiples of the number of scales",
+            do=_UNQUANTIZED,
+        )
+
+
+def _looks_quantized(name: str, tensor: StoredTensor) -> bool:
+    if tensor.dtype.startswith(("F8", "F4", "F6")) or name.endswith(_PACKED):
+        return True
+    return tensor.dtype in _INTEGERS and name.endswith(".weight")
+
+
+def _unusable(
+    config: Config, method: str, *, why: str, do: str, key: str = "base_model"
+) -> AttnimgError:
+    return AttnimgError(
+        f"{config.base_model} is quantized ({method}), and this run cannot use it that way",
+        why=why,
+        do=do,
+        code="quantized-checkpoint",
+        key=key,
+    )

@@ -19,7 +19,7 @@ from transformers import TrainerCallback
 
 from attnimg.errors import AttnimgError
 from attnimg.train import checkpoint as checkpoints
-from attnimg.train import metrics
+from attnimg.train import records
 from attnimg.train.checkpoint import FileHashes, writing
 from attnimg.train.distributed import Stopped, any_rank
 from attnimg.train.model_files import NOT_THE_MODEL, correct_saved_config
@@ -58,7 +58,7 @@ class Engine(SavedStates):
     def __init__(self, session: Session, **options: Any) -> None:
         self.session, self.folder, self.stop = session, session.folder, session.stop
         self.attention_check = session.attention_check
-        self.counter = metrics.TokenCounter()
+        self.counter = records.TokenCounter()
         self._eval_sums = torch.zeros(2, dtype=torch.float64)
         self._evaluated_at = -1
         self.finishing, self.hashes = checkpoints.Finishing(), FileHashes()
@@ -333,7 +333,7 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]  # transformers' types
     """
 
     def __init__(
-        self, engine: Engine, view: metrics.ProgressView, ready: Callable[[Any], None]
+        self, engine: Engine, view: records.ProgressView, ready: Callable[[Any], None]
     ) -> None:
         self.engine, self.view, self.ready = engine, view, ready
         self.stopping = False
@@ -386,4 +386,4 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]  # transformers' types
         else:
             return
         if state.is_world_process_zero:
-            metrics.append(self.engine.folder, line)
+            records.append(self.engine.folder, line)

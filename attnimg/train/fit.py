@@ -17,9 +17,17 @@ from rich.console import Console
 from attnimg.config.schema import Config
 from attnimg.errors import AttnimgError, memory_errors
 from attnimg.facts import RunContext
-from attnimg.train import metrics
-from attnimg.train.arguments import Schedule, plan_steps, training_arguments
+from attnimg.train import records
+from attnimg.train.arguments import (
+    Schedule,
+    count_weights,
+    plan_steps,
+    settings_in_use,
+    training_arguments,
+    weights_sentence,
+)
 from attnimg.train.attention_check import AttentionCheck
+from attnimg.train.check import locked, prepare_output_dir
 from attnimg.train.checkpoint import ResumePoint, read_state
 from attnimg.train.distributed import (
     StopFlag,
@@ -30,24 +38,21 @@ from attnimg.train.distributed import (
     world_size,
 )
 from attnimg.train.environment import silence_libraries
-from attnimg.train.identity import identity_of
 from attnimg.train.intact import damages_of
-from attnimg.train.metrics import ProgressView, print_line
 from attnimg.train.model_files import save_final
-from attnimg.train.output_dir import locked, prepare_output_dir
-from attnimg.train.receipt import (
+from attnimg.train.records import (
     FitResult,
+    ProgressView,
     RunFacts,
     Status,
-    count_weights,
     open_receipt,
-    settings_in_use,
-    weights_sentence,
+    print_line,
     write_receipt,
 )
 from attnimg.train.resume import (
     accepted_changes,
     identity_in,
+    identity_of,
     require_same,
     require_steps,
     resume_notes,
@@ -80,7 +85,7 @@ class Session:
         evaluation: rows to evaluate on; None without evaluation.
         schedule: the optimizer steps of the run.
         restored: the run's own state in the checkpoint that it resumes from; empty for a new run.
-        identity: what determines the run's result (identity.py); saved with each checkpoint.
+        identity: what determines the run's result (resume.py); saved with each checkpoint.
         attention_check: judges attention calls of training steps.
     """
 
@@ -283,11 +288,11 @@ def _train(session: Session, receipt: dict[str, object]) -> FitResult:
     if first:
         subtitle = f"attention {session.run.backend}, {session.run.context.dtype}, {steps:,} steps"
         title = Path(str(config.base_model)).name
-        picture = metrics.draw_loss(session.folder, title=title, subtitle=subtitle)
-        files += [path for path in (picture, session.folder / metrics.FILE) if path]
+        picture = records.draw_loss(session.folder, title=title, subtitle=subtitle)
+        files += [path for path in (picture, session.folder / records.METRICS_FILE) if path]
     # Everything is written: a later signal has nothing to save.
     session.stop.training = False
-    lines = metrics.read(session.folder)
+    lines = records.read(session.folder)
 
     def last(name: str) -> float | None:
         return next((line[name] for line in reversed(lines) if name in line), None)

@@ -11,11 +11,13 @@ import re
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from attnimg.config.schema import Config
-from attnimg.errors import AttnimgError
-from attnimg.train.base_model import freeze_towers
+from attnimg.errors import AttnimgError, bad_value
+
+if TYPE_CHECKING:
+    pass
 
 ALL_LINEAR = "all-linear"
 
@@ -64,7 +66,7 @@ def add_adapter(model: Any, config: Config) -> Any:
             warnings.filterwarnings("ignore", message=r"The following \w+_pattern keys")
             return get_peft_model(model, lora)
     except (TypeError, ValueError) as error:
-        raise _bad(
+        raise bad_value(
             "lora_target_modules",
             "the adapter does not fit the model",
             why=_reason(error),
@@ -239,7 +241,7 @@ def _refuse_embeddings(model: Any, found: set[str], config: Config) -> None:
             for entry in config.lora_target_modules
             if not set(matched(entry, found)) & set(asked)
         ]
-    raise _bad(
+    raise bad_value(
         "lora_target_modules",
         f"lora_target_modules can't hold {leaf}",
         why=why,
@@ -288,7 +290,7 @@ def _no_match(pattern: str, model: Any) -> AttnimgError:
     else:
         linear = sorted({last_part(name) for name in adaptable(model, linear=True)})
         do = f"set lora_target_modules: {listed(linear)}"
-    return _bad(
+    return bad_value(
         "lora_target_modules",
         f"lora_target_modules: {pattern} matches no module of the model",
         why="a string is a regular expression that must match a module's full name, such as "
@@ -325,7 +327,7 @@ def _unknown_names(
     if ALL_LINEAR in missing:
         do = f"set {key}: {ALL_LINEAR}"
     texts = [f"{entry}: nearest {', '.join(near[entry]) or '(none)'}" for entry in missing]
-    return _bad(
+    return bad_value(
         key,
         f"{key}: no module of the model is named {', '.join(missing)}",
         why="\n".join((*texts, f"its modules: {', '.join(leaves)}")),
@@ -431,5 +433,27 @@ def listed(names: list[str]) -> str:
     return f"[{', '.join(names)}]"
 
 
-def _bad(key: str, what: str, *, why: str, do: str) -> AttnimgError:
-    return AttnimgError(what, why=why, do=do, code="bad-value", key=key)
+def freeze_towers(model: Any) -> tuple[str, ...]:
+    """Freeze all weights of a loaded model outside its language model.
+
+    Args:
+        model: a transformers model.
+
+    Returns:
+        The names of the frozen modules; empty for a plain language model.
+    """
+    if model.config.get_text_config(decoder=True) is model.config:
+        return ()
+    parts = (model.get_decoder(), model.get_input_embeddings(), model.get_output_embeddings())
+    trained = {id(weight) for part in parts if part is not None for weight in part.parameters()}
+    frozen: list[str] = []
+    for name, module in model.named_modules():
+        weights = list(module.parameters())
+        if not weights or any(id(weight) in trained for weight in weights):
+            continue
+        if not any(name.startswith(f"{outer}.") for outer in frozen):
+            frozen.append(name)
+    for weight in model.parameters():
+        if id(weight) not in trained:
+            weight.requires_grad_(False)
+    return tuple(frozen)

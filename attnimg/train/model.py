@@ -1,4 +1,4 @@
-"""Load the model of a run, with the precision, attention and adapter that were planned."""
+"""Load the model of a run, with its precision, quantization, attention and adapter."""
 
 from __future__ import annotations
 
@@ -8,29 +8,32 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from attnimg.config.schema import Config
 from attnimg.errors import AttnimgError, as_refusal
 from attnimg.facts import DType, RunContext
+from attnimg.select.model_config import LANGUAGE_PARTS
+from attnimg.select.model_types import (
+    method_of,
+    quantization_of,
+    quantizations,
+)
 from attnimg.train.base_model import (
     DEFAULT,
-    attention_by_part,
     class_to_load,
-    freeze_towers,
     require_causal_class,
+    require_known_weights,
 )
 from attnimg.train.distributed import rank
-from attnimg.train.lora import add_adapter, untrained_embeddings
-from attnimg.train.model_files import GET_WHOLE, bad_model, stored_tensors, unused_weights
-from attnimg.train.pickled_weights import advice_on_hub
-from attnimg.train.quantized import (
-    cast_unquantized,
-    quantization,
-    require_known_weights,
-    save_dequantized,
-    use_stored_quantization,
+from attnimg.train.lora import add_adapter, freeze_towers, untrained_embeddings
+from attnimg.train.model_files import (
+    GET_WHOLE,
+    bad_model,
+    stored_tensors,
+    unused_weights,
 )
+from attnimg.train.pickled_weights import advice_on_hub
 
 if TYPE_CHECKING:
     import torch
@@ -354,3 +357,111 @@ def _floating(model: Any) -> dict[str, torch.dtype]:
     """Return the dtype of each floating-point parameter and buffer."""
     weights = dict(model.named_parameters()) | dict(model.named_buffers())
     return {name: weight.dtype for name, weight in weights.items() if weight.is_floating_point()}
+
+
+def attention_by_part(model_config: Any, implementation: str) -> str | dict[str, str]:
+    """Return the attn_implementation that sets only the attention of the language model.
+
+    The other parts keep the default of transformers: the backend was neither selected nor proven
+    for their layers, and their classes may not support it.
+
+    Args:
+        model_config: a transformers configuration.
+        implementation: transformers' name of an attention.
+    """
+    text = model_config.get_text_config(decoder=True)
+    named = [name for name in model_config.sub_configs if getattr(model_config, name, None) is text]
+    if text is model_config or not named:
+        return implementation
+    return {"": implementation, **dict.fromkeys(named, implementation)}
+
+
+def quantization(config: Config, *, dtype: DType) -> Any:
+    """Return the bitsandbytes config of a run; None where weights are loaded as they are.
+
+    Args:
+        config: the validated run; adapter: qlora implies 4 bit.
+        dtype: the precision that 4-bit weights are multiplied in.
+    """
+    from transformers import BitsAndBytesConfig
+
+    if config.load_in_8bit:
+        return BitsAndBytesConfig(load_in_8bit=True)
+    if config.load_in_4bit or config.adapter == "qlora":
+        return BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+            # FSDP shards tensors of one dtype only, so packed weights have the dtype of the others.
+            bnb_4bit_quant_storage=dtype if config.fsdp else "uint8",
+        )
+    return None
+
+
+def use_stored_quantization(
+    model_config: Any, *, dtype: DType
+) -> Literal["dequantized", "kept", "refused"] | None:
+    """Make transformers load a checkpoint by its own quantization_config.
+
+    A quantization_config passed to from_pretrained would replace its list of layers that are not
+    quantized.
+
+    Args:
+        model_config: the transformers configuration to load with; changed in place.
+        dtype: the run's precision.
+
+    Returns:
+        `loaded` of its row in attnimg/data/quantizations.toml; None if it is not quantized.
+    """
+    found = quantization_of(model_config.to_dict())
+    # transformers removes it from the saved config only where it stands at the top level; it raises
+    # on an empty one.
+    for part in (model_config, *(getattr(model_config, name, None) for name in LANGUAGE_PARTS)):
+        for key in ("quantization_config", "compression_config"):
+            if getattr(part, key, None) is not None:
+                delattr(part, key)
+    if found is None:
+        return None
+    method = method_of(found)
+    loaded = quantizations()[method].loaded
+    changes: dict[str, Any] = {"dequantize": True} if loaded == "dequantized" else {}
+    if method == "bitsandbytes_4bit":
+        changes["bnb_4bit_compute_dtype"] = dtype
+    model_config.quantization_config = {**found, **changes}
+    return loaded
+
+
+def save_dequantized(model: Any) -> None:
+    """Make a dequantized model save its weights as they are.
+
+    transformers saves with the reverse of the conversion at loading, which rounds the weights to
+    float8 again. As config.json has no quantization_config, they would be loaded without scales.
+    Source: transformers 5.22.2, core_model_loading.py, revert_weight_conversion;
+    finegrained_fp8.py, Fp8Dequantize.reverse_op (2026-11-27).
+
+    Args:
+        model: the loaded model; it then saves weights under the names of its class.
+    """
+    if hasattr(model, "_weight_conversions"):
+        del model._weight_conversions
+
+
+def cast_unquantized(model: Any, dtype: torch.dtype) -> None:
+    """Cast the weights that are not quantized in a quantized checkpoint to the requested dtype.
+
+    Args:
+        model: the loaded model; weights that its class keeps in float32 are not cast.
+        dtype: the requested dtype.
+    """
+    import torch
+
+    kept = set(model._keep_in_fp32_modules_strict or ())
+    if dtype == torch.float16:
+        kept |= set(model._keep_in_fp32_modules or ())
+    patterns = [re.escape(name).replace(r"\*", r"\d+") for name in kept]
+    for name, weight in model.named_parameters():
+        if not weight.is_floating_point() or weight.element_size() == 1:
+            continue
+        if not any(re.search(rf"(^|\.){pattern}(\.|$)", name) for pattern in patterns):
+            weight.data = weight.data.to(dtype)

@@ -35,11 +35,13 @@ from attnimg.train.loss import (
     Tolerance,
     base_of,
     difference,
+    first_batch,
     loss_tolerance,
     score,
     shifted,
+    slice_tokens,
 )
-from attnimg.train.rows import COUNTS, Rows, first_batch, slice_tokens
+from attnimg.train.rows import COUNTS, Rows
 
 # Loss scale for float16: without it, gradients below its range would be zero in both losses.
 FLOAT16_SCALE = 1024.0

@@ -25,7 +25,7 @@ from attnimg.task import Task, model_file, task_of
 from attnimg.train.base_model import judge_base_model
 from attnimg.train.distributed import StopFlag, agree
 from attnimg.train.environment import require_agreement
-from attnimg.train.receipt import FitResult, RunFacts, versions
+from attnimg.train.records import FitResult, RunFacts, versions
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -85,7 +85,7 @@ def _with_model_config(
     config: Config, task: Task, plan: Plan, report: TrainReport
 ) -> tuple[Task, Plan]:
     """Select again if config.json from the hub, or the model's class, has more information."""
-    from attnimg.train.check import try_options
+    from attnimg.train.arguments import try_options
     from attnimg.train.model import load_model_config
 
     try_options(config)
@@ -205,11 +205,10 @@ def _load_model(
     report: TrainReport,
 ) -> Any:
     """Load the model, after checking that a resumed run has the identity of its checkpoint."""
-    from attnimg.train.identity import attention_and_precision, data_of
     from attnimg.train.lora import adapter_notes
     from attnimg.train.model import load_model
     from attnimg.train.model_files import model_of, tokenizer_of
-    from attnimg.train.resume import require_same
+    from attnimg.train.resume import attention_and_precision, data_of, require_same
     from attnimg.train.tokenizer import require_embeddings
 
     computed = attention_and_precision(selected.backend.name, selected.context)

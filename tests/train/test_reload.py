@@ -24,7 +24,7 @@ from attnimg import config, pipeline
 from attnimg.cli.train import PrintedReport
 from attnimg.select.model_types import read_causal_types
 from attnimg.task import installed_machine
-from attnimg.train import fit, metrics, run
+from attnimg.train import fit, records, run
 from attnimg.train.distributed import StopFlag
 from attnimg.train.environment import silence_libraries
 from attnimg.train.model_files import TORCH_NAMES, stored_tensors
@@ -160,7 +160,7 @@ def train(model: Path, out: Path, patch: pytest.MonkeyPatch, **keys: Any) -> Any
         return files
 
     patch.setattr(fit, "save_final", save_and_keep)
-    patch.setattr(metrics, "draw_loss", lambda *_, **__: None)
+    patch.setattr(records, "draw_loss", lambda *_, **__: None)
     checked = config.check_values(values, file="run.yaml")
     assert checked.config is not None, checked.errors
     silence_libraries()

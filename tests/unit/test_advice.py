@@ -32,8 +32,9 @@ from attnimg.select.gpus import parse_gpu
 from attnimg.select.model_config import read_config
 from attnimg.select.plan import choose
 from attnimg.task import model_file, precision_notes, problem_of
+from attnimg.train.arguments import try_options
 from attnimg.train.base_model import judge_files
-from attnimg.train.check import check_inputs, try_options
+from attnimg.train.check import check_inputs
 from attnimg.train.checkpoint import FileHashes, write_manifest
 from attnimg.train.data import load_documents
 from attnimg.train.model import load_model_config

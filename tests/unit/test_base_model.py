@@ -14,13 +14,9 @@ from tiny_vlms import tiny_vlm
 from attnimg.config.schema import Config
 from attnimg.errors import AttnimgError
 from attnimg.select.model_types import position_table, read_causal_types
-from attnimg.train.base_model import (
-    attention_by_part,
-    class_to_load,
-    freeze_towers,
-    judge_files,
-    rope_reach,
-)
+from attnimg.train.base_model import class_to_load, judge_files, rope_reach
+from attnimg.train.lora import freeze_towers
+from attnimg.train.model import attention_by_part
 from attnimg.train.model_files import correct_saved_config, stored_tensors, unused_weights
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 256}

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from attnimg.errors import AttnimgError
-from attnimg.train.packing import pack, pack_dataset
+from attnimg.train.rows import pack, pack_dataset
 
 COUNT = 100_000
 CAPACITY = 2048

@@ -12,9 +12,9 @@ import pytest
 from attnimg.config.schema import Config
 from attnimg.errors import AttnimgError
 from attnimg.train import checkpoint as checkpoints
-from attnimg.train import metrics
+from attnimg.train import records
+from attnimg.train.check import check_output_dir
 from attnimg.train.checkpoint import FileHashes, write_manifest, writing
-from attnimg.train.output_dir import check_output_dir
 
 
 def config(folder: Path, **keys: Any) -> Config:
@@ -165,11 +165,11 @@ def test_promotion_makes_a_checkpoint_exist(tmp_path: Path) -> None:
 
 def test_lines_past_the_checkpoint_are_cut(tmp_path: Path) -> None:
     for step in (1, 2, 3, 4):
-        metrics.append(tmp_path, {"step": step, "loss": float(step)})
+        records.append(tmp_path, {"step": step, "loss": float(step)})
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 5, "lo')  # torn
-    assert metrics.cut_after(tmp_path, 2, evaluate_again=False) == 2
-    assert [line["step"] for line in metrics.read(tmp_path)] == [1, 2]
+    assert records.cut_after(tmp_path, 2, evaluate_again=False) == 2
+    assert [line["step"] for line in records.read(tmp_path)] == [1, 2]
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
 
 
@@ -181,10 +181,10 @@ def test_lines_past_the_checkpoint_are_cut(tmp_path: Path) -> None:
     ],
 )
 def test_the_evaluation_at_the_checkpoint(tmp_path: Path, again: bool, left: int) -> None:
-    metrics.append(tmp_path, {"step": 2, "loss": 1.0})
-    metrics.append(tmp_path, {"step": 2, "eval_loss": 1.0})
-    metrics.cut_after(tmp_path, 2, evaluate_again=again)
-    assert len(metrics.read(tmp_path)) == left
+    records.append(tmp_path, {"step": 2, "loss": 1.0})
+    records.append(tmp_path, {"step": 2, "eval_loss": 1.0})
+    records.cut_after(tmp_path, 2, evaluate_again=again)
+    assert len(records.read(tmp_path)) == left
 
 
 @pytest.mark.parametrize(

@@ -19,10 +19,10 @@ from attnimg.config.schema import Config
 from attnimg.errors import AttnimgError
 from attnimg.facts import RunContext
 from attnimg.train import fit
+from attnimg.train.check import check_output_dir
 from attnimg.train.checkpoint import FileHashes, ResumePoint, write_manifest
 from attnimg.train.intact import damages_of, hash_of
 from attnimg.train.model import load_model
-from attnimg.train.output_dir import check_output_dir
 from attnimg.train.pickled_weights import convert
 
 sys.path.append(str(Path(__file__).parents[1] / "fixtures"))

@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 
 from attnimg.errors import AttnimgError
-from attnimg.train.output_dir import FILE, locked, require_unlocked
+from attnimg.train.check import LOCK_FILE, locked, require_unlocked
 
 HOLD = """
 import sys
 from pathlib import Path
-from attnimg.train.output_dir import locked
+from attnimg.train.check import locked
 with locked(Path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.read()
@@ -52,7 +52,7 @@ def test_a_killed_run_leaves_no_lock(tmp_path: Path) -> None:
         process.wait()
     require_unlocked(tmp_path / "out")
     with locked(tmp_path / "out"):
-        assert str(os.getpid()) in (tmp_path / "out" / FILE).read_text()
+        assert str(os.getpid()) in (tmp_path / "out" / LOCK_FILE).read_text()
 
 
 def test_a_folder_that_is_not_there_is_unlocked(tmp_path: Path) -> None:

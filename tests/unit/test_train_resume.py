@@ -16,8 +16,8 @@ import yaml
 
 from attnimg.config.schema import Config
 from attnimg.errors import AttnimgError
-from attnimg.train import identity, resume
 from attnimg.train import model_files as model_hashes
+from attnimg.train import resume
 from attnimg.train.checkpoint import STATE, ResumePoint
 from attnimg.train.data.documents import SourceFigures
 
@@ -26,8 +26,8 @@ from tiny_run import lines, make_model, make_tokenizer, run
 from trainer_format import to_trainer_format
 
 CLASSES = (
-    identity.BY_VALUE, identity.BY_CONTENT, identity.EVALUATION_KEYS, identity.CHANGEABLE,
-    identity.NOT_COMPARED,
+    resume.BY_VALUE, resume.BY_CONTENT, resume.EVALUATION_KEYS, resume.CHANGEABLE,
+    resume.NOT_COMPARED,
 )  # fmt: skip
 
 # Another valid value than the default, for each key that is compared by value.
@@ -89,10 +89,8 @@ def test_every_key_is_in_one_class() -> None:
 
 
 def test_every_key_of_a_class_is_tried_here() -> None:
-    assert OTHER.keys() == identity.BY_VALUE
-    assert NOT_COMPARED.keys() <= identity.NOT_COMPARED | identity.EVALUATION_KEYS | {
-        "test_datasets"
-    }
+    assert OTHER.keys() == resume.BY_VALUE
+    assert NOT_COMPARED.keys() <= resume.NOT_COMPARED | resume.EVALUATION_KEYS | {"test_datasets"}
 
 
 @pytest.mark.parametrize("key", OTHER)
@@ -104,7 +102,7 @@ def test_a_changed_key_is_refused_and_its_advice_helps(
     now = {key: OTHER[key]}
     if turned:
         before, now = now, before
-    point = checkpoint(tmp_path, identity.settings_of(config(**before)))
+    point = checkpoint(tmp_path, resume.settings_of(config(**before)))
     with pytest.raises(AttnimgError) as caught:
         resume.check_settings(config(**now), point)
     assert (caught.value.code, caught.value.key) == ("resume-differs", key)
@@ -116,7 +114,7 @@ def test_a_changed_key_is_refused_and_its_advice_helps(
 
 @pytest.mark.parametrize("key", NOT_COMPARED)
 def test_what_alters_no_result_may_change(tmp_path: Path, key: str) -> None:
-    point = checkpoint(tmp_path, identity.settings_of(config()))
+    point = checkpoint(tmp_path, resume.settings_of(config()))
     resume.check_settings(config(**{key: NOT_COMPARED[key]}), point)
 
 
@@ -131,7 +129,7 @@ def test_what_alters_no_result_may_change(tmp_path: Path, key: str) -> None:
 def test_evaluation_is_compared_where_it_decides(
     tmp_path: Path, decides: dict[str, Any], refused: bool
 ) -> None:
-    point = checkpoint(tmp_path, identity.settings_of(config(eval_steps=2, **decides)))
+    point = checkpoint(tmp_path, resume.settings_of(config(eval_steps=2, **decides)))
     resume.check_settings(config(eval_steps=2, **decides), point)
     if not refused:
         resume.check_settings(config(eval_steps=3), point)
@@ -153,7 +151,7 @@ def test_the_rows_of_a_step_stay_the_same(
     says: str | None,
 ) -> None:  # fmt: skip
     monkeypatch.setenv("WORLD_SIZE", str(then))
-    point = checkpoint(tmp_path, identity.settings_of(config(gradient_accumulation_steps=steps)))
+    point = checkpoint(tmp_path, resume.settings_of(config(gradient_accumulation_steps=steps)))
     monkeypatch.setenv("WORLD_SIZE", str(now))
     if says is None:
         resume.check_settings(config(gradient_accumulation_steps=steps * then // now), point)
@@ -205,7 +203,7 @@ def test_the_base_model_is_known_by_its_files(
     there = {"base_model": str(tmp_path / "moved")}
     shutil.copytree(tiny / "model", tmp_path / "moved")
     change(tmp_path / "moved")
-    point = checkpoint(tmp_path, identity.settings_of(config(**here)))
+    point = checkpoint(tmp_path, resume.settings_of(config(**here)))
     if refused is None:
         resume.check_settings(config(**there), point)
         return
@@ -227,7 +225,7 @@ def test_one_changed_bit_of_a_large_weight_is_named_though_size_and_time_are_kep
     file.write_bytes(weights)
     os.utime(file, ns=(10**18, 10**18))
     values = config(base_model=str(model))
-    point = checkpoint(tmp_path, identity.settings_of(values))
+    point = checkpoint(tmp_path, resume.settings_of(values))
     resume.check_settings(values, point)
     weights[place] ^= 1
     file.write_bytes(weights)
@@ -323,7 +321,7 @@ def test_the_data_is_known_by_its_tokens(
     tmp_path: Path, now: dict[str, str], found: str, key: str | None
 ) -> None:
     def part(values: Config, letter: str) -> dict[str, Any]:
-        return dict(identity.data_of(values, (figures(content=letter * 64),), None))
+        return dict(resume.data_of(values, (figures(content=letter * 64),), None))
 
     point = checkpoint(tmp_path, part(config(), "a"))
     values = config(datasets=[{"type": "completion", **now}])
@@ -359,7 +357,7 @@ def test_the_validation_data_is_known_by_its_tokens(
             tests = [{"type": "completion", **spec}]
             sources.append(figures("test_datasets[0]", content=content * 64))
         values = config(test_datasets=tests, **keys)
-        parts = {**identity.settings_of(values), **identity.data_of(values, tuple(sources), None)}
+        parts = {**resume.settings_of(values), **resume.data_of(values, tuple(sources), None)}
         return values, parts
 
     _, before = found({"path": "t.jsonl"}, "a")
@@ -397,7 +395,7 @@ def test_targets_are_compared_by_the_modules_they_match(
     tiny: Path, tmp_path: Path, before: dict[str, Any], now: dict[str, Any], same: bool
 ) -> None:
     base = {"base_model": str(tiny / "model")}
-    point = checkpoint(tmp_path, identity.settings_of(config(**base, **before)))
+    point = checkpoint(tmp_path, resume.settings_of(config(**base, **before)))
     if same:
         resume.check_settings(config(**base, **now), point)
         return
@@ -423,7 +421,7 @@ def test_a_template_that_writes_the_date_hides_no_other_change(
     def data(content: str, *, template: str = "", **changes: Any) -> dict[str, Any]:
         tokenizer.chat_template = "{{ strftime_now('%d %b') }}{{ messages }}" + template
         found = replace(figures(content=content * 64), **{"read": "b" * 64, **changes})
-        return dict(identity.data_of(values, (found,), tokenizer))
+        return dict(resume.data_of(values, (found,), tokenizer))
 
     point = checkpoint(tmp_path, data("a"))
     if not refused:

@@ -1,4 +1,4 @@
-"""Write the metrics of a run: metrics.jsonl, the progress bar, loss.png.
+"""Write the records of a run: metrics.jsonl, loss.png, receipt.json; draw its progress bar.
 
 Each line of metrics.jsonl is on the disk before the next step begins.
 """
@@ -6,21 +6,27 @@ Each line of metrics.jsonl is on the disk before the next step begins.
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Literal
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from attnimg.config.schema import Config
+from attnimg.facts import Backend, Machine, Plan, Proof, RunContext
 from attnimg.train.checkpoint import replace_text, writing
 
-FILE = "metrics.jsonl"
+METRICS_FILE = "metrics.jsonl"
 
-PICTURE_FILE = "loss.png"
+LOSS_PLOT_FILE = "loss.png"
 
 
 def append(folder: Path, line: Mapping[str, object]) -> None:
@@ -29,7 +35,7 @@ def append(folder: Path, line: Mapping[str, object]) -> None:
     Raises:
         AttnimgError: the disk is full (disk-full).
     """
-    path = folder / FILE
+    path = folder / METRICS_FILE
     data = (json.dumps(line) + "\n").encode()
     with writing(path, kept="the lines and checkpoints before it are kept"):
         handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
@@ -42,7 +48,7 @@ def append(folder: Path, line: Mapping[str, object]) -> None:
 
 def read(folder: Path) -> list[dict[str, float]]:
     """Read all complete lines; a last line that a full disk cut off is left out."""
-    path = folder / FILE
+    path = folder / METRICS_FILE
     lines = []
     for text in path.read_text().splitlines() if path.is_file() else ():
         try:
@@ -67,8 +73,8 @@ def cut_after(folder: Path, step: int, *, evaluate_again: bool) -> int:
         if line["step"] < step
         or (line["step"] == step and not (evaluate_again and "eval_loss" in line))
     ]
-    if (folder / FILE).is_file():
-        replace_text(folder / FILE, "".join(json.dumps(line) + "\n" for line in kept))
+    if (folder / METRICS_FILE).is_file():
+        replace_text(folder / METRICS_FILE, "".join(json.dumps(line) + "\n" for line in kept))
     return len(lines) - len(kept)
 
 
@@ -255,7 +261,7 @@ def draw_loss(folder: Path, *, title: str, subtitle: str) -> Path | None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="0.9")
     axes.legend(frameon=False)
-    path = folder / PICTURE_FILE
+    path = folder / LOSS_PLOT_FILE
     with writing(path, kept="the model and metrics.jsonl are written"):
         figure.savefig(path)
     return path
@@ -281,3 +287,151 @@ def _running_mean(values: Sequence[float], *, weight: float) -> list[float]:
         mass = weight * mass + (1 - weight)
         smoothed.append(mean / mass)
     return smoothed
+
+
+RECEIPT_FILE = "receipt.json"
+
+PACKAGES = (
+    "attnimg", "torch", "transformers", "trl", "peft", "accelerate", "datasets", "kernels",
+    "tokenizers", "deepspeed", "triton", "bitsandbytes", "safetensors", "numpy", "flash-attn",
+    "flash-attn-3", "flash-attn-4", "xformers", "sageattention", "torchao",
+)  # fmt: skip
+
+Status = Literal["running", "done", "stopped", "failed"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunFacts:
+    """The results of the steps before training.
+
+    Attributes:
+        machine: the machine of the run.
+        plan: the selected attention, with all reasons.
+        implementation: the attn_implementation, "sdpa" or "kernels-community/flash-attn2".
+        context: how the model is called, as it was proven.
+        isolation: figures of the packing proof; None without packing.
+        proofs: proofs of the attention kernels, failed ones included.
+        kernels: backend -> hashes of the files that compute it, by their kind, such as "torch";
+            None where some are unknown.
+    """
+
+    machine: Machine
+    plan: Plan
+    implementation: str
+    context: RunContext
+    isolation: Mapping[str, object] | None = None
+    proofs: tuple[Proof, ...] = ()
+    kernels: Mapping[str, Mapping[str, str] | None] = field(default_factory=dict)
+
+    @property
+    def backend(self) -> str:
+        """Return the name of the backend."""
+        return self.plan.chosen.backend.name if self.plan.chosen else self.implementation
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FitResult:
+    """How the run ended.
+
+    Attributes:
+        steps: optimizer steps done, those of earlier sessions included.
+        loss: loss of the last logged window of steps; None when no step was left to train.
+        eval_loss: loss of the last evaluation, per trained token; None without one.
+        aux_loss: the auxiliary loss of a mixture of experts in that window, without its weight;
+            None where the model computes none.
+        tokens: tokens trained on without padding, earlier sessions included.
+        seconds: wall time of this session.
+        files: the written files, the most important first.
+        resumed_from: the checkpoint that it resumed from.
+        notes: notes for the user, such as on an early stop.
+    """
+
+    steps: int
+    loss: float | None
+    eval_loss: float | None
+    aux_loss: float | None
+    tokens: int
+    seconds: float
+    files: tuple[Path, ...]
+    resumed_from: Path | None
+    notes: tuple[str, ...] = ()
+
+
+def open_receipt(
+    config: Config, *, run: RunFacts, figures: Mapping[str, object], resumed_from: Path | None
+) -> dict[str, object]:
+    """Return the content of a receipt before the first step.
+
+    Args:
+        config: the validated run.
+        run: machine, plan, precision, packing proof.
+        figures: statistics of the data, the packing and the schedule, by name.
+        resumed_from: the checkpoint that the run resumes from.
+    """
+    return {
+        "status": "running",
+        "started": now(),
+        "ended": None,
+        "resumed_from": resumed_from,
+        "config": config.model_dump(exclude_none=True),
+        "versions": versions(),
+        "hardware": run.machine,
+        "plan": run.plan,
+        "attention": {"backend": run.backend, "implementation": run.implementation},
+        "dtype": run.context.dtype,
+        "context": run.context,
+        "applied": None,
+        "isolation": run.isolation,
+        "proofs": run.proofs,
+        **figures,
+        "metrics": {},
+        "files": [],
+        "error": None,
+    }
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of the installed packages that decide what a run computes."""
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def write_receipt(folder: Path, receipt: Mapping[str, object], *, status: Status) -> Path:
+    """Write the receipt atomically: after a kill, the file is the last complete one.
+
+    Raises:
+        AttnimgError: the disk is full (disk-full).
+    """
+    ended = None if status == "running" else now()
+    path = folder / RECEIPT_FILE
+    with writing(path, kept="the checkpoints are kept"):
+        text = json.dumps(plain({**receipt, "status": status, "ended": ended}), indent=2)
+        replace_text(path, text + "\n")
+    return path
+
+
+def now() -> str:
+    """Return the time in UTC, ISO 8601, to the second."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def plain(value: object) -> object:
+    """Return values as JSON types: a backend by its name, NaN and paths as strings."""
+    if isinstance(value, Backend):
+        return value.name
+    if is_dataclass(value) and not isinstance(value, type):
+        return {field.name: plain(getattr(value, field.name)) for field in fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, Set):
+        return sorted(str(item) for item in value)
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value if isinstance(value, str | int | float | bool | None) else str(value)
