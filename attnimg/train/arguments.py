@@ -19,7 +19,7 @@ from attnimg.errors import bad_value
 from attnimg.facts import Machine, Plan, RunContext
 
 # Ours -> transformers', where they differ.
-OPTIMIZERS = {"paged_adamw": "paged_adamw_32bit"}
+TRANSFORMERS_OPTIMIZERS = {"paged_adamw": "paged_adamw_32bit"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,10 +55,10 @@ def plan_steps(config: Config, *, rows: int, world: int, validation: bool) -> Sc
     batches = math.ceil(rows / (config.micro_batch_size * world))
     per_epoch = max(1, math.ceil(batches / config.gradient_accumulation_steps))
     total = config.max_steps or math.ceil(config.num_epochs * per_epoch)
-    evaluate, eval_steps = _when(
+    evaluate, eval_steps = _interval(
         config.eval_strategy, config.eval_steps, config.evals_per_epoch, per_epoch=per_epoch
     )
-    save, save_steps = _when(
+    save, save_steps = _interval(
         config.save_strategy, config.save_steps, config.saves_per_epoch, per_epoch=per_epoch
     )
     return Schedule(
@@ -71,7 +71,7 @@ def plan_steps(config: Config, *, rows: int, world: int, validation: bool) -> Sc
     )
 
 
-def _when(
+def _interval(
     strategy: Strategy | None, every: int | None, times: int | None, *, per_epoch: int
 ) -> tuple[Strategy, int | None]:
     """Return the strategy and its number of steps; by default once an epoch, as in axolotl."""
@@ -95,15 +95,73 @@ def training_arguments(
         sparse: whether the model has experts that a batch may leave out.
     """
     gpu = machine.arch.vendor != "cpu"
+    ampere = machine.arch.capability is not None and machine.arch.capability >= (8, 0)
+    autocast = context.autocast
+    if config.deepspeed and config.bf16 != "full":
+        autocast = context.dtype  # DeepSpeed's engine casts where accelerate would autocast.
+    scheduler, scheduler_kwargs = scheduler_arguments(config)
+    uses_eval_loss = bool(config.early_stopping_patience) or scheduler == "reduce_lr_on_plateau"
+    pin_memory = config.dataloader_pin_memory is not False
+    fsdp_config = dict(config.fsdp_config or {})
+    if config.fsdp_version:
+        fsdp_config["version"] = config.fsdp_version
+    # Arguments that are not passed if they are None.
+    optional: dict[str, Any] = {
+        "adam_beta1": config.adam_beta1,
+        "adam_beta2": config.adam_beta2,
+        "adam_epsilon": config.adam_epsilon,
+        "lr_scheduler_kwargs": scheduler_kwargs or None,
+        "ddp_timeout": config.ddp_timeout,
+        "deepspeed": config.deepspeed,
+    }
+    if config.fsdp or config.fsdp_config:
+        optional |= {"fsdp": config.fsdp or True, "fsdp_config": fsdp_config}
     return {
         "output_dir": config.output_dir,
         "seed": config.seed,
         "data_seed": config.seed,
-        **_optimisation(config, context=context),
-        **_precision(config, machine=machine, context=context),
-        **_intervals(config, schedule=schedule),
-        **_processes(config, gpu=gpu, sparse=sparse),
-        # Rows are packed, collated and counted here, not by TRL.
+        # Steps, batches, optimizer and learning rate.
+        "per_device_train_batch_size": config.micro_batch_size,
+        "per_device_eval_batch_size": config.eval_batch_size or config.micro_batch_size,
+        "gradient_accumulation_steps": config.gradient_accumulation_steps,
+        "num_train_epochs": config.num_epochs,
+        "max_steps": config.max_steps or -1,
+        "learning_rate": config.learning_rate,
+        "optim": TRANSFORMERS_OPTIMIZERS.get(config.optimizer, config.optimizer),
+        "lr_scheduler_type": scheduler,
+        "warmup_steps": _warmup(config),
+        "weight_decay": config.weight_decay,
+        "max_grad_norm": config.max_grad_norm,
+        "gradient_checkpointing": context.checkpointing,
+        "gradient_checkpointing_kwargs": config.gradient_checkpointing_kwargs,
+        # Precision and compilation.
+        "bf16": autocast == "bfloat16",
+        "fp16": autocast == "float16",
+        "tf32": (config.tf32 == "auto" or config.tf32) if ampere else None,
+        "torch_compile": context.compiled,
+        "torch_compile_backend": config.torch_compile_backend if context.compiled else None,
+        "torch_compile_mode": config.torch_compile_mode if context.compiled else None,
+        "use_cpu": not gpu,
+        # Logs, evaluations and checkpoints; checkpoint.py applies save_total_limit.
+        "logging_steps": config.logging_steps,
+        "logging_first_step": True,
+        "eval_strategy": schedule.eval_strategy,
+        "eval_steps": schedule.eval_steps,
+        "save_strategy": schedule.save_strategy,
+        "save_steps": schedule.save_steps or 500,
+        "save_total_limit": None,
+        "save_only_model": bool(config.save_only_model),
+        "metric_for_best_model": "eval_loss" if uses_eval_loss else None,
+        "greater_is_better": False if uses_eval_loss else None,
+        # Data loading and processes.
+        "dataloader_num_workers": config.dataloader_num_workers or 0,
+        "dataloader_pin_memory": gpu and pin_memory,
+        # transformers' default searches for unused weights in every step; only experts can be
+        # unused.
+        "ddp_find_unused_parameters": sparse
+        if config.ddp_find_unused_parameters is None
+        else config.ddp_find_unused_parameters,
+        # Rows are packed, collated and counted by rows.py, not by TRL.
         "dataset_kwargs": {"skip_prepare_dataset": True},
         "remove_unused_columns": False,
         "packing": False,
@@ -111,44 +169,18 @@ def training_arguments(
         "max_length": None,
         "prediction_loss_only": True,
         "use_cache": False,
-        # The progress bar, logs and sums are also made here, and nothing is reported to servers.
+        # records.py writes the logs, and nothing is reported to servers.
         "disable_tqdm": True,
         "log_level": "error",
         "log_level_replica": "error",
         "report_to": "none",
         "logging_nan_inf_filter": False,
         "restore_callback_states_from_checkpoint": True,
+        **{name: value for name, value in optional.items() if value is not None},
     }
 
 
-def _optimisation(config: Config, *, context: RunContext) -> dict[str, Any]:
-    """Return the arguments on steps, batches, optimizer and learning rate."""
-    scheduler, scheduler_kwargs = scheduler_of(config)
-    given = {
-        "adam_beta1": config.adam_beta1,
-        "adam_beta2": config.adam_beta2,
-        "adam_epsilon": config.adam_epsilon,
-        "lr_scheduler_kwargs": scheduler_kwargs or None,
-    }
-    return {
-        "per_device_train_batch_size": config.micro_batch_size,
-        "per_device_eval_batch_size": config.eval_batch_size or config.micro_batch_size,
-        "gradient_accumulation_steps": config.gradient_accumulation_steps,
-        "num_train_epochs": config.num_epochs,
-        "max_steps": config.max_steps or -1,
-        "learning_rate": config.learning_rate,
-        "optim": OPTIMIZERS.get(config.optimizer, config.optimizer),
-        "lr_scheduler_type": scheduler,
-        "warmup_steps": _warmup(config),
-        "weight_decay": config.weight_decay,
-        "max_grad_norm": config.max_grad_norm,
-        "gradient_checkpointing": context.checkpointing,
-        "gradient_checkpointing_kwargs": config.gradient_checkpointing_kwargs,
-        **{name: value for name, value in given.items() if value is not None},
-    }
-
-
-def scheduler_of(config: Config) -> tuple[str, dict[str, Any]]:
+def scheduler_arguments(config: Config) -> tuple[str, dict[str, Any]]:
     """Return transformers' name of the learning rate schedule, and its arguments."""
     arguments = dict(config.lr_scheduler_kwargs or {})
     if config.cosine_min_lr_ratio is None:
@@ -162,64 +194,6 @@ def _warmup(config: Config) -> float:
         return float(config.warmup_steps)
     # A ratio of 1 is the whole run, which transformers would read as one step.
     return min(config.warmup_ratio or 0.0, 1 - 1e-9)
-
-
-def _precision(config: Config, *, machine: Machine, context: RunContext) -> dict[str, Any]:
-    """Return the arguments on autocast, tf32 and torch.compile."""
-    ampere = machine.arch.capability is not None and machine.arch.capability >= (8, 0)
-    gpu = machine.arch.vendor != "cpu"
-    mixed = context.autocast
-    if config.deepspeed and config.bf16 != "full":
-        mixed = context.dtype  # DeepSpeed's engine casts where accelerate would autocast.
-    return {
-        "bf16": mixed == "bfloat16",
-        "fp16": mixed == "float16",
-        "tf32": (ampere if config.tf32 == "auto" else config.tf32) if ampere else None,
-        "torch_compile": context.compiled,
-        "torch_compile_backend": config.torch_compile_backend if context.compiled else None,
-        "torch_compile_mode": config.torch_compile_mode if context.compiled else None,
-        "use_cpu": not gpu,
-    }
-
-
-def _intervals(config: Config, *, schedule: Schedule) -> dict[str, Any]:
-    """Return when the engine logs, evaluates and saves; checkpoint.py keeps save_total_limit."""
-    stopping = config.early_stopping_patience or config.lr_scheduler == "reduce_lr_on_plateau"
-    return {
-        "logging_steps": config.logging_steps,
-        "logging_first_step": True,
-        "eval_strategy": schedule.eval_strategy,
-        "eval_steps": schedule.eval_steps,
-        "save_strategy": schedule.save_strategy,
-        "save_steps": schedule.save_steps or 500,
-        "save_total_limit": None,
-        "save_only_model": bool(config.save_only_model),
-        "metric_for_best_model": "eval_loss" if stopping else None,
-        "greater_is_better": False if stopping else None,
-    }
-
-
-def _processes(config: Config, *, gpu: bool, sparse: bool) -> dict[str, Any]:
-    """Return the arguments on data loading and distribution."""
-    given: dict[str, Any] = {
-        "ddp_timeout": config.ddp_timeout,
-        # transformers' default searches for unused weights in every step; only experts can be
-        # unused.
-        "ddp_find_unused_parameters": sparse
-        if config.ddp_find_unused_parameters is None
-        else config.ddp_find_unused_parameters,
-        "deepspeed": config.deepspeed,
-    }
-    if config.fsdp or config.fsdp_config:
-        version = {"version": config.fsdp_version} if config.fsdp_version else {}
-        given["fsdp"] = config.fsdp or True
-        given["fsdp_config"] = {**(config.fsdp_config or {}), **version}
-    return {
-        "dataloader_num_workers": config.dataloader_num_workers or 0,
-        "dataloader_pin_memory": gpu if config.dataloader_pin_memory is None
-        else config.dataloader_pin_memory and gpu,
-        **{name: value for name, value in given.items() if value is not None},
-    }  # fmt: skip
 
 
 def settings_in_use(engine: Any, plan: Plan) -> dict[str, object]:
@@ -252,11 +226,11 @@ def settings_in_use(engine: Any, plan: Plan) -> dict[str, object]:
         "mixed_precision": accelerator.mixed_precision,
         "seed": arguments.seed,
         "dtypes": {
-            "trained": _dtypes(engine.model, trained=True),
-            "frozen": _dtypes(engine.model, trained=False),
+            "trained": _count_by_dtype(engine.model, trained=True),
+            "frozen": _count_by_dtype(engine.model, trained=False),
         },
         "attention": {
-            "modules": _attention(engine.model),
+            "modules": _attention_modules(engine.model),
             "backends": [
                 {"layers": choice.layers, "backend": choice.verdict.backend.name}
                 for choice in plan.groups
@@ -270,7 +244,7 @@ def _number(value: Any) -> Any:
     return value.item() if hasattr(value, "item") else value
 
 
-def _dtypes(model: Any, *, trained: bool) -> dict[str, int]:
+def _count_by_dtype(model: Any, *, trained: bool) -> dict[str, int]:
     """Return how many weights have each dtype, of the trained or of the frozen ones."""
     found: Counter[str] = Counter()
     for weight in model.parameters():
@@ -279,7 +253,7 @@ def _dtypes(model: Any, *, trained: bool) -> dict[str, int]:
     return dict(found)
 
 
-def _attention(model: Any) -> list[dict[str, object]]:
+def _attention_modules(model: Any) -> list[dict[str, object]]:
     """Return each kind of attention module with the implementation that it calls, and its count."""
     found: Counter[tuple[str, int | None, str]] = Counter()
     for module in model.modules():
@@ -315,7 +289,7 @@ def _numel(weight: Any) -> int:
     return count
 
 
-def weights_sentence(counts: Mapping[str, int]) -> str:
+def weights_text(counts: Mapping[str, int]) -> str:
     """Return the line on the weights that a run prints before its first step."""
     trained, total = counts["trained"], counts["all"]
     return f"weights: trains {trained:,} of {total:,} ({trained / max(total, 1):.2%})"
@@ -344,7 +318,7 @@ def _try_schedule(config: Config) -> None:
     import torch
     from transformers import get_scheduler
 
-    name, arguments = scheduler_of(config)
+    name, arguments = scheduler_arguments(config)
     steps = config.max_steps or _STEPS
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=config.learning_rate or 1.0)
     try:
@@ -402,9 +376,12 @@ def _try_checkpointing(config: Config) -> None:
     import torch
     from torch.utils.checkpoint import checkpoint
 
-    given: dict[str, Any] = {"use_reentrant": False, **(config.gradient_checkpointing_kwargs or {})}
+    arguments: dict[str, Any] = {
+        "use_reentrant": False,
+        **(config.gradient_checkpointing_kwargs or {}),
+    }
     try:
-        checkpoint(torch.sin, torch.zeros(1, requires_grad=True), **given).backward()
+        checkpoint(torch.sin, torch.zeros(1, requires_grad=True), **arguments).backward()
     except (AttributeError, RuntimeError, TypeError, ValueError) as error:
         raise bad_value(
             "gradient_checkpointing_kwargs",

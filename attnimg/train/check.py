@@ -1,4 +1,4 @@
-"""Check the machine, files and folders of a run before anything heavy is loaded.
+"""Check the machine, files and output_dir of a run before anything heavy is loaded.
 
 The values of its config are checked already, by attnimg.config.
 """
@@ -25,16 +25,22 @@ from attnimg.train import records
 from attnimg.train.checkpoint import (
     PARTIAL,
     ResumePoint,
-    checkpoints,
+    checkpoint_step,
+    list_checkpoints,
     newest_checkpoint,
-    read_state,
+    read_run_state,
     remove_leftovers,
-    set_aside,
-    step_of,
+    rename_damaged,
 )
-from attnimg.train.intact import damaged, damages_of, has_manifest, newest_whole, notes_on
+from attnimg.train.intact import (
+    checkpoint_notes,
+    damaged_error,
+    find_damage,
+    find_newest_intact,
+    has_manifest,
+)
 from attnimg.train.model_files import check_model_files
-from attnimg.train.resume import check_settings
+from attnimg.train.resume import check_resumed_config
 
 
 def check_inputs(config: Config, machine: Machine) -> ResumePoint | None:
@@ -48,15 +54,15 @@ def check_inputs(config: Config, machine: Machine) -> ResumePoint | None:
     Raises:
         AttnimgError: exit code 2, with the key at fault.
     """
-    _check_homes(config)
+    _check_home_paths(config)
     check_limits(config, machine)
     check_model_files(config)
     point = check_output_dir(config)
-    check_settings(config, point)
+    check_resumed_config(config, point)
     return point
 
 
-def _check_homes(config: Config) -> None:
+def _check_home_paths(config: Config) -> None:
     """Raise for a path in the home of a user that does not exist, such as ~nobody/out."""
     for key in ("base_model", "tokenizer_config", "output_dir", "dataset_prepared_path",
                 "resume_from_checkpoint", "deepspeed"):  # fmt: skip
@@ -118,7 +124,7 @@ def check_limits(config: Config, machine: Machine) -> None:
                 code=f"{key}-needs-gpu",
                 key=key,
             )
-    if config.deepspeed and not _installed(machine, "deepspeed"):
+    if config.deepspeed and not _is_installed(machine, "deepspeed"):
         raise AttnimgError(
             "deepspeed is not installed",
             why="found the key deepspeed, and no such package",
@@ -139,7 +145,7 @@ def _check_optimizer(config: Config, machine: Machine) -> None:
             do=f"set optimizer: {_UNPAGED.get(name, name.removeprefix('paged_'))}",
         )
     needs = "torchao" if name in ("adamw_torch_8bit", "adamw_torch_4bit") else None
-    if needs and not _installed(machine, needs):
+    if needs and not _is_installed(machine, needs):
         raise AttnimgError(
             f"optimizer: {name} needs {needs}",
             why=f"{needs} is not installed",
@@ -149,21 +155,21 @@ def _check_optimizer(config: Config, machine: Machine) -> None:
         )
 
 
-def _installed(machine: Machine, package: str) -> bool:
+def _is_installed(machine: Machine, package: str) -> bool:
     return machine.packages is None or package in machine.packages
 
 
 def _check_processes(config: Config) -> None:
     """Raise for more data processes than this machine can run."""
     cpus = os.cpu_count() or 1
-    most = max(_PROCESSES, _PROCESSES_A_CPU * cpus)
+    maximum = max(_PROCESSES, _PROCESSES_A_CPU * cpus)
     for key in ("dataloader_num_workers", "dataset_num_proc", "dataset_processes"):
-        asked = getattr(config, key) or 0
-        if asked > most:
+        requested = getattr(config, key) or 0
+        if requested > maximum:
             raise bad_value(
                 key,
-                f"{key}: {asked} is more than this machine can run",
-                why=f"found {cpus} CPUs; needed at most {most} processes",
+                f"{key}: {requested} is more than this machine can run",
+                why=f"found {cpus} CPUs; needed at most {maximum} processes",
                 do=f"set {key}: {cpus}",
             )
 
@@ -187,7 +193,7 @@ def _check_address_space() -> None:
 def _check_shared_memory(config: Config) -> None:
     """Raise for workers whose batches do not fit in /dev/shm: torch would wait for them forever.
 
-    Each worker keeps two batches ready (prefetch_factor of torch's DataLoader).
+    Each worker prepares two batches in advance (prefetch_factor of torch's DataLoader).
     """
     workers = config.dataloader_num_workers or 0
     tokens = config.micro_batch_size * config.sequence_len
@@ -210,7 +216,7 @@ def _check_shared_memory(config: Config) -> None:
 LOCK_FILE = ".lock"
 
 # Files of a run that has done no step; a new run may start in a folder with them.
-HARMLESS = frozenset({"receipt.json", PARTIAL, LOCK_FILE})
+ALLOWED_FILES = frozenset({"receipt.json", PARTIAL, LOCK_FILE})
 
 
 def check_output_dir(config: Config) -> ResumePoint | None:
@@ -229,95 +235,94 @@ def check_output_dir(config: Config) -> ResumePoint | None:
     _require_writable(folder)
     require_unlocked(folder)
     found = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
-    partial = folder / PARTIAL
-    leftovers = tuple(sorted(partial.iterdir())) if partial.is_dir() else ()
-    asked = config.resume_from_checkpoint
-    if isinstance(asked, str):
-        return _named_point(folder, Path(asked).expanduser(), found=found, leftovers=leftovers)
+    requested = config.resume_from_checkpoint
+    if isinstance(requested, str):
+        return _resume_from_named(folder, Path(requested).expanduser(), found=found)
     newest = newest_checkpoint(folder)
-    if (asked or config.auto_resume_from_checkpoints) and newest:
-        return _newest_point(folder, leftovers)
-    if asked:
-        raise AttnimgError(
+    if (requested or config.auto_resume_from_checkpoints) and newest:
+        return _resume_from_newest(folder)
+    if requested:
+        why = f"found no complete checkpoint-N in {folder}"
+        if unfinished := _list_unfinished(folder):
+            why += f", only {len(unfinished)} that was never finished"
+        raise _no_checkpoint(
             "there is no checkpoint to resume from",
-            why=f"found no complete checkpoint-N in {folder}"
-            + (f", only {len(leftovers)} that was never finished" if leftovers else ""),
+            why=why,
             do="remove resume_from_checkpoint, or name a checkpoint's folder with it",
-            code="no-checkpoint",
-            key="resume_from_checkpoint",
         )
-    if set(found) - HARMLESS and not config.auto_resume_from_checkpoints:
+    if set(found) - ALLOWED_FILES and not config.auto_resume_from_checkpoints:
         raise _not_empty(folder, found, newest=newest)
-    return ResumePoint(path=None, step=0, leftovers=leftovers) if found else None
+    return ResumePoint(path=None, step=0) if found else None
 
 
-def _newest_point(folder: Path, leftovers: tuple[Path, ...]) -> ResumePoint:
+def _list_unfinished(folder: Path) -> list[Path]:
+    """Return what a killed run left in output_dir: checkpoints that it did not finish."""
+    return sorted((folder / PARTIAL).glob("*"))
+
+
+def _no_checkpoint(what: str, *, why: str, do: str) -> AttnimgError:
+    return AttnimgError(what, why=why, do=do, code="no-checkpoint", key="resume_from_checkpoint")
+
+
+def _resume_from_newest(folder: Path) -> ResumePoint:
     """Return the newest intact checkpoint in output_dir."""
-    found = checkpoints(folder)
-    newest, newer = newest_whole(found)
+    found = list_checkpoints(folder)
+    newest, newer = find_newest_intact(found)
     if newest is None:
-        raise damaged(found[-1], newer[found[-1]], output_dir=folder)
-    return _point(newest, leftovers, newer)
+        raise damaged_error(found[-1], newer[found[-1]], output_dir=folder)
+    return _resume_point(newest, newer)
 
 
-def _named_point(
-    folder: Path, checkpoint: Path, *, found: list[str], leftovers: tuple[Path, ...]
-) -> ResumePoint:
+def _resume_from_named(folder: Path, checkpoint: Path, *, found: list[str]) -> ResumePoint:
     """Return the checkpoint that the config names, here or in another run's folder."""
     _require_checkpoint(checkpoint)
-    own = checkpoint.resolve().parent == folder.resolve()
-    if not own and set(found) - HARMLESS:
+    is_own = checkpoint.resolve().parent == folder.resolve()
+    if not is_own and set(found) - ALLOWED_FILES:
         raise _not_empty(folder, found, newest=newest_checkpoint(folder))
-    newer = [path for path in checkpoints(folder) if step_of(path) > step_of(checkpoint)]
-    if own and newer:
-        raise _bad_dir(
-            f"output_dir {folder} holds checkpoints newer than {checkpoint.name}",
-            why=f"found {', '.join(path.name for path in newer)}; they would be taken "
-            "for this run's",
+    step = checkpoint_step(checkpoint)
+    newer = [path for path in list_checkpoints(folder) if checkpoint_step(path) > step]
+    if is_own and newer:
+        raise _output_dir_error(
+            f"output_dir {folder} has checkpoints newer than {checkpoint.name}",
+            why=f"found {', '.join(path.name for path in newer)}; they would be mistaken "
+            "for checkpoints of this run",
             do="move them away, or set another output_dir",
             code="output-dir-not-empty",
         )
-    if wrong := damages_of(checkpoint):
-        raise damaged(checkpoint, wrong, output_dir=folder)
-    return _point(checkpoint, leftovers, {})
+    if wrong := find_damage(checkpoint):
+        raise damaged_error(checkpoint, wrong, output_dir=folder)
+    return _resume_point(checkpoint, {})
 
 
-def _point(
-    checkpoint: Path, leftovers: tuple[Path, ...], newer: dict[Path, list[str]]
-) -> ResumePoint:
+def _resume_point(checkpoint: Path, newer: dict[Path, list[str]]) -> ResumePoint:
     """Return the resume point of an intact checkpoint; raise if it has only weights."""
     if not any(checkpoint.glob("optimizer*")) and not any(checkpoint.glob("global_step*")):
-        raise AttnimgError(
+        raise _no_checkpoint(
             f"{checkpoint} can't be resumed from",
-            why="it holds no optimizer state (save_only_model: true)",
+            why="it has no optimizer state (save_only_model: true)",
             do="remove resume_from_checkpoint, and set base_model to this folder and output_dir to "
             "a new one, to continue with a new optimizer",
-            code="no-checkpoint",
-            key="resume_from_checkpoint",
         )
     return ResumePoint(
         path=checkpoint,
-        step=step_of(checkpoint),
-        leftovers=leftovers,
+        step=checkpoint_step(checkpoint),
         damaged=tuple(newer),
-        notes=notes_on(checkpoint, newer),
+        notes=checkpoint_notes(checkpoint, newer),
     )
 
 
 def _require_checkpoint(checkpoint: Path) -> None:
     """Raise unless a folder is a checkpoint."""
     is_named = checkpoint.name.rpartition("-")[2].isdecimal()
-    whole = has_manifest(checkpoint) or (checkpoint / "trainer_state.json").exists()
-    if not checkpoint.is_dir() or not is_named or not whole:
+    is_complete = has_manifest(checkpoint) or (checkpoint / "trainer_state.json").exists()
+    if not checkpoint.is_dir() or not is_named or not is_complete:
         why = "no such folder"
         if checkpoint.is_dir():
             why = f"{checkpoint} has no trainer_state.json" if is_named else "its name has no step"
-        raise AttnimgError(
+        raise _no_checkpoint(
             f"{checkpoint} is not a checkpoint",
             why=why,
             do="name a checkpoint-N folder, or set resume_from_checkpoint: true",
-            code="no-checkpoint",
-            key="resume_from_checkpoint",
         )
 
 
@@ -325,7 +330,7 @@ def _require_writable(folder: Path) -> None:
     """Raise for a file in place of the folder, and for a folder that this user can't write to."""
     nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not nearest.is_dir():
-        raise _bad_dir(
+        raise _output_dir_error(
             f"output_dir {folder} is not a folder",
             why=f"{nearest} is a file",
             do="set output_dir to a folder of its own",
@@ -335,7 +340,7 @@ def _require_writable(folder: Path) -> None:
         with tempfile.TemporaryFile(dir=nearest):
             pass
     except OSError as error:
-        raise _bad_dir(
+        raise _output_dir_error(
             f"output_dir {folder} can't be written to",
             why=f"{nearest}: {error.strerror}; it belongs to user "
             f"{nearest.stat().st_uid}, this is user {os.getuid()}",
@@ -345,18 +350,18 @@ def _require_writable(folder: Path) -> None:
 
 def _not_empty(folder: Path, found: list[str], *, newest: Path | None) -> AttnimgError:
     """Return the error for a folder with other files, with advice on resuming the run in it."""
-    found = [name for name in found if name not in HARMLESS]
-    shown = ", ".join(found[:4]) + (" ..." if len(found) > 4 else "")
+    found = [name for name in found if name not in ALLOWED_FILES]
+    names = ", ".join(found[:4]) + (" ..." if len(found) > 4 else "")
     resume = f"set resume_from_checkpoint: true (resumes from {newest.name}), or " if newest else ""
-    return _bad_dir(
+    return _output_dir_error(
         f"output_dir {folder} is not empty",
-        why=f"found {shown}; a new run would mix with it",
+        why=f"found {names}; a new run would mix with it",
         do=f"{resume}set another output_dir, or remove the folder",
         code="output-dir-not-empty",
     )
 
 
-def _bad_dir(what: str, *, why: str, do: str, code: str = "output-dir") -> AttnimgError:
+def _output_dir_error(what: str, *, why: str, do: str, code: str = "output-dir") -> AttnimgError:
     return AttnimgError(what, why=why, do=do, code=code, key="output_dir")
 
 
@@ -364,20 +369,20 @@ def prepare_output_dir(folder: Path, resume: ResumePoint | None, *, console: Con
     """Remove what a killed run left in output_dir after `resume`; the folder is locked."""
     if resume is None:
         return
-    for leftover in resume.leftovers:
-        records.print_line(console, f"removing {leftover.name}: it was never finished")
+    for path in _list_unfinished(folder):
+        records.print_line(console, f"removing {path.name}: it was never finished")
     remove_leftovers(folder)
     notes = list(resume.notes)
     for path in resume.damaged:
-        notes.append(f"{path.name} is renamed to {set_aside(path).name}")
+        notes.append(f"{path.name} is renamed to {rename_damaged(path).name}")
     for note in notes:
         records.print_line(console, printable(note))
-    restored = read_state(resume.path) if resume.path else {}
-    again = bool(restored.get("evaluate_first"))
-    cut = records.cut_after(folder, resume.step, evaluate_again=again)
-    redone = f"; {cut} logged lines after it are done again" if cut else ""
+    restored = read_run_state(resume.path) if resume.path else {}
+    evaluate_again = bool(restored.get("evaluate_first"))
+    removed = records.remove_metrics_after(folder, resume.step, evaluate_again=evaluate_again)
+    repeated = f"; {removed} logged lines after it are repeated" if removed else ""
     if resume.path:
-        records.print_line(console, f"resuming from {resume.path}{redone}")
+        records.print_line(console, f"resuming from {resume.path}{repeated}")
 
 
 def require_unlocked(folder: Path) -> None:
@@ -387,18 +392,18 @@ def require_unlocked(folder: Path) -> None:
         AttnimgError: code output-dir-busy.
     """
     if (folder / LOCK_FILE).is_file():
-        os.close(_locked(folder))
+        os.close(_acquire_lock(folder))
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Create a folder and hold its lock inside the block.
+def output_dir_lock(folder: Path) -> Iterator[None]:
+    """Create a folder and lock it inside the block.
 
     Raises:
         AttnimgError: another process trains there (code output-dir-busy).
     """
     folder.mkdir(parents=True, exist_ok=True)
-    handle = _locked(folder)
+    handle = _acquire_lock(folder)
     try:
         os.ftruncate(handle, 0)
         os.pwrite(handle, f"pid {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
@@ -407,7 +412,7 @@ def locked(folder: Path) -> Iterator[None]:
         os.close(handle)
 
 
-def _locked(folder: Path) -> int:
+def _acquire_lock(folder: Path) -> int:
     flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     handle = os.open(folder / LOCK_FILE, flags, 0o644)
     try:

@@ -22,14 +22,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from attnimg.config.schema import Config
 from attnimg.facts import Backend, Machine, Plan, Proof, RunContext
-from attnimg.train.checkpoint import replace_text, writing
+from attnimg.train.checkpoint import replace_text, write_errors
 
 METRICS_FILE = "metrics.jsonl"
 
 LOSS_PLOT_FILE = "loss.png"
 
 
-def append(folder: Path, line: Mapping[str, object]) -> None:
+def append_metrics(folder: Path, line: Mapping[str, object]) -> None:
     """Append one line. A single write to a file opened for appending can't be cut off by a kill.
 
     Raises:
@@ -37,7 +37,7 @@ def append(folder: Path, line: Mapping[str, object]) -> None:
     """
     path = folder / METRICS_FILE
     data = (json.dumps(line) + "\n").encode()
-    with writing(path, kept="the lines and checkpoints before it are kept"):
+    with write_errors(path, kept="the lines and checkpoints before it are kept"):
         handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         try:
             if os.write(handle, data) != len(data):
@@ -46,7 +46,7 @@ def append(folder: Path, line: Mapping[str, object]) -> None:
             os.close(handle)
 
 
-def read(folder: Path) -> list[dict[str, float]]:
+def read_metrics(folder: Path) -> list[dict[str, float]]:
     """Read all complete lines; a last line that a full disk cut off is left out."""
     path = folder / METRICS_FILE
     lines = []
@@ -58,7 +58,7 @@ def read(folder: Path) -> list[dict[str, float]]:
     return lines
 
 
-def cut_after(folder: Path, step: int, *, evaluate_again: bool) -> int:
+def remove_metrics_after(folder: Path, step: int, *, evaluate_again: bool) -> int:
     """Remove the lines that a resumed run will write again; return how many.
 
     Args:
@@ -66,7 +66,7 @@ def cut_after(folder: Path, step: int, *, evaluate_again: bool) -> int:
         step: the checkpoint's step; later lines are removed.
         evaluate_again: whether the evaluation at `step` itself is repeated.
     """
-    lines = read(folder)
+    lines = read_metrics(folder)
     kept = [
         line
         for line in lines
@@ -85,39 +85,39 @@ class TokenCounter:
     Attributes:
         total_tokens: real tokens trained on, earlier sessions included.
         tokens: real tokens since the last log.
-        places: token positions since the last log, padding included.
+        positions: token positions since the last log, padding included.
         since: start of this window on the monotonic clock, moved forward by pauses.
         started: when this session began.
     """
 
     total_tokens: int = 0
     tokens: int = 0
-    places: int = 0
+    positions: int = 0
     since: float = field(default_factory=time.monotonic)
     started: float = field(default_factory=time.monotonic)
 
-    def count(self, tokens: int, places: int) -> None:
+    def count(self, tokens: int, positions: int) -> None:
         """Add one batch."""
         self.tokens += tokens
-        self.places += places
+        self.positions += positions
 
-    def close_window(self, *, tokens: int, places: int) -> dict[str, float]:
-        """End the window and return its figures; tokens and places are those of all processes."""
+    def close_window(self, *, tokens: int, positions: int) -> dict[str, float]:
+        """End the window and return its metrics; the arguments are the sums of all processes."""
         now = time.monotonic()
         seconds, self.since = max(now - self.since, 1e-9), now
         self.total_tokens += tokens
-        self.tokens = self.places = 0
+        self.tokens = self.positions = 0
         return {
             "tokens": self.total_tokens,
             "tokens_per_second": round(tokens / seconds, 1),
-            "filled": round(tokens / places, 4) if places else 1.0,
+            "filled": round(tokens / positions, 4) if positions else 1.0,
             "memory_bytes": memory_bytes(),
             "seconds": round(now - self.started, 3),
         }
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Exclude the time in the block, such as an evaluation, from tokens per second."""
+        """Exclude the time in the block from tokens per second; used for evaluations."""
         began = time.monotonic()
         try:
             yield
@@ -162,7 +162,7 @@ class ProgressView:
         )
         self._task = self._bar.add_task("training", total=total, figures="")
 
-    def begin(self, step: int) -> None:
+    def start(self, step: int) -> None:
         """Start drawing at `step`, which is above 0 in a resumed run."""
         self._bar.update(self._task, completed=step)
         self._bar.start()
@@ -171,11 +171,11 @@ class ProgressView:
         """Move to `step`."""
         self._bar.update(self._task, completed=step, description="training")
 
-    def evaluating(self) -> None:
+    def start_evaluation(self) -> None:
         """Show that the model is being evaluated, while the bar does not move."""
         self._bar.update(self._task, description="evaluating")
 
-    def figures(self, step: int, line: Mapping[str, float]) -> None:
+    def show_training(self, step: int, line: Mapping[str, float]) -> None:
         """Draw the values of a training log.
 
         Args:
@@ -191,19 +191,19 @@ class ProgressView:
         bar = self.console.is_terminal
         if self.visible and not bar and (due or step in (1, self.total)):
             self._last_line = time.monotonic()
-            self._print(step, figures)
+            self._print_step(step, figures)
 
-    def evaluated(self, step: int, loss: float) -> None:
+    def show_evaluation(self, step: int, loss: float) -> None:
         """Print an evaluation's loss above the bar."""
         if self.visible:
-            self._print(step, f"eval loss {loss:.4f}")
+            self._print_step(step, f"eval loss {loss:.4f}")
 
     def end(self) -> None:
         """Stop drawing; the last state stays."""
         self._bar.stop()
 
-    def _print(self, step: int, figures: str) -> None:
-        print_line(self.console, f"step {step:>{len(str(self.total))}}/{self.total}  {figures}")
+    def _print_step(self, step: int, text: str) -> None:
+        print_line(self.console, f"step {step:>{len(str(self.total))}}/{self.total}  {text}")
 
 
 def print_line(console: Console, text: str) -> None:
@@ -211,11 +211,11 @@ def print_line(console: Console, text: str) -> None:
     console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
-# Colours that are distinct in print and for colour-blind readers (Okabe and Ito, 2008).
-TRAIN, EVALUATION = "#0072B2", "#D55E00"
+# Colors that are distinct in print and for colour-blind readers (Okabe and Ito, 2008).
+TRAIN_COLOR, EVAL_COLOR = "#0072B2", "#D55E00"
 
 
-def draw_loss(folder: Path, *, title: str, subtitle: str) -> Path | None:
+def plot_loss(folder: Path, *, title: str, subtitle: str) -> Path | None:
     """Draw metrics.jsonl as loss.png: the training loss, smoothed, and the evaluation loss.
 
     Args:
@@ -229,7 +229,7 @@ def draw_loss(folder: Path, *, title: str, subtitle: str) -> Path | None:
     Raises:
         AttnimgError: the disk is full (disk-full).
     """
-    lines = read(folder)
+    lines = read_metrics(folder)
     train = [(line["step"], line["loss"]) for line in lines if "loss" in line]
     evaluation = [(line["step"], line["eval_loss"]) for line in lines if "eval_loss" in line]
     if not train:
@@ -241,19 +241,19 @@ def draw_loss(folder: Path, *, title: str, subtitle: str) -> Path | None:
     figure = Figure(figsize=(8, 4.5), dpi=150, layout="constrained")
     axes = figure.add_subplot()
     steps, losses = zip(*train, strict=True)
-    many = len(train) > 20
-    axes.plot(steps, losses, color=TRAIN, alpha=0.25 if many else 1, linewidth=1,
-              marker="" if many else ".", label=None if many else "training")  # fmt: skip
-    if many:
+    smoothed = len(train) > 20
+    axes.plot(steps, losses, color=TRAIN_COLOR, alpha=0.25 if smoothed else 1, linewidth=1,
+              marker="" if smoothed else ".", label=None if smoothed else "training")  # fmt: skip
+    if smoothed:
         # The mean is over about a tenth of a short run, and over about fifty lines of a long one.
         weight = min(0.98, max(0.0, 1 - 10 / len(losses)))
-        axes.plot(steps, smooth(losses, weight=weight), color=TRAIN, linewidth=1.8,
+        axes.plot(steps, smooth(losses, weight=weight), color=TRAIN_COLOR, linewidth=1.8,
                   label="training, smoothed")  # fmt: skip
     if evaluation:
-        axes.plot(*zip(*evaluation, strict=True), color=EVALUATION, marker="o", markersize=4,
+        axes.plot(*zip(*evaluation, strict=True), color=EVAL_COLOR, marker="o", markersize=4,
                   linewidth=1.5, label="evaluation")  # fmt: skip
         axes.annotate(f"{evaluation[-1][1]:.3f}", evaluation[-1], xytext=(4, 6),
-                      textcoords="offset points", color=EVALUATION, fontsize=9)  # fmt: skip
+                      textcoords="offset points", color=EVAL_COLOR, fontsize=9)  # fmt: skip
     axes.set_title(title, loc="left", fontsize=12, fontweight="bold", pad=18)
     axes.text(0, 1.02, subtitle, transform=axes.transAxes, fontsize=9, color="0.4")
     axes.set(xlabel="step", ylabel="loss per trained token (nats)")
@@ -262,7 +262,7 @@ def draw_loss(folder: Path, *, title: str, subtitle: str) -> Path | None:
     axes.grid(axis="y", color="0.9")
     axes.legend(frameon=False)
     path = folder / LOSS_PLOT_FILE
-    with writing(path, kept="the model and metrics.jsonl are written"):
+    with write_errors(path, kept="the model and metrics.jsonl are written"):
         figure.savefig(path)
     return path
 
@@ -357,7 +357,7 @@ class FitResult:
     notes: tuple[str, ...] = ()
 
 
-def open_receipt(
+def build_receipt(
     config: Config, *, run: RunFacts, figures: Mapping[str, object], resumed_from: Path | None
 ) -> dict[str, object]:
     """Return the content of a receipt before the first step.
@@ -370,11 +370,11 @@ def open_receipt(
     """
     return {
         "status": "running",
-        "started": now(),
+        "started": utc_now(),
         "ended": None,
         "resumed_from": resumed_from,
         "config": config.model_dump(exclude_none=True),
-        "versions": versions(),
+        "versions": package_versions(),
         "hardware": run.machine,
         "plan": run.plan,
         "attention": {"backend": run.backend, "implementation": run.implementation},
@@ -390,7 +390,7 @@ def open_receipt(
     }
 
 
-def versions() -> dict[str, str]:
+def package_versions() -> dict[str, str]:
     """Return the versions of the installed packages that decide what a run computes."""
     found = {}
     for package in PACKAGES:
@@ -407,31 +407,31 @@ def write_receipt(folder: Path, receipt: Mapping[str, object], *, status: Status
     Raises:
         AttnimgError: the disk is full (disk-full).
     """
-    ended = None if status == "running" else now()
+    ended = None if status == "running" else utc_now()
     path = folder / RECEIPT_FILE
-    with writing(path, kept="the checkpoints are kept"):
-        text = json.dumps(plain({**receipt, "status": status, "ended": ended}), indent=2)
+    with write_errors(path, kept="the checkpoints are kept"):
+        text = json.dumps(to_json({**receipt, "status": status, "ended": ended}), indent=2)
         replace_text(path, text + "\n")
     return path
 
 
-def now() -> str:
+def utc_now() -> str:
     """Return the time in UTC, ISO 8601, to the second."""
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def plain(value: object) -> object:
+def to_json(value: object) -> object:
     """Return values as JSON types: a backend by its name, NaN and paths as strings."""
     if isinstance(value, Backend):
         return value.name
     if is_dataclass(value) and not isinstance(value, type):
-        return {field.name: plain(getattr(value, field.name)) for field in fields(value)}
+        return {field.name: to_json(getattr(value, field.name)) for field in fields(value)}
     if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
+        return {str(key): to_json(item) for key, item in value.items()}
     if isinstance(value, Set):
         return sorted(str(item) for item in value)
     if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
+        return [to_json(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     return value if isinstance(value, str | int | float | bool | None) else str(value)

@@ -6,7 +6,7 @@ Batches have the arguments of a model's forward, and their own count of tokens u
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -33,8 +33,6 @@ COUNTS = "attnimg_counts"
 
 Batch = dict[str, Any]
 
-Collator = Callable[[list[dict[str, Any]]], Batch]
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rows:
@@ -44,7 +42,7 @@ class Rows:
         dataset: columns input_ids, labels and, when packed, document_lengths.
         collate: examples -> batch, with its numbers of tokens and positions under COUNTS.
         figures: documents, rows, tokens, capacity and filled share, for the receipt.
-        added: rows at the end that `even_out` added.
+        added: rows at the end that `pad_rows_to_multiple` added.
     """
 
     dataset: Dataset
@@ -103,7 +101,7 @@ def _lengths(documents: Dataset) -> Any:
     return np.asarray(chunks.combine_chunks().value_lengths(), dtype=np.int64)
 
 
-def even_out(rows: Rows, *, multiple: int, pad_token_id: int) -> Rows:
+def pad_rows_to_multiple(rows: Rows, *, multiple: int, pad_token_id: int) -> Rows:
     """Add rows without loss until the number of rows is a multiple.
 
     All processes get the same number of batches; accelerate would fill up the last ones with rows
@@ -139,7 +137,8 @@ class CountingCollator:
     Attributes:
         collate: the collator that makes the batch.
         capacity: tokens per row when rows are packed; None to count the positions of the batch.
-        drops_added: whether rows that `even_out` added are left out of a batch with other rows.
+        drops_added: whether rows that `pad_rows_to_multiple` added are dropped from a batch that
+            has other rows.
     """
 
     collate: PackedCollator | PaddedCollator
@@ -155,10 +154,10 @@ class CountingCollator:
             counted = [row for row in examples if row["labels"] != [NO_LOSS]]
         batch: Batch = {**self.collate(counted or examples[:1])}
         tokens = sum(len(example["input_ids"]) for example in counted)
-        places = batch["input_ids"].numel() if counted else 0
+        positions = batch["input_ids"].numel() if counted else 0
         if self.capacity:
-            places = self.capacity * len(counted)
-        batch[COUNTS] = torch.tensor([tokens, places])
+            positions = self.capacity * len(counted)
+        batch[COUNTS] = torch.tensor([tokens, positions])
         return batch
 
 
@@ -206,8 +205,8 @@ class PackedCollator:
         for example, row in zip(examples, lengths, strict=True):
             assert sum(row) == len(example["input_ids"]), "document_lengths don't sum to the row"
         layout = lay_out(lengths, padding_free=self.padding_free, pad_to=self.pad_to)
-        input_ids = _place(examples, "input_ids", layout.is_token, fill=self.pad_token_id)
-        labels = _place(examples, "labels", layout.is_token, fill=NO_LOSS)
+        input_ids = _place_on_tokens(examples, "input_ids", layout.is_token, fill=self.pad_token_id)
+        labels = _place_on_tokens(examples, "labels", layout.is_token, fill=NO_LOSS)
         labels[layout.position_ids == 0] = NO_LOSS
         batch: dict[str, torch.Tensor | int] = {
             "input_ids": torch.from_numpy(input_ids),
@@ -244,14 +243,14 @@ class PaddedCollator:
         lengths = [[len(example["input_ids"])] for example in examples]
         is_token = lay_out(lengths, padding_free=False, pad_to=self.pad_to).is_token
         batch = {
-            "input_ids": _place(examples, "input_ids", is_token, fill=self.pad_token_id),
-            "labels": _place(examples, "labels", is_token, fill=NO_LOSS),
+            "input_ids": _place_on_tokens(examples, "input_ids", is_token, fill=self.pad_token_id),
+            "labels": _place_on_tokens(examples, "labels", is_token, fill=NO_LOSS),
             "attention_mask": is_token.astype(np.int64),
         }
         return {name: torch.from_numpy(values) for name, values in batch.items()}
 
 
-def _place(
+def _place_on_tokens(
     examples: Sequence[Mapping[str, Any]], column: str, is_token: NDArray[np.bool_], *, fill: int
 ) -> NDArray[np.int64]:
     """Place one column's values on the tokens, row after row, and `fill` on the padding."""
@@ -260,7 +259,7 @@ def _place(
     return placed
 
 
-class OnceAnEpoch(Sampler[int]):  # type: ignore[misc]  # torch's types are not followed
+class EpochSampler(Sampler[int]):  # type: ignore[misc]  # torch's types are not followed
     """Sample the rows in the order of a single process, with the added rows at the end of an epoch.
 
     accelerate would fill up the last batches with rows from the start of the epoch, which would be
@@ -268,7 +267,7 @@ class OnceAnEpoch(Sampler[int]):  # type: ignore[misc]  # torch's types are not 
 
     Args:
         rows: number of rows to train on.
-        added: number of rows without loss after them, from `even_out`.
+        added: number of rows without loss after them, from `pad_rows_to_multiple`.
         seed: seed of the order, used as in accelerate's own sampler.
     """
 
@@ -286,7 +285,7 @@ class OnceAnEpoch(Sampler[int]):  # type: ignore[misc]  # torch's types are not 
         return self.rows + self.added
 
     def set_epoch(self, epoch: int) -> None:
-        """Set the epoch whose order is drawn next."""
+        """Set the epoch, which determines the next order."""
         self.order.set_epoch(epoch)
 
 
@@ -303,8 +302,8 @@ class PackedRows:
 
     Attributes:
         documents: indices of the documents, row after row, each exactly once; (documents,).
-        offsets: row r holds documents[offsets[r]:offsets[r + 1]]; (rows + 1,).
-        capacity: tokens a row can hold.
+        offsets: row r has documents[offsets[r]:offsets[r + 1]]; (rows + 1,).
+        capacity: tokens that fit in a row.
         tokens: tokens in all documents.
     """
 
@@ -332,7 +331,7 @@ def pack(lengths: ArrayLike, *, capacity: int, seed: int) -> PackedRows:
 
     Args:
         lengths: tokens in each document, 1 to `capacity`; (documents,).
-        capacity: tokens a row can hold, at least 1.
+        capacity: tokens that fit in a row, at least 1.
         seed: of the shuffle; the same lengths, capacity and seed give the same rows.
 
     Raises:
@@ -403,8 +402,8 @@ def find_rows(counts: NDArray[np.int64]) -> dict[tuple[int, ...], int]:
     Returns:
         Lengths of a row -> how many rows are made of them.
     """
-    found = (fill_rows(counts, exact_pairs=exact) for exact in (True, False))
-    return min(found, key=lambda rows: sum(rows.values()))
+    candidates = (fill_rows(counts, exact_pairs=exact) for exact in (True, False))
+    return min(candidates, key=lambda rows: sum(rows.values()))
 
 
 def fill_rows(counts: NDArray[np.int64], *, exact_pairs: bool) -> dict[tuple[int, ...], int]:
@@ -459,8 +458,8 @@ class _Lengths:
         self.left = counts.tolist()
         self.capacity = len(counts) - 1
         self.present, self.mirrored = (
-            int.from_bytes(np.packbits(there, bitorder="little").tobytes(), "little")
-            for there in (counts > 0, counts[::-1] > 0)
+            int.from_bytes(np.packbits(is_present, bitorder="little").tobytes(), "little")
+            for is_present in (counts > 0, counts[::-1] > 0)
         )
 
     def take(self, length: int, count: int) -> None:
@@ -504,8 +503,7 @@ def _refuse_unpackable(lengths_N: Integers, *, capacity: int) -> None:
     if len(wrong):
         raise AttnimgError(
             f"{len(wrong):,} of {len(lengths_N):,} documents can't be packed",
-            why=f"document {wrong[0]} has {lengths_N[wrong[0]]:,} tokens; a row takes 1 to"
-            f" {capacity:,}",
+            why=f"document {wrong[0]} has {lengths_N[wrong[0]]:,} tokens; needed 1 to {capacity:,}",
             do="raise sequence_len, or set excess_length_strategy: split",
             code="bad-data",
             key="sequence_len",
@@ -523,14 +521,14 @@ def _gather_rows(source: Dataset, rows: PackedRows, *, first: int) -> pyarrow.Ta
     lengths_N = columns["input_ids"].value_lengths().to_numpy().astype(np.int32)
     if not np.array_equal(lengths_N, columns["labels"].value_lengths().to_numpy()):
         raise AttnimgError(
-            "a document has not as many labels as tokens",
+            "a document has different numbers of labels and tokens",
             why="input_ids and labels differ in length; each token needs one label (-100: no loss)",
-            do="prepare the dataset again; remove the folder dataset_prepared_path names",
+            do="remove the folder that dataset_prepared_path names, and run again",
             code="bad-data",
         )
     token_bounds = np.concatenate(([0], np.cumsum(lengths_N)))[in_batch].astype(np.int32)
-    rows_of = {
+    row_columns = {
         name: pa.ListArray.from_arrays(token_bounds, c.flatten()) for name, c in columns.items()
     }
-    rows_of["document_lengths"] = pa.ListArray.from_arrays(in_batch.astype(np.int32), lengths_N)
-    return pa.table(rows_of)
+    row_columns["document_lengths"] = pa.ListArray.from_arrays(in_batch.astype(np.int32), lengths_N)
+    return pa.table(row_columns)
