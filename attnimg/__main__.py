@@ -61,9 +61,9 @@ def _as_failure(error: Exception) -> AttnimgError:
         return error
     if isinstance(error, Warning):
         return _raised_warning(error)
-    from attnimg.train.environment import as_bad_environment  # imported here to keep `check` fast
+    from attnimg.train.environment import environment_error  # imported here to keep `check` fast
 
-    return as_bad_environment(error, os.environ) or AttnimgError(
+    return environment_error(error, os.environ) or AttnimgError(
         f"it failed with {type(error).__name__}, which it should have foreseen",
         why=" ".join(str(error).split())[:300] or "it said nothing more",
         do="run it again with --debug and report what it prints",

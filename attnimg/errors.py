@@ -88,6 +88,11 @@ class PackingLeak(AttnimgError):
     """Packed documents affect one another in a model, or the model raised on packed documents."""
 
 
+def bad_value(key: str, what: str, *, why: str, do: str) -> AttnimgError:
+    """Return the error for a config key whose value can't be used."""
+    return AttnimgError(what, why=why, do=do, code="bad-value", key=key)
+
+
 def bad_manifest(path: Path, error: Exception) -> AttnimgError:
     """Return the error for an unreadable file that was written when the image was built."""
     return AttnimgError(

@@ -13,8 +13,9 @@ import stat
 import tempfile
 import tomllib
 from collections.abc import Callable
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 
 class NotPrivate(OSError):
@@ -48,7 +49,7 @@ def read_regular(path: Path, *, at_most: int) -> bytes:
     return content
 
 
-def open_regular(path: Path) -> BinaryIO:
+def open_regular(path: Path) -> BufferedReader:
     """Open a regular file, or a link to one, for reading.
 
     Raises:

@@ -152,7 +152,7 @@ def saves(place: str, name: str) -> None:
     import torch
     from tiny_run import run
 
-    from attnimg.train.checkpoint import FileHashes, Finishing
+    from attnimg.train.checkpoint import FileHasher, PendingCheckpoint
     from attnimg.train.engine import Engine
 
     folder, settings = Path(place), RUNS[name]
@@ -164,7 +164,11 @@ def saves(place: str, name: str) -> None:
     current = {"blocked": 0.0, "finished": 0.0, "cycle": 0.0}
     changed = ExitStack()
     began, current_kind = 0.0, ""
-    save, settle, begin = Engine._save_checkpoint, FileHashes.settle, Finishing.begin
+    save, settle, begin = (
+        Engine._save_checkpoint,
+        FileHasher.wait_until_hashed,
+        PendingCheckpoint.start,
+    )
 
     def blocking(function: Callable[..., None]) -> Callable[..., None]:
         def timed(*arguments: Any) -> None:
@@ -174,7 +178,7 @@ def saves(place: str, name: str) -> None:
 
         return timed
 
-    def timed_begin(self: Finishing, finish: Callable[[], None]) -> None:
+    def timed_begin(self: PendingCheckpoint, finish: Callable[[], None]) -> None:
         def timed() -> None:
             finish()
             current["finished"] = time.perf_counter() - began
@@ -198,8 +202,8 @@ def saves(place: str, name: str) -> None:
 
     with (
         mock.patch.object(Engine, "_save_checkpoint", timed_save),
-        mock.patch.object(FileHashes, "settle", blocking(settle)),
-        mock.patch.object(Finishing, "begin", timed_begin),
+        mock.patch.object(FileHasher, "wait_until_hashed", blocking(settle)),
+        mock.patch.object(PendingCheckpoint, "start", timed_begin),
     ):
         run(folder, folder / "out", max_steps=(len(order) + 1) * STEPS_BETWEEN, **KEYS)
     newest = folder / "out" / f"checkpoint-{(len(order) + 1) * STEPS_BETWEEN}"
@@ -221,7 +225,7 @@ def changes(kind: str) -> list[Any]:
     from attnimg.train.engine import Engine
 
     no_hash = mock.patch.multiple(file_hashes, **{
-        name: mock.Mock(return_value="0" * 64) for name in ("_hash", "_hash_of")
+        name: mock.Mock(return_value="0" * 64) for name in ("_hash_file", "_hash_memory")
     })  # fmt: skip
     pickled = mock.patch.multiple(
         Engine, save_optimizer=lambda *_: None,
@@ -247,7 +251,7 @@ def resume(folder: str) -> None:
     import psutil
     from tiny_run import run
 
-    from attnimg.train import intact, output_dir
+    from attnimg.train import check, intact
     from attnimg.train.engine import RunCallback
 
     started, seconds = psutil.Process().create_time(), dict[str, float]()
@@ -255,7 +259,7 @@ def resume(folder: str) -> None:
 
     def timed(found: list[Path]) -> Any:
         began = time.perf_counter()
-        newest = intact.newest_whole(found)
+        newest = intact.find_newest_intact(found)
         seconds["check"] = round(time.perf_counter() - began, 3)
         return newest
 
@@ -267,7 +271,7 @@ def resume(folder: str) -> None:
 
     keys = {**KEYS, "max_steps": 1000, "save_steps": 100, "resume_from_checkpoint": True}
     with (
-        mock.patch.object(output_dir, "newest_whole", timed),
+        mock.patch.object(check, "find_newest_intact", timed),
         mock.patch.object(RunCallback, "on_train_begin", reached),
     ):
         run(Path(folder), Path(folder) / "out", **keys)

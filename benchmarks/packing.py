@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
-from attnimg.train.packing import pack
+from attnimg.train.rows import pack
 
 Integers = NDArray[np.int64]
 

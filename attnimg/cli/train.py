@@ -17,7 +17,7 @@ from attnimg.machine.kernel_cache import use_shipped_kernels
 from attnimg.task import Task, gpu_text, installed_machine, machine_notes, precision_notes
 from attnimg.train import run
 from attnimg.train.distributed import StopFlag, Stopped, rank, require_group, stop_signals
-from attnimg.train.environment import require_readable
+from attnimg.train.environment import require_parsable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -62,7 +62,7 @@ def train(file: str, settings: list[str]) -> None:
     """Train: choose the attention backend, say why, prove that packing is safe, then run."""
     from attnimg.cli import as_text
 
-    require_readable(os.environ)
+    require_parsable(os.environ)
     require_group()
     console = as_text.console(sys.stderr)
     console.quiet = rank() != 0

@@ -18,7 +18,7 @@ from attnimg.machine.kernel_cache import use_shipped_kernels
 from attnimg.pipeline import prove_fitting
 from attnimg.selection import plan
 from attnimg.task import Task, gpu_text, installed_machine, problem_of, read_model
-from attnimg.train.environment import require_readable
+from attnimg.train.environment import require_parsable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -41,7 +41,7 @@ def verify(file: str | None, as_json_lines: bool) -> None:
     """Prove every backend that fits here: outputs, gradients, and no leak between documents."""
     from attnimg.cli import as_text
 
-    require_readable(os.environ)
+    require_parsable(os.environ)
     console = as_text.console(sys.stderr)
 
     def say(text: str) -> None:

@@ -12,7 +12,7 @@ from functools import cache
 from attnimg.facts import Finding, Machine, Model, Problem
 from attnimg.files import read_data
 
-# The document boundaries in train's packed batches; see train/packing.py.
+# The document boundaries in train's packed batches; see train/rows.py.
 _IN_BATCH = frozenset({"cu_seq_lens_q", "seq_idx"})
 # Layers that process each token on its own.
 _TOKENWISE = frozenset({"moe", "mlp"})

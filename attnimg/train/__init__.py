@@ -3,15 +3,14 @@
 The modules, in the order in which a run uses them (each is imported only when it is needed):
 
     run         -> the steps of a run, from its config to the final model
-    check       -> raises for what would fail (environment, model_files, base_model, quantized), and
-                   finds the checkpoint to resume from (output_dir, intact, resume)
+    check       -> raises for what would fail (environment, model_files, base_model), and finds the
+                   checkpoint to resume from (intact, resume)
     tokenizer   -> the tokenizer, with the config's tokens added
     data        -> documents of tokens with labels
-    model       -> the weights, quantized where asked (quantized), with an adapter (lora)
-    fit         -> rows (packing, rows), the engine, the final model (model_files), receipt.json
+    model       -> the weights, quantized if the config asks for it, with an adapter (lora)
+    fit         -> rows, the engine, the final model (model_files), the receipt (records)
     engine      -> TRL's trainer with our arguments, loss, checks and checkpoints (arguments, loss,
-                   own_loss, attention_check, saved_states, checkpoint, metrics)
+                   own_loss, attention_check, saved_states, checkpoint, records)
 
-distributed coordinates several processes; identity is what a resumed run must have in common with
-its checkpoint; pickled_weights converts weights that are refused.
+distributed coordinates several processes; pickled_weights converts pickled weights to safetensors.
 """

@@ -1,4 +1,4 @@
-"""Compute the arguments of TRL's SFTTrainer for a config, and the number of its steps.
+"""Compute the arguments of TRL's SFTTrainer, check them, and read the settings that it uses.
 
 Every argument whose default differs from ours is set: TRL's own defaults turn gradient
 checkpointing and bf16 on (trl 1.16, sft_config.py, 2026-11-21).
@@ -7,14 +7,19 @@ checkpointing and bf16 on (trl 1.16, sft_config.py, 2026-11-21).
 from __future__ import annotations
 
 import math
+import warnings
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from attnimg.config.rules import SCHEDULER_NEEDS
 from attnimg.config.schema import Config, Strategy
-from attnimg.facts import Machine, RunContext
+from attnimg.errors import bad_value
+from attnimg.facts import Machine, Plan, RunContext
 
 # Ours -> transformers', where they differ.
-OPTIMIZERS = {"paged_adamw": "paged_adamw_32bit"}
+TRANSFORMERS_OPTIMIZERS = {"paged_adamw": "paged_adamw_32bit"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,10 +55,10 @@ def plan_steps(config: Config, *, rows: int, world: int, validation: bool) -> Sc
     batches = math.ceil(rows / (config.micro_batch_size * world))
     per_epoch = max(1, math.ceil(batches / config.gradient_accumulation_steps))
     total = config.max_steps or math.ceil(config.num_epochs * per_epoch)
-    evaluate, eval_steps = _when(
+    evaluate, eval_steps = _interval(
         config.eval_strategy, config.eval_steps, config.evals_per_epoch, per_epoch=per_epoch
     )
-    save, save_steps = _when(
+    save, save_steps = _interval(
         config.save_strategy, config.save_steps, config.saves_per_epoch, per_epoch=per_epoch
     )
     return Schedule(
@@ -66,7 +71,7 @@ def plan_steps(config: Config, *, rows: int, world: int, validation: bool) -> Sc
     )
 
 
-def _when(
+def _interval(
     strategy: Strategy | None, every: int | None, times: int | None, *, per_epoch: int
 ) -> tuple[Strategy, int | None]:
     """Return the strategy and its number of steps; by default once an epoch, as in axolotl."""
@@ -90,15 +95,73 @@ def training_arguments(
         sparse: whether the model has experts that a batch may leave out.
     """
     gpu = machine.arch.vendor != "cpu"
+    ampere = machine.arch.capability is not None and machine.arch.capability >= (8, 0)
+    autocast = context.autocast
+    if config.deepspeed and config.bf16 != "full":
+        autocast = context.dtype  # DeepSpeed's engine casts where accelerate would autocast.
+    scheduler, scheduler_kwargs = scheduler_arguments(config)
+    uses_eval_loss = bool(config.early_stopping_patience) or scheduler == "reduce_lr_on_plateau"
+    pin_memory = config.dataloader_pin_memory is not False
+    fsdp_config = dict(config.fsdp_config or {})
+    if config.fsdp_version:
+        fsdp_config["version"] = config.fsdp_version
+    # Arguments that are not passed if they are None.
+    optional: dict[str, Any] = {
+        "adam_beta1": config.adam_beta1,
+        "adam_beta2": config.adam_beta2,
+        "adam_epsilon": config.adam_epsilon,
+        "lr_scheduler_kwargs": scheduler_kwargs or None,
+        "ddp_timeout": config.ddp_timeout,
+        "deepspeed": config.deepspeed,
+    }
+    if config.fsdp or config.fsdp_config:
+        optional |= {"fsdp": config.fsdp or True, "fsdp_config": fsdp_config}
     return {
         "output_dir": config.output_dir,
         "seed": config.seed,
         "data_seed": config.seed,
-        **_optimisation(config, context=context),
-        **_precision(config, machine=machine, context=context),
-        **_intervals(config, schedule=schedule),
-        **_processes(config, gpu=gpu, sparse=sparse),
-        # Rows are packed, collated and counted here, not by TRL.
+        # Steps, batches, optimizer and learning rate.
+        "per_device_train_batch_size": config.micro_batch_size,
+        "per_device_eval_batch_size": config.eval_batch_size or config.micro_batch_size,
+        "gradient_accumulation_steps": config.gradient_accumulation_steps,
+        "num_train_epochs": config.num_epochs,
+        "max_steps": config.max_steps or -1,
+        "learning_rate": config.learning_rate,
+        "optim": TRANSFORMERS_OPTIMIZERS.get(config.optimizer, config.optimizer),
+        "lr_scheduler_type": scheduler,
+        "warmup_steps": _warmup(config),
+        "weight_decay": config.weight_decay,
+        "max_grad_norm": config.max_grad_norm,
+        "gradient_checkpointing": context.checkpointing,
+        "gradient_checkpointing_kwargs": config.gradient_checkpointing_kwargs,
+        # Precision and compilation.
+        "bf16": autocast == "bfloat16",
+        "fp16": autocast == "float16",
+        "tf32": (config.tf32 == "auto" or config.tf32) if ampere else None,
+        "torch_compile": context.compiled,
+        "torch_compile_backend": config.torch_compile_backend if context.compiled else None,
+        "torch_compile_mode": config.torch_compile_mode if context.compiled else None,
+        "use_cpu": not gpu,
+        # Logs, evaluations and checkpoints; checkpoint.py applies save_total_limit.
+        "logging_steps": config.logging_steps,
+        "logging_first_step": True,
+        "eval_strategy": schedule.eval_strategy,
+        "eval_steps": schedule.eval_steps,
+        "save_strategy": schedule.save_strategy,
+        "save_steps": schedule.save_steps or 500,
+        "save_total_limit": None,
+        "save_only_model": bool(config.save_only_model),
+        "metric_for_best_model": "eval_loss" if uses_eval_loss else None,
+        "greater_is_better": False if uses_eval_loss else None,
+        # Data loading and processes.
+        "dataloader_num_workers": config.dataloader_num_workers or 0,
+        "dataloader_pin_memory": gpu and pin_memory,
+        # transformers' default searches for unused weights in every step; only experts can be
+        # unused.
+        "ddp_find_unused_parameters": sparse
+        if config.ddp_find_unused_parameters is None
+        else config.ddp_find_unused_parameters,
+        # Rows are packed, collated and counted by rows.py, not by TRL.
         "dataset_kwargs": {"skip_prepare_dataset": True},
         "remove_unused_columns": False,
         "packing": False,
@@ -106,44 +169,18 @@ def training_arguments(
         "max_length": None,
         "prediction_loss_only": True,
         "use_cache": False,
-        # The progress bar, logs and sums are also made here, and nothing is reported to servers.
+        # records.py writes the logs, and nothing is reported to servers.
         "disable_tqdm": True,
         "log_level": "error",
         "log_level_replica": "error",
         "report_to": "none",
         "logging_nan_inf_filter": False,
         "restore_callback_states_from_checkpoint": True,
+        **{name: value for name, value in optional.items() if value is not None},
     }
 
 
-def _optimisation(config: Config, *, context: RunContext) -> dict[str, Any]:
-    """Return the arguments on steps, batches, optimizer and learning rate."""
-    scheduler, scheduler_kwargs = scheduler_of(config)
-    given = {
-        "adam_beta1": config.adam_beta1,
-        "adam_beta2": config.adam_beta2,
-        "adam_epsilon": config.adam_epsilon,
-        "lr_scheduler_kwargs": scheduler_kwargs or None,
-    }
-    return {
-        "per_device_train_batch_size": config.micro_batch_size,
-        "per_device_eval_batch_size": config.eval_batch_size or config.micro_batch_size,
-        "gradient_accumulation_steps": config.gradient_accumulation_steps,
-        "num_train_epochs": config.num_epochs,
-        "max_steps": config.max_steps or -1,
-        "learning_rate": config.learning_rate,
-        "optim": OPTIMIZERS.get(config.optimizer, config.optimizer),
-        "lr_scheduler_type": scheduler,
-        "warmup_steps": _warmup(config),
-        "weight_decay": config.weight_decay,
-        "max_grad_norm": config.max_grad_norm,
-        "gradient_checkpointing": context.checkpointing,
-        "gradient_checkpointing_kwargs": config.gradient_checkpointing_kwargs,
-        **{name: value for name, value in given.items() if value is not None},
-    }
-
-
-def scheduler_of(config: Config) -> tuple[str, dict[str, Any]]:
+def scheduler_arguments(config: Config) -> tuple[str, dict[str, Any]]:
     """Return transformers' name of the learning rate schedule, and its arguments."""
     arguments = dict(config.lr_scheduler_kwargs or {})
     if config.cosine_min_lr_ratio is None:
@@ -159,59 +196,196 @@ def _warmup(config: Config) -> float:
     return min(config.warmup_ratio or 0.0, 1 - 1e-9)
 
 
-def _precision(config: Config, *, machine: Machine, context: RunContext) -> dict[str, Any]:
-    """Return the arguments on autocast, tf32 and torch.compile."""
-    ampere = machine.arch.capability is not None and machine.arch.capability >= (8, 0)
-    gpu = machine.arch.vendor != "cpu"
-    mixed = context.autocast
-    if config.deepspeed and config.bf16 != "full":
-        mixed = context.dtype  # DeepSpeed's engine casts where accelerate would autocast.
+def settings_in_use(engine: Any, plan: Plan) -> dict[str, object]:
+    """Return the settings that a trainer uses, when it is ready for its next step.
+
+    Args:
+        engine: the engine, after it restored the checkpoint, if there is one.
+        plan: for the backends that a router calls.
+    """
+    optimizer, scheduler = engine.optimizer, engine.lr_scheduler
+    arguments, accelerator = engine.args, engine.accelerator
     return {
-        "bf16": mixed == "bfloat16",
-        "fp16": mixed == "float16",
-        "tf32": (ampere if config.tf32 == "auto" else config.tf32) if ampere else None,
-        "torch_compile": context.compiled,
-        "torch_compile_backend": config.torch_compile_backend if context.compiled else None,
-        "torch_compile_mode": config.torch_compile_mode if context.compiled else None,
-        "use_cpu": not gpu,
+        "step": engine.state.global_step,
+        "max_steps": engine.state.max_steps,
+        "optimizer": type(getattr(optimizer, "optimizer", optimizer)).__name__,
+        "groups": [
+            {"tensors": len(group["params"])}
+            | {name: _number(value) for name, value in group.items() if name != "params"}
+            for group in optimizer.param_groups
+        ],
+        "scheduler": {
+            "class": type(scheduler).__name__,
+            "last_epoch": getattr(scheduler, "last_epoch", None),
+            "base_lrs": [_number(rate) for rate in getattr(scheduler, "base_lrs", ())],
+        },
+        "max_grad_norm": arguments.max_grad_norm,
+        "micro_batch_size": arguments.per_device_train_batch_size,
+        "gradient_accumulation_steps": arguments.gradient_accumulation_steps,
+        "processes": accelerator.num_processes,
+        "mixed_precision": accelerator.mixed_precision,
+        "seed": arguments.seed,
+        "dtypes": {
+            "trained": _count_by_dtype(engine.model, trained=True),
+            "frozen": _count_by_dtype(engine.model, trained=False),
+        },
+        "attention": {
+            "modules": _attention_modules(engine.model),
+            "backends": [
+                {"layers": choice.layers, "backend": choice.verdict.backend.name}
+                for choice in plan.groups
+            ],
+        },
     }
 
 
-def _intervals(config: Config, *, schedule: Schedule) -> dict[str, Any]:
-    """Return when the engine logs, evaluates and saves; checkpoint.py keeps save_total_limit."""
-    stopping = config.early_stopping_patience or config.lr_scheduler == "reduce_lr_on_plateau"
-    return {
-        "logging_steps": config.logging_steps,
-        "logging_first_step": True,
-        "eval_strategy": schedule.eval_strategy,
-        "eval_steps": schedule.eval_steps,
-        "save_strategy": schedule.save_strategy,
-        "save_steps": schedule.save_steps or 500,
-        "save_total_limit": None,
-        "save_only_model": bool(config.save_only_model),
-        "metric_for_best_model": "eval_loss" if stopping else None,
-        "greater_is_better": False if stopping else None,
-    }
+def _number(value: Any) -> Any:
+    """Return a value as a number; torchao's optimizers keep their learning rate in a tensor."""
+    return value.item() if hasattr(value, "item") else value
 
 
-def _processes(config: Config, *, gpu: bool, sparse: bool) -> dict[str, Any]:
-    """Return the arguments on data loading and distribution."""
-    given: dict[str, Any] = {
-        "ddp_timeout": config.ddp_timeout,
-        # transformers' default searches for unused weights in every step; only experts can be
-        # unused.
-        "ddp_find_unused_parameters": sparse
-        if config.ddp_find_unused_parameters is None
-        else config.ddp_find_unused_parameters,
-        "deepspeed": config.deepspeed,
+def _count_by_dtype(model: Any, *, trained: bool) -> dict[str, int]:
+    """Return how many weights have each dtype, of the trained or of the frozen ones."""
+    found: Counter[str] = Counter()
+    for weight in model.parameters():
+        if weight.requires_grad is trained:
+            found[str(weight.dtype).removeprefix("torch.")] += weight.numel()
+    return dict(found)
+
+
+def _attention_modules(model: Any) -> list[dict[str, object]]:
+    """Return each kind of attention module with the implementation that it calls, and its count."""
+    found: Counter[tuple[str, int | None, str]] = Counter()
+    for module in model.modules():
+        name = type(module).__name__
+        called = getattr(getattr(module, "config", None), "_attn_implementation", None)
+        if "Attention" in name and called is not None:
+            found[name, getattr(module, "sliding_window", None), str(called)] += 1
+    return [
+        {"class": name, "window": window, "implementation": called, "count": count}
+        for (name, window, called), count in found.items()
+    ]
+
+
+def count_weights(model: Any) -> dict[str, int]:
+    """Return the number of trained weights and of all, without the frozen copies of PEFT's modules.
+
+    Tied weights count once, packed 4-bit ones by their unpacked number.
+    """
+    counts = {"trained": 0, "all": 0}
+    for name, weight in model.named_parameters():
+        if ".original_module." not in name:  # of modules_to_save
+            counts["all"] += _numel(weight)
+            counts["trained"] += _numel(weight) * weight.requires_grad
+    return counts
+
+
+def _numel(weight: Any) -> int:
+    """Return the number of a weight's elements, of a sharded or packed one as well."""
+    # DeepSpeed's ZeRO 3 leaves an empty tensor in place of a weight.
+    count = int(weight.numel() or getattr(weight, "ds_numel", 0))
+    if type(weight).__name__ == "Params4bit":
+        return count * 2 * int(weight.element_size())
+    return count
+
+
+def weights_text(counts: Mapping[str, int]) -> str:
+    """Return the line on the weights that a run prints before its first step."""
+    trained, total = counts["trained"], counts["all"]
+    return f"weights: trains {trained:,} of {total:,} ({trained / max(total, 1):.2%})"
+
+
+# Steps of the schedule in the test where max_steps is not set.
+_STEPS = 100
+
+
+def try_options(config: Config) -> None:
+    """Raise unless the schedule, torch.compile and checkpointing accept the config's arguments.
+
+    Raises:
+        AttnimgError: code bad-value.
+    """
+    if config.lr_scheduler_kwargs:
+        _try_schedule(config)
+    if config.torch_compile and (config.torch_compile_backend or config.torch_compile_mode):
+        _check_compile(config)
+    if config.gradient_checkpointing and config.gradient_checkpointing_kwargs:
+        _try_checkpointing(config)
+
+
+def _try_schedule(config: Config) -> None:
+    """Build the learning rate schedule, and compute the rates of some steps."""
+    import torch
+    from transformers import get_scheduler
+
+    name, arguments = scheduler_arguments(config)
+    steps = config.max_steps or _STEPS
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=config.learning_rate or 1.0)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the schedule warns if its optimizer does not step
+            schedule = get_scheduler(
+                name,
+                optimizer=optimizer,
+                num_warmup_steps=min(config.warmup_steps or 0, steps),
+                num_training_steps=steps,
+                scheduler_specific_kwargs=arguments,
+            )
+            for _ in range(min(steps, _STEPS)):
+                schedule.step(*([1.0] if name == "reduce_lr_on_plateau" else []))
+                rate = optimizer.param_groups[0]["lr"]
+                if not (isinstance(rate, int | float) and math.isfinite(rate) and rate >= 0):
+                    raise ValueError(f"found a learning rate of {rate}")
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        needed, value = SCHEDULER_NEEDS.get(config.lr_scheduler, ((), ""))
+        raise bad_value(
+            "lr_scheduler_kwargs",
+            f"lr_scheduler: {config.lr_scheduler} does not accept these lr_scheduler_kwargs",
+            why=f"found {config.lr_scheduler_kwargs}; {error}",
+            do=f"set lr_scheduler_kwargs: {{{needed[0]}: {value}}}"
+            if needed
+            else "remove lr_scheduler_kwargs",
+        ) from error
+
+
+def _check_compile(config: Config) -> None:
+    """Raise unless torch knows the names in torch_compile_backend and torch_compile_mode."""
+    import torch._dynamo
+    import torch._inductor
+    from accelerate.utils import DynamoBackend
+
+    known = {backend.value.lower() for backend in DynamoBackend}
+    backends = sorted(known & set(torch._dynamo.list_backends(exclude_tags=())))
+    for key, names in (
+        ("torch_compile_backend", backends),
+        ("torch_compile_mode", sorted(torch._inductor.list_mode_options())),
+    ):
+        value = getattr(config, key)
+        if value is not None and value not in names:
+            raise bad_value(
+                key,
+                f"{key}: {value} is not known",
+                why=f"needed one of {', '.join(names)}, which torch {torch.__version__} and "
+                "accelerate have",
+                do=f"remove {key}",
+            )
+
+
+def _try_checkpointing(config: Config) -> None:
+    """Run one step under gradient checkpointing with the config's arguments."""
+    import torch
+    from torch.utils.checkpoint import checkpoint
+
+    arguments: dict[str, Any] = {
+        "use_reentrant": False,
+        **(config.gradient_checkpointing_kwargs or {}),
     }
-    if config.fsdp or config.fsdp_config:
-        version = {"version": config.fsdp_version} if config.fsdp_version else {}
-        given["fsdp"] = config.fsdp or True
-        given["fsdp_config"] = {**(config.fsdp_config or {}), **version}
-    return {
-        "dataloader_num_workers": config.dataloader_num_workers or 0,
-        "dataloader_pin_memory": gpu if config.dataloader_pin_memory is None
-        else config.dataloader_pin_memory and gpu,
-        **{name: value for name, value in given.items() if value is not None},
-    }  # fmt: skip
+    try:
+        checkpoint(torch.sin, torch.zeros(1, requires_grad=True), **arguments).backward()
+    except (AttributeError, RuntimeError, TypeError, ValueError) as error:
+        raise bad_value(
+            "gradient_checkpointing_kwargs",
+            "gradient_checkpointing does not accept these gradient_checkpointing_kwargs",
+            why=f"found {config.gradient_checkpointing_kwargs}; {str(error).splitlines()[0]}",
+            do="remove gradient_checkpointing_kwargs",
+        ) from error

@@ -1,27 +1,46 @@
-"""Check the machine, files and folders of a run before anything heavy is loaded.
+"""Check the machine, files and output_dir of a run before anything heavy is loaded.
 
 The values of its config are checked already, by attnimg.config.
 """
 
 from __future__ import annotations
 
-import math
+import errno
+import fcntl
 import os
 import resource
 import shutil
-import warnings
+import socket
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
-from attnimg.config.rules import SCHEDULER_NEEDS
+from rich.console import Console
+
 from attnimg.config.schema import Config
-from attnimg.errors import AttnimgError
+from attnimg.errors import AttnimgError, bad_value, printable
 from attnimg.facts import Machine
-from attnimg.train.arguments import scheduler_of
-from attnimg.train.checkpoint import ResumePoint
+from attnimg.train import records
+from attnimg.train.checkpoint import (
+    PARTIAL,
+    ResumePoint,
+    checkpoint_step,
+    list_checkpoints,
+    newest_checkpoint,
+    read_run_state,
+    remove_leftovers,
+    rename_damaged,
+)
+from attnimg.train.intact import (
+    checkpoint_notes,
+    damaged_error,
+    find_damage,
+    find_newest_intact,
+    has_manifest,
+)
 from attnimg.train.model_files import check_model_files
-from attnimg.train.output_dir import check_output_dir
-from attnimg.train.resume import check_settings
+from attnimg.train.resume import check_resumed_config
 
 
 def check_inputs(config: Config, machine: Machine) -> ResumePoint | None:
@@ -35,15 +54,15 @@ def check_inputs(config: Config, machine: Machine) -> ResumePoint | None:
     Raises:
         AttnimgError: exit code 2, with the key at fault.
     """
-    _check_homes(config)
+    _check_home_paths(config)
     check_limits(config, machine)
     check_model_files(config)
     point = check_output_dir(config)
-    check_settings(config, point)
+    check_resumed_config(config, point)
     return point
 
 
-def _check_homes(config: Config) -> None:
+def _check_home_paths(config: Config) -> None:
     """Raise for a path in the home of a user that does not exist, such as ~nobody/out."""
     for key in ("base_model", "tokenizer_config", "output_dir", "dataset_prepared_path",
                 "resume_from_checkpoint", "deepspeed"):  # fmt: skip
@@ -51,7 +70,7 @@ def _check_homes(config: Config) -> None:
         try:
             _ = isinstance(value, str) and Path(value).expanduser()
         except RuntimeError:
-            raise _bad(
+            raise bad_value(
                 key,
                 f"{key}: {value} can't be found",
                 why=f"found no home of the user {value.partition('/')[0][1:] or 'who runs this'}",
@@ -87,7 +106,7 @@ def check_limits(config: Config, machine: Machine) -> None:
     cpu = machine.arch.vendor == "cpu"
     capability = machine.arch.capability
     if config.tf32 is True and (capability is None or capability < (8, 0)):
-        raise _bad(
+        raise bad_value(
             "tf32",
             "tf32 needs an Ampere GPU or newer",
             why=f"found {machine.gpu} ({machine.arch.name}); needed sm_80 or above",
@@ -105,7 +124,7 @@ def check_limits(config: Config, machine: Machine) -> None:
                 code=f"{key}-needs-gpu",
                 key=key,
             )
-    if config.deepspeed and not _installed(machine, "deepspeed"):
+    if config.deepspeed and not _is_installed(machine, "deepspeed"):
         raise AttnimgError(
             "deepspeed is not installed",
             why="found the key deepspeed, and no such package",
@@ -119,14 +138,14 @@ def _check_optimizer(config: Config, machine: Machine) -> None:
     """Raise for paged optimizers on a CPU, and for those of a package that is not installed."""
     name = config.optimizer
     if name.startswith("paged_") and machine.arch.vendor == "cpu":
-        raise _bad(
+        raise bad_value(
             "optimizer",
             f"optimizer: {name} needs a GPU",
             why="paged memory is CUDA's; found no GPU, and bitsandbytes would fall back unpaged",
             do=f"set optimizer: {_UNPAGED.get(name, name.removeprefix('paged_'))}",
         )
     needs = "torchao" if name in ("adamw_torch_8bit", "adamw_torch_4bit") else None
-    if needs and not _installed(machine, needs):
+    if needs and not _is_installed(machine, needs):
         raise AttnimgError(
             f"optimizer: {name} needs {needs}",
             why=f"{needs} is not installed",
@@ -136,21 +155,21 @@ def _check_optimizer(config: Config, machine: Machine) -> None:
         )
 
 
-def _installed(machine: Machine, package: str) -> bool:
+def _is_installed(machine: Machine, package: str) -> bool:
     return machine.packages is None or package in machine.packages
 
 
 def _check_processes(config: Config) -> None:
     """Raise for more data processes than this machine can run."""
     cpus = os.cpu_count() or 1
-    most = max(_PROCESSES, _PROCESSES_A_CPU * cpus)
+    maximum = max(_PROCESSES, _PROCESSES_A_CPU * cpus)
     for key in ("dataloader_num_workers", "dataset_num_proc", "dataset_processes"):
-        asked = getattr(config, key) or 0
-        if asked > most:
-            raise _bad(
+        requested = getattr(config, key) or 0
+        if requested > maximum:
+            raise bad_value(
                 key,
-                f"{key}: {asked} is more than this machine can run",
-                why=f"found {cpus} CPUs; needed at most {most} processes",
+                f"{key}: {requested} is more than this machine can run",
+                why=f"found {cpus} CPUs; needed at most {maximum} processes",
                 do=f"set {key}: {cpus}",
             )
 
@@ -174,7 +193,7 @@ def _check_address_space() -> None:
 def _check_shared_memory(config: Config) -> None:
     """Raise for workers whose batches do not fit in /dev/shm: torch would wait for them forever.
 
-    Each worker keeps two batches ready (prefetch_factor of torch's DataLoader).
+    Each worker prepares two batches in advance (prefetch_factor of torch's DataLoader).
     """
     workers = config.dataloader_num_workers or 0
     tokens = config.micro_batch_size * config.sequence_len
@@ -194,98 +213,221 @@ def _check_shared_memory(config: Config) -> None:
         )
 
 
-# Steps of the schedule in the test where max_steps is not set.
-_STEPS = 100
+LOCK_FILE = ".lock"
+
+# Files of a run that has done no step; a new run may start in a folder with them.
+ALLOWED_FILES = frozenset({"receipt.json", PARTIAL, LOCK_FILE})
 
 
-def try_options(config: Config) -> None:
-    """Raise unless the schedule, torch.compile and checkpointing accept the config's arguments.
+def check_output_dir(config: Config) -> ResumePoint | None:
+    """Return where the run resumes; raise for a folder that it may not write to.
+
+    Returns:
+        None when it starts in an empty folder.
 
     Raises:
-        AttnimgError: code bad-value.
+        AttnimgError: output_dir is a file, is not writable or has another run's files; another run
+            trains there; the checkpoint to resume from is missing or damaged. Code output-dir,
+            output-dir-not-empty, output-dir-busy, no-checkpoint, damaged-checkpoint or
+            pickled-weights.
     """
-    if config.lr_scheduler_kwargs:
-        _try_schedule(config)
-    if config.torch_compile and (config.torch_compile_backend or config.torch_compile_mode):
-        _check_compile(config)
-    if config.gradient_checkpointing and config.gradient_checkpointing_kwargs:
-        _try_checkpointing(config)
+    folder = Path(config.output_dir).expanduser()
+    _require_writable(folder)
+    require_unlocked(folder)
+    found = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
+    requested = config.resume_from_checkpoint
+    if isinstance(requested, str):
+        return _resume_from_named(folder, Path(requested).expanduser(), found=found)
+    newest = newest_checkpoint(folder)
+    if (requested or config.auto_resume_from_checkpoints) and newest:
+        return _resume_from_newest(folder)
+    if requested:
+        why = f"found no complete checkpoint-N in {folder}"
+        if unfinished := _list_unfinished(folder):
+            why += f", only {len(unfinished)} that was never finished"
+        raise _no_checkpoint(
+            "there is no checkpoint to resume from",
+            why=why,
+            do="remove resume_from_checkpoint, or name a checkpoint's folder with it",
+        )
+    if set(found) - ALLOWED_FILES and not config.auto_resume_from_checkpoints:
+        raise _not_empty(folder, found, newest=newest)
+    return ResumePoint(path=None, step=0) if found else None
 
 
-def _try_schedule(config: Config) -> None:
-    """Build the learning rate schedule, and compute the rates of some steps."""
-    import torch
-    from transformers import get_scheduler
+def _list_unfinished(folder: Path) -> list[Path]:
+    """Return what a killed run left in output_dir: checkpoints that it did not finish."""
+    return sorted((folder / PARTIAL).glob("*"))
 
-    name, arguments = scheduler_of(config)
-    steps = config.max_steps or _STEPS
-    optimizer = torch.optim.SGD([torch.zeros(1)], lr=config.learning_rate or 1.0)
+
+def _no_checkpoint(what: str, *, why: str, do: str) -> AttnimgError:
+    return AttnimgError(what, why=why, do=do, code="no-checkpoint", key="resume_from_checkpoint")
+
+
+def _resume_from_newest(folder: Path) -> ResumePoint:
+    """Return the newest intact checkpoint in output_dir."""
+    found = list_checkpoints(folder)
+    newest, newer = find_newest_intact(found)
+    if newest is None:
+        raise damaged_error(found[-1], newer[found[-1]], output_dir=folder)
+    return _resume_point(newest, newer)
+
+
+def _resume_from_named(folder: Path, checkpoint: Path, *, found: list[str]) -> ResumePoint:
+    """Return the checkpoint that the config names, here or in another run's folder."""
+    _require_checkpoint(checkpoint)
+    is_own = checkpoint.resolve().parent == folder.resolve()
+    if not is_own and set(found) - ALLOWED_FILES:
+        raise _not_empty(folder, found, newest=newest_checkpoint(folder))
+    step = checkpoint_step(checkpoint)
+    newer = [path for path in list_checkpoints(folder) if checkpoint_step(path) > step]
+    if is_own and newer:
+        raise _output_dir_error(
+            f"output_dir {folder} has checkpoints newer than {checkpoint.name}",
+            why=f"found {', '.join(path.name for path in newer)}; they would be mistaken "
+            "for checkpoints of this run",
+            do="move them away, or set another output_dir",
+            code="output-dir-not-empty",
+        )
+    if wrong := find_damage(checkpoint):
+        raise damaged_error(checkpoint, wrong, output_dir=folder)
+    return _resume_point(checkpoint, {})
+
+
+def _resume_point(checkpoint: Path, newer: dict[Path, list[str]]) -> ResumePoint:
+    """Return the resume point of an intact checkpoint; raise if it has only weights."""
+    if not any(checkpoint.glob("optimizer*")) and not any(checkpoint.glob("global_step*")):
+        raise _no_checkpoint(
+            f"{checkpoint} can't be resumed from",
+            why="it has no optimizer state (save_only_model: true)",
+            do="remove resume_from_checkpoint, and set base_model to this folder and output_dir to "
+            "a new one, to continue with a new optimizer",
+        )
+    return ResumePoint(
+        path=checkpoint,
+        step=checkpoint_step(checkpoint),
+        damaged=tuple(newer),
+        notes=checkpoint_notes(checkpoint, newer),
+    )
+
+
+def _require_checkpoint(checkpoint: Path) -> None:
+    """Raise unless a folder is a checkpoint."""
+    is_named = checkpoint.name.rpartition("-")[2].isdecimal()
+    is_complete = has_manifest(checkpoint) or (checkpoint / "trainer_state.json").exists()
+    if not checkpoint.is_dir() or not is_named or not is_complete:
+        why = "no such folder"
+        if checkpoint.is_dir():
+            why = f"{checkpoint} has no trainer_state.json" if is_named else "its name has no step"
+        raise _no_checkpoint(
+            f"{checkpoint} is not a checkpoint",
+            why=why,
+            do="name a checkpoint-N folder, or set resume_from_checkpoint: true",
+        )
+
+
+def _require_writable(folder: Path) -> None:
+    """Raise for a file in place of the folder, and for a folder that this user can't write to."""
+    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not nearest.is_dir():
+        raise _output_dir_error(
+            f"output_dir {folder} is not a folder",
+            why=f"{nearest} is a file",
+            do="set output_dir to a folder of its own",
+        )
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the schedule warns if its optimizer does not step
-            schedule = get_scheduler(
-                name,
-                optimizer=optimizer,
-                num_warmup_steps=min(config.warmup_steps or 0, steps),
-                num_training_steps=steps,
-                scheduler_specific_kwargs=arguments,
-            )
-            for _ in range(min(steps, _STEPS)):
-                schedule.step(*([1.0] if name == "reduce_lr_on_plateau" else []))
-                rate = optimizer.param_groups[0]["lr"]
-                if not (isinstance(rate, int | float) and math.isfinite(rate) and rate >= 0):
-                    raise ValueError(f"found a learning rate of {rate}")
-    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-        needed, value = SCHEDULER_NEEDS.get(config.lr_scheduler, ((), ""))
-        raise _bad(
-            "lr_scheduler_kwargs",
-            f"lr_scheduler: {config.lr_scheduler} does not accept these lr_scheduler_kwargs",
-            why=f"found {config.lr_scheduler_kwargs}; {error}",
-            do=f"set lr_scheduler_kwargs: {{{needed[0]}: {value}}}"
-            if needed
-            else "remove lr_scheduler_kwargs",
+        # Only writing tests this for root, read-only mounts and unusual file systems alike.
+        with tempfile.TemporaryFile(dir=nearest):
+            pass
+    except OSError as error:
+        raise _output_dir_error(
+            f"output_dir {folder} can't be written to",
+            why=f"{nearest}: {error.strerror}; it belongs to user "
+            f"{nearest.stat().st_uid}, this is user {os.getuid()}",
+            do="set output_dir elsewhere, or chown the folder",
         ) from error
 
 
-def _check_compile(config: Config) -> None:
-    """Raise unless torch knows the names in torch_compile_backend and torch_compile_mode."""
-    import torch._dynamo
-    import torch._inductor
-    from accelerate.utils import DynamoBackend
-
-    known = {backend.value.lower() for backend in DynamoBackend}
-    backends = sorted(known & set(torch._dynamo.list_backends(exclude_tags=())))
-    for key, names in (
-        ("torch_compile_backend", backends),
-        ("torch_compile_mode", sorted(torch._inductor.list_mode_options())),
-    ):
-        value = getattr(config, key)
-        if value is not None and value not in names:
-            raise _bad(
-                key,
-                f"{key}: {value} is not known",
-                why=f"needed one of {', '.join(names)}, which torch {torch.__version__} and "
-                "accelerate have",
-                do=f"remove {key}",
-            )
+def _not_empty(folder: Path, found: list[str], *, newest: Path | None) -> AttnimgError:
+    """Return the error for a folder with other files, with advice on resuming the run in it."""
+    found = [name for name in found if name not in ALLOWED_FILES]
+    names = ", ".join(found[:4]) + (" ..." if len(found) > 4 else "")
+    resume = f"set resume_from_checkpoint: true (resumes from {newest.name}), or " if newest else ""
+    return _output_dir_error(
+        f"output_dir {folder} is not empty",
+        why=f"found {names}; a new run would mix with it",
+        do=f"{resume}set another output_dir, or remove the folder",
+        code="output-dir-not-empty",
+    )
 
 
-def _try_checkpointing(config: Config) -> None:
-    """Run one step under gradient checkpointing with the config's arguments."""
-    import torch
-    from torch.utils.checkpoint import checkpoint
+def _output_dir_error(what: str, *, why: str, do: str, code: str = "output-dir") -> AttnimgError:
+    return AttnimgError(what, why=why, do=do, code=code, key="output_dir")
 
-    given: dict[str, Any] = {"use_reentrant": False, **(config.gradient_checkpointing_kwargs or {})}
+
+def prepare_output_dir(folder: Path, resume: ResumePoint | None, *, console: Console) -> None:
+    """Remove what a killed run left in output_dir after `resume`; the folder is locked."""
+    if resume is None:
+        return
+    for path in _list_unfinished(folder):
+        records.print_line(console, f"removing {path.name}: it was never finished")
+    remove_leftovers(folder)
+    notes = list(resume.notes)
+    for path in resume.damaged:
+        notes.append(f"{path.name} is renamed to {rename_damaged(path).name}")
+    for note in notes:
+        records.print_line(console, printable(note))
+    restored = read_run_state(resume.path) if resume.path else {}
+    evaluate_again = bool(restored.get("evaluate_first"))
+    removed = records.remove_metrics_after(folder, resume.step, evaluate_again=evaluate_again)
+    repeated = f"; {removed} logged lines after it are repeated" if removed else ""
+    if resume.path:
+        records.print_line(console, f"resuming from {resume.path}{repeated}")
+
+
+def require_unlocked(folder: Path) -> None:
+    """Raise if another process trains in a folder; the lock is not acquired.
+
+    Raises:
+        AttnimgError: code output-dir-busy.
+    """
+    if (folder / LOCK_FILE).is_file():
+        os.close(_acquire_lock(folder))
+
+
+@contextmanager
+def output_dir_lock(folder: Path) -> Iterator[None]:
+    """Create a folder and lock it inside the block.
+
+    Raises:
+        AttnimgError: another process trains there (code output-dir-busy).
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = _acquire_lock(folder)
     try:
-        checkpoint(torch.sin, torch.zeros(1, requires_grad=True), **given).backward()
-    except (AttributeError, RuntimeError, TypeError, ValueError) as error:
-        raise _bad(
-            "gradient_checkpointing_kwargs",
-            "gradient_checkpointing does not accept these gradient_checkpointing_kwargs",
-            why=f"found {config.gradient_checkpointing_kwargs}; {str(error).splitlines()[0]}",
-            do="remove gradient_checkpointing_kwargs",
-        ) from error
+        os.ftruncate(handle, 0)
+        os.pwrite(handle, f"pid {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+        yield
+    finally:
+        os.close(handle)
 
 
-def _bad(key: str, what: str, *, why: str, do: str) -> AttnimgError:
-    return AttnimgError(what, why=why, do=do, code="bad-value", key=key)
+def _acquire_lock(folder: Path) -> int:
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    handle = os.open(folder / LOCK_FILE, flags, 0o644)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+            return handle  # some network file systems have no locks
+        owner = os.pread(handle, 200, 0).decode(errors="replace").strip()
+        os.close(handle)
+        raise AttnimgError(
+            f"another run trains in output_dir {folder}",
+            why=f"found {folder / LOCK_FILE}, locked by {owner or 'a process that is starting'}\n"
+            "needed: a folder that no running process writes to",
+            do="set another output_dir, or wait until that run has ended",
+            code="output-dir-busy",
+            key="output_dir",
+        ) from None
+    return handle

@@ -26,12 +26,12 @@ from attnimg.errors import AttnimgError
 
 PARTIAL = ".partial"
 
-STATE = "attnimg.json"
+STATE_FILE = "attnimg.json"
 
-FILE = "manifest.json"
+MANIFEST_FILE = "manifest.json"
 
 # Where each part of a checkpoint records its step.
-_STEPS = {
+_RECORDED_STEPS = {
     "optimizer.json": ("optimizer", "step"),
     "scheduler.json": ("scheduler", "step"),
     "rng_state": ("rng", "step"),
@@ -47,55 +47,53 @@ class ResumePoint:
     Attributes:
         path: a complete checkpoint; None when a new run starts in a folder it may use.
         step: optimizer steps that it has done.
-        leftovers: incomplete files of a killed run; removed when the run starts.
         damaged: newer checkpoints that are damaged; renamed when the run starts.
         notes: lines for the user on why this checkpoint was chosen, and what could not be checked.
     """
 
     path: Path | None
     step: int
-    leftovers: tuple[Path, ...]
     damaged: tuple[Path, ...] = ()
     notes: tuple[str, ...] = ()
 
 
-def checkpoints(folder: Path) -> list[Path]:
+def list_checkpoints(folder: Path) -> list[Path]:
     """Return the complete checkpoints in `folder`, lowest step first."""
     named = (path for path in folder.glob("checkpoint-*") if path.name[11:].isdigit())
-    return sorted((path for path in named if path.is_dir()), key=step_of)
+    return sorted((path for path in named if path.is_dir()), key=checkpoint_step)
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
     """Return the complete checkpoint with the highest step."""
-    return next(reversed(checkpoints(folder)), None)
+    return next(reversed(list_checkpoints(folder)), None)
 
 
-def step_of(checkpoint: Path) -> int:
+def checkpoint_step(checkpoint: Path) -> int:
     """Return the step in a checkpoint's name."""
     return int(checkpoint.name.rpartition("-")[2])
 
 
-def read_state(checkpoint: Path) -> dict[str, object]:
+def read_run_state(checkpoint: Path) -> dict[str, object]:
     """Return the state that attnimg wrote into a checkpoint; empty for one of another program."""
-    file = checkpoint / STATE
+    file = checkpoint / STATE_FILE
     state: dict[str, object] = json.loads(file.read_text()) if file.is_file() else {}
     return state
 
 
-class Finishing:
+class PendingCheckpoint:
     """The checkpoint that a thread finishes while training continues; at most one at a time."""
 
     def __init__(self) -> None:
         self._job: Future[None] | None = None
 
-    def begin(self, finish: Callable[[], None]) -> None:
+    def start(self, finish: Callable[[], None]) -> None:
         """Call a function in a thread; the previous one must have ended."""
         thread = executor(1)
         self._job = thread.submit(finish)
         thread.shutdown(wait=False)
 
     @property
-    def ended(self) -> bool:
+    def is_done(self) -> bool:
         """Return whether a checkpoint is finished or failed, and wait() was not called since."""
         return self._job is not None and self._job.done()
 
@@ -117,12 +115,12 @@ class Finishing:
 
 def finish(
     partial: Path,
-    hashes: FileHashes,
+    hashes: FileHasher,
     *,
     processes: int,
     limit: int | None,
     best: Path,
-    safe: str,
+    kept: str,
 ) -> None:
     """Complete a checkpoint whose files are written, then remove the oldest ones.
 
@@ -132,22 +130,22 @@ def finish(
         processes: number of training processes.
         limit: complete checkpoints to keep; None for all.
         best: the best checkpoint, for early stopping; it is not removed.
-        safe: for the error message, what is kept if this fails.
+        kept: for the error message, what is kept if this fails.
 
     Raises:
         AttnimgError: it could not be written (disk-full, not-written); it is removed.
     """
     folder = partial.parent.parent
     try:
-        with writing(partial, kept=safe), hashes:
-            place = promote(partial, hashes, processes=processes)
+        with write_errors(partial, kept=kept), hashes:
+            final = promote(partial, hashes, processes=processes)
     except BaseException:
         remove_leftovers(folder)
         raise
-    rotate(folder, limit=limit, keep=[place, best])
+    rotate(folder, limit=limit, keep=[final, best])
 
 
-def promote(partial: Path, hashes: FileHashes, *, processes: int) -> Path:
+def promote(partial: Path, hashes: FileHasher, *, processes: int) -> Path:
     """Write a checkpoint's manifest, and move the checkpoint from PARTIAL to its final path.
 
     Args:
@@ -155,28 +153,28 @@ def promote(partial: Path, hashes: FileHashes, *, processes: int) -> Path:
         hashes: hashes of its files that were computed while others were written.
         processes: number of training processes.
     """
-    place = partial.parent.parent / partial.name
-    open_to_others(partial)
-    write_manifest(partial, hashes, step=step_of(partial), processes=processes)
+    final = partial.parent.parent / partial.name
+    set_default_permissions(partial)
+    write_manifest(partial, hashes, step=checkpoint_step(partial), processes=processes)
     for path in (*(path for path in partial.rglob("*") if path.is_dir()), partial):
         flush(path)
-    partial.rename(place)
-    flush(place.parent)
-    return place
+    partial.rename(final)
+    flush(final.parent)
+    return final
 
 
-def open_to_others(folder: Path) -> None:
+def set_default_permissions(folder: Path) -> None:
     """Set the permissions of all files to those of a new file: safetensors writes 0600."""
-    probe = folder / ".rights"
+    probe = folder / ".permissions"
     probe.touch()
-    rights = probe.stat().st_mode & 0o777
+    mode = probe.stat().st_mode & 0o777
     probe.unlink()
     for path in folder.rglob("*"):
         if path.is_file():
-            path.chmod(rights)
+            path.chmod(mode)
 
 
-def write_manifest(folder: Path, hashes: FileHashes, *, step: int, processes: int) -> None:
+def write_manifest(folder: Path, hashes: FileHasher, *, step: int, processes: int) -> None:
     """Write the manifest of a checkpoint, when all of its files are on the disk.
 
     Args:
@@ -185,37 +183,39 @@ def write_manifest(folder: Path, hashes: FileHashes, *, step: int, processes: in
         step: optimizer steps done.
         processes: number of training processes.
     """
-    paths = (path for path in folder.rglob("*") if path.is_file() and path != folder / FILE)
+    paths = (
+        path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST_FILE
+    )
     names = sorted(path.relative_to(folder) for path in paths)
-    found = hashes.of([folder / name for name in names])
+    found = hashes.hash_all([folder / name for name in names])
     content: dict[str, Any] = {
         "format": 1,
         "step": step,
         "processes": processes,
-        "parts": {"weights": step, **_steps(folder)},
+        "parts": {"weights": step, **_read_steps(folder)},
         "files": {
             name.as_posix(): {"size": (folder / name).stat().st_size, "sha256": digest}
             for name, digest in zip(names, found, strict=True)
         },
     }
-    content["sha256"] = own_hash(content)
-    (folder / FILE).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    flush(folder / FILE)
+    content["sha256"] = manifest_hash(content)
+    (folder / MANIFEST_FILE).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    flush(folder / MANIFEST_FILE)
 
 
-def _steps(folder: Path) -> dict[str, int]:
+def _read_steps(folder: Path) -> dict[str, int]:
     """Return the step of each part that records one."""
     found = {}
     for path in sorted(folder.glob("*.json")):
         name = "rng_state" if path.name.startswith("rng_state") else path.name
-        if name in _STEPS:
-            part, key = _STEPS[name]
+        if name in _RECORDED_STEPS:
+            part, key = _RECORDED_STEPS[name]
             found[part] = json.loads(path.read_text(encoding="utf-8"))[key]
     return found
 
 
-def own_hash(content: Mapping[str, Any]) -> str:
-    """Return the hash of a manifest without the field that holds it."""
+def manifest_hash(content: Mapping[str, Any]) -> str:
+    """Return the hash of a manifest, without its own hash."""
     rest = {key: value for key, value in content.items() if key != "sha256"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
@@ -224,23 +224,23 @@ def rotate(folder: Path, *, limit: int | None, keep: Iterable[Path]) -> list[Pat
     """Remove the oldest checkpoints beyond `limit`, never one of `keep`; return them."""
     if limit is None:
         return []
-    spared = {path.name for path in keep}
-    there = checkpoints(folder)
-    gone = [path for path in there[: max(0, len(there) - limit)] if path.name not in spared]
-    for path in gone:
+    kept = {path.name for path in keep}
+    found = list_checkpoints(folder)
+    oldest = [path for path in found[: max(0, len(found) - limit)] if path.name not in kept]
+    for path in oldest:
         # Renamed first: a kill while files are removed leaves no incomplete checkpoint behind.
-        away = folder / PARTIAL / f"removed-{path.name}"
-        away.parent.mkdir(exist_ok=True)
-        path.rename(away)
-        shutil.rmtree(away)
-    return gone
+        trash = folder / PARTIAL / f"removed-{path.name}"
+        trash.parent.mkdir(exist_ok=True)
+        path.rename(trash)
+        shutil.rmtree(trash)
+    return oldest
 
 
-def set_aside(checkpoint: Path) -> Path:
+def rename_damaged(checkpoint: Path) -> Path:
     """Rename a damaged checkpoint, since the run will save its step again; return the new path."""
     names = (f"{checkpoint.name}.damaged{number}" for number in ("", *map(str, range(2, 1000))))
-    place = next(path for path in map(checkpoint.with_name, names) if not path.exists())
-    return checkpoint.rename(place)
+    unused = next(path for path in map(checkpoint.with_name, names) if not path.exists())
+    return checkpoint.rename(unused)
 
 
 def remove_leftovers(folder: Path) -> None:
@@ -257,14 +257,14 @@ _NICE = 10
 _WAITING_BYTES = 4 * 2**30
 
 
-class FileHashes:
+class FileHasher:
     """Compute SHA-256 of files in threads, and flush the files; use it as a context manager."""
 
     def __init__(self) -> None:
         # One core is left to the thread that writes, since its delays delay the whole checkpoint.
-        spare = max(1, len(os.sched_getaffinity(0)) - 1)
-        self._memory = executor(min(spare, THREADS), nice=_NICE)
-        self._read, self._flush = executor(THREADS, nice=_NICE), executor(THREADS)
+        threads = max(1, len(os.sched_getaffinity(0)) - 1)
+        self._memory_hashers = executor(min(threads, THREADS), nice=_NICE)
+        self._file_hashers, self._flushers = executor(THREADS, nice=_NICE), executor(THREADS)
         self._files: dict[Path, tuple[tuple[int, ...] | None, Future[str], Future[None]]] = {}
         self._waiting: deque[tuple[Future[str], int]] = deque()
 
@@ -278,46 +278,46 @@ class FileHashes:
 
     def close(self) -> None:
         """Wait for running jobs, and cancel the others."""
-        for pool in (self._memory, self._read, self._flush):
+        for pool in (self._memory_hashers, self._file_hashers, self._flushers):
             pool.shutdown(cancel_futures=True)
 
     def write(self, path: Path, content: Sequence[memoryview]) -> None:
         """Write a file while a thread hashes the same memory, and begin to flush it.
 
-        The content must not change until `settle` returns. The hash is that of the content in
+        The content must not change until `wait_until_hashed` returns. The hash is that of the
         memory, not of the file.
         """
-        hashing = self._memory.submit(_hash_of, content)
+        hashing = self._memory_hashers.submit(_hash_memory, content)
         with path.open("wb") as file:
             file.writelines(content)
-        self._files[path] = None, hashing, self._flush.submit(flush, path)
+        self._files[path] = None, hashing, self._flushers.submit(flush, path)
         self._waiting.append((hashing, sum(part.nbytes for part in content)))
         while sum(size for _, size in self._waiting) > _WAITING_BYTES:
             self._waiting.popleft()[0].result()
 
-    def add(self, path: Path) -> None:
+    def start_hashing(self, path: Path) -> None:
         """Begin to hash and flush a file that has been written."""
-        hashing = self._read.submit(_hash, path)
-        self._files[path] = _identity(path), hashing, self._flush.submit(flush, path)
+        hashing = self._file_hashers.submit(_hash_file, path)
+        self._files[path] = _file_version(path), hashing, self._flushers.submit(flush, path)
 
-    def settle(self) -> None:
+    def wait_until_hashed(self) -> None:
         """Wait until all content passed to `write` is hashed."""
         for hashing, _ in self._waiting:
             with suppress(CancelledError):  # closed, because a file could not be written
                 hashing.result()
         self._waiting.clear()
 
-    def of(self, paths: list[Path]) -> list[str]:
+    def hash_all(self, paths: list[Path]) -> list[str]:
         """Return the hashes of files, when all are on the disk.
 
-        A file that was changed since `add` is hashed again.
+        A file that was changed since `start_hashing` is hashed again.
 
         Raises:
             OSError: a file could not be written to the disk.
         """
         for path in paths:
-            if path not in self._files or self._files[path][0] not in (None, _identity(path)):
-                self.add(path)
+            if path not in self._files or self._files[path][0] not in (None, _file_version(path)):
+                self.start_hashing(path)
         for path in paths:
             self._files[path][2].result()
         return [self._files[path][1].result() for path in paths]
@@ -332,36 +332,42 @@ def flush(path: Path) -> None:
         os.close(handle)
 
 
-def _hash_of(content: Sequence[memoryview]) -> str:
+def _hash_memory(content: Sequence[memoryview]) -> str:
     found = hashlib.sha256()
     for part in content:
         found.update(part)
     return found.hexdigest()
 
 
-def _hash(path: Path) -> str:
+def _hash_file(path: Path) -> str:
     with path.open("rb", buffering=0) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _identity(path: Path) -> tuple[int, ...]:
+def _file_version(path: Path) -> tuple[int, ...]:
     found = path.stat()
     return found.st_ino, found.st_size, found.st_mtime_ns
 
 
 # Texts in the errors of libraries that do not pass on the error number. torch.save:
 # "PytorchStreamWriter failed writing file"; safetensors: "... (os error 28)".
-FULL = ("no space left", "os error 28", "disk quota exceeded", "os error 122", "file too large")
+DISK_FULL_TEXTS = (
+    "no space left",
+    "os error 28",
+    "disk quota exceeded",
+    "os error 122",
+    "file too large",
+)
 
 # Free bytes up to which a disk counts as full: libraries write in blocks, and the next one may not
 # fit.
-HARDLY_ANY = 4 * 2**20
+FULL_BELOW_BYTES = 4 * 2**20
 
-UNWRITTEN = ("failed writing", "error while serializing", "write failed", "unexpected pos")
+WRITE_FAILED_TEXTS = ("failed writing", "error while serializing", "write failed", "unexpected pos")
 
 
 @contextmanager
-def writing(path: Path, *, kept: str) -> Iterator[None]:
+def write_errors(path: Path, *, kept: str) -> Iterator[None]:
     """Turn errors while `path` is written into an AttnimgError.
 
     Args:
@@ -378,11 +384,13 @@ def writing(path: Path, *, kept: str) -> Iterator[None]:
     except (OSError, RuntimeError, SafetensorError) as error:
         text = str(error).lower()
         number = getattr(error, "errno", None)
-        full = number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or any(s in text for s in FULL)
+        full = number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or any(
+            s in text for s in DISK_FULL_TEXTS
+        )
         if not full and not isinstance(error, OSError):
-            if not any(s in text for s in UNWRITTEN):
+            if not any(s in text for s in WRITE_FAILED_TEXTS):
                 raise
-            full = _free_bytes(path) < HARDLY_ANY
+            full = _free_bytes(path) < FULL_BELOW_BYTES
         # torch's message, "unexpected pos 87872 vs 87760", does not name the reason.
         reason = "no space left" if full else str(error).strip().splitlines()[0]
         raise AttnimgError(
@@ -399,15 +407,15 @@ def writing(path: Path, *, kept: str) -> Iterator[None]:
 
 def _free_bytes(path: Path) -> int:
     """Return the free bytes of the file system of a path, which may not exist."""
-    place = next((p for p in (path, *path.parents) if p.exists()), Path())
-    return shutil.disk_usage(place).free
+    existing = next((p for p in (path, *path.parents) if p.exists()), Path())
+    return shutil.disk_usage(existing).free
 
 
 def replace_text(path: Path, text: str) -> None:
     """Write a file atomically, by writing another one and renaming it."""
-    fresh = path.with_name(f".{path.name}.partial")
-    with fresh.open("w", encoding="utf-8") as file:
+    temporary = path.with_name(f".{path.name}.partial")
+    with temporary.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
-    fresh.replace(path)
+    temporary.replace(path)

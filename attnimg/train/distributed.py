@@ -34,7 +34,7 @@ _GROUP = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 _MPI = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 
 # Errors of gloo, NCCL and torch's store if a process has ended or does not answer.
-_LOST = re.compile(
+_LOST_RANK = re.compile(
     r"timed out|timeout|connection (closed|reset|refused)|broken pipe|aborted", re.IGNORECASE
 )
 
@@ -77,25 +77,25 @@ def require_group() -> None:
         found = {name: os.environ[name] for name in _MPI if _number(name, 1) > 1}
         if not found:
             return
-    numbers = {name: text for name, text in found.items() if name not in ("MASTER_ADDR",)}
-    odd = [name for name, text in numbers.items() if not (text.isascii() and text.isdigit())]
+    numbers = {name: text for name, text in found.items() if name != "MASTER_ADDR"}
+    invalid = [name for name, text in numbers.items() if not (text.isascii() and text.isdigit())]
     missing = [name for name in _GROUP if not found.get(name)]
     in_range = _number("LOCAL_RANK", 0) <= rank() < world_size() and _port() < 2**16
-    if not odd and not missing and in_range:
+    if not invalid and not missing and in_range:
         return
-    shown = ", ".join(f"{name}={text}" for name, text in found.items())
+    values = ", ".join(f"{name}={text}" for name, text in found.items())
     needed = "numbers with LOCAL_RANK <= RANK < WORLD_SIZE and MASTER_PORT < 65536"
     if missing:
-        needed = f"all of {', '.join(_GROUP)}, as torchrun sets them, or none"
+        needed = f"all of {', '.join(_GROUP)} as torchrun sets them, or none"
     raise AttnimgError(
         "the environment describes an incomplete group of processes",
-        why=f"found {shown}\nneeded {needed}",
+        why=f"found {values}\nneeded {needed}",
         do=f"for one process: unset {' '.join(found)}; for several: start them with torchrun",
         code="bad-environment",
     )
 
 
-def join(*, cpu: bool, timeout_s: float | None) -> None:
+def join_group(*, cpu: bool, timeout_s: float | None) -> None:
     """Join the process group that torchrun started; do nothing in a single process.
 
     Args:
@@ -109,17 +109,17 @@ def join(*, cpu: bool, timeout_s: float | None) -> None:
     from accelerate import PartialState
 
     if not torch.distributed.is_initialized():
-        store = _meet(timeout_s)
-        waits = {} if timeout_s is None else {"timeout": timedelta(seconds=timeout_s)}
+        store = _wait_for_all_ranks(timeout_s)
+        timeout = {} if timeout_s is None else {"timeout": timedelta(seconds=timeout_s)}
         with lost_rank_errors(timeout_s):
-            PartialState(cpu=cpu, **waits)
-        del store  # rank 0 keeps it until here, since torch's own store uses its server
+            PartialState(cpu=cpu, **timeout)
+        del store  # not deleted before: torch's own store uses the server of rank 0
         # A process that ends while gloo's threads run sometimes aborts, after all work is done, and
         # torchrun would report a failed run.
-        atexit.register(_leave)
+        atexit.register(_destroy_group)
 
 
-def _meet(timeout_s: float | None) -> Any:
+def _wait_for_all_ranks(timeout_s: float | None) -> Any:
     """Wait until all processes are ready to join; return the store in which they record that.
 
     Raises:
@@ -128,38 +128,40 @@ def _meet(timeout_s: float | None) -> Any:
     deadline = time.monotonic() + (_JOIN_S if timeout_s is None else timeout_s)
     store = _open_store(deadline)
     if store is None:
-        raise _lost([0], timeout_s, found=f"no server at {':'.join(map(str, _address()))}")
+        raise _lost_rank_error(
+            [0], timeout_s, found=f"no server at {':'.join(map(str, _address()))}"
+        )
     others = [other for other in range(world_size()) if other != rank()]
     try:
-        store.set(_key("joins", rank()), str(world_size()))
+        store.set(_store_key("joins", rank()), str(world_size()))
         while others:
             for other in others:
-                _require_member(store, other)
-            others = [other for other in others if not store.check([_key("joins", other)])]
+                _check_other_rank(store, other)
+            others = [other for other in others if not store.check([_store_key("joins", other)])]
             if others and time.monotonic() > deadline:
-                raise _lost(others, timeout_s, found="it did not join the group")
+                raise _lost_rank_error(others, timeout_s, found="it did not join the group")
             time.sleep(_POLL_S if others else 0)
     except RuntimeError as error:  # the store's process has ended
-        raise _lost([0], timeout_s, found=str(error).splitlines()[0]) from error
+        raise _lost_rank_error([0], timeout_s, found=str(error).splitlines()[0]) from error
     return store
 
 
-def _require_member(store: Any, other: int) -> None:
+def _check_other_rank(store: Any, other: int) -> None:
     """Raise if another process has failed, or belongs to a group of another size."""
-    if store.check([_key("failed", other)]):
-        text = store.get(_key("failed", other)).decode(errors="replace")
-        store.set(_key("read", rank()), b"1")
+    if store.check([_store_key("failed", other)]):
+        text = store.get(_store_key("failed", other)).decode(errors="replace")
+        store.set(_store_key("read", rank()), b"1")
         raise AttnimgError(
             f"rank {other} of {world_size()} ended before the group was complete",
             why=f"found on rank {other}: {text}",
-            do=f"correct what rank {other} printed, and start all processes again",
+            do=f"fix the error that rank {other} printed, and start all processes again",
             code="rank-lost",
             exit_code=1,
         )
-    if store.check([_key("joins", other)]):
-        size = store.get(_key("joins", other)).decode(errors="replace")
+    if store.check([_store_key("joins", other)]):
+        size = store.get(_store_key("joins", other)).decode(errors="replace")
         if size != str(world_size()):
-            store.set(_key("read", rank()), b"1")
+            store.set(_store_key("read", rank()), b"1")
             raise AttnimgError(
                 "the processes do not agree: WORLD_SIZE",
                 why=f"WORLD_SIZE: rank {rank()} has {world_size()}, rank {other} has {size}",
@@ -189,13 +191,13 @@ def report_failure(text: str) -> None:
         store = _open_store(deadline)
         if store is None:
             return
-        store.set(_key("failed", rank()), text[:500].encode())
+        store.set(_store_key("failed", rank()), text[:500].encode())
         others = [other for other in range(world_size()) if other != rank()]
         while _hosts_store() and others and time.monotonic() < deadline:
             others = [
                 other
                 for other in others
-                if not any(store.check([_key(did, other)]) for did in ("read", "failed"))
+                if not any(store.check([_store_key(event, other)]) for event in ("read", "failed"))
             ]
             time.sleep(_POLL_S)
     except (AttnimgError, RuntimeError, ValueError, ImportError):
@@ -245,12 +247,12 @@ def _port() -> int:
     return _number("MASTER_PORT", 0)
 
 
-def _key(did: str, number: int) -> str:
+def _store_key(event: str, number: int) -> str:
     """Return a process's key in the store; it includes the count of torchrun's restarts."""
-    return f"attnimg/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{did}/{number}"
+    return f"attnimg/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{event}/{number}"
 
 
-def _leave() -> None:
+def _destroy_group() -> None:
     import torch
 
     if torch.distributed.is_initialized():
@@ -272,7 +274,9 @@ def end_process(code: int) -> NoReturn:
     os._exit(code)
 
 
-def agree(facts: Mapping[str, object], *, cpu: bool, timeout_s: float | None) -> None:
+def require_same_on_all_ranks(
+    facts: Mapping[str, object], *, cpu: bool, timeout_s: float | None
+) -> None:
     """Raise unless all processes have the same values.
 
     Args:
@@ -285,21 +289,21 @@ def agree(facts: Mapping[str, object], *, cpu: bool, timeout_s: float | None) ->
     """
     if world_size() == 1:
         return
-    join(cpu=cpu, timeout_s=timeout_s)
-    mine = {name: json.dumps(fact, sort_keys=True, default=str) for name, fact in facts.items()}
+    join_group(cpu=cpu, timeout_s=timeout_s)
+    own = {name: json.dumps(fact, sort_keys=True, default=str) for name, fact in facts.items()}
     with lost_rank_errors(timeout_s):
-        all_facts = gathered(mine)
+        all_facts = gather_objects(own)
     first = all_facts[0]
-    odd = next((number for number, found in enumerate(all_facts) if found != first), None)
-    if odd is None:
+    other = next((number for number, found in enumerate(all_facts) if found != first), None)
+    if other is None:
         return
-    names = sorted(first.keys() | all_facts[odd].keys())
-    differing = [name for name in names if first.get(name) != all_facts[odd].get(name)]
+    names = sorted(first.keys() | all_facts[other].keys())
+    differing = [name for name in names if first.get(name) != all_facts[other].get(name)]
     lines = []
     for name in differing[:5]:
-        here, there = first.get(name, "nothing"), all_facts[odd].get(name, "nothing")
-        lines.append(f"{name}: rank 0 has {_shorten(here, there)}, "
-                     f"rank {odd} has {_shorten(there, here)}")  # fmt: skip
+        ours, theirs = first.get(name, "nothing"), all_facts[other].get(name, "nothing")
+        lines.append(f"{name}: rank 0 has {_shorten(ours, theirs)}, "
+                     f"rank {other} has {_shorten(theirs, ours)}")  # fmt: skip
     if len(differing) > len(lines):
         lines.append(f"and {len(differing) - len(lines)} more")
     raise AttnimgError(
@@ -329,17 +333,17 @@ def lost_rank_errors(timeout_s: float | None) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if world_size() == 1 or not _LOST.search(str(error)):
+        if world_size() == 1 or not _LOST_RANK.search(str(error)):
             raise
         found = str(error).splitlines()[0]
-        raise _lost(_ranks_without_answer(), timeout_s, found=found) from error
+        raise _lost_rank_error(_ranks_without_answer(), timeout_s, found=found) from error
 
 
-def _lost(lost: list[int], timeout_s: float | None, *, found: str) -> AttnimgError:
-    who = f"rank {', '.join(map(str, lost))}" if lost else "another process"
+def _lost_rank_error(ranks: list[int], timeout_s: float | None, *, found: str) -> AttnimgError:
+    ranks_text = f"rank {', '.join(map(str, ranks))}" if ranks else "another process"
     limit = "torch's default timeout" if timeout_s is None else f"ddp_timeout: {timeout_s:g} s"
     return AttnimgError(
-        f"{who} of {world_size()} did not answer",
+        f"{ranks_text} of {world_size()} did not answer",
         why=f"rank {rank()} waited for {limit}, or lost its connection\nfound {found}",
         do="check the output of that process and its GPU; raise ddp_timeout if a step or an "
         "evaluation takes longer",
@@ -366,14 +370,14 @@ def _ranks_without_answer() -> list[int]:
         return [0] if rank_0_hosts else []
 
 
-def gathered(mine: T) -> list[T]:
+def gather_objects(own: T) -> list[T]:
     """Return the values of all processes, by rank; every process must call this."""
     import torch
 
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return [mine]
-    found: list[T] = [mine] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(found, mine)
+        return [own]
+    found: list[T] = [own] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(found, own)
     return found
 
 
@@ -395,7 +399,7 @@ ONE_SIGNAL_SECONDS = 2.0
 
 
 class Stopped(BaseException):
-    """Raised when a run has stopped on a signal; like KeyboardInterrupt, it is no Exception.
+    """Raised when a run has stopped on a signal; like KeyboardInterrupt, it is not an Exception.
 
     Args:
         number: the signal: 1, 2 or 15.
@@ -414,7 +418,7 @@ class Stopped(BaseException):
 
 
 class StopFlag:
-    """Record whether a signal asked this process to stop; raise at once if no step is running.
+    """Record the signal that this process received; raise at once if no step is running.
 
     Attributes:
         number: the received signal; None if there was none.

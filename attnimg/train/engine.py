@@ -19,13 +19,13 @@ from transformers import TrainerCallback
 
 from attnimg.errors import AttnimgError
 from attnimg.train import checkpoint as checkpoints
-from attnimg.train import metrics
-from attnimg.train.checkpoint import FileHashes, writing
+from attnimg.train import records
+from attnimg.train.checkpoint import FileHasher, write_errors
 from attnimg.train.distributed import Stopped, any_rank
-from attnimg.train.model_files import NOT_THE_MODEL, correct_saved_config
+from attnimg.train.model_files import TRAINER_FILES, correct_saved_config
 from attnimg.train.resume import apply_config
-from attnimg.train.rows import COUNTS, OnceAnEpoch
-from attnimg.train.saved_states import SavedStates
+from attnimg.train.rows import COUNTS, EpochSampler
+from attnimg.train.saved_states import CheckpointingTrainer
 
 if TYPE_CHECKING:
     from attnimg.train.fit import Session
@@ -37,11 +37,11 @@ TRAIN_KEYS = (
 )  # fmt: skip
 
 
-class EvaluationCut(Exception):
+class EvaluationInterrupted(Exception):
     """Raised if a signal comes during an evaluation, which the next session then repeats."""
 
 
-class Engine(SavedStates):
+class Engine(CheckpointingTrainer):
     """Train one run.
 
     Args:
@@ -51,17 +51,17 @@ class Engine(SavedStates):
 
     Attributes:
         counter: counts tokens and time between two logs.
-        finishing: the checkpoint that a thread is finishing.
+        pending_checkpoint: the checkpoint that a thread is finishing.
         loaded_config: the model's config before training.
     """
 
     def __init__(self, session: Session, **options: Any) -> None:
         self.session, self.folder, self.stop = session, session.folder, session.stop
         self.attention_check = session.attention_check
-        self.counter = metrics.TokenCounter()
+        self.counter = records.TokenCounter()
         self._eval_sums = torch.zeros(2, dtype=torch.float64)
         self._evaluated_at = -1
-        self.finishing, self.hashes = checkpoints.Finishing(), FileHashes()
+        self.pending_checkpoint, self.hashes = checkpoints.PendingCheckpoint(), FileHasher()
         self.loaded_config = options["model"].config.to_dict()
         trained = {
             name: weight.dtype
@@ -88,7 +88,7 @@ class Engine(SavedStates):
         if added := self.session.train.added:
             rows = len(self.train_dataset) - added
             # It replaces accelerate's own sampler, so that resuming sets its epoch.
-            loader.set_sampler(OnceAnEpoch(rows=rows, added=added, seed=self.args.data_seed))
+            loader.set_sampler(EpochSampler(rows=rows, added=added, seed=self.args.data_seed))
         return loader
 
     def train(self, *args: Any, **options: Any) -> Any:
@@ -98,13 +98,13 @@ class Engine(SavedStates):
             AttnimgError: what training raises, or the checkpoint could not be written.
         """
         try:
-            found = super().train(*args, **options)
+            result = super().train(*args, **options)
         except BaseException:
             with suppress(Exception):  # the first error is the one to print
-                self.finishing.wait()
+                self.pending_checkpoint.wait()
             raise
         self.finish_checkpoint()
-        return found
+        return result
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
         """Count the batch, then train on it.
@@ -112,12 +112,12 @@ class Engine(SavedStates):
         Raises:
             AttnimgError: an attention call is wrong, or a checkpoint could not be written.
         """
-        tokens, places = inputs.pop(COUNTS).tolist()
-        self.counter.count(tokens, places)
+        tokens, positions = inputs.pop(COUNTS).tolist()
+        self.counter.count(tokens, positions)
         step = self.state.global_step + 1
         # The error on a wrong call names the newest checkpoint.
-        if self.finishing.ended or self.attention_check.due(step):
-            self.finishing.wait()
+        if self.pending_checkpoint.is_done or self.attention_check.is_due(step):
+            self.pending_checkpoint.wait()
         with self.attention_check.checking(step, self.folder):
             return super().training_step(model, inputs, num_items_in_batch)
 
@@ -134,19 +134,21 @@ class Engine(SavedStates):
         if norm is not None and not scaled:
             finite = finite and math.isfinite(float(norm))
         if not finite:
-            raise self._not_finite(norm)
+            raise self._not_finite_error(norm)
         return norm
 
-    def _not_finite(self, norm: Any) -> AttnimgError:
+    def _not_finite_error(self, norm: Any) -> AttnimgError:
         step = self.state.global_step + 1
-        self.finishing.wait()
-        saved = checkpoints.newest_checkpoint(self.folder)
+        self.pending_checkpoint.wait()
+        newest = checkpoints.newest_checkpoint(self.folder)
         norm_text = f", gradient norm {float(norm):.3g}" if norm is not None else ""
         return AttnimgError(
             f"loss or gradient is NaN or inf at step {step}",
             why=f"found loss {float(self._tr_loss):.3g}{norm_text}, attention by "
             f"{self.session.run.backend}; the step was not applied\n"
-            + (f"the newest good checkpoint is {saved}" if saved else "no checkpoint was written"),
+            + (
+                f"the newest good checkpoint is {newest}" if newest else "no checkpoint was written"
+            ),
             do="lower learning_rate or lengthen warmup_steps; if it stays, try "
             "attn_implementation: eager to rule out the attention kernel",
             code="not-finite",
@@ -154,16 +156,16 @@ class Engine(SavedStates):
         )
 
     def _evaluate(self, trial: Any, ignore_keys_for_eval: Any, skip_scheduler: bool = False) -> Any:
-        """Evaluate; on a signal, save, and leave the evaluation to the next session."""
+        """Evaluate; on a signal, save, and let the next session evaluate."""
         try:
             with self.counter.paused():
-                found = super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler)
-        except EvaluationCut:
+                result = super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler)
+        except EvaluationInterrupted:
             self.model.train()
             self._save_checkpoint(self.model, trial)
-            raise self.stopped() from None
+            raise self.stop_exception() from None
         self._evaluated_at = self.state.global_step
-        return found
+        return result
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         """Return the evaluation batches, made by their own collator."""
@@ -182,7 +184,7 @@ class Engine(SavedStates):
         result = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         self._eval_sums += torch.stack([result[0] * trained, trained]).double().cpu()
         if any_rank(self.stop.number is not None):
-            raise EvaluationCut
+            raise EvaluationInterrupted
         return result
 
     def evaluation_loop(self, *args: Any, **options: Any) -> Any:
@@ -205,10 +207,10 @@ class Engine(SavedStates):
             return False
         if self.args.eval_strategy == "steps":
             return bool(step % every == 0 or step >= self.state.max_steps)
-        closing = float(self.state.epoch).is_integer() or step >= self.state.max_steps
-        return bool(self.args.eval_strategy == "epoch" and closing)
+        epoch_ends = float(self.state.epoch).is_integer() or step >= self.state.max_steps
+        return bool(self.args.eval_strategy == "epoch" and epoch_ends)
 
-    def stopped(self) -> Stopped:
+    def stop_exception(self) -> Stopped:
         """Return the exception for the caller to raise; the last checkpoint is complete."""
         self.finish_checkpoint()
         number, saved = self.stop.number or 15, checkpoints.newest_checkpoint(self.folder)
@@ -217,8 +219,8 @@ class Engine(SavedStates):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add tokens, time and memory to a training log; transformers passes it to callbacks."""
         if "loss" in logs:
-            tokens, places = self._counts()
-            logs.update(self.counter.close_window(tokens=tokens, places=places))
+            tokens, positions = self._counts()
+            logs.update(self.counter.close_window(tokens=tokens, positions=positions))
             logs.update(self.attention_check.close_window())
         super().log(logs, start_time)
 
@@ -233,7 +235,7 @@ class Engine(SavedStates):
             AttnimgError: it could not be written; earlier ones are unchanged.
         """
         with self.counter.paused():
-            self.finishing.wait()
+            self.pending_checkpoint.wait()
             self.accelerator.wait_for_everyone()
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
@@ -248,17 +250,17 @@ class Engine(SavedStates):
         if (self.folder / name).is_dir():
             # The step was saved before its evaluation, and a signal came during that.
             return
-        kept = checkpoints.newest_checkpoint(self.folder)
+        previous = checkpoints.newest_checkpoint(self.folder)
         best = self.folder / f"checkpoint-{self.state.best_global_step}"
         self.state.best_model_checkpoint = str(best) if best.is_dir() else None
-        safe = f"{kept.name} is kept" if kept else "no checkpoint was written before"
-        hashes = self.hashes = FileHashes()
+        kept = f"{previous.name} is kept" if previous else "no checkpoint was written before"
+        hashes = self.hashes = FileHasher()
         try:
-            with self.counter.paused(), writing(partial, kept=safe):
+            with self.counter.paused(), write_errors(partial, kept=kept):
                 if not self.args.save_only_model:
                     self.save_optimizer(partial)
                 super()._save_checkpoint(model, trial)
-                self._add_own_state(partial)
+                self._add_run_state(partial)
         except BaseException:
             hashes.close()
             if self.is_world_process_zero():
@@ -272,37 +274,39 @@ class Engine(SavedStates):
                 processes=self.args.world_size,
                 limit=self.session.config.save_total_limit,
                 best=best,
-                safe=safe,
+                kept=kept,
             )
-            self.finishing.begin(finish)
+            self.pending_checkpoint.start(finish)
         else:
             hashes.close()
 
-    def _add_own_state(self, partial: Path) -> None:
+    def _add_run_state(self, partial: Path) -> None:
         """Add the run's own state to a checkpoint that all processes have written."""
         self.accelerator.wait_for_everyone()
-        state = self._window_state()
+        state = self._log_window_state()
         if self.is_world_process_zero():
             correct_saved_config(partial, self.loaded_config)
-            (partial / checkpoints.STATE).write_text(json.dumps(state, indent=2))
-            for name in NOT_THE_MODEL:
+            (partial / checkpoints.STATE_FILE).write_text(json.dumps(state, indent=2))
+            for name in TRAINER_FILES:
                 (partial / name).unlink(missing_ok=True)
 
     def _counts(self) -> list[int]:
         """Return the tokens and token positions of all processes since the last log."""
-        mine = torch.tensor([self.counter.tokens, self.counter.places], device=self.args.device)
-        found: list[int] = self.accelerator.reduce(mine, reduction="sum").tolist()
-        return found
+        counts = torch.tensor(
+            [self.counter.tokens, self.counter.positions], device=self.args.device
+        )
+        total: list[int] = self.accelerator.reduce(counts, reduction="sum").tolist()
+        return total
 
-    def _window_state(self) -> dict[str, object]:
+    def _log_window_state(self) -> dict[str, object]:
         """Return the sums since the last log, so that a resumed run logs the same loss."""
-        tokens, places = self._counts()
+        tokens, positions = self._counts()
         loss = self.accelerator.reduce(self._tr_loss.clone(), reduction="mean").item()
         return {
             "step": self.state.global_step,
             "tokens": self.counter.total_tokens,
             "window": {"loss": loss, "from_step": self._globalstep_last_logged,
-                       "tokens": tokens, "places": places, "aux": self.aux_window()},
+                       "tokens": tokens, "places": positions, "aux": self.aux_window()},
             "evaluate_first": self._evaluation_due(),
             "identity": dict(self.session.identity),
         }  # fmt: skip
@@ -324,38 +328,38 @@ class Engine(SavedStates):
 # ruff: noqa: ARG002
 # transformers calls each of these with all of its arguments, whether they are needed or not.
 class RunCallback(TrainerCallback):  # type: ignore[misc]  # transformers' types are not followed
-    """Write each log, draw progress, and stop the engine when a signal asks for it.
+    """Write each log, draw progress, and stop the engine when a signal requests it.
 
     Args:
         engine: the engine that calls it.
         view: the progress bar.
-        ready: called with the engine when it is ready for its first step.
+        on_ready: called with the engine when it is ready for its first step.
     """
 
     def __init__(
-        self, engine: Engine, view: metrics.ProgressView, ready: Callable[[Any], None]
+        self, engine: Engine, view: records.ProgressView, on_ready: Callable[[Any], None]
     ) -> None:
-        self.engine, self.view, self.ready = engine, view, ready
+        self.engine, self.view, self.on_ready = engine, view, on_ready
         self.stopping = False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Restore the sums of the previous session, and run the evaluation that it missed."""
         engine, session = self.engine, self.engine.session
-        if session.point is not None:
+        if session.checkpoint is not None:
             apply_config(engine, session.config, session.restored.get("identity", {}))
-        self.ready(engine)
+        self.on_ready(engine)
         engine.restore_window(session.restored)
-        self.view.begin(state.global_step)
+        self.view.start(state.global_step)
         session.stop.training = True
         if session.restored.get("evaluate_first"):
             engine.evaluate_missed()
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Wait until the optimizer's state is hashed, since the step changes it."""
-        self.engine.hashes.settle()
+        self.engine.hashes.wait_until_hashed()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Update the bar, and save a checkpoint if any process was asked to stop."""
+        """Update the bar, and save a checkpoint if any process received a stop signal."""
         self.view.step(state.global_step)
         if state.global_step >= state.max_steps:
             control.should_log = True
@@ -367,23 +371,23 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]  # transformers' types
             # Weights alone could not be resumed from.
             args.save_only_model = False
         elif control.should_evaluate:
-            self.view.evaluating()
+            self.view.start_evaluation()
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Stop training after the checkpoint of a stop is written."""
         if self.stopping:
-            raise self.engine.stopped()
+            raise self.engine.stop_exception()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         """Write the log as one line, on the first process only."""
         if "loss" in logs:
             line = {"step": state.global_step} | {k: logs[k] for k in TRAIN_KEYS if k in logs}
-            self.view.figures(state.global_step, line)
+            self.view.show_training(state.global_step, line)
         elif "eval_loss" in logs:
             line = {"step": state.global_step}
             line |= {key: logs[key] for key in ("eval_loss", "eval_aux_loss") if key in logs}
-            self.view.evaluated(state.global_step, logs["eval_loss"])
+            self.view.show_evaluation(state.global_step, logs["eval_loss"])
         else:
             return
         if state.is_world_process_zero:
-            metrics.append(self.engine.folder, line)
+            records.append_metrics(self.engine.folder, line)

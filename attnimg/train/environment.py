@@ -35,9 +35,9 @@ _PRECISIONS = {"bfloat16": "bf16", "float16": "fp16"}
 _LEVELS = logging.getLevelNamesMapping()
 
 # Number of innermost stack frames of an error in which a library may have read the variable.
-_NEAR = 3
+_INNERMOST_FRAMES = 3
 
-_OWN = str(Path(__file__).parents[1])
+_PACKAGE_FOLDER = str(Path(__file__).parents[1])
 
 _VARIABLE = re.compile(r"\b[A-Z][A-Z0-9]*(?:_[A-Z0-9]+)+\b")
 
@@ -65,7 +65,7 @@ def _is_number(text: str) -> bool:
 
 # Variables that a library parses, and that raise an error if it can't: the names, the needed value,
 # and its test.
-_READABLE: tuple[tuple[tuple[str, ...], str, Callable[[str], bool]], ...] = (
+_PARSED: tuple[tuple[tuple[str, ...], str, Callable[[str], bool]], ...] = (
     (
         ("ACCELERATE_CPU_AFFINITY", "ACCELERATE_DEBUG_MODE", "ACCELERATE_ENABLE_RICH",
          "ACCELERATE_INIT_INCLUDE_BUFFERS", "FORK_LAUNCHED", "USE_TORCH_XLA"),
@@ -104,7 +104,7 @@ _READABLE: tuple[tuple[tuple[str, ...], str, Callable[[str], bool]], ...] = (
 )  # fmt: skip
 
 
-def require_readable(environ: Mapping[str, str]) -> None:
+def require_parsable(environ: Mapping[str, str]) -> None:
     """Raise unless libraries can parse the variables that they read numbers and choices from.
 
     Raises:
@@ -112,9 +112,9 @@ def require_readable(environ: Mapping[str, str]) -> None:
     """
     found = [
         (name, environ[name], needed)
-        for names, needed, readable in _READABLE
+        for names, needed, is_valid in _PARSED
         for name in names
-        if name in environ and not readable(environ[name])
+        if name in environ and not is_valid(environ[name])
     ]
     if found:
         raise AttnimgError(
@@ -148,13 +148,13 @@ def _flag(value: object) -> frozenset[str]:
 
 def _precisions(run: _Run) -> frozenset[str]:
     """Return "no", which `accelerate launch` exports by default, and the run's autocast dtype."""
-    casts = run.problem.autocast or run.config.deepspeed
-    return frozenset({"no", *([_PRECISIONS.get(run.problem.dtype, "no")] if casts else [])})
+    uses_cast = run.problem.autocast or run.config.deepspeed
+    return frozenset({"no", *([_PRECISIONS.get(run.problem.dtype, "no")] if uses_cast else [])})
 
 
 def _compilers(run: _Run) -> frozenset[str]:
-    ours = run.config.torch_compile_backend or "inductor"
-    return frozenset({"no", *([ours] if run.problem.compiled else [])})
+    backend = run.config.torch_compile_backend or "inductor"
+    return frozenset({"no", *([backend] if run.problem.compiled else [])})
 
 
 def _compile_flag(run: _Run) -> frozenset[str]:
@@ -162,7 +162,7 @@ def _compile_flag(run: _Run) -> frozenset[str]:
     return _FALSE if run.problem.compiled else _TRUE | _FALSE
 
 
-def _of_fsdp(key: str) -> Callable[[_Run], frozenset[str] | None]:
+def _fsdp_flag(key: str) -> Callable[[_Run], frozenset[str] | None]:
     return lambda run: None if run.fsdp is None else _flag(run.fsdp.get(key, False))
 
 
@@ -172,23 +172,23 @@ def _offload(run: _Run) -> frozenset[str] | None:
     return _flag(run.fsdp.get("cpu_offload", "offload" in str(run.config.fsdp)))
 
 
-_COMPILE = "the config has torch_compile, torch_compile_backend and torch_compile_mode"
+_COMPILE_KEYS = "the config has torch_compile, torch_compile_backend and torch_compile_mode"
 
-_NOTHING = "attnimg does not support it"
+_UNSUPPORTED = "attnimg does not support it"
 
-# Name, the values in lower case that agree with a run (None: any), and what to set instead.
-_AGREEING: tuple[tuple[str, Callable[[_Run], Collection[str | None] | None], str], ...] = (
+# Name, the values in lower case that agree with a run (None: any), and what to use instead.
+_ALLOWED: tuple[tuple[str, Callable[[_Run], Collection[str | None] | None], str], ...] = (
     ("ACCELERATE_MIXED_PRECISION", _precisions, "the config has bf16 and fp16"),
-    ("ACCELERATE_FP8_BACKEND", lambda _: {"no"}, _NOTHING),
-    ("ACCELERATE_DYNAMO_BACKEND", _compilers, _COMPILE),
+    ("ACCELERATE_FP8_BACKEND", lambda _: {"no"}, _UNSUPPORTED),
+    ("ACCELERATE_DYNAMO_BACKEND", _compilers, _COMPILE_KEYS),
     ("ACCELERATE_DYNAMO_MODE",
      lambda run: {"default", run.config.torch_compile_mode} if run.problem.compiled else None,
-     _COMPILE),
-    ("ACCELERATE_DYNAMO_USE_DYNAMIC", _compile_flag, _NOTHING),
-    ("ACCELERATE_DYNAMO_USE_FULLGRAPH", _compile_flag, _NOTHING),
-    ("ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION", _compile_flag, _NOTHING),
-    ("TORCHDYNAMO_DISABLE", lambda run: {"0"} if run.problem.compiled else None, _COMPILE),
-    ("TORCH_COMPILE_DISABLE", lambda run: {"0"} if run.problem.compiled else None, _COMPILE),
+     _COMPILE_KEYS),
+    ("ACCELERATE_DYNAMO_USE_DYNAMIC", _compile_flag, _UNSUPPORTED),
+    ("ACCELERATE_DYNAMO_USE_FULLGRAPH", _compile_flag, _UNSUPPORTED),
+    ("ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION", _compile_flag, _UNSUPPORTED),
+    ("TORCHDYNAMO_DISABLE", lambda run: {"0"} if run.problem.compiled else None, _COMPILE_KEYS),
+    ("TORCH_COMPILE_DISABLE", lambda run: {"0"} if run.problem.compiled else None, _COMPILE_KEYS),
     ("ACCELERATE_USE_CPU", lambda run: _TRUE | _FALSE if run.cpu else _FALSE,
      "CUDA_VISIBLE_DEVICES= (empty) hides the GPUs"),
     ("ACCELERATE_TORCH_DEVICE", lambda run: {"cpu"} if run.cpu else (),
@@ -199,17 +199,17 @@ _AGREEING: tuple[tuple[str, Callable[[_Run], Collection[str | None] | None], str
      "the file that the key deepspeed names has its settings"),
     ("ACCELERATE_USE_FSDP", lambda run: _FALSE if run.fsdp is None else _TRUE | _FALSE,
      "the config has fsdp and fsdp_config"),
-    ("FSDP_CPU_RAM_EFFICIENT_LOADING", _of_fsdp("cpu_ram_efficient_loading"),
+    ("FSDP_CPU_RAM_EFFICIENT_LOADING", _fsdp_flag("cpu_ram_efficient_loading"),
      "fsdp_config has cpu_ram_efficient_loading"),
     ("FSDP_OFFLOAD_PARAMS", _offload, "fsdp_config has cpu_offload"),
-    ("FSDP_ACTIVATION_CHECKPOINTING", _of_fsdp("activation_checkpointing"),
+    ("FSDP_ACTIVATION_CHECKPOINTING", _fsdp_flag("activation_checkpointing"),
      "fsdp_config has activation_checkpointing"),
     ("FSDP_ACTIVATION_CHECKPOINTING_OFFLOAD", lambda run: None if run.fsdp is None else _FALSE,
-     _NOTHING),
-    ("FSDP_IGNORED_MODULES", lambda run: None if run.fsdp is None else (), _NOTHING),
-    ("ACCELERATE_USE_MEGATRON_LM", lambda _: _FALSE, _NOTHING),
-    ("ACCELERATE_USE_PARALLELISM_CONFIG", lambda _: _FALSE, _NOTHING),
-    ("ACCELERATE_USE_SAGEMAKER", lambda _: _FALSE, _NOTHING),
+     _UNSUPPORTED),
+    ("FSDP_IGNORED_MODULES", lambda run: None if run.fsdp is None else (), _UNSUPPORTED),
+    ("ACCELERATE_USE_MEGATRON_LM", lambda _: _FALSE, _UNSUPPORTED),
+    ("ACCELERATE_USE_PARALLELISM_CONFIG", lambda _: _FALSE, _UNSUPPORTED),
+    ("ACCELERATE_USE_SAGEMAKER", lambda _: _FALSE, _UNSUPPORTED),
 )  # fmt: skip
 
 
@@ -229,11 +229,11 @@ def require_agreement(
     """
     run = _Run(config=config, problem=problem, cpu=cpu)
     found = []
-    for name, agreeing, instead in _AGREEING:
-        fine = agreeing(run)
-        if name in environ and fine is not None and environ[name].lower() not in fine:
-            shown = f"found {name}={environ[name]}; needed: unset{_or(fine)}; {instead}"
-            found.append((name, shown))
+    for name, allowed_values, advice in _ALLOWED:
+        allowed = allowed_values(run)
+        if name in environ and allowed is not None and environ[name].lower() not in allowed:
+            text = f"found {name}={environ[name]}; needed: unset{_allowed_text(allowed)}; {advice}"
+            found.append((name, text))
     if found:
         raise AttnimgError(
             "the environment contradicts the config",
@@ -243,35 +243,37 @@ def require_agreement(
         )
 
 
-def _or(fine: Collection[str | None]) -> str:
+def _allowed_text(allowed: Collection[str | None]) -> str:
     """Return the values that agree, for a message; for a flag, only one of them."""
-    if set(fine) == _FALSE:
+    if set(allowed) == _FALSE:
         return " or false"
-    if set(fine) == _TRUE:
+    if set(allowed) == _TRUE:
         return " or true"
-    named = sorted(value for value in fine if value)
-    return f" or {' or '.join(named)}" if named else ""
+    names = sorted(value for value in allowed if value)
+    return f" or {' or '.join(names)}" if names else ""
 
 
-def as_bad_environment(error: Exception, environ: Mapping[str, str]) -> AttnimgError | None:
+def environment_error(error: Exception, environ: Mapping[str, str]) -> AttnimgError | None:
     """Return the AttnimgError for an error of a library that read a variable; None for any other.
 
     These are ValueErrors whose message names the variable, and errors raised by a line of a library
     that reads it.
     """
     texts = [str(error)] if isinstance(error, ValueError) else []
-    for frame in traceback.extract_tb(error.__traceback__)[-_NEAR:]:
+    for frame in traceback.extract_tb(error.__traceback__)[-_INNERMOST_FRAMES:]:
         source = _source(frame)
-        if re.search(r"environ|getenv|from_env", source) and not frame.filename.startswith(_OWN):
+        if re.search(r"environ|getenv|from_env", source) and not frame.filename.startswith(
+            _PACKAGE_FOLDER
+        ):
             texts.append(source)
-    named = [name for name in dict.fromkeys(_VARIABLE.findall("\n".join(texts))) if name in environ]
-    if not named:
+    names = [name for name in dict.fromkeys(_VARIABLE.findall("\n".join(texts))) if name in environ]
+    if not names:
         return None
     return AttnimgError(
         "a library cannot use a variable of the environment",
-        why=f"found {', '.join(f'{name}={environ[name]}' for name in named)}\n"
+        why=f"found {', '.join(f'{name}={environ[name]}' for name in names)}\n"
         f"{type(error).__name__}: {' '.join(str(error).split())[:300]}",
-        do=f"unset {' '.join(named)}",
+        do=f"unset {' '.join(names)}",
         code="bad-environment",
     )
 
@@ -296,10 +298,9 @@ def silence_libraries() -> None:
     os.environ["DISABLE_KUBEFLOW_INTEGRATION"] = "TRUE"
     # loss.png is drawn without a window; matplotlib raises on a backend that it does not know.
     os.environ["MPLBACKEND"] = "agg"
-    # It would warn about the missing kernel, which _import_bitsandbytes_alone prevents it from
-    # fetching.
+    # It would warn that the kernel, which it is not allowed to download, is missing.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    _import_bitsandbytes_alone()
+    _import_bitsandbytes_without_kernels()
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()
@@ -309,7 +310,7 @@ def silence_libraries() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
-def _import_bitsandbytes_alone() -> None:
+def _import_bitsandbytes_without_kernels() -> None:
     """Import bitsandbytes without the hub kernel that it would download and run at import.
 
     On a CPU with avx512_bf16 it downloads kernels-community/quantization-bitsandbytes, which also

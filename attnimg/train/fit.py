@@ -17,50 +17,55 @@ from rich.console import Console
 from attnimg.config.schema import Config
 from attnimg.errors import AttnimgError, memory_errors
 from attnimg.facts import RunContext
-from attnimg.train import metrics
-from attnimg.train.arguments import Schedule, plan_steps, training_arguments
+from attnimg.train import records
+from attnimg.train.arguments import (
+    Schedule,
+    count_weights,
+    plan_steps,
+    settings_in_use,
+    training_arguments,
+    weights_text,
+)
 from attnimg.train.attention_check import AttentionCheck
-from attnimg.train.checkpoint import ResumePoint, read_state
+from attnimg.train.check import output_dir_lock, prepare_output_dir
+from attnimg.train.checkpoint import ResumePoint, read_run_state
 from attnimg.train.distributed import (
     StopFlag,
     Stopped,
-    join,
+    join_group,
     lost_rank_errors,
     rank,
     world_size,
 )
 from attnimg.train.environment import silence_libraries
-from attnimg.train.identity import identity_of
-from attnimg.train.intact import damages_of
-from attnimg.train.metrics import ProgressView, print_line
-from attnimg.train.model_files import save_final
-from attnimg.train.output_dir import locked, prepare_output_dir
-from attnimg.train.receipt import (
+from attnimg.train.intact import find_damage
+from attnimg.train.model_files import save_final_model
+from attnimg.train.records import (
     FitResult,
+    ProgressView,
     RunFacts,
     Status,
-    count_weights,
-    open_receipt,
-    settings_in_use,
-    weights_sentence,
+    build_receipt,
+    print_line,
     write_receipt,
 )
 from attnimg.train.resume import (
     accepted_changes,
-    identity_in,
-    require_same,
+    build_identity,
+    read_identity,
+    require_same_identity,
     require_steps,
     resume_notes,
 )
-from attnimg.train.rows import Rows, even_out, make_rows
-from attnimg.train.tokenizer import stop_notes, use_trained_template
+from attnimg.train.rows import Rows, make_rows, pad_rows_to_multiple
+from attnimg.train.tokenizer import end_token_notes, use_trained_template
 
 if TYPE_CHECKING:
     from attnimg.train.data.documents import Documents
     from attnimg.train.loss import LossCheck
 
 # Keys of model configs with the number of experts, of which a batch may use only some.
-EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
+EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -79,8 +84,8 @@ class Session:
         train: rows to train on.
         evaluation: rows to evaluate on; None without evaluation.
         schedule: the optimizer steps of the run.
-        restored: the run's own state in the checkpoint that it resumes from; empty for a new run.
-        identity: what determines the run's result (identity.py); saved with each checkpoint.
+        restored: the run's state in the checkpoint that it resumes from; empty for a new run.
+        identity: what determines the run's result (resume.py); saved with each checkpoint.
         attention_check: judges attention calls of training steps.
     """
 
@@ -100,7 +105,7 @@ class Session:
     attention_check: AttentionCheck
 
     @property
-    def point(self) -> Path | None:
+    def checkpoint(self) -> Path | None:
         """Return the checkpoint that the session resumes from."""
         return self.resume.path if self.resume else None
 
@@ -141,10 +146,10 @@ def fit(
         Stopped: a stop was requested; a checkpoint is written.
     """
     silence_libraries()
-    join(cpu=run.machine.arch.vendor == "cpu", timeout_s=config.ddp_timeout)
+    join_group(cpu=run.machine.arch.vendor == "cpu", timeout_s=config.ddp_timeout)
     folder = Path(config.output_dir).expanduser()
-    train, evaluation = _rows(config, documents, run=run, tokenizer=tokenizer)
-    identity = identity_of(
+    train, evaluation = _make_rows(config, documents, run=run, tokenizer=tokenizer)
+    identity = build_identity(
         config,
         run=run,
         tokenizer=tokenizer,
@@ -152,9 +157,9 @@ def fit(
         rows=train.figures["rows"],
         tokens=train.figures["tokens"],
     )
-    require_same(identity, config, resume)
+    require_same_identity(identity, config, resume)
     notes = use_trained_template(config, tokenizer)
-    for note in (*notes, *stop_notes(documents.train, tokenizer, model)):
+    for note in (*notes, *end_token_notes(documents.train, tokenizer, model)):
         print_line(console, f"  warning: {note}")
     session = Session(
         config=config,
@@ -170,30 +175,30 @@ def fit(
         schedule=plan_steps(
             config, rows=len(train.dataset), world=world_size(), validation=evaluation is not None
         ),
-        restored=read_state(resume.path) if resume and resume.path else {},
+        restored=read_run_state(resume.path) if resume and resume.path else {},
         identity=identity,
         attention_check=attention_check,
     )
     require_steps(session.schedule.total_steps, config, resume)
-    with locked(folder) if rank() == 0 else nullcontext():
+    with output_dir_lock(folder) if rank() == 0 else nullcontext():
         if rank() == 0:
             prepare_output_dir(folder, resume, console=console)
-        return _with_receipt(session, documents.figures)
+        return _run_with_receipt(session, documents.figures)
 
 
-def _rows(
+def _make_rows(
     config: Config, documents: Documents, *, run: RunFacts, tokenizer: Any
 ) -> tuple[Rows, Rows | None]:
     """Pack both splits; evaluation is packed as training is, unless eval_sample_packing is false.
 
-    Without sample_packing nothing is packed: no proof shows that the model keeps documents apart.
+    Without sample_packing nothing is packed: no proof shows that the model isolates documents.
     """
 
     def rows(dataset: Any, *, packed: bool, batch_size: int) -> Rows:
         padding = tokenizer.pad_token_id
-        made = make_rows(dataset, config, packed=packed, context=run.context, pad_token_id=padding)
-        at_once = batch_size * world_size() if world_size() > 1 else 1
-        return even_out(made, multiple=at_once, pad_token_id=padding)
+        built = make_rows(dataset, config, packed=packed, context=run.context, pad_token_id=padding)
+        multiple = batch_size * world_size() if world_size() > 1 else 1
+        return pad_rows_to_multiple(built, multiple=multiple, pad_token_id=padding)
 
     packed, batch_size = bool(config.sample_packing), config.micro_batch_size
     train = rows(documents.train, packed=packed, batch_size=batch_size)
@@ -206,15 +211,15 @@ def _rows(
     )
 
 
-def _with_receipt(session: Session, data_figures: object) -> FitResult:
+def _run_with_receipt(session: Session, data_figures: object) -> FitResult:
     """Train; write the receipt before the first step, and again when the run has ended."""
-    train, evaluation, point = session.train, session.evaluation, session.point
+    train, evaluation, checkpoint = session.train, session.evaluation, session.checkpoint
     first = rank() == 0
-    before = identity_in(point) if point else {}
-    if point and first:
-        for note in resume_notes(before, session.identity, name=point.name):
+    before = read_identity(checkpoint) if checkpoint else {}
+    if checkpoint and first:
+        for note in resume_notes(before, session.identity, name=checkpoint.name):
             print_line(session.console, note)
-    receipt = open_receipt(
+    receipt = build_receipt(
         session.config,
         run=session.run,
         figures={
@@ -229,7 +234,7 @@ def _with_receipt(session: Session, data_figures: object) -> FitResult:
                 for change in accepted_changes(before, session.identity)
             },
         },
-        resumed_from=point,
+        resumed_from=checkpoint,
     )
     if first:
         write_receipt(session.folder, receipt, status="running")
@@ -238,7 +243,7 @@ def _with_receipt(session: Session, data_figures: object) -> FitResult:
             result = _train(session, receipt)
     except BaseException as error:
         if first:
-            _write_end(session.folder, receipt, error=error)
+            _write_failure(session.folder, receipt, error=error)
         raise
     if first:
         figures = asdict(result)
@@ -248,15 +253,15 @@ def _with_receipt(session: Session, data_figures: object) -> FitResult:
     return result
 
 
-def _write_end(folder: Path, receipt: Mapping[str, object], *, error: BaseException) -> None:
+def _write_failure(folder: Path, receipt: Mapping[str, object], *, error: BaseException) -> None:
     """Write how the run ended, unless the disk is too full even for that."""
     status: Status = "stopped" if isinstance(error, Stopped | KeyboardInterrupt) else "failed"
-    shown: dict[str, object] = {"code": type(error).__name__, "what": str(error)}
+    details: dict[str, object] = {"code": type(error).__name__, "what": str(error)}
     if isinstance(error, AttnimgError):
-        shown = {"code": error.code, "what": error.what, "why": error.why, "do": error.do}
+        details = {"code": error.code, "what": error.what, "why": error.why, "do": error.do}
     # The error being raised matters more than a failure to write it to a full disk.
     with suppress(AttnimgError):
-        write_receipt(folder, {**receipt, "error": shown}, status=status)
+        write_receipt(folder, {**receipt, "error": details}, status=status)
 
 
 def _train(session: Session, receipt: dict[str, object]) -> FitResult:
@@ -265,29 +270,29 @@ def _train(session: Session, receipt: dict[str, object]) -> FitResult:
     first, config = rank() == 0, session.config
     view = ProgressView(session.console, total=session.schedule.total_steps, visible=first)
 
-    def ready(engine: Any) -> None:
+    def on_ready(engine: Any) -> None:
         receipt["applied"] = settings_in_use(engine, session.run.plan)
         if first:
             write_receipt(session.folder, receipt, status="running")
 
-    engine = build_engine(session, view, ready)
+    engine = build_engine(session, view, on_ready)
     receipt["weights"] = counts = count_weights(engine.model)
-    print_line(session.console, f"  {weights_sentence(counts)}")
-    session.attention_check.announce()
+    print_line(session.console, f"  {weights_text(counts)}")
+    session.attention_check.report_schedule()
     receipt["loss"] = _check_own_loss(engine, session)
     try:
         notes = _run_engine(engine, session)
     finally:
         view.end()
-    files, steps = save_final(engine, config, session.folder), engine.state.global_step
+    files, steps = save_final_model(engine, config, session.folder), engine.state.global_step
     if first:
         subtitle = f"attention {session.run.backend}, {session.run.context.dtype}, {steps:,} steps"
         title = Path(str(config.base_model)).name
-        picture = metrics.draw_loss(session.folder, title=title, subtitle=subtitle)
-        files += [path for path in (picture, session.folder / metrics.FILE) if path]
+        picture = records.plot_loss(session.folder, title=title, subtitle=subtitle)
+        files += [path for path in (picture, session.folder / records.METRICS_FILE) if path]
     # Everything is written: a later signal has nothing to save.
     session.stop.training = False
-    lines = metrics.read(session.folder)
+    lines = records.read_metrics(session.folder)
 
     def last(name: str) -> float | None:
         return next((line[name] for line in reversed(lines) if name in line), None)
@@ -300,18 +305,18 @@ def _train(session: Session, receipt: dict[str, object]) -> FitResult:
         tokens=engine.counter.total_tokens,
         seconds=time.monotonic() - began,
         files=tuple(files),
-        resumed_from=session.point,
+        resumed_from=session.checkpoint,
         notes=tuple(notes),
     )
 
 
-def build_engine(session: Session, view: ProgressView, ready: Callable[[Any], None]) -> Any:
+def build_engine(session: Session, view: ProgressView, on_ready: Callable[[Any], None]) -> Any:
     """Build the engine, without transformers' own printing.
 
     Args:
         session: config, model, rows and state of the run.
         view: the progress bar.
-        ready: called with the engine when it is ready for its first step.
+        on_ready: called with the engine when it is ready for its first step.
     """
     from transformers import EarlyStoppingCallback, PrinterCallback
     from trl import SFTConfig
@@ -324,7 +329,7 @@ def build_engine(session: Session, view: ProgressView, ready: Callable[[Any], No
         machine=run.machine,
         context=run.context,
         schedule=session.schedule,
-        sparse=any(getattr(session.model.config, name, None) for name in EXPERTS),
+        sparse=any(getattr(session.model.config, name, None) for name in EXPERT_KEYS),
     )
     patience = config.early_stopping_patience
     engine = Engine(
@@ -338,7 +343,7 @@ def build_engine(session: Session, view: ProgressView, ready: Callable[[Any], No
         callbacks=[EarlyStoppingCallback(patience)] if patience else [],
     )
     engine.remove_callback(PrinterCallback)
-    engine.add_callback(RunCallback(engine, view, ready))
+    engine.add_callback(RunCallback(engine, view, on_ready))
     _require_context(engine, run.context, deepspeed=bool(config.deepspeed))
     return engine
 
@@ -352,9 +357,9 @@ def _require_context(engine: Any, context: RunContext, *, deepspeed: bool) -> No
     accelerator = engine.accelerator
     named = {"fp16": "float16", "bf16": "bfloat16"}
     # DeepSpeed's own engine casts the weights; accelerate's autocast is off there.
-    cast = named.get(accelerator.mixed_precision) if accelerator.native_amp else None
+    autocast = named.get(accelerator.mixed_precision) if accelerator.native_amp else None
     compiled = accelerator.state.dynamo_plugin.backend.value != "NO"
-    found, needed = (cast, compiled), (context.autocast, context.compiled)
+    found, needed = (autocast, compiled), (context.autocast, context.compiled)
     if found == needed or deepspeed:
         return
     texts = [f"autocast {cast or 'off'}, torch.compile {'on' if on else 'off'}"
@@ -376,16 +381,16 @@ def _check_own_loss(engine: Any, session: Session) -> LossCheck:
         AttnimgError: the class's loss is not that of its logits (loss-differs), or the model
             raises (model-raised); exit code 1.
     """
-    from attnimg.train.loss import LossCheck, loss_sentence
+    from attnimg.train.loss import LossCheck, loss_check_text
     from attnimg.train.own_loss import check_loss
 
     config = session.config
     if session.is_done:
         return LossCheck(compared=False, why="no step is left to train")
     sharded = bool(config.fsdp or config.fsdp_config or config.deepspeed)
-    found = check_loss(engine, session.train, context=session.run.context, sharded=sharded)
-    print_line(session.console, f"  {loss_sentence(found)}")
-    return found
+    check = check_loss(engine, session.train, context=session.run.context, sharded=sharded)
+    print_line(session.console, f"  {loss_check_text(check)}")
+    return check
 
 
 def _run_engine(engine: Any, session: Session) -> list[str]:
@@ -396,17 +401,17 @@ def _run_engine(engine: Any, session: Session) -> list[str]:
     """
     import torch
 
-    total, point = session.schedule.total_steps, session.point
+    total, checkpoint = session.schedule.total_steps, session.checkpoint
     if session.is_done and session.resume:
         # transformers would train one step too many; only the model has to be loaded.
-        engine._load_from_checkpoint(str(point))
+        engine._load_from_checkpoint(str(checkpoint))
         engine.state.global_step = session.resume.step
         engine.counter.total_tokens = int(session.restored.get("tokens", 0))
         if session.restored.get("evaluate_first"):
             engine.evaluate_missed()
-        return [f"all {total} steps were done already at {point}"]
+        return [f"all {total} steps were done already at {checkpoint}"]
     try:
-        engine.train(resume_from_checkpoint=str(point) if point else None)
+        engine.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except torch.OutOfMemoryError as error:
         raise AttnimgError(
             f"out of GPU memory at step {engine.state.global_step + 1}",
@@ -417,16 +422,16 @@ def _run_engine(engine: Any, session: Session) -> list[str]:
             key="micro_batch_size",
             exit_code=1,
         ) from error
-    return [] if engine.state.global_step >= total else [_end_early(engine)]
+    return [] if engine.state.global_step >= total else [_load_best(engine)]
 
 
-def _end_early(engine: Any) -> str:
-    """Load the best checkpoint, if there is one; return a note on which model is kept."""
+def _load_best(engine: Any) -> str:
+    """Load the best checkpoint, if there is one; return a note on which model is saved."""
     best = engine.folder / f"checkpoint-{engine.state.best_global_step}"
     reason = f"stopped early at step {engine.state.global_step}: the evaluation loss is no better"
     if not best.is_dir():
         return f"{reason}; the model is that of the last step"
-    if wrong := damages_of(best):
+    if wrong := find_damage(best):
         return (
             f"warning: {reason} than at step {engine.state.best_global_step}, but {best.name} is "
             f"damaged ({wrong[0]}); the model is that of the last step"

@@ -11,7 +11,6 @@ import json
 import math
 import os
 import re
-import stat
 import zipfile
 import zlib
 from collections.abc import Mapping
@@ -23,9 +22,9 @@ from typing import Any
 
 from attnimg.content_hashes import in_threads
 from attnimg.errors import AttnimgError
-from attnimg.files import read_regular
-from attnimg.train.checkpoint import FILE, checkpoints, own_hash, step_of
-from attnimg.train.model_files import UNREADABLE, WEIGHT_INDEX, safetensors_damages, shards_of
+from attnimg.files import open_regular, read_regular
+from attnimg.train.checkpoint import MANIFEST_FILE, checkpoint_step, list_checkpoints, manifest_hash
+from attnimg.train.model_files import JSON_ERRORS, WEIGHT_INDEX, check_safetensors, read_shard_names
 from attnimg.train.pickled_weights import require_safetensors
 
 _KEY = "resume_from_checkpoint"
@@ -47,20 +46,20 @@ _LOADED = re.compile(
 )
 
 
-def damages_of(checkpoint: Path) -> list[str]:
-    """Return what is wrong with a checkpoint's files, as manifest_damages does.
+def find_damage(checkpoint: Path) -> list[str]:
+    """Return what is wrong with a checkpoint's files, one text for each damage.
 
     Raises:
         AttnimgError: it has no manifest, and its weights are pickled (code pickled-weights).
     """
-    step = step_of(checkpoint)
+    step = checkpoint_step(checkpoint)
     if has_manifest(checkpoint):
-        return manifest_damages(checkpoint, step=step)
+        return check_manifest(checkpoint, step=step)
     require_safetensors(checkpoint, key=_KEY)
-    return damages_without_manifest(checkpoint, step=step)
+    return check_without_manifest(checkpoint, step=step)
 
 
-def newest_whole(found: list[Path]) -> tuple[Path | None, dict[Path, list[str]]]:
+def find_newest_intact(found: list[Path]) -> tuple[Path | None, dict[Path, list[str]]]:
     """Return the newest intact checkpoint, and the newer ones with what is wrong with each.
 
     Args:
@@ -68,25 +67,25 @@ def newest_whole(found: list[Path]) -> tuple[Path | None, dict[Path, list[str]]]
     """
     damaged: dict[Path, list[str]] = {}
     for path in reversed(found):
-        wrong = damages_of(path)
-        if not wrong:
+        damage = find_damage(path)
+        if not damage:
             return path, damaged
-        damaged[path] = wrong
+        damaged[path] = damage
     return None, damaged
 
 
-def notes_on(checkpoint: Path, damaged: dict[Path, list[str]]) -> tuple[str, ...]:
+def checkpoint_notes(checkpoint: Path, damaged: dict[Path, list[str]]) -> tuple[str, ...]:
     """Return lines for the user on an intact checkpoint, and on newer ones that are damaged."""
     notes = [
-        f"warning: {path.name} is damaged ({wrong[0]}"
-        + (f", and {len(wrong) - 1} more" if len(wrong) > 1 else "")
-        + f"): resuming from {checkpoint.name}, the newest whole one"
-        for path, wrong in damaged.items()
+        f"warning: {path.name} is damaged ({damage[0]}"
+        + (f", and {len(damage) - 1} more" if len(damage) > 1 else "")
+        + f"): resuming from {checkpoint.name}, the newest intact one"
+        for path, damage in damaged.items()
     ]
     if not has_manifest(checkpoint):
         notes.append(
-            f"warning: {checkpoint.name} has no manifest: its files can be read, but whether they "
-            "are as they were written can't be checked"
+            f"warning: {checkpoint.name} has no manifest: its files can be read, but not "
+            "compared with what was written"
         )
         if not any(checkpoint.glob("rng_state*")):
             notes.append(
@@ -95,31 +94,33 @@ def notes_on(checkpoint: Path, damaged: dict[Path, list[str]]) -> tuple[str, ...
     return tuple(notes)
 
 
-def damaged(checkpoint: Path, wrong: list[str], *, output_dir: Path) -> AttnimgError:
+def damaged_error(checkpoint: Path, damage: list[str], *, output_dir: Path) -> AttnimgError:
     """Return the error for a damaged checkpoint; it names the newest intact one in the folder.
 
     Args:
         checkpoint: the damaged one.
-        wrong: what is wrong with it.
+        damage: what is wrong with it.
         output_dir: the run's.
     """
-    others = [path for path in checkpoints(checkpoint.parent) if path.name != checkpoint.name]
+    others = [path for path in list_checkpoints(checkpoint.parent) if path.name != checkpoint.name]
     newest = None
     with suppress(AttnimgError):  # one with pickled weights
-        newest = newest_whole(others)[0]
+        newest = find_newest_intact(others)[0]
     if newest is None:
         do = (
-            f"copy {checkpoint.name} again from where it was written: no whole checkpoint is in "
+            f"copy {checkpoint.name} again from where it was written: no intact checkpoint is in "
             f"{checkpoint.parent}\nor, for a new run, set another output_dir and remove {_KEY}"
         )
-    elif newest.resolve().parent == output_dir.resolve() and step_of(newest) < step_of(checkpoint):
-        do = f"set {_KEY}: true, which resumes from {newest.name}, the newest whole one"
+    elif newest.resolve().parent == output_dir.resolve() and checkpoint_step(
+        newest
+    ) < checkpoint_step(checkpoint):
+        do = f"set {_KEY}: true, which resumes from {newest.name}, the newest intact one"
     else:
-        do = f"set {_KEY}: {newest}, the newest whole one"
-    shown = [*wrong[:8], *([f"and {len(wrong) - 8} more"] if len(wrong) > 8 else [])]
+        do = f"set {_KEY}: {newest}, the newest intact one"
+    lines = [*damage[:8], *([f"and {len(damage) - 8} more"] if len(damage) > 8 else [])]
     return AttnimgError(
         f"{checkpoint} is damaged",
-        why="\n".join(shown),
+        why="\n".join(lines),
         do=do,
         code="damaged-checkpoint",
         key=_KEY,
@@ -128,20 +129,20 @@ def damaged(checkpoint: Path, wrong: list[str], *, output_dir: Path) -> AttnimgE
 
 def has_manifest(checkpoint: Path) -> bool:
     """Return whether a checkpoint has a manifest, or files that only occur with one."""
-    return os.path.lexists(checkpoint / FILE) or any(
+    return os.path.lexists(checkpoint / MANIFEST_FILE) or any(
         next(checkpoint.glob(name), None) for name in _OURS
     )
 
 
-def hash_of(checkpoint: Path) -> str | None:
+def read_checkpoint_hash(checkpoint: Path) -> str | None:
     """Return the hash of an intact checkpoint, from its manifest; None without one."""
     if not has_manifest(checkpoint):
         return None
-    found: str = _read(checkpoint / FILE)["sha256"]
+    found: str = _read_manifest(checkpoint / MANIFEST_FILE)["sha256"]
     return found
 
 
-def manifest_damages(checkpoint: Path, *, step: int) -> list[str]:
+def check_manifest(checkpoint: Path, *, step: int) -> list[str]:
     """Return what is wrong with the files of a checkpoint; empty if all are unchanged.
 
     Args:
@@ -153,14 +154,13 @@ def manifest_damages(checkpoint: Path, *, step: int) -> list[str]:
         "model.safetensors: found 100 bytes, needed 200".
     """
     try:
-        content = _read(checkpoint / FILE)
+        content = _read_manifest(checkpoint / MANIFEST_FILE)
     except FileNotFoundError:
-        return [f"{FILE}: it is missing, and the other files can't be checked without it"]
+        return [f"{MANIFEST_FILE}: it is missing, and the other files can't be checked without it"]
     except OSError as error:
-        return [f"{FILE}: it can't be read: {error.strerror or error}"]
+        return [f"{MANIFEST_FILE}: it can't be read: {error.strerror or error}"]
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        return [f"{FILE}: it is not as it was written, and the other files can't be checked "
-                "without it"]  # fmt: skip
+        return [f"{MANIFEST_FILE}: it was changed; the other files can't be checked without it"]
     steps = {"the manifest": content["step"], **content["parts"]}
     found = [
         f"{part}: found step {at}, needed {step} as in the name of {checkpoint.name}"
@@ -168,15 +168,15 @@ def manifest_damages(checkpoint: Path, *, step: int) -> list[str]:
         if at != step
     ]
     files: Mapping[str, Mapping[str, Any]] = content["files"]
-    judged = in_threads(lambda name: _damage(checkpoint / name, files[name]), files)
+    judged = in_threads(lambda name: _check_file(checkpoint / name, files[name]), files)
     found += [f"{name}: {text}" for name, text in zip(files, judged, strict=True) if text]
     return found + [
-        f"{name}: found a file that was added later and would be loaded, needed none of this name"
-        for name in _added(checkpoint, files)
+        f"{name}: found a file that is not in the manifest and would be loaded"
+        for name in _unlisted_files(checkpoint, files)
     ]
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read_manifest(path: Path) -> dict[str, Any]:
     """Return a manifest's content.
 
     Raises:
@@ -184,43 +184,39 @@ def _read(path: Path) -> dict[str, Any]:
         ValueError, TypeError, KeyError, AttributeError, RecursionError: it was changed.
     """
     content: dict[str, Any] = json.loads(read_regular(path, at_most=_MAX_BYTES))
-    if content["sha256"] != own_hash(content):
+    if content["sha256"] != manifest_hash(content):
         raise ValueError("its own hash differs")
     if any(type(at) is not int for at in (content["step"], *content["parts"].values())):
-        raise TypeError("a step is no number")
+        raise TypeError("a step is not a number")
     for name, entry in content["files"].items():
         inside = PurePosixPath(name.encode().decode())  # raises for a lone surrogate
         if inside.is_absolute() or ".." in inside.parts or "\0" in name or not inside.parts:
-            raise ValueError("a name leads out of the checkpoint")
+            raise ValueError("a name points outside of the checkpoint")
         if type(entry["size"]) is not int or entry["size"] < 0:
-            raise ValueError("a size is no number")
+            raise ValueError("a size is not a number")
         if not re.fullmatch("[0-9a-f]{64}", entry["sha256"]):
             raise ValueError("a hash is not of SHA-256")
     return content
 
 
-def _damage(path: Path, needed: Mapping[str, Any]) -> str | None:
+def _check_file(path: Path, expected: Mapping[str, Any]) -> str | None:
     """Return what is wrong with a file; None if it is unchanged."""
     try:
-        # O_NONBLOCK, since opening a pipe would otherwise wait for a writer.
-        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        with os.fdopen(handle, "rb", buffering=0) as file:
-            about = os.fstat(file.fileno())
-            if not stat.S_ISREG(about.st_mode):
-                return "found a pipe, a socket, a device or a folder, needed a file"
-            if about.st_size != needed["size"]:
-                return f"found {about.st_size:,} bytes, needed {needed['size']:,}"
+        with open_regular(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            if size != expected["size"]:
+                return f"found {size:,} bytes, needed {expected['size']:,}"
             found = hashlib.file_digest(file, "sha256").hexdigest()
     except FileNotFoundError:
         return "it is missing"
     except OSError as error:
         return f"it can't be read: {error.strerror or error}"
-    if found == needed["sha256"]:
+    if found == expected["sha256"]:
         return None
-    return f"found SHA-256 {found[:12]}..., needed {needed['sha256'][:12]}..."
+    return f"found SHA-256 {found[:12]}..., needed {expected['sha256'][:12]}..."
 
 
-def _added(checkpoint: Path, files: Mapping[str, Any]) -> list[str]:
+def _unlisted_files(checkpoint: Path, files: Mapping[str, Any]) -> list[str]:
     """Return the files that are not in a manifest, but would be loaded with the checkpoint."""
     names = (path.relative_to(checkpoint).as_posix() for path in checkpoint.rglob("*"))
     return sorted(
@@ -258,47 +254,47 @@ _IDENTITY: Mapping[str, tuple[type, ...]] = {
 }  # fmt: skip
 
 
-def damages_without_manifest(checkpoint: Path, *, step: int) -> list[str]:
-    """Return what is wrong with a checkpoint without a manifest, as manifest_damages does."""
-    found = [*_trainer_state(checkpoint, step), *_run_state(checkpoint)]
+def check_without_manifest(checkpoint: Path, *, step: int) -> list[str]:
+    """Return what is wrong with a checkpoint without a manifest, as check_manifest does."""
+    found = [*_check_trainer_state(checkpoint, step), *_check_run_state(checkpoint)]
     if (checkpoint / "optimizer.pt").exists() and not (checkpoint / "scheduler.pt").exists():
         found.append("scheduler.pt: it is missing, and the optimizer can't be resumed without it")
     for path in sorted(checkpoint.rglob("*.safetensors")):
-        wrong = safetensors_damages(path)
+        wrong = check_safetensors(path)
         found += [f"{path.relative_to(checkpoint)}: {text}" for text in wrong]
-    return found + _shards(checkpoint) + _states(checkpoint)
+    return found + _missing_shards(checkpoint) + _check_pickles(checkpoint)
 
 
-def _trainer_state(checkpoint: Path, step: int) -> list[str]:
-    content = _json(checkpoint / "trainer_state.json")
+def _check_trainer_state(checkpoint: Path, step: int) -> list[str]:
+    content = _read_json(checkpoint / "trainer_state.json")
     if content is None:
-        return ["trainer_state.json: it is no JSON object, or can't be read"]
+        return ["trainer_state.json: it is not a JSON object, or can't be read"]
     from transformers import TrainerState
 
     name = "trainer_state.json"
     if unknown := sorted(content.keys() - TrainerState.__dataclass_fields__.keys()):
         return [f"{name}: found keys that the installed transformers does not know: "
                 f"{', '.join(unknown[:3])}"]  # fmt: skip
-    wrong = _mistyped(name, content, _TRAINER)
+    wrong = _check_types(name, content, _TRAINER)
     if not wrong and content.get("global_step") != step:
         wrong = [f"{name}: found global_step {content.get('global_step')}, needed {step} as in "
                  f"the name of {checkpoint.name}"]  # fmt: skip
     return wrong
 
 
-def _run_state(checkpoint: Path) -> list[str]:
+def _check_run_state(checkpoint: Path) -> list[str]:
     path = checkpoint / "attnimg.json"
     if not path.exists():
         return []
-    content = _json(path)
+    content = _read_json(path)
     if content is None:
-        return ["attnimg.json: it is no JSON object, or can't be read"]
-    wrong = _mistyped(path.name, content, _RUN)
-    wrong = wrong or _mistyped(path.name, content.get("window", {}), _WINDOW)
-    return wrong or _mistyped(path.name, content.get("identity", {}), _IDENTITY)
+        return ["attnimg.json: it is not a JSON object, or can't be read"]
+    wrong = _check_types(path.name, content, _RUN)
+    wrong = wrong or _check_types(path.name, content.get("window", {}), _WINDOW)
+    return wrong or _check_types(path.name, content.get("identity", {}), _IDENTITY)
 
 
-def _mistyped(
+def _check_types(
     name: str, content: Mapping[str, Any], types: Mapping[str, tuple[type, ...]]
 ) -> list[str]:
     """Return the values of the wrong type, and numbers that are negative, NaN or inf."""
@@ -312,12 +308,12 @@ def _mistyped(
             right = math.isfinite(value) and value >= 0
         if not right:
             text = json.dumps(value)
-            shown = text if len(text) < 40 else f"{text[:40]}..."
-            wrong.append(f"{name}: found {key}: {shown}, which training can't have written")
+            text = text if len(text) < 40 else f"{text[:40]}..."
+            wrong.append(f"{name}: found {key}: {text}, which training never writes")
     return wrong
 
 
-def _json(path: Path) -> dict[str, Any] | None:
+def _read_json(path: Path) -> dict[str, Any] | None:
     try:
         content = json.loads(read_regular(path, at_most=_MAX_JSON))
     except (OSError, ValueError, RecursionError):
@@ -325,26 +321,26 @@ def _json(path: Path) -> dict[str, Any] | None:
     return content if isinstance(content, dict) else None
 
 
-def _shards(checkpoint: Path) -> list[str]:
+def _missing_shards(checkpoint: Path) -> list[str]:
     """Return the missing shards of an index."""
     if not (checkpoint / WEIGHT_INDEX).exists():
         return []
     try:
-        shards = shards_of(checkpoint)
-    except UNREADABLE:
-        return [f"{WEIGHT_INDEX}: it is no index of weights"]
+        shards = read_shard_names(checkpoint)
+    except JSON_ERRORS:
+        return [f"{WEIGHT_INDEX}: it is not an index of weights"]
     missing = [at for at in shards if not (checkpoint / at).is_file()]
     return [f"{at}: it is missing, and {WEIGHT_INDEX} names it" for at in missing]
 
 
-def _states(checkpoint: Path) -> list[str]:
+def _check_pickles(checkpoint: Path) -> list[str]:
     """Return the pickled states that are damaged, or that can only be read by running code."""
     paths = [path for path in sorted(checkpoint.rglob("*")) if _PICKLES.fullmatch(path.name)]
-    found = {path.relative_to(checkpoint): _pickle(path) for path in paths}
+    found = {path.relative_to(checkpoint): _check_pickle(path) for path in paths}
     return [f"{name}: {text}" for name, text in found.items() if text]
 
 
-def _pickle(path: Path) -> str | None:
+def _check_pickle(path: Path) -> str | None:
     """Return what is wrong with a file of torch.save; its pickle is parsed, but not run."""
     import torch
     from transformers.trainer_pt_utils import safe_globals
@@ -356,9 +352,9 @@ def _pickle(path: Path) -> str | None:
         return "found a pipe, a socket, a device or a folder, needed a file"
     try:
         with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-        if damaged is not None:
-            return f"the checksum of its part {damaged.rpartition('/')[2]} differs"
+            damaged_part = archive.testzip()
+        if damaged_part is not None:
+            return f"the checksum of its part {damaged_part.rpartition('/')[2]} differs"
         with safe_globals():
             code = torch.serialization.get_unsafe_globals_in_checkpoint(path)
     except OSError as error:

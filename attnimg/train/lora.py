@@ -1,7 +1,7 @@
 """Add a LoRA adapter to a model: resolve its targets, raise for those that can't train or merge.
 
 PEFT matches an entry of a list with the end of a module's full name, and a string as a regular
-expression with the whole name.
+expression with the full name.
 """
 
 from __future__ import annotations
@@ -11,11 +11,13 @@ import re
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from attnimg.config.schema import Config
-from attnimg.errors import AttnimgError
-from attnimg.train.base_model import freeze_towers
+from attnimg.errors import AttnimgError, bad_value
+
+if TYPE_CHECKING:
+    pass
 
 ALL_LINEAR = "all-linear"
 
@@ -34,10 +36,10 @@ def add_adapter(model: Any, config: Config) -> Any:
     """
     from peft import LoraConfig, get_peft_model
 
-    frozen = freeze_towers(model)
+    frozen = freeze_other_parts(model)
     targets = resolve_targets(model, config)
     require_modules_to_save(model, config)
-    names, tied = embeddings(model)
+    names, tied = find_embeddings(model)
     saved = config.lora_modules_to_save or []
     lora = LoraConfig(
         # Without a task, PEFT writes the model's class into adapter_config.json.
@@ -46,7 +48,7 @@ def add_adapter(model: Any, config: Config) -> Any:
         lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
         target_modules=targets,
-        exclude_modules=_within(frozen),
+        exclude_modules=_submodule_pattern(frozen),
         # A copy, since PEFT adds tied modules to the list.
         modules_to_save=list(saved) or None,
         fan_in_fan_out=bool(config.lora_fan_in_fan_out),
@@ -55,7 +57,7 @@ def add_adapter(model: Any, config: Config) -> Any:
         # Tied embeddings stay tied: otherwise training would make them differ.
         ensure_weight_tying=tied and any(matches(saved, name) for name in names),
     )
-    fitting = find_fitting(model, config)
+    adaptable = find_adaptable_modules(model, config)
     try:
         with warnings.catch_warnings():
             # PEFT warns if no target is in an excluded module, which is fine.
@@ -64,15 +66,15 @@ def add_adapter(model: Any, config: Config) -> Any:
             warnings.filterwarnings("ignore", message=r"The following \w+_pattern keys")
             return get_peft_model(model, lora)
     except (TypeError, ValueError) as error:
-        raise _bad(
+        raise bad_value(
             "lora_target_modules",
             "the adapter does not fit the model",
-            why=_reason(error),
-            do=advice_on(fitting, config, error),
+            why=_peft_reason(error),
+            do=advice_for_adapter(adaptable, config, error),
         ) from error
 
 
-def _reason(error: Exception) -> str:
+def _peft_reason(error: Exception) -> str:
     """Return PEFT's message in one line, without the module's repr."""
     found = re.match(r"Target module (\w+)\(.* is not supported", str(error), re.DOTALL)
     if found is None:
@@ -80,7 +82,7 @@ def _reason(error: Exception) -> str:
     return f"found a target of the class {found[1]}; needed a linear layer, an embedding or experts"
 
 
-def _within(modules: tuple[str, ...]) -> str | None:
+def _submodule_pattern(modules: tuple[str, ...]) -> str | None:
     """Return a regular expression for the submodules of modules; None for no modules."""
     return rf"({'|'.join(re.escape(name) for name in modules)})\..*" if modules else None
 
@@ -92,22 +94,22 @@ def adapter_notes(model: Any, config: Config) -> list[str]:
         return []
     notes = []
     if lora.ensure_weight_tying:
-        names, _ = embeddings(model.get_base_model())
+        names, _ = find_embeddings(model.get_base_model())
         leaves = " and ".join(last_part(name) for name in names)
         notes.append(
             f"lora_modules_to_save: {leaves} are tied in the base model: both are trained, and "
             "stay one weight"
         )
-    bare = sorted(_bare_experts(model))
-    if bare and _asks_for_experts(config):
+    without = sorted(_experts_without_adapter(model))
+    if without and _targets_experts(config):
         notes.append(
-            f"the experts' weights ({', '.join(bare)}) get no adapter and are not trained: PEFT "
+            f"the experts' weights ({', '.join(without)}) get no adapter and are not trained: PEFT "
             f"does not support them in a {model.config.model_type} model"
         )
     return notes
 
 
-def _bare_experts(model: Any) -> set[str]:
+def _experts_without_adapter(model: Any) -> set[str]:
     """Return the last part of the names of experts' frozen parameters without an adapter."""
     return {
         last_part(name)
@@ -117,7 +119,7 @@ def _bare_experts(model: Any) -> set[str]:
     }  # fmt: skip
 
 
-def _asks_for_experts(config: Config) -> bool:
+def _targets_experts(config: Config) -> bool:
     """Return whether the targets name the layers of a feed-forward block, or all layers."""
     targets = config.lora_target_modules
     if not targets or config.lora_target_linear:
@@ -136,24 +138,24 @@ def resolve_targets(model: Any, config: Config) -> list[str] | str:
     targets = config.lora_target_modules
     if not targets or (isinstance(targets, str) and targets.lower() == ALL_LINEAR):
         others = any(type(module).__name__ in _OTHER_LINEAR for module in model.modules())
-        return adaptable(model, linear=True) if others else ALL_LINEAR
+        return list_adaptable(model, linear=True) if others else ALL_LINEAR
     names = _adaptable_names(model)
     found = {name for name in names if matches(targets, name)}
     if isinstance(targets, str):
         if not found:
             raise _no_match(targets, model)
-    elif missing := [entry for entry in targets if not matched(entry, names)]:
-        layers = [*adaptable(model), *expert_names(model)]
-        fused = _names_before(model)
+    elif missing := [entry for entry in targets if not matching_names(entry, names)]:
+        layers = [*list_adaptable(model), *list_expert_names(model)]
+        fused = _original_names(model)
         raise _unknown_names("lora_target_modules", missing, layers, kept=targets, fused=fused)
     _refuse_embeddings(model, found, config)
     if not config.lora_target_linear:
         return targets
-    every = {*adaptable(model, linear=True), *expert_names(model)}
+    every = {*list_adaptable(model, linear=True), *list_expert_names(model)}
     return ALL_LINEAR if found <= every else sorted(found | every)
 
 
-def targeted(model: Any, config: Config) -> set[str]:
+def find_targets(model: Any, config: Config) -> set[str]:
     """Return the full names of the layers that the config's targets match.
 
     Raises:
@@ -161,16 +163,16 @@ def targeted(model: Any, config: Config) -> set[str]:
     """
     targets = resolve_targets(model, config)
     if targets == ALL_LINEAR:
-        return {*adaptable(model, linear=True), *expert_names(model)}
+        return {*list_adaptable(model, linear=True), *list_expert_names(model)}
     return {name for name in _adaptable_names(model) if matches(targets, name)}
 
 
 def _adaptable_names(model: Any) -> list[str]:
     """Return the names that targets can match: modules, and the layers fused in experts."""
-    return [*(name for name, _ in model.named_modules() if name), *expert_names(model)]
+    return [*(name for name, _ in model.named_modules() if name), *list_expert_names(model)]
 
 
-def adaptable(model: Any, *, linear: bool = False) -> list[str]:
+def list_adaptable(model: Any, *, linear: bool = False) -> list[str]:
     """List the modules that an adapter may be put on, without the output layer.
 
     Args:
@@ -187,18 +189,18 @@ def adaptable(model: Any, *, linear: bool = False) -> list[str]:
             and type(module).__name__ not in _OTHER_LINEAR]  # fmt: skip
 
 
-def expert_names(model: Any) -> list[str]:
+def list_expert_names(model: Any) -> list[str]:
     """Return the names by which PEFT adapts experts, whose layers are fused parameters."""
     return [
         f"{name.removesuffix(now)}{earlier}"
         for name, _ in model.named_parameters()
-        for now, before in _names_before(model).items()
+        for now, before in _original_names(model).items()
         if name.endswith(f".experts.{now}")
         for earlier in before
     ]
 
 
-def _names_before(model: Any) -> dict[str, list[str]]:
+def _original_names(model: Any) -> dict[str, list[str]]:
     """Return the names of an experts' parameter -> the earlier names of the layers in it.
 
     Source: peft 0.21.2, utils/transformers_weight_conversion.py, _convert_peft_config_moe
@@ -215,36 +217,36 @@ def _names_before(model: Any) -> dict[str, list[str]]:
 
 def _refuse_embeddings(model: Any, found: set[str], config: Config) -> None:
     """Raise if the output layer, or an embedding tied to it, would get an adapter."""
-    names, tied = embeddings(model)
+    names, tied = find_embeddings(model)
     saved = config.lora_modules_to_save or []
-    asked = [
+    refused = [
         name
         for name in (names if tied else names[1:])
         if name in found and not matches(saved, name)  # PEFT removes those from the targets
     ]
-    if not asked:
+    if not refused:
         return
-    leaf = last_part(asked[0])
+    leaf = last_part(refused[0])
     why = f"the loss uses the weight of {leaf} directly, so its adapter would not be trained"
     if tied:
-        other = next(last_part(name) for name in names if name != asked[0])
+        other = next(last_part(name) for name in names if name != refused[0])
         why = (
             f"{leaf} and {other} are tied in this model: an adapter on one of them would be "
             "merged into both, and the merged model would differ from the trained one"
         )
-    rest = sorted({last_part(name) for name in found} - {last_part(name) for name in asked})
+    rest = sorted({last_part(name) for name in found} - {last_part(name) for name in refused})
     if isinstance(config.lora_target_modules, list):
         rest = [
             entry
             for entry in config.lora_target_modules
-            if not set(matched(entry, found)) & set(asked)
+            if not set(matching_names(entry, found)) & set(refused)
         ]
-    raise _bad(
+    raise bad_value(
         "lora_target_modules",
-        f"lora_target_modules can't hold {leaf}",
+        f"lora_target_modules can't contain {leaf}",
         why=why,
-        do=f"set lora_target_modules: {listed(rest) if rest else ALL_LINEAR}\n"
-        f"set lora_modules_to_save: {listed([*saved, leaf])}",
+        do=f"set lora_target_modules: {yaml_list(rest) if rest else ALL_LINEAR}\n"
+        f"set lora_modules_to_save: {yaml_list([*saved, leaf])}",
     )
 
 
@@ -252,24 +254,24 @@ def require_modules_to_save(model: Any, config: Config) -> None:
     """Raise unless each of lora_modules_to_save is a module of the model.
 
     Raises:
-        AttnimgError: code bad-value, with the nearest names.
+        AttnimgError: code bad-value, with the closest names.
     """
     saved = config.lora_modules_to_save or []
     names = [name for name, _ in model.named_modules() if name]
-    missing = [entry for entry in saved if not matched(entry, names)]
+    missing = [entry for entry in saved if not matching_names(entry, names)]
     if missing:
         raise _unknown_names("lora_modules_to_save", missing, names, kept=saved)
 
 
 def untrained_embeddings(model: Any, config: Config) -> list[str]:
     """Return the embeddings that lora_modules_to_save lacks for new tokens to be trained."""
-    names, tied = embeddings(model)
+    names, tied = find_embeddings(model)
     saved = config.lora_modules_to_save or []
-    lacking = [name for name in names if not matches(saved, name)]
-    return [] if tied and len(lacking) < len(names) else [last_part(name) for name in lacking]
+    missing = [name for name in names if not matches(saved, name)]
+    return [] if tied and len(missing) < len(names) else [last_part(name) for name in missing]
 
 
-def embeddings(model: Any) -> tuple[list[str], bool]:
+def find_embeddings(model: Any) -> tuple[list[str], bool]:
     """Return the names of the input and output embeddings, and whether they are tied."""
     layers = [model.get_input_embeddings(), model.get_output_embeddings()]
     names = [name for layer in layers for name, module in model.named_modules() if module is layer]
@@ -278,17 +280,17 @@ def embeddings(model: Any) -> tuple[list[str], bool]:
 
 
 def _no_match(pattern: str, model: Any) -> AttnimgError:
-    """Build the error for a pattern that matches no module; users often mean it as a name."""
-    names = adaptable(model)
+    """Build the error for a pattern that matches no module; users often mean a name."""
+    names = list_adaptable(model)
     leaves = sorted({last_part(name) for name in names})
     parts = [part.strip() for part in pattern.split(",")]
-    near = [difflib.get_close_matches(part, leaves, n=1, cutoff=0.6) for part in parts]
-    if all(near):
-        do = f"set lora_target_modules: {listed([match[0] for match in near])}"
+    closest = [difflib.get_close_matches(part, leaves, n=1, cutoff=0.6) for part in parts]
+    if all(closest):
+        do = f"set lora_target_modules: {yaml_list([match[0] for match in closest])}"
     else:
-        linear = sorted({last_part(name) for name in adaptable(model, linear=True)})
-        do = f"set lora_target_modules: {listed(linear)}"
-    return _bad(
+        linear = sorted({last_part(name) for name in list_adaptable(model, linear=True)})
+        do = f"set lora_target_modules: {yaml_list(linear)}"
+    return bad_value(
         "lora_target_modules",
         f"lora_target_modules: {pattern} matches no module of the model",
         why="a string is a regular expression that must match a module's full name, such as "
@@ -306,7 +308,7 @@ def _unknown_names(
     kept: list[str],
     fused: Mapping[str, list[str]] | None = None,
 ) -> AttnimgError:
-    """Build the error for names that no module has, with the nearest existing names.
+    """Build the error for names that no module has, with the closest existing names.
 
     Args:
         key: the config key.
@@ -317,15 +319,15 @@ def _unknown_names(
     """
     leaves = sorted({last_part(name) for name in names if not last_part(name).isdigit()})
     parts = {entry: (fused or {}).get(last_part(entry), []) for entry in missing}
-    near = {entry: parts[entry] or _nearest(entry, leaves, names) for entry in missing}
+    closest = {entry: parts[entry] or _closest_names(entry, leaves, names) for entry in missing}
     fixed = [name for entry in kept
-             for name in parts.get(entry) or near.get(entry, [entry])[:1]]  # fmt: skip
+             for name in parts.get(entry) or closest.get(entry, [entry])[:1]]  # fmt: skip
     fixed = list(dict.fromkeys(fixed))
-    do = f"set {key}: {listed(fixed)}" if fixed else f"remove {key}"
+    do = f"set {key}: {yaml_list(fixed)}" if fixed else f"remove {key}"
     if ALL_LINEAR in missing:
         do = f"set {key}: {ALL_LINEAR}"
-    texts = [f"{entry}: nearest {', '.join(near[entry]) or '(none)'}" for entry in missing]
-    return _bad(
+    texts = [f"{entry}: closest {', '.join(closest[entry]) or '(none)'}" for entry in missing]
+    return bad_value(
         key,
         f"{key}: no module of the model is named {', '.join(missing)}",
         why="\n".join((*texts, f"its modules: {', '.join(leaves)}")),
@@ -333,77 +335,79 @@ def _unknown_names(
     )
 
 
-def _nearest(entry: str, leaves: list[str], names: list[str]) -> list[str]:
+def _closest_names(entry: str, leaves: list[str], names: list[str]) -> list[str]:
     """Return up to three names similar to an entry; a path is also compared by its end."""
     found = difflib.get_close_matches(entry, names, n=3) if "." in entry else []
     return found or difflib.get_close_matches(last_part(entry), leaves, n=3, cutoff=0.5)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Fitting:
+class AdaptableModules:
     """The modules that an adapter can be put on, before PEFT changes the model.
 
     Attributes:
         linear: names of all linear layers except the output layer.
         named: names of the layers that an adapter can be put on, in and below the run's targets.
-        whole: targets that can only be trained by lora_modules_to_save, such as norms: modules with
-            weights, but without a layer in `named`.
+        saved_only: targets that can only be trained by lora_modules_to_save, such as norms: modules
+            with weights, but without a layer in `named`.
     """
 
     linear: list[str]
     named: list[str]
-    whole: list[str]
+    saved_only: list[str]
 
 
-def find_fitting(model: Any, config: Config) -> Fitting:
+def find_adaptable_modules(model: Any, config: Config) -> AdaptableModules:
     """Return the modules that an adapter of a run can be put on."""
     targets = config.lora_target_modules or []
-    layers = [*adaptable(model), *expert_names(model)]
-    found, whole = set[str](), set[str]()
+    layers = [*list_adaptable(model), *list_expert_names(model)]
+    found, saved_only = set[str](), set[str]()
     for name, module in model.named_modules():
         if not matches(targets, name):
             continue
         below = {layer for layer in layers if layer == name or layer.startswith(f"{name}.")}
         found |= below
         if not below and any(True for _ in module.parameters(recurse=False)):
-            whole.add(last_part(name))
-    return Fitting(
-        linear=_shortened(adaptable(model, linear=True), layers),
-        named=_shortened(found, layers),
-        whole=sorted(whole),
+            saved_only.add(last_part(name))
+    return AdaptableModules(
+        linear=_shorten_names(list_adaptable(model, linear=True), layers),
+        named=_shorten_names(found, layers),
+        saved_only=sorted(saved_only),
     )
 
 
-def advice_on(fitting: Fitting, config: Config, error: Exception) -> str:
+def advice_for_adapter(adaptable: AdaptableModules, config: Config, error: Exception) -> str:
     """Return the edits of the config after which an adapter fits.
 
     Source: peft 0.21.2, tuners/lora/layer.py, ParamWrapper.__init__, and
     utils/transformers_weight_conversion.py, _convert_peft_config_moe (2026-11-27).
 
     Args:
-        fitting: the layers of the model before PEFT changed it.
+        adaptable: the layers of the model before PEFT changed it.
         config: the validated run.
         error: the error that PEFT raised.
     """
-    said, targets = str(error), config.lora_target_modules
-    linear, whole = fitting.linear, list[str]()
-    if "lora_dropout" in said:
-        return f"set lora_dropout: 0.0\nor set lora_target_modules: {listed(linear)}"
-    if "use_dora" in said:
-        return f"set peft_use_dora: false\nor set lora_target_modules: {listed(linear)}"
-    if "without also targeting" in said and isinstance(targets, list):
-        partners = re.findall(r"\w+", said.partition("also targeting ")[2].partition(" because")[0])
+    message, targets = str(error), config.lora_target_modules
+    linear, saved_only = adaptable.linear, list[str]()
+    if "lora_dropout" in message:
+        return f"set lora_dropout: 0.0\nor set lora_target_modules: {yaml_list(linear)}"
+    if "use_dora" in message:
+        return f"set peft_use_dora: false\nor set lora_target_modules: {yaml_list(linear)}"
+    if "without also targeting" in message and isinstance(targets, list):
+        partners = re.findall(
+            r"\w+", message.partition("also targeting ")[2].partition(" because")[0]
+        )
         linear = list(dict.fromkeys([*targets, *partners]))
-    elif said.startswith("Target module ") and targets:
-        linear, whole = fitting.named or linear, fitting.whole
+    elif message.startswith("Target module ") and targets:
+        linear, saved_only = adaptable.named or linear, adaptable.saved_only
     else:
-        linear = [name for name in linear if f"'{name}'" not in said]
-    do = f"set lora_target_modules: {listed(linear)}"
-    saved = [*(config.lora_modules_to_save or ()), *whole]
-    return f"{do}\nset lora_modules_to_save: {listed(saved)}" if whole else do
+        linear = [name for name in linear if f"'{name}'" not in message]
+    do = f"set lora_target_modules: {yaml_list(linear)}"
+    saved = [*(config.lora_modules_to_save or ()), *saved_only]
+    return f"{do}\nset lora_modules_to_save: {yaml_list(saved)}" if saved_only else do
 
 
-def _shortened(names: Any, layers: list[str]) -> list[str]:
+def _shorten_names(names: Any, layers: list[str]) -> list[str]:
     """Return the last parts of names; full names where other layers have the same last part."""
     others = {last_part(layer) for layer in layers if layer not in names}
     return sorted({name if last_part(name) in others else last_part(name) for name in names})
@@ -413,10 +417,10 @@ def matches(targets: list[str] | str, name: str) -> bool:
     """Return whether targets match the full name of a module, by PEFT's rule."""
     if isinstance(targets, str):
         return re.fullmatch(targets, name) is not None
-    return any(matched(entry, [name]) for entry in targets)
+    return any(matching_names(entry, [name]) for entry in targets)
 
 
-def matched(entry: str, names: Iterable[str]) -> list[str]:
+def matching_names(entry: str, names: Iterable[str]) -> list[str]:
     """Return the names that an entry of a list matches, by PEFT's rule."""
     return [name for name in names if name == entry or name.endswith(f".{entry}")]
 
@@ -426,10 +430,32 @@ def last_part(name: str) -> str:
     return name.rpartition(".")[2]
 
 
-def listed(names: list[str]) -> str:
+def yaml_list(names: list[str]) -> str:
     """Return names as a YAML list."""
     return f"[{', '.join(names)}]"
 
 
-def _bad(key: str, what: str, *, why: str, do: str) -> AttnimgError:
-    return AttnimgError(what, why=why, do=do, code="bad-value", key=key)
+def freeze_other_parts(model: Any) -> tuple[str, ...]:
+    """Freeze all weights of a loaded model outside its language model.
+
+    Args:
+        model: a transformers model.
+
+    Returns:
+        The names of the frozen modules; empty for a plain language model.
+    """
+    if model.config.get_text_config(decoder=True) is model.config:
+        return ()
+    parts = (model.get_decoder(), model.get_input_embeddings(), model.get_output_embeddings())
+    trained = {id(weight) for part in parts if part is not None for weight in part.parameters()}
+    frozen: list[str] = []
+    for name, module in model.named_modules():
+        weights = list(module.parameters())
+        if not weights or any(id(weight) in trained for weight in weights):
+            continue
+        if not any(name.startswith(f"{outer}.") for outer in frozen):
+            frozen.append(name)
+    for weight in model.parameters():
+        if id(weight) not in trained:
+            weight.requires_grad_(False)
+    return tuple(frozen)

@@ -7,20 +7,23 @@ the model's own loss.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from trl import SFTTrainer
 
-from attnimg.train.rows import NO_LOSS
+from attnimg.train.rows import NO_LOSS, Batch, CountingCollator, Rows
+
+if TYPE_CHECKING:
+    pass
 
 # Names of the weight of the auxiliary loss in classes and configs.
-COEFFICIENTS = ("router_aux_loss_coef", "aux_loss_coef")
+AUX_LOSS_COEFFICIENTS = ("router_aux_loss_coef", "aux_loss_coef")
 
 
-class Objective(SFTTrainer):  # type: ignore[misc]  # TRL's types are not followed
+class LossTrainer(SFTTrainer):  # type: ignore[misc]  # TRL's types are not followed
     """The part of the engine that computes the loss.
 
     Args:
@@ -34,12 +37,12 @@ class Objective(SFTTrainer):  # type: ignore[misc]  # TRL's types are not follow
     def __init__(self, **options: Any) -> None:
         self.own_head = False
         config = options["model"].config.get_text_config()
-        asked = getattr(config, "output_router_logits", None)
-        self.aux_coefficient = _coefficient(options["model"]) if asked else None
+        requested = getattr(config, "output_router_logits", None)
+        self.aux_coefficient = _coefficient(options["model"]) if requested else None
         super().__init__(**options)
         # The saved config must equal the loaded one, and the auxiliary loss is added below.
-        if asked is not None:
-            config.output_router_logits = asked
+        if requested is not None:
+            config.output_router_logits = requested
         self.aux_loss_enabled = False
         # transformers counts a step's trained tokens as the model class's own loss does; the loss
         # here is always divided by the number of shifted labels in the step.
@@ -61,7 +64,7 @@ class Objective(SFTTrainer):  # type: ignore[misc]  # TRL's types are not follow
         """
         if self.aux_coefficient is not None:
             inputs["output_router_logits"] = True
-        head = with_own_head(model) if self.own_head else model
+        head = use_model_head(model) if self.own_head else model
         aux: list[torch.Tensor | None] = []
 
         def call(**arguments: Any) -> Any:
@@ -86,14 +89,14 @@ class Objective(SFTTrainer):  # type: ignore[misc]  # TRL's types are not follow
         self._nll = nll.detach()
         if aux is None:
             return nll
-        # All processes have the same number of batches, so some batches may have no document.
-        held = (labels != NO_LOSS).any().float()
+        # All processes have the same number of batches: some may have no document.
+        has_labels = (labels != NO_LOSS).any().float()
         if not self.model.training:
-            found = self.accelerator.gather(torch.stack([aux.detach().float(), held])[None])
+            found = self.accelerator.gather(torch.stack([aux.detach().float(), has_labels])[None])
             self._metrics["eval"]["aux_loss"] += found[found[:, 1] > 0, 0].tolist()
             return nll
-        aux = aux * held.to(aux.device)
-        self._aux += torch.stack([aux.detach().float(), held.to(self._aux.device)])
+        aux = aux * has_labels.to(aux.device)
+        self._aux += torch.stack([aux.detach().float(), has_labels.to(self._aux.device)])
         # Averaged over the micro-batches of a step, since it is not a sum over tokens.
         steps = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
         return nll + self.aux_coefficient * aux.to(nll.device) / steps
@@ -122,16 +125,16 @@ class Objective(SFTTrainer):  # type: ignore[misc]  # TRL's types are not follow
         self._aux += torch.tensor(window, device=self._aux.device)
 
 
-def base_of(model: Any) -> Any:
+def unwrap_peft(model: Any) -> Any:
     """Return the model inside a PEFT model, or a model itself."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def _coefficient(model: Any) -> float:
     """Return the weight of a model's auxiliary loss; 0 where neither class nor config has it."""
-    base = base_of(model)
+    base = unwrap_peft(model)
     holders = (base, base.config.get_text_config())
-    found = [getattr(holder, name, None) for holder in holders for name in COEFFICIENTS]
+    found = [getattr(holder, name, None) for holder in holders for name in AUX_LOSS_COEFFICIENTS]
     return next((float(value) for value in found if value is not None), 0.0)
 
 
@@ -139,7 +142,7 @@ def _coefficient(model: Any) -> float:
 CHUNK = 1024
 
 
-def with_own_head(model: Any) -> Callable[..., Any]:
+def use_model_head(model: Any) -> Callable[..., Any]:
     """Return a function that is called like a model with TRL's head, and uses the model's own head.
 
     Args:
@@ -154,8 +157,8 @@ def with_own_head(model: Any) -> Callable[..., Any]:
     def call(*, labels: torch.Tensor, fused_lm_head: bool, **arguments: Any) -> Any:
         assert fused_lm_head
         outputs = model(**arguments)
-        targets = shifted(labels)
-        log_probs, entropy, is_top1 = score(outputs.logits, targets)
+        targets = shift_labels(labels)
+        log_probs, entropy, is_top1 = score_tokens(outputs.logits, targets)
         return FusedCausalLMOutput(
             log_probs=log_probs,
             entropy=entropy,
@@ -167,12 +170,12 @@ def with_own_head(model: Any) -> Callable[..., Any]:
     return call
 
 
-def shifted(labels: torch.Tensor) -> torch.Tensor:
+def shift_labels(labels: torch.Tensor) -> torch.Tensor:
     """Return the label that each position predicts, int64 (B, S); -100 for the last one."""
     return torch.nn.functional.pad(labels[:, 1:], (0, 1), value=NO_LOSS)
 
 
-def score(
+def score_tokens(
     logits: torch.Tensor, targets: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return log-probability, entropy and whether the target is the most likely token, (B, S) each.
@@ -301,8 +304,8 @@ class LossCheck:
     @property
     def ratio(self) -> float:
         """Return the largest difference divided by its tolerance; 0 where nothing was compared."""
-        made = [found for found in (self.on_data, self.output_layer) if found is not None]
-        return max((found.ratio for found in made), default=0.0)
+        comparisons = (self.on_data, self.output_layer)
+        return max((found.ratio for found in comparisons if found is not None), default=0.0)
 
 
 def difference(a: Loss, b: Loss, tolerance: Tolerance) -> float:
@@ -310,14 +313,14 @@ def difference(a: Loss, b: Loss, tolerance: Tolerance) -> float:
 
     It is inf where `a` has NaN or inf. A gradient norm of `b` that overflowed is not compared.
     """
-    found = [abs(a.nll - b.nll) / tolerance.loss, abs(a.total - b.total) / tolerance.loss]
+    ratios = [abs(a.nll - b.nll) / tolerance.loss, abs(a.total - b.total) / tolerance.loss]
     if math.isfinite(b.grad_norm):
         allowed = max(tolerance.grad_norm * b.grad_norm, 1e-30)
-        found.append(abs(a.grad_norm - b.grad_norm) / allowed)
-    return max(value if math.isfinite(value) else math.inf for value in found)
+        ratios.append(abs(a.grad_norm - b.grad_norm) / allowed)
+    return max(value if math.isfinite(value) else math.inf for value in ratios)
 
 
-def loss_sentence(check: LossCheck) -> str:
+def loss_check_text(check: LossCheck) -> str:
     """Return the line that a run prints on the comparison."""
     if not check.compared:
         return f"warning: loss: not compared with the model's own: {check.why}"
@@ -327,7 +330,7 @@ def loss_sentence(check: LossCheck) -> str:
     if check.head == "own":
         return (
             f"warning: loss: TRL's chunked head is not used: {check.why}; the loss is computed "
-            f"from the model's own logits, which takes more memory{raised}"
+            f"from the model's own logits, which needs more memory{raised}"
         )
     assert check.on_data is not None
     return (
@@ -368,3 +371,72 @@ def loss_tolerance(
         loss=SIGMAS * (math.sqrt(variance) / max(len(z), 1) + sums * max(abs(loss), 1.0)),
         grad_norm=SIGMAS * (math.sqrt(2 * ROUNDINGS / 3) * u + sums),
     )
+
+
+# Memory for the float32 logits of the batch; a backward pass needs about four such tensors.
+LOGITS_MIB = 128
+
+MAX_TOKENS = 512
+
+MAX_DOCUMENTS = 16
+
+# Rows that are searched for documents with a trained token.
+SEARCHED_ROWS = 64
+
+# Tokens kept before the first trained token of a cut document.
+CONTEXT_TOKENS = 8
+
+
+def batch_tokens(vocabulary: int) -> int:
+    """Return the largest number of tokens of the batch, padding included."""
+    return max(32, min(MAX_TOKENS, LOGITS_MIB * 2**20 // (4 * vocabulary)))
+
+
+def first_batch(rows: Rows, *, tokens: int) -> Batch | None:
+    """Collate the first documents that have a trained token; None where there are none.
+
+    Documents are cut to half of the tokens, so that a packed row has two or more.
+
+    Args:
+        rows: the training rows.
+        tokens: the largest number of tokens, padding included.
+    """
+    documents: list[dict[str, Any]] = []
+    for document in _documents(rows):
+        cut = _truncate(document, tokens // 2)
+        longest = max(len(item["input_ids"]) for item in [*documents, cut])
+        if (len(documents) + 1) * longest > tokens or len(documents) == MAX_DOCUMENTS:
+            break
+        documents.append(cut)
+    if not documents:
+        return None
+    if "document_lengths" in rows.dataset.column_names:
+        documents = [
+            {
+                "input_ids": [token for item in documents for token in item["input_ids"]],
+                "labels": [label for item in documents for label in item["labels"]],
+                "document_lengths": [len(item["input_ids"]) for item in documents],
+            }
+        ]
+    # Padded to the longest document only.
+    return CountingCollator(replace(rows.collate.collate, pad_to=None), capacity=None)(documents)
+
+
+def _documents(rows: Rows) -> Iterator[dict[str, Any]]:
+    """Yield the documents of the first rows that have a trained token."""
+    for index in range(min(SEARCHED_ROWS, len(rows.dataset))):
+        row = rows.dataset[index]
+        begin = 0
+        for length in row.get("document_lengths") or [len(row["input_ids"])]:
+            part = slice(begin, begin + length)
+            begin += length
+            document = {"input_ids": row["input_ids"][part], "labels": row["labels"][part]}
+            if any(label != NO_LOSS for label in document["labels"][1:]):
+                yield document
+
+
+def _truncate(document: dict[str, Any], length: int) -> dict[str, Any]:
+    """Cut a document to `length` tokens, starting shortly before its first trained one."""
+    first = next(i for i, label in enumerate(document["labels"]) if i and label != NO_LOSS)
+    begin = max(0, min(first - CONTEXT_TOKENS, len(document["labels"]) - length))
+    return {name: values[begin : begin + length] for name, values in document.items()}

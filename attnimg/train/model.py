@@ -1,4 +1,4 @@
-"""Load the model of a run, with the precision, attention and adapter that were planned."""
+"""Load the model of a run, with its precision, quantization, attention and adapter."""
 
 from __future__ import annotations
 
@@ -8,29 +8,32 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from attnimg.config.schema import Config
-from attnimg.errors import AttnimgError, as_refusal
+from attnimg.errors import AttnimgError, as_refusal, bad_value
 from attnimg.facts import DType, RunContext
+from attnimg.selection.model_config import LANGUAGE_PARTS
+from attnimg.selection.model_types import (
+    method_of,
+    quantization_of,
+    quantizations,
+)
 from attnimg.train.base_model import (
     DEFAULT,
-    attention_by_part,
     class_to_load,
-    freeze_towers,
     require_causal_class,
+    require_known_weights,
 )
 from attnimg.train.distributed import rank
-from attnimg.train.lora import add_adapter, untrained_embeddings
-from attnimg.train.model_files import GET_WHOLE, bad_model, stored_tensors, unused_weights
-from attnimg.train.pickled_weights import advice_on_hub
-from attnimg.train.quantized import (
-    cast_unquantized,
-    quantization,
-    require_known_weights,
-    save_dequantized,
-    use_stored_quantization,
+from attnimg.train.lora import add_adapter, freeze_other_parts, untrained_embeddings
+from attnimg.train.model_files import (
+    DOWNLOAD_AGAIN,
+    bad_model,
+    read_tensor_headers,
+    unused_weights,
 )
+from attnimg.train.pickled_weights import advice_for_hub
 
 if TYPE_CHECKING:
     import torch
@@ -48,7 +51,7 @@ def load_model(
     implementation: str,
     context: RunContext,
     needs_dtype_cast: bool,
-    say: Callable[[str], None] | None = None,
+    log: Callable[[str], None] | None = None,
 ) -> Any:
     """Load the weights, cast them, and add the adapter.
 
@@ -58,7 +61,7 @@ def load_model(
         implementation: transformers' name of the selected attention.
         context: how the run calls the model; decides the precision of the weights.
         needs_dtype_cast: whether the backend takes q, k, v in that precision only.
-        say: prints a line for the user, such as which weights are not loaded.
+        log: prints a line, for example which weights are not loaded.
 
     Returns:
         A transformers model, or a PEFT model around it, in training precision.
@@ -74,7 +77,7 @@ def load_model(
     # New embeddings and LoRA matrices are random: with the seed, two runs start with the same ones.
     set_seed(config.seed)
     model, loading = _from_pretrained(config, implementation=implementation, dtype=context.dtype)
-    folder = _folder(config)
+    folder = _loaded_folder(config)
     require_known_weights(
         config, folder, json.loads((folder / "config.json").read_text(encoding="utf-8"))
     )
@@ -83,23 +86,23 @@ def load_model(
         raise bad_model(
             f"{config.base_model} lacks {len(missing)} weights of its architecture",
             why=f"missing {', '.join(missing[:3])}; they would start random",
-            do=GET_WHOLE,
+            do=DOWNLOAD_AGAIN,
         )
     files = folder.glob("*.safetensors") if getattr(model, "is_quantized", False) else ()
     require_finite(model, name=str(config.base_model), files=sorted(files))
-    unused = unused_weights(model, stored_tensors(folder), loading.get("unexpected_keys", ()))
-    if unused and say is not None:
-        say(
+    unused = unused_weights(model, read_tensor_headers(folder), loading.get("unexpected_keys", ()))
+    if unused and log is not None:
+        log(
             f"warning: {len(unused)} weights of {config.base_model} are not part of "
             f"{type(model).__name__} and will not be saved: {', '.join(unused[:3])}"
             + ("..." if len(unused) > 3 else "")
         )
-    larger = len(tokenizer) > model.get_input_embeddings().weight.shape[0]
+    has_new_tokens = len(tokenizer) > model.get_input_embeddings().weight.shape[0]
     # Rows that are not trained are not added: as they are not saved, the adapter could not be
     # loaded again.
-    if larger and not (config.adapter and untrained_embeddings(model, config)):
+    if has_new_tokens and not (config.adapter and untrained_embeddings(model, config)):
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-    freeze_towers(model)
+    freeze_other_parts(model)
     if _keeps_float32(config, context=context, needs_dtype_cast=needs_dtype_cast):
         _cast_embeddings_and_norms(model)
     return add_adapter(model, config) if config.adapter else model
@@ -117,8 +120,8 @@ def load_model_config(config: Config) -> Any:
     """
     import transformers
 
-    _loader(config.model_type or DEFAULT)
-    with _loading(config):
+    _find_model_class(config.model_type or DEFAULT)
+    with _load_errors(config):
         return transformers.AutoConfig.from_pretrained(
             config.base_model,
             revision=config.revision_of_model,
@@ -131,7 +134,7 @@ def load_without_weights(config: Config) -> Any:
     import torch
 
     model_config = load_model_config(config)
-    loader = _loader(class_to_load(config, model_config.to_dict()))
+    loader = _find_model_class(class_to_load(config, model_config.to_dict()))
     trusted = bool(config.trust_remote_code)
     try:
         with torch.device("meta"):
@@ -146,13 +149,13 @@ def _from_pretrained(config: Config, *, implementation: str, dtype: DType) -> tu
     """Load the model with from_pretrained; return it and transformers' report on its weights."""
     import torch
 
-    quantized = quantization(config, dtype=dtype)
+    quantized = quantization_config(config, dtype=dtype)
     model_config = load_model_config(config)
-    loader = _loader(class_to_load(config, model_config.to_dict()))
+    loader = _find_model_class(class_to_load(config, model_config.to_dict()))
     stored = use_stored_quantization(model_config, dtype=dtype)
-    given = {"quantization_config": quantized} if quantized and stored != "kept" else {}
+    options = {"quantization_config": quantized} if quantized and stored != "kept" else {}
     weights_dtype = getattr(torch, _loading_dtype(config, dtype))
-    with _loading(config):
+    with _load_errors(config):
         model, loading = loader.from_pretrained(
             config.base_model,
             config=model_config,
@@ -163,7 +166,7 @@ def _from_pretrained(config: Config, *, implementation: str, dtype: DType) -> tu
             use_safetensors=True,
             device_map=_device_map() if quantized or stored == "kept" else None,
             output_loading_info=True,
-            **given,
+            **options,
             **({"allow_all_kernels": True} if config.trust_remote_code else {}),
         )
     if stored is not None:
@@ -173,7 +176,7 @@ def _from_pretrained(config: Config, *, implementation: str, dtype: DType) -> tu
     return model, loading
 
 
-def _folder(config: Config) -> Path:
+def _loaded_folder(config: Config) -> Path:
     """Return the folder that a model was just loaded from."""
     from transformers.utils import cached_file
 
@@ -183,21 +186,30 @@ def _folder(config: Config) -> Path:
     return Path(found).parent
 
 
-def _loader(name: str) -> Any:
-    """Return the transformers class of this name that loads the model."""
+def find_class(key: str, name: str | None, *, default: str) -> Any:
+    """Return the class of transformers that a config key names, or the default.
+
+    Raises:
+        AttnimgError: transformers has no such class with from_pretrained (code bad-value).
+    """
     import transformers
 
-    loader = getattr(transformers, name, None)
-    if loader is None or not hasattr(loader, "from_pretrained"):
-        raise AttnimgError(
-            f"transformers has no model class named {name}",
-            why=f"needed a class of transformers {transformers.__version__}",
-            do=f"remove model_type: {DEFAULT} finds the right one",
-            code="bad-value",
-            key="model_type",
+    found = getattr(transformers, name or default, None)
+    if not hasattr(found, "from_pretrained"):
+        raise bad_value(
+            key,
+            f"transformers has no class {name} that can be loaded",
+            why=f"found {key}: {name}; needed a class of transformers {transformers.__version__}",
+            do=f"remove {key}: {default} finds the right one",
         )
+    return found
+
+
+def _find_model_class(name: str) -> Any:
+    """Return the class of transformers that loads the model."""
+    found = find_class("model_type", name, default=DEFAULT)
     require_causal_class(name)
-    return loader
+    return found
 
 
 def _device_map() -> dict[str, int | str]:
@@ -208,7 +220,7 @@ def _device_map() -> dict[str, int | str]:
 
 
 @contextmanager
-def _loading(config: Config) -> Iterator[None]:
+def _load_errors(config: Config) -> Iterator[None]:
     """Turn errors that transformers raises while loading into an AttnimgError."""
     from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
@@ -223,21 +235,21 @@ def _loading(config: Config) -> Iterator[None]:
             raise AttnimgError(
                 f"{config.base_model} has no weights in safetensors",
                 why="found pickled weights or none; a pickle can run code while it is loaded",
-                do=advice_on_hub(str(config.base_model)),
+                do=advice_for_hub(str(config.base_model)),
                 code="pickled-weights",
                 key="base_model",
             ) from error
-        if (full := as_refusal(error)) is not None:
-            raise full from error
+        if (refusal := as_refusal(error)) is not None:
+            raise refusal from error
         text = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
         raise bad_model(
             f"{config.base_model} could not be loaded",
             why="\n".join(text[:3]),
-            do=_advice_on(config, error),
+            do=_loading_advice(config, error),
         ) from error
 
 
-def _advice_on(config: Config, error: Exception) -> str:
+def _loading_advice(config: Config, error: Exception) -> str:
     """Return advice on an error; only missing or damaged files have to be downloaded again.
 
     Source: transformers 5.22.2, models/auto/auto_factory.py, configuration_auto.py and
@@ -247,7 +259,7 @@ def _advice_on(config: Config, error: Exception) -> str:
 
     text = str(error)
     if "trust_remote_code" in text and not config.trust_remote_code:
-        return "set trust_remote_code: true, since the model brings its own code"
+        return "set trust_remote_code: true, since the model has its own code"
     if isinstance(error, ImportError):
         return "install the packages that it names"
     if "does not recognize this architecture" in text or "Unrecognized model" in text:
@@ -258,7 +270,7 @@ def _advice_on(config: Config, error: Exception) -> str:
             "that is already in the cache"
         )
     if isinstance(error, OSError | SafetensorError):
-        return GET_WHOLE
+        return DOWNLOAD_AGAIN
     return "correct config.json to fit the weights, or point base_model at another folder"
 
 
@@ -278,13 +290,13 @@ def require_finite(model: Any, *, name: str, files: Iterable[Path]) -> None:
     if rank() != 0:
         return
     bad = [label for label, tensor in model.named_parameters() if not _is_finite(tensor.detach())]
-    bad += [label for label, tensor in _stored(files) if not _is_finite(tensor)]
+    bad += [label for label, tensor in _read_tensors(files) if not _is_finite(tensor)]
     if not bad:
         return
-    others = f" and {len(bad) - 1} more tensors" if len(bad) > 1 else ""
+    more = f" and {len(bad) - 1} more tensors" if len(bad) > 1 else ""
     raise AttnimgError(
         f"{name} has weights that are NaN or infinite",
-        why=f"found {bad[0]}{others}; needed finite numbers",
+        why=f"found {bad[0]}{more}; needed finite numbers",
         do="use an earlier checkpoint, or download the model again; with fp16: true set bf16: true "
         "instead, since weights above 65504 are infinite in float16",
         code="weights-not-finite",
@@ -292,7 +304,7 @@ def require_finite(model: Any, *, name: str, files: Iterable[Path]) -> None:
     )
 
 
-def _stored(files: Iterable[Path]) -> Iterator[tuple[str, torch.Tensor]]:
+def _read_tensors(files: Iterable[Path]) -> Iterator[tuple[str, torch.Tensor]]:
     """Read the tensors of safetensors files, one at a time."""
     from safetensors import safe_open
 
@@ -340,17 +352,125 @@ def _cast_embeddings_and_norms(model: Any) -> None:
     """
     import torch
 
-    before = _floating(model)
+    before = _floating_dtypes(model)
     for name, module in model.named_modules():
         leaf = name.rpartition(".")[2]
         norm = "norm" in leaf.lower() or "ln" in re.split(r"[_\d]", leaf)
         if norm or leaf in EMBEDDING_NAMES:
             module.to(torch.float32)
-    after = _floating(model)
+    after = _floating_dtypes(model)
     model.attnimg_loaded_dtypes = {k: dtype for k, dtype in before.items() if after[k] != dtype}
 
 
-def _floating(model: Any) -> dict[str, torch.dtype]:
+def _floating_dtypes(model: Any) -> dict[str, torch.dtype]:
     """Return the dtype of each floating-point parameter and buffer."""
     weights = dict(model.named_parameters()) | dict(model.named_buffers())
     return {name: weight.dtype for name, weight in weights.items() if weight.is_floating_point()}
+
+
+def attention_by_part(model_config: Any, implementation: str) -> str | dict[str, str]:
+    """Return the attn_implementation that sets only the attention of the language model.
+
+    The other parts keep the default of transformers: the backend was neither selected nor proven
+    for their layers, and their classes may not support it.
+
+    Args:
+        model_config: a transformers configuration.
+        implementation: transformers' name of an attention.
+    """
+    text = model_config.get_text_config(decoder=True)
+    named = [name for name in model_config.sub_configs if getattr(model_config, name, None) is text]
+    if text is model_config or not named:
+        return implementation
+    return {"": implementation, **dict.fromkeys(named, implementation)}
+
+
+def quantization_config(config: Config, *, dtype: DType) -> Any:
+    """Return the bitsandbytes config of a run; None where weights are loaded as they are.
+
+    Args:
+        config: the validated run; adapter: qlora implies 4 bit.
+        dtype: the precision that 4-bit weights are multiplied in.
+    """
+    from transformers import BitsAndBytesConfig
+
+    if config.load_in_8bit:
+        return BitsAndBytesConfig(load_in_8bit=True)
+    if config.load_in_4bit or config.adapter == "qlora":
+        return BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+            # FSDP shards tensors of one dtype only, so packed weights have the dtype of the others.
+            bnb_4bit_quant_storage=dtype if config.fsdp else "uint8",
+        )
+    return None
+
+
+def use_stored_quantization(
+    model_config: Any, *, dtype: DType
+) -> Literal["dequantized", "kept", "refused"] | None:
+    """Make transformers load a checkpoint by its own quantization_config.
+
+    A quantization_config passed to from_pretrained would replace its list of layers that are not
+    quantized.
+
+    Args:
+        model_config: the transformers configuration to load with; changed in place.
+        dtype: the run's precision.
+
+    Returns:
+        `loaded` of its row in attnimg/data/quantizations.toml; None if it is not quantized.
+    """
+    found = quantization_of(model_config.to_dict())
+    # transformers removes it from the saved config at the top level only, and raises on an empty
+    # one.
+    for part in (model_config, *(getattr(model_config, name, None) for name in LANGUAGE_PARTS)):
+        for key in ("quantization_config", "compression_config"):
+            if getattr(part, key, None) is not None:
+                delattr(part, key)
+    if found is None:
+        return None
+    method = method_of(found)
+    loaded = quantizations()[method].loaded
+    changes: dict[str, Any] = {"dequantize": True} if loaded == "dequantized" else {}
+    if method == "bitsandbytes_4bit":
+        changes["bnb_4bit_compute_dtype"] = dtype
+    model_config.quantization_config = {**found, **changes}
+    return loaded
+
+
+def save_dequantized(model: Any) -> None:
+    """Make a dequantized model save its weights as they are.
+
+    transformers saves with the reverse of the conversion at loading, which rounds the weights to
+    float8 again. As config.json has no quantization_config, they would be loaded without scales.
+    Source: transformers 5.22.2, core_model_loading.py, revert_weight_conversion;
+    finegrained_fp8.py, Fp8Dequantize.reverse_op (2026-11-27).
+
+    Args:
+        model: the loaded model; it then saves weights under the names of its class.
+    """
+    if hasattr(model, "_weight_conversions"):
+        del model._weight_conversions
+
+
+def cast_unquantized(model: Any, dtype: torch.dtype) -> None:
+    """Cast the weights that are not quantized in a quantized checkpoint to the requested dtype.
+
+    Args:
+        model: the loaded model; weights that its class keeps in float32 are not cast.
+        dtype: the requested dtype.
+    """
+    import torch
+
+    kept = set(model._keep_in_fp32_modules_strict or ())
+    if dtype == torch.float16:
+        kept |= set(model._keep_in_fp32_modules or ())
+    patterns = [re.escape(name).replace(r"\*", r"\d+") for name in kept]
+    for name, weight in model.named_parameters():
+        if not weight.is_floating_point() or weight.element_size() == 1:
+            continue
+        if not any(re.search(rf"(^|\.){pattern}(\.|$)", name) for pattern in patterns):
+            weight.data = weight.data.to(dtype)

@@ -1,7 +1,7 @@
 """Check, read, hash and write the files of a model.
 
 check_model_files raises for a folder that can't be loaded, before anything heavy is imported.
-save_final writes the trained model with the config and dtypes that it needs to be loaded.
+save_final_model writes the trained model with the config and dtypes that it needs to be loaded.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from attnimg.content_hashes import ContentHashes, cache_folder
 from attnimg.errors import AttnimgError
 from attnimg.files import open_regular, read_regular
 from attnimg.train import checkpoint as checkpoints
-from attnimg.train.checkpoint import writing
+from attnimg.train.checkpoint import write_errors
 from attnimg.train.pickled_weights import require_safetensors
 
 WEIGHT_INDEX = "model.safetensors.index.json"
 
-GET_WHOLE = "download the model again, whole, or point base_model at another folder"
+DOWNLOAD_AGAIN = "download all files of the model again, or point base_model at another folder"
 
 # Errors that are raised for a damaged JSON file.
-UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
+JSON_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
 
 # safetensors' names of the dtypes of weights that are not quantized -> torch's names.
 TORCH_NAMES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
@@ -78,7 +78,7 @@ def check_model_files(config: Config) -> None:
         raise bad_model(
             f"the model folder {folder} has no config.json",
             why=f"found {', '.join(found[:6]) or 'nothing'}",
-            do=GET_WHOLE,
+            do=DOWNLOAD_AGAIN,
         )
     require_safetensors(folder, key="base_model")
     if WEIGHT_INDEX in found:
@@ -87,7 +87,7 @@ def check_model_files(config: Config) -> None:
         raise bad_model(
             f"the model folder {folder} has no weights",
             why=f"needed *.safetensors, found {', '.join(found[:6])}",
-            do=GET_WHOLE,
+            do=DOWNLOAD_AGAIN,
         )
     tokenizers = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
     if not config.tokenizer_config and not any(name in found for name in tokenizers):
@@ -114,32 +114,32 @@ def _require_files(folder: Path, *, key: str) -> None:
         elif not stat.S_ISREG(found.st_mode):
             why = "found a pipe, a socket or a device, needed a regular file"
         else:
-            large = entry.suffix in _READ_WHOLE and found.st_size > _LARGEST_BYTES
-            why = f"found {found.st_size:,} bytes, needed at most {_LARGEST_BYTES:,}"
-            why = why if large else ""
+            too_large = entry.suffix in _READ_WHOLE and found.st_size > _LARGEST_BYTES
+            size = f"found {found.st_size:,} bytes, needed at most {_LARGEST_BYTES:,}"
+            why = size if too_large else ""
         if why:
-            raise bad_model(f"{entry} can't be read", why=why, do=GET_WHOLE, key=key)
+            raise bad_model(f"{entry} can't be read", why=why, do=DOWNLOAD_AGAIN, key=key)
 
 
 def _require_shards(folder: Path) -> None:
     """Raise for an index that can't be read, or that names a missing shard."""
     try:
-        shards = shards_of(folder)
+        shards = read_shard_names(folder)
         missing = [shard for shard in shards if not (folder / shard).is_file()]
-    except UNREADABLE as error:
+    except JSON_ERRORS as error:
         reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
         raise bad_model(
-            f"{folder / WEIGHT_INDEX} can't be read", why=reason, do=GET_WHOLE
+            f"{folder / WEIGHT_INDEX} can't be read", why=reason, do=DOWNLOAD_AGAIN
         ) from error
     if missing:
         raise bad_model(
             f"the model folder {folder} lacks {len(missing)} of {len(shards)} shards",
             why=f"{WEIGHT_INDEX} names {', '.join(missing[:3])}",
-            do=GET_WHOLE,
+            do=DOWNLOAD_AGAIN,
         )
 
 
-def shards_of(folder: Path) -> list[str]:
+def read_shard_names(folder: Path) -> list[str]:
     """Return the names of the shards in a folder's index, sorted.
 
     Raises:
@@ -148,8 +148,8 @@ def shards_of(folder: Path) -> list[str]:
     """
     index = json.loads(read_regular(folder / WEIGHT_INDEX, at_most=_LARGEST_BYTES))
     names = set(index["weight_map"].values())
-    if odd := next((name for name in names if not isinstance(name, str)), None):
-        raise TypeError(f"found {odd!r}, needed the name of a file")
+    if wrong := next((name for name in names if not isinstance(name, str)), None):
+        raise TypeError(f"found {wrong!r}, needed the name of a file")
     return sorted(names)
 
 
@@ -175,28 +175,28 @@ class StoredTensor:
 _MAX_HEADER = 100 * 2**20
 
 
-def weight_files(folder: Path) -> list[Path]:
+def list_weight_files(folder: Path) -> list[Path]:
     """Return the files of the index; without one, model.safetensors, or else all safetensors."""
     try:
-        return [folder / name for name in shards_of(folder)]
-    except UNREADABLE:
-        whole = folder / "model.safetensors"
-        return [whole] if whole.is_file() else sorted(folder.glob("*.safetensors"))
+        return [folder / name for name in read_shard_names(folder)]
+    except JSON_ERRORS:
+        single = folder / "model.safetensors"
+        return [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
 
 
-def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
+def read_tensor_headers(folder: Path) -> dict[str, StoredTensor]:
     """Return name -> tensor of the weight files in a model's folder.
 
-    Files that can't be read are left out: loading the model reports them.
+    Files that can't be read are skipped: loading the model reports them.
     """
     found: dict[str, StoredTensor] = {}
-    for file in weight_files(folder):
-        for name, entry in _header(file).items():
+    for file in list_weight_files(folder):
+        for name, entry in _read_header(file).items():
             found[name] = StoredTensor(dtype=entry["dtype"], shape=entry["shape"])
     return found
 
 
-def _header(file: Path) -> dict[str, dict[str, Any]]:
+def _read_header(file: Path) -> dict[str, dict[str, Any]]:
     """Return name -> dtype, shape and data_offsets; empty where the file can't be read."""
     try:
         with open_regular(file) as stream:
@@ -207,18 +207,18 @@ def _header(file: Path) -> dict[str, dict[str, Any]]:
             for name, entry in header.items()
             if name != "__metadata__"
         }
-    except UNREADABLE:
+    except JSON_ERRORS:
         return {}
 
 
-def safetensors_damages(file: Path) -> list[str]:
+def check_safetensors(file: Path) -> list[str]:
     """Return what is wrong with a file: its header can't be read, or tensors are cut off."""
     if not file.is_file():
         return ["found a pipe, a socket, a device or a folder, needed a file"]
     try:
         with file.open("rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
-        ends = [entry["data_offsets"][1] for entry in _header(file).values()]
+        ends = [entry["data_offsets"][1] for entry in _read_header(file).values()]
         needed, found = 8 + length + max(ends), file.stat().st_size
     except OSError as error:
         return [f"it can't be read: {error.strerror or error}"]
@@ -257,7 +257,7 @@ def load_renamed(model: Any, folder: Path) -> bool:
     """
     import torch
 
-    if stored_tensors(folder).keys() <= model.state_dict().keys():
+    if read_tensor_headers(folder).keys() <= model.state_dict().keys():
         return False
     # float32 represents weights of every dtype exactly, so copying does not round.
     loaded = type(model).from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
@@ -271,10 +271,10 @@ _TOKENIZER_FILES = ("*token*.json", "vocab*", "merges.txt", "*.model", "*.tiktok
                     "chat_template*", "additional_chat_templates/*")  # fmt: skip
 
 # Keys of config.json that transformers writes about itself.
-_NOT_OF_THE_MODEL = ("_name_or_path", "transformers_version")
+_TRANSFORMERS_KEYS = ("_name_or_path", "transformers_version")
 
 
-def model_of(config: Config) -> dict[str, Any] | None:
+def hash_model(config: Config) -> dict[str, Any] | None:
     """Return the SHA-256 of each file of the model; None when not all are on this machine.
 
     config.json is hashed by its values, so that another version of transformers may have written
@@ -283,12 +283,12 @@ def model_of(config: Config) -> dict[str, Any] | None:
     Raises:
         AttnimgError: a file can't be read (bad-model).
     """
-    folder = _folder_of(config.base_model, config, holding="config.json")
-    weights = weight_files(folder) if folder else []
+    folder = _find_folder(config.base_model, config, containing="config.json")
+    weights = list_weight_files(folder) if folder else []
     if folder is None or not weights or not all(path.is_file() for path in weights):
         return None
     raw = json.loads((folder / "config.json").read_bytes())
-    values = {key: raw[key] for key in raw if key not in _NOT_OF_THE_MODEL}
+    values = {key: raw[key] for key in raw if key not in _TRANSFORMERS_KEYS}
     text = json.dumps(values, sort_keys=True)
     files = [*weights, *folder.glob(WEIGHT_INDEX), *folder.glob("*.py")]
     return {
@@ -296,45 +296,45 @@ def model_of(config: Config) -> dict[str, Any] | None:
         "revision": config.revision_of_model,
         "files": {
             "config.json": hashlib.sha256(text.encode()).hexdigest(),
-            **_hashes(folder, files),
+            **_hash_files(folder, files),
         },
     }
 
 
-def tokenizer_of(config: Config) -> dict[str, Any] | None:
+def hash_tokenizer(config: Config) -> dict[str, Any] | None:
     """Return the SHA-256 of each file of the tokenizer; None when it is not on this machine.
 
     Raises:
         AttnimgError: a file can't be read (bad-model).
     """
     named = config.tokenizer_config or config.base_model
-    folder = _folder_of(named, config, holding="tokenizer_config.json")
+    folder = _find_folder(named, config, containing="tokenizer_config.json")
     if folder is None:
         return None
     files = {path for pattern in _TOKENIZER_FILES for path in folder.glob(pattern)}
     return {
         "path": named,
         "revision": config.revision_of_model,
-        "files": _hashes(folder, sorted(path for path in files if path.is_file())),
+        "files": _hash_files(folder, sorted(path for path in files if path.is_file())),
     }
 
 
-def _folder_of(name: str | None, config: Config, *, holding: str) -> Path | None:
-    """Return a model's folder, or its snapshot in the hub's cache, if it has the file `holding`."""
+def _find_folder(name: str | None, config: Config, *, containing: str) -> Path | None:
+    """Return a model's folder, or its snapshot in the hub's cache, if it contains a file."""
     folder = Path(name or "").expanduser()
     if folder.is_dir():
-        return folder if (folder / holding).is_file() else None
+        return folder if (folder / containing).is_file() else None
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
     try:
-        found = try_to_load_from_cache(str(name), holding, revision=config.revision_of_model)
+        found = try_to_load_from_cache(str(name), containing, revision=config.revision_of_model)
     except HFValidationError:
         return None
     return Path(found).parent if isinstance(found, str) else None
 
 
-def _hashes(folder: Path, files: Sequence[Path]) -> dict[str, str]:
+def _hash_files(folder: Path, files: Sequence[Path]) -> dict[str, str]:
     hashes = ContentHashes(cache_folder(os.environ))
     try:
         found = hashes.of_each(files)
@@ -342,7 +342,7 @@ def _hashes(folder: Path, files: Sequence[Path]) -> dict[str, str]:
         raise bad_model(
             f"{error.filename or folder} can't be read",
             why=error.strerror or str(error),
-            do=GET_WHOLE,
+            do=DOWNLOAD_AGAIN,
         ) from error
     hashes.save()
     # An index may name files outside of the folder.
@@ -351,10 +351,10 @@ def _hashes(folder: Path, files: Sequence[Path]) -> dict[str, str]:
 
 
 # Files that Trainer writes with a model, and that only Trainer reads.
-NOT_THE_MODEL = ("training_args.bin",)
+TRAINER_FILES = ("training_args.bin",)
 
 # Settings that trainers change for training, and that must not be saved with the model.
-_TRAINERS = ("use_cache", "output_router_logits")
+_TRAINING_SETTINGS = ("use_cache", "output_router_logits")
 
 # Files that an AutoProcessor reads besides the tokenizer's.
 PROCESSOR_FILES = (
@@ -363,7 +363,7 @@ PROCESSOR_FILES = (
 )  # fmt: skip
 
 
-def save_final(engine: Any, config: Config, folder: Path) -> list[Path]:
+def save_final_model(engine: Any, config: Config, folder: Path) -> list[Path]:
     """Write model and tokenizer into PARTIAL, then move them into output_dir file by file.
 
     Args:
@@ -378,16 +378,16 @@ def save_final(engine: Any, config: Config, folder: Path) -> list[Path]:
     Raises:
         AttnimgError: the disk is full; the checkpoints are unchanged (disk-full).
     """
-    aside = folder / checkpoints.PARTIAL / "model"
+    staging = folder / checkpoints.PARTIAL / "model"
     try:
-        with writing(aside, kept="the checkpoints are kept"):
+        with write_errors(staging, kept="the checkpoints are kept"):
             restore_loaded_dtypes(engine.model)
-            engine.save_model(str(aside))
+            engine.save_model(str(staging))
             if not engine.is_world_process_zero():
                 return []
-            correct_saved_config(aside, engine.loaded_config)
-            keep_processor(config, engine.loaded_config, aside)
-            names = _move_into(folder, aside)
+            correct_saved_config(staging, engine.loaded_config)
+            copy_processor_files(config, engine.loaded_config, staging)
+            names = _move_into(folder, staging)
     finally:
         if engine.is_world_process_zero():
             shutil.rmtree(folder / checkpoints.PARTIAL, ignore_errors=True)
@@ -424,12 +424,12 @@ def correct_saved_config(folder: Path, loaded: Mapping[str, Any]) -> None:
     if not path.is_file():
         return
     config = json.loads(path.read_text(encoding="utf-8"))
-    dtype = _dtype_of(folder)
+    dtype = _most_common_dtype(folder)
     for name in (None, *(key for key, value in config.items() if isinstance(value, dict))):
         part, before = (config, loaded) if name is None else (config[name], loaded.get(name) or {})
         if dtype and (name is None or "dtype" in part):
             part["dtype"] = dtype
-        for key in _TRAINERS:
+        for key in _TRAINING_SETTINGS:
             if key in before:
                 part[key] = before[key]
             else:
@@ -437,16 +437,16 @@ def correct_saved_config(folder: Path, loaded: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _dtype_of(folder: Path) -> str | None:
+def _most_common_dtype(folder: Path) -> str | None:
     """Return the dtype of most of the numbers in a folder's weights; None without weights."""
     sizes: Counter[str] = Counter()
-    for tensor in stored_tensors(folder).values():
+    for tensor in read_tensor_headers(folder).values():
         if tensor.dtype in TORCH_NAMES:
             sizes[TORCH_NAMES[tensor.dtype]] += tensor.count
     return sizes.most_common(1)[0][0] if sizes else None
 
 
-def keep_processor(config: Config, loaded: Mapping[str, Any], folder: Path) -> None:
+def copy_processor_files(config: Config, loaded: Mapping[str, Any], folder: Path) -> None:
     """Copy the files of the AutoProcessor of a multimodal checkpoint.
 
     Args:
@@ -468,12 +468,14 @@ def keep_processor(config: Config, loaded: Mapping[str, Any], folder: Path) -> N
             shutil.copyfile(found, folder / name)
 
 
-def _move_into(folder: Path, aside: Path) -> list[str]:
+def _move_into(folder: Path, staging: Path) -> list[str]:
     """Move the finished files, weights last, so that a folder with weights is complete."""
-    for name in NOT_THE_MODEL:
-        (aside / name).unlink(missing_ok=True)
-    checkpoints.open_to_others(aside)
-    names = sorted((p.name for p in aside.iterdir()), key=lambda name: name.endswith("safetensors"))
+    for name in TRAINER_FILES:
+        (staging / name).unlink(missing_ok=True)
+    checkpoints.set_default_permissions(staging)
+    names = sorted(
+        (p.name for p in staging.iterdir()), key=lambda name: name.endswith("safetensors")
+    )
     for name in names:
-        (aside / name).replace(folder / name)
+        (staging / name).replace(folder / name)
     return names

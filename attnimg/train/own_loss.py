@@ -10,7 +10,7 @@ loss of the class is not the negative log-likelihood of its logits either, the r
 
 The comparison runs in eval mode, which turns dropout off, and in the run's autocast. A class may
 add a term to its loss in train mode only: there, loss and logits of one forward pass are compared.
-torch.compile is left out: it only changes rounding, and compiling for one more shape takes minutes.
+torch.compile is not used: it only changes rounding, and compiling for one more shape takes minutes.
 """
 
 from __future__ import annotations
@@ -24,22 +24,24 @@ from typing import Any
 
 import torch
 
-from attnimg.errors import AttnimgError, as_refusal
+from attnimg.errors import AttnimgError, as_refusal, exception_text
 from attnimg.facts import RunContext
 from attnimg.train.distributed import any_rank
 from attnimg.train.loss import (
-    COEFFICIENTS,
+    AUX_LOSS_COEFFICIENTS,
     Comparison,
     Loss,
     LossCheck,
     Tolerance,
-    base_of,
+    batch_tokens,
     difference,
+    first_batch,
     loss_tolerance,
-    score,
-    shifted,
+    score_tokens,
+    shift_labels,
+    unwrap_peft,
 )
-from attnimg.train.rows import COUNTS, Rows, first_batch, slice_tokens
+from attnimg.train.rows import COUNTS, Rows
 
 # Loss scale for float16: without it, gradients below its range would be zero in both losses.
 FLOAT16_SCALE = 1024.0
@@ -65,13 +67,13 @@ def check_loss(engine: Any, rows: Rows, *, context: RunContext, sharded: bool) -
     if sharded:
         return LossCheck(compared=False, why="FSDP or DeepSpeed shards the weights")
     vocabulary = getattr(engine.model.config.get_text_config(), "vocab_size", None) or 2**18
-    batch = first_batch(rows, tokens=slice_tokens(vocabulary))
+    batch = first_batch(rows, tokens=batch_tokens(vocabulary))
     if batch is None:
         return LossCheck(compared=False, why="the first rows have no trained token")
     inputs = {name: value for name, value in batch.items() if name != COUNTS}
     try:
         with _without_side_effects(engine):
-            found = _Check(engine, engine._prepare_inputs(inputs), context).run()
+            found = _LossComparison(engine, engine._prepare_inputs(inputs), context).run()
     except torch.OutOfMemoryError:
         return LossCheck(compared=False, why="the comparison does not fit into the free GPU memory")
     return replace(
@@ -79,7 +81,7 @@ def check_loss(engine: Any, rows: Rows, *, context: RunContext, sharded: bool) -
     )
 
 
-class _Check:
+class _LossComparison:
     """One comparison of an engine on one batch."""
 
     def __init__(self, engine: Any, inputs: dict[str, Any], context: RunContext) -> None:
@@ -94,11 +96,13 @@ class _Check:
         except (AttnimgError, torch.OutOfMemoryError):
             raise
         except Exception as error:
-            if (full := as_refusal(error)) is not None:
-                raise full from error
+            if (refusal := as_refusal(error)) is not None:
+                raise refusal from error
             if raised:
-                raise _model_raised(self.engine, _short(error)) from error
-            return LossCheck(compared=False, why=f"the model's own loss raised {_short(error)}")
+                raise _model_raised_error(self.engine, exception_text(error)) from error
+            return LossCheck(
+                compared=False, why=f"the model's own loss raised {exception_text(error)}"
+            )
         if any_rank(not math.isfinite(model.total)):
             return LossCheck(compared=False, why="the model's own loss is NaN or inf")
         on_data = Comparison(model=model, trainer=trainer, tolerance=tolerance, raised=raised)
@@ -124,11 +128,11 @@ class _Check:
             with _run_context(engine):
                 nll, aux = engine.loss_terms(engine.model, dict(self.inputs))
                 total = nll if aux is None else nll + engine.aux_coefficient * aux
-                return self.figures(nll, total, aux), None
+                return self.measure(nll, total, aux), None
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
-            return None, _short(error)
+            return None, exception_text(error)
 
     def model_loss(self) -> tuple[Loss, Tolerance, int]:
         """Compute the loss by the model's own forward, and its tolerance.
@@ -136,15 +140,15 @@ class _Check:
         Raises:
             AttnimgError: its loss is not that of its logits (loss-differs).
         """
-        targets = shifted(self.inputs["labels"])
+        targets = shift_labels(self.inputs["labels"])
         with _run_context(self.engine):
-            nll, total, aux, tolerance = self.likelihood(targets)
-            found = self.figures(nll, total, aux)
+            nll, total, aux, tolerance = self.compute_likelihood(targets)
+            found = self.measure(nll, total, aux)
             with _modes(self.engine.model, lambda _: True):
-                self.likelihood(targets)
+                self.compute_likelihood(targets)
         return found, tolerance, int((targets != -100).sum())
 
-    def likelihood(
+    def compute_likelihood(
         self, targets: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, Tolerance]:
         """Run the model; return its nll, its own loss, its auxiliary loss and the tolerance.
@@ -153,8 +157,8 @@ class _Check:
             AttnimgError: its loss is not that of its logits (loss-differs).
         """
         engine = self.engine
-        outputs = self.own_outputs()
-        nll = -score(outputs.logits, targets)[0].sum() / max(int((targets != -100).sum()), 1)
+        outputs = self.call_model()
+        nll = -score_tokens(outputs.logits, targets)[0].sum() / max(int((targets != -100).sum()), 1)
         aux, ours = None, nll
         if engine.aux_coefficient is not None:
             aux = getattr(outputs, "aux_loss", None)
@@ -167,10 +171,10 @@ class _Check:
             )
         if abs(total.item() - ours.item()) > tolerance.loss:
             mode = "train" if engine.model.training else "eval"
-            raise _differs(engine, own=total.item(), ours=ours.item(), mode=mode)
+            raise _loss_differs_error(engine, own=total.item(), ours=ours.item(), mode=mode)
         return nll, total, aux, tolerance
 
-    def own_outputs(self) -> Any:
+    def call_model(self) -> Any:
         """Call the model with labels; without them where its own loss raises on these rows."""
         arguments = {**self.inputs, "use_cache": False}
         if self.engine.aux_coefficient is not None:
@@ -182,10 +186,10 @@ class _Check:
         except Exception as error:
             del arguments["labels"]
             outputs = self.engine.model(**arguments)
-            self.own_loss_raised = _short(error)
+            self.own_loss_raised = exception_text(error)
             return outputs
 
-    def figures(self, nll: torch.Tensor, total: torch.Tensor, aux: torch.Tensor | None) -> Loss:
+    def measure(self, nll: torch.Tensor, total: torch.Tensor, aux: torch.Tensor | None) -> Loss:
         """Return the numbers, with the norm of the gradient of the trained weights."""
         scale = FLOAT16_SCALE if self.context.autocast == "float16" else 1.0
         (total * scale).backward()
@@ -210,13 +214,15 @@ class _Check:
         """
         used, raised = self.trainer_loss()
         if used is None:
-            raise _model_raised(self.engine, raised)
+            raise _model_raised_error(self.engine, raised)
         if difference(used, model, tolerance) > 1:
             # Kernels without a fixed order of summation may differ between calls.
             again, _, _ = self.model_loss()
             noise = 4 * difference(again, model, tolerance)
             if difference(used, model, tolerance) > 1 + noise:
-                raise _differs(self.engine, own=model.total, ours=used.total, mode="eval")
+                raise _loss_differs_error(
+                    self.engine, own=model.total, ours=used.total, mode="eval"
+                )
         return used
 
 
@@ -228,7 +234,7 @@ def compare_output_layer(engine: Any, inputs: dict[str, Any]) -> Comparison | No
     """Compare loss and gradient of TRL's head and of the model's own forward.
 
     Args:
-        engine: an Objective in eval mode, with TRL's head.
+        engine: the engine in eval mode, with TRL's head.
         inputs: a batch of the run, on the model's device.
 
     Returns:
@@ -236,11 +242,11 @@ def compare_output_layer(engine: Any, inputs: dict[str, Any]) -> Comparison | No
         both, or the layers after it raise in float32 or run out of memory.
     """
     model = engine.model
-    base = base_of(model)
+    base = unwrap_peft(model)
     backbone = getattr(base, "base_model", base)
     if backbone is base:
         return None
-    targets = shifted(inputs["labels"])
+    targets = shift_labels(inputs["labels"])
     arguments = {name: value for name, value in inputs.items() if name != "labels"}
 
     def model_logits(**_: Any) -> torch.Tensor:
@@ -259,7 +265,7 @@ def compare_output_layer(engine: Any, inputs: dict[str, Any]) -> Comparison | No
             scale = LOGITS / max(spread, 1e-6)
             with _RandomHiddenStates(backbone, scale=scale) as hidden:
                 logits = model_logits()
-                nll = -score(logits, targets)[0].sum() / (targets != -100).sum()
+                nll = -score_tokens(logits, targets)[0].sum() / (targets != -100).sum()
                 model_loss = hidden.loss(nll)
                 tolerance = loss_tolerance(
                     logits.detach(), targets, loss=model_loss.nll, precision="float32"
@@ -302,8 +308,8 @@ class _RandomHiddenStates:
     def _replace(self, _module: Any, _arguments: Any, output: Any) -> Any:
         self.calls += 1
         state = output[0]
-        draw = torch.Generator().manual_seed(0)
-        values = torch.randn(state.shape, generator=draw) * self.scale
+        generator = torch.Generator().manual_seed(0)
+        values = torch.randn(state.shape, generator=generator) * self.scale
         self._values = values.to(state.device).requires_grad_()
         self._stack.enter_context(torch.autocast(state.device.type, enabled=False))
         if isinstance(output, tuple):
@@ -323,21 +329,21 @@ class _RandomHiddenStates:
 def _in_float32(base: torch.nn.Module, backbone: torch.nn.Module) -> Iterator[None]:
     """Cast the weights after the backbone to float32 inside the block."""
     inside = set(backbone.modules())
-    kept: list[tuple[dict[str, Any], str, Any]] = []
+    replaced: list[tuple[dict[str, Any], str, Any]] = []
     try:
         for module in base.modules():
             if module in inside:
                 continue
             for name, weight in module._parameters.items():
                 if weight is not None and weight.is_floating_point():
-                    kept.append((module._parameters, name, weight))
+                    replaced.append((module._parameters, name, weight))
                     module._parameters[name] = torch.nn.Parameter(
                         weight.detach().float(), requires_grad=False
                     )
         yield
     finally:
-        for holder, name, weight in kept:
-            holder[name] = weight
+        for parameters, name, weight in replaced:
+            parameters[name] = weight
 
 
 @contextmanager
@@ -390,21 +396,21 @@ def _modes(model: Any, training: Callable[[torch.nn.Module], bool]) -> Iterator[
             module.training = mode
 
 
-def _differs(engine: Any, *, own: float, ours: float, mode: str) -> AttnimgError:
+def _loss_differs_error(engine: Any, *, own: float, ours: float, mode: str) -> AttnimgError:
     do = (
         "train the model with its own training code; attnimg minimizes the negative log-likelihood "
         "of the next token"
     )
     weights = engine.model.config.get_text_config().to_dict()
     terms = [name for name, value in weights.items()
-             if "loss_coef" in name and name not in COEFFICIENTS and value]  # fmt: skip
+             if "loss_coef" in name and name not in AUX_LOSS_COEFFICIENTS and value]  # fmt: skip
     if terms:
         zeros = " and ".join(f"{name}: 0.0" for name in terms)
         do = f"set {zeros} in its config.json to train without that term, or {do}"
     return AttnimgError(
         f"the loss of {_class_name(engine)} is not the negative log-likelihood of its logits",
         why=f"found {own:.4f} from its forward with labels in {mode} mode, {ours:.4f} from its "
-        "logits for the next tokens\nneeded the same, apart from an aux_loss that it returns",
+        "logits for the next tokens\nneeded the same, except for an aux_loss that it returns",
         do=do,
         code="loss-differs",
         key="base_model",
@@ -412,7 +418,7 @@ def _differs(engine: Any, *, own: float, ours: float, mode: str) -> AttnimgError
     )
 
 
-def _model_raised(engine: Any, raised: str | None) -> AttnimgError:
+def _model_raised_error(engine: Any, raised: str | None) -> AttnimgError:
     return AttnimgError(
         f"{_class_name(engine)} raised when it was called on the first documents",
         why=f"found {raised}",
@@ -424,9 +430,4 @@ def _model_raised(engine: Any, raised: str | None) -> AttnimgError:
 
 
 def _class_name(engine: Any) -> str:
-    return type(base_of(engine.model)).__name__
-
-
-def _short(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:160]}" if lines else type(error).__name__
+    return type(unwrap_peft(engine.model)).__name__

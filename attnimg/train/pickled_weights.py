@@ -25,14 +25,10 @@ _INDEX = "pytorch_model.bin.index.json"
 
 def pickled_weights(folder: Path) -> list[Path]:
     """Return the pickled weights of a folder that has no safetensors in their place."""
-    found = [path for path in sorted(folder.glob("*.bin")) if _NAMES.fullmatch(path.name)]
-    whole = any(folder.glob("model*.safetensors"))
-    return [
-        path
-        for path in found
-        if not ((folder / "adapter_model.safetensors").exists() if "adapter" in path.name
-                else whole)
-    ]  # fmt: skip
+    pickled = [path for path in sorted(folder.glob("*.bin")) if _NAMES.fullmatch(path.name)]
+    has_model = any(folder.glob("model*.safetensors"))
+    has_adapter = (folder / "adapter_model.safetensors").exists()
+    return [path for path in pickled if not (has_adapter if "adapter" in path.name else has_model)]
 
 
 def require_safetensors(folder: Path, *, key: str, hub: str | None = None) -> None:
@@ -53,7 +49,7 @@ def require_safetensors(folder: Path, *, key: str, hub: str | None = None) -> No
     raise AttnimgError(
         f"the weights in {hub or folder} are pickled",
         why=f"found {names}\nneeded safetensors: a pickle can run code while it is loaded",
-        do=advice_on_hub(hub) if hub else f"run {convert_command(folder)}",
+        do=advice_for_hub(hub) if hub else f"run {convert_command(folder)}",
         code="pickled-weights",
         key=key,
     )
@@ -64,7 +60,7 @@ def convert_command(folder: Path | str) -> str:
     return f"python -m attnimg.train.pickled_weights {shlex.quote(str(folder))}"
 
 
-def advice_on_hub(name: str) -> str:
+def advice_for_hub(name: str) -> str:
     """Return advice on a model of the hub that has only pickled weights."""
     folder = name.rpartition("/")[2]
     return (
@@ -80,7 +76,7 @@ def convert(folder: Path) -> list[Path]:
         The new files.
 
     Raises:
-        AttnimgError: a file holds objects other than tensors (code pickled-weights).
+        AttnimgError: a file has objects other than tensors (code pickled-weights).
     """
     from safetensors.torch import save_file
 
@@ -117,15 +113,17 @@ def _load(path: Path) -> Mapping[str, Any]:
             warnings.simplefilter("ignore")  # torch warns about other pickle protocols than its own
             tensors = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, ValueError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise _refused(path, "found objects other than tensors, or a damaged file") from error
+        raise _conversion_error(
+            path, "found objects other than tensors, or a damaged file"
+        ) from error
     if not isinstance(tensors, dict) or not all(
         isinstance(tensor, torch.Tensor) for tensor in tensors.values()
     ):
-        raise _refused(path, "found objects other than named tensors")
+        raise _conversion_error(path, "found objects other than named tensors")
     return tensors
 
 
-def _refused(path: Path, why: str) -> AttnimgError:
+def _conversion_error(path: Path, why: str) -> AttnimgError:
     return AttnimgError(
         f"{path} can't be converted",
         why=f"{why}; no code in it was run",

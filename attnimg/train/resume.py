@@ -1,29 +1,215 @@
-"""Compare a run with the checkpoint it resumes from: print allowed changes, refuse the others."""
+"""Compare a run with the checkpoint it resumes from: report allowed changes, refuse the others.
+
+Each checkpoint has the identity of its run: the keys of its config; hashes of model, tokenizer,
+data and kernels. A run that resumes from it must have the same, except for CHANGEABLE keys. Each
+key of the config is in one of the sets below.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from attnimg.config.schema import Config
+from attnimg.config.schema import Config, DatasetSpec, is_chat
 from attnimg.errors import AttnimgError
+from attnimg.facts import RunContext
 from attnimg.train import checkpoint as checkpoints
-from attnimg.train.identity import CHANGEABLE, evaluation_decides, settings_of
-from attnimg.train.lora import targeted
+from attnimg.train.distributed import world_size
+from attnimg.train.lora import find_targets
 from attnimg.train.model import load_without_weights
+from attnimg.train.model_files import hash_model, hash_tokenizer
+
+if TYPE_CHECKING:
+    from attnimg.train.data.documents import SourceFigures
+    from attnimg.train.records import RunFacts
+
+# Compared by value: a different value results in a different model.
+BY_VALUE = frozenset(
+    {
+        "model_type", "tokenizer_type", "special_tokens", "tokens", "scaling_softmax",
+        "shuffle_merged_datasets", "val_set_size", "sequence_len", "excess_length_strategy",
+        "sample_packing", "pad_to_sequence_len", "batch_flattening", "train_on_inputs",
+        "chat_template", "chat_template_jinja", "default_system_message", "eot_tokens",
+        "micro_batch_size", "gradient_accumulation_steps", "optimizer", "lr_scheduler",
+        "lr_scheduler_kwargs", "cosine_min_lr_ratio", "warmup_steps", "warmup_ratio",
+        "weight_decay", "max_grad_norm", "adam_beta1", "adam_beta2", "adam_epsilon", "seed",
+        "bf16", "fp16", "tf32", "load_in_4bit", "load_in_8bit",
+        "adapter", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules",
+        "lora_target_linear", "lora_modules_to_save", "lora_fan_in_fan_out", "peft_use_dora",
+        "peft_use_rslora", "early_stopping_patience",
+        "fsdp", "fsdp_config", "fsdp_version", "deepspeed", "rl", "context_parallel_size",
+    }
+)  # fmt: skip
+
+# Compared by content: the files of model and tokenizer, the documents' tokens, the kernel that
+# runs. Moved folders and renamed data files are the same.
+BY_CONTENT = frozenset(
+    {
+        "base_model", "revision_of_model", "tokenizer_config", "datasets", "pretraining_dataset",
+        "test_datasets", "attn_implementation",
+    }
+)  # fmt: skip
+
+# Compared by value only where evaluation controls early stopping or the learning rate; so is the
+# content of test_datasets.
+EVALUATION_KEYS = frozenset(
+    {"eval_strategy", "eval_steps", "evals_per_epoch", "eval_sample_packing"}
+)
+
+# May change: the new value is used from the checkpoint on.
+CHANGEABLE = frozenset({"learning_rate", "max_steps", "num_epochs"})
+
+# Not compared: paths, logging, saving and speed, which do not change the trained weights.
+NOT_COMPARED = frozenset(
+    {
+        "trust_remote_code", "attn_supports_packing", "attn_uses_flash_lib",
+        "attn_needs_dtype_cast", "attn_strict", "attn_forward_only_ok", "attn_known_bad",
+        "attn_check_steps",
+        "dataset_prepared_path", "dataset_num_proc", "dataset_processes", "eval_batch_size",
+        "gradient_checkpointing", "gradient_checkpointing_kwargs", "torch_compile",
+        "torch_compile_backend", "torch_compile_mode", "output_dir", "logging_steps",
+        "save_strategy", "save_steps", "saves_per_epoch", "save_total_limit", "save_only_model",
+        "resume_from_checkpoint", "auto_resume_from_checkpoints", "ddp_timeout",
+        "ddp_find_unused_parameters", "dataloader_num_workers", "dataloader_pin_memory", "strict",
+    }
+)  # fmt: skip
+
+
+def build_identity(
+    config: Config,
+    *,
+    run: RunFacts,
+    tokenizer: Any,
+    figures: tuple[SourceFigures, ...],
+    rows: object,
+    tokens: object,
+) -> dict[str, Any]:
+    """Return the identity of a run, as it is saved in checkpoints.
+
+    Args:
+        config: the validated run.
+        run: has the attention, kernels and precision.
+        tokenizer: as `load_tokenizer` returns it.
+        figures: statistics of the sources.
+        rows: number of training rows, packed where the run packs.
+        tokens: number of tokens in them.
+    """
+    return {
+        **config_identity(config),
+        **attention_and_precision(run.backend, run.context),
+        **data_identity(config, figures, tokenizer),
+        "tokenizer": hash_tokenizer(config),
+        "kernels": run.kernels,
+        "rows": rows,
+        "tokens": tokens,
+    }
+
+
+def config_identity(config: Config) -> dict[str, Any]:
+    """Return the part of a run's identity that is known before anything is loaded."""
+    return {"keys": compared_keys(config), "model": hash_model(config), "processes": world_size()}
+
+
+def compared_keys(config: Config) -> dict[str, Any]:
+    """Return the keys that are compared by value, and those that may change."""
+    names = BY_VALUE | CHANGEABLE
+    if evaluation_affects_training(config.model_dump()):
+        names |= EVALUATION_KEYS
+    if not config.adapter:
+        names = frozenset(n for n in names if not n.startswith(("lora_", "peft_use_")))
+    values = config.model_dump(mode="json", include=set(names))
+    if config.adapter == "qlora":
+        values["load_in_4bit"] = True
+    if isinstance(config.deepspeed, str):
+        values["deepspeed"] = _read_json(config.deepspeed)
+    return {key: _plain(key, value) for key, value in sorted(values.items())}
+
+
+def evaluation_affects_training(keys: Mapping[str, Any]) -> bool:
+    """Return whether the evaluation loss controls early stopping or the learning rate."""
+    plateau = keys.get("lr_scheduler") == "reduce_lr_on_plateau"
+    return plateau or bool(keys.get("early_stopping_patience"))
+
+
+def _plain(key: str, value: Any) -> Any:
+    """Return a value; None for a false flag or an empty list where the default is None."""
+    unset = Config.model_fields[key].default is None and (value is False or value in ([], {}))
+    return None if unset else value
+
+
+def attention_and_precision(backend: str, context: RunContext) -> dict[str, str]:
+    """Return the attention backend and the precision of a run."""
+    mixed = " autocast" if context.autocast else ""
+    return {"attention": backend, "precision": context.dtype + mixed}
+
+
+def data_identity(
+    config: Config, figures: tuple[SourceFigures, ...], tokenizer: Any
+) -> dict[str, list[dict[str, Any]]]:
+    """Return each source with the hash of its documents' tokens and labels.
+
+    Returns:
+        The sources of training under "data", those of test_datasets under "evaluation".
+    """
+    specs = {
+        f"{name}[{number}]": spec
+        for name in ("datasets", "pretraining_dataset", "test_datasets")
+        for number, spec in enumerate(getattr(config, name) or ())
+    }
+    found: dict[str, list[dict[str, Any]]] = {"data": [], "evaluation": []}
+    for source in figures:
+        part = "evaluation" if source.key.startswith("test_datasets") else "data"
+        spec = specs[source.key]
+        found[part].append(
+            {
+                "key": source.key,
+                "spec": spec.model_dump(mode="json", exclude_none=True),
+                "dated": _hash_if_dated(config, spec, source.key, tokenizer),
+                **{name: getattr(source, name)
+                   for name in ("content", "read", "documents", "tokens")},
+            }
+        )  # fmt: skip
+    return found
+
+
+def _hash_if_dated(config: Config, spec: DatasetSpec, key: str, tokenizer: Any) -> str | None:
+    """Return a hash of template and tokenizer where the template writes the current date.
+
+    Llama 3.2's does. None where the same records have the same tokens on any day.
+    """
+    from attnimg.train.data.chat_templates import choose_chat_template
+
+    if not is_chat(spec):
+        return None
+    template = choose_chat_template(config, tokenizer, spec=spec, key=key)
+    if "strftime_now" not in json.dumps(template):
+        return None
+    text = json.dumps([template, tokenizer.backend_tokenizer.to_str()])
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _read_json(path: str) -> Any:
+    """Return the content of a JSON file; the path itself where it can't be read."""
+    try:
+        return json.loads(Path(path).expanduser().read_bytes())
+    except (OSError, ValueError):
+        return path
+
 
 # Keys of the config in the identity that attnimg 0.1.0 wrote, next to processes, rows and tokens.
-EARLIER_KEYS = ("micro_batch_size", "gradient_accumulation_steps", "seed")
+LEGACY_KEYS = ("micro_batch_size", "gradient_accumulation_steps", "seed")
 
 # Keys that name the modules of an adapter, in several ways.
-TARGETS = frozenset({"lora_target_modules", "lora_target_linear"})
+TARGET_KEYS = frozenset({"lora_target_modules", "lora_target_linear"})
 
 # Backends that do not compute exact attention.
-INEXACT = frozenset({"s2", "fp8", "sage", "kernels-community/sage-attention"})
+INEXACT_BACKENDS = frozenset({"s2", "fp8", "sage", "kernels-community/sage-attention"})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,16 +229,16 @@ class Change:
     revert: str
 
 
-def identity_in(checkpoint: Path) -> dict[str, Any]:
+def read_identity(checkpoint: Path) -> dict[str, Any]:
     """Return the identity in a checkpoint; empty if another program wrote it."""
-    found: Any = checkpoints.read_state(checkpoint).get("identity", {})
+    found: Any = checkpoints.read_run_state(checkpoint).get("identity", {})
     if not found or "keys" in found:
         return dict(found)
-    keys = {key: found[key] for key in EARLIER_KEYS if key in found}
-    return {"keys": keys, **{key: found[key] for key in found if key not in EARLIER_KEYS}}
+    keys = {key: found[key] for key in LEGACY_KEYS if key in found}
+    return {"keys": keys, **{key: found[key] for key in found if key not in LEGACY_KEYS}}
 
 
-def check_settings(config: Config, point: checkpoints.ResumePoint | None) -> None:
+def check_resumed_config(config: Config, point: checkpoints.ResumePoint | None) -> None:
     """Raise if a run resumes with other keys or another model, before anything is loaded.
 
     Raises:
@@ -61,7 +247,7 @@ def check_settings(config: Config, point: checkpoints.ResumePoint | None) -> Non
     """
     if point is None or point.path is None:
         return
-    require_same(settings_of(config), config, point)
+    require_same_identity(config_identity(config), config, point)
     if config.max_steps:
         require_steps(config.max_steps, config, point)
 
@@ -86,20 +272,20 @@ def require_steps(total: int, config: Config, point: checkpoints.ResumePoint | N
     )
 
 
-def require_same(
+def require_same_identity(
     now: Mapping[str, Any], config: Config, point: checkpoints.ResumePoint | None
 ) -> None:
-    """Raise if a run resumes with another identity; parts that one of them lacks are not compared.
+    """Raise if a run resumes with another identity; parts that only one has are not compared.
 
     Raises:
         AttnimgError: code resume-differs, with each changed key and both values.
     """
     if point is None or point.path is None:
         return
-    before = identity_in(point.path)
-    changes = _refused(before, now)
-    if TARGETS & {change.key for change in changes} and _same_targets(config, before["keys"]):
-        changes = [change for change in changes if change.key not in TARGETS]
+    before = read_identity(point.path)
+    changes = _refused_changes(before, now)
+    if TARGET_KEYS & {change.key for change in changes} and _same_targets(config, before["keys"]):
+        changes = [change for change in changes if change.key not in TARGET_KEYS]
     if not changes:
         return
     name = point.path.name
@@ -131,33 +317,33 @@ def resume_notes(before: Mapping[str, Any], now: Mapping[str, Any], *, name: str
         now: the run's.
         name: the checkpoint's.
     """
-    said = [
+    notes = [
         f"{c.key}: {as_yaml(c.before)} until {name}, {as_yaml(c.now)} from here on"
         for c in accepted_changes(before, now)
     ]
-    if not evaluation_decides(now.get("keys", {})):
-        said += [
+    if not evaluation_affects_training(now.get("keys", {})):
+        notes += [
             f"warning: {change.key}: found {as_yaml(change.now)}; {name} was evaluated on "
             f"{as_yaml(change.before)}: eval_loss before and after cannot be compared"
-            for change in _data(before, now, "evaluation")
+            for change in _data_changes(before, now, "evaluation")
         ]
-    said += _kernel_notes(before, now, name=name)
-    lacking = {"model": "base_model", "data": "datasets", "attention": "attention"}
-    unknown = [text for part, text in lacking.items() if before.get(part) is None]
+    notes += _kernel_notes(before, now, name=name)
+    recorded = {"model": "base_model", "data": "datasets", "attention": "attention"}
+    unknown = [text for part, text in recorded.items() if before.get(part) is None]
     if "learning_rate" not in before.get("keys", {}):
         unknown = ["learning_rate and the other keys", *unknown]
     if unknown:
-        said.append(
-            f"warning: {name} does not record all of its run: {', '.join(unknown)} can't be "
-            "compared; those of this config are used"
+        notes.append(
+            f"warning: {name} does not record everything about its run: {', '.join(unknown)} can't "
+            "be compared; those of this config are used"
         )
     for part, text in (("attention", "results differ by rounding only"),
                        ("processes", "dropout uses other random numbers"),
                        ("rows", "a step sees other rows"),
                        ("tokens", "a step sees other rows")):  # fmt: skip
         if part in before and before[part] != now[part]:
-            said.append(f"warning: {part}: {before[part]} until {name}, {now[part]} now: {text}")
-    return said
+            notes.append(f"warning: {part}: {before[part]} until {name}, {now[part]} now: {text}")
+    return notes
 
 
 def apply_config(engine: Any, config: Config, before: Mapping[str, Any]) -> None:
@@ -174,199 +360,192 @@ def apply_config(engine: Any, config: Config, before: Mapping[str, Any]) -> None
     scheduler, groups = engine.lr_scheduler, engine.optimizer.param_groups
     rate = float(config.learning_rate or 0)
     if not hasattr(scheduler, "lr_lambdas"):  # reduce_lr_on_plateau: keep its reductions so far
-        then = before.get("keys", {}).get("learning_rate", rate)
-        for group in groups if then != rate else ():
-            _set(group, "lr", float(group["lr"]) / then * rate)
+        previous = before.get("keys", {}).get("learning_rate", rate)
+        for group in groups if previous != rate else ():
+            _set_value(group, "lr", float(group["lr"]) / previous * rate)
         return
     scheduler.base_lrs = [rate] * len(groups)
-    rates = [rate * at(scheduler.last_epoch) for at in scheduler.lr_lambdas]
-    for group, now in zip(groups, rates, strict=True):
+    rates = [rate * factor(scheduler.last_epoch) for factor in scheduler.lr_lambdas]
+    for group, group_rate in zip(groups, rates, strict=True):
         group["initial_lr"] = rate
-        _set(group, "lr", now)
+        _set_value(group, "lr", group_rate)
     scheduler._last_lr = [group["lr"] for group in groups]
 
 
 def _changed_keys(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
     """Return the keys that both have with different values."""
-    there, here = before.get("keys", {}), now.get("keys", {})
+    old, new = before.get("keys", {}), now.get("keys", {})
+    # A key that only one of them has is newer than the checkpoint, or implied by another key.
     return [
-        Change(
-            key=key,
-            before=there[key],
-            now=here[key],
-            revert=f"set {key}: {as_yaml(there[key])}" if there[key] is not None
-            else f"remove {key}",
-        )
-        # A key that only one of them has is newer than the checkpoint, or implied by another key.
-        for key in sorted(there.keys() & here.keys())
-        if there[key] != here[key]
-    ]  # fmt: skip
+        Change(key=key, before=old[key], now=new[key], revert=_edit(key, old[key]))
+        for key in sorted(old.keys() & new.keys())
+        if old[key] != new[key]
+    ]
 
 
-def _refused(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
+def _edit(key: str, value: object) -> str:
+    """Return the edit of the config that gives a key a value; None removes the key."""
+    return f"remove {key}" if value is None else f"set {key}: {as_yaml(value)}"
+
+
+def _refused_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
     """Return the changes that would change the result."""
     changes = [change for change in _changed_keys(before, now) if change.key not in CHANGEABLE]
-    decides = evaluation_decides(now.get("keys", {}))
-    return [*_batch(changes, before, now), *_files("model", "base_model", before, now),
-            *_files("tokenizer", "tokenizer_config", before, now), *_data(before, now, "data"),
-            *(_data(before, now, "evaluation") if decides else ()),
-            *_computed(before, now)]  # fmt: skip
+    decides = evaluation_affects_training(now.get("keys", {}))
+    return [
+        *_batch_changes(changes, before, now),
+        *_file_changes("model", "base_model", before, now),
+        *_file_changes("tokenizer", "tokenizer_config", before, now),
+        *_data_changes(before, now, "data"),
+        *(_data_changes(before, now, "evaluation") if decides else ()),
+        *_precision_and_attention_changes(before, now),
+    ]
 
 
 def _same_targets(config: Config, before: Mapping[str, Any]) -> bool:
     """Return whether the adapter of another run is on the same modules of this model."""
-    then = config.model_copy(update={key: before.get(key) for key in TARGETS})
+    earlier = config.model_copy(update={key: before.get(key) for key in TARGET_KEYS})
     try:
         model = load_without_weights(config)
-        return model is not None and targeted(model, config) == targeted(model, then)
+        return model is not None and find_targets(model, config) == find_targets(model, earlier)
     except AttnimgError:  # the refused change is reported first
         return False
 
 
-def _batch(
+def _batch_changes(
     changes: list[Change], before: Mapping[str, Any], now: Mapping[str, Any]
 ) -> list[Change]:
     """Return the changes that alter the batch; only processes * accumulation steps matters."""
     key = "gradient_accumulation_steps"
-    then, here = before.get("processes"), now.get("processes")
-    if None in (then, here) or then == here:
+    old, new = before.get("processes"), now.get("processes")
+    if None in (old, new) or old == new:
         return changes
     others = [change for change in changes if change.key != key]
-    steps, found = before["keys"][key], now["keys"][key]
-    if steps * then == found * here:
+    old_steps, new_steps = before["keys"][key], now["keys"][key]
+    if old_steps * old == new_steps * new:
         return others
-    revert = f"start {then} processes with {key}: {steps}"
-    if steps * then % here == 0:
-        revert = f"set {key}: {steps * then // here}"
-    before_text, now_text = f"{steps} in {then} process(es)", f"{found} in {here}"
-    return [*others, Change(key=key, before=before_text, now=now_text, revert=revert)]
+    revert = f"start {old} processes with {key}: {old_steps}"
+    if old_steps * old % new == 0:
+        revert = f"set {key}: {old_steps * old // new}"
+    texts = f"{old_steps} in {old} process(es)", f"{new_steps} in {new}"
+    return [*others, Change(key=key, before=texts[0], now=texts[1], revert=revert)]
 
 
-def _files(part: str, key: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
+def _file_changes(
+    part: str, key: str, before: Mapping[str, Any], now: Mapping[str, Any]
+) -> list[Change]:
     """Return the changes in the files of the model or the tokenizer; their folder may differ.
 
     Args:
         part: "model" or "tokenizer".
         key: the config's, which names the folder.
-        before: the checkpoint's identity; one that lacks the part is not compared.
+        before: the checkpoint's identity; without the part, nothing is compared.
         now: the run's.
     """
-    then, here = before.get(part) or {}, now.get(part) or {}
-    if "files" not in then or "files" not in here:
+    old, new = before.get(part) or {}, now.get(part) or {}
+    if "files" not in old or "files" not in new:
         return []
-    names = then["files"].keys() | here["files"].keys()
+    names = old["files"].keys() | new["files"].keys()
     if part == "tokenizer":
         # Versions of transformers download different files of a repository. Where that changes the
         # tokens, the data differs as well.
-        names = then["files"].keys() & here["files"].keys()
-    names = sorted(name for name in names if then["files"].get(name) != here["files"].get(name))
+        names = old["files"].keys() & new["files"].keys()
+    names = sorted(name for name in names if old["files"].get(name) != new["files"].get(name))
     if not names:
         return []
-    moved = then["path"] != here["path"] or then["revision"] != here["revision"]
-    revert = f"set {key}: {as_yaml(then['path'])}"
-    if then["revision"]:
-        revert += f" and revision_of_model: {as_yaml(then['revision'])}"
-    return [
-        Change(
-            key=key,
-            before=_named_hashes(then, names),
-            now=_named_hashes(here, names),
-            revert=revert
-            if moved
-            else f"put the earlier {', '.join(names[:3])} back into {here['path']}",
-        )
-    ]
+    moved = old["path"] != new["path"] or old["revision"] != new["revision"]
+    revert = f"put the earlier {', '.join(names[:3])} back into {new['path']}"
+    if moved:
+        revert = f"set {key}: {as_yaml(old['path'])}"
+        if old["revision"]:
+            revert += f" and revision_of_model: {as_yaml(old['revision'])}"
+    before_text, now_text = _name_hashes(old, names), _name_hashes(new, names)
+    return [Change(key=key, before=before_text, now=now_text, revert=revert)]
 
 
-def _named_hashes(side: Mapping[str, Any], names: list[str]) -> str:
+def _name_hashes(side: Mapping[str, Any], names: list[str]) -> str:
     """Return a text: a folder, with the start of the SHA-256 of some of its files."""
     hashes = [f"{name} {side['files'].get(name, 'missing')[:12]}" for name in names[:3]]
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return f"{side['path']} ({', '.join(hashes)}{more})"
 
 
-def _data(before: Mapping[str, Any], now: Mapping[str, Any], part: str) -> list[Change]:
+def _data_changes(before: Mapping[str, Any], now: Mapping[str, Any], part: str) -> list[Change]:
     """Return the sources whose documents differ from those of the checkpoint's run.
 
     Args:
-        before: the checkpoint's identity; one that lacks the part is not compared.
+        before: the checkpoint's identity; without the part, nothing is compared.
         now: the run's.
         part: "data" to train on, or "evaluation".
     """
     if before.get(part) is None or part not in now:
         return []
-    then = {source["key"]: source for source in before[part]}
-    here = {source["key"]: source for source in now[part]}
-    if [source["content"] for source in then.values()] == [
-        source["content"] for source in here.values()
-    ]:
+    if [source["content"] for source in before[part]] == [s["content"] for s in now[part]]:
         return []
+    old_sources = {source["key"]: source for source in before[part]}
+    new_sources = {source["key"]: source for source in now[part]}
     changes = []
-    for key in sorted(then.keys() | here.keys()):
-        old, new = then.get(key), here.get(key)
+    for key in sorted(old_sources.keys() | new_sources.keys()):
+        old, new = old_sources.get(key), new_sources.get(key)
         if old is None or new is None:
-            there = as_yaml(old["spec"]) if old else ""
-            revert = f"add {key}: {there}" if old else f"remove {key}"
-            changes.append(Change(key=key, before=old and old["spec"], now=new and new["spec"],
-                                  revert=revert))  # fmt: skip
-        elif old["content"] != new["content"] and not _dated(old, new):
-            changes += _source(key, old, new)
+            old_spec, new_spec = old and old["spec"], new and new["spec"]
+            revert = f"add {key}: {as_yaml(old_spec)}" if old else f"remove {key}"
+            changes.append(Change(key=key, before=old_spec, now=new_spec, revert=revert))
+        elif old["content"] != new["content"] and not _differs_by_date(old, new):
+            changes += _source_changes(key, old, new)
     return changes
 
 
-def _dated(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
+def _differs_by_date(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
     """Return whether a source differs only by the date that its template writes."""
     same = ("dated", "spec", "read", "documents")
     return bool(old["dated"]) and all(old.get(name) == new.get(name) for name in same)
 
 
-def _source(key: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Change]:
+def _source_changes(key: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Change]:
     """Return the changed fields of a source, or its changed content."""
-    fields = [
-        name
-        for name in sorted(old["spec"].keys() | new["spec"].keys())
-        if old["spec"].get(name) != new["spec"].get(name)
-    ]
+    before, now = old["spec"], new["spec"]
+    names = sorted(before.keys() | now.keys())
+    fields = [name for name in names if before.get(name) != now.get(name)]
     if not fields:
         texts = [f"{side['documents']} documents, {side['tokens']} tokens, content "
                  f"{side['content'][:12]}" for side in (old, new)]  # fmt: skip
-        revert = (
-            f"put the earlier files of {as_yaml(new['spec'].get('path'))} and of its tokenizer back"
-        )
+        revert = f"put the earlier files of {as_yaml(now.get('path'))} and of its tokenizer back"
         return [Change(key=key, before=texts[0], now=texts[1], revert=revert)]
     return [
         Change(
             key=f"{key}.{name}",
-            before=old["spec"].get(name),
-            now=new["spec"].get(name),
-            revert=f"set {key}.{name}: {as_yaml(old['spec'][name])}" if name in old["spec"]
-            else f"remove {key}.{name}",
+            before=before.get(name),
+            now=now.get(name),
+            revert=_edit(f"{key}.{name}", before.get(name)),
         )
         for name in fields
-    ]  # fmt: skip
+    ]
 
 
-def _computed(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
-    """Return a change of precision, and of attention to or from an INEXACT backend."""
+def _precision_and_attention_changes(
+    before: Mapping[str, Any], now: Mapping[str, Any]
+) -> list[Change]:
+    """Return a change of precision, and of attention to or from one of INEXACT_BACKENDS."""
     changes = []
-    then, here = before.get("precision"), now.get("precision")
-    if then and here and then != here:
-        key = "fp16" if "float16" in then.split() else "bf16"
-        value = {"float32": "false", "bfloat16": "full"}.get(then, "true")
-        changes.append(Change(key=key, before=then, now=here, revert=f"set {key}: {value}"))
-    then, here = before.get("attention"), now.get("attention")
-    if then and here and then != here and {then, here} & INEXACT:
-        changes.append(Change(key="attn_implementation", before=then, now=here,
-                              revert=f"set attn_implementation: {then}"))  # fmt: skip
+    old, new = before.get("precision"), now.get("precision")
+    if old and new and old != new:
+        key = "fp16" if "float16" in old.split() else "bf16"
+        value = {"float32": "false", "bfloat16": "full"}.get(old, "true")
+        changes.append(Change(key=key, before=old, now=new, revert=f"set {key}: {value}"))
+    old, new = before.get("attention"), now.get("attention")
+    if old and new and old != new and {old, new} & INEXACT_BACKENDS:
+        revert = f"set attn_implementation: {old}"
+        changes.append(Change(key="attn_implementation", before=old, now=new, revert=revert))
     return changes
 
 
 def _kernel_notes(before: Mapping[str, Any], now: Mapping[str, Any], *, name: str) -> list[str]:
     """Return a line for each backend whose files changed since a checkpoint."""
-    then, here = before.get("kernels") or {}, now.get("kernels") or {}
+    old_kernels, new_kernels = before.get("kernels") or {}, now.get("kernels") or {}
     notes = []
-    for backend in sorted(then.keys() & here.keys()):
-        old, new = then[backend] or {}, here[backend] or {}
+    for backend in sorted(old_kernels.keys() & new_kernels.keys()):
+        old, new = old_kernels[backend] or {}, new_kernels[backend] or {}
         parts = sorted(part for part in old.keys() | new.keys() if old.get(part) != new.get(part))
         if parts:
             texts = [
@@ -380,7 +559,7 @@ def _kernel_notes(before: Mapping[str, Any], now: Mapping[str, Any], *, name: st
     return notes
 
 
-def _set(group: dict[str, Any], key: str, value: float) -> None:
+def _set_value(group: dict[str, Any], key: str, value: float) -> None:
     """Set a value of an optimizer; torchao's optimizers keep theirs in a tensor."""
     if hasattr(group[key], "fill_"):
         group[key].fill_(value)

@@ -23,9 +23,9 @@ from attnimg.selection.model_config import read_config
 from attnimg.selection.plan import plan_dict
 from attnimg.task import Task, model_file, task_of
 from attnimg.train.base_model import judge_base_model
-from attnimg.train.distributed import StopFlag, agree
+from attnimg.train.distributed import StopFlag, require_same_on_all_ranks
 from attnimg.train.environment import require_agreement
-from attnimg.train.receipt import FitResult, RunFacts, versions
+from attnimg.train.records import FitResult, RunFacts, package_versions
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -60,7 +60,7 @@ def train(config: Config, machine: Machine, *, report: TrainReport, stop: StopFl
     from attnimg.train.check import check_inputs
     from attnimg.train.data import check_sources
     from attnimg.train.environment import silence_libraries
-    from attnimg.train.intact import hash_of
+    from attnimg.train.intact import read_checkpoint_hash
 
     path = model_file(config)
     raw = read_config(path) if path is not None else None
@@ -72,9 +72,15 @@ def train(config: Config, machine: Machine, *, report: TrainReport, stop: StopFl
     plan = select(task, report)
     resume = check_inputs(config, machine)
     check_sources(config)
-    checkpoint = (resume.path.name, hash_of(resume.path)) if resume and resume.path else None
-    _agree(config, machine, {**config.model_dump(), **_named_files(config), "plan": _chosen(plan),
-                             "packages": versions(), "checkpoint": checkpoint})  # fmt: skip
+    checkpoint = (
+        (resume.path.name, read_checkpoint_hash(resume.path)) if resume and resume.path else None
+    )
+    facts = {
+        "plan": _comparable_plan(plan),
+        "packages": package_versions(),
+        "checkpoint": checkpoint,
+    }
+    _require_same(config, machine, {**config.model_dump(), **_hash_config_files(config), **facts})
     silence_libraries()
     with application.restored():
         task, plan = _with_model_config(config, task, plan, report)
@@ -85,7 +91,7 @@ def _with_model_config(
     config: Config, task: Task, plan: Plan, report: TrainReport
 ) -> tuple[Task, Plan]:
     """Select again if config.json from the hub, or the model's class, has more information."""
-    from attnimg.train.check import try_options
+    from attnimg.train.arguments import try_options
     from attnimg.train.model import load_model_config
 
     try_options(config)
@@ -122,7 +128,7 @@ def fit_selected(
         stop: whether a stop was requested.
         resume: the checkpoint to resume from; None for a new run.
     """
-    from attnimg.train.attention_check import attention_check_of
+    from attnimg.train.attention_check import build_attention_check
     from attnimg.train.fit import fit
     from attnimg.train.tokenizer import load_tokenizer
 
@@ -130,8 +136,10 @@ def fit_selected(
 
     def load(selected: Selected) -> Any:
         hashes = kernel_hashes(selected.plan, task)
-        _agree(config, task.machine, {"plan": _chosen(selected.plan), "kernels": hashes})
-        inputs["tokenizer"] = load_tokenizer(config, say=report.say)
+        _require_same(
+            config, task.machine, {"plan": _comparable_plan(selected.plan), "kernels": hashes}
+        )
+        inputs["tokenizer"] = load_tokenizer(config, log=report.say)
         inputs["documents"] = _load_documents(config, task.machine, inputs["tokenizer"], report)
         return _load_model(config, task, selected, **inputs, resume=resume, report=report)
 
@@ -139,7 +147,9 @@ def fit_selected(
     selected = applied.selected
     kernels = kernel_hashes(selected.plan, task)
     # If documents leak on one machine only, that machine selects another backend.
-    _agree(config, task.machine, {"plan": _chosen(selected.plan), "kernels": kernels})
+    _require_same(
+        config, task.machine, {"plan": _comparable_plan(selected.plan), "kernels": kernels}
+    )
     result = fit(
         config,
         model=applied.model,
@@ -156,12 +166,12 @@ def fit_selected(
         resume=resume,
         stop=stop,
         console=report.console,
-        attention_check=attention_check_of(
+        attention_check=build_attention_check(
             config.attn_check_steps,
             selected.plan,
             selected.context,
             dropout=task.problem.dropout,
-            say=report.say,
+            log=report.say,
         ),
     )
     for note in result.notes:
@@ -174,7 +184,7 @@ def _load_documents(
 ) -> Documents:
     """Load the data, report its statistics, and raise unless all processes have the same data."""
     from attnimg.train.data import load_documents, sample_text, sentence
-    from attnimg.train.model_files import tokenizer_of
+    from attnimg.train.model_files import hash_tokenizer
 
     documents = load_documents(config, tokenizer)
     for figures in documents.figures:
@@ -185,10 +195,10 @@ def _load_documents(
     if lengths[1]:
         report.say(f"{lengths[0]:,} documents to train on, {lengths[1]:,} to evaluate")
     content = [figures.content for figures in documents.figures]
-    _agree(
+    _require_same(
         config,
         machine,
-        {"tokenizer": tokenizer_of(config), "documents": lengths, "data": content},
+        {"tokenizer": hash_tokenizer(config), "documents": lengths, "data": content},
     )
     report.say(sample_text(documents, tokenizer))
     return documents
@@ -205,16 +215,15 @@ def _load_model(
     report: TrainReport,
 ) -> Any:
     """Load the model, after checking that a resumed run has the identity of its checkpoint."""
-    from attnimg.train.identity import attention_and_precision, data_of
     from attnimg.train.lora import adapter_notes
     from attnimg.train.model import load_model
-    from attnimg.train.model_files import model_of, tokenizer_of
-    from attnimg.train.resume import require_same
+    from attnimg.train.model_files import hash_model, hash_tokenizer
+    from attnimg.train.resume import attention_and_precision, data_identity, require_same_identity
     from attnimg.train.tokenizer import require_embeddings
 
     computed = attention_and_precision(selected.backend.name, selected.context)
-    data = data_of(config, documents.figures, tokenizer)
-    require_same({**data, **computed, "tokenizer": tokenizer_of(config)}, config, resume)
+    data = data_identity(config, documents.figures, tokenizer)
+    require_same_identity({**data, **computed, "tokenizer": hash_tokenizer(config)}, config, resume)
     require_embeddings(config, (documents.train, documents.validation), tokenizer)
     report.say(f"run: {described(selected.context)}")
     model = load_model(
@@ -223,10 +232,10 @@ def _load_model(
         implementation=selected.implementation,
         context=selected.context,
         needs_dtype_cast=selected.backend.needs_dtype_cast,
-        say=report.say,
+        log=report.say,
     )
     # The model's folder, or its snapshot of the hub, may have other content on another machine.
-    _agree(config, task.machine, {"base_model": model_of(config)})
+    _require_same(config, task.machine, {"base_model": hash_model(config)})
     for note in adapter_notes(model, config):
         report.say(f"warning: {note}")
     return model
@@ -242,7 +251,7 @@ def _require_base_model(
     report.warn(warnings)
 
 
-def _chosen(plan: Plan) -> dict[str, Any]:
+def _comparable_plan(plan: Plan) -> dict[str, Any]:
     """Return a plan without its texts, which may have folder names of one machine."""
     found = plan_dict(plan)
     groups = [{**group, "kernel": None} for group in found["groups"]]
@@ -250,7 +259,7 @@ def _chosen(plan: Plan) -> dict[str, Any]:
     return {"chosen": backend, "groups": groups, "candidates": found["candidates"]}
 
 
-def _named_files(config: Config) -> dict[str, str]:
+def _hash_config_files(config: Config) -> dict[str, str]:
     """Return the hash of each file that the config names and that is not compared elsewhere."""
     paths = {"deepspeed": config.deepspeed, "attn_known_bad": config.attn_known_bad,
              "chat_template_jinja": config.chat_template_jinja}  # fmt: skip
@@ -265,6 +274,6 @@ def _named_files(config: Config) -> dict[str, str]:
     return found
 
 
-def _agree(config: Config, machine: Machine, facts: Mapping[str, object]) -> None:
+def _require_same(config: Config, machine: Machine, facts: Mapping[str, object]) -> None:
     """Raise unless all processes of the group have the same facts."""
-    agree(facts, cpu=machine.arch.vendor == "cpu", timeout_s=config.ddp_timeout)
+    require_same_on_all_ranks(facts, cpu=machine.arch.vendor == "cpu", timeout_s=config.ddp_timeout)

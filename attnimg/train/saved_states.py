@@ -1,7 +1,7 @@
-"""Save and load the states of a run in formats that hold no code.
+"""Save and load the states of a run in formats that contain no code.
 
-States that these formats can't hold, such as torchao's optimizers and those of FSDP and DeepSpeed,
-stay in the library's format.
+States that these formats do not support (torchao's optimizers, FSDP, DeepSpeed) stay in the format
+of their library.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from attnimg.errors import AttnimgError
-from attnimg.train.checkpoint import FileHashes
-from attnimg.train.loss import Objective
-from attnimg.train.model_files import load_renamed, stored_tensors
+from attnimg.train.checkpoint import FileHasher
+from attnimg.train.loss import LossTrainer
+from attnimg.train.model_files import load_renamed, read_tensor_headers
 
 
-class SavedStates(Objective):
+class CheckpointingTrainer(LossTrainer):
     """The part of the engine that saves and loads the states of a checkpoint.
 
     Attributes:
         hashes: hashes of the files of the checkpoint that is being saved, or was saved last.
     """
 
-    hashes: FileHashes
+    hashes: FileHasher
 
     def save_optimizer(self, folder: Path) -> None:
         """Write optimizer and schedule, unless FSDP or DeepSpeed write their own formats.
@@ -51,7 +51,7 @@ class SavedStates(Objective):
         try:
             state = self.optimizer.state_dict()
             write_state(folder, "optimizer", state, step=step, hashes=hashes)
-        except NotPlain:
+        except UnsupportedState:
             super()._save_optimizer_and_scheduler(str(folder))
         else:
             write_state(folder, "scheduler", schedule, step=step, hashes=hashes)
@@ -63,7 +63,7 @@ class SavedStates(Objective):
         elif self.args.should_save:
             for weights in Path(output_dir).glob("*.safetensors"):
                 if not weights.name.startswith("optimizer-"):
-                    self.hashes.add(weights)
+                    self.hashes.start_hashing(weights)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Load optimizer and schedule, as written by save_optimizer or by transformers' Trainer.
@@ -74,7 +74,7 @@ class SavedStates(Objective):
         if checkpoint is None:
             return
         folder, device = Path(checkpoint), self.args.device.type
-        with loading(folder, "optimizer and schedule", sharded=self._sharded()):
+        with load_errors(folder, "optimizer and schedule", sharded=self._sharded()):
             if not (folder / "optimizer.json").is_file():
                 super()._load_optimizer_and_scheduler(checkpoint)
                 return
@@ -93,7 +93,7 @@ class SavedStates(Objective):
         if checkpoint is None or self.accelerator.scaler is None:
             return
         folder = Path(checkpoint)
-        with loading(folder, "gradient scaler", sharded=self._sharded()):
+        with load_errors(folder, "gradient scaler", sharded=self._sharded()):
             if (folder / "scaler.json").is_file():
                 self.accelerator.scaler.load_state_dict(read_state(folder, "scaler", device="cpu"))
             else:
@@ -124,7 +124,7 @@ class SavedStates(Objective):
         if checkpoint is None:
             return
         folder = Path(checkpoint)
-        with loading(folder, "random number generators", sharded=False):
+        with load_errors(folder, "random number generators", sharded=False):
             if not any(folder.glob("rng_state*.json")):
                 super()._load_rng_state(checkpoint)
                 return
@@ -141,7 +141,7 @@ class SavedStates(Objective):
 
     def _load_callback_state(self) -> None:
         """Load the states of callbacks, such as early stopping's."""
-        with loading(self.folder, "states in trainer_state.json", sharded=False):
+        with load_errors(self.folder, "states in trainer_state.json", sharded=False):
             super()._load_callback_state()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
@@ -151,7 +151,7 @@ class SavedStates(Objective):
             AttnimgError: they can't be loaded, or some are missing (code damaged-checkpoint).
         """
         folder = Path(resume_from_checkpoint)
-        with loading(folder, "weights", sharded=self._sharded()):
+        with load_errors(folder, "weights", sharded=self._sharded()):
             if self._sharded():
                 super()._load_from_checkpoint(resume_from_checkpoint, model)
                 return
@@ -161,13 +161,13 @@ class SavedStates(Objective):
                 missing = self.model.load_adapter(folder, name, is_trainable=True).missing_keys
             else:
                 super()._load_from_checkpoint(resume_from_checkpoint, model)
-                missing = [] if load_renamed(self.model, folder) else self._missing(folder)
+                missing = [] if load_renamed(self.model, folder) else self._missing_weights(folder)
             if missing:
                 raise ValueError(f"{len(missing)} weights are missing: {', '.join(missing[:3])}")
 
-    def _missing(self, folder: Path) -> list[str]:
+    def _missing_weights(self, folder: Path) -> list[str]:
         """Return the model's weights that a checkpoint lacks, under any name of a tied weight."""
-        saved, weights = stored_tensors(folder).keys(), self.model.state_dict()
+        saved, weights = read_tensor_headers(folder).keys(), self.model.state_dict()
         loaded = {weight.data_ptr() for name, weight in weights.items() if name in saved}
         return [name for name, weight in weights.items()
                 if name not in saved and weight.data_ptr() not in loaded]  # fmt: skip
@@ -180,7 +180,7 @@ class SavedStates(Objective):
 
 
 @contextmanager
-def loading(checkpoint: Path, part: str, *, sharded: bool) -> Iterator[None]:
+def load_errors(checkpoint: Path, part: str, *, sharded: bool) -> Iterator[None]:
     """Turn errors of a library that loads a part of a checkpoint into an AttnimgError.
 
     Args:
@@ -191,7 +191,7 @@ def loading(checkpoint: Path, part: str, *, sharded: bool) -> Iterator[None]:
     Raises:
         AttnimgError: code damaged-checkpoint.
     """
-    wrong: tuple[type[Exception], ...] = (
+    expected: tuple[type[Exception], ...] = (
         OSError, ValueError, TypeError, LookupError, AttributeError, EOFError, PickleError,
         SafetensorError, *(() if sharded else (RuntimeError,)),
     )  # fmt: skip
@@ -199,15 +199,15 @@ def loading(checkpoint: Path, part: str, *, sharded: bool) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError:
         raise
-    except wrong as error:
+    except expected as error:
         # torch's message advises weights_only=False, which would run the code.
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        found = "; ".join(lines[:3]) or type(error).__name__
+        why = "; ".join(lines[:3]) or type(error).__name__
         if isinstance(error, PickleError) or "weights_only" in str(error):
-            found = "found something else than numbers and tensors, which was not run"
+            why = "found objects other than numbers and tensors; no code in it was run"
         raise AttnimgError(
             f"the {part} of {checkpoint} can't be loaded",
-            why=found,
+            why=why,
             do="resume from another checkpoint, or set base_model to this one and output_dir to a "
             "new folder, and remove resume_from_checkpoint",
             code="damaged-checkpoint",
@@ -215,8 +215,8 @@ def loading(checkpoint: Path, part: str, *, sharded: bool) -> Iterator[None]:
         ) from error
 
 
-class NotPlain(TypeError):
-    """Raised for a state that has an object of another class, such as torchao's tensors."""
+class UnsupportedState(TypeError):
+    """Raised for a state with an object that these formats do not support: torchao's tensors."""
 
 
 # A state is split into this many files, within these sizes: several are hashed in parallel, and
@@ -233,7 +233,7 @@ _DTYPES = {
 }  # fmt: skip
 
 
-def write_state(folder: Path, name: str, state: object, *, step: int, hashes: FileHashes) -> None:
+def write_state(folder: Path, name: str, state: object, *, step: int, hashes: FileHasher) -> None:
     """Write a state.
 
     Args:
@@ -244,14 +244,15 @@ def write_state(folder: Path, name: str, state: object, *, step: int, hashes: Fi
         hashes: writes the tensors' files.
 
     Raises:
-        NotPlain: it has other objects than numbers, strings and plain tensors; nothing is written.
+        UnsupportedState: it has objects other than numbers, strings and plain tensors; nothing
+            is written.
     """
     tensors: list[torch.Tensor] = []
-    tree = _encoded(state, tensors, {})
-    parts = _parts(tensors)
+    tree = _encode(state, tensors, {})
+    parts = _split_into_files(tensors)
     for number, part in enumerate(parts, 1):
         named = {str(place): tensors[place].detach().cpu().contiguous() for place in part}
-        hashes.write(folder / f"{name}-{number}.safetensors", _safetensors(named))
+        hashes.write(folder / f"{name}-{number}.safetensors", _serialize(named))
     content = {"step": step, "files": len(parts), "state": tree}
     (folder / f"{name}.json").write_text(json.dumps(content), encoding="utf-8")
 
@@ -275,10 +276,10 @@ def read_state(folder: Path, name: str, *, device: str) -> Any:
                 found = file.get_tensor(key)
                 # The tensors are views of the file until they are copied to another device.
                 tensors[key] = found.clone() if device == "cpu" else found
-    return _decoded(content["state"], tensors)
+    return _decode(content["state"], tensors)
 
 
-def _parts(tensors: list[torch.Tensor]) -> list[list[int]]:
+def _split_into_files(tensors: list[torch.Tensor]) -> list[list[int]]:
     """Return, for each file, the indices of its tensors."""
     size = min(max(sum(tensor.nbytes for tensor in tensors) // _PARTS, _SMALLEST), _LARGEST)
     parts: list[list[int]] = []
@@ -292,7 +293,7 @@ def _parts(tensors: list[torch.Tensor]) -> list[list[int]]:
     return parts
 
 
-def _safetensors(tensors: Mapping[str, torch.Tensor]) -> list[memoryview]:
+def _serialize(tensors: Mapping[str, torch.Tensor]) -> list[memoryview]:
     """Return the content of a safetensors file, without a copy of the tensors.
 
     Source: https://github.com/huggingface/safetensors, README.md, "Format" (2026-11-27).
@@ -315,21 +316,21 @@ def _dtype(tensor: torch.Tensor) -> str | None:
     return _DTYPES.get(str(tensor.dtype).removeprefix("torch."))
 
 
-def _encoded(value: Any, tensors: list[torch.Tensor], seen: dict[int, int]) -> Any:
+def _encode(value: Any, tensors: list[torch.Tensor], seen: dict[int, int]) -> Any:
     """Return a value as JSON types; each of its tensors is added to a list once."""
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, list):
-        return [_encoded(entry, tensors, seen) for entry in value]
+        return [_encode(entry, tensors, seen) for entry in value]
     if isinstance(value, tuple):
-        return {"tuple": [_encoded(entry, tensors, seen) for entry in value]}
+        return {"tuple": [_encode(entry, tensors, seen) for entry in value]}
     if isinstance(value, dict):
-        return {"dict": [[_key(key), _encoded(found, tensors, seen)]
+        return {"dict": [[_key(key), _encode(found, tensors, seen)]
                          for key, found in value.items()]}  # fmt: skip
     if type(value) not in (torch.Tensor, torch.nn.Parameter) or value.layout != torch.strided:
-        raise NotPlain(f"found {type(value).__module__}.{type(value).__qualname__}")
+        raise UnsupportedState(f"found {type(value).__module__}.{type(value).__qualname__}")
     if _dtype(value) is None:
-        raise NotPlain(f"found a tensor of {value.dtype}")
+        raise UnsupportedState(f"found a tensor of {value.dtype}")
     if id(value) not in seen:
         seen[id(value)] = len(tensors)
         tensors.append(value)
@@ -338,18 +339,18 @@ def _encoded(value: Any, tensors: list[torch.Tensor], seen: dict[int, int]) -> A
 
 def _key(key: object) -> object:
     if not isinstance(key, bool | int | str):
-        raise NotPlain(f"found a key of type {type(key).__qualname__}")
+        raise UnsupportedState(f"found a key of type {type(key).__qualname__}")
     return key
 
 
-def _decoded(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
+def _decode(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
     if isinstance(value, list):
-        return [_decoded(entry, tensors) for entry in value]
+        return [_decode(entry, tensors) for entry in value]
     if not isinstance(value, dict):
         return value
     ((kind, found),) = value.items()
     if kind == "tensor":
         return tensors[str(found)]
     if kind == "tuple":
-        return tuple(_decoded(entry, tensors) for entry in found)
-    return {key: _decoded(entry, tensors) for key, entry in found}
+        return tuple(_decode(entry, tensors) for entry in found)
+    return {key: _decode(entry, tensors) for key, entry in found}

@@ -14,19 +14,19 @@ from attnimg.config.schema import Config, entries, is_chat
 from attnimg.errors import AttnimgError
 from attnimg.train.data.chat_templates import choose_chat_template
 from attnimg.train.lora import untrained_embeddings
-from attnimg.train.model import load_model_config, load_without_weights
+from attnimg.train.model import find_class, load_model_config, load_without_weights
 from attnimg.train.rows import NO_LOSS
 
 # Number of documents in which to look for the token that ends an answer.
 DOCUMENTS = 100
 
 
-def load_tokenizer(config: Config, *, say: Callable[[str], None]) -> Any:
+def load_tokenizer(config: Config, *, log: Callable[[str], None]) -> Any:
     """Load the tokenizer of `base_model`, with special_tokens, tokens and eot_tokens added.
 
     Args:
         config: the validated run.
-        say: prints a line for the user, such as which token is used for padding.
+        log: prints a line, for example which token is used for padding.
 
     Returns:
         A transformers tokenizer that has a pad token.
@@ -38,38 +38,38 @@ def load_tokenizer(config: Config, *, say: Callable[[str], None]) -> Any:
     source = config.tokenizer_config or config.base_model or ""
     tokenizer = _load(config, source)
     known = set(tokenizer.get_vocab())
-    specials = {name: token for name, token in (config.special_tokens or {}).items() if token}
-    extra = specials.pop("additional_special_tokens", [])
-    if "pad_token" in specials and not may_add_pad_token(
-        config, tokenizer, str(specials["pad_token"])
+    special_tokens = {name: token for name, token in (config.special_tokens or {}).items() if token}
+    extra = special_tokens.pop("additional_special_tokens", [])
+    if "pad_token" in special_tokens and not may_add_pad_token(
+        config, tokenizer, str(special_tokens["pad_token"])
     ):
-        say(
-            f"special_tokens: pad_token {specials.pop('pad_token')!r} is not added: the embeddings "
-            f"have no row for it, and adapter: {config.adapter} does not add one"
+        log(
+            f"special_tokens: pad_token {special_tokens.pop('pad_token')!r} is not added: the "
+            f"embeddings have no row for it, and adapter: {config.adapter} does not add one"
         )
-    tokenizer.add_special_tokens({name: str(token) for name, token in specials.items()})
+    tokenizer.add_special_tokens({name: str(token) for name, token in special_tokens.items()})
     if extra:
         tokenizer.add_special_tokens(
             {"extra_special_tokens": list(extra)}, replace_extra_special_tokens=False
         )
     tokenizer.add_tokens(list(config.tokens or []))
-    _require_known(tokenizer, config.eot_tokens or [])
+    _require_single_tokens(tokenizer, config.eot_tokens or [])
     others = {tokenizer.eos_token, tokenizer.bos_token, tokenizer.unk_token, *extra}
     pad_alone = {tokenizer.pad_token} - others - set(config.tokens or [])
     require_trained_tokens(config, set(tokenizer.get_vocab()) - known - pad_alone)
     if not has_embedding(config, tokenizer.pad_token_id):
-        lacks = "the tokenizer has no pad token"
+        reason = "the tokenizer has no pad token"
         if tokenizer.pad_token is not None:
-            lacks = f"the model has no embedding for {tokenizer.pad_token!r}"
+            reason = f"the model has no embedding for {tokenizer.pad_token!r}"
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
-        say(
-            f"{lacks}; {tokenizer.pad_token!r} pads "
+        log(
+            f"{reason}; {tokenizer.pad_token!r} is used for padding "
             "(padding carries no loss and is not attended to)"
         )
     if tokenizer.pad_token is None:
         first = json.dumps(tokenizer.convert_ids_to_tokens(0))
         raise AttnimgError(
-            "the tokenizer has no token to pad with",
+            "the tokenizer has no token for padding",
             why=f"found no pad, unk or eos token in the tokenizer of {source}; one is needed",
             do=f"set special_tokens: {{pad_token: {first}}}",
             code="bad-model",
@@ -80,19 +80,7 @@ def load_tokenizer(config: Config, *, say: Callable[[str], None]) -> Any:
 
 def _load(config: Config, source: str) -> Any:
     """Load a tokenizer; turn errors that transformers raises into an AttnimgError."""
-    import transformers
-
-    name = config.tokenizer_type or "AutoTokenizer"
-    loader = getattr(transformers, name, None)
-    if loader is None or not hasattr(loader, "from_pretrained"):
-        raise AttnimgError(
-            f"transformers has no tokenizer named {name}",
-            why=f"found tokenizer_type: {name}; needed a class of transformers "
-            f"{transformers.__version__}",
-            do="remove tokenizer_type: AutoTokenizer finds the right one",
-            code="bad-value",
-            key="tokenizer_type",
-        )
+    loader = find_class("tokenizer_type", config.tokenizer_type, default="AutoTokenizer")
     try:
         return loader.from_pretrained(
             source,
@@ -112,39 +100,39 @@ def _load(config: Config, source: str) -> Any:
         ) from error
 
 
-def _require_known(tokenizer: Any, eot_tokens: list[str]) -> None:
+def _require_single_tokens(tokenizer: Any, eot_tokens: list[str]) -> None:
     """Raise for an end-of-turn text that is not a single token."""
     for token in eot_tokens:
         ids = tokenizer.encode(token, add_special_tokens=False)
         if len(ids) != 1:
             raise AttnimgError(
                 f"eot_tokens: {token!r} is not one token",
-                why=f"the tokenizer makes {len(ids)} tokens of it; needed 1",
+                why=f"the tokenizer splits it into {len(ids)} tokens; needed 1",
                 do=f"add it with tokens: [{token!r}], or name a token the tokenizer has",
                 code="bad-value",
                 key="eot_tokens",
             )
 
 
-def may_add_pad_token(config: Config, tokenizer: Any, wanted: str) -> bool:
+def may_add_pad_token(config: Config, tokenizer: Any, token: str) -> bool:
     """Return whether a pad token may be added to the tokenizer.
 
     Padding has no loss and is not attended to, so an existing token works as well. With a new row
     for it, the adapter would load only on a base model with resized embeddings.
     """
-    return wanted in tokenizer.get_vocab() or has_embedding(config, len(tokenizer))
+    return token in tokenizer.get_vocab() or has_embedding(config, len(tokenizer))
 
 
 def has_embedding(config: Config, token_id: int | None) -> bool:
     """Return whether the trained model will have an embedding for a token."""
     if token_id is None or not config.adapter:
         return token_id is not None
-    if token_id < vocabulary(config):
+    if token_id < vocabulary_size(config):
         return True
-    return token_id < embedding_count(config) or not untrained(config)
+    return token_id < embedding_count(config) or not find_untrained_embeddings(config)
 
 
-def vocabulary(config: Config) -> int:
+def vocabulary_size(config: Config) -> int:
     """Return vocab_size of config.json, the minimum of embedding rows; 0 if there is none."""
     try:
         return int(load_model_config(config).get_text_config().vocab_size)
@@ -155,10 +143,10 @@ def vocabulary(config: Config) -> int:
 def embedding_count(config: Config) -> int:
     """Return how many rows the model's embeddings have."""
     model = load_without_weights(config)
-    return vocabulary(config) if model is None else len(model.get_input_embeddings().weight)
+    return vocabulary_size(config) if model is None else len(model.get_input_embeddings().weight)
 
 
-def untrained(config: Config) -> list[str]:
+def find_untrained_embeddings(config: Config) -> list[str]:
     """Return the embeddings that lora_modules_to_save lacks for new tokens to be trained."""
     if not config.adapter:
         return []
@@ -175,9 +163,9 @@ def require_trained_tokens(config: Config, added: Iterable[str]) -> None:
         AttnimgError: code bad-value, with the modules to save.
     """
     tokens = sorted(added)
-    if tokens and (lacking := untrained(config)):
-        raise _untrained(
-            config, tokens, lacking, f"{len(tokens)} new token(s) would never be trained"
+    if tokens and (missing := find_untrained_embeddings(config)):
+        raise _untrained_error(
+            config, tokens, missing, f"{len(tokens)} new token(s) would not be trained"
         )
 
 
@@ -192,22 +180,22 @@ def require_embeddings(config: Config, splits: Iterable[Any], tokenizer: Any) ->
     Raises:
         AttnimgError: code bad-value, with the modules to save.
     """
-    if not config.adapter or len(tokenizer) <= vocabulary(config):
+    if not config.adapter or len(tokenizer) <= vocabulary_size(config):
         return
     rows = embedding_count(config)
-    lacking = untrained(config)
-    beyond = {} if not lacking else {
+    missing = find_untrained_embeddings(config)
+    unknown = {} if not missing else {
         number: tokenizer.convert_ids_to_tokens(number)
         for split in splits
         if split is not None
         for number in _ids_from(split, rows)
     }  # fmt: skip
-    if beyond:
-        raise _untrained(
+    if unknown:
+        raise _untrained_error(
             config,
-            [beyond[number] for number in sorted(beyond)],
-            lacking,
-            f"the documents hold {len(beyond)} token(s) that the model has no embedding for",
+            [unknown[number] for number in sorted(unknown)],
+            missing,
+            f"the documents have {len(unknown)} token(s) without an embedding in the model",
         )
 
 
@@ -222,12 +210,14 @@ def _ids_from(split: Any, rows: int) -> set[int]:
     return found
 
 
-def _untrained(config: Config, tokens: list[str], lacking: list[str], what: str) -> AttnimgError:
-    saved = ", ".join((*(config.lora_modules_to_save or ()), *lacking))
+def _untrained_error(
+    config: Config, tokens: list[str], missing: list[str], what: str
+) -> AttnimgError:
+    saved = ", ".join((*(config.lora_modules_to_save or ()), *missing))
     return AttnimgError(
         f"{what}: {', '.join(tokens[:5])}",
         why=f"adapter: {config.adapter} freezes the embeddings, and lora_modules_to_save does not "
-        f"name {' and '.join(lacking)}",
+        f"name {' and '.join(missing)}",
         do=f"set lora_modules_to_save: [{saved}]",
         code="bad-value",
         key="lora_modules_to_save",
@@ -259,12 +249,12 @@ def use_trained_template(config: Config, tokenizer: Any) -> list[str]:
     if all(template == found[key] for template in found.values()):
         return []
     return [
-        "the datasets are written with different chat templates; the tokenizer saved with the "
-        f"model has that of {key}"
+        "the datasets use different chat templates; the tokenizer saved with the model has "
+        f"that of {key}"
     ]
 
 
-def stop_notes(documents: Any, tokenizer: Any, model: Any) -> list[str]:
+def end_token_notes(documents: Any, tokenizer: Any, model: Any) -> list[str]:
     """Return a warning if most documents end with a token at which generation does not stop.
 
     Args:
@@ -272,18 +262,18 @@ def stop_notes(documents: Any, tokenizer: Any, model: Any) -> list[str]:
         tokenizer: the tokenizer as it is saved; generation stops at its end token.
         model: the loaded model; its generation config may name other end tokens.
     """
-    named = getattr(model.generation_config, "eos_token_id", None)
-    stops = {tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])} - {None}
-    ends = Counter(
+    eos = getattr(model.generation_config, "eos_token_id", None)
+    stops = {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
+    last_tokens = Counter(
         next(label for label in reversed(labels) if label != NO_LOSS)
         for labels in documents.select(range(min(DOCUMENTS, len(documents))))["labels"]
     )
-    end = ends.most_common(1)[0][0]
+    end = last_tokens.most_common(1)[0][0]
     if end in stops or end not in tokenizer.added_tokens_decoder:
         return []
     token = tokenizer.convert_ids_to_tokens(end)
     names = " or ".join(repr(tokenizer.convert_ids_to_tokens(stop)) for stop in sorted(stops))
     return [
         f"most documents end with {token!r}, and the saved model will stop at "
-        f"{names or 'no token'} alone: set special_tokens: {{eos_token: {json.dumps(token)}}}"
+        f"{names or 'no token'} only: set special_tokens: {{eos_token: {json.dumps(token)}}}"
     ]

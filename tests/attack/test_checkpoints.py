@@ -15,7 +15,7 @@ from generated import DAMAGES, ODD, held_against
 from hypothesis import strategies as st
 from trainer_format import to_trainer_format
 
-from attnimg.train.checkpoint import FileHashes, write_manifest
+from attnimg.train.checkpoint import FileHasher, write_manifest
 
 KEYS: dict[str, Any] = {
     "max_steps": 4, "save_strategy": "steps", "save_steps": 1, "save_total_limit": 4,
@@ -144,7 +144,7 @@ def test_checkpoints(
             place.rename(out / "checkpoint-9")
             shutil.copytree(out / BEFORE, place)
         if case.signed:
-            with FileHashes() as hashes:
+            with FileHasher() as hashes:
                 write_manifest(place, hashes, step=3, processes=1)
 
     def judge(case: Case) -> str:

@@ -14,7 +14,7 @@ from test_torchrun import ENV
 from transformers import AttentionInterface
 
 from attnimg.errors import AttnimgError
-from attnimg.train.receipt import FitResult
+from attnimg.train.records import FitResult
 
 SDPA = AttentionInterface._global_mapping["sdpa"]
 # Attention calls of a training step: two layers.

@@ -236,7 +236,7 @@ def test_a_damaged_checkpoint_is_named_and_the_newest_whole_one_resumed(
     assert "set resume_from_checkpoint: true, which resumes from checkpoint-1" in named.stderr
     again = train(home, tmp_path, **saving, resume_from_checkpoint=True)
     assert again.returncode == 0, again.stderr
-    assert "resuming from checkpoint-1, the newest whole one" in again.stderr
+    assert "resuming from checkpoint-1, the newest intact one" in again.stderr
     assert "Traceback" not in named.stderr + again.stderr
 
 

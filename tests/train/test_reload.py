@@ -24,10 +24,10 @@ from attnimg import config, pipeline
 from attnimg.cli.train import PrintedReport
 from attnimg.selection.model_types import read_causal_types
 from attnimg.task import installed_machine
-from attnimg.train import fit, metrics, run
+from attnimg.train import fit, records, run
 from attnimg.train.distributed import StopFlag
 from attnimg.train.environment import silence_libraries
-from attnimg.train.model_files import TORCH_NAMES, stored_tensors
+from attnimg.train.model_files import TORCH_NAMES, read_tensor_headers
 
 RECORD = Path(__file__).parents[2] / "docs" / "measured" / "reload.json"
 EVERY = os.environ.get("RELOAD") == "all"
@@ -159,8 +159,8 @@ def train(model: Path, out: Path, patch: pytest.MonkeyPatch, **keys: Any) -> Any
         found.append(engine.accelerator.unwrap_model(engine.model, keep_fp32_wrapper=False))
         return files
 
-    patch.setattr(fit, "save_final", save_and_keep)
-    patch.setattr(metrics, "draw_loss", lambda *_, **__: None)
+    patch.setattr(fit, "save_final_model", save_and_keep)
+    patch.setattr(records, "plot_loss", lambda *_, **__: None)
     checked = config.check_values(values, file="run.yaml")
     assert checked.config is not None, checked.errors
     silence_libraries()
@@ -230,7 +230,7 @@ def test_what_is_saved_is_what_was_trained(
         assert not torch.equal(before, expected), "nothing was trained"
         return
     saved = json.loads((out / "config.json").read_text())
-    dtypes = {TORCH_NAMES[t.dtype] for t in stored_tensors(out).values()
+    dtypes = {TORCH_NAMES[t.dtype] for t in read_tensor_headers(out).values()
               if t.dtype in TORCH_NAMES}  # fmt: skip
     assert saved["dtype"] == precision
     if not keeps_float32(trained):

@@ -217,14 +217,14 @@ def test_a_process_that_is_suspended_ends_the_run_after_ddp_timeout(
 AGREE = """
 import sys, time
 from attnimg.errors import AttnimgError
-from attnimg.train.distributed import agree, end_process, join, rank
+from attnimg.train.distributed import end_process, join_group, rank, require_same_on_all_ranks
 odd, hangs = int(sys.argv[1]), sys.argv[2] == "hangs"
-join(cpu=True, timeout_s=4 if hangs else None)
+join_group(cpu=True, timeout_s=4 if hangs else None)
 if hangs and rank() == odd:
     time.sleep(60)
 try:
     facts = {"learning_rate": 1e-4 if rank() == odd else 1e-5, "seed": 42}
-    agree(facts, cpu=True, timeout_s=4 if hangs else None)
+    require_same_on_all_ranks(facts, cpu=True, timeout_s=4 if hangs else None)
 except AttnimgError as error:
     print(error.code, error, flush=True)
     end_process(error.exit_code)

@@ -32,9 +32,10 @@ from attnimg.selection.gpus import parse_gpu
 from attnimg.selection.model_config import read_config
 from attnimg.selection.plan import choose
 from attnimg.task import model_file, precision_notes, problem_of
+from attnimg.train.arguments import try_options
 from attnimg.train.base_model import judge_files
-from attnimg.train.check import check_inputs, try_options
-from attnimg.train.checkpoint import FileHashes, write_manifest
+from attnimg.train.check import check_inputs
+from attnimg.train.checkpoint import FileHasher, write_manifest
 from attnimg.train.data import load_documents
 from attnimg.train.model import load_model_config
 from attnimg.train.tokenizer import load_tokenizer
@@ -77,7 +78,7 @@ def whole_checkpoint() -> dict[str, bytes]:
         place.mkdir(parents=True)
         (place / "trainer_state.json").write_text('{"global_step": 2}')
         (place / "optimizer.pt").touch()
-        with FileHashes() as hashes:
+        with FileHasher() as hashes:
             write_manifest(place, hashes, step=2, processes=1)
         return {f"out/checkpoint-2/{path.name}": path.read_bytes() for path in place.iterdir()}
 
@@ -150,7 +151,7 @@ class Case:
             check_inputs(config, self.machine or CPU)
             try_options(config)
         if self.records is not None:
-            load_documents(config, load_tokenizer(config, say=lambda _: None), progress=False)
+            load_documents(config, load_tokenizer(config, log=lambda _: None), progress=False)
 
 
 def given(case: Case, folder: Path) -> Values:

@@ -14,14 +14,10 @@ from tiny_vlms import tiny_vlm
 from attnimg.config.schema import Config
 from attnimg.errors import AttnimgError
 from attnimg.selection.model_types import position_table, read_causal_types
-from attnimg.train.base_model import (
-    attention_by_part,
-    class_to_load,
-    freeze_towers,
-    judge_files,
-    rope_reach,
-)
-from attnimg.train.model_files import correct_saved_config, stored_tensors, unused_weights
+from attnimg.train.base_model import class_to_load, judge_files, rope_positions
+from attnimg.train.lora import freeze_other_parts
+from attnimg.train.model import attention_by_part
+from attnimg.train.model_files import correct_saved_config, read_tensor_headers, unused_weights
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 256}
 WHOLE = "Qwen3_5ForConditionalGeneration"
@@ -105,7 +101,7 @@ def test_a_row_must_fit_in_the_table_of_positions(raw: dict[str, Any], found: in
     ],
 )  # fmt: skip
 def test_the_reach_of_rope_counts_its_scaling_in(part: dict[str, Any], reach: int | None) -> None:
-    assert rope_reach(part) == reach
+    assert rope_positions(part) == reach
     for raw in ({"model_type": "llama", **part},
                 {"model_type": "llama", "text_config": part or None}):  # fmt: skip
         longer = judged(raw, sequence_len=(reach or 10**6) + 1)
@@ -157,11 +153,11 @@ def test_a_type_that_was_not_trained_on_text_is_refused_with_what_to_set() -> No
 
 def test_all_but_the_language_model_is_frozen() -> None:
     model = tiny_vlm("llava")
-    assert freeze_towers(model) == ("model.vision_tower", "model.multi_modal_projector")
+    assert freeze_other_parts(model) == ("model.vision_tower", "model.multi_modal_projector")
     for name, weight in model.named_parameters():
         frozen = name.startswith(("model.vision_tower", "model.multi_modal_projector"))
         assert weight.requires_grad is not frozen, name
-    assert freeze_towers(tiny_model("llama")) == ()
+    assert freeze_other_parts(tiny_model("llama")) == ()
 
 
 def test_the_attention_is_that_of_the_language_model_alone() -> None:
@@ -175,7 +171,7 @@ def test_weights_without_a_place_are_named_and_old_buffers_are_not(tmp_path: Pat
 
     tiny_vlm("qwen3_5").save_pretrained(tmp_path)
     model = AutoModelForCausalLM.from_pretrained(tmp_path)
-    unused = unused_weights(model, stored_tensors(tmp_path), ())
+    unused = unused_weights(model, read_tensor_headers(tmp_path), ())
     assert unused
     assert all(name.startswith("model.visual.") for name in unused)
     plain = tiny_model("llama")

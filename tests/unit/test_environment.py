@@ -16,7 +16,7 @@ from attnimg.config.schema import Config
 from attnimg.errors import AttnimgError
 from attnimg.facts import Arch
 from attnimg.task import problem_of
-from attnimg.train.environment import as_bad_environment, require_agreement, require_readable
+from attnimg.train.environment import environment_error, require_agreement, require_parsable
 
 CPU = Arch(name="x86_64", vendor="cpu", capability=None)
 GPU = Arch(name="sm_90", vendor="nvidia", capability=(9, 0))
@@ -153,7 +153,7 @@ def test_what_accelerate_launch_exports_is_fine(
     asked.use_cpu = asked.cpu
     _, exported = prepare_simple_launcher_cmd_env(asked)
     assert "ACCELERATE_MIXED_PRECISION" in exported
-    require_readable(exported)
+    require_parsable(exported)
     agree(exported, keys, arch)
 
 
@@ -173,21 +173,21 @@ def test_what_accelerate_launch_exports_is_fine(
 )  # fmt: skip
 def test_a_value_that_a_library_cannot_read_is_refused(name: str, value: str) -> None:
     with pytest.raises(AttnimgError, match="cannot read") as caught:
-        require_readable({name: value, "PATH": "/bin"})
+        require_parsable({name: value, "PATH": "/bin"})
     assert f"found {name}={value}; needed" in caught.value.why
     assert names_unset(caught.value) == [name]
 
 
 def test_values_that_libraries_can_read_are_fine() -> None:
-    require_readable({
+    require_parsable({
         "ACCELERATE_DEBUG_MODE": "true", "ACCELERATE_CPU_AFFINITY": "0", "USE_TORCH_XLA": "NO",
         "PYTORCH_JIT": "1v", "HF_HUB_DOWNLOAD_TIMEOUT": "30", "OMP_NUM_THREADS": "16",
         "HF_DATASETS_IN_MEMORY_MAX_SIZE": "1e9", "TQDM_MININTERVAL": "0.5",
         "TORCH_DISTRIBUTED_DEBUG": "detail", "ACCELERATE_LOG_LEVEL": "warning",
         "TOKENIZERS_PARALLELISM": "x", "PMI_SIZE": "1",
     })  # fmt: skip
-    require_readable({"OMP_NUM_THREADS": "8,2"})
-    require_readable(os.environ)
+    require_parsable({"OMP_NUM_THREADS": "8,2"})
+    require_parsable(os.environ)
 
 
 # Code of a library that reads a variable: attnimg's own lines are excluded by their folder.
@@ -214,7 +214,7 @@ def test_an_error_on_reading_a_variable_names_it(
 ) -> None:
     monkeypatch.setenv("SOME_LIMIT", "x")
     error = raised_by(READERS[reader], tmp_path)
-    found = as_bad_environment(error, os.environ)
+    found = environment_error(error, os.environ)
     assert found is not None
     assert "found SOME_LIMIT=x" in found.why
     assert names_unset(found) == ["SOME_LIMIT"]
@@ -232,7 +232,7 @@ def test_other_errors_stay_faults(
     code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CUDA_LAUNCH_BLOCKING", "1")
-    assert as_bad_environment(raised_by(code, tmp_path), os.environ) is None
+    assert environment_error(raised_by(code, tmp_path), os.environ) is None
 
 
 def test_a_command_words_what_fails_at_the_import_of_a_library(tmp_path: Path) -> None:

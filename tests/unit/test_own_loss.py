@@ -16,7 +16,7 @@ from tiny_models import tiny_model
 from wrong_heads import WRONG_HEADS
 
 from attnimg.errors import AttnimgError
-from attnimg.train.loss import Comparison, Loss, LossCheck, Tolerance, loss_sentence
+from attnimg.train.loss import Comparison, Loss, LossCheck, Tolerance, loss_check_text
 from attnimg.train.own_loss import check_loss
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -55,7 +55,7 @@ def test_a_head_that_trl_knows_is_used(
     assert found.ratio < 0.5
     assert found.tokens > 20
     assert (found.on_data.model.aux is None) is (not changes.get("output_router_logits"))
-    assert "the trainer's loss equals the model's own" in loss_sentence(found)
+    assert "the trainer's loss equals the model's own" in loss_check_text(found)
 
 
 class Transformed:
@@ -135,7 +135,7 @@ def test_the_models_own_logits_replace_a_head_that_differs(
     engine, session = engine_of(tmp_path, build())
     found = check(engine, session)
     assert (found.head, engine.own_head) == ("own", True)
-    assert why in loss_sentence(found)
+    assert why in loss_check_text(found)
     assert found.own_head.nll == pytest.approx(found.on_data.model.nll, abs=1e-5)
     assert found.own_head.total == pytest.approx(found.on_data.model.total, abs=1e-5)
     assert found.own_head.grad_norm == pytest.approx(found.on_data.model.grad_norm, rel=1e-5)
@@ -240,7 +240,7 @@ def test_the_logits_are_compared_where_the_own_loss_raises(
     found = check(engine, session)
     assert (found.compared, found.head, engine.own_head) == (True, head, head == "own")
     assert found.own_loss_raised.startswith("ValueError: Expected input batch_size (20)")
-    said = loss_sentence(found)
+    said = loss_check_text(found)
     assert said.startswith("warning: ")
     assert "its own loss raised ValueError" in said
     if head == "own":
@@ -260,7 +260,7 @@ def test_sharded_weights_and_untrained_rows_are_not_compared(tmp_path: Path) -> 
     engine, session = engine_of(tmp_path, tiny_model("llama"))
     found = check_loss(engine, session.train, context=session.run.context, sharded=True)
     assert (found.compared, engine.own_head) == (False, False)
-    assert loss_sentence(found).startswith("warning: loss: not compared")
+    assert loss_check_text(found).startswith("warning: loss: not compared")
     rows = session.train
     untrained = rows.dataset.map(lambda row: {"labels": [-100] * len(row["labels"])})
     found = check_loss(
@@ -307,7 +307,7 @@ def test_an_output_layer_that_was_not_compared_is_named() -> None:
     loss = Loss(nll=2.0, total=2.0, aux=None, grad_norm=1.0)
     equal = Comparison(model=loss, trainer=loss, tolerance=Tolerance(loss=1e-3, grad_norm=1e-3))
     on_data = LossCheck(tokens=5, on_data=equal)
-    assert loss_sentence(on_data).endswith("; its output layer alone could not be compared")
-    assert "output layer" not in loss_sentence(
+    assert loss_check_text(on_data).endswith("; its output layer alone could not be compared")
+    assert "output layer" not in loss_check_text(
         LossCheck(tokens=5, on_data=equal, output_layer=equal)
     )

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from attnimg.errors import AttnimgError
-from attnimg.train.packing import pack, pack_dataset
+from attnimg.train.rows import pack, pack_dataset
 
 COUNT = 100_000
 CAPACITY = 2048
@@ -195,7 +195,7 @@ def test_labels_that_do_not_match_the_tokens_are_refused():
     from datasets import Dataset
 
     documents = Dataset.from_dict({"input_ids": [[1, 2], [3]], "labels": [[1, 2], [3, 4]]})
-    with pytest.raises(AttnimgError, match="not as many labels as tokens"):
+    with pytest.raises(AttnimgError, match="different numbers of labels and tokens"):
         pack_dataset(documents, pack([2, 1], capacity=4, seed=0))
 
 

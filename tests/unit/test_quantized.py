@@ -72,7 +72,7 @@ def load(folder: Path, *, dtype: DType = "float32", **keys: Any) -> Any:
     values = config_for(folder, **keys)
     return load_model(
         values,
-        tokenizer=load_tokenizer(values, say=lambda _: None),
+        tokenizer=load_tokenizer(values, log=lambda _: None),
         implementation="eager",
         context=a_context(dtype=dtype, autocast=None),
         needs_dtype_cast=False,
@@ -154,7 +154,7 @@ def test_a_float8_weight_without_its_scale_is_refused(tmp_path: Path, kind: torc
     lacking = write(tmp_path / "lacking", source, stored, FP8)
     error = judged(FP8, folder=lacking)[0][0]
     assert name in (error.why or "")
-    assert error.do.startswith("download the checkpoint again")
+    assert error.do.startswith("download all files of the checkpoint again")
     # Downloading again would not help where the scale has another name.
     stored[f"{name}_scale"] = torch.ones(1)
     error = judged(FP8, folder=write(tmp_path / "named", source, stored, FP8))[0][0]
@@ -397,5 +397,5 @@ def test_a_quantization_config_beside_whole_weights_is_refused(
     given = {**raw, "quantization_config": quantization}
     errors, _ = judge_files(config_for(folder, **LORA), given, packages={}, folder=folder)
     assert [error.code for error in errors] == ["quantized-checkpoint"]
-    assert "only whole weights in its files: F32" in errors[0].why
+    assert "only unquantized weights in its files: F32" in errors[0].why
     assert errors[0].do == "remove quantization_config from its config.json"

@@ -211,8 +211,8 @@ def test_runs_that_can_not_be_checked_print_the_reason(
     assert bool(found) == bool(why)
     said: list[str] = []
     check = AttentionCheck(200, lambda *_: CallCheck(backend="", layer=0), why_not=found,
-                           others=(), say=said.append)  # fmt: skip
-    check.announce()
+                           alternatives=(), log=said.append)  # fmt: skip
+    check.report_schedule()
     reason = f"attention is not checked during training: {found}"
     assert said == [reason if why else "attention: one layer is checked every 200 steps "
                     "(attn_check_steps)"]  # fmt: skip
@@ -222,8 +222,8 @@ def test_checks_go_through_the_kinds_and_layers() -> None:
     sliding, full = (
         CallKind(4, 2, 16, 16, window, None, False) for window in (32, None)
     )  # fmt: skip
-    check = AttentionCheck(1, lambda *_: CallCheck(backend="", layer=0), why_not="", others=(),
-                           say=print)  # fmt: skip
+    check = AttentionCheck(1, lambda *_: CallCheck(backend="", layer=0), why_not="",
+                           alternatives=(), log=print)  # fmt: skip
     check._kinds = [sliding, sliding, full, sliding, full]
     turns = []
     for turn in range(12):

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from attnimg.config.schema import Config
 from attnimg.errors import AttnimgError
 from attnimg.train import checkpoint as checkpoints
-from attnimg.train import metrics
-from attnimg.train.checkpoint import FileHashes, write_manifest, writing
-from attnimg.train.output_dir import check_output_dir
+from attnimg.train import records
+from attnimg.train.check import check_output_dir, prepare_output_dir
+from attnimg.train.checkpoint import FileHasher, write_errors, write_manifest
 
 
 def config(folder: Path, **keys: Any) -> Config:
@@ -27,7 +29,7 @@ def make(folder: Path, *steps: int, files: tuple[str, ...] = ("optimizer.pt",)) 
         place.mkdir(parents=True)
         for name in ("trainer_state.json", "model.safetensors", *files):
             (place / name).write_text(json.dumps({"global_step": step}))
-        with FileHashes() as hashes:
+        with FileHasher() as hashes:
             write_manifest(place, hashes, step=step, processes=1)
 
 
@@ -45,7 +47,11 @@ def test_resume_finds_the_newest_by_number(tmp_path: Path, keys: dict[str, Any],
     assert point is not None
     assert point.path == tmp_path / name
     assert point.step == 10
-    assert [path.name for path in point.leftovers] == ["checkpoint-12"]
+    printed = io.StringIO()
+    prepare_output_dir(tmp_path, point, console=Console(file=printed, width=200))
+    assert "removing checkpoint-12: it was never finished" in printed.getvalue()
+    assert not (tmp_path / ".partial").exists()
+    assert point.path.is_dir()
 
 
 def test_a_named_checkpoint_of_another_run_starts_a_new_folder(tmp_path: Path) -> None:
@@ -146,7 +152,9 @@ def test_rotation(tmp_path: Path, limit: int | None, keep: list[int], left: list
     checkpoints.rotate(
         tmp_path, limit=limit, keep=[tmp_path / f"checkpoint-{step}" for step in keep]
     )
-    assert [checkpoints.step_of(path) for path in checkpoints.checkpoints(tmp_path)] == left
+    assert [
+        checkpoints.checkpoint_step(path) for path in checkpoints.list_checkpoints(tmp_path)
+    ] == left
 
 
 def test_promotion_makes_a_checkpoint_exist(tmp_path: Path) -> None:
@@ -154,7 +162,7 @@ def test_promotion_makes_a_checkpoint_exist(tmp_path: Path) -> None:
     weights = tmp_path / ".partial" / "checkpoint-5" / "model.safetensors"
     weights.chmod(0o600)
     assert checkpoints.newest_checkpoint(tmp_path) is None
-    with FileHashes() as hashes:
+    with FileHasher() as hashes:
         checkpoints.promote(tmp_path / ".partial" / "checkpoint-5", hashes, processes=1)
     newest = checkpoints.newest_checkpoint(tmp_path)
     assert newest == tmp_path / "checkpoint-5"
@@ -165,11 +173,11 @@ def test_promotion_makes_a_checkpoint_exist(tmp_path: Path) -> None:
 
 def test_lines_past_the_checkpoint_are_cut(tmp_path: Path) -> None:
     for step in (1, 2, 3, 4):
-        metrics.append(tmp_path, {"step": step, "loss": float(step)})
+        records.append_metrics(tmp_path, {"step": step, "loss": float(step)})
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 5, "lo')  # torn
-    assert metrics.cut_after(tmp_path, 2, evaluate_again=False) == 2
-    assert [line["step"] for line in metrics.read(tmp_path)] == [1, 2]
+    assert records.remove_metrics_after(tmp_path, 2, evaluate_again=False) == 2
+    assert [line["step"] for line in records.read_metrics(tmp_path)] == [1, 2]
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
 
 
@@ -181,10 +189,10 @@ def test_lines_past_the_checkpoint_are_cut(tmp_path: Path) -> None:
     ],
 )
 def test_the_evaluation_at_the_checkpoint(tmp_path: Path, again: bool, left: int) -> None:
-    metrics.append(tmp_path, {"step": 2, "loss": 1.0})
-    metrics.append(tmp_path, {"step": 2, "eval_loss": 1.0})
-    metrics.cut_after(tmp_path, 2, evaluate_again=again)
-    assert len(metrics.read(tmp_path)) == left
+    records.append_metrics(tmp_path, {"step": 2, "loss": 1.0})
+    records.append_metrics(tmp_path, {"step": 2, "eval_loss": 1.0})
+    records.remove_metrics_after(tmp_path, 2, evaluate_again=again)
+    assert len(records.read_metrics(tmp_path)) == left
 
 
 @pytest.mark.parametrize(
@@ -198,19 +206,19 @@ def test_the_evaluation_at_the_checkpoint(tmp_path: Path, again: bool, left: int
     ],
 )  # fmt: skip
 def test_failed_writes_are_told_apart(tmp_path: Path, error: Exception, code: str) -> None:
-    with pytest.raises(AttnimgError) as caught, writing(tmp_path / "f", kept="x is kept"):
+    with pytest.raises(AttnimgError) as caught, write_errors(tmp_path / "f", kept="x is kept"):
         raise error
     assert (caught.value.code, caught.value.exit_code) == (code, 1)
     assert "x is kept" in caught.value.why
 
 
 def test_errors_that_are_not_the_disk_s_pass_through(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match="shape"), writing(tmp_path / "f", kept=""):
+    with pytest.raises(RuntimeError, match="shape"), write_errors(tmp_path / "f", kept=""):
         raise RuntimeError("shape mismatch")
 
 
 def test_the_state_of_another_program_s_checkpoint_is_empty(tmp_path: Path) -> None:
     make(tmp_path, 1)
-    assert checkpoints.read_state(tmp_path / "checkpoint-1") == {}
+    assert checkpoints.read_run_state(tmp_path / "checkpoint-1") == {}
     (tmp_path / "checkpoint-1" / "attnimg.json").write_text(json.dumps({"tokens": 3}))
-    assert checkpoints.read_state(tmp_path / "checkpoint-1") == {"tokens": 3}
+    assert checkpoints.read_run_state(tmp_path / "checkpoint-1") == {"tokens": 3}

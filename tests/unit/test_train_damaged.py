@@ -19,10 +19,10 @@ from attnimg.config.schema import Config
 from attnimg.errors import AttnimgError
 from attnimg.facts import RunContext
 from attnimg.train import fit
-from attnimg.train.checkpoint import FileHashes, ResumePoint, write_manifest
-from attnimg.train.intact import damages_of, hash_of
+from attnimg.train.check import check_output_dir
+from attnimg.train.checkpoint import FileHasher, ResumePoint, write_manifest
+from attnimg.train.intact import find_damage, read_checkpoint_hash
 from attnimg.train.model import load_model
-from attnimg.train.output_dir import check_output_dir
 from attnimg.train.pickled_weights import convert
 
 sys.path.append(str(Path(__file__).parents[1] / "fixtures"))
@@ -118,7 +118,7 @@ NAMED: dict[str, tuple[Damage, str]] = {
     "a pipe for the manifest": (fifo("manifest.json"), "manifest.json: it can't be read"),
     "a socket for the optimizer": (socket_at("optimizer.json"), "optimizer.json: "),
     "a folder for the schedule": (folder_at("scheduler.json"), "Is a directory"),
-    "a link to a device": (linked("rng_state.json", "/dev/zero"), "needed a file"),
+    "a link to a device": (linked("rng_state.json", "/dev/zero"), "a device"),
     "a link to nothing": (linked("rng_state.json", "nowhere"), "it is missing"),
     "a link to itself": (linked("rng_state.json", "rng_state.json"), "rng_state.json: "),
     "the link of the manifest to nothing": (linked("manifest.json", "no"), "manifest.json: "),
@@ -175,7 +175,7 @@ def test_a_damage_is_named_and_the_newest_whole_checkpoint_offered(
     assert (error.code, error.exit_code) == ("damaged-checkpoint", 2)
     assert says in error.why
     assert error.do == ("set resume_from_checkpoint: true, which resumes from checkpoint-2, the "
-                        "newest whole one")  # fmt: skip
+                        "newest intact one")  # fmt: skip
     point = resume_point(out)  # as the advice says
     assert (point.path, point.step) == (out / "checkpoint-2", 2)
     assert point.damaged == (out / "checkpoint-4",)
@@ -237,7 +237,7 @@ def test_a_run_resumes_from_the_newest_whole_checkpoint_with_a_warning(
     run(tiny, out, **KEYS, auto_resume_from_checkpoints=True)
     said = " ".join(capsys.readouterr().err.split())
     assert f"checkpoint-4 is damaged ({ADAPTER}: found SHA-256" in said
-    assert "resuming from checkpoint-2, the newest whole one" in said
+    assert "resuming from checkpoint-2, the newest intact one" in said
     assert "checkpoint-4 is renamed to checkpoint-4.damaged" in said
     assert (out / ADAPTER).read_bytes() == (trained / ADAPTER).read_bytes()
     assert resume_point(out).path == out / "checkpoint-6"
@@ -254,7 +254,7 @@ def test_without_a_whole_checkpoint_nothing_is_trained(trained: Path, tmp_path: 
         with pytest.raises(AttnimgError, match="checkpoint-4 is damaged") as caught:
             check_output_dir(Config(base_model="m", output_dir=str(out), **keys))
         assert "scheduler.json: it is missing" in caught.value.why
-        assert "no whole checkpoint" in caught.value.do
+        assert "no intact checkpoint" in caught.value.do
     copied(trained, tmp_path / "copy", 4)
     shutil.rmtree(out / "checkpoint-4")
     shutil.move(tmp_path / "copy/checkpoint-4", out)  # as the advice says
@@ -270,7 +270,7 @@ def test_the_newest_whole_checkpoint_of_another_run_is_offered(
     with pytest.raises(AttnimgError) as caught:
         check_output_dir(Config(**keys, resume_from_checkpoint=str(old / "checkpoint-4")))
     assert caught.value.do == (
-        f"set resume_from_checkpoint: {old}/checkpoint-2, the newest whole one"
+        f"set resume_from_checkpoint: {old}/checkpoint-2, the newest intact one"
     )
     point = check_output_dir(Config(**keys, resume_from_checkpoint=str(old / "checkpoint-2")))
     assert point is not None
@@ -281,12 +281,12 @@ def test_checkpoints_of_one_name_differ_by_the_hash_of_their_manifest(
     trained: Path, earlier: Path, tmp_path: Path
 ) -> None:
     copy = copied(trained, tmp_path / "copy", 4) / "checkpoint-4"
-    assert hash_of(copy) == hash_of(trained / "checkpoint-4")
+    assert read_checkpoint_hash(copy) == read_checkpoint_hash(trained / "checkpoint-4")
     flipped(ADAPTER)(copy)
-    with FileHashes() as hashes:
+    with FileHasher() as hashes:
         write_manifest(copy, hashes, step=4, processes=1)
-    assert hash_of(copy) not in (hash_of(trained / "checkpoint-4"), None)
-    assert hash_of(earlier / "checkpoint-4") is None
+    assert read_checkpoint_hash(copy) not in (read_checkpoint_hash(trained / "checkpoint-4"), None)
+    assert read_checkpoint_hash(earlier / "checkpoint-4") is None
 
 
 def test_another_step_in_the_name_is_refused(trained: Path, tmp_path: Path) -> None:
@@ -306,13 +306,13 @@ def test_a_checkpoint_of_two_processes_resumes_in_one_with_a_warning(
     state = json.loads((place / "attnimg.json").read_text())
     state["identity"]["processes"] = 2
     (place / "attnimg.json").write_text(json.dumps(state))
-    with FileHashes() as hashes:
+    with FileHasher() as hashes:
         write_manifest(place, hashes, step=4, processes=2)
     run(tiny, tmp_path / "out", **KEYS, gradient_accumulation_steps=2, resume_from_checkpoint=True)
     said = capsys.readouterr().err
     assert "processes: 2 until checkpoint-4, 1 now: dropout uses other random numbers" in said
     removed("rng_state_1.json")(place)
-    assert damages_of(place) == ["rng_state_1.json: it is missing"]
+    assert find_damage(place) == ["rng_state_1.json: it is missing"]
 
 
 def test_weights_in_shards_are_checked_and_resumed(tiny: Path, tmp_path: Path) -> None:
@@ -327,28 +327,28 @@ def test_weights_in_shards_are_checked_and_resumed(tiny: Path, tmp_path: Path) -
     (place / "model.safetensors").unlink()
     with pytest.raises(AttnimgError, match="is damaged"):
         resume_point(tmp_path / "out")
-    with FileHashes() as hashes:
+    with FileHasher() as hashes:
         write_manifest(place, hashes, step=2, processes=1)
     run(tiny, tmp_path / "out", **keys, resume_from_checkpoint=True)
     whole = (tmp_path / "whole/model.safetensors").read_bytes()
     assert (tmp_path / "out/model.safetensors").read_bytes() == whole
     shard = next(place.glob("model-*.safetensors"))
     flipped(shard.name)(place)
-    assert damages_of(place)[0].startswith(f"{shard.name}: found SHA-256")
+    assert find_damage(place)[0].startswith(f"{shard.name}: found SHA-256")
 
 
 @pytest.mark.parametrize("whole", [True, False], ids=["whole", "damaged"])
 def test_the_best_checkpoint_is_loaded_only_where_it_is_whole(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: bool
 ) -> None:
-    end_early = fit._end_early
+    end_early = fit._load_best
 
     def damaged_first(engine: Any) -> str:
         if not whole:
             flipped(ADAPTER)(tmp_path / "out/checkpoint-1")
         return end_early(engine)
 
-    monkeypatch.setattr(fit, "_end_early", damaged_first)
+    monkeypatch.setattr(fit, "_load_best", damaged_first)
     result = run(
         tiny, tmp_path / "out", **{**KEYS, "learning_rate": 1e-12, "save_steps": 1},
         val_set_size=0.1, eval_steps=1, early_stopping_patience=2,
@@ -369,7 +369,7 @@ def test_checkpoints_of_weights_alone_have_a_manifest(
     assert [path.name for path in kept] == [
         f"checkpoint-{n}" for n in ((6,) if limit else (2, 4, 6))
     ]
-    assert [damages_of(path) for path in kept] == [[]] * len(kept)
+    assert [find_damage(path) for path in kept] == [[]] * len(kept)
     assert not list((tmp_path / "out").rglob("*.bin")), "no pickle is written"
     with pytest.raises(AttnimgError, match="can't be resumed") as caught:
         resume_point(tmp_path / "out")
@@ -414,7 +414,7 @@ EARLIER_NAMED: dict[str, tuple[Damage, str]] = {
     "a shard that is missing": (
         written("model.safetensors.index.json", '{"weight_map": {"a": "model-1.safetensors"}}'),
         "model-1.safetensors: it is missing"),
-    "an index that is none": (written("model.safetensors.index.json", "3"), "no index"),
+    "an index that is none": (written("model.safetensors.index.json", "3"), "not an index"),
 }  # fmt: skip
 
 
@@ -445,7 +445,7 @@ def test_a_flipped_bit_of_a_pickled_schedule_is_found_or_has_no_effect(
     state, named = torch.load(path, weights_only=True), 0
     for at in range(0, len(whole), 5):
         path.write_bytes(whole[:at] + bytes([whole[at] ^ 4]) + whole[at + 1 :])
-        if any("scheduler.pt" in text for text in damages_of(place)):
+        if any("scheduler.pt" in text for text in find_damage(place)):
             named += 1
         else:
             assert torch.load(path, weights_only=True) == state, at

@@ -10,7 +10,7 @@ from attnimg.backends import backend_named
 from attnimg.errors import AttnimgError
 from attnimg.facts import Plan, Verdict
 from attnimg.train import distributed
-from attnimg.train.run import _chosen
+from attnimg.train.run import _comparable_plan
 
 NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "PMI_SIZE",
          "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")  # fmt: skip
@@ -85,5 +85,7 @@ def test_the_plan_that_processes_compare_has_plain_values_only() -> None:
     backend = backend_named("sdpa")
     assert backend is not None
     verdict = Verdict(backend=backend, rank=1, reasons=())
-    facts = _chosen(Plan(asked="auto", chosen=verdict, because="it fits", verdicts=(verdict,)))
+    facts = _comparable_plan(
+        Plan(asked="auto", chosen=verdict, because="it fits", verdicts=(verdict,))
+    )
     assert json.loads(json.dumps(facts))["chosen"] == "sdpa"

@@ -17,10 +17,10 @@ from attnimg.content_hashes import executor
 from attnimg.errors import AttnimgError
 from attnimg.train import checkpoint
 from attnimg.train import checkpoint as file_hashes
-from attnimg.train.checkpoint import FileHashes
+from attnimg.train.checkpoint import FileHasher
 from attnimg.train.distributed import StopFlag, Stopped
 from attnimg.train.engine import Engine
-from attnimg.train.intact import damages_of
+from attnimg.train.intact import find_damage
 
 sys.path.append(str(Path(__file__).parents[1] / "fixtures"))
 from damages import flipped
@@ -54,17 +54,17 @@ LIMITED = """
 import resource, sys, threading
 from pathlib import Path
 resource.setrlimit(resource.RLIMIT_AS, (2**40, resource.getrlimit(resource.RLIMIT_AS)[1]))
-from attnimg.train.checkpoint import Finishing
-from attnimg.train.checkpoint import FileHashes
-path, finishing = Path(sys.argv[1]), Finishing()
-with FileHashes() as hashes:
+from attnimg.train.checkpoint import PendingCheckpoint
+from attnimg.train.checkpoint import FileHasher
+path, pending = Path(sys.argv[1]), PendingCheckpoint()
+with FileHasher() as hashes:
     hashes.write(path, [memoryview(b"abc")])
-    finishing.begin(lambda: print(*hashes.of([path])))
+    pending.start(lambda: print(*hashes.hash_all([path])))
     assert threading.active_count() == 1
-    finishing.wait()
-finishing.begin(lambda: path.rmdir())
+    pending.wait()
+pending.start(lambda: path.rmdir())
 try:
-    finishing.wait()
+    pending.wait()
 except NotADirectoryError:
     print("raised")
 """
@@ -91,9 +91,9 @@ def hold(monkeypatch: pytest.MonkeyPatch, name: str, until: Callable[[Path], obj
 
 def whole(out: Path) -> list[int]:
     """Return the steps of the checkpoints in a folder, all of which are whole."""
-    found = checkpoint.checkpoints(out)
-    assert [damages_of(path) for path in found] == [[]] * len(found)
-    return [checkpoint.step_of(path) for path in found]
+    found = checkpoint.list_checkpoints(out)
+    assert [find_damage(path) for path in found] == [[]] * len(found)
+    return [checkpoint.checkpoint_step(path) for path in found]
 
 
 def test_training_continues_while_a_checkpoint_is_finished(
@@ -107,7 +107,7 @@ def test_training_continues_while_a_checkpoint_is_finished(
         while '"step": 3' not in (out / "metrics.jsonl").read_text():
             assert time.monotonic() < ends
             time.sleep(0.01)
-        during.append((checkpoint.checkpoints(out), (partial / "manifest.json").exists()))
+        during.append((checkpoint.list_checkpoints(out), (partial / "manifest.json").exists()))
 
     hold(monkeypatch, "checkpoint-2", wait_for_step_3)
     run(tiny, out, **KEYS)
@@ -193,13 +193,13 @@ def test_an_error_of_training_leaves_the_checkpoint_before_whole(
 def test_the_optimizer_is_hashed_before_its_next_step_changes_it(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    hash_of = file_hashes._hash_of
+    hash_of = file_hashes._hash_memory
 
     def late(content: Any) -> str:
         time.sleep(0.3)
         return hash_of(content)
 
-    monkeypatch.setattr(file_hashes, "_hash_of", late)
+    monkeypatch.setattr(file_hashes, "_hash_memory", late)
     run(tiny, tmp_path / "out", max_steps=3, save_steps=1)
     assert whole(tmp_path / "out") == [1, 2, 3]
 
@@ -207,11 +207,11 @@ def test_the_optimizer_is_hashed_before_its_next_step_changes_it(
 def test_damage_between_writing_and_hashing_is_found(tmp_path: Path) -> None:
     place = tmp_path / "checkpoint-4"
     place.mkdir()
-    with FileHashes() as hashes:
+    with FileHasher() as hashes:
         hashes.write(place / "optimizer-1.safetensors", [memoryview(bytes(1000))])
         flipped("optimizer-1.safetensors")(place)
         checkpoint.write_manifest(place, hashes, step=4, processes=1)
-    assert damages_of(place)[0].startswith("optimizer-1.safetensors: found SHA-256")
+    assert find_damage(place)[0].startswith("optimizer-1.safetensors: found SHA-256")
 
 
 def test_without_threads_a_checkpoint_is_finished_at_once(tmp_path: Path) -> None:

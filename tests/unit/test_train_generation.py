@@ -14,7 +14,7 @@ sys.path.append(str(Path(__file__).parents[1] / "fixtures"))
 from tiny_run import config_for, make_model, make_tokenizer, run
 
 from attnimg.train.data.chat_templates import CHATML, LLAMA3
-from attnimg.train.tokenizer import stop_notes, use_trained_template
+from attnimg.train.tokenizer import end_token_notes, use_trained_template
 
 OWN = "{{ bos_token }}{% for m in messages %}{{ m.role + m.content }}{% endfor %}"
 NAMED = {"default": OWN, "tool_use": CHATML}
@@ -92,7 +92,7 @@ def test_an_end_that_generation_does_not_stop_at_is_told(
     stops = [number(token) for token in named] if isinstance(named, list) else number(named)
     model = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=stops))
     labels = [[-100, 7, number(end), -100] for end in ends]
-    notes = stop_notes(Dataset.from_dict({"labels": labels}), tokenizer, model)
+    notes = end_token_notes(Dataset.from_dict({"labels": labels}), tokenizer, model)
     assert [f"special_tokens: {{eos_token: {json.dumps('<turn>')}}}" in n for n in notes] == (
         [True] if warns else []
     )

@@ -35,7 +35,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pytest.param({"model_type": "own", "auto_map": {"AutoConfig": "own.Own"}},
                      "set trust_remote_code: true", id="code of its own"),
         pytest.param({"num_attention_heads": 3}, "correct config.json", id="heads that do not fit"),
-        pytest.param("cut", "download the model again", id="a file cut off"),
+        pytest.param("cut", "download all files of the model again", id="a file cut off"),
     ],
 )  # fmt: skip
 def test_the_advice_fits_the_fault(
@@ -54,7 +54,7 @@ def test_the_advice_fits_the_fault(
     def load() -> None:
         load_model_config(config)
         load_model(
-            config, tokenizer=load_tokenizer(config, say=lambda _: None), implementation="sdpa",
+            config, tokenizer=load_tokenizer(config, log=lambda _: None), implementation="sdpa",
             context=CONTEXT, needs_dtype_cast=False,
         )  # fmt: skip
 

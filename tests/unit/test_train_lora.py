@@ -51,7 +51,7 @@ def tied(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def load(folder: Path, **keys: Any) -> Any:
     values = tiny_run.config_for(folder, adapter="lora", **keys)
     return load_model(
-        values, tokenizer=load_tokenizer(values, say=lambda _: None), implementation="sdpa",
+        values, tokenizer=load_tokenizer(values, log=lambda _: None), implementation="sdpa",
         context=a_context(dtype="float32"), needs_dtype_cast=False,
     )  # fmt: skip
 
@@ -143,7 +143,7 @@ def test_a_target_that_matches_nothing_is_refused_before_weights_load(
 
 @pytest.mark.parametrize("value", [".*head", ["lm_head"], "model.layers.0.*_proj|lm_head"])
 def test_the_output_layer_takes_no_adapter(tiny: Path, value: Any) -> None:
-    with pytest.raises(AttnimgError, match="can't hold lm_head") as caught:
+    with pytest.raises(AttnimgError, match="can't contain lm_head") as caught:
         load(tiny, lora_target_modules=value)
     mended = applied(caught.value.do, {})
     assert mended["lora_modules_to_save"] == ["lm_head"]
@@ -249,7 +249,7 @@ def test_an_adapter_on_a_tied_embedding_is_refused_and_the_advice_helps(
     tied: Path, tiny: Path
 ) -> None:
     keys = {"lora_target_modules": ["q_proj", "embed_tokens"]}
-    with pytest.raises(AttnimgError, match="can't hold embed_tokens") as caught:
+    with pytest.raises(AttnimgError, match="can't contain embed_tokens") as caught:
         load(tied, **keys)
     assert caught.value.key == "lora_target_modules"
     config = tiny_run.config_for(tied, adapter="lora")
@@ -267,7 +267,7 @@ def test_a_new_pad_token_needs_no_new_row(tiny: Path) -> None:
 
     said: list[str] = []
     values = tiny_run.config_for(tiny, adapter="lora", special_tokens={"pad_token": "<pad>"})
-    tokenizer = load_tokenizer(values, say=said.append)
+    tokenizer = load_tokenizer(values, log=said.append)
     rows = json.loads((tiny / "model" / "config.json").read_text())["vocab_size"]
     assert tokenizer.pad_token_id < rows
     assert len(tokenizer) == rows
@@ -277,7 +277,7 @@ def test_a_new_pad_token_needs_no_new_row(tiny: Path) -> None:
 def test_a_new_pad_token_takes_a_row_that_is_there(tmp_path: Path) -> None:
     folder = beside(tmp_path, "llama", vocab_size=512)
     values = tiny_run.config_for(folder, adapter="lora", special_tokens={"pad_token": "<pad>"})
-    assert load_tokenizer(values, say=lambda _: None).pad_token == "<pad>"
+    assert load_tokenizer(values, log=lambda _: None).pad_token == "<pad>"
 
 
 @pytest.mark.parametrize(
@@ -340,7 +340,7 @@ def test_a_pad_token_beyond_the_model_is_not_padded_with(tiny: Path, tmp_path: P
     tokenizer.add_special_tokens({"pad_token": "<pad>"})
     tokenizer.save_pretrained(tmp_path / "model")
     said: list[str] = []
-    found = load_tokenizer(tiny_run.config_for(tmp_path, adapter="lora"), say=said.append)
+    found = load_tokenizer(tiny_run.config_for(tmp_path, adapter="lora"), log=said.append)
     assert found.pad_token == "</s>"
     assert "no embedding for '<pad>'" in said[0]
     tiny_run.run(tmp_path, tmp_path / "out", adapter="lora", max_steps=1, sample_packing=False)
@@ -355,10 +355,10 @@ def test_a_tokenizer_that_can_t_pad_is_refused_and_the_advice_helps(
     PreTrainedTokenizerFast(tokenizer_file=str(tiny / "model/tokenizer.json")).save_pretrained(
         tmp_path / "model"
     )
-    with pytest.raises(AttnimgError, match="no token to pad with") as caught:
-        load_tokenizer(tiny_run.config_for(tmp_path, adapter="lora"), say=lambda _: None)
+    with pytest.raises(AttnimgError, match="no token for padding") as caught:
+        load_tokenizer(tiny_run.config_for(tmp_path, adapter="lora"), log=lambda _: None)
     mended = applied(caught.value.do, {"adapter": "lora"})
-    assert load_tokenizer(tiny_run.config_for(tmp_path, **mended), say=lambda _: None).pad_token
+    assert load_tokenizer(tiny_run.config_for(tmp_path, **mended), log=lambda _: None).pad_token
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from attnimg.errors import AttnimgError
 from attnimg.facts import DType
 from attnimg.train.base_model import require_causal_type
 from attnimg.train.model import load_model, load_model_config
-from attnimg.train.model_files import check_model_files, stored_tensors
+from attnimg.train.model_files import check_model_files, read_tensor_headers
 from attnimg.train.tokenizer import load_tokenizer
 
 sys.path.append(str(Path(__file__).parents[1] / "fixtures"))
@@ -40,7 +40,7 @@ def load(folder: Path, *, dtype: DType = "float32", cast: bool = False, **keys: 
     values = tiny_run.config_for(folder, **keys)
     autocast = None if dtype == "float32" or values.bf16 == "full" else dtype
     context = a_context(dtype=dtype, autocast=autocast)
-    tokenizer = load_tokenizer(values, say=lambda _: None)
+    tokenizer = load_tokenizer(values, log=lambda _: None)
     return load_model(
         values, tokenizer=tokenizer, implementation="sdpa", context=context, needs_dtype_cast=cast
     )
@@ -128,9 +128,9 @@ def test_added_tokens_get_embeddings(tiny: Path) -> None:
 
 def test_the_end_token_pads_when_nothing_else_does_and_it_is_said(tiny: Path) -> None:
     said: list[str] = []
-    tokenizer = load_tokenizer(tiny_run.config_for(tiny), say=said.append)
+    tokenizer = load_tokenizer(tiny_run.config_for(tiny), log=said.append)
     assert tokenizer.pad_token == "</s>"
-    assert "'</s>' pads" in said[0]
+    assert "'</s>' is used for padding" in said[0]
 
 
 @pytest.mark.parametrize(
@@ -334,7 +334,7 @@ def test_what_is_no_file_of_a_normal_size_is_refused(
     assert caught.value.code == "bad-model"
     assert "found" in caught.value.why
     # The headers are read before: a pipe there must not hang.
-    assert stored_tensors(tmp_path / "model")
+    assert read_tensor_headers(tmp_path / "model")
 
 
 @pytest.mark.parametrize(

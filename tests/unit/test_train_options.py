@@ -14,7 +14,8 @@ from attnimg.config import check_values
 from attnimg.config.schema import Config
 from attnimg.errors import AttnimgError
 from attnimg.facts import Arch, Machine
-from attnimg.train.check import check_inputs, check_limits, try_options
+from attnimg.train.arguments import try_options
+from attnimg.train.check import check_inputs, check_limits
 
 CPU = Machine(arch=Arch(name="cpu", vendor="cpu"), gpu="cpu", packages={})
 COMPILED = {"torch_compile": True}

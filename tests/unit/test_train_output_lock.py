@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 
 from attnimg.errors import AttnimgError
-from attnimg.train.output_dir import FILE, locked, require_unlocked
+from attnimg.train.check import LOCK_FILE, output_dir_lock, require_unlocked
 
 HOLD = """
 import sys
 from pathlib import Path
-from attnimg.train.output_dir import locked
-with locked(Path(sys.argv[1])):
+from attnimg.train.check import output_dir_lock
+with output_dir_lock(Path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.read()
 """
@@ -35,14 +35,14 @@ def holder(folder: Path) -> subprocess.Popen[str]:
 
 def test_a_second_run_is_refused_until_the_first_has_ended(tmp_path: Path) -> None:
     with holder(tmp_path / "out") as process:
-        for use in (require_unlocked, lambda folder: locked(folder).__enter__()):
+        for use in (require_unlocked, lambda folder: output_dir_lock(folder).__enter__()):
             with pytest.raises(AttnimgError, match="another run trains in output_dir") as caught:
                 use(tmp_path / "out")
             assert caught.value.code == "output-dir-busy"
             assert f"pid {process.pid} on " in caught.value.why
         process.communicate("")
     require_unlocked(tmp_path / "out")
-    with locked(tmp_path / "out"):
+    with output_dir_lock(tmp_path / "out"):
         pass
 
 
@@ -51,8 +51,8 @@ def test_a_killed_run_leaves_no_lock(tmp_path: Path) -> None:
         process.send_signal(signal.SIGKILL)
         process.wait()
     require_unlocked(tmp_path / "out")
-    with locked(tmp_path / "out"):
-        assert str(os.getpid()) in (tmp_path / "out" / FILE).read_text()
+    with output_dir_lock(tmp_path / "out"):
+        assert str(os.getpid()) in (tmp_path / "out" / LOCK_FILE).read_text()
 
 
 def test_a_folder_that_is_not_there_is_unlocked(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from attnimg.train.metrics import smooth
+from attnimg.train.records import smooth
 
 
 def test_a_falling_loss_is_smoothed_without_a_lag() -> None:

@@ -16,9 +16,9 @@ import yaml
 
 from attnimg.config.schema import Config
 from attnimg.errors import AttnimgError
-from attnimg.train import identity, resume
 from attnimg.train import model_files as model_hashes
-from attnimg.train.checkpoint import STATE, ResumePoint
+from attnimg.train import resume
+from attnimg.train.checkpoint import STATE_FILE, ResumePoint
 from attnimg.train.data.documents import SourceFigures
 
 sys.path.append(str(Path(__file__).parents[1] / "fixtures"))
@@ -26,8 +26,8 @@ from tiny_run import lines, make_model, make_tokenizer, run
 from trainer_format import to_trainer_format
 
 CLASSES = (
-    identity.BY_VALUE, identity.BY_CONTENT, identity.EVALUATION_KEYS, identity.CHANGEABLE,
-    identity.NOT_COMPARED,
+    resume.BY_VALUE, resume.BY_CONTENT, resume.EVALUATION_KEYS, resume.CHANGEABLE,
+    resume.NOT_COMPARED,
 )  # fmt: skip
 
 # Another valid value than the default, for each key that is compared by value.
@@ -70,8 +70,8 @@ def config(**keys: Any) -> Config:
 def checkpoint(folder: Path, found: dict[str, Any], *, step: int = 4) -> ResumePoint:
     place = folder / f"checkpoint-{step}"
     place.mkdir(parents=True, exist_ok=True)
-    (place / STATE).write_text(json.dumps({"identity": json.loads(json.dumps(found))}))
-    return ResumePoint(path=place, step=step, leftovers=())
+    (place / STATE_FILE).write_text(json.dumps({"identity": json.loads(json.dumps(found))}))
+    return ResumePoint(path=place, step=step)
 
 
 def applied(do: str, keys: dict[str, Any]) -> dict[str, Any]:
@@ -89,10 +89,8 @@ def test_every_key_is_in_one_class() -> None:
 
 
 def test_every_key_of_a_class_is_tried_here() -> None:
-    assert OTHER.keys() == identity.BY_VALUE
-    assert NOT_COMPARED.keys() <= identity.NOT_COMPARED | identity.EVALUATION_KEYS | {
-        "test_datasets"
-    }
+    assert OTHER.keys() == resume.BY_VALUE
+    assert NOT_COMPARED.keys() <= resume.NOT_COMPARED | resume.EVALUATION_KEYS | {"test_datasets"}
 
 
 @pytest.mark.parametrize("key", OTHER)
@@ -104,20 +102,20 @@ def test_a_changed_key_is_refused_and_its_advice_helps(
     now = {key: OTHER[key]}
     if turned:
         before, now = now, before
-    point = checkpoint(tmp_path, identity.settings_of(config(**before)))
+    point = checkpoint(tmp_path, resume.config_identity(config(**before)))
     with pytest.raises(AttnimgError) as caught:
-        resume.check_settings(config(**now), point)
+        resume.check_resumed_config(config(**now), point)
     assert (caught.value.code, caught.value.key) == ("resume-differs", key)
     for values in (config(**before), config(**now)):
         assert resume.as_yaml(values.model_dump(mode="json")[key]) in caught.value.why
     mended = applied(caught.value.do, now)
-    resume.check_settings(config(**mended), point)
+    resume.check_resumed_config(config(**mended), point)
 
 
 @pytest.mark.parametrize("key", NOT_COMPARED)
 def test_what_alters_no_result_may_change(tmp_path: Path, key: str) -> None:
-    point = checkpoint(tmp_path, identity.settings_of(config()))
-    resume.check_settings(config(**{key: NOT_COMPARED[key]}), point)
+    point = checkpoint(tmp_path, resume.config_identity(config()))
+    resume.check_resumed_config(config(**{key: NOT_COMPARED[key]}), point)
 
 
 @pytest.mark.parametrize(
@@ -131,13 +129,13 @@ def test_what_alters_no_result_may_change(tmp_path: Path, key: str) -> None:
 def test_evaluation_is_compared_where_it_decides(
     tmp_path: Path, decides: dict[str, Any], refused: bool
 ) -> None:
-    point = checkpoint(tmp_path, identity.settings_of(config(eval_steps=2, **decides)))
-    resume.check_settings(config(eval_steps=2, **decides), point)
+    point = checkpoint(tmp_path, resume.config_identity(config(eval_steps=2, **decides)))
+    resume.check_resumed_config(config(eval_steps=2, **decides), point)
     if not refused:
-        resume.check_settings(config(eval_steps=3), point)
+        resume.check_resumed_config(config(eval_steps=3), point)
         return
     with pytest.raises(AttnimgError, match="another eval_steps"):
-        resume.check_settings(config(eval_steps=3, **decides), point)
+        resume.check_resumed_config(config(eval_steps=3, **decides), point)
 
 
 @pytest.mark.parametrize(
@@ -153,17 +151,17 @@ def test_the_rows_of_a_step_stay_the_same(
     says: str | None,
 ) -> None:  # fmt: skip
     monkeypatch.setenv("WORLD_SIZE", str(then))
-    point = checkpoint(tmp_path, identity.settings_of(config(gradient_accumulation_steps=steps)))
+    point = checkpoint(tmp_path, resume.config_identity(config(gradient_accumulation_steps=steps)))
     monkeypatch.setenv("WORLD_SIZE", str(now))
     if says is None:
-        resume.check_settings(config(gradient_accumulation_steps=steps * then // now), point)
+        resume.check_resumed_config(config(gradient_accumulation_steps=steps * then // now), point)
         return
     with pytest.raises(AttnimgError) as caught:
-        resume.check_settings(config(gradient_accumulation_steps=steps), point)
+        resume.check_resumed_config(config(gradient_accumulation_steps=steps), point)
     assert says in caught.value.do
     mended = applied(caught.value.do, {"gradient_accumulation_steps": steps})
     if says.startswith("set"):
-        resume.check_settings(config(**mended), point)
+        resume.check_resumed_config(config(**mended), point)
 
 
 @pytest.fixture(scope="module")
@@ -205,14 +203,14 @@ def test_the_base_model_is_known_by_its_files(
     there = {"base_model": str(tmp_path / "moved")}
     shutil.copytree(tiny / "model", tmp_path / "moved")
     change(tmp_path / "moved")
-    point = checkpoint(tmp_path, identity.settings_of(config(**here)))
+    point = checkpoint(tmp_path, resume.config_identity(config(**here)))
     if refused is None:
-        resume.check_settings(config(**there), point)
+        resume.check_resumed_config(config(**there), point)
         return
     with pytest.raises(AttnimgError, match="another base_model") as caught:
-        resume.check_settings(config(**there), point)
+        resume.check_resumed_config(config(**there), point)
     assert all(text in caught.value.why for text in (*here.values(), *there.values(), refused))
-    resume.check_settings(config(**applied(caught.value.do, there)), point)
+    resume.check_resumed_config(config(**applied(caught.value.do, there)), point)
 
 
 @pytest.mark.parametrize("place", [0, 1_000_001, -1])
@@ -227,18 +225,18 @@ def test_one_changed_bit_of_a_large_weight_is_named_though_size_and_time_are_kep
     file.write_bytes(weights)
     os.utime(file, ns=(10**18, 10**18))
     values = config(base_model=str(model))
-    point = checkpoint(tmp_path, identity.settings_of(values))
-    resume.check_settings(values, point)
+    point = checkpoint(tmp_path, resume.config_identity(values))
+    resume.check_resumed_config(values, point)
     weights[place] ^= 1
     file.write_bytes(weights)
     os.utime(file, ns=(10**18, 10**18))
     with pytest.raises(AttnimgError, match="another base_model") as caught:
-        resume.check_settings(values, point)
+        resume.check_resumed_config(values, point)
     assert len(re.findall(r"model\.safetensors [0-9a-f]{12}", caught.value.why)) == 2
     assert f"put the earlier model.safetensors back into {model}" in caught.value.do
     weights[place] ^= 1
     file.write_bytes(weights)
-    resume.check_settings(values, point)
+    resume.check_resumed_config(values, point)
 
 
 def test_weights_that_an_index_names_elsewhere_are_hashed(tiny: Path, tmp_path: Path) -> None:
@@ -247,7 +245,7 @@ def test_weights_that_an_index_names_elsewhere_are_hashed(tiny: Path, tmp_path: 
     (tmp_path / "model/model.safetensors").rename(moved)
     index = tmp_path / "model/model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"a": str(moved)}}))
-    found = model_hashes.model_of(config(base_model=str(tmp_path / "model")))
+    found = model_hashes.hash_model(config(base_model=str(tmp_path / "model")))
     assert found is not None
     assert sorted(found["files"]) == ["../shard.safetensors", "config.json", index.name]
 
@@ -277,16 +275,16 @@ def test_the_tokenizer_is_known_by_its_files(
     there = {"base_model": str(tiny / "model"), "tokenizer_config": str(tmp_path / "moved")}
 
     def found(keys: dict[str, Any]) -> dict[str, Any]:
-        return {"tokenizer": model_hashes.tokenizer_of(config(**keys))}
+        return {"tokenizer": model_hashes.hash_tokenizer(config(**keys))}
 
     point = checkpoint(tmp_path, found({"base_model": str(tiny / "model")}))
     if not refused:
-        resume.require_same(found(there), config(**there), point)
+        resume.require_same_identity(found(there), config(**there), point)
         return
     with pytest.raises(AttnimgError, match="another tokenizer_config") as caught:
-        resume.require_same(found(there), config(**there), point)
+        resume.require_same_identity(found(there), config(**there), point)
     assert len(re.findall(r"tokenizer\.json [0-9a-f]{12}", caught.value.why)) == 2
-    resume.require_same(found(applied(caught.value.do, there)), config(**there), point)
+    resume.require_same_identity(found(applied(caught.value.do, there)), config(**there), point)
 
 
 def test_changed_files_of_a_kernel_are_named() -> None:
@@ -323,15 +321,15 @@ def test_the_data_is_known_by_its_tokens(
     tmp_path: Path, now: dict[str, str], found: str, key: str | None
 ) -> None:
     def part(values: Config, letter: str) -> dict[str, Any]:
-        return dict(identity.data_of(values, (figures(content=letter * 64),), None))
+        return dict(resume.data_identity(values, (figures(content=letter * 64),), None))
 
     point = checkpoint(tmp_path, part(config(), "a"))
     values = config(datasets=[{"type": "completion", **now}])
     if key is None:
-        resume.require_same(part(values, found), values, point)
+        resume.require_same_identity(part(values, found), values, point)
         return
     with pytest.raises(AttnimgError) as caught:
-        resume.require_same(part(values, found), values, point)
+        resume.require_same_identity(part(values, found), values, point)
     assert (caught.value.code, caught.value.key) == ("resume-differs", key)
 
 
@@ -359,7 +357,10 @@ def test_the_validation_data_is_known_by_its_tokens(
             tests = [{"type": "completion", **spec}]
             sources.append(figures("test_datasets[0]", content=content * 64))
         values = config(test_datasets=tests, **keys)
-        parts = {**identity.settings_of(values), **identity.data_of(values, tuple(sources), None)}
+        parts = {
+            **resume.config_identity(values),
+            **resume.data_identity(values, tuple(sources), None),
+        }
         return values, parts
 
     _, before = found({"path": "t.jsonl"}, "a")
@@ -370,10 +371,10 @@ def test_the_validation_data_is_known_by_its_tokens(
              if "eval_loss before and after" in note]  # fmt: skip
     assert len(notes) == (not keys and letter == "b")
     if refused is None:
-        resume.require_same(here, values, point)
+        resume.require_same_identity(here, values, point)
         return
     with pytest.raises(AttnimgError) as caught:
-        resume.require_same(here, values, point)
+        resume.require_same_identity(here, values, point)
     assert caught.value.key == refused
 
 
@@ -397,12 +398,12 @@ def test_targets_are_compared_by_the_modules_they_match(
     tiny: Path, tmp_path: Path, before: dict[str, Any], now: dict[str, Any], same: bool
 ) -> None:
     base = {"base_model": str(tiny / "model")}
-    point = checkpoint(tmp_path, identity.settings_of(config(**base, **before)))
+    point = checkpoint(tmp_path, resume.config_identity(config(**base, **before)))
     if same:
-        resume.check_settings(config(**base, **now), point)
+        resume.check_resumed_config(config(**base, **now), point)
         return
     with pytest.raises(AttnimgError, match="another lora_target"):
-        resume.check_settings(config(**base, **now), point)
+        resume.check_resumed_config(config(**base, **now), point)
 
 
 @pytest.mark.parametrize(
@@ -423,14 +424,14 @@ def test_a_template_that_writes_the_date_hides_no_other_change(
     def data(content: str, *, template: str = "", **changes: Any) -> dict[str, Any]:
         tokenizer.chat_template = "{{ strftime_now('%d %b') }}{{ messages }}" + template
         found = replace(figures(content=content * 64), **{"read": "b" * 64, **changes})
-        return dict(identity.data_of(values, (found,), tokenizer))
+        return dict(resume.data_identity(values, (found,), tokenizer))
 
     point = checkpoint(tmp_path, data("a"))
     if not refused:
-        resume.require_same(data("b", **now), values, point)
+        resume.require_same_identity(data("b", **now), values, point)
         return
     with pytest.raises(AttnimgError) as caught:
-        resume.require_same(data("b", **now), values, point)
+        resume.require_same_identity(data("b", **now), values, point)
     assert caught.value.key == "datasets[0]"
 
 
@@ -447,9 +448,9 @@ def test_exact_kernels_stand_in_for_one_another(
     point = checkpoint(tmp_path, {"attention": then})
     if refused:
         with pytest.raises(AttnimgError, match="attn_implementation"):
-            resume.require_same({"attention": now}, config(), point)
+            resume.require_same_identity({"attention": now}, config(), point)
         return
-    resume.require_same({"attention": now}, config(), point)
+    resume.require_same_identity({"attention": now}, config(), point)
     said = resume.resume_notes({"attention": then}, {"attention": now}, name="checkpoint-4")
     assert any("rounding" in text for text in said)
 
@@ -589,7 +590,7 @@ def test_a_checkpoint_without_an_identity_resumes_with_a_warning(
 ) -> None:
     out = tmp_path / "out"
     shutil.copytree(trained / "checkpoint-2", out / "checkpoint-2")
-    state = to_trainer_format(out / "checkpoint-2") / STATE
+    state = to_trainer_format(out / "checkpoint-2") / STATE_FILE
     if kept is None:
         state.unlink()
     else:
@@ -607,6 +608,6 @@ def test_a_checkpoint_without_an_identity_resumes_with_a_warning(
 
 def test_what_an_earlier_version_kept_is_compared(tmp_path: Path) -> None:
     point = checkpoint(tmp_path, EARLIER)
-    resume.check_settings(config(micro_batch_size=2), point)
+    resume.check_resumed_config(config(micro_batch_size=2), point)
     with pytest.raises(AttnimgError, match="another micro_batch_size, seed"):
-        resume.check_settings(config(micro_batch_size=4, seed=1), point)
+        resume.check_resumed_config(config(micro_batch_size=4, seed=1), point)

@@ -11,11 +11,11 @@ from attnimg.train.rows import (
     COUNTS,
     NO_LOSS,
     CountingCollator,
-    OnceAnEpoch,
+    EpochSampler,
     PackedCollator,
     PaddedCollator,
     Rows,
-    even_out,
+    pad_rows_to_multiple,
 )
 
 
@@ -23,7 +23,7 @@ from attnimg.train.rows import (
 @pytest.mark.parametrize(("rows", "batch", "world"), [(9, 1, 8), (9, 2, 2), (5, 3, 2), (1, 4, 3)])
 def test_processes_draw_each_row_once(rows: int, batch: int, world: int, epoch: int) -> None:
     alone = SeedableRandomSampler(range(rows), data_seed=42)
-    sampler = OnceAnEpoch(rows=rows, added=-rows % (batch * world), seed=42)
+    sampler = EpochSampler(rows=rows, added=-rows % (batch * world), seed=42)
     drawn = []
     for rank in range(world):
         alone.set_epoch(epoch)
@@ -45,7 +45,7 @@ def test_added_rows_count_no_tokens_and_have_no_loss(packed: bool) -> None:
         ),
         figures={"rows": 1},
     )
-    evened = even_out(made, multiple=4, pad_token_id=0)
+    evened = pad_rows_to_multiple(made, multiple=4, pad_token_id=0)
     assert (len(evened.dataset), evened.added, evened.figures["rows"]) == (4, 3, 1)
     mixed = evened.collate([evened.dataset[0], evened.dataset[1]])
     assert (mixed["input_ids"].tolist(), mixed[COUNTS].tolist()) == (
@@ -53,6 +53,6 @@ def test_added_rows_count_no_tokens_and_have_no_loss(packed: bool) -> None:
     )  # fmt: skip
     alone = evened.collate([evened.dataset[2], evened.dataset[3]])
     assert (alone["labels"].tolist(), alone[COUNTS].tolist()) == ([[NO_LOSS]], [0, 0])
-    whole = even_out(made, multiple=1, pad_token_id=0)
+    whole = pad_rows_to_multiple(made, multiple=1, pad_token_id=0)
     assert whole is made
     assert whole.added == 0

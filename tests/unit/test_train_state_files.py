@@ -13,17 +13,17 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
 
 from attnimg.train import saved_states as state_files
-from attnimg.train.checkpoint import FileHashes
-from attnimg.train.saved_states import NotPlain, read_state, write_state
+from attnimg.train.checkpoint import FileHasher
+from attnimg.train.saved_states import UnsupportedState, read_state, write_state
 
 
 def write(folder: Path, name: str, state: object, *, step: int) -> None:
     """Write a state, and check that the hashes taken meanwhile are those of the files."""
-    with FileHashes() as hashes:
+    with FileHasher() as hashes:
         write_state(folder, name, state, step=step, hashes=hashes)
         paths = sorted(folder.glob(f"{name}-*.safetensors"))
         assert set(paths) == set(hashes._files), "each was hashed from memory"
-        for path, found in zip(paths, hashes.of(paths), strict=True):
+        for path, found in zip(paths, hashes.hash_all(paths), strict=True):
             assert found == hashlib.sha256(path.read_bytes()).hexdigest()
 
 
@@ -161,6 +161,6 @@ class Quantized(torch.Tensor):
 def test_objects_other_than_plain_tensors_are_refused_before_anything_is_written(
     tmp_path: Path, value: object
 ) -> None:
-    with pytest.raises(NotPlain):
+    with pytest.raises(UnsupportedState):
         write(tmp_path, "state", {"a": torch.ones(2), "b": value}, step=0)
     assert not list(tmp_path.iterdir())

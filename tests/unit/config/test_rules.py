@@ -205,28 +205,29 @@ def test_a_split_is_judged_as_datasets_judges_it(split: str) -> None:
 # its function, and by its code or the function that builds it; x2 where there are two.
 NEEDS = {
     "model": """
-        _bad bad-value x2, _loading bad_model, _loading pickled-weights, _no_match _bad,
-        _refusal bad-value, _refusal not-causal-lm, _refusal quantized-checkpoint,
-        _refuse_embeddings _bad, _require_adapter _refusal x4, _require_scale _refusal x3,
-        _unknown_names _bad, _untrained bad-value, add_adapter _bad, judge_positions
-        positions-short, judge_quantization _refusal x2, load_model bad_model,
-        require_causal_class _refusal, require_causal_type _refusal, require_embeddings
-        _untrained, require_finite weights-not-finite, require_known_weights _refusal x2,
+        _load_errors bad_model, _load_errors pickled-weights, _no_match bad_value,
+        _not_causal_error not-causal-lm, _quantization_error quantized-checkpoint, _refusal
+        bad-value, _refuse_embeddings bad_value, _require_adapter _quantization_error x4,
+        _require_scale _quantization_error x3, _unknown_names bad_value, _untrained_error
+        bad-value, add_adapter bad_value, judge_positions positions-short, judge_quantization
+        _quantization_error x2, load_model bad_model, require_causal_class _not_causal_error,
+        require_causal_type _not_causal_error, require_embeddings _untrained_error,
+        require_finite weights-not-finite, require_known_weights _quantization_error x2,
         require_modules_to_save _unknown_names, require_trainable AttnimgError,
-        require_trained_tokens _untrained, resolve_targets _no_match, resolve_targets
+        require_trained_tokens _untrained_error, resolve_targets _no_match, resolve_targets
         _unknown_names
     """,
     "tokenizer": """
-        __init__ bad-value, _load bad-model, _require_known bad-value, choose_chat_template
-        bad-value, choose_chat_template missing-key, encoder_for missing-key, load_tokenizer
-        bad-model
+        __init__ bad-value, _load bad-model, _require_single_tokens bad-value,
+        choose_chat_template bad-value, choose_chat_template missing-key, encoder_for
+        missing-key, load_tokenizer bad-model
     """,
     "data": """
         __call__ _refusal, _alpaca bad_record, _content bad_record, _fit bad_file, _flag
         bad_record x2, _gather_rows bad-data, _local_file bad-value, _local_file bad_file,
-        _locate _missing, _nothing_left empty-dataset, _reasoning bad_record, _refusal bad_file,
-        _refuse_media bad_record, _refuse_unpackable bad-data, _role bad_record x3, _split
-        bad-value, _turn bad_record x3, _with_system_column bad_record, _without_type
+        _locate _missing, _nothing_left empty-dataset, _reasoning bad_record, _refusal
+        bad_file, _refuse_media bad_record, _refuse_unpackable bad-data, _role bad_record x3,
+        _split bad-value, _turn bad_record x3, _with_system_column bad_record, _without_type
         missing-key, bad_file bad-data, bad_record AttnimgError, documents_of _nothing_left,
         find_sources _without_type, find_sources empty-dataset, load_documents _nothing_left,
         make_on_disk not-writable, parse_turns bad_record, read_records bad_file x2,
@@ -234,46 +235,50 @@ NEEDS = {
         require_column bad_record, require_text bad_record
     """,
     "files": """
-        _bad_dir AttnimgError, _check_options bad-value, _check_reachable file-missing,
-        _check_reachable hub-unreachable, _check_size bad-data, _configured bad-value, _folder
-        bad-value, _folder file-missing, _hashes bad_model, _load _refused x2,
-        _load_from_checkpoint _missing, _matches _missing, _matches bad-value, _missing
-        file-missing, _named_point _not_empty, _named_point damaged, _named_point
-        output-dir-not-empty, _newest_point damaged, _not_empty output-dir-not-empty,
-        _read_jinja file-missing, _refused pickled-weights, _require_checkpoint no-checkpoint,
-        _require_files bad_model, _point no-checkpoint, _require_shards bad_model
-        x2, _require_writable _bad_dir x2, _under bad_file, _unreadable bad_file, _unreadable
+        _no_checkpoint no-checkpoint, _check_options bad-value, _check_reachable file-missing,
+        _check_reachable hub-unreachable, _check_size bad-data, _configured bad-value,
+        _conversion_error pickled-weights, _folder bad-value, _folder file-missing,
+        _hash_files bad_model, _load _conversion_error x2, _matches _missing, _matches
+        bad-value, _missing file-missing, _not_empty output-dir-not-empty, _output_dir_error
+        AttnimgError, _read_jinja file-missing, _require_checkpoint _no_checkpoint,
+        _require_files bad_model, _require_shards bad_model x2, _require_writable
+        _output_dir_error x2, _resume_from_named _not_empty, _resume_from_named damaged_error,
+        _resume_from_named output-dir-not-empty, _resume_from_newest damaged_error,
+        _resume_point _no_checkpoint, _under bad_file, _unreadable bad_file, _unreadable
         file-missing, bad_model bad-model, check_model_files bad_model x4, check_output_dir
-        _not_empty, check_output_dir no-checkpoint, check_packing bad-value, check_packing
-        bad_file x2, check_regular bad_file, damaged damaged-checkpoint, find_rows bad-value,
-        find_rows empty-dataset, find_source bad_file, folder_splits bad-value x2, load_hub
-        _unreadable, load_hub unsupported-key, load_saved bad_file, loading damaged-checkpoint,
-        require_safetensors pickled-weights, require_same _refused, require_same resume-differs,
-        require_steps resume-past-end, split_names bad-value
+        _not_empty, check_output_dir _no_checkpoint, check_packing bad-value, check_packing
+        bad_file x2, check_regular bad_file, damaged_error damaged-checkpoint, find_rows
+        bad-value, find_rows empty-dataset, find_source bad_file, folder_splits bad-value x2,
+        load_errors damaged-checkpoint, load_hub _unreadable, load_hub unsupported-key,
+        load_saved bad_file, require_safetensors pickled-weights, require_same_identity
+        resume-differs, require_steps resume-past-end, split_names bad-value
     """,
     "machine": """
-        _check_homes _bad, _check_optimizer _bad, _check_processes _bad,
-        _check_shared_memory out-of-memory, check_limits AttnimgError, check_limits _bad
+        _check_home_paths bad_value, _check_optimizer bad_value, _check_processes bad_value,
+        _check_shared_memory out-of-memory, check_limits AttnimgError, check_limits bad_value
     """,
     "packages": """
-        _check_compile _bad, _check_optimizer not-installed, _load bad-value, _loader
-        bad-value, _require_packages _refusal, _try_checkpointing _bad, _try_schedule
-        _bad, check_limits not-installed
+        _check_compile bad_value, _check_optimizer not-installed, _require_packages
+        _quantization_error, _try_checkpointing bad_value, _try_schedule bad_value,
+        check_limits not-installed, find_class bad_value
     """,
     "environment": """
         _check_address_space bad-environment, _require_context context-differs,
-        as_bad_environment bad-environment, require_agreement bad-environment,
-        require_group bad-environment, require_readable bad-environment
+        environment_error bad-environment, require_agreement bad-environment, require_group
+        bad-environment, require_parsable bad-environment
     """,
     "processes": """
-        _locked output-dir-busy, _lost rank-lost, _meet _lost x3, _require_member rank-lost,
-        _require_member rank-mismatch, agree rank-mismatch, lost_rank_errors _lost
+        _acquire_lock output-dir-busy, _check_other_rank rank-lost, _check_other_rank
+        rank-mismatch, _lost_rank_error rank-lost, _wait_for_all_ranks _lost_rank_error x3,
+        lost_rank_errors _lost_rank_error, require_same_on_all_ranks rank-mismatch
     """,
     "the run": """
-        _differs loss-differs, _get_grad_norm _not_finite, _model_raised model-raised,
-        _not_finite not-finite, _settle _wrong, _wrong kernel-wrong-at-run, likelihood
-        _differs, require_equal _differs, require_equal _model_raised, run _model_raised,
-        _run_engine out-of-memory, writing AttnimgError
+        _get_grad_norm _not_finite_error, _loss_differs_error loss-differs,
+        _model_raised_error model-raised, _not_finite_error not-finite, _record_results
+        _wrong_kernel_error, _run_engine out-of-memory, _wrong_kernel_error
+        kernel-wrong-at-run, compute_likelihood _loss_differs_error, require_equal
+        _loss_differs_error, require_equal _model_raised_error, run _model_raised_error,
+        write_errors AttnimgError
     """,
 }
 
@@ -282,15 +287,17 @@ def test_found_of_the_schema_that_are_refused_by_name_are_listed() -> None:
     assert keys.unsupported_keys().keys() & Config.model_fields.keys() == keys.IN_SCHEMA
 
 
+def functions_in(path: Path) -> list[ast.FunctionDef]:
+    tree = ast.parse(path.read_text("utf-8"))
+    return [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+
+
 def refusals() -> Counter[str]:
     """Return the refusals in the source of train, with their number in each function."""
-    trees = [ast.parse(path.read_text("utf-8")) for path in sorted(TRAIN.rglob("*.py"))]
-    functions = [
-        node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)
-    ]
+    functions = [node for path in sorted(TRAIN.rglob("*.py")) for node in functions_in(path)]
     builders = {
         function.name
-        for function in functions
+        for function in [*functions, *functions_in(TRAIN.parent / "errors.py")]
         if isinstance(function.returns, ast.Name) and function.returns.id == "AttnimgError"
     }
     found = Counter[str]()
