@@ -21,8 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from attnimg.content_hashes import executor
 from attnimg.errors import AttnimgError
+from attnimg.files import executor
 
 PARTIAL = ".partial"
 

@@ -18,7 +18,7 @@ from attnimg.train.distributed import world_size
 from attnimg.train.model_files import model_of, tokenizer_of
 
 if TYPE_CHECKING:
-    from attnimg.train.data.documents import SourceFigures
+    from attnimg.train.data import SourceFigures
     from attnimg.train.receipt import RunFacts
 
 # Compared by value: a different value results in a different model.
@@ -175,7 +175,7 @@ def _dated(config: Config, spec: DatasetSpec, key: str, tokenizer: Any) -> str |
 
     Llama 3.2's does. None where the same records have the same tokens on any day.
     """
-    from attnimg.train.data.chat_templates import choose_chat_template
+    from attnimg.train.data import choose_chat_template
 
     if not is_chat(spec):
         return None

@@ -21,9 +21,8 @@ from pathlib import Path, PurePosixPath
 from pickle import PickleError
 from typing import Any
 
-from attnimg.content_hashes import in_threads
 from attnimg.errors import AttnimgError
-from attnimg.files import read_regular
+from attnimg.files import in_threads, read_regular
 from attnimg.train.checkpoint import FILE, checkpoints, own_hash, step_of
 from attnimg.train.model_files import UNREADABLE, WEIGHT_INDEX, safetensors_damages, shards_of
 from attnimg.train.pickled_weights import require_safetensors

@@ -20,9 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from attnimg.config.schema import Config
-from attnimg.content_hashes import ContentHashes, cache_folder
 from attnimg.errors import AttnimgError
-from attnimg.files import open_regular, read_regular
+from attnimg.files import ContentHashes, cache_folder, open_regular, read_regular
 from attnimg.train import checkpoint as checkpoints
 from attnimg.train.checkpoint import writing
 from attnimg.train.pickled_weights import require_safetensors

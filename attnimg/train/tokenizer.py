@@ -12,7 +12,7 @@ from typing import Any
 
 from attnimg.config.schema import Config, entries, is_chat
 from attnimg.errors import AttnimgError
-from attnimg.train.data.chat_templates import choose_chat_template
+from attnimg.train.data import choose_chat_template
 from attnimg.train.lora import untrained_embeddings
 from attnimg.train.model import load_model_config, load_without_weights
 from attnimg.train.rows import NO_LOSS

@@ -12,7 +12,6 @@ from pathlib import Path
 
 from attnimg.backends import local_kernel, variables_that_choose
 from attnimg.backends._loading import hub_folder
-from attnimg.content_hashes import ContentHashes, cache_folder
 from attnimg.context import context_of
 from attnimg.facts import (
     Backend,
@@ -23,7 +22,7 @@ from attnimg.facts import (
     Proof,
     RunContext,
 )
-from attnimg.files import read_private, write_private
+from attnimg.files import ContentHashes, cache_folder, read_private, write_private
 from attnimg.select.judge import with_effective_windows
 from attnimg.verify.runner import Candidate, proof_from_json, run
 

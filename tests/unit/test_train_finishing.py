@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from attnimg.content_hashes import executor
 from attnimg.errors import AttnimgError
+from attnimg.files import executor
 from attnimg.train import checkpoint
 from attnimg.train import checkpoint as file_hashes
 from attnimg.train.checkpoint import FileHashes

@@ -19,7 +19,7 @@ from attnimg.errors import AttnimgError
 from attnimg.train import identity, resume
 from attnimg.train import model_files as model_hashes
 from attnimg.train.checkpoint import STATE, ResumePoint
-from attnimg.train.data.documents import SourceFigures
+from attnimg.train.data import SourceFigures
 
 sys.path.append(str(Path(__file__).parents[1] / "fixtures"))
 from tiny_run import lines, make_model, make_tokenizer, run

@@ -27,8 +27,15 @@ from attnimg.train.data.chat_render import (
 )
 from attnimg.train.data.chat_templates import TemplateLimitError
 from attnimg.train.data.chat_turn import EndTokens, RenderedTurn
-from attnimg.train.data.documents import IGNORED, Conversation, Parsed, Turn, unused_note
-from attnimg.train.data.records import Place, bad_file
+from attnimg.train.data.records import (
+    IGNORED,
+    Conversation,
+    Parsed,
+    Place,
+    Turn,
+    bad_file,
+    unused_note,
+)
 
 EMPTY_ANSWERS = (
     "answers without text carry no loss: they would train the model to answer with nothing"

@@ -13,7 +13,7 @@ from typing import Any
 
 from attnimg.train.data.chat_templates import render_bounded
 from attnimg.train.data.conversations import arguments_as_text
-from attnimg.train.data.documents import Conversation, Turn
+from attnimg.train.data.records import Conversation, Turn
 
 Span = tuple[int, int]  # first character and the one after the last
 Message = Mapping[str, Any]

@@ -10,8 +10,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from attnimg.config.schema import DatasetSpec, roles
-from attnimg.train.data.documents import Conversation, Turn
-from attnimg.train.data.records import Place, bad_record, require_column, require_text, shorten
+from attnimg.train.data.records import (
+    Conversation,
+    Place,
+    Turn,
+    bad_record,
+    require_column,
+    require_text,
+    shorten,
+)
 
 # Roles that stand for a tool call or for its result in the records of other trainers.
 CALLS = frozenset({"function_call", "tool_call", "tool_calls", "function-call", "tool-call"})

@@ -14,7 +14,7 @@ import lzma
 import stat
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Literal, cast
@@ -95,6 +95,65 @@ class Place:
 
 
 Record = tuple[Place, dict[str, Any]]
+
+IGNORED = -100  # the label of a token without loss (torch's cross_entropy, ignore_index)
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """A prompt and its completion; without a prompt, all of the text is trained on.
+
+    Attributes:
+        prompt: the text before the completion; None for plain text.
+        completion: the text to train on.
+        unused: the record's columns that have no effect, for types that read several columns.
+    """
+
+    prompt: str | None
+    completion: str
+    unused: tuple[str, ...] = field(default=(), repr=False)  # not part of the data's hash
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One message of a conversation.
+
+    Attributes:
+        role: the role, as the chat template names it.
+        content: the text; None where the record has none, as beside tool calls.
+        extra: the message's other keys, such as reasoning_content and tool_calls.
+        train: whether it carries loss, by the record's flag; None: the role decides.
+        untrained: character spans of the content that carry no loss.
+    """
+
+    role: str
+    content: str | None
+    extra: Mapping[str, Any] = field(default_factory=dict)
+    train: bool | None = None
+    untrained: tuple[tuple[int, int], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """The content of a record of the type chat_template.
+
+    Attributes:
+        turns: the messages.
+        tools: JSON schemas of the functions that the assistant may call.
+        unused: the record's columns that have no effect.
+    """
+
+    turns: tuple[Turn, ...]
+    tools: tuple[Mapping[str, Any], ...] = ()
+    unused: tuple[str, ...] = ()
+
+
+Parsed = Pair | Conversation
+
+
+def unused_note(what: str, names: Sequence[str]) -> str:
+    """Return the warning on names of a kind ("columns") that have no effect."""
+    return f"these {what} have no effect: {', '.join(names)}"
 
 
 def read_records(file: LocalFile, *, key: str) -> Iterator[Record]:

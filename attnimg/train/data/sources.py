@@ -8,10 +8,10 @@ from __future__ import annotations
 import glob
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from itertools import takewhile
+from itertools import islice, takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, cast
 
@@ -23,12 +23,21 @@ from attnimg.train.data.records import (
     COMPRESSED,
     Format,
     LocalFile,
+    Place,
+    Record,
     bad_file,
     check_packing,
     check_regular,
     open_data,
+    read_records,
 )
-from attnimg.train.data.splits import folder_splits, split_in_name, split_names
+from attnimg.train.data.splits import (
+    asked_split,
+    find_rows,
+    folder_splits,
+    split_in_name,
+    split_names,
+)
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -146,6 +155,43 @@ def load_saved(source: Source) -> Mapping[str, Dataset]:
     # "test[:10%]" is a part of test; a dataset made of several splits counts as train.
     name = str(loaded.split or "train").partition("[")[0]
     return {name if "+" not in str(loaded.split) else "train": loaded}
+
+
+def read_source(source: Source) -> Iterator[Record]:
+    """Yield the records of a source in order, each with its place.
+
+    Raises:
+        AttnimgError: the data are missing or broken, or the split does not exist.
+    """
+    if source.kind == "files":
+        yield from _read_files(source)
+        return
+    loaded = load_hub(source) if source.kind == "hub" else load_saved(source)
+    spec, key = source.spec, source.key
+    first = True
+    for name, start, stop in find_rows(spec, {n: len(s) for n, s in loaded.items()}, key=key):
+        rows = loaded[name].select(range(start, stop))
+        for number, record in enumerate(rows, start=start + 1):
+            yield Place(spec.path, number, "record", key, first), record
+            first = False
+
+
+def _read_files(source: Source) -> Iterator[Record]:
+    """Yield the rows of the split; files are read twice if it is a part of them (to count rows)."""
+    spec, key, lengths = source.spec, source.key, dict.fromkeys(source.splits, 0)
+
+    def read(split: str) -> Iterator[Record]:
+        for file in source.splits[split]:
+            yield from read_records(file, key=key)
+
+    names = split_names(spec, lengths, key=key)
+    if "[" not in asked_split(spec, lengths, key=key):
+        for name in names:
+            yield from read(name)
+        return
+    lengths |= {name: sum(1 for _ in read(name)) for name in names}
+    for name, start, stop in find_rows(spec, lengths, key=key):
+        yield from islice(read(name), start, stop)
 
 
 def _locate(spec: DatasetSpec, *, key: str) -> Source:

@@ -17,8 +17,16 @@ from attnimg.errors import AttnimgError
 from attnimg.train.data.chat import ChatEncoder
 from attnimg.train.data.chat_templates import choose_chat_template
 from attnimg.train.data.conversations import parse_turns, trained_roles
-from attnimg.train.data.documents import IGNORED, Pair, Parsed, unused_note
-from attnimg.train.data.records import Place, bad_record, require_column, require_text
+from attnimg.train.data.records import (
+    IGNORED,
+    Pair,
+    Parsed,
+    Place,
+    bad_record,
+    require_column,
+    require_text,
+    unused_note,
+)
 from attnimg.train.data.sources import Source
 
 # The type that a column of this name usually belongs to.

@@ -15,8 +15,7 @@ from attnimg.train.data import chat_templates
 from attnimg.train.data.chat import ChatEncoder
 from attnimg.train.data.chat_render import Renderer
 from attnimg.train.data.chat_templates import TemplateLimitError, render_bounded
-from attnimg.train.data.documents import Conversation, Turn
-from attnimg.train.data.records import Place
+from attnimg.train.data.records import Conversation, Place, Turn
 
 TEMPLATES = Path(__file__).parents[2] / "fixtures" / "chat_templates"
 PLAIN = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}"

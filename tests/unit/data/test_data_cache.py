@@ -194,7 +194,7 @@ def test_a_template_that_writes_the_date_is_prepared_again_the_next_day(
     )  # fmt: skip
     load_documents(config, tokenizer)
     assert load_documents(config, tokenizer).figures[0].reused
-    monkeypatch.setattr("attnimg.train.data.cache.date", Tomorrow)
+    monkeypatch.setattr("attnimg.train.data.prepare.date", Tomorrow)
     assert load_documents(config, tokenizer).figures[0].reused != writes_date
 
 
@@ -229,7 +229,7 @@ def test_a_folder_that_can_only_be_read_is_read(
         raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
 
     monkeypatch.setattr("os.open", read_only)
-    monkeypatch.setattr("attnimg.train.data.cache._remove", cannot_remove)
+    monkeypatch.setattr("attnimg.train.data.prepare._remove", cannot_remove)
     assert load_documents(config, tokenizer).figures[0].reused
     flip(folder / "documents.arrow")
     with pytest.raises(AttnimgError, match="damaged") as caught:

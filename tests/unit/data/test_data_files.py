@@ -14,9 +14,9 @@ import zstandard
 
 from attnimg.config.schema import Config
 from attnimg.errors import AttnimgError
-from attnimg.train.data.load import find_sources
-from attnimg.train.data.prepare import read_source
+from attnimg.train.data import find_sources
 from attnimg.train.data.records import LocalFile, read_records
+from attnimg.train.data.sources import read_source
 
 RECORDS = [{"text": "In the beginning"}, {"text": "was the Word."}]
 LINES = "".join(json.dumps(record) + "\n" for record in RECORDS).encode()

@@ -27,11 +27,10 @@ from hypothesis import strategies as st
 from attnimg.config.schema import Config, DatasetSpec
 from attnimg.errors import AttnimgError
 from attnimg.facts import RunContext
-from attnimg.train.data import load_documents
+from attnimg.train.data import find_sources, load_documents
 from attnimg.train.data.chat import ChatEncoder
 from attnimg.train.data.conversations import parse_turns
-from attnimg.train.data.load import find_sources
-from attnimg.train.data.prepare import read_source
+from attnimg.train.data.sources import read_source
 from attnimg.train.data.types import PairEncoder, record_parser
 from attnimg.train.rows import make_rows
 

@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 from run_facts import a_problem
 
-from attnimg import content_hashes
+from attnimg import files
 from attnimg.backends import backend_named
-from attnimg.content_hashes import ContentHashes, cache_folder
 from attnimg.facts import Machine
+from attnimg.files import ContentHashes, cache_folder
 from attnimg.machine import probe
 from attnimg.select.attention_shapes import read_model
 from attnimg.verify.proofs import Setting, prove
@@ -30,7 +30,7 @@ SMALL = read_model({"model_type": "llama", "hidden_size": 32, "num_attention_hea
 @pytest.fixture
 def settled(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let files count as settled at once."""
-    monkeypatch.setattr(content_hashes, "_SETTLED_S", -60.0)
+    monkeypatch.setattr(files, "_SETTLED_S", -60.0)
 
 
 def large_file(folder: Path, *, letter: bytes) -> Path:
@@ -161,7 +161,7 @@ def test_the_folder(tmp_path: Path, named: bool, monkeypatch: pytest.MonkeyPatch
 LIMITED = """
 import resource, sys
 from pathlib import Path
-from attnimg.content_hashes import ContentHashes
+from attnimg.files import ContentHashes
 if sys.argv[2] != "-":
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + int(sys.argv[2]),) * 2)
