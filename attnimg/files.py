@@ -17,14 +17,15 @@ import resource
 import stat
 import tempfile
 import time
-import tomllib
 from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import suppress
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
+
+if TYPE_CHECKING:
+    from concurrent.futures import Executor
 
 # Smaller files are hashed each time, which is faster than looking up their hash.
 _CACHED_BYTES = 1 << 20
@@ -33,9 +34,9 @@ _CACHED_BYTES = 1 << 20
 # resolution of a few milliseconds, on some network file systems of a second.
 _SETTLED_S = 2.0
 
-_FILE = "hashes.json"
+_CACHE_FILE = "hashes.json"
 
-_FILE_BYTES = 4 << 20
+_CACHE_FILE_BYTES = 4 << 20
 
 _THREADS = 4
 
@@ -54,6 +55,8 @@ def data_file(name: str) -> Path:
 
 def read_data(name: str) -> dict[str, Any]:
     """Read a TOML file of attnimg/data."""
+    import tomllib
+
     return tomllib.loads(data_file(name).read_text("utf-8"))
 
 
@@ -172,7 +175,7 @@ def cache_folder(environment: Mapping[str, str], name: str = "proofs") -> Path:
     return user_cache_path("attnimg") / own
 
 
-class ContentHashes:
+class CachedHasher:
     """Hash files, with a cache of the hashes of large ones.
 
     Args:
@@ -181,18 +184,18 @@ class ContentHashes:
 
     def __init__(self, folder: Path | None) -> None:
         self.folder = folder
-        self._known = _load(folder) if folder else {}
+        self._known = _read_cache(folder) if folder else {}
         self._new: dict[str, str] = {}
 
-    def of_each(self, files: Iterable[Path]) -> list[str]:
+    def hash_each(self, files: Iterable[Path]) -> list[str]:
         """Return the SHA-256 of each file.
 
         Raises:
             OSError: a file can't be read.
         """
-        return in_threads(self._of_file, files)
+        return map_in_threads(self._hash_file, files)
 
-    def of_files(self, root: Path, files: Iterable[Path]) -> str:
+    def hash_files(self, root: Path, files: Iterable[Path]) -> str:
         """Return one hash of the names and the content of files.
 
         Args:
@@ -205,19 +208,19 @@ class ContentHashes:
         paths = sorted(files)
         listed = [
             (os.path.relpath(path, root), found)
-            for path, found in zip(paths, self.of_each(paths), strict=True)
+            for path, found in zip(paths, self.hash_each(paths), strict=True)
         ]
         return hashlib.sha256(json.dumps(listed).encode()).hexdigest()
 
-    def of_folder(self, folder: Path) -> str:
+    def hash_folder(self, folder: Path) -> str:
         """Return one hash of all files below a folder except __pycache__.
 
         Raises:
             OSError: a file can't be read.
         """
-        return self.of_files(folder, filter(_computes, folder.rglob("*")))
+        return self.hash_files(folder, filter(_is_hashed, folder.rglob("*")))
 
-    def of_package(self, name: str) -> str | None:
+    def hash_package(self, name: str) -> str | None:
         """Return one hash of a distribution's files; "" when it is not installed.
 
         Returns:
@@ -233,71 +236,75 @@ class ContentHashes:
         if found.files is None:
             return None
         paths = (Path(str(file.locate())) for file in found.files)
-        return self.of_files(Path(str(found.locate_file(""))), filter(_computes, paths))
+        return self.hash_files(Path(str(found.locate_file(""))), filter(_is_hashed, paths))
 
-    def of_torch(self) -> str:
+    def hash_torch(self) -> str:
         """Return one hash of torch's compiled libraries: 0.5 GB on a CPU, 2 GB with CUDA."""
         spec = find_spec("torch")
         if spec is None or spec.origin is None:
             return ""
         folder = Path(spec.origin).parent
-        return self.of_files(folder, (path for path in folder.glob("lib/*.so*") if path.is_file()))
+        return self.hash_files(
+            folder, (path for path in folder.glob("lib/*.so*") if path.is_file())
+        )
 
     def save(self) -> None:
         """Write the hashes of large files to the cache, unless its folder is not writable."""
         if self.folder is None or not self._new:
             return
-        merged = _load(self.folder) | self._new
+        merged = _read_cache(self.folder) | self._new
         with suppress(OSError):
-            write_private(self.folder / _FILE, json.dumps(merged).encode())
+            write_private(self.folder / _CACHE_FILE, json.dumps(merged).encode())
         self._new = {}
 
-    def _of_file(self, path: Path) -> str:
+    def _hash_file(self, path: Path) -> str:
         with path.open("rb") as file:
             before = os.fstat(file.fileno())
             large = before.st_size >= _CACHED_BYTES
-            name = _identity_of(before)
+            name = _identity(before)
             if large and (known := self._known.get(name)):
                 return known
             found = hashlib.file_digest(file, "sha256").hexdigest()
             after = os.fstat(file.fileno())
         settled = time.time() - max(after.st_mtime, after.st_ctime) > _SETTLED_S
-        if large and settled and _identity_of(after) == name:
+        if large and settled and _identity(after) == name:
             self._new[name] = self._known[name] = found
         return found
 
 
-def _computes(path: Path) -> bool:
+def _is_hashed(path: Path) -> bool:
     """Return whether a path is a file outside __pycache__."""
     return path.parent.name != "__pycache__" and path.is_file()
 
 
-def _identity_of(found: os.stat_result) -> str:
+def _identity(found: os.stat_result) -> str:
     """Return the key of a file's cached hash."""
     identity = found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
     return ":".join(map(str, identity))
 
 
-def _load(folder: Path) -> dict[str, str]:
+def _read_cache(folder: Path) -> dict[str, str]:
     """Read the cached hashes; return none if the file is missing, damaged or another user's."""
     try:
-        kept = json.loads(read_private(folder / _FILE, at_most=_FILE_BYTES))
+        cached = json.loads(read_private(folder / _CACHE_FILE, at_most=_CACHE_FILE_BYTES))
     except (OSError, ValueError, RecursionError):
         return {}
-    if not isinstance(kept, dict):
+    if not isinstance(cached, dict):
         return {}
-    return {name: found for name, found in kept.items() if isinstance(found, str)}
+    return {name: found for name, found in cached.items() if isinstance(found, str)}
 
 
-def in_threads(function: Callable[[T], R], items: Iterable[T]) -> list[R]:
+def map_in_threads(function: Callable[[T], R], items: Iterable[T]) -> list[R]:
     """Return the function's result for each item, in order.
 
     Args:
         function: spends most of its time without the GIL, as reading and hashing do.
         items: its argument in each call.
     """
+    from concurrent.futures import ThreadPoolExecutor
+
     items = list(items)
-    if not _limited():
+    if not _memory_is_limited():
         try:
             with ThreadPoolExecutor(_THREADS) as pool:
                 return list(pool.map(function, items))
@@ -307,34 +314,33 @@ def in_threads(function: Callable[[T], R], items: Iterable[T]) -> list[R]:
     return [function(item) for item in items]
 
 
-def executor(threads: int, *, nice: int = 0) -> Executor:
+def thread_pool(threads: int, *, nice: int = 0) -> Executor:
     """Return a thread pool; where threads can't start, an executor that runs each call at once.
 
     Args:
         threads: the maximum number of threads.
         nice: added to their nice value, such as 10 to give other threads priority.
     """
-    if _limited():
-        return _Caller()
+    # Imported here: `attnimg check` needs none of them, and they take 7 ms of CPU time.
+    from concurrent.futures import Executor, Future, ThreadPoolExecutor
+
+    class ImmediateExecutor(Executor):
+        def submit(self, fn: Callable[..., R], /, *args: Any, **kwargs: Any) -> Future[R]:
+            future = Future[R]()
+            try:
+                future.set_result(fn(*args, **kwargs))
+            except Exception as error:  # raised by Future.result, as in a thread pool
+                future.set_exception(error)
+            return future
+
+    if _memory_is_limited():
+        return ImmediateExecutor()
     # On Linux nice(2) changes the nice value of the calling thread, not of the whole process.
     # Source: https://man7.org/linux/man-pages/man2/nice.2.html, "BUGS" (2026-11-27).
     return ThreadPoolExecutor(threads, initializer=os.nice, initargs=(nice,))
 
 
-class _Caller(Executor):
-    """Call each submitted function in the thread that submits it."""
-
-    def submit(self, fn: Callable[..., R], /, *args: Any, **kwargs: Any) -> Future[R]:
-        """Call the function now, and return a finished future with its result or its exception."""
-        future = Future[R]()
-        try:
-            future.set_result(fn(*args, **kwargs))
-        except Exception as error:  # raised by Future.result, as in a thread pool
-            future.set_exception(error)
-        return future
-
-
-def _limited() -> bool:
+def _memory_is_limited() -> bool:
     """Return whether `ulimit -v` is set.
 
     With such a limit a new thread may fail before it reports that it has started;

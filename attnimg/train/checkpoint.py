@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from attnimg.errors import AttnimgError
-from attnimg.files import executor
+from attnimg.files import thread_pool
 
 PARTIAL = ".partial"
 
@@ -90,7 +90,7 @@ class Finishing:
 
     def begin(self, finish: Callable[[], None]) -> None:
         """Call a function in a thread; the previous one must have ended."""
-        thread = executor(1)
+        thread = thread_pool(1)
         self._job = thread.submit(finish)
         thread.shutdown(wait=False)
 
@@ -263,8 +263,8 @@ class FileHashes:
     def __init__(self) -> None:
         # One core is left to the thread that writes, since its delays delay the whole checkpoint.
         spare = max(1, len(os.sched_getaffinity(0)) - 1)
-        self._memory = executor(min(spare, THREADS), nice=_NICE)
-        self._read, self._flush = executor(THREADS, nice=_NICE), executor(THREADS)
+        self._memory = thread_pool(min(spare, THREADS), nice=_NICE)
+        self._read, self._flush = thread_pool(THREADS, nice=_NICE), thread_pool(THREADS)
         self._files: dict[Path, tuple[tuple[int, ...] | None, Future[str], Future[None]]] = {}
         self._waiting: deque[tuple[Future[str], int]] = deque()
 

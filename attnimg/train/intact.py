@@ -22,7 +22,7 @@ from pickle import PickleError
 from typing import Any
 
 from attnimg.errors import AttnimgError
-from attnimg.files import in_threads, read_regular
+from attnimg.files import map_in_threads, read_regular
 from attnimg.train.checkpoint import FILE, checkpoints, own_hash, step_of
 from attnimg.train.model_files import UNREADABLE, WEIGHT_INDEX, safetensors_damages, shards_of
 from attnimg.train.pickled_weights import require_safetensors
@@ -167,7 +167,7 @@ def manifest_damages(checkpoint: Path, *, step: int) -> list[str]:
         if at != step
     ]
     files: Mapping[str, Mapping[str, Any]] = content["files"]
-    judged = in_threads(lambda name: _damage(checkpoint / name, files[name]), files)
+    judged = map_in_threads(lambda name: _damage(checkpoint / name, files[name]), files)
     found += [f"{name}: {text}" for name, text in zip(files, judged, strict=True) if text]
     return found + [
         f"{name}: found a file that was added later and would be loaded, needed none of this name"

@@ -21,7 +21,7 @@ from typing import Any
 
 from attnimg.config.schema import Config
 from attnimg.errors import AttnimgError
-from attnimg.files import ContentHashes, cache_folder, open_regular, read_regular
+from attnimg.files import CachedHasher, cache_folder, open_regular, read_regular
 from attnimg.train import checkpoint as checkpoints
 from attnimg.train.checkpoint import writing
 from attnimg.train.pickled_weights import require_safetensors
@@ -334,9 +334,9 @@ def _folder_of(name: str | None, config: Config, *, holding: str) -> Path | None
 
 
 def _hashes(folder: Path, files: Sequence[Path]) -> dict[str, str]:
-    hashes = ContentHashes(cache_folder(os.environ))
+    hashes = CachedHasher(cache_folder(os.environ))
     try:
-        found = hashes.of_each(files)
+        found = hashes.hash_each(files)
     except OSError as error:
         raise bad_model(
             f"{error.filename or folder} can't be read",

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from attnimg import apply
-from attnimg.config.schema import Config, entries
+from attnimg.config.schema import Config, dataset_entries
 from attnimg.context import described
 from attnimg.facts import Finding, Machine, Plan
 from attnimg.files import read_regular
@@ -254,7 +254,7 @@ def _named_files(config: Config) -> dict[str, str]:
     """Return the hash of each file that the config names and that is not compared elsewhere."""
     paths = {"deepspeed": config.deepspeed, "attn_known_bad": config.attn_known_bad,
              "chat_template_jinja": config.chat_template_jinja}  # fmt: skip
-    for key, spec, _ in entries(config):
+    for key, spec, _ in dataset_entries(config):
         paths[f"{key}.chat_template_jinja"] = spec.chat_template_jinja
     found = {}
     for key, path in paths.items():

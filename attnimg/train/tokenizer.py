@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from attnimg.config.schema import Config, entries, is_chat
+from attnimg.config.schema import Config, dataset_entries, is_chat
 from attnimg.errors import AttnimgError
 from attnimg.train.data import choose_chat_template
 from attnimg.train.lora import untrained_embeddings
@@ -246,7 +246,7 @@ def use_trained_template(config: Config, tokenizer: Any) -> list[str]:
     """
     found = {
         key: choose_chat_template(config, tokenizer, spec=spec, key=key)
-        for key, spec, trains in entries(config)
+        for key, spec, trains in dataset_entries(config)
         if trains and is_chat(spec)
     }
     if not found:

@@ -14,7 +14,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from attnimg.config.schema import DATASET_TYPES, Config, DatasetSpec, entries
+from attnimg.config.schema import DATASET_TYPES, Config, DatasetSpec, dataset_entries
 from attnimg.errors import AttnimgError
 from attnimg.train.data.chat_templates import choose_chat_template
 from attnimg.train.data.prepare import (
@@ -78,7 +78,7 @@ def check_sources(config: Config) -> None:
 def find_sources(config: Config) -> tuple[list[Source], list[Source]]:
     """Return the sources to train on and those of test_datasets, each found and checked."""
     training, testing = list[Source](), list[Source]()
-    for key, spec, trains in entries(config):
+    for key, spec, trains in dataset_entries(config):
         if spec.type is None:
             raise _without_type(spec, key=key)
         parse = record_parser(spec)

@@ -9,7 +9,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from attnimg.config.schema import DatasetSpec, roles
+from attnimg.config.schema import DatasetSpec, role_names
 from attnimg.train.data.records import (
     Conversation,
     Place,
@@ -68,7 +68,7 @@ def parse_turns(spec: DatasetSpec, record: Mapping[str, Any], place: Place) -> C
 def trained_roles(spec: DatasetSpec) -> frozenset[str]:
     """Return the roles whose turns carry loss, as the chat template names them."""
     named = spec.roles_to_train if spec.roles_to_train is not None else ["assistant"]
-    return frozenset(roles(spec).get(role, role) for role in named)
+    return frozenset(role_names(spec).get(role, role) for role in named)
 
 
 def with_function(call: Mapping[str, Any], **changes: Any) -> dict[str, Any]:
@@ -109,7 +109,9 @@ def _column_hint(record: Mapping[str, Any], place: Place) -> str:
 def _keys_hint(spec: DatasetSpec, message: Mapping[str, Any], place: Place) -> str:
     """Return advice for the user: the keys of a message that hold a role and a text, if any."""
     texts = {key: value for key, value in message.items() if isinstance(value, str)}
-    role = next((key for key, value in texts.items() if value.strip().lower() in roles(spec)), None)
+    role = next(
+        (key for key, value in texts.items() if value.strip().lower() in role_names(spec)), None
+    )
     others = sorted((key for key in texts if key != role), key=lambda key: len(texts[key]))
     if role is None or not others:
         return "write the key that is missing, or drop the record"
@@ -289,7 +291,7 @@ def _refuse_media(holder: Mapping[str, Any], what: str, place: Place) -> None:
 
 def _role(spec: DatasetSpec, name: str, place: Place, *, number: int) -> str:
     """Return the chat template's name of a role."""
-    known = roles(spec)
+    known = role_names(spec)
     if name in known:
         return known[name]
     what = f"message {number} has the role {name!r}"
