@@ -173,12 +173,12 @@ def _load_documents(
     config: Config, machine: Machine, tokenizer: Any, report: TrainReport
 ) -> Documents:
     """Load the data, report its statistics, and raise unless all processes have the same data."""
-    from attnimg.train.data import load_documents, sample_text, sentence
+    from attnimg.train.data import load_documents, sample_text, summary_line
     from attnimg.train.model_files import tokenizer_of
 
     documents = load_documents(config, tokenizer)
     for figures in documents.figures:
-        report.say(sentence(figures))
+        report.say(summary_line(figures))
     for warning in documents.warnings:
         report.say(f"warning: {warning}")
     lengths = [len(documents.train), len(documents.validation or ())]

@@ -25,11 +25,11 @@ from attnimg.train.data.prepare import (
     make_in_memory,
     make_on_disk,
     prepare_source,
-    sentence,
+    summary_line,
 )
-from attnimg.train.data.records import IGNORED, read_records
+from attnimg.train.data.records import IGNORE_INDEX, read_records
 from attnimg.train.data.sources import Source, find_source
-from attnimg.train.data.types import FITTING, record_parser
+from attnimg.train.data.types import TYPE_OF_COLUMN, choose_parser
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -42,10 +42,10 @@ __all__ = [
     "find_sources",
     "load_documents",
     "sample_text",
-    "sentence",
+    "summary_line",
 ]
 
-SHOWN_TOKENS = 400  # of a long document, to fit on a screen
+SAMPLE_TOKENS = 400  # shown of a long document, to fit on a screen
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,12 +76,12 @@ def check_sources(config: Config) -> None:
 
 
 def find_sources(config: Config) -> tuple[list[Source], list[Source]]:
-    """Return the sources to train on and those of test_datasets, each found and checked."""
+    """Find and check the sources of a run; return those to train on, and those of test_datasets."""
     training, testing = list[Source](), list[Source]()
     for key, spec, trains in dataset_entries(config):
         if spec.type is None:
-            raise _without_type(spec, key=key)
-        parse = record_parser(spec)
+            raise _missing_type(spec, key=key)
+        parse = choose_parser(spec)
         source = find_source(spec, key=key)
         found = False
         for file in source.files:
@@ -94,7 +94,7 @@ def find_sources(config: Config) -> tuple[list[Source], list[Source]]:
             raise AttnimgError(
                 f"nothing to train on in {spec.path}",
                 why="found no record in it, needed at least one",
-                do=f"correct {key}.path, or take the entry out",
+                do=f"correct {key}.path, or remove the entry",
                 code="empty-dataset",
                 key=f"{key}.path",
             )
@@ -119,52 +119,55 @@ def load_documents(config: Config, tokenizer: Any, *, progress: bool = True) -> 
     import datasets
 
     training, testing = find_sources(config)
-    figures, warnings = list[SourceFigures](), dict.fromkeys(_shared_files(training, testing))
+    figures, warnings = (
+        list[SourceFigures](),
+        dict.fromkeys(_warn_of_shared_files(training, testing)),
+    )
 
-    def documents_of(sources: list[Source]) -> Dataset:
+    def load_all(sources: list[Source]) -> Dataset:
         parts = []
         for source in sources:
-            part, (counts, found) = _documents(source, config, tokenizer, progress=progress)
+            part, (counts, found) = _load_source(source, config, tokenizer, progress=progress)
             if not counts.documents:
-                raise _nothing_left(source, counts)
+                raise _no_documents(source, counts)
             parts.append(part)
             figures.append(counts)
             warnings.update(dict.fromkeys((*source.warnings, *found)))
         return datasets.concatenate_datasets(parts) if len(parts) > 1 else parts[0]
 
-    train = documents_of(training)
+    train = load_all(training)
     if config.shuffle_merged_datasets:
         # In memory: the library would cache the order on disk, and trust that file in later runs.
         train = train.shuffle(seed=config.seed, keep_in_memory=True)
-    validation = documents_of(testing) if testing else None
+    validation = load_all(testing) if testing else None
     if config.val_set_size:
-        train, validation = _split(train, config)
+        train, validation = _split_validation(train, config)
     if validation is not None:
-        warnings.update(dict.fromkeys(_repeated_documents(train, validation)))
+        warnings.update(dict.fromkeys(_warn_of_shared_documents(train, validation)))
     return Documents(
         train=train, validation=validation, figures=tuple(figures), warnings=tuple(warnings)
     )
 
 
-def _without_type(spec: DatasetSpec, *, key: str) -> AttnimgError:
-    """Build the error for an entry without a type; it suggests one that fits the first record."""
+def _missing_type(spec: DatasetSpec, *, key: str) -> AttnimgError:
+    """Return the error for an entry without a type; it suggests one that fits the first record."""
     columns: Collection[str] = ()
     with suppress(AttnimgError, StopIteration, IndexError):
         _, columns = next(read_records(find_source(spec, key=key).files[0], key=key))
-    fitting = next((type_ for name, type_ in FITTING.items() if name in columns), None)
+    suggested = next((type_ for name, type_ in TYPE_OF_COLUMN.items() if name in columns), None)
     return AttnimgError(
         f"{key} has no type",
         why=f"found no type for {spec.path}, needed one of {', '.join(DATASET_TYPES)}",
-        do=f"set {key}.type: {fitting or ' or '.join(DATASET_TYPES[:-1])}",
+        do=f"set {key}.type: {suggested or ' or '.join(DATASET_TYPES[:-1])}",
         code="missing-key",
         key=f"{key}.type",
     )
 
 
-def _documents(
+def _load_source(
     source: Source, config: Config, tokenizer: Any, *, progress: bool
 ) -> tuple[Dataset, Prepared]:
-    """Return the documents of one source, from dataset_prepared_path if they are cached there."""
+    """Prepare one source, or load its documents from dataset_prepared_path."""
     from datasets.utils import tqdm
 
     def make(write: Write) -> Prepared:
@@ -180,7 +183,7 @@ def _documents(
     return make_in_memory(make)
 
 
-def _shared_files(training: list[Source], testing: list[Source]) -> Iterator[str]:
+def _warn_of_shared_files(training: list[Source], testing: list[Source]) -> Iterator[str]:
     """Yield a warning for each source of test_datasets whose rows are also trained on."""
     for test in testing:
         for train in training:
@@ -188,24 +191,24 @@ def _shared_files(training: list[Source], testing: list[Source]) -> Iterator[str
             shared = _data_names(train) & _data_names(test)
             if shared and not sliced:
                 yield (
-                    f"{train.key} and {test.key} both read {min(shared)}: the evaluation "
-                    "uses training data"
+                    f"{train.key} and {test.key} both read {min(shared)}, so the evaluation uses "
+                    "training data"
                 )
 
 
-def _repeated_documents(train: Dataset, validation: Dataset) -> Iterator[str]:
+def _warn_of_shared_documents(train: Dataset, validation: Dataset) -> Iterator[str]:
     """Yield a warning if documents of the evaluation are also trained on."""
-    evaluated = list(_digests(validation))
-    shared = set(evaluated).intersection(_digests(train))
+    evaluated = list(_hash_documents(validation))
+    shared = set(evaluated).intersection(_hash_documents(train))
     if count := sum(digest in shared for digest in evaluated):
         yield (
-            f"{count:,} of {len(evaluated):,} documents to evaluate on are also trained on, word "
-            "for word, so that the evaluation loss is too low: name each file and row once, and "
-            "remove repeated records"
+            f"{count:,} of {len(evaluated):,} evaluation documents are also in the training data, "
+            "so the evaluation loss is too low: list each file and row once, and remove duplicate "
+            "records"
         )
 
 
-def _digests(documents: Dataset) -> Iterator[bytes]:
+def _hash_documents(documents: Dataset) -> Iterator[bytes]:
     """Yield a hash of the tokens of each document."""
     for batch in documents.select_columns(["input_ids"]).with_format("arrow").iter(1000):
         for ids in batch["input_ids"].combine_chunks().to_numpy(zero_copy_only=False):
@@ -222,31 +225,31 @@ def _data_names(source: Source) -> set[str]:
     return {" ".join(filter(None, (spec.path, spec.name, name))) for name in names}
 
 
-def _nothing_left(source: Source, figures: SourceFigures) -> AttnimgError:
-    """Build the error for a source without documents, with advice for most of its records."""
+def _no_documents(source: Source, figures: SourceFigures) -> AttnimgError:
+    """Return the error for a source without documents, with advice for most of its records."""
     longer = figures.too_long + figures.truncated + figures.split
     if longer >= max(1, figures.empty):
         do = f"set sequence_len: {figures.longest}, the longest of them"
     elif figures.without_loss > figures.empty:
         do = (
-            "set train_on_inputs: true, or name roles that the records have in "
+            "set train_on_inputs: true, or list roles that the records have in "
             f"{source.key}.roles_to_train"
         )
     else:
         do = f"name the column that holds the text, or correct {source.key}.path"
     return AttnimgError(
         f"nothing to train on in {source.spec.path}",
-        why=f"of {figures.records:,} records, {figures.empty:,} hold no text, {longer:,} are "
+        why=f"of {figures.records:,} records, {figures.empty:,} have no text, {longer:,} are "
         f"longer than sequence_len {figures.sequence_len:,}, and {figures.without_loss:,} parts "
-        "have no token that carries loss; needed at least one document",
+        "have no trained token; needed at least one document",
         do=do,
         code="empty-dataset",
         key=f"{source.key}.path",
     )
 
 
-def _split(documents: Dataset, config: Config) -> tuple[Dataset, Dataset]:
-    """Return the documents to train on and those for validation: val_set_size of them.
+def _split_validation(documents: Dataset, config: Config) -> tuple[Dataset, Dataset]:
+    """Split off val_set_size documents for validation; return both parts, training first.
 
     Values up to 1 are a share of the documents, larger ones their number.
 
@@ -257,40 +260,40 @@ def _split(documents: Dataset, config: Config) -> tuple[Dataset, Dataset]:
     size, total = config.val_set_size, len(documents)
     count = max(1, round(size * total)) if size <= 1 else round(size)
     if count >= total or (size > 1 and size != count):
-        found = f"{total:,} documents, of which it takes {min(count, total):,}"
+        found = f"{total:,} documents, of which {min(count, total):,} are for validation"
         raise AttnimgError(
             f"val_set_size {size:g} does not fit",
             why=f"found {found}; needed a share below 1, or a whole number of documents, that "
-            "leaves some to train on",
-            do="set val_set_size: 0.05, which takes one document in twenty"
+            "leaves some for training",
+            do="set val_set_size: 0.05, which is one document in twenty"
             if total > 1
             else "set val_set_size: 0, or add documents",
             code="bad-value",
             key="val_set_size",
         )
     order = numpy.random.default_rng(config.seed).permutation(total)
-    held_out = sorted(order[:count].tolist())
+    validation = sorted(order[:count].tolist())
     kept = sorted(order[count:].tolist())
-    return documents.select(kept), documents.select(held_out)
+    return documents.select(kept), documents.select(validation)
 
 
 def sample_text(documents: Documents, tokenizer: Any) -> str:
-    """Return the first document's text, with >>> and <<< around the tokens that carry loss.
+    """Return the first document's text, with >>> and <<< around the tokens with loss.
 
     The text begins a little before the first token with loss. Control characters are escaped, so
     that data can't send commands to a terminal.
     """
     row = documents.train[0]
     ids, labels = row["input_ids"], row["labels"]
-    first = next((index for index, label in enumerate(labels) if label != IGNORED), 0)
-    start = max(0, min(first - SHOWN_TOKENS // 4, len(ids) - SHOWN_TOKENS))
-    shown = list(zip(ids, labels, strict=True))[start : start + SHOWN_TOKENS]
+    first = next((index for index, label in enumerate(labels) if label != IGNORE_INDEX), 0)
+    start = max(0, min(first - SAMPLE_TOKENS // 4, len(ids) - SAMPLE_TOKENS))
+    shown = list(zip(ids, labels, strict=True))[start : start + SAMPLE_TOKENS]
     pieces = []
-    for trained, group in groupby(shown, key=lambda pair: pair[1] != IGNORED):
+    for trained, group in groupby(shown, key=lambda pair: pair[1] != IGNORE_INDEX):
         text = _printable(tokenizer.decode([token for token, _ in group]))
         pieces.append(f">>>{text}<<<" if trained else text)
     before = "... " if start else ""
-    after = " ..." if start + SHOWN_TOKENS < len(ids) else ""
+    after = " ..." if start + SAMPLE_TOKENS < len(ids) else ""
     text = f"{before}{''.join(pieces)}{after}".replace("\n", "\n    ")
     return f"first document (tokens with loss are between >>> and <<<):\n    {text}"
 

@@ -1,7 +1,7 @@
-"""Choose the chat template of a run, and render it within limits of time, memory and output.
+"""Choose the chat template of a run, and render it with limits on time, memory and output.
 
-The template is the tokenizer's, a named one, or one written in the config. It is code that comes
-with a model or a config, so it runs in Jinja's sandbox, with limits on time, memory and output.
+The template is the tokenizer's, one with a known name, or one written in the config. It is code
+that comes with a model or a config, so it runs in Jinja's sandbox, with limits.
 """
 
 from __future__ import annotations
@@ -139,7 +139,7 @@ def _read_jinja(jinja: str, *, key: str) -> str:
     raise AttnimgError(
         f"chat template {what}: {jinja}",
         why=f"{key} is {jinja}, {why}",
-        do="correct the path, or write the template itself",
+        do="correct the path, or write the template itself in the config",
         code="file-missing",
         key=key,
     )
@@ -165,9 +165,9 @@ def render_bounded(
     """
     from transformers.utils.chat_template_utils import render_jinja_template
 
-    _require_no_powers(template)
+    _refuse_powers(template)
     try:
-        with _limited(), _bounded_round():
+        with _limit_time_and_memory(), _limit_rounding():
             texts, spans = render_jinja_template(
                 conversations=[list(messages)], chat_template=template, **options
             )
@@ -187,7 +187,7 @@ def render_bounded(
 
 
 @contextmanager
-def _limited() -> Iterator[None]:
+def _limit_time_and_memory() -> Iterator[None]:
     """Limit CPU time and memory inside the block; time in the main thread only."""
 
     def end(_number: int, _frame: FrameType | None) -> None:
@@ -213,7 +213,7 @@ def _limited() -> Iterator[None]:
 
 
 @contextmanager
-def _bounded_round() -> Iterator[None]:
+def _limit_rounding() -> Iterator[None]:
     """Limit the digits of the filter `round` in templates that are compiled inside the block.
 
     It computes 10 ** digits in one step, which no signal interrupts, and for constants already when
@@ -244,7 +244,7 @@ def _address_bytes() -> int:
 
 
 @cache
-def _require_no_powers(template: str) -> None:
+def _refuse_powers(template: str) -> None:
     """Raise for a template with powers: no signal interrupts Python in 10 ** 10 ** 8.
 
     No published template has a power. `f(**values)` is not one.

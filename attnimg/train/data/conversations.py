@@ -21,18 +21,18 @@ from attnimg.train.data.records import (
 )
 
 # Roles that stand for a tool call or for its result in the records of other trainers.
-CALLS = frozenset({"function_call", "tool_call", "tool_calls", "function-call", "tool-call"})
+CALL_ROLES = frozenset({"function_call", "tool_call", "tool_calls", "function-call", "tool-call"})
 
-RESULTS = frozenset(
+RESULT_ROLES = frozenset(
     {"observation", "function", "function_response", "tool_response", "tool_result", "tool_results",
      "function_result"}
 )  # fmt: skip
 
 # Names of the reasoning before an answer, in the order in which transformers reads them.
 # Source: transformers 5.22.2, utils/chat_template_utils.py, _REASONING_FIELDS (2026-11-26)
-REASONING = ("reasoning_content", "thinking", "reasoning")
+REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
 
-# Flags of a message or of a part of its content: whether it carries loss.
+# Flags of a message or of a part of its content: whether it is trained.
 FLAGS = ("train", "training", "weight")
 
 MEDIA = ("image", "images", "video", "videos", "audio", "audios")
@@ -45,12 +45,12 @@ def parse_turns(spec: DatasetSpec, record: Mapping[str, Any], place: Place) -> C
         AttnimgError: it is not a list of messages, or a message has content that is not supported.
     """
     name = spec.field_messages or "messages"
-    given = require_column(record, name, place, needed=(name,), hint=_column_hint(record, place))
-    messages = _parsed_json(given)  # some datasets store the conversation as JSON text
+    column = require_column(record, name, place, needed=(name,), hint=_column_hint(record, place))
+    messages = _parse_json(column)  # some datasets store the conversation as JSON text
     if not isinstance(messages, list) or not messages:
         raise bad_record(
             place,
-            why=f"{name} is {shorten(given)}, needed a list of messages",
+            why=f"{name} is {shorten(column)}, needed a list of messages",
             do="write a conversation as a list of objects with role and content",
         )
     _refuse_media(record, "the record", place)
@@ -66,7 +66,7 @@ def parse_turns(spec: DatasetSpec, record: Mapping[str, Any], place: Place) -> C
 
 
 def trained_roles(spec: DatasetSpec) -> frozenset[str]:
-    """Return the roles whose turns carry loss, as the chat template names them."""
+    """Return the roles whose turns are trained, as the chat template names them."""
     named = spec.roles_to_train if spec.roles_to_train is not None else ["assistant"]
     return frozenset(role_names(spec).get(role, role) for role in named)
 
@@ -94,7 +94,7 @@ def arguments_as_text(message: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _column_hint(record: Mapping[str, Any], place: Place) -> str:
-    """Return advice for the user: the column that holds a list of messages, if there is one."""
+    """Return advice for the user: the column that has a list of messages, if there is one."""
     if {"prompt", "completion"} <= record.keys():
         return "write prompt and completion as one conversation, in a column messages"
     for name, value in record.items():
@@ -107,14 +107,14 @@ def _column_hint(record: Mapping[str, Any], place: Place) -> str:
 
 
 def _keys_hint(spec: DatasetSpec, message: Mapping[str, Any], place: Place) -> str:
-    """Return advice for the user: the keys of a message that hold a role and a text, if any."""
+    """Return advice for the user: the keys of a message that have a role and a text, if any."""
     texts = {key: value for key, value in message.items() if isinstance(value, str)}
     role = next(
         (key for key, value in texts.items() if value.strip().lower() in role_names(spec)), None
     )
     others = sorted((key for key in texts if key != role), key=lambda key: len(texts[key]))
     if role is None or not others:
-        return "write the key that is missing, or drop the record"
+        return "add the missing key, or remove the record"
     named = json.dumps({"role": role, "content": others[-1]}, ensure_ascii=False)
     return f"name its keys: `{place.key}.message_property_mappings: {named}`"
 
@@ -127,7 +127,7 @@ def _has_text(spec: DatasetSpec, turns: tuple[Turn, ...]) -> bool:
     return any(
         (turn.content or "").strip()
         or turn.extra.get("tool_calls")
-        or turn.extra.get(REASONING[0], "").strip()
+        or turn.extra.get(REASONING_KEYS[0], "").strip()
         for turn in answers
     )
 
@@ -145,7 +145,7 @@ def _with_system_column(
         raise bad_record(
             place,
             why="found a column system beside a first message of the role system",
-            do="keep one of the two",
+            do="remove one of the two",
         )
     return (Turn("system", system), *turns)
 
@@ -199,12 +199,12 @@ def _turn(spec: DatasetSpec, message: object, place: Place, *, number: int) -> T
         place,
         optional=bool(calls or reasoning),
     )
-    known = ("role", "content", "tool_calls", "function_call", *REASONING, *FLAGS, *MEDIA)
+    known = ("role", "content", "tool_calls", "function_call", *REASONING_KEYS, *FLAGS, *MEDIA)
     extra = {key: value for key, value in named.items() if key not in known}
     if calls:
         extra["tool_calls"] = calls
     if reasoning:
-        extra[REASONING[0]] = reasoning
+        extra[REASONING_KEYS[0]] = reasoning
     return Turn(role, content, extra, _flag(named, f"message {number}", place), untrained)
 
 
@@ -223,7 +223,7 @@ def _content(
                 place,
                 why=f"a part of {name} is {shorten(part)}, needed text: "
                 '{"type": "text", "text": "..."}',
-                do="write it as text, or drop the record; images, audio and video are not read",
+                do="write it as text, or remove the record; only text is supported",
             )
         found = next((part[k] for k in ("text", "content", "value") if part.get(k)), "")
         pieces.append(require_text(found, f"a part of {name}", place))
@@ -237,14 +237,14 @@ def _reasoning(message: Mapping[str, Any], place: Place, *, number: int) -> str:
     """Return the reasoning before an answer, which has different names in different datasets."""
     found = {
         require_text(message[key], f"{key} of message {number}", place): key
-        for key in REASONING
+        for key in REASONING_KEYS
         if message.get(key) not in (None, "")
     }
     if len(found) > 1:
         raise bad_record(
             place,
             why=f"message {number} has {' and '.join(found.values())}, which differ",
-            do=f"keep one of them, as {REASONING[0]}",
+            do=f"keep one of them, as {REASONING_KEYS[0]}",
         )
     return next(iter(found), "")
 
@@ -271,7 +271,7 @@ def _flag(holder: Mapping[str, Any], what: str, place: Place) -> bool | None:
     if len(set(found.values())) > 1:
         raise bad_record(
             place,
-            why=f"{', '.join(found)} of {what} contradict one another",
+            why=f"{', '.join(found)} of {what} contradict each other",
             do="keep one of the flags",
         )
     if False in found.values():
@@ -279,13 +279,13 @@ def _flag(holder: Mapping[str, Any], what: str, place: Place) -> bool | None:
     return True if found.keys() - {"weight"} else None
 
 
-def _refuse_media(holder: Mapping[str, Any], what: str, place: Place) -> None:
+def _refuse_media(value: Mapping[str, Any], what: str, place: Place) -> None:
     for key in MEDIA:
-        if holder.get(key):
+        if value.get(key):
             raise bad_record(
                 place,
                 why=f"{what} has {key}; training on images, audio or video is not supported",
-                do=f"drop the record, or remove {key} from it",
+                do=f"remove the record, or remove {key} from it",
             )
 
 
@@ -295,28 +295,29 @@ def _role(spec: DatasetSpec, name: str, place: Place, *, number: int) -> str:
     if name in known:
         return known[name]
     what = f"message {number} has the role {name!r}"
-    if name in CALLS:
+    if name in CALL_ROLES:
         raise bad_record(
             place,
-            why=f"{what}, which stands for a call of a tool by the assistant",
+            why=f"{what}, which other formats use for a tool call of the assistant",
             do='write it as {"role": "assistant", "tool_calls": [{"type": "function", "function": '
             '{"name": ..., "arguments": {...}}}]}',
         )
-    if name in RESULTS:
+    if name in RESULT_ROLES:
         raise bad_record(
             place,
-            why=f"{what}, which stands for the result of a tool",
+            why=f"{what}, which other formats use for the result of a tool",
             do='write it as {"role": "tool", "content": ...} after the message with tool_calls',
         )
-    meant = known.get(name.strip().lower())
-    speakers = (meant,) if meant else ("user", "assistant")
+    standard = known.get(name.strip().lower())
+    candidates = (standard,) if standard else ("user", "assistant")
     mapped = (
-        {**(spec.roles or {}), role: [*(spec.roles or {}).get(role, []), name]} for role in speakers
+        {**(spec.roles or {}), role: [*(spec.roles or {}).get(role, []), name]}
+        for role in candidates
     )
     raise bad_record(
         place,
         why=f"{what}, needed one of {', '.join(known)}",
-        do=f"map it to the role it speaks for, in {place.key}: "
+        do=f"map it to a standard role, in {place.key}: "
         + " or ".join(f"`roles: {json.dumps(roles, ensure_ascii=False)}`" for roles in mapped),
     )
 
@@ -340,7 +341,7 @@ def read_tools(value: object, place: Place) -> tuple[Mapping[str, Any], ...]:
     Raises:
         AttnimgError: the value is neither.
     """
-    tools = without_nulls(_parsed_json(value))
+    tools = without_nulls(_parse_json(value))
     if not tools:
         return ()
     if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
@@ -352,7 +353,7 @@ def read_tools(value: object, place: Place) -> tuple[Mapping[str, Any], ...]:
     for tool in tools:
         function = tool.get("function")
         if isinstance(function, dict) and "parameters" in function:
-            function["parameters"] = _parsed_json(function["parameters"])
+            function["parameters"] = _parse_json(function["parameters"])
     return tuple(tools)
 
 
@@ -362,14 +363,14 @@ def read_tool_calls(value: object, place: Place, *, number: int) -> list[dict[st
     Raises:
         AttnimgError: a call has no name, or its arguments are not an object.
     """
-    calls = without_nulls(_parsed_json(value))
+    calls = without_nulls(_parse_json(value))
     if not calls:
         return []
     fine = isinstance(calls, list) and all(isinstance(call, Mapping) for call in calls)
     functions = [call.get("function", call) for call in calls] if fine else []
     for function in functions:
         if isinstance(function, dict) and "arguments" in function:
-            function["arguments"] = _parsed_json(function["arguments"])
+            function["arguments"] = _parse_json(function["arguments"])
     if not fine or not all(
         isinstance(function, Mapping)
         and isinstance(function.get("name"), str)
@@ -386,7 +387,7 @@ def read_tool_calls(value: object, place: Place, *, number: int) -> list[dict[st
     return [dict(call) for call in calls]
 
 
-def _parsed_json(value: object) -> Any:
+def _parse_json(value: object) -> Any:
     """Return the value of a JSON text; other values unchanged."""
     if not isinstance(value, str):
         return value

@@ -33,9 +33,9 @@ from attnimg.config.schema import Config, is_chat, is_text
 from attnimg.errors import AttnimgError
 from attnimg.files import NotPrivate, check_private
 from attnimg.train.data.chat_templates import choose_chat_template
-from attnimg.train.data.records import IGNORED, Parsed, Place, bad_file
+from attnimg.train.data.records import IGNORE_INDEX, Parsed, Place, bad_file
 from attnimg.train.data.sources import Source, read_source
-from attnimg.train.data.types import Encoder, Tokens, encoder_for, record_parser
+from attnimg.train.data.types import Encoder, Tokens, choose_parser, make_encoder
 
 if TYPE_CHECKING:
     import pyarrow
@@ -64,13 +64,13 @@ class SourceFigures:
         records: records read.
         documents: documents kept.
         tokens: tokens in them.
-        trained_tokens: those that carry loss; a document's first token never does.
-        empty: records dropped because they hold no text.
+        trained_tokens: those with loss; a document's first token never has one.
+        empty: records dropped because they have no text.
         too_long: records dropped because they exceed sequence_len.
         split: records cut into several documents.
-        truncated: records cut off at sequence_len.
-        without_loss: documents dropped because none of their tokens carries loss.
-        longest: tokens of the longest record, before any cut.
+        truncated: records truncated at sequence_len.
+        without_loss: documents dropped because none of their tokens has loss.
+        longest: tokens of the longest record, before it is split or truncated.
         sequence_len: the longest document allowed, in tokens.
         content: SHA-256 of the documents' tokens and labels, in order.
         read: SHA-256 of the records, before a template renders them.
@@ -96,8 +96,8 @@ class SourceFigures:
     reused: bool = False
 
 
-def sentence(figures: SourceFigures) -> str:
-    """Return the statistics of a source in one line, without those that are 0."""
+def summary_line(figures: SourceFigures) -> str:
+    """Return the statistics of a source in one line, without counts of 0."""
     parts = [f"{figures.records:,} records -> {figures.documents:,} documents"]
     longer = f"longer than {figures.sequence_len:,} tokens"
     for count, what in (
@@ -141,14 +141,14 @@ def prepare_source(
     content, read = hashlib.sha256(), hashlib.sha256()
     batches = _parsed_batches(source, tally, advance)
     processes = config.dataset_num_proc or config.dataset_processes or 1
-    encoder = encoder_for(source, config, tokenizer)
-    for batch, (tokens, found) in _encoded(batches, encoder, processes=processes):
+    encoder = make_encoder(source, config, tokenizer)
+    for batch, (tokens, found) in _encode_batches(batches, encoder, processes=processes):
         warnings |= dict.fromkeys(found)
         for _, value in batch:
             read.update(repr(value).encode("utf-8", "surrogatepass"))
         places = (place for place, _ in batch)
         documents = list(
-            _fit(
+            _cut_documents(
                 zip(places, tokens, strict=True),
                 tally,
                 strategy=strategy_for(source, config),
@@ -183,7 +183,7 @@ def schema() -> pyarrow.Schema:
 
 
 def strategy_for(source: Source, config: Config) -> Strategy:
-    """Return how long documents are treated; by default, plain text is split without loss."""
+    """Return what happens to long documents: by default, text is split and others are dropped."""
     if config.excess_length_strategy is not None:
         return config.excess_length_strategy
     return "split" if is_text(source.spec) else "drop"
@@ -193,7 +193,7 @@ def _parsed_batches(
     source: Source, tally: Counter[str], advance: Callable[[int], None]
 ) -> Iterator[Batch]:
     """Yield batches of parsed records, and count what was read."""
-    parse = record_parser(source.spec)
+    parse = choose_parser(source.spec)
     stream = read_source(source)
     while records := list(islice(stream, BATCH_RECORDS)):
         tally["records"] += len(records)
@@ -205,7 +205,7 @@ def _parsed_batches(
             yield kept
 
 
-def _encoded(
+def _encode_batches(
     batches: Iterable[Batch], encoder: Encoder, *, processes: int
 ) -> Iterator[tuple[Batch, Encoded]]:
     """Encode batches in their order, in this process or in several.
@@ -239,14 +239,14 @@ def _encode(batch: Batch) -> Encoded:
     return _encoders[0](batch), tuple(_encoders[0].notes)
 
 
-def _fit(
+def _cut_documents(
     encoded: Iterable[tuple[Place, Tokens]],
     tally: Counter[str],
     *,
     strategy: Strategy,
     sequence_len: int,
 ) -> Iterator[Tokens]:
-    """Yield documents of 1 to sequence_len tokens that carry loss; count each in the tally.
+    """Yield documents of at most sequence_len tokens, some of them with loss; count each.
 
     The keys of the tally are fields of SourceFigures.
 
@@ -259,9 +259,8 @@ def _fit(
         if len(ids) > sequence_len:
             if strategy == "raise":
                 raise bad_file(
-                    f"too long: {place}",
-                    why=f"found {len(ids):,} tokens, at most sequence_len {sequence_len:,} are "
-                    "allowed with excess_length_strategy: raise",
+                    f"record too long: {place}",
+                    why=f"found {len(ids):,} tokens, needed at most sequence_len {sequence_len:,}",
                     do=f"set sequence_len: {len(ids)}, or excess_length_strategy: split or "
                     "truncate or drop",
                     key=place.key,
@@ -275,7 +274,7 @@ def _fit(
             tally["truncated"] += strategy == "truncate"
         for piece in pieces:
             # A document's first token has no context to predict it from.
-            trained = sum(label != IGNORED for label in piece[1][1:])
+            trained = sum(label != IGNORE_INDEX for label in piece[1][1:])
             if not trained:
                 tally["without_loss"] += 1
                 continue
@@ -293,7 +292,7 @@ Write = Callable[["pyarrow.RecordBatch"], None]
 Prepared = tuple[SourceFigures, tuple[str, ...]]
 
 
-class Unusable(Exception):
+class UnusableCache(Exception):
     """Raised for a cached folder that can't be used; the message is the reason."""
 
 
@@ -353,18 +352,18 @@ def make_on_disk(
         with _locked_folder(root, folder.name):
             try:
                 if os.path.lexists(folder):
-                    return _load_kept(folder, key)
-            except Unusable as error:
-                refused = (f"{folder} is not used, as {error}",)
+                    return _load_cached(folder, key)
+            except UnusableCache as error:
+                refused = (f"{folder} is not used: {error}",)
                 _remove(folder)
             _write(root, folder, key, make)
-            documents, (figures, warnings) = _load_kept(folder, key)
-    except (OSError, Unusable) as error:
+            documents, (figures, warnings) = _load_cached(folder, key)
+    except (OSError, UnusableCache) as error:
         raise AttnimgError(
             f"cannot write prepared documents to {root}",
             why="\n".join((*refused, str(error))),
             do="remove dataset_prepared_path to prepare the documents in memory, or set it to a "
-            "folder of your own that has space",
+            "folder of your own with free space",
             code="not-writable",
             key="dataset_prepared_path",
         ) from None
@@ -393,39 +392,39 @@ def _locked_folder(root: Path, name: str) -> Iterator[None]:
         os.close(lock)
 
 
-def _load_kept(folder: Path, key: str) -> tuple[Dataset, Prepared]:
+def _load_cached(folder: Path, key: str) -> tuple[Dataset, Prepared]:
     """Return the documents of a folder, after checking its owner and that it is complete.
 
     Raises:
-        Unusable: they belong to another user, are damaged, or were made from other data.
+        UnusableCache: they belong to another user, are damaged, or were made from other data.
     """
     import datasets
 
     documents = folder / DOCUMENTS
-    _check_own(folder, stat.S_ISDIR)
+    _check_private(folder, stat.S_ISDIR)
     for name in (FIGURES, DOCUMENTS):
-        _check_own(folder / name, stat.S_ISREG)
+        _check_private(folder / name, stat.S_ISREG)
     try:
-        kept = json.loads((folder / FIGURES).read_bytes())
-        facts = kept["facts"]
-        whole = kept["sha256"] == _text_digest(facts) and facts["documents"] == _digest(documents)
+        cached = json.loads((folder / FIGURES).read_bytes())
+        facts = cached["facts"]
+        whole = cached["sha256"] == _text_digest(facts) and facts["documents"] == _digest(documents)
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         whole = False
     if not whole:
-        raise Unusable("it is damaged")
+        raise UnusableCache("it is damaged")
     if facts["key"] != key:
-        raise Unusable("it was made from other data")
+        raise UnusableCache("it was made from other data")
     figures = replace(SourceFigures(**facts["figures"]), reused=True)
     return datasets.Dataset.from_file(str(documents)), (figures, tuple(facts["warnings"]))
 
 
-def _check_own(path: Path, is_kind: Callable[[int], bool]) -> None:
+def _check_private(path: Path, is_kind: Callable[[int], bool]) -> None:
     try:
         check_private(path.lstat(), is_kind=is_kind)
     except NotPrivate as error:
-        raise Unusable(f"{path.name}: {error}") from None
+        raise UnusableCache(f"{path.name}: {error}") from None
     except OSError as error:
-        raise Unusable(f"{path.name} cannot be read: {error.strerror}") from None
+        raise UnusableCache(f"{path.name} cannot be read: {error.strerror}") from None
 
 
 def _write(root: Path, folder: Path, key: str, make: Callable[[Write], Prepared]) -> None:
@@ -435,7 +434,7 @@ def _write(root: Path, folder: Path, key: str, make: Callable[[Write], Prepared]
     partial = Path(tempfile.mkdtemp(prefix=f".partial-{folder.name}-", dir=root))
     try:
         with (
-            os.fdopen(_created(partial / DOCUMENTS), "wb") as file,
+            os.fdopen(_create(partial / DOCUMENTS), "wb") as file,
             pyarrow.ipc.new_stream(file, schema()) as stream,
         ):
             figures, warnings = make(stream.write_batch)
@@ -446,14 +445,14 @@ def _write(root: Path, folder: Path, key: str, make: Callable[[Write], Prepared]
             "warnings": warnings,
         }
         text = json.dumps({"sha256": _text_digest(facts), "facts": facts}, indent=1)
-        with os.fdopen(_created(partial / FIGURES), "wb") as file:
+        with os.fdopen(_create(partial / FIGURES), "wb") as file:
             file.write(text.encode())
         partial.rename(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _created(path: Path) -> int:
+def _create(path: Path) -> int:
     return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
 
 

@@ -26,15 +26,15 @@ from attnimg.train.data.records import (
     Place,
     Record,
     bad_file,
-    check_packing,
+    check_file_type,
     check_regular,
     open_data,
     read_records,
 )
 from attnimg.train.data.splits import (
-    asked_split,
     find_rows,
     folder_splits,
+    requested_split,
     split_in_name,
     split_names,
 )
@@ -52,7 +52,7 @@ BUILDERS: dict[str, Format] = {name: name for name in FORMATS.values()}
 
 # Limit of folders and files without records in a folder of data. Resolving splits takes 1 ms of CPU
 # time for each of them (datasets 5.2, 10,000 files, 2026-11-27).
-_MOST_OTHERS = 10_000
+_MAX_OTHER_FILES = 10_000
 
 # Timeout of the first request to the hub; the datasets library tries for half a minute.
 TIMEOUT_SECONDS = 10
@@ -69,7 +69,7 @@ class Source:
         spec: the entry.
         kind: local files, a folder written by datasets' save_to_disk, or a name on the hub.
         splits: for the kind "files", all existing splits, with the files of those that the entry
-            asks for, in the order in which they are read.
+            names, in the order in which they are read.
         files: the files that are read.
         warnings: warnings on parts of the source that are not read.
     """
@@ -112,9 +112,9 @@ def load_hub(source: Source) -> Mapping[str, Dataset]:
     spec = source.spec
     if spec.trust_remote_code:
         raise AttnimgError(
-            "datasets that bring their own code are not supported",
-            why=f"found {source.key}.trust_remote_code true; the library runs none",
-            do="convert the dataset to Parquet, and drop trust_remote_code",
+            "datasets with code of their own are not supported",
+            why=f"found {source.key}.trust_remote_code: true; the datasets library ignores it",
+            do="convert the dataset to Parquet, and remove trust_remote_code",
             code="unsupported-key",
             key=f"{source.key}.trust_remote_code",
         )
@@ -146,7 +146,7 @@ def load_saved(source: Source) -> Mapping[str, Dataset]:
         raise bad_file(
             f"cannot read the saved dataset {source.spec.path}",
             why=f"{type(error).__name__}: {' '.join(str(error).split())[:300]}",
-            do=f'set {source.key}.data_files: "*.arrow", which takes its files as they are, or '
+            do=f'set {source.key}.data_files: "*.arrow", which reads its files directly, or '
             "write it again with save_to_disk",
             key=source.key,
         ) from None
@@ -185,7 +185,7 @@ def _read_files(source: Source) -> Iterator[Record]:
             yield from read_records(file, key=key)
 
     names = split_names(spec, lengths, key=key)
-    if "[" not in asked_split(spec, lengths, key=key):
+    if "[" not in requested_split(spec, lengths, key=key):
         for name in names:
             yield from read(name)
         return
@@ -200,8 +200,10 @@ def _locate(spec: DatasetSpec, *, key: str) -> Source:
     is_folder = root.is_dir()
     if spec.data_files and (is_folder or spec.path in BUILDERS):
         base, where = root if is_folder else Path(), f"{key}.data_files"
-        found = [p for name in spec.data_files for p in _matches(base, name, key=key, where=where)]
-        return _source_of_files(spec, {"train": found}, key=key)
+        found = [
+            p for name in spec.data_files for p in _find_files(base, name, key=key, where=where)
+        ]
+        return _make_source(spec, {"train": found}, key=key)
     if is_folder:
         if (root / "state.json").exists() or (root / "dataset_dict.json").exists():
             _check_size(root, key=f"{key}.path", where=key)
@@ -209,24 +211,24 @@ def _locate(spec: DatasetSpec, *, key: str) -> Source:
                 if not path.is_dir():
                     check_regular(path, key=key)
             return Source(key=key, spec=spec, kind="saved")
-        return _folder(root, spec, key=key)
+        return _folder_source(root, spec, key=key)
     if root.exists() or glob.has_magic(spec.path):
         where = f"{key}.path"
-        found = [root] if root.exists() else _matches(Path(), spec.path, key=key, where=where)
-        return _source_of_files(spec, {"train": found}, key=key)
-    if _format(root) or not HUB_NAME.fullmatch(spec.path):
-        raise _missing(spec.path, key=f"{key}.path")
+        found = [root] if root.exists() else _find_files(Path(), spec.path, key=key, where=where)
+        return _make_source(spec, {"train": found}, key=key)
+    if _detect_format(root) or not HUB_NAME.fullmatch(spec.path):
+        raise _not_found(spec.path, key=f"{key}.path")
     return Source(key=key, spec=spec, kind="hub")
 
 
-def _source_of_files(
+def _make_source(
     spec: DatasetSpec,
     splits: Mapping[str, Sequence[Path]],
     *,
     key: str,
     warnings: tuple[str, ...] = (),
 ) -> Source:
-    """Return the source with the files of the splits that the entry asks for."""
+    """Return the source with the files of the splits that the entry names."""
     names = split_names(spec, splits, key=key)
     read = {
         split: tuple(_local_file(path, spec, key=key) for path in splits[split]) for split in names
@@ -241,17 +243,17 @@ def _source_of_files(
     )
 
 
-def _missing(path: str, *, key: str) -> AttnimgError:
+def _not_found(path: str, *, key: str) -> AttnimgError:
     return AttnimgError(
         f"dataset not found: {path}",
-        why=f"{key} is {path}, which is no file or folder under {Path.cwd()}",
-        do="correct the path; a relative one starts where attnimg is called",
+        why=f"{key} is {path}, which is not a file or folder under {Path.cwd()}",
+        do="correct the path; a relative path starts at the current folder",
         code="file-missing",
         key=key,
     )
 
 
-def _matches(base: Path, pattern: str, *, key: str, where: str) -> list[Path]:
+def _find_files(base: Path, pattern: str, *, key: str, where: str) -> list[Path]:
     """Return the files that a name or a pattern matches, sorted."""
     if (base / pattern).exists():
         return [base / pattern]
@@ -263,12 +265,12 @@ def _matches(base: Path, pattern: str, *, key: str, where: str) -> list[Path]:
     matches = glob.glob(str(base / pattern), recursive=True)  # noqa: PTH207
     found = sorted(Path(match) for match in matches if not Path(match).is_dir())
     if not found:
-        raise _missing(str(base / pattern), key=f"{key}.path")
+        raise _not_found(str(base / pattern), key=f"{key}.path")
     splits = {split_in_name(path): path for path in reversed(found)}
     if len(splits) > 1 and not splits.keys() <= {None, "train"}:
         named = ", ".join(f"{path.name} ({split or 'no split'})" for split, path in splits.items())
         raise AttnimgError(
-            f"the pattern {pattern} takes files of several splits",
+            f"the pattern {pattern} matches files of several splits",
             why=f"found {named}; a pattern would include test files in training",
             do=f"set {where}: {splits.get('train', found[0])}, or list the files to use",
             code="bad-value",
@@ -289,24 +291,24 @@ def _check_size(root: Path, *, key: str, where: str) -> None:
     for folder, folders, files in os.walk(root):
         # `hf download` writes a file for each downloaded file into .cache.
         folders[:] = [name for name in folders if not name.startswith(".")]
-        others += len(folders) + sum(_format(Path(name)) is None for name in files)
-        if others > _MOST_OTHERS:
+        others += len(folders) + sum(_detect_format(Path(name)) is None for name in files)
+        if others > _MAX_OTHER_FILES:
             raise AttnimgError(
-                f"the folder {root} has too many files that are no data",
-                why=f"found more than {_MOST_OTHERS:,} folders and files of no format of data, the "
-                f"last in {folder}",
+                f"the folder {root} has too many files that are not data",
+                why=f"found more than {_MAX_OTHER_FILES:,} folders and other files, the last "
+                f"in {folder}",
                 do=f"name the file in {where}.path, or its files in {where}.data_files",
                 code="bad-data",
                 key=key,
             )
 
 
-def _format(path: Path) -> Format | None:
+def _detect_format(path: Path) -> Format | None:
     suffixes = [suffix.lower() for suffix in path.suffixes if suffix.lower() not in COMPRESSED]
     return FORMATS.get(suffixes[-1]) if suffixes else None
 
 
-def _folder(root: Path, spec: DatasetSpec, *, key: str) -> Source:
+def _folder_source(root: Path, spec: DatasetSpec, *, key: str) -> Source:
     """Return the source of a folder of data files."""
     _check_size(root, key=f"{key}.path", where=key)
     wanted = (spec.ds_type,) if spec.ds_type else tuple(FORMATS.values())
@@ -314,7 +316,7 @@ def _folder(root: Path, spec: DatasetSpec, *, key: str) -> Source:
     def is_data(path: Path) -> bool:
         # Subfolders that save_to_disk wrote have a state.json, which holds no records.
         saved = path.name == "state.json" and (path.parent / "dataset_info.json").exists()
-        return _format(path) in wanted and not saved
+        return _detect_format(path) in wanted and not saved
 
     found, others = folder_splits(root, spec, is_data=is_data, key=key)
     splits = {split: paths for split, paths in found.items() if paths}
@@ -326,8 +328,8 @@ def _folder(root: Path, spec: DatasetSpec, *, key: str) -> Source:
             code="file-missing",
             key=f"{key}.path",
         )
-    asked = split_names(spec, splits, key=key)
-    formats = sorted({_format(path) or "" for split in asked for path in splits[split]})
+    requested = split_names(spec, splits, key=key)
+    formats = sorted({_detect_format(path) or "" for split in requested for path in splits[split]})
     if len(formats) > 1:
         raise AttnimgError(
             f"the folder {spec.path} holds files of several formats",
@@ -345,7 +347,7 @@ def _folder(root: Path, spec: DatasetSpec, *, key: str) -> Source:
             f"after splits ({', '.join(splits)}) and these are not; list them in {key}.data_files "
             "to train on them",
         )
-    return _source_of_files(spec, splits, key=key, warnings=warnings)
+    return _make_source(spec, splits, key=key, warnings=warnings)
 
 
 def _local_file(path: Path, spec: DatasetSpec, *, key: str) -> LocalFile:
@@ -365,16 +367,16 @@ def _local_file(path: Path, spec: DatasetSpec, *, key: str) -> LocalFile:
         )
     named_builder = spec.data_files and not Path(spec.path).is_dir()
     builder = BUILDERS.get(spec.path) if named_builder else None
-    kind = spec.ds_type or builder or _format(path)
-    check_packing(path, declared=kind, key=key)
+    kind = spec.ds_type or builder or _detect_format(path)
+    check_file_type(path, declared=kind, key=key)
     if kind is None:
-        likely = ["csv", "text"]
+        suggested = ["csv", "text"]
         with suppress(*BROKEN), open_data(path) as file:
-            likely = ["json"] if file.read(64).lstrip()[:1] in (b"{", b"[") else likely
+            suggested = ["json"] if file.read(64).lstrip()[:1] in (b"{", b"[") else suggested
         raise AttnimgError(
             f"the format of {path} is not known",
             why=f"found the name {path.name}, needed one of {' '.join(FORMATS)}",
-            do=f"set {key}.ds_type: {' or '.join(likely)}",
+            do=f"set {key}.ds_type: {' or '.join(suggested)}",
             code="bad-value",
             key=f"{key}.ds_type",
         )
@@ -392,7 +394,7 @@ def _check_reachable(source: Source) -> None:
     except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError) as error:
         raise AttnimgError(
             f"dataset not found: {spec.path}",
-            why=f"no such file or folder here, and the hub says: {str(error).splitlines()[0]}",
+            why=f"no such file or folder here, and the hub answers: {str(error).splitlines()[0]}",
             do="correct the path; for a private dataset set HF_TOKEN",
             code="file-missing",
             key=f"{source.key}.path",
@@ -401,9 +403,9 @@ def _check_reachable(source: Source) -> None:
     except (errors.HTTPError, OSError) as error:  # type: ignore[attr-defined]  # re-exported
         raise AttnimgError(
             f"dataset not found here, and the hub can't be reached: {spec.path}",
-            why=f"no such file or folder here; asking the hub: {error}",
-            do="correct the path, restore the connection, or set HF_HUB_OFFLINE=1 to use what "
-            "was downloaded before",
+            why=f"no such file or folder here; the request to the hub failed: {error}",
+            do="correct the path, restore the connection, or set HF_HUB_OFFLINE=1 to use an "
+            "earlier download",
             code="hub-unreachable",
             key=f"{source.key}.path",
         ) from None

@@ -27,7 +27,7 @@ RowRange = tuple[str, int, int]  # a split, its first row and the one after its 
 _UNUSABLE = (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError)
 
 
-def asked_split(spec: DatasetSpec, names: Collection[str], *, key: str) -> str:
+def requested_split(spec: DatasetSpec, names: Collection[str], *, key: str) -> str:
     """Return the split that an entry names, or axolotl's default.
 
     Source: axolotl 0.18.0, utils/data/sft.py:391-400: train, and test for test_datasets. A
@@ -46,8 +46,8 @@ def split_names(spec: DatasetSpec, names: Collection[str], *, key: str) -> list[
     Raises:
         AttnimgError: one does not exist.
     """
-    asked = asked_split(spec, names, key=key)
-    found = re.findall(r"(?:^|\+)\s*([\w.]+)", asked)
+    requested = requested_split(spec, names, key=key)
+    found = re.findall(r"(?:^|\+)\s*([\w.]+)", requested)
     if missing := next((name for name in found if name not in names), None):
         near = next(iter([*difflib.get_close_matches(missing, names, n=1), *names]))
         set_to = f"{key}.split is {spec.split}" if spec.split else f"{key}.split is not set"
@@ -74,12 +74,12 @@ def find_rows(spec: DatasetSpec, lengths: Mapping[str, int], *, key: str) -> lis
     """
     import datasets
 
-    asked, names = asked_split(spec, lengths, key=key), split_names(spec, lengths, key=key)
+    requested, names = requested_split(spec, lengths, key=key), split_names(spec, lengths, key=key)
     try:
-        parts = datasets.ReadInstruction.from_spec(asked).to_absolute(lengths)
+        parts = datasets.ReadInstruction.from_spec(requested).to_absolute(lengths)
     except ValueError as error:
         raise AttnimgError(
-            f"{asked} does not name a split of {spec.path}",
+            f"{requested} does not name a split of {spec.path}",
             why=f"{error}; needed a split ({', '.join(lengths)}), or rows of one",
             do="set {0}.split: {1}, or {1}[:1000], or {1}[10%:20%]".format(
                 key, next(iter(lengths))
@@ -88,11 +88,11 @@ def find_rows(spec: DatasetSpec, lengths: Mapping[str, int], *, key: str) -> lis
             key=f"{key}.split",
         ) from None
     found = [(part.splitname, part.from_, max(part.from_, part.to)) for part in parts]
-    if "[" in asked and all(start == stop for _, start, stop in found):
+    if "[" in requested and all(start == stop for _, start, stop in found):
         rows = ", ".join(f"{lengths[name]:,} rows in {name}" for name in names)
         raise AttnimgError(
-            f"no rows in {asked} of {spec.path}",
-            why=f"found {rows}, and {key}.split takes none of them",
+            f"no rows in {requested} of {spec.path}",
+            why=f"found {rows}, and {key}.split selects none of them",
             do=f"set {key}.split: {names[0]}",
             code="empty-dataset",
             key=f"{key}.split",
@@ -120,14 +120,14 @@ def folder_splits(
     # The folder's own name may have a bracket, which is not a pattern.
     base = glob.escape(str(root.resolve()))
 
-    def matching(patterns: Iterable[str]) -> list[Path]:
+    def resolve(patterns: Iterable[str]) -> list[Path]:
         found = set[str]()
         for pattern in patterns:
             with suppress(FileNotFoundError):
                 found.update(resolve_pattern(pattern, base))
-        return [path for path in _under(root, found, key=key) if is_data(path)]
+        return [path for path in _paths_in(root, found, key=key) if is_data(path)]
 
-    if (configured := _configured(root, spec, key=key)) is not None:
+    if (configured := _readme_splits(root, spec, key=key)) is not None:
         return {s: list(filter(is_data, found)) for s, found in configured.items()}, []
     if spec.name is not None:
         raise AttnimgError(
@@ -141,23 +141,23 @@ def folder_splits(
         patterns = get_data_patterns(base)
     except EmptyDatasetError:
         return {}, []
-    splits = {str(split): matching(of_split) for split, of_split in patterns.items()}
+    splits = {str(split): resolve(of_split) for split, of_split in patterns.items()}
     seen = dict[Path, str]()
     for split, paths in splits.items():
         for path in paths:
             if path in seen:
                 raise AttnimgError(
                     f"{path} belongs to two splits",
-                    why=f"its name says {seen[path]} and {split}, needed one",
+                    why=f"its name contains {seen[path]} and {split}, needed one split",
                     do=f"name the files to use in {key}.data_files, or rename this one",
                     code="bad-value",
                     key=f"{key}.data_files",
                 )
             seen[path] = split
-    return splits, [path for path in matching(["**"]) if path not in seen]
+    return splits, [path for path in resolve(["**"]) if path not in seen]
 
 
-def _configured(root: Path, spec: DatasetSpec, *, key: str) -> dict[str, list[Path]] | None:
+def _readme_splits(root: Path, spec: DatasetSpec, *, key: str) -> dict[str, list[Path]] | None:
     """Return the files that the README's `configs` name; None if it has no configs."""
     import datasets
     import yaml
@@ -187,7 +187,7 @@ def _configured(root: Path, spec: DatasetSpec, *, key: str) -> dict[str, list[Pa
             key=f"{key}.name",
         ) from None
     config = builder.config
-    files = {str(s): _under(root, found, key=key) for s, found in config.data_files.items()}
+    files = {str(s): _paths_in(root, found, key=key) for s, found in config.data_files.items()}
     _check_options(config, readme, files, key=key)
     return files
 
@@ -215,7 +215,7 @@ def _check_options(
         )
 
 
-def _under(root: Path, found: Iterable[str], *, key: str) -> list[Path]:
+def _paths_in(root: Path, found: Iterable[str], *, key: str) -> list[Path]:
     """Return files as paths below the folder as the config names it, sorted."""
     base, paths = root.resolve(), list[Path]()
     for name in found:

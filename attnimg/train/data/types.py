@@ -18,19 +18,19 @@ from attnimg.train.data.chat import ChatEncoder
 from attnimg.train.data.chat_templates import choose_chat_template
 from attnimg.train.data.conversations import parse_turns, trained_roles
 from attnimg.train.data.records import (
-    IGNORED,
+    IGNORE_INDEX,
     Pair,
     Parsed,
     Place,
     bad_record,
     require_column,
     require_text,
-    unused_note,
+    unused_warning,
 )
 from attnimg.train.data.sources import Source
 
 # The type that a column of this name usually belongs to.
-FITTING = {
+TYPE_OF_COLUMN = {
     "messages": "chat_template", "conversations": "chat_template", "instruction": "alpaca",
     "text": "completion",
 }  # fmt: skip
@@ -43,20 +43,20 @@ WITH_INPUT = f"{PREAMBLE}, paired with an input that provides further context."
 
 REQUEST = "Write a response that appropriately completes the request."
 
-# Columns that other trainers put before an instruction; alpaca's prompt does not include them.
-CONTEXT = ("system", "history")
+# Columns that other trainers insert before an instruction; alpaca's prompt does not include them.
+UNSUPPORTED = ("system", "history")
 
 
-def record_parser(spec: DatasetSpec) -> Callable[[Mapping[str, Any], Place], Parsed | None]:
+def choose_parser(spec: DatasetSpec) -> Callable[[Mapping[str, Any], Place], Parsed | None]:
     """Return the parser of a dataset type; it returns None for an empty record."""
     if is_chat(spec):
         return partial(parse_turns, spec)
     if is_text(spec):
-        return partial(_running_text, spec.field or spec.text_column or "text")
-    return partial(_alpaca, _chat_prompt if spec.type == "alpaca:chat" else _instruct_prompt)
+        return partial(_parse_text, spec.field or spec.text_column or "text")
+    return partial(_parse_alpaca, _chat_prompt if spec.type == "alpaca:chat" else _instruct_prompt)
 
 
-def encoder_for(source: Source, config: Config, tokenizer: Any) -> Encoder:
+def make_encoder(source: Source, config: Config, tokenizer: Any) -> Encoder:
     """Return the encoder that turns a source's records into tokens.
 
     Raises:
@@ -78,34 +78,36 @@ def encoder_for(source: Source, config: Config, tokenizer: Any) -> Encoder:
             "the tokenizer has no end-of-text token",
             why=f"found none; {spec.type} ends each document with it, so that the model "
             "learns to stop",
-            do='name one: `special_tokens: {eos_token: "</s>"}`',
+            do='set one: `special_tokens: {eos_token: "</s>"}`',
             code="missing-key",
             key="special_tokens",
         )
     return PairEncoder(tokenizer, config.train_on_inputs)
 
 
-def _alpaca(
+def _parse_alpaca(
     prompt: Callable[[str, str], str], record: Mapping[str, Any], place: Place
 ) -> Pair | None:
     """Return the prompt and completion of an alpaca record; None without a completion."""
-    fitting = [name for column, name in FITTING.items() if column in record and name != "alpaca"]
-    hint = "rename the columns" + "".join(f", or set {place.key}.type: {n}" for n in fitting[:1])
+    types = [
+        name for column, name in TYPE_OF_COLUMN.items() if column in record and name != "alpaca"
+    ]
+    hint = "rename the columns" + "".join(f", or set {place.key}.type: {n}" for n in types[:1])
     needed = ("instruction", "output")
     instruction, output = (
         require_text(require_column(record, name, place, needed=needed, hint=hint), name, place)
         for name in needed
     )
-    for name in CONTEXT:
+    for name in UNSUPPORTED:
         if record.get(name):
             raise bad_record(
                 place,
                 why=f"found {name}, which the alpaca prompt does not contain",
-                do=f"write the records as conversations (type: chat_template), or drop {name}",
+                do=f"write the records as conversations (type: chat_template), or remove {name}",
             )
     extra = record.get("input")
     extra = "" if extra is None else require_text(extra, "input", place)
-    used = (*needed, "input", *CONTEXT)
+    used = (*needed, "input", *UNSUPPORTED)
     unused = tuple(key for key, value in record.items() if key not in used and value is not None)
     return Pair(prompt(instruction, extra), output, unused) if output.strip() else None
 
@@ -126,7 +128,7 @@ def _chat_prompt(instruction: str, extra: str) -> str:
     return f"SYSTEM: {PREAMBLE}. {REQUEST}\nUSER: {instruction}\nASSISTANT:"
 
 
-def _running_text(field: str, record: Mapping[str, Any], place: Place) -> Pair | None:
+def _parse_text(field: str, record: Mapping[str, Any], place: Place) -> Pair | None:
     """Return the text of a record; None for a blank one."""
     texts = {key: value for key, value in record.items() if isinstance(value, str)}
     longest = max(texts, key=lambda key: len(texts[key]), default=None)
@@ -144,11 +146,11 @@ Tokens = tuple[list[int], list[int]]  # input_ids and labels, equally long
 
 @dataclass(frozen=True, slots=True)
 class PairEncoder:
-    """Encode prompt and completion separately, so that generation has the same prompt tokens.
+    """Encode a prompt and its completion separately, so that generation has the same prompt tokens.
 
     Attributes:
-        tokenizer: a transformers tokenizer; the tokens that it adds go to the ends of the pair.
-        train_on_inputs: whether prompts carry loss.
+        tokenizer: a transformers tokenizer; its start and end tokens are added to the pair.
+        train_on_inputs: whether prompts are trained.
         notes: warnings on columns without effect in the records encoded so far.
     """
 
@@ -160,7 +162,7 @@ class PairEncoder:
         """Encode pairs: [start] prompt completion [end]; texts without prompt the same way."""
         pairs = [parsed for _, parsed in batch if isinstance(parsed, Pair)]
         unused = dict.fromkeys(pair.unused for pair in pairs if pair.unused)
-        self.notes.update((unused_note("columns", names), None) for names in unused)
+        self.notes.update((unused_warning("columns", names), None) for names in unused)
         opening, ending = self._added_tokens()
         prompts = iter(self._tokenize([pair.prompt for pair in pairs if pair.prompt is not None]))
         encoded = []
@@ -170,11 +172,11 @@ class PairEncoder:
                 answer = answer[len(opening) :]
             if answer[-len(ending) :] == ending:
                 answer = answer[: -len(ending)]
-            learnt = [*answer, *ending]
+            completion = [*answer, *ending]
             prompt = [*opening, *next(prompts)] if pair.prompt is not None else opening
-            counts = self.train_on_inputs or pair.prompt is None
-            mask = prompt if counts else [IGNORED] * len(prompt)
-            encoded.append((prompt + learnt, mask + learnt))
+            trained = self.train_on_inputs or pair.prompt is None
+            mask = prompt if trained else [IGNORE_INDEX] * len(prompt)
+            encoded.append((prompt + completion, mask + completion))
         return encoded
 
     def _added_tokens(self) -> tuple[list[int], list[int]]:

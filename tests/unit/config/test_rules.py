@@ -206,7 +206,7 @@ def test_a_split_is_judged_as_datasets_judges_it(split: str) -> None:
 NEEDS = {
     "model": """
         _bad bad-value x2, _loading bad_model, _loading pickled-weights, _no_match _bad,
-        _refusal bad-value, _refusal not-causal-lm, _refusal quantized-checkpoint,
+        _refusal not-causal-lm, _refusal quantized-checkpoint,
         _refuse_embeddings _bad, _require_adapter _refusal x4, _require_scale _refusal x3,
         _unknown_names _bad, _untrained bad-value, add_adapter _bad, judge_positions
         positions-short, judge_quantization _refusal x2, load_model bad_model,
@@ -218,38 +218,37 @@ NEEDS = {
     """,
     "tokenizer": """
         __init__ bad-value, _load bad-model, _require_known bad-value, choose_chat_template
-        bad-value, choose_chat_template missing-key, encoder_for missing-key, load_tokenizer
+        bad-value, choose_chat_template missing-key, make_encoder missing-key, load_tokenizer
         bad-model
     """,
     "data": """
-        __call__ _refusal, _alpaca bad_record, _content bad_record, _fit bad_file, _flag
-        bad_record x2, _gather_rows bad-data, _local_file bad-value, _local_file bad_file,
-        _locate _missing, _nothing_left empty-dataset, _reasoning bad_record, _refusal bad_file,
-        _refuse_media bad_record, _refuse_unpackable bad-data, _role bad_record x3, _split
-        bad-value, _turn bad_record x3, _with_system_column bad_record, _without_type
-        missing-key, bad_file bad-data, bad_record AttnimgError, documents_of _nothing_left,
-        find_sources _without_type, find_sources empty-dataset, load_documents _nothing_left,
-        make_on_disk not-writable, parse_turns bad_record, read_records bad_file x2,
-        read_records bad_record, read_tool_calls bad_record, read_tools bad_record,
-        require_column bad_record, require_text bad_record
+        __call__ _template_error, _content bad_record, _cut_documents bad_file, _flag bad_record x2,
+        _gather_rows bad-data, _local_file bad-value, _local_file bad_file, _locate _not_found,
+        _missing_type missing-key, _no_documents empty-dataset, _parse_alpaca bad_record, _reasoning
+        bad_record, _refuse_media bad_record, _refuse_unpackable bad-data, _role bad_record x3,
+        _split_validation bad-value, _template_error bad-value, _template_error bad_file, _turn
+        bad_record x3, _with_system_column bad_record, bad_file bad-data, bad_record AttnimgError,
+        find_sources _missing_type, find_sources empty-dataset, load_all _no_documents,
+        load_documents _no_documents, make_on_disk not-writable, parse_turns bad_record,
+        read_records bad_file x2, read_records bad_record, read_tool_calls bad_record, read_tools
+        bad_record, require_column bad_record, require_text bad_record
     """,
     "files": """
         _bad_dir AttnimgError, _check_options bad-value, _check_reachable file-missing,
-        _check_reachable hub-unreachable, _check_size bad-data, _configured bad-value, _folder
-        bad-value, _folder file-missing, _hashes bad_model, _load _refused x2,
-        _load_from_checkpoint _missing, _matches _missing, _matches bad-value, _missing
-        file-missing, _named_point _not_empty, _named_point damaged, _named_point
-        output-dir-not-empty, _newest_point damaged, _not_empty output-dir-not-empty,
-        _read_jinja file-missing, _refused pickled-weights, _require_checkpoint no-checkpoint,
-        _require_files bad_model, _point no-checkpoint, _require_shards bad_model
-        x2, _require_writable _bad_dir x2, _under bad_file, _unreadable bad_file, _unreadable
-        file-missing, bad_model bad-model, check_model_files bad_model x4, check_output_dir
-        _not_empty, check_output_dir no-checkpoint, check_packing bad-value, check_packing
-        bad_file x2, check_regular bad_file, damaged damaged-checkpoint, find_rows bad-value,
-        find_rows empty-dataset, find_source bad_file, folder_splits bad-value x2, load_hub
-        _unreadable, load_hub unsupported-key, load_saved bad_file, loading damaged-checkpoint,
-        require_safetensors pickled-weights, require_same _refused, require_same resume-differs,
-        require_steps resume-past-end, split_names bad-value
+        _check_reachable hub-unreachable, _check_size bad-data, _find_files _not_found, _find_files
+        bad-value, _folder_source bad-value, _folder_source file-missing, _hashes bad_model, _load
+        _refused x2, _named_point _not_empty, _named_point damaged, _named_point
+        output-dir-not-empty, _newest_point damaged, _not_empty output-dir-not-empty, _not_found
+        file-missing, _paths_in bad_file, _point no-checkpoint, _read_jinja file-missing,
+        _readme_splits bad-value, _refused pickled-weights, _require_checkpoint no-checkpoint,
+        _require_files bad_model, _require_shards bad_model x2, _require_writable _bad_dir x2,
+        _unreadable bad_file, _unreadable file-missing, bad_model bad-model, check_file_type
+        bad-value, check_file_type bad_file x2, check_model_files bad_model x4, check_output_dir
+        _not_empty, check_output_dir no-checkpoint, check_regular bad_file, damaged
+        damaged-checkpoint, find_rows bad-value, find_rows empty-dataset, find_source bad_file,
+        folder_splits bad-value x2, load_hub _unreadable, load_hub unsupported-key, load_saved
+        bad_file, loading damaged-checkpoint, require_safetensors pickled-weights, require_same
+        _refused, require_same resume-differs, require_steps resume-past-end, split_names bad-value
     """,
     "machine": """
         _check_homes _bad, _check_optimizer _bad, _check_processes _bad,

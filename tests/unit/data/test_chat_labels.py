@@ -252,7 +252,7 @@ def test_an_answer_without_text_is_not_trained_with_another(name: str, blank: st
     assert learnt(encode, {"messages": turns}) == ["Yes.<|eot_id|>"]
     assert learnt(encode, {"messages": turns[:4]}) == ["Yes.<|eot_id|>"]
     assert learnt(encode, {"messages": turns[2:]}) == ["Yes.<|eot_id|>"]
-    assert any("answers without text carry no loss" in note for note in encode.notes)
+    assert any("answers without text are not trained" in note for note in encode.notes)
 
 
 @pytest.mark.parametrize(
@@ -262,11 +262,11 @@ def test_an_answer_without_text_is_not_trained_with_another(name: str, blank: st
                      id="a system message that moves to the last turn"),
         pytest.param("qwen3_5_think", "tools", "a prompt that differs from the one at generation",
                      id="think blocks that earlier turns lose"),
-        pytest.param("glm4moe", "single", "it is added after the last answer",
+        pytest.param("glm4moe", "single", "this text is added after the last answer",
                      id="an end of turn that is the next one's opening"),
-        pytest.param("qwen3", "single", r"opens an answer with '<think>\n\n</think>'",
+        pytest.param("qwen3", "single", r"starts answers with '<think>\n\n</think>'",
                      id="a think block that the template writes by itself"),
-        pytest.param("gptoss", "single", "opens an answer with '<|channel|>final<|message|>'",
+        pytest.param("gptoss", "single", "starts answers with '<|channel|>final<|message|>'",
                      id="a channel that the template writes by itself"),
         pytest.param("llama3", "multi-turn", None, id="nothing to say"),
     ],

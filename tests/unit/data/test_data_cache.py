@@ -17,7 +17,7 @@ import pytest
 
 from attnimg.config.schema import Config
 from attnimg.errors import AttnimgError
-from attnimg.train.data import load_documents, sentence
+from attnimg.train.data import load_documents, summary_line
 
 Run = Callable[..., Config]
 Write = Callable[..., str]
@@ -37,7 +37,7 @@ def test_prepared_documents_are_reused_until_something_changes(
     first = load_documents(run_on(path, **keys), tokenizer)
     again = load_documents(run_on(path, **keys, val_set_size=0.5), tokenizer)
     assert (first.figures[0].reused, again.figures[0].reused) == (False, True)
-    assert "reused" in sentence(again.figures[0])
+    assert "reused" in summary_line(again.figures[0])
     assert sorted(rows(first.train)) == sorted(rows(again.train) + rows(again.validation))
     assert rows(first.train) == rows(load_documents(run_on(path), tokenizer).train)
     assert not load_documents(run_on(path, **keys, sequence_len=64), tokenizer).figures[0].reused

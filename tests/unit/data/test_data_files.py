@@ -279,7 +279,7 @@ def test_a_record_without_end_is_refused(
     (tmp_path / name).write_bytes(content[name])
     with pytest.raises(AttnimgError, match="cannot read") as caught:
         read(path=str(tmp_path / name))
-    assert "cut it into several records" in caught.value.do
+    assert "split it into several records" in caught.value.do
     (tmp_path / name).write_bytes(content[name][:-1500] + (b'"}' if "js" in name else b""))
     if name == "a.json":
         (tmp_path / name).write_bytes(content[name][:-1500] + b'"}]')
