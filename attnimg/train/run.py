@@ -58,7 +58,7 @@ def train(config: Config, machine: Machine, *, report: TrainReport, stop: StopFl
         Stopped: a stop was requested.
     """
     from attnimg.train.check import check_inputs
-    from attnimg.train.data import check_sources
+    from attnimg.train.data import find_sources
     from attnimg.train.environment import silence_libraries
     from attnimg.train.intact import hash_of
 
@@ -71,7 +71,7 @@ def train(config: Config, machine: Machine, *, report: TrainReport, stop: StopFl
     require_agreement(os.environ, config, task.problem, cpu=on_cpu)
     plan = select(task, report)
     resume = check_inputs(config, machine)
-    check_sources(config)
+    find_sources(config)
     checkpoint = (resume.path.name, hash_of(resume.path)) if resume and resume.path else None
     _agree(config, machine, {**config.model_dump(), **_named_files(config), "plan": _chosen(plan),
                              "packages": versions(), "checkpoint": checkpoint})  # fmt: skip

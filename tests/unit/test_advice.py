@@ -150,7 +150,7 @@ class Case:
             check_inputs(config, self.machine or CPU)
             try_options(config)
         if self.records is not None:
-            load_documents(config, load_tokenizer(config, say=lambda _: None), progress=False)
+            load_documents(config, load_tokenizer(config, say=lambda _: None))
 
 
 def given(case: Case, folder: Path) -> Values:

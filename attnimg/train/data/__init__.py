@@ -11,22 +11,12 @@ from collections.abc import Collection, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import groupby
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from attnimg.config.schema import DATASET_TYPES, Config, DatasetSpec, dataset_entries
-from attnimg.errors import AttnimgError
+from attnimg.errors import AttnimgError, printable
 from attnimg.train.data.chat_templates import choose_chat_template
-from attnimg.train.data.prepare import (
-    Prepared,
-    SourceFigures,
-    Write,
-    cache_key,
-    make_in_memory,
-    make_on_disk,
-    prepare_source,
-    summary_line,
-)
+from attnimg.train.data.prepare import SourceFigures, load_source, summary_line
 from attnimg.train.data.records import IGNORE_INDEX, read_records
 from attnimg.train.data.sources import Source, find_source
 from attnimg.train.data.types import TYPE_OF_COLUMN, choose_parser
@@ -37,7 +27,6 @@ if TYPE_CHECKING:
 __all__ = [
     "Documents",
     "SourceFigures",
-    "check_sources",
     "choose_chat_template",
     "find_sources",
     "load_documents",
@@ -65,18 +54,18 @@ class Documents:
     warnings: tuple[str, ...] = ()
 
 
-def check_sources(config: Config) -> None:
-    """Check everything that needs no tokenizer; this reads one record of each local file.
+def find_sources(config: Config) -> tuple[list[Source], list[Source]]:
+    """Find the sources of a run, and check all that needs no tokenizer.
+
+    This reads one record of each local file.
+
+    Returns:
+        The sources to train on, and those of test_datasets.
 
     Raises:
         AttnimgError: missing-key, bad-value, file-missing, empty-dataset, wrong-columns or
             bad-data, with the config key, the file and the record.
     """
-    find_sources(config)
-
-
-def find_sources(config: Config) -> tuple[list[Source], list[Source]]:
-    """Find and check the sources of a run; return those to train on, and those of test_datasets."""
     training, testing = list[Source](), list[Source]()
     for key, spec, trains in dataset_entries(config):
         if spec.type is None:
@@ -102,7 +91,7 @@ def find_sources(config: Config) -> tuple[list[Source], list[Source]]:
     return training, testing
 
 
-def load_documents(config: Config, tokenizer: Any, *, progress: bool = True) -> Documents:
+def load_documents(config: Config, tokenizer: Any) -> Documents:
     """Read, tokenize, shuffle and split everything the config names.
 
     The same config, files and tokenizer give the same documents in the same order, whatever
@@ -111,7 +100,6 @@ def load_documents(config: Config, tokenizer: Any, *, progress: bool = True) -> 
     Args:
         config: the validated run.
         tokenizer: a transformers tokenizer, special tokens already set.
-        progress: whether to show a bar on stderr; never shown where stderr is not a terminal.
 
     Raises:
         AttnimgError: the data are missing, broken, or not as the config describes them.
@@ -119,15 +107,13 @@ def load_documents(config: Config, tokenizer: Any, *, progress: bool = True) -> 
     import datasets
 
     training, testing = find_sources(config)
-    figures, warnings = (
-        list[SourceFigures](),
-        dict.fromkeys(_warn_of_shared_files(training, testing)),
-    )
+    figures = list[SourceFigures]()
+    warnings = dict.fromkeys(_warn_of_shared_files(training, testing))
 
     def load_all(sources: list[Source]) -> Dataset:
         parts = []
         for source in sources:
-            part, (counts, found) = _load_source(source, config, tokenizer, progress=progress)
+            part, (counts, found) = load_source(source, config, tokenizer)
             if not counts.documents:
                 raise _no_documents(source, counts)
             parts.append(part)
@@ -162,25 +148,6 @@ def _missing_type(spec: DatasetSpec, *, key: str) -> AttnimgError:
         code="missing-key",
         key=f"{key}.type",
     )
-
-
-def _load_source(
-    source: Source, config: Config, tokenizer: Any, *, progress: bool
-) -> tuple[Dataset, Prepared]:
-    """Prepare one source, or load its documents from dataset_prepared_path."""
-    from datasets.utils import tqdm
-
-    def make(write: Write) -> Prepared:
-        with tqdm(
-            desc=source.spec.path, unit=" records", disable=None if progress else True, leave=False
-        ) as bar:
-            return prepare_source(source, config, tokenizer, write=write, advance=bar.update)
-
-    # The data of a hub name may change, so only local data are cached.
-    if config.dataset_prepared_path and source.kind != "hub":
-        root = Path(config.dataset_prepared_path).expanduser()
-        return make_on_disk(root, cache_key(source, config, tokenizer), make)
-    return make_in_memory(make)
 
 
 def _warn_of_shared_files(training: list[Source], testing: list[Source]) -> Iterator[str]:
@@ -290,15 +257,9 @@ def sample_text(documents: Documents, tokenizer: Any) -> str:
     shown = list(zip(ids, labels, strict=True))[start : start + SAMPLE_TOKENS]
     pieces = []
     for trained, group in groupby(shown, key=lambda pair: pair[1] != IGNORE_INDEX):
-        text = _printable(tokenizer.decode([token for token, _ in group]))
+        text = printable(tokenizer.decode([token for token, _ in group]))
         pieces.append(f">>>{text}<<<" if trained else text)
     before = "... " if start else ""
     after = " ..." if start + SAMPLE_TOKENS < len(ids) else ""
     text = f"{before}{''.join(pieces)}{after}".replace("\n", "\n    ")
     return f"first document (tokens with loss are between >>> and <<<):\n    {text}"
-
-
-def _printable(text: str) -> str:
-    return "".join(
-        letter if letter.isprintable() or letter == "\n" else repr(letter)[1:-1] for letter in text
-    )

@@ -39,6 +39,7 @@ from attnimg.train.data.records import (
     Place,
     Turn,
     bad_file,
+    shorten,
     unused_warning,
 )
 
@@ -288,10 +289,9 @@ class ChatEncoder:
         what, why = f"the chat template exceeds a limit: {place}", str(error)
         do = "set chat_template to another one, or correct this one"
         if isinstance(error, RewrittenError):
-            template = self._renderer(conversation).template
-            name = template if len(template) <= 60 else template[:57] + "..."
+            template = shorten(self._renderer(conversation).template)
             what, do = f"the chat template cannot be used for training: {place}", error.do
-            why = f"{why}, so the trained text would not be the record's\ntemplate: {name}"
+            why = f"{why}, so the trained text would not be the record's\ntemplate: {template}"
         return AttnimgError(what, why=why, do=do, code="bad-value", key="chat_template")
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from attnimg.train.data.chat_templates import render_bounded
@@ -135,7 +135,7 @@ class Rendering:
 
     messages: tuple[Message, ...]
     text: str
-    contents: tuple[Span | None, ...] = field(default=())
+    contents: tuple[Span | None, ...] = ()
 
 
 class RewrittenError(Exception):

@@ -7,7 +7,6 @@ that comes with a model or a config, so it runs in Jinja's sandbox, with limits.
 from __future__ import annotations
 
 import difflib
-import os
 import resource
 import signal
 import threading
@@ -18,6 +17,8 @@ from itertools import pairwise
 from pathlib import Path
 from types import FrameType
 from typing import Any
+
+import psutil
 
 from attnimg.config.schema import Config, DatasetSpec
 from attnimg.errors import AttnimgError
@@ -64,7 +65,7 @@ OUTPUT_CHARACTERS, OUTPUT_RATIO = 1 << 20, 20
 # Digits that the filter `round` may keep: a double has 17, and up to 308 before the point.
 _DIGITS = 1000
 
-_PAGE_BYTES = resource.getpagesize()
+_PROCESS = psutil.Process()
 
 
 def choose_chat_template(
@@ -198,9 +199,9 @@ def _limit_time_and_memory() -> Iterator[None]:
     # Not ITIMER_REAL, which other code in this process may use, such as pytest-timeout.
     handler = signal.signal(signal.SIGVTALRM, end) if timed else None
     try:
-        with suppress(OSError, ValueError):  # /proc may be missing
+        with suppress(OSError, ValueError, psutil.Error):  # /proc may be missing
             lower = [limit for limit in before if limit != resource.RLIM_INFINITY]
-            most = min([_address_bytes() + MEMORY_BYTES, *lower])
+            most = min([_PROCESS.memory_info().vms + MEMORY_BYTES, *lower])
             resource.setrlimit(resource.RLIMIT_AS, (most, before[1]))
         if timed:
             signal.setitimer(signal.ITIMER_VIRTUAL, SECONDS)
@@ -233,14 +234,6 @@ def _limit_rounding() -> Iterator[None]:
         yield
     finally:
         FILTERS["round"] = original
-
-
-def _address_bytes() -> int:
-    opened = os.open("/proc/self/statm", os.O_RDONLY)  # four times as fast as pathlib
-    try:
-        return int(os.read(opened, 100).split()[0]) * _PAGE_BYTES
-    finally:
-        os.close(opened)
 
 
 @cache

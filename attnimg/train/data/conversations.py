@@ -20,13 +20,19 @@ from attnimg.train.data.records import (
     shorten,
 )
 
-# Roles that stand for a tool call or for its result in the records of other trainers.
-CALL_ROLES = frozenset({"function_call", "tool_call", "tool_calls", "function-call", "tool-call"})
-
-RESULT_ROLES = frozenset(
-    {"observation", "function", "function_response", "tool_response", "tool_result", "tool_results",
-     "function_result"}
-)  # fmt: skip
+# Roles of tool calls and of their results in other formats: the names, and the message to write.
+TOOL_ROLES = {
+    "a tool call of the assistant": (
+        {"function_call", "tool_call", "tool_calls", "function-call", "tool-call"},
+        'write it as {"role": "assistant", "tool_calls": [{"type": "function", "function": '
+        '{"name": ..., "arguments": {...}}}]}',
+    ),
+    "the result of a tool": (
+        {"observation", "function", "function_response", "tool_response", "tool_result",
+         "tool_results", "function_result"},
+        'write it as {"role": "tool", "content": ...} after the message with tool_calls',
+    ),
+}  # fmt: skip
 
 # Names of the reasoning before an answer, in the order in which transformers reads them.
 # Source: transformers 5.22.2, utils/chat_template_utils.py, _REASONING_FIELDS (2026-11-26)
@@ -295,19 +301,9 @@ def _role(spec: DatasetSpec, name: str, place: Place, *, number: int) -> str:
     if name in known:
         return known[name]
     what = f"message {number} has the role {name!r}"
-    if name in CALL_ROLES:
-        raise bad_record(
-            place,
-            why=f"{what}, which other formats use for a tool call of the assistant",
-            do='write it as {"role": "assistant", "tool_calls": [{"type": "function", "function": '
-            '{"name": ..., "arguments": {...}}}]}',
-        )
-    if name in RESULT_ROLES:
-        raise bad_record(
-            place,
-            why=f"{what}, which other formats use for the result of a tool",
-            do='write it as {"role": "tool", "content": ...} after the message with tool_calls',
-        )
+    for kind, (names, do) in TOOL_ROLES.items():
+        if name in names:
+            raise bad_record(place, why=f"{what}, which other formats use for {kind}", do=do)
     standard = known.get(name.strip().lower())
     candidates = (standard,) if standard else ("user", "assistant")
     mapped = (

@@ -23,6 +23,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import date
+from functools import partial
 from importlib.metadata import version
 from itertools import islice
 from multiprocessing import get_context
@@ -116,12 +117,7 @@ def summary_line(figures: SourceFigures) -> str:
 
 
 def prepare_source(
-    source: Source,
-    config: Config,
-    tokenizer: Any,
-    *,
-    write: Callable[[pyarrow.RecordBatch], None],
-    advance: Callable[[int], None],
+    source: Source, config: Config, tokenizer: Any, write: Write
 ) -> tuple[SourceFigures, tuple[str, ...]]:
     """Write the documents of one source, batch by batch; return its figures and warnings.
 
@@ -130,38 +126,31 @@ def prepare_source(
         config: sequence_len, strategy, loss on inputs, number of processes.
         tokenizer: a transformers tokenizer.
         write: called with each batch of documents, in the order of the records.
-        advance: called with the number of records read since the last call.
 
     Raises:
         AttnimgError: a record does not fit its type, or the template can't be used.
     """
     import pyarrow
+    from datasets.utils import tqdm
 
     tally, warnings = Counter[str](), dict[str, None]()
     content, read = hashlib.sha256(), hashlib.sha256()
-    batches = _parsed_batches(source, tally, advance)
-    processes = config.dataset_num_proc or config.dataset_processes or 1
     encoder = make_encoder(source, config, tokenizer)
-    for batch, (tokens, found) in _encode_batches(batches, encoder, processes=processes):
-        warnings |= dict.fromkeys(found)
-        for _, value in batch:
-            read.update(repr(value).encode("utf-8", "surrogatepass"))
-        places = (place for place, _ in batch)
-        documents = list(
-            _cut_documents(
-                zip(places, tokens, strict=True),
-                tally,
-                strategy=strategy_for(source, config),
-                sequence_len=config.sequence_len,
-            )
-        )
-        for row in (row for document in documents for row in document):
-            content.update(len(row).to_bytes(8, "little") + array("i", row).tobytes())
-        columns = {
-            "input_ids": [ids for ids, _ in documents],
-            "labels": [labels for _, labels in documents],
-        }
-        write(pyarrow.RecordBatch.from_pydict(columns, schema=schema()))
+    processes = config.dataset_num_proc or config.dataset_processes or 1
+    strategy, limit = strategy_for(source, config), config.sequence_len
+    # disable=None: no progress bar where stderr is not a terminal.
+    with tqdm(desc=source.spec.path, unit=" records", disable=None, leave=False) as bar:
+        batches = _parse_batches(source, tally, bar.update)
+        for batch, (tokens, found) in _encode_batches(batches, encoder, processes=processes):
+            warnings |= dict.fromkeys(found)
+            for _, value in batch:
+                read.update(repr(value).encode("utf-8", "surrogatepass"))
+            encoded = zip((place for place, _ in batch), tokens, strict=True)
+            documents = list(_cut_documents(encoded, tally, strategy=strategy, sequence_len=limit))
+            for row in (row for document in documents for row in document):
+                content.update(len(row).to_bytes(8, "little") + array("i", row).tobytes())
+            columns = [[ids for ids, _ in documents], [labels for _, labels in documents]]
+            write(pyarrow.record_batch(columns, schema=schema()))
     figures = SourceFigures(
         key=source.key,
         path=source.spec.path,
@@ -189,8 +178,8 @@ def strategy_for(source: Source, config: Config) -> Strategy:
     return "split" if is_text(source.spec) else "drop"
 
 
-def _parsed_batches(
-    source: Source, tally: Counter[str], advance: Callable[[int], None]
+def _parse_batches(
+    source: Source, tally: Counter[str], advance: Callable[[int], object]
 ) -> Iterator[Batch]:
     """Yield batches of parsed records, and count what was read."""
     parse = choose_parser(source.spec)
@@ -288,7 +277,7 @@ def _cut_documents(
 PACKAGES = ("datasets", "jinja2", "pyarrow", "tokenizers", "transformers")
 DOCUMENTS, FIGURES = "documents.arrow", "figures.json"
 
-Write = Callable[["pyarrow.RecordBatch"], None]
+Write = Callable[["pyarrow.RecordBatch"], object]
 Prepared = tuple[SourceFigures, tuple[str, ...]]
 
 
@@ -323,6 +312,16 @@ def cache_key(source: Source, config: Config, tokenizer: Any) -> str:
         "special_tokens": str(tokenizer.special_tokens_map),
     }
     return _text_digest(facts)
+
+
+def load_source(source: Source, config: Config, tokenizer: Any) -> tuple[Dataset, Prepared]:
+    """Prepare one source, or load its documents from dataset_prepared_path."""
+    make = partial(prepare_source, source, config, tokenizer)
+    # The data of a hub name may change, so only local data are cached.
+    if config.dataset_prepared_path and source.kind != "hub":
+        root = Path(config.dataset_prepared_path).expanduser()
+        return make_on_disk(root, cache_key(source, config, tokenizer), make)
+    return make_in_memory(make)
 
 
 def make_in_memory(make: Callable[[Write], Prepared]) -> tuple[Dataset, Prepared]:

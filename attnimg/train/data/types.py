@@ -37,9 +37,9 @@ TYPE_OF_COLUMN = {
 
 # Stanford Alpaca's two prompts, unchanged: a model should be prompted as it was trained.
 # Source: https://deepwiki.com/tatsu-lab/stanford_alpaca/2.2-data-format-and-structure (2026-11-21)
-PREAMBLE = "Below is an instruction that describes a task"
+WITHOUT_INPUT = "Below is an instruction that describes a task."
 
-WITH_INPUT = f"{PREAMBLE}, paired with an input that provides further context."
+WITH_INPUT = f"{WITHOUT_INPUT[:-1]}, paired with an input that provides further context."
 
 REQUEST = "Write a response that appropriately completes the request."
 
@@ -113,19 +113,16 @@ def _parse_alpaca(
 
 
 def _instruct_prompt(instruction: str, extra: str) -> str:
-    if extra:
-        return (
-            f"{WITH_INPUT} {REQUEST}\n\n"
-            f"### Instruction:\n{instruction}\n\n### Input:\n{extra}\n\n### Response:\n"
-        )
-    return f"{PREAMBLE}. {REQUEST}\n\n### Instruction:\n{instruction}\n\n### Response:\n"
+    task = WITH_INPUT if extra else WITHOUT_INPUT
+    extra = f"### Input:\n{extra}\n\n" if extra else ""
+    return f"{task} {REQUEST}\n\n### Instruction:\n{instruction}\n\n{extra}### Response:\n"
 
 
 def _chat_prompt(instruction: str, extra: str) -> str:
     """Return the prompt of axolotl's `alpaca:chat`: plain SYSTEM, USER and ASSISTANT lines."""
-    if extra:
-        return f"SYSTEM: {WITH_INPUT} {REQUEST}\nUSER: {instruction}\n{extra}\nASSISTANT:"
-    return f"SYSTEM: {PREAMBLE}. {REQUEST}\nUSER: {instruction}\nASSISTANT:"
+    task = WITH_INPUT if extra else WITHOUT_INPUT
+    extra = f"{extra}\n" if extra else ""
+    return f"SYSTEM: {task} {REQUEST}\nUSER: {instruction}\n{extra}ASSISTANT:"
 
 
 def _parse_text(field: str, record: Mapping[str, Any], place: Place) -> Pair | None:
