@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from attnimg.config.schema import Config
-from attnimg.errors import AttnimgError, as_refusal
+from attnimg.errors import AttnimgError, out_of_memory_error
 from attnimg.facts import DType, RunContext
 from attnimg.train.base_model import (
     DEFAULT,
@@ -227,7 +227,7 @@ def _loading(config: Config) -> Iterator[None]:
                 code="pickled-weights",
                 key="base_model",
             ) from error
-        if (full := as_refusal(error)) is not None:
+        if (full := out_of_memory_error(error)) is not None:
             raise full from error
         text = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
         raise bad_model(

@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from attnimg.errors import AttnimgError, as_refusal
+from attnimg.errors import AttnimgError, out_of_memory_error
 from attnimg.facts import RunContext
 from attnimg.train.distributed import any_rank
 from attnimg.train.loss import (
@@ -94,7 +94,7 @@ class _Check:
         except (AttnimgError, torch.OutOfMemoryError):
             raise
         except Exception as error:
-            if (full := as_refusal(error)) is not None:
+            if (full := out_of_memory_error(error)) is not None:
                 raise full from error
             if raised:
                 raise _model_raised(self.engine, _short(error)) from error

@@ -90,7 +90,7 @@ class ChatEncoder:
         self.train_on_inputs, self.system_message = train_on_inputs, system_message
         self.ends = EndTokens.from_tokenizer(tokenizer, eot_tokens)
         self.shared: dict[tuple[tuple[str, bool], ...], SharedLayout | None] = {}
-        self.notes: dict[str, None] = {}
+        self.warnings: dict[str, None] = {}
 
     def __call__(self, batch: Sequence[tuple[Place, Parsed]]) -> list[tuple[list[int], list[int]]]:
         """Encode conversations to input_ids and labels.
@@ -107,7 +107,7 @@ class ChatEncoder:
                 masked = list(self._masked_spans(conversation, layout))
             except (TemplateError, TemplateLimitError, RewrittenError) as error:
                 raise self._template_error(conversation, place, error) from None
-            self.notes |= dict.fromkeys(layout.notes)
+            self.warnings |= dict.fromkeys(layout.warnings)
             self._warn_of_unused(conversation)
             text = layout.rendering.text + layout.appended
             written.append((text, list(self._trained_spans(conversation, layout)), masked))
@@ -252,7 +252,7 @@ class ChatEncoder:
                 yield from answer.end
 
     def _warn_of_unused(self, conversation: Conversation) -> None:
-        """Add notes on columns, keys and answers of a conversation that have no effect."""
+        """Add warnings on unused columns and message keys, and on empty answers."""
         template = self._renderer(conversation).template
         keys = dict.fromkeys(
             key
@@ -262,14 +262,14 @@ class ChatEncoder:
         )
         for what, names in (("columns", conversation.unused), ("message keys", tuple(keys))):
             if names:
-                self.notes[unused_warning(what, names)] = None
+                self.warnings[unused_warning(what, names)] = None
         if any(
             self._is_trained(turn)
             and not (turn.content or "").strip()
             and not {"tool_calls", "reasoning_content"} & turn.extra.keys()
             for turn in conversation.turns
         ):
-            self.notes[EMPTY_ANSWERS] = None
+            self.warnings[EMPTY_ANSWERS] = None
 
     def _template_error(
         self,

@@ -86,13 +86,13 @@ class AnswerLayout:
         rendering: the rendered conversation.
         answers: the spans of the trained turns.
         appended: text to append, if the template ends a turn only by the start of the next one.
-        notes: warnings for the user.
+        warnings: for the user.
     """
 
     rendering: Rendering
     answers: tuple[AnswerSpans, ...]
     appended: str
-    notes: tuple[str, ...]
+    warnings: tuple[str, ...]
 
 
 def build_layout(
@@ -111,23 +111,30 @@ def build_layout(
     """
     _check_tools(renderer, rendering)
     generated = renderer.generation_spans(rendering.messages)
-    notes, bounds, stops = dict[str, None](), dict[int, Span](), dict[int, int]()
+    warnings, bounds, stops = dict[str, None](), dict[int, Span](), dict[int, int]()
     if renderer.restores_reasoning:
-        notes[RESTORED] = None
+        warnings[RESTORED] = None
     for number, message in enumerate(rendering.messages):
         turn = RenderedTurn(renderer, rendering, number)
         # To assign each generated span to an answer, the bounds of all answers must be known.
         if trained[number] or (generated and message["role"] == "assistant"):
-            start, text_end = turn.bounds(notes)
+            start, text_end = turn.bounds(warnings)
             if start < text_end:
                 bounds[number] = start, text_end
                 if generated:
                     stops[number] = turn.end(text_end, ends) or text_end
         else:
-            turn.reasoning(notes)  # refused where it is dropped, trained or not
+            turn.reasoning(warnings)  # refused where it is dropped, trained or not
     answers, appended = list[AnswerSpans](), ""
     speakers = [n for n, message in enumerate(rendering.messages) if message["role"] == "assistant"]
+    # A generated span belongs to the first answer that ends after the span's start; the end of an
+    # answer may have a span of its own. Spans after all answers belong to the last turn, since
+    # Phi-3's template ends the conversation there.
     last = max([*bounds, *speakers], default=0)
+    owners = [
+        next((n for n, (_, end) in bounds.items() if a <= end or a < stops[n]), last)
+        for a, _ in generated
+    ]
     for number, (start, text_end) in bounds.items():
         if not trained[number]:
             continue
@@ -135,8 +142,8 @@ def build_layout(
         # Spans before the turn's text, or after the next content, belong to an answer without text.
         spans = [
             (a, min(b, turn.limit))
-            for a, b in _generated_spans(generated, number, bounds, stops, last=last)
-            if b > start and a < turn.limit
+            for (a, b), owner in zip(generated, owners, strict=True)
+            if owner == number and b > start and a < turn.limit
         ]
         if not spans:
             end = turn.end(text_end, ends)
@@ -144,21 +151,21 @@ def build_layout(
                 appended = turn.next_opening(text_end, ends)
                 end = len(rendering.text) + len(appended) if appended else None
                 if appended:
-                    notes[APPENDED.format(appended.strip())] = None
+                    warnings[APPENDED.format(appended.strip())] = None
             spans = [(start, end or text_end)]
         reached = start
         for a, b in (*sorted(spans), (text_end, text_end)):
             if rendering.text[reached : max(reached, min(a, text_end))].strip():
-                notes[PARTLY_MARKED] = None
+                warnings[PARTLY_MARKED] = None
             reached = max(reached, b)
         end = max(b for _, b in spans)
         ending = (rendering.text + appended)[text_end:end]
         if not ending.strip():
-            notes[UNMARKED_END if generated else NO_END] = None
+            warnings[UNMARKED_END if generated else NO_END] = None
         elif not ends.pattern.search(ending):
-            notes[NOT_ONE_TOKEN.format(ending.strip())] = None
+            warnings[NOT_ONE_TOKEN.format(ending.strip())] = None
         elif ends.configured and not any(token in ending for token in ends.configured):
-            notes[NOT_CONFIGURED.format(", ".join(ends.configured), ending.strip())] = None
+            warnings[NOT_CONFIGURED.format(", ".join(ends.configured), ending.strip())] = None
         answers.append(
             AnswerSpans(
                 number,
@@ -166,28 +173,7 @@ def build_layout(
                 tuple((max(a, text_end), b) for a, b in spans if b > text_end),
             )
         )
-    return AnswerLayout(rendering, tuple(answers), appended, tuple(notes))
-
-
-def _generated_spans(
-    generated: Sequence[Span],
-    number: int,
-    bounds: Mapping[int, Span],
-    stops: Mapping[int, int],
-    *,
-    last: int,
-) -> list[Span]:
-    """Return the generated spans of a turn: those that start before the end of its answer.
-
-    The end of an answer may have a generated span of its own. Spans after all answers belong to the
-    last turn, since Phi-3's template ends the conversation there.
-    """
-    return [
-        span
-        for span in generated
-        if number
-        == next((n for n, (_, end) in bounds.items() if span[0] <= end or span[0] < stops[n]), last)
-    ]
+    return AnswerLayout(rendering, tuple(answers), appended, tuple(warnings))
 
 
 @dataclass(frozen=True, slots=True)

@@ -40,7 +40,7 @@ CHANGED_PROMPT = (
     "reasoning, or moves the system message or the tools): all answers except the last are trained "
     "with a prompt that differs from the one at generation"
 )
-REASONING_RECHANGED_PROMPT = (
+REASONING_REMOVED = (
     "the chat template removes the reasoning of earlier turns, so only that of the last turn is "
     "trained"
 )
@@ -108,10 +108,10 @@ class RenderedTurn:
         starts = [span[0] for span in self.rendering.contents if span and span != own]
         return min((start for start in starts if start >= after), default=len(self.rendering.text))
 
-    def bounds(self, notes: dict[str, None]) -> Span:
+    def bounds(self, warnings: dict[str, None]) -> Span:
         """Return where the turn's text begins and ends; equal where it has no text."""
         text, content = self.rendering.text, self.rendering.contents[self.number]
-        reasoning = self.reasoning(notes)
+        reasoning = self.reasoning(warnings)
         if content is None and reasoning is None and not self.message.get("tool_calls"):
             return 0, 0
         first, end = content or (0, 0)
@@ -121,7 +121,7 @@ class RenderedTurn:
             first = min(first, low) if content else low
         if self.message["role"] != "assistant":
             return first, end
-        prompt = self._prompt(notes)
+        prompt = self._prompt(warnings)
         if prompt is None or not text.startswith(prompt) or len(prompt) > first:
             prompt = None
         if reasoning is None:
@@ -129,14 +129,14 @@ class RenderedTurn:
                 return len(prompt), end
             unprompted = text[len(prompt) : first].strip() if prompt else ""
             if unprompted and not self.renderer.has_generation_blocks:
-                notes[UNPROMPTED_START.format(unprompted)] = None
+                warnings[UNPROMPTED_START.format(unprompted)] = None
             return first, end
         # The text that opens the reasoning belongs to it, unless the generation prompt has it.
         first = reasoning - (len(text[len(prompt) : reasoning].lstrip()) if prompt else 0)
         opening = OPENING.search(text, self.before, reasoning)
         return min(first, opening.start() if opening else first), end
 
-    def reasoning(self, notes: dict[str, None]) -> int | None:
+    def reasoning(self, warnings: dict[str, None]) -> int | None:
         """Return where the turn's reasoning begins; None where there is none."""
         reasoning = reasoning_of(self.message)
         content = self.rendering.contents[self.number]
@@ -163,7 +163,7 @@ class RenderedTurn:
                 "set chat_template to one that writes reasoning"
                 + ("" if THINK_END in self.renderer.template else tags),
             )
-        notes[REASONING_RECHANGED_PROMPT] = None
+        warnings[REASONING_REMOVED] = None
         return None
 
     def _with_placeholder_reasoning(self, *, last: bool = False) -> str:
@@ -172,7 +172,7 @@ class RenderedTurn:
         messages[self.number] = with_reasoning(self.message, placeholder(self.number))
         return self.renderer.try_text(messages[: self.number + 1] if last else messages) or ""
 
-    def _prompt(self, notes: dict[str, None]) -> str | None:
+    def _prompt(self, warnings: dict[str, None]) -> str | None:
         """Return the generation prompt of this answer, if the conversation has the same text there.
 
         None where it differs, or where the template writes no generation prompt.
@@ -189,7 +189,7 @@ class RenderedTurn:
         )
         if not may_move:
             raise RewrittenError("the text that it writes before a turn depends on later turns")
-        notes[CHANGED_PROMPT] = None
+        warnings[CHANGED_PROMPT] = None
         return None
 
     def _bounds_of_calls(self) -> Span:

@@ -204,7 +204,7 @@ def _encode_batches(
     """
     if processes == 1:
         for batch in batches:
-            yield batch, (encoder(batch), tuple(encoder.notes))
+            yield batch, (encoder(batch), tuple(encoder.warnings))
         return
     with ProcessPoolExecutor(
         processes, mp_context=get_context("spawn"), initializer=_set_encoder, initargs=(encoder,)
@@ -225,7 +225,7 @@ def _set_encoder(encoder: Encoder) -> None:
 
 
 def _encode(batch: Batch) -> Encoded:
-    return _encoders[0](batch), tuple(_encoders[0].notes)
+    return _encoders[0](batch), tuple(_encoders[0].warnings)
 
 
 def _cut_documents(

@@ -148,18 +148,18 @@ class PairEncoder:
     Attributes:
         tokenizer: a transformers tokenizer; its start and end tokens are added to the pair.
         train_on_inputs: whether prompts are trained.
-        notes: warnings on columns without effect in the records encoded so far.
+        warnings: on columns without effect in the records encoded so far.
     """
 
     tokenizer: Any
     train_on_inputs: bool
-    notes: dict[str, None] = field(default_factory=dict)
+    warnings: dict[str, None] = field(default_factory=dict)
 
     def __call__(self, batch: Sequence[tuple[Place, Parsed]]) -> list[Tokens]:
         """Encode pairs: [start] prompt completion [end]; texts without prompt the same way."""
         pairs = [parsed for _, parsed in batch if isinstance(parsed, Pair)]
         unused = dict.fromkeys(pair.unused for pair in pairs if pair.unused)
-        self.notes.update((unused_warning("columns", names), None) for names in unused)
+        self.warnings.update((unused_warning("columns", names), None) for names in unused)
         opening, ending = self._added_tokens()
         prompts = iter(self._tokenize([pair.prompt for pair in pairs if pair.prompt is not None]))
         encoded = []
