@@ -108,12 +108,10 @@ def parse_torch(version: str) -> tuple[int, int]:
         with suppress(InvalidVersion):
             release = Version(version).release
     if len(release) < 2:
-        raise AttnimgError(
-            f"{version!r} is not a version of torch",
-            why="needed MAJOR.MINOR, such as 2.13 or 2.13.0+cpu",
-            do="pass --torch 2.13.0",
-            code="bad-value",
-        )
+        what = f"{version!r} is not a version of torch"
+        why = "needed MAJOR.MINOR, such as 2.13 or 2.13.0+cpu"
+        do = "pass --torch 2.13.0"
+        raise AttnimgError(what, why=why, do=do, code="bad-value")
     return release[0], release[1]
 
 

@@ -90,19 +90,15 @@ def parse_yaml(text: str, *, name: str) -> dict[str, Any]:
     """Parse the text of one file; see read_yaml."""
     value = _construct(text, name=name)
     if value is None:
-        raise AttnimgError(
-            f"{name} is empty",
-            why="found no value, needed a mapping of keys",
-            do="start from examples/lora.yaml",
-            code="empty",
-        )
+        what = f"{name} is empty"
+        why = "found no value, needed a mapping of keys"
+        do = "start from examples/lora.yaml"
+        raise AttnimgError(what, why=why, do=do, code="empty")
     if not isinstance(value, dict):
-        raise AttnimgError(
-            f"{name} is not a mapping",
-            why=f"found {type(value).__name__} at the top level, needed a mapping of keys",
-            do="write each setting as `key: value`, with a space after the colon",
-            code="not-a-mapping",
-        )
+        what = f"{name} is not a mapping"
+        why = f"found {type(value).__name__} at the top level, needed a mapping of keys"
+        do = "write each setting as `key: value`, with a space after the colon"
+        raise AttnimgError(what, why=why, do=do, code="not-a-mapping")
     return {_key_text(key): item for key, item in value.items()}
 
 
@@ -136,12 +132,10 @@ def with_overrides(values: dict[str, Any], overrides: tuple[str, ...]) -> dict[s
     for text in overrides:
         key, equals, value = text.partition("=")
         if not equals or not key.strip():
-            raise AttnimgError(
-                f"{text!r} is not key=value",
-                why="needed a setting such as learning_rate=1e-4 after the config",
-                do="write it as key=value, without spaces around the =",
-                code="bad-value",
-            )
+            what = f"{text!r} is not key=value"
+            why = "needed a setting such as learning_rate=1e-4 after the config"
+            do = "write it as key=value, without spaces around the ="
+            raise AttnimgError(what, why=why, do=do, code="bad-value")
         result = _replace(result, key.strip().split("."), parse_value(value), whole=text)
     assert isinstance(result, dict)
     return result
@@ -159,12 +153,10 @@ def _replace(node: Any, parts: list[str], value: Any, *, whole: str) -> Any:
         copy[int(part)] = _replace(node[int(part)], rest, value, whole=whole)
         return copy
     kind = f"a list of {len(node)}" if isinstance(node, list) else repr(node)
-    raise AttnimgError(
-        f"{whole!r} does not fit the config",
-        why=f"found {kind}, needed a value that has the key {part!r}",
-        do="correct the key so that it names a value of the config file",
-        code="bad-value",
-    )
+    what = f"{whole!r} does not fit the config"
+    why = f"found {kind}, needed a value that has the key {part!r}"
+    do = "correct the key so that it names a value of the config file"
+    raise AttnimgError(what, why=why, do=do, code="bad-value")
 
 
 def _read_text(path: str) -> str:
@@ -172,19 +164,15 @@ def _read_text(path: str) -> str:
         raw = read_regular(Path(path), at_most=MAX_BYTES)
     except (OSError, ValueError) as error:
         if isinstance(error, OSError) and error.errno == errno.EFBIG:
-            raise AttnimgError(
-                f"{path} is too large for a config",
-                why=f"found more than {MAX_BYTES:,} bytes, needed at most that many",
-                do="pass the YAML config, not a dataset or a checkpoint",
-                code="too-large",
-            ) from error
+            what = f"{path} is too large for a config"
+            why = f"found more than {MAX_BYTES:,} bytes, needed at most that many"
+            do = "pass the YAML config, not a dataset or a checkpoint"
+            raise AttnimgError(what, why=why, do=do, code="too-large") from error
         reason = getattr(error, "strerror", None) or str(error)
-        raise AttnimgError(
-            f"{path} cannot be read",
-            why=f"{reason[0].lower()}{reason[1:]}",
-            do="check the path; inside a container, the folder must be mounted (-v)",
-            code="file-missing",
-        ) from error
+        what = f"{path} cannot be read"
+        why = f"{reason[0].lower()}{reason[1:]}"
+        do = "check the path; inside a container, the folder must be mounted (-v)"
+        raise AttnimgError(what, why=why, do=do, code="file-missing") from error
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -217,24 +205,19 @@ def _construct(text: str, *, name: str) -> Any:
         finally:
             loader.dispose()
     except _Duplicate as error:
-        raise AttnimgError(
-            f"{name} has the key {error.key} twice",
-            why=f"found at {_place(error.first)} and {_place(error.again)}, needed once",
-            do="remove one of the two lines",
-            code="duplicate-key",
-            key=error.key,
-        ) from error
+        what = f"{name} has the key {error.key} twice"
+        why = f"found at {_place(error.first)} and {_place(error.again)}, needed once"
+        do = "remove one of the two lines"
+        raise AttnimgError(what, why=why, do=do, code="duplicate-key", key=error.key) from error
     except yaml.reader.ReaderError as error:
         raise _not_text(name, f"character {error.position} is {error.reason}") from error
     except yaml.MarkedYAMLError as error:
         raise _syntax(name, error) from error
     except (yaml.YAMLError, ValueError, OverflowError) as error:
-        raise AttnimgError(
-            f"{name} is not YAML",
-            why=str(error),
-            do="check the value against the README",
-            code="yaml-syntax",
-        ) from error
+        what = f"{name} is not YAML"
+        why = str(error)
+        do = "check the value against the README"
+        raise AttnimgError(what, why=why, do=do, code="yaml-syntax") from error
 
 
 def _syntax(name: str, error: yaml.MarkedYAMLError) -> AttnimgError:
@@ -317,9 +300,7 @@ def _check_aliases(root: yaml.Node, *, name: str) -> None:
         return sizes[id(node)]
 
     if (total := size(root)) > _MAX_NODES:
-        raise AttnimgError(
-            f"{name} is too large for a config",
-            why=f"its aliases (*name) expand to {total:.3g} values, needed at most {_MAX_NODES:,}",
-            do="write the values without anchors and aliases",
-            code="too-large",
-        )
+        what = f"{name} is too large for a config"
+        why = f"its aliases (*name) expand to {total:.3g} values, needed at most {_MAX_NODES:,}"
+        do = "write the values without anchors and aliases"
+        raise AttnimgError(what, why=why, do=do, code="too-large")

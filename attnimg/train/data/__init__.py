@@ -80,13 +80,10 @@ def find_sources(config: Config) -> tuple[list[Source], list[Source]]:
                 parse(record, place)
                 found = True
         if source.kind == "files" and not found:
-            raise AttnimgError(
-                f"nothing to train on in {spec.path}",
-                why="found no record in it, needed at least one",
-                do=f"correct {key}.path, or remove the entry",
-                code="empty-dataset",
-                key=f"{key}.path",
-            )
+            what = f"nothing to train on in {spec.path}"
+            why = "found no record in it, needed at least one"
+            do = f"correct {key}.path, or remove the entry"
+            raise AttnimgError(what, why=why, do=do, code="empty-dataset", key=f"{key}.path")
         (training if trains else testing).append(source)
     return training, testing
 
@@ -141,13 +138,10 @@ def _missing_type(spec: DatasetSpec, *, key: str) -> AttnimgError:
     with suppress(AttnimgError, StopIteration, IndexError):
         _, columns = next(read_records(find_source(spec, key=key).files[0], key=key))
     suggested = next((type_ for name, type_ in TYPE_OF_COLUMN.items() if name in columns), None)
-    return AttnimgError(
-        f"{key} has no type",
-        why=f"found no type for {spec.path}, needed one of {', '.join(DATASET_TYPES)}",
-        do=f"set {key}.type: {suggested or ' or '.join(DATASET_TYPES[:-1])}",
-        code="missing-key",
-        key=f"{key}.type",
-    )
+    what = f"{key} has no type"
+    why = f"found no type for {spec.path}, needed one of {', '.join(DATASET_TYPES)}"
+    do = f"set {key}.type: {suggested or ' or '.join(DATASET_TYPES[:-1])}"
+    return AttnimgError(what, why=why, do=do, code="missing-key", key=f"{key}.type")
 
 
 def _warn_of_shared_files(training: list[Source], testing: list[Source]) -> Iterator[str]:

@@ -54,11 +54,9 @@ def parse_turns(spec: DatasetSpec, record: Mapping[str, Any], place: Place) -> C
     column = require_column(record, name, place, needed=(name,), hint=_column_hint(record, place))
     messages = _parse_json(column)  # some datasets store the conversation as JSON text
     if not isinstance(messages, list) or not messages:
-        raise bad_record(
-            place,
-            why=f"{name} is {shorten(column)}, needed a list of messages",
-            do="write a conversation as a list of objects with role and content",
-        )
+        why = f"{name} is {shorten(column)}, needed a list of messages"
+        do = "write a conversation as a list of objects with role and content"
+        raise bad_record(place, why=why, do=do)
     _refuse_media(record, "the record", place)
     turns = tuple(
         _turn(spec, message, place, number=n) for n, message in enumerate(messages, start=1)
@@ -148,11 +146,9 @@ def _with_system_column(
     if not system.strip() or (turns[0].role == "system" and turns[0].content == system):
         return turns
     if turns[0].role == "system":
-        raise bad_record(
-            place,
-            why="found a column system beside a first message of the role system",
-            do="remove one of the two",
-        )
+        why = "found a column system beside a first message of the role system"
+        do = "remove one of the two"
+        raise bad_record(place, why=why, do=do)
     return (Turn("system", system), *turns)
 
 
@@ -247,11 +243,9 @@ def _reasoning(message: Mapping[str, Any], place: Place, *, number: int) -> str:
         if message.get(key) not in (None, "")
     }
     if len(found) > 1:
-        raise bad_record(
-            place,
-            why=f"message {number} has {' and '.join(found.values())}, which differ",
-            do=f"keep one of them, as {REASONING_KEYS[0]}",
-        )
+        why = f"message {number} has {' and '.join(found.values())}, which differ"
+        do = f"keep one of them, as {REASONING_KEYS[0]}"
+        raise bad_record(place, why=why, do=do)
     return next(iter(found), "")
 
 
@@ -268,18 +262,14 @@ def _flag(holder: Mapping[str, Any], what: str, place: Place) -> bool | None:
         if value is None:
             continue
         if not isinstance(value, bool | int | float) or value not in (0, 1):
-            raise bad_record(
-                place,
-                why=f"{key} of {what} is {shorten(value)}, needed 0 or 1 (false or true)",
-                do="write 0 or 1; other weights of the loss are not supported",
-            )
+            why = f"{key} of {what} is {shorten(value)}, needed 0 or 1 (false or true)"
+            do = "write 0 or 1; other weights of the loss are not supported"
+            raise bad_record(place, why=why, do=do)
         found[key] = bool(value)
     if len(set(found.values())) > 1:
-        raise bad_record(
-            place,
-            why=f"{', '.join(found)} of {what} contradict each other",
-            do="keep one of the flags",
-        )
+        why = f"{', '.join(found)} of {what} contradict each other"
+        do = "keep one of the flags"
+        raise bad_record(place, why=why, do=do)
     if False in found.values():
         return False
     return True if found.keys() - {"weight"} else None
@@ -288,11 +278,9 @@ def _flag(holder: Mapping[str, Any], what: str, place: Place) -> bool | None:
 def _refuse_media(value: Mapping[str, Any], what: str, place: Place) -> None:
     for key in MEDIA:
         if value.get(key):
-            raise bad_record(
-                place,
-                why=f"{what} has {key}; training on images, audio or video is not supported",
-                do=f"remove the record, or remove {key} from it",
-            )
+            why = f"{what} has {key}; training on images, audio or video is not supported"
+            do = f"remove the record, or remove {key} from it"
+            raise bad_record(place, why=why, do=do)
 
 
 def _role(spec: DatasetSpec, name: str, place: Place, *, number: int) -> str:
@@ -341,11 +329,9 @@ def read_tools(value: object, place: Place) -> tuple[Mapping[str, Any], ...]:
     if not tools:
         return ()
     if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
-        raise bad_record(
-            place,
-            why=f"tools is {shorten(value)}, needed a list of objects",
-            do='write each tool as {"type": "function", "function": {"name": ..., ...}}',
-        )
+        why = f"tools is {shorten(value)}, needed a list of objects"
+        do = 'write each tool as {"type": "function", "function": {"name": ..., ...}}'
+        raise bad_record(place, why=why, do=do)
     for tool in tools:
         function = tool.get("function")
         if isinstance(function, dict) and "parameters" in function:

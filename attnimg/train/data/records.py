@@ -234,32 +234,25 @@ def check_file_type(path: Path, *, declared: str | None, key: str) -> None:
     with path.open("rb") as file:
         start = file.read(512)
     if start.startswith(b"version https://git-lfs"):
-        raise bad_file(
-            f"{path} was not downloaded",
-            why="found a Git LFS pointer, which refers to the data but does not contain it",
-            do=f"git -C {path.parent} lfs pull",
-            key=key,
-        )
+        what = f"{path} was not downloaded"
+        why = "found a Git LFS pointer, which refers to the data but does not contain it"
+        do = f"git -C {path.parent} lfs pull"
+        raise bad_file(what, why=why, do=do, key=key)
     found = next((other for magic, other in _ARCHIVES.items() if start.startswith(magic)), None)
     tar = {".tar", ".tgz", ".tbz2", ".txz"} & {suffix.lower() for suffix in path.suffixes}
     if tar or start.startswith(b"ustar", 257):
         found = ("a tar archive", "tar -xf {path}")
     if found:
-        raise bad_file(
-            f"cannot read {path}",
-            why=f"found {found[0]}, needed plain, gzip, zstd, xz or bzip2 data",
-            do=f"unpack it (`{found[1].format(path=path)}`), and name the files in {key}.path",
-            key=key,
-        )
+        what = f"cannot read {path}"
+        why = f"found {found[0]}, needed plain, gzip, zstd, xz or bzip2 data"
+        do = f"unpack it (`{found[1].format(path=path)}`), and name the files in {key}.path"
+        raise bad_file(what, why=why, do=do, key=key)
     binary = next((kind for magic, kind in _BINARY.items() if start.startswith(magic)), None)
     if binary and declared != binary:
-        raise AttnimgError(
-            f"{path} is in another format than expected",
-            why=f"found {binary}, needed {declared or 'a known format'}",
-            do=f"set {key}.ds_type: {binary}",
-            code="bad-value",
-            key=f"{key}.ds_type",
-        )
+        what = f"{path} is in another format than expected"
+        why = f"found {binary}, needed {declared or 'a known format'}"
+        do = f"set {key}.ds_type: {binary}"
+        raise AttnimgError(what, why=why, do=do, code="bad-value", key=f"{key}.ds_type")
 
 
 def bad_record(place: Place, *, why: str, do: str, code: str = "bad-data") -> AttnimgError:
@@ -282,12 +275,8 @@ def require_column(
     """
     if name in record:
         return record[name]
-    raise bad_record(
-        place,
-        why=f"found the columns {', '.join(record) or 'none'}; needed {', '.join(needed)}",
-        do=hint,
-        code="wrong-columns" if place.first else "bad-data",
-    )
+    why = f"found the columns {', '.join(record) or 'none'}; needed {', '.join(needed)}"
+    raise bad_record(place, why=why, do=hint, code="wrong-columns" if place.first else "bad-data")
 
 
 def require_text(value: object, name: str, place: Place) -> str:
@@ -295,11 +284,9 @@ def require_text(value: object, name: str, place: Place) -> str:
     # A lone surrogate is not a character: JSON can contain it, UTF-8 and tokenizers can't.
     if isinstance(value, str) and not any("\ud800" <= letter <= "\udfff" for letter in value):
         return value
-    raise bad_record(
-        place,
-        why=f"{name} is {shorten(value)}, needed text",
-        do="write it as a string, or remove the record",
-    )
+    why = f"{name} is {shorten(value)}, needed text"
+    do = "write it as a string, or remove the record"
+    raise bad_record(place, why=why, do=do)
 
 
 def shorten(value: object) -> str:

@@ -92,12 +92,10 @@ def find_source(spec: DatasetSpec, *, key: str) -> Source:
     try:
         return _locate(spec, key=key)
     except (OSError, RuntimeError) as error:  # RuntimeError: ~user without a home
-        raise bad_file(
-            f"cannot read {spec.path}",
-            why=f"{key}.path: {getattr(error, 'strerror', None) or error}",
-            do=f"correct {key}.path, or the permissions of its folders",
-            key=key,
-        ) from None
+        what = f"cannot read {spec.path}"
+        why = f"{key}.path: {getattr(error, 'strerror', None) or error}"
+        do = f"correct {key}.path, or the permissions of its folders"
+        raise bad_file(what, why=why, do=do, key=key) from None
 
 
 def load_hub(source: Source) -> Mapping[str, Dataset]:
@@ -244,13 +242,10 @@ def _make_source(
 
 
 def _not_found(path: str, *, key: str) -> AttnimgError:
-    return AttnimgError(
-        f"dataset not found: {path}",
-        why=f"{key} is {path}, which is not a file or folder under {Path.cwd()}",
-        do="correct the path; a relative path starts at the current folder",
-        code="file-missing",
-        key=key,
-    )
+    what = f"dataset not found: {path}"
+    why = f"{key} is {path}, which is not a file or folder under {Path.cwd()}"
+    do = "correct the path; a relative path starts at the current folder"
+    return AttnimgError(what, why=why, do=do, code="file-missing", key=key)
 
 
 def _find_files(base: Path, pattern: str, *, key: str, where: str) -> list[Path]:
@@ -269,13 +264,10 @@ def _find_files(base: Path, pattern: str, *, key: str, where: str) -> list[Path]
     splits = {split_in_name(path): path for path in reversed(found)}
     if len(splits) > 1 and not splits.keys() <= {None, "train"}:
         named = ", ".join(f"{path.name} ({split or 'no split'})" for split, path in splits.items())
-        raise AttnimgError(
-            f"the pattern {pattern} matches files of several splits",
-            why=f"found {named}; a pattern would include test files in training",
-            do=f"set {where}: {splits.get('train', found[0])}, or list the files to use",
-            code="bad-value",
-            key=where,
-        )
+        what = f"the pattern {pattern} matches files of several splits"
+        why = f"found {named}; a pattern would include test files in training"
+        do = f"set {where}: {splits.get('train', found[0])}, or list the files to use"
+        raise AttnimgError(what, why=why, do=do, code="bad-value", key=where)
     return found
 
 
@@ -321,23 +313,17 @@ def _folder_source(root: Path, spec: DatasetSpec, *, key: str) -> Source:
     found, others = folder_splits(root, spec, is_data=is_data, key=key)
     splits = {split: paths for split, paths in found.items() if paths}
     if not splits:
-        raise AttnimgError(
-            f"no data in the folder {spec.path}",
-            why=f"found no {spec.ds_type or 'json, jsonl, csv, parquet, arrow or text'} file in it",
-            do=f"name the file in {key}.path, or its files in {key}.data_files",
-            code="file-missing",
-            key=f"{key}.path",
-        )
+        what = f"no data in the folder {spec.path}"
+        why = f"found no {spec.ds_type or 'json, jsonl, csv, parquet, arrow or text'} file in it"
+        do = f"name the file in {key}.path, or its files in {key}.data_files"
+        raise AttnimgError(what, why=why, do=do, code="file-missing", key=f"{key}.path")
     requested = split_names(spec, splits, key=key)
     formats = sorted({_detect_format(path) or "" for split in requested for path in splits[split]})
     if len(formats) > 1:
-        raise AttnimgError(
-            f"the folder {spec.path} holds files of several formats",
-            why=f"found {', '.join(formats)}; one dataset has one format",
-            do=f"set {key}.ds_type: {' or '.join(formats)}, or name files in {key}.data_files",
-            code="bad-value",
-            key=f"{key}.ds_type",
-        )
+        what = f"the folder {spec.path} contains files of several formats"
+        why = f"found {', '.join(formats)}; one dataset has one format"
+        do = f"set {key}.ds_type: {' or '.join(formats)}, or name files in {key}.data_files"
+        raise AttnimgError(what, why=why, do=do, code="bad-value", key=f"{key}.ds_type")
     warnings: tuple[str, ...] = ()
     if others:
         names = ", ".join(str(path.relative_to(root)) for path in others[:5])
@@ -359,12 +345,10 @@ def _local_file(path: Path, spec: DatasetSpec, *, key: str) -> LocalFile:
     """
     check_regular(path, key=key)
     if not os.access(path, os.R_OK):
-        raise bad_file(
-            f"no permission to read {path}",
-            why=f"user {os.getuid()} may not read it",
-            do=f"chmod a+r {path}",
-            key=key,
-        )
+        what = f"no permission to read {path}"
+        why = f"user {os.getuid()} may not read it"
+        do = f"chmod a+r {path}"
+        raise bad_file(what, why=why, do=do, key=key)
     named_builder = spec.data_files and not Path(spec.path).is_dir()
     builder = BUILDERS.get(spec.path) if named_builder else None
     kind = spec.ds_type or builder or _detect_format(path)
@@ -373,13 +357,10 @@ def _local_file(path: Path, spec: DatasetSpec, *, key: str) -> LocalFile:
         suggested = ["csv", "text"]
         with suppress(*BROKEN), open_data(path) as file:
             suggested = ["json"] if file.read(64).lstrip()[:1] in (b"{", b"[") else suggested
-        raise AttnimgError(
-            f"the format of {path} is not known",
-            why=f"found the name {path.name}, needed one of {' '.join(FORMATS)}",
-            do=f"set {key}.ds_type: {' or '.join(suggested)}",
-            code="bad-value",
-            key=f"{key}.ds_type",
-        )
+        what = f"the format of {path} is not known"
+        why = f"found the name {path.name}, needed one of {' '.join(FORMATS)}"
+        do = f"set {key}.ds_type: {' or '.join(suggested)}"
+        raise AttnimgError(what, why=why, do=do, code="bad-value", key=f"{key}.ds_type")
     named = (spec.field, spec.text_column, spec.field_messages)
     return LocalFile(path=path, format=kind, columns=COLUMNS.union(filter(None, named)))
 

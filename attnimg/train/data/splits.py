@@ -51,13 +51,10 @@ def split_names(spec: DatasetSpec, names: Collection[str], *, key: str) -> list[
     if missing := next((name for name in found if name not in names), None):
         near = next(iter([*difflib.get_close_matches(missing, names, n=1), *names]))
         set_to = f"{key}.split is {spec.split}" if spec.split else f"{key}.split is not set"
-        raise AttnimgError(
-            f"no split {missing} in {spec.path}",
-            why=f"{set_to}, found {', '.join(names)}",
-            do=f"set {key}.split: {near}, or correct {key}.path",
-            code="bad-value",
-            key=f"{key}.split",
-        )
+        what = f"no split {missing} in {spec.path}"
+        why = f"{set_to}, found {', '.join(names)}"
+        do = f"set {key}.split: {near}, or correct {key}.path"
+        raise AttnimgError(what, why=why, do=do, code="bad-value", key=f"{key}.split")
     return list(dict.fromkeys(found))
 
 
@@ -90,13 +87,10 @@ def find_rows(spec: DatasetSpec, lengths: Mapping[str, int], *, key: str) -> lis
     found = [(part.splitname, part.from_, max(part.from_, part.to)) for part in parts]
     if "[" in requested and all(start == stop for _, start, stop in found):
         rows = ", ".join(f"{lengths[name]:,} rows in {name}" for name in names)
-        raise AttnimgError(
-            f"no rows in {requested} of {spec.path}",
-            why=f"found {rows}, and {key}.split selects none of them",
-            do=f"set {key}.split: {names[0]}",
-            code="empty-dataset",
-            key=f"{key}.split",
-        )
+        what = f"no rows in {requested} of {spec.path}"
+        why = f"found {rows}, and {key}.split selects none of them"
+        do = f"set {key}.split: {names[0]}"
+        raise AttnimgError(what, why=why, do=do, code="empty-dataset", key=f"{key}.split")
     return found
 
 
@@ -130,13 +124,10 @@ def folder_splits(
     if (configured := _readme_splits(root, spec, key=key)) is not None:
         return {s: list(filter(is_data, found)) for s, found in configured.items()}, []
     if spec.name is not None:
-        raise AttnimgError(
-            f"no configuration {spec.name} in {spec.path}",
-            why=f"{key}.name is {spec.name}, found no README.md with configs in the folder",
-            do=f"remove {key}.name, or correct {key}.path",
-            code="bad-value",
-            key=f"{key}.name",
-        )
+        what = f"no configuration {spec.name} in {spec.path}"
+        why = f"{key}.name is {spec.name}, found no README.md with configs in the folder"
+        do = f"remove {key}.name, or correct {key}.path"
+        raise AttnimgError(what, why=why, do=do, code="bad-value", key=f"{key}.name")
     try:
         patterns = get_data_patterns(base)
     except EmptyDatasetError:
@@ -146,13 +137,10 @@ def folder_splits(
     for split, paths in splits.items():
         for path in paths:
             if path in seen:
-                raise AttnimgError(
-                    f"{path} belongs to two splits",
-                    why=f"its name contains {seen[path]} and {split}, needed one split",
-                    do=f"name the files to use in {key}.data_files, or rename this one",
-                    code="bad-value",
-                    key=f"{key}.data_files",
-                )
+                what = f"{path} belongs to two splits"
+                why = f"its name contains {seen[path]} and {split}, needed one split"
+                do = f"name the files to use in {key}.data_files, or rename this one"
+                raise AttnimgError(what, why=why, do=do, code="bad-value", key=f"{key}.data_files")
             seen[path] = split
     return splits, [path for path in resolve(["**"]) if path not in seen]
 
@@ -179,13 +167,10 @@ def _readme_splits(root: Path, spec: DatasetSpec, *, key: str) -> dict[str, list
             builder = datasets.load_dataset_builder(path, spec.name, cache_dir=cache)
     except (*_UNUSABLE, datasets.exceptions.DatasetsError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise AttnimgError(
-            f"cannot use the configs in {readme}",
-            why=reason.partition(" with any supported extension")[0][:300],
-            do=f"set {key}.name to one of its configs, or name the files in {key}.data_files",
-            code="bad-value",
-            key=f"{key}.name",
-        ) from None
+        what = f"cannot use the configs in {readme}"
+        why = reason.partition(" with any supported extension")[0][:300]
+        do = f"set {key}.name to one of its configs, or name the files in {key}.data_files"
+        raise AttnimgError(what, why=why, do=do, code="bad-value", key=f"{key}.name") from None
     config = builder.config
     files = {str(s): _paths_in(root, found, key=key) for s, found in config.data_files.items()}
     _check_options(config, readme, files, key=key)
@@ -206,13 +191,10 @@ def _check_options(
         and not (name == "sep" and value == "\t" and tabs)
     ]
     if changed:
-        raise AttnimgError(
-            f"cannot use the options in {readme}",
-            why=f"found {', '.join(changed)}; needed files that are read without options",
-            do=f"convert the files to JSON lines or Parquet, and name those in {key}.data_files",
-            code="bad-value",
-            key=f"{key}.name",
-        )
+        what = f"cannot use the options in {readme}"
+        why = f"found {', '.join(changed)}; needed files that are read without options"
+        do = f"convert the files to JSON lines or Parquet, and name those in {key}.data_files"
+        raise AttnimgError(what, why=why, do=do, code="bad-value", key=f"{key}.name")
 
 
 def _paths_in(root: Path, found: Iterable[str], *, key: str) -> list[Path]:
@@ -221,12 +203,10 @@ def _paths_in(root: Path, found: Iterable[str], *, key: str) -> list[Path]:
     for name in found:
         path = Path(os.path.normpath(name))
         if not path.is_relative_to(base):
-            raise bad_file(
-                f"{root} names a file outside of it",
-                why=f"found {name} in its README.md, needed files in the folder",
-                do=f"name the files in {key}.data_files",
-                key=key,
-            )
+            what = f"{root} names a file outside of it"
+            why = f"found {name} in its README.md, needed files in the folder"
+            do = f"name the files in {key}.data_files"
+            raise bad_file(what, why=why, do=do, key=key)
         paths.append(root / path.relative_to(base))
     return sorted(paths)
 

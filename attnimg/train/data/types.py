@@ -100,11 +100,9 @@ def _parse_alpaca(
     )
     for name in UNSUPPORTED:
         if record.get(name):
-            raise bad_record(
-                place,
-                why=f"found {name}, which the alpaca prompt does not contain",
-                do=f"write the records as conversations (type: chat_template), or remove {name}",
-            )
+            why = f"found {name}, which the alpaca prompt does not contain"
+            do = f"write the records as conversations (type: chat_template), or remove {name}"
+            raise bad_record(place, why=why, do=do)
     extra = record.get("input")
     extra = "" if extra is None else require_text(extra, "input", place)
     used = (*needed, "input", *UNSUPPORTED)

@@ -225,7 +225,7 @@ NEEDS = {
         __call__ _template_error, _content bad_record, _cut_documents bad_file, _flag bad_record x2,
         _gather_rows bad-data, _local_file bad-value, _local_file bad_file, _locate _not_found,
         _missing_type missing-key, _no_documents empty-dataset, _parse_alpaca bad_record, _reasoning
-        bad_record, _refuse_media bad_record, _refuse_unpackable bad-data, _role bad_record x3,
+        bad_record, _refuse_media bad_record, _refuse_unpackable bad-data, _role bad_record x2,
         _split_validation bad-value, _template_error bad-value, _template_error bad_file, _turn
         bad_record x3, _with_system_column bad_record, bad_file bad-data, bad_record AttnimgError,
         find_sources _missing_type, find_sources empty-dataset, load_all _no_documents,

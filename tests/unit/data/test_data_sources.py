@@ -276,6 +276,7 @@ def test_a_folder_that_is_not_one_of_data_is_refused_before_all_of_it_is_searche
         read(**entry)
     assert time.process_time() - began < 5
     assert (caught.value.code, caught.value.key) == ("bad-data", f"datasets[0].{named}")
+    assert caught.value.do.startswith("name the file in datasets[0].path, ")
 
 
 def test_a_folder_of_many_data_files_is_read(
