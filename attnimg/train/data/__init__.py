@@ -221,17 +221,13 @@ def _split_validation(documents: Dataset, config: Config) -> tuple[Dataset, Data
     size, total = config.val_set_size, len(documents)
     count = max(1, round(size * total)) if size <= 1 else round(size)
     if count >= total or (size > 1 and size != count):
-        found = f"{total:,} documents, of which {min(count, total):,} are for validation"
-        raise AttnimgError(
-            f"val_set_size {size:g} does not fit",
-            why=f"found {found}; needed a share below 1, or a whole number of documents, that "
-            "leaves some for training",
-            do="set val_set_size: 0.05, which is one document in twenty"
-            if total > 1
-            else "set val_set_size: 0, or add documents",
-            code="bad-value",
-            key="val_set_size",
+        what = f"val_set_size {size:g} does not fit"
+        why = (
+            f"found {total:,} documents; needed a share below 1, or a whole number below {total:,}"
         )
+        do = "set val_set_size: 0.05, which is one document in twenty"
+        do = do if total > 1 else "set val_set_size: 0, or add documents"
+        raise AttnimgError(what, why=why, do=do, code="bad-value", key="val_set_size")
     order = numpy.random.default_rng(config.seed).permutation(total)
     validation = sorted(order[:count].tolist())
     kept = sorted(order[count:].tolist())

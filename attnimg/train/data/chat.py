@@ -76,14 +76,10 @@ class ChatEncoder:
         system_message: str | None = None,
     ) -> None:
         if not tokenizer.is_fast:
-            raise AttnimgError(
-                "the tokenizer does not support conversations",
-                why=f"{type(tokenizer).__name__} returns no character offsets, which are "
-                "needed to find the tokens of an answer",
-                do="use the model's fast tokenizer (tokenizer.json)",
-                code="bad-value",
-                key="tokenizer_type",
-            )
+            what = "the tokenizer does not support conversations"
+            why = f"{type(tokenizer).__name__} returns no character offsets, needed to find answers"
+            do = "use the model's fast tokenizer (tokenizer.json)"
+            raise AttnimgError(what, why=why, do=do, code="bad-value", key="tokenizer_type")
         self.tokenizer = _with_full_offsets(tokenizer)
         self.templates = {"default": template} if isinstance(template, str) else dict(template)
         self.trained_roles, self.train_on_eos = trained_roles, train_on_eos
@@ -280,12 +276,10 @@ class ChatEncoder:
         """Return the error for a template that fails on a record, exceeds a limit or drops text."""
         if isinstance(error, TemplateError):
             roles = ", ".join(turn.role for turn in conversation.turns)
-            return bad_file(
-                f"the chat template raises an error: {place}",
-                why=f"it raises: {error}; the roles are {roles}",
-                do="correct the record, or set chat_template to one that accepts these roles",
-                key=place.key,
-            )
+            what = f"the chat template raises an error: {place}"
+            why = f"it raises: {error}; the roles are {roles}"
+            do = "correct the record, or set chat_template to one that accepts these roles"
+            return bad_file(what, why=why, do=do, key=place.key)
         what, why = f"the chat template exceeds a limit: {place}", str(error)
         do = "set chat_template to another one, or correct this one"
         if isinstance(error, RewrittenError):

@@ -101,28 +101,20 @@ def choose_chat_template(
     if own and (is_own or str(name).startswith(FALLBACK)):
         return named or str(own)
     if name is None or is_own:
-        raise AttnimgError(
-            "the tokenizer has no chat template",
-            why=(f"found {', '.join(named)}" if named else "found none")
-            + " in the tokenizer; a chat_template dataset needs a default one",
-            do=f"set chat_template to one of {', '.join([*named, *NAMED])}, or write one in "
-            "chat_template_jinja",
-            code="missing-key",
-            key=where,
-        )
+        what = "the tokenizer has no default chat template"
+        why = f"found {', '.join(named) or 'none'}; a dataset of type chat_template needs one"
+        choices = ", ".join([*named, *NAMED])
+        do = f"set chat_template to one of {choices}, or write one in chat_template_jinja"
+        raise AttnimgError(what, why=why, do=do, code="missing-key", key=where)
     plain = name.removeprefix(FALLBACK)
     if plain in NAMED:
         return NAMED[plain]
-    choices = [*named, *NAMED, "tokenizer_default"]
-    near = difflib.get_close_matches(plain, choices, n=1, cutoff=0.0)
-    raise AttnimgError(
-        f"unknown chat template {name!r}",
-        why=f"{where} is {name}, needed one of {', '.join(choices)}, or jinja with "
-        "chat_template_jinja",
-        do=f"set {where}: {near[0] if own else next(iter(NAMED))}",
-        code="bad-value",
-        key=where,
-    )
+    known = [*named, *NAMED, "tokenizer_default"]
+    near = difflib.get_close_matches(plain, known, n=1, cutoff=0.0)
+    what = f"unknown chat template {name!r}"
+    why = f"needed one of {', '.join(known)}, or jinja with chat_template_jinja"
+    do = f"set {where}: {near[0] if own else next(iter(NAMED))}"
+    raise AttnimgError(what, why=why, do=do, code="bad-value", key=where)
 
 
 def _read_jinja(jinja: str, *, key: str) -> str:
@@ -137,13 +129,9 @@ def _read_jinja(jinja: str, *, key: str) -> str:
         what, why = "cannot be read", f"and {error.strerror}"
     except UnicodeDecodeError as error:
         what, why = "is not text", f"and its byte {error.start} is not valid UTF-8"
-    raise AttnimgError(
-        f"chat template {what}: {jinja}",
-        why=f"{key} is {jinja}, {why}",
-        do="correct the path, or write the template itself in the config",
-        code="file-missing",
-        key=key,
-    )
+    what, why = f"chat template {what}: {jinja}", f"{key} is {jinja}, {why}"
+    do = "correct the path, or write the template itself in the config"
+    raise AttnimgError(what, why=why, do=do, code="file-missing", key=key)
 
 
 class TemplateLimitError(Exception):

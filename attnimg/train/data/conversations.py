@@ -158,13 +158,10 @@ def _turn(spec: DatasetSpec, message: object, place: Place, *, number: int) -> T
         "role": spec.message_field_role or "role",
         "content": spec.message_field_content or "content",
     } | (spec.message_property_mappings or {})
+    keys = (mappings["role"], mappings["content"])
     if not isinstance(message, Mapping):
-        raise bad_record(
-            place,
-            why=f"message {number} is {shorten(message)}, needed an object with "
-            f"{mappings['role']} and {mappings['content']}",
-            do="write each message as an object",
-        )
+        why = f"message {number} is {shorten(message)}, needed an object with {' and '.join(keys)}"
+        raise bad_record(place, why=why, do="write each message as an object")
     named: dict[str, Any] = {
         to: message[name] for to, name in mappings.items() if message.get(name) is not None
     }
@@ -185,13 +182,10 @@ def _turn(spec: DatasetSpec, message: object, place: Place, *, number: int) -> T
     calls = read_tool_calls(named.get("tool_calls"), place, number=number)
     for key in ("role", "content"):
         if key not in named and not (key == "content" and (calls or mappings[key] in message)):
-            raise bad_record(
-                place,
-                why=f"message {number} has {', '.join(message) or 'nothing'}; "
-                f"needed {mappings['role']} and {mappings['content']}",
-                do=_keys_hint(spec, message, place),
-                code="wrong-columns" if place.first else "bad-data",
-            )
+            found = ", ".join(message) or "nothing"
+            why = f"message {number} has {found}; needed {' and '.join(keys)}"
+            code = "wrong-columns" if place.first else "bad-data"
+            raise bad_record(place, why=why, do=_keys_hint(spec, message, place), code=code)
     name = require_text(named["role"], f"{mappings['role']} of message {number}", place)
     role = _role(spec, name, place, number=number)
     reasoning = _reasoning(named, place, number=number)
@@ -221,12 +215,9 @@ def _content(
     pieces, untrained, at = list[str](), list[tuple[int, int]](), 0
     for part in value:
         if not isinstance(part, Mapping) or part.get("type") not in (None, "text"):
-            raise bad_record(
-                place,
-                why=f"a part of {name} is {shorten(part)}, needed text: "
-                '{"type": "text", "text": "..."}',
-                do="write it as text, or remove the record; only text is supported",
-            )
+            why = f"a part of {name} is {shorten(part)}, needed text"
+            do = 'write it as {"type": "text", "text": "..."}, or remove the record; only text is '
+            raise bad_record(place, why=why, do=f"{do}supported")
         found = next((part[k] for k in ("text", "content", "value") if part.get(k)), "")
         pieces.append(require_text(found, f"a part of {name}", place))
         if _flag(part, f"a part of {name}", place) is False:

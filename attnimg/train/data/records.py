@@ -167,11 +167,8 @@ def read_records(file: LocalFile, *, key: str) -> Iterator[Record]:
         for unit, number, record in _READERS[file.format](file):
             place = Place(str(file.path), number, unit, key, first)
             if not isinstance(record, dict):
-                raise bad_record(
-                    place,
-                    why=f"found {_json_name(record)}, needed an object with named columns",
-                    do="write each record as {...}",
-                )
+                why = f"found {_json_name(record)}, needed an object with named columns"
+                raise bad_record(place, why=why, do="write each record as {...}")
             yield place, record
             first = False
     except BrokenFile as error:

@@ -109,13 +109,10 @@ def load_hub(source: Source) -> Mapping[str, Dataset]:
 
     spec = source.spec
     if spec.trust_remote_code:
-        raise AttnimgError(
-            "datasets with code of their own are not supported",
-            why=f"found {source.key}.trust_remote_code: true; the datasets library ignores it",
-            do="convert the dataset to Parquet, and remove trust_remote_code",
-            code="unsupported-key",
-            key=f"{source.key}.trust_remote_code",
-        )
+        key, what = f"{source.key}.trust_remote_code", "datasets with own code are not supported"
+        why = f"found {key}: true; the datasets library no longer runs such code"
+        do = "convert the dataset to Parquet, and remove trust_remote_code"
+        raise AttnimgError(what, why=why, do=do, code="unsupported-key", key=key)
     if not constants.HF_HUB_OFFLINE:
         _check_reachable(source)
     try:
@@ -285,14 +282,10 @@ def _check_size(root: Path, *, key: str, where: str) -> None:
         folders[:] = [name for name in folders if not name.startswith(".")]
         others += len(folders) + sum(_detect_format(Path(name)) is None for name in files)
         if others > _MAX_OTHER_FILES:
-            raise AttnimgError(
-                f"the folder {root} has too many files that are not data",
-                why=f"found more than {_MAX_OTHER_FILES:,} folders and other files, the last "
-                f"in {folder}",
-                do=f"name the file in {where}.path, or its files in {where}.data_files",
-                code="bad-data",
-                key=key,
-            )
+            what = f"the folder {root} has too many files that are not data"
+            why = f"found more than {_MAX_OTHER_FILES:,} folders and other files, up to {folder}"
+            do = f"name the file in {where}.path, or its files in {where}.data_files"
+            raise AttnimgError(what, why=why, do=do, code="bad-data", key=key)
 
 
 def _detect_format(path: Path) -> Format | None:
@@ -369,41 +362,30 @@ def _check_reachable(source: Source) -> None:
     """Check that the hub can be reached and has the dataset."""
     from huggingface_hub import HfApi, errors
 
-    spec = source.spec
+    spec, key = source.spec, f"{source.key}.path"
     try:
         HfApi().dataset_info(spec.path, revision=spec.revision, timeout=TIMEOUT_SECONDS)
     except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError) as error:
-        raise AttnimgError(
-            f"dataset not found: {spec.path}",
-            why=f"no such file or folder here, and the hub answers: {str(error).splitlines()[0]}",
-            do="correct the path; for a private dataset set HF_TOKEN",
-            code="file-missing",
-            key=f"{source.key}.path",
-        ) from None
+        what = f"dataset not found: {spec.path}"
+        why = f"no such file or folder here, and the hub answers: {str(error).splitlines()[0]}"
+        do = "correct the path; for a private dataset set HF_TOKEN"
+        raise AttnimgError(what, why=why, do=do, code="file-missing", key=key) from None
     # The hub client's releases use different HTTP libraries.
     except (errors.HTTPError, OSError) as error:  # type: ignore[attr-defined]  # re-exported
-        raise AttnimgError(
-            f"dataset not found here, and the hub can't be reached: {spec.path}",
-            why=f"no such file or folder here; the request to the hub failed: {error}",
-            do="correct the path, restore the connection, or set HF_HUB_OFFLINE=1 to use an "
-            "earlier download",
-            code="hub-unreachable",
-            key=f"{source.key}.path",
-        ) from None
+        what = f"dataset not found here, and the hub can't be reached: {spec.path}"
+        why = f"no such file or folder here; the request to the hub failed: {error}"
+        do = "correct the path, restore the connection, or set HF_HUB_OFFLINE=1 for an old download"
+        raise AttnimgError(what, why=why, do=do, code="hub-unreachable", key=key) from None
 
 
 def _unreadable(source: Source, error: Exception, *, offline: bool) -> AttnimgError:
     spec = source.spec
     reason = " ".join((str(error).splitlines() or [type(error).__name__])[:2])
     if offline and isinstance(error, ConnectionError | FileNotFoundError):
-        return AttnimgError(
-            f"dataset not found: {spec.path}",
-            why=f"no such file or folder here, not in the hub's cache, and HF_HUB_OFFLINE is set "
-            f"({reason})",
-            do="correct the path, or download the dataset first without HF_HUB_OFFLINE",
-            code="file-missing",
-            key=f"{source.key}.path",
-        )
+        what, key = f"dataset not found: {spec.path}", f"{source.key}.path"
+        why = f"not found here or in the hub's cache, and HF_HUB_OFFLINE is set ({reason})"
+        do = "correct the path, or download the dataset first without HF_HUB_OFFLINE"
+        return AttnimgError(what, why=why, do=do, code="file-missing", key=key)
     do = f"correct {source.key}: path, name, split, revision and data_files"
     if "config" in reason.lower():  # the name of a config is missing, or does not exist
         do = f"set {source.key}.name to one of them"

@@ -75,15 +75,11 @@ def find_rows(spec: DatasetSpec, lengths: Mapping[str, int], *, key: str) -> lis
     try:
         parts = datasets.ReadInstruction.from_spec(requested).to_absolute(lengths)
     except ValueError as error:
-        raise AttnimgError(
-            f"{requested} does not name a split of {spec.path}",
-            why=f"{error}; needed a split ({', '.join(lengths)}), or rows of one",
-            do="set {0}.split: {1}, or {1}[:1000], or {1}[10%:20%]".format(
-                key, next(iter(lengths))
-            ),
-            code="bad-value",
-            key=f"{key}.split",
-        ) from None
+        what = f"{requested} does not name a split of {spec.path}"
+        why = f"{error}; needed a split ({', '.join(lengths)}), or rows of one"
+        first = next(iter(lengths))
+        do = f"set {key}.split: {first}, or {first}[:1000], or {first}[10%:20%]"
+        raise AttnimgError(what, why=why, do=do, code="bad-value", key=f"{key}.split") from None
     found = [(part.splitname, part.from_, max(part.from_, part.to)) for part in parts]
     if "[" in requested and all(start == stop for _, start, stop in found):
         rows = ", ".join(f"{lengths[name]:,} rows in {name}" for name in names)

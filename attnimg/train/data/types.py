@@ -74,14 +74,12 @@ def make_encoder(source: Source, config: Config, tokenizer: Any) -> Encoder:
             system_message=config.default_system_message,
         )
     if tokenizer.eos_token_id is None:
-        raise AttnimgError(
-            "the tokenizer has no end-of-text token",
-            why=f"found none; {spec.type} ends each document with it, so that the model "
-            "learns to stop",
-            do='set one: `special_tokens: {eos_token: "</s>"}`',
-            code="missing-key",
-            key="special_tokens",
+        what = "the tokenizer has no end-of-text token"
+        why = (
+            f"found none; {spec.type} ends each document with it, so that the model learns to stop"
         )
+        do = 'set one: `special_tokens: {eos_token: "</s>"}`'
+        raise AttnimgError(what, why=why, do=do, code="missing-key", key="special_tokens")
     return PairEncoder(tokenizer, config.train_on_inputs)
 
 
