@@ -196,10 +196,10 @@ def _unsupported_key(key: str, value: Any, *, do: str) -> Finding:
 
 
 def _unknown_key(key: str, name: str) -> Finding:
-    near = keys.nearest_key(name, dataset=key != name)
+    similar = keys.nearest_key(name, dataset=key != name)
     what = f"{key if key.isprintable() and key else repr(key)} is not a known key"
     why = "neither attnimg nor axolotl knows it, and it would have no effect"
-    do = f"did you mean {near}?" if near else "remove it; the README lists the keys"
+    do = f"did you mean {similar}?" if similar else "remove it; the README lists the keys"
     return make_error("unknown-key", key, what, why, do)
 
 

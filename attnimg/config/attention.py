@@ -60,9 +60,9 @@ def name_errors(name: object) -> Iterator[Finding]:
         why = "found an alias, needed the backend's full name"
         yield make_error("alias-rejected", key, what, why, f"write {key}: {ALIASES[name]}")
     elif name != AUTO and not _is_known(name):
-        near = get_close_matches(name.strip().lower(), [*known, *ALIASES], n=3, cutoff=0.5)
-        near = list(dict.fromkeys(ALIASES.get(match, match) for match in near))
-        hint = f"did you mean {' or '.join(near)}? " if near else ""
+        similar = get_close_matches(name.strip().lower(), [*known, *ALIASES], n=3, cutoff=0.5)
+        similar = list(dict.fromkeys(ALIASES.get(match, match) for match in similar))
+        hint = f"did you mean {' or '.join(similar)}? " if similar else ""
         why = f"found {name!r}, needed one of {', '.join(known)}, or org/name[@rev][:fn]"
         yield make_error("unknown-backend", key, f"unknown backend {name!r}", why, f"{hint}{do}")
 

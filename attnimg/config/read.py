@@ -136,24 +136,27 @@ def with_overrides(values: dict[str, Any], overrides: tuple[str, ...]) -> dict[s
             why = "needed a setting such as learning_rate=1e-4 after the config"
             do = "write it as key=value, without spaces around the ="
             raise AttnimgError(what, why=why, do=do, code="bad-value")
-        result = _replace(result, key.strip().split("."), parse_value(value), whole=text)
+        result = _replace(result, key.strip().split("."), parse_value(value), setting=text)
     assert isinstance(result, dict)
     return result
 
 
-def _replace(node: Any, parts: list[str], value: Any, *, whole: str) -> Any:
+def _replace(node: Any, parts: list[str], value: Any, *, setting: str) -> Any:
     """Return a copy of `node` with the value at the path `parts` replaced."""
     if not parts:
         return value
     part, *rest = parts
     if node is None or isinstance(node, dict):
-        return {**(node or {}), part: _replace((node or {}).get(part), rest, value, whole=whole)}
+        return {
+            **(node or {}),
+            part: _replace((node or {}).get(part), rest, value, setting=setting),
+        }
     if isinstance(node, list) and part.isascii() and part.isdigit() and int(part) < len(node):
         copy = list(node)
-        copy[int(part)] = _replace(node[int(part)], rest, value, whole=whole)
+        copy[int(part)] = _replace(node[int(part)], rest, value, setting=setting)
         return copy
     kind = f"a list of {len(node)}" if isinstance(node, list) else repr(node)
-    what = f"{whole!r} does not fit the config"
+    what = f"{setting!r} does not fit the config"
     why = f"found {kind}, needed a value that has the key {part!r}"
     do = "correct the key so that it names a value of the config file"
     raise AttnimgError(what, why=why, do=do, code="bad-value")

@@ -165,12 +165,12 @@ def _dataset_types(config: Config) -> Iterator[Finding]:
     for entry, spec, _ in dataset_entries(config):
         if spec.type is None or spec.type in DATASET_TYPES:
             continue
-        near = get_close_matches(spec.type, DATASET_TYPES, n=1)
+        similar = get_close_matches(spec.type, DATASET_TYPES, n=1)
         # Source: axolotl 067b021c, utils/schemas/validation.py:52 (2026-11-27)
-        near = ["chat_template"] if spec.type.startswith("sharegpt") else near
+        similar = ["chat_template"] if spec.type.startswith("sharegpt") else similar
         key = f"{entry}.type"
         why = f"{key} is {spec.type}, needed one of {', '.join(DATASET_TYPES)}"
-        do = f"set {key}: {' or '.join(near or DATASET_TYPES[:-1])}"
+        do = f"set {key}: {' or '.join(similar or DATASET_TYPES[:-1])}"
         yield _bad_value(key, f"unknown dataset type {spec.type!r}", why, do)
 
 
@@ -182,9 +182,9 @@ def _trained_roles(config: Config) -> Iterator[Finding]:
         unknown = [name for name in requested if name not in {*known, *known.values()}]
         if not unknown:
             continue
-        near = get_close_matches(unknown[0], known, n=1, cutoff=0.0)
+        similar = get_close_matches(unknown[0], known, n=1, cutoff=0.0)
         named = [known.get(name, name) for name in requested if name in known]
-        fitting = list(dict.fromkeys([*named, *(known[name] for name in near)]))
+        fitting = list(dict.fromkeys([*named, *(known[name] for name in similar)]))
         what = f"unknown role in roles_to_train: {unknown[0]!r}"
         why = f"{key} has {', '.join(unknown)}, needed one of {', '.join(known)}"
         yield _bad_value(key, what, why, f"set {key}: [{', '.join(fitting)}]")
@@ -217,7 +217,7 @@ def _templates(config: Config) -> Iterator[Finding]:
     for place, holder in holders.items():
         if holder.chat_template == "jinja" and not holder.chat_template_jinja:
             key = f"{place}chat_template"
-            why = f"found {key}: jinja and no {key}_jinja, which holds the template"
+            why = f"found {key}: jinja and no {key}_jinja, which would contain the template"
             yield _bad_value(key, f"{key}: jinja has no template", why, f"remove {key}")
     key = "default_system_message"
     if not config.default_system_message or not all(spec.type for spec in specs.values()):

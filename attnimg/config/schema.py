@@ -122,7 +122,7 @@ class DatasetSpec(BaseModel):
         path: a local file or folder, or a name on the Hugging Face hub.
         type: alpaca, alpaca:chat, completion, chat_template or pretrain.
         field: the text column of completion and pretrain.
-        field_messages: the column that holds a conversation.
+        field_messages: the column with the conversation.
         message_property_mappings: role/content -> the keys in the records.
         roles: role of the chat template -> its names in the records.
         roles_to_train: the roles whose turns have loss.

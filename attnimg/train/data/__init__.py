@@ -197,7 +197,7 @@ def _no_documents(source: Source, figures: SourceFigures) -> AttnimgError:
             f"{source.key}.roles_to_train"
         )
     else:
-        do = f"name the column that holds the text, or correct {source.key}.path"
+        do = f"name the column with the text, or correct {source.key}.path"
     return AttnimgError(
         f"nothing to train on in {source.spec.path}",
         why=f"of {figures.records:,} records, {figures.empty:,} have no text, {longer:,} are "
@@ -230,8 +230,8 @@ def _split_validation(documents: Dataset, config: Config) -> tuple[Dataset, Data
         raise AttnimgError(what, why=why, do=do, code="bad-value", key="val_set_size")
     order = numpy.random.default_rng(config.seed).permutation(total)
     validation = sorted(order[:count].tolist())
-    kept = sorted(order[count:].tolist())
-    return documents.select(kept), documents.select(validation)
+    train = sorted(order[count:].tolist())
+    return documents.select(train), documents.select(validation)
 
 
 def sample_text(documents: Documents, tokenizer: Any) -> str:

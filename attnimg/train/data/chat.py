@@ -306,11 +306,11 @@ def _with_full_offsets(tokenizer: Any) -> Any:
     untrimmed = json.loads(written, object_hook=untrim)
     if untrimmed == json.loads(written):
         return tokenizer
-    whole = copy.deepcopy(tokenizer)  # the original is saved with the model
-    whole.backend_tokenizer.post_processor = Tokenizer.from_str(
+    untrimmed_copy = copy.deepcopy(tokenizer)  # the original is saved with the model
+    untrimmed_copy.backend_tokenizer.post_processor = Tokenizer.from_str(
         json.dumps(untrimmed)
     ).post_processor
-    return whole
+    return untrimmed_copy
 
 
 def label_tokens(

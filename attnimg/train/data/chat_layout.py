@@ -194,7 +194,7 @@ class SharedLayout:
         Answers begin and end in the template's text, never inside a content.
         """
         rendering = Rendering(messages, text)
-        placed = place_contents(rendering, self.literals, whole=True)
+        placed = place_contents(rendering, self.literals, include_think=True)
         if placed is None:
             return None
         rendering = replace(rendering, contents=placed)

@@ -321,11 +321,11 @@ def literals_between(text: str, has_content: Sequence[bool]) -> Literals | None:
 
 
 def place_contents(
-    rendering: Rendering, literals: Literals | None, *, whole: bool = False
+    rendering: Rendering, literals: Literals | None, *, include_think: bool = False
 ) -> tuple[Span | None, ...] | None:
     """Find contents in a text that must be the literals with the contents between them.
 
-    With `whole`, the reasoning in a content belongs to it, not to the literal before it.
+    With `include_think`, the reasoning in a content belongs to it, not to the literal before it.
     """
     if literals is None:
         return None
@@ -336,23 +336,23 @@ def place_contents(
     at = len(pieces[0])
     for number, after in zip(numbers, pieces[1:], strict=True):
         message = rendering.messages[number]
-        for content in _content_forms(message, whole=whole):
+        for content in _content_forms(message, include_think=include_think):
             if text.startswith(content + after, at):
                 break
         else:
             return None
         end = at + len(content)
-        spans[number] = (at if whole else _with_think_block(message, text, at), end)
+        spans[number] = (at if include_think else _with_think_block(message, text, at), end)
         at = end + len(after)
     return tuple(spans) if at == len(text) and _in_order(rendering.messages, spans) else None
 
 
-def _content_forms(message: Message, *, whole: bool) -> tuple[str, ...]:
+def _content_forms(message: Message, *, include_think: bool) -> tuple[str, ...]:
     """Return the forms in which templates write a content: as it is, stripped, as JSON.
 
     Qwen's templates strip newlines only.
     """
-    content = message["content"][0 if whole else len(think_block(message)) :]
+    content = message["content"][0 if include_think else len(think_block(message)) :]
     plain = dict.fromkeys(
         cut
         for blanks in (None, "\n")
@@ -377,13 +377,13 @@ def _find_content(text: str | None, rendering: Rendering, number: int) -> Span:
     if text is None or text.count(placeholder(number)) != 1:
         raise RewrittenError(f"it drops or repeats the content of message {number + 1}")
     before, _, after = text.partition(placeholder(number))
-    whole, end = rendering.text, len(rendering.text) - len(after)
-    if not (whole.startswith(before) and whole.endswith(after) and end >= len(before)):
+    rendered, end = rendering.text, len(rendering.text) - len(after)
+    if not (rendered.startswith(before) and rendered.endswith(after) and end >= len(before)):
         raise RewrittenError(f"its text around message {number + 1} depends on the content")
     message = rendering.messages[number]
-    if whole[len(before) : end] not in _content_forms(message, whole=False):
+    if rendered[len(before) : end] not in _content_forms(message, include_think=False):
         raise RewrittenError(f"it rewrites the content of message {number + 1}")
-    return _with_think_block(message, whole, len(before)), end
+    return _with_think_block(message, rendered, len(before)), end
 
 
 def _in_order(messages: Sequence[Message], spans: Sequence[Span | None]) -> bool:

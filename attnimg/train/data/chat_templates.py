@@ -62,7 +62,7 @@ MEMORY_BYTES = 1 << 30
 # Limits of the output: at most this many characters, or this many times the record's characters.
 OUTPUT_CHARACTERS, OUTPUT_RATIO = 1 << 20, 20
 
-# Digits that the filter `round` may keep: a double has 17, and up to 308 before the point.
+# Digits that the filter `round` may round to: a double has 17, and up to 308 before the point.
 _DIGITS = 1000
 
 _PROCESS = psutil.Process()
@@ -77,7 +77,7 @@ def choose_chat_template(
     returned, and conversations with tools use "tool_use", all others "default".
 
     Args:
-        config: names a template (chat_template) or holds one (chat_template_jinja).
+        config: names a template (chat_template) or contains one (chat_template_jinja).
         tokenizer: a transformers tokenizer; its own template is the default.
         spec: the dataset entry, which may name its own.
         key: the config key of that entry.
@@ -110,10 +110,10 @@ def choose_chat_template(
     if plain in NAMED:
         return NAMED[plain]
     known = [*named, *NAMED, "tokenizer_default"]
-    near = difflib.get_close_matches(plain, known, n=1, cutoff=0.0)
+    similar = difflib.get_close_matches(plain, known, n=1, cutoff=0.0)
     what = f"unknown chat template {name!r}"
     why = f"needed one of {', '.join(known)}, or jinja with chat_template_jinja"
-    do = f"set {where}: {near[0] if own else next(iter(NAMED))}"
+    do = f"set {where}: {similar[0] if own else next(iter(NAMED))}"
     raise AttnimgError(what, why=why, do=do, code="bad-value", key=where)
 
 

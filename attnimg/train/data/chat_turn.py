@@ -148,9 +148,9 @@ class RenderedTurn:
         before, found, after = shown.partition(placeholder(self.number))
         if found:
             at = len(text) - len(text[len(before) :].lstrip())
-            whole = text.startswith(before) and text.startswith(reasoning, at)
+            unchanged = text.startswith(before) and text.startswith(reasoning, at)
             ordered = self.before <= at <= (content[0] if content else self.limit)
-            if whole and ordered and placeholder(self.number) not in after:
+            if unchanged and ordered and placeholder(self.number) not in after:
                 return at
             raise RewrittenError(
                 f"it rewrites or repeats the reasoning of message {self.number + 1}"
@@ -220,7 +220,7 @@ class RenderedTurn:
             return low, low + len(turn_text)
         raise RewrittenError(f"the end of message {self.number + 1} cannot be found")
 
-    def _span_unlike_plain(self, whole: str, messages: Sequence[Message]) -> Span:
+    def _span_unlike_plain(self, rendered: str, messages: Sequence[Message]) -> Span:
         """Return where a rendering differs from the one with a plain answer here."""
         prefixes, suffixes = [], []
         for content in PLAIN:
@@ -228,11 +228,11 @@ class RenderedTurn:
             other = self.renderer.try_text(
                 [*messages[: self.number], plain, *messages[self.number + 1 :]]
             )
-            prefixes.append(_common_prefix(whole, other or ""))
-            suffixes.append(_common_prefix(whole[::-1], (other or "")[::-1]))
+            prefixes.append(_common_prefix(rendered, other or ""))
+            suffixes.append(_common_prefix(rendered[::-1], (other or "")[::-1]))
         return (
-            _before_tag(whole, min(prefixes)),
-            _before_tag(whole, len(whole) - min(suffixes)),
+            _before_tag(rendered, min(prefixes)),
+            _before_tag(rendered, len(rendered) - min(suffixes)),
         )
 
     def _plain_opens(self, prompt: str, first: int) -> bool:
@@ -241,8 +241,8 @@ class RenderedTurn:
         Otherwise it belongs to a call: gpt-oss names the channel, Muse Glimmer the called tool.
         """
         plain = {"role": self.message["role"], "content": PLAIN[0]}
-        whole = self.renderer.try_text([*self.rendering.messages[: self.number], plain]) or ""
-        opening = whole.partition(PLAIN[0])[0][len(prompt) :]
+        rendered = self.renderer.try_text([*self.rendering.messages[: self.number], plain]) or ""
+        opening = rendered.partition(PLAIN[0])[0][len(prompt) :]
         return opening.strip() == self.rendering.text[len(prompt) : first].strip()
 
     def end(self, text_end: int, ends: EndTokens) -> int | None:
@@ -326,11 +326,11 @@ class RenderedTurn:
 
     def _up_to_added_turn(self, messages: Sequence[Message]) -> str:
         """Return the rendered text before the content of the added turn; all of it without one."""
-        whole = self.renderer.try_text(messages) or ""
+        rendered = self.renderer.try_text(messages) or ""
         added = placeholder(len(self.rendering.messages))
         if len(messages) <= len(self.rendering.messages):
-            return whole
-        return whole.partition(added)[0] if added in whole else ""
+            return rendered
+        return rendered.partition(added)[0] if added in rendered else ""
 
 
 def _common_prefix(one: str, other: str) -> int:

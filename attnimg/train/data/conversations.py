@@ -83,7 +83,7 @@ def with_function(call: Mapping[str, Any], **changes: Any) -> dict[str, Any]:
 
 
 def arguments_as_text(message: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a message whose tool calls hold their arguments as JSON text.
+    """Return a message whose tool calls have their arguments as JSON text.
 
     The chat templates of DeepSeek concatenate them with other text, and accept only text.
     """

@@ -162,7 +162,7 @@ def _unreadable_value(error: Exception) -> str:
 
 
 def _array(window: _Window) -> Iterator[object]:
-    """Yield the elements of the array that a file holds."""
+    """Yield the elements of the array in a file."""
     window.skip("[")
     yield from window.elements()
     window.end()

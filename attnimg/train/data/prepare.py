@@ -63,7 +63,7 @@ class SourceFigures:
         path: the path or name in the config.
         type: the dataset type, which decides how records become text.
         records: records read.
-        documents: documents kept.
+        documents: documents to train or evaluate on.
         tokens: tokens in them.
         trained_tokens: those with loss; a document's first token never has one.
         empty: records dropped because they have no text.
@@ -188,10 +188,10 @@ def _parse_batches(
         tally["records"] += len(records)
         advance(len(records))
         parsed = ((place, parse(record, place)) for place, record in records)
-        kept = [(place, value) for place, value in parsed if value is not None]
-        tally["empty"] += len(records) - len(kept)
-        if kept:
-            yield kept
+        nonempty = [(place, value) for place, value in parsed if value is not None]
+        tally["empty"] += len(records) - len(nonempty)
+        if nonempty:
+            yield nonempty
 
 
 def _encode_batches(
@@ -406,10 +406,11 @@ def _load_cached(folder: Path, key: str) -> tuple[Dataset, Prepared]:
     try:
         cached = json.loads((folder / FIGURES).read_bytes())
         facts = cached["facts"]
-        whole = cached["sha256"] == _text_digest(facts) and facts["documents"] == _digest(documents)
+        undamaged = cached["sha256"] == _text_digest(facts)
+        undamaged = undamaged and facts["documents"] == _digest(documents)
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        whole = False
-    if not whole:
+        undamaged = False
+    if not undamaged:
         raise UnusableCache("it is damaged")
     if facts["key"] != key:
         raise UnusableCache("it was made from other data")

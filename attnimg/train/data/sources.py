@@ -296,12 +296,12 @@ def _detect_format(path: Path) -> Format | None:
 def _folder_source(root: Path, spec: DatasetSpec, *, key: str) -> Source:
     """Return the source of a folder of data files."""
     _check_size(root, key=f"{key}.path", where=key)
-    wanted = (spec.ds_type,) if spec.ds_type else tuple(FORMATS.values())
+    formats_to_read = (spec.ds_type,) if spec.ds_type else tuple(FORMATS.values())
 
     def is_data(path: Path) -> bool:
-        # Subfolders that save_to_disk wrote have a state.json, which holds no records.
+        # Subfolders that save_to_disk wrote have a state.json, which has no records.
         saved = path.name == "state.json" and (path.parent / "dataset_info.json").exists()
-        return _detect_format(path) in wanted and not saved
+        return _detect_format(path) in formats_to_read and not saved
 
     found, others = folder_splits(root, spec, is_data=is_data, key=key)
     splits = {split: paths for split, paths in found.items() if paths}

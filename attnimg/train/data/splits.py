@@ -49,11 +49,11 @@ def split_names(spec: DatasetSpec, names: Collection[str], *, key: str) -> list[
     requested = requested_split(spec, names, key=key)
     found = re.findall(r"(?:^|\+)\s*([\w.]+)", requested)
     if missing := next((name for name in found if name not in names), None):
-        near = next(iter([*difflib.get_close_matches(missing, names, n=1), *names]))
+        similar = next(iter([*difflib.get_close_matches(missing, names, n=1), *names]))
         set_to = f"{key}.split is {spec.split}" if spec.split else f"{key}.split is not set"
         what = f"no split {missing} in {spec.path}"
         why = f"{set_to}, found {', '.join(names)}"
-        do = f"set {key}.split: {near}, or correct {key}.path"
+        do = f"set {key}.split: {similar}, or correct {key}.path"
         raise AttnimgError(what, why=why, do=do, code="bad-value", key=f"{key}.split")
     return list(dict.fromkeys(found))
 
@@ -98,7 +98,7 @@ def folder_splits(
     Args:
         root: the folder.
         spec: the dataset entry; its `name` is one of the README's configs.
-        is_data: whether a file holds records; others are ignored.
+        is_data: whether a file has records; others are ignored.
         key: "datasets[0]".
 
     Raises:

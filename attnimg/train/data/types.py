@@ -128,10 +128,10 @@ def _parse_text(field: str, record: Mapping[str, Any], place: Place) -> Pair | N
     hint = "name the text column: `field: ...`"
     if longest is not None:
         hint = f"name the text column: `field: {json.dumps(longest, ensure_ascii=False)}`"
-    whole = require_text(
+    text = require_text(
         require_column(record, field, place, needed=(field,), hint=hint), field, place
     )
-    return Pair(None, whole) if whole.strip() else None
+    return Pair(None, text) if text.strip() else None
 
 
 Tokens = tuple[list[int], list[int]]  # input_ids and labels, equally long
@@ -175,14 +175,14 @@ class PairEncoder:
     def _added_tokens(self) -> tuple[list[int], list[int]]:
         """Return the tokens that are added before and after a text; the end token is the last."""
         bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
-        whole = self.tokenizer("a", verbose=False)["input_ids"]
+        encoded = self.tokenizer("a", verbose=False)["input_ids"]
         (alone,) = self._tokenize(["a"])
         start = next(
-            (n for n in range(len(whole)) if alone and whole[n : n + len(alone)] == alone),
-            int(bos is not None and whole[:1] == [bos]),  # a vocabulary without the letter
+            (n for n in range(len(encoded)) if alone and encoded[n : n + len(alone)] == alone),
+            int(bos is not None and encoded[:1] == [bos]),  # a vocabulary without the letter
         )
-        ending = whole[start + len(alone) :]
-        return whole[:start], ending if ending[-1:] == [eos] else [*ending, eos]
+        ending = encoded[start + len(alone) :]
+        return encoded[:start], ending if ending[-1:] == [eos] else [*ending, eos]
 
     def _tokenize(self, texts: list[str]) -> list[list[int]]:
         if not texts:
