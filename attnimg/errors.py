@@ -97,7 +97,7 @@ def bad_manifest(path: Path, error: Exception) -> AttnimgError:
     """Return the error for an unreadable file that was written when the image was built."""
     return AttnimgError(
         f"{path} cannot be read",
-        why=f"{type(error).__name__}: {error}; an image writes it when it is built",
+        why=f"{type(error).__name__}: {error}; needed the file that the image build writes",
         do="pull the image again",
         code="bad-image",
         exit_code=1,
@@ -143,7 +143,7 @@ _MEMORY = re.compile(
 # killed by signal: Bus error. It is possible that dataloader's workers are out of shared memory"),
 # dataloader.py ("exited unexpectedly"), aten/src/ATen/MapAllocator.cpp ("unable to write to file
 # </torch_7_8_0>: No space left on device", "unable to mmap", "unable to resize") (2026-11-27).
-_SHARED = re.compile(
+_SHARED_MEMORY = re.compile(
     r"bus error|out of shared memory|(unable to|could not) \w+ .*(</torch_|shared memory)"
     r"|shared memory (file|object)",
     re.IGNORECASE,
@@ -156,9 +156,9 @@ _SHM = Path("/dev/shm")
 # /dev/shm counts as full when it has less free space.
 _FULL_BELOW_BYTES = 64 << 10
 
-_LESS = (
-    "set micro_batch_size and sequence_len lower, set gradient_checkpointing: true, or run it "
-    "where more memory is free"
+_USE_LESS_MEMORY = (
+    "lower micro_batch_size or sequence_len, set gradient_checkpointing: true, or use a machine "
+    "with more free memory"
 )
 
 
@@ -172,37 +172,39 @@ def memory_errors() -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError, OSError, ImportError) as error:
-        if (found := as_refusal(error)) is None:
+        if (found := out_of_memory_error(error)) is None:
             raise
         raise found from error
 
 
-def as_refusal(error: BaseException) -> AttnimgError | None:
+def out_of_memory_error(error: BaseException) -> AttnimgError | None:
     """Return the AttnimgError for an out-of-memory error; None for any other error."""
     from concurrent.futures.process import BrokenProcessPool
 
     lines = str(error).splitlines() or [type(error).__name__]
-    matching = [line for line in lines if any(p.search(line) for p in (_SHARED, _WORKER, _MEMORY))]
-    said = (matching or lines)[-1].strip()
+    matching = [
+        line for line in lines if any(p.search(line) for p in (_SHARED_MEMORY, _WORKER, _MEMORY))
+    ]
+    message = (matching or lines)[-1].strip()
     if isinstance(error, BrokenProcessPool):
-        what, do = "a process that prepares data was killed", "set dataset_num_proc: 1"
-        return _error(what, said, do, key="dataset_num_proc")
-    if _is_shm_full(error, said):
-        why = f"{said}\n/dev/shm has {shutil.disk_usage(_SHM).total / 2**20:,.1f} MiB"
+        what, do = "a process that prepares the dataset was killed", "set dataset_num_proc: 1"
+        return _error(what, message, do, key="dataset_num_proc")
+    if _is_shm_full(error, message):
+        why = f"{message}\n/dev/shm has {shutil.disk_usage(_SHM).total / 2**20:,.1f} MiB"
         do = "set dataloader_num_workers: 0, or start the container with --shm-size=1g"
         return _error("shared memory (/dev/shm) is full", why, do, key="dataloader_num_workers")
-    if _WORKER.search(said):
-        what, do = "a process that loads data was killed", "set dataloader_num_workers: 0"
-        return _error(what, f"{said}\n{_memory_text()}", do, key="dataloader_num_workers")
+    if _WORKER.search(message):
+        what, do = "a DataLoader worker was killed", "set dataloader_num_workers: 0"
+        return _error(what, f"{message}\n{_memory_text()}", do, key="dataloader_num_workers")
     full = error.errno == errno.ENOMEM if isinstance(error, OSError) else matching
     if full or isinstance(error, MemoryError):
-        return _error("out of memory", f"{said}\n{_memory_text()}", _LESS, key=None)
+        return _error("out of memory", f"{message}\n{_memory_text()}", _USE_LESS_MEMORY, key=None)
     return None
 
 
-def _is_shm_full(error: BaseException, said: str) -> bool:
+def _is_shm_full(error: BaseException, message: str) -> bool:
     if not isinstance(error, OSError):
-        return _SHARED.search(said) is not None
+        return _SHARED_MEMORY.search(message) is not None
     # The error of a semaphore that does not fit into /dev/shm has no file name.
     semaphore = error.errno == errno.ENOSPC and not error.filename
     return semaphore and _SHM.is_dir() and shutil.disk_usage(_SHM).free < _FULL_BELOW_BYTES
@@ -225,4 +227,4 @@ def _memory_text() -> str:
     with suppress(OSError, ValueError):  # "max" without a limit
         most = int(Path("/sys/fs/cgroup/memory.max").read_text())
         found.append(f"the container may use {most >> 20:,} MiB")
-    return "; ".join(found) or "the amount of free memory is not known"
+    return "; ".join(found) or "the amount of free memory is unknown"

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from attnimg.facts import Finding, Model, Plan
 
 if TYPE_CHECKING:
-    from attnimg.config.schema import Checked
+    from attnimg.config.schema import CheckResult
     from attnimg.selection.other_layers import OtherLayers
 
 _FLAGS = (
@@ -28,7 +28,7 @@ def line(value: dict[str, Any]) -> str:
     return re.sub("[\x7f-\x9f]", lambda found: f"\\u{ord(found.group()):04x}", text)
 
 
-def checked_json(checked: Checked) -> dict[str, Any]:
+def checked_json(checked: CheckResult) -> dict[str, Any]:
     """Return the object that `check --json` prints for one file."""
     attn = config = None
     if checked.config is not None:
@@ -49,7 +49,7 @@ def checked_json(checked: Checked) -> dict[str, Any]:
 
 
 def explained_json(
-    checked: Checked,
+    checked: CheckResult,
     *,
     model: Model | None,
     plan: Plan | None,

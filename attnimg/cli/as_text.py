@@ -16,7 +16,7 @@ from attnimg.facts import Backend, Finding, LayerGroup, Machine, Model, Plan, Pr
 from attnimg.selection.other_layers import OtherLayers, other_layers, text_of
 
 if TYPE_CHECKING:
-    from attnimg.config.schema import Checked
+    from attnimg.config.schema import CheckResult
 
 
 class PrintableConsole(Console):
@@ -43,7 +43,7 @@ def styled(text: Styled) -> Text:
     return Text.assemble(*((printable(piece), style) for piece, style in text))
 
 
-def print_findings(checked: Checked, *, err: Console) -> None:
+def print_findings(checked: CheckResult, *, err: Console) -> None:
     """Print errors and warnings: what happened, why, what to do."""
     for text in findings_text(checked.errors, "error"):
         err.print(styled(text), soft_wrap=True)

@@ -12,7 +12,7 @@ from attnimg.cli import JSON, ON, argument
 from attnimg.errors import printable, shortened
 
 if TYPE_CHECKING:
-    from attnimg.config.schema import Checked
+    from attnimg.config.schema import CheckResult
     from attnimg.facts import Finding
 
 ARGUMENTS = (
@@ -68,7 +68,7 @@ def _without_collection() -> Iterator[None]:
         gc.enable()
 
 
-def _summary(checked: Checked) -> Styled:
+def _summary(checked: CheckResult) -> Styled:
     """Return the summary line of a file."""
     said = ", ".join(
         f"{len(found)} {word}{'s' if len(found) > 1 else ''}"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from attnimg import config
 from attnimg.cli import JSON, ON, argument, as_json
-from attnimg.config.schema import Checked, Config
+from attnimg.config.schema import CheckResult, Config
 from attnimg.errors import AttnimgError
 from attnimg.facts import Arch, Finding, Machine, Model, Plan, Problem
 from attnimg.selection import plan
@@ -95,7 +95,7 @@ def explain(target: str, on: str | None, image: str | None, as_json_lines: bool)
     raise SystemExit(2 if invalid else 0)
 
 
-def _checked(target: str, *, on: Arch | None) -> Checked:
+def _checked(target: str, *, on: Arch | None) -> CheckResult:
     """Check a config; for a model, check a config that has only base_model."""
     if not _is_model(target):
         return config.check_file(target, on=on)
@@ -122,7 +122,7 @@ def _json_keys(path: Path) -> set[str]:
         return set()
 
 
-def _with_model(checked: Checked, values: Config) -> tuple[Checked, Model | None, float]:
+def _with_model(checked: CheckResult, values: Config) -> tuple[CheckResult, Model | None, float]:
     """Read the model, and add errors and warnings about it."""
     try:
         model, dropout = read_model(values)
@@ -179,7 +179,7 @@ def _as_finding(error: AttnimgError) -> Finding:
     return Finding(code=error.code, key=error.key, what=error.what, why=error.why, do=error.do)
 
 
-def _no_name(checked: Checked, found: Plan) -> Plan:
+def _no_name(checked: CheckResult, found: Plan) -> Plan:
     return Plan(
         asked=checked.requested or "?",
         chosen=None,
@@ -190,7 +190,7 @@ def _no_name(checked: Checked, found: Plan) -> Plan:
 
 
 def _print(
-    checked: Checked,
+    checked: CheckResult,
     found: Plan | None,
     *,
     machine: Machine,

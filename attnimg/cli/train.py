@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from attnimg import config
 from attnimg.cli import argument
-from attnimg.config.schema import Checked, Config
+from attnimg.config.schema import CheckResult, Config
 from attnimg.errors import printable
 from attnimg.facts import Finding, Plan
 from attnimg.machine.kernel_cache import use_shipped_kernels
@@ -81,7 +81,7 @@ def train_file(
     file: str, settings: Sequence[str], *, report: PrintedReport, stop: StopFlag
 ) -> None:
     """Check a config file, train it, and print the files that were written."""
-    from attnimg.config.rules import without_effect
+    from attnimg.config.rules import keys_without_effect
 
     checked = config.check_file(file, overrides=tuple(settings))
     machine = installed_machine()
@@ -91,7 +91,7 @@ def train_file(
         notes += precision_notes(checked.config, machine)
     checked = replace(checked, warnings=(*checked.warnings, *notes))
     values = _valid(checked, report.console)
-    for note in without_effect(values):
+    for note in keys_without_effect(values):
         report.say(f"warning: {note}")
     result = run.train(values, machine, report=report, stop=stop)
     for path in result.files if rank() == 0 else ():
@@ -99,7 +99,7 @@ def train_file(
         print(printable(str(path)) if sys.stdout.isatty() else path)
 
 
-def _valid(checked: Checked, console: Console) -> Config:
+def _valid(checked: CheckResult, console: Console) -> Config:
     """Return the config after printing its warnings; print its errors and exit if it has any."""
     from attnimg.cli import as_text
 

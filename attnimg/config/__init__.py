@@ -5,7 +5,7 @@ Only the config's values are read: no model, GPU, package, network or other file
 
 from __future__ import annotations
 
-import re
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any, get_args
 
@@ -15,23 +15,19 @@ from attnimg.backends import backend_named
 from attnimg.config import keys
 from attnimg.config.attention import (
     AUTO,
-    View,
+    AttentionSettings,
     attention_findings,
     name_errors,
     replace_legacy_keys,
 )
 from attnimg.config.read import read_yaml, with_overrides
 from attnimg.config.rules import value_errors
-from attnimg.config.schema import Checked, Config, DatasetSpec, SpecialToken
+from attnimg.config.schema import CheckResult, Config, DatasetSpec, SpecialToken, make_error
 from attnimg.errors import AttnimgError
 from attnimg.facts import Arch, Backend, Finding
 
 __all__ = ["check_file", "check_values", "parse_torch", "with_overrides"]
 
-# 2.13, 2.13.0, 2.6.0a0, 2.12.0.dev20260101, 2.11.0+cu130.
-_VERSION = re.compile(
-    r"(\d{1,4})\.(\d{1,4})(\.\d+)*((a|b|rc)\d+)?(\.?dev\d+)?(\+[a-z\d.]+)?", re.ASCII
-)
 _WITHOUT_DEFAULT = ("base_model", "learning_rate", "datasets", "pretraining_dataset")
 _DATASET_LISTS = ("datasets", "pretraining_dataset", "test_datasets")
 # Keys of a dataset entry, and of special_tokens.
@@ -40,7 +36,7 @@ _NULLABLE = DatasetSpec.model_fields.keys() | set(get_args(SpecialToken))
 
 def check_file(
     path: str, *, on: Arch | None = None, torch: str | None = None, overrides: tuple[str, ...] = ()
-) -> Checked:
+) -> CheckResult:
     """Check one file; all errors are in the result, none is raised.
 
     Args:
@@ -52,13 +48,12 @@ def check_file(
     try:
         values = with_overrides(read_yaml(path), overrides)
     except AttnimgError as error:
-        found = Finding(code=error.code, key=error.key, what=error.what, why=error.why, do=error.do)
-        return Checked(
+        return CheckResult(
             file=path,
             on=on.name if on else None,
             config=None,
             requested=None,
-            errors=(found,),
+            errors=(make_error(error.code, error.key, error.what, error.why, error.do),),
             warnings=(),
         )
     return check_values(values, file=path, on=on, torch=torch)
@@ -66,37 +61,37 @@ def check_file(
 
 def check_values(
     values: dict[str, Any], *, file: str, on: Arch | None = None, torch: str | None = None
-) -> Checked:
+) -> CheckResult:
     """Check one mapping of config keys; see check_file."""
     present = {key: value for key, value in values.items() if value is not None}
-    errors = [_computed(key) for key in keys.COMPUTED if key in present]
-    values, found = replace_legacy_keys(
+    errors = [_computed_key(key) for key in keys.COMPUTED if key in present]
+    values, legacy = replace_legacy_keys(
         {key: value for key, value in present.items() if key not in keys.COMPUTED}
     )
     name = values.pop("attn_implementation", None)
     bad_name = list(name_errors(name)) if name is not None else []
-    config, bad_values = _validated(values)
+    config, bad_values = _validate(values)
     backend = backend_named(name) if isinstance(name, str) and not bad_name else None
-    view = View(
+    settings = AttentionSettings(
         config=config,
         backend=backend,
         resolved=not bad_name and name != AUTO,
         on=on,
         torch=parse_torch(torch) if torch is not None else None,
     )
-    errors += [row for row in found if row.why]
-    rows = list(attention_findings(view))
-    errors += [*bad_name, *_missing(values), *bad_values, *(row for row in rows if row.why)]
-    failed = {(row.key or "").partition("[")[0] for row in bad_values}
-    errors += value_errors(config, failed)
-    errors += _unsupported(values, failed={error.key for error in errors})
-    return Checked(
+    attention = list(attention_findings(settings))
+    errors += [finding for finding in legacy if finding.why]
+    errors += [*bad_name, *_missing_keys(values), *bad_values]
+    errors += [finding for finding in attention if finding.why]
+    errors += value_errors(config, {(error.key or "").partition("[")[0] for error in bad_values})
+    errors += _unsupported_keys(values, failed={error.key for error in errors})
+    return CheckResult(
         file=file,
         on=on.name if on else None,
         config=config.model_copy(update=_flags(name, backend, bad=bool(bad_name))),
         requested=name if isinstance(name, str) else None,
         errors=tuple(errors),
-        warnings=tuple(row for row in (*found, *rows) if not row.why),
+        warnings=tuple(finding for finding in (*legacy, *attention) if not finding.why),
     )
 
 
@@ -106,18 +101,21 @@ def parse_torch(version: str) -> tuple[int, int]:
     Raises:
         AttnimgError: the text is not a version.
     """
-    match = _VERSION.fullmatch(version)
-    if match is None:
-        raise AttnimgError(
-            f"{version!r} is no torch version",
-            why="found no MAJOR.MINOR, such as 2.13 or 2.13.0+cpu",
-            do="pass --torch 2.13.0",
-            code="bad-value",
-        )
-    return int(match[1]), int(match[2])
+    from packaging.version import InvalidVersion, Version
+
+    release: tuple[int, ...] = ()
+    if version[:1].isdigit():  # packaging also accepts blanks and v before the number
+        with suppress(InvalidVersion):
+            release = Version(version).release
+    if len(release) < 2:
+        what = f"{version!r} is not a version of torch"
+        why = "needed MAJOR.MINOR, such as 2.13 or 2.13.0+cpu"
+        do = "pass --torch 2.13.0"
+        raise AttnimgError(what, why=why, do=do, code="bad-value")
+    return release[0], release[1]
 
 
-def _validated(values: dict[str, Any]) -> tuple[Config, list[Finding]]:
+def _validate(values: dict[str, Any]) -> tuple[Config, list[Finding]]:
     """Return the config with the valid keys, and the errors of the others."""
     known = {key: _without_nulls(v) for key, v in values.items() if key in Config.model_fields}
     try:
@@ -125,102 +123,84 @@ def _validated(values: dict[str, Any]) -> tuple[Config, list[Finding]]:
     except ValidationError as error:
         found: dict[str, Finding] = {}
         for item in error.errors(include_url=False):
-            wrong = _schema_finding(item)
+            wrong = _schema_error(item)
             found.setdefault(wrong.key or "", wrong)
         bad = {str(item["loc"][0]) for item in error.errors(include_url=False)}
     rest = {key: value for key, value in known.items() if key not in bad}
     return Config.model_validate(rest), list(found.values())
 
 
-def _schema_finding(item: Any) -> Finding:
+def _schema_error(item: Any) -> Finding:
+    """Return the finding for one of pydantic's errors."""
     top, *rest = item["loc"]
-    key, found = str(top), item["input"]
+    key = str(top)
     if top in _DATASET_LISTS and rest and isinstance(rest[0], int):
         key = f"{top}[{rest[0]}]" + (f".{rest[1]}" if len(rest) > 1 else "")
     if item["type"] == "extra_forbidden":
         name = str(rest[-1])
-        refused = keys.unsupported_dataset_keys().get(name)
-        return _unsupported_key(key, found, do=refused.do) if refused else _unknown(key, name)
+        unsupported = keys.unsupported_dataset_keys().get(name)
+        if unsupported is None:
+            return _unknown_key(key, name)
+        return _unsupported_key(key, item["input"], do=unsupported.do)
     if item["type"] == "missing":
         return _missing_key(key, "it has no default")
     message = item["msg"].removeprefix("Value error, ")
-    has_default = key not in _WITHOUT_DEFAULT and not key.endswith(("]", ".path"))
-    allowed = f"; {message[0].lower()}{message[1:]}"
-    return Finding(
-        code="bad-value",
-        key=key,
-        what=f"{key} has a value it cannot take",
-        why=f"found {_short(found)}{allowed}",
-        do=f"set {key} to such a value" + (", or remove it for its default" if has_default else ""),
-    )
+    why = f"found {_short(item['input'])}; {message[0].lower()}{message[1:]}"
+    do = f"set {key} to a valid value"
+    if key not in _WITHOUT_DEFAULT and not key.endswith(("]", ".path")):
+        do += ", or remove it for its default"
+    return make_error("bad-value", key, f"{key} has an invalid value", why, do)
 
 
-def _missing(values: dict[str, Any]) -> list[Finding]:
+def _missing_keys(values: dict[str, Any]) -> list[Finding]:
     found = []
     if "base_model" not in values:
         found.append(_missing_key("base_model", "it names the model: a folder or a hub name"))
     if "learning_rate" not in values:
-        found.append(_missing_key("learning_rate", "there is no safe default; 2e-4 suits lora"))
+        found.append(_missing_key("learning_rate", "it has no default; 2e-4 is common with LoRA"))
     if not {"datasets", "pretraining_dataset"} & values.keys():
-        found.append(_missing_key("datasets", "datasets or pretraining_dataset says what to learn"))
+        why = "needed datasets or pretraining_dataset, the data to train on"
+        found.append(_missing_key("datasets", why))
     return found
 
 
-def _unsupported(values: dict[str, Any], *, failed: set[str | None]) -> list[Finding]:
+def _unsupported_keys(values: dict[str, Any], *, failed: set[str | None]) -> list[Finding]:
     """Return errors about keys that are not implemented, unless they already have an error."""
     found = []
     for key, value in values.items():
-        if key in failed:
+        if key in failed or (key in Config.model_fields and key not in keys.IN_SCHEMA):
             continue
-        if key in Config.model_fields and key not in keys.IN_SCHEMA:
-            continue
-        if (refused := keys.unsupported_keys().get(key)) is not None:
+        if (unsupported := keys.unsupported_keys().get(key)) is not None:
             # 0, "" and an empty list turn a key off, as false does.
-            if value and value not in refused.accepts:
-                found.append(_unsupported_key(key, value, do=refused.do))
-        elif key.startswith("lora_"):
-            # Adapter keys of axolotl's plugins have no effect if they are false.
-            if value is not False:
-                found.append(replace(_unknown(key, key), code="unsupported-key"))
-        else:
-            found.append(_unknown(key, key))
+            if value and value not in unsupported.accepts:
+                found.append(_unsupported_key(key, value, do=unsupported.do))
+        elif not key.startswith("lora_"):
+            found.append(_unknown_key(key, key))
+        elif value is not False:  # adapter keys of axolotl's plugins have no effect if false
+            found.append(replace(_unknown_key(key, key), code="unsupported-key"))
     return found
 
 
-def _computed(key: str) -> Finding:
-    return Finding(
-        code="computed-flag",
-        key=key,
-        what=f"{key} is computed, it cannot be set",
-        why="it follows from attn_implementation",
-        do=f"remove {key}",
-    )
+def _computed_key(key: str) -> Finding:
+    what, why = f"{key} cannot be set", "it is computed from attn_implementation"
+    return make_error("computed-flag", key, what, why, f"remove {key}")
 
 
 def _missing_key(key: str, why: str) -> Finding:
-    do = f"add a line `{key}: ...`"
-    return Finding(code="missing-key", key=key, what=f"{key} is missing", why=why, do=do)
+    return make_error("missing-key", key, f"{key} is missing", why, f"add a line `{key}: ...`")
 
 
 def _unsupported_key(key: str, value: Any, *, do: str) -> Finding:
-    return Finding(
-        code="unsupported-key",
-        key=key,
-        what=f"{key} is not implemented",
-        why=f"found {_short(value)}; attnimg knows the key from axolotl and does not do it",
-        do=do,
-    )
+    why = f"found {_short(value)}; it is a key of axolotl that attnimg does not implement"
+    return make_error("unsupported-key", key, f"{key} is not implemented", why, do)
 
 
-def _unknown(key: str, name: str) -> Finding:
-    near = keys.nearest_key(name, dataset=key != name)
-    return Finding(
-        code="unknown-key",
-        key=key,
-        what=f"{key if key.isprintable() and key else repr(key)} is no key",
-        why="neither attnimg nor axolotl knows it, and it would have no effect",
-        do=f"did you mean {near}?" if near else "remove it; the README lists the keys",
-    )
+def _unknown_key(key: str, name: str) -> Finding:
+    similar = keys.nearest_key(name, dataset=key != name)
+    what = f"{key if key.isprintable() and key else repr(key)} is not a known key"
+    why = "neither attnimg nor axolotl knows it, and it would have no effect"
+    do = f"did you mean {similar}?" if similar else "remove it; the README lists the keys"
+    return make_error("unknown-key", key, what, why, do)
 
 
 def _flags(name: Any, backend: Backend | None, *, bad: bool) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from difflib import get_close_matches
 from typing import Any
 
 from attnimg.backends import all_backends, arch_code, backend_named, is_hub_path, runs_on
-from attnimg.config.schema import Config, finding
+from attnimg.config.schema import Config, make_error, make_warning
 from attnimg.facts import Arch, Backend, Finding, Needs
 
 AUTO = "auto"
@@ -50,38 +50,26 @@ _ARCH_ROWS = frozenset(
 def name_errors(name: object) -> Iterator[Finding]:
     """Yield the errors about the value of attn_implementation."""
     key = "attn_implementation"
+    known = [AUTO, *(backend.name for backend in all_backends() if backend.in_config)]
+    do = f"use one of {', '.join(known)}, or a hub kernel org/name"
     if not isinstance(name, str):
-        kind = type(name).__name__
-        why = f"found {name!r} ({kind}), a backend's name is a string"
-        yield finding("not-a-string", key, f"{key} is not a string", why, _names_text())
+        why = f"found {name!r} ({type(name).__name__}), needed the name of a backend"
+        yield make_error("not-a-string", key, f"{key} is not a string", why, do)
     elif name in ALIASES:
-        yield finding(
-            "alias-rejected",
-            key,
-            f"{name} is a short form",
-            "found an alias; one backend has one name",
-            f"write {key}: {ALIASES[name]}",
-        )
+        what = f"{name} is an alias of {ALIASES[name]}"
+        why = "found an alias, needed the backend's full name"
+        yield make_error("alias-rejected", key, what, why, f"write {key}: {ALIASES[name]}")
     elif name != AUTO and not _is_known(name):
-        near = get_close_matches(name.strip().lower(), [AUTO, *_names(), *ALIASES], n=3, cutoff=0.5)
-        near = list(dict.fromkeys(ALIASES.get(match, match) for match in near))
-        hint = f"did you mean {' or '.join(near)}? " if near else ""
-        why = f"found {name!r}, known are {', '.join([*_names(), AUTO])} and org/name[@rev][:fn]"
-        yield finding("unknown-backend", key, f"no backend is called {name!r}", why,
-                       f"{hint}{_names_text()}")  # fmt: skip
+        similar = get_close_matches(name.strip().lower(), [*known, *ALIASES], n=3, cutoff=0.5)
+        similar = list(dict.fromkeys(ALIASES.get(match, match) for match in similar))
+        hint = f"did you mean {' or '.join(similar)}? " if similar else ""
+        why = f"found {name!r}, needed one of {', '.join(known)}, or org/name[@rev][:fn]"
+        yield make_error("unknown-backend", key, f"unknown backend {name!r}", why, f"{hint}{do}")
 
 
 def _is_known(name: str) -> bool:
     backend = backend_named(name)
     return backend is not None and backend.in_config
-
-
-def _names() -> list[str]:
-    return [backend.name for backend in all_backends() if backend.in_config]
-
-
-def _names_text() -> str:
-    return f"use one of {', '.join([AUTO, *_names()])}, or a hub kernel org/name"
 
 
 def replace_legacy_keys(values: dict[str, Any]) -> tuple[dict[str, Any], list[Finding]]:
@@ -94,48 +82,33 @@ def replace_legacy_keys(values: dict[str, Any]) -> tuple[dict[str, Any], list[Fi
         The mapping without the seven keys, and the findings. Each key that is true also causes a
         DeprecationWarning.
     """
-    asked = [key for key in LEGACY if values.get(key) in (True, 1) and _is_flag(values[key])]
-    found = [
-        finding(
-            "bad-value",
-            key,
-            f"{key} is neither true nor false",
-            f"found {values[key]!r}, a legacy flag is true or false",
-            f"replace it by attn_implementation: {LEGACY[key]}, or remove it",
-        )
-        for key in LEGACY
-        if key in values and not _is_flag(values[key])
-    ]
-    for key in asked:
+    enabled = [key for key in LEGACY if _is_flag(values.get(key)) and values[key]]
+    found = list[Finding]()
+    for key, name in LEGACY.items():
+        if key in values and not _is_flag(values[key]):
+            why = f"found {values[key]!r}, needed true or false"
+            do = f"replace it by attn_implementation: {name}, or remove it"
+            found.append(make_error("bad-value", key, f"{key} is not true or false", why, do))
+    for key in enabled:
         do = f"replace it by attn_implementation: {LEGACY[key]}"
-        what = f"{key} is an old name"
-        found.append(Finding(code="legacy-flag-deprecated", key=key, what=what, do=do))
-    for key in asked[1:]:
-        what = f"{key} is ignored: {asked[0]} goes first"
-        do = f"remove it; {LEGACY[asked[0]]} is used"
-        found.append(Finding(code="legacy-flag-ignored", key=key, what=what, do=do))
+        found.append(make_warning("legacy-flag-deprecated", key, f"{key} is deprecated", do))
+    for key in enabled[1:]:
+        what = f"{key} is ignored: {enabled[0]} takes precedence"
+        do = f"remove it; {LEGACY[enabled[0]]} is used"
+        found.append(make_warning("legacy-flag-ignored", key, what, do))
     rest = {key: value for key, value in values.items() if key not in LEGACY}
-    if asked and "attn_implementation" in rest:
-        flags = ", ".join(f"{key}: true" for key in asked)
-        why = f"found attn_implementation: {rest['attn_implementation']} and {flags}; one backend "
-        why += "is chosen in one place"
-        found.append(
-            finding(
-                "canonical-plus-legacy",
-                asked[0],
-                "attn_implementation and a legacy flag are both set",
-                why,
-                f"remove {' and '.join(asked)}",
-            )
-        )
-    elif asked:
-        rest["attn_implementation"] = LEGACY[asked[0]]
-    for key in asked:
-        warnings.warn(
-            f"{key} is deprecated: write attn_implementation: {LEGACY[key]}",
-            DeprecationWarning,
-            stacklevel=2,
-        )
+    if enabled and "attn_implementation" in rest:
+        what = "attn_implementation and a legacy flag are both set"
+        flags = ", ".join(f"{key}: true" for key in enabled)
+        why = f"found attn_implementation: {rest['attn_implementation']} and {flags}; needed only "
+        why += "attn_implementation"
+        do = f"remove {' and '.join(enabled)}"
+        found.append(make_error("canonical-plus-legacy", enabled[0], what, why, do))
+    elif enabled:
+        rest["attn_implementation"] = LEGACY[enabled[0]]
+    for key in enabled:
+        text = f"{key} is deprecated: write attn_implementation: {LEGACY[key]}"
+        warnings.warn(text, DeprecationWarning, stacklevel=2)
     return rest, found
 
 
@@ -144,8 +117,8 @@ def _is_flag(value: object) -> bool:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class View:
-    """The values that the rules read.
+class AttentionSettings:
+    """The values that the rules on attention read.
 
     Attributes:
         config: the valid part of the config.
@@ -161,56 +134,52 @@ class View:
     on: Arch | None
     torch: tuple[int, int] | None
 
+    @property
+    def name(self) -> str:
+        """Return the backend's name, for messages."""
+        return self.backend.name if self.backend else "no attn_implementation"
 
-def attention_findings(view: View) -> Iterator[Finding]:
+
+def attention_findings(settings: AttentionSettings) -> Iterator[Finding]:
     """Yield the findings of the rules on attention; warnings have no `why`."""
     for rule in _RULES:
-        yield from rule(view)
+        yield from rule(settings)
 
 
-def _packing(view: View) -> Iterator[Finding]:
-    backend, config = view.backend, view.config
+def _packing(settings: AttentionSettings) -> Iterator[Finding]:
+    backend, config = settings.backend, settings.config
     if not config.sample_packing or backend is None or backend.packing == "native":
         return
     name, key = backend.name, "sample_packing"
     if backend.packing == "mask":
-        yield Finding(
-            code="packing-by-mask",
-            key=key,
-            what=f"{name} keeps packed documents apart by a mask: correct, but slower",
-            do="use flash_attention_2, flex_attention or xformers where your GPU has them",
-        )
-    elif name == "s2":
-        why = "s2 attends across groups of a whole row, so packed documents would see each other"
-        do = "set sample_packing: false, or attn_implementation: flash_attention_2 or sdpa"
-        yield finding("s2-with-packing", key, "s2 cannot train packed rows", why, do)
-    elif is_hub_path(name) and config.trust_remote_code:
-        yield Finding(
-            code="packing-unproven",
-            key=key,
-            what=f"nobody here has read whether {name} keeps packed documents apart",
-            do="train proves it before the first step, or stops",
-        )
-    else:
-        why = f"{name} takes no document boundaries, so packed documents would see each other"
-        do = "set sample_packing: false, or attn_implementation: flash_attention_2 or sdpa"
-        if is_hub_path(name):
-            do += "; with trust_remote_code: true the kernel is loaded and has to prove isolation"
-        yield finding("packing-not-isolated", key, f"{name} cannot pack", why, do)
+        what = f"{name} isolates packed documents by a mask, which is correct but slower"
+        do = "use flash_attention_2, flex_attention or xformers if your GPU supports one of them"
+        yield make_warning("packing-by-mask", key, what, do)
+        return
+    if is_hub_path(name) and config.trust_remote_code:
+        what = f"attnimg does not know whether {name} isolates packed documents"
+        do = "train tests it before the first step, and stops if documents are not isolated"
+        yield make_warning("packing-unproven", key, what, do)
+        return
+    code, why = "packing-not-isolated", f"{name} does not read the boundaries of documents"
+    do = "set sample_packing: false, or attn_implementation: flash_attention_2 or sdpa"
+    if name == "s2":
+        code, why = "s2-with-packing", "s2 computes attention across groups of a whole row"
+    elif is_hub_path(name):
+        do += "; with trust_remote_code: true, train loads the kernel and tests its isolation"
+    why += ", so tokens would attend to other documents"
+    yield make_error(code, key, f"{name} does not support sample_packing", why, do)
 
 
-def _sage_full_finetune(view: View) -> Iterator[Finding]:
-    if _is(view, "sage") and view.config.adapter is None:
-        yield Finding(
-            code="sage-full-finetune",
-            key="attn_implementation",
-            what="sage approximates, and full fine-tuning with it has been seen to fail",
-            do="set adapter: lora or qlora, for which it is recommended",
-        )
+def _sage_full_finetune(settings: AttentionSettings) -> Iterator[Finding]:
+    if settings.name == "sage" and settings.config.adapter is None:
+        what = "sage computes approximate attention, with which full fine-tuning can fail"
+        do = "set adapter: lora or qlora, for which it is recommended"
+        yield make_warning("sage-full-finetune", "attn_implementation", what, do)
 
 
-def _arch(view: View) -> Iterator[Finding]:
-    backend, arch = view.backend, view.on
+def _arch(settings: AttentionSettings) -> Iterator[Finding]:
+    backend, arch = settings.backend, settings.on
     if backend is None or arch is None or runs_on(backend.needs, arch):
         return
     if backend.name not in _ARCH_ROWS and arch.vendor != "cpu":
@@ -221,93 +190,72 @@ def _arch(view: View) -> Iterator[Finding]:
     do = f"set attn_implementation: {' or '.join(fitting)}"
     why = f"found {arch.name}, {backend.name} needs {backend.needs.arch_text}"
     what = f"{backend.name} does not run on {arch.name}"
-    code = arch_code(backend.needs, arch)
-    yield finding(code, "attn_implementation", what, why, do)
+    yield make_error(arch_code(backend.needs, arch), "attn_implementation", what, why, do)
 
 
-def _torch(view: View) -> Iterator[Finding]:
-    if view.backend is None or view.torch is None or view.backend.needs.torch_min is None:
+def _torch(settings: AttentionSettings) -> Iterator[Finding]:
+    torch, backend = settings.torch, settings.backend
+    if backend is None or torch is None or backend.needs.torch_min is None:
         return
-    needed, code = view.backend.needs.torch_min
-    if view.torch < _minor(needed):
-        found = ".".join(map(str, view.torch))
-        name = view.backend.name
-        yield finding(
-            code,
-            "attn_implementation",
-            f"{name} does not run on this torch",
-            f"found torch {found}, {name} needs {needed} or newer",
-            f"pip install 'torch>={needed}', or set attn_implementation: sdpa",
-        )
+    needed, code = backend.needs.torch_min
+    if torch < tuple(map(int, needed.split(".")[:2])):
+        what = f"{backend.name} does not run with this version of torch"
+        why = f"found torch {torch[0]}.{torch[1]}, {backend.name} needs {needed} or newer"
+        do = f"pip install 'torch>={needed}', or set attn_implementation: sdpa"
+        yield make_error(code, "attn_implementation", what, why, do)
 
 
-def _batch_flattening(view: View) -> Iterator[Finding]:
-    config, key = view.config, "batch_flattening"
+def _batch_flattening(settings: AttentionSettings) -> Iterator[Finding]:
+    config, backend, key = settings.config, settings.backend, "batch_flattening"
     if config.batch_flattening is not True:
         return
-    if view.resolved and (view.backend is None or view.backend.packing != "native"):
-        name = view.backend.name if view.backend else "no attn_implementation"
-        why = f"found {name}; rows without padding need a kernel that takes document boundaries"
-        do = "set attn_implementation: flash_attention_2, or remove batch_flattening"
+    if settings.resolved and (backend is None or backend.packing != "native"):
         what = "batch_flattening needs a varlen backend"
-        yield finding("batch-flattening-needs-varlen", key, what, why, do)
+        why = f"found {settings.name}; rows without padding need a kernel that reads cu_seqlens"
+        do = "set attn_implementation: flash_attention_2, or remove batch_flattening"
+        yield make_error("batch-flattening-needs-varlen", key, what, why, do)
     if config.sample_packing:
-        why = "sample_packing already leaves no padding; found both set to true"
-        what = "batch_flattening and sample_packing exclude each other"
-        yield finding("batch-flattening-with-packing", key, what, why,
-                                "remove batch_flattening")  # fmt: skip
+        what = "batch_flattening and sample_packing cannot be combined"
+        why = "found both set to true; sample_packing already leaves no padding"
+        yield make_error("batch-flattening-with-packing", key, what, why, f"remove {key}")
 
 
-def _scaling_softmax(view: View) -> Iterator[Finding]:
-    if view.config.scaling_softmax and view.resolved and not _is(view, "flex_attention"):
-        name = view.backend.name if view.backend else "no attn_implementation"
-        yield finding(
-            "scaling-softmax-needs-flex",
-            "scaling_softmax",
-            "scaling_softmax needs flex_attention",
-            f"found {name}; only flex_attention lets the logits be scaled by length",
-            "remove scaling_softmax",
-        )
+def _scaling_softmax(settings: AttentionSettings) -> Iterator[Finding]:
+    if settings.config.scaling_softmax and settings.resolved and settings.name != "flex_attention":
+        key, what = "scaling_softmax", "scaling_softmax needs flex_attention"
+        why = f"found {settings.name}; only flex_attention can scale the logits by sequence length"
+        yield make_error("scaling-softmax-needs-flex", key, what, why, f"remove {key}")
 
 
-def _context_parallel(view: View) -> Iterator[Finding]:
-    config, key = view.config, "context_parallel_size"
+def _context_parallel(settings: AttentionSettings) -> Iterator[Finding]:
+    config, backend, key = settings.config, settings.backend, "context_parallel_size"
     if (config.context_parallel_size or 0) <= 1:
         return
-    if view.resolved and (view.backend is None or not view.backend.uses_flash_lib):
-        name = view.backend.name if view.backend else "no attn_implementation"
-        why = f"found {name}; a sequence split over GPUs needs a flash-attn kernel"
-        do = "set context_parallel_size: 1"
-        yield finding("cp-needs-flash", key, f"{key} needs flash-attn", why, do)
+    do = f"set {key}: 1"
+    if settings.resolved and (backend is None or not backend.uses_flash_lib):
+        why = f"found {settings.name}; a sequence split over GPUs needs a flash-attn kernel"
+        yield make_error("cp-needs-flash", key, f"{key} needs flash-attn", why, do)
     if config.sample_packing and config.micro_batch_size > 1:
-        why = f"found sample_packing and micro_batch_size: {config.micro_batch_size}, needed is 1"
-        what = f"{key} with packing takes one row at a time"
-        yield finding("cp-packing-mbs1", key, what, why, "set context_parallel_size: 1")
+        what = f"{key} with sample_packing needs micro_batch_size: 1"
+        why = f"found sample_packing and micro_batch_size: {config.micro_batch_size}, needed 1"
+        yield make_error("cp-packing-mbs1", key, what, why, do)
 
 
-def _packing_with_rl(view: View) -> Iterator[Finding]:
-    if view.config.sample_packing and view.config.rl:
-        yield finding(
-            "packing-with-rl",
-            "rl",
-            "sample_packing and rl exclude each other",
-            f"found rl: {view.config.rl}; preference pairs are not packed",
-            "remove rl",
-        )
+def _packing_with_rl(settings: AttentionSettings) -> Iterator[Finding]:
+    if settings.config.sample_packing and settings.config.rl:
+        what = "sample_packing and rl cannot be combined"
+        why = f"found rl: {settings.config.rl}; preference pairs are not packed"
+        yield make_error("packing-with-rl", "rl", what, why, "remove rl")
 
 
-def _flex_uncompiled(view: View) -> Iterator[Finding]:
-    on_gpu = view.on is not None and view.on.vendor != "cpu"
-    if on_gpu and _is(view, "flex_attention") and not view.config.torch_compile:
-        yield Finding(
-            code="flex-uncompiled",
-            key="torch_compile",
-            what="flex_attention without torch_compile is several times slower",
-            do="set torch_compile: true",
-        )
+def _flex_uncompiled(settings: AttentionSettings) -> Iterator[Finding]:
+    on_gpu = settings.on is not None and settings.on.vendor != "cpu"
+    if on_gpu and settings.name == "flex_attention" and not settings.config.torch_compile:
+        what = "flex_attention without torch_compile is several times slower"
+        yield make_warning("flex-uncompiled", "torch_compile", what, "set torch_compile: true")
 
 
-_RULES: tuple[Callable[[View], Iterator[Finding]], ...] = (
+_RULES: tuple[Callable[[AttentionSettings], Iterator[Finding]], ...] = (
     _packing,
     _sage_full_finetune,
     _arch,
@@ -320,16 +268,7 @@ _RULES: tuple[Callable[[View], Iterator[Finding]], ...] = (
 )
 
 
-def _is(view: View, name: str) -> bool:
-    return view.backend is not None and view.backend.name == name
-
-
 def _needs(name: str) -> Needs:
     backend = backend_named(name)
     assert backend is not None, name
     return backend.needs
-
-
-def _minor(version: str) -> tuple[int, int]:
-    major, minor = version.split(".")[:2]
-    return int(major), int(minor)

@@ -77,7 +77,6 @@ def nearest_key(key: str, *, dataset: bool = False) -> str | None:
 
 @cache
 def _table() -> dict[str, Any]:
-    import tomllib
-    from importlib.resources import files
+    from attnimg.files import read_data  # here, because most configs are checked without it
 
-    return tomllib.loads((files("attnimg") / "data" / "keys.toml").read_text("utf-8"))
+    return read_data("keys.toml")

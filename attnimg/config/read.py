@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import os
+import errno
 import re
-import stat
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from attnimg.errors import AttnimgError
+from attnimg.files import read_regular
 
 MAX_BYTES = 1_000_000
 # A YAML file of 1 MB without aliases has fewer nodes.
@@ -50,12 +50,12 @@ class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[mi
         except yaml.YAMLError:
             raise
         except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-            text = f"{_shown(node)} is not what its tag {node.tag} says"
+            text = f"{_node_text(node)} does not match its tag {node.tag}"
             raise yaml.constructor.ConstructorError(None, None, text, node.start_mark) from error
         if isinstance(value, bytes):
-            text = "found !!binary, a config is text"
+            text = "found !!binary, needed text"
         elif isinstance(value, int) and value.bit_length() > _MAX_BITS:
-            text = f"found a number of {value.bit_length()} bits, at most {_MAX_BITS} are read"
+            text = f"found a number of {value.bit_length()} bits, needed at most {_MAX_BITS}"
         else:
             return value
         raise yaml.constructor.ConstructorError(None, None, text, node.start_mark)
@@ -83,30 +83,26 @@ def read_yaml(path: str) -> dict[str, Any]:
         AttnimgError: with one of the codes file-missing, too-large, not-text, yaml-syntax,
             duplicate-key, empty, not-a-mapping.
     """
-    return parse_yaml(_text(path), name=path)
+    return parse_yaml(_read_text(path), name=path)
 
 
 def parse_yaml(text: str, *, name: str) -> dict[str, Any]:
     """Parse the text of one file; see read_yaml."""
-    value = _value(text, name=name)
+    value = _construct(text, name=name)
     if value is None:
-        raise AttnimgError(
-            f"{name} is empty",
-            why="found no value, a config is a mapping of keys",
-            do="start from examples/lora.yaml",
-            code="empty",
-        )
+        what = f"{name} is empty"
+        why = "found no value, needed a mapping of keys"
+        do = "start from examples/lora.yaml"
+        raise AttnimgError(what, why=why, do=do, code="empty")
     if not isinstance(value, dict):
-        raise AttnimgError(
-            f"{name} is not a mapping",
-            why=f"found {type(value).__name__} at the top, a config is lines of `key: value`",
-            do="write each setting as `key: value`, with a blank after the colon",
-            code="not-a-mapping",
-        )
-    return {_spelled(key): item for key, item in value.items()}
+        what = f"{name} is not a mapping"
+        why = f"found {type(value).__name__} at the top level, needed a mapping of keys"
+        do = "write each setting as `key: value`, with a space after the colon"
+        raise AttnimgError(what, why=why, do=do, code="not-a-mapping")
+    return {_key_text(key): item for key, item in value.items()}
 
 
-def _spelled(key: object) -> str:
+def _key_text(key: object) -> str:
     if isinstance(key, str):
         return key
     return "null" if key is None else str(key).lower()
@@ -118,7 +114,7 @@ def parse_value(text: str) -> Any:
     Raises:
         AttnimgError: it is not YAML.
     """
-    return _value(text, name=f"the value {text!r}")
+    return _construct(text, name=f"the value {text!r}")
 
 
 def with_overrides(values: dict[str, Any], overrides: tuple[str, ...]) -> dict[str, Any]:
@@ -136,62 +132,54 @@ def with_overrides(values: dict[str, Any], overrides: tuple[str, ...]) -> dict[s
     for text in overrides:
         key, equals, value = text.partition("=")
         if not equals or not key.strip():
-            raise AttnimgError(
-                f"{text!r} is not key=value",
-                why="after the config come settings such as learning_rate=1e-4",
-                do="write it as key=value, without blanks around the =",
-                code="bad-value",
-            )
-        result = _with(result, key.strip().split("."), parse_value(value), whole=text)
+            what = f"{text!r} is not key=value"
+            why = "needed a setting such as learning_rate=1e-4 after the config"
+            do = "write it as key=value, without spaces around the ="
+            raise AttnimgError(what, why=why, do=do, code="bad-value")
+        result = _replace(result, key.strip().split("."), parse_value(value), setting=text)
     assert isinstance(result, dict)
     return result
 
 
-def _with(node: Any, parts: list[str], value: Any, *, whole: str) -> Any:
+def _replace(node: Any, parts: list[str], value: Any, *, setting: str) -> Any:
     """Return a copy of `node` with the value at the path `parts` replaced."""
     if not parts:
         return value
     part, *rest = parts
     if node is None or isinstance(node, dict):
-        return {**(node or {}), part: _with((node or {}).get(part), rest, value, whole=whole)}
+        return {
+            **(node or {}),
+            part: _replace((node or {}).get(part), rest, value, setting=setting),
+        }
     if isinstance(node, list) and part.isascii() and part.isdigit() and int(part) < len(node):
         copy = list(node)
-        copy[int(part)] = _with(node[int(part)], rest, value, whole=whole)
+        copy[int(part)] = _replace(node[int(part)], rest, value, setting=setting)
         return copy
     kind = f"a list of {len(node)}" if isinstance(node, list) else repr(node)
-    raise AttnimgError(
-        f"{whole!r} does not fit the config",
-        why=f"found {kind} where {part!r} should lie",
-        do="check the key against the config file",
-        code="bad-value",
-    )
+    what = f"{setting!r} does not fit the config"
+    why = f"found {kind}, needed a value that has the key {part!r}"
+    do = "correct the key so that it names a value of the config file"
+    raise AttnimgError(what, why=why, do=do, code="bad-value")
 
 
-def _text(path: str) -> str:
+def _read_text(path: str) -> str:
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode):  # noqa: PTH116  opening a pipe would block
-            raise OSError(None, "It is no file, but a folder, a pipe or a device")
-        with Path(path).open("rb") as file:
-            raw = file.read(MAX_BYTES + 1)
+        raw = read_regular(Path(path), at_most=MAX_BYTES)
     except (OSError, ValueError) as error:
+        if isinstance(error, OSError) and error.errno == errno.EFBIG:
+            what = f"{path} is too large for a config"
+            why = f"found more than {MAX_BYTES:,} bytes, needed at most that many"
+            do = "pass the YAML config, not a dataset or a checkpoint"
+            raise AttnimgError(what, why=why, do=do, code="too-large") from error
         reason = getattr(error, "strerror", None) or str(error)
-        raise AttnimgError(
-            f"{path} cannot be read",
-            why=f"{reason[0].lower()}{reason[1:]}",
-            do="check the path; inside a container, the folder must be mounted (-v)",
-            code="file-missing",
-        ) from error
-    if len(raw) > MAX_BYTES:
-        raise AttnimgError(
-            f"{path} is too large for a config",
-            why=f"found more than {MAX_BYTES:,} bytes, at most that many are read",
-            do="pass the YAML config, not a data set or a checkpoint",
-            code="too-large",
-        )
+        what = f"{path} cannot be read"
+        why = f"{reason[0].lower()}{reason[1:]}"
+        do = "check the path; inside a container, the folder must be mounted (-v)"
+        raise AttnimgError(what, why=why, do=do, code="file-missing") from error
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise _not_text(path, f"byte {error.start} is no UTF-8") from error
+        raise _not_text(path, f"byte {error.start} is not valid UTF-8") from error
     if "\0" in text:
         raise _not_text(path, f"byte {raw.index(0)} is NUL")
     return text
@@ -200,44 +188,39 @@ def _text(path: str) -> str:
 def _not_text(path: str, why: str) -> AttnimgError:
     return AttnimgError(
         f"{path} is not text",
-        why=f"{why}, a config is UTF-8 text",
+        why=f"{why}, needed UTF-8 text",
         do="pass the YAML config; save it as UTF-8",
         code="not-text",
     )
 
 
-def _value(text: str, *, name: str) -> Any:
+def _construct(text: str, *, name: str) -> Any:
     try:
-        _refuse_depth(text)
+        _check_depth(text)
         loader = _Loader(text)
         try:
             node = loader.get_single_node()
             if node is None:
                 return None
-            _refuse_bomb(node, name=name)
-            _refuse_duplicates(node, loader)
+            _check_aliases(node, name=name)
+            _check_duplicates(node, loader)
             return loader.construct_document(node)
         finally:
             loader.dispose()
     except _Duplicate as error:
-        raise AttnimgError(
-            f"{name} has the key {error.key} twice",
-            why=f"found at {_place(error.first)} and {_place(error.again)}; one would be lost",
-            do="keep one of the two lines",
-            code="duplicate-key",
-            key=error.key,
-        ) from error
+        what = f"{name} has the key {error.key} twice"
+        why = f"found at {_place(error.first)} and {_place(error.again)}, needed once"
+        do = "remove one of the two lines"
+        raise AttnimgError(what, why=why, do=do, code="duplicate-key", key=error.key) from error
     except yaml.reader.ReaderError as error:
         raise _not_text(name, f"character {error.position} is {error.reason}") from error
     except yaml.MarkedYAMLError as error:
         raise _syntax(name, error) from error
     except (yaml.YAMLError, ValueError, OverflowError) as error:
-        raise AttnimgError(
-            f"{name} is not YAML",
-            why=str(error),
-            do="check the value against the README",
-            code="yaml-syntax",
-        ) from error
+        what = f"{name} is not YAML"
+        why = str(error)
+        do = "check the value against the README"
+        raise AttnimgError(what, why=why, do=do, code="yaml-syntax") from error
 
 
 def _syntax(name: str, error: yaml.MarkedYAMLError) -> AttnimgError:
@@ -247,9 +230,9 @@ def _syntax(name: str, error: yaml.MarkedYAMLError) -> AttnimgError:
     return AttnimgError(
         f"{name} is not YAML" + (f": {_place(mark)}" if mark else ""),
         why=problem + (f" ({error.context})" if error.context and error.problem else ""),
-        do="indent with blanks: YAML forbids tabs"
+        do="indent with spaces: YAML does not allow tabs"
         if tab
-        else "correct that line; check its indent",
+        else "correct that line; check its indentation",
         code="yaml-syntax",
     )
 
@@ -258,11 +241,11 @@ def _place(mark: yaml.Mark) -> str:
     return f"line {mark.line + 1}, column {mark.column + 1}"
 
 
-def _shown(node: yaml.Node) -> str:
+def _node_text(node: yaml.Node) -> str:
     return repr(node.value)[:40] if isinstance(node, yaml.ScalarNode) else "a list or mapping"
 
 
-def _refuse_duplicates(root: yaml.Node, loader: _Loader) -> None:
+def _check_duplicates(root: yaml.Node, loader: _Loader) -> None:
     """Raise for a duplicate key, before merges (<<) add keys that a mapping may override."""
     seen: set[int] = set()
     waiting = [root]
@@ -285,7 +268,7 @@ def _refuse_duplicates(root: yaml.Node, loader: _Loader) -> None:
                 places[found] = key.start_mark
 
 
-def _refuse_depth(text: str) -> None:
+def _check_depth(text: str) -> None:
     """Raise for deep nesting; it reads YAML events, for which the parser does not recurse."""
     depth = 0
     for event in yaml.parse(text, Loader=_Loader):
@@ -298,7 +281,7 @@ def _refuse_depth(text: str) -> None:
             )
 
 
-def _refuse_bomb(root: yaml.Node, *, name: str) -> None:
+def _check_aliases(root: yaml.Node, *, name: str) -> None:
     """Raise for aliases that expand to too many values, or that contain themselves."""
     sizes: dict[int, int] = {}
     open_nodes: set[int] = set()
@@ -308,7 +291,7 @@ def _refuse_bomb(root: yaml.Node, *, name: str) -> None:
             return 1
         if id(node) in open_nodes:
             raise yaml.constructor.ConstructorError(
-                None, None, "an anchor holds itself", node.start_mark
+                None, None, "an anchor contains itself", node.start_mark
             )
         if id(node) not in sizes:
             open_nodes.add(id(node))
@@ -320,9 +303,7 @@ def _refuse_bomb(root: yaml.Node, *, name: str) -> None:
         return sizes[id(node)]
 
     if (total := size(root)) > _MAX_NODES:
-        raise AttnimgError(
-            f"{name} is too large for a config",
-            why=f"its aliases (*name) multiply into {total:.3g} values, at most {_MAX_NODES:,}",
-            do="write the values out, without anchors",
-            code="too-large",
-        )
+        what = f"{name} is too large for a config"
+        why = f"its aliases (*name) expand to {total:.3g} values, needed at most {_MAX_NODES:,}"
+        do = "write the values without anchors and aliases"
+        raise AttnimgError(what, why=why, do=do, code="too-large")

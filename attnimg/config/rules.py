@@ -14,11 +14,11 @@ from attnimg.config.schema import (
     DATASET_TYPES,
     Config,
     DatasetSpec,
-    entries,
-    finding,
+    dataset_entries,
     is_chat,
     is_text,
-    roles,
+    make_error,
+    role_names,
 )
 from attnimg.facts import Finding
 
@@ -56,6 +56,10 @@ _CHAT_KEYS = frozenset(
 _TEXT_KEYS = frozenset({"field", "text_column"})
 
 
+def _bad_value(key: str, what: str, why: str, do: str) -> Finding:
+    return make_error("bad-value", key, what, why, do)
+
+
 def value_errors(config: Config, failed: Collection[str]) -> Iterator[Finding]:
     """Yield every reason why `train` would refuse the values of a config.
 
@@ -73,12 +77,12 @@ def _contradictions(config: Config) -> Iterator[Finding]:
         values = [getattr(config, key) for key in (first, second)]
         # warmup_steps: 0 contradicts a ratio; other zeros and empty lists mean that a key is off.
         if all(values) or (first == "warmup_steps" and None not in values):
-            why = f"found both; {first} and {second} say the same thing in two ways"
+            why = "found both, which set the same thing; needed one of them"
             do = f"keep {first} or {second}"
-            yield finding("bad-value", second, f"{second} contradicts {first}", why, do)
+            yield _bad_value(second, f"{second} contradicts {first}", why, do)
     if config.fp16 and config.bf16 in (True, "full"):
-        why = "found fp16: true and bf16: true; a run has one precision"
-        yield finding("bad-value", "fp16", "fp16 contradicts bf16", why, "keep bf16 or fp16")
+        why = "found fp16: true and bf16: true, needed one of them"
+        yield _bad_value("fp16", "fp16 contradicts bf16", why, "keep bf16 or fp16")
     for verb in ("eval", "save"):
         strategy = getattr(config, f"{verb}_strategy")
         if strategy not in ("no", "epoch"):
@@ -86,8 +90,8 @@ def _contradictions(config: Config) -> Iterator[Finding]:
         if getattr(config, f"{verb}_steps") or getattr(config, f"{verb}s_per_epoch"):
             key = f"{verb}_strategy"
             what = f"{key}: {strategy} contradicts {verb}_steps or {verb}s_per_epoch"
-            why = f"a count of steps needs {key}: steps, or none"
-            yield finding("bad-value", key, what, why, f"remove {key}")
+            why = f"{verb}_steps and {verb}s_per_epoch need {key}: steps, or no {key}"
+            yield _bad_value(key, what, why, f"remove {key}")
 
 
 def _schedule(config: Config) -> Iterator[Finding]:
@@ -96,13 +100,13 @@ def _schedule(config: Config) -> Iterator[Finding]:
         key = "cosine_min_lr_ratio"
         do = f"set lr_scheduler: cosine, or remove {key}"
         what = f"{key} contradicts lr_scheduler: {name}"
-        yield finding("bad-value", key, what, "a lowest learning rate is a cosine's", do)
-    wanted, value = SCHEDULER_NEEDS.get(name, ((), ""))
-    if wanted and not set(wanted) & set(config.lr_scheduler_kwargs or {}):
+        yield _bad_value(key, what, "only the cosine schedule has a minimum learning rate", do)
+    needed, value = SCHEDULER_NEEDS.get(name, ((), ""))
+    if needed and not set(needed) & set(config.lr_scheduler_kwargs or {}):
         key = "lr_scheduler_kwargs"
-        do = f"set {key}: {{{wanted[0]}: {value}}}"
+        do = f"set {key}: {{{needed[0]}: {value}}}"
         what = f"lr_scheduler: {name} needs {key}"
-        yield finding("bad-value", key, what, f"needed {' or '.join(wanted)}", do)
+        yield _bad_value(key, what, f"needed {' or '.join(needed)}", do)
 
 
 def _evaluation(config: Config) -> Iterator[Finding]:
@@ -110,92 +114,92 @@ def _evaluation(config: Config) -> Iterator[Finding]:
     size = config.val_set_size
     if size == 1 or (size > 1 and not size.is_integer()):
         taken = "all documents (1 is 100 %)" if size == 1 else "a part of a document"
-        why = f"it takes {taken}; needed a share below 1, or from 2 on a whole number of documents"
+        why = f"it is {taken}; needed a share below 1, or a whole number of documents from 2 on"
         what = f"val_set_size {size:g} is not valid"
-        yield finding("bad-value", "val_set_size", what, why, "set val_set_size: 0.05")
+        yield _bad_value("val_set_size", what, why, "set val_set_size: 0.05")
     stopping = config.early_stopping_patience and "early_stopping_patience"
     if config.lr_scheduler == "reduce_lr_on_plateau":
         stopping = "lr_scheduler: reduce_lr_on_plateau"
     if size or config.test_datasets:
         if stopping and config.eval_strategy == "no":
             key, why = "eval_strategy", "it needs the validation loss, which is never computed"
-            yield finding("bad-value", key, f"{key}: no contradicts {stopping}", why,
+            yield _bad_value(key, f"{key}: no contradicts {stopping}", why,
                           f"remove {key}")  # fmt: skip
         return
     why = "found val_set_size: 0 and no test_datasets"
-    asked = [
+    requested = [
         key
         for key in ("eval_steps", "evals_per_epoch", "early_stopping_patience", "eval_strategy")
         if getattr(config, key) not in (None, 0, "no")
     ]
-    for key in asked[:1]:
+    for key in requested[:1]:
         do = f"set val_set_size: 0.05, or remove {key}"
-        yield finding("bad-value", key, f"{key} needs something to evaluate on", why, do)
+        yield _bad_value(key, f"{key} needs evaluation data", why, do)
     if config.lr_scheduler == "reduce_lr_on_plateau":
-        what = "lr_scheduler: reduce_lr_on_plateau needs something to evaluate on"
-        yield finding("bad-value", "lr_scheduler", what, why, "set val_set_size: 0.05")
+        what = "lr_scheduler: reduce_lr_on_plateau needs evaluation data"
+        yield _bad_value("lr_scheduler", what, why, "set val_set_size: 0.05")
 
 
 def _adapter(config: Config) -> Iterator[Finding]:
     if config.adapter == "qlora" and (config.load_in_4bit is False or config.load_in_8bit):
         key = "load_in_8bit" if config.load_in_8bit else "load_in_4bit"
-        yield finding("bad-value", key, f"{key} contradicts adapter: qlora",
-                      "qlora trains on weights loaded in 4 bits",
+        yield _bad_value(key, f"{key} contradicts adapter: qlora",
+                      "qlora needs weights that are loaded in 4 bits",
                       f"remove {key}, or set adapter: lora")  # fmt: skip
     if config.adapter is None and (config.load_in_4bit or config.load_in_8bit):
         key = "load_in_4bit" if config.load_in_4bit else "load_in_8bit"
         fitting = "qlora" if config.load_in_4bit else "lora"
-        yield finding("bad-value", key, f"{key} needs an adapter",
-                      f"found no adapter; weights of {key[8:]} take no gradient",
+        yield _bad_value(key, f"{key} needs an adapter",
+                      f"found no adapter; weights in {key[8:]} cannot be trained",
                       f"set adapter: {fitting}, or remove {key}")  # fmt: skip
     targets = config.lora_target_modules or []
     if "lm_head" in ([targets] if isinstance(targets, str) else targets):
         key = "lora_target_modules"
-        yield finding("bad-value", key, f"{key} can't hold lm_head",
+        yield _bad_value(key, f"{key} cannot include lm_head",
                       "the loss reads lm_head's own weight, so its adapter would not be trained",
                       "move lm_head to lora_modules_to_save")  # fmt: skip
 
 
 def _dataset_types(config: Config) -> Iterator[Finding]:
     """Yield an error for each unknown type; `train` finds a missing one from the columns."""
-    for entry, spec, _ in entries(config):
+    for entry, spec, _ in dataset_entries(config):
         if spec.type is None or spec.type in DATASET_TYPES:
             continue
-        near = get_close_matches(spec.type, DATASET_TYPES, n=1)
+        similar = get_close_matches(spec.type, DATASET_TYPES, n=1)
         # Source: axolotl 067b021c, utils/schemas/validation.py:52 (2026-11-27)
-        near = ["chat_template"] if spec.type.startswith("sharegpt") else near
+        similar = ["chat_template"] if spec.type.startswith("sharegpt") else similar
         key = f"{entry}.type"
         why = f"{key} is {spec.type}, needed one of {', '.join(DATASET_TYPES)}"
-        do = f"set {key}: {' or '.join(near or DATASET_TYPES[:-1])}"
-        yield finding("bad-value", key, f"unknown dataset type {spec.type!r}", why, do)
+        do = f"set {key}: {' or '.join(similar or DATASET_TYPES[:-1])}"
+        yield _bad_value(key, f"unknown dataset type {spec.type!r}", why, do)
 
 
 def _trained_roles(config: Config) -> Iterator[Finding]:
     """Yield an error for each name in roles_to_train that no message can have."""
-    for entry, spec, _ in entries(config):
-        known, key = roles(spec), f"{entry}.roles_to_train"
-        asked = (spec.roles_to_train or []) if is_chat(spec) else []
-        unknown = [name for name in asked if name not in {*known, *known.values()}]
+    for entry, spec, _ in dataset_entries(config):
+        known, key = role_names(spec), f"{entry}.roles_to_train"
+        requested = (spec.roles_to_train or []) if is_chat(spec) else []
+        unknown = [name for name in requested if name not in {*known, *known.values()}]
         if not unknown:
             continue
-        near = get_close_matches(unknown[0], known, n=1, cutoff=0.0)
-        named = [known.get(name, name) for name in asked if name in known]
-        fitting = list(dict.fromkeys([*named, *(known[name] for name in near)]))
+        similar = get_close_matches(unknown[0], known, n=1, cutoff=0.0)
+        named = [known.get(name, name) for name in requested if name in known]
+        fitting = list(dict.fromkeys([*named, *(known[name] for name in similar)]))
         what = f"unknown role in roles_to_train: {unknown[0]!r}"
         why = f"{key} has {', '.join(unknown)}, needed one of {', '.join(known)}"
-        yield finding("bad-value", key, what, why, f"set {key}: [{', '.join(fitting)}]")
+        yield _bad_value(key, what, why, f"set {key}: [{', '.join(fitting)}]")
 
 
 def _splits(config: Config) -> Iterator[Finding]:
-    for entry, spec, _ in entries(config):
-        if not all(map(_is_part_of_split, re.split(r"\s*\+\s*", spec.split or "train"))):
+    for entry, spec, _ in dataset_entries(config):
+        if not all(map(_is_split_or_rows, re.split(r"\s*\+\s*", spec.split or "train"))):
             key = f"{entry}.split"
             why = f"{key} is {spec.split!r}; needed a split, or rows of one"
             do = f"set {key}: train, or train[:1000], or train[10%:20%]"
-            yield finding("bad-value", key, f"{spec.split} does not name a split", why, do)
+            yield _bad_value(key, f"{spec.split} does not name a split", why, do)
 
 
-def _is_part_of_split(text: str) -> bool:
+def _is_split_or_rows(text: str) -> bool:
     """Return whether the datasets library parses a text as a split or as rows of one."""
     if (found := _PART_OF_SPLIT.fullmatch(text)) is None:
         return False
@@ -207,24 +211,24 @@ def _is_part_of_split(text: str) -> bool:
 
 def _templates(config: Config) -> Iterator[Finding]:
     """Yield errors: chat_template: jinja without a template, and an unused system message."""
-    specs = {f"{key}.": spec for key, spec, _ in entries(config)}
+    specs = {f"{key}.": spec for key, spec, _ in dataset_entries(config)}
     chats = {place: spec for place, spec in specs.items() if is_chat(spec)}
     holders: dict[str, Config | DatasetSpec] = {"": config, **chats} if chats else {}
     for place, holder in holders.items():
         if holder.chat_template == "jinja" and not holder.chat_template_jinja:
             key = f"{place}chat_template"
-            why = f"found {key}: jinja and no {key}_jinja, which holds the template"
-            yield finding("bad-value", key, f"{key}: jinja has no template", why, f"remove {key}")
+            why = f"found {key}: jinja and no {key}_jinja, which would contain the template"
+            yield _bad_value(key, f"{key}: jinja has no template", why, f"remove {key}")
     key = "default_system_message"
     if not config.default_system_message or not all(spec.type for spec in specs.values()):
         return
     if specs and not chats:
         why = "found no dataset of type chat_template, the only type with system turns"
-        yield finding("bad-value", key, f"{key} has no effect here", why, f"remove {key}")
+        yield _bad_value(key, f"{key} has no effect here", why, f"remove {key}")
     elif any((spec.type or "").startswith("alpaca") for spec in specs.values()):
-        why = f"alpaca's prompt has fixed wording; found {key} beside it"
-        what = f"{key} does not reach alpaca records"
-        yield finding("unsupported-key", key, what, why, f"remove {key}")
+        why = "found a dataset of type alpaca, whose prompt has a fixed text"
+        what = f"{key} has no effect on alpaca records"
+        yield make_error("unsupported-key", key, what, why, f"remove {key}")
 
 
 _Rule = Callable[[Config], Iterator[Finding]]
@@ -242,16 +246,16 @@ _RULES: tuple[tuple[_Rule, tuple[str, ...]], ...] = (
 )
 
 
-def without_effect(config: Config) -> list[str]:
+def keys_without_effect(config: Config) -> list[str]:
     """Return a sentence for each reason why some keys of the config have no effect."""
     return [
         f"{reason}, so that {' and '.join(keys)} {'has' if len(keys) == 1 else 'have'} no effect"
-        for reason, keys in (*_of_run(config), *_of_entries(config))
+        for reason, keys in (*_unused_run_keys(config), *_unused_dataset_keys(config))
         if keys
     ]
 
 
-def _of_run(config: Config) -> Iterator[tuple[str, list[str]]]:
+def _unused_run_keys(config: Config) -> Iterator[tuple[str, list[str]]]:
     """Yield each reason with the keys of the run that have no effect because of it."""
 
     def named(*keys: str) -> list[str]:
@@ -265,7 +269,7 @@ def _of_run(config: Config) -> Iterator[tuple[str, list[str]]]:
         of_adapter = (key for key in config.model_fields_set if key.startswith(("lora_", "peft_")))
         yield "adapter is not set", sorted(of_adapter)
     if not (config.val_set_size or config.test_datasets):
-        yield "there is nothing to evaluate on", named("eval_batch_size", "eval_sample_packing")
+        yield "there is no evaluation data", named("eval_batch_size", "eval_sample_packing")
     elif not config.sample_packing:
         yield "sample_packing is not true", named("eval_sample_packing")
     if not config.gradient_checkpointing:
@@ -276,14 +280,14 @@ def _of_run(config: Config) -> Iterator[tuple[str, list[str]]]:
         yield "save_strategy is no", named("save_total_limit", "save_only_model")
     if not (config.fsdp or config.fsdp_config):
         yield "fsdp is not set", named("fsdp_version")
-    specs = [spec for _, spec, _ in entries(config)]
+    specs = [spec for _, spec, _ in dataset_entries(config)]
     if not any(map(is_chat, specs)):
         of_chats = named("chat_template", "chat_template_jinja", "eot_tokens")
         yield "no dataset has the type chat_template", of_chats
     elif config.chat_template not in (None, "jinja"):
         yield f"chat_template is {config.chat_template}", named("chat_template_jinja")
     if specs and all(map(is_text, specs)):
-        yield "all tokens of running text are trained", named("train_on_inputs")
+        yield "all tokens of plain text are trained", named("train_on_inputs")
 
 
 def _unused_by_schedule(config: Config) -> list[str]:
@@ -306,9 +310,9 @@ def _unused_by_optimizer(config: Config) -> list[str]:
     return [key for key in unread if getattr(config, key) is not None]
 
 
-def _of_entries(config: Config) -> Iterator[tuple[str, list[str]]]:
+def _unused_dataset_keys(config: Config) -> Iterator[tuple[str, list[str]]]:
     """Yield each reason with the keys of a dataset entry that have no effect because of it."""
-    for key, spec, _ in entries(config):
+    for key, spec, _ in dataset_entries(config):
 
         def named(names: Collection[str], key: str = key, spec: DatasetSpec = spec) -> list[str]:
             return [f"{key}.{name}" for name in sorted(names) if getattr(spec, name) is not None]

@@ -16,42 +16,43 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from attnimg.facts import Finding
 
 
-def _flag(value: object) -> object:
+def _to_bool(value: object) -> object:
     """Return 1 and 0 as booleans, as axolotl does; other values must be booleans."""
     return bool(value) if type(value) is int and value in (0, 1) else value
 
 
-def _number(value: object) -> object:
+def _require_number(value: object) -> object:
     """Raise for true and "3", which pydantic would convert to numbers."""
     if isinstance(value, bool | str):
         raise ValueError("should be a number")
     return value
 
 
-def _learning_rate(value: object) -> object:
+def _to_learning_rate(value: object) -> object:
     """Return a quoted learning rate ("2e-4") as a number, as axolotl does."""
     if isinstance(value, str):
         return float(value)
-    return _number(value)
+    return _require_number(value)
 
 
-def _path(text: str) -> str:
+def _check_path(text: str) -> str:
     """Raise for paths that no file system accepts.
 
     Source: Linux, include/uapi/linux/limits.h, NAME_MAX and PATH_MAX (2026-11-27).
     """
     if "\0" in text:
-        raise ValueError("a path has no NUL character")
+        raise ValueError("should have no NUL character")
     if len(os.fsencode(text)) > 4095 or any(len(os.fsencode(p)) > 255 for p in text.split("/")):
-        raise ValueError("a path has at most 4,095 bytes, and each name in it at most 255")
+        raise ValueError("should have at most 4,095 bytes, and at most 255 in each name")
     return text
 
 
-def _listed(value: object) -> object:
+def _to_list(value: object) -> object:
+    """Return a list for one string."""
     return [value] if isinstance(value, str) else value
 
 
-def _targets(value: object) -> object:
+def _check_regex(value: object) -> object:
     """Raise for an invalid regular expression, which PEFT matches against full module names."""
     if isinstance(value, str):
         try:
@@ -63,30 +64,30 @@ def _targets(value: object) -> object:
     return value
 
 
-def _list_of_specs(value: object) -> object:
+def _to_list_of_specs(value: object) -> object:
     """Return a list for one path or mapping, which axolotl accepts for pretraining_dataset."""
     if isinstance(value, str):
         return [{"path": value, "type": "pretrain"}]
     return [value] if isinstance(value, dict) else value
 
 
-Flag = Annotated[bool, Strict(), BeforeValidator(_flag)]
-Count = Annotated[int, BeforeValidator(_number), Field(ge=1, le=2**31 - 1)]
-Whole = Annotated[int, BeforeValidator(_number), Field(ge=0, le=2**31 - 1)]
+Flag = Annotated[bool, Strict(), BeforeValidator(_to_bool)]
+Count = Annotated[int, BeforeValidator(_require_number), Field(ge=1, le=2**31 - 1)]
+Whole = Annotated[int, BeforeValidator(_require_number), Field(ge=0, le=2**31 - 1)]
 # More rows than any batch has, but few enough to allocate lists of this length.
-Rows = Annotated[int, BeforeValidator(_number), Field(ge=1, le=2**20)]
+Rows = Annotated[int, BeforeValidator(_require_number), Field(ge=1, le=2**20)]
 # More than the CPUs of the largest machines.
-Processes = Annotated[int, BeforeValidator(_number), Field(ge=1, le=1024)]
-Workers = Annotated[int, BeforeValidator(_number), Field(ge=0, le=1024)]
-Seed = Annotated[int, BeforeValidator(_number), Field(ge=0, le=2**32 - 1)]
-Number = Annotated[float, BeforeValidator(_number), Field(ge=0, allow_inf_nan=False)]
-Positive = Annotated[float, BeforeValidator(_number), Field(gt=0, allow_inf_nan=False)]
-Beta = Annotated[float, BeforeValidator(_number), Field(ge=0, lt=1, allow_inf_nan=False)]
-Share = Annotated[float, BeforeValidator(_number), Field(ge=0, le=1, allow_inf_nan=False)]
+Processes = Annotated[int, BeforeValidator(_require_number), Field(ge=1, le=1024)]
+Workers = Annotated[int, BeforeValidator(_require_number), Field(ge=0, le=1024)]
+Seed = Annotated[int, BeforeValidator(_require_number), Field(ge=0, le=2**32 - 1)]
+Number = Annotated[float, BeforeValidator(_require_number), Field(ge=0, allow_inf_nan=False)]
+Positive = Annotated[float, BeforeValidator(_require_number), Field(gt=0, allow_inf_nan=False)]
+Beta = Annotated[float, BeforeValidator(_require_number), Field(ge=0, lt=1, allow_inf_nan=False)]
+Share = Annotated[float, BeforeValidator(_require_number), Field(ge=0, le=1, allow_inf_nan=False)]
 Text = Annotated[str, Strict(), Field(min_length=1)]
-PathText = Annotated[Text, AfterValidator(_path)]
-Texts = Annotated[list[Text], BeforeValidator(_listed)]
-Paths = Annotated[list[PathText], BeforeValidator(_listed)]
+PathText = Annotated[Text, AfterValidator(_check_path)]
+Texts = Annotated[list[Text], BeforeValidator(_to_list)]
+Paths = Annotated[list[PathText], BeforeValidator(_to_list)]
 
 Optimizer = Literal[
     "adamw_torch", "adamw_torch_fused", "adamw_torch_8bit", "adamw_torch_4bit", "adafactor",
@@ -121,7 +122,7 @@ class DatasetSpec(BaseModel):
         path: a local file or folder, or a name on the Hugging Face hub.
         type: alpaca, alpaca:chat, completion, chat_template or pretrain.
         field: the text column of completion and pretrain.
-        field_messages: the column that holds a conversation.
+        field_messages: the column with the conversation.
         message_property_mappings: role/content -> the keys in the records.
         roles: role of the chat template -> its names in the records.
         roles_to_train: the roles whose turns have loss.
@@ -178,7 +179,7 @@ class Config(BaseModel):
     # Data
     datasets: Annotated[list[DatasetSpec], Field(min_length=1)] | None = None
     pretraining_dataset: (
-        Annotated[list[DatasetSpec], BeforeValidator(_list_of_specs), Field(min_length=1)] | None
+        Annotated[list[DatasetSpec], BeforeValidator(_to_list_of_specs), Field(min_length=1)] | None
     ) = None
     test_datasets: Annotated[list[DatasetSpec], Field(min_length=1)] | None = None
     dataset_prepared_path: PathText | None = None
@@ -205,7 +206,8 @@ class Config(BaseModel):
     num_epochs: Annotated[Positive, Field(le=1e6)] = 1.0
     max_steps: Count | None = None
     learning_rate: (
-        Annotated[float, BeforeValidator(_learning_rate), Field(gt=0, allow_inf_nan=False)] | None
+        Annotated[float, BeforeValidator(_to_learning_rate), Field(gt=0, allow_inf_nan=False)]
+        | None
     ) = None
     optimizer: Optimizer = "adamw_torch_fused"
     lr_scheduler: Scheduler = "cosine"
@@ -237,7 +239,7 @@ class Config(BaseModel):
     lora_r: Count = 8
     lora_alpha: Count = 16
     lora_dropout: Share = 0.0
-    lora_target_modules: Annotated[list[Text] | Text, BeforeValidator(_targets)] | None = None
+    lora_target_modules: Annotated[list[Text] | Text, BeforeValidator(_check_regex)] | None = None
     lora_target_linear: Flag | None = None
     lora_modules_to_save: Texts | None = None
     lora_fan_in_fan_out: Flag | None = None
@@ -269,7 +271,7 @@ class Config(BaseModel):
     dataloader_num_workers: Workers | None = None
     dataloader_pin_memory: Flag | None = None
 
-    # These have rules of their own, and are refused by data/keys.toml.
+    # Not implemented: data/keys.toml refuses them after the rules of config/attention.py.
     rl: Text | Flag | None = None
     context_parallel_size: Whole | None = None
     scaling_softmax: Flag | None = None
@@ -278,7 +280,7 @@ class Config(BaseModel):
     strict: Flag | None = None
 
 
-def entries(config: Config) -> Iterator[tuple[str, DatasetSpec, bool]]:
+def dataset_entries(config: Config) -> Iterator[tuple[str, DatasetSpec, bool]]:
     """Yield the key, the entry and whether it is for training, for each dataset entry."""
     for name, specs in (
         ("datasets", config.datasets),
@@ -301,7 +303,7 @@ def is_text(spec: DatasetSpec) -> bool:
     return spec.type in ("completion", "pretrain")
 
 
-def roles(spec: DatasetSpec) -> dict[str, str]:
+def role_names(spec: DatasetSpec) -> dict[str, str]:
     """Return a mapping from names of roles in records to those in the chat template."""
     custom = spec.roles or {}
     return (
@@ -312,7 +314,7 @@ def roles(spec: DatasetSpec) -> dict[str, str]:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Checked:
+class CheckResult:
     """The result of `check` for one file.
 
     Attributes:
@@ -320,8 +322,8 @@ class Checked:
         on: the GPU it was checked for, "sm_90"; None without --on.
         config: the valid part of the config; None when the file could not be read.
         requested: the requested backend, by name or by legacy key.
-        errors: the errors, with which it can't be used.
-        warnings: the warnings.
+        errors: findings that prevent its use.
+        warnings: findings that do not.
     """
 
     file: str
@@ -333,10 +335,15 @@ class Checked:
 
     @property
     def ok(self) -> bool:
-        """Return whether there is no error."""
+        """Return whether the config can be used: there are no errors."""
         return not self.errors
 
 
-def finding(code: str, key: str, what: str, why: str, do: str) -> Finding:
-    """Return an error with all its parts; a warning is a Finding without `why`."""
+def make_error(code: str, key: str | None, what: str, why: str, do: str) -> Finding:
+    """Return the finding of an error."""
     return Finding(code=code, key=key, what=what, why=why, do=do)
+
+
+def make_warning(code: str, key: str, what: str, do: str) -> Finding:
+    """Return the finding of a warning, which has no `why`."""
+    return Finding(code=code, key=key, what=what, do=do)

@@ -27,10 +27,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from attnimg.backends import all_backends, contrary_settings
-from attnimg.content_hashes import cache_folder
 from attnimg.errors import AttnimgError
 from attnimg.facts import Machine
-from attnimg.files import make_private_folder
+from attnimg.files import cache_folder, make_private_folder
 from attnimg.machine.probe import this_machine
 from attnimg.machine.shipped_kernels import (
     CACHE_AT,

@@ -21,8 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from attnimg.content_hashes import executor
 from attnimg.errors import AttnimgError
+from attnimg.files import thread_pool
 
 PARTIAL = ".partial"
 
@@ -88,7 +88,7 @@ class PendingCheckpoint:
 
     def start(self, finish: Callable[[], None]) -> None:
         """Call a function in a thread; the previous one must have ended."""
-        thread = executor(1)
+        thread = thread_pool(1)
         self._job = thread.submit(finish)
         thread.shutdown(wait=False)
 
@@ -263,8 +263,8 @@ class FileHasher:
     def __init__(self) -> None:
         # One core is left to the thread that writes, since its delays delay the whole checkpoint.
         threads = max(1, len(os.sched_getaffinity(0)) - 1)
-        self._memory_hashers = executor(min(threads, THREADS), nice=_NICE)
-        self._file_hashers, self._flushers = executor(THREADS, nice=_NICE), executor(THREADS)
+        self._memory_hashers = thread_pool(min(threads, THREADS), nice=_NICE)
+        self._file_hashers, self._flushers = thread_pool(THREADS, nice=_NICE), thread_pool(THREADS)
         self._files: dict[Path, tuple[tuple[int, ...] | None, Future[str], Future[None]]] = {}
         self._waiting: deque[tuple[Future[str], int]] = deque()
 

@@ -61,7 +61,7 @@ from attnimg.train.rows import Rows, make_rows, pad_rows_to_multiple
 from attnimg.train.tokenizer import end_token_notes, use_trained_template
 
 if TYPE_CHECKING:
-    from attnimg.train.data.documents import Documents
+    from attnimg.train.data import Documents
     from attnimg.train.loss import LossCheck
 
 # Keys of model configs with the number of experts, of which a batch may use only some.

@@ -20,9 +20,8 @@ from pathlib import Path, PurePosixPath
 from pickle import PickleError
 from typing import Any
 
-from attnimg.content_hashes import in_threads
 from attnimg.errors import AttnimgError
-from attnimg.files import open_regular, read_regular
+from attnimg.files import map_in_threads, open_regular, read_regular
 from attnimg.train.checkpoint import MANIFEST_FILE, checkpoint_step, list_checkpoints, manifest_hash
 from attnimg.train.model_files import JSON_ERRORS, WEIGHT_INDEX, check_safetensors, read_shard_names
 from attnimg.train.pickled_weights import require_safetensors
@@ -168,7 +167,7 @@ def check_manifest(checkpoint: Path, *, step: int) -> list[str]:
         if at != step
     ]
     files: Mapping[str, Mapping[str, Any]] = content["files"]
-    judged = in_threads(lambda name: _check_file(checkpoint / name, files[name]), files)
+    judged = map_in_threads(lambda name: _check_file(checkpoint / name, files[name]), files)
     found += [f"{name}: {text}" for name, text in zip(files, judged, strict=True) if text]
     return found + [
         f"{name}: found a file that is not in the manifest and would be loaded"

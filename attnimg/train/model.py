@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from attnimg.config.schema import Config
-from attnimg.errors import AttnimgError, as_refusal, bad_value
+from attnimg.errors import AttnimgError, bad_value, out_of_memory_error
 from attnimg.facts import DType, RunContext
 from attnimg.selection.model_config import LANGUAGE_PARTS
 from attnimg.selection.model_types import (
@@ -239,7 +239,7 @@ def _load_errors(config: Config) -> Iterator[None]:
                 code="pickled-weights",
                 key="base_model",
             ) from error
-        if (refusal := as_refusal(error)) is not None:
+        if (refusal := out_of_memory_error(error)) is not None:
             raise refusal from error
         text = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
         raise bad_model(

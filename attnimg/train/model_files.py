@@ -20,9 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from attnimg.config.schema import Config
-from attnimg.content_hashes import ContentHashes, cache_folder
 from attnimg.errors import AttnimgError
-from attnimg.files import open_regular, read_regular
+from attnimg.files import CachedHasher, cache_folder, open_regular, read_regular
 from attnimg.train import checkpoint as checkpoints
 from attnimg.train.checkpoint import write_errors
 from attnimg.train.pickled_weights import require_safetensors
@@ -335,9 +334,9 @@ def _find_folder(name: str | None, config: Config, *, containing: str) -> Path |
 
 
 def _hash_files(folder: Path, files: Sequence[Path]) -> dict[str, str]:
-    hashes = ContentHashes(cache_folder(os.environ))
+    hashes = CachedHasher(cache_folder(os.environ))
     try:
-        found = hashes.of_each(files)
+        found = hashes.hash_each(files)
     except OSError as error:
         raise bad_model(
             f"{error.filename or folder} can't be read",

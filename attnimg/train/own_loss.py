@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from attnimg.errors import AttnimgError, as_refusal, exception_text
+from attnimg.errors import AttnimgError, exception_text, out_of_memory_error
 from attnimg.facts import RunContext
 from attnimg.train.distributed import any_rank
 from attnimg.train.loss import (
@@ -96,7 +96,7 @@ class _LossComparison:
         except (AttnimgError, torch.OutOfMemoryError):
             raise
         except Exception as error:
-            if (refusal := as_refusal(error)) is not None:
+            if (refusal := out_of_memory_error(error)) is not None:
                 raise refusal from error
             if raised:
                 raise _model_raised_error(self.engine, exception_text(error)) from error

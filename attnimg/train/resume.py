@@ -26,7 +26,7 @@ from attnimg.train.model import load_without_weights
 from attnimg.train.model_files import hash_model, hash_tokenizer
 
 if TYPE_CHECKING:
-    from attnimg.train.data.documents import SourceFigures
+    from attnimg.train.data import SourceFigures
     from attnimg.train.records import RunFacts
 
 # Compared by value: a different value results in a different model.
@@ -183,7 +183,7 @@ def _hash_if_dated(config: Config, spec: DatasetSpec, key: str, tokenizer: Any) 
 
     Llama 3.2's does. None where the same records have the same tokens on any day.
     """
-    from attnimg.train.data.chat_templates import choose_chat_template
+    from attnimg.train.data import choose_chat_template
 
     if not is_chat(spec):
         return None

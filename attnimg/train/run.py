@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from attnimg import application
-from attnimg.config.schema import Config, entries
+from attnimg.config.schema import Config
 from attnimg.context import described
 from attnimg.facts import Finding, Machine, Plan
 from attnimg.files import read_regular
@@ -58,7 +58,7 @@ def train(config: Config, machine: Machine, *, report: TrainReport, stop: StopFl
         Stopped: a stop was requested.
     """
     from attnimg.train.check import check_inputs
-    from attnimg.train.data import check_sources
+    from attnimg.train.data import find_sources
     from attnimg.train.environment import silence_libraries
     from attnimg.train.intact import read_checkpoint_hash
 
@@ -71,7 +71,7 @@ def train(config: Config, machine: Machine, *, report: TrainReport, stop: StopFl
     require_agreement(os.environ, config, task.problem, cpu=on_cpu)
     plan = select(task, report)
     resume = check_inputs(config, machine)
-    check_sources(config)
+    find_sources(config)
     checkpoint = (
         (resume.path.name, read_checkpoint_hash(resume.path)) if resume and resume.path else None
     )
@@ -183,12 +183,12 @@ def _load_documents(
     config: Config, machine: Machine, tokenizer: Any, report: TrainReport
 ) -> Documents:
     """Load the data, report its statistics, and raise unless all processes have the same data."""
-    from attnimg.train.data import load_documents, sample_text, sentence
+    from attnimg.train.data import load_documents, sample_text, summary_line
     from attnimg.train.model_files import hash_tokenizer
 
     documents = load_documents(config, tokenizer)
     for figures in documents.figures:
-        report.say(sentence(figures))
+        report.say(summary_line(figures))
     for warning in documents.warnings:
         report.say(f"warning: {warning}")
     lengths = [len(documents.train), len(documents.validation or ())]
@@ -263,7 +263,7 @@ def _hash_config_files(config: Config) -> dict[str, str]:
     """Return the hash of each file that the config names and that is not compared elsewhere."""
     paths = {"deepspeed": config.deepspeed, "attn_known_bad": config.attn_known_bad,
              "chat_template_jinja": config.chat_template_jinja}  # fmt: skip
-    for key, spec, _ in entries(config):
+    for key, spec, _ in dataset_entries(config):
         paths[f"{key}.chat_template_jinja"] = spec.chat_template_jinja
     found = {}
     for key, path in paths.items():

@@ -10,9 +10,9 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from attnimg.config.schema import Config, entries, is_chat
+from attnimg.config.schema import Config, dataset_entries, is_chat
 from attnimg.errors import AttnimgError
-from attnimg.train.data.chat_templates import choose_chat_template
+from attnimg.train.data import choose_chat_template
 from attnimg.train.lora import untrained_embeddings
 from attnimg.train.model import find_class, load_model_config, load_without_weights
 from attnimg.train.rows import NO_LOSS
@@ -236,7 +236,7 @@ def use_trained_template(config: Config, tokenizer: Any) -> list[str]:
     """
     found = {
         key: choose_chat_template(config, tokenizer, spec=spec, key=key)
-        for key, spec, trains in entries(config)
+        for key, spec, trains in dataset_entries(config)
         if trains and is_chat(spec)
     }
     if not found:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from attnimg.context import described
-from attnimg.errors import AttnimgError, PackingLeak, as_refusal
+from attnimg.errors import AttnimgError, PackingLeak, out_of_memory_error
 from attnimg.facts import DType, RunContext
 from attnimg.layout import PackedLayout, lay_out
 
@@ -136,7 +136,7 @@ def check_isolation(
     # Model code and kernels may raise anything: ValueError where transformers refuses packing,
     # TypeError on an unknown argument, IndexError beyond a position table. The reason is kept.
     except Exception as error:
-        if (full := as_refusal(error)) is not None:
+        if (full := out_of_memory_error(error)) is not None:
             raise full from error
         return replace(proof, why=f"the model raised {type(error).__name__}: {error}")
     if not all(map(math.isfinite, figures)):

@@ -12,7 +12,6 @@ from pathlib import Path
 
 from attnimg.backends import local_kernel, variables_that_choose
 from attnimg.backends._loading import hub_folder
-from attnimg.content_hashes import ContentHashes, cache_folder
 from attnimg.context import context_of
 from attnimg.facts import (
     Backend,
@@ -23,7 +22,7 @@ from attnimg.facts import (
     Proof,
     RunContext,
 )
-from attnimg.files import read_private, write_private
+from attnimg.files import CachedHasher, cache_folder, read_private, write_private
 from attnimg.selection.judge import with_effective_windows
 from attnimg.verification.runner import Candidate, proof_from_json, run
 
@@ -109,7 +108,7 @@ def _keys(
     """Return the key of each proof; None where the kernel's files can't be read."""
     if setting.folder is None:
         return [None] * len(backends)
-    hashes = ContentHashes(setting.folder)
+    hashes = CachedHasher(setting.folder)
     keys: list[str | None] = []
     for backend, candidate in zip(backends, candidates, strict=True):
         try:
@@ -143,7 +142,7 @@ def content_of(backend: Backend, *, setting: Setting, trusted: bool) -> dict[str
     Returns:
         One hash for each kind of file: "attnimg", and "torch", "kernel" or names of packages.
     """
-    hashes = ContentHashes(setting.folder)
+    hashes = CachedHasher(setting.folder)
     try:
         found = _content(backend, machine=setting.machine, trusted=trusted, hashes=hashes)
     except OSError:
@@ -153,29 +152,29 @@ def content_of(backend: Backend, *, setting: Setting, trusted: bool) -> dict[str
 
 
 def _content(
-    backend: Backend, *, machine: Machine, trusted: bool, hashes: ContentHashes
+    backend: Backend, *, machine: Machine, trusted: bool, hashes: CachedHasher
 ) -> dict[str, str]:
     """Return the hashes of all files that compute a backend's attention.
 
     Raises:
         OSError: some of them are not known, or can't be read.
     """
-    content = {"attnimg": hashes.of_folder(Path(__file__).parents[1])}
+    content = {"attnimg": hashes.hash_folder(Path(__file__).parents[1])}
     packages = [package for package, _, _ in backend.needs.packages]
     for package in packages:
-        found = hashes.of_package(package)
+        found = hashes.hash_package(package)
         if found is None:
             raise OSError(f"{package} does not list its files")
         content[package] = found
     if backend.added_by is not None:
-        content[backend.added_by] = hashes.of_module(backend.added_by)
-        content["torch"] = hashes.of_torch()
+        content[backend.added_by] = hashes.hash_module(backend.added_by)
+        content["torch"] = hashes.hash_torch()
     if (local := local_kernel(backend, machine)) is not None:
-        content["kernel"] = hashes.of_folder(Path(local.path))
+        content["kernel"] = hashes.hash_folder(Path(local.path))
     elif backend.hub_repo is not None and backend.name.startswith(backend.hub_repo):
-        content["kernel"] = hashes.of_folder(hub_folder(backend.name, trusted=trusted))
+        content["kernel"] = hashes.hash_folder(hub_folder(backend.name, trusted=trusted))
     elif not packages and backend.added_by is None:
-        content["torch"] = hashes.of_torch()
+        content["torch"] = hashes.hash_torch()
     return content
 
 

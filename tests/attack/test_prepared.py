@@ -13,7 +13,7 @@ from attacked import Outcome
 from generated import DAMAGES, Damage, held_against
 from hypothesis import strategies as st
 
-from attnimg.train.data.cache import DOCUMENTS, FIGURES
+from attnimg.train.data.prepare import DOCUMENTS, FIGURES
 
 
 def test_prepared_folders(

@@ -110,7 +110,7 @@ def test_ranks_that_differ_name_the_key(
             id="by its environment",
         ),
         pytest.param(
-            lambda pair, odd: pair.write(odd, learning_rat=1), "learning_rat is no key",
+            lambda pair, odd: pair.write(odd, learning_rat=1), "learning_rat is not a known key",
             id="by its config",
         ),
     ],

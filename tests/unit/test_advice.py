@@ -151,7 +151,7 @@ class Case:
             check_inputs(config, self.machine or CPU)
             try_options(config)
         if self.records is not None:
-            load_documents(config, load_tokenizer(config, log=lambda _: None), progress=False)
+            load_documents(config, load_tokenizer(config, log=lambda _: None))
 
 
 def given(case: Case, folder: Path) -> Values:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from attnimg.config import check_values
-from attnimg.config.schema import Checked
+from attnimg.config.schema import CheckResult
 from attnimg.errors import AttnimgError
 from attnimg.selection.gpus import parse_gpu
 
@@ -19,14 +19,16 @@ REQUIRED: dict[str, Any] = {
 }
 
 
-def check(values: dict[str, Any], *, on: str | None = None, torch: str | None = None) -> Checked:
+def check(
+    values: dict[str, Any], *, on: str | None = None, torch: str | None = None
+) -> CheckResult:
     arch = parse_gpu(on)[0] if on else None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         return check_values(REQUIRED | values, file="x.yaml", on=arch, torch=torch)
 
 
-def codes(checked: Checked) -> tuple[list[str], list[str]]:
+def codes(checked: CheckResult) -> tuple[list[str], list[str]]:
     return [e.code for e in checked.errors], [w.code for w in checked.warnings]
 
 
@@ -310,7 +312,7 @@ def test_rows_on_values(values: dict[str, Any], errors: list[str], found: list[s
 )
 def test_a_misspelt_key_of_an_adapter_is_not_said_to_be_axolotls(key: str, do: str) -> None:
     (error,) = check({key: 3}).errors
-    assert (error.what, error.do) == (f"{key} is no key", do)
+    assert (error.what, error.do) == (f"{key} is not a known key", do)
     assert "neither attnimg nor axolotl knows it" in error.why
 
 

@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from attnimg.config.schema import Config
-from attnimg.train.data import check_sources
+from attnimg.train.data import find_sources
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
@@ -50,7 +50,7 @@ def debian_texts(script: ModuleType) -> ModuleType:
 def test_every_example_names_data_that_fit(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     config = Config(**yaml.safe_load(path.read_text()))
-    check_sources(config)
+    find_sources(config)
     assert config.learning_rate
     assert config.output_dir.startswith("outputs/")
 

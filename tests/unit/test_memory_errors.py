@@ -7,7 +7,7 @@ from concurrent.futures.process import BrokenProcessPool
 
 import pytest
 
-from attnimg.errors import AttnimgError, as_refusal, memory_errors
+from attnimg.errors import AttnimgError, memory_errors, out_of_memory_error
 
 FULL = {
     "Python": (MemoryError(), "out of memory"),
@@ -27,9 +27,11 @@ FULL = {
         RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error. It is possible "
                      "that dataloader's workers are out of shared memory."), "/dev/shm"),
     "a worker that the kernel kills": (
-        RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "), "loads data"),
+        RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "),
+        "a DataLoader worker was killed"),
     "workers that end": (
-        RuntimeError("DataLoader worker (pid(s) 7, 8) exited unexpectedly"), "loads data"),
+        RuntimeError("DataLoader worker (pid(s) 7, 8) exited unexpectedly"),
+        "a DataLoader worker was killed"),
     "a process of the data's preparation": (
         BrokenProcessPool("A process in the process pool was terminated abruptly"), "prepares"),
 }  # fmt: skip
@@ -52,7 +54,7 @@ def test_each_out_of_memory_error_is_reported_with_advice(error: Exception, says
 
 @pytest.mark.parametrize("error", OTHER.values(), ids=OTHER)
 def test_other_errors_are_not_changed(error: Exception) -> None:
-    assert as_refusal(error) is None
+    assert out_of_memory_error(error) is None
     with pytest.raises(type(error)) as caught, memory_errors():
         raise error
     assert caught.value is error

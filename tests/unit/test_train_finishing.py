@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from attnimg.content_hashes import executor
 from attnimg.errors import AttnimgError
+from attnimg.files import thread_pool
 from attnimg.train import checkpoint
 from attnimg.train import checkpoint as file_hashes
 from attnimg.train.checkpoint import FileHasher
@@ -225,7 +225,7 @@ def test_without_threads_a_checkpoint_is_finished_at_once(tmp_path: Path) -> Non
 
 def test_only_the_threads_that_hash_have_a_lower_priority() -> None:
     mine = os.getpriority(os.PRIO_PROCESS, 0)
-    with executor(1, nice=10) as lower, executor(1) as same:
+    with thread_pool(1, nice=10) as lower, thread_pool(1) as same:
         found = [pool.submit(os.getpriority, os.PRIO_PROCESS, 0).result() for pool in (lower, same)]
     assert found == [min(mine + 10, 19), mine]
     assert os.getpriority(os.PRIO_PROCESS, 0) == mine

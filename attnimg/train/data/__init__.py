@@ -1,19 +1,255 @@
-"""Load the training data: turn files and hub datasets into tokenized documents with labels.
+"""Load the documents of a run: find its sources, prepare them, then merge, shuffle and split.
 
-sources -> records -> types -> prepare -> load; `cache` reads and writes dataset_prepared_path.
+sources -> records -> types -> prepare -> this file.
 Conversations are processed by conversations -> chat_render -> chat_turn -> chat_layout -> chat.
 """
 
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Collection, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
+
+from attnimg.config.schema import DATASET_TYPES, Config, DatasetSpec, dataset_entries
+from attnimg.errors import AttnimgError, printable
 from attnimg.train.data.chat_templates import choose_chat_template
-from attnimg.train.data.documents import Documents, SourceFigures, sample_text, sentence
-from attnimg.train.data.load import check_sources, load_documents
+from attnimg.train.data.prepare import SourceFigures, load_source, summary_line
+from attnimg.train.data.records import IGNORE_INDEX, read_records
+from attnimg.train.data.sources import Source, find_source
+from attnimg.train.data.types import TYPE_OF_COLUMN, choose_parser
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 __all__ = [
     "Documents",
     "SourceFigures",
-    "check_sources",
     "choose_chat_template",
+    "find_sources",
     "load_documents",
     "sample_text",
-    "sentence",
+    "summary_line",
 ]
+
+SAMPLE_TOKENS = 400  # shown of a long document, to fit on a screen
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Documents:
+    """Everything to train on, tokenized; rows are documents of 1 to sequence_len tokens.
+
+    Attributes:
+        train: columns input_ids and labels, both list[int32] of equal length.
+        validation: the same columns; None without val_set_size and test_datasets.
+        figures: statistics of each source, in the order of the config, test_datasets last.
+        warnings: warnings for the user before training.
+    """
+
+    train: Dataset
+    validation: Dataset | None
+    figures: tuple[SourceFigures, ...]
+    warnings: tuple[str, ...] = ()
+
+
+def find_sources(config: Config) -> tuple[list[Source], list[Source]]:
+    """Find the sources of a run, and check all that needs no tokenizer.
+
+    This reads one record of each local file.
+
+    Returns:
+        The sources to train on, and those of test_datasets.
+
+    Raises:
+        AttnimgError: missing-key, bad-value, file-missing, empty-dataset, wrong-columns or
+            bad-data, with the config key, the file and the record.
+    """
+    training, testing = list[Source](), list[Source]()
+    for key, spec, trains in dataset_entries(config):
+        if spec.type is None:
+            raise _missing_type(spec, key=key)
+        parse = choose_parser(spec)
+        source = find_source(spec, key=key)
+        found = False
+        for file in source.files:
+            first = next(read_records(file, key=key), None)
+            if first is not None:
+                place, record = first
+                parse(record, place)
+                found = True
+        if source.kind == "files" and not found:
+            what = f"nothing to train on in {spec.path}"
+            why = "found no record in it, needed at least one"
+            do = f"correct {key}.path, or remove the entry"
+            raise AttnimgError(what, why=why, do=do, code="empty-dataset", key=f"{key}.path")
+        (training if trains else testing).append(source)
+    return training, testing
+
+
+def load_documents(config: Config, tokenizer: Any) -> Documents:
+    """Read, tokenize, shuffle and split everything the config names.
+
+    The same config, files and tokenizer give the same documents in the same order, whatever
+    dataset_num_proc is and whether dataset_prepared_path was used.
+
+    Args:
+        config: the validated run.
+        tokenizer: a transformers tokenizer, special tokens already set.
+
+    Raises:
+        AttnimgError: the data are missing, broken, or not as the config describes them.
+    """
+    import datasets
+
+    training, testing = find_sources(config)
+    figures = list[SourceFigures]()
+    warnings = dict.fromkeys(_warn_of_shared_files(training, testing))
+
+    def load_all(sources: list[Source]) -> Dataset:
+        parts = []
+        for source in sources:
+            part, (counts, found) = load_source(source, config, tokenizer)
+            if not counts.documents:
+                raise _no_documents(source, counts)
+            parts.append(part)
+            figures.append(counts)
+            warnings.update(dict.fromkeys((*source.warnings, *found)))
+        return datasets.concatenate_datasets(parts) if len(parts) > 1 else parts[0]
+
+    train = load_all(training)
+    if config.shuffle_merged_datasets:
+        # In memory: the library would cache the order on disk, and trust that file in later runs.
+        train = train.shuffle(seed=config.seed, keep_in_memory=True)
+    validation = load_all(testing) if testing else None
+    if config.val_set_size:
+        train, validation = _split_validation(train, config)
+    if validation is not None:
+        warnings.update(dict.fromkeys(_warn_of_shared_documents(train, validation)))
+    return Documents(
+        train=train, validation=validation, figures=tuple(figures), warnings=tuple(warnings)
+    )
+
+
+def _missing_type(spec: DatasetSpec, *, key: str) -> AttnimgError:
+    """Return the error for an entry without a type; it suggests one that fits the first record."""
+    columns: Collection[str] = ()
+    with suppress(AttnimgError, StopIteration, IndexError):
+        _, columns = next(read_records(find_source(spec, key=key).files[0], key=key))
+    suggested = next((type_ for name, type_ in TYPE_OF_COLUMN.items() if name in columns), None)
+    what = f"{key} has no type"
+    why = f"found no type for {spec.path}, needed one of {', '.join(DATASET_TYPES)}"
+    do = f"set {key}.type: {suggested or ' or '.join(DATASET_TYPES[:-1])}"
+    return AttnimgError(what, why=why, do=do, code="missing-key", key=f"{key}.type")
+
+
+def _warn_of_shared_files(training: list[Source], testing: list[Source]) -> Iterator[str]:
+    """Yield a warning for each source of test_datasets whose rows are also trained on."""
+    for test in testing:
+        for train in training:
+            sliced = all("[" in (source.spec.split or "") for source in (train, test))
+            shared = _data_names(train) & _data_names(test)
+            if shared and not sliced:
+                yield (
+                    f"{train.key} and {test.key} both read {min(shared)}, so the evaluation uses "
+                    "training data"
+                )
+
+
+def _warn_of_shared_documents(train: Dataset, validation: Dataset) -> Iterator[str]:
+    """Yield a warning if documents of the evaluation are also trained on."""
+    evaluated = list(_hash_documents(validation))
+    shared = set(evaluated).intersection(_hash_documents(train))
+    if count := sum(digest in shared for digest in evaluated):
+        yield (
+            f"{count:,} of {len(evaluated):,} evaluation documents are also in the training data, "
+            "so the evaluation loss is too low: list each file and row once, and remove duplicate "
+            "records"
+        )
+
+
+def _hash_documents(documents: Dataset) -> Iterator[bytes]:
+    """Yield a hash of the tokens of each document."""
+    for batch in documents.select_columns(["input_ids"]).with_format("arrow").iter(1000):
+        for ids in batch["input_ids"].combine_chunks().to_numpy(zero_copy_only=False):
+            yield hashlib.blake2b(ids.tobytes(), digest_size=16).digest()
+
+
+def _data_names(source: Source) -> set[str]:
+    """Return the names of the files or splits that a source reads."""
+    if source.kind == "files":
+        return {str(file.path.resolve()) for file in source.files}
+    spec = source.spec
+    default = "test" if source.key.startswith("test_datasets") else "train"
+    names = (part.partition("[")[0].strip() for part in (spec.split or default).split("+"))
+    return {" ".join(filter(None, (spec.path, spec.name, name))) for name in names}
+
+
+def _no_documents(source: Source, figures: SourceFigures) -> AttnimgError:
+    """Return the error for a source without documents, with advice for most of its records."""
+    longer = figures.too_long + figures.truncated + figures.split
+    if longer >= max(1, figures.empty):
+        do = f"set sequence_len: {figures.longest}, the longest of them"
+    elif figures.without_loss > figures.empty:
+        do = (
+            "set train_on_inputs: true, or list roles that the records have in "
+            f"{source.key}.roles_to_train"
+        )
+    else:
+        do = f"name the column with the text, or correct {source.key}.path"
+    return AttnimgError(
+        f"nothing to train on in {source.spec.path}",
+        why=f"of {figures.records:,} records, {figures.empty:,} have no text, {longer:,} are "
+        f"longer than sequence_len {figures.sequence_len:,}, and {figures.without_loss:,} parts "
+        "have no trained token; needed at least one document",
+        do=do,
+        code="empty-dataset",
+        key=f"{source.key}.path",
+    )
+
+
+def _split_validation(documents: Dataset, config: Config) -> tuple[Dataset, Dataset]:
+    """Split off val_set_size documents for validation; return both parts, training first.
+
+    Values up to 1 are a share of the documents, larger ones their number.
+
+    Source: axolotl 0.18.0, schemas/config.py:1084, "1 = 100%", and utils/data/sft.py (2026-11-26).
+    """
+    import numpy
+
+    size, total = config.val_set_size, len(documents)
+    count = max(1, round(size * total)) if size <= 1 else round(size)
+    if count >= total or (size > 1 and size != count):
+        what = f"val_set_size {size:g} does not fit"
+        why = (
+            f"found {total:,} documents; needed a share below 1, or a whole number below {total:,}"
+        )
+        do = "set val_set_size: 0.05, which is one document in twenty"
+        do = do if total > 1 else "set val_set_size: 0, or add documents"
+        raise AttnimgError(what, why=why, do=do, code="bad-value", key="val_set_size")
+    order = numpy.random.default_rng(config.seed).permutation(total)
+    validation = sorted(order[:count].tolist())
+    train = sorted(order[count:].tolist())
+    return documents.select(train), documents.select(validation)
+
+
+def sample_text(documents: Documents, tokenizer: Any) -> str:
+    """Return the first document's text, with >>> and <<< around the tokens with loss.
+
+    The text begins a little before the first token with loss. Control characters are escaped, so
+    that data can't send commands to a terminal.
+    """
+    row = documents.train[0]
+    ids, labels = row["input_ids"], row["labels"]
+    first = next((index for index, label in enumerate(labels) if label != IGNORE_INDEX), 0)
+    start = max(0, min(first - SAMPLE_TOKENS // 4, len(ids) - SAMPLE_TOKENS))
+    shown = list(zip(ids, labels, strict=True))[start : start + SAMPLE_TOKENS]
+    pieces = []
+    for trained, group in groupby(shown, key=lambda pair: pair[1] != IGNORE_INDEX):
+        text = printable(tokenizer.decode([token for token, _ in group]))
+        pieces.append(f">>>{text}<<<" if trained else text)
+    before = "... " if start else ""
+    after = " ..." if start + SAMPLE_TOKENS < len(ids) else ""
+    text = f"{before}{''.join(pieces)}{after}".replace("\n", "\n    ")
+    return f"first document (tokens with loss are between >>> and <<<):\n    {text}"

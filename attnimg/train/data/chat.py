@@ -13,9 +13,14 @@ from dataclasses import replace
 from typing import Any, Literal
 
 from attnimg.errors import AttnimgError
-from attnimg.train.data.chat_layout import AnswerLayout, SharedLayout, lay_out, share_layout
+from attnimg.train.data.chat_layout import (
+    AnswerLayout,
+    SharedLayout,
+    build_layout,
+    build_shared_layout,
+)
 from attnimg.train.data.chat_render import (
-    CLOSING,
+    THINK_END,
     Message,
     Renderer,
     RewrittenError,
@@ -27,25 +32,31 @@ from attnimg.train.data.chat_render import (
 )
 from attnimg.train.data.chat_templates import TemplateLimitError
 from attnimg.train.data.chat_turn import EndTokens, RenderedTurn
-from attnimg.train.data.documents import IGNORED, Conversation, Parsed, Turn, unused_note
-from attnimg.train.data.records import Place, bad_file
-
-EMPTY_ANSWERS = (
-    "answers without text carry no loss: they would train the model to answer with nothing"
+from attnimg.train.data.records import (
+    IGNORE_INDEX,
+    Conversation,
+    Parsed,
+    Place,
+    Turn,
+    bad_file,
+    shorten,
+    unused_warning,
 )
+
+EMPTY_ANSWERS = "answers without text are not trained: the model would learn to give empty answers"
 
 
 class ChatEncoder:
-    """Encode conversations; the turns of the trained roles carry loss.
+    """Encode conversations; the turns of the trained roles have loss.
 
     Args:
         tokenizer: a transformers tokenizer that returns character offsets (a "fast" one).
         template: the chat template in Jinja; or several by name, of which "tool_use" is used for
             conversations with tools and "default" for all others.
-        trained_roles: roles whose turns carry loss, as the template names them.
-        train_on_eos: which turns' end tokens carry loss: of trained turns ("turn"), of every
+        trained_roles: roles whose turns are trained, as the template names them.
+        train_on_eos: which turns' end tokens are trained: of trained turns ("turn"), of every
             turn ("all"), of the last trained one ("last"), or of none.
-        train_on_inputs: whether every token carries loss.
+        train_on_inputs: whether every token is trained.
         eot_tokens: texts that end a turn, besides the tokenizer's special tokens.
         system_message: inserted before conversations without a system turn; None for none.
 
@@ -65,21 +76,17 @@ class ChatEncoder:
         system_message: str | None = None,
     ) -> None:
         if not tokenizer.is_fast:
-            raise AttnimgError(
-                "this tokenizer can't be used for conversations",
-                why=f"{type(tokenizer).__name__} gives no character offsets, which tell the "
-                "tokens of a turn from those of its prompt",
-                do="use the model's fast tokenizer (tokenizer.json)",
-                code="bad-value",
-                key="tokenizer_type",
-            )
-        self.tokenizer = _with_whole_offsets(tokenizer)
+            what = "the tokenizer does not support conversations"
+            why = f"{type(tokenizer).__name__} returns no character offsets, needed to find answers"
+            do = "use the model's fast tokenizer (tokenizer.json)"
+            raise AttnimgError(what, why=why, do=do, code="bad-value", key="tokenizer_type")
+        self.tokenizer = _with_full_offsets(tokenizer)
         self.templates = {"default": template} if isinstance(template, str) else dict(template)
         self.trained_roles, self.train_on_eos = trained_roles, train_on_eos
         self.train_on_inputs, self.system_message = train_on_inputs, system_message
-        self.ends = EndTokens.of(tokenizer, eot_tokens)
+        self.ends = EndTokens.from_tokenizer(tokenizer, eot_tokens)
         self.shared: dict[tuple[tuple[str, bool], ...], SharedLayout | None] = {}
-        self.notes: dict[str, None] = {}
+        self.warnings: dict[str, None] = {}
 
     def __call__(self, batch: Sequence[tuple[Place, Parsed]]) -> list[tuple[list[int], list[int]]]:
         """Encode conversations to input_ids and labels.
@@ -92,12 +99,12 @@ class ChatEncoder:
             assert isinstance(parsed, Conversation), place
             conversation = self._with_system_message(parsed)
             try:
-                layout = self._lay_out(conversation)
+                layout = self._build_layout(conversation)
                 masked = list(self._masked_spans(conversation, layout))
             except (TemplateError, TemplateLimitError, RewrittenError) as error:
-                raise self._refusal(conversation, place, error) from None
-            self.notes |= dict.fromkeys(layout.notes)
-            self._note_unused(conversation)
+                raise self._template_error(conversation, place, error) from None
+            self.warnings |= dict.fromkeys(layout.warnings)
+            self._warn_of_unused(conversation)
             text = layout.rendering.text + layout.appended
             written.append((text, list(self._trained_spans(conversation, layout)), masked))
         encoded = self.tokenizer(
@@ -118,7 +125,7 @@ class ChatEncoder:
             return conversation
         return replace(conversation, turns=(Turn("system", self.system_message), *turns))
 
-    def _trains(self, turn: Turn) -> bool:
+    def _is_trained(self, turn: Turn) -> bool:
         return turn.role in self.trained_roles if turn.train is None else turn.train
 
     def _needs_bounds(self, turn: Turn) -> bool:
@@ -126,14 +133,14 @@ class ChatEncoder:
         if self.train_on_inputs and (turn.train is False or self.train_on_eos in ("last", "none")):
             return True
         ends = self.train_on_eos == "all" and turn.role == "assistant"
-        return ends or self._trains(turn)
+        return ends or self._is_trained(turn)
 
     def _renderer(self, conversation: Conversation) -> Renderer:
         tools = conversation.tools
         name = "tool_use" if tools and "tool_use" in self.templates else "default"
         return Renderer(self.tokenizer, self.templates[name], tools)
 
-    def _lay_out(self, conversation: Conversation) -> AnswerLayout:
+    def _build_layout(self, conversation: Conversation) -> AnswerLayout:
         """Find the answers, with the shared layout of conversations with these roles if it fits."""
         renderer, turns = self._renderer(conversation), conversation.turns
         bounded = [self._needs_bounds(turn) for turn in turns]
@@ -143,7 +150,7 @@ class ChatEncoder:
             roles = [turn.role for turn in turns]
             key = tuple(zip(roles, bounded, strict=True))
             if key not in self.shared:
-                self.shared[key] = share_layout(renderer, roles, bounded, self.ends)
+                self.shared[key] = build_shared_layout(renderer, roles, bounded, self.ends)
             messages: tuple[Message, ...] = tuple(
                 {"role": turn.role, "content": turn.content} for turn in turns
             )
@@ -153,18 +160,18 @@ class ChatEncoder:
         errors = list[TemplateError | RewrittenError]()
         for given, form in message_forms(renderer, conversation):
             try:
-                return lay_out(given, render(given, form), bounded, self.ends)
+                return build_layout(given, render(given, form), bounded, self.ends)
             except (TemplateError, RewrittenError) as error:
                 errors.append(error)
         # A fault in rendered text is more informative than the error of another message form.
         raise next((error for error in errors if isinstance(error, RewrittenError)), errors[0])
 
     def _trained_spans(self, conversation: Conversation, layout: AnswerLayout) -> Iterator[Span]:
-        """Yield the spans that carry loss: texts of answers, and ends of turns."""
+        """Yield the spans to train: texts of answers, and ends of turns."""
         if self.train_on_inputs:
             yield 0, len(layout.rendering.text) + len(layout.appended)
             return
-        answers = [a for a in layout.answers if self._trains(conversation.turns[a.turn])]
+        answers = [a for a in layout.answers if self._is_trained(conversation.turns[a.turn])]
         for answer in answers:
             yield from answer.text
             last = answer is answers[-1]
@@ -179,7 +186,7 @@ class ChatEncoder:
         ends = [span for answer in layout.answers for span in answer.end]
         yield from ends
         known = {token for a, b in ends for token in self.ends.pattern.findall(text[a:b])}
-        known |= {self.tokenizer.eos_token, *self.ends.chosen}
+        known |= {self.tokenizer.eos_token, *self.ends.configured}
         answers = {answer.turn for answer in layout.answers}
         starts = [span[0] for span in layout.rendering.contents if span]
         for number, span in enumerate(layout.rendering.contents):
@@ -202,7 +209,7 @@ class ChatEncoder:
                 continue
             written = rendering.text[slice(*span)]
             if message.get("content") != turn.content or (
-                CLOSING in turn.content and CLOSING not in written
+                THINK_END in turn.content and THINK_END not in written
             ):
                 raise RewrittenError("it rewrites a content that has untrained parts")
             # The template may have stripped the content; spans are relative to the unstripped one.
@@ -225,23 +232,23 @@ class ChatEncoder:
             blank = RenderedTurn(self._renderer(conversation), layout.rendering, number)
             if (end := blank.end_of_blank(self.ends)) is None:
                 raise RewrittenError(
-                    f"message {number + 1} has no text, so that its end token can't be found",
-                    f"take message {number + 1} out, or set train_on_inputs: false",
+                    f"message {number + 1} has no text, so its end token cannot be found",
+                    f"remove message {number + 1}, or set train_on_inputs: false",
                 )
             yield end
-        counting = [answer for answer in layout.answers if turns[answer.turn].train is not False]
+        with_loss = [answer for answer in layout.answers if turns[answer.turn].train is not False]
         for answer in layout.answers:
             if turns[answer.turn].train is False:
                 yield from answer.text
                 if self.train_on_eos != "all":
                     yield from answer.end
             elif self.train_on_eos == "none" or (
-                self.train_on_eos == "last" and answer is not counting[-1]
+                self.train_on_eos == "last" and answer is not with_loss[-1]
             ):
                 yield from answer.end
 
-    def _note_unused(self, conversation: Conversation) -> None:
-        """Add notes on columns, keys and answers of a conversation that have no effect."""
+    def _warn_of_unused(self, conversation: Conversation) -> None:
+        """Add warnings on unused columns and message keys, and on empty answers."""
         template = self._renderer(conversation).template
         keys = dict.fromkeys(
             key
@@ -251,41 +258,38 @@ class ChatEncoder:
         )
         for what, names in (("columns", conversation.unused), ("message keys", tuple(keys))):
             if names:
-                self.notes[unused_note(what, names)] = None
+                self.warnings[unused_warning(what, names)] = None
         if any(
-            self._trains(turn)
+            self._is_trained(turn)
             and not (turn.content or "").strip()
             and not {"tool_calls", "reasoning_content"} & turn.extra.keys()
             for turn in conversation.turns
         ):
-            self.notes[EMPTY_ANSWERS] = None
+            self.warnings[EMPTY_ANSWERS] = None
 
-    def _refusal(
+    def _template_error(
         self,
         conversation: Conversation,
         place: Place,
         error: TemplateError | TemplateLimitError | RewrittenError,
     ) -> AttnimgError:
-        """Build the error for a template that fails on a record, exceeds a limit or drops text."""
+        """Return the error for a template that fails on a record, exceeds a limit or drops text."""
         if isinstance(error, TemplateError):
             roles = ", ".join(turn.role for turn in conversation.turns)
-            return bad_file(
-                f"the chat template refuses {place}",
-                why=f"it raises: {error}; the roles are {roles}",
-                do="correct the record, or set chat_template to one that takes these roles",
-                key=place.key,
-            )
-        what, why = f"the chat template takes too much: {place}", str(error)
+            what = f"the chat template raises an error: {place}"
+            why = f"it raises: {error}; the roles are {roles}"
+            do = "correct the record, or set chat_template to one that accepts these roles"
+            return bad_file(what, why=why, do=do, key=place.key)
+        what, why = f"the chat template exceeds a limit: {place}", str(error)
         do = "set chat_template to another one, or correct this one"
         if isinstance(error, RewrittenError):
-            template = self._renderer(conversation).template
-            name = template if len(template) <= 60 else template[:57] + "..."
-            what, do = f"the chat template can't be used for training: {place}", error.do
-            why = f"{why}, so the loss would not be on what the record says\ntemplate: {name}"
+            template = shorten(self._renderer(conversation).template)
+            what, do = f"the chat template cannot be used for training: {place}", error.do
+            why = f"{why}, so the trained text would not be the record's\ntemplate: {template}"
         return AttnimgError(what, why=why, do=do, code="bad-value", key="chat_template")
 
 
-def _with_whole_offsets(tokenizer: Any) -> Any:
+def _with_full_offsets(tokenizer: Any) -> Any:
     """Return a tokenizer with the same ids, whose offsets cover all characters of a token.
 
     Byte-level tokenizers exclude whitespace from the offsets (trim_offsets). A token of a newline
@@ -302,11 +306,11 @@ def _with_whole_offsets(tokenizer: Any) -> Any:
     untrimmed = json.loads(written, object_hook=untrim)
     if untrimmed == json.loads(written):
         return tokenizer
-    whole = copy.deepcopy(tokenizer)  # the original is saved with the model
-    whole.backend_tokenizer.post_processor = Tokenizer.from_str(
+    untrimmed_copy = copy.deepcopy(tokenizer)  # the original is saved with the model
+    untrimmed_copy.backend_tokenizer.post_processor = Tokenizer.from_str(
         json.dumps(untrimmed)
     ).post_processor
-    return whole
+    return untrimmed_copy
 
 
 def label_tokens(
@@ -317,7 +321,7 @@ def label_tokens(
     trained: Sequence[Span],
     masked: Sequence[Span] = (),
 ) -> list[int]:
-    """Return labels: the ids of tokens that cover a character of a trained span, IGNORED elsewhere.
+    """Return labels: the ids of tokens that cover a character of a trained span, else IGNORE_INDEX.
 
     Blanks between two tokens belong to the second one, since tokenizers may exclude them from its
     offsets. Other characters between two tokens were removed by a normalizer (an accent, a
@@ -327,7 +331,7 @@ def label_tokens(
     """
     spans = [(*span, True) for span in trained] + [(*span, False) for span in masked]
     spans.sort(key=lambda span: (span[0], not span[2]))
-    labels, reached, first = [IGNORED] * len(ids), 0, 0
+    labels, reached, first = [IGNORE_INDEX] * len(ids), 0, 0
     for index, (start, end) in enumerate(offsets):
         # A blank that the tokenizer inserts may have offsets after those of the next token.
         removed = len(text[reached:start].rstrip()) if start < end else 0
@@ -335,10 +339,10 @@ def label_tokens(
         reached = high
         while first < len(spans) and spans[first][1] <= low:
             first += 1
-        for a, b, counts in spans[first:]:
+        for a, b, is_trained in spans[first:]:
             if a >= high:
                 break
             inside = text[max(a, low) : min(b, high)]
             if inside and (inside.strip() or not text[low:high].strip()):
-                labels[index] = ids[index] if counts else IGNORED
+                labels[index] = ids[index] if is_trained else IGNORE_INDEX
     return labels

@@ -1,6 +1,6 @@
 """Render conversations with a chat template, and locate the record's text in the result.
 
-A content is located by rendering the conversation with a unique mark in its place.
+A content is located by rendering the conversation with a unique placeholder instead of it.
 """
 
 from __future__ import annotations
@@ -8,20 +8,20 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from attnimg.train.data.chat_templates import render_bounded
 from attnimg.train.data.conversations import arguments_as_text
-from attnimg.train.data.documents import Conversation, Turn
+from attnimg.train.data.records import Conversation, Turn
 
 Span = tuple[int, int]  # first character and the one after the last
 Message = Mapping[str, Any]
 Literals = tuple[tuple[int, ...], tuple[str, ...]]  # message indices, and the texts around them
 
-CLOSING = "</think>"
-LISTED = re.compile(r"""['"]type['"]: ?['"]text['"]""")  # a list of parts written as text
-# A template marks with {% generation %} what the model generates.
+THINK_END = "</think>"
+LIST_AS_TEXT = re.compile(r"""['"]type['"]: ?['"]text['"]""")  # a list of parts written as text
+# Templates mark the text that the model generates with {% generation %}.
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
@@ -38,15 +38,15 @@ class Renderer:
         template: the template in Jinja.
         tools: JSON schemas, passed to the template.
         parts: whether contents are passed as lists of one part, as to vision models.
-        restores: whether reasoning that the template drops is restored before the last answer,
-            where the model generates it.
+        restores_reasoning: whether reasoning that the template drops is restored before the last
+            answer, where the model generates it.
     """
 
     tokenizer: Any
     template: str
     tools: tuple[Message, ...] = ()
     parts: bool = False
-    restores: bool = False
+    restores_reasoning: bool = False
 
     def text(self, messages: Sequence[Message], *, prompt: bool = False) -> str:
         """Return the rendered text; with `prompt`, it ends with the opening of an answer.
@@ -55,9 +55,13 @@ class Renderer:
             TemplateError: the template raised.
         """
         text = self._render(messages, add_generation_prompt=prompt)[0]
-        return self._restored(messages, text) if self.restores and not prompt else text
+        return (
+            self._restore_reasoning(messages, text)
+            if self.restores_reasoning and not prompt
+            else text
+        )
 
-    def attempt(self, messages: Sequence[Message], *, prompt: bool = False) -> str | None:
+    def try_text(self, messages: Sequence[Message], *, prompt: bool = False) -> str | None:
         """Return the rendered text; None where the template raises, as it may on a part."""
         try:
             return self.text(messages, prompt=prompt) if messages else None
@@ -65,33 +69,33 @@ class Renderer:
             return None
 
     @property
-    def marks(self) -> bool:
-        """Return whether the template marks what the model generates."""
+    def has_generation_blocks(self) -> bool:
+        """Return whether the template marks the text that the model generates."""
         return GENERATION.search(self.template) is not None
 
-    def generated(self, messages: Sequence[Message]) -> list[Span]:
+    def generation_spans(self, messages: Sequence[Message]) -> list[Span]:
         """Return the spans of the template's {% generation %} blocks; empty without them."""
-        if not self.marks:
+        if not self.has_generation_blocks:
             return []
         return self._render(messages, return_assistant_tokens_mask=True)[1]
 
-    def _restored(self, messages: Sequence[Message], text: str) -> str:
+    def _restore_reasoning(self, messages: Sequence[Message], text: str) -> str:
         """Return a text with the full content of the last answer, including its reasoning."""
-        last, head = messages[-1], think_block(messages[-1])
-        if not head:
+        last, think = messages[-1], think_block(messages[-1])
+        if not think:
             return text
-        shown = self._render([*messages[:-1], {**last, "content": mark(-1)}])[0]
-        before, found, after = shown.partition(mark(-1))
+        shown = self._render([*messages[:-1], {**last, "content": placeholder(-1)}])[0]
+        before, found, after = shown.partition(placeholder(-1))
         answer = text[len(before) : len(text) - len(after)].strip()
         dropped = found and text.startswith(before) and text.endswith(after)
-        if not dropped or answer != last["content"][len(head) :].strip():
+        if not dropped or answer != last["content"][len(think) :].strip():
             return text
-        if before.rstrip().endswith(CLOSING):  # the template wrote its own reasoning
+        if before.rstrip().endswith(THINK_END):  # the template wrote its own reasoning
             return text
-        opening = "" if "<think>" in head else "<think>\n"  # generation begins with it
+        opening = "" if "<think>" in think else "<think>\n"  # generation begins with it
         return before + opening + str(last["content"]) + after
 
-    def _given(self, message: Message) -> dict[str, Any]:
+    def _format_message(self, message: Message) -> dict[str, Any]:
         content = message.get("content")
         if self.parts and content:
             return {**message, "content": [{"type": "text", "text": content}]}
@@ -102,7 +106,7 @@ class Renderer:
 
         try:
             text, spans = render_bounded(
-                [self._given(message) for message in messages],
+                [self._format_message(message) for message in messages],
                 template=self.template,
                 tools=[dict(tool) for tool in self.tools] or None,
                 **kwargs,
@@ -114,8 +118,8 @@ class Renderer:
             TypeError, ValueError,
         ) as error:  # fmt: skip
             raise TemplateError(str(error) or type(error).__name__) from None
-        if self.parts and LISTED.search(text):
-            raise TemplateError("it writes a content that is a list of parts as a list")
+        if self.parts and LIST_AS_TEXT.search(text):
+            raise TemplateError("it writes a list of content parts as a list, not as text")
         return text, spans
 
 
@@ -131,7 +135,7 @@ class Rendering:
 
     messages: tuple[Message, ...]
     text: str
-    contents: tuple[Span | None, ...] = field(default=())
+    contents: tuple[Span | None, ...] = ()
 
 
 class RewrittenError(Exception):
@@ -171,7 +175,7 @@ def message_forms(
     absent = [turn.content is None for turn in conversation.turns]
     without: tuple[dict[str, Any], ...] = ({}, {"content": ""}, {"content": None})
     seen = list[tuple[Message, ...]]()
-    for reasoning in (dict, _split_reasoning):
+    for reasoning in (dict, _move_reasoning_to_key):
         for arguments in (dict, arguments_as_text):
             for content in without:
                 form = tuple(
@@ -181,9 +185,13 @@ def message_forms(
                 if form not in seen:
                     seen.append(form)
                     yield renderer, form
-    joined = tuple(map(_join_reasoning, seen[0]))
-    if CLOSING in renderer.template and not renderer.marks and _drops_reasoning(renderer, joined):
-        yield replace(renderer, restores=True), joined
+    joined = tuple(map(_with_think_tags, seen[0]))
+    if (
+        THINK_END in renderer.template
+        and not renderer.has_generation_blocks
+        and _drops_reasoning(renderer, joined)
+    ):
+        yield replace(renderer, restores_reasoning=True), joined
     yield replace(renderer, parts=True), seen[0]
 
 
@@ -209,16 +217,16 @@ def reasoning_of(message: Message) -> str:
     """Return the reasoning of an answer, from its key or from <think> tags in its content."""
     if message.get("reasoning_content"):
         return str(message["reasoning_content"]).strip()
-    before, tag, _ = think_block(message).rpartition(CLOSING)
+    before, tag, _ = think_block(message).rpartition(THINK_END)
     return before.strip().removeprefix("<think>").strip() if tag else ""
 
 
 def with_reasoning(message: Message, other: str) -> Message:
     """Return an answer with other reasoning text, in reasoning_content or in <think> tags."""
-    reasoning, head = reasoning_of(message), think_block(message)
+    reasoning, think = reasoning_of(message), think_block(message)
     if message.get("reasoning_content"):
         return {**message, "reasoning_content": other}
-    end = len(head.rpartition(CLOSING)[0].rstrip())
+    end = len(think.rpartition(THINK_END)[0].rstrip())
     content = str(message["content"])
     return {**message, "content": content[: end - len(reasoning)] + other + content[end:]}
 
@@ -226,18 +234,18 @@ def with_reasoning(message: Message, other: str) -> Message:
 def think_block(message: Message) -> str:
     """Return the part of a content before the answer: its reasoning in <think> tags."""
     content = message.get("content") or ""
-    _, tag, answer = content.rpartition(CLOSING)
+    _, tag, answer = content.rpartition(THINK_END)
     if message["role"] != "assistant" or not tag or not answer.strip():
         return ""
     return str(content[: len(content) - len(answer.lstrip())])
 
 
-def _split_reasoning(message: Message) -> Message:
+def _move_reasoning_to_key(message: Message) -> Message:
     """Return a message with the reasoning of its content under a key of its own."""
-    head, reasoning = think_block(message), reasoning_of(message)
+    think, reasoning = think_block(message), reasoning_of(message)
     if message.get("reasoning_content") or not reasoning:
         return message
-    return {**message, "content": message["content"][len(head) :], "reasoning_content": reasoning}
+    return {**message, "content": message["content"][len(think) :], "reasoning_content": reasoning}
 
 
 def _drops_reasoning(renderer: Renderer, messages: Sequence[Message]) -> bool:
@@ -245,11 +253,11 @@ def _drops_reasoning(renderer: Renderer, messages: Sequence[Message]) -> bool:
     number = next((n for n, message in enumerate(messages) if think_block(message)), None)
     if number is None:
         return False
-    marked = with_reasoning(messages[number], mark(number))
-    return mark(number) not in (renderer.attempt([*messages[:number], marked]) or "")
+    replaced = with_reasoning(messages[number], placeholder(number))
+    return placeholder(number) not in (renderer.try_text([*messages[:number], replaced]) or "")
 
 
-def _join_reasoning(message: Message) -> Message:
+def _with_think_tags(message: Message) -> Message:
     """Return a message with its reasoning in <think> tags in its content."""
     content = message.get("content")
     if message["role"] != "assistant" or not message.get("reasoning_content") or not content:
@@ -259,21 +267,21 @@ def _join_reasoning(message: Message) -> Message:
     return {**rest, "content": tagged}
 
 
-def mark(number: int) -> str:
+def placeholder(number: int) -> str:
     """Return a content that no other text contains, for a message of this number."""
     return f"(content {number} of a turn)"
 
 
 def _locate(renderer: Renderer, rendering: Rendering) -> tuple[Span | None, ...]:
-    """Find the content of each message, with marks for all contents, or else one at a time."""
+    """Find the content of each message, with placeholders for all contents or for one at a time."""
     messages = rendering.messages
-    marked = tuple(
-        {**message, "content": think_block(message) + mark(number)}
+    replaced = tuple(
+        {**message, "content": think_block(message) + placeholder(number)}
         if _has_content(message)
         else message
         for number, message in enumerate(messages)
     )
-    text = renderer.attempt(marked)
+    text = renderer.try_text(replaced)
     if text is not None:
         literals = literals_between(text, [_has_content(message) for message in messages])
         found = place_contents(rendering, literals)
@@ -281,9 +289,11 @@ def _locate(renderer: Renderer, rendering: Rendering) -> tuple[Span | None, ...]
             return found
     spans = list[Span | None]()
     for number, message in enumerate(messages):
-        one = (*messages[:number], marked[number], *messages[number + 1 :])
+        one = (*messages[:number], replaced[number], *messages[number + 1 :])
         spans.append(
-            _locate_one(renderer.attempt(one), rendering, number) if _has_content(message) else None
+            _find_content(renderer.try_text(one), rendering, number)
+            if _has_content(message)
+            else None
         )
     if not _in_order(messages, spans):
         raise RewrittenError("it reorders turns")
@@ -295,27 +305,27 @@ def _has_content(message: Message) -> bool:
 
 
 def literals_between(text: str, has_content: Sequence[bool]) -> Literals | None:
-    """Return the template's own text around marked contents, and their order in it.
+    """Return the template's own text around placeholders, and their order in it.
 
     None where the template drops or repeats one of them.
     """
     numbers = [number for number, present in enumerate(has_content) if present]
-    if any(text.count(mark(number)) != 1 for number in numbers):
+    if any(text.count(placeholder(number)) != 1 for number in numbers):
         return None
-    numbers.sort(key=lambda number: text.index(mark(number)))
+    numbers.sort(key=lambda number: text.index(placeholder(number)))
     pieces = list[str]()
     for number in numbers:
-        piece, _, text = text.partition(mark(number))
+        piece, _, text = text.partition(placeholder(number))
         pieces.append(piece)
     return tuple(numbers), (*pieces, text)
 
 
 def place_contents(
-    rendering: Rendering, literals: Literals | None, *, whole: bool = False
+    rendering: Rendering, literals: Literals | None, *, include_think: bool = False
 ) -> tuple[Span | None, ...] | None:
     """Find contents in a text that must be the literals with the contents between them.
 
-    With `whole`, the reasoning in a content belongs to it, not to the literal before it.
+    With `include_think`, the reasoning in a content belongs to it, not to the literal before it.
     """
     if literals is None:
         return None
@@ -326,23 +336,23 @@ def place_contents(
     at = len(pieces[0])
     for number, after in zip(numbers, pieces[1:], strict=True):
         message = rendering.messages[number]
-        for content in _variants(message, whole=whole):
+        for content in _content_forms(message, include_think=include_think):
             if text.startswith(content + after, at):
                 break
         else:
             return None
         end = at + len(content)
-        spans[number] = (at if whole else _with_think_block(message, text, at), end)
+        spans[number] = (at if include_think else _with_think_block(message, text, at), end)
         at = end + len(after)
     return tuple(spans) if at == len(text) and _in_order(rendering.messages, spans) else None
 
 
-def _variants(message: Message, *, whole: bool) -> tuple[str, ...]:
+def _content_forms(message: Message, *, include_think: bool) -> tuple[str, ...]:
     """Return the forms in which templates write a content: as it is, stripped, as JSON.
 
     Qwen's templates strip newlines only.
     """
-    content = message["content"][0 if whole else len(think_block(message)) :]
+    content = message["content"][0 if include_think else len(think_block(message)) :]
     plain = dict.fromkeys(
         cut
         for blanks in (None, "\n")
@@ -355,25 +365,25 @@ def _variants(message: Message, *, whole: bool) -> tuple[str, ...]:
 
 def _with_think_block(message: Message, text: str, start: int) -> int:
     """Return where a content starts, including its <think> block where the text has it too."""
-    head = think_block(message)
-    for variant in (head, head.lstrip()):
+    think = think_block(message)
+    for variant in (think, think.lstrip()):
         if variant and text.endswith(variant, 0, start):
             return start - len(variant)
     return start
 
 
-def _locate_one(text: str | None, rendering: Rendering, number: int) -> Span:
-    """Return the span of one content, found by a rendering with a mark in its place."""
-    if text is None or text.count(mark(number)) != 1:
+def _find_content(text: str | None, rendering: Rendering, number: int) -> Span:
+    """Return the span of one content, found by a rendering with a placeholder in its place."""
+    if text is None or text.count(placeholder(number)) != 1:
         raise RewrittenError(f"it drops or repeats the content of message {number + 1}")
-    before, _, after = text.partition(mark(number))
-    whole, end = rendering.text, len(rendering.text) - len(after)
-    if not (whole.startswith(before) and whole.endswith(after) and end >= len(before)):
+    before, _, after = text.partition(placeholder(number))
+    rendered, end = rendering.text, len(rendering.text) - len(after)
+    if not (rendered.startswith(before) and rendered.endswith(after) and end >= len(before)):
         raise RewrittenError(f"its text around message {number + 1} depends on the content")
     message = rendering.messages[number]
-    if whole[len(before) : end] not in _variants(message, whole=False):
+    if rendered[len(before) : end] not in _content_forms(message, include_think=False):
         raise RewrittenError(f"it rewrites the content of message {number + 1}")
-    return _with_think_block(message, whole, len(before)), end
+    return _with_think_block(message, rendered, len(before)), end
 
 
 def _in_order(messages: Sequence[Message], spans: Sequence[Span | None]) -> bool:

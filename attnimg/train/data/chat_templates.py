@@ -1,13 +1,12 @@
-"""Choose the chat template of a run, and render it within limits of time, memory and output.
+"""Choose the chat template of a run, and render it with limits on time, memory and output.
 
-The template is the tokenizer's, a named one, or one written in the config. It is code that comes
-with a model or a config, so it runs in Jinja's sandbox, with limits on time, memory and output.
+The template is the tokenizer's, one with a known name, or one written in the config. It is code
+that comes with a model or a config, so it runs in Jinja's sandbox, with limits.
 """
 
 from __future__ import annotations
 
 import difflib
-import os
 import resource
 import signal
 import threading
@@ -18,6 +17,8 @@ from itertools import pairwise
 from pathlib import Path
 from types import FrameType
 from typing import Any
+
+import psutil
 
 from attnimg.config.schema import Config, DatasetSpec
 from attnimg.errors import AttnimgError
@@ -61,10 +62,10 @@ MEMORY_BYTES = 1 << 30
 # Limits of the output: at most this many characters, or this many times the record's characters.
 OUTPUT_CHARACTERS, OUTPUT_RATIO = 1 << 20, 20
 
-# Digits that the filter `round` may keep: a double has 17, and up to 308 before the point.
+# Digits that the filter `round` may round to: a double has 17, and up to 308 before the point.
 _DIGITS = 1000
 
-_PAGE_BYTES = resource.getpagesize()
+_PROCESS = psutil.Process()
 
 
 def choose_chat_template(
@@ -76,7 +77,7 @@ def choose_chat_template(
     returned, and conversations with tools use "tool_use", all others "default".
 
     Args:
-        config: names a template (chat_template) or holds one (chat_template_jinja).
+        config: names a template (chat_template) or contains one (chat_template_jinja).
         tokenizer: a transformers tokenizer; its own template is the default.
         spec: the dataset entry, which may name its own.
         key: the config key of that entry.
@@ -100,28 +101,20 @@ def choose_chat_template(
     if own and (is_own or str(name).startswith(FALLBACK)):
         return named or str(own)
     if name is None or is_own:
-        raise AttnimgError(
-            "the tokenizer has no chat template",
-            why=(f"found {', '.join(named)}" if named else "found none")
-            + " in the tokenizer; a chat_template dataset needs a default one",
-            do=f"set chat_template to one of {', '.join([*named, *NAMED])}, or write one in "
-            "chat_template_jinja",
-            code="missing-key",
-            key=where,
-        )
+        what = "the tokenizer has no default chat template"
+        why = f"found {', '.join(named) or 'none'}; a dataset of type chat_template needs one"
+        choices = ", ".join([*named, *NAMED])
+        do = f"set chat_template to one of {choices}, or write one in chat_template_jinja"
+        raise AttnimgError(what, why=why, do=do, code="missing-key", key=where)
     plain = name.removeprefix(FALLBACK)
     if plain in NAMED:
         return NAMED[plain]
-    choices = [*named, *NAMED, "tokenizer_default"]
-    near = difflib.get_close_matches(plain, choices, n=1, cutoff=0.0)
-    raise AttnimgError(
-        f"unknown chat template {name!r}",
-        why=f"{where} is {name}, needed one of {', '.join(choices)}, or jinja with "
-        "chat_template_jinja",
-        do=f"set {where}: {near[0] if own else next(iter(NAMED))}",
-        code="bad-value",
-        key=where,
-    )
+    known = [*named, *NAMED, "tokenizer_default"]
+    similar = difflib.get_close_matches(plain, known, n=1, cutoff=0.0)
+    what = f"unknown chat template {name!r}"
+    why = f"needed one of {', '.join(known)}, or jinja with chat_template_jinja"
+    do = f"set {where}: {similar[0] if own else next(iter(NAMED))}"
+    raise AttnimgError(what, why=why, do=do, code="bad-value", key=where)
 
 
 def _read_jinja(jinja: str, *, key: str) -> str:
@@ -136,13 +129,9 @@ def _read_jinja(jinja: str, *, key: str) -> str:
         what, why = "cannot be read", f"and {error.strerror}"
     except UnicodeDecodeError as error:
         what, why = "is not text", f"and its byte {error.start} is not valid UTF-8"
-    raise AttnimgError(
-        f"chat template {what}: {jinja}",
-        why=f"{key} is {jinja}, {why}",
-        do="correct the path, or write the template itself",
-        code="file-missing",
-        key=key,
-    )
+    what, why = f"chat template {what}: {jinja}", f"{key} is {jinja}, {why}"
+    do = "correct the path, or write the template itself in the config"
+    raise AttnimgError(what, why=why, do=do, code="file-missing", key=key)
 
 
 class TemplateLimitError(Exception):
@@ -165,9 +154,9 @@ def render_bounded(
     """
     from transformers.utils.chat_template_utils import render_jinja_template
 
-    _require_no_powers(template)
+    _refuse_powers(template)
     try:
-        with _limited(), _bounded_round():
+        with _limit_time_and_memory(), _limit_rounding():
             texts, spans = render_jinja_template(
                 conversations=[list(messages)], chat_template=template, **options
             )
@@ -187,7 +176,7 @@ def render_bounded(
 
 
 @contextmanager
-def _limited() -> Iterator[None]:
+def _limit_time_and_memory() -> Iterator[None]:
     """Limit CPU time and memory inside the block; time in the main thread only."""
 
     def end(_number: int, _frame: FrameType | None) -> None:
@@ -198,9 +187,9 @@ def _limited() -> Iterator[None]:
     # Not ITIMER_REAL, which other code in this process may use, such as pytest-timeout.
     handler = signal.signal(signal.SIGVTALRM, end) if timed else None
     try:
-        with suppress(OSError, ValueError):  # /proc may be missing
+        with suppress(OSError, ValueError, psutil.Error):  # /proc may be missing
             lower = [limit for limit in before if limit != resource.RLIM_INFINITY]
-            most = min([_address_bytes() + MEMORY_BYTES, *lower])
+            most = min([_PROCESS.memory_info().vms + MEMORY_BYTES, *lower])
             resource.setrlimit(resource.RLIMIT_AS, (most, before[1]))
         if timed:
             signal.setitimer(signal.ITIMER_VIRTUAL, SECONDS)
@@ -213,7 +202,7 @@ def _limited() -> Iterator[None]:
 
 
 @contextmanager
-def _bounded_round() -> Iterator[None]:
+def _limit_rounding() -> Iterator[None]:
     """Limit the digits of the filter `round` in templates that are compiled inside the block.
 
     It computes 10 ** digits in one step, which no signal interrupts, and for constants already when
@@ -235,16 +224,8 @@ def _bounded_round() -> Iterator[None]:
         FILTERS["round"] = original
 
 
-def _address_bytes() -> int:
-    opened = os.open("/proc/self/statm", os.O_RDONLY)  # four times as fast as pathlib
-    try:
-        return int(os.read(opened, 100).split()[0]) * _PAGE_BYTES
-    finally:
-        os.close(opened)
-
-
 @cache
-def _require_no_powers(template: str) -> None:
+def _refuse_powers(template: str) -> None:
     """Raise for a template with powers: no signal interrupts Python in 10 ** 10 ** 8.
 
     No published template has a power. `f(**values)` is not one.

@@ -9,23 +9,36 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from attnimg.config.schema import DatasetSpec, roles
-from attnimg.train.data.documents import Conversation, Turn
-from attnimg.train.data.records import Place, bad_record, require_column, require_text, shorten
+from attnimg.config.schema import DatasetSpec, role_names
+from attnimg.train.data.records import (
+    Conversation,
+    Place,
+    Turn,
+    bad_record,
+    require_column,
+    require_text,
+    shorten,
+)
 
-# Roles that stand for a tool call or for its result in the records of other trainers.
-CALLS = frozenset({"function_call", "tool_call", "tool_calls", "function-call", "tool-call"})
-
-RESULTS = frozenset(
-    {"observation", "function", "function_response", "tool_response", "tool_result", "tool_results",
-     "function_result"}
-)  # fmt: skip
+# Roles of tool calls and of their results in other formats: the names, and the message to write.
+TOOL_ROLES = {
+    "a tool call of the assistant": (
+        {"function_call", "tool_call", "tool_calls", "function-call", "tool-call"},
+        'write it as {"role": "assistant", "tool_calls": [{"type": "function", "function": '
+        '{"name": ..., "arguments": {...}}}]}',
+    ),
+    "the result of a tool": (
+        {"observation", "function", "function_response", "tool_response", "tool_result",
+         "tool_results", "function_result"},
+        'write it as {"role": "tool", "content": ...} after the message with tool_calls',
+    ),
+}  # fmt: skip
 
 # Names of the reasoning before an answer, in the order in which transformers reads them.
 # Source: transformers 5.22.2, utils/chat_template_utils.py, _REASONING_FIELDS (2026-11-26)
-REASONING = ("reasoning_content", "thinking", "reasoning")
+REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
 
-# Flags of a message or of a part of its content: whether it carries loss.
+# Flags of a message or of a part of its content: whether it is trained.
 FLAGS = ("train", "training", "weight")
 
 MEDIA = ("image", "images", "video", "videos", "audio", "audios")
@@ -38,14 +51,12 @@ def parse_turns(spec: DatasetSpec, record: Mapping[str, Any], place: Place) -> C
         AttnimgError: it is not a list of messages, or a message has content that is not supported.
     """
     name = spec.field_messages or "messages"
-    given = require_column(record, name, place, needed=(name,), hint=_column_hint(record, place))
-    messages = _parsed_json(given)  # some datasets store the conversation as JSON text
+    column = require_column(record, name, place, needed=(name,), hint=_column_hint(record, place))
+    messages = _parse_json(column)  # some datasets store the conversation as JSON text
     if not isinstance(messages, list) or not messages:
-        raise bad_record(
-            place,
-            why=f"{name} is {shorten(given)}, needed a list of messages",
-            do="write a conversation as a list of objects with role and content",
-        )
+        why = f"{name} is {shorten(column)}, needed a list of messages"
+        do = "write a conversation as a list of objects with role and content"
+        raise bad_record(place, why=why, do=do)
     _refuse_media(record, "the record", place)
     turns = tuple(
         _turn(spec, message, place, number=n) for n, message in enumerate(messages, start=1)
@@ -59,9 +70,9 @@ def parse_turns(spec: DatasetSpec, record: Mapping[str, Any], place: Place) -> C
 
 
 def trained_roles(spec: DatasetSpec) -> frozenset[str]:
-    """Return the roles whose turns carry loss, as the chat template names them."""
+    """Return the roles whose turns are trained, as the chat template names them."""
     named = spec.roles_to_train if spec.roles_to_train is not None else ["assistant"]
-    return frozenset(roles(spec).get(role, role) for role in named)
+    return frozenset(role_names(spec).get(role, role) for role in named)
 
 
 def with_function(call: Mapping[str, Any], **changes: Any) -> dict[str, Any]:
@@ -72,7 +83,7 @@ def with_function(call: Mapping[str, Any], **changes: Any) -> dict[str, Any]:
 
 
 def arguments_as_text(message: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a message whose tool calls hold their arguments as JSON text.
+    """Return a message whose tool calls have their arguments as JSON text.
 
     The chat templates of DeepSeek concatenate them with other text, and accept only text.
     """
@@ -87,7 +98,7 @@ def arguments_as_text(message: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _column_hint(record: Mapping[str, Any], place: Place) -> str:
-    """Return advice for the user: the column that holds a list of messages, if there is one."""
+    """Return advice for the user: the column that has a list of messages, if there is one."""
     if {"prompt", "completion"} <= record.keys():
         return "write prompt and completion as one conversation, in a column messages"
     for name, value in record.items():
@@ -100,12 +111,14 @@ def _column_hint(record: Mapping[str, Any], place: Place) -> str:
 
 
 def _keys_hint(spec: DatasetSpec, message: Mapping[str, Any], place: Place) -> str:
-    """Return advice for the user: the keys of a message that hold a role and a text, if any."""
+    """Return advice for the user: the keys of a message that have a role and a text, if any."""
     texts = {key: value for key, value in message.items() if isinstance(value, str)}
-    role = next((key for key, value in texts.items() if value.strip().lower() in roles(spec)), None)
+    role = next(
+        (key for key, value in texts.items() if value.strip().lower() in role_names(spec)), None
+    )
     others = sorted((key for key in texts if key != role), key=lambda key: len(texts[key]))
     if role is None or not others:
-        return "write the key that is missing, or drop the record"
+        return "add the missing key, or remove the record"
     named = json.dumps({"role": role, "content": others[-1]}, ensure_ascii=False)
     return f"name its keys: `{place.key}.message_property_mappings: {named}`"
 
@@ -118,7 +131,7 @@ def _has_text(spec: DatasetSpec, turns: tuple[Turn, ...]) -> bool:
     return any(
         (turn.content or "").strip()
         or turn.extra.get("tool_calls")
-        or turn.extra.get(REASONING[0], "").strip()
+        or turn.extra.get(REASONING_KEYS[0], "").strip()
         for turn in answers
     )
 
@@ -133,11 +146,9 @@ def _with_system_column(
     if not system.strip() or (turns[0].role == "system" and turns[0].content == system):
         return turns
     if turns[0].role == "system":
-        raise bad_record(
-            place,
-            why="found a column system beside a first message of the role system",
-            do="keep one of the two",
-        )
+        why = "found a column system beside a first message of the role system"
+        do = "remove one of the two"
+        raise bad_record(place, why=why, do=do)
     return (Turn("system", system), *turns)
 
 
@@ -147,13 +158,10 @@ def _turn(spec: DatasetSpec, message: object, place: Place, *, number: int) -> T
         "role": spec.message_field_role or "role",
         "content": spec.message_field_content or "content",
     } | (spec.message_property_mappings or {})
+    keys = (mappings["role"], mappings["content"])
     if not isinstance(message, Mapping):
-        raise bad_record(
-            place,
-            why=f"message {number} is {shorten(message)}, needed an object with "
-            f"{mappings['role']} and {mappings['content']}",
-            do="write each message as an object",
-        )
+        why = f"message {number} is {shorten(message)}, needed an object with {' and '.join(keys)}"
+        raise bad_record(place, why=why, do="write each message as an object")
     named: dict[str, Any] = {
         to: message[name] for to, name in mappings.items() if message.get(name) is not None
     }
@@ -174,13 +182,10 @@ def _turn(spec: DatasetSpec, message: object, place: Place, *, number: int) -> T
     calls = read_tool_calls(named.get("tool_calls"), place, number=number)
     for key in ("role", "content"):
         if key not in named and not (key == "content" and (calls or mappings[key] in message)):
-            raise bad_record(
-                place,
-                why=f"message {number} has {', '.join(message) or 'nothing'}; "
-                f"needed {mappings['role']} and {mappings['content']}",
-                do=_keys_hint(spec, message, place),
-                code="wrong-columns" if place.first else "bad-data",
-            )
+            found = ", ".join(message) or "nothing"
+            why = f"message {number} has {found}; needed {' and '.join(keys)}"
+            code = "wrong-columns" if place.first else "bad-data"
+            raise bad_record(place, why=why, do=_keys_hint(spec, message, place), code=code)
     name = require_text(named["role"], f"{mappings['role']} of message {number}", place)
     role = _role(spec, name, place, number=number)
     reasoning = _reasoning(named, place, number=number)
@@ -190,12 +195,12 @@ def _turn(spec: DatasetSpec, message: object, place: Place, *, number: int) -> T
         place,
         optional=bool(calls or reasoning),
     )
-    known = ("role", "content", "tool_calls", "function_call", *REASONING, *FLAGS, *MEDIA)
+    known = ("role", "content", "tool_calls", "function_call", *REASONING_KEYS, *FLAGS, *MEDIA)
     extra = {key: value for key, value in named.items() if key not in known}
     if calls:
         extra["tool_calls"] = calls
     if reasoning:
-        extra[REASONING[0]] = reasoning
+        extra[REASONING_KEYS[0]] = reasoning
     return Turn(role, content, extra, _flag(named, f"message {number}", place), untrained)
 
 
@@ -210,12 +215,9 @@ def _content(
     pieces, untrained, at = list[str](), list[tuple[int, int]](), 0
     for part in value:
         if not isinstance(part, Mapping) or part.get("type") not in (None, "text"):
-            raise bad_record(
-                place,
-                why=f"a part of {name} is {shorten(part)}, needed text: "
-                '{"type": "text", "text": "..."}',
-                do="write it as text, or drop the record; images, audio and video are not read",
-            )
+            why = f"a part of {name} is {shorten(part)}, needed text"
+            do = 'write it as {"type": "text", "text": "..."}, or remove the record; only text is '
+            raise bad_record(place, why=why, do=f"{do}supported")
         found = next((part[k] for k in ("text", "content", "value") if part.get(k)), "")
         pieces.append(require_text(found, f"a part of {name}", place))
         if _flag(part, f"a part of {name}", place) is False:
@@ -228,15 +230,13 @@ def _reasoning(message: Mapping[str, Any], place: Place, *, number: int) -> str:
     """Return the reasoning before an answer, which has different names in different datasets."""
     found = {
         require_text(message[key], f"{key} of message {number}", place): key
-        for key in REASONING
+        for key in REASONING_KEYS
         if message.get(key) not in (None, "")
     }
     if len(found) > 1:
-        raise bad_record(
-            place,
-            why=f"message {number} has {' and '.join(found.values())}, which differ",
-            do=f"keep one of them, as {REASONING[0]}",
-        )
+        why = f"message {number} has {' and '.join(found.values())}, which differ"
+        do = f"keep one of them, as {REASONING_KEYS[0]}"
+        raise bad_record(place, why=why, do=do)
     return next(iter(found), "")
 
 
@@ -253,61 +253,46 @@ def _flag(holder: Mapping[str, Any], what: str, place: Place) -> bool | None:
         if value is None:
             continue
         if not isinstance(value, bool | int | float) or value not in (0, 1):
-            raise bad_record(
-                place,
-                why=f"{key} of {what} is {shorten(value)}, needed 0 or 1 (false or true)",
-                do="write 0 or 1; other weights of the loss are not supported",
-            )
+            why = f"{key} of {what} is {shorten(value)}, needed 0 or 1 (false or true)"
+            do = "write 0 or 1; other weights of the loss are not supported"
+            raise bad_record(place, why=why, do=do)
         found[key] = bool(value)
     if len(set(found.values())) > 1:
-        raise bad_record(
-            place,
-            why=f"{', '.join(found)} of {what} contradict one another",
-            do="keep one of the flags",
-        )
+        why = f"{', '.join(found)} of {what} contradict each other"
+        do = "keep one of the flags"
+        raise bad_record(place, why=why, do=do)
     if False in found.values():
         return False
     return True if found.keys() - {"weight"} else None
 
 
-def _refuse_media(holder: Mapping[str, Any], what: str, place: Place) -> None:
+def _refuse_media(value: Mapping[str, Any], what: str, place: Place) -> None:
     for key in MEDIA:
-        if holder.get(key):
-            raise bad_record(
-                place,
-                why=f"{what} has {key}; training on images, audio or video is not supported",
-                do=f"drop the record, or remove {key} from it",
-            )
+        if value.get(key):
+            why = f"{what} has {key}; training on images, audio or video is not supported"
+            do = f"remove the record, or remove {key} from it"
+            raise bad_record(place, why=why, do=do)
 
 
 def _role(spec: DatasetSpec, name: str, place: Place, *, number: int) -> str:
     """Return the chat template's name of a role."""
-    known = roles(spec)
+    known = role_names(spec)
     if name in known:
         return known[name]
     what = f"message {number} has the role {name!r}"
-    if name in CALLS:
-        raise bad_record(
-            place,
-            why=f"{what}, which stands for a call of a tool by the assistant",
-            do='write it as {"role": "assistant", "tool_calls": [{"type": "function", "function": '
-            '{"name": ..., "arguments": {...}}}]}',
-        )
-    if name in RESULTS:
-        raise bad_record(
-            place,
-            why=f"{what}, which stands for the result of a tool",
-            do='write it as {"role": "tool", "content": ...} after the message with tool_calls',
-        )
-    meant = known.get(name.strip().lower())
-    speakers = (meant,) if meant else ("user", "assistant")
+    for kind, (names, do) in TOOL_ROLES.items():
+        if name in names:
+            raise bad_record(place, why=f"{what}, which other formats use for {kind}", do=do)
+    standard = known.get(name.strip().lower())
+    candidates = (standard,) if standard else ("user", "assistant")
     mapped = (
-        {**(spec.roles or {}), role: [*(spec.roles or {}).get(role, []), name]} for role in speakers
+        {**(spec.roles or {}), role: [*(spec.roles or {}).get(role, []), name]}
+        for role in candidates
     )
     raise bad_record(
         place,
         why=f"{what}, needed one of {', '.join(known)}",
-        do=f"map it to the role it speaks for, in {place.key}: "
+        do=f"map it to a standard role, in {place.key}: "
         + " or ".join(f"`roles: {json.dumps(roles, ensure_ascii=False)}`" for roles in mapped),
     )
 
@@ -331,19 +316,17 @@ def read_tools(value: object, place: Place) -> tuple[Mapping[str, Any], ...]:
     Raises:
         AttnimgError: the value is neither.
     """
-    tools = without_nulls(_parsed_json(value))
+    tools = without_nulls(_parse_json(value))
     if not tools:
         return ()
     if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
-        raise bad_record(
-            place,
-            why=f"tools is {shorten(value)}, needed a list of objects",
-            do='write each tool as {"type": "function", "function": {"name": ..., ...}}',
-        )
+        why = f"tools is {shorten(value)}, needed a list of objects"
+        do = 'write each tool as {"type": "function", "function": {"name": ..., ...}}'
+        raise bad_record(place, why=why, do=do)
     for tool in tools:
         function = tool.get("function")
         if isinstance(function, dict) and "parameters" in function:
-            function["parameters"] = _parsed_json(function["parameters"])
+            function["parameters"] = _parse_json(function["parameters"])
     return tuple(tools)
 
 
@@ -353,14 +336,14 @@ def read_tool_calls(value: object, place: Place, *, number: int) -> list[dict[st
     Raises:
         AttnimgError: a call has no name, or its arguments are not an object.
     """
-    calls = without_nulls(_parsed_json(value))
+    calls = without_nulls(_parse_json(value))
     if not calls:
         return []
     fine = isinstance(calls, list) and all(isinstance(call, Mapping) for call in calls)
     functions = [call.get("function", call) for call in calls] if fine else []
     for function in functions:
         if isinstance(function, dict) and "arguments" in function:
-            function["arguments"] = _parsed_json(function["arguments"])
+            function["arguments"] = _parse_json(function["arguments"])
     if not fine or not all(
         isinstance(function, Mapping)
         and isinstance(function.get("name"), str)
@@ -377,7 +360,7 @@ def read_tool_calls(value: object, place: Place, *, number: int) -> list[dict[st
     return [dict(call) for call in calls]
 
 
-def _parsed_json(value: object) -> Any:
+def _parse_json(value: object) -> Any:
     """Return the value of a JSON text; other values unchanged."""
     if not isinstance(value, str):
         return value

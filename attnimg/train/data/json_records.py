@@ -18,18 +18,18 @@ from typing import IO, Literal, TypeVar
 LIMIT_BYTES = 64 << 20
 
 TOO_LONG = f"found more than {LIMIT_BYTES >> 20} MiB in one {{}}"
-CUT = "cut it into several records"
+CUT = "split it into several records"
 
 # Limit of consecutive empty lines: a compressed file of empty lines would take hours to unpack.
 LIMIT_BLANK_LINES = 1 << 20
 
-# Advice on text in another encoding.
-AS_UTF8 = "write the file in UTF-8: `iconv -f ENCODING -t UTF-8 FILE > NEW`, and name the new one"
+# Advice for text in another encoding.
+AS_UTF8 = "convert the file to UTF-8: `iconv -f ENCODING -t UTF-8 FILE > NEW`, and name the new one"
 
 CHUNK_BYTES = 1 << 20
 SPACES = re.compile(r"[ \t\r\n]*")
-BLANK = b"\xef\xbb\xbf \t\r\n"  # a byte order mark and white space
-MESSAGE = frozenset({"role", "from"})  # keys of a message: a list of messages is one record
+SKIPPED = b"\xef\xbb\xbf \t\r\n"  # a byte order mark and white space
+MESSAGE_KEYS = frozenset({"role", "from"})  # keys of a message: a list of messages is one record
 
 Open = Callable[[], IO[bytes]]
 Numbered = tuple[Literal["line", "record"], int, object]
@@ -110,14 +110,14 @@ def _layout(
     with open_file() as file:
         start = b""
         while not start and (chunk := file.read(1024)):
-            start = chunk.lstrip(BLANK)[:1]
+            start = chunk.lstrip(SKIPPED)[:1]
     if start == b"[":
         return _array
     if start != b"{":
         return None
-    if name := _attempt(open_file, lambda window: _list_name(window, columns)):
-        return lambda window: _wrapped(window, name, columns)
-    if _first_line_is_value(open_file) or _attempt(open_file, _Window.value) is None:
+    if name := _try_parse(open_file, lambda window: _list_name(window, columns)):
+        return lambda window: _list_elements(window, name, columns)
+    if _first_line_is_value(open_file) or _try_parse(open_file, _Window.value) is None:
         return None
     return _values
 
@@ -131,11 +131,11 @@ def _first_line_is_value(open_file: Open) -> bool:
     return True
 
 
-def _attempt(open_file: Open, look: Callable[[_Window], T]) -> T | None:
+def _try_parse(open_file: Open, parse: Callable[[_Window], T]) -> T | None:
     """Return the result of parsing the start of a file; None where it is broken."""
     with open_file() as file:
         try:
-            return look(_Window(file))
+            return parse(_Window(file))
         except BrokenFile:
             return None
 
@@ -147,7 +147,7 @@ def _json_lines(file: IO[bytes]) -> Iterator[Numbered]:
         try:
             value = json.loads(text)
         except json.JSONDecodeError as error:
-            why = f"found broken JSON at column {error.colno} ({error.msg})"
+            why = f"found invalid JSON at column {error.colno} ({error.msg})"
             raise BrokenFile(f"line {number}", f"{why}, needed one object a line") from None
         except (RecursionError, ValueError) as error:
             raise BrokenFile(f"line {number}", _unreadable_value(error)) from None
@@ -157,13 +157,13 @@ def _json_lines(file: IO[bytes]) -> Iterator[Numbered]:
 def _unreadable_value(error: Exception) -> str:
     """Return the reason why Python's parser can't read JSON that is well-formed."""
     if isinstance(error, RecursionError):
-        return "found lists or objects nested too deep, needed flat records"
+        return "found lists or objects that are nested too deeply"
     return f"found a number that cannot be read ({str(error).partition(';')[0]})"
 
 
 def _array(window: _Window) -> Iterator[object]:
-    """Yield the elements of the array that a file holds."""
-    window.take("[")
+    """Yield the elements of the array in a file."""
+    window.skip("[")
     yield from window.elements()
     window.end()
 
@@ -178,14 +178,14 @@ def _values(window: _Window) -> Iterator[object]:
 
 def _members(window: _Window) -> Iterator[str]:
     """Yield the keys of an object; the caller reads a key's value before it asks for the next."""
-    window.take("{")
+    window.skip("{")
     while window.peek() != "}":
         key = str(window.value())
-        window.take(":")
+        window.skip(":")
         yield key
         if window.peek() != "}":
-            window.take(",")
-    window.take("}")
+            window.skip(",")
+    window.skip("}")
 
 
 def _list_name(window: _Window, columns: Collection[str]) -> str | None:
@@ -201,12 +201,12 @@ def _list_name(window: _Window, columns: Collection[str]) -> str | None:
             if window.peek() != "[":
                 window.value()
                 continue
-            window.take("[")
+            window.skip("[")
             objects = window.peek() == "{"
             empty = key if window.peek() == "]" else empty
             for value in window.elements():
                 if objects and found is None and isinstance(value, dict):
-                    if not value.keys().isdisjoint(MESSAGE):
+                    if not value.keys().isdisjoint(MESSAGE_KEYS):
                         return None
                     found = key
         if window.peek():
@@ -217,18 +217,18 @@ def _list_name(window: _Window, columns: Collection[str]) -> str | None:
     return found or empty
 
 
-def _wrapped(window: _Window, name: str, columns: Collection[str]) -> Iterator[object]:
+def _list_elements(window: _Window, name: str, columns: Collection[str]) -> Iterator[object]:
     """Yield the elements of the list under a key of an object."""
     for key in _members(window):
         is_list = window.peek() == "["
         if is_list:
-            window.take("[")
+            window.skip("[")
             if key == name:
                 yield from window.elements()
                 continue
         if key in columns or (is_list and window.peek() == "{"):
             why = f"found records under {name!r} and also {key!r}, needed one list of records"
-            do = f"write the list {name!r} to a file of its own, and name that"
+            do = f"write the list {name!r} to a separate file, and name that file"
             raise BrokenFile(f"line {window.line_number()}", why, do=do)
         if is_list:
             for _ in window.elements():
@@ -269,7 +269,7 @@ class _Window:
             if self.at < len(self.text) or not self.grow(CHUNK_BYTES):
                 return self.text[self.at : self.at + 1]
 
-    def take(self, character: str) -> None:
+    def skip(self, character: str) -> None:
         """Move past the given character; raise if another one is next."""
         if (found := self.peek()) != character:
             shown = repr(found) if found else "the end of the file"
@@ -279,7 +279,7 @@ class _Window:
     def end(self) -> None:
         """Raise if anything but white space follows."""
         if self.peek():
-            raise self.error("found more text after the end of the records, needed nothing")
+            raise self.error("found more text after the end of the records")
 
     def elements(self) -> Iterator[object]:
         """Yield the elements of an array after its opening bracket, and move past its end."""
@@ -287,9 +287,9 @@ class _Window:
         while self.peek() != "]":
             number += 1
             if number > 1:
-                self.take(",")
+                self.skip(",")
             yield self.value(number)
-        self.take("]")
+        self.skip("]")
 
     def value(self, number: int = 0) -> object:
         """Parse the next value; `number` is that of the record, for errors."""
@@ -304,7 +304,7 @@ class _Window:
                 # The value may continue after the window; doubling keeps parsing time linear.
                 if not self.grow(size, record=number):
                     self.at = error.pos if error.doc is self.text else self.at
-                    raise self.error(f"found broken JSON ({error.msg})", record=number) from None
+                    raise self.error(f"found invalid JSON ({error.msg})", record=number) from None
                 size *= 2
                 continue
             except (RecursionError, ValueError) as error:
@@ -321,7 +321,7 @@ class _Window:
         return self.line + self.text.count("\n", 0, self.at)
 
     def error(self, why: str, *, record: int = 0, do: str = "") -> BrokenFile:
-        """Build the error for the current place of the parser, with record and line."""
+        """Return the error for the current place of the parser, with record and line."""
         after = f"after record {self.record}" if self.record else "start"
         place = f"record {record}" if record else after
         return BrokenFile(f"{place} (line {self.line_number()})", why, do=do)

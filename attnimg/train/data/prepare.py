@@ -1,25 +1,46 @@
-"""Prepare the documents of one source: read, parse, encode and cut its records, batch by batch."""
+"""Prepare the documents of one source, or load those that an earlier run prepared.
+
+Records are read, parsed, encoded and cut in batches. The documents are kept in memory, or cached in
+dataset_prepared_path, so that a second run need not tokenize. There is one folder for each source
+and user, named after a hash of all that its documents depend on: the bytes of the data, the
+tokenizer, this package's code. It is used only if it is complete and belongs to the user; otherwise
+the documents are prepared again, and a warning gives the reason.
+"""
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
+import json
+import os
+import shutil
+import stat
+import tempfile
 from array import array
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
+from datetime import date
+from functools import partial
+from importlib.metadata import version
 from itertools import islice
 from multiprocessing import get_context
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
-from attnimg.config.schema import Config, is_text
-from attnimg.train.data.documents import IGNORED, Parsed, SourceFigures
-from attnimg.train.data.records import Place, Record, bad_file, read_records
-from attnimg.train.data.sources import Source, load_hub, load_saved
-from attnimg.train.data.splits import asked_split, find_rows, split_names
-from attnimg.train.data.types import Encoder, Tokens, encoder_for, record_parser
+from attnimg.config.schema import Config, is_chat, is_text
+from attnimg.errors import AttnimgError
+from attnimg.files import NotPrivate, check_private
+from attnimg.train.data.chat_templates import choose_chat_template
+from attnimg.train.data.records import IGNORE_INDEX, Parsed, Place, bad_file
+from attnimg.train.data.sources import Source, read_source
+from attnimg.train.data.types import Encoder, Tokens, choose_parser, make_encoder
 
 if TYPE_CHECKING:
     import pyarrow
+    from datasets import Dataset
 
 BATCH_RECORDS = 256
 
@@ -33,13 +54,70 @@ Strategy = Literal["drop", "split", "truncate", "raise"]  # how to treat long do
 _encoders: list[Encoder] = []
 
 
-def prepare(
-    source: Source,
-    config: Config,
-    tokenizer: Any,
-    *,
-    write: Callable[[pyarrow.RecordBatch], None],
-    advance: Callable[[int], None],
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SourceFigures:
+    """Statistics of one entry of `datasets` or `test_datasets`.
+
+    Attributes:
+        key: the config key, "datasets[0]".
+        path: the path or name in the config.
+        type: the dataset type, which decides how records become text.
+        records: records read.
+        documents: documents to train or evaluate on.
+        tokens: tokens in them.
+        trained_tokens: those with loss; a document's first token never has one.
+        empty: records dropped because they have no text.
+        too_long: records dropped because they exceed sequence_len.
+        split: records cut into several documents.
+        truncated: records truncated at sequence_len.
+        without_loss: documents dropped because none of their tokens has loss.
+        longest: tokens of the longest record, before it is split or truncated.
+        sequence_len: the longest document allowed, in tokens.
+        content: SHA-256 of the documents' tokens and labels, in order.
+        read: SHA-256 of the records, before a template renders them.
+        reused: whether the documents were found in dataset_prepared_path.
+    """
+
+    key: str
+    path: str
+    type: str
+    records: int = 0
+    documents: int = 0
+    tokens: int = 0
+    trained_tokens: int = 0
+    empty: int = 0
+    too_long: int = 0
+    split: int = 0
+    truncated: int = 0
+    without_loss: int = 0
+    longest: int = 0
+    sequence_len: int = 0
+    content: str = ""
+    read: str = ""
+    reused: bool = False
+
+
+def summary_line(figures: SourceFigures) -> str:
+    """Return the statistics of a source in one line, without counts of 0."""
+    parts = [f"{figures.records:,} records -> {figures.documents:,} documents"]
+    longer = f"longer than {figures.sequence_len:,} tokens"
+    for count, what in (
+        (figures.empty, "empty ones dropped"),
+        (figures.too_long, f"{longer} dropped"),
+        (figures.split, f"{longer} split"),
+        (figures.truncated, f"{longer} truncated"),
+        (figures.without_loss, "without any trained token dropped"),
+    ):
+        if count:
+            parts.append(f"{count:,} {what}")
+    share = figures.trained_tokens / max(1, figures.tokens)
+    parts.append(f"{figures.tokens:,} tokens, {share:.0%} with loss")
+    reused = " (prepared earlier, reused)" if figures.reused else ""
+    return f"{figures.path}: {', '.join(parts)}{reused}"
+
+
+def prepare_source(
+    source: Source, config: Config, tokenizer: Any, write: Write
 ) -> tuple[SourceFigures, tuple[str, ...]]:
     """Write the documents of one source, batch by batch; return its figures and warnings.
 
@@ -48,38 +126,31 @@ def prepare(
         config: sequence_len, strategy, loss on inputs, number of processes.
         tokenizer: a transformers tokenizer.
         write: called with each batch of documents, in the order of the records.
-        advance: called with the number of records read since the last call.
 
     Raises:
         AttnimgError: a record does not fit its type, or the template can't be used.
     """
     import pyarrow
+    from datasets.utils import tqdm
 
     tally, warnings = Counter[str](), dict[str, None]()
     content, read = hashlib.sha256(), hashlib.sha256()
-    batches = _parsed_batches(source, tally, advance)
+    encoder = make_encoder(source, config, tokenizer)
     processes = config.dataset_num_proc or config.dataset_processes or 1
-    encoder = encoder_for(source, config, tokenizer)
-    for batch, (tokens, found) in _encoded(batches, encoder, processes=processes):
-        warnings |= dict.fromkeys(found)
-        for _, value in batch:
-            read.update(repr(value).encode("utf-8", "surrogatepass"))
-        places = (place for place, _ in batch)
-        documents = list(
-            _fit(
-                zip(places, tokens, strict=True),
-                tally,
-                strategy=strategy_for(source, config),
-                sequence_len=config.sequence_len,
-            )
-        )
-        for row in (row for document in documents for row in document):
-            content.update(len(row).to_bytes(8, "little") + array("i", row).tobytes())
-        columns = {
-            "input_ids": [ids for ids, _ in documents],
-            "labels": [labels for _, labels in documents],
-        }
-        write(pyarrow.RecordBatch.from_pydict(columns, schema=schema()))
+    strategy, limit = strategy_for(source, config), config.sequence_len
+    # disable=None: no progress bar where stderr is not a terminal.
+    with tqdm(desc=source.spec.path, unit=" records", disable=None, leave=False) as bar:
+        batches = _parse_batches(source, tally, bar.update)
+        for batch, (tokens, found) in _encode_batches(batches, encoder, processes=processes):
+            warnings |= dict.fromkeys(found)
+            for _, value in batch:
+                read.update(repr(value).encode("utf-8", "surrogatepass"))
+            encoded = zip((place for place, _ in batch), tokens, strict=True)
+            documents = list(_cut_documents(encoded, tally, strategy=strategy, sequence_len=limit))
+            for row in (row for document in documents for row in document):
+                content.update(len(row).to_bytes(8, "little") + array("i", row).tobytes())
+            columns = [[ids for ids, _ in documents], [labels for _, labels in documents]]
+            write(pyarrow.record_batch(columns, schema=schema()))
     figures = SourceFigures(
         key=source.key,
         path=source.spec.path,
@@ -101,66 +172,29 @@ def schema() -> pyarrow.Schema:
 
 
 def strategy_for(source: Source, config: Config) -> Strategy:
-    """Return how long documents are treated; by default, plain text is split without loss."""
+    """Return what happens to long documents: by default, text is split and others are dropped."""
     if config.excess_length_strategy is not None:
         return config.excess_length_strategy
     return "split" if is_text(source.spec) else "drop"
 
 
-def read_source(source: Source) -> Iterator[Record]:
-    """Yield the records of a source in order, each with its place.
-
-    Raises:
-        AttnimgError: the data are missing or broken, or the split does not exist.
-    """
-    if source.kind == "files":
-        yield from _read_files(source)
-        return
-    loaded = load_hub(source) if source.kind == "hub" else load_saved(source)
-    spec, key = source.spec, source.key
-    first = True
-    for name, start, stop in find_rows(spec, {n: len(s) for n, s in loaded.items()}, key=key):
-        rows = loaded[name].select(range(start, stop))
-        for number, record in enumerate(rows, start=start + 1):
-            yield Place(spec.path, number, "record", key, first), record
-            first = False
-
-
-def _read_files(source: Source) -> Iterator[Record]:
-    """Yield the rows of the split; files are read twice if it is a part of them (to count rows)."""
-    spec, key, lengths = source.spec, source.key, dict.fromkeys(source.splits, 0)
-
-    def read(split: str) -> Iterator[Record]:
-        for file in source.splits[split]:
-            yield from read_records(file, key=key)
-
-    names = split_names(spec, lengths, key=key)
-    if "[" not in asked_split(spec, lengths, key=key):
-        for name in names:
-            yield from read(name)
-        return
-    lengths |= {name: sum(1 for _ in read(name)) for name in names}
-    for name, start, stop in find_rows(spec, lengths, key=key):
-        yield from islice(read(name), start, stop)
-
-
-def _parsed_batches(
-    source: Source, tally: Counter[str], advance: Callable[[int], None]
+def _parse_batches(
+    source: Source, tally: Counter[str], advance: Callable[[int], object]
 ) -> Iterator[Batch]:
     """Yield batches of parsed records, and count what was read."""
-    parse = record_parser(source.spec)
+    parse = choose_parser(source.spec)
     stream = read_source(source)
     while records := list(islice(stream, BATCH_RECORDS)):
         tally["records"] += len(records)
         advance(len(records))
         parsed = ((place, parse(record, place)) for place, record in records)
-        kept = [(place, value) for place, value in parsed if value is not None]
-        tally["empty"] += len(records) - len(kept)
-        if kept:
-            yield kept
+        nonempty = [(place, value) for place, value in parsed if value is not None]
+        tally["empty"] += len(records) - len(nonempty)
+        if nonempty:
+            yield nonempty
 
 
-def _encoded(
+def _encode_batches(
     batches: Iterable[Batch], encoder: Encoder, *, processes: int
 ) -> Iterator[tuple[Batch, Encoded]]:
     """Encode batches in their order, in this process or in several.
@@ -170,7 +204,7 @@ def _encoded(
     """
     if processes == 1:
         for batch in batches:
-            yield batch, (encoder(batch), tuple(encoder.notes))
+            yield batch, (encoder(batch), tuple(encoder.warnings))
         return
     with ProcessPoolExecutor(
         processes, mp_context=get_context("spawn"), initializer=_set_encoder, initargs=(encoder,)
@@ -191,17 +225,17 @@ def _set_encoder(encoder: Encoder) -> None:
 
 
 def _encode(batch: Batch) -> Encoded:
-    return _encoders[0](batch), tuple(_encoders[0].notes)
+    return _encoders[0](batch), tuple(_encoders[0].warnings)
 
 
-def _fit(
+def _cut_documents(
     encoded: Iterable[tuple[Place, Tokens]],
     tally: Counter[str],
     *,
     strategy: Strategy,
     sequence_len: int,
 ) -> Iterator[Tokens]:
-    """Yield documents of 1 to sequence_len tokens that carry loss; count each in the tally.
+    """Yield documents of at most sequence_len tokens, some of them with loss; count each.
 
     The keys of the tally are fields of SourceFigures.
 
@@ -214,9 +248,8 @@ def _fit(
         if len(ids) > sequence_len:
             if strategy == "raise":
                 raise bad_file(
-                    f"too long: {place}",
-                    why=f"found {len(ids):,} tokens, at most sequence_len {sequence_len:,} are "
-                    "allowed with excess_length_strategy: raise",
+                    f"record too long: {place}",
+                    why=f"found {len(ids):,} tokens, needed at most sequence_len {sequence_len:,}",
                     do=f"set sequence_len: {len(ids)}, or excess_length_strategy: split or "
                     "truncate or drop",
                     key=place.key,
@@ -230,7 +263,7 @@ def _fit(
             tally["truncated"] += strategy == "truncate"
         for piece in pieces:
             # A document's first token has no context to predict it from.
-            trained = sum(label != IGNORED for label in piece[1][1:])
+            trained = sum(label != IGNORE_INDEX for label in piece[1][1:])
             if not trained:
                 tally["without_loss"] += 1
                 continue
@@ -238,3 +271,202 @@ def _fit(
             tally["tokens"] += len(piece[0])
             tally["trained_tokens"] += trained
             yield piece
+
+
+# Packages that the prepared documents depend on, besides this one.
+PACKAGES = ("datasets", "jinja2", "pyarrow", "tokenizers", "transformers")
+DOCUMENTS, FIGURES = "documents.arrow", "figures.json"
+
+Write = Callable[["pyarrow.RecordBatch"], object]
+Prepared = tuple[SourceFigures, tuple[str, ...]]
+
+
+class UnusableCache(Exception):
+    """Raised for a cached folder that can't be used; the message is the reason."""
+
+
+def cache_key(source: Source, config: Config, tokenizer: Any) -> str:
+    """Return a hash of all that a source's documents depend on."""
+    paths = [file.path for file in source.files]
+    if source.kind == "saved":
+        folder = Path(source.spec.path).expanduser()
+        paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    template = None
+    if is_chat(source.spec):
+        template = choose_chat_template(config, tokenizer, spec=source.spec, key=source.key)
+    facts = {
+        "code": [_digest(path) for path in sorted(Path(__file__).parent.glob("*.py"))],
+        "packages": {name: version(name) for name in PACKAGES},
+        "spec": source.spec.model_dump(mode="json"),
+        "data": [(path.name, _digest(path)) for path in paths],
+        "sequence_len": config.sequence_len,
+        "strategy": strategy_for(source, config),
+        "train_on_inputs": config.train_on_inputs,
+        "system_message": config.default_system_message,
+        "eot_tokens": config.eot_tokens,
+        "template": template,
+        # Templates such as Llama 3.1's write the current date.
+        "day": str(date.today()) if "strftime_now" in json.dumps(template) else None,
+        "tokenizer": backend.to_str() if backend is not None else tokenizer.get_vocab(),
+        "special_tokens": str(tokenizer.special_tokens_map),
+    }
+    return _text_digest(facts)
+
+
+def load_source(source: Source, config: Config, tokenizer: Any) -> tuple[Dataset, Prepared]:
+    """Prepare one source, or load its documents from dataset_prepared_path."""
+    make = partial(prepare_source, source, config, tokenizer)
+    # The data of a hub name may change, so only local data are cached.
+    if config.dataset_prepared_path and source.kind != "hub":
+        root = Path(config.dataset_prepared_path).expanduser()
+        return make_on_disk(root, cache_key(source, config, tokenizer), make)
+    return make_in_memory(make)
+
+
+def make_in_memory(make: Callable[[Write], Prepared]) -> tuple[Dataset, Prepared]:
+    """Prepare documents and return them in memory: 8 bytes per token."""
+    import datasets
+    import pyarrow
+
+    batches: list[pyarrow.RecordBatch] = []
+    figures, warnings = make(batches.append)
+    table = datasets.table.InMemoryTable(pyarrow.Table.from_batches(batches, schema=schema()))
+    return datasets.Dataset(table, fingerprint=figures.content[:16]), (figures, warnings)
+
+
+def make_on_disk(
+    root: Path, key: str, make: Callable[[Write], Prepared]
+) -> tuple[Dataset, Prepared]:
+    """Return the documents cached under a key, or prepare and cache them; both are memory-mapped.
+
+    Raises:
+        AttnimgError: the folder can't be written, or the disk is full.
+    """
+    # The uid separates the users of a shared folder: none reads files that another user wrote.
+    folder = root / f"{key[:32]}-{os.geteuid()}"
+    refused = tuple[str, ...]()
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with _locked_folder(root, folder.name):
+            try:
+                if os.path.lexists(folder):
+                    return _load_cached(folder, key)
+            except UnusableCache as error:
+                refused = (f"{folder} is not used: {error}",)
+                _remove(folder)
+            _write(root, folder, key, make)
+            documents, (figures, warnings) = _load_cached(folder, key)
+    except (OSError, UnusableCache) as error:
+        raise AttnimgError(
+            f"cannot write prepared documents to {root}",
+            why="\n".join((*refused, str(error))),
+            do="remove dataset_prepared_path to prepare the documents in memory, or set it to a "
+            "folder of your own with free space",
+            code="not-writable",
+            key="dataset_prepared_path",
+        ) from None
+    again = tuple(f"{reason}; it was prepared again" for reason in refused)
+    return documents, (replace(figures, reused=False), (*again, *warnings))
+
+
+@contextmanager
+def _locked_folder(root: Path, name: str) -> Iterator[None]:
+    """Lock a folder, so that one process of a run prepares it and the others wait and reuse it."""
+    try:
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
+        lock = os.open(root / f".lock-{name}", flags, 0o600)
+    except OSError:  # a read-only folder may contain the documents already
+        yield
+        return
+    try:
+        # Another user could hold the lock forever; some network file systems have no locks.
+        if os.fstat(lock).st_uid == os.geteuid():
+            with suppress(OSError):
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                for left in root.glob(f".partial-{name}-*"):  # left by a killed run
+                    shutil.rmtree(left, ignore_errors=True)
+        yield
+    finally:
+        os.close(lock)
+
+
+def _load_cached(folder: Path, key: str) -> tuple[Dataset, Prepared]:
+    """Return the documents of a folder, after checking its owner and that it is complete.
+
+    Raises:
+        UnusableCache: they belong to another user, are damaged, or were made from other data.
+    """
+    import datasets
+
+    documents = folder / DOCUMENTS
+    _check_private(folder, stat.S_ISDIR)
+    for name in (FIGURES, DOCUMENTS):
+        _check_private(folder / name, stat.S_ISREG)
+    try:
+        cached = json.loads((folder / FIGURES).read_bytes())
+        facts = cached["facts"]
+        undamaged = cached["sha256"] == _text_digest(facts)
+        undamaged = undamaged and facts["documents"] == _digest(documents)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        undamaged = False
+    if not undamaged:
+        raise UnusableCache("it is damaged")
+    if facts["key"] != key:
+        raise UnusableCache("it was made from other data")
+    figures = replace(SourceFigures(**facts["figures"]), reused=True)
+    return datasets.Dataset.from_file(str(documents)), (figures, tuple(facts["warnings"]))
+
+
+def _check_private(path: Path, is_kind: Callable[[int], bool]) -> None:
+    try:
+        check_private(path.lstat(), is_kind=is_kind)
+    except NotPrivate as error:
+        raise UnusableCache(f"{path.name}: {error}") from None
+    except OSError as error:
+        raise UnusableCache(f"{path.name} cannot be read: {error.strerror}") from None
+
+
+def _write(root: Path, folder: Path, key: str, make: Callable[[Write], Prepared]) -> None:
+    """Write to a temporary folder, and rename it when complete, so that a kill leaves no cache."""
+    import pyarrow
+
+    partial = Path(tempfile.mkdtemp(prefix=f".partial-{folder.name}-", dir=root))
+    try:
+        with (
+            os.fdopen(_create(partial / DOCUMENTS), "wb") as file,
+            pyarrow.ipc.new_stream(file, schema()) as stream,
+        ):
+            figures, warnings = make(stream.write_batch)
+        facts: dict[str, object] = {
+            "key": key,
+            "documents": _digest(partial / DOCUMENTS),
+            "figures": asdict(figures),
+            "warnings": warnings,
+        }
+        text = json.dumps({"sha256": _text_digest(facts), "facts": facts}, indent=1)
+        with os.fdopen(_create(partial / FIGURES), "wb") as file:
+            file.write(text.encode())
+        partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _create(path: Path) -> int:
+    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+
+
+def _remove(folder: Path) -> None:
+    if folder.is_dir() and not folder.is_symlink():
+        shutil.rmtree(folder)
+    else:
+        folder.unlink()
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _text_digest(facts: Mapping[str, object]) -> str:
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

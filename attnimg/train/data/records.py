@@ -14,7 +14,7 @@ import lzma
 import stat
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Literal, cast
@@ -44,7 +44,7 @@ COMPRESSED = frozenset({".gz", ".zst", ".zstd", ".xz", ".bz2"})
 # Errors raised for broken compressed files; zstd's are OSErrors. UnicodeDecodeError is not one.
 BROKEN = (OSError, EOFError, zlib.error, lzma.LZMAError)
 
-# Archives and pointers, which have no records themselves, with the command that gets the files.
+# Archives and other files without records, with the command that extracts the files.
 _ARCHIVES = {
     b"PK\x03\x04": ("a zip archive", "unzip {path}"),
     b"7z\xbc\xaf\x27\x1c": ("a 7z archive", "7z x {path}"),
@@ -96,6 +96,65 @@ class Place:
 
 Record = tuple[Place, dict[str, Any]]
 
+IGNORE_INDEX = -100  # the label of a token without loss (torch's cross_entropy, ignore_index)
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """A prompt and its completion; without a prompt, all of the text is trained on.
+
+    Attributes:
+        prompt: the text before the completion; None for plain text.
+        completion: the text to train on.
+        unused: the record's columns that have no effect, for types that read several columns.
+    """
+
+    prompt: str | None
+    completion: str
+    unused: tuple[str, ...] = field(default=(), repr=False)  # not part of the data's hash
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One message of a conversation.
+
+    Attributes:
+        role: the role, as the chat template names it.
+        content: the text; None where the record has none, as beside tool calls.
+        extra: the message's other keys, such as reasoning_content and tool_calls.
+        train: whether it is trained, by the record's flag; None: the role decides.
+        untrained: character spans of the content that are not trained.
+    """
+
+    role: str
+    content: str | None
+    extra: Mapping[str, Any] = field(default_factory=dict)
+    train: bool | None = None
+    untrained: tuple[tuple[int, int], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """The content of a record of the type chat_template.
+
+    Attributes:
+        turns: the messages.
+        tools: JSON schemas of the functions that the assistant may call.
+        unused: the record's columns that have no effect.
+    """
+
+    turns: tuple[Turn, ...]
+    tools: tuple[Mapping[str, Any], ...] = ()
+    unused: tuple[str, ...] = ()
+
+
+Parsed = Pair | Conversation
+
+
+def unused_warning(kind: str, names: Sequence[str]) -> str:
+    """Return the warning on names of a kind ("columns") that have no effect."""
+    return f"these {kind} have no effect: {', '.join(names)}"
+
 
 def read_records(file: LocalFile, *, key: str) -> Iterator[Record]:
     """Yield the records of one local file.
@@ -108,11 +167,8 @@ def read_records(file: LocalFile, *, key: str) -> Iterator[Record]:
         for unit, number, record in _READERS[file.format](file):
             place = Place(str(file.path), number, unit, key, first)
             if not isinstance(record, dict):
-                raise bad_record(
-                    place,
-                    why=f"found {_json_name(record)}, needed an object with named columns",
-                    do="write each record as {...}",
-                )
+                why = f"found {_json_name(record)}, needed an object with named columns"
+                raise bad_record(place, why=why, do="write each record as {...}")
             yield place, record
             first = False
     except BrokenFile as error:
@@ -124,8 +180,8 @@ def read_records(file: LocalFile, *, key: str) -> Iterator[Record]:
         raise bad_file(
             f"cannot read {file.path}",
             why=f"found damaged or cut off data: {error}",
-            do="copy or download the file again; where it is whole but compressed in a way that is "
-            "not read here, unpack it and name the unpacked file",
+            do="copy or download the file again; if it is complete, but its compression is not "
+            "supported, decompress it and name the decompressed file",
             key=key,
         ) from None
 
@@ -155,61 +211,54 @@ def check_regular(path: Path, *, key: str) -> None:
         f"{path} is not a regular file",
         why=f"found {kinds.get(stat.S_IFMT(mode), 'something else')}, needed a file that can be "
         "read more than once",
-        do=f"write what it gives to a file (`cat {path} > data.jsonl`), and name that file in "
+        do=f"write its content to a file (`cat {path} > data.jsonl`), and name that file in "
         f"{key}.path",
         key=key,
     )
 
 
-def check_packing(path: Path, *, declared: str | None, key: str) -> None:
-    """Raise for an archive or a Git LFS pointer, with the command that gets the files in it.
+def check_file_type(path: Path, *, declared: str | None, key: str) -> None:
+    """Raise for an archive, a Git LFS pointer, or another binary format than the declared one.
 
     Args:
         path: a regular file.
-        declared: the format that it is read in; None when that is not known.
+        declared: the format in which it is read; None when that is not known.
         key: "datasets[0]".
 
     Raises:
-        AttnimgError: the file has no records itself, or has another format.
+        AttnimgError: with the command that extracts or downloads the data, or the ds_type to set.
     """
     with path.open("rb") as file:
         start = file.read(512)
     if start.startswith(b"version https://git-lfs"):
-        raise bad_file(
-            f"{path} was not downloaded",
-            why="found a Git LFS pointer, which names the data but does not contain it",
-            do=f"git -C {path.parent} lfs pull",
-            key=key,
-        )
+        what = f"{path} was not downloaded"
+        why = "found a Git LFS pointer, which refers to the data but does not contain it"
+        do = f"git -C {path.parent} lfs pull"
+        raise bad_file(what, why=why, do=do, key=key)
     found = next((other for magic, other in _ARCHIVES.items() if start.startswith(magic)), None)
-    packed_tar = {".tar", ".tgz", ".tbz2", ".txz"} & {suffix.lower() for suffix in path.suffixes}
-    if packed_tar or start.startswith(b"ustar", 257):
+    tar = {".tar", ".tgz", ".tbz2", ".txz"} & {suffix.lower() for suffix in path.suffixes}
+    if tar or start.startswith(b"ustar", 257):
         found = ("a tar archive", "tar -xf {path}")
     if found:
-        raise bad_file(
-            f"cannot read {path}",
-            why=f"found {found[0]}, needed plain, gzip, zstd, xz or bzip2 data",
-            do=f"unpack it (`{found[1].format(path=path)}`), and name the files in {key}.path",
-            key=key,
-        )
+        what = f"cannot read {path}"
+        why = f"found {found[0]}, needed plain, gzip, zstd, xz or bzip2 data"
+        do = f"unpack it (`{found[1].format(path=path)}`), and name the files in {key}.path"
+        raise bad_file(what, why=why, do=do, key=key)
     binary = next((kind for magic, kind in _BINARY.items() if start.startswith(magic)), None)
     if binary and declared != binary:
-        raise AttnimgError(
-            f"{path} is in another format than expected",
-            why=f"found {binary}, needed {declared or 'a known format'}",
-            do=f"set {key}.ds_type: {binary}",
-            code="bad-value",
-            key=f"{key}.ds_type",
-        )
+        what = f"{path} is in another format than expected"
+        why = f"found {binary}, needed {declared or 'a known format'}"
+        do = f"set {key}.ds_type: {binary}"
+        raise AttnimgError(what, why=why, do=do, code="bad-value", key=f"{key}.ds_type")
 
 
 def bad_record(place: Place, *, why: str, do: str, code: str = "bad-data") -> AttnimgError:
-    """Build the error for a record that does not fit its type."""
+    """Return the error for a record that does not fit its type."""
     return AttnimgError(f"bad record: {place}", why=why, do=do, code=code, key=f"{place.key}.path")
 
 
 def bad_file(what: str, *, why: str, do: str, key: str) -> AttnimgError:
-    """Build the error for a file of the entry `key` that can't be used."""
+    """Return the error for a file of the dataset entry `key` that can't be used."""
     return AttnimgError(what, why=why, do=do, code="bad-data", key=f"{key}.path")
 
 
@@ -223,12 +272,8 @@ def require_column(
     """
     if name in record:
         return record[name]
-    raise bad_record(
-        place,
-        why=f"found the columns {', '.join(record) or 'none'}; needed {', '.join(needed)}",
-        do=hint,
-        code="wrong-columns" if place.first else "bad-data",
-    )
+    why = f"found the columns {', '.join(record) or 'none'}; needed {', '.join(needed)}"
+    raise bad_record(place, why=why, do=hint, code="wrong-columns" if place.first else "bad-data")
 
 
 def require_text(value: object, name: str, place: Place) -> str:
@@ -236,11 +281,9 @@ def require_text(value: object, name: str, place: Place) -> str:
     # A lone surrogate is not a character: JSON can contain it, UTF-8 and tokenizers can't.
     if isinstance(value, str) and not any("\ud800" <= letter <= "\udfff" for letter in value):
         return value
-    raise bad_record(
-        place,
-        why=f"{name} is {shorten(value)}, needed text",
-        do="write it as a string, or drop the record",
-    )
+    why = f"{name} is {shorten(value)}, needed text"
+    do = "write it as a string, or remove the record"
+    raise bad_record(place, why=why, do=do)
 
 
 def shorten(value: object) -> str:
@@ -274,7 +317,7 @@ def _csv(file: LocalFile) -> Iterator[Numbered]:
             rows = csv.DictReader(text, delimiter=delimiter, strict=True)
             header = rows.fieldnames or ()
             if twice := sorted({name for name in header if header.count(name) > 1}):
-                why = f"found the column {', '.join(twice)} twice, of which one would be lost"
+                why = f"found the column {', '.join(twice)} twice, needed unique names"
                 raise BrokenFile("", why, do="rename the columns in the file's first line")
             for number, row in enumerate(rows, start=1):
                 if None in row or None in row.values():
@@ -297,11 +340,13 @@ def _table(file: LocalFile) -> Iterator[Numbered]:
         for number, row in enumerate(rows, start=1):
             yield "record", number, row
     except (pyarrow.ArrowException, OSError) as error:
-        do = "set {key}.ds_type to the format that it has, or write the file again"
+        do = "set {key}.ds_type to the format of the file, or write the file again"
         raise BrokenFile("", f"not {file.format.title()}: {error}", do=do) from None
     except (ValueError, OverflowError) as error:
-        do = "write that column as text, or leave it out of the file"
-        raise BrokenFile("", f"found a value that Python cannot hold: {error}", do=do) from None
+        do = "write that column as text, or remove it from the file"
+        raise BrokenFile(
+            "", f"found a value that Python cannot represent: {error}", do=do
+        ) from None
 
 
 def _parquet(path: Path) -> Iterator[pyarrow.RecordBatch]:

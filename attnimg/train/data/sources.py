@@ -8,10 +8,10 @@ from __future__ import annotations
 import glob
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from itertools import takewhile
+from itertools import islice, takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, cast
 
@@ -23,12 +23,21 @@ from attnimg.train.data.records import (
     COMPRESSED,
     Format,
     LocalFile,
+    Place,
+    Record,
     bad_file,
-    check_packing,
+    check_file_type,
     check_regular,
     open_data,
+    read_records,
 )
-from attnimg.train.data.splits import folder_splits, split_in_name, split_names
+from attnimg.train.data.splits import (
+    find_rows,
+    folder_splits,
+    requested_split,
+    split_in_name,
+    split_names,
+)
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -43,7 +52,7 @@ BUILDERS: dict[str, Format] = {name: name for name in FORMATS.values()}
 
 # Limit of folders and files without records in a folder of data. Resolving splits takes 1 ms of CPU
 # time for each of them (datasets 5.2, 10,000 files, 2026-11-27).
-_MOST_OTHERS = 10_000
+_MAX_OTHER_FILES = 10_000
 
 # Timeout of the first request to the hub; the datasets library tries for half a minute.
 TIMEOUT_SECONDS = 10
@@ -60,7 +69,7 @@ class Source:
         spec: the entry.
         kind: local files, a folder written by datasets' save_to_disk, or a name on the hub.
         splits: for the kind "files", all existing splits, with the files of those that the entry
-            asks for, in the order in which they are read.
+            names, in the order in which they are read.
         files: the files that are read.
         warnings: warnings on parts of the source that are not read.
     """
@@ -83,12 +92,10 @@ def find_source(spec: DatasetSpec, *, key: str) -> Source:
     try:
         return _locate(spec, key=key)
     except (OSError, RuntimeError) as error:  # RuntimeError: ~user without a home
-        raise bad_file(
-            f"cannot read {spec.path}",
-            why=f"{key}.path: {getattr(error, 'strerror', None) or error}",
-            do=f"correct {key}.path, or the permissions of its folders",
-            key=key,
-        ) from None
+        what = f"cannot read {spec.path}"
+        why = f"{key}.path: {getattr(error, 'strerror', None) or error}"
+        do = f"correct {key}.path, or the permissions of its folders"
+        raise bad_file(what, why=why, do=do, key=key) from None
 
 
 def load_hub(source: Source) -> Mapping[str, Dataset]:
@@ -102,13 +109,10 @@ def load_hub(source: Source) -> Mapping[str, Dataset]:
 
     spec = source.spec
     if spec.trust_remote_code:
-        raise AttnimgError(
-            "datasets that bring their own code are not supported",
-            why=f"found {source.key}.trust_remote_code true; the library runs none",
-            do="convert the dataset to Parquet, and drop trust_remote_code",
-            code="unsupported-key",
-            key=f"{source.key}.trust_remote_code",
-        )
+        key, what = f"{source.key}.trust_remote_code", "datasets with own code are not supported"
+        why = f"found {key}: true; the datasets library no longer runs such code"
+        do = "convert the dataset to Parquet, and remove trust_remote_code"
+        raise AttnimgError(what, why=why, do=do, code="unsupported-key", key=key)
     if not constants.HF_HUB_OFFLINE:
         _check_reachable(source)
     try:
@@ -137,7 +141,7 @@ def load_saved(source: Source) -> Mapping[str, Dataset]:
         raise bad_file(
             f"cannot read the saved dataset {source.spec.path}",
             why=f"{type(error).__name__}: {' '.join(str(error).split())[:300]}",
-            do=f'set {source.key}.data_files: "*.arrow", which takes its files as they are, or '
+            do=f'set {source.key}.data_files: "*.arrow", which reads its files directly, or '
             "write it again with save_to_disk",
             key=source.key,
         ) from None
@@ -148,14 +152,53 @@ def load_saved(source: Source) -> Mapping[str, Dataset]:
     return {name if "+" not in str(loaded.split) else "train": loaded}
 
 
+def read_source(source: Source) -> Iterator[Record]:
+    """Yield the records of a source in order, each with its place.
+
+    Raises:
+        AttnimgError: the data are missing or broken, or the split does not exist.
+    """
+    if source.kind == "files":
+        yield from _read_files(source)
+        return
+    loaded = load_hub(source) if source.kind == "hub" else load_saved(source)
+    spec, key = source.spec, source.key
+    first = True
+    for name, start, stop in find_rows(spec, {n: len(s) for n, s in loaded.items()}, key=key):
+        rows = loaded[name].select(range(start, stop))
+        for number, record in enumerate(rows, start=start + 1):
+            yield Place(spec.path, number, "record", key, first), record
+            first = False
+
+
+def _read_files(source: Source) -> Iterator[Record]:
+    """Yield the rows of the split; files are read twice if it is a part of them (to count rows)."""
+    spec, key, lengths = source.spec, source.key, dict.fromkeys(source.splits, 0)
+
+    def read(split: str) -> Iterator[Record]:
+        for file in source.splits[split]:
+            yield from read_records(file, key=key)
+
+    names = split_names(spec, lengths, key=key)
+    if "[" not in requested_split(spec, lengths, key=key):
+        for name in names:
+            yield from read(name)
+        return
+    lengths |= {name: sum(1 for _ in read(name)) for name in names}
+    for name, start, stop in find_rows(spec, lengths, key=key):
+        yield from islice(read(name), start, stop)
+
+
 def _locate(spec: DatasetSpec, *, key: str) -> Source:
     """Return the source of an entry: data_files, a folder, a file, a pattern or a hub name."""
     root = Path(spec.path).expanduser()
     is_folder = root.is_dir()
     if spec.data_files and (is_folder or spec.path in BUILDERS):
         base, where = root if is_folder else Path(), f"{key}.data_files"
-        found = [p for name in spec.data_files for p in _matches(base, name, key=key, where=where)]
-        return _source_of_files(spec, {"train": found}, key=key)
+        found = [
+            p for name in spec.data_files for p in _find_files(base, name, key=key, where=where)
+        ]
+        return _make_source(spec, {"train": found}, key=key)
     if is_folder:
         if (root / "state.json").exists() or (root / "dataset_dict.json").exists():
             _check_size(root, key=f"{key}.path", where=key)
@@ -163,24 +206,24 @@ def _locate(spec: DatasetSpec, *, key: str) -> Source:
                 if not path.is_dir():
                     check_regular(path, key=key)
             return Source(key=key, spec=spec, kind="saved")
-        return _folder(root, spec, key=key)
+        return _folder_source(root, spec, key=key)
     if root.exists() or glob.has_magic(spec.path):
         where = f"{key}.path"
-        found = [root] if root.exists() else _matches(Path(), spec.path, key=key, where=where)
-        return _source_of_files(spec, {"train": found}, key=key)
-    if _format(root) or not HUB_NAME.fullmatch(spec.path):
-        raise _missing(spec.path, key=f"{key}.path")
+        found = [root] if root.exists() else _find_files(Path(), spec.path, key=key, where=where)
+        return _make_source(spec, {"train": found}, key=key)
+    if _detect_format(root) or not HUB_NAME.fullmatch(spec.path):
+        raise _not_found(spec.path, key=f"{key}.path")
     return Source(key=key, spec=spec, kind="hub")
 
 
-def _source_of_files(
+def _make_source(
     spec: DatasetSpec,
     splits: Mapping[str, Sequence[Path]],
     *,
     key: str,
     warnings: tuple[str, ...] = (),
 ) -> Source:
-    """Return the source with the files of the splits that the entry asks for."""
+    """Return the source with the files of the splits that the entry names."""
     names = split_names(spec, splits, key=key)
     read = {
         split: tuple(_local_file(path, spec, key=key) for path in splits[split]) for split in names
@@ -195,17 +238,14 @@ def _source_of_files(
     )
 
 
-def _missing(path: str, *, key: str) -> AttnimgError:
-    return AttnimgError(
-        f"dataset not found: {path}",
-        why=f"{key} is {path}, which is no file or folder under {Path.cwd()}",
-        do="correct the path; a relative one starts where attnimg is called",
-        code="file-missing",
-        key=key,
-    )
+def _not_found(path: str, *, key: str) -> AttnimgError:
+    what = f"dataset not found: {path}"
+    why = f"{key} is {path}, which is not a file or folder under {Path.cwd()}"
+    do = "correct the path; a relative path starts at the current folder"
+    return AttnimgError(what, why=why, do=do, code="file-missing", key=key)
 
 
-def _matches(base: Path, pattern: str, *, key: str, where: str) -> list[Path]:
+def _find_files(base: Path, pattern: str, *, key: str, where: str) -> list[Path]:
     """Return the files that a name or a pattern matches, sorted."""
     if (base / pattern).exists():
         return [base / pattern]
@@ -217,17 +257,14 @@ def _matches(base: Path, pattern: str, *, key: str, where: str) -> list[Path]:
     matches = glob.glob(str(base / pattern), recursive=True)  # noqa: PTH207
     found = sorted(Path(match) for match in matches if not Path(match).is_dir())
     if not found:
-        raise _missing(str(base / pattern), key=f"{key}.path")
+        raise _not_found(str(base / pattern), key=f"{key}.path")
     splits = {split_in_name(path): path for path in reversed(found)}
     if len(splits) > 1 and not splits.keys() <= {None, "train"}:
         named = ", ".join(f"{path.name} ({split or 'no split'})" for split, path in splits.items())
-        raise AttnimgError(
-            f"the pattern {pattern} takes files of several splits",
-            why=f"found {named}; a pattern would include test files in training",
-            do=f"set {where}: {splits.get('train', found[0])}, or list the files to use",
-            code="bad-value",
-            key=where,
-        )
+        what = f"the pattern {pattern} matches files of several splits"
+        why = f"found {named}; a pattern would include test files in training"
+        do = f"set {where}: {splits.get('train', found[0])}, or list the files to use"
+        raise AttnimgError(what, why=why, do=do, code="bad-value", key=where)
     return found
 
 
@@ -243,53 +280,43 @@ def _check_size(root: Path, *, key: str, where: str) -> None:
     for folder, folders, files in os.walk(root):
         # `hf download` writes a file for each downloaded file into .cache.
         folders[:] = [name for name in folders if not name.startswith(".")]
-        others += len(folders) + sum(_format(Path(name)) is None for name in files)
-        if others > _MOST_OTHERS:
-            raise AttnimgError(
-                f"the folder {root} has too many files that are no data",
-                why=f"found more than {_MOST_OTHERS:,} folders and files of no format of data, the "
-                f"last in {folder}",
-                do=f"name the file in {where}.path, or its files in {where}.data_files",
-                code="bad-data",
-                key=key,
-            )
+        others += len(folders) + sum(_detect_format(Path(name)) is None for name in files)
+        if others > _MAX_OTHER_FILES:
+            what = f"the folder {root} has too many files that are not data"
+            why = f"found more than {_MAX_OTHER_FILES:,} folders and other files, up to {folder}"
+            do = f"name the file in {where}.path, or its files in {where}.data_files"
+            raise AttnimgError(what, why=why, do=do, code="bad-data", key=key)
 
 
-def _format(path: Path) -> Format | None:
+def _detect_format(path: Path) -> Format | None:
     suffixes = [suffix.lower() for suffix in path.suffixes if suffix.lower() not in COMPRESSED]
     return FORMATS.get(suffixes[-1]) if suffixes else None
 
 
-def _folder(root: Path, spec: DatasetSpec, *, key: str) -> Source:
+def _folder_source(root: Path, spec: DatasetSpec, *, key: str) -> Source:
     """Return the source of a folder of data files."""
     _check_size(root, key=f"{key}.path", where=key)
-    wanted = (spec.ds_type,) if spec.ds_type else tuple(FORMATS.values())
+    formats_to_read = (spec.ds_type,) if spec.ds_type else tuple(FORMATS.values())
 
     def is_data(path: Path) -> bool:
-        # Subfolders that save_to_disk wrote have a state.json, which holds no records.
+        # Subfolders that save_to_disk wrote have a state.json, which has no records.
         saved = path.name == "state.json" and (path.parent / "dataset_info.json").exists()
-        return _format(path) in wanted and not saved
+        return _detect_format(path) in formats_to_read and not saved
 
     found, others = folder_splits(root, spec, is_data=is_data, key=key)
     splits = {split: paths for split, paths in found.items() if paths}
     if not splits:
-        raise AttnimgError(
-            f"no data in the folder {spec.path}",
-            why=f"found no {spec.ds_type or 'json, jsonl, csv, parquet, arrow or text'} file in it",
-            do=f"name the file in {key}.path, or its files in {key}.data_files",
-            code="file-missing",
-            key=f"{key}.path",
-        )
-    asked = split_names(spec, splits, key=key)
-    formats = sorted({_format(path) or "" for split in asked for path in splits[split]})
+        what = f"no data in the folder {spec.path}"
+        why = f"found no {spec.ds_type or 'json, jsonl, csv, parquet, arrow or text'} file in it"
+        do = f"name the file in {key}.path, or its files in {key}.data_files"
+        raise AttnimgError(what, why=why, do=do, code="file-missing", key=f"{key}.path")
+    requested = split_names(spec, splits, key=key)
+    formats = sorted({_detect_format(path) or "" for split in requested for path in splits[split]})
     if len(formats) > 1:
-        raise AttnimgError(
-            f"the folder {spec.path} holds files of several formats",
-            why=f"found {', '.join(formats)}; one dataset has one format",
-            do=f"set {key}.ds_type: {' or '.join(formats)}, or name files in {key}.data_files",
-            code="bad-value",
-            key=f"{key}.ds_type",
-        )
+        what = f"the folder {spec.path} contains files of several formats"
+        why = f"found {', '.join(formats)}; one dataset has one format"
+        do = f"set {key}.ds_type: {' or '.join(formats)}, or name files in {key}.data_files"
+        raise AttnimgError(what, why=why, do=do, code="bad-value", key=f"{key}.ds_type")
     warnings: tuple[str, ...] = ()
     if others:
         names = ", ".join(str(path.relative_to(root)) for path in others[:5])
@@ -299,7 +326,7 @@ def _folder(root: Path, spec: DatasetSpec, *, key: str) -> Source:
             f"after splits ({', '.join(splits)}) and these are not; list them in {key}.data_files "
             "to train on them",
         )
-    return _source_of_files(spec, splits, key=key, warnings=warnings)
+    return _make_source(spec, splits, key=key, warnings=warnings)
 
 
 def _local_file(path: Path, spec: DatasetSpec, *, key: str) -> LocalFile:
@@ -311,27 +338,22 @@ def _local_file(path: Path, spec: DatasetSpec, *, key: str) -> LocalFile:
     """
     check_regular(path, key=key)
     if not os.access(path, os.R_OK):
-        raise bad_file(
-            f"no permission to read {path}",
-            why=f"user {os.getuid()} may not read it",
-            do=f"chmod a+r {path}",
-            key=key,
-        )
+        what = f"no permission to read {path}"
+        why = f"user {os.getuid()} may not read it"
+        do = f"chmod a+r {path}"
+        raise bad_file(what, why=why, do=do, key=key)
     named_builder = spec.data_files and not Path(spec.path).is_dir()
     builder = BUILDERS.get(spec.path) if named_builder else None
-    kind = spec.ds_type or builder or _format(path)
-    check_packing(path, declared=kind, key=key)
+    kind = spec.ds_type or builder or _detect_format(path)
+    check_file_type(path, declared=kind, key=key)
     if kind is None:
-        likely = ["csv", "text"]
+        suggested = ["csv", "text"]
         with suppress(*BROKEN), open_data(path) as file:
-            likely = ["json"] if file.read(64).lstrip()[:1] in (b"{", b"[") else likely
-        raise AttnimgError(
-            f"the format of {path} is not known",
-            why=f"found the name {path.name}, needed one of {' '.join(FORMATS)}",
-            do=f"set {key}.ds_type: {' or '.join(likely)}",
-            code="bad-value",
-            key=f"{key}.ds_type",
-        )
+            suggested = ["json"] if file.read(64).lstrip()[:1] in (b"{", b"[") else suggested
+        what = f"the format of {path} is not known"
+        why = f"found the name {path.name}, needed one of {' '.join(FORMATS)}"
+        do = f"set {key}.ds_type: {' or '.join(suggested)}"
+        raise AttnimgError(what, why=why, do=do, code="bad-value", key=f"{key}.ds_type")
     named = (spec.field, spec.text_column, spec.field_messages)
     return LocalFile(path=path, format=kind, columns=COLUMNS.union(filter(None, named)))
 
@@ -340,41 +362,30 @@ def _check_reachable(source: Source) -> None:
     """Check that the hub can be reached and has the dataset."""
     from huggingface_hub import HfApi, errors
 
-    spec = source.spec
+    spec, key = source.spec, f"{source.key}.path"
     try:
         HfApi().dataset_info(spec.path, revision=spec.revision, timeout=TIMEOUT_SECONDS)
     except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError) as error:
-        raise AttnimgError(
-            f"dataset not found: {spec.path}",
-            why=f"no such file or folder here, and the hub says: {str(error).splitlines()[0]}",
-            do="correct the path; for a private dataset set HF_TOKEN",
-            code="file-missing",
-            key=f"{source.key}.path",
-        ) from None
+        what = f"dataset not found: {spec.path}"
+        why = f"no such file or folder here, and the hub answers: {str(error).splitlines()[0]}"
+        do = "correct the path; for a private dataset set HF_TOKEN"
+        raise AttnimgError(what, why=why, do=do, code="file-missing", key=key) from None
     # The hub client's releases use different HTTP libraries.
     except (errors.HTTPError, OSError) as error:  # type: ignore[attr-defined]  # re-exported
-        raise AttnimgError(
-            f"dataset not found here, and the hub can't be reached: {spec.path}",
-            why=f"no such file or folder here; asking the hub: {error}",
-            do="correct the path, restore the connection, or set HF_HUB_OFFLINE=1 to use what "
-            "was downloaded before",
-            code="hub-unreachable",
-            key=f"{source.key}.path",
-        ) from None
+        what = f"dataset not found here, and the hub can't be reached: {spec.path}"
+        why = f"no such file or folder here; the request to the hub failed: {error}"
+        do = "correct the path, restore the connection, or set HF_HUB_OFFLINE=1 for an old download"
+        raise AttnimgError(what, why=why, do=do, code="hub-unreachable", key=key) from None
 
 
 def _unreadable(source: Source, error: Exception, *, offline: bool) -> AttnimgError:
     spec = source.spec
     reason = " ".join((str(error).splitlines() or [type(error).__name__])[:2])
     if offline and isinstance(error, ConnectionError | FileNotFoundError):
-        return AttnimgError(
-            f"dataset not found: {spec.path}",
-            why=f"no such file or folder here, not in the hub's cache, and HF_HUB_OFFLINE is set "
-            f"({reason})",
-            do="correct the path, or download the dataset first without HF_HUB_OFFLINE",
-            code="file-missing",
-            key=f"{source.key}.path",
-        )
+        what, key = f"dataset not found: {spec.path}", f"{source.key}.path"
+        why = f"not found here or in the hub's cache, and HF_HUB_OFFLINE is set ({reason})"
+        do = "correct the path, or download the dataset first without HF_HUB_OFFLINE"
+        return AttnimgError(what, why=why, do=do, code="file-missing", key=key)
     do = f"correct {source.key}: path, name, split, revision and data_files"
     if "config" in reason.lower():  # the name of a config is missing, or does not exist
         do = f"set {source.key}.name to one of them"

@@ -27,7 +27,7 @@ RowRange = tuple[str, int, int]  # a split, its first row and the one after its 
 _UNUSABLE = (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError)
 
 
-def asked_split(spec: DatasetSpec, names: Collection[str], *, key: str) -> str:
+def requested_split(spec: DatasetSpec, names: Collection[str], *, key: str) -> str:
     """Return the split that an entry names, or axolotl's default.
 
     Source: axolotl 0.18.0, utils/data/sft.py:391-400: train, and test for test_datasets. A
@@ -46,18 +46,15 @@ def split_names(spec: DatasetSpec, names: Collection[str], *, key: str) -> list[
     Raises:
         AttnimgError: one does not exist.
     """
-    asked = asked_split(spec, names, key=key)
-    found = re.findall(r"(?:^|\+)\s*([\w.]+)", asked)
+    requested = requested_split(spec, names, key=key)
+    found = re.findall(r"(?:^|\+)\s*([\w.]+)", requested)
     if missing := next((name for name in found if name not in names), None):
-        near = next(iter([*difflib.get_close_matches(missing, names, n=1), *names]))
+        similar = next(iter([*difflib.get_close_matches(missing, names, n=1), *names]))
         set_to = f"{key}.split is {spec.split}" if spec.split else f"{key}.split is not set"
-        raise AttnimgError(
-            f"no split {missing} in {spec.path}",
-            why=f"{set_to}, found {', '.join(names)}",
-            do=f"set {key}.split: {near}, or correct {key}.path",
-            code="bad-value",
-            key=f"{key}.split",
-        )
+        what = f"no split {missing} in {spec.path}"
+        why = f"{set_to}, found {', '.join(names)}"
+        do = f"set {key}.split: {similar}, or correct {key}.path"
+        raise AttnimgError(what, why=why, do=do, code="bad-value", key=f"{key}.split")
     return list(dict.fromkeys(found))
 
 
@@ -74,29 +71,22 @@ def find_rows(spec: DatasetSpec, lengths: Mapping[str, int], *, key: str) -> lis
     """
     import datasets
 
-    asked, names = asked_split(spec, lengths, key=key), split_names(spec, lengths, key=key)
+    requested, names = requested_split(spec, lengths, key=key), split_names(spec, lengths, key=key)
     try:
-        parts = datasets.ReadInstruction.from_spec(asked).to_absolute(lengths)
+        parts = datasets.ReadInstruction.from_spec(requested).to_absolute(lengths)
     except ValueError as error:
-        raise AttnimgError(
-            f"{asked} does not name a split of {spec.path}",
-            why=f"{error}; needed a split ({', '.join(lengths)}), or rows of one",
-            do="set {0}.split: {1}, or {1}[:1000], or {1}[10%:20%]".format(
-                key, next(iter(lengths))
-            ),
-            code="bad-value",
-            key=f"{key}.split",
-        ) from None
+        what = f"{requested} does not name a split of {spec.path}"
+        why = f"{error}; needed a split ({', '.join(lengths)}), or rows of one"
+        first = next(iter(lengths))
+        do = f"set {key}.split: {first}, or {first}[:1000], or {first}[10%:20%]"
+        raise AttnimgError(what, why=why, do=do, code="bad-value", key=f"{key}.split") from None
     found = [(part.splitname, part.from_, max(part.from_, part.to)) for part in parts]
-    if "[" in asked and all(start == stop for _, start, stop in found):
+    if "[" in requested and all(start == stop for _, start, stop in found):
         rows = ", ".join(f"{lengths[name]:,} rows in {name}" for name in names)
-        raise AttnimgError(
-            f"no rows in {asked} of {spec.path}",
-            why=f"found {rows}, and {key}.split takes none of them",
-            do=f"set {key}.split: {names[0]}",
-            code="empty-dataset",
-            key=f"{key}.split",
-        )
+        what = f"no rows in {requested} of {spec.path}"
+        why = f"found {rows}, and {key}.split selects none of them"
+        do = f"set {key}.split: {names[0]}"
+        raise AttnimgError(what, why=why, do=do, code="empty-dataset", key=f"{key}.split")
     return found
 
 
@@ -108,7 +98,7 @@ def folder_splits(
     Args:
         root: the folder.
         spec: the dataset entry; its `name` is one of the README's configs.
-        is_data: whether a file holds records; others are ignored.
+        is_data: whether a file has records; others are ignored.
         key: "datasets[0]".
 
     Raises:
@@ -120,44 +110,38 @@ def folder_splits(
     # The folder's own name may have a bracket, which is not a pattern.
     base = glob.escape(str(root.resolve()))
 
-    def matching(patterns: Iterable[str]) -> list[Path]:
+    def resolve(patterns: Iterable[str]) -> list[Path]:
         found = set[str]()
         for pattern in patterns:
             with suppress(FileNotFoundError):
                 found.update(resolve_pattern(pattern, base))
-        return [path for path in _under(root, found, key=key) if is_data(path)]
+        return [path for path in _paths_in(root, found, key=key) if is_data(path)]
 
-    if (configured := _configured(root, spec, key=key)) is not None:
+    if (configured := _readme_splits(root, spec, key=key)) is not None:
         return {s: list(filter(is_data, found)) for s, found in configured.items()}, []
     if spec.name is not None:
-        raise AttnimgError(
-            f"no configuration {spec.name} in {spec.path}",
-            why=f"{key}.name is {spec.name}, found no README.md with configs in the folder",
-            do=f"remove {key}.name, or correct {key}.path",
-            code="bad-value",
-            key=f"{key}.name",
-        )
+        what = f"no configuration {spec.name} in {spec.path}"
+        why = f"{key}.name is {spec.name}, found no README.md with configs in the folder"
+        do = f"remove {key}.name, or correct {key}.path"
+        raise AttnimgError(what, why=why, do=do, code="bad-value", key=f"{key}.name")
     try:
         patterns = get_data_patterns(base)
     except EmptyDatasetError:
         return {}, []
-    splits = {str(split): matching(of_split) for split, of_split in patterns.items()}
+    splits = {str(split): resolve(of_split) for split, of_split in patterns.items()}
     seen = dict[Path, str]()
     for split, paths in splits.items():
         for path in paths:
             if path in seen:
-                raise AttnimgError(
-                    f"{path} belongs to two splits",
-                    why=f"its name says {seen[path]} and {split}, needed one",
-                    do=f"name the files to use in {key}.data_files, or rename this one",
-                    code="bad-value",
-                    key=f"{key}.data_files",
-                )
+                what = f"{path} belongs to two splits"
+                why = f"its name contains {seen[path]} and {split}, needed one split"
+                do = f"name the files to use in {key}.data_files, or rename this one"
+                raise AttnimgError(what, why=why, do=do, code="bad-value", key=f"{key}.data_files")
             seen[path] = split
-    return splits, [path for path in matching(["**"]) if path not in seen]
+    return splits, [path for path in resolve(["**"]) if path not in seen]
 
 
-def _configured(root: Path, spec: DatasetSpec, *, key: str) -> dict[str, list[Path]] | None:
+def _readme_splits(root: Path, spec: DatasetSpec, *, key: str) -> dict[str, list[Path]] | None:
     """Return the files that the README's `configs` name; None if it has no configs."""
     import datasets
     import yaml
@@ -179,15 +163,12 @@ def _configured(root: Path, spec: DatasetSpec, *, key: str) -> dict[str, list[Pa
             builder = datasets.load_dataset_builder(path, spec.name, cache_dir=cache)
     except (*_UNUSABLE, datasets.exceptions.DatasetsError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise AttnimgError(
-            f"cannot use the configs in {readme}",
-            why=reason.partition(" with any supported extension")[0][:300],
-            do=f"set {key}.name to one of its configs, or name the files in {key}.data_files",
-            code="bad-value",
-            key=f"{key}.name",
-        ) from None
+        what = f"cannot use the configs in {readme}"
+        why = reason.partition(" with any supported extension")[0][:300]
+        do = f"set {key}.name to one of its configs, or name the files in {key}.data_files"
+        raise AttnimgError(what, why=why, do=do, code="bad-value", key=f"{key}.name") from None
     config = builder.config
-    files = {str(s): _under(root, found, key=key) for s, found in config.data_files.items()}
+    files = {str(s): _paths_in(root, found, key=key) for s, found in config.data_files.items()}
     _check_options(config, readme, files, key=key)
     return files
 
@@ -206,27 +187,22 @@ def _check_options(
         and not (name == "sep" and value == "\t" and tabs)
     ]
     if changed:
-        raise AttnimgError(
-            f"cannot use the options in {readme}",
-            why=f"found {', '.join(changed)}; needed files that are read without options",
-            do=f"convert the files to JSON lines or Parquet, and name those in {key}.data_files",
-            code="bad-value",
-            key=f"{key}.name",
-        )
+        what = f"cannot use the options in {readme}"
+        why = f"found {', '.join(changed)}; needed files that are read without options"
+        do = f"convert the files to JSON lines or Parquet, and name those in {key}.data_files"
+        raise AttnimgError(what, why=why, do=do, code="bad-value", key=f"{key}.name")
 
 
-def _under(root: Path, found: Iterable[str], *, key: str) -> list[Path]:
+def _paths_in(root: Path, found: Iterable[str], *, key: str) -> list[Path]:
     """Return files as paths below the folder as the config names it, sorted."""
     base, paths = root.resolve(), list[Path]()
     for name in found:
         path = Path(os.path.normpath(name))
         if not path.is_relative_to(base):
-            raise bad_file(
-                f"{root} names a file outside of it",
-                why=f"found {name} in its README.md, needed files in the folder",
-                do=f"name the files in {key}.data_files",
-                key=key,
-            )
+            what = f"{root} names a file outside of it"
+            why = f"found {name} in its README.md, needed files in the folder"
+            do = f"name the files in {key}.data_files"
+            raise bad_file(what, why=why, do=do, key=key)
         paths.append(root / path.relative_to(base))
     return sorted(paths)
 

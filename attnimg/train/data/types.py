@@ -17,38 +17,46 @@ from attnimg.errors import AttnimgError
 from attnimg.train.data.chat import ChatEncoder
 from attnimg.train.data.chat_templates import choose_chat_template
 from attnimg.train.data.conversations import parse_turns, trained_roles
-from attnimg.train.data.documents import IGNORED, Pair, Parsed, unused_note
-from attnimg.train.data.records import Place, bad_record, require_column, require_text
+from attnimg.train.data.records import (
+    IGNORE_INDEX,
+    Pair,
+    Parsed,
+    Place,
+    bad_record,
+    require_column,
+    require_text,
+    unused_warning,
+)
 from attnimg.train.data.sources import Source
 
 # The type that a column of this name usually belongs to.
-FITTING = {
+TYPE_OF_COLUMN = {
     "messages": "chat_template", "conversations": "chat_template", "instruction": "alpaca",
     "text": "completion",
 }  # fmt: skip
 
 # Stanford Alpaca's two prompts, unchanged: a model should be prompted as it was trained.
 # Source: https://deepwiki.com/tatsu-lab/stanford_alpaca/2.2-data-format-and-structure (2026-11-21)
-PREAMBLE = "Below is an instruction that describes a task"
+WITHOUT_INPUT = "Below is an instruction that describes a task."
 
-WITH_INPUT = f"{PREAMBLE}, paired with an input that provides further context."
+WITH_INPUT = f"{WITHOUT_INPUT[:-1]}, paired with an input that provides further context."
 
 REQUEST = "Write a response that appropriately completes the request."
 
-# Columns that other trainers put before an instruction; alpaca's prompt does not include them.
-CONTEXT = ("system", "history")
+# Columns that other trainers insert before an instruction; alpaca's prompt does not include them.
+UNSUPPORTED = ("system", "history")
 
 
-def record_parser(spec: DatasetSpec) -> Callable[[Mapping[str, Any], Place], Parsed | None]:
+def choose_parser(spec: DatasetSpec) -> Callable[[Mapping[str, Any], Place], Parsed | None]:
     """Return the parser of a dataset type; it returns None for an empty record."""
     if is_chat(spec):
         return partial(parse_turns, spec)
     if is_text(spec):
-        return partial(_running_text, spec.field or spec.text_column or "text")
-    return partial(_alpaca, _chat_prompt if spec.type == "alpaca:chat" else _instruct_prompt)
+        return partial(_parse_text, spec.field or spec.text_column or "text")
+    return partial(_parse_alpaca, _chat_prompt if spec.type == "alpaca:chat" else _instruct_prompt)
 
 
-def encoder_for(source: Source, config: Config, tokenizer: Any) -> Encoder:
+def make_encoder(source: Source, config: Config, tokenizer: Any) -> Encoder:
     """Return the encoder that turns a source's records into tokens.
 
     Raises:
@@ -66,69 +74,64 @@ def encoder_for(source: Source, config: Config, tokenizer: Any) -> Encoder:
             system_message=config.default_system_message,
         )
     if tokenizer.eos_token_id is None:
-        raise AttnimgError(
-            "the tokenizer has no end-of-text token",
-            why=f"found none; {spec.type} ends each document with it, so that the model "
-            "learns to stop",
-            do='name one: `special_tokens: {eos_token: "</s>"}`',
-            code="missing-key",
-            key="special_tokens",
+        what = "the tokenizer has no end-of-text token"
+        why = (
+            f"found none; {spec.type} ends each document with it, so that the model learns to stop"
         )
+        do = 'set one: `special_tokens: {eos_token: "</s>"}`'
+        raise AttnimgError(what, why=why, do=do, code="missing-key", key="special_tokens")
     return PairEncoder(tokenizer, config.train_on_inputs)
 
 
-def _alpaca(
+def _parse_alpaca(
     prompt: Callable[[str, str], str], record: Mapping[str, Any], place: Place
 ) -> Pair | None:
     """Return the prompt and completion of an alpaca record; None without a completion."""
-    fitting = [name for column, name in FITTING.items() if column in record and name != "alpaca"]
-    hint = "rename the columns" + "".join(f", or set {place.key}.type: {n}" for n in fitting[:1])
+    types = [
+        name for column, name in TYPE_OF_COLUMN.items() if column in record and name != "alpaca"
+    ]
+    hint = "rename the columns" + "".join(f", or set {place.key}.type: {n}" for n in types[:1])
     needed = ("instruction", "output")
     instruction, output = (
         require_text(require_column(record, name, place, needed=needed, hint=hint), name, place)
         for name in needed
     )
-    for name in CONTEXT:
+    for name in UNSUPPORTED:
         if record.get(name):
-            raise bad_record(
-                place,
-                why=f"found {name}, which the alpaca prompt does not contain",
-                do=f"write the records as conversations (type: chat_template), or drop {name}",
-            )
+            why = f"found {name}, which the alpaca prompt does not contain"
+            do = f"write the records as conversations (type: chat_template), or remove {name}"
+            raise bad_record(place, why=why, do=do)
     extra = record.get("input")
     extra = "" if extra is None else require_text(extra, "input", place)
-    used = (*needed, "input", *CONTEXT)
+    used = (*needed, "input", *UNSUPPORTED)
     unused = tuple(key for key, value in record.items() if key not in used and value is not None)
     return Pair(prompt(instruction, extra), output, unused) if output.strip() else None
 
 
 def _instruct_prompt(instruction: str, extra: str) -> str:
-    if extra:
-        return (
-            f"{WITH_INPUT} {REQUEST}\n\n"
-            f"### Instruction:\n{instruction}\n\n### Input:\n{extra}\n\n### Response:\n"
-        )
-    return f"{PREAMBLE}. {REQUEST}\n\n### Instruction:\n{instruction}\n\n### Response:\n"
+    task = WITH_INPUT if extra else WITHOUT_INPUT
+    extra = f"### Input:\n{extra}\n\n" if extra else ""
+    return f"{task} {REQUEST}\n\n### Instruction:\n{instruction}\n\n{extra}### Response:\n"
 
 
 def _chat_prompt(instruction: str, extra: str) -> str:
     """Return the prompt of axolotl's `alpaca:chat`: plain SYSTEM, USER and ASSISTANT lines."""
-    if extra:
-        return f"SYSTEM: {WITH_INPUT} {REQUEST}\nUSER: {instruction}\n{extra}\nASSISTANT:"
-    return f"SYSTEM: {PREAMBLE}. {REQUEST}\nUSER: {instruction}\nASSISTANT:"
+    task = WITH_INPUT if extra else WITHOUT_INPUT
+    extra = f"{extra}\n" if extra else ""
+    return f"SYSTEM: {task} {REQUEST}\nUSER: {instruction}\n{extra}ASSISTANT:"
 
 
-def _running_text(field: str, record: Mapping[str, Any], place: Place) -> Pair | None:
+def _parse_text(field: str, record: Mapping[str, Any], place: Place) -> Pair | None:
     """Return the text of a record; None for a blank one."""
     texts = {key: value for key, value in record.items() if isinstance(value, str)}
     longest = max(texts, key=lambda key: len(texts[key]), default=None)
     hint = "name the text column: `field: ...`"
     if longest is not None:
         hint = f"name the text column: `field: {json.dumps(longest, ensure_ascii=False)}`"
-    whole = require_text(
+    text = require_text(
         require_column(record, field, place, needed=(field,), hint=hint), field, place
     )
-    return Pair(None, whole) if whole.strip() else None
+    return Pair(None, text) if text.strip() else None
 
 
 Tokens = tuple[list[int], list[int]]  # input_ids and labels, equally long
@@ -136,23 +139,23 @@ Tokens = tuple[list[int], list[int]]  # input_ids and labels, equally long
 
 @dataclass(frozen=True, slots=True)
 class PairEncoder:
-    """Encode prompt and completion separately, so that generation has the same prompt tokens.
+    """Encode a prompt and its completion separately, so that generation has the same prompt tokens.
 
     Attributes:
-        tokenizer: a transformers tokenizer; the tokens that it adds go to the ends of the pair.
-        train_on_inputs: whether prompts carry loss.
-        notes: warnings on columns without effect in the records encoded so far.
+        tokenizer: a transformers tokenizer; its start and end tokens are added to the pair.
+        train_on_inputs: whether prompts are trained.
+        warnings: on columns without effect in the records encoded so far.
     """
 
     tokenizer: Any
     train_on_inputs: bool
-    notes: dict[str, None] = field(default_factory=dict)
+    warnings: dict[str, None] = field(default_factory=dict)
 
     def __call__(self, batch: Sequence[tuple[Place, Parsed]]) -> list[Tokens]:
         """Encode pairs: [start] prompt completion [end]; texts without prompt the same way."""
         pairs = [parsed for _, parsed in batch if isinstance(parsed, Pair)]
         unused = dict.fromkeys(pair.unused for pair in pairs if pair.unused)
-        self.notes.update((unused_note("columns", names), None) for names in unused)
+        self.warnings.update((unused_warning("columns", names), None) for names in unused)
         opening, ending = self._added_tokens()
         prompts = iter(self._tokenize([pair.prompt for pair in pairs if pair.prompt is not None]))
         encoded = []
@@ -162,24 +165,24 @@ class PairEncoder:
                 answer = answer[len(opening) :]
             if answer[-len(ending) :] == ending:
                 answer = answer[: -len(ending)]
-            learnt = [*answer, *ending]
+            completion = [*answer, *ending]
             prompt = [*opening, *next(prompts)] if pair.prompt is not None else opening
-            counts = self.train_on_inputs or pair.prompt is None
-            mask = prompt if counts else [IGNORED] * len(prompt)
-            encoded.append((prompt + learnt, mask + learnt))
+            trained = self.train_on_inputs or pair.prompt is None
+            mask = prompt if trained else [IGNORE_INDEX] * len(prompt)
+            encoded.append((prompt + completion, mask + completion))
         return encoded
 
     def _added_tokens(self) -> tuple[list[int], list[int]]:
         """Return the tokens that are added before and after a text; the end token is the last."""
         bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
-        whole = self.tokenizer("a", verbose=False)["input_ids"]
+        encoded = self.tokenizer("a", verbose=False)["input_ids"]
         (alone,) = self._tokenize(["a"])
         start = next(
-            (n for n in range(len(whole)) if alone and whole[n : n + len(alone)] == alone),
-            int(bos is not None and whole[:1] == [bos]),  # a vocabulary without the letter
+            (n for n in range(len(encoded)) if alone and encoded[n : n + len(alone)] == alone),
+            int(bos is not None and encoded[:1] == [bos]),  # a vocabulary without the letter
         )
-        ending = whole[start + len(alone) :]
-        return whole[:start], ending if ending[-1:] == [eos] else [*ending, eos]
+        ending = encoded[start + len(alone) :]
+        return encoded[:start], ending if ending[-1:] == [eos] else [*ending, eos]
 
     def _tokenize(self, texts: list[str]) -> list[list[int]]:
         if not texts:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from attnimg.config.rules import without_effect
+from attnimg.config.rules import keys_without_effect
 from attnimg.config.schema import Config
 
 CHAT = {"path": "a.jsonl", "type": "chat_template"}
@@ -64,7 +64,7 @@ ADAM: dict[str, Any] = {"adam_beta1": 0.8, "adam_beta2": 0.9, "adam_epsilon": 1e
 def test_a_key_that_the_run_does_not_read_is_named(
     keys: dict[str, Any], unused: str | None
 ) -> None:
-    found = without_effect(Config(**{"datasets": [TEXT], **keys}))
+    found = keys_without_effect(Config(**{"datasets": [TEXT], **keys}))
     verb = "have" if unused and " and " in unused else "has"
     assert [note.partition(", so that ")[2] for note in found] == (
         [f"{unused} {verb} no effect"] if unused else []
@@ -98,7 +98,7 @@ def test_a_key_that_the_run_does_not_read_is_named(
 def test_a_key_of_a_dataset_that_its_type_does_not_read_is_named(
     entry: dict[str, Any], keys: dict[str, Any], unused: list[str]
 ) -> None:
-    (note,) = without_effect(Config(datasets=[entry], **keys)) or ("",)
+    (note,) = keys_without_effect(Config(datasets=[entry], **keys)) or ("",)
     assert note.partition(", so that ")[2].split(" ha")[0] == " and ".join(
         f"datasets[0].{name}" for name in unused
     )

@@ -15,8 +15,7 @@ from attnimg.train.data import chat_templates
 from attnimg.train.data.chat import ChatEncoder
 from attnimg.train.data.chat_render import Renderer
 from attnimg.train.data.chat_templates import TemplateLimitError, render_bounded
-from attnimg.train.data.documents import Conversation, Turn
-from attnimg.train.data.records import Place
+from attnimg.train.data.records import Conversation, Place, Turn
 
 TEMPLATES = Path(__file__).parents[2] / "fixtures" / "chat_templates"
 PLAIN = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}"
@@ -54,8 +53,8 @@ def test_a_template_that_takes_too_much_is_refused(
 @pytest.mark.parametrize("path", sorted(TEMPLATES.glob("*.jinja*")), ids=lambda path: path.stem)
 def test_published_templates_keep_the_limits_with_a_long_record(path: Path, tokenizer: Any) -> None:
     long = [{**message, "content": message["content"] * 300_000} for message in TALK]
-    chat_templates._require_no_powers(path.read_text())
-    Renderer(tokenizer, path.read_text()).attempt(long)
+    chat_templates._refuse_powers(path.read_text())
+    Renderer(tokenizer, path.read_text()).try_text(long)
 
 
 @pytest.mark.parametrize(

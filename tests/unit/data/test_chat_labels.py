@@ -223,7 +223,7 @@ def test_the_answer_and_its_end_are_trained_and_nothing_else(name: str, kind: st
             shown(run, tokens) for run in want
         ], tokens
         removed = kind == "reasoning in two turns" and not TEMPLATES[name].keeps
-        assert any("reasoning of earlier turns" in note for note in encode.notes) == removed
+        assert any("reasoning of earlier turns" in note for note in encode.warnings) == removed
 
 
 @pytest.mark.parametrize("kind", ["single", "multi-turn", "system"])
@@ -241,7 +241,7 @@ def test_a_template_that_marks_what_is_generated_is_followed(name: str, kind: st
     )  # fmt: skip
     assert ids == marked["input_ids"]
     assert [label != -100 for label in labels] == [bool(bit) for bit in marked["assistant_masks"]]
-    assert not encode.notes
+    assert not encode.warnings
 
 
 @pytest.mark.parametrize("blank", ["", " ", "\t"])
@@ -252,7 +252,7 @@ def test_an_answer_without_text_is_not_trained_with_another(name: str, blank: st
     assert learnt(encode, {"messages": turns}) == ["Yes.<|eot_id|>"]
     assert learnt(encode, {"messages": turns[:4]}) == ["Yes.<|eot_id|>"]
     assert learnt(encode, {"messages": turns[2:]}) == ["Yes.<|eot_id|>"]
-    assert any("answers without text carry no loss" in note for note in encode.notes)
+    assert any("answers without text are not trained" in note for note in encode.warnings)
 
 
 @pytest.mark.parametrize(
@@ -262,11 +262,11 @@ def test_an_answer_without_text_is_not_trained_with_another(name: str, blank: st
                      id="a system message that moves to the last turn"),
         pytest.param("qwen3_5_think", "tools", "a prompt that differs from the one at generation",
                      id="think blocks that earlier turns lose"),
-        pytest.param("glm4moe", "single", "it is added after the last answer",
+        pytest.param("glm4moe", "single", "this text is added after the last answer",
                      id="an end of turn that is the next one's opening"),
-        pytest.param("qwen3", "single", r"opens an answer with '<think>\n\n</think>'",
+        pytest.param("qwen3", "single", r"starts answers with '<think>\n\n</think>'",
                      id="a think block that the template writes by itself"),
-        pytest.param("gptoss", "single", "opens an answer with '<|channel|>final<|message|>'",
+        pytest.param("gptoss", "single", "starts answers with '<|channel|>final<|message|>'",
                      id="a channel that the template writes by itself"),
         pytest.param("llama3", "multi-turn", None, id="nothing to say"),
     ],
@@ -274,7 +274,7 @@ def test_an_answer_without_text_is_not_trained_with_another(name: str, blank: st
 def test_what_a_template_does_of_itself_is_said(name: str, kind: str, note: str | None) -> None:
     encode = encoder(name, "byte-level")
     learnt(encode, CONVERSATIONS[kind])
-    assert any(note in said for said in encode.notes) if note else not encode.notes
+    assert any(note in said for said in encode.warnings) if note else not encode.warnings
 
 
 def test_reasoning_that_a_template_always_drops_is_put_back_once() -> None:
@@ -284,14 +284,14 @@ def test_reasoning_that_a_template_always_drops_is_put_back_once() -> None:
     want = "The king spoke.\n</think>\n\nYes." + DEEPSEEK
     assert encode.tokenizer.decode(ids).endswith("\uff5c><think>\n" + want)
     assert learnt(encode, record) == [want]
-    assert any("restored before the last answer" in note for note in encode.notes)
+    assert any("restored before the last answer" in note for note in encode.warnings)
 
 
 def test_end_tokens_that_end_no_answer_are_said() -> None:
     for chosen, said in (("</s>", True), ("<|im_end|>", False)):
         encode = encoder("qwen2_5", "byte-level", eot_tokens=(chosen,))
         assert learnt(encode, CONVERSATIONS["single"]) == ["Yes.<|im_end|>"]
-        assert any("do not end the answers" in note for note in encode.notes) == said
+        assert any("do not end the answers" in note for note in encode.warnings) == said
 
 
 @pytest.mark.parametrize(

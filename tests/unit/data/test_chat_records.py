@@ -221,7 +221,7 @@ def generating(marked: str, other: str = "{{ m.content }}<|im_end|>") -> str:
         pytest.param(generating("[[{{ m.content }}<|im_end|>]]", "[[{{ m.content }}<|im_end|>]]"),
                      "Abc<|im_end|>D<|im_end|>", None, id="the user's turns too"),
         pytest.param(generating("{{ m.content[:1] }}[[{{ m.content[1:] }}<|im_end|>]]"),
-                     "bc<|im_end|><|im_end|>", "leaves a part of an answer out",
+                     "bc<|im_end|><|im_end|>", "has a part of an answer outside",
                      id="a part of an answer"),
     ],
 )  # fmt: skip
@@ -284,7 +284,7 @@ def test_what_has_no_effect_is_named(run_on: Run, json_lines: Write, tokenizer: 
     notes = "\n".join(documents.warnings)
     assert "columns have no effect: source" in notes
     assert "message keys have no effect: lang" in notes
-    assert "answers without text carry no loss" in notes
+    assert "answers without text are not trained" in notes
 
 
 @pytest.mark.parametrize(
@@ -293,7 +293,8 @@ def test_what_has_no_effect_is_named(run_on: Run, json_lines: Write, tokenizer: 
         pytest.param([user(), {"role": "assistant", "function_call": {"name": "f"}}],
                      "function_call", "tool_calls", id="OpenAI's function_call"),
         pytest.param([user(), {"role": "function_call", "content": "{}"}],
-                     "a call of a tool", '"role": "assistant", "tool_calls"', id="ShareGPT's call"),
+                     "a tool call of the assistant", '"role": "assistant", "tool_calls"',
+                     id="ShareGPT's call"),
         pytest.param([user(), {"role": "observation", "content": "7"}],
                      "the result of a tool", '"role": "tool"', id="ShareGPT's result"),
         pytest.param([user(), answer("A", weight=0.5)], "weight of message 2 is 0.5", "0 or 1",
@@ -301,7 +302,7 @@ def test_what_has_no_effect_is_named(run_on: Run, json_lines: Write, tokenizer: 
         pytest.param([user(), answer("A", weight=1, train=False)], "contradict", "one of the flags",
                      id="flags that contradict one another"),
         pytest.param([user([{"type": "image", "image": "x.png"}]), answer()], "needed text",
-                     "images", id="an image"),
+                     "only text", id="an image"),
         pytest.param([user(), answer("A", images=["x.png"])], "images", "remove images from",
                      id="a list of images"),
         pytest.param([user(), answer("A", thinking="R", reasoning="S")], "which differ",
@@ -315,10 +316,10 @@ def test_what_has_no_effect_is_named(run_on: Run, json_lines: Write, tokenizer: 
         pytest.param([user(), answer("A", tool_calls=[{"function": {}}])], "needed a list of calls",
                      "arguments", id="a call without a name"),
         pytest.param([user(), {"role": "assistant"}], "needed role and content",
-                     "write the key that is missing", id="neither content nor calls"),
+                     "add the missing key", id="neither content nor calls"),
         pytest.param([], "needed a list of messages", "role and content", id="no message"),
         pytest.param({"messages": [{"role": "system", "content": "a"}, user(), answer()],
-                      "system": "b"}, "a column system beside", "keep one", id="two systems"),
+                      "system": "b"}, "a column system beside", "remove one", id="two systems"),
         pytest.param({"messages": [user(), answer()], "tools": "nonsense"}, "tools is",
                      "write each tool", id="tools that are none"),
         pytest.param({"id": 7, "talk": [user(), answer()]}, "needed messages",

@@ -17,7 +17,7 @@ import pytest
 
 from attnimg.config.schema import Config
 from attnimg.errors import AttnimgError
-from attnimg.train.data import load_documents, sentence
+from attnimg.train.data import load_documents, summary_line
 
 Run = Callable[..., Config]
 Write = Callable[..., str]
@@ -37,7 +37,7 @@ def test_prepared_documents_are_reused_until_something_changes(
     first = load_documents(run_on(path, **keys), tokenizer)
     again = load_documents(run_on(path, **keys, val_set_size=0.5), tokenizer)
     assert (first.figures[0].reused, again.figures[0].reused) == (False, True)
-    assert "reused" in sentence(again.figures[0])
+    assert "reused" in summary_line(again.figures[0])
     assert sorted(rows(first.train)) == sorted(rows(again.train) + rows(again.validation))
     assert rows(first.train) == rows(load_documents(run_on(path), tokenizer).train)
     assert not load_documents(run_on(path, **keys, sequence_len=64), tokenizer).figures[0].reused
@@ -194,7 +194,7 @@ def test_a_template_that_writes_the_date_is_prepared_again_the_next_day(
     )  # fmt: skip
     load_documents(config, tokenizer)
     assert load_documents(config, tokenizer).figures[0].reused
-    monkeypatch.setattr("attnimg.train.data.cache.date", Tomorrow)
+    monkeypatch.setattr("attnimg.train.data.prepare.date", Tomorrow)
     assert load_documents(config, tokenizer).figures[0].reused != writes_date
 
 
@@ -229,7 +229,7 @@ def test_a_folder_that_can_only_be_read_is_read(
         raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
 
     monkeypatch.setattr("os.open", read_only)
-    monkeypatch.setattr("attnimg.train.data.cache._remove", cannot_remove)
+    monkeypatch.setattr("attnimg.train.data.prepare._remove", cannot_remove)
     assert load_documents(config, tokenizer).figures[0].reused
     flip(folder / "documents.arrow")
     with pytest.raises(AttnimgError, match="damaged") as caught:

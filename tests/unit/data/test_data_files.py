@@ -14,9 +14,9 @@ import zstandard
 
 from attnimg.config.schema import Config
 from attnimg.errors import AttnimgError
-from attnimg.train.data.load import find_sources
-from attnimg.train.data.prepare import read_source
+from attnimg.train.data import find_sources
 from attnimg.train.data.records import LocalFile, read_records
+from attnimg.train.data.sources import read_source
 
 RECORDS = [{"text": "In the beginning"}, {"text": "was the Word."}]
 LINES = "".join(json.dumps(record) + "\n" for record in RECORDS).encode()
@@ -279,7 +279,7 @@ def test_a_record_without_end_is_refused(
     (tmp_path / name).write_bytes(content[name])
     with pytest.raises(AttnimgError, match="cannot read") as caught:
         read(path=str(tmp_path / name))
-    assert "cut it into several records" in caught.value.do
+    assert "split it into several records" in caught.value.do
     (tmp_path / name).write_bytes(content[name][:-1500] + (b'"}' if "js" in name else b""))
     if name == "a.json":
         (tmp_path / name).write_bytes(content[name][:-1500] + b'"}]')

@@ -10,7 +10,7 @@ import pytest
 
 from attnimg.config.schema import Config
 from attnimg.errors import AttnimgError
-from attnimg.train.data import load_documents, sentence
+from attnimg.train.data import load_documents, summary_line
 
 Run = Callable[..., Config]
 Write = Callable[..., str]
@@ -47,7 +47,7 @@ def test_what_does_not_fit_is_counted_and_said(
     documents = load_documents(run_on(path, sequence_len=32, **keys), tokenizer)
     found = documents.figures[0]
     assert {name: getattr(found, name) for name in figures} == figures
-    assert says in sentence(found)
+    assert says in summary_line(found)
     lengths = [len(ids) for ids in documents.train["input_ids"]]
     assert all(1 <= length <= 32 for length in lengths)
     assert (len(lengths), sum(lengths)) == (found.documents, found.tokens)
@@ -90,7 +90,7 @@ def test_raise_names_the_record(run_on: Run, json_lines: Write, tokenizer: Any) 
 
 def test_nothing_left_is_an_error(run_on: Run, json_lines: Write, tokenizer: Any) -> None:
     path = json_lines({"text": "", "body": "x y"}, {"text": " ", "body": "z"})
-    with pytest.raises(AttnimgError, match="2 hold no text") as caught:
+    with pytest.raises(AttnimgError, match="2 have no text") as caught:
         load_documents(run_on(path), tokenizer)
     assert caught.value.code == "empty-dataset"
     assert "name the column" in caught.value.do
@@ -217,7 +217,11 @@ def test_documents_on_both_sides_are_told(
     config = Config(
         datasets=entries[:-1], test_datasets=entries[-1:] if test else None, val_set_size=share
     )
-    found = [text for text in load_documents(config, tokenizer).warnings if "word for word" in text]
+    found = [
+        text
+        for text in load_documents(config, tokenizer).warnings
+        if "also in the training data" in text
+    ]
     assert [told in text for text in found] == ([True] if told else [])
 
 

@@ -27,12 +27,11 @@ from hypothesis import strategies as st
 from attnimg.config.schema import Config, DatasetSpec
 from attnimg.errors import AttnimgError
 from attnimg.facts import RunContext
-from attnimg.train.data import load_documents
+from attnimg.train.data import find_sources, load_documents
 from attnimg.train.data.chat import ChatEncoder
 from attnimg.train.data.conversations import parse_turns
-from attnimg.train.data.load import find_sources
-from attnimg.train.data.prepare import read_source
-from attnimg.train.data.types import PairEncoder, record_parser
+from attnimg.train.data.sources import read_source
+from attnimg.train.data.types import PairEncoder, choose_parser
 from attnimg.train.rows import make_rows
 
 Draw = Callable[[st.SearchStrategy[Any]], Any]
@@ -121,7 +120,7 @@ def test_flags_roles_parts_and_reasoning_are_followed(
 @examples(60)
 @given(st.lists(st.tuples(texts(), texts()), min_size=1, max_size=4))
 def test_an_alpaca_answer_and_its_end_are_trained(pairs: list[tuple[str, str]]) -> None:
-    parse = record_parser(DatasetSpec(path="data.jsonl", type="alpaca"))
+    parse = choose_parser(DatasetSpec(path="data.jsonl", type="alpaca"))
     records = [{"instruction": asked, "output": answered} for asked, answered in pairs]
     batch = [(PLACE, parse(record, PLACE)) for record in records]
     encode = PairEncoder(tokenizer("byte-level", ()), train_on_inputs=False)

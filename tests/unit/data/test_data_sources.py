@@ -16,9 +16,8 @@ import pytest
 
 from attnimg.config.schema import Config
 from attnimg.errors import AttnimgError
-from attnimg.train.data import sources
-from attnimg.train.data.load import find_sources
-from attnimg.train.data.prepare import read_source
+from attnimg.train.data import find_sources, sources
+from attnimg.train.data.sources import read_source
 
 RECORDS = [{"text": "In the beginning"}, {"text": "was the Word."}]
 LINES = "".join(json.dumps(record) + "\n" for record in RECORDS).encode()
@@ -273,16 +272,17 @@ def test_a_folder_that_is_not_one_of_data_is_refused_before_all_of_it_is_searche
     entry: dict[str, Any], named: str
 ) -> None:
     began = time.process_time()
-    with pytest.raises(AttnimgError, match="too many files that are no data") as caught:
+    with pytest.raises(AttnimgError, match="too many files that are not data") as caught:
         read(**entry)
     assert time.process_time() - began < 5
     assert (caught.value.code, caught.value.key) == ("bad-data", f"datasets[0].{named}")
+    assert caught.value.do.startswith("name the file in datasets[0].path, ")
 
 
 def test_a_folder_of_many_data_files_is_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sources, "_MOST_OTHERS", 3)
+    monkeypatch.setattr(sources, "_MAX_OTHER_FILES", 3)
     (tmp_path / ".cache").mkdir()
     for number in range(6):
         (tmp_path / f"{number}.jsonl").write_bytes(LINES)

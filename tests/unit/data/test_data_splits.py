@@ -14,8 +14,8 @@ from advice import edited
 
 from attnimg.config.schema import Config
 from attnimg.errors import AttnimgError
-from attnimg.train.data.load import find_sources
-from attnimg.train.data.prepare import read_source
+from attnimg.train.data import find_sources
+from attnimg.train.data.sources import read_source
 
 CARD = """---
 configs:

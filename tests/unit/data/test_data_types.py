@@ -202,7 +202,7 @@ def test_the_system_message_opens_conversations_without_one(
     [
         pytest.param(
             "{{ messages | length }}{% for m in messages %}{{ m.role }}: {{ m.content }}\n"
-            "{% endfor %}", "changes with what follows", id="shows how many turns will come",
+            "{% endfor %}", "depends on later turns", id="shows how many turns will come",
         ),
         pytest.param(
             "{% for m in messages | reverse %}{{ m.role }}: {{ m.content }}\n{% endfor %}",

@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 from run_facts import a_problem
 
-from attnimg import content_hashes
+from attnimg import files
 from attnimg.backends import backend_named
-from attnimg.content_hashes import ContentHashes, cache_folder
 from attnimg.facts import Machine
+from attnimg.files import CachedHasher, cache_folder
 from attnimg.machine import probe
 from attnimg.selection.attention_shapes import read_model
 from attnimg.verification.proofs import Setting, prove
@@ -30,7 +30,7 @@ SMALL = read_model({"model_type": "llama", "hidden_size": 32, "num_attention_hea
 @pytest.fixture
 def settled(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let files count as settled at once."""
-    monkeypatch.setattr(content_hashes, "_SETTLED_S", -60.0)
+    monkeypatch.setattr(files, "_SETTLED_S", -60.0)
 
 
 def large_file(folder: Path, *, letter: bytes) -> Path:
@@ -42,8 +42,8 @@ def large_file(folder: Path, *, letter: bytes) -> Path:
 
 
 def hash_of(folder: Path, kept: Path | None) -> str:
-    hashes = ContentHashes(kept)
-    found = hashes.of_folder(folder)
+    hashes = CachedHasher(kept)
+    found = hashes.hash_folder(folder)
     hashes.save()
     return found
 
@@ -114,12 +114,12 @@ def test_a_changed_file_of_a_package_is_another_hash(
     (info / "RECORD").write_text("toy_kernel.py,,\ntoy_kernel-1.0.dist-info/METADATA,,\n")
     (tmp_path / "toy_kernel.py").write_text("right")
     monkeypatch.syspath_prepend(str(tmp_path))
-    before = ContentHashes(None).of_package("toy-kernel")
+    before = CachedHasher(None).hash_package("toy-kernel")
     (tmp_path / "toy_kernel.py").write_text("wrong")
-    assert ContentHashes(None).of_package("toy-kernel") != before
+    assert CachedHasher(None).hash_package("toy-kernel") != before
     (info / "RECORD").unlink()
-    assert ContentHashes(None).of_package("toy-kernel") is None
-    assert ContentHashes(None).of_package("there-is-no-such-package") == ""
+    assert CachedHasher(None).hash_package("toy-kernel") is None
+    assert CachedHasher(None).hash_package("there-is-no-such-package") == ""
     with pytest.raises(metadata.PackageNotFoundError):
         metadata.distribution("there-is-no-such-package")
 
@@ -161,11 +161,11 @@ def test_the_folder(tmp_path: Path, named: bool, monkeypatch: pytest.MonkeyPatch
 LIMITED = """
 import resource, sys
 from pathlib import Path
-from attnimg.content_hashes import ContentHashes
+from attnimg.files import CachedHasher
 if sys.argv[2] != "-":
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + int(sys.argv[2]),) * 2)
-print(ContentHashes(None).of_folder(Path(sys.argv[1])))
+print(CachedHasher(None).hash_folder(Path(sys.argv[1])))
 """
 
 
