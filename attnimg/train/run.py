@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from attnimg import application
-from attnimg.config.schema import Config
+from attnimg.config.schema import Config, dataset_entries
 from attnimg.context import described
 from attnimg.facts import Finding, Machine, Plan
 from attnimg.files import read_regular

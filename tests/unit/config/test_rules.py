@@ -206,56 +206,60 @@ def test_a_split_is_judged_as_datasets_judges_it(split: str) -> None:
 NEEDS = {
     "model": """
         _load_errors bad_model, _load_errors pickled-weights, _no_match bad_value,
-        _not_causal_error not-causal-lm, _quantization_error quantized-checkpoint, _refusal
-        bad-value, _refuse_embeddings bad_value, _require_adapter _quantization_error x4,
+        _not_causal_error not-causal-lm, _quantization_error quantized-checkpoint,
+        _refuse_embeddings bad_value, _require_adapter _quantization_error x4,
         _require_scale _quantization_error x3, _unknown_names bad_value, _untrained_error
-        bad-value, add_adapter bad_value, judge_positions positions-short, judge_quantization
-        _quantization_error x2, load_model bad_model, require_causal_class _not_causal_error,
-        require_causal_type _not_causal_error, require_embeddings _untrained_error,
-        require_finite weights-not-finite, require_known_weights _quantization_error x2,
-        require_modules_to_save _unknown_names, require_trainable AttnimgError,
-        require_trained_tokens _untrained_error, resolve_targets _no_match, resolve_targets
-        _unknown_names
+        bad-value, add_adapter bad_value, judge_positions positions-short,
+        judge_quantization _quantization_error x2, load_model bad_model,
+        require_causal_class _not_causal_error, require_causal_type _not_causal_error,
+        require_embeddings _untrained_error, require_finite weights-not-finite,
+        require_known_weights _quantization_error x2, require_modules_to_save
+        _unknown_names, require_trainable AttnimgError, require_trained_tokens
+        _untrained_error, resolve_targets _no_match, resolve_targets _unknown_names
     """,
     "tokenizer": """
         __init__ bad-value, _load bad-model, _require_single_tokens bad-value,
-        choose_chat_template bad-value, choose_chat_template missing-key, encoder_for
-        missing-key, load_tokenizer bad-model
+        choose_chat_template bad-value, choose_chat_template missing-key, load_tokenizer
+        bad-model, make_encoder missing-key
     """,
     "data": """
-        __call__ _refusal, _alpaca bad_record, _content bad_record, _fit bad_file, _flag
+        __call__ _template_error, _content bad_record, _cut_documents bad_file, _flag
         bad_record x2, _gather_rows bad-data, _local_file bad-value, _local_file bad_file,
-        _locate _missing, _nothing_left empty-dataset, _reasoning bad_record, _refusal
-        bad_file, _refuse_media bad_record, _refuse_unpackable bad-data, _role bad_record x3,
-        _split bad-value, _turn bad_record x3, _with_system_column bad_record, _without_type
-        missing-key, bad_file bad-data, bad_record AttnimgError, documents_of _nothing_left,
-        find_sources _without_type, find_sources empty-dataset, load_documents _nothing_left,
-        make_on_disk not-writable, parse_turns bad_record, read_records bad_file x2,
-        read_records bad_record, read_tool_calls bad_record, read_tools bad_record,
-        require_column bad_record, require_text bad_record
+        _locate _not_found, _missing_type missing-key, _no_documents empty-dataset,
+        _parse_alpaca bad_record, _reasoning bad_record, _refuse_media bad_record,
+        _refuse_unpackable bad-data, _role bad_record x2, _split_validation bad-value,
+        _template_error bad-value, _template_error bad_file, _turn bad_record x3,
+        _with_system_column bad_record, bad_file bad-data, bad_record AttnimgError,
+        find_sources _missing_type, find_sources empty-dataset, load_all _no_documents,
+        load_documents _no_documents, make_on_disk not-writable, parse_turns bad_record,
+        read_records bad_file x2, read_records bad_record, read_tool_calls bad_record,
+        read_tools bad_record, require_column bad_record, require_text bad_record
     """,
     "files": """
-        _no_checkpoint no-checkpoint, _check_options bad-value, _check_reachable file-missing,
-        _check_reachable hub-unreachable, _check_size bad-data, _configured bad-value,
-        _conversion_error pickled-weights, _folder bad-value, _folder file-missing,
-        _hash_files bad_model, _load _conversion_error x2, _matches _missing, _matches
-        bad-value, _missing file-missing, _not_empty output-dir-not-empty, _output_dir_error
-        AttnimgError, _read_jinja file-missing, _require_checkpoint _no_checkpoint,
+        _check_options bad-value, _check_reachable file-missing, _check_reachable
+        hub-unreachable, _check_size bad-data, _conversion_error pickled-weights,
+        _find_files _not_found, _find_files bad-value, _folder_source bad-value,
+        _folder_source file-missing, _hash_files bad_model, _load _conversion_error x2,
+        _no_checkpoint no-checkpoint, _not_empty output-dir-not-empty, _not_found
+        file-missing, _output_dir_error AttnimgError, _paths_in bad_file, _read_jinja
+        file-missing, _readme_splits bad-value, _require_checkpoint _no_checkpoint,
         _require_files bad_model, _require_shards bad_model x2, _require_writable
-        _output_dir_error x2, _resume_from_named _not_empty, _resume_from_named damaged_error,
-        _resume_from_named output-dir-not-empty, _resume_from_newest damaged_error,
-        _resume_point _no_checkpoint, _under bad_file, _unreadable bad_file, _unreadable
-        file-missing, bad_model bad-model, check_model_files bad_model x4, check_output_dir
-        _not_empty, check_output_dir _no_checkpoint, check_packing bad-value, check_packing
-        bad_file x2, check_regular bad_file, damaged_error damaged-checkpoint, find_rows
-        bad-value, find_rows empty-dataset, find_source bad_file, folder_splits bad-value x2,
-        load_errors damaged-checkpoint, load_hub _unreadable, load_hub unsupported-key,
-        load_saved bad_file, require_safetensors pickled-weights, require_same_identity
-        resume-differs, require_steps resume-past-end, split_names bad-value
+        _output_dir_error x2, _resume_from_named _not_empty, _resume_from_named
+        damaged_error, _resume_from_named output-dir-not-empty, _resume_from_newest
+        damaged_error, _resume_point _no_checkpoint, _unreadable bad_file, _unreadable
+        file-missing, bad_model bad-model, check_file_type bad-value, check_file_type
+        bad_file x2, check_model_files bad_model x4, check_output_dir _no_checkpoint,
+        check_output_dir _not_empty, check_regular bad_file, damaged_error
+        damaged-checkpoint, find_rows bad-value, find_rows empty-dataset, find_source
+        bad_file, folder_splits bad-value x2, load_errors damaged-checkpoint, load_hub
+        _unreadable, load_hub unsupported-key, load_saved bad_file, require_safetensors
+        pickled-weights, require_same_identity resume-differs, require_steps
+        resume-past-end, split_names bad-value
     """,
     "machine": """
         _check_home_paths bad_value, _check_optimizer bad_value, _check_processes bad_value,
-        _check_shared_memory out-of-memory, check_limits AttnimgError, check_limits bad_value
+        _check_shared_memory out-of-memory, check_limits AttnimgError, check_limits
+        bad_value
     """,
     "packages": """
         _check_compile bad_value, _check_optimizer not-installed, _require_packages
@@ -271,14 +275,6 @@ NEEDS = {
         _acquire_lock output-dir-busy, _check_other_rank rank-lost, _check_other_rank
         rank-mismatch, _lost_rank_error rank-lost, _wait_for_all_ranks _lost_rank_error x3,
         lost_rank_errors _lost_rank_error, require_same_on_all_ranks rank-mismatch
-    """,
-    "the run": """
-        _get_grad_norm _not_finite_error, _loss_differs_error loss-differs,
-        _model_raised_error model-raised, _not_finite_error not-finite, _record_results
-        _wrong_kernel_error, _run_engine out-of-memory, _wrong_kernel_error
-        kernel-wrong-at-run, compute_likelihood _loss_differs_error, require_equal
-        _loss_differs_error, require_equal _model_raised_error, run _model_raised_error,
-        write_errors AttnimgError
     """,
 }
 
