@@ -194,7 +194,7 @@ def test_a_call_that_is_wrong_once_is_a_warning(
     assert run(made, tmp_path / "out").steps == 5
     assert record(tmp_path / "out")["doubtful"] == 1
     err = capfd.readouterr().err
-    assert "warning: attention by sdpa in layer 0 was wrong at step 3, and right when" in err
+    assert "warning: attention by sdpa in layer 0 was wrong at step 3, and correct when" in err
 
 
 @pytest.mark.parametrize("steps", [0, 4])

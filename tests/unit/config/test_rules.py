@@ -276,6 +276,14 @@ NEEDS = {
         rank-mismatch, _lost_rank_error rank-lost, _wait_for_all_ranks _lost_rank_error x3,
         lost_rank_errors _lost_rank_error, require_same_on_all_ranks rank-mismatch
     """,
+    "the run": """
+        _get_grad_norm _not_finite_error, _loss_differs_error loss-differs,
+        _model_raised_error model-raised, _not_finite_error not-finite, _record_results
+        _wrong_kernel_error, _run_engine out-of-memory, _wrong_kernel_error
+        kernel-wrong-at-run, compute_likelihood _loss_differs_error, require_equal
+        _loss_differs_error, require_equal _model_raised_error, run _model_raised_error,
+        write_errors AttnimgError
+    """,
 }
 
 
