@@ -12,18 +12,20 @@ from attnimg.backends import all_backends
 from attnimg.config.schema import Config
 from attnimg.facts import Arch, Finding, Machine, Model, Plan, Problem
 from attnimg.machine import probe
-from attnimg.selection import (
-    images,
-    known_bad,
-    memory,
-    model_config,
-    model_types,
-    other_layers,
-    plan,
-)
+from attnimg.selection import known_bad, model_config, model_types, plan
+from attnimg.selection import run_findings as findings
 from attnimg.selection.attention_shapes import attention_dropout
 from attnimg.selection.attention_shapes import read_model as shapes_of
-from attnimg.selection.gpus import catalogue, cpus_with, gpu_named
+from attnimg.selection.gpus_and_images import (
+    cpus_with,
+    gpu_catalogue,
+    image_catalogue,
+    image_for,
+    image_named,
+    image_runs_on,
+    machine_with,
+    parse_gpu,
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -118,7 +120,9 @@ def installed_machine() -> Machine:
 def distributions() -> list[str]:
     """Return every distribution that a backend or a rule depends on; the probe looks for them."""
     needed = [package for backend in all_backends() for package, _, _ in backend.needs.packages]
-    needed += [package for kind in other_layers.kinds().values() for package in kind.packages]
+    needed += [
+        package for kind in model_types.other_layer_kinds().values() for package in kind.packages
+    ]
     needed += model_types.needed_packages()
     # Rules on known-bad versions also depend on libraries that the backends need.
     return [*needed, "kernels", "nvidia-cutlass-dsl", "nvidia-cudnn-cu12", "nvidia-cudnn-cu13"]
@@ -136,14 +140,14 @@ def machine_of(on: str | None, image: str | None) -> tuple[Machine, str | None]:
     """
     if on is None and image is None:
         return installed_machine(), None
-    named = images.image_named(image) if image is not None else None
+    named = image_named(image) if image is not None else None
     if on is not None:
-        gpu = gpu_named(on)
+        gpu = parse_gpu(on)
     else:
         assert named is not None
-        gpu = gpu_named(named.devices[0])
-    assumed = named or images.image_for(gpu.arch, cpu=gpu.cpu)
-    machine = images.machine_with(assumed, gpu.arch, gpu.label)
+        gpu = parse_gpu(named.devices[0])
+    assumed = named or image_for(gpu.arch, cpu=gpu.cpu)
+    machine = machine_with(assumed, gpu.arch, gpu.label)
     return machine, assumed.name if assumed else None
 
 
@@ -156,14 +160,14 @@ def image_notes(on: str | None, image: str | None) -> tuple[Finding, ...]:
     """
     if on is None:
         return ()
-    gpu = gpu_named(on)
-    right = images.image_for(gpu.arch, cpu=gpu.cpu)
+    gpu = parse_gpu(on)
+    right = image_for(gpu.arch, cpu=gpu.cpu)
     if image is not None:
-        asked = images.image_named(image)
-        if images.runs_on(asked, gpu.arch, cpu=gpu.cpu):
+        asked = image_named(image)
+        if image_runs_on(asked, gpu.arch, cpu=gpu.cpu):
             return ()
         why = f"has no kernels for {gpu.arch.name}"
-        if images.runs_on(asked, gpu.arch, cpu=None):
+        if image_runs_on(asked, gpu.arch, cpu=None):
             why = f"is for {' '.join(asked.platforms)}, and {gpu.label} has an {gpu.cpu} CPU"
         return (
             Finding(
@@ -179,7 +183,7 @@ def image_notes(on: str | None, image: str | None) -> tuple[Finding, ...]:
     if right is not None or cpus != {"arm64"}:
         return ()
     built = sorted(
-        {platform for found in images.catalogue().values() for platform in found.platforms}
+        {platform for found in image_catalogue().values() for platform in found.platforms}
     )
     return (
         Finding(
@@ -236,7 +240,9 @@ def memory_of(machine: Machine) -> int | None:
     """Return a device's memory in bytes, as detected or from the catalogue of GPUs."""
     if machine.memory_bytes is not None:
         return machine.memory_bytes
-    sold = next((gpu.memory_gb for gpu in catalogue().values() if gpu.label == machine.gpu), None)
+    sold = next(
+        (gpu.memory_gb for gpu in gpu_catalogue().values() if gpu.label == machine.gpu), None
+    )
     return sold * 10**9 if sold else None
 
 
@@ -244,10 +250,10 @@ def run_findings(
     found: Plan, task: Problem, machine: Machine
 ) -> tuple[tuple[Finding, ...], tuple[Finding, ...]]:
     """Return a plan's errors and warnings: documents that would mix, quadratic memory."""
-    errors, warnings = other_layers.findings_on(task, machine)
+    errors, warnings = findings.findings_on(task, machine)
     if (mixing := plan.mixing_error(found, task)) is not None:
         errors = (*errors, mixing)
-    warning = memory.memory_warning(found, task, memory_bytes=memory_of(machine))
+    warning = findings.memory_warning(found, task, memory_bytes=memory_of(machine))
     return errors, (*warnings, *([warning] if warning else ()))
 
 

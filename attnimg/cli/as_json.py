@@ -11,7 +11,7 @@ from attnimg.facts import Finding, Model, Plan
 
 if TYPE_CHECKING:
     from attnimg.config.schema import Checked
-    from attnimg.selection.other_layers import OtherLayers
+    from attnimg.selection.run_findings import OtherLayers
 
 _FLAGS = (
     "attn_implementation",

@@ -13,7 +13,7 @@ from rich.text import Text
 from attnimg.cli.check import Styled, findings_text
 from attnimg.errors import printable
 from attnimg.facts import Backend, Finding, LayerGroup, Model, Plan, Problem, Reason
-from attnimg.selection.other_layers import OtherLayers, text_of
+from attnimg.selection.run_findings import OtherLayers, text_of
 
 if TYPE_CHECKING:
     from attnimg.config.schema import Checked

@@ -38,9 +38,9 @@ def _check(file: str, on: str | None, torch: str | None, as_json_lines: bool) ->
 
     arch = None
     if on is not None:
-        from attnimg.selection.gpus import parse_gpu
+        from attnimg.selection.gpus_and_images import parse_gpu
 
-        arch = parse_gpu(on)[0]
+        arch = parse_gpu(on).arch
     if torch is not None:
         config.parse_torch(torch)
     checked = config.check_file(file, on=arch, torch=torch)

@@ -10,7 +10,7 @@ from attnimg.machine import doctor as preflight
 from attnimg.machine import probe
 from attnimg.machine.doctor import Check
 from attnimg.machine.host import this_host
-from attnimg.selection.images import catalogue, this_image
+from attnimg.selection.gpus_and_images import image_catalogue, this_image
 
 _MARKS = {"ok": "[green]ok  [/]", "warn": "[yellow]warn[/]", "fail": "[red]FAIL[/]"}
 
@@ -21,7 +21,9 @@ ARGUMENTS = (JSON,)
 def doctor(as_json_lines: bool) -> None:
     """Look at this machine and image: GPU, driver, kernels, user, folders, shared memory."""
     image = this_image()
-    checks = preflight.examine(probe.this_machine(()), this_host(), image=image, images=catalogue())
+    checks = preflight.examine(
+        probe.this_machine(()), this_host(), image=image, images=image_catalogue()
+    )
     ok = all(check.status != "fail" for check in checks)
     if as_json_lines:
         name = image.name if image else None

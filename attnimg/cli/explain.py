@@ -13,9 +13,8 @@ from attnimg.config.schema import Checked, Config
 from attnimg.errors import AttnimgError
 from attnimg.facts import Arch, Finding, Machine, Model, Plan, Problem
 from attnimg.selection import plan
-from attnimg.selection.memory import quadratic_memory
 from attnimg.selection.model_config import read_config
-from attnimg.selection.other_layers import other_layers
+from attnimg.selection.run_findings import other_layers, quadratic_memory
 from attnimg.task import (
     gpu_text,
     image_notes,

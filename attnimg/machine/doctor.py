@@ -9,12 +9,12 @@ from typing import Literal
 from attnimg.backends import all_backends, backend_named, contrary_settings, runs_on
 from attnimg.facts import Machine, Reason
 from attnimg.machine.host import WORKING_FOLDER, Folder, Host
-from attnimg.machine.shipped_kernels import (
+from attnimg.machine.kernel_cache import (
     ShippedKernels,
     reasons_against_shipped,
     reasons_against_shipped_triton,
 )
-from attnimg.selection.images import ImageFacts
+from attnimg.selection.gpus_and_images import ImageFacts
 from attnimg.selection.judge import older
 
 Status = Literal["ok", "warn", "fail"]

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
+from attnimg.machine.kernel_cache import ShippedKernels, shipped_kernels, shipped_triton
 from attnimg.machine.probe import canonical, changed_files, recorded
-from attnimg.machine.shipped_kernels import ShippedKernels, shipped_kernels, shipped_triton
 
 WORKING_FOLDER = "the working folder"
 # Variables that name cache folders; their defaults are under HOME.

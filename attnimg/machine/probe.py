@@ -20,7 +20,7 @@ from pathlib import Path
 from attnimg.backends import variables_that_choose
 from attnimg.errors import AttnimgError
 from attnimg.facts import LocalKernel, Machine
-from attnimg.selection.gpus import arch_from_name
+from attnimg.selection.gpus_and_images import arch_from_name
 
 _QUERY = "name,compute_cap,memory.total,driver_version"
 # nvidia-smi normally takes less than a second; without persistence mode it takes a few seconds to

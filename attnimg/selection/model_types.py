@@ -18,6 +18,9 @@ from attnimg.facts import Finding, ModelClass
 from attnimg.files import read_data
 from attnimg.selection.model_config import LANGUAGE_PARTS
 
+# The kind of layers that a model type has, but that its config lists in no known way.
+UNLISTED = "unlisted"
+
 Refuses = Literal["training", "packing", "mask"]
 
 
@@ -82,6 +85,18 @@ class RefusedTypes:
     code: str | None = None
     packages: list[str] | None = None
     rows_up_to: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OtherKind:
+    """A row of data/other_layers.toml; the file explains its keys."""
+
+    label: str
+    types: list[str]
+    packages: list[str]
+    batch: list[str]
+    source: str
+    every: bool = False
 
 
 def class_named(model_type: str) -> ModelClass | None:
@@ -245,3 +260,14 @@ def _not_packable(row: RefusedTypes, model_type: str, *, bound: str = "", do: st
 
 def _source(row: RefusedTypes, model_type: str) -> str:
     return row.source.replace("{file}", f"modeling_{model_type.replace('-', '_')}.py")
+
+
+def hybrid_types() -> frozenset[str]:
+    """Return the model types that have or may have such layers."""
+    return frozenset(name for row in other_layer_kinds().values() for name in row.types)
+
+
+@cache
+def other_layer_kinds() -> dict[str, OtherKind]:
+    """Read data/other_layers.toml: name -> kind."""
+    return {name: OtherKind(**row) for name, row in read_data("other_layers.toml").items()}

@@ -28,7 +28,7 @@ from attnimg.config.schema import Config
 from attnimg.errors import AttnimgError
 from attnimg.facts import Arch, Finding, Machine, Model, Plan
 from attnimg.selection.attention_shapes import read_model
-from attnimg.selection.gpus import parse_gpu
+from attnimg.selection.gpus_and_images import parse_gpu
 from attnimg.selection.model_config import read_config
 from attnimg.selection.plan import choose
 from attnimg.task import model_file, precision_notes, problem_of
@@ -113,7 +113,7 @@ class Case:
 
     def findings(self, values: Values) -> list[tuple[str, str | None, str, str]]:
         """Return code, key, what and do of each refusal, and of warnings with the code."""
-        arch = parse_gpu(self.on)[0] if self.on else None
+        arch = parse_gpu(self.on).arch if self.on else None
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)
             checked = check_values(values, file="x.yaml", on=arch, torch=self.torch)
@@ -522,7 +522,7 @@ def planned() -> tuple[str, ...]:
     shape = {"model_type": "llama", "hidden_size": 256, "num_attention_heads": 4,
              "num_key_value_heads": 2, "num_hidden_layers": 2}  # fmt: skip
     for gpu, asked, packed, other in product(GPUS, NAMED, (True, False), ({}, WIDE, SINKS)):
-        arch, model = parse_gpu(gpu)[0], read_model(shape | other)
+        arch, model = parse_gpu(gpu).arch, read_model(shape | other)
         values = {"attn_implementation": asked, "sample_packing": packed, "bf16": True}
         found = plan_of(values, arch, model)
         if found.chosen is not None or found.do.startswith("see the reasons"):

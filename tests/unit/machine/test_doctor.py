@@ -10,8 +10,8 @@ from attnimg.facts import Arch, Machine
 from attnimg.machine.doctor import Check, check_variants, examine
 from attnimg.machine.fingerprint import RELEASE
 from attnimg.machine.host import WORKING_FOLDER, Folder, Host
-from attnimg.machine.shipped_kernels import ShippedKernels
-from attnimg.selection.images import ImageFacts, catalogue
+from attnimg.machine.kernel_cache import ShippedKernels
+from attnimg.selection.gpus_and_images import ImageFacts, image_catalogue
 
 GIB = 1 << 30
 HOME = Folder(role="HOME", path="/cache/home", writable=True, free_bytes=500 * GIB)
@@ -35,7 +35,7 @@ BUILT = {
     "flash_attn/cute": "ab" * 32,
 }
 SHIPPED = ShippedKernels(key="0123", built=BUILT, found=BUILT, kernels={"sm_90": 200})
-IMAGES = catalogue()
+IMAGES = image_catalogue()
 HOPPER: ImageFacts = replace(IMAGES["hopper"], packages=PACKAGES)
 CPU = replace(IMAGES["cpu"], packages=PACKAGES)
 

@@ -14,6 +14,7 @@ import pytest
 
 from attnimg.errors import AttnimgError
 from attnimg.machine.fingerprint import triton_fingerprint, triton_in_short
+from attnimg.machine.kernel_cache import shipped_kernels, shipped_triton
 from attnimg.machine.local_kernels import (
     TorchBuild,
     choose_variant,
@@ -21,7 +22,6 @@ from attnimg.machine.local_kernels import (
     torch_build,
 )
 from attnimg.machine.probe import CommandResult, Recording, describe, shadowed, this_machine
-from attnimg.machine.shipped_kernels import shipped_kernels, shipped_triton
 
 MACHINES = Path(__file__).parent / "machines"
 TWO = "GPU A, 8.0, 1000, 1.0\nGPU B, 9.0, 2000, 1.0\n"

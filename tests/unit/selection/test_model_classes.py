@@ -17,8 +17,7 @@ from attnimg.backends import backend_named
 from attnimg.config.schema import Config
 from attnimg.facts import LayerGroup, Model, ModelClass
 from attnimg.selection.attention_shapes import read_model
-from attnimg.selection.gpus import parse_gpu
-from attnimg.selection.images import image_for, machine_with
+from attnimg.selection.gpus_and_images import image_for, machine_with, parse_gpu
 from attnimg.selection.judge import reason_against_class
 from attnimg.selection.model_types import class_named
 from attnimg.selection.plan import choose
@@ -145,7 +144,7 @@ def test_code_that_comes_with_a_model_is_no_class_of_the_table(
 ) -> None:
     values = Config.model_validate({"base_model": "m", "trust_remote_code": trusted})
     model = read_model({"model_type": "bloom", **raw})
-    problem = problem_of(values, model=model, dropout=0.0, arch=parse_gpu("h100")[0])
+    problem = problem_of(values, model=model, dropout=0.0, arch=parse_gpu("h100").arch)
     assert (problem.model_class is not None) == lacks
 
 
@@ -154,7 +153,8 @@ def test_layers_that_differ_share_one_backend_where_no_router_can_be_put() -> No
         LayerGroup(count=5, heads=8, kv_heads=4, head_dim_qk=256, head_dim_v=256),
         LayerGroup(count=1, heads=8, kv_heads=4, head_dim_qk=512, head_dim_v=512),
     )
-    arch, label = parse_gpu("a100")
+    target = parse_gpu("a100")
+    arch, label = target.arch, target.label
     machine = machine_with(image_for(arch), arch, label)
     problem = a_problem(model=Model(type="m", layers=layers), dtype="bfloat16")
     assert choose(None, machine, problem).groups

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from attnimg.__main__ import run as attnimg
 from attnimg.facts import Arch, Machine, Model
 from attnimg.selection.attention_shapes import read_model
-from attnimg.selection.other_layers import findings_on, kinds, other_layers
+from attnimg.selection.run_findings import findings_on, other_layer_kinds, other_layers
 from attnimg.task import distributions
 
 GRANITE = {"num_hidden_layers": 4, "hidden_size": 64, "num_attention_heads": 4,
@@ -205,7 +205,7 @@ def test_transformers_does_with_boundaries_what_the_table_says(type_: str) -> No
         return out.logits[:, 7:].detach()
 
     assert (second(row) - second(other)).abs().max() > 0.1
-    kind = next(kind for kind in kinds().values() if type_ in kind.types)
+    kind = next(kind for kind in other_layer_kinds().values() if type_ in kind.types)
     given = {
         "seq_idx": torch.tensor([[0] * 7 + [1] * 9], dtype=torch.int32),
         "cu_seq_lens_q": torch.tensor([0, 7, 16], dtype=torch.int32),

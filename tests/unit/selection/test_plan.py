@@ -23,7 +23,7 @@ from attnimg.facts import (
     Reason,
 )
 from attnimg.selection import known_bad
-from attnimg.selection.gpus import catalogue, parse_gpu
+from attnimg.selection.gpus_and_images import gpu_catalogue, parse_gpu
 from attnimg.selection.judge import reasons_against
 from attnimg.selection.plan import choose, place_of, training_dtype, without
 
@@ -51,7 +51,8 @@ ODD = Model(type="odd", layers=(group(100),))
 
 
 def machine(gpu: str, **more: object) -> Machine:
-    arch, label = parse_gpu(gpu)
+    target = parse_gpu(gpu)
+    arch, label = target.arch, target.label
     return Machine(arch=arch, gpu=label, **more)  # type: ignore[arg-type]  # a table's cell
 
 
@@ -149,7 +150,7 @@ def test_every_place_has_a_reason_and_a_dated_source() -> None:
 
 
 def test_no_two_backends_share_a_place() -> None:
-    for gpu in catalogue():
+    for gpu in gpu_catalogue():
         on = machine(gpu)
         for packing, compiled in itertools.product((True, False), repeat=2):
             problem = a_problem(model=LLAMA, dtype="float16", packing=packing, compiled=compiled)
@@ -201,7 +202,8 @@ def test_a_name_of_the_family_names_the_rule_that_it_asks_for(asked: str) -> Non
 
 @pytest.mark.parametrize(("gpu", "value"), [("rx7900xtx", "FALSE"), ("mi300x", "TRUE")])
 def test_kernels_that_a_variable_turns_off_are_not_taken(gpu: str, value: str) -> None:
-    arch, label = parse_gpu(gpu)
+    target = parse_gpu(gpu)
+    arch, label = target.arch, target.label
     setting = {"FLASH_ATTENTION_TRITON_AMD_ENABLE": value}
     backend = backend_named("flash_attention_2")
     assert backend is not None
@@ -406,7 +408,7 @@ def test_what_a_local_kernel_has_no_argument_for_is_a_reason(
 def test_the_precision_follows_the_hardware(
     bf16: bool | str, fp16: bool, gpu: str, dtype: str
 ) -> None:
-    assert training_dtype(bf16=bf16, fp16=fp16, arch=parse_gpu(gpu)[0]) == dtype
+    assert training_dtype(bf16=bf16, fp16=fp16, arch=parse_gpu(gpu).arch) == dtype
 
 
 def test_a_failed_proof_moves_auto_on_and_stops_a_name() -> None:
@@ -444,7 +446,7 @@ def test_after_a_failed_proof_the_next_of_the_flash_family_stands_in(
     assert found.do
 
 
-@pytest.mark.parametrize("gpu", catalogue())
+@pytest.mark.parametrize("gpu", gpu_catalogue())
 def test_every_backend_is_judged_on_every_gpu(gpu: str) -> None:
     found = plan(None, gpu)
     assert sorted(v.backend.name for v in found.verdicts) == sorted(b.name for b in all_backends())
