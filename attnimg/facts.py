@@ -430,7 +430,7 @@ class Backend:
     """One way to compute attention, and the name the config has for it.
 
     Attributes:
-        name: as written in attn_implementation.
+        name: as written in a config.
         rank: its general rank; lower is tried first. Within a family, ranks give the order 4, 3, 2.
         summary: a short description.
         needs: its requirements.
@@ -441,7 +441,7 @@ class Backend:
         packing: how packed documents are isolated: by the kernel, by a mask, or not at all.
         uses_flash_lib: the value of attn_uses_flash_lib in a validated config.
         needs_dtype_cast: the value of attn_needs_dtype_cast in a validated config.
-        in_config: whether attn_implementation may name it; otherwise only `auto` may choose it.
+        in_config: whether a config may name it; otherwise only `auto` may choose it.
         automatic: whether `auto` may choose it; false for approximations.
         applied_as: transformers' name for it; None when attnimg can't apply it.
         hub_repo: the hub kernel that transformers uses for it; LOCAL_KERNELS may replace it.

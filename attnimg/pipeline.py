@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from attnimg import application
 from attnimg.context import context_of
-from attnimg.errors import AttnimgError
+from attnimg.errors import AttnimgError, KernelError, set_backend
 from attnimg.facts import (
     Backend,
     Finding,
@@ -48,13 +48,13 @@ class Report(Protocol):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Selected:
-    """A verified choice, with its attn_implementation name in transformers.
+    """A verified choice, with its name in transformers.
 
     Attributes:
         plan: the plan, whose backends passed their proofs.
         backend: the backend, or a router between the backends of the plan's groups of layers.
         context: how the run calls its model.
-        implementation: the value of attn_implementation for from_pretrained.
+        implementation: the attention implementation to load the model with.
         proofs: the proofs of all backends that were tried, including failed ones.
     """
 
@@ -95,7 +95,7 @@ def select_verify_apply(
 
     Args:
         task: what the backend is selected for.
-        load: loads the model with `attn_implementation=selected.implementation`; called once.
+        load: loads the model with `selected.implementation`; called once.
         report: gets plans, proofs and warnings.
         plan: the result of `select` for this task, if it was called before.
 
@@ -275,28 +275,26 @@ def _reasons_text(proof: Proof) -> str:
     return "; ".join(f"{reason.code}: {reason.text}" for reason in proof.reasons)
 
 
-def _nothing_fits(plan: Plan) -> AttnimgError:
+def _nothing_fits(plan: Plan) -> KernelError:
     asked = next((v for v in plan.verdicts if v.backend.name == plan.asked), None)
     against = asked.reasons if asked else ()
     why = [f"{reason.code}: {reason.text}" for reason in against] or [plan.because]
     missing = bool(against) and {reason.code for reason in against} <= _KERNEL_MISSING
-    return AttnimgError(
+    return KernelError(
         f"{plan.asked} cannot be used here" if asked else "no attention backend fits",
         why="\n".join(why),
         do=plan.do,
         code=against[0].code if against else "not-built",
-        key="attn_implementation",
         exit_code=1 if missing else 2,
     )
 
 
-def _failed_proof(failed: Proof, *, do: str) -> AttnimgError:
+def _failed_proof(failed: Proof, *, do: str) -> KernelError:
     found = "\n".join(f"found {reason.code}: {reason.text}" for reason in failed.reasons)
-    return AttnimgError(
+    return KernelError(
         f"{failed.backend} failed its proof on this machine",
         why=f"{found}\nneeded: what plain attention gives, forward and backward",
-        do=do or "set attn_implementation: sdpa, and report the kernel to its publisher",
+        do=do or f"{set_backend('sdpa')}, and report the kernel to its publisher",
         code=failed.reasons[0].code,
-        key="attn_implementation",
         exit_code=1,
     )

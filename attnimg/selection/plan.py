@@ -14,6 +14,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from attnimg.backends import all_backends, backend_named
+from attnimg.errors import set_backend
 from attnimg.facts import (
     Arch,
     Backend,
@@ -65,7 +66,7 @@ def choose(asked: str | None, machine: Machine, problem: Problem, *, strict: boo
     """Check every candidate and choose one.
 
     Args:
-        asked: attn_implementation; for None and "auto" the ranks decide.
+        asked: the name in the config; for None and "auto" the ranks decide.
         machine: the machine of the run.
         problem: what attention has to compute.
         strict: use exactly the requested backend, also within the flash family.
@@ -141,7 +142,7 @@ def without(plan: Plan, backend: str, reason: Reason) -> Plan:
     if named is not None and named.family and not plan.strict:
         return _explicit(named, verdicts, strict=False)
     if plan.asked != AUTO:
-        do = "set attn_implementation: auto, which tries the next one"
+        do = f"{set_backend('auto')}, which tries the next one"
         why = f"{backend}: {reason.text}"
         return replace(plan, chosen=None, because=why, verdicts=verdicts, do=do)
     return _automatic(verdicts)
@@ -204,7 +205,7 @@ def _explicit(named: Backend, verdicts: tuple[Verdict, ...], *, strict: bool) ->
         because = "it would fit, but this version of attnimg cannot apply it yet"
     do = _nothing_fits_do(verdicts)
     if others := _able(verdicts):
-        do = f"set attn_implementation: {others[0].backend.name}, which fits"
+        do = f"{set_backend(others[0].backend.name)}, which fits"
     return Plan(asked=named.name, chosen=None, because=because, verdicts=verdicts, do=do)
 
 
@@ -357,7 +358,7 @@ def _family_because(asked: Verdict, taken: Verdict) -> str:
     """Return why a member of the flash family was chosen when the config names a member."""
     wanted, name = asked.backend.name, taken.backend.name
     rule = (
-        f"attn_implementation: {wanted} asks for the flash family, whose order is 4, 3, 2 "
+        f"the config names {wanted}, which asks for the flash family, whose order is 4, 3, 2 "
         "until this GPU is timed"
     )
     if asked.fits:

@@ -25,6 +25,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from attnimg.errors import KernelError, set_backend
 from attnimg.facts import Backend, Finding, LayerGroup, Machine, Model, Plan, Problem
 from attnimg.selection.model_types import UNLISTED, other_layer_kinds
 
@@ -245,8 +246,8 @@ def memory_warning(plan: Plan, problem: Problem, *, memory_bytes: int | None) ->
     if not problem.checkpointing:
         do += "; or set gradient_checkpointing: true"
     if linear:
-        do = f"set attn_implementation: {linear[0]}, or {do}"
-    return Finding(code="quadratic-memory", key="attn_implementation", what=what, do=do)
+        do = f"{set_backend(linear[0])}, or {do}"
+    return Finding(code="quadratic-memory", key=KernelError.default_key, what=what, do=do)
 
 
 def _of_layer(name: str, layer: LayerGroup, problem: Problem, *, fused: bool) -> tuple[int, str]:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import TrainerCallback
 
-from attnimg.errors import AttnimgError
+from attnimg.errors import AttnimgError, set_backend
 from attnimg.train import checkpoint as checkpoints
 from attnimg.train import metrics
 from attnimg.train.checkpoint import FileHashes, writing
@@ -147,8 +147,8 @@ class Engine(SavedStates):
             why=f"found loss {float(self._tr_loss):.3g}{norm_text}, attention by "
             f"{self.session.run.backend}; the step was not applied\n"
             + (f"the newest good checkpoint is {saved}" if saved else "no checkpoint was written"),
-            do="lower learning_rate or lengthen warmup_steps; if it stays, try "
-            "attn_implementation: eager to rule out the attention kernel",
+            do="lower learning_rate or lengthen warmup_steps; if it stays, "
+            f"{set_backend('eager')} to rule out the attention kernel",
             code="not-finite",
             exit_code=1,
         )

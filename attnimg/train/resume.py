@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from attnimg.config.schema import Config
-from attnimg.errors import AttnimgError
+from attnimg.errors import AttnimgError, KernelError, set_backend
 from attnimg.train import checkpoint as checkpoints
 from attnimg.train.identity import CHANGEABLE, evaluation_decides, settings_of
 from attnimg.train.lora import targeted
@@ -356,8 +356,9 @@ def _computed(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]
         changes.append(Change(key=key, before=then, now=here, revert=f"set {key}: {value}"))
     then, here = before.get("attention"), now.get("attention")
     if then and here and then != here and {then, here} & INEXACT:
-        changes.append(Change(key="attn_implementation", before=then, now=here,
-                              revert=f"set attn_implementation: {then}"))  # fmt: skip
+        changes.append(
+            Change(key=KernelError.default_key, before=then, now=here, revert=set_backend(then))
+        )
     return changes
 
 

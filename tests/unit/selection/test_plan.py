@@ -195,7 +195,7 @@ def test_what_is_asked_for_is_honoured_or_refused(
 @pytest.mark.parametrize("asked", ["flash_attention_2", "flash_attention_3"])
 def test_a_name_of_the_family_names_the_rule_that_it_asks_for(asked: str) -> None:
     found = plan(asked, "h100")
-    rule = f"attn_implementation: {asked} asks for the flash family, whose order is 4, 3, 2"
+    rule = f"the config names {asked}, which asks for the flash family, whose order is 4, 3, 2"
     assert found.because.startswith(rule)
     assert got(plan(None, "h100")) == "flash_attention_3", "while auto goes by the GPU"
 
