@@ -280,21 +280,21 @@ class Plan:
     """The chosen backend, and the verdicts on all candidates.
 
     Attributes:
-        asked: the name in the config; "auto" when there was none.
+        requested: the name in the config; "auto" when there was none.
         chosen: the verdict on the chosen backend; None when no backend may be used.
-        because: why it was chosen, in one sentence.
+        reason: why it was chosen, in one sentence.
         verdicts: every candidate, by rank.
-        do: what to change when nothing was chosen.
+        remedy: what to change when nothing was chosen.
         strict: whether no other backend may replace the requested one.
         groups: the backend of each group of layers, where groups run different backends; empty
             where every layer runs `chosen`.
     """
 
-    asked: str
+    requested: str
     chosen: Verdict | None
-    because: str
+    reason: str
     verdicts: tuple[Verdict, ...]
-    do: str = ""
+    remedy: str = ""
     strict: bool = False
     groups: tuple[GroupChoice, ...] = ()
 

@@ -27,7 +27,8 @@ from attnimg.facts import (
     RunContext,
 )
 from attnimg.selection import plan as planning
-from attnimg.task import Task, run_findings
+from attnimg.selection.run_findings import run_findings
+from attnimg.task import Task
 
 if TYPE_CHECKING:
     from attnimg.verification.isolation import IsolationProof
@@ -183,7 +184,7 @@ def verify_plan(plan: Plan, task: Task, report: Report) -> tuple[Plan, tuple[Pro
         )
         following = planning.without(plan, failed.backend, reason)
         if following.chosen is None:
-            raise _failed_proof(failed, do=following.do)
+            raise _failed_proof(failed, do=following.remedy)
         report.say(sentence(failed))
         plan = _announced(following, task, report)
 
@@ -276,14 +277,14 @@ def _reasons_text(proof: Proof) -> str:
 
 
 def _nothing_fits(plan: Plan) -> KernelError:
-    asked = next((v for v in plan.verdicts if v.backend.name == plan.asked), None)
-    against = asked.reasons if asked else ()
-    why = [f"{reason.code}: {reason.text}" for reason in against] or [plan.because]
+    named = next((v for v in plan.verdicts if v.backend.name == plan.requested), None)
+    against = named.reasons if named else ()
+    why = [f"{reason.code}: {reason.text}" for reason in against] or [plan.reason]
     missing = bool(against) and {reason.code for reason in against} <= _KERNEL_MISSING
     return KernelError(
-        f"{plan.asked} cannot be used here" if asked else "no attention backend fits",
+        f"{plan.requested} cannot be used here" if named else "no attention backend fits",
         why="\n".join(why),
-        do=plan.do,
+        do=plan.remedy,
         code=against[0].code if against else "not-built",
         exit_code=1 if missing else 2,
     )

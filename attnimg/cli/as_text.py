@@ -10,10 +10,10 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from attnimg.cli.check import Styled, findings_text
+from attnimg.cli import Styled, findings_text
 from attnimg.errors import printable
 from attnimg.facts import Backend, Finding, LayerGroup, Model, Plan, Problem, Reason
-from attnimg.selection.run_findings import OtherLayers, text_of
+from attnimg.selection.run_findings import OtherLayers, describe_other_layers
 
 if TYPE_CHECKING:
     from attnimg.config.schema import Checked
@@ -63,15 +63,15 @@ def print_plan(plan: Plan, *, gpu: str, out: Console) -> None:
         name, kernel = plan.chosen.backend.name, plan.chosen.kernel or ""
         got = f"[bold green]{escape(name)}[/]  ({escape(kernel)})"
     grid = Table.grid(padding=(0, 2))
-    grid.add_row("  [dim]asked[/]", escape(plan.asked))
+    grid.add_row("  [dim]asked[/]", escape(plan.requested))
     grid.add_row("  [dim]got[/]", f"{got}  on {escape(gpu)}")
     for choice in plan.groups:
         name = escape(choice.verdict.backend.name)
         taken = f"{_layer_text(choice.layers)}: [bold green]{name}[/]"
         grid.add_row("  [dim]layers[/]", taken)
-    grid.add_row("  [dim]because[/]", escape(plan.because))
-    if not plan.chosen and plan.do:
-        grid.add_row("  [dim]do[/]", escape(plan.do))
+    grid.add_row("  [dim]because[/]", escape(plan.reason))
+    if not plan.chosen and plan.remedy:
+        grid.add_row("  [dim]do[/]", escape(plan.remedy))
     out.print(grid)
 
 
@@ -91,7 +91,7 @@ def print_explained(
     grid.add_row("  [dim]model[/]  ", escape(_model_text(model)))
     grid.add_row("  [dim]run[/]", escape(_problem_text(problem)))
     for layers in others:
-        grid.add_row("  [dim]other[/]", escape(text_of(layers)))
+        grid.add_row("  [dim]other[/]", escape(describe_other_layers(layers)))
     for sentence in model.unknown if model else ():
         grid.add_row("  [dim]unknown[/]", escape(sentence))
     out.print(grid)

@@ -64,7 +64,7 @@ def read_model(config: Mapping[str, Any], *, file: str = "config.json") -> Model
     )
 
 
-def attention_dropout(config: Mapping[str, Any], *, file: str = "config.json") -> float:
+def read_attention_dropout(config: Mapping[str, Any], *, file: str = "config.json") -> float:
     """Return the attention dropout of a model; see read_model for the arguments.
 
     Raises:

@@ -164,7 +164,7 @@ def this_image(manifest: Path = MANIFEST) -> ImageFacts | None:
         raise bad_manifest(manifest, error) from error
 
 
-def image_named(name: str) -> ImageFacts:
+def find_image(name: str) -> ImageFacts:
     """Return the image with a tag or an alias.
 
     Raises:

@@ -99,7 +99,7 @@ class OtherKind:
     every: bool = False
 
 
-def class_named(model_type: str) -> ModelClass | None:
+def find_class(model_type: str) -> ModelClass | None:
     """Return the class of a model type; None if it supports everything or is unknown."""
     row = read_data("model_classes.toml").get(model_type)
     if row is None:

@@ -62,11 +62,13 @@ def training_dtype(*, bf16: bool | str, fp16: bool, arch: Arch) -> DType:
     return "bfloat16" if arch.capability is None or arch.capability >= (8, 0) else "float16"
 
 
-def choose(asked: str | None, machine: Machine, problem: Problem, *, strict: bool = False) -> Plan:
+def choose(
+    requested: str | None, machine: Machine, problem: Problem, *, strict: bool = False
+) -> Plan:
     """Check every candidate and choose one.
 
     Args:
-        asked: the name in the config; for None and "auto" the ranks decide.
+        requested: the name in the config; for None and "auto" the ranks decide.
         machine: the machine of the run.
         problem: what attention has to compute.
         strict: use exactly the requested backend, also within the flash family.
@@ -74,34 +76,34 @@ def choose(asked: str | None, machine: Machine, problem: Problem, *, strict: boo
     Returns:
         The plan. Its `chosen` is None when the requested backend, or every backend, does not fit.
     """
-    named = backend_named(asked or AUTO)
+    named = backend_named(requested or AUTO)
     backends = list(all_backends())
     if named is not None and named not in backends:
         backends.append(named)
-    backends = _ordered(backends, machine, problem)
+    backends = _sort_by_rank(backends, machine, problem)
     if named is not None and named.family:
-        backends = _in_family_order(backends, named.family)
+        backends = _sort_family(backends, named.family)
     verdicts = tuple(
-        judge(backend, machine, problem, rank=place) for place, backend in enumerate(backends, 1)
+        judge(backend, machine, problem, rank=rank) for rank, backend in enumerate(backends, 1)
     )
     if named is not None:
-        return replace(_explicit(named, verdicts, strict=strict), strict=strict)
-    found = _automatic(verdicts)
-    if found.chosen is None:
-        return found
-    if (isolating := _with_boundaries(found, problem)) is not found:
+        return replace(_plan_for(named, verdicts, strict=strict), strict=strict)
+    plan = _plan_by_rank(verdicts)
+    if plan.chosen is None:
+        return plan
+    if (isolating := _with_boundaries(plan, problem)) is not plan:
         return isolating
     if groups := _choose_groups(backends, machine, problem):
-        return replace(found, groups=groups, because=_groups_because(groups, found.chosen))
-    return replace(found, because=_automatic_because(found, found.chosen, machine, problem))
+        return replace(plan, groups=groups, reason=_groups_reason(groups, plan.chosen))
+    return replace(plan, reason=_rank_reason(plan, plan.chosen, machine, problem))
 
 
 def plan_dict(plan: Plan) -> dict[str, Any]:
     """Return a plan with all candidates and reasons as a dict, as `explain --json` prints it."""
     chosen = plan.chosen
     return {
-        "asked": plan.asked,
-        "because": plan.because,
+        "asked": plan.requested,
+        "because": plan.reason,
         "candidates": [
             {
                 "backend": verdict.backend.name,
@@ -112,7 +114,7 @@ def plan_dict(plan: Plan) -> dict[str, Any]:
             for verdict in plan.verdicts
         ],
         "chosen": chosen
-        and {"backend": chosen.backend.name, "kernel": chosen.kernel, "because": plan.because},
+        and {"backend": chosen.backend.name, "kernel": chosen.kernel, "because": plan.reason},
         "groups": [
             {
                 "layers": asdict(choice.layers),
@@ -132,20 +134,20 @@ def without(plan: Plan, backend: str, reason: Reason) -> Plan:
     config names is never replaced.
     """
     if plan.groups and backend not in {v.backend.name for v in plan.verdicts}:
-        because = f"its layers could not run different backends: {reason.text}"
-        return replace(plan, groups=(), because=because)
+        text = f"its layers could not run different backends: {reason.text}"
+        return replace(plan, groups=(), reason=text)
     verdicts = tuple(
         replace(v, reasons=(*v.reasons, reason), kernel=None) if v.backend.name == backend else v
         for v in plan.verdicts
     )
-    named = backend_named(plan.asked)
+    named = backend_named(plan.requested)
     if named is not None and named.family and not plan.strict:
-        return _explicit(named, verdicts, strict=False)
-    if plan.asked != AUTO:
-        do = f"{set_backend('auto')}, which tries the next one"
-        why = f"{backend}: {reason.text}"
-        return replace(plan, chosen=None, because=why, verdicts=verdicts, do=do)
-    return _automatic(verdicts)
+        return _plan_for(named, verdicts, strict=False)
+    if plan.requested != AUTO:
+        remedy = f"{set_backend('auto')}, which tries the next one"
+        text = f"{backend}: {reason.text}"
+        return replace(plan, chosen=None, reason=text, verdicts=verdicts, remedy=remedy)
+    return _plan_by_rank(verdicts)
 
 
 def mixing_error(plan: Plan, problem: Problem) -> Finding | None:
@@ -165,51 +167,52 @@ def _masked_backend(plan: Plan) -> Backend | None:
     return next((v.backend for v in verdicts if v.backend.mask != "flash"), None)
 
 
-def _with_boundaries(found: Plan, problem: Problem) -> Plan:
+def _with_boundaries(plan: Plan, problem: Problem) -> Plan:
     """Return the plan with the best backend that isolates documents; the same plan without one."""
-    following = found
-    while (against := mixing_error(following, problem)) is not None:
+    following = plan
+    while (error := mixing_error(following, problem)) is not None:
         masked = _masked_backend(following)
         assert masked is not None
-        reason = Reason(code=against.code, text=against.why.splitlines()[0])
+        reason = Reason(code=error.code, text=error.why.splitlines()[0])
         following = without(following, masked.name, reason)
-    return following if following.chosen is not None else found
+    return following if following.chosen is not None else plan
 
 
-def _automatic(verdicts: tuple[Verdict, ...]) -> Plan:
-    if not (able := _able(verdicts)):
-        because = "no attention backend fits"
+def _plan_by_rank(verdicts: tuple[Verdict, ...]) -> Plan:
+    """Return the plan of `auto`: the best-ranked backend that fits."""
+    if not (candidates := _automatic(verdicts)):
+        text = "no attention backend fits"
         if dtype := _dtype_reason(verdicts):
-            because += f"; eager, which takes every model: {dtype}"
-        do = _nothing_fits_do(verdicts)
-        return Plan(asked=AUTO, chosen=None, because=because, verdicts=verdicts, do=do)
-    because = f"{able[0].backend.name} has the best rank of the backends that still fit"
-    return Plan(asked=AUTO, chosen=able[0], because=because, verdicts=verdicts)
+            text += f"; not even eager, which supports every model: {dtype}"
+        remedy = _nothing_fits_remedy(verdicts)
+        return Plan(requested=AUTO, chosen=None, reason=text, verdicts=verdicts, remedy=remedy)
+    text = f"{candidates[0].backend.name} has the best rank of the backends that still fit"
+    return Plan(requested=AUTO, chosen=candidates[0], reason=text, verdicts=verdicts)
 
 
-def _explicit(named: Backend, verdicts: tuple[Verdict, ...], *, strict: bool) -> Plan:
-    asked = next(verdict for verdict in verdicts if verdict.backend.name == named.name)
+def _plan_for(named: Backend, verdicts: tuple[Verdict, ...], *, strict: bool) -> Plan:
+    """Return the plan for a backend that the config names."""
+    plan = Plan(requested=named.name, chosen=None, reason="", verdicts=verdicts)
+    own = next(verdict for verdict in verdicts if verdict.backend.name == named.name)
     # flash_attention_4 means exactly that; 2 and 3 mean the best member of the family.
-    stands_in = named.uses_flash_lib and named.family is not None and not strict
-    if stands_in and not any(reason.code in _ARCH_CODES for reason in asked.reasons):
+    any_member = named.uses_flash_lib and named.family is not None and not strict
+    if any_member and not any(reason.code in _ARCH_CODES for reason in own.reasons):
         for verdict in verdicts:
             member = verdict.backend.family == named.family and verdict.backend.applied_as
             if member and verdict.fits:
-                because = _family_because(asked, verdict)
-                return Plan(asked=named.name, chosen=verdict, because=because, verdicts=verdicts)
-    if asked.fits and named.applied_as:
-        because = "the config names it, and it fits"
-        return Plan(asked=named.name, chosen=asked, because=because, verdicts=verdicts)
-    because = "; ".join(reason.text for reason in asked.reasons)
-    if asked.fits:
-        because = "it would fit, but this version of attnimg cannot apply it yet"
-    do = _nothing_fits_do(verdicts)
-    if others := _able(verdicts):
-        do = f"{set_backend(others[0].backend.name)}, which fits"
-    return Plan(asked=named.name, chosen=None, because=because, verdicts=verdicts, do=do)
+                return replace(plan, chosen=verdict, reason=_family_reason(own, verdict))
+    if own.fits and named.applied_as:
+        return replace(plan, chosen=own, reason="the config names it, and it fits")
+    text = "; ".join(reason.text for reason in own.reasons)
+    if own.fits:
+        text = "it would fit, but this version of attnimg cannot apply it yet"
+    remedy = _nothing_fits_remedy(verdicts)
+    if others := _automatic(verdicts):
+        remedy = f"{set_backend(others[0].backend.name)}, which fits"
+    return replace(plan, reason=text, remedy=remedy)
 
 
-def _able(verdicts: Iterable[Verdict]) -> list[Verdict]:
+def _automatic(verdicts: Iterable[Verdict]) -> list[Verdict]:
     """Return those that fit and that `auto` may choose."""
     return [verdict for verdict in verdicts if verdict.fits and _is_automatic(verdict.backend)]
 
@@ -218,10 +221,10 @@ def _is_automatic(backend: Backend) -> bool:
     return backend.automatic and backend.applied_as is not None
 
 
-def _nothing_fits_do(verdicts: tuple[Verdict, ...]) -> str:
+def _nothing_fits_remedy(verdicts: tuple[Verdict, ...]) -> str:
     """Return what to do if no backend fits: change the precision, if that is the reason."""
     if _dtype_reason(verdicts):
-        return "set bf16: auto, which takes the precision that the GPU has"
+        return "set bf16: auto, which selects a precision that the GPU supports"
     return "see the reasons against each backend, which attnimg explain prints"
 
 
@@ -231,7 +234,7 @@ def _dtype_reason(verdicts: tuple[Verdict, ...]) -> str:
     return next((reason.text for reason in reasons if reason.code == "dtype"), "")
 
 
-def _in_family_order(backends: list[Backend], family: str) -> list[Backend]:
+def _sort_family(backends: list[Backend], family: str) -> list[Backend]:
     """Return the candidates, with the members of a family ordered by their general ranks: 4, 3, 2.
 
     This order is used if the config names a member of the family; `auto` uses the ranks for the
@@ -242,14 +245,16 @@ def _in_family_order(backends: list[Backend], family: str) -> list[Backend]:
     return [next(members) if backend.family == family else backend for backend in backends]
 
 
-def _ordered(
+def _sort_by_rank(
     backends: Iterable[Backend], machine: Machine, problem: Problem, *, routed: bool = False
 ) -> list[Backend]:
-    """Return the candidates in the order in which `auto` tries them; see place_of."""
-    return sorted(backends, key=lambda b: place_of(b, machine, problem, routed=routed).rank)
+    """Return the candidates in the order in which `auto` tries them; see find_rank."""
+    return sorted(backends, key=lambda b: find_rank(b, machine, problem, routed=routed).rank)
 
 
-def place_of(backend: Backend, machine: Machine, problem: Problem, *, routed: bool = False) -> Rank:
+def find_rank(
+    backend: Backend, machine: Machine, problem: Problem, *, routed: bool = False
+) -> Rank:
     """Return a backend's rank: the first of Backend.ranks that applies, or the general rank.
 
     Args:
@@ -285,63 +290,55 @@ def _choose_groups(
         return ()
     if problem.model_class and reason_against_own(problem.model_class, "a router"):
         return ()
-    order = _ordered(backends, machine, problem, routed=True)
-    choices: list[tuple[LayerGroup, Problem, Backend]] = []
+    order = _sort_by_rank(backends, machine, problem, routed=True)
+    choices: list[tuple[LayerGroup, dict[str, Verdict], Verdict]] = []
     for group in problem.model.layers:
         alone = replace(problem, model=replace(problem.model, layers=(group,)))
-        fitting = (b for b in order if _is_automatic(b) and judge(b, machine, alone, rank=0).fits)
-        backend = next(fitting, None)
+        verdicts = {b.name: judge(b, machine, alone, rank=i) for i, b in enumerate(order, 1)}
+        best = next(iter(_automatic(verdicts.values())), None)
         # A router passes only the padding mask, so flex_attention would get no block mask; and
         # torch's exact attention has neither soft cap nor sinks.
-        if backend is None or backend.mask == "flex":
+        if best is None or best.backend.mask == "flex":
             return ()
-        if backend.mask != "flash" and (group.softcap or group.sinks):
+        if best.backend.mask != "flash" and (group.softcap or group.sinks):
             return ()
-        choices.append((group, alone, backend))
+        choices.append((group, verdicts, best))
     # A variable that selects such a backend also affects layers of other backends of its package.
-    for whole in [backend for _, _, backend in choices if backend.for_process]:
-        choices = [
-            (group, alone, whole)
-            if backend.needs.packages == whole.needs.packages
-            and judge(whole, machine, alone, rank=0).fits
-            else (group, alone, backend)
-            for group, alone, backend in choices
-        ]
-    if len({backend.name for _, _, backend in choices}) == 1:
+    for whole in [best.backend for _, _, best in choices if best.backend.for_process]:
+        for i, (group, verdicts, best) in enumerate(choices):
+            same_package = best.backend.needs.packages == whole.needs.packages
+            if same_package and verdicts[whole.name].fits:
+                choices[i] = (group, verdicts, verdicts[whole.name])
+    if len({best.backend.name for _, _, best in choices}) == 1:
         return ()
-    return tuple(
-        GroupChoice(
-            layers=group, verdict=judge(backend, machine, alone, rank=order.index(backend) + 1)
-        )
-        for group, alone, backend in choices
-    )
+    return tuple(GroupChoice(layers=group, verdict=best) for group, _, best in choices)
 
 
-def _automatic_because(plan: Plan, chosen: Verdict, machine: Machine, problem: Problem) -> str:
+def _rank_reason(plan: Plan, chosen: Verdict, machine: Machine, problem: Problem) -> str:
     """Return in one sentence why `auto` chose its backend.
 
     It says how many backends fit, why this one has the best rank, and why better-ranked ones were
     not chosen.
     """
-    able, name = _able(plan.verdicts), chosen.backend.name
+    candidates, name = _automatic(plan.verdicts), chosen.backend.name
     words = ["compiled"] * problem.compiled + ["packed"] * problem.packing
     run = f"{' '.join([*words, 'training'])} on {machine.arch.name}"
-    fit = "fits" if len(able) == 1 else "fit"
-    count = f"{len(able)} of {len(plan.verdicts)} backends {fit} {run}"
-    by_name = [v.backend.name for v in plan.verdicts if v.fits and v not in able]
+    fit = "fits" if len(candidates) == 1 else "fit"
+    count = f"{len(candidates)} of {len(plan.verdicts)} backends {fit} {run}"
+    by_name = [v.backend.name for v in plan.verdicts if v.fits and v not in candidates]
     if by_name:
         count += f" ({', '.join(by_name)}: only when the config names it)"
-    if len(able) == 1:
+    if len(candidates) == 1:
         return f"{count}: {name}"
     parts = [f"{count}; {name} has the best rank of them"]
     general = chosen.backend.rank
-    place = place_of(chosen.backend, machine, problem)
-    if place.rank <= general:
-        parts[0] += f": it {place.why} [{place.source}]"
-    for backend in (verdict.backend for verdict in able[1:]):
-        behind = place_of(backend, machine, problem)
-        if behind.rank > backend.rank < general:
-            parts.append(f"{backend.name} {behind.why} [{behind.source}]")
+    rank = find_rank(chosen.backend, machine, problem)
+    if rank.rank <= general:
+        parts[0] += f": it {rank.why} [{rank.source}]"
+    for backend in (verdict.backend for verdict in candidates[1:]):
+        rank = find_rank(backend, machine, problem)
+        if rank.rank > backend.rank < general:
+            parts.append(f"{backend.name} {rank.why} [{rank.source}]")
     better: dict[str, list[str]] = {}
     for verdict in plan.verdicts[: plan.verdicts.index(chosen)]:
         codes = {reason.code for reason in verdict.reasons}
@@ -354,29 +351,29 @@ def _automatic_because(plan: Plan, chosen: Verdict, machine: Machine, problem: P
     return "; ".join(parts)
 
 
-def _family_because(asked: Verdict, taken: Verdict) -> str:
+def _family_reason(requested: Verdict, chosen: Verdict) -> str:
     """Return why a member of the flash family was chosen when the config names a member."""
-    wanted, name = asked.backend.name, taken.backend.name
+    name, other = requested.backend.name, chosen.backend.name
     rule = (
-        f"the config names {wanted}, which asks for the flash family, whose order is 4, 3, 2 "
+        f"the config names {name}, which asks for the flash family, whose order is 4, 3, 2 "
         "until this GPU is timed"
     )
-    if asked.fits:
-        return f"{rule}; {'it' if wanted == name else name} is the first of them that fits"
-    reason = asked.reasons[0].text
-    return f"{rule}; {wanted} does not fit ({reason}), {name} is the first that does"
+    if requested.fits:
+        return f"{rule}; {'it' if name == other else other} is the first of them that fits"
+    reason = requested.reasons[0].text
+    return f"{rule}; {name} does not fit ({reason}), {other} is the first that does"
 
 
-def _groups_because(groups: Sequence[GroupChoice], chosen: Verdict) -> str:
+def _groups_reason(groups: Sequence[GroupChoice], chosen: Verdict) -> str:
     """Return why groups of layers run different backends."""
-    parts = [f"{_layers_text(one.layers)} run {one.verdict.backend.name}" for one in groups]
+    parts = [f"{_describe_layers(one.layers)} run {one.verdict.backend.name}" for one in groups]
     return (
         "its layers differ, and each group runs the best backend that fits it: "
         f"{'; '.join(parts)}; the best one for all layers would be {chosen.backend.name}"
     )
 
 
-def _layers_text(group: LayerGroup) -> str:
+def _describe_layers(group: LayerGroup) -> str:
     """Return a description of a group of layers: its head_dim, and its features if it has any."""
     text = f"{group.count} layers of head_dim {group.head_dim_qk}"
     if group.head_dim_v != group.head_dim_qk:

@@ -1,14 +1,10 @@
-"""Find errors and warnings about a run that do not depend on a backend's requirements.
+"""Find the errors and warnings about a chosen plan: packed documents that would mix, memory, speed.
 
-Check layers without softmax attention: required packages, and support for packing.
+Attention backends and masks do not affect layers without softmax attention: in them, packed
+documents are isolated by kernels that take document boundaries, or not at all.
 
-Attention backends and masks do not affect them: packed documents are isolated by kernels that take
-document boundaries, or not at all.
-
-Estimate the attention memory that is quadratic in the row length.
-
-It is the memory that autograd keeps for the backward pass of one layer, for B rows of T tokens and
-H query heads; with gradient_checkpointing only one layer at a time keeps it.
+Quadratic memory is what autograd keeps for the backward pass of one layer, for B rows of T tokens
+and H query heads; with gradient_checkpointing only one layer at a time keeps it.
 
 - eager: the softmax is (B, H, T, T). transformers computes it in float32 and casts it to the run's
   precision (eager_attention_forward, 5.22.2): 4 bytes per element, plus those of the cast copy, if
@@ -27,13 +23,18 @@ from dataclasses import dataclass
 
 from attnimg.errors import KernelError, set_backend
 from attnimg.facts import Backend, Finding, LayerGroup, Machine, Model, Plan, Problem
+from attnimg.selection.gpus_and_images import gpu_catalogue
 from attnimg.selection.model_types import UNLISTED, other_layer_kinds
+from attnimg.selection.plan import mixing_error
 
 # The document boundaries in train's packed batches; see train/packing.py.
 _IN_BATCH = frozenset({"cu_seq_lens_q", "seq_idx"})
 # Layers that process each token on its own.
 _TOKENWISE = frozenset({"moe", "mlp"})
-_UNKNOWN = "of a kind that is not known here"
+# Packed sdpa and eager runs get a warning from a sixteenth of the memory of a T4 on: other
+# activations of a model need more than smaller amounts.
+WARN_FROM = 1 << 30
+_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,6 +62,18 @@ class OtherLayers:
     source: str = ""
 
 
+def run_findings(
+    plan: Plan, problem: Problem, machine: Machine
+) -> tuple[tuple[Finding, ...], tuple[Finding, ...]]:
+    """Return the errors and the warnings about a run with a plan."""
+    errors, warnings = check_other_layers(problem, machine)
+    if (mixing := mixing_error(plan, problem)) is not None:
+        errors = (*errors, mixing)
+    if (memory := memory_warning(plan, problem, memory_bytes=_device_memory(machine))) is not None:
+        warnings = (*warnings, memory)
+    return errors, warnings
+
+
 def other_layers(model: Model | None, machine: Machine) -> tuple[OtherLayers, ...]:
     """Return the kinds of layers without softmax attention that a model has.
 
@@ -77,7 +90,7 @@ def other_layers(model: Model | None, machine: Machine) -> tuple[OtherLayers, ..
     )
     if named is None:
         return tuple(
-            OtherLayers(kind=kind, label=f"{kind!r}, {_UNKNOWN}", count=count)
+            OtherLayers(kind=kind, label=f"{kind!r}, of a kind that is not known here", count=count)
             for kind, count in found.items()
         )
     name, row = named
@@ -114,7 +127,7 @@ def other_layers(model: Model | None, machine: Machine) -> tuple[OtherLayers, ..
     )
 
 
-def findings_on(
+def check_other_layers(
     problem: Problem, machine: Machine
 ) -> tuple[tuple[Finding, ...], tuple[Finding, ...]]:
     """Return the errors and the warnings about a model's layers without softmax attention.
@@ -165,7 +178,7 @@ def findings_on(
     return tuple(errors), tuple(warnings)
 
 
-def text_of(layers: OtherLayers) -> str:
+def describe_other_layers(layers: OtherLayers) -> str:
     """Return a description of one kind of other layers, in one line."""
     count = "some" if layers.count is None else str(layers.count)
     text = f"{count} layers with {layers.label}"
@@ -177,11 +190,6 @@ def text_of(layers: OtherLayers) -> str:
     return f"{text}; packed documents {isolated[layers.keeps_apart]}" + (
         f": {layers.why}" if layers.why else ""
     )
-
-
-# A sixteenth of the memory of a T4. Other activations of a model need more than smaller amounts.
-WARN_FROM = 1 << 30
-_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -272,6 +280,14 @@ def _fits_efficient(plan: Plan) -> bool:
 
 def _is_linear(backend: Backend) -> bool:
     return backend.in_config and backend.automatic and backend.name not in ("eager", "sdpa")
+
+
+def _device_memory(machine: Machine) -> int | None:
+    """Return a device's memory in bytes, as detected or from the catalogue of GPUs."""
+    if machine.memory_bytes is not None:
+        return machine.memory_bytes
+    gigabytes = {gpu.label: gpu.memory_gb for gpu in gpu_catalogue().values()}.get(machine.gpu)
+    return gigabytes * 10**9 if gigabytes else None
 
 
 def _size(count: int) -> str:

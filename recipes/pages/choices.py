@@ -26,11 +26,11 @@ from attnimg.selection.gpus_and_images import (
     image_runs_on,
     machine_with,
 )
-from attnimg.selection.model_types import class_named
-from attnimg.selection.run_findings import QuadraticMemory, findings_on, quadratic_memory
+from attnimg.selection.model_types import find_class
+from attnimg.selection.run_findings import QuadraticMemory, check_other_layers, quadratic_memory
 from recipes.files import NOTICE
 
-_class_of = cache(class_named)
+_class_of = cache(find_class)
 
 # The day for which known-bad rules are read, so that the pages do not change by themselves.
 DAY = date(2026, 11, 26)
@@ -126,7 +126,7 @@ def _choice(
         model=model,
         dtype=dtype,
         plan=chosen,
-        refusals=(*findings_on(problem, machine)[0], *([mixing] if mixing else ())),
+        refusals=(*check_other_layers(problem, machine)[0], *([mixing] if mixing else ())),
         memory=quadratic_memory(chosen, problem),
     )
 

@@ -85,5 +85,5 @@ def test_the_plan_that_processes_compare_has_plain_values_only() -> None:
     backend = backend_named("sdpa")
     assert backend is not None
     verdict = Verdict(backend=backend, rank=1, reasons=())
-    facts = _chosen(Plan(asked="auto", chosen=verdict, because="it fits", verdicts=(verdict,)))
+    facts = _chosen(Plan(requested="auto", chosen=verdict, reason="it fits", verdicts=(verdict,)))
     assert json.loads(json.dumps(facts))["chosen"] == "sdpa"

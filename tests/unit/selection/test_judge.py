@@ -15,7 +15,7 @@ from attnimg.facts import LayerGroup, LocalKernel, Machine, Model, Problem, Verd
 from attnimg.selection.gpus_and_images import parse_gpu
 from attnimg.selection.judge import with_effective_windows
 from attnimg.selection.plan import choose
-from attnimg.task import problem_of
+from attnimg.task import build_problem
 from attnimg.verification.proofs import geometries_of
 
 LAYER = LayerGroup(
@@ -106,7 +106,7 @@ def test_the_largest_batch_counts() -> None:
     checked = check_values(values, file="x.yaml")
     assert checked.config is not None
     arch = parse_gpu("h100").arch
-    problem = problem_of(checked.config, model=MODEL, dropout=0.0, arch=arch)
+    problem = build_problem(checked.config, model=MODEL, dropout=0.0, arch=arch)
     found = with_effective_windows(problem).model
     assert found is not None
     assert found.layers[0].window == 4096, "evaluation hands the kernel four rows as one"

@@ -19,9 +19,9 @@ from attnimg.facts import LayerGroup, Model, ModelClass
 from attnimg.selection.attention_shapes import read_model
 from attnimg.selection.gpus_and_images import image_for, machine_with, parse_gpu
 from attnimg.selection.judge import reason_against_class
-from attnimg.selection.model_types import class_named
+from attnimg.selection.model_types import find_class
 from attnimg.selection.plan import choose
-from attnimg.task import problem_of
+from attnimg.task import build_problem
 from recipes.render import positions
 from recipes.render.model_classes import (
     CAUSAL_PATH,
@@ -41,7 +41,7 @@ def test_the_table_is_what_the_installed_transformers_says() -> None:
     found = model_classes()
     assert len(found) > 150
     for model_type, facts in found.items():
-        assert class_named(model_type) == facts, model_type
+        assert find_class(model_type) == facts, model_type
     version, root = metadata.version("transformers"), Path(__file__).parents[3]
     text = classes_toml(found, transformers=version)
     assert root.joinpath(PATH).read_text() == text, "make classes"
@@ -82,7 +82,7 @@ def test_a_class_takes_a_backend_or_a_sentence_says_why_not(
 ) -> None:
     named = backend_named(backend)
     assert named is not None
-    facts = class_named(model_type)
+    facts = find_class(model_type)
     reason = reason_against_class(facts, named) if facts else None
     assert (reason is None) == (says is None)
     if reason is not None and says is not None:
@@ -144,7 +144,7 @@ def test_code_that_comes_with_a_model_is_no_class_of_the_table(
 ) -> None:
     values = Config.model_validate({"base_model": "m", "trust_remote_code": trusted})
     model = read_model({"model_type": "bloom", **raw})
-    problem = problem_of(values, model=model, dropout=0.0, arch=parse_gpu("h100").arch)
+    problem = build_problem(values, model=model, dropout=0.0, arch=parse_gpu("h100").arch)
     assert (problem.model_class is not None) == lacks
 
 

@@ -25,7 +25,7 @@ from attnimg.facts import (
 from attnimg.selection import known_bad
 from attnimg.selection.gpus_and_images import gpu_catalogue, parse_gpu
 from attnimg.selection.judge import reasons_against
-from attnimg.selection.plan import choose, place_of, training_dtype, without
+from attnimg.selection.plan import choose, find_rank, training_dtype, without
 
 
 def group(d: int = 128, *, v: int | None = None, **more: object) -> LayerGroup:
@@ -154,7 +154,7 @@ def test_no_two_backends_share_a_place() -> None:
         on = machine(gpu)
         for packing, compiled in itertools.product((True, False), repeat=2):
             problem = a_problem(model=LLAMA, dtype="float16", packing=packing, compiled=compiled)
-            places = [place_of(backend, on, problem).rank for backend in all_backends()]
+            places = [find_rank(backend, on, problem).rank for backend in all_backends()]
             assert len(set(places)) == len(places)
 
 
@@ -186,17 +186,17 @@ def test_what_is_asked_for_is_honoured_or_refused(
     asked: str, gpu: str, model: Model, takes: str | None
 ) -> None:
     found = plan(asked, gpu, model)
-    assert found.asked == asked
+    assert found.requested == asked
     assert got(found) == takes
-    assert found.because
-    assert takes or found.do
+    assert found.reason
+    assert takes or found.remedy
 
 
 @pytest.mark.parametrize("asked", ["flash_attention_2", "flash_attention_3"])
 def test_a_name_of_the_family_names_the_rule_that_it_asks_for(asked: str) -> None:
     found = plan(asked, "h100")
     rule = f"the config names {asked}, which asks for the flash family, whose order is 4, 3, 2"
-    assert found.because.startswith(rule)
+    assert found.reason.startswith(rule)
     assert got(plan(None, "h100")) == "flash_attention_3", "while auto goes by the GPU"
 
 
@@ -439,11 +439,11 @@ def test_after_a_failed_proof_the_next_of_the_flash_family_stands_in(
     while (name := got(found)) is not None:
         names.append(name)
         found = without(found, name, wrong)
-        assert found.asked == asked
+        assert found.requested == asked
     assert names == [f"flash_attention_{member}" for member in tried]
     assert [v.backend.name for v in found.verdicts if wrong in v.reasons] == names
-    assert found.because
-    assert found.do
+    assert found.reason
+    assert found.remedy
 
 
 @pytest.mark.parametrize("gpu", gpu_catalogue())
@@ -475,20 +475,20 @@ def test_every_backend_is_judged_on_every_gpu(gpu: str) -> None:
 )  # fmt: skip
 def test_because_can_be_read_without_seeing_ranks(gpu: str, model: Model, says: list[str]) -> None:
     found = plan(None, gpu, model, packing=True)
-    assert [part for part in says if part not in found.because] == []
+    assert [part for part in says if part not in found.reason] == []
 
 
 @pytest.mark.parametrize("asked", [None, "eager", "xformers"])
 def test_a_precision_that_no_backend_takes_is_what_to_change(asked: str | None) -> None:
     found = plan(asked, "t4", dtype="bfloat16")
     assert got(found) is None
-    assert "found bfloat16 on sm_75" in found.because
-    assert found.do.startswith("set bf16: auto")
+    assert "found bfloat16 on sm_75" in found.reason
+    assert found.remedy.startswith("set bf16: auto")
     assert got(plan(asked, "t4")) is not None  # plan() takes the precision of bf16: auto
 
 
 def test_reasons_that_several_backends_share_are_told_once() -> None:
-    because = plan(None, "mi300x", GEMMA2).because
+    because = plan(None, "mi300x", GEMMA2).reason
     assert because.count("soft cap") == 1
     assert "flash_attention_2, sdpa, sdpa_flash, sdpa_efficient" in because
 
@@ -507,8 +507,8 @@ def test_groups_of_layers_run_their_own_best(gpu: str, runs: list[str]) -> None:
     found = plan(None, gpu, GEMMA4, packing=True)
     assert [choice.verdict.backend.name for choice in found.groups] == runs
     if runs:
-        assert f"32 layers of head_dim 256 with window 512 run {runs[0]}" in found.because
-        assert "32 layers of head_dim 512 run sdpa" in found.because
+        assert f"32 layers of head_dim 256 with window 512 run {runs[0]}" in found.reason
+        assert "32 layers of head_dim 512 run sdpa" in found.reason
 
 
 def test_a_variable_of_the_process_holds_for_every_layer_that_it_reaches() -> None:
