@@ -110,6 +110,20 @@ class ContentHashes:
         paths = (Path(str(file.locate())) for file in found.files)
         return self.of_files(Path(str(found.locate_file(""))), filter(_computes, paths))
 
+    def of_module(self, name: str) -> str:
+        """Return one hash of the files of a top-level module, installed or editable.
+
+        Raises:
+            OSError: its files are not known, or can't be read.
+        """
+        spec = find_spec(name)
+        if spec is None or spec.origin is None:
+            raise OSError(f"the files of the module {name} are not known")
+        origin = Path(spec.origin)
+        if spec.submodule_search_locations is None:
+            return self.of_files(origin.parent, [origin])
+        return self.of_folder(origin.parent)
+
     def of_torch(self) -> str:
         """Return one hash of torch's compiled libraries: 0.5 GB on a CPU, 2 GB with CUDA."""
         spec = find_spec("torch")

@@ -89,6 +89,10 @@ class KernelError(AttnimgError):
     default_key: ClassVar[str] = "attn_implementation"
 
 
+class PackingLeak(AttnimgError):
+    """Packed documents affect one another in a model, or the model raised on packed documents."""
+
+
 def set_backend(name: str) -> str:
     """Return the advice to use another attention backend: the config line that selects it."""
     return f"set {KernelError.default_key}: {name}"

@@ -22,6 +22,10 @@ MaskKind = Literal["sdpa", "eager", "flash", "flex"]
 Pattern = Literal["full", "shifted"]
 # What a rule on known-bad backends can depend on.
 Feature = Literal["packing", "window", "softcap", "sinks", "dropout", "training", "compiled"]
+# What may name a backend; see Plan.
+RequestedBy = Literal["config", "ATTNIMG_BACKEND", "attn_backends"]
+# The layers that `attn_backends` names: those with a sliding window, and all others.
+LayerKind = Literal["sliding", "full"]
 # transformers' attention interface: (module, query, key, value, attention_mask, **arguments) ->
 # (output, weights). The types are Any because this file does not import torch.
 AttentionFunction = Callable[..., Any]
@@ -118,6 +122,11 @@ class LayerGroup:
     window: int | None = None
     softcap: float | None = None
     sinks: bool = False
+
+    @property
+    def kind(self) -> LayerKind:
+        """Return its name in `attn_backends`."""
+        return "full" if self.window is None else "sliding"
 
     @property
     def features(self) -> frozenset[str]:
@@ -288,6 +297,8 @@ class Plan:
         strict: whether no other backend may replace the requested one.
         groups: the backend of each group of layers, where groups run different backends; empty
             where every layer runs `chosen`.
+        requested_by: what named the backend: the config (or the API's argument), the environment
+            variable, or the config key for kinds of layers.
     """
 
     requested: str
@@ -297,6 +308,7 @@ class Plan:
     remedy: str = ""
     strict: bool = False
     groups: tuple[GroupChoice, ...] = ()
+    requested_by: RequestedBy = "config"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -465,6 +477,8 @@ class Backend:
             package has one set.
         for_process: environment variables that select its kernel and are read at each call. They
             therefore affect every layer whose backend uses the same package.
+        added_by: the top-level module of the package that added it by an entry point; None for
+            attnimg's own.
     """
 
     name: str
@@ -495,6 +509,7 @@ class Backend:
     pattern: Pattern = "full"
     variants: Mapping[str, Variant] = field(default_factory=dict)
     for_process: Mapping[str, str] = field(default_factory=dict)
+    added_by: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 from attnimg import application
+from attnimg.backends._transformers import is_called_directly
 from attnimg.context import context_of
 from attnimg.errors import AttnimgError, KernelError, set_backend
 from attnimg.facts import (
@@ -28,10 +29,10 @@ from attnimg.facts import (
 )
 from attnimg.selection import plan as planning
 from attnimg.selection.run_findings import run_findings
-from attnimg.task import Task
+from attnimg.task import Task, machine_warnings
 
 if TYPE_CHECKING:
-    from attnimg.verification.isolation import IsolationProof
+    from attnimg.verification.isolation import Collate, IsolationProof
 
 # If these are the only reasons against a backend, a kernel is missing; others are in the config.
 _KERNEL_MISSING = frozenset({"not-installed", "version-low", "fp8-torchao", "fp8-needs-fa3"})
@@ -42,6 +43,9 @@ class Report(Protocol):
 
     def say(self, text: str) -> None:
         """Print a line."""
+
+    def warn_replaced(self, text: str) -> None:
+        """Print why a backend is replaced by the next candidate."""
 
     def show_plan(self, plan: Plan, task: Task, warnings: Sequence[Finding]) -> None:
         """Print a plan that chose a backend, and its warnings."""
@@ -87,6 +91,7 @@ def select_verify_apply(
     *,
     report: Report,
     plan: Plan | None = None,
+    collate: Collate | None = None,
 ) -> Applied:
     """Select a backend, verify it, load the model with it and check its packing.
 
@@ -99,6 +104,7 @@ def select_verify_apply(
         load: loads the model with `selected.implementation`; called once.
         report: gets plans, proofs and warnings.
         plan: the result of `select` for this task, if it was called before.
+        collate: makes the batch of the packing check; None for attnimg's own collator.
 
     Raises:
         AttnimgError: no allowed backend fits, passes its proof and isolates documents.
@@ -113,7 +119,9 @@ def select_verify_apply(
 
     while True:
         name = selected.backend.name
-        isolation = check_isolation(model, implementation=name, context=selected.context)
+        isolation = check_isolation(
+            model, implementation=name, context=selected.context, collate=collate
+        )
         if isolation.isolated:
             report.say(f"packing: isolated on {name} ({isolation.why})")
             return Applied(model=model, selected=selected, isolation=isolation)
@@ -122,7 +130,7 @@ def select_verify_apply(
         if following.chosen is None:
             require_isolation(isolation)
         following, proofs = verify_plan(following, task, report)
-        report.say(f"packing: {name} is not used ({reason.code}): {isolation.why}")
+        report.warn_replaced(f"packing: {name} is not used ({reason.code}): {isolation.why}")
         try:
             application.switch(
                 model,
@@ -152,8 +160,16 @@ def select(task: Task, report: Report) -> Plan:
     return _announced(task.choose(), task, report)
 
 
-def verify_plan(plan: Plan, task: Task, report: Report) -> tuple[Plan, tuple[Proof, ...]]:
+def verify_plan(
+    plan: Plan, task: Task, report: Report, *, direct: bool = False
+) -> tuple[Plan, tuple[Proof, ...]]:
     """Verify a plan's backends; replace one that fails by the next candidate.
+
+    Args:
+        plan: a plan that chose a backend.
+        task: what it was chosen for.
+        report: gets plans and proofs.
+        direct: whether kernels are called without a model, as `attnimg.attention` calls them.
 
     Returns:
         A plan whose backends passed, and all proofs, including failed ones.
@@ -170,7 +186,7 @@ def verify_plan(plan: Plan, task: Task, report: Report) -> tuple[Plan, tuple[Pro
                 part,
                 machine=task.machine,
                 say=report.say,
-                routed=bool(plan.groups),
+                routed=bool(plan.groups) or (direct and is_called_directly(backend)),
             )
             made.append(proof)
             if not proof.passed:
@@ -185,7 +201,7 @@ def verify_plan(plan: Plan, task: Task, report: Report) -> tuple[Plan, tuple[Pro
         following = planning.without(plan, failed.backend, reason)
         if following.chosen is None:
             raise _failed_proof(failed, do=following.remedy)
-        report.say(sentence(failed))
+        report.warn_replaced(sentence(failed))
         plan = _announced(following, task, report)
 
 
@@ -202,6 +218,28 @@ def proofs_of(
 
     setting = Setting.here(machine, os.environ)
     return prove(backends, problem, setting=setting, say=say, routed=routed)
+
+
+def prove_fitting(task: Task, *, say: Callable[[str], None]) -> list[tuple[Problem, Proof]]:
+    """Prove every backend that fits a task, and those of its groups of layers, as a router calls.
+
+    Returns:
+        Each proof, with the problem that it was made for.
+    """
+    plan, problem, machine = task.choose(), task.problem, task.machine
+    fitting = [verdict.backend for verdict in plan.verdicts if verdict.fits]
+    fitting = [backend for backend in fitting if backend.applied_as is not None]
+    proofs = [(problem, p) for p in proofs_of(fitting, problem, machine=machine, say=say)]
+    for backend, part in parts_of(plan, problem) if plan.groups else ():
+        (proof,) = proofs_of([backend], part, machine=machine, say=say, routed=True)
+        proofs.append((part, proof))
+    return proofs
+
+
+def warnings_of(plan: Plan, task: Task) -> tuple[Finding, ...]:
+    """Return the warnings on a plan and on the machine."""
+    _, warnings = run_findings(plan, task.problem, task.machine)
+    return (*warnings, *machine_warnings(task.machine))
 
 
 def kernel_hashes(plan: Plan, task: Task) -> dict[str, dict[str, str] | None]:

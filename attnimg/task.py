@@ -8,9 +8,9 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from attnimg.backends import all_backends
+from attnimg.backends import added_backends, all_backends
 from attnimg.config.schema import Config
-from attnimg.facts import Arch, Finding, Machine, Model, Plan, Problem
+from attnimg.facts import Arch, Finding, LayerKind, Machine, Model, Plan, Problem
 from attnimg.machine import probe
 from attnimg.selection import known_bad, model_config, model_types, plan
 from attnimg.selection.attention_shapes import read_attention_dropout, read_model
@@ -34,16 +34,20 @@ class Task:
         problem: what its attention has to compute.
         requested: attn_implementation; None for auto.
         strict: whether no other member of the flash family may replace the requested one.
+        kinds: the backend of each kind of layers that attn_backends names.
     """
 
     machine: Machine
     problem: Problem
     requested: str | None
     strict: bool
+    kinds: Mapping[LayerKind, str] | None = None
 
     def choose(self) -> Plan:
         """Return the plan for this task; its `chosen` may be None."""
-        return plan.choose(self.requested, self.machine, self.problem, strict=self.strict)
+        return plan.choose(
+            self.requested, self.machine, self.problem, strict=self.strict, kinds=self.kinds
+        )
 
 
 def read_task(config: Config, machine: Machine) -> tuple[Task, dict[str, Any] | None]:
@@ -196,8 +200,16 @@ def image_warnings(on: str | None, image: str | None) -> tuple[Finding, ...]:
 
 
 def machine_warnings(machine: Machine) -> tuple[Finding, ...]:
-    """Return warnings about this machine: a GPU driver that fails, different GPUs."""
-    found = []
+    """Return warnings about this machine: a GPU driver that fails, different GPUs, bad backends."""
+    found = [
+        Finding(
+            code="bad-backend",
+            key=None,
+            what=f"a backend of another package can't be used: {problem}",
+            do="fix or uninstall that package",
+        )
+        for problem in added_backends().problems
+    ]
     if machine.driver_problem:
         found.append(
             Finding(

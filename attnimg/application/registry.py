@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import wraps
 from typing import Any
@@ -51,6 +51,23 @@ def restored() -> Iterator[None]:
             registry.update(content)
         for name, value in slot.items():
             setattr(flash, name, value)
+
+
+def registered() -> frozenset[str]:
+    """Return the names that were registered with transformers' attention interface."""
+    from transformers import AttentionInterface
+
+    return frozenset(AttentionInterface._global_mapping)
+
+
+def unregister(names: Iterable[str]) -> None:
+    """Remove names of attnimg from transformers' registries of attention and mask functions."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    for name in names:
+        if name.startswith("attnimg_"):
+            AttentionInterface._global_mapping.pop(name, None)
+            AttentionMaskInterface._global_mapping.pop(name, None)
 
 
 def prepare(backend: Backend, *, layers: tuple[LayerGroup, ...] = (), trusted: bool = False) -> str:

@@ -1,19 +1,26 @@
-"""Find the attention backends: every module in this folder that defines one.
+"""Find the attention backends: the modules in this folder, and those of other packages.
 
 A module has BACKEND, or a list BACKENDS. To add a backend, copy `flex_attention.py`, which calls
 transformers' function, or `xformers.py`, which calls a kernel itself; fill in its needs and their
-sources; then run `make render check`.
+sources; then run `make render check`. Another package adds one by an entry point of the group
+"attnimg.backends", whose object is a Backend or a list of them.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Container, Mapping
+from dataclasses import replace
 from functools import cache
 from importlib import import_module
+from importlib.metadata import entry_points
 from pkgutil import iter_modules
+from typing import NamedTuple
 
 from attnimg.facts import Arch, Backend, LocalKernel, Machine, Needs
+
+# The group of entry points by which other packages add backends.
+GROUP = "attnimg.backends"
 
 # org/name, then @revision, then :function. Source: transformers 5.22.2, modeling_utils.py.
 _HUB_PATH = re.compile(r"(?!\.)[\w.-]+/(?!\.)[\w.-]+(@[^/:@\s]+)?(:[^/:@\s]+)?", re.ASCII)
@@ -26,12 +33,73 @@ _ON = "TRUE"
 @cache
 def all_backends() -> tuple[Backend, ...]:
     """Return all backends except hub kernels, best general rank first."""
+    found = [*_own_backends(), *added_backends().backends]
+    return tuple(sorted(found, key=lambda backend: backend.rank))
+
+
+@cache
+def _own_backends() -> tuple[Backend, ...]:
     found: list[Backend] = []
     for name in (module.name for module in iter_modules(__path__)):
         if name[0] != "_" and name != "hub":
             module = import_module(f"{__name__}.{name}")
             found += module.BACKENDS if hasattr(module, "BACKENDS") else [module.BACKEND]
-    return tuple(sorted(found, key=lambda backend: backend.rank))
+    return tuple(found)
+
+
+class AddedBackends(NamedTuple):
+    """The backends of other packages.
+
+    Attributes:
+        backends: those that can be used.
+        problems: a sentence about each entry point that can't be used.
+    """
+
+    backends: tuple[Backend, ...]
+    problems: tuple[str, ...]
+
+
+@cache
+def added_backends() -> AddedBackends:
+    """Load the entry points of the group "attnimg.backends".
+
+    An entry point that can't be used must not stop a run that does not need it, so it is reported
+    as a warning.
+    """
+    backends: dict[str, Backend] = {}
+    problems = []
+    taken = {backend.name for backend in _own_backends()}
+    for point in sorted(entry_points(group=GROUP), key=lambda point: (point.name, point.value)):
+        try:
+            loaded = point.load()
+            for backend in loaded if isinstance(loaded, list | tuple) else [loaded]:
+                _require_usable(backend, taken | backends.keys())
+                source = point.module.partition(".")[0]
+                backends[backend.name] = replace(backend, added_by=source)
+        # The code of another package may raise anything. The reason is kept and shown.
+        except Exception as error:
+            text = " ".join(str(error).split())
+            problems.append(f"{point.name} = {point.value}: {type(error).__name__}: {text}")
+    return AddedBackends(tuple(backends.values()), tuple(problems))
+
+
+def _require_usable(backend: object, taken: Container[str]) -> None:
+    """Raise unless an object of another package is a backend that can be applied."""
+    if not isinstance(backend, Backend):
+        raise TypeError(f"found {type(backend).__name__}, needed attnimg.facts.Backend")
+    if backend.name in taken:
+        raise ValueError(f"a backend is called {backend.name} already")
+    if re.fullmatch(r"[a-z][a-z0-9_]*", backend.name) is None:
+        raise ValueError(f"found the name {backend.name!r}, needed a-z, 0-9 and _")
+    applied = backend.applied_as or ""
+    words = ("flash", "sdpa", "flex")  # transformers treats such names specially
+    if not applied.startswith("attnimg_") or any(word in applied for word in words):
+        raise ValueError(
+            f"found applied_as {backend.applied_as!r}, needed a name that begins with attnimg_ and "
+            f"has none of {', '.join(words)} in it"
+        )
+    if backend.load_function is None:
+        raise ValueError("load_function is missing")
 
 
 def is_hub_path(name: str) -> bool:

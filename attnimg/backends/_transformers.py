@@ -65,6 +65,14 @@ def as_applied(
     )
 
 
+def is_called_directly(backend: Backend) -> bool:
+    """Return whether `attnimg.attention` calls a backend's kernel, and not transformers' function.
+
+    eager and flex_attention need a mask, and their functions in transformers take one.
+    """
+    return backend.mask not in ("eager", "flex")
+
+
 def _is_mla(layer: LayerGroup | Geometry) -> bool:
     """Return whether a layer has MLA's head sizes, which kernels are known to support unpadded."""
     return (layer.head_dim_qk, layer.head_dim_v) == (192, 128) and layer.heads == layer.kv_heads

@@ -423,6 +423,12 @@ class FlashKernel:
 
     def _padded(self, v: Tensor, q: Tensor) -> Tensor:
         missing = q.shape[-1] - v.shape[-1]
+        if missing < 0:
+            raise not_honoured(
+                self.backend,
+                f"found head_dim {v.shape[-1]} of v and {q.shape[-1]} of q; the kernel takes a "
+                "head_dim of v up to that of q",
+            )
         return v if self.unpadded_v or not missing else pad(v, (0, missing))
 
 

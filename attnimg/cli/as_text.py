@@ -12,8 +12,8 @@ from rich.text import Text
 
 from attnimg.cli import Styled, findings_text
 from attnimg.errors import printable
-from attnimg.facts import Backend, Finding, LayerGroup, Model, Plan, Problem, Reason
-from attnimg.selection.run_findings import OtherLayers, describe_other_layers
+from attnimg.facts import Backend, Finding, LayerGroup, Machine, Model, Plan, Problem, Reason
+from attnimg.selection.run_findings import OtherLayers, describe_other_layers, other_layers
 
 if TYPE_CHECKING:
     from attnimg.config.schema import Checked
@@ -73,6 +73,20 @@ def print_plan(plan: Plan, *, gpu: str, out: Console) -> None:
     if not plan.chosen and plan.remedy:
         grid.add_row("  [dim]do[/]", escape(plan.remedy))
     out.print(grid)
+
+
+def explained_text(
+    plan: Plan, *, gpu: str, model: Model | None, problem: Problem, machine: Machine
+) -> str:
+    """Return what print_explained prints, without colors, 100 columns wide."""
+    from io import StringIO
+
+    file = StringIO()
+    out = PrintableConsole(file=file, width=100, color_system=None, highlight=False, emoji=False)
+    others = other_layers(model, machine)
+    print_explained(plan, gpu=gpu, model=model, problem=problem, others=others, out=out)
+    lines = [line.rstrip() for line in file.getvalue().strip("\n").splitlines()]
+    return "\n".join(lines)
 
 
 def print_explained(

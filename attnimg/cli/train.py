@@ -32,6 +32,10 @@ class PrintedReport:
         """Print a line."""
         self.console.print(f"  {text}", highlight=False, markup=False, soft_wrap=True)
 
+    def warn_replaced(self, text: str) -> None:
+        """Print why a backend is replaced by the next candidate."""
+        self.say(text)
+
     def show_plan(self, plan: Plan, task: Task, warnings: Sequence[Finding]) -> None:
         """Print a plan and the warnings on it."""
         from attnimg.cli import as_text

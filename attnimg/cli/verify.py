@@ -13,9 +13,9 @@ from rich.table import Table
 from attnimg import config
 from attnimg.cli import json_line
 from attnimg.errors import AttnimgError
-from attnimg.facts import Backend, LayerGroup, Machine, Model, Plan, Problem, Proof
+from attnimg.facts import LayerGroup, Machine, Model, Problem, Proof
 from attnimg.machine.kernel_cache import use_shipped_kernels
-from attnimg.pipeline import parts_of, proofs_of
+from attnimg.pipeline import prove_fitting
 from attnimg.selection.plan import training_dtype
 from attnimg.task import Task, gpu_text, installed_machine, read_task
 from attnimg.train.environment import require_readable
@@ -45,13 +45,7 @@ def verify(file: str | None, as_json_lines: bool) -> None:
     use_shipped_kernels(machine)
     results: list[tuple[Problem, Proof]] = []
     for task in _tasks(file, machine):
-        plan = task.choose()
-        proofs = proofs_of(_fitting(plan), task.problem, machine=machine, say=say)
-        results += [(task.problem, proof) for proof in proofs]
-        # A router in `train` calls kernels in another way, for some of the layers each.
-        for backend, part in parts_of(plan, task.problem) if plan.groups else ():
-            (proof,) = proofs_of([backend], part, machine=machine, say=say, routed=True)
-            results.append((part, proof))
+        results += prove_fitting(task, say=say)
     ok = bool(results) and all(proof.passed for _, proof in results)
     if as_json_lines:
         proofs_json = [_json(problem, proof) for problem, proof in results]
@@ -89,12 +83,6 @@ def _tasks(file: str | None, machine: Machine) -> list[Task]:
             code="bad-config",
         )
     return [read_task(checked.config, machine)[0]]
-
-
-def _fitting(plan: Plan) -> list[Backend]:
-    """Return the backends of a plan that fit and that can be applied, by rank."""
-    fitting = (verdict.backend for verdict in plan.verdicts if verdict.fits)
-    return [backend for backend in fitting if backend.applied_as is not None]
 
 
 def _json(problem: Problem, proof: Proof) -> dict[str, Any]:

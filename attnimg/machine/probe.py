@@ -11,7 +11,7 @@ import hashlib
 import os
 import re
 import shutil
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from importlib import metadata
@@ -99,8 +99,14 @@ def this_machine(packages: Iterable[str], *, sys_root: Path = Path("/sys")) -> M
         torch=torch,
         local_kernels=local,
         shadowed=shadowed(installed),
-        variables=variables_that_choose(os.environ),
+        variables=variables_that_choose(os.environ) | _requested_backend(os.environ),
     )
+
+
+def _requested_backend(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return ATTNIMG_BACKEND, where it is set and not empty."""
+    name = environment.get("ATTNIMG_BACKEND", "").strip()
+    return {"ATTNIMG_BACKEND": name} if name else {}
 
 
 def describe(recording: Recording) -> Machine:

@@ -9,12 +9,13 @@ All functions are pure: they do not read the GPU, files, the clock or the enviro
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
-from typing import Any
+from typing import Any, Literal
 
 from attnimg.backends import all_backends, backend_named
-from attnimg.errors import set_backend
+from attnimg.config.attention import name_errors
+from attnimg.errors import AttnimgError, set_backend
 from attnimg.facts import (
     Arch,
     Backend,
@@ -22,17 +23,21 @@ from attnimg.facts import (
     Finding,
     GroupChoice,
     LayerGroup,
+    LayerKind,
     Machine,
     Plan,
     Problem,
     Rank,
     Reason,
+    RequestedBy,
     Verdict,
 )
 from attnimg.selection.judge import judge, reason_against_own
 from attnimg.selection.model_types import mask_refusal
 
 AUTO = "auto"
+# The environment variable that replaces "auto".
+VARIABLE: Literal["ATTNIMG_BACKEND"] = "ATTNIMG_BACKEND"
 # Codes of reasons about the GPU. A flash backend that the config names is refused for such a
 # reason; for other reasons, such as an unsupported head size, a member of its family replaces it.
 _ARCH_CODES = frozenset(backend.needs.arch_code for backend in all_backends())
@@ -63,19 +68,33 @@ def training_dtype(*, bf16: bool | str, fp16: bool, arch: Arch) -> DType:
 
 
 def choose(
-    requested: str | None, machine: Machine, problem: Problem, *, strict: bool = False
+    requested: str | None,
+    machine: Machine,
+    problem: Problem,
+    *,
+    strict: bool = False,
+    kinds: Mapping[LayerKind, str] | None = None,
 ) -> Plan:
     """Check every candidate and choose one.
 
     Args:
-        requested: the name in the config; for None and "auto" the ranks decide.
+        requested: the name in the config; for None and "auto" the ranks decide, unless the
+            machine's variables have ATTNIMG_BACKEND.
         machine: the machine of the run.
         problem: what attention has to compute.
         strict: use exactly the requested backend, also within the flash family.
+        kinds: attn_backends: a kind of layers -> the backend for them; it needs "auto".
 
     Returns:
         The plan. Its `chosen` is None when the requested backend, or every backend, does not fit.
+
+    Raises:
+        AttnimgError: ATTNIMG_BACKEND does not name a backend.
     """
+    by: RequestedBy = "config"
+    if requested in (None, AUTO) and not kinds and (variable := machine.variables.get(VARIABLE)):
+        _require_backend_name(variable)
+        requested, by = variable, VARIABLE
     named = backend_named(requested or AUTO)
     backends = list(all_backends())
     if named is not None and named not in backends:
@@ -87,7 +106,9 @@ def choose(
         judge(backend, machine, problem, rank=rank) for rank, backend in enumerate(backends, 1)
     )
     if named is not None:
-        return replace(_plan_for(named, verdicts, strict=strict), strict=strict)
+        return replace(_plan_for(named, verdicts, strict=strict, by=by), strict=strict)
+    if kinds:
+        return _plan_by_kind(kinds, verdicts, machine, problem)
     plan = _plan_by_rank(verdicts)
     if plan.chosen is None:
         return plan
@@ -142,9 +163,13 @@ def without(plan: Plan, backend: str, reason: Reason) -> Plan:
     )
     named = backend_named(plan.requested)
     if named is not None and named.family and not plan.strict:
-        return _plan_for(named, verdicts, strict=False)
-    if plan.requested != AUTO:
-        remedy = f"{set_backend('auto')}, which tries the next one"
+        return _plan_for(named, verdicts, strict=False, by=plan.requested_by)
+    if plan.requested != AUTO or plan.requested_by == "attn_backends":
+        remedy = {
+            "config": f"{set_backend('auto')}, which tries the next one",
+            "ATTNIMG_BACKEND": f"unset {VARIABLE}: auto tries the next one",
+            "attn_backends": "remove attn_backends: auto tries the next one",
+        }[plan.requested_by]
         text = f"{backend}: {reason.text}"
         return replace(plan, chosen=None, reason=text, verdicts=verdicts, remedy=remedy)
     return _plan_by_rank(verdicts)
@@ -190,9 +215,12 @@ def _plan_by_rank(verdicts: tuple[Verdict, ...]) -> Plan:
     return Plan(requested=AUTO, chosen=candidates[0], reason=text, verdicts=verdicts)
 
 
-def _plan_for(named: Backend, verdicts: tuple[Verdict, ...], *, strict: bool) -> Plan:
-    """Return the plan for a backend that the config names."""
-    plan = Plan(requested=named.name, chosen=None, reason="", verdicts=verdicts)
+def _plan_for(
+    named: Backend, verdicts: tuple[Verdict, ...], *, strict: bool, by: RequestedBy
+) -> Plan:
+    """Return the plan for a backend that is named by the config or by a variable."""
+    source = "the config" if by == "config" else by
+    plan = Plan(requested=named.name, chosen=None, reason="", verdicts=verdicts, requested_by=by)
     own = next(verdict for verdict in verdicts if verdict.backend.name == named.name)
     # flash_attention_4 means exactly that; 2 and 3 mean the best member of the family.
     any_member = named.uses_flash_lib and named.family is not None and not strict
@@ -200,15 +228,21 @@ def _plan_for(named: Backend, verdicts: tuple[Verdict, ...], *, strict: bool) ->
         for verdict in verdicts:
             member = verdict.backend.family == named.family and verdict.backend.applied_as
             if member and verdict.fits:
-                return replace(plan, chosen=verdict, reason=_family_reason(own, verdict))
+                return replace(plan, chosen=verdict, reason=_family_reason(own, verdict, source))
     if own.fits and named.applied_as:
-        return replace(plan, chosen=own, reason="the config names it, and it fits")
+        return replace(plan, chosen=own, reason=f"{source} names it, and it fits")
     text = "; ".join(reason.text for reason in own.reasons)
     if own.fits:
         text = "it would fit, but this version of attnimg cannot apply it yet"
     remedy = _nothing_fits_remedy(verdicts)
     if others := _automatic(verdicts):
-        remedy = f"{set_backend(others[0].backend.name)}, which fits"
+        name = others[0].backend.name
+        line = f"set {VARIABLE}={name}" if by == VARIABLE else set_backend(name)
+        remedy = f"{line}, which fits"
+    if by == VARIABLE:
+        remedy += f", or unset {VARIABLE}"
+    if by == "attn_backends":
+        remedy = "remove attn_backends, or name another backend in it"
     return replace(plan, reason=text, remedy=remedy)
 
 
@@ -314,6 +348,79 @@ def _choose_groups(
     return tuple(GroupChoice(layers=group, verdict=best) for group, _, best in choices)
 
 
+def _plan_by_kind(
+    kinds: Mapping[LayerKind, str],
+    verdicts: tuple[Verdict, ...],
+    machine: Machine,
+    problem: Problem,
+) -> Plan:
+    """Return the plan in which each kind of layers runs the backend that attn_backends names.
+
+    Kinds that it does not name get the best backend that fits them. Nothing is replaced: the plan
+    has no choice where a named backend does not fit its layers.
+    """
+    key: RequestedBy = "attn_backends"
+    layers = problem.model.layers if problem.model else ()
+    nothing = Plan(requested=AUTO, chosen=None, reason="", verdicts=verdicts, requested_by=key)
+    if absent := sorted(kinds.keys() - {layer.kind for layer in layers}):
+        of_model = f"no {absent[0]} layers" if layers else "layers that are not known here"
+        reason = f"{key} names a backend for {absent[0]} layers, and the model has {of_model}"
+        return replace(nothing, reason=reason, remedy=f"remove {absent[0]} from {key}")
+    order = _sort_by_rank([v.backend for v in verdicts], machine, problem, routed=True)
+    choices: list[GroupChoice] = []
+    for layer in layers:
+        assert problem.model is not None
+        alone = replace(problem, model=replace(problem.model, layers=(layer,)))
+        named = backend_named(kinds.get(layer.kind, AUTO))
+        candidates = [named] if named else [b for b in order if _is_automatic(b)]
+        judged = [judge(b, machine, alone, rank=n) for n, b in enumerate(candidates, 1)]
+        fitting = next((v for v in judged if v.fits), None)
+        if fitting is None:
+            reasons = "; ".join(found.text for found in judged[0].reasons)
+            reason = f"{judged[0].backend.name} does not fit {_describe_layers(layer)}: {reasons}"
+            remedy = f"name another backend for {layer.kind} layers in {key}, or remove it"
+            return replace(nothing, reason=reason, remedy=remedy)
+        choices.append(GroupChoice(layers=layer, verdict=fitting))
+    backends = {choice.verdict.backend.name: choice.verdict.backend for choice in choices}
+    if len(backends) == 1:
+        (only,) = backends.values()
+        if only.name not in {verdict.backend.name for verdict in verdicts}:
+            verdicts = (*verdicts, judge(only, machine, problem, rank=len(verdicts) + 1))
+        return _plan_for(only, verdicts, strict=True, by=key)
+    if against := next(filter(None, (_reason_against_router(c, problem) for c in choices)), None):
+        remedy = f"name one backend for all layers in {key}"
+        return replace(nothing, reason=against, remedy=remedy)
+    groups, chosen = tuple(choices), choices[0].verdict
+    parts = [f"{_describe_layers(one.layers)} run {one.verdict.backend.name}" for one in groups]
+    reason = f"{key} names them, and they fit: {'; '.join(parts)}"
+    return replace(nothing, chosen=chosen, groups=groups, reason=reason)
+
+
+def _reason_against_router(choice: GroupChoice, problem: Problem) -> str | None:
+    """Return why a router can't call the backend of a group of layers; None if it can."""
+    backend, layers = choice.verdict.backend, choice.layers
+    if problem.model_class and (own := reason_against_own(problem.model_class, "a router")):
+        return own.text
+    if backend.mask == "flex":
+        return f"{backend.name} needs a mask of its own, so all layers must run it"
+    if backend.mask != "flash" and (layers.softcap or layers.sinks):
+        return f"{backend.name} has no soft cap or sinks where other layers run another backend"
+    if backend.for_process:
+        return f"the variables of {backend.name} affect all layers, so all layers must run it"
+    return None
+
+
+def _require_backend_name(name: str) -> None:
+    """Raise for a value of ATTNIMG_BACKEND that is not a backend."""
+    for error in name_errors(name):
+        raise AttnimgError(
+            f"{VARIABLE}: {error.what}",
+            why=error.why,
+            do=f"{error.do}; or unset {VARIABLE}",
+            code="bad-environment",
+        )
+
+
 def _rank_reason(plan: Plan, chosen: Verdict, machine: Machine, problem: Problem) -> str:
     """Return in one sentence why `auto` chose its backend.
 
@@ -351,11 +458,11 @@ def _rank_reason(plan: Plan, chosen: Verdict, machine: Machine, problem: Problem
     return "; ".join(parts)
 
 
-def _family_reason(requested: Verdict, chosen: Verdict) -> str:
-    """Return why a member of the flash family was chosen when the config names a member."""
+def _family_reason(requested: Verdict, chosen: Verdict, source: str) -> str:
+    """Return why a member of the flash family was chosen when `source` names a member."""
     name, other = requested.backend.name, chosen.backend.name
     rule = (
-        f"the config names {name}, which asks for the flash family, whose order is 4, 3, 2 "
+        f"{source} names {name}, which asks for the flash family, whose order is 4, 3, 2 "
         "until this GPU is timed"
     )
     if requested.fits:

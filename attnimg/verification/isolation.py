@@ -10,7 +10,7 @@ wrong without any error.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -19,9 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from attnimg.context import described
-from attnimg.errors import AttnimgError, as_refusal, set_backend
+from attnimg.errors import AttnimgError, PackingLeak, as_refusal, set_backend
 from attnimg.facts import DType, RunContext
 from attnimg.layout import PackedLayout, lay_out
+
+# A collator: rows of documents, int64 (length,) each, to the arguments of the model.
+Collate = Callable[[list[list[Tensor]]], dict[str, Any]]
 
 # Rows are padded to a multiple of this, so that they have padding as in training.
 PAD_TO = 8
@@ -39,6 +42,22 @@ TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 6e-2}
 # with a number like -50 (exp(-50) is 2e-22), or subtracts two sums over the row; real leaks are
 # larger.
 LEAK = 2.0**-20
+
+
+class CollatorError(AttnimgError):
+    """A collator raised, or did not return a batch with the documents that it got."""
+
+    def __init__(self, why: str) -> None:
+        super().__init__(
+            "packing can't be checked with this collator",
+            why=why,
+            do="pass the collator that the trainer packs with, or none",
+            code="bad-value",
+        )
+
+    def __reduce__(self) -> tuple[object, ...]:
+        """Return how to pickle it."""
+        return type(self), (self.why,)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,7 +95,11 @@ class IsolationProof:
 
 
 def check_isolation(
-    model: nn.Module, *, implementation: str, context: RunContext
+    model: nn.Module,
+    *,
+    implementation: str,
+    context: RunContext,
+    collate: Collate | None = None,
 ) -> IsolationProof:
     """Run a model on documents packed and one by one, and compare the results.
 
@@ -88,11 +111,14 @@ def check_isolation(
         model: a transformers causal language model, PEFT-wrapped and quantized ones included.
         implementation: the attention that it runs with, recorded in the proof.
         context: how the run calls the model.
+        collate: makes the model's inputs from rows of documents; None for batches as attnimg's own
+            trainer makes them.
 
     Returns:
         The proof. A model that raises on packed documents has failed.
 
     Raises:
+        CollatorError: `collate` raised, or its batch does not have the documents.
         AttnimgError: out of memory, which proves nothing about the model (code out-of-memory).
     """
     proof = IsolationProof(
@@ -104,7 +130,9 @@ def check_isolation(
         why="",
     )
     try:
-        figures = _compare(model, context=context)
+        figures = _compare(model, context=context, collate=collate)
+    except CollatorError:
+        raise
     # Model code and kernels may raise anything: ValueError where transformers refuses packing,
     # TypeError on an unknown argument, IndexError beyond a position table. The reason is kept.
     except Exception as error:
@@ -143,7 +171,7 @@ def require_isolation(proof: IsolationProof) -> None:
         do = f"{set_backend('eager')} to rule out the attention kernel, or {other}"
         if proof.context.dtype == "float16":
             do = "set bf16: true, which has the range of float32 (the largest float16 is 65504)"
-    raise AttnimgError(
+    raise PackingLeak(
         what,
         why=f"{proof.why}\nneeded: {needed}",
         do=do,
@@ -162,17 +190,20 @@ class _Figures(NamedTuple):
     own_gradient: float
 
 
-def _compare(model: nn.Module, *, context: RunContext) -> _Figures:
+def _compare(model: nn.Module, *, context: RunContext, collate: Collate | None) -> _Figures:
     """Measure the differences between packed and separate documents, and leaked gradients."""
     documents = draw_documents(model)
     rows = [documents, documents[::-1]] if context.rows > 1 else [documents]
     flat = [document for row in rows for document in row]
-    lengths = [[len(document) for document in row] for row in rows]
-    layout = lay_out(lengths, padding_free=context.padding_free, pad_to=PAD_TO)
-    bounds = document_bounds(layout)
+    if collate is not None:
+        inputs, bounds = _collated(collate, rows)
+    else:
+        lengths = [[len(document) for document in row] for row in rows]
+        layout = lay_out(lengths, padding_free=context.padding_free, pad_to=PAD_TO)
+        bounds = document_bounds(layout)
+        inputs = packed_inputs(rows, layout=layout, context=context)
     with evaluation_mode(model):
         alone = [forward_alone(model, document, context=context).float() for document in documents]
-        inputs = packed_inputs(rows, layout=layout, context=context)
         leaked, own = [], []
         for place in with_loss(rows):
             packed, by_token_T = differentiate(
@@ -363,6 +394,35 @@ def document_bounds(layout: PackedLayout) -> list[tuple[int, int]]:
     is_token = layout.is_token.reshape(-1)
     pairs = zip(layout.cu_seq_lens[:-1].tolist(), layout.cu_seq_lens[1:].tolist(), strict=True)
     return [(begin, end) for begin, end in pairs if is_token[begin]]
+
+
+def _collated(
+    collate: Collate, rows: list[list[Tensor]]
+) -> tuple[dict[str, Any], list[tuple[int, int]]]:
+    """Return a collator's batch, and the start and end of each document in it, flattened.
+
+    Raises:
+        CollatorError: the collator raised, or its batch does not have the documents in order.
+    """
+    try:
+        inputs = collate(rows)
+        flat = inputs["input_ids"].flatten()
+    # A collator is the user's code, and may raise anything. The reason is kept.
+    except Exception as error:
+        raise CollatorError(f"the collator raised {type(error).__name__}: {error}") from error
+    bounds, begin = [], 0
+    for document in (document for row in rows for document in row):
+        while not torch.equal(flat[begin : begin + len(document)], document):
+            begin += 1
+            if begin + len(document) > len(flat):
+                shape = tuple(inputs["input_ids"].shape)
+                raise CollatorError(
+                    f"the collator returned input_ids of shape {shape}, which do not have the "
+                    "tokens of all documents in order"
+                )
+        bounds.append((begin, begin + len(document)))
+        begin += len(document)
+    return inputs, bounds
 
 
 def with_loss(rows: list[list[Tensor]]) -> list[int]:

@@ -167,11 +167,14 @@ def _content(
         if found is None:
             raise OSError(f"{package} does not list its files")
         content[package] = found
+    if backend.added_by is not None:
+        content[backend.added_by] = hashes.of_module(backend.added_by)
+        content["torch"] = hashes.of_torch()
     if (local := local_kernel(backend, machine)) is not None:
         content["kernel"] = hashes.of_folder(Path(local.path))
     elif backend.hub_repo is not None and backend.name.startswith(backend.hub_repo):
         content["kernel"] = hashes.of_folder(hub_folder(backend.name, trusted=trusted))
-    elif not packages:
+    elif not packages and backend.added_by is None:
         content["torch"] = hashes.of_torch()
     return content
 
