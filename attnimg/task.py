@@ -15,7 +15,7 @@ from attnimg.machine import probe
 from attnimg.selection import known_bad, model_config, model_types, plan
 from attnimg.selection.attention_shapes import read_attention_dropout, read_model
 from attnimg.selection.gpus_and_images import (
-    cpus_with,
+    cpus_of_machines,
     find_image,
     image_catalogue,
     image_for,
@@ -184,7 +184,7 @@ def image_warnings(on: str | None, image: str | None) -> tuple[Finding, ...]:
                 else "leave --image out: no image runs on that GPU",
             ),
         )
-    cpus = {gpu.cpu} if gpu.cpu else cpus_with(gpu.arch)
+    cpus = {gpu.cpu} if gpu.cpu else cpus_of_machines(gpu.arch)
     if right is not None or cpus != {"arm64"}:
         return ()
     platforms = {name for found in image_catalogue().values() for name in found.platforms}

@@ -24,7 +24,7 @@ _TESTS = Path("/opt/attnimg/inside")
 def doctor(as_json_lines: bool) -> None:
     """Check this machine and image: GPU, driver, kernels, user, folders, shared memory."""
     image = this_image()
-    checks = preflight.examine(
+    checks = preflight.check_machine(
         probe.this_machine(()), this_host(), image=image, images=image_catalogue()
     )
     ok = all(check.status != "fail" for check in checks)

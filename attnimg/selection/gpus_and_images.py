@@ -7,7 +7,6 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -85,7 +84,7 @@ def parse_gpu(text: str) -> Gpu:
     raise _unknown(text, known=list(known))
 
 
-def cpus_with(arch: Arch) -> frozenset[str]:
+def cpus_of_machines(arch: Arch) -> frozenset[str]:
     """Return the CPU architectures of machines with a GPU architecture, from the catalogue."""
     return frozenset(gpu.cpu for gpu in gpu_catalogue().values() if gpu.arch == arch and gpu.cpu)
 
@@ -93,17 +92,21 @@ def cpus_with(arch: Arch) -> frozenset[str]:
 def _unknown(text: str, *, known: list[str]) -> AttnimgError:
     lower = text.strip().lower()
     if lower in known or _SM.fullmatch(lower) or _GFX.fullmatch(lower):
-        why = f"found {text!r}; only case or blanks differ from {lower!r}"
+        why = f"found {text!r}; needed {lower!r}: without blanks and in lower case"
         do = f"write {lower}"
     elif lower.startswith(("sm_", "gfx")):
         why = f"found {text!r}; needed sm_ and two or three digits, or gfx and three or four"
         do = "write an architecture as sm_90 or gfx942"
     else:
-        near = difflib.get_close_matches(lower, known, n=3, cutoff=0.5)
+        similar = difflib.get_close_matches(lower, known, n=3, cutoff=0.5)
         why = f"found {text!r}; needed sm_NN, sm_NNN, gfxNNN" + (
             f", or one of: {' '.join(known)}" if known else " or cpu"
         )
-        do = f"did you mean {' or '.join(near)}?" if near else "name the GPU, such as h100 or sm_90"
+        do = (
+            f"did you mean {' or '.join(similar)}?"
+            if similar
+            else "write the name of a GPU, such as h100 or sm_90"
+        )
     return AttnimgError(f"unknown GPU {text!r}", why=why, do=do, code="unknown-gpu")
 
 
@@ -173,11 +176,11 @@ def find_image(name: str) -> ImageFacts:
     for image in image_catalogue().values():
         if name == image.name or name in image.aliases:
             return image
-    near = get_close_matches(name.lower(), image_catalogue(), n=2)
+    similar = difflib.get_close_matches(name.lower(), image_catalogue(), n=2)
     raise AttnimgError(
         f"there is no image {name!r}",
-        why=f"known are {', '.join(image_catalogue())}",
-        do=f"did you mean {' or '.join(near)}?" if near else "pass one of these",
+        why=f"the images are {', '.join(image_catalogue())}",
+        do=f"did you mean {' or '.join(similar)}?" if similar else "pass one of these",
         code="unknown-image",
     )
 

@@ -206,11 +206,11 @@ def refusal_of(
     text = raw.get("text_config")
     for part in (raw, *([text] if isinstance(text, Mapping) else [])):
         type_ = str(part.get("model_type"))
-        row = _row_of(type_, "training")
+        row = _find_row(type_, "training")
         missing = row is not None and packages is not None and {*(row.packages or ())} - {*packages}
         if row is not None and (row.packages is None or missing):
             return _not_trainable(row, name=name, model_type=type_)
-        if not packing or (row := _row_of(type_, "packing")) is None:
+        if not packing or (row := _find_row(type_, "packing")) is None:
             continue
         limit = part.get(row.rows_up_to) if row.rows_up_to else None
         if row.rows_up_to is None:
@@ -224,11 +224,11 @@ def refusal_of(
 
 def mask_refusal(model_type: str) -> Finding | None:
     """Return the error for a packed run whose backend isolates documents by transformers' mask."""
-    row = _row_of(model_type, "mask")
+    row = _find_row(model_type, "mask")
     return _not_packable(row, model_type) if row else None
 
 
-def _row_of(model_type: str, refuses: Refuses) -> RefusedTypes | None:
+def _find_row(model_type: str, refuses: Refuses) -> RefusedTypes | None:
     """Return the row of a refused type; the caller checks its conditions."""
     rows = refused_types().values()
     return next((row for row in rows if row.refuses == refuses and model_type in row.types), None)

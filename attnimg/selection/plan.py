@@ -32,7 +32,7 @@ from attnimg.facts import (
     RequestedBy,
     Verdict,
 )
-from attnimg.selection.judge import judge, reason_against_own
+from attnimg.selection.judge import judge, reason_against_registered
 from attnimg.selection.model_types import mask_refusal
 
 AUTO = "auto"
@@ -165,11 +165,11 @@ def without(plan: Plan, backend: str, reason: Reason) -> Plan:
     if named is not None and named.family and not plan.strict:
         return _plan_for(named, verdicts, strict=False, by=plan.requested_by)
     if plan.requested != AUTO or plan.requested_by == "attn_backends":
-        remedy = {
-            "config": f"{set_backend('auto')}, which tries the next one",
-            "ATTNIMG_BACKEND": f"unset {VARIABLE}: auto tries the next one",
-            "attn_backends": "remove attn_backends: auto tries the next one",
-        }[plan.requested_by]
+        remedy = f"{set_backend('auto')}, which tries the next one"
+        if plan.requested_by == VARIABLE:
+            remedy = f"unset {VARIABLE}: auto tries the next one"
+        if plan.requested_by == "attn_backends":
+            remedy = "remove attn_backends: auto tries the next one"
         text = f"{backend}: {reason.text}"
         return replace(plan, chosen=None, reason=text, verdicts=verdicts, remedy=remedy)
     return _plan_by_rank(verdicts)
@@ -322,7 +322,7 @@ def _choose_groups(
     """
     if problem.model is None or len(problem.model.layers) < 2:
         return ()
-    if problem.model_class and reason_against_own(problem.model_class, "a router"):
+    if problem.model_class and reason_against_registered(problem.model_class, "a router"):
         return ()
     order = _sort_by_rank(backends, machine, problem, routed=True)
     choices: list[tuple[LayerGroup, dict[str, Verdict], Verdict]] = []
@@ -399,7 +399,7 @@ def _plan_by_kind(
 def _reason_against_router(choice: GroupChoice, problem: Problem) -> str | None:
     """Return why a router can't call the backend of a group of layers; None if it can."""
     backend, layers = choice.verdict.backend, choice.layers
-    if problem.model_class and (own := reason_against_own(problem.model_class, "a router")):
+    if problem.model_class and (own := reason_against_registered(problem.model_class, "a router")):
         return own.text
     if backend.mask == "flex":
         return f"{backend.name} needs a mask of its own, so all layers must run it"

@@ -63,18 +63,26 @@ def test_the_table_is_what_the_installed_transformers_says() -> None:
         ),
         pytest.param("falcon", "s2", "its own attention code", id="falcon would raise KeyError"),
         pytest.param("falcon", "flash_attention_2", None, id="falcon has flash attention"),
-        pytest.param("llama4_text", "sage", "its mask says more", id="llama4 has chunks"),
-        pytest.param("llama4_text", "sdpa_math", "its mask says more", id="nor sdpa's kernels"),
-        pytest.param("llama4_text", "flash_attention_2", "has no FlashAttention-2", id="nor flash"),
-        pytest.param("llama4", "flash_attention_4", "has no FlashAttention-4", id="nor the whole"),
+        pytest.param("llama4_text", "sage", "its mask has more", id="llama4 has chunks"),
+        pytest.param("llama4_text", "sdpa_math", "its mask has more", id="nor sdpa's kernels"),
+        pytest.param(
+            "llama4_text", "flash_attention_2", "does not support FlashAttention-2", id="nor flash"
+        ),
+        pytest.param(
+            "llama4", "flash_attention_4", "does not support FlashAttention-4", id="nor the whole"
+        ),
         pytest.param("llama4_text", "sdpa", None, id="llama4 takes sdpa"),
         pytest.param("bloom", "eager", None, id="eager is what bloom runs anyway"),
-        pytest.param("gpt2", "flex_attention", "has no PyTorch FlexAttention", id="no flex"),
-        pytest.param("gpt_oss", "flash_attention_2", "would swap", id="gpt_oss swaps names"),
-        pytest.param("gpt_oss", FLASH, "would swap", id="hub paths too"),
+        pytest.param(
+            "gpt2", "flex_attention", "does not support PyTorch FlexAttention", id="no flex"
+        ),
+        pytest.param("gpt_oss", "flash_attention_2", "would replace", id="gpt_oss swaps names"),
+        pytest.param("gpt_oss", FLASH, "would replace", id="hub paths too"),
         pytest.param("gpt_oss", "flash_attention_4", None, id="but not this one"),
         pytest.param("gpt_oss", "org/unread", None, id="nor those without flash in them"),
-        pytest.param("gemma2", "sdpa", "has no PyTorch scaled_dot", id="gemma2 has no sdpa"),
+        pytest.param(
+            "gemma2", "sdpa", "does not support PyTorch scaled_dot", id="gemma2 has no sdpa"
+        ),
     ],
 )
 def test_a_class_takes_a_backend_or_a_sentence_says_why_not(
