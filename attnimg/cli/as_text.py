@@ -67,8 +67,8 @@ def print_plan(plan: Plan, *, gpu: str, out: Console) -> None:
     grid.add_row("  [dim]got[/]", f"{got}  on {escape(gpu)}")
     for choice in plan.groups:
         name = escape(choice.verdict.backend.name)
-        taken = f"{_layer_text(choice.layers)}: [bold green]{name}[/]"
-        grid.add_row("  [dim]layers[/]", taken)
+        text = f"{_layer_text(choice.layers)}: [bold green]{name}[/]"
+        grid.add_row("  [dim]layers[/]", text)
     grid.add_row("  [dim]because[/]", escape(plan.reason))
     if not plan.chosen and plan.remedy:
         grid.add_row("  [dim]do[/]", escape(plan.remedy))
@@ -121,14 +121,14 @@ def _candidates(plan: Plan) -> Table:
     table.add_column("reasons", ratio=1)
     for verdict in plan.verdicts:
         name = verdict.backend.name
-        taken = plan.chosen is not None and plan.chosen.backend.name == name
-        text = escape(f"{verdict.kernel or ''}{_reserve(verdict.backend)}")
+        is_chosen = plan.chosen is not None and plan.chosen.backend.name == name
+        text = escape(f"{verdict.kernel or ''}{_selectable_by(verdict.backend)}")
         if not verdict.fits:
             text = _reasons(verdict.reasons)
         table.add_row(
             str(verdict.rank),
-            f"[bold green]{name}[/]" if taken else escape(name),
-            ("[bold green]taken[/]" if taken else "[green]yes[/]")
+            f"[bold green]{name}[/]" if is_chosen else escape(name),
+            ("[bold green]taken[/]" if is_chosen else "[green]yes[/]")
             if verdict.fits
             else "[red]no[/]",
             text,
@@ -144,10 +144,10 @@ def _reasons(reasons: tuple[Reason, ...]) -> str:
     return f"{text} [dim]+ {', '.join(codes)}[/]" if codes else text
 
 
-def _reserve(backend: Backend) -> str:
+def _selectable_by(backend: Backend) -> str:
     """Return how a fitting backend can be chosen: by auto, by a name in the config, or not yet."""
     if backend.applied_as is None:
-        return "  (judged only: this version cannot apply it)"
+        return "  (checked only: this version cannot apply it)"
     if not backend.in_config:
         return "  (only with auto)"
     return "" if backend.automatic else "  (only when the config names it)"
@@ -155,7 +155,7 @@ def _reserve(backend: Backend) -> str:
 
 def _model_text(model: Model | None) -> str:
     if model is None:
-        return "not at hand: head sizes, windows and sinks could not be judged"
+        return "not on this machine: head sizes, windows and sinks are not known"
     parts = [_layer_text(group) for group in model.layers]
     if others := sum(count for _, count in model.other_layers):
         parts.append(f"{others} layers without softmax attention")

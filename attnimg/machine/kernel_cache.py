@@ -1,5 +1,9 @@
 """Copy the image's precompiled kernels to the user's caches, and set the variables that name them.
 
+docker/precompiled compiles them: a folder for each architecture, and a manifest.json with a
+fingerprint of the software that they were compiled with. fingerprint.py computes the fingerprint of
+this machine's software, and doctor.py reports why the kernels are not used.
+
 A run sets the variables for itself; `python -m attnimg.machine.kernel_cache` prints them as shell
 commands, which docker/entrypoint.sh runs for other programs. Notes are printed to stderr because
 the shell reads stdout.
@@ -215,18 +219,18 @@ def fa4_settings(
     if kernels is None or reasons_against_shipped(kernels, machine):
         return {}
     source = shipped / machine.arch.name
-    name = Path(kernels.key) / f"{machine.arch.name}-{_cpu()}"
+    name = Path(kernels.key) / f"{machine.arch.name}-{_hash_cpu_features()}"
     # The temporary folder is used if the cache is on a volume with another user's folders.
-    folders = [cache_folder(environment, "flash-attn-4"), *_temporary("flash-attn-4")]
+    folders = [cache_folder(environment, "flash-attn-4"), *_temporary_folders("flash-attn-4")]
     for folder in folders:
-        if _is_copied(source, folder / name):
+        if _copy_folder(source, folder / name):
             return {CACHE_ON: "1", CACHE_AT: str(folder / name)}
     tried = ", ".join(map(str, folders))
     _note(f"FlashAttention-4 compiles its kernels again: no private, writable folder in {tried}")
     return {}
 
 
-def _temporary(name: str) -> Iterator[Path]:
+def _temporary_folders(name: str) -> Iterator[Path]:
     """Yield this user's folder with a name in the temporary folder, if there is one."""
     try:
         yield Path(tempfile.gettempdir()) / f"attnimg-{name}-{os.getuid()}"
@@ -234,7 +238,7 @@ def _temporary(name: str) -> Iterator[Path]:
         return
 
 
-def _is_copied(source: Path, target: Path) -> bool:
+def _copy_folder(source: Path, target: Path) -> bool:
     """Copy a folder atomically for this user; other processes may do the same concurrently.
 
     Returns:
@@ -264,7 +268,7 @@ def _is_copied(source: Path, target: Path) -> bool:
             shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _cpu(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+def _hash_cpu_features(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
     """Return a hash of this CPU's features, which psutil does not read.
 
     The files that FlashAttention-4 adds to its cache are compiled for the CPU, but its cache keys
@@ -294,12 +298,12 @@ def triton_settings(
         return {}
     home = environment.get("TRITON_HOME") or environment.get("HOME") or str(Path.home())
     named = Path(environment.get(TRITON_CACHE) or Path(home) / ".triton" / "cache").absolute()
-    if all(_is_merged(source, named) for source in sources):
+    if all(_copy_triton_entries(source, named) for source in sources):
         return {}
-    others = [*_temporary("triton")]
+    others = [*_temporary_folders("triton")]
     for own in others:
         # Its files are run, so no other user may be able to change them.
-        if _is_private(own) and all(_is_merged(source, own) for source in sources):
+        if _is_private(own) and all(_copy_triton_entries(source, own) for source in sources):
             _note(f"Triton can't write {named}; its cache is {own}")
             return {TRITON_CACHE: str(own)}
     tried = " or ".join(map(str, (named, *others)))
@@ -316,7 +320,7 @@ def _is_private(folder: Path) -> bool:
     return True
 
 
-def _is_merged(source: Path, target: Path) -> bool:
+def _copy_triton_entries(source: Path, target: Path) -> bool:
     """Copy each entry of a folder to Triton's cache; return False if it can't be written.
 
     Triton finds an entry by its group file, which has the paths of the other files. It is therefore
@@ -329,20 +333,20 @@ def _is_merged(source: Path, target: Path) -> bool:
             return False
         for entry in source.iterdir():
             files = {path.name: str(target / entry.name / path.name) for path in entry.iterdir()}
-            (described,) = (name for name in files if name.endswith(".json"))
-            group = target / entry.name / f"__grp__{described}"
-            if _is_whole(group):
+            (metadata,) = (name for name in files if name.endswith(".json"))
+            group = target / entry.name / f"__grp__{metadata}"
+            if _has_all_files(group):
                 continue
             group.parent.mkdir(exist_ok=True)
             for name in files:
-                _put(group.with_name(name), (entry / name).read_bytes())
-            _put(group, json.dumps({"child_paths": files}).encode())
+                _write_atomically(group.with_name(name), (entry / name).read_bytes())
+            _write_atomically(group, json.dumps({"child_paths": files}).encode())
     except OSError:  # not writable, or the disk is full
         return False
     return True
 
 
-def _is_whole(group: Path) -> bool:
+def _has_all_files(group: Path) -> bool:
     """Return whether all files in a group exist; they may not if the cache was moved."""
     try:
         paths = json.loads(group.read_bytes())["child_paths"].values()
@@ -351,8 +355,8 @@ def _is_whole(group: Path) -> bool:
         return False
 
 
-def _put(path: Path, content: bytes) -> None:
-    """Write a file atomically."""
+def _write_atomically(path: Path, content: bytes) -> None:
+    """Write a file through a temporary one, so that no other process reads a part of it."""
     part = path.with_name(f"tmp.attnimg_{os.getpid()}_{threading.get_ident()}_{path.name}")
     try:
         part.write_bytes(content)

@@ -20,7 +20,6 @@ PACKAGES = {"torch": "2.14.1", "flash-attn": "2.8.3.post2", "rich": "15.0.0"}
 HOST = Host(
     uid=1000,
     user="attnimg",
-    home="/cache/home",
     folders=(HOME, WORK),
     shm_bytes=8 * GIB,
     installed=PACKAGES,
