@@ -21,17 +21,20 @@ help: ## Show this menu
 
 setup: .venv/ready ## Make .venv with attnimg and the locked packages in it
 
-demo: .venv/ready ## Train a small model on real English text, a few minutes on two cores
+demo: .venv/ready ## Train a small model to define words, and show what packing saves; 2 minutes on two cores
 	@echo "demo: starting clean in $(DEMO)"
-	@rm -rf $(DEMO)/trained
-	@$(BIN)/python examples/demo/make_model.py $(DEMO)/untrained
-	@echo; echo "  before training, it writes:"
-	@$(BIN)/python examples/demo/sample.py $(DEMO)/untrained
-	@echo
+	@rm -rf $(DEMO)/trained $(DEMO)/padded
+	@$(BIN)/python examples/demo/prepare.py $(DEMO)
+	@echo; echo "  before training, it answers:"
+	@$(BIN)/python examples/demo/ask.py $(DEMO)/untrained
 	@$(BIN)/attnimg train examples/demo/demo.yaml
-	@echo; echo "  after training, it writes:"
-	@$(BIN)/python examples/demo/sample.py $(DEMO)/trained
-	@echo; echo "  look at $(DEMO)/trained/loss.png and $(DEMO)/trained/receipt.json"
+	@echo; echo "demo: the same with padded rows, for a few steps, to compare"
+	@$(BIN)/attnimg train examples/demo/demo.yaml sample_packing=false micro_batch_size=22 max_steps=12 \
+	  logging_steps=3 save_steps=12 output_dir=$(DEMO)/padded >$(DEMO)/padded.log 2>&1 || { cat $(DEMO)/padded.log; exit 1; }
+	@echo; echo "  after training, it answers:"
+	@$(BIN)/python examples/demo/ask.py $(DEMO)/trained
+	@echo; $(BIN)/python examples/demo/compare.py $(DEMO)/trained $(DEMO)/padded
+	@echo "  look at    $(DEMO)/trained/loss.png and $(DEMO)/trained/receipt.json"
 
 test: .venv/ready ## Run the tests that need no Docker and no GPU
 	@# By file, for the fixtures of a file; in the order of tests/conftest.py.

@@ -67,9 +67,9 @@ def first_step_seconds() -> float:
     """Time `docker run IMAGE train demo.yaml`, with cold caches, up to its first step."""
     with tempfile.TemporaryDirectory() as folder:
         shutil.copytree(ROOT / "examples", Path(folder) / "examples")
-        program = ROOT / "examples" / "demo" / "make_model.py"
-        model = Path(folder) / "outputs" / "demo" / "untrained"
-        subprocess.run([sys.executable, program, model], capture_output=True, check=True)
+        program = ROOT / "examples" / "demo" / "prepare.py"
+        demo = Path(folder) / "outputs" / "demo"
+        subprocess.run([sys.executable, program, demo], capture_output=True, check=True)
         command = ["docker", "run", "--rm", "--network=none", "--user=0:0"]
         command += [f"--volume={folder}:/workspace", IMAGE, "train", "examples/demo/demo.yaml"]
         command += ["max_steps=2", "logging_steps=1", "eval_steps=null", "val_set_size=0"]

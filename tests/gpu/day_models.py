@@ -151,7 +151,7 @@ def write_job(folder: Path, unit: dict[str, Any]) -> Path:
     """Write a random model, its tokenizer and the YAML of a run; return the YAML's path."""
     root = Path(__file__).resolve().parents[2]
     sys.path.append(str(root / "examples" / "demo"))
-    from make_model import make_tokenizer
+    from prepare import make_tokenizer
 
     tokenizer = make_tokenizer()
     shape = SHAPES[unit["shape"]] | {"vocab_size": len(tokenizer)}

@@ -48,9 +48,9 @@ def docker(image: str) -> Run:
 
 @pytest.fixture(scope="session")
 def untrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The demo's untrained model."""
-    folder = tmp_path_factory.mktemp("demo") / "untrained"
-    program = ROOT / "examples" / "demo" / "make_model.py"
+    """What the demo starts from: its data and its untrained model."""
+    folder = tmp_path_factory.mktemp("demo")
+    program = ROOT / "examples" / "demo" / "prepare.py"
     subprocess.run([sys.executable, str(program), str(folder)], check=True, capture_output=True)
     return folder
 
@@ -64,7 +64,7 @@ def workspace(tmp_path: Path, untrained: Path) -> Path:
 def make_workspace(folder: Path, untrained: Path) -> Path:
     """Write the folder of the fixture `workspace`, and return it."""
     shutil.copytree(ROOT / "examples", folder / "examples")
-    shutil.copytree(untrained, folder / "outputs" / "demo" / "untrained")
+    shutil.copytree(untrained, folder / "outputs" / "demo")
     for path in [folder, *folder.rglob("*")]:
         os.chown(path, UID, GID)
     return folder

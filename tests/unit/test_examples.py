@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import importlib
-import itertools
 import json
 import re
 from pathlib import Path
@@ -122,18 +121,54 @@ def test_what_compress_packed_is_unpacked(debian_texts: ModuleType) -> None:
 
 def test_the_demo_model_is_small_and_always_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(EXAMPLES / "demo"))
-    make_model = importlib.import_module("make_model")
-    few = list(itertools.islice(make_model.texts(), 400))  # all of them take 3 s more
-    monkeypatch.setattr(make_model, "texts", lambda: iter(few))
-    tokenizer = make_model.make_tokenizer()
-    first, again = (make_model.make_model(tokenizer) for _ in range(2))
+    prepare = importlib.import_module("prepare")
+    tokenizer = prepare.make_tokenizer()
+    first, again = (prepare.make_model(tokenizer) for _ in range(2))
     assert 1_500_000 < first.num_parameters() < 6_000_000
-    assert first.config.vocab_size == len(tokenizer) == make_model.VOCAB_SIZE
+    assert first.config.vocab_size == len(tokenizer) == prepare.VOCAB_SIZE
     assert all(
         (one == two).all() for one, two in zip(first.parameters(), again.parameters(), strict=True)
     )
-    talk = [{"role": "user", "content": "Define zeal."}]
-    ids = tokenizer.apply_chat_template(talk, add_generation_prompt=True, return_dict=False)
+    chat = [{"role": "user", "content": "Define zeal."}]
+    ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
     assert tokenizer.decode(ids) == (
         "<|im_start|>user\nDefine zeal.<|im_end|>\n<|im_start|>assistant\n"
     )
+
+
+def test_the_demo_learns_short_definitions_and_asks_for_some_of_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.syspath_prepend(str(EXAMPLES / "demo"))
+    prepare, ask = (importlib.import_module(name) for name in ("prepare", "ask"))
+    records = prepare.chosen_definitions()
+    assert len(records) == 90
+    assert max(len(record["output"]) for record in records) < 120
+    assert set(ask.QUESTIONS) <= {record["instruction"] for record in records}
+
+
+def test_the_demo_compares_steps_and_seconds_of_one_pass(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(str(EXAMPLES / "demo"))
+    compare = importlib.import_module("compare")
+    for name, steps_of_a_pass, second_of_a_step in (("packed", 4, 0.5), ("padded", 8, 0.75)):
+        lines = [
+            {"step": step, "epoch": step / steps_of_a_pass, "tokens_per_second": 1.0,
+             "seconds": 9 + step * second_of_a_step}
+            for step in (2, 4, 6)
+        ]  # fmt: skip
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    receipt = {
+        "attention": {"backend": "sdpa"},
+        "plan": {"because": "it fits"},
+        "proofs": [{"backend": "eager", "reasons": ["wrong"], "cases": 1},
+                   {"backend": "sdpa", "reasons": [], "cases": 154}],
+    }  # fmt: skip
+    (tmp_path / "packed" / "receipt.json").write_text(json.dumps(receipt))
+    compare.main(str(tmp_path / "packed"), str(tmp_path / "padded"))
+    told = capsys.readouterr().out
+    assert "sdpa passed 154 probes" in told
+    assert "4 steps and 2.0 s" in told
+    assert "8 steps and 6.0 s: 3.0 times as long" in told

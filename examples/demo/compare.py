@@ -1,0 +1,45 @@
+"""Print what packing saved: `python examples/demo/compare.py PACKED_FOLDER PADDED_FOLDER`.
+
+Both folders are output_dir of runs of the same data, model and micro_batch_size; all figures come
+from the files that the runs wrote.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+
+def one_pass(folder: Path) -> tuple[int, float]:
+    """Return how many steps one pass over the data takes, and how many seconds.
+
+    The seconds are the median of those between two lines of metrics.jsonl, without the first line,
+    which has the start of the run in it.
+    """
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    lines = [line for line in lines if "tokens_per_second" in line]
+    a_step = [(b["seconds"] - a["seconds"]) / (b["step"] - a["step"]) for a, b in pairwise(lines)]
+    steps = round(lines[-1]["step"] / lines[-1]["epoch"])
+    return steps, steps * statistics.median(a_step)
+
+
+def main(packed: str, padded: str) -> None:
+    """Print a pass over the data with and without packing, and the backend with its proof."""
+    steps, seconds = one_pass(Path(packed))
+    padded_steps, padded_seconds = one_pass(Path(padded))
+    receipt = json.loads((Path(packed) / "receipt.json").read_text())
+    backend, because = receipt["attention"]["backend"], receipt["plan"]["because"]
+    proof = next(proof for proof in receipt["proofs"] if not proof["reasons"])
+    write = sys.stdout.write
+    write(f"  attention  {backend}: {because}\n")
+    write(f"  proof      {proof['backend']} passed {proof['cases']} probes on this machine\n")
+    write(f"  packing    one pass over the data took {steps} steps and {seconds:.1f} s;\n")
+    write(f"             with padding, {padded_steps} steps and {padded_seconds:.1f} s: ")
+    write(f"{padded_seconds / seconds:.1f} times as long (both measured just now)\n")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:3])
