@@ -23,78 +23,68 @@ class Command(NamedTuple):
     Attributes:
         module: the module of attnimg.cli that has its function.
         help: what it does, in one sentence.
-        arguments: argparse's arguments: name or flag -> options of add_argument.
+        arguments: argparse's arguments, each a name or flag with options of add_argument.
     """
 
     module: str
     help: str
-    arguments: dict[str, dict[str, Any]]
+    arguments: tuple[tuple[str, dict[str, Any]], ...]
 
 
-_ON = {"--on": {"metavar": "GPU", "help": "Judge for this GPU: h100, t4, sm_90, gfx942, cpu."}}
-_JSON = {
-    "--json": {
-        "dest": "as_json_lines",
-        "action": "store_true",
-        "help": "Print JSON, one object a line.",
-    }
-}
+def _argument(name: str, help_text: str, **options: Any) -> tuple[str, dict[str, Any]]:
+    """Return one argument of a command: its name or flag, and options of add_argument."""
+    return name, {"help": help_text, **options}
+
+
+_ON = _argument("--on", "Judge for this GPU: h100, t4, sm_90, gfx942, cpu.", metavar="GPU")
+_JSON = _argument(
+    "--json", "Print JSON, one object a line.", dest="as_json_lines", action="store_true"
+)
 COMMANDS = {
     "check": Command(
         "check",
         "Check configs on values alone: no model, no GPU, no network. Lists every error.",
-        {
-            "files": {"metavar": "CONFIG", "nargs": "+", "help": "YAML files."},
-            **_ON,
-            "--torch": {"metavar": "VERSION", "help": "Judge for this torch, such as 2.13."},
-            **_JSON,
-        },
+        (
+            _argument("files", "YAML files.", metavar="CONFIG", nargs="+"),
+            _ON,
+            _argument("--torch", "Judge for this torch, such as 2.13.", metavar="VERSION"),
+            _JSON,
+        ),
     ),
     "explain": Command(
         "explain",
         "Explain which backend would run, why, and the reasons against each other one.",
-        {
-            "target": {
-                "metavar": "CONFIG_OR_MODEL",
-                "help": "A YAML file, a model folder or a config.json.",
-            },
-            **_ON,
-            "--image": {
-                "metavar": "NAME",
-                "help": "Assume this image's packages: hopper, ada, cpu.",
-            },
-            **_JSON,
-        },
+        (
+            _argument("target", "A YAML, a model folder, config.json.", metavar="CONFIG_OR_MODEL"),
+            _ON,
+            _argument("--image", "Assume this image's packages: hopper, ada.", metavar="NAME"),
+            _JSON,
+        ),
     ),
     "doctor": Command(
         "doctor",
         "Check this machine and image: GPU, driver, kernels, user, folders, shared memory.",
-        _JSON,
+        (_JSON,),
     ),
     "verify": Command(
         "verify",
         "Prove every backend that fits here: outputs, gradients, and no leak between documents.",
-        {
-            "file": {"metavar": "CONFIG", "nargs": "?", "help": "Prove for this run's model."},
-            **_JSON,
-        },
+        (_argument("file", "Prove for this run's model.", metavar="CONFIG", nargs="?"), _JSON),
     ),
     "train": Command(
         "train",
         "Train: choose the attention backend, print why, prove that packing is safe, then run.",
-        {
-            "file": {"metavar": "CONFIG", "help": "The YAML file of the run."},
-            "settings": {
-                "metavar": "KEY=VALUE",
-                "nargs": "*",
-                "help": "Keys to set, such as learning_rate=1e-4.",
-            },
-        },
+        (
+            _argument("file", "The YAML file of the run.", metavar="CONFIG"),
+            _argument(
+                "settings", "Keys to set: learning_rate=1e-4.", metavar="KEY=VALUE", nargs="*"
+            ),
+        ),
     ),
     "selftest": Command(
         "doctor",
         "Run the image's own tests here: imports, a short training run, kernels on this GPU.",
-        {"--only": {"metavar": "WORDS", "help": "Run only tests whose names match (pytest -k)."}},
+        (_argument("--only", "Run only tests whose names match (pytest -k).", metavar="WORDS"),),
     ),
 }
 
@@ -153,7 +143,7 @@ def _run_command(arguments: Sequence[str]) -> None:
         _top_parser().parse_args([name])  # prints the help or the version, or reports the name
     command = COMMANDS[name]
     parser = _Parser(prog=f"attnimg {name}", description=command.help, allow_abbrev=False)
-    for argument, options in command.arguments.items():
+    for argument, options in command.arguments:
         parser.add_argument(argument, **options)
     # Options may be between the files, too.
     values = vars(parser.parse_intermixed_args(arguments[1:]))
