@@ -50,8 +50,8 @@ from attnimg.facts import (
 from attnimg.machine.kernel_cache import use_shipped_kernels
 from attnimg.selection import known_bad, model_config, model_types
 from attnimg.selection import plan as planning
-from attnimg.selection.attention_shapes import attention_dropout, read_model
-from attnimg.task import Task, gpu_text, machine_of
+from attnimg.selection.attention_shapes import read_attention_dropout, read_model
+from attnimg.task import Task, find_machine, gpu_text
 
 _log = logging.getLogger("attnimg")
 
@@ -106,7 +106,7 @@ class Choice:
     @property
     def because(self) -> str:
         """Why it was chosen, in one sentence."""
-        return self._plan.because
+        return self._plan.reason
 
     @property
     def candidates(self) -> tuple[Verdict, ...]:
@@ -241,10 +241,10 @@ class Log:
         assert plan.chosen is not None
         _log.info(
             "requested %s, got %s on %s: %s",
-            plan.asked,
+            plan.requested,
             plan.chosen.backend.name,
             gpu_text(task.machine),
-            plan.because,
+            plan.reason,
         )
         for warning in warnings:
             _log.warning("%s: %s; %s", warning.code, warning.what, warning.do)
@@ -320,7 +320,7 @@ def select(
     """
     requested = backend_name(backend)
     _require_kinds(backends, backend)
-    machine, _ = machine_of(on, image)
+    machine, _ = find_machine(on, image)
     facts = _model_facts(model)
     precision = _dtype(dtype, facts, machine.arch)
     if autocast is None:
@@ -339,7 +339,9 @@ def select(
         trusted=trust_remote_code,
         known_bad=known_bad.load(None, today=date.today()),
     )
-    task = Task(machine=machine, problem=problem, asked=requested, strict=strict, kinds=backends)
+    task = Task(
+        machine=machine, problem=problem, requested=requested, strict=strict, kinds=backends
+    )
     plan = pipeline.select(task, Log())
     warnings = pipeline.warnings_of(plan, task)
     return Choice(task, plan, warnings, here=on is None and image is None)
@@ -729,7 +731,7 @@ def _from_config(raw: Mapping[str, Any], *, name: str, file: str = "config.json"
     model = read_model(raw, file=file)
     return _ModelFacts(
         model=model,
-        model_class=model_types.class_named(model.type),
-        dropout=attention_dropout(raw, file=file),
+        model_class=model_types.find_class(model.type),
+        dropout=read_attention_dropout(raw, file=file),
         name=name,
     )

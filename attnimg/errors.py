@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
+from typing import ClassVar
 
 # Control characters of ASCII and Latin-1, and bidirectional ones, which reorder text.
 # Source: Unicode 17, categories Cc and Cf (Bidi_Control), less tab and newline (2026-11-27).
@@ -51,6 +52,8 @@ class AttnimgError(Exception):
         exit_code: 2 for an error that is found before the run, 1 when the run itself failed.
     """
 
+    default_key: ClassVar[str | None] = None
+
     def __init__(
         self,
         what: str,
@@ -63,7 +66,7 @@ class AttnimgError(Exception):
     ) -> None:
         super().__init__(what)
         self.what, self.why, self.do = what, why, do
-        self.code, self.key, self.exit_code = code, key, exit_code
+        self.code, self.key, self.exit_code = code, key or self.default_key, exit_code
 
     def __reduce__(self) -> tuple[object, ...]:
         """Return how to pickle it with its keywords, so that a parent process can raise it."""
@@ -83,6 +86,8 @@ class AttnimgError(Exception):
 class KernelError(AttnimgError):
     """A kernel failed its proof, or no kernel may be used for the requested backend."""
 
+    default_key: ClassVar[str] = "attn_implementation"
+
 
 class PackingLeak(AttnimgError):
     """Packed documents affect one another in a model, or the model raised on packed documents."""
@@ -91,6 +96,11 @@ class PackingLeak(AttnimgError):
 def bad_value(key: str, what: str, *, why: str, do: str) -> AttnimgError:
     """Return the error for a config key whose value can't be used."""
     return AttnimgError(what, why=why, do=do, code="bad-value", key=key)
+
+
+def set_backend(name: str) -> str:
+    """Return the advice to use another attention backend: the config line that selects it."""
+    return f"set {KernelError.default_key}: {name}"
 
 
 def bad_manifest(path: Path, error: Exception) -> AttnimgError:

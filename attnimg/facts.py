@@ -289,11 +289,11 @@ class Plan:
     """The chosen backend, and the verdicts on all candidates.
 
     Attributes:
-        asked: the name in the config; "auto" when there was none.
+        requested: the name in the config; "auto" when there was none.
         chosen: the verdict on the chosen backend; None when no backend may be used.
-        because: why it was chosen, in one sentence.
+        reason: why it was chosen, in one sentence.
         verdicts: every candidate, by rank.
-        do: what to change when nothing was chosen.
+        remedy: what to change when nothing was chosen.
         strict: whether no other backend may replace the requested one.
         groups: the backend of each group of layers, where groups run different backends; empty
             where every layer runs `chosen`.
@@ -301,11 +301,11 @@ class Plan:
             variable, or the config key for kinds of layers.
     """
 
-    asked: str
+    requested: str
     chosen: Verdict | None
-    because: str
+    reason: str
     verdicts: tuple[Verdict, ...]
-    do: str = ""
+    remedy: str = ""
     strict: bool = False
     groups: tuple[GroupChoice, ...] = ()
     requested_by: RequestedBy = "config"
@@ -442,7 +442,7 @@ class Backend:
     """One way to compute attention, and the name the config has for it.
 
     Attributes:
-        name: as written in attn_implementation.
+        name: as written in a config.
         rank: its general rank; lower is tried first. Within a family, ranks give the order 4, 3, 2.
         summary: a short description.
         needs: its requirements.
@@ -453,7 +453,7 @@ class Backend:
         packing: how packed documents are isolated: by the kernel, by a mask, or not at all.
         uses_flash_lib: the value of attn_uses_flash_lib in a validated config.
         needs_dtype_cast: the value of attn_needs_dtype_cast in a validated config.
-        in_config: whether attn_implementation may name it; otherwise only `auto` may choose it.
+        in_config: whether a config may name it; otherwise only `auto` may choose it.
         automatic: whether `auto` may choose it; false for approximations.
         applied_as: transformers' name for it; None when attnimg can't apply it.
         hub_repo: the hub kernel that transformers uses for it; LOCAL_KERNELS may replace it.

@@ -156,7 +156,7 @@ def _function(
         training=training,
         known_bad=known_bad.load(None, today=date.today()),
     )
-    task = Task(machine=machine, problem=problem, asked=requested, strict=True)
+    task = Task(machine=machine, problem=problem, requested=requested, strict=True)
     plan = pipeline.select(task, Log())
     if verify:
         plan, _ = pipeline.verify_plan(plan, task, Log(), direct=True)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from attnimg import application
 from attnimg.backends._transformers import is_called_directly
 from attnimg.context import context_of
-from attnimg.errors import AttnimgError, KernelError
+from attnimg.errors import AttnimgError, KernelError, set_backend
 from attnimg.facts import (
     Backend,
     Finding,
@@ -28,7 +28,8 @@ from attnimg.facts import (
     RunContext,
 )
 from attnimg.selection import plan as planning
-from attnimg.task import Task, machine_notes, run_findings
+from attnimg.selection.run_findings import run_findings
+from attnimg.task import Task, machine_warnings
 
 if TYPE_CHECKING:
     from attnimg.verification.isolation import Collate, IsolationProof
@@ -52,13 +53,13 @@ class Report(Protocol):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Selected:
-    """A verified choice, with its attn_implementation name in transformers.
+    """A verified choice, with its name in transformers.
 
     Attributes:
         plan: the plan, whose backends passed their proofs.
         backend: the backend, or a router between the backends of the plan's groups of layers.
         context: how the run calls its model.
-        implementation: the value of attn_implementation for from_pretrained.
+        implementation: the attention implementation to load the model with.
         proofs: the proofs of all backends that were tried, including failed ones.
     """
 
@@ -100,7 +101,7 @@ def select_verify_apply(
 
     Args:
         task: what the backend is selected for.
-        load: loads the model with `attn_implementation=selected.implementation`; called once.
+        load: loads the model with `selected.implementation`; called once.
         report: gets plans, proofs and warnings.
         plan: the result of `select` for this task, if it was called before.
         collate: makes the batch of the packing check; None for attnimg's own collator.
@@ -199,7 +200,7 @@ def verify_plan(
         )
         following = planning.without(plan, failed.backend, reason)
         if following.chosen is None:
-            raise _failed_proof(failed, do=following.do)
+            raise _failed_proof(failed, do=following.remedy)
         report.warn_replaced(sentence(failed))
         plan = _announced(following, task, report)
 
@@ -238,7 +239,7 @@ def prove_fitting(task: Task, *, say: Callable[[str], None]) -> list[tuple[Probl
 def warnings_of(plan: Plan, task: Task) -> tuple[Finding, ...]:
     """Return the warnings on a plan and on the machine."""
     _, warnings = run_findings(plan, task.problem, task.machine)
-    return (*warnings, *machine_notes(task.machine))
+    return (*warnings, *machine_warnings(task.machine))
 
 
 def kernel_hashes(plan: Plan, task: Task) -> dict[str, dict[str, str] | None]:
@@ -314,16 +315,15 @@ def _reasons_text(proof: Proof) -> str:
 
 
 def _nothing_fits(plan: Plan) -> KernelError:
-    asked = next((v for v in plan.verdicts if v.backend.name == plan.asked), None)
-    against = asked.reasons if asked else ()
-    why = [f"{reason.code}: {reason.text}" for reason in against] or [plan.because]
+    named = next((v for v in plan.verdicts if v.backend.name == plan.requested), None)
+    against = named.reasons if named else ()
+    why = [f"{reason.code}: {reason.text}" for reason in against] or [plan.reason]
     missing = bool(against) and {reason.code for reason in against} <= _KERNEL_MISSING
     return KernelError(
-        f"{plan.asked} cannot be used here" if asked else "no attention backend fits",
+        f"{plan.requested} cannot be used here" if named else "no attention backend fits",
         why="\n".join(why),
-        do=plan.do,
+        do=plan.remedy,
         code=against[0].code if against else "not-built",
-        key="attn_implementation",
         exit_code=1 if missing else 2,
     )
 
@@ -333,8 +333,7 @@ def _failed_proof(failed: Proof, *, do: str) -> KernelError:
     return KernelError(
         f"{failed.backend} failed its proof on this machine",
         why=f"{found}\nneeded: what plain attention gives, forward and backward",
-        do=do or "set attn_implementation: sdpa, and report the kernel to its publisher",
+        do=do or f"{set_backend('sdpa')}, and report the kernel to its publisher",
         code=failed.reasons[0].code,
-        key="attn_implementation",
         exit_code=1,
     )

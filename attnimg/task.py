@@ -12,18 +12,17 @@ from attnimg.backends import added_backends, all_backends
 from attnimg.config.schema import Config
 from attnimg.facts import Arch, Finding, LayerKind, Machine, Model, Plan, Problem
 from attnimg.machine import probe
-from attnimg.selection import (
-    images,
-    known_bad,
-    memory,
-    model_config,
-    model_types,
-    other_layers,
-    plan,
+from attnimg.selection import known_bad, model_config, model_types, plan
+from attnimg.selection.attention_shapes import read_attention_dropout, read_model
+from attnimg.selection.gpus_and_images import (
+    cpus_of_machines,
+    find_image,
+    image_catalogue,
+    image_for,
+    image_runs_on,
+    machine_with,
+    parse_gpu,
 )
-from attnimg.selection.attention_shapes import attention_dropout
-from attnimg.selection.attention_shapes import read_model as shapes_of
-from attnimg.selection.gpus import catalogue, cpus_with, gpu_named
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,85 +32,92 @@ class Task:
     Attributes:
         machine: the machine of the run.
         problem: what its attention has to compute.
-        asked: attn_implementation; None for auto.
+        requested: attn_implementation; None for auto.
         strict: whether no other member of the flash family may replace the requested one.
         kinds: the backend of each kind of layers that attn_backends names.
     """
 
     machine: Machine
     problem: Problem
-    asked: str | None
+    requested: str | None
     strict: bool
     kinds: Mapping[LayerKind, str] | None = None
 
     def choose(self) -> Plan:
         """Return the plan for this task; its `chosen` may be None."""
         return plan.choose(
-            self.asked, self.machine, self.problem, strict=self.strict, kinds=self.kinds
+            self.requested, self.machine, self.problem, strict=self.strict, kinds=self.kinds
         )
 
 
-def task_of(values: Config, raw: Mapping[str, Any] | None, machine: Machine) -> Task:
+def read_task(config: Config, machine: Machine) -> tuple[Task, dict[str, Any] | None]:
+    """Return the task of a run, and its model's config.json; None if it is not on this machine.
+
+    Raises:
+        AttnimgError: config.json can't be read, or is invalid.
+    """
+    if (path := model_file(config)) is None:
+        return build_task(config, None, machine), None
+    raw = model_config.read_config(path)
+    return build_task(config, raw, machine, file=path.name), raw
+
+
+def build_task(
+    config: Config, raw: Mapping[str, Any] | None, machine: Machine, *, file: str = "config.json"
+) -> Task:
     """Return the task of a run.
 
     Args:
-        values: the validated config.
+        config: the validated config.
         raw: the model's config.json; None where it is not on this machine.
         machine: the machine of the run.
+        file: the name of config.json, for errors.
 
     Raises:
         AttnimgError: config.json is invalid.
     """
-    model = shapes_of(raw) if raw is not None else None
-    dropout = attention_dropout(raw) if raw is not None else 0.0
+    model, dropout = None, 0.0
+    if raw is not None:
+        model = read_model(raw, file=file)
+        dropout = read_attention_dropout(raw, file=file)
     return Task(
         machine=machine,
-        problem=problem_of(values, model=model, dropout=dropout, arch=machine.arch),
-        asked=values.attn_implementation,
-        strict=values.attn_strict,
+        problem=build_problem(config, model=model, dropout=dropout, arch=machine.arch),
+        requested=config.attn_implementation,
+        strict=config.attn_strict,
     )
 
 
-def problem_of(values: Config, *, model: Model | None, dropout: float, arch: Arch) -> Problem:
+def build_problem(config: Config, *, model: Model | None, dropout: float, arch: Arch) -> Problem:
     """Return what attention has to compute in the run that a config describes."""
-    gpu = arch.vendor != "cpu"
     # The table of model classes does not have classes from a model's own repository.
-    known = model is not None and not (model.brings_code and values.trust_remote_code)
-    dtype = plan.training_dtype(bf16=values.bf16, fp16=bool(values.fp16), arch=arch)
+    known = model is not None and not (model.brings_code and config.trust_remote_code)
+    dtype = plan.training_dtype(bf16=config.bf16, fp16=bool(config.fp16), arch=arch)
+    has_gpu = arch.vendor != "cpu"
     return Problem(
         model=model,
-        model_class=model_types.class_named(model.type) if model is not None and known else None,
+        model_class=model_types.find_class(model.type) if model is not None and known else None,
         dtype=dtype,
-        packing=bool(values.sample_packing) or values.batch_flattening is True,
+        packing=bool(config.sample_packing) or config.batch_flattening is True,
         dropout=dropout,
-        compiled=gpu if values.torch_compile == "auto" else bool(values.torch_compile),
-        checkpointing=bool(values.gradient_checkpointing),
-        forward_only_ok=values.attn_forward_only_ok,
-        trusted=bool(values.trust_remote_code),
-        sequence_len=values.sequence_len,
-        rows=max(values.micro_batch_size, values.eval_batch_size or 0),
+        compiled=has_gpu if config.torch_compile == "auto" else bool(config.torch_compile),
+        checkpointing=bool(config.gradient_checkpointing),
+        forward_only_ok=config.attn_forward_only_ok,
+        trusted=bool(config.trust_remote_code),
+        sequence_len=config.sequence_len,
+        rows=max(config.micro_batch_size, config.eval_batch_size or 0),
         # With bf16: full the weights are bfloat16 and nothing is cast; DeepSpeed casts the weights
         # too.
-        autocast=dtype != "float32" and values.bf16 != "full" and not values.deepspeed,
-        known_bad=known_bad.load(values.attn_known_bad, today=date.today()),
+        autocast=dtype != "float32" and config.bf16 != "full" and not config.deepspeed,
+        known_bad=known_bad.load(config.attn_known_bad, today=date.today()),
     )
 
 
-def model_file(values: Config) -> Path | None:
+def model_file(config: Config) -> Path | None:
     """Return the path of the model's config.json; None when it is not on this machine."""
-    if not values.base_model:
+    if not config.base_model:
         return None
-    return model_config.find_config(values.base_model, revision=values.revision_of_model)
-
-
-def read_model(values: Config) -> tuple[Model | None, float]:
-    """Return the model and its attention dropout; (None, 0.0) without its config.json."""
-    path = model_file(values)
-    if path is None:
-        return None, 0.0
-    raw = model_config.read_config(path)
-    model = shapes_of(raw, file=path.name)
-    return model, attention_dropout(raw, file=path.name)
+    return model_config.find_config(config.base_model, revision=config.revision_of_model)
 
 
 def installed_machine() -> Machine:
@@ -122,13 +128,14 @@ def installed_machine() -> Machine:
 def distributions() -> list[str]:
     """Return every distribution that a backend or a rule depends on; the probe looks for them."""
     needed = [package for backend in all_backends() for package, _, _ in backend.needs.packages]
-    needed += [package for kind in other_layers.kinds().values() for package in kind.packages]
+    for kind in model_types.other_layer_kinds().values():
+        needed += kind.packages
     needed += model_types.needed_packages()
     # Rules on known-bad versions also depend on libraries that the backends need.
     return [*needed, "kernels", "nvidia-cutlass-dsl", "nvidia-cudnn-cu12", "nvidia-cudnn-cu13"]
 
 
-def machine_of(on: str | None, image: str | None) -> tuple[Machine, str | None]:
+def find_machine(on: str | None, image: str | None) -> tuple[Machine, str | None]:
     """Return the machine to select for, and the image whose packages it is assumed to have.
 
     Args:
@@ -138,37 +145,35 @@ def machine_of(on: str | None, image: str | None) -> tuple[Machine, str | None]:
     Raises:
         AttnimgError: no such GPU, or no such image.
     """
-    if on is None and image is None:
+    named = find_image(image) if image is not None else None
+    if on is None and named is not None:
+        on = named.devices[0]
+    if on is None:
         return installed_machine(), None
-    named = images.image_named(image) if image is not None else None
-    if on is not None:
-        gpu = gpu_named(on)
-    else:
-        assert named is not None
-        gpu = gpu_named(named.devices[0])
-    assumed = named or images.image_for(gpu.arch, cpu=gpu.cpu)
-    machine = images.machine_with(assumed, gpu.arch, gpu.label)
+    gpu = parse_gpu(on)
+    assumed = named or image_for(gpu.arch, cpu=gpu.cpu)
+    machine = machine_with(assumed, gpu.arch, gpu.label)
     return machine, assumed.name if assumed else None
 
 
-def image_notes(on: str | None, image: str | None) -> tuple[Finding, ...]:
+def image_warnings(on: str | None, image: str | None) -> tuple[Finding, ...]:
     """Return a warning when the image, or every image, does not run on the GPU.
 
     Args:
         on: a GPU's name; None for this machine, or for the image's first GPU.
-        image: the image that machine_of returned for it.
+        image: the image that find_machine returned for it.
     """
     if on is None:
         return ()
-    gpu = gpu_named(on)
-    right = images.image_for(gpu.arch, cpu=gpu.cpu)
+    gpu = parse_gpu(on)
+    right = image_for(gpu.arch, cpu=gpu.cpu)
     if image is not None:
-        asked = images.image_named(image)
-        if images.runs_on(asked, gpu.arch, cpu=gpu.cpu):
+        named = find_image(image)
+        if image_runs_on(named, gpu.arch, cpu=gpu.cpu):
             return ()
         why = f"has no kernels for {gpu.arch.name}"
-        if images.runs_on(asked, gpu.arch, cpu=None):
-            why = f"is for {' '.join(asked.platforms)}, and {gpu.label} has an {gpu.cpu} CPU"
+        if image_runs_on(named, gpu.arch, cpu=None):
+            why = f"is for {' '.join(named.platforms)}, and {gpu.label} has an {gpu.cpu} CPU"
         return (
             Finding(
                 code="wrong-image",
@@ -179,26 +184,24 @@ def image_notes(on: str | None, image: str | None) -> tuple[Finding, ...]:
                 else "leave --image out: no image runs on that GPU",
             ),
         )
-    cpus = {gpu.cpu} if gpu.cpu else cpus_with(gpu.arch)
+    cpus = {gpu.cpu} if gpu.cpu else cpus_of_machines(gpu.arch)
     if right is not None or cpus != {"arm64"}:
         return ()
-    built = sorted(
-        {platform for found in images.catalogue().values() for platform in found.platforms}
-    )
+    platforms = {name for found in image_catalogue().values() for name in found.platforms}
     return (
         Finding(
             code="no-image",
             key=None,
             what=f"no image runs on {gpu.label}: its CPU is arm64, and every image is built for "
-            f"{' '.join(built)}; every package is assumed here",
+            f"{' '.join(sorted(platforms))}; every package is assumed here",
             do="install torch and the kernels on that machine, and run attnimg explain there",
         ),
     )
 
 
-def machine_notes(machine: Machine) -> tuple[Finding, ...]:
+def machine_warnings(machine: Machine) -> tuple[Finding, ...]:
     """Return warnings about this machine: a GPU driver that fails, different GPUs, bad backends."""
-    notes = [
+    found = [
         Finding(
             code="bad-backend",
             key=None,
@@ -208,31 +211,31 @@ def machine_notes(machine: Machine) -> tuple[Finding, ...]:
         for problem in added_backends().problems
     ]
     if machine.driver_problem:
-        notes.append(
+        found.append(
             Finding(
                 code="driver",
                 key=None,
-                what=f"the GPU driver does not answer, so this counts as a CPU: "
+                what="the GPU driver does not answer, so this machine counts as a CPU: "
                 f"{machine.driver_problem}",
                 do="run nvidia-smi; in a container, start it with --gpus all",
             )
         )
     if machine.other_archs:
-        notes.append(
+        found.append(
             Finding(
                 code="mixed-gpus",
                 key=None,
-                what=f"GPUs differ: {machine.arch.name} is judged, "
+                what=f"GPUs differ: the plan is for {machine.arch.name}, "
                 f"there are also {', '.join(machine.other_archs)}",
-                do="choose alike ones with CUDA_VISIBLE_DEVICES",
+                do="select GPUs of one kind with CUDA_VISIBLE_DEVICES",
             )
         )
-    return tuple(notes)
+    return tuple(found)
 
 
-def precision_notes(values: Config, machine: Machine) -> tuple[Finding, ...]:
+def precision_warnings(config: Config, machine: Machine) -> tuple[Finding, ...]:
     """Return a warning if a run computes in a precision other than its config names."""
-    if not values.fp16 or machine.arch.vendor != "cpu":
+    if not config.fp16 or machine.arch.vendor != "cpu":
         return ()
     return (
         Finding(
@@ -242,25 +245,6 @@ def precision_notes(values: Config, machine: Machine) -> tuple[Finding, ...]:
             do="remove fp16, or replace it by bf16: true, which works on a CPU",
         ),
     )
-
-
-def memory_of(machine: Machine) -> int | None:
-    """Return a device's memory in bytes, as detected or from the catalogue of GPUs."""
-    if machine.memory_bytes is not None:
-        return machine.memory_bytes
-    sold = next((gpu.memory_gb for gpu in catalogue().values() if gpu.label == machine.gpu), None)
-    return sold * 10**9 if sold else None
-
-
-def run_findings(
-    found: Plan, task: Problem, machine: Machine
-) -> tuple[tuple[Finding, ...], tuple[Finding, ...]]:
-    """Return a plan's errors and warnings: documents that would mix, quadratic memory."""
-    errors, warnings = other_layers.findings_on(task, machine)
-    if (mixing := plan.mixing_error(found, task)) is not None:
-        errors = (*errors, mixing)
-    warning = memory.memory_warning(found, task, memory_bytes=memory_of(machine))
-    return errors, (*warnings, *([warning] if warning else ()))
 
 
 def gpu_text(machine: Machine) -> str:

@@ -18,7 +18,7 @@ from importlib import metadata, resources
 from pathlib import Path
 from typing import Any
 
-from attnimg.cli import COMMANDS
+from attnimg.__main__ import COMMANDS
 from attnimg.machine.host import this_host
 
 FOLDER = Path("/opt/attnimg")

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from attnimg.errors import AttnimgError
-from attnimg.selection.images import parse
+from attnimg.selection.gpus_and_images import parse_images
 from attnimg.selection.model_types import read_causal_types
 from recipes.facts import Plan, Recipes
 from recipes.files import text_of
@@ -56,7 +56,7 @@ def rendered(
     refuse_wrong_hashes(plans, locks=locks)
     ci = tomllib.loads(runners)
     images = catalogue(plans, stack=recipes.stack)
-    parsed = parse(images)
+    parsed = parse_images(images)
     chosen = choices(parsed)
     texts = {
         "docker/docker-bake.json": bake_file(plans),

@@ -83,7 +83,7 @@ def prepare(backend: Backend, *, layers: tuple[LayerGroup, ...] = (), trusted: b
         trusted: whether hub kernels of untrusted publishers may run (trust_remote_code).
 
     Returns:
-        The argument for from_pretrained and set_attn_implementation.
+        The name by which from_pretrained selects it.
 
     Raises:
         AttnimgError: the kernel is missing or broken.

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from attnimg.backends._transformers import as_applied, attention_function
-from attnimg.errors import AttnimgError
+from attnimg.errors import KernelError, set_backend
 from attnimg.facts import AttentionFunction, Backend, GroupChoice, LayerGroup, Needs, Plan
 
 ROUTER = "attnimg_router"
@@ -71,12 +71,11 @@ class Router:
         if len(sized) == 1:
             return sized.pop()
         known = "; ".join(str(tuple(known)) for known in self.routes)
-        raise AttnimgError(
+        raise KernelError(
             "a layer of this model has attention that the plan did not know",
             why=f"found {tuple(shape)} (head_dim, of v, window, softcap, sinks); planned {known}",
-            do="set attn_implementation: sdpa",
+            do=set_backend("sdpa"),
             code="not-planned",
-            key="attn_implementation",
             exit_code=1,
         )
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
-from attnimg.errors import AttnimgError
+from attnimg.errors import AttnimgError, KernelError, set_backend
 
 # `kernels lock` writes it to the current folder.
 _LOCK = Path("kernels.lock")
@@ -47,11 +47,9 @@ class HubKernel(NamedTuple):
     folder: Path | None
 
 
-def kernel_error(
-    what: str, *, why: str, code: str, do: str = "set attn_implementation: sdpa"
-) -> AttnimgError:
+def kernel_error(what: str, *, why: str, code: str, do: str = set_backend("sdpa")) -> KernelError:
     """Return an error about a kernel, with exit code 1."""
-    return AttnimgError(what, why=why, do=do, code=code, key="attn_implementation", exit_code=1)
+    return KernelError(what, why=why, do=do, code=code, exit_code=1)
 
 
 def broken_kernel(backend: str, error: Exception, *, do: str) -> AttnimgError:
@@ -59,7 +57,7 @@ def broken_kernel(backend: str, error: Exception, *, do: str) -> AttnimgError:
     return kernel_error(
         f"{backend} does not load",
         why=f"loading it raised {type(error).__name__}: {error}".strip(),
-        do=f"{do}, or set attn_implementation: sdpa",
+        do=f"{do}, or {set_backend('sdpa')}",
         code="import-error",
     )
 
@@ -69,7 +67,7 @@ def not_honoured(backend: str, why: str) -> AttnimgError:
     return kernel_error(
         f"{backend} cannot honour an argument of this model's attention",
         why=why,
-        do="set attn_implementation: eager, or another backend that `attnimg explain` shows to fit",
+        do=f"{set_backend('eager')}, or another backend that `attnimg explain` shows to fit",
         code="argument-not-honoured",
     )
 
@@ -253,6 +251,6 @@ def _check_signature(repo: str, folder: Path, *, offline: bool) -> str | None:
         why=f"found {found}{f' ({details})' if details else ''}; "
         "needed files that a publisher known to kernels signed",
         do="delete it from the cache and try again; or name a revision that is signed, "
-        "or set attn_implementation: sdpa",
+        f"or {set_backend('sdpa')}",
         code="kernel-signature",
     )

@@ -36,14 +36,14 @@ def fp8_attention(kernel: Callable[..., Any]) -> AttentionFunction:
     from attnimg.backends._exact import exact_kernel, with_exact_backward
     from attnimg.backends._loading import kernel_error
     from attnimg.backends._varlen import as_attention_function, packed_tokens, ungrouped
+    from attnimg.errors import set_backend
 
     def compute(call: AttentionCall) -> Tensor:
         if packed_tokens(call) is not None or call.q.shape[2] != call.k.shape[2]:
             raise kernel_error(
                 "fp8 can't do this batch",
                 why="found packed, padded or cached rows; its kernel takes no mask",
-                do="set sample_packing: false and micro_batch_size: 1, or attn_implementation: "
-                "sdpa",
+                do="set sample_packing: false and micro_batch_size: 1, or " + set_backend("sdpa"),
                 code="packing-not-isolated",
             )
         # torchao accepts enable_gqa but ignores it.

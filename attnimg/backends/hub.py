@@ -17,7 +17,7 @@ from attnimg.backends._loading import kernel_error, load_hub_kernel
 from attnimg.backends.flash_attention_2 import BACKEND as FLASH_2
 from attnimg.backends.flash_attention_3 import BACKEND as FLASH_3
 from attnimg.backends.sage import sage_attention
-from attnimg.errors import AttnimgError
+from attnimg.errors import AttnimgError, set_backend
 from attnimg.facts import AttentionFunction, Backend, HeadDims, Needs, Packing
 
 _KERNELS = (("kernels", "0.17.2", "not-installed"),)
@@ -121,7 +121,7 @@ def hub_attention(name: str, *, trusted: bool = False) -> AttentionFunction:
     raise kernel_error(
         f"{name} is no attention that attnimg can call",
         why=f"found the arguments {', '.join(takes)}; needed {styles}",
-        do="name another function of the kernel, or set attn_implementation: sdpa",
+        do=f"name another function of the kernel, or {set_backend('sdpa')}",
         code="not-a-kernel",
     )
 
@@ -133,6 +133,6 @@ def _no_attention(path: str, module: ModuleType, *, needed: str) -> AttnimgError
     return kernel_error(
         f"{path} exports no such attention",
         why=f"found {', '.join(exports) or 'nothing'}; needed {needed}",
-        do="name a function after a colon, org/name:function, or set attn_implementation: sdpa",
+        do=f"name a function after a colon, org/name:function, or {set_backend('sdpa')}",
         code="not-a-kernel",
     )

@@ -10,10 +10,10 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from attnimg.cli.check import Styled, findings_text
+from attnimg.cli import Styled, findings_text
 from attnimg.errors import printable
 from attnimg.facts import Backend, Finding, LayerGroup, Machine, Model, Plan, Problem, Reason
-from attnimg.selection.other_layers import OtherLayers, other_layers, text_of
+from attnimg.selection.run_findings import OtherLayers, describe_other_layers, other_layers
 
 if TYPE_CHECKING:
     from attnimg.config.schema import CheckResult
@@ -63,15 +63,15 @@ def print_plan(plan: Plan, *, gpu: str, out: Console) -> None:
         name, kernel = plan.chosen.backend.name, plan.chosen.kernel or ""
         got = f"[bold green]{escape(name)}[/]  ({escape(kernel)})"
     grid = Table.grid(padding=(0, 2))
-    grid.add_row("  [dim]asked[/]", escape(plan.asked))
+    grid.add_row("  [dim]asked[/]", escape(plan.requested))
     grid.add_row("  [dim]got[/]", f"{got}  on {escape(gpu)}")
     for choice in plan.groups:
         name = escape(choice.verdict.backend.name)
-        taken = f"{_layer_text(choice.layers)}: [bold green]{name}[/]"
-        grid.add_row("  [dim]layers[/]", taken)
-    grid.add_row("  [dim]because[/]", escape(plan.because))
-    if not plan.chosen and plan.do:
-        grid.add_row("  [dim]do[/]", escape(plan.do))
+        text = f"{_layer_text(choice.layers)}: [bold green]{name}[/]"
+        grid.add_row("  [dim]layers[/]", text)
+    grid.add_row("  [dim]because[/]", escape(plan.reason))
+    if not plan.chosen and plan.remedy:
+        grid.add_row("  [dim]do[/]", escape(plan.remedy))
     out.print(grid)
 
 
@@ -105,7 +105,7 @@ def print_explained(
     grid.add_row("  [dim]model[/]  ", escape(_model_text(model)))
     grid.add_row("  [dim]run[/]", escape(_problem_text(problem)))
     for layers in others:
-        grid.add_row("  [dim]other[/]", escape(text_of(layers)))
+        grid.add_row("  [dim]other[/]", escape(describe_other_layers(layers)))
     for sentence in model.unknown if model else ():
         grid.add_row("  [dim]unknown[/]", escape(sentence))
     out.print(grid)
@@ -121,14 +121,14 @@ def _candidates(plan: Plan) -> Table:
     table.add_column("reasons", ratio=1)
     for verdict in plan.verdicts:
         name = verdict.backend.name
-        taken = plan.chosen is not None and plan.chosen.backend.name == name
-        text = escape(f"{verdict.kernel or ''}{_reserve(verdict.backend)}")
+        is_chosen = plan.chosen is not None and plan.chosen.backend.name == name
+        text = escape(f"{verdict.kernel or ''}{_selectable_by(verdict.backend)}")
         if not verdict.fits:
             text = _reasons(verdict.reasons)
         table.add_row(
             str(verdict.rank),
-            f"[bold green]{name}[/]" if taken else escape(name),
-            ("[bold green]taken[/]" if taken else "[green]yes[/]")
+            f"[bold green]{name}[/]" if is_chosen else escape(name),
+            ("[bold green]taken[/]" if is_chosen else "[green]yes[/]")
             if verdict.fits
             else "[red]no[/]",
             text,
@@ -144,10 +144,10 @@ def _reasons(reasons: tuple[Reason, ...]) -> str:
     return f"{text} [dim]+ {', '.join(codes)}[/]" if codes else text
 
 
-def _reserve(backend: Backend) -> str:
+def _selectable_by(backend: Backend) -> str:
     """Return how a fitting backend can be chosen: by auto, by a name in the config, or not yet."""
     if backend.applied_as is None:
-        return "  (judged only: this version cannot apply it)"
+        return "  (checked only: this version cannot apply it)"
     if not backend.in_config:
         return "  (only with auto)"
     return "" if backend.automatic else "  (only when the config names it)"
@@ -155,7 +155,7 @@ def _reserve(backend: Backend) -> str:
 
 def _model_text(model: Model | None) -> str:
     if model is None:
-        return "not at hand: head sizes, windows and sinks could not be judged"
+        return "not on this machine: head sizes, windows and sinks are not known"
     parts = [_layer_text(group) for group in model.layers]
     if others := sum(count for _, count in model.other_layers):
         parts.append(f"{others} layers without softmax attention")

@@ -3,31 +3,31 @@
 from __future__ import annotations
 
 import gc
+import json
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import IO, TYPE_CHECKING
+from dataclasses import asdict
+from typing import IO, TYPE_CHECKING, Any
 
-from attnimg.cli import JSON, ON, argument
-from attnimg.errors import printable, shortened
+from attnimg.cli import Styled, findings_text, json_line
+from attnimg.errors import printable
+from attnimg.facts import Finding
 
 if TYPE_CHECKING:
     from attnimg.config.schema import CheckResult
-    from attnimg.facts import Finding
 
-ARGUMENTS = (
-    argument("files", metavar="CONFIG", nargs="+", help="YAML files."),
-    ON,
-    argument("--torch", metavar="VERSION", help="Judge for this torch, such as 2.13."),
-    JSON,
+_FLAGS = (
+    "attn_implementation",
+    "attn_supports_packing",
+    "attn_uses_flash_lib",
+    "attn_needs_dtype_cast",
 )
-# Pieces of text, each with its style in rich.
-Styled = list[tuple[str, str]]
 
 
 def check(files: list[str], on: str | None, torch: str | None, as_json_lines: bool) -> None:
     """Check configs on values alone: no model, no GPU, no network. Lists every error."""
-    with _without_collection():
+    with _without_garbage_collection():
         failed = [file for file in files if not _check(file, on, torch, as_json_lines)]
     raise SystemExit(2 if failed else 0)
 
@@ -38,27 +38,50 @@ def _check(file: str, on: str | None, torch: str | None, as_json_lines: bool) ->
 
     arch = None
     if on is not None:
-        from attnimg.selection.gpus import parse_gpu
+        from attnimg.selection.gpus_and_images import parse_gpu
 
-        arch = parse_gpu(on)[0]
+        arch = parse_gpu(on).arch
     if torch is not None:
         config.parse_torch(torch)
     checked = config.check_file(file, on=arch, torch=torch)
     if as_json_lines:
-        from attnimg.cli import as_json
-
-        print(as_json.line(as_json.checked_json(checked)))
+        print(json_line(checked_json(checked)))
         return checked.ok
     _print(_summary(checked), sys.stdout)
-    for found in findings_text(checked.errors, "error"):
-        _print(found, sys.stderr)
-    for found in findings_text(checked.warnings, "warning"):
-        _print(found, sys.stderr)
+    for findings, kind in ((checked.errors, "error"), (checked.warnings, "warning")):
+        for text in findings_text(findings, kind):
+            _print(text, sys.stderr)
     return checked.ok
 
 
+def checked_json(checked: CheckResult) -> dict[str, Any]:
+    """Return the object that `check --json` prints for one file."""
+    attn = config = None
+    if checked.config is not None:
+        # pydantic's JSON has null for NaN and infinity, which JSON does not have.
+        config = json.loads(checked.config.model_dump_json(exclude_none=True))
+        flags = {key: getattr(checked.config, key) for key in _FLAGS}
+        config |= flags
+        attn = {"requested": checked.requested} | flags
+    return {
+        "file": checked.file,
+        "ok": checked.ok,
+        "on": checked.on,
+        "attn": attn,
+        "config": config,
+        "errors": [asdict(finding) for finding in checked.errors],
+        "warnings": [_warning(finding) for finding in checked.warnings],
+    }
+
+
+def _warning(finding: Finding) -> dict[str, Any]:
+    values = asdict(finding)
+    del values["why"]
+    return values
+
+
 @contextmanager
-def _without_collection() -> Iterator[None]:
+def _without_garbage_collection() -> Iterator[None]:
     """Turn garbage collection off in the block: it takes 7 % of the CPU time and frees nothing."""
     gc.disable()
     try:
@@ -70,30 +93,15 @@ def _without_collection() -> Iterator[None]:
 
 def _summary(checked: CheckResult) -> Styled:
     """Return the summary line of a file."""
-    said = ", ".join(
-        f"{len(found)} {word}{'s' if len(found) > 1 else ''}"
-        for found, word in ((checked.errors, "error"), (checked.warnings, "warning"))
-        if found
+    counts = ", ".join(
+        f"{len(findings)} {word}{'s' if len(findings) > 1 else ''}"
+        for findings, word in ((checked.errors, "error"), (checked.warnings, "warning"))
+        if findings
     )
     name = checked.config.attn_implementation if checked.config else None
-    shown = name or ("-" if checked.errors else "auto")
+    backend = name or ("-" if checked.errors else "auto")
     mark = ("ok", "green") if checked.ok else ("no", "red")
-    return [mark, (f"  {checked.file}  ", ""), (shown, "cyan"), (f"  {said}", "")]
-
-
-def findings_text(findings: Iterable[Finding], kind: str) -> Iterator[Styled]:
-    """Yield the lines of each error or warning: what happened, why, what to do."""
-    for found in findings:
-        text = [
-            (f"  {kind}", "red" if kind == "error" else "yellow"),
-            (f" {found.code}:", "dim"),
-            (f" {shortened(found.what)}", ""),
-        ]
-        for label, part in (("why:", found.why), ("do:", found.do)):
-            if part:
-                text.append((f"\n    {label:<4} ", "dim"))
-                text.append((shortened(part).replace("\n", "\n" + " " * 9), ""))
-        yield text
+    return [mark, (f"  {checked.file}  ", ""), (backend, "cyan"), (f"  {counts}", "")]
 
 
 def _print(text: Styled, file: IO[str]) -> None:

@@ -1,32 +1,37 @@
-"""Run `attnimg doctor`: check whether this machine and this image are ready for a run."""
+"""Run `attnimg doctor` and `attnimg selftest`: check this machine and this image."""
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from dataclasses import asdict
+from pathlib import Path
 
-from attnimg.cli import JSON, as_json
+from attnimg.cli import json_line
+from attnimg.errors import AttnimgError
 from attnimg.machine import doctor as preflight
 from attnimg.machine import probe
 from attnimg.machine.doctor import Check
 from attnimg.machine.host import this_host
-from attnimg.selection.images import catalogue, this_image
+from attnimg.machine.kernel_cache import use_shipped_kernels
+from attnimg.selection.gpus_and_images import image_catalogue, this_image
 
 _MARKS = {"ok": "[green]ok  [/]", "warn": "[yellow]warn[/]", "fail": "[red]FAIL[/]"}
-
-
-ARGUMENTS = (JSON,)
+# docker/Dockerfile copies tests/image/inside there.
+_TESTS = Path("/opt/attnimg/inside")
 
 
 def doctor(as_json_lines: bool) -> None:
-    """Look at this machine and image: GPU, driver, kernels, user, folders, shared memory."""
+    """Check this machine and image: GPU, driver, kernels, user, folders, shared memory."""
     image = this_image()
-    checks = preflight.examine(probe.this_machine(()), this_host(), image=image, images=catalogue())
+    checks = preflight.check_machine(
+        probe.this_machine(()), this_host(), image=image, images=image_catalogue()
+    )
     ok = all(check.status != "fail" for check in checks)
     if as_json_lines:
         name = image.name if image else None
-        shown = {"ok": ok, "image": name, "checks": [asdict(check) for check in checks]}
-        print(as_json.line(shown))
+        found = [asdict(check) for check in checks]
+        print(json_line({"ok": ok, "image": name, "checks": found}))
     else:
         _print(checks)
     raise SystemExit(0 if ok else 1)
@@ -42,3 +47,19 @@ def _print(checks: tuple[Check, ...]) -> None:
         out.print(f"{_MARKS[check.status]}  {escape(check.what)}", soft_wrap=True)
         if check.do:
             out.print(f"      [dim]do:[/] {escape(check.do)}", soft_wrap=True)
+
+
+def selftest(only: str | None) -> None:
+    """Run the image's own tests here: imports, a short training run, kernels on this GPU."""
+    if not _TESTS.is_dir():
+        raise AttnimgError(
+            "there are no tests to run",
+            why=f"selftest runs the tests of an image, in {_TESTS}; this is not an image",
+            do="docker run IMAGE selftest, or make test in a checkout",
+            code="no-tests",
+            exit_code=1,
+        )
+    use_shipped_kernels(probe.this_machine(()))
+    command = [sys.executable, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", str(_TESTS)]
+    done = subprocess.run([*command, *(["-k", only] if only else [])], check=False)
+    raise SystemExit(0 if done.returncode == 0 else 1)

@@ -4,32 +4,35 @@ from __future__ import annotations
 
 import re
 import sys
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 from attnimg import config
-from attnimg.cli import JSON, ON, argument, as_json
+from attnimg.cli import json_line
+from attnimg.cli.check import checked_json
 from attnimg.config.schema import CheckResult, Config
 from attnimg.errors import AttnimgError
-from attnimg.facts import Arch, Finding, Machine, Model, Plan, Problem
-from attnimg.selection import plan
-from attnimg.selection.memory import quadratic_memory
+from attnimg.facts import Arch, Finding, Machine, Model, Plan
 from attnimg.selection.model_config import read_config
-from attnimg.selection.other_layers import other_layers
+from attnimg.selection.plan import plan_dict
+from attnimg.selection.run_findings import other_layers, quadratic_memory, run_findings
 from attnimg.task import (
+    Task,
+    build_task,
+    find_machine,
     gpu_text,
-    image_notes,
-    machine_notes,
-    machine_of,
-    model_file,
-    problem_of,
-    read_model,
-    run_findings,
+    image_warnings,
+    machine_warnings,
+    read_task,
 )
 from attnimg.train.base_model import judge_base_model
 
+Findings = tuple[tuple[Finding, ...], tuple[Finding, ...]]
+
 # Errors about the choice of a backend, which this command explains instead of stopping.
-_JUDGEMENTS = frozenset(
+_EXPLAINED = frozenset(
     {"arch-too-old", "arch-mismatch", "sage-arch", "fp8-arch", "fp8-torch", "flex-torch"}
     | {"s2-with-packing", "packing-not-isolated", "not-causal-lm", "not-trainable", "loss-differs"}
     | {"quantized-checkpoint", "positions-short"}
@@ -39,72 +42,44 @@ _LENGTH_CODES = frozenset({"positions-short", "positions-beyond"})
 # org/name; a name that ends in .yaml is a missing config.
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/(?!.*\.ya?ml$)[\w.-]+", re.ASCII)
 # Errors about a name that is not a backend, with which nothing can be chosen.
-_NO_NAME = frozenset({"unknown-backend", "alias-rejected", "not-a-string"})
-
-
-ARGUMENTS = (
-    argument("target", metavar="CONFIG_OR_MODEL", help="A YAML, a model folder, config.json."),
-    ON,
-    argument("--image", metavar="NAME", help="Assume this image's packages: hopper, ada, cpu."),
-    JSON,
-)
+_NOT_A_BACKEND = frozenset({"unknown-backend", "alias-rejected", "not-a-string"})
 
 
 def explain(target: str, on: str | None, image: str | None, as_json_lines: bool) -> None:
     """Explain which backend would run, why, and the reasons against each other one."""
-    machine, assumed = machine_of(on, image)
-    checked = _checked(target, on=machine.arch if on is not None or image is not None else None)
-    model = found = task = None
+    machine, assumed = find_machine(on, image)
+    arch = machine.arch if on is not None or image is not None else None
+    is_model = _is_model(target)
+    checked = _check_model(target, arch) if is_model else config.check_file(target, on=arch)
+    errors, warnings = [*checked.errors], [*checked.warnings]
+    plan = task = None
     if (values := checked.config) is not None:
-        checked, model, dropout = _with_model(checked, values)
-        task = problem_of(values, model=model, dropout=dropout, arch=machine.arch)
-        if _is_model(target):  # the row length is not known without a config
-            task = replace(task, sequence_len=None)
-        asked = values.attn_implementation
-        found = plan.choose(asked, machine, task, strict=values.attn_strict)
-        if _NO_NAME & {error.code for error in checked.errors}:
-            found = _no_name(checked, found)
-        errors, notes = run_findings(found, task, machine)
-        if model is not None:
-            judge = _for_some_run if _is_model(target) else _judge_base_model
-            refusals, warnings = judge(values, machine)
-            errors, notes = (*errors, *refusals), (*notes, *warnings)
-        checked = replace(
-            checked,
-            errors=(*checked.errors, *errors),
-            warnings=(*checked.warnings, *notes),
-        )
-    checked = replace(
-        checked,
-        warnings=(*checked.warnings, *machine_notes(machine), *image_notes(on, assumed)),
-    )
+        try:
+            task, raw = read_task(values, machine)
+            warnings += _model_warnings(values, task.problem.model)
+        except AttnimgError as error:
+            task, raw = build_task(values, None, machine), None
+            errors.append(_as_finding(error))
+        if is_model:  # the row length is not known without a config
+            task = replace(task, problem=replace(task.problem, sequence_len=None))
+        plan = task.choose()
+        if _NOT_A_BACKEND & {error.code for error in checked.errors}:
+            plan = _without_choice(plan, checked.requested)
+        found = [run_findings(plan, task.problem, machine)]
+        if raw is not None:
+            judge = _judge_without_config if is_model else _judge_base_model
+            found.append(judge(values, raw, machine))
+        for more_errors, more_warnings in found:
+            errors += more_errors
+            warnings += more_warnings
+    warnings += [*machine_warnings(machine), *image_warnings(on, assumed)]
+    checked = replace(checked, errors=tuple(errors), warnings=tuple(warnings))
     if as_json_lines:
-        shown = as_json.explained_json(
-            checked,
-            model=model,
-            plan=found,
-            on=machine.arch.name,
-            image=assumed,
-            others=other_layers(model, machine),
-            memory=quadratic_memory(found, task) if found and task else None,
-        )
-        print(as_json.line(shown))
+        print(json_line(_json(checked, plan, task, machine=machine, image=assumed)))
     else:
-        _print(checked, found, machine=machine, model=model, task=task)
-    invalid = any(error.code not in _JUDGEMENTS for error in checked.errors)
+        _print(checked, plan, task)
+    invalid = any(error.code not in _EXPLAINED for error in errors)
     raise SystemExit(2 if invalid else 0)
-
-
-def _checked(target: str, *, on: Arch | None) -> CheckResult:
-    """Check a config; for a model, check a config that has only base_model."""
-    if not _is_model(target):
-        return config.check_file(target, on=on)
-    values = {"base_model": target, "learning_rate": 1.0, "datasets": [{"path": target}]}
-    checked = config.check_values(values, file=target, on=on)
-    assert checked.config is not None
-    # These two keys are only set to pass the check.
-    unsaid = {"learning_rate": None, "datasets": None}
-    return replace(checked, config=checked.config.model_copy(update=unsaid))
 
 
 def _is_model(target: str) -> bool:
@@ -122,56 +97,58 @@ def _json_keys(path: Path) -> set[str]:
         return set()
 
 
-def _with_model(checked: CheckResult, values: Config) -> tuple[CheckResult, Model | None, float]:
-    """Read the model, and add errors and warnings about it."""
-    try:
-        model, dropout = read_model(values)
-    except AttnimgError as error:
-        return replace(checked, errors=(*checked.errors, _as_finding(error))), None, 0.0
-    note = None
+def _check_model(model: str, arch: Arch | None) -> CheckResult:
+    """Check a config that has only base_model."""
+    values = {"base_model": model, "learning_rate": 1.0, "datasets": [{"path": model}]}
+    checked = config.check_values(values, file=model, on=arch)
+    assert checked.config is not None
+    # These two keys are only set to pass the check.
+    unset = {"learning_rate": None, "datasets": None}
+    return replace(checked, config=checked.config.model_copy(update=unset))
+
+
+def _model_warnings(values: Config, model: Model | None) -> list[Finding]:
+    """Return a warning if no attention layer of the model is known."""
     if model is None:
-        note = Finding(
-            code="model-not-at-hand",
-            key="base_model",
-            what=f"the config.json of {values.base_model} is not on this machine: "
-            "no layer could be judged",
-            do="pass the model's folder as base_model, or download the model first",
-        )
-    elif not model.layers:
-        why = "; ".join(model.unknown) or "it has no softmax attention"
-        note = Finding(
+        return [
+            Finding(
+                code="model-not-at-hand",
+                key="base_model",
+                what=f"the config.json of {values.base_model} is not on this machine: "
+                "its layers are not known",
+                do="pass the model's folder as base_model, or download the model first",
+            )
+        ]
+    if model.layers:
+        return []
+    reason = "; ".join(model.unknown) or "it has no softmax attention"
+    return [
+        Finding(
             code="no-attention-layers",
             key="base_model",
-            what=f"no attention layer was found in {values.base_model}: {why}",
-            do="read the choice as one without any layer to judge",
+            what=f"no attention layer was found in {values.base_model}: {reason}",
+            do="nothing, if the model has no attention; otherwise report its config.json",
         )
-    warnings = (*checked.warnings, note) if note else checked.warnings
-    return replace(checked, warnings=warnings), model, dropout
+    ]
 
 
-def _judge_base_model(
-    values: Config, machine: Machine
-) -> tuple[tuple[Finding, ...], tuple[Finding, ...]]:
+def _judge_base_model(values: Config, raw: Mapping[str, Any], machine: Machine) -> Findings:
     """Return the errors and the warnings of `train` about the base model."""
-    path = model_file(values)
-    assert path is not None
-    errors, warnings = judge_base_model(values, read_config(path), machine)
+    errors, warnings = judge_base_model(values, raw, machine)
     return tuple(_as_finding(error) for error in errors), tuple(warnings)
 
 
-def _for_some_run(
-    values: Config, machine: Machine
-) -> tuple[tuple[Finding, ...], tuple[Finding, ...]]:
+def _judge_without_config(values: Config, raw: Mapping[str, Any], machine: Machine) -> Findings:
     """Return the findings about a model without a config, for training with or without an adapter.
 
     Errors of full fine-tuning only are returned as warnings.
     """
-    full, notes = _judge_base_model(values, machine)
-    lora, _ = _judge_base_model(values.model_copy(update={"adapter": "lora"}), machine)
-    errors = tuple(error for error in full if error in lora)
-    warnings = tuple(error for error in full if error not in lora)
+    full, notes = _judge_base_model(values, raw, machine)
+    lora, _ = _judge_base_model(values.model_copy(update={"adapter": "lora"}), raw, machine)
+    errors = [error for error in full if error in lora]
+    warnings = [error for error in full if error not in lora]
     return tuple(e for e in errors if e.code not in _LENGTH_CODES), tuple(
-        note for note in (*warnings, *notes) if note.code not in _LENGTH_CODES
+        warning for warning in (*warnings, *notes) if warning.code not in _LENGTH_CODES
     )
 
 
@@ -179,35 +156,63 @@ def _as_finding(error: AttnimgError) -> Finding:
     return Finding(code=error.code, key=error.key, what=error.what, why=error.why, do=error.do)
 
 
-def _no_name(checked: CheckResult, found: Plan) -> Plan:
+def _without_choice(plan: Plan, requested: str | None) -> Plan:
+    """Return a plan that chooses nothing, as the config names something that is not a backend."""
     return Plan(
-        asked=checked.requested or "?",
+        requested=requested or "?",
         chosen=None,
-        because="attn_implementation names no backend",
-        verdicts=found.verdicts,
-        do="write one of the candidates below",
+        reason="the config names no backend",
+        verdicts=plan.verdicts,
+        remedy="write one of the candidates below",
     )
 
 
-def _print(
+def _json(
     checked: CheckResult,
-    found: Plan | None,
+    plan: Plan | None,
+    task: Task | None,
     *,
     machine: Machine,
-    model: Model | None,
-    task: Problem | None,
-) -> None:
+    image: str | None,
+) -> dict[str, Any]:
+    """Return the object that `explain --json` prints."""
+    model = task.problem.model if task else None
+    memory = quadratic_memory(plan, task.problem) if plan and task else None
+    chosen = plan_dict(plan) if plan else {"candidates": [], "chosen": None, "groups": []}
+    return checked_json(checked) | {
+        "on": machine.arch.name,
+        "image": image,
+        "model": model and _model_json(model),
+        "layers": [asdict(group) for group in model.layers] if model else [],
+        "candidates": chosen["candidates"],
+        "chosen": chosen["chosen"],
+        "groups": chosen["groups"],
+        "other_layers": [asdict(layers) for layers in other_layers(model, machine)],
+        "quadratic_memory": asdict(memory) if memory else None,
+    }
+
+
+def _model_json(model: Model) -> dict[str, Any]:
+    return {
+        "type": model.type,
+        "parameters": model.parameters,
+        "other_layers": sum(count for _, count in model.other_layers),
+        "unknown": list(model.unknown),
+    }
+
+
+def _print(checked: CheckResult, plan: Plan | None, task: Task | None) -> None:
     from attnimg.cli import as_text
 
-    out, err = as_text.console(sys.stdout), as_text.console(sys.stderr)
-    if found is not None and task is not None:
+    if plan is not None and task is not None:
+        out = as_text.console(sys.stdout)
         as_text.print_explained(
-            found,
-            gpu=gpu_text(machine),
-            model=model,
-            problem=task,
-            others=other_layers(model, machine),
+            plan,
+            gpu=gpu_text(task.machine),
+            model=task.problem.model,
+            problem=task.problem,
+            others=other_layers(task.problem.model, task.machine),
             out=out,
         )
         out.print()
-    as_text.print_findings(checked, err=err)
+    as_text.print_findings(checked, err=as_text.console(sys.stderr))

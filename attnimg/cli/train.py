@@ -9,12 +9,11 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from attnimg import config
-from attnimg.cli import argument
 from attnimg.config.schema import CheckResult, Config
 from attnimg.errors import printable
 from attnimg.facts import Finding, Plan
 from attnimg.machine.kernel_cache import use_shipped_kernels
-from attnimg.task import Task, gpu_text, installed_machine, machine_notes, precision_notes
+from attnimg.task import Task, gpu_text, installed_machine, machine_warnings, precision_warnings
 from attnimg.train import run
 from attnimg.train.distributed import StopFlag, Stopped, rank, require_group, stop_signals
 from attnimg.train.environment import require_parsable
@@ -51,13 +50,6 @@ class PrintedReport:
         as_text.print_warnings(warnings, err=self.console)
 
 
-ARGUMENTS = (
-    argument("file", metavar="CONFIG", help="The YAML file of the run."),
-    argument("settings", metavar="KEY=VALUE", nargs="*",
-             help="Keys to set, such as learning_rate=1e-4."),
-)  # fmt: skip
-
-
 def train(file: str, settings: list[str]) -> None:
     """Train: choose the attention backend, say why, prove that packing is safe, then run."""
     from attnimg.cli import as_text
@@ -86,11 +78,10 @@ def train_file(
     checked = config.check_file(file, overrides=tuple(settings))
     machine = installed_machine()
     use_shipped_kernels(machine)
-    notes = machine_notes(machine)
+    warnings = (*checked.warnings, *machine_warnings(machine))
     if checked.config is not None:
-        notes += precision_notes(checked.config, machine)
-    checked = replace(checked, warnings=(*checked.warnings, *notes))
-    values = _valid(checked, report.console)
+        warnings += precision_warnings(checked.config, machine)
+    values = _require_valid(replace(checked, warnings=warnings), report.console)
     for note in keys_without_effect(values):
         report.say(f"warning: {note}")
     result = run.train(values, machine, report=report, stop=stop)
@@ -99,7 +90,7 @@ def train_file(
         print(printable(str(path)) if sys.stdout.isatty() else path)
 
 
-def _valid(checked: CheckResult, console: Console) -> Config:
+def _require_valid(checked: CheckResult, console: Console) -> Config:
     """Return the config after printing its warnings; print its errors and exit if it has any."""
     from attnimg.cli import as_text
 

@@ -11,13 +11,13 @@ from rich.markup import escape
 from rich.table import Table
 
 from attnimg import config
-from attnimg.cli import JSON, argument, as_json
+from attnimg.cli import json_line
 from attnimg.errors import AttnimgError
 from attnimg.facts import LayerGroup, Machine, Model, Problem, Proof
 from attnimg.machine.kernel_cache import use_shipped_kernels
 from attnimg.pipeline import prove_fitting
-from attnimg.selection import plan
-from attnimg.task import Task, gpu_text, installed_machine, problem_of, read_model
+from attnimg.selection.plan import training_dtype
+from attnimg.task import Task, gpu_text, installed_machine, read_task
 from attnimg.train.environment import require_parsable
 
 if TYPE_CHECKING:
@@ -29,12 +29,6 @@ _SIZES = (
     LayerGroup(count=1, heads=8, kv_heads=2, head_dim_qk=128, head_dim_v=128, window=1024),
 )
 _SEQUENCE_LEN = 1024
-
-
-ARGUMENTS = (
-    argument("file", metavar="CONFIG", nargs="?", help="Prove for this run's model."),
-    JSON,
-)
 
 
 def verify(file: str | None, as_json_lines: bool) -> None:
@@ -50,30 +44,24 @@ def verify(file: str | None, as_json_lines: bool) -> None:
     machine = installed_machine()
     use_shipped_kernels(machine)
     results: list[tuple[Problem, Proof]] = []
-    for problem, asked in _problems(file, machine):
-        task = Task(machine=machine, problem=problem, asked=asked, strict=False)
+    for task in _tasks(file, machine):
         results += prove_fitting(task, say=say)
+    ok = bool(results) and all(proof.passed for _, proof in results)
     if as_json_lines:
-        shown = {
-            "on": machine.arch.name,
-            "gpu": machine.gpu,
-            "ok": bool(results) and all(proof.passed for _, proof in results),
-            "proofs": [_json(problem, proof) for problem, proof in results],
-        }
-        print(as_json.line(shown))
+        proofs_json = [_json(problem, proof) for problem, proof in results]
+        on, gpu = machine.arch.name, machine.gpu
+        print(json_line({"on": on, "gpu": gpu, "ok": ok, "proofs": proofs_json}))
     else:
         _print(results, machine=machine, out=as_text.console(sys.stdout))
-    ok = bool(results) and all(proof.passed for _, proof in results)
     raise SystemExit(0 if ok else 1)
 
 
-def _problems(file: str | None, machine: Machine) -> list[tuple[Problem, str | None]]:
-    """Return the problems to verify, each with the backend that the config names."""
+def _tasks(file: str | None, machine: Machine) -> list[Task]:
+    """Return the tasks whose backends are verified: the config's, or one packed and one not."""
     if file is None:
-        dtype = plan.training_dtype(bf16="auto", fp16=False, arch=machine.arch)
-        model = Model(type="llama", layers=_SIZES)
+        dtype = training_dtype(bf16="auto", fp16=False, arch=machine.arch)
         unpacked = Problem(
-            model=model,
+            model=Model(type="llama", layers=_SIZES),
             dtype=dtype,
             packing=False,
             dropout=0.0,
@@ -83,17 +71,18 @@ def _problems(file: str | None, machine: Machine) -> list[tuple[Problem, str | N
             rows=1,
             autocast=dtype != "float32",
         )
-        return [(unpacked, None), (replace(unpacked, packing=True), None)]
+        problems = (unpacked, replace(unpacked, packing=True))
+        return [Task(machine=machine, problem=p, requested=None, strict=False) for p in problems]
     checked = config.check_file(file)
     if checked.config is None or not checked.ok:
         why = "\n".join(f"{error.code}: {error.what}" for error in checked.errors)
         raise AttnimgError(
-            f"{file} is no valid config", why=why, do=f"run attnimg check {file}", code="bad-config"
+            f"{file} is not a valid config",
+            why=why,
+            do=f"run attnimg check {file}",
+            code="bad-config",
         )
-    values = checked.config
-    model_found, dropout = read_model(values)
-    problem = problem_of(values, model=model_found, dropout=dropout, arch=machine.arch)
-    return [(problem, values.attn_implementation)]
+    return [read_task(checked.config, machine)[0]]
 
 
 def _json(problem: Problem, proof: Proof) -> dict[str, Any]:

@@ -10,23 +10,6 @@ from typing import Any
 from attnimg.config.attention import LEGACY
 from attnimg.config.schema import Config, DatasetSpec
 
-# Key of another trainer -> attnimg's key.
-SYNONYMS = {
-    "attn_impl": "attn_implementation",
-    "batch_size_per_device": "micro_batch_size",
-    "batchsize": "micro_batch_size",
-    "epochs": "num_epochs",
-    "lr": "learning_rate",
-    "max_length": "sequence_len",
-    "max_seq_length": "sequence_len",
-    "model": "base_model",
-    "model_name_or_path": "base_model",
-    "num_train_epochs": "num_epochs",
-    "packing": "sample_packing",
-    "per_device_train_batch_size": "micro_batch_size",
-    "seq_len": "sequence_len",
-    "xformers": "attn_implementation",
-}
 # Computed from the backend; a config can't set them.
 COMPUTED = ("attn_supports_packing", "attn_uses_flash_lib", "attn_needs_dtype_cast")
 # Keys of the schema that are also in data/keys.toml, which refuses them after their own rules. That
@@ -64,8 +47,8 @@ def unsupported_dataset_keys() -> dict[str, UnsupportedKey]:
 def nearest_key(key: str, *, dataset: bool = False) -> str | None:
     """Return the known key that is most similar to `key`; None when none is similar."""
     name = key.strip().lower()
-    if not dataset and name in SYNONYMS:
-        return SYNONYMS[name]
+    if not dataset and (synonym := _table()["synonyms"].get(name)):
+        return str(synonym)
     fields = DatasetSpec.model_fields if dataset else {**Config.model_fields, **LEGACY}
     others = unsupported_dataset_keys() if dataset else unsupported_keys()
     # Implemented keys come first, so that they are suggested if two keys are equally similar.

@@ -9,20 +9,20 @@ from typing import Literal
 from attnimg.backends import all_backends, backend_named, contrary_settings, runs_on
 from attnimg.facts import Machine, Reason
 from attnimg.machine.host import WORKING_FOLDER, Folder, Host
-from attnimg.machine.shipped_kernels import (
+from attnimg.machine.kernel_cache import (
     ShippedKernels,
     reasons_against_shipped,
     reasons_against_shipped_triton,
 )
-from attnimg.selection.images import ImageFacts
-from attnimg.selection.judge import older
+from attnimg.selection.gpus_and_images import ImageFacts
+from attnimg.selection.judge import is_older
 
 Status = Literal["ok", "warn", "fail"]
 
 _REBUILD = "build the child image again from a fresh attnimg image, and install without it"
 _DO_ABOUT_KERNELS = {
     "kernels-arch": "run the image that is made for this GPU",
-    "kernels-mixed-gpus": "choose alike ones with CUDA_VISIBLE_DEVICES",
+    "kernels-mixed-gpus": "select GPUs of one kind with CUDA_VISIBLE_DEVICES",
     "kernels-driver": "update the host's driver",
     "kernels-packages": "install the image's versions again, or use a fresh image",
     "kernels-settings": "unset them, unless they are meant",
@@ -53,7 +53,7 @@ class Check:
     do: str = ""
 
 
-def examine(
+def check_machine(
     machine: Machine,
     host: Host,
     *,
@@ -68,7 +68,11 @@ def examine(
         image: the image of this process; None outside an image.
         images: all images, to suggest the right one.
     """
-    name = f"attnimg:{image.name}" if image else "not in an attnimg image; judging the machine"
+    name = (
+        f"attnimg:{image.name}"
+        if image
+        else "this is not an attnimg image; only the machine is checked"
+    )
     return (
         Check("image", "ok", name),
         *_check_gpu(machine, image, images),
@@ -91,19 +95,19 @@ def _check_gpu(
         yield Check("driver", "fail", what, do)
         return
     if machine.arch.vendor == "cpu":
-        yield _without_gpu(image)
+        yield _check_absent_gpu(image)
         return
-    yield _architecture(machine, image, images)
+    yield _check_architecture(machine, image, images)
     if machine.other_archs:
         what = f"GPUs differ: {machine.arch.name} and {', '.join(machine.other_archs)}"
-        yield Check("mixed-gpus", "warn", what, "choose alike ones with CUDA_VISIBLE_DEVICES")
+        yield Check("mixed-gpus", "warn", what, "select GPUs of one kind with CUDA_VISIBLE_DEVICES")
     if machine.driver is not None:
-        yield _driver(machine.driver, machine.arch.name, image, images)
+        yield _check_driver(machine.driver, machine.arch.name, image, images)
 
 
-def _without_gpu(image: ImageFacts | None) -> Check:
+def _check_absent_gpu(image: ImageFacts | None) -> Check:
     if image is None or "cpu" in image.devices:
-        return Check("gpu", "ok", "no GPU; this is judged as a CPU machine")
+        return Check("gpu", "ok", "no GPU; this is checked as a CPU machine")
     what = f"no GPU is visible, and attnimg:{image.name} is for {' '.join(image.devices)}"
     do = (
         "start the container with --gpus all (AMD: --device /dev/kfd --device /dev/dri), "
@@ -112,12 +116,12 @@ def _without_gpu(image: ImageFacts | None) -> Check:
     return Check("gpu", "fail", what, do)
 
 
-def _architecture(
+def _check_architecture(
     machine: Machine, image: ImageFacts | None, images: Mapping[str, ImageFacts]
 ) -> Check:
-    arch, shown = machine.arch.name, f"{machine.gpu} ({machine.arch.name})"
+    arch, gpu = machine.arch.name, f"{machine.gpu} ({machine.arch.name})"
     if image is None or arch in image.devices:
-        return Check("gpu", "ok", shown)
+        return Check("gpu", "ok", gpu)
     right = [
         f"attnimg:{name}"
         for name, other in images.items()
@@ -125,22 +129,22 @@ def _architecture(
     ]
     do = f"run {' or '.join(right)}" if right else "no image serves this GPU yet; run attnimg:cpu"
     if "cpu" in image.devices:
-        what = f"attnimg:{image.name} does not use the {shown} that is here"
+        what = f"attnimg:{image.name} does not use the GPU of this machine, {gpu}"
         return Check("gpu", "warn", what, do)
-    what = f"attnimg:{image.name} has code for {' '.join(image.devices)}, the GPU is a {shown}"
+    what = f"attnimg:{image.name} has code for {' '.join(image.devices)}, the GPU is a {gpu}"
     return Check("gpu", "fail", what, do)
 
 
-def _driver(
+def _check_driver(
     driver: str, arch: str, image: ImageFacts | None, images: Mapping[str, ImageFacts]
 ) -> Check:
     floor = image.driver_min if image else None
-    if image is None or floor is None or not older(driver, floor):
+    if image is None or floor is None or not is_older(driver, floor):
         return Check("driver", "ok", f"driver {driver}")
     others = "".join(
         f", or run attnimg:{name}"
         for name, other in images.items()
-        if arch in other.devices and other.driver_min and not older(driver, other.driver_min)
+        if arch in other.devices and other.driver_min and not is_older(driver, other.driver_min)
     )
     what = f"driver {driver} is too old: attnimg:{image.name} needs {floor} or newer"
     return Check("driver", "fail", what, f"update the host's driver{others}")
@@ -149,7 +153,7 @@ def _driver(
 def _check_packages(host: Host, image: ImageFacts | None) -> Iterator[Check]:
     """Compare the installed packages with the manifest, and look for kernels that are shadowed."""
     if image is not None:
-        yield from _against_manifest(host, image)
+        yield from _compare_with_manifest(host, image)
     # Kernels that were only partly compiled (`make wheels/NAME TRIM=1`).
     if small := [
         f"{name} {text}" for name, text in host.installed.items() if text.endswith("+trim")
@@ -160,36 +164,37 @@ def _check_packages(host: Host, image: ImageFacts | None) -> Iterator[Check]:
         )
         do = "build the image from whole wheels, without TRIM=1; a small one is not published"
         yield Check("trimmed", "warn", what, do)
-    shadowing = [*_shadowing(host)]
+    shadowing = [*_check_shadowing(host)]
     yield from shadowing
     if not shadowing:
-        yield Check("shadowing", "ok", "no kernel is hidden by another one")
+        yield Check("shadowing", "ok", "no kernel package is hidden by another one")
 
 
-def _against_manifest(host: Host, image: ImageFacts) -> Iterator[Check]:
+def _compare_with_manifest(host: Host, image: ImageFacts) -> Iterator[Check]:
     differ = {
         name: f"{name} {version} -> {host.installed.get(name, 'gone')}"
         for name, version in image.packages.items()
         if host.installed.get(name) != version
     }
-    vital = [differ.pop(name) for name in ("torch", *image.kernels) if name in differ]
-    if vital:
-        what = f"not what attnimg:{image.name} was built and tested with: {', '.join(vital)}"
+    kernels = [differ.pop(name) for name in ("torch", *image.kernels) if name in differ]
+    if kernels:
+        what = f"not what attnimg:{image.name} was built and tested with: {', '.join(kernels)}"
         yield Check("packages", "fail", what, _REBUILD)
     if differ:
         what = f"changed since attnimg:{image.name} was built: {', '.join(differ.values())}"
-        do = "attnimg selftest tells whether they still work together"
+        do = "run attnimg selftest, which tests whether they still work together"
         yield Check("packages", "warn", what, do)
-    if not vital and not differ:
-        yield Check("packages", "ok", f"all {len(image.packages)} packages are the image's")
+    if not kernels and not differ:
+        yield Check(
+            "packages", "ok", f"all {len(image.packages)} packages have the versions of the image"
+        )
 
 
-def _shadowing(host: Host) -> Iterator[Check]:
+def _check_shadowing(host: Host) -> Iterator[Check]:
     # flash-attn's sdist has 20 files of an old FlashAttention-4, which overwrite flash-attn-4's.
     if host.cute_owners and host.cute_owners != ("flash-attn-4",):
-        what = (
-            f"flash_attn/cute/, FlashAttention-4's, is claimed by {' and '.join(host.cute_owners)}"
-        )
+        owners = " and ".join(host.cute_owners)
+        what = f"flash_attn/cute/, the folder of FlashAttention-4, has files of {owners}"
         do = (
             "install a flash-attn wheel without flash_attn/cute (attnimg's images have one), "
             "then: pip install --force-reinstall --no-deps flash-attn-4"
@@ -201,7 +206,7 @@ def _shadowing(host: Host) -> Iterator[Check]:
         yield Check("damaged", "fail", f"{name}: missing or not as installed: {shown}", do)
     for package, (first, *hidden) in host.shadows.items():
         what = f"{package} in {first} hides the one in {' and '.join(hidden)}"
-        do = f"remove {first}/{package}, or take {first} off PYTHONPATH"
+        do = f"remove {first}/{package}, or remove {first} from PYTHONPATH"
         yield Check("shadowing", "fail", what, do)
 
 
@@ -211,26 +216,28 @@ def _check_shipped_kernels(machine: Machine, host: Host) -> Iterator[Check]:
         return
     if host.shipped_kernels:
         reasons = reasons_against_shipped(host.shipped_kernels, machine)
-        yield _shipped("kernels", "FlashAttention-4", host.shipped_kernels, reasons, machine)
+        yield _check_shipped("kernels", "FlashAttention-4", host.shipped_kernels, reasons, machine)
     sage = backend_named("sage")
     if host.shipped_triton and sage and runs_on(sage.needs, machine.arch):
         reasons = reasons_against_shipped_triton(host.shipped_triton, machine)
-        yield _shipped("Triton kernels", "SageAttention", host.shipped_triton, reasons, machine)
+        yield _check_shipped(
+            "Triton kernels", "SageAttention", host.shipped_triton, reasons, machine
+        )
 
 
-def _shipped(
-    kind: str, whose: str, shipped: ShippedKernels, reasons: tuple[Reason, ...], machine: Machine
+def _check_shipped(
+    kind: str, package: str, shipped: ShippedKernels, reasons: tuple[Reason, ...], machine: Machine
 ) -> Check:
     code, arch = kind.lower().replace(" ", "-"), machine.arch.name
     if shipped.settings:
-        text = f"set here: {', '.join(shipped.settings)}"
+        text = f"these variables are set: {', '.join(shipped.settings)}"
         reasons = (*reasons, Reason(code="kernels-settings", text=text))
     if not reasons:
-        what = f"{whose} finds its {kind} for {arch} compiled: {shipped.kernels[arch]}"
+        what = f"{package} finds its {kind} for {arch} compiled: {shipped.kernels[arch]}"
         return Check(code, "ok", what)
     what = (
-        f"{whose} does not use the {kind} compiled with the image, so that each is compiled at its "
-        f"first call: {'; '.join(reason.text for reason in reasons)}"
+        f"{package} does not use the {kind} compiled with the image; each is compiled at its first "
+        f"call: {'; '.join(reason.text for reason in reasons)}"
     )
     do = dict.fromkeys(_DO_ABOUT_KERNELS[reason.code] for reason in reasons)
     return Check(code, "warn", what, "; ".join(do))
@@ -259,7 +266,7 @@ def _check_user(host: Host) -> Check:
         do = "set USER and LOGNAME, for example -e USER=me -e LOGNAME=me"
         return Check("user", "fail", what, do)
     if host.uid == 0:
-        what = f"{host.user} (0); as root, so what it writes on a mounted folder is root's"
+        what = f"{host.user} (0): files that root writes to a mounted folder belong to root"
         return Check("user", "warn", what, "start the container with --user $(id -u):$(id -g)")
     return Check("user", "ok", f"{host.user} ({host.uid})")
 
@@ -282,10 +289,10 @@ def _check_folder(folder: Folder, *, uid: int) -> Check:
         what = f"not writable for user {uid}"
         if folder.role == WORKING_FOLDER:
             # output_dir may be elsewhere, so this is only a warning.
-            do = "mount a folder of this user's there: -v $PWD:/workspace"
+            do = "mount a folder that this user may write to: -v $PWD:/workspace"
             return Check("folder", "warn", what, do)
         return Check(
-            "folder", "fail", what, "mount a volume that this user may write: -v cache:/cache"
+            "folder", "fail", what, "mount a volume that this user may write to: -v cache:/cache"
         )
     if folder.free_bytes is None:
         return Check("folder", "ok", "writable")
@@ -301,5 +308,5 @@ def _check_shared_memory(host: Host) -> Check:
     if host.shm_bytes is not None and host.shm_bytes >= _SHM_WARN:
         return Check("shm", "ok", f"/dev/shm {host.shm_bytes / _GIB:.1f} GiB")
     size = "absent" if host.shm_bytes is None else f"{host.shm_bytes / (1 << 20):.0f} MiB"
-    what = f"/dev/shm is {size}; data loaders' workers and several GPUs need more"
+    what = f"/dev/shm is {size}; data loader workers and runs on several GPUs need more"
     return Check("shm", "warn", what, "start the container with --shm-size=8g, or with --ipc=host")

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-from attnimg.machine.probe import canonical, changed_files, recorded
-from attnimg.machine.shipped_kernels import ShippedKernels, shipped_kernels, shipped_triton
+from attnimg.machine.kernel_cache import ShippedKernels, shipped_kernels, shipped_triton
+from attnimg.machine.probe import canonical, changed_files, read_record
 
 WORKING_FOLDER = "the working folder"
 # Variables that name cache folders; their defaults are under HOME.
@@ -54,7 +54,6 @@ class Host:
     Attributes:
         uid: the user's id.
         user: the result of getpass.getuser(); None where it raises.
-        home: HOME.
         folders: HOME, the caches and the working folder.
         shm_bytes: size of /dev/shm; None without one.
         installed: every distribution, by its normalized name (PEP 503) -> its version.
@@ -68,7 +67,6 @@ class Host:
 
     uid: int
     user: str | None
-    home: str
     folders: tuple[Folder, ...]
     shm_bytes: int | None
     installed: Mapping[str, str]
@@ -83,9 +81,9 @@ def this_host(*, shm: Path = Path("/dev/shm")) -> Host:
     """Return the state of this host, without importing packages or writing files."""
     distributions = {_name_and_version(dist): dist for dist in metadata.distributions()}
     flash = {name: d for (name, _), d in distributions.items() if name.startswith("flash-attn")}
-    changed = {name: changed_files(dist, recorded(dist)) for name, dist in flash.items()}
+    changed = {name: changed_files(dist, read_record(dist)) for name, dist in flash.items()}
     cute = "flash_attn/cute/"
-    owners = [name for (name, _), d in distributions.items() if recorded(d, under=cute)]
+    owners = [name for (name, _), d in distributions.items() if read_record(d, under=cute)]
     home = os.environ.get("HOME", "")
     user = None
     with suppress(KeyError, OSError):  # OSError from Python 3.13 on
@@ -93,7 +91,6 @@ def this_host(*, shm: Path = Path("/dev/shm")) -> Host:
     return Host(
         uid=os.getuid(),
         user=user,
-        home=home,
         folders=tuple(_folders(home)),
         shm_bytes=shutil.disk_usage(shm).total if shm.is_dir() else None,
         installed=dict(distributions.keys()),

@@ -1,5 +1,9 @@
 """Copy the image's precompiled kernels to the user's caches, and set the variables that name them.
 
+docker/precompiled compiles them: a folder for each architecture, and a manifest.json with a
+fingerprint of the software that they were compiled with. fingerprint.py computes the fingerprint of
+this machine's software, and doctor.py reports why the kernels are not used.
+
 A run sets the variables for itself; `python -m attnimg.machine.kernel_cache` prints them as shell
 commands, which docker/entrypoint.sh runs for other programs. Notes are printed to stderr because
 the shell reads stdout.
@@ -23,22 +27,137 @@ import shutil
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from attnimg.backends import all_backends, contrary_settings
-from attnimg.errors import AttnimgError
-from attnimg.facts import Machine
-from attnimg.files import cache_folder, make_private_folder
+from attnimg.errors import AttnimgError, bad_manifest
+from attnimg.facts import Machine, Reason
+from attnimg.files import cache_folder, make_private_folder, read_data
+from attnimg.machine.fingerprint import ABSENT, fingerprint, triton_in_short
 from attnimg.machine.probe import this_machine
-from attnimg.machine.shipped_kernels import (
-    CACHE_AT,
-    CACHE_ON,
-    FOLDER,
-    TRITON_FOLDER,
-    reasons_against_shipped,
-    shipped_kernels,
-)
+
+FOLDER = Path("/opt/attnimg/fa4")
+TRITON_FOLDER = Path("/opt/attnimg/triton")
+CACHE_ON = "FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED"
+CACHE_AT = "FLASH_ATTENTION_CUTE_DSL_CACHE_DIR"
+# They are compiled by CuTe DSL for CUDA 13, and need a driver for CUDA 13.
+# Source: recipes/cuda.toml, 13.0.
+_DRIVER_MAJOR = 580
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ShippedKernels:
+    """Precompiled kernels in the image, and the software that would use them.
+
+    Attributes:
+        key: a hash of `built`; for FlashAttention-4 part of the path of its cache folder.
+        built: the software that they were compiled with: "python" or a package -> its version, a
+            folder -> its hash.
+        found: the same software as installed here.
+        kernels: architecture, "sm_90" -> number of kernels.
+        settings: variables that are set here and select other kernels or another folder.
+    """
+
+    key: str
+    built: Mapping[str, str]
+    found: Mapping[str, str]
+    kernels: Mapping[str, int]
+    settings: tuple[str, ...] = ()
+
+
+def shipped_kernels(folder: Path = FOLDER) -> ShippedKernels | None:
+    """Read the manifest of FlashAttention-4's kernels in the image; return None if it has none.
+
+    Raises:
+        AttnimgError: the manifest exists but can't be read (code "bad-image").
+    """
+    found = _read(folder, found=fingerprint, variables="flash_attention_4")
+    if found is None:
+        return None
+    # The user has moved the cache or turned it off.
+    off = [CACHE_ON] if os.environ.get(CACHE_ON, "1") != "1" else []
+    elsewhere = [CACHE_AT] if found.key not in (os.environ.get(CACHE_AT) or found.key) else []
+    return replace(found, settings=(*found.settings, *off, *elsewhere))
+
+
+def shipped_triton(folder: Path = TRITON_FOLDER) -> ShippedKernels | None:
+    """Read the manifest of SageAttention's Triton kernels in the image; return None if it has none.
+
+    `built` has only the items of triton_in_short(): the others need half a gigabyte of reading.
+
+    Raises:
+        AttnimgError: the manifest exists but can't be read (code "bad-image").
+    """
+    found = _read(folder, found=triton_in_short, variables="triton")
+    if found is None:
+        return None
+    built = {name: value for name, value in found.built.items() if name in found.found}
+    return replace(found, built=built)
+
+
+def _read(
+    folder: Path, *, found: Callable[[], dict[str, str]], variables: str
+) -> ShippedKernels | None:
+    """Read a manifest.json; `variables` is a row of data/kernel_variables.toml."""
+    manifest, names = folder / "manifest.json", read_data("kernel_variables.toml")[variables]
+    try:
+        raw = json.loads(manifest.read_text(encoding="utf-8"))
+        key, built = raw["key"], dict(raw["fingerprint"])
+        kernels = {arch: target["kernels"] for arch, target in raw["targets"].items()}
+        wrong = [v for v in (key, *built.values()) if not isinstance(v, str)]
+        if wrong := [*wrong, *(v for v in kernels.values() if not isinstance(v, int))]:
+            raise TypeError(f"found {wrong[0]!r:.60} as a name, a version or a count")
+        return ShippedKernels(
+            key=key,
+            built=built,
+            found=found(),
+            kernels=kernels,
+            settings=tuple(name for name in names if name in os.environ),
+        )
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise bad_manifest(manifest, error) from error
+
+
+def reasons_against_shipped(shipped: ShippedKernels, machine: Machine) -> tuple[Reason, ...]:
+    """Return the reasons why FlashAttention-4 on an NVIDIA GPU does not use the image's kernels."""
+    arch, others = machine.arch.name, machine.other_archs
+    found = [*_other_gpu(shipped, (arch,))]
+    if others:
+        # A folder is for one architecture only, as some keys in it do not contain the architecture.
+        text = f"GPUs differ: {arch} and {' '.join(others)}"
+        found.append(Reason(code="kernels-mixed-gpus", text=text))
+    major = (machine.driver or "").partition(".")[0]
+    if major.isdecimal() and int(major) < _DRIVER_MAJOR:
+        text = f"they need driver {_DRIVER_MAJOR} or newer, found {machine.driver}"
+        found.append(Reason(code="kernels-driver", text=text))
+    return (*found, *_other_packages(shipped))
+
+
+def reasons_against_shipped_triton(shipped: ShippedKernels, machine: Machine) -> tuple[Reason, ...]:
+    """Return the reasons why Triton compiles kernels again on a machine with NVIDIA GPUs."""
+    # One folder has the kernels of several architectures, whose names differ.
+    archs = (machine.arch.name, *machine.other_archs)
+    return (*_other_gpu(shipped, archs), *_other_packages(shipped))
+
+
+def _other_gpu(shipped: ShippedKernels, archs: tuple[str, ...]) -> Iterator[Reason]:
+    if missing := [arch for arch in archs if arch not in shipped.kernels]:
+        text = f"they are for {' '.join(shipped.kernels)}, found {' '.join(missing)}"
+        yield Reason(code="kernels-arch", text=text)
+
+
+def _other_packages(shipped: ShippedKernels) -> Iterator[Reason]:
+    for name, built in shipped.built.items():
+        here = shipped.found.get(name, ABSENT)
+        if here != built:
+            # 12 characters of a hash; versions are shorter.
+            text = f"compiled with another: {name} {built[:12]} -> {here[:12]}"
+            yield Reason(code="kernels-packages", text=text)
+
 
 TRITON_CACHE = "TRITON_CACHE_DIR"
 
@@ -99,18 +218,18 @@ def fa4_settings(
     if kernels is None or reasons_against_shipped(kernels, machine):
         return {}
     source = shipped / machine.arch.name
-    name = Path(kernels.key) / f"{machine.arch.name}-{_cpu()}"
+    name = Path(kernels.key) / f"{machine.arch.name}-{_hash_cpu_features()}"
     # The temporary folder is used if the cache is on a volume with another user's folders.
-    folders = [cache_folder(environment, "flash-attn-4"), *_temporary("flash-attn-4")]
+    folders = [cache_folder(environment, "flash-attn-4"), *_temporary_folders("flash-attn-4")]
     for folder in folders:
-        if _is_copied(source, folder / name):
+        if _copy_folder(source, folder / name):
             return {CACHE_ON: "1", CACHE_AT: str(folder / name)}
     tried = ", ".join(map(str, folders))
     _note(f"FlashAttention-4 compiles its kernels again: no private, writable folder in {tried}")
     return {}
 
 
-def _temporary(name: str) -> Iterator[Path]:
+def _temporary_folders(name: str) -> Iterator[Path]:
     """Yield this user's folder with a name in the temporary folder, if there is one."""
     try:
         yield Path(tempfile.gettempdir()) / f"attnimg-{name}-{os.getuid()}"
@@ -118,7 +237,7 @@ def _temporary(name: str) -> Iterator[Path]:
         return
 
 
-def _is_copied(source: Path, target: Path) -> bool:
+def _copy_folder(source: Path, target: Path) -> bool:
     """Copy a folder atomically for this user; other processes may do the same concurrently.
 
     Returns:
@@ -148,7 +267,7 @@ def _is_copied(source: Path, target: Path) -> bool:
             shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _cpu(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+def _hash_cpu_features(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
     """Return a hash of this CPU's features, which psutil does not read.
 
     The files that FlashAttention-4 adds to its cache are compiled for the CPU, but its cache keys
@@ -178,12 +297,12 @@ def triton_settings(
         return {}
     home = environment.get("TRITON_HOME") or environment.get("HOME") or str(Path.home())
     named = Path(environment.get(TRITON_CACHE) or Path(home) / ".triton" / "cache").absolute()
-    if all(_is_merged(source, named) for source in sources):
+    if all(_copy_triton_entries(source, named) for source in sources):
         return {}
-    others = [*_temporary("triton")]
+    others = [*_temporary_folders("triton")]
     for own in others:
         # Its files are run, so no other user may be able to change them.
-        if _is_private(own) and all(_is_merged(source, own) for source in sources):
+        if _is_private(own) and all(_copy_triton_entries(source, own) for source in sources):
             _note(f"Triton can't write {named}; its cache is {own}")
             return {TRITON_CACHE: str(own)}
     tried = " or ".join(map(str, (named, *others)))
@@ -200,7 +319,7 @@ def _is_private(folder: Path) -> bool:
     return True
 
 
-def _is_merged(source: Path, target: Path) -> bool:
+def _copy_triton_entries(source: Path, target: Path) -> bool:
     """Copy each entry of a folder to Triton's cache; return False if it can't be written.
 
     Triton finds an entry by its group file, which has the paths of the other files. It is therefore
@@ -213,20 +332,20 @@ def _is_merged(source: Path, target: Path) -> bool:
             return False
         for entry in source.iterdir():
             files = {path.name: str(target / entry.name / path.name) for path in entry.iterdir()}
-            (described,) = (name for name in files if name.endswith(".json"))
-            group = target / entry.name / f"__grp__{described}"
-            if _is_whole(group):
+            (metadata,) = (name for name in files if name.endswith(".json"))
+            group = target / entry.name / f"__grp__{metadata}"
+            if _has_all_files(group):
                 continue
             group.parent.mkdir(exist_ok=True)
             for name in files:
-                _put(group.with_name(name), (entry / name).read_bytes())
-            _put(group, json.dumps({"child_paths": files}).encode())
+                _write_atomically(group.with_name(name), (entry / name).read_bytes())
+            _write_atomically(group, json.dumps({"child_paths": files}).encode())
     except OSError:  # not writable, or the disk is full
         return False
     return True
 
 
-def _is_whole(group: Path) -> bool:
+def _has_all_files(group: Path) -> bool:
     """Return whether all files in a group exist; they may not if the cache was moved."""
     try:
         paths = json.loads(group.read_bytes())["child_paths"].values()
@@ -235,8 +354,8 @@ def _is_whole(group: Path) -> bool:
         return False
 
 
-def _put(path: Path, content: bytes) -> None:
-    """Write a file atomically."""
+def _write_atomically(path: Path, content: bytes) -> None:
+    """Write a file through a temporary one, so that no other process reads a part of it."""
     part = path.with_name(f"tmp.attnimg_{os.getpid()}_{threading.get_ident()}_{path.name}")
     try:
         part.write_bytes(content)

@@ -72,7 +72,9 @@ def read_local_kernels(spec: str, *, torch: str | None) -> tuple[LocalKernel, ..
     for entry in spec.split(":"):
         repo, equals, path = entry.partition("=")
         if not equals:
-            raise _refusal(entry, why="found no '='; needed org/name=/path, entries joined by ':'")
+            raise _entry_error(
+                entry, why="found no '='; needed org/name=/path, with ':' between entries"
+            )
         paths[repo] = path
     build = torch_build(torch)
     return tuple(_read(repo, path, build=build) for repo, path in paths.items())
@@ -81,23 +83,23 @@ def read_local_kernels(spec: str, *, torch: str | None) -> tuple[LocalKernel, ..
 def _read(repo: str, path: str, *, build: TorchBuild) -> LocalKernel:
     entry, folder = f"{repo}={path}", Path(path)
     if not folder.is_dir():
-        raise _refusal(entry, why=f"found no folder {path}")
+        raise _entry_error(entry, why=f"found no folder {path}")
     variant, rejected = choose_variant(folder, build=build)
     if variant is None:
         why = "\n".join(rejected) or "found no build variant; needed one such as build/torch-cpu"
-        raise _refusal(entry, why=why)
-    described = _read_metadata(entry, variant)
-    backend = described["backend"]["type"]
+        raise _entry_error(entry, why=why)
+    metadata_json = _read_metadata(entry, variant)
+    backend = metadata_json["backend"]["type"]
     if backend not in ("cpu", "cuda", "rocm"):
         why = f"found a kernel built for {backend!r}; needed one of cpu, cuda, rocm"
-        raise _refusal(entry, why=why)
-    name = str(described.get("name", "")).replace("-", "_")
+        raise _entry_error(entry, why=why)
+    name = str(metadata_json.get("name", "")).replace("-", "_")
     exports, takes = _exports(variant, name=name)
     return LocalKernel(
         repo=repo,
         path=path,
         vendor=_VENDORS[backend],
-        version=str(described.get("version", "unknown")),
+        version=str(metadata_json.get("version", "unknown")),
         exports=exports,
         varlen_takes=takes,
     )
@@ -106,14 +108,16 @@ def _read(repo: str, path: str, *, build: TorchBuild) -> LocalKernel:
 def _read_metadata(entry: str, variant: Path) -> dict[str, Any]:
     path = variant / "metadata.json"
     try:
-        described = json.loads(read_regular(path, at_most=_METADATA_BYTES))
-        described["backend"]["type"].strip()
+        metadata_json = json.loads(read_regular(path, at_most=_METADATA_BYTES))
+        metadata_json["backend"]["type"].strip()
     except OSError as error:
-        raise _refusal(entry, why=f"found no readable {path}: {error.strerror}") from error
+        raise _entry_error(entry, why=f"found no readable {path}: {error.strerror}") from error
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         needed = 'needed JSON with "backend": {"type": "cpu"}, "cuda" or "rocm"'
-        raise _refusal(entry, why=f"{path} does not say what it is built for; {needed}") from error
-    return dict(described)
+        raise _entry_error(
+            entry, why=f"{path} does not name the devices that it was built for; {needed}"
+        ) from error
+    return dict(metadata_json)
 
 
 def torch_build(version: str | None) -> TorchBuild:
@@ -122,7 +126,7 @@ def torch_build(version: str | None) -> TorchBuild:
     Args:
         version: torch's; None without torch.
     """
-    own = _pair(version or "")
+    own = _major_minor(version or "")
     try:
         located = metadata.distribution("torch").locate_file("torch/version.py")
         text = Path(str(located)).read_text(encoding="utf-8")
@@ -131,7 +135,7 @@ def torch_build(version: str | None) -> TorchBuild:
     vendors: dict[str, Vendor] = {"cuda": "nvidia", "hip": "amd"}
     for field, vendor in vendors.items():
         if found := re.search(rf"^{field}\b[^=]*= *['\"]([\d.]+)", text, flags=re.MULTILINE):
-            return TorchBuild(version=own, vendor=vendor, toolkit=_pair(found[1]))
+            return TorchBuild(version=own, vendor=vendor, toolkit=_major_minor(found[1]))
     return TorchBuild(version=own, vendor="cpu")
 
 
@@ -203,7 +207,7 @@ def _against_compiled(name: re.Match[str], *, build: TorchBuild) -> str | None:
     return None if needed == build.version else f"needs exactly {text}"
 
 
-def _pair(version: str) -> tuple[int, int] | None:
+def _major_minor(version: str) -> tuple[int, int] | None:
     found = re.match(r"(\d+)\.(\d+)", version)
     return (int(found[1]), int(found[2])) if found else None
 
@@ -251,9 +255,9 @@ def _arguments(node: ast.AST) -> frozenset[str] | None:
     return frozenset(argument.arg for argument in arguments)
 
 
-def _refusal(entry: str, *, why: str) -> AttnimgError:
+def _entry_error(entry: str, *, why: str) -> AttnimgError:
     return AttnimgError(
-        f"LOCAL_KERNELS entry {entry!r} serves no kernel",
+        f"LOCAL_KERNELS entry {entry!r} does not name a usable kernel",
         why=why,
         do="correct the entry, or unset LOCAL_KERNELS",
         code="local-kernel",

@@ -20,7 +20,7 @@ from pathlib import Path
 from attnimg.backends import variables_that_choose
 from attnimg.errors import AttnimgError
 from attnimg.facts import LocalKernel, Machine
-from attnimg.selection.gpus import arch_from_name
+from attnimg.selection.gpus_and_images import arch_from_name
 
 _QUERY = "name,compute_cap,memory.total,driver_version"
 # nvidia-smi normally takes less than a second; without persistence mode it takes a few seconds to
@@ -98,7 +98,7 @@ def this_machine(packages: Iterable[str], *, sys_root: Path = Path("/sys")) -> M
         packages=installed,
         torch=torch,
         local_kernels=local,
-        shadowed=shadowed(installed),
+        shadowed=find_shadowed(installed),
         variables=variables_that_choose(os.environ) | _requested_backend(os.environ),
     )
 
@@ -126,7 +126,7 @@ def describe(recording: Recording) -> Machine:
     return replace(first, other_archs=tuple(differing), driver_problem=problem)
 
 
-def shadowed(installed: Collection[str]) -> tuple[str, ...]:
+def find_shadowed(installed: Collection[str]) -> tuple[str, ...]:
     """Return the packages whose files another package has overwritten, without importing any.
 
     Args:
@@ -136,7 +136,7 @@ def shadowed(installed: Collection[str]) -> tuple[str, ...]:
         package
         for package, other, path in _CLAIMED_TWICE
         if {package, other} <= set(installed)
-        and changed_files(found := metadata.distribution(package), recorded(found, under=path))
+        and changed_files(found := metadata.distribution(package), read_record(found, under=path))
     )
 
 
@@ -148,7 +148,7 @@ def canonical(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
-def recorded(dist: metadata.Distribution, *, under: str = "") -> list[str]:
+def read_record(dist: metadata.Distribution, *, under: str = "") -> list[str]:
     """Return the lines of RECORD as text, as parsing 80 such files as csv takes a second.
 
     Args:
@@ -252,7 +252,7 @@ def _nvidia_devices(answer: CommandResult | None) -> tuple[list[Machine], str | 
         elif line.strip():
             complaints.append(line.strip())
     if answer.returncode and not complaints:
-        complaints.append(f"nvidia-smi ended with status {answer.returncode} and said nothing")
+        complaints.append(f"nvidia-smi ended with status {answer.returncode} without a message")
     return devices, " ".join(complaints) or None
 
 

@@ -42,7 +42,9 @@ def judge(backend: Backend, machine: Machine, problem: Problem, *, rank: int) ->
     """Return the verdict on one candidate; see reasons_against."""
     if reasons := reasons_against(backend, machine, problem):
         return Verdict(backend=backend, rank=rank, reasons=reasons)
-    return Verdict(backend=backend, rank=rank, reasons=(), kernel=_kernel(backend, machine))
+    return Verdict(
+        backend=backend, rank=rank, reasons=(), kernel=_describe_kernel(backend, machine)
+    )
 
 
 def reasons_against(backend: Backend, machine: Machine, problem: Problem) -> tuple[Reason, ...]:
@@ -54,19 +56,19 @@ def reasons_against(backend: Backend, machine: Machine, problem: Problem) -> tup
     if (local := local_kernel(backend, machine)) is not None:
         if model_class is not None and "others" in model_class.lacks:
             # falcon, gpt_neo and gptj look the name up in their own tables.
-            against_class = _own_code(model_class, backend.name)
+            against_class = _own_attention_code(model_class, backend.name)
         found += _local_reasons(backend, local, machine, problem)
         return (*found, *filter(None, [against_class]))
     if not runs_on(needs, machine.arch):
         text = f"found {machine.arch.name}, needs {needs.arch_text}"
         found.append(Reason(code=arch_code(needs, machine.arch), text=text))
-    found += _variant(backend, machine)
-    found += _dtype(backend, machine, problem)
-    found += _backward(backend, machine, problem)
-    found += _packing(backend, problem)
-    found += _model(backend, machine, problem)
+    found += _variant_reasons(backend, machine)
+    found += _dtype_reasons(backend, machine, problem)
+    found += _backward_reasons(backend, machine, problem)
+    found += _packing_reasons(backend, problem)
+    found += _model_reasons(backend, machine, problem)
     found += filter(None, [against_class])
-    found += _software(backend, machine)
+    found += _software_reasons(backend, machine)
     found += known_bad.reasons_against(backend, machine, problem)
     return tuple(found)
 
@@ -91,7 +93,7 @@ def with_effective_windows(problem: Problem) -> Problem:
     return replace(problem, model=replace(problem.model, layers=layers))
 
 
-def _variant(backend: Backend, machine: Machine) -> Iterator[Reason]:
+def _variant_reasons(backend: Backend, machine: Machine) -> Iterator[Reason]:
     """Yield a reason if the user's environment selects other kernels than those for this GPU."""
     for setting in contrary_settings(backend, machine.arch, machine.variables):
         kernels = backend.variants[machine.arch.name].name
@@ -103,19 +105,19 @@ def _variant(backend: Backend, machine: Machine) -> Iterator[Reason]:
             yield Reason(code="variant", text=text)
 
 
-def _dtype(backend: Backend, machine: Machine, problem: Problem) -> Iterator[Reason]:
+def _dtype_reasons(backend: Backend, machine: Machine, problem: Problem) -> Iterator[Reason]:
     capability = machine.arch.capability
     missing = backend.needs.dtypes_missing.get(capability[0], frozenset()) if capability else set()
     dtypes = backend.needs.dtypes - missing
     if problem.dtype not in dtypes:
-        takes = " or ".join(sorted(dtypes))
-        yield Reason(code="dtype", text=f"found {problem.dtype}, takes {takes} here")
+        supported = " or ".join(sorted(dtypes))
+        yield Reason(code="dtype", text=f"found {problem.dtype}, supports {supported} here")
     elif problem.dtype == "bfloat16" and capability is not None and capability < (8, 0):
         text = f"found bfloat16 on {machine.arch.name}, needs sm_80 or newer"
         yield Reason(code="dtype", text=text)
 
 
-def _backward(backend: Backend, machine: Machine, problem: Problem) -> Iterator[Reason]:
+def _backward_reasons(backend: Backend, machine: Machine, problem: Problem) -> Iterator[Reason]:
     if not problem.training or machine.arch.vendor in backend.needs.backward:
         return
     if backend.forward_only and problem.forward_only_ok:
@@ -125,7 +127,7 @@ def _backward(backend: Backend, machine: Machine, problem: Problem) -> Iterator[
         yield Reason(code=backend.needs.backward_code, text=f"forward only{where}: cannot train")
 
 
-def _packing(backend: Backend, problem: Problem) -> Iterator[Reason]:
+def _packing_reasons(backend: Backend, problem: Problem) -> Iterator[Reason]:
     if backend.needs.packed_only and not problem.packing:
         yield Reason(code="not-packed", text="takes packed rows only; sdpa takes the others")
     # The isolation check tests an unreviewed hub kernel before the first training step.
@@ -136,23 +138,27 @@ def _packing(backend: Backend, problem: Problem) -> Iterator[Reason]:
         yield Reason(code=code, text="takes no document boundaries: packed documents would mix")
 
 
-def _model(backend: Backend, machine: Machine, problem: Problem) -> Iterator[Reason]:
+def _model_reasons(backend: Backend, machine: Machine, problem: Problem) -> Iterator[Reason]:
     needs, model = backend.needs, problem.model
     major = machine.arch.capability[0] if machine.arch.capability else None
     place = machine.arch.name if major is None else major
     features = needs.features - needs.features_missing.get(place, frozenset())
     if problem.dropout and "dropout" not in features:
-        yield Reason(code="dropout", text=f"found attention dropout {problem.dropout}, has none")
+        yield Reason(
+            code="dropout", text=f"found attention dropout {problem.dropout}, does not support it"
+        )
     if model is None:
         return
     if needs.model_types and model.type not in needs.model_types:
-        takes = ", ".join(sorted(needs.model_types))
-        yield Reason(code=needs.model_code, text=f"found model type {model.type}, takes {takes}")
+        supported = ", ".join(sorted(needs.model_types))
+        yield Reason(
+            code=needs.model_code, text=f"found model type {model.type}, supports {supported}"
+        )
     for layer in model.layers:
         yield from layer_reasons(layer, needs.head_dims, major, features)
     capped = any(layer.softcap for layer in model.layers)
     if problem.dropout and capped and needs.exclusive >= {"softcap", "dropout"}:
-        text = f"found attention dropout {problem.dropout} with a logit soft cap, does one of them"
+        text = f"found attention dropout {problem.dropout} and a soft cap, supports only one"
         yield Reason(code="dropout", text=text)
 
 
@@ -172,40 +178,40 @@ def layer_reasons(
         "softcap": f"a logit soft cap of {layer.softcap}",
         "sinks": "attention sinks",
     }
-    asked = layer.features
-    for feature in sorted(asked - features):
+    used = layer.features
+    for feature in sorted(used - features):
         text = f"{layer.count} layers use {texts[feature]}, not supported here"
         yield Reason(code=feature, text=text)
     rules = tuple(
         rule for rule in rules if not rule.majors or major is None or major in rule.majors
     )
-    sized = [rule for rule in rules if _takes_qk(rule, layer) and _takes_v(rule, layer)]
+    sized = [rule for rule in rules if _supports_qk(rule, layer) and _supports_v(rule, layer)]
     size = f"{layer.count} layers have head_dim {layer.head_dim_qk}"
     if layer.head_dim_v != layer.head_dim_qk:
         size += f" (v {layer.head_dim_v})"
     if rules and not sized:
-        code = "head-dim" if not any(_takes_qk(rule, layer) for rule in rules) else "head-dim-v"
-        yield Reason(code=code, text=f"{size}, takes {_sizes(rules)}")
-    elif sized and all(asked & features & rule.without for rule in sized):
-        lost = sorted(asked & features & sized[0].without)
-        yield Reason(code=lost[0], text=f"{size}, where {' or '.join(lost)} is not supported")
+        code = "head-dim" if not any(_supports_qk(rule, layer) for rule in rules) else "head-dim-v"
+        yield Reason(code=code, text=f"{size}, takes {_describe_sizes(rules)}")
+    elif sized and all(used & features & rule.without for rule in sized):
+        missing = sorted(used & features & sized[0].without)
+        yield Reason(code=missing[0], text=f"{size}, where {' or '.join(missing)} is not supported")
 
 
-def _takes_qk(rule: HeadDims, layer: LayerGroup) -> bool:
+def _supports_qk(rule: HeadDims, layer: LayerGroup) -> bool:
     if rule.ungrouped and layer.heads != layer.kv_heads:
         return False
     in_range = rule.qk[0] <= layer.head_dim_qk <= rule.qk[1]
     return in_range and layer.head_dim_qk % rule.multiple == 0
 
 
-def _takes_v(rule: HeadDims, layer: LayerGroup) -> bool:
+def _supports_v(rule: HeadDims, layer: LayerGroup) -> bool:
     if rule.equal and layer.head_dim_v != layer.head_dim_qk:
         return False
     in_range = rule.v[0] <= layer.head_dim_v <= rule.v[1]
     return in_range and layer.head_dim_v % rule.multiple_v == 0
 
 
-def _sizes(rules: tuple[HeadDims, ...]) -> str:
+def _describe_sizes(rules: tuple[HeadDims, ...]) -> str:
     texts = []
     for rule in rules:
         low, high = rule.qk
@@ -226,18 +232,18 @@ def reason_against_class(model_class: ModelClass | None, backend: Backend) -> Re
         return None
     name = backend.applied_as or backend.name
     if name.startswith("attnimg_"):
-        return reason_against_own(model_class, backend.name)
+        return reason_against_registered(model_class, backend.name)
     flash = backend.uses_flash_lib or backend.family
-    text, takes = "", model_class.flash_names
+    text, supported = "", model_class.flash_names
     if ("flash" if flash else _CLASS_SUPPORTS.get(name)) in model_class.lacks:
-        text = f"says that it has no {backend.summary}"
+        text = f"declares that it does not support {backend.summary}"
     # transformers replaces any other name with "flash" in it by the first in this list.
-    elif takes and "flash" in name and name not in takes:
-        text = f"takes {', '.join(takes)} and would swap {name}"
+    elif supported and "flash" in name and name not in supported:
+        text = f"supports {', '.join(supported)}; it would replace {name}"
     return _class_reason(model_class, text) if text else None
 
 
-def reason_against_own(model_class: ModelClass, name: str) -> Reason | None:
+def reason_against_registered(model_class: ModelClass, name: str) -> Reason | None:
     """Return why a model class can't run a function that attnimg registers with transformers.
 
     transformers accepts a registered name even for classes with their own attention code: bloom
@@ -250,14 +256,16 @@ def reason_against_own(model_class: ModelClass, name: str) -> Reason | None:
         name: the backend's name, for messages.
     """
     if "others" in model_class.lacks:
-        return _own_code(model_class, name)
+        return _own_attention_code(model_class, name)
     if "flash" in model_class.lacks:
-        text = f"says that it has no flash attention: its mask says more than {name} is told"
+        text = (
+            f"declares that it does not support flash attention: its mask has more than {name} gets"
+        )
         return _class_reason(model_class, text)
     return None
 
 
-def _own_code(model_class: ModelClass, name: str) -> Reason:
+def _own_attention_code(model_class: ModelClass, name: str) -> Reason:
     return _class_reason(model_class, f"has its own attention code, which can't call {name}")
 
 
@@ -265,9 +273,9 @@ def _class_reason(model_class: ModelClass, text: str) -> Reason:
     return Reason(code="model-class", text=f"transformers' {model_class.name} {text}")
 
 
-def _software(backend: Backend, machine: Machine) -> Iterator[Reason]:
+def _software_reasons(backend: Backend, machine: Machine) -> Iterator[Reason]:
     needs = backend.needs
-    if needs.torch_min and machine.torch and older(machine.torch, needs.torch_min[0]):
+    if needs.torch_min and machine.torch and is_older(machine.torch, needs.torch_min[0]):
         minimum, code = needs.torch_min
         yield Reason(code=code, text=f"found torch {machine.torch}, needs {minimum} or newer")
     if machine.packages is None:
@@ -279,12 +287,12 @@ def _software(backend: Backend, machine: Machine) -> Iterator[Reason]:
         version = machine.packages.get(package)
         if version is None:
             yield Reason(code=code, text=f"package {package} is not installed")
-        elif lowest and older(version, lowest):
+        elif lowest and is_older(version, lowest):
             code = "version-low" if code == "not-installed" else code
             yield Reason(code=code, text=f"found {package} {version}, needs {lowest} or newer")
 
 
-def older(version: str, minimum: str) -> bool:
+def is_older(version: str, minimum: str) -> bool:
     """Return whether a version's release number is lower; suffixes are ignored."""
     return _release(version) < _release(minimum)
 
@@ -299,7 +307,7 @@ def _local_reasons(
 ) -> Iterator[Reason]:
     """Yield the reasons against a local kernel, from its metadata and its exports."""
     if kernel.vendor != machine.arch.vendor:
-        text = f"LOCAL_KERNELS serves a build for {kernel.vendor}, found {machine.arch.name}"
+        text = f"the build in LOCAL_KERNELS is for {kernel.vendor}, found {machine.arch.name}"
         yield Reason(code="arch-mismatch", text=text)
     if kernel.exports is None:
         return
@@ -330,7 +338,7 @@ def _arguments_missing(kernel: LocalKernel, problem: Problem) -> Iterator[Reason
             yield Reason(code=feature, text=text)
 
 
-def _kernel(backend: Backend, machine: Machine) -> str:
+def _describe_kernel(backend: Backend, machine: Machine) -> str:
     """Return the kernel that would run: a package and its version, or a local kernel's folder."""
     if (local := local_kernel(backend, machine)) is not None:
         return f"{local.repo} {local.version} from {local.path}".replace("  ", " ")

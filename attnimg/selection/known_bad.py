@@ -44,7 +44,7 @@ def reasons_against(backend: Backend, machine: Machine, problem: Problem) -> Ite
     Rules about versions are skipped where the versions of packages are not known.
     """
     for rule in problem.known_bad:
-        if _holds(rule, backend, machine, problem):
+        if _matches(rule, backend, machine, problem):
             found = "seen here" if rule.status == "seen" else "reported, not seen here"
             text = f"{rule.id}: {rule.effect} ({found}, {rule.date}; {rule.link})"
             yield Reason(code="known-bad", text=text)
@@ -59,16 +59,16 @@ def parse(text: str, *, place: str) -> tuple[KnownBad, ...]:
     try:
         tables = tomllib.loads(text)
     except (tomllib.TOMLDecodeError, RecursionError) as error:
-        raise _refusal(place, f"it is not TOML: {error}") from error
+        raise _error(place, f"it is not TOML: {error}") from error
     rows = tables.pop("rule", [])
     if tables or not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         found = ", ".join(tables) or "rule"
-        raise _refusal(place, f"found {found} at the top, needed tables [[rule]]")
+        raise _error(place, f"found {found} at the top, needed tables [[rule]]")
     rules: dict[str, KnownBad] = {}
     for number, row in enumerate(rows, 1):
         rule = _rule(row, place=f"{place}, rule {number} ({row.get('id', 'no id')})")
         if rule.id in rules:
-            raise _refusal(place, f"found two rules with the id {rule.id}")
+            raise _error(place, f"found two rules with the id {rule.id}")
         rules[rule.id] = rule
     return tuple(rules.values())
 
@@ -77,9 +77,9 @@ def _read(named: str) -> str:
     try:
         return read_regular(Path(named), at_most=_LARGEST_FILE).decode()
     except OSError as error:
-        raise _refusal(named, f"it can't be read: {error.strerror}") from error
+        raise _error(named, f"it can't be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise _refusal(named, "it is not text") from error
+        raise _error(named, "it is not text") from error
 
 
 def _rule(row: dict[str, Any], *, place: str) -> KnownBad:
@@ -89,28 +89,28 @@ def _rule(row: dict[str, Any], *, place: str) -> KnownBad:
     try:
         rule = _adapter().validate_python(row)
     except ValidationError as error:
-        raise _refusal(place, "\n".join(map(_text_of, error.errors()))) from error
+        raise _error(place, "\n".join(map(_describe, error.errors()))) from error
     for name in ("id", "backends", "effect", "link"):
         if not getattr(rule, name):
-            raise _refusal(place, f"found no {name}, needed one")
+            raise _error(place, f"found no {name}; it is required")
     for name in ("head_dim_qk", "head_dim_v"):
         low, high = getattr(rule, name) or (1, 1)
         if not 1 <= low <= high:
-            raise _refusal(place, f"found {name} = {[low, high]}, needed [lowest, highest]")
+            raise _error(place, f"found {name} = {[low, high]}, needed [lowest, highest]")
     for name, versions in rule.packages.items():
         try:
             SpecifierSet(versions)
         except InvalidSpecifier as error:
             why = f'found packages.{name} = {versions!r}, needed versions such as ">=2.8,<2.9"'
-            raise _refusal(place, why) from error
+            raise _error(place, why) from error
     return rule
 
 
-def _text_of(error: ErrorDetails) -> str:
+def _describe(error: ErrorDetails) -> str:
     """Return the text of a pydantic error, in TOML's terms."""
     key = ".".join(str(part) for part in error["loc"] if part != "[key]")
     if error["type"] == "missing":
-        return f"found no {key}, needed one"
+        return f"found no {key}; it is required"
     text = error["msg"].lower().replace("frozenset", "list").replace("tuple", "list")
     return f"found {key} = {error['input']!r}: {text}"
 
@@ -123,7 +123,7 @@ def _adapter() -> TypeAdapter[KnownBad]:
     return TypeAdapter(with_config(ConfigDict(extra="forbid"))(KnownBad))
 
 
-def _refusal(place: str, why: str) -> AttnimgError:
+def _error(place: str, why: str) -> AttnimgError:
     return AttnimgError(
         "the rules on known-bad backends could not be read",
         why=f"{place}: {why}",
@@ -133,7 +133,7 @@ def _refusal(place: str, why: str) -> AttnimgError:
     )
 
 
-def _holds(rule: KnownBad, backend: Backend, machine: Machine, problem: Problem) -> bool:
+def _matches(rule: KnownBad, backend: Backend, machine: Machine, problem: Problem) -> bool:
     # The packed rows of a batch may be flattened into one for a kernel.
     rows = problem.rows if problem.packing else 1
     return (

@@ -76,10 +76,12 @@ def read_config(path: Path) -> dict[str, Any]:
             raise _adapter(path.parent) from error
         raise _unreadable(path, why=f"could not read it: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise _unreadable(path, why=f"found no text at byte {error.start}; needed JSON") from error
+        raise _unreadable(
+            path, why=f"found bytes that are not text at byte {error.start}; needed JSON"
+        ) from error
     except json.JSONDecodeError as error:
         where = f"line {error.lineno}, column {error.colno}"
-        raise _unreadable(path, why=f"found no JSON at {where}: {error.msg}") from error
+        raise _unreadable(path, why=f"found invalid JSON at {where}: {error.msg}") from error
     except (ValueError, RecursionError) as error:
         raise _unreadable(path, why=f"found JSON that can't be read: {error}") from error
     if not isinstance(config, dict):
@@ -141,7 +143,7 @@ def _unreadable(path: Path, *, why: str) -> AttnimgError:
     return _bad_model(
         f"cannot read the model's {path.name}",
         why=f"{path}: {why}",
-        do="give a model folder with its config.json, or a name on the Hugging Face hub",
+        do="set base_model to a folder with a config.json, or to a name on the Hugging Face hub",
     )
 
 

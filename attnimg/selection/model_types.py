@@ -18,6 +18,9 @@ from attnimg.facts import Finding, ModelClass
 from attnimg.files import read_data
 from attnimg.selection.model_config import LANGUAGE_PARTS
 
+# The kind of layers that a model type has, but that its config lists in no known way.
+UNLISTED = "unlisted"
+
 Refuses = Literal["training", "packing", "mask"]
 
 
@@ -84,7 +87,19 @@ class RefusedTypes:
     rows_up_to: str | None = None
 
 
-def class_named(model_type: str) -> ModelClass | None:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OtherKind:
+    """A row of data/other_layers.toml; the file explains its keys."""
+
+    label: str
+    types: list[str]
+    packages: list[str]
+    batch: list[str]
+    source: str
+    every: bool = False
+
+
+def find_class(model_type: str) -> ModelClass | None:
     """Return the class of a model type; None if it supports everything or is unknown."""
     row = read_data("model_classes.toml").get(model_type)
     if row is None:
@@ -191,11 +206,11 @@ def refusal_of(
     text = raw.get("text_config")
     for part in (raw, *([text] if isinstance(text, Mapping) else [])):
         type_ = str(part.get("model_type"))
-        row = _row_of(type_, "training")
+        row = _find_row(type_, "training")
         missing = row is not None and packages is not None and {*(row.packages or ())} - {*packages}
         if row is not None and (row.packages is None or missing):
             return _not_trainable(row, name=name, model_type=type_)
-        if not packing or (row := _row_of(type_, "packing")) is None:
+        if not packing or (row := _find_row(type_, "packing")) is None:
             continue
         limit = part.get(row.rows_up_to) if row.rows_up_to else None
         if row.rows_up_to is None:
@@ -209,11 +224,11 @@ def refusal_of(
 
 def mask_refusal(model_type: str) -> Finding | None:
     """Return the error for a packed run whose backend isolates documents by transformers' mask."""
-    row = _row_of(model_type, "mask")
+    row = _find_row(model_type, "mask")
     return _not_packable(row, model_type) if row else None
 
 
-def _row_of(model_type: str, refuses: Refuses) -> RefusedTypes | None:
+def _find_row(model_type: str, refuses: Refuses) -> RefusedTypes | None:
     """Return the row of a refused type; the caller checks its conditions."""
     rows = refused_types().values()
     return next((row for row in rows if row.refuses == refuses and model_type in row.types), None)
@@ -245,3 +260,14 @@ def _not_packable(row: RefusedTypes, model_type: str, *, bound: str = "", do: st
 
 def _source(row: RefusedTypes, model_type: str) -> str:
     return row.source.replace("{file}", f"modeling_{model_type.replace('-', '_')}.py")
+
+
+def hybrid_types() -> frozenset[str]:
+    """Return the model types that have or may have such layers."""
+    return frozenset(name for row in other_layer_kinds().values() for name in row.types)
+
+
+@cache
+def other_layer_kinds() -> dict[str, OtherKind]:
+    """Read data/other_layers.toml: name -> kind."""
+    return {name: OtherKind(**row) for name, row in read_data("other_layers.toml").items()}

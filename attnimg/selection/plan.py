@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from attnimg.backends import all_backends, backend_named
 from attnimg.config.attention import name_errors
-from attnimg.errors import AttnimgError
+from attnimg.errors import AttnimgError, set_backend
 from attnimg.facts import (
     Arch,
     Backend,
@@ -32,7 +32,7 @@ from attnimg.facts import (
     RequestedBy,
     Verdict,
 )
-from attnimg.selection.judge import judge, reason_against_own
+from attnimg.selection.judge import judge, reason_against_registered
 from attnimg.selection.model_types import mask_refusal
 
 AUTO = "auto"
@@ -68,7 +68,7 @@ def training_dtype(*, bf16: bool | str, fp16: bool, arch: Arch) -> DType:
 
 
 def choose(
-    asked: str | None,
+    requested: str | None,
     machine: Machine,
     problem: Problem,
     *,
@@ -78,8 +78,8 @@ def choose(
     """Check every candidate and choose one.
 
     Args:
-        asked: attn_implementation; for None and "auto" the ranks decide, unless the machine's
-            variables have ATTNIMG_BACKEND.
+        requested: the name in the config; for None and "auto" the ranks decide, unless the
+            machine's variables have ATTNIMG_BACKEND.
         machine: the machine of the run.
         problem: what attention has to compute.
         strict: use exactly the requested backend, also within the flash family.
@@ -89,42 +89,42 @@ def choose(
         The plan. Its `chosen` is None when the requested backend, or every backend, does not fit.
 
     Raises:
-        AttnimgError: ATTNIMG_BACKEND names no backend.
+        AttnimgError: ATTNIMG_BACKEND does not name a backend.
     """
     by: RequestedBy = "config"
-    if asked in (None, AUTO) and not kinds and (variable := machine.variables.get(VARIABLE)):
+    if requested in (None, AUTO) and not kinds and (variable := machine.variables.get(VARIABLE)):
         _require_backend_name(variable)
-        asked, by = variable, VARIABLE
-    named = backend_named(asked or AUTO)
+        requested, by = variable, VARIABLE
+    named = backend_named(requested or AUTO)
     backends = list(all_backends())
     if named is not None and named not in backends:
         backends.append(named)
-    backends = _ordered(backends, machine, problem)
+    backends = _sort_by_rank(backends, machine, problem)
     if named is not None and named.family:
-        backends = _in_family_order(backends, named.family)
+        backends = _sort_family(backends, named.family)
     verdicts = tuple(
-        judge(backend, machine, problem, rank=place) for place, backend in enumerate(backends, 1)
+        judge(backend, machine, problem, rank=rank) for rank, backend in enumerate(backends, 1)
     )
     if named is not None:
-        return replace(_explicit(named, verdicts, strict=strict, by=by), strict=strict)
+        return replace(_plan_for(named, verdicts, strict=strict, by=by), strict=strict)
     if kinds:
-        return _by_kind(kinds, verdicts, machine, problem)
-    found = _automatic(verdicts)
-    if found.chosen is None:
-        return found
-    if (isolating := _with_boundaries(found, problem)) is not found:
+        return _plan_by_kind(kinds, verdicts, machine, problem)
+    plan = _plan_by_rank(verdicts)
+    if plan.chosen is None:
+        return plan
+    if (isolating := _with_boundaries(plan, problem)) is not plan:
         return isolating
     if groups := _choose_groups(backends, machine, problem):
-        return replace(found, groups=groups, because=_groups_because(groups, found.chosen))
-    return replace(found, because=_automatic_because(found, found.chosen, machine, problem))
+        return replace(plan, groups=groups, reason=_groups_reason(groups, plan.chosen))
+    return replace(plan, reason=_rank_reason(plan, plan.chosen, machine, problem))
 
 
 def plan_dict(plan: Plan) -> dict[str, Any]:
     """Return a plan with all candidates and reasons as a dict, as `explain --json` prints it."""
     chosen = plan.chosen
     return {
-        "asked": plan.asked,
-        "because": plan.because,
+        "asked": plan.requested,
+        "because": plan.reason,
         "candidates": [
             {
                 "backend": verdict.backend.name,
@@ -135,7 +135,7 @@ def plan_dict(plan: Plan) -> dict[str, Any]:
             for verdict in plan.verdicts
         ],
         "chosen": chosen
-        and {"backend": chosen.backend.name, "kernel": chosen.kernel, "because": plan.because},
+        and {"backend": chosen.backend.name, "kernel": chosen.kernel, "because": plan.reason},
         "groups": [
             {
                 "layers": asdict(choice.layers),
@@ -155,24 +155,24 @@ def without(plan: Plan, backend: str, reason: Reason) -> Plan:
     config names is never replaced.
     """
     if plan.groups and backend not in {v.backend.name for v in plan.verdicts}:
-        because = f"its layers could not run different backends: {reason.text}"
-        return replace(plan, groups=(), because=because)
+        text = f"its layers could not run different backends: {reason.text}"
+        return replace(plan, groups=(), reason=text)
     verdicts = tuple(
         replace(v, reasons=(*v.reasons, reason), kernel=None) if v.backend.name == backend else v
         for v in plan.verdicts
     )
-    named = backend_named(plan.asked)
+    named = backend_named(plan.requested)
     if named is not None and named.family and not plan.strict:
-        return _explicit(named, verdicts, strict=False, by=plan.requested_by)
-    if plan.asked != AUTO or plan.requested_by == "attn_backends":
-        do = {
-            "config": "set attn_implementation: auto, which tries the next one",
-            "ATTNIMG_BACKEND": f"unset {VARIABLE}: attn_implementation: auto tries the next one",
-            "attn_backends": "remove attn_backends: attn_implementation: auto tries the next one",
-        }[plan.requested_by]
-        why = f"{backend}: {reason.text}"
-        return replace(plan, chosen=None, because=why, verdicts=verdicts, do=do)
-    return _automatic(verdicts)
+        return _plan_for(named, verdicts, strict=False, by=plan.requested_by)
+    if plan.requested != AUTO or plan.requested_by == "attn_backends":
+        remedy = f"{set_backend('auto')}, which tries the next one"
+        if plan.requested_by == VARIABLE:
+            remedy = f"unset {VARIABLE}: auto tries the next one"
+        if plan.requested_by == "attn_backends":
+            remedy = "remove attn_backends: auto tries the next one"
+        text = f"{backend}: {reason.text}"
+        return replace(plan, chosen=None, reason=text, verdicts=verdicts, remedy=remedy)
+    return _plan_by_rank(verdicts)
 
 
 def mixing_error(plan: Plan, problem: Problem) -> Finding | None:
@@ -192,75 +192,61 @@ def _masked_backend(plan: Plan) -> Backend | None:
     return next((v.backend for v in verdicts if v.backend.mask != "flash"), None)
 
 
-def _with_boundaries(found: Plan, problem: Problem) -> Plan:
+def _with_boundaries(plan: Plan, problem: Problem) -> Plan:
     """Return the plan with the best backend that isolates documents; the same plan without one."""
-    following = found
-    while (against := mixing_error(following, problem)) is not None:
+    following = plan
+    while (error := mixing_error(following, problem)) is not None:
         masked = _masked_backend(following)
         assert masked is not None
-        reason = Reason(code=against.code, text=against.why.splitlines()[0])
+        reason = Reason(code=error.code, text=error.why.splitlines()[0])
         following = without(following, masked.name, reason)
-    return following if following.chosen is not None else found
+    return following if following.chosen is not None else plan
 
 
-def _automatic(verdicts: tuple[Verdict, ...]) -> Plan:
-    if not (able := _able(verdicts)):
-        because = "no attention backend fits"
+def _plan_by_rank(verdicts: tuple[Verdict, ...]) -> Plan:
+    """Return the plan of `auto`: the best-ranked backend that fits."""
+    if not (candidates := _automatic(verdicts)):
+        text = "no attention backend fits"
         if dtype := _dtype_reason(verdicts):
-            because += f"; eager, which takes every model: {dtype}"
-        do = _nothing_fits_do(verdicts)
-        return Plan(asked=AUTO, chosen=None, because=because, verdicts=verdicts, do=do)
-    because = f"{able[0].backend.name} has the best rank of the backends that still fit"
-    return Plan(asked=AUTO, chosen=able[0], because=because, verdicts=verdicts)
+            text += f"; not even eager, which supports every model: {dtype}"
+        remedy = _nothing_fits_remedy(verdicts)
+        return Plan(requested=AUTO, chosen=None, reason=text, verdicts=verdicts, remedy=remedy)
+    text = f"{candidates[0].backend.name} has the best rank of the backends that still fit"
+    return Plan(requested=AUTO, chosen=candidates[0], reason=text, verdicts=verdicts)
 
 
-def _explicit(
+def _plan_for(
     named: Backend, verdicts: tuple[Verdict, ...], *, strict: bool, by: RequestedBy
 ) -> Plan:
     """Return the plan for a backend that is named by the config or by a variable."""
-    key = "attn_implementation: " if by == "config" else f"{by}="
-    asked = next(verdict for verdict in verdicts if verdict.backend.name == named.name)
+    source = "the config" if by == "config" else by
+    plan = Plan(requested=named.name, chosen=None, reason="", verdicts=verdicts, requested_by=by)
+    own = next(verdict for verdict in verdicts if verdict.backend.name == named.name)
     # flash_attention_4 means exactly that; 2 and 3 mean the best member of the family.
-    stands_in = named.uses_flash_lib and named.family is not None and not strict
-    if stands_in and not any(reason.code in _ARCH_CODES for reason in asked.reasons):
+    any_member = named.uses_flash_lib and named.family is not None and not strict
+    if any_member and not any(reason.code in _ARCH_CODES for reason in own.reasons):
         for verdict in verdicts:
             member = verdict.backend.family == named.family and verdict.backend.applied_as
             if member and verdict.fits:
-                because = _family_because(asked, verdict, key=key)
-                return Plan(
-                    asked=named.name,
-                    chosen=verdict,
-                    because=because,
-                    verdicts=verdicts,
-                    requested_by=by,
-                )
-    if asked.fits and named.applied_as:
-        who = "the config" if by == "config" else by
-        because = f"{who} names it, and it fits"
-        return Plan(
-            asked=named.name, chosen=asked, because=because, verdicts=verdicts, requested_by=by
-        )
-    because = "; ".join(reason.text for reason in asked.reasons)
-    if asked.fits:
-        because = "it would fit, but this version of attnimg cannot apply it yet"
-    do = _nothing_fits_do(verdicts)
-    if others := _able(verdicts):
-        do = f"set {key}{others[0].backend.name}, which fits"
+                return replace(plan, chosen=verdict, reason=_family_reason(own, verdict, source))
+    if own.fits and named.applied_as:
+        return replace(plan, chosen=own, reason=f"{source} names it, and it fits")
+    text = "; ".join(reason.text for reason in own.reasons)
+    if own.fits:
+        text = "it would fit, but this version of attnimg cannot apply it yet"
+    remedy = _nothing_fits_remedy(verdicts)
+    if others := _automatic(verdicts):
+        name = others[0].backend.name
+        line = f"set {VARIABLE}={name}" if by == VARIABLE else set_backend(name)
+        remedy = f"{line}, which fits"
     if by == VARIABLE:
-        do += f", or unset {by}"
+        remedy += f", or unset {VARIABLE}"
     if by == "attn_backends":
-        do = "remove attn_backends, or name another backend in it"
-    return Plan(
-        asked=named.name,
-        chosen=None,
-        because=because,
-        verdicts=verdicts,
-        do=do,
-        requested_by=by,
-    )
+        remedy = "remove attn_backends, or name another backend in it"
+    return replace(plan, reason=text, remedy=remedy)
 
 
-def _able(verdicts: Iterable[Verdict]) -> list[Verdict]:
+def _automatic(verdicts: Iterable[Verdict]) -> list[Verdict]:
     """Return those that fit and that `auto` may choose."""
     return [verdict for verdict in verdicts if verdict.fits and _is_automatic(verdict.backend)]
 
@@ -269,10 +255,10 @@ def _is_automatic(backend: Backend) -> bool:
     return backend.automatic and backend.applied_as is not None
 
 
-def _nothing_fits_do(verdicts: tuple[Verdict, ...]) -> str:
+def _nothing_fits_remedy(verdicts: tuple[Verdict, ...]) -> str:
     """Return what to do if no backend fits: change the precision, if that is the reason."""
     if _dtype_reason(verdicts):
-        return "set bf16: auto, which takes the precision that the GPU has"
+        return "set bf16: auto, which selects a precision that the GPU supports"
     return "see the reasons against each backend, which attnimg explain prints"
 
 
@@ -282,7 +268,7 @@ def _dtype_reason(verdicts: tuple[Verdict, ...]) -> str:
     return next((reason.text for reason in reasons if reason.code == "dtype"), "")
 
 
-def _in_family_order(backends: list[Backend], family: str) -> list[Backend]:
+def _sort_family(backends: list[Backend], family: str) -> list[Backend]:
     """Return the candidates, with the members of a family ordered by their general ranks: 4, 3, 2.
 
     This order is used if the config names a member of the family; `auto` uses the ranks for the
@@ -293,14 +279,16 @@ def _in_family_order(backends: list[Backend], family: str) -> list[Backend]:
     return [next(members) if backend.family == family else backend for backend in backends]
 
 
-def _ordered(
+def _sort_by_rank(
     backends: Iterable[Backend], machine: Machine, problem: Problem, *, routed: bool = False
 ) -> list[Backend]:
-    """Return the candidates in the order in which `auto` tries them; see place_of."""
-    return sorted(backends, key=lambda b: place_of(b, machine, problem, routed=routed).rank)
+    """Return the candidates in the order in which `auto` tries them; see find_rank."""
+    return sorted(backends, key=lambda b: find_rank(b, machine, problem, routed=routed).rank)
 
 
-def place_of(backend: Backend, machine: Machine, problem: Problem, *, routed: bool = False) -> Rank:
+def find_rank(
+    backend: Backend, machine: Machine, problem: Problem, *, routed: bool = False
+) -> Rank:
     """Return a backend's rank: the first of Backend.ranks that applies, or the general rank.
 
     Args:
@@ -334,41 +322,33 @@ def _choose_groups(
     """
     if problem.model is None or len(problem.model.layers) < 2:
         return ()
-    if problem.model_class and reason_against_own(problem.model_class, "a router"):
+    if problem.model_class and reason_against_registered(problem.model_class, "a router"):
         return ()
-    order = _ordered(backends, machine, problem, routed=True)
-    choices: list[tuple[LayerGroup, Problem, Backend]] = []
+    order = _sort_by_rank(backends, machine, problem, routed=True)
+    choices: list[tuple[LayerGroup, dict[str, Verdict], Verdict]] = []
     for group in problem.model.layers:
         alone = replace(problem, model=replace(problem.model, layers=(group,)))
-        fitting = (b for b in order if _is_automatic(b) and judge(b, machine, alone, rank=0).fits)
-        backend = next(fitting, None)
+        verdicts = {b.name: judge(b, machine, alone, rank=i) for i, b in enumerate(order, 1)}
+        best = next(iter(_automatic(verdicts.values())), None)
         # A router passes only the padding mask, so flex_attention would get no block mask; and
         # torch's exact attention has neither soft cap nor sinks.
-        if backend is None or backend.mask == "flex":
+        if best is None or best.backend.mask == "flex":
             return ()
-        if backend.mask != "flash" and (group.softcap or group.sinks):
+        if best.backend.mask != "flash" and (group.softcap or group.sinks):
             return ()
-        choices.append((group, alone, backend))
+        choices.append((group, verdicts, best))
     # A variable that selects such a backend also affects layers of other backends of its package.
-    for whole in [backend for _, _, backend in choices if backend.for_process]:
-        choices = [
-            (group, alone, whole)
-            if backend.needs.packages == whole.needs.packages
-            and judge(whole, machine, alone, rank=0).fits
-            else (group, alone, backend)
-            for group, alone, backend in choices
-        ]
-    if len({backend.name for _, _, backend in choices}) == 1:
+    for whole in [best.backend for _, _, best in choices if best.backend.for_process]:
+        for i, (group, verdicts, best) in enumerate(choices):
+            same_package = best.backend.needs.packages == whole.needs.packages
+            if same_package and verdicts[whole.name].fits:
+                choices[i] = (group, verdicts, verdicts[whole.name])
+    if len({best.backend.name for _, _, best in choices}) == 1:
         return ()
-    return tuple(
-        GroupChoice(
-            layers=group, verdict=judge(backend, machine, alone, rank=order.index(backend) + 1)
-        )
-        for group, alone, backend in choices
-    )
+    return tuple(GroupChoice(layers=group, verdict=best) for group, _, best in choices)
 
 
-def _by_kind(
+def _plan_by_kind(
     kinds: Mapping[LayerKind, str],
     verdicts: tuple[Verdict, ...],
     machine: Machine,
@@ -381,12 +361,12 @@ def _by_kind(
     """
     key: RequestedBy = "attn_backends"
     layers = problem.model.layers if problem.model else ()
-    nothing = Plan(asked=AUTO, chosen=None, because="", verdicts=verdicts, requested_by=key)
+    nothing = Plan(requested=AUTO, chosen=None, reason="", verdicts=verdicts, requested_by=key)
     if absent := sorted(kinds.keys() - {layer.kind for layer in layers}):
         of_model = f"no {absent[0]} layers" if layers else "layers that are not known here"
-        because = f"{key} names a backend for {absent[0]} layers, and the model has {of_model}"
-        return replace(nothing, because=because, do=f"remove {absent[0]} from {key}")
-    order = _ordered([v.backend for v in verdicts], machine, problem, routed=True)
+        reason = f"{key} names a backend for {absent[0]} layers, and the model has {of_model}"
+        return replace(nothing, reason=reason, remedy=f"remove {absent[0]} from {key}")
+    order = _sort_by_rank([v.backend for v in verdicts], machine, problem, routed=True)
     choices: list[GroupChoice] = []
     for layer in layers:
         assert problem.model is not None
@@ -396,30 +376,30 @@ def _by_kind(
         judged = [judge(b, machine, alone, rank=n) for n, b in enumerate(candidates, 1)]
         fitting = next((v for v in judged if v.fits), None)
         if fitting is None:
-            reasons = "; ".join(reason.text for reason in judged[0].reasons)
-            because = f"{judged[0].backend.name} does not fit {_layers_text(layer)}: {reasons}"
-            do = f"name another backend for {layer.kind} layers in {key}, or remove it"
-            return replace(nothing, because=because, do=do)
+            reasons = "; ".join(found.text for found in judged[0].reasons)
+            reason = f"{judged[0].backend.name} does not fit {_describe_layers(layer)}: {reasons}"
+            remedy = f"name another backend for {layer.kind} layers in {key}, or remove it"
+            return replace(nothing, reason=reason, remedy=remedy)
         choices.append(GroupChoice(layers=layer, verdict=fitting))
     backends = {choice.verdict.backend.name: choice.verdict.backend for choice in choices}
     if len(backends) == 1:
         (only,) = backends.values()
-        rated = [v for v in verdicts if v.backend.name == only.name]
-        rated = rated or [judge(only, machine, problem, rank=len(verdicts) + 1)]
-        return _explicit(only, (*verdicts, *(v for v in rated if v not in verdicts)), strict=True,
-                         by=key)  # fmt: skip
+        if only.name not in {verdict.backend.name for verdict in verdicts}:
+            verdicts = (*verdicts, judge(only, machine, problem, rank=len(verdicts) + 1))
+        return _plan_for(only, verdicts, strict=True, by=key)
     if against := next(filter(None, (_reason_against_router(c, problem) for c in choices)), None):
-        return replace(nothing, because=against, do=f"name one backend for all layers in {key}")
+        remedy = f"name one backend for all layers in {key}"
+        return replace(nothing, reason=against, remedy=remedy)
     groups, chosen = tuple(choices), choices[0].verdict
-    parts = [f"{_layers_text(one.layers)} run {one.verdict.backend.name}" for one in groups]
-    because = f"{key} names them, and they fit: {'; '.join(parts)}"
-    return replace(nothing, chosen=chosen, groups=groups, because=because)
+    parts = [f"{_describe_layers(one.layers)} run {one.verdict.backend.name}" for one in groups]
+    reason = f"{key} names them, and they fit: {'; '.join(parts)}"
+    return replace(nothing, chosen=chosen, groups=groups, reason=reason)
 
 
 def _reason_against_router(choice: GroupChoice, problem: Problem) -> str | None:
     """Return why a router can't call the backend of a group of layers; None if it can."""
     backend, layers = choice.verdict.backend, choice.layers
-    if problem.model_class and (own := reason_against_own(problem.model_class, "a router")):
+    if problem.model_class and (own := reason_against_registered(problem.model_class, "a router")):
         return own.text
     if backend.mask == "flex":
         return f"{backend.name} needs a mask of its own, so all layers must run it"
@@ -441,31 +421,31 @@ def _require_backend_name(name: str) -> None:
         )
 
 
-def _automatic_because(plan: Plan, chosen: Verdict, machine: Machine, problem: Problem) -> str:
+def _rank_reason(plan: Plan, chosen: Verdict, machine: Machine, problem: Problem) -> str:
     """Return in one sentence why `auto` chose its backend.
 
     It says how many backends fit, why this one has the best rank, and why better-ranked ones were
     not chosen.
     """
-    able, name = _able(plan.verdicts), chosen.backend.name
+    candidates, name = _automatic(plan.verdicts), chosen.backend.name
     words = ["compiled"] * problem.compiled + ["packed"] * problem.packing
     run = f"{' '.join([*words, 'training'])} on {machine.arch.name}"
-    fit = "fits" if len(able) == 1 else "fit"
-    count = f"{len(able)} of {len(plan.verdicts)} backends {fit} {run}"
-    by_name = [v.backend.name for v in plan.verdicts if v.fits and v not in able]
+    fit = "fits" if len(candidates) == 1 else "fit"
+    count = f"{len(candidates)} of {len(plan.verdicts)} backends {fit} {run}"
+    by_name = [v.backend.name for v in plan.verdicts if v.fits and v not in candidates]
     if by_name:
         count += f" ({', '.join(by_name)}: only when the config names it)"
-    if len(able) == 1:
+    if len(candidates) == 1:
         return f"{count}: {name}"
     parts = [f"{count}; {name} has the best rank of them"]
     general = chosen.backend.rank
-    place = place_of(chosen.backend, machine, problem)
-    if place.rank <= general:
-        parts[0] += f": it {place.why} [{place.source}]"
-    for backend in (verdict.backend for verdict in able[1:]):
-        behind = place_of(backend, machine, problem)
-        if behind.rank > backend.rank < general:
-            parts.append(f"{backend.name} {behind.why} [{behind.source}]")
+    rank = find_rank(chosen.backend, machine, problem)
+    if rank.rank <= general:
+        parts[0] += f": it {rank.why} [{rank.source}]"
+    for backend in (verdict.backend for verdict in candidates[1:]):
+        rank = find_rank(backend, machine, problem)
+        if rank.rank > backend.rank < general:
+            parts.append(f"{backend.name} {rank.why} [{rank.source}]")
     better: dict[str, list[str]] = {}
     for verdict in plan.verdicts[: plan.verdicts.index(chosen)]:
         codes = {reason.code for reason in verdict.reasons}
@@ -478,28 +458,29 @@ def _automatic_because(plan: Plan, chosen: Verdict, machine: Machine, problem: P
     return "; ".join(parts)
 
 
-def _family_because(asked: Verdict, taken: Verdict, *, key: str) -> str:
-    """Return why a member of the flash family was chosen when the config names a member."""
-    wanted, name = asked.backend.name, taken.backend.name
+def _family_reason(requested: Verdict, chosen: Verdict, source: str) -> str:
+    """Return why a member of the flash family was chosen when `source` names a member."""
+    name, other = requested.backend.name, chosen.backend.name
     rule = (
-        f"{key}{wanted} asks for the flash family, whose order is 4, 3, 2 until this GPU is timed"
+        f"{source} names {name}, which asks for the flash family, whose order is 4, 3, 2 "
+        "until this GPU is timed"
     )
-    if asked.fits:
-        return f"{rule}; {'it' if wanted == name else name} is the first of them that fits"
-    reason = asked.reasons[0].text
-    return f"{rule}; {wanted} does not fit ({reason}), {name} is the first that does"
+    if requested.fits:
+        return f"{rule}; {'it' if name == other else other} is the first of them that fits"
+    reason = requested.reasons[0].text
+    return f"{rule}; {name} does not fit ({reason}), {other} is the first that does"
 
 
-def _groups_because(groups: Sequence[GroupChoice], chosen: Verdict) -> str:
+def _groups_reason(groups: Sequence[GroupChoice], chosen: Verdict) -> str:
     """Return why groups of layers run different backends."""
-    parts = [f"{_layers_text(one.layers)} run {one.verdict.backend.name}" for one in groups]
+    parts = [f"{_describe_layers(one.layers)} run {one.verdict.backend.name}" for one in groups]
     return (
         "its layers differ, and each group runs the best backend that fits it: "
         f"{'; '.join(parts)}; the best one for all layers would be {chosen.backend.name}"
     )
 
 
-def _layers_text(group: LayerGroup) -> str:
+def _describe_layers(group: LayerGroup) -> str:
     """Return a description of a group of layers: its head_dim, and its features if it has any."""
     text = f"{group.count} layers of head_dim {group.head_dim_qk}"
     if group.head_dim_v != group.head_dim_qk:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from attnimg.application.router import shape_of
-from attnimg.errors import AttnimgError
+from attnimg.errors import AttnimgError, KernelError, set_backend
 from attnimg.facts import Backend, CallCheck, LayerGroup, Plan, RunContext
 from attnimg.train.checkpoint import checkpoint_step, list_checkpoints, newest_checkpoint
 from attnimg.train.distributed import gather_objects, rank, world_size
@@ -245,7 +245,7 @@ class AttentionCheck:
         passed = self.record.last_passed
         since = f"the check at step {passed} passed" if passed else "no earlier check passed"
         newest = newest_checkpoint(folder)
-        edits = [f"set attn_implementation: {name}" for name in self.alternatives[:1]]
+        edits = [set_backend(name) for name in self.alternatives[:1]]
         if not edits:
             edits = ["train on another machine: on this one, plain attention is wrong"]
         if good is None:
@@ -256,12 +256,11 @@ class AttentionCheck:
         # In the same folder the new run would find the checkpoints of this one.
         if good is None or newest != good:
             edits.append("set another output_dir")
-        return AttnimgError(
+        return KernelError(
             f"attention by {check.backend} is wrong in layer {check.layer} at step {step}{where}",
             why="\n".join((*reasons, f"{repeated}; {since}; {kept}")),
             do="\n".join(edits),
             code="kernel-wrong-at-run",
-            key="attn_implementation",
             exit_code=1,
         )
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import TrainerCallback
 
-from attnimg.errors import AttnimgError
+from attnimg.errors import AttnimgError, set_backend
 from attnimg.train import checkpoint as checkpoints
 from attnimg.train import records
 from attnimg.train.checkpoint import FileHasher, write_errors
@@ -149,8 +149,8 @@ class Engine(CheckpointingTrainer):
             + (
                 f"the newest good checkpoint is {newest}" if newest else "no checkpoint was written"
             ),
-            do="lower learning_rate or lengthen warmup_steps; if it stays, try "
-            "attn_implementation: eager to rule out the attention kernel",
+            do="lower learning_rate or lengthen warmup_steps; if it stays, "
+            f"{set_backend('eager')} to rule out the attention kernel",
             code="not-finite",
             exit_code=1,
         )

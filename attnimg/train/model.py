@@ -369,7 +369,7 @@ def _floating_dtypes(model: Any) -> dict[str, torch.dtype]:
 
 
 def attention_by_part(model_config: Any, implementation: str) -> str | dict[str, str]:
-    """Return the attn_implementation that sets only the attention of the language model.
+    """Return the implementation for from_pretrained that changes only the language model.
 
     The other parts keep the default of transformers: the backend was neither selected nor proven
     for their layers, and their classes may not support it.

@@ -307,7 +307,7 @@ class RunFacts:
     Attributes:
         machine: the machine of the run.
         plan: the selected attention, with all reasons.
-        implementation: the attn_implementation, "sdpa" or "kernels-community/flash-attn2".
+        implementation: its name in transformers, "sdpa" or "kernels-community/flash-attn2".
         context: how the model is called, as it was proven.
         isolation: figures of the packing proof; None without packing.
         proofs: proofs of the attention kernels, failed ones included.

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from attnimg.config.schema import Config, DatasetSpec, is_chat
-from attnimg.errors import AttnimgError
+from attnimg.errors import AttnimgError, KernelError, set_backend
 from attnimg.facts import RunContext
 from attnimg.train import checkpoint as checkpoints
 from attnimg.train.distributed import world_size
@@ -535,8 +535,8 @@ def _precision_and_attention_changes(
         changes.append(Change(key=key, before=old, now=new, revert=f"set {key}: {value}"))
     old, new = before.get("attention"), now.get("attention")
     if old and new and old != new and {old, new} & INEXACT_BACKENDS:
-        revert = f"set attn_implementation: {old}"
-        changes.append(Change(key="attn_implementation", before=old, now=new, revert=revert))
+        key = KernelError.default_key
+        changes.append(Change(key=key, before=old, now=new, revert=set_backend(old)))
     return changes
 
 

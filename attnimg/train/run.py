@@ -21,7 +21,7 @@ from attnimg.files import read_regular
 from attnimg.pipeline import Report, Selected, kernel_hashes, select, select_verify_apply
 from attnimg.selection.model_config import read_config
 from attnimg.selection.plan import plan_dict
-from attnimg.task import Task, model_file, task_of
+from attnimg.task import Task, build_task, model_file
 from attnimg.train.base_model import judge_base_model
 from attnimg.train.distributed import StopFlag, require_same_on_all_ranks
 from attnimg.train.environment import require_agreement
@@ -66,7 +66,7 @@ def train(config: Config, machine: Machine, *, report: TrainReport, stop: StopFl
     raw = read_config(path) if path is not None else None
     if raw is not None:
         _require_base_model(config, raw, machine, report)
-    task = task_of(config, raw, machine)
+    task = build_task(config, raw, machine)
     on_cpu = machine.arch.vendor == "cpu"
     require_agreement(os.environ, config, task.problem, cpu=on_cpu)
     plan = select(task, report)
@@ -99,7 +99,7 @@ def _with_model_config(
     if task.problem.model is None:
         raw = model_config.to_dict()
         _require_base_model(config, raw, task.machine, report)
-        task = task_of(config, raw, task.machine)
+        task = build_task(config, raw, task.machine)
         plan = select(task, report)
     model_class = application.class_of(model_config)
     facts = application.facts_of(model_class) if model_class is not None else None

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from attnimg.context import described
-from attnimg.errors import AttnimgError, PackingLeak, out_of_memory_error
+from attnimg.errors import AttnimgError, PackingLeak, out_of_memory_error, set_backend
 from attnimg.facts import DType, RunContext
 from attnimg.layout import PackedLayout, lay_out
 
@@ -154,13 +154,13 @@ def require_isolation(proof: IsolationProof) -> None:
     if proof.isolated:
         return
     other = (
-        "attn_implementation: sdpa (isolates most models by a mask)"
+        f"{set_backend('sdpa')} (isolates most models by a mask)"
         if proof.context.padding_free
-        else "attn_implementation: flash_attention_2 (its kernels get document boundaries)"
+        else f"{set_backend('flash_attention_2')} (its kernels get document boundaries)"
     )
     what = f"{proof.model_type} on {proof.backend} does not isolate packed documents"
     needed = "the same logits for a document packed and alone, no gradient between documents"
-    do = f"set sample_packing: false, or try {other}"
+    do = f"set sample_packing: false, or {other}"
     if proof.code == "model-raised":
         what = f"{proof.model_type} on {proof.backend} raised an error on packed documents"
         needed = f"a model that runs on packed rows ({described(proof.context)})"
@@ -168,7 +168,7 @@ def require_isolation(proof: IsolationProof) -> None:
     if proof.code == "not-finite":
         what = f"{proof.model_type} on {proof.backend} computes NaN or infinite values"
         needed = f"finite logits and gradients ({described(proof.context)})"
-        do = f"set attn_implementation: eager to rule out the attention kernel, or try {other}"
+        do = f"{set_backend('eager')} to rule out the attention kernel, or {other}"
         if proof.context.dtype == "float16":
             do = "set bf16: true, which has the range of float32 (the largest float16 is 65504)"
     raise PackingLeak(

@@ -18,14 +18,19 @@ from typing import Any
 from attnimg.facts import Finding, KnownBad, Machine, Model, Plan, Problem
 from attnimg.selection import known_bad, plan
 from attnimg.selection.attention_shapes import read_model
-from attnimg.selection.gpus import Gpu, catalogue
-from attnimg.selection.images import ImageFacts, image_for, machine_with, runs_on
-from attnimg.selection.memory import QuadraticMemory, quadratic_memory
-from attnimg.selection.model_types import class_named
-from attnimg.selection.other_layers import findings_on
+from attnimg.selection.gpus_and_images import (
+    Gpu,
+    ImageFacts,
+    gpu_catalogue,
+    image_for,
+    image_runs_on,
+    machine_with,
+)
+from attnimg.selection.model_types import find_class
+from attnimg.selection.run_findings import QuadraticMemory, check_other_layers, quadratic_memory
 from recipes.files import NOTICE
 
-_class_of = cache(class_named)
+_class_of = cache(find_class)
 
 # The day for which known-bad rules are read, so that the pages do not change by themselves.
 DAY = date(2026, 11, 26)
@@ -68,7 +73,7 @@ def choices(images: Mapping[str, ImageFacts]) -> list[Choice]:
     """
     by_machine: dict[tuple[str, str | None], list[Choice]] = {}
     found = []
-    for gpu in catalogue().values():
+    for gpu in gpu_catalogue().values():
         key = (gpu.arch.name, gpu.cpu)
         if key not in by_machine:
             by_machine[key] = choices_on(gpu, image_for(gpu.arch, images, cpu=gpu.cpu))
@@ -121,7 +126,7 @@ def _choice(
         model=model,
         dtype=dtype,
         plan=chosen,
-        refusals=(*findings_on(problem, machine)[0], *([mixing] if mixing else ())),
+        refusals=(*check_other_layers(problem, machine)[0], *([mixing] if mixing else ())),
         memory=quadratic_memory(chosen, problem),
     )
 
@@ -177,7 +182,7 @@ def _line(choice: Choice) -> str:
 
 def _cell(gpu: Gpu, image: ImageFacts, *, own: Mapping[str, str]) -> str:
     """Return the choices for a GPU that differ in an image from those in the GPU's own image."""
-    if not runs_on(image, gpu.arch, cpu=gpu.cpu):
+    if not image_runs_on(image, gpu.arch, cpu=gpu.cpu):
         return '"wrong-image"'
     lines = {choice.name: _line(choice) for choice in choices_on(gpu, image)}
     changed = [f'    "{model}": {line}' for model, line in lines.items() if line != own[model]]

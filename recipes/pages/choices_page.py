@@ -7,7 +7,7 @@ from itertools import groupby
 
 from attnimg.backends import all_backends
 from attnimg.facts import Model, Rank
-from attnimg.selection.other_layers import kinds
+from attnimg.selection.model_types import other_layer_kinds
 from recipes.files import NOTICE
 from recipes.pages.choices import ROW, Choice, taken
 from recipes.pages.images_and_kernels import table
@@ -160,7 +160,7 @@ def _kind_rows() -> list[tuple[str, ...]]:
             " and ".join(f"`{name}`" for name in row.batch) or "nothing",
             row.source,
         )
-        for row in kinds().values()
+        for row in other_layer_kinds().values()
     ]
 
 

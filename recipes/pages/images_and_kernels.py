@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 
 from attnimg.backends import all_backends, runs_on
 from attnimg.facts import Backend
-from attnimg.selection.gpus import arch_from_name, catalogue
+from attnimg.selection.gpus_and_images import arch_from_name, gpu_catalogue
 from recipes.facts import Allowance, Kernel, Plan, TrainedModel, Unresolved
 from recipes.files import NOTICE
 from recipes.render.precompiled import covered
@@ -60,7 +60,7 @@ def _gpu_rows(plans: tuple[Plan, ...]) -> list[tuple[str, ...]]:
         for arch in plan.image.archs
     }
     rows: list[tuple[str, ...]] = []
-    for name, gpu in catalogue().items():
+    for name, gpu in gpu_catalogue().items():
         image = images.get(gpu.arch.name)
         text = f"`{image.name}`" if image else "none"
         if f"linux/{gpu.cpu}" not in (image.platforms if image else ()) and gpu.cpu != "amd64":

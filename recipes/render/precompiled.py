@@ -7,7 +7,7 @@ from typing import Any
 
 from attnimg.backends import backend_named
 from attnimg.facts import LayerGroup
-from attnimg.selection.gpus import arch_from_name
+from attnimg.selection.gpus_and_images import arch_from_name
 from attnimg.selection.judge import layer_reasons
 from recipes.facts import AheadOfTime, Plan, Step, TrainedModel, TritonSet
 from recipes.files import NOTICE

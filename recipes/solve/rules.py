@@ -12,7 +12,7 @@ from packaging.specifiers import SpecifierSet
 
 from attnimg.backends import backend_named, runs_on
 from attnimg.facts import Reason
-from attnimg.selection.gpus import arch_from_name
+from attnimg.selection.gpus_and_images import arch_from_name
 from recipes.facts import Choice, Image, Kernel, Recipes, Unresolved
 
 _SM = re.compile(r"sm_([0-9]+)([0-9])[af]?")

@@ -56,7 +56,7 @@ class Outcome:
         """Return what is wrong with it; "" where a run or a worded refusal is what came out."""
         if not self.ended:
             return f"it did not end within {self.seconds:.0f} s"
-        if "should have foreseen" in self.err:
+        if "this is a bug in attnimg" in self.err:
             return "an error that attnimg did not foresee"
         if "Traceback" in self.err:
             return "a traceback"

@@ -10,8 +10,7 @@ from attnimg.context import context_of
 from attnimg.context import is_padding_free as is_padding_free
 from attnimg.facts import Backend, LayerGroup, Machine, Model, Problem, Proof
 from attnimg.machine import probe
-from attnimg.machine.kernel_cache import use_shipped_kernels
-from attnimg.machine.shipped_kernels import shipped_kernels
+from attnimg.machine.kernel_cache import shipped_kernels, use_shipped_kernels
 from attnimg.selection import plan
 from attnimg.task import distributions
 from attnimg.verification import proofs

@@ -16,12 +16,12 @@ import torch
 from attnimg.backends import backend_named, runs_on
 from attnimg.facts import Machine
 from attnimg.machine import probe
-from attnimg.machine.kernel_cache import settings_for
-from attnimg.machine.shipped_kernels import (
+from attnimg.machine.kernel_cache import (
     CACHE_AT,
     CACHE_ON,
     reasons_against_shipped,
     reasons_against_shipped_triton,
+    settings_for,
     shipped_kernels,
     shipped_triton,
 )

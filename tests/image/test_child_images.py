@@ -35,7 +35,7 @@ def test_a_child_image_adds_a_package(image: str, tmp_path: Path, command: str) 
     assert done.returncode == 0, done.stderr
     doctor = ["docker", "run", "--rm", "attnimg-test-child", "doctor"]
     ran = subprocess.run(doctor, capture_output=True, text=True, check=False)
-    assert "packages are the image's" in ran.stdout
+    assert "packages have the versions of the image" in ran.stdout
     assert faults(ran.stdout) == []
 
 

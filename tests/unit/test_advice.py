@@ -28,10 +28,10 @@ from attnimg.config.schema import Config
 from attnimg.errors import AttnimgError
 from attnimg.facts import Arch, Finding, Machine, Model, Plan
 from attnimg.selection.attention_shapes import read_model
-from attnimg.selection.gpus import parse_gpu
+from attnimg.selection.gpus_and_images import parse_gpu
 from attnimg.selection.model_config import read_config
 from attnimg.selection.plan import choose
-from attnimg.task import model_file, precision_notes, problem_of
+from attnimg.task import build_problem, model_file, precision_warnings
 from attnimg.train.arguments import try_options
 from attnimg.train.base_model import judge_files
 from attnimg.train.check import check_inputs
@@ -114,13 +114,13 @@ class Case:
 
     def findings(self, values: Values) -> list[tuple[str, str | None, str, str]]:
         """Return code, key, what and do of each refusal, and of warnings with the code."""
-        arch = parse_gpu(self.on)[0] if self.on else None
+        arch = parse_gpu(self.on).arch if self.on else None
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)
             checked = check_values(values, file="x.yaml", on=arch, torch=self.torch)
         notes = [w for w in checked.warnings if w.code == self.code]
         if checked.config is not None and self.code == "fp16-on-cpu":
-            notes = [note for note in precision_notes(checked.config, CPU)]
+            notes = [note for note in precision_warnings(checked.config, CPU)]
         if checked.config is not None and self.files:
             notes += [note for note in self.judged(checked.config)[1] if note.code == self.code]
         found = [(f.code, f.key, f.what, f.do) for f in (*checked.errors, *notes)]
@@ -511,7 +511,7 @@ NAMED = (
 
 def plan_of(values: Values, arch: Arch, model: Model | None) -> Plan:
     config = Config.model_validate(values)
-    task = problem_of(config, model=model, dropout=0.0, arch=arch)
+    task = build_problem(config, model=model, dropout=0.0, arch=arch)
     machine = Machine(arch=arch, gpu=arch.name, packages=None)
     return choose(config.attn_implementation, machine, task)
 
@@ -523,18 +523,22 @@ def planned() -> tuple[str, ...]:
     shape = {"model_type": "llama", "hidden_size": 256, "num_attention_heads": 4,
              "num_key_value_heads": 2, "num_hidden_layers": 2}  # fmt: skip
     for gpu, asked, packed, other in product(GPUS, NAMED, (True, False), ({}, WIDE, SINKS)):
-        arch, model = parse_gpu(gpu)[0], read_model(shape | other)
+        arch, model = parse_gpu(gpu).arch, read_model(shape | other)
         values = {"attn_implementation": asked, "sample_packing": packed, "bf16": True}
         found = plan_of(values, arch, model)
-        if found.chosen is not None or found.do.startswith("see the reasons"):
+        if found.chosen is not None or found.remedy.startswith("see the reasons"):
             continue
-        said.append(found.do)
-        options = edited(found.do, "attn_implementation", values)
-        assert options, found.do
+        said.append(found.remedy)
+        options = edited(found.remedy, "attn_implementation", values)
+        assert options, found.remedy
         for option in options:
             again = plan_of(option, arch, model)
-            assert again.chosen is not None or again.do != found.do, (gpu, values, found.do)
-            assert again.chosen is not None or option["attn_implementation"] == asked, again.do
+            assert again.chosen is not None or again.remedy != found.remedy, (
+                gpu,
+                values,
+                found.remedy,
+            )
+            assert again.chosen is not None or option["attn_implementation"] == asked, again.remedy
     return tuple(dict.fromkeys(said))
 
 

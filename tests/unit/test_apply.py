@@ -283,7 +283,7 @@ def choices(*pairs):
 def test_layers_that_differ_run_their_own_backends_and_compute_the_same():
     chosen = Verdict(backend=backend_named("sdpa"), rank=1, reasons=())
     groups = choices((8, "flash_attention_2"), (None, "sdpa"))
-    plan = Plan(asked="auto", chosen=chosen, because="", verdicts=(chosen,), groups=groups)
+    plan = Plan(requested="auto", chosen=chosen, reason="", verdicts=(chosen,), groups=groups)
     backend = application.backend_of(plan)
     assert backend.packing == "native"
     model = tiny_model("gemma3_text", application.prepare(backend), num_hidden_layers=6)

@@ -15,8 +15,8 @@ import pytest
 
 from attnimg.__main__ import run as attnimg
 from attnimg.backends import all_backends
-from attnimg.selection.gpus import catalogue
-from attnimg.selection.images import catalogue as images
+from attnimg.selection.gpus_and_images import gpu_catalogue
+from attnimg.selection.gpus_and_images import image_catalogue as images
 from recipes.pages.choices import ROW, models
 
 GOLDEN = json.loads((Path(__file__).parent / "golden/choices.json").read_text(encoding="utf-8"))
@@ -118,7 +118,7 @@ def test_every_backend_is_taken_or_fits_or_is_refused_with_a_code(
 
 def test_every_gpu_and_every_model_is_there() -> None:
     blocks = [*BLOCKS.values(), *ARM64.values()]
-    assert {gpu for block in blocks for gpu in block["gpus"]} == set(catalogue())
+    assert {gpu for block in blocks for gpu in block["gpus"]} == set(gpu_catalogue())
     assert all(list(block["models"]) == list(MODELS) for block in BLOCKS.values())
     assert len(MODELS) >= 29
 

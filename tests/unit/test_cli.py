@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
+from attnimg.__main__ import COMMANDS
 from attnimg.__main__ import run as attnimg
 from attnimg.backends import all_backends
-from attnimg.cli import COMMANDS
 
 GOOD = "base_model: org/model\nlearning_rate: 1e-4\ndatasets: [{path: d.jsonl, type: alpaca}]\n"
 LLAMA = {

@@ -10,7 +10,7 @@ import pytest
 from attnimg.config import check_values
 from attnimg.config.schema import CheckResult
 from attnimg.errors import AttnimgError
-from attnimg.selection.gpus import parse_gpu
+from attnimg.selection.gpus_and_images import parse_gpu
 
 REQUIRED: dict[str, Any] = {
     "base_model": "org/model",
@@ -22,7 +22,7 @@ REQUIRED: dict[str, Any] = {
 def check(
     values: dict[str, Any], *, on: str | None = None, torch: str | None = None
 ) -> CheckResult:
-    arch = parse_gpu(on)[0] if on else None
+    arch = parse_gpu(on).arch if on else None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         return check_values(REQUIRED | values, file="x.yaml", on=arch, torch=torch)

@@ -15,7 +15,7 @@ from advice import Values
 from attnimg.config.schema import Config
 from attnimg.errors import AttnimgError
 from attnimg.facts import Arch
-from attnimg.task import problem_of
+from attnimg.task import build_problem
 from attnimg.train.environment import environment_error, require_agreement, require_parsable
 
 CPU = Arch(name="x86_64", vendor="cpu", capability=None)
@@ -26,7 +26,7 @@ FSDP: Values = {"fsdp": True}
 
 def agree(environ: dict[str, str], keys: Values, arch: Arch) -> None:
     config = Config(base_model="m", learning_rate=1e-4, **{"torch_compile": False, **keys})
-    problem = problem_of(config, model=None, dropout=0.0, arch=arch)
+    problem = build_problem(config, model=None, dropout=0.0, arch=arch)
     require_agreement(environ, config, problem, cpu=arch.vendor == "cpu")
 
 

@@ -12,7 +12,7 @@ import pytest
 from rich.markup import escape
 
 from attnimg.__main__ import run
-from attnimg.cli import as_json, as_text
+from attnimg.cli import as_text, json_line
 from attnimg.errors import AttnimgError, printable, shortened
 
 
@@ -79,7 +79,7 @@ def test_a_warning_that_python_raises_is_a_refusal(
 
 def test_json_has_no_character_that_a_terminal_acts_on() -> None:
     value = {"text": "\x1b[31m\x7f\x8b\x9f é"}
-    text = as_json.line(value)
+    text = json_line(value)
     assert json.loads(text) == value
     assert not re.search("[\x00-\x1f\x7f-\x9f]", text)
     assert "é" in text

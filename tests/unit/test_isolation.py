@@ -471,6 +471,6 @@ def test_the_error_says_what_was_found_and_needed_and_what_to_do():
         "  why: logits differ by 2.2\n"
         "       needed: the same logits for a document packed and alone, no gradient between "
         "documents\n"
-        "  do:  set sample_packing: false, or try attn_implementation: flash_attention_2"
+        "  do:  set sample_packing: false, or set attn_implementation: flash_attention_2"
         " (its kernels get document boundaries)"
     )

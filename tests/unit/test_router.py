@@ -11,7 +11,7 @@ from attnimg.application import backend_of
 from attnimg.application.router import Router, Shape
 from attnimg.errors import AttnimgError
 from attnimg.facts import DType, LayerGroup, Machine, Model, Plan, Reason
-from attnimg.selection.gpus import parse_gpu
+from attnimg.selection.gpus_and_images import parse_gpu
 from attnimg.selection.plan import choose, without
 
 
@@ -75,7 +75,8 @@ ALIKE = (group(128, window=512), group(128))
 def plan_for(
     gpu: str, layers: tuple[LayerGroup, ...], asked: str | None = None, dtype: DType = "bfloat16"
 ) -> Plan:
-    arch, label = parse_gpu(gpu)
+    target = parse_gpu(gpu)
+    arch, label = target.arch, target.label
     problem = a_problem(model=Model(type="m", layers=layers), dtype=dtype, packing=True)
     return choose(asked, Machine(arch=arch, gpu=label), problem)
 

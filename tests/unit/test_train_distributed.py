@@ -86,6 +86,6 @@ def test_the_plan_that_processes_compare_has_plain_values_only() -> None:
     assert backend is not None
     verdict = Verdict(backend=backend, rank=1, reasons=())
     facts = _comparable_plan(
-        Plan(asked="auto", chosen=verdict, because="it fits", verdicts=(verdict,))
+        Plan(requested="auto", chosen=verdict, reason="it fits", verdicts=(verdict,))
     )
     assert json.loads(json.dumps(facts))["chosen"] == "sdpa"

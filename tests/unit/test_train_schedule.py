@@ -12,7 +12,7 @@ from attnimg.config.schema import Config, Optimizer, Scheduler
 from attnimg.context import context_of
 from attnimg.errors import AttnimgError
 from attnimg.facts import Arch, Machine
-from attnimg.task import problem_of
+from attnimg.task import build_problem
 from attnimg.train.arguments import Schedule, plan_steps, training_arguments
 from attnimg.train.check import check_limits
 
@@ -105,7 +105,7 @@ def arguments(tmp_path: Path, machine: Machine = CPU, **keys: Any) -> dict[str, 
     values = config(output_dir=str(tmp_path), **keys)
     sdpa = backend_named("sdpa")
     assert sdpa is not None
-    task = problem_of(values, model=None, dropout=0.0, arch=machine.arch)
+    task = build_problem(values, model=None, dropout=0.0, arch=machine.arch)
     return training_arguments(
         values,
         machine=machine,

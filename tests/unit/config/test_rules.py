@@ -291,6 +291,9 @@ def test_found_of_the_schema_that_are_refused_by_name_are_listed() -> None:
     assert keys.unsupported_keys().keys() & Config.model_fields.keys() == keys.IN_SCHEMA
 
 
+ERRORS = ("AttnimgError", "KernelError")
+
+
 def functions_in(path: Path) -> list[ast.FunctionDef]:
     tree = ast.parse(path.read_text("utf-8"))
     return [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
@@ -302,7 +305,7 @@ def refusals() -> Counter[str]:
     builders = {
         function.name
         for function in [*functions, *functions_in(TRAIN.parent / "errors.py")]
-        if isinstance(function.returns, ast.Name) and function.returns.id == "AttnimgError"
+        if isinstance(function.returns, ast.Name) and function.returns.id in ERRORS
     }
     found = Counter[str]()
     for function in functions:
@@ -313,7 +316,7 @@ def refusals() -> Counter[str]:
             name = called.id if isinstance(called, ast.Name) else ""
             if isinstance(called, ast.Attribute) and isinstance(called.value, ast.Name):
                 name = called.attr if called.value.id == "self" else ""
-            if name == "AttnimgError" or name in builders:
+            if name in ERRORS or name in builders:
                 codes = [k.value for k in node.keywords if k.arg == "code"]
                 code = codes[0].value if codes and isinstance(codes[0], ast.Constant) else name
                 found[f"{function.name} {code}"] += 1

@@ -7,11 +7,11 @@ from dataclasses import replace
 import pytest
 
 from attnimg.facts import Arch, Machine
-from attnimg.machine.doctor import Check, check_variants, examine
+from attnimg.machine.doctor import Check, check_machine, check_variants
 from attnimg.machine.fingerprint import RELEASE
 from attnimg.machine.host import WORKING_FOLDER, Folder, Host
-from attnimg.machine.shipped_kernels import ShippedKernels
-from attnimg.selection.images import ImageFacts, catalogue
+from attnimg.machine.kernel_cache import ShippedKernels
+from attnimg.selection.gpus_and_images import ImageFacts, image_catalogue
 
 GIB = 1 << 30
 HOME = Folder(role="HOME", path="/cache/home", writable=True, free_bytes=500 * GIB)
@@ -20,7 +20,6 @@ PACKAGES = {"torch": "2.14.1", "flash-attn": "2.8.3.post2", "rich": "15.0.0"}
 HOST = Host(
     uid=1000,
     user="attnimg",
-    home="/cache/home",
     folders=(HOME, WORK),
     shm_bytes=8 * GIB,
     installed=PACKAGES,
@@ -35,7 +34,7 @@ BUILT = {
     "flash_attn/cute": "ab" * 32,
 }
 SHIPPED = ShippedKernels(key="0123", built=BUILT, found=BUILT, kernels={"sm_90": 200})
-IMAGES = catalogue()
+IMAGES = image_catalogue()
 HOPPER: ImageFacts = replace(IMAGES["hopper"], packages=PACKAGES)
 CPU = replace(IMAGES["cpu"], packages=PACKAGES)
 
@@ -55,7 +54,7 @@ def findings(
 ) -> list[Check]:
     return [
         check
-        for check in examine(machine, host, image=image, images=IMAGES)
+        for check in check_machine(machine, host, image=image, images=IMAGES)
         if check.status != "ok"
     ]
 
@@ -232,7 +231,7 @@ def with_kernels(**facts: object) -> Host:
             "CUDA_VISIBLE_DEVICES", id="GPUs that differ",
         ),
         pytest.param(
-            H100, with_kernels(settings=("FA_LOG_LEVEL",)), "set here: FA_LOG_LEVEL", "unset",
+            H100, with_kernels(settings=("FA_LOG_LEVEL",)), "are set: FA_LOG_LEVEL", "unset",
             id="a variable that asks for other kernels",
         ),
     ],
@@ -255,7 +254,7 @@ def test_shipped_kernels_that_are_missed(machine: Machine, host: Host, what: str
     ],
 )
 def test_shipped_kernels_that_are_found(host: Host) -> None:
-    checks = examine(H100, host, image=HOPPER, images=IMAGES)
+    checks = check_machine(H100, host, image=HOPPER, images=IMAGES)
     (found,) = (check for check in checks if check.code == "kernels")
     assert found.status == "ok"
     assert "its kernels for sm_90 compiled: 200" in found.what
@@ -269,7 +268,7 @@ def test_shipped_kernels_that_are_found(host: Host) -> None:
     ],
 )
 def test_of_shipped_kernels_nothing_is_said(machine: Machine, host: Host) -> None:
-    checks = examine(machine, host, image=None, images=IMAGES)
+    checks = check_machine(machine, host, image=None, images=IMAGES)
     assert "kernels" not in {check.code for check in checks}
 
 
@@ -289,7 +288,9 @@ SHIPPED_TRITON = ShippedKernels(
 
 def triton_check(machine: Machine = H100, **facts: object) -> Check:
     shipped = replace(SHIPPED_TRITON, **facts)  # type: ignore[arg-type]
-    checks = examine(machine, replace(HOST, shipped_triton=shipped), image=None, images=IMAGES)
+    checks = check_machine(
+        machine, replace(HOST, shipped_triton=shipped), image=None, images=IMAGES
+    )
     (check,) = (check for check in checks if check.code == "triton-kernels")
     return check
 
@@ -329,7 +330,7 @@ def test_triton_kernels_of_other_packages_are_missed(name: str, here: str, what:
             gpu("sm_90", other_archs=("sm_86",)), {}, "found sm_86", "image", id="one of two GPUs"
         ),
         pytest.param(
-            H100, {"settings": ("TRITON_DEBUG",)}, "set here: TRITON_DEBUG", "unset",
+            H100, {"settings": ("TRITON_DEBUG",)}, "are set: TRITON_DEBUG", "unset",
             id="a variable that asks for other kernels",
         ),
         pytest.param(
@@ -357,13 +358,13 @@ def test_triton_kernels_that_are_found() -> None:
 
 def test_of_triton_kernels_nothing_is_said_where_sageattention_does_not_run() -> None:
     host = replace(HOST, shipped_triton=replace(SHIPPED_TRITON, kernels={"sm_120": 90}))
-    checks = examine(gpu("sm_100"), host, image=None, images=IMAGES)
+    checks = check_machine(gpu("sm_100"), host, image=None, images=IMAGES)
     assert "triton-kernels" not in {check.code for check in checks}
 
 
 def test_of_triton_kernels_nothing_is_said_without_a_gpu() -> None:
     host = replace(HOST, shipped_triton=SHIPPED_TRITON)
-    checks = examine(NO_GPU, host, image=None, images=IMAGES)
+    checks = check_machine(NO_GPU, host, image=None, images=IMAGES)
     assert "triton-kernels" not in {check.code for check in checks}
 
 

@@ -170,8 +170,8 @@ def test_kinds_of_cpu_have_a_folder_each(tmp_path: Path) -> None:
     names = set()
     for flags in ("flags : sse2 avx", "flags : sse2 avx avx512f", "flags : avx sse2"):
         (tmp_path / "cpuinfo").write_text(f"processor : 0\n{flags}\n")
-        names.add(kernel_cache._cpu(tmp_path / "cpuinfo"))
-    names.add(kernel_cache._cpu(tmp_path / "nothing"))
+        names.add(kernel_cache._hash_cpu_features(tmp_path / "cpuinfo"))
+    names.add(kernel_cache._hash_cpu_features(tmp_path / "nothing"))
     assert len(names) == 3
 
 

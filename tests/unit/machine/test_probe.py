@@ -14,14 +14,14 @@ import pytest
 
 from attnimg.errors import AttnimgError
 from attnimg.machine.fingerprint import triton_fingerprint, triton_in_short
+from attnimg.machine.kernel_cache import shipped_kernels, shipped_triton
 from attnimg.machine.local_kernels import (
     TorchBuild,
     choose_variant,
     read_local_kernels,
     torch_build,
 )
-from attnimg.machine.probe import CommandResult, Recording, describe, shadowed, this_machine
-from attnimg.machine.shipped_kernels import shipped_kernels, shipped_triton
+from attnimg.machine.probe import CommandResult, Recording, describe, find_shadowed, this_machine
 
 MACHINES = Path(__file__).parent / "machines"
 TWO = "GPU A, 8.0, 1000, 1.0\nGPU B, 9.0, 2000, 1.0\n"
@@ -260,8 +260,8 @@ def test_kernels_itself_chooses_the_same(tmp_path):
         pytest.param("o/n={path}/none", "found no folder", id="no such folder"),
         pytest.param("o/n={path}/empty", "found no build variant", id="an empty folder"),
         pytest.param("o/n={path}/bare", "metadata.json", id="a variant without metadata"),
-        pytest.param("o/n={path}/garbled", "does not say", id="metadata that is no JSON"),
-        pytest.param("o/n={path}/listed", "does not say", id="metadata that is a list"),
+        pytest.param("o/n={path}/garbled", "the devices", id="metadata that is no JSON"),
+        pytest.param("o/n={path}/listed", "the devices", id="metadata that is a list"),
         pytest.param("o/n={path}/xpu", "'xpu'", id="a vendor we know nothing of"),
         pytest.param("o/n={path}/old", "needs exactly torch 1.2", id="another torch"),
     ],
@@ -411,7 +411,7 @@ def test_whichever_was_installed_last_wins(tmp_path, monkeypatch, order, found):
     monkeypatch.syspath_prepend(str(tmp_path))
     for package in order:
         install(tmp_path, package, f"# {package}")
-    assert shadowed(order) == found
+    assert find_shadowed(order) == found
 
 
 def test_a_file_that_an_uninstall_took_along_is_missed(tmp_path, monkeypatch):
@@ -419,4 +419,4 @@ def test_a_file_that_an_uninstall_took_along_is_missed(tmp_path, monkeypatch):
     for package in ("flash-attn", "flash-attn-4"):
         install(tmp_path, package, f"# {package}")
     (tmp_path / CLAIMED_TWICE).unlink()
-    assert shadowed(["flash-attn", "flash-attn-4"]) == ("flash-attn-4",)
+    assert find_shadowed(["flash-attn", "flash-attn-4"]) == ("flash-attn-4",)

@@ -16,7 +16,7 @@ import pytest
 
 from attnimg.backends import all_backends
 from attnimg.errors import AttnimgError
-from attnimg.selection.gpus import catalogue
+from attnimg.selection.gpus_and_images import gpu_catalogue
 from recipes.facts import Plan
 from recipes.files import NOTICE, write_all
 from recipes.pages.checkpoints_page import RECORD as RELOAD_RECORD
@@ -236,7 +236,7 @@ def test_an_image_installs_what_its_layers_installed(name: str) -> None:
 def test_every_gpu_of_the_catalogue_that_we_can_serve_has_one_image() -> None:
     images = json.loads(TEXTS["attnimg/data/images.json"])["images"]
     stable = [found for found in images.values() if found["channel"] == "stable"]
-    for name, gpu in catalogue().items():
+    for name, gpu in gpu_catalogue().items():
         serving = [found for found in stable if gpu.arch.name in found["devices"]]
         serving = [found for found in serving if f"linux/{gpu.cpu}" in found["platforms"]]
         assert len(serving) == (0 if name == "v100" or gpu.cpu == "arm64" else 1), name
@@ -244,7 +244,7 @@ def test_every_gpu_of_the_catalogue_that_we_can_serve_has_one_image() -> None:
 
 def test_the_page_of_images_promises_no_arm64_machine_one() -> None:
     images, _, gpus = TEXTS["docs/images.md"].partition("## Which image")
-    for name, gpu in catalogue().items():
+    for name, gpu in gpu_catalogue().items():
         (row,) = (line for line in gpus.splitlines() if f"| `{name}` |" in line)
         assert ("none: its CPU is arm64" in row) == (gpu.cpu == "arm64")
     assert "DGX Spark" not in images

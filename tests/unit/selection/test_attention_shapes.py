@@ -11,8 +11,7 @@ import pytest
 
 from attnimg.errors import AttnimgError
 from attnimg.facts import LayerGroup
-from attnimg.selection.attention_shapes import read_model
-from attnimg.selection.layer_kinds import read_families
+from attnimg.selection.attention_shapes import read_families, read_model
 from attnimg.selection.model_config import read_config
 
 os.environ["HF_HUB_OFFLINE"] = "1"

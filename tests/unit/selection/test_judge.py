@@ -12,10 +12,10 @@ from run_facts import a_context, a_problem
 
 from attnimg.config import check_values
 from attnimg.facts import LayerGroup, LocalKernel, Machine, Model, Problem, Verdict
-from attnimg.selection.gpus import parse_gpu
+from attnimg.selection.gpus_and_images import parse_gpu
 from attnimg.selection.judge import with_effective_windows
 from attnimg.selection.plan import choose
-from attnimg.task import problem_of
+from attnimg.task import build_problem
 from attnimg.verification.proofs import geometries_of
 
 LAYER = LayerGroup(
@@ -72,7 +72,8 @@ def test_transformers_passes_the_window_by_the_same_rule(key_length: int) -> Non
 
 
 def verdict(problem: Problem, backend: str, gpu: str = "b200", **more: object) -> Verdict:
-    arch, label = parse_gpu(gpu)
+    target = parse_gpu(gpu)
+    arch, label = target.arch, target.label
     machine = Machine(arch=arch, gpu=label, **more)  # type: ignore[arg-type]  # a test's values
     return next(v for v in choose(None, machine, problem).verdicts if v.backend.name == backend)
 
@@ -104,8 +105,8 @@ def test_the_largest_batch_counts() -> None:
     }  # fmt: skip
     checked = check_values(values, file="x.yaml")
     assert checked.config is not None
-    arch, _ = parse_gpu("h100")
-    problem = problem_of(checked.config, model=MODEL, dropout=0.0, arch=arch)
+    arch = parse_gpu("h100").arch
+    problem = build_problem(checked.config, model=MODEL, dropout=0.0, arch=arch)
     found = with_effective_windows(problem).model
     assert found is not None
     assert found.layers[0].window == 4096, "evaluation hands the kernel four rows as one"

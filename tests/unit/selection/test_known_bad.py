@@ -13,7 +13,7 @@ from attnimg.backends import all_backends, backend_named
 from attnimg.errors import AttnimgError
 from attnimg.facts import LayerGroup, Machine, Model, Problem
 from attnimg.selection import known_bad, plan
-from attnimg.selection.gpus import parse_gpu
+from attnimg.selection.gpus_and_images import parse_gpu
 
 TODAY = date(2026, 11, 21)
 LAYER = LayerGroup(count=2, heads=8, kv_heads=2, head_dim_qk=256, head_dim_v=256)
@@ -34,7 +34,7 @@ date = 2026-11-01
 
 
 def machine(gpu: str, **packages: str) -> Machine:
-    arch, _ = parse_gpu(gpu)
+    arch = parse_gpu(gpu).arch
     return Machine(arch=arch, gpu=gpu, packages=packages or None, torch="2.13.0")
 
 

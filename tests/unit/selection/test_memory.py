@@ -12,8 +12,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from attnimg.__main__ import run as attnimg
 from attnimg.facts import Arch, DType, LayerGroup, Machine, Model, Problem
-from attnimg.selection.memory import WARN_FROM, memory_warning, quadratic_memory
 from attnimg.selection.plan import choose
+from attnimg.selection.run_findings import WARN_FROM, memory_warning, quadratic_memory
 
 TOKENS, HEADS, LAYERS = 256, 4, 2
 CPU = Machine(arch=Arch(name="cpu", vendor="cpu"), gpu="cpu", packages={}, torch="2.13.0")

@@ -17,12 +17,11 @@ from attnimg.backends import backend_named
 from attnimg.config.schema import Config
 from attnimg.facts import LayerGroup, Model, ModelClass
 from attnimg.selection.attention_shapes import read_model
-from attnimg.selection.gpus import parse_gpu
-from attnimg.selection.images import image_for, machine_with
+from attnimg.selection.gpus_and_images import image_for, machine_with, parse_gpu
 from attnimg.selection.judge import reason_against_class
-from attnimg.selection.model_types import class_named
+from attnimg.selection.model_types import find_class
 from attnimg.selection.plan import choose
-from attnimg.task import problem_of
+from attnimg.task import build_problem
 from recipes.render import positions
 from recipes.render.model_classes import (
     CAUSAL_PATH,
@@ -42,7 +41,7 @@ def test_the_table_is_what_the_installed_transformers_says() -> None:
     found = model_classes()
     assert len(found) > 150
     for model_type, facts in found.items():
-        assert class_named(model_type) == facts, model_type
+        assert find_class(model_type) == facts, model_type
     version, root = metadata.version("transformers"), Path(__file__).parents[3]
     text = classes_toml(found, transformers=version)
     assert root.joinpath(PATH).read_text() == text, "make classes"
@@ -64,18 +63,26 @@ def test_the_table_is_what_the_installed_transformers_says() -> None:
         ),
         pytest.param("falcon", "s2", "its own attention code", id="falcon would raise KeyError"),
         pytest.param("falcon", "flash_attention_2", None, id="falcon has flash attention"),
-        pytest.param("llama4_text", "sage", "its mask says more", id="llama4 has chunks"),
-        pytest.param("llama4_text", "sdpa_math", "its mask says more", id="nor sdpa's kernels"),
-        pytest.param("llama4_text", "flash_attention_2", "has no FlashAttention-2", id="nor flash"),
-        pytest.param("llama4", "flash_attention_4", "has no FlashAttention-4", id="nor the whole"),
+        pytest.param("llama4_text", "sage", "its mask has more", id="llama4 has chunks"),
+        pytest.param("llama4_text", "sdpa_math", "its mask has more", id="nor sdpa's kernels"),
+        pytest.param(
+            "llama4_text", "flash_attention_2", "does not support FlashAttention-2", id="nor flash"
+        ),
+        pytest.param(
+            "llama4", "flash_attention_4", "does not support FlashAttention-4", id="nor the whole"
+        ),
         pytest.param("llama4_text", "sdpa", None, id="llama4 takes sdpa"),
         pytest.param("bloom", "eager", None, id="eager is what bloom runs anyway"),
-        pytest.param("gpt2", "flex_attention", "has no PyTorch FlexAttention", id="no flex"),
-        pytest.param("gpt_oss", "flash_attention_2", "would swap", id="gpt_oss swaps names"),
-        pytest.param("gpt_oss", FLASH, "would swap", id="hub paths too"),
+        pytest.param(
+            "gpt2", "flex_attention", "does not support PyTorch FlexAttention", id="no flex"
+        ),
+        pytest.param("gpt_oss", "flash_attention_2", "would replace", id="gpt_oss swaps names"),
+        pytest.param("gpt_oss", FLASH, "would replace", id="hub paths too"),
         pytest.param("gpt_oss", "flash_attention_4", None, id="but not this one"),
         pytest.param("gpt_oss", "org/unread", None, id="nor those without flash in them"),
-        pytest.param("gemma2", "sdpa", "has no PyTorch scaled_dot", id="gemma2 has no sdpa"),
+        pytest.param(
+            "gemma2", "sdpa", "does not support PyTorch scaled_dot", id="gemma2 has no sdpa"
+        ),
     ],
 )
 def test_a_class_takes_a_backend_or_a_sentence_says_why_not(
@@ -83,7 +90,7 @@ def test_a_class_takes_a_backend_or_a_sentence_says_why_not(
 ) -> None:
     named = backend_named(backend)
     assert named is not None
-    facts = class_named(model_type)
+    facts = find_class(model_type)
     reason = reason_against_class(facts, named) if facts else None
     assert (reason is None) == (says is None)
     if reason is not None and says is not None:
@@ -145,7 +152,7 @@ def test_code_that_comes_with_a_model_is_no_class_of_the_table(
 ) -> None:
     values = Config.model_validate({"base_model": "m", "trust_remote_code": trusted})
     model = read_model({"model_type": "bloom", **raw})
-    problem = problem_of(values, model=model, dropout=0.0, arch=parse_gpu("h100")[0])
+    problem = build_problem(values, model=model, dropout=0.0, arch=parse_gpu("h100").arch)
     assert (problem.model_class is not None) == lacks
 
 
@@ -154,7 +161,8 @@ def test_layers_that_differ_share_one_backend_where_no_router_can_be_put() -> No
         LayerGroup(count=5, heads=8, kv_heads=4, head_dim_qk=256, head_dim_v=256),
         LayerGroup(count=1, heads=8, kv_heads=4, head_dim_qk=512, head_dim_v=512),
     )
-    arch, label = parse_gpu("a100")
+    target = parse_gpu("a100")
+    arch, label = target.arch, target.label
     machine = machine_with(image_for(arch), arch, label)
     problem = a_problem(model=Model(type="m", layers=layers), dtype="bfloat16")
     assert choose(None, machine, problem).groups

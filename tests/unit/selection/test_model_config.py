@@ -8,7 +8,7 @@ import pytest
 
 from attnimg.errors import AttnimgError
 from attnimg.facts import LayerGroup
-from attnimg.selection.attention_shapes import attention_dropout, read_model
+from attnimg.selection.attention_shapes import read_attention_dropout, read_model
 from attnimg.selection.model_config import find_config, read_config
 
 
@@ -104,13 +104,13 @@ def test_a_field_that_cannot_be_is_named(fields, name):
     ],
 )
 def test_dropout(config, probability):
-    assert attention_dropout(config) == probability
+    assert read_attention_dropout(config) == probability
 
 
 @pytest.mark.parametrize("value", [1, 1.5, -0.1, "0.1", True])
 def test_a_dropout_that_is_no_probability_is_refused(value):
     with pytest.raises(AttnimgError, match="attention_dropout"):
-        attention_dropout({"model_type": "llama", "attention_dropout": value})
+        read_attention_dropout({"model_type": "llama", "attention_dropout": value})
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from attnimg.__main__ import run as attnimg
 from attnimg.facts import Arch, Machine, Model
 from attnimg.selection.attention_shapes import read_model
-from attnimg.selection.other_layers import findings_on, kinds, other_layers
+from attnimg.selection.run_findings import check_other_layers, other_layer_kinds, other_layers
 from attnimg.task import distributions
 
 GRANITE = {"num_hidden_layers": 4, "hidden_size": 64, "num_attention_heads": 4,
@@ -73,7 +73,7 @@ def test_other_layers_are_named_counted_and_need_packages(
 def test_models_without_them_pack_and_are_told_nothing(read: Model) -> None:
     problem = a_problem(model=read, dtype="bfloat16", packing=True)
     assert other_layers(read, machine()) == ()
-    assert findings_on(problem, machine()) == ((), ())
+    assert check_other_layers(problem, machine()) == ((), ())
 
 
 @pytest.mark.parametrize(
@@ -90,7 +90,7 @@ def test_packing_is_refused_and_missing_kernels_are_told(
     packing: bool, packages: tuple[str, ...], errors: list[str], warnings: list[str]
 ) -> None:
     problem = a_problem(model=model("qwen3_next"), dtype="bfloat16", packing=packing)
-    refused, told = findings_on(problem, machine(*packages))
+    refused, told = check_other_layers(problem, machine(*packages))
     assert ([f.code for f in refused], [f.code for f in told]) == (errors, warnings)
     assert all(finding.do for finding in (*refused, *told))
 
@@ -106,13 +106,15 @@ def test_packages_are_advised_where_they_let_the_model_pack(
     type_: str, packages: tuple[str, ...], do: str
 ) -> None:
     problem = a_problem(model=model(type_), dtype="bfloat16", packing=True)
-    ((error,), _) = findings_on(problem, machine(*packages))
+    ((error,), _) = check_other_layers(problem, machine(*packages))
     assert error.do == f"set sample_packing: false{do}"
 
 
 def test_a_kind_that_nobody_here_knows_is_left_to_the_proof_on_the_model() -> None:
     read = model("brand_new", layer_types=["linear_attention", *["full_attention"] * 3])
-    refused, told = findings_on(a_problem(model=read, dtype="bfloat16", packing=True), machine())
+    refused, told = check_other_layers(
+        a_problem(model=read, dtype="bfloat16", packing=True), machine()
+    )
     assert ([*refused], [finding.code for finding in told]) == ([], ["packing-unproven"])
 
 
@@ -205,7 +207,7 @@ def test_transformers_does_with_boundaries_what_the_table_says(type_: str) -> No
         return out.logits[:, 7:].detach()
 
     assert (second(row) - second(other)).abs().max() > 0.1
-    kind = next(kind for kind in kinds().values() if type_ in kind.types)
+    kind = next(kind for kind in other_layer_kinds().values() if type_ in kind.types)
     given = {
         "seq_idx": torch.tensor([[0] * 7 + [1] * 9], dtype=torch.int32),
         "cu_seq_lens_q": torch.tensor([0, 7, 16], dtype=torch.int32),

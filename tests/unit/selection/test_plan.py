@@ -23,9 +23,9 @@ from attnimg.facts import (
     Reason,
 )
 from attnimg.selection import known_bad
-from attnimg.selection.gpus import catalogue, parse_gpu
+from attnimg.selection.gpus_and_images import gpu_catalogue, parse_gpu
 from attnimg.selection.judge import reasons_against
-from attnimg.selection.plan import choose, place_of, training_dtype, without
+from attnimg.selection.plan import choose, find_rank, training_dtype, without
 
 
 def group(d: int = 128, *, v: int | None = None, **more: object) -> LayerGroup:
@@ -51,7 +51,8 @@ ODD = Model(type="odd", layers=(group(100),))
 
 
 def machine(gpu: str, **more: object) -> Machine:
-    arch, label = parse_gpu(gpu)
+    target = parse_gpu(gpu)
+    arch, label = target.arch, target.label
     return Machine(arch=arch, gpu=label, **more)  # type: ignore[arg-type]  # a table's cell
 
 
@@ -149,11 +150,11 @@ def test_every_place_has_a_reason_and_a_dated_source() -> None:
 
 
 def test_no_two_backends_share_a_place() -> None:
-    for gpu in catalogue():
+    for gpu in gpu_catalogue():
         on = machine(gpu)
         for packing, compiled in itertools.product((True, False), repeat=2):
             problem = a_problem(model=LLAMA, dtype="float16", packing=packing, compiled=compiled)
-            places = [place_of(backend, on, problem).rank for backend in all_backends()]
+            places = [find_rank(backend, on, problem).rank for backend in all_backends()]
             assert len(set(places)) == len(places)
 
 
@@ -185,23 +186,24 @@ def test_what_is_asked_for_is_honoured_or_refused(
     asked: str, gpu: str, model: Model, takes: str | None
 ) -> None:
     found = plan(asked, gpu, model)
-    assert found.asked == asked
+    assert found.requested == asked
     assert got(found) == takes
-    assert found.because
-    assert takes or found.do
+    assert found.reason
+    assert takes or found.remedy
 
 
 @pytest.mark.parametrize("asked", ["flash_attention_2", "flash_attention_3"])
 def test_a_name_of_the_family_names_the_rule_that_it_asks_for(asked: str) -> None:
     found = plan(asked, "h100")
-    rule = f"attn_implementation: {asked} asks for the flash family, whose order is 4, 3, 2"
-    assert found.because.startswith(rule)
+    rule = f"the config names {asked}, which asks for the flash family, whose order is 4, 3, 2"
+    assert found.reason.startswith(rule)
     assert got(plan(None, "h100")) == "flash_attention_3", "while auto goes by the GPU"
 
 
 @pytest.mark.parametrize(("gpu", "value"), [("rx7900xtx", "FALSE"), ("mi300x", "TRUE")])
 def test_kernels_that_a_variable_turns_off_are_not_taken(gpu: str, value: str) -> None:
-    arch, label = parse_gpu(gpu)
+    target = parse_gpu(gpu)
+    arch, label = target.arch, target.label
     setting = {"FLASH_ATTENTION_TRITON_AMD_ENABLE": value}
     backend = backend_named("flash_attention_2")
     assert backend is not None
@@ -406,7 +408,7 @@ def test_what_a_local_kernel_has_no_argument_for_is_a_reason(
 def test_the_precision_follows_the_hardware(
     bf16: bool | str, fp16: bool, gpu: str, dtype: str
 ) -> None:
-    assert training_dtype(bf16=bf16, fp16=fp16, arch=parse_gpu(gpu)[0]) == dtype
+    assert training_dtype(bf16=bf16, fp16=fp16, arch=parse_gpu(gpu).arch) == dtype
 
 
 def test_a_failed_proof_moves_auto_on_and_stops_a_name() -> None:
@@ -437,14 +439,14 @@ def test_after_a_failed_proof_the_next_of_the_flash_family_stands_in(
     while (name := got(found)) is not None:
         names.append(name)
         found = without(found, name, wrong)
-        assert found.asked == asked
+        assert found.requested == asked
     assert names == [f"flash_attention_{member}" for member in tried]
     assert [v.backend.name for v in found.verdicts if wrong in v.reasons] == names
-    assert found.because
-    assert found.do
+    assert found.reason
+    assert found.remedy
 
 
-@pytest.mark.parametrize("gpu", catalogue())
+@pytest.mark.parametrize("gpu", gpu_catalogue())
 def test_every_backend_is_judged_on_every_gpu(gpu: str) -> None:
     found = plan(None, gpu)
     assert sorted(v.backend.name for v in found.verdicts) == sorted(b.name for b in all_backends())
@@ -473,20 +475,20 @@ def test_every_backend_is_judged_on_every_gpu(gpu: str) -> None:
 )  # fmt: skip
 def test_because_can_be_read_without_seeing_ranks(gpu: str, model: Model, says: list[str]) -> None:
     found = plan(None, gpu, model, packing=True)
-    assert [part for part in says if part not in found.because] == []
+    assert [part for part in says if part not in found.reason] == []
 
 
 @pytest.mark.parametrize("asked", [None, "eager", "xformers"])
 def test_a_precision_that_no_backend_takes_is_what_to_change(asked: str | None) -> None:
     found = plan(asked, "t4", dtype="bfloat16")
     assert got(found) is None
-    assert "found bfloat16 on sm_75" in found.because
-    assert found.do.startswith("set bf16: auto")
+    assert "found bfloat16 on sm_75" in found.reason
+    assert found.remedy.startswith("set bf16: auto")
     assert got(plan(asked, "t4")) is not None  # plan() takes the precision of bf16: auto
 
 
 def test_reasons_that_several_backends_share_are_told_once() -> None:
-    because = plan(None, "mi300x", GEMMA2).because
+    because = plan(None, "mi300x", GEMMA2).reason
     assert because.count("soft cap") == 1
     assert "flash_attention_2, sdpa, sdpa_flash, sdpa_efficient" in because
 
@@ -505,8 +507,8 @@ def test_groups_of_layers_run_their_own_best(gpu: str, runs: list[str]) -> None:
     found = plan(None, gpu, GEMMA4, packing=True)
     assert [choice.verdict.backend.name for choice in found.groups] == runs
     if runs:
-        assert f"32 layers of head_dim 256 with window 512 run {runs[0]}" in found.because
-        assert "32 layers of head_dim 512 run sdpa" in found.because
+        assert f"32 layers of head_dim 256 with window 512 run {runs[0]}" in found.reason
+        assert "32 layers of head_dim 512 run sdpa" in found.reason
 
 
 def test_a_variable_of_the_process_holds_for_every_layer_that_it_reaches() -> None:

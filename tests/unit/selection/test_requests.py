@@ -9,15 +9,14 @@ from run_facts import a_problem
 
 from attnimg.errors import AttnimgError
 from attnimg.facts import LayerGroup, Machine, Model, Reason
-from attnimg.selection.gpus import gpu_named
-from attnimg.selection.images import image_for, machine_with
+from attnimg.selection.gpus_and_images import image_for, machine_with, parse_gpu
 from attnimg.selection.plan import choose, without
 
 FULL = LayerGroup(count=4, heads=8, kv_heads=2, head_dim_qk=256, head_dim_v=256)
 SLIDING = LayerGroup(count=20, heads=8, kv_heads=2, head_dim_qk=256, head_dim_v=256, window=1024)
 WIDE = replace(FULL, head_dim_qk=512, head_dim_v=512)
 MIXED = Model(type="gemma3_text", layers=(SLIDING, FULL))
-HOPPER = gpu_named("h100")
+HOPPER = parse_gpu("h100")
 
 
 def machine(**changes) -> Machine:
@@ -37,7 +36,7 @@ def with_variable(name):
 def test_the_variable_replaces_auto_and_is_named_as_the_reason(requested):
     plan = choose(requested, with_variable("sdpa"), problem())
     assert plan.chosen.backend.name == "sdpa"
-    assert plan.because == "ATTNIMG_BACKEND names it, and it fits"
+    assert plan.reason == "ATTNIMG_BACKEND names it, and it fits"
 
 
 def test_a_name_in_the_config_goes_before_the_variable():
@@ -50,15 +49,15 @@ def test_a_backend_of_the_variable_that_does_not_fit_is_refused_and_not_replaced
         None, with_variable("flash_attention_3"), problem(Model(type="x", layers=(WIDE,)))
     )
     assert plan.chosen is None
-    assert plan.do.startswith("set ATTNIMG_BACKEND=")
-    assert plan.do.endswith("or unset ATTNIMG_BACKEND")
+    assert plan.remedy.startswith("set ATTNIMG_BACKEND=")
+    assert plan.remedy.endswith("or unset ATTNIMG_BACKEND")
 
 
 def test_a_backend_of_the_variable_that_fails_its_proof_is_not_replaced():
     plan = choose(None, with_variable("xformers"), problem())
     plan = without(plan, "xformers", Reason(code="wrong", text="dq is wrong"))
     assert plan.chosen is None
-    assert plan.do == "unset ATTNIMG_BACKEND: attn_implementation: auto tries the next one"
+    assert plan.remedy == "unset ATTNIMG_BACKEND: auto tries the next one"
 
 
 @pytest.mark.parametrize("name", ["sdpaa", "flash", "sdpa_math"])
@@ -77,7 +76,7 @@ def test_each_kind_of_layers_runs_the_backend_that_is_named_for_it():
     kinds = {"sliding": "flash_attention_2", "full": "sdpa"}
     plan = choose(None, machine(), problem(), kinds=kinds)
     assert backends_of(plan) == kinds
-    assert plan.because.startswith("attn_backends names them")
+    assert plan.reason.startswith("attn_backends names them")
 
 
 def test_a_kind_that_is_not_named_gets_the_best_backend():
@@ -108,8 +107,8 @@ REFUSED = [
 def test_a_backend_that_does_not_fit_its_layers_is_refused(kinds, layers, text):
     plan = choose(None, machine(), problem(Model(type="gemma3_text", layers=layers)), kinds=kinds)
     assert plan.chosen is None
-    assert text in plan.because
-    assert "attn_backends" in plan.do
+    assert text in plan.reason
+    assert "attn_backends" in plan.remedy
 
 
 def test_no_layer_gets_another_backend_when_a_named_one_fails_its_proof():
@@ -117,7 +116,7 @@ def test_no_layer_gets_another_backend_when_a_named_one_fails_its_proof():
     plan = choose(None, machine(), problem(), kinds=kinds)
     plan = without(plan, "flash_attention_2", Reason(code="wrong", text="dq is wrong"))
     assert plan.chosen is None
-    assert plan.do.startswith("remove attn_backends")
+    assert plan.remedy.startswith("remove attn_backends")
 
 
 def test_the_variable_does_not_replace_named_kinds():

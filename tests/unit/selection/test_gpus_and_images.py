@@ -3,7 +3,12 @@
 import pytest
 
 from attnimg.errors import AttnimgError
-from attnimg.selection.gpus import arch_from_name, catalogue, cpus_with, parse_gpu
+from attnimg.selection.gpus_and_images import (
+    arch_from_name,
+    cpus_of_machines,
+    gpu_catalogue,
+    parse_gpu,
+)
 
 
 @pytest.mark.parametrize(
@@ -31,21 +36,22 @@ from attnimg.selection.gpus import arch_from_name, catalogue, cpus_with, parse_g
     ],
 )
 def test_every_name_of_the_contract_has_its_architecture(name, arch, capability):
-    found, label = parse_gpu(name)
+    target = parse_gpu(name)
+    found, label = target.arch, target.label
     assert (found.name, found.capability) == (arch, capability)
-    assert label == catalogue()[name].label
+    assert label == gpu_catalogue()[name].label
 
 
 def test_the_cpu_of_arm64_machines_is_known():
-    arm64 = {gpu.name for gpu in catalogue().values() if gpu.cpu == "arm64"}
+    arm64 = {gpu.name for gpu in gpu_catalogue().values() if gpu.cpu == "arm64"}
     assert arm64 == {"dgx-spark", "gh200", "gb200", "gb300", "jetson-thor"}
-    assert cpus_with(arch_from_name("sm_90")) == {"amd64", "arm64"}
-    assert cpus_with(arch_from_name("sm_110")) == {"arm64"}
-    assert cpus_with(arch_from_name("sm_61")) == set()
+    assert cpus_of_machines(arch_from_name("sm_90")) == {"amd64", "arm64"}
+    assert cpus_of_machines(arch_from_name("sm_110")) == {"arm64"}
+    assert cpus_of_machines(arch_from_name("sm_61")) == set()
 
 
 def test_the_catalogue_has_a_memory_size_for_every_gpu():
-    assert [gpu.name for gpu in catalogue().values() if not gpu.memory_gb] == ["cpu"]
+    assert [gpu.name for gpu in gpu_catalogue().values() if not gpu.memory_gb] == ["cpu"]
 
 
 @pytest.mark.parametrize(
@@ -59,7 +65,8 @@ def test_the_catalogue_has_a_memory_size_for_every_gpu():
     ],
 )
 def test_an_architecture_needs_no_catalogue(name, vendor, capability):
-    arch, label = parse_gpu(name)
+    target = parse_gpu(name)
+    arch, label = target.arch, target.label
     assert (arch.name, arch.vendor, arch.capability, label) == (name, vendor, capability, name)
 
 
@@ -76,8 +83,8 @@ def test_an_architecture_needs_no_catalogue(name, vendor, capability):
         pytest.param("sm_1000", "sm_90", id="four digits"),
         pytest.param("sm_09", "sm_90", id="a zero in front"),
         pytest.param("gfx", "gfx942", id="no digits"),
-        pytest.param("", "name the GPU", id="nothing"),
-        pytest.param("quadro", "name the GPU", id="nothing near"),
+        pytest.param("", "write the name of a GPU", id="nothing"),
+        pytest.param("quadro", "write the name of a GPU", id="nothing near"),
         pytest.param("sm_9\u0660", "sm_90", id="a digit that is not ASCII"),
     ],
 )
