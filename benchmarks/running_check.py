@@ -181,7 +181,7 @@ def make_call(spec: CallSpec, function: Any = None) -> Any:
     """Run a call forward and backward; `function` replaces the kernel's own."""
     import torch
 
-    from attnimg.verify.capture import NAMES, CallKind, CapturedCall, call_again
+    from attnimg.verify.running_check import NAMES, CallKind, CapturedCall, call_again
 
     generator = torch.Generator().manual_seed(spec.seed)
     n_tokens, dtype = sum(spec.lengths), getattr(torch, spec.dtype)
@@ -229,8 +229,7 @@ def _kernel(spec: CallSpec, generator: Any) -> tuple[Any, Any, dict[str, Any], A
     import torch
 
     from attnimg.backends._exact import exact_attention
-    from attnimg.backends._transformers import native_attention
-    from attnimg.backends.eager import eager_attention
+    from attnimg.backends._transformers import eager_attention, native_attention
 
     noisy, backends = import_module("noisy_proofs"), import_module("attnimg.backends")
     lengths = torch.tensor((0, *spec.lengths))
@@ -278,7 +277,7 @@ def _flash(module: Any) -> Any:
 def check(call: Any, spec: CallSpec) -> Any:
     """Compare a call as a run does."""
     from attnimg.backends import backend_named
-    from attnimg.verify.running import check_call
+    from attnimg.verify.running_check import check_call
 
     name = "flash_attention_2" if spec.kernel.startswith("fa") else spec.kernel.split(",")[0]
     backend = backend_named(name.split()[0])

@@ -89,8 +89,6 @@ def attention_function(backend: Backend, *, trusted: bool = False) -> AttentionF
     if backend.family is not None or backend.hub_repo is not None:
         return flash_attention(backend, trusted=trusted)
     if backend.applied_as == "eager":
-        from attnimg.backends.eager import eager_attention
-
         return eager_attention
     return partial(native_attention, backend)
 
@@ -133,6 +131,28 @@ def native_attention(
         raise dropped(backend.name, "s_aux")
     function = AttentionInterface()[backend.applied_as]
     layer = layer_of(module, query, key)
+    found: tuple[Any, Any] = function(layer, query, key, *others, **arguments)
+    return found
+
+
+def eager_attention(
+    module: Any, query: Any, key: Any, *others: Any, **arguments: Any
+) -> tuple[Any, Any]:
+    """Call transformers' eager attention, with softcap or sinks if the arguments have them."""
+    from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward as with_softcap
+    from transformers.models.gpt_oss.modeling_gpt_oss import eager_attention_forward as with_sinks
+    from transformers.models.llama.modeling_llama import eager_attention_forward as plain
+
+    layer = layer_of(module, query, key)
+    layer.sinks = sinks = arguments.pop("s_aux", None)
+    if sinks is not None and arguments.get("softcap"):
+        raise dropped("eager", "softcap together with s_aux")
+    arguments.setdefault("dropout", 0.0)
+    if arguments.get("scaling") is None:
+        arguments["scaling"] = query.shape[-1] ** -0.5
+    function = with_softcap if arguments.get("softcap") else plain
+    if sinks is not None:
+        function = with_sinks
     found: tuple[Any, Any] = function(layer, query, key, *others, **arguments)
     return found
 

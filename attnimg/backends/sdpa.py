@@ -1,4 +1,6 @@
-"""Define PyTorch's scaled_dot_product_attention: sdpa, and one backend for each inner kernel.
+"""Define PyTorch's own attention: eager, sdpa, and one backend for each inner kernel of sdpa.
+
+eager is matrix products and softmax, on every device.
 
 sdpa is always available and chooses its inner kernel. For packed rows it gets a block-diagonal
 mask, whose memory is quadratic in the row length and which its flash kernel does not support.
@@ -78,6 +80,18 @@ def _last_on_rdna(rank: int) -> Rank:
 
 
 BACKENDS = (
+    Backend(
+        name="eager",
+        rank=90,
+        rank_why="takes every model, and stores all attention scores of a row",
+        rank_source="transformers 5.22.2, eager_attention_forward (2026-11-26)",
+        summary="plain PyTorch attention",
+        packing="mask",
+        needs_dtype_cast=False,
+        applied_as="eager",
+        mask="eager",
+        needs=Needs(),
+    ),
     Backend(
         name="sdpa",
         rank=50,

@@ -2,8 +2,8 @@
 
 At the session's first step, and at every multiple of attn_check_steps, one attention call of the
 first micro-batch is captured with its gradients and compared with the reference
-(verify/running.py). The checks alternate between the kinds of layers, and between the layers of
-each kind. The processes then exchange their results, so that either all of them stop or none.
+(verify/running_check.py). The checks alternate between the kinds of layers, and between the layers
+of each kind. The processes then exchange their results, so that either all of them stop or none.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from attnimg.train.checkpoint import checkpoints, newest_checkpoint, step_of
 from attnimg.train.distributed import gathered, rank, world_size
 
 if TYPE_CHECKING:
-    from attnimg.verify.capture import CallKind, CapturedCall
+    from attnimg.verify.running_check import CallKind, CapturedCall
 
 # Backends that the error on a wrong kernel suggests: torch's own, then plain attention.
 _OTHERS = ("sdpa", "eager")
@@ -48,7 +48,7 @@ def attention_check_of(
         dropout: the dropout rate of the attention weights.
         say: prints a line for the user.
     """
-    from attnimg.verify.running import why_unchecked
+    from attnimg.verify.running_check import why_unchecked
 
     assert found.chosen is not None
     verdicts = [choice.verdict for choice in found.groups] or [found.chosen]
@@ -146,7 +146,7 @@ class AttentionCheck:
         if not self.due(step):
             yield
             return
-        from attnimg.verify.capture import Capture
+        from attnimg.verify.running_check import Capture
 
         # A resumed session continues with the layer after the last one of the session before.
         if self._checked is None:
@@ -274,7 +274,7 @@ class AttentionCheck:
 
 
 def _judged(found: Plan, context: RunContext, call: CapturedCall, seed: str) -> CallCheck:
-    from attnimg.verify.running import check_call
+    from attnimg.verify.running_check import check_call
 
     return check_call(
         call,

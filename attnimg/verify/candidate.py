@@ -13,13 +13,13 @@ import torch
 from attnimg.errors import exception_text
 from attnimg.facts import AttentionFunction, Backend, Figure, Geometry, Pattern, Reason
 from attnimg.verify.calls import (
+    Inputs,
     Result,
     backward,
     call,
+    draw,
     forward,
     forward_only,
-    reference,
-    slope_of_scale,
 )
 from attnimg.verify.cases import Budget, Case, budget_of, cases_of
 from attnimg.verify.checks import (
@@ -32,9 +32,8 @@ from attnimg.verify.checks import (
     check_values,
     expected,
 )
-from attnimg.verify.inputs import Inputs, draw
 from attnimg.verify.process_state import leaks
-from attnimg.verify.reference import sum_noise
+from attnimg.verify.reference import reference, slope_of_scale, sum_noise
 from attnimg.verify.training_conditions import (
     builds_plans,
     check_dropout,

@@ -45,7 +45,7 @@ EVERY_LENGTH = 512
 
 _BEYOND = (600, 767, 768, 1000, 1023, 1024, 1025, 1536, 2047, 2048, 2049, 3001, 4095, 4096)
 
-# Up to this many tokens, all query rows of a probe are compared; see inputs.py.
+# Up to this many tokens, all query rows of a probe are compared; see calls.py.
 _WHOLE_ROW = 384
 
 # Sizes of the output's gradient: with a loss that is a mean over a row's tokens, and with a scaled

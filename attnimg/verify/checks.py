@@ -24,9 +24,8 @@ import torch
 from torch import Tensor
 
 from attnimg.facts import Backend, DType, Figure, Reason
-from attnimg.verify.calls import Result
+from attnimg.verify.calls import Inputs, Result
 from attnimg.verify.cases import Case, Scores
-from attnimg.verify.inputs import Inputs
 from attnimg.verify.reference import beyond_a_flip, rounding_of_output
 
 # Allowed in addition to a multiple of plain attention's own error, as a share of the largest value:

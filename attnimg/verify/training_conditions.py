@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from attnimg.facts import AttentionFunction, Backend, Geometry, Pattern
 from attnimg.verify.blocks import Span, block_reference
-from attnimg.verify.calls import ALL, Result, backward, call, forward, forward_only, reference
+from attnimg.verify.calls import ALL, Inputs, Result, backward, call, draw, forward, forward_only
 from attnimg.verify.cases import Case
 from attnimg.verify.checks import (
     Expected,
@@ -33,7 +33,7 @@ from attnimg.verify.checks import (
     expected,
     fault,
 )
-from attnimg.verify.inputs import Inputs, draw
+from attnimg.verify.reference import reference
 
 # Calls between the first forward and backward pass: as many as a typical model has layers.
 _LAYERS = 32

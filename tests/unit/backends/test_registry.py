@@ -42,7 +42,8 @@ def test_no_file_of_a_backend_imports_torch() -> None:
 def test_a_file_holds_one_backend_or_several(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    head = "from attnimg.backends.eager import BACKEND as E\nfrom dataclasses import replace\n"
+    head = "from dataclasses import replace\n"
+    head += "from attnimg.backends.flex_attention import BACKEND as E\n"
     (tmp_path / "zz_one.py").write_text(head + "BACKEND = replace(E, name='one', rank=-1)\n")
     (tmp_path / "zz_two.py").write_text(
         head + "BACKENDS = [replace(E, name=n, rank=r) for n, r in (('b', 999), ('a', -2))]\n"

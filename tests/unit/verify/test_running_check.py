@@ -15,9 +15,9 @@ from torch.nn.attention.flex_attention import create_block_mask
 from attnimg.backends import backend_named
 from attnimg.facts import Backend, CallCheck
 from attnimg.train.attention_check import AttentionCheck
-from attnimg.verify import blocks, running
+from attnimg.verify import blocks, running_check
 from attnimg.verify.blocks import NotComparable, closed_part, spans_of_mask
-from attnimg.verify.capture import CallKind, call_again
+from attnimg.verify.running_check import CallKind, call_again
 from benchmarks import running_check as measured
 
 
@@ -123,15 +123,15 @@ def test_heads_and_tokens_are_chosen_within_the_budgets(
     call, spec = a_call()
     (all_heads,) = {figure.case for figure in measured.check(call, spec).figures}
     assert all_heads == "row 0, tokens 0 to 99, key heads 0 to 3"
-    monkeypatch.setitem(running.PAIRS, "cpu", 1)
+    monkeypatch.setitem(running_check.PAIRS, "cpu", 1)
     cases = set()
     for seed in range(20):
         found = measured.check(call, replace(spec, seed=seed))
         assert not found.faults
         cases |= {figure.case for figure in found.figures}
     assert cases == {f"row 0, tokens 0 to 99, key heads {n} to {n}" for n in range(4)}
-    monkeypatch.setattr(running, "RESULT_BYTES", 1)
-    monkeypatch.setattr(running, "ENDS", 8)
+    monkeypatch.setattr(running_check, "RESULT_BYTES", 1)
+    monkeypatch.setattr(running_check, "ENDS", 8)
     found = measured.check(call, spec)
     assert (found.faults, found.skipped) == ((), "")
     # A fault in the last tokens is seen there too.
@@ -206,7 +206,7 @@ def test_values_that_the_precision_can_not_represent_are_not_judged() -> None:
 def test_runs_that_can_not_be_checked_print_the_reason(
     name: str, context: dict[str, Any], dropout: float, why: str
 ) -> None:
-    found = running.why_unchecked([named(name)], a_context(**context), dropout=dropout)
+    found = running_check.why_unchecked([named(name)], a_context(**context), dropout=dropout)
     assert found.startswith(why)
     assert bool(found) == bool(why)
     said: list[str] = []

@@ -18,7 +18,7 @@ from attnimg.backends._varlen import FlashKernel
 from attnimg.facts import Backend, Geometry, LayerGroup, Proof
 
 FLASH_4 = "kernels-community/flash-attn4"
-STAND_IN = Path(__file__).parents[1] / "fixtures/flash_attn2"
+STAND_IN = Path(__file__).parents[2] / "fixtures/flash_attn2"
 # A kernel that takes MLA's values, and none that were padded to the size of q and k: as
 # FlashAttention-4's for Blackwell, which refuses (192, 192).
 STRICT = """

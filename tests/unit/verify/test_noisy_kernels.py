@@ -17,11 +17,10 @@ from attnimg.backends._transformers import attention_function
 from attnimg.backends._varlen import FlashKernel
 from attnimg.facts import Backend, Reason
 from attnimg.verify import candidate
-from attnimg.verify.calls import Result, call
+from attnimg.verify.calls import Result, call, draw
 from attnimg.verify.candidate import Findings, prove_geometry
 from attnimg.verify.cases import CPU, Case, cases_of
 from attnimg.verify.checks import Fault, check_isolated
-from attnimg.verify.inputs import draw
 from attnimg.verify.reference import TILE, beyond_a_flip, sum_noise
 from attnimg.verify.worker import prove_candidate
 

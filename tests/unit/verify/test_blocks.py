@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from attnimg.verify.blocks import block_reference
-from attnimg.verify.reference import attend, visible_keys
+from attnimg.verify.calls import visible_keys
+from attnimg.verify.reference import attend
 
 LENGTHS = (70, 1, 0, 45, 200, 3)
 T = sum(LENGTHS)

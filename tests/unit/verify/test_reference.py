@@ -7,7 +7,8 @@ import math
 import pytest
 import torch
 
-from attnimg.verify.reference import attend, visible_keys
+from attnimg.verify.calls import visible_keys
+from attnimg.verify.reference import attend
 
 HEADS, KV_HEADS, SIZE, SIZE_V = 4, 2, 8, 6
 

@@ -13,10 +13,10 @@ from torch import Tensor
 from attnimg.backends import backend_named
 from attnimg.backends._transformers import attention_function
 from attnimg.facts import AttentionFunction, Backend, DType
-from attnimg.verify.calls import call, reference
+from attnimg.verify.calls import call, draw
 from attnimg.verify.cases import CPU, cases_of
 from attnimg.verify.checks import check_values, expected
-from attnimg.verify.inputs import draw
+from attnimg.verify.reference import reference
 
 EAGER: Backend = backend_named("eager")  # type: ignore[assignment]  # it is always there
 # Heads, key heads, head size and tokens. The first was refused in bfloat16 although it is right.

@@ -10,8 +10,8 @@ from run_facts import a_context, a_geometry, a_problem
 
 from attnimg.backends import backend_named
 from attnimg.facts import Backend, Geometry, LayerGroup, Model
+from attnimg.verify.calls import draw
 from attnimg.verify.cases import CPU, budget_of, cases_of, longest_of, whole_row
-from attnimg.verify.inputs import draw
 from attnimg.verify.proofs import geometries_of
 
 

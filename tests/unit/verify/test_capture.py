@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AttentionInterface
 
-from attnimg.verify.capture import Capture, CapturedCall, call_again
+from attnimg.verify.running_check import Capture, CapturedCall, call_again
 
 SDPA = AttentionInterface._global_mapping["sdpa"]
 GET = AttentionInterface.get_interface
