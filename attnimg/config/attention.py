@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
 
-from attnimg.backends import all_backends, arch_code, backend_named, is_hub_path, runs_on
+from attnimg.backends import all_backends, arch_code, find_backend, is_hub_path, runs_on
 from attnimg.config.schema import Config, finding
 from attnimg.facts import Arch, Backend, Finding, Needs
 
@@ -72,7 +72,7 @@ def name_errors(name: object) -> Iterator[Finding]:
 
 
 def _is_known(name: str) -> bool:
-    backend = backend_named(name)
+    backend = find_backend(name)
     return backend is not None and backend.in_config
 
 
@@ -325,7 +325,7 @@ def _is(view: View, name: str) -> bool:
 
 
 def _needs(name: str) -> Needs:
-    backend = backend_named(name)
+    backend = find_backend(name)
     assert backend is not None, name
     return backend.needs
 

@@ -26,7 +26,7 @@ import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from attnimg.backends import all_backends, contrary_settings
+from attnimg.backends import all_backends, conflicting_variables
 from attnimg.content_hashes import cache_folder
 from attnimg.errors import AttnimgError
 from attnimg.facts import Machine
@@ -69,7 +69,7 @@ def variant_settings(machine: Machine, environment: Mapping[str, str]) -> dict[s
     for backend in all_backends():
         if (variant := backend.variants.get(arch)) is None:
             continue
-        for setting in contrary_settings(backend, machine.arch, environment):
+        for setting in conflicting_variables(backend, machine.arch, environment):
             kernels = f"{backend.name} runs its {variant.name} kernels"
             _note(f"{setting} is set; on {arch} {kernels}: unset it")
         unset = {name: v for name, v in variant.variables.items() if name not in environment}

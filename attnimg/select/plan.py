@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
-from attnimg.backends import all_backends, backend_named
+from attnimg.backends import all_backends, find_backend
 from attnimg.facts import (
     Arch,
     Backend,
@@ -73,7 +73,7 @@ def choose(asked: str | None, machine: Machine, problem: Problem, *, strict: boo
     Returns:
         The plan. Its `chosen` is None when the requested backend, or every backend, does not fit.
     """
-    named = backend_named(asked or AUTO)
+    named = find_backend(asked or AUTO)
     backends = list(all_backends())
     if named is not None and named not in backends:
         backends.append(named)
@@ -137,7 +137,7 @@ def without(plan: Plan, backend: str, reason: Reason) -> Plan:
         replace(v, reasons=(*v.reasons, reason), kernel=None) if v.backend.name == backend else v
         for v in plan.verdicts
     )
-    named = backend_named(plan.asked)
+    named = find_backend(plan.asked)
     if named is not None and named.family and not plan.strict:
         return _explicit(named, verdicts, strict=False)
     if plan.asked != AUTO:

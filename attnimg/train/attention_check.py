@@ -48,7 +48,7 @@ def attention_check_of(
         dropout: the dropout rate of the attention weights.
         say: prints a line for the user.
     """
-    from attnimg.verify.running_check import why_unchecked
+    from attnimg.verify.running_check import reason_not_checked
 
     assert found.chosen is not None
     verdicts = [choice.verdict for choice in found.groups] or [found.chosen]
@@ -58,7 +58,7 @@ def attention_check_of(
     return AttentionCheck(
         every,
         partial(_judged, found, context),
-        why_not=why_unchecked([*used.values()], context, dropout=dropout),
+        why_not=reason_not_checked([*used.values()], context, dropout=dropout),
         others=[name for name in _OTHERS if name in fitting - used.keys()],
         say=say,
     )
@@ -198,11 +198,13 @@ class AttentionCheck:
             record.checks += 1
             if not check.faults:
                 self._count(check, step)
-            elif not check.sure:
+            elif not check.confirmed:
                 self._warn_of_doubtful(check, step)
         # Rounding may exceed its bounds once, but not twice in a session.
         doubted = record.doubtful > 1
-        wrong = [n for n, check in enumerate(found) if check.sure or (doubted and check.faults)]
+        wrong = [
+            n for n, check in enumerate(found) if check.confirmed or (doubted and check.faults)
+        ]
         if wrong:
             raise self._wrong(found[wrong[0]], wrong, step, folder)
         if any(check.figures for check in found) and not any(check.faults for check in found):
@@ -235,7 +237,7 @@ class AttentionCheck:
         """Build the error that names the fault and the checkpoint to resume from."""
         reasons = [f"{reason.code}: {reason.text}" for reason in check.faults]
         again = "the repeated call is wrong too"
-        if not check.sure:
+        if not check.confirmed:
             again = "it is the second call of this session that was wrong"
         where = f" on rank {', '.join(map(str, ranks))}" if world_size() > 1 else ""
         good = self._last_good(folder)

@@ -8,14 +8,14 @@ from __future__ import annotations
 import math
 import zlib
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from attnimg.facts import AttentionFunction, Backend
 from attnimg.verify.cases import Case
-from attnimg.verify.process_state import is_rewound, states_after_draw
+from attnimg.verify.process_state import draw_and_read_states, is_rewound
 
 # Size of the scores where all keys should have about the same weight.
 FLAT = 0.5
@@ -63,12 +63,12 @@ class Inputs:
     scale: float
 
 
-def draw(case: Case, *, device: str) -> Inputs:
+def draw_inputs(case: Case, *, device: str) -> Inputs:
     """Draw the inputs of a case; they are equal on all machines up to rounding."""
     geometry = case.geometry
     # zlib.crc32, because Python's hash of a string differs from process to process.
     generator = torch.Generator().manual_seed(zlib.crc32(case.name.encode()))
-    documents = _documents(case)
+    documents = _number_documents(case)
     n_rows, n_keys = documents.shape
     n_queries = case.queries or n_keys
     scale = geometry.head_dim_qk**-0.5 * case.scale_factor
@@ -94,15 +94,15 @@ def draw(case: Case, *, device: str) -> Inputs:
     # Without the component of k along `direction`, the shift below is the same for all scores.
     k -= (k @ direction)[..., None] * direction
     if case.scores == "large":
-        v *= torch.where(_some(v, OUTLIER_SHARE, generator), OUTLIER, 1.0)
+        v *= torch.where(_random_mask(v, OUTLIER_SHARE, generator), OUTLIER, 1.0)
     if case.scores == "large-v":
-        v *= torch.where(_some(v, OUTLIER_SHARE, generator), LARGE_V[geometry.dtype], 1.0)
+        v *= torch.where(_random_mask(v, OUTLIER_SHARE, generator), LARGE_V[geometry.dtype], 1.0)
     documents = documents.to(device)
     if case.scores in ("hundreds", "below-hundreds"):
-        steps = _stepped(case, k, documents, generator) / scale
+        steps = _step_queries(case, k, documents, generator) / scale
         q = steps / 2 if case.scores == "below-hundreds" else steps
     else:
-        q = _needles(case, k, documents, n_queries=n_queries) * (strength / scale)
+        q = _aim_queries(case, k, documents, n_queries=n_queries) * (strength / scale)
     if case.scores == "zero-tokens":
         for x, every in zip((q, k, v), ZERO_EVERY, strict=True):
             x[:, :, ::every] = 0.0
@@ -112,7 +112,7 @@ def draw(case: Case, *, device: str) -> Inputs:
     sinks = None
     if geometry.sinks:
         sinks = shift + strength + torch.randn(geometry.heads, generator=generator).double()
-    rows = _rows(n_queries, generator, few=bool(case.also_learning))
+    rows = _choose_rows(n_queries, generator, few=bool(case.extra_gradients))
     if case.scores == "flat":  # the first rows see few keys, and are large
         rows = torch.arange(max(0, n_queries - LAST), n_queries)
     compared = torch.randn(
@@ -122,7 +122,7 @@ def draw(case: Case, *, device: str) -> Inputs:
     d_out[:, rows.to(device)] = (compared * case.gradient_scale).to(device)
     d_out *= (documents[:, n_keys - n_queries :] >= 0)[:, :, None, None]
     dtype = getattr(torch, geometry.dtype)
-    q, k, v = _laid_out(case, *(x.to(device, dtype) for x in (q, k, v)))
+    q, k, v = _apply_layout(case, *(x.to(device, dtype) for x in (q, k, v)))
     return Inputs(
         q=q,
         k=k,
@@ -135,7 +135,7 @@ def draw(case: Case, *, device: str) -> Inputs:
     )
 
 
-def _documents(case: Case) -> Tensor:
+def _number_documents(case: Case) -> Tensor:
     """Return the document number of each token: packed into one row, or one padded row each."""
     if case.packed:
         lengths = torch.tensor(case.lengths)
@@ -146,17 +146,16 @@ def _documents(case: Case) -> Tensor:
     )
 
 
-def _needles(case: Case, k: Tensor, documents: Tensor, *, n_queries: int) -> Tensor:
+def _aim_queries(case: Case, k: Tensor, documents: Tensor, *, n_queries: int) -> Tensor:
     """Return queries whose scores with the chosen keys are 1 at scale 1; (B, H, T, D)."""
     geometry = case.geometry
-    needle = k / k.square().sum(-1, keepdim=True)
-    needle = needle.repeat_interleave(geometry.heads // geometry.kv_heads, dim=1)
+    directions = _score_directions(case, k)
     n_rows, n_keys = documents.shape
-    q = torch.zeros_like(needle[:, :, :n_queries])
+    q = torch.zeros_like(directions[:, :, :n_queries])
     place_T = torch.arange(n_keys - n_queries, n_keys, device=k.device)
     head_H = torch.arange(geometry.heads, device=k.device)
     for row in range(n_rows):
-        first_T, oldest_T = _oldest(documents[row], place_T, window=geometry.window)
+        first_T, oldest_T = _oldest_visible(documents[row], place_T, window=geometry.window)
         between_T = (oldest_T + place_T) // 2
         seen = torch.stack([place_T, oldest_T, between_T])
         if case.scores == "neighbours":
@@ -165,34 +164,41 @@ def _needles(case: Case, k: Tensor, documents: Tensor, *, n_queries: int) -> Ten
         turn_HT = head_H[:, None] + place_T
         for kind in range(2):
             target_HT = seen[(turn_HT + kind) % 3, place_T - place_T[0]]
-            q[row] += needle[row, head_H[:, None], target_HT]
+            q[row] += directions[row, head_H[:, None], target_HT]
         for target_T in hidden:
             exists_T = (target_T >= 0) & (target_T < n_keys)
-            q[row] += needle[row, :, target_T.clamp(0, n_keys - 1)] * exists_T[:, None]
+            q[row] += directions[row, :, target_T.clamp(0, n_keys - 1)] * exists_T[:, None]
     return q
 
 
-def _stepped(case: Case, k: Tensor, documents: Tensor, generator: torch.Generator) -> Tensor:
+def _step_queries(case: Case, k: Tensor, documents: Tensor, generator: torch.Generator) -> Tensor:
     """Return queries whose scores are _STEPS, each with a random visible key; (B, H, T, D)."""
     geometry = case.geometry
-    needle = k / k.square().sum(-1, keepdim=True)
-    needle = needle.repeat_interleave(geometry.heads // geometry.kv_heads, dim=1)
-    q = torch.zeros_like(needle)
+    directions = _score_directions(case, k)
+    q = torch.zeros_like(directions)
     n_keys = documents.shape[1]
     place_T = torch.arange(n_keys, device=k.device)
     for row in range(len(documents)):
-        first_T, oldest_T = _oldest(documents[row], place_T, window=geometry.window)
+        first_T, oldest_T = _oldest_visible(documents[row], place_T, window=geometry.window)
         for step in _STEPS:
             share_T = torch.rand(n_keys, generator=generator).to(k.device)
-            q[row] += step * needle[row, :, oldest_T + (share_T * (place_T - oldest_T + 1)).long()]
+            q[row] += (
+                step * directions[row, :, oldest_T + (share_T * (place_T - oldest_T + 1)).long()]
+            )
         for target_T in (place_T + 1, oldest_T - 1, first_T - 1):
             exists_T = (target_T >= 0) & (target_T < n_keys)
-            hidden = needle[row, :, target_T.clamp(0, n_keys - 1)]
+            hidden = directions[row, :, target_T.clamp(0, n_keys - 1)]
             q[row] += _HIDDEN * hidden * exists_T[:, None]
     return q
 
 
-def _oldest(own: Tensor, place_T: Tensor, *, window: int | None) -> tuple[Tensor, Tensor]:
+def _score_directions(case: Case, k: Tensor) -> Tensor:
+    """Return for each query head and key the vector whose product with the key is 1."""
+    directions = k / k.square().sum(-1, keepdim=True)
+    return directions.repeat_interleave(case.geometry.heads // case.geometry.kv_heads, dim=1)
+
+
+def _oldest_visible(own: Tensor, place_T: Tensor, *, window: int | None) -> tuple[Tensor, Tensor]:
     """Return the first key of each query's document, and the oldest key that the query sees."""
     first_T = torch.searchsorted(own.abs(), own.abs()[place_T])
     if window is None:
@@ -200,12 +206,12 @@ def _oldest(own: Tensor, place_T: Tensor, *, window: int | None) -> tuple[Tensor
     return first_T, torch.maximum(first_T, place_T - window + 1)
 
 
-def _some(x: Tensor, share: float, generator: torch.Generator) -> Tensor:
+def _random_mask(x: Tensor, share: float, generator: torch.Generator) -> Tensor:
     """Return a mask of a random share of a tensor's values."""
     return (torch.rand(x.shape, generator=generator) < share).to(x.device)
 
 
-def _rows(n_queries: int, generator: torch.Generator, *, few: bool) -> Tensor:
+def _choose_rows(n_queries: int, generator: torch.Generator, *, few: bool) -> Tensor:
     first, last, n_between = (_FIRST, _LAST, _BETWEEN) if few else (FIRST, LAST, BETWEEN)
     if n_queries <= 2 * (first + last + n_between):
         return torch.arange(n_queries)
@@ -214,7 +220,7 @@ def _rows(n_queries: int, generator: torch.Generator, *, few: bool) -> Tensor:
     return torch.cat([ends[0], between.sort().values, ends[1]])
 
 
-def _laid_out(case: Case, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _apply_layout(case: Case, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return q, k and v laid out in memory as models do; shapes and values stay."""
     if case.layout == "heads-first":
         return q.contiguous(), k.contiguous(), v.contiguous()
@@ -251,14 +257,14 @@ class Result:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Started:
+class ForwardPass:
     """A call between its forward and its backward pass.
 
     Attributes:
         out: (B, T, H, E), with its graph.
         leaves: "dq" and so on -> the leaf tensor whose gradient it is.
         d_out: gradient of the output, in the memory layout in which it arrives.
-        handed: name of an input -> the input, and a copy of it from before the call.
+        copies: name of an input -> the input, and a copy of it from before the call.
         overwritten: names of the inputs that the forward pass changed.
         reseeded: whether the forward pass seeded or rewound torch's random number generators.
         dropout: the rate of the call; at 0, neither pass needs random numbers.
@@ -267,10 +273,19 @@ class Started:
     out: Tensor
     leaves: dict[str, Tensor]
     d_out: Tensor
-    handed: dict[str, tuple[Tensor, Tensor]]
+    copies: dict[str, tuple[Tensor, Tensor]]
     overwritten: tuple[str, ...]
     reseeded: bool
     dropout: float
+
+
+class Probe(NamedTuple):
+    """A case with its inputs, and the backend that is called with them."""
+
+    function: AttentionFunction
+    backend: Backend
+    case: Case
+    inputs: Inputs
 
 
 class _Layer(nn.Module):  # type: ignore[misc]  # mypy does not follow torch
@@ -286,77 +301,65 @@ class _Layer(nn.Module):  # type: ignore[misc]  # mypy does not follow torch
 ALL = ("dq", "dk", "dv", "dsinks")
 
 
-def call(function: AttentionFunction, backend: Backend, case: Case, inputs: Inputs) -> Result:
+def call(probe: Probe) -> Result:
     """Run a backend's forward and backward pass, with the arguments that a model would pass.
 
     Raises:
         Exception: whatever the kernel raises.
     """
-    return backward(forward(function, backend, case, inputs))
+    return backward(forward(probe))
 
 
 def forward(
-    function: AttentionFunction,
-    backend: Backend,
-    case: Case,
-    inputs: Inputs,
-    *,
-    dropout: float = 0.0,
-    learning: tuple[str, ...] = ALL,
-) -> Started:
-    """Run a backend's forward pass; `learning` names the gradients that will be requested."""
+    probe: Probe, *, dropout: float = 0.0, needs_grad: tuple[str, ...] = ALL
+) -> ForwardPass:
+    """Run a backend's forward pass; `needs_grad` names the gradients that will be requested."""
+    function, backend, case, inputs = probe
     named = {"dq": inputs.q, "dk": inputs.k, "dv": inputs.v}
     if inputs.sinks is not None:
         named["dsinks"] = inputs.sinks
     # detach() keeps the strides, which the probe tests as well.
-    leaves = {name: leaf.detach().requires_grad_(name in learning) for name, leaf in named.items()}
+    leaves = {name: x.detach().requires_grad_(name in needs_grad) for name, x in named.items()}
     arguments = _arguments(backend, case, inputs, sinks=leaves.get("dsinks"))
     d_out = _d_out(case, inputs)
     given = {name[1:]: leaf.detach() for name, leaf in leaves.items()} | {"d_out": d_out}
     given |= {name: value for name, value in arguments.items() if name.startswith("cu_seq_lens")}
-    handed = {name: (value, value.clone()) for name, value in given.items()}
-    dtype = getattr(torch, case.geometry.dtype)
-    autocast = case.geometry.autocast
+    copies = {name: (value, value.clone()) for name, value in given.items()}
     # Built before the generators' states are read, since initializing a layer draws numbers.
     layer, mask = _Layer(inputs.q.dtype).to(inputs.q.device), _mask(backend, case, inputs)
-    random = states_after_draw(inputs.q.device)
-    with torch.autocast(inputs.q.device.type, dtype if autocast else None, enabled=autocast):
-        out, _ = function(
-            layer,
-            leaves["dq"],
-            leaves["dk"],
-            leaves["dv"],
-            mask,
-            dropout=dropout,
-            **arguments,
-        )
-    reseeded = not dropout and is_rewound(random, inputs.q.device)
-    return Started(
+    random = draw_and_read_states(inputs.q.device)
+    autocast = case.geometry.autocast
+    dtype = getattr(torch, case.geometry.dtype) if autocast else None
+    with torch.autocast(inputs.q.device.type, dtype, enabled=autocast):
+        qkv = (leaves[name] for name in ("dq", "dk", "dv"))
+        out, _ = function(layer, *qkv, mask, dropout=dropout, **arguments)
+    return ForwardPass(
         out=out,
         leaves=leaves,
         d_out=d_out,
-        handed=handed,
-        overwritten=_changed(handed),
-        reseeded=reseeded,
+        copies=copies,
+        overwritten=_changed(copies),
+        reseeded=not dropout and is_rewound(random, inputs.q.device),
         dropout=dropout,
     )
 
 
-def forward_only(started: Started) -> Result:
+def forward_only(started: ForwardPass) -> Result:
     """Return the result of a call without a backward pass."""
     return Result(out=started.out.detach(), gradients={}, overwritten=_overwritten(started))
 
 
-def backward(started: Started) -> Result:
+def backward(started: ForwardPass) -> Result:
     """Run the backward pass of a call, and return its result."""
     out, d_out = started.out, started.d_out
-    learning = {name: leaf for name, leaf in started.leaves.items() if leaf.requires_grad}
-    gradients: dict[str, Tensor | None] = dict.fromkeys(learning)
-    random = states_after_draw(d_out.device)
+    leaves = {name: leaf for name, leaf in started.leaves.items() if leaf.requires_grad}
+    gradients: dict[str, Tensor | None] = dict.fromkeys(leaves)
+    random = draw_and_read_states(d_out.device)
     if out.shape == d_out.shape and out.requires_grad:
-        leaves = list(learning.values())
-        found = torch.autograd.grad(out, leaves, d_out.to(out.dtype), allow_unused=True)
-        gradients = dict(zip(learning, found, strict=True))
+        found = torch.autograd.grad(
+            out, list(leaves.values()), d_out.to(out.dtype), allow_unused=True
+        )
+        gradients = dict(zip(leaves, found, strict=True))
     reseeded = not started.dropout and is_rewound(random, d_out.device)
     return Result(
         out=out.detach(),
@@ -366,16 +369,16 @@ def backward(started: Started) -> Result:
     )
 
 
-def _overwritten(started: Started, *, reseeded: bool = False) -> tuple[str, ...]:
+def _overwritten(started: ForwardPass, *, reseeded: bool = False) -> tuple[str, ...]:
     """Return the names of the inputs that a call wrote to, in its forward pass or later."""
-    names = started.overwritten or _changed(started.handed)
+    names = started.overwritten or _changed(started.copies)
     if started.reseeded or reseeded:
         names = (*names, "torch's random numbers")
     return names
 
 
-def _changed(handed: dict[str, tuple[Tensor, Tensor]]) -> tuple[str, ...]:
-    return tuple(name for name, (value, copy) in handed.items() if not torch.equal(value, copy))
+def _changed(copies: dict[str, tuple[Tensor, Tensor]]) -> tuple[str, ...]:
+    return tuple(name for name, (value, copy) in copies.items() if not torch.equal(value, copy))
 
 
 def _d_out(case: Case, inputs: Inputs) -> Tensor:
@@ -401,7 +404,7 @@ def _arguments(
     if case.packed and backend.mask == "flash":
         lengths = torch.tensor((0, *case.lengths), device=inputs.q.device)
         ends = lengths.cumsum(0).to(torch.int32)
-        longest = max(case.lengths) + case.longest_slack
+        longest = max(case.lengths) + case.max_length_slack
         for side in "qk":
             # Two tensors, as after moving a batch to a GPU, or the same tensor twice.
             arguments[f"cu_seq_lens_{side}"] = ends if case.layout == "fused" else ends.clone()

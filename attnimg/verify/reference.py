@@ -174,7 +174,7 @@ def _plain_output(
     )
 
 
-def slope_of_scale(case: Case, inputs: Inputs, *, pattern: Pattern, exact: Result) -> Tensor:
+def scale_derivative(case: Case, inputs: Inputs, *, pattern: Pattern, exact: Result) -> Tensor:
     """Return d(output) / d(log scale) at the compared rows."""
     step = 1e-4
     steeper = replace(inputs, scale=inputs.scale * (1 + step))
@@ -192,7 +192,7 @@ UNIT = 2.0**-24
 DEVIATIONS = 6.0
 
 
-def sum_noise(case: Case, inputs: Inputs) -> dict[str, Tensor]:
+def sum_order_bounds(case: Case, inputs: Inputs) -> dict[str, Tensor]:
     """Return a bound on gradient changes by the order of sums: 2 n u A, (B, T, heads, D), float32.
 
     Args:
@@ -221,7 +221,7 @@ def sum_noise(case: Case, inputs: Inputs) -> dict[str, Tensor]:
     return {name: 2 * terms[name] * UNIT * size.transpose(1, 2) for name, size in sizes.items()}
 
 
-def rounding_of_output(case: Case, inputs: Inputs) -> dict[str, float]:
+def output_rounding_bounds(case: Case, inputs: Inputs) -> dict[str, float]:
     """Return bounds on the change of dq and dk by rounding the output: the largest element of each.
 
     A flash kernel computes the gradient of the scores as P * (d_out v - d_out out), from the output
@@ -238,7 +238,7 @@ def rounding_of_output(case: Case, inputs: Inputs) -> dict[str, float]:
         inputs: its tensors.
     """
     q, k, v, _, weights = _attention(case, inputs)
-    return rounding_through(
+    return rounding_bounds(
         q,
         k,
         v,
@@ -250,7 +250,7 @@ def rounding_of_output(case: Case, inputs: Inputs) -> dict[str, float]:
     )
 
 
-def rounding_through(
+def rounding_bounds(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -261,7 +261,7 @@ def rounding_through(
     unit: float,
     group: int,
 ) -> dict[str, float]:
-    """Return bounds on the change of dq and dk by rounding the output; see rounding_of_output.
+    """Return bounds on the change of dq and dk by rounding the output; see output_rounding_bounds.
 
     Args:
         q: (..., H, T, D), in the same dtype as d_out.
@@ -297,7 +297,7 @@ def _attention(case: Case, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor, Tens
     return q, k, v, scores, weights
 
 
-def beyond_a_flip(one: Tensor, other: Tensor) -> Tensor:
+def difference_beyond_ulp(one: Tensor, other: Tensor) -> Tensor:
     """Return by how much two rounded values differ beyond one unit in the last place, float64."""
     kind = torch.finfo(one.dtype)
     wide, other_wide = one.double(), other.double()

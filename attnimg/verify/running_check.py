@@ -25,31 +25,34 @@ from attnimg.facts import AttentionFunction, Backend, CallCheck, DType, Figure, 
 from attnimg.verify.blocks import (
     BlockReference,
     NotComparable,
+    RowAttention,
     Span,
-    closed_part,
-    span_reference,
-    spans_of_arguments,
-    spans_of_mask,
+    block_reference,
+    choose_documents,
+    read_argument_spans,
+    read_mask_spans,
 )
 from attnimg.verify.cases import Scores
 from attnimg.verify.checks import (
     GAIN,
     GAIN_VALUES,
-    NEAR,
+    NOISE_MARGIN,
     SHORT,
+    Fault,
     allowed_error,
     allowed_gain,
-    gain_of,
+    fit_factor,
     largest,
-    with_bounds_here,
+    numerics_code,
+    with_device_bounds,
 )
-from attnimg.verify.reference import UNIT, attention_weights, rounding_through
+from attnimg.verify.reference import UNIT, attention_weights, rounding_bounds
 
 NAMES = ("dq", "dk", "dv")
 
 
 class CallKind(NamedTuple):
-    """The properties of a call that decide which kernel its layer runs."""
+    """The properties of a call that determine which kernel its layer runs."""
 
     heads: int
     kv_heads: int
@@ -75,10 +78,10 @@ class CapturedCall:
         mask: the attention_mask.
         arguments: all others, by name.
         autocast: the dtype that torch.autocast cast to; None where it was off.
-        learning: the gradients that the model needs, of dq, dk and dv.
+        needs_grad: the gradients that the model needs, of dq, dk and dv.
         out: (B, T, H, E).
         d_out: gradient of out; None where none arrived.
-        gradients: those of `learning` that arrived.
+        gradients: those of `needs_grad` that arrived.
         written: whether the model overwrote a tensor of the call before its backward pass.
     """
 
@@ -92,7 +95,7 @@ class CapturedCall:
     mask: Any
     arguments: Mapping[str, Any]
     autocast: torch.dtype | None
-    learning: tuple[str, ...]
+    needs_grad: tuple[str, ...]
     out: Tensor
     d_out: Tensor | None
     gradients: Mapping[str, Tensor]
@@ -153,7 +156,7 @@ class Capture:
     ) -> Any:
         """Call the function; record the call if it is the one to capture."""
         place = self._order.setdefault(id(module), len(self._order))
-        kind = _kind_of(query, key, value, arguments)
+        kind = _read_kind(query, key, value, arguments)
         if place == len(self.kinds):
             self.kinds.append(kind)
         # Checkpointed activations are computed twice, the first time perhaps without gradients.
@@ -163,7 +166,7 @@ class Capture:
         # Views, since other calls may share k and v, whose gradients are then added up.
         tensors = [x.view_as(x) for x in (query, key, value)]
         out, *rest = function(module, *tensors, attention_mask, **arguments)
-        taken = out.view_as(out)
+        output = out.view_as(out)
         pairs = list(zip(NAMES, tensors, strict=True))
         index = getattr(module, "layer_idx", None)
         self._call = CapturedCall(
@@ -176,25 +179,25 @@ class Capture:
             v=value.detach(),
             mask=attention_mask,
             arguments=arguments,
-            autocast=_autocast(query.device.type),
-            learning=tuple(name for name, x in pairs if x.requires_grad),
+            autocast=_autocast_dtype(query.device.type),
+            needs_grad=tuple(name for name, x in pairs if x.requires_grad),
             out=out.detach(),
             d_out=None,
             gradients={},
         )
         self._versions = _versions(self._call)
-        if not taken.requires_grad:
+        if not output.requires_grad:
             self._finish()
-            return taken, *rest
-        for name, x in (("d_out", taken), *pairs):
+            return output, *rest
+        for name, x in (("d_out", output), *pairs):
             if x.requires_grad:
                 x.register_hook(partial(self._record, name))
-        return taken, *rest
+        return output, *rest
 
     def _record(self, name: str, gradient: Tensor) -> None:
         assert self._call is not None
         self._gradients[name] = gradient.detach()
-        if self._gradients.keys() >= {"d_out", *self._call.learning}:
+        if self._gradients.keys() >= {"d_out", *self._call.needs_grad}:
             self._finish()
 
     def _finish(self) -> None:
@@ -214,7 +217,7 @@ def call_again(call: CapturedCall) -> CapturedCall:
         Exception: whatever the kernel raises.
     """
     leaves = {
-        name: x.detach().requires_grad_(name in call.learning)
+        name: x.detach().requires_grad_(name in call.needs_grad)
         for name, x in zip(NAMES, (call.q, call.k, call.v), strict=True)
     }
     device = call.q.device.type
@@ -223,9 +226,9 @@ def call_again(call: CapturedCall) -> CapturedCall:
         out = call.function(call.module, *leaves.values(), call.mask, **call.arguments)[0]
     gradients: dict[str, Tensor] = {}
     if call.d_out is not None and out.requires_grad:
-        learning = [leaves[name] for name in call.learning]
-        found = torch.autograd.grad(out, learning, call.d_out, allow_unused=True)
-        pairs = zip(call.learning, found, strict=True)
+        needs_grad = [leaves[name] for name in call.needs_grad]
+        found = torch.autograd.grad(out, needs_grad, call.d_out, allow_unused=True)
+        pairs = zip(call.needs_grad, found, strict=True)
         gradients = {name: x for name, x in pairs if x is not None}
     return replace(call, out=out.detach(), gradients=gradients)
 
@@ -234,7 +237,7 @@ def _versions(call: CapturedCall) -> list[int]:
     return [x._version for x in (call.q, call.k, call.v, call.out)]
 
 
-def _kind_of(query: Tensor, key: Tensor, value: Tensor, arguments: Mapping[str, Any]) -> CallKind:
+def _read_kind(query: Tensor, key: Tensor, value: Tensor, arguments: Mapping[str, Any]) -> CallKind:
     return CallKind(
         heads=query.shape[1],
         kv_heads=key.shape[1],
@@ -246,7 +249,7 @@ def _kind_of(query: Tensor, key: Tensor, value: Tensor, arguments: Mapping[str, 
     )
 
 
-def _autocast(device: str) -> torch.dtype | None:
+def _autocast_dtype(device: str) -> torch.dtype | None:
     if not torch.is_autocast_enabled(device):
         return None
     found: torch.dtype = torch.get_autocast_dtype(device)
@@ -261,17 +264,17 @@ PAIRS, LONG = {"cpu": 2**18, "cuda": 2**27}, 4
 # Calls with larger scores have the bounds of the proofs' probes with large scores.
 LARGE_SCORE = 32.0
 # The factor of a quantity is compared only where rounding is below this share of the quantity.
-CLEAR = 0.1
+MAX_ROUNDING_SHARE = 0.1
 # The last tokens of a long row, which are always compared.
 ENDS = 64
 # Rows of at most this many tokens, whose queries see at most SHORT keys, have the bound of
-# reference.rounding_of_output.
+# reference.output_rounding_bounds.
 FEW_TOKENS = 256
 _FEATURES = frozenset({"window", "softcap", "sinks", "dropout"})
 
 
-def why_unchecked(backends: list[Backend], context: RunContext, *, dropout: float) -> str:
-    """Return why the calls of a run can't be compared with the reference; "" where they can."""
+def reason_not_checked(backends: list[Backend], context: RunContext, *, dropout: float) -> str:
+    """Return why the calls of a run can't be compared with the reference; "" if they can."""
     if context.compiled:
         return "torch.compile fuses attention into the model's graph, which has no call to capture"
     if dropout:
@@ -296,33 +299,38 @@ def check_call(
         longest: the most tokens of a row to compare, in whole documents; None for all.
         seed: decides which row and heads are compared.
     """
-    cast = torch.autocast(call.q.device.type, enabled=False)
-    backend = with_bounds_here(backend)
-    nothing = CallCheck(backend=backend.name, layer=call.layer)
+    no_autocast = torch.autocast(call.q.device.type, enabled=False)
+    backend = with_device_bounds(backend)
+    unchecked = CallCheck(backend=backend.name, layer=call.layer)
     try:
-        with torch.no_grad(), cast:
-            part = _part_of(call, longest=longest, draw=random.Random(seed))
-            found = _compared(call, part, backend=backend, dtype=dtype)
+        with torch.no_grad(), no_autocast:
+            part = _choose_part(call, longest=longest, rng=random.Random(seed))
+            figures, faults = _compare_part(call, part, backend=backend, dtype=dtype)
     except (NotComparable, AttnimgError) as error:
         why = error.why if isinstance(error, AttnimgError) else str(error)
-        return replace(nothing, skipped=why.splitlines()[0])
+        return replace(unchecked, skipped=why.splitlines()[0])
     except torch.OutOfMemoryError:
-        return replace(nothing, skipped="the GPU's memory is too full for the reference")
-    check = replace(nothing, figures=found.figures, faults=found.faults, near=found.near)
+        return replace(unchecked, skipped="the GPU's memory is too full for the reference")
+    check = replace(
+        unchecked,
+        figures=figures,
+        faults=tuple(fault.reason for fault in faults),
+        close_to_bound=bool(faults) and all(fault.noise_sensitive for fault in faults),
+    )
     if not check.faults:
         return check
     try:
         again = call_again(call)
-        with torch.no_grad(), cast:
-            repeated = _compared(again, part, backend=backend, dtype=dtype)
+        with torch.no_grad(), no_autocast:
+            _, repeated = _compare_part(again, part, backend=backend, dtype=dtype)
     except torch.OutOfMemoryError:
         return replace(check, repeated=False)
     # Foreign kernels may raise anything.
     except Exception as error:
         text = f"called again, it raised {type(error).__name__}: {error}"
-        faults = (*check.faults, Reason(code="crash", text=text))
-        return replace(check, faults=faults, near=False, repeated=True)
-    return replace(check, repeated=bool(repeated.faults))
+        reasons = (*check.faults, Reason(code="crash", text=text))
+        return replace(check, faults=reasons, close_to_bound=False, repeated=True)
+    return replace(check, repeated=bool(repeated))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -356,7 +364,7 @@ class _Part:
         return slice(self.heads.start * group, self.heads.stop * group)
 
 
-def _part_of(call: CapturedCall, *, longest: int | None, draw: random.Random) -> _Part:
+def _choose_part(call: CapturedCall, *, longest: int | None, rng: random.Random) -> _Part:
     """Choose a row, documents and heads to compare, at random within the budgets.
 
     Raises:
@@ -380,12 +388,12 @@ def _part_of(call: CapturedCall, *, longest: int | None, draw: random.Random) ->
     )
     if read.dropout:
         raise NotComparable(f"the call has dropout {read.dropout:g}")
-    row = draw.randrange(len(call.q))
+    row = rng.randrange(len(call.q))
     if masked:
-        first, last = spans_of_mask(call.mask, row, n_tokens=call.q.shape[2])
+        first, last = read_mask_spans(call.mask, row, n_tokens=call.q.shape[2])
     else:
-        first, last = spans_of_arguments(read, row)
-    tokens = closed_part(first, last, longest=longest, draw=draw)
+        first, last = read_argument_spans(read, row)
+    tokens = choose_documents(first, last, longest=longest, rng=rng)
     first, last = first[tokens] - tokens.start, last[tokens] - tokens.start
     group = call.q.shape[1] // call.k.shape[1]
     n_tokens = tokens.stop - tokens.start
@@ -393,14 +401,14 @@ def _part_of(call: CapturedCall, *, longest: int | None, draw: random.Random) ->
     per_head = int((last - first).sum()) * group
     budget = PAIRS.get(call.q.device.type, PAIRS["cuda"])
     bytes_per_token = 8 * 3 * sizes * (group + 1)
-    tokens_held = RESULT_BYTES // bytes_per_token
-    heads = min(call.k.shape[1], budget // max(per_head, 1), tokens_held // n_tokens)
+    tokens_in_memory = RESULT_BYTES // bytes_per_token
+    heads = min(call.k.shape[1], budget // max(per_head, 1), tokens_in_memory // n_tokens)
     heads = max(1, heads)
-    begin = draw.randrange(call.k.shape[1] - heads + 1)
+    begin = rng.randrange(call.k.shape[1] - heads + 1)
     spans = [(0, n_tokens)]
-    wanted = min(tokens_held, n_tokens * LONG * budget // max(per_head, 1))
+    wanted = min(tokens_in_memory, n_tokens * LONG * budget // max(per_head, 1))
     if heads == 1 and wanted < n_tokens:
-        spans = _some_of(n_tokens, wanted, draw)
+        spans = _choose_tokens(n_tokens, wanted, rng)
     return _Part(
         row=row,
         tokens=tokens,
@@ -413,27 +421,32 @@ def _part_of(call: CapturedCall, *, longest: int | None, draw: random.Random) ->
     )
 
 
-def _some_of(n_tokens: int, wanted: int, draw: random.Random) -> list[Span]:
+def _choose_tokens(n_tokens: int, wanted: int, rng: random.Random) -> list[Span]:
     """Choose about `wanted` tokens: the last ones, and a random span before them."""
     ends = min(ENDS, n_tokens // 2)
     before = min(max(wanted - ends, ends), n_tokens - ends)
-    begin = draw.randrange(n_tokens - ends - before + 1)
+    begin = rng.randrange(n_tokens - ends - before + 1)
     return [(begin, begin + before), (n_tokens - ends, n_tokens)]
 
 
-def _compared(call: CapturedCall, part: _Part, *, backend: Backend, dtype: DType) -> _Found:
-    """Compare a part of a call, without values that overflow or underflow in its precision."""
-    of_q = part.query_heads
+def _compare_part(
+    call: CapturedCall, part: _Part, *, backend: Backend, dtype: DType
+) -> tuple[tuple[Figure, ...], tuple[Fault, ...]]:
+    """Compare a part of a call; return figures and faults.
+
+    Values that overflow or underflow in the run's precision are not compared.
+    """
+    q_heads = part.query_heads
     q, k, v = (
         x[part.row, heads, part.tokens]
-        for x, heads in ((call.q, of_q), (call.k, part.heads), (call.v, part.heads))
+        for x, heads in ((call.q, q_heads), (call.k, part.heads), (call.v, part.heads))
     )
-    out = call.out[part.row, part.tokens, of_q].transpose(0, 1)
+    out = call.out[part.row, part.tokens, q_heads].transpose(0, 1)
     sees = part.last > part.first
     d_out = None
-    if call.d_out is not None and call.learning:
+    if call.d_out is not None and call.needs_grad:
         # Queries without a key are left out: their output is not defined by attention.
-        d_out = call.d_out[part.row, part.tokens, of_q].transpose(0, 1) * sees[:, None]
+        d_out = call.d_out[part.row, part.tokens, q_heads].transpose(0, 1) * sees[:, None]
         # It is not finite after a NaN, or where float16's loss scale is too large.
         d_out = d_out if d_out.isfinite().all() else None
     if not all(x.isfinite().all() for x in (q, k, v)):
@@ -442,27 +455,27 @@ def _compared(call: CapturedCall, part: _Part, *, backend: Backend, dtype: DType
     rounded_to = None if dtype == "float32" else getattr(torch, dtype)
     plain = _reference(part, q, k, v, d_out, dtype=torch.float32, rounded_to=rounded_to)
     heads = f"key heads {part.heads.start} to {part.heads.stop - 1}"
-    judge = _Judge(
+    compare = partial(
+        _compare,
         backend=backend,
         dtype=dtype,
         case=f"row {part.row}, tokens {part.tokens.start} to {part.tokens.stop - 1}, {heads}",
-        scores=_scores(q, k, part),
+        scores=_classify_scores(q, k, part),
     )
     seeing = torch.cat([sees[slice(*span)] for span in part.queries])
-    found_out = _at(out, part.queries)[:, seeing]
-    judge.compare("out", found_out, exact.out[:, seeing], plain.out[:, seeing])
-    if d_out is None:
-        return judge.result()
-    size, floors = _size_and_floors(q, k, v, d_out, part, dtype=dtype)
-    of_name = {"dq": of_q, "dk": part.heads, "dv": part.heads}
-    for name in call.learning:
-        found = call.gradients.get(name)
-        if found is not None:
-            found = found[part.row, of_name[name], part.tokens]
-            found = _at(found, part.queries if name == "dq" else part.keys)
-        pair = getattr(exact, name), getattr(plain, name)
-        judge.compare(name, found, *pair, size=size, floor=floors.get(name, 0.0))
-    return judge.result()
+    found_out = _select(out, part.queries)[:, seeing]
+    results = [*compare("out", found_out, exact.out[:, seeing], plain.out[:, seeing])]
+    if d_out is not None:
+        size, floors = _size_and_floors(q, k, v, d_out, part, dtype=dtype)
+        for name in call.needs_grad:
+            found = call.gradients.get(name)
+            if found is not None:
+                found = found[part.row, q_heads if name == "dq" else part.heads, part.tokens]
+                found = _select(found, part.queries if name == "dq" else part.keys)
+            pair = getattr(exact, name), getattr(plain, name)
+            results += compare(name, found, *pair, size=size, floor=floors.get(name, 0.0))
+    figures = tuple(result for result in results if isinstance(result, Figure))
+    return figures, tuple(result for result in results if isinstance(result, Fault))
 
 
 def _reference(
@@ -480,119 +493,98 @@ def _reference(
         q, k, v = (x.to(rounded_to) for x in (q, k, v))
         d_out = None if d_out is None else d_out.to(rounded_to)
     sinks = part.call.sinks
-    return span_reference(
-        q,
-        k,
-        v,
-        d_out,
+    row = RowAttention(
+        q=q,
+        k=k,
+        v=v,
+        d_out=d_out,
+        sinks=None if sinks is None else sinks.detach()[part.query_heads],
         first_T=part.first,
         last_T=part.last,
-        queries=part.queries,
-        keys=part.keys,
         scale=part.call.scale,
         softcap=part.call.softcap,
-        sinks=None if sinks is None else sinks.detach()[part.query_heads],
         dtype=dtype,
         rounded_to=rounded_to,
-        at_most_bytes=TILE_BYTES,
     )
+    return block_reference(row, queries=part.queries, keys=part.keys, at_most_bytes=TILE_BYTES)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Found:
-    """Figures and broken rules; see CallCheck."""
+def _compare(
+    name: str,
+    found: Tensor | None,
+    exact: Tensor,
+    plain: Tensor,
+    *,
+    backend: Backend,
+    dtype: DType,
+    case: str,
+    scores: Scores,
+    size: float = 0.0,
+    floor: float = 0.0,
+) -> Iterator[Figure | Fault]:
+    """Compare one quantity with both references; yield its figure, and a fault per broken rule.
 
-    figures: tuple[Figure, ...]
-    faults: tuple[Reason, ...]
-    near: bool
-
-
-class _Judge:
-    """Compare the quantities of a call, and collect figures and broken rules."""
-
-    def __init__(self, *, backend: Backend, dtype: DType, case: str, scores: Scores) -> None:
-        self.backend, self.dtype, self.case, self.scores = backend, dtype, case, scores
-        self.figures: list[Figure] = []
-        self.faults: list[Reason] = []
-        self._near = True
-
-    def compare(
-        self,
-        name: str,
-        found: Tensor | None,
-        exact: Tensor,
-        plain: Tensor,
-        *,
-        size: float = 0.0,
-        floor: float = 0.0,
-    ) -> None:
-        """Compare one quantity with both references.
-
-        Args:
-            name: "out", or the gradient.
-            found: the result of the call; None for no gradient.
-            exact: the reference in float64.
-            plain: plain attention in the run's precision.
-            size: size of the terms whose sum is the quantity; used where they cancel up to
-                rounding.
-            floor: the smallest allowed error.
-        """
-        code = "numerics-fwd" if name == "out" else "numerics-bwd"
-        if found is None:
-            self._fault("grad-detached", f"no gradient reaches {name[1:]}")
-            return
-        # The reference overflows or underflows in float16.
-        if not plain.isfinite().all() or (exact.any() and not plain.any()):
-            return
-        if not found.isfinite().all():
-            share = (~found.isfinite()).double().mean().item()
-            self._fault("nan", f"{share:.0%} of {name} is NaN or infinite")
-            return
-        rounding = plain.double() - exact
-        allowed = allowed_error(
-            self.backend,
-            name,
-            dtype=self.dtype,
-            scores=self.scores,
-            rounding=largest(rounding),
-            size=largest(exact) if largest(exact) > UNIT * size else size,
-        )
-        # Values below the smallest normal number of the precision are rounded to denormal numbers.
-        kind = torch.finfo(getattr(torch, self.dtype))
-        allowed = max(allowed, floor, 4 * kind.eps * kind.smallest_normal)
-        error = largest(found.double() - exact)
-        figure = Figure(quantity=name, error=error, allowed=allowed, case=self.case)
-        self.figures.append(figure)
-        if error > allowed:
-            text = f"{name} is {error:.1e} off the reference, allowed {allowed:.1e}"
-            self._fault(code, text, near=error <= NEAR * allowed)
-        clear = rounding.square().sum() <= CLEAR**2 * exact.square().sum()
-        if exact.numel() >= GAIN_VALUES and clear:
-            off = gain_of(found, exact) - 1
-            gain = abs(gain_of(plain, exact) - 1)
-            limit = allowed_gain(self.backend, name, atol=GAIN[self.dtype], gain=gain)
-            if abs(off) > limit:
-                text = f"{name} is {1 + off:.4f} times the reference, allowed 1 +- {limit:.1e}"
-                self._fault(code, text, near=abs(off) <= NEAR * limit)
-
-    def _fault(self, code: str, text: str, *, near: bool = False) -> None:
-        self._near &= near
-        self.faults.append(Reason(code=code, text=f"{text} ({self.case})"))
-
-    def result(self) -> _Found:
-        """Return the figures and the broken rules."""
-        near = self._near and bool(self.faults)
-        return _Found(figures=tuple(self.figures), faults=tuple(self.faults), near=near)
+    Args:
+        name: "out", or the gradient.
+        found: the result of the call; None for no gradient.
+        exact: the reference in float64.
+        plain: plain attention in the run's precision.
+        backend: its bounds apply.
+        dtype: the run's precision.
+        case: the row, tokens and heads, for messages.
+        scores: the distribution of the scores.
+        size: size of the terms whose sum is the quantity; used where they cancel up to rounding.
+        floor: the smallest allowed error.
+    """
+    if found is None:
+        text = f"no gradient reaches {name[1:]} ({case})"
+        yield Fault("grad-detached", text, noise_sensitive=False)
+        return
+    # The reference overflows or underflows in float16.
+    if not plain.isfinite().all() or (exact.any() and not plain.any()):
+        return
+    if not found.isfinite().all():
+        share = (~found.isfinite()).double().mean().item()
+        text = f"{share:.0%} of {name} is NaN or infinite ({case})"
+        yield Fault("nan", text, noise_sensitive=False)
+        return
+    rounding = plain.double() - exact
+    allowed = allowed_error(
+        backend,
+        name,
+        dtype=dtype,
+        scores=scores,
+        rounding=largest(rounding),
+        size=largest(exact) if largest(exact) > UNIT * size else size,
+    )
+    # Values below the smallest normal number of the precision are rounded to denormal numbers.
+    kind = torch.finfo(getattr(torch, dtype))
+    allowed = max(allowed, floor, 4 * kind.eps * kind.smallest_normal)
+    error = largest(found.double() - exact)
+    yield Figure(quantity=name, error=error, allowed=allowed, case=case)
+    if error > allowed:
+        text = f"{name} is {error:.1e} off the reference, allowed {allowed:.1e} ({case})"
+        close = error <= NOISE_MARGIN * allowed
+        yield Fault(numerics_code(name), text, noise_sensitive=close)
+    clear = rounding.square().sum() <= MAX_ROUNDING_SHARE**2 * exact.square().sum()
+    if exact.numel() >= GAIN_VALUES and clear:
+        off = fit_factor(found, exact) - 1
+        gain = abs(fit_factor(plain, exact) - 1)
+        limit = allowed_gain(backend, name, atol=GAIN[dtype], gain=gain)
+        if abs(off) > limit:
+            text = f"{name} is {1 + off:.4f} times the reference, allowed 1 +- {limit:.1e} ({case})"
+            close = abs(off) <= NOISE_MARGIN * limit
+            yield Fault(numerics_code(name), text, noise_sensitive=close)
 
 
-def _at(x: Tensor, spans: list[Span]) -> Tensor:
+def _select(x: Tensor, spans: list[Span]) -> Tensor:
     """Return the tokens of some spans; x (heads, T, size)."""
-    return x[:, slice(*spans[0])] if len(spans) == 1 else torch.cat(
-        [x[:, slice(*span)] for span in spans], 1
-    )  # fmt: skip
+    if len(spans) == 1:
+        return x[:, slice(*spans[0])]
+    return torch.cat([x[:, slice(*span)] for span in spans], 1)
 
 
-def _scores(q: Tensor, k: Tensor, part: _Part) -> Scores:
+def _classify_scores(q: Tensor, k: Tensor, part: _Part) -> Scores:
     """Return "large" where a score may exceed LARGE_SCORE: scores are at most |q| |k| scale."""
     size = q.float().norm(dim=-1).max() * k.float().norm(dim=-1).max() * abs(part.call.scale)
     return "large" if size.item() > LARGE_SCORE else "spread"
@@ -603,7 +595,7 @@ def _size_and_floors(
 ) -> tuple[float, dict[str, float]]:
     """Return the size of terms that may cancel, and the smallest allowed errors in short rows.
 
-    See checks.py, and reference.rounding_of_output.
+    See checks.py, and reference.output_rounding_bounds.
     """
     size = largest(d_out) * largest(v) * v.shape[-1] * part.call.scale
     size *= max(largest(q), largest(k))
@@ -622,7 +614,7 @@ def _size_and_floors(
         sinks=None if sinks is None else sinks.detach()[part.query_heads, None, None].double(),
     )[0]
     unit = torch.finfo(getattr(torch, dtype)).eps / 2
-    floors = rounding_through(
+    floors = rounding_bounds(
         q, k, v, weights, d_out=d_out, scale=part.call.scale, unit=unit, group=group
     )
     return size, floors

@@ -12,12 +12,12 @@ import pytest
 from run_facts import a_problem
 
 from attnimg import backends
-from attnimg.backends import all_backends, backend_named, local_kernel_repo
+from attnimg.backends import all_backends, find_backend, local_kernel_repo
 from attnimg.backends._transformers import flash_name
 from attnimg.backends.s2 import group_kernels
 from attnimg.facts import Arch, Backend, LocalKernel, Machine
 from attnimg.select.judge import judge
-from attnimg.verify.proofs import has_dense_entry
+from attnimg.verify.proofs import has_dense_function
 
 FLASH = "kernels-community/flash-attn2"
 FOLDER = Path(__file__).parents[2] / "fixtures" / "flash_attn2"
@@ -58,7 +58,7 @@ def test_a_file_holds_one_backend_or_several(
 
 
 def named(name: str) -> Backend:
-    backend = backend_named(name)
+    backend = find_backend(name)
     assert backend is not None
     return backend
 
@@ -100,7 +100,7 @@ def test_the_plan_the_proof_and_the_call_take_the_same_kernel(
     verdict = judge(backend, machine, a_problem(dtype="bfloat16"), rank=1)
     assert verdict.kernel is not None
     assert verdict.kernel.startswith("flash-attn 2.8.3" if installed else f"{FLASH} 9 from")
-    assert has_dense_entry(backend, machine) == installed
+    assert has_dense_function(backend, machine) == installed
 
     monkeypatch.setenv("LOCAL_KERNELS", f"{FLASH}={FOLDER}")
     monkeypatch.setattr(AVAILABLE, lambda: installed)
