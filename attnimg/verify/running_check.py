@@ -23,7 +23,6 @@ from attnimg.backends._varlen import AttentionCall, read_call
 from attnimg.errors import AttnimgError
 from attnimg.facts import AttentionFunction, Backend, CallCheck, DType, Figure, Reason, RunContext
 from attnimg.verify.blocks import (
-    BlockReference,
     NotComparable,
     RowAttention,
     Span,
@@ -343,8 +342,7 @@ class _Part:
         heads: a range of key heads.
         first: the first key that each query sees, counted within `tokens`.
         last: the key after the last one that it sees.
-        queries: spans of `tokens` whose out and dq are compared.
-        keys: spans of `tokens` whose dk and dv are compared.
+        spans: the parts of `tokens` whose results are compared.
         call: scale, soft cap and sinks.
     """
 
@@ -353,8 +351,7 @@ class _Part:
     heads: slice
     first: Tensor
     last: Tensor
-    queries: list[Span]
-    keys: list[Span]
+    spans: list[Span]
     call: AttentionCall
 
     @property
@@ -415,8 +412,7 @@ def _choose_part(call: CapturedCall, *, longest: int | None, rng: random.Random)
         heads=slice(begin, begin + heads),
         first=first,
         last=last,
-        queries=spans,
-        keys=spans,
+        spans=spans,
         call=read,
     )
 
@@ -436,7 +432,7 @@ def _compare_part(
 
     Values that overflow or underflow in the run's precision are not compared.
     """
-    q_heads = part.query_heads
+    read, q_heads = part.call, part.query_heads
     q, k, v = (
         x[part.row, heads, part.tokens]
         for x, heads in ((call.q, q_heads), (call.k, part.heads), (call.v, part.heads))
@@ -451,62 +447,53 @@ def _compare_part(
         d_out = d_out if d_out.isfinite().all() else None
     if not all(x.isfinite().all() for x in (q, k, v)):
         raise NotComparable("q, k or v is NaN or inf")
-    exact = _reference(part, q, k, v, d_out, dtype=torch.float64, rounded_to=None)
-    rounded_to = None if dtype == "float32" else getattr(torch, dtype)
-    plain = _reference(part, q, k, v, d_out, dtype=torch.float32, rounded_to=rounded_to)
+    row = RowAttention(
+        q=q,
+        k=k,
+        v=v,
+        d_out=d_out,
+        sinks=None if read.sinks is None else read.sinks.detach()[q_heads],
+        first_T=part.first,
+        last_T=part.last,
+        scale=read.scale,
+        softcap=read.softcap,
+    )
+    exact, plain = (
+        block_reference(x, queries=part.spans, keys=part.spans, at_most_bytes=TILE_BYTES)
+        for x in (row, _as_plain_attention(row, dtype))
+    )
     heads = f"key heads {part.heads.start} to {part.heads.stop - 1}"
     compare = partial(
         _compare,
         backend=backend,
         dtype=dtype,
         case=f"row {part.row}, tokens {part.tokens.start} to {part.tokens.stop - 1}, {heads}",
-        scores=_classify_scores(q, k, part),
+        scores=_classify_scores(row),
     )
-    seeing = torch.cat([sees[slice(*span)] for span in part.queries])
-    found_out = _select(out, part.queries)[:, seeing]
-    results = [*compare("out", found_out, exact.out[:, seeing], plain.out[:, seeing])]
+    seeing = torch.cat([sees[slice(*span)] for span in part.spans])
+    found = _select(out, part.spans)[:, seeing]
+    results = [*compare("out", found, exact.out[:, seeing], plain.out[:, seeing])]
     if d_out is not None:
-        size, floors = _size_and_floors(q, k, v, d_out, part, dtype=dtype)
+        size, floors = _size_and_floors(row, d_out, dtype=dtype)
         for name in call.needs_grad:
-            found = call.gradients.get(name)
-            if found is not None:
-                found = found[part.row, q_heads if name == "dq" else part.heads, part.tokens]
-                found = _select(found, part.queries if name == "dq" else part.keys)
+            gradient = call.gradients.get(name)
+            if gradient is not None:
+                heads_of_name = q_heads if name == "dq" else part.heads
+                gradient = _select(gradient[part.row, heads_of_name, part.tokens], part.spans)
             pair = getattr(exact, name), getattr(plain, name)
-            results += compare(name, found, *pair, size=size, floor=floors.get(name, 0.0))
+            results += compare(name, gradient, *pair, size=size, floor=floors.get(name, 0.0))
     figures = tuple(result for result in results if isinstance(result, Figure))
     return figures, tuple(result for result in results if isinstance(result, Fault))
 
 
-def _reference(
-    part: _Part,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    d_out: Tensor | None,
-    *,
-    dtype: torch.dtype,
-    rounded_to: torch.dtype | None,
-) -> BlockReference:
-    """Compute attention block by block in a given precision; see `block_reference`."""
-    if rounded_to is not None:
-        q, k, v = (x.to(rounded_to) for x in (q, k, v))
-        d_out = None if d_out is None else d_out.to(rounded_to)
-    sinks = part.call.sinks
-    row = RowAttention(
-        q=q,
-        k=k,
-        v=v,
-        d_out=d_out,
-        sinks=None if sinks is None else sinks.detach()[part.query_heads],
-        first_T=part.first,
-        last_T=part.last,
-        scale=part.call.scale,
-        softcap=part.call.softcap,
-        dtype=dtype,
-        rounded_to=rounded_to,
-    )
-    return block_reference(row, queries=part.queries, keys=part.keys, at_most_bytes=TILE_BYTES)
+def _as_plain_attention(row: RowAttention, dtype: DType) -> RowAttention:
+    """Return a row that is computed as plain attention in the run's precision."""
+    if dtype == "float32":
+        return replace(row, dtype=torch.float32)
+    kind = getattr(torch, dtype)
+    q, k, v = (x.to(kind) for x in (row.q, row.k, row.v))
+    d_out = None if row.d_out is None else row.d_out.to(kind)
+    return replace(row, q=q, k=k, v=v, d_out=d_out, dtype=torch.float32, rounded_to=kind)
 
 
 def _compare(
@@ -584,37 +571,34 @@ def _select(x: Tensor, spans: list[Span]) -> Tensor:
     return torch.cat([x[:, slice(*span)] for span in spans], 1)
 
 
-def _classify_scores(q: Tensor, k: Tensor, part: _Part) -> Scores:
-    """Return "large" where a score may exceed LARGE_SCORE: scores are at most |q| |k| scale."""
-    size = q.float().norm(dim=-1).max() * k.float().norm(dim=-1).max() * abs(part.call.scale)
-    return "large" if size.item() > LARGE_SCORE else "spread"
+def _classify_scores(row: RowAttention) -> Scores:
+    """Return "large" if a score may exceed LARGE_SCORE: scores are at most |q| |k| scale."""
+    longest_q, longest_k = (x.float().norm(dim=-1).max() for x in (row.q, row.k))
+    return "large" if (longest_q * longest_k).item() * abs(row.scale) > LARGE_SCORE else "spread"
 
 
 def _size_and_floors(
-    q: Tensor, k: Tensor, v: Tensor, d_out: Tensor, part: _Part, *, dtype: DType
+    row: RowAttention, d_out: Tensor, *, dtype: DType
 ) -> tuple[float, dict[str, float]]:
     """Return the size of terms that may cancel, and the smallest allowed errors in short rows.
 
     See checks.py, and reference.output_rounding_bounds.
     """
-    size = largest(d_out) * largest(v) * v.shape[-1] * part.call.scale
-    size *= max(largest(q), largest(k))
-    few = q.shape[1] <= FEW_TOKENS and int((part.last - part.first).max()) <= SHORT
+    size = largest(d_out) * largest(row.v) * row.v.shape[-1] * row.scale
+    size *= max(largest(row.q), largest(row.k))
+    few = row.q.shape[1] <= FEW_TOKENS and int((row.last_T - row.first_T).max()) <= SHORT
     if not few:
         return size, {}
-    group = q.shape[0] // k.shape[0]
-    q, k, v, d_out = (x.double() for x in (q, k, v, d_out))
+    group = len(row.q) // len(row.k)
+    q, k, v, d_out = (x.double() for x in (row.q, row.k, row.v, d_out))
     k, v = (x.repeat_interleave(group, dim=0) for x in (k, v))
     place = torch.arange(q.shape[1], device=q.device)
-    sinks = part.call.sinks
     weights = attention_weights(
-        (q @ k.transpose(-1, -2))[None] * part.call.scale,
-        visible=(place >= part.first[:, None]) & (place < part.last[:, None]),
-        softcap=part.call.softcap,
-        sinks=None if sinks is None else sinks.detach()[part.query_heads, None, None].double(),
+        (q @ k.transpose(-1, -2))[None] * row.scale,
+        visible=(place >= row.first_T[:, None]) & (place < row.last_T[:, None]),
+        softcap=row.softcap,
+        sinks=None if row.sinks is None else row.sinks[:, None, None].double(),
     )[0]
     unit = torch.finfo(getattr(torch, dtype)).eps / 2
-    floors = rounding_bounds(
-        q, k, v, weights, d_out=d_out, scale=part.call.scale, unit=unit, group=group
-    )
+    floors = rounding_bounds(q, k, v, weights, d_out=d_out, scale=row.scale, unit=unit, group=group)
     return size, floors
