@@ -222,7 +222,7 @@ def test_nothing_is_downloaded_for_a_name_that_is_no_hub_path(monkeypatch):
     with pytest.raises(AttnimgError) as caught:
         apply.prepare(find_backend("flash_attention_2"))
     assert caught.value.code == "not-installed"
-    assert "without being named" in caught.value.why
+    assert "does not name the hub kernel" in caught.value.why
 
 
 @pytest.mark.parametrize("name", ["xformers", "fp8"])

@@ -219,22 +219,22 @@ def full_attention(*tensors, **arguments):
 
 
 def not_shifted(monkeypatch):
-    whole = shifted_sparse._grouped
+    whole = shifted_sparse._attend_in_groups
     monkeypatch.setattr(
-        shifted_sparse, "_grouped", lambda *tensors, **_: whole(*tensors, shifted=False)
+        shifted_sparse, "_attend_in_groups", lambda *tensors, **_: whole(*tensors, shifted=False)
     )
 
 
 def leaking(monkeypatch):
     """Leave the row's ends in one group, as LongLoRA's path without FlashAttention does."""
-    whole = shifted_sparse._grouped
+    whole = shifted_sparse._attend_in_groups
 
     def grouped(call, q, k, v, *, shifted, **_):
         roll = q.shape[2] // 8 if shifted else 0
         out = whole(call, *(x.roll(-roll, dims=2) for x in (q, k, v)), shifted=False)
         return out.roll(roll, dims=2)
 
-    monkeypatch.setattr(shifted_sparse, "_grouped", grouped)
+    monkeypatch.setattr(shifted_sparse, "_attend_in_groups", grouped)
 
 
 def two_groups(monkeypatch):
