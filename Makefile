@@ -189,8 +189,8 @@ test/contexts: .venv/ready ## Train in every context: rows x precision x weights
 	CONTEXTS=all $(BIN)/pytest -v tests/train/test_contexts.py
 
 test/proofs: .venv/ready ## Prove all wrong kernels, also those that `make test` leaves out, 6 minutes
-	PROOFS=all $(BIN)/pytest -v tests/unit/test_mutations.py tests/unit/test_mutations_products.py \
-	  tests/unit/test_prove_cli.py
+	PROOFS=all $(BIN)/pytest -v tests/unit/verification/test_wrong_kernels.py tests/unit/verification/test_wrong_kernels_combined.py \
+	  tests/unit/verification/test_verify_command.py
 
 test/reload: .venv/ready ## Train 110 model types, save and reload them: full and LoRA, float32 and bfloat16; 15 minutes
 	RELOAD=all $(BIN)/pytest -v tests/train/test_reload.py

@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any, TypedDict, Unpack, get_args
 
 from attnimg import application, pipeline
-from attnimg.backends import backend_named
+from attnimg.backends import find_backend
 from attnimg.config.attention import name_errors
 from attnimg.context import context_of
 from attnimg.errors import AttnimgError
@@ -552,7 +552,7 @@ def check_packing(model: Any, *, collator: Collator | None = None) -> None:
         context = replace(choice._context, packing=True)
     else:
         facts = _model_facts(model)
-        known = backend_named(implementation.removeprefix("kernels:"))
+        known = find_backend(implementation.removeprefix("kernels:"))
         problem = Problem(
             model=facts.model,
             dtype=facts.weights or "float32",
@@ -612,7 +612,7 @@ def _collate_with(collator: Collator | None) -> Any:
 
 
 def _backend(name: str) -> Any:
-    found = backend_named(name)
+    found = find_backend(name)
     assert found is not None
     return found
 

@@ -614,7 +614,8 @@ class CallCheck:
         layer: the layer's number in the model.
         figures: one for each compared quantity; `case` names the row, tokens and heads.
         faults: the rules that the call broke; empty when it is correct.
-        near: whether all errors are so close to their bounds that rounding may explain them.
+        close_to_bound: whether all errors are so close to their bounds that rounding may explain
+            them.
         repeated: whether the repeated call was wrong too; None without faults.
         skipped: why the call was not compared; "" where it was.
     """
@@ -623,14 +624,14 @@ class CallCheck:
     layer: int
     figures: tuple[Figure, ...] = ()
     faults: tuple[Reason, ...] = ()
-    near: bool = False
+    close_to_bound: bool = False
     repeated: bool | None = None
     skipped: str = ""
 
     @property
-    def sure(self) -> bool:
+    def confirmed(self) -> bool:
         """Return whether the repeated call was wrong too, by more than rounding can explain."""
-        return bool(self.repeated) and not self.near
+        return bool(self.repeated) and not self.close_to_bound
 
     @property
     def margin(self) -> float:

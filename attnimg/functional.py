@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from attnimg import pipeline
 from attnimg.api import Log, backend_name
-from attnimg.backends._transformers import as_applied, attention_function, is_called_directly
+from attnimg.backends._transformers import applied_form, attention_function, is_called_directly
 from attnimg.errors import AttnimgError
 from attnimg.facts import Arch, AttentionFunction, DType, LayerGroup, MaskKind, Model, Problem
 from attnimg.machine.kernel_cache import use_shipped_kernels
@@ -163,7 +163,7 @@ def _function(
     assert plan.chosen is not None
     backend = plan.chosen.backend
     if is_called_directly(backend):
-        direct = as_applied(backend, [layer], routed=True)
+        direct = applied_form(backend, [layer], routed=True)
         return partial(_call, attention_function(direct), None)
     return partial(_call, attention_function(backend), backend.mask)
 

@@ -217,7 +217,7 @@ def proofs_of(
     from attnimg.verification.proofs import Setting, prove
 
     setting = Setting.here(machine, os.environ)
-    return prove(backends, problem, setting=setting, say=say, routed=routed)
+    return prove(backends, problem, setting=setting, log=say, routed=routed)
 
 
 def prove_fitting(task: Task, *, say: Callable[[str], None]) -> list[tuple[Problem, Proof]]:
@@ -244,11 +244,11 @@ def warnings_of(plan: Plan, task: Task) -> tuple[Finding, ...]:
 
 def kernel_hashes(plan: Plan, task: Task) -> dict[str, dict[str, str] | None]:
     """Return hashes of the files that compute each of a plan's backends; None for unknown ones."""
-    from attnimg.verification.proofs import Setting, content_of
+    from attnimg.verification.proofs import Setting, hash_files
 
     setting = Setting.here(task.machine, os.environ)
     return {
-        backend.name: content_of(backend, setting=setting, trusted=part.trusted)
+        backend.name: hash_files(backend, setting=setting, trusted=part.trusted)
         for backend, part in parts_of(plan, task.problem)
     }
 

@@ -2,8 +2,8 @@
 
 Right kernels are those of tests/fixtures/noisy_kernels, with 200 proofs of each kind of noise over
 head sizes, query heads per key head, precisions, packing and tile sizes. Wrong ones are the same
-with a leak, and every kernel of tests/unit/test_mutations.py. Prints the rates, and writes what
-was proven to docs/measured/proof-noise.json.
+with a leak, and every kernel of tests/unit/verification/test_wrong_kernels.py. Prints the rates, and
+writes what was proven to docs/measured/proof-noise.json.
 
     python benchmarks/proof_noise.py [proofs of each kind]
 """
@@ -25,7 +25,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 RECORD = ROOT / "docs/measured/proof-noise.json"
-sys.path[:0] = [str(ROOT / "tests/fixtures"), str(ROOT / "tests/unit")]
+sys.path[:0] = [str(ROOT / "tests/fixtures"), str(ROOT / "tests/unit/verify")]
 
 # Tokens of the longest row. The noise matters in the isolation probe, which has its own length.
 SEQUENCE_LEN = 64
@@ -57,7 +57,7 @@ def main() -> None:
 
 def described() -> dict[str, Any]:
     """Return what is proven, by name, for the test that the record is of this code."""
-    noisy, wrong = import_module("noisy_proofs"), import_module("test_mutations")
+    noisy, wrong = import_module("noisy_proofs"), import_module("test_wrong_kernels")
     return {
         "grid": {
             "head_dim": list(noisy.HEAD_DIMS),
@@ -139,7 +139,7 @@ def _prove_leaks() -> Iterator[tuple[str, Any]]:
 
 def _prove_wrong() -> Iterator[tuple[str, Any]]:
     """Prove the wrong kernels of the tests as `verify` does, in a child process."""
-    serve, mutations = import_module("served_kernels").serve, import_module("test_mutations")
+    serve, mutations = import_module("served_kernels").serve, import_module("test_wrong_kernels")
     from attnimg.verification.runner import Candidate, run
 
     rows = list(zip(mutations.NAMES, mutations.ALL, strict=True))

@@ -181,7 +181,7 @@ def make_call(spec: CallSpec, function: Any = None) -> Any:
     """Run a call forward and backward; `function` replaces the kernel's own."""
     import torch
 
-    from attnimg.verification.capture import NAMES, CallKind, CapturedCall, call_again
+    from attnimg.verification.running_check import NAMES, CallKind, CapturedCall, call_again
 
     generator = torch.Generator().manual_seed(spec.seed)
     n_tokens, dtype = sum(spec.lengths), getattr(torch, spec.dtype)
@@ -216,7 +216,7 @@ def make_call(spec: CallSpec, function: Any = None) -> Any:
         mask=mask,
         arguments=arguments,
         autocast=autocast,
-        learning=NAMES[spec.seed % 7 % 3 :] if spec.seed % 5 == 0 else NAMES,
+        needs_grad=NAMES[spec.seed % 7 % 3 :] if spec.seed % 5 == 0 else NAMES,
         out=q,
         d_out=d_out.to(dtype),
         gradients={},
@@ -229,8 +229,7 @@ def _kernel(spec: CallSpec, generator: Any) -> tuple[Any, Any, dict[str, Any], A
     import torch
 
     from attnimg.backends._exact import exact_attention
-    from attnimg.backends._transformers import native_attention
-    from attnimg.backends.eager import eager_attention
+    from attnimg.backends._transformers import eager_attention, native_attention
 
     noisy, backends = import_module("noisy_proofs"), import_module("attnimg.backends")
     lengths = torch.tensor((0, *spec.lengths))
@@ -257,7 +256,7 @@ def _kernel(spec: CallSpec, generator: Any) -> tuple[Any, Any, dict[str, Any], A
     seen = (behind >= 0) & (behind < (spec.window or len(number)))
     seen = (seen & (number[:, None] == number))[None, None]
     if spec.kernel == "sdpa, masked":
-        sdpa = backends.backend_named("sdpa")
+        sdpa = backends.find_backend("sdpa")
         return partial(native_attention, sdpa), seen, arguments, None
     cast = getattr(torch, spec.dtype) if "autocast" in spec.kernel else None
     kind = torch.float32 if cast else getattr(torch, spec.dtype)
@@ -277,11 +276,11 @@ def _flash(module: Any) -> Any:
 
 def check(call: Any, spec: CallSpec) -> Any:
     """Compare a call as a run does."""
-    from attnimg.backends import backend_named
-    from attnimg.verification.running import check_call
+    from attnimg.backends import find_backend
+    from attnimg.verification.running_check import check_call
 
     name = "flash_attention_2" if spec.kernel.startswith("fa") else spec.kernel.split(",")[0]
-    backend = backend_named(name.split()[0])
+    backend = find_backend(name.split()[0])
     assert backend is not None
     return check_call(call, backend=backend, dtype=spec.dtype, longest=None, seed=str(spec.seed))
 
@@ -314,8 +313,8 @@ def check_draws(numbers: range) -> dict[str, Any]:
             found["skipped"][result.skipped] = found["skipped"].get(result.skipped, 0) + 1
             continue
         found["checks"] += 1
-        found["doubtful"] += bool(result.faults) and not result.sure
-        found["stopped"] += result.sure
+        found["doubtful"] += bool(result.faults) and not result.confirmed
+        found["stopped"] += result.confirmed
         if result.faults:
             found["reasons"].append(f"{spec}: {result.faults[0].text}")
         else:
@@ -351,7 +350,7 @@ def check_wrong_kernels() -> dict[str, Any]:
             if "window" in fault:
                 spec = replace(spec, window=4)
             result = check(make_call(spec, partial(_faulty, fault)), spec)
-            seen, stopped = seen + bool(result.faults), stopped + result.sure
+            seen, stopped = seen + bool(result.faults), stopped + result.confirmed
         found[fault] = {"checks": WRONG_CHECKS, "seen": seen, "stopped": stopped}
     return found
 

@@ -10,10 +10,10 @@ import pytest
 # The slowest files, in this order. They run first, so that no process of `make test` still runs one
 # when the others are done.
 LONGEST = [
-    "test_mutations.py", "test_torchrun.py", "test_prove_cli.py", "test_kill_and_resume.py",
-    "test_command.py", "test_attention_check.py", "test_contexts.py", "test_reload.py",
-    "test_mutations_products.py", "test_patience.py", "test_prove_process_state.py",
-    "test_prove_runner.py", "test_family_runs.py", "test_prove_noise.py",
+    "test_wrong_kernels.py", "test_torchrun.py", "test_verify_command.py",
+    "test_kill_and_resume.py", "test_command.py", "test_attention_check.py", "test_contexts.py",
+    "test_reload.py", "test_wrong_kernels_combined.py", "test_watchdog.py", "test_process_state.py",
+    "test_runner.py", "test_family_runs.py", "test_noisy_kernels.py",
 ]  # fmt: skip
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from attnimg.application.registry import prepare
-from attnimg.backends import repo_of
+from attnimg.backends import hub_repo_name
 from attnimg.backends._transformers import DIRECT
 from attnimg.errors import AttnimgError
 from attnimg.facts import Backend, LayerGroup, ModelClass
@@ -53,7 +53,7 @@ def require_applied(model: Any, backend: Backend) -> None:
         AttnimgError: the model's implementation is not the backend's.
     """
     found = running(model)
-    if found == backend.applied_as or repo_of(found) == backend.hub_repo:
+    if found == backend.applied_as or hub_repo_name(found) == backend.hub_repo:
         return
     if backend.unpadded_v and found.startswith(DIRECT):
         return

@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from functools import wraps
 from typing import Any
 
-from attnimg.backends._transformers import as_applied, attention_function
+from attnimg.backends._transformers import applied_form, attention_function
 from attnimg.facts import AttentionFunction, Backend, LayerGroup
 
 # transformers' globals for the one loaded flash implementation; 5.17 does not have all of them.
@@ -89,7 +89,7 @@ def prepare(backend: Backend, *, layers: tuple[LayerGroup, ...] = (), trusted: b
         AttnimgError: the kernel is missing or broken.
     """
     with process_settings_kept():
-        return _prepared(as_applied(backend, layers), trusted=trusted)
+        return _prepared(applied_form(backend, layers), trusted=trusted)
 
 
 def _prepared(backend: Backend, *, trusted: bool) -> str:

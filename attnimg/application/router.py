@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
-from attnimg.backends._transformers import as_applied, attention_function
+from attnimg.backends._transformers import applied_form, attention_function
 from attnimg.errors import KernelError, set_backend
 from attnimg.facts import AttentionFunction, Backend, GroupChoice, LayerGroup, Needs, Plan
 
@@ -120,5 +120,5 @@ def _load(groups: tuple[GroupChoice, ...]) -> AttentionFunction:
     backends = {one.verdict.backend.name: one.verdict.backend for one in groups}
     for name, backend in backends.items():
         layers = [one.layers for one in groups if one.verdict.backend.name == name]
-        functions[name] = attention_function(as_applied(backend, layers, routed=True))
+        functions[name] = attention_function(applied_form(backend, layers, routed=True))
     return Router({shape_of(one.layers): functions[one.verdict.backend.name] for one in groups})

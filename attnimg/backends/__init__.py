@@ -103,16 +103,16 @@ def _require_usable(backend: object, taken: Container[str]) -> None:
 
 
 def is_hub_path(name: str) -> bool:
-    """Return whether `name` is org/name[@rev][:fn]."""
+    """Return whether `name` has the form org/name[@rev][:fn]."""
     return _HUB_PATH.fullmatch(name) is not None
 
 
-def repo_of(path: str) -> str:
+def hub_repo_name(path: str) -> str:
     """Return the org/name of a hub path, without its @rev and :fn."""
     return re.split("[@:]", path, maxsplit=1)[0]
 
 
-def backend_named(name: str) -> Backend | None:
+def find_backend(name: str) -> Backend | None:
     """Return the backend that a config names; None for "auto" and for an unknown name."""
     for backend in all_backends():
         if backend.name == name:
@@ -120,7 +120,7 @@ def backend_named(name: str) -> Backend | None:
     if not is_hub_path(name):
         return None
     hub = import_module(f"{__name__}.hub")
-    backend = hub.backend_for(name, repo_of(name))
+    backend = hub.backend_for(name, hub_repo_name(name))
     assert isinstance(backend, Backend)
     return backend
 
@@ -141,7 +141,7 @@ def local_kernel_repo(
     repo, packages = backend.hub_repo, [package for package, _, _ in backend.needs.packages]
     if repo is None or repo not in served:
         return None
-    named = repo == repo_of(backend.name)
+    named = repo == hub_repo_name(backend.name)
     return repo if named or not any(package in installed for package in packages) else None
 
 
@@ -152,7 +152,7 @@ def local_kernel(backend: Backend, machine: Machine) -> LocalKernel | None:
     return None if repo is None else served[repo]
 
 
-def variables_that_choose(environment: Mapping[str, str]) -> dict[str, str]:
+def kernel_variables(environment: Mapping[str, str]) -> dict[str, str]:
     """Return the variables that are set in `environment` and select kernels of a package."""
     variants = (variant for backend in all_backends() for variant in backend.variants.values())
     names = {name for variant in variants for name in variant.variables}
@@ -160,7 +160,7 @@ def variables_that_choose(environment: Mapping[str, str]) -> dict[str, str]:
     return {name: environment[name] for name in sorted(names) if name in environment}
 
 
-def contrary_settings(backend: Backend, arch: Arch, variables: Mapping[str, str]) -> list[str]:
+def conflicting_variables(backend: Backend, arch: Arch, variables: Mapping[str, str]) -> list[str]:
     """Return the settings that select kernels other than those that an architecture needs.
 
     Args:

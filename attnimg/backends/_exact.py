@@ -16,7 +16,7 @@ from attnimg.backends._varlen import (
     DenseKernel,
     as_attention_function,
     attention_by_document,
-    ungrouped,
+    repeat_kv,
 )
 from attnimg.facts import AttentionFunction
 
@@ -65,7 +65,7 @@ def exact(
     Returns:
         (B, H, T, V).
     """
-    k, v = ungrouped(q, k, v)
+    k, v = repeat_kv(q, k, v)
     queries, keys = q.shape[2], k.shape[2]
     # torch aligns is_causal at the top left, which is equal if there are as many queries as keys.
     plain = causal and window is None and queries == keys

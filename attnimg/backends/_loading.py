@@ -52,7 +52,7 @@ def kernel_error(what: str, *, why: str, code: str, do: str = set_backend("sdpa"
     return KernelError(what, why=why, do=do, code=code, exit_code=1)
 
 
-def broken_kernel(backend: str, error: Exception, *, do: str) -> AttnimgError:
+def load_error(backend: str, error: Exception, *, do: str) -> AttnimgError:
     """Return the error for a kernel that does not load."""
     return kernel_error(
         f"{backend} does not load",
@@ -62,10 +62,10 @@ def broken_kernel(backend: str, error: Exception, *, do: str) -> AttnimgError:
     )
 
 
-def not_honoured(backend: str, why: str) -> AttnimgError:
+def unsupported_argument(backend: str, why: str) -> AttnimgError:
     """Return the error for an argument that a backend does not support."""
     return kernel_error(
-        f"{backend} cannot honour an argument of this model's attention",
+        f"{backend} does not support an argument of this model's attention",
         why=why,
         do=f"{set_backend('eager')}, or another backend that `attnimg explain` shows to fit",
         code="argument-not-honoured",
@@ -88,7 +88,7 @@ def import_kernel(module: str, *, backend: str, package: str) -> ModuleType:
     # The import of a kernel may raise any exception: ImportError or OSError for an undefined
     # symbol, AttributeError for a shadowed module. The message is kept.
     except Exception as error:
-        raise broken_kernel(backend, error, do=f"install {package} for this GPU") from error
+        raise load_error(backend, error, do=f"install {package} for this GPU") from error
 
 
 def load_hub_kernel(name: str, *, trusted: bool) -> ModuleType:
@@ -130,13 +130,14 @@ def hub_errors(path: str, *, trusted: bool) -> Iterator[None]:
     except Exception as error:
         if isinstance(error, ValueError) and _UNTRUSTED.search(str(error)) and not trusted:
             raise AttnimgError(
-                f"{repo} is no kernel of a publisher that the hub vouches for",
-                why=f"found trust_remote_code: false, needed true: its code runs here\n{error}",
+                f"{repo} is not from a publisher that the library kernels trusts",
+                why="found trust_remote_code: false, needed true, since the kernel's code would "
+                f"run on this machine\n{error}",
                 do="read the kernel; then set trust_remote_code: true",
                 code="untrusted-kernel",
                 key="trust_remote_code",
             ) from error
-        raise broken_kernel(path, error, do="serve its folder by LOCAL_KERNELS") from error
+        raise load_error(path, error, do="serve its folder by LOCAL_KERNELS") from error
 
 
 def check_hub_kernel(path: str, *, trusted: bool) -> HubKernel:
@@ -159,7 +160,7 @@ def check_hub_kernel(path: str, *, trusted: bool) -> HubKernel:
     from transformers.integrations.hub_kernels import get_attn_kernel_version
 
     repo, _, wanted = path.partition("@")
-    local = repo in served_locally()
+    local = repo in local_kernel_repos()
     revision = wanted or (None if local else locked_revision(repo))
     version = get_attn_kernel_version(repo) if revision is None else None
     if local:
@@ -202,7 +203,7 @@ def hub_folder(name: str, *, trusted: bool) -> Path:
     return folder
 
 
-def served_locally() -> frozenset[str]:
+def local_kernel_repos() -> frozenset[str]:
     """Return the names of the hub kernels in LOCAL_KERNELS."""
     entries = os.environ.get("LOCAL_KERNELS", "").split(":")
     return frozenset(entry.partition("=")[0] for entry in entries)
@@ -222,7 +223,7 @@ def locked_revision(repo: str) -> str | None:
         locks, kernel = get_locked_kernel_revision(repo, _LOCK)
     except ValueError as error:  # not a lock file of the library kernels
         do = "run `kernels lock`, which writes kernels.lock again"
-        raise broken_kernel(repo, error, do=do) from error
+        raise load_error(repo, error, do=do) from error
     return str(locks[kernel].commit)
 
 
@@ -231,10 +232,10 @@ def _check_signature(repo: str, folder: Path, *, offline: bool) -> str | None:
     try:
         from kernels.verify import verify_variant
     except ImportError as error:
-        return f"the installed kernels can't ({error})"
+        return f"the installed version of kernels can't check it ({error})"
     if offline:
         # The verifier downloads the trusted keys from sigstore's servers.
-        return "HF_HUB_OFFLINE is set, and checking needs the network"
+        return "HF_HUB_OFFLINE is set, and the check needs the network"
     try:
         result: Any = verify_variant(folder)
     # sigstore raises its own, TUF's and requests' exceptions when it can't reach its servers.
@@ -247,7 +248,7 @@ def _check_signature(repo: str, folder: Path, *, offline: bool) -> str | None:
         return _UNSIGNED[found]
     details = getattr(result, "reason", None) or getattr(result, "violations", None)
     raise kernel_error(
-        f"the signature of {repo} does not hold",
+        f"the signature of {repo} is invalid",
         why=f"found {found}{f' ({details})' if details else ''}; "
         "needed files that a publisher known to kernels signed",
         do="delete it from the cache and try again; or name a revision that is signed, "

@@ -21,15 +21,15 @@ from typing import TYPE_CHECKING, Any
 
 from attnimg.backends import local_kernel_repo
 from attnimg.backends._loading import (
-    broken_kernel,
     check_hub_kernel,
     hub_errors,
     import_kernel,
     kernel_error,
+    load_error,
     load_hub_kernel,
+    local_kernel_repos,
     locked_revision,
-    not_honoured,
-    served_locally,
+    unsupported_argument,
 )
 from attnimg.errors import AttnimgError
 from attnimg.facts import AttentionFunction, Backend, Geometry, LayerGroup
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 DIRECT = "attnimg_direct_"
 
 
-def as_applied(
+def applied_form(
     backend: Backend, layers: Iterable[LayerGroup | Geometry], *, routed: bool = False
 ) -> Backend:
     """Return the form of a backend that a run applies to its layers, and that is verified for them.
@@ -97,8 +97,6 @@ def attention_function(backend: Backend, *, trusted: bool = False) -> AttentionF
     if backend.family is not None or backend.hub_repo is not None:
         return flash_attention(backend, trusted=trusted)
     if backend.applied_as == "eager":
-        from attnimg.backends.eager import eager_attention
-
         return eager_attention
     return partial(native_attention, backend)
 
@@ -138,14 +136,36 @@ def native_attention(
     from transformers import AttentionInterface
 
     if arguments.get("s_aux") is not None and "sinks" not in backend.needs.features:
-        raise dropped(backend.name, "s_aux")
+        raise dropped_argument(backend.name, "s_aux")
     function = AttentionInterface()[backend.applied_as]
-    layer = layer_of(module, query, key)
+    layer = build_layer(module, query, key)
     found: tuple[Any, Any] = function(layer, query, key, *others, **arguments)
     return found
 
 
-def layer_of(module: Any, query: Any, key: Any) -> Any:
+def eager_attention(
+    module: Any, query: Any, key: Any, *others: Any, **arguments: Any
+) -> tuple[Any, Any]:
+    """Call transformers' eager attention, with softcap or sinks if the arguments have them."""
+    from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward as with_softcap
+    from transformers.models.gpt_oss.modeling_gpt_oss import eager_attention_forward as with_sinks
+    from transformers.models.llama.modeling_llama import eager_attention_forward as plain
+
+    layer = build_layer(module, query, key)
+    layer.sinks = sinks = arguments.pop("s_aux", None)
+    if sinks is not None and arguments.get("softcap"):
+        raise dropped_argument("eager", "softcap together with s_aux")
+    arguments.setdefault("dropout", 0.0)
+    if arguments.get("scaling") is None:
+        arguments["scaling"] = query.shape[-1] ** -0.5
+    function = with_softcap if arguments.get("softcap") else plain
+    if sinks is not None:
+        function = with_sinks
+    found: tuple[Any, Any] = function(layer, query, key, *others, **arguments)
+    return found
+
+
+def build_layer(module: Any, query: Any, key: Any) -> Any:
     """Return an object with the attributes of an attention layer that transformers reads."""
     from torch import nn
 
@@ -161,10 +181,10 @@ def layer_of(module: Any, query: Any, key: Any) -> Any:
     )
 
 
-def dropped(backend: str, argument: str) -> AttnimgError:
+def dropped_argument(backend: str, argument: str) -> AttnimgError:
     """Return the error for an argument that transformers would drop silently."""
-    why = f"found {argument}; it has no such argument, and transformers would drop it"
-    return not_honoured(backend, why)
+    why = f"found {argument}; the kernel has no such argument, and transformers would drop it"
+    return unsupported_argument(backend, why)
 
 
 def flash_attention(backend: Backend, *, trusted: bool) -> AttentionFunction:
@@ -174,19 +194,19 @@ def flash_attention(backend: Backend, *, trusted: bool) -> AttentionFunction:
 
     name = flash_name(backend)
     load_flash(name, trusted=trusted)
-    takes = inspect.signature(flash._flash_varlen_fn).parameters
-    has_sinks = "s_aux" in takes or "learnable_sink" in takes
-    has_window = "window_size" in takes
+    parameters = inspect.signature(flash._flash_varlen_fn).parameters
+    has_sinks = "s_aux" in parameters or "learnable_sink" in parameters
+    has_window = "window_size" in parameters
 
     def attention(
         module: Any, query: Any, key: Any, *others: Any, **arguments: Any
     ) -> tuple[Any, Any]:
         # transformers silently drops these two if the kernel has no such argument.
         if arguments.get("s_aux") is not None and not has_sinks:
-            raise dropped(backend.name, "s_aux")
+            raise dropped_argument(backend.name, "s_aux")
         if arguments.get("sliding_window") and not has_window:
-            raise dropped(backend.name, "sliding_window")
-        layer = layer_of(module, query, key)
+            raise dropped_argument(backend.name, "sliding_window")
+        layer = build_layer(module, query, key)
         # transformers reads the implementation from the layer's config.
         layer.config = SimpleNamespace(_attn_implementation=name)
         found: tuple[Any, Any] = flash_attention_forward(layer, query, key, *others, **arguments)
@@ -231,7 +251,7 @@ def flash_name(backend: Backend) -> str:
 
     name = backend.applied_as or backend.name
     if backend.module is None:
-        if "@" in name or name in served_locally():
+        if "@" in name or name in local_kernel_repos():
             return name
         commit = locked_revision(name)
         return f"{name}@{commit}" if commit else name
@@ -239,13 +259,13 @@ def flash_name(backend: Backend) -> str:
     # transformers calls a package available only where it can run: flash-attn needs a GPU.
     available = getattr(flash, f"is_flash_attn_{name.removeprefix('flash_attention_')}_available")
     installed = {package} if available() else set[str]()
-    local = local_kernel_repo(backend, installed=installed, served=served_locally())
+    local = local_kernel_repo(backend, installed=installed, served=local_kernel_repos())
     if installed or local is not None:
         return local or name
     raise kernel_error(
         f"{backend.name} does not load",
-        why=f"package {package} is not installed; {backend.hub_repo} is not taken without being "
-        "named",
+        why=f"package {package} is not installed, and the config does not name the hub kernel "
+        f"{backend.hub_repo}",
         do=f"install {package}, or set attn_implementation: {backend.hub_repo}",
         code="not-installed",
     )
@@ -280,7 +300,7 @@ def load_flash(name: str, *, trusted: bool = False) -> None:
     except Exception as error:
         flash._loaded_implementation = before
         repo = name.partition("@")[0]
-        raise broken_kernel(repo, error, do="fix or reinstall the kernel") from error
+        raise load_error(repo, error, do="fix or reinstall the kernel") from error
     # Only hub kernels may be written with torch operations; the packages' kernels are compiled.
     for slot in ("_flash_fn", "_flash_varlen_fn") if from_hub else ():
         function = getattr(flash, slot)

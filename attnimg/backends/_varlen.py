@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from attnimg.backends._loading import kernel_error, not_honoured
+from attnimg.backends._loading import kernel_error, unsupported_argument
 from attnimg.facts import AttentionFunction
 
 # Arguments that models pass through and that do not change what attention computes.
@@ -183,9 +183,9 @@ def read_call(
     for name, found in refused.items():
         if found is not None:
             shape = getattr(found, "shape", None)
-            shown = repr(found) if shape is None else f"a tensor of shape {tuple(shape)}"
-            why = f"found {name}: {shown}; {backend} would have to drop it, and be wrong"
-            raise not_honoured(backend, why)
+            text = repr(found) if shape is None else f"a tensor of shape {tuple(shape)}"
+            why = f"found {name}: {text}; without it, the result of {backend} would be wrong"
+            raise unsupported_argument(backend, why)
     cu_seqlens_k = cu_seq_lens_q if cu_seq_lens_k is None else cu_seq_lens_k
     return AttentionCall(
         backend=backend,
@@ -221,16 +221,16 @@ def packed_tokens(call: AttentionCall) -> PackedTokens | None:
     here each row is checked.
     """
     if call.padding is not None:
-        return _without_padding(call, call.padding)
+        return _remove_padding(call, call.padding)
     if call.cu_seqlens_q is not None:
-        return _flattened(call, call.cu_seqlens_q, call.cu_seqlens_k)
+        return _flatten(call, call.cu_seqlens_q, call.cu_seqlens_k)
     positions = call.position_ids
     rows, queries = call.q.shape[0], call.q.shape[2]
     if positions is None or queries == 1 or queries != call.k.shape[2]:
         return None
     if positions.dim() != 2:
         raise kernel_error(
-            f"{call.backend} can't tell from this model's position_ids whether rows are packed",
+            f"{call.backend} can't find packed documents in this model's position_ids",
             why=f"found the shape {tuple(positions.shape)}, needed (batch, tokens)",
             code="argument-not-honoured",
         )
@@ -239,7 +239,7 @@ def packed_tokens(call: AttentionCall) -> PackedTokens | None:
         return None
     begins = pad(begins, (1, 0), value=True).expand(rows, -1).flatten()
     cu_seqlens = pad(begins.nonzero().flatten(), (0, 1), value=rows * queries)
-    return _flattened(call, cu_seqlens, cu_seqlens)
+    return _flatten(call, cu_seqlens, cu_seqlens)
 
 
 def attention_by_document(
@@ -265,12 +265,12 @@ def attention_by_document(
         rows, queries, keys = call.q.shape[0], call.q.shape[2], call.k.shape[2]
         row = torch.arange(rows + 1, device=call.q.device, dtype=torch.int32)
         call = replace(call, max_seqlen_q=queries, max_seqlen_k=keys)
-        tokens = _flattened(call, row * queries, row * keys)
+        tokens = _flatten(call, row * queries, row * keys)
     if packed is not None:
         out = packed(tokens)
     else:
         assert dense is not None
-        out = one_by_one(tokens, dense)
+        out = attend_each_document(tokens, dense)
     rows, queries = tokens.shape
     if tokens.indices is not None:
         empty = out.new_zeros(rows * queries, *out.shape[1:])
@@ -278,7 +278,7 @@ def attention_by_document(
     return out.reshape(rows, queries, *out.shape[1:])
 
 
-def one_by_one(tokens: PackedTokens, dense: DenseKernel) -> Tensor:
+def attend_each_document(tokens: PackedTokens, dense: DenseKernel) -> Tensor:
     """Return (N, H, V), computed by one call of a dense kernel per document."""
     lengths_q, lengths_k = (x.diff().tolist() for x in (tokens.cu_seqlens_q, tokens.cu_seqlens_k))
     pieces = zip(
@@ -295,7 +295,7 @@ def one_by_one(tokens: PackedTokens, dense: DenseKernel) -> Tensor:
     return torch.cat(outs)
 
 
-def _flattened(call: AttentionCall, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) -> PackedTokens:
+def _flatten(call: AttentionCall, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) -> PackedTokens:
     q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (call.q, call.k, call.v))
     return PackedTokens(
         q=q,
@@ -310,7 +310,7 @@ def _flattened(call: AttentionCall, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) 
     )
 
 
-def _without_padding(call: AttentionCall, is_token: Tensor) -> PackedTokens:
+def _remove_padding(call: AttentionCall, is_token: Tensor) -> PackedTokens:
     """Return the rows without their padding; queries are aligned with the last T keys."""
     is_token = is_token[:, -call.k.shape[2] :]
     is_query = is_token[:, -call.q.shape[2] :]
@@ -318,7 +318,7 @@ def _without_padding(call: AttentionCall, is_token: Tensor) -> PackedTokens:
         pad(mask.sum(-1).cumsum(0), (1, 0)).int() for mask in (is_query, is_token)
     )
     call = replace(call, max_seqlen_q=None, max_seqlen_k=None)
-    whole = _flattened(call, cu_seqlens_q, cu_seqlens_k)
+    whole = _flatten(call, cu_seqlens_q, cu_seqlens_k)
     indices_q, indices_k = (mask.flatten().nonzero().flatten() for mask in (is_query, is_token))
     return replace(
         whole,
@@ -329,7 +329,7 @@ def _without_padding(call: AttentionCall, is_token: Tensor) -> PackedTokens:
     )
 
 
-def ungrouped(q: Tensor, k: Tensor, v: Tensor, *, dim: int = 1) -> tuple[Tensor, Tensor]:
+def repeat_kv(q: Tensor, k: Tensor, v: Tensor, *, dim: int = 1) -> tuple[Tensor, Tensor]:
     """Return k and v repeated to as many heads as q, for kernels without GQA."""
     group = q.shape[dim] // k.shape[dim]
     if group == 1:
@@ -346,12 +346,12 @@ def without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
     """
 
     @wraps(function)
-    def called(q: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def wrapper(q: Tensor, *args: Any, **kwargs: Any) -> Any:
         with torch.autocast(q.device.type, enabled=False):
             return function(q, *args, **kwargs)
 
-    called.runs_without_autocast = True  # type: ignore[attr-defined]  # read by _transformers.py
-    return called
+    wrapper.runs_without_autocast = True  # type: ignore[attr-defined]  # read by _transformers.py
+    return wrapper
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -378,14 +378,14 @@ class FlashKernel:
         """
         function = self.varlen or self.dense
         assert function is not None
-        takes = _arguments_of(function)
+        parameters = _arguments_of(function)
         features = {
             ours
             for ours, theirs in _FLASH_ARGUMENTS.items()
-            if any(name in takes for name in theirs)
+            if any(name in parameters for name in theirs)
         }
         call = read_call(self.backend, *layer_and_tensors, features=features, **arguments)
-        options = _options(call, takes)
+        options = _options(call, parameters)
         return attention_by_document(
             call,
             (lambda q, k, v: self._dense(q, k, v, options)) if self.dense else None,
@@ -424,7 +424,7 @@ class FlashKernel:
     def _padded(self, v: Tensor, q: Tensor) -> Tensor:
         missing = q.shape[-1] - v.shape[-1]
         if missing < 0:
-            raise not_honoured(
+            raise unsupported_argument(
                 self.backend,
                 f"found head_dim {v.shape[-1]} of v and {q.shape[-1]} of q; the kernel takes a "
                 "head_dim of v up to that of q",
@@ -437,7 +437,7 @@ def _arguments_of(function: Callable[..., Any]) -> frozenset[str]:
     return frozenset(inspect.signature(function).parameters)
 
 
-def _options(call: AttentionCall, takes: frozenset[str]) -> dict[str, Any]:
+def _options(call: AttentionCall, parameters: frozenset[str]) -> dict[str, Any]:
     """Return the keyword arguments of a call, under the kernel's names for them."""
     options: dict[str, Any] = {"softmax_scale": call.scale, "causal": call.causal}
     if call.window is not None:
@@ -449,9 +449,9 @@ def _options(call: AttentionCall, takes: frozenset[str]) -> dict[str, Any]:
     if call.dropout:
         options["dropout_p"] = call.dropout
     if call.sinks is not None:
-        name = next(name for name in _FLASH_ARGUMENTS["sinks"] if name in takes)
+        name = next(name for name in _FLASH_ARGUMENTS["sinks"] if name in parameters)
         options[name] = call.sinks.to(call.q.dtype)
-    if "deterministic" in takes and os.environ.get("FLASH_ATTENTION_DETERMINISTIC") == "1":
+    if "deterministic" in parameters and os.environ.get("FLASH_ATTENTION_DETERMINISTIC") == "1":
         options["deterministic"] = True
     return options
 

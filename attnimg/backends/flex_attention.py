@@ -9,7 +9,7 @@ from attnimg.facts import Backend, Needs, Rank
 BACKEND = Backend(
     name="flex_attention",
     rank=60,
-    rank_why="takes any mask, and compiles a kernel for it at its first use",
+    rank_why="supports any mask, and compiles a kernel for it at its first use",
     rank_source="torch 2.13, flex_attention.py (2026-11-26)",
     ranks=(
         Rank(

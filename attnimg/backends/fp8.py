@@ -35,7 +35,7 @@ def fp8_attention(kernel: Callable[..., Any]) -> AttentionFunction:
     """
     from attnimg.backends._exact import exact_kernel, with_exact_backward
     from attnimg.backends._loading import kernel_error
-    from attnimg.backends._varlen import as_attention_function, packed_tokens, ungrouped
+    from attnimg.backends._varlen import as_attention_function, packed_tokens, repeat_kv
     from attnimg.errors import set_backend
 
     def compute(call: AttentionCall) -> Tensor:
@@ -47,7 +47,7 @@ def fp8_attention(kernel: Callable[..., Any]) -> AttentionFunction:
                 code="packing-not-isolated",
             )
         # torchao accepts enable_gqa but ignores it.
-        k, v = ungrouped(call.q, call.k, call.v)
+        k, v = repeat_kv(call.q, call.k, call.v)
 
         def forward(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             _activate_fa3()
@@ -86,7 +86,7 @@ def restore_flash_kernel() -> None:
 BACKEND = Backend(
     name="fp8",
     rank=75,
-    rank_why="approximates",
+    rank_why="is an approximation",
     rank_source="torchao 0.18.0, prototype/attention (2026-11-21)",
     summary="torchao fp8 attention",
     packing="none",
@@ -101,7 +101,7 @@ BACKEND = Backend(
         vendors=frozenset({"nvidia"}),
         capabilities=frozenset({(9, 0)}),
         arch_code="fp8-arch",
-        arch_text="sm_90 (Hopper): all that torchao 0.18 serves",
+        arch_text="sm_90 (Hopper), the only one that torchao 0.18 supports",
         dtypes=frozenset({"float16", "bfloat16"}),
         head_dims=(HeadDims(qk=(1, 256), v=(1, 256), equal=True),),
         features=frozenset(),

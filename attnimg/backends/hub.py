@@ -11,13 +11,12 @@ import hashlib
 import inspect
 from dataclasses import replace
 from functools import cache, partial
-from types import ModuleType
 
 from attnimg.backends._loading import kernel_error, load_hub_kernel
 from attnimg.backends.flash_attention_2 import BACKEND as FLASH_2
 from attnimg.backends.flash_attention_3 import BACKEND as FLASH_3
 from attnimg.backends.sage import sage_attention
-from attnimg.errors import AttnimgError, set_backend
+from attnimg.errors import set_backend
 from attnimg.facts import AttentionFunction, Backend, HeadDims, Needs, Packing
 
 _KERNELS = (("kernels", "0.17.2", "not-installed"),)
@@ -101,38 +100,35 @@ def hub_attention(name: str, *, trusted: bool = False) -> AttentionFunction:
     entry = name.partition(":")[2] or next(iter(exported), "")
     function = getattr(module, entry, None)
     if not callable(function):
-        raise _no_attention(name, module, needed=entry or f"{_VARLEN}, {_DENSE} or {_SAGE}")
+        exports = ", ".join(
+            sorted(n for n, v in vars(module).items() if n[0] != "_" and callable(v))
+        )
+        raise kernel_error(
+            f"{name} exports no such attention function",
+            why=f"found {exports or 'nothing'}; "
+            f"needed {entry or f'{_VARLEN}, {_DENSE} or {_SAGE}'}",
+            do=f"name a function after a colon, org/name:function, or {set_backend('sdpa')}",
+            code="not-a-kernel",
+        )
     if entry in (_VARLEN, _DENSE):
         return FlashKernel(backend=name, dense=known[_DENSE], varlen=known[_VARLEN])
     if entry == _SAGE:
         varlen = getattr(module, "sageattn_varlen", None)
         return sage_attention(name, dense=function, varlen=varlen)
-    takes = list(inspect.signature(function).parameters)
-    if takes[:1] == ["module"]:  # transformers' attention interface
+    parameters = list(inspect.signature(function).parameters)
+    if parameters[:1] == ["module"]:  # transformers' attention interface
         interface: AttentionFunction = function
         return interface
-    if "cu_seqlens_q" in takes and "softmax_scale" in takes:
+    if "cu_seqlens_q" in parameters and "softmax_scale" in parameters:
         return FlashKernel(backend=name, dense=None, varlen=function)
-    if "softmax_scale" in takes:
+    if "softmax_scale" in parameters:
         return FlashKernel(backend=name, dense=function, varlen=None)
-    if "tensor_layout" in takes:
+    if "tensor_layout" in parameters:
         return sage_attention(name, dense=function, varlen=None)
     styles = "softmax_scale (FlashAttention), tensor_layout (SageAttention) or module first"
     raise kernel_error(
-        f"{name} is no attention that attnimg can call",
-        why=f"found the arguments {', '.join(takes)}; needed {styles}",
+        f"attnimg can't call {name}",
+        why=f"found the arguments {', '.join(parameters)}; needed {styles}",
         do=f"name another function of the kernel, or {set_backend('sdpa')}",
-        code="not-a-kernel",
-    )
-
-
-def _no_attention(path: str, module: ModuleType, *, needed: str) -> AttnimgError:
-    exports = sorted(
-        name for name, value in vars(module).items() if name[0] != "_" and callable(value)
-    )
-    return kernel_error(
-        f"{path} exports no such attention",
-        why=f"found {', '.join(exports) or 'nothing'}; needed {needed}",
-        do=f"name a function after a colon, org/name:function, or {set_backend('sdpa')}",
         code="not-a-kernel",
     )

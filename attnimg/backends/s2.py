@@ -51,8 +51,8 @@ class GroupKernel:
     on_cpu: bool
     has_dropout: bool
 
-    def takes(self, call: AttentionCall) -> bool:
-        """Return whether it supports a call's device, dtype, shape and dropout."""
+    def supports(self, call: AttentionCall) -> bool:
+        """Return whether the kernel supports a call's device, dtype, shape and dropout."""
         import torch
 
         q, v = call.q, call.v
@@ -125,7 +125,7 @@ def group_kernels() -> tuple[GroupKernel, ...]:
             function = load()
         except AttnimgError as error:
             if error.code != "not-installed":
-                text = "attnimg: s2 goes without %s: %s"
+                text = "attnimg: s2 does not use %s: %s"
                 logging.getLogger(__name__).warning(text, name, error.why)
             continue
         # Without a GPU it is a kernel from LOCAL_KERNELS: the package does not load there.
@@ -150,26 +150,26 @@ def shifted_attention(kernels: tuple[GroupKernel, ...]) -> AttentionFunction:
     """
     from torch.nn.functional import pad
 
-    from attnimg.backends._varlen import as_attention_function, ungrouped
+    from attnimg.backends._varlen import as_attention_function, repeat_kv
 
     def compute(call: AttentionCall) -> Tensor:
-        _check(call)
+        _require_groupable(call)
         tokens = call.q.shape[2]
         filled = -tokens % (2 * GROUPS)
-        kv = ungrouped(call.q, call.k, call.v)
+        kv = repeat_kv(call.q, call.k, call.v)
         q, k, v = (pad(x, (0, 0, 0, filled)) for x in (call.q, *kv))
         half = q.shape[1] // 2
-        kernel = next((kernel for kernel in kernels if kernel.takes(call)), None)
+        kernel = next((kernel for kernel in kernels if kernel.supports(call)), None)
         out = q.new_empty(*q.shape[:3], v.shape[-1])
         for heads, shifted in ((slice(half), False), (slice(half, None), True)):
             parts = (x[:, heads] for x in (q, k, v))
-            out[:, heads] = _grouped(call, *parts, shifted=shifted, kernel=kernel)
+            out[:, heads] = _attend_in_groups(call, *parts, shifted=shifted, kernel=kernel)
         return out[:, :, :tokens].transpose(1, 2).contiguous()
 
     return as_attention_function("s2", ("dropout",), compute)
 
 
-def _grouped(
+def _attend_in_groups(
     call: AttentionCall,
     q: Tensor,
     k: Tensor,
@@ -181,66 +181,49 @@ def _grouped(
     """Return attention within groups, (B, heads, P, V); q, k, v (B, heads, P, D)."""
     from torch import cat
 
+    from attnimg.backends._exact import exact
+
     if not q.shape[1]:  # with one head, the first half is empty
         return v
     size = q.shape[2] // GROUPS
     half = size // 2
-    # (length, number of segments of this length). When shifted, the row begins and ends with half a
-    # group, with whole groups between.
-    stretches = [(half, 1), (size, GROUPS - 1), (half, 1)] if shifted else [(size, GROUPS)]
+    # When shifted, the row begins and ends with half a group.
+    lengths = [half, *[size] * (GROUPS - 1), half] if shifted else [size] * GROUPS
     if kernel is not None:
-        lengths = [length for length, count in stretches for _ in range(count)]
         return kernel.within_documents(call, q, k, v, lengths)
-    tokens = [length * count for length, count in stretches]
-    parts = zip(*(x.split(tokens, dim=2) for x in (q, k, v)), strict=True)
-    outs = [
-        _within(call, *part, size=length)
-        for part, (length, _) in zip(parts, stretches, strict=True)
-    ]
+    segments = zip(*(x.split(lengths, dim=2) for x in (q, k, v)), strict=True)
+    outs = [exact(*x, scale=call.scale, causal=True, dropout=call.dropout) for x in segments]
     return cat(outs, dim=2)
 
 
-def _within(call: AttentionCall, q: Tensor, k: Tensor, v: Tensor, *, size: int) -> Tensor:
-    """Return causal attention within segments of `size` tokens."""
-    from attnimg.backends._exact import exact
-
-    rows, heads, tokens = q.shape[:3]
-    q, k, v = (x.reshape(rows, heads * (tokens // size), size, x.shape[-1]) for x in (q, k, v))
-    out = exact(q, k, v, scale=call.scale, causal=True, dropout=call.dropout)
-    return out.reshape(rows, heads, tokens, -1)
-
-
-def _check(call: AttentionCall) -> None:
+def _require_groupable(call: AttentionCall) -> None:
     """Raise if a call's rows can't be divided into groups."""
     tokens, keys = call.q.shape[2], call.k.shape[2]
     if tokens != keys:
-        raise _refusal(f"{tokens} queries on {keys} keys: a cache", "as many keys as queries")
+        raise _batch_error(f"{tokens} queries on {keys} keys: a cache", "as many keys as queries")
     if not call.causal:
-        raise _refusal("attention to both sides", "a causal model")
+        raise _batch_error("attention to both sides", "a causal model")
     packed = call.cu_seqlens_q is not None and len(call.cu_seqlens_q) - 1 > call.q.shape[0]
     positions = call.position_ids
     if call.padding is None and positions is not None and positions.dim() == 2:
         packed = packed or bool((positions.diff(dim=-1) != 1).any())
     if packed:
-        raise _refusal("packed documents", "one document a row", code="s2-with-packing")
+        raise _batch_error("packed documents", "one document a row", code="s2-with-packing")
     if call.padding is not None and bool((call.padding.diff(dim=-1) & call.padding[:, 1:]).any()):
-        raise _refusal("padding on the left", "padding on the right, or none")
+        raise _batch_error("padding on the left", "padding on the right, or none")
 
 
-def _refusal(found: str, needed: str, *, code: str = "s2-batch") -> AttnimgError:
+def _batch_error(found: str, needed: str, *, code: str = "s2-batch") -> AttnimgError:
     from attnimg.backends._loading import kernel_error
 
-    return kernel_error(
-        "s2 can't group this batch",
-        why=f"found {found}, needed {needed}",
-        code=code,
-    )
+    why = f"found {found}, needed {needed}"
+    return kernel_error("s2 can't group this batch", why=why, code=code)
 
 
 BACKEND = Backend(
     name="s2",
     rank=80,
-    rank_why="computes another function than full attention",
+    rank_why="computes a different function than full attention",
     rank_source="arXiv 2309.12307 (2026-11-21)",
     summary="shifted sparse attention",
     packing="none",
@@ -248,7 +231,7 @@ BACKEND = Backend(
     automatic=False,
     applied_as="attnimg_s2",
     load_function=_load,
-    # It is compared with its own reference: shifted_keys in verify/reference.py.
+    # It is compared with its own reference: shifted_keys in verification/reference.py.
     pattern="shifted",
     needs=Needs(
         features=frozenset(),

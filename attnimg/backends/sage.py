@@ -40,7 +40,11 @@ def sage_attention(
     """
     from attnimg.backends._exact import exact_kernel, with_exact_backward
     from attnimg.backends._loading import kernel_error
-    from attnimg.backends._varlen import as_attention_function, attention_by_document, one_by_one
+    from attnimg.backends._varlen import (
+        as_attention_function,
+        attend_each_document,
+        attention_by_document,
+    )
 
     def compute(call: AttentionCall) -> Tensor:
         call = _in_precision_of_run(call)
@@ -75,7 +79,7 @@ def sage_attention(
             return found
 
         def exact(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return one_by_one(replace(tokens, q=q, k=k, v=v), exact_kernel(call))
+            return attend_each_document(replace(tokens, q=q, k=k, v=v), exact_kernel(call))
 
         return with_exact_backward(kernel, exact, tokens.q, tokens.k, tokens.v)
 
@@ -113,7 +117,7 @@ def _in_precision_of_run(call: AttentionCall) -> AttentionCall:
 BACKEND = Backend(
     name="sage",
     rank=70,
-    rank_why="approximates",
+    rank_why="is an approximation",
     rank_source="SageAttention, README (2026-11-21)",
     summary="SageAttention (int8 QK)",
     packing="native",

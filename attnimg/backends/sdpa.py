@@ -1,11 +1,13 @@
-"""Define PyTorch's scaled_dot_product_attention: sdpa, and one backend for each inner kernel.
+"""Define PyTorch's own attention: eager, sdpa, and one backend for each inner kernel of sdpa.
+
+eager is matrix products and softmax, on every device.
 
 sdpa is always available and chooses its inner kernel. For packed rows it gets a block-diagonal
 mask, whose memory is quadratic in the row length and which its flash kernel does not support.
 Source: transformers 5.22.2, masking_utils.py (read 2026-11-21). On sm_90 and sm_10x it prefers
 cuDNN's kernel, which builds a plan for each new shape, in up to a second;
 TORCH_CUDNN_SDPA_DEPRIORITIZED=1 gives that kernel the lowest priority. The proof therefore uses few
-shapes: see few_shapes in verify/training_conditions.py.
+shapes: see reduce_shapes in verification/cases.py.
 
 The backends for inner kernels are for cases where sdpa's choice is wrong or slow, and get one
 document at a time. Source of their limits: aten/src/ATen/native/transformers/cuda/sdp_utils.cpp of
@@ -72,23 +74,35 @@ def _last_on_rdna(rank: int) -> Rank:
     return Rank(
         rank=rank,
         archs=frozenset({"gfx1030", "gfx1100", "gfx1101", "gfx1102", "gfx1200", "gfx1201"}),
-        why="asks for TORCH_ROCM_AOTRITON_ENABLE_EXPERIMENTAL=1 on RDNA",
+        why="needs TORCH_ROCM_AOTRITON_ENABLE_EXPERIMENTAL=1 on RDNA",
         source="torch at 001f694, sdp_utils.cpp (2026-11-26)",
     )
 
 
 BACKENDS = (
     Backend(
+        name="eager",
+        rank=90,
+        rank_why="supports every model, but stores all attention scores of a row",
+        rank_source="transformers 5.22.2, eager_attention_forward (2026-11-26)",
+        summary="plain PyTorch attention",
+        packing="mask",
+        needs_dtype_cast=False,
+        applied_as="eager",
+        mask="eager",
+        needs=Needs(),
+    ),
+    Backend(
         name="sdpa",
         rank=50,
-        rank_why="picks the best of PyTorch's own kernels by itself",
+        rank_why="chooses among PyTorch's own kernels",
         rank_source="torch 2.13, docstring of scaled_dot_product_attention (2026-11-26)",
         ranks=(
             Rank(
                 rank=62,
                 packed=True,
                 routed=False,
-                why="gets packed rows with a mask, and scores each token against its whole row",
+                why="gets packed rows with a mask, and computes scores over the whole row",
                 source="transformers 5.22.2, masking_utils.py:find_packed_sequence_indices "
                 "(2026-11-26)",
             ),
@@ -121,7 +135,7 @@ BACKENDS = (
             backward=_GPUS,
         ),
         rank=51,
-        rank_why="comes after plain sdpa, which may pick it",
+        rank_why="comes after plain sdpa, which may choose it",
         rank_source="torch at 001f694, sdp_utils.cpp, priority_order (2026-11-26)",
         ranks=(_last_on_rdna(66),),
         summary="PyTorch's FlashAttention-2",

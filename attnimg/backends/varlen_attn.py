@@ -34,7 +34,7 @@ def load_varlen_attn() -> AttentionFunction:
 
 def varlen_attention(varlen: Callable[..., Any]) -> AttentionFunction:
     """Return an attention function that calls a function like torch's varlen_attn."""
-    from attnimg.backends._varlen import as_attention_function, attention_by_document, ungrouped
+    from attnimg.backends._varlen import as_attention_function, attention_by_document, repeat_kv
 
     # torch 2.11 has no such argument, and needs as many key heads as query heads.
     knows_groups = "enable_gqa" in inspect.signature(varlen).parameters
@@ -47,7 +47,7 @@ def varlen_attention(varlen: Callable[..., Any]) -> AttentionFunction:
         def packed(tokens: PackedTokens) -> Tensor:
             k, v = tokens.k, tokens.v
             if not knows_groups:
-                k, v = ungrouped(tokens.q, k, v)
+                k, v = repeat_kv(tokens.q, k, v)
             out: Tensor = varlen(
                 tokens.q,
                 k,
@@ -67,7 +67,7 @@ def varlen_attention(varlen: Callable[..., Any]) -> AttentionFunction:
 BACKEND = Backend(
     name="varlen_attn",
     rank=45,
-    rank_why="is torch's FlashAttention-2, an older one than flash-attn's own",
+    rank_why="is torch's FlashAttention-2, an older version than flash-attn's",
     rank_source="torch 2.13, torch/nn/attention/varlen.py (2026-11-26)",
     summary="PyTorch's varlen_attn",
     packing="native",

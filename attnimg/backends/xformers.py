@@ -26,12 +26,12 @@ def _load() -> AttentionFunction:
 
 def xformers_attention(ops: Any) -> AttentionFunction:
     """Return an attention function that calls xformers.ops with the mask object of each call."""
-    from attnimg.backends._varlen import as_attention_function, attention_by_document, ungrouped
+    from attnimg.backends._varlen import as_attention_function, attention_by_document, repeat_kv
 
     def compute(call: AttentionCall) -> Tensor:
         def kernel(q_BTHD: Tensor, k: Tensor, v: Tensor, mask: Any) -> Tensor:
             # The backward pass of CUTLASS has no grouped-query attention.
-            k, v = ungrouped(q_BTHD, k, v, dim=2)
+            k, v = repeat_kv(q_BTHD, k, v, dim=2)
             out: Tensor = ops.memory_efficient_attention(
                 q_BTHD, k, v, attn_bias=mask, p=call.dropout, scale=call.scale
             )
@@ -80,14 +80,14 @@ def _mask_of_documents(kinds: Any, call: AttentionCall, tokens: PackedTokens) ->
 BACKEND = Backend(
     name="xformers",
     rank=54,
-    rank_why="is not timed here, and has few kernels that torch lacks",
+    rank_why="is not timed here, and has few kernels that torch does not have",
     rank_source="xformers 0.0.35, ops/fmha/dispatch.py (2026-11-26)",
     ranks=(
         Rank(
             rank=47,
             archs=frozenset({"sm_70", "sm_75"}),
             packed=True,
-            why="is the one kernel below sm_80 that takes document boundaries in one call",
+            why="is the only kernel below sm_80 that accepts document boundaries in one call",
             source="xformers 0.0.35, ops/fmha/attn_bias.py, BlockDiagonalMask, and cutlass.py "
             "(2026-11-26)",
         ),

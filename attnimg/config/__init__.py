@@ -11,7 +11,7 @@ from typing import Any, get_args
 
 from pydantic import ValidationError
 
-from attnimg.backends import backend_named
+from attnimg.backends import find_backend
 from attnimg.config import keys
 from attnimg.config.attention import (
     AUTO,
@@ -71,7 +71,7 @@ def check_values(
     name = values.pop("attn_implementation", None)
     bad_name = list(name_errors(name)) if name is not None else []
     config, bad_values = _validate(values)
-    backend = backend_named(name) if isinstance(name, str) and not bad_name else None
+    backend = find_backend(name) if isinstance(name, str) and not bad_name else None
     settings = AttentionSettings(
         config=config,
         backend=backend,

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
 
-from attnimg.backends import all_backends, arch_code, backend_named, is_hub_path, runs_on
+from attnimg.backends import all_backends, arch_code, find_backend, is_hub_path, runs_on
 from attnimg.config.schema import Config, make_error, make_warning
 from attnimg.facts import Arch, Backend, Finding, Needs
 
@@ -68,7 +68,7 @@ def name_errors(name: object) -> Iterator[Finding]:
 
 
 def _is_known(name: str) -> bool:
-    backend = backend_named(name)
+    backend = find_backend(name)
     return backend is not None and backend.in_config
 
 
@@ -269,6 +269,6 @@ _RULES: tuple[Callable[[AttentionSettings], Iterator[Finding]], ...] = (
 
 
 def _needs(name: str) -> Needs:
-    backend = backend_named(name)
+    backend = find_backend(name)
     assert backend is not None, name
     return backend.needs

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from attnimg.backends import all_backends, backend_named, contrary_settings, runs_on
+from attnimg.backends import all_backends, conflicting_variables, find_backend, runs_on
 from attnimg.facts import Machine, Reason
 from attnimg.machine.host import WORKING_FOLDER, Folder, Host
 from attnimg.machine.kernel_cache import (
@@ -217,7 +217,7 @@ def _check_shipped_kernels(machine: Machine, host: Host) -> Iterator[Check]:
     if host.shipped_kernels:
         reasons = reasons_against_shipped(host.shipped_kernels, machine)
         yield _check_shipped("kernels", "FlashAttention-4", host.shipped_kernels, reasons, machine)
-    sage = backend_named("sage")
+    sage = find_backend("sage")
     if host.shipped_triton and sage and runs_on(sage.needs, machine.arch):
         reasons = reasons_against_shipped_triton(host.shipped_triton, machine)
         yield _check_shipped(
@@ -251,7 +251,7 @@ def check_variants(machine: Machine, host: Host) -> Iterator[Check]:
         if variant is None or backend.needs.packages[0][0] not in host.installed:
             continue
         kernels = f"{backend.needs.packages[0][0]}'s {variant.name} kernels"
-        if against := contrary_settings(backend, machine.arch, machine.variables):
+        if against := conflicting_variables(backend, machine.arch, machine.variables):
             what = f"{backend.name} is refused on {arch}, where it runs {kernels}: "
             do = f"unset {against[0].partition('=')[0]}"
             yield Check("variant", "warn", f"{what}found {against[0]}", do)

@@ -31,7 +31,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from attnimg.backends import all_backends, contrary_settings
+from attnimg.backends import all_backends, conflicting_variables
 from attnimg.errors import AttnimgError, bad_manifest
 from attnimg.facts import Machine, Reason
 from attnimg.files import cache_folder, make_private_folder, read_data
@@ -187,7 +187,7 @@ def variant_settings(machine: Machine, environment: Mapping[str, str]) -> dict[s
     for backend in all_backends():
         if (variant := backend.variants.get(arch)) is None:
             continue
-        for setting in contrary_settings(backend, machine.arch, environment):
+        for setting in conflicting_variables(backend, machine.arch, environment):
             kernels = f"{backend.name} runs its {variant.name} kernels"
             _note(f"{setting} is set; on {arch} {kernels}: unset it")
         unset = {name: v for name, v in variant.variables.items() if name not in environment}

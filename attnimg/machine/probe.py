@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 
-from attnimg.backends import variables_that_choose
+from attnimg.backends import kernel_variables
 from attnimg.errors import AttnimgError
 from attnimg.facts import LocalKernel, Machine
 from attnimg.selection.gpus_and_images import arch_from_name
@@ -99,7 +99,7 @@ def this_machine(packages: Iterable[str], *, sys_root: Path = Path("/sys")) -> M
         torch=torch,
         local_kernels=local,
         shadowed=find_shadowed(installed),
-        variables=variables_that_choose(os.environ) | _requested_backend(os.environ),
+        variables=kernel_variables(os.environ) | _requested_backend(os.environ),
     )
 
 

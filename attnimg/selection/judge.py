@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import replace
 
-from attnimg.backends import arch_code, contrary_settings, local_kernel, runs_on
+from attnimg.backends import arch_code, conflicting_variables, local_kernel, runs_on
 from attnimg.facts import (
     Backend,
     HeadDims,
@@ -95,7 +95,7 @@ def with_effective_windows(problem: Problem) -> Problem:
 
 def _variant_reasons(backend: Backend, machine: Machine) -> Iterator[Reason]:
     """Yield a reason if the user's environment selects other kernels than those for this GPU."""
-    for setting in contrary_settings(backend, machine.arch, machine.variables):
+    for setting in conflicting_variables(backend, machine.arch, machine.variables):
         kernels = backend.variants[machine.arch.name].name
         text = f"found {setting}, needs it unset: on {machine.arch.name} it runs {kernels} kernels"
         yield Reason(code="variant", text=text)

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any, Literal
 
-from attnimg.backends import all_backends, backend_named
+from attnimg.backends import all_backends, find_backend
 from attnimg.config.attention import name_errors
 from attnimg.errors import AttnimgError, set_backend
 from attnimg.facts import (
@@ -95,7 +95,7 @@ def choose(
     if requested in (None, AUTO) and not kinds and (variable := machine.variables.get(VARIABLE)):
         _require_backend_name(variable)
         requested, by = variable, VARIABLE
-    named = backend_named(requested or AUTO)
+    named = find_backend(requested or AUTO)
     backends = list(all_backends())
     if named is not None and named not in backends:
         backends.append(named)
@@ -161,7 +161,7 @@ def without(plan: Plan, backend: str, reason: Reason) -> Plan:
         replace(v, reasons=(*v.reasons, reason), kernel=None) if v.backend.name == backend else v
         for v in plan.verdicts
     )
-    named = backend_named(plan.requested)
+    named = find_backend(plan.requested)
     if named is not None and named.family and not plan.strict:
         return _plan_for(named, verdicts, strict=False, by=plan.requested_by)
     if plan.requested != AUTO or plan.requested_by == "attn_backends":
@@ -371,7 +371,7 @@ def _plan_by_kind(
     for layer in layers:
         assert problem.model is not None
         alone = replace(problem, model=replace(problem.model, layers=(layer,)))
-        named = backend_named(kinds.get(layer.kind, AUTO))
+        named = find_backend(kinds.get(layer.kind, AUTO))
         candidates = [named] if named else [b for b in order if _is_automatic(b)]
         judged = [judge(b, machine, alone, rank=n) for n, b in enumerate(candidates, 1)]
         fitting = next((v for v in judged if v.fits), None)

@@ -2,8 +2,8 @@
 
 At the session's first step, and at every multiple of attn_check_steps, one attention call of the
 first micro-batch is captured with its gradients and compared with the reference
-(verify/running.py). The checks alternate between the kinds of layers, and between the layers of
-each kind. The processes then exchange their results, so that either all of them stop or none.
+(verification/running_check.py). The checks alternate between the kinds of layers, and between the layers
+of each kind. The processes then exchange their results, so that either all of them stop or none.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from attnimg.train.checkpoint import checkpoint_step, list_checkpoints, newest_c
 from attnimg.train.distributed import gather_objects, rank, world_size
 
 if TYPE_CHECKING:
-    from attnimg.verification.capture import CallKind, CapturedCall
+    from attnimg.verification.running_check import CallKind, CapturedCall
 
 # Backends that the error on a wrong kernel suggests: torch's own, then plain attention.
 _FALLBACKS = ("sdpa", "eager")
@@ -48,7 +48,7 @@ def build_attention_check(
         dropout: the dropout rate of the attention weights.
         log: prints a line for the user.
     """
-    from attnimg.verification.running import why_unchecked
+    from attnimg.verification.running_check import reason_not_checked
 
     assert plan.chosen is not None
     verdicts = [choice.verdict for choice in plan.groups] or [plan.chosen]
@@ -58,7 +58,7 @@ def build_attention_check(
     return AttentionCheck(
         every,
         partial(_compare_call, plan, context),
-        why_not=why_unchecked([*used.values()], context, dropout=dropout),
+        why_not=reason_not_checked([*used.values()], context, dropout=dropout),
         alternatives=[name for name in _FALLBACKS if name in fitting - used.keys()],
         log=log,
     )
@@ -147,7 +147,7 @@ class AttentionCheck:
         if not self.is_due(step):
             yield
             return
-        from attnimg.verification.capture import Capture
+        from attnimg.verification.running_check import Capture
 
         # A resumed session continues with the layer after the last one of the session before.
         if self._last_checked is None:
@@ -199,11 +199,13 @@ class AttentionCheck:
             record.checks += 1
             if not check.faults:
                 self._record_margin(check, step)
-            elif not check.sure:
+            elif not check.confirmed:
                 self._warn_of_doubtful(check, step)
         # Rounding may exceed its bounds once, but not twice in a session.
         doubted = record.doubtful > 1
-        wrong = [n for n, check in enumerate(checks) if check.sure or (doubted and check.faults)]
+        wrong = [
+            n for n, check in enumerate(checks) if check.confirmed or (doubted and check.faults)
+        ]
         if wrong:
             raise self._wrong_kernel_error(checks[wrong[0]], wrong, step, folder)
         if any(check.figures for check in checks) and not any(check.faults for check in checks):
@@ -238,7 +240,7 @@ class AttentionCheck:
         """Return the error that names the fault and the checkpoint to resume from."""
         reasons = [f"{reason.code}: {reason.text}" for reason in check.faults]
         repeated = "the repeated call is wrong too"
-        if not check.sure:
+        if not check.confirmed:
             repeated = "it is the second call of this session that was wrong"
         where = f" on rank {', '.join(map(str, ranks))}" if world_size() > 1 else ""
         good = self._last_good_checkpoint(folder)
@@ -276,7 +278,7 @@ class AttentionCheck:
 
 
 def _compare_call(plan: Plan, context: RunContext, call: CapturedCall, seed: str) -> CallCheck:
-    from attnimg.verification.running import check_call
+    from attnimg.verification.running_check import check_call
 
     return check_call(
         call,

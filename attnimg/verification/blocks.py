@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -55,137 +55,75 @@ class BlockReference:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _Row:
-    """The arguments of block_reference, with the first and the last key that each query may see."""
+class RowAttention:
+    """The attention of one row, in which each query sees one contiguous span of keys.
 
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    d_out: Tensor | None
-    sinks: Tensor | None
-    first_T: Tensor
-    last_T: Tensor
-    scale: float
-    softcap: float | None
-    dtype: torch.dtype
-    rounded_to: torch.dtype | None
-
-    def rounded(self, x: Tensor) -> Tensor:
-        """Return an intermediate result rounded to the dtype `rounded_to`, if there is one."""
-        return x if self.rounded_to is None else x.to(self.rounded_to).to(self.dtype)
-
-
-def block_reference(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    d_out: Tensor | None = None,
-    *,
-    cu_seqlens: Tensor,
-    queries: Sequence[Span],
-    keys: Sequence[Span] = (),
-    scale: float,
-    causal: bool = True,
-    window: int | None = None,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
-    dtype: torch.dtype = torch.float64,
-    rounded_to: torch.dtype | None = None,
-    at_most_bytes: int = 256 << 20,
-) -> BlockReference:
-    """Compute attention within the documents of one row, for chosen queries and keys.
-
-    Args:
+    Attributes:
         q: (H, T, D), in any precision and memory layout.
         k: (G, T, D), H a multiple of G.
         v: (G, T, E).
         d_out: gradient of the output, (H, T, E); None for no gradients.
-        cu_seqlens: the start of each document, and the end of the last one, int,
-            (documents + 1,). Tokens after that are padding, and see no keys.
-        queries: spans whose out and dq are returned. They must not overlap.
-        keys: spans whose dk and dv are returned. All queries that see one of them are computed.
-        scale: factor on q @ k.
-        causal: whether a query sees no later key.
-        window: number of keys that a query sees, its own included; to either side if not causal.
-        softcap: scores become softcap * tanh(scores / softcap).
         sinks: a logit for each head that joins the softmax and has no value, (H,).
+        first_T: the first key that each query sees, int64, (T,).
+        last_T: the key after the last one that it sees, int64, (T,).
+        scale: factor on q @ k.
+        softcap: scores become softcap * tanh(scores / softcap).
         dtype: the precision of the sums.
         rounded_to: the precision in which plain attention stores its scores, weights, their
             gradients and its results; None to round nothing.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    d_out: Tensor | None = None
+    sinks: Tensor | None = None
+    first_T: Tensor
+    last_T: Tensor
+    scale: float
+    softcap: float | None = None
+    dtype: torch.dtype = torch.float64
+    rounded_to: torch.dtype | None = None
+
+    def grouped(self) -> RowAttention:
+        """Return the row with its query heads by key head: q (G, R, T, D), k (G, 1, T, D)."""
+        n_groups, sinks = len(self.k), self.sinks
+        return replace(
+            self,
+            q=self.q.unflatten(0, (n_groups, -1)),
+            k=self.k[:, None],
+            v=self.v[:, None],
+            d_out=None if self.d_out is None else self.d_out.unflatten(0, (n_groups, -1)),
+            sinks=None if sinks is None else sinks.to(self.dtype).view(n_groups, -1, 1),
+        )
+
+    def round(self, x: Tensor) -> Tensor:
+        """Round an intermediate result to the dtype `rounded_to`, if there is one."""
+        return x if self.rounded_to is None else x.to(self.rounded_to).to(self.dtype)
+
+
+def block_reference(
+    row: RowAttention,
+    *,
+    queries: Sequence[Span],
+    keys: Sequence[Span],
+    at_most_bytes: int = 256 << 20,
+) -> BlockReference:
+    """Compute the attention of a row block by block, for chosen queries and keys.
+
+    Args:
+        row: the inputs.
+        queries: spans whose out and dq are returned. They must not overlap.
+        keys: spans whose dk and dv are returned. All queries that see one of them are computed.
         at_most_bytes: limit on the memory for intermediate results, not counting the returned
             results and two numbers for each query head and token.
     """
-    first_T, last_T = _bounds(cu_seqlens, n_tokens=q.shape[1], causal=causal, window=window)
-    return span_reference(
-        q,
-        k,
-        v,
-        d_out,
-        first_T=first_T,
-        last_T=last_T,
-        queries=queries,
-        keys=keys,
-        scale=scale,
-        softcap=softcap,
-        sinks=sinks,
-        dtype=dtype,
-        rounded_to=rounded_to,
-        at_most_bytes=at_most_bytes,
-    )
-
-
-def span_reference(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    d_out: Tensor | None,
-    *,
-    first_T: Tensor,
-    last_T: Tensor,
-    queries: Sequence[Span],
-    keys: Sequence[Span],
-    scale: float,
-    softcap: float | None,
-    sinks: Tensor | None,
-    dtype: torch.dtype,
-    rounded_to: torch.dtype | None,
-    at_most_bytes: int = 256 << 20,
-) -> BlockReference:
-    """Compute attention where each query sees one contiguous span of keys.
-
-    Args:
-        q: (H, T, D).
-        k: (G, T, D).
-        v: (G, T, E).
-        d_out: (H, T, E), or None.
-        first_T: the first key that each query sees, int64, (T,).
-        last_T: the key after the last one that it sees, int64, (T,).
-        queries: spans whose out and dq are returned.
-        keys: spans whose dk and dv are returned.
-        scale: factor on q @ k.
-        softcap: scores become softcap * tanh(scores / softcap).
-        sinks: a logit for each head, (H,).
-        dtype: the precision of the sums.
-        rounded_to: the precision in which intermediate results are stored.
-        at_most_bytes: limit on the memory for intermediate results.
-    """
-    row = _Row(
-        q=q.unflatten(0, (len(k), -1)),
-        k=k[:, None],
-        v=v[:, None],
-        d_out=None if d_out is None else d_out.unflatten(0, (len(k), -1)),
-        sinks=None if sinks is None else sinks.to(dtype).view(len(k), -1, 1),
-        first_T=first_T,
-        last_T=last_T,
-        scale=scale,
-        softcap=softcap,
-        dtype=dtype,
-        rounded_to=rounded_to,
-    )
+    row = row.grouped()
+    n_kv_heads = len(row.k)
     heads, tile_q, tile_k = _tiles(row, at_most_bytes, whole=_is_whole(row, queries, keys))
     parts = [
         _attend_heads(row, slice(begin, begin + heads), queries, keys, tile_q=tile_q, tile_k=tile_k)
-        for begin in range(0, len(k), heads)
+        for begin in range(0, n_kv_heads, heads)
     ]
     out, dq, dk, dv, dsinks = (
         None if found[0] is None else torch.cat(found) for found in zip(*parts, strict=True)
@@ -200,30 +138,36 @@ def span_reference(
     )
 
 
-def _bounds(
-    cu_seqlens: Tensor, *, n_tokens: int, causal: bool, window: int | None
+def document_spans(
+    cu_seqlens: Tensor, places: Tensor, *, window: int | None, causal: bool = True
 ) -> tuple[Tensor, Tensor]:
-    """Return the first key that each query sees, and the one after the last, (T,) each."""
-    place_T = torch.arange(n_tokens, device=cu_seqlens.device)
-    ends = cu_seqlens.to(place_T.dtype)
-    document_T = torch.searchsorted(ends, place_T, right=True).clamp(1, len(ends) - 1)
-    first_T, last_T = ends[document_T - 1], ends[document_T]
-    # Tokens after the last document are padding, and see no keys.
-    last_T = torch.where(place_T < ends[-1], last_T, first_T)
+    """Return the first key that each query sees within its document, and the one after the last.
+
+    Args:
+        cu_seqlens: the start of each document, and the end of the last one, int, (documents + 1,).
+            Tokens after that are padding, and see no keys.
+        places: the positions of the queries, int64, (T,).
+        window: number of keys that a query sees, its own included; to either side if not causal.
+        causal: whether a query sees no later key.
+    """
+    ends = cu_seqlens.to(places.dtype)
+    document = torch.searchsorted(ends, places, right=True).clamp(1, len(ends) - 1)
+    first, last = ends[document - 1], ends[document]
+    last = torch.where(places < ends[-1], last, first)
     if causal:
-        last_T = torch.minimum(last_T, place_T + 1)
+        last = torch.minimum(last, places + 1)
     if window is not None:
-        first_T = torch.maximum(first_T, place_T - window + 1)
-        last_T = torch.minimum(last_T, place_T + window)
-    return first_T, last_T
+        first = torch.maximum(first, places - window + 1)
+        last = torch.minimum(last, places + window)
+    return first, last
 
 
-def _is_whole(row: _Row, queries: Sequence[Span], keys: Sequence[Span]) -> bool:
+def _is_whole(row: RowAttention, queries: Sequence[Span], keys: Sequence[Span]) -> bool:
     """Return whether all tokens are requested, so that one tile computes each product once."""
     return row.d_out is not None and [*queries] == [*keys] == [(0, row.q.shape[2])]
 
 
-def _tiles(row: _Row, at_most_bytes: int, *, whole: bool) -> tuple[int, int, int]:
+def _tiles(row: RowAttention, at_most_bytes: int, *, whole: bool) -> tuple[int, int, int]:
     """Return how many key heads, queries and keys are computed at once."""
     n_kv_heads, group, n_tokens = row.q.shape[:3]
     tile_q, tile_k = min(_TILE_Q, n_tokens), min(_TILE_K, n_tokens)
@@ -241,7 +185,7 @@ def _tiles(row: _Row, at_most_bytes: int, *, whole: bool) -> tuple[int, int, int
 
 
 def _attend_heads(
-    row: _Row,
+    row: RowAttention,
     heads: slice,
     queries: Sequence[Span],
     keys: Sequence[Span],
@@ -258,24 +202,22 @@ def _attend_heads(
     total = torch.zeros(shape, dtype=row.dtype, device=row.q.device)
     delta = torch.zeros_like(total)
     outs: dict[int, Tensor] = {}
-    asked = [t for span in queries for t in _split(span, tile_q)]
-    for tile in _needed_tiles(row, asked, keys, tile_q=tile_q):
+    requested = [t for span in queries for t in _split(span, tile_q)]
+    for tile in _needed_tiles(row, requested, keys, tile_q=tile_q):
         span = slice(*tile)
         total[..., span] = _log_sums(row, heads, tile, tile_k=tile_k)
         out = _output(row, heads, tile, total=total[..., span], tile_k=tile_k)
         if row.d_out is not None:
             delta[..., span] = (row.d_out[heads, :, span].to(row.dtype) * out).sum(-1)
-        if tile in asked:
+        if tile in requested:
             outs[tile[0]] = out
     none = total.new_zeros((*shape[:2], 0, row.v.shape[-1]))
-    out = torch.cat([none, *(outs[begin] for begin, _ in asked)], 2)
+    out = torch.cat([none, *(outs[begin] for begin, _ in requested)], 2)
     if row.d_out is None:
         return out, None, None, None, None
     none = total.new_zeros((*shape[:2], 0, row.q.shape[-1]))
-    dq = torch.cat([none, *(_dq(row, heads, t, total, delta, tile_k=tile_k) for t in asked)], 2)
-    dsinks = None
-    if row.sinks is not None:
-        dsinks = -(torch.exp(row.sinks[heads] - total) * delta).sum(-1)
+    dq = torch.cat([none, *(_dq(row, heads, t, total, delta, tile_k=tile_k) for t in requested)], 2)
+    dsinks = _dsinks(row, heads, total, delta)
     if not keys:
         return out, dq, None, None, dsinks
     found = [
@@ -287,7 +229,7 @@ def _attend_heads(
     return out, dq, dk, dv, dsinks
 
 
-def _attend_one_tile(row: _Row, heads: slice) -> tuple[Tensor | None, ...]:
+def _attend_one_tile(row: RowAttention, heads: slice) -> tuple[Tensor | None, ...]:
     """Return out, dq, dk, dv and dsinks of all tokens, each product computed once."""
     assert row.d_out is not None
     span = (0, row.q.shape[2])
@@ -297,24 +239,28 @@ def _attend_one_tile(row: _Row, heads: slice) -> tuple[Tensor | None, ...]:
     if row.sinks is not None:
         total = torch.logaddexp(total, row.sinks[heads].expand_as(total))
     total = total.masked_fill_(total == -torch.inf, 0.0)
-    weights = row.rounded(row.rounded(scores.sub_(total[..., None])).exp_())
-    out = row.rounded(weights @ v)
+    weights = row.round(row.round(scores.sub_(total[..., None])).exp_())
+    out = row.round(weights @ v)
     delta = (d_out * out).sum(-1)
     d_scores = _softmax_backward(row, weights, d_out @ v.transpose(-1, -2), delta, derivative)
-    dq = row.rounded(d_scores @ k)
-    dk = row.rounded((d_scores.transpose(-1, -2) @ q).sum(1))
-    dv = row.rounded((weights.transpose(-1, -2) @ d_out).sum(1))
-    dsinks = None
-    if row.sinks is not None:
-        dsinks = -(torch.exp(row.sinks[heads] - total) * delta).sum(-1)
+    dq = row.round(d_scores @ k)
+    dk = row.round((d_scores.transpose(-1, -2) @ q).sum(1))
+    dv = row.round((weights.transpose(-1, -2) @ d_out).sum(1))
+    dsinks = _dsinks(row, heads, total, delta)
     return out, dq, dk, dv, dsinks
 
 
+def _dsinks(row: RowAttention, heads: slice, total: Tensor, delta: Tensor) -> Tensor | None:
+    if row.sinks is None:
+        return None
+    return -(torch.exp(row.sinks[heads] - total) * delta).sum(-1)
+
+
 def _needed_tiles(
-    row: _Row, asked: Sequence[Span], keys: Sequence[Span], *, tile_q: int
+    row: RowAttention, requested: Sequence[Span], keys: Sequence[Span], *, tile_q: int
 ) -> Iterator[Span]:
     """Yield the tiles of the requested queries, then of all others that a gradient needs."""
-    yield from asked
+    yield from requested
     if row.d_out is None:
         return
     # A sink gets a gradient from every query.
@@ -324,7 +270,7 @@ def _needed_tiles(
         else [_queries_that_see(row, s) for s in keys]
     )
     done = torch.zeros(row.q.shape[2], dtype=torch.bool)
-    for begin, end in asked:
+    for begin, end in requested:
         done[begin:end] = True
     for span in seeing:
         for begin, end in _split(span, tile_q):
@@ -338,35 +284,37 @@ def _split(span: Span, size: int) -> list[Span]:
     return [(place, min(place + size, end)) for place in range(begin, end, size)]
 
 
-def _queries_that_see(row: _Row, keys: Span) -> Span:
+def _queries_that_see(row: RowAttention, keys: Span) -> Span:
     """Return the queries from the first to the last that see at least one of some keys."""
     sees_T = (row.first_T < keys[1]) & (row.last_T > keys[0])
     places = sees_T.nonzero()
     return (int(places[0]), int(places[-1]) + 1) if len(places) else (0, 0)
 
 
-def _keys_seen_by(row: _Row, queries: Span) -> Span:
+def _keys_seen_by(row: RowAttention, queries: Span) -> Span:
     """Return the keys from the first to the last that at least one of some queries sees."""
     span = slice(*queries)
     return int(row.first_T[span].min()), int(row.last_T[span].max())
 
 
-def _scores(row: _Row, heads: slice, queries: Span, keys: Span) -> tuple[Tensor, Tensor | None]:
+def _scores(
+    row: RowAttention, heads: slice, queries: Span, keys: Span
+) -> tuple[Tensor, Tensor | None]:
     """Return the scores of a tile, -inf where hidden, and the derivative of the soft cap."""
     q, k = (
         x[heads, :, slice(*span)].to(row.dtype) for x, span in ((row.q, queries), (row.k, keys))
     )
-    scores, derivative = row.rounded(row.rounded(q @ k.transpose(-1, -2)) * row.scale), None
+    scores, derivative = row.round(row.round(q @ k.transpose(-1, -2)) * row.scale), None
     if row.softcap:
-        capped = row.rounded(torch.tanh(row.rounded(scores / row.softcap)))
-        scores, derivative = row.rounded(row.softcap * capped), 1 - capped.square()
+        capped = row.round(torch.tanh(row.round(scores / row.softcap)))
+        scores, derivative = row.round(row.softcap * capped), 1 - capped.square()
     place = torch.arange(*keys, device=scores.device)
     span = slice(*queries)
     hidden = (place < row.first_T[span, None]) | (place >= row.last_T[span, None])
     return scores.masked_fill_(hidden, -torch.inf), derivative
 
 
-def _log_sums(row: _Row, heads: slice, queries: Span, *, tile_k: int) -> Tensor:
+def _log_sums(row: RowAttention, heads: slice, queries: Span, *, tile_k: int) -> Tensor:
     """Return the logarithm of the sum that each query's softmax divides by, (heads, R, queries)."""
     shape = (*row.q[heads].shape[:2], queries[1] - queries[0])
     found = torch.full(shape, -torch.inf, dtype=row.dtype, device=row.q.device)
@@ -379,50 +327,52 @@ def _log_sums(row: _Row, heads: slice, queries: Span, *, tile_k: int) -> Tensor:
     return found.masked_fill_(found == -torch.inf, 0.0)
 
 
-def _output(row: _Row, heads: slice, queries: Span, *, total: Tensor, tile_k: int) -> Tensor:
+def _output(
+    row: RowAttention, heads: slice, queries: Span, *, total: Tensor, tile_k: int
+) -> Tensor:
     shape = (*total.shape, row.v.shape[-1])
     out = torch.zeros(shape, dtype=row.dtype, device=total.device)
     for keys in _split(_keys_seen_by(row, queries), tile_k):
-        weights = row.rounded(_scores(row, heads, queries, keys)[0].sub_(total[..., None])).exp_()
-        out += row.rounded(weights) @ row.v[heads, :, slice(*keys)].to(row.dtype)
-    return row.rounded(out)
+        weights = row.round(_scores(row, heads, queries, keys)[0].sub_(total[..., None])).exp_()
+        out += row.round(weights) @ row.v[heads, :, slice(*keys)].to(row.dtype)
+    return row.round(out)
 
 
 def _gradient_of_scores(
-    row: _Row, heads: slice, queries: Span, keys: Span, total: Tensor, delta: Tensor
+    row: RowAttention, heads: slice, queries: Span, keys: Span, total: Tensor, delta: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Return the weights of a tile, and the gradient of q @ k."""
     assert row.d_out is not None
     span = slice(*queries)
     scores, derivative = _scores(row, heads, queries, keys)
-    weights = row.rounded(row.rounded(scores.sub_(total[..., span, None])).exp_())
+    weights = row.round(row.round(scores.sub_(total[..., span, None])).exp_())
     d_out, v = row.d_out[heads, :, span].to(row.dtype), row.v[heads, :, slice(*keys)].to(row.dtype)
     d_weights = d_out @ v.transpose(-1, -2)
     return weights, _softmax_backward(row, weights, d_weights, delta[..., span], derivative)
 
 
 def _softmax_backward(
-    row: _Row, weights: Tensor, d_weights: Tensor, delta: Tensor, derivative: Tensor | None
+    row: RowAttention, weights: Tensor, d_weights: Tensor, delta: Tensor, derivative: Tensor | None
 ) -> Tensor:
     """Return the gradient of q @ k from that of the weights."""
-    d_scores = row.rounded(row.rounded(d_weights).sub_(delta[..., None]).mul_(weights))
+    d_scores = row.round(row.round(d_weights).sub_(delta[..., None]).mul_(weights))
     if derivative is not None:
-        d_scores = row.rounded(d_scores * derivative)
-    return row.rounded(d_scores * row.scale)
+        d_scores = row.round(d_scores * derivative)
+    return row.round(d_scores * row.scale)
 
 
 def _dq(
-    row: _Row, heads: slice, queries: Span, total: Tensor, delta: Tensor, *, tile_k: int
+    row: RowAttention, heads: slice, queries: Span, total: Tensor, delta: Tensor, *, tile_k: int
 ) -> Tensor:
     dq = torch.zeros_like(row.q[heads, :, slice(*queries)], dtype=row.dtype)
     for keys in _split(_keys_seen_by(row, queries), tile_k):
         _, d_scores = _gradient_of_scores(row, heads, queries, keys, total, delta)
         dq += d_scores @ row.k[heads, :, slice(*keys)].to(row.dtype)
-    return row.rounded(dq)
+    return row.round(dq)
 
 
 def _dk_dv(
-    row: _Row, heads: slice, keys: Span, total: Tensor, delta: Tensor, *, tile_q: int
+    row: RowAttention, heads: slice, keys: Span, total: Tensor, delta: Tensor, *, tile_q: int
 ) -> tuple[Tensor, Tensor]:
     """Return the gradients of a tile of keys and values, added up over the query heads."""
     assert row.d_out is not None
@@ -433,7 +383,7 @@ def _dk_dv(
         q, d_out = (x[heads, :, span].to(row.dtype) for x in (row.q, row.d_out))
         dk += (d_scores.transpose(-1, -2) @ q).sum(1)
         dv += (weights.transpose(-1, -2) @ d_out).sum(1)
-    return row.rounded(dk), row.rounded(dv)
+    return row.round(dk), row.round(dv)
 
 
 # Number of queries whose part of the mask is read at once.
@@ -444,7 +394,7 @@ class NotComparable(Exception):
     """Raised for a call that the reference can't compute; the message is the reason."""
 
 
-def spans_of_mask(mask: Any, row: int, *, n_tokens: int) -> tuple[Tensor, Tensor]:
+def read_mask_spans(mask: Any, row: int, *, n_tokens: int) -> tuple[Tensor, Tensor]:
     """Return the first key that each query of a row sees, and the key after the last one.
 
     Args:
@@ -458,7 +408,7 @@ def spans_of_mask(mask: Any, row: int, *, n_tokens: int) -> tuple[Tensor, Tensor
     """
     firsts, lasts = [], []
     for begin in range(0, n_tokens, _ROWS):
-        seen = _seen(mask, row, begin, min(begin + _ROWS, n_tokens), n_tokens=n_tokens)
+        seen = _read_visible(mask, row, begin, min(begin + _ROWS, n_tokens), n_tokens=n_tokens)
         some = seen.any(-1)
         first = seen.byte().argmax(-1)
         last = n_tokens - seen.flip(-1).byte().argmax(-1)
@@ -470,7 +420,7 @@ def spans_of_mask(mask: Any, row: int, *, n_tokens: int) -> tuple[Tensor, Tensor
     return torch.cat(firsts), torch.cat(lasts)
 
 
-def _seen(mask: Any, row: int, begin: int, end: int, *, n_tokens: int) -> Tensor:
+def _read_visible(mask: Any, row: int, begin: int, end: int, *, n_tokens: int) -> Tensor:
     """Return which keys some queries see, bool (queries, T)."""
     if callable(mod := getattr(mask, "mask_mod", None)):
         device = mask.kv_num_blocks.device
@@ -492,37 +442,29 @@ def _seen(mask: Any, row: int, begin: int, end: int, *, n_tokens: int) -> Tensor
     return ~hidden
 
 
-def spans_of_arguments(read: AttentionCall, row: int) -> tuple[Tensor, Tensor]:
+def read_argument_spans(read: AttentionCall, row: int) -> tuple[Tensor, Tensor]:
     """Return the first key that each query of a row sees, and the key after the last one."""
-    n_rows, n_tokens = read.q.shape[0], read.q.shape[2]
+    n_tokens = read.q.shape[2]
     place = torch.arange(n_tokens, device=read.q.device)
+    begin, is_token = 0, None
     if read.padding is not None:
         # The tokens of a row are contiguous; padding is before or after them.
         is_token = read.padding[row, -n_tokens:]
-        begin = int(is_token.int().argmax()) if is_token.any() else 0
-        first = torch.full_like(place, begin)
-        last = torch.where(is_token, begin + is_token.sum(), begin)
+        start = is_token.int().argmax() if is_token.any() else place[0]
+        ends = torch.stack([start, start + is_token.sum()])
+    elif (tokens := packed_tokens(read)) is not None:
+        begin, ends = row * n_tokens, tokens.cu_seqlens_q
     else:
-        tokens = packed_tokens(read)
-        ends = torch.arange(n_rows + 1, device=place.device) * n_tokens
-        if tokens is not None:
-            ends = tokens.cu_seqlens_q.long()
-        of_row = place + row * n_tokens
-        number = torch.searchsorted(ends, of_row, right=True).clamp(1, len(ends) - 1)
-        first = (ends[number - 1] - row * n_tokens).clamp(min=0)
-        last = (ends[number] - row * n_tokens).clamp(max=n_tokens)
-        # Tokens after the last document are padding, and see no keys.
-        last = torch.where(of_row < ends[-1], last, first)
-    seen = last > first
-    if read.causal:
-        last = torch.minimum(last, place + 1)
-    if read.window is not None:
-        first = torch.maximum(first, place - read.window + 1)
-        last = torch.minimum(last, place + read.window)
-    return torch.where(seen, first, place), torch.where(seen, last, place)
+        ends = torch.tensor([0, n_tokens], device=place.device)
+    first, last = document_spans(ends, place + begin, window=read.window, causal=read.causal)
+    first, last = (first - begin).clamp(min=0), (last - begin).clamp(max=n_tokens)
+    sees = last > first if is_token is None else is_token
+    return torch.where(sees, first, place), torch.where(sees, last, place)
 
 
-def closed_part(first: Tensor, last: Tensor, *, longest: int | None, draw: random.Random) -> slice:
+def choose_documents(
+    first: Tensor, last: Tensor, *, longest: int | None, rng: random.Random
+) -> slice:
     """Return the tokens to compare, which see no others: all, or the whole documents that fit."""
     n_tokens = len(first)
     if longest is None or n_tokens <= longest:
@@ -532,7 +474,7 @@ def closed_part(first: Tensor, last: Tensor, *, longest: int | None, draw: rando
     oldest = first.flip(0).cummin(0).values.flip(0)
     newest = torch.nn.functional.pad(last.cummax(0).values[:-1], (1, 0))
     cuts = [*((oldest >= place) & (newest <= place)).nonzero().flatten().tolist(), n_tokens]
-    at = draw.randrange(n_tokens)
+    at = rng.randrange(n_tokens)
     begin = max(cut for cut in cuts if cut <= at)
     fitting = [cut for cut in cuts if begin < cut <= begin + longest]
     return slice(begin, fitting[-1] if fitting else min(cut for cut in cuts if cut > begin))

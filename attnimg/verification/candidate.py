@@ -13,47 +13,49 @@ import torch
 from attnimg.errors import exception_text
 from attnimg.facts import AttentionFunction, Backend, Figure, Geometry, Pattern, Reason
 from attnimg.verification.calls import (
+    Probe,
     Result,
     backward,
     call,
+    draw_inputs,
     forward,
     forward_only,
-    reference,
-    slope_of_scale,
 )
-from attnimg.verification.cases import Budget, Case, budget_of, cases_of
+from attnimg.verification.cases import Budget, Case, choose_budget, list_cases, reduce_shapes
 from attnimg.verification.checks import (
-    ORDER,
+    CODE_ORDER,
     Expected,
     Fault,
+    build_expected,
     check_further_call,
     check_isolated,
     check_repeated,
     check_values,
-    expected,
 )
-from attnimg.verification.inputs import Inputs, draw
 from attnimg.verification.process_state import leaks
-from attnimg.verification.reference import sum_noise
+from attnimg.verification.reference import reference, scale_derivative, sum_order_bounds
 from attnimg.verification.training_conditions import (
-    builds_plans,
+    builds_cudnn_plans,
     check_dropout,
+    check_full_row,
     check_training_conditions,
-    check_whole_row,
+    check_without_gradients,
     compiling_each_shape,
-    few_shapes,
     is_compiled,
 )
 
 # Expected results, shared by all backends of a pattern that are proven in one process.
 References = dict[tuple[Pattern, Case], Expected]
+
 # How often a probe, and then the whole proof, is repeated if noise may have broken a rule.
-AGAIN = 2
-# Up to this many tokens, a probe's call is also checked without gradients; check_whole_row does
+REPEATS = 2
+
+# Up to this many tokens, a probe's call is also checked without gradients; check_full_row does
 # that for the longest rows.
-_EVALUATED = 1024
+_MAX_EVALUATED = 1024
+
 # Further equal calls that show whether gradients that changed are nondeterministic.
-MORE = 3
+EXTRA_CALLS = 3
 
 
 class Findings(NamedTuple):
@@ -64,14 +66,14 @@ class Findings(NamedTuple):
         reasons: broken rules; one that noise may break is included only if it broke again.
         cases: how many probes were run.
         unrepeated: rules that were broken once, but not when the probe was repeated.
-        raises: calls that training never makes, and what the kernel raised in them.
+        raised: calls that training never makes, and what the kernel raised in them.
     """
 
     figures: list[Figure]
     reasons: list[Reason]
     cases: int
     unrepeated: list[Reason]
-    raises: tuple[str, ...] = ()
+    raised: tuple[str, ...] = ()
 
 
 def prove_geometry(
@@ -81,48 +83,48 @@ def prove_geometry(
     *,
     device: str,
     references: References,
-    starting: Callable[[str], None],
-    again: Callable[[], None],
+    on_probe: Callable[[str], None],
+    on_repeat: Callable[[], None],
 ) -> Findings:
     """Run every probe of a geometry; repeat those that a correct kernel may have failed by noise.
 
-    A fault that noise may have caused counts only if there is a second one: in one of AGAIN further
-    runs of that probe, in another probe, or in one of AGAIN further runs of all probes. The inputs
-    stay the same, so that a real fault occurs again; only the kernel's own noise and, with dropout,
-    the random numbers change. If a correct kernel fails once in a proof with a small probability p,
-    it is refused with a probability of about 2 * p * p. A kernel that is wrong only in some calls
-    passes after a fault only if all calls of two further proofs, several hundred, are right. A
-    fault that noise can't cause counts at once.
+    A fault that noise may have caused counts only if there is a second one: when that probe is
+    repeated up to REPEATS times, in another probe, or when all probes are repeated up to REPEATS
+    times. The inputs stay the same, so that a real fault occurs again; only the kernel's own noise
+    and, with dropout, the random numbers change. If a correct kernel fails once in a proof with a
+    small probability p, it is refused with a probability of about 2 * p * p. A kernel that is wrong
+    only in some calls passes after a fault only if all calls of two further proofs, several
+    hundred, are right. A fault that noise can't cause counts at once.
 
-    A kernel may raise in the probes with fewer queries than keys, which are calls with a key-value
-    cache: training makes no such calls. A wrong result in them is a fault nevertheless.
+    A kernel may raise in the probes with fewer queries than keys, which are calls with a KV cache:
+    training makes no such calls. A wrong result in them is a fault nevertheless.
 
     Args:
         function: the backend's attention function.
-        backend: has the bounds that its results are compared with.
+        backend: its bounds apply to the results.
         geometry: the run's.
         device: "cpu" or "cuda".
         references: cache of expected results; missing ones are added.
-        starting: called with a probe's name before it is run, so that the parent process can name
+        on_probe: called with a probe's name before it is run, so that the parent process can name
             it if this process dies.
-        again: called before all probes are repeated, which takes as long as the first time.
+        on_repeat: called before all probes are repeated, which takes as long as the first time.
 
     Raises:
         Exception: whatever a kernel raises in a call that training makes.
     """
-    probes = partial(
+    run_probes = partial(
         _run_probes,
         function,
         backend,
         geometry,
         device=device,
         references=references,
-        starting=starting,
+        on_probe=on_probe,
     )
-    found = probes()
-    for _ in range(AGAIN if found.unrepeated else 0):
-        again()
-        further = probes()
+    found = run_probes()
+    for _ in range(REPEATS if found.unrepeated else 0):
+        on_repeat()
+        further = run_probes()
         if further.reasons or further.unrepeated:
             reasons = _first_of_each(found.unrepeated + further.reasons + further.unrepeated)
             return further._replace(reasons=reasons, unrepeated=[])
@@ -136,14 +138,12 @@ def _run_probes(
     *,
     device: str,
     references: References,
-    starting: Callable[[str], None],
+    on_probe: Callable[[str], None],
 ) -> Findings:
     """Run every probe of a geometry, and repeat each one that may have failed by noise."""
-    figures: list[Figure] = []
-    reasons: list[Reason] = []
-    unrepeated: list[Reason] = []
-    raises: list[str] = []
-    cases = cases_of(geometry, budget=budget_here(backend, device=device))
+    found: list[Findings] = []
+    refused = False
+    cases = list_cases(geometry, budget=device_budget(backend, device=device))
     if backend.pattern == "shifted":
         # s2 supports neither packed rows nor a cache. In rows of up to 8 tokens most tokens see
         # only themselves: their gradients are pure rounding, for which there is no bound.
@@ -152,81 +152,74 @@ def _run_probes(
             for case in cases
             if not case.packed and case.queries is None and max(case.lengths) > 8
         ]
-    plans = builds_plans(backend, device=device, capability=_capability(device))
+    plans = builds_cudnn_plans(backend, device=device, capability=_capability(device))
     if plans or is_compiled(backend, device=device):
-        cases = few_shapes(cases)
+        cases = reduce_shapes(cases)
     for case in cases:
         # The slowest probes are skipped for a kernel that is refused already.
-        if reasons and case.also_learning:
+        if refused and case.extra_gradients:
             continue
-        starting(case.name)
-        inputs = draw(case, device=device)
-        right = references.get((backend.pattern, case))
-        if right is None:
-            right = references[backend.pattern, case] = _expected(case, inputs, backend.pattern)
-        probe = partial(
-            _run_probe, function, backend, case, inputs, right=right, references=references
-        )
+        on_probe(case.name)
+        probe = Probe(function, backend, case, draw_inputs(case, device=device))
+        expected = references.get((backend.pattern, case))
+        if expected is None:
+            expected = references[backend.pattern, case] = _compute_expected(probe)
+        run = partial(_run_probe, probe, expected, references)
         try:
             with compiling_each_shape(backend, device=device):
-                found = _run_and_confirm(probe, refused=bool(reasons))
+                found.append(_run_and_confirm(run, refused=refused))
         # Kernels may raise anything. A fault that an earlier probe found is more informative.
         except Exception as error:
-            if reasons:
+            if refused:
                 break
             if case.in_training:
                 raise
             # If the error broke the CUDA context, the next probe raises as well.
-            raises.append(f"{case.name}: {exception_text(error)}")
-            continue
-        figures += found.figures
-        reasons += found.reasons
-        unrepeated += found.unrepeated
+            found.append(Findings([], [], 0, [], (f"{case.name}: {exception_text(error)}",)))
+        refused = refused or bool(found[-1].reasons)
     if geometry.dropout:
-        starting("dropout")
+        on_probe("dropout")
         seeds = itertools.count()
 
-        def drop() -> tuple[list[Figure], list[Fault]]:
+        def run_dropout() -> tuple[list[Figure], list[Fault]]:
             faults = check_dropout(function, backend, geometry, device=device, seed=next(seeds))
             return [], list(faults)
 
-        found = _run_and_confirm(drop, refused=bool(reasons))
-        reasons += found.reasons
-        unrepeated += found.unrepeated
-    if reasons or len(unrepeated) > 1:
-        reasons, unrepeated = reasons + unrepeated, []
-    probed = len(cases) - len(raises)
-    return Findings(_worst(figures), _first_of_each(reasons), probed, unrepeated, tuple(raises))
+        found.append(_run_and_confirm(run_dropout, refused=refused)._replace(cases=0))
+    merged = merge(found)._replace(cases=len(cases) - sum(len(part.raised) for part in found))
+    if merged.reasons or len(merged.unrepeated) > 1:
+        reasons = _first_of_each(merged.reasons + merged.unrepeated)
+        return merged._replace(reasons=reasons, unrepeated=[])
+    return merged
 
 
-def _expected(case: Case, inputs: Inputs, pattern: Pattern) -> Expected:
-    """Compute the expected results of a probe, in some with their derivative by the scale."""
-    exact, plain = (
-        reference(case, inputs, dtype=dtype, pattern=pattern)
-        for dtype in (torch.float64, inputs.q.dtype)
-    )
+def _compute_expected(probe: Probe) -> Expected:
+    """Compute the expected result of a probe, in some with its derivative by the scale."""
+    case, inputs, pattern = probe.case, probe.inputs, probe.backend.pattern
+    exact = reference(case, inputs, dtype=torch.float64, pattern=pattern)
+    plain = reference(case, inputs, dtype=inputs.q.dtype, pattern=pattern)
     slope = None
-    if case.repeated or case.also_learning:
-        slope = slope_of_scale(case, inputs, pattern=pattern, exact=exact)
-    return expected(exact, plain, slope=slope)
+    if case.repeated or case.extra_gradients:
+        slope = scale_derivative(case, inputs, pattern=pattern, exact=exact)
+    return build_expected(exact, plain, slope=slope)
 
 
 def _run_and_confirm(
-    probe: Callable[[], tuple[list[Figure], list[Fault]]], *, refused: bool
+    run: Callable[[], tuple[list[Figure], list[Fault]]], *, refused: bool
 ) -> Findings:
     """Run a probe; repeat it if noise may have caused all of its faults.
 
     Args:
-        probe: runs the probe's calls, and returns figures and faults.
+        run: runs the probe's calls, and returns figures and faults.
         refused: whether the kernel is refused already, whatever this probe finds.
     """
-    figures, faults = probe()
+    figures, faults = run()
     reasons = [fault.reason for fault in faults]
     if not faults or refused or any(not fault.noise_sensitive for fault in faults):
         return Findings(figures, reasons, 1, [])
-    for _ in range(AGAIN):
+    for _ in range(REPEATS):
         try:
-            further_figures, further = probe()
+            further_figures, further = run()
         # Kernels may raise anything. The fault that the first run found is more informative.
         except Exception:
             return Findings(figures, reasons, 1, [])
@@ -237,32 +230,26 @@ def _run_and_confirm(
 
 
 def _run_probe(
-    function: AttentionFunction,
-    backend: Backend,
-    case: Case,
-    inputs: Inputs,
-    *,
-    right: Expected,
-    references: References,
+    probe: Probe, expected: Expected, references: References
 ) -> tuple[list[Figure], list[Fault]]:
     """Run the calls of one probe, and return the figures and the faults."""
-    found = call(function, backend, case, inputs)
-    figures, faults = check_values(backend, case, inputs, found=found, right=right)
+    case = probe.case
+    found = call(probe)
+    figures, faults = check_values(probe, found, expected)
     further: list[Iterator[Fault]] = []
+    compiled = is_compiled(probe.backend, device=probe.inputs.q.device.type)
     if case.repeated:
         further = [
-            _repeated(function, backend, case, inputs, first=found, right=right),
-            check_training_conditions(function, backend, case, inputs, right=right),
+            _check_repeated_calls(probe, found, expected),
+            check_training_conditions(probe, expected),
         ]
-    elif case.also_learning:
-        further = [
-            check_whole_row(function, backend, case, inputs, right=right, references=references)
-        ]
-    elif sum(case.lengths) <= _EVALUATED and not is_compiled(backend, device=inputs.q.device.type):
+    elif case.extra_gradients:
+        further = [check_full_row(probe, expected, references)]
+    elif sum(case.lengths) <= _MAX_EVALUATED and not compiled:
         if case.scores == "flat":
-            further = [_q_alone(function, backend, case, inputs, right=right)]
+            further = [_check_gradient_of_q_alone(probe, expected)]
         if case.packed:
-            further += [_without_gradients(function, backend, case, inputs, right=right)]
+            further.append(check_without_gradients(probe, expected))
     try:
         for fault in itertools.chain(*further):
             faults.append(fault)
@@ -273,12 +260,12 @@ def _run_probe(
     return figures, faults
 
 
-def budget_here(backend: Backend, *, device: str) -> Budget:
+def device_budget(backend: Backend, *, device: str) -> Budget:
     """Return the budget of a backend's probes on this machine's device."""
     if device == "cpu":
-        return budget_of(backend, memory_bytes=None)
+        return choose_budget(backend, memory_bytes=None)
     properties = torch.cuda.get_device_properties(torch.cuda.current_device())
-    return budget_of(backend, memory_bytes=properties.total_memory)
+    return choose_budget(backend, memory_bytes=properties.total_memory)
 
 
 def repeat_calls(
@@ -298,108 +285,80 @@ def repeat_calls(
     Raises:
         Exception: whatever the kernel raises.
     """
-    cases = cases_of(geometry, budget=budget_here(backend, device=device))
+    cases = list_cases(geometry, budget=device_budget(backend, device=device))
     # s2 does not support packed rows.
-    kind = geometry.packing and backend.pattern == "full"
-    case = next(c for c in cases if c.packed == kind and c.scale_factor != 1)
-    inputs = draw(case, device=device)
-    right = references.get((backend.pattern, case)) or _expected(case, inputs, backend.pattern)
+    packed = geometry.packing and backend.pattern == "full"
+    case = next(c for c in cases if c.packed == packed and c.scale_factor != 1)
+    probe = Probe(function, backend, case, draw_inputs(case, device=device))
+    expected = references.get((backend.pattern, case)) or _compute_expected(probe)
 
-    def again() -> tuple[Result, Result]:
+    def repeat() -> tuple[Result, Result]:
         with torch.no_grad():
-            evaluated = forward_only(forward(function, backend, case, inputs))
-        return call(function, backend, case, inputs), evaluated
+            evaluated = forward_only(forward(probe))
+        return call(probe), evaluated
 
-    def again_and_size() -> int:
-        found, _ = again()
+    def repeat_and_measure() -> int:
+        found, _ = repeat()
         results = [found.out, *(g for g in found.gradients.values() if g is not None)]
         return sum(x.numel() * x.itemsize for x in results)
 
-    def judge() -> tuple[list[Figure], list[Fault]]:
-        judged = [
-            check_further_call(backend, case, inputs, "repeated", found=found, right=right)
-            for found in again()
-        ]
-        return [], list(itertools.chain(*judged))
+    def repeat_and_check() -> tuple[list[Figure], list[Fault]]:
+        faults = [check_further_call(probe, "repeated", found, expected) for found in repeat()]
+        return [], list(itertools.chain(*faults))
 
     with compiling_each_shape(backend, device=device):
-        leaking = leaks(again_and_size)
-        found = _run_and_confirm(judge, refused=False)
+        leaking = leaks(repeat_and_measure)
+        found = _run_and_confirm(repeat_and_check, refused=False)
     return leaking, found.reasons
 
 
-def _without_gradients(
-    function: AttentionFunction, backend: Backend, case: Case, inputs: Inputs, *, right: Expected
-) -> Iterator[Fault]:
-    """Check the call without gradients, as evaluation makes it."""
-    with torch.no_grad():
-        found = forward_only(forward(function, backend, case, inputs))
-    yield from check_further_call(
-        backend, case, inputs, "without gradients", found=found, right=right
-    )
-
-
-def _q_alone(
-    function: AttentionFunction, backend: Backend, case: Case, inputs: Inputs, *, right: Expected
-) -> Iterator[Fault]:
+def _check_gradient_of_q_alone(probe: Probe, expected: Expected) -> Iterator[Fault]:
     """Check the call of a model whose only adapter is on q."""
-    found = backward(forward(function, backend, case, inputs, learning=("dq",)))
-    yield from check_further_call(
-        backend, case, inputs, "gradients of q alone", found=found, right=right
-    )
+    found = backward(forward(probe, needs_grad=("dq",)))
+    yield from check_further_call(probe, "gradients of q alone", found, expected)
 
 
 def merge(found: Iterable[Findings]) -> Findings:
-    """Join the findings of several geometries: the worst figures, the first of each reason."""
-    figures: list[Figure] = []
-    reasons: list[Reason] = []
-    unrepeated: list[Reason] = []
-    cases = 0
-    raises: list[str] = []
-    for findings in found:
-        figures += findings.figures
-        reasons += findings.reasons
-        unrepeated += findings.unrepeated
-        cases += findings.cases
-        raises += findings.raises
-    alike = tuple(dict.fromkeys(raises))
-    return Findings(_worst(figures), _first_of_each(reasons), cases, unrepeated, alike)
+    """Merge findings: the worst figure of each quantity, the first of each reason."""
+    parts = list(found)
+    return Findings(
+        figures=_worst([figure for part in parts for figure in part.figures]),
+        reasons=_first_of_each([reason for part in parts for reason in part.reasons]),
+        cases=sum(part.cases for part in parts),
+        unrepeated=[reason for part in parts for reason in part.unrepeated],
+        raised=tuple(dict.fromkeys(text for part in parts for text in part.raised)),
+    )
 
 
-def _repeated(
-    function: AttentionFunction,
-    backend: Backend,
-    case: Case,
-    inputs: Inputs,
-    *,
-    first: Result,
-    right: Expected,
-) -> Iterator[Fault]:
+def _check_repeated_calls(probe: Probe, first: Result, expected: Expected) -> Iterator[Fault]:
     """Check a repeated call; with packed documents, also one where some of them are changed."""
-    same = partial(call, function, backend, case, inputs)
-    before = [first, same()]
-    asked = case.geometry.deterministic
-    if asked or case.packed:
-        yield from check_repeated(case, first=first, second=before[1], gradients_too=asked)
+    case, inputs = probe.case, probe.inputs
+    before = [first, call(probe)]
+    deterministic = case.geometry.deterministic
+    if deterministic or case.packed:
+        yield from check_repeated(case, first=first, second=before[1], gradients_too=deterministic)
     # A call that was right once may be wrong when repeated.
-    yield from check_values(backend, case, inputs, found=before[1], right=right)[1]
+    yield from check_values(probe, before[1], expected)[1]
     if not case.packed or first.out.shape != inputs.d_out.shape:
         return
-    noise = sum_noise(case, inputs)
+    noise = sum_order_bounds(case, inputs)
     n_documents = len(case.lengths)
     for one in (0, n_documents // 2, n_documents - 1):
         changed = inputs.documents == one
-        moved = [torch.where(changed[:, None, :, None], -x.flip(-1), x) for x in _qkv(inputs)]
+        q, k, v = (
+            torch.where(changed[:, None, :, None], -x.flip(-1), x)
+            for x in (inputs.q, inputs.k, inputs.v)
+        )
         d_out = torch.where(changed[:, :, None, None], -inputs.d_out.flip(-1), inputs.d_out)
-        other = replace(inputs, **dict(zip("qkv", moved, strict=True)), d_out=d_out)
-        after = [call(function, backend, case, other)]
-        kept = ~changed & (inputs.documents >= 0)
-        judge = partial(check_isolated, case, kept=kept, noise=noise)
-        if any(judge(before=before, after=after)):
+        other = probe._replace(inputs=replace(inputs, q=q, k=k, v=v, d_out=d_out))
+        after = [call(other)]
+        unchanged = ~changed & (inputs.documents >= 0)
+        check = partial(check_isolated, case, unchanged=unchanged, noise=noise)
+        if any(check(before=before, after=after)):
             # Two calls may agree by chance: more are needed to see whether gradients repeat.
-            before += [same() for _ in range(MORE)]
-            after += [call(function, backend, case, other) for _ in range(MORE)]
-            yield from judge(before=before, after=after)
+            before += [call(probe) for _ in range(EXTRA_CALLS)]
+            after += [call(other) for _ in range(EXTRA_CALLS)]
+            yield from check(before=before, after=after)
 
 
 def _capability(device: str) -> tuple[int, int] | None:
@@ -408,29 +367,26 @@ def _capability(device: str) -> tuple[int, int] | None:
     return torch.cuda.get_device_capability() if nvidia else None
 
 
-def _qkv(inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return inputs.q, inputs.k, inputs.v
-
-
 def _worst(figures: list[Figure]) -> list[Figure]:
     """Return, for each quantity, the figure that is closest to its bound or exceeds it most."""
     worst: dict[str, Figure] = {}
     for figure in figures:
-        kept = worst.get(figure.quantity)
-        if kept is None or _margin(figure) > _margin(kept):
+        other = worst.get(figure.quantity)
+        if other is None or _margin(figure) > _margin(other):
             worst[figure.quantity] = figure
     return list(worst.values())
 
 
 def _margin(figure: Figure) -> float:
+    """Return the error as a share of the bound, or their difference in decibels."""
     if figure.error < 0 or figure.allowed <= 0:  # decibels
         return figure.error - figure.allowed
     return figure.error / figure.allowed
 
 
 def _first_of_each(reasons: list[Reason]) -> list[Reason]:
-    """Return the first reason of each code, in the order of checks.ORDER."""
+    """Return the first reason of each code, in the order of checks.CODE_ORDER."""
     first: dict[str, Reason] = {}
     for reason in reasons:
         first.setdefault(reason.code, reason)
-    return sorted(first.values(), key=lambda reason: ORDER.index(reason.code))
+    return sorted(first.values(), key=lambda reason: CODE_ORDER.index(reason.code))

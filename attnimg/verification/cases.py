@@ -1,13 +1,14 @@
 """List the probes of a proof: the attention calls that are made to find errors of a backend.
 
-They use the run's own geometry. Lengths are odd, up to sequence_len; tensors have the memory
-layouts that models produce; every length from 1 to 72 occurs, since a kernel may fail at a single
-one.
+They use the run's own heads and head sizes. Lengths are odd, up to sequence_len; tensors have the
+memory layouts that models produce; every length from 1 to 72 occurs, since a kernel may fail at a
+single one.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
 from attnimg.facts import Backend, Geometry
@@ -45,7 +46,7 @@ EVERY_LENGTH = 512
 
 _BEYOND = (600, 767, 768, 1000, 1023, 1024, 1025, 1536, 2047, 2048, 2049, 3001, 4095, 4096)
 
-# Up to this many tokens, all query rows of a probe are compared; see inputs.py.
+# Up to this many tokens, all query rows of a probe are compared; see calls.py.
 _WHOLE_ROW = 384
 
 # Sizes of the output's gradient: with a loss that is a mean over a row's tokens, and with a scaled
@@ -87,11 +88,11 @@ class Case:
             after rotary embeddings, contiguous as kernels take them, or a different one for each.
         scores: see Scores.
         scale_factor: the scale of the call is this times D ** -0.5.
-        longest_slack: by how much max_length exceeds the longest document.
+        max_length_slack: by how much max_length exceeds the longest document.
         gradient_scale: approximate size of the output's gradient.
-        repeated: whether the call is made twice and its documents are perturbed.
-        also_learning: which of "dk" and "dv" are requested in a second call, whose output has a
-            gradient at every row; empty for no such call. See check_whole_row.
+        repeated: whether the call is repeated and its documents are perturbed.
+        extra_gradients: which of "dk" and "dv" are requested in a second call, whose output has a
+            gradient at every row; empty for no such call. See check_full_row.
     """
 
     name: str
@@ -102,20 +103,20 @@ class Case:
     layout: Layout = "fused"
     scores: Scores = "spread"
     scale_factor: float = 1.0
-    longest_slack: int = 0
+    max_length_slack: int = 0
     gradient_scale: float = 1.0
     repeated: bool = False
-    also_learning: tuple[str, ...] = ()
+    extra_gradients: tuple[str, ...] = ()
 
     @property
     def in_training(self) -> bool:
-        """Return whether training makes such calls: none has a cache or an empty document."""
+        """Return whether training makes such calls: it uses no KV cache and no empty documents."""
         return self.queries is None and all(self.lengths)
 
 
-def cases_of(geometry: Geometry, *, budget: Budget) -> list[Case]:
+def list_cases(geometry: Geometry, *, budget: Budget) -> list[Case]:
     """List the probes of one geometry, the quickest to fail first."""
-    longest = longest_of(geometry, budget)
+    longest = longest_document(geometry, budget)
     cases = _packed(geometry, longest, budget=budget) if geometry.packing else []
     if geometry.dense:
         cases += _dense(geometry, longest, budget=budget)
@@ -126,7 +127,7 @@ def cases_of(geometry: Geometry, *, budget: Budget) -> list[Case]:
 
 def _every_length(geometry: Geometry, longest: int) -> list[Case]:
     """Return probes of each length that no other probe has, in rows of one or more documents."""
-    few = short_window(few_heads(geometry))
+    few = with_short_window(with_few_heads(geometry))
     last = min(max(longest, EVERY_LENGTH // 2), EVERY_LENGTH)
     lengths = [*range(73, last + 1), *_beyond(longest)]
     if not geometry.packing:
@@ -137,24 +138,11 @@ def _every_length(geometry: Geometry, longest: int) -> list[Case]:
             rows.append([])
         rows[-1].append(length)
     # Also each number of documents per row up to 32, with unequal lengths.
-    counts = [
-        Case(
-            name=f"{n} documents",
-            geometry=few,
-            lengths=tuple(2 + place % 5 for place in range(n)),
-            packed=True,
-        )
-        for n in range(2, 33)
-    ]
-    return counts + [
-        Case(
-            name=f"documents of {' and '.join(map(str, row))}",
-            geometry=few,
-            lengths=tuple(row),
-            packed=True,
-        )
-        for row in rows
-        if row
+    probed = {f"{n} documents": [2 + place % 5 for place in range(n)] for n in range(2, 33)}
+    probed |= {f"documents of {' and '.join(map(str, row))}": row for row in rows if row}
+    return [
+        Case(name=name, geometry=few, lengths=tuple(row), packed=True)
+        for name, row in probed.items()
     ]
 
 
@@ -165,117 +153,85 @@ def _beyond(longest: int) -> list[int]:
 
 
 def _around(length: int) -> tuple[int, int]:
-    below = length // 96 * 96
-    return below, below + 37
+    multiple = length // 96 * 96
+    return multiple, multiple + 37
 
 
 def _packed(geometry: Geometry, longest: int, *, budget: Budget) -> list[Case]:
     """Return probes of packed rows: equal, unequal and single documents, and all small lengths."""
-    short = short_window(two_groups(geometry))
-    few = short_window(few_heads(geometry))
+    two_groups = partial(Case, packed=True, geometry=with_short_window(with_two_groups(geometry)))
+    few_heads = partial(Case, packed=True, geometry=with_short_window(with_few_heads(geometry)))
+    run = partial(Case, packed=True, geometry=with_few_heads(geometry))
     above = _ABOVE_1 * geometry.head_dim_qk**0.5
+    reordered = [row[n:] + row[:n] for row in _IN_PLACES for n in range(len(row))]
     cases = [
-        Case(
+        two_groups(
             name="documents of 13, 1, 64, 192, 5, 67 and 1",
-            geometry=short,
             lengths=(13, 1, 64, 192, 5, 67, 1),
             repeated=True,
         ),
         # The same number of tokens and documents and the same longest one as above: a kernel that
         # caches something under these numbers gets this row wrong.
-        Case(
+        two_groups(
             name="documents of 1, 67, 5, 192, 64, 1 and 13",
-            geometry=short,
             lengths=(1, 67, 5, 192, 64, 1, 13),
         ),
-        Case(
-            name="strongly negative scores",
-            geometry=short,
-            lengths=(192, 64, 33),
-            scores="negative",
-        ),
-        Case(
-            name="large scores",
-            geometry=short,
-            lengths=(64, 97, 130),
-            layout="mixed",
-            scores="large",
-        ),
-        Case(
+        two_groups(name="strongly negative scores", lengths=(192, 64, 33), scores="negative"),
+        two_groups(name="large scores", lengths=(64, 97, 130), layout="mixed", scores="large"),
+        two_groups(
             name="max_length larger than needed",
-            geometry=short,
             lengths=(31, 97, 2),
             layout="heads-first",
-            longest_slack=70,
+            max_length_slack=70,
         ),
-        Case(name="another scale", geometry=short, lengths=(46, 83), scale_factor=0.6),
-        Case(name="a scale above 1", geometry=short, lengths=(44, 83), scale_factor=above),
-        Case(name="tokens of zeros", geometry=short, lengths=(45, 83), scores="zero-tokens"),
-        Case(name="the keys just before", geometry=few, lengths=(288, 95), scores="neighbours"),
-        Case(name="large values", geometry=short, lengths=(45, 83), scores="large-v"),
-        Case(name="equal documents", geometry=short, lengths=(48,) * 4, layout="tokens-first"),
-        Case(name="one document", geometry=short, lengths=(127,), layout="tokens-first"),
-        Case(name="every length from 1 to 40", geometry=few, lengths=tuple(range(1, 41))),
-        Case(name="every length from 72 to 41", geometry=few, lengths=tuple(range(72, 40, -1))),
-        Case(name="lengths around tiles", geometry=few, lengths=_LADDER, layout="heads-first"),
+        two_groups(name="another scale", lengths=(46, 83), scale_factor=0.6),
+        two_groups(name="a scale above 1", lengths=(44, 83), scale_factor=above),
+        two_groups(name="tokens of zeros", lengths=(45, 83), scores="zero-tokens"),
+        few_heads(name="the keys just before", lengths=(288, 95), scores="neighbours"),
+        two_groups(name="large values", lengths=(45, 83), scores="large-v"),
+        two_groups(name="equal documents", lengths=(48,) * 4, layout="tokens-first"),
+        two_groups(name="one document", lengths=(127,), layout="tokens-first"),
+        few_heads(name="every length from 1 to 40", lengths=tuple(range(1, 41))),
+        few_heads(name="every length from 72 to 41", lengths=tuple(range(72, 40, -1))),
+        few_heads(name="lengths around tiles", lengths=_LADDER, layout="heads-first"),
+        *(few_heads(name=f"documents of {', '.join(map(str, n))}", lengths=n) for n in reordered),
+        few_heads(name="300 documents", lengths=(1, 2, 3) * 100),
+        few_heads(name="empty documents", lengths=(0, 33, 1, 0, 0, 64, 2, 0, 1)),
+        run(name="all heads", geometry=geometry, lengths=_THIRTEEN, layout="mixed"),
         *(
-            Case(
-                name=f"documents of {', '.join(map(str, lengths))}",
-                geometry=few,
-                lengths=lengths,
-            )
-            for row in _IN_PLACES
-            for lengths in (row[place:] + row[:place] for place in range(len(row)))
-        ),
-        Case(name="300 documents", geometry=few, lengths=(1, 2, 3) * 100),
-        Case(name="empty documents", geometry=few, lengths=(0, 33, 1, 0, 0, 64, 2, 0, 1)),
-        Case(name="all heads", geometry=geometry, lengths=_THIRTEEN, layout="mixed"),
-        *(
-            Case(name=f"gradients of {g:.0e}", geometry=short, lengths=(45, 83), gradient_scale=g)
+            two_groups(name=f"gradients of {g:.0e}", lengths=(45, 83), gradient_scale=g)
             for g in _GRADIENTS[geometry.dtype]
         ),
-        Case(name="flat scores", geometry=few_heads(geometry), lengths=(longest,), scores="flat"),
-        *_whole_rows(geometry, budget),
+        run(name="flat scores", lengths=(longest,), scores="flat"),
+        *_full_rows(geometry, budget),
     ]
-    if whole_row(geometry, budget) < longest:
+    if full_row_length(geometry, budget) < longest:
         half, third = longest // 2, longest // 3
-        rows = rows_of(geometry, longest, budget)
+        rows = rows_within_budget(geometry, longest, budget)
         lengths = (half, third, longest - half - third) * rows
         name = f"{rows} full rows in one" if rows > 1 else "a full row"
-        group = one_group(geometry)
-        n = min(longest, int((budget.held / group.heads) ** 0.5))
+        group, n = with_one_group(geometry), _longest_with_one_group(geometry, longest, budget)
+        name_of_group = f"a document of {n}, one group of heads"
         cases += [
-            Case(name=name, geometry=few_heads(geometry), lengths=lengths),
-            Case(
-                name=f"a document of {n}, one group of heads",
-                geometry=group,
-                lengths=(n,),
-                layout="heads-first",
-            ),
+            run(name=name, lengths=lengths),
+            run(name=name_of_group, geometry=group, lengths=(n,), layout="heads-first"),
         ]
     if geometry.softcap:
-        cases.append(
-            Case(name="scores near the cap", geometry=short, lengths=(64, 97), scores="near-cap")
-        )
+        cases.append(two_groups(name="scores near the cap", lengths=(64, 97), scores="near-cap"))
     else:
         cases += [
-            Case(name="scores of hundreds", geometry=short, lengths=(83, 45), scores="hundreds"),
-            Case(
-                name="scores below -200",
-                geometry=short,
-                lengths=(45, 83),
-                scores="below-hundreds",
-            ),
+            two_groups(name="scores of hundreds", lengths=(83, 45), scores="hundreds"),
+            two_groups(name="scores below -200", lengths=(45, 83), scores="below-hundreds"),
         ]
-    return [replace(case, packed=True) for case in cases]
+    return cases
 
 
-def _whole_rows(geometry: Geometry, budget: Budget) -> list[Case]:
+def _full_rows(geometry: Geometry, budget: Budget) -> list[Case]:
     """Return probes of a full row of the run with all heads: with one document, and with many."""
-    row = whole_row(geometry, budget)
+    row = full_row_length(geometry, budget)
     # Kernels that take cu_seqlens get all rows of a batch concatenated in one call.
     total = geometry.rows * geometry.sequence_len
-    if row < geometry.sequence_len or geometry.heads * total**2 > budget.whole:
+    if row < geometry.sequence_len or geometry.heads * total**2 > budget.all_heads_scores:
         total = row
     long = min(total // 2, geometry.sequence_len)
     factor = max(1, geometry.sequence_len // 2048)
@@ -289,119 +245,98 @@ def _whole_rows(geometry: Geometry, budget: Budget) -> list[Case]:
             name=f"a whole row of {total} tokens in {len(lengths)} documents, all heads",
             geometry=geometry,
             lengths=tuple(lengths),
-            also_learning=("dv",),
+            packed=True,
+            extra_gradients=("dv",),
         ),
         Case(
             name=f"a whole row of {row} tokens in one document, all heads",
             geometry=geometry,
             lengths=(row,),
+            packed=True,
             layout="heads-first",
-            also_learning=("dk", "dv"),
+            extra_gradients=("dk", "dv"),
         ),
     ]
 
 
 def _dense(geometry: Geometry, longest: int, *, budget: Budget) -> list[Case]:
     """Return probes of rows with one document each, alone or padded to a common length."""
-    short = short_window(two_groups(geometry))
-    few = short_window(few_heads(geometry))
-    run = few_heads(geometry)
+    short = with_short_window(with_two_groups(geometry))
+    few = with_short_window(with_few_heads(geometry))
+    two_groups, few_heads = partial(Case, geometry=short), partial(Case, geometry=few)
+    run = partial(Case, geometry=with_few_heads(geometry))
     above = _ABOVE_1 * geometry.head_dim_qk**0.5
     steps = range(96, min(longest, 512), 32)
     middle = sorted({n for n in (*_LADDER, *steps, longest // 2 + 1) if n > 72})
     cases = [
-        Case(name="192 tokens", geometry=short, lengths=(192, 192), repeated=True),
-        Case(name="1 token", geometry=short, lengths=(1, 1, 1)),
-        Case(
-            name="192 tokens, strongly negative scores",
-            geometry=short,
-            lengths=(192,),
-            scores="negative",
-        ),
-        Case(
-            name="97 tokens, large scores",
-            geometry=short,
-            lengths=(97,),
-            layout="mixed",
-            scores="large",
-        ),
-        Case(name="83 tokens, another scale", geometry=short, lengths=(83,), scale_factor=0.6),
-        Case(name="83 tokens, scale above 1", geometry=short, lengths=(83,), scale_factor=above),
-        Case(name="83 tokens, some zeros", geometry=short, lengths=(83,), scores="zero-tokens"),
-        Case(name="the keys just before", geometry=few, lengths=(288,), scores="neighbours"),
-        Case(name="83 tokens, large values", geometry=short, lengths=(83,), scores="large-v"),
-        Case(name="13 queries, 77 keys", geometry=short, lengths=(77,), queries=13),
-        Case(name="46 tokens, all heads", geometry=geometry, lengths=(46,), layout="heads-first"),
-        Case(name="161 tokens, all heads", geometry=geometry, lengths=(161,), layout="mixed"),
+        two_groups(name="192 tokens", lengths=(192, 192), repeated=True),
+        two_groups(name="1 token", lengths=(1, 1, 1)),
+        two_groups(name="192 tokens, strongly negative scores", lengths=(192,), scores="negative"),
+        two_groups(name="97 tokens, large scores", lengths=(97,), layout="mixed", scores="large"),
+        two_groups(name="83 tokens, another scale", lengths=(83,), scale_factor=0.6),
+        two_groups(name="83 tokens, scale above 1", lengths=(83,), scale_factor=above),
+        two_groups(name="83 tokens, some zeros", lengths=(83,), scores="zero-tokens"),
+        few_heads(name="the keys just before", lengths=(288,), scores="neighbours"),
+        two_groups(name="83 tokens, large values", lengths=(83,), scores="large-v"),
+        two_groups(name="13 queries, 77 keys", lengths=(77,), queries=13),
+        run(name="46 tokens, all heads", geometry=geometry, lengths=(46,), layout="heads-first"),
+        run(name="161 tokens, all heads", geometry=geometry, lengths=(161,), layout="mixed"),
         *(
-            Case(
-                name=f"83 tokens, gradients of {g:.0e}",
-                geometry=short,
-                lengths=(83,),
-                gradient_scale=g,
-            )
+            two_groups(name=f"83 tokens, gradients of {g:.0e}", lengths=(83,), gradient_scale=g)
             for g in _GRADIENTS[geometry.dtype]
         ),
-        Case(name="2 rows of 257", geometry=short, lengths=(257, 257)),
+        two_groups(name="2 rows of 257", lengths=(257, 257)),
         *(_plain_case(short, n) for n in (2, 17, 31, 64, 65, 127, 128, 129, 257)),
         *(_plain_case(few, n) for n in (*range(3, 73), *middle)),
-        Case(name="flat scores", geometry=run, lengths=(longest,), scores="flat"),
+        run(name="flat scores", lengths=(longest,), scores="flat"),
     ]
     if geometry.packing:
         # Calls of a packed run have document boundaries. This one has none, and so takes another
         # path to the kernel.
-        cases.append(Case(name=f"{longest} tokens", geometry=run, lengths=(longest,)))
+        cases.append(run(name=f"{longest} tokens", lengths=(longest,)))
     else:
-        cases += [
-            Case(name="padded rows", geometry=short, lengths=(61, 48, 1)),
-            *_whole_batch(geometry, longest, budget),
-        ]
+        cases.append(two_groups(name="padded rows", lengths=(61, 48, 1)))
+        cases += _full_batch(geometry, longest, budget)
     if geometry.softcap:
-        cases.append(
-            Case(name="scores near the cap", geometry=short, lengths=(97,), scores="near-cap")
-        )
+        cases.append(two_groups(name="scores near the cap", lengths=(97,), scores="near-cap"))
     else:
+        below = "97 tokens, scores below -200"
         cases += [
-            Case(
-                name="97 tokens, scores of hundreds",
-                geometry=short,
-                lengths=(97,),
-                scores="hundreds",
-            ),
-            Case(
-                name="97 tokens, scores below -200",
-                geometry=short,
-                lengths=(97,),
-                scores="below-hundreds",
-            ),
+            two_groups(name="97 tokens, scores of hundreds", lengths=(97,), scores="hundreds"),
+            two_groups(name=below, lengths=(97,), scores="below-hundreds"),
         ]
     return cases
 
 
-def _whole_batch(geometry: Geometry, longest: int, budget: Budget) -> list[Case]:
+def _full_batch(geometry: Geometry, longest: int, budget: Budget) -> list[Case]:
     """Return probes of a batch with all heads, as large as the run's or as the budget allows."""
-    whole = whole_row(geometry, budget)
-    rows = geometry.rows if geometry.heads * geometry.rows * whole**2 <= budget.whole else 1
+    length = full_row_length(geometry, budget)
+    fits = geometry.heads * geometry.rows * length**2 <= budget.all_heads_scores
+    rows = geometry.rows if fits else 1
     cases = [
         Case(
-            name=f"{rows} x {whole} tokens, all heads",
+            name=f"{rows} x {length} tokens, all heads",
             geometry=geometry,
-            lengths=(whole,) * rows,
+            lengths=(length,) * rows,
             layout="heads-first",
-            also_learning=("dk", "dv"),
+            extra_gradients=("dk", "dv"),
         )
     ]
-    if whole < longest:
-        group = one_group(geometry)
-        n = min(longest, int((budget.held / group.heads) ** 0.5))
+    if length < longest:
+        group, n = with_one_group(geometry), _longest_with_one_group(geometry, longest, budget)
         cases.append(Case(name=f"{n} tokens, one group of heads", geometry=group, lengths=(n,)))
-    held = rows_of(geometry, longest, budget)
-    if rows < geometry.rows and held > 1:
-        few = few_heads(geometry)
-        cases.append(
-            Case(name=f"{held} rows of {longest}", geometry=few, lengths=(longest,) * held)
-        )
+    more_rows = rows_within_budget(geometry, longest, budget)
+    if rows < geometry.rows and more_rows > 1:
+        few = with_few_heads(geometry)
+        name = f"{more_rows} rows of {longest}"
+        cases.append(Case(name=name, geometry=few, lengths=(longest,) * more_rows))
     return cases
+
+
+def _longest_with_one_group(geometry: Geometry, longest: int, budget: Budget) -> int:
+    """Return the tokens of a probe with one key head and its query heads."""
+    heads = geometry.heads // geometry.kv_heads
+    return min(longest, int((budget.stored_scores / heads) ** 0.5))
 
 
 def _plain_case(geometry: Geometry, length: int) -> Case:
@@ -413,17 +348,17 @@ def _plain_case(geometry: Geometry, length: int) -> Case:
 
 # Most scores of a call with all heads on a GPU, for kernels that do not store them: 32 heads of
 # 32768 tokens.
-_COMPUTED = 1 << 35
+_MAX_SCORES = 1 << 35
 
 # Bytes of a GPU's memory for each score of plain attention: scores, softmax and weights and the
 # gradients of all three, with up to 4 bytes each, take 24.
-_BYTES_A_SCORE = 40
+_BYTES_PER_SCORE = 40
 
-# Bytes for each number in a whole row's q and v: drawing them takes 4 arrays in float64.
-_DRAWN = 4 * 8
+# Bytes for each number in q and v of a full row: generating them takes 4 arrays in float64.
+_BYTES_PER_NUMBER = 4 * 8
 
-# Kernels that store all scores, besides those that get a mask of all pairs of tokens.
-_HOLDING = frozenset({"sdpa_math", "s2"})
+# Backends that store all scores, besides those that get a mask of all pairs of tokens.
+_STORE_SCORES = frozenset({"sdpa_math", "s2"})
 
 # A sliding window longer than the short probes would have no effect in them.
 _SHORT_WINDOW = 37
@@ -434,21 +369,21 @@ class Budget:
     """The limits of the longest probes.
 
     Attributes:
-        held: scores that plain attention stores at once, in a probe with few heads.
-        whole: scores of a call with all heads of the run.
-        drawn: bytes of the inputs that are drawn for such a call.
+        stored_scores: scores that plain attention stores at once, in a probe with few heads.
+        all_heads_scores: scores of a call with all heads of the run.
+        input_bytes: bytes of the inputs that are generated for such a call.
     """
 
-    held: int
-    whole: int
-    drawn: int
+    stored_scores: int
+    all_heads_scores: int
+    input_bytes: int
 
 
 # 134 MB in float32. The call with all heads is limited by its time: 32 heads of 829 tokens.
-CPU = Budget(held=1 << 25, whole=21 << 20, drawn=1 << 30)
+CPU = Budget(stored_scores=1 << 25, all_heads_scores=21 << 20, input_bytes=1 << 30)
 
 
-def budget_of(backend: Backend, *, memory_bytes: int | None) -> Budget:
+def choose_budget(backend: Backend, *, memory_bytes: int | None) -> Budget:
     """Return the budget of a backend's probes.
 
     Args:
@@ -457,50 +392,91 @@ def budget_of(backend: Backend, *, memory_bytes: int | None) -> Budget:
     """
     if memory_bytes is None:
         return CPU
-    held = memory_bytes // _BYTES_A_SCORE
-    holding = backend.mask in ("sdpa", "eager") or backend.name in _HOLDING
-    return Budget(held=held, whole=held if holding else _COMPUTED, drawn=memory_bytes // 4)
+    scores = memory_bytes // _BYTES_PER_SCORE
+    stores_scores = backend.mask in ("sdpa", "eager") or backend.name in _STORE_SCORES
+    return Budget(
+        stored_scores=scores,
+        all_heads_scores=scores if stores_scores else _MAX_SCORES,
+        input_bytes=memory_bytes // 4,
+    )
 
 
-def longest_of(geometry: Geometry, budget: Budget) -> int:
+def longest_document(geometry: Geometry, budget: Budget) -> int:
     """Return the longest document that is probed: sequence_len, or what the budget allows."""
-    few = int((budget.held / few_heads(geometry).heads) ** 0.5)
-    return min(geometry.sequence_len, max(few, whole_row(geometry, budget)))
+    few = int((budget.stored_scores / with_few_heads(geometry).heads) ** 0.5)
+    return min(geometry.sequence_len, max(few, full_row_length(geometry, budget)))
 
 
-def rows_of(geometry: Geometry, longest: int, budget: Budget) -> int:
+def rows_within_budget(geometry: Geometry, longest: int, budget: Budget) -> int:
     """Return how many rows of that length are probed: the run's, or what the budget allows."""
-    held = int((budget.held / few_heads(geometry).heads) ** 0.5) // longest
-    return min(geometry.rows, held)
+    fitting = int((budget.stored_scores / with_few_heads(geometry).heads) ** 0.5) // longest
+    return min(geometry.rows, fitting)
 
 
-def whole_row(geometry: Geometry, budget: Budget) -> int:
-    """Return the tokens of a probe with all heads: sequence_len, or what the budget allows."""
-    size = geometry.heads * (geometry.head_dim_qk + geometry.head_dim_v) * _DRAWN
-    tokens = min(int((budget.whole / geometry.heads) ** 0.5), budget.drawn // size)
+def full_row_length(geometry: Geometry, budget: Budget) -> int:
+    """Return the tokens of a row with all heads: sequence_len, or what the budget allows."""
+    size = geometry.heads * (geometry.head_dim_qk + geometry.head_dim_v) * _BYTES_PER_NUMBER
+    tokens = min(int((budget.all_heads_scores / geometry.heads) ** 0.5), budget.input_bytes // size)
     return min(geometry.sequence_len, max(129, tokens))
 
 
-def two_groups(geometry: Geometry) -> Geometry:
+def with_two_groups(geometry: Geometry) -> Geometry:
     """Return a geometry with two key heads and their query heads."""
     kv_heads = min(geometry.kv_heads, 2)
     heads = geometry.heads // geometry.kv_heads * kv_heads
     return replace(geometry, heads=heads, kv_heads=kv_heads)
 
 
-def one_group(geometry: Geometry) -> Geometry:
+def with_one_group(geometry: Geometry) -> Geometry:
     """Return a geometry with one key head and its query heads."""
     return replace(geometry, heads=geometry.heads // geometry.kv_heads, kv_heads=1)
 
 
-def few_heads(geometry: Geometry) -> Geometry:
+def with_few_heads(geometry: Geometry) -> Geometry:
     """Return a geometry with one key head and at most two of its query heads."""
     heads = min(geometry.heads // geometry.kv_heads, 2)
     return replace(geometry, heads=heads, kv_heads=1)
 
 
-def short_window(geometry: Geometry) -> Geometry:
+def with_short_window(geometry: Geometry) -> Geometry:
     """Return a geometry with a window that is shorter than the documents of the short probes."""
     if geometry.window is None or geometry.window <= _SHORT_WINDOW:
         return geometry
     return replace(geometry, window=_SHORT_WINDOW)
+
+
+# Packed rows are filled up to one of these lengths: three blocks of 128, and fifteen.
+FILLED = (384, 1920)
+
+# The most informative lengths of rows with one document: around tiles of 64 and blocks of 128.
+EDGES = frozenset({1, 17, 64, 65, 127, 128, 129, 192, 257})
+
+
+def reduce_shapes(cases: list[Case]) -> list[Case]:
+    """Return probes with few shapes: packed rows are filled up, other rows have EDGES only."""
+    longest = max(max(case.lengths) for case in cases)
+    kept = []
+    for case in cases:
+        plain = case.scores == "spread" and case.scale_factor == case.gradient_scale == 1.0
+        heads, length = case.geometry.kv_heads, max(case.lengths)
+        # The probes with all heads and the longest ones keep their lengths and layouts.
+        special = heads > 2 or length == longest or (heads > 1 and length > max(EDGES))
+        # The first probe has two groups of heads, and later ones have its lengths with one.
+        fewer = case.geometry.heads < cases[0].geometry.heads
+        one_length = len(set(case.lengths)) == 1 and not case.queries
+        dropped = one_length and (fewer or length not in EDGES)
+        if not case.packed and plain and dropped and not special:
+            continue
+        laid_out = case if special else replace(case, layout="fused")
+        kept.append(_filled(laid_out) if case.packed else laid_out)
+    return kept
+
+
+def _filled(case: Case) -> Case:
+    """Return a packed row filled up to the next of FILLED with one more document."""
+    total = sum(case.lengths)
+    length = next((length for length in FILLED if length >= total), total)
+    # The probe of isolation is not filled up: its last document is one of those that change.
+    if length == total or case.repeated:
+        return case
+    return replace(case, lengths=(*case.lengths, length - total))

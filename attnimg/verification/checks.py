@@ -7,7 +7,7 @@ candidate.py counts it only if it occurs again.
 These are compared bit by bit, and a correct kernel on a GPU passes: the inputs with a copy of them,
 since they hold no NaN and autograd forbids changing them; in training_conditions.py a result with a
 copy of the same memory; the outputs of equal calls, see check_repeated. All else has a tolerance:
-gradients may change by reference.sum_noise, random number generators may advance
+gradients may change by reference.sum_order_bounds, random number generators may advance
 (process_state.py), a dropout rate may be off by 5 standard deviations and the step of the coarsest
 kernel. The bounds here allow for P and dS rounded before they are multiplied, for exp2 in place of
 exp and for rescaling block by block: the errors of kernels that do all of that are up to half of
@@ -19,15 +19,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from attnimg.facts import Backend, DType, Figure, Reason
-from attnimg.verification.calls import Result
+from attnimg.verification.calls import Probe, Result
 from attnimg.verification.cases import Case, Scores
-from attnimg.verification.inputs import Inputs
-from attnimg.verification.reference import beyond_a_flip, rounding_of_output
+from attnimg.verification.reference import difference_beyond_ulp, output_rounding_bounds
 
 # Allowed in addition to a multiple of plain attention's own error, as a share of the largest value:
 # a few units in the last place, for cases where plain attention is exact by chance. More in
@@ -55,11 +55,11 @@ GAIN = {"float32": 1e-4, "float16": 3e-3, "bfloat16": 1e-2}
 # float32 are up to 0.0011 off in bfloat16; sums in bfloat16 are 0.008 to 0.012 off where they are
 # rounded after every 16 of 512 to 829 rows, and 0.002 to 0.006 after every 32. Not used for dk: a
 # correct kernel was 0.005 off (torch 2.13's on a CPU, head_dim 128). Our choice (2026-11-27).
-GAIN_ALIKE = GAIN | {"bfloat16": 5e-3}
+GAIN_SAME_SIGN = GAIN | {"bfloat16": 5e-3}
 
 # Up to this many tokens, plain attention's own error in dq and dk comes from too few values to be a
-# measure; see reference.rounding_of_output. The error of a correct kernel with 3 tokens in float16
-# was 1.1 times the bound from it (benchmarks/proof_noise.py, 2026-11-27).
+# measure; see reference.output_rounding_bounds. The error of a correct kernel with 3 tokens in
+# float16 was 1.1 times the bound from it (benchmarks/proof_noise.py, 2026-11-27).
 SHORT = 16
 
 # The same as GAIN for the scale of the scores, which a kernel may round to the run's precision; it
@@ -70,7 +70,7 @@ SCALE = {"float32": 1e-4, "float16": 3e-3, "bfloat16": 7e-3}
 GAIN_VALUES = 4096
 
 # Errors up to this many times the allowed error may be noise: they count only if they occur again.
-NEAR = 2.0
+NOISE_MARGIN = 2.0
 
 # Each head has one value of dsinks, a sum over all queries that may cancel: plain attention's own
 # error in it comes from few values, and correct kernels had up to 4 times the bound from it. The
@@ -80,7 +80,7 @@ NEAR = 2.0
 SINK_DEVIATIONS = 2.0
 
 # Codes of reasons in the order in which they are reported: likely causes of others come first.
-ORDER = (
+CODE_ORDER = (
     "import-error",
     "process-state",
     "crash",
@@ -108,7 +108,7 @@ class Expected:
         gain: for each quantity, how far plain attention's least-squares factor is from 1.
         slope: d(output) / d(log scale); None where the scale is not checked.
         scale: relative error of the scale that fits plain attention's output best.
-        alike: whether the terms of dv have the same sign; see check_whole_row.
+        same_sign: whether the terms of dv have the same sign; see check_full_row.
     """
 
     exact: Result
@@ -116,33 +116,45 @@ class Expected:
     gain: dict[str, float]
     slope: Tensor | None = None
     scale: float = 0.0
-    alike: bool = False
+    same_sign: bool = False
+
+    def of(self, name: str) -> Tensor:
+        """Return the exact output for "out", else the exact gradient."""
+        value = self.exact.out if name == "out" else self.exact.gradients[name]
+        assert value is not None
+        return value
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Fault:
+class Fault(NamedTuple):
     """A rule that a call broke.
 
     Attributes:
-        reason: shown to the user.
+        code: the reason's code.
+        text: the reason's text, for the user.
         noise_sensitive: whether rounding or random numbers may make a correct kernel break the
             rule in one call, but hardly in two.
     """
 
-    reason: Reason
+    code: str
+    text: str
     noise_sensitive: bool
 
+    @property
+    def reason(self) -> Reason:
+        """Return the reason to refuse the backend."""
+        return Reason(code=self.code, text=self.text)
 
-def expected(exact: Result, plain: Result, *, slope: Tensor | None = None) -> Expected:
+
+def build_expected(exact: Result, plain: Result, *, slope: Tensor | None = None) -> Expected:
     """Return the expected result, with plain attention's errors; see Expected for the slope."""
     rounding = {"out": largest(plain.out.double() - exact.out)}
-    gain = {"out": abs(gain_of(plain.out, exact.out) - 1)}
+    gain = {"out": abs(fit_factor(plain.out, exact.out) - 1)}
     for name, gradient in exact.gradients.items():
         found = plain.gradients[name]
         assert found is not None
         assert gradient is not None
         rounding[name] = largest(found.double() - gradient)
-        gain[name] = abs(gain_of(found, gradient) - 1)
+        gain[name] = abs(fit_factor(found, gradient) - 1)
     if exact.dsinks_terms is not None and plain.dsinks_terms is not None:
         off = plain.dsinks_terms.double() - exact.dsinks_terms
         deviation = largest(off.square().sum((0, 2)).sqrt())
@@ -152,55 +164,50 @@ def expected(exact: Result, plain: Result, *, slope: Tensor | None = None) -> Ex
 
 
 def check_values(
-    backend: Backend, case: Case, inputs: Inputs, *, found: Result, right: Expected
+    probe: Probe, found: Result, expected: Expected
 ) -> tuple[list[Figure], list[Fault]]:
     """Compare a result with the expected one.
 
     Returns:
         A figure for each quantity that could be compared, and a fault for each broken rule.
     """
+    case, inputs = probe.case, probe.inputs
     figures: list[Figure] = []
     faults: list[Fault] = []
     if found.out.shape != inputs.d_out.shape:
         text = f"{case.name}: output {tuple(found.out.shape)}, needed {tuple(inputs.d_out.shape)}"
-        return figures, [fault("numerics-fwd", text, noise_sensitive=False)]
+        return figures, [Fault("numerics-fwd", text, noise_sensitive=False)]
     if found.out.dtype != inputs.q.dtype:
         text = f"{case.name}: output in {found.out.dtype}, needed {inputs.q.dtype}"
-        faults.append(fault("numerics-fwd", text.replace("torch.", ""), noise_sensitive=False))
+        faults.append(Fault("numerics-fwd", text.replace("torch.", ""), noise_sensitive=False))
     if found.overwritten:
         names = " and ".join(found.overwritten)
         text = f"{case.name}: the call wrote into {names}, which the model goes on to use"
-        faults.append(fault("numerics-fwd", text, noise_sensitive=False))
+        faults.append(Fault("numerics-fwd", text, noise_sensitive=False))
     out = found.out[:, inputs.rows]
     is_token = inputs.documents[:, -found.out.shape[1] :] >= 0
-    unsound = list(_is_sound(case, "out", found.out[is_token]))
-    faults += unsound
-    if not unsound:
-        exact = right.exact.out
+    broken = list(_check_finite_and_nonzero(case, "out", found.out[is_token]))
+    faults += broken
+    if not broken:
         out = out * is_token[:, inputs.rows, None, None]
-        figure = _compare(backend, case, inputs, name="out", pair=(out, exact), right=right)
-        figures.append(figure)
-        faults += _out_of_bounds(backend, figure, code="numerics-fwd")
-        faults += _off_by_a_factor(backend, case, name="out", pair=(out, exact), right=right)
-        faults += _off_in_scale(backend, case, pair=(out, exact), right=right)
+        figures.append(_compare(probe, "out", out, expected))
+        faults += _check_bound(probe.backend, figures[-1])
+        faults += _check_factor(probe, "out", out, expected)
+        faults += _check_scale(probe, out, expected)
     for name, gradient in found.gradients.items():
         if gradient is None or not found.attached:
             text = f"{case.name}: no gradient reaches {name[1:]}"
-            faults.append(fault("grad-detached", text, noise_sensitive=False))
+            faults.append(Fault("grad-detached", text, noise_sensitive=False))
             continue
-        exact_gradient = right.exact.gradients[name]
-        assert exact_gradient is not None
         # Plain attention's gradient is 0 as well where bfloat16 rounds all weights, or the tanh of
         # the soft cap, to 1.
-        empty_ok = right.rounding[name] >= largest(exact_gradient)
-        unsound = list(_is_sound(case, name, gradient, empty_ok=empty_ok))
-        faults += unsound
-        if not unsound:
-            pair = (gradient, exact_gradient)
-            figure = _compare(backend, case, inputs, name=name, pair=pair, right=right)
-            figures.append(figure)
-            faults += _out_of_bounds(backend, figure, code="numerics-bwd")
-            faults += _off_by_a_factor(backend, case, name=name, pair=pair, right=right)
+        empty_ok = expected.rounding[name] >= largest(expected.of(name))
+        broken = list(_check_finite_and_nonzero(case, name, gradient, empty_ok=empty_ok))
+        faults += broken
+        if not broken:
+            figures.append(_compare(probe, name, gradient, expected))
+            faults += _check_bound(probe.backend, figures[-1])
+            faults += _check_factor(probe, name, gradient, expected)
     return figures, faults
 
 
@@ -208,51 +215,38 @@ def check_finite(case: Case, found: Result) -> Iterator[Fault]:
     """Check that all gradients are finite, where check_values gets only a part of them."""
     for name, gradient in found.gradients.items():
         if gradient is not None:
-            yield from _is_sound(case, name, gradient, empty_ok=True)
+            yield from _check_finite_and_nonzero(case, name, gradient, empty_ok=True)
 
 
-def fault(code: str, text: str, *, noise_sensitive: bool) -> Fault:
-    """Build a fault."""
-    return Fault(reason=Reason(code=code, text=text), noise_sensitive=noise_sensitive)
+def check_further_call(probe: Probe, what: str, found: Result, expected: Expected) -> list[Fault]:
+    """Return the faults of another call of a probe; `what` is added to the case's name."""
+    case = replace(probe.case, name=f"{probe.case.name}, {what}")
+    return check_values(probe._replace(case=case), found, expected)[1]
 
 
-def check_further_call(
-    backend: Backend, case: Case, inputs: Inputs, what: str, *, found: Result, right: Expected
-) -> list[Fault]:
-    """Return the faults of another call of a case; `what` is added to the case's name."""
-    named = replace(case, name=f"{case.name}, {what}")
-    return check_values(backend, named, inputs, found=found, right=right)[1]
-
-
-def _is_sound(case: Case, name: str, value: Tensor, *, empty_ok: bool = False) -> Iterator[Fault]:
+def _check_finite_and_nonzero(
+    case: Case, name: str, value: Tensor, *, empty_ok: bool = False
+) -> Iterator[Fault]:
     """Check that values are finite and not all zero."""
     if not torch.isfinite(value).all():
         share = (~torch.isfinite(value)).double().mean().item()
         text = f"{case.name}: {share:.0%} of {name} is NaN or infinite"
-        yield fault("nan", text, noise_sensitive=False)
+        yield Fault("nan", text, noise_sensitive=False)
     elif not value.any() and not empty_ok:
         if name == "out":
             text = f"{case.name}: the whole output is 0"
-            yield fault("zeros", text, noise_sensitive=False)
+            yield Fault("zeros", text, noise_sensitive=False)
         else:
             text = f"{case.name}: {name} is 0 everywhere: {name[1:]} would never learn"
-            yield fault("grad-detached", text, noise_sensitive=False)
+            yield Fault("grad-detached", text, noise_sensitive=False)
 
 
-def _compare(
-    backend: Backend,
-    case: Case,
-    inputs: Inputs,
-    *,
-    name: str,
-    pair: tuple[Tensor, Tensor],
-    right: Expected,
-) -> Figure:
-    """Return the error of one quantity, found and exact, and what is allowed."""
-    found, exact = pair
+def _compare(probe: Probe, name: str, found: Tensor, expected: Expected) -> Figure:
+    """Return the error of one quantity, and what is allowed."""
+    backend, case, inputs = probe.backend, probe.case, probe.inputs
+    exact = expected.of(name)
     difference = found.double() - exact
-    factor = backend.k_forward if name == "out" else backend.k_backward
-    if factor is None:
+    if tolerance_factor(backend, name) is None:
         signal, noise = exact.square().sum().item(), difference.square().sum().item()
         decibels = 10 * math.log10(signal / noise) if signal and noise else math.inf
         # Quantizing scores around -110 loses all digits that matter to the softmax.
@@ -264,17 +258,27 @@ def _compare(
         # dq and dk of a single token are the difference of two equal terms of this size.
         size = largest(inputs.d_out) * largest(inputs.v) * inputs.v.shape[-1]
         size *= inputs.scale * max(largest(inputs.q), largest(inputs.k))
-    rounding, dtype = right.rounding[name], case.geometry.dtype
+    rounding, dtype = expected.rounding[name], case.geometry.dtype
     allowed = allowed_error(
         backend, name, dtype=dtype, scores=case.scores, rounding=rounding, size=size
     )
     short = max(case.lengths) <= SHORT and case.queries is None and backend.pattern == "full"
     if short and name in ("dq", "dk") and exact.any():
-        allowed = max(allowed, rounding_of_output(case, inputs)[name])
+        allowed = max(allowed, output_rounding_bounds(case, inputs)[name])
     return Figure(quantity=name, error=largest(difference), allowed=allowed, case=case.name)
 
 
-def with_bounds_here(backend: Backend) -> Backend:
+def tolerance_factor(backend: Backend, name: str) -> float | None:
+    """Return how many times plain attention's error a backend may have in a quantity."""
+    return backend.k_forward if name == "out" else backend.k_backward
+
+
+def numerics_code(name: str) -> str:
+    """Return the code of a reason about the output or a gradient."""
+    return "numerics-fwd" if name == "out" else "numerics-bwd"
+
+
+def with_device_bounds(backend: Backend) -> Backend:
     """Return a backend with the bounds of the kernels that it has on this machine's GPU."""
     if torch.version.hip and backend.name == "flash_attention_2":
         return replace(backend, k_backward=K_BACKWARD_CK)
@@ -294,7 +298,7 @@ def allowed_error(
         rounding: largest error of plain attention in that precision.
         size: largest value of the reference.
     """
-    factor = backend.k_forward if name == "out" else backend.k_backward
+    factor = tolerance_factor(backend, name)
     assert factor is not None
     atol = ATOL[dtype]
     if name != "out":
@@ -302,50 +306,51 @@ def allowed_error(
     return factor * rounding + atol * size
 
 
-def _out_of_bounds(backend: Backend, figure: Figure, *, code: str) -> Iterator[Fault]:
+def _check_bound(backend: Backend, figure: Figure) -> Iterator[Fault]:
+    """Check that an error is at most the allowed one."""
     if figure.error <= figure.allowed:
         return
-    factor = backend.k_forward if figure.quantity == "out" else backend.k_backward
+    factor = tolerance_factor(backend, figure.quantity)
     rule = f"{factor:g} times plain attention's" if factor else "of the signal, in decibels"
     text = (
         f"{figure.case}: {figure.quantity} is {figure.error:.1e} off the reference,"
         f" allowed {figure.allowed:.1e} ({rule})"
     )
     # Bounds in decibels are negative.
-    near = figure.error - figure.allowed <= (NEAR - 1) * abs(figure.allowed)
-    yield fault(code, text, noise_sensitive=near)
+    close = figure.error - figure.allowed <= (NOISE_MARGIN - 1) * abs(figure.allowed)
+    yield Fault(numerics_code(figure.quantity), text, noise_sensitive=close)
 
 
-def _off_by_a_factor(
-    backend: Backend, case: Case, *, name: str, pair: tuple[Tensor, Tensor], right: Expected
-) -> Iterator[Fault]:
+def _check_factor(probe: Probe, name: str, found: Tensor, expected: Expected) -> Iterator[Fault]:
     """Check that a quantity is not the reference times a factor other than 1."""
-    factor = backend.k_forward if name == "out" else backend.k_backward
-    if factor is None or case.scores != "spread" or pair[1].numel() < GAIN_VALUES:
+    case, exact = probe.case, expected.of(name)
+    if tolerance_factor(probe.backend, name) is None or case.scores != "spread":
         return
-    found = gain_of(*pair)
-    atol = (GAIN_ALIKE if right.alike and name == "dv" else GAIN)[case.geometry.dtype]
-    allowed = allowed_gain(backend, name, atol=atol, gain=right.gain[name])
-    if abs(found - 1) > allowed:
-        text = f"{case.name}: {name} is {found:.4f} times the reference, allowed 1 +- {allowed:.1e}"
-        code = "numerics-fwd" if name == "out" else "numerics-bwd"
-        near = abs(found - 1) <= NEAR * allowed
-        yield fault(code, text, noise_sensitive=near)
+    if exact.numel() < GAIN_VALUES:
+        return
+    factor = fit_factor(found, exact)
+    atol = (GAIN_SAME_SIGN if expected.same_sign and name == "dv" else GAIN)[case.geometry.dtype]
+    allowed = allowed_gain(probe.backend, name, atol=atol, gain=expected.gain[name])
+    if abs(factor - 1) > allowed:
+        text = (
+            f"{case.name}: {name} is {factor:.4f} times the reference, allowed 1 +- {allowed:.1e}"
+        )
+        close = abs(factor - 1) <= NOISE_MARGIN * allowed
+        yield Fault(numerics_code(name), text, noise_sensitive=close)
 
 
-def _off_in_scale(
-    backend: Backend, case: Case, *, pair: tuple[Tensor, Tensor], right: Expected
-) -> Iterator[Fault]:
+def _check_scale(probe: Probe, out: Tensor, expected: Expected) -> Iterator[Fault]:
     """Check that the output is that of the requested scale."""
-    if right.slope is None or backend.k_forward is None or pair[1].numel() < GAIN_VALUES:
+    factor, exact, case = probe.backend.k_forward, expected.exact.out, probe.case
+    if expected.slope is None or factor is None or exact.numel() < GAIN_VALUES:
         return
-    off = _scale_error(*pair, right.slope)
-    allowed = backend.k_forward * right.scale + SCALE[case.geometry.dtype]
+    off = _scale_error(out, exact, expected.slope)
+    allowed = factor * expected.scale + SCALE[case.geometry.dtype]
     if abs(off) > allowed:
         text = (
             f"{case.name}: out is that of {1 + off:.4f} times the scale, allowed 1 +- {allowed:.1e}"
         )
-        yield fault("numerics-fwd", text, noise_sensitive=abs(off) <= NEAR * allowed)
+        yield Fault("numerics-fwd", text, noise_sensitive=abs(off) <= NOISE_MARGIN * allowed)
 
 
 def _scale_error(found: Tensor, exact: Tensor, slope: Tensor) -> float:
@@ -356,12 +361,12 @@ def _scale_error(found: Tensor, exact: Tensor, slope: Tensor) -> float:
 
 def allowed_gain(backend: Backend, name: str, *, atol: float, gain: float) -> float:
     """Return how far the factor of a quantity may be from 1; `gain` is plain attention's."""
-    factor = backend.k_forward if name == "out" else backend.k_backward
+    factor = tolerance_factor(backend, name)
     assert factor is not None
     return factor * gain + atol
 
 
-def gain_of(found: Tensor, exact: Tensor) -> float:
+def fit_factor(found: Tensor, exact: Tensor) -> float:
     """Return the factor that brings `exact` closest to `found`; 1 where `exact` is 0."""
     size = exact.square().sum().item()
     return (found.double() * exact).sum().item() / size if size else 1.0
@@ -374,7 +379,7 @@ def largest(value: Tensor) -> float:
 
 # A kernel may be noisier than float32 sums, such as one with sums in bfloat16. The differences of
 # other calls may then be up to this many times those between repeats of one call.
-BEYOND_SEEN = 2.0
+REPEAT_MARGIN = 2.0
 
 
 def check_repeated(
@@ -385,14 +390,14 @@ def check_repeated(
         text = (
             f"{case.name}: the same inputs gave outputs {_difference(first.out, second.out)} apart"
         )
-        yield fault("nondeterministic", text, noise_sensitive=True)
+        yield Fault("nondeterministic", text, noise_sensitive=True)
     for name, gradient in first.gradients.items():
         other = second.gradients[name]
         if not gradients_too or gradient is None or other is None:
             continue
         if not torch.equal(gradient, other):
             text = f"{case.name}: the same inputs gave {name} {_difference(gradient, other)} apart"
-            yield fault("nondeterministic", text, noise_sensitive=True)
+            yield Fault("nondeterministic", text, noise_sensitive=True)
 
 
 def check_isolated(
@@ -400,7 +405,7 @@ def check_isolated(
     *,
     before: Sequence[Result],
     after: Sequence[Result],
-    kept: Tensor,
+    unchanged: Tensor,
     noise: dict[str, Tensor],
 ) -> Iterator[Fault]:
     """Check that tokens of other documents kept their outputs and gradients.
@@ -410,28 +415,28 @@ def check_isolated(
         before: the results of at least two equal calls, before q, k and v of some documents were
             changed.
         after: the results of one or more equal calls after that change.
-        kept: the tokens of the other documents, bool, (B, T).
-        noise: reference.sum_noise of the calls before the change.
+        unchanged: the tokens of the other documents, bool, (B, T).
+        noise: reference.sum_order_bounds of the calls before the change.
     """
-    if not torch.equal(before[0].out[kept], after[0].out[kept]):
-        shift = _difference(before[0].out[kept], after[0].out[kept])
+    if not torch.equal(before[0].out[unchanged], after[0].out[unchanged]):
+        shift = _difference(before[0].out[unchanged], after[0].out[unchanged])
         text = f"{case.name}: changing one document moved the output of others by {shift}"
-        yield fault("packing-not-isolated", text, noise_sensitive=True)
+        yield Fault("packing-not-isolated", text, noise_sensitive=True)
     for name, bound_BTHD in noise.items():
-        one, *same = _kept(before, name, kept)
-        other, *same_after = _kept(after, name, kept)
+        one, *same = _gradients_at(before, name, unchanged)
+        other, *same_after = _gradients_at(after, name, unchanged)
         if one is None or other is None or torch.equal(one, other):
             continue
         again = [(one, x) for x in same] + [(other, x) for x in same_after]
         repeats = all(x is not None and torch.equal(x, reference) for reference, x in again)
-        bound = bound_BTHD[kept].double()
-        seen = max(_multiple(reference, x, bound) for reference, x in again if x is not None)
-        allowed = max(1.0, BEYOND_SEEN * seen)
+        bound = bound_BTHD[unchanged].double()
+        seen = max(_excess_ratio(reference, x, bound) for reference, x in again if x is not None)
+        allowed = max(1.0, REPEAT_MARGIN * seen)
         # `not <=` is also true for NaN.
-        if repeats or not _multiple(one, other, bound) <= allowed:
+        if repeats or not _excess_ratio(one, other, bound) <= allowed:
             moved, by_itself = _difference(one, other), "does not move"
             if not repeats:
-                excess = largest(beyond_a_flip(one, other))
+                excess = largest(difference_beyond_ulp(one, other))
                 by_itself = (
                     f"moves by one rounding and a float32 sum's order, not {excess:.1e} more"
                 )
@@ -439,20 +444,20 @@ def check_isolated(
                 f"{case.name}: changing one document moved {name} of others by {moved}"
                 f" (by itself it {by_itself})"
             )
-            yield fault("packing-not-isolated", text, noise_sensitive=True)
+            yield Fault("packing-not-isolated", text, noise_sensitive=True)
 
 
-def _kept(results: Sequence[Result], name: str, kept: Tensor) -> list[Tensor | None]:
-    """Return a gradient at the kept tokens, (tokens, heads, D), for each result."""
+def _gradients_at(results: Sequence[Result], name: str, tokens: Tensor) -> list[Tensor | None]:
+    """Return a gradient at some tokens, (tokens, heads, D), for each result."""
     found = (result.gradients[name] for result in results)
-    return [None if x is None else x.transpose(1, 2)[kept] for x in found]
+    return [None if x is None else x.transpose(1, 2)[tokens] for x in found]
 
 
-def _multiple(one: Tensor, other: Tensor, bound: Tensor) -> float:
+def _excess_ratio(one: Tensor, other: Tensor, bound: Tensor) -> float:
     """Return the largest difference beyond one unit in the last place, divided by the bound."""
     if torch.equal(one, other):
         return 0.0
-    excess = beyond_a_flip(one, other)
+    excess = difference_beyond_ulp(one, other)
     # 0 / 0 counts as 0: nothing may change and nothing does. NaN of a gradient stays NaN.
     return largest(torch.where(excess == 0, 0.0, excess / bound))
 

@@ -192,7 +192,7 @@ class _Figures(NamedTuple):
 
 def _compare(model: nn.Module, *, context: RunContext, collate: Collate | None) -> _Figures:
     """Measure the differences between packed and separate documents, and leaked gradients."""
-    documents = draw_documents(model)
+    documents = make_documents(model)
     rows = [documents, documents[::-1]] if context.rows > 1 else [documents]
     flat = [document for row in rows for document in row]
     if collate is not None:
@@ -205,7 +205,7 @@ def _compare(model: nn.Module, *, context: RunContext, collate: Collate | None) 
     with evaluation_mode(model):
         alone = [forward_alone(model, document, context=context).float() for document in documents]
         leaked, own = [], []
-        for place in with_loss(rows):
+        for place in documents_with_loss(rows):
             packed, by_token_T = differentiate(
                 model,
                 inputs,
@@ -238,7 +238,7 @@ def _judge(proof: IsolationProof, figures: _Figures) -> IsolationProof:
     faults = []
     if figures.logits_error > figures.logits_tolerance:
         faults.append(
-            f"logits differ by {figures.logits_error:.1e} packed and apart (allowed"
+            f"logits of packed and separate documents differ by {figures.logits_error:.1e} (allowed"
             f" {figures.logits_tolerance:.1e})"
         )
     if figures.leaked_gradient > LEAK * figures.own_gradient:
@@ -248,7 +248,7 @@ def _judge(proof: IsolationProof, figures: _Figures) -> IsolationProof:
     if not figures.own_gradient:
         faults.append("a document's loss has no gradient on the document itself")
     good = (
-        f"logits packed and apart agree to {figures.logits_error:.1e} (allowed"
+        f"logits of packed and separate documents agree to {figures.logits_error:.1e} (allowed"
         f" {figures.logits_tolerance:.1e}), no gradient between documents"
     )
     return replace(
@@ -279,8 +279,8 @@ LENGTHS = (13, 21)
 TINY_WINDOW = 64
 
 
-def draw_documents(model: Any) -> list[Tensor]:
-    """Draw two documents of ordinary tokens; int64, (length,), on the device of the embeddings.
+def make_documents(model: Any) -> list[Tensor]:
+    """Generate two documents of random ordinary tokens; int64, (length,), on the model's device.
 
     They are longer than a tiny sliding window, so that a window across a boundary is detected, and
     no longer than the model's maximum of positions.
@@ -375,18 +375,18 @@ def _forward(
     hook = model.get_input_embeddings().register_forward_hook(swap_in_leaf)
     try:
         # As in training, the backward pass runs outside of autocast.
-        with _precision(inputs["input_ids"].device.type, autocast):
+        with _autocast(inputs["input_ids"].device.type, autocast):
             logits: Tensor = model(**inputs, use_cache=False).logits
     finally:
         hook.remove()
     return logits.flatten(0, 1), embeddings
 
 
-def _precision(device_type: str, autocast: DType | None) -> AbstractContextManager[object]:
+def _autocast(device_type: str, autocast: DType | None) -> AbstractContextManager[object]:
     if autocast is None:
         return nullcontext()
-    cast: AbstractContextManager[object] = torch.autocast(device_type, getattr(torch, autocast))
-    return cast
+    context: AbstractContextManager[object] = torch.autocast(device_type, getattr(torch, autocast))
+    return context
 
 
 def document_bounds(layout: PackedLayout) -> list[tuple[int, int]]:
@@ -425,7 +425,7 @@ def _collated(
     return inputs, bounds
 
 
-def with_loss(rows: list[list[Tensor]]) -> list[int]:
+def documents_with_loss(rows: list[list[Tensor]]) -> list[int]:
     """Return the documents whose loss is differentiated: the first one and the last of each row.
 
     The last document of a row has others before it, in its row and in earlier rows; the first one

@@ -3,7 +3,7 @@
 A kernel may compute correct results and still affect the run: it may change a default of torch,
 the working directory or a signal handler, or leave files open after each call. The checks:
 
-- settings stay the same from before the import to the end: those of torch (torch_settings.py),
+- settings stay the same from before the import to the end: those of torch,
   Python's and numpy's random numbers, Python's hooks and garbage collection, rounding, working
   directory, umask, signals, timers, limits (for torch's random numbers, see is_rewound);
 - the functions of torch that models call are not replaced;
@@ -20,6 +20,7 @@ from __future__ import annotations
 import atexit
 import ctypes
 import gc
+import inspect
 import locale
 import logging
 import os
@@ -30,18 +31,19 @@ import socket
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.modules import module
 
 from attnimg.errors import signal_name
 from attnimg.facts import Reason
-from attnimg.verification.torch_settings import Functions, torch_settings
 
-# Calls per round, and rounds. They follow hundreds of probes, which have filled any cache of calls.
+# Calls per round, and rounds. They follow hundreds of probes, which have filled all caches.
 CALLS, ROUNDS = 6, 3
 
 # Growth of memory in a round that counts as a leak, as a share of the bytes that the calls return.
@@ -81,7 +83,7 @@ class ProcessState:
 
     def __init__(self) -> None:
         self._settings = _settings()
-        self._functions = Functions()
+        self._functions = _functions()
         self._environment = _environment()
         self._filters = list(warnings.filters)
         self._counts: dict[str, int] | None = None
@@ -89,14 +91,18 @@ class ProcessState:
     def changes(self) -> list[str]:
         """Return the names of the settings that changed, with details; [] if none did."""
         after = _settings()
-        found = [
-            f"{name} was {before}, is {after[name]}" if _is_short(before) else f"{name} changed"
-            for name, before in self._settings.items()
-            # None: numpy was not imported yet.
-            if before is not None and after[name] != before
+        return [
+            *(
+                f"{name} was {before}, is {after[name]}"
+                if len(str(before)) <= 80
+                else f"{name} changed"
+                for name, before in self._settings.items()
+                if after[name] != before
+            ),
+            *_replaced(self._functions),
+            *self._environment_changes(),
+            *self._filter_changes(),
         ]
-        found += self._functions.replaced()
-        return found + list(self._environment_changes()) + list(self._filter_changes())
 
     def count_changes(self) -> list[str]:
         """Return the counts that grew by more than MAX_MORE since the first call of this method."""
@@ -132,8 +138,8 @@ class ProcessState:
                 yield f"warnings filters: the action for every warning is {action}"
 
 
-def process_state(changes: list[str], *, when: str) -> Reason:
-    """Build the reason for a kernel that changed the process."""
+def process_state_reason(changes: list[str], *, when: str) -> Reason:
+    """Return the reason for a kernel that changed the process."""
     return Reason(code="process-state", text=f"{when}: {'; '.join(changes)}")
 
 
@@ -155,20 +161,20 @@ def leaks(call: Callable[[], int]) -> list[str]:
 
 def _leaks(call: Callable[[], int]) -> list[str]:
     size = call()
-    before, grown = _measured(), dict[str, list[int]]()
+    before, growth_per_round = _measure(), dict[str, list[int]]()
     environment = set(_environment())
     for _ in range(ROUNDS):
         for _ in range(CALLS):
             call()
-        after = _measured()
+        after = _measure()
         for name, value in after.items():
-            grown.setdefault(name, []).append(value - before[name])
+            growth_per_round.setdefault(name, []).append(value - before[name])
         before = after
-    needed = {"memory": max(_LEAK_BYTES, int(_LEAK_SHARE * size * CALLS))}
+    least = {"memory": max(_LEAK_BYTES, int(_LEAK_SHARE * size * CALLS))}
     found = [
         f"{name}: {sum(growth)} more after {ROUNDS * CALLS} equal calls"
-        for name, growth in grown.items()
-        if min(growth) >= needed.get(name, CALLS // 2)
+        for name, growth in growth_per_round.items()
+        if min(growth) >= least.get(name, CALLS // 2)
     ]
     added = sorted(set(_environment()) - environment)
     return found + [f"environment: {name} was set by a repeated call" for name in added]
@@ -176,10 +182,11 @@ def _leaks(call: Callable[[], int]) -> list[str]:
 
 def _settings() -> dict[str, Any]:
     """Return the settings that a kernel must not change, by name."""
-    found: dict[str, Any] = torch_settings() | {
+    numpy_state: Any = np.random.get_state()
+    found: dict[str, Any] = _torch_settings() | {
         "random numbers of Python": random.getstate(),
-        "random numbers of numpy": _numpy_state(),
-        "floating-point errors of numpy": _numpy_errors(),
+        "random numbers of numpy": (numpy_state[1].tobytes(), *numpy_state[2:]),
+        "floating-point errors of numpy": np.geterr(),
         "rounding of floating-point numbers": _rounding(),
         "garbage collection": (gc.isenabled(), gc.get_threshold()),
         "hooks of Python": (
@@ -194,9 +201,11 @@ def _settings() -> dict[str, Any]:
         "locale": locale.setlocale(locale.LC_ALL),
         "timeout of sockets": (socket.getdefaulttimeout(),),
         "working directory": _directory(),
-        "umask": _umask(),
+        # os.umask only returns the umask when it sets another.
+        "umask": _status("Umask"),
         "signals blocked": frozenset(signal.pthread_sigmask(signal.SIG_BLOCK, [])),
-        "signals ignored": _ignored(),
+        # signal.getsignal misses the signals that C code ignores.
+        "signals ignored": _status("SigIgn"),
         "timers": tuple(
             signal.getitimer(kind)[0] > 0
             for kind in (signal.ITIMER_REAL, signal.ITIMER_VIRTUAL, signal.ITIMER_PROF)
@@ -235,35 +244,11 @@ def _cpus() -> frozenset[int] | None:
     return frozenset(os.sched_getaffinity(0))
 
 
-def _numpy_errors() -> Any:
-    numpy = sys.modules.get("numpy")
-    return None if numpy is None else numpy.geterr()
-
-
-def _numpy_state() -> Any:
-    """Return the state of numpy's global generator; None if numpy was not imported yet."""
-    numpy = sys.modules.get("numpy")
-    if numpy is None:
-        return None
-    kind, keys, *rest = numpy.random.get_state()
-    return kind, keys.tobytes(), *rest
-
-
 def _directory() -> str:
     try:
         return str(Path.cwd())
     except OSError as error:  # it was removed
         return f"none: {error.strerror}"
-
-
-def _umask() -> str:
-    """Return the umask; os.umask only returns it when it sets another."""
-    return _status("Umask")
-
-
-def _ignored() -> str:
-    """Return the mask of ignored signals; Python's getsignal misses those that C code ignores."""
-    return _status("SigIgn")
 
 
 def _status(name: str) -> str:
@@ -286,7 +271,7 @@ def _counts() -> dict[str, int]:
     }
 
 
-def _measured() -> dict[str, int]:
+def _measure() -> dict[str, int]:
     """Return the counts that a leaking call increases."""
     gc.collect()
     # Free memory is returned to the system, so that only memory in use is counted.
@@ -306,10 +291,6 @@ def _measured() -> dict[str, int]:
     }
 
 
-def _is_short(value: Any) -> bool:
-    return len(str(value)) <= 80
-
-
 # The CPU's generator is a Mersenne Twister, which generates this many words at a time.
 _BLOCK = 624
 
@@ -323,7 +304,7 @@ _BLOCKS = 1024
 _WORDS = slice(3 * 8, (3 + _BLOCK) * 8)
 
 
-def states_after_draw(device: torch.device) -> dict[str, Tensor]:
+def draw_and_read_states(device: torch.device) -> dict[str, Tensor]:
     """Draw a number from each generator, so that seeding changes its state; return the states."""
     torch.rand(())
     if device.type == "cuda":
@@ -373,3 +354,116 @@ def _states(device: torch.device) -> dict[str, Tensor]:
     if device.type == "cuda":
         states["cuda"] = torch.cuda.get_rng_state(device)
     return states
+
+
+# Replaced by torch itself: torch._dynamo wraps it when it is first imported.
+_REPLACED_BY_TORCH = frozenset({"manual_seed"})
+
+
+def _torch_settings() -> dict[str, Any]:
+    """Return the settings of torch that a kernel must not change, by name."""
+    return {
+        "default dtype": torch.get_default_dtype(),
+        "default device": torch.get_default_device(),
+        "float32 matmul precision": _precision(),
+        "reduced precision in float16 sums": (
+            torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction
+        ),
+        "reduced precision in bfloat16 sums": (
+            torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction
+        ),
+        "deterministic algorithms": (
+            torch.are_deterministic_algorithms_enabled(),
+            torch.is_deterministic_algorithms_warn_only_enabled(),
+            torch.backends.cudnn.deterministic,
+        ),
+        "cuDNN benchmark": torch.backends.cudnn.benchmark,
+        "libraries in use": (torch.backends.cudnn.enabled, torch.backends.mkldnn.enabled),
+        "kernels of scaled_dot_product_attention": (
+            torch.backends.cuda.flash_sdp_enabled(),
+            torch.backends.cuda.mem_efficient_sdp_enabled(),
+            torch.backends.cuda.math_sdp_enabled(),
+            torch.backends.cuda.cudnn_sdp_enabled(),
+        ),
+        "gradient mode": torch.is_grad_enabled(),
+        "anomaly detection": torch.is_anomaly_enabled(),
+        "threads of autograd": torch._C._is_multithreading_enabled(),
+        "hooks of saved tensors": (
+            torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+        ),
+        "modes of torch": (
+            torch._C._len_torch_function_stack(),
+            torch._C._len_torch_dispatch_stack(),
+        ),
+        "hooks of all modules": tuple(
+            len(hooks)
+            for hooks in (
+                module._global_forward_pre_hooks,
+                module._global_forward_hooks,
+                module._global_backward_pre_hooks,
+                module._global_backward_hooks,
+            )
+        ),
+        "autocast": tuple(
+            (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
+            for kind in ("cpu", "cuda")
+        ),
+        "threads of torch": (torch.get_num_threads(), torch.get_num_interop_threads()),
+        "flush-denormal": _flushes_denormals(),
+    }
+
+
+def _precision() -> tuple[str, ...]:
+    """Return the precision of float32 products: from torch's old settings, or new ones if set."""
+    try:
+        return (torch.get_float32_matmul_precision(), str(torch.backends.cudnn.allow_tf32))
+    # torch raises when the old settings are read and contradict the new ones.
+    except RuntimeError:
+        parts = (
+            torch.backends.cuda.matmul,
+            torch.backends.cudnn.conv,
+            torch.backends.mkldnn.matmul,
+        )
+        return tuple(str(getattr(part, "fp32_precision", None)) for part in parts)
+
+
+def _flushes_denormals() -> bool:
+    """Return whether this thread's arithmetic replaces denormal numbers by 0."""
+    smallest = torch.full((1,), 1e-310, dtype=torch.float64, device="cpu")
+    return bool((smallest * 1.0 == 0).item())
+
+
+def _functions() -> list[tuple[str, Mapping[str, Any], str, Any]]:
+    """Return the functions of torch, and transformers' attention functions.
+
+    Those of torch are all in torch and torch.nn.functional, tensor methods, and forward of torch.nn
+    modules. Each has its owner's name, the owner's values, its own name, and itself.
+    """
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    owners: list[tuple[str, Mapping[str, Any]]] = [
+        ("torch", vars(torch)),
+        ("torch.nn.functional", vars(torch.nn.functional)),
+        ("torch.Tensor", vars(torch.Tensor)),
+        ("attention of transformers", ALL_ATTENTION_FUNCTIONS._global_mapping),
+    ]
+    functions = [
+        (owner, values, name, value)
+        for owner, values in owners
+        for name, value in values.items()
+        if inspect.isroutine(value) and not name.startswith("_") and name not in _REPLACED_BY_TORCH
+    ]
+    return functions + [
+        (f"torch.nn.{name}", vars(kind), "forward", vars(kind)["forward"])
+        for name, kind in vars(torch.nn).items()
+        if inspect.isclass(kind) and "forward" in vars(kind)
+    ]
+
+
+def _replaced(functions: list[tuple[str, Mapping[str, Any], str, Any]]) -> list[str]:
+    """Return the names of the functions that were replaced since they were listed."""
+    return [
+        f"{owner}: {name} was replaced"
+        for owner, values, name, value in functions
+        if values.get(name) is not value
+    ]

@@ -6,11 +6,12 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from pathlib import Path
 
-from attnimg.backends import local_kernel, variables_that_choose
+from attnimg.backends import kernel_variables, local_kernel
 from attnimg.backends._loading import hub_folder
 from attnimg.context import context_of
 from attnimg.facts import (
@@ -48,11 +49,8 @@ class Setting:
     @staticmethod
     def here(machine: Machine, environment: Mapping[str, str]) -> Setting:
         """Return the setting of this process."""
-        return Setting(
-            machine=machine,
-            environment=environment,
-            folder=cache_folder(environment),
-        )
+        folder = cache_folder(environment)
+        return Setting(machine=machine, environment=environment, folder=folder)
 
 
 def prove(
@@ -60,7 +58,7 @@ def prove(
     problem: Problem,
     *,
     setting: Setting,
-    say: Callable[[str], None],
+    log: Callable[[str], None],
     routed: bool = False,
     timeout_s: float | None = None,
 ) -> list[Proof]:
@@ -70,7 +68,7 @@ def prove(
         backends: the backends to prove; each must fit the machine.
         problem: what attention has to do in the run.
         setting: the machine, the environment and the cache.
-        say: called with each progress line, and with notes on unusable files of the cache.
+        log: called with each progress line, and with notes on unusable files of the cache.
         routed: whether a router calls them.
         timeout_s: seconds for one backend; None for the device's default.
 
@@ -83,14 +81,14 @@ def prove(
     proofs: dict[int, Proof] = {}
     for place, key in enumerate(keys):
         if folder is not None and key is not None:
-            kept = read(folder, key, backend=backends[place], say=say)
-            if kept is not None:
-                proofs[place] = kept
+            cached = read(folder, key, backend=backends[place], log=log)
+            if cached is not None:
+                proofs[place] = cached
     missing = [place for place in range(len(backends)) if place not in proofs]
     if missing:
         device = "cpu" if machine.arch.vendor == "cpu" else "cuda"
-        asked = [candidates[place] for place in missing]
-        proofs |= zip(missing, run(asked, device=device, timeout_s=timeout_s, say=say), strict=True)
+        left = [candidates[place] for place in missing]
+        proofs |= zip(missing, run(left, device=device, timeout_s=timeout_s, log=log), strict=True)
         if folder is not None:
             # Kernels that were downloaded by the proof have a key now. Where files changed during
             # the proof, it is not written.
@@ -98,7 +96,7 @@ def prove(
             for place in missing:
                 key = after[place]
                 if key is not None and keys[place] in (None, key):
-                    write(folder, key, proofs[place], say=say)
+                    write(folder, key, proofs[place], log=log)
     return [proofs[place] for place in range(len(backends))]
 
 
@@ -119,19 +117,19 @@ def _keys(
             keys.append(None)
             continue
         keys.append(
-            key_of(
+            proof_key(
                 candidate,
                 machine=setting.machine,
                 versions=_versions(backend),
                 content=content,
-                variables=variables_that_choose(setting.environment),
+                variables=kernel_variables(setting.environment),
             )
         )
     hashes.save()
     return keys
 
 
-def content_of(backend: Backend, *, setting: Setting, trusted: bool) -> dict[str, str] | None:
+def hash_files(backend: Backend, *, setting: Setting, trusted: bool) -> dict[str, str] | None:
     """Return hashes of all files that compute a backend's attention; None where some are unknown.
 
     Args:
@@ -179,10 +177,10 @@ def _content(
 
 
 def _candidate(backend: Backend, problem: Problem, setting: Setting, *, routed: bool) -> Candidate:
-    geometries = geometries_of(
+    geometries = list_geometries(
         problem,
         context_of(problem, backend),
-        dense=not problem.packing or has_dense_entry(backend, setting.machine),
+        dense=not problem.packing or has_dense_function(backend, setting.machine),
         deterministic=setting.environment.get("FLASH_ATTENTION_DETERMINISTIC") == "1",
         every_length=backend.unreviewed or local_kernel(backend, setting.machine) is not None,
     )
@@ -192,16 +190,12 @@ def _candidate(backend: Backend, problem: Problem, setting: Setting, *, routed: 
 
 
 def _versions(backend: Backend) -> dict[str, str]:
-    """Return the versions that a backend's proof depends on; "" for what is not installed."""
-    names = [*_LIBRARIES, *(package for package, _, _ in backend.needs.packages)]
-    return {name: _version(name) for name in names}
-
-
-def _version(name: str) -> str:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return ""
+    """Return the versions of the installed packages that a backend's proof depends on."""
+    versions: dict[str, str] = {}
+    for name in (*_LIBRARIES, *(package for package, _, _ in backend.needs.packages)):
+        with suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
+    return versions
 
 
 _TRANSIENT = frozenset({"timeout", "crash", "oom", "import-error"})
@@ -210,7 +204,7 @@ _TRANSIENT = frozenset({"timeout", "crash", "oom", "import-error"})
 _PROOF_BYTES = 1 << 20
 
 
-def key_of(
+def proof_key(
     candidate: Candidate,
     *,
     machine: Machine,
@@ -237,35 +231,35 @@ def key_of(
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def read(folder: Path, key: str, *, backend: Backend, say: Callable[[str], None]) -> Proof | None:
-    """Read a proof; return None where there is none, or it is not valid, which is printed."""
+def read(folder: Path, key: str, *, backend: Backend, log: Callable[[str], None]) -> Proof | None:
+    """Read a proof; return None if there is none, or if it is not valid, which is logged."""
     path = folder / f"{key}.json"
     try:
-        kept = json.loads(read_private(path, at_most=_PROOF_BYTES))
-        proof = proof_from_json(kept["proof"])
-        if kept["key"] != key or proof.backend != backend.name:
+        stored = json.loads(read_private(path, at_most=_PROOF_BYTES))
+        proof = proof_from_json(stored["proof"])
+        if stored["key"] != key or proof.backend != backend.name:
             raise ValueError("it was made for another key or backend")
         _require_valid(proof, has_bounds=backend.k_forward is not None)
     except FileNotFoundError:
         return None
     except OSError as error:
-        say(f"note: {path} is not used, as {error.strerror or error}; proving again")
+        log(f"note: {path} is not used ({error.strerror or error}); proving again")
         return None
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        say(f"note: {path} is damaged; proving again")
+        log(f"note: {path} is damaged; proving again")
         return None
     return replace(proof, cached=True)
 
 
-def write(folder: Path, key: str, proof: Proof, *, say: Callable[[str], None]) -> None:
-    """Write a proof atomically; where that fails, print a note: the next run proves again."""
+def write(folder: Path, key: str, proof: Proof, *, log: Callable[[str], None]) -> None:
+    """Write a proof atomically; if that fails, log a note: the next run proves again."""
     if any(reason.code in _TRANSIENT for reason in proof.reasons):
         return
     text = json.dumps({"key": key, "proof": asdict(proof)})
     try:
         write_private(folder / f"{key}.json", text.encode())
     except OSError as error:
-        say(f"note: the proof could not be kept in {folder}: {error.strerror or error}")
+        log(f"note: the proof could not be saved in {folder}: {error.strerror or error}")
 
 
 def _require_valid(proof: Proof, *, has_bounds: bool) -> None:
@@ -297,14 +291,14 @@ def _require_valid(proof: Proof, *, has_bounds: bool) -> None:
             raise ValueError(f"{figure.quantity} is beyond its bound")
 
 
-# The heads to prove if the model's config is not available: grouped heads of the most common size.
+# The heads to prove if the model's config is not available: grouped heads of a common size.
 UNKNOWN_MODEL = (LayerGroup(count=1, heads=8, kv_heads=2, head_dim_qk=64, head_dim_v=64),)
 
 # The shortest row to prove on, so that it has several tiles even if sequence_len is small.
 SHORTEST_ROW = 64
 
 
-def geometries_of(
+def list_geometries(
     problem: Problem, context: RunContext, *, dense: bool, deterministic: bool, every_length: bool
 ) -> tuple[Geometry, ...]:
     """List the distinct geometries of a run.
@@ -318,7 +312,7 @@ def geometries_of(
     """
     model = with_effective_windows(problem).model
     layers: Sequence[LayerGroup] = model.layers if model else ()
-    found = (
+    geometries = (
         Geometry(
             heads=layer.heads,
             kv_heads=layer.kv_heads,
@@ -339,10 +333,10 @@ def geometries_of(
         )
         for layer in layers or UNKNOWN_MODEL
     )
-    return tuple(dict.fromkeys(found))
+    return tuple(dict.fromkeys(geometries))
 
 
-def has_dense_entry(backend: Backend, machine: Machine) -> bool:
+def has_dense_function(backend: Backend, machine: Machine) -> bool:
     """Return whether a backend takes rows of one document: some have only a varlen function."""
     local = local_kernel(backend, machine)
     return local is None or local.exports is None or "flash_attn_func" in local.exports

@@ -8,11 +8,14 @@ E head size of v.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
+from attnimg.facts import Pattern
+from attnimg.verification.calls import Inputs, Result, visible_keys
 from attnimg.verification.cases import Case
-from attnimg.verification.inputs import Inputs
 
 
 def attend(
@@ -73,28 +76,6 @@ def attention_weights(
     return weights / total.masked_fill(total == 0, 1.0)
 
 
-def visible_keys(documents: Tensor, *, places: Tensor, window: int | None) -> Tensor:
-    """Return which keys each query sees: those of its document, not later ones, within its window.
-
-    Args:
-        documents: which document each key belongs to, int, (B, S); below 0 for padding.
-        places: the position of each query among the keys, int, (T,). The last query of a call is
-            at the last key (bottom-right alignment).
-        window: keys that a query sees, its own included; None for all.
-
-    Returns:
-        Bool, (B, 1, T, S).
-    """
-    place_S = torch.arange(documents.shape[1], device=documents.device)
-    behind_TS = places[:, None] - place_S[None, :]
-    seen_TS = behind_TS >= 0
-    if window is not None:
-        seen_TS &= behind_TS < window
-    of_query = documents[:, places, None]
-    same_BTS = (of_query == documents[:, None, :]) & (of_query >= 0)
-    return (seen_TS & same_BTS)[:, None]
-
-
 def shifted_keys(documents: Tensor, *, heads: int) -> Tensor:
     """Return which keys each query sees under LongLoRA's shifted groups.
 
@@ -129,6 +110,78 @@ def shifted_keys(documents: Tensor, *, heads: int) -> Tensor:
     return torch.stack(masks)[None] & (of_token[:, None, :, None] & of_token[:, None, None, :])
 
 
+def reference(
+    case: Case,
+    inputs: Inputs,
+    *,
+    dtype: torch.dtype,
+    pattern: Pattern = "full",
+    keep: Tensor | None = None,
+) -> Result:
+    """Compute plain attention in a given precision, at the compared rows only.
+
+    Args:
+        case: the probe.
+        inputs: its tensors.
+        dtype: float64 for the exact result, the run's own dtype to measure its rounding.
+        pattern: which keys queries see; "shifted" needs equally many queries and keys, not packed.
+        keep: factors on the attention weights, (B, H, T, S).
+    """
+    leaves = {name: x.requires_grad_() for name, x in _leaves(inputs, dtype=dtype).items()}
+    out = _plain_output(case, inputs, leaves, pattern=pattern, keep=keep)
+    d_out = inputs.d_out[:, inputs.rows].to(dtype)
+    found = torch.autograd.grad(out, list(leaves.values()), d_out)
+    gradients: dict[str, Tensor | None] = dict(zip(leaves, found, strict=True))
+    terms = None
+    if inputs.sinks is not None:
+        terms = found[-1].squeeze(-1)
+        gradients["dsinks"] = terms.sum((0, 2))
+    return Result(out=out.detach(), gradients=gradients, dsinks_terms=terms)
+
+
+def _leaves(inputs: Inputs, *, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Return gradient name -> q, k, v or the sinks of each query, in a given precision."""
+    leaves = {"dq": inputs.q, "dk": inputs.k, "dv": inputs.v}
+    if inputs.sinks is not None:
+        shape = (len(inputs.q), -1, len(inputs.rows), 1)
+        leaves["dsinks"] = inputs.sinks[:, None, None].expand(shape)
+    return {name: leaf.detach().to(dtype) for name, leaf in leaves.items()}
+
+
+def _plain_output(
+    case: Case,
+    inputs: Inputs,
+    leaves: dict[str, Tensor],
+    *,
+    pattern: Pattern,
+    keep: Tensor | None = None,
+) -> Tensor:
+    """Return the output of plain attention at the compared rows; see `reference`."""
+    places = inputs.rows + (inputs.k.shape[2] - inputs.q.shape[2])
+    if pattern == "shifted":
+        visible = shifted_keys(inputs.documents, heads=inputs.q.shape[1])[:, :, inputs.rows]
+    else:
+        visible = visible_keys(inputs.documents, places=places, window=case.geometry.window)
+    return attend(
+        leaves["dq"].index_select(2, inputs.rows),
+        leaves["dk"],
+        leaves["dv"],
+        visible=visible,
+        scale=inputs.scale,
+        softcap=case.geometry.softcap,
+        sinks=leaves.get("dsinks"),
+        keep=keep,
+    )
+
+
+def scale_derivative(case: Case, inputs: Inputs, *, pattern: Pattern, exact: Result) -> Tensor:
+    """Return d(output) / d(log scale) at the compared rows."""
+    step = 1e-4
+    steeper = replace(inputs, scale=inputs.scale * (1 + step))
+    leaves = _leaves(inputs, dtype=torch.float64)
+    return (_plain_output(case, steeper, leaves, pattern=pattern) - exact.out) / step
+
+
 TILE = 16
 
 # Half of the spacing of float32 at 1: the unit roundoff.
@@ -139,7 +192,7 @@ UNIT = 2.0**-24
 DEVIATIONS = 6.0
 
 
-def sum_noise(case: Case, inputs: Inputs) -> dict[str, Tensor]:
+def sum_order_bounds(case: Case, inputs: Inputs) -> dict[str, Tensor]:
     """Return a bound on gradient changes by the order of sums: 2 n u A, (B, T, heads, D), float32.
 
     Args:
@@ -168,7 +221,7 @@ def sum_noise(case: Case, inputs: Inputs) -> dict[str, Tensor]:
     return {name: 2 * terms[name] * UNIT * size.transpose(1, 2) for name, size in sizes.items()}
 
 
-def rounding_of_output(case: Case, inputs: Inputs) -> dict[str, float]:
+def output_rounding_bounds(case: Case, inputs: Inputs) -> dict[str, float]:
     """Return bounds on the change of dq and dk by rounding the output: the largest element of each.
 
     A flash kernel computes the gradient of the scores as P * (d_out v - d_out out), from the output
@@ -185,7 +238,7 @@ def rounding_of_output(case: Case, inputs: Inputs) -> dict[str, float]:
         inputs: its tensors.
     """
     q, k, v, _, weights = _attention(case, inputs)
-    return rounding_through(
+    return rounding_bounds(
         q,
         k,
         v,
@@ -197,7 +250,7 @@ def rounding_of_output(case: Case, inputs: Inputs) -> dict[str, float]:
     )
 
 
-def rounding_through(
+def rounding_bounds(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -208,7 +261,7 @@ def rounding_through(
     unit: float,
     group: int,
 ) -> dict[str, float]:
-    """Return bounds on the change of dq and dk by rounding the output; see rounding_of_output.
+    """Return bounds on the change of dq and dk by rounding the output; see output_rounding_bounds.
 
     Args:
         q: (..., H, T, D), in the same dtype as d_out.
@@ -244,7 +297,7 @@ def _attention(case: Case, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor, Tens
     return q, k, v, scores, weights
 
 
-def beyond_a_flip(one: Tensor, other: Tensor) -> Tensor:
+def difference_beyond_ulp(one: Tensor, other: Tensor) -> Tensor:
     """Return by how much two rounded values differ beyond one unit in the last place, float64."""
     kind = torch.finfo(one.dtype)
     wide, other_wide = one.double(), other.double()

@@ -6,7 +6,6 @@ one of them crashes the child, that candidate has failed, and a new child proves
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import selectors
@@ -17,12 +16,12 @@ import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from attnimg.backends import backend_named
+from attnimg.backends import find_backend
 from attnimg.errors import signal_name
 from attnimg.facts import Figure, Geometry, Proof, Reason
 from attnimg.verification.training_conditions import is_compiled
@@ -43,7 +42,7 @@ IMPORT_TIMEOUT_S = 180.0
 WALL_S = 900.0
 
 # Memory that a child may allocate after its imports: the longest probe on a CPU has some ten arrays
-# of cases.CPU.held scores. On a GPU the probes are sized to its memory, of which a tenth is left.
+# of cases.CPU.stored_scores numbers. On a GPU the probes are sized to its memory, less a tenth.
 MEMORY_BYTES = {"cpu": 6 << 30, "cuda": 1 << 40}
 
 # Bytes that a child may print (into a temporary file), and bytes of the longest line of a report.
@@ -76,7 +75,7 @@ def run(
     timeout_s: float | None = None,
     wall_s: float = WALL_S,
     memory_bytes: int | None = None,
-    say: Callable[[str], None] | None = None,
+    log: Callable[[str], None] | None = None,
 ) -> list[Proof]:
     """Prove candidates in a child process.
 
@@ -88,7 +87,7 @@ def run(
         wall_s: seconds of wall time that it may take after the child has started; COMPILING_S is
             added where its kernel is compiled.
         memory_bytes: bytes that the child may allocate; None for MEMORY_BYTES.
-        say: called with each progress line; None for no output.
+        log: called with each progress line; None for no output.
 
     Returns:
         A proof for each candidate, in the same order. An error of a kernel is a reason in its
@@ -101,31 +100,32 @@ def run(
         proofs += _run_child(
             left,
             limits=[
-                limits_of(candidate, device=device, timeout_s=timeout_s, wall_s=wall_s)
+                time_limits(candidate, device=device, timeout_s=timeout_s, wall_s=wall_s)
                 for candidate in left
             ],
             memory_bytes=memory,
-            say=say or _silence,
+            log=log or (lambda _text: None),
         )
     return proofs
 
 
-def limits_of(
+def time_limits(
     candidate: Candidate, *, device: str, timeout_s: float | None, wall_s: float
-) -> tuple[float, float]:
-    """Return a candidate's limits: seconds of computing and sleeping, and seconds of wall time."""
-    backend = backend_named(candidate.backend)
+) -> Limits:
+    """Return the time limits of a candidate."""
+    backend = find_backend(candidate.backend)
     compiling = backend is not None and is_compiled(backend, device=device)
     extra = COMPILING_S if compiling else 0.0
-    return TIMEOUT_S[device] + extra if timeout_s is None else timeout_s, wall_s + extra
+    limit_s = TIMEOUT_S[device] + extra if timeout_s is None else timeout_s
+    return Limits(limit_s, wall_s + extra)
 
 
 def _run_child(
     candidates: Sequence[Candidate],
     *,
-    limits: Sequence[tuple[float, float]],
+    limits: Sequence[Limits],
     memory_bytes: int,
-    say: Callable[[str], None],
+    log: Callable[[str], None],
 ) -> list[Proof]:
     """Prove candidates until the child has ended; return at least one proof."""
     task = {
@@ -135,19 +135,17 @@ def _run_child(
     proofs: list[Proof] = []
     running, case = candidates[0].backend, "starting"
     begun = time.monotonic()
-    with tempfile.TemporaryFile() as noise, _Child(task, noise=noise) as child:
-        watchdog = Watchdog(child.pid, limit_s=IMPORT_TIMEOUT_S, wall_s=WALL_S)
-        for line in _lines(child, watchdog, noise=noise):
+    with tempfile.TemporaryFile() as output, _start_child(task, output=output) as child:
+        watchdog = Watchdog(child.pid, Limits(IMPORT_TIMEOUT_S, WALL_S))
+        for line in _lines(child, watchdog, output=output):
             message = _message(line, pid=child.pid)
             if "begin" in message:
                 running, case = str(message["begin"]), "loading"
                 begun = time.monotonic()
-                limit_s, wall_s = limits[len(proofs)]
-                watchdog.restart(limit_s=limit_s, wall_s=wall_s)
-                say(f"proving {running}")
+                watchdog.restart(limits[len(proofs)])
+                log(f"proving {running}")
             elif "again" in message:
-                limit_s, wall_s = limits[len(proofs)]
-                watchdog.restart(limit_s=limit_s, wall_s=wall_s)
+                watchdog.restart(limits[len(proofs)])
             elif "case" in message:
                 case = str(message["case"])
             elif (proof := _proof(message)) is not None and proof.backend == running:
@@ -159,19 +157,19 @@ def _run_child(
             # The kernel of an earlier candidate ended this child; the next one proves the rest.
             return proofs
         # A kernel may close the pipe of the reports and keep running.
-        while child.poll() is None and not watchdog.spent() and not _is_flooded(noise):
-            time.sleep(LOOK_EVERY_S)
-        late, flooded = child.poll() is None, _is_flooded(noise)
-        if late:
+        while child.poll() is None and not watchdog.expired() and not _exceeds_output(output):
+            time.sleep(CHECK_EVERY_S)
+        timed_out, too_much_output = child.poll() is None, _exceeds_output(output)
+        if timed_out:
             os.killpg(child.pid, signal.SIGKILL)
         status = child.wait()
-        if flooded:
+        if too_much_output:
             text = f"{case}: printed more than {OUTPUT_BYTES >> 20} MiB"
             reason = Reason(code="process-state", text=text)
-        elif late:
-            reason = Reason(code="timeout", text=f"{case}: {watchdog.sentence()}")
+        elif timed_out:
+            reason = Reason(code="timeout", text=f"{case}: {watchdog.description()}")
         else:
-            reason = _death(status, case=case, noise=noise)
+            reason = _exit_reason(status, case=case, output=output)
     seconds = time.monotonic() - begun
     return [*proofs, Proof(backend=running, reasons=(reason,), seconds=seconds)]
 
@@ -192,69 +190,61 @@ def _proof(message: dict[str, Any]) -> Proof | None:
         return None
 
 
-def _is_flooded(noise: IO[bytes]) -> bool:
-    return os.fstat(noise.fileno()).st_size > OUTPUT_BYTES
+def _exceeds_output(output: IO[bytes]) -> bool:
+    return os.fstat(output.fileno()).st_size > OUTPUT_BYTES
 
 
-def _silence(_text: str) -> None:
-    """Print nothing."""
-
-
-class _Child:
-    """A child process with its task on stdin; it and all that it started are killed on exit."""
-
-    def __init__(self, task: dict[str, Any], *, noise: IO[bytes]) -> None:
-        self.mark = uuid.uuid4().hex
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "attnimg.verification.worker"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=noise,
-            # In a process group of its own: Ctrl-C reaches the parent, which then kills the group.
-            start_new_session=True,
-            env=os.environ | {MARK: self.mark},
-        )
-        self.task = json.dumps(task).encode()
-
-    def __enter__(self) -> subprocess.Popen[bytes]:
-        assert self.process.stdin is not None
+@contextmanager
+def _start_child(task: dict[str, Any], *, output: IO[bytes]) -> Iterator[subprocess.Popen[bytes]]:
+    """Start a child process with a task on stdin; after the block, kill all that it started."""
+    mark = uuid.uuid4().hex
+    process = subprocess.Popen(
+        [sys.executable, "-m", "attnimg.verification.worker"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=output,
+        # In a process group of its own: Ctrl-C reaches the parent, which then kills the group.
+        start_new_session=True,
+        env=os.environ | {MARK: mark},
+    )
+    assert process.stdin is not None
+    assert process.stdout is not None
+    try:
         # A child that ended at once has closed the pipe; its exit status is reported.
-        with contextlib.suppress(BrokenPipeError):
-            self.process.stdin.write(self.task)
-            self.process.stdin.close()
-        return self.process
-
-    def __exit__(self, *_error: object) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
-        _kill_marked(self.mark)
-        assert self.process.stdout is not None
-        self.process.stdout.close()
+        with suppress(BrokenPipeError):
+            process.stdin.write(json.dumps(task).encode())
+            process.stdin.close()
+        yield process
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        _kill_marked(mark)
+        process.stdout.close()
 
 
 def _kill_marked(mark: str) -> None:
     """Kill the processes that a kernel started and that left the child's group and session."""
     # Repeated, since a process may fork during the search.
     for _ in range(3):
-        found = list(processes_with(mark))
+        found = list(find_processes(mark))
         for process in found:
-            with contextlib.suppress(OSError):
+            with suppress(OSError):
                 os.kill(int(process.name), signal.SIGKILL)
         if not found:
             return
 
 
 def _lines(
-    child: subprocess.Popen[bytes], watchdog: Watchdog, *, noise: IO[bytes]
+    child: subprocess.Popen[bytes], watchdog: Watchdog, *, output: IO[bytes]
 ) -> Iterator[bytes]:
     """Yield the lines of the child until it ends, closes the pipe, or exceeds a limit."""
     pending = b""
     assert child.stdout is not None
     with selectors.DefaultSelector() as selector:
         selector.register(child.stdout, selectors.EVENT_READ)
-        while not watchdog.spent() and not _is_flooded(noise):
-            if not selector.select(timeout=LOOK_EVERY_S):
+        while not watchdog.expired() and not _exceeds_output(output):
+            if not selector.select(timeout=CHECK_EVERY_S):
                 # A process that a kernel started may hold the pipe open.
                 if child.poll() is not None:
                     return
@@ -268,16 +258,18 @@ def _lines(
             pending = pending[:_LINE_BYTES]
 
 
-def _death(status: int, *, case: str, noise: IO[bytes]) -> Reason:
+def _exit_reason(status: int, *, case: str, output: IO[bytes]) -> Reason:
     """Return the reason why a child ended, from its exit status."""
-    noise.seek(max(0, os.fstat(noise.fileno()).st_size - _LINE_BYTES))
-    said = [line for line in noise.read().decode(errors="replace").splitlines() if line.strip()]
-    last = f": {said[-1].strip()[:200]}" if said else ""
+    output.seek(max(0, os.fstat(output.fileno()).st_size - _LINE_BYTES))
+    lines = [line for line in output.read().decode(errors="replace").splitlines() if line.strip()]
+    last = f": {lines[-1].strip()[:200]}" if lines else ""
     if status == -signal.SIGKILL:
-        return Reason(code="oom", text=f"{case}: killed from outside, as for want of memory")
+        return Reason(
+            code="oom", text=f"{case}: killed by SIGKILL, probably because memory ran out"
+        )
     if status < 0:
         name = signal_name(-status)
-        return Reason(code="crash", text=f"{case}: died of {name}{last}")
+        return Reason(code="crash", text=f"{case}: killed by {name}{last}")
     return Reason(code="crash", text=f"{case}: the process exited with {status}{last}")
 
 
@@ -293,15 +285,27 @@ def proof_from_json(values: dict[str, Any]) -> Proof:
 
 
 # Seconds between two checks of the child.
-LOOK_EVERY_S = 0.1
+CHECK_EVERY_S = 0.1
 
 # If the last check is longer ago, this process was stopped or got no CPU, and only this much of the
 # time counts.
-LONGEST_LOOK_S = 1.0
+LONGEST_CHECK_S = 1.0
 
 # States in /proc/PID/stat of threads that are not asleep: running or waiting for a CPU, waiting for
 # the disk, stopped, and traced. Source: proc_pid_stat(5), man-pages 6.9 (2026-11-25).
 _AWAKE = frozenset("RDTt")
+
+
+class Limits(NamedTuple):
+    """Time limits of a candidate.
+
+    Attributes:
+        limit_s: seconds of computing and sleeping.
+        wall_s: seconds of wall time, the wait for a CPU included.
+    """
+
+    limit_s: float
+    wall_s: float
 
 
 class Usage(NamedTuple):
@@ -314,42 +318,47 @@ class Usage(NamedTuple):
 class Watchdog:
     """The time limits of a child, which restart for each candidate.
 
+    psutil returns the state of a process's main thread only; here all threads count, since a kernel
+    may compute in others while the main thread waits.
+
     Args:
         pid: the child.
-        limit_s: seconds of computing and sleeping that it may take.
-        wall_s: seconds of wall time that it may take, the wait for a CPU included.
+        limits: what it may take.
     """
 
-    def __init__(self, pid: int, *, limit_s: float, wall_s: float) -> None:
+    def __init__(self, pid: int, limits: Limits) -> None:
         self.pid = pid
-        self.restart(limit_s=limit_s, wall_s=wall_s)
+        self.restart(limits)
 
-    def restart(self, *, limit_s: float, wall_s: float) -> None:
+    def restart(self, limits: Limits) -> None:
         """Restart the clocks, with other limits."""
-        self.limit_s, self.wall_s = limit_s, wall_s
-        self.own_s = self.passed_s = 0.0
-        self._looked = time.monotonic()
-        self._cpu_s = usage_of(self.pid).cpu_s
+        self.limits = limits
+        self.counted_s = self.elapsed_s = 0.0
+        self._checked_at = time.monotonic()
+        self._cpu_s = read_usage(self.pid).cpu_s
 
-    def spent(self) -> bool:
-        """Return whether a limit is exceeded; check the child at most every LOOK_EVERY_S."""
-        since = time.monotonic() - self._looked
-        if since >= LOOK_EVERY_S:
-            usage = usage_of(self.pid)
-            since = min(since, LONGEST_LOOK_S)
-            self.passed_s += since
-            self.own_s += own_time(since, cpu_s=usage.cpu_s - self._cpu_s, asleep=usage.asleep)
-            self._looked, self._cpu_s = time.monotonic(), usage.cpu_s
-        return self.own_s >= self.limit_s or self.passed_s >= self.wall_s
+    def expired(self) -> bool:
+        """Return whether a limit is exceeded; check the child at most every CHECK_EVERY_S."""
+        since = time.monotonic() - self._checked_at
+        if since >= CHECK_EVERY_S:
+            usage = read_usage(self.pid)
+            since = min(since, LONGEST_CHECK_S)
+            self.elapsed_s += since
+            self.counted_s += counted_time(
+                since, cpu_s=usage.cpu_s - self._cpu_s, asleep=usage.asleep
+            )
+            self._checked_at, self._cpu_s = time.monotonic(), usage.cpu_s
+        return self.counted_s >= self.limits.limit_s or self.elapsed_s >= self.limits.wall_s
 
-    def sentence(self) -> str:
-        """Return a text on the limit that was exceeded."""
-        if self.own_s >= self.limit_s:
-            return f"still running after {self.limit_s:g} s"
-        return f"still running after {self.wall_s:g} s, {self.own_s:.0f} s of them with a CPU"
+    def description(self) -> str:
+        """Return which limit was exceeded."""
+        if self.counted_s >= self.limits.limit_s:
+            return f"still running after {self.limits.limit_s:g} s"
+        wall_s, cpu_s = self.limits.wall_s, self.counted_s
+        return f"still running after {wall_s:g} s, {cpu_s:.0f} s of them with a CPU"
 
 
-def own_time(since: float, *, cpu_s: float, asleep: bool) -> float:
+def counted_time(since: float, *, cpu_s: float, asleep: bool) -> float:
     """Return how many seconds of an interval count as computing or sleeping.
 
     Args:
@@ -360,12 +369,12 @@ def own_time(since: float, *, cpu_s: float, asleep: bool) -> float:
     return since if asleep else min(since, max(cpu_s, 0.0))
 
 
-def usage_of(pid: int) -> Usage:
+def read_usage(pid: int) -> Usage:
     """Return the CPU time of a process and its descendants, and whether all of them sleep."""
     ticks, awake = 0, False
     for process in _tree(Path("/proc") / str(pid)):
         # The files of a process that ends meanwhile disappear.
-        with contextlib.suppress(OSError):
+        with suppress(OSError):
             fields = _fields(process)
             # utime and stime, of the process and of its children that were waited for.
             ticks += sum(map(int, fields[11:15]))
@@ -376,7 +385,7 @@ def usage_of(pid: int) -> Usage:
 def _tree(process: Path) -> Iterator[Path]:
     yield process
     for listed in process.glob("task/*/children"):
-        with contextlib.suppress(OSError):
+        with suppress(OSError):
             for pid in listed.read_text(encoding="ascii").split():
                 yield from _tree(process.parent / pid)
 
@@ -391,7 +400,7 @@ def _fields(process: Path) -> list[str]:
 MARK = "ATTNIMG_PROOF"
 
 
-def processes_with(mark: str) -> Iterator[Path]:
+def find_processes(mark: str) -> Iterator[Path]:
     """Yield the folders in /proc of the processes that were started with a mark."""
     entry = f"{MARK}={mark}".encode()
     for process in Path("/proc").glob("[0-9]*"):
@@ -408,7 +417,7 @@ def count_forks() -> int:
         return 0
     own = Path("/proc/self/cmdline").read_bytes()
     found = 0
-    for process in processes_with(mark):
+    for process in find_processes(mark):
         with suppress(OSError):
             alike = (process / "cmdline").read_bytes() == own
             found += alike and int(process.name) != os.getpid()

@@ -19,10 +19,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
 
-from attnimg.backends import backend_named
+from attnimg.backends import find_backend
 from attnimg.errors import AttnimgError
 from attnimg.facts import Geometry, Proof, Reason
-from attnimg.verification.cases import longest_of, whole_row
+from attnimg.verification.cases import full_row_length, longest_document
 
 
 def main() -> None:
@@ -57,31 +57,29 @@ def prove_candidate(
     """Prove one candidate; an exception of its kernel becomes a reason."""
     import torch
 
-    from attnimg.backends._transformers import as_applied, attention_function
+    from attnimg.backends._transformers import applied_form, attention_function
     from attnimg.backends.fp8 import restore_flash_kernel
-    from attnimg.verification.candidate import budget_here, merge, prove_geometry, repeat_calls
-    from attnimg.verification.checks import with_bounds_here
+    from attnimg.verification.candidate import device_budget, merge, prove_geometry, repeat_calls
+    from attnimg.verification.checks import with_device_bounds
     from attnimg.verification.process_state import (
         ProcessState,
+        draw_and_read_states,
         is_rewound,
-        process_state,
-        states_after_draw,
+        process_state_reason,
     )
     from attnimg.verification.runner import count_forks
 
     started = time.perf_counter()
-    name, geometries = (
-        candidate["backend"],
-        tuple(Geometry(**values) for values in candidate["geometries"]),
-    )
-    backend = backend_named(name)
+    name = candidate["backend"]
+    geometries = tuple(Geometry(**values) for values in candidate["geometries"])
+    backend = find_backend(name)
     assert backend is not None, name
-    backend = as_applied(with_bounds_here(backend), geometries, routed=candidate["routed"])
-    budget = budget_here(backend, device=device)
-    longest = min(longest_of(geometry, budget) for geometry in geometries)
-    whole = min(whole_row(geometry, budget) for geometry in geometries)
+    backend = applied_form(with_device_bounds(backend), geometries, routed=candidate["routed"])
+    budget = device_budget(backend, device=device)
+    longest = min(longest_document(geometry, budget) for geometry in geometries)
+    all_heads = min(full_row_length(geometry, budget) for geometry in geometries)
     stage = ["loading"]
-    before, random = ProcessState(), states_after_draw(torch.device(device))
+    before, random = ProcessState(), draw_and_read_states(torch.device(device))
 
     def require_unchanged() -> None:
         changes = before.changes()
@@ -90,9 +88,9 @@ def prove_candidate(
         elif not changes and is_rewound(random, torch.device(device)):
             changes.append("torch's random numbers were seeded or rewound")
         if changes:
-            raise _ProcessChanged(process_state(changes, when=stage[0]))
+            raise _ProcessChanged(process_state_reason(changes, when=stage[0]))
 
-    def starting(case: str) -> None:
+    def on_probe(case: str) -> None:
         require_unchanged()
         stage[0] = case
         _send(report, case=case)
@@ -107,12 +105,12 @@ def prove_candidate(
                 geometry,
                 device=device,
                 references=references,
-                starting=starting,
-                again=lambda: _send(report, again=name),
+                on_probe=on_probe,
+                on_repeat=lambda: _send(report, again=name),
             )
             for geometry in geometries
         )
-        starting("repeated calls")
+        on_probe("repeated calls")
         leaking, later = repeat_calls(
             function, backend, geometries[0], device=device, references=references
         )
@@ -129,18 +127,20 @@ def prove_candidate(
         restore_flash_kernel()
     if device == "cuda":
         torch.cuda.empty_cache()
-    wanted = max(geometry.sequence_len for geometry in geometries)
+    sequence_len = max(geometry.sequence_len for geometry in geometries)
     notes = []
-    if longest < wanted:
-        notes.append(f"proven up to {longest} of {wanted} tokens: limited by memory")
-    if whole < longest:
+    if longest < sequence_len:
+        notes.append(f"proven up to {longest} of {sequence_len} tokens: limited by memory")
+    if all_heads < longest:
         limit = "CPU time" if device == "cpu" else "memory"
-        notes.append(f"proven with all heads up to {whole} of {wanted} tokens: limited by {limit}")
+        notes.append(
+            f"proven with all heads up to {all_heads} of {sequence_len} tokens: limited by {limit}"
+        )
     notes += [f"found once, and not when run again: {reason.text}" for reason in found.unrepeated]
-    notes += [f"raises where training never calls it: {call}" for call in found.raises]
+    notes += [f"raises where training never calls it: {call}" for call in found.raised]
     reasons = tuple(found.reasons) or tuple(later)
     if leaking:
-        reasons = (process_state(leaking, when=stage[0]), *reasons)
+        reasons = (process_state_reason(leaking, when=stage[0]), *reasons)
     return Proof(
         backend=name,
         reasons=reasons,
@@ -153,7 +153,7 @@ def prove_candidate(
 
 
 class _ProcessChanged(Exception):
-    """Raised if a kernel changed the process, which would make later probes fail."""
+    """Raised when a kernel changed the process, which would make later probes fail."""
 
     def __init__(self, reason: Reason) -> None:
         super().__init__(reason.text)
@@ -162,11 +162,11 @@ class _ProcessChanged(Exception):
 
 def _reasons(error: BaseException, *, stage: str, changes: list[str]) -> tuple[Reason, ...]:
     """Return the reasons for an exception; a changed process comes first, as the likely cause."""
-    from attnimg.verification.process_state import process_state
+    from attnimg.verification.process_state import process_state_reason
 
     if isinstance(error, _ProcessChanged):
         return (error.reason,)
-    changed = (process_state(changes, when=stage),) if changes else ()
+    changed = (process_state_reason(changes, when=stage),) if changes else ()
     return (*changed, _reason(error, stage=stage))
 
 
@@ -177,14 +177,14 @@ def _reason(error: BaseException, *, stage: str) -> Reason:
     from attnimg.errors import exception_text
 
     text = str(error)
-    said = f"{stage}: {exception_text(error)}"
+    where = f"{stage}: {exception_text(error)}"
     out_of_memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
     # torch's CPU allocator raises a RuntimeError.
     if out_of_memory or "can't allocate memory" in text or "not enough memory" in text:
-        return Reason(code="oom", text=said)
+        return Reason(code="oom", text=where)
     if isinstance(error, AttnimgError):
         return Reason(code=error.code, text=exception_text(error))
-    return Reason(code="import-error" if stage == "loading" else "crash", text=said)
+    return Reason(code="import-error" if stage == "loading" else "crash", text=where)
 
 
 def _die_with_parent() -> None:

@@ -22,7 +22,7 @@ This page lists, for each model type of `AutoModelForCausalLM` in transformers {
 each type with random weights and trains it for three steps on a CPU in float32.
 
 - **one document per row**: `sample_packing: false`. **packed**: `sample_packing: true`; before the
-  first step, the isolation check compares the logits of documents packed and apart.
+  first step, the isolation check compares the logits of packed and separate documents.
 - A cell has the backend that `auto` chose on the CPU, or "refused". A type is refused before any
   weights are loaded, and `attnimg explain` reports the same error.
 - With packages that were not installed on that CPU (mamba-ssm, causal-conv1d,

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from attnimg.backends import backend_named
+from attnimg.backends import find_backend
 from attnimg.errors import AttnimgError
 from recipes.files import NOTICE
 from recipes.pages.images_and_kernels import table
@@ -275,7 +275,7 @@ def _proofs(records: Sequence[Record]) -> str:
 
 def _package(record: Record) -> str:
     """Return the packages of a backend's kernel, with versions."""
-    backend = backend_named(record["backend"])
+    backend = find_backend(record["backend"])
     packages = backend.needs.packages if backend else ()
     versions = record["values"]["versions"]
     return (

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from attnimg.backends import backend_named
+from attnimg.backends import find_backend
 from attnimg.facts import LayerGroup
 from attnimg.selection.gpus_and_images import arch_from_name
 from attnimg.selection.judge import layer_reasons
@@ -54,7 +54,7 @@ def _groups(model: TrainedModel) -> tuple[LayerGroup, ...]:
 
 def _against(name: str, group: LayerGroup, arch: str) -> str:
     """Return why a backend has no kernel for a layer on an architecture; "" if it has."""
-    backend = backend_named(name)
+    backend = find_backend(name)
     assert backend is not None
     capability = arch_from_name(device(arch)).capability
     assert capability is not None

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 from packaging.specifiers import SpecifierSet
 
-from attnimg.backends import backend_named, runs_on
+from attnimg.backends import find_backend, runs_on
 from attnimg.facts import Reason
 from attnimg.selection.gpus_and_images import arch_from_name
 from recipes.facts import Choice, Image, Kernel, Recipes, Unresolved
@@ -186,7 +186,7 @@ def _archs(image: Image, kernel: Kernel, choice: Choice) -> Iterator[Reason]:
 def _backends(image: Image, kernel: Kernel, choice: Choice) -> Iterator[Reason]:
     """Check that a kernel's backend can run on the architectures for which it is built."""
     for name in kernel.backends:
-        backend = backend_named(name)
+        backend = find_backend(name)
         if backend is None:
             yield Reason(code="unknown-backend", text=f"{kernel.name} serves unknown {name!r}")
             continue

@@ -35,7 +35,7 @@ MODES = (0o000, 0o222, 0o444, 0o666, 0o777)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Case:
+class DamageCase:
     """A damage to the newest checkpoint.
 
     Attributes:
@@ -90,7 +90,7 @@ def test_checkpoints(
     }  # fmt: skip
 
     @st.composite
-    def cases(draw: st.DrawFn) -> Case:
+    def cases(draw: st.DrawFn) -> DamageCase:
         earlier = draw(st.integers(0, 3)) == 0
         source = (old if earlier else whole) / "out" / LAST
         names = sorted(path.name for path in source.iterdir())
@@ -114,10 +114,10 @@ def test_checkpoints(
             change = draw(st.sampled_from(MODES))
         signed = draw(st.booleans()) and kind in ("bytes", "value", "of another step") and (
             name != "manifest.json" and not earlier)  # fmt: skip
-        return Case(kind=kind, name=name, change=change, signed=signed,
+        return DamageCase(kind=kind, name=name, change=change, signed=signed,
                     by_name=draw(st.booleans()), earlier=earlier)  # fmt: skip
 
-    def damage(case: Case, out: Path) -> None:
+    def damage(case: DamageCase, out: Path) -> None:
         place = out / LAST
         path = place / case.name
         if case.kind == "bytes":
@@ -147,7 +147,7 @@ def test_checkpoints(
             with FileHasher() as hashes:
                 write_manifest(place, hashes, step=3, processes=1)
 
-    def judge(case: Case) -> str:
+    def judge(case: DamageCase) -> str:
         shutil.rmtree(tmp_path / "run", ignore_errors=True)
         run = tmp_path / "run"
         for name in (BEFORE, LAST):

@@ -11,7 +11,7 @@ from typing import Any
 from generated import DAMAGES, Damage, held_against
 from hypothesis import strategies as st
 
-from attnimg.backends import backend_named
+from attnimg.backends import find_backend
 from attnimg.facts import Figure, Proof
 from attnimg.verification import proofs as cache
 
@@ -21,15 +21,15 @@ OTHERS = ("pipe", "link", "folder", "writable", "folder writable")
 
 
 def test_kept_proofs(tmp_path: Path, record_property: Callable[[str, Any], None]) -> None:
-    sdpa = backend_named("sdpa")
+    sdpa = find_backend("sdpa")
     assert sdpa is not None
     folder, path = tmp_path / "own", tmp_path / "own" / "k.json"
-    cache.write(folder, "k", PROOF, say=lambda _: None)
+    cache.write(folder, "k", PROOF, log=lambda _: None)
     content = path.read_bytes()
 
     def judge(case: Damage | str) -> str:
         shutil.rmtree(folder)
-        cache.write(folder, "k", PROOF, say=lambda _: None)
+        cache.write(folder, "k", PROOF, log=lambda _: None)
         if isinstance(case, Damage):
             path.write_bytes(case.of(path.read_bytes()))
         elif case == "writable":
@@ -47,7 +47,7 @@ def test_kept_proofs(tmp_path: Path, record_property: Callable[[str, Any], None]
                 path.symlink_to(tmp_path / "k.json")
         said: list[str] = []
         try:
-            found = cache.read(folder, "k", backend=sdpa, say=said.append)
+            found = cache.read(folder, "k", backend=sdpa, log=said.append)
         except Exception as error:
             return f"{type(error).__name__}: {error}"
         if found is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from attnimg.backends import all_backends, backend_named
+from attnimg.backends import all_backends, find_backend
 from attnimg.context import context_of
 from attnimg.context import is_padding_free as is_padding_free
 from attnimg.facts import Backend, LayerGroup, Machine, Model, Problem, Proof
@@ -29,7 +29,7 @@ def this_machine() -> Machine:
 
 def backend(name: str) -> Backend:
     """Return a backend by its name."""
-    found = backend_named(name)
+    found = find_backend(name)
     assert found is not None, name
     return found
 
@@ -105,7 +105,7 @@ def prove_once(name: str, machine: Machine, task: Problem, *, timeout_s: float) 
     """Prove a backend as a run does; nothing is read from the cache and nothing written to it."""
     setting = _setting(machine)
     (made,) = proofs.prove(
-        [backend(name)], task, setting=setting, say=lambda text: None,
+        [backend(name)], task, setting=setting, log=lambda text: None,
         routed=False, timeout_s=timeout_s,
     )  # fmt: skip
     return made

@@ -19,7 +19,7 @@ from run_facts import a_context, a_problem
 from tiny_models import tiny_model
 
 from attnimg import application
-from attnimg.backends import all_backends, backend_named
+from attnimg.backends import all_backends, find_backend
 from attnimg.backends._transformers import attention_function
 from attnimg.facts import LayerGroup, Model
 from attnimg.machine import probe
@@ -48,7 +48,7 @@ def fitting(name, *, is_packed):
     verdict = next(verdict for verdict in found.verdicts if verdict.backend.name == name)
     if not verdict.fits:
         pytest.skip("; ".join(f"{reason.code}: {reason.text}" for reason in verdict.reasons))
-    return backend_named(name)
+    return find_backend(name)
 
 
 def error(found, right):
@@ -129,6 +129,6 @@ def test_twenty_steps_lose_what_sdpa_loses(name, is_packed):
     if name == "s2":
         assert losses[-1] < losses[0]
         return
-    expected = twenty_losses(backend_named("sdpa"), is_packed=is_packed)
+    expected = twenty_losses(find_backend("sdpa"), is_packed=is_packed)
     # bf16 keeps 3 digits, and 20 steps spread what it drops.
     assert losses == pytest.approx(expected, abs=0.1)

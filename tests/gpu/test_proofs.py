@@ -12,7 +12,7 @@ import pytest
 import torch
 from run_facts import a_problem
 
-from attnimg.backends import all_backends, backend_named
+from attnimg.backends import all_backends, find_backend
 from attnimg.facts import LayerGroup, Machine, Model
 from attnimg.machine import probe
 from attnimg.selection import plan
@@ -60,9 +60,9 @@ def test_it_passes(
     )
     if not verdict.fits:
         pytest.skip("; ".join(f"{reason.code}: {reason.text}" for reason in verdict.reasons))
-    backend = backend_named(name)
+    backend = find_backend(name)
     assert backend is not None
     setting = Setting(machine=machine, environment=os.environ, folder=tmp_path)
-    (proof,) = prove([backend], problem, setting=setting, say=print)
+    (proof,) = prove([backend], problem, setting=setting, log=print)
     assert proof.passed, proof.reasons
     assert proof.longest == 4096

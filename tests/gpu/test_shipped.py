@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from attnimg.backends import backend_named, runs_on
+from attnimg.backends import find_backend, runs_on
 from attnimg.facts import Machine
 from attnimg.machine import probe
 from attnimg.machine.kernel_cache import (
@@ -36,7 +36,7 @@ from types import SimpleNamespace
 import torch
 
 from attnimg.backends._transformers import attention_function
-from attnimg.backends import backend_named
+from attnimg.backends import find_backend
 
 name, packed = sys.argv[1], sys.argv[2] == "packed"
 q, k, v = (
@@ -48,7 +48,7 @@ documents = {
     "cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": 320, "max_length_k": 320,
 }
 layer = SimpleNamespace(is_causal=True, training=True)
-attend = attention_function(backend_named(name))
+attend = attention_function(find_backend(name))
 out = attend(layer, q, k, v, None, scaling=128**-0.5, **(documents if packed else {}))[0]
 out.sum().backward()
 torch.cuda.synchronize()
@@ -85,7 +85,7 @@ def test_flash_attention_4_compiles_nothing(kind: str, machine: Machine, tmp_pat
 def test_sageattention_has_triton_compile_nothing(
     kind: str, machine: Machine, tmp_path: Path
 ) -> None:
-    sage, shipped = backend_named("sage"), shipped_triton()
+    sage, shipped = find_backend("sage"), shipped_triton()
     if shipped is None or sage is None or not runs_on(sage.needs, machine.arch):
         pytest.skip("no Triton kernels for this GPU came with this installation")
     if against := reasons_against_shipped_triton(shipped, machine):

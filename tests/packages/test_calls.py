@@ -15,7 +15,7 @@ import torch
 from attention_cases import LAYER, draw, packed
 from packages import constants, read, stand_in
 
-from attnimg.backends import backend_named
+from attnimg.backends import find_backend
 from attnimg.backends._varlen import FlashKernel
 from attnimg.backends.fp8 import fp8_attention
 from attnimg.backends.xformers import xformers_attention
@@ -43,7 +43,7 @@ def test_flash_gets_each_argument_under_its_own_name(
         stand_in(source, entry, answer) for entry in ("flash_attn_func", "flash_attn_varlen_func")
     ]
     kernel = FlashKernel(backend=name, dense=entries[0], varlen=entries[1])
-    found = backend_named(name)
+    found = find_backend(name)
     assert found is not None
     features = found.needs.features
     asked = {"window": {"sliding_window": 5}, "softcap": {"softcap": 30.0}}

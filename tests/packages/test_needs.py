@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from packages import constants, function, read
 
-from attnimg.backends import backend_named
+from attnimg.backends import find_backend
 from attnimg.facts import LayerGroup, Needs
 from attnimg.selection.judge import layer_reasons
 
@@ -23,7 +23,7 @@ SIZES = range(8, 521, 8)
 
 
 def needs(name: str) -> Needs:
-    found = backend_named(name)
+    found = find_backend(name)
     assert found is not None
     return found.needs
 
@@ -146,7 +146,7 @@ def test_flash_attn_on_rdna_draws_dropout_from_one_seed() -> None:
 
 
 def test_flash_attn_knows_the_variable_and_the_architectures_of_its_variants() -> None:
-    backend = backend_named("flash_attention_2")
+    backend = find_backend("flash_attention_2")
     assert backend is not None
     interface = read("flash_attn", "flash_attn/flash_attn_interface.py")
     assert 'os.getenv("FLASH_ATTENTION_TRITON_AMD_ENABLE", "FALSE") == "TRUE"' in interface

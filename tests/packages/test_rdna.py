@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from packages import unpack
 
-from attnimg.backends import backend_named
+from attnimg.backends import find_backend
 
 SCRIPT = Path(__file__).parent / "in_interpreter.py"
 
@@ -45,7 +45,7 @@ def test_outputs_and_gradients_are_those_of_plain_attention(found: Any) -> None:
 
 
 def test_dropout_drops_the_same_each_time_and_so_is_refused(found: Any) -> None:
-    backend = backend_named("flash_attention_2")
+    backend = find_backend("flash_attention_2")
     assert backend is not None
     assert found["dropped the same twice"]
     assert "dropout" in backend.needs.features_missing["gfx1100"]

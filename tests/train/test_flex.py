@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny_models import tiny_model
 
-from attnimg.backends import backend_named
+from attnimg.backends import find_backend
 from attnimg.backends._transformers import attention_function
 from attnimg.layout import lay_out
 
@@ -16,7 +16,7 @@ LENGTHS = (13, 21, 10)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 @pytest.mark.filterwarnings("ignore::UserWarning")  # what torch.compile says of a small machine
 def test_packed_documents_get_the_logits_they_get_alone() -> None:
-    backend = backend_named("flex_attention")
+    backend = find_backend("flex_attention")
     assert backend is not None
     assert attention_function(backend) is not None
     model = tiny_model("llama", "flex_attention").eval()

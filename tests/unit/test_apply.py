@@ -13,7 +13,7 @@ from run_facts import a_context
 from tiny_models import tiny_model
 
 from attnimg import application
-from attnimg.backends import all_backends, backend_named
+from attnimg.backends import all_backends, find_backend
 from attnimg.errors import AttnimgError
 from attnimg.facts import GroupChoice, LayerGroup, Plan, Verdict
 from attnimg.train.rows import PackedCollator, PaddedCollator
@@ -38,7 +38,7 @@ def kernels(monkeypatch):
 
 def applied(name, model_type="llama", **changes):
     """Build a tiny model that runs a backend."""
-    backend = backend_named(name)
+    backend = find_backend(name)
     model = tiny_model(model_type, application.prepare(backend), **changes)
     application.require_applied(model, backend)
     return model, backend
@@ -110,8 +110,8 @@ def test_s2_trains_as_its_reference_does_and_not_as_sdpa(of_sdpa, monkeypatch):
     losses = twenty_losses("s2", is_packed=False)
     assert losses[-1] < losses[0] - 0.1
     assert losses != pytest.approx(of_sdpa[False], abs=1e-4)
-    plain = replace(backend_named("s2"), load_function=lambda: s2_plainly)
-    monkeypatch.setitem(twenty_losses.__globals__, "backend_named", lambda name: plain)
+    plain = replace(find_backend("s2"), load_function=lambda: s2_plainly)
+    monkeypatch.setitem(twenty_losses.__globals__, "find_backend", lambda name: plain)
     assert twenty_losses("s2", is_packed=False) == pytest.approx(losses, abs=1e-5)
 
 
@@ -138,7 +138,7 @@ def test_packed_documents_are_isolated(name, model_type):
 )
 def test_a_model_that_passes_more_than_a_backend_can_do_stops(name, model_type, argument):
     model, _ = applied(name, model_type)
-    with pytest.raises(AttnimgError, match="cannot honour") as caught:
+    with pytest.raises(AttnimgError, match="does not support an argument") as caught:
         model(torch.arange(3, 35)[None], use_cache=False)
     assert argument in caught.value.why
 
@@ -176,21 +176,21 @@ def test_models_of_one_config_object_flip_each_other_unless_it_is_copied():
     from transformers import AutoModelForCausalLM
 
     first, _ = applied("sdpa")
-    name = application.prepare(backend_named("s2"))
+    name = application.prepare(find_backend("s2"))
     AutoModelForCausalLM.from_config(deepcopy(first.config), attn_implementation=name)
-    application.require_applied(first, backend_named("sdpa"))
+    application.require_applied(first, find_backend("sdpa"))
     AutoModelForCausalLM.from_config(first.config, attn_implementation=name)
     with pytest.raises(AttnimgError, match="was not applied"):
-        application.require_applied(first, backend_named("sdpa"))
+        application.require_applied(first, find_backend("sdpa"))
 
 
 def test_switching_a_loaded_model_changes_what_it_computes():
     model, _ = applied("sdpa")
     ids = torch.arange(3, 35)[None]
     full = model(ids, use_cache=False).logits
-    application.switch(model, backend_named("s2"))
+    application.switch(model, find_backend("s2"))
     assert (model(ids, use_cache=False).logits - full).abs().max() > 1e-3
-    application.switch(model, backend_named("sdpa"))
+    application.switch(model, find_backend("sdpa"))
     assert torch.equal(model(ids, use_cache=False).logits, full)
 
 
@@ -209,7 +209,7 @@ def test_a_load_that_failed_does_not_stick(monkeypatch):
     monkeypatch.setenv("LOCAL_KERNELS", f"{FLASH}={FIXTURES}")  # serves no kernel
     for _ in range(2):
         with pytest.raises(AttnimgError) as caught:
-            application.prepare(backend_named("flash_attention_2"))
+            application.prepare(find_backend("flash_attention_2"))
         assert caught.value.exit_code == 1
     assert flash._loaded_implementation is None
     monkeypatch.setenv("LOCAL_KERNELS", f"{FLASH}={FIXTURES / 'flash_attn2'}")
@@ -220,15 +220,15 @@ def test_a_load_that_failed_does_not_stick(monkeypatch):
 def test_nothing_is_downloaded_for_a_name_that_is_no_hub_path(monkeypatch):
     monkeypatch.delenv("LOCAL_KERNELS")
     with pytest.raises(AttnimgError) as caught:
-        application.prepare(backend_named("flash_attention_2"))
+        application.prepare(find_backend("flash_attention_2"))
     assert caught.value.code == "not-installed"
-    assert "without being named" in caught.value.why
+    assert "does not name the hub kernel" in caught.value.why
 
 
 @pytest.mark.parametrize("name", ["xformers", "fp8"])
 def test_a_package_that_is_missing_is_named(name):
     with pytest.raises(AttnimgError) as caught:
-        application.prepare(backend_named(name))
+        application.prepare(find_backend(name))
     assert caught.value.code == "import-error"
     assert "ModuleNotFoundError" in caught.value.why
 
@@ -256,7 +256,7 @@ def test_values_of_another_size_reach_the_kernel_unpadded(monkeypatch, unpadded,
         return whole(self, q, k, v, options)
 
     monkeypatch.setattr(flash.FlashKernel, "_dense", watched)
-    backend = replace(backend_named("flash_attention_2"), unpadded_v=unpadded)
+    backend = replace(find_backend("flash_attention_2"), unpadded_v=unpadded)
     name = application.prepare(backend, layers=layers)
     assert (name == "flash_attention_2") == padded
     model = tiny_model("deepseek_v3", name)
@@ -274,14 +274,14 @@ def choices(*pairs):
     ]
     return tuple(
         GroupChoice(
-            layers=group, verdict=Verdict(backend=backend_named(backend), rank=1, reasons=())
+            layers=group, verdict=Verdict(backend=find_backend(backend), rank=1, reasons=())
         )
         for group, backend in groups
     )
 
 
 def test_layers_that_differ_run_their_own_backends_and_compute_the_same():
-    chosen = Verdict(backend=backend_named("sdpa"), rank=1, reasons=())
+    chosen = Verdict(backend=find_backend("sdpa"), rank=1, reasons=())
     groups = choices((8, "flash_attention_2"), (None, "sdpa"))
     plan = Plan(requested="auto", chosen=chosen, reason="", verdicts=(chosen,), groups=groups)
     backend = application.backend_of(plan)

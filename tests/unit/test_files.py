@@ -15,7 +15,7 @@ import pytest
 from run_facts import a_problem
 
 from attnimg import files
-from attnimg.backends import backend_named
+from attnimg.backends import find_backend
 from attnimg.facts import Machine
 from attnimg.files import CachedHasher, cache_folder
 from attnimg.machine import probe
@@ -142,10 +142,10 @@ def test_a_kept_proof_of_a_local_kernel_ends_with_its_content(
 
 def proof_of(machine: Machine, folder: Path) -> bool:
     """Prove the local kernel; return whether the proof was kept."""
-    backend = backend_named("kernels-community/flash-attn2")
+    backend = find_backend("kernels-community/flash-attn2")
     assert backend is not None
     setting = Setting(machine=machine, environment=dict(os.environ), folder=folder)
-    (proof,) = prove([backend], a_problem(model=SMALL), setting=setting, say=lambda text: None)
+    (proof,) = prove([backend], a_problem(model=SMALL), setting=setting, log=lambda text: None)
     assert proof.passed, proof.reasons
     return proof.cached
 

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from attnimg.backends import backend_named
+from attnimg.backends import find_backend
 from attnimg.errors import AttnimgError
 from attnimg.facts import Plan, Verdict
 from attnimg.train import distributed
@@ -82,7 +82,7 @@ def test_a_whole_group_and_none_are_fine(
 
 
 def test_the_plan_that_processes_compare_has_plain_values_only() -> None:
-    backend = backend_named("sdpa")
+    backend = find_backend("sdpa")
     assert backend is not None
     verdict = Verdict(backend=backend, rank=1, reasons=())
     facts = _comparable_plan(

@@ -7,7 +7,7 @@ from typing import Any, get_args
 
 import pytest
 
-from attnimg.backends import backend_named
+from attnimg.backends import find_backend
 from attnimg.config.schema import Config, Optimizer, Scheduler
 from attnimg.context import context_of
 from attnimg.errors import AttnimgError
@@ -103,7 +103,7 @@ def test_what_a_machine_lacks_is_refused(
 
 def arguments(tmp_path: Path, machine: Machine = CPU, **keys: Any) -> dict[str, Any]:
     values = config(output_dir=str(tmp_path), **keys)
-    sdpa = backend_named("sdpa")
+    sdpa = find_backend("sdpa")
     assert sdpa is not None
     task = build_problem(values, model=None, dropout=0.0, arch=machine.arch)
     return training_arguments(

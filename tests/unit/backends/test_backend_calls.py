@@ -11,7 +11,7 @@ import torch
 from attention_cases import LAYER, draw, gradients, packed, plainly, same_document
 
 from attnimg import application
-from attnimg.backends import backend_named
+from attnimg.backends import find_backend
 from attnimg.backends._transformers import attention_function, direct_function
 from attnimg.backends.varlen_attn import varlen_attention
 from attnimg.errors import AttnimgError
@@ -64,17 +64,17 @@ def kernels(monkeypatch):
 
 
 CALLS = {
-    "sdpa by document": lambda: direct_function(backend_named("sdpa")),
-    "pinned sdpa": lambda: attention_function(backend_named("sdpa_flash")),
-    "flash, called directly": lambda: direct_function(backend_named("flash_attention_2")),
-    "flash through transformers": lambda: attention_function(backend_named("flash_attention_2")),
+    "sdpa by document": lambda: direct_function(find_backend("sdpa")),
+    "pinned sdpa": lambda: attention_function(find_backend("sdpa_flash")),
+    "flash, called directly": lambda: direct_function(find_backend("flash_attention_2")),
+    "flash through transformers": lambda: attention_function(find_backend("flash_attention_2")),
     "hub :fn": lambda: attention_function(
-        backend_named("kernels-community/flash-attn2:flash_attn_varlen_func")
+        find_backend("kernels-community/flash-attn2:flash_attn_varlen_func")
     ),
-    "unread hub kernel": lambda: attention_function(backend_named("org/unread")),
+    "unread hub kernel": lambda: attention_function(find_backend("org/unread")),
     "varlen_attn": lambda: varlen_attention(varlen_with_groups),
     "varlen_attn of torch 2.11": lambda: varlen_attention(varlen_stand_in_old),
-    "sage": lambda: attention_function(backend_named("sage")),
+    "sage": lambda: attention_function(find_backend("sage")),
 }
 ROUNDS = {"sage": 0.15}  # int8 scores; gradients are exact
 WINDOWS = set(CALLS) - {"pinned sdpa", "sage"}
@@ -105,7 +105,7 @@ def test_dense_rows_are_right_forward_and_backward(kernels, name, shape, argumen
 
 
 def test_cudnn_gets_no_document_of_one_token_and_every_other_one():
-    attend = attention_function(backend_named("sdpa_cudnn"))
+    attend = attention_function(find_backend("sdpa_cudnn"))
     q, k, v = draw()
     singles = packed([1] * q.shape[2])
     found = attend(LAYER, q, k, v, None, scaling=0.4, **singles)[0]
@@ -208,7 +208,7 @@ def test_a_layer_that_looks_both_ways_is_asked(kernels, name):
 def test_what_it_cannot_honour_it_names(kernels, name, argument):
     q, k, v = draw()
     (word,) = {"s_aux": "sinks"}.get(next(iter(argument)), next(iter(argument))).split()
-    with pytest.raises(AttnimgError, match="cannot honour") as caught:
+    with pytest.raises(AttnimgError, match="does not support an argument") as caught:
         CALLS[name]()(LAYER, q, k, v, None, scaling=0.4, **argument)
     assert word in caught.value.why
 
@@ -228,8 +228,8 @@ def test_others_refuse_to_cap_them(kernels, name):
 
 
 def test_transformers_own_flash_path_refuses_sinks_which_it_would_drop(kernels):
-    attend = attention_function(backend_named("flash_attention_2"))
-    with pytest.raises(AttnimgError, match="cannot honour"):
+    attend = attention_function(find_backend("flash_attention_2"))
+    with pytest.raises(AttnimgError, match="does not support an argument"):
         attend(LAYER, *draw(), None, scaling=0.4, s_aux=torch.ones(4))
 
 
@@ -238,7 +238,7 @@ def test_choosing_imports_no_torch():
 
     code = (
         "import sys, attnimg.selection.plan, attnimg.backends as b\n"
-        "[b.backend_named(n) for n in ('auto', 'sage', 'org/kernel:fn')]\n"
+        "[b.find_backend(n) for n in ('auto', 'sage', 'org/kernel:fn')]\n"
         "sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -8,7 +8,7 @@ import pytest
 from attention_cases import LAYER, draw, gradients, packed, plainly, same_document
 
 from attnimg import application
-from attnimg.backends import backend_named
+from attnimg.backends import find_backend
 from attnimg.backends._transformers import attention_function
 from attnimg.errors import AttnimgError
 
@@ -74,7 +74,7 @@ def serve(tmp_path, monkeypatch):
     ],
 )
 def test_what_a_kernel_exports_is_called_as_it_wants(serve, kind, function):
-    backend = backend_named(serve(kind) + function)
+    backend = find_backend(serve(kind) + function)
     q, k, v = draw(rows=2)
     found = attention_function(backend)(LAYER, q, k, v, None, scaling=0.4)[0]
     assert (found - plainly(q, k, v, scale=0.4)).abs().max() < 1e-5
@@ -83,13 +83,13 @@ def test_what_a_kernel_exports_is_called_as_it_wants(serve, kind, function):
 
 def test_a_sage_style_kernel_gets_one_document_at_a_time(serve):
     q, k, v = draw()
-    attend = attention_function(backend_named(serve("sage-style")))
+    attend = attention_function(find_backend(serve("sage-style")))
     found = attend(LAYER, q, k, v, None, scaling=0.4, **packed([6, 7]))[0]
     assert (found - plainly(q, k, v, seen=same_document([6, 7]), scale=0.4)).abs().max() < 1e-5
 
 
 def test_a_dense_kernel_does_not_get_packed_rows(serve):
-    attend = attention_function(backend_named(serve("dense")))
+    attend = attention_function(find_backend(serve("dense")))
     with pytest.raises(AttnimgError) as caught:
         attend(LAYER, *draw(), None, scaling=0.4, **packed([6, 7]))
     assert caught.value.code == "packing-not-isolated"
@@ -110,7 +110,7 @@ def test_a_kernel_that_can_not_be_used_is_an_error_of_three_parts(
     serve, kind, function, code, shown
 ):
     with pytest.raises(AttnimgError) as caught:
-        application.prepare(backend_named(serve(kind) + function))
+        application.prepare(find_backend(serve(kind) + function))
     assert caught.value.code == code
     assert caught.value.exit_code == 1
     assert shown in caught.value.why
@@ -120,7 +120,7 @@ def test_a_kernel_that_can_not_be_used_is_an_error_of_three_parts(
 def test_a_kernel_that_is_nowhere_is_an_error_and_no_traceback(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(AttnimgError) as caught:
-        application.prepare(backend_named("org/nowhere@abc123"))
+        application.prepare(find_backend("org/nowhere@abc123"))
     assert caught.value.exit_code == 1
     assert "org/nowhere" in caught.value.what
 
@@ -135,11 +135,11 @@ def test_a_publisher_the_hub_does_not_vouch_for_needs_trust(monkeypatch):
 
     monkeypatch.setattr(kernels, "install_kernel", install_kernel)  # asks the hub: not here
     with pytest.raises(AttnimgError) as caught:
-        application.prepare(backend_named("stranger/kernel"))
+        application.prepare(find_backend("stranger/kernel"))
     assert caught.value.code == "untrusted-kernel"
     assert caught.value.key == "trust_remote_code"
     with pytest.raises(AttnimgError) as caught:
-        application.prepare(backend_named("stranger/kernel"), trusted=True)
+        application.prepare(find_backend("stranger/kernel"), trusted=True)
     assert caught.value.code == "import-error"
 
 
@@ -154,7 +154,7 @@ def test_a_publisher_the_hub_does_not_vouch_for_needs_trust(monkeypatch):
     ],
 )
 def test_only_flash_paths_without_a_function_are_left_to_transformers(path, native):
-    backend = backend_named(path)
+    backend = find_backend(path)
     assert (backend.applied_as == path) == native
     assert (backend.load_function is None) == native
-    assert backend_named(path) == backend
+    assert find_backend(path) == backend

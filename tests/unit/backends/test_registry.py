@@ -12,12 +12,12 @@ import pytest
 from run_facts import a_problem
 
 from attnimg import backends
-from attnimg.backends import all_backends, backend_named, local_kernel_repo
+from attnimg.backends import all_backends, find_backend, local_kernel_repo
 from attnimg.backends._transformers import flash_name
 from attnimg.backends.s2 import group_kernels
 from attnimg.facts import Arch, Backend, LocalKernel, Machine
 from attnimg.selection.judge import judge
-from attnimg.verification.proofs import has_dense_entry
+from attnimg.verification.proofs import has_dense_function
 
 FLASH = "kernels-community/flash-attn2"
 FOLDER = Path(__file__).parents[2] / "fixtures" / "flash_attn2"
@@ -42,7 +42,8 @@ def test_no_file_of_a_backend_imports_torch() -> None:
 def test_a_file_holds_one_backend_or_several(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    head = "from attnimg.backends.eager import BACKEND as E\nfrom dataclasses import replace\n"
+    head = "from dataclasses import replace\n"
+    head += "from attnimg.backends.flex_attention import BACKEND as E\n"
     (tmp_path / "zz_one.py").write_text(head + "BACKEND = replace(E, name='one', rank=-1)\n")
     (tmp_path / "zz_two.py").write_text(
         head + "BACKENDS = [replace(E, name=n, rank=r) for n, r in (('b', 999), ('a', -2))]\n"
@@ -57,7 +58,7 @@ def test_a_file_holds_one_backend_or_several(
 
 
 def named(name: str) -> Backend:
-    backend = backend_named(name)
+    backend = find_backend(name)
     assert backend is not None
     return backend
 
@@ -99,7 +100,7 @@ def test_the_plan_the_proof_and_the_call_take_the_same_kernel(
     verdict = judge(backend, machine, a_problem(dtype="bfloat16"), rank=1)
     assert verdict.kernel is not None
     assert verdict.kernel.startswith("flash-attn 2.8.3" if installed else f"{FLASH} 9 from")
-    assert has_dense_entry(backend, machine) == installed
+    assert has_dense_function(backend, machine) == installed
 
     monkeypatch.setenv("LOCAL_KERNELS", f"{FLASH}={FOLDER}")
     monkeypatch.setattr(AVAILABLE, lambda: installed)

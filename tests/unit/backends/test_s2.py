@@ -10,7 +10,7 @@ import torch
 from attention_cases import LAYER, draw, gradients, packed, plainly
 from run_facts import a_geometry
 
-from attnimg.backends import backend_named
+from attnimg.backends import find_backend
 from attnimg.backends import s2 as shifted_sparse
 from attnimg.backends._transformers import attention_function
 from attnimg.backends._varlen import read_call
@@ -47,7 +47,7 @@ def as_published(q, k, v, *, scale):
 
 
 def s2(*tensors, **arguments):
-    found, weights = attention_function(backend_named("s2"))(LAYER, *tensors, **arguments)
+    found, weights = attention_function(find_backend("s2"))(LAYER, *tensors, **arguments)
     assert weights is None
     return found
 
@@ -104,13 +104,13 @@ def test_groups_go_to_a_kernel_that_can_run_them(on_cpu, has_dropout, dropout, t
     kernel = GroupKernel(function=plainly, on_cpu=on_cpu, has_dropout=has_dropout)
     features = frozenset({"dropout"})
     call = read_call("s2", LAYER, *draw(), None, features=features, dropout=dropout)
-    assert kernel.takes(call) == takes
+    assert kernel.supports(call) == takes
 
 
 def test_a_flash_attention_that_does_not_load_is_said_and_left_out(monkeypatch, caplog):
     monkeypatch.setenv("LOCAL_KERNELS", f"kernels-community/flash-attn2={FIXTURES}")
     assert group_kernels() == ()
-    assert "s2 goes without flash-attn" in caplog.text
+    assert "s2 does not use flash-attn" in caplog.text
 
 
 @pytest.mark.parametrize("tokens", [16, 13])
@@ -189,7 +189,7 @@ def test_the_reference_of_its_proof_is_what_was_published(tokens, heads):
 
 
 def prove(function, *, dtype="float32", heads=4):
-    backend = backend_named("s2")
+    backend = find_backend("s2")
     geometry = a_geometry(
         heads=heads, kv_heads=min(heads, 2), head_dim_qk=16, head_dim_v=16, sequence_len=100,
         dtype=dtype,
@@ -200,14 +200,14 @@ def prove(function, *, dtype="float32", heads=4):
         geometry,
         device="cpu",
         references={},
-        starting=lambda case: None,
-        again=lambda: None,
+        on_probe=lambda case: None,
+        on_repeat=lambda: None,
     )
 
 
 @pytest.mark.parametrize(("dtype", "heads"), [("float32", 4), ("float32", 1), ("bfloat16", 4)])
 def test_its_proof_compares_outputs_and_gradients(dtype, heads):
-    found = prove(attention_function(backend_named("s2")), dtype=dtype, heads=heads)
+    found = prove(attention_function(find_backend("s2")), dtype=dtype, heads=heads)
     assert found.reasons == []
     assert {figure.quantity for figure in found.figures} == {"out", "dq", "dk", "dv"}
     assert all(figure.allowed < 1 for figure in found.figures)
@@ -215,26 +215,26 @@ def test_its_proof_compares_outputs_and_gradients(dtype, heads):
 
 
 def full_attention(*tensors, **arguments):
-    return attention_function(backend_named("sdpa"))(*tensors, **arguments)
+    return attention_function(find_backend("sdpa"))(*tensors, **arguments)
 
 
 def not_shifted(monkeypatch):
-    whole = shifted_sparse._grouped
+    whole = shifted_sparse._attend_in_groups
     monkeypatch.setattr(
-        shifted_sparse, "_grouped", lambda *tensors, **_: whole(*tensors, shifted=False)
+        shifted_sparse, "_attend_in_groups", lambda *tensors, **_: whole(*tensors, shifted=False)
     )
 
 
 def leaking(monkeypatch):
     """Leave the row's ends in one group, as LongLoRA's path without FlashAttention does."""
-    whole = shifted_sparse._grouped
+    whole = shifted_sparse._attend_in_groups
 
     def grouped(call, q, k, v, *, shifted, **_):
         roll = q.shape[2] // 8 if shifted else 0
         out = whole(call, *(x.roll(-roll, dims=2) for x in (q, k, v)), shifted=False)
         return out.roll(roll, dims=2)
 
-    monkeypatch.setattr(shifted_sparse, "_grouped", grouped)
+    monkeypatch.setattr(shifted_sparse, "_attend_in_groups", grouped)
 
 
 def two_groups(monkeypatch):
@@ -244,7 +244,7 @@ def two_groups(monkeypatch):
 @pytest.mark.parametrize("fault", [not_shifted, leaking, two_groups], ids=lambda f: f.__name__)
 def test_a_wrong_s2_fails_its_proof(monkeypatch, fault):
     fault(monkeypatch)
-    found = prove(attention_function(backend_named("s2")))
+    found = prove(attention_function(find_backend("s2")))
     assert "numerics-fwd" in [reason.code for reason in found.reasons]
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from attention_cases import LAYER, draw, gradients, packed, plainly, same_document
 
-from attnimg.backends import backend_named
+from attnimg.backends import find_backend
 from attnimg.backends._exact import with_exact_backward
 from attnimg.backends._transformers import attention_function
 from attnimg.errors import AttnimgError
@@ -27,7 +27,7 @@ def sageattention(monkeypatch):
 
 
 def sage(*tensors, **arguments):
-    return attention_function(backend_named("sage"))(LAYER, *tensors, None, **arguments)[0]
+    return attention_function(find_backend("sage"))(LAYER, *tensors, None, **arguments)[0]
 
 
 def test_the_kernel_by_itself_cuts_the_gradient_off(sageattention):

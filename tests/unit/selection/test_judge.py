@@ -16,7 +16,7 @@ from attnimg.selection.gpus_and_images import parse_gpu
 from attnimg.selection.judge import with_effective_windows
 from attnimg.selection.plan import choose
 from attnimg.task import build_problem
-from attnimg.verification.proofs import geometries_of
+from attnimg.verification.proofs import list_geometries
 
 LAYER = LayerGroup(
     count=26, heads=8, kv_heads=4, head_dim_qk=256, head_dim_v=256, window=4096, softcap=None
@@ -51,7 +51,7 @@ def test_a_window_counts_where_it_is_shorter_than_the_row(
     assert found.model is not None
     assert [layer.window for layer in found.model.layers] == [window]
     context = a_context(packing=packing, rows=rows, sequence_len=sequence_len)
-    (geometry,) = geometries_of(
+    (geometry,) = list_geometries(
         problem, context, dense=True, deterministic=False, every_length=False
     )
     assert geometry.window == window, "what is not judged is not proven, and the other way round"

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from run_facts import a_problem
 
-from attnimg.backends import all_backends, backend_named
+from attnimg.backends import all_backends, find_backend
 from attnimg.errors import AttnimgError
 from attnimg.facts import LayerGroup, Machine, Model, Problem
 from attnimg.selection import known_bad, plan
@@ -39,7 +39,7 @@ def machine(gpu: str, **packages: str) -> Machine:
 
 
 def codes(backend: str, on: Machine, problem: Problem) -> list[str]:
-    named = backend_named(backend)
+    named = find_backend(backend)
     assert named is not None
     return [r.text.split(":")[0] for r in known_bad.reasons_against(named, on, problem)]
 

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 from run_facts import a_problem
 
-from attnimg.backends import all_backends, backend_named
+from attnimg.backends import all_backends, find_backend
 from attnimg.facts import (
     DType,
     LayerGroup,
@@ -205,7 +205,7 @@ def test_kernels_that_a_variable_turns_off_are_not_taken(gpu: str, value: str) -
     target = parse_gpu(gpu)
     arch, label = target.arch, target.label
     setting = {"FLASH_ATTENTION_TRITON_AMD_ENABLE": value}
-    backend = backend_named("flash_attention_2")
+    backend = find_backend("flash_attention_2")
     assert backend is not None
     problem = a_problem(model=LLAMA, dtype="bfloat16")
     machine = Machine(arch=arch, gpu=label, variables=setting)
@@ -521,7 +521,7 @@ def test_a_variable_of_the_process_holds_for_every_layer_that_it_reaches() -> No
 
 
 def test_a_variable_that_is_set_against_a_kernel_refuses_it() -> None:
-    backend = backend_named("flash_attention_4_generic")
+    backend = find_backend("flash_attention_4_generic")
     assert backend is not None
     for value, codes in (("0", ["variant"]), ("1", [])):
         on = machine("b200", variables={"FLASH_ATTENTION_HD256_GENERIC_BWD": value})
@@ -539,7 +539,7 @@ def test_the_generic_kernel_is_chosen_before_it_is_called(monkeypatch: pytest.Mo
         return SimpleNamespace()
 
     monkeypatch.setattr("attnimg.backends._transformers.flash_kernel", kernel)
-    backend = backend_named("flash_attention_4_generic")
+    backend = find_backend("flash_attention_4_generic")
     assert backend is not None
     assert backend.load_function is not None
     backend.load_function()

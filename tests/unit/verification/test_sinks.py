@@ -10,15 +10,15 @@ import torch
 from run_facts import a_geometry
 from torch import Tensor
 
-from attnimg.backends import backend_named
+from attnimg.backends import find_backend
 from attnimg.backends._transformers import attention_function
 from attnimg.facts import AttentionFunction, Backend, DType
-from attnimg.verification.calls import call, reference
-from attnimg.verification.cases import CPU, cases_of
-from attnimg.verification.checks import check_values, expected
-from attnimg.verification.inputs import draw
+from attnimg.verification.calls import Probe, call, draw_inputs
+from attnimg.verification.cases import CPU, list_cases
+from attnimg.verification.checks import build_expected, check_values
+from attnimg.verification.reference import reference
 
-EAGER: Backend = backend_named("eager")  # type: ignore[assignment]  # it is always there
+EAGER: Backend = find_backend("eager")  # type: ignore[assignment]  # it is always there
 # Heads, key heads, head size and tokens. The first was refused in bfloat16 although it is right.
 SHAPES = [(8, 2, 64, 512), (4, 4, 32, 256), (2, 1, 16, 2048), (16, 2, 32, 129)]
 
@@ -56,17 +56,16 @@ def faults_of(
         dtype=dtype, packing=packing, dense=not packing, sinks=True,
     )  # fmt: skip
     found = []
-    for case in cases_of(geometry, budget=CPU):
-        if case.also_learning:
+    for case in list_cases(geometry, budget=CPU):
+        if case.extra_gradients:
             continue
-        inputs = draw(case, device="cpu")
+        inputs = draw_inputs(case, device="cpu")
         exact, plain = (
             reference(case, inputs, dtype=precision)
             for precision in (torch.float64, inputs.q.dtype)
         )
-        result = call(function, EAGER, case, inputs)
-        right = expected(exact, plain)
-        found += check_values(EAGER, case, inputs, found=result, right=right)[1]
+        probe = Probe(function, EAGER, case, inputs)
+        found += check_values(probe, call(probe), build_expected(exact, plain))[1]
     return [fault.reason.text for fault in found]
 
 

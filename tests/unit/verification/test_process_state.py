@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from served_kernels import serve
 
-FIXTURES = Path(__file__).parents[1] / "fixtures"
+FIXTURES = Path(__file__).parents[2] / "fixtures"
 SOURCE = FIXTURES / "wrong_kernels/state.py"
 MEDIUM = "float32 matmul precision was ('highest', 'True'), is ('medium', 'True')"
 # The fault of a kernel -> a part of the reason.

@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
-from attnimg.verification.blocks import block_reference
-from attnimg.verification.reference import attend, visible_keys
+from attnimg.verification.blocks import BlockReference, RowAttention, document_spans
+from attnimg.verification.blocks import block_reference as compute
+from attnimg.verification.calls import visible_keys
+from attnimg.verification.reference import attend
 
 LENGTHS = (70, 1, 0, 45, 200, 3)
 T = sum(LENGTHS)
 QUERIES = [(0, 20), (65, 75), (100, 130), (300, T)]
 KEYS = [(0, 16), (60, 80), (110, 140), (310, T)]
+
+
+def block_reference(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, d_out: torch.Tensor | None = None, *,
+    cu_seqlens: torch.Tensor, queries: Any, keys: Any = (), window: int | None = None,
+    causal: bool = True, at_most_bytes: int = 256 << 20, **options: Any,
+) -> BlockReference:  # fmt: skip
+    first, last = document_spans(cu_seqlens, torch.arange(q.shape[1]), window=window, causal=causal)
+    row = RowAttention(q=q, k=k, v=v, d_out=d_out, first_T=first, last_T=last, **options)
+    return compute(row, queries=queries, keys=keys, at_most_bytes=at_most_bytes)
 
 
 def drawn(*, sinks: bool) -> dict[str, torch.Tensor]:

@@ -12,7 +12,7 @@ from served_kernels import serve
 from attnimg.facts import Proof
 from attnimg.verification.runner import Candidate, _message, run
 
-SOURCES = Path(__file__).parents[1] / "fixtures/wrong_kernels"
+SOURCES = Path(__file__).parents[2] / "fixtures/wrong_kernels"
 GEOMETRY = a_geometry(
     heads=2, kv_heads=2, head_dim_qk=16, head_dim_v=16, packing=True, dense=False, sequence_len=64
 )

@@ -17,7 +17,7 @@ from served_kernels import serve
 from attnimg.facts import Proof
 from attnimg.verification.runner import Candidate, run
 
-SOURCE = Path(__file__).parents[1] / "fixtures/wrong_kernels/products.py"
+SOURCE = Path(__file__).parents[2] / "fixtures/wrong_kernels/products.py"
 PACKED = a_geometry(
     heads=8, kv_heads=2, head_dim_qk=16, head_dim_v=16, packing=True, dense=False,
     sequence_len=832,

@@ -15,7 +15,7 @@ from run_facts import a_geometry
 from served_kernels import serve
 
 from attnimg.facts import Proof
-from attnimg.verification.runner import Candidate, Watchdog, own_time, run, usage_of
+from attnimg.verification.runner import Candidate, Limits, Watchdog, counted_time, read_usage, run
 
 SMALL = a_geometry(heads=2, kv_heads=1, head_dim_qk=16, head_dim_v=16, sequence_len=64)
 SPIN = "while True: pass"
@@ -38,28 +38,28 @@ def _alone(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_what_a_second_counts(cpu_s: float, asleep: bool, charged: float) -> None:
-    assert own_time(1.0, cpu_s=cpu_s, asleep=asleep) == charged
+    assert counted_time(1.0, cpu_s=cpu_s, asleep=asleep) == charged
 
 
 def test_a_process_is_seen_with_all_that_it_started() -> None:
     code = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {SPIN!r}])"
     with subprocess.Popen([sys.executable, "-c", code], start_new_session=True) as process:
         try:
-            watchdog = Watchdog(process.pid, limit_s=0.5, wall_s=60.0)
-            while not watchdog.spent():
+            watchdog = Watchdog(process.pid, Limits(limit_s=0.5, wall_s=60.0))
+            while not watchdog.expired():
                 time.sleep(0.05)
-            usage = usage_of(process.pid)
+            usage = read_usage(process.pid)
         finally:
             os.killpg(process.pid, signal.SIGKILL)
     assert usage.cpu_s > 0.4
     assert not usage.asleep
-    assert watchdog.sentence() == "still running after 0.5 s"
+    assert watchdog.description() == "still running after 0.5 s"
 
 
 def test_a_process_that_is_gone_has_done_nothing() -> None:
     with subprocess.Popen([sys.executable, "-c", ""]) as process:
         process.wait()
-    assert usage_of(process.pid) == (0.0, True)
+    assert read_usage(process.pid) == (0.0, True)
 
 
 def proven(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str, limit_s: float) -> Proof:
@@ -90,7 +90,7 @@ def test_a_starved_proof_passes_however_long_it_takes() -> None:
         threading.Timer(6.0, os.kill, (child, signal.SIGCONT)).start()
 
     candidate = Candidate(backend="sdpa", geometries=(SMALL,))
-    (proof,) = run([candidate], device="cpu", timeout_s=5.0, say=stop_for_a_while)
+    (proof,) = run([candidate], device="cpu", timeout_s=5.0, log=stop_for_a_while)
     assert proof.reasons == ()
     assert time.monotonic() - stopped[0] > 6.0
 
@@ -101,7 +101,7 @@ def test_a_proof_that_never_gets_a_cpu_ends_all_the_same() -> None:
         [candidate],
         device="cpu",
         wall_s=2.0,
-        say=lambda _: os.kill(children()[0], signal.SIGSTOP),
+        log=lambda _: os.kill(children()[0], signal.SIGSTOP),
     )
     assert [reason.code for reason in proof.reasons] == ["timeout"]
     assert "still running after 2 s, 0 s of them with a CPU" in proof.reasons[0].text

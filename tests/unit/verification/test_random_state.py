@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from attnimg.verification.process_state import is_rewound, states_after_draw
+from attnimg.verification.process_state import draw_and_read_states, is_rewound
 
 CPU = torch.device("cpu")
 STATE = torch.Generator().manual_seed(3).get_state()
@@ -29,7 +29,7 @@ STATE = torch.Generator().manual_seed(3).get_state()
 def test_seeding_is_found_and_drawing_passes(call: Callable[[], object], rewound: bool) -> None:
     with torch.random.fork_rng([]):
         torch.manual_seed(7)
-        before = states_after_draw(CPU)
+        before = draw_and_read_states(CPU)
         call()
         assert is_rewound(before, CPU) == rewound
 
@@ -37,6 +37,6 @@ def test_seeding_is_found_and_drawing_passes(call: Callable[[], object], rewound
 def test_seeding_with_the_seed_of_the_run_is_found() -> None:
     with torch.random.fork_rng([]):
         torch.manual_seed(7)
-        before = states_after_draw(CPU)
+        before = draw_and_read_states(CPU)
         torch.manual_seed(7)
         assert is_rewound(before, CPU)

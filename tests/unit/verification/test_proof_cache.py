@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from run_facts import a_geometry
 
-from attnimg.backends import backend_named
+from attnimg.backends import find_backend
 from attnimg.facts import Arch, Figure, Machine, Proof, Reason
 from attnimg.files import write_private
 from attnimg.verification import proofs as cache
@@ -21,7 +21,7 @@ from attnimg.verification.runner import Candidate
 
 CPU = Machine(arch=Arch(name="cpu", vendor="cpu"), gpu="cpu", driver="1")
 GEOMETRY = a_geometry(heads=4, kv_heads=2, head_dim_qk=16, head_dim_v=16)
-SDPA = backend_named("sdpa")
+SDPA = find_backend("sdpa")
 assert SDPA is not None
 CANDIDATE = Candidate(backend="sdpa", geometries=(GEOMETRY,))
 FIGURE = Figure(quantity="dq", error=1e-7, allowed=1e-6, case="17 tokens")
@@ -31,7 +31,7 @@ PROOF = Proof(backend="sdpa", reasons=(), figures=(FIGURE,), cases=3, longest=64
 def key(candidate: Candidate = CANDIDATE, **changes: object) -> str:
     values = {"machine": CPU, "versions": {"torch": "2.13.0"}, "content": {}, "variables": {}}
     values |= changes
-    return cache.key_of(candidate, **values)  # type: ignore[arg-type]
+    return cache.proof_key(candidate, **values)  # type: ignore[arg-type]
 
 
 def silent(text: str) -> None:
@@ -39,8 +39,8 @@ def silent(text: str) -> None:
 
 
 def test_a_proof_comes_back_as_it_was(tmp_path: Path) -> None:
-    cache.write(tmp_path / "new", "k", PROOF, say=silent)
-    assert cache.read(tmp_path / "new", "k", backend=SDPA, say=silent) == replace(
+    cache.write(tmp_path / "new", "k", PROOF, log=silent)
+    assert cache.read(tmp_path / "new", "k", backend=SDPA, log=silent) == replace(
         PROOF, cached=True
     )
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["k.json"]
@@ -48,14 +48,14 @@ def test_a_proof_comes_back_as_it_was(tmp_path: Path) -> None:
 
 def test_a_failed_proof_is_kept_too(tmp_path: Path) -> None:
     failed = replace(PROOF, reasons=(Reason(code="zeros", text="all of it"),))
-    cache.write(tmp_path, "k", failed, say=silent)
-    assert cache.read(tmp_path, "k", backend=SDPA, say=silent) == replace(failed, cached=True)
+    cache.write(tmp_path, "k", failed, log=silent)
+    assert cache.read(tmp_path, "k", backend=SDPA, log=silent) == replace(failed, cached=True)
 
 
 @pytest.mark.parametrize("code", ["timeout", "crash", "oom", "import-error"])
 def test_what_may_pass_by_itself_is_not_kept(tmp_path: Path, code: str) -> None:
-    cache.write(tmp_path, "k", replace(PROOF, reasons=(Reason(code=code, text="."),)), say=silent)
-    assert cache.read(tmp_path, "k", backend=SDPA, say=silent) is None
+    cache.write(tmp_path, "k", replace(PROOF, reasons=(Reason(code=code, text="."),)), log=silent)
+    assert cache.read(tmp_path, "k", backend=SDPA, log=silent) is None
 
 
 def kept(**changes: object) -> bytes:
@@ -69,7 +69,7 @@ def figure(**changes: object) -> list[dict[str, object]]:
 
 def test_the_file_that_the_damages_start_from_is_read(tmp_path: Path) -> None:
     write_private(tmp_path / "own" / "k.json", kept())
-    found = cache.read(tmp_path / "own", "k", backend=SDPA, say=silent)
+    found = cache.read(tmp_path / "own", "k", backend=SDPA, log=silent)
     assert found == replace(PROOF, cached=True)
 
 
@@ -105,20 +105,20 @@ def test_a_damaged_file_is_ignored_with_a_note(tmp_path: Path, damage: bytes) ->
     folder = tmp_path / "own"
     write_private(folder / "k.json", damage)
     said: list[str] = []
-    assert cache.read(folder, "k", backend=SDPA, say=said.append) is None
+    assert cache.read(folder, "k", backend=SDPA, log=said.append) is None
     assert len(said) == 1
     assert "proving again" in said[0]
-    cache.write(folder, "k", PROOF, say=silent)
-    assert cache.read(folder, "k", backend=SDPA, say=silent) == replace(PROOF, cached=True)
+    cache.write(folder, "k", PROOF, log=silent)
+    assert cache.read(folder, "k", backend=SDPA, log=silent) == replace(PROOF, cached=True)
 
 
 def test_a_backend_that_quantizes_may_have_figures_without_a_bound(tmp_path: Path) -> None:
-    sage = backend_named("sage")
+    sage = find_backend("sage")
     assert sage is not None
     exact = Figure(quantity="dq", error=-math.inf, allowed=math.inf, case="17 tokens")
     proof = replace(PROOF, backend="sage", figures=(FIGURE, exact))
-    cache.write(tmp_path / "own", "k", proof, say=silent)
-    found = cache.read(tmp_path / "own", "k", backend=sage, say=silent)
+    cache.write(tmp_path / "own", "k", proof, log=silent)
+    found = cache.read(tmp_path / "own", "k", backend=sage, log=silent)
     assert found == replace(proof, cached=True)
 
 
@@ -153,10 +153,10 @@ def test_a_file_that_others_could_have_written_is_ignored_with_a_note(
     tmp_path: Path, kind: str
 ) -> None:
     change, why = NOT_OWN[kind]
-    cache.write(tmp_path / "own", "k", PROOF, say=silent)
+    cache.write(tmp_path / "own", "k", PROOF, log=silent)
     change(tmp_path / "own" / "k.json")
     said: list[str] = []
-    assert cache.read(tmp_path / "own", "k", backend=SDPA, say=said.append) is None
+    assert cache.read(tmp_path / "own", "k", backend=SDPA, log=said.append) is None
     assert len(said) == 1
     assert why in said[0]
 
@@ -164,7 +164,7 @@ def test_a_file_that_others_could_have_written_is_ignored_with_a_note(
 def test_what_is_kept_is_this_users_alone(tmp_path: Path) -> None:
     before = os.umask(0)
     try:
-        cache.write(tmp_path / "own", "k", PROOF, say=silent)
+        cache.write(tmp_path / "own", "k", PROOF, log=silent)
     finally:
         os.umask(before)
     assert stat.S_IMODE((tmp_path / "own").stat().st_mode) == 0o700
@@ -176,7 +176,7 @@ def test_a_folder_that_another_user_made_beforehand_is_not_used(tmp_path: Path) 
     (tmp_path / "own").mkdir()
     os.chown(tmp_path / "own", 12345, -1)
     said: list[str] = []
-    cache.write(tmp_path / "own", "k", PROOF, say=said.append)
+    cache.write(tmp_path / "own", "k", PROOF, log=said.append)
     assert list((tmp_path / "own").iterdir()) == []
     assert "belongs to user 12345" in said[0]
 
@@ -184,7 +184,7 @@ def test_a_folder_that_another_user_made_beforehand_is_not_used(tmp_path: Path) 
 def test_a_folder_that_cannot_be_written_is_a_note(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     said: list[str] = []
-    cache.write(tmp_path / "file" / "folder", "k", PROOF, say=said.append)
+    cache.write(tmp_path / "file" / "folder", "k", PROOF, log=said.append)
     assert len(said) == 1
 
 

@@ -9,23 +9,22 @@ from dataclasses import asdict, replace
 
 import pytest
 import torch
-from noisy_proofs import FAMILIES, LEAKS, LOST_HEAD, Shape, grid, load, prove_noisy
+from noisy_proofs import FAMILIES, LEAKS, LOST_HEAD, NoisyShape, grid, load, prove_noisy
 from run_facts import a_geometry
 
-from attnimg.backends import backend_named
+from attnimg.backends import find_backend
 from attnimg.backends._transformers import attention_function
 from attnimg.backends._varlen import FlashKernel
-from attnimg.facts import Backend, Reason
+from attnimg.facts import Backend
 from attnimg.verification import candidate
-from attnimg.verification.calls import Result, call
+from attnimg.verification.calls import Probe, Result, call, draw_inputs
 from attnimg.verification.candidate import Findings, prove_geometry
-from attnimg.verification.cases import CPU, Case, cases_of
+from attnimg.verification.cases import CPU, Case, list_cases
 from attnimg.verification.checks import Fault, check_isolated
-from attnimg.verification.inputs import draw
-from attnimg.verification.reference import TILE, beyond_a_flip, sum_noise
+from attnimg.verification.reference import TILE, difference_beyond_ulp, sum_order_bounds
 from attnimg.verification.worker import prove_candidate
 
-SMALL = Shape(head_dim=64, group=4, dtype="bfloat16", packed=True, tile=64)
+SMALL = NoisyShape(head_dim=64, group=4, dtype="bfloat16", packed=True, tile=64)
 # 20 of the grid, with few heads: `make bench/proof-noise` runs 200 for each kind of noise.
 FEW_HEADS = [s for s in grid() if s.packed and s.tile == 64 and s.head_dim * s.group <= 512]
 SOME = [(FAMILIES[number % 3], FEW_HEADS[number % len(FEW_HEADS)]) for number in range(20)]
@@ -52,7 +51,7 @@ def test_a_right_kernel_with_the_noise_of_atomics_passes_all_probes(
     ids=[f"{family}, D {s.head_dim}, {s.group} heads to one, {s.dtype}" for family, s in SOME],
 )
 def test_a_right_kernel_with_the_noise_of_atomics_is_isolated(
-    family: str, shape: Shape, references: dict[object, object]
+    family: str, shape: NoisyShape, references: dict[object, object]
 ) -> None:
     found = prove_noisy(family, shape, references=references, sequence_len=64, repeated_alone=True)
     assert found.reasons == []
@@ -74,10 +73,10 @@ def test_the_noise_is_there_and_within_its_bound(family: str, dtype: str) -> Non
     module = load(family, fault="none", tile=TILE)
     function = FlashKernel(backend=family, dense=None, varlen=module.flash_attn_varlen_func)
     case, backend = _packed_case(dtype), _backend()
-    inputs = draw(case, device="cpu")
-    first, second = (call(function, backend, case, inputs) for _ in range(2))
+    inputs = draw_inputs(case, device="cpu")
+    first, second = (call(Probe(function, backend, case, inputs)) for _ in range(2))
     assert torch.equal(first.out, second.out)
-    bound = sum_noise(case, inputs)
+    bound = sum_order_bounds(case, inputs)
     moves = {"dq"} if family == "fa2" else {"dq", "dk", "dv"}
     for name in ("dq", "dk", "dv"):
         one, other = first.gradients[name], second.gradients[name]
@@ -85,7 +84,7 @@ def test_the_noise_is_there_and_within_its_bound(family: str, dtype: str) -> Non
         assert other is not None
         if name not in moves or dtype == "float32":  # in half precision few roundings flip
             assert torch.equal(one, other) == (name not in moves)
-        excess = beyond_a_flip(one, other).transpose(1, 2)
+        excess = difference_beyond_ulp(one, other).transpose(1, 2)
         assert (excess <= bound[name]).all()
         # And the bound is far below what the gradients are.
         assert bound[name].max() < 1e-2 * one.abs().max(), bound[name].max() / one.abs().max()
@@ -93,20 +92,20 @@ def test_the_noise_is_there_and_within_its_bound(family: str, dtype: str) -> Non
 
 def test_plain_attention_with_a_soft_cap_passes_in_bfloat16() -> None:
     # tanh rounds to 1 at large scores, and the gradient of q to 0.
-    backend = backend_named("eager")
+    backend = find_backend("eager")
     assert backend is not None
     geometry = a_geometry(
         dtype="bfloat16", softcap=30.0, sequence_len=64, dense=False, packing=True
     )
     found = prove_geometry(
         attention_function(backend, trusted=True), backend, geometry, device="cpu", references={},
-        starting=lambda _case: None, again=lambda: None,
+        on_probe=lambda _case: None, on_repeat=lambda: None,
     )  # fmt: skip
     assert found.reasons == []
 
 
 def _backend() -> Backend:
-    backend = backend_named("flash_attention_2")
+    backend = find_backend("flash_attention_2")
     assert backend is not None
     return backend
 
@@ -116,7 +115,7 @@ def _packed_case(dtype: str = "bfloat16") -> Case:
         heads=8, kv_heads=2, head_dim_qk=32, head_dim_v=32, dtype=dtype, packing=True,
         sequence_len=64,
     )  # fmt: skip
-    return next(case for case in cases_of(geometry, budget=CPU) if case.repeated)
+    return next(case for case in list_cases(geometry, budget=CPU) if case.repeated)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -126,8 +125,8 @@ def test_one_unit_in_the_last_place_is_a_flip_and_two_are_not(
 ) -> None:
     one = torch.tensor([value], dtype=dtype)
     up = torch.nextafter(one, torch.full_like(one, 9))
-    assert beyond_a_flip(one, up).item() == 0
-    assert beyond_a_flip(one, torch.nextafter(up, torch.full_like(one, 9))).item() > 0
+    assert difference_beyond_ulp(one, up).item() == 0
+    assert difference_beyond_ulp(one, torch.nextafter(up, torch.full_like(one, 9))).item() > 0
 
 
 class Calls:
@@ -163,7 +162,7 @@ def test_isolation_is_judged_by_how_far_gradients_move_by_themselves(
             _packed_case("float32"),
             before=Calls(*before).results,
             after=Calls(*after).results,
-            kept=torch.tensor([[True, False]]),
+            unchanged=torch.tensor([[True, False]]),
             noise={"dk": torch.full((1, 2, 1, 1), 1e-5)},
         )
     )
@@ -171,8 +170,8 @@ def test_isolation_is_judged_by_how_far_gradients_move_by_themselves(
     assert all(fault.noise_sensitive for fault in faults)
 
 
-NOISE = Fault(reason=Reason(code="nondeterministic", text="noise"), noise_sensitive=True)
-GROSS = Fault(reason=Reason(code="numerics-fwd", text="gross"), noise_sensitive=False)
+NOISE = Fault("nondeterministic", "noise", noise_sensitive=True)
+GROSS = Fault("numerics-fwd", "gross", noise_sensitive=False)
 
 
 def prove_by(
@@ -180,8 +179,8 @@ def prove_by(
 ) -> tuple[Findings, int]:
     """Prove sdpa with probes that find what a script says of their number; and count them."""
     geometry = a_geometry(heads=2, kv_heads=2, head_dim_qk=16, head_dim_v=16, sequence_len=64)
-    few = cases_of(geometry, budget=CPU)[:4]
-    monkeypatch.setattr(candidate, "cases_of", lambda *_args, **_named: few)
+    few = list_cases(geometry, budget=CPU)[:4]
+    monkeypatch.setattr(candidate, "list_cases", lambda *_args, **_named: few)
     runs = iter(range(1000))
 
     def probe(*_args: object, **_named: object) -> tuple[list[object], list[Fault]]:
@@ -191,11 +190,11 @@ def prove_by(
         return [], [fault] if fault else []
 
     monkeypatch.setattr(candidate, "_run_probe", probe)
-    backend = backend_named("sdpa")
+    backend = find_backend("sdpa")
     assert backend is not None
     found = prove_geometry(
-        print, backend, geometry, device="cpu", references={}, starting=lambda _case: None,
-        again=lambda: None,
+        print, backend, geometry, device="cpu", references={}, on_probe=lambda _case: None,
+        on_repeat=lambda: None,
     )  # fmt: skip
     return found, next(runs)
 
@@ -228,8 +227,8 @@ def test_a_kernel_that_is_wrong_now_and_then_is_refused(monkeypatch: pytest.Monk
 
 
 def test_what_was_seen_once_is_noted_and_gets_new_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    def prove(*_args: object, again: Callable[[], None], **_named: object) -> Findings:
-        again()
+    def prove(*_args: object, on_repeat: Callable[[], None], **_named: object) -> Findings:
+        on_repeat()
         return Findings([], [], 3, [NOISE.reason])
 
     monkeypatch.setattr(candidate, "prove_geometry", prove)
@@ -252,6 +251,6 @@ def test_an_output_that_another_document_moves_is_refused_bit_by_bit() -> None:
     moved = replace(first[0], out=first[0].out * (1 + 2**-23))
     faults: Iterator[Fault] = check_isolated(
         _packed_case("float32"), before=first, after=[moved],
-        kept=torch.tensor([[True, False]]), noise={},
+        unchanged=torch.tensor([[True, False]]), noise={},
     )  # fmt: skip
     assert [fault.reason.code for fault in faults] == ["packing-not-isolated"]

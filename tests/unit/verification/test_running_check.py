@@ -12,17 +12,17 @@ import torch
 from run_facts import a_context
 from torch.nn.attention.flex_attention import create_block_mask
 
-from attnimg.backends import backend_named
+from attnimg.backends import find_backend
 from attnimg.facts import Backend, CallCheck
 from attnimg.train.attention_check import AttentionCheck
-from attnimg.verification import blocks, running
-from attnimg.verification.blocks import NotComparable, closed_part, spans_of_mask
-from attnimg.verification.capture import CallKind, call_again
+from attnimg.verification import blocks, running_check
+from attnimg.verification.blocks import NotComparable, choose_documents, read_mask_spans
+from attnimg.verification.running_check import CallKind, call_again
 from benchmarks import running_check as measured
 
 
 def named(name: str) -> Backend:
-    found = backend_named(name)
+    found = find_backend(name)
     assert found is not None
     return found
 
@@ -60,7 +60,7 @@ def block_mask() -> Any:
     ],
 )
 def test_a_mask_of_spans_is_read(mask: Any) -> None:
-    assert spans(*spans_of_mask(mask, 1, n_tokens=6)) == SPANS
+    assert spans(*read_mask_spans(mask, 1, n_tokens=6)) == SPANS
 
 
 @pytest.mark.parametrize(
@@ -74,7 +74,7 @@ def test_a_mask_of_spans_is_read(mask: Any) -> None:
 def test_other_masks_are_refused_with_a_reason(mask: Any, why: str) -> None:
     given = mask[None, None] if isinstance(mask, torch.Tensor) else mask
     with pytest.raises(NotComparable, match=why):
-        spans_of_mask(given, 0, n_tokens=6)
+        read_mask_spans(given, 0, n_tokens=6)
 
 
 def test_of_a_long_row_whole_documents_are_compared() -> None:
@@ -84,11 +84,11 @@ def test_of_a_long_row_whole_documents_are_compared() -> None:
     found = {
         (part.start, part.stop)
         for seed in range(200)
-        for part in [closed_part(first, last, longest=10, draw=random.Random(seed))]
+        for part in [choose_documents(first, last, longest=10, rng=random.Random(seed))]
     }
     # The document of 21 tokens is longer than asked for, and stays whole.
     assert found == {(0, 9), (5, 9), (9, 30), (30, 40), (32, 40)}
-    whole = closed_part(first, last, longest=40, draw=random.Random(0))
+    whole = choose_documents(first, last, longest=40, rng=random.Random(0))
     assert (whole.start, whole.stop) == (0, 40)
 
 
@@ -123,15 +123,15 @@ def test_heads_and_tokens_are_chosen_within_the_budgets(
     call, spec = a_call()
     (all_heads,) = {figure.case for figure in measured.check(call, spec).figures}
     assert all_heads == "row 0, tokens 0 to 99, key heads 0 to 3"
-    monkeypatch.setitem(running.PAIRS, "cpu", 1)
+    monkeypatch.setitem(running_check.PAIRS, "cpu", 1)
     cases = set()
     for seed in range(20):
         found = measured.check(call, replace(spec, seed=seed))
         assert not found.faults
         cases |= {figure.case for figure in found.figures}
     assert cases == {f"row 0, tokens 0 to 99, key heads {n} to {n}" for n in range(4)}
-    monkeypatch.setattr(running, "RESULT_BYTES", 1)
-    monkeypatch.setattr(running, "ENDS", 8)
+    monkeypatch.setattr(running_check, "RESULT_BYTES", 1)
+    monkeypatch.setattr(running_check, "ENDS", 8)
     found = measured.check(call, spec)
     assert (found.faults, found.skipped) == ((), "")
     # A fault in the last tokens is seen there too.
@@ -142,14 +142,14 @@ def test_heads_and_tokens_are_chosen_within_the_budgets(
 def test_one_tile_and_many_give_the_same() -> None:
     call, _ = a_call()
     place = torch.arange(100)
-    given: dict[str, Any] = {
-        "first_T": torch.where(place < 40, 0, 40), "last_T": place + 1, "queries": [(0, 100)],
-        "keys": [(0, 100)], "scale": 0.3, "softcap": 5.0, "sinks": torch.arange(8.0),
-        "dtype": torch.float64, "rounded_to": None,
-    }  # fmt: skip
-    tensors = (call.q[0], call.k[0], call.v[0], call.d_out[0].transpose(0, 1))
+    row = blocks.RowAttention(
+        q=call.q[0], k=call.k[0], v=call.v[0], d_out=call.d_out[0].transpose(0, 1),
+        first_T=torch.where(place < 40, 0, 40), last_T=place + 1, scale=0.3, softcap=5.0,
+        sinks=torch.arange(8.0),
+    )  # fmt: skip
     one, many = (
-        blocks.span_reference(*tensors, **given, at_most_bytes=size) for size in (1 << 28, 1 << 18)
+        blocks.block_reference(row, queries=[(0, 100)], keys=[(0, 100)], at_most_bytes=size)
+        for size in (1 << 28, 1 << 18)
     )
     for name in ("out", "dq", "dk", "dv", "dsinks"):
         assert torch.allclose(getattr(one, name), getattr(many, name), rtol=1e-10), name
@@ -206,7 +206,7 @@ def test_values_that_the_precision_can_not_represent_are_not_judged() -> None:
 def test_runs_that_can_not_be_checked_print_the_reason(
     name: str, context: dict[str, Any], dropout: float, why: str
 ) -> None:
-    found = running.why_unchecked([named(name)], a_context(**context), dropout=dropout)
+    found = running_check.reason_not_checked([named(name)], a_context(**context), dropout=dropout)
     assert found.startswith(why)
     assert bool(found) == bool(why)
     said: list[str] = []

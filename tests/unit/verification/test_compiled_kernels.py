@@ -6,28 +6,37 @@ import pytest
 import torch
 from run_facts import a_geometry
 
-from attnimg.backends import backend_named
+from attnimg.backends import find_backend
 from attnimg.facts import Backend, Geometry
-from attnimg.verification.cases import budget_of, cases_of
-from attnimg.verification.runner import COMPILING_S, TIMEOUT_S, Candidate, limits_of
+from attnimg.verification.cases import EDGES, Case, choose_budget, list_cases, reduce_shapes
+from attnimg.verification.runner import COMPILING_S, TIMEOUT_S, Candidate, time_limits
 from attnimg.verification.training_conditions import (
-    EDGES,
     RECOMPILE_LIMIT,
-    builds_plans,
+    builds_cudnn_plans,
     compiling_each_shape,
-    few_shapes,
     is_compiled,
-    shapes_of,
 )
 
 
 def backend(name: str) -> Backend:
-    found = backend_named(name)
+    found = find_backend(name)
     assert found is not None
     return found
 
 
-GPU = budget_of(backend("flex_attention"), memory_bytes=80 << 30)
+GPU = choose_budget(backend("flex_attention"), memory_bytes=80 << 30)
+
+
+def list_shapes(cases: list[Case]) -> set[tuple[int | str, ...]]:
+    """Return the distinct shapes of calls: batch, heads, key heads, queries, keys and layout."""
+    found: set[tuple[int | str, ...]] = set()
+    for case in cases:
+        rows, keys = (
+            (1, sum(case.lengths)) if case.packed else (len(case.lengths), max(case.lengths))
+        )
+        heads = case.geometry.heads, case.geometry.kv_heads
+        found.add((rows, *heads, case.queries or keys, keys, case.layout))
+    return found
 
 
 def geometry(heads: int, kv_heads: int, *, packing: bool, dense: bool = True) -> Geometry:
@@ -44,15 +53,15 @@ def geometry(heads: int, kv_heads: int, *, packing: bool, dense: bool = True) ->
 def test_there_are_few_shapes(
     heads: tuple[int, int], packing: bool, dense: bool, most: int
 ) -> None:
-    cases = cases_of(geometry(*heads, packing=packing, dense=dense), budget=GPU)
-    found = few_shapes(cases)
-    assert len(shapes_of(found)) <= most
-    assert len(shapes_of(found)) * 2 <= len(shapes_of(cases))
+    cases = list_cases(geometry(*heads, packing=packing, dense=dense), budget=GPU)
+    found = reduce_shapes(cases)
+    assert len(list_shapes(found)) <= most
+    assert len(list_shapes(found)) * 2 <= len(list_shapes(cases))
 
 
 @pytest.mark.parametrize("packing", [True, False])
 def test_edges_of_tiles_and_the_runs_own_length_are_kept(packing: bool) -> None:
-    cases = few_shapes(cases_of(geometry(8, 2, packing=packing), budget=GPU))
+    cases = reduce_shapes(list_cases(geometry(8, 2, packing=packing), budget=GPU))
     lengths = {n for case in cases for n in case.lengths}
     assert EDGES | {2048} <= lengths
     assert {case.scores for case in cases} >= {"spread", "negative", "large", "flat", "large-v"}
@@ -61,7 +70,7 @@ def test_edges_of_tiles_and_the_runs_own_length_are_kept(packing: bool) -> None:
 
 
 def test_padded_rows_are_kept() -> None:
-    cases = few_shapes(cases_of(geometry(8, 2, packing=False), budget=GPU))
+    cases = reduce_shapes(list_cases(geometry(8, 2, packing=False), budget=GPU))
     assert "padded rows" in {case.name for case in cases}
 
 
@@ -73,7 +82,7 @@ def test_only_flex_on_a_gpu_is_compiled_and_gets_more_time(
     name: str, device: str, compiled: bool
 ) -> None:
     assert is_compiled(backend(name), device=device) == compiled
-    limits = limits_of(
+    limits = time_limits(
         Candidate(backend=name, geometries=()), device=device, timeout_s=None, wall_s=900.0
     )
     extra = COMPILING_S if compiled else 0.0
@@ -96,7 +105,7 @@ def test_only_flex_on_a_gpu_is_compiled_and_gets_more_time(
 def test_only_sdpa_where_it_takes_cudnn_first_is_shown_few_shapes(
     name: str, device: str, capability: tuple[int, int] | None, few: bool
 ) -> None:
-    assert builds_plans(backend(name), device=device, capability=capability) == few
+    assert builds_cudnn_plans(backend(name), device=device, capability=capability) == few
 
 
 def test_passing_dynamos_limit_raises_instead_of_running_uncompiled() -> None:

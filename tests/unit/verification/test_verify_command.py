@@ -14,7 +14,7 @@ import served_kernels
 from attnimg.__main__ import run as attnimg
 from attnimg.machine import kernel_cache
 
-FIXTURES = Path(__file__).parents[1] / "fixtures"
+FIXTURES = Path(__file__).parents[2] / "fixtures"
 FLASH = "kernels-community/flash-attn2"
 MODEL = {
     "model_type": "llama",
@@ -139,7 +139,7 @@ def test_train_refuses_a_wrong_kernel_by_name_before_any_weights_are_read(
     assert "no weights" not in err
 
 
-# Faults of sly kernels, which test_mutations.py proves too; the others with PROOFS=all.
+# Faults of sly kernels, which test_wrong_kernels.py proves too; the others with PROOFS=all.
 SLY = [
     ("cu_seqlens changed", True, "numerics-fwd"),
     ("keys kept by shape", False, "numerics-fwd"),

@@ -7,7 +7,8 @@ import math
 import pytest
 import torch
 
-from attnimg.verification.reference import attend, visible_keys
+from attnimg.verification.calls import visible_keys
+from attnimg.verification.reference import attend
 
 HEADS, KV_HEADS, SIZE, SIZE_V = 4, 2, 8, 6
 

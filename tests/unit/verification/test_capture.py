@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AttentionInterface
 
-from attnimg.verification.capture import Capture, CapturedCall, call_again
+from attnimg.verification.running_check import Capture, CapturedCall, call_again
 
 SDPA = AttentionInterface._global_mapping["sdpa"]
 GET = AttentionInterface.get_interface
@@ -49,20 +49,20 @@ def test_a_gradient_is_of_the_call_alone_where_layers_share_keys() -> None:
     assert not torch.allclose(call.gradients["dk"], k.grad)
 
 
-@pytest.mark.parametrize("learning", [(0,), (2,), (0, 2), (0, 1, 2), ()])
-def test_inputs_without_requires_grad_get_no_gradient(learning: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("needs_grad", [(0,), (2,), (0, 2), (0, 1, 2), ()])
+def test_inputs_without_requires_grad_get_no_gradient(needs_grad: tuple[int, ...]) -> None:
     given = tensors()
     for place, x in enumerate(given):
-        x.requires_grad_(place in learning)
+        x.requires_grad_(place in needs_grad)
     found: list[CapturedCall] = []
     with Capture(0, found.append).installed():
         out = attend(layer(0), *given)
-        if learning:
+        if needs_grad:
             out.sum().backward()
     (call,) = found
-    names = tuple(("dq", "dk", "dv")[place] for place in learning)
-    assert (call.learning, set(call.gradients)) == (names, set(names))
-    assert (call.d_out is not None) == bool(learning)
+    names = tuple(("dq", "dk", "dv")[place] for place in needs_grad)
+    assert (call.needs_grad, set(call.gradients)) == (names, set(names))
+    assert (call.d_out is not None) == bool(needs_grad)
 
 
 def test_a_call_without_gradients_waits_for_one_that_records_them() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import io
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +12,13 @@ import pytest
 from run_facts import a_geometry
 
 from attnimg import application
-from attnimg.backends import backend_named
-from attnimg.backends._transformers import as_applied, attention_function
+from attnimg.backends import find_backend
+from attnimg.backends._transformers import applied_form, attention_function
 from attnimg.backends._varlen import FlashKernel
 from attnimg.facts import Backend, Geometry, LayerGroup, Proof
 
 FLASH_4 = "kernels-community/flash-attn4"
-STAND_IN = Path(__file__).parents[1] / "fixtures/flash_attn2"
+STAND_IN = Path(__file__).parents[2] / "fixtures/flash_attn2"
 # A kernel that takes MLA's values, and none that were padded to the size of q and k: as
 # FlashAttention-4's for Blackwell, which refuses (192, 192).
 STRICT = """
@@ -71,7 +71,7 @@ def test_values_of_another_size_are_proven_unpadded_as_they_are_trained() -> Non
             "sdpa", True, "_exact.exact_kernel", id="a router's sdpa is exact, by document"
         ),
         pytest.param("eager", True, "_exact.exact_kernel", id="and so is its eager"),
-        pytest.param("sdpa", False, "_transformers.layer_of", id="sdpa alone is transformers'"),
+        pytest.param("sdpa", False, "_transformers.build_layer", id="sdpa alone is transformers'"),
     ],
 )
 @pytest.mark.parametrize("packing", [True, False], ids=["packed", "single"])
@@ -111,9 +111,9 @@ def layer(size: int, size_v: int, *, kv_heads: int = 4) -> LayerGroup:
 def test_one_function_decides_how_a_backend_is_called(
     name: str, layers: tuple[LayerGroup, ...], routed: bool, direct: bool
 ) -> None:
-    backend = backend_named(name)
+    backend = find_backend(name)
     assert backend is not None
-    found: Backend = as_applied(backend, layers, routed=routed)
+    found: Backend = applied_form(backend, layers, routed=routed)
     assert (found != backend) == direct
     assert found.mask == ("flash" if direct else backend.mask)
 
@@ -121,11 +121,11 @@ def test_one_function_decides_how_a_backend_is_called(
 def test_what_apply_registers_is_what_that_function_gives() -> None:
     from transformers import AttentionInterface
 
-    backend = backend_named("flash_attention_4")
+    backend = find_backend("flash_attention_4")
     assert backend is not None
     layers = (layer(192, 128),)
     registered = AttentionInterface()[application.prepare(backend, layers=layers)]
-    found = attention_function(as_applied(backend, layers))
+    found = attention_function(applied_form(backend, layers))
     for function in (registered, found):
         kernel = inspect.unwrap(function)
         assert isinstance(kernel, FlashKernel)
@@ -134,10 +134,10 @@ def test_what_apply_registers_is_what_that_function_gives() -> None:
 
 def test_a_row_that_is_shortened_on_a_cpu_is_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
     from attnimg.verification import candidate
-    from attnimg.verification.cases import CPU, Budget
+    from attnimg.verification.cases import CPU
 
-    little = Budget(held=CPU.held, whole=4 * 150**2, drawn=CPU.drawn)
-    monkeypatch.setattr(candidate, "budget_here", lambda *_args, **_named: little)
+    little = replace(CPU, all_heads_scores=4 * 150**2)
+    monkeypatch.setattr(candidate, "device_budget", lambda *_args, **_named: little)
     geometry = a_geometry(**(asdict(PLAIN) | {"sequence_len": 200}))
     proof = proven("sdpa", geometry)
     assert proof.passed
