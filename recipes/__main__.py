@@ -15,14 +15,13 @@ from recipes.facts import Plan
 from recipes.files import write_all
 from recipes.pages.built import FOLDER as BUILT
 from recipes.pages.built import built_table, codes_found, listed, read_records, record, with_table
-from recipes.pages.checkpoints_page import RECORD as RELOAD
-from recipes.pages.families_page import RECORD as FAMILIES
 from recipes.pages.gpu_runs import BEGIN as RUNS_BEGIN
 from recipes.pages.gpu_runs import END as RUNS_END
 from recipes.pages.gpu_runs import faults, read_notes, read_run, read_runs, runs_page, runs_table
-from recipes.read.recipes import read_recipes
-from recipes.render import model_classes, positions
-from recipes.rendered import drifted, rendered
+from recipes.pages.model_pages import FAMILIES_RECORD, RELOAD_RECORD
+from recipes.read import read_recipes
+from recipes.render import transformers_models as models
+from recipes.render_all import drifted, rendered
 from recipes.solve.lock import lock_all, read_locks
 from recipes.solve.plan import refuse_unresolved, solve, solve_all
 from recipes.solve.sources import have_sources
@@ -60,13 +59,13 @@ def check(root: Root = ROOT) -> None:
 def classes(root: Root = ROOT) -> None:
     """List the causal language models of transformers, and what they don't support."""
     version = metadata.version("transformers")
-    classes_text = model_classes.classes_toml(model_classes.model_classes(), transformers=version)
-    causal_text = model_classes.causal_toml(model_classes.causal_types(), transformers=version)
-    positions_text = positions.positions_toml(*positions.position_tables(), transformers=version)
+    classes_text = models.classes_toml(models.model_classes(), transformers=version)
+    causal_text = models.causal_toml(models.causal_types(), transformers=version)
+    positions_text = models.positions_toml(*models.position_tables(), transformers=version)
     files = {
-        model_classes.PATH: classes_text,
-        model_classes.CAUSAL_PATH: causal_text,
-        positions.PATH: positions_text,
+        models.CLASSES_PATH: classes_text,
+        models.CAUSAL_PATH: causal_text,
+        models.POSITIONS_PATH: positions_text,
     }
     for path in write_all(root, files):
         typer.echo(f"classes: wrote {path}")
@@ -115,7 +114,7 @@ def gate(
 ) -> None:
     """Check a finished image or wheelhouse by all gates; exit with 1 if one fails."""
     # Imported here, since `make lock` runs before their dependencies are installed.
-    from recipes.judge import gate_artifact, report, report_json
+    from recipes.run_gates import gate_artifact, report, report_json
 
     plan = _plan(name, root)
     if archive and unpacked:
@@ -183,8 +182,8 @@ def _texts(root: Path) -> dict[str, str]:
     recipes = read_recipes(root)
     plans = solve_all(recipes)
     runners = (root / "recipes/runners.toml").read_text(encoding="utf-8")
-    families = (root / FAMILIES).read_text(encoding="utf-8")
-    reload = (root / RELOAD).read_text(encoding="utf-8")
+    families = (root / FAMILIES_RECORD).read_text(encoding="utf-8")
+    reload = (root / RELOAD_RECORD).read_text(encoding="utf-8")
     locks = read_locks(plans, root=root)
     texts = rendered(plans, recipes, locks=locks, runners=runners, families=families, reload=reload)
     runs = read_runs(root)

@@ -8,11 +8,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import BinaryIO
 
+from recipes.artifact.cuobjdump import listed
 from recipes.artifact.elf import MAGIC, read_elf
 from recipes.artifact.facts import Elf, File, FileKind
 from recipes.artifact.fatbin import fatbin_codes, is_fatbin
-from recipes.artifact.secret_forms import secrets_in
-from recipes.artifact.witness import listed
+from recipes.artifact.secret_patterns import secrets_in
 
 _CHUNK = 1 << 20
 # Larger files are not searched for secrets: no person or tool stores one in them.

@@ -1,16 +1,24 @@
-"""Read an archive, a folder or a wheelhouse into one Artifact."""
+"""Read an image or a wheelhouse into an Artifact: an archive, an unpacked folder, or wheels."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import hashlib
+import json
+import os
+import shutil
+import stat
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 from attnimg.errors import AttnimgError
-from recipes.artifact.archive import read_archive
-from recipes.artifact.distributions import distributions
-from recipes.artifact.facts import Artifact, File, Layer
-from recipes.artifact.folder import read_folder, read_sums, read_wheels
+from recipes.artifact.archive import read_archive, zstd_bytes
+from recipes.artifact.entries import Entry, read_entry
+from recipes.artifact.facts import Artifact, File, FileKind, Layer
+from recipes.artifact.packages import distributions
 
 Say = Callable[[str], None]
 
@@ -76,3 +84,120 @@ def site_packages(artifact: Artifact | None) -> str:
     """Return the folder with the most packages; empty for none."""
     sites = [one.folder.rpartition("/")[0] for one in artifact.distributions] if artifact else []
     return max(sorted(set(sites)), key=sites.count, default="")
+
+
+_SUMS, _MANIFEST = "SHA256SUMS", "manifest.json"
+
+
+def read_folder(root: Path) -> tuple[Layer, tuple[File, ...]]:
+    """Read an image's files from a folder, as one layer whose size is not known."""
+    files = tuple(read_entry(entry, layer=0) for entry in _walked(root))
+    total = sum(file.bytes for file in files)
+    return Layer(name="folder", made_by="", bytes=total), files
+
+
+def read_wheels(folder: Path, *, site: str) -> tuple[tuple[Layer, ...], tuple[File, ...]]:
+    """Read every wheel of a folder as a layer of what it installs.
+
+    Args:
+        folder: of *.whl.
+        site: the path of site-packages that they are installed into; empty for none.
+
+    Raises:
+        AttnimgError: there is no wheel, or one is invalid.
+    """
+    wheels = sorted(folder.glob("*.whl"))
+    if not wheels:
+        raise AttnimgError(
+            f"{folder} is no wheelhouse", why="found no *.whl in it", do="make wheels/NAME"
+        )
+    layers, files = [], []
+    for place, wheel in enumerate(wheels):
+        try:
+            with zipfile.ZipFile(wheel) as archive:
+                files += [read_entry(entry, layer=place) for entry in _zipped(archive, site)]
+        except (zipfile.BadZipFile, OSError) as error:
+            raise AttnimgError(
+                f"{wheel.name} is no wheel", why=str(error), do="make wheels/NAME again"
+            ) from error
+        with wheel.open("rb") as stream:
+            squeezed = zstd_bytes(stream)
+        size = wheel.stat().st_size
+        layers.append(Layer(name=wheel.name, made_by="", bytes=size, zstd_bytes=squeezed))
+    return tuple(layers), tuple(files)
+
+
+def read_sums(folder: Path) -> tuple[dict[str, bool], dict[str, object]]:
+    """Compare each file with SHA256SUMS, and read manifest.json; a missing file is empty."""
+    sums: dict[str, bool] = {}
+    if (folder / _SUMS).is_file():
+        for line in (folder / _SUMS).read_text(encoding="utf-8").splitlines():
+            digest, _, name = line.partition("  ")
+            sums[name] = (folder / name).is_file() and _sha256(folder / name) == digest
+    for path in folder.glob("*.whl"):
+        sums.setdefault(path.name, False)
+    manifest: Any = {}
+    if (folder / _MANIFEST).is_file():
+        try:
+            manifest = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
+        except ValueError:
+            sums[_MANIFEST] = False
+    return sums, manifest if isinstance(manifest, dict) else {}
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _walked(root: Path) -> Iterator[Entry]:
+    for folder, folders, names in os.walk(root):
+        for name in (*folders, *names):
+            path = Path(folder) / name
+            status = path.lstat()
+            yield Entry(
+                path=str(path.relative_to(root)),
+                bytes=status.st_size if stat.S_ISREG(status.st_mode) else 0,
+                mode=status.st_mode,
+                kind=_kind(status.st_mode),
+                open=partial(_opened, path),
+                target=str(path.readlink()) if path.is_symlink() else "",
+            )
+
+
+def _opened(path: Path) -> BinaryIO:
+    return path.open("rb")
+
+
+def _kind(mode: int) -> FileKind:
+    if stat.S_ISLNK(mode):
+        return "link"
+    if stat.S_ISDIR(mode):
+        return "folder"
+    return "file" if stat.S_ISREG(mode) else "device"
+
+
+def _zipped(archive: zipfile.ZipFile, site: str) -> Iterator[Entry]:
+    for member in archive.infolist():
+        if member.is_dir():
+            continue
+        path = member.filename
+        top, _, rest = path.partition("/")
+        if top.endswith(".data") and rest.startswith(("purelib/", "platlib/")):
+            path = rest.partition("/")[2]
+        yield Entry(
+            path=f"{site}/{path}".lstrip("/"),
+            bytes=member.file_size,
+            mode=(member.external_attr >> 16) & 0o7777 or 0o644,
+            kind="file",
+            open=partial(_seekable, archive, member),
+        )
+
+
+def _seekable(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> BinaryIO:
+    """Unpack a member to a temporary file: seeking back in a member is slow."""
+    copy = cast(BinaryIO, tempfile.TemporaryFile())  # noqa: SIM115 - whoever asked for it closes it
+    with archive.open(member) as stored:
+        shutil.copyfileobj(stored, copy, 1 << 20)
+    copy.seek(0)
+    return copy

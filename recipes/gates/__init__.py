@@ -1,6 +1,6 @@
 """The checks (gates) of a finished image or wheelhouse: one file each, found automatically.
 
-To add one, copy `floor.py`, then `make render check`.
+To add one, copy `glibc.py`, then `make render check`.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator
 
 from recipes.artifact.facts import Artifact
-from recipes.artifact.secret_forms import secrets_in
+from recipes.artifact.secret_patterns import secrets_in
 from recipes.gates import Finding, Gate, Promise
 
 _NAME = "secrets"

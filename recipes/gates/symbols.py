@@ -17,7 +17,7 @@ from recipes.artifact.linking import DRIVER, View, view_of
 from recipes.gates import Finding, Gate, Promise
 
 _NAME = "symbols"
-# Checked by the gate `floor`, with a better message.
+# Checked by the gate `glibc`, with a better message.
 _FLOOR = re.compile(r"(GLIBC|GLIBCXX|CXXABI)_")
 _SHOWN = 3
 # Debian's own programs and their plugins, except Python's extensions.

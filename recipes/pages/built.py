@@ -10,7 +10,7 @@ from typing import Any
 from attnimg.errors import AttnimgError
 from recipes.artifact.facts import Artifact
 from recipes.facts import Kernel, Plan, Step
-from recipes.pages.images_and_kernels import table
+from recipes.pages.image_pages import table
 
 FOLDER = "docs/built"
 BEGIN, END = "<!-- built: `make render` writes what follows -->\n", "<!-- built: end -->"

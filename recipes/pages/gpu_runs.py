@@ -12,7 +12,7 @@ from typing import Any
 from attnimg.backends import backend_named
 from attnimg.errors import AttnimgError
 from recipes.files import NOTICE
-from recipes.pages.images_and_kernels import table
+from recipes.pages.image_pages import table
 
 FOLDER = "docs/gpu-runs"
 BEGIN = "<!-- gpu runs: `make render` writes what follows -->\n"

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from recipes import judge as judging
+from recipes import run_gates
 from recipes.artifact.facts import Artifact
 from recipes.artifact.read import read_image
 from recipes.facts import Plan
 from recipes.gates import Finding, gate_named
-from recipes.read.recipes import read_recipes
+from recipes.read import read_recipes
 from recipes.solve.lock import read_locks
 from recipes.solve.plan import solve
 
@@ -43,8 +43,8 @@ def judge() -> Judge:
         plan = plan_of(image)
         artifact = read_image(given, say=lambda _: None) if isinstance(given, Path) else given
         lock = read_locks((plan,), root=ROOT)[image]
-        promise = judging.promise_of(plan, recipes, lock=lock, tools="")
-        (verdict,) = judging.judged(artifact, promise, [gate_named(gate)], ())
+        promise = run_gates.promise_of(plan, recipes, lock=lock, tools="")
+        (verdict,) = run_gates.judged(artifact, promise, [gate_named(gate)], ())
         assert not verdict.unjudged, verdict.unjudged
         return verdict.findings
 

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from small_image import SITE, package, save
 
+from recipes.artifact.cuobjdump import listed
 from recipes.artifact.elf import read_elf
 from recipes.artifact.fatbin import bundle_codes
-from recipes.artifact.witness import listed
 
 FILE = f"{SITE}/flash_attn/ext.so"
 

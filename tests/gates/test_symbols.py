@@ -1,4 +1,4 @@
-"""The gates `symbols`, `floor` and `duplicates` on small images with real libraries of gcc's."""
+"""The gates `symbols`, `glibc` and `duplicates` on small images with real libraries of gcc's."""
 
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ def test_an_extension_for_a_newer_c_library_is_refused(judge, gcc, tmp_path: Pat
     newer = "GLIBC_2.36 { puts; }; GLIBC_2.38 { gets; } GLIBC_2.36;"
     gcc("void puts(void) {} void gets(void) {}", soname="libc.so.6", versions=newer)
     ext = gcc(CALLS.replace("helper", "gets"), "-l:libc.so.6", soname="ext.so")
-    faults = judge("floor", "hopper", image(gcc, tmp_path / "image.tar", ext))
+    faults = judge("glibc", "hopper", image(gcc, tmp_path / "image.tar", ext))
     assert [(f.file, f.found, f.needed) for f in faults] == [
         (EXT, "GLIBC 2.38", "at most 2.36, which the base has")
     ]

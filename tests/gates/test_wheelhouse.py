@@ -83,7 +83,7 @@ def test_a_wheel_for_a_newer_c_library_than_the_base_s_is_refused(
     gcc("void gets(void) {}", soname="libc.so.6", versions="GLIBC_2.38 { gets; };")
     calls = "void gets(void); void run(void) { gets(); }"
     ext = gcc(calls, "-l:libc.so.6", soname="ext.so")
-    faults = judge("floor", "hopper", house(tmp_path / "wheels", ext))
+    faults = judge("glibc", "hopper", house(tmp_path / "wheels", ext))
     assert [(f.found, f.needed) for f in faults] == [
         ("GLIBC 2.38", "at most 2.36, which the base has")
     ]

@@ -32,7 +32,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from recipes.facts import Kernel  # noqa: E402 - recipes is not installed
-from recipes.read.recipes import read_recipes  # noqa: E402
+from recipes.read import read_recipes  # noqa: E402
 from recipes.solve.sources import FOLDER as SOURCES  # noqa: E402
 
 PATCHES = Path(__file__).parent / "patches"

@@ -18,7 +18,7 @@ import pytest
 from conftest import ROOT
 
 from recipes.facts import Kernel
-from recipes.read.recipes import read_recipes
+from recipes.read import read_recipes
 
 RECIPES = read_recipes(ROOT)
 PATCHED = [kernel for kernel in RECIPES.kernels.values() if kernel.patches or kernel.remove]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from recipes.read.recipes import read_recipes
+from recipes.read import read_recipes
 
 sys.path.append(str(Path(__file__).parents[1] / "gpu"))
 import compile_kernels

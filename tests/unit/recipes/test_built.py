@@ -12,7 +12,7 @@ from small_image import wheelhouse
 from attnimg.errors import AttnimgError
 from recipes.artifact.read import read_wheelhouse
 from recipes.pages.built import BEGIN, END, built_table, listed, read_records, record, with_table
-from recipes.read.recipes import read_recipes
+from recipes.read import read_recipes
 from recipes.solve.plan import solve_all
 
 ROOT = Path(__file__).resolve().parents[3]

@@ -16,11 +16,11 @@ from small_image import SITE, Special, package, save
 from recipes.artifact.elf import read_elf
 from recipes.artifact.facts import Artifact
 from recipes.artifact.read import read_image
-from recipes.artifact.secret_forms import secrets_in
+from recipes.artifact.secret_patterns import secrets_in
 from recipes.facts import Plan
 from recipes.gates import Promise, gate_named
 from recipes.gates.machine_code import runs
-from recipes.read.recipes import read_recipes
+from recipes.read import read_recipes
 from recipes.solve.plan import solve
 
 ROOT = Path(__file__).resolve().parents[3]

@@ -17,7 +17,7 @@ from small_image import save, wheelhouse
 from test_gates import KEY, PLAN, RECIPES, ROOT, judge, read
 
 from attnimg.errors import AttnimgError
-from recipes import judge as judging
+from recipes import run_gates
 from recipes.artifact.facts import Artifact
 from recipes.artifact.read import read_wheelhouse
 from recipes.facts import Allowance
@@ -122,7 +122,7 @@ def test_an_allowance_takes_its_finding_away_and_says_why(tmp_path: Path) -> Non
     )
     allowed = Allowance(gate="layers", file="usr/*.a", found="static", reason="gcc links it")
     promise = Promise(plan=PLAN, pins={})
-    (verdict,) = judging.judged(made, promise, [gate_named("layers")], [allowed])
+    (verdict,) = run_gates.judged(made, promise, [gate_named("layers")], [allowed])
     assert [f.file for f in verdict.findings] == ["opt/liby.a"]
     assert [(f.file, why) for f, why in verdict.allowed] == [("usr/lib/libx.a", "gcc links it")]
 
@@ -137,21 +137,21 @@ def test_every_gate_judges_every_image(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "toy-1-py3-none-any.whl", "w") as wheel:
         wheel.writestr("toy.py", "")
     for plan in solve_all(RECIPES):
-        _, verdicts = judging.gate_artifact(plan, RECIPES, image=None, wheels=tmp_path, root=ROOT)
+        _, verdicts = run_gates.gate_artifact(plan, RECIPES, image=None, wheels=tmp_path, root=ROOT)
         assert {verdict.gate for verdict in verdicts} == gate_names()
 
 
 def test_a_report_says_found_needed_and_what_to_do() -> None:
     finding = Finding(gate="pins", file="numpy", found="3", needed="2", do="make lock")
-    verdict = judging.Verdict(gate="pins", findings=(finding,))
+    verdict = run_gates.Verdict(gate="pins", findings=(finding,))
     made = Artifact(
         source="x.tar", kind="image", layers=(), files=(), distributions=(), env={}, sums={}
     )
-    text = judging.report("cpu", made, [verdict])
+    text = run_gates.report("cpu", made, [verdict])
     assert "FAILED: 1 finding" in text
     assert "why: found 3; needed 2" in text
     assert "do:  make lock" in text
-    assert json.loads(judging.report_json("cpu", made, [verdict]))["passed"] is False
+    assert json.loads(run_gates.report_json("cpu", made, [verdict]))["passed"] is False
 
 
 def test_each_gate_describes_itself_in_the_page() -> None:

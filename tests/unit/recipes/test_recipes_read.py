@@ -9,7 +9,7 @@ import pytest
 
 from attnimg.errors import AttnimgError
 from recipes.facts import Unresolved
-from recipes.read.recipes import read_image, read_kernel, read_patches
+from recipes.read import read_image, read_kernel, read_patches
 
 ROOT = Path(__file__).resolve().parents[3]
 KERNEL = (ROOT / "recipes/kernels/flash-attn.toml").read_text(encoding="utf-8")

@@ -19,12 +19,11 @@ from attnimg.errors import AttnimgError
 from attnimg.select.gpus import catalogue
 from recipes.facts import Plan
 from recipes.files import NOTICE, write_all
-from recipes.pages.checkpoints_page import RECORD as RELOAD_RECORD
-from recipes.pages.families_page import RECORD as FAMILIES_RECORD
-from recipes.read.recipes import read_recipes
+from recipes.pages.model_pages import FAMILIES_RECORD, RELOAD_RECORD
+from recipes.read import read_recipes
 from recipes.render.bake import labels
-from recipes.render.matrix import matrix
-from recipes.rendered import rendered
+from recipes.render.image_lists import matrix
+from recipes.render_all import rendered
 from recipes.solve.lock import blocks, read_locks
 from recipes.solve.plan import solve, solve_all
 

@@ -10,7 +10,7 @@ import pytest
 
 from attnimg.errors import AttnimgError
 from recipes.facts import Choice, Image, Kernel, Need, Prebuilt, Recipes, Removal, Unresolved
-from recipes.read.recipes import read_recipes
+from recipes.read import read_recipes
 from recipes.solve.plan import cache_key, refuse_unresolved, solve, solve_all
 from recipes.solve.rules import reasons_against
 

@@ -10,7 +10,7 @@ import pytest
 
 from attnimg.errors import AttnimgError
 from recipes.facts import Plan
-from recipes.read.recipes import read_recipes
+from recipes.read import read_recipes
 from recipes.solve.plan import solve
 from recipes.solve.sources import have_sources
 

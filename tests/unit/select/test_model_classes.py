@@ -23,14 +23,16 @@ from attnimg.select.judge import reason_against_class
 from attnimg.select.model_types import class_named
 from attnimg.select.plan import choose
 from attnimg.task import problem_of
-from recipes.render import positions
-from recipes.render.model_classes import (
+from recipes.render.transformers_models import (
     CAUSAL_PATH,
-    PATH,
+    CLASSES_PATH,
+    POSITIONS_PATH,
     causal_toml,
     causal_types,
     classes_toml,
     model_classes,
+    position_tables,
+    positions_toml,
 )
 
 FLASH = "kernels-community/flash-attn2"
@@ -45,13 +47,13 @@ def test_the_table_is_what_the_installed_transformers_says() -> None:
         assert class_named(model_type) == facts, model_type
     version, root = metadata.version("transformers"), Path(__file__).parents[3]
     text = classes_toml(found, transformers=version)
-    assert root.joinpath(PATH).read_text() == text, "make classes"
+    assert root.joinpath(CLASSES_PATH).read_text() == text, "make classes"
     types = causal_types()
     assert types.causal.keys() == found.keys()
     text = causal_toml(types, transformers=version)
     assert root.joinpath(CAUSAL_PATH).read_text() == text, "make classes"
-    text = positions.positions_toml(*positions.position_tables(), transformers=version)
-    assert root.joinpath(positions.PATH).read_text() == text, "make classes"
+    text = positions_toml(*position_tables(), transformers=version)
+    assert root.joinpath(POSITIONS_PATH).read_text() == text, "make classes"
 
 
 @pytest.mark.parametrize(

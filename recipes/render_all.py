@@ -12,20 +12,17 @@ from attnimg.select.model_types import read_causal_types
 from recipes.facts import Plan, Recipes
 from recipes.files import text_of
 from recipes.gates import docs
-from recipes.pages.checkpoints_page import checkpoints_page
-from recipes.pages.choices import choices, choices_json
-from recipes.pages.choices_page import choices_page
-from recipes.pages.families_page import families_page
-from recipes.pages.images_and_kernels import (
+from recipes.pages.choices import choices, choices_json, choices_page
+from recipes.pages.image_pages import (
     fa4_models_page,
     gates_page,
     images_page,
     kernels_page,
     support_page,
 )
+from recipes.pages.model_pages import checkpoints_page, families_page
 from recipes.render.bake import bake_file
-from recipes.render.images_json import catalogue
-from recipes.render.matrix import matrix
+from recipes.render.image_lists import catalogue, matrix
 from recipes.render.mounted import mounted_files
 from recipes.render.precompiled import kernel_sets
 from recipes.solve.lock import blocks

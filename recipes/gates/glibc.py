@@ -14,7 +14,7 @@ from packaging.version import Version
 from recipes.artifact.facts import Artifact, File
 from recipes.gates import Finding, Gate, Promise
 
-_NAME = "floor"
+_NAME = "glibc"
 _VERSION = re.compile(r"(GLIBC|GLIBCXX)_(\d[\d.]*)")
 _LIBRARIES = {"GLIBC": "libc.so.6", "GLIBCXX": "libstdc++.so.6"}
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from attnimg.errors import AttnimgError
 from recipes.artifact.facts import Artifact
+from recipes.artifact.packages import write_sbom
 from recipes.artifact.read import read_image, read_wheelhouse
-from recipes.artifact.sbom import write_sbom
 from recipes.facts import Allowance, Plan, Recipes, Unresolved
 from recipes.files import write_all
 from recipes.gates import Finding, Gate, Promise, all_gates

@@ -1,22 +1,29 @@
-"""Write docs/checkpoints.md: how quantized and multimodal checkpoints are trained and saved."""
+"""Write docs/checkpoints.md and docs/families.md: which models train, and how they are saved."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
-from attnimg.select.model_types import CausalTypes, Quantization, position_table, quantizations
+from attnimg.select.model_types import (
+    CausalTypes,
+    Quantization,
+    position_table,
+    quantizations,
+    read_causal_types,
+)
 from recipes.files import NOTICE
-from recipes.pages.images_and_kernels import table
+from recipes.pages.image_pages import table
 
-RECORD = "docs/measured/reload.json"
+RELOAD_RECORD = "docs/measured/reload.json"
 
 _LOADED = {
     "dequantized": "dequantized to the run's precision; the saved model is not quantized",
     "kept": "stays quantized and frozen under an `adapter`; full fine-tuning is refused",
     "refused": "refused",
 }
-_PAGE = """# Checkpoints
+_CHECKPOINTS_PAGE = """# Checkpoints
 
 This page says how `attnimg train` handles quantized weights, vision and audio parts and limits on
 positions, and what it saves. It decides from `config.json` and the headers of the weight files,
@@ -78,8 +85,10 @@ def checkpoints_page(types: CausalTypes, *, reloaded: str) -> str:
     head = ("`quant_method`", "what happens", "needs", "tested")
     record = json.loads(reloaded)
     tabled = [name for name in types.causal if position_table(name) is not None]
-    return f"<!-- {NOTICE} -->\n\n" + _PAGE.format(
-        quantizations=table(head, [_row(name, row) for name, row in quantizations().items()]),
+    return f"<!-- {NOTICE} -->\n\n" + _CHECKPOINTS_PAGE.format(
+        quantizations=table(
+            head, [_quantization_row(name, row) for name, row in quantizations().items()]
+        ),
         multimodal=_names(types.text_trained | types.multimodal.keys()),
         tabled=_names(tabled),
         reloaded=len(record["types"]) + len(record["with other parts"]),
@@ -90,9 +99,89 @@ def _names(names: Iterable[str]) -> str:
     return ", ".join(f"`{name}`" for name in sorted(names))
 
 
-def _row(name: str, row: Quantization) -> tuple[str, ...]:
+def _quantization_row(name: str, row: Quantization) -> tuple[str, ...]:
     what = _LOADED[row.loaded] + (f": {row.why}" if row.why else "")
     bits = f"{row.bits} bit weights" if row.bits and name == "torchao" else ""
     needs = ", ".join([*(f"`{package}`" for package in row.packages), *([bits] if bits else [])])
     tested = "-" if row.loaded == "refused" else "yes" if row.source.endswith("; tested") else "no"
     return f"`{name}`", what, needs or "-", tested
+
+
+FAMILIES_RECORD = "docs/measured/families.json"
+
+_FAMILIES_INTRO = """# Which model types train
+
+This page lists, for each model type of `AutoModelForCausalLM` in transformers {version}, whether
+`attnimg train` trains it, and the reason if it does not. `make families` builds a tiny model of
+each type with random weights and trains it for three steps on a CPU in float32.
+
+- **one document per row**: `sample_packing: false`. **packed**: `sample_packing: true`; before the
+  first step, the isolation check compares the logits of documents packed and apart.
+- A cell has the backend that `auto` chose on the CPU, or "refused". A type is refused before any
+  weights are loaded, and `attnimg explain` reports the same error.
+- With packages that were not installed on that CPU (mamba-ssm, causal-conv1d,
+  flash-linear-attention, flash-attn) more types can be packed, such as gpt_oss. For your GPU, run
+  `attnimg explain --on GPU`.
+
+{counts}
+
+"""
+
+
+def families_page(text: str) -> str:
+    """Write docs/families.md.
+
+    Args:
+        text: content of the record.
+    """
+    record = json.loads(text)
+    classes = read_causal_types().causal
+    types: Mapping[str, Mapping[str, Any]] = record["types"]
+    rows = [
+        (
+            f"`{name}`",
+            classes[name.partition(",")[0]],
+            *(_family_cell(found[kind]) for kind in found),
+        )
+        for name, found in types.items()
+    ]
+    head = ("model type", "class", "one document per row", "packed")
+    return (
+        f"<!-- {NOTICE} -->\n\n"
+        + _FAMILIES_INTRO.format(version=record["transformers"], counts=_counts(types))
+        + table(head, rows)
+        + "\n## Why types are refused\n\n"
+        + "".join(
+            f"- {reason}: {', '.join(f'`{name}`' for name in names)}\n"
+            for reason, names in _reasons(types).items()
+        )
+    )
+
+
+def _family_cell(result: Mapping[str, Any]) -> str:
+    return str(result.get("trains", "refused"))
+
+
+def _counts(types: Mapping[str, Mapping[str, Any]]) -> str:
+    alone, packed = (
+        sum("trains" in found[kind] for found in types.values()) for kind in ("unpacked", "packed")
+    )
+    return (
+        f"Of {len(types)} rows, {alone} train, and {packed} of them also train packed. A type that "
+        "attends to later tokens has a second row, for configs with `is_decoder: true`."
+    )
+
+
+def _reasons(types: Mapping[str, Mapping[str, Any]]) -> dict[str, list[str]]:
+    """Group the refused types by the reason."""
+    found: dict[str, list[str]] = {}
+    for name, results in types.items():
+        for kind, result in results.items():
+            if "refused" not in result:
+                continue
+            names = found.setdefault(f"{result['found']} (`{result['refused']}`)", [])
+            if name not in names:
+                names.append(name)
+            if kind == "unpacked":
+                break
+    return dict(sorted(found.items()))

