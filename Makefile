@@ -260,7 +260,7 @@ build/gpu-old/ready: requirements/torch.txt Makefile
 	@$(PYTHON) -m venv build/gpu-old
 	@build/gpu-old/bin/pip install -qq --disable-pip-version-check -r requirements/torch.txt \
 	  transformers==5.17.0 accelerate==1.15.0 trl==1.16.0 kernels==0.17.2 'datasets>=5.2,<6' 'peft>=0.21,<0.22' \
-	  matplotlib psutil pyyaml rich 'typer>=0.16' 'pydantic>=2.11' 'platformdirs>=4' packaging pytest pytest-timeout
+	  matplotlib psutil pyyaml rich 'pydantic>=2.11' 'platformdirs>=4' packaging pytest pytest-timeout
 	@touch $@
 
 build/nvcc/ready: tests/gates/compiler.py requirements/images/toolchain-2.14.1-cu130.txt

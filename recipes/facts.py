@@ -92,7 +92,7 @@ class Prebuilt(Strict):
     Attributes:
         source: name==version or a URL, as pip takes it.
         sha256: of the file.
-        abi: what it is built for, in the format of Plan.abi; empty for torch's stable ABI.
+        abi: what it is built for, in the format of ImagePlan.abi; empty for torch's stable ABI.
         codes: the machine code in it.
         reason: where it was found, and when.
     """
@@ -120,7 +120,7 @@ class Need(Strict):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Build(Strict):
+class BuildSettings(Strict):
     """How a kernel is built on one kind of accelerator.
 
     Attributes:
@@ -256,7 +256,7 @@ class Kernel(Strict):
     requires: tuple[str, ...]
     ships: tuple[str, ...]
     archs: Mapping[str, Code]
-    build: Mapping[str, Build]
+    build: Mapping[str, BuildSettings]
     sha256: str | Unresolved | None = None
     subdirectory: str = ""
     paths: tuple[str, ...] = (".",)
@@ -274,7 +274,7 @@ class Kernel(Strict):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Choice(Strict):
+class ImageKernel(Strict):
     """A kernel in an image; `archs` are those it is built for, empty for all of the image's."""
 
     name: str
@@ -300,7 +300,7 @@ class Image(Strict):
     python: str
     base: str
     torch: str | Unresolved
-    kernels: tuple[Choice, ...]
+    kernels: tuple[ImageKernel, ...]
     platforms: tuple[str, ...]
     size_max_mb: int | Unresolved
     layers_max_mb: Mapping[str, int] = field(default_factory=dict)
@@ -329,7 +329,7 @@ class Toolkit(Strict):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Pair(Strict):
+class VersionPair(Strict):
     """Versions that work together: if `package` is in `versions`, `needs` must be in `bound`."""
 
     package: str
@@ -384,7 +384,7 @@ class Recipes:
     torch: Mapping[str, Torch]
     cuda: Mapping[str, Toolkit]
     stack: Mapping[str, str]
-    pairs: tuple[Pair, ...]
+    pairs: tuple[VersionPair, ...]
     bases: Mapping[str, Base] = field(default_factory=dict)
     allowed: tuple[Allowance, ...] = ()
 
@@ -416,7 +416,7 @@ class Step:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Plan:
+class ImagePlan:
     """An image that can be built, with its kernels in order of installation.
 
     Attributes:

@@ -28,7 +28,7 @@ def write_all(root: Path, texts: Mapping[str, str]) -> list[str]:
     """
     ready: list[tuple[str, Path]] = []
     try:
-        changed = [path for path, text in texts.items() if text_of(root / path) != text]
+        changed = [path for path, text in texts.items() if read_if_exists(root / path) != text]
         for path in changed:
             target = root / path
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -52,7 +52,7 @@ def write_all(root: Path, texts: Mapping[str, str]) -> list[str]:
     return changed
 
 
-def text_of(path: Path) -> str | None:
+def read_if_exists(path: Path) -> str | None:
     """Return a file's text; None if there is no such file."""
     try:
         return path.read_text(encoding="utf-8")

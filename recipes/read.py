@@ -21,12 +21,12 @@ from recipes.facts import (
     Base,
     Image,
     Kernel,
-    Pair,
     Patch,
     Recipes,
     Toolkit,
     Torch,
     Unresolved,
+    VersionPair,
 )
 
 _Fact = TypeVar("_Fact")
@@ -67,7 +67,7 @@ def read_recipes(root: Path) -> Recipes:
         torch=_releases(folder / "torch.toml", Torch),
         cuda=_releases(folder / "cuda.toml", Toolkit),
         stack=_pins(root / "pyproject.toml"),
-        pairs=_entries(folder / "pairs.toml", "pair", Pair),
+        pairs=_entries(folder / "pairs.toml", "pair", VersionPair),
         bases=_bases(folder / "bases.toml"),
         allowed=_entries(folder / "allowed.toml", "allowed", Allowance),
     )

@@ -9,10 +9,10 @@ from pathlib import Path
 from attnimg.errors import AttnimgError
 from attnimg.select.images import parse
 from attnimg.select.model_types import read_causal_types
-from recipes.facts import Plan, Recipes
-from recipes.files import text_of
-from recipes.gates import docs
-from recipes.pages.choices import choices, choices_json, choices_page
+from recipes.facts import ImagePlan, Recipes
+from recipes.files import read_if_exists
+from recipes.gates import gate_docs
+from recipes.pages.choices import choices_json, choices_page, choose_on_all_gpus
 from recipes.pages.image_pages import (
     fa4_models_page,
     gates_page,
@@ -22,14 +22,14 @@ from recipes.pages.image_pages import (
 )
 from recipes.pages.model_pages import checkpoints_page, families_page
 from recipes.render.bake import bake_file
-from recipes.render.image_lists import catalogue, matrix
+from recipes.render.image_lists import images_json, matrix_json
 from recipes.render.mounted import mounted_files
 from recipes.render.precompiled import kernel_sets
-from recipes.solve.lock import blocks
+from recipes.solve.lock import split_lock
 
 
-def rendered(
-    plans: tuple[Plan, ...],
+def render_files(
+    plans: tuple[ImagePlan, ...],
     recipes: Recipes,
     *,
     locks: Mapping[str, str],
@@ -52,18 +52,18 @@ def rendered(
     """
     refuse_wrong_hashes(plans, locks=locks)
     ci = tomllib.loads(runners)
-    images = catalogue(plans, stack=recipes.stack)
+    images = images_json(plans, stack=recipes.stack)
     parsed = parse(images)
-    chosen = choices(parsed)
+    chosen = choose_on_all_gpus(parsed)
     texts = {
         "docker/docker-bake.json": bake_file(plans),
         "attnimg/data/images.json": images,
-        ".github/matrix.json": matrix(plans, build_runner=ci["build"], gpu_runners=ci["gpu"]),
+        ".github/matrix.json": matrix_json(plans, build_runner=ci["build"], gpu_runners=ci["gpu"]),
         "docs/choices.md": choices_page(chosen),
         "docs/checkpoints.md": checkpoints_page(read_causal_types(), reloaded=reload),
         "tests/unit/golden/choices.json": choices_json(chosen, parsed),
         "docs/families.md": families_page(families),
-        "docs/gates.md": gates_page(docs(), recipes.allowed),
+        "docs/gates.md": gates_page(gate_docs(), recipes.allowed),
         "docs/images.md": images_page(plans),
         "docs/kernels.md": kernels_page(recipes.kernels.values()),
         "docs/support.md": support_page(plans),
@@ -76,7 +76,7 @@ def rendered(
     return texts
 
 
-def refuse_wrong_hashes(plans: tuple[Plan, ...], *, locks: Mapping[str, str]) -> None:
+def refuse_wrong_hashes(plans: tuple[ImagePlan, ...], *, locks: Mapping[str, str]) -> None:
     """Check that the hash of each kernel that comes as a wheel is in its image's lock file.
 
     Sdists are compared where they are downloaded: at build time, before anything of them runs.
@@ -86,7 +86,7 @@ def refuse_wrong_hashes(plans: tuple[Plan, ...], *, locks: Mapping[str, str]) ->
     """
     wrong = []
     for plan in plans:
-        locked = blocks(locks[plan.image.name])
+        locked = split_lock(locks[plan.image.name])
         for kernel in (step.kernel for step in plan.steps if step.kernel.form == "wheel"):
             text = locked.get(kernel.name, "")
             if isinstance(kernel.sha256, str) and f"sha256:{kernel.sha256}" not in text:
@@ -100,6 +100,6 @@ def refuse_wrong_hashes(plans: tuple[Plan, ...], *, locks: Mapping[str, str]) ->
         )
 
 
-def drifted(texts: Mapping[str, str], *, root: Path) -> list[str]:
+def outdated_files(texts: Mapping[str, str], *, root: Path) -> list[str]:
     """Return the generated files that differ from what the recipes say."""
-    return [path for path, text in texts.items() if text_of(root / path) != text]
+    return [path for path, text in texts.items() if read_if_exists(root / path) != text]

@@ -13,29 +13,29 @@ from attnimg.errors import AttnimgError
 from recipes.artifact.facts import Artifact
 from recipes.artifact.packages import write_sbom
 from recipes.artifact.read import read_image, read_wheelhouse
-from recipes.facts import Allowance, Plan, Recipes, Unresolved
+from recipes.facts import Allowance, ImagePlan, Recipes, Unresolved
 from recipes.files import write_all
-from recipes.gates import Finding, Gate, Promise, all_gates
-from recipes.solve.lock import pins, read_locks
+from recipes.gates import Expected, Gate, GateFinding, all_gates
+from recipes.solve.lock import pinned_versions, read_locks
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Verdict:
+class GateResult:
     """The result of one gate.
 
     Attributes:
         findings: reasons why the artifact may not be shipped.
         allowed: findings that allowed.toml accepts, each with the reason.
-        unjudged: why the gate could not check the artifact; empty if it could.
+        skip_reason: why the gate could not check the artifact; empty if it could.
     """
 
     gate: str
-    findings: tuple[Finding, ...] = ()
-    allowed: tuple[tuple[Finding, str], ...] = ()
-    unjudged: str = ""
+    findings: tuple[GateFinding, ...] = ()
+    allowed: tuple[tuple[GateFinding, str], ...] = ()
+    skip_reason: str = ""
 
 
-def promise_of(plan: Plan, recipes: Recipes, *, lock: str, tools: str) -> Promise:
+def expected_contents(plan: ImagePlan, recipes: Recipes, *, lock: str, tools: str) -> Expected:
     """Return what an image is checked against.
 
     Args:
@@ -47,38 +47,38 @@ def promise_of(plan: Plan, recipes: Recipes, *, lock: str, tools: str) -> Promis
     release = (
         None if isinstance(plan.image.torch, Unresolved) else recipes.torch.get(plan.image.torch)
     )
-    return Promise(
+    return Expected(
         plan=plan,
         torch_archs=release.archs if release and plan.image.accelerator == "cuda" else (),
-        pins=pins(plan, lock=lock + tools),
+        pins=pinned_versions(plan, lock=lock + tools),
         floor=recipes.bases.get(plan.image.base),
     )
 
 
-def judged(
-    artifact: Artifact, promise: Promise, gates: Iterable[Gate], allowances: Iterable[Allowance]
-) -> tuple[Verdict, ...]:
+def run_all(
+    artifact: Artifact, expected: Expected, gates: Iterable[Gate], allowances: Iterable[Allowance]
+) -> tuple[GateResult, ...]:
     """Return the result of each gate."""
     kept = tuple(allowances)
-    return tuple(_verdict(artifact, promise, gate, kept) for gate in gates)
+    return tuple(_verdict(artifact, expected, gate, kept) for gate in gates)
 
 
 def _verdict(
-    artifact: Artifact, promise: Promise, gate: Gate, allowances: tuple[Allowance, ...]
-) -> Verdict:
-    if why := gate.unjudged(artifact, promise):
-        return Verdict(gate=gate.name, unjudged=why)
+    artifact: Artifact, expected: Expected, gate: Gate, allowances: tuple[Allowance, ...]
+) -> GateResult:
+    if why := gate.skip_reason(artifact, expected):
+        return GateResult(gate=gate.name, skip_reason=why)
     findings, allowed = [], []
-    for finding in gate.judge(artifact, promise):
+    for finding in gate.check(artifact, expected):
         reason = next((a.reason for a in allowances if _allows(a, finding)), None)
         if reason is None:
             findings.append(finding)
         else:
             allowed.append((finding, reason))
-    return Verdict(gate=gate.name, findings=tuple(findings), allowed=tuple(allowed))
+    return GateResult(gate=gate.name, findings=tuple(findings), allowed=tuple(allowed))
 
 
-def _allows(allowance: Allowance, finding: Finding) -> bool:
+def _allows(allowance: Allowance, finding: GateFinding) -> bool:
     return (
         allowance.gate == finding.gate
         and fnmatch.fnmatchcase(finding.file, allowance.file)
@@ -86,15 +86,15 @@ def _allows(allowance: Allowance, finding: Finding) -> bool:
     )
 
 
-def report(name: str, artifact: Artifact, verdicts: Iterable[Verdict]) -> str:
+def format_report(name: str, artifact: Artifact, verdicts: Iterable[GateResult]) -> str:
     """Return a line for each gate, and each finding in three parts."""
     lines = [f"{name}: {artifact.source}, {len(artifact.files)} files"]
     lines += [f"  MB with zstd -3: {sizes}"] if (sizes := _sizes(artifact)) else []
     for verdict in verdicts:
         count = len(verdict.findings)
         says = f"FAILED: {count} finding{'s' if count > 1 else ''}" if count else "passed"
-        if verdict.unjudged:
-            says = f"not judged: {verdict.unjudged}"
+        if verdict.skip_reason:
+            says = f"not run_all: {verdict.skip_reason}"
         extra = f" ({len(verdict.allowed)} allowed)" if verdict.allowed else ""
         lines.append(f"  {verdict.gate:<13} {says}{extra}")
         for one in verdict.findings:
@@ -114,7 +114,7 @@ def _sizes(artifact: Artifact) -> str:
     return f"{each}; in all {sum(stages.values()):.1f}" if each else ""
 
 
-def report_json(name: str, artifact: Artifact, verdicts: Iterable[Verdict]) -> str:
+def format_json(name: str, artifact: Artifact, verdicts: Iterable[GateResult]) -> str:
     """Return the same as JSON, with the layers and the accepted findings and their reasons."""
     gates = [asdict(verdict) for verdict in verdicts]
     content: Mapping[str, object] = {
@@ -131,9 +131,9 @@ def report_json(name: str, artifact: Artifact, verdicts: Iterable[Verdict]) -> s
 _TOOLS = "docker/install/every_image.txt"
 
 
-def gate_artifact(
-    plan: Plan, recipes: Recipes, *, image: Path | None, wheels: Path | None, root: Path
-) -> tuple[Artifact, tuple[Verdict, ...]]:
+def check_artifact(
+    plan: ImagePlan, recipes: Recipes, *, image: Path | None, wheels: Path | None, root: Path
+) -> tuple[Artifact, tuple[GateResult, ...]]:
     """Check one artifact by every gate.
 
     Args:
@@ -149,17 +149,17 @@ def gate_artifact(
     artifact = _read(image, wheels)
     if artifact.kind != "wheels":
         if image is not None:
-            _say("syft")
+            _log("syft")
             found = write_sbom(image, root / f"dist/{plan.image.name}-sbom.json")
             artifact = replace(artifact, sbom=found)
         write_all(root, {f"dist/{plan.image.name}-licences.txt": licences(artifact)})
-    promise = promise_of(
+    expected = expected_contents(
         plan,
         recipes,
         lock=read_locks((plan,), root=root)[plan.image.name],
         tools=(root / _TOOLS).read_text(encoding="utf-8"),
     )
-    return artifact, judged(artifact, promise, all_gates(), recipes.allowed)
+    return artifact, run_all(artifact, expected, all_gates(), recipes.allowed)
 
 
 def licences(artifact: Artifact) -> str:
@@ -171,17 +171,17 @@ def licences(artifact: Artifact) -> str:
 def _read(image: Path | None, wheels: Path | None) -> Artifact:
     if image is None and wheels is None:
         raise AttnimgError(
-            "there is nothing to judge",
+            "there is nothing to check",
             why="found neither --archive, nor --unpacked, nor --wheels",
             do="make gate/NAME ARCHIVE=FILE, or WHEELS=dist/NAME",
         )
-    below = read_image(image, say=_say) if image else None
+    below = read_image(image, log=_log) if image else None
     if wheels is not None:
-        return read_wheelhouse(wheels, over=below, say=_say)
+        return read_wheelhouse(wheels, over=below, log=_log)
     assert below is not None
     return below
 
 
-def _say(text: str) -> None:
+def _log(text: str) -> None:
     """Print progress to stderr: reading gigabytes takes minutes."""
     print(f"gate: reading {text}", file=sys.stderr)  # noqa: T201 - progress, not a result

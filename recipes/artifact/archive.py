@@ -43,7 +43,7 @@ _KINDS: dict[bytes, Any] = {
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[tarfile.TarFile]:
+def open_archive(path: Path) -> Iterator[tarfile.TarFile]:
     """Open an archive; a compressed one is refused, since it has no random access."""
     try:
         with tarfile.open(path, "r:") as tar:
@@ -58,37 +58,40 @@ def opened(path: Path) -> Iterator[tarfile.TarFile]:
 
 
 def read_archive(
-    path: Path, *, say: Callable[[str], None]
+    path: Path, *, log: Callable[[str], None]
 ) -> tuple[tuple[Layer, ...], tuple[File, ...], dict[str, Any]]:
     """Read every layer of an archive and its configuration.
 
     Args:
         path: docker-archive or OCI archive, not compressed itself; its layers may be.
-        say: called with a line of text before each layer is read.
+        log: called with a line of text before each layer is read.
 
     Raises:
         AttnimgError: it is not an image, or is damaged (code "bad-archive").
     """
     layers: list[Layer] = []
     files: list[File] = []
-    with opened(path) as tar:
+    with open_archive(path) as tar:
         try:
-            config, members = _parts(tar)
+            config, members = _find_parts(tar)
             history = [made for made in config.get("history", []) if not made.get("empty_layer")]
         # The JSON is invalid, or has another structure than expected.
         except (ValueError, IndexError, TypeError, AttributeError) as error:
             raise tarfile.ReadError(f"its manifest is damaged: {error}") from error
         for place, member in enumerate(members):
             made = history[place] if place < len(history) else {}
-            name = stage_of(made)
+            name = stage_name(made)
             stored = tar.getmember(member).size / 1e6
-            say(f"layer {place + 1} of {len(members)}: {name}, {stored:.0f} MB")
-            with _plain(tar, member) as stream:
+            log(f"layer {place + 1} of {len(members)}: {name}, {stored:.0f} MB")
+            with _open_layer(tar, member) as stream:
                 entries = [read_entry(e, layer=place) for e in _entries(stream)]
                 size = stream.seek(0, 2)
                 stream.seek(0)
                 squeezed = zstd_bytes(stream)
-            files = [*_hidden_by(files, entries), *(e for e in entries if not _is_whiteout(e.path))]
+            files = [
+                *_hide_files(files, entries),
+                *(e for e in entries if not _is_whiteout(e.path)),
+            ]
             made_by = str(made.get("created_by", ""))
             layers.append(Layer(name=name, made_by=made_by, bytes=size, zstd_bytes=squeezed))
     return tuple(layers), tuple(files), config
@@ -96,11 +99,11 @@ def read_archive(
 
 def archive_kind(path: Path) -> str:
     """Return an archive's kind as other tools call it: docker-archive, or oci-archive."""
-    with opened(path) as tar:
+    with open_archive(path) as tar:
         return "docker-archive" if "manifest.json" in tar.getnames() else "oci-archive"
 
 
-def stage_of(made: dict[str, Any]) -> str:
+def stage_name(made: dict[str, Any]) -> str:
     """Return the stage of the Dockerfile that made a layer."""
     command = str(made.get("created_by", ""))
     if "buildkit" not in str(made.get("comment", "")):
@@ -117,7 +120,7 @@ def zstd_bytes(stream: IO[bytes]) -> int:
     return size + len(squeeze.flush())
 
 
-def _parts(tar: tarfile.TarFile) -> tuple[dict[str, Any], list[str]]:
+def _find_parts(tar: tarfile.TarFile) -> tuple[dict[str, Any], list[str]]:
     """Find the configuration and the layers' members, by manifest.json or by OCI's index.json."""
     names = set(tar.getnames())
     if "manifest.json" in names:
@@ -144,7 +147,7 @@ def _json(tar: tarfile.TarFile, name: str) -> Any:
 
 
 @contextmanager
-def _plain(tar: tarfile.TarFile, name: str) -> Iterator[BinaryIO]:
+def _open_layer(tar: tarfile.TarFile, name: str) -> Iterator[BinaryIO]:
     """Open a layer as a plain seekable tar."""
     stored = tar.extractfile(name)
     if stored is None:
@@ -186,7 +189,7 @@ def _is_whiteout(path: str) -> bool:
     return path.rpartition("/")[2].startswith(".wh.")
 
 
-def _hidden_by(files: list[File], layer: list[File]) -> Iterator[File]:
+def _hide_files(files: list[File], layer: list[File]) -> Iterator[File]:
     """Yield the files of earlier layers, those that a layer replaces or deletes as not visible."""
     gone: set[str] = set()
     replaced: set[str] = set()

@@ -25,7 +25,7 @@ def cuobjdump() -> Path | None:
     return next((Path(str(f.locate())) for f in files if f.name == "cuobjdump"), None)
 
 
-def listed(stream: BinaryIO, size: int) -> frozenset[str] | None:
+def list_codes(stream: BinaryIO, size: int) -> frozenset[str] | None:
     """Return machine code (sm_90a) and PTX (compute_90) in a file with NVIDIA's fat binaries.
 
     cuobjdump 13.5.37 leaves out the f of sm_100f, and names PTX by sm_ too.

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import BinaryIO
 
-from recipes.artifact.cuobjdump import listed
+from recipes.artifact.cuobjdump import list_codes
 from recipes.artifact.elf import MAGIC, read_elf
 from recipes.artifact.facts import Elf, File, FileKind
 from recipes.artifact.fatbin import fatbin_codes, is_fatbin
@@ -45,7 +45,7 @@ def read_entry(entry: Entry, *, layer: int) -> File:
                 stream.seek(0)
                 elf = read_elf(stream)
                 if elf.sectioned and elf.machine not in ("EM_CUDA", "EM_AMDGPU"):
-                    elf = replace(elf, witness=listed(stream, entry.bytes))
+                    elf = replace(elf, cuobjdump_codes=list_codes(stream, entry.bytes))
                 stream.seek(0)
                 digest = _digest(stream)
             elif is_fatbin(start):

@@ -40,7 +40,7 @@ class Elf:
         versions_needed: soname -> versions it needs of that library.
         codes: GPU machine code inside: "sm_90a", "compute_90" (PTX), "gfx942".
         sectioned: those of them in the sections for GPU code.
-        witness: the latter as cuobjdump lists them; None if it did not list them.
+        cuobjdump_codes: the latter as cuobjdump lists them; None if it did not list them.
         faults: parts that could not be read.
     """
 
@@ -54,7 +54,7 @@ class Elf:
     versions_needed: Mapping[str, tuple[str, ...]]
     codes: frozenset[str] = frozenset()
     sectioned: frozenset[str] = frozenset()
-    witness: frozenset[str] | None = None
+    cuobjdump_codes: frozenset[str] | None = None
     faults: tuple[str, ...] = ()
 
 

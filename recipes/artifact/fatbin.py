@@ -12,7 +12,7 @@ decompressed:
 cuobjdump can't replace this module. 13.5.37 refuses libbitsandbytes_cuda121.so of bitsandbytes
 0.50, 8 codes, as "Invalid ELF"; it finds no device code in the kernels that CuTe DSL compiles, in
 triton's libcheckpoint.so with its 15 codes, nor in any file of AMD's; and it leaves out the f of
-sm_100f (measured 2026-11-27). witness.py compares with its list where it can.
+sm_100f (measured 2026-11-27). cuobjdump_codes.py compares with its list where it can.
 
 HIP's bundle is documented: https://clang.llvm.org/docs/ClangOffloadBundler.html (2026-11-25).
 """

@@ -26,7 +26,7 @@ _GLOBAL = re.compile(r".*/torch/lib/libtorch_global_deps\.so")
 _LINKS = 40  # as in the Linux kernel: more of them are a loop
 
 
-class View:
+class LoaderView:
     """The files of an artifact as the loader sees them.
 
     Args:
@@ -59,7 +59,7 @@ class View:
         self._scopes.clear()
         self._found.clear()
 
-    def real(self, path: str) -> str:
+    def resolve_links(self, path: str) -> str:
         """Follow symbolic links in a path."""
         for _ in range(_LINKS):
             parts = path.split("/")
@@ -73,25 +73,25 @@ class View:
                 return path
         return path
 
-    def found(self, path: str, soname: str) -> str | None:
+    def find(self, path: str, soname: str) -> str | None:
         """Return the path of a library that a file needs; None if it is nowhere."""
         key = (path, soname)
         if key not in self._found:
-            self._found[key] = self._find(path, soname)
+            self._found[key] = self._search(path, soname)
         return self._found[key]
 
-    def _find(self, path: str, soname: str) -> str | None:
+    def _search(self, path: str, soname: str) -> str | None:
         origin = posixpath.dirname(path)
         search = [text.replace("${ORIGIN}", "$ORIGIN") for text in self.elves[path].search]
         own = [folder.replace("$ORIGIN", f"/{origin}") for folder in search]
         for folder in own:
-            place = self.real(posixpath.normpath(f"{folder}/{soname}").lstrip("/"))
+            place = self.resolve_links(posixpath.normpath(f"{folder}/{soname}").lstrip("/"))
             if place in self.elves:
                 return place
         if soname in self._loaded and "site-packages" in path:
             return self._loaded[soname]
         for folder in _SYSTEM:
-            place = self.real(f"{folder}/{soname}")
+            place = self.resolve_links(f"{folder}/{soname}")
             if place in self.elves:
                 return place
         return None
@@ -103,7 +103,7 @@ class View:
             while queue:
                 here = queue.pop()
                 for soname in self.elves[here].needed:
-                    place = self.found(here, soname)
+                    place = self.find(here, soname)
                     if place is None:
                         seen.add(soname)
                     elif place not in seen:
@@ -116,7 +116,7 @@ class View:
         """Return the files that are loaded together with one, because they need it."""
         return [other for other in self.elves if other != path and path in self.scope(other)]
 
-    def defined(self, want: Symbol, scope: frozenset[str]) -> bool:
+    def is_defined(self, want: Symbol, scope: frozenset[str]) -> bool:
         """Return whether a symbol is defined in a scope, in its version if it has one."""
         plain = self._definers.get(want.name, set())
         if not want.version:
@@ -127,13 +127,13 @@ class View:
         return any(p in scope and not self.elves[p].versions_defined for p in plain)
 
 
-def view_of(artifact: Artifact) -> View:
+def loader_view(artifact: Artifact) -> LoaderView:
     """Return the loader's view of an artifact after Python has run `import torch`."""
     seen = [file for file in (*artifact.below, *artifact.files) if file.visible]
     elves = {file.path: file.elf for file in seen if file.elf and file.elf.machine == "EM_X86_64"}
     links = {f.path: f.target for f in seen if f.kind == "link"}
     links |= {f.path: f"/{f.target}" for f in seen if f.kind == "hardlink"}
-    view = View(elves, links)
+    view = LoaderView(elves, links)
     for first, everywhere in ((_PYTHON, True), (_TORCH, False), (_GLOBAL, True)):
         for path in sorted(path for path in elves if first.fullmatch(path)):
             view.load(path, everywhere=everywhere)

@@ -20,10 +20,10 @@ from recipes.artifact.entries import Entry, read_entry
 from recipes.artifact.facts import Artifact, File, FileKind, Layer
 from recipes.artifact.packages import distributions
 
-Say = Callable[[str], None]
+Log = Callable[[str], None]
 
 
-def read_image(path: Path, *, say: Say) -> Artifact:
+def read_image(path: Path, *, log: Log) -> Artifact:
     """Read an image: an unpacked folder, or a file that `docker save` or an OCI tool wrote.
 
     Raises:
@@ -40,11 +40,11 @@ def read_image(path: Path, *, say: Say) -> Artifact:
             code="bad-archive",
         )
     if path.is_dir():
-        say(f"folder {path}")
+        log(f"folder {path}")
         layer, files = read_folder(path)
         layers = (layer,)
     else:
-        layers, files, config = read_archive(path, say=say)
+        layers, files, config = read_archive(path, log=log)
     env = dict(text.partition("=")[::2] for text in config.get("config", {}).get("Env") or [])
     return Artifact(
         source=path.name,
@@ -57,13 +57,13 @@ def read_image(path: Path, *, say: Say) -> Artifact:
     )
 
 
-def read_wheelhouse(folder: Path, *, over: Artifact | None, say: Say) -> Artifact:
+def read_wheelhouse(folder: Path, *, over: Artifact | None, log: Log) -> Artifact:
     """Read a wheelhouse, as if installed over an image if one is given.
 
     Raises:
         AttnimgError: there is no wheel in it.
     """
-    say(f"wheels {folder}")
+    log(f"wheels {folder}")
     layers, files = read_wheels(folder, site=site_packages(over))
     sums, manifest = read_sums(folder)
     laid = {file.path for file in files}

@@ -11,11 +11,11 @@ from importlib import import_module
 from pkgutil import iter_modules
 
 from recipes.artifact.facts import Artifact
-from recipes.facts import Base, Plan
+from recipes.facts import Base, ImagePlan
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Finding:
+class GateFinding:
     """One reason why an artifact may not be shipped.
 
     Attributes:
@@ -34,7 +34,7 @@ class Finding:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Promise:
+class Expected:
     """What an artifact is checked against.
 
     Attributes:
@@ -44,29 +44,29 @@ class Promise:
         floor: versions of the base's C and C++ libraries; None if they are not known.
     """
 
-    plan: Plan
+    plan: ImagePlan
     torch_archs: tuple[str, ...] = ()
     pins: Mapping[str, str]
     floor: Base | None = None
 
 
-def _always(artifact: Artifact, promise: Promise) -> str:
+def _always(artifact: Artifact, expected: Expected) -> str:
     return ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Gate:
-    """One gate: a pure function of an artifact and its promise.
+    """One gate: a pure function of an artifact and its expected.
 
     Attributes:
         name: of its file, with hyphens.
-        judge: returns all findings; none if the artifact passes.
-        unjudged: returns why this gate can't check this artifact; empty if it can.
+        check: returns all findings; none if the artifact passes.
+        skip_reason: returns why this gate can't check this artifact; empty if it can.
     """
 
     name: str
-    judge: Callable[[Artifact, Promise], tuple[Finding, ...]]
-    unjudged: Callable[[Artifact, Promise], str] = field(default=_always)
+    check: Callable[[Artifact, Expected], tuple[GateFinding, ...]]
+    skip_reason: Callable[[Artifact, Expected], str] = field(default=_always)
 
 
 def gate_names() -> frozenset[str]:
@@ -87,7 +87,7 @@ def gate_named(name: str) -> Gate:
     return gate
 
 
-def docs() -> dict[str, str]:
+def gate_docs() -> dict[str, str]:
     """Return the description of each gate: the docstring of its file."""
     return {
         name: import_module(f"{__name__}.{name.replace('-', '_')}").__doc__ or ""

@@ -9,14 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from recipes.artifact.facts import Artifact, File
-from recipes.gates import Finding, Gate, Promise
+from recipes.gates import Expected, Gate, GateFinding
 
 _NAME = "duplicates"
 # Smaller ones are not checked: empty extension modules have the same bytes.
 _LEAST_BYTES = 20_000
 
 
-def judge(artifact: Artifact, promise: Promise) -> tuple[Finding, ...]:
+def check(artifact: Artifact, expected: Expected) -> tuple[GateFinding, ...]:
     """Compare all shared libraries that a container sees."""
     there = [file for file in artifact.files if file.visible and file.elf and file.digest]
     same = _groups(there, lambda file: file.digest if file.bytes >= _LEAST_BYTES else "")
@@ -39,9 +39,9 @@ def _groups(files: list[File], key: Callable[[File], str]) -> list[list[File]]:
     return [group for group in found.values() if len(group) > 1]
 
 
-def _finding(files: list[File], what: str) -> Finding:
+def _finding(files: list[File], what: str) -> GateFinding:
     others = ", ".join(file.path for file in files[:-1])
-    return Finding(
+    return GateFinding(
         gate=_NAME,
         file=files[-1].path,
         found=f"{what} as {others}; {files[-1].bytes / 1e6:.1f} MB",
@@ -50,4 +50,4 @@ def _finding(files: list[File], what: str) -> Finding:
     )
 
 
-GATE = Gate(name=_NAME, judge=judge)
+GATE = Gate(name=_NAME, check=check)

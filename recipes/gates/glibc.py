@@ -12,23 +12,23 @@ from collections.abc import Iterable
 from packaging.version import Version
 
 from recipes.artifact.facts import Artifact, File
-from recipes.gates import Finding, Gate, Promise
+from recipes.gates import Expected, Gate, GateFinding
 
 _NAME = "glibc"
 _VERSION = re.compile(r"(GLIBC|GLIBCXX)_(\d[\d.]*)")
 _LIBRARIES = {"GLIBC": "libc.so.6", "GLIBCXX": "libstdc++.so.6"}
 
 
-def unjudged(artifact: Artifact, promise: Promise) -> str:
+def skip_reason(artifact: Artifact, expected: Expected) -> str:
     """Return why there is no limit to compare with; empty if there is one."""
     return (
-        "" if _floor(artifact, promise) else f"recipes/bases.toml lacks {promise.plan.image.base}"
+        "" if _floor(artifact, expected) else f"recipes/bases.toml lacks {expected.plan.image.base}"
     )
 
 
-def judge(artifact: Artifact, promise: Promise) -> tuple[Finding, ...]:
+def check(artifact: Artifact, expected: Expected) -> tuple[GateFinding, ...]:
     """Compare the newest version that each file needs with the limit."""
-    floor = _floor(artifact, promise)
+    floor = _floor(artifact, expected)
     faults = []
     for file in artifact.files:
         if not file.visible or file.elf is None:
@@ -37,7 +37,7 @@ def judge(artifact: Artifact, promise: Promise) -> tuple[Finding, ...]:
         for family in sorted(set(asked) & set(floor)):
             if asked[family] > floor[family]:
                 faults.append(
-                    Finding(
+                    GateFinding(
                         gate=_NAME,
                         file=file.path,
                         found=f"{family} {asked[family]}",
@@ -58,7 +58,7 @@ def newest(names: Iterable[str]) -> dict[str, Version]:
     return found
 
 
-def _floor(artifact: Artifact, promise: Promise) -> dict[str, Version]:
+def _floor(artifact: Artifact, expected: Expected) -> dict[str, Version]:
     """Return the versions of the image's libraries; those of the recipe if there is no image."""
     libraries = {
         family: file
@@ -69,8 +69,8 @@ def _floor(artifact: Artifact, promise: Promise) -> dict[str, Version]:
     for family, file in libraries.items():
         defined = file.elf.versions_defined if file.elf else frozenset()
         found |= {key: value for key, value in newest(defined).items() if key == family}
-    if not found and promise.floor:
-        return {"GLIBC": Version(promise.floor.glibc), "GLIBCXX": Version(promise.floor.glibcxx)}
+    if not found and expected.floor:
+        return {"GLIBC": Version(expected.floor.glibc), "GLIBCXX": Version(expected.floor.glibcxx)}
     return found
 
 
@@ -83,4 +83,4 @@ def _library(artifact: Artifact, name: str) -> File | None:
     return None
 
 
-GATE = Gate(name=_NAME, judge=judge, unjudged=unjudged)
+GATE = Gate(name=_NAME, check=check, skip_reason=skip_reason)

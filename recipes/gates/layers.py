@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator
 
 from recipes.artifact.facts import Artifact, File
-from recipes.gates import Finding, Gate, Promise
+from recipes.gates import Expected, Gate, GateFinding
 
 _NAME = "layers"
 _SITE = r".*site-packages/"
@@ -47,13 +47,13 @@ _SETID = 0o6000
 _EMPTY_ARCHIVE = 8
 
 
-def judge(artifact: Artifact, promise: Promise) -> tuple[Finding, ...]:
+def check(artifact: Artifact, expected: Expected) -> tuple[GateFinding, ...]:
     """Check every file of every layer."""
     again = {file.path for file in artifact.files if file.visible}
     return tuple(fault for file in artifact.files for fault in _faults(file, again, artifact))
 
 
-def _faults(file: File, again: set[str], artifact: Artifact) -> Iterator[Finding]:
+def _faults(file: File, again: set[str], artifact: Artifact) -> Iterator[GateFinding]:
     if file.kind == "file" and file.bytes > _EMPTY_ARCHIVE:
         for what, pattern, do in _PATTERNS:
             if pattern.fullmatch(file.path):
@@ -82,8 +82,8 @@ def _where(file: File, artifact: Artifact) -> str:
     return f"layer {file.layer + 1} ({artifact.layers[file.layer].name})"
 
 
-def _finding(file: File, found: str, needed: str, do: str) -> Finding:
-    return Finding(gate=_NAME, file=file.path, found=found, needed=needed, do=do)
+def _finding(file: File, found: str, needed: str, do: str) -> GateFinding:
+    return GateFinding(gate=_NAME, file=file.path, found=found, needed=needed, do=do)
 
 
-GATE = Gate(name=_NAME, judge=judge)
+GATE = Gate(name=_NAME, check=check)

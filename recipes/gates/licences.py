@@ -6,15 +6,15 @@ The licences are those that each package states; they are listed in dist/NAME-li
 from __future__ import annotations
 
 from recipes.artifact.facts import Artifact
-from recipes.gates import Finding, Gate, Promise
+from recipes.gates import Expected, Gate, GateFinding
 
 _NAME = "licences"
 
 
-def judge(artifact: Artifact, promise: Promise) -> tuple[Finding, ...]:
+def check(artifact: Artifact, expected: Expected) -> tuple[GateFinding, ...]:
     """Find packages without a licence in their metadata."""
     return tuple(
-        Finding(
+        GateFinding(
             gate=_NAME,
             file=one.name,
             found=f"no licence in {one.folder}/METADATA",
@@ -26,4 +26,4 @@ def judge(artifact: Artifact, promise: Promise) -> tuple[Finding, ...]:
     )
 
 
-GATE = Gate(name=_NAME, judge=judge)
+GATE = Gate(name=_NAME, check=check)

@@ -15,8 +15,8 @@ from collections.abc import Iterator, Mapping
 
 from recipes.artifact.facts import Artifact, File
 from recipes.facts import Step
-from recipes.gates import Finding, Gate, Promise
-from recipes.solve.rules import device
+from recipes.gates import Expected, Gate, GateFinding
+from recipes.solve.rules import device_name
 
 _NAME = "machine-code"
 # Where docker/precompiled leaves what it compiled, and for which GPU.
@@ -24,25 +24,25 @@ _COMPILED = re.compile(r"opt/attnimg/(fa4|triton)/(sm_\d+)/")
 _CODE = re.compile(r"(sm|compute|lto)_(\d+)(\d)([af]?)")
 
 
-def judge(artifact: Artifact, promise: Promise) -> tuple[Finding, ...]:
+def check(artifact: Artifact, expected: Expected) -> tuple[GateFinding, ...]:
     """Compare the machine code of each file with the plan."""
     owners = {path: one.name for one in artifact.distributions for path in one.files}
-    steps = {step.kernel.name: step for step in promise.plan.steps}
+    steps = {step.kernel.name: step for step in expected.plan.steps}
     found: dict[str, list[File]] = {}
     for file in artifact.files:
         if file.visible and file.elf:
             found.setdefault(owners.get(file.path, ""), []).append(file)
-    faults = [*_unread(artifact), *_missing(artifact, steps, found)]
+    faults = [*_check_reading(artifact), *_find_missing(artifact, steps, found)]
     for owner, files in found.items():
         for file in files:
             if file.elf and file.elf.codes:
-                faults += _against(file, owner=owner, step=steps.get(owner), promise=promise)
+                faults += _check_file(file, owner=owner, step=steps.get(owner), expected=expected)
     if "torch" in found:
-        faults += _torch(found["torch"], promise)
+        faults += _check_torch(found["torch"], expected)
     return tuple(faults)
 
 
-def _unread(artifact: Artifact) -> Iterator[Finding]:
+def _check_reading(artifact: Artifact) -> Iterator[GateFinding]:
     """Find machine code that could not be read, or that two programs read differently."""
     for file in artifact.files:
         if not file.visible or file.elf is None:
@@ -51,18 +51,18 @@ def _unread(artifact: Artifact) -> Iterator[Finding]:
             yield _finding(file.path, fault, "machine code that can be listed", "build it again")
         ours = {code.replace("f", "") for code in file.elf.sectioned if not code.startswith("gfx")}
         ours = {code for code in ours if not code.startswith(("lto", "kind"))}
-        if file.elf.witness is not None and file.elf.witness != ours:
+        if file.elf.cuobjdump_codes is not None and file.elf.cuobjdump_codes != ours:
             yield _finding(
                 file.path,
-                f"{_text(ours)} by attnimg's reader, {_text(file.elf.witness)} by cuobjdump",
+                f"{_text(ours)} by our reader, {_text(file.elf.cuobjdump_codes)} by cuobjdump",
                 "the same from both",
                 "fix recipes/artifact/fatbin.py",
             )
 
 
-def _missing(
+def _find_missing(
     artifact: Artifact, steps: Mapping[str, Step], found: Mapping[str, list[File]]
-) -> Iterator[Finding]:
+) -> Iterator[GateFinding]:
     """Find kernels that lack an architecture: all files of one together must have each."""
     there = {one.name for one in artifact.distributions}
     for name, step in steps.items():
@@ -75,9 +75,11 @@ def _missing(
             yield _finding(where, _text(has), need, f"build {name} for {' '.join(step.tokens)}")
 
 
-def _against(file: File, *, owner: str, step: Step | None, promise: Promise) -> Iterator[Finding]:
+def _check_file(
+    file: File, *, owner: str, step: Step | None, expected: Expected
+) -> Iterator[GateFinding]:
     """Check one file that has machine code."""
-    image = promise.plan.image
+    image = expected.plan.image
     codes = file.elf.codes if file.elf else frozenset()
     if step is not None:
         if extra := codes - set(step.codes):
@@ -86,19 +88,19 @@ def _against(file: File, *, owner: str, step: Step | None, promise: Promise) -> 
     elif image.accelerator == "cpu":
         yield _finding(file.path, _text(codes), "no GPU code in a cpu image", "prune it")
     elif place := _COMPILED.match(file.path):
-        made_by = [step for step in promise.plan.steps if _compiles_into(place[1], step)]
+        made_by = [step for step in expected.plan.steps if _compiles_into(place[1], step)]
         declared = {
-            _code_of(step, arch)
+            _declared_code(step, arch)
             for step in made_by
             for arch in step.archs
-            if device(arch) == place[2]
+            if device_name(arch) == place[2]
         }
         if codes != declared:
             recipe = " ".join(f"recipes/kernels/{step.kernel.name}.toml" for step in made_by)
             need = f"what {recipe or 'no recipe'} declares for {place[2]}: {_text(declared)}"
             yield _finding(file.path, _text(codes), need, "compile it again, with no other")
     elif owner != "torch":
-        for arch in _promised(file.path, owner, image.archs, codes):
+        for arch in _unsupported_archs(file.path, owner, image.archs, codes):
             do = f"prune it where no GPU of {image.name} loads it, or build it for {arch}"
             yield _finding(file.path, _text(codes), f"code that {arch} runs", do)
 
@@ -108,13 +110,13 @@ def _compiles_into(folder: str, step: Step) -> bool:
     return (step.kernel.ahead_of_time if folder == "fa4" else step.kernel.triton) is not None
 
 
-def _code_of(step: Step, arch: str) -> str:
+def _declared_code(step: Step, arch: str) -> str:
     """Return the code that a kernel's entries have for an architecture of its recipe."""
     asked = step.kernel.ahead_of_time
     return asked.targets[arch].code if asked else step.kernel.archs[arch].code
 
 
-def _promised(
+def _unsupported_archs(
     path: str, owner: str, archs: tuple[str, ...], codes: frozenset[str]
 ) -> tuple[str, ...]:
     """Return the architectures that a file should support and does not.
@@ -123,26 +125,26 @@ def _promised(
     package, and support the architecture of their folder (sm_90), or any.
     """
     if owner:
-        return tuple(arch for arch in archs if not any(runs(arch, code) for code in codes))
+        return tuple(arch for arch in archs if not any(can_run(arch, code) for code in codes))
     folders = re.findall(r"(?:^|/)(sm_\d+[af]?|gfx[0-9a-f]+)(?=/)", path)
     wanted = folders[-1:] or archs
-    served = [arch for arch in wanted if any(runs(arch, code) for code in codes)]
+    served = [arch for arch in wanted if any(can_run(arch, code) for code in codes)]
     return () if served else tuple(wanted)
 
 
-def _torch(files: list[File], promise: Promise) -> Iterator[Finding]:
+def _check_torch(files: list[File], expected: Expected) -> Iterator[GateFinding]:
     """Check torch as a whole: some of its libraries are for some architectures only."""
     has = {code for file in files if file.elf for code in file.elf.codes}
-    if lacks := set(promise.torch_archs) - has:
+    if lacks := set(expected.torch_archs) - has:
         do = "correct `archs` in recipes/torch.toml, or install the build that it describes"
         yield _finding("torch", _text(has), f"{_text(lacks)} too, as recipes/torch.toml says", do)
-    if promise.plan.image.accelerator != "cpu":
-        for arch in promise.plan.image.archs:
-            if not any(runs(arch, code) for code in has):
+    if expected.plan.image.accelerator != "cpu":
+        for arch in expected.plan.image.archs:
+            if not any(can_run(arch, code) for code in has):
                 yield _finding("torch", _text(has), f"code that {arch} runs", "take another torch")
 
 
-def runs(arch: str, code: str) -> bool:
+def can_run(arch: str, code: str) -> bool:
     """Return whether a device runs a code: the same major and no newer minor; PTX, no newer.
 
     sm_90a runs on 9.0 only; sm_100f on 10.x. Source: CUDA C++ Programming Guide 13.0, 5.1.2,
@@ -171,8 +173,8 @@ def _order(code: str) -> tuple[str, int, str]:
     return (match[1], int(match[2] + match[3]), match[4]) if match else (code, 0, "")
 
 
-def _finding(file: str, found: str, needed: str, do: str) -> Finding:
-    return Finding(gate=_NAME, file=file, found=found, needed=needed, do=do)
+def _finding(file: str, found: str, needed: str, do: str) -> GateFinding:
+    return GateFinding(gate=_NAME, file=file, found=found, needed=needed, do=do)
 
 
-GATE = Gate(name=_NAME, judge=judge)
+GATE = Gate(name=_NAME, check=check)

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from packaging.version import Version
 
 from recipes.artifact.facts import Artifact, Distribution
-from recipes.gates import Finding, Gate, Promise
+from recipes.gates import Expected, Gate, GateFinding
 
 _NAME = "pins"
 # attnimg, and the packages of a new virtual environment; neither is in a lock file.
@@ -22,22 +22,22 @@ _TRIMMED = "trim"
 _WHOLE = "build the whole wheel, without TRIM=1; a small build is for trying the way"
 
 
-def judge(artifact: Artifact, promise: Promise) -> tuple[Finding, ...]:
+def check(artifact: Artifact, expected: Expected) -> tuple[GateFinding, ...]:
     """Compare what is installed with what is pinned, both ways."""
     if artifact.kind == "wheels":
         return (
-            *_versions(artifact.distributions, _built(promise)),
-            *_wheelhouse(artifact, promise),
+            *_versions(artifact.distributions, _built(expected)),
+            *_wheelhouse(artifact, expected),
         )
-    return tuple(_versions(artifact.distributions, promise.pins))
+    return tuple(_versions(artifact.distributions, expected.pins))
 
 
-def _built(promise: Promise) -> dict[str, str]:
-    kernels = [step.kernel for step in promise.plan.steps if step.kernel.form != "wheel"]
+def _built(expected: Expected) -> dict[str, str]:
+    kernels = [step.kernel for step in expected.plan.steps if step.kernel.form != "wheel"]
     return {kernel.name: kernel.version for kernel in kernels}
 
 
-def _versions(found: tuple[Distribution, ...], pins: Mapping[str, str]) -> Iterator[Finding]:
+def _versions(found: tuple[Distribution, ...], pins: Mapping[str, str]) -> Iterator[GateFinding]:
     """Compare packages with their pins; a local label, torch's +cpu, is not part of a pin."""
     do = "make lock and build again; nothing is installed by hand"
     seen: dict[str, Distribution] = {}
@@ -62,27 +62,27 @@ def _same(found: str, pin: str) -> bool:
     return here == there or labelled
 
 
-def _wheelhouse(artifact: Artifact, promise: Promise) -> Iterator[Finding]:
+def _wheelhouse(artifact: Artifact, expected: Expected) -> Iterator[GateFinding]:
     """Check a wheelhouse's hashes, ABI and keys."""
-    again = f"make wheels/{promise.plan.image.name} from this checkout"
+    again = f"make wheels/{expected.plan.image.name} from this checkout"
     for name, same in artifact.sums.items():
         if not same:
             yield _finding(name, "other bytes than SHA256SUMS says, or no sum", "the same", again)
     manifest = artifact.manifest or {}
-    if manifest.get("abi") != promise.plan.abi:
-        yield _finding("manifest.json", f"abi {manifest.get('abi')}", promise.plan.abi, again)
+    if manifest.get("abi") != expected.plan.abi:
+        yield _finding("manifest.json", f"abi {manifest.get('abi')}", expected.plan.abi, again)
     listed = manifest.get("kernels")
     kernels = listed if isinstance(listed, list) else []
     named = (kernel for kernel in kernels if isinstance(kernel, dict))
     keys = {str(kernel.get("name")): kernel.get("key") for kernel in named}
-    for step in promise.plan.steps:
+    for step in expected.plan.steps:
         if step.kernel.form != "wheel" and keys.get(step.kernel.name) != step.key:
             found = f"key {keys.get(step.kernel.name)} of {step.kernel.name}"
             yield _finding("manifest.json", found, f"{step.key}, this recipe's", again)
 
 
-def _finding(what: str, found: str, needed: str, do: str) -> Finding:
-    return Finding(gate=_NAME, file=what, found=found, needed=needed, do=do)
+def _finding(what: str, found: str, needed: str, do: str) -> GateFinding:
+    return GateFinding(gate=_NAME, file=what, found=found, needed=needed, do=do)
 
 
-GATE = Gate(name=_NAME, judge=judge)
+GATE = Gate(name=_NAME, check=check)

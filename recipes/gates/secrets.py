@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 from recipes.artifact.facts import Artifact
 from recipes.artifact.secret_patterns import secrets_in
-from recipes.gates import Finding, Gate, Promise
+from recipes.gates import Expected, Gate, GateFinding
 
 _NAME = "secrets"
 _FILES = re.compile(
@@ -25,9 +25,9 @@ _ASSIGNED = re.compile(
 )
 
 
-def judge(artifact: Artifact, promise: Promise) -> tuple[Finding, ...]:
+def check(artifact: Artifact, expected: Expected) -> tuple[GateFinding, ...]:
     """Check every file of every layer, the variables and the history."""
-    faults: list[Finding] = []
+    faults: list[GateFinding] = []
     for file in artifact.files:
         where = f"layer {file.layer + 1} ({artifact.layers[file.layer].name})"
         for secret in file.secrets:
@@ -41,15 +41,15 @@ def judge(artifact: Artifact, promise: Promise) -> tuple[Finding, ...]:
     return tuple(faults)
 
 
-def _texts(where: str, text: str) -> Iterator[Finding]:
+def _texts(where: str, text: str) -> Iterator[GateFinding]:
     for match in _ASSIGNED.finditer(text):
         yield _finding(where, f"a value for {match[1]}")
     for secret in secrets_in(text.encode()):
         yield _finding(where, secret)
 
 
-def _finding(file: str, found: str) -> Finding:
-    return Finding(
+def _finding(file: str, found: str) -> GateFinding:
+    return GateFinding(
         gate=_NAME,
         file=file,
         found=found,
@@ -58,4 +58,4 @@ def _finding(file: str, found: str) -> Finding:
     )
 
 
-GATE = Gate(name=_NAME, judge=judge)
+GATE = Gate(name=_NAME, check=check)

@@ -8,21 +8,21 @@ from __future__ import annotations
 
 from recipes.artifact.facts import Artifact
 from recipes.facts import Unresolved
-from recipes.gates import Finding, Gate, Promise
+from recipes.gates import Expected, Gate, GateFinding
 
 _NAME = "size"
 
 
-def unjudged(artifact: Artifact, promise: Promise) -> str:
+def skip_reason(artifact: Artifact, expected: Expected) -> str:
     """Return why the size is not known or has no limit; empty if it is and has one."""
-    if isinstance(promise.plan.image.size_max_mb, Unresolved):
-        return f"size_max_mb is unresolved: {promise.plan.image.size_max_mb.reason}"
+    if isinstance(expected.plan.image.size_max_mb, Unresolved):
+        return f"size_max_mb is unresolved: {expected.plan.image.size_max_mb.reason}"
     return "" if artifact.kind == "image" else "only an archive has layers: give one with ARCHIVE="
 
 
-def judge(artifact: Artifact, promise: Promise) -> tuple[Finding, ...]:
+def check(artifact: Artifact, expected: Expected) -> tuple[GateFinding, ...]:
     """Add up the compressed sizes of the layers."""
-    image = promise.plan.image
+    image = expected.plan.image
     stages: dict[str, float] = {}
     for layer in artifact.layers:
         stages[layer.name] = stages.get(layer.name, 0.0) + (layer.zstd_bytes or 0) / 1e6
@@ -36,14 +36,16 @@ def judge(artifact: Artifact, promise: Promise) -> tuple[Finding, ...]:
         if name not in stages:
             need = f"one of {', '.join(stages)}, as layers_max_mb names them"
             do = "correct layers_max_mb, or the stages in recipes/artifact/archive.py"
-            faults.append(Finding(gate=_NAME, file=name, found="no such layer", needed=need, do=do))
+            faults.append(
+                GateFinding(gate=_NAME, file=name, found="no such layer", needed=need, do=do)
+            )
         elif stages[name] > most:
             faults.append(_finding(f"layer {name}", f"{stages[name]:.1f} MB", most))
     return tuple(faults)
 
 
-def _finding(what: str, found: str, most: int) -> Finding:
-    return Finding(
+def _finding(what: str, found: str, most: int) -> GateFinding:
+    return GateFinding(
         gate=_NAME,
         file=what,
         found=found,
@@ -52,4 +54,4 @@ def _finding(what: str, found: str, most: int) -> Finding:
     )
 
 
-GATE = Gate(name=_NAME, judge=judge, unjudged=unjudged)
+GATE = Gate(name=_NAME, check=check, skip_reason=skip_reason)

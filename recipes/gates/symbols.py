@@ -13,8 +13,8 @@ import re
 from collections.abc import Iterator
 
 from recipes.artifact.facts import Artifact, Elf, Symbol
-from recipes.artifact.linking import DRIVER, View, view_of
-from recipes.gates import Finding, Gate, Promise
+from recipes.artifact.linking import DRIVER, LoaderView, loader_view
+from recipes.gates import Expected, Gate, GateFinding
 
 _NAME = "symbols"
 # Checked by the gate `glibc`, with a better message.
@@ -24,18 +24,18 @@ _SHOWN = 3
 _DEBIAN = re.compile(r"(usr/)?s?bin/|(usr/)?lib(64|exec)?/(?!.*python3)")
 
 
-def unjudged(artifact: Artifact, promise: Promise) -> str:
+def skip_reason(artifact: Artifact, expected: Expected) -> str:
     """Return why the libraries that define symbols are not there; empty if they are."""
     if any(file.path.endswith("/libc.so.6") for file in (*artifact.files, *artifact.below)):
         return ""
     return "there is no image to look for symbols in: give one with ARCHIVE="
 
 
-def judge(artifact: Artifact, promise: Promise) -> tuple[Finding, ...]:
+def check(artifact: Artifact, expected: Expected) -> tuple[GateFinding, ...]:
     """Resolve every shared library and program of the artifact."""
-    view = view_of(artifact)
+    view = loader_view(artifact)
     below = {file.path for file in artifact.below}
-    faults: list[Finding] = []
+    faults: list[GateFinding] = []
     for path, elf in view.elves.items():
         if path in below or _DEBIAN.match(path):
             continue
@@ -44,14 +44,14 @@ def judge(artifact: Artifact, promise: Promise) -> tuple[Finding, ...]:
     return tuple(faults)
 
 
-def _libraries(path: str, elf: Elf, view: View) -> Iterator[Finding]:
+def _libraries(path: str, elf: Elf, view: LoaderView) -> Iterator[GateFinding]:
     """Find needed libraries that are missing, or lack a version that is needed."""
-    nowhere = [name for name in elf.needed if view.found(path, name) is None]
+    nowhere = [name for name in elf.needed if view.find(path, name) is None]
     if absent := [name for name in nowhere if name not in DRIVER]:
         do = "ship what it needs, or prune this file if nothing loads it"
         yield _finding(path, f"it needs {', '.join(absent)}", "each in the image", do)
     for name in elf.needed:
-        where = view.found(path, name)
+        where = view.find(path, name)
         if where is None:
             continue
         offered = view.elves[where].versions_defined
@@ -65,7 +65,7 @@ def _libraries(path: str, elf: Elf, view: View) -> Iterator[Finding]:
             yield _finding(path, f"{name} without them", need, "build both for one another")
 
 
-def _symbols(path: str, elf: Elf, view: View) -> Iterator[Finding]:
+def _symbols(path: str, elf: Elf, view: LoaderView) -> Iterator[GateFinding]:
     """Find symbols that no library of this file, or of one that loads it, defines."""
     lacking = _lacking(elf, view.scope(path), view)
     for user in view.users(path) if lacking else ():
@@ -82,17 +82,17 @@ def _symbols(path: str, elf: Elf, view: View) -> Iterator[Finding]:
         )
 
 
-def _lacking(elf: Elf, scope: frozenset[str], view: View) -> list[Symbol]:
+def _lacking(elf: Elf, scope: frozenset[str], view: LoaderView) -> list[Symbol]:
     drivers = [prefix for name, prefix in DRIVER.items() if name in scope]
     return [
         want
         for want in elf.wants
-        if not view.defined(want, scope) and not any(re.match(p, want.name) for p in drivers)
+        if not view.is_defined(want, scope) and not any(re.match(p, want.name) for p in drivers)
     ]
 
 
-def _finding(file: str, found: str, needed: str, do: str) -> Finding:
-    return Finding(gate=_NAME, file=file, found=found, needed=needed, do=do)
+def _finding(file: str, found: str, needed: str, do: str) -> GateFinding:
+    return GateFinding(gate=_NAME, file=file, found=found, needed=needed, do=do)
 
 
-GATE = Gate(name=_NAME, judge=judge, unjudged=unjudged)
+GATE = Gate(name=_NAME, check=check, skip_reason=skip_reason)

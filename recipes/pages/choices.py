@@ -26,9 +26,9 @@ from attnimg.select.memory import QuadraticMemory, quadratic_memory
 from attnimg.select.model_types import class_named
 from attnimg.select.other_layers import findings_on, kinds
 from recipes.files import NOTICE
-from recipes.pages.image_pages import table
+from recipes.pages.image_pages import markdown_table
 
-_class_of = cache(class_named)
+_class_named = cache(class_named)
 
 # The day for which known-bad rules are read, so that the pages do not change by themselves.
 DAY = date(2026, 11, 26)
@@ -37,7 +37,7 @@ ROW = 8192
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Choice:
+class GpuChoice:
     """What `auto` chooses for packed training of a model on a GPU, with its image's packages.
 
     Attributes:
@@ -63,33 +63,33 @@ def models() -> dict[str, dict[str, Any]]:
     return {name: entry["config"] for name, entry in tomllib.loads(text).items()}
 
 
-def choices(images: Mapping[str, ImageFacts]) -> list[Choice]:
+def choose_on_all_gpus(images: Mapping[str, ImageFacts]) -> list[GpuChoice]:
     """Choose for every GPU of the catalogue and every model.
 
     Args:
         images: name -> image, stable ones first.
     """
-    by_machine: dict[tuple[str, str | None], list[Choice]] = {}
+    by_machine: dict[tuple[str, str | None], list[GpuChoice]] = {}
     found = []
     for gpu in catalogue().values():
         key = (gpu.arch.name, gpu.cpu)
         if key not in by_machine:
-            by_machine[key] = choices_on(gpu, image_for(gpu.arch, images, cpu=gpu.cpu))
+            by_machine[key] = choose_on_gpu(gpu, image_for(gpu.arch, images, cpu=gpu.cpu))
         found += [replace(choice, gpu=gpu) for choice in by_machine[key]]
     return found
 
 
-def choices_on(gpu: Gpu, image: ImageFacts | None) -> list[Choice]:
+def choose_on_gpu(gpu: Gpu, image: ImageFacts | None) -> list[GpuChoice]:
     """Choose for one GPU and every model; without an image, all packages are assumed."""
     machine = machine_with(image, gpu.arch, gpu.label)
     return [
         _choice(name, model, gpu=gpu, image=image, machine=machine)
-        for name, model in _geometries().items()
+        for name, model in _read_models().items()
     ]
 
 
 @cache
-def _geometries() -> dict[str, Model]:
+def _read_models() -> dict[str, Model]:
     return {name: read_model(config) for name, config in models().items()}
 
 
@@ -100,11 +100,11 @@ def _rules() -> tuple[KnownBad, ...]:
 
 def _choice(
     name: str, model: Model, *, gpu: Gpu, image: ImageFacts | None, machine: Machine
-) -> Choice:
+) -> GpuChoice:
     dtype = plan.training_dtype(bf16="auto", fp16=False, arch=gpu.arch)
     problem = Problem(
         model=model,
-        model_class=_class_of(model.type),
+        model_class=_class_named(model.type),
         dtype=dtype,
         packing=True,
         dropout=0.0,
@@ -117,7 +117,7 @@ def _choice(
     )
     chosen = plan.choose(None, machine, problem)
     mixing = plan.mixing_error(chosen, problem)
-    return Choice(
+    return GpuChoice(
         gpu=gpu,
         image=image.name if image else None,
         name=name,
@@ -129,7 +129,7 @@ def _choice(
     )
 
 
-def choices_json(found: Iterable[Choice], images: Mapping[str, ImageFacts]) -> str:
+def choices_json(found: Iterable[GpuChoice], images: Mapping[str, ImageFacts]) -> str:
     """Return every choice with the reason codes of each other backend, one model per line.
 
     GPUs of one architecture, which have the same choices, share a block; those whose machines have
@@ -165,14 +165,14 @@ def choices_json(found: Iterable[Choice], images: Mapping[str, ImageFacts]) -> s
     return f'{{\n "//": "{NOTICE}",\n' + ",\n".join(blocks) + "\n}\n"
 
 
-def _line(choice: Choice) -> str:
+def _line(choice: GpuChoice) -> str:
     """Return the backends that a choice takes, and the reason codes of all others."""
     refused = {
         verdict.backend.name: [reason.code for reason in verdict.reasons]
         for verdict in choice.plan.verdicts
         if verdict.reasons
     }
-    line: dict[str, Any] = {"takes": taken(choice.plan), "refused": refused}
+    line: dict[str, Any] = {"takes": backend_names(choice.plan), "refused": refused}
     if choice.refusals:
         line["errors"] = [finding.code for finding in choice.refusals]
     return json.dumps(line)
@@ -182,12 +182,12 @@ def _image_cell(gpu: Gpu, image: ImageFacts, *, own: Mapping[str, str]) -> str:
     """Return the choices for a GPU that differ in an image from those in the GPU's own image."""
     if not runs_on(image, gpu.arch, cpu=gpu.cpu):
         return '"wrong-image"'
-    lines = {choice.name: _line(choice) for choice in choices_on(gpu, image)}
+    lines = {choice.name: _line(choice) for choice in choose_on_gpu(gpu, image)}
     changed = [f'    "{model}": {line}' for model, line in lines.items() if line != own[model]]
     return "{\n" + ",\n".join(changed) + "\n   }" if changed else "{}"
 
 
-def taken(found: Plan) -> list[str]:
+def backend_names(found: Plan) -> list[str]:
     """Return the names of the backends of a plan, by group of layers."""
     if found.groups:
         return [choice.verdict.backend.name for choice in found.groups]
@@ -254,7 +254,7 @@ _3 get the first of flash_attention_4, _3, _2 that fits, until there are timings
 """
 
 
-def choices_page(found: Iterable[Choice]) -> str:
+def choices_page(found: Iterable[GpuChoice]) -> str:
     """Write one row per model and one column per group of GPUs; then the facts behind them."""
     all_of = list(found)
     columns = _columns(all_of)
@@ -272,25 +272,27 @@ def choices_page(found: Iterable[Choice]) -> str:
     return (
         f"<!-- {NOTICE} -->\n\n"
         + _INTRO
-        + table(("Model", *heads), rows)
+        + markdown_table(("Model", *heads), rows)
         + "\n"
-        + table(("`--on`", "Image", "Precision"), machines)
+        + markdown_table(("`--on`", "Image", "Precision"), machines)
         + _SURPRISES
         + _RANKS
-        + table(("Backend", "Rank", "Where", "Why: it ...", "Source"), _rank_rows())
+        + markdown_table(("Backend", "Rank", "Where", "Why: it ...", "Source"), _rank_rows())
         + "\n## Layers without softmax attention\n\n"
-        + table(("Layers", "Model types", "Needs", "Documents isolated by", "Source"), _kind_rows())
+        + markdown_table(
+            ("Layers", "Model types", "Needs", "Documents isolated by", "Source"), _kind_rows()
+        )
         + "\n## The models\n\n"
-        + table(
+        + markdown_table(
             ("Model", "Layers", "Heads / kv_heads", "head_dim", "Other"),
             [row for name, model in models.items() for row in _layer_rows(name, model)],
         )
     )
 
 
-def _columns(found: list[Choice]) -> list[tuple[list[Choice], list[str]]]:
+def _columns(found: list[GpuChoice]) -> list[tuple[list[GpuChoice], list[str]]]:
     """Return the groups of GPUs with the same choices: their choices, and their names."""
-    columns: dict[tuple[object, ...], tuple[list[Choice], list[str]]] = {}
+    columns: dict[tuple[object, ...], tuple[list[GpuChoice], list[str]]] = {}
     for gpu, group in groupby(found, key=lambda choice: choice.gpu.name):
         own = list(group)
         key = (own[0].image, own[0].dtype, *(_cell(choice) for choice in own))
@@ -298,8 +300,8 @@ def _columns(found: list[Choice]) -> list[tuple[list[Choice], list[str]]]:
     return list(columns.values())
 
 
-def _cell(choice: Choice) -> str:
-    text = " + ".join(_SHORT.get(name, name) for name in taken(choice.plan))
+def _cell(choice: GpuChoice) -> str:
+    text = " + ".join(_SHORT.get(name, name) for name in backend_names(choice.plan))
     if choice.memory is not None:
         text += f" ({choice.memory.layer / (1 << 30):.1f} GiB)"
     return text + ("; **packing refused**" if choice.refusals else "")

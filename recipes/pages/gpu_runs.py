@@ -12,11 +12,9 @@ from typing import Any
 from attnimg.backends import backend_named
 from attnimg.errors import AttnimgError
 from recipes.files import NOTICE
-from recipes.pages.image_pages import table
+from recipes.pages.image_pages import markdown_table
 
 FOLDER = "docs/gpu-runs"
-BEGIN = "<!-- gpu runs: `make render` writes what follows -->\n"
-END = "<!-- gpu runs: end -->"
 NONE = "No run on a GPU is recorded yet.\n"
 
 # The reference for losses: the first of these backends that was trained in the same run.
@@ -91,7 +89,7 @@ def read_run(path: Path) -> list[Record]:
         ) from error
 
 
-def faults(records: Sequence[Record], *, all_right: bool) -> list[str]:
+def find_faults(records: Sequence[Record], *, all_right: bool) -> list[str]:
     """List what a run's records lack.
 
     Args:
@@ -148,7 +146,7 @@ def runs_table(runs: Mapping[str, Sequence[Record]]) -> str:
             )
         )
     head = ("GPU", "with", "proof passed", "trained", "failed somewhere", "record")
-    return table(head, rows) if rows else NONE
+    return markdown_table(head, rows) if rows else NONE
 
 
 def _section(name: str, records: Sequence[Record], notes: Mapping[str, Notes]) -> str:
@@ -235,7 +233,7 @@ def _machine(records: Sequence[Record]) -> str:
     doctor = next((r for r in records if r["kind"] == "doctor"), None)
     if doctor is not None:
         rows.append(("`attnimg doctor`", _result(doctor)))
-    return table(("machine", ""), [(str(key), str(value)) for key, value in rows])
+    return markdown_table(("machine", ""), [(str(key), str(value)) for key, value in rows])
 
 
 def _kernels(records: Sequence[Record]) -> str:
@@ -244,7 +242,7 @@ def _kernels(records: Sequence[Record]) -> str:
         for r in records
         if r["kind"] == "kernel"
     ]
-    return table(("package", "result", "seconds", "said"), rows) if rows else ""
+    return markdown_table(("package", "result", "seconds", "said"), rows) if rows else ""
 
 
 def _proofs(records: Sequence[Record]) -> str:
@@ -270,7 +268,7 @@ def _proofs(records: Sequence[Record]) -> str:
     proofs = [r["values"] for r in records if r["kind"] == "proof" and "values" in r]
     notes = dict.fromkeys(note for values in proofs for note in values["notes"])
     listed = "".join(f"- {_cell(note)}\n" for note in notes)
-    return table(head, rows) + (f"\n{listed}" if listed else "") if rows else ""
+    return markdown_table(head, rows) + (f"\n{listed}" if listed else "") if rows else ""
 
 
 def _package(record: Record) -> str:
@@ -304,7 +302,11 @@ def _repeats(records: Sequence[Record]) -> str:
         for r in records
         if r["kind"] == "proof" and r["step"] == "repeats" and "values" in r
     ]
-    return table(("backend", "precision", "head_dim", "proofs", "refused"), rows) if rows else ""
+    return (
+        markdown_table(("backend", "precision", "head_dim", "proofs", "refused"), rows)
+        if rows
+        else ""
+    )
 
 
 def _training(records: Sequence[Record]) -> str:
@@ -326,7 +328,7 @@ def _training(records: Sequence[Record]) -> str:
         )
     head = ("backend", "model", "result", "loss", "largest difference in loss", "tokens/s",
             "peak memory", "packed documents")  # fmt: skip
-    return table(head, rows) if rows else ""
+    return markdown_table(head, rows) if rows else ""
 
 
 def _difference(record: Record, trained: Sequence[Record]) -> str:
@@ -363,7 +365,7 @@ def _times(records: Sequence[Record]) -> str:
         rows.append((str(size), f"{n_rows} x {length}", packing, *cells))
     head = ("head_dim", "rows", "packing", *(f"`{name}`" for name in names))
     said = "Milliseconds forward and backward; TFLOP/s, and their share of the peak.\n\n"
-    return said + table(head, rows) if rows else ""
+    return said + markdown_table(head, rows) if rows else ""
 
 
 def _time(values: Mapping[str, Any] | None, *, bold: bool) -> str:
@@ -392,7 +394,7 @@ def _jobs(records: Sequence[Record]) -> str:
                 )
             )
     head = ("backend", "job", "loss", "tokens/s", "peak memory", "seconds of the whole command")
-    return table(head, rows) if rows else ""
+    return markdown_table(head, rows) if rows else ""
 
 
 def _failures(records: Sequence[Record]) -> str:

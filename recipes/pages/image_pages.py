@@ -7,15 +7,15 @@ from collections.abc import Iterable, Mapping
 from attnimg.backends import all_backends, runs_on
 from attnimg.facts import Backend
 from attnimg.select.gpus import arch_from_name, catalogue
-from recipes.facts import Allowance, Kernel, Plan, TrainedModel, Unresolved
+from recipes.facts import Allowance, ImagePlan, Kernel, TrainedModel, Unresolved
 from recipes.files import NOTICE
-from recipes.render.precompiled import covered
-from recipes.solve.rules import device
+from recipes.render.precompiled import coverage
+from recipes.solve.rules import device_name
 
 _IMAGE_HEAD = ("Tag", "GPUs", "Machine code", "torch", "CUDA", "Driver", "Kernels", "Size limit")
 
 
-def images_page(plans: tuple[Plan, ...]) -> str:
+def images_page(plans: tuple[ImagePlan, ...]) -> str:
     """Write one row per image, one per GPU with a name, and the unresolved values of images."""
     open_values: dict[str, list[str]] = {}
     for plan in plans:
@@ -28,16 +28,16 @@ def images_page(plans: tuple[Plan, ...]) -> str:
         f"{' '.join(sorted({platform for plan in plans for platform in plan.image.platforms}))}.\n"
         "The size limit is that of the compressed image. `frontier` images have a newer torch and\n"
         "CUDA.\n\n"
-        f"{table(_IMAGE_HEAD, [_image_row(plan) for plan in plans])}"
+        f"{markdown_table(_IMAGE_HEAD, [_image_row(plan) for plan in plans])}"
         "\n## Which image for which GPU\n\n"
-        f"{table(('GPU', '`--on`', 'Image'), _gpu_rows(plans))}"
+        f"{markdown_table(('GPU', '`--on`', 'Image'), _gpu_rows(plans))}"
         "\n## Not resolved yet\n\n"
         "An image with an open value can be built, but is not published.\n\n"
         + "".join(f"- {text} ({', '.join(where)})\n" for text, where in open_values.items())
     )
 
 
-def _image_row(plan: Plan) -> tuple[str, ...]:
+def _image_row(plan: ImagePlan) -> tuple[str, ...]:
     image = plan.image
     return (
         ", ".join(f"`{name}`" for name in (image.name, *image.aliases)),
@@ -51,10 +51,10 @@ def _image_row(plan: Plan) -> tuple[str, ...]:
     )
 
 
-def _gpu_rows(plans: tuple[Plan, ...]) -> list[tuple[str, ...]]:
+def _gpu_rows(plans: tuple[ImagePlan, ...]) -> list[tuple[str, ...]]:
     """Return the stable image of every GPU of the catalogue."""
     images = {
-        device(arch): plan.image
+        device_name(arch): plan.image
         for plan in plans
         if plan.image.channel == "stable"
         for arch in plan.image.archs
@@ -69,7 +69,7 @@ def _gpu_rows(plans: tuple[Plan, ...]) -> list[tuple[str, ...]]:
     return rows
 
 
-def support_page(plans: tuple[Plan, ...]) -> str:
+def support_page(plans: tuple[ImagePlan, ...]) -> str:
     """Write a row per backend and a column per image: where it runs, and whether it can train."""
     stable = [plan for plan in plans if plan.image.channel == "stable"]
     rows = [
@@ -80,7 +80,7 @@ def support_page(plans: tuple[Plan, ...]) -> str:
         f"<!-- {NOTICE} -->\n\n# Which backend runs in which image\n\n"
         "T: trains; I: inference only; -: not there. Where a backend serves only some of an\n"
         "image's architectures, they are named. Models narrow it: ask `attnimg explain`.\n\n"
-        + table(head, rows)
+        + markdown_table(head, rows)
     )
 
 
@@ -99,7 +99,7 @@ def gates_page(docs: Mapping[str, str], allowances: Iterable[Allowance]) -> str:
     ]
     parts += [f"\n## `{name}`\n\n{text.strip()}\n" for name, text in docs.items()]
     rows = [(f"`{one.gate}`", f"`{one.file}`", one.reason) for one in allowances]
-    parts.append(f"\n## Allowed\n\n{table(('Gate', 'File', 'Reason'), rows)}")
+    parts.append(f"\n## Allowed\n\n{markdown_table(('Gate', 'File', 'Reason'), rows)}")
     return "".join(parts)
 
 
@@ -107,12 +107,12 @@ def _name(backend: Backend) -> str:
     return f"`{backend.name}`" if backend.in_config else f"{backend.name} (only with `auto`)"
 
 
-def _cell(backend: Backend, plan: Plan) -> str:
+def _cell(backend: Backend, plan: ImagePlan) -> str:
     """Return whether a backend trains (T) or only infers (I) in an image, or neither (-)."""
     there = {step.kernel.name: step for step in plan.steps}
     archs = []
     for arch in plan.image.archs:
-        found = arch_from_name(device(arch))
+        found = arch_from_name(device_name(arch))
         kernels = [there.get(package) for package, _, _ in backend.needs.packages]
         if runs_on(backend.needs, found) and all(
             k is not None and arch in k.archs for k in kernels
@@ -125,7 +125,7 @@ def _cell(backend: Backend, plan: Plan) -> str:
     return ("T" if trains else "I") + only
 
 
-def table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
+def markdown_table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
     """Return a table in Markdown."""
     lines = [head, tuple("---" for _ in head), *rows]
     return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
@@ -148,11 +148,11 @@ def fa4_models_page(kernel: Kernel) -> str:
         (
             f"`{model.model}`",
             _words(model),
-            *(covered(model, arch, backend=kernel.backends[0]) for arch in archs),
+            *(coverage(model, arch, backend=kernel.backends[0]) for arch in archs),
         )
         for model in asked.models
     ]
-    head = ("Model", "Attention", *(f"`{device(arch)}`" for arch in archs))
+    head = ("Model", "Attention", *(f"`{device_name(arch)}`" for arch in archs))
     sources = [
         f"- {', '.join(f'`{m.model}`' for m in asked.models if m.source == name)}: {where}\n"
         for name, where in asked.sources.items()
@@ -164,7 +164,7 @@ def fa4_models_page(kernel: Kernel) -> str:
         "cap, and whether the layer has a window or sinks: any model that equals one of these in\n"
         "all of them uses the same kernels. `-`: FlashAttention-4 does not support the model on\n"
         "that GPU.\n\n"
-        f"{table(head, rows)}"
+        f"{markdown_table(head, rows)}"
         "\n## Sources (2026-11-26)\n\n" + "".join(sources)
     )
 

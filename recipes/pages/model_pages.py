@@ -14,7 +14,7 @@ from attnimg.select.model_types import (
     read_causal_types,
 )
 from recipes.files import NOTICE
-from recipes.pages.image_pages import table
+from recipes.pages.image_pages import markdown_table
 
 RELOAD_RECORD = "docs/measured/reload.json"
 
@@ -86,7 +86,7 @@ def checkpoints_page(types: CausalTypes, *, reloaded: str) -> str:
     record = json.loads(reloaded)
     tabled = [name for name in types.causal if position_table(name) is not None]
     return f"<!-- {NOTICE} -->\n\n" + _CHECKPOINTS_PAGE.format(
-        quantizations=table(
+        quantizations=markdown_table(
             head, [_quantization_row(name, row) for name, row in quantizations().items()]
         ),
         multimodal=_names(types.text_trained | types.multimodal.keys()),
@@ -149,7 +149,7 @@ def families_page(text: str) -> str:
     return (
         f"<!-- {NOTICE} -->\n\n"
         + _FAMILIES_INTRO.format(version=record["transformers"], counts=_counts(types))
-        + table(head, rows)
+        + markdown_table(head, rows)
         + "\n## Why types are refused\n\n"
         + "".join(
             f"- {reason}: {', '.join(f'`{name}`' for name in names)}\n"

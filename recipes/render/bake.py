@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from recipes.facts import Plan, Step, Unresolved
+from recipes.facts import ImagePlan, Step, Unresolved
 from recipes.files import NOTICE
 
 # gcc, since Triton compiles the launcher of a kernel on the machine where it runs.
@@ -24,7 +24,7 @@ _APT = {
 }
 
 
-def bake_file(plans: tuple[Plan, ...]) -> str:
+def bake_file(plans: tuple[ImagePlan, ...]) -> str:
     """Write docker/docker-bake.json.
 
     Variables, to be set in the environment: REGISTRY (a prefix of the tags, with its slash),
@@ -66,7 +66,7 @@ def bake_file(plans: tuple[Plan, ...]) -> str:
     return json.dumps(content, indent=2) + "\n"
 
 
-def _targets(plan: Plan) -> dict[str, dict[str, Any]]:
+def _targets(plan: ImagePlan) -> dict[str, dict[str, Any]]:
     """Return the targets of one image, as shown in the module's docstring."""
     image, common = plan.image, f"{plan.image.name}_common"
     built = [step for step in plan.steps if step.kernel.form != "wheel"]
@@ -133,7 +133,7 @@ def _source(step: Step) -> dict[str, str]:
     return contexts
 
 
-def labels(plan: Plan) -> dict[str, str]:
+def labels(plan: ImagePlan) -> dict[str, str]:
     """Return the labels of OCI and of attnimg; ${...} are variables of the bake file.
 
     Source of OCI's: https://github.com/opencontainers/image-spec, annotations.md (2026-11-21).

@@ -6,12 +6,12 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from recipes.facts import Plan, Step, Unresolved
+from recipes.facts import ImagePlan, Step, Unresolved
 from recipes.files import NOTICE
-from recipes.solve.rules import device
+from recipes.solve.rules import device_name
 
 
-def catalogue(plans: tuple[Plan, ...], *, stack: Mapping[str, str]) -> str:
+def images_json(plans: tuple[ImagePlan, ...], *, stack: Mapping[str, str]) -> str:
     """Return every image: architectures, oldest driver, packages, kernels with their hashes.
 
     Args:
@@ -22,7 +22,7 @@ def catalogue(plans: tuple[Plan, ...], *, stack: Mapping[str, str]) -> str:
     return json.dumps({"//": NOTICE, "images": images}, indent=1) + "\n"
 
 
-def _image(plan: Plan, stack: Mapping[str, str]) -> dict[str, Any]:
+def _image(plan: ImagePlan, stack: Mapping[str, str]) -> dict[str, Any]:
     image = plan.image
     torch = _known(image.torch)
     packages = dict(stack) | {step.kernel.name: step.kernel.version for step in plan.steps}
@@ -33,7 +33,7 @@ def _image(plan: Plan, stack: Mapping[str, str]) -> dict[str, Any]:
         "aliases": list(image.aliases),
         "channel": image.channel,
         "archs": list(image.archs),
-        "devices": [device(arch) for arch in image.archs],
+        "devices": [device_name(arch) for arch in image.archs],
         "platforms": list(image.platforms),
         "accelerator": image.accelerator,
         "python": image.python,
@@ -54,7 +54,7 @@ def _kernel(step: Step) -> dict[str, Any]:
         "source": step.kernel.source,
         "sha256": _known(step.kernel.sha256),
         "backends": list(step.kernel.backends),
-        "devices": [device(arch) for arch in step.archs],
+        "devices": [device_name(arch) for arch in step.archs],
         "code": list(step.codes),
         "key": step.key,
     }
@@ -64,7 +64,9 @@ def _known(value: str | Unresolved | None) -> str | None:
     return None if isinstance(value, Unresolved) else value
 
 
-def matrix(plans: tuple[Plan, ...], *, build_runner: str, gpu_runners: Mapping[str, str]) -> str:
+def matrix_json(
+    plans: tuple[ImagePlan, ...], *, build_runner: str, gpu_runners: Mapping[str, str]
+) -> str:
     """Write .github/matrix.json.
 
     `images` has one entry per image and platform; `publish` is false while a value is unresolved.
@@ -83,7 +85,11 @@ def matrix(plans: tuple[Plan, ...], *, build_runner: str, gpu_runners: Mapping[s
         for platform in plan.image.platforms
     ]
     gpu = [
-        {"image": plan.image.name, "arch": device(arch), "runner": gpu_runners.get(device(arch))}
+        {
+            "image": plan.image.name,
+            "arch": device_name(arch),
+            "runner": gpu_runners.get(device_name(arch)),
+        }
         for plan in plans
         if plan.image.accelerator != "cpu"
         for arch in plan.image.archs

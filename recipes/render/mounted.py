@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from recipes.facts import Plan, Step
+from recipes.facts import ImagePlan, Step
 from recipes.files import NOTICE
-from recipes.solve.lock import pins
+from recipes.solve.lock import pinned_versions
 
 
-def mounted_files(plan: Plan, *, lock: str) -> dict[str, str]:
+def mounted_files(plan: ImagePlan, *, lock: str) -> dict[str, str]:
     """Return the files of one image: path -> text.
 
     Args:
@@ -56,9 +56,9 @@ def kernel_build(step: Step) -> dict[str, Any]:
     }
 
 
-def constraints(plan: Plan, *, lock: str) -> str:
+def constraints(plan: ImagePlan, *, lock: str) -> str:
     """Return an image's /etc/pip/constraint.txt: the versions that pip may not replace."""
-    versions = pins(plan, lock=lock)
+    versions = pinned_versions(plan, lock=lock)
     lines = (f"{name}=={versions[name]}" for name in sorted(versions))
     return "\n".join([f"# {NOTICE}", *lines]) + "\n"
 

@@ -9,12 +9,12 @@ from attnimg.backends import backend_named
 from attnimg.facts import LayerGroup
 from attnimg.select.gpus import arch_from_name
 from attnimg.select.judge import layer_reasons
-from recipes.facts import AheadOfTime, Plan, Step, TrainedModel, TritonSet
+from recipes.facts import AheadOfTime, ImagePlan, Step, TrainedModel, TritonSet
 from recipes.files import NOTICE
-from recipes.solve.rules import device
+from recipes.solve.rules import device_name
 
 
-def kernel_sets(plans: tuple[Plan, ...]) -> dict[str, str]:
+def kernel_sets(plans: tuple[ImagePlan, ...]) -> dict[str, str]:
     """Write the set of each image that has one: path -> text."""
     texts = {}
     for plan in plans:
@@ -27,7 +27,7 @@ def kernel_sets(plans: tuple[Plan, ...]) -> dict[str, str]:
     return texts
 
 
-def covered(model: TrainedModel, arch: str, *, backend: str) -> str:
+def coverage(model: TrainedModel, arch: str, *, backend: str) -> str:
     """Return whether all ("yes"), no ("-") or which layers of a model have kernels."""
     fits = {group.window: not _against(backend, group, arch) for group in _groups(model)}
     if len(set(fits.values())) == 1:
@@ -56,7 +56,7 @@ def _against(name: str, group: LayerGroup, arch: str) -> str:
     """Return why a backend has no kernel for a layer on an architecture; "" if it has."""
     backend = backend_named(name)
     assert backend is not None
-    capability = arch_from_name(device(arch)).capability
+    capability = arch_from_name(device_name(arch)).capability
     assert capability is not None
     major = capability[0]
     needs = backend.needs
@@ -83,7 +83,7 @@ def _shape(group: LayerGroup) -> dict[str, Any]:
 def _text(step: Step, asked: AheadOfTime) -> str:
     content: dict[str, Any] = {"//": NOTICE, "method": "precompiled.fa4.method"}
     content |= {axis: list(getattr(asked, axis)) for axis in ("dtypes", "varlen", "gradient")}
-    content["targets"] = {device(arch): _target(step, asked, arch) for arch in step.archs}
+    content["targets"] = {device_name(arch): _target(step, asked, arch) for arch in step.archs}
     return json.dumps(content, indent=1) + "\n"
 
 
@@ -113,6 +113,6 @@ def _triton_text(step: Step, asked: TritonSet) -> str:
     content |= {axis: list(getattr(asked, axis)) for axis in ("dtypes", "causal", "varlen")}
     content["heads"] = {str(head_dim): list(pairs) for head_dim, pairs in asked.heads.items()}
     content["targets"] = {
-        device(arch): {"code": step.kernel.archs[arch].code} for arch in step.archs
+        device_name(arch): {"code": step.kernel.archs[arch].code} for arch in step.archs
     }
     return json.dumps(content, indent=1) + "\n"

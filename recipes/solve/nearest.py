@@ -9,7 +9,7 @@ from typing import Any
 
 from packaging.version import InvalidVersion, Version
 
-from recipes.facts import Choice, Image, Recipes
+from recipes.facts import Image, ImageKernel, Recipes
 from recipes.solve.rules import reasons_against
 
 # The cost of each kind of change, for the order of candidates: adding a kernel is the smallest
@@ -29,18 +29,26 @@ def nearest(image: Image, recipes: Recipes) -> str:
 
 def _candidates(image: Image, recipes: Recipes) -> Iterator[tuple[int, list[str], Image]]:
     """Yield (cost, changes, image) for each combination of changes."""
-    options = product(_torches(image, recipes), _kernel_sets(image, recipes), _arch_sets(image))
-    for (cost_t, say_t, torch), (cost_k, say_k, kernels), (cost_a, say_a, archs) in options:
+    options = product(
+        _torch_options(image, recipes), _kernel_options(image, recipes), _arch_options(image)
+    )
+    for (cost_t, changes_t, torch), (cost_k, changes_k, kernels), (
+        cost_a,
+        changes_a,
+        archs,
+    ) in options:
         kept = tuple(
             replace(choice, archs=tuple(arch for arch in choice.archs if arch in archs))
             for choice in kernels
             if not choice.archs or set(choice.archs) & set(archs)
         )
         candidate = replace(image, kernels=kept, archs=archs, **torch)
-        yield cost_t + cost_k + cost_a, [*say_t, *say_k, *say_a], candidate
+        yield cost_t + cost_k + cost_a, [*changes_t, *changes_k, *changes_a], candidate
 
 
-def _torches(image: Image, recipes: Recipes) -> Iterator[tuple[int, list[str], dict[str, Any]]]:
+def _torch_options(
+    image: Image, recipes: Recipes
+) -> Iterator[tuple[int, list[str], dict[str, Any]]]:
     yield 0, [], {}
     if not isinstance(image.torch, str):
         return
@@ -49,11 +57,11 @@ def _torches(image: Image, recipes: Recipes) -> Iterator[tuple[int, list[str], d
     for place, version in enumerate(versions):
         if version == image.torch:
             continue
-        say = f"torch {version}"
+        change = f"torch {version}"
         toolkit = recipes.torch[version].toolkit
         if image.accelerator == "cuda" and toolkit in recipes.cuda:
-            say += f" with CUDA {toolkit} (driver {recipes.cuda[toolkit].driver_min} or newer)"
-        yield _TORCH + abs(place - here), [say], {"torch": version}
+            change += f" with CUDA {toolkit} (driver {recipes.cuda[toolkit].driver_min} or newer)"
+        yield _TORCH + abs(place - here), [change], {"torch": version}
 
 
 def _before(version: str, other: str) -> bool:
@@ -63,9 +71,9 @@ def _before(version: str, other: str) -> bool:
         return False
 
 
-def _kernel_sets(
+def _kernel_options(
     image: Image, recipes: Recipes
-) -> Iterator[tuple[int, list[str], tuple[Choice, ...]]]:
+) -> Iterator[tuple[int, list[str], tuple[ImageKernel, ...]]]:
     """Yield the kernels with up to three removed, and with those added that others need."""
     names = [choice.name for choice in image.kernels]
     needed = {
@@ -74,27 +82,31 @@ def _kernel_sets(
     for count in range(min(len(names), 3) + 1):
         for dropped in combinations(range(len(names)), count):
             kept = tuple(c for place, c in enumerate(image.kernels) if place not in dropped)
-            said = [f"without {names[place]}" for place in dropped]
-            yield _DROP * count, said, kept
+            changes = [f"without {names[place]}" for place in dropped]
+            yield _DROP * count, changes, kept
             for extra in sorted(needed - set(names)):
-                yield _DROP * count + _ADD, [*said, f"with {extra}"], (*kept, Choice(name=extra))
-    yield from _narrowed(image, recipes)
+                yield (
+                    _DROP * count + _ADD,
+                    [*changes, f"with {extra}"],
+                    (*kept, ImageKernel(name=extra)),
+                )
+    yield from _limit_kernels(image, recipes)
 
 
-def _narrowed(
+def _limit_kernels(
     image: Image, recipes: Recipes
-) -> Iterator[tuple[int, list[str], tuple[Choice, ...]]]:
+) -> Iterator[tuple[int, list[str], tuple[ImageKernel, ...]]]:
     """Yield the kernels with one of them limited to the architectures that it supports."""
     for place, choice in enumerate(image.kernels):
         has = recipes.kernels[choice.name].archs if choice.name in recipes.kernels else {}
         archs = tuple(arch for arch in image.archs if arch in has)
         if archs and archs != (choice.archs or image.archs):
             kernels = list(image.kernels)
-            kernels[place] = Choice(name=choice.name, archs=archs)
+            kernels[place] = ImageKernel(name=choice.name, archs=archs)
             yield _NARROW, [f"{choice.name} for {' '.join(archs)} only"], tuple(kernels)
 
 
-def _arch_sets(image: Image) -> Iterator[tuple[int, list[str], tuple[str, ...]]]:
+def _arch_options(image: Image) -> Iterator[tuple[int, list[str], tuple[str, ...]]]:
     yield 0, [], image.archs
     for count in range(1, len(image.archs)):
         for dropped in combinations(image.archs, count):

@@ -9,12 +9,12 @@ from dataclasses import fields
 from graphlib import TopologicalSorter
 
 from attnimg.errors import AttnimgError
-from recipes.facts import Choice, Image, Kernel, Plan, Prebuilt, Recipes, Step, Unresolved
+from recipes.facts import Image, ImageKernel, ImagePlan, Kernel, Prebuilt, Recipes, Step, Unresolved
 from recipes.solve.nearest import nearest
-from recipes.solve.rules import reasons_against, served, toolkit_of
+from recipes.solve.rules import cuda_release, kernel_archs, reasons_against
 
 
-def solve(image: Image, recipes: Recipes) -> Plan:
+def solve(image: Image, recipes: Recipes) -> ImagePlan:
     """Plan one image.
 
     Raises:
@@ -31,11 +31,13 @@ def solve(image: Image, recipes: Recipes) -> Plan:
     toolkit, driver_min = _toolkit_and_driver(image, recipes)
     flavour = f"cu{toolkit.replace('.', '')}" if isinstance(toolkit, str) else image.accelerator
     abi = _abi(image, flavour)
-    steps = tuple(_step(image, choice, recipes, abi=abi) for choice in _ordered(image, recipes))
-    return Plan(
+    steps = tuple(
+        _step(image, choice, recipes, abi=abi) for choice in _sort_kernels(image, recipes)
+    )
+    return ImagePlan(
         image=image,
         steps=steps,
-        unresolved=_unresolved(
+        unresolved=_find_unresolved(
             image, steps, base_digest=digest, toolkit=toolkit, driver_min=driver_min
         ),
         abi=abi,
@@ -47,7 +49,7 @@ def solve(image: Image, recipes: Recipes) -> Plan:
     )
 
 
-def solve_all(recipes: Recipes) -> tuple[Plan, ...]:
+def solve_all(recipes: Recipes) -> tuple[ImagePlan, ...]:
     """Plan every image, stable ones first.
 
     Raises:
@@ -65,7 +67,7 @@ def solve_all(recipes: Recipes) -> tuple[Plan, ...]:
     return tuple(sorted(plans, key=lambda plan: (plan.image.channel != "stable", plan.image.name)))
 
 
-def refuse_unresolved(plan: Plan) -> None:
+def refuse_unresolved(plan: ImagePlan) -> None:
     """Raise if a plan has unresolved values, which must not be published.
 
     Raises:
@@ -113,14 +115,14 @@ def cache_key(
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _step(image: Image, choice: Choice, recipes: Recipes, *, abi: str) -> Step:
+def _step(image: Image, choice: ImageKernel, recipes: Recipes, *, abi: str) -> Step:
     kernel = recipes.kernels[choice.name]
-    archs = served(image, choice)
+    archs = kernel_archs(image, choice)
     build = kernel.build[image.accelerator]
-    tokens = _once(kernel.archs[arch].token for arch in archs)
-    archs_told = {build.arch_variable: ";".join(tokens)} if build.arch_variable else {}
+    tokens = _unique(kernel.archs[arch].token for arch in archs)
+    arch_env = {build.arch_variable: ";".join(tokens)} if build.arch_variable else {}
     bound_to = "" if kernel.abi == "python" else abi
-    codes = _once(kernel.archs[arch].code for arch in archs)
+    codes = _unique(kernel.archs[arch].code for arch in archs)
     return Step(
         kernel=kernel,
         archs=archs,
@@ -129,12 +131,12 @@ def _step(image: Image, choice: Choice, recipes: Recipes, *, abi: str) -> Step:
         arch_variable=build.arch_variable,
         env=build.env,
         job_memory_gb=build.job_memory_gb,
-        prebuilt=_fitting(kernel, codes, abi=abi),
-        key=cache_key(kernel, archs, abi=bound_to, env={**build.env, **archs_told}),
+        prebuilt=_find_prebuilt(kernel, codes, abi=abi),
+        key=cache_key(kernel, archs, abi=bound_to, env={**build.env, **arch_env}),
     )
 
 
-def _fitting(kernel: Kernel, codes: tuple[str, ...], *, abi: str) -> Prebuilt | None:
+def _find_prebuilt(kernel: Kernel, codes: tuple[str, ...], *, abi: str) -> Prebuilt | None:
     """Return a public wheel with exactly this machine code, torch, CUDA and Python; or None."""
     for wheel in kernel.prebuilt:
         if set(wheel.codes) == set(codes) and wheel.abi in ("", abi):
@@ -142,12 +144,12 @@ def _fitting(kernel: Kernel, codes: tuple[str, ...], *, abi: str) -> Prebuilt | 
     return None
 
 
-def _once(texts: Iterable[str]) -> tuple[str, ...]:
+def _unique(texts: Iterable[str]) -> tuple[str, ...]:
     """Return each text once, in order, without empty ones."""
     return tuple(dict.fromkeys(text for text in texts if text))
 
 
-def _ordered(image: Image, recipes: Recipes) -> list[Choice]:
+def _sort_kernels(image: Image, recipes: Recipes) -> list[ImageKernel]:
     """Return the kernels, each after those it needs and those whose files it owns."""
     choices = {choice.name: choice for choice in image.kernels}
     graph: dict[str, set[str]] = {name: set() for name in sorted(choices)}
@@ -166,7 +168,7 @@ def _toolkit_and_driver(
     """Return the CUDA release of an image's torch and its oldest driver; None on cpu."""
     if image.accelerator == "cpu":
         return None, None
-    if release := toolkit_of(image, recipes):
+    if release := cuda_release(image, recipes):
         return release, recipes.cuda[release].driver_min
     return Unresolved("follows from torch's build"), Unresolved("follows from the ROCm release")
 
@@ -184,7 +186,7 @@ def _lock(image: Image, flavour: str) -> str:
     return f"{torch}-{flavour}"
 
 
-def _unresolved(image: Image, steps: tuple[Step, ...], **computed: object) -> dict[str, str]:
+def _find_unresolved(image: Image, steps: tuple[Step, ...], **computed: object) -> dict[str, str]:
     """Return the unresolved values of an image, its kernels and `computed`: key -> reason."""
     values: dict[str, object] = {item.name: getattr(image, item.name) for item in fields(image)}
     found = {f"images/{image.name}: {key}": value for key, value in (values | computed).items()}

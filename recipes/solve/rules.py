@@ -13,22 +13,26 @@ from packaging.specifiers import SpecifierSet
 from attnimg.backends import backend_named, runs_on
 from attnimg.facts import Reason
 from attnimg.select.gpus import arch_from_name
-from recipes.facts import Choice, Image, Kernel, Recipes, Unresolved
+from recipes.facts import Image, ImageKernel, Kernel, Recipes, Unresolved
 
 _SM = re.compile(r"sm_([0-9]+)([0-9])[af]?")
 
 
 def reasons_against(image: Image, recipes: Recipes) -> tuple[Reason, ...]:
     """Return every reason why an image can't be built; none means that it can."""
-    found = [*_names(image, recipes), *_platform(image, recipes), *_stack(recipes)]
+    found = [
+        *_check_names(image, recipes),
+        *_check_platform(image, recipes),
+        *_check_stack(recipes),
+    ]
     for choice in image.kernels:
         if choice.name in recipes.kernels:
             found += reasons_against_kernel(image, choice, recipes)
-    found += _unserved(image)
+    found += _check_coverage(image)
     return tuple(found)
 
 
-def _names(image: Image, recipes: Recipes) -> Iterator[Reason]:
+def _check_names(image: Image, recipes: Recipes) -> Iterator[Reason]:
     for choice in image.kernels:
         if choice.name not in recipes.kernels:
             known = ", ".join(sorted(recipes.kernels))
@@ -43,7 +47,7 @@ def _names(image: Image, recipes: Recipes) -> Iterator[Reason]:
         yield Reason(code="kernel-twice", text=f"found {name} twice in kernels")
 
 
-def _platform(image: Image, recipes: Recipes) -> Iterator[Reason]:
+def _check_platform(image: Image, recipes: Recipes) -> Iterator[Reason]:
     """Check base, torch, its CUDA release, Python and architectures against one another."""
     if image.base not in recipes.bases:
         known = ", ".join(recipes.bases)
@@ -51,7 +55,7 @@ def _platform(image: Image, recipes: Recipes) -> Iterator[Reason]:
         yield Reason(code="unknown-base", text=text)
     vendors = {"cpu": "cpu", "cuda": "nvidia", "rocm": "amd"}
     for arch in image.archs:
-        if arch_from_name(device(arch)).vendor != vendors[image.accelerator]:
+        if arch_from_name(device_name(arch)).vendor != vendors[image.accelerator]:
             text = f"found {arch} in an image for {image.accelerator}"
             yield Reason(code="arch-accelerator", text=text)
     if isinstance(image.torch, Unresolved):
@@ -62,20 +66,20 @@ def _platform(image: Image, recipes: Recipes) -> Iterator[Reason]:
             f"torch {image.torch} is not in recipes/torch.toml; known: {', '.join(recipes.torch)}"
         )
         yield Reason(code="unknown-torch", text=text)
-    elif not within(image.python, torch.python):
+    elif not satisfies(image.python, torch.python):
         text = f"torch {image.torch} needs Python {torch.python}; found {image.python}"
         yield Reason(code="torch-python", text=text)
     if image.accelerator == "cuda":
-        yield from _cuda(image, recipes)
+        yield from _check_cuda(image, recipes)
 
 
-def toolkit_of(image: Image, recipes: Recipes) -> str | None:
+def cuda_release(image: Image, recipes: Recipes) -> str | None:
     """Return the CUDA release of an image's torch; None if that is not known, or not CUDA."""
     torch = recipes.torch.get(str(image.torch)) if image.accelerator == "cuda" else None
     return torch.toolkit if torch else None
 
 
-def _cuda(image: Image, recipes: Recipes) -> Iterator[Reason]:
+def _check_cuda(image: Image, recipes: Recipes) -> Iterator[Reason]:
     torch = recipes.torch.get(str(image.torch))
     if torch is None:
         return
@@ -95,11 +99,11 @@ def _cuda(image: Image, recipes: Recipes) -> Iterator[Reason]:
             yield Reason(code="torch-arch", text=text)
 
 
-def _stack(recipes: Recipes) -> Iterator[Reason]:
+def _check_stack(recipes: Recipes) -> Iterator[Reason]:
     """Check the packages that every image has against one another."""
     for pair in recipes.pairs:
         here, other = recipes.stack.get(pair.package), recipes.stack.get(pair.needs)
-        if here and other and within(here, pair.versions) and not within(other, pair.bound):
+        if here and other and satisfies(here, pair.versions) and not satisfies(other, pair.bound):
             text = f"{pair.package} {here} works with {pair.needs} {pair.bound}; found {other}"
             yield Reason(code="stack-pair", text=text)
 
@@ -113,48 +117,48 @@ def _runs(arch: str, codes: tuple[str, ...]) -> bool:
     )
 
 
-def _unserved(image: Image) -> Iterator[Reason]:
+def _check_coverage(image: Image) -> Iterator[Reason]:
     """Yield the image's architectures that no kernel of it supports."""
     if image.accelerator == "cpu":
         return
     for arch in image.archs:
-        if not any(arch in served(image, choice) for choice in image.kernels):
+        if not any(arch in kernel_archs(image, choice) for choice in image.kernels):
             text = f"{image.name} promises {arch}; none of its kernels serves it"
             yield Reason(code="arch-unserved", text=text)
 
 
-def reasons_against_kernel(image: Image, choice: Choice, recipes: Recipes) -> Iterator[Reason]:
+def reasons_against_kernel(image: Image, choice: ImageKernel, recipes: Recipes) -> Iterator[Reason]:
     """Return every reason why a kernel that has a recipe can't be part of an image."""
     kernel = recipes.kernels[choice.name]
-    yield from _versions(image, kernel, recipes)
-    yield from _archs(image, kernel, choice)
-    yield from _backends(image, kernel, choice)
-    yield from _beside(image, kernel, recipes)
+    yield from _check_versions(image, kernel, recipes)
+    yield from _check_archs(image, kernel, choice)
+    yield from _check_backends(image, kernel, choice)
+    yield from _check_other_kernels(image, kernel, recipes)
 
 
-def served(image: Image, choice: Choice) -> tuple[str, ...]:
+def kernel_archs(image: Image, choice: ImageKernel) -> tuple[str, ...]:
     """Return the architectures that a kernel has to support in an image."""
     return choice.archs or image.archs
 
 
-def device(arch: str) -> str:
+def device_name(arch: str) -> str:
     """Return the device that a compiler target is for: sm_90a is machine code for sm_90."""
     return re.sub(r"(?<=\d)[af]$", "", arch) if arch.startswith("sm_") else arch
 
 
-def within(version: str, bound: str) -> bool:
+def satisfies(version: str, bound: str) -> bool:
     """Return whether a version, a pre-release too, is within a bound."""
     return SpecifierSet(bound).contains(version, prereleases=True)
 
 
-def _versions(image: Image, kernel: Kernel, recipes: Recipes) -> Iterator[Reason]:
+def _check_versions(image: Image, kernel: Kernel, recipes: Recipes) -> Iterator[Reason]:
     label = f"{kernel.name} {kernel.version}"
-    if not within(image.python, kernel.python):
+    if not satisfies(image.python, kernel.python):
         text = f"{label} needs Python {kernel.python}; found {image.python}"
         yield Reason(code="kernel-python", text=text)
     if isinstance(image.torch, Unresolved):
         return
-    if not within(image.torch, kernel.torch):
+    if not satisfies(image.torch, kernel.torch):
         text = f"{label} needs torch {kernel.torch}; found {image.torch}"
         yield Reason(code="kernel-torch", text=text)
     torch = recipes.torch.get(image.torch)
@@ -165,45 +169,45 @@ def _versions(image: Image, kernel: Kernel, recipes: Recipes) -> Iterator[Reason
             f"{label} is compiled as C++{kernel.cxx_standard}"
         )
         yield Reason(code="kernel-cxx", text=text)
-    release = toolkit_of(image, recipes)
+    release = cuda_release(image, recipes)
     toolkit = recipes.cuda.get(release) if release else None
-    if toolkit and kernel.nvcc and not within(toolkit.nvcc, kernel.nvcc):
+    if toolkit and kernel.nvcc and not satisfies(toolkit.nvcc, kernel.nvcc):
         text = f"{label} needs nvcc {kernel.nvcc}; found {toolkit.nvcc} of CUDA {release}"
         yield Reason(code="kernel-nvcc", text=text)
 
 
-def _archs(image: Image, kernel: Kernel, choice: Choice) -> Iterator[Reason]:
+def _check_archs(image: Image, kernel: Kernel, choice: ImageKernel) -> Iterator[Reason]:
     if image.accelerator not in kernel.build:
         text = f"{kernel.name} is built on {' '.join(kernel.build)}; found {image.accelerator}"
         yield Reason(code="kernel-accelerator", text=text)
-    for arch in served(image, choice):
+    for arch in kernel_archs(image, choice):
         if arch not in kernel.archs:
             has = " ".join(kernel.archs)
             text = f"{kernel.name} {kernel.version} serves {has}; found {arch}"
             yield Reason(code="kernel-arch", text=text)
 
 
-def _backends(image: Image, kernel: Kernel, choice: Choice) -> Iterator[Reason]:
+def _check_backends(image: Image, kernel: Kernel, choice: ImageKernel) -> Iterator[Reason]:
     """Check that a kernel's backend can run on the architectures for which it is built."""
     for name in kernel.backends:
         backend = backend_named(name)
         if backend is None:
             yield Reason(code="unknown-backend", text=f"{kernel.name} serves unknown {name!r}")
             continue
-        for arch in served(image, choice):
-            if not runs_on(backend.needs, arch_from_name(device(arch))):
+        for arch in kernel_archs(image, choice):
+            if not runs_on(backend.needs, arch_from_name(device_name(arch))):
                 text = f"backend {name} needs {backend.needs.arch_text}; found {arch}"
                 yield Reason(code="backend-arch", text=text)
 
 
-def _beside(image: Image, kernel: Kernel, recipes: Recipes) -> Iterator[Reason]:
+def _check_other_kernels(image: Image, kernel: Kernel, recipes: Recipes) -> Iterator[Reason]:
     """Check a kernel against the other kernels and the pinned stack."""
     names = {choice.name for choice in image.kernels}
     label = f"{kernel.name} {kernel.version}"
     versions = dict(recipes.stack)
     versions |= {n: recipes.kernels[n].version for n in names & set(recipes.kernels)}
     for other, bound in kernel.beside.items():
-        if other in versions and not within(versions[other], bound):
+        if other in versions and not satisfies(versions[other], bound):
             text = f"{label} needs {other} {bound} beside it; found {versions[other]}"
             yield Reason(code="kernel-beside", text=text)
     for need in kernel.needs:

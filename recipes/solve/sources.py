@@ -13,13 +13,13 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from attnimg.errors import AttnimgError
-from recipes.facts import Kernel, Plan
+from recipes.facts import ImagePlan, Kernel
 
 # docker/build.py uses the folders KERNEL-source-COMMIT in it.
 FOLDER = Path("build/sources")
 
 
-def have_sources(plan: Plan, *, root: Path, clones: Path | None) -> Iterator[Path]:
+def fetch_sources(plan: ImagePlan, *, root: Path, clones: Path | None) -> Iterator[Path]:
     """Write the tree of each kernel that is built from git; existing trees are kept.
 
     Args:
@@ -40,12 +40,12 @@ def have_sources(plan: Plan, *, root: Path, clones: Path | None) -> Iterator[Pat
         if not tree.is_dir():
             tree.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=tree.parent) as made:
-                _fill(Path(made) / "tree", kernel, clones=clones)
+                _write_tree(Path(made) / "tree", kernel, clones=clones)
                 (Path(made) / "tree").rename(tree)
         yield tree
 
 
-def _fill(tree: Path, kernel: Kernel, *, clones: Path | None) -> None:
+def _write_tree(tree: Path, kernel: Kernel, *, clones: Path | None) -> None:
     _extract(tree, kernel.source, kernel.paths, clones=clones)
     for path, source in kernel.submodules.items():
         # csrc/cutlass/include: the folder include of what is cloned at csrc/cutlass.

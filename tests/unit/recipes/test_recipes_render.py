@@ -17,14 +17,14 @@ import pytest
 from attnimg.backends import all_backends
 from attnimg.errors import AttnimgError
 from attnimg.select.gpus import catalogue
-from recipes.facts import Plan
+from recipes.facts import ImagePlan
 from recipes.files import NOTICE, write_all
 from recipes.pages.model_pages import FAMILIES_RECORD, RELOAD_RECORD
 from recipes.read import read_recipes
 from recipes.render.bake import labels
-from recipes.render.image_lists import matrix
-from recipes.render_all import rendered
-from recipes.solve.lock import blocks, read_locks
+from recipes.render.image_lists import matrix_json
+from recipes.render_all import render_files
+from recipes.solve.lock import read_locks, split_lock
 from recipes.solve.plan import solve, solve_all
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -36,7 +36,7 @@ RECORDS = {
     "families": (ROOT / FAMILIES_RECORD).read_text(encoding="utf-8"),
     "reload": (ROOT / RELOAD_RECORD).read_text(encoding="utf-8"),
 }
-TEXTS = rendered(tuple(PLANS.values()), RECIPES, locks=LOCKS, runners=RUNNERS, **RECORDS)
+TEXTS = render_files(tuple(PLANS.values()), RECIPES, locks=LOCKS, runners=RUNNERS, **RECORDS)
 FA4_SET = RECIPES.kernels["flash-attn-4"].ahead_of_time
 assert FA4_SET is not None
 
@@ -66,7 +66,7 @@ def test_a_digest_pins_the_base() -> None:
     digest = "sha256:" + "0" * 64
     bases = {name: replace(base, digest=digest) for name, base in RECIPES.bases.items()}
     recipes = replace(RECIPES, bases=bases)
-    after = rendered(solve_all(recipes), recipes, locks=LOCKS, runners=RUNNERS, **RECORDS)
+    after = render_files(solve_all(recipes), recipes, locks=LOCKS, runners=RUNNERS, **RECORDS)
     base = json.loads(after["docker/docker-bake.json"])["variable"]["BASE"]["default"]
     assert base == f"docker-image://python:3.11-slim-bookworm@{digest}"
 
@@ -83,7 +83,7 @@ def test_the_dockerfile_takes_every_argument() -> None:
 def test_a_bumped_kernel_changes_its_own_build_and_what_is_installed() -> None:
     kernel = replace(RECIPES.kernels["sageattention"], version="2.2.1")
     recipes = replace(RECIPES, kernels={**RECIPES.kernels, "sageattention": kernel})
-    after = rendered(solve_all(recipes), recipes, locks=LOCKS, runners=RUNNERS, **RECORDS)
+    after = render_files(solve_all(recipes), recipes, locks=LOCKS, runners=RUNNERS, **RECORDS)
     changed = {path for path in TEXTS if TEXTS[path] != after[path]}
     assert {path for path in changed if path.startswith("docker/images/hopper")} == {
         "docker/images/hopper/kernels/sageattention.json",
@@ -201,15 +201,15 @@ def test_a_child_image_can_not_replace(name: str, pins: set[str]) -> None:
 
 @pytest.mark.parametrize("name", [pytest.param(name, id=f"{name} is locked") for name in PLANS])
 def test_every_package_of_a_lock_file_has_a_hash(name: str) -> None:
-    locked = blocks(LOCKS[name])
+    locked = split_lock(LOCKS[name])
     assert all("--hash=sha256:" in text for text in locked.values())
     assert {"transformers", "trl", "peft", "datasets"} <= set(locked)
     assert "index-url" not in LOCKS[name]
 
 
 def test_what_is_shipped_is_what_is_tested() -> None:
-    tested = blocks((ROOT / "requirements/lock.txt").read_text(encoding="utf-8"))
-    shipped = blocks(LOCKS["cpu"])
+    tested = split_lock((ROOT / "requirements/lock.txt").read_text(encoding="utf-8"))
+    shipped = split_lock(LOCKS["cpu"])
     assert {name: text.split()[0] for name, text in shipped.items()} == {
         name: tested[name].split()[0] for name in shipped
     }
@@ -217,7 +217,7 @@ def test_what_is_shipped_is_what_is_tested() -> None:
 
 def test_the_cpu_lock_has_nothing_of_cuda() -> None:
     assert not [
-        n for n in blocks(LOCKS["cpu"]) if n.startswith(("nvidia", "cuda", "triton", "torch"))
+        n for n in split_lock(LOCKS["cpu"]) if n.startswith(("nvidia", "cuda", "triton", "torch"))
     ]
 
 
@@ -225,10 +225,12 @@ def test_the_cpu_lock_has_nothing_of_cuda() -> None:
     "name", [pytest.param(n, id=f"{n} holds its layers") for n, p in PLANS.items() if p.nvcc]
 )
 def test_an_image_installs_what_its_layers_installed(name: str) -> None:
-    whole = {text.split()[0] for text in blocks(LOCKS[name]).values()}
+    whole = {text.split()[0] for text in split_lock(LOCKS[name]).values()}
     for layer in ("torch", "stack"):
         path = ROOT / f"requirements/images/{layer}-{PLANS[name].lock}.txt"
-        layered = {text.split()[0] for text in blocks(path.read_text(encoding="utf-8")).values()}
+        layered = {
+            text.split()[0] for text in split_lock(path.read_text(encoding="utf-8")).values()
+        }
         assert layered <= whole
 
 
@@ -259,8 +261,8 @@ def test_every_backend_has_a_row_in_the_support_matrix() -> None:
 
 
 def test_a_gpu_without_a_runner_is_a_skip_on_the_record() -> None:
-    plans: tuple[Plan, ...] = (PLANS["hopper"], PLANS["turing"])
-    text = matrix(plans, build_runner="ubuntu-24.04", gpu_runners={"sm_90": "h100"})
+    plans: tuple[ImagePlan, ...] = (PLANS["hopper"], PLANS["turing"])
+    text = matrix_json(plans, build_runner="ubuntu-24.04", gpu_runners={"sm_90": "h100"})
     runners = {entry["arch"]: entry["runner"] for entry in json.loads(text)["gpu"]}
     assert runners == {"sm_90": "h100", "sm_75": None}
 

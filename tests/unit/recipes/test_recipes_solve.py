@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from attnimg.errors import AttnimgError
-from recipes.facts import Choice, Image, Kernel, Need, Prebuilt, Recipes, Removal, Unresolved
+from recipes.facts import Image, ImageKernel, Kernel, Need, Prebuilt, Recipes, Removal, Unresolved
 from recipes.read import read_recipes
 from recipes.solve.plan import cache_key, refuse_unresolved, solve, solve_all
 from recipes.solve.rules import reasons_against
@@ -21,7 +21,7 @@ RECIPES = read_recipes(ROOT)
 def image(name: str, *, kernels: Any = None, **changes: Any) -> Image:
     """Change an image that works; kernels are choices, or names with blanks between."""
     if isinstance(kernels, str):
-        changes["kernels"] = tuple(Choice(name=kernel) for kernel in kernels.split())
+        changes["kernels"] = tuple(ImageKernel(name=kernel) for kernel in kernels.split())
     elif kernels is not None:
         changes["kernels"] = kernels
     return replace(RECIPES.images[name], **changes)
@@ -178,7 +178,10 @@ FRONTIER = {"torch": "2.15.0"}
             id="an unknown kernel is named with those that are known",
         ),
         pytest.param(
-            image("blackwell", kernels=(Choice(name="sageattention", archs=("sm_120", "sm_121")),)),
+            image(
+                "blackwell",
+                kernels=(ImageKernel(name="sageattention", archs=("sm_120", "sm_121")),),
+            ),
             "blackwell promises sm_100; none of its kernels serves it",
             "without sm_100, without sm_103",
             id="an architecture that no kernel serves is not promised",
