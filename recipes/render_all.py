@@ -11,7 +11,7 @@ from attnimg.select.images import parse
 from attnimg.select.model_types import read_causal_types
 from recipes.facts import ImagePlan, Recipes
 from recipes.files import read_if_exists
-from recipes.gates import gate_docs
+from recipes.gates import all_gates
 from recipes.pages.choices import choices_json, choices_page, choose_on_all_gpus
 from recipes.pages.image_pages import (
     fa4_models_page,
@@ -63,7 +63,7 @@ def render_files(
         "docs/checkpoints.md": checkpoints_page(read_causal_types(), reloaded=reload),
         "tests/unit/golden/choices.json": choices_json(chosen, parsed),
         "docs/families.md": families_page(families),
-        "docs/gates.md": gates_page(gate_docs(), recipes.allowed),
+        "docs/gates.md": gates_page(all_gates(), recipes.allowed),
         "docs/images.md": images_page(plans),
         "docs/kernels.md": kernels_page(recipes.kernels.values()),
         "docs/support.md": support_page(plans),

@@ -9,13 +9,15 @@ import csv
 import json
 import os
 import posixpath
-import re
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Mapping
+from email.message import Message
 from email.parser import Parser
 from pathlib import Path
 from typing import Any
+
+from packaging.utils import canonicalize_name
 
 from attnimg.errors import AttnimgError
 from recipes.artifact.archive import archive_kind
@@ -23,58 +25,47 @@ from recipes.artifact.facts import Distribution, File
 
 # Folders that Python searches; packages that setuptools and others bundle are not installed.
 _SITES = ("site-packages", "dist-packages", "")
-_OSI = "License :: OSI Approved :: "
+_OSI, _OTHER = "License :: OSI Approved :: ", "License :: Other"
 
 
-def distributions(files: Iterable[File]) -> tuple[Distribution, ...]:
+def find_distributions(files: Iterable[File]) -> tuple[Distribution, ...]:
     """Return the packages that a container sees, by name."""
     texts = {file.path: file.text for file in files if file.visible and file.text}
+    folders = (path.removesuffix("/METADATA") for path in texts if path.endswith("/METADATA"))
     found = [
-        _distribution(path.removesuffix("/METADATA"), texts)
-        for path in texts
-        if path.endswith(".dist-info/METADATA") and _site(path) in _SITES
+        _read_distribution(folder, texts)
+        for folder in folders
+        if posixpath.basename(posixpath.dirname(folder)) in _SITES
     ]
     return tuple(sorted(found, key=lambda one: (one.name, one.folder)))
 
 
-def _site(path: str) -> str:
-    """Return the name of the folder that holds a dist-info folder."""
-    return posixpath.basename(posixpath.dirname(posixpath.dirname(path)))
-
-
-def canonical(name: str) -> str:
-    """Return a package's name as PEP 503 normalizes it."""
-    return re.sub(r"[-_.]+", "-", name).lower()
-
-
-def _distribution(folder: str, texts: dict[str, str]) -> Distribution:
+def _read_distribution(folder: str, texts: Mapping[str, str]) -> Distribution:
+    """Read a dist-info folder."""
     headers = Parser().parsestr(texts[f"{folder}/METADATA"], headersonly=True)
     site = posixpath.dirname(folder)
-    stated = [headers.get("License-Expression"), *_classified(headers.get_all("Classifier") or [])]
-    # License may have a whole licence text: its first line names the licence.
-    stated += [(headers.get("License") or "").strip().partition("\n")[0]]
-    named = [text for text in stated if text and text != "UNKNOWN"]
+    record = csv.reader(texts.get(f"{folder}/RECORD", "").splitlines())
     return Distribution(
-        name=canonical(headers.get("Name") or ""),
+        name=canonicalize_name(headers.get("Name") or ""),
         version=headers.get("Version") or "",
         folder=folder,
-        licence=named[0] if named else "",
-        files=frozenset(_record(site, texts.get(f"{folder}/RECORD", ""))),
+        licence=_find_licence(headers),
+        files=frozenset(posixpath.normpath(posixpath.join(site, row[0])) for row in record if row),
     )
 
 
-def _classified(classifiers: list[str]) -> list[str]:
-    known = [text.removeprefix(_OSI) for text in classifiers if text.startswith(_OSI)]
-    other = [
-        text.rpartition(" :: ")[2] for text in classifiers if text.startswith("License :: Other")
+def _find_licence(headers: Message) -> str:
+    classifiers = headers.get_all("Classifier") or []
+    approved = [text.removeprefix(_OSI) for text in classifiers if text.startswith(_OSI)]
+    other = [text.rpartition(" :: ")[2] for text in classifiers if text.startswith(_OTHER)]
+    candidates = [
+        headers.get("License-Expression") or "",
+        " and ".join(approved),
+        *other,
+        # License may have a whole licence text: its first line names the licence.
+        (headers.get("License") or "").strip().partition("\n")[0],
     ]
-    return [" and ".join(known)] if known else other
-
-
-def _record(site: str, text: str) -> Iterator[str]:
-    for row in csv.reader(text.splitlines()):
-        if row:
-            yield posixpath.normpath(posixpath.join(site, row[0]))
+    return next((text for text in candidates if text not in ("", "UNKNOWN")), "")
 
 
 def write_sbom(image: Path, out: Path) -> dict[str, str] | None:
@@ -109,7 +100,7 @@ def write_sbom(image: Path, out: Path) -> dict[str, str] | None:
         )
     components = json.loads(out.read_text(encoding="utf-8")).get("components", [])
     return {
-        canonical(one["name"]): one["version"]
+        canonicalize_name(one["name"]): one["version"]
         for one in components
         if one.get("purl", "").startswith("pkg:pypi/") and not _is_bundled(one)
     }

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 from attnimg.backends import all_backends, runs_on
 from attnimg.facts import Backend
 from attnimg.select.gpus import arch_from_name, catalogue
 from recipes.facts import Allowance, ImagePlan, Kernel, TrainedModel, Unresolved
 from recipes.files import NOTICE
+from recipes.gates import Gate
 from recipes.render.precompiled import coverage
 from recipes.solve.rules import device_name
 
@@ -84,20 +85,21 @@ def support_page(plans: tuple[ImagePlan, ...]) -> str:
     )
 
 
-def gates_page(docs: Mapping[str, str], allowances: Iterable[Allowance]) -> str:
+def gates_page(gates: Iterable[Gate], allowances: Iterable[Allowance]) -> str:
     """Write the description of each gate, and the findings that are accepted."""
     parts = [
         f"<!-- {NOTICE} -->\n\n# Gates\n\n"
-        "A finished image or wheelhouse is read and judged before it is published: without a GPU,\n"
-        "without a Docker daemon, and without running anything of it.\n\n"
-        "- `make gate/cpu` judges the image `attnimg:cpu`;\n"
-        "- `make gate/cpu ARCHIVE=FILE` what `docker save` wrote, or an OCI archive, or a folder;\n"
-        "- `make gate/hopper WHEELS=dist/hopper` a wheelhouse, with `ARCHIVE` as if it were\n"
-        "  installed in that image.\n\n"
-        "Each finding says what was found, what is needed and what to do; `GATE_ARGS=--json`\n"
+        "Gates check a finished image or wheelhouse before it is published. They need no GPU and\n"
+        "no Docker daemon, and run nothing of it.\n\n"
+        "- `make gate/cpu` checks the image `attnimg:cpu`;\n"
+        "- `make gate/cpu ARCHIVE=FILE` checks a file from `docker save`, an OCI archive or the\n"
+        "  folder of an unpacked image;\n"
+        "- `make gate/hopper WHEELS=dist/hopper` checks a wheelhouse, with `ARCHIVE` as if\n"
+        "  it were installed in that image.\n\n"
+        "Each finding lists what was found, what is needed and what to do; `GATE_ARGS=--json`\n"
         "writes them as JSON. An image's SBOM and licences are written to `dist/`.\n"
     ]
-    parts += [f"\n## `{name}`\n\n{text.strip()}\n" for name, text in docs.items()]
+    parts += [f"\n## `{gate.name}`\n\n{gate.description.strip()}\n" for gate in gates]
     rows = [(f"`{one.gate}`", f"`{one.file}`", one.reason) for one in allowances]
     parts.append(f"\n## Allowed\n\n{markdown_table(('Gate', 'File', 'Reason'), rows)}")
     return "".join(parts)

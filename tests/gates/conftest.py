@@ -43,7 +43,7 @@ def run_gate() -> RunGate:
         plan = plan_of(image)
         artifact = read_image(given, log=lambda _: None) if isinstance(given, Path) else given
         lock = read_locks((plan,), root=ROOT)[image]
-        expected = run_gates.expected_contents(plan, recipes, lock=lock, tools="")
+        expected = run_gates.expected_contents(plan, recipes, lock=lock)
         (verdict,) = run_gates.run_all(artifact, expected, [gate_named(gate)], ())
         assert not verdict.skip_reason, verdict.skip_reason
         return verdict.findings

@@ -40,7 +40,7 @@ def test_a_failed_gate_is_said_in_three_parts_and_ends_with_1(gate, tmp_path: Pa
     assert "  secrets       FAILED: 1 finding\n    root/.netrc\n" in done.stdout
     assert "      why: found a file of credentials in layer 1 (runtime); needed none" in done.stdout
     assert "      do:  revoke it" in done.stdout
-    assert "  symbols       not judged: there is no image to look for symbols in" in done.stdout
+    assert "  symbols       skipped: there is no image to look for symbols in" in done.stdout
     assert "gate: reading layer 1 of 1: runtime" in done.stderr
 
 

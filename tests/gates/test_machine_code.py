@@ -63,7 +63,7 @@ def test_machine_code_among_other_data_is_found(cuda, gcc) -> None:
     words = ",".join(str(byte) for byte in b"before" + bytes(58) + cubin)
     made = gcc(f"const unsigned char data[] = {{{words}}};", soname="libdata.so")
     elf = read_elf(io.BytesIO(made))
-    assert (elf.codes, elf.sectioned) == ({"sm_90a"}, set())
+    assert (elf.codes, elf.section_codes) == ({"sm_90a"}, set())
 
 
 @pytest.mark.parametrize(

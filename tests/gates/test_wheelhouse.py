@@ -39,7 +39,7 @@ def test_an_extra_architecture_in_a_wheel_is_named(cuda, run_gate, tmp_path: Pat
 
 def test_symbols_of_a_wheel_alone_are_not_judged(gcc, tmp_path: Path) -> None:
     alone = house(tmp_path / "wheels", gcc("int x;", soname="ext.so"))
-    assert "give one with ARCHIVE=" in skip_reason(alone, None)  # type: ignore[arg-type]
+    assert "add ARCHIVE=" in skip_reason(alone, None)  # type: ignore[arg-type]
 
 
 def test_symbols_of_a_wheel_are_looked_for_in_the_image_it_is_laid_over(
@@ -95,5 +95,5 @@ def test_wheels_that_changed_or_are_missing_are_refused(run_gate, gcc, tmp_path:
         wheel.write(b" ")
     read = read_wheelhouse(tmp_path / "wheels", over=None, log=lambda _: None)
     faults = {f.file: f.found for f in run_gate("pins", "hopper", read)}
-    assert faults[WHEEL] == "other bytes than SHA256SUMS says, or no sum"
+    assert faults[WHEEL] == "a hash that is not in SHA256SUMS"
     assert faults["flash-attn-3"] == "nothing installed"

@@ -48,8 +48,8 @@ def test_a_library_asks_no_longer_for_the_one_that_is_dropped(library: Path) -> 
     assert said(f"drop_needed(Path('{library}'), '{dropped}')") == f"['{dropped}']"
     after = read(library)
     assert after.needed == tuple(kept)
-    assert (after.wants, after.defines, after.search) == (
-        before.wants,
+    assert (after.undefined, after.defines, after.search) == (
+        before.undefined,
         before.defines,
         before.search,
     )

@@ -112,7 +112,7 @@ def test_a_manifest_that_lists_no_kernels_fails_the_pins(tmp_path: Path) -> None
 
 
 def test_a_folder_without_wheels_is_no_wheelhouse(tmp_path: Path) -> None:
-    with pytest.raises(AttnimgError, match="is no wheelhouse"):
+    with pytest.raises(AttnimgError, match="is not a wheelhouse"):
         read_wheelhouse(tmp_path, over=None, log=lambda _: None)
 
 
@@ -122,7 +122,7 @@ def test_an_allowance_takes_its_finding_away_and_says_why(tmp_path: Path) -> Non
     )
     allowed = Allowance(gate="layers", file="usr/*.a", found="static", reason="gcc links it")
     expected = Expected(plan=PLAN, pins={})
-    (verdict,) = run_gates.run_all(made, expected, [gate_named("layers")], [allowed])
+    (verdict,) = run_gates.run_all(made, expected, [gate_named("layers")], (allowed,))
     assert [f.file for f in verdict.findings] == ["opt/liby.a"]
     assert [(f.file, why) for f, why in verdict.allowed] == [("usr/lib/libx.a", "gcc links it")]
 
@@ -144,7 +144,7 @@ def test_every_gate_judges_every_image(tmp_path: Path) -> None:
 
 
 def test_a_report_says_found_needed_and_what_to_do() -> None:
-    finding = GateFinding(gate="pins", file="numpy", found="3", needed="2", do="make lock")
+    finding = GateFinding(file="numpy", found="3", needed="2", do="make lock")
     verdict = run_gates.GateResult(gate="pins", findings=(finding,))
     made = Artifact(
         source="x.tar", kind="image", layers=(), files=(), distributions=(), env={}, sums={}
