@@ -45,7 +45,7 @@ def read_recipes(root: Path) -> Recipes:
     folder = root / "recipes"
     if not folder.is_dir():
         raise AttnimgError(
-            f"{root} is no checkout of attnimg",
+            f"{root} is not a checkout of attnimg",
             why="found no folder recipes/ in it",
             do="name the folder that holds recipes/ and pyproject.toml",
             code="no-checkout",
@@ -64,12 +64,12 @@ def read_recipes(root: Path) -> Recipes:
     return Recipes(
         images=images,
         kernels=kernels,
-        torch=_releases(folder / "torch.toml", Torch),
-        cuda=_releases(folder / "cuda.toml", Toolkit),
-        stack=_pins(root / "pyproject.toml"),
-        pairs=_entries(folder / "pairs.toml", "pair", VersionPair),
-        bases=_bases(folder / "bases.toml"),
-        allowed=_entries(folder / "allowed.toml", "allowed", Allowance),
+        torch=_read_releases(folder / "torch.toml", Torch),
+        cuda=_read_releases(folder / "cuda.toml", Toolkit),
+        stack=_read_pins(root / "pyproject.toml"),
+        pairs=_read_entries(folder / "pairs.toml", "pair", VersionPair),
+        bases=_read_bases(folder / "bases.toml"),
+        allowed=_read_entries(folder / "allowed.toml", "allowed", Allowance),
     )
 
 
@@ -81,11 +81,11 @@ def read_image(name: str, text: str) -> tuple[Image, ...]:
     """
     where = f"recipes/images/{name}.toml"
     values = _toml(where, text)
-    _refuse(where, _computed(values, "name", "channel"))
+    _refuse(where, _forbid(values, "name", "channel"))
     frontier = values.pop("frontier", None)
     if isinstance(values.get("kernels"), list):
         values["kernels"] = [{"name": k} if isinstance(k, str) else k for k in values["kernels"]]
-    image = _facts(where, Image, {"name": name, **values})
+    image = _build(where, Image, {"name": name, **values})
     _refuse(where, image_faults(image))
     if frontier is None:
         return (image,)
@@ -104,8 +104,8 @@ def read_kernel(name: str, text: str) -> Kernel:
     """
     where = f"recipes/kernels/{name}.toml"
     values = _toml(where, text)
-    _refuse(where, _computed(values, "name", "patches"))
-    kernel = _facts(where, Kernel, {"name": name, **values})
+    _refuse(where, _forbid(values, "name", "patches"))
+    kernel = _build(where, Kernel, {"name": name, **values})
     _refuse(where, kernel_faults(kernel))
     return kernel
 
@@ -131,8 +131,7 @@ def _toml(where: str, text: str) -> dict[str, Any]:
     try:
         table: dict[str, Any] = _unresolved(tomllib.loads(text))
     except tomllib.TOMLDecodeError as error:
-        _refuse(where, [str(error)])
-        raise
+        raise _error(where, [str(error)]) from error
     return table
 
 
@@ -145,64 +144,64 @@ def _unresolved(values: Any) -> Any:
     return [_unresolved(value) for value in values] if isinstance(values, list) else values
 
 
-def _facts(where: str, kind: type[_Fact], values: Mapping[str, Any]) -> _Fact:
+def _build(where: str, kind: type[_Fact], values: Mapping[str, Any]) -> _Fact:
     """Build a dataclass from a table; raise all errors of the table together."""
     known = [item.name for item in fields(kind)]  # type: ignore[arg-type]  # all are dataclasses
     try:
         return TypeAdapter(kind).validate_python(values)
     except ValidationError as error:
-        _refuse(where, [_fault(dict(fault), known) for fault in error.errors()])
-        raise
+        lines = [_describe(dict(fault), known) for fault in error.errors()]
+        raise _error(where, lines) from error
 
 
-def _computed(values: Mapping[str, Any], *keys: str) -> Iterator[str]:
+def _forbid(values: Mapping[str, Any], *keys: str) -> Iterator[str]:
     """Yield keys that a file may not set, since their values come from elsewhere."""
     yield from (f"{key}: unknown key" for key in keys if key in values)
 
 
-def _fault(fault: dict[str, Any], known: list[str]) -> str:
-    place = [str(part) for part in fault["loc"] if part != "Unresolved"]
-    key = ".".join(place)
+def _describe(fault: dict[str, Any], known: list[str]) -> str:
+    """Return an error of pydantic as a line of text."""
+    path = [str(part) for part in fault["loc"] if part != "Unresolved"]
+    key = ".".join(path)
     if fault["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-        near = difflib.get_close_matches(place[-1], known, n=1)
-        return f"{key}: unknown key" + (f"; did you mean {near[0]}?" if near else "")
+        close = difflib.get_close_matches(path[-1], known, n=1)
+        return f"{key}: unknown key" + (f"; did you mean {close[0]}?" if close else "")
     if fault["type"] in ("missing", "missing_argument"):
         return f"{key}: missing"
     return f"{key}: found {fault['input']!r}; {fault['msg'][0].lower()}{fault['msg'][1:]}"
 
 
-def _tables(path: Path, kind: type[_Fact]) -> dict[str, _Fact]:
+def _read_tables(path: Path, kind: type[_Fact]) -> dict[str, _Fact]:
     where = f"recipes/{path.name}"
     return {
-        name: _facts(f"{where} [{name}]", kind, values)
+        name: _build(f"{where} [{name}]", kind, values)
         for name, values in _toml(where, path.read_text(encoding="utf-8")).items()
     }
 
 
-def _bases(path: Path) -> dict[str, Base]:
-    found = _tables(path, Base)
+def _read_bases(path: Path) -> dict[str, Base]:
+    found = _read_tables(path, Base)
     for name, base in found.items():
         _refuse(f"recipes/{path.name} [{name}]", base_faults(base))
     return found
 
 
-def _releases(path: Path, kind: type[_Fact]) -> dict[str, _Fact]:
+def _read_releases(path: Path, kind: type[_Fact]) -> dict[str, _Fact]:
     where = f"recipes/{path.name}"
-    found = _tables(path, kind)
+    found = _read_tables(path, kind)
     try:
         return dict(sorted(found.items(), key=lambda item: Version(item[0])))
     except InvalidVersion as error:
-        _refuse(where, [str(error)])
-        raise
+        raise _error(where, [str(error)]) from error
 
 
-def _entries(path: Path, key: str, kind: type[_Fact]) -> tuple[_Fact, ...]:
+def _read_entries(path: Path, key: str, kind: type[_Fact]) -> tuple[_Fact, ...]:
     where = f"recipes/{path.name}"
     entries = _toml(where, path.read_text(encoding="utf-8")).get(key, [])
-    return tuple(_facts(f"{where} [[{key}]]", kind, values) for values in entries)
+    return tuple(_build(f"{where} [[{key}]]", kind, values) for values in entries)
 
 
-def _pins(path: Path) -> dict[str, str]:
+def _read_pins(path: Path) -> dict[str, str]:
     """Read the dependencies that pyproject.toml pins exactly."""
     project = tomllib.loads(path.read_text(encoding="utf-8"))["project"]
     pinned = (text.partition("==") for text in project["dependencies"] if "==" in text)
@@ -211,14 +210,17 @@ def _pins(path: Path) -> dict[str, str]:
 
 def _refuse(where: str, faults: Iterable[str]) -> None:
     """Raise all the faults of one file together, if there are any."""
-    lines = list(faults)
-    if lines:
-        raise AttnimgError(
-            f"{where} is not a recipe",
-            why="\n".join(lines),
-            do=f"correct {where}; recipes/facts.py says what each key means",
-            code="bad-recipe",
-        )
+    if lines := list(faults):
+        raise _error(where, lines)
+
+
+def _error(where: str, lines: Iterable[str]) -> AttnimgError:
+    return AttnimgError(
+        f"{where} is not a valid recipe",
+        why="\n".join(lines),
+        do=f"correct {where}; recipes/facts.py explains each key",
+        code="bad-recipe",
+    )
 
 
 _ARCH = re.compile(r"cpu|sm_[1-9][0-9]{1,2}[af]?|gfx[1-9][0-9a-f]{2,3}")
@@ -283,18 +285,18 @@ def kernel_faults(kernel: Kernel) -> Iterator[str]:
 
 def _ahead_of_time_faults(kernel: Kernel) -> Iterator[str]:
     """Check the kernels to compile when an image is built: each architecture has a target."""
-    asked = kernel.ahead_of_time
-    if asked is None:
+    kernel_set = kernel.ahead_of_time
+    if kernel_set is None:
         return
-    for arch in sorted(set(kernel.archs) ^ set(asked.targets)):
+    for arch in sorted(set(kernel.archs) ^ set(kernel_set.targets)):
         yield f"ahead_of_time.targets.{arch}: needed for each of archs, and for no other"
-    for model in asked.models:
+    for model in kernel_set.models:
         where = f"ahead_of_time.models: {model.model}"
-        if model.source not in asked.sources:
+        if model.source not in kernel_set.sources:
             yield f"{where}: found source {model.source!r}, needed one of ahead_of_time.sources"
         if model.kv_heads < 1 or model.heads % model.kv_heads:
             yield f"{where}: found {model.heads} heads for {model.kv_heads} kv_heads"
-    names = [model.model for model in asked.models]
+    names = [model.model for model in kernel_set.models]
     for name in sorted({name for name in names if names.count(name) > 1}):
         yield f"ahead_of_time.models: {name} is listed more than once"
 

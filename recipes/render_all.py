@@ -41,7 +41,7 @@ def render_files(
 
     Args:
         plans: of all images.
-        recipes: what the plans were made from.
+        recipes: of the plans.
         locks: image -> text of its lock file.
         runners: text of recipes/runners.toml.
         families: text of the record of `make families`.
@@ -54,14 +54,14 @@ def render_files(
     ci = tomllib.loads(runners)
     images = images_json(plans, stack=recipes.stack)
     parsed = parse(images)
-    chosen = choose_on_all_gpus(parsed)
+    gpu_choices = choose_on_all_gpus(parsed)
     texts = {
         "docker/docker-bake.json": bake_file(plans),
         "attnimg/data/images.json": images,
         ".github/matrix.json": matrix_json(plans, build_runner=ci["build"], gpu_runners=ci["gpu"]),
-        "docs/choices.md": choices_page(chosen),
+        "docs/choices.md": choices_page(gpu_choices),
         "docs/checkpoints.md": checkpoints_page(read_causal_types(), reloaded=reload),
-        "tests/unit/golden/choices.json": choices_json(chosen, parsed),
+        "tests/unit/golden/choices.json": choices_json(gpu_choices, parsed),
         "docs/families.md": families_page(families),
         "docs/gates.md": gates_page(all_gates(), recipes.allowed),
         "docs/images.md": images_page(plans),
@@ -90,16 +90,16 @@ def refuse_wrong_hashes(plans: tuple[ImagePlan, ...], *, locks: Mapping[str, str
         for kernel in (step.kernel for step in plan.steps if step.kernel.form == "wheel"):
             text = locked.get(kernel.name, "")
             if isinstance(kernel.sha256, str) and f"sha256:{kernel.sha256}" not in text:
-                wrong.append(f"{plan.image.name}: {kernel.source} has no file of {kernel.sha256}")
+                wrong.append(f"{plan.image.name}: no file of {kernel.source} has {kernel.sha256}")
     if wrong:
         raise AttnimgError(
             "a kernel's sha256 is not that of its package",
             why="\n".join(wrong),
-            do="write the hash of the file itself into recipes/kernels/, or make lock if it moved",
+            do="write the hash of the file itself into recipes/kernels/, or make lock",
             code="wrong-hash",
         )
 
 
 def outdated_files(texts: Mapping[str, str], *, root: Path) -> list[str]:
-    """Return the generated files that differ from what the recipes say."""
+    """Return the generated files that differ from the files of a checkout."""
     return [path for path, text in texts.items() if read_if_exists(root / path) != text]

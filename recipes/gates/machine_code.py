@@ -13,14 +13,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping
 
+from recipes.archs import can_run, device_name, sort_key
 from recipes.artifact.facts import Artifact, Elf, visible_elves
 from recipes.facts import ImagePlan, Step
 from recipes.gates import Expected, GateFinding
-from recipes.solve.rules import device_name
 
 # Folders of kernels that docker/precompiled compiled for one GPU.
 _COMPILED = re.compile(r"opt/attnimg/(fa4|triton)/(sm_\d+)/")
-_CODE = re.compile(r"(sm|compute|lto)_(\d+)(\d)([af]?)")
 
 
 def check(artifact: Artifact, expected: Expected) -> tuple[GateFinding, ...]:
@@ -156,28 +155,5 @@ def _any_runs(arch: str, codes: Iterable[str]) -> bool:
     return any(can_run(arch, code) for code in codes)
 
 
-def can_run(arch: str, code: str) -> bool:
-    """Return whether a device runs a code: the same major and no newer minor; PTX, no newer.
-
-    sm_90a runs on 9.0 only; sm_100f on 10.x. Source: CUDA C++ Programming Guide 13.0, 5.1.2,
-    Feature Set Compiler Targets (2026-11-25).
-    """
-    device, target = _CODE.fullmatch(arch), _CODE.fullmatch(code)
-    if device is None or target is None:
-        return arch == code
-    kind, letter = target[1], target[4]
-    here, built = (int(device[2]), int(device[3])), (int(target[2]), int(target[3]))
-    if letter == "a":
-        return here == built
-    if kind == "compute" and not letter:
-        return here >= built
-    return kind in ("sm", "compute") and here[0] == built[0] and here >= built
-
-
 def _text(codes: Iterable[str]) -> str:
-    return " ".join(sorted(codes, key=_order)) or "no GPU code"
-
-
-def _order(code: str) -> tuple[str, int, str]:
-    match = _CODE.fullmatch(code)
-    return (match[1], int(match[2] + match[3]), match[4]) if match else (code, 0, "")
+    return " ".join(sorted(codes, key=sort_key)) or "no GPU code"

@@ -7,11 +7,11 @@ from collections.abc import Iterable
 from attnimg.backends import all_backends, runs_on
 from attnimg.facts import Backend
 from attnimg.select.gpus import arch_from_name, catalogue
-from recipes.facts import Allowance, ImagePlan, Kernel, TrainedModel, Unresolved
+from recipes.archs import device_name
+from recipes.facts import Allowance, ImagePlan, Kernel, TrainedModel
 from recipes.files import NOTICE
 from recipes.gates import Gate
 from recipes.render.precompiled import coverage
-from recipes.solve.rules import device_name
 
 _IMAGE_HEAD = ("Tag", "GPUs", "Machine code", "torch", "CUDA", "Driver", "Kernels", "Size limit")
 
@@ -40,15 +40,16 @@ def images_page(plans: tuple[ImagePlan, ...]) -> str:
 
 def _image_row(plan: ImagePlan) -> tuple[str, ...]:
     image = plan.image
+    limit = image.size_max_mb
     return (
         ", ".join(f"`{name}`" for name in (image.name, *image.aliases)),
         image.summary,
         " ".join(image.archs),
-        _text(image.torch),
-        _text(plan.toolkit),
-        _text(plan.driver_min),
+        str(image.torch),
+        str(plan.toolkit or "-"),
+        str(plan.driver_min or "-"),
         ", ".join(f"{step.kernel.summary} {step.kernel.version}" for step in plan.steps) or "-",
-        _size(image.size_max_mb),
+        f"{limit} MB" if isinstance(limit, int) else str(limit),
     )
 
 
@@ -131,14 +132,6 @@ def markdown_table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> st
     """Return a table in Markdown."""
     lines = [head, tuple("---" for _ in head), *rows]
     return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
-
-
-def _size(value: int | Unresolved) -> str:
-    return "unresolved" if isinstance(value, Unresolved) else f"{value} MB"
-
-
-def _text(value: str | Unresolved | None) -> str:
-    return "unresolved" if isinstance(value, Unresolved) else value or "-"
 
 
 def fa4_models_page(kernel: Kernel) -> str:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from recipes.facts import ImagePlan, Step, Unresolved
+from recipes.facts import ImagePlan, Step
 from recipes.files import NOTICE
 
 # gcc, since Triton compiles the launcher of a kernel on the machine where it runs.
@@ -150,11 +150,7 @@ def labels(plan: ImagePlan) -> dict[str, str]:
         "org.opencontainers.image.base.name": image.base,
         "attnimg.arch": " ".join(image.archs),
         "attnimg.kernels": " ".join(kernels),
-        "attnimg.driver_min": _text(plan.driver_min),
-        "attnimg.torch": _text(image.torch),
+        "attnimg.driver_min": str(plan.driver_min or ""),
+        "attnimg.torch": str(image.torch),
         "attnimg.abi": plan.abi,
     }
-
-
-def _text(value: str | Unresolved | None) -> str:
-    return "unresolved" if isinstance(value, Unresolved) else value or ""

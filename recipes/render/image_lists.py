@@ -6,9 +6,9 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from recipes.archs import device_name
 from recipes.facts import ImagePlan, Step, Unresolved
 from recipes.files import NOTICE
-from recipes.solve.rules import device_name
 
 
 def images_json(plans: tuple[ImagePlan, ...], *, stack: Mapping[str, str]) -> str:

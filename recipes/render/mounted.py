@@ -48,11 +48,11 @@ def kernel_build(step: Step) -> dict[str, Any]:
         "prebuilt": wheel.source if wheel else "",
         "directory": kernel.subdirectory,
         "remove": [removal.path for removal in kernel.remove],
-        "arch_variable": step.arch_variable,
+        "arch_variable": step.build.arch_variable,
         "tokens": list(step.tokens),
-        "env": dict(step.env),
+        "env": dict(step.build.env),
         "trim_env": dict(kernel.trim.env) if kernel.trim else {},
-        "job_memory_gb": step.job_memory_gb,
+        "job_memory_gb": step.build.job_memory_gb,
     }
 
 

@@ -9,9 +9,9 @@ from attnimg.backends import backend_named
 from attnimg.facts import LayerGroup
 from attnimg.select.gpus import arch_from_name
 from attnimg.select.judge import layer_reasons
+from recipes.archs import device_name
 from recipes.facts import AheadOfTime, ImagePlan, Step, TrainedModel, TritonSet
 from recipes.files import NOTICE
-from recipes.solve.rules import device_name
 
 
 def kernel_sets(plans: tuple[ImagePlan, ...]) -> dict[str, str]:

@@ -13,13 +13,13 @@ from pathlib import Path
 import pytest
 from small_image import SITE, Special, package, save
 
+from recipes.archs import can_run
 from recipes.artifact.elf import read_elf
 from recipes.artifact.facts import Artifact
 from recipes.artifact.read import read_image
 from recipes.artifact.secret_patterns import secrets_in
 from recipes.facts import ImagePlan
 from recipes.gates import Expected, gate_named
-from recipes.gates.machine_code import can_run
 from recipes.read import read_recipes
 from recipes.solve.plan import solve
 

@@ -187,7 +187,7 @@ def test_all_faults_of_a_file_are_told_together() -> None:
 )
 def test_refuses_a_patch(tmp_path: Path, text: str) -> None:
     (tmp_path / "some.patch").write_text(text, encoding="utf-8")
-    with pytest.raises(AttnimgError, match=r"some\.patch is not a recipe"):
+    with pytest.raises(AttnimgError, match=r"some\.patch is not a valid recipe"):
         read_patches(tmp_path)
 
 

@@ -367,7 +367,7 @@ SHA = "6540b148e40ba81cbd4de86392225a076a1591146e9cebb099b3b234ba9feebe"
         ),
         pytest.param("kernels/torchao", f'sha256 = "{SHA}"', "", "sha256: missing", id="no hash"),
         pytest.param("images/turing", '"sm_75"', '"sm_70"', "found sm_70", id="an arch nobody has"),
-        pytest.param("images/cpu", "[", "[[", "is not a recipe", id="a broken TOML"),
+        pytest.param("images/cpu", "[", "[[", "is not a valid recipe", id="a broken TOML"),
         pytest.param(
             "bases",
             "digest = {",

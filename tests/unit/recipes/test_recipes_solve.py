@@ -79,7 +79,7 @@ FRONTIER = {"torch": "2.15.0"}
         ),
         pytest.param(
             image("hopper", archs=("sm_87",), kernels="flash-attn"),
-            "flash-attn 2.8.3.post2 serves sm_80 sm_86",
+            "flash-attn 2.8.3.post2 supports sm_80 sm_86",
             "nearest: none",
             id="an architecture that no build token covers is refused",
         ),
@@ -136,7 +136,7 @@ FRONTIER = {"torch": "2.15.0"}
         # users.md A4: Sage, xformers, torchao.
         pytest.param(
             image("blackwell", kernels="flash-attn sageattention"),
-            "sageattention 2.2.0 serves sm_80 sm_86 sm_89 sm_90a sm_120 sm_121; found sm_100",
+            "sageattention 2.2.0 supports sm_80 sm_86 sm_89 sm_90a sm_120 sm_121; found sm_100",
             "sageattention for sm_120 sm_121 only",
             id="SageAttention has no kernel for sm_100",
         ),
@@ -182,7 +182,7 @@ FRONTIER = {"torch": "2.15.0"}
                 "blackwell",
                 kernels=(ImageKernel(name="sageattention", archs=("sm_120", "sm_121")),),
             ),
-            "blackwell promises sm_100; none of its kernels serves it",
+            "blackwell has sm_100; none of its kernels supports it",
             "without sm_100, without sm_103",
             id="an architecture that no kernel serves is not promised",
         ),
@@ -448,7 +448,7 @@ def test_one_rocm_wheel_serves_rdna_without_machine_code_for_it() -> None:
     (step,) = solve(RECIPES.images["rocm"], RECIPES).steps
     assert {"gfx942", "gfx1100", "gfx1201"} <= set(step.archs)
     assert step.codes == step.tokens == ("gfx90a", "gfx942", "gfx950")
-    assert step.arch_variable == "GPU_ARCHS"
+    assert step.build.arch_variable == "GPU_ARCHS"
 
 
 def test_an_unresolved_value_is_planned_but_not_published() -> None:
@@ -477,7 +477,7 @@ def test_an_unresolved_hash_of_a_kernel_is_not_published() -> None:
 
 def test_images_share_one_base() -> None:
     images = {**RECIPES.images, "cpu": image("cpu", base="debian:bookworm-slim")}
-    with pytest.raises(AttnimgError, match="images stand on different bases") as caught:
+    with pytest.raises(AttnimgError, match="images have different bases") as caught:
         solve_all(replace(RECIPES, images=images))
     assert "found debian:bookworm-slim" in caught.value.why
 
