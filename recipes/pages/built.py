@@ -10,7 +10,7 @@ from typing import Any
 from attnimg.errors import AttnimgError
 from recipes.artifact.facts import Artifact
 from recipes.facts import ImagePlan, Kernel, Step
-from recipes.pages.image_pages import markdown_table
+from recipes.pages import markdown_table
 
 FOLDER = "docs/built"
 
@@ -44,8 +44,8 @@ def build_record(
         }
         for kernel in manifest["kernels"]
     ]
-    told = {"image": manifest["image"], "abi": manifest["abi"], "day": day, "machine": machine}
-    return json.dumps({**told, "kernels": kernels}, indent=1) + "\n"
+    head = {"image": manifest["image"], "abi": manifest["abi"], "day": day, "machine": machine}
+    return json.dumps({**head, "kernels": kernels}, indent=1) + "\n"
 
 
 def read_manifest(wheelhouse: Artifact, *, image: str) -> Mapping[str, Any]:
@@ -59,7 +59,9 @@ def read_manifest(wheelhouse: Artifact, *, image: str) -> Mapping[str, Any]:
     kernels = manifest.get("kernels")
     needed = {"name", "version", "key", "trimmed", "wheel"}
     faults = [
-        f"{name} is not what SHA256SUMS says" for name, same in wheelhouse.sums.items() if not same
+        f"the hash of {name} is not in SHA256SUMS"
+        for name, equal in wheelhouse.sums.items()
+        if not equal
     ]
     if manifest.get("image") != image:
         faults.append(f"found the image {manifest.get('image')!r}, needed {image!r}")
@@ -69,7 +71,7 @@ def read_manifest(wheelhouse: Artifact, *, image: str) -> Mapping[str, Any]:
         faults.append(f"manifest.json lists no kernels, each with {', '.join(sorted(needed))}")
     if faults:
         raise AttnimgError(
-            f"{wheelhouse.source} is no wheelhouse of {image} to write down",
+            f"{wheelhouse.source} is not a wheelhouse of {image}",
             why="\n".join(faults),
             do=f"make wheels/{image}",
             code="bad-wheelhouse",
@@ -83,8 +85,8 @@ def _earlier_times(kernel: Mapping[str, Any], before: Mapping[str, Any] | None) 
     same = before is not None and all(before[key] == kernel[key] for key in ("version", "trimmed"))
     if before is None or not reused or not same:
         return {}
-    kept = ("seconds", "cpu_seconds", "jobs", "attempts", "objects_compiled", "objects_reused")
-    return {key: before[key] for key in kept}
+    figures = ("seconds", "cpu_seconds", "jobs", "attempts", "objects_compiled", "objects_reused")
+    return {key: before[key] for key in figures}
 
 
 def list_codes(wheelhouse: Artifact) -> dict[str, dict[str, list[str]]]:

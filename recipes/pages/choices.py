@@ -26,7 +26,7 @@ from attnimg.select.memory import QuadraticMemory, quadratic_memory
 from attnimg.select.model_types import class_named
 from attnimg.select.other_layers import findings_on, kinds
 from recipes.files import NOTICE
-from recipes.pages.image_pages import markdown_table
+from recipes.pages import markdown_table
 
 _class_named = cache(class_named)
 
@@ -207,9 +207,9 @@ _INTRO = f"""# What `auto` chooses
 For packed training in rows of {ROW} tokens, with the packages of the GPU's image; without an image
 every package is assumed. GPUs with the same choices share a column. FA2 is `flash_attention_2`,
 FA4g `flash_attention_4_generic` (FlashAttention-4 with its generic backward pass), flex
-`flex_attention`. Where two are named, layers of different shape run different ones, in the order of
-the table of models; `sdpa` beside another one is called document by document, without a mask. GiB:
-the memory that one layer keeps and that grows with the square of the row length. **packing
+`flex_attention`. Where two are listed, layers of different shape run different ones, in the order
+of the table of models; `sdpa` beside another one is called for each document, without a mask. GiB:
+memory of one layer that grows with the square of the row length. **packing
 refused**: packed documents would mix, in layers without softmax attention, or because transformers
 builds the backend's mask without document boundaries (gpt-oss, except on flash kernels); with
 `sample_packing: false` it runs. When the choice fails its proof on the GPU, `attnimg train` goes on
@@ -256,10 +256,10 @@ _3 get the first of flash_attention_4, _3, _2 that fits, until there are timings
 
 def choices_page(found: Iterable[GpuChoice]) -> str:
     """Write one row per model and one column per group of GPUs; then the facts behind them."""
-    all_of = list(found)
-    columns = _columns(all_of)
+    gpu_choices = list(found)
+    columns = _columns(gpu_choices)
     rows = []
-    for name in dict.fromkeys(choice.name for choice in all_of):
+    for name in dict.fromkeys(choice.name for choice in gpu_choices):
         cells = [next(c for c in column[0] if c.name == name) for column in columns]
         rows.append((name, *(_cell(cell) for cell in cells)))
     heads = [" ".join(f"`{name}`" for name in names) for _, names in columns]
@@ -268,7 +268,7 @@ def choices_page(found: Iterable[GpuChoice]) -> str:
          c[0].dtype)
         for c, names in columns
     ]  # fmt: skip
-    models = {choice.name: choice.model for choice in all_of}
+    models = {choice.name: choice.model for choice in gpu_choices}
     return (
         f"<!-- {NOTICE} -->\n\n"
         + _INTRO
@@ -324,12 +324,12 @@ def _rank_rows() -> list[tuple[str, ...]]:
 
 
 def _where(place: Rank) -> str:
-    said = {True: "", False: "not "}
+    prefix = {True: "", False: "not "}
     parts = [
         " ".join(sorted(place.archs)),
-        f"{said[place.packed]}packed" if place.packed is not None else "",
-        f"{said[place.compiled]}compiled" if place.compiled is not None else "",
-        f"{said[place.routed]}beside others" if place.routed is not None else "",
+        f"{prefix[place.packed]}packed" if place.packed is not None else "",
+        f"{prefix[place.compiled]}compiled" if place.compiled is not None else "",
+        f"{prefix[place.routed]}beside others" if place.routed is not None else "",
         f"head_dim from {place.head_dim[0]}" if place.head_dim else "",
     ]
     return ", ".join(filter(None, parts)) or "in general"
@@ -352,7 +352,7 @@ def _layer_rows(name: str, model: Model) -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = []
     for group in model.layers:
         sizes = dict.fromkeys((group.head_dim_qk, group.head_dim_v))
-        besides = [
+        features = [
             f"window {group.window}" if group.window else "",
             f"soft cap {group.softcap:g}" if group.softcap else "",
             "sinks" if group.sinks else "",
@@ -363,7 +363,7 @@ def _layer_rows(name: str, model: Model) -> list[tuple[str, ...]]:
                 str(group.count),
                 f"{group.heads} / {group.kv_heads}",
                 ", v ".join(map(str, sizes)),
-                ", ".join(filter(None, besides)) or "-",
+                ", ".join(filter(None, features)) or "-",
             )
         )
     for kind, count in model.other_layers:

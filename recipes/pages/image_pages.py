@@ -11,6 +11,7 @@ from recipes.archs import device_name
 from recipes.facts import Allowance, ImagePlan, Kernel, TrainedModel
 from recipes.files import NOTICE
 from recipes.gates import Gate
+from recipes.pages import markdown_table
 from recipes.render.precompiled import coverage
 
 _IMAGE_HEAD = ("Tag", "GPUs", "Machine code", "torch", "CUDA", "Driver", "Kernels", "Size limit")
@@ -18,11 +19,11 @@ _IMAGE_HEAD = ("Tag", "GPUs", "Machine code", "torch", "CUDA", "Driver", "Kernel
 
 def images_page(plans: tuple[ImagePlan, ...]) -> str:
     """Write one row per image, one per GPU with a name, and the unresolved values of images."""
-    open_values: dict[str, list[str]] = {}
+    unresolved: dict[str, list[str]] = {}
     for plan in plans:
         for key, reason in plan.unresolved.items():
             image, _, field = key.rpartition(": ")
-            open_values.setdefault(f"{field}: {reason}", []).append(f"`{image}`")
+            unresolved.setdefault(f"{field}: {reason}", []).append(f"`{image}`")
     return (
         f"<!-- {NOTICE} -->\n\n# Images\n\n"
         "Every image has Python 3.11 on Debian bookworm, and is built for "
@@ -32,9 +33,9 @@ def images_page(plans: tuple[ImagePlan, ...]) -> str:
         f"{markdown_table(_IMAGE_HEAD, [_image_row(plan) for plan in plans])}"
         "\n## Which image for which GPU\n\n"
         f"{markdown_table(('GPU', '`--on`', 'Image'), _gpu_rows(plans))}"
-        "\n## Not resolved yet\n\n"
-        "An image with an open value can be built, but is not published.\n\n"
-        + "".join(f"- {text} ({', '.join(where)})\n" for text, where in open_values.items())
+        "\n## Unresolved values\n\n"
+        "An image with an unresolved value can be built, but is not published.\n\n"
+        + "".join(f"- {text} ({', '.join(where)})\n" for text, where in unresolved.items())
     )
 
 
@@ -80,8 +81,8 @@ def support_page(plans: tuple[ImagePlan, ...]) -> str:
     head = ("attn_implementation", *(plan.image.name for plan in stable))
     return (
         f"<!-- {NOTICE} -->\n\n# Which backend runs in which image\n\n"
-        "T: trains; I: inference only; -: not there. Where a backend serves only some of an\n"
-        "image's architectures, they are named. Models narrow it: ask `attnimg explain`.\n\n"
+        "T: training; I: inference only; -: not available. Where a backend supports only some of\n"
+        "an image's architectures, they are listed. `attnimg explain` also considers the model.\n\n"
         + markdown_table(head, rows)
     )
 
@@ -112,15 +113,13 @@ def _name(backend: Backend) -> str:
 
 def _cell(backend: Backend, plan: ImagePlan) -> str:
     """Return whether a backend trains (T) or only infers (I) in an image, or neither (-)."""
-    there = {step.kernel.name: step for step in plan.steps}
+    steps = {step.kernel.name: step for step in plan.steps}
     archs = []
     for arch in plan.image.archs:
-        found = arch_from_name(device_name(arch))
-        kernels = [there.get(package) for package, _, _ in backend.needs.packages]
-        if runs_on(backend.needs, found) and all(
-            k is not None and arch in k.archs for k in kernels
-        ):
-            archs.append(found)
+        device = arch_from_name(device_name(arch))
+        kernels = [steps.get(package) for package, _, _ in backend.needs.packages]
+        if runs_on(backend.needs, device) and all(k and arch in k.archs for k in kernels):
+            archs.append(device)
     if not archs:
         return "-"
     trains = all(arch.vendor in backend.needs.backward for arch in archs)
@@ -128,29 +127,23 @@ def _cell(backend: Backend, plan: ImagePlan) -> str:
     return ("T" if trains else "I") + only
 
 
-def markdown_table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
-    """Return a table in Markdown."""
-    lines = [head, tuple("---" for _ in head), *rows]
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
-
-
 def fa4_models_page(kernel: Kernel) -> str:
     """Write docs/fa4-models.md: which models' kernels are precompiled, and for which GPUs."""
-    asked = kernel.ahead_of_time
-    assert asked is not None
+    kernel_set = kernel.ahead_of_time
+    assert kernel_set is not None
     archs = list(kernel.archs)
     rows = [
         (
             f"`{model.model}`",
-            _words(model),
+            _describe(model),
             *(coverage(model, arch, backend=kernel.backends[0]) for arch in archs),
         )
-        for model in asked.models
+        for model in kernel_set.models
     ]
     head = ("Model", "Attention", *(f"`{device_name(arch)}`" for arch in archs))
     sources = [
-        f"- {', '.join(f'`{m.model}`' for m in asked.models if m.source == name)}: {where}\n"
-        for name, where in asked.sources.items()
+        f"- {', '.join(f'`{m.model}`' for m in kernel_set.models if m.source == name)}: {where}\n"
+        for name, where in kernel_set.sources.items()
     ]
     return (
         f"<!-- {NOTICE} -->\n\n# Models whose FlashAttention-4 kernels are precompiled\n\n"
@@ -164,25 +157,25 @@ def fa4_models_page(kernel: Kernel) -> str:
     )
 
 
-def _words(model: TrainedModel) -> str:
+def _describe(model: TrainedModel) -> str:
     size = f"{model.head_dim}"
     if model.head_dim_v not in (None, model.head_dim):
         size += f"/{model.head_dim_v}"
-    words = [f"{model.heads}/{model.kv_heads} x {size}"]
+    parts = [f"{model.heads}/{model.kv_heads} x {size}"]
     if windows := [str(window) for window in model.windows if window]:
-        words.append(f"window {' '.join(windows)}" + (" and full" if 0 in model.windows else ""))
-    words += [f"soft cap {model.softcap:g}"] if model.softcap else []
-    words += ["sinks"] if model.sinks else []
-    return ", ".join(words)
+        parts.append(f"window {' '.join(windows)}" + (" and full" if 0 in model.windows else ""))
+    parts += [f"soft cap {model.softcap:g}"] if model.softcap else []
+    parts += ["sinks"] if model.sinks else []
+    return ", ".join(parts)
 
 
 def kernels_page(kernels: Iterable[Kernel]) -> str:
     """Write a section per kernel: its source, the changes to it and why, its small build."""
     return (
         f"<!-- {NOTICE} -->\n\n# Kernels\n\n"
-        "What each kernel package is built from, and what is changed in its source first. `make\n"
-        "wheels/NAME` builds those of an image; `TRIM=1` takes the small builds, which are for\n"
-        "trying the whole way on a small machine and are never published.\n"
+        "The source of each kernel package, and the changes to it before the build. `make\n"
+        "wheels/NAME` builds those of an image; `TRIM=1` makes the small builds, which test all\n"
+        "steps on a small machine and are never published.\n"
         + "".join(_kernel_section(kernel) for kernel in kernels)
     )
 
@@ -197,7 +190,7 @@ def _kernel_section(kernel: Kernel) -> str:
         f"`{kernel.name}` {how}: {', '.join(f'`{pin}`' for pin in pins)}.",
         f"For torch {kernel.torch}, Python {kernel.python}"
         + (f", nvcc {kernel.nvcc}." if kernel.nvcc else "."),
-        f"Serves {' '.join(kernel.archs)}.",
+        f"Supports {' '.join(kernel.archs)}.",
         *([""] if changes or kernel.trim else []),
     ]
     lines += [f"- {change}: {reason}" for change, reason in changes]

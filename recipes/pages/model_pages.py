@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from attnimg.select.model_types import (
@@ -14,7 +14,7 @@ from attnimg.select.model_types import (
     read_causal_types,
 )
 from recipes.files import NOTICE
-from recipes.pages.image_pages import markdown_table
+from recipes.pages import code_list, markdown_table
 
 RELOAD_RECORD = "docs/measured/reload.json"
 
@@ -89,14 +89,10 @@ def checkpoints_page(types: CausalTypes, *, reloaded: str) -> str:
         quantizations=markdown_table(
             head, [_quantization_row(name, row) for name, row in quantizations().items()]
         ),
-        multimodal=_names(types.text_trained | types.multimodal.keys()),
-        tabled=_names(tabled),
+        multimodal=code_list(types.text_trained | types.multimodal.keys()),
+        tabled=code_list(tabled),
         reloaded=len(record["types"]) + len(record["with other parts"]),
     )
-
-
-def _names(names: Iterable[str]) -> str:
-    return ", ".join(f"`{name}`" for name in sorted(names))
 
 
 def _quantization_row(name: str, row: Quantization) -> tuple[str, ...]:

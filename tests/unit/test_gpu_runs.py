@@ -150,7 +150,7 @@ def test_records_of_a_run_do_not_change_by_being_shown():
 def test_a_run_may_go_on_from_what_another_proved():
     start = {**START, "values": {**START["values"], "known": "first"}}
     assert find_faults([start, TIMED, END], all_right=False) == []
-    assert "It went on from `first`" in runs_page({"x": [start, TIMED, END]})
+    assert "It continued `first`" in runs_page({"x": [start, TIMED, END]})
 
 
 def test_losses_are_compared_with_those_of_the_reference_in_the_same_run():
@@ -180,7 +180,7 @@ def test_notes_stand_in_the_section_of_their_run_and_name_the_run_before():
     other, first = page.split('<a id="first">')
     assert "- of the other\n" in other
     assert "- of the first\n" in first
-    assert "It went on from `first`" in other
+    assert "It continued `first`" in other
 
 
 def test_every_recorded_run_has_notes_and_no_path_of_its_machine():

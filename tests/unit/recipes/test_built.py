@@ -129,7 +129,7 @@ def test_a_changed_wheel_is_not_written_down(tmp_path: Path) -> None:
     made = wheelhouse(tmp_path / "wheels", {"a-1.whl": {"a.py": b""}}, manifest)
     with zipfile.ZipFile(made / "a-1.whl", "a") as wheel:
         wheel.writestr("b.py", "")
-    with pytest.raises(AttnimgError, match="no wheelhouse of hopper"):
+    with pytest.raises(AttnimgError, match="is not a wheelhouse of hopper"):
         read_manifest(read_wheelhouse(made, over=None, log=lambda _: None), image="hopper")
 
 
