@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
 from recipes.archs import device_name
 from recipes.facts import ImagePlan, Step, Unresolved
-from recipes.files import NOTICE
+from recipes.files import generated_json
 
 
 def images_json(plans: tuple[ImagePlan, ...], *, stack: Mapping[str, str]) -> str:
@@ -19,13 +18,13 @@ def images_json(plans: tuple[ImagePlan, ...], *, stack: Mapping[str, str]) -> st
         stack: pinned packages that every image has.
     """
     images = {plan.image.name: _image(plan, stack) for plan in plans}
-    return json.dumps({"//": NOTICE, "images": images}, indent=1) + "\n"
+    return generated_json({"images": images})
 
 
 def _image(plan: ImagePlan, stack: Mapping[str, str]) -> dict[str, Any]:
     image = plan.image
-    torch = _known(image.torch)
-    packages = dict(stack) | {step.kernel.name: step.kernel.version for step in plan.steps}
+    torch = _or_none(image.torch)
+    packages = {**stack, **{step.kernel.name: step.kernel.version for step in plan.steps}}
     if torch:
         packages["torch"] = torch
     return {
@@ -38,8 +37,8 @@ def _image(plan: ImagePlan, stack: Mapping[str, str]) -> dict[str, Any]:
         "accelerator": image.accelerator,
         "python": image.python,
         "torch": torch,
-        "toolkit": _known(plan.toolkit),
-        "driver_min": _known(plan.driver_min),
+        "toolkit": _or_none(plan.toolkit),
+        "driver_min": _or_none(plan.driver_min),
         "abi": plan.abi,
         "packages": dict(sorted(packages.items())),
         "kernels": [_kernel(step) for step in plan.steps],
@@ -52,7 +51,7 @@ def _kernel(step: Step) -> dict[str, Any]:
         "name": step.kernel.name,
         "version": step.kernel.version,
         "source": step.kernel.source,
-        "sha256": _known(step.kernel.sha256),
+        "sha256": _or_none(step.kernel.sha256),
         "backends": list(step.kernel.backends),
         "devices": [device_name(arch) for arch in step.archs],
         "code": list(step.codes),
@@ -60,7 +59,7 @@ def _kernel(step: Step) -> dict[str, Any]:
     }
 
 
-def _known(value: str | Unresolved | None) -> str | None:
+def _or_none(value: str | Unresolved | None) -> str | None:
     return None if isinstance(value, Unresolved) else value
 
 
@@ -94,5 +93,4 @@ def matrix_json(
         if plan.image.accelerator != "cpu"
         for arch in plan.image.archs
     ]
-    content = {"//": NOTICE, "images": images, "gpu": gpu}
-    return json.dumps(content, indent=1) + "\n"
+    return generated_json({"images": images, "gpu": gpu})
