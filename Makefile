@@ -69,9 +69,9 @@ check: .venv/ready ## Format, lint, types, import layers
 	$(BIN)/zizmor --offline --quiet .github/workflows
 
 .PHONY: gpu-rehearsal
-gpu-rehearsal: .venv/ready ## Run tests/gpu/day.py, the script for GPU machines, on a CPU; 1 minute
+gpu-rehearsal: .venv/ready ## Run tests/gpu/suite.py, the script for GPU machines, on a CPU; 1 minute
 	@rm -f build/gpu-rehearsal.jsonl
-	$(BIN)/python tests/gpu/day.py --rehearsal --budget 900 --out build/gpu-rehearsal.jsonl
+	$(BIN)/python tests/gpu/suite.py --rehearsal --budget 900 --out build/gpu-rehearsal.jsonl
 	@$(BIN)/python -m recipes gpu-run build/gpu-rehearsal.jsonl --all-right >build/gpu-rehearsal.md
 	@echo "gpu-rehearsal: the records are complete; report: build/gpu-rehearsal.md"
 

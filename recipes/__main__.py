@@ -123,7 +123,7 @@ def gpu_run(arguments: Namespace) -> None:
         raise AttnimgError(
             f"the records of {arguments.file} are not complete",
             why="\n".join(found),
-            do="run tests/gpu/day.py to its end, with a larger --budget or fewer --steps",
+            do="run tests/gpu/suite.py to its end, with a larger --budget or fewer --steps",
             code="incomplete-run",
             exit_code=1,
         )
@@ -214,7 +214,7 @@ def _parser() -> ArgumentParser:
     command.add_argument("--wheels", type=Path, required=True, help="the wheelhouse")
     command.add_argument("--machine", required=True, help="the build machine, in general words")
     command = add("gpu-run", gpu_run)
-    command.add_argument("file", type=Path, help="the file that tests/gpu/day.py wrote")
+    command.add_argument("file", type=Path, help="the file that tests/gpu/suite.py wrote")
     command.add_argument(
         "--all-right", action="store_true", help="refuse a run in which a unit failed"
     )

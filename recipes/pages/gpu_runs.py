@@ -1,4 +1,4 @@
-"""Read the records of GPU runs that tests/gpu/day.py wrote, and write the pages of them."""
+"""Read the records of GPU runs that tests/gpu/suite.py wrote, and write the pages of them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _FIELDS = frozenset({"kind", "step", "backend", "started", "seconds", "machine",
 _GOOD, _BAD = ("passed", "measured"), ("failed", "crash", "timeout")
 _HEAD = """# Runs on GPUs
 
-Each section is one run of `tests/gpu/day.py` on a machine with a GPU: it proves every attention
+Each section is one run of `tests/gpu/suite.py` on a machine with a GPU: it proves every attention
 backend there, trains with those that passed, and times them. Its records are in `docs/gpu-runs/`,
 one JSON object per line. A result is one of: **passed**; **failed**, with the reason; **crash** or
 **timeout** of the process that ran the kernel; **not here**, if the machine or a missing package
@@ -83,7 +83,7 @@ def read_run(path: Path) -> list[Record]:
         raise AttnimgError(
             f"{path} cannot be read",
             why=f"{type(error).__name__}: {error}; needed JSON objects, one per line",
-            do="copy the file that tests/gpu/day.py wrote",
+            do="copy the file that tests/gpu/suite.py wrote",
             code="bad-records",
             exit_code=1,
         ) from error

@@ -388,19 +388,19 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--jobs", type=int, help="compilers at one time")
     parser.add_argument("--keep", type=Path, help="save finished wheels under 16 MiB here")
     parser.add_argument("--compile", action="store_true", help="compile, whatever wheels there are")
-    asked = parser.parse_args(arguments)
-    to = asked.to.resolve()
+    options = parser.parse_args(arguments)
+    to = options.to.resolve()
     to.mkdir(parents=True, exist_ok=True)
     run = Run(
-        kit=asked.kit.resolve(),
+        kit=options.kit.resolve(),
         to=to,
-        jobs=asked.jobs or jobs_that_fit(),
-        keep=asked.keep,
-        wheels=not asked.compile,
-        finished={name: threading.Event() for name in asked.names},
+        jobs=options.jobs or jobs_that_fit(),
+        keep=options.keep,
+        wheels=not options.compile,
+        finished={name: threading.Event() for name in options.names},
     )
     before = (to / "status.jsonl").stat().st_size if (to / "status.jsonl").is_file() else 0
-    names = order(run, asked.names)
+    names = order(run, options.names)
     # Each kernel waits for its own compilers: there is a thread for each.
     with ThreadPoolExecutor(len(names)) as pool:
         for rank, name in enumerate(names):

@@ -13,7 +13,7 @@ NOTHING_WRITABLE = ("--read-only", "--network=none")
 
 
 @pytest.mark.parametrize(
-    ("options", "arguments", "code", "said"),
+    ("options", "arguments", "code", "message"),
     [
         pytest.param((), (), 0, "doctor", id="no argument prints the help"),
         pytest.param((), ("--version",), 0, "attnimg 0", id="an option is attnimg's"),
@@ -40,16 +40,16 @@ NOTHING_WRITABLE = ("--read-only", "--network=none")
     ],
 )
 def test_docker_run(
-    docker: Run, options: tuple[str, ...], arguments: tuple[str, ...], code: int, said: str
+    docker: Run, options: tuple[str, ...], arguments: tuple[str, ...], code: int, message: str
 ) -> None:
     done = docker(*arguments, options=options)
     assert done.returncode == code, done.stderr
-    assert said in done.stdout + done.stderr
+    assert message in done.stdout + done.stderr
     assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         pytest.param((), "attnimg (1000)", id="as the image's user"),
         pytest.param(
@@ -59,10 +59,10 @@ def test_docker_run(
         ),
     ],
 )
-def test_doctor_finds_nothing_wrong(docker: Run, options: tuple[str, ...], said: str) -> None:
+def test_doctor_finds_nothing_wrong(docker: Run, options: tuple[str, ...], message: str) -> None:
     done = docker("doctor", options=options)
     assert faults(done.stdout) == []
-    assert said in done.stdout
+    assert message in done.stdout
     assert "Traceback" not in done.stderr
 
 

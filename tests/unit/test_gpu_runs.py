@@ -7,8 +7,8 @@ import re
 from copy import deepcopy
 from pathlib import Path
 
-import day_steps
 import pytest
+import suite_steps
 
 from attnimg.errors import AttnimgError
 from recipes.pages.gpu_runs import (
@@ -167,7 +167,7 @@ def test_losses_are_compared_with_those_of_the_reference_in_the_same_run():
     page = runs_page({"x": [START, *trained, of("eager", [10.0, 2.5], "failed"), END]})
     assert "| 10.000 to 2.250 | 1.2e+00 from `sdpa_math`'s |" in page
     assert "| 10.000 to 2.250 | - |" in runs_page({"x": [START, trained[0], END]})
-    assert day_steps.REFERENCES == REFERENCES
+    assert suite_steps.REFERENCES == REFERENCES
 
 
 def test_notes_stand_in_the_section_of_their_run_and_name_the_run_before():

@@ -1,6 +1,6 @@
 """Run units of work in worker processes, so that a kernel that hangs or crashes costs its unit.
 
-A worker (day_units.py) reads one unit a line and answers with lines: {"stage": ...} as it goes,
+A worker (suite_units.py) reads one unit a line and answers with lines: {"stage": ...} as it goes,
 then {"outcome": {...}}. It serves many units, since importing torch takes longer than most of them;
 one that dies, hangs or reports a broken CUDA context is replaced before the next unit.
 """
@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-SCRIPT = Path(__file__).with_name("day_units.py")
+SCRIPT = Path(__file__).with_name("suite_units.py")
 # A unit that could get less than this is not begun.
 SHORTEST_S = 5.0
 
@@ -33,7 +33,7 @@ class Unit:
 
     Attributes:
         step: the step that it belongs to.
-        kind: the function of day_units.py that does it.
+        kind: the function of suite_units.py that does it.
         backend: the attention backend; "" where it concerns none.
         what: the rest of its name, "bfloat16 head_dim 64".
         limit_s: seconds that it may take.
