@@ -15,7 +15,7 @@ from recipes.artifact.packages import write_sbom
 from recipes.artifact.read import read_image, read_wheelhouse
 from recipes.facts import Allowance, ImagePlan, Recipes
 from recipes.files import write_all
-from recipes.gates import Expected, Gate, GateFinding, all_gates
+from recipes.gates import ExpectedContents, Gate, GateFinding, all_gates
 from recipes.solve.lock import pinned_versions, read_locks
 
 _EVERY_IMAGE = "docker/install/every_image.txt"
@@ -67,10 +67,10 @@ def check_artifact(
     return artifact, run_all(artifact, expected, all_gates(), recipes.allowed)
 
 
-def expected_contents(plan: ImagePlan, recipes: Recipes, *, lock: str) -> Expected:
+def expected_contents(plan: ImagePlan, recipes: Recipes, *, lock: str) -> ExpectedContents:
     """Return what an image is compared with; `lock` is the text of its lock files."""
     torch = recipes.torch.get(str(plan.image.torch))
-    return Expected(
+    return ExpectedContents(
         plan=plan,
         torch_archs=torch.archs if torch and plan.image.accelerator == "cuda" else (),
         pins=pinned_versions(plan, lock=lock),
@@ -80,7 +80,7 @@ def expected_contents(plan: ImagePlan, recipes: Recipes, *, lock: str) -> Expect
 
 def run_all(
     artifact: Artifact,
-    expected: Expected,
+    expected: ExpectedContents,
     gates: Iterable[Gate],
     allowances: tuple[Allowance, ...],
 ) -> tuple[GateResult, ...]:
@@ -89,7 +89,7 @@ def run_all(
 
 
 def _run_gate(
-    artifact: Artifact, expected: Expected, gate: Gate, allowances: tuple[Allowance, ...]
+    artifact: Artifact, expected: ExpectedContents, gate: Gate, allowances: tuple[Allowance, ...]
 ) -> GateResult:
     if reason := gate.skip_reason(artifact, expected):
         return GateResult(gate=gate.name, skip_reason=reason)

@@ -33,7 +33,7 @@ class GateFinding:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Expected:
+class ExpectedContents:
     """What an artifact is compared with.
 
     Attributes:
@@ -62,8 +62,8 @@ class Gate:
 
     name: str
     description: str
-    check: Callable[[Artifact, Expected], tuple[GateFinding, ...]]
-    skip_reason: Callable[[Artifact, Expected], str]
+    check: Callable[[Artifact, ExpectedContents], tuple[GateFinding, ...]]
+    skip_reason: Callable[[Artifact, ExpectedContents], str]
 
 
 def gate_names() -> frozenset[str]:

@@ -7,13 +7,13 @@ case the loader uses the one that is requested first.
 from __future__ import annotations
 
 from recipes.artifact.facts import Artifact, File, visible_elves
-from recipes.gates import Expected, GateFinding
+from recipes.gates import ExpectedContents, GateFinding
 
 # Smaller files are not compared by their bytes: empty extension modules are equal.
 _MIN_BYTES = 20_000
 
 
-def check(artifact: Artifact, expected: Expected) -> tuple[GateFinding, ...]:
+def check(artifact: Artifact, expected: ExpectedContents) -> tuple[GateFinding, ...]:
     """Compare all shared libraries that a container sees."""
     by_content: dict[str, list[File]] = {}
     by_name: dict[str, list[File]] = {}

@@ -12,20 +12,20 @@ from collections.abc import Iterable
 from packaging.version import Version
 
 from recipes.artifact.facts import Artifact, visible_elves
-from recipes.gates import Expected, GateFinding
+from recipes.gates import ExpectedContents, GateFinding
 
 _VERSION = re.compile(r"(GLIBC|GLIBCXX)_(\d[\d.]*)")
 _FAMILIES = {"libc.so.6": "GLIBC", "libstdc++.so.6": "GLIBCXX"}
 
 
-def skip_reason(artifact: Artifact, expected: Expected) -> str:
+def skip_reason(artifact: Artifact, expected: ExpectedContents) -> str:
     """Return why there is no limit to compare with; empty if there is one."""
     if _limits(artifact, expected):
         return ""
     return f"recipes/bases.toml lacks {expected.plan.image.base}"
 
 
-def check(artifact: Artifact, expected: Expected) -> tuple[GateFinding, ...]:
+def check(artifact: Artifact, expected: ExpectedContents) -> tuple[GateFinding, ...]:
     """Compare the newest version that each file needs with the limit."""
     limits = _limits(artifact, expected)
     findings = []
@@ -54,7 +54,7 @@ def _newest(names: Iterable[str]) -> dict[str, Version]:
     return found
 
 
-def _limits(artifact: Artifact, expected: Expected) -> dict[str, Version]:
+def _limits(artifact: Artifact, expected: ExpectedContents) -> dict[str, Version]:
     """Return the versions of the image's libraries; those of the recipe if there is no image."""
     found: dict[str, Version] = {}
     for file, elf in visible_elves((*artifact.below, *artifact.files)):

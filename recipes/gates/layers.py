@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator
 
 from recipes.artifact.facts import Artifact, File
-from recipes.gates import Expected, GateFinding
+from recipes.gates import ExpectedContents, GateFinding
 
 _SITE = r".*site-packages/"
 # What it is, its paths, the fix.
@@ -46,7 +46,7 @@ _SETID = 0o6000
 _EMPTY_ARCHIVE = 8
 
 
-def check(artifact: Artifact, expected: Expected) -> tuple[GateFinding, ...]:
+def check(artifact: Artifact, expected: ExpectedContents) -> tuple[GateFinding, ...]:
     """Check every file of every layer."""
     visible = {file.path for file in artifact.files if file.visible}
     return tuple(

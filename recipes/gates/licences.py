@@ -6,10 +6,10 @@ The licences are those that each package states; they are listed in dist/NAME-li
 from __future__ import annotations
 
 from recipes.artifact.facts import Artifact
-from recipes.gates import Expected, GateFinding
+from recipes.gates import ExpectedContents, GateFinding
 
 
-def check(artifact: Artifact, expected: Expected) -> tuple[GateFinding, ...]:
+def check(artifact: Artifact, expected: ExpectedContents) -> tuple[GateFinding, ...]:
     """Find packages without a licence in their metadata."""
     return tuple(
         GateFinding(

@@ -16,13 +16,13 @@ from collections.abc import Iterable, Iterator, Mapping
 from recipes.archs import can_run, device_name, sort_key
 from recipes.artifact.facts import Artifact, Elf, visible_elves
 from recipes.facts import ImagePlan, Step
-from recipes.gates import Expected, GateFinding
+from recipes.gates import ExpectedContents, GateFinding
 
 # Folders of kernels that docker/precompiled compiled for one GPU.
 _COMPILED = re.compile(r"opt/attnimg/(fa4|triton)/(sm_\d+)/")
 
 
-def check(artifact: Artifact, expected: Expected) -> tuple[GateFinding, ...]:
+def check(artifact: Artifact, expected: ExpectedContents) -> tuple[GateFinding, ...]:
     """Compare the machine code of each file with the plan."""
     owners = {path: one.name for one in artifact.distributions for path in one.files}
     files = [(file, elf, owners.get(file.path, "")) for file, elf in visible_elves(artifact.files)]
@@ -138,7 +138,7 @@ def _unsupported_archs(
     return () if any(_any_runs(arch, codes) for arch in wanted) else wanted
 
 
-def _check_torch(codes: frozenset[str], expected: Expected) -> Iterator[GateFinding]:
+def _check_torch(codes: frozenset[str], expected: ExpectedContents) -> Iterator[GateFinding]:
     """Check torch as a whole: some of its libraries are for some architectures only."""
     if lacking := set(expected.torch_archs) - codes:
         needed = f"{_text(lacking)} too, as recipes/torch.toml says"

@@ -13,13 +13,13 @@ from packaging.version import Version
 
 from recipes.artifact.facts import Artifact, Distribution
 from recipes.facts import ImagePlan
-from recipes.gates import Expected, GateFinding
+from recipes.gates import ExpectedContents, GateFinding
 
 # The local version label of a small build, which is for tests and never published.
 _TRIMMED = "trim"
 
 
-def check(artifact: Artifact, expected: Expected) -> tuple[GateFinding, ...]:
+def check(artifact: Artifact, expected: ExpectedContents) -> tuple[GateFinding, ...]:
     """Compare the installed packages with the pins, both ways."""
     if artifact.kind != "wheels":
         return tuple(_check_versions(artifact.distributions, expected.pins))

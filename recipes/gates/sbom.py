@@ -7,17 +7,17 @@ the CycloneDX format.
 from __future__ import annotations
 
 from recipes.artifact.facts import Artifact
-from recipes.gates import Expected, GateFinding
+from recipes.gates import ExpectedContents, GateFinding
 
 
-def skip_reason(artifact: Artifact, expected: Expected) -> str:
+def skip_reason(artifact: Artifact, expected: ExpectedContents) -> str:
     """Return why there is no list of syft's to compare with; empty if there is one."""
     if artifact.kind == "wheels":
         return "a wheelhouse is not an image"
     return "" if artifact.sbom is not None else "syft is not installed: make setup"
 
 
-def check(artifact: Artifact, expected: Expected) -> tuple[GateFinding, ...]:
+def check(artifact: Artifact, expected: ExpectedContents) -> tuple[GateFinding, ...]:
     """Compare syft's Python packages with the lock file, both ways."""
     installed = artifact.sbom or {}
     pins = {"attnimg": installed.get("attnimg", "of this checkout"), **expected.pins}

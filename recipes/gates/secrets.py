@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 from recipes.artifact.facts import Artifact
 from recipes.artifact.secret_patterns import secrets_in
-from recipes.gates import Expected, GateFinding
+from recipes.gates import ExpectedContents, GateFinding
 
 _FILES = re.compile(
     r"(.*/)?(\.netrc|_netrc|\.pypirc|\.git-credentials|\.aws/credentials|\.docker/config\.json"
@@ -24,7 +24,7 @@ _ASSIGNED = re.compile(
 )
 
 
-def check(artifact: Artifact, expected: Expected) -> tuple[GateFinding, ...]:
+def check(artifact: Artifact, expected: ExpectedContents) -> tuple[GateFinding, ...]:
     """Check every file of every layer, the variables and the history."""
     return tuple(
         GateFinding(

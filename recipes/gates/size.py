@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from recipes.artifact.facts import Artifact, stage_sizes
 from recipes.facts import Unresolved
-from recipes.gates import Expected, GateFinding
+from recipes.gates import ExpectedContents, GateFinding
 
 
-def skip_reason(artifact: Artifact, expected: Expected) -> str:
+def skip_reason(artifact: Artifact, expected: ExpectedContents) -> str:
     """Return why the size is not known or has no limit; empty if it is and has one."""
     limit = expected.plan.image.size_max_mb
     if isinstance(limit, Unresolved):
@@ -19,7 +19,7 @@ def skip_reason(artifact: Artifact, expected: Expected) -> str:
     return "" if artifact.kind == "image" else "only an archive has layers: add ARCHIVE=FILE"
 
 
-def check(artifact: Artifact, expected: Expected) -> tuple[GateFinding, ...]:
+def check(artifact: Artifact, expected: ExpectedContents) -> tuple[GateFinding, ...]:
     """Compare the compressed sizes of the layers with their limits."""
     image = expected.plan.image
     sizes = stage_sizes(artifact)

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 
 from recipes.artifact.facts import Artifact, Elf, Symbol
 from recipes.artifact.linking import DRIVER, LoaderView, loader_view
-from recipes.gates import Expected, GateFinding
+from recipes.gates import ExpectedContents, GateFinding
 
 # The gate `glibc` checks these, with a better message.
 _BASE_VERSIONS = re.compile(r"(GLIBC|GLIBCXX|CXXABI)_")
@@ -23,14 +23,14 @@ _MAX_LISTED = 3
 _DEBIAN = re.compile(r"(usr/)?s?bin/|(usr/)?lib(64|exec)?/(?!.*python3)")
 
 
-def skip_reason(artifact: Artifact, expected: Expected) -> str:
+def skip_reason(artifact: Artifact, expected: ExpectedContents) -> str:
     """Return why the libraries that define symbols are not there; empty if they are."""
     if any(file.path.endswith("/libc.so.6") for file in (*artifact.files, *artifact.below)):
         return ""
     return "there is no image to look for symbols in: add ARCHIVE=FILE"
 
 
-def check(artifact: Artifact, expected: Expected) -> tuple[GateFinding, ...]:
+def check(artifact: Artifact, expected: ExpectedContents) -> tuple[GateFinding, ...]:
     """Resolve every shared library and program of the artifact."""
     view = loader_view(artifact)
     below = {file.path for file in artifact.below}

@@ -106,7 +106,7 @@ def prove_once(name: str, machine: Machine, task: Problem, *, timeout_s: float) 
     """Prove a backend as a run does; nothing is read from the cache and nothing written to it."""
     setting = _setting(machine)
     (made,) = proofs.prove(
-        [backend(name)], task, setting=setting, log=lambda text: None,
+        [backend(name)], task, setting=setting, say=lambda text: None,
         routed=False, timeout_s=timeout_s,
     )  # fmt: skip
     return made

@@ -63,6 +63,6 @@ def test_it_passes(
     backend = backend_named(name)
     assert backend is not None
     setting = Setting(machine=machine, environment=os.environ, folder=tmp_path)
-    (proof,) = prove([backend], problem, setting=setting, log=print)
+    (proof,) = prove([backend], problem, setting=setting, say=print)
     assert proof.passed, proof.reasons
     assert proof.longest == 4096

@@ -19,7 +19,7 @@ from recipes.artifact.facts import Artifact
 from recipes.artifact.read import read_image
 from recipes.artifact.secret_patterns import secrets_in
 from recipes.facts import ImagePlan
-from recipes.gates import Expected, gate_named
+from recipes.gates import ExpectedContents, gate_named
 from recipes.read import read_recipes
 from recipes.solve.plan import solve
 
@@ -38,7 +38,7 @@ def read(path: Path) -> Artifact:
 def run_gate(
     gate: str, artifact: Artifact, *, plan: ImagePlan = PLAN, **pins: str
 ) -> list[tuple[str, str]]:
-    expected = Expected(plan=plan, pins=pins)
+    expected = ExpectedContents(plan=plan, pins=pins)
     return [(f.file, f.found) for f in gate_named(gate).check(artifact, expected)]
 
 
@@ -330,7 +330,7 @@ def test_what_was_compiled_ahead_of_time_has_its_recipe_s_machine_code(
     tmp_path: Path, image: str, place: str, code: str, needs: str | None
 ) -> None:
     files = {f"opt/attnimg/{place}/KEY/kernel.cubin": cubin(code)}
-    expected = Expected(plan=solve(RECIPES.images[image], RECIPES), pins={})
+    expected = ExpectedContents(plan=solve(RECIPES.images[image], RECIPES), pins={})
     artifact = read(save(tmp_path / "image.tar", files))
     faults = gate_named("machine-code").check(artifact, expected)
     assert [(f.found, f.needed.rpartition("/")[2]) for f in faults] == (
