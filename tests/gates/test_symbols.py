@@ -29,7 +29,7 @@ def image(gcc, path: Path, ext: bytes, **more: bytes | Special) -> Path:
 
 @pytest.fixture
 def broken(run_gate, gcc, tmp_path: Path):
-    """Give what `symbols` finds wrong with an extension beside other libraries."""
+    """Return the findings of `symbols` in an extension beside other libraries."""
 
     def ask(ext: bytes, others: dict[str, bytes | Special] | None = None) -> list[tuple[str, str]]:
         made = image(gcc, tmp_path / "image.tar", ext, **(others or {}))

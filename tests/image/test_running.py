@@ -19,7 +19,7 @@ NOTHING_WRITABLE = ("--read-only", "--network=none")
         pytest.param((), ("--version",), 0, "attnimg 0", id="an option is attnimg's"),
         pytest.param((), ("python", "-c", "print(6 * 7)"), 0, "42", id="another word is a program"),
         pytest.param((), ("bash", "-c", "exit 7"), 7, "", id="a program's exit code is passed on"),
-        pytest.param((), ("trian",), 127, "neither an attnimg command", id="a typo is told"),
+        pytest.param((), ("trian",), 127, "neither an attnimg command", id="a typo is reported"),
         pytest.param((), ("check", "none.yaml"), 2, "none.yaml", id="bad input exits with 2"),
         pytest.param((), ("id", "-u"), 0, "1000", id="it is not root"),
         pytest.param(
@@ -34,7 +34,7 @@ NOTHING_WRITABLE = ("--read-only", "--network=none")
             ("check", "none.yaml"),
             2,
             "/cache is not writable",
-            id="without a writable volume it says so, and goes on",
+            id="without a writable volume it warns and continues",
         ),
         pytest.param((), ("touch", "/opt/attnimg/x"), 1, "denied", id="its code is not the user's"),
     ],

@@ -40,7 +40,7 @@ def cell(**kernel: object) -> str:
     ("kernel", "says"),
     [
         pytest.param({}, "built, 2026-11-25", id="a whole build"),
-        pytest.param({"trimmed": True}, "small build, 2026-11-25", id="a small build says so"),
+        pytest.param({"trimmed": True}, "small build, 2026-11-25", id="a small build"),
         pytest.param(
             {"key": "0" * 16}, "2026-11-25, from an earlier recipe", id="a recipe that has moved"
         ),
@@ -73,7 +73,7 @@ FIRST = {
         pytest.param(
             {"objects_compiled": 0, "objects_reused": 13}, 900, id="one from the cache keeps them"
         ),
-        pytest.param({"objects_compiled": 13}, 30, id="one that compiled anew has its own"),
+        pytest.param({"objects_compiled": 13}, 30, id="one that compiled again has its own"),
         pytest.param(
             {"objects_compiled": 0, "objects_reused": 13, "trimmed": True},
             30,

@@ -41,13 +41,13 @@ FA4_SET = RECIPES.kernels["flash-attn-4"].ahead_of_time
 assert FA4_SET is not None
 
 
-@pytest.mark.parametrize("path", [pytest.param(path, id=f"{path} is in step") for path in TEXTS])
+@pytest.mark.parametrize("path", [pytest.param(path, id=f"{path} is up to date") for path in TEXTS])
 def test_nothing_drifted(path: str) -> None:
     assert (ROOT / path).read_text(encoding="utf-8") == TEXTS[path], "make render"
 
 
-@pytest.mark.parametrize("path", [pytest.param(path, id=f"{path} says so") for path in TEXTS])
-def test_a_generated_file_says_that_it_is_one(path: str) -> None:
+@pytest.mark.parametrize("path", [pytest.param(path, id=f"{path} has it") for path in TEXTS])
+def test_a_generated_file_has_the_notice(path: str) -> None:
     assert NOTICE in "".join(TEXTS[path].splitlines(keepends=True)[:2])
 
 
@@ -158,7 +158,7 @@ def test_what_is_left_out_has_a_reason_and_nothing_else_is() -> None:
             assert len(target["left_out"]) + len(target["shapes"]) <= layers
 
 
-def test_another_set_is_no_reason_to_build_the_wheel_anew() -> None:
+def test_another_set_of_models_does_not_rebuild_the_wheel() -> None:
     kernel = RECIPES.kernels["flash-attn-4"]
     fewer = replace(FA4_SET, models=FA4_SET.models[:1], targets={})
     recipes = replace(
@@ -377,7 +377,7 @@ SHA = "6540b148e40ba81cbd4de86392225a076a1591146e9cebb099b3b234ba9feebe"
         ),
     ],
 )
-def test_bad_input_is_told_and_writes_nothing(
+def test_bad_input_is_refused_and_writes_nothing(
     checkout: Path, file: str, old: str, new: str, says: str
 ) -> None:
     edit(checkout / f"recipes/{file}.toml", old, new)
@@ -392,7 +392,7 @@ def test_bad_input_is_told_and_writes_nothing(
     assert not (checkout / "docker").exists()
 
 
-def test_a_rendered_checkout_is_in_step_until_a_recipe_changes(checkout: Path) -> None:
+def test_a_rendered_checkout_is_up_to_date_until_a_recipe_changes(checkout: Path) -> None:
     assert run(checkout, "check").returncode == 1
     assert run(checkout, "render").returncode == 0
     assert run(checkout, "check").returncode == 0
@@ -428,7 +428,7 @@ def test_what_can_not_be_written_leaves_the_old_files_whole(tmp_path: Path) -> N
     assert (tmp_path / "small").read_text(encoding="utf-8") == "old"
 
 
-def test_a_file_where_a_folder_belongs_is_told(tmp_path: Path) -> None:
+def test_a_file_in_place_of_a_folder_is_reported(tmp_path: Path) -> None:
     (tmp_path / "docs").write_text("no folder", encoding="utf-8")
     with pytest.raises(AttnimgError, match="can't be written"):
         write_all(tmp_path, {"docs/images.md": "new"})

@@ -258,7 +258,7 @@ def test_refuses_what_recipes_must_not_become(recipes: Recipes, made: Image, say
     assert says in refusal(made, recipes).why
 
 
-def test_all_reasons_are_told_together() -> None:
+def test_all_reasons_are_reported_together() -> None:
     error = refusal(image("turing", kernels="xformers flash-attn", torch="2.9.1"))
     for text in ("flash_attention_2", "torch >=2.10", "torch 2.9.1 is not in"):
         assert text in error.why
@@ -337,7 +337,7 @@ def test_every_image_is_planned_whole() -> None:
         ),
     ],
 )
-def test_a_kernel_is_told_its_architectures(
+def test_a_kernel_is_built_for_its_architectures(
     name: str, kernel: str, tokens: str, codes: str
 ) -> None:
     steps = {step.kernel.name: step for step in solve(RECIPES.images[name], RECIPES).steps}
@@ -388,7 +388,7 @@ PATCH, TRIM = FLASH.patches
         pytest.param(
             replace(FLASH, patches=(replace(PATCH, reason="better words"), TRIM)),
             True,
-            id="a reason that is worded anew does not",
+            id="a reason in other words does not",
         ),
         pytest.param(replace(FLASH, patches=(PATCH,)), True, id="nor does the small build"),
         pytest.param(

@@ -19,7 +19,7 @@ RECIPES = read_recipes(ROOT)
 
 
 def commit(folder: Path, files: dict[str, str]) -> str:
-    """Make a repository with one commit, and give its id."""
+    """Make a repository with one commit, and return its id."""
     for name, text in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text)
