@@ -30,7 +30,7 @@ from recipes.pages import markdown_table
 
 _class_named = cache(class_named)
 
-# The day for which known-bad rules are read, so that the pages do not change by themselves.
+# The day for which known-bad rules are read, so that the pages change only with the recipes.
 DAY = date(2026, 11, 26)
 # Tokens of a row.
 ROW = 8192
@@ -166,7 +166,7 @@ def choices_json(found: Iterable[GpuChoice], images: Mapping[str, ImageFacts]) -
 
 
 def _line(choice: GpuChoice) -> str:
-    """Return the backends that a choice takes, and the reason codes of all others."""
+    """Return the chosen backends, and the reason codes of all others."""
     refused = {
         verdict.backend.name: [reason.code for reason in verdict.reasons]
         for verdict in choice.plan.verdicts
@@ -179,7 +179,7 @@ def _line(choice: GpuChoice) -> str:
 
 
 def _image_cell(gpu: Gpu, image: ImageFacts, *, own: Mapping[str, str]) -> str:
-    """Return the choices for a GPU that differ in an image from those in the GPU's own image."""
+    """Return the choices for a GPU in an image that differ from those in the GPU's own image."""
     if not runs_on(image, gpu.arch, cpu=gpu.cpu):
         return '"wrong-image"'
     lines = {choice.name: _line(choice) for choice in choose_on_gpu(gpu, image)}

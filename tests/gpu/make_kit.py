@@ -1,4 +1,4 @@
-"""Prepare on a machine without a GPU what a GPU machine without a network needs: `make gpu-kit`.
+"""Prepare the files that a GPU machine without a network needs: `make gpu-kit`.
 
     python tests/gpu/make_kit.py [--compile PYTHON3.12] [--to build/gpu-kit]
 
@@ -217,7 +217,7 @@ def patches_of(kernel: Kernel, root: Path) -> list[Path]:
 
 
 def fingerprint(kernel: Kernel, build: KitBuild, patches: list[Path]) -> str:
-    """Return a hash of what a kernel's part of the kit is made of."""
+    """Return a hash of the inputs of a kernel's part of the kit."""
     parts = [kernel.source, json.dumps(environment(kernel, build), sort_keys=True), repr(build)]
     text = "\n".join([*parts, *(patch.read_text() for patch in patches)])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -400,7 +400,7 @@ def sizes(folders: Iterable[Path]) -> dict[str, Any]:
 
 
 def timed(text: str, step: Callable[[], Any]) -> Any:
-    """Run a step; print what it is and how long it took."""
+    """Run a step; print its name and its seconds."""
     began = time.monotonic()
     done = step()
     log(f"{text}: {time.monotonic() - began:.0f} s")
@@ -408,7 +408,7 @@ def timed(text: str, step: Callable[[], Any]) -> Any:
 
 
 def main(arguments: list[str]) -> None:
-    """Prepare the kit, and print what is in it."""
+    """Prepare the kit, and print its contents."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--to", type=Path, default=ROOT / "build/gpu-kit")
     parser.add_argument("--compile", metavar="PYTHON", help="a Python 3.12 to build wheels with")

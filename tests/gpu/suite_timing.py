@@ -135,7 +135,7 @@ def _visible(ids: torch.Tensor) -> torch.Tensor:
 
 
 def _additive(ids: torch.Tensor) -> torch.Tensor:
-    """Return what eager attention adds to its scores."""
+    """Return the mask that eager attention adds to its scores."""
     visible = _visible(ids)
     lowest = torch.finfo(torch.bfloat16).min
     return torch.zeros_like(visible, dtype=torch.bfloat16).masked_fill(~visible, lowest)
