@@ -2,8 +2,8 @@
 
 Right kernels are those of tests/fixtures/noisy_kernels, with 200 proofs of each kind of noise over
 head sizes, query heads per key head, precisions, packing and tile sizes. Wrong ones are the same
-with a leak, and every kernel of tests/unit/verification/test_wrong_kernels.py. Prints the rates, and writes
-them to docs/measured/proof-noise.json.
+with a leak, and every kernel of tests/unit/verification/test_wrong_kernels.py. Prints the rates,
+and writes them to docs/measured/proof-noise.json.
 
     python benchmarks/proof_noise.py [proofs of each kind]
 """

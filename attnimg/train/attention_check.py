@@ -2,8 +2,8 @@
 
 At the session's first step, and at every multiple of attn_check_steps, one attention call of the
 first micro-batch is captured with its gradients and compared with the reference
-(verification/running_check.py). The checks alternate between the kinds of layers, and between the layers
-of each kind. The processes then exchange their results, so that either all of them stop or none.
+(verification/running_check.py). The checks alternate between the kinds of layers, and between the
+layers of each kind. The processes then exchange their results, so that all of them stop or none.
 """
 
 from __future__ import annotations
