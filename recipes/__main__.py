@@ -14,12 +14,11 @@ from attnimg.errors import AttnimgError
 from recipes.facts import Plan
 from recipes.files import write_all
 from recipes.pages.built import FOLDER as BUILT
-from recipes.pages.built import built_table, codes_found, listed, read_records, record, with_table
+from recipes.pages.built import codes_found, images_table, listed, read_records, record, with_table
 from recipes.pages.checkpoints_page import RECORD as RELOAD
+from recipes.pages.config_keys_page import TEXTS as CONFIG_KEYS
 from recipes.pages.families_page import RECORD as FAMILIES
-from recipes.pages.gpu_runs import BEGIN as RUNS_BEGIN
-from recipes.pages.gpu_runs import END as RUNS_END
-from recipes.pages.gpu_runs import faults, read_notes, read_run, read_runs, runs_page, runs_table
+from recipes.pages.gpu_runs import faults, read_notes, read_run, read_runs, runs_page
 from recipes.read.recipes import read_recipes
 from recipes.render import model_classes, positions
 from recipes.rendered import drifted, rendered
@@ -139,7 +138,7 @@ def built(
     machine: Annotated[str, typer.Option(help="What it was built on, in general words.")],
     root: Root = ROOT,
 ) -> None:
-    """Record the contents of a wheelhouse in docs/built/NAME.json, for the README's table."""
+    """Record the contents of a wheelhouse in docs/built/NAME.json, for the tables of images."""
     from recipes.artifact.read import read_wheelhouse
 
     _plan(name, root)
@@ -186,12 +185,16 @@ def _texts(root: Path) -> dict[str, str]:
     families = (root / FAMILIES).read_text(encoding="utf-8")
     reload = (root / RELOAD).read_text(encoding="utf-8")
     locks = read_locks(plans, root=root)
-    texts = rendered(plans, recipes, locks=locks, runners=runners, families=families, reload=reload)
-    runs = read_runs(root)
+    config_keys = (root / CONFIG_KEYS).read_text(encoding="utf-8")
+    built = read_records(root)
+    texts = rendered(
+        plans, recipes, locks=locks, runners=runners, families=families, reload=reload,
+        config_keys=config_keys, built=built,
+    )  # fmt: skip
     readme = (root / "README.md").read_text(encoding="utf-8")
-    readme = with_table(readme, built_table(plans, read_records(root)))
-    readme = with_table(readme, runs_table(runs), begin=RUNS_BEGIN, end=RUNS_END)
-    return {**texts, "docs/gpu-runs.md": runs_page(runs, read_notes(root)), "README.md": readme}
+    readme = with_table(readme, images_table(plans, built))
+    runs = runs_page(read_runs(root), read_notes(root))
+    return {**texts, "docs/gpu-runs.md": runs, "README.md": readme}
 
 
 def _plan(name: str, root: Path) -> Plan:

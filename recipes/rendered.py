@@ -5,6 +5,7 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from attnimg.errors import AttnimgError
 from attnimg.select.images import parse
@@ -12,9 +13,11 @@ from attnimg.select.model_types import read_causal_types
 from recipes.facts import Plan, Recipes
 from recipes.files import text_of
 from recipes.gates import docs
+from recipes.pages.built import built_table
 from recipes.pages.checkpoints_page import checkpoints_page
 from recipes.pages.choices import choices, choices_json
 from recipes.pages.choices_page import choices_page
+from recipes.pages.config_keys_page import config_keys_page
 from recipes.pages.families_page import families_page
 from recipes.pages.images_and_kernels import (
     fa4_models_page,
@@ -39,6 +42,8 @@ def rendered(
     runners: str,
     families: str,
     reload: str,
+    config_keys: str,
+    built: Mapping[str, Mapping[str, Any]],
 ) -> dict[str, str]:
     """Return every generated file: path -> text.
 
@@ -49,9 +54,11 @@ def rendered(
         runners: text of recipes/runners.toml.
         families: text of the record of `make families`.
         reload: text of the record of `make test/reload`.
+        config_keys: text of recipes/config_keys.toml.
+        built: image -> its record of `make built/NAME`.
 
     Raises:
-        AttnimgError: as refuse_wrong_hashes.
+        AttnimgError: as refuse_wrong_hashes and config_keys_page.
     """
     refuse_wrong_hashes(plans, locks=locks)
     ci = tomllib.loads(runners)
@@ -64,10 +71,11 @@ def rendered(
         ".github/matrix.json": matrix(plans, build_runner=ci["build"], gpu_runners=ci["gpu"]),
         "docs/choices.md": choices_page(chosen),
         "docs/checkpoints.md": checkpoints_page(read_causal_types(), reloaded=reload),
+        "docs/config-keys.md": config_keys_page(config_keys),
         "tests/unit/golden/choices.json": choices_json(chosen, parsed),
         "docs/families.md": families_page(families),
         "docs/gates.md": gates_page(docs(), recipes.allowed),
-        "docs/images.md": images_page(plans),
+        "docs/images.md": images_page(plans, built=built_table(plans, built)),
         "docs/kernels.md": kernels_page(recipes.kernels.values()),
         "docs/support.md": support_page(plans),
         **kernel_sets(plans),

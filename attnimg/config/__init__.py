@@ -219,7 +219,7 @@ def _unknown(key: str, name: str) -> Finding:
         key=key,
         what=f"{key if key.isprintable() and key else repr(key)} is no key",
         why="neither attnimg nor axolotl knows it, and it would have no effect",
-        do=f"did you mean {near}?" if near else "remove it; the README lists the keys",
+        do=f"did you mean {near}?" if near else "remove it; docs/config-keys.md lists the keys",
     )
 
 

@@ -235,7 +235,7 @@ def _value(text: str, *, name: str) -> Any:
         raise AttnimgError(
             f"{name} is not YAML",
             why=str(error),
-            do="check the value against the README",
+            do="check the value against docs/config-keys.md",
             code="yaml-syntax",
         ) from error
 

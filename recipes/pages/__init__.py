@@ -1,1 +1,1 @@
-"""Write the pages and tables that people read: docs/*.md and parts of README.md."""
+"""Write the pages and tables that people read: docs/*.md and a part of README.md."""

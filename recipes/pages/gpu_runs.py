@@ -15,8 +15,6 @@ from recipes.files import NOTICE
 from recipes.pages.images_and_kernels import table
 
 FOLDER = "docs/gpu-runs"
-BEGIN = "<!-- gpu runs: `make render` writes what follows -->\n"
-END = "<!-- gpu runs: end -->"
 NONE = "No run on a GPU is recorded yet.\n"
 
 # The reference for losses: the first of these backends that was trained in the same run.
@@ -125,15 +123,15 @@ def runs_page(
     runs: Mapping[str, Sequence[Record]], notes: Mapping[str, Notes] | None = None
 ) -> str:
     """Write the page of all runs, the newest first."""
-    parts = [f"<!-- {NOTICE} -->\n\n{_HEAD}"]
+    parts = [f"<!-- {NOTICE} -->\n\n{_HEAD}", runs_table(runs)]
     parts += [
         _section(name, records, notes or {}) for name, records in sorted(runs.items(), reverse=True)
     ]
-    return "\n".join(parts if runs else [*parts, NONE])
+    return "\n".join(parts)
 
 
 def runs_table(runs: Mapping[str, Sequence[Record]]) -> str:
-    """Write the README's table: what ran on which GPU."""
+    """Return the table of all runs: what ran on which GPU."""
     rows = []
     for name, records in sorted(runs.items(), reverse=True):
         start = _start(records)
@@ -144,7 +142,7 @@ def runs_table(runs: Mapping[str, Sequence[Record]]) -> str:
                 _names(_backends(records, "proof", ("passed",))),
                 _names(_backends(records, "training", ("passed",))),
                 _names(_backends(records, "proof", _BAD) | _backends(records, "training", _BAD)),
-                f"[{name}](docs/gpu-runs.md#{name})",
+                f"[{name}](#{name})",
             )
         )
     head = ("GPU", "with", "proof passed", "trained", "failed somewhere", "record")

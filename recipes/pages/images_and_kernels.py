@@ -15,8 +15,13 @@ from recipes.solve.rules import device
 _IMAGE_HEAD = ("Tag", "GPUs", "Machine code", "torch", "CUDA", "Driver", "Kernels", "Size limit")
 
 
-def images_page(plans: tuple[Plan, ...]) -> str:
-    """Write one row per image, one per GPU with a name, and the unresolved values of images."""
+def images_page(plans: tuple[Plan, ...], *, built: str) -> str:
+    """Write one row per image, one per GPU with a name, and the unresolved values of images.
+
+    Args:
+        plans: of all images.
+        built: the table of the kernels that were built.
+    """
     open_values: dict[str, list[str]] = {}
     for plan in plans:
         for key, reason in plan.unresolved.items():
@@ -31,6 +36,9 @@ def images_page(plans: tuple[Plan, ...]) -> str:
         f"{table(_IMAGE_HEAD, [_image_row(plan) for plan in plans])}"
         "\n## Which image for which GPU\n\n"
         f"{table(('GPU', '`--on`', 'Image'), _gpu_rows(plans))}"
+        "\n## Which kernels were built\n\n"
+        "On a machine without a GPU; the records are in `docs/built/`.\n\n"
+        f"{built}"
         "\n## Not resolved yet\n\n"
         "An image with an open value can be built, but is not published.\n\n"
         + "".join(f"- {text} ({', '.join(where)})\n" for text, where in open_values.items())

@@ -19,7 +19,9 @@ from attnimg.errors import AttnimgError
 from attnimg.select.gpus import catalogue
 from recipes.facts import Plan
 from recipes.files import NOTICE, write_all
+from recipes.pages.built import read_records
 from recipes.pages.checkpoints_page import RECORD as RELOAD_RECORD
+from recipes.pages.config_keys_page import TEXTS as CONFIG_KEYS
 from recipes.pages.families_page import RECORD as FAMILIES_RECORD
 from recipes.read.recipes import read_recipes
 from recipes.render.bake import labels
@@ -36,6 +38,8 @@ RUNNERS = (ROOT / "recipes/runners.toml").read_text(encoding="utf-8")
 RECORDS = {
     "families": (ROOT / FAMILIES_RECORD).read_text(encoding="utf-8"),
     "reload": (ROOT / RELOAD_RECORD).read_text(encoding="utf-8"),
+    "config_keys": (ROOT / CONFIG_KEYS).read_text(encoding="utf-8"),
+    "built": read_records(ROOT),
 }
 TEXTS = rendered(tuple(PLANS.values()), RECIPES, locks=LOCKS, runners=RUNNERS, **RECORDS)
 FA4_SET = RECIPES.kernels["flash-attn-4"].ahead_of_time
