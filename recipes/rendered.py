@@ -69,19 +69,19 @@ def rendered(
         "docker/docker-bake.json": bake_file(plans),
         "attnimg/data/images.json": images,
         ".github/matrix.json": matrix(plans, build_runner=ci["build"], gpu_runners=ci["gpu"]),
-        "docs/choices.md": choices_page(chosen),
+        "docs/what-auto-chooses.md": choices_page(chosen),
         "docs/checkpoints.md": checkpoints_page(read_causal_types(), reloaded=reload),
         "docs/config-keys.md": config_keys_page(config_keys),
         "tests/unit/golden/choices.json": choices_json(chosen, parsed),
-        "docs/families.md": families_page(families),
+        "docs/model-types.md": families_page(families),
         "docs/gates.md": gates_page(docs(), recipes.allowed),
         "docs/images.md": images_page(plans, built=built_table(plans, built)),
-        "docs/kernels.md": kernels_page(recipes.kernels.values()),
-        "docs/support.md": support_page(plans),
+        "docs/kernel-sources.md": kernels_page(recipes.kernels.values()),
+        "docs/backends-by-image.md": support_page(plans),
         **kernel_sets(plans),
     }
     for kernel in (kernel for kernel in recipes.kernels.values() if kernel.ahead_of_time):
-        texts["docs/fa4-models.md"] = fa4_models_page(kernel)
+        texts["docs/precompiled-models.md"] = fa4_models_page(kernel)
     for plan in plans:
         texts |= mounted_files(plan, lock=locks[plan.image.name])
     return texts

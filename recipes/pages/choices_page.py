@@ -1,4 +1,4 @@
-"""Write docs/choices.md: what `auto` chooses, the ranks, and the choices that may surprise."""
+"""Write docs/what-auto-chooses.md: choices of `auto`, ranks, and choices that may surprise."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Write docs/families.md: which causal language models of transformers train.
+"""Write docs/model-types.md: which causal language models of transformers train.
 
 The results are those of docs/measured/families.json, which `make families` writes.
 """
@@ -35,7 +35,7 @@ each type with random weights and trains it for three steps on a CPU in float32.
 
 
 def families_page(text: str) -> str:
-    """Write docs/families.md.
+    """Write docs/model-types.md.
 
     Args:
         text: content of the record.

@@ -1,4 +1,4 @@
-"""Write docs/images.md, kernels.md, support.md, gates.md and fa4-models.md."""
+"""Write the pages of images, kernel sources, backends by image, gates and precompiled models."""
 
 from __future__ import annotations
 
@@ -148,7 +148,7 @@ def _text(value: str | Unresolved | None) -> str:
 
 
 def fa4_models_page(kernel: Kernel) -> str:
-    """Write docs/fa4-models.md: which models' kernels are precompiled, and for which GPUs."""
+    """Write docs/precompiled-models.md: models with precompiled kernels, and for which GPUs."""
     asked = kernel.ahead_of_time
     assert asked is not None
     archs = list(kernel.archs)

@@ -248,7 +248,7 @@ def test_a_set_stays_within_its_limits() -> None:
 
 
 def test_people_read_the_figures_of_the_records() -> None:
-    page = (ROOT / "docs/fa4-kernels.md").read_text()
+    page = (ROOT / "docs/precompiled-kernels.md").read_text()
     figures = (ROOT / "docs/figures.md").read_text()
     for _, device, target in records_of_builds():
         size, seconds = f"{target['bytes'] / 1e6:.1f}", target["cpu_s"]

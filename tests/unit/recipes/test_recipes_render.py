@@ -255,7 +255,7 @@ def test_the_page_of_images_promises_no_arm64_machine_one() -> None:
 
 
 def test_every_backend_has_a_row_in_the_support_matrix() -> None:
-    page = TEXTS["docs/support.md"]
+    page = TEXTS["docs/backends-by-image.md"]
     for backend in all_backends():
         name = f"`{backend.name}`" if backend.in_config else f"{backend.name} (only with `auto`)"
         assert f"| {name} |" in page
