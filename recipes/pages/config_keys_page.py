@@ -22,8 +22,8 @@ _NO_LIMIT = 1024
 _INTRO = """# Config keys
 
 A config is one YAML file with axolotl's keys. `attnimg check config.yaml` lists every mistake in
-it, without a GPU, a model or a network. A key on the command line replaces the one in the file, and
-dots lead into it:
+it, without a GPU, a model or a network. A key on the command line replaces the one in the file; a
+name with dots is a nested key:
 
 ```bash
 attnimg train config.yaml learning_rate=1e-4 datasets.0.path=more.jsonl

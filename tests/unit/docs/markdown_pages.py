@@ -15,6 +15,9 @@ from markdown_it.token import Token
 _ID = re.compile(r'<a id="([^"]+)">')
 _SOURCE = re.compile(r'<(?:img|a)\b[^>]*\b(?:src|href)="([^"]+)"')
 _COMMAND = re.compile(r"^\s*(?:\$ |sudo )?(?:[A-Z_]+=\S* )*(?:\.venv/bin/)?(make|attnimg)\s+(.*)")
+_PATH = re.compile(
+    r"(?:attnimg|recipes|docker|docs|tests|examples|benchmarks|requirements)/[\w./*-]+"
+)
 _IMAGE_RUN = re.compile(r"\battnimg:([\w-]+)(?: ([a-z]+)\b)?")
 
 
@@ -26,12 +29,14 @@ class Page:
         links: destinations of links and images, without those to other sites.
         anchors: names that a link to this page may end with.
         commands: lines of its code that run make or attnimg: the program and its arguments.
+        paths: files and folders of the repository that it names as code; `*` stands for anything.
         images: pairs of an image's tag and the word after it, of `docker run ... attnimg:TAG WORD`.
     """
 
     links: tuple[str, ...]
     anchors: frozenset[str]
     commands: tuple[tuple[str, tuple[str, ...]], ...]
+    paths: tuple[str, ...]
     images: tuple[tuple[str, str], ...]
 
 
@@ -56,6 +61,11 @@ def read_page(text: str) -> Page:
         anchors=frozenset(_ID.findall(html)) | frozenset(_headings(tokens)),
         commands=tuple(
             (found[1], tuple(words(found[2]))) for line in code if (found := _COMMAND.match(line))
+        ),
+        paths=tuple(
+            token.content
+            for token in tokens
+            if token.type == "code_inline" and _PATH.fullmatch(token.content)
         ),
         images=tuple(
             (tag, word)
@@ -105,3 +115,8 @@ def broken_links(path: Path, page: Page, *, root: Path) -> list[str]:
         if anchor and anchor not in anchors:
             broken.append(link)
     return broken
+
+
+def missing_paths(page: Page, *, root: Path) -> list[str]:
+    """Return the paths that a page names and that the repository does not have."""
+    return [path for path in page.paths if not any(root.glob(path.rstrip("/")))]

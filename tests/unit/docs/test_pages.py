@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from markdown_pages import Page, broken_links, read_page
+from markdown_pages import Page, broken_links, missing_paths, read_page
 
 from attnimg.cli import COMMANDS
 from attnimg.select.images import catalogue
@@ -55,6 +55,7 @@ def test_links_and_commands_exist(path: Path) -> None:
     page = read_page(path.read_text(encoding="utf-8"))
     assert broken_links(path, page, root=ROOT) == []
     assert wrong_commands(page) == []
+    assert missing_paths(page, root=ROOT) == []
 
 
 def test_pages_have_links_and_commands() -> None:
@@ -62,6 +63,7 @@ def test_pages_have_links_and_commands() -> None:
     assert len(PAGES) > 25
     assert sum(len(page.links) for page in pages) > 60
     assert sum(len(page.commands) for page in pages) > 60
+    assert sum(len(page.paths) for page in pages) > 60
     assert sum(len(page.images) for page in pages) > 5
 
 
@@ -110,6 +112,21 @@ def test_a_command_that_does_not_exist_is_found(code: str, wrong: list[str]) -> 
     assert wrong_commands(read_page(f"text\n\n```bash\n{code}\n```\n")) == wrong
     if "\n" not in code:
         assert wrong_commands(read_page(f"Run `{code}` now.")) == wrong
+
+
+@pytest.mark.parametrize(
+    ("text", "missing"),
+    [
+        pytest.param("`docs/a.md`, `docs/`, `docs/*.md`", [], id="a file, a folder, a pattern"),
+        pytest.param("`docs/<name>.md` `docs` `x/b.md`", [], id="other code"),
+        pytest.param("`docs/b.md`", ["docs/b.md"], id="no such file"),
+        pytest.param("`docs/*.toml`", ["docs/*.toml"], id="no file of a pattern"),
+    ],
+)
+def test_a_path_that_does_not_exist_is_found(tmp_path: Path, text: str, missing: list[str]) -> None:
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs/a.md").touch()
+    assert missing_paths(read_page(text), root=tmp_path) == missing
 
 
 def test_the_site_has_every_page() -> None:
