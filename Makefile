@@ -66,7 +66,7 @@ check: .venv/ready ## Format, lint, types, import layers
 	$(BIN)/hadolint -c docker/hadolint.yaml docker/Dockerfile
 	$(BIN)/shellcheck docker/*.sh docker/install/*.sh .ci/run
 	$(BIN)/actionlint .github/workflows/*.yml
-	$(BIN)/zizmor --offline --quiet .github/workflows
+	$(BIN)/zizmor --offline --quiet .github
 
 docs: build/docs/ready ## Build the site of docs/ into build/site; a broken link is refused
 	@NO_MKDOCS_2_WARNING=1 build/docs/bin/mkdocs build --strict

@@ -1,4 +1,4 @@
-"""The README is short, and shows what the commands really print."""
+"""The README is short, and it and the guides show what `attnimg explain` really prints."""
 
 from __future__ import annotations
 
@@ -57,8 +57,10 @@ def test_the_demo_s_model_is_the_one_that_is_explained() -> None:
         assert f"{key}={value}," in script
 
 
-def test_explain_prints_what_the_readme_shows(tmp_path: Path) -> None:
-    shown = re.search(r"```\n\$ \.venv/bin/attnimg (explain .*)\n([^`]*)```", README)
+@pytest.mark.parametrize("page", ["README.md", "docs/why-this-backend.md"])
+def test_explain_prints_what_a_page_shows(tmp_path: Path, page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    shown = re.search(r"```\n\$ \.venv/bin/attnimg (explain .*)\n([^`]*)```", text)
     assert shown
     folder = tmp_path / "outputs/demo/untrained"
     folder.mkdir(parents=True)
