@@ -1,4 +1,4 @@
-# attnimg's menu. `make demo` and `make test` set up what they need, in .venv, by themselves.
+# Commands of attnimg. Every target installs its own dependencies, in .venv and build/.
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
@@ -10,19 +10,19 @@ PIP := $(BIN)/pip install -qq --disable-pip-version-check
 DEMO := outputs/demo
 # Processes for `make test`.
 JOBS ?= 2
-# One thread a process: on a shared machine, more are slower, and losses stay bit for bit the same.
+# One thread per process: more are slower on a shared machine, and losses stay the same bit for bit.
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 
 .PHONY: help setup demo test check docs bench lock render families classes gpu-kit clean
 
-help: ## Show this menu
+help: ## Show these targets
 	@grep -hE '^[a-z0-9/%-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9\/%-]+):.*## /\1\t/' | expand -t 12
 
-setup: .venv/ready ## Make .venv with attnimg and the locked packages in it
+setup: .venv/ready ## Install attnimg and the locked packages into .venv
 
-demo: .venv/ready ## Train a small model on real English text, a few minutes on two cores
-	@echo "demo: starting clean in $(DEMO)"
+demo: .venv/ready ## Train a small model on English text; a few minutes on two cores
+	@echo "demo: removing $(DEMO)/trained"
 	@rm -rf $(DEMO)/trained
 	@$(BIN)/python examples/demo/make_model.py $(DEMO)/untrained
 	@echo; echo "  before training, it writes:"
@@ -31,13 +31,13 @@ demo: .venv/ready ## Train a small model on real English text, a few minutes on 
 	@$(BIN)/attnimg train examples/demo/demo.yaml
 	@echo; echo "  after training, it writes:"
 	@$(BIN)/python examples/demo/sample.py $(DEMO)/trained
-	@echo; echo "  look at $(DEMO)/trained/loss.png and $(DEMO)/trained/receipt.json"
+	@echo; echo "  see $(DEMO)/trained/loss.png and $(DEMO)/trained/receipt.json"
 
 test: .venv/ready ## Run the tests that need no Docker and no GPU
-	@# By file, for the fixtures of a file; in the order of tests/conftest.py.
+	@# By file, since files have fixtures of their own; in the order of tests/conftest.py.
 	$(BIN)/pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
-test/packages: .venv/ready build/fa4/ready ## Compare the backends' files with the kernels' own packages: 17 MB, and build/fa4
+test/packages: .venv/ready build/fa4/ready ## Compare the files of backends with the kernel packages; downloads 17 MB, and build/fa4
 	@mkdir -p build/packages
 	FLASH_ATTENTION_SKIP_CUDA_BUILD=TRUE $(BIN)/pip download -q --disable-pip-version-check -d build/packages --no-deps \
 	  --no-binary flash-attn --no-build-isolation $$(grep -oh '^kernels==[^ ]*' requirements/lock.txt) \
@@ -45,14 +45,14 @@ test/packages: .venv/ready build/fa4/ready ## Compare the backends' files with t
 	WHEELS=build/packages FA4_PYTHON=build/fa4/bin/python $(BIN)/pytest tests/packages
 
 .PHONY: attack
-attack: .venv/ready ## Run attnimg on generated wrong configs, files and environments, and kill runs; 20 minutes; ATTACK_SEED=N
+attack: .venv/ready ## Run attnimg on random wrong configs, files and environments, and kill runs; 20 minutes; ATTACK_SEED=N
 	ATTACK_SECONDS=$(or $(ATTACK_SECONDS),120) ATTACK_KILLS=50 $(BIN)/pytest -n $(JOBS) --timeout 3600 tests/attack
 
 .PHONY: test/data
 test/data: .venv/ready ## Test 20 times as many random records and conversations as `make test` does, 15 minutes
 	DATA_EXAMPLES=20 $(BIN)/pytest -n $(JOBS) --timeout 3600 tests/unit/data/test_data_properties.py tests/unit/data/test_chat_labels.py
 
-test/templates: .venv/ready ## Label conversations with the chat templates of axolotl's wheel, 2 MB
+test/templates: .venv/ready ## Label conversations with the chat templates of axolotl's wheel; downloads 2 MB
 	@mkdir -p build/packages
 	$(BIN)/pip download -q --disable-pip-version-check -d build/packages --no-deps axolotl==0.19.0
 	WHEELS=build/packages $(BIN)/pytest tests/packages/test_chat_templates.py
@@ -75,34 +75,34 @@ docs: build/docs/ready ## Build the site of docs/ into build/site; a broken link
 	@echo "docs: open build/site/index.html; with search: python3 -m http.server -d build/site"
 
 .PHONY: gpu-rehearsal
-gpu-rehearsal: .venv/ready ## Rehearse tests/gpu/day.py, what a GPU machine runs, on a CPU; 1 minute
+gpu-rehearsal: .venv/ready ## Run tests/gpu/suite.py, the script for GPU machines, on a CPU; 1 minute
 	@rm -f build/gpu-rehearsal.jsonl
-	$(BIN)/python tests/gpu/day.py --rehearsal --budget 900 --out build/gpu-rehearsal.jsonl
+	$(BIN)/python tests/gpu/suite.py --rehearsal --budget 900 --out build/gpu-rehearsal.jsonl
 	@$(BIN)/python -m recipes gpu-run build/gpu-rehearsal.jsonl --all-right >build/gpu-rehearsal.md
-	@echo "gpu-rehearsal: the records are complete; as a page: build/gpu-rehearsal.md"
+	@echo "gpu-rehearsal: the records are complete; report: build/gpu-rehearsal.md"
 
-gpu-rehearsal/old: build/gpu-old/ready ## The same with the transformers of the GPU machine, 5.17
+gpu-rehearsal/old: build/gpu-old/ready ## The same with transformers 5.17, as on a machine with older packages
 	@$(MAKE) gpu-rehearsal BIN=build/gpu-old/bin --assume-old=.venv/ready
 
-bench: .venv/ready ## Measure the figures of the README
+bench: .venv/ready ## Measure the figures in the README
 	$(BIN)/python benchmarks/startup.py
 	$(BIN)/python benchmarks/packing.py
 	$(BIN)/python benchmarks/router.py
 
-bench/proof-noise: .venv/ready ## Count how often proofs misjudge kernels with a GPU's noise, an hour
+bench/proof-noise: .venv/ready ## Count wrong proofs of kernels with the numerical noise of a GPU; an hour
 	$(BIN)/python benchmarks/proof_noise.py
 
-bench/checkpoints: .venv/ready ## Measure how long hashing takes when a checkpoint is saved and resumed from, 2 minutes
+bench/checkpoints: .venv/ready ## Measure the time of hashing in saving and resuming checkpoints; 2 minutes
 	@mkdir -p build
 	$(BIN)/python benchmarks/checkpoints.py
 
-bench/proof-cost: .venv/ready ## Compare the CPU time of a proof with that at commit 5a8433e, 5 minutes
+bench/proof-cost: .venv/ready ## Compare the CPU time of a proof with that at commit 5a8433e; 5 minutes
 	$(BIN)/python benchmarks/proof_cost.py
 
-bench/own-loss: .venv/ready ## Count false alarms and misses of the loss comparison, 15 minutes
+bench/own-loss: .venv/ready ## Count false alarms and misses of the loss comparison; 15 minutes
 	$(BIN)/python benchmarks/own_loss.py
 
-bench/running-check: .venv/ready ## Count false alarms and misses of the running check, and measure its cost, 10 minutes
+bench/running-check: .venv/ready ## Count false alarms and misses of the running check, and measure its cost; 10 minutes
 	$(BIN)/python benchmarks/running_check.py
 
 lock: .venv/ready ## Resolve requirements/ again, from pyproject.toml and recipes/
@@ -115,56 +115,56 @@ lock: .venv/ready ## Resolve requirements/ again, from pyproject.toml and recipe
 	$(BIN)/python -m recipes lock
 	$(BIN)/python -m recipes render
 
-render: .venv/ready ## Write every file that is made of recipes/
+render: .venv/ready ## Write every file that is generated from recipes/
 	$(BIN)/python -m recipes render
 
-families: .venv/ready ## Train a tiny model of every causal type of transformers, packed and not, 20 minutes
+families: .venv/ready ## Train a tiny model of every causal type of transformers, packed and not; 20 minutes
 	PYTHONPATH=.:tests/fixtures $(BIN)/python tests/train/families.py
 	@$(BIN)/python -m recipes render
 
-classes: .venv/ready ## Ask the pinned transformers what its model classes do not take
+classes: .venv/ready ## List the model classes of the pinned transformers, and what they don't support
 	$(BIN)/python -m recipes classes
 
-engine: ## Start a Docker engine where there is none; root
+engine: ## Start a Docker engine if none is running; needs root
 	@docker/engine.sh
 
-base: engine ## Have the base that images are built on
+base: engine ## Make the base image, from a registry or from Debian's packages
 	@docker/base.sh
 
-# An engine and a base, though not for an image that does not exist.
-HAVE_BASE = @docker/build.py $* --check && $(MAKE) base
+# The engine and the base image, but not for an image that does not exist.
+NEEDS_BASE = @docker/build.py $* --check && $(MAKE) base
 
-# $(call HAS_SET,FILE,WHAT): an image whose recipe has nothing to compile ahead of time is refused.
-HAS_SET = @[ -e docker/images/$*/$(1) ] || { printf '$@: %s\n  why: %s\n  do:  %s\n' "attnimg:$* has no $(2)" \
+# $(call NEEDS_SET,FILE,WHAT): refuse an image whose recipe has nothing to compile ahead of time.
+NEEDS_SET = @[ -e docker/images/$*/$(1) ] || { printf '$@: %s\n  why: %s\n  do:  %s\n' "attnimg:$* has no $(2)" \
 	  "found no docker/images/$*/$(1)" "name one of: $$(cd docker/images && ls */$(1) | cut -d/ -f1 | paste -sd ' ')" >&2; exit 2; }
 
-build/%: ## Build the image attnimg:%, such as build/cpu; WHEELS=dist/% compiles nothing
-	$(HAVE_BASE)
+build/%: ## Build the image attnimg:%, for example build/cpu; WHEELS=dist/% uses existing wheels
+	$(NEEDS_BASE)
 	@docker/build.py $*
 
 toolchain/%: ## Build the stage that compiles the kernels of attnimg:%
-	$(HAVE_BASE)
+	$(NEEDS_BASE)
 	@docker/build.py $* --stage toolchain
 
-sources/%: .venv/ready ## Have the git trees of attnimg:%'s kernels; from clones below FROM=DIR
+sources/%: .venv/ready ## Fetch the git trees of attnimg:%'s kernels; FROM=DIR reads them from clones
 	@$(BIN)/python -m recipes sources $* $(if $(FROM),--from "$$FROM")
 
-wheels/%: ## Compile the kernels of attnimg:% into dist/%, hours; TRIM=1 small ones, minutes
-	$(HAVE_BASE)
+wheels/%: ## Compile the kernels of attnimg:% into dist/%; hours; TRIM=1 makes small builds in minutes
+	$(NEEDS_BASE)
 	@PROGRESS=plain docker/build.py $* --wheels-to dist/$*
 
-built/%: .venv/ready ## Write down what dist/% holds; MACHINE="what it was built on"
-	@[ -n "$(MACHINE)" ] || { printf 'built: %s\n  why: %s\n  do:  %s\n' "the machine is not named" \
+built/%: .venv/ready ## Record the contents of dist/% in docs/built; MACHINE="the build machine"
+	@[ -n "$(MACHINE)" ] || { printf 'built: %s\n  why: %s\n  do:  %s\n' "no build machine is given" \
 	  "found no MACHINE" "make $@ MACHINE='2 cores, no GPU', in general words" >&2; exit 2; }
 	@$(BIN)/python -m recipes built $* --wheels dist/$* --machine "$(MACHINE)"
 
-unit/%: ## Compile one real unit of flash-attn for attnimg:%, 5 minutes
-	$(HAVE_BASE)
+unit/%: ## Compile one source file of flash-attn for attnimg:%; 5 minutes
+	$(NEEDS_BASE)
 	@PROGRESS=plain docker/build.py $* --kernel flash-attn --stage unit
 
-fa4-kernels/%: .venv/ready ## Compile FlashAttention-4's kernels for attnimg:% into dist/, 10 minutes an architecture
-	$(call HAS_SET,fa4_kernels.json,kernels of FlashAttention-4)
-	$(HAVE_BASE)
+fa4-kernels/%: .venv/ready ## Compile FlashAttention-4's kernels for attnimg:% into dist/; 10 minutes per architecture
+	$(call NEEDS_SET,fa4_kernels.json,kernels of FlashAttention-4)
+	$(NEEDS_BASE)
 	@PROGRESS=plain docker/build.py $* --stage fa4-kernels
 	@rm -rf dist/fa4-kernels-$* && mkdir -p dist docs/built
 	@id=$$(docker create attnimg-fa4-kernels:$* none) && \
@@ -172,13 +172,13 @@ fa4-kernels/%: .venv/ready ## Compile FlashAttention-4's kernels for attnimg:% i
 	@$(BIN)/python -B docker/precompiled/record.py dist/fa4-kernels-$*/manifest.json >dist/record.json
 	@mv dist/record.json docs/built/fa4-cache-$*.json
 	@release=$$(sed -n 's/.*"python release": "\([^"]*\)".*/\1/p' docs/built/fa4-cache-$*.json); \
-	  echo "test them by a Python $$release, as the image has; another would look for other kernels:"; \
+	  echo "test them with Python $$release, as in the image; another looks up other kernels:"; \
 	  echo "  rm -rf build/fa4; FA4_KERNELS=dist/fa4-kernels-$* make test/fa4-cache PYTHON=PATH"; \
-	  echo "  PATH of Python $$release; Debian bookworm's own, /usr/bin/python3.11, is 3.11.2"
+	  echo "  PATH is that of Python $$release; Debian bookworm's /usr/bin/python3.11 is 3.11.2"
 
-triton-kernels/%: .venv/ready ## Compile SageAttention's Triton kernels for attnimg:% into dist/, 1 to 3 minutes an architecture
-	$(call HAS_SET,triton_kernels.json,Triton kernels)
-	$(HAVE_BASE)
+triton-kernels/%: .venv/ready ## Compile SageAttention's Triton kernels for attnimg:% into dist/; 1 to 3 minutes per architecture
+	$(call NEEDS_SET,triton_kernels.json,Triton kernels)
+	$(NEEDS_BASE)
 	@PROGRESS=plain docker/build.py $* --stage triton-kernels
 	@rm -rf dist/triton-kernels-$* && mkdir -p dist docs/built
 	@id=$$(docker create attnimg-triton-kernels:$* none) && \
@@ -186,30 +186,30 @@ triton-kernels/%: .venv/ready ## Compile SageAttention's Triton kernels for attn
 	@$(BIN)/python -B docker/precompiled/record.py dist/triton-kernels-$*/manifest.json >dist/record.json
 	@mv dist/record.json docs/built/triton-cache-$*.json
 
-test/fa4-cache: .venv/ready build/fa4/ready ## Compile kernels of FlashAttention-4 and Triton without a GPU, and find them
+test/fa4-cache: .venv/ready build/fa4/ready ## Compile kernels of FlashAttention-4 and Triton without a GPU, and look them up
 	TRITON_PYTHON=build/fa4/bin/python $(BIN)/pytest tests/precompiled/triton
 	FA4_PYTHON=build/fa4/bin/python $(BIN)/pytest tests/precompiled/fa4
 
-test/contexts: .venv/ready ## Train in every context: rows x precision x weights x checkpointing x compiled; 242 runs, half of them compiled
+test/contexts: .venv/ready ## Train with every combination of rows, precision, weights, checkpointing, compilation; 242 runs
 	CONTEXTS=all $(BIN)/pytest -v tests/train/test_contexts.py
 
-test/proofs: .venv/ready ## Prove all wrong kernels, also those that `make test` leaves out, 6 minutes
+test/proofs: .venv/ready ## Run the proofs of all wrong kernels, also of those that `make test` leaves out; 6 minutes
 	PROOFS=all $(BIN)/pytest -v tests/unit/test_mutations.py tests/unit/test_mutations_products.py \
 	  tests/unit/test_prove_cli.py
 
 test/reload: .venv/ready ## Train 110 model types, save and reload them: full and LoRA, float32 and bfloat16; 15 minutes
 	RELOAD=all $(BIN)/pytest -v tests/train/test_reload.py
 
-test/gates: .venv/ready build/nvcc/ready ## Test the gates on small images with real machine code, 1 minute
+test/gates: .venv/ready build/nvcc/ready ## Test the gates on small images with real machine code; 1 minute
 	$(BIN)/pytest tests/gates
 
 test/%: .venv/ready ## Test the image attnimg:%
 	IMAGE=attnimg:$* $(BIN)/pytest tests/image
 
-gate/%: .venv/ready ## Judge attnimg:%, or ARCHIVE=file or folder, or WHEELS=dist/%; no GPU, no daemon
+gate/%: .venv/ready ## Check attnimg:% by all gates, or ARCHIVE=file or folder, or WHEELS=dist/%; no GPU
 	@if [ -z "$${ARCHIVE-}$${WHEELS-}" ]; then \
 	  docker image inspect attnimg:$* >/dev/null 2>&1 || { printf 'gate: %s\n  why: %s\n  do:  %s\n' \
-	    "there is no image attnimg:$*" "docker knows none of that name here" \
+	    "there is no image attnimg:$*" "docker image inspect does not find it" \
 	    "make build/$*, or make $@ ARCHIVE=FILE" >&2; exit 2; }; \
 	  mkdir -p build; trap 'rm -f build/$*.tar' EXIT; \
 	  echo "gate: saving attnimg:$* to build/$*.tar"; docker save attnimg:$* -o build/$*.tar; fi; \
@@ -223,26 +223,26 @@ gpu/%: ## Run the GPU tests inside attnimg:%, on a machine with the GPU
 	@docker run --rm --gpus all -v "$$PWD/tests:/tests:ro" --workdir /tests --entrypoint python \
 	  attnimg:$* -m pytest gpu
 
-gpu-kit: .venv/ready ## Prepare what a GPU machine without network needs; COMPILE=python3.12 builds wheels too
+gpu-kit: .venv/ready ## Pack the files for a GPU machine without network; COMPILE=python3.12 builds wheels too
 	@$(BIN)/python tests/gpu/make_kit.py $(if $(COMPILE),--compile "$$COMPILE")
 
-matrix/%: ## Print what CI runs as JSON: matrix/images, matrix/gpu, matrix/untested
+matrix/%: ## Print the jobs of CI as JSON: matrix/images, matrix/gpu, matrix/untested
 	@python3 .github/matrix.py $*
 
 push/%: .venv/ready ## Push attnimg:% to REGISTRY=host/name/
-	@[ -n "$(REGISTRY)" ] || { printf 'push: %s\n  why: %s\n  do:  %s\n' "the registry is not named" \
+	@[ -n "$(REGISTRY)" ] || { printf 'push: %s\n  why: %s\n  do:  %s\n' "no registry is given" \
 	  "found no REGISTRY" "make $@ REGISTRY=host/name/, with its slash" >&2; exit 2; }
 	@$(BIN)/python -m recipes publish $*
 	@$(MAKE) gate/$*
 	docker tag attnimg:$* $(REGISTRY)attnimg:$*
 	docker push $(REGISTRY)attnimg:$*
 
-clean: ## Remove what was built here, .venv too
+clean: ## Remove all build outputs, and .venv
 	rm -rf .venv outputs build dist .pytest_cache .hypothesis .mypy_cache .ruff_cache .import_linter_cache
 
-# FlashAttention-4 in the versions of the images, on the CPU build of torch; attnimg runs there too.
+# FlashAttention-4 in the versions of the images, with the CPU build of torch.
 build/fa4/ready: requirements/torch.txt docker/constraints/hopper.txt docker/precompiled/fa4/requirements.txt
-	@echo "fa4-cache: making build/fa4 with FlashAttention-4, 1 minute"
+	@echo "fa4-cache: installing FlashAttention-4 into build/fa4, 1 minute"
 	@$(PYTHON) -m venv build/fa4
 	@build/fa4/bin/pip install -qq --disable-pip-version-check -r requirements/torch.txt
 	@build/fa4/bin/pip install -qq --disable-pip-version-check --no-deps -r docker/precompiled/fa4/requirements.txt
@@ -253,7 +253,7 @@ build/fa4/ready: requirements/torch.txt docker/constraints/hopper.txt docker/pre
 	@touch $@
 
 .venv/ready: requirements/torch.txt requirements/lock.txt pyproject.toml
-	@echo "setup: making .venv, 1 to 3 minutes; 1 of 3: torch"
+	@echo "setup: installing into .venv, 1 to 3 minutes; 1 of 3: torch"
 	@$(PYTHON) -m venv .venv
 	@$(PIP) -r requirements/torch.txt
 	@echo "setup: 2 of 3: $$(grep -c '==' requirements/lock.txt) locked packages"
@@ -268,13 +268,13 @@ build/docs/ready: requirements/docs.txt
 	@build/docs/bin/pip install -qq --disable-pip-version-check --require-hashes --no-deps -r requirements/docs.txt
 	@touch $@
 
-# What a machine with a GPU is likely to have: no attnimg, older libraries. trl and datasets for `train`.
+# Packages that a machine with a GPU is likely to have: no attnimg, older libraries; trl and datasets for `train`.
 build/gpu-old/ready: requirements/torch.txt Makefile
-	@echo "gpu-rehearsal: making build/gpu-old with transformers 5.17, 1 to 3 minutes"
+	@echo "gpu-rehearsal: installing transformers 5.17 into build/gpu-old, 1 to 3 minutes"
 	@$(PYTHON) -m venv build/gpu-old
 	@build/gpu-old/bin/pip install -qq --disable-pip-version-check -r requirements/torch.txt \
 	  transformers==5.17.0 accelerate==1.15.0 trl==1.16.0 kernels==0.17.2 'datasets>=5.2,<6' 'peft>=0.21,<0.22' \
-	  matplotlib psutil pyyaml rich 'typer>=0.16' 'pydantic>=2.11' 'platformdirs>=4' packaging pytest pytest-timeout
+	  matplotlib psutil pyyaml rich 'pydantic>=2.11' 'platformdirs>=4' packaging pytest pytest-timeout
 	@touch $@
 
 build/nvcc/ready: tests/gates/compiler.py requirements/images/toolchain-2.14.1-cu130.txt

@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def part(name: str, matrix: dict[str, list[dict[str, str]]]) -> str:
-    """Give one part as text.
+    """Return one part as text.
 
     Args:
         name: "images" to build, "gpu" suites that have a runner, or "untested" ones that have none.
@@ -30,11 +30,11 @@ def part(name: str, matrix: dict[str, list[dict[str, str]]]) -> str:
 
 
 if __name__ == "__main__":
-    asked = sys.argv[1:]
-    if asked not in (["images"], ["gpu"], ["untested"]):
+    arguments = sys.argv[1:]
+    if arguments not in (["images"], ["gpu"], ["untested"]):
         sys.exit(
-            f"matrix: there is no part {' '.join(asked)!r}\n  why: known: images, gpu, untested\n"
-            "  do:  make matrix/images"
+            f"matrix: there is no part {' '.join(arguments)!r}\n"
+            "  why: known: images, gpu, untested\n  do:  make matrix/images"
         )
-    found = json.loads(Path(__file__).with_name("matrix.json").read_text(encoding="utf-8"))
-    sys.stdout.write(part(asked[0], found) + "\n")
+    matrix = json.loads(Path(__file__).with_name("matrix.json").read_text(encoding="utf-8"))
+    sys.stdout.write(part(arguments[0], matrix) + "\n")

@@ -2,7 +2,7 @@
 
 Trains all weights of models: a checkpoint has the weights and twice their size of the optimizer. It
 saves checkpoints in turn with hashes, and by the same code with a constant for each hash; the last
-ones as attnimg 0.1.0 did: pickled, without hashes, and complete before training continues. Resuming
+ones as attnimg 0.1.0 did: pickled, without hashes, and finished before training continues. Resuming
 is timed in new processes, from their start to the first step; the files are in the page cache.
 Writes docs/measured/checkpoints.json, and exits with 1 where a share is above TARGET. It needs two
 idle cores: a thread hashes while another writes or trains.
@@ -68,13 +68,16 @@ def main() -> int:
     import torch
 
     with tempfile.TemporaryDirectory(dir=ROOT / "build") as made:
-        saves = {name: called(f"saves({str(Path(made) / name)!r}, {name!r})") for name in RUNS}
+        saves = {
+            name: call_in_process(f"measure_saves({str(Path(made) / name)!r}, {name!r})")
+            for name in RUNS
+        }
         first = str(Path(made) / FIRST)
-        resumes = [called(f"resume({first!r})") for _ in range(RESUMES)]
+        resumes = [call_in_process(f"measure_resume({first!r})") for _ in range(RESUMES)]
     record = {
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "machine": f"{platform.machine()} CPU, {os.cpu_count()} cores, torch {torch.__version__}",
-        **described(),
+        **settings(),
         "saves": saves,
         "resumes": resumes,
     }
@@ -85,7 +88,7 @@ def main() -> int:
     return int(max(figures["of_saves"][FIRST]["extra"], figures["share_of_resume"]) > TARGET)
 
 
-def described() -> dict[str, Any]:
+def settings() -> dict[str, Any]:
     """Return the settings of the measurement, for the test that the record is up to date."""
     return {"runs": RUNS, "keys": KEYS, "target": TARGET}
 
@@ -124,8 +127,8 @@ def summary(record: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def called(call: str) -> Any:
-    """Return what a function of this file prints in a process of its own."""
+def call_in_process(call: str) -> Any:
+    """Call a function of this file in a new process; return the JSON that it prints."""
     done = subprocess.run(
         [sys.executable, "-c", f"from benchmarks.checkpoints import *; {call}"],
         cwd=ROOT, capture_output=True, text=True, check=False,
@@ -144,10 +147,10 @@ def write_model(folder: Path, model: dict[str, Any]) -> None:
     LlamaForCausalLM(LlamaConfig(**model)).save_pretrained(folder)
 
 
-def saves(place: str, name: str) -> None:
+def measure_saves(place: str, name: str) -> None:
     """Train and save; print the seconds of each kind of save, and the size of a checkpoint.
 
-    One save more comes last, with hashes: the resumes start from it.
+    One more save with hashes is last: the resumes start from it.
     """
     import torch
     from tiny_run import run
@@ -155,14 +158,14 @@ def saves(place: str, name: str) -> None:
     from attnimg.train.checkpoint import FileHashes, Finishing
     from attnimg.train.engine import Engine
 
-    folder, settings = Path(place), RUNS[name]
-    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: settings["cores"]])
+    folder, run_settings = Path(place), RUNS[name]
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: run_settings["cores"]])
     torch.set_num_threads(1)
-    write_model(folder / "model", settings["model"])
-    order = order_of(name)
+    write_model(folder / "model", run_settings["model"])
+    order = save_order(name)
     found: dict[str, Any] = {kind: [] for kind in KINDS}
     current = {"blocked": 0.0, "finished": 0.0, "cycle": 0.0}
-    changed = ExitStack()
+    patches = ExitStack()
     began, current_kind = 0.0, ""
     save, settle, begin = Engine._save_checkpoint, FileHashes.settle, Finishing.begin
 
@@ -189,10 +192,10 @@ def saves(place: str, name: str) -> None:
         if number:
             current["cycle"] = time.perf_counter() - began
             found[current_kind].append({what: round(took, 4) for what, took in current.items()})
-        changed.close()
+        patches.close()
         current_kind = [*order, "hashed"][number]
-        for change in changes(current_kind):
-            changed.enter_context(change)
+        for patch in patches_for(current_kind):
+            patches.enter_context(patch)
         current["blocked"], began = 0.0, time.perf_counter()
         blocking(save)(engine, *arguments)
 
@@ -207,13 +210,13 @@ def saves(place: str, name: str) -> None:
     print(json.dumps(found))
 
 
-def order_of(name: str) -> list[str]:
+def save_order(name: str) -> list[str]:
     """Return the kind of each save of a run."""
     return [*COMPARED * RUNS[name]["rounds"], *EARLIER]
 
 
-def changes(kind: str) -> list[Any]:
-    """Return what is patched for a kind of save."""
+def patches_for(kind: str) -> list[Any]:
+    """Return the patches for a kind of save."""
     from transformers import Trainer
 
     from attnimg.train import checkpoint
@@ -242,7 +245,7 @@ def flush_in_turn(folder: Path, *_: object, **__: object) -> None:
         flush(path)
 
 
-def resume(folder: str) -> None:
+def measure_resume(folder: str) -> None:
     """Resume from the newest checkpoint of a folder, and print the seconds up to the first step."""
     import psutil
     from tiny_run import run

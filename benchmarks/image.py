@@ -1,4 +1,4 @@
-"""Measure the cpu image: its size, its build, and how soon a run in it makes its first step.
+"""Measure the cpu image: its size, its build, and the time to the first training step.
 
     python benchmarks/image.py [--cold]
 
@@ -83,14 +83,14 @@ def first_step_seconds() -> float:
             if not seconds and line.lstrip().startswith("step"):
                 seconds = time.monotonic() - began
         if process.wait() != 0 or not seconds:
-            sys.exit("the run failed; see docker run by hand")
+            sys.exit("the run failed; run the docker command by hand")
         return seconds
 
 
 def main() -> None:
     """Print every figure, one per line."""
     parser = argparse.ArgumentParser(description="Measure the cpu image.")
-    parser.add_argument("--cold", action="store_true", help="build it from nothing, too")
+    parser.add_argument("--cold", action="store_true", help="also build it without a cache")
     cold = parser.parse_args().cold
     print(f"{IMAGE} on disk              {disk_bytes() / 1e6:,.0f} MB")
     print(f"{IMAGE} compressed, zstd -3  {compressed_bytes() / 1e6:,.0f} MB; at most 350")
@@ -98,7 +98,7 @@ def main() -> None:
         print(
             f"build without layer cache        {build_seconds(change=False, no_cache=True):.0f} s"
         )
-    build_seconds(change=False)  # so that the next build has all but the change in its cache
+    build_seconds(change=False)  # the next build has everything but the change in its cache
     print(f"build after a one-line change    {build_seconds(change=True):.0f} s; at most 60")
     print(f"docker run ... train, first step {first_step_seconds():.0f} s")
 

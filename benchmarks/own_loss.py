@@ -50,14 +50,14 @@ def main() -> int:
     import torch
 
     torch.set_num_threads(1)
-    wanted = sys.argv[1:] or [*TYPES, *MISSED_BY_TRL]
+    types = sys.argv[1:] or [*TYPES, *MISSED_BY_TRL]
     record: dict[str, Any] = {
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "machine": f"{platform.machine()} CPU, torch {torch.__version__}",
-        **described(),
+        **settings(),
         "compared": {},
     }
-    for model_type in wanted:
+    for model_type in types:
         found = compare_type(model_type)
         record["compared"][model_type] = found
         print(f"{model_type}: {json.dumps(found)}", flush=True)
@@ -70,7 +70,7 @@ def main() -> int:
                     or record["missed_by_trl"]["missed"]))  # fmt: skip
 
 
-def described() -> dict[str, Any]:
+def settings() -> dict[str, Any]:
     """Return the settings of the comparison, for the test that the record is up to date."""
     tolerance = import_module("attnimg.train.loss")
     layer = import_module("attnimg.train.own_loss")

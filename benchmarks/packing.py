@@ -37,8 +37,8 @@ def draw_lengths(case: str) -> tuple[str, Integers]:
     rng = np.random.default_rng(SEED)
     if case == "uniform":
         return f"uniform(16, {CAPACITY})", rng.integers(16, CAPACITY + 1, DOCUMENTS)
-    drawn = rng.lognormal(mean=6.0, sigma=1.0, size=DOCUMENTS).astype(np.int64)
-    return f"log-normal(6, 1) cut to 1..{CAPACITY}", np.clip(drawn, 1, CAPACITY)
+    lengths = rng.lognormal(mean=6.0, sigma=1.0, size=DOCUMENTS).astype(np.int64)
+    return f"log-normal(6, 1) cut to 1..{CAPACITY}", np.clip(lengths, 1, CAPACITY)
 
 
 def lower_bound(lengths: Integers) -> int:
@@ -59,12 +59,12 @@ def lower_bound(lengths: Integers) -> int:
     return int((alone + above_half + further).max())
 
 
-def rows_of_ours(lengths: Integers) -> int:
+def count_attnimg_rows(lengths: Integers) -> int:
     """Count the rows of attnimg's packing."""
     return pack(lengths, capacity=CAPACITY, seed=SEED).count
 
 
-def rows_of_first_fit(lengths: Integers) -> int:
+def count_first_fit_rows(lengths: Integers) -> int:
     """Count the rows of first-fit-decreasing; a tree node holds the largest room below it."""
     leaves = 1 << (len(lengths) - 1).bit_length()
     room = [CAPACITY] * (2 * leaves)
@@ -79,7 +79,7 @@ def rows_of_first_fit(lengths: Integers) -> int:
     return sum(left < CAPACITY for left in room[leaves:])
 
 
-def rows_of_trl(lengths: Integers) -> int:
+def count_trl_rows(lengths: Integers) -> int:
     """Count the rows of TRL's best-fit-decreasing, which works on batches of 1,000 documents."""
     import datasets
     import pyarrow as pa
@@ -94,15 +94,15 @@ def rows_of_trl(lengths: Integers) -> int:
 
 def measure(case: str) -> dict[str, Any]:
     """Pack the lengths of one case in every way."""
-    drawn, lengths = draw_lengths(case)
+    description, lengths = draw_lengths(case)
     methods: dict[str, Callable[[Integers], int]] = {
-        "attnimg": rows_of_ours,
-        "first-fit-decreasing": rows_of_first_fit,
-        f"TRL {version('trl')} bfd, with its data": rows_of_trl,
+        "attnimg": count_attnimg_rows,
+        "first-fit-decreasing": count_first_fit_rows,
+        f"TRL {version('trl')} bfd, with its data": count_trl_rows,
     }
     results = {}
     for name, count_rows in methods.items():
-        count_rows(lengths[:100])  # its imports
+        count_rows(lengths[:100])  # import its modules
         began = time.process_time()
         rows = count_rows(lengths)
         seconds = time.process_time() - began
@@ -112,7 +112,7 @@ def measure(case: str) -> dict[str, Any]:
     bound = lower_bound(lengths)
     return {
         "case": case,
-        "lengths": drawn,
+        "lengths": description,
         "documents": len(lengths),
         "capacity": CAPACITY,
         "seed": SEED,

@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[1]
 RECORD = ROOT / "docs/measured/proof-cost.json"
 # The last commit whose proofs test no whole row with all heads and don't compare process state.
 BEFORE = "5a8433e"
-AT_MOST = 1.5
+MAX_RATIO = 1.5
 ROUNDS = 3
 # Llama 3.2 1B.
 HEADS, KV_HEADS, HEAD_DIM, SEQUENCE_LEN, ROWS = 32, 8, 64, 2048, 2
@@ -48,15 +48,15 @@ def main() -> None:
         subprocess.run([*git, "add", "--quiet", "--detach", str(tree), BEFORE], check=True)
         try:
             for _ in range(rounds):
-                for run, asked in RUNS.items():
+                for run, proof in RUNS.items():
                     for side, source in (("before", tree), ("after", ROOT)):
-                        seconds = seconds_of(source, asked)
+                        seconds = measure_proof(source, proof)
                         print(f"{run}, {side}: {seconds} s", flush=True)
                         found[run][side].append(seconds)
         finally:
             subprocess.run([*git, "remove", "--force", str(tree)], check=True)
     runs = {run: summary(**sides) for run, sides in found.items()}
-    record = described() | {
+    record = settings() | {
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "machine": f"{platform.machine()} CPU, one thread",
         "runs": runs,
@@ -65,7 +65,7 @@ def main() -> None:
     print(json.dumps(runs, indent=2))
 
 
-def described() -> dict[str, Any]:
+def settings() -> dict[str, Any]:
     """Return the shape that is proven, for the test that the record is up to date."""
     return {
         "before": BEFORE,
@@ -85,7 +85,7 @@ def summary(*, before: list[float], after: list[float]) -> dict[str, Any]:
     return {"before_cpu_s": before, "after_cpu_s": after, "ratio": round(ratio, 2)}
 
 
-def seconds_of(source: Path, asked: tuple[str, str, bool]) -> float:
+def measure_proof(source: Path, proof: tuple[str, str, bool]) -> float:
     """Return the CPU seconds of a proof in a new process that imports attnimg from a folder."""
     environment = os.environ | {
         "PYTHONPATH": str(source),
@@ -93,7 +93,7 @@ def seconds_of(source: Path, asked: tuple[str, str, bool]) -> float:
         "HF_HUB_OFFLINE": "1",
     }
     found = subprocess.run(
-        [sys.executable, str(Path(__file__).resolve()), "prove", json.dumps(asked)],
+        [sys.executable, str(Path(__file__).resolve()), "prove", json.dumps(proof)],
         env=environment,
         cwd=source,
         check=True,
@@ -103,8 +103,8 @@ def seconds_of(source: Path, asked: tuple[str, str, bool]) -> float:
     return float(found.stdout.splitlines()[-1])
 
 
-def prove(asked: list[Any]) -> None:
-    """Prove one backend in this process as a proof's child does, and print the CPU seconds."""
+def prove(run: list[Any]) -> None:
+    """Prove one backend in this process as the worker of a proof does; print the CPU seconds."""
     import importlib
     import inspect
     import io
@@ -113,16 +113,16 @@ def prove(asked: list[Any]) -> None:
 
     import torch
     import transformers.integrations.flash_attention
-    import transformers.modeling_utils  # noqa: F401 - loaded for the time it takes
+    import transformers.modeling_utils  # noqa: F401 - imported before the measurement
 
     from attnimg.facts import Geometry
 
-    # BEFORE has the folder's former name.
-    former = Path("attnimg/prove/child.py").exists()
+    # The folder had another name at BEFORE.
+    is_before = Path("attnimg/prove/child.py").exists()
     worker: Any = importlib.import_module(
-        "attnimg.prove.child" if former else "attnimg.verify.worker"
+        "attnimg.prove.child" if is_before else "attnimg.verify.worker"
     )
-    backend, dtype, packing = asked
+    backend, dtype, packing = run
     torch.set_num_threads(1)
     values: dict[str, Any] = {
         "heads": HEADS, "kv_heads": KV_HEADS, "head_dim_qk": HEAD_DIM, "head_dim_v": HEAD_DIM,

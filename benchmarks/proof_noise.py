@@ -1,9 +1,9 @@
-"""Count how often proofs refuse right kernels for their noise, and how often they find wrong ones.
+"""Count right kernels that proofs refuse because of noise, and wrong ones that they find.
 
 Right kernels are those of tests/fixtures/noisy_kernels, with 200 proofs of each kind of noise over
 head sizes, query heads per key head, precisions, packing and tile sizes. Wrong ones are the same
-with a leak, and every kernel of tests/unit/test_mutations.py. Prints the rates, and writes what
-was proven to docs/measured/proof-noise.json.
+with a leak, and every kernel of tests/unit/test_mutations.py. Prints the rates, and writes
+them to docs/measured/proof-noise.json.
 
     python benchmarks/proof_noise.py [proofs of each kind]
 """
@@ -40,14 +40,14 @@ def main() -> None:
     import torch
 
     torch.set_num_threads(1)
-    wanted = int(sys.argv[1]) if len(sys.argv) > 1 else PROOFS
+    n_proofs = int(sys.argv[1]) if len(sys.argv) > 1 else PROOFS
     record: dict[str, Any] = {
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "machine": f"{platform.machine()} CPU, torch {torch.__version__}",
         "sequence_len": SEQUENCE_LEN,
-        **described(),
+        **settings(),
     }
-    for part in (_prove_right(wanted), _prove_leaks(), _prove_wrong()):
+    for part in (_prove_right(n_proofs), _prove_leaks(), _prove_wrong()):
         for name, found in part:
             record[name] = found
             print(f"{name}: {json.dumps(found)}", flush=True)
@@ -55,8 +55,8 @@ def main() -> None:
             RECORD.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
-def described() -> dict[str, Any]:
-    """Return what is proven, by name, for the test that the record is of this code."""
+def settings() -> dict[str, Any]:
+    """Return the names of kernels and settings, for the test that the record is up to date."""
     noisy, wrong = import_module("noisy_proofs"), import_module("test_mutations")
     return {
         "grid": {
@@ -71,8 +71,8 @@ def described() -> dict[str, Any]:
     }
 
 
-def _prove_right(wanted: int) -> Iterator[tuple[str, Any]]:
-    """Prove right kernels, each kind as often as wanted."""
+def _prove_right(n_proofs: int) -> Iterator[tuple[str, Any]]:
+    """Prove right kernels, n_proofs of each kind."""
     noisy = import_module("noisy_proofs")
     shapes = noisy.grid()
     random.Random(0).shuffle(shapes)
@@ -87,7 +87,7 @@ def _prove_right(wanted: int) -> Iterator[tuple[str, Any]]:
         }
         for kind in noisy.KINDS
     }
-    for number in range(wanted):
+    for number in range(n_proofs):
         shape, references = shapes[number % len(shapes)], dict[Any, Any]()
         for kind, families in noisy.KINDS.items():
             family = families[(number + number // len(shapes)) % len(families)]
@@ -105,7 +105,7 @@ def _prove_right(wanted: int) -> Iterator[tuple[str, Any]]:
                 share = round(figure.error / figure.allowed, 3)
                 closest[figure.quantity] = max(share, closest.get(figure.quantity, 0.0))
             counts["reasons"] += [f"{family} {shape}: {r.code}: {r.text}" for r in proof.reasons]
-        if number % 10 == 9 or number == wanted - 1:
+        if number % 10 == 9 or number == n_proofs - 1:
             yield "right", found
 
 
@@ -119,7 +119,7 @@ def _prove_leaks() -> Iterator[tuple[str, Any]]:
         references: dict[Any, Any] = {}
         for family in noisy.FAMILIES:
             for fault in (*noisy.LEAKS, noisy.LOST_HEAD):
-                # First the probe that should find it; if that does not, all probes.
+                # First the probe that should find it; if it does not, all probes.
                 for alone in (True, False):
                     proof = noisy.prove_noisy(
                         family,

@@ -118,23 +118,23 @@ def main() -> None:
     import torch
 
     torch.set_num_threads(1)
-    wanted = int(sys.argv[1]) if len(sys.argv) > 1 else CHECKS
+    n_checks = int(sys.argv[1]) if len(sys.argv) > 1 else CHECKS
     record: dict[str, Any] = {
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "machine": f"{platform.machine()} CPU, torch {torch.__version__}",
-        **described(),
+        **settings(),
     }
     for name, part in (
         ("cost", cost),
         ("wrong", check_wrong_kernels),
-        ("right", partial(check_right_kernels, wanted)),
+        ("right", partial(check_right_kernels, n_checks)),
     ):
         record[name] = part()
         print(f"{name}: {json.dumps(record[name], indent=2)}", flush=True)
         RECORD.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
-def described() -> dict[str, Any]:
+def settings() -> dict[str, Any]:
     """Return the names of what is measured, for the test that the record is up to date."""
     return {
         "grid": {
@@ -150,7 +150,7 @@ def described() -> dict[str, Any]:
 
 
 def draw_spec(number: int) -> CallSpec:
-    """Draw the properties of one call; the same number gives the same call."""
+    """Draw the properties of one call; a number always gives the same call."""
     pick = random.Random(number)
     kernel = list(KERNELS)[number % len(KERNELS)]
     dtypes = DTYPES[1:] if kernel.startswith("fa") or "autocast" in kernel else DTYPES
@@ -286,9 +286,9 @@ def check(call: Any, spec: CallSpec) -> Any:
     return check_call(call, backend=backend, dtype=spec.dtype, longest=None, seed=str(spec.seed))
 
 
-def check_right_kernels(wanted: int) -> dict[str, Any]:
+def check_right_kernels(n_checks: int) -> dict[str, Any]:
     """Check right kernels, in two processes."""
-    parts = [range(begin, min(begin + PART, wanted)) for begin in range(0, wanted, PART)]
+    parts = [range(begin, min(begin + PART, n_checks)) for begin in range(0, n_checks, PART)]
     found: dict[str, Any] = {}
     with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
         for part in pool.map(check_draws, parts):
@@ -391,10 +391,12 @@ def _faulty(fault: str, module: Any, q: Any, k: Any, v: Any, mask: Any, **argume
 
 def cost() -> dict[str, Any]:
     """Return the time that a check adds to a step, and its share at the default interval."""
-    return {name: _cost_of(*shape) for name, shape in MODELS.items()}
+    return {name: _measure_cost(*shape) for name, shape in MODELS.items()}
 
 
-def _cost_of(layers: int, hidden: int, heads: int, kv_heads: int, tokens: int) -> dict[str, Any]:
+def _measure_cost(
+    layers: int, hidden: int, heads: int, kv_heads: int, tokens: int
+) -> dict[str, Any]:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from attnimg.train import engine

@@ -25,9 +25,9 @@ from typing import Any, NoReturn
 
 BAKE = Path("docker/docker-bake.json")
 IMAGES = Path("attnimg/data/images.json")
-# Free disk that a build may need, in GB: the toolchain takes 6 and as much while it is written, an
-# image up to 10 more (2026-11-25).
-ROOM_GB = {"cpu": 6, "cuda": 25, "rocm": 25}
+# Free disk that a build needs, in GB: 6 for the toolchain, the same again while it is written, and
+# up to 10 for an image (2026-11-25).
+NEEDED_GB = {"cpu": 6, "cuda": 25, "rocm": 25}
 
 
 def fail(what: str, why: str, do: str) -> NoReturn:
@@ -35,7 +35,7 @@ def fail(what: str, why: str, do: str) -> NoReturn:
     sys.exit(f"build: {what}\n  why: {why}\n  do:  {do}")
 
 
-def targets_of(name: str) -> dict[str, dict[str, Any]]:
+def read_targets(name: str) -> dict[str, dict[str, Any]]:
     """Return the targets of an image; exit if its recipe has no torch release."""
     targets = json.loads(BAKE.read_text())["target"]
     images = json.loads(IMAGES.read_text())["images"]
@@ -49,24 +49,28 @@ def targets_of(name: str) -> dict[str, dict[str, Any]]:
         fail(
             f"the image {name} can't be built yet",
             f"found no torch for it: {torch}",
-            f"name one in recipes/images/{name}.toml, then make lock",
+            f"set torch in recipes/images/{name}.toml, then make lock",
         )
     return {key: target for key, target in targets.items() if key.partition("_")[0] == name}
 
 
-def refuse_without_room(name: str, accelerator: str) -> None:
+def check_free_disk(name: str, accelerator: str) -> None:
     """Exit if the disk of the Docker engine has too little free space for the build."""
     command = ["docker", "info", "--format", "{{.DockerRootDir}}"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        fail("no Docker engine answers", done.stderr.strip() or "docker info fails", "make engine")
-    root, needed = Path(done.stdout.strip()), ROOM_GB[accelerator]
+    process = subprocess.run(command, capture_output=True, text=True, check=False)
+    if process.returncode:
+        fail(
+            "no Docker engine is running",
+            process.stderr.strip() or "docker info fails",
+            "make engine",
+        )
+    root, needed = Path(process.stdout.strip()), NEEDED_GB[accelerator]
     # The folder of a remote engine is not on this machine: its free space is not known.
     free = shutil.disk_usage(root).free // 10**9 if root.exists() else needed
     if free < needed:
         fail(
-            f"there is no room to build {name}",
-            f"{root} has {free} GB free, {needed} are needed",
+            f"there is not enough free disk to build {name}",
+            f"found {free} GB in {root}, needed {needed}",
             "docker builder prune, or docker image prune",
         )
 
@@ -74,16 +78,16 @@ def refuse_without_room(name: str, accelerator: str) -> None:
 def torch_wheel(version: str, name: str) -> str:
     """Fetch the CPU build of torch to a folder: the package index only has the CUDA build."""
     folder = Path("build/torch-wheel")
-    wanted = f"torch-{version}+cpu-*.whl"
-    if not any(folder.glob(wanted)):
+    pattern = f"torch-{version}+cpu-*.whl"
+    if not any(folder.glob(pattern)):
         index = os.environ.get("TORCH_INDEX")
         where = ["--index-url", index] if index else []
         command = ["python3.11", "-m", "pip", "download", "-q", "--no-deps", *where]
         subprocess.run([*command, "-d", str(folder), f"torch=={version}"], check=False)
-    if not any(folder.glob(wanted)):
+    if not any(folder.glob(pattern)):
         fail(
             f"there is no CPU build of torch {version}",
-            "pip's own configuration offers none",
+            "the package index of pip's configuration has none",
             f"make build/{name} TORCH_INDEX=<PyTorch's CPU index>",
         )
     return str(folder)
@@ -92,7 +96,7 @@ def torch_wheel(version: str, name: str) -> str:
 def contexts(
     name: str, targets: dict[str, dict[str, Any]], wheels: str
 ) -> Iterator[tuple[str, str, str]]:
-    """Yield (target, context, place) for contexts that differ from the bake file."""
+    """Yield (target, context, place) for contexts that replace those of the bake file."""
     if targets[f"{name}_common"]["args"]["ACCELERATOR"] == "cpu":
         wheel = torch_wheel(targets[name]["labels"]["attnimg.torch"], name)
         yield from ((target, "torch-wheel", wheel) for target in targets)
@@ -104,9 +108,9 @@ def contexts(
     if wheels:
         if not (Path(wheels) / "manifest.json").is_file():
             fail(
-                f"{wheels} is no wheelhouse",
+                f"{wheels} is not a wheelhouse",
                 "found no manifest.json in it",
-                f"make wheels/{name}, or leave WHEELS away to build them",
+                f"make wheels/{name}, or omit WHEELS to build them",
             )
         for target, content in targets.items():
             if "wheelhouse" in content.get("contexts", {}):
@@ -114,20 +118,20 @@ def contexts(
 
 
 def run(command: list[str], *, wheels_to: Path | None) -> int:
-    """Run docker; older wheels are replaced only after all new ones are complete."""
+    """Run docker; replace older wheels after all new ones are complete."""
     if wheels_to is None:
         return subprocess.run(command, check=False).returncode
     part = wheels_to.with_name(f"{wheels_to.name}.part")
     shutil.rmtree(part, ignore_errors=True)
-    code = subprocess.run(
+    process = subprocess.run(
         [*command, f"--set={command[-1]}.output=type=local,dest={part}"], check=False
     )
-    if code.returncode == 0:
+    if process.returncode == 0:
         shutil.rmtree(wheels_to, ignore_errors=True)
         part.chmod(0o755)  # docker creates it for its own user only
         part.rename(wheels_to)
         print(f"wheels: {wheels_to} has " + ", ".join(sorted(p.name for p in wheels_to.iterdir())))
-    return code.returncode
+    return process.returncode
 
 
 def main() -> None:
@@ -139,23 +143,23 @@ def main() -> None:
     parser.add_argument("--stage", default="runtime")
     parser.add_argument("--kernel", default="", help="the stage of this kernel's build")
     parser.add_argument("--wheels-to", type=Path)
-    parser.add_argument("--check", action="store_true", help="only whether there is such an image")
-    asked = parser.parse_args()
-    name, stage = asked.name, "wheelhouse" if asked.wheels_to else asked.stage
-    targets = targets_of(name)
-    if asked.check:
+    parser.add_argument("--check", action="store_true", help="check only that the image exists")
+    arguments = parser.parse_args()
+    name, stage = arguments.name, "wheelhouse" if arguments.wheels_to else arguments.stage
+    targets = read_targets(name)
+    if arguments.check:
         return
     if not (jobs := os.environ.get("JOBS", "1")).isdigit() or int(jobs) < 1:
         fail(f"JOBS is {jobs!r}", "needed a number of compilers, 1 or more", "make ... JOBS=2")
-    # A stage with a target of its own has its named contexts there; other stages have none.
-    target = name if stage == "runtime" else f"{name}_{asked.kernel or stage}"
+    # Stages with named contexts have a target of their own.
+    target = name if stage == "runtime" else f"{name}_{arguments.kernel or stage}"
     settings = {}
-    if target not in targets or asked.kernel:
-        target = target if asked.kernel else f"{name}_common"
+    if target not in targets or arguments.kernel:
+        target = target if arguments.kernel else f"{name}_common"
         settings[f"{target}.target"] = stage
-    for of, context, place in contexts(name, targets, os.environ.get("WHEELS", "")):
-        settings[f"{of}.contexts.{context}"] = place
-    refuse_without_room(name, targets[f"{name}_common"]["args"]["ACCELERATOR"])
+    for bake_target, context, place in contexts(name, targets, os.environ.get("WHEELS", "")):
+        settings[f"{bake_target}.contexts.{context}"] = place
+    check_free_disk(name, targets[f"{name}_common"]["args"]["ACCELERATOR"])
     if stage not in ("runtime", "wheelhouse"):
         settings[f"{target}.tags"] = f"attnimg-{stage}:{name}"
     command = ["docker", "buildx", "bake", f"--progress={os.environ.get('PROGRESS', 'auto')}"]
@@ -163,7 +167,7 @@ def main() -> None:
     for key, value in settings.items():
         command += ["--set", f"{key}={value}"]
     os.environ["BASE"] = "docker-image://attnimg-base:bookworm"
-    sys.exit(run([*command, target], wheels_to=asked.wheels_to))
+    sys.exit(run([*command, target], wheels_to=arguments.wheels_to))
 
 
 if __name__ == "__main__":

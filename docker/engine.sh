@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Start a Docker engine where there is none (`make engine`); where one answers, change nothing.
+# Start a Docker engine if none is running (`make engine`); change nothing if one is.
 # Installs Debian trixie's Docker 26: bookworm's 20.10 has no heredocs and no cache mounts (2026-11-21).
 set -euo pipefail
 log=${DOCKERD_LOG:-/var/log/dockerd.log}
@@ -10,27 +10,27 @@ fail() { # what, why, do
 }
 
 if docker info >/dev/null 2>&1; then
-  echo "engine: Docker $(docker info --format '{{.ServerVersion}}') runs already; nothing to do"
+  echo "engine: Docker $(docker info --format '{{.ServerVersion}}') is running; nothing to do"
   exit 0
 fi
-[ "$(id -u)" = 0 ] || fail "no Docker engine answers" "starting one needs root, this is $(id -un)" \
+[ "$(id -u)" = 0 ] || fail "no Docker engine is running" "starting one needs root; the user is $(id -un)" \
   "sudo make engine, or start Docker Desktop or the docker service"
 if ! command -v dockerd >/dev/null; then
   mirror=$(apt-get indextargets --format "\$(REPO_URI)" 'Created-By: Packages' \
     'Codename: bookworm' 2>/dev/null | head -n 1 || true)
-  [ -n "$mirror" ] || fail "no Docker engine is installed" "only Debian bookworm is known here" \
+  [ -n "$mirror" ] || fail "no Docker engine is installed" "it can be installed on Debian bookworm only" \
     "install Docker 23 or newer: https://docs.docker.com/engine/install"
-  echo "engine: installing Docker from Debian trixie, pinned low so that nothing else moves"
+  echo "engine: installing Docker from Debian trixie, with a low pin so that nothing else is upgraded"
   printf '%s\n' 'Types: deb' "URIs: $mirror" 'Suites: trixie' 'Components: main' \
     'Signed-By: /usr/share/keyrings/debian-archive-keyring.gpg' \
     >/etc/apt/sources.list.d/trixie.sources
   printf '%s\n' 'Package: *' 'Pin: release n=trixie' 'Pin-Priority: 50' >/etc/apt/preferences.d/trixie
   apt-get update -q
-  # Not `-t trixie`: that would move libc6 too.
+  # Not `-t trixie`: that would upgrade libc6 too.
   DEBIAN_FRONTEND=noninteractive apt-get install -qy --no-install-recommends docker.io/trixie \
     docker-buildx/trixie docker-cli/trixie containerd runc iptables mmdebstrap zstd
 fi
-echo "engine: starting dockerd, its log is $log"
+echo "engine: starting dockerd; log: $log"
 setsid dockerd </dev/null >"$log" 2>&1 &
 for _ in $(seq 120); do
   docker info >/dev/null 2>&1 && echo "engine: ready" && exit 0

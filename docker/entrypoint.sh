@@ -1,6 +1,6 @@
 #!/bin/bash
-# Run an attnimg command, or any other program; no argument shows the help. What runs takes this
-# shell's place under tini, so that it gets the signals and its exit code is the container's.
+# Run an attnimg command or any other program; without arguments, show the help. The program replaces
+# this shell under tini, so that it gets the signals and its exit code is the container's.
 set -euo pipefail
 
 fail() { # code, what, why, do
@@ -8,8 +8,8 @@ fail() { # code, what, why, do
   exit "$1"
 }
 
-# The image keeps every cache under /cache. Where that can't be written, as in a --read-only
-# container with its one volume elsewhere, the caches go beside the work, and this says so.
+# All caches are under /cache. If that is not writable, as in a --read-only container with a volume
+# elsewhere, they are created in the working directory or a temporary one, with a message.
 cache=/cache
 if ! [ -w "$cache" ]; then
   for cache in "$PWD/.cache" /tmp/attnimg-cache /dev/shm/attnimg-cache; do
@@ -32,7 +32,7 @@ if [[ $1 == -* ]] || grep -qxF -- "$1" /opt/attnimg/commands; then
 fi
 command -v -- "$1" >/dev/null || fail 127 "$1 is neither an attnimg command nor a program here" \
   "attnimg's commands are: $(paste -sd ' ' /opt/attnimg/commands)" "docker run IMAGE --help"
-# For what is none of attnimg's commands; those see to it themselves.
+# For other programs; attnimg's commands set up the kernel caches themselves.
 if { compgen -G "/opt/attnimg/*/manifest.json" && command -v nvidia-smi; } >/dev/null ||
   [ -e /dev/kfd ]; then
   eval "$(python -P -m attnimg.machine.kernel_cache)"

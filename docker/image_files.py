@@ -12,11 +12,12 @@ import hashlib
 import importlib
 import json
 import platform
-import re
 import sys
 from importlib import metadata, resources
 from pathlib import Path
 from typing import Any
+
+from packaging.utils import canonicalize_name
 
 from attnimg.cli import COMMANDS
 from attnimg.machine.host import this_host
@@ -33,12 +34,12 @@ def manifest(image: str, wheelhouse: Path) -> dict[str, Any]:
     """
     text = resources.files("attnimg").joinpath("data", "images.json").read_text(encoding="utf-8")
     recipe = json.loads(text)["images"][image]
-    installed = {canonical(found.name): found.version for found in metadata.distributions()}
+    installed = {canonicalize_name(found.name): found.version for found in metadata.distributions()}
     for kernel in recipe["kernels"]:
         found = installed.get(kernel["name"], "nothing")
         # A small build has +trim in its version: `attnimg doctor` and the gate `pins` report it.
         if found.removesuffix("+trim") != kernel["version"]:
-            sys.exit(f"image_files: {kernel['name']} {kernel['version']} is wanted, found {found}")
+            sys.exit(f"image_files: {kernel['name']} {kernel['version']} is needed, found {found}")
     return {
         "image": image,
         **recipe,
@@ -51,13 +52,8 @@ def manifest(image: str, wheelhouse: Path) -> dict[str, Any]:
     }
 
 
-def canonical(name: str) -> str:
-    """Return a distribution's name as PEP 503 normalizes it."""
-    return re.sub(r"[-_.]+", "-", name).lower()
-
-
-def refuse_broken_kernels() -> None:
-    """Exit if one kernel hides or damaged another; also check that FlashAttention-4 imports."""
+def check_kernels() -> None:
+    """Exit if one kernel hides or overwrites another, or FlashAttention-4 can't be imported."""
     host = this_host()
     if host.damaged or host.shadows or set(host.cute_owners) - {"flash-attn-4"}:
         sys.exit(f"image_files: {host.cute_owners=} {host.damaged=} {host.shadows=}")
@@ -69,7 +65,7 @@ def refuse_broken_kernels() -> None:
 
 def main(image: str, wheelhouse: Path) -> None:
     """Check the kernels; write image.json, and the list of commands for the entrypoint."""
-    refuse_broken_kernels()
+    check_kernels()
     (FOLDER / "image.json").write_text(json.dumps(manifest(image, wheelhouse), indent=1) + "\n")
     (FOLDER / "commands").write_text("\n".join(COMMANDS) + "\n")
 

@@ -6,8 +6,8 @@
 FOLDER has the wheels. `write` merges the NAME.json that kernel/build.py wrote for each wheel into
 manifest.json, and writes SHA256SUMS. `verify` compares FOLDER with SHA256SUMS and with what the
 recipes of this checkout would build (WANTED.json is docker/images/IMAGE/wheelhouse.json): the ABI
-and the kernels, each with the key of its recipe. So a wheelhouse that was built earlier or on
-another machine is equal to one built here, or is refused.
+and the kernels, each with the key of its recipe. A wheelhouse that was built earlier or on another
+machine is refused unless it has the same content.
 """
 
 from __future__ import annotations
@@ -45,25 +45,25 @@ def verify(folder: Path, abi: str, keys: dict[str, str]) -> list[str]:
         return [f"found no {' and no '.join(missing)}"]
     faults = []
     lines = (folder / _SUMS).read_text(errors="replace").splitlines()
-    sums = {name: said for said, _, name in (line.partition("  ") for line in lines) if name}
+    sums = {name: digest_ for digest_, _, name in (line.partition("  ") for line in lines) if name}
     for path in [*sorted(folder.glob("*.whl")), folder / _MANIFEST]:
         if sums.pop(path.name, None) != digest(path):
-            faults.append(f"{path.name} is not what {_SUMS} says")
+            faults.append(f"the hash of {path.name} is not in {_SUMS}")
     faults += [f"{name} is missing" for name in sums]
     try:
         manifest = json.loads((folder / _MANIFEST).read_text())
         built: dict[str, str] = {kernel["name"]: kernel["key"] for kernel in manifest["kernels"]}
         found = manifest["abi"]
     except (ValueError, TypeError, KeyError) as error:
-        return [*faults, f"{_MANIFEST} is no manifest: {type(error).__name__}: {error}"]
+        return [*faults, f"{_MANIFEST} is not a manifest: {type(error).__name__}: {error}"]
     if found != abi:
         faults.append(f"found {found}, needed {abi}")
     for name, key in keys.items():
         if name not in built:
-            faults.append(f"it has no {name}")
+            faults.append(f"the kernel {name} is missing")
         elif built[name] != key:
             faults.append(f"{name} was built from recipe {built[name]}, needed {key}")
-    faults += [f"{name} is no kernel of this image" for name in built if name not in keys]
+    faults += [f"{name} is not a kernel of this image" for name in built if name not in keys]
     return faults
 
 
@@ -83,7 +83,7 @@ def main(task: str, folder: Path, wanted_file: Path) -> None:
         lines = "\n       ".join(faults)
         sys.exit(
             f"wheelhouse: it does not fit the image {image}\n  why: {lines}\n"
-            f"  do:  make wheels/{image} from this checkout, or leave WHEELS away to build them"
+            f"  do:  make wheels/{image} from this checkout, or omit WHEELS to build them"
         )
 
 

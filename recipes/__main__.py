@@ -4,200 +4,162 @@ from __future__ import annotations
 
 import datetime
 import sys
-from importlib import metadata
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
-
-import typer
 
 from attnimg.errors import AttnimgError
-from recipes.facts import Plan
+from recipes.facts import ImagePlan
 from recipes.files import write_all
-from recipes.pages.built import FOLDER as BUILT
-from recipes.pages.built import codes_found, images_table, listed, read_records, record, with_table
-from recipes.pages.checkpoints_page import RECORD as RELOAD
+from recipes.pages import built, gpu_runs
 from recipes.pages.config_keys_page import TEXTS as CONFIG_KEYS
-from recipes.pages.families_page import RECORD as FAMILIES
-from recipes.pages.gpu_runs import faults, read_notes, read_run, read_runs, runs_page
-from recipes.read.recipes import read_recipes
-from recipes.render import model_classes, positions
-from recipes.rendered import drifted, rendered
+from recipes.pages.model_pages import FAMILIES_RECORD, RELOAD_RECORD
+from recipes.read import read_recipes
+from recipes.render.transformers_models import model_lists
+from recipes.render_all import outdated_files, render_files
 from recipes.solve.lock import lock_all, read_locks
 from recipes.solve.plan import refuse_unresolved, solve, solve_all
-from recipes.solve.sources import have_sources
+from recipes.solve.sources import fetch_sources
 
 ROOT = Path(__file__).resolve().parent.parent
 
-app = typer.Typer(
-    add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__
-)
-Root = Annotated[Path, typer.Option("--root", help="The checkout to work on.")]
-Name = Annotated[str, typer.Argument(metavar="IMAGE", help="A file of recipes/images.")]
 
-
-@app.command()
-def render(root: Root = ROOT) -> None:
+def render(arguments: Namespace) -> None:
     """Write every file that is generated from the recipes."""
-    for path in write_all(root, _texts(root)):
-        typer.echo(f"render: wrote {path}")
+    _write(arguments, _render_all(arguments.root))
 
 
-@app.command()
-def check(root: Root = ROOT) -> None:
+def check(arguments: Namespace) -> None:
     """Check that the images can be built and that the generated files are up to date."""
-    if paths := drifted(_texts(root), root=root):
+    if paths := outdated_files(_render_all(arguments.root), root=arguments.root):
         raise AttnimgError(
-            "generated files are not what the recipes say",
-            why="differ: " + ", ".join(paths),
-            do="make render, and commit what it writes",
+            "generated files are out of date",
+            why="they differ from what the recipes generate: " + ", ".join(paths),
+            do="make render, and commit the files that it writes",
             code="drift",
             exit_code=1,
         )
 
 
-@app.command()
-def classes(root: Root = ROOT) -> None:
+def classes(arguments: Namespace) -> None:
     """List the causal language models of transformers, and what they don't support."""
-    version = metadata.version("transformers")
-    classes_text = model_classes.classes_toml(model_classes.model_classes(), transformers=version)
-    causal_text = model_classes.causal_toml(model_classes.causal_types(), transformers=version)
-    positions_text = positions.positions_toml(*positions.position_tables(), transformers=version)
-    files = {
-        model_classes.PATH: classes_text,
-        model_classes.CAUSAL_PATH: causal_text,
-        positions.PATH: positions_text,
-    }
-    for path in write_all(root, files):
-        typer.echo(f"classes: wrote {path}")
+    _write(arguments, model_lists())
 
 
-@app.command(name="solve")
-def solve_command(
-    names: Annotated[list[str] | None, typer.Argument(metavar="[IMAGE]...")] = None,
-    root: Root = ROOT,
-) -> None:
-    """Print an image's contents, or why it can't be built and which similar image can."""
-    for name in names or list(read_recipes(root).images):
-        _print(_plan(name, root))
+def print_plans(arguments: Namespace) -> None:
+    """Print an image's contents, or why it can't be built and the nearest image that can."""
+    for name in arguments.names or read_recipes(arguments.root).images:
+        plan = _plan(name, arguments.root)
+        _print(f"{name}: {plan.abi} for {' '.join(plan.image.archs)}")
+        for step in plan.steps:
+            code = f"code {' '.join(step.codes)}" if step.codes else "no machine code of its own"
+            _print(f"  {step.kernel.name} {step.kernel.version}: {code}, key {step.key}")
+            if step.prebuilt:
+                _print(f"    not built, uses the public wheel {step.prebuilt.source}")
+        for key, reason in plan.unresolved.items():
+            _print(f"  unresolved: {key}: {reason}")
 
 
-@app.command()
-def lock(root: Root = ROOT) -> None:
+def lock(arguments: Namespace) -> None:
     """Resolve the packages of every image again, with hashes."""
-    for path in lock_all(solve_all(read_recipes(root)), root=root):
-        typer.echo(f"lock: wrote {path}")
+    for path in lock_all(solve_all(read_recipes(arguments.root)), root=arguments.root):
+        _print(f"lock: wrote {path}")
 
 
-@app.command()
-def sources(
-    name: Name,
-    clones: Annotated[
-        Path | None, typer.Option("--from", metavar="DIR", help="Git clones to read, no network.")
-    ] = None,
-    root: Root = ROOT,
-) -> None:
+def sources(arguments: Namespace) -> None:
     """Fetch the git trees that the image's kernels are built from, to build/sources."""
-    for tree in have_sources(_plan(name, root), root=root, clones=clones):
-        typer.echo(f"sources: {tree.relative_to(root)}")
+    plan, root = _plan(arguments.name, arguments.root), arguments.root
+    for tree in fetch_sources(plan, root=root, clones=arguments.clones):
+        _print(f"sources: {tree.relative_to(root)}")
 
 
-@app.command()
-def gate(
-    name: Name,
-    archive: Annotated[
-        Path | None, typer.Option(help="What `docker save` writes, or an OCI archive.")
-    ] = None,
-    unpacked: Annotated[Path | None, typer.Option(help="An unpacked image, a folder.")] = None,
-    wheels: Annotated[Path | None, typer.Option(help="A wheelhouse, alone or with one.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Write JSON.")] = False,
-    root: Root = ROOT,
-) -> None:
+def gate(arguments: Namespace) -> None:
     """Check a finished image or wheelhouse by all gates; exit with 1 if one fails."""
     # Imported here, since `make lock` runs before their dependencies are installed.
-    from recipes.judge import gate_artifact, report, report_json
+    from recipes.run_gates import check_artifact, format_json, format_report
 
-    plan = _plan(name, root)
-    if archive and unpacked:
+    plan = _plan(arguments.name, arguments.root)
+    if arguments.archive and arguments.unpacked:
         raise AttnimgError(
             "two images are given",
-            why=f"found --archive {archive} and --unpacked {unpacked}, needed one at most",
-            do="judge one after the other",
+            why=f"found --archive {arguments.archive} and --unpacked {arguments.unpacked}, "
+            "needed at most one",
+            do="check one after the other",
         )
-    artifact, verdicts = gate_artifact(
-        plan, read_recipes(root), image=archive or unpacked, wheels=wheels, root=root
+    artifact, results = check_artifact(
+        plan,
+        read_recipes(arguments.root),
+        image=arguments.archive or arguments.unpacked,
+        wheels=arguments.wheels,
+        root=arguments.root,
     )
-    typer.echo((report_json if as_json else report)(name, artifact, verdicts))
-    if any(verdict.findings for verdict in verdicts):
-        raise typer.Exit(1)
+    _print((format_json if arguments.json else format_report)(arguments.name, artifact, results))
+    if any(result.findings for result in results):
+        sys.exit(1)
 
 
-@app.command()
-def built(
-    name: Name,
-    wheels: Annotated[Path, typer.Option(help="The wheelhouse that was built.")],
-    machine: Annotated[str, typer.Option(help="What it was built on, in general words.")],
-    root: Root = ROOT,
-) -> None:
-    """Record the contents of a wheelhouse in docs/built/NAME.json, for the tables of images."""
+def record_build(arguments: Namespace) -> None:
+    """Record the contents of a wheelhouse in docs/built/IMAGE.json, for the tables of images."""
     from recipes.artifact.read import read_wheelhouse
 
+    name, root = arguments.name, arguments.root
     _plan(name, root)
-    artifact = read_wheelhouse(wheels, over=None, say=lambda _: None)
-    manifest = listed(artifact, image=name)
-    day = datetime.date.today().isoformat()
-    codes, earlier = codes_found(artifact), read_records(root).get(name, {})
-    text = record(manifest, codes, day=day, machine=machine, earlier=earlier)
-    for path in write_all(root, {f"{BUILT}/{name}.json": text}):
-        typer.echo(f"built: wrote {path}")
-    render(root)
+    artifact = read_wheelhouse(arguments.wheels, over=None, log=lambda _: None)
+    text = built.build_record(
+        built.read_manifest(artifact, image=name),
+        built.list_codes(artifact),
+        day=datetime.date.today().isoformat(),
+        machine=arguments.machine,
+        earlier=built.read_records(root).get(name, {}),
+    )
+    _write(arguments, {f"{built.FOLDER}/{name}.json": text})
+    render(arguments)
 
 
-@app.command(name="gpu-run")
-def gpu_run(
-    file: Annotated[Path, typer.Argument(help="What tests/gpu/day.py wrote.")],
-    all_right: Annotated[
-        bool, typer.Option("--all-right", help="Refuse a run in which a unit failed.")
-    ] = False,
-) -> None:
-    """Print the report of one run; exit with 1 if its records are not complete."""
-    records = read_run(file)
-    typer.echo(runs_page({file.stem: records}))
-    if found := faults(records, all_right=all_right):
+def gpu_run(arguments: Namespace) -> None:
+    """Print the report of one run on a GPU; exit with 1 if its records are not complete."""
+    records = gpu_runs.read_run(arguments.file)
+    _print(gpu_runs.runs_page({arguments.file.stem: records}))
+    if found := gpu_runs.find_faults(records, all_right=arguments.all_right):
         raise AttnimgError(
-            f"the records of {file} are not complete",
+            f"the records of {arguments.file} are not complete",
             why="\n".join(found),
-            do="run tests/gpu/day.py to its end, with a larger --budget or fewer --steps",
+            do="run tests/gpu/suite.py to its end, with a larger --budget or fewer --steps",
             code="incomplete-run",
             exit_code=1,
         )
 
 
-@app.command()
-def publish(name: Name, root: Root = ROOT) -> None:
+def publish(arguments: Namespace) -> None:
     """Exit with 0 if an image may be published: none of its values is unresolved."""
-    refuse_unresolved(_plan(name, root))
+    refuse_unresolved(_plan(arguments.name, arguments.root))
 
 
-def _texts(root: Path) -> dict[str, str]:
+def _render_all(root: Path) -> dict[str, str]:
+    """Return every generated file: path -> text."""
+
+    def read(path: str) -> str:
+        return (root / path).read_text(encoding="utf-8")
+
     recipes = read_recipes(root)
     plans = solve_all(recipes)
-    runners = (root / "recipes/runners.toml").read_text(encoding="utf-8")
-    families = (root / FAMILIES).read_text(encoding="utf-8")
-    reload = (root / RELOAD).read_text(encoding="utf-8")
-    locks = read_locks(plans, root=root)
-    config_keys = (root / CONFIG_KEYS).read_text(encoding="utf-8")
-    built = read_records(root)
-    texts = rendered(
-        plans, recipes, locks=locks, runners=runners, families=families, reload=reload,
-        config_keys=config_keys, built=built,
-    )  # fmt: skip
-    readme = (root / "README.md").read_text(encoding="utf-8")
-    readme = with_table(readme, images_table(plans, built))
-    runs = runs_page(read_runs(root), read_notes(root))
-    return {**texts, "docs/gpu-runs.md": runs, "README.md": readme}
+    records = built.read_records(root)
+    texts = render_files(
+        plans,
+        recipes,
+        locks=read_locks(plans, root=root),
+        runners=read("recipes/runners.toml"),
+        families=read(FAMILIES_RECORD),
+        reload=read(RELOAD_RECORD),
+        config_keys=read(CONFIG_KEYS),
+        built=records,
+    )
+    readme = built.replace_table(read("README.md"), "images", built.images_table(plans, records))
+    page = gpu_runs.runs_page(gpu_runs.read_runs(root), gpu_runs.read_notes(root))
+    return {**texts, "docs/gpu-runs.md": page, "README.md": readme}
 
 
-def _plan(name: str, root: Path) -> Plan:
+def _plan(name: str, root: Path) -> ImagePlan:
     recipes = read_recipes(root)
     if name not in recipes.images:
         raise AttnimgError(
@@ -209,23 +171,61 @@ def _plan(name: str, root: Path) -> Plan:
     return solve(recipes.images[name], recipes)
 
 
-def _print(plan: Plan) -> None:
-    typer.echo(f"{plan.image.name}: {plan.abi} for {' '.join(plan.image.archs)}")
-    for step in plan.steps:
-        built = f"code {' '.join(step.codes)}" if step.codes else "no machine code of its own"
-        typer.echo(f"  {step.kernel.name} {step.kernel.version}: {built}, key {step.key}")
-        if step.prebuilt:
-            typer.echo(f"    taken prebuilt, not built: {step.prebuilt.source}")
-    for key, reason in plan.unresolved.items():
-        typer.echo(f"  unresolved: {key}: {reason}")
+def _write(arguments: Namespace, texts: dict[str, str]) -> None:
+    for path in write_all(arguments.root, texts):
+        _print(f"{arguments.command}: wrote {path}")
+
+
+def _print(text: str) -> None:
+    sys.stdout.write(text + "\n")
+
+
+def _parser() -> ArgumentParser:
+    """Return the parser of the command line; `run` is the function of the command."""
+    parser = ArgumentParser(prog="recipes", description=__doc__)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+
+    def add(name: str, run: Callable[[Namespace], None], *, image: bool = False) -> ArgumentParser:
+        command = commands.add_parser(name, help=run.__doc__, description=run.__doc__)
+        command.add_argument("--root", type=Path, default=ROOT, help="the checkout to work on")
+        if image:
+            command.add_argument("name", metavar="IMAGE", help="a file of recipes/images")
+        command.set_defaults(run=run)
+        return command
+
+    add("render", render)
+    add("check", check)
+    add("classes", classes)
+    add("solve", print_plans).add_argument("names", metavar="IMAGE", nargs="*")
+    add("lock", lock)
+    command = add("sources", sources, image=True)
+    command.add_argument(
+        "--from", dest="clones", metavar="DIR", type=Path, help="git clones to read, no network"
+    )
+    command = add("gate", gate, image=True)
+    command.add_argument("--archive", type=Path, help="from `docker save`, or an OCI archive")
+    command.add_argument("--unpacked", type=Path, help="the folder of an unpacked image")
+    command.add_argument("--wheels", type=Path, help="a wheelhouse, with or without an image")
+    command.add_argument("--json", action="store_true", help="write JSON")
+    command = add("built", record_build, image=True)
+    command.add_argument("--wheels", type=Path, required=True, help="the wheelhouse")
+    command.add_argument("--machine", required=True, help="the build machine, in general words")
+    command = add("gpu-run", gpu_run)
+    command.add_argument("file", type=Path, help="the file that tests/gpu/suite.py wrote")
+    command.add_argument(
+        "--all-right", action="store_true", help="refuse a run in which a unit failed"
+    )
+    add("publish", publish, image=True)
+    return parser
 
 
 def main() -> None:
     """Run the command line; print user errors without a traceback."""
+    arguments = _parser().parse_args()
     try:
-        app()
+        arguments.run(arguments)
     except AttnimgError as error:
-        print(str(error).replace("attnimg:", "recipes:", 1), file=sys.stderr)  # noqa: T201 - stderr
+        sys.stderr.write(str(error).replace("attnimg:", "recipes:", 1) + "\n")
         sys.exit(error.exit_code)
 
 

@@ -30,14 +30,17 @@ class Unresolved(Strict):
 
     reason: str
 
+    def __str__(self) -> str:
+        return "unresolved"
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Code(Strict):
-    """What a kernel is built with for one architecture.
+    """The build of a kernel for one architecture.
 
     Attributes:
         token: the build's name for the architecture; empty if the build takes none.
-        code: the machine code that is compiled; empty if none is compiled at build time.
+        code: the machine code that is compiled; empty for none.
     """
 
     token: str = ""
@@ -92,7 +95,7 @@ class Prebuilt(Strict):
     Attributes:
         source: name==version or a URL, as pip takes it.
         sha256: of the file.
-        abi: what it is built for, in the format of Plan.abi; empty for torch's stable ABI.
+        abi: in the format of ImagePlan.abi; empty for torch's stable ABI.
         codes: the machine code in it.
         reason: where it was found, and when.
     """
@@ -120,7 +123,7 @@ class Need(Strict):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Build(Strict):
+class BuildSettings(Strict):
     """How a kernel is built on one kind of accelerator.
 
     Attributes:
@@ -221,18 +224,18 @@ class Kernel(Strict):
         sha256: of the archive; None for a git commit, which is a hash itself.
         form: an sdist or a git tree is built, a wheel is installed.
         subdirectory: where in the tree the package is.
-        paths: what of a git tree its build reads, as git's pathspecs.
+        paths: the parts of a git tree that its build reads, as git's pathspecs.
         submodules: path -> owner/name@commit, which git archives leave out; for a path below a
             submodule's root, only that folder is used.
         backends: the attnimg backends that use it.
-        abi: what its machine code is bound to: torch's minor release, its stable ABI, or nothing.
+        abi: what its machine code depends on: torch's minor release, its stable ABI, or nothing.
         cxx_standard: the C++ standard of the patched source; None if nothing is compiled.
         torch, python, nvcc: version bounds; an empty nvcc means that no compiler is needed.
-        requires: what its wheel needs besides torch, as pip requirements.
-        beside: kernel or package -> versions of it that work together with this kernel.
+        requires: pip requirements of its wheel besides torch.
+        beside: kernel or package -> its versions that work together with this kernel.
         needs: kernels it needs in the same image.
         ships: paths below site-packages that its source installs.
-        owns: those that no other package may install.
+        owns: those of them that no other package may install.
         archs: architecture -> how it is built for it.
         build: accelerator -> how it is built there.
         remove: folders that are deleted first.
@@ -256,7 +259,7 @@ class Kernel(Strict):
     requires: tuple[str, ...]
     ships: tuple[str, ...]
     archs: Mapping[str, Code]
-    build: Mapping[str, Build]
+    build: Mapping[str, BuildSettings]
     sha256: str | Unresolved | None = None
     subdirectory: str = ""
     paths: tuple[str, ...] = (".",)
@@ -274,7 +277,7 @@ class Kernel(Strict):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Choice(Strict):
+class ImageKernel(Strict):
     """A kernel in an image; `archs` are those it is built for, empty for all of the image's."""
 
     name: str
@@ -300,7 +303,7 @@ class Image(Strict):
     python: str
     base: str
     torch: str | Unresolved
-    kernels: tuple[Choice, ...]
+    kernels: tuple[ImageKernel, ...]
     platforms: tuple[str, ...]
     size_max_mb: int | Unresolved
     layers_max_mb: Mapping[str, int] = field(default_factory=dict)
@@ -329,7 +332,7 @@ class Toolkit(Strict):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Pair(Strict):
+class VersionPair(Strict):
     """Versions that work together: if `package` is in `versions`, `needs` must be in `bound`."""
 
     package: str
@@ -384,7 +387,7 @@ class Recipes:
     torch: Mapping[str, Torch]
     cuda: Mapping[str, Toolkit]
     stack: Mapping[str, str]
-    pairs: tuple[Pair, ...]
+    pairs: tuple[VersionPair, ...]
     bases: Mapping[str, Base] = field(default_factory=dict)
     allowed: tuple[Allowance, ...] = ()
 
@@ -397,9 +400,7 @@ class Step:
         archs: the image's architectures that it is built for.
         tokens: the build's names for them.
         codes: the machine code that must be in it, and no other.
-        arch_variable: the environment variable for the tokens; empty for none.
-        env: the rest of its build environment.
-        job_memory_gb: the peak memory of one compiler, in GB.
+        build: how it is built on the image's accelerator.
         prebuilt: the public wheel that is used instead of a build; None if it is built.
         key: the wheel's name in a cache; it changes with the recipe and the architectures.
     """
@@ -408,19 +409,17 @@ class Step:
     archs: tuple[str, ...]
     tokens: tuple[str, ...]
     codes: tuple[str, ...]
-    arch_variable: str
-    env: Mapping[str, str]
-    job_memory_gb: float
+    build: BuildSettings
     key: str
     prebuilt: Prebuilt | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Plan:
+class ImagePlan:
     """An image that can be built, with its kernels in order of installation.
 
     Attributes:
-        unresolved: field -> reason; empty when it may be published.
+        unresolved: field -> reason; empty if the image may be published.
         abi: what a compiled extension must match, "cp311-torch2.14-cu130".
         lock: names the lock files of its torch and stack layers, "2.14.1-cu130".
         base_digest: digest of its base image.

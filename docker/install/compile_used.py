@@ -1,7 +1,8 @@
-"""Compile to bytecode what a run imports, and only that: the rest of /opt/venv stays source.
+"""Compile to bytecode the modules that a run imports, and no others.
 
-Without it every start of a container would compile thousands of modules anew, since nobody may
-write to /opt/venv; with all of it the image grows by a third. Run in the layer that installed them.
+Without bytecode every start of a container would compile thousands of modules again, since users
+can't write to /opt/venv; with bytecode of all modules the image grows by a third. Run it in the
+layer that installs the packages.
 """
 
 from __future__ import annotations
@@ -36,10 +37,10 @@ USED = (
 
 
 def main() -> None:
-    """Import, then compile every source file that came with it."""
-    sys.dont_write_bytecode = True  # the compiled file is to be written once, below
+    """Import the modules, then compile every source file that was imported."""
+    sys.dont_write_bytecode = True  # it is written once, below
     with tempfile.TemporaryDirectory() as caches:
-        # matplotlib lists the fonts when it is first imported; the layer is to have no cache.
+        # matplotlib caches a list of fonts at its first import; the layer must not have it.
         os.environ |= {"HOME": caches, "MPLCONFIGDIR": caches}
         for name in USED:
             importlib.import_module(name)

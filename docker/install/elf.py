@@ -1,6 +1,6 @@
-"""What the loader reads of a shared library, as far as pruning looks at it or edits it.
+"""Read and edit the parts of a shared library that pruning needs.
 
-For 64-bit little-endian ELF, as all of an image is.
+For 64-bit little-endian ELF, which all files of an image are.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _NULL, _NEEDED, _STRTAB = 0, 1, 5
 
 
 def has_symbol_table(path: Path) -> bool:
-    """Whether a library still has the symbols that only debuggers read."""
+    """Return whether a library has the symbols that only debuggers read."""
     with path.open("rb") as file:
         header = _HEADER.unpack(file.read(_HEADER.size))
         place, count = header[5], header[11]
@@ -30,9 +30,9 @@ def has_symbol_table(path: Path) -> bool:
 
 
 def drop_needed(path: Path, prefix: str) -> list[str]:
-    """Have a library no longer ask for those whose names begin with a prefix; give their names.
+    """Remove the needed libraries whose names begin with a prefix; return their names.
 
-    For libraries of which it calls nothing. A file that asks for none is not written to.
+    For libraries of which no function is called. A file without them is not written to.
     """
     with path.open("rb") as file:
         header = _HEADER.unpack(file.read(_HEADER.size))

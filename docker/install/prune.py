@@ -1,4 +1,4 @@
-"""Remove from /opt/venv what an image never loads, and say what each removal saved.
+"""Remove files from /opt/venv that an image never loads, and print the size of each removal.
 
     python prune.py ACCELERATOR
 
@@ -106,7 +106,7 @@ STRIP = (
 
 
 def size_bytes(path: Path) -> int:
-    """Give what a file or a folder holds."""
+    """Return the bytes of a file or a folder."""
     if path.is_symlink() or path.is_file():
         return path.lstat().st_size
     return sum(
@@ -115,7 +115,7 @@ def size_bytes(path: Path) -> int:
 
 
 def remove(glob: str) -> int:
-    """Remove what matches; give the bytes saved."""
+    """Remove the matching files; return the bytes saved."""
     saved = 0
     for path in sorted(SITE.glob(glob)):
         saved += size_bytes(path)
@@ -124,9 +124,9 @@ def remove(glob: str) -> int:
 
 
 def strip(glob: str) -> int:
-    """Strip symbol tables from what matches; give the bytes saved.
+    """Strip symbol tables from the matching files; return the bytes saved.
 
-    A file that has none, or would not shrink, is left untouched: rewriting one of an earlier layer
+    A file that has none, or would not shrink, is not changed: rewriting one of an earlier layer
     would store it twice.
     """
     saved = 0
@@ -143,7 +143,7 @@ def strip(glob: str) -> int:
 
 
 def main(accelerator: str) -> None:
-    """Unlink, prune, strip; print a line for each that did something."""
+    """Remove needed libraries and files, strip the rest; print a line for each change."""
     for glob, library, why in UNNEEDED if accelerator == "cuda" else ():
         for path in sorted(SITE.glob(glob)):
             for name in drop_needed(path, library):

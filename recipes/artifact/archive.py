@@ -26,7 +26,7 @@ from recipes.artifact.entries import Entry, read_entry
 from recipes.artifact.facts import File, Layer
 
 _CHUNK = 1 << 20
-# A text in a layer's command in the history -> the stage of docker/Dockerfile that wrote it.
+# A part of a layer's command in the history -> the stage of docker/Dockerfile that wrote it.
 _STAGES = (
     ("/torch.txt", "torch"),
     ("/stack.txt", "stack"),
@@ -43,7 +43,7 @@ _KINDS: dict[bytes, Any] = {
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[tarfile.TarFile]:
+def open_archive(path: Path) -> Iterator[tarfile.TarFile]:
     """Open an archive; a compressed one is refused, since it has no random access."""
     try:
         with tarfile.open(path, "r:") as tar:
@@ -52,72 +52,75 @@ def opened(path: Path) -> Iterator[tarfile.TarFile]:
         raise AttnimgError(
             f"{path} can't be read as an image",
             why=f"{type(error).__name__}: {error}",
-            do="give the file that `docker save IMAGE -o FILE` writes, not compressed",
+            do="name a file of `docker save IMAGE -o FILE`, not compressed",
             code="bad-archive",
         ) from error
 
 
 def read_archive(
-    path: Path, *, say: Callable[[str], None]
+    path: Path, *, log: Callable[[str], None]
 ) -> tuple[tuple[Layer, ...], tuple[File, ...], dict[str, Any]]:
     """Read every layer of an archive and its configuration.
 
     Args:
         path: docker-archive or OCI archive, not compressed itself; its layers may be.
-        say: called with a line of text before each layer is read.
+        log: called with a line of text before each layer is read.
 
     Raises:
         AttnimgError: it is not an image, or is damaged (code "bad-archive").
     """
     layers: list[Layer] = []
     files: list[File] = []
-    with opened(path) as tar:
+    with open_archive(path) as tar:
         try:
-            config, members = _parts(tar)
-            history = [made for made in config.get("history", []) if not made.get("empty_layer")]
+            config, members = _find_parts(tar)
+            history = [step for step in config.get("history", []) if not step.get("empty_layer")]
         # The JSON is invalid, or has another structure than expected.
         except (ValueError, IndexError, TypeError, AttributeError) as error:
             raise tarfile.ReadError(f"its manifest is damaged: {error}") from error
         for place, member in enumerate(members):
-            made = history[place] if place < len(history) else {}
-            name = stage_of(made)
+            step = history[place] if place < len(history) else {}
+            name = stage_name(step)
             stored = tar.getmember(member).size / 1e6
-            say(f"layer {place + 1} of {len(members)}: {name}, {stored:.0f} MB")
-            with _plain(tar, member) as stream:
+            log(f"layer {place + 1} of {len(members)}: {name}, {stored:.0f} MB")
+            with _open_layer(tar, member) as stream:
                 entries = [read_entry(e, layer=place) for e in _entries(stream)]
                 size = stream.seek(0, 2)
                 stream.seek(0)
-                squeezed = zstd_bytes(stream)
-            files = [*_hidden_by(files, entries), *(e for e in entries if not _is_whiteout(e.path))]
-            made_by = str(made.get("created_by", ""))
-            layers.append(Layer(name=name, made_by=made_by, bytes=size, zstd_bytes=squeezed))
+                zstd_size = zstd_bytes(stream)
+            files = [
+                *_hide_files(files, entries),
+                *(e for e in entries if not _is_whiteout(e.path)),
+            ]
+            made_by = str(step.get("created_by", ""))
+            layers.append(Layer(name=name, made_by=made_by, bytes=size, zstd_bytes=zstd_size))
     return tuple(layers), tuple(files), config
 
 
 def archive_kind(path: Path) -> str:
-    """Return an archive's kind as other tools call it: docker-archive, or oci-archive."""
-    with opened(path) as tar:
+    """Return the format of an archive, by the names that syft uses."""
+    with open_archive(path) as tar:
         return "docker-archive" if "manifest.json" in tar.getnames() else "oci-archive"
 
 
-def stage_of(made: dict[str, Any]) -> str:
-    """Return the stage of the Dockerfile that made a layer."""
-    command = str(made.get("created_by", ""))
-    if "buildkit" not in str(made.get("comment", "")):
+def stage_name(step: dict[str, Any]) -> str:
+    """Return the stage of the Dockerfile that made a layer, by its step in the history."""
+    command = str(step.get("created_by", ""))
+    if "buildkit" not in str(step.get("comment", "")):
         return "base"
     return next((stage for text, stage in _STAGES if text in command), "runtime")
 
 
 def zstd_bytes(stream: IO[bytes]) -> int:
     """Return the size of a stream compressed with zstd -3, as registries store it."""
-    squeeze = zstandard.ZstdCompressor(level=3, threads=2).compressobj()
+    compressor = zstandard.ZstdCompressor(level=3, threads=2).compressobj()
     size = 0
     while chunk := stream.read(_CHUNK):
-        size += len(squeeze.compress(chunk))
-    return size + len(squeeze.flush())
+        size += len(compressor.compress(chunk))
+    return size + len(compressor.flush())
 
 
-def _parts(tar: tarfile.TarFile) -> tuple[dict[str, Any], list[str]]:
+def _find_parts(tar: tarfile.TarFile) -> tuple[dict[str, Any], list[str]]:
     """Find the configuration and the layers' members, by manifest.json or by OCI's index.json."""
     names = set(tar.getnames())
     if "manifest.json" in names:
@@ -144,7 +147,7 @@ def _json(tar: tarfile.TarFile, name: str) -> Any:
 
 
 @contextmanager
-def _plain(tar: tarfile.TarFile, name: str) -> Iterator[BinaryIO]:
+def _open_layer(tar: tarfile.TarFile, name: str) -> Iterator[BinaryIO]:
     """Open a layer as a plain seekable tar."""
     stored = tar.extractfile(name)
     if stored is None:
@@ -186,24 +189,25 @@ def _is_whiteout(path: str) -> bool:
     return path.rpartition("/")[2].startswith(".wh.")
 
 
-def _hidden_by(files: list[File], layer: list[File]) -> Iterator[File]:
+def _hide_files(files: list[File], layer: list[File]) -> Iterator[File]:
     """Yield the files of earlier layers, those that a layer replaces or deletes as not visible."""
-    gone: set[str] = set()
+    deleted: set[str] = set()
     replaced: set[str] = set()
     for entry in layer:
         folder, _, name = entry.path.rpartition("/")
         if name == ".wh..wh..opq":
-            gone.add(folder)
+            deleted.add(folder)
         elif name.startswith(".wh."):
-            gone.add(f"{folder}/{name[4:]}".lstrip("/"))
+            deleted.add(f"{folder}/{name[4:]}".lstrip("/"))
         elif entry.kind == "folder":
             replaced.add(entry.path)
         else:
-            gone.add(entry.path)
+            deleted.add(entry.path)
     for file in files:
         parts = file.path.split("/")
         above = ("/".join(parts[: count + 1]) for count in range(len(parts)))
         hidden = file.visible and (
-            any(path in gone for path in above) or (file.kind != "folder" and file.path in replaced)
+            any(path in deleted for path in above)
+            or (file.kind != "folder" and file.path in replaced)
         )
         yield replace(file, visible=False) if hidden else file

@@ -16,8 +16,8 @@ from recipes.artifact.fatbin import (
     CUDA_MACHINE,
     bundle_codes,
     cubin_code,
+    embedded_codes,
     fatbin_codes,
-    loose_codes,
 )
 
 MAGIC = b"\x7fELF"
@@ -38,43 +38,35 @@ _HIDDEN = (1, 2)
 
 
 def read_elf(stream: BinaryIO) -> Elf:
-    """Read one file; what can't be read is in its `faults`."""
+    """Read one file; its `faults` list the parts that can't be read."""
     faults: list[str] = []
     try:
         file = ELFFile(stream)
         machine = _machine(file)
-        sectioned, loose = _codes(file, stream, faults)
-        codes = sectioned | loose
+        section_codes, embedded = _codes(file, stream, faults)
+        codes = section_codes | embedded
         dynamic = file.get_section_by_name(".dynamic")
         if not isinstance(dynamic, DynamicSection):
             return Elf(
-                machine=machine,
-                versions_needed={},
-                codes=codes,
-                sectioned=sectioned,
-                faults=tuple(faults),
+                machine=machine, codes=codes, section_codes=section_codes, faults=tuple(faults)
             )
         tags = [(tag.entry.d_tag, tag) for tag in dynamic.iter_tags()]
-        defines, wants = _symbols(file)
+        defines, undefined = _symbols(file)
         return Elf(
             machine=machine,
             soname=next((tag.soname for name, tag in tags if name == "DT_SONAME"), ""),
             needed=tuple(tag.needed for name, tag in tags if name == "DT_NEEDED"),
-            search=tuple(_search(tags)),
+            search=tuple(_search_folders(tags)),
             defines=defines,
-            wants=wants,
+            undefined=undefined,
             versions_defined=frozenset(_versions_defined(file).values()),
             versions_needed=_versions_needed(file),
             codes=codes,
-            sectioned=sectioned,
+            section_codes=section_codes,
             faults=tuple(faults),
         )
     except (ELFError, ValueError, struct.error, UnicodeDecodeError, KeyError) as error:
-        return Elf(
-            machine="unknown",
-            versions_needed={},
-            faults=(*faults, f"{type(error).__name__}: {error}"),
-        )
+        return Elf(machine="unknown", faults=(*faults, f"{type(error).__name__}: {error}"))
 
 
 def _machine(file: ELFFile) -> str:
@@ -95,25 +87,25 @@ def _codes(
     if machine == "EM_AMDGPU":
         mach = file["e_flags"] & 0xFF
         return frozenset({_GFX.get(mach, f"gfx-mach-{mach:#x}")}), frozenset()
-    sectioned: set[str] = set()
-    loose: set[str] = set()
+    section_codes: set[str] = set()
+    embedded: set[str] = set()
     for section in file.iter_sections():
         place, size = section["sh_offset"], section["sh_size"]
         if section["sh_type"] != "SHT_PROGBITS" or not size:
             continue
         try:
             if section.name in _FATBINS:
-                sectioned |= fatbin_codes(stream, start=place, size=size)
+                section_codes |= fatbin_codes(stream, start=place, size=size)
             elif section.name in _BUNDLES:
-                sectioned |= bundle_codes(stream, start=place, size=size)
+                section_codes |= bundle_codes(stream, start=place, size=size)
             elif section["sh_flags"] & _ALLOCATED and not section["sh_flags"] & _EXECUTABLE:
-                loose |= loose_codes(stream, start=place, size=size)
+                embedded |= embedded_codes(stream, start=place, size=size)
         except (ValueError, struct.error) as error:
             faults.append(f"{section.name}: {error}")
-    return frozenset(sectioned), frozenset(loose)
+    return frozenset(section_codes), frozenset(embedded)
 
 
-def _search(tags: list[tuple[str, Any]]) -> Iterator[str]:
+def _search_folders(tags: list[tuple[str, Any]]) -> Iterator[str]:
     """Yield the folders of DT_RUNPATH, or of DT_RPATH where there is none, as the loader does."""
     names = {name for name, _ in tags}
     wanted = "DT_RUNPATH" if "DT_RUNPATH" in names else "DT_RPATH"
@@ -130,11 +122,11 @@ def _symbols(file: ELFFile) -> tuple[frozenset[str], tuple[Symbol, ...]]:
     """
     table = file.get_section_by_name(".dynsym")
     if table is None:
-        raise ValueError("it has a .dynamic section and no .dynsym")
+        raise ValueError("it has a .dynamic section but no .dynsym")
     names = file.get_section(table["sh_link"]).data()
     versions = _symbol_versions(file)
     defines: set[str] = set()
-    wants: list[Symbol] = []
+    undefined: list[Symbol] = []
     for place, (name_at, info, other, section, _, _) in enumerate(
         _SYMBOL.iter_unpack(table.data())
     ):
@@ -145,12 +137,12 @@ def _symbols(file: ELFFile) -> tuple[frozenset[str], tuple[Symbol, ...]]:
         version = versions.get(place, "")
         if section == 0:
             if bind != _WEAK:
-                wants.append(Symbol(name=name, version=version))
+                undefined.append(Symbol(name=name, version=version))
         elif other & 3 not in _HIDDEN:
             defines.add(name)
             if version:
                 defines.add(f"{name}@{version}")
-    return frozenset(defines), tuple(wants)
+    return frozenset(defines), tuple(undefined)
 
 
 def _symbol_versions(file: ELFFile) -> dict[int, str]:

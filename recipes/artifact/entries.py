@@ -8,17 +8,17 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import BinaryIO
 
+from recipes.artifact.cuobjdump import list_codes
 from recipes.artifact.elf import MAGIC, read_elf
 from recipes.artifact.facts import Elf, File, FileKind
 from recipes.artifact.fatbin import fatbin_codes, is_fatbin
-from recipes.artifact.secret_forms import secrets_in
-from recipes.artifact.witness import listed
+from recipes.artifact.secret_patterns import secrets_in
 
 _CHUNK = 1 << 20
 # Larger files are not searched for secrets: no person or tool stores one in them.
-_SECRET_BYTES = 1 << 20
-# Files whose text is kept: the metadata of packages.
-_KEPT = re.compile(r"\.dist-info/(METADATA|RECORD)$")
+_MAX_SECRET_BYTES = 1 << 20
+# Files whose text is kept.
+_METADATA = re.compile(r"\.dist-info/(METADATA|RECORD)$")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,7 +34,7 @@ class Entry:
 
 
 def read_entry(entry: Entry, *, layer: int) -> File:
-    """Read an entry once: whether it is machine code, and whether it has a secret."""
+    """Read an entry once: its machine code, its secrets, its text if it is metadata."""
     elf: Elf | None = None
     secrets: tuple[str, ...] = ()
     digest, text = "", ""
@@ -44,15 +44,15 @@ def read_entry(entry: Entry, *, layer: int) -> File:
             if start == MAGIC:
                 stream.seek(0)
                 elf = read_elf(stream)
-                if elf.sectioned and elf.machine not in ("EM_CUDA", "EM_AMDGPU"):
-                    elf = replace(elf, witness=listed(stream, entry.bytes))
+                if elf.section_codes and elf.machine not in ("EM_CUDA", "EM_AMDGPU"):
+                    elf = replace(elf, cuobjdump_codes=list_codes(stream, entry.bytes))
                 stream.seek(0)
-                digest = _digest(stream)
+                digest = _sha256(stream)
             elif is_fatbin(start):
-                elf = _bare_fatbin(stream, entry.bytes)
-            elif _KEPT.search(entry.path):
+                elf = _read_fatbin(stream, entry.bytes)
+            elif _METADATA.search(entry.path):
                 text = (start + stream.read()).decode("utf-8", "replace")
-            elif entry.bytes <= _SECRET_BYTES:
+            elif entry.bytes <= _MAX_SECRET_BYTES:
                 secrets = secrets_in(start + stream.read())
     return File(
         path=entry.path,
@@ -68,15 +68,15 @@ def read_entry(entry: Entry, *, layer: int) -> File:
     )
 
 
-def _bare_fatbin(stream: BinaryIO, size: int) -> Elf:
+def _read_fatbin(stream: BinaryIO, size: int) -> Elf:
+    """Read a fat binary that is a file of its own."""
     try:
-        codes = fatbin_codes(stream, start=0, size=size)
+        return Elf(machine="EM_CUDA", codes=fatbin_codes(stream, start=0, size=size))
     except ValueError as error:
-        return Elf(machine="EM_CUDA", versions_needed={}, faults=(str(error),))
-    return Elf(machine="EM_CUDA", versions_needed={}, codes=codes)
+        return Elf(machine="EM_CUDA", faults=(str(error),))
 
 
-def _digest(stream: BinaryIO) -> str:
+def _sha256(stream: BinaryIO) -> str:
     found = hashlib.sha256()
     while chunk := stream.read(_CHUNK):
         found.update(chunk)

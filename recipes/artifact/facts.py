@@ -6,8 +6,8 @@ to site-packages. Sizes are bytes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Literal
 
 Kind = Literal["image", "folder", "wheels"]
@@ -33,14 +33,14 @@ class Elf:
         machine: "EM_X86_64", "EM_CUDA", "EM_AMDGPU".
         soname: the name by which others need it; empty for none.
         needed: sonames of the libraries it needs.
-        search: folders where they are looked for first; $ORIGIN is its own folder.
+        search: folders that are searched for them first; $ORIGIN is its own folder.
         defines: symbols it defines, each as "name", and as "name@version" where it has one.
-        wants: symbols that others must define; weak ones are left out.
+        undefined: symbols that others must define; weak ones are left out.
         versions_defined: versions it defines; empty for none.
         versions_needed: soname -> versions it needs of that library.
         codes: GPU machine code inside: "sm_90a", "compute_90" (PTX), "gfx942".
-        sectioned: those of them in the sections for GPU code.
-        witness: the latter as cuobjdump lists them; None if it did not list them.
+        section_codes: those of them in the sections for GPU code.
+        cuobjdump_codes: the same as cuobjdump lists them; None if it did not.
         faults: parts that could not be read.
     """
 
@@ -49,12 +49,12 @@ class Elf:
     needed: tuple[str, ...] = ()
     search: tuple[str, ...] = ()
     defines: frozenset[str] = frozenset()
-    wants: tuple[Symbol, ...] = ()
+    undefined: tuple[Symbol, ...] = ()
     versions_defined: frozenset[str] = frozenset()
-    versions_needed: Mapping[str, tuple[str, ...]]
+    versions_needed: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     codes: frozenset[str] = frozenset()
-    sectioned: frozenset[str] = frozenset()
-    witness: frozenset[str] | None = None
+    section_codes: frozenset[str] = frozenset()
+    cuobjdump_codes: frozenset[str] | None = None
     faults: tuple[str, ...] = ()
 
 
@@ -123,7 +123,7 @@ class Distribution:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Artifact:
-    """Everything that was read of an image, an unpacked folder or a wheelhouse.
+    """The content of an image, an unpacked folder or a wheelhouse.
 
     Attributes:
         source: name of the file or folder that was read.
@@ -141,8 +141,25 @@ class Artifact:
     layers: tuple[Layer, ...]
     files: tuple[File, ...]
     distributions: tuple[Distribution, ...]
-    env: Mapping[str, str]
-    sums: Mapping[str, bool]
+    env: Mapping[str, str] = field(default_factory=dict)
+    sums: Mapping[str, bool] = field(default_factory=dict)
     manifest: Mapping[str, object] | None = None
     below: tuple[File, ...] = ()
     sbom: Mapping[str, str] | None = None
+
+
+def visible_elves(files: Iterable[File]) -> Iterator[tuple[File, Elf]]:
+    """Yield the ELF files that a container sees, each with its content."""
+    for file in files:
+        if file.visible and file.elf is not None:
+            yield file, file.elf
+
+
+def stage_sizes(artifact: Artifact) -> dict[str, float]:
+    """Return the compressed size of the layers of each stage, in MB; empty if one is not known."""
+    sizes: dict[str, float] = {}
+    for layer in artifact.layers:
+        if layer.zstd_bytes is None:
+            return {}
+        sizes[layer.name] = sizes.get(layer.name, 0.0) + layer.zstd_bytes / 1e6
+    return sizes

@@ -12,7 +12,7 @@ decompressed:
 cuobjdump can't replace this module. 13.5.37 refuses libbitsandbytes_cuda121.so of bitsandbytes
 0.50, 8 codes, as "Invalid ELF"; it finds no device code in the kernels that CuTe DSL compiles, in
 triton's libcheckpoint.so with its 15 codes, nor in any file of AMD's; and it leaves out the f of
-sm_100f (measured 2026-11-27). witness.py compares with its list where it can.
+sm_100f (measured 2026-11-27). cuobjdump.py compares with its list where it can.
 
 HIP's bundle is documented: https://clang.llvm.org/docs/ClangOffloadBundler.html (2026-11-25).
 """
@@ -30,12 +30,12 @@ import zstandard
 
 _FATBIN = struct.pack("<I", 0xBA55ED50)
 _KINDS = {1: "compute", 2: "sm", 8: "lto"}
-_SPECIFIC, _FAMILY = 0x100000, 0x200000
-_BUNDLE, _PACKED = b"__CLANG_OFFLOAD_BUNDLE__", b"CCOB"
-_BUNDLES = re.compile(re.escape(_BUNDLE) + b"|" + _PACKED)
-_PLAIN = re.compile(re.escape(_FATBIN))
+_ARCH_SPECIFIC, _FAMILY_SPECIFIC = 0x100000, 0x200000
+_BUNDLE, _COMPRESSED_BUNDLE = b"__CLANG_OFFLOAD_BUNDLE__", b"CCOB"
+_BUNDLE_PATTERN = re.compile(re.escape(_BUNDLE) + b"|" + _COMPRESSED_BUNDLE)
+_FATBIN_PATTERN = re.compile(re.escape(_FATBIN))
 # In a cubin, the OS/ABI byte of the ELF header is 0x33 or 0x41.
-_LOOSE = re.compile(re.escape(_FATBIN) + rb"\x01\x00\x10\x00|\x7fELF\x02\x01\x01[\x33\x41]")
+_EMBEDDED = re.compile(re.escape(_FATBIN) + rb"\x01\x00\x10\x00|\x7fELF\x02\x01\x01[\x33\x41]")
 CUDA_MACHINE = 190
 # Set in the flags of sm_90a, up to CUDA 12. Source: EF_CUDA_ACCELERATORS in BinaryFormat/ELF.h of
 # llvm/llvm-project 008d0233 (2026-11-25).
@@ -65,9 +65,9 @@ def fatbin_codes(stream: BinaryIO, *, start: int, size: int) -> frozenset[str]:
     """
     codes: set[str] = set()
     place, end = start, start + size
-    while (place := _find(stream, _PLAIN, place, end)) >= 0:
+    while (place := _find(stream, _FATBIN_PATTERN, place, end)) >= 0:
         stream.seek(place)
-        _, _, header, payload = struct.unpack("<IHHQ", _exactly(stream, 16))
+        _, _, header, payload = struct.unpack("<IHHQ", _read_exactly(stream, 16))
         if place + header + payload > end:
             raise ValueError(f"the fat binary at {place} is cut off")
         codes.update(_entries(stream, place + header, place + header + payload))
@@ -77,14 +77,14 @@ def fatbin_codes(stream: BinaryIO, *, start: int, size: int) -> frozenset[str]:
     return frozenset(codes)
 
 
-def loose_codes(stream: BinaryIO, *, start: int, size: int) -> frozenset[str]:
+def embedded_codes(stream: BinaryIO, *, start: int, size: int) -> frozenset[str]:
     """Return NVIDIA's machine code among other data, as in cuFFT and in kernels of CuTe DSL.
 
     Bytes that only look like machine code, and can't be parsed, are skipped.
     """
     codes: set[str] = set()
     place, end = start, start + size
-    while (place := _find(stream, _LOOSE, place, end)) >= 0:
+    while (place := _find(stream, _EMBEDDED, place, end)) >= 0:
         stream.seek(place)
         head = stream.read(64)
         length = 0
@@ -124,12 +124,12 @@ def cubin_code(flags: int, abi: int, data: bytes) -> str:
 def _entries(stream: BinaryIO, place: int, end: int) -> Iterator[str]:
     while place < end:
         stream.seek(place)
-        head = _exactly(stream, 64)
+        head = _read_exactly(stream, 64)
         kind, _, header, payload = struct.unpack_from("<HHIQ", head)
         if header < 64 or place + header + payload > end:
             raise ValueError(f"the entry at {place} is cut off")
         arch, flags = struct.unpack_from("<I", head, 28)[0], struct.unpack_from("<Q", head, 40)[0]
-        suffix = "a" if flags & _SPECIFIC else "f" if flags & _FAMILY else ""
+        suffix = "a" if flags & _ARCH_SPECIFIC else "f" if flags & _FAMILY_SPECIFIC else ""
         yield f"{_KINDS.get(kind, f'kind{kind}')}_{arch}{suffix}"
         place += header + payload
 
@@ -142,12 +142,12 @@ def bundle_codes(stream: BinaryIO, *, start: int, size: int) -> frozenset[str]:
     """
     codes: set[str] = set()
     place, end = start, start + size
-    while (place := _find(stream, _BUNDLES, place, end)) >= 0:
+    while (place := _find(stream, _BUNDLE_PATTERN, place, end)) >= 0:
         stream.seek(place)
         data = stream.read(min(_TABLE, end - place))
         length = len(_BUNDLE)
-        if data.startswith(_PACKED):
-            data, length = _unpacked(stream, data, place, end)
+        if data.startswith(_COMPRESSED_BUNDLE):
+            data, length = _decompress(stream, data, place, end)
         codes.update(_targets(data))
         place += length
     if not codes:
@@ -170,7 +170,7 @@ def _targets(data: bytes) -> Iterator[str]:
             raise ValueError(f"a bundle has an entry {entry!r}")
 
 
-def _unpacked(stream: BinaryIO, head: bytes, place: int, end: int) -> tuple[bytes, int]:
+def _decompress(stream: BinaryIO, head: bytes, place: int, end: int) -> tuple[bytes, int]:
     """Return the decompressed start of a compressed bundle, and the bytes of the whole bundle."""
     version, method = struct.unpack_from("<HH", head, 4)
     header = {1: 20, 2: 24, 3: 32}.get(version)
@@ -204,7 +204,7 @@ def _find(stream: BinaryIO, wanted: re.Pattern[bytes], place: int, end: int) -> 
     return -1
 
 
-def _exactly(stream: BinaryIO, count: int) -> bytes:
+def _read_exactly(stream: BinaryIO, count: int) -> bytes:
     data = stream.read(count)
     if len(data) < count:
         raise ValueError("a fat binary is cut off")

@@ -10,7 +10,7 @@ import posixpath
 import re
 from collections.abc import Mapping
 
-from recipes.artifact.facts import Artifact, Elf, Symbol
+from recipes.artifact.facts import Artifact, Elf, Symbol, visible_elves
 
 # Libraries of a GPU driver, and a pattern of their functions; an image never has them.
 # Source: CUDA 13.0, cuda.h and nvml.h (2026-11-25).
@@ -23,10 +23,10 @@ _SYSTEM = (
 _PYTHON = re.compile(r"usr/(local/)?bin/python3\.\d+")
 _TORCH = re.compile(r".*/torch/_C\.[\w.-]*so")
 _GLOBAL = re.compile(r".*/torch/lib/libtorch_global_deps\.so")
-_LINKS = 40  # as in the Linux kernel: more of them are a loop
+_MAX_LINKS = 40  # as in the Linux kernel: more of them are a loop
 
 
-class View:
+class LoaderView:
     """The files of an artifact as the loader sees them.
 
     Args:
@@ -37,31 +37,31 @@ class View:
     def __init__(self, elves: Mapping[str, Elf], links: Mapping[str, str]) -> None:
         self.elves = elves
         self._links = links
-        self._definers: dict[str, set[str]] = {}
+        self._defined_by: dict[str, set[str]] = {}
         for path, elf in elves.items():
             for name in elf.defines:
-                self._definers.setdefault(name, set()).add(path)
-        # soname -> path of libraries that Python and torch load before an extension, and the paths
+                self._defined_by.setdefault(name, set()).add(path)
+        # Libraries that Python and torch load before an extension, soname -> path; and the paths
         # whose symbols every file sees.
         self._loaded: dict[str, str] = {}
-        self._everywhere: set[str] = set()
+        self._global: set[str] = set()
         self._scopes: dict[str, frozenset[str]] = {}
         self._found: dict[tuple[str, str], str | None] = {}
 
-    def load(self, path: str, *, everywhere: bool) -> None:
+    def load(self, path: str, *, global_symbols: bool) -> None:
         """Load a file before all others; its symbols are for all, or for those that need it."""
         scope = self.scope(path)
         for place in sorted(scope & set(self.elves)):
             self._loaded.setdefault(self.elves[place].soname, place)
-        if everywhere:
-            self._everywhere |= scope
+        if global_symbols:
+            self._global |= scope
         # Earlier lookups may have another result now.
         self._scopes.clear()
         self._found.clear()
 
-    def real(self, path: str) -> str:
+    def resolve_links(self, path: str) -> str:
         """Follow symbolic links in a path."""
-        for _ in range(_LINKS):
+        for _ in range(_MAX_LINKS):
             parts = path.split("/")
             for count in range(1, len(parts) + 1):
                 head = "/".join(parts[:count])
@@ -73,25 +73,25 @@ class View:
                 return path
         return path
 
-    def found(self, path: str, soname: str) -> str | None:
-        """Return the path of a library that a file needs; None if it is nowhere."""
+    def find(self, path: str, soname: str) -> str | None:
+        """Return the path of a library that a file needs; None if it is not found."""
         key = (path, soname)
         if key not in self._found:
-            self._found[key] = self._find(path, soname)
+            self._found[key] = self._search(path, soname)
         return self._found[key]
 
-    def _find(self, path: str, soname: str) -> str | None:
+    def _search(self, path: str, soname: str) -> str | None:
         origin = posixpath.dirname(path)
         search = [text.replace("${ORIGIN}", "$ORIGIN") for text in self.elves[path].search]
         own = [folder.replace("$ORIGIN", f"/{origin}") for folder in search]
         for folder in own:
-            place = self.real(posixpath.normpath(f"{folder}/{soname}").lstrip("/"))
+            place = self.resolve_links(posixpath.normpath(f"{folder}/{soname}").lstrip("/"))
             if place in self.elves:
                 return place
         if soname in self._loaded and "site-packages" in path:
             return self._loaded[soname]
         for folder in _SYSTEM:
-            place = self.real(f"{folder}/{soname}")
+            place = self.resolve_links(f"{folder}/{soname}")
             if place in self.elves:
                 return place
         return None
@@ -103,38 +103,38 @@ class View:
             while queue:
                 here = queue.pop()
                 for soname in self.elves[here].needed:
-                    place = self.found(here, soname)
+                    place = self.find(here, soname)
                     if place is None:
                         seen.add(soname)
                     elif place not in seen:
                         seen.add(place)
                         queue.append(place)
-            self._scopes[path] = frozenset(seen | self._everywhere)
+            self._scopes[path] = frozenset(seen | self._global)
         return self._scopes[path]
 
     def users(self, path: str) -> list[str]:
         """Return the files that are loaded together with one, because they need it."""
         return [other for other in self.elves if other != path and path in self.scope(other)]
 
-    def defined(self, want: Symbol, scope: frozenset[str]) -> bool:
+    def is_defined(self, symbol: Symbol, scope: frozenset[str]) -> bool:
         """Return whether a symbol is defined in a scope, in its version if it has one."""
-        plain = self._definers.get(want.name, set())
-        if not want.version:
-            return not plain.isdisjoint(scope)
-        if not self._definers.get(str(want), set()).isdisjoint(scope):
+        paths = self._defined_by.get(symbol.name, set())
+        if not symbol.version:
+            return not paths.isdisjoint(scope)
+        if not self._defined_by.get(str(symbol), set()).isdisjoint(scope):
             return True
         # A library without versions satisfies any.
-        return any(p in scope and not self.elves[p].versions_defined for p in plain)
+        return any(p in scope and not self.elves[p].versions_defined for p in paths)
 
 
-def view_of(artifact: Artifact) -> View:
+def loader_view(artifact: Artifact) -> LoaderView:
     """Return the loader's view of an artifact after Python has run `import torch`."""
-    seen = [file for file in (*artifact.below, *artifact.files) if file.visible]
-    elves = {file.path: file.elf for file in seen if file.elf and file.elf.machine == "EM_X86_64"}
-    links = {f.path: f.target for f in seen if f.kind == "link"}
-    links |= {f.path: f"/{f.target}" for f in seen if f.kind == "hardlink"}
-    view = View(elves, links)
-    for first, everywhere in ((_PYTHON, True), (_TORCH, False), (_GLOBAL, True)):
+    files = [file for file in (*artifact.below, *artifact.files) if file.visible]
+    elves = {file.path: elf for file, elf in visible_elves(files) if elf.machine == "EM_X86_64"}
+    links = {file.path: file.target for file in files if file.kind == "link"}
+    links |= {file.path: f"/{file.target}" for file in files if file.kind == "hardlink"}
+    view = LoaderView(elves, links)
+    for first, global_symbols in ((_PYTHON, True), (_TORCH, False), (_GLOBAL, True)):
         for path in sorted(path for path in elves if first.fullmatch(path)):
-            view.load(path, everywhere=everywhere)
+            view.load(path, global_symbols=global_symbols)
     return view

@@ -1,32 +1,31 @@
 """The checks (gates) of a finished image or wheelhouse: one file each, found automatically.
 
-To add one, copy `floor.py`, then `make render check`.
+A gate's file has a function `check`, which returns all findings, and may have `skip_reason`, which
+returns why the gate can't check an artifact. To add one, copy `glibc.py`, then `make render check`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib import import_module
 from pkgutil import iter_modules
 
 from recipes.artifact.facts import Artifact
-from recipes.facts import Base, Plan
+from recipes.facts import Base, ImagePlan
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Finding:
+@dataclass(frozen=True, slots=True)
+class GateFinding:
     """One reason why an artifact may not be shipped.
 
     Attributes:
-        gate: its name.
-        file: the path at fault, or the layer, or the package.
-        found: what is there.
-        needed: what should be there.
+        file: the path, or the layer, or the package.
+        found: its content or state.
+        needed: what is allowed instead.
         do: the fix.
     """
 
-    gate: str
     file: str
     found: str
     needed: str
@@ -34,39 +33,37 @@ class Finding:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Promise:
-    """What an artifact is checked against.
+class ExpectedContents:
+    """What an artifact is compared with.
 
     Attributes:
         plan: of the image.
         torch_archs: the machine code of its torch; empty if that was not read.
         pins: package -> version, of everything that may be installed.
-        floor: versions of the base's C and C++ libraries; None if they are not known.
+        base: versions of the base's C and C++ libraries; None if they are not known.
     """
 
-    plan: Plan
+    plan: ImagePlan
     torch_archs: tuple[str, ...] = ()
     pins: Mapping[str, str]
-    floor: Base | None = None
-
-
-def _always(artifact: Artifact, promise: Promise) -> str:
-    return ""
+    base: Base | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Gate:
-    """One gate: a pure function of an artifact and its promise.
+    """One gate: pure functions of an artifact and what is expected of it.
 
     Attributes:
         name: of its file, with hyphens.
-        judge: returns all findings; none if the artifact passes.
-        unjudged: returns why this gate can't check this artifact; empty if it can.
+        description: the docstring of its file.
+        check: returns all findings; none if the artifact passes.
+        skip_reason: returns why this gate can't check this artifact; empty if it can.
     """
 
     name: str
-    judge: Callable[[Artifact, Promise], tuple[Finding, ...]]
-    unjudged: Callable[[Artifact, Promise], str] = field(default=_always)
+    description: str
+    check: Callable[[Artifact, ExpectedContents], tuple[GateFinding, ...]]
+    skip_reason: Callable[[Artifact, ExpectedContents], str]
 
 
 def gate_names() -> frozenset[str]:
@@ -81,15 +78,10 @@ def all_gates() -> tuple[Gate, ...]:
 
 def gate_named(name: str) -> Gate:
     """Return the gate of that name."""
-    gate = import_module(f"{__name__}.{name.replace('-', '_')}").GATE
-    assert isinstance(gate, Gate)
-    assert gate.name == name
-    return gate
-
-
-def docs() -> dict[str, str]:
-    """Return the description of each gate: the docstring of its file."""
-    return {
-        name: import_module(f"{__name__}.{name.replace('-', '_')}").__doc__ or ""
-        for name in sorted(gate_names())
-    }
+    module = import_module(f"{__name__}.{name.replace('-', '_')}")
+    return Gate(
+        name=name,
+        description=module.__doc__ or "",
+        check=module.check,
+        skip_reason=getattr(module, "skip_reason", lambda *_: ""),
+    )

@@ -6,48 +6,36 @@ case the loader uses the one that is requested first.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from recipes.artifact.facts import Artifact, File, visible_elves
+from recipes.gates import ExpectedContents, GateFinding
 
-from recipes.artifact.facts import Artifact, File
-from recipes.gates import Finding, Gate, Promise
-
-_NAME = "duplicates"
-# Smaller ones are not checked: empty extension modules have the same bytes.
-_LEAST_BYTES = 20_000
+# Smaller files are not compared by their bytes: empty extension modules are equal.
+_MIN_BYTES = 20_000
 
 
-def judge(artifact: Artifact, promise: Promise) -> tuple[Finding, ...]:
+def check(artifact: Artifact, expected: ExpectedContents) -> tuple[GateFinding, ...]:
     """Compare all shared libraries that a container sees."""
-    there = [file for file in artifact.files if file.visible and file.elf and file.digest]
-    same = _groups(there, lambda file: file.digest if file.bytes >= _LEAST_BYTES else "")
-    faults = [_finding(files, "the same bytes") for files in same]
-    known = {tuple(file.path for file in files) for files in same}
-    for files in _groups(there, lambda file: file.elf.soname if file.elf else ""):
-        if tuple(file.path for file in files) not in known:
-            faults.append(
-                _finding(files, f"the name {files[0].elf.soname}" if files[0].elf else "")
-            )
-    return tuple(faults)
+    by_content: dict[str, list[File]] = {}
+    by_name: dict[str, list[File]] = {}
+    for file, elf in visible_elves(artifact.files):
+        if file.digest and file.bytes >= _MIN_BYTES:
+            by_content.setdefault(file.digest, []).append(file)
+        if file.digest and elf.soname:
+            by_name.setdefault(elf.soname, []).append(file)
+    groups = [("the same bytes", files) for files in by_content.values()]
+    groups += [
+        (f"the name {soname}", files)
+        for soname, files in by_name.items()
+        if files not in by_content.values()
+    ]
+    return tuple(_finding(files, what) for what, files in groups if len(files) > 1)
 
 
-def _groups(files: list[File], key: Callable[[File], str]) -> list[list[File]]:
-    """Return the groups of files with the same key; files without a key are left out."""
-    found: dict[str, list[File]] = {}
-    for file in files:
-        if value := key(file):
-            found.setdefault(value, []).append(file)
-    return [group for group in found.values() if len(group) > 1]
-
-
-def _finding(files: list[File], what: str) -> Finding:
-    others = ", ".join(file.path for file in files[:-1])
-    return Finding(
-        gate=_NAME,
-        file=files[-1].path,
-        found=f"{what} as {others}; {files[-1].bytes / 1e6:.1f} MB",
+def _finding(files: list[File], what: str) -> GateFinding:
+    *others, last = files
+    return GateFinding(
+        file=last.path,
+        found=f"{what} as {', '.join(file.path for file in others)}; {last.bytes / 1e6:.1f} MB",
         needed="each library once",
-        do="prune one of them, or say in recipes/allowed.toml why both must be there",
+        do="prune one of them, or write in recipes/allowed.toml why both must be there",
     )
-
-
-GATE = Gate(name=_NAME, judge=judge)

@@ -11,11 +11,10 @@ import re
 from collections.abc import Iterator
 
 from recipes.artifact.facts import Artifact, File
-from recipes.gates import Finding, Gate, Promise
+from recipes.gates import ExpectedContents, GateFinding
 
-_NAME = "layers"
 _SITE = r".*site-packages/"
-# (what it is, paths, the fix)
+# What it is, its paths, the fix.
 _WASTE = (
     (
         "a static library",
@@ -41,49 +40,36 @@ _WASTE = (
     ("a package archive", r"(?!.*/ensurepip/_bundled/)(.*\.(whl|deb|egg))", "install from a mount"),
 )
 _PATTERNS = tuple((what, re.compile(path), do) for what, path, do in _WASTE)
-_HIDDEN_BYTES = 1_000_000
+_MAX_HIDDEN_BYTES = 1_000_000
 _SETID = 0o6000
 # glibc has empty archives such as libpthread.a, which linkers may name (size in bytes).
 _EMPTY_ARCHIVE = 8
 
 
-def judge(artifact: Artifact, promise: Promise) -> tuple[Finding, ...]:
+def check(artifact: Artifact, expected: ExpectedContents) -> tuple[GateFinding, ...]:
     """Check every file of every layer."""
-    again = {file.path for file in artifact.files if file.visible}
-    return tuple(fault for file in artifact.files for fault in _faults(file, again, artifact))
+    visible = {file.path for file in artifact.files if file.visible}
+    return tuple(
+        finding for file in artifact.files for finding in _check_file(file, visible, artifact)
+    )
 
 
-def _faults(file: File, again: set[str], artifact: Artifact) -> Iterator[Finding]:
+def _check_file(file: File, visible: set[str], artifact: Artifact) -> Iterator[GateFinding]:
+    size = f"{file.bytes / 1e6:.1f} MB" if file.bytes >= 1e5 else f"{file.bytes} bytes"
+    layer = f"layer {file.layer + 1} ({artifact.layers[file.layer].name})"
     if file.kind == "file" and file.bytes > _EMPTY_ARCHIVE:
         for what, pattern, do in _PATTERNS:
             if pattern.fullmatch(file.path):
-                yield _finding(
-                    file, f"{what} of {_size(file)} in {_where(file, artifact)}", "none", do
-                )
+                yield GateFinding(file.path, f"{what} of {size} in {layer}", "none", do)
                 break
-    if not file.visible and file.bytes >= _HIDDEN_BYTES:
-        fate = "replaces" if file.path in again else "deletes"
-        yield _finding(
-            file,
-            f"{_size(file)} in {_where(file, artifact)}, which a later layer {fate}",
+    if not file.visible and file.bytes >= _MAX_HIDDEN_BYTES:
+        change = "replaces" if file.path in visible else "deletes"
+        yield GateFinding(
+            file.path,
+            f"{size} in {layer}, which a later layer {change}",
             "each file shipped once",
             "change it in the layer that installs it",
         )
     if file.visible and file.kind == "file" and file.mode & _SETID:
         do = "chmod a-s it in the python stage of docker/Dockerfile"
-        yield _finding(file, f"mode {file.mode:04o}", "neither setuid nor setgid", do)
-
-
-def _size(file: File) -> str:
-    return f"{file.bytes / 1e6:.1f} MB" if file.bytes >= 1e5 else f"{file.bytes} bytes"
-
-
-def _where(file: File, artifact: Artifact) -> str:
-    return f"layer {file.layer + 1} ({artifact.layers[file.layer].name})"
-
-
-def _finding(file: File, found: str, needed: str, do: str) -> Finding:
-    return Finding(gate=_NAME, file=file.path, found=found, needed=needed, do=do)
-
-
-GATE = Gate(name=_NAME, judge=judge)
+        yield GateFinding(file.path, f"mode {file.mode:04o}", "neither setuid nor setgid", do)

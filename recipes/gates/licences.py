@@ -6,24 +6,18 @@ The licences are those that each package states; they are listed in dist/NAME-li
 from __future__ import annotations
 
 from recipes.artifact.facts import Artifact
-from recipes.gates import Finding, Gate, Promise
-
-_NAME = "licences"
+from recipes.gates import ExpectedContents, GateFinding
 
 
-def judge(artifact: Artifact, promise: Promise) -> tuple[Finding, ...]:
+def check(artifact: Artifact, expected: ExpectedContents) -> tuple[GateFinding, ...]:
     """Find packages without a licence in their metadata."""
     return tuple(
-        Finding(
-            gate=_NAME,
-            file=one.name,
-            found=f"no licence in {one.folder}/METADATA",
+        GateFinding(
+            file=package.name,
+            found=f"no licence in {package.folder}/METADATA",
             needed="License-Expression, License, or a classifier",
-            do="read its source, and say in recipes/allowed.toml what its licence is",
+            do="read its source, and write its licence into recipes/allowed.toml",
         )
-        for one in artifact.distributions
-        if not one.licence
+        for package in artifact.distributions
+        if not package.licence
     )
-
-
-GATE = Gate(name=_NAME, judge=judge)

@@ -11,110 +11,119 @@ An image for `cpu` has no GPU code.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
-from recipes.artifact.facts import Artifact, File
-from recipes.facts import Step
-from recipes.gates import Finding, Gate, Promise
-from recipes.solve.rules import device
+from recipes.archs import can_run, device_name, sort_key
+from recipes.artifact.facts import Artifact, Elf, visible_elves
+from recipes.facts import ImagePlan, Step
+from recipes.gates import ExpectedContents, GateFinding
 
-_NAME = "machine-code"
-# Where docker/precompiled leaves what it compiled, and for which GPU.
+# Folders of kernels that docker/precompiled compiled for one GPU.
 _COMPILED = re.compile(r"opt/attnimg/(fa4|triton)/(sm_\d+)/")
-_CODE = re.compile(r"(sm|compute|lto)_(\d+)(\d)([af]?)")
 
 
-def judge(artifact: Artifact, promise: Promise) -> tuple[Finding, ...]:
+def check(artifact: Artifact, expected: ExpectedContents) -> tuple[GateFinding, ...]:
     """Compare the machine code of each file with the plan."""
     owners = {path: one.name for one in artifact.distributions for path in one.files}
-    steps = {step.kernel.name: step for step in promise.plan.steps}
-    found: dict[str, list[File]] = {}
-    for file in artifact.files:
-        if file.visible and file.elf:
-            found.setdefault(owners.get(file.path, ""), []).append(file)
-    faults = [*_unread(artifact), *_missing(artifact, steps, found)]
-    for owner, files in found.items():
-        for file in files:
-            if file.elf and file.elf.codes:
-                faults += _against(file, owner=owner, step=steps.get(owner), promise=promise)
-    if "torch" in found:
-        faults += _torch(found["torch"], promise)
-    return tuple(faults)
+    files = [(file, elf, owners.get(file.path, "")) for file, elf in visible_elves(artifact.files)]
+    # Package -> the code in its files, by path; "" for files of no package.
+    codes: dict[str, dict[str, frozenset[str]]] = {}
+    for file, elf, owner in files:
+        codes.setdefault(owner, {})
+        if elf.codes:
+            codes[owner][file.path] = elf.codes
+    installed = {one.name for one in artifact.distributions}
+    steps = {
+        step.kernel.name: step for step in expected.plan.steps if step.kernel.name in installed
+    }
+    findings = [finding for file, elf, _ in files for finding in _check_reading(file.path, elf)]
+    for step in steps.values():
+        findings += _find_missing(step, codes.get(step.kernel.name, {}))
+    for owner, by_path in codes.items():
+        for path, found in by_path.items():
+            if owner in steps:
+                findings += _find_extra(path, found, steps[owner])
+            elif owner != "torch" or expected.plan.image.accelerator == "cpu":
+                findings += _check_file(path, found, owner, expected.plan)
+    if "torch" in codes:
+        findings += _check_torch(frozenset().union(*codes["torch"].values()), expected)
+    return tuple(findings)
 
 
-def _unread(artifact: Artifact) -> Iterator[Finding]:
+def _check_reading(path: str, elf: Elf) -> Iterator[GateFinding]:
     """Find machine code that could not be read, or that two programs read differently."""
-    for file in artifact.files:
-        if not file.visible or file.elf is None:
-            continue
-        for fault in file.elf.faults:
-            yield _finding(file.path, fault, "machine code that can be listed", "build it again")
-        ours = {code.replace("f", "") for code in file.elf.sectioned if not code.startswith("gfx")}
-        ours = {code for code in ours if not code.startswith(("lto", "kind"))}
-        if file.elf.witness is not None and file.elf.witness != ours:
-            yield _finding(
-                file.path,
-                f"{_text(ours)} by attnimg's reader, {_text(file.elf.witness)} by cuobjdump",
-                "the same from both",
-                "fix recipes/artifact/fatbin.py",
-            )
+    for fault in elf.faults:
+        yield GateFinding(path, fault, "machine code that can be listed", "build it again")
+    # cuobjdump lists neither these kinds, nor the f of sm_100f, nor AMD's code.
+    ours = {
+        code.replace("f", "")
+        for code in elf.section_codes
+        if not code.startswith(("lto", "kind", "gfx"))
+    }
+    if elf.cuobjdump_codes is not None and elf.cuobjdump_codes != ours:
+        yield GateFinding(
+            path,
+            f"{_text(ours)} by our reader, {_text(elf.cuobjdump_codes)} by cuobjdump",
+            "the same from both",
+            "fix recipes/artifact/fatbin.py",
+        )
 
 
-def _missing(
-    artifact: Artifact, steps: Mapping[str, Step], found: Mapping[str, list[File]]
-) -> Iterator[Finding]:
-    """Find kernels that lack an architecture: all files of one together must have each."""
-    there = {one.name for one in artifact.distributions}
-    for name, step in steps.items():
-        files = [file for file in found.get(name, []) if file.elf and file.elf.codes]
-        has = {code for file in files if file.elf for code in file.elf.codes}
-        lacks = set(step.codes) - has
-        if name in there and lacks:
-            where = ", ".join(file.path for file in files) or name
-            need = f"{_text(lacks)} too, which recipes/kernels/{name}.toml declares"
-            yield _finding(where, _text(has), need, f"build {name} for {' '.join(step.tokens)}")
+def _find_missing(step: Step, codes: Mapping[str, frozenset[str]]) -> Iterator[GateFinding]:
+    """Find the architectures that a kernel lacks: all its files together must have each."""
+    found = frozenset().union(*codes.values())
+    name = step.kernel.name
+    if lacking := set(step.codes) - found:
+        needed = f"{_text(lacking)} too, which recipes/kernels/{name}.toml declares"
+        do = f"build {name} for {' '.join(step.tokens)}"
+        yield GateFinding(", ".join(codes) or name, _text(found), needed, do)
 
 
-def _against(file: File, *, owner: str, step: Step | None, promise: Promise) -> Iterator[Finding]:
-    """Check one file that has machine code."""
-    image = promise.plan.image
-    codes = file.elf.codes if file.elf else frozenset()
-    if step is not None:
-        if extra := codes - set(step.codes):
-            need = f"{_text(step.codes)} alone, which recipes/kernels/{owner}.toml declares"
-            yield _finding(file.path, f"{_text(extra)} too", need, f"build {owner} without it")
-    elif image.accelerator == "cpu":
-        yield _finding(file.path, _text(codes), "no GPU code in a cpu image", "prune it")
-    elif place := _COMPILED.match(file.path):
-        made_by = [step for step in promise.plan.steps if _compiles_into(place[1], step)]
+def _find_extra(path: str, codes: frozenset[str], step: Step) -> Iterator[GateFinding]:
+    """Find machine code that a kernel's recipe does not declare."""
+    name = step.kernel.name
+    if extra := codes - set(step.codes):
+        needed = f"{_text(step.codes)} only, which recipes/kernels/{name}.toml declares"
+        yield GateFinding(path, f"{_text(extra)} too", needed, f"build {name} without it")
+
+
+def _check_file(
+    path: str, codes: frozenset[str], owner: str, plan: ImagePlan
+) -> Iterator[GateFinding]:
+    """Check a file that belongs neither to torch nor to a kernel."""
+    if plan.image.accelerator == "cpu":
+        yield GateFinding(path, _text(codes), "no GPU code in a cpu image", "prune it")
+    elif place := _COMPILED.match(path):
+        method, device = place.groups()
+        steps = [step for step in plan.steps if _compiles(step, method)]
         declared = {
-            _code_of(step, arch)
-            for step in made_by
+            _declared_code(step, arch)
+            for step in steps
             for arch in step.archs
-            if device(arch) == place[2]
+            if device_name(arch) == device
         }
         if codes != declared:
-            recipe = " ".join(f"recipes/kernels/{step.kernel.name}.toml" for step in made_by)
-            need = f"what {recipe or 'no recipe'} declares for {place[2]}: {_text(declared)}"
-            yield _finding(file.path, _text(codes), need, "compile it again, with no other")
-    elif owner != "torch":
-        for arch in _promised(file.path, owner, image.archs, codes):
-            do = f"prune it where no GPU of {image.name} loads it, or build it for {arch}"
-            yield _finding(file.path, _text(codes), f"code that {arch} runs", do)
+            recipe = " ".join(f"recipes/kernels/{step.kernel.name}.toml" for step in steps)
+            needed = f"what {recipe or 'no recipe'} declares for {device}: {_text(declared)}"
+            yield GateFinding(path, _text(codes), needed, "compile it again, for this GPU only")
+    else:
+        for arch in _unsupported_archs(path, owner, plan.image.archs, codes):
+            do = f"prune it where no GPU of {plan.image.name} loads it, or build it for {arch}"
+            yield GateFinding(path, _text(codes), f"code that {arch} runs", do)
 
 
-def _compiles_into(folder: str, step: Step) -> bool:
-    """Return whether a kernel is compiled ahead of time into a folder of /opt/attnimg."""
-    return (step.kernel.ahead_of_time if folder == "fa4" else step.kernel.triton) is not None
+def _compiles(step: Step, method: str) -> bool:
+    """Return whether a kernel is compiled ahead of time by a method of docker/precompiled."""
+    return (step.kernel.ahead_of_time if method == "fa4" else step.kernel.triton) is not None
 
 
-def _code_of(step: Step, arch: str) -> str:
-    """Return the code that a kernel's entries have for an architecture of its recipe."""
-    asked = step.kernel.ahead_of_time
-    return asked.targets[arch].code if asked else step.kernel.archs[arch].code
+def _declared_code(step: Step, arch: str) -> str:
+    """Return the code of a kernel that is compiled ahead of time for an architecture."""
+    ahead_of_time = step.kernel.ahead_of_time
+    return ahead_of_time.targets[arch].code if ahead_of_time else step.kernel.archs[arch].code
 
 
-def _promised(
+def _unsupported_archs(
     path: str, owner: str, archs: tuple[str, ...], codes: frozenset[str]
 ) -> tuple[str, ...]:
     """Return the architectures that a file should support and does not.
@@ -123,56 +132,28 @@ def _promised(
     package, and support the architecture of their folder (sm_90), or any.
     """
     if owner:
-        return tuple(arch for arch in archs if not any(runs(arch, code) for code in codes))
+        return tuple(arch for arch in archs if not _any_runs(arch, codes))
     folders = re.findall(r"(?:^|/)(sm_\d+[af]?|gfx[0-9a-f]+)(?=/)", path)
-    wanted = folders[-1:] or archs
-    served = [arch for arch in wanted if any(runs(arch, code) for code in codes)]
-    return () if served else tuple(wanted)
+    wanted = tuple(folders[-1:]) or archs
+    return () if any(_any_runs(arch, codes) for arch in wanted) else wanted
 
 
-def _torch(files: list[File], promise: Promise) -> Iterator[Finding]:
+def _check_torch(codes: frozenset[str], expected: ExpectedContents) -> Iterator[GateFinding]:
     """Check torch as a whole: some of its libraries are for some architectures only."""
-    has = {code for file in files if file.elf for code in file.elf.codes}
-    if lacks := set(promise.torch_archs) - has:
+    if lacking := set(expected.torch_archs) - codes:
+        needed = f"{_text(lacking)} too, as recipes/torch.toml says"
         do = "correct `archs` in recipes/torch.toml, or install the build that it describes"
-        yield _finding("torch", _text(has), f"{_text(lacks)} too, as recipes/torch.toml says", do)
-    if promise.plan.image.accelerator != "cpu":
-        for arch in promise.plan.image.archs:
-            if not any(runs(arch, code) for code in has):
-                yield _finding("torch", _text(has), f"code that {arch} runs", "take another torch")
+        yield GateFinding("torch", _text(codes), needed, do)
+    if expected.plan.image.accelerator != "cpu":
+        for arch in expected.plan.image.archs:
+            if not _any_runs(arch, codes):
+                needed = f"code that {arch} runs"
+                yield GateFinding("torch", _text(codes), needed, "use another build of torch")
 
 
-def runs(arch: str, code: str) -> bool:
-    """Return whether a device runs a code: the same major and no newer minor; PTX, no newer.
-
-    sm_90a runs on 9.0 only; sm_100f on 10.x. Source: CUDA C++ Programming Guide 13.0, 5.1.2,
-    Feature Set Compiler Targets (2026-11-25).
-    """
-    here, there = _CODE.fullmatch(arch), _CODE.fullmatch(code)
-    if here is None or there is None:
-        return arch == code
-    device, built = (int(here[2]), int(here[3])), (int(there[2]), int(there[3]))
-    if there[4] == "a":
-        return device == built
-    if there[1] == "compute" and not there[4]:
-        return device >= built
-    return there[1] in ("sm", "compute") and device[0] == built[0] and device >= built
+def _any_runs(arch: str, codes: Iterable[str]) -> bool:
+    return any(can_run(arch, code) for code in codes)
 
 
-def _text(codes: object) -> str:
-    names = (
-        sorted(map(str, codes), key=_order) if isinstance(codes, set | frozenset | tuple) else []
-    )
-    return " ".join(names) or "no GPU code"
-
-
-def _order(code: str) -> tuple[str, int, str]:
-    match = _CODE.fullmatch(code)
-    return (match[1], int(match[2] + match[3]), match[4]) if match else (code, 0, "")
-
-
-def _finding(file: str, found: str, needed: str, do: str) -> Finding:
-    return Finding(gate=_NAME, file=file, found=found, needed=needed, do=do)
-
-
-GATE = Gate(name=_NAME, judge=judge)
+def _text(codes: Iterable[str]) -> str:
+    return " ".join(sorted(codes, key=sort_key)) or "no GPU code"

@@ -12,77 +12,72 @@ from collections.abc import Iterator, Mapping
 from packaging.version import Version
 
 from recipes.artifact.facts import Artifact, Distribution
-from recipes.gates import Finding, Gate, Promise
+from recipes.facts import ImagePlan
+from recipes.gates import ExpectedContents, GateFinding
 
-_NAME = "pins"
-# attnimg, and the packages of a new virtual environment; neither is in a lock file.
-_OURS = "attnimg"
 # The local version label of a small build, which is for tests and never published.
 _TRIMMED = "trim"
-_WHOLE = "build the whole wheel, without TRIM=1; a small build is for trying the way"
 
 
-def judge(artifact: Artifact, promise: Promise) -> tuple[Finding, ...]:
-    """Compare what is installed with what is pinned, both ways."""
-    if artifact.kind == "wheels":
-        return (
-            *_versions(artifact.distributions, _built(promise)),
-            *_wheelhouse(artifact, promise),
-        )
-    return tuple(_versions(artifact.distributions, promise.pins))
+def check(artifact: Artifact, expected: ExpectedContents) -> tuple[GateFinding, ...]:
+    """Compare the installed packages with the pins, both ways."""
+    if artifact.kind != "wheels":
+        return tuple(_check_versions(artifact.distributions, expected.pins))
+    kernels = [step.kernel for step in expected.plan.steps if step.kernel.form != "wheel"]
+    pins = {kernel.name: kernel.version for kernel in kernels}
+    return (
+        *_check_versions(artifact.distributions, pins),
+        *_check_wheelhouse(artifact, expected.plan),
+    )
 
 
-def _built(promise: Promise) -> dict[str, str]:
-    kernels = [step.kernel for step in promise.plan.steps if step.kernel.form != "wheel"]
-    return {kernel.name: kernel.version for kernel in kernels}
-
-
-def _versions(found: tuple[Distribution, ...], pins: Mapping[str, str]) -> Iterator[Finding]:
-    """Compare packages with their pins; a local label, torch's +cpu, is not part of a pin."""
-    do = "make lock and build again; nothing is installed by hand"
+def _check_versions(
+    installed: tuple[Distribution, ...], pins: Mapping[str, str]
+) -> Iterator[GateFinding]:
+    do = "make lock and build again; install nothing by hand"
     seen: dict[str, Distribution] = {}
-    for one in found:
-        if one.name in seen:
-            where = f"{seen[one.name].folder} and {one.folder}"
-            yield _finding(one.name, where, "one installation", "install it once")
-        seen[one.name] = one
-        pin = pins.get(one.name)
-        if pin is None and one.name != _OURS:
-            yield _finding(one.name, f"version {one.version}", "no package that is not locked", do)
-        elif pin is not None and not _same(one.version, pin):
-            fix = _WHOLE if Version(one.version).local == _TRIMMED else do
-            yield _finding(one.name, f"version {one.version}", f"{pin}, which is locked", fix)
-    for name in sorted(set(pins) - set(seen)):
-        yield _finding(name, "nothing installed", f"{pins[name]}, which is locked", do)
+    for package in installed:
+        name, version = package.name, package.version
+        if name in seen:
+            places = f"{seen[name].folder} and {package.folder}"
+            yield GateFinding(name, places, "one installation", "install it once")
+        seen[name] = package
+        if name in pins and not _equal(version, pins[name]):
+            trimmed = Version(version).local == _TRIMMED
+            fix = "build the whole wheel, without TRIM=1; a small build is for tests"
+            needed = f"{pins[name]}, which is locked"
+            yield GateFinding(name, f"version {version}", needed, fix if trimmed else do)
+        # attnimg itself is in no lock file.
+        elif name not in pins and name != "attnimg":
+            yield GateFinding(name, f"version {version}", "no package that is not locked", do)
+    for name in sorted(pins.keys() - seen.keys()):
+        yield GateFinding(name, "nothing installed", f"{pins[name]}, which is locked", do)
 
 
-def _same(found: str, pin: str) -> bool:
-    here, there = Version(found), Version(pin)
-    labelled = here.public == there.public and there.local is None and here.local != _TRIMMED
-    return here == there or labelled
+def _equal(found: str, pin: str) -> bool:
+    """Return whether versions are equal; a local label, torch's +cpu, is not part of a pin."""
+    ours, locked = Version(found), Version(pin)
+    labelled = ours.public == locked.public and locked.local is None and ours.local != _TRIMMED
+    return ours == locked or labelled
 
 
-def _wheelhouse(artifact: Artifact, promise: Promise) -> Iterator[Finding]:
+def _check_wheelhouse(artifact: Artifact, plan: ImagePlan) -> Iterator[GateFinding]:
     """Check a wheelhouse's hashes, ABI and keys."""
-    again = f"make wheels/{promise.plan.image.name} from this checkout"
-    for name, same in artifact.sums.items():
-        if not same:
-            yield _finding(name, "other bytes than SHA256SUMS says, or no sum", "the same", again)
+    do = f"make wheels/{plan.image.name} from this checkout"
+    for name, equal in artifact.sums.items():
+        if not equal:
+            yield GateFinding(name, "a hash that is not in SHA256SUMS", "that hash", do)
     manifest = artifact.manifest or {}
-    if manifest.get("abi") != promise.plan.abi:
-        yield _finding("manifest.json", f"abi {manifest.get('abi')}", promise.plan.abi, again)
+    if manifest.get("abi") != plan.abi:
+        yield GateFinding("manifest.json", f"abi {manifest.get('abi')}", plan.abi, do)
     listed = manifest.get("kernels")
-    kernels = listed if isinstance(listed, list) else []
-    named = (kernel for kernel in kernels if isinstance(kernel, dict))
-    keys = {str(kernel.get("name")): kernel.get("key") for kernel in named}
-    for step in promise.plan.steps:
+    kernels = (
+        [kernel for kernel in listed if isinstance(kernel, dict)]
+        if isinstance(listed, list)
+        else []
+    )
+    keys = {str(kernel.get("name")): kernel.get("key") for kernel in kernels}
+    for step in plan.steps:
         if step.kernel.form != "wheel" and keys.get(step.kernel.name) != step.key:
             found = f"key {keys.get(step.kernel.name)} of {step.kernel.name}"
-            yield _finding("manifest.json", found, f"{step.key}, this recipe's", again)
-
-
-def _finding(what: str, found: str, needed: str, do: str) -> Finding:
-    return Finding(gate=_NAME, file=what, found=found, needed=needed, do=do)
-
-
-GATE = Gate(name=_NAME, judge=judge)
+            yield GateFinding("manifest.json", found, f"{step.key}, this recipe's", do)

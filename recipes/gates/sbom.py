@@ -7,42 +7,31 @@ the CycloneDX format.
 from __future__ import annotations
 
 from recipes.artifact.facts import Artifact
-from recipes.gates import Finding, Gate, Promise
-
-_NAME = "sbom"
-_OURS = "attnimg"
+from recipes.gates import ExpectedContents, GateFinding
 
 
-def unjudged(artifact: Artifact, promise: Promise) -> str:
+def skip_reason(artifact: Artifact, expected: ExpectedContents) -> str:
     """Return why there is no list of syft's to compare with; empty if there is one."""
     if artifact.kind == "wheels":
-        return "a wheelhouse is no image"
+        return "a wheelhouse is not an image"
     return "" if artifact.sbom is not None else "syft is not installed: make setup"
 
 
-def judge(artifact: Artifact, promise: Promise) -> tuple[Finding, ...]:
+def check(artifact: Artifact, expected: ExpectedContents) -> tuple[GateFinding, ...]:
     """Compare syft's Python packages with the lock file, both ways."""
-    found = artifact.sbom or {}
-    faults = []
-    for name in sorted(set(found) ^ (set(promise.pins) | {_OURS})):
-        there = f"{found[name]}" if name in found else "nothing"
-        need = (
-            f"{promise.pins[name]}, as locked"
-            if name in promise.pins
-            else "nothing: no lock has it"
-        )
-        faults.append(_finding(name, there, need))
-    for name in sorted(set(found) & set(promise.pins)):
+    installed = artifact.sbom or {}
+    pins = {"attnimg": installed.get("attnimg", "of this checkout"), **expected.pins}
+    findings = []
+    for name in sorted(installed.keys() | pins.keys()):
+        found, pin = installed.get(name), pins.get(name)
         # syft keeps a local label, torch's +cpu; a pin has none.
-        if found[name].partition("+")[0] != promise.pins[name].partition("+")[0]:
-            faults.append(_finding(name, found[name], f"{promise.pins[name]}, as locked"))
-    return tuple(faults)
-
-
-def _finding(name: str, found: str, needed: str) -> Finding:
-    return Finding(
-        gate=_NAME, file=name, found=found, needed=needed, do="make lock and build again"
-    )
-
-
-GATE = Gate(name=_NAME, judge=judge, unjudged=unjudged)
+        if found is None or pin is None or found.partition("+")[0] != pin.partition("+")[0]:
+            findings.append(
+                GateFinding(
+                    file=name,
+                    found=found or "nothing",
+                    needed=f"version {pin}" if pin else "no package that is not locked",
+                    do="make lock and build again",
+                )
+            )
+    return tuple(findings)

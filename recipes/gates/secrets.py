@@ -10,52 +10,45 @@ import re
 from collections.abc import Iterator
 
 from recipes.artifact.facts import Artifact
-from recipes.artifact.secret_forms import secrets_in
-from recipes.gates import Finding, Gate, Promise
+from recipes.artifact.secret_patterns import secrets_in
+from recipes.gates import ExpectedContents, GateFinding
 
-_NAME = "secrets"
 _FILES = re.compile(
     r"(.*/)?(\.netrc|_netrc|\.pypirc|\.git-credentials|\.aws/credentials|\.docker/config\.json"
     r"|\.huggingface/token|huggingface/(stored_tokens|token)|\.npmrc|\.ssh/id_\w+|id_(rsa|dsa|ecdsa|ed25519)"
     r"|\.config/gcloud/.*|\.kube/config|run/secrets/.+)"
 )
-# NAME=value, where the value is no reference to another variable and no path.
+# NAME=value, where the value is neither a path nor a reference to another variable.
 _ASSIGNED = re.compile(
     r"\b([A-Z0-9_]*(?:TOKEN|SECRET|PASSWORD|PASSWD|API_KEY|ACCESS_KEY|CREDENTIALS)[A-Z0-9_]*)=['\"]?([^\s'\"$/|]{6,})"
 )
 
 
-def judge(artifact: Artifact, promise: Promise) -> tuple[Finding, ...]:
+def check(artifact: Artifact, expected: ExpectedContents) -> tuple[GateFinding, ...]:
     """Check every file of every layer, the variables and the history."""
-    faults: list[Finding] = []
-    for file in artifact.files:
-        where = f"layer {file.layer + 1} ({artifact.layers[file.layer].name})"
-        for secret in file.secrets:
-            faults.append(_finding(file.path, f"{secret} in {where}"))
-        if file.kind == "file" and file.bytes and _FILES.fullmatch(file.path):
-            faults.append(_finding(file.path, f"a file of credentials in {where}"))
-    for layer in artifact.layers:
-        faults += _texts(f"history of layer {layer.name}", layer.made_by)
-    for name, value in artifact.env.items():
-        faults += _texts("variables of the image", f"{name}={value}")
-    return tuple(faults)
-
-
-def _texts(where: str, text: str) -> Iterator[Finding]:
-    for match in _ASSIGNED.finditer(text):
-        yield _finding(where, f"a value for {match[1]}")
-    for secret in secrets_in(text.encode()):
-        yield _finding(where, secret)
-
-
-def _finding(file: str, found: str) -> Finding:
-    return Finding(
-        gate=_NAME,
-        file=file,
-        found=found,
-        needed="none: whoever has the image has it",
-        do="revoke it, then give it to the build as a secret (--secret) and to a run as a variable",
+    return tuple(
+        GateFinding(
+            file=place,
+            found=found,
+            needed="none: everybody who has the image can read it",
+            do="revoke it; pass it to a build as a secret (--secret) and to a run as a variable",
+        )
+        for place, found in _find_secrets(artifact)
     )
 
 
-GATE = Gate(name=_NAME, judge=judge)
+def _find_secrets(artifact: Artifact) -> Iterator[tuple[str, str]]:
+    """Yield the place and the kind of each secret."""
+    for file in artifact.files:
+        layer = f"layer {file.layer + 1} ({artifact.layers[file.layer].name})"
+        for secret in file.secrets:
+            yield file.path, f"{secret} in {layer}"
+        if file.kind == "file" and file.bytes and _FILES.fullmatch(file.path):
+            yield file.path, f"a file of credentials in {layer}"
+    texts = [(f"history of layer {layer.name}", layer.made_by) for layer in artifact.layers]
+    texts += [("variables of the image", f"{k}={v}") for k, v in artifact.env.items()]
+    for place, text in texts:
+        for match in _ASSIGNED.finditer(text):
+            yield place, f"a value for {match[1]}"
+        for secret in secrets_in(text.encode()):
+            yield place, secret

@@ -6,50 +6,49 @@ Sizes are those of layers compressed with zstd -3, as a registry stores them, in
 
 from __future__ import annotations
 
-from recipes.artifact.facts import Artifact
+from recipes.artifact.facts import Artifact, stage_sizes
 from recipes.facts import Unresolved
-from recipes.gates import Finding, Gate, Promise
-
-_NAME = "size"
+from recipes.gates import ExpectedContents, GateFinding
 
 
-def unjudged(artifact: Artifact, promise: Promise) -> str:
+def skip_reason(artifact: Artifact, expected: ExpectedContents) -> str:
     """Return why the size is not known or has no limit; empty if it is and has one."""
-    if isinstance(promise.plan.image.size_max_mb, Unresolved):
-        return f"size_max_mb is unresolved: {promise.plan.image.size_max_mb.reason}"
-    return "" if artifact.kind == "image" else "only an archive has layers: give one with ARCHIVE="
+    limit = expected.plan.image.size_max_mb
+    if isinstance(limit, Unresolved):
+        return f"size_max_mb is unresolved: {limit.reason}"
+    return "" if artifact.kind == "image" else "only an archive has layers: add ARCHIVE=FILE"
 
 
-def judge(artifact: Artifact, promise: Promise) -> tuple[Finding, ...]:
-    """Add up the compressed sizes of the layers."""
-    image = promise.plan.image
-    stages: dict[str, float] = {}
-    for layer in artifact.layers:
-        stages[layer.name] = stages.get(layer.name, 0.0) + (layer.zstd_bytes or 0) / 1e6
-    total = sum(stages.values())
-    faults = []
+def check(artifact: Artifact, expected: ExpectedContents) -> tuple[GateFinding, ...]:
+    """Compare the compressed sizes of the layers with their limits."""
+    image = expected.plan.image
+    sizes = stage_sizes(artifact)
+    total = sum(sizes.values())
+    findings = []
     if isinstance(image.size_max_mb, int) and total > image.size_max_mb:
-        largest = sorted(stages.items(), key=lambda item: -item[1])[:3]
+        largest = sorted(sizes.items(), key=lambda item: -item[1])[:3]
         text = ", ".join(f"{name} {size:.0f}" for name, size in largest)
-        faults.append(_finding("image", f"{total:.1f} MB ({text})", image.size_max_mb))
-    for name, most in image.layers_max_mb.items():
-        if name not in stages:
-            need = f"one of {', '.join(stages)}, as layers_max_mb names them"
-            do = "correct layers_max_mb, or the stages in recipes/artifact/archive.py"
-            faults.append(Finding(gate=_NAME, file=name, found="no such layer", needed=need, do=do))
-        elif stages[name] > most:
-            faults.append(_finding(f"layer {name}", f"{stages[name]:.1f} MB", most))
-    return tuple(faults)
+        findings.append(_finding("image", f"{total:.1f} MB ({text})", image.size_max_mb))
+    for name, limit in image.layers_max_mb.items():
+        if name not in sizes:
+            findings.append(
+                GateFinding(
+                    file=name,
+                    found="no such layer",
+                    needed=f"one of {', '.join(sizes)}, as layers_max_mb names them",
+                    do="correct layers_max_mb, or the stages in recipes/artifact/archive.py",
+                )
+            )
+        elif sizes[name] > limit:
+            findings.append(_finding(f"layer {name}", f"{sizes[name]:.1f} MB", limit))
+    return tuple(findings)
 
 
-def _finding(what: str, found: str, most: int) -> Finding:
-    return Finding(
-        gate=_NAME,
-        file=what,
+def _finding(file: str, found: str, limit: int) -> GateFinding:
+    return GateFinding(
+        file=file,
         found=found,
-        needed=f"at most {most} MB, compressed with zstd -3",
-        do="prune what no run loads, or raise the budget in the recipe and say why in the commit",
+        needed=f"at most {limit} MB, compressed with zstd -3",
+        do="prune files that no run loads, or raise the limit in the recipe and give the reason in "
+        "the commit",
     )
-
-
-GATE = Gate(name=_NAME, judge=judge, unjudged=unjudged)

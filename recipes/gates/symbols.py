@@ -10,89 +10,79 @@ Debian's own programs, which those programs load, are not checked.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from recipes.artifact.facts import Artifact, Elf, Symbol
-from recipes.artifact.linking import DRIVER, View, view_of
-from recipes.gates import Finding, Gate, Promise
+from recipes.artifact.linking import DRIVER, LoaderView, loader_view
+from recipes.gates import ExpectedContents, GateFinding
 
-_NAME = "symbols"
-# Checked by the gate `floor`, with a better message.
-_FLOOR = re.compile(r"(GLIBC|GLIBCXX|CXXABI)_")
-_SHOWN = 3
+# The gate `glibc` checks these, with a better message.
+_BASE_VERSIONS = re.compile(r"(GLIBC|GLIBCXX|CXXABI)_")
+_MAX_LISTED = 3
 # Debian's own programs and their plugins, except Python's extensions.
 _DEBIAN = re.compile(r"(usr/)?s?bin/|(usr/)?lib(64|exec)?/(?!.*python3)")
 
 
-def unjudged(artifact: Artifact, promise: Promise) -> str:
+def skip_reason(artifact: Artifact, expected: ExpectedContents) -> str:
     """Return why the libraries that define symbols are not there; empty if they are."""
     if any(file.path.endswith("/libc.so.6") for file in (*artifact.files, *artifact.below)):
         return ""
-    return "there is no image to look for symbols in: give one with ARCHIVE="
+    return "there is no image to look for symbols in: add ARCHIVE=FILE"
 
 
-def judge(artifact: Artifact, promise: Promise) -> tuple[Finding, ...]:
+def check(artifact: Artifact, expected: ExpectedContents) -> tuple[GateFinding, ...]:
     """Resolve every shared library and program of the artifact."""
-    view = view_of(artifact)
+    view = loader_view(artifact)
     below = {file.path for file in artifact.below}
-    faults: list[Finding] = []
+    findings: list[GateFinding] = []
     for path, elf in view.elves.items():
-        if path in below or _DEBIAN.match(path):
-            continue
-        # Without its libraries, most of a file's symbols are undefined.
-        faults += [*_libraries(path, elf, view)] or [*_symbols(path, elf, view)]
-    return tuple(faults)
+        if path not in below and not _DEBIAN.match(path):
+            # Without its libraries, most of a file's symbols are undefined.
+            findings += [*_check_libraries(path, elf, view)] or [*_check_symbols(path, elf, view)]
+    return tuple(findings)
 
 
-def _libraries(path: str, elf: Elf, view: View) -> Iterator[Finding]:
+def _check_libraries(path: str, elf: Elf, view: LoaderView) -> Iterator[GateFinding]:
     """Find needed libraries that are missing, or lack a version that is needed."""
-    nowhere = [name for name in elf.needed if view.found(path, name) is None]
-    if absent := [name for name in nowhere if name not in DRIVER]:
-        do = "ship what it needs, or prune this file if nothing loads it"
-        yield _finding(path, f"it needs {', '.join(absent)}", "each in the image", do)
-    for name in elf.needed:
-        where = view.found(path, name)
-        if where is None:
-            continue
-        offered = view.elves[where].versions_defined
+    libraries = {name: view.find(path, name) for name in elf.needed}
+    missing = [name for name, place in libraries.items() if place is None and name not in DRIVER]
+    if missing:
+        do = "ship these libraries, or prune this file if nothing loads it"
+        yield GateFinding(path, f"it needs {', '.join(missing)}", "each in the image", do)
+    for name, place in libraries.items():
+        defined = view.elves[place].versions_defined if place else frozenset()
         lacking = [
             version
             for version in elf.versions_needed.get(name, ())
-            if offered and version not in offered and not _FLOOR.match(version)
+            if defined and version not in defined and not _BASE_VERSIONS.match(version)
         ]
         if lacking:
-            need = f"{', '.join(lacking)} in {where}"
-            yield _finding(path, f"{name} without them", need, "build both for one another")
+            needed = f"{', '.join(lacking)} in {place}"
+            yield GateFinding(path, f"{name} without them", needed, "build both for one another")
 
 
-def _symbols(path: str, elf: Elf, view: View) -> Iterator[Finding]:
+def _check_symbols(path: str, elf: Elf, view: LoaderView) -> Iterator[GateFinding]:
     """Find symbols that no library of this file, or of one that loads it, defines."""
-    lacking = _lacking(elf, view.scope(path), view)
-    for user in view.users(path) if lacking else ():
-        lacking = [want for want in lacking if want in _lacking(elf, view.scope(user), view)]
-    lacking = [want for want in lacking if not _FLOOR.match(want.version)]
-    if lacking:
-        shown = ", ".join(str(want) for want in lacking[:_SHOWN])
-        more = f" and {len(lacking) - _SHOWN} more" if len(lacking) > _SHOWN else ""
-        yield _finding(
+    undefined = _undefined(elf.undefined, view.scope(path), view)
+    for user in view.users(path) if undefined else ():
+        undefined = _undefined(undefined, view.scope(user), view)
+    undefined = [symbol for symbol in undefined if not _BASE_VERSIONS.match(symbol.version)]
+    if undefined:
+        names = ", ".join(str(symbol) for symbol in undefined[:_MAX_LISTED])
+        rest = len(undefined) - _MAX_LISTED
+        yield GateFinding(
             path,
-            f"undefined symbol: {shown}{more}",
-            "each defined by what it is loaded with",
+            f"undefined symbol: {names}" + (f" and {rest} more" if rest > 0 else ""),
+            "each defined by a library that is loaded with this file",
             "build it against the libraries of this image: its torch, its CUDA",
         )
 
 
-def _lacking(elf: Elf, scope: frozenset[str], view: View) -> list[Symbol]:
+def _undefined(symbols: Iterable[Symbol], scope: frozenset[str], view: LoaderView) -> list[Symbol]:
+    """Return the symbols that a scope does not define; the driver defines its own."""
     drivers = [prefix for name, prefix in DRIVER.items() if name in scope]
     return [
-        want
-        for want in elf.wants
-        if not view.defined(want, scope) and not any(re.match(p, want.name) for p in drivers)
+        symbol
+        for symbol in symbols
+        if not view.is_defined(symbol, scope) and not any(re.match(p, symbol.name) for p in drivers)
     ]
-
-
-def _finding(file: str, found: str, needed: str, do: str) -> Finding:
-    return Finding(gate=_NAME, file=file, found=found, needed=needed, do=do)
-
-
-GATE = Gate(name=_NAME, judge=judge, unjudged=unjudged)

@@ -1,4 +1,4 @@
-"""Write the records of the wheelhouses that were built, and the tables of images made of them."""
+"""Write the records of the wheelhouses that were built, and the README's table of them."""
 
 from __future__ import annotations
 
@@ -9,16 +9,15 @@ from typing import Any
 
 from attnimg.errors import AttnimgError
 from recipes.artifact.facts import Artifact
-from recipes.facts import Kernel, Plan, Step
-from recipes.pages.images_and_kernels import table
+from recipes.facts import ImagePlan, Kernel, Step
+from recipes.pages import markdown_table
 
 FOLDER = "docs/built"
 # The state of an image without kernels of its own: .ci/run builds it.
 BUILT_IN_CI = "built and tested on every change"
-BEGIN, END = "<!-- images: `make render` writes what follows -->\n", "<!-- images: end -->"
 
 
-def record(
+def build_record(
     manifest: Mapping[str, Any],
     codes: Mapping[str, Mapping[str, list[str]]],
     *,
@@ -42,16 +41,16 @@ def record(
     kernels = [
         {
             **kernel,
-            **_times(kernel, before.get(kernel["name"])),
+            **_earlier_times(kernel, before.get(kernel["name"])),
             "code": codes.get(kernel["wheel"], {}),
         }
         for kernel in manifest["kernels"]
     ]
-    told = {"image": manifest["image"], "abi": manifest["abi"], "day": day, "machine": machine}
-    return json.dumps({**told, "kernels": kernels}, indent=1) + "\n"
+    head = {"image": manifest["image"], "abi": manifest["abi"], "day": day, "machine": machine}
+    return json.dumps({**head, "kernels": kernels}, indent=1) + "\n"
 
 
-def listed(wheelhouse: Artifact, *, image: str) -> Mapping[str, Any]:
+def read_manifest(wheelhouse: Artifact, *, image: str) -> Mapping[str, Any]:
     """Return the manifest of a wheelhouse; check that it is complete and belongs to an image.
 
     Raises:
@@ -62,7 +61,9 @@ def listed(wheelhouse: Artifact, *, image: str) -> Mapping[str, Any]:
     kernels = manifest.get("kernels")
     needed = {"name", "version", "key", "trimmed", "wheel"}
     faults = [
-        f"{name} is not what SHA256SUMS says" for name, same in wheelhouse.sums.items() if not same
+        f"the hash of {name} is not in SHA256SUMS"
+        for name, equal in wheelhouse.sums.items()
+        if not equal
     ]
     if manifest.get("image") != image:
         faults.append(f"found the image {manifest.get('image')!r}, needed {image!r}")
@@ -72,7 +73,7 @@ def listed(wheelhouse: Artifact, *, image: str) -> Mapping[str, Any]:
         faults.append(f"manifest.json lists no kernels, each with {', '.join(sorted(needed))}")
     if faults:
         raise AttnimgError(
-            f"{wheelhouse.source} is no wheelhouse of {image} to write down",
+            f"{wheelhouse.source} is not a wheelhouse of {image}",
             why="\n".join(faults),
             do=f"make wheels/{image}",
             code="bad-wheelhouse",
@@ -80,17 +81,17 @@ def listed(wheelhouse: Artifact, *, image: str) -> Mapping[str, Any]:
     return manifest
 
 
-def _times(kernel: Mapping[str, Any], before: Mapping[str, Any] | None) -> dict[str, Any]:
+def _earlier_times(kernel: Mapping[str, Any], before: Mapping[str, Any] | None) -> dict[str, Any]:
     """Return the figures of the earlier build, if this one reused most objects of a kernel."""
     reused = kernel.get("objects_reused", 0) > kernel.get("objects_compiled", 0)
     same = before is not None and all(before[key] == kernel[key] for key in ("version", "trimmed"))
     if before is None or not reused or not same:
         return {}
-    kept = ("seconds", "cpu_seconds", "jobs", "attempts", "objects_compiled", "objects_reused")
-    return {key: before[key] for key in kept}
+    figures = ("seconds", "cpu_seconds", "jobs", "attempts", "objects_compiled", "objects_reused")
+    return {key: before[key] for key in figures}
 
 
-def codes_found(wheelhouse: Artifact) -> dict[str, dict[str, list[str]]]:
+def list_codes(wheelhouse: Artifact) -> dict[str, dict[str, list[str]]]:
     """List the machine code of each library in each wheel: wheel -> library -> codes."""
     found: dict[str, dict[str, list[str]]] = {}
     for file in wheelhouse.files:
@@ -106,7 +107,7 @@ def read_records(root: Path) -> dict[str, dict[str, Any]]:
     return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in paths}
 
 
-def built_table(plans: Iterable[Plan], records: Mapping[str, Mapping[str, Any]]) -> str:
+def built_table(plans: Iterable[ImagePlan], records: Mapping[str, Mapping[str, Any]]) -> str:
     """Return the table of images and kernels: whether each was built, and how much of it."""
     stable = [plan for plan in plans if plan.image.channel == "stable" and plan.steps]
     kernels: dict[str, Kernel] = {}
@@ -121,10 +122,10 @@ def built_table(plans: Iterable[Plan], records: Mapping[str, Mapping[str, Any]])
         day = str(records.get(plan.image.name, {}).get("day", ""))
         cells = (_cell(steps.get(name), made.get(name), day=day) for name in kernels)
         rows.append((f"`{plan.image.name}`", *cells))
-    return table(("image", *(kernel.summary for kernel in kernels.values())), rows)
+    return markdown_table(("image", *(kernel.summary for kernel in kernels.values())), rows)
 
 
-def images_table(plans: Iterable[Plan], records: Mapping[str, Mapping[str, Any]]) -> str:
+def images_table(plans: Iterable[ImagePlan], records: Mapping[str, Mapping[str, Any]]) -> str:
     """Return the README's table: each stable image, its GPUs, its kernels, and its state."""
     rows = []
     for plan in (plan for plan in plans if plan.image.channel == "stable"):
@@ -141,7 +142,7 @@ def images_table(plans: Iterable[Plan], records: Mapping[str, Mapping[str, Any]]
         kernels = ", ".join(step.kernel.summary for step in plan.steps) or "PyTorch's own"
         state = f"kernels built {day}" if whole else "not yet built"
         rows.append((names, plan.image.summary, kernels, state if cells else BUILT_IN_CI))
-    return table(("image", "GPUs", "kernels", "state"), rows)
+    return markdown_table(("image", "GPUs", "kernels", "state"), rows)
 
 
 def _cell(step: Step | None, made: Mapping[str, Any] | None, *, day: str) -> str:
@@ -156,24 +157,24 @@ def _cell(step: Step | None, made: Mapping[str, Any] | None, *, day: str) -> str
     return f"small build, {day}" if made["trimmed"] else f"built, {day}"
 
 
-def with_table(readme: str, text: str, *, begin: str = BEGIN, end: str = END) -> str:
-    """Return the README with a text between two marker lines.
+def replace_table(readme: str, name: str, text: str) -> str:
+    """Return the README with a text between the two marker lines of a table.
 
     Args:
         readme: the whole file.
+        name: the table's name in the markers.
         text: the new text between the markers.
-        begin: the line before it.
-        end: the line after it.
 
     Raises:
         AttnimgError: it has no such markers (code "no-marks").
     """
+    begin, end = f"<!-- {name}: `make render` writes what follows -->\n", f"<!-- {name}: end -->"
     head, found_begin, rest = readme.partition(begin)
     _, found_end, tail = rest.partition(end)
     if not found_begin or not found_end:
         raise AttnimgError(
             "README.md has no place for a generated table",
-            why=f"found no {begin.strip()!r} followed by {end!r}",
+            why=f"found no line {begin.strip()!r} followed by {end!r}",
             do="put both lines back",
             code="no-marks",
         )

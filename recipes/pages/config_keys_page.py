@@ -11,13 +11,14 @@ from attnimg.config.keys import COMPUTED, unsupported_dataset_keys, unsupported_
 from attnimg.config.schema import Config, DatasetSpec
 from attnimg.errors import AttnimgError
 from recipes.files import NOTICE
-from recipes.pages.images_and_kernels import table
+from recipes.pages import markdown_table
 
 TEXTS = "recipes/config_keys.toml"
 # The section of keys that belong to an entry of `datasets`.
 _OF_ENTRIES = "Entries of datasets"
 # Limits at or above this only protect libraries from absurd numbers.
 _NO_LIMIT = 1024
+_HEAD = ("key", "value", "default", "what it does")
 
 _INTRO = """# Config keys
 
@@ -101,7 +102,9 @@ def config_keys_page(text: str) -> str:
             (f"`{key}`", _values(schema["properties"][key]), _default(schema, key), does)
             for key, does in keys.items()
         ]
-        parts.append(f"## {title}\n\n{table(('key', 'value', 'default', 'what it does'), rows)}\n")
+        parts.append(
+            f"## {title}\n\n{markdown_table(('key', 'value', 'default', 'what it does'), rows)}\n"
+        )
         parts += [_ATTENTION] if "attn_implementation" in keys else []
     return "".join((*parts, _refused(), _OUTRO))
 
@@ -178,4 +181,4 @@ def _refused() -> str:
     for key, refused in unsupported_dataset_keys().items():
         groups.setdefault(f"{refused.do} (entries of `datasets`)", []).append(f"`{key}`")
     rows = ((do, ", ".join(keys)) for do, keys in groups.items())
-    return "".join((*lines, table(("what to do", "keys"), rows)))
+    return "".join((*lines, markdown_table(("what to do", "keys"), rows)))

@@ -1,4 +1,4 @@
-"""Read the records of GPU runs that tests/gpu/day.py wrote, and write the pages of them."""
+"""Read the records of GPU runs that tests/gpu/suite.py wrote, and write the pages of them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 from attnimg.backends import backend_named
 from attnimg.errors import AttnimgError
 from recipes.files import NOTICE
-from recipes.pages.images_and_kernels import table
+from recipes.pages import code_list, markdown_table
 
 FOLDER = "docs/gpu-runs"
 NONE = "No run on a GPU is recorded yet.\n"
@@ -25,15 +25,15 @@ _FIELDS = frozenset({"kind", "step", "backend", "started", "seconds", "machine",
 _GOOD, _BAD = ("passed", "measured"), ("failed", "crash", "timeout")
 _HEAD = """# Runs on GPUs
 
-Each section is one run of `tests/gpu/day.py` on a machine with a GPU: it proves every attention
-backend there, trains with those that passed, and times them. Its records stand in `docs/gpu-runs/`,
-one JSON object a line. A result is one of: **passed**; **failed**, with what was found; **crash**
-or **timeout**, of the process that ran the kernel; **not here**, where the machine or a missing
-package rules it out; **not reached**, where the time was up before.
+Each section is one run of `tests/gpu/suite.py` on a machine with a GPU: it proves every attention
+backend there, trains with those that passed, and times them. Its records are in `docs/gpu-runs/`,
+one JSON object per line. A result is one of: **passed**; **failed**, with the reason; **crash** or
+**timeout** of the process that ran the kernel; **not here**, if the machine or a missing package
+rules it out; **not reached**, if the time was up before.
 
 - A *proof* compares a backend's outputs and gradients with plain attention in float64 on more than
   100 calls, packed documents among them, as `attnimg verify` does.
-- *Training* is some steps of a random Llama on packed rows, the same weights and data for each
+- *Training* is some steps of a random Llama on packed rows, with the same weights and data for each
   backend. The losses are compared with those of sdpa, else of eager attention, else of sdpa_math,
   in the same run. *1b* has the shape of Llama 3.2 1B.
 - *Times* are medians by CUDA events. Operations are those that a causal model needs: for each
@@ -41,7 +41,7 @@ package rules it out; **not reached**, where the time was up before.
   backward, whatever the kernel computes. The peak is the GPU's for dense bfloat16 matrix products.
 
 Times of other versions of torch, Python or kernels than an image's never change the order in which
-`auto` takes backends.
+`auto` tries backends.
 """
 
 
@@ -74,7 +74,7 @@ def read_run(path: Path) -> list[Record]:
     """Read the records of one file; a last line that was cut off is left out.
 
     Raises:
-        AttnimgError: another line is no JSON object (code "bad-records").
+        AttnimgError: another line is not a JSON object (code "bad-records").
     """
     try:
         *lines, last = path.read_text(encoding="utf-8").split("\n")
@@ -82,14 +82,14 @@ def read_run(path: Path) -> list[Record]:
     except (OSError, ValueError) as error:
         raise AttnimgError(
             f"{path} cannot be read",
-            why=f"{type(error).__name__}: {error}; needed JSON objects, one a line",
-            do="copy the file that tests/gpu/day.py wrote",
+            why=f"{type(error).__name__}: {error}; needed JSON objects, one per line",
+            do="copy the file that tests/gpu/suite.py wrote",
             code="bad-records",
             exit_code=1,
         ) from error
 
 
-def faults(records: Sequence[Record], *, all_right: bool) -> list[str]:
+def find_faults(records: Sequence[Record], *, all_right: bool) -> list[str]:
     """List what a run's records lack.
 
     Args:
@@ -103,8 +103,8 @@ def faults(records: Sequence[Record], *, all_right: bool) -> list[str]:
     ]
     if found:
         return found
-    marks = [record["step"] for record in records if record["kind"] == "run"]
-    found += [f"no record of the run's {mark}" for mark in ("start", "end") if mark not in marks]
+    steps = [record["step"] for record in records if record["kind"] == "run"]
+    found += [f"no record of the run's {step}" for step in ("start", "end") if step not in steps]
     recorded = [record["unit"] for record in records if "unit" in record]
     planned = [name for r in records if r["kind"] == "plan" for name in r["values"]["units"]]
     found += [f"planned, but without a record: {name}" for name in planned if name not in recorded]
@@ -139,14 +139,14 @@ def runs_table(runs: Mapping[str, Sequence[Record]]) -> str:
             (
                 f"{start.get('gpu', '?')}, {_day(records)}",
                 f"torch {start['versions'].get('torch', '?')}",
-                _names(_backends(records, "proof", ("passed",))),
-                _names(_backends(records, "training", ("passed",))),
-                _names(_backends(records, "proof", _BAD) | _backends(records, "training", _BAD)),
+                code_list(_backends(records, "proof", ("passed",))),
+                code_list(_backends(records, "training", ("passed",))),
+                code_list(_backends(records, "proof", _BAD) | _backends(records, "training", _BAD)),
                 f"[{name}](#{name})",
             )
         )
     head = ("GPU", "with", "proof passed", "trained", "failed somewhere", "record")
-    return table(head, rows) if rows else NONE
+    return markdown_table(head, rows) if rows else NONE
 
 
 def _section(name: str, records: Sequence[Record], notes: Mapping[str, Notes]) -> str:
@@ -154,19 +154,19 @@ def _section(name: str, records: Sequence[Record], notes: Mapping[str, Notes]) -
     parts = [f'<a id="{name}"></a>\n\n## {_start(records).get("gpu", "?")}, {_day(records)}\n']
     parts.append(_summary(name, records, {one.was: run for run, one in notes.items()}))
     if name in notes:
-        said = "".join(f"- {note}\n" for note in notes[name].notes)
-        parts.append(f"### What it showed, and what was done about it\n\n{said}")
+        listed = "".join(f"- {note}\n" for note in notes[name].notes)
+        parts.append(f"### Findings and fixes\n\n{listed}")
     parts.append(_machine(records))
     for title, made in (
-        ("Kernels installed or compiled there", _kernels(records)),
+        ("Kernels installed or compiled", _kernels(records)),
         ("Proofs", _proofs(records)),
-        ("Proofs repeated: how often a kernel that passed is refused", _repeats(records)),
+        ("Repeated proofs: how often a kernel that passed is refused", _repeats(records)),
         ("Training", _training(records)),
         ("Times, forward and backward", _times(records)),
         ("`attnimg train` of the same job", _jobs(records)),
-        ("What failed, and why", _failures(records)),
-        ("What could not run on this machine", _absent(records)),
-        ("What the time did not suffice for", _unreached(records)),
+        ("Failures", _failures(records)),
+        ("Not available on this machine", _absent(records)),
+        ("Not reached in time", _unreached(records)),
     ):
         if made:
             parts.append(f"### {title}\n\n{made}")
@@ -200,10 +200,10 @@ def _summary(name: str, records: Sequence[Record], names: Mapping[str, str]) -> 
     kind = "This was a rehearsal with small sizes. " if start.get("rehearsal") else ""
     if start.get("known"):
         before = names.get(start["known"], start["known"])
-        kind += f"It went on from `{before}`, which proved some of what is trained and timed here. "
-    told = ", ".join(f"{count} {state}" for state, count in counts.items())
+        kind += f"It continued `{before}`, which has the proofs of some of its kernels. "
+    states = ", ".join(f"{count} {state}" for state, count in counts.items())
     return (
-        f"{kind}{how}. Of {len(units)} units of work: {told}. Records: `{FOLDER}/{name}.jsonl`.\n"
+        f"{kind}{how}. Of {len(units)} units of work: {states}. Records: `{FOLDER}/{name}.jsonl`.\n"
     )
 
 
@@ -233,7 +233,7 @@ def _machine(records: Sequence[Record]) -> str:
     doctor = next((r for r in records if r["kind"] == "doctor"), None)
     if doctor is not None:
         rows.append(("`attnimg doctor`", _result(doctor)))
-    return table(("machine", ""), [(str(key), str(value)) for key, value in rows])
+    return markdown_table(("machine", ""), [(str(key), str(value)) for key, value in rows])
 
 
 def _kernels(records: Sequence[Record]) -> str:
@@ -242,7 +242,7 @@ def _kernels(records: Sequence[Record]) -> str:
         for r in records
         if r["kind"] == "kernel"
     ]
-    return table(("package", "result", "seconds", "said"), rows) if rows else ""
+    return _table(("package", "result", "seconds", "output"), rows)
 
 
 def _proofs(records: Sequence[Record]) -> str:
@@ -268,7 +268,7 @@ def _proofs(records: Sequence[Record]) -> str:
     proofs = [r["values"] for r in records if r["kind"] == "proof" and "values" in r]
     notes = dict.fromkeys(note for values in proofs for note in values["notes"])
     listed = "".join(f"- {_cell(note)}\n" for note in notes)
-    return table(head, rows) + (f"\n{listed}" if listed else "") if rows else ""
+    return _table(head, rows) + (f"\n{listed}" if listed else "")
 
 
 def _package(record: Record) -> str:
@@ -302,7 +302,11 @@ def _repeats(records: Sequence[Record]) -> str:
         for r in records
         if r["kind"] == "proof" and r["step"] == "repeats" and "values" in r
     ]
-    return table(("backend", "precision", "head_dim", "proofs", "refused"), rows) if rows else ""
+    return (
+        markdown_table(("backend", "precision", "head_dim", "proofs", "refused"), rows)
+        if rows
+        else ""
+    )
 
 
 def _training(records: Sequence[Record]) -> str:
@@ -324,7 +328,7 @@ def _training(records: Sequence[Record]) -> str:
         )
     head = ("backend", "model", "result", "loss", "largest difference in loss", "tokens/s",
             "peak memory", "packed documents")  # fmt: skip
-    return table(head, rows) if rows else ""
+    return _table(head, rows)
 
 
 def _difference(record: Record, trained: Sequence[Record]) -> str:
@@ -360,8 +364,8 @@ def _times(records: Sequence[Record]) -> str:
         cells = [_time(found.get(name), bold=name == fastest) for name in names]
         rows.append((str(size), f"{n_rows} x {length}", packing, *cells))
     head = ("head_dim", "rows", "packing", *(f"`{name}`" for name in names))
-    said = "Milliseconds forward and backward; TFLOP/s, and their share of the peak.\n\n"
-    return said + table(head, rows) if rows else ""
+    units = "Milliseconds forward and backward; TFLOP/s, and their share of the peak.\n\n"
+    return units + markdown_table(head, rows) if rows else ""
 
 
 def _time(values: Mapping[str, Any] | None, *, bold: bool) -> str:
@@ -390,7 +394,7 @@ def _jobs(records: Sequence[Record]) -> str:
                 )
             )
     head = ("backend", "job", "loss", "tokens/s", "peak memory", "seconds of the whole command")
-    return table(head, rows) if rows else ""
+    return _table(head, rows)
 
 
 def _failures(records: Sequence[Record]) -> str:
@@ -418,8 +422,9 @@ def _backends(records: Sequence[Record], kind: str, states: Sequence[str]) -> se
     return {r["backend"] for r in records if r["kind"] == kind and r["state"] in states}
 
 
-def _names(names: Iterable[str]) -> str:
-    return ", ".join(f"`{name}`" for name in sorted(names)) or "-"
+def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
+    """Return a table; no text without rows."""
+    return markdown_table(head, rows) if rows else ""
 
 
 def _result(record: Record) -> str:

@@ -4,17 +4,16 @@
     NAME_KERNEL -> NAME_fa4-kernels -> NAME           [ahead_of_time] in the kernel's recipe
     NAME_wheelhouse -> NAME_triton-kernels -> NAME    [triton] in the kernel's recipe
 
-An arrow is a named context: BuildKit builds the target on its left first, and builds it again only
-if its inputs have changed. NAME_common has the arguments of all of them.
+An arrow is a named context: BuildKit builds the target on its left first, and again only if its
+inputs have changed. NAME_common has the arguments that all of them share.
 """
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
-from recipes.facts import Plan, Step, Unresolved
-from recipes.files import NOTICE
+from recipes.facts import ImagePlan, Step
+from recipes.files import generated_json
 
 # gcc, since Triton compiles the launcher of a kernel on the machine where it runs.
 _APT = {
@@ -24,7 +23,7 @@ _APT = {
 }
 
 
-def bake_file(plans: tuple[Plan, ...]) -> str:
+def bake_file(plans: tuple[ImagePlan, ...]) -> str:
     """Write docker/docker-bake.json.
 
     Variables, to be set in the environment: REGISTRY (a prefix of the tags, with its slash),
@@ -36,7 +35,6 @@ def bake_file(plans: tuple[Plan, ...]) -> str:
     digest = plans[0].base_digest
     base = plans[0].image.base + (f"@{digest}" if isinstance(digest, str) else "")
     content = {
-        "//": NOTICE,
         "variable": {
             "BASE": {"default": f"docker-image://{base}"},
             "CA": {"default": "/etc/ssl/certs/ca-certificates.crt"},
@@ -63,10 +61,10 @@ def bake_file(plans: tuple[Plan, ...]) -> str:
             **{name: target for plan in plans for name, target in _targets(plan).items()},
         },
     }
-    return json.dumps(content, indent=2) + "\n"
+    return generated_json(content, indent=2)
 
 
-def _targets(plan: Plan) -> dict[str, dict[str, Any]]:
+def _targets(plan: ImagePlan) -> dict[str, dict[str, Any]]:
     """Return the targets of one image, as shown in the module's docstring."""
     image, common = plan.image, f"{plan.image.name}_common"
     built = [step for step in plan.steps if step.kernel.form != "wheel"]
@@ -133,8 +131,8 @@ def _source(step: Step) -> dict[str, str]:
     return contexts
 
 
-def labels(plan: Plan) -> dict[str, str]:
-    """Return the labels of OCI and of attnimg; ${...} are variables of the bake file.
+def labels(plan: ImagePlan) -> dict[str, str]:
+    """Return the labels of an image; ${...} are variables of the bake file.
 
     Source of OCI's: https://github.com/opencontainers/image-spec, annotations.md (2026-11-21).
     """
@@ -150,11 +148,7 @@ def labels(plan: Plan) -> dict[str, str]:
         "org.opencontainers.image.base.name": image.base,
         "attnimg.arch": " ".join(image.archs),
         "attnimg.kernels": " ".join(kernels),
-        "attnimg.driver_min": _text(plan.driver_min),
-        "attnimg.torch": _text(image.torch),
+        "attnimg.driver_min": str(plan.driver_min or ""),
+        "attnimg.torch": str(image.torch),
         "attnimg.abi": plan.abi,
     }
-
-
-def _text(value: str | Unresolved | None) -> str:
-    return "unresolved" if isinstance(value, Unresolved) else value or ""

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
-from recipes.facts import Plan, Step
-from recipes.files import NOTICE
-from recipes.solve.lock import pins
+from recipes.facts import ImagePlan, Step
+from recipes.files import NOTICE, generated_json
+from recipes.solve.lock import pinned_versions
 
 
-def mounted_files(plan: Plan, *, lock: str) -> dict[str, str]:
+def mounted_files(plan: ImagePlan, *, lock: str) -> dict[str, str]:
     """Return the files of one image: path -> text.
 
     Args:
@@ -26,16 +25,16 @@ def mounted_files(plan: Plan, *, lock: str) -> dict[str, str]:
     }
     texts = {
         f"docker/constraints/{name}.txt": constraints(plan, lock=lock),
-        f"docker/images/{name}/wheelhouse.json": _json(wheelhouse),
+        f"docker/images/{name}/wheelhouse.json": generated_json(wheelhouse),
     }
     for step in built:
         path = f"docker/images/{name}/kernels/{step.kernel.name}.json"
-        texts[path] = _json(kernel_build(step))
+        texts[path] = generated_json(kernel_build(step))
     return texts
 
 
 def kernel_build(step: Step) -> dict[str, Any]:
-    """Return all that the build of one kernel reads; docker/kernel/source.py explains it."""
+    """Return the settings of the build of one kernel; docker/kernel/source.py explains them."""
     kernel, wheel = step.kernel, step.prebuilt
     sha256 = wheel.sha256 if wheel else kernel.sha256
     return {
@@ -48,20 +47,16 @@ def kernel_build(step: Step) -> dict[str, Any]:
         "prebuilt": wheel.source if wheel else "",
         "directory": kernel.subdirectory,
         "remove": [removal.path for removal in kernel.remove],
-        "arch_variable": step.arch_variable,
+        "arch_variable": step.build.arch_variable,
         "tokens": list(step.tokens),
-        "env": dict(step.env),
+        "env": dict(step.build.env),
         "trim_env": dict(kernel.trim.env) if kernel.trim else {},
-        "job_memory_gb": step.job_memory_gb,
+        "job_memory_gb": step.build.job_memory_gb,
     }
 
 
-def constraints(plan: Plan, *, lock: str) -> str:
+def constraints(plan: ImagePlan, *, lock: str) -> str:
     """Return an image's /etc/pip/constraint.txt: the versions that pip may not replace."""
-    versions = pins(plan, lock=lock)
+    versions = pinned_versions(plan, lock=lock)
     lines = (f"{name}=={versions[name]}" for name in sorted(versions))
     return "\n".join([f"# {NOTICE}", *lines]) + "\n"
-
-
-def _json(content: dict[str, Any]) -> str:
-    return json.dumps({"//": NOTICE, **content}, indent=1) + "\n"

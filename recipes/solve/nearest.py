@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from itertools import combinations, product
-from typing import Any
+from typing import Any, NamedTuple
 
 from packaging.version import InvalidVersion, Version
 
-from recipes.facts import Choice, Image, Recipes
+from recipes.facts import Image, ImageKernel, Recipes
 from recipes.solve.rules import reasons_against
 
 # The cost of each kind of change, for the order of candidates: adding a kernel is the smallest
@@ -17,86 +17,92 @@ from recipes.solve.rules import reasons_against
 _ADD, _TORCH, _DROP, _NARROW, _ARCH = 1, 2, 4, 3, 8
 
 
-def nearest(image: Image, recipes: Recipes) -> str:
+class _Change(NamedTuple):
+    """Other values for fields of an image, with their cost and a description of each."""
+
+    cost: int
+    texts: list[str]
+    values: Mapping[str, Any]
+
+
+_NONE = _Change(0, [], {})
+
+
+def nearest_buildable(image: Image, recipes: Recipes) -> str:
     """Return which changes make an image buildable, in a sentence that begins with "nearest:"."""
-    for _, changes, candidate in sorted(_candidates(image, recipes), key=lambda found: found[:2]):
-        if not reasons_against(candidate, recipes):
-            return f"nearest: {', '.join(changes)}"
+    for change in sorted(_changes(image, recipes), key=lambda change: change[:2]):
+        if not reasons_against(replace(image, **change.values), recipes):
+            return f"nearest: {', '.join(change.texts)}"
     return (
         "nearest: none by changing torch, kernels or architectures; copy a file of recipes/images"
     )
 
 
-def _candidates(image: Image, recipes: Recipes) -> Iterator[tuple[int, list[str], Image]]:
-    """Yield (cost, changes, image) for each combination of changes."""
-    options = product(_torches(image, recipes), _kernel_sets(image, recipes), _arch_sets(image))
-    for (cost_t, say_t, torch), (cost_k, say_k, kernels), (cost_a, say_a, archs) in options:
-        kept = tuple(
-            replace(choice, archs=tuple(arch for arch in choice.archs if arch in archs))
-            for choice in kernels
-            if not choice.archs or set(choice.archs) & set(archs)
+def _changes(image: Image, recipes: Recipes) -> Iterator[_Change]:
+    """Yield each combination of a change of torch, one of kernels and one of architectures."""
+    for torch, kernels, archs in product(
+        _change_torch(image, recipes), _change_kernels(image, recipes), _change_archs(image)
+    ):
+        values = {**torch.values, **kernels.values, **archs.values}
+        left = set(values.get("archs", image.archs))
+        values["kernels"] = tuple(
+            replace(kernel, archs=tuple(arch for arch in kernel.archs if arch in left))
+            for kernel in values.get("kernels", image.kernels)
+            if not kernel.archs or left & set(kernel.archs)
         )
-        candidate = replace(image, kernels=kept, archs=archs, **torch)
-        yield cost_t + cost_k + cost_a, [*say_t, *say_k, *say_a], candidate
+        cost = torch.cost + kernels.cost + archs.cost
+        yield _Change(cost, [*torch.texts, *kernels.texts, *archs.texts], values)
 
 
-def _torches(image: Image, recipes: Recipes) -> Iterator[tuple[int, list[str], dict[str, Any]]]:
-    yield 0, [], {}
+def _change_torch(image: Image, recipes: Recipes) -> Iterator[_Change]:
+    yield _NONE
     if not isinstance(image.torch, str):
         return
     versions = list(recipes.torch)
-    here = sum(_before(version, image.torch) for version in versions)
+    own_place = sum(_is_older(version, image.torch) for version in versions)
     for place, version in enumerate(versions):
         if version == image.torch:
             continue
-        say = f"torch {version}"
+        text = f"torch {version}"
         toolkit = recipes.torch[version].toolkit
         if image.accelerator == "cuda" and toolkit in recipes.cuda:
-            say += f" with CUDA {toolkit} (driver {recipes.cuda[toolkit].driver_min} or newer)"
-        yield _TORCH + abs(place - here), [say], {"torch": version}
+            text += f" with CUDA {toolkit} (driver {recipes.cuda[toolkit].driver_min} or newer)"
+        yield _Change(_TORCH + abs(place - own_place), [text], {"torch": version})
 
 
-def _before(version: str, other: str) -> bool:
+def _is_older(version: str, other: str) -> bool:
     try:
         return Version(version) < Version(other)
     except InvalidVersion:
         return False
 
 
-def _kernel_sets(
-    image: Image, recipes: Recipes
-) -> Iterator[tuple[int, list[str], tuple[Choice, ...]]]:
-    """Yield the kernels with up to three removed, and with those added that others need."""
-    names = [choice.name for choice in image.kernels]
-    needed = {
-        n.kernel for name in names if name in recipes.kernels for n in recipes.kernels[name].needs
-    }
-    for count in range(min(len(names), 3) + 1):
-        for dropped in combinations(range(len(names)), count):
-            kept = tuple(c for place, c in enumerate(image.kernels) if place not in dropped)
-            said = [f"without {names[place]}" for place in dropped]
-            yield _DROP * count, said, kept
-            for extra in sorted(needed - set(names)):
-                yield _DROP * count + _ADD, [*said, f"with {extra}"], (*kept, Choice(name=extra))
-    yield from _narrowed(image, recipes)
+def _change_kernels(image: Image, recipes: Recipes) -> Iterator[_Change]:
+    """Remove up to three kernels, add one that others need, or limit one to its architectures."""
+    known = [recipes.kernels[k.name] for k in image.kernels if k.name in recipes.kernels]
+    needed = {need.kernel for kernel in known for need in kernel.needs}
+    addable = sorted(needed - {kernel.name for kernel in image.kernels})
+    for count in range(min(len(image.kernels), 3) + 1):
+        for dropped in combinations(range(len(image.kernels)), count):
+            kept = tuple(k for place, k in enumerate(image.kernels) if place not in dropped)
+            texts = [f"without {image.kernels[place].name}" for place in dropped]
+            yield _Change(_DROP * count, texts, {"kernels": kept})
+            for name in addable:
+                kernels = (*kept, ImageKernel(name=name))
+                yield _Change(_DROP * count + _ADD, [*texts, f"with {name}"], {"kernels": kernels})
+    for place, kernel in enumerate(image.kernels):
+        supported = recipes.kernels[kernel.name].archs if kernel.name in recipes.kernels else {}
+        archs = tuple(arch for arch in image.archs if arch in supported)
+        if archs and archs != (kernel.archs or image.archs):
+            limited = ImageKernel(name=kernel.name, archs=archs)
+            kernels = (*image.kernels[:place], limited, *image.kernels[place + 1 :])
+            text = f"{kernel.name} for {' '.join(archs)} only"
+            yield _Change(_NARROW, [text], {"kernels": kernels})
 
 
-def _narrowed(
-    image: Image, recipes: Recipes
-) -> Iterator[tuple[int, list[str], tuple[Choice, ...]]]:
-    """Yield the kernels with one of them limited to the architectures that it supports."""
-    for place, choice in enumerate(image.kernels):
-        has = recipes.kernels[choice.name].archs if choice.name in recipes.kernels else {}
-        archs = tuple(arch for arch in image.archs if arch in has)
-        if archs and archs != (choice.archs or image.archs):
-            kernels = list(image.kernels)
-            kernels[place] = Choice(name=choice.name, archs=archs)
-            yield _NARROW, [f"{choice.name} for {' '.join(archs)} only"], tuple(kernels)
-
-
-def _arch_sets(image: Image) -> Iterator[tuple[int, list[str], tuple[str, ...]]]:
-    yield 0, [], image.archs
+def _change_archs(image: Image) -> Iterator[_Change]:
+    yield _NONE
     for count in range(1, len(image.archs)):
         for dropped in combinations(image.archs, count):
             kept = tuple(arch for arch in image.archs if arch not in dropped)
-            yield _ARCH * count, [f"without {arch}" for arch in dropped], kept
+            yield _Change(_ARCH * count, [f"without {arch}" for arch in dropped], {"archs": kept})

@@ -1,4 +1,4 @@
-"""Turn an image's recipe into a plan, or raise every reason and the nearest image that works."""
+"""Plan an image from its recipe; if it can't be built, raise all reasons and the nearest fix."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from dataclasses import fields
 from graphlib import TopologicalSorter
 
 from attnimg.errors import AttnimgError
-from recipes.facts import Choice, Image, Kernel, Plan, Prebuilt, Recipes, Step, Unresolved
-from recipes.solve.nearest import nearest
-from recipes.solve.rules import reasons_against, served, toolkit_of
+from recipes.facts import Image, ImageKernel, ImagePlan, Kernel, Prebuilt, Recipes, Step, Unresolved
+from recipes.solve.nearest import nearest_buildable
+from recipes.solve.rules import cuda_release, kernel_archs, reasons_against
 
 
-def solve(image: Image, recipes: Recipes) -> Plan:
+def solve(image: Image, recipes: Recipes) -> ImagePlan:
     """Plan one image.
 
     Raises:
@@ -23,23 +23,26 @@ def solve(image: Image, recipes: Recipes) -> Plan:
     if reasons := reasons_against(image, recipes):
         raise AttnimgError(
             f"the image {image.name} can't be built",
-            why="\n".join(reason.text for reason in reasons),
-            do=nearest(image, recipes),
+            why="\n".join(reasons),
+            do=nearest_buildable(image, recipes),
             code="no-solution",
         )
     digest = recipes.bases[image.base].digest
     toolkit, driver_min = _toolkit_and_driver(image, recipes)
     flavour = f"cu{toolkit.replace('.', '')}" if isinstance(toolkit, str) else image.accelerator
     abi = _abi(image, flavour)
-    steps = tuple(_step(image, choice, recipes, abi=abi) for choice in _ordered(image, recipes))
-    return Plan(
+    steps = tuple(
+        _step(image, image_kernel, recipes, abi=abi)
+        for image_kernel in _sort_kernels(image, recipes)
+    )
+    return ImagePlan(
         image=image,
         steps=steps,
-        unresolved=_unresolved(
+        unresolved=_find_unresolved(
             image, steps, base_digest=digest, toolkit=toolkit, driver_min=driver_min
         ),
         abi=abi,
-        lock=_lock(image, flavour),
+        lock=f"{image.torch}-{flavour}",
         base_digest=digest,
         toolkit=toolkit,
         driver_min=driver_min,
@@ -47,7 +50,7 @@ def solve(image: Image, recipes: Recipes) -> Plan:
     )
 
 
-def solve_all(recipes: Recipes) -> tuple[Plan, ...]:
+def solve_all(recipes: Recipes) -> tuple[ImagePlan, ...]:
     """Plan every image, stable ones first.
 
     Raises:
@@ -56,16 +59,16 @@ def solve_all(recipes: Recipes) -> tuple[Plan, ...]:
     """
     if len(bases := {image.base for image in recipes.images.values()}) > 1:
         raise AttnimgError(
-            "images stand on different bases",
+            "images have different bases",
             why="\n".join(f"found {base}" for base in sorted(bases)),
-            do="give every file of recipes/images the same base",
+            do="set the same base in every file of recipes/images",
             code="bases-differ",
         )
     plans = [solve(image, recipes) for image in recipes.images.values()]
     return tuple(sorted(plans, key=lambda plan: (plan.image.channel != "stable", plan.image.name)))
 
 
-def refuse_unresolved(plan: Plan) -> None:
+def refuse_unresolved(plan: ImagePlan) -> None:
     """Raise if a plan has unresolved values, which must not be published.
 
     Raises:
@@ -75,7 +78,7 @@ def refuse_unresolved(plan: Plan) -> None:
         raise AttnimgError(
             f"the image {plan.image.name} can't be published",
             why="\n".join(f"{key} is unresolved: {why}" for key, why in plan.unresolved.items()),
-            do="write these values into recipes/, from where they can be found out; make render",
+            do="find these values out, write them into recipes/, and make render",
             code="unresolved",
         )
 
@@ -113,28 +116,26 @@ def cache_key(
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _step(image: Image, choice: Choice, recipes: Recipes, *, abi: str) -> Step:
-    kernel = recipes.kernels[choice.name]
-    archs = served(image, choice)
+def _step(image: Image, image_kernel: ImageKernel, recipes: Recipes, *, abi: str) -> Step:
+    kernel = recipes.kernels[image_kernel.name]
+    archs = kernel_archs(image, image_kernel)
     build = kernel.build[image.accelerator]
-    tokens = _once(kernel.archs[arch].token for arch in archs)
-    archs_told = {build.arch_variable: ";".join(tokens)} if build.arch_variable else {}
+    tokens = _unique(kernel.archs[arch].token for arch in archs)
+    arch_env = {build.arch_variable: ";".join(tokens)} if build.arch_variable else {}
     bound_to = "" if kernel.abi == "python" else abi
-    codes = _once(kernel.archs[arch].code for arch in archs)
+    codes = _unique(kernel.archs[arch].code for arch in archs)
     return Step(
         kernel=kernel,
         archs=archs,
         tokens=tokens,
         codes=codes,
-        arch_variable=build.arch_variable,
-        env=build.env,
-        job_memory_gb=build.job_memory_gb,
-        prebuilt=_fitting(kernel, codes, abi=abi),
-        key=cache_key(kernel, archs, abi=bound_to, env={**build.env, **archs_told}),
+        build=build,
+        prebuilt=_find_prebuilt(kernel, codes, abi=abi),
+        key=cache_key(kernel, archs, abi=bound_to, env={**build.env, **arch_env}),
     )
 
 
-def _fitting(kernel: Kernel, codes: tuple[str, ...], *, abi: str) -> Prebuilt | None:
+def _find_prebuilt(kernel: Kernel, codes: tuple[str, ...], *, abi: str) -> Prebuilt | None:
     """Return a public wheel with exactly this machine code, torch, CUDA and Python; or None."""
     for wheel in kernel.prebuilt:
         if set(wheel.codes) == set(codes) and wheel.abi in ("", abi):
@@ -142,22 +143,22 @@ def _fitting(kernel: Kernel, codes: tuple[str, ...], *, abi: str) -> Prebuilt | 
     return None
 
 
-def _once(texts: Iterable[str]) -> tuple[str, ...]:
+def _unique(texts: Iterable[str]) -> tuple[str, ...]:
     """Return each text once, in order, without empty ones."""
     return tuple(dict.fromkeys(text for text in texts if text))
 
 
-def _ordered(image: Image, recipes: Recipes) -> list[Choice]:
+def _sort_kernels(image: Image, recipes: Recipes) -> list[ImageKernel]:
     """Return the kernels, each after those it needs and those whose files it owns."""
-    choices = {choice.name: choice for choice in image.kernels}
-    graph: dict[str, set[str]] = {name: set() for name in sorted(choices)}
-    for name in choices:
+    image_kernels = {image_kernel.name: image_kernel for image_kernel in image.kernels}
+    graph: dict[str, set[str]] = {name: set() for name in sorted(image_kernels)}
+    for name in image_kernels:
         kernel = recipes.kernels[name]
-        graph[name] |= {need.kernel for need in kernel.needs} & set(choices)
-        for other in set(choices) - {name}:
+        graph[name] |= {need.kernel for need in kernel.needs} & set(image_kernels)
+        for other in set(image_kernels) - {name}:
             if set(kernel.owns) & set(recipes.kernels[other].ships):
                 graph[name].add(other)
-    return [choices[name] for name in TopologicalSorter(graph).static_order()]
+    return [image_kernels[name] for name in TopologicalSorter(graph).static_order()]
 
 
 def _toolkit_and_driver(
@@ -166,7 +167,7 @@ def _toolkit_and_driver(
     """Return the CUDA release of an image's torch and its oldest driver; None on cpu."""
     if image.accelerator == "cpu":
         return None, None
-    if release := toolkit_of(image, recipes):
+    if release := cuda_release(image, recipes):
         return release, recipes.cuda[release].driver_min
     return Unresolved("follows from torch's build"), Unresolved("follows from the ROCm release")
 
@@ -174,17 +175,12 @@ def _toolkit_and_driver(
 def _abi(image: Image, flavour: str) -> str:
     python = f"cp{image.python.replace('.', '')}"
     if isinstance(image.torch, Unresolved):
-        return f"{python}-torch-unresolved"
+        return f"{python}-torch-{image.torch}"
     minor = ".".join(image.torch.split(".")[:2])
     return f"{python}-torch{minor}-{flavour}"
 
 
-def _lock(image: Image, flavour: str) -> str:
-    torch = "unresolved" if isinstance(image.torch, Unresolved) else image.torch
-    return f"{torch}-{flavour}"
-
-
-def _unresolved(image: Image, steps: tuple[Step, ...], **computed: object) -> dict[str, str]:
+def _find_unresolved(image: Image, steps: tuple[Step, ...], **computed: object) -> dict[str, str]:
     """Return the unresolved values of an image, its kernels and `computed`: key -> reason."""
     values: dict[str, object] = {item.name: getattr(image, item.name) for item in fields(image)}
     found = {f"images/{image.name}: {key}": value for key, value in (values | computed).items()}

@@ -5,77 +5,75 @@ A bound on an unresolved value is not checked: publishing refuses such an image 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 
 from packaging.specifiers import SpecifierSet
 
 from attnimg.backends import backend_named, runs_on
-from attnimg.facts import Reason
 from attnimg.select.gpus import arch_from_name
-from recipes.facts import Choice, Image, Kernel, Recipes, Unresolved
+from recipes.archs import can_run, device_name
+from recipes.facts import Image, ImageKernel, Kernel, Recipes, Unresolved
 
-_SM = re.compile(r"sm_([0-9]+)([0-9])[af]?")
 
-
-def reasons_against(image: Image, recipes: Recipes) -> tuple[Reason, ...]:
+def reasons_against(image: Image, recipes: Recipes) -> tuple[str, ...]:
     """Return every reason why an image can't be built; none means that it can."""
-    found = [*_names(image, recipes), *_platform(image, recipes), *_stack(recipes)]
-    for choice in image.kernels:
-        if choice.name in recipes.kernels:
-            found += reasons_against_kernel(image, choice, recipes)
-    found += _unserved(image)
+    found = [
+        *_check_names(image, recipes),
+        *_check_platform(image, recipes),
+        *_check_stack(recipes),
+    ]
+    for image_kernel in image.kernels:
+        if kernel := recipes.kernels.get(image_kernel.name):
+            archs = kernel_archs(image, image_kernel)
+            found += _check_versions(image, kernel, recipes)
+            found += _check_archs(image, kernel, archs)
+            found += _check_backends(kernel, archs)
+            found += _check_other_kernels(image, kernel, recipes)
+    found += _check_coverage(image)
     return tuple(found)
 
 
-def _names(image: Image, recipes: Recipes) -> Iterator[Reason]:
-    for choice in image.kernels:
-        if choice.name not in recipes.kernels:
+def _check_names(image: Image, recipes: Recipes) -> Iterator[str]:
+    for image_kernel in image.kernels:
+        if image_kernel.name not in recipes.kernels:
             known = ", ".join(sorted(recipes.kernels))
-            yield Reason(
-                code="unknown-kernel", text=f"found kernel {choice.name!r}; known: {known}"
-            )
-        for arch in set(choice.archs) - set(image.archs):
-            text = f"{choice.name} is to serve {arch}, which {image.name} does not promise"
-            yield Reason(code="arch-not-promised", text=text)
-    names = [choice.name for choice in image.kernels]
+            yield f"found kernel {image_kernel.name!r}; known: {known}"
+        for arch in set(image_kernel.archs) - set(image.archs):
+            yield f"{image_kernel.name} has {arch}, which the archs of {image.name} lack"
+    names = [image_kernel.name for image_kernel in image.kernels]
     for name in sorted({name for name in names if names.count(name) > 1}):
-        yield Reason(code="kernel-twice", text=f"found {name} twice in kernels")
+        yield f"found {name} twice in kernels"
 
 
-def _platform(image: Image, recipes: Recipes) -> Iterator[Reason]:
+def _check_platform(image: Image, recipes: Recipes) -> Iterator[str]:
     """Check base, torch, its CUDA release, Python and architectures against one another."""
     if image.base not in recipes.bases:
         known = ", ".join(recipes.bases)
-        text = f"base {image.base} is not in recipes/bases.toml; known: {known}"
-        yield Reason(code="unknown-base", text=text)
+        yield f"base {image.base} is not in recipes/bases.toml; known: {known}"
     vendors = {"cpu": "cpu", "cuda": "nvidia", "rocm": "amd"}
     for arch in image.archs:
-        if arch_from_name(device(arch)).vendor != vendors[image.accelerator]:
-            text = f"found {arch} in an image for {image.accelerator}"
-            yield Reason(code="arch-accelerator", text=text)
+        if arch_from_name(device_name(arch)).vendor != vendors[image.accelerator]:
+            yield f"found {arch} in an image for {image.accelerator}"
     if isinstance(image.torch, Unresolved):
         return
     torch = recipes.torch.get(image.torch)
     if torch is None:
-        text = (
+        yield (
             f"torch {image.torch} is not in recipes/torch.toml; known: {', '.join(recipes.torch)}"
         )
-        yield Reason(code="unknown-torch", text=text)
-    elif not within(image.python, torch.python):
-        text = f"torch {image.torch} needs Python {torch.python}; found {image.python}"
-        yield Reason(code="torch-python", text=text)
+    elif not satisfies(image.python, torch.python):
+        yield f"torch {image.torch} needs Python {torch.python}; found {image.python}"
     if image.accelerator == "cuda":
-        yield from _cuda(image, recipes)
+        yield from _check_cuda(image, recipes)
 
 
-def toolkit_of(image: Image, recipes: Recipes) -> str | None:
+def cuda_release(image: Image, recipes: Recipes) -> str | None:
     """Return the CUDA release of an image's torch; None if that is not known, or not CUDA."""
     torch = recipes.torch.get(str(image.torch)) if image.accelerator == "cuda" else None
     return torch.toolkit if torch else None
 
 
-def _cuda(image: Image, recipes: Recipes) -> Iterator[Reason]:
+def _check_cuda(image: Image, recipes: Recipes) -> Iterator[str]:
     torch = recipes.torch.get(str(image.torch))
     if torch is None:
         return
@@ -83,138 +81,102 @@ def _cuda(image: Image, recipes: Recipes) -> Iterator[Reason]:
     if toolkit is None:
         known = ", ".join(recipes.cuda)
         release = f"CUDA {torch.toolkit} of torch {image.torch}"
-        text = f"{release} is not in recipes/cuda.toml; known: {known}"
-        yield Reason(code="unknown-toolkit", text=text)
+        yield f"{release} is not in recipes/cuda.toml; known: {known}"
         return
     for arch in image.archs:
         if arch not in toolkit.archs:
-            text = f"CUDA {torch.toolkit} compiles for {' '.join(toolkit.archs)}; found {arch}"
-            yield Reason(code="toolkit-arch", text=text)
-        if torch.archs and not _runs(arch, torch.archs):
-            text = f"torch {image.torch} has machine code for {' '.join(torch.archs)}; found {arch}"
-            yield Reason(code="torch-arch", text=text)
+            yield f"CUDA {torch.toolkit} compiles for {' '.join(toolkit.archs)}; found {arch}"
+        if torch.archs and not any(can_run(arch, code) for code in torch.archs):
+            yield f"torch {image.torch} has machine code for {' '.join(torch.archs)}; found {arch}"
 
 
-def _stack(recipes: Recipes) -> Iterator[Reason]:
+def _check_stack(recipes: Recipes) -> Iterator[str]:
     """Check the packages that every image has against one another."""
     for pair in recipes.pairs:
-        here, other = recipes.stack.get(pair.package), recipes.stack.get(pair.needs)
-        if here and other and within(here, pair.versions) and not within(other, pair.bound):
-            text = f"{pair.package} {here} works with {pair.needs} {pair.bound}; found {other}"
-            yield Reason(code="stack-pair", text=text)
+        version, other = recipes.stack.get(pair.package), recipes.stack.get(pair.needs)
+        if version is None or other is None or not satisfies(version, pair.versions):
+            continue
+        if not satisfies(other, pair.bound):
+            yield f"{pair.package} {version} works with {pair.needs} {pair.bound}; found {other}"
 
 
-def _runs(arch: str, codes: tuple[str, ...]) -> bool:
-    """Return whether a device runs one of these codes: same major, and no newer minor."""
-    here = _SM.fullmatch(arch)
-    return here is not None and any(
-        (code := _SM.fullmatch(text)) is not None and code[1] == here[1] and code[2] <= here[2]
-        for text in codes
-    )
-
-
-def _unserved(image: Image) -> Iterator[Reason]:
+def _check_coverage(image: Image) -> Iterator[str]:
     """Yield the image's architectures that no kernel of it supports."""
     if image.accelerator == "cpu":
         return
     for arch in image.archs:
-        if not any(arch in served(image, choice) for choice in image.kernels):
-            text = f"{image.name} promises {arch}; none of its kernels serves it"
-            yield Reason(code="arch-unserved", text=text)
+        if not any(arch in kernel_archs(image, image_kernel) for image_kernel in image.kernels):
+            yield f"{image.name} has {arch}; none of its kernels supports it"
 
 
-def reasons_against_kernel(image: Image, choice: Choice, recipes: Recipes) -> Iterator[Reason]:
-    """Return every reason why a kernel that has a recipe can't be part of an image."""
-    kernel = recipes.kernels[choice.name]
-    yield from _versions(image, kernel, recipes)
-    yield from _archs(image, kernel, choice)
-    yield from _backends(image, kernel, choice)
-    yield from _beside(image, kernel, recipes)
-
-
-def served(image: Image, choice: Choice) -> tuple[str, ...]:
+def kernel_archs(image: Image, image_kernel: ImageKernel) -> tuple[str, ...]:
     """Return the architectures that a kernel has to support in an image."""
-    return choice.archs or image.archs
+    return image_kernel.archs or image.archs
 
 
-def device(arch: str) -> str:
-    """Return the device that a compiler target is for: sm_90a is machine code for sm_90."""
-    return re.sub(r"(?<=\d)[af]$", "", arch) if arch.startswith("sm_") else arch
-
-
-def within(version: str, bound: str) -> bool:
+def satisfies(version: str, bound: str) -> bool:
     """Return whether a version, a pre-release too, is within a bound."""
     return SpecifierSet(bound).contains(version, prereleases=True)
 
 
-def _versions(image: Image, kernel: Kernel, recipes: Recipes) -> Iterator[Reason]:
+def _check_versions(image: Image, kernel: Kernel, recipes: Recipes) -> Iterator[str]:
     label = f"{kernel.name} {kernel.version}"
-    if not within(image.python, kernel.python):
-        text = f"{label} needs Python {kernel.python}; found {image.python}"
-        yield Reason(code="kernel-python", text=text)
+    if not satisfies(image.python, kernel.python):
+        yield f"{label} needs Python {kernel.python}; found {image.python}"
     if isinstance(image.torch, Unresolved):
         return
-    if not within(image.torch, kernel.torch):
-        text = f"{label} needs torch {kernel.torch}; found {image.torch}"
-        yield Reason(code="kernel-torch", text=text)
+    if not satisfies(image.torch, kernel.torch):
+        yield f"{label} needs torch {kernel.torch}; found {image.torch}"
     torch = recipes.torch.get(image.torch)
     # The headers of the stable ABI do not include those that need a newer C++ standard.
     if torch and kernel.abi == "torch" and (kernel.cxx_standard or 0) < torch.cxx_standard:
-        text = (
+        yield (
             f"torch {image.torch}'s headers need C++{torch.cxx_standard}; "
             f"{label} is compiled as C++{kernel.cxx_standard}"
         )
-        yield Reason(code="kernel-cxx", text=text)
-    release = toolkit_of(image, recipes)
+    release = cuda_release(image, recipes)
     toolkit = recipes.cuda.get(release) if release else None
-    if toolkit and kernel.nvcc and not within(toolkit.nvcc, kernel.nvcc):
-        text = f"{label} needs nvcc {kernel.nvcc}; found {toolkit.nvcc} of CUDA {release}"
-        yield Reason(code="kernel-nvcc", text=text)
+    if toolkit and kernel.nvcc and not satisfies(toolkit.nvcc, kernel.nvcc):
+        yield f"{label} needs nvcc {kernel.nvcc}; found {toolkit.nvcc} of CUDA {release}"
 
 
-def _archs(image: Image, kernel: Kernel, choice: Choice) -> Iterator[Reason]:
+def _check_archs(image: Image, kernel: Kernel, archs: tuple[str, ...]) -> Iterator[str]:
     if image.accelerator not in kernel.build:
-        text = f"{kernel.name} is built on {' '.join(kernel.build)}; found {image.accelerator}"
-        yield Reason(code="kernel-accelerator", text=text)
-    for arch in served(image, choice):
+        yield f"{kernel.name} is built on {' '.join(kernel.build)}; found {image.accelerator}"
+    for arch in archs:
         if arch not in kernel.archs:
             has = " ".join(kernel.archs)
-            text = f"{kernel.name} {kernel.version} serves {has}; found {arch}"
-            yield Reason(code="kernel-arch", text=text)
+            yield f"{kernel.name} {kernel.version} supports {has}; found {arch}"
 
 
-def _backends(image: Image, kernel: Kernel, choice: Choice) -> Iterator[Reason]:
+def _check_backends(kernel: Kernel, archs: tuple[str, ...]) -> Iterator[str]:
     """Check that a kernel's backend can run on the architectures for which it is built."""
     for name in kernel.backends:
         backend = backend_named(name)
         if backend is None:
-            yield Reason(code="unknown-backend", text=f"{kernel.name} serves unknown {name!r}")
+            yield f"{kernel.name} lists the unknown backend {name!r}"
             continue
-        for arch in served(image, choice):
-            if not runs_on(backend.needs, arch_from_name(device(arch))):
-                text = f"backend {name} needs {backend.needs.arch_text}; found {arch}"
-                yield Reason(code="backend-arch", text=text)
+        for arch in archs:
+            if not runs_on(backend.needs, arch_from_name(device_name(arch))):
+                yield f"backend {name} needs {backend.needs.arch_text}; found {arch}"
 
 
-def _beside(image: Image, kernel: Kernel, recipes: Recipes) -> Iterator[Reason]:
+def _check_other_kernels(image: Image, kernel: Kernel, recipes: Recipes) -> Iterator[str]:
     """Check a kernel against the other kernels and the pinned stack."""
-    names = {choice.name for choice in image.kernels}
+    names = {image_kernel.name for image_kernel in image.kernels}
     label = f"{kernel.name} {kernel.version}"
     versions = dict(recipes.stack)
     versions |= {n: recipes.kernels[n].version for n in names & set(recipes.kernels)}
     for other, bound in kernel.beside.items():
-        if other in versions and not within(versions[other], bound):
-            text = f"{label} needs {other} {bound} beside it; found {versions[other]}"
-            yield Reason(code="kernel-beside", text=text)
+        if other in versions and not satisfies(versions[other], bound):
+            yield f"{label} needs {other} {bound} beside it; found {versions[other]}"
     for need in kernel.needs:
         if need.kernel not in names and need.beside in names | {""}:
             beside = f" beside {need.beside}" if need.beside else ""
-            text = f"{label} needs {need.kernel}{beside}; found none: {need.reason}"
-            yield Reason(code="kernel-needs", text=text)
+            yield f"{label} needs {need.kernel}{beside}; found none: {need.reason}"
     removed = {removal.path for removal in kernel.remove}
     for name in sorted(names - {kernel.name}):
-        owner = recipes.kernels.get(name)
-        for path in owner.owns if owner else ():
+        other_kernel = recipes.kernels.get(name)
+        for path in other_kernel.owns if other_kernel else ():
             if path in kernel.ships and path not in removed:
-                text = f"{label} installs {path}, which {name} owns; needed: to remove it"
-                yield Reason(code="kernel-shadow", text=text)
+                yield f"{label} installs {path}, which {name} owns; needed: to remove it"

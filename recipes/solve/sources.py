@@ -13,14 +13,14 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from attnimg.errors import AttnimgError
-from recipes.facts import Kernel, Plan
+from recipes.facts import ImagePlan, Kernel
 
 # docker/build.py uses the folders KERNEL-source-COMMIT in it.
 FOLDER = Path("build/sources")
 
 
-def have_sources(plan: Plan, *, root: Path, clones: Path | None) -> Iterator[Path]:
-    """Write the tree of each kernel that is built from git; existing trees are kept.
+def fetch_sources(plan: ImagePlan, *, root: Path, clones: Path | None) -> Iterator[Path]:
+    """Write the source tree of each kernel that is built from git, unless it exists.
 
     Args:
         plan: of the image.
@@ -39,22 +39,22 @@ def have_sources(plan: Plan, *, root: Path, clones: Path | None) -> Iterator[Pat
         tree = root / FOLDER / f"{kernel.name}-source-{commit}"
         if not tree.is_dir():
             tree.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=tree.parent) as made:
-                _fill(Path(made) / "tree", kernel, clones=clones)
-                (Path(made) / "tree").rename(tree)
+            with tempfile.TemporaryDirectory(dir=tree.parent) as temporary:
+                _write_tree(Path(temporary) / "tree", kernel, clones=clones)
+                (Path(temporary) / "tree").rename(tree)
         yield tree
 
 
-def _fill(tree: Path, kernel: Kernel, *, clones: Path | None) -> None:
+def _write_tree(tree: Path, kernel: Kernel, *, clones: Path | None) -> None:
     _extract(tree, kernel.source, kernel.paths, clones=clones)
     for path, source in kernel.submodules.items():
         # csrc/cutlass/include: the folder include of what is cloned at csrc/cutlass.
         inside = path.rpartition("/")[2]
-        with tempfile.TemporaryDirectory(dir=tree.parent) as made:
-            _extract(Path(made) / "tree", source, (inside,), clones=clones)
+        with tempfile.TemporaryDirectory(dir=tree.parent) as temporary:
+            _extract(Path(temporary) / "tree", source, (inside,), clones=clones)
             shutil.rmtree(tree / path, ignore_errors=True)
             (tree / path).parent.mkdir(parents=True, exist_ok=True)
-            (Path(made) / "tree" / inside).rename(tree / path)
+            (Path(temporary) / "tree" / inside).rename(tree / path)
 
 
 def _extract(tree: Path, source: str, paths: Iterable[str], *, clones: Path | None) -> None:
@@ -83,21 +83,21 @@ def _clone(repository: str, commit: str, *, clones: Path | None, into: Path) -> 
     raise AttnimgError(
         f"{repository} is in no clone",
         why=f"needed commit {commit}, found it in no git repository below {clones}",
-        do=f"clone {repository} there, or leave FROM away to fetch it from GitHub",
+        do=f"clone {repository} there, or omit FROM to fetch it from GitHub",
         code="no-source",
         exit_code=1,
     )
 
 
 def _git(folder: Path, *arguments: str, source: str) -> None:
-    done = subprocess.run(
+    process = subprocess.run(
         ["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=False
     )
-    if done.returncode:
+    if process.returncode:
         raise AttnimgError(
-            f"the source {source} can't be had",
-            why=f"git {arguments[0]}: {done.stderr.strip()}",
-            do="see to the network, or name a folder with clones: make sources/NAME FROM=DIR",
+            f"the source {source} can't be fetched",
+            why=f"git {arguments[0]}: {process.stderr.strip()}",
+            do="check the network, or name a folder with clones: make sources/NAME FROM=DIR",
             code="no-source",
             exit_code=1,
         )

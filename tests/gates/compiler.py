@@ -11,7 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from recipes.solve.lock import FOLDER, blocks
+from recipes.solve.lock import FOLDER, split_lock
 
 ROOT = Path(__file__).parents[2]
 LOCKS = ("toolchain-2.14.1-cu130.txt", "torch-2.14.1-cu130.txt")
@@ -28,7 +28,7 @@ def main(folder: Path) -> None:
     """Install into a folder, and make what is a program there executable."""
     locked: dict[str, str] = {}
     for name in LOCKS:
-        locked |= blocks((ROOT / FOLDER / name).read_text(encoding="utf-8"))
+        locked |= split_lock((ROOT / FOLDER / name).read_text(encoding="utf-8"))
     folder.mkdir(parents=True, exist_ok=True)
     wanted = folder / "requirements.txt"
     wanted.write_text("".join(locked[name] for name in NEEDED if name in locked), encoding="utf-8")

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from recipes import judge as judging
+from recipes import run_gates
 from recipes.artifact.facts import Artifact
 from recipes.artifact.read import read_image
-from recipes.facts import Plan
-from recipes.gates import Finding, gate_named
-from recipes.read.recipes import read_recipes
+from recipes.facts import ImagePlan
+from recipes.gates import GateFinding, gate_named
+from recipes.read import read_recipes
 from recipes.solve.lock import read_locks
 from recipes.solve.plan import solve
 
@@ -24,28 +24,28 @@ KERNEL = """__global__ void k(float* x) { x[threadIdx.x] += 1; }
 void run(float* x) { k<<<1, 32>>>(x); }
 """
 
-Judge = Callable[[str, str, Path | Artifact], tuple[Finding, ...]]
+RunGate = Callable[[str, str, Path | Artifact], tuple[GateFinding, ...]]
 Compile = Callable[..., bytes]
 
 
 @cache
-def plan_of(image: str) -> Plan:
+def plan_of(image: str) -> ImagePlan:
     recipes = read_recipes(ROOT)
     return solve(recipes.images[image], recipes)
 
 
 @pytest.fixture(scope="session")
-def judge() -> Judge:
-    """Check an image by one gate, against a recipe: judge(gate, recipe, archive)."""
+def run_gate() -> RunGate:
+    """Check an image by one gate, against a recipe: run_gate(gate, recipe, archive)."""
     recipes = read_recipes(ROOT)
 
-    def ask(gate: str, image: str, given: Path | Artifact) -> tuple[Finding, ...]:
+    def ask(gate: str, image: str, given: Path | Artifact) -> tuple[GateFinding, ...]:
         plan = plan_of(image)
-        artifact = read_image(given, say=lambda _: None) if isinstance(given, Path) else given
+        artifact = read_image(given, log=lambda _: None) if isinstance(given, Path) else given
         lock = read_locks((plan,), root=ROOT)[image]
-        promise = judging.promise_of(plan, recipes, lock=lock, tools="")
-        (verdict,) = judging.judged(artifact, promise, [gate_named(gate)], ())
-        assert not verdict.unjudged, verdict.unjudged
+        expected = run_gates.expected_contents(plan, recipes, lock=lock)
+        (verdict,) = run_gates.run_all(artifact, expected, [gate_named(gate)], ())
+        assert not verdict.skip_reason, verdict.skip_reason
         return verdict.findings
 
     return ask

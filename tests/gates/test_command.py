@@ -1,4 +1,4 @@
-"""`python -m recipes gate`: what a person and a program see, and the SBOM that syft writes."""
+"""`python -m recipes gate`: its report, its JSON, and the SBOM that syft writes."""
 
 from __future__ import annotations
 
@@ -33,23 +33,23 @@ def gate(tmp_path: Path):
     return run
 
 
-def test_a_failed_gate_is_said_in_three_parts_and_ends_with_1(gate, tmp_path: Path) -> None:
+def test_a_failed_gate_is_reported_in_three_parts_and_exits_with_1(gate, tmp_path: Path) -> None:
     files = package("numpy", "1.0") | {"root/.netrc": b"machine x"}
     done = gate("cpu", "--archive", str(save(tmp_path / "image.tar", files)))
     assert done.returncode == 1
     assert "  secrets       FAILED: 1 finding\n    root/.netrc\n" in done.stdout
     assert "      why: found a file of credentials in layer 1 (runtime); needed none" in done.stdout
     assert "      do:  revoke it" in done.stdout
-    assert "  symbols       not judged: there is no image to look for symbols in" in done.stdout
+    assert "  symbols       skipped: there is no image to look for symbols in" in done.stdout
     assert "gate: reading layer 1 of 1: runtime" in done.stderr
 
 
 def test_json_has_every_gate_and_the_sbom_is_syft_s_own(gate, tmp_path: Path) -> None:
     image = save(tmp_path / "image.tar", package("numpy", "1.0") | package("stray", "3"))
     done = gate("cpu", "--archive", str(image), "--json")
-    told = json.loads(done.stdout)
-    assert (done.returncode, told["passed"]) == (1, False)
-    (sbom,) = [verdict for verdict in told["gates"] if verdict["gate"] == "sbom"]
+    report = json.loads(done.stdout)
+    assert (done.returncode, report["passed"]) == (1, False)
+    (sbom,) = [verdict for verdict in report["gates"] if verdict["gate"] == "sbom"]
     found = {one["file"]: one["found"] for one in sbom["findings"]}
     assert (found["numpy"], found["stray"], found["torch"]) == ("1.0", "3", "nothing")
     written = json.loads((tmp_path / "checkout/dist/cpu-sbom.json").read_text())
@@ -75,7 +75,7 @@ def test_a_wheelhouse_is_judged_without_an_image(gate, tmp_path: Path) -> None:
         pytest.param(["--wheels", "absent"], "found no *.whl in it", id="no such wheelhouse"),
     ],
 )
-def test_what_can_t_be_read_is_said_without_a_traceback(
+def test_what_can_t_be_read_is_reported_without_a_traceback(
     gate, arguments: list[str], says: str
 ) -> None:
     done = gate("cpu", *arguments)

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from small_image import SITE, package, save
 
+from recipes.artifact.cuobjdump import list_codes
 from recipes.artifact.elf import read_elf
 from recipes.artifact.fatbin import bundle_codes
-from recipes.artifact.witness import listed
 
 FILE = f"{SITE}/flash_attn/ext.so"
 
@@ -28,7 +28,7 @@ def test_architectures_are_read_as_cuobjdump_lists_them(cuda, mode: str) -> None
     options = ("-shared", "-Xcompiler", "-fPIC", "-cudart", "none", f"--compress-mode={mode}")
     made = cuda("sm_75 sm_80 sm_90 sm_90a sm_103a compute_120", *options)
     assert found_in(made) == {"sm_75", "sm_80", "sm_90", "sm_90a", "sm_103a", "compute_120"}
-    assert listed(io.BytesIO(made), len(made)) == found_in(made)
+    assert list_codes(io.BytesIO(made), len(made)) == found_in(made)
 
 
 @pytest.mark.parametrize("code", ["sm_90", "sm_90a", "sm_100a", "sm_100f", "sm_121f"])
@@ -63,7 +63,7 @@ def test_machine_code_among_other_data_is_found(cuda, gcc) -> None:
     words = ",".join(str(byte) for byte in b"before" + bytes(58) + cubin)
     made = gcc(f"const unsigned char data[] = {{{words}}};", soname="libdata.so")
     elf = read_elf(io.BytesIO(made))
-    assert (elf.codes, elf.sectioned) == ({"sm_90a"}, set())
+    assert (elf.codes, elf.section_codes) == ({"sm_90a"}, set())
 
 
 @pytest.mark.parametrize(
@@ -77,24 +77,24 @@ def test_machine_code_among_other_data_is_found(cuda, gcc) -> None:
     ],
 )
 def test_a_kernel_has_its_recipe_s_machine_code(
-    cuda, judge, tmp_path: Path, codes: str, says: str | None
+    cuda, run_gate, tmp_path: Path, codes: str, says: str | None
 ) -> None:
     files = package("flash-attn", "2.8.3.post2", ext__so=cuda(codes))
-    faults = judge("machine-code", "hopper", save(tmp_path / "image.tar", files))
+    faults = run_gate("machine-code", "hopper", save(tmp_path / "image.tar", files))
     texts = [f"{f.file}: found {f.found}; needed {f.needed}" for f in faults]
     assert (texts == []) == (says is None)
     assert says is None or any(says in text and FILE in text for text in texts)
 
 
-def test_a_kernel_without_any_machine_code_is_refused(judge, gcc, tmp_path: Path) -> None:
+def test_a_kernel_without_any_machine_code_is_refused(run_gate, gcc, tmp_path: Path) -> None:
     files = package("flash-attn", "2.8.3.post2", ext__so=gcc("int x;", soname="ext.so"))
-    faults = judge("machine-code", "hopper", save(tmp_path / "image.tar", files))
+    faults = run_gate("machine-code", "hopper", save(tmp_path / "image.tar", files))
     assert "flash-attn" in {f.file for f in faults if f.found == "no GPU code"}
 
 
-def test_a_library_that_no_promised_gpu_runs_is_refused(cuda, judge, tmp_path: Path) -> None:
+def test_a_library_that_no_promised_gpu_runs_is_refused(cuda, run_gate, tmp_path: Path) -> None:
     image = save(tmp_path / "image.tar", package("other", "1", old__so=cuda("sm_75")))
-    faults = [f for f in judge("machine-code", "hopper", image) if f.file.endswith("old.so")]
+    faults = [f for f in run_gate("machine-code", "hopper", image) if f.file.endswith("old.so")]
     assert [(f.found, f.needed) for f in faults] == [("sm_75", "code that sm_90a runs")]
 
 
@@ -118,10 +118,10 @@ def test_a_library_that_no_promised_gpu_runs_is_refused(cuda, judge, tmp_path: P
     ],
 )
 def test_torch_has_the_machine_code_of_its_release(
-    cuda, judge, tmp_path: Path, codes: str, lacks: list[str]
+    cuda, run_gate, tmp_path: Path, codes: str, lacks: list[str]
 ) -> None:
     image = save(tmp_path / "image.tar", package("torch", "2.14.1", libtorch_cuda__so=cuda(codes)))
-    assert [f.needed for f in judge("machine-code", "hopper", image)] == lacks
+    assert [f.needed for f in run_gate("machine-code", "hopper", image)] == lacks
 
 
 @pytest.mark.parametrize(
@@ -137,23 +137,25 @@ def test_torch_has_the_machine_code_of_its_release(
     ],
 )
 def test_what_was_compiled_ahead_of_time_is_for_its_folder(
-    cuda, judge, tmp_path: Path, place: str, says: list[str]
+    cuda, run_gate, tmp_path: Path, place: str, says: list[str]
 ) -> None:
     image = save(tmp_path / "image.tar", {place: cuda("sm_90a", "-cubin")})
-    assert [f.needed for f in judge("machine-code", "hopper", image)] == says
+    assert [f.needed for f in run_gate("machine-code", "hopper", image)] == says
 
 
-def test_a_cpu_image_has_no_gpu_code(cuda, judge, tmp_path: Path) -> None:
+def test_a_cpu_image_has_no_gpu_code(cuda, run_gate, tmp_path: Path) -> None:
     image = save(tmp_path / "image.tar", package("other", "1", gpu__so=cuda("sm_90")))
-    assert [f.needed for f in judge("machine-code", "cpu", image)] == ["no GPU code in a cpu image"]
+    assert [f.needed for f in run_gate("machine-code", "cpu", image)] == [
+        "no GPU code in a cpu image"
+    ]
 
 
-def test_a_fat_binary_that_is_cut_off_is_refused(cuda, judge, tmp_path: Path) -> None:
+def test_a_fat_binary_that_is_cut_off_is_refused(cuda, run_gate, tmp_path: Path) -> None:
     made = bytearray(cuda("sm_90"))
     place = made.index(struct.pack("<I", 0xBA55ED50))
     made[place + 8 : place + 16] = struct.pack("<Q", 1 << 40)
     files = package("flash-attn", "2.8.3.post2", ext__so=bytes(made))
-    faults = judge("machine-code", "hopper", save(tmp_path / "image.tar", files))
+    faults = run_gate("machine-code", "hopper", save(tmp_path / "image.tar", files))
     assert any("is cut off" in f.found and f.file == FILE for f in faults)
 
 
@@ -202,7 +204,7 @@ def test_compressed_hip_bundles_are_read(version: int, method: str) -> None:
     assert bundle_codes(io.BytesIO(data), start=0, size=len(data)) == {"gfx90a", "gfx942"}
 
 
-def test_a_rocm_kernel_without_a_declared_target_is_refused(judge, gcc, tmp_path: Path) -> None:
+def test_a_rocm_kernel_without_a_declared_target_is_refused(run_gate, gcc, tmp_path: Path) -> None:
     (tmp_path / "bundle").write_bytes(bundle(*AMD))
     (tmp_path / "plain.so").write_bytes(gcc("int x;", soname="plain.so"))
     command = [
@@ -214,5 +216,5 @@ def test_a_rocm_kernel_without_a_declared_target_is_refused(judge, gcc, tmp_path
     ]
     subprocess.run(command, check=True, cwd=tmp_path)
     files = package("flash-attn", "2.8.3.post2", ext__so=(tmp_path / "hip.so").read_bytes())
-    faults = judge("machine-code", "rocm", save(tmp_path / "image.tar", files))
+    faults = run_gate("machine-code", "rocm", save(tmp_path / "image.tar", files))
     assert [f.needed.split()[0] for f in faults if f.file == FILE] == ["gfx950"]

@@ -1,4 +1,4 @@
-"""The gates `symbols`, `floor` and `duplicates` on small images with real libraries of gcc's."""
+"""The gates `symbols`, `glibc` and `duplicates` on small images with real libraries of gcc's."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ def image(gcc, path: Path, ext: bytes, **more: bytes | Special) -> Path:
 
 
 @pytest.fixture
-def broken(judge, gcc, tmp_path: Path):
-    """Give what `symbols` finds wrong with an extension beside other libraries."""
+def broken(run_gate, gcc, tmp_path: Path):
+    """Return the findings of `symbols` in an extension beside other libraries."""
 
     def ask(ext: bytes, others: dict[str, bytes | Special] | None = None) -> list[tuple[str, str]]:
         made = image(gcc, tmp_path / "image.tar", ext, **(others or {}))
-        return [(fault.file, fault.found) for fault in judge("symbols", "hopper", made)]
+        return [(fault.file, fault.found) for fault in run_gate("symbols", "hopper", made)]
 
     return ask
 
@@ -134,11 +134,11 @@ def test_a_function_of_the_driver_is_not_there_without_its_library(broken, gcc) 
     assert broken(ext) == [(EXT, "undefined symbol: cuTensorMapEncodeTiled")]
 
 
-def test_an_extension_for_a_newer_c_library_is_refused(judge, gcc, tmp_path: Path) -> None:
+def test_an_extension_for_a_newer_c_library_is_refused(run_gate, gcc, tmp_path: Path) -> None:
     newer = "GLIBC_2.36 { puts; }; GLIBC_2.38 { gets; } GLIBC_2.36;"
     gcc("void puts(void) {} void gets(void) {}", soname="libc.so.6", versions=newer)
     ext = gcc(CALLS.replace("helper", "gets"), "-l:libc.so.6", soname="ext.so")
-    faults = judge("floor", "hopper", image(gcc, tmp_path / "image.tar", ext))
+    faults = run_gate("glibc", "hopper", image(gcc, tmp_path / "image.tar", ext))
     assert [(f.file, f.found, f.needed) for f in faults] == [
         (EXT, "GLIBC 2.38", "at most 2.36, which the base has")
     ]
@@ -153,21 +153,21 @@ def test_an_extension_for_a_newer_c_library_is_refused(judge, gcc, tmp_path: Pat
     ],
 )
 def test_a_library_in_two_places_is_refused(
-    judge, gcc, tmp_path: Path, second: str | None, says: str | None
+    run_gate, gcc, tmp_path: Path, second: str | None, says: str | None
 ) -> None:
     weight = "const char weight[30000] = {1};"
     files = {"opt/a/libone.so": gcc("void one(void) {}" + weight, soname="libone.so")}
     if second:
         files["opt/b/other.so"] = gcc(second + weight, soname="libone.so")
-    faults = judge("duplicates", "cpu", save(tmp_path / "image.tar", files))
+    faults = run_gate("duplicates", "cpu", save(tmp_path / "image.tar", files))
     assert [(f.file, f.found.partition(" as ")[0]) for f in faults] == (
         [("opt/b/other.so", says)] if says else []
     )
 
 
-def test_a_link_to_a_library_is_no_copy_of_it(judge, gcc, tmp_path: Path) -> None:
+def test_a_link_to_a_library_is_no_copy_of_it(run_gate, gcc, tmp_path: Path) -> None:
     files = {
         "a/libone.so.1": gcc("int x;", soname="libone.so.1"),
         "a/libone.so": Special(link="libone.so.1"),
     }
-    assert judge("duplicates", "cpu", save(tmp_path / "image.tar", files)) == ()
+    assert run_gate("duplicates", "cpu", save(tmp_path / "image.tar", files)) == ()

@@ -1,4 +1,4 @@
-"""Install attention kernels from the GPU kit: from a wheel where it has one, else compiled here.
+"""Install attention kernels from the GPU kit: from its wheels, else from source.
 
     python compile_kernels.py --kit build/gpu-kit --to DIR [--jobs N] [--keep DIR] NAME...
 
@@ -8,10 +8,10 @@ PYTHONPATH. Each change of state is one line of DIR/status.jsonl:
     {"kernel": "flash-attn", "state": "compiling", "seconds": 0.4, "error": null, "from": "source"}
 
 States are compiling, installed and failed. A kernel is installed when its modules were imported;
-a wheel that can't be imported is followed by the source, where the kit has it. The builds run side
-by side, and their compilers share N slots (compile_slot.py); logs are DIR/logs/NAME.log.
+if a wheel can't be imported, the source in the kit is compiled. The builds run in parallel, and
+their compilers share N slots (compile_slot.py); logs are DIR/logs/NAME.log.
 
-It needs Python's standard library alone, and torch, nvcc, ninja and setuptools to compile.
+It needs only Python's standard library; compiling needs torch, nvcc, ninja and setuptools.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class KernelError(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """What holds for every kernel of one run.
+    """The settings of one run, for all its kernels.
 
     Attributes:
         kit: the kit's folder; the parts of FlashAttention-4 lie beside it.
@@ -101,7 +101,7 @@ def parts_of(kit: Path, name: str) -> list[Path]:
 
 
 def read_kernel(run: Run, name: str) -> tuple[dict[str, Any], list[Path]]:
-    """Return what the kit says of a kernel, and its folders.
+    """Return the kit's facts on a kernel, and its folders.
 
     Raises:
         KernelError: the kit has no such kernel, or lacks a part of it.
@@ -119,7 +119,7 @@ def read_kernel(run: Run, name: str) -> tuple[dict[str, Any], list[Path]]:
 
 
 def usable_wheels(folders: list[Path]) -> list[Path]:
-    """Return the wheels that this Python takes, by their tags."""
+    """Return the wheels that this Python supports, by their tags."""
     cpython = f"cp{sys.version_info.major}{sys.version_info.minor}"
 
     def fits(wheel: Path) -> bool:
@@ -378,7 +378,7 @@ def order(run: Run, names: list[str]) -> list[str]:
 
 
 def main(arguments: list[str]) -> int:
-    """Install what is named; return how many kernels failed."""
+    """Install the named kernels; return the number of failures."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="+", metavar="NAME")
     parser.add_argument(
@@ -388,19 +388,19 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--jobs", type=int, help="compilers at one time")
     parser.add_argument("--keep", type=Path, help="save finished wheels under 16 MiB here")
     parser.add_argument("--compile", action="store_true", help="compile, whatever wheels there are")
-    asked = parser.parse_args(arguments)
-    to = asked.to.resolve()
+    options = parser.parse_args(arguments)
+    to = options.to.resolve()
     to.mkdir(parents=True, exist_ok=True)
     run = Run(
-        kit=asked.kit.resolve(),
+        kit=options.kit.resolve(),
         to=to,
-        jobs=asked.jobs or jobs_that_fit(),
-        keep=asked.keep,
-        wheels=not asked.compile,
-        finished={name: threading.Event() for name in asked.names},
+        jobs=options.jobs or jobs_that_fit(),
+        keep=options.keep,
+        wheels=not options.compile,
+        finished={name: threading.Event() for name in options.names},
     )
     before = (to / "status.jsonl").stat().st_size if (to / "status.jsonl").is_file() else 0
-    names = order(run, asked.names)
+    names = order(run, options.names)
     # Each kernel waits for its own compilers: there is a thread for each.
     with ThreadPoolExecutor(len(names)) as pool:
         for rank, name in enumerate(names):

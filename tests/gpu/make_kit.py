@@ -1,4 +1,4 @@
-"""Prepare on a machine without a GPU what a GPU machine without a network needs: `make gpu-kit`.
+"""Prepare the files that a GPU machine without a network needs: `make gpu-kit`.
 
     python tests/gpu/make_kit.py [--compile PYTHON3.12] [--to build/gpu-kit]
 
@@ -32,7 +32,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from recipes.facts import Kernel  # noqa: E402 - recipes is not installed
-from recipes.read.recipes import read_recipes  # noqa: E402
+from recipes.read import read_recipes  # noqa: E402
 from recipes.solve.sources import FOLDER as SOURCES  # noqa: E402
 
 PATCHES = Path(__file__).parent / "patches"
@@ -66,7 +66,7 @@ FA4 = (
 # Headers that nvcc's own package does not have.
 HEADERS = ("nvidia-cuda-cccl", "nvidia-cuda-crt", "nvidia-cuda-profiler-api")
 FA4_LARGE = "nvidia-cutlass-dsl-libs-cu13"
-# What xFormers is told when it has no library; see add_xformers.
+# A line for xFormers without its library; see add_xformers.
 XFORMERS_SET = "_built_with_cuda = True"
 # pip matches the number exactly.
 PLATFORMS = ("1_x86_64", "2014_x86_64", *(f"_2_{n}_x86_64" for n in (17, 24, 27, 28, 31, 34, 35)))
@@ -74,14 +74,14 @@ MIB = 1 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
-class Build:
+class KitBuild:
     """How a kernel is built for the kit.
 
     Attributes:
-        kept: globs of what of its source goes into the kit.
-        imports: the modules whose import proves an installation.
-        cpu_seconds: what its build takes, estimated from single units; it orders the builds.
-        env: what differs from the recipe's trim.
+        kept: globs of the source files that the kit contains.
+        imports: the modules that must be importable after the installation.
+        cpu_seconds: of its build, estimated from single files; it orders the builds.
+        env: differences from the recipe's trim.
     """
 
     kept: tuple[str, ...]
@@ -91,7 +91,7 @@ class Build:
 
 
 BUILDS = {
-    "flash-attn": Build(
+    "flash-attn": KitBuild(
         kept=(
             "setup.py",
             "setup.cfg",
@@ -107,7 +107,7 @@ BUILDS = {
         imports=("flash_attn",),
         cpu_seconds=1800,
     ),
-    "flash-attn-3": Build(
+    "flash-attn-3": KitBuild(
         kept=(
             "README.md",
             "LICENSE",
@@ -125,7 +125,7 @@ BUILDS = {
         # Head size 256 is the one where FlashAttention-4 may be slower on Hopper.
         env={"FLASH_ATTENTION_DISABLE_HDIM256": "FALSE"},
     ),
-    "sageattention": Build(
+    "sageattention": KitBuild(
         kept=(
             "setup.py",
             "pyproject.toml",
@@ -141,8 +141,8 @@ BUILDS = {
 }
 
 
-def say(text: str) -> None:
-    """Print a step of the work."""
+def log(text: str) -> None:
+    """Print the progress."""
     print(f"gpu-kit: {text}", flush=True)  # noqa: T201 - the target's output
 
 
@@ -154,7 +154,9 @@ def pinned(text: str, names: Iterable[str]) -> list[str]:
     """
     found = dict(re.findall(r"^([a-z0-9._-]+)==([^\s\\;]+)", text, re.MULTILINE))
     if missing := [name for name in names if name not in found]:
-        sys.exit(f"gpu-kit: {', '.join(missing)} is in no lock: fix LACKED or FA4 in make_kit.py")
+        sys.exit(
+            f"gpu-kit: {', '.join(missing)} is not in a lock file: fix LACKED or FA4 in make_kit.py"
+        )
     return [f"{name}=={found[name]}" for name in names]
 
 
@@ -174,7 +176,7 @@ def download(requirements: list[str], to: Path) -> None:
     wanted = [one for one, start in names.items() if not list(to.glob(f"{start}*.whl"))]
     if not wanted:
         return
-    say(f"downloading {', '.join(wanted)}")
+    log(f"downloading {', '.join(wanted)}")
     command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", f"--dest={to}"]
     command += ["--only-binary=:all:", f"--python-version={PYTHON}", "--implementation=cp"]
     command += [f"--platform=manylinux{platform}" for platform in PLATFORMS]
@@ -200,7 +202,7 @@ def pack(tree: Path, kept: Iterable[str], to: Path, *, machine_code: bool = Fals
             tar.add(path, path.relative_to(tree).as_posix(), filter=plain)
 
 
-def environment(kernel: Kernel, build: Build) -> dict[str, str]:
+def environment(kernel: Kernel, build: KitBuild) -> dict[str, str]:
     """Return the variables that build a kernel for Hopper alone, trimmed."""
     recipe = kernel.build["cuda"]
     variable = {recipe.arch_variable: kernel.archs[ARCH].token} if recipe.arch_variable else {}
@@ -214,8 +216,8 @@ def patches_of(kernel: Kernel, root: Path) -> list[Path]:
     return [patch for folder in folders for patch in sorted(folder.glob("*.patch"))]
 
 
-def fingerprint(kernel: Kernel, build: Build, patches: list[Path]) -> str:
-    """Return a hash of what a kernel's part of the kit is made of."""
+def fingerprint(kernel: Kernel, build: KitBuild, patches: list[Path]) -> str:
+    """Return a hash of the inputs of a kernel's part of the kit."""
     parts = [kernel.source, json.dumps(environment(kernel, build), sort_keys=True), repr(build)]
     text = "\n".join([*parts, *(patch.read_text() for patch in patches)])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -230,7 +232,7 @@ def source_of(kernel: Kernel, into: Path) -> Path | None:
             return None
         shutil.copytree(clone, tree)
         return tree
-    say(f"downloading the source of {kernel.name}")
+    log(f"downloading the source of {kernel.name}")
     wanted = into / "wanted.txt"
     wanted.write_text(f"{kernel.source} --hash=sha256:{kernel.sha256}\n")
     command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--no-binary=:all:"]
@@ -244,7 +246,7 @@ def source_of(kernel: Kernel, into: Path) -> Path | None:
     return tree
 
 
-def add_source(kernel: Kernel, build: Build, folder: Path) -> bool:
+def add_source(kernel: Kernel, build: KitBuild, folder: Path) -> bool:
     """Write a kernel's patched source and how it is built; return whether there was one."""
     patches = patches_of(kernel, ROOT)
     key = fingerprint(kernel, build, patches)
@@ -262,7 +264,7 @@ def add_source(kernel: Kernel, build: Build, folder: Path) -> bool:
             command = ["patch", "--strip=1", "--fuzz=0", "--forward", "-s", f"--input={patch}"]
             subprocess.run(command, cwd=tree, check=True)
         folder.mkdir(parents=True)
-        say(f"packing the source of {kernel.name}")
+        log(f"packing the source of {kernel.name}")
         pack(tree, build.kept, folder / "source.tar.xz")
     facts = {
         "name": kernel.name,
@@ -320,7 +322,7 @@ def add_xformers(kernel: Kernel, folder: Path) -> None:
 
 
 def add_fa4(kit: Path) -> list[Path]:
-    """Write FlashAttention-4 beside the kit, its large library compressed anew and cut in two."""
+    """Write FlashAttention-4 beside the kit, with its large library compressed and split in two."""
     folders = [kit.with_name(f"{kit.name}-fa4{letter}") for letter in "ab"]
     constraints = (ROOT / "docker/constraints/hopper.txt").read_text()
     small, (large,) = pinned(constraints, FA4), pinned(constraints, [FA4_LARGE])
@@ -346,7 +348,7 @@ def add_fa4(kit: Path) -> list[Path]:
             tree = Path(made) / "tree"
             with zipfile.ZipFile(wheel) as opened:
                 opened.extractall(tree)
-            say("compressing FlashAttention-4's library, 237 MB, 5 minutes")
+            log("compressing FlashAttention-4's library, 237 MB, 5 minutes")
             packed = Path(made) / "library.tar.xz"
             pack(tree, ["**/*"], packed, machine_code=True)
             whole = packed.read_bytes()
@@ -364,7 +366,7 @@ def compile_here(kit: Path, python: str, names: list[str]) -> None:
     work = kit.with_name(f"{kit.name}-work")
     found = work / "bin/python"
     if not (work / "ready").is_file():
-        say(f"making {work.name} with {TORCH}, 3 GB of downloads")
+        log(f"making {work.name} with {TORCH}, 3 GB of downloads")
         subprocess.run([python, "-m", "venv", str(work)], check=True)
         tools = ["setuptools<82", "wheel", "ninja", "packaging", "einops", "psutil", "numpy"]
         subprocess.run([str(found), "-m", "pip", "install", "-q", TORCH, *tools], check=True)
@@ -373,7 +375,7 @@ def compile_here(kit: Path, python: str, names: list[str]) -> None:
         folder = kit / "kernels" / name
         if list(folder.glob("*.whl")):
             continue
-        say(f"compiling {name}; its log is {work.name}/to/logs/{name}.log")
+        log(f"compiling {name}; its log is {work.name}/to/logs/{name}.log")
         command = [str(found), str(Path(__file__).with_name("compile_kernels.py"))]
         command += [f"--kit={kit}", f"--to={work / 'to'}", f"--keep={folder}", "--compile", name]
         env = {**os.environ, "PATH": f"{work / 'bin'}:{os.environ['PATH']}", "PYTHONPATH": ""}
@@ -382,7 +384,7 @@ def compile_here(kit: Path, python: str, names: list[str]) -> None:
         subprocess.run(command, env=env, check=False)
         # Its import may fail here, for the driver's library.
         if not list(folder.glob("*.whl")):
-            say(f"{name} was not built here: the GPU machine will compile it from the source")
+            log(f"{name} was not built here: the GPU machine will compile it from the source")
 
 
 def sizes(folders: Iterable[Path]) -> dict[str, Any]:
@@ -398,20 +400,20 @@ def sizes(folders: Iterable[Path]) -> dict[str, Any]:
 
 
 def timed(text: str, step: Callable[[], Any]) -> Any:
-    """Run a step; print what it is and how long it took."""
+    """Run a step; print its name and its seconds."""
     began = time.monotonic()
     done = step()
-    say(f"{text}: {time.monotonic() - began:.0f} s")
+    log(f"{text}: {time.monotonic() - began:.0f} s")
     return done
 
 
 def main(arguments: list[str]) -> None:
-    """Prepare the kit, and print what is in it."""
+    """Prepare the kit, and print its contents."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--to", type=Path, default=ROOT / "build/gpu-kit")
     parser.add_argument("--compile", metavar="PYTHON", help="a Python 3.12 to build wheels with")
-    asked = parser.parse_args(arguments)
-    kit = asked.to.resolve()
+    options = parser.parse_args(arguments)
+    kit = options.to.resolve()
     kernels = read_recipes(ROOT).kernels
     lock = (ROOT / "requirements/lock.txt").read_text()
     timed("wheels of attnimg's packages", lambda: download(pinned(lock, LACKED), kit / "wheels"))
@@ -423,15 +425,15 @@ def main(arguments: list[str]) -> None:
         if timed(name, lambda: add_source(kernels[name], build, folder)):  # noqa: B023 - runs at once
             built.append(name)
         else:
-            say(f"{name} is left out: make sources/hopper first, from clones with FROM=DIR")
+            log(f"{name} is left out: make sources/hopper first, from clones with FROM=DIR")
     timed("xformers", lambda: add_xformers(kernels["xformers"], kit / "kernels/xformers"))
     parts = timed("flash-attn-4", lambda: add_fa4(kit))
-    if asked.compile:
-        timed("wheels of kernels", lambda: compile_here(kit, asked.compile, built))
+    if options.compile:
+        timed("wheels of kernels", lambda: compile_here(kit, options.compile, built))
     for name, files in sizes([kit, *parts]).items():
-        say(f"{name}: {sum(files.values()) / MIB:.1f} MiB")
+        log(f"{name}: {sum(files.values()) / MIB:.1f} MiB")
         for path, size in files.items():
-            say(f"  {path}: {size / MIB:.2f} MiB")
+            log(f"  {path}: {size / MIB:.2f} MiB")
 
 
 if __name__ == "__main__":

@@ -70,9 +70,9 @@ def make_workspace(folder: Path, untrained: Path) -> Path:
     return folder
 
 
-def faults(told: str) -> list[str]:
+def faults(report: str) -> list[str]:
     """Return the failures of `attnimg doctor`, except that no GPU is visible in this run."""
-    lines = [line.strip() for line in told.splitlines()]
+    lines = [line.strip() for line in report.splitlines()]
     return [line for line in lines if line.startswith("FAIL") and "no GPU is visible" not in line]
 
 

@@ -62,7 +62,7 @@ def wheels(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {path.parents[1].name: path for path in folder.glob("*/wheels/*.whl")}
 
 
-class Place:
+class InstallVenv:
     """A venv in which the two are installed and removed."""
 
     def __init__(self, folder: Path, wheels: dict[str, Path]) -> None:
@@ -116,7 +116,7 @@ class Place:
 def test_no_order_breaks_either(
     tmp_path: Path, wheels: dict[str, Path], steps: list[str], there: str
 ) -> None:
-    place = Place(tmp_path, wheels)
+    place = InstallVenv(tmp_path, wheels)
     for step in steps:
         place.do(step)
     found = place.look()
@@ -130,7 +130,7 @@ def test_no_order_breaks_either(
 def test_stock_flash_attn_does_break_it_and_is_found(
     tmp_path: Path, wheels: dict[str, Path]
 ) -> None:
-    place = Place(tmp_path, wheels)
+    place = InstallVenv(tmp_path, wheels)
     for step in ("pip +4", "pip +stock"):
         place.do(step)
     found = place.look()
@@ -141,14 +141,14 @@ def test_stock_flash_attn_does_break_it_and_is_found(
 def test_deleting_cute_from_an_installed_tree_is_found(
     tmp_path: Path, wheels: dict[str, Path]
 ) -> None:
-    place = Place(tmp_path, wheels)
+    place = InstallVenv(tmp_path, wheels)
     for step in ("pip +2", "pip +4", "rm"):
         place.do(step)
     assert list(place.look()["damaged"]) == ["flash-attn-4"]
 
 
 def test_2_in_another_folder_of_sys_path_is_found(tmp_path: Path, wheels: dict[str, Path]) -> None:
-    place = Place(tmp_path, wheels)
+    place = InstallVenv(tmp_path, wheels)
     place.do("pip +4")
     place.do("other +2")
     shadows = place.look()["shadows"]

@@ -18,7 +18,7 @@ import pytest
 from conftest import ROOT
 
 from recipes.facts import Kernel
-from recipes.read.recipes import read_recipes
+from recipes.read import read_recipes
 
 RECIPES = read_recipes(ROOT)
 PATCHED = [kernel for kernel in RECIPES.kernels.values() if kernel.patches or kernel.remove]
@@ -74,11 +74,11 @@ def test_what_is_removed_is_there(source: Path) -> None:
 
 @pytest.mark.parametrize("source", ["flash-attn", "sageattention"], indirect=True)
 def test_the_patch_for_newer_cxx_is_still_needed(source: Path) -> None:
-    asked = {
+    requested = {
         int(text) for text in re.findall(r"-std=c\+\+(\d+)", (source / "setup.py").read_text())
     }
     newest = max(torch.cxx_standard for torch in RECIPES.torch.values())
-    assert max(asked) < newest, "setup.py asks for enough by itself: remove cxx20.patch"
+    assert max(requested) < newest, "setup.py asks for enough by itself: remove cxx20.patch"
 
 
 @pytest.mark.parametrize("source", ["flash-attn"], indirect=True)

@@ -13,13 +13,13 @@ NOTHING_WRITABLE = ("--read-only", "--network=none")
 
 
 @pytest.mark.parametrize(
-    ("options", "arguments", "code", "said"),
+    ("options", "arguments", "code", "message"),
     [
         pytest.param((), (), 0, "doctor", id="no argument prints the help"),
         pytest.param((), ("--version",), 0, "attnimg 0", id="an option is attnimg's"),
         pytest.param((), ("python", "-c", "print(6 * 7)"), 0, "42", id="another word is a program"),
         pytest.param((), ("bash", "-c", "exit 7"), 7, "", id="a program's exit code is passed on"),
-        pytest.param((), ("trian",), 127, "neither an attnimg command", id="a typo is told"),
+        pytest.param((), ("trian",), 127, "neither an attnimg command", id="a typo is reported"),
         pytest.param((), ("check", "none.yaml"), 2, "none.yaml", id="bad input exits with 2"),
         pytest.param((), ("id", "-u"), 0, "1000", id="it is not root"),
         pytest.param(
@@ -34,22 +34,22 @@ NOTHING_WRITABLE = ("--read-only", "--network=none")
             ("check", "none.yaml"),
             2,
             "/cache is not writable",
-            id="without a writable volume it says so, and goes on",
+            id="without a writable volume it warns and continues",
         ),
         pytest.param((), ("touch", "/opt/attnimg/x"), 1, "denied", id="its code is not the user's"),
     ],
 )
 def test_docker_run(
-    docker: Run, options: tuple[str, ...], arguments: tuple[str, ...], code: int, said: str
+    docker: Run, options: tuple[str, ...], arguments: tuple[str, ...], code: int, message: str
 ) -> None:
     done = docker(*arguments, options=options)
     assert done.returncode == code, done.stderr
-    assert said in done.stdout + done.stderr
+    assert message in done.stdout + done.stderr
     assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         pytest.param((), "attnimg (1000)", id="as the image's user"),
         pytest.param(
@@ -59,10 +59,10 @@ def test_docker_run(
         ),
     ],
 )
-def test_doctor_finds_nothing_wrong(docker: Run, options: tuple[str, ...], said: str) -> None:
+def test_doctor_finds_nothing_wrong(docker: Run, options: tuple[str, ...], message: str) -> None:
     done = docker("doctor", options=options)
     assert faults(done.stdout) == []
-    assert said in done.stdout
+    assert message in done.stdout
     assert "Traceback" not in done.stderr
 
 

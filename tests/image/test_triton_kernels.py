@@ -32,9 +32,9 @@ def targets(docker: Run, image: str) -> dict[str, Any]:
     promised = ROOT / "docker/images" / image.rpartition(":")[2] / "triton_kernels.json"
     if not promised.exists():
         pytest.skip(f"the recipe of {image} has no Triton kernels: there is no {promised}")
-    told = docker("bash", "-c", MANIFEST, options=("--entrypoint=",))
-    assert told.returncode == 0, told.stderr
-    found: dict[str, Any] = json.loads(told.stdout)["targets"]
+    done = docker("bash", "-c", MANIFEST, options=("--entrypoint=",))
+    assert done.returncode == 0, done.stderr
+    found: dict[str, Any] = json.loads(done.stdout)["targets"]
     assert found.keys() == json.loads(promised.read_text())["targets"].keys()
     return found
 

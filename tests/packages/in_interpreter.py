@@ -65,7 +65,7 @@ def exact(q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> Tensor:
 def attend(
     inputs: list[Tensor], lengths: list[int], *, causal: bool, dropout: float = 0.0
 ) -> list[Tensor]:
-    """Give out, dq, dk and dv of q, k, v and the gradient of out, (B, T, heads, D)."""
+    """Return out, dq, dk and dv of q, k, v and the gradient of out, (B, T, heads, D)."""
     q, k, v, d_out = inputs
     scale, unset = q.shape[-1] ** -0.5, -1
     end = (dropout, scale, causal, unset, unset, 0.0, False, None)
@@ -91,7 +91,7 @@ def attend(
 def errors(
     lengths: list[int], heads: int, kv_heads: int, head_dim: int, causal: bool
 ) -> list[float]:
-    """Give the largest error of out, dq, dk and dv, as a part of their largest value."""
+    """Return the largest error of out, dq, dk and dv, as a part of their largest value."""
     torch.manual_seed(0)
     rows = 2 if len(lengths) == 1 else 1
     shape = (rows, sum(lengths))

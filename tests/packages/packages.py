@@ -50,7 +50,7 @@ def stand_in(source: str, name: str, answer: Callable[[dict[str, Any]], Any]) ->
     Args:
         source: text of a module.
         name: a function of it.
-        answer: gets what was passed, by parameter, and gives the result.
+        answer: gets the arguments by parameter, and returns the result.
     """
     found = function(source, name)
     arguments = found.args
@@ -78,7 +78,7 @@ def function(source: str, name: str) -> ast.FunctionDef:
 
 
 def constants(source: str, class_name: str) -> dict[str, str]:
-    """Give what a class of a source assigns to its names, as text."""
+    """Return the values that a class in a source assigns to its names, as text."""
     body = next(
         node.body
         for node in ast.parse(source).body

@@ -46,10 +46,10 @@ def test_flash_gets_each_argument_under_its_own_name(
     found = backend_named(name)
     assert found is not None
     features = found.needs.features
-    asked = {"window": {"sliding_window": 5}, "softcap": {"softcap": 30.0}}
-    asked["sinks"] = {"s_aux": torch.zeros(4)}
-    asked["dropout"] = {"dropout": 0.1}
-    arguments = {k: v for feature in features for k, v in asked[feature].items()}
+    keywords = {"window": {"sliding_window": 5}, "softcap": {"softcap": 30.0}}
+    keywords["sinks"] = {"s_aux": torch.zeros(4)}
+    keywords["dropout"] = {"dropout": 0.1}
+    arguments = {k: v for feature in features for k, v in keywords[feature].items()}
     if is_packed:
         arguments |= packed((5, 8))
     kernel(LAYER, *draw(), None, scaling=0.5, **arguments)

@@ -10,14 +10,14 @@ RECORD = json.loads(checkpoints.RECORD.read_text(encoding="utf-8"))
 
 
 def test_the_record_is_of_this_code() -> None:
-    described = checkpoints.described()
-    assert {name: RECORD[name] for name in described} == described
+    settings = checkpoints.settings()
+    assert {name: RECORD[name] for name in settings} == settings
     found = checkpoints.summary(RECORD)
     assert {name: RECORD[name] for name in found} == found
     for name in checkpoints.RUNS:
         for kind in checkpoints.KINDS:
             saves = RECORD["saves"][name][kind]
-            assert len(saves) == checkpoints.order_of(name).count(kind)
+            assert len(saves) == checkpoints.save_order(name).count(kind)
             assert all(save["blocked"] <= save["cycle"] for save in saves)
     assert len(RECORD["resumes"]) == checkpoints.RESUMES
 

@@ -7,15 +7,15 @@ import re
 from copy import deepcopy
 from pathlib import Path
 
-import day_steps
 import pytest
+import suite_steps
 
 from attnimg.errors import AttnimgError
 from recipes.pages.gpu_runs import (
     NONE,
     REFERENCES,
     Notes,
-    faults,
+    find_faults,
     read_notes,
     read_run,
     read_runs,
@@ -70,9 +70,9 @@ RUN = [START, PLAN, PROOF, TRAINED, TIMED, END]
 
 
 def test_a_whole_run_has_no_faults():
-    assert faults(RUN, all_right=True) == []
+    assert find_faults(RUN, all_right=True) == []
     # A kernel that fails is a result, except in a rehearsal.
-    assert faults([*RUN, FAILED], all_right=False) == []
+    assert find_faults([*RUN, FAILED], all_right=False) == []
 
 
 @pytest.mark.parametrize(
@@ -89,13 +89,13 @@ def test_a_whole_run_has_no_faults():
     ],
 )
 def test_what_is_incomplete_is_named(records, fault):
-    assert any(fault in found for found in faults(records, all_right=False))
+    assert any(fault in found for found in find_faults(records, all_right=False))
 
 
 @pytest.mark.parametrize("state", ["failed", "crash", "timeout", "not reached"])
 def test_a_rehearsal_in_which_something_failed_is_refused(state):
     wrong = record("timing", "timing", state, backend="sdpa", unit="t", text="why")
-    assert faults([*RUN, wrong], all_right=True) == [f"t: {state}: why"]
+    assert find_faults([*RUN, wrong], all_right=True) == [f"t: {state}: why"]
 
 
 def test_the_page_shows_what_was_found_and_what_failed():
@@ -149,8 +149,8 @@ def test_records_of_a_run_do_not_change_by_being_shown():
 
 def test_a_run_may_go_on_from_what_another_proved():
     start = {**START, "values": {**START["values"], "known": "first"}}
-    assert faults([start, TIMED, END], all_right=False) == []
-    assert "It went on from `first`" in runs_page({"x": [start, TIMED, END]})
+    assert find_faults([start, TIMED, END], all_right=False) == []
+    assert "It continued `first`" in runs_page({"x": [start, TIMED, END]})
 
 
 def test_losses_are_compared_with_those_of_the_reference_in_the_same_run():
@@ -167,7 +167,7 @@ def test_losses_are_compared_with_those_of_the_reference_in_the_same_run():
     page = runs_page({"x": [START, *trained, of("eager", [10.0, 2.5], "failed"), END]})
     assert "| 10.000 to 2.250 | 1.2e+00 from `sdpa_math`'s |" in page
     assert "| 10.000 to 2.250 | - |" in runs_page({"x": [START, trained[0], END]})
-    assert day_steps.REFERENCES == REFERENCES
+    assert suite_steps.REFERENCES == REFERENCES
 
 
 def test_notes_stand_in_the_section_of_their_run_and_name_the_run_before():
@@ -180,7 +180,7 @@ def test_notes_stand_in_the_section_of_their_run_and_name_the_run_before():
     other, first = page.split('<a id="first">')
     assert "- of the other\n" in other
     assert "- of the first\n" in first
-    assert "It went on from `first`" in other
+    assert "It continued `first`" in other
 
 
 def test_every_recorded_run_has_notes_and_no_path_of_its_machine():
@@ -193,5 +193,5 @@ def test_every_recorded_run_has_notes_and_no_path_of_its_machine():
 
 def test_recorded_runs_are_well_formed():
     for records in read_runs(ROOT).values():
-        found = faults(records, all_right=False)  # a run on a GPU may have been cut off
+        found = find_faults(records, all_right=False)  # a run on a GPU may have been cut off
         assert [fault for fault in found if "lacks" in fault or "more than once" in fault] == []

@@ -1,4 +1,4 @@
-"""The Makefile hands on what it is given."""
+"""The Makefile passes its variables on, and refuses wrong ones."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PLACE = "/no/such place/it's $(here)"
 
 @pytest.fixture
 def programs(tmp_path: Path) -> Path:
-    """A folder in the place of .venv/bin, whose python prints its arguments, one a line."""
+    """A folder in the place of .venv/bin, whose python prints its arguments, one per line."""
     python = tmp_path / "python"
     python.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
     python.chmod(0o755)
@@ -34,7 +34,7 @@ def programs(tmp_path: Path) -> Path:
 )
 def test_a_path_may_have_blanks(programs: Path, target: str, variable: str, option: str) -> None:
     env = {key: value for key, value in os.environ.items() if not key.startswith("MAKE")}
-    # make reads $ in what it is given.
+    # make expands $ in variables.
     given = f"{variable}={PLACE.replace('$', '$$')}"
     done = subprocess.run(
         ["make", "-o", ".venv/ready", f"BIN={programs}", target, given],
@@ -46,9 +46,7 @@ def test_a_path_may_have_blanks(programs: Path, target: str, variable: str, opti
 
 
 @pytest.mark.parametrize("target", ["fa4-kernels/turing", "triton-kernels/turing"])
-def test_an_image_without_kernels_to_compile_ahead_is_refused_in_words(
-    programs: Path, target: str
-) -> None:
+def test_an_image_without_kernels_to_compile_ahead_is_refused(programs: Path, target: str) -> None:
     done = subprocess.run(
         ["make", "-o", ".venv/ready", f"BIN={programs}", target],
         cwd=ROOT, capture_output=True, text=True, check=False,

@@ -10,8 +10,8 @@ RECORD = json.loads(own_loss.RECORD.read_text(encoding="utf-8"))
 
 
 def test_the_record_is_of_this_code_and_these_types() -> None:
-    described = own_loss.described()
-    assert {name: RECORD[name] for name in described} == described
+    settings = own_loss.settings()
+    assert {name: RECORD[name] for name in settings} == settings
     assert list(RECORD["compared"]) == [*own_loss.TYPES, *own_loss.MISSED_BY_TRL]
     assert len(set(own_loss.TYPES)) == 40
 

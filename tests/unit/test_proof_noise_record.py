@@ -10,8 +10,8 @@ RECORD = json.loads(proof_noise.RECORD.read_text(encoding="utf-8"))
 
 
 def test_the_record_is_of_these_kernels_and_this_grid() -> None:
-    described = proof_noise.described()
-    assert {name: RECORD[name] for name in described} == described
+    settings = proof_noise.settings()
+    assert {name: RECORD[name] for name in settings} == settings
 
 
 def test_the_record_has_no_wrong_judgement() -> None:

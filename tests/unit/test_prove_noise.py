@@ -9,7 +9,7 @@ from dataclasses import asdict, replace
 
 import pytest
 import torch
-from noisy_proofs import FAMILIES, LEAKS, LOST_HEAD, Shape, grid, load, prove_noisy
+from noisy_proofs import FAMILIES, LEAKS, LOST_HEAD, NoisyShape, grid, load, prove_noisy
 from run_facts import a_geometry
 
 from attnimg.backends import backend_named
@@ -25,7 +25,7 @@ from attnimg.verify.inputs import draw
 from attnimg.verify.reference import TILE, beyond_a_flip, sum_noise
 from attnimg.verify.worker import prove_candidate
 
-SMALL = Shape(head_dim=64, group=4, dtype="bfloat16", packed=True, tile=64)
+SMALL = NoisyShape(head_dim=64, group=4, dtype="bfloat16", packed=True, tile=64)
 # 20 of the grid, with few heads: `make bench/proof-noise` runs 200 for each kind of noise.
 FEW_HEADS = [s for s in grid() if s.packed and s.tile == 64 and s.head_dim * s.group <= 512]
 SOME = [(FAMILIES[number % 3], FEW_HEADS[number % len(FEW_HEADS)]) for number in range(20)]
@@ -52,7 +52,7 @@ def test_a_right_kernel_with_the_noise_of_atomics_passes_all_probes(
     ids=[f"{family}, D {s.head_dim}, {s.group} heads to one, {s.dtype}" for family, s in SOME],
 )
 def test_a_right_kernel_with_the_noise_of_atomics_is_isolated(
-    family: str, shape: Shape, references: dict[object, object]
+    family: str, shape: NoisyShape, references: dict[object, object]
 ) -> None:
     found = prove_noisy(family, shape, references=references, sequence_len=64, repeated_alone=True)
     assert found.reasons == []

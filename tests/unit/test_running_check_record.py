@@ -10,8 +10,8 @@ RECORD = json.loads(running_check.RECORD.read_text(encoding="utf-8"))
 
 
 def test_the_record_is_up_to_date() -> None:
-    described = running_check.described()
-    assert {name: RECORD[name] for name in described} == described
+    settings = running_check.settings()
+    assert {name: RECORD[name] for name in settings} == settings
 
 
 def test_no_right_kernel_was_stopped() -> None:

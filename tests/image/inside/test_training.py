@@ -76,8 +76,8 @@ def test_it_trains_and_the_loss_falls(
 
 
 def test_it_says_what_it_chose(run: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
-    said = run[1].stderr
-    assert all(word in said for word in ("asked", "got", "because"))
+    output = run[1].stderr
+    assert all(word in output for word in ("asked", "got", "because"))
 
 
 def test_what_it_saved_loads_and_generates(

@@ -24,7 +24,7 @@ sys.path.insert(0, str(DOCKER))
 
 
 @dataclass(frozen=True)
-class Built:
+class FA4Build:
     """A set that was compiled here, and the arguments to compile it again."""
 
     python: Path
@@ -62,14 +62,14 @@ def python() -> Path:
 
 
 @pytest.fixture(scope="session")
-def built(python: Path, tmp_path_factory: pytest.TempPathFactory) -> Built:
+def built(python: Path, tmp_path_factory: pytest.TempPathFactory) -> FA4Build:
     """One shape with every kind of kernel of the hopper image's: gpt-oss's sliding layers."""
     shape = {"head_dim": 64, "heads_per_kv": 8, "window": True, "sinks": True}
     return part_of("hopper", "sm_90", shape, python, folder=tmp_path_factory.mktemp("fa4"))
 
 
 @pytest.fixture(scope="session")
-def built_for_b200(python: Path, tmp_path_factory: pytest.TempPathFactory) -> Built:
+def built_for_b200(python: Path, tmp_path_factory: pytest.TempPathFactory) -> FA4Build:
     """One call of sm_100, with an enum in the key of one of its kernels."""
     shape = {"head_dim": 64, "heads_per_kv": 1}
     asked = {"varlen": [False], "gradient": [True]}
@@ -85,7 +85,7 @@ def part_of(
     *,
     folder: Path,
     **axes: list[bool],
-) -> Built:
+) -> FA4Build:
     """Compile the shapes of an image's set for a target that are like `shape`."""
     whole = json.loads((SETS / image / "fa4_kernels.json").read_text())
     target = whole["targets"][device]
@@ -93,6 +93,6 @@ def part_of(
     assert shapes, f"{image} compiles nothing like {shape}"
     asked = whole | axes | {"targets": {device: target | {"shapes": shapes}}}
     (folder / "set.json").write_text(json.dumps(asked))
-    part = Built(python, folder / "set.json", folder / "state", folder / "out")
+    part = FA4Build(python, folder / "set.json", folder / "state", folder / "out")
     part.build()
     return part

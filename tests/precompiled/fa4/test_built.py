@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, SETS, Built, run
+from conftest import ROOT, SETS, FA4Build, run
 
 from attnimg.machine.fingerprint import RELEASE
 from recipes.artifact.elf import read_elf
@@ -69,26 +69,26 @@ def entries_of(record: Path) -> list[str]:
     return call["entries"]
 
 
-def test_the_set_has_every_kind_of_kernel(built: Built) -> None:
+def test_the_set_has_every_kind_of_kernel(built: FA4Build) -> None:
     target = built.manifest["targets"]["sm_90"]
     assert len(target["calls"]) == 4, "dense and varlen, with gradient and without"
     kinds = {name.partition("/")[0] for name in target["entries"]}
     assert kinds == {"fwd", "bwd_pre", "bwd", "bwd_post"}
 
 
-def test_each_entry_has_code_for_its_folder_s_gpu_alone(built: Built) -> None:
+def test_each_entry_has_code_for_its_folder_s_gpu_alone(built: FA4Build) -> None:
     # Read by the gates' reader, which shares nothing with the one that build.py checks with.
     for code, path in entries(built.out):
         with path.open("rb") as stream:
             assert read_elf(stream).codes == {code}
 
 
-def test_no_entry_needs_avx(built: Built) -> None:
+def test_no_entry_needs_avx(built: FA4Build) -> None:
     for _, path in entries(built.out):
         assert not re.search(r"%[yz]mm|\tv\w+ ", run("objdump", "-d", path))
 
 
-def test_a_second_build_compiles_nothing_and_gives_the_same(built: Built) -> None:
+def test_a_second_build_compiles_nothing_and_gives_the_same(built: FA4Build) -> None:
     before = built.manifest
     lines = [line for line in built.build() if " compiled, " in line]
     assert len(lines) == 4
@@ -96,7 +96,7 @@ def test_a_second_build_compiles_nothing_and_gives_the_same(built: Built) -> Non
     assert built.manifest == before
 
 
-def test_an_interrupted_build_compiles_what_is_missing(built: Built) -> None:
+def test_an_interrupted_build_compiles_what_is_missing(built: FA4Build) -> None:
     before = built.manifest
     lost = next(built.state.glob("*/sm_90/*/bwd/*.o"))
     content = lost.read_bytes()
@@ -107,13 +107,13 @@ def test_an_interrupted_build_compiles_what_is_missing(built: Built) -> None:
     assert built.manifest["targets"]["sm_90"]["sha256"] == before["targets"]["sm_90"]["sha256"]
 
 
-def test_a_gpu_finds_every_entry(built: Built, tmp_path: Path) -> None:
+def test_a_gpu_finds_every_entry(built: FA4Build, tmp_path: Path) -> None:
     variables = settings(built.python, kernels=built.out, device="sm_90", folder=tmp_path)
     found = found_on(built.python, "sm_90", built.set_file, variables)
     assert found == set(built.manifest["targets"]["sm_90"]["entries"])
 
 
-def test_a_b200_finds_every_entry(built_for_b200: Built, tmp_path: Path) -> None:
+def test_a_b200_finds_every_entry(built_for_b200: FA4Build, tmp_path: Path) -> None:
     small = built_for_b200
     variables = settings(small.python, kernels=small.out, device="sm_100", folder=tmp_path)
     found = found_on(small.python, "sm_100", small.set_file, variables)
@@ -121,7 +121,7 @@ def test_a_b200_finds_every_entry(built_for_b200: Built, tmp_path: Path) -> None
 
 
 def test_another_patch_release_of_python_builds_on_the_same_state(
-    built_for_b200: Built, tmp_path: Path
+    built_for_b200: FA4Build, tmp_path: Path
 ) -> None:
     # As a Python that pickles an enum in the other way leaves it: its own name in the record.
     (record,) = built_for_b200.state.glob("*/sm_100/calls/*.json")
@@ -135,7 +135,7 @@ def test_another_patch_release_of_python_builds_on_the_same_state(
     assert entries_of(record) == before
 
 
-def test_flashattention_4_stores_a_kernel_beside_them(built: Built, tmp_path: Path) -> None:
+def test_flashattention_4_stores_a_kernel_beside_them(built: FA4Build, tmp_path: Path) -> None:
     variables = settings(built.python, kernels=built.out, device="sm_90", folder=tmp_path)
     copy = Path(variables["FLASH_ATTENTION_CUTE_DSL_CACHE_DIR"])
     lost = next(copy.rglob("fwd/*.o"))
@@ -148,12 +148,12 @@ def test_flashattention_4_stores_a_kernel_beside_them(built: Built, tmp_path: Pa
     assert lost.with_suffix(".lock").exists(), "the look-up could write its lock"
 
 
-def test_an_entry_for_another_gpu_ends_the_build(built: Built, tmp_path: Path) -> None:
+def test_an_entry_for_another_gpu_ends_the_build(built: FA4Build, tmp_path: Path) -> None:
     asked = json.loads(built.set_file.read_text())
     asked["targets"]["sm_90"]["code"] = "sm_90"
     (tmp_path / "set.json").write_text(json.dumps(asked))
     shutil.copytree(built.state, tmp_path / "state")
-    wrong = Built(built.python, tmp_path / "set.json", tmp_path / "state", tmp_path / "out")
+    wrong = FA4Build(built.python, tmp_path / "set.json", tmp_path / "state", tmp_path / "out")
     with pytest.raises(AssertionError, match="has code for"):
         wrong.build()
     assert not (wrong.out / "manifest.json").exists()

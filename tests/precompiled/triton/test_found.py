@@ -30,7 +30,7 @@ KERNELS, CALLS = 4, 2
 
 
 @dataclass(frozen=True)
-class Built:
+class TritonBuild:
     """A set that was compiled here, and how that can be done once more."""
 
     python: str
@@ -59,7 +59,7 @@ class Built:
 
 
 @pytest.fixture(scope="session")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
+def built(tmp_path_factory: pytest.TempPathFactory) -> TritonBuild:
     if "TRITON_PYTHON" not in os.environ:
         pytest.skip("TRITON_PYTHON names no interpreter; make test/fa4-cache sets it")
     folder = tmp_path_factory.mktemp("triton")
@@ -68,7 +68,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
     asked = {**method, "heads": [2, 3], "targets": targets}
     (folder / "set.json").write_text(json.dumps(asked))
     python = str(Path(os.environ["TRITON_PYTHON"]).absolute())
-    one = Built(python, folder / "set.json", folder / "state", folder / "out")
+    one = TritonBuild(python, folder / "set.json", folder / "state", folder / "out")
     done = one.build()
     assert done.returncode == 0, done.stderr
     return one
@@ -90,7 +90,7 @@ def contents(folder: Path) -> dict[str, tuple[int, bytes]]:
     }
 
 
-def test_each_entry_has_code_for_its_folder_s_gpu_alone(built: Built) -> None:
+def test_each_entry_has_code_for_its_folder_s_gpu_alone(built: TritonBuild) -> None:
     # Read by the gates' reader, which shares nothing with the one that build.py checks with.
     for device, code in CODES.items():
         cubins = sorted((built.out / device).rglob("*.cubin"))
@@ -100,8 +100,10 @@ def test_each_entry_has_code_for_its_folder_s_gpu_alone(built: Built) -> None:
                 assert read_elf(stream).codes == {code}
 
 
-def test_a_second_build_compiles_nothing_and_gives_the_same(built: Built, tmp_path: Path) -> None:
-    again = Built(built.python, built.set_file, built.state, tmp_path / "out")
+def test_a_second_build_compiles_nothing_and_gives_the_same(
+    built: TritonBuild, tmp_path: Path
+) -> None:
+    again = TritonBuild(built.python, built.set_file, built.state, tmp_path / "out")
     done = again.build()
     assert done.returncode == 0, done.stderr
     lines = [line for line in done.stdout.splitlines() if " compiled, " in line]
@@ -111,7 +113,7 @@ def test_a_second_build_compiles_nothing_and_gives_the_same(built: Built, tmp_pa
     assert {target["compiled"] for target in built.targets.values()} == {KERNELS}
 
 
-def test_what_was_compiled_is_told_in_short(built: Built) -> None:
+def test_what_was_compiled_is_told_in_short(built: TritonBuild) -> None:
     done = built.run(DOCKER / "precompiled/record.py", built.out / "manifest.json")
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout)
@@ -123,14 +125,14 @@ def test_what_was_compiled_is_told_in_short(built: Built) -> None:
 
 
 @pytest.mark.parametrize("device", CODES)
-def test_a_gpu_finds_every_entry(built: Built, tmp_path: Path, device: str) -> None:
+def test_a_gpu_finds_every_entry(built: TritonBuild, tmp_path: Path, device: str) -> None:
     start(device, shipped=built.out, cache=tmp_path / "cache")
     done = built.look_up(device, tmp_path / "cache")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == sorted(built.targets[device]["entries"])
 
 
-def test_what_is_shipped_may_be_read_only(built: Built, tmp_path: Path) -> None:
+def test_what_is_shipped_may_be_read_only(built: TritonBuild, tmp_path: Path) -> None:
     shipped = tmp_path / "shipped"
     shutil.copytree(built.out, shipped)
     for path in [shipped, *shipped.rglob("*")]:
@@ -144,7 +146,7 @@ def test_what_is_shipped_may_be_read_only(built: Built, tmp_path: Path) -> None:
     assert all(path.stat().st_mode & 0o200 for path in (tmp_path / "cache").rglob("*"))
 
 
-def test_an_entry_that_is_not_there_is_noticed(built: Built, tmp_path: Path) -> None:
+def test_an_entry_that_is_not_there_is_noticed(built: TritonBuild, tmp_path: Path) -> None:
     shipped = tmp_path / "shipped"
     shutil.copytree(built.out, shipped)
     shutil.rmtree(next((shipped / "sm_90").iterdir()))
@@ -153,10 +155,10 @@ def test_an_entry_that_is_not_there_is_noticed(built: Built, tmp_path: Path) -> 
     assert (done.returncode, done.stderr) == (1, "simulated_gpu: it would compile\n")
 
 
-def test_an_entry_for_another_gpu_ends_the_build(built: Built, tmp_path: Path) -> None:
+def test_an_entry_for_another_gpu_ends_the_build(built: TritonBuild, tmp_path: Path) -> None:
     asked = json.loads(built.set_file.read_text())
     asked["targets"] = {"sm_90": {"code": "sm_90"}}
     (tmp_path / "set.json").write_text(json.dumps(asked))
-    wrong = Built(built.python, tmp_path / "set.json", built.state, tmp_path / "out")
+    wrong = TritonBuild(built.python, tmp_path / "set.json", built.state, tmp_path / "out")
     assert "has code for ('sm_90a',), needed sm_90 once" in wrong.build().stderr
     assert not (wrong.out / "manifest.json").exists()

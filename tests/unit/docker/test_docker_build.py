@@ -1,4 +1,4 @@
-"""docker/build.py refuses in words what it can know before Docker is asked."""
+"""docker/build.py refuses wrong input before it calls Docker."""
 
 from __future__ import annotations
 

@@ -25,10 +25,10 @@ def library(tmp_path: Path) -> Path:
     return Path(shutil.copy(original, tmp_path))
 
 
-def said(call: str) -> str:
-    """Run a function of it as prune.py does, beside it; give what it returns."""
+def call(expression: str) -> str:
+    """Call a function of elf.py from its folder, as prune.py does; return what it prints."""
     done = subprocess.run(
-        [sys.executable, "-c", f"import elf; from pathlib import Path; print(elf.{call})"],
+        [sys.executable, "-c", f"import elf; from pathlib import Path; print(elf.{expression})"],
         cwd=INSTALL,
         capture_output=True,
         text=True,
@@ -45,11 +45,11 @@ def read(path: Path) -> Elf:
 def test_a_library_asks_no_longer_for_the_one_that_is_dropped(library: Path) -> None:
     before = read(library)
     dropped, *kept = before.needed
-    assert said(f"drop_needed(Path('{library}'), '{dropped}')") == f"['{dropped}']"
+    assert call(f"drop_needed(Path('{library}'), '{dropped}')") == f"['{dropped}']"
     after = read(library)
     assert after.needed == tuple(kept)
-    assert (after.wants, after.defines, after.search) == (
-        before.wants,
+    assert (after.undefined, after.defines, after.search) == (
+        before.undefined,
         before.defines,
         before.search,
     )
@@ -60,7 +60,7 @@ def test_a_library_that_does_not_ask_for_it_is_not_written_to(library: Path) -> 
     """Writing would store it in one more layer."""
     library.chmod(0o400)
     was = library.stat().st_mtime_ns
-    assert said(f"drop_needed(Path('{library}'), 'libcurand.so')") == "[]"
+    assert call(f"drop_needed(Path('{library}'), 'libcurand.so')") == "[]"
     assert library.stat().st_mtime_ns == was
 
 
@@ -74,4 +74,4 @@ def test_a_library_that_does_not_ask_for_it_is_not_written_to(library: Path) -> 
 def test_what_is_stripped_is_not_stripped_again(package: ModuleType, has: bool) -> None:
     folder = Path(str(package.__file__)).parent
     library = next(folder.rglob("_*.so"))
-    assert said(f"has_symbol_table(Path('{library}'))") == str(has)
+    assert call(f"has_symbol_table(Path('{library}'))") == str(has)

@@ -93,17 +93,31 @@ def empty(folder: Path) -> None:
     ("harm", "keys", "abi", "says"),
     [
         pytest.param(
-            change, KEYS, ABI, "flash-attn-1.whl is not what SHA256SUMS says", id="a changed wheel"
+            change,
+            KEYS,
+            ABI,
+            "the hash of flash-attn-1.whl is not in SHA256SUMS",
+            id="a changed wheel",
         ),
-        pytest.param(add, KEYS, ABI, "extra-1.whl is not what SHA256SUMS says", id="a wheel more"),
+        pytest.param(
+            add, KEYS, ABI, "the hash of extra-1.whl is not in SHA256SUMS", id="a wheel more"
+        ),
         pytest.param(lose, KEYS, ABI, "flash-attn-1.whl is missing", id="a wheel less"),
         pytest.param(unsaid, KEYS, ABI, "found no SHA256SUMS", id="one without its sums"),
         pytest.param(
-            garble, KEYS, ABI, "flash-attn-1.whl is not what SHA256SUMS says", id="garbled sums"
+            garble,
+            KEYS,
+            ABI,
+            "the hash of flash-attn-1.whl is not in SHA256SUMS",
+            id="garbled sums",
         ),
-        pytest.param(cut, KEYS, ABI, "manifest.json is no manifest", id="a manifest cut off"),
+        pytest.param(cut, KEYS, ABI, "manifest.json is not a manifest", id="a manifest cut off"),
         pytest.param(
-            empty, KEYS, ABI, "manifest.json is no manifest: KeyError", id="kernels without a name"
+            empty,
+            KEYS,
+            ABI,
+            "manifest.json is not a manifest: KeyError",
+            id="kernels without a name",
         ),
         pytest.param(
             None,
@@ -113,13 +127,17 @@ def empty(folder: Path) -> None:
             id="a wheel of another recipe",
         ),
         pytest.param(
-            None, KEYS | {"xformers": "dddd"}, ABI, "it has no xformers", id="a kernel too few"
+            None,
+            KEYS | {"xformers": "dddd"},
+            ABI,
+            "the kernel xformers is missing",
+            id="a kernel too few",
         ),
         pytest.param(
             None,
             {"flash-attn": "aaaa"},
             ABI,
-            "sageattention is no kernel of this",
+            "sageattention is not a kernel of this",
             id="one too many",
         ),
         pytest.param(

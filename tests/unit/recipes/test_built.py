@@ -12,16 +12,14 @@ from small_image import wheelhouse
 from attnimg.errors import AttnimgError
 from recipes.artifact.read import read_wheelhouse
 from recipes.pages.built import (
-    BEGIN,
-    END,
+    build_record,
     built_table,
     images_table,
-    listed,
+    read_manifest,
     read_records,
-    record,
-    with_table,
+    replace_table,
 )
-from recipes.read.recipes import read_recipes
+from recipes.read import read_recipes
 from recipes.solve.plan import solve_all
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -43,7 +41,7 @@ def cell(**kernel: object) -> str:
     ("kernel", "says"),
     [
         pytest.param({}, "built, 2026-11-25", id="a whole build"),
-        pytest.param({"trimmed": True}, "small build, 2026-11-25", id="a small build says so"),
+        pytest.param({"trimmed": True}, "small build, 2026-11-25", id="a small build"),
         pytest.param(
             {"key": "0" * 16}, "2026-11-25, from an earlier recipe", id="a recipe that has moved"
         ),
@@ -83,7 +81,9 @@ def test_an_image_is_built_when_all_its_kernels_are(
 def test_a_record_has_what_was_found_in_each_library() -> None:
     manifest = {"image": "hopper", "abi": "x", "kernels": [{"name": "a", "wheel": "a-1.whl"}]}
     codes = {"a-1.whl": {"a/_C.so": ["sm_90"]}}
-    made = json.loads(record(manifest, codes, day="2026-11-25", machine="2 cores", earlier={}))
+    made = json.loads(
+        build_record(manifest, codes, day="2026-11-25", machine="2 cores", earlier={})
+    )
     assert made["kernels"] == [{"name": "a", "wheel": "a-1.whl", "code": codes["a-1.whl"]}]
     assert (made["day"], made["machine"], made["abi"]) == ("2026-11-25", "2 cores", "x")
 
@@ -100,7 +100,7 @@ FIRST = {
         pytest.param(
             {"objects_compiled": 0, "objects_reused": 13}, 900, id="one from the cache keeps them"
         ),
-        pytest.param({"objects_compiled": 13}, 30, id="one that compiled anew has its own"),
+        pytest.param({"objects_compiled": 13}, 30, id="one that compiled again has its own"),
         pytest.param(
             {"objects_compiled": 0, "objects_reused": 13, "trimmed": True},
             30,
@@ -111,7 +111,9 @@ FIRST = {
 def test_times_are_those_of_the_build_that_compiled(again: dict[str, object], seconds: int) -> None:
     manifest = {"image": "hopper", "abi": "x", "kernels": [{**FIRST, "seconds": 30, **again}]}
     earlier = {"kernels": [FIRST]}
-    made = json.loads(record(manifest, {}, day="2026-11-25", machine="2 cores", earlier=earlier))
+    made = json.loads(
+        build_record(manifest, {}, day="2026-11-25", machine="2 cores", earlier=earlier)
+    )
     assert made["kernels"][0]["seconds"] == seconds
 
 
@@ -140,12 +142,12 @@ def test_only_a_wheelhouse_of_the_image_is_written_down(
     tmp_path: Path, manifest: object, says: str
 ) -> None:
     made = wheelhouse(tmp_path / "wheels", {"a-1.whl": {"a.py": b""}}, manifest)
-    read = read_wheelhouse(made, over=None, say=lambda _: None)
+    read = read_wheelhouse(made, over=None, log=lambda _: None)
     if not says:
-        assert listed(read, image="hopper") == manifest
+        assert read_manifest(read, image="hopper") == manifest
         return
     with pytest.raises(AttnimgError) as caught:
-        listed(read, image="hopper")
+        read_manifest(read, image="hopper")
     assert (caught.value.code, says in caught.value.why) == ("bad-wheelhouse", True)
 
 
@@ -154,8 +156,8 @@ def test_a_changed_wheel_is_not_written_down(tmp_path: Path) -> None:
     made = wheelhouse(tmp_path / "wheels", {"a-1.whl": {"a.py": b""}}, manifest)
     with zipfile.ZipFile(made / "a-1.whl", "a") as wheel:
         wheel.writestr("b.py", "")
-    with pytest.raises(AttnimgError, match="no wheelhouse of hopper"):
-        listed(read_wheelhouse(made, over=None, say=lambda _: None), image="hopper")
+    with pytest.raises(AttnimgError, match="is not a wheelhouse of hopper"):
+        read_manifest(read_wheelhouse(made, over=None, log=lambda _: None), image="hopper")
 
 
 def test_records_are_read_by_image(tmp_path: Path) -> None:
@@ -165,11 +167,12 @@ def test_records_are_read_by_image(tmp_path: Path) -> None:
 
 
 def test_the_readme_keeps_all_but_the_table() -> None:
-    text = with_table(f"before\n{BEGIN}\nold\n\n{END}\nafter\n", "new\n")
-    assert text == f"before\n{BEGIN}\nnew\n\n{END}\nafter\n"
-    assert with_table(text, "new\n") == text
+    begin, end = "<!-- built: `make render` writes what follows -->", "<!-- built: end -->"
+    text = replace_table(f"before\n{begin}\n\nold\n\n{end}\nafter\n", "built", "new\n")
+    assert text == f"before\n{begin}\n\nnew\n\n{end}\nafter\n"
+    assert replace_table(text, "built", "new\n") == text
 
 
 def test_a_readme_without_marks_is_refused() -> None:
     with pytest.raises(AttnimgError, match="no place for a generated table"):
-        with_table("nothing here", "new")
+        replace_table("nothing here", "built", "new")

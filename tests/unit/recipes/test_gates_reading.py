@@ -14,14 +14,14 @@ from pathlib import Path
 import pytest
 import zstandard
 from small_image import save, wheelhouse
-from test_gates import KEY, PLAN, RECIPES, ROOT, judge, read
+from test_gates import KEY, PLAN, RECIPES, ROOT, read, run_gate
 
 from attnimg.errors import AttnimgError
-from recipes import judge as judging
+from recipes import run_gates
 from recipes.artifact.facts import Artifact
 from recipes.artifact.read import read_wheelhouse
 from recipes.facts import Allowance
-from recipes.gates import Finding, Promise, all_gates, gate_named, gate_names
+from recipes.gates import ExpectedContents, GateFinding, all_gates, gate_named, gate_names
 from recipes.solve.plan import solve_all
 
 
@@ -57,16 +57,16 @@ def test_an_oci_archive_is_read_whatever_its_layers_are_compressed_with(
         layer = tar.extractfile("layer0.tar")
         assert layer is not None
         made = oci(tmp_path / "oci.tar", squeeze(layer.read()))
-    assert [file for file, _ in judge("secrets", read(made))] == ["root/key"]
+    assert [file for file, _ in run_gate("secrets", read(made))] == ["root/key"]
 
 
 def test_an_unpacked_image_is_read_as_one_layer(tmp_path: Path) -> None:
     (tmp_path / "root/.ssh").mkdir(parents=True)
     (tmp_path / "root/.ssh/id_rsa").write_text(KEY)
     made = read(tmp_path)
-    assert len(judge("secrets", made)) == 2
-    assert "only an archive has layers" in gate_named("size").unjudged(
-        made, Promise(plan=PLAN, pins={})
+    assert len(run_gate("secrets", made)) == 2
+    assert "only an archive has layers" in gate_named("size").skip_reason(
+        made, ExpectedContents(plan=PLAN, pins={})
     )
 
 
@@ -107,13 +107,13 @@ def test_an_archive_with_a_damaged_layer_is_refused(tmp_path: Path, squeeze) -> 
 
 def test_a_manifest_that_lists_no_kernels_fails_the_pins(tmp_path: Path) -> None:
     made = wheelhouse(tmp_path / "wheels", {"x-1.whl": {"x.py": b""}}, {"kernels": ["x", 3]})
-    found = [found for _, found in judge("pins", read_wheelhouse(made, over=None, say=id))]
+    found = [found for _, found in run_gate("pins", read_wheelhouse(made, over=None, log=id))]
     assert "abi None" in found
 
 
 def test_a_folder_without_wheels_is_no_wheelhouse(tmp_path: Path) -> None:
-    with pytest.raises(AttnimgError, match="is no wheelhouse"):
-        read_wheelhouse(tmp_path, over=None, say=lambda _: None)
+    with pytest.raises(AttnimgError, match="is not a wheelhouse"):
+        read_wheelhouse(tmp_path, over=None, log=lambda _: None)
 
 
 def test_an_allowance_takes_its_finding_away_and_says_why(tmp_path: Path) -> None:
@@ -121,8 +121,8 @@ def test_an_allowance_takes_its_finding_away_and_says_why(tmp_path: Path) -> Non
         save(tmp_path / "image.tar", {"usr/lib/libx.a": b"a library", "opt/liby.a": b"a library"})
     )
     allowed = Allowance(gate="layers", file="usr/*.a", found="static", reason="gcc links it")
-    promise = Promise(plan=PLAN, pins={})
-    (verdict,) = judging.judged(made, promise, [gate_named("layers")], [allowed])
+    expected = ExpectedContents(plan=PLAN, pins={})
+    (verdict,) = run_gates.run_all(made, expected, [gate_named("layers")], (allowed,))
     assert [f.file for f in verdict.findings] == ["opt/liby.a"]
     assert [(f.file, why) for f, why in verdict.allowed] == [("usr/lib/libx.a", "gcc links it")]
 
@@ -137,21 +137,23 @@ def test_every_gate_judges_every_image(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "toy-1-py3-none-any.whl", "w") as wheel:
         wheel.writestr("toy.py", "")
     for plan in solve_all(RECIPES):
-        _, verdicts = judging.gate_artifact(plan, RECIPES, image=None, wheels=tmp_path, root=ROOT)
+        _, verdicts = run_gates.check_artifact(
+            plan, RECIPES, image=None, wheels=tmp_path, root=ROOT
+        )
         assert {verdict.gate for verdict in verdicts} == gate_names()
 
 
 def test_a_report_says_found_needed_and_what_to_do() -> None:
-    finding = Finding(gate="pins", file="numpy", found="3", needed="2", do="make lock")
-    verdict = judging.Verdict(gate="pins", findings=(finding,))
+    finding = GateFinding(file="numpy", found="3", needed="2", do="make lock")
+    verdict = run_gates.GateResult(gate="pins", findings=(finding,))
     made = Artifact(
         source="x.tar", kind="image", layers=(), files=(), distributions=(), env={}, sums={}
     )
-    text = judging.report("cpu", made, [verdict])
+    text = run_gates.format_report("cpu", made, [verdict])
     assert "FAILED: 1 finding" in text
     assert "why: found 3; needed 2" in text
     assert "do:  make lock" in text
-    assert json.loads(judging.report_json("cpu", made, [verdict]))["passed"] is False
+    assert json.loads(run_gates.format_json("cpu", made, [verdict]))["passed"] is False
 
 
 def test_each_gate_describes_itself_in_the_page() -> None:

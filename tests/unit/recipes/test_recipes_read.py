@@ -9,7 +9,7 @@ import pytest
 
 from attnimg.errors import AttnimgError
 from recipes.facts import Unresolved
-from recipes.read.recipes import read_image, read_kernel, read_patches
+from recipes.read import read_image, read_kernel, read_patches
 
 ROOT = Path(__file__).resolve().parents[3]
 KERNEL = (ROOT / "recipes/kernels/flash-attn.toml").read_text(encoding="utf-8")
@@ -19,7 +19,7 @@ IMAGE = (ROOT / "recipes/images/hopper.toml").read_text(encoding="utf-8")
 
 
 def put(text: str, key: str, value: str | None) -> str:
-    """Give a TOML key another value; None takes its line away."""
+    """Set a TOML key to another value; None removes its line."""
     line = rf"(?m)^{key} = .*\n"
     assert re.search(line, text), key
     return re.sub(line, "" if value is None else f"{key} = {value}\n", text, count=1)
@@ -170,7 +170,7 @@ def test_refuses_an_image_with(text: str, says: str) -> None:
     assert says in caught.value.why
 
 
-def test_all_faults_of_a_file_are_told_together() -> None:
+def test_all_errors_of_a_file_are_reported_together() -> None:
     text = put(put(KERNEL, "sha256", None), "torch", '"new"')
     with pytest.raises(AttnimgError) as caught:
         read_kernel("some", text)
@@ -187,7 +187,7 @@ def test_all_faults_of_a_file_are_told_together() -> None:
 )
 def test_refuses_a_patch(tmp_path: Path, text: str) -> None:
     (tmp_path / "some.patch").write_text(text, encoding="utf-8")
-    with pytest.raises(AttnimgError, match=r"some\.patch is not a recipe"):
+    with pytest.raises(AttnimgError, match=r"some\.patch is not a valid recipe"):
         read_patches(tmp_path)
 
 

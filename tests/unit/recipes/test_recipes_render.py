@@ -17,17 +17,16 @@ import pytest
 from attnimg.backends import all_backends
 from attnimg.errors import AttnimgError
 from attnimg.select.gpus import catalogue
-from recipes.facts import Plan
+from recipes.facts import ImagePlan
 from recipes.files import NOTICE, write_all
 from recipes.pages.built import read_records
-from recipes.pages.checkpoints_page import RECORD as RELOAD_RECORD
 from recipes.pages.config_keys_page import TEXTS as CONFIG_KEYS
-from recipes.pages.families_page import RECORD as FAMILIES_RECORD
-from recipes.read.recipes import read_recipes
+from recipes.pages.model_pages import FAMILIES_RECORD, RELOAD_RECORD
+from recipes.read import read_recipes
 from recipes.render.bake import labels
-from recipes.render.matrix import matrix
-from recipes.rendered import rendered
-from recipes.solve.lock import blocks, read_locks
+from recipes.render.image_lists import matrix_json
+from recipes.render_all import render_files
+from recipes.solve.lock import read_locks, split_lock
 from recipes.solve.plan import solve, solve_all
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -41,18 +40,18 @@ RECORDS = {
     "config_keys": (ROOT / CONFIG_KEYS).read_text(encoding="utf-8"),
     "built": read_records(ROOT),
 }
-TEXTS = rendered(tuple(PLANS.values()), RECIPES, locks=LOCKS, runners=RUNNERS, **RECORDS)
+TEXTS = render_files(tuple(PLANS.values()), RECIPES, locks=LOCKS, runners=RUNNERS, **RECORDS)
 FA4_SET = RECIPES.kernels["flash-attn-4"].ahead_of_time
 assert FA4_SET is not None
 
 
-@pytest.mark.parametrize("path", [pytest.param(path, id=f"{path} is in step") for path in TEXTS])
+@pytest.mark.parametrize("path", [pytest.param(path, id=f"{path} is up to date") for path in TEXTS])
 def test_nothing_drifted(path: str) -> None:
     assert (ROOT / path).read_text(encoding="utf-8") == TEXTS[path], "make render"
 
 
-@pytest.mark.parametrize("path", [pytest.param(path, id=f"{path} says so") for path in TEXTS])
-def test_a_generated_file_says_that_it_is_one(path: str) -> None:
+@pytest.mark.parametrize("path", [pytest.param(path, id=f"{path} has it") for path in TEXTS])
+def test_a_generated_file_has_the_notice(path: str) -> None:
     assert NOTICE in "".join(TEXTS[path].splitlines(keepends=True)[:2])
 
 
@@ -71,7 +70,7 @@ def test_a_digest_pins_the_base() -> None:
     digest = "sha256:" + "0" * 64
     bases = {name: replace(base, digest=digest) for name, base in RECIPES.bases.items()}
     recipes = replace(RECIPES, bases=bases)
-    after = rendered(solve_all(recipes), recipes, locks=LOCKS, runners=RUNNERS, **RECORDS)
+    after = render_files(solve_all(recipes), recipes, locks=LOCKS, runners=RUNNERS, **RECORDS)
     base = json.loads(after["docker/docker-bake.json"])["variable"]["BASE"]["default"]
     assert base == f"docker-image://python:3.11-slim-bookworm@{digest}"
 
@@ -88,7 +87,7 @@ def test_the_dockerfile_takes_every_argument() -> None:
 def test_a_bumped_kernel_changes_its_own_build_and_what_is_installed() -> None:
     kernel = replace(RECIPES.kernels["sageattention"], version="2.2.1")
     recipes = replace(RECIPES, kernels={**RECIPES.kernels, "sageattention": kernel})
-    after = rendered(solve_all(recipes), recipes, locks=LOCKS, runners=RUNNERS, **RECORDS)
+    after = render_files(solve_all(recipes), recipes, locks=LOCKS, runners=RUNNERS, **RECORDS)
     changed = {path for path in TEXTS if TEXTS[path] != after[path]}
     assert {path for path in changed if path.startswith("docker/images/hopper")} == {
         "docker/images/hopper/kernels/sageattention.json",
@@ -163,7 +162,7 @@ def test_what_is_left_out_has_a_reason_and_nothing_else_is() -> None:
             assert len(target["left_out"]) + len(target["shapes"]) <= layers
 
 
-def test_another_set_is_no_reason_to_build_the_wheel_anew() -> None:
+def test_another_set_of_models_does_not_rebuild_the_wheel() -> None:
     kernel = RECIPES.kernels["flash-attn-4"]
     fewer = replace(FA4_SET, models=FA4_SET.models[:1], targets={})
     recipes = replace(
@@ -206,15 +205,15 @@ def test_a_child_image_can_not_replace(name: str, pins: set[str]) -> None:
 
 @pytest.mark.parametrize("name", [pytest.param(name, id=f"{name} is locked") for name in PLANS])
 def test_every_package_of_a_lock_file_has_a_hash(name: str) -> None:
-    locked = blocks(LOCKS[name])
+    locked = split_lock(LOCKS[name])
     assert all("--hash=sha256:" in text for text in locked.values())
     assert {"transformers", "trl", "peft", "datasets"} <= set(locked)
     assert "index-url" not in LOCKS[name]
 
 
 def test_what_is_shipped_is_what_is_tested() -> None:
-    tested = blocks((ROOT / "requirements/lock.txt").read_text(encoding="utf-8"))
-    shipped = blocks(LOCKS["cpu"])
+    tested = split_lock((ROOT / "requirements/lock.txt").read_text(encoding="utf-8"))
+    shipped = split_lock(LOCKS["cpu"])
     assert {name: text.split()[0] for name, text in shipped.items()} == {
         name: tested[name].split()[0] for name in shipped
     }
@@ -222,7 +221,7 @@ def test_what_is_shipped_is_what_is_tested() -> None:
 
 def test_the_cpu_lock_has_nothing_of_cuda() -> None:
     assert not [
-        n for n in blocks(LOCKS["cpu"]) if n.startswith(("nvidia", "cuda", "triton", "torch"))
+        n for n in split_lock(LOCKS["cpu"]) if n.startswith(("nvidia", "cuda", "triton", "torch"))
     ]
 
 
@@ -230,10 +229,12 @@ def test_the_cpu_lock_has_nothing_of_cuda() -> None:
     "name", [pytest.param(n, id=f"{n} holds its layers") for n, p in PLANS.items() if p.nvcc]
 )
 def test_an_image_installs_what_its_layers_installed(name: str) -> None:
-    whole = {text.split()[0] for text in blocks(LOCKS[name]).values()}
+    whole = {text.split()[0] for text in split_lock(LOCKS[name]).values()}
     for layer in ("torch", "stack"):
         path = ROOT / f"requirements/images/{layer}-{PLANS[name].lock}.txt"
-        layered = {text.split()[0] for text in blocks(path.read_text(encoding="utf-8")).values()}
+        layered = {
+            text.split()[0] for text in split_lock(path.read_text(encoding="utf-8")).values()
+        }
         assert layered <= whole
 
 
@@ -264,8 +265,8 @@ def test_every_backend_has_a_row_in_the_support_matrix() -> None:
 
 
 def test_a_gpu_without_a_runner_is_a_skip_on_the_record() -> None:
-    plans: tuple[Plan, ...] = (PLANS["hopper"], PLANS["turing"])
-    text = matrix(plans, build_runner="ubuntu-24.04", gpu_runners={"sm_90": "h100"})
+    plans: tuple[ImagePlan, ...] = (PLANS["hopper"], PLANS["turing"])
+    text = matrix_json(plans, build_runner="ubuntu-24.04", gpu_runners={"sm_90": "h100"})
     runners = {entry["arch"]: entry["runner"] for entry in json.loads(text)["gpu"]}
     assert runners == {"sm_90": "h100", "sm_75": None}
 
@@ -370,7 +371,7 @@ SHA = "6540b148e40ba81cbd4de86392225a076a1591146e9cebb099b3b234ba9feebe"
         ),
         pytest.param("kernels/torchao", f'sha256 = "{SHA}"', "", "sha256: missing", id="no hash"),
         pytest.param("images/turing", '"sm_75"', '"sm_70"', "found sm_70", id="an arch nobody has"),
-        pytest.param("images/cpu", "[", "[[", "is not a recipe", id="a broken TOML"),
+        pytest.param("images/cpu", "[", "[[", "is not a valid recipe", id="a broken TOML"),
         pytest.param(
             "bases",
             "digest = {",
@@ -380,7 +381,7 @@ SHA = "6540b148e40ba81cbd4de86392225a076a1591146e9cebb099b3b234ba9feebe"
         ),
     ],
 )
-def test_bad_input_is_told_and_writes_nothing(
+def test_bad_input_is_refused_and_writes_nothing(
     checkout: Path, file: str, old: str, new: str, says: str
 ) -> None:
     edit(checkout / f"recipes/{file}.toml", old, new)
@@ -395,7 +396,7 @@ def test_bad_input_is_told_and_writes_nothing(
     assert not (checkout / "docker").exists()
 
 
-def test_a_rendered_checkout_is_in_step_until_a_recipe_changes(checkout: Path) -> None:
+def test_a_rendered_checkout_is_up_to_date_until_a_recipe_changes(checkout: Path) -> None:
     assert run(checkout, "check").returncode == 1
     assert run(checkout, "render").returncode == 0
     assert run(checkout, "check").returncode == 0
@@ -431,7 +432,7 @@ def test_what_can_not_be_written_leaves_the_old_files_whole(tmp_path: Path) -> N
     assert (tmp_path / "small").read_text(encoding="utf-8") == "old"
 
 
-def test_a_file_where_a_folder_belongs_is_told(tmp_path: Path) -> None:
+def test_a_file_in_place_of_a_folder_is_reported(tmp_path: Path) -> None:
     (tmp_path / "docs").write_text("no folder", encoding="utf-8")
     with pytest.raises(AttnimgError, match="can't be written"):
         write_all(tmp_path, {"docs/images.md": "new"})

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from attnimg.errors import AttnimgError
-from recipes.facts import Choice, Image, Kernel, Need, Prebuilt, Recipes, Removal, Unresolved
-from recipes.read.recipes import read_recipes
+from recipes.facts import Image, ImageKernel, Kernel, Need, Prebuilt, Recipes, Removal, Unresolved
+from recipes.read import read_recipes
 from recipes.solve.plan import cache_key, refuse_unresolved, solve, solve_all
 from recipes.solve.rules import reasons_against
 
@@ -21,7 +21,7 @@ RECIPES = read_recipes(ROOT)
 def image(name: str, *, kernels: Any = None, **changes: Any) -> Image:
     """Change an image that works; kernels are choices, or names with blanks between."""
     if isinstance(kernels, str):
-        changes["kernels"] = tuple(Choice(name=kernel) for kernel in kernels.split())
+        changes["kernels"] = tuple(ImageKernel(name=kernel) for kernel in kernels.split())
     elif kernels is not None:
         changes["kernels"] = kernels
     return replace(RECIPES.images[name], **changes)
@@ -79,7 +79,7 @@ FRONTIER = {"torch": "2.15.0"}
         ),
         pytest.param(
             image("hopper", archs=("sm_87",), kernels="flash-attn"),
-            "flash-attn 2.8.3.post2 serves sm_80 sm_86",
+            "flash-attn 2.8.3.post2 supports sm_80 sm_86",
             "nearest: none",
             id="an architecture that no build token covers is refused",
         ),
@@ -136,7 +136,7 @@ FRONTIER = {"torch": "2.15.0"}
         # users.md A4: Sage, xformers, torchao.
         pytest.param(
             image("blackwell", kernels="flash-attn sageattention"),
-            "sageattention 2.2.0 serves sm_80 sm_86 sm_89 sm_90a sm_120 sm_121; found sm_100",
+            "sageattention 2.2.0 supports sm_80 sm_86 sm_89 sm_90a sm_120 sm_121; found sm_100",
             "sageattention for sm_120 sm_121 only",
             id="SageAttention has no kernel for sm_100",
         ),
@@ -178,8 +178,11 @@ FRONTIER = {"torch": "2.15.0"}
             id="an unknown kernel is named with those that are known",
         ),
         pytest.param(
-            image("blackwell", kernels=(Choice(name="sageattention", archs=("sm_120", "sm_121")),)),
-            "blackwell promises sm_100; none of its kernels serves it",
+            image(
+                "blackwell",
+                kernels=(ImageKernel(name="sageattention", archs=("sm_120", "sm_121")),),
+            ),
+            "blackwell has sm_100; none of its kernels supports it",
             "without sm_100, without sm_103",
             id="an architecture that no kernel serves is not promised",
         ),
@@ -255,7 +258,7 @@ def test_refuses_what_recipes_must_not_become(recipes: Recipes, made: Image, say
     assert says in refusal(made, recipes).why
 
 
-def test_all_reasons_are_told_together() -> None:
+def test_all_reasons_are_reported_together() -> None:
     error = refusal(image("turing", kernels="xformers flash-attn", torch="2.9.1"))
     for text in ("flash_attention_2", "torch >=2.10", "torch 2.9.1 is not in"):
         assert text in error.why
@@ -334,7 +337,7 @@ def test_every_image_is_planned_whole() -> None:
         ),
     ],
 )
-def test_a_kernel_is_told_its_architectures(
+def test_a_kernel_is_built_for_its_architectures(
     name: str, kernel: str, tokens: str, codes: str
 ) -> None:
     steps = {step.kernel.name: step for step in solve(RECIPES.images[name], RECIPES).steps}
@@ -385,7 +388,7 @@ PATCH, TRIM = FLASH.patches
         pytest.param(
             replace(FLASH, patches=(replace(PATCH, reason="better words"), TRIM)),
             True,
-            id="a reason that is worded anew does not",
+            id="a reason in other words does not",
         ),
         pytest.param(replace(FLASH, patches=(PATCH,)), True, id="nor does the small build"),
         pytest.param(
@@ -445,7 +448,7 @@ def test_one_rocm_wheel_serves_rdna_without_machine_code_for_it() -> None:
     (step,) = solve(RECIPES.images["rocm"], RECIPES).steps
     assert {"gfx942", "gfx1100", "gfx1201"} <= set(step.archs)
     assert step.codes == step.tokens == ("gfx90a", "gfx942", "gfx950")
-    assert step.arch_variable == "GPU_ARCHS"
+    assert step.build.arch_variable == "GPU_ARCHS"
 
 
 def test_an_unresolved_value_is_planned_but_not_published() -> None:
@@ -474,7 +477,7 @@ def test_an_unresolved_hash_of_a_kernel_is_not_published() -> None:
 
 def test_images_share_one_base() -> None:
     images = {**RECIPES.images, "cpu": image("cpu", base="debian:bookworm-slim")}
-    with pytest.raises(AttnimgError, match="images stand on different bases") as caught:
+    with pytest.raises(AttnimgError, match="images have different bases") as caught:
         solve_all(replace(RECIPES, images=images))
     assert "found debian:bookworm-slim" in caught.value.why
 

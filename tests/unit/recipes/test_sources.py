@@ -9,17 +9,17 @@ from pathlib import Path
 import pytest
 
 from attnimg.errors import AttnimgError
-from recipes.facts import Plan
-from recipes.read.recipes import read_recipes
+from recipes.facts import ImagePlan
+from recipes.read import read_recipes
 from recipes.solve.plan import solve
-from recipes.solve.sources import have_sources
+from recipes.solve.sources import fetch_sources
 
 ROOT = Path(__file__).resolve().parents[3]
 RECIPES = read_recipes(ROOT)
 
 
 def commit(folder: Path, files: dict[str, str]) -> str:
-    """Make a repository with one commit, and give its id."""
+    """Make a repository with one commit, and return its id."""
     for name, text in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text)
@@ -49,7 +49,7 @@ def head(folder: Path) -> str:
 
 
 @pytest.fixture
-def plan(clones: Path) -> Plan:
+def plan(clones: Path) -> ImagePlan:
     """A hopper image whose FlashAttention-3 comes from those two."""
     kernel = replace(
         RECIPES.kernels["flash-attn-3"],
@@ -63,26 +63,26 @@ def plan(clones: Path) -> Plan:
 
 
 def test_a_tree_has_what_its_build_reads_and_no_more(
-    tmp_path: Path, clones: Path, plan: Plan
+    tmp_path: Path, clones: Path, plan: ImagePlan
 ) -> None:
-    (tree,) = have_sources(plan, root=tmp_path, clones=clones)
+    (tree,) = fetch_sources(plan, root=tmp_path, clones=clones)
     files = sorted(str(path.relative_to(tree)) for path in tree.rglob("*") if path.is_file())
     assert files == ["README.md", "csrc/cutlass/include/cute.h", "hopper/setup.py"]
     assert tree.name == f"flash-attn-3-source-{head(clones / 'kernel')}"
 
 
-def test_a_tree_that_is_there_is_left_alone(tmp_path: Path, clones: Path, plan: Plan) -> None:
-    (tree,) = have_sources(plan, root=tmp_path, clones=clones)
+def test_a_tree_that_is_there_is_left_alone(tmp_path: Path, clones: Path, plan: ImagePlan) -> None:
+    (tree,) = fetch_sources(plan, root=tmp_path, clones=clones)
     (tree / "mine").touch()
-    assert [*have_sources(plan, root=tmp_path, clones=tmp_path / "nowhere")] == [tree]
+    assert [*fetch_sources(plan, root=tmp_path, clones=tmp_path / "nowhere")] == [tree]
     assert (tree / "mine").exists()
 
 
 def test_a_commit_that_no_clone_has_is_named_and_leaves_nothing(
-    tmp_path: Path, clones: Path, plan: Plan
+    tmp_path: Path, clones: Path, plan: ImagePlan
 ) -> None:
     subprocess.run(["rm", "-r", clones / "more"], check=True)
     with pytest.raises(AttnimgError, match="some/cutlass is in no clone") as caught:
-        list(have_sources(plan, root=tmp_path, clones=clones))
+        list(fetch_sources(plan, root=tmp_path, clones=clones))
     assert head(clones / "kernel") not in caught.value.why
     assert list((tmp_path / "build/sources").iterdir()) == []

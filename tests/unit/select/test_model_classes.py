@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +22,7 @@ from attnimg.select.judge import reason_against_class
 from attnimg.select.model_types import class_named
 from attnimg.select.plan import choose
 from attnimg.task import problem_of
-from recipes.render import positions
-from recipes.render.model_classes import (
-    CAUSAL_PATH,
-    PATH,
-    causal_toml,
-    causal_types,
-    classes_toml,
-    model_classes,
-)
+from recipes.render.transformers_models import causal_types, model_classes, model_lists
 
 FLASH = "kernels-community/flash-attn2"
 
@@ -43,15 +34,10 @@ def test_the_table_is_what_the_installed_transformers_says() -> None:
     assert len(found) > 150
     for model_type, facts in found.items():
         assert class_named(model_type) == facts, model_type
-    version, root = metadata.version("transformers"), Path(__file__).parents[3]
-    text = classes_toml(found, transformers=version)
-    assert root.joinpath(PATH).read_text() == text, "make classes"
-    types = causal_types()
-    assert types.causal.keys() == found.keys()
-    text = causal_toml(types, transformers=version)
-    assert root.joinpath(CAUSAL_PATH).read_text() == text, "make classes"
-    text = positions.positions_toml(*positions.position_tables(), transformers=version)
-    assert root.joinpath(positions.PATH).read_text() == text, "make classes"
+    assert causal_types().causal.keys() == found.keys()
+    root = Path(__file__).parents[3]
+    for path, text in model_lists().items():
+        assert root.joinpath(path).read_text() == text, "make classes"
 
 
 @pytest.mark.parametrize(

@@ -68,7 +68,7 @@ def layers(head_dims: list[int], *, heads: int, count: int) -> tuple[LayerGroup,
 
 
 def problem(unit: dict[str, Any]) -> Problem:
-    """Return what a unit asks of attention: training, in the precision of its dtype throughout."""
+    """Return the attention problem of a unit: training in its dtype, without autocast."""
     return Problem(
         model=Model(type="llama", layers=layers(unit["head_dims"], heads=8, count=1)),
         model_class=None,
@@ -96,7 +96,7 @@ def reasons_against(name: str, machine: Machine, task: Problem) -> list[tuple[st
 
 
 def lacking_in_small_build(name: str, unit: dict[str, Any], machine: Machine) -> str:
-    """Return what a small build, as the kit compiles it, lacks of a unit; "" for nothing."""
+    """Return why the kit's small build of a kernel can't run a unit; "" if it can."""
     version = (machine.packages or {}).get(kernel_backends().get(name, ""), "")
     lacks = "trim" in version and unit["dtype"] != "bfloat16"
     return f"the small build {version} has bfloat16 alone" if lacks else ""
@@ -150,7 +150,7 @@ def packing() -> dict[str, str]:
 
 
 def note_of(name: str) -> str:
-    """Return what a reader of a proof should know of its kernel."""
+    """Return a note on the kernel for the reader of a proof."""
     if name == "flash_attention_4" and shipped_kernels() is None:
         return (
             "flash_attention_4 compiled its kernels at their first calls: those that an image has"

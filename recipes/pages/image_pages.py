@@ -1,68 +1,71 @@
-"""Write the pages of images, kernel sources, backends by image, gates and precompiled models."""
+"""Write docs/images.md, kernels.md, support.md, gates.md and fa4-models.md."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 from attnimg.backends import all_backends, runs_on
 from attnimg.facts import Backend
 from attnimg.select.gpus import arch_from_name, catalogue
-from recipes.facts import Allowance, Kernel, Plan, TrainedModel, Unresolved
+from recipes.archs import device_name
+from recipes.facts import Allowance, ImagePlan, Kernel, TrainedModel
 from recipes.files import NOTICE
-from recipes.render.precompiled import covered
-from recipes.solve.rules import device
+from recipes.gates import Gate
+from recipes.pages import markdown_table
+from recipes.render.precompiled import coverage
 
 _IMAGE_HEAD = ("Tag", "GPUs", "Machine code", "torch", "CUDA", "Driver", "Kernels", "Size limit")
 
 
-def images_page(plans: tuple[Plan, ...], *, built: str) -> str:
+def images_page(plans: tuple[ImagePlan, ...], *, built: str) -> str:
     """Write one row per image, one per GPU with a name, and the unresolved values of images.
 
     Args:
         plans: of all images.
         built: the table of the kernels that were built.
     """
-    open_values: dict[str, list[str]] = {}
+    unresolved: dict[str, list[str]] = {}
     for plan in plans:
         for key, reason in plan.unresolved.items():
             image, _, field = key.rpartition(": ")
-            open_values.setdefault(f"{field}: {reason}", []).append(f"`{image}`")
+            unresolved.setdefault(f"{field}: {reason}", []).append(f"`{image}`")
     return (
         f"<!-- {NOTICE} -->\n\n# Images\n\n"
         "Every image has Python 3.11 on Debian bookworm, and is built for "
         f"{' '.join(sorted({platform for plan in plans for platform in plan.image.platforms}))}.\n"
         "The size limit is that of the compressed image. `frontier` images have a newer torch and\n"
         "CUDA.\n\n"
-        f"{table(_IMAGE_HEAD, [_image_row(plan) for plan in plans])}"
+        f"{markdown_table(_IMAGE_HEAD, [_image_row(plan) for plan in plans])}"
         "\n## Which image for which GPU\n\n"
-        f"{table(('GPU', '`--on`', 'Image'), _gpu_rows(plans))}"
+        f"{markdown_table(('GPU', '`--on`', 'Image'), _gpu_rows(plans))}"
         "\n## Which kernels were built\n\n"
         "On a machine without a GPU; the records are in `docs/built/`.\n\n"
         f"{built}"
-        "\n## Not resolved yet\n\n"
-        "An image with an open value can be built, but is not published.\n\n"
-        + "".join(f"- {text} ({', '.join(where)})\n" for text, where in open_values.items())
+        "\n## Unresolved values\n\n"
+        "An image with an unresolved value can be built, but is not published.\n\n"
+        + "".join(f"- {text} ({', '.join(where)})\n" for text, where in unresolved.items())
     )
 
 
-def _image_row(plan: Plan) -> tuple[str, ...]:
+def _image_row(plan: ImagePlan) -> tuple[str, ...]:
     image = plan.image
+    limit = image.size_max_mb
     return (
         ", ".join(f"`{name}`" for name in (image.name, *image.aliases)),
         image.summary,
         " ".join(image.archs),
-        _text(image.torch),
-        _text(plan.toolkit),
-        _text(plan.driver_min),
+        str(image.torch),
+        str(plan.toolkit or "-"),
+        str(plan.driver_min or "-"),
         ", ".join(f"{step.kernel.summary} {step.kernel.version}" for step in plan.steps) or "-",
-        _size(image.size_max_mb),
+        f"{limit} MB" if isinstance(limit, int) else str(limit),
     )
 
 
-def _gpu_rows(plans: tuple[Plan, ...]) -> list[tuple[str, ...]]:
+def _gpu_rows(plans: tuple[ImagePlan, ...]) -> list[tuple[str, ...]]:
     """Return the stable image of every GPU of the catalogue."""
     images = {
-        device(arch): plan.image
+        device_name(arch): plan.image
         for plan in plans
         if plan.image.channel == "stable"
         for arch in plan.image.archs
@@ -77,7 +80,7 @@ def _gpu_rows(plans: tuple[Plan, ...]) -> list[tuple[str, ...]]:
     return rows
 
 
-def support_page(plans: tuple[Plan, ...]) -> str:
+def support_page(plans: tuple[ImagePlan, ...]) -> str:
     """Write a row per backend and a column per image: where it runs, and whether it can train."""
     stable = [plan for plan in plans if plan.image.channel == "stable"]
     rows = [
@@ -86,28 +89,29 @@ def support_page(plans: tuple[Plan, ...]) -> str:
     head = ("attn_implementation", *(plan.image.name for plan in stable))
     return (
         f"<!-- {NOTICE} -->\n\n# Which backend runs in which image\n\n"
-        "T: trains; I: inference only; -: not there. Where a backend serves only some of an\n"
-        "image's architectures, they are named. Models narrow it: ask `attnimg explain`.\n\n"
-        + table(head, rows)
+        "T: training; I: inference only; -: not available. Where a backend supports only some of\n"
+        "an image's architectures, they are listed. `attnimg explain` also considers the model.\n\n"
+        + markdown_table(head, rows)
     )
 
 
-def gates_page(docs: Mapping[str, str], allowances: Iterable[Allowance]) -> str:
+def gates_page(gates: Iterable[Gate], allowances: Iterable[Allowance]) -> str:
     """Write the description of each gate, and the findings that are accepted."""
     parts = [
         f"<!-- {NOTICE} -->\n\n# Gates\n\n"
-        "A finished image or wheelhouse is read and judged before it is published: without a GPU,\n"
-        "without a Docker daemon, and without running anything of it.\n\n"
-        "- `make gate/cpu` judges the image `attnimg:cpu`;\n"
-        "- `make gate/cpu ARCHIVE=FILE` what `docker save` wrote, or an OCI archive, or a folder;\n"
-        "- `make gate/hopper WHEELS=dist/hopper` a wheelhouse, with `ARCHIVE` as if it were\n"
-        "  installed in that image.\n\n"
-        "Each finding says what was found, what is needed and what to do; `GATE_ARGS=--json`\n"
+        "Gates check a finished image or wheelhouse before it is published. They need no GPU and\n"
+        "no Docker daemon, and run nothing of it.\n\n"
+        "- `make gate/cpu` checks the image `attnimg:cpu`;\n"
+        "- `make gate/cpu ARCHIVE=FILE` checks a file from `docker save`, an OCI archive or the\n"
+        "  folder of an unpacked image;\n"
+        "- `make gate/hopper WHEELS=dist/hopper` checks a wheelhouse, with `ARCHIVE` as if\n"
+        "  it were installed in that image.\n\n"
+        "Each finding lists what was found, what is needed and what to do; `GATE_ARGS=--json`\n"
         "writes them as JSON. An image's SBOM and licences are written to `dist/`.\n"
     ]
-    parts += [f"\n## `{name}`\n\n{text.strip()}\n" for name, text in docs.items()]
+    parts += [f"\n## `{gate.name}`\n\n{gate.description.strip()}\n" for gate in gates]
     rows = [(f"`{one.gate}`", f"`{one.file}`", one.reason) for one in allowances]
-    parts.append(f"\n## Allowed\n\n{table(('Gate', 'File', 'Reason'), rows)}")
+    parts.append(f"\n## Allowed\n\n{markdown_table(('Gate', 'File', 'Reason'), rows)}")
     return "".join(parts)
 
 
@@ -115,17 +119,15 @@ def _name(backend: Backend) -> str:
     return f"`{backend.name}`" if backend.in_config else f"{backend.name} (only with `auto`)"
 
 
-def _cell(backend: Backend, plan: Plan) -> str:
+def _cell(backend: Backend, plan: ImagePlan) -> str:
     """Return whether a backend trains (T) or only infers (I) in an image, or neither (-)."""
-    there = {step.kernel.name: step for step in plan.steps}
+    steps = {step.kernel.name: step for step in plan.steps}
     archs = []
     for arch in plan.image.archs:
-        found = arch_from_name(device(arch))
-        kernels = [there.get(package) for package, _, _ in backend.needs.packages]
-        if runs_on(backend.needs, found) and all(
-            k is not None and arch in k.archs for k in kernels
-        ):
-            archs.append(found)
+        device = arch_from_name(device_name(arch))
+        kernels = [steps.get(package) for package, _, _ in backend.needs.packages]
+        if runs_on(backend.needs, device) and all(k and arch in k.archs for k in kernels):
+            archs.append(device)
     if not archs:
         return "-"
     trains = all(arch.vendor in backend.needs.backward for arch in archs)
@@ -133,37 +135,23 @@ def _cell(backend: Backend, plan: Plan) -> str:
     return ("T" if trains else "I") + only
 
 
-def table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
-    """Return a table in Markdown."""
-    lines = [head, tuple("---" for _ in head), *rows]
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
-
-
-def _size(value: int | Unresolved) -> str:
-    return "unresolved" if isinstance(value, Unresolved) else f"{value} MB"
-
-
-def _text(value: str | Unresolved | None) -> str:
-    return "unresolved" if isinstance(value, Unresolved) else value or "-"
-
-
 def fa4_models_page(kernel: Kernel) -> str:
     """Write docs/precompiled-models.md: models with precompiled kernels, and for which GPUs."""
-    asked = kernel.ahead_of_time
-    assert asked is not None
+    kernel_set = kernel.ahead_of_time
+    assert kernel_set is not None
     archs = list(kernel.archs)
     rows = [
         (
             f"`{model.model}`",
-            _words(model),
-            *(covered(model, arch, backend=kernel.backends[0]) for arch in archs),
+            _describe(model),
+            *(coverage(model, arch, backend=kernel.backends[0]) for arch in archs),
         )
-        for model in asked.models
+        for model in kernel_set.models
     ]
-    head = ("Model", "Attention", *(f"`{device(arch)}`" for arch in archs))
+    head = ("Model", "Attention", *(f"`{device_name(arch)}`" for arch in archs))
     sources = [
-        f"- {', '.join(f'`{m.model}`' for m in asked.models if m.source == name)}: {where}\n"
-        for name, where in asked.sources.items()
+        f"- {', '.join(f'`{m.model}`' for m in kernel_set.models if m.source == name)}: {where}\n"
+        for name, where in kernel_set.sources.items()
     ]
     return (
         f"<!-- {NOTICE} -->\n\n# Models whose FlashAttention-4 kernels are precompiled\n\n"
@@ -172,30 +160,30 @@ def fa4_models_page(kernel: Kernel) -> str:
         "cap, and whether the layer has a window or sinks: any model that equals one of these in\n"
         "all of them uses the same kernels. `-`: FlashAttention-4 does not support the model on\n"
         "that GPU.\n\n"
-        f"{table(head, rows)}"
+        f"{markdown_table(head, rows)}"
         "\n## Sources (2026-11-26)\n\n" + "".join(sources)
     )
 
 
-def _words(model: TrainedModel) -> str:
+def _describe(model: TrainedModel) -> str:
     size = f"{model.head_dim}"
     if model.head_dim_v not in (None, model.head_dim):
         size += f"/{model.head_dim_v}"
-    words = [f"{model.heads}/{model.kv_heads} x {size}"]
+    parts = [f"{model.heads}/{model.kv_heads} x {size}"]
     if windows := [str(window) for window in model.windows if window]:
-        words.append(f"window {' '.join(windows)}" + (" and full" if 0 in model.windows else ""))
-    words += [f"soft cap {model.softcap:g}"] if model.softcap else []
-    words += ["sinks"] if model.sinks else []
-    return ", ".join(words)
+        parts.append(f"window {' '.join(windows)}" + (" and full" if 0 in model.windows else ""))
+    parts += [f"soft cap {model.softcap:g}"] if model.softcap else []
+    parts += ["sinks"] if model.sinks else []
+    return ", ".join(parts)
 
 
 def kernels_page(kernels: Iterable[Kernel]) -> str:
     """Write a section per kernel: its source, the changes to it and why, its small build."""
     return (
         f"<!-- {NOTICE} -->\n\n# Kernels\n\n"
-        "What each kernel package is built from, and what is changed in its source first. `make\n"
-        "wheels/NAME` builds those of an image; `TRIM=1` takes the small builds, which are for\n"
-        "trying the whole way on a small machine and are never published.\n"
+        "The source of each kernel package, and the changes to it before the build. `make\n"
+        "wheels/NAME` builds those of an image; `TRIM=1` makes the small builds, which test all\n"
+        "steps on a small machine and are never published.\n"
         + "".join(_kernel_section(kernel) for kernel in kernels)
     )
 
@@ -210,7 +198,7 @@ def _kernel_section(kernel: Kernel) -> str:
         f"`{kernel.name}` {how}: {', '.join(f'`{pin}`' for pin in pins)}.",
         f"For torch {kernel.torch}, Python {kernel.python}"
         + (f", nvcc {kernel.nvcc}." if kernel.nvcc else "."),
-        f"Serves {' '.join(kernel.archs)}.",
+        f"Supports {' '.join(kernel.archs)}.",
         *([""] if changes or kernel.trim else []),
     ]
     lines += [f"- {change}: {reason}" for change, reason in changes]

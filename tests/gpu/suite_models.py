@@ -10,9 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import day_adapters as adapters
+import suite_adapters as adapters
 import torch
-from day_units import versions
+from suite_units import versions
 
 from attnimg import apply
 
@@ -39,10 +39,10 @@ BATCHES = 2
 
 def document_lengths(tokens: int, *, seed: int) -> list[int]:
     """Draw document lengths that fill a row: log-normal, median 400 tokens, sigma 1."""
-    drawn = random.Random(seed)
+    rng = random.Random(seed)
     lengths: list[int] = []
     while (left := tokens - sum(lengths)) > 0:
-        lengths.append(min(left, max(8, int(drawn.lognormvariate(6.0, 1.0)))))
+        lengths.append(min(left, max(8, int(rng.lognormvariate(6.0, 1.0)))))
     return lengths
 
 

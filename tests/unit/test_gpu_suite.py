@@ -12,13 +12,13 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
-import day
 import pytest
-from day_steps import STEPS, Progress, Sizes, pending
-from day_units import KINDS
-from day_workers import Pool, Unit
+import suite
+from suite_steps import STEPS, Progress, Sizes, pending
+from suite_units import KINDS
+from suite_workers import Pool, Unit
 
-DAY = Path(__file__).parents[1] / "gpu" / "day.py"
+SUITE = Path(__file__).parents[1] / "gpu" / "suite.py"
 # A worker that does what the kind of a unit says; "pid" tells which process it is.
 WORKER = """
 import json, os, sys, time
@@ -105,7 +105,7 @@ def progress(*records, kernels=None):
         native=["sdpa", "s2"],
         kernels=kernels or {"flash_attention_3": "flash-attn-3", "sage": "sageattention"},
         records=records,
-        nameable={"sdpa", "flash_attention_3"},
+        in_config={"sdpa", "flash_attention_3"},
         packing={"sdpa": "mask", "eager": "mask", "sdpa_math": "native", "s2": "none",
                  "flash_attention_3": "native", "sage": "native",
                  "flash_attention_4": "native", "flex_attention": "native",
@@ -158,11 +158,11 @@ def test_states_of_kernels_are_read_whole_and_once(tmp_path):
     script.write_text(STUB)
     kit.mkdir()
     for _ in range(2):  # the second run meets the states of the first
-        kernels = day.Kernels(kit, tmp_path / "to", keep=None, script=script)
+        kernels = suite.Kernels(kit, tmp_path / "to", keep=None, script=script)
         states = []
         while kernels.busy():
-            states += kernels.news()
-        states += kernels.news()
+            states += kernels.new_states()
+        states += kernels.new_states()
         assert [state["state"] for state in states] == ["compiling", "installed"]
 
 
@@ -177,10 +177,10 @@ def test_what_compiles_during_its_proof_comes_late_and_only_when_it_is_there():
 
 
 def test_without_a_kit_the_run_says_so(tmp_path):
-    kernels = day.Kernels(tmp_path / "none", tmp_path / "to", keep=None)
+    kernels = suite.Kernels(tmp_path / "none", tmp_path / "to", keep=None)
     assert "make gpu-kit" in kernels.missing
     assert not kernels.busy()
-    assert kernels.news() == []
+    assert kernels.new_states() == []
 
 
 def test_what_an_earlier_run_proved_counts_once_its_kernel_is_installed():
@@ -284,22 +284,22 @@ class OtherKernels:
     def busy(self):
         return False
 
-    def news(self):
+    def new_states(self):
         found, self.states = self.states, []
         return found
 
 
 @pytest.fixture
 def rehearse(tmp_path, monkeypatch):
-    """Run day.py's scheduler over all steps with the sizes of a GPU; its records."""
+    """Run suite.py's scheduler over all steps with the sizes of a GPU; its records."""
 
     def rehearse(state):
-        monkeypatch.setattr(day, "Pool", type("Pool", (OtherPool,), {"state": state}))
-        monkeypatch.setattr(day.os, "fsync", lambda _: None)
-        records = day.Records(tmp_path / f"{state}.jsonl", machine="m")
+        monkeypatch.setattr(suite, "Pool", type("Pool", (OtherPool,), {"state": state}))
+        monkeypatch.setattr(suite.os, "fsync", lambda _: None)
+        records = suite.Records(tmp_path / f"{state}.jsonl", machine="m")
         options = SimpleNamespace(rehearsal=False, known=None, steps=list(STEPS))
         with records.file:
-            day._run(options, records, OtherKernels(), deadline=time.monotonic() + 60)
+            suite._run(options, records, OtherKernels(), deadline=time.monotonic() + 60)
         return records.made
 
     return rehearse
@@ -309,8 +309,8 @@ def test_a_full_disk_leaves_the_records_in_the_log(tmp_path, monkeypatch, capsys
     def full(_file):
         raise OSError(28, "No space left on device")
 
-    records = day.Records(tmp_path / "records.jsonl", machine="m")
-    monkeypatch.setattr(day.os, "fsync", full)
+    records = suite.Records(tmp_path / "records.jsonl", machine="m")
+    monkeypatch.setattr(suite.os, "fsync", full)
     with records.file:
         records.add("proof", "proofs", seconds=1.0, state="passed", unit="proofs sdpa")
     written = (
@@ -338,7 +338,7 @@ def test_a_fault_in_scheduling_one_step_is_a_record_and_costs_no_other(rehearse,
             raise KeyError("")
         return pending(step, *args, **kwargs)
 
-    monkeypatch.setattr(day, "pending", broken)
+    monkeypatch.setattr(suite, "pending", broken)
     made = rehearse("passed")
     (fault,) = [record for record in made if record["state"] == "crash"]
     assert (fault["step"], fault["code"], fault["text"]) == (
@@ -351,7 +351,7 @@ def test_a_fault_in_scheduling_one_step_is_a_record_and_costs_no_other(rehearse,
 
 def test_a_run_that_is_killed_leaves_whole_records(tmp_path):
     out = tmp_path / "run.jsonl"
-    command = [sys.executable, str(DAY), "--rehearsal", "--steps", "machine", "--out", str(out)]
+    command = [sys.executable, str(SUITE), "--rehearsal", "--steps", "machine", "--out", str(out)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     assert "start" in process.stdout.readline()

@@ -1,8 +1,8 @@
-"""Run units of work in worker processes, so that a kernel that hangs or crashes costs its unit.
+"""Run units of work in worker processes, so that a kernel that hangs or crashes ends its unit only.
 
-A worker (day_units.py) reads one unit a line and answers with lines: {"stage": ...} as it goes,
-then {"outcome": {...}}. It serves many units, since importing torch takes longer than most of them;
-one that dies, hangs or reports a broken CUDA context is replaced before the next unit.
+A worker (suite_units.py) reads one unit per line and answers with lines: {"stage": ...} while it
+runs, then {"outcome": {...}}. It serves many units, since importing torch takes longer than most of
+them; one that dies, hangs or reports a broken CUDA context is replaced before the next unit.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-SCRIPT = Path(__file__).with_name("day_units.py")
-# A unit that could get less than this is not begun.
+SCRIPT = Path(__file__).with_name("suite_units.py")
+# A unit is not started with less time than this.
 SHORTEST_S = 5.0
 
 
@@ -33,11 +33,11 @@ class Unit:
 
     Attributes:
         step: the step that it belongs to.
-        kind: the function of day_units.py that does it.
-        backend: the attention backend; "" where it concerns none.
+        kind: the function of suite_units.py that runs it.
+        backend: the attention backend; "" for none.
         what: the rest of its name, "bfloat16 head_dim 64".
-        limit_s: seconds that it may take.
-        values: what the function needs.
+        limit_s: its time limit, in seconds.
+        values: the arguments of the function.
     """
 
     step: str
@@ -49,12 +49,12 @@ class Unit:
 
     @property
     def name(self) -> str:
-        """Return the name that its record carries."""
+        """Return the name in its record."""
         return " ".join(part for part in (self.step, self.backend, self.what) if part)
 
 
 class Pool:
-    """Workers that stay from one call of run() to the next.
+    """Workers that are reused from one call of run() to the next.
 
     Args:
         environment: of the workers.
@@ -112,13 +112,13 @@ class Pool:
             thread.join()
 
     def restart(self) -> None:
-        """End all workers; the next unit starts new ones, which find what was installed since."""
+        """End all workers; the next unit starts new ones, which can import new kernels."""
         for place in list(self.workers):
             self.workers.pop(place).end()
 
 
 class _Worker:
-    """A process that runs units; it is killed with all that it started."""
+    """A process that runs units; it is killed together with its child processes."""
 
     def __init__(self, script: Path, environment: Mapping[str, str]) -> None:
         self.noise = tempfile.TemporaryFile()  # noqa: SIM115 - closed by end()
@@ -171,7 +171,7 @@ class _Worker:
         return f"the process ended with {how}" + (f": {lines[-1][:300]}" if lines else "")
 
     def end(self) -> None:
-        """Kill the process and what it started."""
+        """Kill the process and its child processes."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()

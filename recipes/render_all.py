@@ -10,32 +10,29 @@ from typing import Any
 from attnimg.errors import AttnimgError
 from attnimg.select.images import parse
 from attnimg.select.model_types import read_causal_types
-from recipes.facts import Plan, Recipes
-from recipes.files import text_of
-from recipes.gates import docs
+from recipes.facts import ImagePlan, Recipes
+from recipes.files import read_if_exists
+from recipes.gates import all_gates
 from recipes.pages.built import built_table
-from recipes.pages.checkpoints_page import checkpoints_page
-from recipes.pages.choices import choices, choices_json
-from recipes.pages.choices_page import choices_page
+from recipes.pages.choices import choices_json, choices_page, choose_on_all_gpus
 from recipes.pages.config_keys_page import config_keys_page
-from recipes.pages.families_page import families_page
-from recipes.pages.images_and_kernels import (
+from recipes.pages.image_pages import (
     fa4_models_page,
     gates_page,
     images_page,
     kernels_page,
     support_page,
 )
+from recipes.pages.model_pages import checkpoints_page, families_page
 from recipes.render.bake import bake_file
-from recipes.render.images_json import catalogue
-from recipes.render.matrix import matrix
+from recipes.render.image_lists import images_json, matrix_json
 from recipes.render.mounted import mounted_files
 from recipes.render.precompiled import kernel_sets
-from recipes.solve.lock import blocks
+from recipes.solve.lock import split_lock
 
 
-def rendered(
-    plans: tuple[Plan, ...],
+def render_files(
+    plans: tuple[ImagePlan, ...],
     recipes: Recipes,
     *,
     locks: Mapping[str, str],
@@ -49,7 +46,7 @@ def rendered(
 
     Args:
         plans: of all images.
-        recipes: what the plans were made from.
+        recipes: of the plans.
         locks: image -> text of its lock file.
         runners: text of recipes/runners.toml.
         families: text of the record of `make families`.
@@ -62,19 +59,19 @@ def rendered(
     """
     refuse_wrong_hashes(plans, locks=locks)
     ci = tomllib.loads(runners)
-    images = catalogue(plans, stack=recipes.stack)
+    images = images_json(plans, stack=recipes.stack)
     parsed = parse(images)
-    chosen = choices(parsed)
+    gpu_choices = choose_on_all_gpus(parsed)
     texts = {
         "docker/docker-bake.json": bake_file(plans),
         "attnimg/data/images.json": images,
-        ".github/matrix.json": matrix(plans, build_runner=ci["build"], gpu_runners=ci["gpu"]),
-        "docs/what-auto-chooses.md": choices_page(chosen),
+        ".github/matrix.json": matrix_json(plans, build_runner=ci["build"], gpu_runners=ci["gpu"]),
+        "docs/what-auto-chooses.md": choices_page(gpu_choices),
         "docs/checkpoints.md": checkpoints_page(read_causal_types(), reloaded=reload),
         "docs/config-keys.md": config_keys_page(config_keys),
-        "tests/unit/golden/choices.json": choices_json(chosen, parsed),
+        "tests/unit/golden/choices.json": choices_json(gpu_choices, parsed),
         "docs/model-types.md": families_page(families),
-        "docs/gates.md": gates_page(docs(), recipes.allowed),
+        "docs/gates.md": gates_page(all_gates(), recipes.allowed),
         "docs/images.md": images_page(plans, built=built_table(plans, built)),
         "docs/kernel-sources.md": kernels_page(recipes.kernels.values()),
         "docs/backends-by-image.md": support_page(plans),
@@ -87,7 +84,7 @@ def rendered(
     return texts
 
 
-def refuse_wrong_hashes(plans: tuple[Plan, ...], *, locks: Mapping[str, str]) -> None:
+def refuse_wrong_hashes(plans: tuple[ImagePlan, ...], *, locks: Mapping[str, str]) -> None:
     """Check that the hash of each kernel that comes as a wheel is in its image's lock file.
 
     Sdists are compared where they are downloaded: at build time, before anything of them runs.
@@ -97,20 +94,20 @@ def refuse_wrong_hashes(plans: tuple[Plan, ...], *, locks: Mapping[str, str]) ->
     """
     wrong = []
     for plan in plans:
-        locked = blocks(locks[plan.image.name])
+        locked = split_lock(locks[plan.image.name])
         for kernel in (step.kernel for step in plan.steps if step.kernel.form == "wheel"):
             text = locked.get(kernel.name, "")
             if isinstance(kernel.sha256, str) and f"sha256:{kernel.sha256}" not in text:
-                wrong.append(f"{plan.image.name}: {kernel.source} has no file of {kernel.sha256}")
+                wrong.append(f"{plan.image.name}: no file of {kernel.source} has {kernel.sha256}")
     if wrong:
         raise AttnimgError(
             "a kernel's sha256 is not that of its package",
             why="\n".join(wrong),
-            do="write the hash of the file itself into recipes/kernels/, or make lock if it moved",
+            do="write the hash of the file itself into recipes/kernels/, or make lock",
             code="wrong-hash",
         )
 
 
-def drifted(texts: Mapping[str, str], *, root: Path) -> list[str]:
-    """Return the generated files that differ from what the recipes say."""
-    return [path for path, text in texts.items() if text_of(root / path) != text]
+def outdated_files(texts: Mapping[str, str], *, root: Path) -> list[str]:
+    """Return the generated files that differ from the files of a checkout."""
+    return [path for path, text in texts.items() if read_if_exists(root / path) != text]

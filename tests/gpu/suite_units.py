@@ -1,8 +1,8 @@
-"""The worker of day.py: do one unit after another, as stdin names them; see day_workers.py.
+"""The worker of suite.py: run the units that it reads from stdin; see suite_workers.py.
 
 Each function takes a unit's values and returns an outcome: `state` ("passed", "failed", "measured",
-"not here"), `code` and `text` where there is something to say, and `values`. What a kernel raises
-is an outcome too.
+"not here"), `values`, and `code` and `text` for details. The exception of a kernel is an outcome
+too.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT)]
 
-# Repeated proofs that share a process; what was found is kept after each batch.
+# Repeated proofs that share a process; results are recorded after each batch.
 BATCH = 5
 Outcome = dict[str, Any]
 Stage = Callable[[str], None]
@@ -44,7 +44,7 @@ _SMI = (
 
 
 def versions() -> dict[str, str]:
-    """Return the installed versions of what a result may depend on."""
+    """Return the installed versions of the packages on which a result may depend."""
     found = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
@@ -55,7 +55,7 @@ def versions() -> dict[str, str]:
 
 
 def gpu_facts() -> dict[str, str]:
-    """Return what nvidia-smi says of the first GPU; empty without one."""
+    """Return the values of nvidia-smi for the first GPU; empty without one."""
     command = ["nvidia-smi", f"--query-gpu={_SMI}", "--format=csv,noheader"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
@@ -91,7 +91,7 @@ def facts(_unit: dict[str, Any], stage: Stage) -> Outcome:
 
 
 def doctor(unit: dict[str, Any], _stage: Stage) -> Outcome:
-    """Run `attnimg doctor --json` and keep what it says."""
+    """Run `attnimg doctor --json`, and return its report."""
     done = _command([sys.executable, "-m", "attnimg", "doctor", "--json"], unit)
     found = json.loads(done.stdout)
     bad = [check["what"] for check in found["checks"] if check["status"] not in ("ok", "warn")]
@@ -105,7 +105,7 @@ def doctor(unit: dict[str, Any], _stage: Stage) -> Outcome:
 
 def proof(unit: dict[str, Any], stage: Stage) -> Outcome:
     """Prove a backend as `attnimg verify` and train do, without the cache, once or repeatedly."""
-    import day_adapters as adapters
+    import suite_adapters as adapters
 
     machine, problem = adapters.this_machine(), adapters.problem(unit)
     if against := adapters.reasons_against(unit["backend"], machine, problem):
@@ -116,7 +116,7 @@ def proof(unit: dict[str, Any], stage: Stage) -> Outcome:
     until = time.monotonic() + unit["limit_s"]
     made, taken = [], 0.0
     while len(made) < unit["repeats"] and (left := until - time.monotonic()) > 1.3 * taken:
-        # The child's imports are no part of what its time limit counts.
+        # The time limit does not include the imports of the child process.
         timeout_s = max(10.0, left - 15)
         if unit["repeats"] == 1:
             made.append(adapters.prove_once(unit["backend"], machine, problem, timeout_s=timeout_s))
@@ -127,15 +127,15 @@ def proof(unit: dict[str, Any], stage: Stage) -> Outcome:
             )
         taken = left - (until - time.monotonic())
     refused = [one for one in made if not one.passed]
-    shown = refused[0] if refused else made[0]
+    reported = refused[0] if refused else made[0]
     worst = [
         {"quantity": f.quantity, "error": _number(f.error), "allowed": _number(f.allowed)}
-        for f in shown.figures
+        for f in reported.figures
     ]
     return {
         "state": "failed" if refused else "passed",
-        "code": shown.reasons[0].code if refused else "",
-        "text": "; ".join(f"{reason.code}: {reason.text}" for reason in shown.reasons),
+        "code": reported.reasons[0].code if refused else "",
+        "text": "; ".join(f"{reason.code}: {reason.text}" for reason in reported.reasons),
         "values": {
             "dtype": unit["dtype"],
             "head_dims": unit["head_dims"],
@@ -144,10 +144,10 @@ def proof(unit: dict[str, Any], stage: Stage) -> Outcome:
             "proofs": len(made),
             "refused": len(refused),
             "refusals": [[reason.text for reason in one.reasons] for one in refused],
-            "probes": shown.cases,
+            "probes": reported.cases,
             "proof_seconds": [round(one.seconds, 2) for one in made],
             "figures": worst,
-            "notes": [note for note in (shown.note, adapters.note_of(shown.backend)) if note],
+            "notes": [note for note in (reported.note, adapters.note_of(reported.backend)) if note],
             "versions": versions(),
         },
     }
@@ -158,18 +158,18 @@ def train_command(unit: dict[str, Any], stage: Stage) -> Outcome:
     missing = [name for name in ("trl", "datasets", "peft") if name not in versions()]
     if missing:
         return _not_here([("not-installed", f"needs {', '.join(missing)}")])
-    import day_models
+    import suite_models
 
     with tempfile.TemporaryDirectory() as folder:
         stage("writing the model")
-        config = day_models.write_job(Path(folder), unit)
+        config = suite_models.write_job(Path(folder), unit)
         stage("attnimg train")
         begun = time.monotonic()
         done = _command([sys.executable, "-m", "attnimg", "train", str(config)], unit)
         seconds = time.monotonic() - begun
-        said = done.stderr.strip().splitlines()
+        lines_out = done.stderr.strip().splitlines()
         if done.returncode != 0:
-            text = " | ".join(line.strip() for line in said[-8:])
+            text = " | ".join(line.strip() for line in lines_out[-8:])
             return {"state": "failed", "code": f"exit-{done.returncode}", "text": text[-900:]}
         lines = (Path(folder) / "out" / "metrics.jsonl").read_text().splitlines()
         logs = [log for log in map(json.loads, lines) if "tokens_per_second" in log]
@@ -181,7 +181,7 @@ def train_command(unit: dict[str, Any], stage: Stage) -> Outcome:
             "memory_bytes": max(log["memory_bytes"] for log in logs),
             "losses": [log["loss"] for log in logs],
             "command_seconds": round(seconds, 1),
-            "proof": [line.strip() for line in said if "proof:" in line or "packing:" in line],
+            "proof": [line.strip() for line in lines_out if "proof:" in line or "packing:" in line],
             **{name: unit[name] for name in ("shape", "sequence_len", "rows", "steps")},
             "versions": versions(),
         },
@@ -193,7 +193,7 @@ def tests(unit: dict[str, Any], stage: Stage) -> Outcome:
     stage("pytest")
     file = "tests/gpu/test_backends.py"
     command = [sys.executable, "-m", "pytest", file, "-q", "-rf", "--maxfail=5"]
-    # Other versions than the locked ones warn of other things.
+    # Versions other than the locked ones have other warnings.
     done = _command([*command, "-W", "default", "-o", "filterwarnings=default"], unit, cwd=ROOT)
     lines = done.stdout.strip().splitlines() or done.stderr.strip().splitlines() or [""]
     counts = {
@@ -209,17 +209,17 @@ def tests(unit: dict[str, Any], stage: Stage) -> Outcome:
 
 
 def training(unit: dict[str, Any], stage: Stage) -> Outcome:
-    """Train a random model for some steps; see day_models.py."""
-    import day_models
+    """Train a random model for some steps; see suite_models.py."""
+    import suite_models
 
-    return day_models.training(unit, stage)
+    return suite_models.training(unit, stage)
 
 
 def timing(unit: dict[str, Any], stage: Stage) -> Outcome:
-    """Time a backend's attention; see day_timing.py."""
-    import day_timing
+    """Time a backend's attention; see suite_timing.py."""
+    import suite_timing
 
-    return day_timing.timing(unit, stage)
+    return suite_timing.timing(unit, stage)
 
 
 KINDS = {
@@ -244,27 +244,27 @@ def _command(
 
 
 def _not_here(reasons: list[tuple[str, str]]) -> Outcome:
-    """Return the outcome of what cannot run on this machine."""
+    """Return the outcome of a unit that can't run on this machine."""
     text = "; ".join(f"{code}: {text}" for code, text in reasons)
     return {"state": "not here", "code": reasons[0][0], "text": text}
 
 
 def _number(value: float) -> float | None:
-    """Return what JSON can carry of a number."""
+    """Return a number for JSON, which has no NaN and no infinity."""
     return value if abs(value) < float("inf") else None
 
 
-def _raised(error: BaseException, *, stage: str) -> Outcome:
-    """Return the outcome of an exception; a broken CUDA context asks for another process."""
+def _outcome_of_exception(error: BaseException, *, stage: str) -> Outcome:
+    """Return the outcome of an exception; with a broken CUDA context, the worker is replaced."""
     from attnimg.errors import without_middle
 
     text = without_middle(" ".join(str(error).split()))
     kind = type(error).__name__
     code = "out-of-memory" if "out of memory" in text.lower() else getattr(error, "code", kind)
     if isinstance(error, subprocess.TimeoutExpired):
-        # What it had printed; bytes even where text was asked for.
-        said = (error.stdout or b"")[-400:].decode(errors="replace")
-        return {"state": "timeout", "code": "timeout", "text": f"{stage}: {text}: {said}"}
+        # Its output so far; bytes even in text mode.
+        output = (error.stdout or b"")[-400:].decode(errors="replace")
+        return {"state": "timeout", "code": "timeout", "text": f"{stage}: {text}: {output}"}
     broken = "CUDA error" in text or kind == "AcceleratorError"
     return {
         "state": "failed",
@@ -274,8 +274,8 @@ def _raised(error: BaseException, *, stage: str) -> Outcome:
     }
 
 
-def _cleaned(outcome: Outcome) -> Outcome:
-    """Free the GPU's memory for other processes; a context that can't do so is to be replaced."""
+def _free_memory(outcome: Outcome) -> Outcome:
+    """Free the GPU's memory for other processes; if that fails, have the worker replaced."""
     torch = sys.modules.get("torch")
     if torch is None or outcome.get("replace") or not torch.cuda.is_initialized():
         return {}
@@ -288,11 +288,11 @@ def _cleaned(outcome: Outcome) -> Outcome:
     return {}
 
 
-def _end_with(parent: int) -> None:
-    """Kill this process and what it started once its parent is gone.
+def _exit_with_parent(parent: int) -> None:
+    """Kill this process and its child processes when its parent has exited.
 
-    PR_SET_PDEATHSIG is no help: it goes by the thread that started the process, and such threads
-    end before the worker does.
+    PR_SET_PDEATHSIG does not help: it acts when the thread that started the process ends, and these
+    threads end before the worker does.
     """
     while os.getppid() == parent:
         time.sleep(1)
@@ -301,9 +301,9 @@ def _end_with(parent: int) -> None:
 
 def main() -> None:
     """Serve units until stdin ends."""
-    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    threading.Thread(target=_exit_with_parent, args=(os.getppid(),), daemon=True).start()
     answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # what kernels print is no answer
+    os.dup2(2, 1)  # the output of kernels must not mix with the answers
     for line in sys.stdin:
         unit = json.loads(line)
         stages = ["starting"]
@@ -312,13 +312,13 @@ def main() -> None:
             stages[0] = text
             answers.write(json.dumps({"stage": text}) + "\n")
 
-        importlib.invalidate_caches()  # kernels are installed meanwhile
+        importlib.invalidate_caches()  # kernels are installed in the background
         try:
             outcome = KINDS[unit["kind"]](unit, stage)
-        # Foreign kernels raise anything, on import and in a call.
+        # Foreign kernels may raise any exception, on import and in a call.
         except (Exception, SystemExit) as error:
-            outcome = _raised(error, stage=stages[0])
-        answers.write(json.dumps({"outcome": {**outcome, **_cleaned(outcome)}}) + "\n")
+            outcome = _outcome_of_exception(error, stage=stages[0])
+        answers.write(json.dumps({"outcome": {**outcome, **_free_memory(outcome)}}) + "\n")
 
 
 if __name__ == "__main__":

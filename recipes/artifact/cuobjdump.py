@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 # cuobjdump needs a copy of the file; larger ones are torch's and NVIDIA's, and slow to copy.
-_MOST_BYTES = 400 << 20
+_MAX_BYTES = 400 << 20
 
 
 @cache
@@ -25,7 +25,7 @@ def cuobjdump() -> Path | None:
     return next((Path(str(f.locate())) for f in files if f.name == "cuobjdump"), None)
 
 
-def listed(stream: BinaryIO, size: int) -> frozenset[str] | None:
+def list_codes(stream: BinaryIO, size: int) -> frozenset[str] | None:
     """Return machine code (sm_90a) and PTX (compute_90) in a file with NVIDIA's fat binaries.
 
     cuobjdump 13.5.37 leaves out the f of sm_100f, and names PTX by sm_ too.
@@ -39,7 +39,7 @@ def listed(stream: BinaryIO, size: int) -> frozenset[str] | None:
             does some that strip(1) has rewritten ("Invalid ELF").
     """
     program = cuobjdump()
-    if program is None or size > _MOST_BYTES:
+    if program is None or size > _MAX_BYTES:
         return None
     with tempfile.NamedTemporaryFile(suffix=".so") as copy:
         stream.seek(0)

@@ -1,14 +1,14 @@
 """Run everything that needs a GPU, the most valuable first, within a budget of seconds.
 
     python -m pip install --no-index --no-deps --target build/site build/gpu-kit/wheels/*.whl
-    PYTHONPATH=build/site python tests/gpu/day.py --out FILE.jsonl [--budget 540] [--steps a,b]
+    PYTHONPATH=build/site python tests/gpu/suite.py --out FILE.jsonl [--budget 540] [--steps a,b]
 
-Each unit of work runs in a worker process with a limit of its own (day_workers.py, day_units.py),
-and its record is on the disk before the next one begins: a run that is cut off at any moment leaves
-all records before. Kernels of the kit are compiled meanwhile, by compile_kernels.py; whenever one
-is ready, it joins the steps. A second run takes what the first proved with `--known FILE.jsonl`,
-and the wheels that it compiled with `--keep FOLDER`, copied into the kit. `--rehearsal` runs the
-same code on a CPU, with smaller sizes.
+Each unit of work runs in a worker process with its own time limit (suite_workers.py,
+suite_units.py), and its record is on the disk before the next one begins, so that a run that is cut
+off keeps its records. compile_kernels.py compiles the kernels of the kit in the background; each
+joins the steps when it is ready. A second run reads the proofs of the first with `--known
+FILE.jsonl`, and uses its wheels if they were saved with `--keep FOLDER` and copied into the kit.
+`--rehearsal` runs the same code on a CPU, with smaller sizes.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 
-import day_adapters as adapters  # noqa: E402 - needs the path above
-from day_steps import STEPS, Progress, Sizes, pending  # noqa: E402
-from day_units import gpu_facts, versions  # noqa: E402
-from day_workers import SHORTEST_S, Pool, Unit  # noqa: E402
+import suite_adapters as adapters  # noqa: E402 - needs the path above
+from suite_steps import STEPS, Progress, Sizes, pending  # noqa: E402
+from suite_units import gpu_facts, versions  # noqa: E402
+from suite_workers import SHORTEST_S, Pool, Unit  # noqa: E402
 
-# Units that are run before kernels that are ready meanwhile get their turn.
+# Units that run before the scheduler looks for kernels that have become ready.
 CHUNK = 6
 COMPILER = Path(__file__).with_name("compile_kernels.py")
 
@@ -70,7 +70,7 @@ class Records:
                 self.file.write(json.dumps(record) + "\n")
                 self.file.flush()
                 os.fsync(self.file.fileno())
-            except OSError as error:  # a full disk: the log keeps the record
+            except OSError as error:  # a full disk: the log has the record
                 print(f"not written ({error.strerror}): {json.dumps(record)}", flush=True)
             self._print(record)
 
@@ -80,20 +80,20 @@ class Records:
         at = time.monotonic() - self.begun
         name = record.get("unit") or f"{record['step']} {record['backend']}"
         code, text = str(record.get("code") or ""), str(record.get("text") or "")
-        said = text if text.startswith(code) else f"{code} {text}"
+        message = text if text.startswith(code) else f"{code} {text}"
         values = record.get("values") or {}
-        shown = ("tokens_per_second", "both_tflops", "share_of_peak", "difference", "refused")
-        figures = ", ".join(f"{key} {values[key]}" for key in shown if values.get(key) is not None)
+        keys = ("tokens_per_second", "both_tflops", "share_of_peak", "difference", "refused")
+        figures = ", ".join(f"{key} {values[key]}" for key in keys if values.get(key) is not None)
         print(
             f"{at:6.1f} s  {record['state']:<11} {name}  ({record['seconds']:.1f} s)"
             + (f"  {figures}" if figures else "")
-            + (f"  {said[:240]}" if said else ""),
+            + (f"  {message[:240]}" if message else ""),
             flush=True,
         )
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Return the records of a file; what stands behind its last line break is not whole."""
+    """Return the records of a file; text after the last line break is incomplete."""
     text = path.read_text(encoding="utf-8") if path.exists() else ""
     return [json.loads(line) for line in text.split("\n")[:-1]]
 
@@ -124,14 +124,14 @@ class Kernels:
                 start_new_session=True,
             )
 
-    def news(self) -> list[dict[str, Any]]:
+    def new_states(self) -> list[dict[str, Any]]:
         """Return the states of kernels that were written since the last call."""
         lines = read_lines(self.status)
         fresh, self.read = lines[self.read :], len(lines)
         return fresh
 
     def busy(self) -> bool:
-        """Return whether more may come."""
+        """Return whether more kernels may become ready."""
         return self.process is not None and self.process.poll() is None
 
     def end(self) -> None:
@@ -181,25 +181,25 @@ def main() -> None:
 def _run(
     options: argparse.Namespace, records: Records, kernels: Kernels, *, deadline: float
 ) -> None:
-    """Run the first step that has something to do, again and again."""
+    """Run the first step that has pending units, until none has or the time is up."""
     sizes = Sizes.rehearsal() if options.rehearsal else Sizes.gpu()
     progress = Progress(
         native=adapters.native_backends(),
         kernels=adapters.kernel_backends(),
         records=records.made,
-        nameable={name for name in adapters.packing() if adapters.backend(name).in_config},
+        in_config={name for name in adapters.packing() if adapters.backend(name).in_config},
         packing=adapters.packing(),
         known=read_lines(options.known) if options.known else (),
     )
     pool = Pool(_environment(kernels.folder))
-    left = {step: STEPS[step] * sizes.patience for step in options.steps}
+    left = {step: STEPS[step] * sizes.time_factor for step in options.steps}
     planned: set[str] = set()
 
     def units_of(step: str, *, waiting: bool) -> list[Unit]:
-        """Return what a step has to do; a fault in that costs this step alone."""
+        """Return the pending units of a step; an error here ends this step only."""
         try:
             return pending(step, progress, sizes, waiting=waiting)
-        # What the records of a GPU look like is known only there.
+        # Records of a GPU may differ from those of the tests.
         except Exception as error:
             left.pop(step)
             text = f"{type(error).__name__}: {error}"
@@ -208,12 +208,12 @@ def _run(
             return []
 
     while deadline - time.monotonic() > SHORTEST_S:
-        # Asked first: a kernel that is ready after this question is met in the next round.
+        # Read first: a kernel that becomes ready later is handled in the next round.
         busy = kernels.busy()
-        news = kernels.news()
-        if any(state["state"] == "installed" for state in news):
+        states = kernels.new_states()
+        if any(state["state"] == "installed" for state in states):
             pool.restart()  # transformers looks for packages once, when it is imported
-        for state in news:
+        for state in states:
             _record_kernel(records, state)
         for step, seconds in list(left.items()):
             units = units_of(step, waiting=busy)
@@ -238,7 +238,7 @@ def _run(
         )
         left[step] = seconds - max(1.0, time.monotonic() - begun)
     pool.restart()
-    for state in kernels.news():
+    for state in kernels.new_states():
         _record_kernel(records, state)
     made = {record.get("unit") for record in records.made}
     for step in list(left):
@@ -258,7 +258,7 @@ def _record(records: Records, unit: Unit, begun: float, outcome: Mapping[str, An
 
 
 def _record_kernel(records: Records, state: Mapping[str, Any]) -> None:
-    """Record what compile_kernels.py says of a kernel; "compiling" is no result."""
+    """Record a final state of a kernel from compile_kernels.py."""
     named = {"installed": "passed", "failed": "failed"}
     if state["state"] in named:
         records.add(
@@ -283,14 +283,14 @@ def _environment(kernels: Path) -> dict[str, str]:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--out", type=Path, required=True, help="the JSON Lines file, a new one")
-    parser.add_argument("--budget", type=float, default=540.0, help="seconds in all")
+    parser.add_argument("--out", type=Path, required=True, help="the new JSON Lines file")
+    parser.add_argument("--budget", type=float, default=540.0, help="seconds in total")
     parser.add_argument(
         "--kit", type=Path, default=ROOT / "build/gpu-kit", help="from make gpu-kit"
     )
     parser.add_argument("--kernels", type=Path, help="where kernels are installed")
-    parser.add_argument("--known", type=Path, help="records of an earlier run, for what it proved")
-    parser.add_argument("--keep", type=Path, help="where compiled wheels are kept")
+    parser.add_argument("--known", type=Path, help="records of an earlier run, for its proofs")
+    parser.add_argument("--keep", type=Path, help="folder for compiled wheels")
     parser.add_argument("--steps", type=lambda text: text.split(","), default=list(STEPS))
     parser.add_argument("--rehearsal", action="store_true", help="small sizes, for a CPU")
     options = parser.parse_args()

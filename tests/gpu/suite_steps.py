@@ -1,4 +1,4 @@
-"""The steps of a GPU run by value, and the units that each still has to do: a pure function."""
+"""The steps of a GPU run, the most valuable first, and the pending units of each."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from day_workers import Unit
+from suite_workers import Unit
 
-# Steps by value, with the seconds that each may take in all.
+# The most valuable steps first, with the seconds that each may take in total.
 STEPS = {
     "machine": 60.0,
     "proofs": 150.0,
@@ -20,19 +20,19 @@ STEPS = {
     "slow": 200.0,
     "tests": 150.0,
 }
-# These compile kernels during their proof, so they come after what is quick.
+# These compile kernels during their proof, so they come after the fast ones.
 SLOW = ("flash_attention_4", "flex_attention")
-# Whose losses the others are compared with: the first of these that was trained.
+# The reference for losses: the first of these backends that was trained.
 REFERENCES = ("sdpa", "eager", "sdpa_math")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sizes:
-    """How large the units are.
+    """The sizes of the units.
 
     Attributes:
-        workers: proofs side by side.
-        dtypes: precisions of proofs; the first is that of everything else.
+        workers: number of parallel proofs.
+        dtypes: precisions of proofs; other units use the first.
         head_dims: head sizes of proofs and timings.
         proof_tokens: the longest row of a proof.
         repeats: proofs of one backend, for the rate of false refusals.
@@ -44,9 +44,9 @@ class Sizes:
         job: values of the `attnimg train` unit.
         job_backends: how many backends run the job.
         tests: whether the GPU tests run.
-        patience: times every limit; a shared CPU may be slow.
-        proven: backends of torch that are proven, of those that fit; None for all.
-        repeated: how many backends the repeats take.
+        time_factor: of every time limit; a shared CPU may be slow.
+        proven: the backends of torch to prove, if they fit; None for all.
+        repeated: number of backends in the repeats.
     """
 
     workers: int
@@ -62,7 +62,7 @@ class Sizes:
     job: Mapping[str, Any]
     job_backends: int
     tests: bool
-    patience: float
+    time_factor: float
     proven: frozenset[str] | None
     repeated: int
 
@@ -83,7 +83,7 @@ class Sizes:
             job={"shape": "1b", "sequence_len": 4096, "rows": 2, "steps": 20},
             job_backends=3,
             tests=True,
-            patience=1.0,
+            time_factor=1.0,
             proven=None,
             repeated=99,
         )
@@ -105,8 +105,8 @@ class Sizes:
             job={"shape": "tiny", "sequence_len": 256, "rows": 1, "steps": 4},
             job_backends=1,
             tests=False,
-            patience=6.0,
-            # Others on a CPU take the same way, and each has a proof of seconds.
+            time_factor=6.0,
+            # Other backends run the same code, and each proof takes seconds.
             proven=frozenset({"sdpa", "eager"} | {"sdpa_flash", "sdpa_cudnn", "varlen_attn"}),
             repeated=1,
         )
@@ -114,21 +114,21 @@ class Sizes:
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
-    """What a run has found so far.
+    """The state of a run.
 
     Attributes:
         native: backends that need no package besides torch, by rank.
         kernels: backends of kernel packages, by rank: name -> distribution.
-        records: every record made.
-        nameable: backends that a config may name.
+        records: all so far.
+        in_config: backends that a config may name.
         packing: backend -> how it keeps documents apart: "native", "mask" or "none".
-        known: records of an earlier run: what it proved counts as proven.
+        known: records of an earlier run, whose proofs count too.
     """
 
     native: Sequence[str]
     kernels: Mapping[str, str]
     records: Sequence[Mapping[str, Any]]
-    nameable: frozenset[str] | set[str]
+    in_config: frozenset[str] | set[str]
     packing: Mapping[str, str]
     known: Sequence[Mapping[str, Any]] = ()
 
@@ -157,7 +157,7 @@ class Progress:
         return found
 
     def reference(self, shape: str) -> tuple[str, list[float]] | None:
-        """Return whose losses on a shape others are compared with, and these losses."""
+        """Return the reference backend for a shape, and its losses."""
         found = {
             record["backend"]: list(record["values"]["losses"])
             for record in self.records
@@ -173,8 +173,8 @@ def pending(step: str, progress: Progress, sizes: Sizes, *, waiting: bool) -> li
 
     Args:
         step: a name of STEPS.
-        progress: what was found so far.
-        sizes: how large the units are.
+        progress: of the run.
+        sizes: of the units.
         waiting: whether kernels are being compiled, so that more may be installed later.
     """
     made: dict[str, Callable[[], list[Unit]]] = {
@@ -190,7 +190,7 @@ def pending(step: str, progress: Progress, sizes: Sizes, *, waiting: bool) -> li
     }
     done = progress.done()
     units = [unit for unit in made[step]() if unit.name not in done]
-    return [replace(unit, limit_s=unit.limit_s * sizes.patience) for unit in units]
+    return [replace(unit, limit_s=unit.limit_s * sizes.time_factor) for unit in units]
 
 
 def _machine() -> list[Unit]:
@@ -278,13 +278,13 @@ def _slow_proofs(progress: Progress, sizes: Sizes, *, waiting: bool) -> list[Uni
 
 
 def _ready(progress: Progress, *, waiting: bool) -> list[str]:
-    """Return the kernels that can be proven: installed, or with no more hope to be."""
+    """Return the kernels to prove: those that are installed, and all if no more will be."""
     ready = progress.installed()
     return [name for name, package in progress.kernels.items() if package in ready or not waiting]
 
 
 def _training(progress: Progress, sizes: Sizes) -> list[Unit]:
-    """Train on each proven backend, first on the one that the others are compared with."""
+    """Train on each proven backend, first on the reference."""
     units = []
     dtype = sizes.dtypes[0]
     size = min(sizes.head_dims) if len(sizes.head_dims) == 1 else 64
@@ -309,7 +309,7 @@ def _training(progress: Progress, sizes: Sizes) -> list[Unit]:
 
 
 def _repeats(progress: Progress, sizes: Sizes) -> list[Unit]:
-    """Prove again and again what passed and what was refused: how often is each of them?"""
+    """Repeat proofs that passed and that were refused, to measure how often each happens."""
     dtype = sizes.dtypes[0]
     middle = sizes.head_dims[len(sizes.head_dims) // 2]
     refused = [
@@ -343,15 +343,15 @@ def _timing(progress: Progress, sizes: Sizes) -> list[Unit]:
     units = []
     for size, length, packing in calls:
         for name, proven in progress.proven(dtype).items():
-            # These hold all scores of a row.
+            # These store all scores of a row.
             if size not in proven or (name in ("eager", "sdpa_math") and length > 4096):
                 continue
-            how = "packed" if packing else "one document"
+            rows = "packed" if packing else "one document"
             values = {
                 "head_dim": size, "length": length, "packing": packing, "dtype": dtype,
                 "width": sizes.width, "tokens": sizes.timed_tokens,
             }  # fmt: skip
-            what = f"head_dim {size}, {length} tokens, {how}"
+            what = f"head_dim {size}, {length} tokens, {rows}"
             units.append(
                 Unit(
                     step="timing", kind="timing", backend=name, what=what, limit_s=40, values=values
@@ -369,7 +369,7 @@ def _job(progress: Progress, sizes: Sizes) -> list[Unit]:
         if record["kind"] == "training"
         and record["state"] == "passed"
         and record["values"]["shape"] == shape
-        and record["backend"] in progress.nameable
+        and record["backend"] in progress.in_config
     }
     best = sorted(speeds, key=lambda name: -speeds[name])[: sizes.job_backends]
     values = {**sizes.job, "dtype": sizes.dtypes[0]}

@@ -17,10 +17,10 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
-import day_adapters as adapters
+import suite_adapters as adapters
 import torch
-from day_models import document_lengths
-from day_units import versions
+from suite_models import document_lengths
+from suite_units import versions
 
 from attnimg.backends._transformers import attention_function
 
@@ -47,15 +47,15 @@ def timing(unit: dict[str, Any], stage: Callable[[str], None]) -> dict[str, Any]
     kv_heads = max(1, heads // adapters.GROUP)
     generator = torch.Generator(device=device).manual_seed(0)
     # In memory (B, T, H, D), as after a model's projections and rotary embeddings.
-    drawn = [
+    tensors = [
         torch.randn(
             (*shape, n, unit["head_dim"]), generator=generator, device=device,
             dtype=getattr(torch, unit["dtype"]),
         )
         for n in (heads, kv_heads, kv_heads, heads)
     ]  # fmt: skip
-    q, k, v = (x.transpose(1, 2).requires_grad_() for x in drawn[:3])
-    d_out = drawn[3]
+    q, k, v = (x.transpose(1, 2).requires_grad_() for x in tensors[:3])
+    d_out = tensors[3]
     mask, arguments = _documents(backend, documents, shape, device)
     function = attention_function(backend)
     layer = SimpleNamespace(is_causal=True, training=True)
@@ -135,7 +135,7 @@ def _visible(ids: torch.Tensor) -> torch.Tensor:
 
 
 def _additive(ids: torch.Tensor) -> torch.Tensor:
-    """Return what eager attention adds to its scores."""
+    """Return the mask that eager attention adds to its scores."""
     visible = _visible(ids)
     lowest = torch.finfo(torch.bfloat16).min
     return torch.zeros_like(visible, dtype=torch.bfloat16).masked_fill(~visible, lowest)

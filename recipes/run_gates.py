@@ -1,0 +1,160 @@
+"""Check an artifact by every gate, and report the results as text or JSON."""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import sys
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from attnimg.errors import AttnimgError
+from recipes.artifact.facts import Artifact, stage_sizes
+from recipes.artifact.packages import write_sbom
+from recipes.artifact.read import read_image, read_wheelhouse
+from recipes.facts import Allowance, ImagePlan, Recipes
+from recipes.files import write_all
+from recipes.gates import ExpectedContents, Gate, GateFinding, all_gates
+from recipes.solve.lock import pinned_versions, read_locks
+
+_EVERY_IMAGE = "docker/install/every_image.txt"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GateResult:
+    """The result of one gate.
+
+    Attributes:
+        findings: reasons why the artifact may not be shipped.
+        allowed: findings that allowed.toml accepts, each with the reason.
+        skip_reason: why the gate could not check the artifact; empty if it could.
+    """
+
+    gate: str
+    findings: tuple[GateFinding, ...] = ()
+    allowed: tuple[tuple[GateFinding, str], ...] = ()
+    skip_reason: str = ""
+
+
+def check_artifact(
+    plan: ImagePlan, recipes: Recipes, *, image: Path | None, wheels: Path | None, root: Path
+) -> tuple[Artifact, tuple[GateResult, ...]]:
+    """Check one artifact by every gate.
+
+    Args:
+        plan: of its image.
+        recipes: of the plan.
+        image: an archive of `docker save`, an OCI archive, or an unpacked image.
+        wheels: a wheelhouse; with `image` it is checked as if installed there.
+        root: the checkout; dist/ there gets NAME-sbom.json and NAME-licences.txt.
+
+    Raises:
+        AttnimgError: neither is given, or one of them can't be read.
+    """
+    artifact = _read(image, wheels)
+    if artifact.kind != "wheels":
+        if image is not None:
+            _log("syft")
+            packages = write_sbom(image, root / f"dist/{plan.image.name}-sbom.json")
+            artifact = replace(artifact, sbom=packages)
+        lines = [f"{one.name} {one.version}: {one.licence}\n" for one in artifact.distributions]
+        write_all(root, {f"dist/{plan.image.name}-licences.txt": "".join(lines)})
+    lock = read_locks((plan,), root=root)[plan.image.name]
+    expected = expected_contents(
+        plan, recipes, lock=lock + (root / _EVERY_IMAGE).read_text(encoding="utf-8")
+    )
+    return artifact, run_all(artifact, expected, all_gates(), recipes.allowed)
+
+
+def expected_contents(plan: ImagePlan, recipes: Recipes, *, lock: str) -> ExpectedContents:
+    """Return what an image is compared with; `lock` is the text of its lock files."""
+    torch = recipes.torch.get(str(plan.image.torch))
+    return ExpectedContents(
+        plan=plan,
+        torch_archs=torch.archs if torch and plan.image.accelerator == "cuda" else (),
+        pins=pinned_versions(plan, lock=lock),
+        base=recipes.bases.get(plan.image.base),
+    )
+
+
+def run_all(
+    artifact: Artifact,
+    expected: ExpectedContents,
+    gates: Iterable[Gate],
+    allowances: tuple[Allowance, ...],
+) -> tuple[GateResult, ...]:
+    """Return the result of each gate."""
+    return tuple(_run_gate(artifact, expected, gate, allowances) for gate in gates)
+
+
+def _run_gate(
+    artifact: Artifact, expected: ExpectedContents, gate: Gate, allowances: tuple[Allowance, ...]
+) -> GateResult:
+    if reason := gate.skip_reason(artifact, expected):
+        return GateResult(gate=gate.name, skip_reason=reason)
+    findings, allowed = [], []
+    own = [allowance for allowance in allowances if allowance.gate == gate.name]
+    for finding in gate.check(artifact, expected):
+        reasons = [allowance.reason for allowance in own if _allows(allowance, finding)]
+        if reasons:
+            allowed.append((finding, reasons[0]))
+        else:
+            findings.append(finding)
+    return GateResult(gate=gate.name, findings=tuple(findings), allowed=tuple(allowed))
+
+
+def _allows(allowance: Allowance, finding: GateFinding) -> bool:
+    return fnmatch.fnmatchcase(finding.file, allowance.file) and allowance.found in finding.found
+
+
+def format_report(name: str, artifact: Artifact, results: Iterable[GateResult]) -> str:
+    """Return a line for each gate, and each finding in three parts."""
+    lines = [f"{name}: {artifact.source}, {len(artifact.files)} files"]
+    if sizes := stage_sizes(artifact):
+        each = ", ".join(f"{stage} {size:.1f}" for stage, size in sizes.items())
+        lines.append(f"  MB with zstd -3: {each}; total {sum(sizes.values()):.1f}")
+    for result in results:
+        count = len(result.findings)
+        text = f"FAILED: {count} finding{'s' if count > 1 else ''}" if count else "passed"
+        if result.skip_reason:
+            text = f"skipped: {result.skip_reason}"
+        extra = f" ({len(result.allowed)} allowed)" if result.allowed else ""
+        lines.append(f"  {result.gate:<13} {text}{extra}")
+        for finding in result.findings:
+            lines.append(f"    {finding.file}")
+            lines.append(f"      why: found {finding.found}; needed {finding.needed}")
+            lines.append(f"      do:  {finding.do}")
+    return "\n".join(lines)
+
+
+def format_json(name: str, artifact: Artifact, results: Iterable[GateResult]) -> str:
+    """Return the same as JSON, with the layers and the accepted findings and their reasons."""
+    gates = [asdict(result) for result in results]
+    content = {
+        "image": name,
+        "source": artifact.source,
+        "kind": artifact.kind,
+        "layers": [asdict(layer) for layer in artifact.layers],
+        "gates": gates,
+        "passed": not any(gate["findings"] for gate in gates),
+    }
+    return json.dumps(content, indent=1)
+
+
+def _read(image: Path | None, wheels: Path | None) -> Artifact:
+    below = read_image(image, log=_log) if image else None
+    if wheels is not None:
+        return read_wheelhouse(wheels, over=below, log=_log)
+    if below is None:
+        raise AttnimgError(
+            "there is nothing to check",
+            why="found neither --archive, nor --unpacked, nor --wheels",
+            do="make gate/NAME ARCHIVE=FILE, or WHEELS=dist/NAME",
+        )
+    return below
+
+
+def _log(text: str) -> None:
+    """Print progress to stderr: reading gigabytes takes minutes."""
+    sys.stderr.write(f"gate: reading {text}\n")
