@@ -14,7 +14,7 @@ JOBS ?= 2
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help setup demo test check bench lock render families classes gpu-kit clean
+.PHONY: help setup demo test check docs bench lock render families classes gpu-kit clean
 
 help: ## Show these targets
 	@grep -hE '^[a-z0-9/%-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9\/%-]+):.*## /\1\t/' | expand -t 12
@@ -69,7 +69,13 @@ check: .venv/ready ## Format, lint, types, import layers
 	$(BIN)/hadolint -c docker/hadolint.yaml docker/Dockerfile
 	$(BIN)/shellcheck docker/*.sh docker/install/*.sh .ci/run
 	$(BIN)/actionlint .github/workflows/*.yml
-	$(BIN)/zizmor --offline --quiet .github/workflows
+	$(BIN)/zizmor --offline --quiet .github
+
+docs: build/docs/ready ## Build the site of docs/ into build/site; a broken link is refused
+	@NO_MKDOCS_2_WARNING=1 build/docs/bin/mkdocs build --strict
+	@! grep -rlE '<(script|link|img)[^>]*(src|href)="?https?:' build/site --include='*.html' || { printf 'docs: %s\n  why: %s\n  do:  %s\n' \
+	  "a page loads something from another site" "the pages are above" "remove it, or copy it into docs/" >&2; exit 1; }
+	@echo "docs: open build/site/index.html; with search: python3 -m http.server -d build/site"
 
 .PHONY: gpu-rehearsal
 gpu-rehearsal: .venv/ready ## Run tests/gpu/suite.py, the script for GPU machines, on a CPU; 1 minute
@@ -107,6 +113,8 @@ lock: .venv/ready ## Resolve requirements/ again, from pyproject.toml and recipe
 	  $(addprefix --find-links ,$(PIP_FIND_LINKS)) `# pip's CPU build of torch: the index's needs CUDA` \
 	  --no-emit-package torch --no-emit-package triton -c requirements/torch.txt --group dev \
 	  --custom-compile-command "make lock" -o requirements/lock.txt pyproject.toml
+	$(BIN)/uv pip compile -q --python-version 3.11 --generate-hashes --no-emit-index-url \
+	  --custom-compile-command "make lock" -o requirements/docs.txt requirements/docs.in
 	$(BIN)/python -m recipes lock
 	$(BIN)/python -m recipes render
 
@@ -255,6 +263,12 @@ build/fa4/ready: requirements/torch.txt docker/constraints/hopper.txt docker/pre
 	@$(PIP) --require-hashes --no-deps -r requirements/lock.txt
 	@echo "setup: 3 of 3: attnimg itself"
 	@$(PIP) --no-deps --no-build-isolation -e .
+	@touch $@
+
+build/docs/ready: requirements/docs.txt
+	@echo "docs: making build/docs with MkDocs, 10 seconds"
+	@$(PYTHON) -m venv build/docs
+	@build/docs/bin/pip install -qq --disable-pip-version-check --require-hashes --no-deps -r requirements/docs.txt
 	@touch $@
 
 # Packages that a machine with a GPU is likely to have: no attnimg, older libraries; trl and datasets for `train`.

@@ -12,6 +12,7 @@ from attnimg.errors import AttnimgError
 from recipes.facts import ImagePlan
 from recipes.files import write_all
 from recipes.pages import built, gpu_runs
+from recipes.pages.config_keys_page import TEXTS as CONFIG_KEYS
 from recipes.pages.model_pages import FAMILIES_RECORD, RELOAD_RECORD
 from recipes.read import read_recipes
 from recipes.render.transformers_models import model_lists
@@ -98,7 +99,7 @@ def gate(arguments: Namespace) -> None:
 
 
 def record_build(arguments: Namespace) -> None:
-    """Record the contents of a wheelhouse in docs/built/IMAGE.json, for the README's table."""
+    """Record the contents of a wheelhouse in docs/built/IMAGE.json, for the tables of images."""
     from recipes.artifact.read import read_wheelhouse
 
     name, root = arguments.name, arguments.root
@@ -142,6 +143,7 @@ def _render_all(root: Path) -> dict[str, str]:
 
     recipes = read_recipes(root)
     plans = solve_all(recipes)
+    records = built.read_records(root)
     texts = render_files(
         plans,
         recipes,
@@ -149,16 +151,11 @@ def _render_all(root: Path) -> dict[str, str]:
         runners=read("recipes/runners.toml"),
         families=read(FAMILIES_RECORD),
         reload=read(RELOAD_RECORD),
+        config_keys=read(CONFIG_KEYS),
+        built=records,
     )
-    runs = gpu_runs.read_runs(root)
-    tables = {
-        "built": built.built_table(plans, built.read_records(root)),
-        "gpu runs": gpu_runs.runs_table(runs),
-    }
-    readme = read("README.md")
-    for name, table in tables.items():
-        readme = built.replace_table(readme, name, table)
-    page = gpu_runs.runs_page(runs, gpu_runs.read_notes(root))
+    readme = built.replace_table(read("README.md"), "images", built.images_table(plans, records))
+    page = gpu_runs.runs_page(gpu_runs.read_runs(root), gpu_runs.read_notes(root))
     return {**texts, "docs/gpu-runs.md": page, "README.md": readme}
 
 

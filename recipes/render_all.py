@@ -5,6 +5,7 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from attnimg.errors import AttnimgError
 from attnimg.selection.gpus_and_images import parse_images
@@ -12,7 +13,9 @@ from attnimg.selection.model_types import read_causal_types
 from recipes.facts import ImagePlan, Recipes
 from recipes.files import read_if_exists
 from recipes.gates import all_gates
+from recipes.pages.built import built_table
 from recipes.pages.choices import choices_json, choices_page, choose_on_all_gpus
+from recipes.pages.config_keys_page import config_keys_page
 from recipes.pages.image_pages import (
     fa4_models_page,
     gates_page,
@@ -36,6 +39,8 @@ def render_files(
     runners: str,
     families: str,
     reload: str,
+    config_keys: str,
+    built: Mapping[str, Mapping[str, Any]],
 ) -> dict[str, str]:
     """Return every generated file: path -> text.
 
@@ -46,9 +51,11 @@ def render_files(
         runners: text of recipes/runners.toml.
         families: text of the record of `make families`.
         reload: text of the record of `make test/reload`.
+        config_keys: text of recipes/config_keys.toml.
+        built: image -> its record of `make built/NAME`.
 
     Raises:
-        AttnimgError: as refuse_wrong_hashes.
+        AttnimgError: as refuse_wrong_hashes and config_keys_page.
     """
     refuse_wrong_hashes(plans, locks=locks)
     ci = tomllib.loads(runners)
@@ -59,18 +66,19 @@ def render_files(
         "docker/docker-bake.json": bake_file(plans),
         "attnimg/data/images.json": images,
         ".github/matrix.json": matrix_json(plans, build_runner=ci["build"], gpu_runners=ci["gpu"]),
-        "docs/choices.md": choices_page(gpu_choices),
+        "docs/what-auto-chooses.md": choices_page(gpu_choices),
         "docs/checkpoints.md": checkpoints_page(read_causal_types(), reloaded=reload),
+        "docs/config-keys.md": config_keys_page(config_keys),
         "tests/unit/golden/choices.json": choices_json(gpu_choices, parsed),
-        "docs/families.md": families_page(families),
+        "docs/model-types.md": families_page(families),
         "docs/gates.md": gates_page(all_gates(), recipes.allowed),
-        "docs/images.md": images_page(plans),
-        "docs/kernels.md": kernels_page(recipes.kernels.values()),
-        "docs/support.md": support_page(plans),
+        "docs/images.md": images_page(plans, built=built_table(plans, built)),
+        "docs/kernel-sources.md": kernels_page(recipes.kernels.values()),
+        "docs/backends-by-image.md": support_page(plans),
         **kernel_sets(plans),
     }
     for kernel in (kernel for kernel in recipes.kernels.values() if kernel.ahead_of_time):
-        texts["docs/fa4-models.md"] = fa4_models_page(kernel)
+        texts["docs/precompiled-models.md"] = fa4_models_page(kernel)
     for plan in plans:
         texts |= mounted_files(plan, lock=locks[plan.image.name])
     return texts

@@ -199,7 +199,7 @@ def _unknown_key(key: str, name: str) -> Finding:
     similar = keys.nearest_key(name, dataset=key != name)
     what = f"{key if key.isprintable() and key else repr(key)} is not a known key"
     why = "neither attnimg nor axolotl knows it, and it would have no effect"
-    do = f"did you mean {similar}?" if similar else "remove it; the README lists the keys"
+    do = f"did you mean {similar}?" if similar else "remove it; docs/config-keys.md lists the keys"
     return make_error("unknown-key", key, what, why, do)
 
 

@@ -219,7 +219,7 @@ def _construct(text: str, *, name: str) -> Any:
     except (yaml.YAMLError, ValueError, OverflowError) as error:
         what = f"{name} is not YAML"
         why = str(error)
-        do = "check the value against the README"
+        do = "check the value against docs/config-keys.md"
         raise AttnimgError(what, why=why, do=do, code="yaml-syntax") from error
 
 

@@ -1,4 +1,4 @@
-"""Write the pages and tables that people read: docs/*.md and parts of README.md."""
+"""Write the pages and tables that people read: docs/*.md and a part of README.md."""
 
 from collections.abc import Iterable
 

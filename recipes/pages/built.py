@@ -13,6 +13,8 @@ from recipes.facts import ImagePlan, Kernel, Step
 from recipes.pages import markdown_table
 
 FOLDER = "docs/built"
+# The state of an image without kernels of its own: .ci/run builds it.
+BUILT_IN_CI = "built and tested on every change"
 
 
 def build_record(
@@ -121,6 +123,26 @@ def built_table(plans: Iterable[ImagePlan], records: Mapping[str, Mapping[str, A
         cells = (_cell(steps.get(name), made.get(name), day=day) for name in kernels)
         rows.append((f"`{plan.image.name}`", *cells))
     return markdown_table(("image", *(kernel.summary for kernel in kernels.values())), rows)
+
+
+def images_table(plans: Iterable[ImagePlan], records: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return the README's table: each stable image, its GPUs, its kernels, and its state."""
+    rows = []
+    for plan in (plan for plan in plans if plan.image.channel == "stable"):
+        record = records.get(plan.image.name, {})
+        made = {kernel["name"]: kernel for kernel in record.get("kernels", ())}
+        day = str(record.get("day", ""))
+        cells = [
+            _cell(step, made.get(step.kernel.name), day=day)
+            for step in plan.steps
+            if step.kernel.form != "wheel"
+        ]
+        whole = all(cell.startswith("built") for cell in cells)
+        names = ", ".join(f"`{name}`" for name in (plan.image.name, *plan.image.aliases))
+        kernels = ", ".join(step.kernel.summary for step in plan.steps) or "PyTorch's own"
+        state = f"kernels built {day}" if whole else "not yet built"
+        rows.append((names, plan.image.summary, kernels, state if cells else BUILT_IN_CI))
+    return markdown_table(("image", "GPUs", "kernels", "state"), rows)
 
 
 def _cell(step: Step | None, made: Mapping[str, Any] | None, *, day: str) -> str:

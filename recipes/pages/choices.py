@@ -1,7 +1,7 @@
 """Write what `attnimg explain` chooses for every GPU that has a name, and what it refuses.
 
-docs/choices.md has the choices; tests/unit/golden/choices.json also has every reason, so that a
-test shows which choices a change of a backend's needs changes.
+docs/what-auto-chooses.md has the choices; tests/unit/golden/choices.json also has every reason, so
+that a test shows which choices a change of a backend's needs changes.
 """
 
 from __future__ import annotations

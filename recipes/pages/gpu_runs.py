@@ -123,15 +123,15 @@ def runs_page(
     runs: Mapping[str, Sequence[Record]], notes: Mapping[str, Notes] | None = None
 ) -> str:
     """Write the page of all runs, the newest first."""
-    parts = [f"<!-- {NOTICE} -->\n\n{_HEAD}"]
+    parts = [f"<!-- {NOTICE} -->\n\n{_HEAD}", runs_table(runs)]
     parts += [
         _section(name, records, notes or {}) for name, records in sorted(runs.items(), reverse=True)
     ]
-    return "\n".join(parts if runs else [*parts, NONE])
+    return "\n".join(parts)
 
 
 def runs_table(runs: Mapping[str, Sequence[Record]]) -> str:
-    """Write the README's table: what ran on which GPU."""
+    """Return the table of all runs: what ran on which GPU."""
     rows = []
     for name, records in sorted(runs.items(), reverse=True):
         start = _start(records)
@@ -142,7 +142,7 @@ def runs_table(runs: Mapping[str, Sequence[Record]]) -> str:
                 code_list(_backends(records, "proof", ("passed",))),
                 code_list(_backends(records, "training", ("passed",))),
                 code_list(_backends(records, "proof", _BAD) | _backends(records, "training", _BAD)),
-                f"[{name}](docs/gpu-runs.md#{name})",
+                f"[{name}](#{name})",
             )
         )
     head = ("GPU", "with", "proof passed", "trained", "failed somewhere", "record")

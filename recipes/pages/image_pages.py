@@ -17,8 +17,13 @@ from recipes.render.precompiled import coverage
 _IMAGE_HEAD = ("Tag", "GPUs", "Machine code", "torch", "CUDA", "Driver", "Kernels", "Size limit")
 
 
-def images_page(plans: tuple[ImagePlan, ...]) -> str:
-    """Write one row per image, one per GPU with a name, and the unresolved values of images."""
+def images_page(plans: tuple[ImagePlan, ...], *, built: str) -> str:
+    """Write one row per image, one per GPU with a name, and the unresolved values of images.
+
+    Args:
+        plans: of all images.
+        built: the table of the kernels that were built.
+    """
     unresolved: dict[str, list[str]] = {}
     for plan in plans:
         for key, reason in plan.unresolved.items():
@@ -33,6 +38,9 @@ def images_page(plans: tuple[ImagePlan, ...]) -> str:
         f"{markdown_table(_IMAGE_HEAD, [_image_row(plan) for plan in plans])}"
         "\n## Which image for which GPU\n\n"
         f"{markdown_table(('GPU', '`--on`', 'Image'), _gpu_rows(plans))}"
+        "\n## Which kernels were built\n\n"
+        "On a machine without a GPU; the records are in `docs/built/`.\n\n"
+        f"{built}"
         "\n## Unresolved values\n\n"
         "An image with an unresolved value can be built, but is not published.\n\n"
         + "".join(f"- {text} ({', '.join(where)})\n" for text, where in unresolved.items())
@@ -128,7 +136,7 @@ def _cell(backend: Backend, plan: ImagePlan) -> str:
 
 
 def fa4_models_page(kernel: Kernel) -> str:
-    """Write docs/fa4-models.md: which models' kernels are precompiled, and for which GPUs."""
+    """Write docs/precompiled-models.md: models with precompiled kernels, and for which GPUs."""
     kernel_set = kernel.ahead_of_time
     assert kernel_set is not None
     archs = list(kernel.archs)

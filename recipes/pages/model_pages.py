@@ -1,4 +1,4 @@
-"""Write docs/checkpoints.md and docs/families.md: which models train, and how they are saved."""
+"""Write docs/checkpoints.md and docs/model-types.md: which models train, and how they are saved."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ each type with random weights and trains it for three steps on a CPU in float32.
 
 
 def families_page(text: str) -> str:
-    """Write docs/families.md.
+    """Write docs/model-types.md.
 
     Args:
         text: content of the record.

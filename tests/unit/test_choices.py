@@ -1,7 +1,7 @@
 """What is chosen for every GPU that has a name, read against what its kernels can do.
 
-tests/unit/golden/choices.json holds all of it; that it is in step with the code, as
-docs/choices.md, test_recipes_render.py sees to. A change of it is a change of people's runs.
+tests/unit/golden/choices.json holds all of it. test_recipes_render.py checks that it is in step
+with the code, as docs/what-auto-chooses.md is. A change of it is a change of people's runs.
 Source of the rules here: the kernels themselves, read for the backends' files.
 """
 

@@ -307,7 +307,7 @@ def test_rows_on_values(values: dict[str, Any], errors: list[str], found: list[s
     [
         ("lora_alpa", "did you mean lora_alpha?"),
         ("lora_target_module", "did you mean lora_target_modules?"),
-        ("lora_zzzz", "remove it; the README lists the keys"),
+        ("lora_zzzz", "remove it; docs/config-keys.md lists the keys"),
     ],
 )
 def test_a_misspelt_key_of_an_adapter_is_not_said_to_be_axolotls(key: str, do: str) -> None:

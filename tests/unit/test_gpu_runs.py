@@ -128,7 +128,7 @@ def test_the_table_names_what_passed_and_what_failed():
     *_, row = runs_table({"x": [*RUN, FAILED]}).splitlines()
     assert row == (
         "| NVIDIA H100 80GB HBM3, 2026-12-01 | torch 2.11.0 | `sdpa` | `sdpa` |"
-        " `flash_attention_3` | [x](docs/gpu-runs.md#x) |"
+        " `flash_attention_3` | [x](#x) |"
     )
 
 

@@ -14,6 +14,7 @@ from recipes.artifact.read import read_wheelhouse
 from recipes.pages.built import (
     build_record,
     built_table,
+    images_table,
     read_manifest,
     read_records,
     replace_table,
@@ -49,6 +50,32 @@ def cell(**kernel: object) -> str:
 )
 def test_a_cell(kernel: dict[str, object], says: str) -> None:
     assert cell(**kernel) == says
+
+
+KERNELS = [
+    {"name": step.kernel.name, "key": step.key, "trimmed": False}
+    for step in HOPPER.steps
+    if step.kernel.form != "wheel"
+]
+
+
+@pytest.mark.parametrize(
+    ("image", "kernels", "state"),
+    [
+        pytest.param("hopper", KERNELS, "kernels built 2026-11-25", id="all kernels"),
+        pytest.param("hopper", KERNELS[1:], "not yet built", id="all but one"),
+        pytest.param("hopper", [{**KERNELS[0], "trimmed": True}, *KERNELS[1:]], "not yet built",
+                     id="one of them in a small build"),
+        pytest.param("hopper", [], "not yet built", id="no record"),
+        pytest.param("cpu", [], "built and tested on every change", id="nothing to compile"),
+    ],
+)  # fmt: skip
+def test_an_image_is_built_when_all_its_kernels_are(
+    image: str, kernels: list[dict[str, object]], state: str
+) -> None:
+    text = images_table(PLANS, {"hopper": {"day": "2026-11-25", "kernels": kernels}})
+    row = next(line for line in text.splitlines() if line.startswith(f"| `{image}`"))
+    assert row.split(" | ")[-1] == f"{state} |"
 
 
 def test_a_record_has_what_was_found_in_each_library() -> None:

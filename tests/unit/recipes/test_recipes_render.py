@@ -19,6 +19,8 @@ from attnimg.errors import AttnimgError
 from attnimg.selection.gpus_and_images import gpu_catalogue
 from recipes.facts import ImagePlan
 from recipes.files import NOTICE, write_all
+from recipes.pages.built import read_records
+from recipes.pages.config_keys_page import TEXTS as CONFIG_KEYS
 from recipes.pages.model_pages import FAMILIES_RECORD, RELOAD_RECORD
 from recipes.read import read_recipes
 from recipes.render.bake import labels
@@ -35,6 +37,8 @@ RUNNERS = (ROOT / "recipes/runners.toml").read_text(encoding="utf-8")
 RECORDS = {
     "families": (ROOT / FAMILIES_RECORD).read_text(encoding="utf-8"),
     "reload": (ROOT / RELOAD_RECORD).read_text(encoding="utf-8"),
+    "config_keys": (ROOT / CONFIG_KEYS).read_text(encoding="utf-8"),
+    "built": read_records(ROOT),
 }
 TEXTS = render_files(tuple(PLANS.values()), RECIPES, locks=LOCKS, runners=RUNNERS, **RECORDS)
 FA4_SET = RECIPES.kernels["flash-attn-4"].ahead_of_time
@@ -252,7 +256,7 @@ def test_the_page_of_images_promises_no_arm64_machine_one() -> None:
 
 
 def test_every_backend_has_a_row_in_the_support_matrix() -> None:
-    page = TEXTS["docs/support.md"]
+    page = TEXTS["docs/backends-by-image.md"]
     for backend in all_backends():
         name = f"`{backend.name}`" if backend.in_config else f"{backend.name} (only with `auto`)"
         assert f"| {name} |" in page

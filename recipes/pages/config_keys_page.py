@@ -1,0 +1,184 @@
+"""Write docs/config-keys.md: every key of a config, its values, its default and what it does."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from attnimg.config.attention import LEGACY
+from attnimg.config.keys import COMPUTED, unsupported_dataset_keys, unsupported_keys
+from attnimg.config.schema import Config, DatasetSpec
+from attnimg.errors import AttnimgError
+from recipes.files import NOTICE
+from recipes.pages import markdown_table
+
+TEXTS = "recipes/config_keys.toml"
+# The section of keys that belong to an entry of `datasets`.
+_OF_ENTRIES = "Entries of datasets"
+# Limits at or above this only protect libraries from absurd numbers.
+_NO_LIMIT = 1024
+_HEAD = ("key", "value", "default", "what it does")
+
+_INTRO = """# Config keys
+
+A config is one YAML file with axolotl's keys. `attnimg check config.yaml` lists every mistake in
+it, without a GPU, a model or a network. A key on the command line replaces the one in the file; a
+name with dots is a nested key:
+
+```bash
+attnimg train config.yaml learning_rate=1e-4 datasets.0.path=more.jsonl
+```
+
+The smallest config that trains:
+
+```yaml
+base_model: outputs/demo/untrained
+datasets:
+  - path: examples/data/devils_dictionary.jsonl
+    type: alpaca
+learning_rate: 1e-3
+```
+
+More of them are in `examples/`: `lora.yaml`, `qlora.yaml`, `chat.yaml`, `pretrain.yaml`. A mistake
+looks like this:
+
+```
+$ attnimg check wrong.yaml
+no  wrong.yaml  -  2 errors
+  error alias-rejected: fa2 is a short form
+    why: found an alias; one backend has one name
+    do:  write attn_implementation: flash_attention_2
+  error unknown-key: sample_packin is no key
+    why: neither attnimg nor axolotl knows it, and it would have no effect
+    do:  did you mean sample_packing?
+```
+
+"""
+
+_ATTENTION = """`attn_implementation` ([why this backend](why-this-backend.md)) is one of:
+
+| value | what it is |
+| --- | --- |
+| `auto`, or no such key | the best-ranked backend that fits and passes its proof |
+| `flash_attention_2`, `flash_attention_3` | the family; this one alone: `attn_strict` |
+| `flash_attention_4` | FlashAttention-4 |
+| `sdpa`, `eager` | PyTorch's own; packed documents are isolated by a mask, which is slower |
+| `flex_attention` | PyTorch FlexAttention |
+| `xformers` | xFormers' memory-efficient attention |
+| `sage`, `fp8` | 8-bit attention; `fp8` has no backward pass, so it can't train |
+| `s2` | shifted sparse attention of LongLoRA, for LLaMA, without packing |
+| `org/name[@rev][:fn]` | a kernel of the Hugging Face hub, only when it is named |
+
+A named backend is used or refused; it is never replaced, and nothing is downloaded that the config
+does not name.
+
+"""
+
+_OUTRO = """
+## Environment variables
+
+Variables of `accelerate launch`, such as `ACCELERATE_MIXED_PRECISION`, must agree with the config:
+a different value is refused (`bad-environment`). Several processes:
+`torchrun --nproc-per-node 2 -m attnimg train config.yaml`.
+"""
+
+
+def config_keys_page(text: str) -> str:
+    """Write docs/config-keys.md.
+
+    Args:
+        text: of recipes/config_keys.toml: section -> key -> what the key does.
+
+    Raises:
+        AttnimgError: a key of the schema has no text, or a text has no key (code "config-keys").
+    """
+    sections: dict[str, dict[str, str]] = tomllib.loads(text)
+    _require_same(sections)
+    parts = [f"<!-- {NOTICE} -->\n\n{_INTRO}"]
+    for title, keys in sections.items():
+        schema = (DatasetSpec if title == _OF_ENTRIES else Config).model_json_schema()
+        rows = [
+            (f"`{key}`", _values(schema["properties"][key]), _default(schema, key), does)
+            for key, does in keys.items()
+        ]
+        parts.append(
+            f"## {title}\n\n{markdown_table(('key', 'value', 'default', 'what it does'), rows)}\n"
+        )
+        parts += [_ATTENTION] if "attn_implementation" in keys else []
+    return "".join((*parts, _refused(), _OUTRO))
+
+
+def _require_same(sections: Mapping[str, Mapping[str, str]]) -> None:
+    """Raise unless the texts are for exactly the keys of the schema."""
+    for model, found in (
+        (Config, [key for title in sections if title != _OF_ENTRIES for key in sections[title]]),
+        (DatasetSpec, [*sections.get(_OF_ENTRIES, ())]),
+    ):
+        needed = set(model.model_fields) - set(COMPUTED)
+        if differ := needed.symmetric_difference(found):
+            raise AttnimgError(
+                f"{TEXTS} does not describe the keys of {model.__name__}",
+                why=f"without a text: {', '.join(sorted(needed.difference(found))) or '-'}; "
+                f"without a key: {', '.join(sorted(differ - needed)) or '-'}",
+                do=f"write one line for each key into {TEXTS}; make render",
+                code="config-keys",
+            )
+
+
+def _values(schema: Mapping[str, Any]) -> str:
+    """Return the accepted values of one key, from its JSON schema."""
+    options = [one for one in schema.get("anyOf", [schema]) if one.get("type") != "null"]
+    return " or ".join(_value(option) for option in options)
+
+
+def _value(schema: Mapping[str, Any]) -> str:
+    if names := schema.get("enum", [schema["const"]] if "const" in schema else []):
+        return ", ".join(f"`{name}`" for name in names)
+    if "$ref" in schema:
+        return "entries"
+    match schema.get("type"):
+        case "boolean":
+            return "`true`, `false`"
+        case "integer" | "number" as kind:
+            return f"{'whole ' if kind == 'integer' else ''}number {', '.join(_limits(schema))}"
+        case "array":
+            return f"list of {_values(schema['items'])}"
+        case "object":
+            return "mapping"
+    return "text"
+
+
+def _limits(schema: Mapping[str, Any]) -> Iterator[str]:
+    for name, sign in (("gt", ">"), ("exclusiveMinimum", ">"), ("ge", ">="), ("minimum", ">="),
+                       ("lt", "<"), ("exclusiveMaximum", "<"),
+                       ("le", "<="), ("maximum", "<=")):  # fmt: skip
+        limit = schema.get(name)
+        if limit is not None and limit < _NO_LIMIT:
+            yield f"{sign} {limit:g}"
+
+
+def _default(schema: Mapping[str, Any], key: str) -> str:
+    default = schema["properties"][key].get("default")
+    if default is None:
+        return "-"
+    return f"`{str(default).lower() if isinstance(default, bool) else default}`"
+
+
+def _refused() -> str:
+    """Write the lists of axolotl's keys that are refused, with what to do instead."""
+    lines = [
+        "## Keys of axolotl that are refused\n\n"
+        "Set to something that would change the run, each is an error (`unsupported-key`);\n"
+        "`null` and `false` are accepted. Any other unknown key is an error too (`unknown-key`),\n"
+        "with the nearest known one. A key without effect in this run is named in a warning.\n\n"
+        f"The older keys {', '.join(f'`{key}`' for key in LEGACY)} still work,\n"
+        "with a warning that has the line to write instead.\n\n"
+    ]
+    groups: dict[str, list[str]] = {}
+    for key, refused in unsupported_keys().items():
+        groups.setdefault(refused.do, []).append(f"`{key}`")
+    for key, refused in unsupported_dataset_keys().items():
+        groups.setdefault(f"{refused.do} (entries of `datasets`)", []).append(f"`{key}`")
+    rows = ((do, ", ".join(keys)) for do, keys in groups.items())
+    return "".join((*lines, markdown_table(("what to do", "keys"), rows)))
