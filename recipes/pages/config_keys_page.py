@@ -46,10 +46,10 @@ looks like this:
 ```
 $ attnimg check wrong.yaml
 no  wrong.yaml  -  2 errors
-  error alias-rejected: fa2 is a short form
-    why: found an alias; one backend has one name
+  error alias-rejected: fa2 is an alias of flash_attention_2
+    why: found an alias, needed the backend's full name
     do:  write attn_implementation: flash_attention_2
-  error unknown-key: sample_packin is no key
+  error unknown-key: sample_packin is not a known key
     why: neither attnimg nor axolotl knows it, and it would have no effect
     do:  did you mean sample_packing?
 ```

@@ -9,8 +9,8 @@ import pytest
 import yaml
 from markdown_pages import Page, broken_links, missing_paths, read_page
 
-from attnimg.cli import COMMANDS
-from attnimg.selection.images import catalogue
+from attnimg.__main__ import COMMANDS
+from attnimg.selection.gpus_and_images import image_catalogue
 
 ROOT = Path(__file__).parents[3]
 PAGES = sorted(
@@ -21,7 +21,7 @@ PAGES = sorted(
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
 TARGETS = {name for names in re.findall(r"^([\w./%-][^:=\n]*):(?!=)", MAKEFILE, re.M)
            for name in names.split()}  # fmt: skip
-IMAGES = {name for image in catalogue().values() for name in (image.name, *image.aliases)}
+IMAGES = {name for image in image_catalogue().values() for name in (image.name, *image.aliases)}
 # What pages write where a reader puts the name of an image.
 PLACEHOLDERS = {"NAME", "TAG", "%"}
 

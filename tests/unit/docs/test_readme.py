@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).parents[3]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-# The keys of examples/demo/make_model.py that attention depends on.
+# The keys of examples/demo/prepare.py that attention depends on.
 DEMO_MODEL = {
     "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64,
     "hidden_size": 256, "max_position_embeddings": 1024,
@@ -65,7 +65,7 @@ def test_a_long_line_is_found(text: str, found: int) -> None:
 
 
 def test_the_demo_s_model_is_the_one_that_is_explained() -> None:
-    script = (ROOT / "examples/demo/make_model.py").read_text(encoding="utf-8")
+    script = (ROOT / "examples/demo/prepare.py").read_text(encoding="utf-8")
     for key, value in DEMO_MODEL.items():
         assert f"{key}={value}," in script
 
