@@ -308,8 +308,8 @@ def select(
         The choice. It is not verified yet.
 
     Raises:
-        KernelError: the named backend, or every backend, does not fit; or packed documents would
-            mix.
+        KernelError: the named backend, or every backend, does not fit.
+        PackingLeak: it is known that packed documents would affect one another in this model.
         AttnimgError: an argument is invalid, or the model's config can't be read.
 
     Example:
@@ -355,7 +355,8 @@ def use(choice: Choice) -> Iterator[Choice]:
     """Register a choice with transformers inside the block; verify it first if that is missing.
 
     Models that are loaded inside with `attn_implementation=choice.implementation` run its backend.
-    transformers' registries are restored at the end, so train inside the block.
+    transformers' registries are restored at the end, so train inside the block. What `apply` did
+    inside stays until `restore`.
 
     Raises:
         KernelError: no allowed backend passed its proof, or the kernel does not load.
@@ -373,7 +374,7 @@ def use(choice: Choice) -> Iterator[Choice]:
         'sdpa'
     """
     choice.verify()
-    with application.restored():
+    with application.restored(kept=_names_applied):
         choice._prepare()
         token = _in_use.set((*_in_use.get(), choice))
         try:
@@ -399,6 +400,11 @@ class _AppliedModel:
 
 # Model -> what `apply` changed. A model that is deleted leaves it.
 _applied: weakref.WeakKeyDictionary[Any, _AppliedModel] = weakref.WeakKeyDictionary()
+
+
+def _names_applied() -> frozenset[str]:
+    """Return the names that the models of `apply` need in transformers' registries."""
+    return frozenset(name for applied in _applied.values() for name in applied.names)
 
 
 def apply(model: Any, *, collator: Collator | None = None, **settings: Unpack[Settings]) -> Choice:
@@ -490,9 +496,8 @@ def restore(model: Any) -> None:
             code="not-applied",
         )
     model.set_attn_implementation(found.before)
-    application.unregister(
-        found.names - {name for other in _applied.values() for name in other.names}
-    )
+    in_use = {choice.implementation for choice in _in_use.get()}
+    application.unregister(found.names - _names_applied() - in_use)
 
 
 def verify(model: object, **settings: Unpack[Settings]) -> tuple[Proof, ...]:
@@ -588,9 +593,9 @@ def _unwrapped(model: Any) -> Any:
     """
     from torch import nn
 
-    model = getattr(model, "_orig_mod", model)
-    if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
-        model = model.module
+    parallel = nn.parallel.DistributedDataParallel | nn.DataParallel
+    while hasattr(model, "_orig_mod") or isinstance(model, parallel):
+        model = model.module if isinstance(model, parallel) else model._orig_mod
     if not hasattr(model, "set_attn_implementation"):
         raise AttnimgError(
             "this is not a transformers model",
