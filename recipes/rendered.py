@@ -12,6 +12,7 @@ from attnimg.selection.model_types import read_causal_types
 from recipes.facts import Plan, Recipes
 from recipes.files import text_of
 from recipes.gates import docs
+from recipes.pages.api_page import api_page
 from recipes.pages.checkpoints_page import checkpoints_page
 from recipes.pages.choices import choices, choices_json
 from recipes.pages.choices_page import choices_page
@@ -62,6 +63,7 @@ def rendered(
         "docker/docker-bake.json": bake_file(plans),
         "attnimg/data/images.json": images,
         ".github/matrix.json": matrix(plans, build_runner=ci["build"], gpu_runners=ci["gpu"]),
+        "docs/api.md": api_page(),
         "docs/choices.md": choices_page(chosen),
         "docs/checkpoints.md": checkpoints_page(read_causal_types(), reloaded=reload),
         "tests/unit/golden/choices.json": choices_json(chosen, parsed),

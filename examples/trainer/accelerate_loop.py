@@ -43,9 +43,8 @@ def main() -> None:
 
     with attnimg.use(choice):
         accelerator = Accelerator()
-        model = AutoModelForCausalLM.from_config(
-            config, attn_implementation=choice.implementation
-        ).to(accelerator.device)
+        model = AutoModelForCausalLM.from_config(config, attn_implementation=choice.implementation)
+        model.to(accelerator.device)
         attnimg.check_packing(model, collator=collator)
 
         optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
