@@ -39,6 +39,7 @@ from attnimg.facts import (
     Finding,
     GroupChoice,
     LayerKind,
+    Machine,
     Model,
     ModelClass,
     Plan,
@@ -307,8 +308,8 @@ def select(
         The choice. It is not verified yet.
 
     Raises:
-        KernelError: the named backend, or every backend, does not fit; or packed documents would
-            mix.
+        KernelError: the named backend, or every backend, does not fit.
+        PackingLeak: it is known that packed documents would affect one another in this model.
         AttnimgError: an argument is invalid, or the model's config can't be read.
 
     Example:
@@ -356,7 +357,8 @@ def use(choice: Choice) -> Iterator[Choice]:
     """Register a choice with transformers inside the block; verify it first if that is missing.
 
     Models that are loaded inside with `attn_implementation=choice.implementation` run its backend.
-    transformers' registries are restored at the end, so train inside the block.
+    transformers' registries are restored at the end, so train inside the block. What `apply` did
+    inside stays until `restore`.
 
     Raises:
         KernelError: no allowed backend passed its proof, or the kernel does not load.
@@ -374,7 +376,7 @@ def use(choice: Choice) -> Iterator[Choice]:
         'sdpa'
     """
     choice.verify()
-    with application.restored():
+    with application.restored(kept=_names_applied):
         choice._prepare()
         token = _in_use.set((*_in_use.get(), choice))
         try:
@@ -400,6 +402,11 @@ class _AppliedModel:
 
 # Model -> what `apply` changed. A model that is deleted leaves it.
 _applied: weakref.WeakKeyDictionary[Any, _AppliedModel] = weakref.WeakKeyDictionary()
+
+
+def _names_applied() -> frozenset[str]:
+    """Return the names that the models of `apply` need in transformers' registries."""
+    return frozenset(name for applied in _applied.values() for name in applied.names)
 
 
 def apply(model: Any, *, collator: Collator | None = None, **settings: Unpack[Settings]) -> Choice:
@@ -434,9 +441,12 @@ def apply(model: Any, *, collator: Collator | None = None, **settings: Unpack[Se
         >>> model.config._attn_implementation
         'eager'
     """
-    if model in _applied:
+    model = _unwrapped(model)
+    if _base(model) in _applied:
         restore(model)
     choice = select(model, **settings)
+    if choice._task.problem.packing:
+        _require_device(model, choice._task.machine)
     use_shipped_kernels(choice._task.machine)
     before, registered = application.running(model), application.registered()
 
@@ -464,7 +474,7 @@ def apply(model: Any, *, collator: Collator | None = None, **settings: Unpack[Se
         raise
     choice._plan, choice._proofs = applied.selected.plan, applied.selected.proofs
     choice._verified, choice._implementation = True, application.running(model)
-    _applied[model] = _AppliedModel(
+    _applied[_base(model)] = _AppliedModel(
         choice=choice,
         before=before,
         names=(application.registered() - registered) | {choice._implementation},
@@ -478,7 +488,8 @@ def restore(model: Any) -> None:
     Raises:
         AttnimgError: `apply` was not called for this model.
     """
-    found = _applied.pop(model, None)
+    model = _unwrapped(model)
+    found = _applied.pop(_base(model), None)
     if found is None:
         raise AttnimgError(
             "there is nothing to restore",
@@ -487,9 +498,8 @@ def restore(model: Any) -> None:
             code="not-applied",
         )
     model.set_attn_implementation(found.before)
-    application.unregister(
-        found.names - {name for other in _applied.values() for name in other.names}
-    )
+    in_use = {choice.implementation for choice in _in_use.get()}
+    application.unregister(found.names - _names_applied() - in_use)
 
 
 def verify(model: object, **settings: Unpack[Settings]) -> tuple[Proof, ...]:
@@ -545,9 +555,11 @@ def check_packing(model: Any, *, collator: Collator | None = None) -> None:
     """
     from attnimg.verification.isolation import check_isolation, require_isolation
 
+    model = _unwrapped(model)
     implementation = application.running(model)
     choice = _choice_of(model)
     if choice is not None:
+        _require_device(model, choice._task.machine)
         application.require_applied(model, application.backend_of(choice._plan))
         context = replace(choice._context, packing=True)
     else:
@@ -575,10 +587,50 @@ def check_packing(model: Any, *, collator: Collator | None = None) -> None:
     _log.info("packing: isolated on %s (%s)", implementation, proof.why)
 
 
+def _unwrapped(model: Any) -> Any:
+    """Return a model without the wrappers of torch.compile and data parallelism.
+
+    Raises:
+        AttnimgError: it is not a transformers model.
+    """
+    from torch import nn
+
+    parallel = nn.parallel.DistributedDataParallel | nn.DataParallel
+    while hasattr(model, "_orig_mod") or isinstance(model, parallel):
+        model = model.module if isinstance(model, parallel) else model._orig_mod
+    if not hasattr(model, "set_attn_implementation"):
+        raise AttnimgError(
+            "this is not a transformers model",
+            why=f"found {type(model).__name__}, which has no set_attn_implementation",
+            do="pass a model of transformers or PEFT; in another one, call attnimg.attention",
+            code="bad-model",
+            key="model",
+        )
+    return model
+
+
+def _base(model: Any) -> Any:
+    """Return the model that PEFT has wrapped, or else the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _require_device(model: Any, machine: Machine) -> None:
+    """Raise if a model that is about to be called is on the CPU, and the choice is for a GPU."""
+    device = next(model.parameters()).device
+    if device.type != "cpu" or machine.arch.vendor == "cpu":
+        return
+    raise AttnimgError(
+        "packing can't be checked while the model is on the CPU",
+        why=f"found its weights on {device}; the backend was chosen for {gpu_text(machine)}",
+        do='call model.to("cuda") before; to train on the CPU, set CUDA_VISIBLE_DEVICES=""',
+        code="wrong-device",
+    )
+
+
 def _choice_of(model: Any) -> Choice | None:
     """Return the choice that `apply` made for a model, or that of the innermost `use` block."""
-    if model in _applied:
-        return _applied[model].choice
+    if _base(model) in _applied:
+        return _applied[_base(model)].choice
     return _in_use.get()[-1] if _in_use.get() else None
 
 
@@ -705,11 +757,10 @@ def _model_facts(model: object) -> _ModelFacts:
     facts = _from_config(raw, name=str(getattr(config, "_name_or_path", "") or "the model"))
     if config is model:
         return facts
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
     weights = str(getattr(model, "dtype", "")).removeprefix("torch.")
     return replace(
         facts,
-        model_class=application.facts_of(type(base)),
+        model_class=application.facts_of(type(_base(model))),
         weights=weights if weights in get_args(DType) else None,  # type: ignore[arg-type]  # checked
     )
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from attnimg import application
 from attnimg.backends._transformers import is_called_directly
 from attnimg.context import context_of
-from attnimg.errors import AttnimgError, KernelError, set_backend
+from attnimg.errors import AttnimgError, KernelError, PackingLeak, set_backend
 from attnimg.facts import (
     Backend,
     Finding,
@@ -290,7 +290,8 @@ def _announced(plan: Plan, task: Task, report: Report) -> Plan:
     errors, warnings = run_findings(plan, task.problem, task.machine)
     report.show_plan(plan, task, () if errors else warnings)
     for error in errors:
-        raise AttnimgError(error.what, why=error.why, do=error.do, code=error.code, key=error.key)
+        kind = PackingLeak if error.code == "packing-not-isolated" else AttnimgError
+        raise kind(error.what, why=error.why, do=error.do, code=error.code, key=error.key)
     return plan
 
 

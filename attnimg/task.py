@@ -85,6 +85,7 @@ def build_task(
         problem=build_problem(config, model=model, dropout=dropout, arch=machine.arch),
         requested=config.attn_implementation,
         strict=config.attn_strict,
+        kinds=config.attn_backends,
     )
 
 

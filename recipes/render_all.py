@@ -13,6 +13,7 @@ from attnimg.selection.model_types import read_causal_types
 from recipes.facts import ImagePlan, Recipes
 from recipes.files import read_if_exists
 from recipes.gates import all_gates
+from recipes.pages.api_page import api_page
 from recipes.pages.built import built_table
 from recipes.pages.choices import choices_json, choices_page, choose_on_all_gpus
 from recipes.pages.config_keys_page import config_keys_page
@@ -65,6 +66,7 @@ def render_files(
     texts = {
         "docker/docker-bake.json": bake_file(plans),
         "attnimg/data/images.json": images,
+        "docs/api.md": api_page(),
         ".github/matrix.json": matrix_json(plans, build_runner=ci["build"], gpu_runners=ci["gpu"]),
         "docs/what-auto-chooses.md": choices_page(gpu_choices),
         "docs/checkpoints.md": checkpoints_page(read_causal_types(), reloaded=reload),

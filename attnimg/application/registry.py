@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import wraps
 from typing import Any
@@ -32,10 +32,13 @@ _STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 @contextmanager
-def restored() -> Iterator[None]:
+def restored(*, kept: Callable[[], Container[str]] = tuple) -> Iterator[None]:
     """Restore transformers' registries of attention and mask functions after the block.
 
     A model can run a backend that attnimg registered only inside the block.
+
+    Args:
+        kept: returns the names that stay registered; called at the end of the block.
     """
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers import modeling_flash_attention_utils as flash
@@ -46,9 +49,11 @@ def restored() -> Iterator[None]:
     try:
         yield
     finally:
+        names = kept()
         for registry, content in zip(registries, before, strict=True):
+            stay = {name: function for name, function in registry.items() if name in names}
             registry.clear()
-            registry.update(content)
+            registry.update(content | stay)
         for name, value in slot.items():
             setattr(flash, name, value)
 

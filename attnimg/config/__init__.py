@@ -17,6 +17,7 @@ from attnimg.config.attention import (
     AUTO,
     AttentionSettings,
     attention_findings,
+    layer_kind_findings,
     name_errors,
     replace_legacy_keys,
 )
@@ -80,6 +81,9 @@ def check_values(
         torch=parse_torch(torch) if torch is not None else None,
     )
     attention = list(attention_findings(settings))
+    if config.attn_backends:
+        attention += layer_kind_findings(config.attn_backends, settings, name)
+    attention = list(dict.fromkeys(attention))
     errors += [finding for finding in legacy if finding.why]
     errors += [*bad_name, *_missing_keys(values), *bad_values]
     errors += [finding for finding in attention if finding.why]

@@ -6,14 +6,14 @@ The rules read only values of the config; the GPU and torch version come from --
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from typing import Any
 
 from attnimg.backends import all_backends, arch_code, find_backend, is_hub_path, runs_on
 from attnimg.config.schema import Config, make_error, make_warning
-from attnimg.facts import Arch, Backend, Finding, Needs
+from attnimg.facts import Arch, Backend, Finding, LayerKind, Needs
 
 AUTO = "auto"
 # Short names that users try -> the backend. They are errors too, but not unknown-backend.
@@ -65,6 +65,33 @@ def name_errors(name: object) -> Iterator[Finding]:
         hint = f"did you mean {' or '.join(similar)}? " if similar else ""
         why = f"found {name!r}, needed one of {', '.join(known)}, or org/name[@rev][:fn]"
         yield make_error("unknown-backend", key, f"unknown backend {name!r}", why, f"{hint}{do}")
+
+
+def layer_kind_findings(
+    names: Mapping[LayerKind, str], settings: AttentionSettings, requested: object
+) -> Iterator[Finding]:
+    """Yield the findings about attn_backends: each backend in it has to obey the same rules.
+
+    Args:
+        names: the value of attn_backends.
+        settings: the values of the config; their backend is replaced.
+        requested: the value of attn_implementation.
+    """
+    key = "attn_backends"
+    if requested not in (None, AUTO):
+        what = f"{key} and attn_implementation: {requested} exclude each other"
+        why = f"{key} refines auto; found {key}: {dict(names)}"
+        yield make_error("bad-value", key, what, why, f"remove {key}, or attn_implementation")
+    for kind, name in names.items():
+        errors = [replace(error, key=f"{key}.{kind}") for error in name_errors(name)]
+        if name == AUTO:
+            what = f"{key}.{kind} is auto"
+            do = f"remove {kind} from {key}: layers that it does not name get the best backend"
+            errors.append(make_error("bad-value", f"{key}.{kind}", what, "needed a backend", do))
+        yield from errors
+        if not errors:
+            chosen = replace(settings, backend=find_backend(name), resolved=True)
+            yield from attention_findings(chosen)
 
 
 def _is_known(name: str) -> bool:

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, Strict
 
-from attnimg.facts import Finding
+from attnimg.facts import Finding, LayerKind
 
 
 def _to_bool(value: object) -> object:
@@ -171,6 +171,7 @@ class Config(BaseModel):
     attn_supports_packing: bool | None = None
     attn_uses_flash_lib: bool | None = None
     attn_needs_dtype_cast: bool | None = None
+    attn_backends: dict[LayerKind, str] | None = None
     attn_strict: Flag = False
     attn_forward_only_ok: Flag = False
     attn_known_bad: PathText | None = None

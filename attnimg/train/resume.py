@@ -52,7 +52,7 @@ BY_VALUE = frozenset(
 BY_CONTENT = frozenset(
     {
         "base_model", "revision_of_model", "tokenizer_config", "datasets", "pretraining_dataset",
-        "test_datasets", "attn_implementation",
+        "test_datasets", "attn_implementation", "attn_backends",
     }
 )  # fmt: skip
 

@@ -152,7 +152,7 @@ def train(model: Path, out: Path, patch: pytest.MonkeyPatch, **keys: Any) -> Any
         **keys,
     }
     found: list[Any] = []
-    save = fit.save_final
+    save = fit.save_final_model
 
     def save_and_keep(engine: Any, *rest: Any) -> Any:
         files = save(engine, *rest)

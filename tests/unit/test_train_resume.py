@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import yaml
-from attnimg.train.data.documents import SourceFigures
+from attnimg.train.data import SourceFigures
 
 from attnimg.config.schema import Config
 from attnimg.errors import AttnimgError

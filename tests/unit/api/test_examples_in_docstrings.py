@@ -6,12 +6,15 @@ import inspect
 import pytest
 
 import attnimg
+from attnimg.integrations.transformers import AttnimgCallback
 
 FINDER = doctest.DocTestFinder(recurse=True)
+DOCUMENTED = {name: getattr(attnimg, name) for name in attnimg.__all__}
+DOCUMENTED["AttnimgCallback"] = AttnimgCallback
 EXAMPLES = [
     test
-    for name in attnimg.__all__
-    for test in FINDER.find(getattr(attnimg, name), name=name)
+    for name, found in DOCUMENTED.items()
+    for test in FINDER.find(found, name=name)
     if test.examples
 ]
 

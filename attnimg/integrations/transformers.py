@@ -1,0 +1,165 @@
+"""Apply attnimg in transformers' Trainer and in trainers derived from it, such as TRL's SFTTrainer.
+
+    trainer = SFTTrainer(model, args=SFTConfig(packing=True), ..., callbacks=[AttnimgCallback()])
+
+Trainer calls on_train_begin after accelerate has placed, cast and wrapped the model, and before the
+first forward pass. That is the right time: models read the name of their attention at each call,
+DDP and torch.compile wrap the same module (compilation happens in the first step), the model is on
+its device, and the trainer's own collator is known. Source: transformers 5.22.2, trainer.py,
+_prepare_for_training and _inner_training_loop; accelerate 1.15.0, prepare_model (2026-11-27).
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any, Unpack
+
+from transformers import TrainerCallback
+
+from attnimg import api
+from attnimg.errors import AttnimgError
+from attnimg.train.distributed import require_same_on_all_ranks
+
+_log = logging.getLogger("attnimg")
+
+# The file in output_dir that has the choice.
+CHOICE_FILE = "attnimg.json"
+
+
+class AttnimgCallback(TrainerCallback):  # type: ignore[misc]  # transformers ships no strict types
+    """Select, verify and apply a backend when training begins; restore the model when it ends.
+
+    The choice is logged by the logger "attnimg", and written to attnimg.json in output_dir. If
+    training ends with an exception, Trainer calls no callback: the model keeps the backend, until
+    the next `train()` selects again, or `attnimg.restore(model)`.
+
+    Args:
+        settings: the arguments of `attnimg.select`. Those left out come from the TrainingArguments:
+            packing from `packing` and `padding_free`, or from a DataCollatorWithFlattening;
+            sequence_len from `max_length`; micro_batch_size from `per_device_train_batch_size`;
+            dtype and autocast from `bf16` and `fp16`; compiled from `torch_compile`; checkpointing
+            from `gradient_checkpointing`.
+
+    Attributes:
+        choice: what was chosen; None before training.
+
+    Example:
+        >>> from attnimg.integrations.transformers import AttnimgCallback
+        >>> callback = AttnimgCallback(backend="sdpa")
+        >>> print(callback.choice)
+        None
+    """
+
+    def __init__(self, **settings: Unpack[api.Settings]) -> None:
+        unknown = sorted(settings.keys() - api.Settings.__annotations__.keys())
+        if unknown:
+            raise TypeError(f"AttnimgCallback takes no argument {unknown[0]!r}")
+        self.settings = settings
+        self.choice: api.Choice | None = None
+
+    def on_train_begin(
+        self, args: Any, state: Any, control: Any, *, model: Any, train_dataloader: Any, **_: Any
+    ) -> None:
+        """Apply the backend to the model, with the same result in all processes.
+
+        Raises:
+            KernelError: no allowed backend fits and passes its proof.
+            PackingLeak: packed documents affect one another with every allowed backend.
+            AttnimgError: processes chose different backends, or packing can't be checked.
+        """
+        del control
+        collator = getattr(train_dataloader, "collate_fn", None)
+        # Trainer wraps the collator of a dataset that is not one of the library `datasets`.
+        collator = getattr(collator, "data_collator", collator)
+        settings = settings_of(args, collator) | self.settings
+        packing = bool(settings.get("packing"))
+        if packing:
+            _require_whole_weights(model)
+        failure = None
+        try:
+            self.choice = api.apply(model, collator=collator if packing else None, **settings)
+        except AttnimgError as error:  # raised below, unless another process has another result
+            failure = error
+        require_same_on_all_ranks(
+            {"attention": str(failure) if failure else _digest(self.choice)},
+            cpu=args.device.type == "cpu",
+            timeout_s=None,
+        )
+        if failure is not None:
+            raise failure
+        assert self.choice is not None
+        if state.is_world_process_zero:
+            path = Path(args.output_dir) / CHOICE_FILE
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(self.choice.to_dict(), indent=2) + "\n", encoding="utf-8")
+            _log.info("the choice was written to %s", path)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, *, model: Any, **_: Any) -> None:
+        """Restore the model's previous attention."""
+        del args, state, control
+        api.restore(model)
+
+
+def settings_of(args: Any, collator: Any = None) -> api.Settings:
+    """Return the arguments of `attnimg.select` that TrainingArguments or an SFTConfig imply.
+
+    Args:
+        args: the trainer's arguments.
+        collator: the trainer's collator.
+    """
+    from transformers import DataCollatorWithFlattening
+
+    packing = bool(getattr(args, "packing", False))
+    if packing and getattr(args, "packing_strategy", None) == "wrapped":
+        # TRL cuts documents anywhere and passes no boundaries: rows are plain text.
+        _log.warning("packing_strategy wrapped: documents of a row attend to one another")
+        packing = False
+    if getattr(args, "padding_free", False) or isinstance(collator, DataCollatorWithFlattening):
+        packing = True
+    settings = api.Settings(
+        packing=packing,
+        sequence_len=getattr(args, "max_length", None),
+        micro_batch_size=args.per_device_train_batch_size,
+        compiled=bool(args.torch_compile),
+        checkpointing=bool(args.gradient_checkpointing),
+        autocast=False,
+    )
+    if args.bf16 or args.fp16:
+        settings["dtype"] = "bfloat16" if args.bf16 else "float16"
+        # DeepSpeed casts the weights in place of autocast.
+        settings["autocast"] = not getattr(args, "deepspeed_plugin", None)
+    return settings
+
+
+def _digest(choice: api.Choice | None) -> list[Any]:
+    """Return what all processes must have in common."""
+    assert choice is not None
+    groups = [[group.layers.count, group.verdict.backend.name] for group in choice.groups]
+    return [choice.backend, choice.kernel, groups]
+
+
+def _require_whole_weights(model: Any) -> None:
+    """Raise if FSDP or ZeRO-3 has split the weights: the check can't call such a model."""
+    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+
+    split = next(
+        (
+            type(module).__name__
+            for module in model.modules()
+            if isinstance(module, FSDPModule | FullyShardedDataParallel)
+        ),
+        None,
+    )
+    if split is None and any(hasattr(weight, "ds_id") for weight in model.parameters()):
+        split = "DeepSpeed's ZeRO-3"
+    if split is None:
+        return
+    raise AttnimgError(
+        "packing can't be checked on weights that are split between processes",
+        why=f"found {split}; the check calls the whole model",
+        do="call attnimg.apply(model, packing=True, collator=...) before the trainer is made, "
+        "without AttnimgCallback",
+        code="split-weights",
+    )

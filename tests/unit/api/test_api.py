@@ -1,0 +1,320 @@
+"""The functions of the Python API select, verify, apply and restore backends on tiny models."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from served_kernels import serve
+from tiny_models import tiny_model
+from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM
+
+import attnimg
+from attnimg import api
+from attnimg.__main__ import run
+from attnimg.facts import Arch
+
+CONFIG = {"model_type": "llama", "num_hidden_layers": 2, "hidden_size": 64,
+          "num_attention_heads": 4, "num_key_value_heads": 2}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _restored():
+    """Restore the models that a test has applied a backend to."""
+    before = registered()
+    yield
+    for model in list(api._applied):
+        attnimg.restore(model)
+    assert registered() == before
+
+
+def lora(model):
+    from peft import LoraConfig, get_peft_model
+
+    return get_peft_model(model, LoraConfig(target_modules="all-linear", r=2))
+
+
+def running(model):
+    return model.config._attn_implementation
+
+
+def registered():
+    return (
+        dict(AttentionInterface._global_mapping),
+        dict(AttentionMaskInterface._global_mapping),
+    )
+
+
+def logits(model):
+    with torch.no_grad():
+        return model.eval()(input_ids=torch.arange(20, 40)[None]).logits
+
+
+# The backend of a CPU that transformers has no name for.
+REGISTERED = "sdpa_math"
+
+# A fraction of the largest logit that roundings of float32 stay below.
+ROUNDING = 1e-4
+
+
+@pytest.mark.parametrize("wrap", [lambda model: model, lora], ids=["full", "PEFT"])
+@pytest.mark.parametrize("model_type", ["llama", "gemma2"])
+def test_a_model_runs_the_choice_and_then_its_own_attention_again(model_type, wrap):
+    model, before = wrap(tiny_model(model_type, "eager")), registered()
+    expected = logits(model)
+    choice = attnimg.apply(model, packing=True)
+    # torch's own attention has no soft cap.
+    assert choice.backend == {"llama": "sdpa", "gemma2": "eager"}[model_type]
+    assert running(model) == choice.implementation
+    assert running(model.get_base_model() if wrap is lora else model) == choice.implementation
+    assert [(proof.backend, proof.passed) for proof in choice.proofs] == [(choice.backend, True)]
+    torch.testing.assert_close(
+        logits(model), expected, rtol=0, atol=ROUNDING * expected.abs().max().item()
+    )
+    attnimg.check_packing(model)
+    attnimg.restore(model)
+    assert running(model) == "eager"
+    assert registered() == before
+    with pytest.raises(attnimg.AttnimgError, match="nothing to restore"):
+        attnimg.restore(model)
+
+
+def test_a_model_that_peft_wraps_later_can_be_restored():
+    model = tiny_model("llama", "eager")
+    attnimg.apply(model, packing=True)
+    adapted = lora(model)
+    attnimg.check_packing(adapted)
+    attnimg.restore(adapted)
+    assert running(model) == "eager"
+
+
+def test_a_compiled_or_parallel_model_is_that_inside():
+    model = tiny_model("llama", "eager")
+    compiled = torch.compile(model, backend="eager")
+    attnimg.apply(compiled, packing=True)
+    assert running(model) == "sdpa"
+    attnimg.restore(torch.nn.DataParallel(compiled))
+    assert running(model) == "eager"
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_two_models_are_restored_in_either_order(first):
+    before = registered()
+    models = [tiny_model("opt", "eager", seed=seed) for seed in (1, 2)]
+    expected = [logits(model) for model in models]
+    for model in models:
+        assert attnimg.apply(model, packing=True).backend == REGISTERED
+    attnimg.restore(models[first])
+    other = models[1 - first]
+    assert running(other) != "eager"
+    torch.testing.assert_close(
+        logits(other), expected[1 - first], rtol=0, atol=ROUNDING * expected[1 - first].abs().max()
+    )
+    attnimg.restore(other)
+    assert [running(model) for model in models] == ["eager", "eager"]
+    assert registered() == before
+
+
+def test_applying_again_replaces_the_choice_and_keeps_what_was_before():
+    model = tiny_model("llama", "sdpa")
+    attnimg.apply(model, packing=True)
+    assert attnimg.apply(model, backend="eager", packing=True).backend == "eager"
+    attnimg.restore(model)
+    assert running(model) == "sdpa"
+
+
+def test_a_model_that_leaks_runs_its_old_attention_again():
+    model, before = tiny_model("llama", "eager"), registered()
+    leak_on(model, "sdpa")
+    with pytest.raises(attnimg.PackingLeak) as caught:
+        attnimg.apply(model, backend="sdpa", packing=True)
+    assert caught.value.code == "packing-not-isolated"
+    assert running(model) == "eager"
+    assert registered() == before
+    attnimg.check_packing(model)
+    model.set_attn_implementation("sdpa")
+    with pytest.raises(attnimg.PackingLeak):
+        attnimg.check_packing(model)
+
+
+def test_a_class_that_is_known_to_leak_is_refused_without_a_call():
+    with pytest.raises(attnimg.PackingLeak, match="would mix in opt"):
+        attnimg.select(tiny_model("opt").config, backend="sdpa", packing=True)
+
+
+def test_auto_replaces_a_backend_on_which_the_model_leaks(caplog):
+    model = tiny_model("llama", "eager")
+    leak_on(model, "sdpa")
+    choice = attnimg.apply(model, packing=True)
+    assert (choice.backend, running(model)) == (REGISTERED, "attnimg_torch_math")
+    assert choice.implementation == "attnimg_torch_math"
+    assert "packing: sdpa is not used (packing-not-isolated)" in caplog.text
+    assert [proof.backend for proof in choice.proofs] == ["sdpa", REGISTERED]
+
+
+def leak_on(model, implementation):
+    """Mix the tokens of a row in one layer while the model runs an implementation."""
+
+    def mix(_module, _inputs, output):
+        leaks = running(model) == implementation
+        return output + 0.1 * output.mean(1, keepdim=True) if leaks else output
+
+    model.model.layers[0].register_forward_hook(mix)
+
+
+def test_the_trainers_collator_makes_the_batch_of_the_check():
+    from transformers import DataCollatorWithFlattening
+
+    model, seen = tiny_model("llama", "sdpa"), []
+
+    class Collator(DataCollatorWithFlattening):
+        def __call__(self, features, **options):
+            seen.append(len(features))
+            return super().__call__(features, **options)
+
+    attnimg.check_packing(model, collator=Collator())
+    assert seen == [2]
+    # Without position_ids nothing separates the documents.
+    with pytest.raises(attnimg.PackingLeak):
+        attnimg.check_packing(model, collator=Collator(return_position_ids=False))
+
+
+def test_a_named_kernel_that_fails_its_proof_is_an_error(tmp_path, monkeypatch):
+    folder = serve(tmp_path / "kernel", "zeros")
+    monkeypatch.setenv("LOCAL_KERNELS", f"kernels-community/wrong={folder}")
+    model = tiny_model("llama", "sdpa")
+    with pytest.raises(attnimg.KernelError, match="failed its proof"):
+        attnimg.apply(model, backend="kernels-community/wrong", trust_remote_code=True)
+    assert running(model) == "sdpa"
+
+
+def test_use_registers_inside_the_block_alone():
+    before = registered()
+    config = tiny_model("opt").config
+    with attnimg.use(attnimg.select(config, packing=True)) as choice:
+        assert choice.verified
+        assert registered() != before
+        model = AutoModelForCausalLM.from_config(config, attn_implementation=choice.implementation)
+        attnimg.check_packing(model)
+    assert registered() == before
+
+
+def test_an_exception_inside_use_restores_the_registries():
+    before = registered()
+    choice = attnimg.select(tiny_model("opt").config, packing=True)
+
+    def interrupted():
+        with attnimg.use(choice):
+            assert registered() != before
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert registered() == before
+    assert api._in_use.get() == ()
+
+
+def test_nested_blocks_check_the_inner_choice():
+    outer = attnimg.select(CONFIG, backend="eager", packing=True)
+    inner = attnimg.select(CONFIG, packing=True)
+    with attnimg.use(outer):
+        with attnimg.use(inner):
+            attnimg.check_packing(tiny_model("llama", inner.implementation))
+            with pytest.raises(attnimg.AttnimgError, match="sdpa was not applied"):
+                attnimg.check_packing(tiny_model("llama", outer.implementation))
+        attnimg.check_packing(tiny_model("llama", outer.implementation))
+
+
+def test_apply_inside_use_outlives_the_block():
+    model = tiny_model("opt", "eager")
+    with attnimg.use(attnimg.select(CONFIG, packing=True)):
+        attnimg.apply(model, packing=True)
+    logits(model)
+    attnimg.restore(model)
+    assert running(model) == "eager"
+
+
+def test_restoring_inside_use_leaves_the_block_its_backend():
+    config = tiny_model("opt").config
+    with attnimg.use(attnimg.select(config, packing=True)) as choice:
+        other = tiny_model("opt", "eager")
+        attnimg.apply(other, packing=True)
+        attnimg.restore(other)
+        logits(tiny_model("opt", choice.implementation))
+
+
+def test_all_fitting_backends_are_verified():
+    proofs = attnimg.verify(CONFIG, packing=True)
+    assert [proof.backend for proof in proofs] == ["sdpa", REGISTERED, "eager"]
+    assert all(proof.passed for proof in proofs)
+
+
+def test_every_form_of_a_model_has_the_same_choice(tmp_path):
+    model = tiny_model("llama")
+    model.config.save_pretrained(tmp_path)
+    forms = [model, model.config, model.config.to_dict(), tmp_path, str(tmp_path)]
+    chosen = [attnimg.select(form, packing=True, dtype="float32").to_dict() for form in forms]
+    assert all(found == chosen[0] for found in chosen)
+
+
+WRONG = [
+    pytest.param("org/none", {}, "not on this machine", id="a-name-that-is-not-here"),
+    pytest.param(5, {}, "this is not a model", id="a-number"),
+    pytest.param(torch.nn.Linear(2, 2), {}, "this is not a model", id="a-module-of-torch"),
+    pytest.param(CONFIG, {"backend": "flash5"}, "no backend is called", id="misspelt-backend"),
+    pytest.param(CONFIG, {"backend": "flash_attention_3"}, "cannot be used", id="it-does-not-fit"),
+    pytest.param(CONFIG, {"dtype": "float64"}, "dtype is not one of", id="dtype-of-no-kernel"),
+    pytest.param(CONFIG, {"dtype": torch.int8}, "dtype is not one of", id="integer-dtype"),
+    pytest.param(CONFIG, {"on": "h1000"}, "h1000", id="unknown-gpu"),
+    pytest.param(CONFIG, {"image": "hoper"}, "hoper", id="unknown-image"),
+]
+
+
+@pytest.mark.parametrize(("model", "arguments", "text"), WRONG)
+def test_wrong_arguments_are_refused(model, arguments, text):
+    with pytest.raises(attnimg.AttnimgError, match=text):
+        attnimg.select(model, **arguments)
+
+
+@pytest.mark.parametrize("call", [attnimg.apply, attnimg.restore, attnimg.check_packing])
+def test_what_is_no_model_of_transformers_is_refused(call):
+    with pytest.raises(attnimg.AttnimgError, match="not a transformers model") as caught:
+        call(torch.nn.Linear(2, 2))
+    assert "attnimg.attention" in caught.value.do
+
+
+def test_a_choice_for_another_machine_is_not_verified_here():
+    choice = attnimg.select(CONFIG, on="h100", packing=True)
+    assert choice.backend == "flash_attention_3"
+    with pytest.raises(attnimg.AttnimgError, match="for another machine"):
+        choice.verify()
+
+
+def test_a_model_that_is_not_on_the_gpu_yet_is_refused_before_it_is_called(monkeypatch):
+    machine, image = api.find_machine(None, None)
+    gpu = replace(machine, arch=Arch(name="sm_90", vendor="nvidia", capability=(9, 0)), gpu="H100")
+    monkeypatch.setattr(api, "find_machine", lambda *_: (gpu, image))
+    model = tiny_model("llama", "eager")
+    with pytest.raises(attnimg.AttnimgError, match="while the model is on the CPU") as caught:
+        attnimg.apply(model, packing=True)
+    assert 'model.to("cuda")' in caught.value.do
+    assert running(model) == "eager"
+
+
+def test_the_choice_is_that_of_explain(tmp_path, capsys):
+    tiny_model("gemma2").config.save_pretrained(tmp_path)
+    Path(tmp_path / "run.yaml").write_text(
+        f"base_model: {tmp_path}\nsequence_len: 128\nsample_packing: true\nmicro_batch_size: 2\n"
+        "bf16: true\nlearning_rate: 1e-3\ndatasets: [{path: a.jsonl, type: completion}]\n"
+    )
+    for gpu in ("h100", "a100", "cpu"):
+        run(["explain", str(tmp_path / "run.yaml"), "--json", "--on", gpu])
+        explained = json.loads(capsys.readouterr().out)
+        found = attnimg.select(
+            tmp_path, packing=True, sequence_len=128, micro_batch_size=2, dtype="bfloat16", on=gpu
+        ).to_dict()
+        for key in ("chosen", "candidates", "groups", "on"):
+            assert found[key] == explained[key], (gpu, key)
