@@ -77,23 +77,29 @@ class AttnimgCallback(TrainerCallback):  # type: ignore[misc]  # transformers sh
         packing = bool(settings.get("packing"))
         if packing:
             _require_whole_weights(model)
-        failure = None
+        choice = failure = None
         try:
-            self.choice = api.apply(model, collator=collator if packing else None, **settings)
+            choice = api.apply(model, collator=collator if packing else None, **settings)
         except AttnimgError as error:  # raised below, unless another process has another result
             failure = error
-        require_same_on_all_ranks(
-            {"attention": str(failure) if failure else _digest(self.choice)},
-            cpu=args.device.type == "cpu",
-            timeout_s=None,
-        )
-        if failure is not None:
+        try:
+            require_same_on_all_ranks(
+                {"attention": _digest(choice) if choice else str(failure)},
+                cpu=args.device.type == "cpu",
+                timeout_s=None,
+            )
+        except AttnimgError:
+            if choice is not None:
+                api.restore(model)
+            raise
+        if choice is None:
+            assert failure is not None
             raise failure
-        assert self.choice is not None
+        self.choice = choice
         if state.is_world_process_zero:
             path = Path(args.output_dir) / CHOICE_FILE
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(self.choice.to_dict(), indent=2) + "\n", encoding="utf-8")
+            path.write_text(json.dumps(choice.to_dict(), indent=2) + "\n", encoding="utf-8")
             _log.info("the choice was written to %s", path)
 
     def on_train_end(self, args: Any, state: Any, control: Any, *, model: Any, **_: Any) -> None:
@@ -133,9 +139,8 @@ def settings_of(args: Any, collator: Any = None) -> api.Settings:
     return settings
 
 
-def _digest(choice: api.Choice | None) -> list[Any]:
+def _digest(choice: api.Choice) -> list[Any]:
     """Return what all processes must have in common."""
-    assert choice is not None
     groups = [[group.layers.count, group.verdict.backend.name] for group in choice.groups]
     return [choice.backend, choice.kernel, groups]
 

@@ -13,13 +13,13 @@ from typing import Any
 
 import pytest
 import yaml
-from attnimg.train.data import SourceFigures
 
 from attnimg.config.schema import Config
 from attnimg.errors import AttnimgError
 from attnimg.train import model_files as model_hashes
 from attnimg.train import resume
 from attnimg.train.checkpoint import STATE_FILE, ResumePoint
+from attnimg.train.data import SourceFigures
 
 sys.path.append(str(Path(__file__).parents[1] / "fixtures"))
 from tiny_run import lines, make_model, make_tokenizer, run

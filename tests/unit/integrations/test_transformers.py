@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
-from types import SimpleNamespace
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -166,27 +170,44 @@ def test_weights_that_deepspeed_has_split_are_refused():
         integration._require_whole_weights(model)
 
 
-@pytest.mark.parametrize("other", ["another choice", "an error"])
-def test_processes_with_different_results_are_refused(other, tmp_path, monkeypatch):
-    found = []
+IN_A_PROCESS = """
+import os, sys
+from pathlib import Path
+from test_transformers import a_trainer
+from attnimg.errors import AttnimgError
+from attnimg.integrations.transformers import AttnimgCallback
 
-    def gathered(mine):
-        theirs = {"attention": json.dumps(other)}
-        found.append((mine, theirs))
-        return [mine, theirs]
+rank = int(os.environ["RANK"])
+trainer = a_trainer(Path(sys.argv[1]), [AttnimgCallback(backend=sys.argv[2 + rank])])
+try:
+    trainer.train()
+    print(f"{rank} trained {type(trainer.model_wrapped).__name__} ", flush=True)
+except AttnimgError as error:
+    print(f"{rank} {error.code} {trainer.model.config._attn_implementation} ", flush=True)
+"""
 
-    monkeypatch.setattr("attnimg.train.distributed.world_size", lambda: 2)
-    monkeypatch.setattr("attnimg.train.distributed.join_group", lambda **_: None)
-    monkeypatch.setattr("attnimg.train.distributed.gather_objects", gathered)
-    model = tiny_model("llama", "sdpa")
-    loader = SimpleNamespace(collate_fn=DataCollatorWithFlattening())
-    arguments = TrainingArguments(
-        output_dir=str(tmp_path), use_cpu=True, per_device_train_batch_size=2
-    )
-    with pytest.raises(attnimg.AttnimgError, match="do not agree"):
-        AttnimgCallback(backend="eager").on_train_begin(
-            arguments, SimpleNamespace(is_world_process_zero=True), None, model=model,
-            train_dataloader=loader,
-        )  # fmt: skip
-    assert found
-    assert not (tmp_path / "attnimg.json").exists()
+
+@pytest.mark.parametrize(
+    ("backends", "printed"),
+    [
+        pytest.param(["eager", "eager"], ["0 trained DistributedDataParallel",
+                     "1 trained DistributedDataParallel"], id="equal-choices"),
+        pytest.param(["eager", "sage"], ["0 rank-mismatch sdpa", "1 rank-mismatch sdpa"],
+                     id="an-error-in-one-process"),
+    ],
+)  # fmt: skip
+def test_processes_must_choose_the_same(backends, printed, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(IN_A_PROCESS)
+    tests = Path(__file__).parents[2]
+    paths = [Path(__file__).parent, tests / "fixtures", tests.parent]
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone",
+         str(script), str(tmp_path / "out"), *backends],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(map(str, paths)), "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, timeout=250,
+    )  # fmt: skip
+    # The lines of two processes may be mixed.
+    found = re.findall(r"[01] (?:trained|rank-mismatch) [A-Za-z]+", done.stdout)
+    assert sorted(found) == printed, done.stderr
+    assert (tmp_path / "out" / "attnimg.json").exists() is (backends[0] == backends[1])
