@@ -119,11 +119,11 @@ def _resolved(plan: Plan, needs: list[str], *, pins: str, root: Path) -> str:
 
     Args:
         plan: its Python and accelerator count.
-        needs: pip requirements; "." is attnimg.
+        needs: pip requirements; "." is attnimg[train].
         pins: a lock file's text whose versions are kept.
         root: the checkout.
     """
-    project = [str(root / "pyproject.toml")] if "." in needs else []
+    project = [str(root / "pyproject.toml"), "--extra", "train"] if "." in needs else []
     with tempfile.TemporaryDirectory() as folder:
         asked, kept, out = (Path(folder) / name for name in ("asked.in", "kept.txt", "out.txt"))
         asked.write_text("\n".join(need for need in needs if need != "."), encoding="utf-8")
