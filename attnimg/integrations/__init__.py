@@ -1,0 +1,1 @@
+"""Callbacks and plugins for other trainers."""
