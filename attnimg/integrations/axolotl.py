@@ -210,10 +210,9 @@ def _require_no_conflict(cfg: Mapping[str, Any]) -> None:
 def _settings(cfg: Mapping[str, Any]) -> dict[str, Any]:
     """Return the arguments of attnimg.select that describe the run."""
     given = ("fp16", "float16", "bfloat16", "load_in_8bit", "device")
-    # "auto" is the default of axolotl's schema; `register` gets the config before validation.
-    precision = DictDefault(
-        {key: cfg.get(key) for key in given} | {"bf16": cfg.get("bf16", "auto")}
-    )
+    precision = DictDefault({key: cfg.get(key) for key in given})
+    # The default of axolotl's schema, also for null; `register` gets the config before validation.
+    precision.bf16 = "auto" if cfg.get("bf16") is None else cfg["bf16"]
     resolve_dtype(precision)
     bf16 = precision.bf16 or precision.bfloat16
     return {

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from axolotl_record import RECORD, described
 
 ROOT = Path(__file__).parents[2]
 EXAMPLE = yaml.safe_load((ROOT / "examples/trainer/axolotl.yaml").read_text(encoding="utf-8"))
@@ -30,6 +34,23 @@ class Run:
     @property
     def losses(self) -> list[float]:
         return [float(text) for text in re.findall(r"'loss': '([\d.]+)'", self.log)]
+
+
+@pytest.fixture(scope="session")
+def runs(request: pytest.FixtureRequest) -> Iterator[dict[str, Any]]:
+    """Yield the runs for the record, which is written with AXOLOTL_RECORD=1 if no test failed."""
+    began, found = time.monotonic(), {}
+    yield found
+    if os.environ.get("AXOLOTL_RECORD") and not request.session.testsfailed:
+        in_venv = sum(path.lstat().st_size for path in Path(sys.prefix).rglob("*"))
+        record = {
+            "date": datetime.now(UTC).date().isoformat(),
+            **described(),
+            "runs": found,
+            "seconds": round(time.monotonic() - began),
+            "venv_mb": round(in_venv / 1e6),
+        }
+        RECORD.write_text(f"{json.dumps(record, indent=2)}\n", encoding="utf-8")
 
 
 @pytest.fixture(scope="session")

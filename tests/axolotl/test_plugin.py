@@ -99,6 +99,8 @@ def test_what_would_run_another_kernel_is_refused(
         ({"bf16": "full"}, "torch.bfloat16", False),
         ({"bf16": False, "fp16": True}, "torch.float16", True),
         ({"bf16": False}, "torch.float32", False),
+        # axolotl's default, "auto", is float16 where the GPU has no bfloat16, and on a CPU.
+        ({"bf16": None}, "torch.float16", True),
     ],
 )
 def test_the_precision_is_that_of_axolotl(

@@ -15,15 +15,26 @@ STAND_IN = Path(__file__).parents[1] / "fixtures/flash_attn2"
 
 
 @pytest.fixture(scope="module")
-def plain(axolotl: Callable[..., Any], example: dict[str, Any], tmp_path_factory: Any) -> Any:
+def plain(
+    axolotl: Callable[..., Any],
+    example: dict[str, Any],
+    runs: dict[str, Any],
+    tmp_path_factory: Any,
+) -> Any:
     """Return the run of axolotl without the plugin, with eager attention."""
     config = {key: value for key, value in example.items() if key != "plugins"}
     folder = tmp_path_factory.mktemp("plain")
-    return axolotl("train", folder, config | {"attn_implementation": "eager"})
+    run = axolotl("train", folder, config | {"attn_implementation": "eager"})
+    runs["without the plugin, eager"] = {"backend": "eager", "losses": run.losses}
+    return run
 
 
 def test_the_plugin_trains_as_eager_attention_does(
-    axolotl: Callable[..., Any], example: dict[str, Any], plain: Any, tmp_path: Path
+    axolotl: Callable[..., Any],
+    example: dict[str, Any],
+    plain: Any,
+    runs: dict[str, Any],
+    tmp_path: Path,
 ) -> None:
     run = axolotl("train", tmp_path, example)
     assert run.code == 0, run.log
@@ -38,10 +49,15 @@ def test_the_plugin_trains_as_eager_attention_does(
     assert len(run.losses) == len(plain.losses) == 5
     # Both are printed with four digits.
     assert run.losses == pytest.approx(plain.losses, rel=1e-3)
+    runs["auto"] = {"backend": receipt["chosen"]["backend"], "losses": run.losses}
 
 
 def test_a_named_kernel_is_honoured(
-    axolotl: Callable[..., Any], example: dict[str, Any], plain: Any, tmp_path: Path
+    axolotl: Callable[..., Any],
+    example: dict[str, Any],
+    plain: Any,
+    runs: dict[str, Any],
+    tmp_path: Path,
 ) -> None:
     config = example | {"attn_implementation": "flash_attention_2"}
     run = axolotl("train", tmp_path, config, {"LOCAL_KERNELS": f"{FLASH}={STAND_IN}"})
@@ -50,6 +66,7 @@ def test_a_named_kernel_is_honoured(
     assert receipt["chosen"]["backend"] == "flash_attention_2"
     assert f"attnimg: the model trains with flash_attention_2 ({FLASH})" in run.log
     assert run.losses == pytest.approx(plain.losses, rel=1e-3)
+    runs["named"] = {"backend": receipt["chosen"]["backend"], "losses": run.losses}
 
 
 def test_a_wrong_kernel_is_refused_before_the_model_is_loaded(
