@@ -60,6 +60,10 @@ test/templates: .venv/ready ## Label conversations with the chat templates of ax
 	$(BIN)/pip download -q --disable-pip-version-check -d build/packages --no-deps axolotl==0.19.0
 	WHEELS=build/packages $(BIN)/pytest tests/packages/test_chat_templates.py
 
+test/axolotl: build/axolotl/ready ## Train with axolotl and attnimg's plugin, and run the API on axolotl's transformers, 10 minutes
+	PYTHONPATH=. build/axolotl/bin/pytest -p no:anyio tests/unit/api tests/unit/test_apply.py tests/unit/test_local_kernel.py
+	AXOLOTL_RECORD=1 PYTHONPATH=. build/axolotl/bin/pytest -p no:anyio --timeout 900 tests/axolotl
+
 check: .venv/ready ## Format, lint, types, import layers
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -111,10 +115,14 @@ bench/running-check: .venv/ready ## Count false alarms and misses of the running
 lock: .venv/ready ## Resolve requirements/ again, from pyproject.toml and recipes/
 	$(BIN)/uv pip compile -q --python-version 3.11 --generate-hashes --no-emit-index-url \
 	  $(addprefix --find-links ,$(PIP_FIND_LINKS)) `# pip's CPU build of torch: the index's needs CUDA` \
-	  --no-emit-package torch --no-emit-package triton -c requirements/torch.txt --group dev \
+	  --no-emit-package torch --no-emit-package triton -c requirements/torch.txt --extra train --group dev \
 	  --custom-compile-command "make lock" -o requirements/lock.txt pyproject.toml
 	$(BIN)/uv pip compile -q --python-version 3.11 --generate-hashes --no-emit-index-url \
 	  --custom-compile-command "make lock" -o requirements/docs.txt requirements/docs.in
+	$(BIN)/uv pip compile -q --python-version 3.11 --generate-hashes --no-emit-index-url \
+	  $(addprefix --find-links ,$(PIP_FIND_LINKS)) --no-emit-package torch -c requirements/torch.txt \
+	  --excludes requirements/axolotl-excluded.txt --custom-compile-command "make lock" \
+	  -o requirements/axolotl.txt requirements/axolotl.in
 	$(BIN)/python -m recipes lock
 	$(BIN)/python -m recipes render
 
@@ -278,6 +286,16 @@ build/gpu-old/ready: requirements/torch.txt Makefile
 	@build/gpu-old/bin/pip install -qq --disable-pip-version-check -r requirements/torch.txt \
 	  transformers==5.17.0 accelerate==1.15.0 trl==1.16.0 kernels==0.17.2 'datasets>=5.2,<6' 'peft>=0.21,<0.22' \
 	  matplotlib psutil pyyaml rich 'pydantic>=2.11' 'platformdirs>=4' packaging pytest pytest-timeout
+	@touch $@
+
+# axolotl on the CPU build of torch, without what its run on a CPU does not import; attnimg without its trainer.
+build/axolotl/ready: requirements/torch.txt requirements/axolotl.txt pyproject.toml
+	@echo "axolotl: making build/axolotl with $$(grep -c '==' requirements/axolotl.txt) locked packages, 3 GB, 2 to 5 minutes"
+	@$(PYTHON) -m venv build/axolotl
+	@build/axolotl/bin/pip install -qq --disable-pip-version-check -r requirements/torch.txt
+	@build/axolotl/bin/pip install -qq --disable-pip-version-check --require-hashes --no-deps -r requirements/axolotl.txt
+	@build/axolotl/bin/pip install -qq --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@echo "axolotl: installed $$(grep -oE '^(axolotl|transformers|trl|peft|kernels|datasets|accelerate)==[^ ]*' requirements/axolotl.txt | paste -sd ' '), $$(du -sh build/axolotl | cut -f1)"
 	@touch $@
 
 build/nvcc/ready: tests/gates/compiler.py requirements/images/toolchain-2.14.1-cu130.txt

@@ -202,9 +202,10 @@ def _read_entries(path: Path, key: str, kind: type[_Fact]) -> tuple[_Fact, ...]:
 
 
 def _read_pins(path: Path) -> dict[str, str]:
-    """Read the dependencies that pyproject.toml pins exactly."""
+    """Read the dependencies of the trainer that pyproject.toml pins exactly."""
     project = tomllib.loads(path.read_text(encoding="utf-8"))["project"]
-    pinned = (text.partition("==") for text in project["dependencies"] if "==" in text)
+    needs = project["optional-dependencies"]["train"]
+    pinned = (text.partition("==") for text in needs if "==" in text)
     return {name.strip(): version.strip() for name, _, version in pinned}
 
 

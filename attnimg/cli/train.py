@@ -17,6 +17,7 @@ from attnimg.task import Task, gpu_text, installed_machine, machine_warnings, pr
 from attnimg.train import run
 from attnimg.train.distributed import StopFlag, Stopped, rank, require_group, stop_signals
 from attnimg.train.environment import require_parsable
+from attnimg.train.packages import require_trainer
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -54,6 +55,7 @@ def train(file: str, settings: list[str]) -> None:
     """Train: choose the attention backend, say why, prove that packing is safe, then run."""
     from attnimg.cli import as_text
 
+    require_trainer()
     require_parsable(os.environ)
     require_group()
     console = as_text.console(sys.stderr)

@@ -130,11 +130,11 @@ def _resolve(plan: ImagePlan, needs: list[str], *, pins: str, root: Path) -> str
 
     Args:
         plan: for its Python and accelerator.
-        needs: pip requirements; "." is attnimg.
+        needs: pip requirements; "." is attnimg[train].
         pins: text of a lock file; its versions are used.
         root: the checkout.
     """
-    project = [str(root / "pyproject.toml")] if "." in needs else []
+    project = [str(root / "pyproject.toml"), "--extra", "train"] if "." in needs else []
     with tempfile.TemporaryDirectory() as folder:
         requirements, constraints, out = (
             Path(folder) / name for name in ("in.txt", "pins.txt", "out.txt")

@@ -218,6 +218,11 @@ CASES: dict[str, Case] = {
         "gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"nope": 1}}),
     "more workers than CPUs": Case(code="bad-value", machine=CPU,
                                    values={"dataloader_num_workers": 1024}),
+    "backends for layers beside a backend for all": Case(
+        code="bad-value",
+        values={"attn_backends": {"full": "sdpa"}, "attn_implementation": "eager"}),
+    "auto as the backend of a kind of layers": Case(
+        code="bad-value", values={"attn_backends": {"full": "auto"}}),
     "a computed flag": Case(code="computed-flag", values={"attn_uses_flash_lib": True}),
     "a short form": Case(code="alias-rejected", values={"attn_implementation": "fa2"}),
     "no string": Case(code="not-a-string", values={"attn_implementation": 3}, options=0),

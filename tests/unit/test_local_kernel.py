@@ -208,4 +208,6 @@ def test_the_flash_path_does_not_isolate_linear_attention(served):
     proof = check_isolation(
         model, implementation="flash_attention_2", context=a_context(padding_free=True)
     )
-    assert "can't keep packed sequences apart" in proof.why
+    # transformers 5.22 raises for it; 5.16 leaks.
+    assert not proof.isolated
+    assert proof.code in ("model-raised", "packing-not-isolated")
