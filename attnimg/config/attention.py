@@ -86,7 +86,7 @@ def layer_kind_findings(
         errors = [replace(error, key=f"{key}.{kind}") for error in name_errors(name)]
         if name == AUTO:
             what = f"{key}.{kind} is auto"
-            do = f"remove {kind} from {key}: layers that it does not name get the best backend"
+            do = f"remove {key}.{kind}: layers without a name in it get the best backend"
             errors.append(make_error("bad-value", f"{key}.{kind}", what, "needed a backend", do))
         yield from errors
         if not errors:
