@@ -11,8 +11,8 @@ or, for a model that is loaded already:
 
     choice = attnimg.apply(model, packing=True)
 
-Everything that is done is logged by the logger "attnimg": at level INFO, and at level WARNING where
-a backend is replaced by the next candidate. The command line calls the same functions.
+Each step is logged by the logger "attnimg" at level INFO; at level WARNING where a backend is
+replaced by the next candidate. The command line calls the same functions.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from typing import Any, TypedDict, Unpack, get_args
 from attnimg import application, pipeline
 from attnimg.backends import find_backend
 from attnimg.config.attention import name_errors
-from attnimg.context import context_of
+from attnimg.context import build_context
 from attnimg.errors import AttnimgError
 from attnimg.facts import (
     DType,
@@ -56,7 +56,7 @@ from attnimg.task import Task, find_machine, gpu_text
 
 _log = logging.getLogger("attnimg")
 
-# A trainer's collator: a list of examples, each with input_ids and labels, to a batch.
+# A trainer's collator: it turns a list of examples, each with input_ids and labels, into a batch.
 Collator = Callable[[list[dict[str, Any]]], Mapping[str, Any]]
 
 
@@ -100,8 +100,8 @@ class Choice:
 
     @property
     def implementation(self) -> str:
-        """The value of `attn_implementation` for from_pretrained, inside `use`."""
-        backend = application.backend_of(self._plan)
+        """The value of `attn_implementation` to pass to from_pretrained inside `use`."""
+        backend = application.plan_backend(self._plan)
         return self._implementation or backend.applied_as or backend.name
 
     @property
@@ -126,7 +126,7 @@ class Choice:
 
     @property
     def proofs(self) -> tuple[Proof, ...]:
-        """The proofs that `verify` made or read from its cache, failed ones included."""
+        """The proofs that `verify` made or read from its cache, including failed ones."""
         return self._proofs
 
     @property
@@ -144,7 +144,7 @@ class Choice:
             This choice.
 
         Raises:
-            KernelError: no allowed backend passed; the error has the figure that failed.
+            KernelError: no allowed backend passed; the error has the values that failed.
             AttnimgError: the choice was made for another machine.
 
         Example:
@@ -164,12 +164,12 @@ class Choice:
                 code="other-machine",
             )
         use_shipped_kernels(self._task.machine)
-        self._plan, self._proofs = pipeline.verify_plan(self._plan, self._task, Log())
+        self._plan, self._proofs = pipeline.verify_plan(self._plan, self._task, LoggedReport())
         self._verified = True
         return self
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the choice, its candidates and proofs as plain values, as JSON has them.
+        """Return the choice, its candidates and proofs as a dict that JSON can represent.
 
         Example:
             >>> import attnimg
@@ -206,30 +206,30 @@ class Choice:
 
     @property
     def _chosen(self) -> Verdict:
-        assert self._plan.chosen is not None, "`select` raises where nothing was chosen"
+        assert self._plan.chosen is not None, "`select` raises if nothing was chosen"
         return self._plan.chosen
 
     @property
     def _context(self) -> RunContext:
-        return context_of(self._task.problem, application.backend_of(self._plan))
+        return build_context(self._task.problem, application.plan_backend(self._plan))
 
     def _layers(self) -> tuple[Any, ...]:
         model = self._task.problem.model
         return model.layers if model else ()
 
     def _prepare(self) -> None:
-        """Load the kernel, and register it with transformers where that has no name for it."""
-        self._implementation = application.prepare(
-            application.backend_of(self._plan),
+        """Load the kernel, and register it with transformers unless transformers has it."""
+        self._implementation = application.load_and_register(
+            application.plan_backend(self._plan),
             layers=self._layers(),
             trusted=self._task.problem.trusted,
         )
 
 
-class Log:
+class LoggedReport:
     """Report the steps of the pipeline to the logger "attnimg"."""
 
-    def say(self, text: str) -> None:
+    def log(self, text: str) -> None:
         """Log a line."""
         _log.info("%s", text)
 
@@ -253,7 +253,7 @@ class Log:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _ModelFacts:
-    """What is known about a model: its attention, its class, its name and its weights' dtype."""
+    """The facts about a model: its attention, class, name and the dtype of its weights."""
 
     model: Model
     model_class: ModelClass | None
@@ -287,22 +287,22 @@ def select(
         model: a hub name or a folder, both on this machine; the content of config.json as a dict; a
             transformers config; or a loaded model.
         packing: whether rows hold several documents that must not attend to one another.
-        sequence_len: tokens of the longest row; None if not known.
-        micro_batch_size: rows of a batch on one device.
+        sequence_len: tokens in the longest row; None if not known.
+        micro_batch_size: rows per batch on one device.
         dtype: precision of q, k and v: "bfloat16", "float16", "float32" or a torch.dtype; "auto" is
             that of a loaded model, or else what `attnimg train` would use.
-        autocast: whether the forward pass runs under torch.autocast; None: if `dtype` is not that
-            of the weights.
+        autocast: whether the forward pass runs under torch.autocast; None: it does if `dtype` is
+            not the dtype of the weights.
         backend: "auto", a name that `attn_implementation` takes in a config, or a hub kernel
             "org/name". The environment variable ATTNIMG_BACKEND replaces "auto".
-        backends: the backend for each kind of layers, {"sliding": NAME, "full": NAME}, if `backend`
-            is "auto"; kinds that it does not name get the best backend that fits them.
+        backends: the backend for each kind of layers, {"sliding": NAME, "full": NAME}; only if
+            `backend` is "auto". A kind that is left out gets the best backend that fits it.
         strict: whether no other member of the flash family may replace the named backend.
         compiled: whether the model runs under torch.compile.
         checkpointing: whether activations are recomputed in the backward pass.
         trust_remote_code: whether hub kernels of unknown publishers may run.
-        on: a GPU to select for in place of this machine: "h100", "t4", "sm_90", "cpu".
-        image: the image whose packages are assumed there, "hopper".
+        on: a GPU to select for instead of this machine: "h100", "t4", "sm_90", "cpu".
+        image: the image whose packages are assumed to be installed there, "hopper".
 
     Returns:
         The choice. It is not verified yet.
@@ -343,22 +343,22 @@ def select(
     task = Task(
         machine=machine, problem=problem, requested=requested, strict=strict, kinds=backends
     )
-    plan = pipeline.select(task, Log())
-    warnings = pipeline.warnings_of(plan, task)
+    plan = pipeline.select(task, LoggedReport())
+    warnings = pipeline.find_warnings(plan, task)
     return Choice(task, plan, warnings, here=on is None and image is None)
 
 
-# The choices of the `use` blocks that are running.
+# The choices of the `use` blocks that are active, the innermost last.
 _in_use: ContextVar[tuple[Choice, ...]] = ContextVar("attnimg_in_use", default=())
 
 
 @contextmanager
 def use(choice: Choice) -> Iterator[Choice]:
-    """Register a choice with transformers inside the block; verify it first if that is missing.
+    """Register a choice with transformers inside the block; verify it first if it is not verified.
 
     Models that are loaded inside with `attn_implementation=choice.implementation` run its backend.
-    transformers' registries are restored at the end, so train inside the block. What `apply` did
-    inside stays until `restore`.
+    transformers' registries are restored at the end, so train inside the block. A backend that
+    `apply` registers inside the block stays registered until `restore`.
 
     Raises:
         KernelError: no allowed backend passed its proof, or the kernel does not load.
@@ -376,7 +376,7 @@ def use(choice: Choice) -> Iterator[Choice]:
         'sdpa'
     """
     choice.verify()
-    with application.restored(kept=_names_applied):
+    with application.restore_registries(kept=_applied_names):
         choice._prepare()
         token = _in_use.set((*_in_use.get(), choice))
         try:
@@ -390,9 +390,9 @@ class _AppliedModel:
     """What `restore` needs to undo `apply`.
 
     Attributes:
-        choice: what the model runs.
-        before: its attention implementation before.
-        names: the names that were registered with transformers for it.
+        choice: the choice that was applied.
+        before: the model's attention implementation before `apply`.
+        names: the names that were registered with transformers for the model.
     """
 
     choice: Choice
@@ -400,12 +400,12 @@ class _AppliedModel:
     names: frozenset[str]
 
 
-# Model -> what `apply` changed. A model that is deleted leaves it.
+# Model -> what `apply` changed. A deleted model is removed.
 _applied: weakref.WeakKeyDictionary[Any, _AppliedModel] = weakref.WeakKeyDictionary()
 
 
-def _names_applied() -> frozenset[str]:
-    """Return the names that the models of `apply` need in transformers' registries."""
+def _applied_names() -> frozenset[str]:
+    """Return the names in transformers' registries that applied models need."""
     return frozenset(name for applied in _applied.values() for name in applied.names)
 
 
@@ -417,7 +417,7 @@ def apply(model: Any, *, collator: Collator | None = None, **settings: Unpack[Se
 
     Args:
         model: a transformers model, also one that PEFT has wrapped.
-        collator: the trainer's collator, for the check of packing; see `check_packing`.
+        collator: the trainer's collator, for the packing check; see `check_packing`.
         settings: the arguments of `select`, such as packing and sequence_len.
 
     Returns:
@@ -448,10 +448,10 @@ def apply(model: Any, *, collator: Collator | None = None, **settings: Unpack[Se
     if choice._task.problem.packing:
         _require_device(model, choice._task.machine)
     use_shipped_kernels(choice._task.machine)
-    before, registered = application.running(model), application.registered()
+    before, registered = application.current_implementation(model), application.registered_names()
 
     def switch(selected: pipeline.Selected) -> Any:
-        application.switch(
+        application.switch_backend(
             model,
             selected.backend,
             layers=choice._layers(),
@@ -463,21 +463,21 @@ def apply(model: Any, *, collator: Collator | None = None, **settings: Unpack[Se
         applied = pipeline.select_verify_apply(
             choice._task,
             switch,
-            report=Log(),
+            report=LoggedReport(),
             plan=choice._plan,
-            collate=_collate_with(collator),
+            collate=_adapt_collator(collator),
         )
     except BaseException:
-        if application.running(model) != before:
+        if application.current_implementation(model) != before:
             model.set_attn_implementation(before)
-        application.unregister(application.registered() - registered)
+        application.unregister(application.registered_names() - registered)
         raise
     choice._plan, choice._proofs = applied.selected.plan, applied.selected.proofs
-    choice._verified, choice._implementation = True, application.running(model)
+    choice._verified, choice._implementation = True, application.current_implementation(model)
     _applied[_base(model)] = _AppliedModel(
         choice=choice,
         before=before,
-        names=(application.registered() - registered) | {choice._implementation},
+        names=(application.registered_names() - registered) | {choice._implementation},
     )
     return choice
 
@@ -494,12 +494,12 @@ def restore(model: Any) -> None:
         raise AttnimgError(
             "there is nothing to restore",
             why="attnimg.apply was not called for this model, or it was restored already",
-            do="call attnimg.restore once, with the model that attnimg.apply got",
+            do="call attnimg.restore once, with the model that was passed to attnimg.apply",
             code="not-applied",
         )
     model.set_attn_implementation(found.before)
     in_use = {choice.implementation for choice in _in_use.get()}
-    application.unregister(found.names - _names_applied() - in_use)
+    application.unregister(found.names - _applied_names() - in_use)
 
 
 def verify(model: object, **settings: Unpack[Settings]) -> tuple[Proof, ...]:
@@ -510,7 +510,7 @@ def verify(model: object, **settings: Unpack[Settings]) -> tuple[Proof, ...]:
         settings: the arguments of `select`, such as packing and sequence_len.
 
     Returns:
-        The proofs by rank. A proof that failed has its reasons in `reasons`.
+        The proofs, best-ranked backend first. A failed proof has the reasons in `reasons`.
 
     Raises:
         AttnimgError: an argument is invalid, or no backend fits.
@@ -524,7 +524,7 @@ def verify(model: object, **settings: Unpack[Settings]) -> tuple[Proof, ...]:
     """
     choice = select(model, **settings)
     use_shipped_kernels(choice._task.machine)
-    return tuple(proof for _, proof in pipeline.prove_fitting(choice._task, say=Log().say))
+    return tuple(proof for _, proof in pipeline.prove_fitting(choice._task, log=LoggedReport().log))
 
 
 def check_packing(model: Any, *, collator: Collator | None = None) -> None:
@@ -535,14 +535,14 @@ def check_packing(model: Any, *, collator: Collator | None = None) -> None:
 
     Args:
         model: a transformers causal language model, also one that PEFT has wrapped.
-        collator: the trainer's collator, so that the batch is like those of training. It gets one
-            example a document; if it has TRL's attribute `padding_free`, one example a row, with
-            the lengths of its documents in `seq_lengths`. None for batches as `attnimg train` makes
-            them: position_ids that start at 0 in each document, and cu_seq_lens for kernels that
-            take them.
+        collator: the trainer's collator, so that the batch is like those of training. It is called
+            with one example per document; if it has TRL's attribute `padding_free`, with one
+            example per row, with the lengths of the row's documents in `seq_lengths`. None for the
+            batches of `attnimg train`: position_ids that start at 0 in each document, and
+            cu_seq_lens for kernels that take them.
 
     Raises:
-        PackingLeak: they do, or the model raised an error on packed documents.
+        PackingLeak: packed documents affect one another, or the model raised an error on them.
         AttnimgError: the model does not run the backend of the `use` block; or the collator can't
             be used.
 
@@ -556,11 +556,11 @@ def check_packing(model: Any, *, collator: Collator | None = None) -> None:
     from attnimg.verification.isolation import check_isolation, require_isolation
 
     model = _unwrapped(model)
-    implementation = application.running(model)
-    choice = _choice_of(model)
+    implementation = application.current_implementation(model)
+    choice = _find_choice(model)
     if choice is not None:
         _require_device(model, choice._task.machine)
-        application.require_applied(model, application.backend_of(choice._plan))
+        application.require_applied(model, application.plan_backend(choice._plan))
         context = replace(choice._context, packing=True)
     else:
         facts = _model_facts(model)
@@ -576,12 +576,12 @@ def check_packing(model: Any, *, collator: Collator | None = None) -> None:
             rows=1,
             autocast=False,
         )
-        context = context_of(problem, known or _backend("sdpa"))
+        context = build_context(problem, known or _backend("sdpa"))
     proof = check_isolation(
         model,
         implementation=implementation,
         context=context,
-        collate=_collate_with(collator),
+        collate=_adapt_collator(collator),
     )
     require_isolation(proof)
     _log.info("packing: isolated on %s (%s)", implementation, proof.why)
@@ -602,7 +602,7 @@ def _unwrapped(model: Any) -> Any:
         raise AttnimgError(
             "this is not a transformers model",
             why=f"found {type(model).__name__}, which has no set_attn_implementation",
-            do="pass a model of transformers or PEFT; in another one, call attnimg.attention",
+            do="pass a model of transformers or PEFT; in other models, call attnimg.attention",
             code="bad-model",
             key="model",
         )
@@ -610,7 +610,7 @@ def _unwrapped(model: Any) -> Any:
 
 
 def _base(model: Any) -> Any:
-    """Return the model that PEFT has wrapped, or else the model itself."""
+    """Return the model inside PEFT's wrapper; an unwrapped model itself."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
@@ -622,20 +622,20 @@ def _require_device(model: Any, machine: Machine) -> None:
     raise AttnimgError(
         "packing can't be checked while the model is on the CPU",
         why=f"found its weights on {device}; the backend was chosen for {gpu_text(machine)}",
-        do='call model.to("cuda") before; to train on the CPU, set CUDA_VISIBLE_DEVICES=""',
+        do='call model.to("cuda") first; to train on the CPU, set CUDA_VISIBLE_DEVICES=""',
         code="wrong-device",
     )
 
 
-def _choice_of(model: Any) -> Choice | None:
-    """Return the choice that `apply` made for a model, or that of the innermost `use` block."""
+def _find_choice(model: Any) -> Choice | None:
+    """Return the choice that `apply` made for a model, or else that of the innermost `use`."""
     if _base(model) in _applied:
         return _applied[_base(model)].choice
     return _in_use.get()[-1] if _in_use.get() else None
 
 
-def _collate_with(collator: Collator | None) -> Any:
-    """Return a function from rows of documents to a model's arguments; None without a collator."""
+def _adapt_collator(collator: Collator | None) -> Any:
+    """Return a function that collates rows of documents; None without a collator."""
     if collator is None:
         return None
 
@@ -722,7 +722,7 @@ def _dtype(given: Any, facts: _ModelFacts, arch: Any) -> DType:
 
 
 def _autocast_dtype(arch: Any) -> DType | None:
-    """Return the precision of the torch.autocast block that this is called in; None outside."""
+    """Return the dtype of the torch.autocast block around the call; None outside of one."""
     import sys
 
     if (torch := sys.modules.get("torch")) is None:
@@ -760,7 +760,7 @@ def _model_facts(model: object) -> _ModelFacts:
     weights = str(getattr(model, "dtype", "")).removeprefix("torch.")
     return replace(
         facts,
-        model_class=application.facts_of(type(_base(model))),
+        model_class=application.read_class_limits(type(_base(model))),
         weights=weights if weights in get_args(DType) else None,  # type: ignore[arg-type]  # checked
     )
 
@@ -770,7 +770,7 @@ def _named_model(name: str) -> _ModelFacts:
     if path is None:
         raise AttnimgError(
             f"the config.json of {name} is not on this machine",
-            why="found neither a folder of that name nor a snapshot in the hub's cache",
+            why="found neither a folder of that name nor a snapshot in the Hugging Face cache",
             do=f"run hf download {name} config.json, or pass the loaded model",
             code="model-not-at-hand",
             key="model",

@@ -1,4 +1,4 @@
-"""Build the run context: how a run calls one backend.
+"""Build the run context: precision, packing and batch shape of the calls that a run makes.
 
 The kernel's proof, the isolation check on the real model and the trainer all use this value, so
 that the proof makes the same calls as training.
@@ -9,8 +9,8 @@ from __future__ import annotations
 from attnimg.facts import Backend, Problem, RunContext
 
 
-def context_of(problem: Problem, backend: Backend) -> RunContext:
-    """Return the context of a run whose attention `backend` computes."""
+def build_context(problem: Problem, backend: Backend) -> RunContext:
+    """Return the context of a run whose attention is computed by `backend`."""
     model = problem.model
     return RunContext(
         dtype=problem.dtype,
@@ -33,7 +33,7 @@ def is_padding_free(backend: Backend) -> bool:
     return backend.packing == "native" or backend.unreviewed
 
 
-def described(context: RunContext) -> str:
+def describe_context(context: RunContext) -> str:
     """Return a description of the context for a log line."""
     layout = "one document per row"
     if context.packing:

@@ -218,8 +218,8 @@ class Problem:
 class RunContext:
     """How a run calls its model: the proof, the isolation check and the trainer use the same value.
 
-    `attnimg.context.context_of` makes it. No field has a default: with a field left out, the proof
-    could test other calls than the training run makes.
+    It is built by `attnimg.context.build_context`. No field has a default: with a field left out,
+    the proof could test other calls than the training run makes.
 
     Attributes:
         dtype: the precision of matrix multiplications, and therefore of q, k and v.

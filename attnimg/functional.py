@@ -1,4 +1,4 @@
-"""Compute attention in plain PyTorch, on the best backend that fits the tensors.
+"""Compute attention of q, k and v in plain PyTorch, with the best backend that fits them.
 
 Letters: B batch, T query tokens, S key tokens, H query heads, G key heads, D head size of q and k,
 V head size of v.
@@ -14,7 +14,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, get_args
 
 from attnimg import pipeline
-from attnimg.api import Log, backend_name
+from attnimg.api import LoggedReport, backend_name
 from attnimg.backends._transformers import applied_form, attention_function, is_called_directly
 from attnimg.errors import AttnimgError
 from attnimg.facts import Arch, AttentionFunction, DType, LayerGroup, MaskKind, Model, Problem
@@ -56,14 +56,15 @@ def attention(
         v: values, (B, S, G, V) or (S, G, V).
         causal: whether a query attends only to keys up to its own position. The last query is
             aligned with the last key.
-        cu_seqlens: where the packed documents of q begin and end, int32 (documents + 1,), from 0 to
+        cu_seqlens: the boundaries of the packed documents in q, int32 (documents + 1,), from 0 to
             T; for (T, H, D) only. None for one document.
-        cu_seqlens_k: the same for k and v; None for equal documents.
-        max_seqlen: queries of the longest document; None computes it, which waits for the GPU.
-        max_seqlen_k: keys of the longest document; None for `max_seqlen`, or computed.
-        window: how many keys a query attends to, its own included; None for all.
+        cu_seqlens_k: the same for k and v; None if they are equal to those of q.
+        max_seqlen: queries in the longest document; None: computed, which waits for the GPU.
+        max_seqlen_k: keys in the longest document; None: `max_seqlen` if cu_seqlens_k is None,
+            computed otherwise.
+        window: how many keys a query attends to, including its own; None for all.
         softcap: cap of the scores: softcap * tanh(scores / softcap); None for none.
-        sinks: one logit a head that takes part in the softmax without a value, (H,); None for none.
+        sinks: one logit per head that enters the softmax without a value, (H,); None for none.
         scale: factor on q @ k; None for D ** -0.5.
         dropout: probability with which attention weights are dropped.
         backend: "auto", or the name of a backend, as in a config's attn_implementation. The
@@ -134,7 +135,7 @@ def _function(
     requested: str | None,
     verify: bool,
 ) -> Callable[..., Tensor]:
-    """Return the function of the backend that is chosen for a kind of call.
+    """Select a backend for a kind of call, and return its attention function.
 
     Raises:
         KernelError: no allowed backend fits, or passes its proof.
@@ -157,9 +158,9 @@ def _function(
         known_bad=known_bad.load(None, today=date.today()),
     )
     task = Task(machine=machine, problem=problem, requested=requested, strict=True)
-    plan = pipeline.select(task, Log())
+    plan = pipeline.select(task, LoggedReport())
     if verify:
-        plan, _ = pipeline.verify_plan(plan, task, Log(), direct=True)
+        plan, _ = pipeline.verify_plan(plan, task, LoggedReport(), direct=True)
     assert plan.chosen is not None
     backend = plan.chosen.backend
     if is_called_directly(backend):
@@ -262,7 +263,7 @@ def _require_matching(
             raise _mismatch(
                 f"{name} is not int32 (documents + 1,)", f"found {ends.dtype} {tuple(ends.shape)}"
             )
-        # On a GPU this would wait for it at each call.
+        # Not on a GPU, where it would wait for the GPU at each call.
         if ends is not None and not ends.is_cuda and (ends[0], ends[-1]) != (0, len(packed)):
             raise _mismatch(
                 f"{name} does not go from 0 to the number of tokens",
@@ -272,5 +273,8 @@ def _require_matching(
 
 def _mismatch(what: str, why: str) -> AttnimgError:
     return AttnimgError(
-        what, why=why, do="pass the tensors as `help(attnimg.attention)` has them", code="bad-value"
+        what,
+        why=why,
+        do="pass tensors of the shapes and dtypes in `help(attnimg.attention)`",
+        code="bad-value",
     )

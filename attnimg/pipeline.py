@@ -2,7 +2,7 @@
 
     select -> verify -> load -> check packing; if a step fails, repeat with the next candidate
 
-The commands verify and train call these functions.
+The Python API and the commands `verify` and `train` call these functions.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from attnimg import application
 from attnimg.backends._transformers import is_called_directly
-from attnimg.context import context_of
+from attnimg.context import build_context
 from attnimg.errors import AttnimgError, KernelError, PackingLeak, set_backend
 from attnimg.facts import (
     Backend,
@@ -39,26 +39,26 @@ _KERNEL_MISSING = frozenset({"not-installed", "version-low", "fp8-torchao", "fp8
 
 
 class Report(Protocol):
-    """The interface through which the pipeline reports its results."""
+    """The interface through which the pipeline reports its results, on a terminal or in a log."""
 
-    def say(self, text: str) -> None:
-        """Print a line."""
+    def log(self, text: str) -> None:
+        """Report one line."""
 
     def warn_replaced(self, text: str) -> None:
-        """Print why a backend is replaced by the next candidate."""
+        """Report why a backend is replaced by the next candidate."""
 
     def show_plan(self, plan: Plan, task: Task, warnings: Sequence[Finding]) -> None:
-        """Print a plan that chose a backend, and its warnings."""
+        """Report a plan that chose a backend, and its warnings."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Selected:
-    """A verified choice, with its name in transformers.
+    """A verified backend, loaded and registered with transformers.
 
     Attributes:
-        plan: the plan, whose backends passed their proofs.
+        plan: the plan that chose it; all its backends passed their proofs.
         backend: the backend, or a router between the backends of the plan's groups of layers.
-        context: how the run calls its model.
+        context: the precision, packing and batch shape of the run's calls.
         implementation: the attention implementation to load the model with.
         proofs: the proofs of all backends that were tried, including failed ones.
     """
@@ -97,20 +97,20 @@ def select_verify_apply(
 
     A backend that fails its proof or leaks between packed documents is replaced by the next
     candidate, if the config allows that. torch and transformers are imported here. Call it inside
-    `application.restored()`, which restores transformers' registries.
+    `application.restore_registries()`, so that transformers' registries are restored.
 
     Args:
         task: what the backend is selected for.
-        load: loads the model with `selected.implementation`; called once.
-        report: gets plans, proofs and warnings.
+        load: a function that loads the model with `selected.implementation`; called once.
+        report: receives plans, proofs and warnings.
         plan: the result of `select` for this task, if it was called before.
-        collate: makes the batch of the packing check; None for attnimg's own collator.
+        collate: builds the batch of the packing check; None for attnimg's own collator.
 
     Raises:
         AttnimgError: no allowed backend fits, passes its proof and isolates documents.
     """
     plan, proofs = verify_plan(plan or select(task, report), task, report)
-    selected = _selected(plan, task, proofs)
+    selected = _load_selected(plan, task, proofs)
     model = load(selected)
     application.require_applied(model, selected.backend)
     if not task.problem.packing:
@@ -123,30 +123,30 @@ def select_verify_apply(
             model, implementation=name, context=selected.context, collate=collate
         )
         if isolation.isolated:
-            report.say(f"packing: isolated on {name} ({isolation.why})")
+            report.log(f"packing: isolated on {name} ({isolation.why})")
             return Applied(model=model, selected=selected, isolation=isolation)
         reason = Reason(code=isolation.code or "packing-not-isolated", text=isolation.why)
-        following = planning.without(plan, name, reason)
+        following = planning.rule_out(plan, name, reason)
         if following.chosen is None:
             require_isolation(isolation)
         following, proofs = verify_plan(following, task, report)
         report.warn_replaced(f"packing: {name} is not used ({reason.code}): {isolation.why}")
         try:
-            application.switch(
+            application.switch_backend(
                 model,
-                application.backend_of(following),
+                application.plan_backend(following),
                 layers=_layers(task),
                 trusted=task.problem.trusted,
             )
-        except AttnimgError:  # a model without transformers' attention interface keeps its own
+        except AttnimgError:  # a model that does not use transformers' attention interface
             require_isolation(isolation)
-        plan = _announced(following, task, report)
+        plan = _report_plan(following, task, report)
         selected = replace(
             selected,
             plan=plan,
-            backend=application.backend_of(plan),
-            context=context_of(task.problem, application.backend_of(plan)),
-            implementation=application.running(model),
+            backend=application.plan_backend(plan),
+            context=build_context(task.problem, application.plan_backend(plan)),
+            implementation=application.current_implementation(model),
             proofs=(*selected.proofs, *proofs),
         )
 
@@ -157,7 +157,7 @@ def select(task: Task, report: Report) -> Plan:
     Raises:
         AttnimgError: no backend fits, or packed documents would mix.
     """
-    return _announced(task.choose(), task, report)
+    return _report_plan(task.choose(), task, report)
 
 
 def verify_plan(
@@ -168,107 +168,110 @@ def verify_plan(
     Args:
         plan: a plan that chose a backend.
         task: what it was chosen for.
-        report: gets plans and proofs.
+        report: receives plans and proofs.
         direct: whether kernels are called without a model, as `attnimg.attention` calls them.
 
     Returns:
         A plan whose backends passed, and all proofs, including failed ones.
 
     Raises:
-        AttnimgError: no backend that the plan may use passed; its code is that of the first fault.
+        AttnimgError: no backend that the plan may use passed; the error has the code of the first
+            reason of the last proof.
     """
     made: list[Proof] = []
     while True:
         failed = None
-        for backend, part in parts_of(plan, task.problem):
-            (proof,) = proofs_of(
+        for backend, part in split_by_backend(plan, task.problem):
+            (proof,) = prove_backends(
                 [backend],
                 part,
                 machine=task.machine,
-                say=report.say,
+                log=report.log,
                 routed=bool(plan.groups) or (direct and is_called_directly(backend)),
             )
             made.append(proof)
             if not proof.passed:
                 failed = proof
                 break
-            report.say(sentence(proof))
+            report.log(describe_proof(proof))
         if failed is None:
             return plan, tuple(made)
         reason = Reason(
             code=failed.reasons[0].code, text=f"failed its proof: {_reasons_text(failed)}"
         )
-        following = planning.without(plan, failed.backend, reason)
+        following = planning.rule_out(plan, failed.backend, reason)
         if following.chosen is None:
             raise _failed_proof(failed, do=following.remedy)
-        report.warn_replaced(sentence(failed))
-        plan = _announced(following, task, report)
+        report.warn_replaced(describe_proof(failed))
+        plan = _report_plan(following, task, report)
 
 
-def proofs_of(
+def prove_backends(
     backends: list[Backend],
     problem: Problem,
     *,
     machine: Machine,
-    say: Callable[[str], None],
+    log: Callable[[str], None],
     routed: bool = False,
 ) -> list[Proof]:
-    """Return a proof for each backend: a cached one, or else a new one."""
+    """Prove each backend, or read its proof from the cache; return the proofs."""
     from attnimg.verification.proofs import Setting, prove
 
     setting = Setting.here(machine, os.environ)
-    return prove(backends, problem, setting=setting, log=say, routed=routed)
+    return prove(backends, problem, setting=setting, log=log, routed=routed)
 
 
-def prove_fitting(task: Task, *, say: Callable[[str], None]) -> list[tuple[Problem, Proof]]:
-    """Prove every backend that fits a task, and those of its groups of layers, as a router calls.
+def prove_fitting(task: Task, *, log: Callable[[str], None]) -> list[tuple[Problem, Proof]]:
+    """Prove every backend that fits a task.
+
+    Where groups of layers have different backends, these are also proven as a router calls them.
 
     Returns:
-        Each proof, with the problem that it was made for.
+        The proofs, each with the problem that it was made for.
     """
     plan, problem, machine = task.choose(), task.problem, task.machine
     fitting = [verdict.backend for verdict in plan.verdicts if verdict.fits]
     fitting = [backend for backend in fitting if backend.applied_as is not None]
-    proofs = [(problem, p) for p in proofs_of(fitting, problem, machine=machine, say=say)]
-    for backend, part in parts_of(plan, problem) if plan.groups else ():
-        (proof,) = proofs_of([backend], part, machine=machine, say=say, routed=True)
+    proofs = [(problem, p) for p in prove_backends(fitting, problem, machine=machine, log=log)]
+    for backend, part in split_by_backend(plan, problem) if plan.groups else ():
+        (proof,) = prove_backends([backend], part, machine=machine, log=log, routed=True)
         proofs.append((part, proof))
     return proofs
 
 
-def warnings_of(plan: Plan, task: Task) -> tuple[Finding, ...]:
+def find_warnings(plan: Plan, task: Task) -> tuple[Finding, ...]:
     """Return the warnings on a plan and on the machine."""
     _, warnings = run_findings(plan, task.problem, task.machine)
     return (*warnings, *machine_warnings(task.machine))
 
 
 def kernel_hashes(plan: Plan, task: Task) -> dict[str, dict[str, str] | None]:
-    """Return hashes of the files that compute each of a plan's backends; None for unknown ones."""
+    """Return backend -> hashes of its kernel's files; None where the files are not known."""
     from attnimg.verification.proofs import Setting, hash_files
 
     setting = Setting.here(task.machine, os.environ)
     return {
         backend.name: hash_files(backend, setting=setting, trusted=part.trusted)
-        for backend, part in parts_of(plan, task.problem)
+        for backend, part in split_by_backend(plan, task.problem)
     }
 
 
-def parts_of(plan: Plan, problem: Problem) -> list[tuple[Backend, Problem]]:
-    """Return each backend of a plan, with a problem that has only the layers it runs."""
+def split_by_backend(plan: Plan, problem: Problem) -> list[tuple[Backend, Problem]]:
+    """Return the backends of a plan, each with a problem that has only the layers it runs."""
     assert plan.chosen is not None
     if not plan.groups or problem.model is None:
         return [(plan.chosen.backend, problem)]
-    layers_of: dict[str, list[LayerGroup]] = {}
+    layers_by_name: dict[str, list[LayerGroup]] = {}
     for choice in plan.groups:
-        layers_of.setdefault(choice.verdict.backend.name, []).append(choice.layers)
+        layers_by_name.setdefault(choice.verdict.backend.name, []).append(choice.layers)
     backends = {choice.verdict.backend.name: choice.verdict.backend for choice in plan.groups}
     return [
         (backends[name], replace(problem, model=replace(problem.model, layers=tuple(layers))))
-        for name, layers in layers_of.items()
+        for name, layers in layers_by_name.items()
     ]
 
 
-def sentence(proof: Proof) -> str:
+def describe_proof(proof: Proof) -> str:
     """Return a proof as one line of text."""
     if not proof.passed:
         return f"proof: {proof.backend} failed: {_reasons_text(proof)}"
@@ -277,13 +280,13 @@ def sentence(proof: Proof) -> str:
         for figure in proof.figures
         if figure.allowed < float("inf")
     ]
-    how = "kept from an earlier run" if proof.cached else f"{proof.seconds:.1f} s"
+    how = "from the cache" if proof.cached else f"{proof.seconds:.1f} s"
     note = f"; {proof.note}" if proof.note else ""
     figures = f": {', '.join(parts)}" if parts else ""
     return f"proof: {proof.backend} passed {proof.cases} probes, {how}{figures}{note}"
 
 
-def _announced(plan: Plan, task: Task, report: Report) -> Plan:
+def _report_plan(plan: Plan, task: Task, report: Report) -> Plan:
     """Report a plan; raise if it chose no backend, or if packed documents would mix."""
     if plan.chosen is None:
         raise _nothing_fits(plan)
@@ -295,13 +298,13 @@ def _announced(plan: Plan, task: Task, report: Report) -> Plan:
     return plan
 
 
-def _selected(plan: Plan, task: Task, proofs: tuple[Proof, ...]) -> Selected:
+def _load_selected(plan: Plan, task: Task, proofs: tuple[Proof, ...]) -> Selected:
     """Load the kernel of a verified plan, and register it with transformers."""
-    backend = application.backend_of(plan)
-    implementation = application.prepare(
+    backend = application.plan_backend(plan)
+    implementation = application.load_and_register(
         backend, layers=_layers(task), trusted=task.problem.trusted
     )
-    context = context_of(task.problem, backend)
+    context = build_context(task.problem, backend)
     return Selected(
         plan=plan, backend=backend, context=context, implementation=implementation, proofs=proofs
     )
@@ -333,7 +336,7 @@ def _failed_proof(failed: Proof, *, do: str) -> KernelError:
     found = "\n".join(f"found {reason.code}: {reason.text}" for reason in failed.reasons)
     return KernelError(
         f"{failed.backend} failed its proof on this machine",
-        why=f"{found}\nneeded: what plain attention gives, forward and backward",
+        why=f"{found}\nneeded: the outputs and gradients of plain attention",
         do=do or f"{set_backend('sdpa')}, and report the kernel to its publisher",
         code=failed.reasons[0].code,
         exit_code=1,

@@ -1,18 +1,29 @@
 """Apply a plan to a model, and check which attention implementation the model runs."""
 
-from attnimg.application.model import class_of, facts_of, require_applied, running, switch
-from attnimg.application.registry import prepare, registered, restored, unregister
-from attnimg.application.router import backend_of
+from attnimg.application.model import (
+    current_implementation,
+    find_model_class,
+    read_class_limits,
+    require_applied,
+    switch_backend,
+)
+from attnimg.application.registry import (
+    load_and_register,
+    registered_names,
+    restore_registries,
+    unregister,
+)
+from attnimg.application.router import plan_backend
 
 __all__ = [
-    "backend_of",
-    "class_of",
-    "facts_of",
-    "prepare",
-    "registered",
+    "current_implementation",
+    "find_model_class",
+    "load_and_register",
+    "plan_backend",
+    "read_class_limits",
+    "registered_names",
     "require_applied",
-    "restored",
-    "running",
-    "switch",
+    "restore_registries",
+    "switch_backend",
     "unregister",
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from attnimg.application.registry import prepare
+from attnimg.application.registry import load_and_register
 from attnimg.backends import hub_repo_name
 from attnimg.backends._transformers import DIRECT
 from attnimg.errors import AttnimgError
@@ -19,16 +19,16 @@ _FLAGS = {
 }
 
 
-def class_of(config: Any) -> type[Any] | None:
-    """Return the causal language model class of a transformers config, None when there is none."""
+def find_model_class(config: Any) -> type[Any] | None:
+    """Return the class of causal language models for a transformers config; None without one."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
     found = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     return found if isinstance(found, type) else None
 
 
-def facts_of(model_class: type[Any]) -> ModelClass | None:
-    """Return what a PreTrainedModel class does not support; None when it supports everything."""
+def read_class_limits(model_class: type[Any]) -> ModelClass | None:
+    """Return the limits of a PreTrainedModel class; None when it supports every backend."""
     lacks = {kind for kind, flag in _FLAGS.items() if not getattr(model_class, flag, True)}
     can_set = getattr(model_class, "_can_set_attn_implementation", None)
     if can_set is not None and not can_set():
@@ -39,20 +39,20 @@ def facts_of(model_class: type[Any]) -> ModelClass | None:
     return ModelClass(name=model_class.__name__, lacks=frozenset(lacks), flash_names=flash_names)
 
 
-def running(model: Any) -> str:
+def current_implementation(model: Any) -> str:
     """Return the attention implementation of a loaded model, as transformers names it."""
     return str(model.config._attn_implementation)
 
 
 def require_applied(model: Any, backend: Backend) -> None:
-    """Raise if a model runs another attention implementation than the plan's.
+    """Raise if a model runs another attention implementation than the plan's backend.
 
-    transformers may silently fall back to a hub kernel or replace a name.
+    transformers may silently load a hub kernel instead, or replace a name by another.
 
     Raises:
         AttnimgError: the model's implementation is not the backend's.
     """
-    found = running(model)
+    found = current_implementation(model)
     if found == backend.applied_as or hub_repo_name(found) == backend.hub_repo:
         return
     if backend.unpadded_v and found.startswith(DIRECT):
@@ -60,14 +60,14 @@ def require_applied(model: Any, backend: Backend) -> None:
     raise AttnimgError(
         f"{backend.name} was not applied",
         why=f"found {found} in the model, needed {backend.applied_as}; transformers replaced it",
-        do="set attn_implementation to a backend that `attnimg explain` says fits",
+        do="set attn_implementation to a backend that fits; `attnimg explain` lists them",
         code="not-applied",
         key="attn_implementation",
         exit_code=1,
     )
 
 
-def switch(
+def switch_backend(
     model: Any, backend: Backend, *, layers: tuple[LayerGroup, ...] = (), trusted: bool = False
 ) -> None:
     """Change the attention of a loaded model, and check that it changed.
@@ -82,12 +82,12 @@ def switch(
         AttnimgError: the model does not support the backend.
     """
     try:
-        model.set_attn_implementation(prepare(backend, layers=layers, trusted=trusted))
+        model.set_attn_implementation(load_and_register(backend, layers=layers, trusted=trusted))
     except (ValueError, ImportError, KeyError) as error:
         raise AttnimgError(
             f"{backend.name} could not be applied",
             why=str(error),
-            do="set attn_implementation: eager, which every model takes",
+            do="set attn_implementation: eager, which every model supports",
             code="not-applied",
             key="attn_implementation",
             exit_code=1,

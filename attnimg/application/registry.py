@@ -10,7 +10,12 @@ from contextlib import contextmanager, suppress
 from functools import wraps
 from typing import Any
 
-from attnimg.backends._transformers import applied_form, attention_function
+from attnimg.backends._transformers import (
+    applied_form,
+    attention_function,
+    flash_name,
+    load_flash,
+)
 from attnimg.facts import AttentionFunction, Backend, LayerGroup
 
 # transformers' globals for the one loaded flash implementation; 5.17 does not have all of them.
@@ -32,10 +37,10 @@ _STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 @contextmanager
-def restored(*, kept: Callable[[], Container[str]] = tuple) -> Iterator[None]:
+def restore_registries(*, kept: Callable[[], Container[str]] = tuple) -> Iterator[None]:
     """Restore transformers' registries of attention and mask functions after the block.
 
-    A model can run a backend that attnimg registered only inside the block.
+    Models can run the backends that were registered in the block only until it ends.
 
     Args:
         kept: returns the names that stay registered; called at the end of the block.
@@ -58,15 +63,15 @@ def restored(*, kept: Callable[[], Container[str]] = tuple) -> Iterator[None]:
             setattr(flash, name, value)
 
 
-def registered() -> frozenset[str]:
-    """Return the names that were registered with transformers' attention interface."""
+def registered_names() -> frozenset[str]:
+    """Return the names in transformers' registry of attention functions."""
     from transformers import AttentionInterface
 
     return frozenset(AttentionInterface._global_mapping)
 
 
 def unregister(names: Iterable[str]) -> None:
-    """Remove names of attnimg from transformers' registries of attention and mask functions."""
+    """Remove those names that attnimg registered from transformers' registries."""
     from transformers import AttentionInterface, AttentionMaskInterface
 
     for name in names:
@@ -75,11 +80,13 @@ def unregister(names: Iterable[str]) -> None:
             AttentionMaskInterface._global_mapping.pop(name, None)
 
 
-def prepare(backend: Backend, *, layers: tuple[LayerGroup, ...] = (), trusted: bool = False) -> str:
+def load_and_register(
+    backend: Backend, *, layers: tuple[LayerGroup, ...] = (), trusted: bool = False
+) -> str:
     """Load a backend's kernel, register it if needed, and return its name in transformers.
 
-    Names that transformers has are not changed. Other functions are registered together with the
-    mask function that they need, without which transformers passes no mask.
+    A name that transformers itself has is not registered again. Other functions are registered
+    together with the mask function that they need, without which transformers passes no mask.
 
     Args:
         backend: the backend that the plan chose.
@@ -88,32 +95,30 @@ def prepare(backend: Backend, *, layers: tuple[LayerGroup, ...] = (), trusted: b
         trusted: whether hub kernels of untrusted publishers may run (trust_remote_code).
 
     Returns:
-        The name by which from_pretrained selects it.
+        The value of attn_implementation that selects it in from_pretrained.
 
     Raises:
         AttnimgError: the kernel is missing or broken.
     """
-    with process_settings_kept():
-        return _prepared(applied_form(backend, layers), trusted=trusted)
+    with keep_process_settings():
+        return _load_and_register(applied_form(backend, layers), trusted=trusted)
 
 
-def _prepared(backend: Backend, *, trusted: bool) -> str:
+def _load_and_register(backend: Backend, *, trusted: bool) -> str:
     name = backend.applied_as or backend.name
     if backend.load_function is not None:
         register(name, attention_function(backend, trusted=trusted))
     elif backend.family is not None or backend.hub_repo is not None:
-        from attnimg.backends._transformers import flash_name, load_flash
-
         loaded = flash_name(backend)
         load_flash(loaded, trusted=trusted)
         if name == backend.hub_repo:
-            # It has the revision of kernels.lock, as transformers loads the path again.
+            # transformers loads the path again, so it needs the revision of kernels.lock.
             name = loaded
     return name
 
 
 def register(name: str, function: AttentionFunction) -> None:
-    """Register a function whose only mask is that of the padding.
+    """Register an attention function, with the mask function that passes only the padding mask.
 
     Args:
         name: must not contain "flash", "sdpa" or "flex", which transformers treats specially.
@@ -137,11 +142,11 @@ def register(name: str, function: AttentionFunction) -> None:
 
 
 @contextmanager
-def process_settings_kept() -> Iterator[None]:
+def keep_process_settings() -> Iterator[None]:
     """Restore signal handlers, the signal mask, umask and working directory after the block.
 
-    Importing a kernel's library may change these. The proof refuses such kernels, but it may be a
-    cached one, and the import may behave differently in this process.
+    Importing a kernel's library may change these. A proof refuses such a kernel, but the proof may
+    come from the cache, and the import may behave differently in this process.
     """
     handlers = {number: signal.getsignal(number) for number in signal.valid_signals()}
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, [])
@@ -162,7 +167,7 @@ def process_settings_kept() -> Iterator[None]:
 
 def _set_handlers(handlers: Mapping[signal.Signals, Any]) -> None:
     for number, handler in handlers.items():
-        # None: C code has set it, and Python can't set it again.
+        # None: C code has set the handler, and Python can't set it again.
         changed = signal.getsignal(number) is not handler or number in _STOPPING
         if handler is not None and changed:
             # SIGKILL and SIGSTOP can't have a handler.

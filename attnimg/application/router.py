@@ -1,4 +1,4 @@
-"""Return a plan's backend, or a router that calls the right backend for each layer's shape."""
+"""Build a router: an attention function that calls the planned backend for each layer's shape."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ROUTER = "attnimg_router"
 
 
 class Shape(NamedTuple):
-    """The properties of a layer that its calls show: head sizes, window, soft cap, sinks."""
+    """The properties of a layer that a call has: head sizes, window, soft cap, sinks."""
 
     head_dim_qk: int
     head_dim_v: int
@@ -66,30 +66,31 @@ class Router:
         if shape in self.routes:
             return self.routes[shape]
         # A model may implement the window in its mask, or the soft cap outside the call. Then the
-        # head sizes decide, if all layers with these sizes have the same backend.
+        # backend is found by the head sizes, if all layers with these sizes run the same one.
         sized = {f for s, f in self.routes.items() if s[:2] == shape[:2] and s.sinks == shape.sinks}
         if len(sized) == 1:
             return sized.pop()
         known = "; ".join(str(tuple(known)) for known in self.routes)
         raise KernelError(
-            "a layer of this model has attention that the plan did not know",
-            why=f"found {tuple(shape)} (head_dim, of v, window, softcap, sinks); planned {known}",
+            "a layer of this model has a shape that is not in the plan",
+            why=f"found {tuple(shape)} (head_dim, head_dim of v, window, softcap, sinks); "
+            f"needed one of {known}",
             do=set_backend("sdpa"),
             code="not-planned",
             exit_code=1,
         )
 
 
-def shape_of(group: LayerGroup) -> Shape:
-    """Return the shape of a group's calls."""
+def call_shape(group: LayerGroup) -> Shape:
+    """Return the shape that the calls of a group of layers have."""
     return Shape(
         group.head_dim_qk, group.head_dim_v, group.window, group.softcap or None, group.sinks
     )
 
 
-def backend_of(plan: Plan) -> Backend:
-    """Return the backend that a plan chose; a router where groups of layers have their own."""
-    assert plan.chosen is not None, "a plan without a choice ends the run before"
+def plan_backend(plan: Plan) -> Backend:
+    """Return the backend that a plan chose; a router if groups of layers have different ones."""
+    assert plan.chosen is not None, "a run ends before this if its plan chose no backend"
     if plan.groups:
         return _router(plan.groups)
     return plan.chosen.backend
@@ -121,4 +122,4 @@ def _load(groups: tuple[GroupChoice, ...]) -> AttentionFunction:
     for name, backend in backends.items():
         layers = [one.layers for one in groups if one.verdict.backend.name == name]
         functions[name] = attention_function(applied_form(backend, layers, routed=True))
-    return Router({shape_of(one.layers): functions[one.verdict.backend.name] for one in groups})
+    return Router({call_shape(one.layers): functions[one.verdict.backend.name] for one in groups})

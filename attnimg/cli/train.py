@@ -29,13 +29,13 @@ class PrintedReport:
 
     console: Console
 
-    def say(self, text: str) -> None:
+    def log(self, text: str) -> None:
         """Print a line."""
         self.console.print(f"  {text}", highlight=False, markup=False, soft_wrap=True)
 
     def warn_replaced(self, text: str) -> None:
         """Print why a backend is replaced by the next candidate."""
-        self.say(text)
+        self.log(text)
 
     def show_plan(self, plan: Plan, task: Task, warnings: Sequence[Finding]) -> None:
         """Print a plan and the warnings on it."""
@@ -85,7 +85,7 @@ def train_file(
         warnings += precision_warnings(checked.config, machine)
     values = _require_valid(replace(checked, warnings=warnings), report.console)
     for note in keys_without_effect(values):
-        report.say(f"warning: {note}")
+        report.log(f"warning: {note}")
     result = run.train(values, machine, report=report, stop=stop)
     for path in result.files if rank() == 0 else ():
         # Control characters in the path are escaped for a terminal, but not for scripts.

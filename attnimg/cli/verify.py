@@ -38,14 +38,14 @@ def verify(file: str | None, as_json_lines: bool) -> None:
     require_parsable(os.environ)
     console = as_text.console(sys.stderr)
 
-    def say(text: str) -> None:
+    def log(text: str) -> None:
         console.print(f"  {text}", style="dim", highlight=False, markup=False, soft_wrap=True)
 
     machine = installed_machine()
     use_shipped_kernels(machine)
     results: list[tuple[Problem, Proof]] = []
     for task in _tasks(file, machine):
-        results += prove_fitting(task, say=say)
+        results += prove_fitting(task, log=log)
     ok = bool(results) and all(proof.passed for _, proof in results)
     if as_json_lines:
         proofs_json = [_json(problem, proof) for problem, proof in results]

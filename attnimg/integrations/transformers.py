@@ -73,7 +73,7 @@ class AttnimgCallback(TrainerCallback):  # type: ignore[misc]  # transformers sh
         collator = getattr(train_dataloader, "collate_fn", None)
         # Trainer wraps the collator of a dataset that is not one of the library `datasets`.
         collator = getattr(collator, "data_collator", collator)
-        settings = settings_of(args, collator) | self.settings
+        settings = read_settings(args, collator) | self.settings
         packing = bool(settings.get("packing"))
         if packing:
             _require_whole_weights(model)
@@ -108,7 +108,7 @@ class AttnimgCallback(TrainerCallback):  # type: ignore[misc]  # transformers sh
         api.restore(model)
 
 
-def settings_of(args: Any, collator: Any = None) -> api.Settings:
+def read_settings(args: Any, collator: Any = None) -> api.Settings:
     """Return the arguments of `attnimg.select` that TrainingArguments or an SFTConfig imply.
 
     Args:

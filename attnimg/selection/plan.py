@@ -1,8 +1,8 @@
 """Choose a backend: check every candidate, then take the best-ranked one that fits.
 
-Candidates are ordered by the ranks in their files: Backend.ranks in particular situations,
-Backend.rank otherwise, each with a source. Timings on this GPU will replace them. Where layers
-differ, each group of equal layers may get its own backend.
+Candidates are ordered by the ranks in their files, each with a source: the first of Backend.ranks
+that applies to the run, or else Backend.rank. Timings are not used yet. Where layers differ, each
+group of equal layers may get its own backend.
 
 All functions are pure: they do not read the GPU, files, the clock or the environment.
 """
@@ -82,8 +82,8 @@ def choose(
             machine's variables have ATTNIMG_BACKEND.
         machine: the machine of the run.
         problem: what attention has to compute.
-        strict: use exactly the requested backend, also within the flash family.
-        kinds: attn_backends: a kind of layers -> the backend for them; it needs "auto".
+        strict: whether no other member of the flash family may replace the requested backend.
+        kinds: the config's attn_backends: kind of layers -> backend; only if `requested` is "auto".
 
     Returns:
         The plan. Its `chosen` is None when the requested backend, or every backend, does not fit.
@@ -112,8 +112,8 @@ def choose(
     plan = _plan_by_rank(verdicts)
     if plan.chosen is None:
         return plan
-    if (isolating := _with_boundaries(plan, problem)) is not plan:
-        return isolating
+    if (replaced := _replace_if_mixing(plan, problem)) is not plan:
+        return replaced
     if groups := _choose_groups(backends, machine, problem):
         return replace(plan, groups=groups, reason=_groups_reason(groups, plan.chosen))
     return replace(plan, reason=_rank_reason(plan, plan.chosen, machine, problem))
@@ -147,15 +147,15 @@ def plan_dict(plan: Plan) -> dict[str, Any]:
     }
 
 
-def without(plan: Plan, backend: str, reason: Reason) -> Plan:
-    """Return the plan after a proof has ruled a backend out.
+def rule_out(plan: Plan, backend: str, reason: Reason) -> Plan:
+    """Return the plan without a backend that failed its proof or does not isolate documents.
 
-    If groups of layers had different backends, all of them get the best one for all layers. `auto`
-    chooses the next candidate, and the flash family its next member. Any other backend that the
-    config names is never replaced.
+    If `backend` is the router of groups of layers, all layers get the plan's best single backend.
+    Otherwise `auto` chooses the next candidate, and a named member of the flash family is replaced
+    by the next member. Any other backend that the config names is never replaced.
     """
     if plan.groups and backend not in {v.backend.name for v in plan.verdicts}:
-        text = f"its layers could not run different backends: {reason.text}"
+        text = f"groups of layers could not run different backends: {reason.text}"
         return replace(plan, groups=(), reason=text)
     verdicts = tuple(
         replace(v, reasons=(*v.reasons, reason), kernel=None) if v.backend.name == backend else v
@@ -192,14 +192,14 @@ def _masked_backend(plan: Plan) -> Backend | None:
     return next((v.backend for v in verdicts if v.backend.mask != "flash"), None)
 
 
-def _with_boundaries(plan: Plan, problem: Problem) -> Plan:
-    """Return the plan with the best backend that isolates documents; the same plan without one."""
+def _replace_if_mixing(plan: Plan, problem: Problem) -> Plan:
+    """Return the plan with the best backend that isolates documents; `plan` itself if none does."""
     following = plan
     while (error := mixing_error(following, problem)) is not None:
         masked = _masked_backend(following)
         assert masked is not None
         reason = Reason(code=error.code, text=error.why.splitlines()[0])
-        following = without(following, masked.name, reason)
+        following = rule_out(following, masked.name, reason)
     return following if following.chosen is not None else plan
 
 
@@ -222,7 +222,8 @@ def _plan_for(
     source = "the config" if by == "config" else by
     plan = Plan(requested=named.name, chosen=None, reason="", verdicts=verdicts, requested_by=by)
     own = next(verdict for verdict in verdicts if verdict.backend.name == named.name)
-    # flash_attention_4 means exactly that; 2 and 3 mean the best member of the family.
+    # flash_attention_2 and flash_attention_3 may be replaced by another member of the family;
+    # flash_attention_4 may not.
     any_member = named.uses_flash_lib and named.family is not None and not strict
     if any_member and not any(reason.code in _ARCH_CODES for reason in own.reasons):
         for verdict in verdicts:
@@ -247,7 +248,7 @@ def _plan_for(
 
 
 def _automatic(verdicts: Iterable[Verdict]) -> list[Verdict]:
-    """Return those that fit and that `auto` may choose."""
+    """Return the verdicts of backends that fit and that `auto` may choose."""
     return [verdict for verdict in verdicts if verdict.fits and _is_automatic(verdict.backend)]
 
 
@@ -272,8 +273,8 @@ def _sort_family(backends: list[Backend], family: str) -> list[Backend]:
     """Return the candidates, with the members of a family ordered by their general ranks: 4, 3, 2.
 
     This order is used if the config names a member of the family; `auto` uses the ranks for the
-    architecture. Timings will replace it: those in docs/gpu-runs for the same GPU and for the
-    image's versions of torch, the kernel and Python.
+    architecture. Timings are not used yet; those in docs/gpu-runs are meant to replace this order
+    on the same GPU with the same versions of torch, the kernel and Python.
     """
     members = iter([backend for backend in all_backends() if backend.family == family])
     return [next(members) if backend.family == family else backend for backend in backends]
@@ -337,7 +338,7 @@ def _choose_groups(
         if best.backend.mask != "flash" and (group.softcap or group.sinks):
             return ()
         choices.append((group, verdicts, best))
-    # A variable that selects such a backend also affects layers of other backends of its package.
+    # The environment variables of such a backend affect all layers that run its package.
     for whole in [best.backend for _, _, best in choices if best.backend.for_process]:
         for i, (group, verdicts, best) in enumerate(choices):
             same_package = best.backend.needs.packages == whole.needs.packages
@@ -356,8 +357,8 @@ def _plan_by_kind(
 ) -> Plan:
     """Return the plan in which each kind of layers runs the backend that attn_backends names.
 
-    Kinds that it does not name get the best backend that fits them. Nothing is replaced: the plan
-    has no choice where a named backend does not fit its layers.
+    Kinds that it does not name get the best backend that fits them. A named backend is never
+    replaced: if it does not fit its layers, the plan chooses nothing.
     """
     key: RequestedBy = "attn_backends"
     layers = problem.model.layers if problem.model else ()
@@ -392,7 +393,7 @@ def _plan_by_kind(
         return replace(nothing, reason=against, remedy=remedy)
     groups, chosen = tuple(choices), choices[0].verdict
     parts = [f"{_describe_layers(one.layers)} run {one.verdict.backend.name}" for one in groups]
-    reason = f"{key} names them, and they fit: {'; '.join(parts)}"
+    reason = f"the backends that {key} names fit: {'; '.join(parts)}"
     return replace(nothing, chosen=chosen, groups=groups, reason=reason)
 
 
@@ -424,8 +425,8 @@ def _require_backend_name(name: str) -> None:
 def _rank_reason(plan: Plan, chosen: Verdict, machine: Machine, problem: Problem) -> str:
     """Return in one sentence why `auto` chose its backend.
 
-    It says how many backends fit, why this one has the best rank, and why better-ranked ones were
-    not chosen.
+    The sentence has the number of backends that fit, why this one has the best rank, and why
+    better-ranked ones were not chosen.
     """
     candidates, name = _automatic(plan.verdicts), chosen.backend.name
     words = ["compiled"] * problem.compiled + ["packed"] * problem.packing
@@ -475,13 +476,13 @@ def _groups_reason(groups: Sequence[GroupChoice], chosen: Verdict) -> str:
     """Return why groups of layers run different backends."""
     parts = [f"{_describe_layers(one.layers)} run {one.verdict.backend.name}" for one in groups]
     return (
-        "its layers differ, and each group runs the best backend that fits it: "
+        "the model's layers differ, and each group runs the best backend that fits it: "
         f"{'; '.join(parts)}; the best one for all layers would be {chosen.backend.name}"
     )
 
 
 def _describe_layers(group: LayerGroup) -> str:
-    """Return a description of a group of layers: its head_dim, and its features if it has any."""
+    """Return a group of layers as text: its number, its head_dim, and its features."""
     text = f"{group.count} layers of head_dim {group.head_dim_qk}"
     if group.head_dim_v != group.head_dim_qk:
         text += f" (v {group.head_dim_v})"

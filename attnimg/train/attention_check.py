@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from attnimg.application.router import shape_of
+from attnimg.application.router import call_shape
 from attnimg.errors import AttnimgError, KernelError, set_backend
 from attnimg.facts import Backend, CallCheck, LayerGroup, Plan, RunContext
 from attnimg.train.checkpoint import checkpoint_step, list_checkpoints, newest_checkpoint
@@ -299,7 +299,7 @@ def _find_backend(plan: Plan, call: CapturedCall) -> Backend:
     shape = (kind.head_dim_qk, kind.head_dim_v, kind.window, kind.softcap, kind.sinks)
 
     def similarity(layers: LayerGroup) -> int:
-        return sum(a == b for a, b in zip(shape_of(layers), shape, strict=True))
+        return sum(a == b for a, b in zip(call_shape(layers), shape, strict=True))
 
     closest = max(plan.groups, key=lambda choice: similarity(choice.layers), default=None)
     return (closest.verdict if closest else plan.chosen).backend

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from attnimg import application
 from attnimg.config.schema import Config, dataset_entries
-from attnimg.context import described
+from attnimg.context import describe_context
 from attnimg.facts import Finding, Machine, Plan
 from attnimg.files import read_regular
 from attnimg.pipeline import Report, Selected, kernel_hashes, select, select_verify_apply
@@ -82,7 +82,7 @@ def train(config: Config, machine: Machine, *, report: TrainReport, stop: StopFl
     }
     _require_same(config, machine, {**config.model_dump(), **_hash_config_files(config), **facts})
     silence_libraries()
-    with application.restored():
+    with application.restore_registries():
         task, plan = _with_model_config(config, task, plan, report)
         return fit_selected(config, task, plan, report=report, stop=stop, resume=resume)
 
@@ -101,8 +101,8 @@ def _with_model_config(
         _require_base_model(config, raw, task.machine, report)
         task = build_task(config, raw, task.machine)
         plan = select(task, report)
-    model_class = application.class_of(model_config)
-    facts = application.facts_of(model_class) if model_class is not None else None
+    model_class = application.find_model_class(model_config)
+    facts = application.read_class_limits(model_class) if model_class is not None else None
     if facts != task.problem.model_class:
         task = replace(task, problem=replace(task.problem, model_class=facts))
         plan = select(task, report)
@@ -139,7 +139,7 @@ def fit_selected(
         _require_same(
             config, task.machine, {"plan": _comparable_plan(selected.plan), "kernels": hashes}
         )
-        inputs["tokenizer"] = load_tokenizer(config, log=report.say)
+        inputs["tokenizer"] = load_tokenizer(config, log=report.log)
         inputs["documents"] = _load_documents(config, task.machine, inputs["tokenizer"], report)
         return _load_model(config, task, selected, **inputs, resume=resume, report=report)
 
@@ -157,7 +157,7 @@ def fit_selected(
         run=RunFacts(
             machine=task.machine,
             plan=selected.plan,
-            implementation=application.running(applied.model),
+            implementation=application.current_implementation(applied.model),
             context=selected.context,
             isolation=asdict(applied.isolation) if applied.isolation else None,
             proofs=selected.proofs,
@@ -171,11 +171,11 @@ def fit_selected(
             selected.plan,
             selected.context,
             dropout=task.problem.dropout,
-            log=report.say,
+            log=report.log,
         ),
     )
     for note in result.notes:
-        report.say(note)
+        report.log(note)
     return result
 
 
@@ -188,19 +188,19 @@ def _load_documents(
 
     documents = load_documents(config, tokenizer)
     for figures in documents.figures:
-        report.say(summary_line(figures))
+        report.log(summary_line(figures))
     for warning in documents.warnings:
-        report.say(f"warning: {warning}")
+        report.log(f"warning: {warning}")
     lengths = [len(documents.train), len(documents.validation or ())]
     if lengths[1]:
-        report.say(f"{lengths[0]:,} documents to train on, {lengths[1]:,} to evaluate")
+        report.log(f"{lengths[0]:,} documents to train on, {lengths[1]:,} to evaluate")
     content = [figures.content for figures in documents.figures]
     _require_same(
         config,
         machine,
         {"tokenizer": hash_tokenizer(config), "documents": lengths, "data": content},
     )
-    report.say(sample_text(documents, tokenizer))
+    report.log(sample_text(documents, tokenizer))
     return documents
 
 
@@ -225,19 +225,19 @@ def _load_model(
     data = data_identity(config, documents.figures, tokenizer)
     require_same_identity({**data, **computed, "tokenizer": hash_tokenizer(config)}, config, resume)
     require_embeddings(config, (documents.train, documents.validation), tokenizer)
-    report.say(f"run: {described(selected.context)}")
+    report.log(f"run: {describe_context(selected.context)}")
     model = load_model(
         config,
         tokenizer=tokenizer,
         implementation=selected.implementation,
         context=selected.context,
         needs_dtype_cast=selected.backend.needs_dtype_cast,
-        log=report.say,
+        log=report.log,
     )
     # The model's folder, or its snapshot of the hub, may have other content on another machine.
     _require_same(config, task.machine, {"base_model": hash_model(config)})
     for note in adapter_notes(model, config):
-        report.say(f"warning: {note}")
+        report.log(f"warning: {note}")
     return model
 
 

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from attnimg.context import described
+from attnimg.context import describe_context
 from attnimg.errors import AttnimgError, PackingLeak, out_of_memory_error, set_backend
 from attnimg.facts import DType, RunContext
 from attnimg.layout import PackedLayout, lay_out
@@ -163,11 +163,11 @@ def require_isolation(proof: IsolationProof) -> None:
     do = f"set sample_packing: false, or {other}"
     if proof.code == "model-raised":
         what = f"{proof.model_type} on {proof.backend} raised an error on packed documents"
-        needed = f"a model that runs on packed rows ({described(proof.context)})"
+        needed = f"a model that runs on packed rows ({describe_context(proof.context)})"
         do = f"if the error names a package or a setting, correct that; else {do}"
     if proof.code == "not-finite":
         what = f"{proof.model_type} on {proof.backend} computes NaN or infinite values"
-        needed = f"finite logits and gradients ({described(proof.context)})"
+        needed = f"finite logits and gradients ({describe_context(proof.context)})"
         do = f"{set_backend('eager')} to rule out the attention kernel, or {other}"
         if proof.context.dtype == "float16":
             do = "set bf16: true, which has the range of float32 (the largest float16 is 65504)"

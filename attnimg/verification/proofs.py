@@ -13,7 +13,7 @@ from pathlib import Path
 
 from attnimg.backends import kernel_variables, local_kernel
 from attnimg.backends._loading import hub_folder
-from attnimg.context import context_of
+from attnimg.context import build_context
 from attnimg.facts import (
     Backend,
     Geometry,
@@ -179,7 +179,7 @@ def _content(
 def _candidate(backend: Backend, problem: Problem, setting: Setting, *, routed: bool) -> Candidate:
     geometries = list_geometries(
         problem,
-        context_of(problem, backend),
+        build_context(problem, backend),
         dense=not problem.packing or has_dense_function(backend, setting.machine),
         deterministic=setting.environment.get("FLASH_ATTENTION_DETERMINISTIC") == "1",
         every_length=backend.unreviewed or local_kernel(backend, setting.machine) is not None,

@@ -54,10 +54,10 @@ def model_classes() -> dict[str, ModelClass | None]:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    from attnimg.application import facts_of
+    from attnimg.application import read_class_limits
 
     return {
-        name: facts_of(MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[name]])
+        name: read_class_limits(MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[name]])
         for name in sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
     }
 

@@ -6,7 +6,7 @@ import os
 from typing import Any
 
 from attnimg.backends import all_backends, find_backend
-from attnimg.context import context_of
+from attnimg.context import build_context
 from attnimg.context import is_padding_free as is_padding_free
 from attnimg.facts import Backend, LayerGroup, Machine, Model, Problem, Proof
 from attnimg.machine import probe
@@ -129,7 +129,7 @@ def isolation(model: Any, unit: dict[str, Any]) -> tuple[bool, str]:
     from attnimg.verification.isolation import check_isolation
 
     task = problem({**unit, "head_dims": [], "packing": True, "sequence_len": unit["tokens"]})
-    context = context_of(task, backend(unit["backend"]))
+    context = build_context(task, backend(unit["backend"]))
     found = check_isolation(model, implementation=unit["backend"], context=context)
     return found.isolated, found.why
 

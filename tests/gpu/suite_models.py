@@ -60,10 +60,10 @@ def training(unit: dict[str, Any], stage: Callable[[str], None]) -> dict[str, An
         heads=shape["num_attention_heads"],
         count=shape["num_hidden_layers"],
     )
-    with application.restored():
+    with application.restore_registries():
         stage("loading the model")
         model = _model(
-            shape, application.prepare(backend, layers=layers), dtype=dtype, device=device
+            shape, application.load_and_register(backend, layers=layers), dtype=dtype, device=device
         )
         application.require_applied(model, backend)
         stage("isolation check")

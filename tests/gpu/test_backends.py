@@ -88,8 +88,8 @@ def test_it_is_as_right_as_its_pattern_written_plainly_in_bf16(name, lengths):
 
 
 def twenty_losses(backend, *, is_packed):
-    with application.restored():
-        model = tiny_model("llama", application.prepare(backend), hidden_size=256).to(
+    with application.restore_registries():
+        model = tiny_model("llama", application.load_and_register(backend), hidden_size=256).to(
             DEVICE, torch.bfloat16
         )
         application.require_applied(model, backend)

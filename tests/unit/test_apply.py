@@ -31,7 +31,7 @@ def kernels(monkeypatch):
     spec = ":".join(f"{name}={FIXTURES / folder}" for name, folder in served.items())
     monkeypatch.setenv("LOCAL_KERNELS", spec)
     monkeypatch.syspath_prepend(str(FIXTURES / "sage_stand_in"))
-    with application.restored():
+    with application.restore_registries():
         yield
     sys.modules.pop("sageattention", None)
 
@@ -39,7 +39,7 @@ def kernels(monkeypatch):
 def applied(name, model_type="llama", **changes):
     """Build a tiny model that runs a backend."""
     backend = find_backend(name)
-    model = tiny_model(model_type, application.prepare(backend), **changes)
+    model = tiny_model(model_type, application.load_and_register(backend), **changes)
     application.require_applied(model, backend)
     return model, backend
 
@@ -157,7 +157,7 @@ def snapshot():
 @pytest.mark.parametrize("name", ["sage", "s2", "flash_attention_2", "org/unread", "sdpa"])
 def test_undoing_leaves_the_process_as_it_was(name):
     before = snapshot()
-    with application.restored():
+    with application.restore_registries():
         for _ in range(2):
             model, _ = applied(name)
             model(torch.ones(1, 8, dtype=torch.long))
@@ -168,15 +168,15 @@ def test_undoing_leaves_the_process_as_it_was(name):
 def test_a_second_model_runs_its_own_backend():
     first, _ = applied("sage")
     second, _ = applied("sdpa")
-    assert application.running(first) == "attnimg_sage"
-    assert application.running(second) == "sdpa"
+    assert application.current_implementation(first) == "attnimg_sage"
+    assert application.current_implementation(second) == "sdpa"
 
 
 def test_models_of_one_config_object_flip_each_other_unless_it_is_copied():
     from transformers import AutoModelForCausalLM
 
     first, _ = applied("sdpa")
-    name = application.prepare(find_backend("s2"))
+    name = application.load_and_register(find_backend("s2"))
     AutoModelForCausalLM.from_config(deepcopy(first.config), attn_implementation=name)
     application.require_applied(first, find_backend("sdpa"))
     AutoModelForCausalLM.from_config(first.config, attn_implementation=name)
@@ -188,9 +188,9 @@ def test_switching_a_loaded_model_changes_what_it_computes():
     model, _ = applied("sdpa")
     ids = torch.arange(3, 35)[None]
     full = model(ids, use_cache=False).logits
-    application.switch(model, find_backend("s2"))
+    application.switch_backend(model, find_backend("s2"))
     assert (model(ids, use_cache=False).logits - full).abs().max() > 1e-3
-    application.switch(model, find_backend("sdpa"))
+    application.switch_backend(model, find_backend("sdpa"))
     assert torch.equal(model(ids, use_cache=False).logits, full)
 
 
@@ -209,7 +209,7 @@ def test_a_load_that_failed_does_not_stick(monkeypatch):
     monkeypatch.setenv("LOCAL_KERNELS", f"{FLASH}={FIXTURES}")  # serves no kernel
     for _ in range(2):
         with pytest.raises(AttnimgError) as caught:
-            application.prepare(find_backend("flash_attention_2"))
+            application.load_and_register(find_backend("flash_attention_2"))
         assert caught.value.exit_code == 1
     assert flash._loaded_implementation is None
     monkeypatch.setenv("LOCAL_KERNELS", f"{FLASH}={FIXTURES / 'flash_attn2'}")
@@ -220,7 +220,7 @@ def test_a_load_that_failed_does_not_stick(monkeypatch):
 def test_nothing_is_downloaded_for_a_name_that_is_no_hub_path(monkeypatch):
     monkeypatch.delenv("LOCAL_KERNELS")
     with pytest.raises(AttnimgError) as caught:
-        application.prepare(find_backend("flash_attention_2"))
+        application.load_and_register(find_backend("flash_attention_2"))
     assert caught.value.code == "not-installed"
     assert "does not name the hub kernel" in caught.value.why
 
@@ -228,7 +228,7 @@ def test_nothing_is_downloaded_for_a_name_that_is_no_hub_path(monkeypatch):
 @pytest.mark.parametrize("name", ["xformers", "fp8"])
 def test_a_package_that_is_missing_is_named(name):
     with pytest.raises(AttnimgError) as caught:
-        application.prepare(find_backend(name))
+        application.load_and_register(find_backend(name))
     assert caught.value.code == "import-error"
     assert "ModuleNotFoundError" in caught.value.why
 
@@ -257,7 +257,7 @@ def test_values_of_another_size_reach_the_kernel_unpadded(monkeypatch, unpadded,
 
     monkeypatch.setattr(flash.FlashKernel, "_dense", watched)
     backend = replace(find_backend("flash_attention_2"), unpadded_v=unpadded)
-    name = application.prepare(backend, layers=layers)
+    name = application.load_and_register(backend, layers=layers)
     assert (name == "flash_attention_2") == padded
     model = tiny_model("deepseek_v3", name)
     application.require_applied(model, backend)
@@ -284,9 +284,9 @@ def test_layers_that_differ_run_their_own_backends_and_compute_the_same():
     chosen = Verdict(backend=find_backend("sdpa"), rank=1, reasons=())
     groups = choices((8, "flash_attention_2"), (None, "sdpa"))
     plan = Plan(requested="auto", chosen=chosen, reason="", verdicts=(chosen,), groups=groups)
-    backend = application.backend_of(plan)
+    backend = application.plan_backend(plan)
     assert backend.packing == "native"
-    model = tiny_model("gemma3_text", application.prepare(backend), num_hidden_layers=6)
+    model = tiny_model("gemma3_text", application.load_and_register(backend), num_hidden_layers=6)
     application.require_applied(model, backend)
     proof = check_isolation(
         model, implementation=backend.name, context=a_context(padding_free=True)

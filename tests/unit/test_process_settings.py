@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from attnimg.application.registry import process_settings_kept
+from attnimg.application.registry import keep_process_settings
 
 
 @pytest.fixture(autouse=True)
@@ -48,7 +48,7 @@ def test_settings_are_restored(tmp_path: Path, raises: bool) -> None:
     signal.signal(signal.SIGTERM, handler)
     usual = signal.getsignal(signal.SIGUSR1)
     try:
-        with process_settings_kept():
+        with keep_process_settings():
             change()
             if raises:
                 raise ValueError
@@ -65,7 +65,7 @@ def test_a_thread_other_than_the_main_one_restores_all_but_handlers(tmp_path: Pa
     found: list[object] = []
 
     def work() -> None:
-        with process_settings_kept():
+        with keep_process_settings():
             change()
         found.extend([Path.cwd(), umask()])
 

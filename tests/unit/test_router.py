@@ -7,12 +7,12 @@ import torch
 from attention_cases import LAYER, draw
 from run_facts import a_problem
 
-from attnimg.application import backend_of
+from attnimg.application import plan_backend
 from attnimg.application.router import Router, Shape
 from attnimg.errors import AttnimgError
 from attnimg.facts import DType, LayerGroup, Machine, Model, Plan, Reason
 from attnimg.selection.gpus_and_images import parse_gpu
-from attnimg.selection.plan import choose, without
+from attnimg.selection.plan import choose, rule_out
 
 
 def named(name):
@@ -56,7 +56,7 @@ def test_a_call_goes_where_its_shape_says(size, size_v, arguments, taken):
     ],
 )
 def test_a_shape_that_was_not_planned_stops(size, arguments):
-    with pytest.raises(AttnimgError, match="did not know") as caught:
+    with pytest.raises(AttnimgError, match="not in the plan") as caught:
         Router(ROUTES)(LAYER, *draw(size=size), None, scaling=1.0, **arguments)
     assert str(size) in caught.value.why
 
@@ -107,15 +107,15 @@ def test_groups_of_layers_get_their_own_backend_where_that_is_better(gpu, layers
 
 def test_a_router_that_fails_leaves_the_best_for_all_layers():
     found = plan_for("h100", GEMMA4)
-    router = backend_of(found)
-    left = without(found, router.name, Reason(code="packing-not-isolated", text="it leaks"))
+    router = plan_backend(found)
+    left = rule_out(found, router.name, Reason(code="packing-not-isolated", text="it leaks"))
     assert left.groups == ()
     assert left.chosen == found.chosen
     # Of those that take all layers, the first that needs no mask over the whole row.
-    assert backend_of(left).name == "sdpa_efficient"
+    assert plan_backend(left).name == "sdpa_efficient"
 
 
 def test_two_sets_of_routes_have_two_names():
-    names = {backend_of(plan_for(gpu, GEMMA4)).applied_as for gpu in ("h100", "a100", "h100")}
+    names = {plan_backend(plan_for(gpu, GEMMA4)).applied_as for gpu in ("h100", "a100", "h100")}
     assert len(names) == 2
     assert all(name.startswith("attnimg_router") for name in names)

@@ -9,7 +9,7 @@ import pytest
 
 from attnimg.backends import find_backend
 from attnimg.config.schema import Config, Optimizer, Scheduler
-from attnimg.context import context_of
+from attnimg.context import build_context
 from attnimg.errors import AttnimgError
 from attnimg.facts import Arch, Machine
 from attnimg.task import build_problem
@@ -109,7 +109,7 @@ def arguments(tmp_path: Path, machine: Machine = CPU, **keys: Any) -> dict[str, 
     return training_arguments(
         values,
         machine=machine,
-        context=context_of(task, sdpa),
+        context=build_context(task, sdpa),
         schedule=steps(),
         sparse=False,
     )

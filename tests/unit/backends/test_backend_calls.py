@@ -58,7 +58,7 @@ def kernels(monkeypatch):
     spec = ":".join(f"{name}={FIXTURES / 'flash_attn2'}" for name in served)
     monkeypatch.setenv("LOCAL_KERNELS", spec)
     monkeypatch.syspath_prepend(str(FIXTURES / "sage_stand_in"))
-    with application.restored():
+    with application.restore_registries():
         yield
     sys.modules.pop("sageattention", None)
 

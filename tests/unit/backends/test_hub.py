@@ -59,7 +59,7 @@ def serve(tmp_path, monkeypatch):
         monkeypatch.setenv("LOCAL_KERNELS", f"{name}={tmp_path / kind}")
         return name
 
-    with application.restored():
+    with application.restore_registries():
         yield served
 
 
@@ -110,7 +110,7 @@ def test_a_kernel_that_can_not_be_used_is_an_error_of_three_parts(
     serve, kind, function, code, shown
 ):
     with pytest.raises(AttnimgError) as caught:
-        application.prepare(find_backend(serve(kind) + function))
+        application.load_and_register(find_backend(serve(kind) + function))
     assert caught.value.code == code
     assert caught.value.exit_code == 1
     assert shown in caught.value.why
@@ -120,7 +120,7 @@ def test_a_kernel_that_can_not_be_used_is_an_error_of_three_parts(
 def test_a_kernel_that_is_nowhere_is_an_error_and_no_traceback(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(AttnimgError) as caught:
-        application.prepare(find_backend("org/nowhere@abc123"))
+        application.load_and_register(find_backend("org/nowhere@abc123"))
     assert caught.value.exit_code == 1
     assert "org/nowhere" in caught.value.what
 
@@ -135,11 +135,11 @@ def test_a_publisher_the_hub_does_not_vouch_for_needs_trust(monkeypatch):
 
     monkeypatch.setattr(kernels, "install_kernel", install_kernel)  # asks the hub: not here
     with pytest.raises(AttnimgError) as caught:
-        application.prepare(find_backend("stranger/kernel"))
+        application.load_and_register(find_backend("stranger/kernel"))
     assert caught.value.code == "untrusted-kernel"
     assert caught.value.key == "trust_remote_code"
     with pytest.raises(AttnimgError) as caught:
-        application.prepare(find_backend("stranger/kernel"), trusted=True)
+        application.load_and_register(find_backend("stranger/kernel"), trusted=True)
     assert caught.value.code == "import-error"
 
 

@@ -45,7 +45,7 @@ def hub(monkeypatch, tmp_path):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.delenv("LOCAL_KERNELS", raising=False)
     monkeypatch.chdir(tmp_path)
-    with application.restored():
+    with application.restore_registries():
         yield asked
 
 
@@ -82,7 +82,7 @@ def test_a_signature_that_does_not_hold_stops_before_the_kernel_runs(
 ):
     verifier(monkeypatch, result)
     with pytest.raises(AttnimgError) as caught:
-        application.prepare(find_backend(path))
+        application.load_and_register(find_backend(path))
     assert caught.value.code == "kernel-signature"
     assert caught.value.exit_code == 1
     assert shown in caught.value.why
@@ -103,7 +103,7 @@ def test_a_kernel_that_can_not_be_checked_runs_and_is_said(
     monkeypatch, hub, caplog, path, result, said
 ):
     verifier(monkeypatch, result)
-    application.prepare(find_backend(path))
+    application.load_and_register(find_backend(path))
     assert "run" in [verb for verb, *_ in hub]
     assert ("was not checked" in caplog.text) == (said is not None)
     assert said is None or said in caplog.text
@@ -112,14 +112,14 @@ def test_a_kernel_that_can_not_be_checked_runs_and_is_said(
 def test_offline_no_server_is_asked_for_a_signature(monkeypatch, hub, caplog):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     verifier(monkeypatch, AssertionError("asked"))
-    application.prepare(find_backend(FLASH))
+    application.load_and_register(find_backend(FLASH))
     assert "HF_HUB_OFFLINE" in caplog.text
     assert "asked" not in caplog.text
 
 
 def test_a_kernel_of_a_local_folder_needs_no_signature(monkeypatch, hub, caplog):
     monkeypatch.setenv("LOCAL_KERNELS", f"{FLASH}={FOLDER}")
-    application.prepare(find_backend(FLASH))
+    application.load_and_register(find_backend(FLASH))
     assert "install" not in [verb for verb, *_ in hub]
     assert "was not checked" not in caplog.text
 
@@ -145,7 +145,7 @@ def write_lock():
 def test_a_lock_file_decides_the_revision(monkeypatch, hub, path, name, checked, run):
     verifier(monkeypatch, RESULT.Success())
     write_lock()
-    applied = application.prepare(find_backend(path))
+    applied = application.load_and_register(find_backend(path))
     assert name is None or applied == name
     assert hub == [("install", FLASH, checked), ("run", FLASH, run)]
 
@@ -154,7 +154,7 @@ def test_a_model_runs_the_locked_revision_and_no_other(monkeypatch, hub):
     verifier(monkeypatch, RESULT.Success())
     write_lock()
     backend = find_backend(FLASH)
-    model = tiny_model("llama", application.prepare(backend))
+    model = tiny_model("llama", application.load_and_register(backend))
     application.require_applied(model, backend)
     ids = torch.arange(3, 19)[None]
     model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
@@ -165,6 +165,6 @@ def test_a_model_runs_the_locked_revision_and_no_other(monkeypatch, hub):
 def test_a_lock_file_that_is_none_is_an_error_and_no_other_revision(hub, path):
     Path("kernels.lock").write_text(f'{{"{FLASH}": 1}}', encoding="utf-8")
     with pytest.raises(AttnimgError) as caught:
-        application.prepare(find_backend(path))
+        application.load_and_register(find_backend(path))
     assert caught.value.code == "import-error"
     assert hub == []

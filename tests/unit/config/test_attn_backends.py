@@ -57,4 +57,4 @@ def test_explain_shows_the_backend_of_each_kind_of_layers(tmp_path):
         False: "sdpa",
         True: "eager",
     }
-    assert found["chosen"]["because"].startswith("attn_backends names them")
+    assert found["chosen"]["because"].startswith("the backends that attn_backends names fit")

@@ -23,7 +23,7 @@ from trl import SFTConfig
 
 import attnimg
 from attnimg.integrations import transformers as integration
-from attnimg.integrations.transformers import AttnimgCallback, settings_of
+from attnimg.integrations.transformers import AttnimgCallback, read_settings
 
 
 class Watch(TrainerCallback):
@@ -139,7 +139,7 @@ SETTINGS = [
 
 @pytest.mark.parametrize(("given", "expected"), SETTINGS)
 def test_settings_come_from_the_arguments_of_the_trainer(given, expected, tmp_path):
-    settings = settings_of(SFTConfig(output_dir=str(tmp_path), use_cpu=True, **given))
+    settings = read_settings(SFTConfig(output_dir=str(tmp_path), use_cpu=True, **given))
     assert {name: settings.get(name) for name in expected} == expected
     assert ("dtype" in settings) is (given.get("bf16", True))
 

@@ -25,7 +25,7 @@ from attnimg.facts import (
 from attnimg.selection import known_bad
 from attnimg.selection.gpus_and_images import gpu_catalogue, parse_gpu
 from attnimg.selection.judge import reasons_against
-from attnimg.selection.plan import choose, find_rank, training_dtype, without
+from attnimg.selection.plan import choose, find_rank, rule_out, training_dtype
 
 
 def group(d: int = 128, *, v: int | None = None, **more: object) -> LayerGroup:
@@ -413,11 +413,11 @@ def test_the_precision_follows_the_hardware(
 
 def test_a_failed_proof_moves_auto_on_and_stops_a_name() -> None:
     leak = Reason(code="packing-not-isolated", text="it leaks")
-    following = without(plan(None, "cpu"), "sdpa", leak)
+    following = rule_out(plan(None, "cpu"), "sdpa", leak)
     # eager would get the same mask; this one gets the documents' boundaries.
     assert got(following) == "sdpa_math"
-    assert got(without(following, "sdpa_math", leak)) == "eager"
-    assert got(without(plan("sdpa", "cpu"), "sdpa", leak)) is None
+    assert got(rule_out(following, "sdpa_math", leak)) == "eager"
+    assert got(rule_out(plan("sdpa", "cpu"), "sdpa", leak)) is None
 
 
 @pytest.mark.parametrize(
@@ -438,7 +438,7 @@ def test_after_a_failed_proof_the_next_of_the_flash_family_stands_in(
     wrong = Reason(code="numerics-fwd", text="its output is wrong")
     while (name := got(found)) is not None:
         names.append(name)
-        found = without(found, name, wrong)
+        found = rule_out(found, name, wrong)
         assert found.requested == asked
     assert names == [f"flash_attention_{member}" for member in tried]
     assert [v.backend.name for v in found.verdicts if wrong in v.reasons] == names

@@ -10,7 +10,7 @@ from run_facts import a_problem
 from attnimg.errors import AttnimgError
 from attnimg.facts import LayerGroup, Machine, Model, Reason
 from attnimg.selection.gpus_and_images import image_for, machine_with, parse_gpu
-from attnimg.selection.plan import choose, without
+from attnimg.selection.plan import choose, rule_out
 
 FULL = LayerGroup(count=4, heads=8, kv_heads=2, head_dim_qk=256, head_dim_v=256)
 SLIDING = LayerGroup(count=20, heads=8, kv_heads=2, head_dim_qk=256, head_dim_v=256, window=1024)
@@ -55,7 +55,7 @@ def test_a_backend_of_the_variable_that_does_not_fit_is_refused_and_not_replaced
 
 def test_a_backend_of_the_variable_that_fails_its_proof_is_not_replaced():
     plan = choose(None, with_variable("xformers"), problem())
-    plan = without(plan, "xformers", Reason(code="wrong", text="dq is wrong"))
+    plan = rule_out(plan, "xformers", Reason(code="wrong", text="dq is wrong"))
     assert plan.chosen is None
     assert plan.remedy == "unset ATTNIMG_BACKEND: auto tries the next one"
 
@@ -76,7 +76,7 @@ def test_each_kind_of_layers_runs_the_backend_that_is_named_for_it():
     kinds = {"sliding": "flash_attention_2", "full": "sdpa"}
     plan = choose(None, machine(), problem(), kinds=kinds)
     assert backends_of(plan) == kinds
-    assert plan.reason.startswith("attn_backends names them")
+    assert plan.reason.startswith("the backends that attn_backends names fit")
 
 
 def test_a_kind_that_is_not_named_gets_the_best_backend():
@@ -114,7 +114,7 @@ def test_a_backend_that_does_not_fit_its_layers_is_refused(kinds, layers, text):
 def test_no_layer_gets_another_backend_when_a_named_one_fails_its_proof():
     kinds = {"sliding": "flash_attention_2", "full": "sdpa"}
     plan = choose(None, machine(), problem(), kinds=kinds)
-    plan = without(plan, "flash_attention_2", Reason(code="wrong", text="dq is wrong"))
+    plan = rule_out(plan, "flash_attention_2", Reason(code="wrong", text="dq is wrong"))
     assert plan.chosen is None
     assert plan.remedy.startswith("remove attn_backends")
 

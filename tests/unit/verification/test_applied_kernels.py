@@ -46,7 +46,7 @@ def kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     source = source.replace("import torch\n", "import functools\n\nimport torch\n", 1)
     (build / "__init__.py").write_text(source + STRICT)
     monkeypatch.setenv("LOCAL_KERNELS", f"{FLASH_4}={tmp_path}")
-    with application.restored():
+    with application.restore_registries():
         yield
 
 
@@ -124,7 +124,7 @@ def test_what_apply_registers_is_what_that_function_gives() -> None:
     backend = find_backend("flash_attention_4")
     assert backend is not None
     layers = (layer(192, 128),)
-    registered = AttentionInterface()[application.prepare(backend, layers=layers)]
+    registered = AttentionInterface()[application.load_and_register(backend, layers=layers)]
     found = attention_function(applied_form(backend, layers))
     for function in (registered, found):
         kernel = inspect.unwrap(function)
