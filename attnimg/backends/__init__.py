@@ -25,7 +25,7 @@ GROUP = "attnimg.backends"
 # org/name, then @revision, then :function. Source: transformers 5.22.2, modeling_utils.py.
 _HUB_PATH = re.compile(r"(?!\.)[\w.-]+/(?!\.)[\w.-]+(@[^/:@\s]+)?(:[^/:@\s]+)?", re.ASCII)
 
-# The value that turns a variant's variable on; any other value turns it off.
+# The value that turns on the environment variable of a variant; any other value turns it off.
 # Source: flash-attn, flash_attn_interface.py:11 (2026-11-25).
 _ON = "TRUE"
 
@@ -37,7 +37,6 @@ def all_backends() -> tuple[Backend, ...]:
     return tuple(sorted(found, key=lambda backend: backend.rank))
 
 
-@cache
 def _own_backends() -> tuple[Backend, ...]:
     found: list[Backend] = []
     for name in (module.name for module in iter_modules(__path__)):
@@ -88,7 +87,7 @@ def _require_usable(backend: object, taken: Container[str]) -> None:
     if not isinstance(backend, Backend):
         raise TypeError(f"found {type(backend).__name__}, needed attnimg.facts.Backend")
     if backend.name in taken:
-        raise ValueError(f"a backend is called {backend.name} already")
+        raise ValueError(f"found the name {backend.name}, which another backend has already")
     if re.fullmatch(r"[a-z][a-z0-9_]*", backend.name) is None:
         raise ValueError(f"found the name {backend.name!r}, needed a-z, 0-9 and _")
     applied = backend.applied_as or ""
@@ -126,7 +125,7 @@ def find_backend(name: str) -> Backend | None:
 
 
 def local_kernel_repo(
-    backend: Backend, *, installed: Container[str], served: Container[str]
+    backend: Backend, *, installed: Container[str], local_repos: Container[str]
 ) -> str | None:
     """Return the hub kernel that a backend runs from a folder in LOCAL_KERNELS; None for none.
 
@@ -136,10 +135,10 @@ def local_kernel_repo(
     Args:
         backend: the backend to run.
         installed: the installed distributions.
-        served: org/name of the hub kernels in LOCAL_KERNELS.
+        local_repos: org/name of the hub kernels in LOCAL_KERNELS.
     """
     repo, packages = backend.hub_repo, [package for package, _, _ in backend.needs.packages]
-    if repo is None or repo not in served:
+    if repo is None or repo not in local_repos:
         return None
     named = repo == hub_repo_name(backend.name)
     return repo if named or not any(package in installed for package in packages) else None
@@ -147,13 +146,13 @@ def local_kernel_repo(
 
 def local_kernel(backend: Backend, machine: Machine) -> LocalKernel | None:
     """Return the folder in LOCAL_KERNELS that a backend uses on a machine; None for none."""
-    served = {kernel.repo: kernel for kernel in machine.local_kernels}
-    repo = local_kernel_repo(backend, installed=machine.packages or {}, served=served)
-    return None if repo is None else served[repo]
+    local = {kernel.repo: kernel for kernel in machine.local_kernels}
+    repo = local_kernel_repo(backend, installed=machine.packages or {}, local_repos=local)
+    return None if repo is None else local[repo]
 
 
 def kernel_variables(environment: Mapping[str, str]) -> dict[str, str]:
-    """Return the variables that are set in `environment` and select kernels of a package."""
+    """Return the environment variables that are set and select kernels of a package."""
     variants = (variant for backend in all_backends() for variant in backend.variants.values())
     names = {name for variant in variants for name in variant.variables}
     names |= {name for backend in all_backends() for name in backend.for_process}
@@ -161,12 +160,15 @@ def kernel_variables(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def conflicting_variables(backend: Backend, arch: Arch, variables: Mapping[str, str]) -> list[str]:
-    """Return the settings that select kernels other than those that an architecture needs.
+    """Return the variables that select kernels other than those that an architecture needs.
 
     Args:
-        backend: its variants name the variables; one value turns each on, any other turns it off.
+        backend: its variants name the variables; "TRUE" turns each on, any other value off.
         arch: the architecture.
-        variables: the variables that are set.
+        variables: the environment variables that are set.
+
+    Returns:
+        NAME=value for each such variable.
     """
     variant = backend.variants.get(arch.name)
     return [

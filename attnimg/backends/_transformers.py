@@ -259,7 +259,7 @@ def flash_name(backend: Backend) -> str:
     # transformers calls a package available only where it can run: flash-attn needs a GPU.
     available = getattr(flash, f"is_flash_attn_{name.removeprefix('flash_attention_')}_available")
     installed = {package} if available() else set[str]()
-    local = local_kernel_repo(backend, installed=installed, served=local_kernel_repos())
+    local = local_kernel_repo(backend, installed=installed, local_repos=local_kernel_repos())
     if installed or local is not None:
         return local or name
     raise kernel_error(

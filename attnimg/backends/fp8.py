@@ -41,7 +41,7 @@ def fp8_attention(kernel: Callable[..., Any]) -> AttentionFunction:
     def compute(call: AttentionCall) -> Tensor:
         if packed_tokens(call) is not None or call.q.shape[2] != call.k.shape[2]:
             raise kernel_error(
-                "fp8 can't do this batch",
+                "fp8 can't compute this batch",
                 why="found packed, padded or cached rows; its kernel takes no mask",
                 do="set sample_packing: false and micro_batch_size: 1, or " + set_backend("sdpa"),
                 code="packing-not-isolated",

@@ -1,4 +1,4 @@
-"""Define SageAttention 2: q and k in int8, forward only; gradients come from exact attention.
+"""Define SageAttention 2: int8 q and k in the forward pass; gradients of exact attention.
 
 It is an approximation, so `auto` never chooses it. Source: SageAttention d1a57a5,
 sageattention/core.py lines 143-157 (the GPUs it dispatches to) and its head_dim checks. Read
@@ -36,7 +36,7 @@ def sage_attention(
     Args:
         backend: the backend's name, for errors.
         dense: sageattn, or one of its variants with the same arguments.
-        varlen: sageattn_varlen; None: `dense` computes each document.
+        varlen: sageattn_varlen; without it, `dense` computes one document at a time.
     """
     from attnimg.backends._exact import exact_kernel, with_exact_backward
     from attnimg.backends._loading import kernel_error
@@ -47,7 +47,7 @@ def sage_attention(
     )
 
     def compute(call: AttentionCall) -> Tensor:
-        call = _in_precision_of_run(call)
+        call = _cast_to_autocast_dtype(call)
         packed = partial(compute_packed, call) if varlen else None
         return attention_by_document(call, partial(compute_dense, call), packed)
 
@@ -55,8 +55,8 @@ def sage_attention(
         causal = call.causal and q.shape[2] > 1
         if causal and q.shape[2] != k.shape[2]:
             raise kernel_error(
-                f"{backend} can't do this batch",
-                why=f"found {q.shape[2]} queries on {k.shape[2]} keys; causal needs as many",
+                f"{backend} can't compute this batch",
+                why=f"found {q.shape[2]} queries on {k.shape[2]} keys; causal needs equal numbers",
                 code="argument-not-honoured",
             )
         kernel = partial(dense, tensor_layout="HND", is_causal=causal, sm_scale=call.scale)
@@ -68,12 +68,12 @@ def sage_attention(
         def kernel(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             found: Tensor = varlen(
                 q,
-                _centred(k, tokens.cu_seqlens_k),
+                _subtract_document_means(k, tokens.cu_seqlens_k),
                 v,
                 *tokens.boundaries,
                 is_causal=call.causal,
                 sm_scale=call.scale,
-                # It would subtract the mean over all documents, so that they affect one another.
+                # True would subtract the mean over all documents: they would affect one another.
                 smooth_k=False,
             )
             return found
@@ -86,10 +86,10 @@ def sage_attention(
     return as_attention_function(backend, (), compute)
 
 
-def _centred(k: Tensor, cu_seqlens: Tensor) -> Tensor:
+def _subtract_document_means(k: Tensor, cu_seqlens: Tensor) -> Tensor:
     """Return the keys, (M, G, D), minus the mean over their document.
 
-    It leaves the softmax unchanged and reduces the quantization error of int8. Source:
+    This leaves the softmax unchanged and reduces the quantization error of int8. Source:
     SageAttention2, arXiv 2411.10958, section 3.1.
     """
     import torch
@@ -103,8 +103,8 @@ def _centred(k: Tensor, cu_seqlens: Tensor) -> Tensor:
     return (k.float() - means[document]).to(k.dtype)
 
 
-def _in_precision_of_run(call: AttentionCall) -> AttentionCall:
-    """Cast q, k and v to the precision of the run: q may be float32, after PEFT's float32 norms."""
+def _cast_to_autocast_dtype(call: AttentionCall) -> AttentionCall:
+    """Cast q, k and v to autocast's dtype: q may be float32, after PEFT's float32 norms."""
     import torch
 
     device = call.q.device.type

@@ -1,6 +1,6 @@
 """Define PyTorch's own attention: eager, sdpa, and one backend for each inner kernel of sdpa.
 
-eager is matrix products and softmax, on every device.
+eager computes matrix products and softmax, on every device.
 
 sdpa is always available and chooses its inner kernel. For packed rows it gets a block-diagonal
 mask, whose memory is quadratic in the row length and which its flash kernel does not support.
@@ -9,10 +9,10 @@ cuDNN's kernel, which builds a plan for each new shape, in up to a second;
 TORCH_CUDNN_SDPA_DEPRIORITIZED=1 gives that kernel the lowest priority. The proof therefore uses few
 shapes: see reduce_shapes in verification/cases.py.
 
-The backends for inner kernels are for cases where sdpa's choice is wrong or slow, and get one
-document at a time. Source of their limits: aten/src/ATen/native/transformers/cuda/sdp_utils.cpp of
-pytorch/pytorch at 001f694 (main, read 2026-11-21; torch 2.13's own copy: not verified), unless
-another is given.
+The backends for inner kernels are for cases where sdpa chooses a wrong or slow kernel; they get
+one document at a time. Source of their limits, unless another is given:
+aten/src/ATen/native/transformers/cuda/sdp_utils.cpp of pytorch/pytorch at 001f694 (main, read
+2026-11-21; torch 2.13's own copy: not verified).
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ _GPUS: frozenset[Vendor] = frozenset({"nvidia", "amd"})
 
 
 def _load(backend: str, inner: str, features: frozenset[str]) -> AttentionFunction:
-    """Return attention on one inner kernel, a name in torch's SDPBackend, one document at a time.
+    """Return attention by one inner kernel of sdpa, which gets one document at a time.
 
-    torch uses that kernel or raises RuntimeError; it does not fall back to another. Where a kernel
-    refuses a single key, torch's math kernel is used: with one key the softmax is 1 and the output
-    is v.
+    torch uses the kernel of that name in SDPBackend or raises RuntimeError; it does not fall back
+    to another. Where a kernel refuses a single key, torch's math kernel is used: with one key the
+    softmax is 1 and the output is v.
     """
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -182,7 +182,7 @@ BACKENDS = (
         ),
         rank=53,
         rank_why="comes after PyTorch's other fused kernels until it is timed here",
-        rank_source="ours: unmeasured (2026-11-26)",
+        rank_source="attnimg: not measured yet (2026-11-26)",
         summary="PyTorch's cuDNN attention",
         applied_as="attnimg_torch_cudnn",
     ),

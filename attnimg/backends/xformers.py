@@ -38,7 +38,7 @@ def xformers_attention(ops: Any) -> AttentionFunction:
             return out
 
         def packed(tokens: PackedTokens) -> Tensor:
-            mask = _mask_of_documents(ops.fmha.attn_bias, call, tokens)
+            mask = _document_mask(ops.fmha.attn_bias, call, tokens)
             return kernel(tokens.q[None], tokens.k[None], tokens.v[None], mask)[0]
 
         def dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -56,7 +56,7 @@ def xformers_attention(ops: Any) -> AttentionFunction:
     return as_attention_function("xformers", _FEATURES, compute)
 
 
-def _mask_of_documents(kinds: Any, call: AttentionCall, tokens: PackedTokens) -> Any:
+def _document_mask(kinds: Any, call: AttentionCall, tokens: PackedTokens) -> Any:
     from attnimg.backends._loading import kernel_error
 
     lengths_q, lengths_k = (x.diff().tolist() for x in (tokens.cu_seqlens_q, tokens.cu_seqlens_k))
@@ -65,7 +65,7 @@ def _mask_of_documents(kinds: Any, call: AttentionCall, tokens: PackedTokens) ->
         found = "a window with fewer queries than keys" if call.causal else "a window to both sides"
         raise kernel_error(
             "xformers has no mask for this batch",
-            why=f"found {found}, which its kernels do not take",
+            why=f"found {found}, which its kernels do not support",
             code="argument-not-honoured",
         )
     if not call.causal:

@@ -27,7 +27,7 @@ from attnimg.selection.gpus_and_images import gpu_catalogue
 from attnimg.selection.model_types import UNLISTED, other_layer_kinds
 from attnimg.selection.plan import mixing_error
 
-# The document boundaries in train's packed batches; see train/packing.py.
+# The document boundaries in train's packed batches; see train/rows.py.
 _IN_BATCH = frozenset({"cu_seq_lens_q", "seq_idx"})
 # Layers that process each token on its own.
 _TOKENWISE = frozenset({"moe", "mlp"})

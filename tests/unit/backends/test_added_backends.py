@@ -123,7 +123,7 @@ UNUSABLE = [
     pytest.param("BACKEND = 5", "acme = acme:BACKEND", "found int", id="it-is-no-backend"),
     pytest.param("", "acme = acme:BACKEND", "no attribute 'BACKEND'", id="it-is-missing"),
     pytest.param(RIGHT.replace('name="acme_attention"', 'name="sdpa"'), "acme = acme:BACKEND",
-                 "called sdpa already", id="its-name-is-taken"),
+                 "another backend has already", id="its-name-is-taken"),
     pytest.param(RIGHT.replace("attnimg_acme", "acme_flash"), "acme = acme:BACKEND",
                  "needed a name that begins with attnimg_", id="transformers-would-take-its-name"),
 ]  # fmt: skip

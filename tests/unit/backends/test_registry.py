@@ -80,7 +80,7 @@ def named(name: str) -> Backend:
 def test_what_local_kernels_serves_is_taken(
     name: str, installed: Any, served: Any, repo: str | None
 ) -> None:
-    assert local_kernel_repo(named(name), installed=installed, served=served) == repo
+    assert local_kernel_repo(named(name), installed=installed, local_repos=served) == repo
 
 
 @pytest.mark.parametrize("installed", [True, False], ids=["installed", "not installed"])

@@ -80,7 +80,7 @@ def test_queries_of_float32_norms_come_in_the_precision_of_the_run(sageattention
 
 
 def test_a_cache_is_refused(sageattention):
-    with pytest.raises(AttnimgError, match="can't do this batch"):
+    with pytest.raises(AttnimgError, match="can't compute this batch"):
         sage(*draw(tokens=3, keys=8), scaling=0.4)
 
 
