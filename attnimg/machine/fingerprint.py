@@ -81,7 +81,7 @@ def triton_in_short() -> dict[str, str]:
     return found
 
 
-def key_of(fingerprint: Mapping[str, str]) -> str:
+def cache_key(fingerprint: Mapping[str, str]) -> str:
     """Return a short hash of a fingerprint that is valid as a folder name."""
     text = json.dumps(dict(sorted(fingerprint.items())))
     return hashlib.sha256(text.encode()).hexdigest()[:16]

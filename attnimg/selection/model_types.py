@@ -133,7 +133,7 @@ def quantizations() -> Mapping[str, Quantization]:
     }
 
 
-def quantization_of(raw: Mapping[str, Any]) -> Mapping[str, Any] | None:
+def find_quantization(raw: Mapping[str, Any]) -> Mapping[str, Any] | None:
     """Return the quantization_config of a config.json, None where it has none.
 
     It may be in the config of the language model; older versions of llm-compressor call it
@@ -150,7 +150,7 @@ def quantization_of(raw: Mapping[str, Any]) -> Mapping[str, Any] | None:
     return None
 
 
-def method_of(quantization: Mapping[str, Any]) -> str:
+def quantization_method(quantization: Mapping[str, Any]) -> str:
     """Return the quantization method of a quantization_config; "none named" if it has none."""
     for bits in (4, 8):
         if quantization.get(f"load_in_{bits}bit"):
@@ -158,7 +158,7 @@ def method_of(quantization: Mapping[str, Any]) -> str:
     return str(quantization.get("quant_method") or "none named")
 
 
-def bits_of(quantization: Mapping[str, Any]) -> int | None:
+def weight_bits(quantization: Mapping[str, Any]) -> int | None:
     """Return the number of bits of a checkpoint's weights; None if its config does not say.
 
     gptq and awq: {"bits": 4}, in old configs {"w_bit": 4}. torchao names a class: {"quant_type":
@@ -186,7 +186,7 @@ def needed_packages() -> frozenset[str]:
     return frozenset(re.split("[<>=]", name)[0] for names in named for name in names)
 
 
-def refusal_of(
+def find_refusal(
     raw: Mapping[str, Any],
     *,
     name: str,

@@ -17,13 +17,13 @@ from attnimg.facts import Finding, Machine
 from attnimg.selection.model_config import LANGUAGE_PARTS
 from attnimg.selection.model_types import (
     Quantization,
-    bits_of,
-    method_of,
+    find_quantization,
+    find_refusal,
     position_table,
-    quantization_of,
+    quantization_method,
     quantizations,
     read_causal_types,
-    refusal_of,
+    weight_bits,
 )
 from attnimg.task import model_file
 from attnimg.train.model_files import OTHER_PARTS, TORCH_NAMES, StoredTensor, read_tensor_headers
@@ -155,7 +155,7 @@ def require_trainable(
     require_causal_type(config, raw)
     if DEFAULT in (raw.get("auto_map") or {}) and config.trust_remote_code:
         return
-    found = refusal_of(
+    found = find_refusal(
         raw,
         name=str(config.base_model),
         packing=bool(config.sample_packing) or config.batch_flattening is True,
@@ -377,10 +377,10 @@ def judge_quantization(
     Raises:
         AttnimgError: code quantized-checkpoint: the run can't use it.
     """
-    stored = quantization_of(raw)
+    stored = find_quantization(raw)
     if stored is None:
         return None
-    method = method_of(stored)
+    method = quantization_method(stored)
     row = quantizations().get(method)
     if row is None or row.loaded == "refused":
         reason = row.why if row else f"it is none of {', '.join(quantizations())}"
@@ -430,7 +430,7 @@ def _require_adapter(
     config: Config, method: str, row: Quantization, stored: Mapping[str, Any]
 ) -> None:
     """Raise for full fine-tuning of weights that stay quantized, and for keys of other bits."""
-    bits = row.bits if method.startswith("bitsandbytes") else bits_of(stored)
+    bits = row.bits if method.startswith("bitsandbytes") else weight_bits(stored)
     if row.bits is not None and bits != row.bits:
         why = (
             f"found weights of {bits or 'an unknown number of'} bits; "
@@ -464,7 +464,7 @@ def require_known_weights(config: Config, folder: Path, raw: Mapping[str, Any]) 
         AttnimgError: code quantized-checkpoint.
     """
     tensors = read_tensor_headers(folder)
-    stored = quantization_of(raw)
+    stored = find_quantization(raw)
     if stored is None:
         quantized = [name for name, tensor in tensors.items() if _looks_quantized(name, tensor)]
         if quantized:
@@ -486,8 +486,8 @@ def require_known_weights(config: Config, folder: Path, raw: Mapping[str, Any]) 
             f"files: {', '.join(sorted(dtypes))}"
         )
         do = "remove quantization_config from its config.json"
-        raise _quantization_error(config, method_of(stored), why=why, do=do)
-    for name, tensor in tensors.items() if method_of(stored) == "fp8" else ():
+        raise _quantization_error(config, quantization_method(stored), why=why, do=do)
+    for name, tensor in tensors.items() if quantization_method(stored) == "fp8" else ():
         if tensor.dtype in _FLOAT8 and not name.endswith(("_scale", "_scale_inv")):
             _require_scale(config, name, tensor, tensors)
 

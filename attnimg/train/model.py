@@ -15,8 +15,8 @@ from attnimg.errors import AttnimgError, bad_value, out_of_memory_error
 from attnimg.facts import DType, RunContext
 from attnimg.selection.model_config import LANGUAGE_PARTS
 from attnimg.selection.model_types import (
-    method_of,
-    quantization_of,
+    find_quantization,
+    quantization_method,
     quantizations,
 )
 from attnimg.train.base_model import (
@@ -423,7 +423,7 @@ def use_stored_quantization(
     Returns:
         `loaded` of its row in attnimg/data/quantizations.toml; None if it is not quantized.
     """
-    found = quantization_of(model_config.to_dict())
+    found = find_quantization(model_config.to_dict())
     # transformers removes it from the saved config at the top level only, and raises on an empty
     # one.
     for part in (model_config, *(getattr(model_config, name, None) for name in LANGUAGE_PARTS)):
@@ -432,7 +432,7 @@ def use_stored_quantization(
                 delattr(part, key)
     if found is None:
         return None
-    method = method_of(found)
+    method = quantization_method(found)
     loaded = quantizations()[method].loaded
     changes: dict[str, Any] = {"dequantize": True} if loaded == "dequantized" else {}
     if method == "bitsandbytes_4bit":

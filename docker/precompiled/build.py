@@ -24,7 +24,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from attnimg.machine.fingerprint import key_of
+from attnimg.machine.fingerprint import cache_key
 
 
 def compile_all(set_file: Path, tasks: Iterable[tuple[str, str]], *, state: Path) -> None:
@@ -91,7 +91,7 @@ def main(set_file: Path, state: Path, out: Path) -> None:
     tasks = [(device, part) for device in asked["targets"] for part in method.parts(asked, device)]
     compile_all(set_file, tasks, state=state)
     built = {device: collect(asked, device, state=state, out=out) for device in asked["targets"]}
-    manifest = {"key": key_of(found), "fingerprint": found, "targets": built}
+    manifest = {"key": cache_key(found), "fingerprint": found, "targets": built}
     (out / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
     for device, made in built.items():
         print(

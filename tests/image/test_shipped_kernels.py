@@ -17,8 +17,10 @@ from conftest import GID, UID, Run
 
 SMI = "#!/bin/sh\necho 'NVIDIA H100 80GB HBM3, 9.0, 81559, 590.10'\n"
 FINGERPRINT = (
-    "import json; from attnimg.machine.fingerprint import fingerprint, key_of; f = fingerprint(); "
-    "print(json.dumps({'key': key_of(f), 'fingerprint': f, 'targets': {'sm_90': {'kernels': 1}}}))"
+    "import json; from attnimg.machine.fingerprint import cache_key, fingerprint\n"
+    "f = fingerprint()\n"
+    "targets = {'sm_90': {'kernels': 1}}\n"
+    "print(json.dumps({'key': cache_key(f), 'fingerprint': f, 'targets': targets}))"
 )
 # What FlashAttention-4 does for each look-up, and for each kernel that it adds.
 LOOK_UP = """

@@ -213,7 +213,7 @@ def template_reads(template: str, key: str) -> bool:
     return re.search(rf"""[.'"]{re.escape(key)}\b""", template) is not None
 
 
-def reasoning_of(message: Message) -> str:
+def find_reasoning(message: Message) -> str:
     """Return the reasoning of an answer, from its key or from <think> tags in its content."""
     if message.get("reasoning_content"):
         return str(message["reasoning_content"]).strip()
@@ -223,7 +223,7 @@ def reasoning_of(message: Message) -> str:
 
 def with_reasoning(message: Message, other: str) -> Message:
     """Return an answer with other reasoning text, in reasoning_content or in <think> tags."""
-    reasoning, think = reasoning_of(message), think_block(message)
+    reasoning, think = find_reasoning(message), think_block(message)
     if message.get("reasoning_content"):
         return {**message, "reasoning_content": other}
     end = len(think.rpartition(THINK_END)[0].rstrip())
@@ -242,7 +242,7 @@ def think_block(message: Message) -> str:
 
 def _move_reasoning_to_key(message: Message) -> Message:
     """Return a message with the reasoning of its content under a key of its own."""
-    think, reasoning = think_block(message), reasoning_of(message)
+    think, reasoning = think_block(message), find_reasoning(message)
     if message.get("reasoning_content") or not reasoning:
         return message
     return {**message, "content": message["content"][len(think) :], "reasoning_content": reasoning}

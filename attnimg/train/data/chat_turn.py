@@ -19,8 +19,8 @@ from attnimg.train.data.chat_render import (
     Rendering,
     RewrittenError,
     Span,
+    find_reasoning,
     placeholder,
-    reasoning_of,
     think_block,
     with_reasoning,
 )
@@ -138,7 +138,7 @@ class RenderedTurn:
 
     def reasoning(self, warnings: dict[str, None]) -> int | None:
         """Return where the turn's reasoning begins; None where there is none."""
-        reasoning = reasoning_of(self.message)
+        reasoning = find_reasoning(self.message)
         content = self.rendering.contents[self.number]
         within = content and THINK_END in self.rendering.text[slice(*content)]
         if not reasoning or (within and not self.message.get("reasoning_content")):

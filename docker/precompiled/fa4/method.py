@@ -19,7 +19,7 @@ from typing import Any
 from precompiled.entries import beyond_baseline, check_gpu_code
 from precompiled.fa4.kernel_set import Call, calls_of
 
-from attnimg.machine.fingerprint import RELEASE, fingerprint, key_of
+from attnimg.machine.fingerprint import RELEASE, cache_key, fingerprint
 
 __all__ = ["fingerprint"]
 
@@ -38,7 +38,7 @@ def state_name(found: dict[str, str]) -> str:
     # Entries of another retarget.py differ, although FlashAttention-4 names them the same.
     source = Path(__file__).with_name("retarget.py").read_text()
     way = f"llvmlite {metadata.version('llvmlite')} {source}"
-    return f"{key_of(same)}-{hashlib.sha256(way.encode()).hexdigest()[:8]}"
+    return f"{cache_key(same)}-{hashlib.sha256(way.encode()).hexdigest()[:8]}"
 
 
 def parts(asked: dict[str, Any], device: str) -> list[str]:

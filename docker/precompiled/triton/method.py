@@ -15,7 +15,7 @@ from typing import Any
 
 from precompiled.entries import check_gpu_code
 
-from attnimg.machine.fingerprint import key_of, triton_fingerprint
+from attnimg.machine.fingerprint import cache_key, triton_fingerprint
 
 FOREIGN = re.compile(r".*TRITON")
 ADVICE = "fix that, or shorten [triton] of the kernel's recipe"
@@ -25,7 +25,7 @@ SHIPPED = (".cubin", ".json")
 GROUP = "__grp__"
 
 fingerprint = triton_fingerprint
-state_name = key_of
+state_name = cache_key
 
 
 def parts(asked: dict[str, Any], device: str) -> list[str]:

@@ -18,7 +18,7 @@ from attnimg.errors import AttnimgError
 from attnimg.facts import Arch, Machine
 from attnimg.machine import fingerprint as probed
 from attnimg.machine import kernel_cache
-from attnimg.machine.fingerprint import RELEASE, fingerprint, key_of
+from attnimg.machine.fingerprint import RELEASE, cache_key, fingerprint
 from attnimg.machine.kernel_cache import fa4_settings, variant_settings
 
 ROOT = Path(__file__).parents[3]
@@ -58,7 +58,7 @@ def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def write_manifest(folder: Path, built: dict[str, str]) -> None:
     targets = {"sm_90": {"kernels": 1}}
-    manifest = {"key": key_of(built), "fingerprint": built, "targets": targets}
+    manifest = {"key": cache_key(built), "fingerprint": built, "targets": targets}
     (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
@@ -187,10 +187,10 @@ def test_a_fingerprint_tells_every_change_of_flashattention_4(
         lambda: (cute / "more.py").write_text(""),
         lambda: (cute / "more.py").rename(cute / "less.py"),
     ]
-    keys = {key_of(fingerprint())}
+    keys = {cache_key(fingerprint())}
     for change in changes:
         change()
-        keys.add(key_of(fingerprint()))
+        keys.add(cache_key(fingerprint()))
     assert len(keys) == len(changes) + 1
     monkeypatch.setattr(probed, "PACKAGES", ("pytest",))
     assert fingerprint()["pytest"] == pytest.__version__

@@ -19,7 +19,7 @@ from attnimg.errors import AttnimgError
 from attnimg.facts import Arch, Machine
 from attnimg.selection import plan
 from attnimg.selection.attention_shapes import read_model
-from attnimg.selection.model_types import mask_refusal, refusal_of, refused_types
+from attnimg.selection.model_types import find_refusal, mask_refusal, refused_types
 from attnimg.train.base_model import require_trainable
 
 FOUND: dict[str, dict[str, dict[str, Any]]] = json.loads(RECORD.read_text())["types"]
@@ -92,7 +92,7 @@ def test_each_refusal_cites_a_file_of_its_type() -> None:
 
 
 def refusal(model_type: str, *, packing: bool = True, **fields: Any) -> str | None:
-    found = refusal_of(
+    found = find_refusal(
         {"model_type": model_type, **fields},
         name="there",
         packing=packing,
