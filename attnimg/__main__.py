@@ -38,12 +38,12 @@ def _argument(name: str, help_text: str, **options: Any) -> tuple[str, dict[str,
 
 _ON = _argument("--on", "Judge for this GPU: h100, t4, sm_90, gfx942, cpu.", metavar="GPU")
 _JSON = _argument(
-    "--json", "Print JSON, one object a line.", dest="as_json_lines", action="store_true"
+    "--json", "Print JSON, one object per line.", dest="as_json_lines", action="store_true"
 )
 COMMANDS = {
     "check": Command(
         "check",
-        "Check configs on values alone: no model, no GPU, no network. Lists every error.",
+        "Check the values of configs: no model, no GPU, no network. Lists every error.",
         (
             _argument("files", "YAML files.", metavar="CONFIG", nargs="+"),
             _ON,
@@ -69,11 +69,14 @@ COMMANDS = {
     "verify": Command(
         "verify",
         "Prove every backend that fits here: outputs, gradients, and no leak between documents.",
-        (_argument("file", "Prove for this run's model.", metavar="CONFIG", nargs="?"), _JSON),
+        (
+            _argument("file", "Prove for this config's model.", metavar="CONFIG", nargs="?"),
+            _JSON,
+        ),
     ),
     "train": Command(
         "train",
-        "Train: choose the attention backend, print why, prove that packing is safe, then run.",
+        "Train a model: select and verify the attention backend, check packing, then train.",
         (
             _argument("file", "The YAML file of the run.", metavar="CONFIG"),
             _argument(
@@ -83,7 +86,7 @@ COMMANDS = {
     ),
     "selftest": Command(
         "doctor",
-        "Run the image's own tests here: imports, a short training run, kernels on this GPU.",
+        "Run the image's own tests: imports, a short training run, kernels on this GPU.",
         (_argument("--only", "Run only tests whose names match (pytest -k).", metavar="WORDS"),),
     ),
 }

@@ -91,7 +91,7 @@ def build_task(
 
 def build_problem(config: Config, *, model: Model | None, dropout: float, arch: Arch) -> Problem:
     """Return what attention has to compute in the run that a config describes."""
-    # The table of model classes does not have classes from a model's own repository.
+    # data/model_classes.toml does not have classes from a model's own repository.
     known = model is not None and not (model.brings_code and config.trust_remote_code)
     dtype = plan.training_dtype(bf16=config.bf16, fp16=bool(config.fp16), arch=arch)
     has_gpu = arch.vendor != "cpu"
@@ -235,7 +235,7 @@ def machine_warnings(machine: Machine) -> tuple[Finding, ...]:
 
 
 def precision_warnings(config: Config, machine: Machine) -> tuple[Finding, ...]:
-    """Return a warning if a run computes in a precision other than its config names."""
+    """Return a warning if a run computes in another precision than its config requests."""
     if not config.fp16 or machine.arch.vendor != "cpu":
         return ()
     return (

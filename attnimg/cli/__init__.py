@@ -1,4 +1,4 @@
-"""Print what the commands share: JSON, errors and warnings. Each command has its own file."""
+"""Format JSON, errors and warnings for all commands. Each command has a file of its own."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from attnimg.errors import shortened
 if TYPE_CHECKING:
     from attnimg.facts import Finding
 
-# Pieces of text, each with its style in rich.
+# Pieces of text, each with its style as rich names it.
 Styled = list[tuple[str, str]]
 
 

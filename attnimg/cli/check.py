@@ -26,7 +26,7 @@ _FLAGS = (
 
 
 def check(files: list[str], on: str | None, torch: str | None, as_json_lines: bool) -> None:
-    """Check configs on values alone: no model, no GPU, no network. Lists every error."""
+    """Check the values of configs: no model, no GPU, no network. Lists every error."""
     with _without_garbage_collection():
         failed = [file for file in files if not _check(file, on, torch, as_json_lines)]
     raise SystemExit(2 if failed else 0)

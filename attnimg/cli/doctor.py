@@ -17,7 +17,7 @@ from attnimg.machine.kernel_cache import use_shipped_kernels
 from attnimg.selection.gpus_and_images import image_catalogue, this_image
 
 _MARKS = {"ok": "[green]ok  [/]", "warn": "[yellow]warn[/]", "fail": "[red]FAIL[/]"}
-# docker/Dockerfile copies tests/image/inside there.
+# docker/Dockerfile copies tests/image/inside to this folder.
 _TESTS = Path("/opt/attnimg/inside")
 
 
@@ -50,7 +50,7 @@ def _print(checks: tuple[Check, ...]) -> None:
 
 
 def selftest(only: str | None) -> None:
-    """Run the image's own tests here: imports, a short training run, kernels on this GPU."""
+    """Run the image's own tests: imports, a short training run, kernels on this GPU."""
     if not _TESTS.is_dir():
         raise AttnimgError(
             "there are no tests to run",

@@ -31,7 +31,7 @@ from attnimg.train.base_model import judge_base_model
 
 Findings = tuple[tuple[Finding, ...], tuple[Finding, ...]]
 
-# Errors about the choice of a backend, which this command explains instead of stopping.
+# Errors about the choice of a backend: this command explains them, and its exit code is 0.
 _EXPLAINED = frozenset(
     {"arch-too-old", "arch-mismatch", "sage-arch", "fp8-arch", "fp8-torch", "flex-torch"}
     | {"s2-with-packing", "packing-not-isolated", "not-causal-lm", "not-trainable", "loss-differs"}
@@ -102,7 +102,7 @@ def _check_model(model: str, arch: Arch | None) -> CheckResult:
     values = {"base_model": model, "learning_rate": 1.0, "datasets": [{"path": model}]}
     checked = config.check_values(values, file=model, on=arch)
     assert checked.config is not None
-    # These two keys are only set to pass the check.
+    # These two keys were set only so that the config is valid.
     unset = {"learning_rate": None, "datasets": None}
     return replace(checked, config=checked.config.model_copy(update=unset))
 
@@ -157,7 +157,7 @@ def _as_finding(error: AttnimgError) -> Finding:
 
 
 def _without_choice(plan: Plan, requested: str | None) -> Plan:
-    """Return a plan that chooses nothing, as the config names something that is not a backend."""
+    """Return a plan that chooses nothing, because the config names no existing backend."""
     return Plan(
         requested=requested or "?",
         chosen=None,

@@ -1,4 +1,4 @@
-"""Run `attnimg train`: train a model as a YAML file describes."""
+"""Run `attnimg train`: train a model by a YAML config."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from attnimg import config
+from attnimg.cli import as_text
+from attnimg.config.rules import keys_without_effect
 from attnimg.config.schema import CheckResult, Config
 from attnimg.errors import printable
 from attnimg.facts import Finding, Plan
@@ -25,7 +27,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class PrintedReport:
-    """Print what a run reports, as text."""
+    """Print the plans, proofs and warnings of a run as text."""
 
     console: Console
 
@@ -38,23 +40,17 @@ class PrintedReport:
         self.log(text)
 
     def show_plan(self, plan: Plan, task: Task, warnings: Sequence[Finding]) -> None:
-        """Print a plan and the warnings on it."""
-        from attnimg.cli import as_text
-
+        """Print a plan and its warnings."""
         as_text.print_plan(plan, gpu=gpu_text(task.machine), out=self.console)
         self.warn(warnings)
 
     def warn(self, warnings: Sequence[Finding]) -> None:
         """Print warnings."""
-        from attnimg.cli import as_text
-
         as_text.print_warnings(warnings, err=self.console)
 
 
 def train(file: str, settings: list[str]) -> None:
-    """Train: choose the attention backend, say why, prove that packing is safe, then run."""
-    from attnimg.cli import as_text
-
+    """Train a model: select and verify the attention backend, check packing, then train."""
     require_trainer()
     require_parsable(os.environ)
     require_group()
@@ -64,10 +60,10 @@ def train(file: str, settings: list[str]) -> None:
         with stop_signals() as stop:
             train_file(file, settings, report=PrintedReport(console), stop=stop)
     except Stopped as stopped:
-        kept = "nothing was trained yet"
+        state = "nothing was trained yet"
         if stopped.checkpoint is not None:
-            kept = f"saved {stopped.checkpoint}; go on with resume_from_checkpoint=true"
-        console.print(f"attnimg: {stopped}; {kept}", highlight=False, markup=False, soft_wrap=True)
+            state = f"saved {stopped.checkpoint}; resume with resume_from_checkpoint=true"
+        console.print(f"attnimg: {stopped}; {state}", highlight=False, markup=False, soft_wrap=True)
         raise SystemExit(stopped.exit_code) from None
 
 
@@ -75,8 +71,6 @@ def train_file(
     file: str, settings: Sequence[str], *, report: PrintedReport, stop: StopFlag
 ) -> None:
     """Check a config file, train it, and print the files that were written."""
-    from attnimg.config.rules import keys_without_effect
-
     checked = config.check_file(file, overrides=tuple(settings))
     machine = installed_machine()
     use_shipped_kernels(machine)
@@ -94,8 +88,6 @@ def train_file(
 
 def _require_valid(checked: CheckResult, console: Console) -> Config:
     """Return the config after printing its warnings; print its errors and exit if it has any."""
-    from attnimg.cli import as_text
-
     if not checked.ok:
         console.quiet = False  # every rank prints its errors
     as_text.print_findings(checked, err=console)

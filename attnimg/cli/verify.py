@@ -1,4 +1,4 @@
-"""Run `attnimg verify`: compare every backend that fits this machine with the reference."""
+"""Run `attnimg verify`: prove every backend that fits this machine against float64."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from attnimg import config
-from attnimg.cli import json_line
+from attnimg.cli import as_text, json_line
 from attnimg.errors import AttnimgError
 from attnimg.facts import LayerGroup, Machine, Model, Problem, Proof
 from attnimg.machine.kernel_cache import use_shipped_kernels
@@ -33,8 +33,6 @@ _SEQUENCE_LEN = 1024
 
 def verify(file: str | None, as_json_lines: bool) -> None:
     """Prove every backend that fits here: outputs, gradients, and no leak between documents."""
-    from attnimg.cli import as_text
-
     require_parsable(os.environ)
     console = as_text.console(sys.stderr)
 
@@ -99,7 +97,7 @@ def _json(problem: Problem, proof: Proof) -> dict[str, Any]:
 
 
 def _print(results: list[tuple[Problem, Proof]], *, machine: Machine, out: Console) -> None:
-    """Print a row for each proof, with the figure nearest to its bound, and the faults."""
+    """Print a row for each proof, with the error nearest to its bound, then why proofs failed."""
     out.print(f"\n  proofs on {escape(gpu_text(machine))}\n")
     table = Table(box=None, padding=(0, 2, 0, 2), header_style="dim")
     table.add_column("backend", no_wrap=True)
@@ -113,7 +111,7 @@ def _print(results: list[tuple[Problem, Proof]], *, machine: Machine, out: Conso
             "[green]yes[/]" if proof.passed else "[bold red]no[/]",
             str(proof.cases),
             *((worst.quantity, f"{worst.error:.1e}", f"{worst.allowed:.1e}") if worst else "---"),
-            "kept" if proof.cached else f"{1000 * proof.seconds:.0f}",
+            "cached" if proof.cached else f"{1000 * proof.seconds:.0f}",
         )
     out.print(table)
     for _, proof in results:

@@ -77,7 +77,7 @@ class AttnimgArgs(BaseModel):
 
 
 class AttnimgPlugin(BasePlugin):  # type: ignore[misc]  # axolotl is not installed beside mypy
-    """The plugin; see the module."""
+    """Axolotl's hooks, which select, verify and apply a backend; see the module's docstring."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -100,7 +100,7 @@ class AttnimgPlugin(BasePlugin):  # type: ignore[misc]  # axolotl is not install
         self._restore()
         _forward_log()
         name = _requested(cfg)
-        if cfg.get("is_preprocess"):  # no model is trained, and perhaps on a machine without GPU
+        if cfg.get("is_preprocess"):  # trains no model, and may run on a machine without a GPU
             cfg["attn_implementation"] = None if name == AUTO else name
             return
         _require_no_conflict(cfg)
@@ -120,7 +120,7 @@ class AttnimgPlugin(BasePlugin):  # type: ignore[misc]  # axolotl is not install
         self._choice = attnimg.select(config, **self._asked, **_settings(cfg)).verify()
         loaded = self._choice.implementation
         cfg["attn_implementation"] = loaded if loaded in _LOADABLE else "sdpa"
-        # Absent, axolotl would replace sdpa by torch's varlen_attn.
+        # If the key were absent, axolotl would replace sdpa by torch's varlen_attn.
         cfg["sdpa_varlen"] = False
         LOG.info(
             "attnimg: axolotl loads the model with attn_implementation: %s, sdpa_varlen: false",
@@ -129,7 +129,8 @@ class AttnimgPlugin(BasePlugin):  # type: ignore[misc]  # axolotl is not install
 
     def pre_model_load(self, cfg: DictDefault) -> None:  # noqa: ARG002  the hook's signature
         """Register the backend with transformers until the end of training."""
-        if self._choice is not None and not self._registered:  # a reference model is loaded later
+        # axolotl calls this again for a reference model.
+        if self._choice is not None and not self._registered:
             self._in_use.enter_context(attnimg.use(self._choice))
             self._registered = True
 
@@ -166,7 +167,7 @@ class AttnimgPlugin(BasePlugin):  # type: ignore[misc]  # axolotl is not install
         self._restore()
 
     def on_config_validation_error(self, cfg: dict[str, Any]) -> None:  # noqa: ARG002
-        """Forget the choice for a config that axolotl refuses."""
+        """Discard the choice that was made for a config that axolotl refuses."""
         self._restore()
 
     def _restore(self) -> None:
@@ -195,7 +196,7 @@ def _requested(cfg: dict[str, Any]) -> str:
 
 
 def _require_no_conflict(cfg: Mapping[str, Any]) -> None:
-    """Raise if axolotl would run another attention than the one that is verified."""
+    """Raise if axolotl would run another attention kernel than the verified one."""
     for key, (harmless, why) in _CONFLICTS.items():
         if cfg.get(key) not in harmless:
             raise AttnimgError(
@@ -228,7 +229,7 @@ def _settings(cfg: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _collator(trainer: Any) -> Any:
-    """Return the trainer's collator as attnimg.check_packing calls it; None for an unknown one."""
+    """Return the trainer's collator for attnimg.check_packing; None for an unknown one."""
     found = trainer.data_collator
     if isinstance(
         found, (BatchSamplerDataCollatorForSeq2Seq, V2BatchSamplerDataCollatorForSeq2Seq)
@@ -246,7 +247,7 @@ def _collator(trainer: Any) -> Any:
 class _Multipack:
     """Call axolotl's collator for sample_packing with rows of documents, as its sampler does.
 
-    attnimg.check_packing passes one example a row, with the documents' lengths in seq_lengths.
+    attnimg.check_packing passes one example per row, with the documents' lengths in seq_lengths.
     """
 
     padding_free = True
@@ -258,7 +259,7 @@ class _Multipack:
         self._mask = not args.sample_packing_drop_attention_mask
 
     def __call__(self, examples: list[dict[str, Any]]) -> Mapping[str, Any]:
-        """Return the batch of some rows."""
+        """Return the batch of these rows."""
         rows = [[*self._documents(example)] for example in examples]
         batch: Mapping[str, Any] = self._collator(rows if self._rows else [[*chain(*rows)]])
         return batch
@@ -273,7 +274,7 @@ class _Multipack:
 
 
 class _ToAxolotl(logging.Handler):
-    """Pass attnimg's log on to axolotl's logger, whose console shows INFO only of its own names."""
+    """Send attnimg's log to axolotl's logger: its console hides INFO records of other loggers."""
 
     def emit(self, record: logging.LogRecord) -> None:
         """Log a record."""

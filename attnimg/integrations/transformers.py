@@ -3,7 +3,7 @@
     trainer = SFTTrainer(model, args=SFTConfig(packing=True), ..., callbacks=[AttnimgCallback()])
 
 Trainer calls on_train_begin after accelerate has placed, cast and wrapped the model, and before the
-first forward pass. That is the right time: models read the name of their attention at each call,
+first forward pass. This is the right time: models read the name of their attention at each call,
 DDP and torch.compile wrap the same module (compilation happens in the first step), the model is on
 its device, and the trainer's own collator is known. Source: transformers 5.22.2, trainer.py,
 _prepare_for_training and _inner_training_loop; accelerate 1.15.0, prepare_model (2026-11-27).
@@ -43,7 +43,7 @@ class AttnimgCallback(TrainerCallback):  # type: ignore[misc]  # transformers sh
             from `gradient_checkpointing`.
 
     Attributes:
-        choice: what was chosen; None before training.
+        choice: the choice of the last training; None before training.
 
     Example:
         >>> from attnimg.integrations.transformers import AttnimgCallback
@@ -119,7 +119,7 @@ def read_settings(args: Any, collator: Any = None) -> api.Settings:
 
     packing = bool(getattr(args, "packing", False))
     if packing and getattr(args, "packing_strategy", None) == "wrapped":
-        # TRL cuts documents anywhere and passes no boundaries: rows are plain text.
+        # TRL cuts documents at any token and passes no boundaries.
         _log.warning("packing_strategy wrapped: documents of a row attend to one another")
         packing = False
     if getattr(args, "padding_free", False) or isinstance(collator, DataCollatorWithFlattening):
@@ -140,7 +140,7 @@ def read_settings(args: Any, collator: Any = None) -> api.Settings:
 
 
 def _digest(choice: api.Choice) -> list[Any]:
-    """Return what all processes must have in common."""
+    """Return the parts of a choice that must be the same in all processes."""
     groups = [[group.layers.count, group.verdict.backend.name] for group in choice.groups]
     return [choice.backend, choice.kernel, groups]
 

@@ -54,7 +54,7 @@ class Rows:
 def make_rows(
     documents: Dataset, config: Config, *, packed: bool, context: RunContext, pad_token_id: int
 ) -> Rows:
-    """Pack the documents, or make each a row of its own.
+    """Pack the documents, or make each document a row.
 
     Args:
         documents: columns input_ids and labels, 1 to sequence_len tokens each.
@@ -224,7 +224,7 @@ class PackedCollator:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PaddedCollator:
-    """Collate documents one a row, padded on the right.
+    """Collate documents, one per row, padded on the right.
 
     Attributes:
         pad_token_id: the token of padding.
