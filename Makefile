@@ -21,23 +21,23 @@ help: ## Show these targets
 
 setup: .venv/ready ## Install attnimg and the locked packages into .venv
 
-demo: .venv/ready ## Train a small model to define words, and show what packing saves; 2 minutes on two cores
-	@echo "demo: starting clean in $(DEMO)"
+demo: .venv/ready ## Train a small model to define words, with and without packing; 2 minutes on two CPU cores
+	@echo "demo: removing the last run in $(DEMO)"
 	@rm -rf $(DEMO)/trained $(DEMO)/padded
 	@$(BIN)/python examples/demo/prepare.py $(DEMO)
 	@echo; echo "  before training, it answers:"
 	@$(BIN)/python examples/demo/ask.py $(DEMO)/untrained
 	@$(BIN)/attnimg train examples/demo/demo.yaml
-	@echo; echo "demo: the same with padded rows, for a few steps, to compare"
+	@echo; echo "demo: training with padded rows for 12 steps, to compare the speed"
 	@$(BIN)/attnimg train examples/demo/demo.yaml sample_packing=false micro_batch_size=22 max_steps=12 \
 	  logging_steps=3 save_steps=12 output_dir=$(DEMO)/padded >$(DEMO)/padded.log 2>&1 || { cat $(DEMO)/padded.log; exit 1; }
 	@echo; echo "  after training, it answers:"
 	@$(BIN)/python examples/demo/ask.py $(DEMO)/trained
 	@echo; $(BIN)/python examples/demo/compare.py $(DEMO)/trained $(DEMO)/padded
-	@echo "  look at    $(DEMO)/trained/loss.png and $(DEMO)/trained/receipt.json"
+	@echo "  files      $(DEMO)/trained/loss.png and $(DEMO)/trained/receipt.json"
 
 test: .venv/ready ## Run the tests that need no Docker and no GPU
-	@# By file, since files have fixtures of their own; in the order of tests/conftest.py.
+	@# Each file runs in one process, because its tests share fixtures; the order is in tests/conftest.py.
 	$(BIN)/pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 test/packages: .venv/ready build/fa4/ready ## Compare the files of backends with the kernel packages; downloads 17 MB, and build/fa4
@@ -142,7 +142,7 @@ engine: ## Start a Docker engine if none is running; needs root
 base: engine ## Make the base image, from a registry or from Debian's packages
 	@docker/base.sh
 
-# The engine and the base image, but not for an image that does not exist.
+# Start the engine and make the base image, unless there is no recipe of the image.
 NEEDS_BASE = @docker/build.py $* --check && $(MAKE) base
 
 # $(call NEEDS_SET,FILE,WHAT): refuse an image whose recipe has nothing to compile ahead of time.

@@ -53,7 +53,7 @@ LETTER = re.compile(r"(?P<word>[A-Z])(?: \(double U\))?,? (?:is|has|in|the)\b")
 
 
 def chapters(bible: str) -> Iterator[Record]:
-    """Yield one record a chapter: its title, and its verses, one a line, without numbers."""
+    """Yield one record per chapter: its title, and its verses, one per line, without numbers."""
     title, verses = "", list[str]()
     for line in bible.splitlines()[1:]:
         place, verse = line.split(" ", 1)

@@ -1,4 +1,4 @@
-"""Print what packing saved: `python examples/demo/compare.py PACKED_FOLDER PADDED_FOLDER`.
+"""Print how much faster packing is: `python examples/demo/compare.py PACKED_FOLDER PADDED_FOLDER`.
 
 Both folders are output_dir of runs of the same data, model and micro_batch_size; all figures come
 from the files that the runs wrote.
@@ -14,20 +14,22 @@ from pathlib import Path
 
 
 def one_pass(folder: Path) -> tuple[int, float]:
-    """Return how many steps one pass over the data takes, and how many seconds.
+    """Return the number of steps of one epoch, and their seconds.
 
-    The seconds are the median of those between two lines of metrics.jsonl, without the first line,
-    which has the start of the run in it.
+    The time of a step is the median over the intervals between lines of metrics.jsonl; the first
+    line is left out, because it includes the start of the run.
     """
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     lines = [line for line in lines if "tokens_per_second" in line]
-    a_step = [(b["seconds"] - a["seconds"]) / (b["step"] - a["step"]) for a, b in pairwise(lines)]
+    step_seconds = [
+        (b["seconds"] - a["seconds"]) / (b["step"] - a["step"]) for a, b in pairwise(lines)
+    ]
     steps = round(lines[-1]["step"] / lines[-1]["epoch"])
-    return steps, steps * statistics.median(a_step)
+    return steps, steps * statistics.median(step_seconds)
 
 
 def main(packed: str, padded: str) -> None:
-    """Print a pass over the data with and without packing, and the backend with its proof."""
+    """Print the backend, its proof, and the time of an epoch with and without packing."""
     steps, seconds = one_pass(Path(packed))
     padded_steps, padded_seconds = one_pass(Path(padded))
     receipt = json.loads((Path(packed) / "receipt.json").read_text())

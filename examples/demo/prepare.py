@@ -1,9 +1,9 @@
-"""Make what the demo starts from: 90 short definitions, a tokenizer, and an untrained model.
+"""Write the inputs of the demo: 90 short definitions, a tokenizer, and an untrained model.
 
     python examples/demo/prepare.py FOLDER
 
-The same call writes the same bytes. The model is a Llama of two million weights, wide and shallow,
-which learns most in a few minutes on a CPU; the tokenizer's vocabulary is learned from the whole
+The same call writes the same bytes. The model is a Llama of two million weights in two wide
+layers, a shape that learns fast on a CPU; the tokenizer's vocabulary is learned from the whole
 dictionary.
 """
 
@@ -33,7 +33,7 @@ WORDS = """
 VOCAB_SIZE = 2048
 SEED = 42
 
-# ChatML, the form of most open chat models: each turn between two tokens of its own.
+# ChatML, the format of most open chat models: a token before and after each turn.
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
@@ -62,7 +62,7 @@ def chosen_definitions() -> list[dict[str, str]]:
 
 
 def make_tokenizer() -> Any:
-    """Train a byte-level BPE tokenizer; <|im_end|> ends a document and a turn."""
+    """Return a byte-level BPE tokenizer; <|im_end|> ends a document and a turn."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -88,7 +88,7 @@ def make_tokenizer() -> Any:
 
 
 def make_model(tokenizer: Any) -> Any:
-    """Draw the weights of a small Llama with grouped-query attention."""
+    """Return a small Llama with grouped-query attention and random weights."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -115,7 +115,7 @@ def main() -> None:
     """Write the definitions, the tokenizer and the model to the folder of the command line."""
     from transformers.utils import logging
 
-    parser = argparse.ArgumentParser(description="Make what the demo starts from.")
+    parser = argparse.ArgumentParser(description="Write the inputs of the demo.")
     parser.add_argument("folder", type=Path, help="where to write it")
     folder = parser.parse_args().folder
     logging.disable_progress_bar()

@@ -21,7 +21,7 @@ DATA = Path(__file__).parents[1] / "data" / "devils_dictionary.jsonl"
 
 
 def main() -> None:
-    """Train for 40 steps on 4 documents a step."""
+    """Train for 40 steps on 4 documents per step."""
     torch.manual_seed(0)
     tokenizer = ByT5Tokenizer()
     texts = [json.loads(line)["output"][:255] for line in DATA.open(encoding="utf-8")]

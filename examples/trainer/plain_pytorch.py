@@ -41,7 +41,7 @@ class Block(nn.Module):
 
 
 def main() -> None:
-    """Train for 40 steps on 4 documents a step."""
+    """Train for 40 steps on 4 documents per step."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")  # attnimg logs its choice
     torch.manual_seed(0)
     texts = [json.loads(line)["output"][:256] for line in DATA.open(encoding="utf-8")]

@@ -22,7 +22,7 @@ DATA = Path(__file__).parents[1] / "data" / "devils_dictionary.jsonl"
 
 
 def main(output_dir: str) -> None:
-    """Train for 40 steps on 4 documents a step."""
+    """Train for 40 steps on 4 documents per step."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     tokenizer = ByT5Tokenizer()
     texts = [json.loads(line)["output"][:255] for line in DATA.open(encoding="utf-8")]

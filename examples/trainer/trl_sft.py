@@ -17,7 +17,7 @@ DATA = Path(__file__).parents[1] / "data" / "devils_dictionary.jsonl"
 
 
 def main(output_dir: str) -> None:
-    """Train for 40 steps on 4 rows of up to 256 tokens a step."""
+    """Train for 40 steps on 4 rows of up to 256 tokens per step."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     tokenizer = ByT5Tokenizer()
     config = LlamaConfig(
