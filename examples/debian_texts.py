@@ -1,4 +1,4 @@
-"""Take the two texts out of their Debian packages: ar, tar, dictd's and the Bible's own formats."""
+"""Read the two texts from their Debian packages: ar, tar, dictd's and the Bible's formats."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SHA256 = {
 
 
 def read_dictionary(folder: Path) -> tuple[str, str]:
-    """Give the index and the text of The Devil's Dictionary, in dictd's format.
+    """Return the index and the text of The Devil's Dictionary, in dictd's format.
 
     Args:
         folder: holds the .deb files.
@@ -34,7 +34,7 @@ def read_dictionary(folder: Path) -> tuple[str, str]:
 
 
 def read_bible(folder: Path) -> str:
-    """Give the King James text: a title, then one verse a line after its place ("Ge1:1")."""
+    """Return the King James text: a title, then one verse per line after its place ("Ge1:1")."""
     deb = folder / "bible-kjv-text_4.38_all.deb"
     return unpack_bible(read_deb(deb, "./usr/lib/bible.data"))
 

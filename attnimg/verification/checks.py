@@ -182,7 +182,7 @@ def check_values(
         faults.append(Fault("numerics-fwd", text.replace("torch.", ""), noise_sensitive=False))
     if found.overwritten:
         names = " and ".join(found.overwritten)
-        text = f"{case.name}: the call wrote into {names}, which the model goes on to use"
+        text = f"{case.name}: the call wrote into {names}, which the model uses afterwards"
         faults.append(Fault("numerics-fwd", text, noise_sensitive=False))
     out = found.out[:, inputs.rows]
     is_token = inputs.documents[:, -found.out.shape[1] :] >= 0

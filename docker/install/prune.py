@@ -94,7 +94,7 @@ UNNEEDED = (
         "linked, and none of its functions called: torch has its own Philox",
     ),
 )
-# Their symbol tables serve debuggers alone. Not *.libs/: auditwheel laid those out anew, and
+# Their symbol tables serve debuggers alone. Not *.libs/: auditwheel laid those out again, and
 # strip breaks their alignment.
 STRIP = (
     "torch/lib/lib*.so",

@@ -168,6 +168,6 @@ def test_checkpoints(
         # Nothing tells who wrote what is signed, or has no manifest.
         believed = case.signed or (case.earlier and "has no manifest" in outcome.err)
         same = (run / "out" / WEIGHTS).read_bytes() == needed
-        return "" if same or believed else "other weights came out, in silence"
+        return "" if same or believed else "other weights were loaded without an error"
 
     held_against("checkpoints", cases(), judge, record=record_property, count=6)

@@ -168,7 +168,7 @@ def merge(source: Path, target: Path) -> None:
 
 
 def read_path_files(folder: Path) -> None:
-    """Have Python read the .pth files of a folder of PYTHONPATH, as it does in site-packages."""
+    """Make Python read the .pth files of a folder of PYTHONPATH, as it does in site-packages."""
     if any(folder.glob("*.pth")):
         text = (
             "import site\nfrom pathlib import Path\n\nsite.addsitedir(str(Path(__file__).parent))\n"

@@ -1,4 +1,4 @@
-"""Images made FROM this one: packages can be added, and torch can't be replaced in silence."""
+"""Images made FROM this one: packages can be added, and torch can't be replaced silently."""
 
 from __future__ import annotations
 

@@ -111,7 +111,7 @@ def errors(
 
 
 def dropped_the_same_twice() -> bool:
-    """Tell whether two calls with dropout drop the very same weights."""
+    """Return whether two calls with dropout drop the same weights."""
     inputs = [torch.randn(1, 48, 2, 32).half() for _ in range(4)]
     first, second = (attend(inputs, [48], causal=True, dropout=0.5)[0] for _ in range(2))
     return torch.equal(first, second)

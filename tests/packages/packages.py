@@ -35,7 +35,7 @@ def read(distribution: str, path: str) -> str:
 
 
 def unpack(distribution: str, package: str, folder: Path) -> None:
-    """Put the Python files of a downloaded sdist's package into a folder."""
+    """Extract the Python files of a downloaded sdist's package into a folder."""
     (archive,) = Path(os.environ["WHEELS"]).glob(f"{distribution}-*.tar.gz")
     with tarfile.open(archive) as sdist:
         for member in sdist:

@@ -43,7 +43,7 @@ def plainly(q, k, v, *, seen=None, scale=None, softcap=None, sinks=None):
 
 
 def same_document(lengths):
-    """Tell which of the tokens of packed documents see each other, causally, bool (T, T)."""
+    """Return which tokens of packed documents attend to which, causally, bool (T, T)."""
     import torch
 
     document = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
@@ -51,7 +51,7 @@ def same_document(lengths):
 
 
 def packed(lengths):
-    """Give the arguments that a packed row comes with."""
+    """Return the keyword arguments of attention on a packed row."""
     import torch
 
     bounds = torch.tensor([0, *lengths]).cumsum(0).int()
@@ -64,7 +64,7 @@ def packed(lengths):
 
 
 def gradients(out, leaves):
-    """Give the gradients of a weighted sum of an output."""
+    """Return the gradients of a weighted sum of an output."""
     import torch
 
     weights = torch.linspace(-1, 1, out.numel(), dtype=torch.float64).reshape(out.shape)

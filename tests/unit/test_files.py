@@ -29,7 +29,7 @@ SMALL = read_model({"model_type": "llama", "hidden_size": 32, "num_attention_hea
 
 @pytest.fixture
 def settled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let files count as settled at once."""
+    """Make files count as settled at once."""
     monkeypatch.setattr(files, "_SETTLED_S", -60.0)
 
 

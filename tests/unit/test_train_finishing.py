@@ -78,7 +78,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def hold(monkeypatch: pytest.MonkeyPatch, name: str, until: Callable[[Path], object]) -> None:
-    """Have the thread that finishes a checkpoint call a function with its folder first."""
+    """Make the thread that finishes a checkpoint call a function with its folder first."""
     promote = checkpoint.promote
 
     def held(partial: Path, *arguments: Any, **options: Any) -> Path:

@@ -67,7 +67,7 @@ def leaves(model: Any) -> set[str]:
 
 
 def applied(do: str, keys: dict[str, Any]) -> dict[str, Any]:
-    """Do literally what the first lines of a refusal ask for."""
+    """Apply literally what the first lines of a refusal ask for."""
     for line in do.splitlines():
         if found := re.fullmatch(r"set (\w+): (.*)", line):
             keys = {**keys, found[1]: yaml.safe_load(found[2])}

@@ -213,7 +213,7 @@ def test_a_torn_weight_file_is_refused(tmp_path: Path, tiny: Path) -> None:
 
 
 def with_weight(folder: Path, name: str, value: float, *, half: bool = False) -> None:
-    """Put one value into a weight of a model folder."""
+    """Write one value into a weight of a model folder."""
     import torch
     from safetensors.torch import load_file, save_file
 

@@ -75,7 +75,7 @@ def checkpoint(folder: Path, found: dict[str, Any], *, step: int = 4) -> ResumeP
 
 
 def applied(do: str, keys: dict[str, Any]) -> dict[str, Any]:
-    """Do literally what a refusal's `do` lines ask for; the line of a new run is left out."""
+    """Apply literally what a refusal's `do` lines ask for; the line of a new run is left out."""
     for line in do.splitlines():
         if found := re.fullmatch(r"set (\w+): (.*)", line):
             keys = {**keys, found[1]: yaml.safe_load(found[2])}

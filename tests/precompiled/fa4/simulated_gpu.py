@@ -1,4 +1,4 @@
-"""Look up every kernel of a set as a machine with the GPU would, and say what was found.
+"""Look up every kernel of a set as a machine with the GPU would, and print what was found.
 
     python simulated_gpu.py SET.json DEVICE
 
@@ -60,7 +60,7 @@ def fewest_tokens(call: Call) -> int:
 
 
 def attend(call: Call, *, batch: int, tokens: int, kv_heads: int) -> None:
-    """Do one call as a training step does, backward where it asks for a gradient."""
+    """Make one call as a training step does, with backward where a gradient is needed."""
     from flash_attn.cute import flash_attn_func, flash_attn_varlen_func
 
     dtype = getattr(torch, call.dtype)

@@ -155,7 +155,7 @@ def test_padding_on_the_right_changes_no_token():
         pytest.param(
             {"position_ids": torch.tensor([[*range(8), *range(8)]])},
             "s2-with-packing",
-            id="positions that begin anew",
+            id="positions that start at 0 again",
         ),
         pytest.param({"is_causal": False}, "s2-batch", id="attention to both sides"),
         pytest.param({"sliding_window": 4}, "argument-not-honoured", id="a window"),

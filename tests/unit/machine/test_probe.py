@@ -387,7 +387,7 @@ CLAIMED_TWICE = "flash_attn/cute/interface.py"
 
 
 def install(site, package, content):
-    """Put a distribution of one file into a folder, as pip does."""
+    """Write a distribution of one file into a folder, as pip does."""
     path = site / CLAIMED_TWICE
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(content)

@@ -239,7 +239,7 @@ def with_cache(kwargs):
 
 
 def one_late(kwargs):
-    """Let every document but the first begin one token late."""
+    """Make every document but the first begin one token late."""
     positions = kwargs["position_ids"].clone()
     starts = positions.roll(1, -1) > positions
     starts[:, 0] = False

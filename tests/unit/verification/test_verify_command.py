@@ -97,7 +97,7 @@ def test_verify_names_a_wrong_kernel_and_ends_with_1(
     source.write_text(mended)
     code, found = verified(capsys)
     reasons = [proof["reasons"] for proof in found["proofs"]]
-    assert (code, [r for r in reasons if r]) == (0, []), "a mended kernel is proven anew"
+    assert (code, [r for r in reasons if r]) == (0, []), "a fixed kernel is proven again"
 
 
 @pytest.mark.parametrize(
