@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -156,13 +157,7 @@ class Choice:
         """
         if self._verified:
             return self
-        if not self._here:
-            raise AttnimgError(
-                "a choice for another machine can't be verified",
-                why=f"it was selected for {gpu_text(self._task.machine)}",
-                do="call attnimg.select without `on` and `image` on the machine that trains",
-                code="other-machine",
-            )
+        self._require_here()
         use_shipped_kernels(self._task.machine)
         self._plan, self._proofs = pipeline.verify_plan(self._plan, self._task, LoggedReport())
         self._verified = True
@@ -212,6 +207,16 @@ class Choice:
     @property
     def _context(self) -> RunContext:
         return build_context(self._task.problem, application.plan_backend(self._plan))
+
+    def _require_here(self) -> None:
+        """Raise if it was selected for another machine."""
+        if not self._here:
+            raise AttnimgError(
+                "a choice for another machine can't be verified",
+                why=f"it was selected for {gpu_text(self._task.machine)}",
+                do="leave out `on` and `image` on the machine that trains",
+                code="other-machine",
+            )
 
     def _layers(self) -> tuple[Any, ...]:
         model = self._task.problem.model
@@ -321,6 +326,14 @@ def select(
     """
     requested = backend_name(backend)
     _require_kinds(backends, backend)
+    _require_counts(sequence_len=sequence_len, micro_batch_size=micro_batch_size)
+    _require_flags(
+        packing=packing,
+        strict=strict,
+        compiled=compiled,
+        checkpointing=checkpointing,
+        trust_remote_code=trust_remote_code,
+    )
     machine, _ = find_machine(on, image)
     facts = _model_facts(model)
     precision = _dtype(dtype, facts, machine.arch)
@@ -400,7 +413,10 @@ class _AppliedModel:
     names: frozenset[str]
 
 
-# Model -> what `apply` changed. A deleted model is removed.
+# transformers' registries belong to the process: threads change them one after another.
+_registries = threading.RLock()
+
+# Model -> what `apply` changed. A model that is deleted leaves it.
 _applied: weakref.WeakKeyDictionary[Any, _AppliedModel] = weakref.WeakKeyDictionary()
 
 
@@ -442,12 +458,20 @@ def apply(model: Any, *, collator: Collator | None = None, **settings: Unpack[Se
         'eager'
     """
     model = _unwrapped(model)
-    if _base(model) in _applied:
-        restore(model)
     choice = select(model, **settings)
+    choice._require_here()
     if choice._task.problem.packing:
         _require_device(model, choice._task.machine)
     use_shipped_kernels(choice._task.machine)
+    with _registries:
+        if _base(model) in _applied:
+            restore(model)
+        _apply(choice, model, collator)
+    return choice
+
+
+def _apply(choice: Choice, model: Any, collator: Collator | None) -> None:
+    """Verify a choice, and apply it to a model."""
     before, registered = application.current_implementation(model), application.registered_names()
 
     def switch(selected: pipeline.Selected) -> Any:
@@ -479,7 +503,6 @@ def apply(model: Any, *, collator: Collator | None = None, **settings: Unpack[Se
         before=before,
         names=(application.registered_names() - registered) | {choice._implementation},
     )
-    return choice
 
 
 def restore(model: Any) -> None:
@@ -489,17 +512,18 @@ def restore(model: Any) -> None:
         AttnimgError: `apply` was not called for this model.
     """
     model = _unwrapped(model)
-    found = _applied.pop(_base(model), None)
-    if found is None:
-        raise AttnimgError(
-            "there is nothing to restore",
-            why="attnimg.apply was not called for this model, or it was restored already",
-            do="call attnimg.restore once, with the model that was passed to attnimg.apply",
-            code="not-applied",
-        )
-    model.set_attn_implementation(found.before)
-    in_use = {choice.implementation for choice in _in_use.get()}
-    application.unregister(found.names - _applied_names() - in_use)
+    with _registries:
+        found = _applied.pop(_base(model), None)
+        if found is None:
+            raise AttnimgError(
+                "there is nothing to restore",
+                why="attnimg.apply was not called for this model, or it was restored already",
+                do="call attnimg.restore once, with the model that attnimg.apply got",
+                code="not-applied",
+            )
+        model.set_attn_implementation(found.before)
+        in_use = {choice.implementation for choice in _in_use.get()}
+        application.unregister(found.names - _applied_names() - in_use)
 
 
 def verify(model: object, **settings: Unpack[Settings]) -> tuple[Proof, ...]:
@@ -523,6 +547,7 @@ def verify(model: object, **settings: Unpack[Settings]) -> tuple[Proof, ...]:
         True
     """
     choice = select(model, **settings)
+    choice._require_here()
     use_shipped_kernels(choice._task.machine)
     return tuple(proof for _, proof in pipeline.prove_fitting(choice._task, log=LoggedReport().log))
 
@@ -615,8 +640,15 @@ def _base(model: Any) -> Any:
 
 
 def _require_device(model: Any, machine: Machine) -> None:
-    """Raise if a model that is about to be called is on the CPU, and the choice is for a GPU."""
+    """Raise if a model that is about to be called has no weights, or not on the choice's GPU."""
     device = next(model.parameters()).device
+    if device.type == "meta":
+        raise AttnimgError(
+            "packing can't be checked while the model has no weights",
+            why="found them on the device meta; the check calls the model",
+            do="load the weights before",
+            code="wrong-device",
+        )
     if device.type != "cpu" or machine.arch.vendor == "cpu":
         return
     raise AttnimgError(
@@ -680,6 +712,8 @@ def _require_kinds(backends: Mapping[LayerKind, str] | None, backend: str) -> No
     """Raise unless `backends` names backends for known kinds of layers, and `backend` is "auto"."""
     if not backends:
         return
+    if not isinstance(backends, Mapping):
+        raise _bad_value("backends", "is not a dict", backends, '{"sliding": NAME, "full": NAME}')
     if unknown := backends.keys() - {*get_args(LayerKind)}:
         raise AttnimgError(
             f"backends has an unknown kind of layers: {min(map(str, unknown))}",
@@ -698,6 +732,30 @@ def _require_kinds(backends: Mapping[LayerKind, str] | None, backend: str) -> No
             code="bad-value",
             key="backends",
         )
+
+
+def _require_counts(**counts: int | None) -> None:
+    """Raise unless each is a whole number of at least 1, or None for an unknown sequence_len."""
+    for key, count in counts.items():
+        unknown = count is None and key == "sequence_len"
+        if not unknown and (type(count) is not int or count < 1):
+            raise _bad_value(key, "is not a whole number of at least 1", count, "8192")
+
+
+def _require_flags(**flags: object) -> None:
+    for key, flag in flags.items():
+        if not isinstance(flag, bool):
+            raise _bad_value(key, "is neither True nor False", flag, "True")
+
+
+def _bad_value(key: str, what: str, found: object, example: str) -> AttnimgError:
+    return AttnimgError(
+        f"{key} {what}",
+        why=f"found {found!r}",
+        do=f"pass {key}={example}, or leave it out",
+        code="bad-value",
+        key=key,
+    )
 
 
 def _dtype(given: Any, facts: _ModelFacts, arch: Any) -> DType:

@@ -363,8 +363,8 @@ class Needs:
         dtypes: precisions of q, k and v.
         head_dims: rules on head sizes; empty for any size.
         features: which of "window", "softcap", "sinks", "dropout" it supports.
-        features_missing: major compute capability, or AMD architecture -> features that it does
-            not support there.
+        features_missing: major compute capability, AMD architecture or "cpu" -> features that it
+            does not support there.
         exclusive: features that it can't combine with one another; empty for none.
         dtypes_missing: major compute capability -> precisions that it does not support there.
         backward: vendors on whose devices it has a backward pass.

@@ -6,6 +6,7 @@ V head size of v.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from datetime import date
@@ -58,25 +59,25 @@ def attention(
             aligned with the last key.
         cu_seqlens: the boundaries of the packed documents in q, int32 (documents + 1,), from 0 to
             T; for (T, H, D) only. None for one document.
-        cu_seqlens_k: the same for k and v; None if they are equal to those of q.
-        max_seqlen: queries in the longest document; None: computed, which waits for the GPU.
-        max_seqlen_k: keys in the longest document; None: `max_seqlen` if cu_seqlens_k is None,
-            computed otherwise.
-        window: how many keys a query attends to, including its own; None for all.
+        cu_seqlens_k: the same for k and v; None for equal documents.
+        max_seqlen: queries of the longest document; None computes it, which waits for the GPU.
+        max_seqlen_k: keys of the longest document; None for `max_seqlen`, or computed.
+        window: how many keys a query attends to, its own included, at least 1; None for all.
         softcap: cap of the scores: softcap * tanh(scores / softcap); None for none.
-        sinks: one logit per head that enters the softmax without a value, (H,); None for none.
-        scale: factor on q @ k; None for D ** -0.5.
-        dropout: probability with which attention weights are dropped.
+        sinks: one logit a head that takes part in the softmax without a value, (H,); None for none.
+        scale: factor on q @ k, positive; None for D ** -0.5.
+        dropout: probability with which attention weights are dropped, less than 1.
         backend: "auto", or the name of a backend, as in a config's attn_implementation. The
             environment variable ATTNIMG_BACKEND replaces "auto".
         verify: whether the backend must pass its proof on this machine.
 
     Returns:
-        The output, (B, T, H, V) or (T, H, V), in the dtype of q.
+        The output, (B, T, H, V) or (T, H, V), in the dtype of q, also under torch.autocast. It is
+        zero for queries without keys.
 
     Raises:
         KernelError: no allowed backend fits these tensors and passes its proof.
-        AttnimgError: the shapes or dtypes do not match.
+        AttnimgError: the shapes or dtypes do not match, or a number is out of range.
 
     Example:
         >>> import attnimg, torch
@@ -84,7 +85,9 @@ def attention(
         >>> attnimg.attention(q, k, torch.randn(1, 16, 2, 64), window=4, verify=False).shape
         torch.Size([1, 16, 8, 64])
     """
-    _require_matching(q, k, v, cu_seqlens, cu_seqlens_k)
+    _require_matching(q, k, v, sinks)
+    _require_boundaries(q, k, (cu_seqlens, cu_seqlens_k), (max_seqlen, max_seqlen_k))
+    _require_in_range(window=window, softcap=softcap, scale=scale, dropout=dropout)
     if packed := q.dim() == 3:
         q, k, v = q[None], k[None], v[None]
     layer = LayerGroup(
@@ -93,7 +96,7 @@ def attention(
         kv_heads=k.shape[2],
         head_dim_qk=q.shape[3],
         head_dim_v=v.shape[3],
-        window=window if window is not None and window < k.shape[1] else None,
+        window=window if window is not None and window < max(q.shape[1], k.shape[1]) else None,
         softcap=softcap or None,
         sinks=sinks is not None,
     )
@@ -103,7 +106,8 @@ def attention(
         q.device.type,
         packing=cu_seqlens is not None,
         dropout=dropout,
-        training=any(x.requires_grad for x in (q, k, v)),
+        # Proofs cover the backward pass, which flex_attention lacks on a CPU.
+        training=verify or any(x is not None and x.requires_grad for x in (q, k, v, sinks)),
         requested=backend_name(backend),
         verify=verify,
     )
@@ -178,6 +182,8 @@ def _call(
     arguments: dict[str, Any],
 ) -> Tensor:
     """Call a function of transformers' attention interface; return (B, T, H, V)."""
+    import torch
+
     causal = arguments["is_causal"]
     layer = SimpleNamespace(is_causal=causal, training=True, layer_idx=0)
     found = None
@@ -186,8 +192,13 @@ def _call(
         found = _flex_mask(visible_TS) if mask == "flex" else _eager_mask(visible_TS, q_BHTD.dtype)
         names = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
         arguments = {name: value for name, value in arguments.items() if name not in names}
-    out, _ = function(layer, q_BHTD, k_BGSD, v_BGSV, found, **arguments)
+    # The backend was chosen and verified for the dtype of q.
+    with torch.autocast(q_BHTD.device.type, enabled=False):
+        out, _ = function(layer, q_BHTD, k_BGSD, v_BGSV, found, **arguments)
     output: Tensor = out
+    if mask == "eager":
+        # The softmax of a row whose scores are all masked is uniform, over all documents.
+        output = output.masked_fill(~visible_TS.any(-1)[:, None, None], 0)
     return output
 
 
@@ -230,12 +241,10 @@ def _flex_mask(visible_TS: Tensor) -> Any:
     return create_block_mask(look_up, None, None, queries, keys, device=visible_TS.device)
 
 
-def _require_matching(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, cu_seqlens_k: Tensor | None
-) -> None:
-    """Raise unless the shapes and dtypes of the inputs match one another."""
-    import torch
-
+def _require_matching(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> None:
+    """Raise unless the shapes, dtypes and devices of the inputs match one another."""
+    tensors = (q, k, v) if sinks is None else (q, k, v, sinks)
+    _require_tensors(*tensors)
     shapes = f"found q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
     if q.dim() not in (3, 4) or not q.dim() == k.dim() == v.dim():
         raise _mismatch("q, k and v are not all (B, T, H, D) or all (T, H, D)", shapes)
@@ -244,6 +253,8 @@ def _require_matching(
             "the shapes of q, k and v do not match",
             f"{shapes}; needed q (B, T, H, D), k (B, S, G, D), v (B, S, G, V)",
         )
+    if 0 in (*q.shape[-2:], *v.shape[-2:]):
+        raise _mismatch("q, k and v have no heads, or a head_dim of 0", shapes)
     if q.shape[-2] % k.shape[-2]:
         raise _mismatch("the query heads are not a multiple of the key heads", shapes)
     if not q.dtype == k.dtype == v.dtype or str(q.dtype).removeprefix("torch.") not in get_args(
@@ -253,28 +264,105 @@ def _require_matching(
             "the dtypes of q, k and v are not all float32, float16 or bfloat16",
             f"found {q.dtype}, {k.dtype}, {v.dtype}",
         )
-    if (cu_seqlens is not None or cu_seqlens_k is not None) and q.dim() == 4:
-        raise _mismatch("cu_seqlens is only for packed tensors (T, H, D)", shapes)
-    if cu_seqlens is None and cu_seqlens_k is not None:
-        raise _mismatch("cu_seqlens_k needs cu_seqlens", "found cu_seqlens_k alone")
-    named = (("cu_seqlens", cu_seqlens, q), ("cu_seqlens_k", cu_seqlens_k, k))
-    for name, ends, packed in named:
-        if ends is not None and (ends.dim() != 1 or ends.dtype != torch.int32 or len(ends) < 2):
+    if sinks is not None and (sinks.shape != q.shape[-2:-1] or not sinks.is_floating_point()):
+        raise _mismatch(
+            "sinks is not one logit a head, (H,)",
+            f"found {sinks.dtype} {tuple(sinks.shape)} for {q.shape[-2]} heads",
+        )
+    devices = {str(tensor.device): tensor.device.type for tensor in tensors}
+    if len(devices) > 1 or not {"cpu", "cuda"}.issuperset(devices.values()):
+        raise _mismatch("the tensors are not all on one GPU or the CPU", f"found {[*devices]}")
+
+
+def _require_tensors(*found: object) -> None:
+    import torch
+
+    for one in found:
+        if not isinstance(one, torch.Tensor):
+            raise _mismatch("an argument is not a tensor", f"found {type(one).__name__}")
+
+
+def _require_boundaries(
+    q: Tensor,
+    k: Tensor,
+    cu_seqlens: tuple[Tensor | None, Tensor | None],
+    max_seqlen: tuple[int | None, int | None],
+) -> None:
+    """Raise unless the boundaries of documents match q and k, each a pair for the two.
+
+    Their values are checked on a CPU alone: on a GPU, each call would wait for it.
+    """
+    import torch
+
+    ends_q, ends_k = cu_seqlens
+    if ends_q is None:
+        if ends_k is not None:
+            raise _mismatch("cu_seqlens_k needs cu_seqlens", "found cu_seqlens_k alone")
+        return
+    if q.dim() == 4:
+        raise _mismatch(
+            "cu_seqlens is only for packed tensors (T, H, D)", f"found q {tuple(q.shape)}"
+        )
+    longest_q, longest_k = max_seqlen
+    found = [("cu_seqlens", ends_q, q, longest_q)]
+    if ends_k is not None:
+        found.append(("cu_seqlens_k", ends_k, k, longest_k))
+    elif len(q) != len(k):
+        raise _mismatch(
+            "q and k have different numbers of tokens, and cu_seqlens_k is missing",
+            f"found {len(q)} and {len(k)} tokens",
+        )
+    for name, ends, tokens, longest in found:
+        _require_tensors(ends)
+        if ends.dim() != 1 or ends.dtype != torch.int32 or len(ends) < 2:
             raise _mismatch(
                 f"{name} is not int32 (documents + 1,)", f"found {ends.dtype} {tuple(ends.shape)}"
             )
-        # Not on a GPU, where it would wait for the GPU at each call.
-        if ends is not None and not ends.is_cuda and (ends[0], ends[-1]) != (0, len(packed)):
+        if ends.device != q.device:
+            raise _mismatch(
+                f"{name} is not on the device of q", f"found {ends.device}, needed {q.device}"
+            )
+        if len(ends) != len(ends_q):
+            raise _mismatch(
+                "cu_seqlens and cu_seqlens_k have different numbers of documents",
+                f"found {len(ends_q) - 1} and {len(ends) - 1}",
+            )
+        if ends.is_cuda:
+            continue
+        if (ends[0], ends[-1]) != (0, len(tokens)):
             raise _mismatch(
                 f"{name} does not go from 0 to the number of tokens",
-                f"found {ends[0]} to {ends[-1]} for {len(packed)} tokens",
+                f"found {ends[0]} to {ends[-1]} for {len(tokens)} tokens",
             )
+        lengths = ends.diff()
+        if lengths.min() < 0:
+            raise _mismatch(f"{name} decreases", f"found a document of {lengths.min()} tokens")
+        if longest is not None and lengths.max() > longest:
+            raise _mismatch(
+                f"{name.replace('cu_seqlens', 'max_seqlen')} is less than the longest document",
+                f"found {longest}, needed {lengths.max()}",
+            )
+
+
+def _require_in_range(
+    *, window: int | None, softcap: float | None, scale: float | None, dropout: float
+) -> None:
+    """Raise for a number with which backends would compute different things."""
+    checks = {
+        "window is not a positive integer": (
+            window,
+            window is None or (isinstance(window, int) and window >= 1),
+        ),
+        "softcap is not positive and finite": (softcap, not softcap or 0 < softcap < math.inf),
+        "scale is not positive and finite": (scale, scale is None or 0 < scale < math.inf),
+        "dropout is not in [0, 1)": (dropout, 0 <= dropout < 1),
+    }
+    for what, (found, right) in checks.items():
+        if not right:
+            raise _mismatch(what, f"found {found!r}")
 
 
 def _mismatch(what: str, why: str) -> AttnimgError:
     return AttnimgError(
-        what,
-        why=why,
-        do="pass tensors of the shapes and dtypes in `help(attnimg.attention)`",
-        code="bad-value",
+        what, why=why, do="pass what `help(attnimg.attention)` describes", code="bad-value"
     )

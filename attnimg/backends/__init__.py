@@ -15,9 +15,9 @@ from functools import cache
 from importlib import import_module
 from importlib.metadata import entry_points
 from pkgutil import iter_modules
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
-from attnimg.facts import Arch, Backend, LocalKernel, Machine, Needs
+from attnimg.facts import Arch, Backend, LocalKernel, Machine, MaskKind, Needs, Packing, Rank
 
 # The group of entry points by which other packages add backends.
 GROUP = "attnimg.backends"
@@ -67,23 +67,34 @@ def added_backends() -> AddedBackends:
     """
     backends: dict[str, Backend] = {}
     problems = []
-    taken = {backend.name for backend in _own_backends()}
+    taken = {backend.name for backend in _own_backends()} | {"auto"}
+    applied = {backend.applied_as for backend in _own_backends()}
     for point in sorted(entry_points(group=GROUP), key=lambda point: (point.name, point.value)):
         try:
             loaded = point.load()
             for backend in loaded if isinstance(loaded, list | tuple) else [loaded]:
-                _require_usable(backend, taken | backends.keys())
+                others = {other.applied_as for other in backends.values()}
+                _require_usable(backend, taken | backends.keys(), applied | others)
                 source = point.module.partition(".")[0]
                 backends[backend.name] = replace(backend, added_by=source)
-        # The code of another package may raise anything. The reason is kept and shown.
-        except Exception as error:
+        # The code of another package may raise anything, or end the process, as one does that finds
+        # no GPU. The reason is kept and shown.
+        except (Exception, SystemExit) as error:
             text = " ".join(str(error).split())
             problems.append(f"{point.name} = {point.value}: {type(error).__name__}: {text}")
     return AddedBackends(tuple(backends.values()), tuple(problems))
 
 
-def _require_usable(backend: object, taken: Container[str]) -> None:
-    """Raise unless an object of another package is a backend that can be applied."""
+def _require_usable(
+    backend: object, taken: Container[str], taken_applied: Container[str | None]
+) -> None:
+    """Raise unless an object of another package is a backend that can be applied.
+
+    Args:
+        backend: the object.
+        taken: the names of other backends.
+        taken_applied: their names in transformers: a second one would replace the first.
+    """
     if not isinstance(backend, Backend):
         raise TypeError(f"found {type(backend).__name__}, needed attnimg.facts.Backend")
     if backend.name in taken:
@@ -91,14 +102,25 @@ def _require_usable(backend: object, taken: Container[str]) -> None:
     if re.fullmatch(r"[a-z][a-z0-9_]*", backend.name) is None:
         raise ValueError(f"found the name {backend.name!r}, needed a-z, 0-9 and _")
     applied = backend.applied_as or ""
-    words = ("flash", "sdpa", "flex")  # transformers treats such names specially
-    if not applied.startswith("attnimg_") or any(word in applied for word in words):
+    # transformers treats the first three specially; attnimg makes names of the others.
+    words = ("flash", "sdpa", "flex", "attnimg_direct", "attnimg_router")
+    if re.fullmatch(r"attnimg_[a-z0-9_]+", applied) is None or any(w in applied for w in words):
         raise ValueError(
-            f"found applied_as {backend.applied_as!r}, needed a name that begins with attnimg_ and "
-            f"has none of {', '.join(words)} in it"
+            f"found applied_as {backend.applied_as!r}, needed a name of a-z, 0-9 and _ that begins "
+            f"with attnimg_ and has none of {', '.join(words)} in it"
         )
-    if backend.load_function is None:
-        raise ValueError("load_function is missing")
+    if applied in taken_applied:
+        raise ValueError(f"another backend has applied_as {applied!r} already")
+    if not callable(backend.load_function):
+        raise TypeError("load_function is missing, or is no function")
+    if not isinstance(backend.needs, Needs) or not all(isinstance(r, Rank) for r in backend.ranks):
+        raise TypeError("needs is no attnimg.facts.Needs, or ranks has other things than Rank")
+    ranks = (backend.rank, *(one.rank for one in backend.ranks))
+    if not all(isinstance(rank, int) for rank in ranks):
+        raise TypeError("a rank is not a whole number")
+    for name, known in (("packing", get_args(Packing)), ("mask", get_args(MaskKind))):
+        if (found := getattr(backend, name)) not in known:
+            raise ValueError(f"found {name} {found!r}, needed one of {', '.join(known)}")
 
 
 def is_hub_path(name: str) -> bool:

@@ -168,7 +168,8 @@ def read_call(
     Raises:
         AttnimgError: an argument changes the result and the backend does not support it.
     """
-    window = sliding_window if sliding_window and sliding_window < key.shape[2] else None
+    longest = max(query.shape[2], key.shape[2])
+    window = sliding_window if sliding_window and sliding_window < longest else None
     refused = {
         "window": window,
         "softcap": softcap or None,
@@ -287,10 +288,11 @@ def attend_each_document(tokens: PackedTokens, dense: DenseKernel) -> Tensor:
         tokens.v.split(lengths_k),
         strict=True,
     )
+    # Kernels need not take documents without queries; without any query there is nothing to skip.
     outs = [
         dense(*(piece.transpose(0, 1)[None] for piece in document))[0].transpose(0, 1)
         for document in pieces
-        if len(document[0])
+        if len(document[0]) or not len(tokens.q)
     ]
     return torch.cat(outs)
 

@@ -30,6 +30,8 @@ BACKEND = Backend(
         # torch requires 7.0, but there is no evidence that its kernels run below 8.0.
         arch_text="sm_80 or newer, AMD CDNA or RDNA, or a CPU (forward only)",
         features=frozenset({"window", "softcap", "sinks"}),
+        # Source: transformers 5.22.2, flex_attention_forward, which raises ValueError (2026-11-27).
+        features_missing={"cpu": frozenset({"sinks"})},
         backward=frozenset({"nvidia", "amd"}),
         torch_min=("2.6", "flex-torch"),
     ),

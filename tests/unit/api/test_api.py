@@ -268,6 +268,12 @@ WRONG = [
     pytest.param(CONFIG, {"backend": "flash_attention_3"}, "cannot be used", id="it-does-not-fit"),
     pytest.param(CONFIG, {"dtype": "float64"}, "dtype is not one of", id="dtype-of-no-kernel"),
     pytest.param(CONFIG, {"dtype": torch.int8}, "dtype is not one of", id="integer-dtype"),
+    pytest.param(CONFIG, {"sequence_len": 0}, "sequence_len is not", id="no-tokens"),
+    pytest.param(CONFIG, {"sequence_len": "64"}, "sequence_len is not", id="tokens-as-text"),
+    pytest.param(CONFIG, {"micro_batch_size": None}, "micro_batch_size is not", id="no-rows"),
+    pytest.param(CONFIG, {"micro_batch_size": 1.5}, "micro_batch_size is not", id="half-a-row"),
+    pytest.param(CONFIG, {"packing": "false"}, "packing is neither", id="a-flag-as-text"),
+    pytest.param(CONFIG, {"backends": ["eager"]}, "backends is not a dict", id="a-list"),
     pytest.param(CONFIG, {"on": "h1000"}, "h1000", id="unknown-gpu"),
     pytest.param(CONFIG, {"image": "hoper"}, "hoper", id="unknown-image"),
 ]
@@ -291,6 +297,49 @@ def test_a_choice_for_another_machine_is_not_verified_here():
     assert choice.backend == "flash_attention_3"
     with pytest.raises(attnimg.AttnimgError, match="for another machine"):
         choice.verify()
+
+
+def test_nothing_is_applied_or_verified_for_another_machine():
+    model = tiny_model("llama", "eager")
+    for call in (attnimg.apply, attnimg.verify):
+        for elsewhere in ({"on": "h100"}, {"image": "hopper"}):
+            with pytest.raises(attnimg.AttnimgError, match="for another machine"):
+                call(model, **elsewhere)
+    assert running(model) == "eager"
+
+
+def test_wrong_arguments_leave_a_model_what_was_applied():
+    model = tiny_model("llama", "eager")
+    attnimg.apply(model, backend="sdpa")
+    with pytest.raises(attnimg.AttnimgError, match="unknown backend"):
+        attnimg.apply(model, backend="flash5")
+    assert running(model) == "sdpa"
+    attnimg.restore(model)
+    assert running(model) == "eager"
+
+
+def test_threads_apply_and_restore_side_by_side():
+    from concurrent.futures import ThreadPoolExecutor
+
+    # The proof, so that the threads meet where they change the registries.
+    attnimg.select(tiny_model("opt").config, packing=True, dtype="float32").verify()
+
+    def apply_and_restore(seed):
+        model = tiny_model("opt", "eager", seed=seed)
+        choice = attnimg.apply(model, packing=True)
+        attnimg.restore(model)
+        return choice.backend, running(model)
+
+    with ThreadPoolExecutor(3) as threads:
+        found = list(threads.map(apply_and_restore, range(6)))
+    assert found == [(REGISTERED, "eager")] * 6
+
+
+def test_a_model_without_weights_is_refused_before_it_is_called():
+    model = tiny_model("llama", "eager").to("meta")
+    with pytest.raises(attnimg.AttnimgError, match="has no weights"):
+        attnimg.apply(model, packing=True)
+    assert attnimg.apply(model).backend == "sdpa"
 
 
 def test_a_model_that_is_not_on_the_gpu_yet_is_refused_before_it_is_called(monkeypatch):

@@ -127,6 +127,70 @@ def test_sinks_learn():
     )
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("features", [{}, {"causal": False}, {"window": 3, "causal": False}])
+@pytest.mark.parametrize("lengths", [([4, 9, 0, 2], [2, 5, 3, 0]), ([0, 6], [0, 2]), ([0], [3])])
+def test_queries_without_keys_are_zero(backend, features, lengths):
+    queries, keys = lengths
+    tensors = [draw(sum(queries), 4, 16), draw(sum(keys), 2, 16), draw(sum(keys), 2, 16)]
+    ends = [torch.tensor([0, *each]).cumsum(0).int() for each in lengths]
+
+    documents = zip(
+        *(x.double().split(each) for x, each in zip(tensors, (queries, keys, keys), strict=True)),
+        strict=True,
+    )
+    # The softmax of no scores is 0 / 0.
+    expected = torch.cat([plain(*document, **features).nan_to_num() for document in documents])
+    found = attnimg.attention(
+        *tensors, **features, cu_seqlens=ends[0], cu_seqlens_k=ends[1], backend=backend,
+        verify=False,
+    )  # fmt: skip
+    torch.testing.assert_close(found.double(), expected, rtol=2e-5, atol=2e-5)
+
+
+def test_masked_queries_get_no_gradient():
+    q, k, v = (draw(*shape).requires_grad_() for shape in ((5, 2, 8), (2, 2, 8), (2, 2, 8)))
+    attnimg.attention(q, k, v, backend="eager", verify=False).sum().backward()
+    assert not q.grad[:3].any()
+    torch.testing.assert_close(v.grad, plain_values_gradient(q, k, v))
+
+
+def plain_values_gradient(q, k, v):
+    """Compute the gradient of v where only the last queries, as many as keys, see any."""
+    leaf = v.detach().requires_grad_()
+    plain(q[-len(k) :].detach(), k.detach(), leaf).sum().backward()
+    return leaf.grad
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_window_counts_where_there_are_more_queries_than_keys(backend):
+    q, k, v = draw(9, 2, 8), draw(3, 2, 8), draw(3, 2, 8)
+    options = {"causal": False, "window": 7}
+    out = attnimg.attention(q, k, v, **options, backend=backend, verify=False)
+    # The first query stands 6 places before the first key.
+    torch.testing.assert_close(out, plain(q, k, v, **options), rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(out, plain(q, k, v, causal=False))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_autocast_does_not_change_the_dtype(backend):
+    q, k, v = draw(1, 9, 2, 16), draw(1, 9, 2, 16), draw(1, 9, 2, 16)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = attnimg.attention(q, k, v, backend=backend, verify=False)
+    assert out.dtype == torch.float32
+    torch.testing.assert_close(out[0], plain(q[0], k[0], v[0]), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("learned", [True, False])
+def test_sinks_alone_can_need_a_gradient(learned):
+    q, k, v, sinks = draw(1, 9, 4, 16), draw(1, 9, 2, 16), draw(1, 9, 2, 16), draw(4)
+    out = attnimg.attention(q, k, v, sinks=sinks.requires_grad_(learned), verify=False)
+    expected = plain(q[0], k[0], v[0], sinks=sinks)
+    torch.testing.assert_close(out[0], expected, rtol=1e-5, atol=1e-5)
+    if learned:
+        assert torch.autograd.grad(out.sum(), sinks)[0].any()
+
+
 @pytest.mark.parametrize("backend", ["sdpa", "eager"])
 def test_fewer_queries_than_keys_are_the_last_ones(backend):
     tensors = [draw(3, 4, 16), draw(8, 2, 16), draw(8, 2, 16)]
@@ -161,6 +225,15 @@ def test_a_backend_is_verified_before_its_first_call(tmp_path, monkeypatch, capl
     assert caplog.text.count("proof: sdpa passed") == 1
 
 
+def test_a_backend_without_the_backward_pass_is_not_verified_in_vain(tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("ATTNIMG_CACHE", str(tmp_path))
+    monkeypatch.delenv("LOCAL_KERNELS")
+    with caplog.at_level("INFO", logger="attnimg"):
+        attnimg.attention(*(draw(1, 5, 2, 8) for _ in "qkv"), softcap=3.0)
+    assert "failed" not in caplog.text
+    assert "proof: eager passed" in caplog.text
+
+
 WRONG = [
     ("q, k and v are not all", [(4, 8), (4, 8), (4, 8)], {}),
     ("do not match", [(1, 4, 2, 8), (1, 5, 2, 8), (1, 4, 2, 8)], {}),
@@ -170,7 +243,42 @@ WRONG = [
     ("not int32", [(4, 2, 8)] * 3, {"cu_seqlens": torch.tensor([0, 4])}),
     ("needs cu_seqlens", [(4, 2, 8)] * 3, {"cu_seqlens_k": torch.tensor([0, 4]).int()}),
     ("from 0 to", [(4, 2, 8)] * 3, {"cu_seqlens": torch.tensor([0, 3]).int()}),
-    ("no backend is called", [(4, 2, 8)] * 3, {"backend": "flash5"}),
+    ("decreases", [(8, 2, 8)] * 3, {"cu_seqlens": torch.tensor([0, 5, 3, 8]).int()}),
+    (
+        "different numbers of documents",
+        [(8, 2, 8)] * 3,
+        {"cu_seqlens": torch.tensor([0, 5, 8]).int(), "cu_seqlens_k": torch.tensor([0, 8]).int()},
+    ),
+    (
+        "cu_seqlens_k is missing",
+        [(8, 2, 8), (9, 2, 8), (9, 2, 8)],
+        {"cu_seqlens": torch.tensor([0, 8]).int()},
+    ),
+    (
+        "max_seqlen is less",
+        [(8, 2, 8)] * 3,
+        {"cu_seqlens": torch.tensor([0, 2, 8]).int(), "max_seqlen": 5},
+    ),
+    (
+        "not on the device",
+        [(4, 2, 8)] * 3,
+        {"cu_seqlens": torch.zeros(2, dtype=torch.int32, device="meta")},
+    ),
+    ("not a tensor", [(4, 2, 8)] * 3, {"cu_seqlens": [0, 4]}),
+    ("no heads", [(4, 0, 8)] * 3, {}),
+    ("no heads", [(4, 2, 0), (4, 2, 0), (4, 2, 8)], {}),
+    ("one logit a head", [(4, 2, 8)] * 3, {"sinks": torch.zeros(1)}),
+    ("one logit a head", [(4, 2, 8)] * 3, {"sinks": torch.zeros(2, 1)}),
+    ("all on one GPU or the CPU", [(4, 2, 8)] * 3, {"sinks": torch.zeros(2, device="meta")}),
+    ("window is not", [(4, 2, 8)] * 3, {"window": 0}),
+    ("window is not", [(4, 2, 8)] * 3, {"window": -1}),
+    ("window is not", [(4, 2, 8)] * 3, {"window": 2.5}),
+    ("softcap is not", [(4, 2, 8)] * 3, {"softcap": -1.0}),
+    ("softcap is not", [(4, 2, 8)] * 3, {"softcap": float("inf")}),
+    ("scale is not", [(4, 2, 8)] * 3, {"scale": -0.5}),
+    ("dropout is not", [(4, 2, 8)] * 3, {"dropout": 1.0}),
+    ("dropout is not", [(4, 2, 8)] * 3, {"dropout": float("nan")}),
+    ("unknown backend", [(4, 2, 8)] * 3, {"backend": "flash5"}),
 ]
 
 

@@ -125,7 +125,25 @@ UNUSABLE = [
     pytest.param(RIGHT.replace('name="acme_attention"', 'name="sdpa"'), "acme = acme:BACKEND",
                  "another backend has already", id="its-name-is-taken"),
     pytest.param(RIGHT.replace("attnimg_acme", "acme_flash"), "acme = acme:BACKEND",
-                 "needed a name that begins with attnimg_", id="transformers-would-take-its-name"),
+                 "that begins with attnimg_", id="transformers-would-take-its-name"),
+    pytest.param("import sys\nsys.exit('no GPU here')", "acme = acme:BACKEND", "no GPU here",
+                 id="its-import-ends-the-process"),
+    pytest.param(RIGHT.replace('name="acme_attention"', 'name="auto"'), "acme = acme:BACKEND",
+                 "called auto already", id="auto-would-mean-it"),
+    pytest.param(RIGHT.replace("attnimg_acme", "attnimg_torch_math"), "acme = acme:BACKEND",
+                 "another backend has applied_as", id="it-would-replace-sdpa_math"),
+    pytest.param(RIGHT.replace("attnimg_acme", "attnimg_router_1"), "acme = acme:BACKEND",
+                 "begins with attnimg_", id="it-would-replace-a-router"),
+    pytest.param(RIGHT.replace("attnimg_acme", "attnimg_acme\\n"), "acme = acme:BACKEND",
+                 "begins with attnimg_", id="its-name-has-a-line-end"),
+    pytest.param(RIGHT.replace("rank=1,", "rank=float('nan'),"), "acme = acme:BACKEND",
+                 "a rank is not", id="its-rank-is-no-number"),
+    pytest.param(RIGHT.replace("rank=1,", "rank=1, ranks=(5,),"), "acme = acme:BACKEND",
+                 "other things than Rank", id="its-ranks-are-none"),
+    pytest.param(RIGHT.replace("load_function=load", "load_function=5"), "acme = acme:BACKEND",
+                 "load_function", id="it-can-not-be-loaded"),
+    pytest.param(RIGHT.replace('packing="native"', 'packing="both"'), "acme = acme:BACKEND",
+                 "found packing 'both'", id="its-packing-is-unknown"),
 ]  # fmt: skip
 
 
@@ -138,3 +156,16 @@ def test_one_that_can_not_be_used_is_a_warning(install, code, entry, problem):
     assert warning.code == "bad-backend"
     assert problem in warning.what
     assert "acme" in warning.what
+
+
+def test_two_with_one_name_in_transformers_are_not_mixed_up(install):
+    install(
+        RIGHT + "\n    from dataclasses import replace\n"
+        "    SECOND = [BACKEND, replace(BACKEND, name='acme_other', rank=2)]\n",
+        entry="acme = acme:SECOND",
+    )
+    choice = attnimg.select(CONFIG, sequence_len=64)
+    assert choice.backend == "acme_attention"
+    assert ["another backend has applied_as" in warning.what for warning in choice.warnings] == [
+        True
+    ]
