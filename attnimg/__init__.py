@@ -14,10 +14,12 @@ from attnimg.errors import AttnimgError, KernelError, PackingLeak
 if TYPE_CHECKING:
     from attnimg.api import Choice, apply, check_packing, restore, select, use, verify
     from attnimg.functional import attention
+    from attnimg.integrations.transformers import AttnimgCallback
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AttnimgCallback",
     "AttnimgError",
     "Choice",
     "KernelError",
@@ -31,12 +33,18 @@ __all__ = [
     "verify",
 ]
 
+# The modules of the names that are not in attnimg.api.
+_MODULES = {
+    "AttnimgCallback": "attnimg.integrations.transformers",
+    "attention": "attnimg.functional",
+}
+
 
 def __getattr__(name: str) -> object:
     """Import a name of the API at its first use (PEP 562)."""
     if name not in __all__:
         raise AttributeError(f"module 'attnimg' has no attribute {name!r}")
-    module = import_module("attnimg.functional" if name == "attention" else "attnimg.api")
+    module = import_module(_MODULES.get(name, "attnimg.api"))
     globals()[name] = found = getattr(module, name)
     return found
 

@@ -585,7 +585,7 @@ def check_packing(model: Any, *, collator: Collator | None = None) -> None:
     choice = _find_choice(model)
     if choice is not None:
         _require_device(model, choice._task.machine)
-        application.require_applied(model, application.plan_backend(choice._plan))
+        _require_choice(model, choice)
         context = replace(choice._context, packing=True)
     else:
         facts = _model_facts(model)
@@ -632,6 +632,23 @@ def _unwrapped(model: Any) -> Any:
             key="model",
         )
     return model
+
+
+def _require_choice(model: Any, choice: Choice) -> None:
+    """Raise unless a model runs the backend of a choice.
+
+    Raises:
+        AttnimgError: it runs another one.
+    """
+    found = application.current_implementation(model)
+    if found in ("eager", "sdpa") and found != choice.implementation:
+        raise AttnimgError(
+            f"the model does not run {choice.backend}",
+            why=f"found attn_implementation={found!r}, needed {choice.implementation!r}",
+            do="load the model in the `use` block with attn_implementation=choice.implementation",
+            code="not-applied",
+        )
+    application.require_applied(model, application.plan_backend(choice._plan))
 
 
 def _base(model: Any) -> Any:
@@ -825,6 +842,14 @@ def _model_facts(model: object) -> _ModelFacts:
 
 def _named_model(name: str) -> _ModelFacts:
     path = model_config.find_config(name)
+    if path is None and (name.startswith((".", "/", "~")) or name.count("/") > 1):
+        raise AttnimgError(
+            f"there is no folder {name}",
+            why="a name with this form is a folder of this machine; needed one with a config.json",
+            do="correct the path, or pass the loaded model",
+            code="bad-model",
+            key="model",
+        )
     if path is None:
         raise AttnimgError(
             f"the config.json of {name} is not on this machine",

@@ -376,7 +376,7 @@ def build_receipt(
         "config": config.model_dump(exclude_none=True),
         "versions": package_versions(),
         "hardware": run.machine,
-        "plan": run.plan,
+        "plan": _plan_record(run.plan),
         "attention": {"backend": run.backend, "implementation": run.implementation},
         "dtype": run.context.dtype,
         "context": run.context,
@@ -388,6 +388,13 @@ def build_receipt(
         "files": [],
         "error": None,
     }
+
+
+def _plan_record(plan: Plan) -> dict[str, object]:
+    """Return a plan with the names that `explain --json` has for its texts."""
+    values = {field.name: getattr(plan, field.name) for field in fields(plan)}
+    texts = {"asked": "requested", "because": "reason", "do": "remedy"}
+    return {name: values.pop(old) for name, old in texts.items()} | values
 
 
 def package_versions() -> dict[str, str]:

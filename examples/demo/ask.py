@@ -7,6 +7,8 @@ import sys
 
 QUESTIONS = ("Define admiration.", "Define omen.", "Define politeness.", "Define neighbor.")
 NEW_TOKENS = 40
+# No definition is longer; an untrained model repeats words until NEW_TOKENS.
+WORDS = 22
 
 
 def main(folder: str) -> None:
@@ -35,7 +37,9 @@ def main(folder: str) -> None:
             pad_token_id=tokenizer.pad_token_id,
         )
         answer = tokenizer.decode(written[0, ids.shape[1] :], skip_special_tokens=True)
-        sys.stdout.write(f"    {question:20} {' '.join(answer.split())}\n")
+        words = answer.split()
+        text = " ".join(words[:WORDS]) + (" ..." if len(words) > WORDS else "")
+        sys.stdout.write(f"    {question:20} {text}\n")
 
 
 if __name__ == "__main__":

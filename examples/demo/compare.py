@@ -13,7 +13,7 @@ from itertools import pairwise
 from pathlib import Path
 
 
-def one_pass(folder: Path) -> tuple[int, float]:
+def one_pass(folder: Path) -> tuple[int, float, float]:
     """Return the number of steps of one epoch, and their seconds.
 
     The time of a step is the median over the intervals between lines of metrics.jsonl; the first
@@ -25,22 +25,24 @@ def one_pass(folder: Path) -> tuple[int, float]:
         (b["seconds"] - a["seconds"]) / (b["step"] - a["step"]) for a, b in pairwise(lines)
     ]
     steps = round(lines[-1]["step"] / lines[-1]["epoch"])
-    return steps, steps * statistics.median(step_seconds)
+    filled = statistics.mean(line["filled"] for line in lines)
+    return steps, steps * statistics.median(step_seconds), filled
 
 
 def main(packed: str, padded: str) -> None:
     """Print the backend, its proof, and the time of an epoch with and without packing."""
-    steps, seconds = one_pass(Path(packed))
-    padded_steps, padded_seconds = one_pass(Path(padded))
+    steps, seconds, filled = one_pass(Path(packed))
+    padded_steps, padded_seconds, padded_filled = one_pass(Path(padded))
     receipt = json.loads((Path(packed) / "receipt.json").read_text())
     backend, because = receipt["attention"]["backend"], receipt["plan"]["because"]
     proof = next(proof for proof in receipt["proofs"] if not proof["reasons"])
     write = sys.stdout.write
     write(f"  attention  {backend}: {because}\n")
     write(f"  proof      {proof['backend']} passed {proof['cases']} probes on this machine\n")
-    write(f"  packing    one pass over the data took {steps} steps and {seconds:.1f} s;\n")
-    write(f"             with padding, {padded_steps} steps and {padded_seconds:.1f} s: ")
-    write(f"{padded_seconds / seconds:.1f} times as long (both measured just now)\n")
+    write(f"  packing    one pass over the data took {steps} steps and {seconds:.1f} s: ")
+    write(f"{filled:.0%} of each batch is text\n")
+    write(f"             padded, {padded_steps} steps and {padded_seconds:.1f} s: ")
+    write(f"{padded_filled:.0%} is text, and the rest is padding\n")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from attnimg.integrations.transformers import AttnimgCallback
+from attnimg import AttnimgCallback
 
 DATA = Path(__file__).parents[1] / "data" / "devils_dictionary.jsonl"
 

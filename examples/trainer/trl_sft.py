@@ -11,7 +11,7 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, ByT5Tokenizer, LlamaConfig
 from trl import SFTConfig, SFTTrainer
 
-from attnimg.integrations.transformers import AttnimgCallback
+from attnimg import AttnimgCallback
 
 DATA = Path(__file__).parents[1] / "data" / "devils_dictionary.jsonl"
 

@@ -97,6 +97,8 @@ def test_a_run_says_what_was_asked_and_got_and_leaves_a_receipt(home: Path, tmp_
     found = receipt(tmp_path)
     assert found["status"] == "done"
     assert found["plan"]["chosen"]["backend"] == "sdpa"
+    # The words of `explain --json`, which programs read.
+    assert found["plan"].keys() >= {"asked", "because", "do", "chosen", "verdicts", "groups"}
     assert found["config"]["max_steps"] == 2
     assert found["isolation"]["isolated"] is True
     assert found["metrics"]["steps"] == 2
