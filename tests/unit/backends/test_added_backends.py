@@ -129,7 +129,7 @@ UNUSABLE = [
     pytest.param("import sys\nsys.exit('no GPU here')", "acme = acme:BACKEND", "no GPU here",
                  id="its-import-ends-the-process"),
     pytest.param(RIGHT.replace('name="acme_attention"', 'name="auto"'), "acme = acme:BACKEND",
-                 "called auto already", id="auto-would-mean-it"),
+                 "found the name auto", id="auto-would-mean-it"),
     pytest.param(RIGHT.replace("attnimg_acme", "attnimg_torch_math"), "acme = acme:BACKEND",
                  "another backend has applied_as", id="it-would-replace-sdpa_math"),
     pytest.param(RIGHT.replace("attnimg_acme", "attnimg_router_1"), "acme = acme:BACKEND",
