@@ -510,6 +510,17 @@ def restore(model: Any) -> None:
 
     Raises:
         AttnimgError: `apply` was not called for this model.
+
+    Example:
+        >>> import attnimg
+        >>> from transformers import AutoModelForCausalLM, LlamaConfig
+        >>> config = LlamaConfig(num_hidden_layers=2, hidden_size=64, intermediate_size=64,
+        ...                      num_attention_heads=4, num_key_value_heads=2, vocab_size=128)
+        >>> model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+        >>> choice = attnimg.apply(model, sequence_len=64)
+        >>> attnimg.restore(model)
+        >>> model.config._attn_implementation
+        'eager'
     """
     model = _unwrapped(model)
     with _registries:

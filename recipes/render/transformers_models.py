@@ -215,7 +215,7 @@ def _build_model(name: str) -> Any:
                 if isinstance(size, int):
                     setattr(part, key, min(2, size) if key in _LAYERS else _UNIQUE)
         try:
-            with torch.device_name("meta"):
+            with torch.device("meta"):
                 return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
         except Exception:
             if not few_layers:

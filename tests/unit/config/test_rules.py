@@ -264,7 +264,8 @@ NEEDS = {
     "packages": """
         _check_compile bad_value, _check_optimizer not-installed, _require_packages
         _quantization_error, _try_checkpointing bad_value, _try_schedule bad_value,
-        check_limits not-installed, find_class bad_value
+        check_limits not-installed, find_class bad_value, require_versions
+        trainer-not-installed
     """,
     "environment": """
         _check_address_space bad-environment, _require_context context-differs,

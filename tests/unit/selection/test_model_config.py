@@ -119,7 +119,7 @@ def test_a_dropout_that_is_no_probability_is_refused(value):
         pytest.param(b"", "line 1, column 1", id="empty"),
         pytest.param(b"{'a': 1}", "line 1, column 2", id="Python, not JSON"),
         pytest.param(b"[1]", "list", id="a list"),
-        pytest.param(b'{"a": "\x80"}', "no text", id="binary"),
+        pytest.param(b'{"a": "\x80"}', "not text", id="binary"),
         pytest.param(b"[" * 100_000, "can't be read", id="nested too deep"),
         pytest.param(b'{"a": ' + b"9" * 5000 + b"}", "can't be read", id="an endless number"),
         pytest.param(b" " * (16 * 2**20 + 1), "longer than 16,777,216 bytes", id="too large"),
