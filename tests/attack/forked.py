@@ -37,7 +37,8 @@ def load() -> None:
     import attnimg
 
     for module in pkgutil.walk_packages(attnimg.__path__, "attnimg."):
-        if "__main__" not in module.name:
+        # Integrations import other trainers, which are not installed here.
+        if "__main__" not in module.name and ".integrations." not in module.name:
             importlib.import_module(module.name)
 
 
