@@ -294,8 +294,8 @@ def select(
         packing: whether rows hold several documents that must not attend to one another.
         sequence_len: tokens in the longest row; None if not known.
         micro_batch_size: rows per batch on one device.
-        dtype: precision of q, k and v: "bfloat16", "float16", "float32" or a torch.dtype; "auto" is
-            that of a loaded model, or else what `attnimg train` would use.
+        dtype: precision of q, k and v: "bfloat16" or "bf16", "float16", "float32" or a torch.dtype;
+            "auto" is that of a loaded model, or else what `attnimg train` would use.
         autocast: whether the forward pass runs under torch.autocast; None: it does if `dtype` is
             not the dtype of the weights.
         backend: "auto", a name that `attn_implementation` takes in a config, or a hub kernel
@@ -786,9 +786,14 @@ def _bad_value(key: str, what: str, found: object, example: str) -> AttnimgError
     )
 
 
+# The names that trainers' arguments have for them.
+_DTYPE_NAMES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+
+
 def _dtype(given: Any, facts: _ModelFacts, arch: Any) -> DType:
     """Return the precision of q, k and v."""
     name = str(given).removeprefix("torch.")
+    name = _DTYPE_NAMES.get(name, name)
     if name == "auto":
         return (
             _autocast_dtype(arch)

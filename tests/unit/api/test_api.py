@@ -256,6 +256,9 @@ def test_every_form_of_a_model_has_the_same_choice(tmp_path):
     model = tiny_model("llama")
     model.config.save_pretrained(tmp_path)
     forms = [model, model.config, model.config.to_dict(), tmp_path, str(tmp_path)]
+    assert attnimg.select(CONFIG, dtype="bf16", on="h100").to_dict() == (
+        attnimg.select(CONFIG, dtype=torch.bfloat16, on="h100").to_dict()
+    )
     chosen = [attnimg.select(form, packing=True, dtype="float32").to_dict() for form in forms]
     assert all(found == chosen[0] for found in chosen)
 
