@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import sys
+import textwrap
 
 QUESTIONS = ("Define admiration.", "Define omen.", "Define politeness.", "Define neighbor.")
 NEW_TOKENS = 40
 # No definition is longer; an untrained model repeats words until NEW_TOKENS.
-WORDS = 22
+LONGEST_LINE = 110
 
 
 def main(folder: str) -> None:
@@ -37,8 +38,7 @@ def main(folder: str) -> None:
             pad_token_id=tokenizer.pad_token_id,
         )
         answer = tokenizer.decode(written[0, ids.shape[1] :], skip_special_tokens=True)
-        words = answer.split()
-        text = " ".join(words[:WORDS]) + (" ..." if len(words) > WORDS else "")
+        text = textwrap.shorten(answer, LONGEST_LINE, placeholder=" ...")
         sys.stdout.write(f"    {question:20} {text}\n")
 
 
