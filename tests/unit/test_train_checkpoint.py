@@ -62,7 +62,7 @@ def test_a_named_checkpoint_of_another_run_starts_a_new_folder(tmp_path: Path) -
     assert (point.path, point.step) == (Path(named), 4)
 
 
-def test_auto_resume_starts_anew_where_there_is_no_checkpoint(tmp_path: Path) -> None:
+def test_auto_resume_starts_a_new_run_where_there_is_no_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text("{}\n")
     point = check_output_dir(config(tmp_path, auto_resume_from_checkpoints=True))
     assert point is not None

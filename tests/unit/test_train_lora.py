@@ -107,7 +107,7 @@ def test_an_invalid_expression_is_refused_on_its_value_alone() -> None:
 
 
 @pytest.mark.parametrize(
-    ("key", "value", "mended"),
+    ("key", "value", "corrected"),
     [
         pytest.param("lora_target_modules", ["q_proj", "v_pro"], ["q_proj", "v_proj"],
                      id="a misspelt name beside a good one"),
@@ -127,7 +127,7 @@ def test_an_invalid_expression_is_refused_on_its_value_alone() -> None:
     ],
 )  # fmt: skip
 def test_a_target_that_matches_nothing_is_refused_before_weights_load(
-    tiny: Path, monkeypatch: pytest.MonkeyPatch, key: str, value: Any, mended: Any
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, key: str, value: Any, corrected: Any
 ) -> None:
     from transformers import PreTrainedModel
 
@@ -137,7 +137,7 @@ def test_a_target_that_matches_nothing_is_refused_before_weights_load(
             load(tiny, **{key: value})
     assert (caught.value.code, caught.value.key) == ("bad-value", key)
     do = caught.value.do.split("\nor ")[0]
-    assert applied(do, {})[key] == mended
+    assert applied(do, {})[key] == corrected
     load(tiny, **applied(do, {key: value}))
 
 
@@ -145,9 +145,9 @@ def test_a_target_that_matches_nothing_is_refused_before_weights_load(
 def test_the_output_layer_takes_no_adapter(tiny: Path, value: Any) -> None:
     with pytest.raises(AttnimgError, match="can't contain lm_head") as caught:
         load(tiny, lora_target_modules=value)
-    mended = applied(caught.value.do, {})
-    assert mended["lora_modules_to_save"] == ["lm_head"]
-    load(tiny, **mended)
+    corrected = applied(caught.value.do, {})
+    assert corrected["lora_modules_to_save"] == ["lm_head"]
+    load(tiny, **corrected)
 
 
 def test_a_mamba_layer_is_refused_with_layers_that_can_be_adapted(tiny: Path) -> None:
@@ -326,8 +326,8 @@ def test_documents_with_tokens_beyond_the_model_are_refused(tiny: Path, tmp_path
     for splits in ((documents(3, rows + 1), None), (documents(3), documents(rows + 1))):
         with pytest.raises(AttnimgError, match=r"1 token\(s\).*<two>") as caught:
             require_embeddings(values, splits, tokenizer)
-    mended = applied(caught.value.do, {"adapter": "lora"})
-    require_embeddings(tiny_run.config_for(tmp_path, **mended), splits, tokenizer)
+    corrected = applied(caught.value.do, {"adapter": "lora"})
+    require_embeddings(tiny_run.config_for(tmp_path, **corrected), splits, tokenizer)
     require_embeddings(tiny_run.config_for(tmp_path), splits, tokenizer)
     assert load(tmp_path).get_input_embeddings().weight.shape[0] == rows
 
@@ -357,8 +357,8 @@ def test_a_tokenizer_that_can_t_pad_is_refused_and_the_advice_helps(
     )
     with pytest.raises(AttnimgError, match="no token for padding") as caught:
         load_tokenizer(tiny_run.config_for(tmp_path, adapter="lora"), log=lambda _: None)
-    mended = applied(caught.value.do, {"adapter": "lora"})
-    assert load_tokenizer(tiny_run.config_for(tmp_path, **mended), log=lambda _: None).pad_token
+    corrected = applied(caught.value.do, {"adapter": "lora"})
+    assert load_tokenizer(tiny_run.config_for(tmp_path, **corrected), log=lambda _: None).pad_token
 
 
 @pytest.mark.parametrize(

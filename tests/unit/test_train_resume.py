@@ -108,8 +108,8 @@ def test_a_changed_key_is_refused_and_its_advice_helps(
     assert (caught.value.code, caught.value.key) == ("resume-differs", key)
     for values in (config(**before), config(**now)):
         assert resume.as_yaml(values.model_dump(mode="json")[key]) in caught.value.why
-    mended = applied(caught.value.do, now)
-    resume.check_resumed_config(config(**mended), point)
+    corrected = applied(caught.value.do, now)
+    resume.check_resumed_config(config(**corrected), point)
 
 
 @pytest.mark.parametrize("key", NOT_COMPARED)
@@ -159,9 +159,9 @@ def test_the_rows_of_a_step_stay_the_same(
     with pytest.raises(AttnimgError) as caught:
         resume.check_resumed_config(config(gradient_accumulation_steps=steps), point)
     assert says in caught.value.do
-    mended = applied(caught.value.do, {"gradient_accumulation_steps": steps})
+    corrected = applied(caught.value.do, {"gradient_accumulation_steps": steps})
     if says.startswith("set"):
-        resume.check_resumed_config(config(**mended), point)
+        resume.check_resumed_config(config(**corrected), point)
 
 
 @pytest.fixture(scope="module")

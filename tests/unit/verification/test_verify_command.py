@@ -93,8 +93,8 @@ def test_verify_names_a_wrong_kernel_and_ends_with_1(
     code, out, _ = run(capsys, "verify", "c.yaml")
     assert code == 1
     assert "numerics-bwd flash_attention_2" in out
-    mended = source.read_text().replace('FAULT = "dk of one head in a group"', 'FAULT = "none"')
-    source.write_text(mended)
+    corrected = source.read_text().replace('FAULT = "dk of one head in a group"', 'FAULT = "none"')
+    source.write_text(corrected)
     code, found = verified(capsys)
     reasons = [proof["reasons"] for proof in found["proofs"]]
     assert (code, [r for r in reasons if r]) == (0, []), "a fixed kernel is proven again"
