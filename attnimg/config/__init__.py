@@ -23,7 +23,14 @@ from attnimg.config.attention import (
 )
 from attnimg.config.read import read_yaml, with_overrides
 from attnimg.config.rules import value_errors
-from attnimg.config.schema import CheckResult, Config, DatasetSpec, SpecialToken, make_error
+from attnimg.config.schema import (
+    CheckResult,
+    Config,
+    DatasetSpec,
+    SpecialToken,
+    make_error,
+    make_warning,
+)
 from attnimg.errors import AttnimgError
 from attnimg.facts import Arch, Backend, Finding
 
@@ -88,14 +95,15 @@ def check_values(
     errors += [*bad_name, *_missing_keys(values), *bad_values]
     errors += [finding for finding in attention if finding.why]
     errors += value_errors(config, {(error.key or "").partition("[")[0] for error in bad_values})
-    errors += _unsupported_keys(values, failed={error.key for error in errors})
+    others = _other_keys(values, failed={error.key for error in errors})
+    errors += [finding for finding in others if finding.why]
     return CheckResult(
         file=file,
         on=on.name if on else None,
         config=config.model_copy(update=_flags(name, backend, bad=bool(bad_name))),
         requested=name if isinstance(name, str) else None,
         errors=tuple(errors),
-        warnings=tuple(finding for finding in (*legacy, *attention) if not finding.why),
+        warnings=tuple(finding for finding in (*legacy, *attention, *others) if not finding.why),
     )
 
 
@@ -142,10 +150,9 @@ def _schema_error(item: Any) -> Finding:
         key = f"{top}[{rest[0]}]" + (f".{rest[1]}" if len(rest) > 1 else "")
     if item["type"] == "extra_forbidden":
         name = str(rest[-1])
-        unsupported = keys.unsupported_dataset_keys().get(name)
-        if unsupported is None:
+        if (answer := keys.dataset_key_answers().get(name)) is None:
             return _unknown_key(key, name)
-        return _unsupported_key(key, item["input"], do=unsupported.do)
+        return _answered(key, item["input"], answer)
     if item["type"] == "missing":
         return _missing_key(key, "it has no default")
     message = item["msg"].removeprefix("Value error, ")
@@ -168,21 +175,55 @@ def _missing_keys(values: dict[str, Any]) -> list[Finding]:
     return found
 
 
-def _unsupported_keys(values: dict[str, Any], *, failed: set[str | None]) -> list[Finding]:
-    """Return errors about keys that are not implemented, unless they already have an error."""
+def _other_keys(values: dict[str, Any], *, failed: set[str | None]) -> list[Finding]:
+    """Return findings on keys that the schema does not have, unless they already have an error."""
     found = []
     for key, value in values.items():
         if key in failed or (key in Config.model_fields and key not in keys.IN_SCHEMA):
             continue
-        if (unsupported := keys.unsupported_keys().get(key)) is not None:
+        if key == "plugins":
+            found += _plugins(value)
+        elif (answer := keys.key_answers().get(key)) is not None:
             # 0, "" and an empty list turn a key off, as false does.
-            if value and value not in unsupported.accepts:
-                found.append(_unsupported_key(key, value, do=unsupported.do))
+            if value and value not in answer.accepts:
+                found.append(_answered(key, value, answer))
         elif not key.startswith("lora_"):
             found.append(_unknown_key(key, key))
         elif value is not False:  # adapter keys of axolotl's plugins have no effect if false
             found.append(replace(_unknown_key(key, key), code="unsupported-key"))
     return found
+
+
+def _plugins(value: Any) -> list[Finding]:
+    """Return a finding on each of axolotl's plugins that the config names."""
+    if not value:
+        return []
+    names = [value] if isinstance(value, str) else value
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        why = f"found {_short(value)}, needed a list of names of classes"
+        do = "set plugins to a valid value, or remove it for its default"
+        return [make_error("bad-value", "plugins", "plugins has an invalid value", why, do)]
+    return [
+        _answered("plugins", name, keys.plugin_answers().get(name, _OTHER_PLUGIN), what=name)
+        for name in dict.fromkeys(names)
+    ]
+
+
+_OTHER_PLUGIN = keys.KeyAnswer(
+    answer="refused",
+    reason="it runs code that attnimg does not know, in axolotl's trainer",
+    do="remove it from plugins",
+)
+
+
+def _answered(key: str, value: Any, answer: keys.KeyAnswer, *, what: str | None = None) -> Finding:
+    """Return the error or the warning for a key of axolotl that the schema does not have."""
+    name = what or key
+    if answer.answer == "refused":
+        why = f"found {_short(value)}; {answer.reason}"
+        return make_error("unsupported-key", key, f"{name} is not implemented", why, answer.do)
+    verb = "is not used" if answer.answer == "hint-not-used" else "is done by other means"
+    return make_warning(answer.answer, key, f"{name} {verb}: {answer.reason}", answer.do)
 
 
 def _computed_key(key: str) -> Finding:
@@ -192,11 +233,6 @@ def _computed_key(key: str) -> Finding:
 
 def _missing_key(key: str, why: str) -> Finding:
     return make_error("missing-key", key, f"{key} is missing", why, f"add a line `{key}: ...`")
-
-
-def _unsupported_key(key: str, value: Any, *, do: str) -> Finding:
-    why = f"found {_short(value)}; it is a key of axolotl that attnimg does not implement"
-    return make_error("unsupported-key", key, f"{key} is not implemented", why, do)
 
 
 def _unknown_key(key: str, name: str) -> Finding:
@@ -225,7 +261,7 @@ def _without_nulls(value: Any) -> Any:
         return {
             key: item
             for key, item in value.items()
-            if item is not None and not (item is False and key in keys.unsupported_dataset_keys())
+            if item is not None and not (item is False and key in keys.dataset_key_answers())
         }
     return value
 

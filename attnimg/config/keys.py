@@ -1,11 +1,11 @@
-"""List the config keys: those that the schema implements, and known ones that are refused."""
+"""Answer the keys of axolotl that the schema does not have, from data/keys.toml."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cache
-from typing import Any
+from typing import Any, Literal
 
 from attnimg.config.attention import LEGACY
 from attnimg.config.schema import Config, DatasetSpec
@@ -17,31 +17,54 @@ COMPUTED = ("attn_supports_packing", "attn_uses_flash_lib", "attn_needs_dtype_ca
 IN_SCHEMA = frozenset({"rl", "context_parallel_size", "scaling_softmax"})
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class UnsupportedKey:
-    """A known key that is not implemented: what to do instead, and values without effect."""
+Answer = Literal["done-otherwise", "hint-not-used", "refused"]
 
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class KeyAnswer:
+    """What happens to a key of axolotl that the schema does not have.
+
+    Attributes:
+        answer: accepted with a warning (done-otherwise, hint-not-used), or refused.
+        reason: by what it is done, what it would have saved, or why it is refused.
+        do: what the user can do.
+        accepts: values without effect, which are accepted in silence.
+    """
+
+    answer: Answer
+    reason: str
     do: str
     accepts: tuple[Any, ...] = ()
 
 
 @cache
-def unsupported_keys() -> dict[str, UnsupportedKey]:
-    """Return the top-level keys that are known but not implemented."""
-    table = _table()
-    accepts = table["accepts"]
+def key_answers() -> dict[str, KeyAnswer]:
+    """Return the answer to each top-level key of axolotl that the schema does not have."""
+    accepts = _table()["accepts"]
     return {
-        key: UnsupportedKey(do=group["do"], accepts=tuple(accepts.get(key, ())))
-        for group in table["group"]
+        key: _answer(group, tuple(accepts.get(key, ())))
+        for group in _table()["group"]
         for key in group["keys"]
     }
 
 
 @cache
-def unsupported_dataset_keys() -> dict[str, UnsupportedKey]:
-    """Return the keys of a dataset entry that are known but not implemented."""
+def plugin_answers() -> dict[str, KeyAnswer]:
+    """Return the answer to each of axolotl's plugins, by the name of its class."""
+    return {name: _answer(group) for group in _table()["plugin"] for name in group["names"]}
+
+
+@cache
+def dataset_key_answers() -> dict[str, KeyAnswer]:
+    """Return the answer to each key of a dataset entry that the schema does not have."""
     table = _table()["dataset"]
-    return {key: UnsupportedKey(do=table["do"]) for key in table["keys"]}
+    return dict.fromkeys(table["keys"], _answer({"answer": "refused", **table}))
+
+
+def _answer(group: dict[str, Any], accepts: tuple[Any, ...] = ()) -> KeyAnswer:
+    return KeyAnswer(
+        answer=group["answer"], reason=group["reason"], do=group["do"], accepts=accepts
+    )
 
 
 def nearest_key(key: str, *, dataset: bool = False) -> str | None:
@@ -50,7 +73,7 @@ def nearest_key(key: str, *, dataset: bool = False) -> str | None:
     if not dataset and (synonym := _table()["synonyms"].get(name)):
         return str(synonym)
     fields = DatasetSpec.model_fields if dataset else {**Config.model_fields, **LEGACY}
-    others = unsupported_dataset_keys() if dataset else unsupported_keys()
+    others = dataset_key_answers() if dataset else key_answers()
     # Implemented keys come first, so that they are suggested if two keys are equally similar.
     for known in (fields, others):
         if matches := get_close_matches(name, known, n=1, cutoff=0.75):

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from attnimg.config.attention import LEGACY
-from attnimg.config.keys import COMPUTED, unsupported_dataset_keys, unsupported_keys
+from attnimg.config.keys import COMPUTED, dataset_key_answers, key_answers, plugin_answers
 from attnimg.config.schema import Config, DatasetSpec
 from attnimg.errors import AttnimgError
 from recipes.files import NOTICE
@@ -106,7 +106,7 @@ def config_keys_page(text: str) -> str:
             f"## {title}\n\n{markdown_table(('key', 'value', 'default', 'what it does'), rows)}\n"
         )
         parts += [_ATTENTION] if "attn_implementation" in keys else []
-    return "".join((*parts, _refused(), _OUTRO))
+    return "".join((*parts, _other_keys(), _OUTRO))
 
 
 def _require_same(sections: Mapping[str, Mapping[str, str]]) -> None:
@@ -165,20 +165,30 @@ def _default(schema: Mapping[str, Any], key: str) -> str:
     return f"`{str(default).lower() if isinstance(default, bool) else default}`"
 
 
-def _refused() -> str:
-    """Write the lists of axolotl's keys that are refused, with what to do instead."""
-    lines = [
-        "## Keys of axolotl that are refused\n\n"
-        "Set to something that would change the run, each is an error (`unsupported-key`);\n"
-        "`null` and `false` are accepted. Any other unknown key is an error too (`unknown-key`),\n"
-        "with the nearest known one. A key without effect in this run is named in a warning.\n\n"
+def _other_keys() -> str:
+    """Write the tables of axolotl's keys that the schema does not have, by their answer."""
+    parts = [
+        "## Other keys of axolotl\n\n"
+        "Every key of axolotl 0.19 has one of four answers: it is done (the tables above), it is\n"
+        "done by other means, it is a hint that is not used (it changes speed or memory and never\n"
+        "what is learned), or it is refused by name. `null`, `false`, `0` and an empty text turn a\n"
+        "key off and are accepted. A key that axolotl does not know either is an error\n"
+        "(`unknown-key`) with the nearest known one. A key without effect in this run is named in\n"
+        "a warning.\n\n"
         f"The older keys {', '.join(f'`{key}`' for key in LEGACY)} still work,\n"
         "with a warning that has the line to write instead.\n\n"
     ]
-    groups: dict[str, list[str]] = {}
-    for key, refused in unsupported_keys().items():
-        groups.setdefault(refused.do, []).append(f"`{key}`")
-    for key, refused in unsupported_dataset_keys().items():
-        groups.setdefault(f"{refused.do} (entries of `datasets`)", []).append(f"`{key}`")
-    rows = ((do, ", ".join(keys)) for do, keys in groups.items())
-    return "".join((*lines, markdown_table(("what to do", "keys"), rows)))
+    titles = {
+        "done-otherwise": "### Done by other means (`done-otherwise`)",
+        "hint-not-used": "### Hints that are not used (`hint-not-used`)",
+        "refused": "### Refused (`unsupported-key`)",
+    }
+    for answer, title in titles.items():
+        groups: dict[tuple[str, str], list[str]] = {}
+        for names in (key_answers(), plugin_answers(), dataset_key_answers()):
+            for name, found in names.items():
+                if found.answer == answer:
+                    groups.setdefault((found.reason, found.do), []).append(f"`{name}`")
+        rows = ((reason, do, ", ".join(keys)) for (reason, do), keys in groups.items())
+        parts.append(f"{title}\n\n{markdown_table(('why', 'what to do', 'keys'), rows)}\n")
+    return "".join(parts)

@@ -13,13 +13,13 @@ from generated import DAMAGES, ODD, held_against
 from hypothesis import strategies as st
 
 from attnimg.config.attention import LEGACY
-from attnimg.config.keys import unsupported_keys
+from attnimg.config.keys import key_answers
 from attnimg.config.schema import Config, DatasetSpec
 
 # Values that are right, and make a run longer than an attack has time for.
 LONG = {"max_steps", "num_epochs", "sequence_len", "dataset_num_proc", "dataset_processes",
         "dataloader_num_workers", "lora_r"}  # fmt: skip
-KEYS = sorted(set(Config.model_fields) | set(LEGACY) | set(unsupported_keys()) | {"zzz", "a.b", ""})
+KEYS = sorted(set(Config.model_fields) | set(LEGACY) | set(key_answers()) | {"zzz", "a.b", ""})
 ENTRY = sorted(DatasetSpec.model_fields)
 COMMANDS = (["check"], ["check", "--json"], ["check", "--on", "h100"], ["explain"],
             ["explain", "--on", "l4", "--json"], ["train"])  # fmt: skip

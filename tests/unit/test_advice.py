@@ -23,7 +23,7 @@ from advice_without_edit import WITHOUT_EDIT
 from tiny_run import CPU, make_model, make_tokenizer
 
 from attnimg.config import check_values
-from attnimg.config.keys import unsupported_keys
+from attnimg.config.keys import key_answers
 from attnimg.config.schema import Config
 from attnimg.errors import AttnimgError
 from attnimg.facts import Arch, Finding, Machine, Model, Plan
@@ -497,7 +497,8 @@ def test_what_is_advised_helps(name: str, place: Path) -> None:
 
 
 def test_each_key_of_axolotl_is_accepted_once_it_is_removed(place: Path) -> None:
-    for key in unsupported_keys().keys() - {"scaling_softmax", "context_parallel_size"}:
+    refused = {key for key, found in key_answers().items() if found.answer == "refused"}
+    for key in refused - {"scaling_softmax", "context_parallel_size"}:
         case = Case(code="unsupported-key", values={key: "x"})
         values = given(case, place / "model")
         ((code, named, _, do),) = case.findings(values)

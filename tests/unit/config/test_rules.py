@@ -289,7 +289,7 @@ NEEDS = {
 
 
 def test_found_of_the_schema_that_are_refused_by_name_are_listed() -> None:
-    assert keys.unsupported_keys().keys() & Config.model_fields.keys() == keys.IN_SCHEMA
+    assert keys.key_answers().keys() & Config.model_fields.keys() == keys.IN_SCHEMA
 
 
 ERRORS = ("AttnimgError", "KernelError")

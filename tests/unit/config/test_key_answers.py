@@ -1,0 +1,110 @@
+"""Test the answers to axolotl's keys: none is unknown, and each answer is the one of its table."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from attnimg.config import check_values
+from attnimg.config.attention import LEGACY
+from attnimg.config.keys import (
+    COMPUTED,
+    dataset_key_answers,
+    key_answers,
+    plugin_answers,
+)
+from attnimg.config.schema import Config, DatasetSpec
+
+RECORD = json.loads(
+    (Path(__file__).parents[3] / "docs/measured/axolotl_keys.json").read_text(encoding="utf-8")
+)
+RUN: dict[str, Any] = {
+    "base_model": "org/model",
+    "learning_rate": 1e-4,
+    "datasets": [{"path": "data.jsonl", "type": "alpaca"}],
+}
+LIGER = "axolotl.integrations.liger.LigerPlugin"
+ACCEPTED = sorted(key for key, found in key_answers().items() if found.answer != "refused")
+# A key that changes what is learned must never be a hint: these words of axolotl's schema do.
+LEARNED = (
+    "learning_rate", "lr", "loss", "scheduler", "warmup", "epochs", "alpha", "rank", "dropout",
+    "seed", "weight_decay", "beta", "mask", "template", "neftune", "pose", "quant", "fp8", "nvfp4",
+)  # fmt: skip
+
+
+def answers(**keys: Any) -> tuple[list[str], list[str]]:
+    """Return the codes of the errors and of the warnings for a run with some keys."""
+    found = check_values({**RUN, **keys}, file="c.yaml")
+    return [error.code for error in found.errors], [one.code for one in found.warnings]
+
+
+def test_every_key_of_axolotl_has_an_answer() -> None:
+    known = Config.model_fields.keys() | key_answers().keys() | LEGACY.keys() | {*COMPUTED}
+    assert {*RECORD["keys"], *RECORD["examples_keys"]} - known == {"plugins"}
+    entries = DatasetSpec.model_fields.keys() | dataset_key_answers().keys()
+    assert {*RECORD["dataset_keys"], *RECORD["examples_dataset_keys"]} <= entries
+
+
+def test_no_key_has_two_answers() -> None:
+    assert not DatasetSpec.model_fields.keys() & dataset_key_answers().keys()
+    assert not LEGACY.keys() & key_answers().keys()
+
+
+@pytest.mark.parametrize("key", ACCEPTED)
+def test_an_accepted_key_is_a_warning_that_says_why_and_what_to_do(key: str) -> None:
+    found = check_values({**RUN, key: True}, file="c.yaml")
+    assert found.ok
+    if True in key_answers()[key].accepts:
+        assert not found.warnings
+        return
+    (warning,) = found.warnings
+    assert (warning.code, warning.key) == (key_answers()[key].answer, key)
+    assert key in warning.what
+    assert key_answers()[key].reason in warning.what
+    assert warning.do == key_answers()[key].do
+
+
+@pytest.mark.parametrize("off", [None, False, 0, "", []])
+def test_a_key_that_is_turned_off_is_accepted_in_silence(off: object) -> None:
+    for key in ("tiled_mlp", "cut_cross_entropy", "use_eaft", "plugins"):
+        assert answers(**{key: off}) == ([], []), key
+
+
+def test_no_hint_is_named_like_a_key_that_changes_what_is_learned() -> None:
+    hints = [key for key, found in key_answers().items() if found.answer == "hint-not-used"]
+    parts = {key: set(key.split("_")) for key in hints}
+    assert not {key for key, words in parts.items() if words & set(LEARNED)}
+
+
+def test_each_plugin_has_its_own_answer() -> None:
+    expected: dict[str, tuple[list[str], list[str]]] = {
+        "done-otherwise": ([], ["done-otherwise"]),
+        "hint-not-used": ([], ["hint-not-used"]),
+        "refused": (["unsupported-key"], []),
+    }
+    for name, found in plugin_answers().items():
+        assert answers(plugins=[name]) == expected[found.answer], name
+    assert answers(plugins=LIGER) == ([], ["done-otherwise"])
+    assert answers(plugins=[LIGER, LIGER]) == ([], ["done-otherwise"])
+
+
+@pytest.mark.parametrize("value", [{"a": 1}, [1], [None], 3, [[LIGER]]])
+def test_plugins_that_are_no_names_are_refused(value: object) -> None:
+    assert answers(plugins=value) == (["bad-value"], [])
+
+
+def test_a_plugin_that_nobody_knows_is_refused_by_name() -> None:
+    found = check_values({**RUN, "plugins": [LIGER, "my.Plugin"]}, file="c.yaml")
+    ((error,), (warning,)) = found.errors, found.warnings
+    assert (error.code, error.key) == ("unsupported-key", "plugins")
+    assert "my.Plugin" in error.what
+    assert LIGER in warning.what
+
+
+@pytest.mark.parametrize("key", ["step_separator", "train_on_last_step_only"])
+def test_keys_of_axolotls_other_datasets_are_not_called_unknown(key: str) -> None:
+    entry = {"path": "data.jsonl", "type": "alpaca", key: "x"}
+    assert answers(datasets=[entry]) == (["unsupported-key"], [])
