@@ -190,7 +190,7 @@ def test_explain_says_what_it_could_not_know(capsys: pytest.CaptureFixture[str])
 def test_explain_still_answers_on_a_config_with_unsupported_keys(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    file = write("x.yaml", GOOD + "plugins: [axolotl.integrations.liger.LigerPlugin]\n")
+    file = write("x.yaml", GOOD + "plugins: [axolotl.integrations.kd.KDPlugin]\n")
     code, out, _ = run(capsys, "explain", file, "--on", "a100", "--json")
     (line,) = objects(out)
     assert code == 2
