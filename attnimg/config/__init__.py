@@ -201,8 +201,8 @@ def _plugins(value: Any) -> list[Finding]:
     names = [value] if isinstance(value, str) else value
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         why = f"found {_short(value)}, needed a list of names of classes"
-        do = "set plugins to a valid value, or remove it for its default"
-        return [make_error("bad-value", "plugins", "plugins has an invalid value", why, do)]
+        return [make_error("bad-value", "plugins", "plugins has an invalid value", why,
+                           "remove plugins")]  # fmt: skip
     return [
         _answered("plugins", name, keys.plugin_answers().get(name, _OTHER_PLUGIN), what=name)
         for name in dict.fromkeys(names)

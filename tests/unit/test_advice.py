@@ -300,9 +300,11 @@ CASES: dict[str, Case] = {
        )},
     # Keys of axolotl, one of each group; all of them below.
     **{f"{key} of axolotl": Case(code="unsupported-key", values={key: "x"})
-       for key in ("gemma4_hybrid_attn_impl", "rope_scaling", "wandb_project", "liger_rope", "trl",
+       for key in ("ring_attn_func", "rope_scaling", "wandb_project", "liger_rope", "trl",
                    "float16", "gpu_count", "group_by_length", "loraplus_lr_ratio", "debug",
                    "batch_size", "use_ray")},
+    "a plugin of axolotl": Case(code="unsupported-key", values={"plugins": ["my.Plugin"]}),
+    "plugins that are no names": Case(code="bad-value", values={"plugins": 3}),
     "shards of axolotl": Case(code="unsupported-key", entry={"shards": 4}),
     # What the machine, the model's folder and output_dir allow.
     "a fused schedule of no cosine": Case(code="bad-value", machine=CPU, options=2, values={

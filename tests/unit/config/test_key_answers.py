@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from attnimg.config import check_values
 from attnimg.config.attention import LEGACY
@@ -65,6 +67,15 @@ def test_an_accepted_key_is_a_warning_that_says_why_and_what_to_do(key: str) -> 
     assert key in warning.what
     assert key_answers()[key].reason in warning.what
     assert warning.do == key_answers()[key].do
+
+
+def test_what_a_hint_advises_is_a_valid_setting() -> None:
+    advice = {found.do for found in (*key_answers().values(), *plugin_answers().values())
+              if found.answer == "hint-not-used"}  # fmt: skip
+    settings = {pair for text in advice for pair in re.findall(r"(\w+): (\w+)", text)}
+    assert {"gradient_checkpointing", "adapter"} <= {key for key, _ in settings}
+    for key, value in settings:
+        assert answers(**{key: yaml.safe_load(value)})[0] == [], key
 
 
 @pytest.mark.parametrize("off", [None, False, 0, "", []])
