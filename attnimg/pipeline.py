@@ -28,7 +28,7 @@ from attnimg.facts import (
     RunContext,
 )
 from attnimg.selection import plan as planning
-from attnimg.selection.run_findings import run_findings
+from attnimg.selection.run_findings import other_layers, run_findings
 from attnimg.task import Task, machine_warnings
 
 if TYPE_CHECKING:
@@ -115,6 +115,8 @@ def select_verify_apply(
     application.require_applied(model, selected.backend)
     if not task.problem.packing:
         return Applied(model=model, selected=selected, isolation=None)
+    if modules := layers_by_document(task):
+        application.call_by_document(model, modules)
     from attnimg.verification.isolation import check_isolation, require_isolation
 
     while True:
@@ -243,6 +245,12 @@ def find_warnings(plan: Plan, task: Task) -> tuple[Finding, ...]:
     """Return the warnings on a plan and on the machine."""
     _, warnings = run_findings(plan, task.problem, task.machine)
     return (*warnings, *machine_warnings(task.machine))
+
+
+def layers_by_document(task: Task) -> frozenset[str]:
+    """Return the classes of layers that are called once per document in a packed run."""
+    found = other_layers(task.problem.model, task.machine)
+    return frozenset(name for layers in found for name in layers.modules)
 
 
 def kernel_hashes(plan: Plan, task: Task) -> dict[str, dict[str, str] | None]:

@@ -1,5 +1,6 @@
 """Apply a plan to a model, and check which attention implementation the model runs."""
 
+from attnimg.application.by_document import call_by_document
 from attnimg.application.model import (
     current_implementation,
     find_model_class,
@@ -16,6 +17,7 @@ from attnimg.application.registry import (
 from attnimg.application.router import plan_backend
 
 __all__ = [
+    "call_by_document",
     "current_implementation",
     "find_model_class",
     "load_and_register",

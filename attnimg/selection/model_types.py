@@ -96,6 +96,7 @@ class OtherKind:
     packages: list[str]
     batch: list[str]
     source: str
+    modules: tuple[str, ...] = ()
     every: bool = False
 
 

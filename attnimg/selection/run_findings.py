@@ -1,7 +1,7 @@
 """Find the errors and warnings about a chosen plan: packed documents that would mix, memory, speed.
 
 Attention backends and masks do not affect layers without softmax attention: in them, packed
-documents are isolated by kernels that take document boundaries, or not at all.
+documents are isolated by kernels that take document boundaries, or by one call per document.
 
 Quadratic memory is what autograd keeps for the backward pass of one layer, for B rows of T tokens
 and H query heads; with gradient_checkpointing only one layer at a time keeps it.
@@ -47,6 +47,7 @@ class OtherLayers:
         count: how many layers have it; None when the config does not say.
         needs: the distributions of its kernels.
         missing: those of them that are not installed.
+        modules: classes of layers that are called once per document when documents are packed.
         keeps_apart: whether packed documents are isolated; None when not known.
         why: the reason for keeps_apart.
         source: the source of the reason.
@@ -57,6 +58,7 @@ class OtherLayers:
     count: int | None
     needs: tuple[str, ...] = ()
     missing: tuple[str, ...] = ()
+    modules: tuple[str, ...] = ()
     keeps_apart: bool | None = None
     why: str = ""
     source: str = ""
@@ -113,6 +115,9 @@ def other_layers(model: Model | None, machine: Machine) -> tuple[OtherLayers, ..
         )
     else:
         why = f"it takes document boundaries as {' and '.join(row.batch)}"
+    by_kernel = bool(row.batch) and not missing and not absent
+    if row.modules and not by_kernel:
+        why = f"it is called once per document, because {why}"
     return (
         OtherLayers(
             kind=name,
@@ -120,7 +125,8 @@ def other_layers(model: Model | None, machine: Machine) -> tuple[OtherLayers, ..
             count=count,
             needs=tuple(row.packages),
             missing=missing,
-            keeps_apart=bool(row.batch) and not missing and not absent,
+            modules=() if by_kernel else tuple(row.modules),
+            keeps_apart=by_kernel or bool(row.modules),
             why=why,
             source=row.source,
         ),
@@ -142,10 +148,6 @@ def check_other_layers(
         count = "the layers" if layers.count is None else f"{layers.count} layers"
         missing = " and ".join(layers.missing)
         if problem.packing and layers.keeps_apart is False:
-            # Installing kernels does not help if a batch lacks the boundaries that they need.
-            batch = other_layer_kinds()[layers.kind].batch
-            helps = missing and batch and _IN_BATCH.issuperset(batch)
-            install = f", or, on a GPU, install {missing}" if helps else ""
             error = Finding(
                 code="packing-not-isolated",
                 key="sample_packing",
@@ -153,7 +155,7 @@ def check_other_layers(
                 f"which have {layers.label}",
                 why=f"found: {layers.why}{f' ({missing} not installed)' if missing else ''}\n"
                 f"needed: layers that get the boundaries of packed documents [{layers.source}]",
-                do=f"set sample_packing: false{install}",
+                do="set sample_packing: false",
             )
             errors.append(error)
         elif problem.packing and layers.keeps_apart is None:
@@ -166,6 +168,13 @@ def check_other_layers(
                 "step, and stops when documents leak",
             )
             warnings.append(warning)
+        elif problem.packing and layers.modules:
+            what = f"{count} with {layers.label} are called once per document"
+            do = "nothing, or set sample_packing: false if the steps are slow"
+            if layers.missing:
+                what = f"{what} and run in plain PyTorch: {missing} not installed"
+                do = f"install {missing} on a GPU, or accept the speed"
+            warnings.append(Finding(code="slow-layers", key="sample_packing", what=what, do=do))
         elif missing:
             warning = Finding(
                 code="slow-layers",

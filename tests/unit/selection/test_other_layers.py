@@ -58,7 +58,8 @@ def test_other_layers_are_named_counted_and_need_packages(
     (found,) = other_layers(read, machine())
     assert (found.kind, found.count, found.needs) == (kind, count, needs)
     assert found.missing == needs
-    assert found.keeps_apart is False
+    assert found.keeps_apart is (kind != "mamba2_alone")
+    assert bool(found.modules) is found.keeps_apart
 
 
 @pytest.mark.parametrize(
@@ -79,14 +80,15 @@ def test_models_without_them_pack_and_are_told_nothing(read: Model) -> None:
 @pytest.mark.parametrize(
     ("packing", "packages", "errors", "warnings"),
     [
-        pytest.param(True, (), ["packing-not-isolated"], [], id="packed without the packages"),
+        pytest.param(True, (), [], ["slow-layers"], id="packed without the packages"),
+        pytest.param(True, (CONV,), [], ["slow-layers"], id="packed with one of them"),
         pytest.param(True, (FLA, CONV), [], [], id="packed with both: a batch has seq_idx"),
         pytest.param(False, (), [], ["slow-layers"], id="unpacked: correct and slow"),
         pytest.param(False, (FLA,), [], ["slow-layers"], id="one of two packages"),
         pytest.param(False, (FLA, CONV), [], [], id="unpacked with both"),
     ],
 )
-def test_packing_is_refused_and_missing_kernels_are_told(
+def test_missing_kernels_are_a_warning(
     packing: bool, packages: tuple[str, ...], errors: list[str], warnings: list[str]
 ) -> None:
     problem = a_problem(model=model("qwen3_next"), dtype="bfloat16", packing=packing)
@@ -95,19 +97,24 @@ def test_packing_is_refused_and_missing_kernels_are_told(
     assert all(finding.do for finding in (*refused, *told))
 
 
-@pytest.mark.parametrize(
-    ("type_", "packages", "do"),
-    [
-        pytest.param("qwen3_next", (FLA,), f", or, on a GPU, install {CONV}", id="one is missing"),
-        pytest.param("jamba", (), "", id="its kernels take no boundaries"),
-    ],
-)
-def test_packages_are_advised_where_they_let_the_model_pack(
-    type_: str, packages: tuple[str, ...], do: str
+@pytest.mark.parametrize("packages", [(), (SSM, CONV)])
+def test_packing_is_refused_where_no_layer_can_be_called_by_document(
+    packages: tuple[str, ...],
 ) -> None:
-    problem = a_problem(model=model(type_), dtype="bfloat16", packing=True)
-    ((error,), _) = check_other_layers(problem, machine(*packages))
-    assert error.do == f"set sample_packing: false{do}"
+    problem = a_problem(model=model("mamba2"), dtype="bfloat16", packing=True)
+    ((error,), told) = check_other_layers(problem, machine(*packages))
+    assert (error.code, error.do, told) == (
+        "packing-not-isolated", "set sample_packing: false", ()
+    )  # fmt: skip
+    unpacked = a_problem(model=model("mamba2"), dtype="bfloat16", packing=False)
+    assert check_other_layers(unpacked, machine(*packages))[0] == ()
+
+
+def test_kernels_that_isolate_documents_are_called_once() -> None:
+    (found,) = other_layers(model("qwen3_next"), machine(FLA, CONV))
+    assert (found.keeps_apart, found.modules) == (True, ())
+    (found,) = other_layers(model("kimi_linear"), machine(FLA, CONV))
+    assert (found.keeps_apart, bool(found.modules)) == (True, True)
 
 
 def test_a_kind_that_nobody_here_knows_is_left_to_the_proof_on_the_model() -> None:
@@ -122,9 +129,9 @@ def test_their_packages_are_looked_for_on_this_machine() -> None:
     assert {FLA, CONV, SSM} <= set(distributions())
 
 
-def write(packing: str) -> None:
+def write(packing: str, type_: str = "qwen3_next") -> None:
     Path("model").mkdir()
-    Path("model/config.json").write_text(json.dumps({"model_type": "qwen3_next"} | GRANITE))
+    Path("model/config.json").write_text(json.dumps({"model_type": type_} | GRANITE))
     Path("d.jsonl").write_text('{"text": "a"}\n')
     Path("c.yaml").write_text(
         f"base_model: ./model\nlearning_rate: 1e-4\nsequence_len: 64\nsample_packing: {packing}\n"
@@ -141,26 +148,24 @@ def test_explain_names_them_and_keeps_the_choice(
     said = json.loads(capsys.readouterr().out)
     assert said["chosen"]["backend"] == "flash_attention_3"
     (layers,) = said["other_layers"]
-    assert (layers["kind"], layers["count"], layers["keeps_apart"]) == ("gated_delta_net", 3, False)
-    (error,) = said["errors"]
-    assert error["code"] == "packing-not-isolated"
-    assert error["do"] == (
-        "set sample_packing: false, or, on a GPU, install flash-linear-attention and causal-conv1d"
-    )
-    assert "flash-linear-attention and causal-conv1d not installed" in error["why"]
+    assert (layers["kind"], layers["count"], layers["keeps_apart"]) == ("gated_delta_net", 3, True)
+    assert said["errors"] == []
+    (warning,) = [found for found in said["warnings"] if found["code"] == "slow-layers"]
+    assert "3 layers with Gated DeltaNet linear attention are called once" in warning["what"]
+    assert "flash-linear-attention and causal-conv1d not installed" in warning["what"]
     attnimg(["explain", "c.yaml", "--on", "h100"])
     text = capsys.readouterr()
     assert "3 layers with Gated DeltaNet linear attention" in " ".join(text.out.split())
-    assert "\n         needed: layers that get the boundaries" in text.err
+    assert "once per document" in text.err
 
 
 def test_train_refuses_before_any_weights_are_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    write("true")  # the model's folder has no weights at all
+    write("true", "mamba2")  # the model's folder has no weights at all
     assert attnimg(["train", "c.yaml"]) == 2
-    assert "packed documents would mix in 3 layers of qwen3_next" in capsys.readouterr().err
+    assert "packed documents would mix in 4 layers of mamba2" in capsys.readouterr().err
 
 
 TINY: dict[str, dict[str, Any]] = {
