@@ -20,32 +20,10 @@ from typing import Any
 
 import psutil
 
+import attnimg
 from attnimg.config.schema import Config, DatasetSpec
 from attnimg.errors import AttnimgError
 from attnimg.files import read_regular
-
-# Source: https://pytorch.org/torchtune/stable/generated/torchtune.data.ChatMLTemplate.html
-# (2026-11-21)
-CHATML = (
-    "{% for message in messages %}"
-    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
-)
-
-# Source: https://hexdocs.pm/langchain/LangChain.Utils.ChatTemplates.html, llama_3 (2026-11-21)
-LLAMA3 = (
-    "{{ bos_token }}"
-    "{% for message in messages %}"
-    "{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' }}"
-    "{{ message['content'] | trim + '<|eot_id|>' }}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}"
-    "{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}"
-    "{% endif %}"
-)
-
-NAMED = {"chatml": CHATML, "llama3": LLAMA3}
 
 FALLBACK = "tokenizer_default_fallback_"
 
@@ -66,6 +44,18 @@ OUTPUT_CHARACTERS, OUTPUT_RATIO = 1 << 20, 20
 _DIGITS = 1000
 
 _PROCESS = psutil.Process()
+
+
+@cache
+def named_templates() -> Mapping[str, str]:
+    """Return the templates that a config may name, from data/chat_templates: name -> Jinja text.
+
+    The names are axolotl's. They render what axolotl's render for conversations of text
+    (tests/packages/test_chat_templates.py), and raise for tools, images and sound.
+    Source: axolotl 0.19.0, utils/chat_templates/templates (2026-11-27).
+    """
+    folder = Path(attnimg.__file__).parent / "data" / "chat_templates"
+    return {file.stem: file.read_text(encoding="utf-8") for file in sorted(folder.glob("*.jinja"))}
 
 
 def choose_chat_template(
@@ -103,17 +93,17 @@ def choose_chat_template(
     if name is None or is_own:
         what = "the tokenizer has no default chat template"
         why = f"found {', '.join(named) or 'none'}; a dataset of type chat_template needs one"
-        choices = ", ".join([*named, *NAMED])
+        choices = ", ".join([*named, "chatml", "llama3"])
         do = f"set chat_template to one of {choices}, or write one in chat_template_jinja"
         raise AttnimgError(what, why=why, do=do, code="missing-key", key=where)
     plain = name.removeprefix(FALLBACK)
-    if plain in NAMED:
-        return NAMED[plain]
-    known = [*named, *NAMED, "tokenizer_default"]
+    if plain in named_templates():
+        return named_templates()[plain]
+    known = [*named, *named_templates(), "tokenizer_default"]
     similar = difflib.get_close_matches(plain, known, n=1, cutoff=0.0)
     what = f"unknown chat template {name!r}"
     why = f"needed one of {', '.join(known)}, or jinja with chat_template_jinja"
-    do = f"set {where}: {similar[0] if own else next(iter(NAMED))}"
+    do = f"set {where}: {similar[0] if own else 'chatml'}"
     raise AttnimgError(what, why=why, do=do, code="bad-value", key=where)
 
 
