@@ -19,11 +19,10 @@ from __future__ import annotations
 
 import logging
 import os
-import threading
-import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from datetime import date
 from itertools import chain
@@ -222,13 +221,15 @@ class Choice:
         model = self._task.problem.model
         return model.layers if model else ()
 
-    def _prepare(self) -> None:
+    def _prepare(self) -> application.Hold:
         """Load the kernel, and register it with transformers unless transformers has it."""
-        self._implementation = application.load_and_register(
-            application.plan_backend(self._plan),
-            layers=self._layers(),
-            trusted=self._task.problem.trusted,
-        )
+        with application.registries:
+            self._implementation = application.load_and_register(
+                application.plan_backend(self._plan),
+                layers=self._layers(),
+                trusted=self._task.problem.trusted,
+            )
+            return application.Hold([self._implementation])
 
 
 class LoggedReport:
@@ -371,7 +372,8 @@ def use(choice: Choice) -> Iterator[Choice]:
 
     Models that are loaded inside with `attn_implementation=choice.implementation` run its backend.
     transformers' registries are restored at the end, so train inside the block. A backend that
-    `apply` registers inside the block stays registered until `restore`.
+    `apply` registers inside the block stays registered until `restore`. Blocks of several threads
+    may overlap; kernels of the flash family should not, since transformers holds only one.
 
     Raises:
         KernelError: no allowed backend passed its proof, or the kernel does not load.
@@ -389,40 +391,47 @@ def use(choice: Choice) -> Iterator[Choice]:
         'sdpa'
     """
     choice.verify()
-    with application.restore_registries(kept=_applied_names):
-        choice._prepare()
+    with application.restore_registries():
+        hold = choice._prepare()
         token = _in_use.set((*_in_use.get(), choice))
         try:
             yield choice
         finally:
             _in_use.reset(token)
+            hold.release()
+
+
+# The attribute of a model for what `apply` changed. Copies of the model get it too.
+_APPLIED = "_attnimg_applied"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _AppliedModel:
+class _Applied:
     """What `restore` needs to undo `apply`.
 
     Attributes:
         choice: the choice that was applied.
         before: the model's attention implementation before `apply`.
-        names: the names that were registered with transformers for the model.
+        hold: keeps the names registered that the model runs.
     """
 
     choice: Choice
     before: str
-    names: frozenset[str]
+    hold: application.Hold
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Applied:
+        """Return the same for a copy of the model, which runs the same choice."""
+        return replace(self, hold=deepcopy(self.hold, memo))
+
+    def __reduce__(self) -> tuple[object, ...]:
+        """Return how to pickle it: as `before` alone, for processes without attnimg."""
+        return str, (self.before,)
 
 
-# transformers' registries belong to the process: threads change them one after another.
-_registries = threading.RLock()
-
-# Model -> what `apply` changed. A model that is deleted leaves it.
-_applied: weakref.WeakKeyDictionary[Any, _AppliedModel] = weakref.WeakKeyDictionary()
-
-
-def _applied_names() -> frozenset[str]:
-    """Return the names in transformers' registries that applied models need."""
-    return frozenset(name for applied in _applied.values() for name in applied.names)
+def _find_applied(model: Any) -> _Applied | str | None:
+    """Return what `apply` changed in a model; in an unpickled one, its attention before."""
+    found: _Applied | str | None = vars(_base(model)).get(_APPLIED)
+    return found
 
 
 def apply(model: Any, *, collator: Collator | None = None, **settings: Unpack[Settings]) -> Choice:
@@ -463,8 +472,8 @@ def apply(model: Any, *, collator: Collator | None = None, **settings: Unpack[Se
     if choice._task.problem.packing:
         _require_device(model, choice._task.machine)
     use_shipped_kernels(choice._task.machine)
-    with _registries:
-        if _base(model) in _applied:
+    with application.registries:
+        if _find_applied(model) is not None:
             restore(model)
         _apply(choice, model, collator)
     return choice
@@ -498,15 +507,16 @@ def _apply(choice: Choice, model: Any, collator: Collator | None) -> None:
         raise
     choice._plan, choice._proofs = applied.selected.plan, applied.selected.proofs
     choice._verified, choice._implementation = True, application.current_implementation(model)
-    _applied[_base(model)] = _AppliedModel(
-        choice=choice,
-        before=before,
-        names=(application.registered_names() - registered) | {choice._implementation},
-    )
+    names = (application.registered_names() - registered) | {choice._implementation}
+    applied_to = _Applied(choice=choice, before=before, hold=application.Hold(names))
+    setattr(_base(model), _APPLIED, applied_to)
 
 
 def restore(model: Any) -> None:
     """Undo `apply`: the model runs its previous attention again.
+
+    A copy made by copy.deepcopy is restored separately. A model that was pickled with a backend
+    applied has to be restored, or applied again, in the process that loads it.
 
     Raises:
         AttnimgError: `apply` was not called for this model.
@@ -523,8 +533,8 @@ def restore(model: Any) -> None:
         'eager'
     """
     model = _unwrapped(model)
-    with _registries:
-        found = _applied.pop(_base(model), None)
+    with application.registries:
+        found = _find_applied(model)
         if found is None:
             raise AttnimgError(
                 "there is nothing to restore",
@@ -532,9 +542,10 @@ def restore(model: Any) -> None:
                 do="call attnimg.restore once, with the model that attnimg.apply got",
                 code="not-applied",
             )
-        model.set_attn_implementation(found.before)
-        in_use = {choice.implementation for choice in _in_use.get()}
-        application.unregister(found.names - _applied_names() - in_use)
+        delattr(_base(model), _APPLIED)
+        model.set_attn_implementation(found.before if isinstance(found, _Applied) else found)
+        if isinstance(found, _Applied):
+            found.hold.release()
 
 
 def verify(model: object, **settings: Unpack[Settings]) -> tuple[Proof, ...]:
@@ -689,8 +700,9 @@ def _require_device(model: Any, machine: Machine) -> None:
 
 def _find_choice(model: Any) -> Choice | None:
     """Return the choice that `apply` made for a model, or else that of the innermost `use`."""
-    if _base(model) in _applied:
-        return _applied[_base(model)].choice
+    applied = _find_applied(model)
+    if isinstance(applied, _Applied):
+        return applied.choice
     return _in_use.get()[-1] if _in_use.get() else None
 
 

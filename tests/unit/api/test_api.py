@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import gc
 import json
+import pickle
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,11 +27,10 @@ CONFIG = {"model_type": "llama", "num_hidden_layers": 2, "hidden_size": 64,
 
 @pytest.fixture(autouse=True)
 def _restored():
-    """Restore the models that a test has applied a backend to."""
+    """Check that the models of a test leave the registries when they are deleted."""
     before = registered()
     yield
-    for model in list(api._applied):
-        attnimg.restore(model)
+    gc.collect()
     assert registered() == before
 
 
@@ -244,6 +247,88 @@ def test_restoring_inside_use_leaves_the_block_its_backend():
         attnimg.apply(other, packing=True)
         attnimg.restore(other)
         logits(tiny_model("opt", choice.implementation))
+
+
+def test_a_deleted_model_leaves_the_registries():
+    before = registered()
+    model = tiny_model("opt", "eager")
+    attnimg.apply(model, packing=True)
+    assert registered() != before
+    del model
+    gc.collect()
+    assert registered() == before
+
+
+def test_a_model_that_is_deleted_inside_use_leaves_the_registries_after_the_block():
+    before = registered()
+    model = tiny_model("opt", "eager")
+    attnimg.apply(model, packing=True)
+    with attnimg.use(attnimg.select(tiny_model("opt").config, packing=True)) as choice:
+        other = tiny_model("opt", choice.implementation)
+        del model
+        gc.collect()
+        logits(other)
+    assert registered() == before
+
+
+def test_a_copy_of_a_model_runs_its_backend_until_it_is_restored():
+    model, before = tiny_model("opt", "eager"), registered()
+    expected = logits(model)
+    attnimg.apply(model, packing=True)
+    copied = copy.deepcopy(model)
+    attnimg.restore(model)
+    assert running(copied) == "attnimg_torch_math"
+    torch.testing.assert_close(
+        logits(copied), expected, rtol=0, atol=ROUNDING * expected.abs().max().item()
+    )
+    attnimg.restore(copied)
+    assert (running(copied), registered()) == ("eager", before)
+
+
+@pytest.mark.parametrize("again", [attnimg.restore, attnimg.apply], ids=["restore", "apply"])
+def test_a_pickled_model_is_restored_where_it_is_loaded(again):
+    model = tiny_model("opt", "eager")
+    attnimg.apply(model, packing=True)
+    kept = pickle.dumps(model)
+    assert b"attnimg.api" not in kept  # it can be loaded where attnimg is not installed
+    attnimg.restore(model)
+    loaded = pickle.loads(kept)
+    with pytest.raises(KeyError, match="attnimg_torch_math"):
+        logits(loaded)
+    again(loaded)
+    logits(loaded)
+    if again is attnimg.apply:
+        attnimg.restore(loaded)
+    assert running(loaded) == "eager"
+
+
+def test_blocks_of_two_threads_may_overlap():
+    before, config = registered(), tiny_model("opt").config
+    choices = [attnimg.select(config, packing=True).verify() for _ in range(2)]
+    entered, left = threading.Barrier(2), threading.Event()
+    found = []
+
+    def first():
+        with attnimg.use(choices[0]):
+            entered.wait(30)
+        left.set()
+
+    def second():
+        with attnimg.use(choices[1]) as choice:
+            model = tiny_model("opt", choice.implementation)
+            entered.wait(30)
+            assert left.wait(30)
+            found.append(logits(model))
+            attnimg.check_packing(model)
+            found.append("isolated")
+
+    threads = [threading.Thread(target=one) for one in (first, second)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert found[1:] == ["isolated"]
+    assert registered() == before
 
 
 def test_all_fitting_backends_are_verified():
