@@ -15,7 +15,8 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, get_args
 
 from attnimg import pipeline
-from attnimg.api import LoggedReport, backend_name
+from attnimg.api.arguments import backend_name
+from attnimg.api.choice import LoggedReport
 from attnimg.backends._transformers import applied_form, attention_function, is_called_directly
 from attnimg.errors import AttnimgError
 from attnimg.facts import Arch, AttentionFunction, DType, LayerGroup, MaskKind, Model, Problem

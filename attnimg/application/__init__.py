@@ -3,6 +3,7 @@
 from attnimg.application.model import (
     current_implementation,
     find_model_class,
+    inner_model,
     read_class_limits,
     require_applied,
     switch_backend,
@@ -21,6 +22,7 @@ __all__ = [
     "Hold",
     "current_implementation",
     "find_model_class",
+    "inner_model",
     "load_and_register",
     "plan_backend",
     "read_class_limits",

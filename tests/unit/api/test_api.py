@@ -17,8 +17,8 @@ from tiny_models import tiny_model
 from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM
 
 import attnimg
-from attnimg import api
 from attnimg.__main__ import run
+from attnimg.api import choice as choice_module
 from attnimg.facts import Arch
 
 CONFIG = {"model_type": "llama", "num_hidden_layers": 2, "hidden_size": 64,
@@ -217,7 +217,7 @@ def test_an_exception_inside_use_restores_the_registries():
     with pytest.raises(KeyboardInterrupt):
         interrupted()
     assert registered() == before
-    assert api._in_use.get() == ()
+    assert choice_module.in_use.get() == ()
 
 
 def test_nested_blocks_check_the_inner_choice():
@@ -431,9 +431,9 @@ def test_a_model_without_weights_is_refused_before_it_is_called():
 
 
 def test_a_model_that_is_not_on_the_gpu_yet_is_refused_before_it_is_called(monkeypatch):
-    machine, image = api.find_machine(None, None)
+    machine, image = choice_module.find_machine(None, None)
     gpu = replace(machine, arch=Arch(name="sm_90", vendor="nvidia", capability=(9, 0)), gpu="H100")
-    monkeypatch.setattr(api, "find_machine", lambda *_: (gpu, image))
+    monkeypatch.setattr(choice_module, "find_machine", lambda *_: (gpu, image))
     model = tiny_model("llama", "eager")
     with pytest.raises(attnimg.AttnimgError, match="while the model is on the CPU") as caught:
         attnimg.apply(model, packing=True)
