@@ -11,6 +11,7 @@ from datetime import date
 from typing import Any, TypedDict
 
 from attnimg import application, pipeline
+from attnimg.api.advice import api_words, finding_in_api_words
 from attnimg.api.arguments import (
     backend_name,
     read_dtype,
@@ -104,6 +105,7 @@ class Choice:
         """Whether the backend passed its proof on this machine."""
         return self._verified
 
+    @api_words()
     def verify(self) -> Choice:
         """Compare the backend with a float64 reference, forward and backward, on this machine.
 
@@ -191,6 +193,7 @@ class Choice:
         model = self._task.problem.model
         return model.layers if model else ()
 
+    @api_words()
     def _prepare(self) -> application.Hold:
         """Load the kernel, and register it with transformers unless transformers has it."""
         with application.registries:
@@ -223,10 +226,11 @@ class LoggedReport:
             gpu_text(task.machine),
             plan.reason,
         )
-        for warning in warnings:
+        for warning in map(finding_in_api_words, warnings):
             log.warning("%s: %s; %s", warning.code, warning.what, warning.do)
 
 
+@api_words()
 def select(
     model: object,
     *,
@@ -317,7 +321,7 @@ def select(
         machine=machine, problem=problem, requested=requested, strict=strict, kinds=backends
     )
     plan = pipeline.select(task, LoggedReport())
-    warnings = pipeline.find_warnings(plan, task)
+    warnings = tuple(map(finding_in_api_words, pipeline.find_warnings(plan, task)))
     return Choice(task, plan, warnings, here=on is None and image is None)
 
 

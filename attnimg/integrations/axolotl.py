@@ -39,6 +39,7 @@ from pydantic import BaseModel
 from transformers import AutoConfig, DataCollatorWithFlattening
 
 import attnimg
+from attnimg.api.advice import config_words
 from attnimg.config.attention import AUTO, LEGACY, replace_legacy_keys
 from attnimg.errors import AttnimgError
 
@@ -90,6 +91,7 @@ class AttnimgPlugin(BasePlugin):  # type: ignore[misc]  # axolotl is not install
         """Return the class with the keys that the plugin adds to the config."""
         return "attnimg.integrations.axolotl.AttnimgArgs"
 
+    @config_words()
     def register(self, cfg: dict[str, Any]) -> None:
         """Select and verify a backend, and set attn_implementation for the rest of axolotl.
 
@@ -127,6 +129,7 @@ class AttnimgPlugin(BasePlugin):  # type: ignore[misc]  # axolotl is not install
             cfg["attn_implementation"],
         )
 
+    @config_words()
     def pre_model_load(self, cfg: DictDefault) -> None:  # noqa: ARG002  the hook's signature
         """Register the backend with transformers until the end of training."""
         # axolotl calls this again for a reference model.
@@ -134,6 +137,7 @@ class AttnimgPlugin(BasePlugin):  # type: ignore[misc]  # axolotl is not install
             self._in_use.enter_context(attnimg.use(self._choice))
             self._registered = True
 
+    @config_words()
     def post_trainer_create(self, cfg: DictDefault, trainer: Any) -> None:
         """Apply the backend to the model, check its packing, and write the receipt.
 
