@@ -134,7 +134,9 @@ def read_facts(model: object) -> ModelFacts:
     if isinstance(model, str | os.PathLike):
         return _named_model(os.fspath(model))
     if isinstance(model, Mapping):
-        return _from_config(model, name=str(model.get("_name_or_path") or "the model"))
+        facts = _from_config(model, name=str(model.get("_name_or_path") or "the model"))
+        _require_attention(model, facts)
+        return facts
     config = getattr(model, "config", model)
     if not hasattr(config, "to_dict"):
         raise AttnimgError(
@@ -153,6 +155,26 @@ def read_facts(model: object) -> ModelFacts:
         facts,
         model_class=application.read_class_limits(type(application.inner_model(model))),
         weights=weights if weights in get_args(DType) else None,  # type: ignore[arg-type]  # checked
+    )
+
+
+def _require_attention(raw: Mapping[str, Any], facts: ModelFacts) -> None:
+    """Raise if a dict lacks what is needed to know the attention layers of its model."""
+    if facts.model.layers or facts.model.other_layers or facts.model_class is not None:
+        return
+    needed = ("num_hidden_layers", "num_attention_heads", "hidden_size")
+    missing = [
+        name
+        for name in needed
+        if not any(raw.get(key) for key in (name, *model_config.ALIASES.get(name, ())))
+    ]
+    found = f"found {', '.join(map(str, raw)) or 'nothing'}"
+    raise AttnimgError(
+        "the dict does not describe the attention of a model",
+        why=f"{found}; needed {', '.join(missing)}, or a known model_type",
+        do=f"add {', '.join(missing)} as in config.json, or pass the model's folder or name",
+        code="bad-model",
+        key="model",
     )
 
 

@@ -350,6 +350,8 @@ def test_every_form_of_a_model_has_the_same_choice(tmp_path):
 
 WRONG = [
     pytest.param("org/none", {}, "not on this machine", id="a-name-that-is-not-here"),
+    pytest.param({"hidden_size": 64}, {}, "does not describe", id="a-dict-without-heads"),
+    pytest.param({}, {}, "does not describe", id="an-empty-dict"),
     pytest.param(5, {}, "this is not a model", id="a-number"),
     pytest.param(torch.nn.Linear(2, 2), {}, "this is not a model", id="a-module-of-torch"),
     pytest.param(CONFIG, {"backend": "flash5"}, "unknown backend", id="misspelt-backend"),
@@ -371,6 +373,31 @@ WRONG = [
 def test_wrong_arguments_are_refused(model, arguments, text):
     with pytest.raises(attnimg.AttnimgError, match=text):
         attnimg.select(model, **arguments)
+
+
+def test_a_dict_without_heads_is_refused_with_what_it_lacks():
+    given = {"model_type": "own", "hidden_size": 64, "n_layer": 2}
+    with pytest.raises(attnimg.AttnimgError, match="does not describe") as caught:
+        attnimg.select(given)
+    assert "needed num_attention_heads, or" in caught.value.why
+    assert caught.value.do.startswith("add num_attention_heads as in config.json")
+    layers = str(attnimg.select(given | {"num_attention_heads": 4}))
+    assert "2 layers, 4 heads, 4 kv_heads, head_dim 16" in layers
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"model_type": "llama"},
+        {"model_type": "mamba"},
+        {"model_type": "rwkv", "hidden_size": 64, "num_hidden_layers": 2},
+        {"num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 4},
+        {"text_config": {"num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 4}},
+    ],
+    ids=str,
+)
+def test_a_dict_that_describes_a_model_passes(given):
+    assert attnimg.select(given, on="h100").backend
 
 
 @pytest.mark.parametrize("call", [attnimg.apply, attnimg.restore, attnimg.check_packing])
