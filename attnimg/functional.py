@@ -15,7 +15,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, get_args
 
 from attnimg import pipeline
-from attnimg.api.advice import api_words
+from attnimg.api.advice import public
 from attnimg.api.arguments import backend_name
 from attnimg.api.choice import LoggedReport
 from attnimg.backends._transformers import applied_form, attention_function, is_called_directly
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-@api_words()
+@public()
 def attention(
     q: Tensor,
     k: Tensor,

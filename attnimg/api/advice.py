@@ -1,4 +1,4 @@
-"""Write errors and warnings in the words of the API: arguments in place of keys of a config.
+"""Raise errors in the words of the API: arguments in place of keys of a config.
 
 The steps that the API shares with the command line advise in the keys of a config, such as
 "set sample_packing: false". For a caller of the API this becomes "pass packing=False".
@@ -8,13 +8,20 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import replace
+from difflib import get_close_matches
+from functools import wraps
+from inspect import signature
+from typing import ParamSpec, TypeVar
 
 from attnimg.errors import AttnimgError
 from attnimg.facts import Finding
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 # Key of a config -> the argument of `select`.
 _ARGUMENTS = {
@@ -80,6 +87,47 @@ def api_words() -> Iterator[None]:
             error.what, error.do = in_api_words(error.what), in_api_words(error.do)
             error.key = _ARGUMENTS.get(error.key or "", error.key)
         raise
+
+
+def public(
+    takes_too: Callable[..., object] | None = None,
+) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Return a decorator for the functions of the API, which raise errors in its words.
+
+    An unknown keyword argument raises TypeError with the nearest known name.
+
+    Args:
+        takes_too: another function, whose keyword arguments the decorated one passes on to it.
+    """
+
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        known = _keywords(function) | (_keywords(takes_too) if takes_too else set())
+
+        @wraps(function)
+        def call(*args: P.args, **keywords: P.kwargs) -> R:
+            require_known(function.__name__, keywords, known)
+            with api_words():
+                return function(*args, **keywords)
+
+        return call
+
+    return decorate
+
+
+def _keywords(function: Callable[..., object]) -> set[str]:
+    parameters = signature(function).parameters.values()
+    return {one.name for one in parameters if one.kind is not one.VAR_KEYWORD}
+
+
+def require_known(called: str, given: Iterable[str], known: Collection[str]) -> None:
+    """Raise TypeError for an unknown keyword argument, with the nearest known one."""
+    for name in given:
+        if name not in known:
+            similar = get_close_matches(name, known)
+            similar.sort(key=lambda other: not other.startswith(name[:3]))
+            near = _ARGUMENTS.get(name) or next(iter(similar), None)
+            hint = f". Did you mean {near!r}?" if near else ""
+            raise TypeError(f"{called}() got an unexpected keyword argument {name!r}{hint}")
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from itertools import chain
 from typing import Any, Unpack
 
 from attnimg import application, pipeline
-from attnimg.api.advice import api_words
+from attnimg.api.advice import public
 from attnimg.api.arguments import read_facts
 from attnimg.api.choice import Choice, LoggedReport, Settings, in_use, log, select
 from attnimg.backends import find_backend
@@ -56,7 +56,7 @@ def _find_applied(model: Any) -> _Applied | str | None:
     return found
 
 
-@api_words()
+@public(select)
 def apply(model: Any, *, collator: Collator | None = None, **settings: Unpack[Settings]) -> Choice:
     """Select, verify and apply a backend to a loaded model, and check its packing.
 
@@ -135,7 +135,7 @@ def _apply(choice: Choice, model: Any, collator: Collator | None) -> None:
     setattr(application.inner_model(model), _APPLIED, applied_to)
 
 
-@api_words()
+@public()
 def restore(model: Any) -> None:
     """Undo `apply`: the model runs its previous attention again.
 
@@ -172,7 +172,7 @@ def restore(model: Any) -> None:
             found.hold.release()
 
 
-@api_words()
+@public(select)
 def verify(model: object, **settings: Unpack[Settings]) -> tuple[Proof, ...]:
     """Verify every backend that fits a model on this machine, as `attnimg verify` does.
 
@@ -199,7 +199,7 @@ def verify(model: object, **settings: Unpack[Settings]) -> tuple[Proof, ...]:
     return tuple(proof for _, proof in pipeline.prove_fitting(choice._task, log=LoggedReport().log))
 
 
-@api_words()
+@public()
 def check_packing(model: Any, *, collator: Collator | None = None) -> None:
     """Check that packed documents do not affect one another in a model.
 

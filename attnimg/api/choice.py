@@ -11,7 +11,7 @@ from datetime import date
 from typing import Any, TypedDict
 
 from attnimg import application, pipeline
-from attnimg.api.advice import api_words, finding_in_api_words
+from attnimg.api.advice import api_words, finding_in_api_words, public
 from attnimg.api.arguments import (
     backend_name,
     read_dtype,
@@ -230,7 +230,7 @@ class LoggedReport:
             log.warning("%s: %s; %s", warning.code, warning.what, warning.do)
 
 
-@api_words()
+@public()
 def select(
     model: object,
     *,
@@ -353,6 +353,11 @@ def use(choice: Choice) -> Iterator[Choice]:
         ...     model.config._attn_implementation
         'sdpa'
     """
+    if not isinstance(choice, Choice):
+        raise TypeError(
+            f"use() needs the result of attnimg.select, found {choice!r}; write "
+            'attnimg.use(attnimg.select(model, backend="..."))'
+        )
     choice.verify()
     with application.restore_registries():
         hold = choice._prepare()

@@ -19,6 +19,7 @@ from typing import Any, Unpack
 from transformers import TrainerCallback
 
 from attnimg import api
+from attnimg.api.advice import require_known
 from attnimg.errors import AttnimgError
 from attnimg.train.distributed import require_same_on_all_ranks
 
@@ -53,9 +54,7 @@ class AttnimgCallback(TrainerCallback):  # type: ignore[misc]  # transformers sh
     """
 
     def __init__(self, **settings: Unpack[api.Settings]) -> None:
-        unknown = sorted(settings.keys() - api.Settings.__annotations__.keys())
-        if unknown:
-            raise TypeError(f"AttnimgCallback takes no argument {unknown[0]!r}")
+        require_known("AttnimgCallback", settings, api.Settings.__annotations__)
         self.settings = settings
         self.choice: api.Choice | None = None
 

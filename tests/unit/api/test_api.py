@@ -375,6 +375,37 @@ def test_wrong_arguments_are_refused(model, arguments, text):
         attnimg.select(model, **arguments)
 
 
+TYPOS = [
+    (attnimg.select, "packed", "select() got an unexpected keyword argument 'packed'. Did you mean "
+     "'packing'?"),
+    (attnimg.apply, "sequence_length", "Did you mean 'sequence_len'?"),
+    (attnimg.apply, "colator", "Did you mean 'collator'?"),
+    (attnimg.verify, "attn_implementation", "Did you mean 'backend'?"),
+    (attnimg.check_packing, "collate", "Did you mean 'collator'?"),
+    (attnimg.AttnimgCallback, "packng", "AttnimgCallback() got an unexpected keyword argument "
+     "'packng'. Did you mean 'packing'?"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("call", "name", "message"), TYPOS)
+def test_an_unknown_argument_is_refused_with_the_nearest_name(call, name, message):
+    model = () if call is attnimg.AttnimgCallback else (CONFIG,)
+    with pytest.raises(TypeError) as caught:
+        call(*model, **{name: True})
+    assert message in str(caught.value)
+
+
+def test_an_argument_without_a_near_name_is_refused_without_one():
+    with pytest.raises(TypeError, match=r"unexpected keyword argument 'zzz'$"):
+        attnimg.select(CONFIG, zzz=1)
+
+
+def test_use_needs_a_choice():
+    needs = r"needs the result of attnimg\.select, found 'sdpa'"
+    with pytest.raises(TypeError, match=needs), attnimg.use("sdpa"):
+        pass
+
+
 def test_a_dict_without_heads_is_refused_with_what_it_lacks():
     given = {"model_type": "own", "hidden_size": 64, "n_layer": 2}
     with pytest.raises(attnimg.AttnimgError, match="does not describe") as caught:

@@ -117,7 +117,7 @@ def test_rows_of_one_document_are_not_packed(tmp_path):
 
 
 def test_an_argument_that_select_does_not_have_is_refused_at_once():
-    with pytest.raises(TypeError, match="no argument 'sequence_length'"):
+    with pytest.raises(TypeError, match="Did you mean 'sequence_len'"):
         AttnimgCallback(sequence_length=5)
 
 
