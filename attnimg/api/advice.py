@@ -38,7 +38,7 @@ _ARGUMENTS = {
     "trust_remote_code": "trust_remote_code",
 }
 _KEY = rf"\b({'|'.join(_ARGUMENTS)})\b"
-_NAME = r"[a-z0-9_]+(?:/[\w.@:-]*\w)?"
+_NAME = r"[\w./~@:-]*\w"
 _SETTING = re.compile(rf"{_KEY}: ({_NAME})((?: or {_NAME}(?=[,;)]|$))*)", re.MULTILINE)
 
 # Whether the caller has a config, as axolotl's plugin does.

@@ -180,14 +180,8 @@ def _require_attention(raw: Mapping[str, Any], facts: ModelFacts) -> None:
 
 def _named_model(name: str) -> ModelFacts:
     path = model_config.find_config(name)
-    if path is None and (name.startswith((".", "/", "~")) or name.count("/") > 1):
-        raise AttnimgError(
-            f"there is no folder {name}",
-            why="a name with this form is a folder of this machine; needed one with a config.json",
-            do="correct the path, or pass the loaded model",
-            code="bad-model",
-            key="model",
-        )
+    if path is None and (missing := model_config.missing_folder(name)) is not None:
+        raise missing
     if path is None:
         raise AttnimgError(
             f"the config.json of {name} is not on this machine",
