@@ -214,6 +214,13 @@ def runs_on(needs: Needs, arch: Arch) -> bool:
     return low <= arch.capability <= high
 
 
+def arch_mismatch(name: str, needs: Needs, arch: Arch) -> str:
+    """Return what a backend, by its name or "", needs and what was found instead."""
+    if arch.vendor == "cpu":
+        return f"{name} needs a GPU of {needs.arch_text}; found none (CPU)".lstrip()
+    return f"found {arch.name}, {name} needs {needs.arch_text}".replace("  ", " ")
+
+
 def arch_code(needs: Needs, arch: Arch) -> str:
     """Return the error code for an architecture that a backend does not run on."""
     newer = (

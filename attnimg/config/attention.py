@@ -11,7 +11,14 @@ from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from typing import Any
 
-from attnimg.backends import all_backends, arch_code, find_backend, is_hub_path, runs_on
+from attnimg.backends import (
+    all_backends,
+    arch_code,
+    arch_mismatch,
+    find_backend,
+    is_hub_path,
+    runs_on,
+)
 from attnimg.config.schema import Config, make_error, make_warning
 from attnimg.facts import Arch, Backend, Finding, LayerKind, Needs
 
@@ -215,7 +222,7 @@ def _arch(settings: AttentionSettings) -> Iterator[Finding]:
         return  # the supported AMD GPUs depend on its build, which only `explain` checks
     fitting = [name for name in _ALTERNATIVES if runs_on(_needs(name), arch)]
     do = f"set attn_implementation: {' or '.join(fitting)}"
-    why = f"found {arch.name}, {backend.name} needs {backend.needs.arch_text}"
+    why = arch_mismatch(backend.name, backend.needs, arch)
     what = f"{backend.name} does not run on {arch.name}"
     yield make_error(arch_code(backend.needs, arch), "attn_implementation", what, why, do)
 

@@ -466,3 +466,23 @@ def test_train_refuses_the_same_as_check(capsys: pytest.CaptureFixture[str]) -> 
     code, out, trained = run(capsys, "train", file)
     assert (code, out) == (2, "")
     assert checked in trained
+
+
+@pytest.mark.parametrize(
+    ("gpu", "words"),
+    [
+        ("cpu", "flash_attention_3 needs a GPU of sm_90 (Hopper); found none (CPU)"),
+        ("a100", "found sm_80, flash_attention_3 needs sm_90 (Hopper)"),
+    ],
+)
+def test_a_backend_of_another_gpu_is_refused_with_what_was_found(
+    capsys: pytest.CaptureFixture[str], gpu: str, words: str
+) -> None:
+    file = write("x.yaml", GOOD + "attn_implementation: flash_attention_3\n")
+    code, _, err = run(capsys, "check", file, "--on", gpu)
+    assert code == 2
+    assert words in err
+    _, out, _ = run(capsys, "explain", file, "--on", gpu, "--json")
+    (line,) = objects(out)
+    (judged,) = [c for c in line["candidates"] if c["backend"] == "flash_attention_3"]
+    assert judged["reasons"][0]["text"] == words.replace("flash_attention_3 ", "")
