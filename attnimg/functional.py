@@ -7,6 +7,7 @@ V head size of v.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from datetime import date
@@ -23,6 +24,7 @@ from attnimg.errors import AttnimgError
 from attnimg.facts import Arch, AttentionFunction, DType, LayerGroup, MaskKind, Model, Problem
 from attnimg.machine.kernel_cache import use_shipped_kernels
 from attnimg.selection import known_bad
+from attnimg.selection import plan as planning
 from attnimg.task import Task, installed_machine
 
 if TYPE_CHECKING:
@@ -113,6 +115,7 @@ def attention(
         training=verify or any(x is not None and x.requires_grad for x in (q, k, v, sinks)),
         requested=backend_name(backend),
         verify=verify,
+        variable=os.environ.get(planning.VARIABLE),
     )
     arguments: dict[str, Any] = {"scaling": scale, "dropout": dropout, "is_causal": causal}
     if layer.window:
@@ -141,6 +144,7 @@ def _function(
     training: bool,
     requested: str | None,
     verify: bool,
+    variable: str | None,  # noqa: ARG001  a key of the cache: the choice depends on it
 ) -> Callable[..., Tensor]:
     """Select a backend for a kind of call, and return its attention function.
 

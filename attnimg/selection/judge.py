@@ -156,6 +156,9 @@ def _model_reasons(backend: Backend, machine: Machine, problem: Problem) -> Iter
         )
     for layer in model.layers:
         yield from layer_reasons(layer, needs.head_dims, major, features)
+        if layer.features >= {"softcap", "sinks"} <= needs.exclusive:
+            text = f"{layer.count} layers use a logit soft cap and sinks, supports only one"
+            yield Reason(code="sinks", text=text)
     capped = any(layer.softcap for layer in model.layers)
     if problem.dropout and capped and needs.exclusive >= {"softcap", "dropout"}:
         text = f"found attention dropout {problem.dropout} and a soft cap, supports only one"
