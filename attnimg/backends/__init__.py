@@ -22,6 +22,9 @@ from attnimg.facts import Arch, Backend, LocalKernel, Machine, MaskKind, Needs, 
 # The group of entry points by which other packages add backends.
 GROUP = "attnimg.backends"
 
+# Each backend is judged for every group of layers, so thousands of them would take minutes.
+MOST_ADDED = 200
+
 # org/name, then @revision, then :function. Source: transformers 5.22.2, modeling_utils.py.
 _HUB_PATH = re.compile(r"(?!\.)[\w.-]+/(?!\.)[\w.-]+(@[^/:@\s]+)?(:[^/:@\s]+)?", re.ASCII)
 
@@ -72,7 +75,13 @@ def added_backends() -> AddedBackends:
     for point in sorted(entry_points(group=GROUP), key=lambda point: (point.name, point.value)):
         try:
             loaded = point.load()
-            for backend in loaded if isinstance(loaded, list | tuple) else [loaded]:
+            given = loaded if isinstance(loaded, list | tuple) else [loaded]
+            if len(backends) + len(given) > MOST_ADDED:
+                raise ValueError(
+                    f"found {len(backends) + len(given):,} backends of other packages, needed at "
+                    f"most {MOST_ADDED}"
+                )
+            for backend in given:
                 others = {other.applied_as for other in backends.values()}
                 _require_usable(backend, taken | backends.keys(), applied | others)
                 source = point.module.partition(".")[0]
