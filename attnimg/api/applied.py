@@ -14,7 +14,7 @@ from attnimg.api.arguments import read_facts
 from attnimg.api.choice import Choice, LoggedReport, Settings, in_use, log, select
 from attnimg.backends import find_backend
 from attnimg.context import build_context
-from attnimg.errors import AttnimgError
+from attnimg.errors import AttnimgError, PackingLeak
 from attnimg.facts import Backend, Machine, Problem, Proof
 from attnimg.machine.kernel_cache import use_shipped_kernels
 from attnimg.task import gpu_text
@@ -94,6 +94,8 @@ def apply(model: Any, *, collator: Collator | None = None, **settings: Unpack[Se
     choice._require_here()
     if choice._task.problem.packing:
         _require_device(model, choice._task.machine)
+    elif collator is not None:
+        log.warning("packing is not checked with the collator: it needs packing=True")
     use_shipped_kernels(choice._task.machine)
     with application.registries:
         if _find_applied(model) is not None:
@@ -332,6 +334,8 @@ def _adapt_collator(collator: Collator | None) -> Any:
     if collator is None:
         return None
 
+    name = getattr(collator, "__name__", type(collator).__name__)
+
     def collate(rows: list[list[Any]]) -> dict[str, Any]:
         device = rows[0][0].device
         documents = [[document.tolist() for document in row] for row in rows]
@@ -347,6 +351,7 @@ def _adapt_collator(collator: Collator | None) -> Any:
         else:
             examples = [{"input_ids": ids, "labels": ids} for row in documents for ids in row]
         batch = collator(examples)
+        _require_boundaries(batch, name, documents=sum(map(len, rows)))
         return {
             name: value.to(device) if hasattr(value, "to") else value
             for name, value in batch.items()
@@ -354,6 +359,24 @@ def _adapt_collator(collator: Collator | None) -> Any:
         }
 
     return collate
+
+
+def _require_boundaries(batch: Mapping[str, Any], collator: str, *, documents: int) -> None:
+    """Raise if a batch has several documents in a row, and nothing that separates them."""
+    if not batch.keys() <= {"input_ids", "labels", "attention_mask"}:
+        return
+    mask = batch.get("attention_mask")
+    separates = mask is not None and (mask.dim() > 2 or int(mask.max()) > 1)
+    if separates or len(batch["input_ids"]) >= documents:
+        return
+    raise PackingLeak(
+        f"the collator {collator} packs documents without their boundaries",
+        why=f"found {', '.join(sorted(batch))} for {documents} documents in "
+        f"{len(batch['input_ids'])} row(s); needed position_ids that start at 0 in each document",
+        do="pass a collator that returns position_ids, as transformers' DataCollatorWithFlattening",
+        code="packing-not-isolated",
+        key="collator",
+    )
 
 
 def _sdpa() -> Backend:

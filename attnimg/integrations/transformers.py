@@ -72,8 +72,15 @@ class AttnimgCallback(TrainerCallback):  # type: ignore[misc]  # transformers sh
         collator = getattr(train_dataloader, "collate_fn", None)
         # Trainer wraps the collator of a dataset that is not one of the library `datasets`.
         collator = getattr(collator, "data_collator", collator)
-        settings = read_settings(args, collator) | self.settings
+        implied = read_settings(args, collator)
+        settings = implied | self.settings
         packing = bool(settings.get("packing"))
+        if implied["packing"] and not packing:
+            _log.warning(
+                "packing=False, but %s packs documents: their isolation is not checked; "
+                "leave packing out",
+                type(collator).__name__,
+            )
         if packing:
             _require_whole_weights(model)
         choice = failure = None

@@ -8,6 +8,7 @@ import json
 import pickle
 import threading
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -181,8 +182,35 @@ def test_the_trainers_collator_makes_the_batch_of_the_check():
     attnimg.check_packing(model, collator=Collator())
     assert seen == [2]
     # Without position_ids nothing separates the documents.
-    with pytest.raises(attnimg.PackingLeak):
-        attnimg.check_packing(model, collator=Collator(return_position_ids=False))
+    for call in (attnimg.check_packing, partial(attnimg.apply, packing=True)):
+        with pytest.raises(attnimg.PackingLeak, match="the collator Collator packs") as caught:
+            call(model, collator=Collator(return_position_ids=False))
+        assert "found input_ids, labels for 2 documents in 1 row(s)" in caught.value.why
+    assert running(model) == "sdpa"
+
+
+def test_a_collator_that_pads_rows_needs_no_boundaries():
+    from torch.nn.utils.rnn import pad_sequence
+
+    def collate(examples):
+        rows = [torch.tensor(example["input_ids"]) for example in examples]
+        return {
+            "input_ids": pad_sequence(rows, batch_first=True),
+            "attention_mask": pad_sequence([torch.ones_like(row) for row in rows], True),
+        }
+
+    attnimg.check_packing(tiny_model("llama", "sdpa"), collator=collate)
+
+
+def test_a_collator_that_is_not_used_is_a_warning(caplog):
+    from transformers import DataCollatorWithFlattening
+
+    model = tiny_model("llama", "sdpa")
+    attnimg.apply(model, collator=DataCollatorWithFlattening())
+    assert "needs packing=True" in caplog.text
+    caplog.clear()
+    attnimg.apply(model, collator=DataCollatorWithFlattening(), packing=True)
+    assert "needs packing=True" not in caplog.text
 
 
 def test_a_named_kernel_that_fails_its_proof_is_an_error(tmp_path, monkeypatch):

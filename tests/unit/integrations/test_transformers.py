@@ -211,3 +211,10 @@ def test_processes_must_choose_the_same(backends, printed, tmp_path):
     found = re.findall(r"[01] (?:trained|rank-mismatch) [A-Za-z]+", done.stdout)
     assert sorted(found) == printed, done.stderr
     assert (tmp_path / "out" / "attnimg.json").exists() is (backends[0] == backends[1])
+
+
+@pytest.mark.parametrize("packing", [{"packing": False}, {}], ids=str)
+def test_packing_that_is_denied_is_a_warning(packing, tmp_path, caplog):
+    a_trainer(tmp_path, [AttnimgCallback(**packing)], max_steps=1).train()
+    warned = "DataCollatorWithFlattening packs documents" in caplog.text
+    assert warned is bool(packing)
