@@ -42,6 +42,7 @@ import attnimg
 from attnimg.api.advice import config_words
 from attnimg.config.attention import AUTO, LEGACY, replace_legacy_keys
 from attnimg.errors import AttnimgError
+from attnimg.integrations.transformers import apply_on_all_ranks
 
 LOG = get_logger("axolotl.integrations.attnimg")
 
@@ -144,13 +145,20 @@ class AttnimgPlugin(BasePlugin):  # type: ignore[misc]  # axolotl is not install
         Raises:
             KernelError: no allowed backend fits the loaded model.
             PackingLeak: packed documents affect one another with every allowed backend.
+            AttnimgError: the processes of the run chose different backends.
         """
         planned = self._choice
         if planned is None:
             return
         settings = _settings(cfg)
         collator = _collator(trainer) if settings["packing"] else None
-        choice = attnimg.apply(trainer.model, collator=collator, **self._asked, **settings)
+        choice = apply_on_all_ranks(
+            trainer.model,
+            cpu=trainer.args.device.type == "cpu",
+            collator=collator,
+            **self._asked,
+            **settings,
+        )
         if choice.backend != planned.backend:
             LOG.warning(
                 "attnimg: %s replaces %s, for which axolotl packed: %s",

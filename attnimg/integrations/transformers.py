@@ -83,24 +83,12 @@ class AttnimgCallback(TrainerCallback):  # type: ignore[misc]  # transformers sh
             )
         if packing:
             _require_whole_weights(model)
-        choice = failure = None
-        try:
-            choice = api.apply(model, collator=collator if packing else None, **settings)
-        except AttnimgError as error:  # raised below, unless another process has another result
-            failure = error
-        try:
-            require_same_on_all_ranks(
-                {"attention": _digest(choice) if choice else str(failure)},
-                cpu=args.device.type == "cpu",
-                timeout_s=None,
-            )
-        except AttnimgError:
-            if choice is not None:
-                api.restore(model)
-            raise
-        if choice is None:
-            assert failure is not None
-            raise failure
+        choice = apply_on_all_ranks(
+            model,
+            cpu=args.device.type == "cpu",
+            collator=collator if packing else None,
+            **settings,
+        )
         self.choice = choice
         if state.is_world_process_zero:
             path = Path(args.output_dir) / CHOICE_FILE
@@ -112,6 +100,39 @@ class AttnimgCallback(TrainerCallback):  # type: ignore[misc]  # transformers sh
         """Restore the model's previous attention."""
         del args, state, control
         api.restore(model)
+
+
+def apply_on_all_ranks(
+    model: Any, *, cpu: bool, collator: Any = None, **settings: Unpack[api.Settings]
+) -> api.Choice:
+    """Apply a backend to a model in each process of a run; see attnimg.apply.
+
+    Args:
+        model: the model.
+        cpu: whether the processes use gloo, because there is no GPU.
+        collator: for the packing check; None for attnimg's own batches.
+        settings: the arguments of `attnimg.select`.
+
+    Raises:
+        AttnimgError: it failed, or the processes have different results; then nothing is applied.
+    """
+    choice = failure = None
+    try:
+        choice = api.apply(model, collator=collator, **settings)
+    except AttnimgError as error:  # raised below, unless another process has another result
+        failure = error
+    try:
+        require_same_on_all_ranks(
+            {"attention": _digest(choice) if choice else str(failure)}, cpu=cpu, timeout_s=None
+        )
+    except AttnimgError:
+        if choice is not None:
+            api.restore(model)
+        raise
+    if choice is None:
+        assert failure is not None
+        raise failure
+    return choice
 
 
 def read_settings(args: Any, collator: Any = None) -> api.Settings:
