@@ -20,11 +20,11 @@ from attnimg.api.advice import public
 from attnimg.api.arguments import backend_name
 from attnimg.api.choice import LoggedReport
 from attnimg.backends._transformers import applied_form, attention_function, is_called_directly
+from attnimg.config.attention import VARIABLE
 from attnimg.errors import AttnimgError
 from attnimg.facts import Arch, AttentionFunction, DType, LayerGroup, MaskKind, Model, Problem
 from attnimg.machine.kernel_cache import use_shipped_kernels
 from attnimg.selection import known_bad
-from attnimg.selection import plan as planning
 from attnimg.task import Task, installed_machine
 
 if TYPE_CHECKING:
@@ -115,7 +115,7 @@ def attention(
         training=verify or any(x is not None and x.requires_grad for x in (q, k, v, sinks)),
         requested=backend_name(backend),
         verify=verify,
-        variable=os.environ.get(planning.VARIABLE),
+        variable=os.environ.get(VARIABLE),
     )
     arguments: dict[str, Any] = {"scaling": scale, "dropout": dropout, "is_causal": causal}
     if layer.window:

@@ -486,3 +486,29 @@ def test_a_backend_of_another_gpu_is_refused_with_what_was_found(
     (line,) = objects(out)
     (judged,) = [c for c in line["candidates"] if c["backend"] == "flash_attention_3"]
     assert judged["reasons"][0]["text"] == words.replace("flash_attention_3 ", "")
+
+
+@pytest.mark.parametrize(
+    ("variable", "added", "codes"),
+    [
+        ("sdpa", "", []),
+        ("auto", "", []),
+        ("fp8", "", ["packing-not-isolated"]),
+        ("fp8", "attn_implementation: sdpa\n", []),
+        ("fp8", "attn_implementation: auto\n", ["packing-not-isolated"]),
+        ("fa2", "", ["bad-environment"]),
+        ("s2", "attn_backends: {full: sdpa}\n", []),
+    ],
+)
+def test_check_refuses_what_train_refuses_of_the_variable(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+    variable: str, added: str, codes: list[str],
+) -> None:  # fmt: skip
+    file = write("x.yaml", f"{GOOD}sample_packing: true\n{added}")
+    monkeypatch.setenv("ATTNIMG_BACKEND", variable)
+    code, out, _ = run(capsys, "check", file, "--json")
+    (line,) = objects(out)
+    assert (code, [error["code"] for error in line["errors"]]) == (2 if codes else 0, codes)
+    replaced = variable in ("sdpa", "fp8") and "sdpa" not in added
+    assert replaced is any(w["code"] == "backend-of-environment" for w in line["warnings"])
+    assert line["attn"]["attn_implementation"] in (None, "auto", "sdpa")
