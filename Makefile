@@ -271,7 +271,8 @@ build/fa4/ready: requirements/torch.txt docker/constraints/hopper.txt docker/pre
 	@echo "setup: 2 of 3: $$(grep -c '==' requirements/lock.txt) locked packages"
 	@$(PIP) --require-hashes --no-deps -r requirements/lock.txt
 	@echo "setup: 3 of 3: attnimg itself"
-	@$(PIP) --no-deps --no-build-isolation -e .
+	@# compat: a path in site-packages, which type checkers follow; they can't follow an import hook.
+	@$(PIP) --no-deps --no-build-isolation -e . --config-settings editable_mode=compat
 	@touch $@
 
 build/docs/ready: requirements/docs.txt

@@ -37,6 +37,9 @@ def _argument(name: str, help_text: str, **options: Any) -> tuple[str, dict[str,
 
 
 _ON = _argument("--on", "Judge for this GPU: h100, t4, sm_90, gfx942, cpu.", metavar="GPU")
+_SETTINGS = _argument(
+    "settings", "Keys to set: learning_rate=1e-4.", metavar="KEY=VALUE", nargs="*"
+)
 _JSON = _argument(
     "--json", "Print JSON, one object per line.", dest="as_json_lines", action="store_true"
 )
@@ -56,6 +59,7 @@ COMMANDS = {
         "Explain which backend would run, why, and the reasons against each other one.",
         (
             _argument("target", "A YAML, a model folder, config.json.", metavar="CONFIG_OR_MODEL"),
+            _SETTINGS,
             _ON,
             _argument("--image", "Assume this image's packages: hopper, ada.", metavar="NAME"),
             _JSON,
@@ -79,9 +83,7 @@ COMMANDS = {
         "Train a model: select and verify the attention backend, check packing, then train.",
         (
             _argument("file", "The YAML file of the run.", metavar="CONFIG"),
-            _argument(
-                "settings", "Keys to set: learning_rate=1e-4.", metavar="KEY=VALUE", nargs="*"
-            ),
+            _SETTINGS,
         ),
     ),
     "selftest": Command(

@@ -7,6 +7,7 @@ V head size of v.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from datetime import date
@@ -15,8 +16,11 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, get_args
 
 from attnimg import pipeline
-from attnimg.api import LoggedReport, backend_name
+from attnimg.api.advice import public
+from attnimg.api.arguments import backend_name
+from attnimg.api.choice import LoggedReport
 from attnimg.backends._transformers import applied_form, attention_function, is_called_directly
+from attnimg.config.attention import VARIABLE
 from attnimg.errors import AttnimgError
 from attnimg.facts import Arch, AttentionFunction, DType, LayerGroup, MaskKind, Model, Problem
 from attnimg.machine.kernel_cache import use_shipped_kernels
@@ -27,6 +31,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+@public()
 def attention(
     q: Tensor,
     k: Tensor,
@@ -110,6 +115,7 @@ def attention(
         training=verify or any(x is not None and x.requires_grad for x in (q, k, v, sinks)),
         requested=backend_name(backend),
         verify=verify,
+        variable=os.environ.get(VARIABLE),
     )
     arguments: dict[str, Any] = {"scaling": scale, "dropout": dropout, "is_causal": causal}
     if layer.window:
@@ -138,6 +144,7 @@ def _function(
     training: bool,
     requested: str | None,
     verify: bool,
+    variable: str | None,  # noqa: ARG001  a key of the cache: the choice depends on it
 ) -> Callable[..., Tensor]:
     """Select a backend for a kind of call, and return its attention function.
 

@@ -39,6 +39,11 @@ def read_class_limits(model_class: type[Any]) -> ModelClass | None:
     return ModelClass(name=model_class.__name__, lacks=frozenset(lacks), flash_names=flash_names)
 
 
+def inner_model(model: Any) -> Any:
+    """Return the model inside PEFT's wrapper; an unwrapped model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 def current_implementation(model: Any) -> str:
     """Return the attention implementation of a loaded model, as transformers names it."""
     return str(model.config._attn_implementation)

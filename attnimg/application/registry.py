@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+import weakref
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import wraps
 from typing import Any
@@ -36,31 +37,102 @@ _FLASH_SLOT = (
 _STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
-@contextmanager
-def restore_registries(*, kept: Callable[[], Container[str]] = tuple) -> Iterator[None]:
-    """Restore transformers' registries of attention and mask functions after the block.
+# Names that attnimg itself registers start with this.
+_OWN = "attnimg_"
 
-    Models can run the backends that were registered in the block only until it ends.
+# transformers' registries belong to the process: threads change them one after another.
+registries = threading.RLock()
+
+
+class Hold:
+    """Keep names registered with transformers while this object, or a copy of it, is referenced.
 
     Args:
-        kept: returns the names that stay registered; called at the end of the block.
+        names: those in transformers' registries; only attnimg's own are ever removed.
     """
-    from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers import modeling_flash_attention_utils as flash
 
-    registries = (AttentionInterface._global_mapping, AttentionMaskInterface._global_mapping)
-    before = [dict(registry) for registry in registries]
-    slot = {name: getattr(flash, name) for name in _FLASH_SLOT if hasattr(flash, name)}
+    def __init__(self, names: Iterable[str]) -> None:
+        self.names = frozenset(names)
+        _holds.add(self)
+        weakref.finalize(self, _unregister_unused, self.names).atexit = False
+
+    def __deepcopy__(self, memo: object) -> Hold:
+        """Return another hold, for the copy of a model."""
+        return Hold(self.names)
+
+    def release(self) -> None:
+        """Unregister the names that no other hold has, or let the active blocks do it."""
+        with registries:
+            _holds.discard(self)
+            _unregister_unused(self.names)
+
+
+_holds: weakref.WeakSet[Hold] = weakref.WeakSet()
+
+
+def _held() -> frozenset[str]:
+    return frozenset(name for hold in _holds for name in hold.names)
+
+
+def _unregister_unused(names: Iterable[str]) -> None:
+    with registries:
+        if not _blocks:
+            unregister(frozenset(names) - _held())
+
+
+class _Before:
+    """The content of transformers' registries and globals when a block began."""
+
+    def __init__(self) -> None:
+        from transformers import AttentionInterface, AttentionMaskInterface
+        from transformers import modeling_flash_attention_utils as flash
+
+        self.registries = [
+            (interface._global_mapping, interface._global_mapping.copy())
+            for interface in (AttentionInterface, AttentionMaskInterface)
+        ]
+        self.slot = {name: getattr(flash, name) for name in _FLASH_SLOT if hasattr(flash, name)}
+
+    def restore(self) -> None:
+        """Restore the content. Names that are held now stay registered."""
+        from transformers import modeling_flash_attention_utils as flash
+
+        held = _held()
+        for registry, content in self.registries:
+            stay = {name: registry[name] for name in held if name in registry}
+            registry.clear()
+            registry.update(content | stay)
+        for name, value in self.slot.items():
+            setattr(flash, name, value)
+        if not _blocks:  # an active block may run names without a hold
+            unregister(self.registries[0][1].keys() - held)
+
+
+# The blocks of `restore_registries` that are active, in the order in which they began.
+_blocks: list[_Before] = []
+
+
+@contextmanager
+def restore_registries() -> Iterator[None]:
+    """Restore transformers' registries of attention and mask functions after the block.
+
+    Models can run the backends that were registered in the block only until it ends. The names of
+    a Hold stay registered. A block of another thread that began later keeps what it needs: when it
+    ends, it also restores what this block would have restored.
+    """
+    with registries:
+        before = _Before()
+        _blocks.append(before)
     try:
         yield
     finally:
-        names = kept()
-        for registry, content in zip(registries, before, strict=True):
-            stay = {name: function for name, function in registry.items() if name in names}
-            registry.clear()
-            registry.update(content | stay)
-        for name, value in slot.items():
-            setattr(flash, name, value)
+        with registries:
+            place = _blocks.index(before)
+            _blocks.remove(before)
+            if place < len(_blocks):
+                _blocks[place].registries, _blocks[place].slot = before.registries, before.slot
+            else:
+                before.restore()
 
 
 def registered_names() -> frozenset[str]:
@@ -75,7 +147,7 @@ def unregister(names: Iterable[str]) -> None:
     from transformers import AttentionInterface, AttentionMaskInterface
 
     for name in names:
-        if name.startswith("attnimg_"):
+        if name.startswith(_OWN):
             AttentionInterface._global_mapping.pop(name, None)
             AttentionMaskInterface._global_mapping.pop(name, None)
 

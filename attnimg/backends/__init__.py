@@ -22,6 +22,9 @@ from attnimg.facts import Arch, Backend, LocalKernel, Machine, MaskKind, Needs, 
 # The group of entry points by which other packages add backends.
 GROUP = "attnimg.backends"
 
+# Each backend is judged for every group of layers, so thousands of them would take minutes.
+MOST_ADDED = 200
+
 # org/name, then @revision, then :function. Source: transformers 5.22.2, modeling_utils.py.
 _HUB_PATH = re.compile(r"(?!\.)[\w.-]+/(?!\.)[\w.-]+(@[^/:@\s]+)?(:[^/:@\s]+)?", re.ASCII)
 
@@ -72,7 +75,13 @@ def added_backends() -> AddedBackends:
     for point in sorted(entry_points(group=GROUP), key=lambda point: (point.name, point.value)):
         try:
             loaded = point.load()
-            for backend in loaded if isinstance(loaded, list | tuple) else [loaded]:
+            given = loaded if isinstance(loaded, list | tuple) else [loaded]
+            if len(backends) + len(given) > MOST_ADDED:
+                raise ValueError(
+                    f"found {len(backends) + len(given):,} backends of other packages, needed at "
+                    f"most {MOST_ADDED}"
+                )
+            for backend in given:
                 others = {other.applied_as for other in backends.values()}
                 _require_usable(backend, taken | backends.keys(), applied | others)
                 source = point.module.partition(".")[0]
@@ -212,6 +221,13 @@ def runs_on(needs: Needs, arch: Arch) -> bool:
         return arch.capability in needs.capabilities
     low, high = needs.capability_min or (0, 0), needs.capability_max or (999, 0)
     return low <= arch.capability <= high
+
+
+def arch_mismatch(name: str, needs: Needs, arch: Arch) -> str:
+    """Return what a backend, by its name or "", needs and what was found instead."""
+    if arch.vendor == "cpu":
+        return f"{name} needs a GPU of {needs.arch_text}; found none (CPU)".lstrip()
+    return f"found {arch.name}, {name} needs {needs.arch_text}".replace("  ", " ")
 
 
 def arch_code(needs: Needs, arch: Arch) -> str:

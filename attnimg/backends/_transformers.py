@@ -153,8 +153,7 @@ def eager_attention(
 
     layer = build_layer(module, query, key)
     layer.sinks = sinks = arguments.pop("s_aux", None)
-    if sinks is not None and arguments.get("softcap"):
-        raise dropped_argument("eager", "softcap together with s_aux")
+    assert sinks is None or not arguments.get("softcap"), "Needs.exclusive of eager refuses both"
     arguments.setdefault("dropout", 0.0)
     if arguments.get("scaling") is None:
         arguments["scaling"] = query.shape[-1] ** -0.5

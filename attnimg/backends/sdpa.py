@@ -90,7 +90,9 @@ BACKENDS = (
         needs_dtype_cast=False,
         applied_as="eager",
         mask="eager",
-        needs=Needs(),
+        # Source: transformers 5.22.2, eager_attention_forward of gemma2 and of gpt_oss: no function
+        # of transformers has both (2026-11-27).
+        needs=Needs(exclusive=frozenset({"softcap", "sinks"})),
     ),
     Backend(
         name="sdpa",

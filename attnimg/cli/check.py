@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -43,7 +44,9 @@ def _check(file: str, on: str | None, torch: str | None, as_json_lines: bool) ->
         arch = parse_gpu(on).arch
     if torch is not None:
         config.parse_torch(torch)
-    checked = config.check_file(file, on=arch, torch=torch)
+    checked = config.check_file(
+        file, on=arch, torch=torch, variable=os.environ.get("ATTNIMG_BACKEND", "").strip()
+    )
     if as_json_lines:
         print(json_line(checked_json(checked)))
         return checked.ok

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -45,12 +45,16 @@ _HUB_NAME = re.compile(r"[\w-][\w.-]*/(?!.*\.ya?ml$)[\w.-]+", re.ASCII)
 _NOT_A_BACKEND = frozenset({"unknown-backend", "alias-rejected", "not-a-string"})
 
 
-def explain(target: str, on: str | None, image: str | None, as_json_lines: bool) -> None:
+def explain(
+    target: str, settings: list[str], on: str | None, image: str | None, as_json_lines: bool
+) -> None:
     """Explain which backend would run, why, and the reasons against each other one."""
+    overrides = tuple(settings)
     machine, assumed = find_machine(on, image)
     arch = machine.arch if on is not None or image is not None else None
     is_model = _is_model(target)
-    checked = _check_model(target, arch) if is_model else config.check_file(target, on=arch)
+    check = _check_model if is_model else config.check_file
+    checked = check(target, on=arch, overrides=overrides)
     errors, warnings = [*checked.errors], [*checked.warnings]
     plan = task = None
     if (values := checked.config) is not None:
@@ -60,7 +64,9 @@ def explain(target: str, on: str | None, image: str | None, as_json_lines: bool)
         except AttnimgError as error:
             task, raw = build_task(values, None, machine), None
             errors.append(_as_finding(error))
-        if is_model:  # the row length is not known without a config
+        if is_model and not _sets(
+            "sequence_len", overrides
+        ):  # the row length is not known without a config
             task = replace(task, problem=replace(task.problem, sequence_len=None))
         plan = task.choose()
         if _NOT_A_BACKEND & {error.code for error in checked.errors}:
@@ -97,10 +103,14 @@ def _json_keys(path: Path) -> set[str]:
         return set()
 
 
-def _check_model(model: str, arch: Arch | None) -> CheckResult:
-    """Check a config that has only base_model."""
+def _sets(key: str, overrides: Iterable[str]) -> bool:
+    return any(text.partition("=")[0].strip() == key for text in overrides)
+
+
+def _check_model(model: str, *, on: Arch | None, overrides: tuple[str, ...]) -> CheckResult:
+    """Check a config that has only base_model and the settings of the command line."""
     values = {"base_model": model, "learning_rate": 1.0, "datasets": [{"path": model}]}
-    checked = config.check_values(values, file=model, on=arch)
+    checked = config.check_values(config.with_overrides(values, overrides), file=model, on=on)
     assert checked.config is not None
     # These two keys were set only so that the config is valid.
     unset = {"learning_rate": None, "datasets": None}
@@ -206,13 +216,16 @@ def _print(checked: CheckResult, plan: Plan | None, task: Task | None) -> None:
 
     if plan is not None and task is not None:
         out = as_text.console(sys.stdout)
-        as_text.print_explained(
-            plan,
-            gpu=gpu_text(task.machine),
-            model=task.problem.model,
-            problem=task.problem,
-            others=other_layers(task.problem.model, task.machine),
-            out=out,
-        )
-        out.print()
+        with out.capture() as captured:
+            as_text.print_explained(
+                plan,
+                gpu=gpu_text(task.machine),
+                model=task.problem.model,
+                problem=task.problem,
+                others=other_layers(task.problem.model, task.machine),
+                out=out,
+            )
+            out.print()
+        # rich fills the lines of a table with blanks.
+        sys.stdout.write(re.sub(r" +$", "", captured.get(), flags=re.MULTILINE))
     as_text.print_findings(checked, err=as_text.console(sys.stderr))

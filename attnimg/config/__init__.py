@@ -20,6 +20,7 @@ from attnimg.config.attention import (
     layer_kind_findings,
     name_errors,
     replace_legacy_keys,
+    variable_findings,
 )
 from attnimg.config.read import read_yaml, with_overrides
 from attnimg.config.rules import value_errors
@@ -43,7 +44,12 @@ _NULLABLE = DatasetSpec.model_fields.keys() | set(get_args(SpecialToken))
 
 
 def check_file(
-    path: str, *, on: Arch | None = None, torch: str | None = None, overrides: tuple[str, ...] = ()
+    path: str,
+    *,
+    on: Arch | None = None,
+    torch: str | None = None,
+    overrides: tuple[str, ...] = (),
+    variable: str = "",
 ) -> CheckResult:
     """Check one file; all errors are in the result, none is raised.
 
@@ -52,6 +58,7 @@ def check_file(
         on: the GPU to check for; None skips the rules on GPUs.
         torch: the torch version to check for; None skips the rules on versions.
         overrides: key=value arguments; see with_overrides.
+        variable: the value of ATTNIMG_BACKEND; "" skips the rules on it.
     """
     try:
         values = with_overrides(read_yaml(path), overrides)
@@ -64,11 +71,16 @@ def check_file(
             errors=(make_error(error.code, error.key, error.what, error.why, error.do),),
             warnings=(),
         )
-    return check_values(values, file=path, on=on, torch=torch)
+    return check_values(values, file=path, on=on, torch=torch, variable=variable)
 
 
 def check_values(
-    values: dict[str, Any], *, file: str, on: Arch | None = None, torch: str | None = None
+    values: dict[str, Any],
+    *,
+    file: str,
+    on: Arch | None = None,
+    torch: str | None = None,
+    variable: str = "",
 ) -> CheckResult:
     """Check one mapping of config keys; see check_file."""
     present = {key: value for key, value in values.items() if value is not None}
@@ -90,6 +102,8 @@ def check_values(
     attention = list(attention_findings(settings))
     if config.attn_backends:
         attention += layer_kind_findings(config.attn_backends, settings, name)
+    elif name in (None, AUTO) and variable:
+        attention += variable_findings(variable, settings)
     attention = list(dict.fromkeys(attention))
     errors += [finding for finding in legacy if finding.why]
     errors += [*bad_name, *_missing_keys(values), *bad_values]

@@ -9,13 +9,22 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, Literal
 
-from attnimg.backends import all_backends, arch_code, find_backend, is_hub_path, runs_on
+from attnimg.backends import (
+    all_backends,
+    arch_code,
+    arch_mismatch,
+    find_backend,
+    is_hub_path,
+    runs_on,
+)
 from attnimg.config.schema import Config, make_error, make_warning
 from attnimg.facts import Arch, Backend, Finding, LayerKind, Needs
 
 AUTO = "auto"
+# The environment variable that replaces auto.
+VARIABLE: Literal["ATTNIMG_BACKEND"] = "ATTNIMG_BACKEND"
 # Short names that users try -> the backend. They are errors too, but not unknown-backend.
 ALIASES = {
     "flash": "flash_attention_2",
@@ -92,6 +101,26 @@ def layer_kind_findings(
         if not errors:
             chosen = replace(settings, backend=find_backend(name), resolved=True)
             yield from attention_findings(chosen)
+
+
+def variable_findings(value: str, settings: AttentionSettings) -> Iterator[Finding]:
+    """Yield the findings about ATTNIMG_BACKEND, with which `train` replaces auto.
+
+    Args:
+        value: the value of the variable.
+        settings: the values of the config; their backend is replaced.
+    """
+    key = "attn_implementation"
+    for error in name_errors(value):
+        what, do = f"{VARIABLE}: {error.what}", f"{error.do}; or unset {VARIABLE}"
+        yield make_error("bad-environment", key, what, error.why, do)
+        return
+    if value == AUTO:
+        return
+    what = f"{VARIABLE} replaces auto by {value} in this environment"
+    yield make_warning("backend-of-environment", key, what, f"unset {VARIABLE}, or keep it")
+    for found in attention_findings(replace(settings, backend=find_backend(value), resolved=True)):
+        yield replace(found, what=f"{VARIABLE}={value}: {found.what}")
 
 
 def _is_known(name: str) -> bool:
@@ -215,7 +244,7 @@ def _arch(settings: AttentionSettings) -> Iterator[Finding]:
         return  # the supported AMD GPUs depend on its build, which only `explain` checks
     fitting = [name for name in _ALTERNATIVES if runs_on(_needs(name), arch)]
     do = f"set attn_implementation: {' or '.join(fitting)}"
-    why = f"found {arch.name}, {backend.name} needs {backend.needs.arch_text}"
+    why = arch_mismatch(backend.name, backend.needs, arch)
     what = f"{backend.name} does not run on {arch.name}"
     yield make_error(arch_code(backend.needs, arch), "attn_implementation", what, why, do)
 

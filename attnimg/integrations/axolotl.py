@@ -39,8 +39,10 @@ from pydantic import BaseModel
 from transformers import AutoConfig, DataCollatorWithFlattening
 
 import attnimg
+from attnimg.api.advice import config_words
 from attnimg.config.attention import AUTO, LEGACY, replace_legacy_keys
 from attnimg.errors import AttnimgError
+from attnimg.integrations.transformers import apply_on_all_ranks
 
 LOG = get_logger("axolotl.integrations.attnimg")
 
@@ -90,6 +92,7 @@ class AttnimgPlugin(BasePlugin):  # type: ignore[misc]  # axolotl is not install
         """Return the class with the keys that the plugin adds to the config."""
         return "attnimg.integrations.axolotl.AttnimgArgs"
 
+    @config_words()
     def register(self, cfg: dict[str, Any]) -> None:
         """Select and verify a backend, and set attn_implementation for the rest of axolotl.
 
@@ -127,6 +130,7 @@ class AttnimgPlugin(BasePlugin):  # type: ignore[misc]  # axolotl is not install
             cfg["attn_implementation"],
         )
 
+    @config_words()
     def pre_model_load(self, cfg: DictDefault) -> None:  # noqa: ARG002  the hook's signature
         """Register the backend with transformers until the end of training."""
         # axolotl calls this again for a reference model.
@@ -134,19 +138,27 @@ class AttnimgPlugin(BasePlugin):  # type: ignore[misc]  # axolotl is not install
             self._in_use.enter_context(attnimg.use(self._choice))
             self._registered = True
 
+    @config_words()
     def post_trainer_create(self, cfg: DictDefault, trainer: Any) -> None:
         """Apply the backend to the model, check its packing, and write the receipt.
 
         Raises:
             KernelError: no allowed backend fits the loaded model.
             PackingLeak: packed documents affect one another with every allowed backend.
+            AttnimgError: the processes of the run chose different backends.
         """
         planned = self._choice
         if planned is None:
             return
         settings = _settings(cfg)
         collator = _collator(trainer) if settings["packing"] else None
-        choice = attnimg.apply(trainer.model, collator=collator, **self._asked, **settings)
+        choice = apply_on_all_ranks(
+            trainer.model,
+            cpu=trainer.args.device.type == "cpu",
+            collator=collator,
+            **self._asked,
+            **settings,
+        )
         if choice.backend != planned.backend:
             LOG.warning(
                 "attnimg: %s replaces %s, for which axolotl packed: %s",

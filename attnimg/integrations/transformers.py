@@ -19,6 +19,7 @@ from typing import Any, Unpack
 from transformers import TrainerCallback
 
 from attnimg import api
+from attnimg.api.advice import require_known
 from attnimg.errors import AttnimgError
 from attnimg.train.distributed import require_same_on_all_ranks
 
@@ -53,9 +54,7 @@ class AttnimgCallback(TrainerCallback):  # type: ignore[misc]  # transformers sh
     """
 
     def __init__(self, **settings: Unpack[api.Settings]) -> None:
-        unknown = sorted(settings.keys() - api.Settings.__annotations__.keys())
-        if unknown:
-            raise TypeError(f"AttnimgCallback takes no argument {unknown[0]!r}")
+        require_known("AttnimgCallback", settings, api.Settings.__annotations__)
         self.settings = settings
         self.choice: api.Choice | None = None
 
@@ -73,28 +72,23 @@ class AttnimgCallback(TrainerCallback):  # type: ignore[misc]  # transformers sh
         collator = getattr(train_dataloader, "collate_fn", None)
         # Trainer wraps the collator of a dataset that is not one of the library `datasets`.
         collator = getattr(collator, "data_collator", collator)
-        settings = read_settings(args, collator) | self.settings
+        implied = read_settings(args, collator)
+        settings = implied | self.settings
         packing = bool(settings.get("packing"))
+        if implied["packing"] and not packing:
+            _log.warning(
+                "packing=False, but %s packs documents: their isolation is not checked; "
+                "leave packing out",
+                type(collator).__name__,
+            )
         if packing:
             _require_whole_weights(model)
-        choice = failure = None
-        try:
-            choice = api.apply(model, collator=collator if packing else None, **settings)
-        except AttnimgError as error:  # raised below, unless another process has another result
-            failure = error
-        try:
-            require_same_on_all_ranks(
-                {"attention": _digest(choice) if choice else str(failure)},
-                cpu=args.device.type == "cpu",
-                timeout_s=None,
-            )
-        except AttnimgError:
-            if choice is not None:
-                api.restore(model)
-            raise
-        if choice is None:
-            assert failure is not None
-            raise failure
+        choice = apply_on_all_ranks(
+            model,
+            cpu=args.device.type == "cpu",
+            collator=collator if packing else None,
+            **settings,
+        )
         self.choice = choice
         if state.is_world_process_zero:
             path = Path(args.output_dir) / CHOICE_FILE
@@ -106,6 +100,39 @@ class AttnimgCallback(TrainerCallback):  # type: ignore[misc]  # transformers sh
         """Restore the model's previous attention."""
         del args, state, control
         api.restore(model)
+
+
+def apply_on_all_ranks(
+    model: Any, *, cpu: bool, collator: Any = None, **settings: Unpack[api.Settings]
+) -> api.Choice:
+    """Apply a backend to a model in each process of a run; see attnimg.apply.
+
+    Args:
+        model: the model.
+        cpu: whether the processes use gloo, because there is no GPU.
+        collator: for the packing check; None for attnimg's own batches.
+        settings: the arguments of `attnimg.select`.
+
+    Raises:
+        AttnimgError: it failed, or the processes have different results; then nothing is applied.
+    """
+    choice = failure = None
+    try:
+        choice = api.apply(model, collator=collator, **settings)
+    except AttnimgError as error:  # raised below, unless another process has another result
+        failure = error
+    try:
+        require_same_on_all_ranks(
+            {"attention": _digest(choice) if choice else str(failure)}, cpu=cpu, timeout_s=None
+        )
+    except AttnimgError:
+        if choice is not None:
+            api.restore(model)
+        raise
+    if choice is None:
+        assert failure is not None
+        raise failure
+    return choice
 
 
 def read_settings(args: Any, collator: Any = None) -> api.Settings:

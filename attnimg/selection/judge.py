@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import replace
 
-from attnimg.backends import arch_code, conflicting_variables, local_kernel, runs_on
+from attnimg.backends import arch_code, arch_mismatch, conflicting_variables, local_kernel, runs_on
 from attnimg.facts import (
     Backend,
     HeadDims,
@@ -60,7 +60,7 @@ def reasons_against(backend: Backend, machine: Machine, problem: Problem) -> tup
         found += _local_reasons(backend, local, machine, problem)
         return (*found, *filter(None, [against_class]))
     if not runs_on(needs, machine.arch):
-        text = f"found {machine.arch.name}, needs {needs.arch_text}"
+        text = arch_mismatch("", needs, machine.arch)
         found.append(Reason(code=arch_code(needs, machine.arch), text=text))
     found += _variant_reasons(backend, machine)
     found += _dtype_reasons(backend, machine, problem)
@@ -156,6 +156,9 @@ def _model_reasons(backend: Backend, machine: Machine, problem: Problem) -> Iter
         )
     for layer in model.layers:
         yield from layer_reasons(layer, needs.head_dims, major, features)
+        if layer.features >= {"softcap", "sinks"} <= needs.exclusive:
+            text = f"{layer.count} layers use a logit soft cap and sinks, supports only one"
+            yield Reason(code="sinks", text=text)
     capped = any(layer.softcap for layer in model.layers)
     if problem.dropout and capped and needs.exclusive >= {"softcap", "dropout"}:
         text = f"found attention dropout {problem.dropout} and a soft cap, supports only one"

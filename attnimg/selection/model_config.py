@@ -11,6 +11,7 @@ import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,32 @@ def find_config(base_model: str, *, revision: str | None = None) -> Path | None:
     except (OSError, RuntimeError):  # not a valid path, no permission, or no home folder
         return None
     return _find_cached(base_model, revision) if _HUB_NAME.fullmatch(base_model) else None
+
+
+def missing_folder(base_model: str) -> AttnimgError | None:
+    """Return the error for the path of a folder that does not exist; None for a hub name.
+
+    Args:
+        base_model: the name of a model for which `find_config` found nothing.
+    """
+    if _HUB_NAME.fullmatch(base_model):
+        return None
+    path = Path(base_model)
+    try:
+        path = path.expanduser()
+        others = [other.name for other in path.parent.iterdir() if other.is_dir()]
+    except (OSError, RuntimeError):  # the parent folder is missing, or there is no home folder
+        others = []
+    similar = get_close_matches(path.name, others, n=1)
+    do = "correct the path; inside a container, the folder must be mounted (-v)"
+    if similar:
+        folder, slash, _ = base_model.rstrip("/").rpartition("/")
+        do = f"set base_model: {folder}{slash}{similar[0]}"
+    return _bad_model(
+        f"there is no folder {base_model}",
+        why=f"looked for {path.absolute()}; only org/name or name is looked up on the hub",
+        do=do,
+    )
 
 
 def read_config(path: Path) -> dict[str, Any]:

@@ -11,10 +11,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
-from typing import Any, Literal
+from typing import Any
 
 from attnimg.backends import all_backends, find_backend
-from attnimg.config.attention import name_errors
+from attnimg.config.attention import VARIABLE, name_errors
 from attnimg.errors import AttnimgError, set_backend
 from attnimg.facts import (
     Arch,
@@ -36,8 +36,6 @@ from attnimg.selection.judge import judge, reason_against_registered
 from attnimg.selection.model_types import mask_refusal
 
 AUTO = "auto"
-# The environment variable that replaces "auto".
-VARIABLE: Literal["ATTNIMG_BACKEND"] = "ATTNIMG_BACKEND"
 # Codes of reasons about the GPU. A flash backend that the config names is refused for such a
 # reason; for other reasons, such as an unsupported head size, a member of its family replaces it.
 _ARCH_CODES = frozenset(backend.needs.arch_code for backend in all_backends())

@@ -286,9 +286,11 @@ def _train(session: Session, receipt: dict[str, object]) -> FitResult:
         view.end()
     files, steps = save_final_model(engine, config, session.folder), engine.state.global_step
     if first:
-        subtitle = f"attention {session.run.backend}, {session.run.context.dtype}, {steps:,} steps"
-        title = Path(str(config.base_model)).name
-        picture = records.plot_loss(session.folder, title=title, subtitle=subtitle)
+        subtitle = (
+            f"base model {Path(str(config.base_model)).name}, attention {session.run.backend}, "
+            f"{session.run.context.dtype}, {steps:,} steps"
+        )
+        picture = records.plot_loss(session.folder, title="Training loss", subtitle=subtitle)
         files += [path for path in (picture, session.folder / records.METRICS_FILE) if path]
     # Everything is written: a later signal has nothing to save.
     session.stop.training = False

@@ -220,8 +220,8 @@ def plot_loss(folder: Path, *, title: str, subtitle: str) -> Path | None:
 
     Args:
         folder: output_dir.
-        title: the model.
-        subtitle: the attention backend and other settings that distinguish two plots.
+        title: what is shown.
+        subtitle: the model, the attention backend and other settings that distinguish two plots.
 
     Returns:
         The path of the image; None when nothing was logged.
@@ -235,10 +235,11 @@ def plot_loss(folder: Path, *, title: str, subtitle: str) -> Path | None:
     if not train:
         return None
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
     from matplotlib.ticker import MaxNLocator
 
     # A Figure made without pyplot needs no display and changes no global state.
-    figure = Figure(figsize=(8, 4.5), dpi=150, layout="constrained")
+    figure = Figure(figsize=(8, 4.5), dpi=150, layout=ConstrainedLayoutEngine(w_pad=0.2, h_pad=0.1))
     axes = figure.add_subplot()
     steps, losses = zip(*train, strict=True)
     smoothed = len(train) > 20

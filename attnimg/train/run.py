@@ -19,7 +19,7 @@ from attnimg.context import describe_context
 from attnimg.facts import Finding, Machine, Plan
 from attnimg.files import read_regular
 from attnimg.pipeline import Report, Selected, kernel_hashes, select, select_verify_apply
-from attnimg.selection.model_config import read_config
+from attnimg.selection.model_config import missing_folder, read_config
 from attnimg.selection.plan import plan_dict
 from attnimg.task import Task, build_task, model_file
 from attnimg.train.base_model import judge_base_model
@@ -63,6 +63,8 @@ def train(config: Config, machine: Machine, *, report: TrainReport, stop: StopFl
     from attnimg.train.intact import read_checkpoint_hash
 
     path = model_file(config)
+    if path is None and (missing := missing_folder(config.base_model or "")) is not None:
+        raise missing
     raw = read_config(path) if path is not None else None
     if raw is not None:
         _require_base_model(config, raw, machine, report)

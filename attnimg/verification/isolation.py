@@ -119,6 +119,7 @@ def check_isolation(
 
     Raises:
         CollatorError: `collate` raised, or its batch does not have the documents.
+        PackingLeak: `collate` raised it.
         AttnimgError: out of memory, which proves nothing about the model (code out-of-memory).
     """
     proof = IsolationProof(
@@ -131,7 +132,7 @@ def check_isolation(
     )
     try:
         figures = _compare(model, context=context, collate=collate)
-    except CollatorError:
+    except (CollatorError, PackingLeak):
         raise
     # Model code and kernels may raise anything: ValueError where transformers refuses packing,
     # TypeError on an unknown argument, IndexError beyond a position table. The reason is kept.
@@ -407,6 +408,8 @@ def _collated(
     try:
         inputs = collate(rows)
         flat = inputs["input_ids"].flatten()
+    except PackingLeak:  # raised for a batch without the boundaries of its documents
+        raise
     # A collator is the user's code, and may raise anything. The reason is kept.
     except Exception as error:
         raise CollatorError(f"the collator raised {type(error).__name__}: {error}") from error

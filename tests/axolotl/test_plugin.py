@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -112,10 +113,14 @@ def test_the_precision_is_that_of_axolotl(
     assert settings["sequence_len"] == example["sequence_len"]
 
 
+CPU = torch.device("cpu")
+
+
 @dataclass
 class Args:
     multipack_real_batches: bool
     sample_packing_drop_attention_mask: bool = True
+    device: torch.device = CPU
 
 
 @dataclass

@@ -149,7 +149,7 @@ def explained(file: Path) -> list[str]:
 
     out = io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.suppress(SystemExit):
-        explain(str(file), on=None, image=None, as_json_lines=True)
+        explain(str(file), settings=[], on=None, image=None, as_json_lines=True)
     return [error["code"] for error in json.loads(out.getvalue())["errors"]]
 
 

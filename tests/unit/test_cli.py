@@ -422,6 +422,41 @@ def test_a_terminal_gets_the_same_words_as_a_file(monkeypatch: pytest.MonkeyPatc
     assert "x[bold].yaml" in texts[0]
 
 
+def test_train_refuses_a_base_model_whose_path_does_not_exist(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    Path("model").mkdir()
+    file = write("x.yaml", GOOD.replace("org/model", "./modle"))
+    code, out, err = run(capsys, "train", file)
+    assert (code, out) == (2, "")
+    assert "there is no folder ./modle" in err
+    assert "set base_model: ./model\n" in err
+
+
+def test_explain_takes_the_settings_that_train_takes(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("model").mkdir()
+    write("model/config.json", json.dumps(LLAMA))
+    file = write("x.yaml", GOOD.replace("org/model", "./model"))
+    for target, settings in (
+        (file, ["sample_packing=true", "attn_implementation=sdpa"]),
+        ("model", ["attn_implementation=sdpa", "sequence_len=4096", "sample_packing=true"]),
+    ):
+        code, out, _ = run(capsys, "explain", target, *settings, "--on", "h100", "--json")
+        (line,) = objects(out)
+        assert (code, line["chosen"]["backend"]) == (0, "sdpa"), target
+        assert "packing-by-mask" in [warning["code"] for warning in line["warnings"]], target
+        assert line["quadratic_memory"] is not None, target
+        code, out, err = run(capsys, "explain", target, "sample_packing", "--on", "h100")
+        assert code == 2
+        assert "'sample_packing' is not key=value" in err
+
+
+def test_explain_prints_no_trailing_blanks(capsys: pytest.CaptureFixture[str]) -> None:
+    _, out, _ = run(capsys, "explain", write("x.yaml", GOOD), "--on", "h100")
+    assert [line for line in out.splitlines() if line != line.rstrip()] == []
+    assert len(out.splitlines()) > 10
+
+
 def test_train_refuses_the_same_as_check(capsys: pytest.CaptureFixture[str]) -> None:
     wrong = "lr_scheduler: linear\ncosine_min_lr_ratio: 0.1\neval_steps: 5\nwarmup_steps: 0\n"
     file = write("x.yaml", f"{GOOD}{wrong}warmup_ratio: 0.1\n")
@@ -431,3 +466,49 @@ def test_train_refuses_the_same_as_check(capsys: pytest.CaptureFixture[str]) -> 
     code, out, trained = run(capsys, "train", file)
     assert (code, out) == (2, "")
     assert checked in trained
+
+
+@pytest.mark.parametrize(
+    ("gpu", "words"),
+    [
+        ("cpu", "flash_attention_3 needs a GPU of sm_90 (Hopper); found none (CPU)"),
+        ("a100", "found sm_80, flash_attention_3 needs sm_90 (Hopper)"),
+    ],
+)
+def test_a_backend_of_another_gpu_is_refused_with_what_was_found(
+    capsys: pytest.CaptureFixture[str], gpu: str, words: str
+) -> None:
+    file = write("x.yaml", GOOD + "attn_implementation: flash_attention_3\n")
+    code, _, err = run(capsys, "check", file, "--on", gpu)
+    assert code == 2
+    assert words in err
+    _, out, _ = run(capsys, "explain", file, "--on", gpu, "--json")
+    (line,) = objects(out)
+    (judged,) = [c for c in line["candidates"] if c["backend"] == "flash_attention_3"]
+    assert judged["reasons"][0]["text"] == words.replace("flash_attention_3 ", "")
+
+
+@pytest.mark.parametrize(
+    ("variable", "added", "codes"),
+    [
+        ("sdpa", "", []),
+        ("auto", "", []),
+        ("fp8", "", ["packing-not-isolated"]),
+        ("fp8", "attn_implementation: sdpa\n", []),
+        ("fp8", "attn_implementation: auto\n", ["packing-not-isolated"]),
+        ("fa2", "", ["bad-environment"]),
+        ("s2", "attn_backends: {full: sdpa}\n", []),
+    ],
+)
+def test_check_refuses_what_train_refuses_of_the_variable(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+    variable: str, added: str, codes: list[str],
+) -> None:  # fmt: skip
+    file = write("x.yaml", f"{GOOD}sample_packing: true\n{added}")
+    monkeypatch.setenv("ATTNIMG_BACKEND", variable)
+    code, out, _ = run(capsys, "check", file, "--json")
+    (line,) = objects(out)
+    assert (code, [error["code"] for error in line["errors"]]) == (2 if codes else 0, codes)
+    replaced = variable in ("sdpa", "fp8") and "sdpa" not in added
+    assert replaced is any(w["code"] == "backend-of-environment" for w in line["warnings"])
+    assert line["attn"]["attn_implementation"] in (None, "auto", "sdpa")

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+import gc
 import json
+import pickle
+import threading
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,8 +18,8 @@ from tiny_models import tiny_model
 from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM
 
 import attnimg
-from attnimg import api
 from attnimg.__main__ import run
+from attnimg.api import choice as choice_module
 from attnimg.facts import Arch
 
 CONFIG = {"model_type": "llama", "num_hidden_layers": 2, "hidden_size": 64,
@@ -23,11 +28,10 @@ CONFIG = {"model_type": "llama", "num_hidden_layers": 2, "hidden_size": 64,
 
 @pytest.fixture(autouse=True)
 def _restored():
-    """Restore the models that a test has applied a backend to."""
+    """Check that the models of a test leave the registries when they are deleted."""
     before = registered()
     yield
-    for model in list(api._applied):
-        attnimg.restore(model)
+    gc.collect()
     assert registered() == before
 
 
@@ -178,8 +182,35 @@ def test_the_trainers_collator_makes_the_batch_of_the_check():
     attnimg.check_packing(model, collator=Collator())
     assert seen == [2]
     # Without position_ids nothing separates the documents.
-    with pytest.raises(attnimg.PackingLeak):
-        attnimg.check_packing(model, collator=Collator(return_position_ids=False))
+    for call in (attnimg.check_packing, partial(attnimg.apply, packing=True)):
+        with pytest.raises(attnimg.PackingLeak, match="the collator Collator packs") as caught:
+            call(model, collator=Collator(return_position_ids=False))
+        assert "found input_ids, labels for 2 documents in 1 row(s)" in caught.value.why
+    assert running(model) == "sdpa"
+
+
+def test_a_collator_that_pads_rows_needs_no_boundaries():
+    from torch.nn.utils.rnn import pad_sequence
+
+    def collate(examples):
+        rows = [torch.tensor(example["input_ids"]) for example in examples]
+        return {
+            "input_ids": pad_sequence(rows, batch_first=True),
+            "attention_mask": pad_sequence([torch.ones_like(row) for row in rows], True),
+        }
+
+    attnimg.check_packing(tiny_model("llama", "sdpa"), collator=collate)
+
+
+def test_a_collator_that_is_not_used_is_a_warning(caplog):
+    from transformers import DataCollatorWithFlattening
+
+    model = tiny_model("llama", "sdpa")
+    attnimg.apply(model, collator=DataCollatorWithFlattening())
+    assert "needs packing=True" in caplog.text
+    caplog.clear()
+    attnimg.apply(model, collator=DataCollatorWithFlattening(), packing=True)
+    assert "needs packing=True" not in caplog.text
 
 
 def test_a_named_kernel_that_fails_its_proof_is_an_error(tmp_path, monkeypatch):
@@ -214,7 +245,7 @@ def test_an_exception_inside_use_restores_the_registries():
     with pytest.raises(KeyboardInterrupt):
         interrupted()
     assert registered() == before
-    assert api._in_use.get() == ()
+    assert choice_module.in_use.get() == ()
 
 
 def test_nested_blocks_check_the_inner_choice():
@@ -246,6 +277,88 @@ def test_restoring_inside_use_leaves_the_block_its_backend():
         logits(tiny_model("opt", choice.implementation))
 
 
+def test_a_deleted_model_leaves_the_registries():
+    before = registered()
+    model = tiny_model("opt", "eager")
+    attnimg.apply(model, packing=True)
+    assert registered() != before
+    del model
+    gc.collect()
+    assert registered() == before
+
+
+def test_a_model_that_is_deleted_inside_use_leaves_the_registries_after_the_block():
+    before = registered()
+    model = tiny_model("opt", "eager")
+    attnimg.apply(model, packing=True)
+    with attnimg.use(attnimg.select(tiny_model("opt").config, packing=True)) as choice:
+        other = tiny_model("opt", choice.implementation)
+        del model
+        gc.collect()
+        logits(other)
+    assert registered() == before
+
+
+def test_a_copy_of_a_model_runs_its_backend_until_it_is_restored():
+    model, before = tiny_model("opt", "eager"), registered()
+    expected = logits(model)
+    attnimg.apply(model, packing=True)
+    copied = copy.deepcopy(model)
+    attnimg.restore(model)
+    assert running(copied) == "attnimg_torch_math"
+    torch.testing.assert_close(
+        logits(copied), expected, rtol=0, atol=ROUNDING * expected.abs().max().item()
+    )
+    attnimg.restore(copied)
+    assert (running(copied), registered()) == ("eager", before)
+
+
+@pytest.mark.parametrize("again", [attnimg.restore, attnimg.apply], ids=["restore", "apply"])
+def test_a_pickled_model_is_restored_where_it_is_loaded(again):
+    model = tiny_model("opt", "eager")
+    attnimg.apply(model, packing=True)
+    kept = pickle.dumps(model)
+    assert b"attnimg.api" not in kept  # it can be loaded where attnimg is not installed
+    attnimg.restore(model)
+    loaded = pickle.loads(kept)
+    with pytest.raises(KeyError, match="attnimg_torch_math"):
+        logits(loaded)
+    again(loaded)
+    logits(loaded)
+    if again is attnimg.apply:
+        attnimg.restore(loaded)
+    assert running(loaded) == "eager"
+
+
+def test_blocks_of_two_threads_may_overlap():
+    before, config = registered(), tiny_model("opt").config
+    choices = [attnimg.select(config, packing=True).verify() for _ in range(2)]
+    entered, left = threading.Barrier(2), threading.Event()
+    found = []
+
+    def first():
+        with attnimg.use(choices[0]):
+            entered.wait(30)
+        left.set()
+
+    def second():
+        with attnimg.use(choices[1]) as choice:
+            model = tiny_model("opt", choice.implementation)
+            entered.wait(30)
+            assert left.wait(30)
+            found.append(logits(model))
+            attnimg.check_packing(model)
+            found.append("isolated")
+
+    threads = [threading.Thread(target=one) for one in (first, second)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert found[1:] == ["isolated"]
+    assert registered() == before
+
+
 def test_all_fitting_backends_are_verified():
     proofs = attnimg.verify(CONFIG, packing=True)
     assert [proof.backend for proof in proofs] == ["sdpa", REGISTERED, "eager"]
@@ -265,6 +378,8 @@ def test_every_form_of_a_model_has_the_same_choice(tmp_path):
 
 WRONG = [
     pytest.param("org/none", {}, "not on this machine", id="a-name-that-is-not-here"),
+    pytest.param({"hidden_size": 64}, {}, "does not describe", id="a-dict-without-heads"),
+    pytest.param({}, {}, "does not describe", id="an-empty-dict"),
     pytest.param(5, {}, "this is not a model", id="a-number"),
     pytest.param(torch.nn.Linear(2, 2), {}, "this is not a model", id="a-module-of-torch"),
     pytest.param(CONFIG, {"backend": "flash5"}, "unknown backend", id="misspelt-backend"),
@@ -286,6 +401,62 @@ WRONG = [
 def test_wrong_arguments_are_refused(model, arguments, text):
     with pytest.raises(attnimg.AttnimgError, match=text):
         attnimg.select(model, **arguments)
+
+
+TYPOS = [
+    (attnimg.select, "packed", "select() got an unexpected keyword argument 'packed'. Did you mean "
+     "'packing'?"),
+    (attnimg.apply, "sequence_length", "Did you mean 'sequence_len'?"),
+    (attnimg.apply, "colator", "Did you mean 'collator'?"),
+    (attnimg.verify, "attn_implementation", "Did you mean 'backend'?"),
+    (attnimg.check_packing, "collate", "Did you mean 'collator'?"),
+    (attnimg.AttnimgCallback, "packng", "AttnimgCallback() got an unexpected keyword argument "
+     "'packng'. Did you mean 'packing'?"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("call", "name", "message"), TYPOS)
+def test_an_unknown_argument_is_refused_with_the_nearest_name(call, name, message):
+    model = () if call is attnimg.AttnimgCallback else (CONFIG,)
+    with pytest.raises(TypeError) as caught:
+        call(*model, **{name: True})
+    assert message in str(caught.value)
+
+
+def test_an_argument_without_a_near_name_is_refused_without_one():
+    with pytest.raises(TypeError, match=r"unexpected keyword argument 'zzz'$"):
+        attnimg.select(CONFIG, zzz=1)
+
+
+def test_use_needs_a_choice():
+    needs = r"needs the result of attnimg\.select, found 'sdpa'"
+    with pytest.raises(TypeError, match=needs), attnimg.use("sdpa"):
+        pass
+
+
+def test_a_dict_without_heads_is_refused_with_what_it_lacks():
+    given = {"model_type": "own", "hidden_size": 64, "n_layer": 2}
+    with pytest.raises(attnimg.AttnimgError, match="does not describe") as caught:
+        attnimg.select(given)
+    assert "needed num_attention_heads, or" in caught.value.why
+    assert caught.value.do.startswith("add num_attention_heads as in config.json")
+    layers = str(attnimg.select(given | {"num_attention_heads": 4}))
+    assert "2 layers, 4 heads, 4 kv_heads, head_dim 16" in layers
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"model_type": "llama"},
+        {"model_type": "mamba"},
+        {"model_type": "rwkv", "hidden_size": 64, "num_hidden_layers": 2},
+        {"num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 4},
+        {"text_config": {"num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 4}},
+    ],
+    ids=str,
+)
+def test_a_dict_that_describes_a_model_passes(given):
+    assert attnimg.select(given, on="h100").backend
 
 
 @pytest.mark.parametrize("call", [attnimg.apply, attnimg.restore, attnimg.check_packing])
@@ -346,9 +517,9 @@ def test_a_model_without_weights_is_refused_before_it_is_called():
 
 
 def test_a_model_that_is_not_on_the_gpu_yet_is_refused_before_it_is_called(monkeypatch):
-    machine, image = api.find_machine(None, None)
+    machine, image = choice_module.find_machine(None, None)
     gpu = replace(machine, arch=Arch(name="sm_90", vendor="nvidia", capability=(9, 0)), gpu="H100")
-    monkeypatch.setattr(api, "find_machine", lambda *_: (gpu, image))
+    monkeypatch.setattr(choice_module, "find_machine", lambda *_: (gpu, image))
     model = tiny_model("llama", "eager")
     with pytest.raises(attnimg.AttnimgError, match="while the model is on the CPU") as caught:
         attnimg.apply(model, packing=True)

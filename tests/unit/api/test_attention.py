@@ -118,6 +118,28 @@ def test_packed_documents_are_computed_one_by_one(backend, features):
     )
 
 
+@pytest.mark.parametrize("backend", ["auto", "eager"])
+def test_a_soft_cap_beside_sinks_is_refused_before_the_call(backend):
+    tensors = [draw(1, 9, 4, 16) for _ in "qkv"]
+    with pytest.raises(attnimg.KernelError) as caught:
+        attnimg.attention(*tensors, softcap=3.0, sinks=draw(4), backend=backend, verify=False)
+    assert caught.value.code == ("not-built" if backend == "auto" else "sinks")
+    assert "eager" not in caught.value.do
+    for alone in ({"softcap": 3.0}, {"sinks": draw(4)}):
+        attnimg.attention(*tensors, **alone, backend=backend, verify=False)
+
+
+def test_a_later_change_of_the_variable_counts(monkeypatch):
+    tensors = [draw(1, 9, 4, 16) for _ in "qkv"]
+    attnimg.attention(*tensors, verify=False)
+    monkeypatch.setenv("ATTNIMG_BACKEND", "flash_attention_3")
+    with pytest.raises(attnimg.KernelError, match="flash_attention_3 cannot be used here"):
+        attnimg.attention(*tensors, verify=False)
+    attnimg.attention(*tensors, backend="sdpa", verify=False)
+    monkeypatch.delenv("ATTNIMG_BACKEND")
+    attnimg.attention(*tensors, verify=False)
+
+
 def test_sinks_learn():
     tensors = [draw(9, 4, 16), draw(9, 2, 16), draw(9, 2, 16), draw(4)]
     compare(

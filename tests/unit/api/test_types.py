@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 from textwrap import dedent
 
@@ -91,6 +92,27 @@ def test_each_wrong_argument_is_an_error(found):
     lines = {int(line.split(":")[1]) for line in found if line.startswith("wrong.py")}
     first = dedent(WRONG).splitlines().index('attnimg.select("org/model", packing="x")') + 1
     assert lines == set(range(first, len(dedent(WRONG).splitlines()) + 1))
+
+
+def test_a_script_outside_the_checkout_finds_the_types(tmp_path):
+    if any(Path(sysconfig.get_path("purelib")).glob("__editable___attnimg_*_finder.py")):
+        pytest.skip("attnimg was installed by an older `make setup`: run make clean setup")
+    (tmp_path / "mypy.ini").write_text(dedent(CONFIG))
+    (tmp_path / "script.py").write_text(
+        'import attnimg\n\nattnimg.select("org/model", on="h100")\nattnimg.select(5, packing="x")\n'
+    )
+    environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "MYPYPATH")}
+    done = subprocess.run(
+        [sys.executable, "-m", "mypy", "script.py"],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    errors = [line for line in done.stdout.splitlines() if ": error:" in line]
+    assert ["arg-type" in line for line in errors] == [True], done.stdout
+    assert errors[0].startswith("script.py:4:")
 
 
 LIGHT = [

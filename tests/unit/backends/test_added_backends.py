@@ -169,3 +169,20 @@ def test_two_with_one_name_in_transformers_are_not_mixed_up(install):
     assert ["another backend has applied_as" in warning.what for warning in choice.warnings] == [
         True
     ]
+
+
+@pytest.mark.parametrize("count", [200, 201, 20_000])
+def test_more_backends_than_can_be_judged_are_refused_as_a_whole(install, count):
+    install(
+        RIGHT + "\n    from dataclasses import replace\n"
+        "    MANY = [replace(BACKEND, name=f'acme_{n}', applied_as=f'attnimg_acme_{n}')\n"
+        f"            for n in range({count})]\n",
+        entry="acme = acme:MANY",
+    )
+    choice = attnimg.select(CONFIG, sequence_len=64)
+    if count == backends.MOST_ADDED:
+        assert (choice.backend, choice.warnings) == ("acme_0", ())
+        return
+    assert choice.backend == "sdpa"
+    (warning,) = choice.warnings
+    assert f"found {count:,} backends of other packages, needed at most 200" in warning.what

@@ -117,7 +117,7 @@ def test_rows_of_one_document_are_not_packed(tmp_path):
 
 
 def test_an_argument_that_select_does_not_have_is_refused_at_once():
-    with pytest.raises(TypeError, match="no argument 'sequence_length'"):
+    with pytest.raises(TypeError, match="Did you mean 'sequence_len'"):
         AttnimgCallback(sequence_length=5)
 
 
@@ -211,3 +211,10 @@ def test_processes_must_choose_the_same(backends, printed, tmp_path):
     found = re.findall(r"[01] (?:trained|rank-mismatch) [A-Za-z]+", done.stdout)
     assert sorted(found) == printed, done.stderr
     assert (tmp_path / "out" / "attnimg.json").exists() is (backends[0] == backends[1])
+
+
+@pytest.mark.parametrize("packing", [{"packing": False}, {}], ids=str)
+def test_packing_that_is_denied_is_a_warning(packing, tmp_path, caplog):
+    a_trainer(tmp_path, [AttnimgCallback(**packing)], max_steps=1).train()
+    warned = "DataCollatorWithFlattening packs documents" in caplog.text
+    assert warned is bool(packing)

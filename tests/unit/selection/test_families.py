@@ -33,7 +33,7 @@ from attnimg.cli.explain import explain
 for file in sys.argv[1:]:
     out = io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.suppress(SystemExit):
-        explain(file, on=None, image=None, as_json_lines=True)
+        explain(file, settings=[], on=None, image=None, as_json_lines=True)
     print(json.dumps([error["code"] for error in json.loads(out.getvalue())["errors"]]))
 """
 

@@ -9,7 +9,7 @@ import pytest
 from attnimg.errors import AttnimgError
 from attnimg.facts import LayerGroup
 from attnimg.selection.attention_shapes import read_attention_dropout, read_model
-from attnimg.selection.model_config import find_config, read_config
+from attnimg.selection.model_config import find_config, missing_folder, read_config
 
 
 @pytest.mark.parametrize(
@@ -211,3 +211,33 @@ def test_an_adapter_in_the_place_of_a_model_is_named_with_its_base_model(tmp_pat
         (adapter / "adapter_config.json").write_text(damaged)
         with pytest.raises(AttnimgError, match="is an adapter, not a model"):
             read_config(adapter / "config.json")
+
+
+@pytest.mark.parametrize(
+    "written", ["./modle", "{here}/modle", "modle/", "../here/modle", "~/modle"]
+)
+def test_a_path_that_does_not_exist_is_refused_with_the_nearest_name(
+    written, tmp_path, monkeypatch
+):
+    here = tmp_path / "here"
+    (here / "model").mkdir(parents=True)
+    (here / "model" / "config.json").write_text("{}")
+    monkeypatch.chdir(here)
+    monkeypatch.setenv("HOME", str(here))
+    written = written.format(here=here)
+    assert find_config(written) is None
+    error = missing_folder(written)
+    assert error is not None
+    assert error.key == "base_model"
+    key, _, advised = error.do.partition("set base_model: ")
+    assert (key, find_config(advised).is_file()) == ("", True)
+
+
+@pytest.mark.parametrize("name", ["org/model", "gpt2", "meta-llama/Llama-3.1-8B"])
+def test_a_hub_name_is_not_the_path_of_a_folder(name):
+    assert missing_folder(name) is None
+
+
+def test_a_path_with_no_name_near_it_has_to_be_corrected(tmp_path):
+    error = missing_folder(str(tmp_path / "none" / "model"))
+    assert error.do.startswith("correct the path")
