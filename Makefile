@@ -100,7 +100,7 @@ bench: .venv/ready ## Measure the figures in the README
 bench/proof-noise: .venv/ready ## Count wrong proofs of kernels with the numerical noise of a GPU; an hour
 	$(BIN)/python benchmarks/proof_noise.py
 
-bench/checkpoints: .venv/ready ## Measure the time of hashing in saving and resuming checkpoints; 2 minutes
+bench/checkpoints: .venv/ready ## Measure the time of hashing in saving and resuming checkpoints; 10 minutes
 	@mkdir -p build
 	$(BIN)/python benchmarks/checkpoints.py
 

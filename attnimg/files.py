@@ -329,13 +329,8 @@ def map_in_threads(function: Callable[[T], R], items: Iterable[T]) -> list[R]:
     return [function(item) for item in items]
 
 
-def thread_pool(threads: int, *, nice: int = 0) -> Executor:
-    """Return a thread pool; where threads can't start, an executor that runs each call at once.
-
-    Args:
-        threads: the maximum number of threads.
-        nice: added to their nice value, such as 10 to give other threads priority.
-    """
+def thread_pool(threads: int) -> Executor:
+    """Return a thread pool; where threads can't start, an executor that runs each call at once."""
     # Imported here: `attnimg check` needs none of them, and they take 7 ms of CPU time.
     from concurrent.futures import Executor, Future, ThreadPoolExecutor
 
@@ -350,9 +345,7 @@ def thread_pool(threads: int, *, nice: int = 0) -> Executor:
 
     if _memory_is_limited():
         return ImmediateExecutor()
-    # On Linux nice(2) changes the nice value of the calling thread, not of the whole process.
-    # Source: https://man7.org/linux/man-pages/man2/nice.2.html, "BUGS" (2026-11-27).
-    return ThreadPoolExecutor(threads, initializer=os.nice, initargs=(nice,))
+    return ThreadPoolExecutor(threads)
 
 
 def _memory_is_limited() -> bool:

@@ -354,10 +354,6 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]  # transformers' types
         if session.restored.get("evaluate_first"):
             engine.evaluate_missed()
 
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Wait until the optimizer's state is hashed, since the step changes it."""
-        self.engine.hashes.wait_until_hashed()
-
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Update the bar, and save a checkpoint if any process received a stop signal."""
         self.view.step(state.global_step)

@@ -63,7 +63,7 @@ class CheckpointingTrainer(LossTrainer):
         elif self.args.should_save:
             for weights in Path(output_dir).glob("*.safetensors"):
                 if not weights.name.startswith("optimizer-"):
-                    self.hashes.start_hashing(weights)
+                    self.hashes.add_written(weights)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Load optimizer and schedule, as written by save_optimizer or by transformers' Trainer.
@@ -239,9 +239,9 @@ def write_state(folder: Path, name: str, state: object, *, step: int, hashes: Fi
     Args:
         folder: an existing folder.
         name: name of the files, without suffix.
-        state: as `state_dict` returns it; it must not change until it is hashed.
+        state: as `state_dict` returns it.
         step: optimizer steps done.
-        hashes: writes the tensors' files.
+        hashes: hashes the tensors' files while the next ones are written.
 
     Raises:
         UnsupportedState: it has objects other than numbers, strings and plain tensors; nothing
@@ -252,7 +252,10 @@ def write_state(folder: Path, name: str, state: object, *, step: int, hashes: Fi
     parts = _split_into_files(tensors)
     for number, part in enumerate(parts, 1):
         named = {str(place): tensors[place].detach().cpu().contiguous() for place in part}
-        hashes.write(folder / f"{name}-{number}.safetensors", _serialize(named))
+        path = folder / f"{name}-{number}.safetensors"
+        with path.open("wb") as file:
+            file.writelines(_serialize(named))
+        hashes.add_written(path)
     content = {"step": step, "files": len(parts), "state": tree}
     (folder / f"{name}.json").write_text(json.dumps(content), encoding="utf-8")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import subprocess
 import sys
@@ -14,7 +15,6 @@ from typing import Any
 import pytest
 
 from attnimg.errors import AttnimgError
-from attnimg.files import thread_pool
 from attnimg.train import checkpoint
 from attnimg.train import checkpoint as file_hashes
 from attnimg.train.checkpoint import FileHasher
@@ -58,7 +58,8 @@ from attnimg.train.checkpoint import PendingCheckpoint
 from attnimg.train.checkpoint import FileHasher
 path, pending = Path(sys.argv[1]), PendingCheckpoint()
 with FileHasher() as hashes:
-    hashes.write(path, [memoryview(b"abc")])
+    path.write_bytes(b"abc")
+    hashes.add_written(path)
     pending.start(lambda: print(*hashes.hash_all([path])))
     assert threading.active_count() == 1
     pending.wait()
@@ -190,28 +191,60 @@ def test_an_error_of_training_leaves_the_checkpoint_before_whole(
     assert whole(tmp_path / "out") == [2]
 
 
-def test_the_optimizer_is_hashed_before_its_next_step_changes_it(
+def test_training_does_not_wait_for_the_hashes(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    hash_of = file_hashes._hash_memory
+    out, hash_of = tmp_path / "out", file_hashes._hash_file
 
-    def late(content: Any) -> str:
-        time.sleep(0.3)
-        return hash_of(content)
+    def late(path: Path) -> str:
+        ends = time.monotonic() + 60
+        while path.parent.name == "checkpoint-2" and (
+            '"step": 3' not in (out / "metrics.jsonl").read_text()
+        ):
+            assert time.monotonic() < ends
+            time.sleep(0.01)
+        return hash_of(path)
 
-    monkeypatch.setattr(file_hashes, "_hash_memory", late)
-    run(tiny, tmp_path / "out", max_steps=3, save_steps=1)
-    assert whole(tmp_path / "out") == [1, 2, 3]
+    monkeypatch.setattr(file_hashes, "_hash_file", late)
+    run(tiny, out, **{**KEYS, "adapter": None})
+    assert whole(out) == [2, 4, 6], "the optimizer's step 3 does not change what is hashed"
 
 
-def test_damage_between_writing_and_hashing_is_found(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("cores", "at_once"), [(1, False), (2, False), (3, True)])
+def test_files_are_hashed_while_others_are_written_if_a_core_is_free(
+    cores: int, at_once: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
+    started = []
+    hash_of = file_hashes._hash_file
+    monkeypatch.setattr(
+        file_hashes, "_hash_file", lambda path: (started.append(path), hash_of(path))[1]
+    )
+    content = bytes(range(256)) * (file_hashes._BLOCK // 256) + b"more than one block"
+    first, second = tmp_path / "first", tmp_path / "second"
+    first.write_bytes(content)
+    second.write_bytes(b"")
+    with FileHasher() as hashes:
+        hashes.add_written(first)
+        hashes._flushers.submit(int).result()
+        hashes._hashers.submit(int).result()  # in the only thread, after jobs before it
+        assert bool(started) == at_once
+        found = hashes.hash_all([first, second])
+    assert found == [hashlib.sha256(data).hexdigest() for data in (content, b"")]
+
+
+def test_a_file_that_changed_after_it_was_written_is_hashed_again(tmp_path: Path) -> None:
     place = tmp_path / "checkpoint-4"
     place.mkdir()
+    path = place / "config.json"
+    path.write_bytes(b"first")
     with FileHasher() as hashes:
-        hashes.write(place / "optimizer-1.safetensors", [memoryview(bytes(1000))])
-        flipped("optimizer-1.safetensors")(place)
+        hashes.add_written(path)
+        path.write_bytes(b"second")
         checkpoint.write_manifest(place, hashes, step=4, processes=1)
-    assert find_damage(place)[0].startswith("optimizer-1.safetensors: found SHA-256")
+    assert find_damage(place) == []
+    flipped("config.json")(place)
+    assert find_damage(place)[0].startswith("config.json: found SHA-256")
 
 
 def test_without_threads_a_checkpoint_is_finished_at_once(tmp_path: Path) -> None:
@@ -221,11 +254,3 @@ def test_without_threads_a_checkpoint_is_finished_at_once(tmp_path: Path) -> Non
     )  # fmt: skip
     sha256_of_abc = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
     assert done.stdout.split() == [sha256_of_abc, "raised"], done.stderr
-
-
-def test_only_the_threads_that_hash_have_a_lower_priority() -> None:
-    mine = os.getpriority(os.PRIO_PROCESS, 0)
-    with thread_pool(1, nice=10) as lower, thread_pool(1) as same:
-        found = [pool.submit(os.getpriority, os.PRIO_PROCESS, 0).result() for pool in (lower, same)]
-    assert found == [min(mine + 10, 19), mine]
-    assert os.getpriority(os.PRIO_PROCESS, 0) == mine

@@ -22,7 +22,7 @@ def write(folder: Path, name: str, state: object, *, step: int) -> None:
     with FileHasher() as hashes:
         write_state(folder, name, state, step=step, hashes=hashes)
         paths = sorted(folder.glob(f"{name}-*.safetensors"))
-        assert set(paths) == set(hashes._files), "each was hashed from memory"
+        assert set(paths) == set(hashes._files), "each is hashed while others are written"
         for path, found in zip(paths, hashes.hash_all(paths), strict=True):
             assert found == hashlib.sha256(path.read_bytes()).hexdigest()
 
