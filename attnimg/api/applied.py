@@ -126,6 +126,7 @@ def _apply(choice: Choice, model: Any, collator: Collator | None) -> None:
             collate=_adapt_collator(collator),
         )
     except BaseException:
+        application.call_whole_rows(model)
         if application.current_implementation(model) != before:
             model.set_attn_implementation(before)
         application.unregister(application.registered_names() - registered)
@@ -169,6 +170,7 @@ def restore(model: Any) -> None:
                 code="not-applied",
             )
         delattr(application.inner_model(model), _APPLIED)
+        application.call_whole_rows(model)
         model.set_attn_implementation(found.before if isinstance(found, _Applied) else found)
         if isinstance(found, _Applied):
             found.hold.release()

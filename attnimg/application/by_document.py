@@ -8,12 +8,15 @@ takes ten calls.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from attnimg.application.model import inner_model
 
 # Arguments of a layer that describe documents, padding or a cache: not those of one document.
 _OF_THE_BATCH = frozenset(
@@ -24,7 +27,7 @@ _OF_THE_BATCH = frozenset(
 Span = tuple[int, int, int]
 
 
-def call_by_document(model: Any, class_names: Collection[str]) -> Callable[[], None]:
+def call_by_document(model: Any, class_names: Collection[str]) -> None:
     """Change a model so that some of its layers are called with one document at a time.
 
     The documents are read from the arguments of the model's decoder: seq_idx (B, S), else
@@ -35,31 +38,41 @@ def call_by_document(model: Any, class_names: Collection[str]) -> Callable[[], N
         model: a transformers model, which PEFT may have wrapped.
         class_names: names of the layers' classes.
 
-    Returns:
-        A function that undoes the change.
-
     Raises:
         LookupError: the model has no layer of these classes.
     """
     layers = [module for module in model.modules() if type(module).__name__ in class_names]
     if not layers:
         raise LookupError(f"the model has none of the layers {', '.join(sorted(class_names))}")
-    spans: list[Span] = []
-
-    def read_documents(_module: nn.Module, _args: Any, arguments: dict[str, Any]) -> None:
-        spans[:] = _find_spans(arguments.get("seq_idx"), arguments.get("position_ids"))
-
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    hook = base.base_model.register_forward_pre_hook(read_documents, with_kwargs=True)
+    call_whole_rows(model)
+    documents = _Documents()
+    decoder = inner_model(model).base_model
+    decoder.register_forward_pre_hook(documents, with_kwargs=True)
     for layer in layers:
-        layer.forward = _per_document(layer.forward, spans)
+        # A partial of the layer, which copy.deepcopy and pickle bind to the copy.
+        layer.forward = partial(_forward_by_document, layer, documents)
 
-    def undo() -> None:
-        hook.remove()
-        for layer in layers:
-            layer.__dict__.pop("forward", None)
 
-    return undo
+def call_whole_rows(model: Any) -> None:
+    """Undo call_by_document, also for a copy of the model."""
+    for module in model.modules():
+        hooks = module._forward_pre_hooks
+        for key in [key for key, hook in hooks.items() if isinstance(hook, _Documents)]:
+            del hooks[key]
+            module._forward_pre_hooks_with_kwargs.pop(key, None)
+        forward = module.__dict__.get("forward")
+        if isinstance(forward, partial) and forward.func is _forward_by_document:
+            del module.forward
+
+
+class _Documents:
+    """The documents of the batch that the model computes, read before its decoder runs."""
+
+    def __init__(self) -> None:
+        self.spans: list[Span] = []
+
+    def __call__(self, _module: nn.Module, _args: Any, arguments: dict[str, Any]) -> None:
+        self.spans = list(_find_spans(arguments.get("seq_idx"), arguments.get("position_ids")))
 
 
 def _find_spans(seq_idx: Tensor | None, position_ids: Tensor | None) -> Iterator[Span]:
@@ -77,20 +90,16 @@ def _find_spans(seq_idx: Tensor | None, position_ids: Tensor | None) -> Iterator
         yield from ((row, begin, end) for begin, end in pairwise(bounds))
 
 
-def _per_document(forward: Callable[..., Tensor], spans: list[Span]) -> Callable[..., Tensor]:
-    def call(*args: Any, **arguments: Any) -> Tensor:
-        if not spans:
-            return forward(*args, **arguments)
-        hidden_BSD = args[0] if args else arguments.pop("hidden_states")
-        assert len(args) < 2, "a layer without softmax attention takes its arguments by name"
-        rows, tokens = hidden_BSD.shape[:2]
-        kept = {key: value for key, value in arguments.items() if key not in _OF_THE_BATCH}
-        assert (spans[-1][0] + 1, spans[-1][2]) == (rows, tokens), "documents of another batch"
-        parts: list[list[Tensor]] = [[] for _ in range(rows)]
-        for row, begin, end in spans:
-            parts[row].append(forward(hidden_BSD[row : row + 1, begin:end], **kept))
-        return torch.cat([torch.cat(row, dim=1) for row in parts])
-
-    # torch.compile would compile its loop again for each batch's documents.
-    uncompiled: Callable[..., Tensor] = torch.compiler.disable(call)
-    return uncompiled
+# Its loop depends on the documents of the batch, for which torch.compile would compile it again.
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # torch 2.13 has no types for it
+def _forward_by_document(layer: Any, documents: _Documents, *args: Any, **arguments: Any) -> Tensor:
+    forward = partial(type(layer).forward, layer)
+    if not documents.spans:
+        return forward(*args, **arguments)
+    hidden_BSD = args[0] if args else arguments.pop("hidden_states")
+    assert len(args) < 2, "a layer without softmax attention takes its arguments by name"
+    kept = {key: value for key, value in arguments.items() if key not in _OF_THE_BATCH}
+    rows: list[list[Tensor]] = [[] for _ in hidden_BSD]
+    for row, begin, end in documents.spans:
+        rows[row].append(forward(hidden_BSD[row : row + 1, begin:end], **kept))
+    return torch.cat([torch.cat(parts, dim=1) for parts in rows])

@@ -541,3 +541,13 @@ def test_the_choice_is_that_of_explain(tmp_path, capsys):
         ).to_dict()
         for key in ("chosen", "candidates", "groups", "on"):
             assert found[key] == explained[key], (gpu, key)
+
+
+def test_layers_without_softmax_attention_are_called_by_document_until_restore():
+    model = tiny_model("qwen3_5_text", "sdpa")
+    attnimg.apply(model, packing=True, sequence_len=64)
+    attnimg.check_packing(model)
+    changed = [m for m in model.modules() if "forward" in vars(m)]
+    assert changed
+    attnimg.restore(model)
+    assert not [m for m in model.modules() if "forward" in vars(m)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 from dataclasses import replace
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from run_facts import a_problem
 from tiny_models import tiny_model
 
-from attnimg.application import call_by_document
+from attnimg.application import call_by_document, call_whole_rows
 from attnimg.application.by_document import _find_spans
 from attnimg.backends import find_backend
 from attnimg.context import build_context
@@ -49,10 +50,10 @@ def test_the_table_names_a_type_of_each_kind_that_is_called_by_document() -> Non
 def test_documents_are_isolated_while_layers_are_called_once_for_each(kind: str) -> None:
     model = tiny_model(TYPES[kind], "sdpa")
     assert not isolated(model)
-    undo = call_by_document(model, KINDS[kind].modules)
+    call_by_document(model, KINDS[kind].modules)
     assert isolated(model)
     assert isolated(model, rows=1)
-    undo()
+    call_whole_rows(model)
     assert not isolated(model)
 
 
@@ -90,6 +91,19 @@ def test_a_model_under_lora_is_changed_inside() -> None:
     wrapped = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"]))
     call_by_document(wrapped, KINDS["mamba2_beside"].modules)
     assert isolated(wrapped)
+
+
+def test_a_copy_of_the_model_calls_its_own_layers() -> None:
+    model = tiny_model("falcon_h1", "sdpa").eval()
+    call_by_document(model, KINDS["mamba2_beside"].modules)
+    other = copy.deepcopy(model)
+    for weight in model.parameters():
+        weight.data.zero_()
+    assert isolated(other)
+    call_whole_rows(model)
+    assert isolated(other)
+    call_whole_rows(other)
+    assert not isolated(other)
 
 
 def test_spans_are_those_of_the_documents_of_each_row() -> None:
