@@ -48,7 +48,7 @@ test/packages: .venv/ready build/fa4/ready ## Compare the files of backends with
 	WHEELS=build/packages FA4_PYTHON=build/fa4/bin/python $(BIN)/pytest tests/packages
 
 .PHONY: attack
-attack: .venv/ready ## Run attnimg on random wrong configs, files and environments, and kill runs; 20 minutes; ATTACK_SEED=N
+attack: .venv/ready ## Run attnimg on random wrong configs, files, environments and kernels, and kill runs; 25 minutes; ATTACK_SEED=N
 	ATTACK_SECONDS=$(or $(ATTACK_SECONDS),120) ATTACK_KILLS=50 $(BIN)/pytest -n $(JOBS) --timeout 3600 tests/attack
 
 .PHONY: test/data

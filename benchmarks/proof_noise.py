@@ -25,7 +25,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 RECORD = ROOT / "docs/measured/proof-noise.json"
-sys.path[:0] = [str(ROOT / "tests/fixtures"), str(ROOT / "tests/unit/verify")]
+sys.path[:0] = [str(ROOT / "tests/fixtures"), str(ROOT / "tests/unit/verification")]
 
 # Tokens of the longest row. The noise matters in the isolation probe, which has its own length.
 SEQUENCE_LEN = 64

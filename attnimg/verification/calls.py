@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from attnimg.facts import AttentionFunction, Backend
+from attnimg.verification.blocks import RowAttention, document_spans
 from attnimg.verification.cases import Case
 from attnimg.verification.process_state import draw_and_read_states, is_rewound
 
@@ -451,6 +453,27 @@ def _mask(backend: Backend, case: Case, inputs: Inputs) -> Any:
         n_rows = len(inputs.documents)
         return create_block_mask(look_up, n_rows, None, n_queries, n_keys, device=seen.device)
     return seen
+
+
+def each_row(case: Case, inputs: Inputs) -> Iterator[RowAttention]:
+    """Yield the rows of the batch of a call; the last query is at the last key."""
+    device, n_keys = inputs.q.device, inputs.k.shape[2]
+    places = torch.arange(n_keys - inputs.q.shape[2], n_keys, device=device)
+    for row in range(len(inputs.q)):
+        lengths = case.lengths if case.packed else case.lengths[row : row + 1]
+        cu_seqlens = torch.tensor((0, *lengths), device=device).cumsum(0)
+        first_T, last_T = document_spans(cu_seqlens, places, window=case.geometry.window)
+        yield RowAttention(
+            q=inputs.q[row],
+            k=inputs.k[row],
+            v=inputs.v[row],
+            d_out=inputs.d_out[row].transpose(0, 1),
+            sinks=inputs.sinks,
+            first_T=first_T,
+            last_T=last_T,
+            scale=inputs.scale,
+            softcap=case.geometry.softcap,
+        )
 
 
 def visible_keys(documents: Tensor, *, places: Tensor, window: int | None) -> Tensor:

@@ -29,6 +29,7 @@ from attnimg.verification.checks import (
     build_expected,
     check_further_call,
     check_isolated,
+    check_precision,
     check_repeated,
     check_values,
 )
@@ -244,7 +245,10 @@ def _run_probe(
             check_training_conditions(probe, expected),
         ]
     elif case.extra_gradients:
-        further = [check_full_row(probe, expected, references)]
+        further = [
+            check_precision(probe, found, expected),
+            check_full_row(probe, expected, references),
+        ]
     elif sum(case.lengths) <= _MAX_EVALUATED and not compiled:
         if case.scores == "flat":
             further = [_check_gradient_of_q_alone(probe, expected)]

@@ -16,6 +16,7 @@ from torch import Tensor
 from attnimg.facts import Pattern
 from attnimg.verification.calls import Inputs, Result, visible_keys
 from attnimg.verification.cases import Case
+from attnimg.verification.rounding import UNIT
 
 
 def attend(
@@ -184,13 +185,6 @@ def scale_derivative(case: Case, inputs: Inputs, *, pattern: Pattern, exact: Res
 
 TILE = 16
 
-# Half of the spacing of float32 at 1: the unit roundoff.
-UNIT = 2.0**-24
-
-# Standard deviations within which a sum of roundings stays: it exceeds 6 with a probability of
-# 2e-9, and a proof compares about 1e6 elements.
-DEVIATIONS = 6.0
-
 
 def sum_order_bounds(case: Case, inputs: Inputs) -> dict[str, Tensor]:
     """Return a bound on gradient changes by the order of sums: 2 n u A, (B, T, heads, D), float32.
@@ -219,66 +213,6 @@ def sum_order_bounds(case: Case, inputs: Inputs) -> dict[str, Tensor]:
         sizes[name] = sizes[name].unflatten(1, (-1, group)).sum(2)
     terms = {"dq": blocks, "dk": blocks * group, "dv": blocks * group}
     return {name: 2 * terms[name] * UNIT * size.transpose(1, 2) for name, size in sizes.items()}
-
-
-def output_rounding_bounds(case: Case, inputs: Inputs) -> dict[str, float]:
-    """Return bounds on the change of dq and dk by rounding the output: the largest element of each.
-
-    A flash kernel computes the gradient of the scores as P * (d_out v - d_out out), from the output
-    that it stored in the precision of the run. Rounding changes each value by at most u times the
-    value, where u is half the spacing at 1, with a standard deviation of u / sqrt(3) times it. The
-    roundings of a row are assumed to be independent, so that the error of d_out out is at most
-    DEVIATIONS * u / sqrt(3) * |d_out * out|, the norm over the head size. Source of the model:
-    Higham and Mary, A New Approach to Probabilistic Rounding Error Analysis, SIAM J. Sci. Comput.
-    41(5), 2019. Plain attention does not store the output. In a call of few tokens its other
-    rounding errors may all be smaller, so that they are no measure of this one.
-
-    Args:
-        case: a probe of as many queries as keys.
-        inputs: its tensors.
-    """
-    q, k, v, _, weights = _attention(case, inputs)
-    return rounding_bounds(
-        q,
-        k,
-        v,
-        weights.detach(),
-        d_out=inputs.d_out.float().transpose(1, 2),
-        scale=inputs.scale,
-        unit=torch.finfo(inputs.q.dtype).eps / 2,
-        group=inputs.q.shape[1] // inputs.k.shape[1],
-    )
-
-
-def rounding_bounds(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    weights: Tensor,
-    *,
-    d_out: Tensor,
-    scale: float,
-    unit: float,
-    group: int,
-) -> dict[str, float]:
-    """Return bounds on the change of dq and dk by rounding the output; see output_rounding_bounds.
-
-    Args:
-        q: (..., H, T, D), in the same dtype as d_out.
-        k: the keys of each query head, (..., H, S, D).
-        v: the values of each query head, (..., H, S, E).
-        weights: the attention weights, (..., H, T, S).
-        d_out: (..., H, T, E).
-        scale: factor on q @ k.
-        unit: half of the spacing at 1 in the precision of the output.
-        group: query heads per key head.
-    """
-    products = d_out * (weights @ v)
-    off = DEVIATIONS * unit / 3**0.5 * products.square().sum(-1, keepdim=True).sqrt()
-    off_scores = weights * off * scale
-    dk = off_scores.transpose(-1, -2) @ q.abs()
-    dk = dk.unflatten(-3, (-1, group)).sum(-3)
-    return {"dq": (off_scores @ k.abs()).max().item(), "dk": dk.max().item()}
 
 
 def _attention(case: Case, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:

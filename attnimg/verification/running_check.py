@@ -45,7 +45,7 @@ from attnimg.verification.checks import (
     numerics_code,
     with_device_bounds,
 )
-from attnimg.verification.reference import UNIT, attention_weights, rounding_bounds
+from attnimg.verification.rounding import UNIT, rounding_bounds
 
 NAMES = ("dq", "dk", "dv")
 
@@ -266,8 +266,8 @@ LARGE_SCORE = 32.0
 MAX_ROUNDING_SHARE = 0.1
 # The last tokens of a long row, which are always compared.
 ENDS = 64
-# Rows of at most this many tokens, whose queries see at most SHORT keys, have the bound of
-# reference.output_rounding_bounds.
+# Rows of at most this many tokens, whose queries see at most SHORT keys, have at least the bounds
+# of rounding.py.
 FEW_TOKENS = 256
 _FEATURES = frozenset({"window", "softcap", "sinks", "dropout"})
 
@@ -582,23 +582,13 @@ def _size_and_floors(
 ) -> tuple[float, dict[str, float]]:
     """Return the size of terms that may cancel, and the smallest allowed errors in short rows.
 
-    See checks.py, and reference.output_rounding_bounds.
+    See checks.py, and rounding.py.
     """
     size = largest(d_out) * largest(row.v) * row.v.shape[-1] * row.scale
     size *= max(largest(row.q), largest(row.k))
     few = row.q.shape[1] <= FEW_TOKENS and int((row.last_T - row.first_T).max()) <= SHORT
     if not few:
         return size, {}
-    group = len(row.q) // len(row.k)
-    q, k, v, d_out = (x.double() for x in (row.q, row.k, row.v, d_out))
-    k, v = (x.repeat_interleave(group, dim=0) for x in (k, v))
-    place = torch.arange(q.shape[1], device=q.device)
-    weights = attention_weights(
-        (q @ k.transpose(-1, -2))[None] * row.scale,
-        visible=(place >= row.first_T[:, None]) & (place < row.last_T[:, None]),
-        softcap=row.softcap,
-        sinks=None if row.sinks is None else row.sinks[:, None, None].double(),
-    )[0]
     unit = torch.finfo(getattr(torch, dtype)).eps / 2
-    floors = rounding_bounds(q, k, v, weights, d_out=d_out, scale=row.scale, unit=unit, group=group)
-    return size, floors
+    bounds = rounding_bounds(replace(row, d_out=d_out), unit=unit)
+    return size, {name: largest(bound) for name, bound in bounds.items()}

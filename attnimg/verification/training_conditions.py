@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from attnimg.facts import AttentionFunction, Backend, Geometry, Pattern
-from attnimg.verification.blocks import RowAttention, Span, block_reference, document_spans
+from attnimg.verification.blocks import Span, block_reference
 from attnimg.verification.calls import (
     ALL,
     Inputs,
@@ -30,6 +30,7 @@ from attnimg.verification.calls import (
     backward,
     call,
     draw_inputs,
+    each_row,
     forward,
     forward_only,
 )
@@ -40,6 +41,7 @@ from attnimg.verification.checks import (
     build_expected,
     check_finite,
     check_further_call,
+    check_precision,
     check_values,
 )
 from attnimg.verification.reference import reference
@@ -88,11 +90,14 @@ def check_training_conditions(probe: Probe, expected: Expected) -> Iterator[Faul
     yield from _check_interleaved_calls(probe, expected)
 
 
-def check_without_gradients(probe: Probe, expected: Expected) -> Iterator[Fault]:
-    """Check the call without gradients, as evaluation makes it."""
-    with torch.no_grad():
-        found = forward_only(forward(probe))
-    yield from check_further_call(probe, "without gradients", found, expected)
+def check_without_gradients(
+    probe: Probe, expected: Expected, *, what: str = "without gradients"
+) -> Iterator[Fault]:
+    """Check a call of _WITHOUT_GRADIENTS, by default the one that evaluation makes."""
+    mode, needs_grad = _WITHOUT_GRADIENTS[what]
+    with mode():
+        found = forward_only(forward(probe, needs_grad=needs_grad))
+    yield from check_further_call(probe, what, found, expected)
 
 
 def _address(value: torch.Tensor) -> int:
@@ -178,7 +183,8 @@ def compiling_each_shape(backend: Backend, *, device: str) -> Iterator[None]:
 # Source: flash-attn 2.8.3.post2, csrc/flash_attn/src/flash.h, p_dropout_in_uint8_t (2026-11-21).
 COARSEST_RATE = 1 / 256
 
-# Two masks are compared only if the probability that they are equal by chance is below this.
+# Two masks are compared only if the probability that they are equal by chance is below this. The
+# same for the weights of one query or key that are all dropped.
 MAX_CHANCE = 1e-9
 
 
@@ -225,10 +231,30 @@ def check_dropout(
         text = f"{case.name}: {rate:.1%} of the weights were dropped"
         yield Fault("dropout", text, noise_sensitive=True)
         return
+    for what, dim in (("query", -1), ("key", -2)):
+        if _are_dropped_together(kept_BHTS, causal, dim=dim, rate=geometry.dropout):
+            text = f"{case.name}: the weights of a {what} were dropped together"
+            yield Fault("dropout", text, noise_sensitive=False)
+            return
     keep = kept_BHTS / (1 - geometry.dropout)
     exact = reference(case, inputs, dtype=torch.float64, keep=keep)
     plain = reference(case, inputs, dtype=inputs.q.dtype, keep=keep.to(inputs.q.dtype))
     yield from check_values(probe, found, build_expected(exact, plain))[1]
+
+
+def _are_dropped_together(kept: Tensor, seen: Tensor, *, dim: int, rate: float) -> bool:
+    """Return whether more weights of a query, or of a key, were dropped than chance explains.
+
+    Of n weights, at least n * share are dropped with a probability of at most exp(-n * KL), where
+    KL is the divergence of share from the rate (Chernoff's bound, which is exact for all n).
+    """
+    n = seen.sum(dim).double()
+    share = ((1 - kept) * seen).sum(dim) / n
+    highest = torch.tensor(min(rate + COARSEST_RATE, 1.0), dtype=torch.float64, device=n.device)
+    share = torch.maximum(share.double(), highest)
+    divergence = torch.xlogy(share, share / highest)
+    divergence += torch.xlogy(1 - share, (1 - share) / (1 - highest))
+    return bool((n * divergence).max() > -math.log(MAX_CHANCE / share.numel()))
 
 
 # Tokens per block of keys, and the number of random blocks besides the first and the last one.
@@ -245,7 +271,7 @@ _MAX_TERMS = 4096
 def check_full_row(
     probe: Probe, expected: Expected, references: dict[tuple[Pattern, Case], Expected]
 ) -> Iterator[Fault]:
-    """Check two more calls of a full row: without gradients, and with gradients at every row.
+    """Check further calls of a full row: without gradients, and with gradients at every row.
 
     Args:
         probe: its case's extra_gradients names the gradients of the second call.
@@ -257,19 +283,21 @@ def check_full_row(
     """
     yield from check_without_gradients(probe, expected)
     case, pattern = probe.case, probe.backend.pattern
+    same_sign = max(case.lengths) == _tokens(case)
+    if same_sign:
+        yield from check_without_gradients(probe, expected, what="in inference mode")
     if pattern != "full":
         return
     what = " and ".join(name[1:] for name in case.extra_gradients)
     named = replace(case, name=f"{case.name}, gradients of {what} alone")
-    same_sign = max(case.lengths) == _tokens(case)
     inputs = _with_every_gradient(case, probe.inputs, same_sign=same_sign)
     found = backward(forward(probe._replace(inputs=inputs), needs_grad=case.extra_gradients))
     yield from check_finite(named, found)
     heads, blocks = _sample(case, first=1 if same_sign else 0)
+    places = torch.cat([torch.arange(*block) for block in blocks]).to(inputs.q.device)
     if (pattern, named) not in references:
         second = _expect_blocks(case, inputs, expected, heads=heads, blocks=blocks)
-        references[pattern, named] = replace(second, same_sign=same_sign)
-    places = torch.cat([torch.arange(*block) for block in blocks]).to(inputs.q.device)
+        references[pattern, named] = replace(second, same_sign=same_sign, sample=(heads, places))
     gradients = {
         name: None if x is None else x[:, heads][:, :, places]
         for name, x in found.gradients.items()
@@ -277,6 +305,7 @@ def check_full_row(
     found = replace(found, gradients=gradients)
     second_call = probe._replace(case=named, inputs=inputs)
     yield from check_values(second_call, found, references[pattern, named])[1]
+    yield from check_precision(second_call, found, references[pattern, named])
 
 
 def _with_every_gradient(case: Case, inputs: Inputs, *, same_sign: bool) -> Inputs:
@@ -319,31 +348,20 @@ def _expect_blocks(
     """Return the expected result of the second call: the same output, and dk and dv of blocks."""
     group = case.geometry.heads // case.geometry.kv_heads
     of_group = [head * group + place for head in heads for place in range(group)]
-    lengths = case.lengths if case.packed else case.lengths[:1]
-    device = inputs.q.device
-    first_T, last_T = document_spans(
-        torch.tensor((0, *lengths), device=device).cumsum(0),
-        torch.arange(inputs.q.shape[2], device=device),
-        window=case.geometry.window,
-    )
+    of_heads = [
+        replace(
+            row,
+            q=row.q[of_group],
+            k=row.k[heads],
+            v=row.v[heads],
+            d_out=None if row.d_out is None else row.d_out[of_group],
+            sinks=None if row.sinks is None else row.sinks[of_group],
+        )
+        for row in each_row(case, inputs)
+    ]
     results = []
     for dtype, rounded_to in ((torch.float64, None), (torch.float32, inputs.q.dtype)):
-        rows = [
-            RowAttention(
-                q=inputs.q[row, of_group],
-                k=inputs.k[row, heads],
-                v=inputs.v[row, heads],
-                d_out=inputs.d_out[row].transpose(0, 1)[of_group],
-                sinks=None if inputs.sinks is None else inputs.sinks[of_group],
-                first_T=first_T,
-                last_T=last_T,
-                scale=inputs.scale,
-                softcap=case.geometry.softcap,
-                dtype=dtype,
-                rounded_to=rounded_to,
-            )
-            for row in range(len(inputs.q))
-        ]
+        rows = [replace(row, dtype=dtype, rounded_to=rounded_to) for row in of_heads]
         found = [block_reference(row, queries=(), keys=blocks) for row in rows]
         gradients: dict[str, Tensor | None] = {
             name: torch.stack([getattr(row, name) for row in found]) for name in ("dk", "dv")
@@ -354,4 +372,5 @@ def _expect_blocks(
         expected,
         rounding=expected.rounding | {"out": first.rounding["out"]},
         gain=expected.gain | {"out": first.gain["out"]},
+        mean_rounding=expected.mean_rounding | {"out": first.mean_rounding["out"]},
     )
