@@ -25,18 +25,25 @@ from dataclasses import asdict, dataclass, replace
 from datetime import date
 from functools import partial
 from importlib.metadata import version
-from itertools import islice
+from itertools import compress, islice
 from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
-from attnimg.config.schema import Config, is_chat, is_text
+from attnimg.config.schema import Config, is_chat, is_text, type_name
 from attnimg.errors import AttnimgError
 from attnimg.files import NotPrivate, check_private
 from attnimg.train.data.chat_templates import choose_chat_template
-from attnimg.train.data.records import IGNORE_INDEX, Parsed, Place, bad_file
+from attnimg.train.data.records import (
+    IGNORE_INDEX,
+    Parsed,
+    Place,
+    Record,
+    Tokens,
+    bad_file,
+)
 from attnimg.train.data.sources import Source, read_source
-from attnimg.train.data.types import Encoder, Tokens, choose_parser, make_encoder
+from attnimg.train.data.types import Encoder, choose_parser, make_encoder
 
 if TYPE_CHECKING:
     import pyarrow
@@ -68,6 +75,7 @@ class SourceFigures:
         trained_tokens: those with loss; a document's first token never has one.
         empty: records dropped because they have no text.
         too_long: records dropped because they exceed sequence_len.
+        too_short: documents dropped because they have fewer than min_sample_len tokens.
         split: records cut into several documents.
         truncated: records truncated at sequence_len.
         without_loss: documents dropped because none of their tokens has loss.
@@ -87,6 +95,7 @@ class SourceFigures:
     trained_tokens: int = 0
     empty: int = 0
     too_long: int = 0
+    too_short: int = 0
     split: int = 0
     truncated: int = 0
     without_loss: int = 0
@@ -104,6 +113,7 @@ def summary_line(figures: SourceFigures) -> str:
     for count, what in (
         (figures.empty, "empty ones dropped"),
         (figures.too_long, f"{longer} dropped"),
+        (figures.too_short, "shorter than min_sample_len dropped"),
         (figures.split, f"{longer} split"),
         (figures.truncated, f"{longer} truncated"),
         (figures.without_loss, "without any trained token dropped"),
@@ -137,16 +147,20 @@ def prepare_source(
     content, read = hashlib.sha256(), hashlib.sha256()
     encoder = make_encoder(source, config, tokenizer)
     processes = config.dataset_num_proc or config.dataset_processes or 1
-    strategy, limit = strategy_for(source, config), config.sequence_len
+    limits = Limits(
+        strategy=strategy_for(source, config),
+        sequence_len=config.sequence_len,
+        min_sample_len=config.min_sample_len or 1,
+    )
     # disable=None: no progress bar where stderr is not a terminal.
     with tqdm(desc=source.spec.path, unit=" records", disable=None, leave=False) as bar:
-        batches = _parse_batches(source, tally, bar.update)
+        batches = _parse_batches(source, tally, bar.update, seed=config.seed)
         for batch, (tokens, found) in _encode_batches(batches, encoder, processes=processes):
             warnings |= dict.fromkeys(found)
             for _, value in batch:
                 read.update(repr(value).encode("utf-8", "surrogatepass"))
             encoded = zip((place for place, _ in batch), tokens, strict=True)
-            documents = list(_cut_documents(encoded, tally, strategy=strategy, sequence_len=limit))
+            documents = list(_cut_documents(encoded, tally, limits))
             for row in (row for document in documents for row in document):
                 content.update(len(row).to_bytes(8, "little") + array("i", row).tobytes())
             columns = [[ids for ids, _ in documents], [labels for _, labels in documents]]
@@ -154,7 +168,7 @@ def prepare_source(
     figures = SourceFigures(
         key=source.key,
         path=source.spec.path,
-        type=source.spec.type or "",
+        type=type_name(source.spec),
         sequence_len=config.sequence_len,
         content=content.hexdigest(),
         read=read.hexdigest(),
@@ -179,11 +193,11 @@ def strategy_for(source: Source, config: Config) -> Strategy:
 
 
 def _parse_batches(
-    source: Source, tally: Counter[str], advance: Callable[[int], object]
+    source: Source, tally: Counter[str], advance: Callable[[int], object], *, seed: int
 ) -> Iterator[Batch]:
     """Yield batches of parsed records, and count what was read."""
     parse = choose_parser(source.spec)
-    stream = read_source(source)
+    stream = _read_shard(source, seed=seed)
     while records := list(islice(stream, BATCH_RECORDS)):
         tally["records"] += len(records)
         advance(len(records))
@@ -192,6 +206,27 @@ def _parse_batches(
         tally["empty"] += len(records) - len(nonempty)
         if nonempty:
             yield nonempty
+
+
+def _read_shard(source: Source, *, seed: int) -> Iterator[Record]:
+    """Yield the records of a source, or those of its shard, in the order of the files.
+
+    A shard has the same records as with axolotl, which shuffles them before it takes one.
+    Source: axolotl 0.19.0, utils/data/sft.py, _load_and_process_single_dataset (2026-11-27)
+    """
+    import numpy
+
+    shards, index = source.spec.shards or 1, source.spec.shards_idx or 0
+    if shards == 1:
+        yield from read_source(source)
+        return
+    total = sum(1 for _ in read_source(source))
+    size, longer = divmod(total, shards)
+    start = size * index + min(index, longer)
+    order = numpy.random.default_rng(seed).permutation(total)
+    chosen = numpy.zeros(total, dtype=bool)
+    chosen[order[start : start + size + (index < longer)]] = True
+    yield from compress(read_source(source), chosen)
 
 
 def _encode_batches(
@@ -228,12 +263,17 @@ def _encode(batch: Batch) -> Encoded:
     return _encoders[0](batch), tuple(_encoders[0].warnings)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Limits:
+    """Which documents are kept: how long they may be, and what happens to longer ones."""
+
+    strategy: Strategy
+    sequence_len: int
+    min_sample_len: int
+
+
 def _cut_documents(
-    encoded: Iterable[tuple[Place, Tokens]],
-    tally: Counter[str],
-    *,
-    strategy: Strategy,
-    sequence_len: int,
+    encoded: Iterable[tuple[Place, Tokens]], tally: Counter[str], limits: Limits
 ) -> Iterator[Tokens]:
     """Yield documents of at most sequence_len tokens, some of them with loss; count each.
 
@@ -242,6 +282,7 @@ def _cut_documents(
     Raises:
         AttnimgError: a document is longer and the strategy is "raise".
     """
+    strategy, sequence_len = limits.strategy, limits.sequence_len
     for place, (ids, labels) in encoded:
         tally["longest"] = max(tally["longest"], len(ids))
         pieces = [(ids, labels)]
@@ -262,6 +303,9 @@ def _cut_documents(
             tally["split"] += strategy == "split"
             tally["truncated"] += strategy == "truncate"
         for piece in pieces:
+            if len(piece[0]) < limits.min_sample_len:
+                tally["too_short"] += 1
+                continue
             # A document's first token has no context to predict it from.
             trained = sum(label != IGNORE_INDEX for label in piece[1][1:])
             if not trained:
@@ -301,11 +345,14 @@ def cache_key(source: Source, config: Config, tokenizer: Any) -> str:
         "spec": source.spec.model_dump(mode="json"),
         "data": [(path.name, _digest(path)) for path in paths],
         "sequence_len": config.sequence_len,
+        "min_sample_len": config.min_sample_len,
+        "seed": config.seed if source.spec.shards else None,
         "strategy": strategy_for(source, config),
         "train_on_inputs": config.train_on_inputs,
         "system_message": config.default_system_message,
         "eot_tokens": config.eot_tokens,
         "template": template,
+        "template_kwargs": config.chat_template_kwargs,
         # Templates such as Llama 3.1's write the current date.
         "day": str(date.today()) if "strftime_now" in json.dumps(template) else None,
         "tokenizer": backend.to_str() if backend is not None else tokenizer.get_vocab(),

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Literal, cast
 
 from attnimg.config.schema import DatasetSpec
 from attnimg.errors import AttnimgError
+from attnimg.train.data.prompts import choose_prompt
 from attnimg.train.data.records import (
     BROKEN,
     COLUMNS,
@@ -355,7 +356,9 @@ def _local_file(path: Path, spec: DatasetSpec, *, key: str) -> LocalFile:
         do = f"set {key}.ds_type: {' or '.join(suggested)}"
         raise AttnimgError(what, why=why, do=do, code="bad-value", key=f"{key}.ds_type")
     named = (spec.field, spec.text_column, spec.field_messages)
-    return LocalFile(path=path, format=kind, columns=COLUMNS.union(filter(None, named)))
+    prompt = choose_prompt(spec)
+    columns = COLUMNS.union(filter(None, named), prompt.columns if prompt else ())
+    return LocalFile(path=path, format=kind, columns=columns)
 
 
 def _check_reachable(source: Source) -> None:
