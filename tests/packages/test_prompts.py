@@ -5,12 +5,8 @@
 
 from __future__ import annotations
 
-import os
-import sys
-import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -131,20 +127,11 @@ class Axolotl:
 
 
 @pytest.fixture(scope="module")
-def axolotl(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Axolotl]:
-    folder = tmp_path_factory.mktemp("wheels")
-    for name in ("axolotl", "addict", "colorama"):
-        wheels = list(Path(os.environ["WHEELS"]).glob(f"{name}-*.whl"))
-        if not wheels:
-            pytest.skip(f"the folder WHEELS has no {name}: run `make test/templates`")
-        with zipfile.ZipFile(wheels[0]) as archive:
-            archive.extractall(folder)
-    sys.path.insert(0, str(folder))
+def axolotl(axolotl_modules: None) -> Axolotl:
     from axolotl import prompt_tokenizers, prompters
     from axolotl.prompt_strategies import load
 
-    yield Axolotl(load, prompt_tokenizers, prompters)
-    sys.path.remove(str(folder))
+    return Axolotl(load, prompt_tokenizers, prompters)
 
 
 def with_start(kind: str) -> Any:
