@@ -21,6 +21,7 @@ from attnimg.config.schema import (
     SpecialToken,
     dataset_entries,
     is_chat,
+    is_streamed,
     is_text,
     make_error,
     role_names,
@@ -291,6 +292,41 @@ def _shards(config: Config) -> Iterator[Finding]:
             yield _bad_value(key, f"{key} is not a shard", why, f"set {key}: {most}")
 
 
+def _streaming(config: Config) -> Iterator[Finding]:
+    """Yield errors: a stream without an end, and keys that need all of its documents.
+
+    Source: axolotl 0.19.0, utils/schemas/validation.py, StreamingValidationMixin (2026-11-27)
+    """
+    if config.pretrain_multipack_attn is False and config.sample_packing:
+        key, what = "pretrain_multipack_attn", "packed documents cannot see each other"
+        why = "found false; attnimg isolates packed documents in every run, and proves it"
+        yield make_error("unsupported-key", key, what, why, f"remove {key}")
+    if not is_streamed(config):
+        return
+    if not config.max_steps:
+        why = "found none; it decides how many records of the stream are read"
+        yield _bad_value("max_steps", "a stream needs max_steps", why, "set max_steps: 1000")
+    if config.val_set_size:
+        why = "only a part of the stream is read, so a share of it cannot be evaluated"
+        do = "remove val_set_size"
+        yield _bad_value("val_set_size", "val_set_size contradicts streaming", why, do)
+    if config.dataset_exact_deduplication:
+        key, why = "dataset_exact_deduplication", "it removes documents after the stream is read"
+        yield _bad_value(key, f"{key} contradicts streaming", why, f"remove {key}")
+    specs = [key for key, _, trains in dataset_entries(config) if trains]
+    if len(specs) > 1:
+        why = f"found {len(specs)} datasets to train on, needed one"
+        yield _bad_value("streaming", "streaming needs a single dataset", why,
+                         "set streaming: false")  # fmt: skip
+    for entry, spec, trains in dataset_entries(config):
+        if trains and spec.shards:
+            key, why = (
+                f"{entry}.shards",
+                "a shard is chosen from all records, which must be counted",
+            )
+            yield _bad_value(key, f"{key} contradicts streaming", why, f"remove {key}")
+
+
 def _template_variables(config: Config) -> Iterator[Finding]:
     key = "chat_template_kwargs"
     for name in _TEMPLATE_VARIABLES.intersection(config.chat_template_kwargs or ()):
@@ -351,6 +387,7 @@ _RULES: tuple[tuple[_Rule, tuple[str, ...]], ...] = (
     (_trained_roles, ()),
     (_messages, ("eot_tokens",)),
     (_shards, ()),
+    (_streaming, ("streaming_multipack_buffer_size", "max_steps", "val_set_size")),
     (_template_variables, ()),
     (_splits, ()),
     (_templates, ("chat_template_jinja", *_DATASETS)),
@@ -401,6 +438,15 @@ def _unused_run_keys(config: Config) -> Iterator[tuple[str, list[str]]]:
         yield f"chat_template is {config.chat_template}", named("chat_template_jinja")
     if len(config.datasets or config.pretraining_dataset or ()) == 1:
         yield "there is one dataset", named("shuffle_before_merging_datasets")
+    if is_streamed(config):
+        yield "a stream is read by one process", named("dataset_num_proc", "dataset_processes")
+        if not config.shuffle_merged_datasets:
+            unused = named("streaming_multipack_buffer_size")
+            yield "shuffle_merged_datasets is false", unused
+    else:
+        yield "streaming is not true", named("streaming_multipack_buffer_size")
+    if not (config.pretraining_dataset and config.sample_packing):
+        yield "no pretraining_dataset is packed", named("pretrain_multipack_attn")
     if specs and all(map(is_text, specs)):
         yield "all tokens of plain text are trained", named("train_on_inputs")
 
@@ -438,6 +484,8 @@ def _unused_dataset_keys(config: Config) -> Iterator[tuple[str, list[str]]]:
                 frozenset() if is_text(spec) else _TEXT_KEYS
             )
             yield f"{key}.type is {type_name(spec)}", named(unread)
+        if not key.startswith("pretraining_dataset"):
+            yield f"{key} is not in pretraining_dataset", named(["skip"])
         if not spec.shards:
             yield f"{key}.shards is not set", named(["shards_idx"])
         yield "records are read in small batches in any case", named(["preprocess_shards"])

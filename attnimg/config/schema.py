@@ -199,6 +199,7 @@ class DatasetSpec(BaseModel):
     ds_type: Literal["json", "csv", "parquet", "arrow", "text"] | None = None
     field: Text | None = None
     text_column: Text | None = None
+    skip: Whole | None = None
     shards: Count | None = None
     shards_idx: Whole | None = None
     preprocess_shards: Count | None = None
@@ -254,6 +255,9 @@ class Config(BaseModel):
     pretraining_dataset: (
         Annotated[list[DatasetSpec], BeforeValidator(_to_list_of_specs), Field(min_length=1)] | None
     ) = None
+    streaming: Flag | None = None
+    streaming_multipack_buffer_size: Count | None = None
+    pretrain_multipack_attn: Flag | None = None
     test_datasets: Annotated[list[DatasetSpec], Field(min_length=1)] | None = None
     dataset_prepared_path: PathText | None = None
     dataset_num_proc: Processes | None = None
@@ -368,6 +372,13 @@ def dataset_entries(config: Config) -> Iterator[tuple[str, DatasetSpec, bool]]:
             if name == "pretraining_dataset" and spec.type is None:
                 spec = spec.model_copy(update={"type": "pretrain"})  # as in axolotl
             yield f"{name}[{index}]", spec, name != "test_datasets"
+
+
+def is_streamed(config: Config) -> bool:
+    """Return whether only as many records are read as max_steps needs."""
+    if config.streaming is not None:
+        return config.streaming
+    return bool(config.pretraining_dataset and config.streaming_multipack_buffer_size)
 
 
 def is_chat(spec: DatasetSpec) -> bool:

@@ -314,6 +314,17 @@ CASES: dict[str, Case] = {
                            entry={**CHAT, "train_on_eos": "all", "train_on_eot": "last"}),
     "a variable of the records": Case(code="bad-value", entry=CHAT,
                                       values={"chat_template_kwargs": {"tools": [], "x": 1}}),
+    "a stream without an end": Case(code="bad-value", values={"streaming": True}),
+    "a share of a stream": Case(code="bad-value", values={"streaming": True, "max_steps": 2,
+                                                          "val_set_size": 0.1}),
+    "copies in a stream": Case(code="bad-value", values={
+        "streaming": True, "max_steps": 2, "dataset_exact_deduplication": True}),
+    "two streams": Case(code="bad-value", values={
+        "streaming": True, "max_steps": 2, "datasets": [{"path": "a", **COMPLETION}] * 2}),
+    "a shard of a stream": Case(code="bad-value", entry={"shards": 2},
+                                values={"streaming": True, "max_steps": 2}),
+    "packing without isolation": Case(code="unsupported-key", values={
+        "sample_packing": True, "attn_implementation": "sdpa", "pretrain_multipack_attn": False}),
     "another name in a prompt": Case(code="bad-value", entry={"type": {"format": "{question}"}}),
     # What the machine, the model's folder and output_dir allow.
     "a fused schedule of no cosine": Case(code="bad-value", machine=CPU, options=2, values={

@@ -34,6 +34,7 @@ CLASSES = (
 OTHER = {
     "model_type": "LlamaForCausalLM", "tokenizer_type": "LlamaTokenizer",
     "special_tokens": {"pad_token": "<pad>"}, "tokens": ["<new>"], "scaling_softmax": True,
+    "streaming": True, "streaming_multipack_buffer_size": 64, "pretrain_multipack_attn": True,
     "shuffle_merged_datasets": False, "shuffle_before_merging_datasets": True,
     "dataset_exact_deduplication": True, "min_sample_len": 3,
     "chat_template_kwargs": {"enable_thinking": False}, "val_set_size": 0.1, "sequence_len": 128,

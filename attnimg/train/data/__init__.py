@@ -20,6 +20,7 @@ from attnimg.train.data.prepare import SourceFigures, load_source, summary_line
 from attnimg.train.data.prompts import TYPE_OF_COLUMN
 from attnimg.train.data.records import IGNORE_INDEX, read_records
 from attnimg.train.data.sources import Source, find_source
+from attnimg.train.data.streams import Need, need_of
 from attnimg.train.data.types import choose_parser
 
 if TYPE_CHECKING:
@@ -109,10 +110,10 @@ def load_documents(config: Config, tokenizer: Any) -> Documents:
     figures = list[SourceFigures]()
     warnings = dict.fromkeys(_warn_of_shared_files(training, testing))
 
-    def load_all(sources: list[Source]) -> Dataset:
+    def load_all(sources: list[Source], need: Need | None = None) -> Dataset:
         parts = []
         for source in sources:
-            part, (counts, found) = load_source(source, config, tokenizer)
+            part, (counts, found) = load_source(source, config, tokenizer, need)
             if not counts.documents:
                 raise _no_documents(source, counts)
             parts.append(part)
@@ -122,8 +123,9 @@ def load_documents(config: Config, tokenizer: Any) -> Documents:
             parts = [part.shuffle(seed=config.seed, keep_in_memory=True) for part in parts]
         return datasets.concatenate_datasets(parts) if len(parts) > 1 else parts[0]
 
-    train = load_all(training)
-    if config.shuffle_merged_datasets:
+    need = need_of(config)
+    train = load_all(training, need)
+    if config.shuffle_merged_datasets and need is None:
         # In memory: the library would cache the order on disk, and trust that file in later runs.
         train = train.shuffle(seed=config.seed, keep_in_memory=True)
     validation = load_all(testing) if testing else None

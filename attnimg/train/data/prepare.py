@@ -43,6 +43,7 @@ from attnimg.train.data.records import (
     bad_file,
 )
 from attnimg.train.data.sources import Source, read_source
+from attnimg.train.data.streams import Need, shuffle_in_buffer
 from attnimg.train.data.types import Encoder, choose_parser, make_encoder
 
 if TYPE_CHECKING:
@@ -127,7 +128,7 @@ def summary_line(figures: SourceFigures) -> str:
 
 
 def prepare_source(
-    source: Source, config: Config, tokenizer: Any, write: Write
+    source: Source, config: Config, tokenizer: Any, need: Need | None, write: Write
 ) -> tuple[SourceFigures, tuple[str, ...]]:
     """Write the documents of one source, batch by batch; return its figures and warnings.
 
@@ -135,6 +136,7 @@ def prepare_source(
         source: the source to read.
         config: sequence_len, strategy, loss on inputs, number of processes.
         tokenizer: a transformers tokenizer.
+        need: how much of the source is read; None for all of it.
         write: called with each batch of documents, in the order of the records.
 
     Raises:
@@ -146,7 +148,8 @@ def prepare_source(
     tally, warnings = Counter[str](), dict[str, None]()
     content, read = hashlib.sha256(), hashlib.sha256()
     encoder = make_encoder(source, config, tokenizer)
-    processes = config.dataset_num_proc or config.dataset_processes or 1
+    # Other processes would read ahead, past what is needed.
+    processes = 1 if need else config.dataset_num_proc or config.dataset_processes or 1
     limits = Limits(
         strategy=strategy_for(source, config),
         sequence_len=config.sequence_len,
@@ -154,7 +157,7 @@ def prepare_source(
     )
     # disable=None: no progress bar where stderr is not a terminal.
     with tqdm(desc=source.spec.path, unit=" records", disable=None, leave=False) as bar:
-        batches = _parse_batches(source, tally, bar.update, seed=config.seed)
+        batches = _parse_batches(source, tally, bar.update, need, seed=config.seed)
         for batch, (tokens, found) in _encode_batches(batches, encoder, processes=processes):
             warnings |= dict.fromkeys(found)
             for _, value in batch:
@@ -165,6 +168,11 @@ def prepare_source(
                 content.update(len(row).to_bytes(8, "little") + array("i", row).tobytes())
             columns = [[ids for ids, _ in documents], [labels for _, labels in documents]]
             write(pyarrow.record_batch(columns, schema=schema()))
+            if need and need.is_met(tally):
+                break
+        else:
+            if need:
+                warnings[STREAM_ENDED.format(source.spec.path, tally["documents"])] = None
     figures = SourceFigures(
         key=source.key,
         path=source.spec.path,
@@ -175,6 +183,9 @@ def prepare_source(
         **cast("dict[str, Any]", tally),
     )
     return figures, tuple(warnings)
+
+
+STREAM_ENDED = "{} has {:,} documents, fewer than max_steps needs: they are trained more than once"
 
 
 def schema() -> pyarrow.Schema:
@@ -193,11 +204,16 @@ def strategy_for(source: Source, config: Config) -> Strategy:
 
 
 def _parse_batches(
-    source: Source, tally: Counter[str], advance: Callable[[int], object], *, seed: int
+    source: Source,
+    tally: Counter[str],
+    advance: Callable[[int], object],
+    need: Need | None,
+    *,
+    seed: int,
 ) -> Iterator[Batch]:
     """Yield batches of parsed records, and count what was read."""
     parse = choose_parser(source.spec)
-    stream = _read_shard(source, seed=seed)
+    stream = _read_shard(source, seed=seed) if need is None else _read_stream(source, need, seed)
     while records := list(islice(stream, BATCH_RECORDS)):
         tally["records"] += len(records)
         advance(len(records))
@@ -218,7 +234,7 @@ def _read_shard(source: Source, *, seed: int) -> Iterator[Record]:
 
     shards, index = source.spec.shards or 1, source.spec.shards_idx or 0
     if shards == 1:
-        yield from read_source(source)
+        yield from islice(read_source(source), _skipped(source), None)
         return
     total = sum(1 for _ in read_source(source))
     size, longer = divmod(total, shards)
@@ -227,6 +243,17 @@ def _read_shard(source: Source, *, seed: int) -> Iterator[Record]:
     chosen = numpy.zeros(total, dtype=bool)
     chosen[order[start : start + size + (index < longer)]] = True
     yield from compress(read_source(source), chosen)
+
+
+def _read_stream(source: Source, need: Need, seed: int) -> Iterator[Record]:
+    """Yield the records of a source, in the order of the shuffle buffer."""
+    records = islice(read_source(source, stream=True), _skipped(source), None)
+    return shuffle_in_buffer(records, size=need.buffer, seed=seed) if need.buffer else records
+
+
+def _skipped(source: Source) -> int:
+    """Return how many records are left out at the start: only pretraining_dataset has the key."""
+    return (source.spec.skip or 0) if source.key.startswith("pretraining_dataset") else 0
 
 
 def _encode_batches(
@@ -329,7 +356,7 @@ class UnusableCache(Exception):
     """Raised for a cached folder that can't be used; the message is the reason."""
 
 
-def cache_key(source: Source, config: Config, tokenizer: Any) -> str:
+def cache_key(source: Source, config: Config, tokenizer: Any, need: Need | None) -> str:
     """Return a hash of all that a source's documents depend on."""
     paths = [file.path for file in source.files]
     if source.kind == "saved":
@@ -346,7 +373,8 @@ def cache_key(source: Source, config: Config, tokenizer: Any) -> str:
         "data": [(path.name, _digest(path)) for path in paths],
         "sequence_len": config.sequence_len,
         "min_sample_len": config.min_sample_len,
-        "seed": config.seed if source.spec.shards else None,
+        "seed": config.seed if source.spec.shards or need else None,
+        "need": asdict(need) if need else None,
         "strategy": strategy_for(source, config),
         "train_on_inputs": config.train_on_inputs,
         "system_message": config.default_system_message,
@@ -361,13 +389,15 @@ def cache_key(source: Source, config: Config, tokenizer: Any) -> str:
     return _text_digest(facts)
 
 
-def load_source(source: Source, config: Config, tokenizer: Any) -> tuple[Dataset, Prepared]:
+def load_source(
+    source: Source, config: Config, tokenizer: Any, need: Need | None
+) -> tuple[Dataset, Prepared]:
     """Prepare one source, or load its documents from dataset_prepared_path."""
-    make = partial(prepare_source, source, config, tokenizer)
+    make = partial(prepare_source, source, config, tokenizer, need)
     # The data of a hub name may change, so only local data are cached.
     if config.dataset_prepared_path and source.kind != "hub":
         root = Path(config.dataset_prepared_path).expanduser()
-        return make_on_disk(root, cache_key(source, config, tokenizer), make)
+        return make_on_disk(root, cache_key(source, config, tokenizer, need), make)
     return make_in_memory(make)
 
 

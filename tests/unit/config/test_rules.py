@@ -255,8 +255,9 @@ NEEDS = {
         bad_file x2, check_model_files bad_model x4, check_output_dir _no_checkpoint,
         check_output_dir _not_empty, check_regular bad_file, damaged_error
         damaged-checkpoint, find_rows bad-value, find_rows empty-dataset, find_source
-        bad_file, folder_splits bad-value x2, load_errors damaged-checkpoint, load_hub
-        _unreadable, load_hub unsupported-key, load_saved bad_file, require_safetensors
+        bad_file, folder_splits bad-value x2, load_errors damaged-checkpoint, _load _unreadable,
+        _load unsupported-key, stream_hub _unreadable, stream_hub bad-value, load_saved bad_file,
+        require_safetensors
         pickled-weights, require_same_identity resume-differs, require_steps
         resume-past-end, split_names bad-value
     """,
