@@ -60,7 +60,8 @@ test/templates: .venv/ready ## Compare prompts and labels with axolotl's wheel; 
 	$(BIN)/pip download -q --disable-pip-version-check -d build/packages --no-deps \
 	  axolotl==0.19.0 addict==2.4.0 colorama==0.4.6
 	WHEELS=build/packages $(BIN)/pytest tests/packages/test_chat_templates.py \
-	  tests/packages/test_prompts.py tests/packages/test_chat_options.py
+	  tests/packages/test_prompts.py tests/packages/test_chat_options.py \
+	  tests/packages/test_named_templates.py
 
 test/axolotl: build/axolotl/ready ## Train with axolotl and attnimg's plugin, and run the API on axolotl's transformers, 10 minutes
 	PYTHONPATH=. build/axolotl/bin/pytest -p no:anyio --ignore tests/unit/api/test_types.py \

@@ -86,6 +86,13 @@ _TEMPLATE_VARIABLES = frozenset(
      "add_generation_prompt", "continue_final_message", "return_assistant_tokens_mask",
      *get_args(SpecialToken)}
 )  # fmt: skip
+# Axolotl's chat templates that are not implemented; the others are in
+# train/data/named_templates.py. Source: axolotl 0.19.0, utils/chat_templates (2026-11-27)
+TEMPLATES_OF_AXOLOTL = frozenset(
+    {"alpaca", "command_a", "command_a_rag", "command_a_tool_use", "deepseek_v3", "exaone",
+     "exaone4", "jamba", "llama3_2_vision", "llava", "metharme", "mistral_v1", "mistral_v2v3",
+     "mistral_v3_tekken", "mistral_v7_tekken", "phi_4", "pixtral", "qwen2_vl"}
+)  # fmt: skip
 # What the texts of a prompt in the config may have in braces.
 _PLACEHOLDERS = {
     "format": ("instruction", "input"),
@@ -354,7 +361,7 @@ def _is_split_or_rows(text: str) -> bool:
 
 
 def _templates(config: Config) -> Iterator[Finding]:
-    """Yield errors: chat_template: jinja without a template, and an unused system message."""
+    """Yield errors: no or unknown template, and an unused system message."""
     specs = {f"{key}.": spec for key, spec, _ in dataset_entries(config)}
     chats = {place: spec for place, spec in specs.items() if is_chat(spec)}
     holders: dict[str, Config | DatasetSpec] = {"": config, **chats} if chats else {}
@@ -363,6 +370,11 @@ def _templates(config: Config) -> Iterator[Finding]:
             key = f"{place}chat_template"
             why = f"found {key}: jinja and no {key}_jinja, which would contain the template"
             yield _bad_value(key, f"{key}: jinja has no template", why, f"remove {key}")
+        if holder.chat_template in TEMPLATES_OF_AXOLOTL:
+            key = f"{place}chat_template"
+            what = f"the chat template {holder.chat_template} is not implemented"
+            why = "found a name of axolotl's own templates; the model's tokenizer has its template"
+            yield make_error("unsupported-key", key, what, why, f"set {key}: tokenizer_default")
     key = "default_system_message"
     if not config.default_system_message or not all(spec.type for spec in specs.values()):
         return

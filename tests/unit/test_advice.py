@@ -314,6 +314,8 @@ CASES: dict[str, Case] = {
                            entry={**CHAT, "train_on_eos": "all", "train_on_eot": "last"}),
     "a variable of the records": Case(code="bad-value", entry=CHAT,
                                       values={"chat_template_kwargs": {"tools": [], "x": 1}}),
+    "a template of axolotl": Case(code="unsupported-key", entry=CHAT,
+                                  values={"chat_template": "jamba"}),
     "a stream without an end": Case(code="bad-value", values={"streaming": True}),
     "a share of a stream": Case(code="bad-value", values={"streaming": True, "max_steps": 2,
                                                           "val_set_size": 0.1}),

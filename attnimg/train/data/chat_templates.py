@@ -23,29 +23,7 @@ import psutil
 from attnimg.config.schema import Config, DatasetSpec
 from attnimg.errors import AttnimgError
 from attnimg.files import read_regular
-
-# Source: https://pytorch.org/torchtune/stable/generated/torchtune.data.ChatMLTemplate.html
-# (2026-11-21)
-CHATML = (
-    "{% for message in messages %}"
-    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
-)
-
-# Source: https://hexdocs.pm/langchain/LangChain.Utils.ChatTemplates.html, llama_3 (2026-11-21)
-LLAMA3 = (
-    "{{ bos_token }}"
-    "{% for message in messages %}"
-    "{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' }}"
-    "{{ message['content'] | trim + '<|eot_id|>' }}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}"
-    "{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}"
-    "{% endif %}"
-)
-
-NAMED = {"chatml": CHATML, "llama3": LLAMA3}
+from attnimg.train.data.named_templates import NAMED, OF_TRL, named_template
 
 FALLBACK = "tokenizer_default_fallback_"
 
@@ -103,13 +81,13 @@ def choose_chat_template(
     if name is None or is_own:
         what = "the tokenizer has no default chat template"
         why = f"found {', '.join(named) or 'none'}; a dataset of type chat_template needs one"
-        choices = ", ".join([*named, *NAMED])
+        choices = ", ".join([*named, *NAMED, *OF_TRL])
         do = f"set chat_template to one of {choices}, or write one in chat_template_jinja"
         raise AttnimgError(what, why=why, do=do, code="missing-key", key=where)
     plain = name.removeprefix(FALLBACK)
-    if plain in NAMED:
-        return NAMED[plain]
-    known = [*named, *NAMED, "tokenizer_default"]
+    if (found := named_template(plain)) is not None:
+        return found
+    known = [*named, *NAMED, *OF_TRL, "tokenizer_default"]
     similar = difflib.get_close_matches(plain, known, n=1, cutoff=0.0)
     what = f"unknown chat template {name!r}"
     why = f"needed one of {', '.join(known)}, or jinja with chat_template_jinja"

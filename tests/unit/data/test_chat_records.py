@@ -11,7 +11,7 @@ import pytest
 from attnimg.config.schema import Config
 from attnimg.errors import AttnimgError
 from attnimg.train.data import load_documents, sample_text
-from attnimg.train.data.chat_templates import CHATML
+from attnimg.train.data.named_templates import CHATML
 
 Run = Callable[..., Config]
 Write = Callable[..., str]
