@@ -81,7 +81,7 @@ def choose_chat_template(
     if name is None or is_own:
         what = "the tokenizer has no default chat template"
         why = f"found {', '.join(named) or 'none'}; a dataset of type chat_template needs one"
-        choices = ", ".join([*named, *NAMED, *OF_TRL])
+        choices = ", ".join([*named, "chatml", "llama3"])
         do = f"set chat_template to one of {choices}, or write one in chat_template_jinja"
         raise AttnimgError(what, why=why, do=do, code="missing-key", key=where)
     plain = name.removeprefix(FALLBACK)
