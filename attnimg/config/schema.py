@@ -200,9 +200,9 @@ class DatasetSpec(BaseModel):
     field: Text | None = None
     text_column: Text | None = None
     skip: Whole | None = None
-    shards: Count | None = None
+    shards: Whole | None = None
     shards_idx: Whole | None = None
-    preprocess_shards: Count | None = None
+    preprocess_shards: Whole | None = None
     field_messages: Text | None = None
     field_system: Text | None = None
     field_tools: Text | None = None
