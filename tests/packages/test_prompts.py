@@ -198,3 +198,18 @@ def test_a_prompt_of_the_config_has_the_tokens_and_labels_of_axolotl(
     assert len(records) == 2
     for record in records:
         assert ours(keys, record, tokens, inputs=False) == theirs(strategy, record), record
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+@pytest.mark.parametrize("start", [False, True], ids=["no start token", "a start token"])
+def test_completion_has_the_tokens_of_axolotl(axolotl: Axolotl, kind: str, start: bool) -> None:
+    tokens = with_start(kind) if start else tokenizer(kind, ())
+    cfg = SimpleNamespace(train_on_inputs=False, sequence_len=2048)
+    strategy = axolotl.load("completion", tokens, cfg, {})
+    for text in ("The king spoke. ", "naïve\n\n안녕", "Yes.</s>", "<s>Yes."):
+        (ids, labels) = ours("completion", {"text": text}, tokens, inputs=False)
+        found = strategy.tokenize_prompt({"text": [text]})
+        # attnimg does not repeat a start token that a text has already.
+        repeated = start and text.startswith("<s>")
+        assert [tokens.bos_token_id] * repeated + ids == found["input_ids"][0], text
+        assert labels == ids
