@@ -55,10 +55,13 @@ attack: .venv/ready ## Run attnimg on random wrong configs, files, environments 
 test/data: .venv/ready ## Test 20 times as many random records and conversations as `make test` does, 15 minutes
 	DATA_EXAMPLES=20 $(BIN)/pytest -n $(JOBS) --timeout 3600 tests/unit/data/test_data_properties.py tests/unit/data/test_chat_labels.py
 
-test/templates: .venv/ready ## Label conversations with the chat templates of axolotl's wheel; downloads 2 MB
+test/templates: .venv/ready ## Compare prompts and labels with axolotl's wheel; downloads 2 MB
 	@mkdir -p build/packages
-	$(BIN)/pip download -q --disable-pip-version-check -d build/packages --no-deps axolotl==0.19.0
-	WHEELS=build/packages $(BIN)/pytest tests/packages/test_chat_templates.py
+	$(BIN)/pip download -q --disable-pip-version-check -d build/packages --no-deps \
+	  axolotl==0.19.0 addict==2.4.0 colorama==0.4.6
+	WHEELS=build/packages $(BIN)/pytest tests/packages/test_chat_templates.py \
+	  tests/packages/test_prompts.py tests/packages/test_chat_options.py \
+	  tests/packages/test_named_templates.py
 
 test/axolotl: build/axolotl/ready ## Train with axolotl and attnimg's plugin, and run the API on axolotl's transformers, 10 minutes
 	PYTHONPATH=. build/axolotl/bin/pytest -p no:anyio --ignore tests/unit/api/test_types.py \

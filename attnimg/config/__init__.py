@@ -162,9 +162,12 @@ def _schema_error(item: Any) -> Finding:
     key = str(top)
     if top in _DATASET_LISTS and rest and isinstance(rest[0], int):
         key = f"{top}[{rest[0]}]" + (f".{rest[1]}" if len(rest) > 1 else "")
+        if len(rest) > 3:  # type, the kind of type, and a key of the prompt
+            key += f".{rest[3]}"
     if item["type"] == "extra_forbidden":
         name = str(rest[-1])
-        if (answer := keys.dataset_key_answers().get(name)) is None:
+        answer = keys.dataset_key_answers().get(name)
+        if answer is None or len(rest) > 3:
             return _unknown_key(key, name)
         return _answered(key, item["input"], answer)
     if item["type"] == "missing":

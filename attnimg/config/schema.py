@@ -11,7 +11,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, Strict
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Strict,
+    Tag,
+)
 
 from attnimg.facts import Finding, LayerKind
 
@@ -99,15 +108,34 @@ Scheduler = Literal[
     "cosine_with_restarts", "cosine_with_min_lr", "warmup_stable_decay", "reduce_lr_on_plateau",
 ]  # fmt: skip
 Strategy = Literal["no", "steps", "epoch"]
+TrainedEnds = Literal["all", "turn", "last", "none"]
 SpecialToken = Literal[
     "bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token",
     "additional_special_tokens",
 ]  # fmt: skip
 
-# The dataset types, with axolotl's names; `pretrain` is `completion` in pretraining_dataset.
-DATASET_TYPES = (
-    "alpaca", "alpaca:chat", "completion", "pretrain", "chat_template", "chat_template.default",
+# The dataset types, with axolotl's names; `pretrain` is `completion` in pretraining_dataset. Those
+# with a prompt are in train/data/prompts.py; the first five of them also exist in four styles.
+PROMPT_STYLES = ("instruct", "chat", "chatml", "phi")
+STYLED_TYPES = ("alpaca", "gpteacher", "oasst", "jeopardy", "explainchoice")
+PROMPT_TYPES = (
+    *(f"{name}{style}" for name in STYLED_TYPES
+      for style in ("", *(f":{style}" for style in PROMPT_STYLES))),
+    "concisechoice", "summarizetldr", "reflection",
+    "alpaca_instruct", "alpaca_instruct.load_no_prompt",
+    "alpaca_chat", "alpaca_chat.load_concise", "alpaca_chat.load_qa", "alpaca_chat.load_camel_ai",
+    "alpaca_chat.load_no_prompt",
+    "alpaca_w_system", "alpaca_w_system.load_chat", "alpaca_w_system.load_instruct",
+    "alpaca_w_system.load_open_orca", "alpaca_w_system.load_open_orca_chatml", "orcamini",
+    "context_qa", "context_qa.load_404", "context_qa.load_v2", "creative_acr.load_answer",
+    "metharme",
 )  # fmt: skip
+DATASET_TYPES = (
+    *PROMPT_TYPES, "input_output", "completion", "pretrain", "chat_template",
+    "chat_template.default",
+)  # fmt: skip
+# Those that messages name.
+COMMON_TYPES = ("alpaca", "alpaca:chat", "completion", "chat_template", "input_output")
 # Name of a role in records -> its name in chat templates. The first seven are axolotl's.
 # Source: axolotl 067b021c, prompt_strategies/chat_template.py:78-87 (2026-11-26)
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant",
@@ -115,12 +143,44 @@ ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assi
          "ipython": "ipython"}  # fmt: skip
 
 
+class PromptFormat(BaseModel):
+    """A prompt that the config describes: the mapping under `type` of a dataset entry.
+
+    Attributes:
+        format: the prompt, with {instruction} and {input}.
+        no_input_format: the prompt of records without input, with {instruction}.
+        system_format: the text before it, with {system}.
+        system_prompt: the system message of records without one.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    field_instruction: Text | None = None
+    field_input: Text | None = None
+    field_output: Text | None = None
+    field_system: Text | None = None
+    format: Text | None = None
+    no_input_format: Text | None = None
+    system_prompt: Annotated[str, Strict()] | None = None
+    system_format: Text | None = None
+
+
+def _kind_of_type(value: object) -> str:
+    return "format" if isinstance(value, dict | PromptFormat) else "name"
+
+
+DatasetType = Annotated[
+    Annotated[Text, Tag("name")] | Annotated[PromptFormat, Tag("format")],
+    Discriminator(_kind_of_type),
+]
+
+
 class DatasetSpec(BaseModel):
     """One entry of `datasets`: where records are and how they are converted to text.
 
     Attributes:
         path: a local file or folder, or a name on the Hugging Face hub.
-        type: alpaca, alpaca:chat, completion, chat_template or pretrain.
+        type: one of DATASET_TYPES, or a prompt; None for records that are tokenized already.
         field: the text column of completion and pretrain.
         field_messages: the column with the conversation.
         message_property_mappings: role/content -> the keys in the records.
@@ -131,7 +191,7 @@ class DatasetSpec(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     path: PathText
-    type: Text | None = None
+    type: DatasetType | None = None
     name: Text | None = None
     split: Text | None = None
     revision: Text | None = None
@@ -139,13 +199,26 @@ class DatasetSpec(BaseModel):
     ds_type: Literal["json", "csv", "parquet", "arrow", "text"] | None = None
     field: Text | None = None
     text_column: Text | None = None
+    skip: Whole | None = None
+    shards: Whole | None = None
+    shards_idx: Whole | None = None
+    preprocess_shards: Whole | None = None
     field_messages: Text | None = None
+    field_system: Text | None = None
+    field_tools: Text | None = None
+    field_thinking: Text | None = None
+    template_thinking_key: Text | None = None
+    split_thinking: Flag | None = None
+    drop_system_message: Flag | None = None
     message_field_role: Text | None = None
     message_field_content: Text | None = None
     message_property_mappings: dict[Text, Text] | None = None
+    message_field_training: Text | None = None
+    message_field_training_detail: Text | None = None
     roles: dict[Text, list[Text]] | None = None
     roles_to_train: list[Text] | None = None
-    train_on_eos: Literal["all", "turn", "last", "none"] | None = None
+    train_on_eos: TrainedEnds | None = None
+    train_on_eot: TrainedEnds | None = None
     chat_template: Text | None = None
     chat_template_jinja: Text | None = None
     trust_remote_code: Flag | None = None
@@ -182,13 +255,19 @@ class Config(BaseModel):
     pretraining_dataset: (
         Annotated[list[DatasetSpec], BeforeValidator(_to_list_of_specs), Field(min_length=1)] | None
     ) = None
+    streaming: Flag | None = None
+    streaming_multipack_buffer_size: Count | None = None
+    pretrain_multipack_attn: Flag | None = None
     test_datasets: Annotated[list[DatasetSpec], Field(min_length=1)] | None = None
     dataset_prepared_path: PathText | None = None
     dataset_num_proc: Processes | None = None
     dataset_processes: Processes | None = None
     shuffle_merged_datasets: Flag = True
+    shuffle_before_merging_datasets: Flag = False
+    dataset_exact_deduplication: Flag = False
     val_set_size: Number = 0.0
     sequence_len: Count = 512
+    min_sample_len: Count | None = None
     excess_length_strategy: Literal["drop", "split", "truncate", "raise"] | None = None
     sample_packing: Flag | None = None
     eval_sample_packing: Flag | None = None
@@ -197,6 +276,7 @@ class Config(BaseModel):
     train_on_inputs: Flag = False
     chat_template: Text | None = None
     chat_template_jinja: Text | None = None
+    chat_template_kwargs: dict[Text, Any] | None = None
     default_system_message: Text | None = None
     eot_tokens: list[Text] | None = None
 
@@ -294,14 +374,28 @@ def dataset_entries(config: Config) -> Iterator[tuple[str, DatasetSpec, bool]]:
             yield f"{name}[{index}]", spec, name != "test_datasets"
 
 
+def is_streamed(config: Config) -> bool:
+    """Return whether only as many records are read as max_steps needs."""
+    if config.streaming is not None:
+        return config.streaming
+    return bool(config.pretraining_dataset and config.streaming_multipack_buffer_size)
+
+
 def is_chat(spec: DatasetSpec) -> bool:
     """Return whether records are conversations, rendered by a chat template."""
-    return (spec.type or "").startswith("chat_template")
+    return isinstance(spec.type, str) and spec.type.startswith("chat_template")
 
 
 def is_text(spec: DatasetSpec) -> bool:
     """Return whether records are plain text, which may be split anywhere."""
     return spec.type in ("completion", "pretrain")
+
+
+def type_name(spec: DatasetSpec) -> str:
+    """Return what a dataset entry's type is called in messages."""
+    if isinstance(spec.type, PromptFormat):
+        return "a prompt of the config"
+    return spec.type or "tokens"
 
 
 def role_names(spec: DatasetSpec) -> dict[str, str]:

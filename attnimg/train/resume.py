@@ -33,7 +33,10 @@ if TYPE_CHECKING:
 BY_VALUE = frozenset(
     {
         "model_type", "tokenizer_type", "special_tokens", "tokens", "scaling_softmax",
-        "shuffle_merged_datasets", "val_set_size", "sequence_len", "excess_length_strategy",
+        "streaming", "streaming_multipack_buffer_size", "pretrain_multipack_attn",
+        "shuffle_merged_datasets", "shuffle_before_merging_datasets",
+        "dataset_exact_deduplication", "val_set_size", "sequence_len", "min_sample_len",
+        "excess_length_strategy", "chat_template_kwargs",
         "sample_packing", "pad_to_sequence_len", "batch_flattening", "train_on_inputs",
         "chat_template", "chat_template_jinja", "default_system_message", "eot_tokens",
         "micro_batch_size", "gradient_accumulation_steps", "optimizer", "lr_scheduler",
@@ -306,7 +309,14 @@ def require_same_identity(
 
 def accepted_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
     """Return the changed keys whose new values are used."""
-    return [change for change in _changed_keys(before, now) if change.key in CHANGEABLE]
+    return [change for change in _changed_keys(before, now) if change.key in _changeable(now)]
+
+
+def _changeable(identity: Mapping[str, Any]) -> frozenset[str]:
+    """Return the keys that may change: not max_steps, where it decides how much data is read."""
+    keys = identity.get("keys", {})
+    streamed = keys.get("streaming") or keys.get("streaming_multipack_buffer_size")
+    return CHANGEABLE - {"max_steps"} if streamed else CHANGEABLE
 
 
 def resume_notes(before: Mapping[str, Any], now: Mapping[str, Any], *, name: str) -> list[str]:
@@ -390,7 +400,8 @@ def _edit(key: str, value: object) -> str:
 
 def _refused_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
     """Return the changes that would change the result."""
-    changes = [change for change in _changed_keys(before, now) if change.key not in CHANGEABLE]
+    changeable = _changeable(now)
+    changes = [change for change in _changed_keys(before, now) if change.key not in changeable]
     decides = evaluation_affects_training(now.get("keys", {}))
     return [
         *_batch_changes(changes, before, now),

@@ -128,15 +128,17 @@ def _require_same(sections: Mapping[str, Mapping[str, str]]) -> None:
 
 def _values(schema: Mapping[str, Any]) -> str:
     """Return the accepted values of one key, from its JSON schema."""
-    options = [one for one in schema.get("anyOf", [schema]) if one.get("type") != "null"]
-    return " or ".join(_value(option) for option in options)
+    options = schema.get("anyOf") or schema.get("oneOf")
+    if options is None:
+        return _value(schema)
+    return " or ".join(_values(one) for one in options if one.get("type") != "null")
 
 
 def _value(schema: Mapping[str, Any]) -> str:
     if names := schema.get("enum", [schema["const"]] if "const" in schema else []):
         return ", ".join(f"`{name}`" for name in names)
     if "$ref" in schema:
-        return "entries"
+        return "entries" if schema["$ref"].endswith("DatasetSpec") else "mapping"
     match schema.get("type"):
         case "boolean":
             return "`true`, `false`"

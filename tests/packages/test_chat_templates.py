@@ -14,7 +14,6 @@ from chat_labels import CALL, TOKENIZERS, TOOL, answer, learnt, tokenizer, user
 
 from attnimg.errors import AttnimgError
 from attnimg.train.data.chat import ChatEncoder
-from attnimg.train.data.chat_templates import named_templates
 
 SYSTEM = {"role": "system", "content": "sysword"}
 RESULT = {"role": "tool", "name": "weather", "tool_call_id": "abcdefghi", "content": "toolword"}
@@ -83,42 +82,3 @@ def test_each_template_trains_the_answers_alone_or_is_refused(kind: str) -> None
     # Some have no system role, drop reasoning or know no tools; all take a plain conversation.
     allowed = {"single": 0, "multi-turn": 0, "system": 4, "tags": 4, "weights": 0, "tools": 32}
     assert len(refused) <= allowed[kind], sorted(refused)
-
-
-THOUGHT = {"reasoning_content": "\nwhy\n"}
-TURNS = [user("one "), answer("two"), user("three\n"), answer(" four\n")]
-# Conversations of text: what a named template renders must be what axolotl's renders, character by
-# character; where axolotl's raises, ours does.
-TEXTS: dict[str, list[dict[str, Any]]] = {
-    "turns": TURNS,
-    "a system message": [SYSTEM | {"content": " sys "}, *TURNS],
-    "two system messages": [SYSTEM, TURNS[0], SYSTEM, TURNS[1]],
-    "no answer": TURNS[:1],
-    "two answers": [*TURNS[:2], TURNS[3]],
-    "empty texts": [user(""), answer("")],
-    "thoughts in the text": [TURNS[0], answer("<think>\nx\n</think>\n\ny"), *TURNS[2:]],
-    "thoughts in the last text": [*TURNS[:3], answer("<think>\nx\n</think>\n\ny")],
-    "thoughts beside the text": [*TURNS[:3], answer("four") | THOUGHT],
-    "thoughts of Gemma 4": [TURNS[0], answer("<|channel>thought\nx<channel|>y"), *TURNS[2:]],
-}
-
-
-def rendered(template: str, messages: list[dict[str, Any]]) -> str | None:
-    """Return the text of a conversation; None if the template raises."""
-    from jinja2 import TemplateError
-    from transformers.utils.chat_template_utils import render_jinja_template
-
-    try:
-        texts, _ = render_jinja_template(
-            [messages], chat_template=template, bos_token="<s>", eos_token="</s>"
-        )
-    except TemplateError:
-        return None
-    return str(texts[0])
-
-
-@pytest.mark.parametrize("conversation", TEXTS)
-@pytest.mark.parametrize("name", named_templates())
-def test_a_named_template_renders_what_axolotls_does(name: str, conversation: str) -> None:
-    messages = TEXTS[conversation]
-    assert rendered(named_templates()[name], messages) == rendered(templates()[name], messages)

@@ -250,3 +250,31 @@ def test_pickled_weights_are_refused_before_they_are_loaded(home: Path, tmp_path
     assert done.returncode == 2
     assert f"do:  run python -m attnimg.train.pickled_weights {home}/pickled" in done.stderr
     assert not (home / "ran").exists()
+
+
+def test_a_stream_is_read_as_far_as_needed_and_resumed_exactly(home: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data.jsonl"
+    lines = [json.dumps({"text": text}) for text in sentences(600, seed=5)]
+    data.write_text("\n".join([*lines, "{broken"]) + "\n")
+    keys: dict[str, Any] = {
+        "datasets": [{"path": str(data), "type": "completion"}], "streaming": True,
+        "max_steps": 4, "save_strategy": "steps", "save_steps": 2, "output_dir": "out",
+        "streaming_multipack_buffer_size": 16,
+    }  # fmt: skip
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    for folder in (whole, resumed):
+        folder.mkdir()
+    keys["output_dir"] = str(whole / "out")
+    done = train(home, whole, **keys)
+    assert done.returncode == 0, done.stderr
+    assert receipt(whole)["data"][0]["records"] < 600
+    shutil.copytree(whole / "out/checkpoint-2", resumed / "out/checkpoint-2")
+    keys |= {"output_dir": str(resumed / "out"), "resume_from_checkpoint": True}
+    longer = train(home, resumed, **{**keys, "max_steps": 6})
+    assert longer.returncode == 2, longer.stderr
+    assert "checkpoint-2 can't be resumed with another max_steps" in longer.stderr
+    again = train(home, resumed, **keys)
+    assert again.returncode == 0, again.stderr
+    assert losses(resumed / "out") == losses(whole / "out")[2:]
+    weights = [(folder / "out/model.safetensors").read_bytes() for folder in (whole, resumed)]
+    assert weights[0] == weights[1]

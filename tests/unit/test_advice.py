@@ -305,7 +305,29 @@ CASES: dict[str, Case] = {
                    "batch_size", "use_ray")},
     "a plugin of axolotl": Case(code="unsupported-key", values={"plugins": ["my.Plugin"]}),
     "plugins that are no names": Case(code="bad-value", values={"plugins": 3}),
-    "shards of axolotl": Case(code="unsupported-key", entry={"shards": 4}),
+    "a transform of axolotl": Case(code="unsupported-key", entry={"input_transform": "x"}),
+    "a shard too many": Case(code="bad-value", entry={"shards": 4, "shards_idx": 4}),
+    "a key for two things": Case(code="bad-value", entry={**CHAT, "field_thinking": "content"}),
+    "an end token trained in two ways": Case(code="bad-value",
+                                             entry={**CHAT, "train_on_eot": "none"}),
+    "two last turns": Case(code="bad-value", values={"eot_tokens": ["<end>"]},
+                           entry={**CHAT, "train_on_eos": "all", "train_on_eot": "last"}),
+    "a variable of the records": Case(code="bad-value", entry=CHAT,
+                                      values={"chat_template_kwargs": {"tools": [], "x": 1}}),
+    "a template of axolotl": Case(code="unsupported-key", entry=CHAT,
+                                  values={"chat_template": "jamba"}),
+    "a stream without an end": Case(code="bad-value", values={"streaming": True}),
+    "a share of a stream": Case(code="bad-value", values={"streaming": True, "max_steps": 2,
+                                                          "val_set_size": 0.1}),
+    "copies in a stream": Case(code="bad-value", values={
+        "streaming": True, "max_steps": 2, "dataset_exact_deduplication": True}),
+    "two streams": Case(code="bad-value", values={
+        "streaming": True, "max_steps": 2, "datasets": [{"path": "a", **COMPLETION}] * 2}),
+    "a shard of a stream": Case(code="bad-value", entry={"shards": 2},
+                                values={"streaming": True, "max_steps": 2}),
+    "packing without isolation": Case(code="unsupported-key", values={
+        "sample_packing": True, "attn_implementation": "sdpa", "pretrain_multipack_attn": False}),
+    "another name in a prompt": Case(code="bad-value", entry={"type": {"format": "{question}"}}),
     # What the machine, the model's folder and output_dir allow.
     "a fused schedule of no cosine": Case(code="bad-value", machine=CPU, options=2, values={
         "lr_scheduler": "linear", "cosine_min_lr_ratio": 0.1}),
@@ -388,8 +410,19 @@ CASES: dict[str, Case] = {
     "no type, a conversation": Case(code="missing-key", records=[SHAREGPT], entry={"type": None},
                                     values={"chat_template": "chatml"}),
     "no type, alpaca": Case(code="missing-key", records=[ALPACA], entry={"type": None}),
-    "another trainer's type": Case(code="bad-value", records=[SHAREGPT], entry={"type": "sharegpt"},
-                                   values={"chat_template": "chatml"}),
+    "a prompt too long": Case(code="unsupported-key", records=[TALK],
+                              entry={"type": "creative_acr.load_revise"},
+                              values={"chat_template": "chatml"}),
+    "a shard without records": Case(code="empty-dataset", records=TEXTS[:2],
+                                    entry={"type": "completion", "shards": 3, "shards_idx": 2}),
+    "documents too short": Case(code="empty-dataset", records=TEXTS,
+                                values={"min_sample_len": 400}),
+    "an end token in eot_tokens": Case(
+        code="bad-value", records=[TALK], entry={**CHAT, "train_on_eot": "none"},
+        values={"chat_template": "chatml", "eot_tokens": ["</s>"]}),
+    "another trainer's type": Case(
+        code="unsupported-key", records=[SHAREGPT], entry={"type": "sharegpt"},
+        values={"chat_template": "chatml"}),
     "a typo of a type": Case(code="bad-value", records=TEXTS, entry={"type": "completions"}),
     "another column of text": Case(code="wrong-columns",
                                    records=[{"id": "7", "body": "The king spoke."}]),
@@ -563,7 +596,50 @@ CALLING = (
 PLAIN = "{% for m in messages %}<s>{{ m.role }}\n{{ m.content }}{{ eos_token }}{% endfor %}"
 TOOL = {"type": "function", "function": {"name": "f"}}
 # A record that is refused, and what becomes of it where the advice is followed.
-RECORDS: dict[str, tuple[Any, Any, str]] = {
+DETAIL = {**CHAT, "message_field_training_detail": "detail"}
+THINKING = {**CHAT, "split_thinking": True}
+PART = {"begin_offset": 0, "end_offset": 1, "train": True}
+RECORDS: dict[str, tuple[Any, ...]] = {
+    "parts beside a list of contents": (
+        [USER, {"role": "assistant", "content": [{"type": "text", "text": "Yes.", "train": False},
+                                                 {"type": "text", "text": "Go."}],
+                "detail": [PART]}],
+        [USER, YES | {"detail": [PART]}], PLAIN, DETAIL),
+    "parts of another form": ([USER, YES | {"detail": [{"begin_offset": 0}]}],
+                              [USER, YES | {"detail": [PART]}], PLAIN, DETAIL),
+    "parts past the end": ([USER, YES | {"detail": [PART | {"end_offset": 4}]}],
+                           [USER, YES | {"detail": [PART | {"end_offset": 3}]}], PLAIN, DETAIL),
+    "parts that overlap": (
+        [USER, YES | {"detail": [PART, PART | {"train": False}]}],
+        [USER, YES | {"detail": [PART, {"begin_offset": 2, "end_offset": 3, "train": False}]}],
+        PLAIN, DETAIL),
+    "reasoning twice": (
+        [USER, {"role": "assistant", "content": "<think>a</think>Yes.", "reasoning_content": "b"}],
+        [USER, {"role": "assistant", "content": "<think>a</think>Yes."}],
+        PLAIN.replace("{{ m.content }}", "{{ m.reasoning_content or '' }}{{ m.content }}"),
+        THINKING),
+    "text before the reasoning": (
+        [USER, {"role": "assistant", "content": "Go. <think>a</think>Yes."}],
+        [USER, {"role": "assistant", "content": "<think>a</think>Go. Yes."}],
+        PLAIN.replace("{{ m.content }}", "{{ m.reasoning_content or '' }}{{ m.content }}"),
+        THINKING),
+    "choices that are no list": (
+        {"question": "Is it?", "choices": "Yes.", "solution": "Yes."},
+        {"question": "Is it?", "choices": ["Yes."], "solution": "Yes."}, None,
+        {"type": "explainchoice"}),
+    "no system message beside a default one": (
+        ALPACA | {"system": ""}, ALPACA | {"system": "Go."}, None,
+        {"type": {"system_prompt": "Be brief."}}),
+    "segments of another form": (
+        {"segments": [{"text": "Is it?"}]}, {"segments": [{"label": True, "text": "Is it?"}]},
+        None, {"type": "input_output"}),
+    "a label too few": ({"input_ids": [5, 6], "labels": [5]}, {"input_ids": [5, 6],
+                        "labels": [5, 6]}, None, {"type": None}),
+    "another vocabulary": ({"input_ids": [5, 10**6], "labels": [5, 6]},
+                           {"input_ids": [5, 6], "labels": [5, 6]}, None, {"type": None}),
+    "padding": ({"input_ids": [5, 6], "labels": [5, 6], "attention_mask": [1, 0]},
+                {"input_ids": [5, 6], "labels": [5, 6], "attention_mask": [1, 1]}, None,
+                {"type": None}),
     "a call of OpenAI's older kind": (
         [USER, {"role": "assistant", "function_call": {"name": "f", "arguments": '{"x": 1}'}}],
         [USER, {"role": "assistant", "tool_calls": [CALL]}], CALLING),
@@ -614,14 +690,14 @@ RECORDS: dict[str, tuple[Any, Any, str]] = {
 @cache
 def corrected(name: str, place: Path) -> str:
     """Return the advice on a record; the record that follows it must be accepted."""
-    wrong, right, template = RECORDS[name]
+    wrong, right, template, *entry = RECORDS[name]
     said = []
     folder = place / re.sub(r"\W+", "-", name)
     folder.mkdir(exist_ok=True)
     for record in (wrong, right):
         if not isinstance(record, dict | int):
             record = {"messages": record}
-        case = Case(code="bad-data", records=[record], entry=CHAT, options=0,
+        case = Case(code="bad-data", records=[record], entry=(*entry, CHAT)[0], options=0,
                     values={"chat_template_jinja": template, "train_on_inputs": True})  # fmt: skip
         said.append([do for *_, do in case.findings(given(case, folder))])
     (do,), none = said

@@ -268,10 +268,16 @@ def named(name: str, **more: object) -> dict[str, object]:
             {"datasets": [{"path": "x", "typ": "alpaca"}]}, ["unknown-key"], [], id="in a data set"
         ),
         pytest.param(
-            {"datasets": [{"path": "x", "shards": 2}]}, ["unsupported-key"], [], id="shards"
+            {"datasets": [{"path": "x", "input_transform": "t"}]},
+            ["unsupported-key"],
+            [],
+            id="a key of a data set",
         ),
         pytest.param(
-            {"datasets": [{"path": "x", "shards": None}]}, [], [], id="a null in a data set"
+            {"datasets": [{"path": "x", "input_transform": None}]},
+            [],
+            [],
+            id="a null in a data set",
         ),
         pytest.param({"attn_implementaton": "sdpa"}, ["unknown-key"], [], id="a typo"),
         pytest.param({"wandb_project": "p"}, ["unsupported-key"], [], id="a tracker"),
@@ -288,7 +294,10 @@ def named(name: str, **more: object) -> dict[str, object]:
         pytest.param({"special_tokens": {"foo": "x"}}, ["bad-value"], [], id="no special token"),
         pytest.param({"special_tokens": {"pad_token": 5}}, ["bad-value"], [], id="5 is no token"),
         pytest.param(
-            {"datasets": [{"path": "x", "shards": False}]}, [], [], id="false in a data set"
+            {"datasets": [{"path": "x", "input_transform": False}]},
+            [],
+            [],
+            id="false in a data set",
         ),
         pytest.param({"liger_rope": False}, [], [], id="a plugin's key, off"),
         pytest.param({"attn_supports_packing": True}, ["computed-flag"], [], id="a computed flag"),

@@ -13,7 +13,7 @@ import pytest
 sys.path.append(str(Path(__file__).parents[1] / "fixtures"))
 from tiny_run import config_for, make_model, make_tokenizer, run
 
-from attnimg.train.data.chat_templates import CHATML, LLAMA3
+from attnimg.train.data.named_templates import CHATML, LLAMA3
 from attnimg.train.tokenizer import end_token_notes, use_trained_template
 
 OWN = "{{ bos_token }}{% for m in messages %}{{ m.role + m.content }}{% endfor %}"

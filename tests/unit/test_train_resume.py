@@ -34,7 +34,10 @@ CLASSES = (
 OTHER = {
     "model_type": "LlamaForCausalLM", "tokenizer_type": "LlamaTokenizer",
     "special_tokens": {"pad_token": "<pad>"}, "tokens": ["<new>"], "scaling_softmax": True,
-    "shuffle_merged_datasets": False, "val_set_size": 0.1, "sequence_len": 128,
+    "streaming": True, "streaming_multipack_buffer_size": 64, "pretrain_multipack_attn": True,
+    "shuffle_merged_datasets": False, "shuffle_before_merging_datasets": True,
+    "dataset_exact_deduplication": True, "min_sample_len": 3,
+    "chat_template_kwargs": {"enable_thinking": False}, "val_set_size": 0.1, "sequence_len": 128,
     "excess_length_strategy": "drop", "sample_packing": True, "pad_to_sequence_len": True,
     "batch_flattening": True, "train_on_inputs": True, "chat_template": "chatml",
     "chat_template_jinja": "{{ x }}", "default_system_message": "Be kind: always.",

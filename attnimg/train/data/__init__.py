@@ -13,13 +13,15 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
-from attnimg.config.schema import DATASET_TYPES, Config, DatasetSpec, dataset_entries
+from attnimg.config.schema import COMMON_TYPES, Config, DatasetSpec, dataset_entries
 from attnimg.errors import AttnimgError, printable
 from attnimg.train.data.chat_templates import choose_chat_template
 from attnimg.train.data.prepare import SourceFigures, load_source, summary_line
+from attnimg.train.data.prompts import TYPE_OF_COLUMN
 from attnimg.train.data.records import IGNORE_INDEX, read_records
 from attnimg.train.data.sources import Source, find_source
-from attnimg.train.data.types import TYPE_OF_COLUMN, choose_parser
+from attnimg.train.data.streams import Need, need_of
+from attnimg.train.data.types import choose_parser
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -68,8 +70,9 @@ def find_sources(config: Config) -> tuple[list[Source], list[Source]]:
     """
     training, testing = list[Source](), list[Source]()
     for key, spec, trains in dataset_entries(config):
-        if spec.type is None:
-            raise _missing_type(spec, key=key)
+        columns = _first_columns(spec, key=key) if spec.type is None else None
+        if columns is not None and "input_ids" not in columns:
+            raise _missing_type(spec, columns, key=key)
         parse = choose_parser(spec)
         source = find_source(spec, key=key)
         found = False
@@ -107,22 +110,28 @@ def load_documents(config: Config, tokenizer: Any) -> Documents:
     figures = list[SourceFigures]()
     warnings = dict.fromkeys(_warn_of_shared_files(training, testing))
 
-    def load_all(sources: list[Source]) -> Dataset:
+    def load_all(sources: list[Source], need: Need | None = None) -> Dataset:
         parts = []
         for source in sources:
-            part, (counts, found) = load_source(source, config, tokenizer)
+            part, (counts, found) = load_source(source, config, tokenizer, need)
             if not counts.documents:
                 raise _no_documents(source, counts)
             parts.append(part)
             figures.append(counts)
             warnings.update(dict.fromkeys((*source.warnings, *found)))
+        if len(parts) > 1 and config.shuffle_before_merging_datasets:
+            parts = [part.shuffle(seed=config.seed, keep_in_memory=True) for part in parts]
         return datasets.concatenate_datasets(parts) if len(parts) > 1 else parts[0]
 
-    train = load_all(training)
-    if config.shuffle_merged_datasets:
+    need = need_of(config)
+    train = load_all(training, need)
+    if config.shuffle_merged_datasets and need is None:
         # In memory: the library would cache the order on disk, and trust that file in later runs.
         train = train.shuffle(seed=config.seed, keep_in_memory=True)
     validation = load_all(testing) if testing else None
+    if config.dataset_exact_deduplication:
+        train = _without_copies(train, "training", warnings)
+        validation = validation and _without_copies(validation, "evaluation", warnings)
     if config.val_set_size:
         train, validation = _split_validation(train, config)
     if validation is not None:
@@ -132,15 +141,23 @@ def load_documents(config: Config, tokenizer: Any) -> Documents:
     )
 
 
-def _missing_type(spec: DatasetSpec, *, key: str) -> AttnimgError:
-    """Return the error for an entry without a type; it suggests one that fits the first record."""
+def _first_columns(spec: DatasetSpec, *, key: str) -> Collection[str] | None:
+    """Return the columns of the first record of an entry; None where no local file has them."""
     columns: Collection[str] = ()
-    with suppress(AttnimgError, StopIteration, IndexError):
-        _, columns = next(read_records(find_source(spec, key=key).files[0], key=key))
+    with suppress(AttnimgError, StopIteration):
+        source = find_source(spec, key=key)
+        if not source.files:
+            return None
+        _, columns = next(read_records(source.files[0], key=key))
+    return columns
+
+
+def _missing_type(spec: DatasetSpec, columns: Collection[str], *, key: str) -> AttnimgError:
+    """Return the error for an entry without a type; it suggests one that fits the first record."""
     suggested = next((type_ for name, type_ in TYPE_OF_COLUMN.items() if name in columns), None)
     what = f"{key} has no type"
-    why = f"found no type for {spec.path}, needed one of {', '.join(DATASET_TYPES)}"
-    do = f"set {key}.type: {suggested or ' or '.join(DATASET_TYPES[:-1])}"
+    why = f"found no type for {spec.path}, needed one of {', '.join(COMMON_TYPES)}, or a prompt"
+    do = f"set {key}.type: {suggested or ' or '.join(COMMON_TYPES)}"
     return AttnimgError(what, why=why, do=do, code="missing-key", key=f"{key}.type")
 
 
@@ -169,10 +186,29 @@ def _warn_of_shared_documents(train: Dataset, validation: Dataset) -> Iterator[s
         )
 
 
-def _hash_documents(documents: Dataset) -> Iterator[bytes]:
-    """Yield a hash of the tokens of each document."""
-    for batch in documents.select_columns(["input_ids"]).with_format("arrow").iter(1000):
-        for ids in batch["input_ids"].combine_chunks().to_numpy(zero_copy_only=False):
+def _without_copies(documents: Dataset, kind: str, warnings: dict[str, None]) -> Dataset:
+    """Return documents without those that have the tokens and labels of an earlier one.
+
+    Source: axolotl 0.19.0, utils/data/utils.py, _deduplicate_dataset (2026-11-27)
+    """
+    seen, kept = set[bytes](), list[int]()
+    pairs = zip(_hash_documents(documents), _hash_documents(documents, "labels"), strict=True)
+    for index, pair in enumerate(pairs):
+        if (digest := b"".join(pair)) not in seen:
+            seen.add(digest)
+            kept.append(index)
+    if removed := len(documents) - len(kept):
+        warnings[
+            f"dataset_exact_deduplication: {removed:,} of {len(documents):,} {kind} documents were "
+            "copies of others, and were removed"
+        ] = None
+    return documents.select(kept)
+
+
+def _hash_documents(documents: Dataset, column: str = "input_ids") -> Iterator[bytes]:
+    """Yield a hash of the tokens, or of the labels, of each document."""
+    for batch in documents.select_columns([column]).with_format("arrow").iter(1000):
+        for ids in batch[column].combine_chunks().to_numpy(zero_copy_only=False):
             yield hashlib.blake2b(ids.tobytes(), digest_size=16).digest()
 
 
@@ -189,7 +225,11 @@ def _data_names(source: Source) -> set[str]:
 def _no_documents(source: Source, figures: SourceFigures) -> AttnimgError:
     """Return the error for a source without documents, with advice for most of its records."""
     longer = figures.too_long + figures.truncated + figures.split
-    if longer >= max(1, figures.empty):
+    if source.spec.shards and not figures.records:
+        do = f"set {source.key}.shards_idx: 0"
+    elif figures.too_short > max(figures.empty, figures.without_loss):
+        do = "remove min_sample_len"
+    elif longer >= max(1, figures.empty):
         do = f"set sequence_len: {figures.longest}, the longest of them"
     elif figures.without_loss > figures.empty:
         do = (
@@ -201,8 +241,9 @@ def _no_documents(source: Source, figures: SourceFigures) -> AttnimgError:
     return AttnimgError(
         f"nothing to train on in {source.spec.path}",
         why=f"of {figures.records:,} records, {figures.empty:,} have no text, {longer:,} are "
-        f"longer than sequence_len {figures.sequence_len:,}, and {figures.without_loss:,} parts "
-        "have no trained token; needed at least one document",
+        f"longer than sequence_len {figures.sequence_len:,}, {figures.too_short:,} parts are "
+        f"shorter than min_sample_len, and {figures.without_loss:,} have no trained token; needed "
+        "at least one document",
         do=do,
         code="empty-dataset",
         key=f"{source.key}.path",

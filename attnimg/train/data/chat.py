@@ -6,13 +6,14 @@ offsets. Conversations of plain messages share a layout with all others that hav
 
 from __future__ import annotations
 
-import copy
-import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
-from typing import Any, Literal
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
+from attnimg.config.schema import TrainedEnds
 from attnimg.errors import AttnimgError
+from attnimg.train.data.chat_labels import label_parts, label_tokens, with_full_offsets
 from attnimg.train.data.chat_layout import (
     AnswerLayout,
     SharedLayout,
@@ -24,7 +25,6 @@ from attnimg.train.data.chat_render import (
     Message,
     Renderer,
     RewrittenError,
-    Span,
     TemplateError,
     message_forms,
     render,
@@ -33,10 +33,10 @@ from attnimg.train.data.chat_render import (
 from attnimg.train.data.chat_templates import TemplateLimitError
 from attnimg.train.data.chat_turn import EndTokens, RenderedTurn
 from attnimg.train.data.records import (
-    IGNORE_INDEX,
     Conversation,
     Parsed,
     Place,
+    Span,
     Turn,
     bad_file,
     shorten,
@@ -58,6 +58,9 @@ class ChatEncoder:
             turn ("all"), of the last trained one ("last"), or of none.
         train_on_inputs: whether every token is trained.
         eot_tokens: texts that end a turn, besides the tokenizer's special tokens.
+        train_on_eot: the same for the eot_tokens alone; None: as train_on_eos.
+        thinking_key: what the template calls the reasoning of a message.
+        template_kwargs: other variables of the template.
         system_message: inserted before conversations without a system turn; None for none.
 
     Raises:
@@ -70,9 +73,12 @@ class ChatEncoder:
         template: str | Mapping[str, str],
         *,
         trained_roles: frozenset[str] = frozenset({"assistant"}),
-        train_on_eos: Literal["all", "turn", "last", "none"] = "turn",
+        train_on_eos: TrainedEnds = "turn",
+        train_on_eot: TrainedEnds | None = None,
         train_on_inputs: bool = False,
         eot_tokens: tuple[str, ...] = (),
+        thinking_key: str = "reasoning_content",
+        template_kwargs: Mapping[str, Any] | None = None,
         system_message: str | None = None,
     ) -> None:
         if not tokenizer.is_fast:
@@ -80,13 +86,21 @@ class ChatEncoder:
             why = f"{type(tokenizer).__name__} returns no character offsets, needed to find answers"
             do = "use the model's fast tokenizer (tokenizer.json)"
             raise AttnimgError(what, why=why, do=do, code="bad-value", key="tokenizer_type")
-        self.tokenizer = _with_full_offsets(tokenizer)
+        self.tokenizer = with_full_offsets(tokenizer)
         self.templates = {"default": template} if isinstance(template, str) else dict(template)
-        self.trained_roles, self.train_on_eos = trained_roles, train_on_eos
+        self.given, self.trained_roles = tokenizer, trained_roles
+        self.train_on_eos, self.train_on_eot = train_on_eos, train_on_eot or train_on_eos
+        self.thinking_key, self.template_kwargs = thinking_key, dict(template_kwargs or {})
         self.train_on_inputs, self.system_message = train_on_inputs, system_message
         self.ends = EndTokens.from_tokenizer(tokenizer, eot_tokens)
         self.shared: dict[tuple[tuple[str, bool], ...], SharedLayout | None] = {}
         self.warnings: dict[str, None] = {}
+        text = "".join(self.templates.values())
+        if thinking_key != "reasoning_content" and not template_reads(text, thinking_key):
+            self.warnings[unused_warning("template_thinking_key", (thinking_key,))] = None
+        unread = [n for n in self.template_kwargs if not re.search(rf"\b{re.escape(n)}\b", text)]
+        if unread:
+            self.warnings[unused_warning("chat_template_kwargs", unread)] = None
 
     def __call__(self, batch: Sequence[tuple[Place, Parsed]]) -> list[tuple[list[int], list[int]]]:
         """Encode conversations to input_ids and labels.
@@ -94,7 +108,7 @@ class ChatEncoder:
         Raises:
             AttnimgError: the template raises or drops text; the message names the record.
         """
-        written = list[tuple[str, list[Span], list[Span]]]()
+        written = list[_Written]()
         for place, parsed in batch:
             assert isinstance(parsed, Conversation), place
             conversation = self._with_system_message(parsed)
@@ -105,19 +119,34 @@ class ChatEncoder:
                 raise self._template_error(conversation, place, error) from None
             self.warnings |= dict.fromkeys(layout.warnings)
             self._warn_of_unused(conversation)
-            text = layout.rendering.text + layout.appended
-            written.append((text, list(self._trained_spans(conversation, layout)), masked))
-        encoded = self.tokenizer(
-            [text for text, _, _ in written],
-            add_special_tokens=False,
-            return_offsets_mapping=True,
-            verbose=False,
-        )
+            written.append(
+                _Written(
+                    layout.rendering.text + layout.appended,
+                    list(self._trained_spans(conversation, layout)),
+                    masked,
+                    list(self._trained_parts(conversation, layout)),
+                )
+            )
+        encoded = self._tokenize([one.text for one in written])
         tokens = zip(encoded["input_ids"], encoded["offset_mapping"], written, strict=True)
         return [
-            (ids, label_tokens(ids, text, offsets, trained=trained, masked=masked))
-            for ids, offsets, (text, trained, masked) in tokens
+            (ids, self._label(ids, offsets, conversation)) for ids, offsets, conversation in tokens
         ]
+
+    def _tokenize(self, texts: list[str], *, given: bool = False) -> Any:
+        tokenizer = self.given if given else self.tokenizer
+        return tokenizer(
+            texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False
+        )
+
+    def _label(self, ids: list[int], offsets: Sequence[Span], found: _Written) -> list[int]:
+        labels = label_tokens(ids, found.text, offsets, trained=found.trained, masked=found.masked)
+        if found.parts:
+            # axolotl finds the tokens of a part by the tokenizer's own offsets.
+            own = self._tokenize([found.text], given=True)["offset_mapping"][0]
+            for content, parts in found.parts:
+                label_parts(ids, labels, own, content=content, parts=parts)
+        return labels
 
     def _with_system_message(self, conversation: Conversation) -> Conversation:
         turns = conversation.turns
@@ -130,15 +159,18 @@ class ChatEncoder:
 
     def _needs_bounds(self, turn: Turn) -> bool:
         """Return whether a turn's bounds are needed: to train it or its end, or to mask it."""
-        if self.train_on_inputs and (turn.train is False or self.train_on_eos in ("last", "none")):
+        settings = {self.train_on_eos, self.train_on_eot}
+        if self.train_on_inputs and (turn.train is False or settings & {"last", "none"}):
             return True
-        ends = self.train_on_eos == "all" and turn.role == "assistant"
+        ends = "all" in settings and turn.role == "assistant"
         return ends or self._is_trained(turn)
 
     def _renderer(self, conversation: Conversation) -> Renderer:
         tools = conversation.tools
         name = "tool_use" if tools and "tool_use" in self.templates else "default"
-        return Renderer(self.tokenizer, self.templates[name], tools)
+        return Renderer(
+            self.tokenizer, self.templates[name], tools, self.thinking_key, self.template_kwargs
+        )
 
     def _build_layout(self, conversation: Conversation) -> AnswerLayout:
         """Find the answers, with the shared layout of conversations with these roles if it fits."""
@@ -172,13 +204,40 @@ class ChatEncoder:
             yield 0, len(layout.rendering.text) + len(layout.appended)
             return
         answers = [a for a in layout.answers if self._is_trained(conversation.turns[a.turn])]
+        text = layout.rendering.text + layout.appended
         for answer in answers:
-            yield from answer.text
-            last = answer is answers[-1]
-            if self.train_on_eos == "turn" or (self.train_on_eos == "last" and last):
-                yield from answer.end
-        if self.train_on_eos == "all":
-            yield from self._all_ends(layout)
+            if conversation.turns[answer.turn].parts is None:
+                yield from answer.text
+            for setting, span in self._ends(text, answer.end):
+                if setting == "turn" or (setting == "last" and answer is answers[-1]):
+                    yield span
+        if "all" in (self.train_on_eos, self.train_on_eot):
+            ends = self._ends(text, self._all_ends(layout))
+            yield from (span for setting, span in ends if setting == "all")
+
+    def _ends(self, text: str, spans: Iterable[Span]) -> Iterator[tuple[TrainedEnds, Span]]:
+        """Yield each end of a turn with its setting: the eot_tokens may have one of their own."""
+        for start, end in spans:
+            if self.train_on_eot == self.train_on_eos:
+                yield self.train_on_eos, (start, end)
+                continue
+            for token in self.ends.pattern.finditer(text, start, end):
+                is_eot = token.group() in self.ends.configured
+                yield self.train_on_eot if is_eot else self.train_on_eos, (start, token.end())
+                start = token.end()
+
+    def _trained_parts(
+        self, conversation: Conversation, layout: AnswerLayout
+    ) -> Iterator[tuple[Span, list[Span]]]:
+        """Yield the span of each content of which only parts are trained, and these parts."""
+        rendering = layout.rendering
+        for turn, message, span in zip(
+            conversation.turns, rendering.messages, rendering.contents, strict=True
+        ):
+            if span is None or turn.parts is None or not self._is_trained(turn):
+                continue
+            offset = _content_offset(turn, message, rendering.text, span)
+            yield span, [(start + offset, end + offset) for start, end in turn.parts]
 
     def _all_ends(self, layout: AnswerLayout) -> Iterator[Span]:
         """Yield the end tokens of all turns: after an answer, or after another turn's text."""
@@ -205,29 +264,25 @@ class ChatEncoder:
         for turn, message, span in zip(
             conversation.turns, rendering.messages, rendering.contents, strict=True
         ):
-            if span is None or turn.content is None or not turn.untrained:
+            if span is None or not turn.untrained:
                 continue
-            written = rendering.text[slice(*span)]
-            if message.get("content") != turn.content or (
-                THINK_END in turn.content and THINK_END not in written
-            ):
-                raise RewrittenError("it rewrites a content that has untrained parts")
-            # The template may have stripped the content; spans are relative to the unstripped one.
-            offset = span[0] - turn.content.rfind(written)
+            offset = _content_offset(turn, message, rendering.text, span)
             for start, end in turn.untrained:
                 yield max(span[0], start + offset), min(span[1], end + offset)
 
     def _untrained_input_spans(
         self, conversation: Conversation, layout: AnswerLayout
     ) -> Iterator[Span]:
-        """Yield what train_on_inputs excludes: turns with `train: false`, and some end tokens.
+        """Yield what train_on_inputs excludes: untrained turns or parts, and some end tokens.
 
         axolotl trains the end token of a turn with loss, or of every turn with train_on_eos: all.
         Source: axolotl 067b021c, prompt_strategies/chat_template.py:502-630 (2026-11-27)
         """
         turns, found = conversation.turns, {answer.turn for answer in layout.answers}
+        text = layout.rendering.text + layout.appended
+        settings = {self.train_on_eos, self.train_on_eot}
         for number, turn in enumerate(turns):
-            if number in found or turn.train is not False or self.train_on_eos == "all":
+            if number in found or turn.train is not False or settings == {"all"}:
                 continue
             blank = RenderedTurn(self._renderer(conversation), layout.rendering, number)
             if (end := blank.end_of_blank(self.ends)) is None:
@@ -235,17 +290,16 @@ class ChatEncoder:
                     f"message {number + 1} has no text, so its end token cannot be found",
                     f"remove message {number + 1}, or set train_on_inputs: false",
                 )
-            yield end
+            yield from (span for setting, span in self._ends(text, [end]) if setting != "all")
         with_loss = [answer for answer in layout.answers if turns[answer.turn].train is not False]
         for answer in layout.answers:
-            if turns[answer.turn].train is False:
+            untrained = turns[answer.turn].train is False
+            if untrained or turns[answer.turn].parts is not None:
                 yield from answer.text
-                if self.train_on_eos != "all":
-                    yield from answer.end
-            elif self.train_on_eos == "none" or (
-                self.train_on_eos == "last" and answer is not with_loss[-1]
-            ):
-                yield from answer.end
+            for setting, span in self._ends(text, answer.end):
+                last = setting == "last" and answer is not with_loss[-1]
+                if (untrained and setting != "all") or setting == "none" or last:
+                    yield span
 
     def _warn_of_unused(self, conversation: Conversation) -> None:
         """Add warnings on unused columns and message keys, and on empty answers."""
@@ -289,60 +343,24 @@ class ChatEncoder:
         return AttnimgError(what, why=why, do=do, code="bad-value", key="chat_template")
 
 
-def _with_full_offsets(tokenizer: Any) -> Any:
-    """Return a tokenizer with the same ids, whose offsets cover all characters of a token.
+@dataclass(frozen=True, slots=True)
+class _Written:
+    """A rendered conversation: its text, and spans that are trained, masked or trained in part."""
 
-    Byte-level tokenizers exclude whitespace from the offsets (trim_offsets). A token of a newline
-    and a blank then covers only the newline, and the blank of the answer is not found.
+    text: str
+    trained: list[Span]
+    masked: list[Span]
+    parts: list[tuple[Span, list[Span]]]
+
+
+def _content_offset(turn: Turn, message: Message, text: str, span: Span) -> int:
+    """Return what to add to a character's number in a content for its number in the text.
+
+    Raises:
+        RewrittenError: the template does not write the content as it is in the record.
     """
-    from tokenizers import Tokenizer, models
-
-    def untrim(part: dict[str, Any]) -> dict[str, Any]:
-        return part | {"trim_offsets": False} if part.get("trim_offsets") else part
-
-    holder = Tokenizer(models.BPE())
-    holder.post_processor = tokenizer.backend_tokenizer.post_processor
-    written = holder.to_str()
-    untrimmed = json.loads(written, object_hook=untrim)
-    if untrimmed == json.loads(written):
-        return tokenizer
-    untrimmed_copy = copy.deepcopy(tokenizer)  # the original is saved with the model
-    untrimmed_copy.backend_tokenizer.post_processor = Tokenizer.from_str(
-        json.dumps(untrimmed)
-    ).post_processor
-    return untrimmed_copy
-
-
-def label_tokens(
-    ids: list[int],
-    text: str,
-    offsets: Sequence[Span],
-    *,
-    trained: Sequence[Span],
-    masked: Sequence[Span] = (),
-) -> list[int]:
-    """Return labels: the ids of tokens that cover a character of a trained span, else IGNORE_INDEX.
-
-    Blanks between two tokens belong to the second one, since tokenizers may exclude them from its
-    offsets. Other characters between two tokens were removed by a normalizer (an accent, a
-    zero-width space), and belong to neither. A token that shares only blanks with a span is not
-    part of it, unless the token has no other characters: the first token of an answer may begin
-    with the blank before the answer.
-    """
-    spans = [(*span, True) for span in trained] + [(*span, False) for span in masked]
-    spans.sort(key=lambda span: (span[0], not span[2]))
-    labels, reached, first = [IGNORE_INDEX] * len(ids), 0, 0
-    for index, (start, end) in enumerate(offsets):
-        # A blank that the tokenizer inserts may have offsets after those of the next token.
-        removed = len(text[reached:start].rstrip()) if start < end else 0
-        low, high = min(start, reached + removed), max(end, reached)
-        reached = high
-        while first < len(spans) and spans[first][1] <= low:
-            first += 1
-        for a, b, is_trained in spans[first:]:
-            if a >= high:
-                break
-            inside = text[max(a, low) : min(b, high)]
-            if inside and (inside.strip() or not text[low:high].strip()):
-                labels[index] = ids[index] if is_trained else IGNORE_INDEX
-    return labels
+    content, written = turn.content or "", text[slice(*span)]
+    if message.get("content") != content or (THINK_END in content and THINK_END not in written):
+        raise RewrittenError("it rewrites a content that has untrained parts")
+    # The template may have stripped the content; spans are relative to the unstripped one.
+    return span[0] - content.rfind(written)

@@ -17,7 +17,6 @@ from attnimg.train.data.chat_render import (
     Renderer,
     Rendering,
     RewrittenError,
-    Span,
     TemplateError,
     literals_between,
     place_contents,
@@ -26,6 +25,7 @@ from attnimg.train.data.chat_render import (
 )
 from attnimg.train.data.chat_turn import EndTokens, RenderedTurn
 from attnimg.train.data.conversations import with_function
+from attnimg.train.data.records import Span
 
 NO_END = (
     "the chat template writes nothing after an answer, so the model does not learn to stop; "

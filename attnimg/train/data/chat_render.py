@@ -8,14 +8,13 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from attnimg.train.data.chat_templates import render_bounded
 from attnimg.train.data.conversations import arguments_as_text
-from attnimg.train.data.records import Conversation, Turn
+from attnimg.train.data.records import Conversation, Span, Turn
 
-Span = tuple[int, int]  # first character and the one after the last
 Message = Mapping[str, Any]
 Literals = tuple[tuple[int, ...], tuple[str, ...]]  # message indices, and the texts around them
 
@@ -37,6 +36,8 @@ class Renderer:
         tokenizer: a transformers tokenizer, whose special tokens the template may write.
         template: the template in Jinja.
         tools: JSON schemas, passed to the template.
+        thinking_key: what the template calls the reasoning of a message.
+        options: other variables of the template.
         parts: whether contents are passed as lists of one part, as to vision models.
         restores_reasoning: whether reasoning that the template drops is restored before the last
             answer, where the model generates it.
@@ -45,6 +46,8 @@ class Renderer:
     tokenizer: Any
     template: str
     tools: tuple[Message, ...] = ()
+    thinking_key: str = "reasoning_content"
+    options: Mapping[str, Any] = field(default_factory=dict)
     parts: bool = False
     restores_reasoning: bool = False
 
@@ -96,6 +99,11 @@ class Renderer:
         return before + opening + str(last["content"]) + after
 
     def _format_message(self, message: Message) -> dict[str, Any]:
+        if "reasoning_content" in message:
+            message = {
+                self.thinking_key if key == "reasoning_content" else key: value
+                for key, value in message.items()
+            }
         content = message.get("content")
         if self.parts and content:
             return {**message, "content": [{"type": "text", "text": content}]}
@@ -110,6 +118,7 @@ class Renderer:
                 template=self.template,
                 tools=[dict(tool) for tool in self.tools] or None,
                 **kwargs,
+                **self.options,
                 **self.tokenizer.special_tokens_map,
             )
             text.encode()  # raises for a lone surrogate, as tokenizers do

@@ -20,10 +20,10 @@ from typing import Any
 
 import psutil
 
-import attnimg
 from attnimg.config.schema import Config, DatasetSpec
 from attnimg.errors import AttnimgError
 from attnimg.files import read_regular
+from attnimg.train.data.named_templates import NAMED, OF_TRL, named_template
 
 FALLBACK = "tokenizer_default_fallback_"
 
@@ -44,18 +44,6 @@ OUTPUT_CHARACTERS, OUTPUT_RATIO = 1 << 20, 20
 _DIGITS = 1000
 
 _PROCESS = psutil.Process()
-
-
-@cache
-def named_templates() -> Mapping[str, str]:
-    """Return the templates that a config may name, from data/chat_templates: name -> Jinja text.
-
-    The names are axolotl's. They render what axolotl's render for conversations of text
-    (tests/packages/test_chat_templates.py), and raise for tools, images and sound.
-    Source: axolotl 0.19.0, utils/chat_templates/templates (2026-11-27).
-    """
-    folder = Path(attnimg.__file__).parent / "data" / "chat_templates"
-    return {file.stem: file.read_text(encoding="utf-8") for file in sorted(folder.glob("*.jinja"))}
 
 
 def choose_chat_template(
@@ -97,13 +85,13 @@ def choose_chat_template(
         do = f"set chat_template to one of {choices}, or write one in chat_template_jinja"
         raise AttnimgError(what, why=why, do=do, code="missing-key", key=where)
     plain = name.removeprefix(FALLBACK)
-    if plain in named_templates():
-        return named_templates()[plain]
-    known = [*named, *named_templates(), "tokenizer_default"]
+    if (found := named_template(plain)) is not None:
+        return found
+    known = [*named, *NAMED, *OF_TRL, "tokenizer_default"]
     similar = difflib.get_close_matches(plain, known, n=1, cutoff=0.0)
     what = f"unknown chat template {name!r}"
     why = f"needed one of {', '.join(known)}, or jinja with chat_template_jinja"
-    do = f"set {where}: {similar[0] if own else 'chatml'}"
+    do = f"set {where}: {similar[0] if own else next(iter(NAMED))}"
     raise AttnimgError(what, why=why, do=do, code="bad-value", key=where)
 
 

@@ -18,12 +18,12 @@ from attnimg.train.data.chat_render import (
     Renderer,
     Rendering,
     RewrittenError,
-    Span,
     find_reasoning,
     placeholder,
     think_block,
     with_reasoning,
 )
+from attnimg.train.data.records import Span
 
 # Text that may open the reasoning, where the template has no generation prompt.
 OPENING = re.compile(r"[<\[][^<>\[\]]*think[^<>\[\]]*[>\]]\s*\Z", re.IGNORECASE)

@@ -6,10 +6,17 @@ No part of a message is dropped silently: a key is used, refused, or reported as
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from attnimg.config.schema import DatasetSpec, role_names
+from attnimg.train.data.message_parts import (
+    FLAGS,
+    read_content,
+    read_flag,
+    read_trained_parts,
+    split_thinking,
+)
 from attnimg.train.data.records import (
     Conversation,
     Place,
@@ -38,9 +45,6 @@ TOOL_ROLES = {
 # Source: transformers 5.22.2, utils/chat_template_utils.py, _REASONING_FIELDS (2026-11-26)
 REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
 
-# Flags of a message or of a part of its content: whether it is trained.
-FLAGS = ("train", "training", "weight")
-
 MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 
 
@@ -61,12 +65,16 @@ def parse_turns(spec: DatasetSpec, record: Mapping[str, Any], place: Place) -> C
     turns = tuple(
         _turn(spec, message, place, number=n) for n, message in enumerate(messages, start=1)
     )
-    turns = _with_system_column(turns, record, place)
-    if not _has_text(spec, turns):
+    system, tools = spec.field_system or "system", spec.field_tools or "tools"
+    if not spec.drop_system_message:
+        turns = _with_system_column(turns, record, place, column=system)
+    elif turns[0].role == "system":
+        turns = turns[1:]
+    if not turns or not _has_text(spec, turns):
         return None
-    used = {name, "tools", "system"}
+    used = {name, tools, system}
     unused = tuple(key for key, value in record.items() if key not in used and value is not None)
-    return Conversation(turns, read_tools(record.get("tools"), place), unused)
+    return Conversation(turns, read_tools(record.get(tools), place), unused)
 
 
 def trained_roles(spec: DatasetSpec) -> frozenset[str]:
@@ -137,16 +145,16 @@ def _has_text(spec: DatasetSpec, turns: tuple[Turn, ...]) -> bool:
 
 
 def _with_system_column(
-    turns: tuple[Turn, ...], record: Mapping[str, Any], place: Place
+    turns: tuple[Turn, ...], record: Mapping[str, Any], place: Place, *, column: str
 ) -> tuple[Turn, ...]:
-    """Return the turns, preceded by a turn with the column `system` if set, as in axolotl."""
-    if record.get("system") is None:
+    """Return the turns, preceded by a turn with the system column if set, as in axolotl."""
+    if record.get(column) is None:
         return turns
-    system = require_text(record["system"], "system", place)
+    system = require_text(record[column], column, place)
     if not system.strip() or (turns[0].role == "system" and turns[0].content == system):
         return turns
     if turns[0].role == "system":
-        why = "found a column system beside a first message of the role system"
+        why = f"found a column {column} beside a first message of the role system"
         do = "remove one of the two"
         raise bad_record(place, why=why, do=do)
     return (Turn("system", system), *turns)
@@ -188,49 +196,50 @@ def _turn(spec: DatasetSpec, message: object, place: Place, *, number: int) -> T
             raise bad_record(place, why=why, do=_keys_hint(spec, message, place), code=code)
     name = require_text(named["role"], f"{mappings['role']} of message {number}", place)
     role = _role(spec, name, place, number=number)
-    reasoning = _reasoning(named, place, number=number)
-    content, untrained = _content(
+    reasoning_keys = dict.fromkeys(
+        filter(None, (*REASONING_KEYS, spec.field_thinking, spec.template_thinking_key))
+    )
+    reasoning = _reasoning(named, place, reasoning_keys, number=number)
+    content, untrained = read_content(
         named.get("content"),
         f"{mappings['content']} of message {number}",
         place,
         optional=bool(calls or reasoning),
     )
-    known = ("role", "content", "tool_calls", "function_call", *REASONING_KEYS, *FLAGS, *MEDIA)
-    extra = {key: value for key, value in named.items() if key not in known}
+    flags = tuple(dict.fromkeys(filter(None, (*FLAGS, spec.message_field_training))))
+    train = read_flag(named, f"message {number}", place, flags)
+    detail, parts = spec.message_field_training_detail, None
+    if detail and (written := named.get(detail)) is not None:
+        if untrained or content is None:
+            why = f"message {number} has {detail}, and its content is not one text"
+            raise bad_record(
+                place, why=why, do=f"write the content as one text, or remove {detail}"
+            )
+        parts = read_trained_parts(written, content, f"{detail} of message {number}", place)
+        train = parts is not None if train is None else train
+    if spec.split_thinking and role == "assistant" and content:
+        split, content = split_thinking(content, place, number=number)
+        if split and (reasoning or untrained or parts is not None):
+            why = f"message {number} has reasoning in tags, and also in a key or with trained parts"
+            do = f"write it once, or remove {place.key}.split_thinking"
+            raise bad_record(place, why=why, do=do)
+        reasoning = reasoning or split
+    known = ("role", "content", "tool_calls", "function_call", *reasoning_keys, *flags, *MEDIA)
+    extra = {key: value for key, value in named.items() if key not in (*known, detail)}
     if calls:
         extra["tool_calls"] = calls
     if reasoning:
         extra[REASONING_KEYS[0]] = reasoning
-    return Turn(role, content, extra, _flag(named, f"message {number}", place), untrained)
+    return Turn(role, content, extra, train, untrained, parts)
 
 
-def _content(
-    value: object, name: str, place: Place, *, optional: bool
-) -> tuple[str | None, tuple[tuple[int, int], ...]]:
-    """Return a content's text and its untrained spans; a list of text parts is joined."""
-    if value is None and optional:
-        return None, ()
-    if not isinstance(value, list):
-        return require_text(value, name, place), ()
-    pieces, untrained, at = list[str](), list[tuple[int, int]](), 0
-    for part in value:
-        if not isinstance(part, Mapping) or part.get("type") not in (None, "text"):
-            why = f"a part of {name} is {shorten(part)}, needed text"
-            do = 'write it as {"type": "text", "text": "..."}, or remove the record; only text is '
-            raise bad_record(place, why=why, do=f"{do}supported")
-        found = next((part[k] for k in ("text", "content", "value") if part.get(k)), "")
-        pieces.append(require_text(found, f"a part of {name}", place))
-        if _flag(part, f"a part of {name}", place) is False:
-            untrained.append((at, at + len(found)))
-        at += len(found)
-    return "".join(pieces), tuple(untrained)
-
-
-def _reasoning(message: Mapping[str, Any], place: Place, *, number: int) -> str:
+def _reasoning(
+    message: Mapping[str, Any], place: Place, keys: Iterable[str], *, number: int
+) -> str:
     """Return the reasoning before an answer, which has different names in different datasets."""
     found = {
         require_text(message[key], f"{key} of message {number}", place): key
-        for key in REASONING_KEYS
+        for key in keys
         if message.get(key) not in (None, "")
     }
     if len(found) > 1:
@@ -238,32 +247,6 @@ def _reasoning(message: Mapping[str, Any], place: Place, *, number: int) -> str:
         do = f"keep one of them, as {REASONING_KEYS[0]}"
         raise bad_record(place, why=why, do=do)
     return next(iter(found), "")
-
-
-def _flag(holder: Mapping[str, Any], what: str, place: Place) -> bool | None:
-    """Return whether a record's flags include it in the loss; None if they do not decide.
-
-    A weight of 1 does not decide: OpenAI's format allows it on any message, and trains only
-    answers.
-    Source: platform.openai.com/docs/guides/supervised-fine-tuning, "weight" (2026-11-26)
-    """
-    found = dict[str, bool]()
-    for key in FLAGS:
-        value = holder.get(key)
-        if value is None:
-            continue
-        if not isinstance(value, bool | int | float) or value not in (0, 1):
-            why = f"{key} of {what} is {shorten(value)}, needed 0 or 1 (false or true)"
-            do = "write 0 or 1; other weights of the loss are not supported"
-            raise bad_record(place, why=why, do=do)
-        found[key] = bool(value)
-    if len(set(found.values())) > 1:
-        why = f"{', '.join(found)} of {what} contradict each other"
-        do = "keep one of the flags"
-        raise bad_record(place, why=why, do=do)
-    if False in found.values():
-        return False
-    return True if found.keys() - {"weight"} else None
 
 
 def _refuse_media(value: Mapping[str, Any], what: str, place: Place) -> None:

@@ -25,18 +25,26 @@ from dataclasses import asdict, dataclass, replace
 from datetime import date
 from functools import partial
 from importlib.metadata import version
-from itertools import islice
+from itertools import compress, islice
 from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
-from attnimg.config.schema import Config, is_chat, is_text
+from attnimg.config.schema import Config, is_chat, is_text, type_name
 from attnimg.errors import AttnimgError
 from attnimg.files import NotPrivate, check_private
 from attnimg.train.data.chat_templates import choose_chat_template
-from attnimg.train.data.records import IGNORE_INDEX, Parsed, Place, bad_file
+from attnimg.train.data.records import (
+    IGNORE_INDEX,
+    Parsed,
+    Place,
+    Record,
+    Tokens,
+    bad_file,
+)
 from attnimg.train.data.sources import Source, read_source
-from attnimg.train.data.types import Encoder, Tokens, choose_parser, make_encoder
+from attnimg.train.data.streams import Need, shuffle_in_buffer
+from attnimg.train.data.types import Encoder, choose_parser, make_encoder
 
 if TYPE_CHECKING:
     import pyarrow
@@ -68,6 +76,7 @@ class SourceFigures:
         trained_tokens: those with loss; a document's first token never has one.
         empty: records dropped because they have no text.
         too_long: records dropped because they exceed sequence_len.
+        too_short: documents dropped because they have fewer than min_sample_len tokens.
         split: records cut into several documents.
         truncated: records truncated at sequence_len.
         without_loss: documents dropped because none of their tokens has loss.
@@ -87,6 +96,7 @@ class SourceFigures:
     trained_tokens: int = 0
     empty: int = 0
     too_long: int = 0
+    too_short: int = 0
     split: int = 0
     truncated: int = 0
     without_loss: int = 0
@@ -104,6 +114,7 @@ def summary_line(figures: SourceFigures) -> str:
     for count, what in (
         (figures.empty, "empty ones dropped"),
         (figures.too_long, f"{longer} dropped"),
+        (figures.too_short, "shorter than min_sample_len dropped"),
         (figures.split, f"{longer} split"),
         (figures.truncated, f"{longer} truncated"),
         (figures.without_loss, "without any trained token dropped"),
@@ -117,7 +128,7 @@ def summary_line(figures: SourceFigures) -> str:
 
 
 def prepare_source(
-    source: Source, config: Config, tokenizer: Any, write: Write
+    source: Source, config: Config, tokenizer: Any, need: Need | None, write: Write
 ) -> tuple[SourceFigures, tuple[str, ...]]:
     """Write the documents of one source, batch by batch; return its figures and warnings.
 
@@ -125,6 +136,7 @@ def prepare_source(
         source: the source to read.
         config: sequence_len, strategy, loss on inputs, number of processes.
         tokenizer: a transformers tokenizer.
+        need: how much of the source is read; None for all of it.
         write: called with each batch of documents, in the order of the records.
 
     Raises:
@@ -136,31 +148,44 @@ def prepare_source(
     tally, warnings = Counter[str](), dict[str, None]()
     content, read = hashlib.sha256(), hashlib.sha256()
     encoder = make_encoder(source, config, tokenizer)
-    processes = config.dataset_num_proc or config.dataset_processes or 1
-    strategy, limit = strategy_for(source, config), config.sequence_len
+    # Other processes would read ahead, past what is needed.
+    processes = 1 if need else config.dataset_num_proc or config.dataset_processes or 1
+    limits = Limits(
+        strategy=strategy_for(source, config),
+        sequence_len=config.sequence_len,
+        min_sample_len=config.min_sample_len or 1,
+    )
     # disable=None: no progress bar where stderr is not a terminal.
     with tqdm(desc=source.spec.path, unit=" records", disable=None, leave=False) as bar:
-        batches = _parse_batches(source, tally, bar.update)
+        batches = _parse_batches(source, tally, bar.update, need, seed=config.seed)
         for batch, (tokens, found) in _encode_batches(batches, encoder, processes=processes):
             warnings |= dict.fromkeys(found)
             for _, value in batch:
                 read.update(repr(value).encode("utf-8", "surrogatepass"))
             encoded = zip((place for place, _ in batch), tokens, strict=True)
-            documents = list(_cut_documents(encoded, tally, strategy=strategy, sequence_len=limit))
+            documents = list(_cut_documents(encoded, tally, limits))
             for row in (row for document in documents for row in document):
                 content.update(len(row).to_bytes(8, "little") + array("i", row).tobytes())
             columns = [[ids for ids, _ in documents], [labels for _, labels in documents]]
             write(pyarrow.record_batch(columns, schema=schema()))
+            if need and need.is_met(tally):
+                break
+        else:
+            if need:
+                warnings[STREAM_ENDED.format(source.spec.path, tally["documents"])] = None
     figures = SourceFigures(
         key=source.key,
         path=source.spec.path,
-        type=source.spec.type or "",
+        type=type_name(source.spec),
         sequence_len=config.sequence_len,
         content=content.hexdigest(),
         read=read.hexdigest(),
         **cast("dict[str, Any]", tally),
     )
     return figures, tuple(warnings)
+
+
+STREAM_ENDED = "{} has {:,} documents, fewer than max_steps needs: they are trained more than once"
 
 
 def schema() -> pyarrow.Schema:
@@ -179,11 +204,16 @@ def strategy_for(source: Source, config: Config) -> Strategy:
 
 
 def _parse_batches(
-    source: Source, tally: Counter[str], advance: Callable[[int], object]
+    source: Source,
+    tally: Counter[str],
+    advance: Callable[[int], object],
+    need: Need | None,
+    *,
+    seed: int,
 ) -> Iterator[Batch]:
     """Yield batches of parsed records, and count what was read."""
     parse = choose_parser(source.spec)
-    stream = read_source(source)
+    stream = _read_shard(source, seed=seed) if need is None else _read_stream(source, need, seed)
     while records := list(islice(stream, BATCH_RECORDS)):
         tally["records"] += len(records)
         advance(len(records))
@@ -192,6 +222,38 @@ def _parse_batches(
         tally["empty"] += len(records) - len(nonempty)
         if nonempty:
             yield nonempty
+
+
+def _read_shard(source: Source, *, seed: int) -> Iterator[Record]:
+    """Yield the records of a source, or those of its shard, in the order of the files.
+
+    A shard has the same records as with axolotl, which shuffles them before it takes one.
+    Source: axolotl 0.19.0, utils/data/sft.py, _load_and_process_single_dataset (2026-11-27)
+    """
+    import numpy
+
+    shards, index = source.spec.shards or 1, source.spec.shards_idx or 0
+    if shards == 1:
+        yield from islice(read_source(source), _skipped(source), None)
+        return
+    total = sum(1 for _ in read_source(source))
+    size, longer = divmod(total, shards)
+    start = size * index + min(index, longer)
+    order = numpy.random.default_rng(seed).permutation(total)
+    chosen = numpy.zeros(total, dtype=bool)
+    chosen[order[start : start + size + (index < longer)]] = True
+    yield from compress(read_source(source), chosen)
+
+
+def _read_stream(source: Source, need: Need, seed: int) -> Iterator[Record]:
+    """Yield the records of a source, in the order of the shuffle buffer."""
+    records = islice(read_source(source, stream=True), _skipped(source), None)
+    return shuffle_in_buffer(records, size=need.buffer, seed=seed) if need.buffer else records
+
+
+def _skipped(source: Source) -> int:
+    """Return how many records are left out at the start: only pretraining_dataset has the key."""
+    return (source.spec.skip or 0) if source.key.startswith("pretraining_dataset") else 0
 
 
 def _encode_batches(
@@ -228,12 +290,17 @@ def _encode(batch: Batch) -> Encoded:
     return _encoders[0](batch), tuple(_encoders[0].warnings)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Limits:
+    """Which documents are kept: how long they may be, and what happens to longer ones."""
+
+    strategy: Strategy
+    sequence_len: int
+    min_sample_len: int
+
+
 def _cut_documents(
-    encoded: Iterable[tuple[Place, Tokens]],
-    tally: Counter[str],
-    *,
-    strategy: Strategy,
-    sequence_len: int,
+    encoded: Iterable[tuple[Place, Tokens]], tally: Counter[str], limits: Limits
 ) -> Iterator[Tokens]:
     """Yield documents of at most sequence_len tokens, some of them with loss; count each.
 
@@ -242,6 +309,7 @@ def _cut_documents(
     Raises:
         AttnimgError: a document is longer and the strategy is "raise".
     """
+    strategy, sequence_len = limits.strategy, limits.sequence_len
     for place, (ids, labels) in encoded:
         tally["longest"] = max(tally["longest"], len(ids))
         pieces = [(ids, labels)]
@@ -262,6 +330,9 @@ def _cut_documents(
             tally["split"] += strategy == "split"
             tally["truncated"] += strategy == "truncate"
         for piece in pieces:
+            if len(piece[0]) < limits.min_sample_len:
+                tally["too_short"] += 1
+                continue
             # A document's first token has no context to predict it from.
             trained = sum(label != IGNORE_INDEX for label in piece[1][1:])
             if not trained:
@@ -285,7 +356,7 @@ class UnusableCache(Exception):
     """Raised for a cached folder that can't be used; the message is the reason."""
 
 
-def cache_key(source: Source, config: Config, tokenizer: Any) -> str:
+def cache_key(source: Source, config: Config, tokenizer: Any, need: Need | None) -> str:
     """Return a hash of all that a source's documents depend on."""
     paths = [file.path for file in source.files]
     if source.kind == "saved":
@@ -301,11 +372,15 @@ def cache_key(source: Source, config: Config, tokenizer: Any) -> str:
         "spec": source.spec.model_dump(mode="json"),
         "data": [(path.name, _digest(path)) for path in paths],
         "sequence_len": config.sequence_len,
+        "min_sample_len": config.min_sample_len,
+        "seed": config.seed if source.spec.shards or need else None,
+        "need": asdict(need) if need else None,
         "strategy": strategy_for(source, config),
         "train_on_inputs": config.train_on_inputs,
         "system_message": config.default_system_message,
         "eot_tokens": config.eot_tokens,
         "template": template,
+        "template_kwargs": config.chat_template_kwargs,
         # Templates such as Llama 3.1's write the current date.
         "day": str(date.today()) if "strftime_now" in json.dumps(template) else None,
         "tokenizer": backend.to_str() if backend is not None else tokenizer.get_vocab(),
@@ -314,13 +389,15 @@ def cache_key(source: Source, config: Config, tokenizer: Any) -> str:
     return _text_digest(facts)
 
 
-def load_source(source: Source, config: Config, tokenizer: Any) -> tuple[Dataset, Prepared]:
+def load_source(
+    source: Source, config: Config, tokenizer: Any, need: Need | None
+) -> tuple[Dataset, Prepared]:
     """Prepare one source, or load its documents from dataset_prepared_path."""
-    make = partial(prepare_source, source, config, tokenizer)
+    make = partial(prepare_source, source, config, tokenizer, need)
     # The data of a hub name may change, so only local data are cached.
     if config.dataset_prepared_path and source.kind != "hub":
         root = Path(config.dataset_prepared_path).expanduser()
-        return make_on_disk(root, cache_key(source, config, tokenizer), make)
+        return make_on_disk(root, cache_key(source, config, tokenizer, need), make)
     return make_in_memory(make)
 
 

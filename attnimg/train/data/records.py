@@ -35,8 +35,9 @@ Format = Literal["json", "csv", "parquet", "arrow", "text"]
 
 # Columns that identify a record, unless the entry names others: those that the types read.
 COLUMNS = frozenset(
-    {"text", "instruction", "input", "output", "prompt", "completion", "messages", "conversations"}
-)
+    {"text", "instruction", "input", "output", "prompt", "completion", "messages", "conversations",
+     "segments", "input_ids"}
+)  # fmt: skip
 
 # Suffixes of compressed files, after the suffix of the format: train.jsonl.zst.
 COMPRESSED = frozenset({".gz", ".zst", ".zstd", ".xz", ".bz2"})
@@ -96,6 +97,8 @@ class Place:
 
 Record = tuple[Place, dict[str, Any]]
 
+Span = tuple[int, int]  # first character and the one after the last
+
 IGNORE_INDEX = -100  # the label of a token without loss (torch's cross_entropy, ignore_index)
 
 
@@ -124,13 +127,15 @@ class Turn:
         extra: the message's other keys, such as reasoning_content and tool_calls.
         train: whether it is trained, by the record's flag; None: the role decides.
         untrained: character spans of the content that are not trained.
+        parts: the only character spans of the turn that are trained; None: all of it.
     """
 
     role: str
     content: str | None
     extra: Mapping[str, Any] = field(default_factory=dict)
     train: bool | None = None
-    untrained: tuple[tuple[int, int], ...] = ()
+    untrained: tuple[Span, ...] = ()
+    parts: tuple[Span, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,7 +153,37 @@ class Conversation:
     unused: tuple[str, ...] = ()
 
 
-Parsed = Pair | Conversation
+@dataclass(frozen=True, slots=True)
+class Segments:
+    """The content of a record of the type input_output.
+
+    Attributes:
+        parts: texts in order, each with whether it is trained.
+        unused: the record's columns that have no effect.
+    """
+
+    parts: tuple[tuple[bool, str], ...]
+    unused: tuple[str, ...] = field(default=(), repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class TokenRecord:
+    """A record that is tokenized already.
+
+    Attributes:
+        ids: its tokens.
+        labels: for each token, the token or IGNORE_INDEX.
+        unused: the record's columns that have no effect.
+    """
+
+    ids: tuple[int, ...]
+    labels: tuple[int, ...]
+    unused: tuple[str, ...] = field(default=(), repr=False)
+
+
+Parsed = Pair | Conversation | Segments | TokenRecord
+
+Tokens = tuple[list[int], list[int]]  # input_ids and labels, equally long
 
 
 def unused_warning(kind: str, names: Sequence[str]) -> str:

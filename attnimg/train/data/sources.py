@@ -8,15 +8,17 @@ from __future__ import annotations
 import glob
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice, takewhile
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from attnimg.config.schema import DatasetSpec
 from attnimg.errors import AttnimgError
+from attnimg.train.data.prompts import choose_prompt
 from attnimg.train.data.records import (
     BROKEN,
     COLUMNS,
@@ -105,6 +107,34 @@ def load_hub(source: Source) -> Mapping[str, Dataset]:
         AttnimgError: no connection (hub-unreachable), no such dataset, or one that can't be read.
     """
     import datasets
+
+    return cast("Mapping[str, Dataset]", _load(source, datasets.load_dataset))
+
+
+def stream_hub(source: Source) -> Iterator[dict[str, Any]]:
+    """Yield the records of one split of a dataset from the hub, without downloading all of it.
+
+    Raises:
+        AttnimgError: as load_hub; or the entry names rows of a split.
+    """
+    import datasets
+
+    split = requested_split(source.spec, (), key=source.key)
+    if not re.fullmatch(r"[\w.]+", split):
+        what, key = f"{split} cannot be streamed", f"{source.key}.split"
+        why = f"{key} names rows, or several splits, of which the library streams none"
+        do = f"set {key}: {split.partition('[')[0].partition('+')[0].strip()}"
+        raise AttnimgError(what, why=why, do=do, code="bad-value", key=key)
+    rows = _load(source, partial(datasets.load_dataset, split=split, streaming=True))
+    try:
+        yield from rows
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise _unreadable(source, error, offline=False) from None
+
+
+def _load(source: Source, load: Callable[..., Any]) -> Any:
+    """Load a dataset from the hub with a function of the datasets library."""
+    import datasets
     from huggingface_hub import constants
 
     spec = source.spec
@@ -116,12 +146,9 @@ def load_hub(source: Source) -> Mapping[str, Dataset]:
     if not constants.HF_HUB_OFFLINE:
         _check_reachable(source)
     try:
-        loaded = datasets.load_dataset(
-            spec.path, spec.name, revision=spec.revision, data_files=spec.data_files
-        )
+        return load(spec.path, spec.name, revision=spec.revision, data_files=spec.data_files)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise _unreadable(source, error, offline=constants.HF_HUB_OFFLINE) from None
-    return cast("Mapping[str, Dataset]", loaded)
 
 
 def load_saved(source: Source) -> Mapping[str, Dataset]:
@@ -152,8 +179,12 @@ def load_saved(source: Source) -> Mapping[str, Dataset]:
     return {name if "+" not in str(loaded.split) else "train": loaded}
 
 
-def read_source(source: Source) -> Iterator[Record]:
+def read_source(source: Source, *, stream: bool = False) -> Iterator[Record]:
     """Yield the records of a source in order, each with its place.
+
+    Args:
+        source: the source.
+        stream: whether a dataset of the hub is read as it is downloaded, file by file.
 
     Raises:
         AttnimgError: the data are missing or broken, or the split does not exist.
@@ -161,8 +192,12 @@ def read_source(source: Source) -> Iterator[Record]:
     if source.kind == "files":
         yield from _read_files(source)
         return
-    loaded = load_hub(source) if source.kind == "hub" else load_saved(source)
     spec, key = source.spec, source.key
+    if stream and source.kind == "hub":
+        for number, record in enumerate(stream_hub(source), start=1):
+            yield Place(spec.path, number, "record", key, number == 1), record
+        return
+    loaded = load_hub(source) if source.kind == "hub" else load_saved(source)
     first = True
     for name, start, stop in find_rows(spec, {n: len(s) for n, s in loaded.items()}, key=key):
         rows = loaded[name].select(range(start, stop))
@@ -355,7 +390,9 @@ def _local_file(path: Path, spec: DatasetSpec, *, key: str) -> LocalFile:
         do = f"set {key}.ds_type: {' or '.join(suggested)}"
         raise AttnimgError(what, why=why, do=do, code="bad-value", key=f"{key}.ds_type")
     named = (spec.field, spec.text_column, spec.field_messages)
-    return LocalFile(path=path, format=kind, columns=COLUMNS.union(filter(None, named)))
+    prompt = choose_prompt(spec)
+    columns = COLUMNS.union(filter(None, named), prompt.columns if prompt else ())
+    return LocalFile(path=path, format=kind, columns=columns)
 
 
 def _check_reachable(source: Source) -> None:

@@ -220,19 +220,23 @@ NEEDS = {
     "tokenizer": """
         __init__ bad-value, _load bad-model, _require_single_tokens bad-value,
         choose_chat_template bad-value, choose_chat_template missing-key, load_tokenizer
-        bad-model, make_encoder missing-key
+        bad-model, make_encoder bad-value, make_encoder missing-key
     """,
     "data": """
-        __call__ _template_error, _content bad_record, _cut_documents bad_file, _flag
-        bad_record x2, _gather_rows bad-data, _local_file bad-value, _local_file bad_file,
+        __call__ _template_error, __call__ bad_record, _completions bad_record,
+        _input bad_record, _system bad_record, _cut_documents bad_file, _gather_rows bad-data,
+        _local_file bad-value, _local_file bad_file,
         _locate _not_found, _missing_type missing-key, _no_documents empty-dataset,
-        _parse_alpaca bad_record, _reasoning bad_record, _refuse_media bad_record,
+        _reasoning bad_record, _refuse_media bad_record,
         _refuse_unpackable bad-data, _role bad_record x2, _split_validation bad-value,
-        _template_error bad-value, _template_error bad_file, _turn bad_record x3,
+        _template_error bad-value, _template_error bad_file, _turn bad_record x5,
         _with_system_column bad_record, bad_file bad-data, bad_record AttnimgError,
         find_sources _missing_type, find_sources empty-dataset, load_all _no_documents,
-        load_documents _no_documents, make_on_disk not-writable, parse_turns bad_record,
-        read_records bad_file x2, read_records bad_record, read_tool_calls bad_record,
+        load_documents _no_documents, make_on_disk not-writable, parse_prompt bad_record,
+        parse_segments bad_record x2, parse_tokens bad_record x3, parse_turns bad_record,
+        read_records bad_file x2, read_records bad_record, read_content bad_record,
+        read_flag bad_record x2, read_trained_parts bad_record x3, split_thinking bad_record,
+        read_tool_calls bad_record,
         read_tools bad_record, require_column bad_record, require_text bad_record
     """,
     "files": """
@@ -251,8 +255,9 @@ NEEDS = {
         bad_file x2, check_model_files bad_model x4, check_output_dir _no_checkpoint,
         check_output_dir _not_empty, check_regular bad_file, damaged_error
         damaged-checkpoint, find_rows bad-value, find_rows empty-dataset, find_source
-        bad_file, folder_splits bad-value x2, load_errors damaged-checkpoint, load_hub
-        _unreadable, load_hub unsupported-key, load_saved bad_file, require_safetensors
+        bad_file, folder_splits bad-value x2, load_errors damaged-checkpoint, _load _unreadable,
+        _load unsupported-key, stream_hub _unreadable, stream_hub bad-value, load_saved bad_file,
+        require_safetensors
         pickled-weights, require_same_identity resume-differs, require_steps
         resume-past-end, split_names bad-value
     """,

@@ -28,7 +28,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from attnimg.errors import AttnimgError
-from attnimg.train.data.chat import ChatEncoder, label_tokens
+from attnimg.train.data.chat import ChatEncoder
+from attnimg.train.data.chat_labels import label_tokens
 
 FIXTURES = Path(__file__).parents[2] / "fixtures" / "chat_templates"
 TAGS = "<think>\n{reasoning}\n</think>\n\n{answer}"

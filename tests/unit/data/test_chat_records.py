@@ -11,7 +11,7 @@ import pytest
 from attnimg.config.schema import Config
 from attnimg.errors import AttnimgError
 from attnimg.train.data import load_documents, sample_text
-from attnimg.train.data.chat_templates import named_templates
+from attnimg.train.data.named_templates import CHATML
 
 Run = Callable[..., Config]
 Write = Callable[..., str]
@@ -466,7 +466,7 @@ def test_the_end_of_a_turn_without_loss_or_text_is_left_out_of_train_on_inputs(
         f"<|im_start|>user\nU<|im_end|>\n<|im_start|>assistant\n \n{end}\n"
         "<|im_start|>user\nV<|im_end|>\n<|im_start|>assistant\nB<|im_end|>\n"
     )
-    other = named_templates()["chatml"].replace(
+    other = CHATML.replace(
         "message['role']", "(message['role'] if message['content'].strip() else '')"
     )
     config = run_on(
