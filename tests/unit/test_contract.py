@@ -274,7 +274,8 @@ def named(name: str, **more: object) -> dict[str, object]:
             {"datasets": [{"path": "x", "shards": None}]}, [], [], id="a null in a data set"
         ),
         pytest.param({"attn_implementaton": "sdpa"}, ["unknown-key"], [], id="a typo"),
-        pytest.param({"wandb_project": "p"}, ["unsupported-key"], [], id="a tracker"),
+        pytest.param({"wandb_project": "p"}, [], [], id="a tracker"),
+        pytest.param({"swanlab_project": "p"}, ["unsupported-key"], [], id="another tracker"),
         pytest.param({"wandb_project": None}, [], [], id="no tracker"),
         pytest.param({"use_wandb": 0, "unfrozen_parameters": []}, [], [], id="nothing asked for"),
         pytest.param({"lora_bias": "all"}, ["unsupported-key"], [], id="any lora key is known"),
