@@ -23,7 +23,7 @@ from attnimg.config.schema import Config
 from attnimg.errors import AttnimgError, exception_text
 from attnimg.redact import redact
 from attnimg.train.tracker_callback import CheckpointCallback
-from attnimg.train.trackers import require_answer
+from attnimg.train.trackers import hub_unavailable, limit_requests
 
 # Where files of checkpoints wait for their push: hard links, so that rotation does not remove them.
 _WAITING = ".hub"
@@ -34,61 +34,6 @@ _STATE = re.compile(
     r"(optimizer|scheduler|rng_state|scaler|trainer_state|attnimg|manifest|training_args)\b.*"
     r"|(optimizer|rng_state)[-_].*|README\.md|latest|zero_to_fp32\.py"
 )
-
-# Seconds without an answer after which a request fails; huggingface_hub has no limit of its own.
-_REQUEST_S = 60.0
-
-
-def require_hub() -> None:
-    """Raise unless the hub answers and accepts the login; only rank 0 calls this.
-
-    Raises:
-        AttnimgError: code hub-unavailable.
-    """
-    from huggingface_hub import HfApi, constants, get_token
-
-    if constants.HF_HUB_OFFLINE:
-        name = "HF_HUB_OFFLINE" if os.environ.get("HF_HUB_OFFLINE") else "TRANSFORMERS_OFFLINE"
-        raise _unavailable(
-            "hub_model_id needs the network, which is turned off",
-            why=f"found {name}={os.environ.get(name)}",
-            do=f"unset {name}, or remove hub_model_id, and push the trained model later",
-        )
-    if get_token() is None:
-        raise _unavailable(
-            "there is no login for the Hugging Face hub",
-            why="found no HF_TOKEN, and no token of `hf auth login`",
-            do="set the environment variable HF_TOKEN to a token with write access, or remove "
-            "hub_model_id",
-        )
-    try:
-        require_answer(f"{constants.ENDPOINT}/api/whoami-v2")
-        _limit_requests()
-        role = HfApi().whoami()["auth"]["accessToken"]["role"]
-    except Exception as error:
-        raise _unavailable(
-            f"{constants.ENDPOINT} does not accept the login",
-            why=redact(exception_text(error)),
-            do="check HF_TOKEN and the network, or remove hub_model_id",
-        ) from error
-    if role == "read":
-        raise _unavailable(
-            "the token of the Hugging Face hub has no write access",
-            why="found a token with the role read, needed write",
-            do="set HF_TOKEN to a token with write access, or remove hub_model_id",
-        )
-
-
-def _unavailable(what: str, *, why: str, do: str, exit_code: int = 2) -> AttnimgError:
-    return AttnimgError(
-        what, why=why, do=do, code="hub-unavailable", key="hub_model_id", exit_code=exit_code
-    )
-
-
-def _limit_requests() -> None:
-    from huggingface_hub import get_session
-
-    get_session().timeout = _REQUEST_S
 
 
 class HubCallback(CheckpointCallback):
@@ -132,16 +77,16 @@ class HubCallback(CheckpointCallback):
         Raises:
             AttnimgError: code hub-unavailable, exit code 1.
         """
-        _limit_requests()
+        limit_requests()
         try:
             created = self.api.create_repo(self.name, private=True, exist_ok=True)
             self.name = created.repo_id
             if self.revision != "main":
                 self.api.create_branch(self.name, branch=self.revision, exist_ok=True)
         except Exception as error:
-            raise _unavailable(
+            raise hub_unavailable(
                 f"the repository {self.name} cannot be written to",
-                why=redact(exception_text(error)),
+                why=_reason(error),
                 do="set hub_model_id to a repository of your own, or remove it",
                 exit_code=1,
             ) from error
@@ -171,7 +116,7 @@ class HubCallback(CheckpointCallback):
             try:
                 self._commit(files, message)
             except Exception as error:
-                text = redact(exception_text(error))
+                text = _reason(error)
                 self.log(f"warning: {waiting.name} was not pushed to {self.name}: {text}")
             shutil.rmtree(waiting, ignore_errors=True)
 
@@ -186,10 +131,10 @@ class HubCallback(CheckpointCallback):
                 self.create_repository()
             commit = self._commit({path.name: path for path in pushed}, "the trained model")
         except Exception as error:
-            text = redact(exception_text(error))
+            text = _reason(error)
             self.record["error"] = text
             names = " ".join(f"--include {path.name}" for path in pushed)
-            return _unavailable(
+            return hub_unavailable(
                 f"the model was trained, but not pushed to {self.name}",
                 why=f"{text}\nthe model is complete in {self.folder}",
                 do=f"hf upload {self.name} {self.folder} . --private --revision {self.revision} "
@@ -216,6 +161,12 @@ class HubCallback(CheckpointCallback):
             yield
         finally:
             shutil.rmtree(self.folder / _WAITING, ignore_errors=True)
+
+
+def _reason(error: Exception) -> str:
+    """Return an exception's text with its cause, which the error of an upload does not name."""
+    causes = [error, error.__cause__] if error.__cause__ else [error]
+    return redact("; ".join(map(exception_text, causes)))
 
 
 def is_model_file(path: Path, folder: Path) -> bool:

@@ -61,7 +61,7 @@ def train(config: Config, machine: Machine, *, report: TrainReport, stop: StopFl
     from attnimg.train.data import find_sources
     from attnimg.train.environment import silence_libraries
     from attnimg.train.intact import read_checkpoint_hash
-    from attnimg.train.trackers import require_trackers
+    from attnimg.train.trackers import require_hub, require_trackers
 
     path = model_file(config)
     raw = read_config(path) if path is not None else None
@@ -85,18 +85,10 @@ def train(config: Config, machine: Machine, *, report: TrainReport, stop: StopFl
     silence_libraries()
     if rank() == 0:
         require_trackers(config)
-        _require_hub(config)
+        require_hub(config)
     with application.restore_registries():
         task, plan = _with_model_config(config, task, plan, report)
         return fit_selected(config, task, plan, report=report, stop=stop, resume=resume)
-
-
-def _require_hub(config: Config) -> None:
-    """Raise unless the model can be pushed to the hub, if the config requests it."""
-    if config.hub_model_id is not None:
-        from attnimg.train.hub import require_hub  # here, because it imports transformers
-
-        require_hub()
 
 
 def _with_model_config(

@@ -1,6 +1,6 @@
-"""Check trackers before a model is loaded: their packages, login and server.
+"""Check trackers and the hub before a model is loaded: packages, login and server.
 
-They are off unless the config turns them on. tracker_callback.py reports to them in training.
+They are off unless the config turns them on. tracker_callback.py and hub.py use them in training.
 """
 
 from __future__ import annotations
@@ -224,3 +224,64 @@ def unavailable(name: str, error: Exception, **options: Any) -> AttnimgError:
         key=f"use_{name}",
         **options,
     )
+
+
+# Seconds without an answer after which a request fails; huggingface_hub has no limit of its own.
+_REQUEST_S = 60.0
+
+
+def require_hub(config: Config) -> None:
+    """Raise unless the hub answers and accepts the login; only rank 0 calls this.
+
+    Raises:
+        AttnimgError: code hub-unavailable.
+    """
+    if config.hub_model_id is None:
+        return
+    from huggingface_hub import HfApi, constants, get_token
+
+    if constants.HF_HUB_OFFLINE:
+        name = "HF_HUB_OFFLINE" if os.environ.get("HF_HUB_OFFLINE") else "TRANSFORMERS_OFFLINE"
+        raise hub_unavailable(
+            "hub_model_id needs the network, which is turned off",
+            why=f"found {name}={os.environ.get(name)}",
+            do=f"unset {name}, or remove hub_model_id, and push the trained model later",
+        )
+    if get_token() is None:
+        raise hub_unavailable(
+            "there is no login for the Hugging Face hub",
+            why="found no HF_TOKEN, and no token of `hf auth login`",
+            do="set the environment variable HF_TOKEN to a token with write access, or remove "
+            "hub_model_id",
+        )
+    try:
+        require_answer(f"{constants.ENDPOINT}/api/whoami-v2")
+        limit_requests()
+        login = HfApi().whoami()
+    except Exception as error:
+        raise hub_unavailable(
+            f"{constants.ENDPOINT} does not accept the login",
+            why=redact(exception_text(error)),
+            do="check HF_TOKEN and the network, or remove hub_model_id",
+        ) from error
+    # Tokens of other kinds than personal ones have no role.
+    if login.get("auth", {}).get("accessToken", {}).get("role") == "read":
+        raise hub_unavailable(
+            "the token of the Hugging Face hub has no write access",
+            why="found a token with the role read, needed write",
+            do="set HF_TOKEN to a token with write access, or remove hub_model_id",
+        )
+
+
+def hub_unavailable(what: str, *, why: str, do: str, exit_code: int = 2) -> AttnimgError:
+    """Return the error for a hub that can't be pushed to."""
+    return AttnimgError(
+        what, why=why, do=do, code="hub-unavailable", key="hub_model_id", exit_code=exit_code
+    )
+
+
+def limit_requests() -> None:
+    """Limit how long huggingface_hub waits for an answer, in all later requests."""
+    from huggingface_hub import get_session
+
+    get_session().timeout = _REQUEST_S
