@@ -313,7 +313,9 @@ def _unused_tracker_keys(config: Config) -> Iterator[tuple[str, list[str]]]:
          "neither use_mlflow nor mlflow_experiment_name is set"),
     ):  # fmt: skip
         if tracker not in on:
-            yield reason, [k for k in written if k.startswith(prefixes) and k != "wandb_mode"]
+            unused = [key for key in written if key.startswith(prefixes)]
+            off = "wandb_mode" if config.wandb_mode == "disabled" else None
+            yield reason, [key for key in unused if key != off]
     if config.hub_model_id is None:
         yield (
             "hub_model_id is not set",

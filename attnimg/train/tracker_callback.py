@@ -19,7 +19,13 @@ from attnimg.config.schema import Config
 from attnimg.errors import exception_text
 from attnimg.redact import redact
 from attnimg.train.distributed import Stopped
-from attnimg.train.trackers import active_trackers, mlflow_uri, unavailable, wandb_mode
+from attnimg.train.trackers import (
+    active_trackers,
+    mlflow_uri,
+    set_environment,
+    unavailable,
+    wandb_mode,
+)
 
 # Seconds to upload what is left at the end of a run; with models, an hour.
 _UPLOAD_S, _UPLOAD_MODELS_S = 60, 3600
@@ -66,7 +72,7 @@ class Wandb:
         self.callback._log_model = WandbLogModel.FALSE
         self.wants_checkpoints = self.artifacts == "checkpoint"
 
-    def start(self, model: Any, *, logging_steps: int) -> str:
+    def start(self, args: Any, state: Any, control: Any, *, model: Any, **options: Any) -> str:
         """Start or continue the run; return a line for the user."""
         import wandb
 
@@ -92,7 +98,10 @@ class Wandb:
         )
         if self.config.wandb_watch in ("gradients", "parameters", "all"):
             # Source: transformers 5.22.2, integration_utils.py, WandbCallback.setup (2026-11-27).
-            self.run.watch(model, log=self.config.wandb_watch, log_freq=max(100, logging_steps))
+            self.run.watch(
+                model, log=self.config.wandb_watch, log_freq=max(100, state.logging_steps)
+            )
+        self.callback.on_train_begin(args, state, control, model=model, **options)
         synced = self.run.settings.sync_dir
         if wandb_mode(config) == "online":
             return f"wandb: {self.run.url}"
@@ -128,7 +137,7 @@ class MLflow:
         requested = os.environ.get("HF_MLFLOW_LOG_ARTIFACTS", "").lower() in _TRUE
         self.wants_checkpoints = bool(config.hf_mlflow_log_artifacts or requested)
 
-    def start(self, model: Any, *, logging_steps: int) -> str:
+    def start(self, args: Any, state: Any, control: Any, **options: Any) -> str:
         """Start the run, or continue that of the variable MLFLOW_RUN_ID."""
         import mlflow
 
@@ -139,6 +148,9 @@ class MLflow:
         run = mlflow.start_run(run_name=self.config.mlflow_run_name)
         if self.wants_checkpoints:
             mlflow.log_dict(self.config.model_dump(mode="json", exclude_none=True), "config.yaml")
+        self.callback.on_train_begin(args, state, control, **options)
+        # In MLflow's threads a failure would not be noticed, and delay the end by minutes.
+        self.callback._async_log = False
         return f"mlflow: run {run.info.run_name} ({run.info.run_id}) in {redact(uri)}"
 
     def add_files(self, name: str, paths: Sequence[Path]) -> None:
@@ -169,8 +181,9 @@ class TensorBoard:
         if self.callback.logging_dir is None:  # of the variable TENSORBOARD_LOGGING_DIR
             self.callback.logging_dir = str(folder / default_logdir())
 
-    def start(self, model: Any, *, logging_steps: int) -> str:
-        """Return a line for the user; transformers' callback opens the file."""
+    def start(self, args: Any, state: Any, control: Any, **options: Any) -> str:
+        """Open the file; return a line for the user."""
+        self.callback.on_train_begin(args, state, control, **options)
         return f"tensorboard: show it with `tensorboard --logdir {self.callback.logging_dir}`"
 
     def add_files(self, name: str, paths: Sequence[Path]) -> None:
@@ -205,6 +218,7 @@ class TrackerCallback(CheckpointCallback):
         self.log = log
         self.trackers: dict[str, Tracker] = {}
         self.started = False
+        set_environment(active_trackers(config))
         for name in active_trackers(config):
             self.trackers[name] = _CLASSES[name](config, folder)
 
@@ -213,9 +227,7 @@ class TrackerCallback(CheckpointCallback):
         """Return whether a tracker copies checkpoints."""
         return any(tracker.wants_checkpoints for tracker in self.trackers.values())
 
-    def on_train_begin(
-        self, args: Any, state: Any, control: Any, model: Any = None, **options: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, **options: Any) -> None:
         """Start the runs.
 
         Raises:
@@ -224,11 +236,9 @@ class TrackerCallback(CheckpointCallback):
         self.started = True
         for name, tracker in self.trackers.items():
             try:
-                line = tracker.start(model, logging_steps=state.logging_steps)
-                tracker.callback.on_train_begin(args, state, control, model=model, **options)
+                self.log(tracker.start(args, state, control, **options))
             except Exception as error:
                 raise unavailable(name, error, exit_code=1) from error
-            self.log(line)
 
     def on_log(self, args: Any, state: Any, control: Any, **options: Any) -> None:
         """Report the metrics that RunCallback writes to metrics.jsonl."""

@@ -269,9 +269,9 @@ NEEDS = {
     """,
     "a server and its login": """
         _require_mlflow_server unavailable, _require_wandb_login tracker-unavailable,
-        _require_wandb_login unavailable, _unavailable hub-unavailable, create_repository
-        _unavailable, on_train_begin unavailable, push_model _unavailable, require_hub
-        _unavailable x4, unavailable tracker-unavailable
+        _require_wandb_login unavailable, create_repository hub_unavailable, hub_unavailable
+        hub-unavailable, on_train_begin unavailable, push_model hub_unavailable, require_hub
+        hub_unavailable x4, unavailable tracker-unavailable
     """,
     "environment": """
         _check_address_space bad-environment, _require_context context-differs,
