@@ -6,6 +6,7 @@ A tracker that fails while the model trains is warned of and left out; training 
 from __future__ import annotations
 
 import os
+import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -234,11 +235,16 @@ class TrackerCallback(CheckpointCallback):
             AttnimgError: a tracker does not accept a run (code tracker-unavailable, exit code 1).
         """
         self.started = True
-        for name, tracker in self.trackers.items():
-            try:
-                self.log(tracker.start(args, state, control, **options))
-            except Exception as error:
-                raise unavailable(name, error, exit_code=1) from error
+        # MLflow draws the name of a run from Python's generator, which training may use.
+        drawn = random.getstate()
+        try:
+            for name, tracker in self.trackers.items():
+                try:
+                    self.log(tracker.start(args, state, control, **options))
+                except Exception as error:
+                    raise unavailable(name, error, exit_code=1) from error
+        finally:
+            random.setstate(drawn)
 
     def on_log(self, args: Any, state: Any, control: Any, **options: Any) -> None:
         """Report the metrics that RunCallback writes to metrics.jsonl."""

@@ -195,6 +195,16 @@ def test_a_server_that_fails_in_training_does_not_end_it(
     require_same(tensorboard_metrics(tmp_path / "out/runs"), tmp_path / "out", exact=False)
 
 
+def test_a_tracker_does_not_change_what_is_learned(home: Path, tmp_path: Path) -> None:
+    keys = {"max_steps": 2, "save_steps": 2, "adapter": "lora", "lora_dropout": 0.5}
+    run(home, tmp_path / "plain", **keys)
+    run(home, tmp_path / "out", wandb_project="p", wandb_mode="offline", wandb_watch="all",
+        use_tensorboard=True, mlflow_experiment_name="e", **keys,
+        mlflow_tracking_uri=f"file://{tmp_path}/mlruns")  # fmt: skip
+    for name in ("adapter_model.safetensors", "checkpoint-2/rng_state.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "plain" / name).read_bytes()
+
+
 def test_nothing_is_reported_by_default(home: Path, tmp_path: Path) -> None:
     os.environ["WANDB_API_KEY"] = SECRETS["WANDB_API_KEY"]
     run(home, tmp_path / "out", max_steps=1)
