@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -168,8 +168,10 @@ class MLflow:
         """End the run, after all metrics are written."""
         import mlflow
 
-        mlflow.flush_async_logging()
-        mlflow.end_run(status)
+        try:
+            mlflow.flush_async_logging()
+        finally:
+            mlflow.end_run(status)
 
 
 class TensorBoard:
@@ -217,16 +219,16 @@ class TrackerCallback(CheckpointCallback):
 
     def __init__(self, config: Config, folder: Path, *, log: Callable[[str], None]) -> None:
         self.log = log
-        self.trackers: dict[str, Tracker] = {}
-        self.started = False
         set_environment(active_trackers(config))
-        for name in active_trackers(config):
-            self.trackers[name] = _CLASSES[name](config, folder)
+        self._trackers: dict[str, Tracker] = {
+            name: _CLASSES[name](config, folder) for name in active_trackers(config)
+        }
+        self._running: dict[str, Tracker] = {}
 
     @property
     def wants_checkpoints(self) -> bool:  # type: ignore[override]  # constant in other callbacks
         """Return whether a tracker copies checkpoints."""
-        return any(tracker.wants_checkpoints for tracker in self.trackers.values())
+        return any(tracker.wants_checkpoints for tracker in self._running.values())
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **options: Any) -> None:
         """Start the runs.
@@ -234,15 +236,17 @@ class TrackerCallback(CheckpointCallback):
         Raises:
             AttnimgError: a tracker does not accept a run (code tracker-unavailable, exit code 1).
         """
-        self.started = True
         # MLflow draws the name of a run from Python's generator, which training may use.
         drawn = random.getstate()
         try:
-            for name, tracker in self.trackers.items():
+            for name, tracker in self._trackers.items():
                 try:
                     self.log(tracker.start(args, state, control, **options))
                 except Exception as error:
+                    with suppress(Exception):
+                        tracker.finish("FAILED")
                     raise unavailable(name, error, exit_code=1) from error
+                self._running[name] = tracker
         finally:
             random.setstate(drawn)
 
@@ -266,8 +270,7 @@ class TrackerCallback(CheckpointCallback):
 
     def add_model(self, files: Sequence[Path]) -> None:
         """Upload the trained model to the trackers whose config requests it."""
-        if self.started:
-            self._each(lambda tracker: tracker.add_model(files))
+        self._each(lambda tracker: tracker.add_model(files))
 
     @contextmanager
     def ended(self) -> Iterator[None]:
@@ -279,15 +282,16 @@ class TrackerCallback(CheckpointCallback):
             status = "KILLED" if isinstance(error, Stopped | KeyboardInterrupt) else "FAILED"
             raise
         finally:
-            if self.started:
-                self._each(lambda tracker: tracker.finish(status))
+            self._each(lambda tracker: tracker.finish(status))
 
     def _each(self, act: Callable[[Tracker], Any]) -> None:
-        """Call a function with each tracker; leave out those for which it raises."""
-        for name, tracker in list(self.trackers.items()):
+        """Call a function with each running tracker; leave out those for which it raises."""
+        for name, tracker in list(self._running.items()):
             try:
                 act(tracker)
             except Exception as error:
-                del self.trackers[name]
+                del self._running[name]
+                with suppress(Exception):
+                    tracker.finish("FAILED")
                 text = redact(exception_text(error))
                 self.log(f"warning: {name} has failed, and is left out from here on: {text}")

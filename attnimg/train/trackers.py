@@ -45,9 +45,10 @@ PACKAGES: dict[str, Package] = {
         off="set wandb_mode: disabled",
         uses={"wandb": ("init", "login", "run", "Artifact", "Settings")},
     ),
-    # mlflow-skinny, its smaller distribution, also suffices for a server or a folder.
+    # Whole mlflow needs another pyarrow than the images have. The smaller distribution suffices for
+    # a server and a folder.
     "mlflow": Package(
-        requirement="mlflow>=3.17",
+        requirement="mlflow-skinny>=3.17",
         off="remove use_mlflow and mlflow_experiment_name",
         uses={"mlflow": ("set_tracking_uri", "set_experiment", "start_run", "end_run")},
     ),
@@ -59,7 +60,7 @@ PACKAGES: dict[str, Package] = {
     ),
 }  # fmt: skip
 
-# Distributions that contain the module, any of which suffices.
+# Distributions that contain the module.
 _DISTRIBUTIONS = {"mlflow": ("mlflow", "mlflow-skinny")}
 
 
@@ -112,16 +113,16 @@ def require_package(name: str) -> None:
     found = _installed_version(name)
     why = ""
     if found is None:
-        why = f"found no {needed.name}"
+        why = f"found no {name}"
     elif not needed.specifier.contains(found, prereleases=True):
-        why = f"found {needed.name} {found}"
+        why = f"found {name} {found}"
     else:
         try:
             for module, attributes in package.uses.items():
                 for attribute in attributes:
                     getattr(import_module(module), attribute)
         except Exception as error:
-            why = f"found {needed.name} {found}, which is broken: {exception_text(error)}"
+            why = f"found {name} {found}, which is broken: {exception_text(error)}"
     if why:
         raise AttnimgError(
             f"{name} is not installed",
@@ -202,8 +203,9 @@ def require_answer(url: str) -> None:
 
 _TO_DO: dict[str, str] = {
     "wandb": "check WANDB_API_KEY and the network, or set wandb_mode: offline",
-    "mlflow": "check mlflow_tracking_uri, and MLFLOW_TRACKING_USERNAME and "
-    "MLFLOW_TRACKING_PASSWORD; or remove use_mlflow and mlflow_experiment_name",
+    "mlflow": "check mlflow_tracking_uri (a database needs the whole package mlflow), and "
+    "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD; or remove use_mlflow and "
+    "mlflow_experiment_name",
     "tensorboard": "check TENSORBOARD_LOGGING_DIR, or set use_tensorboard: false",
 }
 

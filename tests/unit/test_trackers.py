@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import time
@@ -27,7 +28,7 @@ from attnimg.config.schema import Config
 from attnimg.errors import AttnimgError
 from attnimg.redact import redact
 from attnimg.train.distributed import StopFlag, Stopped
-from attnimg.train.trackers import active_trackers, require_package, require_trackers
+from attnimg.train.trackers import PACKAGES, active_trackers, require_package, require_trackers
 
 # MLflow's client and W&B's handle warn of themselves.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
@@ -271,7 +272,12 @@ def test_a_package_that_can_not_be_used_is_refused(
         require_package(name)
     assert caught.value.code == "not-installed"
     assert caught.value.why.startswith(why.format(name))
-    assert f"pip install '{name}>=" in caught.value.do
+    assert f"pip install '{PACKAGES[name].requirement}'" in caught.value.do
+
+
+def test_the_example_installs_what_is_needed() -> None:
+    text = (ROOT / "examples/trackers/Dockerfile").read_text()
+    assert re.findall(r"'(.+?)'", text) == [package.requirement for package in PACKAGES.values()]
 
 
 @pytest.mark.parametrize("name", ["wandb", "mlflow", "tensorboard"])
