@@ -393,8 +393,8 @@ def errors(**keys: Any) -> list[tuple[str, str | None, str]]:
     [
         ({"comet_api_key": "PLANTED"}, "unsupported-key"),
         ({"wandb_api_key": "PLANTED"}, "unknown-key"),
-        ({"swanlab_api_key": "PLANTED"}, "unknown-key"),
-        ({"swanlab_lark_secret": "PLANTED"}, "unknown-key"),
+        ({"swanlab_api_key": "PLANTED"}, "unsupported-key"),
+        ({"swanlab_lark_secret": "PLANTED"}, "unsupported-key"),
         ({"hub_token": "PLANTED"}, "unknown-key"),
         ({"hf_use_auth_token": "PLANTED"}, "unsupported-key"),
         ({"mlflow_tracking_uri": "https://me:PLANTED@host/"}, "bad-value"),
