@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from attnimg import __version__
 from attnimg.errors import AttnimgError, memory_errors, printable
+from attnimg.redact import redact
 
 
 class Command(NamedTuple):
@@ -183,7 +184,7 @@ def _as_attnimg_error(error: Exception) -> AttnimgError:
     """Return the error to print for an exception; an unexpected one is a bug in attnimg."""
     if isinstance(error, AttnimgError):
         return error
-    message = " ".join(str(error).split())
+    message = redact(" ".join(str(error).split()))
     if isinstance(error, Warning):
         return AttnimgError(
             f"Python raised a {type(error).__name__} as an error",

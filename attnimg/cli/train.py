@@ -84,6 +84,8 @@ def train_file(
     for path in result.files if rank() == 0 else ():
         # Control characters in the path are escaped for a terminal, but not for scripts.
         print(printable(str(path)) if sys.stdout.isatty() else path)
+    if result.push_error is not None:
+        raise result.push_error
 
 
 def _require_valid(checked: CheckResult, console: Console) -> Config:

@@ -34,6 +34,7 @@ from attnimg.config.schema import (
 )
 from attnimg.errors import AttnimgError
 from attnimg.facts import Arch, Backend, Finding
+from attnimg.redact import is_secret, redact
 
 __all__ = ["check_file", "check_values", "parse_torch", "with_overrides"]
 
@@ -198,7 +199,9 @@ def _other_keys(values: dict[str, Any], *, failed: set[str | None]) -> list[Find
     for key, value in values.items():
         if key in failed or (key in Config.model_fields and key not in keys.IN_SCHEMA):
             continue
-        if key == "plugins":
+        if is_secret(key, value):
+            found.append(_secret_key(key))
+        elif key == "plugins":
             found += _plugins(value)
         elif (answer := keys.key_answers().get(key)) is not None:
             # 0, "" and an empty list turn a key off, as false does.
@@ -252,6 +255,14 @@ def _missing_key(key: str, why: str) -> Finding:
     return make_error("missing-key", key, f"{key} is missing", why, f"add a line `{key}: ...`")
 
 
+def _secret_key(key: str) -> Finding:
+    """Return the error for a key that has a secret; the value is not in it."""
+    code = "unsupported-key" if key in keys.key_answers() else "unknown-key"
+    why = "found a value, which is not shown here; receipts and checkpoints keep the config"
+    do = f"remove it, and set the environment variable {key.upper()}"
+    return make_error(code, key, f"{key} is a secret, and can't be in a config", why, do)
+
+
 def _unknown_key(key: str, name: str) -> Finding:
     similar = keys.nearest_key(name, dataset=key != name)
     what = f"{key if key.isprintable() and key else repr(key)} is not a known key"
@@ -284,5 +295,5 @@ def _without_nulls(value: Any) -> Any:
 
 
 def _short(value: Any) -> str:
-    text = repr(value)
+    text = redact(repr(value))
     return text if len(text) <= 60 else f"{text[:57]}..."

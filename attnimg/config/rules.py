@@ -26,6 +26,7 @@ from attnimg.config.schema import (
     make_error,
     role_names,
     type_name,
+    trackers,
 )
 from attnimg.facts import Finding
 
@@ -387,6 +388,15 @@ def _templates(config: Config) -> Iterator[Finding]:
         yield make_error("unsupported-key", key, what, why, f"remove {key}")
 
 
+def _trackers(config: Config) -> Iterator[Finding]:
+    """Yield an error for a tracker that is off, and named: axolotl would turn it on."""
+    for flag, key in (("use_wandb", "wandb_project"), ("use_mlflow", "mlflow_experiment_name")):
+        if getattr(config, flag) is False and getattr(config, key):
+            what = f"{key} contradicts {flag}: false"
+            why = f"found {flag}: false, and {key}, which turns the tracker on"
+            yield _bad_value(key, what, why, f"remove {key}, or set {flag}: true")
+
+
 _Rule = Callable[[Config], Iterator[Finding]]
 _DATASETS = ("datasets", "pretraining_dataset", "test_datasets")
 # Each rule, and the keys that it depends on: it is skipped if their values are invalid.
@@ -403,6 +413,7 @@ _RULES: tuple[tuple[_Rule, tuple[str, ...]], ...] = (
     (_template_variables, ()),
     (_splits, ()),
     (_templates, ("chat_template_jinja", *_DATASETS)),
+    (_trackers, ()),
 )
 
 
@@ -440,6 +451,7 @@ def _unused_run_keys(config: Config) -> Iterator[tuple[str, list[str]]]:
         yield "save_strategy is no", named("save_total_limit", "save_only_model")
     if not (config.fsdp or config.fsdp_config):
         yield "fsdp is not set", named("fsdp_version")
+    yield from _unused_tracker_keys(config)
     specs = [spec for _, spec, _ in dataset_entries(config)]
     if not any(map(is_chat, specs)):
         of_chats = named(
@@ -461,6 +473,29 @@ def _unused_run_keys(config: Config) -> Iterator[tuple[str, list[str]]]:
         yield "no pretraining_dataset is packed", named("pretrain_multipack_attn")
     if specs and all(map(is_text, specs)):
         yield "all tokens of plain text are trained", named("train_on_inputs")
+
+
+def _unused_tracker_keys(config: Config) -> Iterator[tuple[str, list[str]]]:
+    """Yield each reason with the keys of trackers and the hub that have no effect because of it."""
+    written = [key for key in sorted(config.model_fields_set) if getattr(config, key) is not None]
+    on = trackers(config)
+    for tracker, prefixes, reason in (
+        ("wandb", ("wandb_",), "wandb_mode is disabled" if config.wandb_mode == "disabled"
+         else "neither use_wandb nor wandb_project is set"),
+        ("mlflow", ("mlflow_", "hf_mlflow_"),
+         "neither use_mlflow nor mlflow_experiment_name is set"),
+    ):  # fmt: skip
+        if tracker not in on:
+            unused = [key for key in written if key.startswith(prefixes)]
+            off = "wandb_mode" if config.wandb_mode == "disabled" else None
+            yield reason, [key for key in unused if key != off]
+    if config.hub_model_id is None:
+        yield (
+            "hub_model_id is not set",
+            [k for k in ("hub_strategy", "hub_revision") if k in written],
+        )
+    elif config.save_strategy == "no" and config.hub_strategy not in (None, "end"):
+        yield "save_strategy is no", ["hub_strategy"]
 
 
 def _unused_by_schedule(config: Config) -> list[str]:

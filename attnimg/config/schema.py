@@ -23,6 +23,9 @@ from pydantic import (
 )
 
 from attnimg.facts import Finding, LayerKind
+from attnimg.redact import has_credentials
+
+_REPOSITORY = re.compile(r"(\b[\w\-.]{1,96}\b/)?\b[\w\-.]{1,96}\b", re.ASCII)
 
 
 def _to_bool(value: object) -> object:
@@ -53,6 +56,33 @@ def _check_path(text: str) -> str:
         raise ValueError("should have no NUL character")
     if len(os.fsencode(text)) > 4095 or any(len(os.fsencode(p)) > 255 for p in text.split("/")):
         raise ValueError("should have at most 4,095 bytes, and at most 255 in each name")
+    return text
+
+
+def _unset_if_empty(value: object) -> object:
+    """Return None for "" and false, which axolotl's examples write for keys of trackers."""
+    return None if value in ("", False) else value
+
+
+def _check_tracking_uri(text: str) -> str:
+    """Raise for a user or password in a URI, which would be written to receipts."""
+    if has_credentials(text):
+        raise ValueError(
+            "should have no user and password; MLflow reads them from the environment variables "
+            "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or the whole URI from "
+            "MLFLOW_TRACKING_URI"
+        )
+    return text
+
+
+def _check_repository(text: str) -> str:
+    """Raise for text that is not the name of a repository on the hub.
+
+    Source: huggingface_hub 2.4.0, utils/_validators.py, validate_repo_id (2026-11-27).
+    """
+    known = _REPOSITORY.fullmatch(text) and "--" not in text and ".." not in text
+    if not known or text.endswith(".git"):
+        raise ValueError("should be the name of a repository on the hub: ORGANIZATION/NAME or NAME")
     return text
 
 
@@ -96,6 +126,13 @@ Share = Annotated[float, BeforeValidator(_require_number), Field(ge=0, le=1, all
 Text = Annotated[str, Strict(), Field(min_length=1)]
 PathText = Annotated[Text, AfterValidator(_check_path)]
 Texts = Annotated[list[Text], BeforeValidator(_to_list)]
+TrackerText = Annotated[Text | None, BeforeValidator(_unset_if_empty)]
+TrackingUri = Annotated[
+    Annotated[Text, AfterValidator(_check_tracking_uri)] | None, BeforeValidator(_unset_if_empty)
+]
+Repository = Annotated[
+    Annotated[Text, AfterValidator(_check_repository)] | None, BeforeValidator(_unset_if_empty)
+]
 Paths = Annotated[list[PathText], BeforeValidator(_to_list)]
 
 Optimizer = Literal[
@@ -342,6 +379,34 @@ class Config(BaseModel):
     resume_from_checkpoint: Flag | PathText | None = None
     auto_resume_from_checkpoints: Flag | None = None
 
+    # Trackers and the hub
+    use_wandb: Flag | None = None
+    wandb_project: TrackerText = None
+    wandb_entity: TrackerText = None
+    wandb_name: TrackerText = None
+    wandb_run_id: TrackerText = None
+    wandb_mode: Annotated[
+        Literal["online", "offline", "disabled"] | None, BeforeValidator(_unset_if_empty)
+    ] = None
+    wandb_watch: Annotated[
+        Literal["gradients", "parameters", "all", "false"] | None, BeforeValidator(_unset_if_empty)
+    ] = None
+    wandb_log_model: Annotated[
+        Literal["end", "checkpoint", "false"] | None, BeforeValidator(_unset_if_empty)
+    ] = None
+    use_mlflow: Flag | None = None
+    mlflow_tracking_uri: TrackingUri = None
+    mlflow_experiment_name: TrackerText = None
+    mlflow_run_name: TrackerText = None
+    hf_mlflow_log_artifacts: Flag | None = None
+    use_tensorboard: Flag | None = None
+    hub_model_id: Repository = None
+    hub_strategy: Annotated[
+        Literal["end", "every_save", "checkpoint", "all_checkpoints"] | None,
+        BeforeValidator(_unset_if_empty),
+    ] = None
+    hub_revision: TrackerText = None
+
     # More than one process
     fsdp: list[str] | str | Flag | None = None
     fsdp_config: dict[str, Any] | None = None
@@ -379,6 +444,18 @@ def is_streamed(config: Config) -> bool:
     if config.streaming is not None:
         return config.streaming
     return bool(config.pretraining_dataset and config.streaming_multipack_buffer_size)
+
+
+def trackers(config: Config) -> tuple[str, ...]:
+    """Return the trackers that a config turns on, by their names in transformers' report_to.
+
+    Source: axolotl 0.19.0, utils/wandb_.py, utils/mlflow_.py, core/builders/base.py,
+    _configure_reporting (2026-11-27).
+    """
+    wandb = (config.use_wandb or config.wandb_project) and config.wandb_mode != "disabled"
+    mlflow = config.use_mlflow or config.mlflow_experiment_name
+    requested = {"wandb": wandb, "mlflow": mlflow, "tensorboard": config.use_tensorboard}
+    return tuple(name for name, on in requested.items() if on)
 
 
 def is_chat(spec: DatasetSpec) -> bool:

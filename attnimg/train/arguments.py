@@ -169,7 +169,7 @@ def training_arguments(
         "max_length": None,
         "prediction_loss_only": True,
         "use_cache": False,
-        # records.py writes the logs, and nothing is reported to servers.
+        # records.py writes the logs; tracker_callback.py adds the callbacks of trackers.
         "disable_tqdm": True,
         "log_level": "error",
         "log_level_replica": "error",

@@ -215,8 +215,9 @@ def _check_shared_memory(config: Config) -> None:
 
 LOCK_FILE = ".lock"
 
-# Files of a run that has done no step; a new run may start in a folder with them.
-ALLOWED_FILES = frozenset({"receipt.json", PARTIAL, LOCK_FILE})
+# Files of a run that has done no step, and folders of trackers; a new run may start in a folder
+# with them.
+ALLOWED_FILES = frozenset({"receipt.json", PARTIAL, LOCK_FILE, "wandb", "runs"})
 
 
 def check_output_dir(config: Config) -> ResumePoint | None:

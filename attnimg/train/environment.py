@@ -22,9 +22,10 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
-from attnimg.config.schema import Config
+from attnimg.config.schema import Config, trackers
 from attnimg.errors import AttnimgError
 from attnimg.facts import Problem
+from attnimg.redact import redact
 
 _TRUE = frozenset({"y", "yes", "t", "true", "on", "1"})
 
@@ -210,6 +211,8 @@ _ALLOWED: tuple[tuple[str, Callable[[_Run], Collection[str | None] | None], str]
     ("ACCELERATE_USE_MEGATRON_LM", lambda _: _FALSE, _UNSUPPORTED),
     ("ACCELERATE_USE_PARALLELISM_CONFIG", lambda _: _FALSE, _UNSUPPORTED),
     ("ACCELERATE_USE_SAGEMAKER", lambda _: _FALSE, _UNSUPPORTED),
+    ("DISABLE_MLFLOW_INTEGRATION", lambda run: _FALSE if "mlflow" in trackers(run.config) else None,
+     "the config has use_mlflow"),
 )  # fmt: skip
 
 
@@ -271,8 +274,11 @@ def environment_error(error: Exception, environ: Mapping[str, str]) -> AttnimgEr
         return None
     return AttnimgError(
         "a library cannot use a variable of the environment",
-        why=f"found {', '.join(f'{name}={environ[name]}' for name in names)}\n"
-        f"{type(error).__name__}: {' '.join(str(error).split())[:300]}",
+        why=redact(
+            f"found {', '.join(f'{name}={environ[name]}' for name in names)}\n"
+            f"{type(error).__name__}: {' '.join(str(error).split())[:300]}",
+            environ,
+        ),
         do=f"unset {' '.join(names)}",
         code="bad-environment",
     )

@@ -6,8 +6,8 @@ documents -> rows -> engine -> own loss compared -> steps -> final model, loss.p
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,7 @@ from rich.console import Console
 from attnimg.config.schema import Config
 from attnimg.errors import AttnimgError, memory_errors
 from attnimg.facts import RunContext
+from attnimg.redact import redact
 from attnimg.train import records
 from attnimg.train.arguments import (
     Schedule,
@@ -59,10 +60,13 @@ from attnimg.train.resume import (
 )
 from attnimg.train.rows import Rows, make_rows, pad_rows_to_multiple
 from attnimg.train.tokenizer import end_token_notes, use_trained_template
+from attnimg.train.trackers import active_trackers
 
 if TYPE_CHECKING:
     from attnimg.train.data import Documents
+    from attnimg.train.hub import HubCallback
     from attnimg.train.loss import LossCheck
+    from attnimg.train.tracker_callback import CheckpointCallback, TrackerCallback
 
 # Keys of model configs with the number of experts, of which a batch may use only some.
 EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts")
@@ -249,6 +253,7 @@ def _run_with_receipt(session: Session, data_figures: object) -> FitResult:
         figures = asdict(result)
         names = ("steps", "loss", "eval_loss", "aux_loss", "tokens", "seconds")
         receipt |= {"metrics": {name: figures[name] for name in names}, "files": result.files}
+        receipt |= {"hub": result.hub}
         write_receipt(session.folder, receipt, status="done")
     return result
 
@@ -256,7 +261,7 @@ def _run_with_receipt(session: Session, data_figures: object) -> FitResult:
 def _write_failure(folder: Path, receipt: Mapping[str, object], *, error: BaseException) -> None:
     """Write how the run ended, unless the disk is too full even for that."""
     status: Status = "stopped" if isinstance(error, Stopped | KeyboardInterrupt) else "failed"
-    details: dict[str, object] = {"code": type(error).__name__, "what": str(error)}
+    details: dict[str, object] = {"code": type(error).__name__, "what": redact(str(error))}
     if isinstance(error, AttnimgError):
         details = {"code": error.code, "what": error.what, "why": error.why, "do": error.do}
     # The error being raised matters more than a failure to write it to a full disk.
@@ -268,6 +273,7 @@ def _train(session: Session, receipt: dict[str, object]) -> FitResult:
     """Build the engine, compare its loss with the model's own, train, and write the model."""
     began = time.monotonic()
     first, config = rank() == 0, session.config
+    tracker, hub = _destinations(session) if first else (None, None)
     view = ProgressView(session.console, total=session.schedule.total_steps, visible=first)
 
     def on_ready(engine: Any) -> None:
@@ -275,16 +281,23 @@ def _train(session: Session, receipt: dict[str, object]) -> FitResult:
         if first:
             write_receipt(session.folder, receipt, status="running")
 
-    engine = build_engine(session, view, on_ready)
+    engine = build_engine(session, view, on_ready, callbacks=[c for c in (tracker, hub) if c])
     receipt["weights"] = counts = count_weights(engine.model)
     print_line(session.console, f"  {weights_text(counts)}")
     session.attention_check.report_schedule()
     receipt["loss"] = _check_own_loss(engine, session)
-    try:
-        notes = _run_engine(engine, session)
-    finally:
-        view.end()
-    files, steps = save_final_model(engine, config, session.folder), engine.state.global_step
+    with ExitStack() as ended:
+        for destination in (tracker, hub):
+            if destination:
+                ended.enter_context(destination.ended())
+        try:
+            notes = _run_engine(engine, session)
+        finally:
+            view.end()
+        files, steps = save_final_model(engine, config, session.folder), engine.state.global_step
+        push_error = hub.push_model(files) if hub else None
+        if tracker:
+            tracker.add_model(files)
     if first:
         subtitle = (
             f"base model {Path(str(config.base_model)).name}, attention {session.run.backend}, "
@@ -309,16 +322,45 @@ def _train(session: Session, receipt: dict[str, object]) -> FitResult:
         files=tuple(files),
         resumed_from=session.checkpoint,
         notes=tuple(notes),
+        hub=hub.record if hub else None,
+        push_error=push_error,
     )
 
 
-def build_engine(session: Session, view: ProgressView, on_ready: Callable[[Any], None]) -> Any:
+def _destinations(session: Session) -> tuple[TrackerCallback | None, HubCallback | None]:
+    """Return what reports to trackers and pushes to the hub, where the config turns them on."""
+    config, folder = session.config, session.folder
+    tracker: TrackerCallback | None = None
+    hub: HubCallback | None = None
+
+    def log(text: str) -> None:
+        print_line(session.console, f"  {text}")
+
+    if active_trackers(config):
+        from attnimg.train.tracker_callback import TrackerCallback
+
+        tracker = TrackerCallback(config, folder, log=log)
+    if config.hub_model_id:
+        from attnimg.train.hub import HubCallback
+
+        hub = HubCallback(config, folder, log=log)
+    return tracker, hub
+
+
+def build_engine(
+    session: Session,
+    view: ProgressView,
+    on_ready: Callable[[Any], None],
+    *,
+    callbacks: Sequence[CheckpointCallback] = (),
+) -> Any:
     """Build the engine, without transformers' own printing.
 
     Args:
         session: config, model, rows and state of the run.
         view: the progress bar.
         on_ready: called with the engine when it is ready for its first step.
+        callbacks: those of trackers and the hub.
     """
     from transformers import EarlyStoppingCallback, PrinterCallback
     from trl import SFTConfig
@@ -345,6 +387,8 @@ def build_engine(session: Session, view: ProgressView, on_ready: Callable[[Any],
         callbacks=[EarlyStoppingCallback(patience)] if patience else [],
     )
     engine.remove_callback(PrinterCallback)
+    for callback in callbacks:  # before RunCallback, which may evaluate when training begins
+        callback.attach(engine)
     engine.add_callback(RunCallback(engine, view, on_ready))
     _require_context(engine, run.context, deepspeed=bool(config.deepspeed))
     return engine

@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from attnimg.config.schema import Config
+from attnimg.errors import AttnimgError
 from attnimg.facts import Backend, Machine, Plan, Proof, RunContext
 from attnimg.train.checkpoint import replace_text, write_errors
 
@@ -345,6 +346,8 @@ class FitResult:
         files: the written files, the most important first.
         resumed_from: the checkpoint that it resumed from.
         notes: notes for the user, such as on an early stop.
+        hub: what was pushed to the hub; None without hub_model_id.
+        push_error: why the trained model was not pushed; None if it was.
     """
 
     steps: int
@@ -356,6 +359,8 @@ class FitResult:
     files: tuple[Path, ...]
     resumed_from: Path | None
     notes: tuple[str, ...] = ()
+    hub: Mapping[str, object] | None = None
+    push_error: AttnimgError | None = None
 
 
 def build_receipt(

@@ -80,6 +80,10 @@ NOT_COMPARED = frozenset(
         "save_strategy", "save_steps", "saves_per_epoch", "save_total_limit", "save_only_model",
         "resume_from_checkpoint", "auto_resume_from_checkpoints", "ddp_timeout",
         "ddp_find_unused_parameters", "dataloader_num_workers", "dataloader_pin_memory", "strict",
+        "use_wandb", "wandb_project", "wandb_entity", "wandb_name", "wandb_run_id", "wandb_mode",
+        "wandb_watch", "wandb_log_model", "use_mlflow", "mlflow_tracking_uri",
+        "mlflow_experiment_name", "mlflow_run_name", "hf_mlflow_log_artifacts", "use_tensorboard",
+        "hub_model_id", "hub_strategy", "hub_revision",
     }
 )  # fmt: skip
 

@@ -23,7 +23,7 @@ from attnimg.selection.model_config import missing_folder, read_config
 from attnimg.selection.plan import plan_dict
 from attnimg.task import Task, build_task, model_file
 from attnimg.train.base_model import judge_base_model
-from attnimg.train.distributed import StopFlag, require_same_on_all_ranks
+from attnimg.train.distributed import StopFlag, rank, require_same_on_all_ranks
 from attnimg.train.environment import require_agreement
 from attnimg.train.records import FitResult, RunFacts, package_versions
 
@@ -61,6 +61,7 @@ def train(config: Config, machine: Machine, *, report: TrainReport, stop: StopFl
     from attnimg.train.data import find_sources
     from attnimg.train.environment import silence_libraries
     from attnimg.train.intact import read_checkpoint_hash
+    from attnimg.train.trackers import require_hub, require_trackers
 
     path = model_file(config)
     if path is None and (missing := missing_folder(config.base_model or "")) is not None:
@@ -84,6 +85,9 @@ def train(config: Config, machine: Machine, *, report: TrainReport, stop: StopFl
     }
     _require_same(config, machine, {**config.model_dump(), **_hash_config_files(config), **facts})
     silence_libraries()
+    if rank() == 0:
+        require_trackers(config)
+        require_hub(config)
     with application.restore_registries():
         task, plan = _with_model_config(config, task, plan, report)
         return fit_selected(config, task, plan, report=report, stop=stop, resume=resume)

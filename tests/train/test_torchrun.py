@@ -21,6 +21,7 @@ from forked_runs import Fork, Ranks, free_port
 from safetensors.torch import load_file
 from tiny_models import tiny_model
 from tiny_run import make_tokenizer, run
+from tracked import tensorboard_metrics
 
 PROGRAM = Path(__file__).parents[1] / "fixtures" / "tiny_run.py"
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
@@ -75,7 +76,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
     one = Fork([PROGRAM, *arguments(folder, **alone)], env=ENV)
     errors = one.communicate(timeout=120)[1]
     assert one.returncode == 0, errors
-    two = start(folder, **KEYS)
+    two = start(folder, use_tensorboard=True, **KEYS)
     output = two.communicate(timeout=200)[0]
     assert two.returncode == 0, output
     assert output.count("step 1/8") == 1, "one process prints"
@@ -86,6 +87,14 @@ def test_two_processes_of_one_row_train_as_one_of_two(pair: Path) -> None:
     single, double = curve(pair / "single"), curve(pair / "out")
     for ours, theirs in zip(double, single, strict=True):
         assert ours == pytest.approx(theirs, abs=1e-5, rel=1e-5)
+
+
+def test_one_of_two_processes_reports_to_trackers(pair: Path) -> None:
+    (file,) = (pair / "out/runs").rglob("events.out.tfevents.*")
+    tracked = tensorboard_metrics(file.parent)
+    for line in curve(pair / "out"):
+        for name in line.keys() & {"loss", "eval_loss"}:
+            assert tracked[int(line["step"])][name] == pytest.approx(line[name], rel=1e-6)
 
 
 def test_two_processes_train_each_row_once_an_epoch(tmp_path: Path) -> None:

@@ -300,7 +300,7 @@ CASES: dict[str, Case] = {
        )},
     # Keys of axolotl, one of each group; all of them below.
     **{f"{key} of axolotl": Case(code="unsupported-key", values={key: "x"})
-       for key in ("ring_attn_func", "rope_scaling", "wandb_project", "liger_rope", "trl",
+       for key in ("ring_attn_func", "rope_scaling", "use_trackio", "liger_rope", "trl",
                    "float16", "gpu_count", "group_by_length", "loraplus_lr_ratio", "debug",
                    "batch_size", "use_ray")},
     "a plugin of axolotl": Case(code="unsupported-key", values={"plugins": ["my.Plugin"]}),
@@ -328,6 +328,10 @@ CASES: dict[str, Case] = {
     "packing without isolation": Case(code="unsupported-key", values={
         "sample_packing": True, "attn_implementation": "sdpa", "pretrain_multipack_attn": False}),
     "another name in a prompt": Case(code="bad-value", entry={"type": {"format": "{question}"}}),
+    "a secret in a config": Case(code="unsupported-key", values={"comet_api_key": "x"}),
+    **{f"{key} of a tracker that is off": Case(code="bad-value", options=2, values={
+        flag: False, key: "p"})
+       for flag, key in (("use_wandb", "wandb_project"), ("use_mlflow", "mlflow_experiment_name"))},
     # What the machine, the model's folder and output_dir allow.
     "a fused schedule of no cosine": Case(code="bad-value", machine=CPU, options=2, values={
         "lr_scheduler": "linear", "cosine_min_lr_ratio": 0.1}),

@@ -60,7 +60,8 @@ NOT_COMPARED = {
     "gradient_checkpointing": True, "torch_compile": True, "output_dir": "elsewhere",
     "logging_steps": 5, "save_strategy": "epoch", "save_steps": 7, "save_total_limit": 1,
     "resume_from_checkpoint": True, "dataloader_num_workers": 2, "eval_steps": 3,
-    "test_datasets": [{"path": "tests"}],
+    "test_datasets": [{"path": "tests"}], "wandb_project": "p", "use_mlflow": True,
+    "hub_model_id": "me/model",
 }  # fmt: skip
 
 

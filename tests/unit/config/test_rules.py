@@ -269,8 +269,14 @@ NEEDS = {
     "packages": """
         _check_compile bad_value, _check_optimizer not-installed, _require_packages
         _quantization_error, _try_checkpointing bad_value, _try_schedule bad_value,
-        check_limits not-installed, find_class bad_value, require_versions
-        trainer-not-installed
+        check_limits not-installed, find_class bad_value, require_package not-installed,
+        require_versions trainer-not-installed
+    """,
+    "a server and its login": """
+        _require_mlflow_server unavailable, _require_wandb_login tracker-unavailable,
+        _require_wandb_login unavailable, create_repository hub_unavailable, hub_unavailable
+        hub-unavailable, on_train_begin unavailable, push_model hub_unavailable, require_hub
+        hub_unavailable x4, unavailable tracker-unavailable
     """,
     "environment": """
         _check_address_space bad-environment, _require_context context-differs,
