@@ -25,8 +25,8 @@ from attnimg.config.schema import (
     is_text,
     make_error,
     role_names,
-    type_name,
     trackers,
+    type_name,
 )
 from attnimg.facts import Finding
 

@@ -224,42 +224,40 @@ NEEDS = {
     """,
     "data": """
         __call__ _template_error, __call__ bad_record, _completions bad_record,
-        _input bad_record, _system bad_record, _cut_documents bad_file, _gather_rows bad-data,
-        _local_file bad-value, _local_file bad_file,
-        _locate _not_found, _missing_type missing-key, _no_documents empty-dataset,
-        _reasoning bad_record, _refuse_media bad_record,
+        _cut_documents bad_file, _gather_rows bad-data, _input bad_record, _local_file
+        bad-value, _local_file bad_file, _locate _not_found, _missing_type missing-key,
+        _no_documents empty-dataset, _reasoning bad_record, _refuse_media bad_record,
         _refuse_unpackable bad-data, _role bad_record x2, _split_validation bad-value,
-        _template_error bad-value, _template_error bad_file, _turn bad_record x5,
-        _with_system_column bad_record, bad_file bad-data, bad_record AttnimgError,
-        find_sources _missing_type, find_sources empty-dataset, load_all _no_documents,
-        load_documents _no_documents, make_on_disk not-writable, parse_prompt bad_record,
-        parse_segments bad_record x2, parse_tokens bad_record x3, parse_turns bad_record,
-        read_records bad_file x2, read_records bad_record, read_content bad_record,
-        read_flag bad_record x2, read_trained_parts bad_record x3, split_thinking bad_record,
-        read_tool_calls bad_record,
-        read_tools bad_record, require_column bad_record, require_text bad_record
+        _system bad_record, _template_error bad-value, _template_error bad_file, _turn
+        bad_record x5, _with_system_column bad_record, bad_file bad-data, bad_record
+        AttnimgError, find_sources _missing_type, find_sources empty-dataset, load_all
+        _no_documents, load_documents _no_documents, make_on_disk not-writable, parse_prompt
+        bad_record, parse_segments bad_record x2, parse_tokens bad_record x3, parse_turns
+        bad_record, read_content bad_record, read_flag bad_record x2, read_records bad_file
+        x2, read_records bad_record, read_tool_calls bad_record, read_tools bad_record,
+        read_trained_parts bad_record x3, require_column bad_record, require_text
+        bad_record, split_thinking bad_record
     """,
     "files": """
         _check_options bad-value, _check_reachable file-missing, _check_reachable
         hub-unreachable, _check_size bad-data, _conversion_error pickled-weights,
         _find_files _not_found, _find_files bad-value, _folder_source bad-value,
         _folder_source file-missing, _hash_files bad_model, _load _conversion_error x2,
-        _no_checkpoint no-checkpoint, _not_empty output-dir-not-empty, _not_found
-        file-missing, _output_dir_error AttnimgError, _paths_in bad_file, _read_jinja
-        file-missing, _readme_splits bad-value, _require_checkpoint _no_checkpoint,
-        _require_files bad_model, _require_shards bad_model x2, _require_writable
-        _output_dir_error x2, _resume_from_named _not_empty, _resume_from_named
-        damaged_error, _resume_from_named output-dir-not-empty, _resume_from_newest
-        damaged_error, _resume_point _no_checkpoint, _unreadable bad_file, _unreadable
-        file-missing, bad_model bad-model, check_file_type bad-value, check_file_type
-        bad_file x2, check_model_files bad_model x4, check_output_dir _no_checkpoint,
-        check_output_dir _not_empty, check_regular bad_file, damaged_error
+        _load _unreadable, _load unsupported-key, _no_checkpoint no-checkpoint, _not_empty
+        output-dir-not-empty, _not_found file-missing, _output_dir_error AttnimgError,
+        _paths_in bad_file, _read_jinja file-missing, _readme_splits bad-value,
+        _require_checkpoint _no_checkpoint, _require_files bad_model, _require_shards
+        bad_model x2, _require_writable _output_dir_error x2, _resume_from_named _not_empty,
+        _resume_from_named damaged_error, _resume_from_named output-dir-not-empty,
+        _resume_from_newest damaged_error, _resume_point _no_checkpoint, _unreadable
+        bad_file, _unreadable file-missing, bad_model bad-model, check_file_type bad-value,
+        check_file_type bad_file x2, check_model_files bad_model x4, check_output_dir
+        _no_checkpoint, check_output_dir _not_empty, check_regular bad_file, damaged_error
         damaged-checkpoint, find_rows bad-value, find_rows empty-dataset, find_source
-        bad_file, folder_splits bad-value x2, load_errors damaged-checkpoint, _load _unreadable,
-        _load unsupported-key, stream_hub _unreadable, stream_hub bad-value, load_saved bad_file,
-        require_safetensors
-        pickled-weights, require_same_identity resume-differs, require_steps
-        resume-past-end, split_names bad-value
+        bad_file, folder_splits bad-value x2, load_errors damaged-checkpoint, load_saved
+        bad_file, require_safetensors pickled-weights, require_same_identity resume-differs,
+        require_steps resume-past-end, split_names bad-value, stream_hub _unreadable,
+        stream_hub bad-value
     """,
     "machine": """
         _check_home_paths bad_value, _check_optimizer bad_value, _check_processes bad_value,
