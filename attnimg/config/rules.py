@@ -12,14 +12,17 @@ from difflib import get_close_matches
 
 from attnimg.config.schema import (
     DATASET_TYPES,
+    BnbArgument,
     Config,
     DatasetSpec,
     dataset_entries,
     is_chat,
     is_text,
     make_error,
+    make_warning,
     role_names,
 )
+from attnimg.config.weight_patterns import parse_weight_pattern
 from attnimg.facts import Finding
 
 # Pairs of keys for the same setting; only one of them may be set.
@@ -37,6 +40,15 @@ _EITHER_OR = (
 SCHEDULER_NEEDS: dict[str, tuple[tuple[str, ...], str]] = {
     "cosine_with_min_lr": (("min_lr", "min_lr_rate"), "1e-6"),
     "warmup_stable_decay": (("num_decay_steps",), "10"),
+}
+# The values of the arguments of BitsAndBytesConfig.
+# Source: transformers 5.22.2, utils/quantization_config.py, BitsAndBytesConfig (2026-11-27)
+_DTYPES = ("bfloat16", "float16", "float32")
+BNB_VALUES: dict[BnbArgument, tuple[bool | str, ...]] = {
+    "bnb_4bit_compute_dtype": _DTYPES,
+    "bnb_4bit_quant_type": ("nf4", "fp4"),
+    "bnb_4bit_use_double_quant": (True, False),
+    "bnb_4bit_quant_storage": ("uint8", *_DTYPES),
 }
 # The form of `split`: names of splits, or rows of them, such as train[:10%]+test.
 # Source: datasets 5.2, arrow_reader.py:46, _RelativeInstruction (2026-11-27)
@@ -160,6 +172,70 @@ def _adapter(config: Config) -> Iterator[Finding]:
                       "move lm_head to lora_modules_to_save")  # fmt: skip
 
 
+def _quantization(config: Config) -> Iterator[Finding]:
+    """Yield errors: arguments of a quantization that transformers or bitsandbytes refuses."""
+    for argument, value in (config.bnb_config_kwargs or {}).items():
+        if type(value) in (bool, str) and value in BNB_VALUES[argument]:
+            continue
+        choices = ", ".join(str(v).lower() for v in BNB_VALUES[argument])
+        yield _bad_value("bnb_config_kwargs", f"bnb_config_kwargs.{argument} has an invalid value",
+                         f"found {value!r}; needed {choices}",
+                         f"remove bnb_config_kwargs, or correct {argument} in it")  # fmt: skip
+    name, arguments = config.model_quantization_config, config.model_quantization_config_kwargs
+    key = "model_quantization_config_kwargs"
+    if name and arguments != {"dequantize": True}:
+        yield _bad_value(key, f"{name} is only implemented with dequantize: true",
+                         f"found {key}: {arguments or 'none'}; weights that stay quantized by "
+                         f"{name} can't be trained, and an adapter on them is not tested",
+                         f"set {key}: {{dequantize: true}}")  # fmt: skip
+    elif arguments and not name:
+        yield _bad_value(key, f"{key} has no quantization", "found no model_quantization_config",
+                         f"remove {key}")  # fmt: skip
+
+
+def _trained_weights(config: Config) -> Iterator[Finding]:
+    """Yield errors: weights that can't be trained, or not be loaded, with the config's adapter."""
+    if config.unfrozen_parameters:
+        key = "unfrozen_parameters"
+        arguments = config.gradient_checkpointing_kwargs or {}
+        if config.adapter:
+            yield _bad_value(key, f"{key} contradicts adapter: {config.adapter}",
+                             "an adapter freezes the model's weights, and is saved without them; "
+                             f"axolotl compares {key} with PEFT's names of weights, which begin "
+                             "with base_model, so that patterns for the model freeze the adapter",
+                             f"remove {key}: an adapter trains only its own weights, and only those"
+                             " on the language model")  # fmt: skip
+        elif arguments.get("use_reentrant") is True:
+            why = "checkpoints that are reentrant lose the gradients of a partly frozen model"
+            do = "set gradient_checkpointing_kwargs: {use_reentrant: false}"
+            yield _bad_value(key, f"{key} contradicts use_reentrant: true", why, do)
+        elif (config.fsdp or config.fsdp_config or config.deepspeed) and any(
+            parse_weight_pattern(pattern)[1] for pattern in config.unfrozen_parameters
+        ):
+            names = ("deepspeed", "fsdp", "fsdp_config")
+            sharding = " and ".join(name for name in names if getattr(config, name))
+            why = "found a pattern with rows; no process has all rows of a sharded weight"
+            yield _bad_value(key, f"{key} can't name rows with {sharding}", why,
+                             f"remove {sharding}, or name whole weights in {key}")  # fmt: skip
+    if config.reinit_weights and config.adapter:
+        yield _bad_value("reinit_weights", f"reinit_weights contradicts adapter: {config.adapter}",
+                         "an adapter is saved without the model's weights, which would be random "
+                         "and lost", "remove reinit_weights, or remove adapter")  # fmt: skip
+
+
+def hints(config: Config) -> Iterator[Finding]:
+    """Yield a warning for each value that changes speed or memory alone and is not used."""
+    name = config.experts_implementation
+    if name in ("scattermoe", "sonicmoe"):
+        yield make_warning(
+            "hint-not-used", "experts_implementation",
+            f"experts_implementation: {name} is not used: the kernel would compute the experts "
+            "faster, and the same; transformers' grouped_mm runs",
+            "set experts_implementation: grouped_mm; if memory does not suffice, lower "
+            "micro_batch_size",
+        )  # fmt: skip
+
+
 def _dataset_types(config: Config) -> Iterator[Finding]:
     """Yield an error for each unknown type; `train` finds a missing one from the columns."""
     for entry, spec, _ in dataset_entries(config):
@@ -239,6 +315,11 @@ _RULES: tuple[tuple[_Rule, tuple[str, ...]], ...] = (
     (_schedule, ("lr_scheduler", "lr_scheduler_kwargs")),
     (_evaluation, ("val_set_size", "test_datasets")),
     (_adapter, ("adapter",)),
+    (
+        _quantization,
+        ("bnb_config_kwargs", "model_quantization_config", "model_quantization_config_kwargs"),
+    ),
+    (_trained_weights, ("adapter", "unfrozen_parameters", "gradient_checkpointing_kwargs")),
     (_dataset_types, ()),
     (_trained_roles, ()),
     (_splits, ()),
@@ -268,6 +349,8 @@ def _unused_run_keys(config: Config) -> Iterator[tuple[str, list[str]]]:
     if config.adapter is None:
         of_adapter = (key for key in config.model_fields_set if key.startswith(("lora_", "peft_")))
         yield "adapter is not set", sorted(of_adapter)
+    if not (config.load_in_4bit or config.adapter == "qlora"):
+        yield "the weights are not loaded in 4 bits", named("bnb_config_kwargs")
     if not (config.val_set_size or config.test_datasets):
         yield "there is no evaluation data", named("eval_batch_size", "eval_sample_packing")
     elif not config.sample_packing:

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, Strict
 
+from attnimg.config.weight_patterns import parse_weight_pattern
 from attnimg.facts import Finding, LayerKind
 
 
@@ -71,6 +72,12 @@ def _to_list_of_specs(value: object) -> object:
     return [value] if isinstance(value, dict) else value
 
 
+def _check_weight_pattern(text: str) -> str:
+    """Raise for an invalid pattern of unfrozen_parameters."""
+    parse_weight_pattern(text)
+    return text
+
+
 Flag = Annotated[bool, Strict(), BeforeValidator(_to_bool)]
 Count = Annotated[int, BeforeValidator(_require_number), Field(ge=1, le=2**31 - 1)]
 Whole = Annotated[int, BeforeValidator(_require_number), Field(ge=0, le=2**31 - 1)]
@@ -88,6 +95,7 @@ Text = Annotated[str, Strict(), Field(min_length=1)]
 PathText = Annotated[Text, AfterValidator(_check_path)]
 Texts = Annotated[list[Text], BeforeValidator(_to_list)]
 Paths = Annotated[list[PathText], BeforeValidator(_to_list)]
+WeightPattern = Annotated[Text, AfterValidator(_check_weight_pattern)]
 
 Optimizer = Literal[
     "adamw_torch", "adamw_torch_fused", "adamw_torch_8bit", "adamw_torch_4bit", "adafactor",
@@ -103,6 +111,17 @@ SpecialToken = Literal[
     "bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token",
     "additional_special_tokens",
 ]  # fmt: skip
+# The first three are transformers'; the others are kernels of axolotl that compute the same.
+ExpertsImplementation = Literal["eager", "batched_mm", "grouped_mm", "scattermoe", "sonicmoe"]
+# The arguments of transformers' BitsAndBytesConfig that weights in 4 bits depend on.
+BnbArgument = Literal[
+    "bnb_4bit_compute_dtype", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant",
+    "bnb_4bit_quant_storage",
+]  # fmt: skip
+
+# Other names of keys, as in axolotl.
+# Source: axolotl 0.19.0, utils/schemas/deprecated.py, RemappedParameters (2026-11-27)
+ALIASES = {"model_config": "overrides_of_model_config", "type_of_model": "model_type"}
 
 # The dataset types, with axolotl's names; `pretrain` is `completion` in pretraining_dataset.
 DATASET_TYPES = (
@@ -165,6 +184,15 @@ class Config(BaseModel):
     trust_remote_code: Flag | None = None
     special_tokens: dict[SpecialToken, Text | list[Text]] | None = None
     tokens: list[Text] | None = None
+    tokenizer_legacy: Flag | None = None
+    tokenizer_save_jinja_files: Flag | None = None
+    resize_token_embeddings_to_32x: Flag | None = None
+    mean_resizing_embeddings: Flag | None = None
+    shrink_embeddings: Flag | None = None
+    overrides_of_model_config: dict[Text, Any] | None = None
+    reinit_weights: Flag | None = None
+    unfrozen_parameters: Annotated[list[WeightPattern], BeforeValidator(_to_list)] | None = None
+    experts_implementation: ExpertsImplementation | None = None
 
     # Attention
     attn_implementation: str | None = None
@@ -229,6 +257,9 @@ class Config(BaseModel):
     tf32: Literal["auto"] | Flag | None = None
     load_in_4bit: Flag | None = None
     load_in_8bit: Flag | None = None
+    bnb_config_kwargs: dict[BnbArgument, Any] | None = None
+    model_quantization_config: Literal["Mxfp4Config", "FineGrainedFP8Config"] | None = None
+    model_quantization_config_kwargs: dict[Text, Any] | None = None
     gradient_checkpointing: Flag | None = None
     gradient_checkpointing_kwargs: dict[str, Any] | None = None
     torch_compile: Literal["auto"] | Flag | None = None
@@ -242,6 +273,7 @@ class Config(BaseModel):
     lora_dropout: Share = 0.0
     lora_target_modules: Annotated[list[Text] | Text, BeforeValidator(_check_regex)] | None = None
     lora_target_linear: Flag | None = None
+    lora_target_parameters: Texts | None = None
     lora_modules_to_save: Texts | None = None
     lora_fan_in_fan_out: Flag | None = None
     peft_use_dora: Flag | None = None

@@ -17,6 +17,7 @@ from attnimg.config.rules import SCHEDULER_NEEDS
 from attnimg.config.schema import Config, Strategy
 from attnimg.errors import bad_value
 from attnimg.facts import Machine, Plan, RunContext
+from attnimg.train.experts import experts_in_use
 
 # Ours -> transformers', where they differ.
 TRANSFORMERS_OPTIMIZERS = {"paged_adamw": "paged_adamw_32bit"}
@@ -229,6 +230,7 @@ def settings_in_use(engine: Any, plan: Plan) -> dict[str, object]:
             "trained": _count_by_dtype(engine.model, trained=True),
             "frozen": _count_by_dtype(engine.model, trained=False),
         },
+        "experts": experts_in_use(engine.model),
         "attention": {
             "modules": _attention_modules(engine.model),
             "backends": [

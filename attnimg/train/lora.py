@@ -48,6 +48,7 @@ def add_adapter(model: Any, config: Config) -> Any:
         lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
         target_modules=targets,
+        target_parameters=resolve_parameters(model, config, frozen=frozen),
         exclude_modules=_submodule_pattern(frozen),
         # A copy, since PEFT adds tied modules to the list.
         modules_to_save=list(saved) or None,
@@ -136,6 +137,8 @@ def resolve_targets(model: Any, config: Config) -> list[str] | str:
             (bad-value).
     """
     targets = config.lora_target_modules
+    if config.lora_target_parameters and not (targets or config.lora_target_linear):
+        return []
     if not targets or (isinstance(targets, str) and targets.lower() == ALL_LINEAR):
         others = any(type(module).__name__ in _OTHER_LINEAR for module in model.modules())
         return list_adaptable(model, linear=True) if others else ALL_LINEAR
@@ -153,6 +156,51 @@ def resolve_targets(model: Any, config: Config) -> list[str] | str:
         return targets
     every = {*list_adaptable(model, linear=True), *list_expert_names(model)}
     return ALL_LINEAR if found <= every else sorted(found | every)
+
+
+def resolve_parameters(
+    model: Any, config: Config, *, frozen: tuple[str, ...] = ()
+) -> list[str] | None:
+    """Return the config's lora_target_parameters; None where it has none.
+
+    Args:
+        model: a transformers model.
+        config: the validated run.
+        frozen: modules outside of the language model.
+
+    Raises:
+        AttnimgError: an entry names no weight, or one that an adapter would not train (bad-value).
+    """
+    key, targets = "lora_target_parameters", config.lora_target_parameters
+    if not targets:
+        return None
+    names = [name for name, _ in model.named_parameters()]
+    if missing := [entry for entry in targets if not matching_names(entry, names)]:
+        raise _unknown_names(key, missing, _parameter_names(model), kept=targets)
+    embeddings, _ = find_embeddings(model)
+    wrong = [
+        entry
+        for entry in targets
+        for name in matching_names(entry, names)
+        if name.rpartition(".")[0] in embeddings
+        or any(name.startswith(f"{part}.") for part in frozen)
+    ]
+    if wrong:
+        rest = [entry for entry in targets if entry not in wrong]
+        raise bad_value(
+            key,
+            f"{key} can't contain {wrong[0]}",
+            why="found an embedding, whose weight the loss uses directly, or a part outside of the "
+            "language model; an adapter on it would not be trained",
+            do=f"set {key}: {yaml_list(rest)}" if rest else f"remove {key}",
+        )
+    return list(targets)
+
+
+def _parameter_names(model: Any) -> list[str]:
+    """Return the names of weights that belong to no layer of their own, such as fused experts."""
+    fused = [name for name, weight in model.named_parameters() if weight.dim() > 2]
+    return fused or [name for name, _ in model.named_parameters()]
 
 
 def find_targets(model: Any, config: Config) -> set[str]:
@@ -326,11 +374,12 @@ def _unknown_names(
     do = f"set {key}: {yaml_list(fixed)}" if fixed else f"remove {key}"
     if ALL_LINEAR in missing:
         do = f"set {key}: {ALL_LINEAR}"
+    kind = "weight" if key == "lora_target_parameters" else "module"
     texts = [f"{entry}: closest {', '.join(closest[entry]) or '(none)'}" for entry in missing]
     return bad_value(
         key,
-        f"{key}: no module of the model is named {', '.join(missing)}",
-        why="\n".join((*texts, f"its modules: {', '.join(leaves)}")),
+        f"{key}: no {kind} of the model is named {', '.join(missing)}",
+        why="\n".join((*texts, f"its {kind}s: {', '.join(leaves)}")),
         do=do,
     )
 

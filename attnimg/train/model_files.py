@@ -79,6 +79,19 @@ def check_model_files(config: Config) -> None:
             why=f"found {', '.join(found[:6]) or 'nothing'}",
             do=DOWNLOAD_AGAIN,
         )
+    if not config.reinit_weights:
+        _require_weights(folder, found)
+    tokenizers = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
+    if not config.tokenizer_config and not any(name in found for name in tokenizers):
+        raise bad_model(
+            f"the model folder {folder} has no tokenizer",
+            why=f"needed one of {', '.join(tokenizers)}",
+            do="put the tokenizer's files there, or set tokenizer_config",
+        )
+
+
+def _require_weights(folder: Path, found: list[str]) -> None:
+    """Raise for pickled, missing or incomplete weights."""
     require_safetensors(folder, key="base_model")
     if WEIGHT_INDEX in found:
         _require_shards(folder)
@@ -87,13 +100,6 @@ def check_model_files(config: Config) -> None:
             f"the model folder {folder} has no weights",
             why=f"needed *.safetensors, found {', '.join(found[:6])}",
             do=DOWNLOAD_AGAIN,
-        )
-    tokenizers = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
-    if not config.tokenizer_config and not any(name in found for name in tokenizers):
-        raise bad_model(
-            f"the model folder {folder} has no tokenizer",
-            why=f"needed one of {', '.join(tokenizers)}",
-            do="put the tokenizer's files there, or set tokenizer_config",
         )
 
 
@@ -385,12 +391,21 @@ def save_final_model(engine: Any, config: Config, folder: Path) -> list[Path]:
             if not engine.is_world_process_zero():
                 return []
             correct_saved_config(staging, engine.loaded_config)
+            if config.tokenizer_save_jinja_files is False:
+                _move_templates_into_config(engine.processing_class, staging)
             copy_processor_files(config, engine.loaded_config, staging)
             names = _move_into(folder, staging)
     finally:
         if engine.is_world_process_zero():
             shutil.rmtree(folder / checkpoints.PARTIAL, ignore_errors=True)
     return [folder / name for name in reversed(names)]
+
+
+def _move_templates_into_config(tokenizer: Any, folder: Path) -> None:
+    """Write the chat templates into tokenizer_config.json, in place of files of their own."""
+    for file in (*folder.glob("chat_template.jinja"), *folder.glob("additional_chat_templates/*")):
+        file.unlink()
+    tokenizer.save_pretrained(folder, save_jinja_files=False)
 
 
 def restore_loaded_dtypes(model: Any) -> None:

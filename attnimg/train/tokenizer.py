@@ -37,6 +37,9 @@ def load_tokenizer(config: Config, *, log: Callable[[str], None]) -> Any:
     """
     source = config.tokenizer_config or config.base_model or ""
     tokenizer = _load(config, source)
+    if config.tokenizer_legacy is not None and not hasattr(tokenizer, "legacy"):
+        kind = type(tokenizer).__name__
+        log(f"warning: tokenizer_legacy has no effect: {kind} has no such setting")
     known = set(tokenizer.get_vocab())
     special_tokens = {name: token for name, token in (config.special_tokens or {}).items() if token}
     extra = special_tokens.pop("additional_special_tokens", [])
@@ -86,6 +89,7 @@ def _load(config: Config, source: str) -> Any:
             source,
             revision=config.revision_of_model,
             trust_remote_code=bool(config.trust_remote_code),
+            **({} if config.tokenizer_legacy is None else {"legacy": config.tokenizer_legacy}),
         )
     except (
         OSError, ValueError, ImportError, LookupError, RuntimeError, TypeError, AttributeError,

@@ -46,8 +46,13 @@ OTHER = {
     "adapter": None, "lora_r": 16, "lora_alpha": 32, "lora_dropout": 0.1,
     "lora_target_modules": ["q_proj"], "lora_target_linear": True,
     "lora_modules_to_save": ["lm_head"], "lora_fan_in_fan_out": True, "peft_use_dora": True,
-    "peft_use_rslora": True, "early_stopping_patience": 2, "fsdp": ["full_shard"],
-    "fsdp_config": {"x": 1}, "fsdp_version": 2, "deepspeed": {"zero": 1}, "rl": "dpo",
+    "peft_use_rslora": True, "lora_target_parameters": ["mlp.experts.down_proj"],
+    "overrides_of_model_config": {"rms_norm_eps": 1e-5}, "tokenizer_legacy": True,
+    "resize_token_embeddings_to_32x": True, "mean_resizing_embeddings": True,
+    "shrink_embeddings": True, "reinit_weights": True, "unfrozen_parameters": ["^lm_head"],
+    "bnb_config_kwargs": {"bnb_4bit_quant_type": "fp4"}, "early_stopping_patience": 2,
+    "fsdp": ["full_shard"], "fsdp_config": {"x": 1}, "fsdp_version": 2, "deepspeed": {"zero": 1},
+    "rl": "dpo",
     "context_parallel_size": 2,
 }  # fmt: skip
 NOT_COMPARED = {
