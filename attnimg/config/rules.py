@@ -181,6 +181,7 @@ def _quantization(config: Config) -> Iterator[Finding]:
         yield _bad_value("bnb_config_kwargs", f"bnb_config_kwargs.{argument} has an invalid value",
                          f"found {value!r}; needed {choices}",
                          f"remove bnb_config_kwargs, or correct {argument} in it")  # fmt: skip
+    yield from _quantized_experts(config)
     name, arguments = config.model_quantization_config, config.model_quantization_config_kwargs
     key = "model_quantization_config_kwargs"
     if name and arguments != {"dequantize": True}:
@@ -191,6 +192,28 @@ def _quantization(config: Config) -> Iterator[Finding]:
     elif arguments and not name:
         yield _bad_value(key, f"{key} has no quantization", "found no model_quantization_config",
                          f"remove {key}")  # fmt: skip
+
+
+def _quantized_experts(config: Config) -> Iterator[Finding]:
+    """Yield errors: experts that can't be quantized, or not be trained when they are."""
+    key = "quantize_moe_experts"
+    if not config.quantize_moe_experts:
+        return
+    if not (config.load_in_4bit or config.load_in_8bit or config.adapter == "qlora"):
+        yield _bad_value(key, f"{key} needs weights in 4 or 8 bits",
+                         "found neither load_in_4bit nor load_in_8bit",
+                         f"set adapter: qlora, or remove {key}")  # fmt: skip
+    names = [name for name in ("lora_target_linear", "lora_target_parameters")
+             if getattr(config, name)]  # fmt: skip
+    for name in names[:1]:
+        yield _bad_value(key, f"{key} contradicts {name}",
+                         "PEFT would train only one of several quantized weights of a layer",
+                         f"remove {' and '.join(names)}, or remove {key}")  # fmt: skip
+    sharding = [name for name in ("deepspeed", "fsdp", "fsdp_config") if getattr(config, name)]
+    if sharding:
+        yield _bad_value(key, f"{key} contradicts {sharding[0]}",
+                         "sharding quantized experts over processes is not implemented",
+                         f"remove {' and '.join(sharding)}, or remove {key}")  # fmt: skip
 
 
 def _trained_weights(config: Config) -> Iterator[Finding]:

@@ -257,6 +257,7 @@ class Config(BaseModel):
     tf32: Literal["auto"] | Flag | None = None
     load_in_4bit: Flag | None = None
     load_in_8bit: Flag | None = None
+    quantize_moe_experts: Flag | None = None
     bnb_config_kwargs: dict[BnbArgument, Any] | None = None
     model_quantization_config: Literal["Mxfp4Config", "FineGrainedFP8Config"] | None = None
     model_quantization_config_kwargs: dict[Text, Any] | None = None

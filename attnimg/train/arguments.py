@@ -277,17 +277,21 @@ def count_weights(model: Any) -> dict[str, int]:
     counts = {"trained": 0, "all": 0}
     for name, weight in model.named_parameters():
         if ".original_module." not in name:  # of modules_to_save
-            counts["all"] += _numel(weight)
-            counts["trained"] += _numel(weight) * weight.requires_grad
+            counts["all"] += _numel(weight, name=name)
+            counts["trained"] += _numel(weight, name=name) * weight.requires_grad
     return counts
 
 
-def _numel(weight: Any) -> int:
+def _numel(weight: Any, *, name: str) -> int:
     """Return the number of a weight's elements, of a sharded or packed one as well."""
+    # Fused experts in 4 bits, two in a byte.
+    is_packed = ".parametrizations." in name and str(weight.dtype) == "torch.uint8"
     # DeepSpeed's ZeRO 3 leaves an empty tensor in place of a weight.
     count = int(weight.numel() or getattr(weight, "ds_numel", 0))
     if type(weight).__name__ == "Params4bit":
         return count * 2 * int(weight.element_size())
+    if is_packed:
+        return count * 2
     return count
 
 

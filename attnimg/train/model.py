@@ -28,7 +28,13 @@ from attnimg.train.base_model import (
 )
 from attnimg.train.changed_config import change_fields
 from attnimg.train.distributed import rank
-from attnimg.train.experts import experts_implementation, require_experts
+from attnimg.train.experts import (
+    experts_implementation,
+    has_fused_experts,
+    quantized_experts,
+    require_experts,
+    require_no_adapter_on_experts,
+)
 from attnimg.train.frozen import freeze_except, require_trained_weights
 from attnimg.train.lora import add_adapter, freeze_other_parts, untrained_embeddings
 from attnimg.train.model_files import (
@@ -76,7 +82,7 @@ def load_model(
     """
     from transformers import set_seed
 
-    _check_without_weights(config)
+    _check_without_weights(config, log=log)
     # New embeddings and LoRA matrices are random: with the seed, two runs start with the same ones.
     set_seed(config.seed)
     model, loading = _from_pretrained(config, implementation=implementation, dtype=context.dtype)
@@ -92,7 +98,7 @@ def load_model(
     return add_adapter(model, config) if config.adapter else model
 
 
-def _check_without_weights(config: Config) -> None:
+def _check_without_weights(config: Config, *, log: Callable[[str], None] | None) -> None:
     """Raise for keys that do not fit the model's class, before its weights are loaded.
 
     Raises:
@@ -105,8 +111,13 @@ def _check_without_weights(config: Config) -> None:
     require_experts(shape, config)
     if config.unfrozen_parameters:
         freeze_except(shape, config.unfrozen_parameters)
+    if config.quantize_moe_experts and log is not None and not has_fused_experts(shape):
+        kind = type(shape).__name__
+        log(f"warning: quantize_moe_experts has no effect: {kind} has no fused experts")
     if config.adapter:
-        add_adapter(shape, config)
+        adapted = add_adapter(shape, config)
+        if config.quantize_moe_experts:
+            require_no_adapter_on_experts(adapted)
 
 
 def _check_loaded(
@@ -227,7 +238,7 @@ def _from_pretrained(config: Config, *, implementation: str, dtype: DType) -> tu
     if config.reinit_weights:
         attention = attention_by_part(model_config, implementation)
         return _random_model(config, loader, model_config, weights_dtype, attention, options), None
-    with _load_errors(config):
+    with _load_errors(config), quantized_experts(config, quantized):
         model, loading = loader.from_pretrained(
             config.base_model,
             config=model_config,

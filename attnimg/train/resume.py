@@ -45,7 +45,8 @@ BY_VALUE = frozenset(
         "peft_use_rslora", "lora_target_parameters", "overrides_of_model_config",
         "tokenizer_legacy", "resize_token_embeddings_to_32x", "mean_resizing_embeddings",
         "shrink_embeddings",
-        "reinit_weights", "unfrozen_parameters", "bnb_config_kwargs", "early_stopping_patience",
+        "reinit_weights", "unfrozen_parameters", "quantize_moe_experts",
+        "bnb_config_kwargs", "early_stopping_patience",
         "fsdp", "fsdp_config", "fsdp_version", "deepspeed", "rl", "context_parallel_size",
     }
 )  # fmt: skip

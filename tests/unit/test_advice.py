@@ -285,6 +285,13 @@ CASES: dict[str, Case] = {
         {**LLAMA, "quantization_config": BNB4}, adapter="qlora",
         bnb_config_kwargs={"bnb_4bit_quant_type": "fp4"}),
     "8 bits without adapter": Case(code="bad-value", values={"load_in_8bit": True}, options=2),
+    "experts without 4 bits": Case(code="bad-value", options=2, values={
+        "adapter": "lora", "quantize_moe_experts": True}),
+    "quantized experts that are trained": Case(code="bad-value", options=2, values={
+        "adapter": "qlora", "quantize_moe_experts": True, "lora_target_linear": True,
+        "lora_target_parameters": ["experts.down_proj"]}),
+    "quantized experts that are sharded": Case(code="bad-value", options=2, values={
+        "adapter": "qlora", "quantize_moe_experts": True, "fsdp": ["full_shard"]}),
     "weights beside an adapter": Case(code="bad-value", values={
         "adapter": "lora", "unfrozen_parameters": ["^lm_head"]}),
     "weights under reentrant checkpoints": Case(code="bad-value", values={

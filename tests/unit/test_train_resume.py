@@ -50,9 +50,10 @@ OTHER = {
     "overrides_of_model_config": {"rms_norm_eps": 1e-5}, "tokenizer_legacy": True,
     "resize_token_embeddings_to_32x": True, "mean_resizing_embeddings": True,
     "shrink_embeddings": True, "reinit_weights": True, "unfrozen_parameters": ["^lm_head"],
-    "bnb_config_kwargs": {"bnb_4bit_quant_type": "fp4"}, "early_stopping_patience": 2,
-    "fsdp": ["full_shard"], "fsdp_config": {"x": 1}, "fsdp_version": 2, "deepspeed": {"zero": 1},
-    "rl": "dpo",
+    "quantize_moe_experts": True, "bnb_config_kwargs": {"bnb_4bit_quant_type": "fp4"},
+    "early_stopping_patience": 2, "fsdp": ["full_shard"], "fsdp_config": {"x": 1},
+    "fsdp_version": 2,
+    "deepspeed": {"zero": 1}, "rl": "dpo",
     "context_parallel_size": 2,
 }  # fmt: skip
 NOT_COMPARED = {

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from bitsandbytes import functional
 from safetensors.torch import load_file
 from transformers import LlamaTokenizer
 
@@ -347,3 +348,79 @@ def test_the_template_is_saved_inside_the_tokenizer_s_config(tiny: Path, tmp_pat
         found = json.loads((tmp_path / name / "tokenizer_config.json").read_text())
         assert ("chat_template" in found) is inside
         assert (tmp_path / name / "chat_template.jinja").exists() is not inside
+
+
+ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe"])
+@pytest.mark.parametrize(
+    "keys",
+    [
+        pytest.param({"adapter": "qlora"}, id="nf4"),
+        pytest.param({"adapter": "lora", "load_in_8bit": True}, id="int8"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:MatMul8bitLt")
+def test_fused_experts_are_quantized_and_the_rest_is_trained(
+    tmp_path: Path, kind: str, keys: dict[str, Any]
+) -> None:
+    tokenizer = tiny_run.make_tokenizer(tmp_path / "model")
+    plain = tiny_model(kind, None, vocab_size=len(tokenizer))
+    plain.save_pretrained(tmp_path / "model")
+    keys = {**keys, "quantize_moe_experts": True, "lora_target_modules": ATTENTION}
+    model = load(tmp_path, **keys)
+    experts = [module for name, module in model.named_modules() if name.endswith(".mlp.experts")]
+    assert len(experts) == 2
+    for layer, module in zip(plain.model.layers, experts, strict=True):
+        for name, original in layer.mlp.experts.named_parameters():
+            packed = module.parametrizations[name].original
+            found, weight = getattr(module, name), original.detach()
+            if keys["adapter"] == "qlora":
+                numbers, state = functional.quantize_4bit(
+                    weight, compress_statistics=True, quant_type="nf4"
+                )
+                assert packed.dtype == torch.uint8
+                assert packed.numel() * 2 == weight.numel()
+                assert torch.equal(found, functional.dequantize_4bit(numbers, state))
+            else:
+                assert packed.dtype == torch.int8
+                error = (found - weight).abs() / weight.abs().amax(-1, keepdim=True)
+                assert 0 < error.max() < 0.005  # half of 1/127, and float16
+    result = tiny_run.run(tmp_path, tmp_path / "out", max_steps=3, **keys)
+    assert result.loss is not None
+    assert result.loss < tiny_run.lines(tmp_path / "out")[0]["loss"]
+    saved = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert {name.split(".")[-3] for name in saved} == set(ATTENTION)
+    counted = json.loads((tmp_path / "out" / "receipt.json").read_text())["weights"]
+    everything = sum(weight.numel() for weight in plain.parameters())
+    assert counted["all"] == everything + counted["trained"]
+
+
+def test_loading_is_restored_after_experts_were_quantized(moe: Path) -> None:
+    from transformers import core_model_loading, modeling_utils
+
+    before = core_model_loading.set_param_for_module, modeling_utils.caching_allocator_warmup
+    load(moe, adapter="qlora", quantize_moe_experts=True, lora_target_modules=ATTENTION)
+    after = core_model_loading.set_param_for_module, modeling_utils.caching_allocator_warmup
+    assert after == before
+    plain = load(moe, adapter="qlora", lora_target_modules=ATTENTION)
+    assert not any("parametrizations" in name for name, _ in plain.named_parameters())
+
+
+def test_an_adapter_on_quantized_experts_is_refused(moe: Path) -> None:
+    keys = {"adapter": "qlora", "quantize_moe_experts": True,
+            "lora_target_modules": ["q_proj", "w1", "w3"]}  # fmt: skip
+    error = refused(moe, **keys)
+    assert error.key == "quantize_moe_experts"
+    first, second = error.do.split("\nor ")
+    key, value = first.removeprefix("set ").split(": ")
+    load(moe, **{**keys, key: yaml.safe_load(value)})
+    assert second == "remove quantize_moe_experts"
+    load(moe, **{**keys, "quantize_moe_experts": None})
+
+
+def test_quantized_experts_of_a_dense_model_are_a_warning(tiny: Path) -> None:
+    said: list[str] = []
+    load(tiny, log=said.append, adapter="qlora", quantize_moe_experts=True)
+    assert any("quantize_moe_experts has no effect" in line for line in said)

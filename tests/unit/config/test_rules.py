@@ -82,6 +82,14 @@ WRONG: dict[str, tuple[dict[str, Any], str, str]] = {
         "bad-value", "lora_target_modules"),
     "LoRA on the output layer alone": (
         LORA | {"lora_target_modules": "lm_head"}, "bad-value", "lora_target_modules"),
+    "experts without 4 bits": (
+        LORA | {"quantize_moe_experts": True}, "bad-value", "quantize_moe_experts"),
+    "quantized experts that are trained": (
+        QLORA | {"quantize_moe_experts": True, "lora_target_parameters": ["experts.down_proj"]},
+        "bad-value", "quantize_moe_experts"),
+    "quantized experts that are sharded": (
+        QLORA | {"quantize_moe_experts": True, "fsdp": ["full_shard"]},
+        "bad-value", "quantize_moe_experts"),
     "weights beside an adapter": (
         LORA | {"unfrozen_parameters": ["^lm_head"]}, "bad-value", "unfrozen_parameters"),
     "weights by no expression": (
@@ -163,6 +171,8 @@ RIGHT: dict[str, dict[str, Any]] = {
     "a share of warmup": {"warmup_ratio": 0.1},
     "a schedule with its argument": DECAY | {"lr_scheduler_kwargs": {"num_decay_steps": 3}},
     "4 bit with an adapter": {"adapter": "qlora", "load_in_4bit": True},
+    "quantized experts": QLORA | {"quantize_moe_experts": True},
+    "quantized experts in 8 bits": LORA | {"quantize_moe_experts": True, "load_in_8bit": True},
     "weights and rows": {
         "unfrozen_parameters": ["^lm_head.weight$[:5]", "model.layers.2[0-9]+.mlp"],
         "gradient_checkpointing_kwargs": {"use_reentrant": False},
@@ -306,7 +316,8 @@ NEEDS = {
         _freeze_rows bad_value, _no_weight bad_value, _refused_field bad_value,
         _resize_embeddings bad_value, _unknown_field _refused_field, change_fields
         _refused_field x2, change_fields _unknown_field, freeze_except _no_weight,
-        require_experts bad_value, require_trained_weights bad_value, resolve_parameters
+        require_experts bad_value,
+        require_no_adapter_on_experts bad_value, require_trained_weights bad_value, resolve_parameters
         _unknown_names, resolve_parameters bad_value
     """,
     "tokenizer": """
