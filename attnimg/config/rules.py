@@ -50,6 +50,11 @@ BNB_VALUES: dict[BnbArgument, tuple[bool | str, ...]] = {
     "bnb_4bit_use_double_quant": (True, False),
     "bnb_4bit_quant_storage": ("uint8", *_DTYPES),
 }
+# Keys that change a tokenizer or its template.
+_NOT_WITH_MISTRAL = (
+    "special_tokens", "tokens", "eot_tokens", "chat_template", "chat_template_jinja",
+    "tokenizer_type", "tokenizer_legacy",
+)  # fmt: skip
 # The form of `split`: names of splits, or rows of them, such as train[:10%]+test.
 # Source: datasets 5.2, arrow_reader.py:46, _RelativeInstruction (2026-11-27)
 _BOUND = r"-?\d(?:_?\d){0,17}%?"
@@ -216,6 +221,28 @@ def _quantized_experts(config: Config) -> Iterator[Finding]:
                          f"remove {' and '.join(sharding)}, or remove {key}")  # fmt: skip
 
 
+def _mistral_common(config: Config) -> Iterator[Finding]:
+    """Yield errors: keys that mistral-common's tokenizer has no counterpart for.
+
+    Source: axolotl 0.19.0, utils/schemas/validation.py, check_mistral_common_incompatible_options
+    (2026-11-27)
+    """
+    if not config.tokenizer_use_mistral_common:
+        return
+    keys = {key: getattr(config, key) for key in _NOT_WITH_MISTRAL}
+    for entry, spec, _ in dataset_entries(config):
+        templates = ("chat_template", "chat_template_jinja")
+        keys |= {f"{entry}.{key}": getattr(spec, key) for key in templates}
+        names = role_names(spec)
+        trained = {names.get(role, role) for role in spec.roles_to_train or ["assistant"]}
+        keys[f"{entry}.roles_to_train"] = is_chat(spec) and trained != {"assistant"}
+    for key in (key for key, value in keys.items() if value):
+        why = "tokenizer_use_mistral_common: true takes tokens and format of conversations from "
+        why += "mistral-common, in which the assistant is trained"
+        yield _bad_value(key, f"{key} contradicts tokenizer_use_mistral_common", why,
+                         f"remove {key}, or remove tokenizer_use_mistral_common")  # fmt: skip
+
+
 def _trained_weights(config: Config) -> Iterator[Finding]:
     """Yield errors: weights that can't be trained, or not be loaded, with the config's adapter."""
     if config.unfrozen_parameters:
@@ -342,6 +369,7 @@ _RULES: tuple[tuple[_Rule, tuple[str, ...]], ...] = (
         _quantization,
         ("bnb_config_kwargs", "model_quantization_config", "model_quantization_config_kwargs"),
     ),
+    (_mistral_common, _DATASETS),
     (_trained_weights, ("adapter", "unfrozen_parameters", "gradient_checkpointing_kwargs")),
     (_dataset_types, ()),
     (_trained_roles, ()),

@@ -184,6 +184,7 @@ class Config(BaseModel):
     trust_remote_code: Flag | None = None
     special_tokens: dict[SpecialToken, Text | list[Text]] | None = None
     tokens: list[Text] | None = None
+    tokenizer_use_mistral_common: Flag | None = None
     tokenizer_legacy: Flag | None = None
     tokenizer_save_jinja_files: Flag | None = None
     resize_token_embeddings_to_32x: Flag | None = None

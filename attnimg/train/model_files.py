@@ -81,7 +81,11 @@ def check_model_files(config: Config) -> None:
         )
     if not config.reinit_weights:
         _require_weights(folder, found)
-    tokenizers = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
+    tokenizers: tuple[str, ...] = (
+        "tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json",
+    )  # fmt: skip
+    if config.tokenizer_use_mistral_common:
+        tokenizers = ("tekken.json", *sorted(name for name in found if ".model.v" in name))
     if not config.tokenizer_config and not any(name in found for name in tokenizers):
         raise bad_model(
             f"the model folder {folder} has no tokenizer",
@@ -313,7 +317,9 @@ def hash_tokenizer(config: Config) -> dict[str, Any] | None:
         AttnimgError: a file can't be read (bad-model).
     """
     named = config.tokenizer_config or config.base_model
-    folder = _find_folder(named, config, containing="tokenizer_config.json")
+    # mistral-common reads a file of its own.
+    containing = "config.json" if config.tokenizer_use_mistral_common else "tokenizer_config.json"
+    folder = _find_folder(named, config, containing=containing)
     if folder is None:
         return None
     files = {path for pattern in _TOKENIZER_FILES for path in folder.glob(pattern)}

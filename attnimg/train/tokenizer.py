@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from importlib.metadata import distributions
 from typing import Any
 
 from attnimg.config.schema import Config, dataset_entries, is_chat
@@ -36,6 +38,8 @@ def load_tokenizer(config: Config, *, log: Callable[[str], None]) -> Any:
             untrained (bad-value).
     """
     source = config.tokenizer_config or config.base_model or ""
+    if config.tokenizer_use_mistral_common:
+        return _load_mistral(config, source)
     tokenizer = _load(config, source)
     if config.tokenizer_legacy is not None and not hasattr(tokenizer, "legacy"):
         kind = type(tokenizer).__name__
@@ -82,15 +86,22 @@ def load_tokenizer(config: Config, *, log: Callable[[str], None]) -> Any:
 
 
 def _load(config: Config, source: str) -> Any:
-    """Load a tokenizer; turn errors that transformers raises into an AttnimgError."""
+    """Load a tokenizer."""
     loader = find_class("tokenizer_type", config.tokenizer_type, default="AutoTokenizer")
-    try:
+    with _tokenizer_errors(config, source):
         return loader.from_pretrained(
             source,
             revision=config.revision_of_model,
             trust_remote_code=bool(config.trust_remote_code),
             **({} if config.tokenizer_legacy is None else {"legacy": config.tokenizer_legacy}),
         )
+
+
+@contextmanager
+def _tokenizer_errors(config: Config, source: str) -> Iterator[None]:
+    """Turn errors that transformers raises while it loads a tokenizer into an AttnimgError."""
+    try:
+        yield
     except (
         OSError, ValueError, ImportError, LookupError, RuntimeError, TypeError, AttributeError,
         AssertionError,
@@ -102,6 +113,29 @@ def _load(config: Config, source: str) -> Any:
             code="bad-model",
             key="tokenizer_config" if config.tokenizer_config else "base_model",
         ) from error
+
+
+def _load_mistral(config: Config, source: str) -> Any:
+    """Load the tokenizer of mistral-common, to which no tokens can be added.
+
+    Source: axolotl 0.19.0, utils/mistral/mistral_tokenizer.py (2026-11-27)
+    """
+    from transformers import MistralCommonBackend
+    from transformers.utils import import_utils
+
+    needed = import_utils.MISTRAL_COMMON_MIN_VERSION
+    if not import_utils.is_mistral_common_available():
+        found = next((d.version for d in distributions(name="mistral-common")), "no such package")
+        raise AttnimgError(
+            "tokenizer_use_mistral_common needs mistral-common",
+            why=f"found {found}; needed {needed} or later",
+            do=f"pip install 'mistral-common>={needed}', or remove tokenizer_use_mistral_common",
+            code="not-installed",
+            key="tokenizer_use_mistral_common",
+        )
+    arguments = {"revision": config.revision_of_model} if config.revision_of_model else {}
+    with _tokenizer_errors(config, source):
+        return MistralCommonBackend.from_pretrained(source, mode="finetuning", **arguments)
 
 
 def _require_single_tokens(tokenizer: Any, eot_tokens: list[str]) -> None:
@@ -238,6 +272,8 @@ def use_trained_template(config: Config, tokenizer: Any) -> list[str]:
     Returns:
         A warning if the data were rendered with several templates.
     """
+    if config.tokenizer_use_mistral_common:  # it has no template
+        return []
     found = {
         key: choose_chat_template(config, tokenizer, spec=spec, key=key)
         for key, spec, trains in dataset_entries(config)
@@ -273,7 +309,8 @@ def end_token_notes(documents: Any, tokenizer: Any, model: Any) -> list[str]:
         for labels in documents.select(range(min(DOCUMENTS, len(documents))))["labels"]
     )
     end = last_tokens.most_common(1)[0][0]
-    if end in stops or end not in tokenizer.added_tokens_decoder:
+    known = tokenizer.added_tokens_decoder
+    if end in stops or callable(known) or end not in known:  # mistral-common has no such list
         return []
     token = tokenizer.convert_ids_to_tokens(end)
     names = " or ".join(repr(tokenizer.convert_ids_to_tokens(stop)) for stop in sorted(stops))

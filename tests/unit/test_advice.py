@@ -285,6 +285,8 @@ CASES: dict[str, Case] = {
         {**LLAMA, "quantization_config": BNB4}, adapter="qlora",
         bnb_config_kwargs={"bnb_4bit_quant_type": "fp4"}),
     "8 bits without adapter": Case(code="bad-value", values={"load_in_8bit": True}, options=2),
+    "new tokens for mistral-common": Case(code="bad-value", options=2, values={
+        "tokenizer_use_mistral_common": True, "special_tokens": {"pad_token": "<pad>"}}),
     "experts without 4 bits": Case(code="bad-value", options=2, values={
         "adapter": "lora", "quantize_moe_experts": True}),
     "quantized experts that are trained": Case(code="bad-value", options=2, values={

@@ -15,6 +15,7 @@ from typing import Any
 from attnimg.config.schema import Config, DatasetSpec, is_chat, is_text
 from attnimg.errors import AttnimgError
 from attnimg.train.data.chat import ChatEncoder
+from attnimg.train.data.chat_mistral import MistralEncoder
 from attnimg.train.data.chat_templates import choose_chat_template
 from attnimg.train.data.conversations import parse_turns, trained_roles
 from attnimg.train.data.records import (
@@ -63,6 +64,13 @@ def make_encoder(source: Source, config: Config, tokenizer: Any) -> Encoder:
         AttnimgError: the tokenizer has no end token, or no chat template where one is needed.
     """
     spec = source.spec
+    if is_chat(spec) and config.tokenizer_use_mistral_common:
+        return MistralEncoder(
+            tokenizer,
+            train_on_eos=spec.train_on_eos or "turn",
+            train_on_inputs=config.train_on_inputs,
+            system_message=config.default_system_message,
+        )
     if is_chat(spec):
         return ChatEncoder(
             tokenizer,
@@ -192,4 +200,4 @@ class PairEncoder:
         return list(encoded["input_ids"])
 
 
-Encoder = ChatEncoder | PairEncoder
+Encoder = ChatEncoder | MistralEncoder | PairEncoder

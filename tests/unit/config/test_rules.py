@@ -82,6 +82,17 @@ WRONG: dict[str, tuple[dict[str, Any], str, str]] = {
         "bad-value", "lora_target_modules"),
     "LoRA on the output layer alone": (
         LORA | {"lora_target_modules": "lm_head"}, "bad-value", "lora_target_modules"),
+    "a template beside mistral-common": (
+        {"tokenizer_use_mistral_common": True, "chat_template": "chatml", "datasets": [CHAT]},
+        "bad-value", "chat_template"),
+    "an entry's template beside mistral-common": (
+        {"tokenizer_use_mistral_common": True, **chat(chat_template="chatml")},
+        "bad-value", "datasets[0].chat_template"),
+    "new tokens for mistral-common": (
+        {"tokenizer_use_mistral_common": True, "tokens": ["<a>"]}, "bad-value", "tokens"),
+    "other roles in mistral-common": (
+        {"tokenizer_use_mistral_common": True, **chat(roles_to_train=["user"])},
+        "bad-value", "datasets[0].roles_to_train"),
     "experts without 4 bits": (
         LORA | {"quantize_moe_experts": True}, "bad-value", "quantize_moe_experts"),
     "quantized experts that are trained": (
@@ -171,6 +182,13 @@ RIGHT: dict[str, dict[str, Any]] = {
     "a share of warmup": {"warmup_ratio": 0.1},
     "a schedule with its argument": DECAY | {"lr_scheduler_kwargs": {"num_decay_steps": 3}},
     "4 bit with an adapter": {"adapter": "qlora", "load_in_4bit": True},
+    "mistral-common": {"tokenizer_use_mistral_common": True, **chat(roles_to_train=["gpt"])},
+    "mistral-common for other types": {"tokenizer_use_mistral_common": True, "datasets": [ALPACA]},
+    "a template without mistral-common": {
+        "tokenizer_use_mistral_common": False,
+        "chat_template": "chatml",
+        "datasets": [CHAT],
+    },
     "quantized experts": QLORA | {"quantize_moe_experts": True},
     "quantized experts in 8 bits": LORA | {"quantize_moe_experts": True, "load_in_8bit": True},
     "weights and rows": {
@@ -317,16 +335,19 @@ NEEDS = {
         _resize_embeddings bad_value, _unknown_field _refused_field, change_fields
         _refused_field x2, change_fields _unknown_field, freeze_except _no_weight,
         require_experts bad_value,
-        require_no_adapter_on_experts bad_value, require_trained_weights bad_value, resolve_parameters
-        _unknown_names, resolve_parameters bad_value
+        require_no_adapter_on_experts bad_value, require_trained_weights bad_value,
+        resolve_parameters _unknown_names, resolve_parameters bad_value
     """,
     "tokenizer": """
-        __init__ bad-value, _load bad-model, _require_single_tokens bad-value,
+        __init__ bad-value x2, _load_mistral not-installed, _tokenizer_errors bad-model,
+        _require_single_tokens bad-value,
         choose_chat_template bad-value, choose_chat_template missing-key, load_tokenizer
         bad-model, make_encoder missing-key
     """,
     "data": """
-        __call__ _template_error, _content bad_record, _cut_documents bad_file, _flag
+        _encode bad_record, _require_supported bad_record, _require_written bad_record,
+        _tokenize bad_record, __call__ _template_error, _content bad_record,
+        _cut_documents bad_file, _flag
         bad_record x2, _gather_rows bad-data, _local_file bad-value, _local_file bad_file,
         _locate _not_found, _missing_type missing-key, _no_documents empty-dataset,
         _parse_alpaca bad_record, _reasoning bad_record, _refuse_media bad_record,
