@@ -163,13 +163,22 @@ def _adapter(config: Config) -> Iterator[Finding]:
         yield _bad_value(key, f"{key} contradicts adapter: qlora",
                       "qlora needs weights that are loaded in 4 bits",
                       f"remove {key}, or set adapter: lora")  # fmt: skip
+    targets, layers = config.lora_target_modules or [], config.peft_layers_to_transform
+    is_pattern = isinstance(targets, str) and targets.lower() != "all-linear"
+    if layers and (is_pattern or any("." in name for name in targets)):
+        key = "peft_layers_to_transform"
+        yield _bad_value(key, f"{key} needs short names in lora_target_modules",
+                         f"found {targets}; PEFT compares {key} with the last part of names",
+                         f"remove {key}")  # fmt: skip
+    if config.peft_layers_pattern and not config.peft_layers_to_transform:
+        key, needed = "peft_layers_pattern", "peft_layers_to_transform"
+        yield _bad_value(key, f"{key} needs {needed}", f"found no {needed}", f"remove {key}")
     if config.adapter is None and (config.load_in_4bit or config.load_in_8bit):
         key = "load_in_4bit" if config.load_in_4bit else "load_in_8bit"
         fitting = "qlora" if config.load_in_4bit else "lora"
         yield _bad_value(key, f"{key} needs an adapter",
                       f"found no adapter; weights in {key[8:]} cannot be trained",
                       f"set adapter: {fitting}, or remove {key}")  # fmt: skip
-    targets = config.lora_target_modules or []
     if "lm_head" in ([targets] if isinstance(targets, str) else targets):
         key = "lora_target_modules"
         yield _bad_value(key, f"{key} cannot include lm_head",

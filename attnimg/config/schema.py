@@ -65,6 +65,15 @@ def _check_regex(value: object) -> object:
     return value
 
 
+def _check_expression(text: str) -> str:
+    """Raise for an invalid regular expression."""
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise ValueError(f"should be a regular expression: {error}") from None
+    return text
+
+
 def _to_list_of_specs(value: object) -> object:
     """Return a list for one path or mapping, which axolotl accepts for pretraining_dataset."""
     if isinstance(value, str):
@@ -95,6 +104,7 @@ Text = Annotated[str, Strict(), Field(min_length=1)]
 PathText = Annotated[Text, AfterValidator(_check_path)]
 Texts = Annotated[list[Text], BeforeValidator(_to_list)]
 Paths = Annotated[list[PathText], BeforeValidator(_to_list)]
+Expression = Annotated[Text, AfterValidator(_check_expression)]
 WeightPattern = Annotated[Text, AfterValidator(_check_weight_pattern)]
 
 Optimizer = Literal[
@@ -280,6 +290,11 @@ class Config(BaseModel):
     lora_fan_in_fan_out: Flag | None = None
     peft_use_dora: Flag | None = None
     peft_use_rslora: Flag | None = None
+    lora_rank_pattern: dict[Expression, Count] | None = None
+    lora_alpha_pattern: dict[Expression, Count] | None = None
+    peft_init_lora_weights: Literal["gaussian", "orthogonal"] | Flag | None = None
+    peft_layers_to_transform: list[Whole] | None = None
+    peft_layers_pattern: Texts | None = None
 
     # Logging, evaluation, checkpoints
     output_dir: PathText = "./model-out"

@@ -37,7 +37,12 @@ def add_adapter(model: Any, config: Config) -> Any:
     from peft import LoraConfig, get_peft_model
 
     frozen = freeze_other_parts(model)
+    _require_layers(model, config)
     targets = resolve_targets(model, config)
+    if config.peft_layers_to_transform:
+        # PEFT compares the layers of short names in a list only.
+        names = list_adaptable(model, linear=True) if targets == ALL_LINEAR else targets
+        targets = sorted({last_part(name) for name in names})
     require_modules_to_save(model, config)
     names, tied = find_embeddings(model)
     saved = config.lora_modules_to_save or []
@@ -55,6 +60,13 @@ def add_adapter(model: Any, config: Config) -> Any:
         fan_in_fan_out=bool(config.lora_fan_in_fan_out),
         use_dora=bool(config.peft_use_dora),
         use_rslora=bool(config.peft_use_rslora),
+        # A copy, since PEFT adds patterns for experts.
+        rank_pattern=dict(config.lora_rank_pattern or {}),
+        alpha_pattern=dict(config.lora_alpha_pattern or {}),
+        # false is the default in axolotl too, not an adapter that changes the model at its start.
+        init_lora_weights=config.peft_init_lora_weights or True,
+        layers_to_transform=config.peft_layers_to_transform or None,
+        layers_pattern=config.peft_layers_pattern or None,
         # Tied embeddings stay tied: otherwise training would make them differ.
         ensure_weight_tying=tied and any(matches(saved, name) for name in names),
     )
@@ -65,7 +77,7 @@ def add_adapter(model: Any, config: Config) -> Any:
             warnings.filterwarnings("ignore", message="You have passed exclude_modules")
             # A false alarm: PEFT searches for the experts' parameters among the modules.
             warnings.filterwarnings("ignore", message=r"The following \w+_pattern keys")
-            return get_peft_model(model, lora)
+            adapted = get_peft_model(model, lora)
     except (TypeError, ValueError) as error:
         raise bad_value(
             "lora_target_modules",
@@ -73,6 +85,41 @@ def add_adapter(model: Any, config: Config) -> Any:
             why=_peft_reason(error),
             do=advice_for_adapter(adaptable, config, error),
         ) from error
+    _require_patterns(adapted, config)
+    return adapted
+
+
+def _require_layers(model: Any, config: Config) -> None:
+    """Raise for a number in peft_layers_to_transform that no layer has (bad-value)."""
+    count = model.config.get_text_config(decoder=True).num_hidden_layers
+    layers = config.peft_layers_to_transform or []
+    if missing := [number for number in layers if number >= count]:
+        key = "peft_layers_to_transform"
+        present = [number for number in layers if number < count]
+        raise bad_value(
+            key,
+            f"{key}: the model has no layer {missing[0]}",
+            why=f"found {count} layers, from 0 to {count - 1}",
+            do=f"set {key}: {present}" if present else f"remove {key}",
+        )
+
+
+def _require_patterns(model: Any, config: Config) -> None:
+    """Raise for a pattern of ranks or alphas that matches no layer of the adapter (bad-value).
+
+    Source: peft 0.21.2, tuners/tuners_utils.py, get_pattern_key (2026-11-27).
+    """
+    names = {name.partition(".lora_")[0].replace(".base_layer", "")
+             for name, _ in model.named_parameters() if ".lora_" in name}  # fmt: skip
+    for key in ("lora_rank_pattern", "lora_alpha_pattern"):
+        for pattern in getattr(config, key) or {}:
+            if not any(re.match(rf"(.*\.)?({pattern})$", name) for name in names):
+                raise bad_value(
+                    key,
+                    f"{key}: {pattern} matches no layer with an adapter",
+                    why=f"found {', '.join(sorted({last_part(name) for name in names}))}",
+                    do=f"correct or remove {pattern} in {key}",
+                )
 
 
 def _peft_reason(error: Exception) -> str:

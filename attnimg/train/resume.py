@@ -42,7 +42,9 @@ BY_VALUE = frozenset(
         "bf16", "fp16", "tf32", "load_in_4bit", "load_in_8bit",
         "adapter", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules",
         "lora_target_linear", "lora_modules_to_save", "lora_fan_in_fan_out", "peft_use_dora",
-        "peft_use_rslora", "lora_target_parameters", "overrides_of_model_config",
+        "peft_use_rslora", "lora_rank_pattern", "lora_alpha_pattern",
+        "peft_init_lora_weights", "peft_layers_to_transform", "peft_layers_pattern",
+        "lora_target_parameters", "overrides_of_model_config",
         "tokenizer_legacy", "tokenizer_use_mistral_common",
         "resize_token_embeddings_to_32x", "mean_resizing_embeddings",
         "shrink_embeddings",
@@ -129,7 +131,7 @@ def compared_keys(config: Config) -> dict[str, Any]:
     if evaluation_affects_training(config.model_dump()):
         names |= EVALUATION_KEYS
     if not config.adapter:
-        names = frozenset(n for n in names if not n.startswith(("lora_", "peft_use_")))
+        names = frozenset(n for n in names if not n.startswith(("lora_", "peft_")))
     values = config.model_dump(mode="json", include=set(names))
     if config.adapter == "qlora":
         values["load_in_4bit"] = True

@@ -285,6 +285,10 @@ CASES: dict[str, Case] = {
         {**LLAMA, "quantization_config": BNB4}, adapter="qlora",
         bnb_config_kwargs={"bnb_4bit_quant_type": "fp4"}),
     "8 bits without adapter": Case(code="bad-value", values={"load_in_8bit": True}, options=2),
+    "layers of an expression": Case(code="bad-value", values={
+        "adapter": "lora", "peft_layers_to_transform": [0], "lora_target_modules": ".*q_proj"}),
+    "a list of layers without numbers": Case(code="bad-value", values={
+        "adapter": "lora", "peft_layers_pattern": ["layers"]}),
     "new tokens for mistral-common": Case(code="bad-value", options=2, values={
         "tokenizer_use_mistral_common": True, "special_tokens": {"pad_token": "<pad>"}}),
     "experts without 4 bits": Case(code="bad-value", options=2, values={

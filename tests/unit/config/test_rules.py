@@ -88,6 +88,18 @@ WRONG: dict[str, tuple[dict[str, Any], str, str]] = {
     "an entry's template beside mistral-common": (
         {"tokenizer_use_mistral_common": True, **chat(chat_template="chatml")},
         "bad-value", "datasets[0].chat_template"),
+    "layers of an expression": (
+        LORA | {"peft_layers_to_transform": [0], "lora_target_modules": ".*q_proj"},
+        "bad-value", "peft_layers_to_transform"),
+    "layers of full names": (
+        LORA | {"peft_layers_to_transform": [0], "lora_target_modules": ["self_attn.q_proj"]},
+        "bad-value", "peft_layers_to_transform"),
+    "ranks by no expression": (
+        LORA | {"lora_rank_pattern": {"q_proj(": 4}}, "bad-value", "lora_rank_pattern"),
+    "a list of layers without numbers": (
+        LORA | {"peft_layers_pattern": ["layers"]}, "bad-value", "peft_layers_pattern"),
+    "an adapter that starts with changes of the model": (
+        LORA | {"peft_init_lora_weights": "pissa"}, "bad-value", "peft_init_lora_weights"),
     "new tokens for mistral-common": (
         {"tokenizer_use_mistral_common": True, "tokens": ["<a>"]}, "bad-value", "tokens"),
     "other roles in mistral-common": (
@@ -188,6 +200,15 @@ RIGHT: dict[str, dict[str, Any]] = {
         "tokenizer_use_mistral_common": False,
         "chat_template": "chatml",
         "datasets": [CHAT],
+    },
+    "layers of all linear layers": LORA
+    | {"peft_layers_to_transform": [0], "lora_target_modules": "all-linear"},
+    "some layers": LORA
+    | {
+        "peft_layers_to_transform": [0, 3],
+        "peft_layers_pattern": "layers",
+        "peft_init_lora_weights": "gaussian",
+        "lora_rank_pattern": {"q_proj": 4},
     },
     "quantized experts": QLORA | {"quantize_moe_experts": True},
     "quantized experts in 8 bits": LORA | {"quantize_moe_experts": True, "load_in_8bit": True},
@@ -334,7 +355,7 @@ NEEDS = {
         _freeze_rows bad_value, _no_weight bad_value, _refused_field bad_value,
         _resize_embeddings bad_value, _unknown_field _refused_field, change_fields
         _refused_field x2, change_fields _unknown_field, freeze_except _no_weight,
-        require_experts bad_value,
+        _require_layers bad_value, _require_patterns bad_value, require_experts bad_value,
         require_no_adapter_on_experts bad_value, require_trained_weights bad_value,
         resolve_parameters _unknown_names, resolve_parameters bad_value
     """,
