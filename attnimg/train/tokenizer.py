@@ -68,11 +68,15 @@ def load_tokenizer(config: Config, *, log: Callable[[str], None]) -> Any:
         reason = "the tokenizer has no pad token"
         if tokenizer.pad_token is not None:
             reason = f"the model has no embedding for {tokenizer.pad_token!r}"
-        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
-        log(
-            f"{reason}; {tokenizer.pad_token!r} is used for padding "
-            "(padding carries no loss and is not attended to)"
-        )
+        # A tokenizer's class may add an unk token of its own, for which there is no row either.
+        present = [token for token in (tokenizer.unk_token, tokenizer.eos_token) if token]
+        ids = {token: tokenizer.convert_tokens_to_ids(token) for token in present}
+        tokenizer.pad_token = next((t for t, i in ids.items() if has_embedding(config, i)), None)
+        if tokenizer.pad_token is not None:
+            log(
+                f"{reason}; {tokenizer.pad_token!r} is used for padding "
+                "(padding carries no loss and is not attended to)"
+            )
     if tokenizer.pad_token is None:
         first = json.dumps(tokenizer.convert_ids_to_tokens(0))
         raise AttnimgError(

@@ -424,3 +424,17 @@ def test_quantized_experts_of_a_dense_model_are_a_warning(tiny: Path) -> None:
     said: list[str] = []
     load(tiny, log=said.append, adapter="qlora", quantize_moe_experts=True)
     assert any("quantize_moe_experts has no effect" in line for line in said)
+
+
+def test_padding_is_a_token_that_the_adapted_model_has_a_row_for(tmp_path: Path) -> None:
+    tokenizer = tiny_run.make_tokenizer(tmp_path / "model")
+    rows = len(tokenizer)
+    tiny_model("llama", None, vocab_size=rows).save_pretrained(tmp_path / "model")
+    tokenizer.add_special_tokens({"unk_token": "<new>"})
+    tokenizer.save_pretrained(tmp_path / "model")
+    found = load_tokenizer(tiny_run.config_for(tmp_path, adapter="lora"), log=lambda _: None)
+    assert found.unk_token_id == rows
+    assert found.pad_token == found.eos_token
+    # Without an adapter, the embeddings get a row for it.
+    found = load_tokenizer(tiny_run.config_for(tmp_path), log=lambda _: None)
+    assert found.pad_token == "<new>"
