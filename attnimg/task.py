@@ -58,8 +58,18 @@ def read_task(config: Config, machine: Machine) -> tuple[Task, dict[str, Any] | 
     """
     if (path := model_file(config)) is None:
         return build_task(config, None, machine), None
-    raw = model_config.read_config(path)
+    raw = read_model_config(config, path)
     return build_task(config, raw, machine, file=path.name), raw
+
+
+def read_model_config(config: Config, path: Path) -> dict[str, Any]:
+    """Read the model's config.json, changed as the key model_config says.
+
+    Raises:
+        AttnimgError: it can't be read.
+    """
+    raw = model_config.read_config(path)
+    return model_config.with_overrides(raw, config.overrides_of_model_config)
 
 
 def build_task(

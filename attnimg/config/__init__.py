@@ -5,6 +5,7 @@ Only the config's values are read: no model, GPU, package, network or other file
 
 from __future__ import annotations
 
+import re
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any, get_args
@@ -23,8 +24,9 @@ from attnimg.config.attention import (
     variable_findings,
 )
 from attnimg.config.read import read_yaml, with_overrides
-from attnimg.config.rules import value_errors
+from attnimg.config.rules import hints, value_errors
 from attnimg.config.schema import (
+    ALIASES,
     CheckResult,
     Config,
     DatasetSpec,
@@ -86,6 +88,7 @@ def check_values(
     """Check one mapping of config keys; see check_file."""
     present = {key: value for key, value in values.items() if value is not None}
     errors = [_computed_key(key) for key in keys.COMPUTED if key in present]
+    present, written = _replace_aliases(present, errors)
     values, legacy = replace_legacy_keys(
         {key: value for key, value in present.items() if key not in keys.COMPUTED}
     )
@@ -112,14 +115,47 @@ def check_values(
     errors += value_errors(config, {(error.key or "").partition("[")[0] for error in bad_values})
     others = _other_keys(values, failed={error.key for error in errors})
     errors += [finding for finding in others if finding.why]
+    errors = [_with_written_key(error, written) for error in errors]
+    warnings = [finding for finding in (*legacy, *attention, *others) if not finding.why]
     return CheckResult(
         file=file,
         on=on.name if on else None,
         config=config.model_copy(update=_flags(name, backend, bad=bool(bad_name))),
         requested=name if isinstance(name, str) else None,
         errors=tuple(errors),
-        warnings=tuple(finding for finding in (*legacy, *attention, *others) if not finding.why),
+        warnings=(*warnings, *hints(config)),
     )
+
+
+def _replace_aliases(
+    values: dict[str, Any], errors: list[Finding]
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """Replace other names of keys; return the values, and key -> the name that was written.
+
+    Args:
+        values: the keys that are set.
+        errors: receives an error for each key that is set under both names.
+    """
+    result, written = dict(values), {}
+    for alias, key in ALIASES.items():
+        if alias not in result:
+            continue
+        value = result.pop(alias)
+        if key in result:
+            what, why = f"{alias} contradicts {key}", "found both, which are names of one key"
+            errors.append(make_error("bad-value", alias, what, why, f"remove {alias}"))
+        else:
+            result[key], written[key] = value, alias
+    return result, written
+
+
+def _with_written_key(error: Finding, written: dict[str, str]) -> Finding:
+    """Return an error that has the key's name in the config in place of the schema's."""
+    if (alias := written.get(error.key or "")) is None:
+        return error
+    name = re.compile(rf"\b{error.key}\b")
+    texts = {field: name.sub(alias, getattr(error, field)) for field in ("what", "why", "do")}
+    return replace(error, key=alias, **texts)
 
 
 def parse_torch(version: str) -> tuple[int, int]:

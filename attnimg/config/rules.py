@@ -15,6 +15,7 @@ from typing import get_args
 from attnimg.config.schema import (
     COMMON_TYPES,
     DATASET_TYPES,
+    BnbArgument,
     Config,
     DatasetSpec,
     PromptFormat,
@@ -24,10 +25,12 @@ from attnimg.config.schema import (
     is_streamed,
     is_text,
     make_error,
+    make_warning,
     role_names,
     trackers,
     type_name,
 )
+from attnimg.config.weight_patterns import parse_weight_pattern
 from attnimg.facts import Finding
 
 # Pairs of keys for the same setting; only one of them may be set.
@@ -46,6 +49,20 @@ SCHEDULER_NEEDS: dict[str, tuple[tuple[str, ...], str]] = {
     "cosine_with_min_lr": (("min_lr", "min_lr_rate"), "1e-6"),
     "warmup_stable_decay": (("num_decay_steps",), "10"),
 }
+# The values of the arguments of BitsAndBytesConfig.
+# Source: transformers 5.22.2, utils/quantization_config.py, BitsAndBytesConfig (2026-11-27)
+_DTYPES = ("bfloat16", "float16", "float32")
+BNB_VALUES: dict[BnbArgument, tuple[bool | str, ...]] = {
+    "bnb_4bit_compute_dtype": _DTYPES,
+    "bnb_4bit_quant_type": ("nf4", "fp4"),
+    "bnb_4bit_use_double_quant": (True, False),
+    "bnb_4bit_quant_storage": ("uint8", *_DTYPES),
+}
+# Keys that change a tokenizer or its template.
+_NOT_WITH_MISTRAL = (
+    "special_tokens", "tokens", "eot_tokens", "chat_template", "chat_template_jinja",
+    "tokenizer_type", "tokenizer_legacy",
+)  # fmt: skip
 # The form of `split`: names of splits, or rows of them, such as train[:10%]+test.
 # Source: datasets 5.2, arrow_reader.py:46, _RelativeInstruction (2026-11-27)
 _BOUND = r"-?\d(?:_?\d){0,17}%?"
@@ -192,18 +209,136 @@ def _adapter(config: Config) -> Iterator[Finding]:
         yield _bad_value(key, f"{key} contradicts adapter: qlora",
                       "qlora needs weights that are loaded in 4 bits",
                       f"remove {key}, or set adapter: lora")  # fmt: skip
+    targets, layers = config.lora_target_modules or [], config.peft_layers_to_transform
+    is_pattern = isinstance(targets, str) and targets.lower() != "all-linear"
+    if layers and (is_pattern or any("." in name for name in targets)):
+        key = "peft_layers_to_transform"
+        yield _bad_value(key, f"{key} needs short names in lora_target_modules",
+                         f"found {targets}; PEFT compares {key} with the last part of names",
+                         f"remove {key}")  # fmt: skip
+    if config.peft_layers_pattern and not config.peft_layers_to_transform:
+        key, needed = "peft_layers_pattern", "peft_layers_to_transform"
+        yield _bad_value(key, f"{key} needs {needed}", f"found no {needed}", f"remove {key}")
     if config.adapter is None and (config.load_in_4bit or config.load_in_8bit):
         key = "load_in_4bit" if config.load_in_4bit else "load_in_8bit"
         fitting = "qlora" if config.load_in_4bit else "lora"
         yield _bad_value(key, f"{key} needs an adapter",
                       f"found no adapter; weights in {key[8:]} cannot be trained",
                       f"set adapter: {fitting}, or remove {key}")  # fmt: skip
-    targets = config.lora_target_modules or []
     if "lm_head" in ([targets] if isinstance(targets, str) else targets):
         key = "lora_target_modules"
         yield _bad_value(key, f"{key} cannot include lm_head",
                       "the loss reads lm_head's own weight, so its adapter would not be trained",
                       "move lm_head to lora_modules_to_save")  # fmt: skip
+
+
+def _quantization(config: Config) -> Iterator[Finding]:
+    """Yield errors: arguments of a quantization that transformers or bitsandbytes refuses."""
+    for argument, value in (config.bnb_config_kwargs or {}).items():
+        if type(value) in (bool, str) and value in BNB_VALUES[argument]:
+            continue
+        choices = ", ".join(str(v).lower() for v in BNB_VALUES[argument])
+        yield _bad_value("bnb_config_kwargs", f"bnb_config_kwargs.{argument} has an invalid value",
+                         f"found {value!r}; needed {choices}",
+                         f"remove bnb_config_kwargs, or correct {argument} in it")  # fmt: skip
+    yield from _quantized_experts(config)
+    name, arguments = config.model_quantization_config, config.model_quantization_config_kwargs
+    key = "model_quantization_config_kwargs"
+    if name and arguments != {"dequantize": True}:
+        yield _bad_value(key, f"{name} is only implemented with dequantize: true",
+                         f"found {key}: {arguments or 'none'}; weights that stay quantized by "
+                         f"{name} can't be trained, and an adapter on them is not tested",
+                         f"set {key}: {{dequantize: true}}")  # fmt: skip
+    elif arguments and not name:
+        yield _bad_value(key, f"{key} has no quantization", "found no model_quantization_config",
+                         f"remove {key}")  # fmt: skip
+
+
+def _quantized_experts(config: Config) -> Iterator[Finding]:
+    """Yield errors: experts that can't be quantized, or not be trained when they are."""
+    key = "quantize_moe_experts"
+    if not config.quantize_moe_experts:
+        return
+    if not (config.load_in_4bit or config.load_in_8bit or config.adapter == "qlora"):
+        yield _bad_value(key, f"{key} needs weights in 4 or 8 bits",
+                         "found neither load_in_4bit nor load_in_8bit",
+                         f"set adapter: qlora, or remove {key}")  # fmt: skip
+    names = [name for name in ("lora_target_linear", "lora_target_parameters")
+             if getattr(config, name)]  # fmt: skip
+    for name in names[:1]:
+        yield _bad_value(key, f"{key} contradicts {name}",
+                         "PEFT would train only one of several quantized weights of a layer",
+                         f"remove {' and '.join(names)}, or remove {key}")  # fmt: skip
+    sharding = [name for name in ("deepspeed", "fsdp", "fsdp_config") if getattr(config, name)]
+    if sharding:
+        yield _bad_value(key, f"{key} contradicts {sharding[0]}",
+                         "sharding quantized experts over processes is not implemented",
+                         f"remove {' and '.join(sharding)}, or remove {key}")  # fmt: skip
+
+
+def _mistral_common(config: Config) -> Iterator[Finding]:
+    """Yield errors: keys that mistral-common's tokenizer has no counterpart for.
+
+    Source: axolotl 0.19.0, utils/schemas/validation.py, check_mistral_common_incompatible_options
+    (2026-11-27)
+    """
+    if not config.tokenizer_use_mistral_common:
+        return
+    keys = {key: getattr(config, key) for key in _NOT_WITH_MISTRAL}
+    for entry, spec, _ in dataset_entries(config):
+        templates = ("chat_template", "chat_template_jinja")
+        keys |= {f"{entry}.{key}": getattr(spec, key) for key in templates}
+        names = role_names(spec)
+        trained = {names.get(role, role) for role in spec.roles_to_train or ["assistant"]}
+        keys[f"{entry}.roles_to_train"] = is_chat(spec) and trained != {"assistant"}
+    for key in (key for key, value in keys.items() if value):
+        why = "tokenizer_use_mistral_common: true takes tokens and format of conversations from "
+        why += "mistral-common, in which the assistant is trained"
+        yield _bad_value(key, f"{key} contradicts tokenizer_use_mistral_common", why,
+                         f"remove {key}, or remove tokenizer_use_mistral_common")  # fmt: skip
+
+
+def _trained_weights(config: Config) -> Iterator[Finding]:
+    """Yield errors: weights that can't be trained, or not be loaded, with the config's adapter."""
+    if config.unfrozen_parameters:
+        key = "unfrozen_parameters"
+        arguments = config.gradient_checkpointing_kwargs or {}
+        if config.adapter:
+            yield _bad_value(key, f"{key} contradicts adapter: {config.adapter}",
+                             "an adapter freezes the model's weights, and is saved without them; "
+                             f"axolotl compares {key} with PEFT's names of weights, which begin "
+                             "with base_model, so that patterns for the model freeze the adapter",
+                             f"remove {key}: an adapter trains only its own weights, and only those"
+                             " on the language model")  # fmt: skip
+        elif arguments.get("use_reentrant") is True:
+            why = "checkpoints that are reentrant lose the gradients of a partly frozen model"
+            do = "set gradient_checkpointing_kwargs: {use_reentrant: false}"
+            yield _bad_value(key, f"{key} contradicts use_reentrant: true", why, do)
+        elif (config.fsdp or config.fsdp_config or config.deepspeed) and any(
+            parse_weight_pattern(pattern)[1] for pattern in config.unfrozen_parameters
+        ):
+            names = ("deepspeed", "fsdp", "fsdp_config")
+            sharding = " and ".join(name for name in names if getattr(config, name))
+            why = "found a pattern with rows; no process has all rows of a sharded weight"
+            yield _bad_value(key, f"{key} can't name rows with {sharding}", why,
+                             f"remove {sharding}, or name whole weights in {key}")  # fmt: skip
+    if config.reinit_weights and config.adapter:
+        yield _bad_value("reinit_weights", f"reinit_weights contradicts adapter: {config.adapter}",
+                         "an adapter is saved without the model's weights, which would be random "
+                         "and lost", "remove reinit_weights, or remove adapter")  # fmt: skip
+
+
+def hints(config: Config) -> Iterator[Finding]:
+    """Yield a warning for each value that changes speed or memory alone and is not used."""
+    name = config.experts_implementation
+    if name in ("scattermoe", "sonicmoe"):
+        yield make_warning(
+            "hint-not-used", "experts_implementation",
+            f"experts_implementation: {name} is not used: the kernel would compute the experts "
+            "faster, and the same; transformers' grouped_mm runs",
+            "set experts_implementation: grouped_mm; if memory does not suffice, lower "
+            "micro_batch_size",
+        )  # fmt: skip
 
 
 def _dataset_types(config: Config) -> Iterator[Finding]:
@@ -405,6 +540,12 @@ _RULES: tuple[tuple[_Rule, tuple[str, ...]], ...] = (
     (_schedule, ("lr_scheduler", "lr_scheduler_kwargs")),
     (_evaluation, ("val_set_size", "test_datasets")),
     (_adapter, ("adapter",)),
+    (
+        _quantization,
+        ("bnb_config_kwargs", "model_quantization_config", "model_quantization_config_kwargs"),
+    ),
+    (_mistral_common, _DATASETS),
+    (_trained_weights, ("adapter", "unfrozen_parameters", "gradient_checkpointing_kwargs")),
     (_dataset_types, ()),
     (_trained_roles, ()),
     (_messages, ("eot_tokens",)),
@@ -439,6 +580,8 @@ def _unused_run_keys(config: Config) -> Iterator[tuple[str, list[str]]]:
     if config.adapter is None:
         of_adapter = (key for key in config.model_fields_set if key.startswith(("lora_", "peft_")))
         yield "adapter is not set", sorted(of_adapter)
+    if not (config.load_in_4bit or config.adapter == "qlora"):
+        yield "the weights are not loaded in 4 bits", named("bnb_config_kwargs")
     if not (config.val_set_size or config.test_datasets):
         yield "there is no evaluation data", named("eval_batch_size", "eval_sample_packing")
     elif not config.sample_packing:

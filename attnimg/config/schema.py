@@ -22,6 +22,7 @@ from pydantic import (
     Tag,
 )
 
+from attnimg.config.weight_patterns import parse_weight_pattern
 from attnimg.facts import Finding, LayerKind
 from attnimg.redact import has_credentials
 
@@ -103,11 +104,26 @@ def _check_regex(value: object) -> object:
     return value
 
 
+def _check_expression(text: str) -> str:
+    """Raise for an invalid regular expression."""
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise ValueError(f"should be a regular expression: {error}") from None
+    return text
+
+
 def _to_list_of_specs(value: object) -> object:
     """Return a list for one path or mapping, which axolotl accepts for pretraining_dataset."""
     if isinstance(value, str):
         return [{"path": value, "type": "pretrain"}]
     return [value] if isinstance(value, dict) else value
+
+
+def _check_weight_pattern(text: str) -> str:
+    """Raise for an invalid pattern of unfrozen_parameters."""
+    parse_weight_pattern(text)
+    return text
 
 
 Flag = Annotated[bool, Strict(), BeforeValidator(_to_bool)]
@@ -134,6 +150,8 @@ Repository = Annotated[
     Annotated[Text, AfterValidator(_check_repository)] | None, BeforeValidator(_unset_if_empty)
 ]
 Paths = Annotated[list[PathText], BeforeValidator(_to_list)]
+Expression = Annotated[Text, AfterValidator(_check_expression)]
+WeightPattern = Annotated[Text, AfterValidator(_check_weight_pattern)]
 
 Optimizer = Literal[
     "adamw_torch", "adamw_torch_fused", "adamw_torch_8bit", "adamw_torch_4bit", "adafactor",
@@ -150,6 +168,17 @@ SpecialToken = Literal[
     "bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token",
     "additional_special_tokens",
 ]  # fmt: skip
+# The first three are transformers'; the others are kernels of axolotl that compute the same.
+ExpertsImplementation = Literal["eager", "batched_mm", "grouped_mm", "scattermoe", "sonicmoe"]
+# The arguments of transformers' BitsAndBytesConfig that weights in 4 bits depend on.
+BnbArgument = Literal[
+    "bnb_4bit_compute_dtype", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant",
+    "bnb_4bit_quant_storage",
+]  # fmt: skip
+
+# Other names of keys, as in axolotl.
+# Source: axolotl 0.19.0, utils/schemas/deprecated.py, RemappedParameters (2026-11-27)
+ALIASES = {"model_config": "overrides_of_model_config", "type_of_model": "model_type"}
 
 # The dataset types, with axolotl's names; `pretrain` is `completion` in pretraining_dataset. Those
 # with a prompt are in train/data/prompts.py; the first five of them also exist in four styles.
@@ -275,6 +304,16 @@ class Config(BaseModel):
     trust_remote_code: Flag | None = None
     special_tokens: dict[SpecialToken, Text | list[Text]] | None = None
     tokens: list[Text] | None = None
+    tokenizer_use_mistral_common: Flag | None = None
+    tokenizer_legacy: Flag | None = None
+    tokenizer_save_jinja_files: Flag | None = None
+    resize_token_embeddings_to_32x: Flag | None = None
+    mean_resizing_embeddings: Flag | None = None
+    shrink_embeddings: Flag | None = None
+    overrides_of_model_config: dict[Text, Any] | None = None
+    reinit_weights: Flag | None = None
+    unfrozen_parameters: Annotated[list[WeightPattern], BeforeValidator(_to_list)] | None = None
+    experts_implementation: ExpertsImplementation | None = None
 
     # Attention
     attn_implementation: str | None = None
@@ -346,6 +385,10 @@ class Config(BaseModel):
     tf32: Literal["auto"] | Flag | None = None
     load_in_4bit: Flag | None = None
     load_in_8bit: Flag | None = None
+    quantize_moe_experts: Flag | None = None
+    bnb_config_kwargs: dict[BnbArgument, Any] | None = None
+    model_quantization_config: Literal["Mxfp4Config", "FineGrainedFP8Config"] | None = None
+    model_quantization_config_kwargs: dict[Text, Any] | None = None
     gradient_checkpointing: Flag | None = None
     gradient_checkpointing_kwargs: dict[str, Any] | None = None
     torch_compile: Literal["auto"] | Flag | None = None
@@ -359,10 +402,16 @@ class Config(BaseModel):
     lora_dropout: Share = 0.0
     lora_target_modules: Annotated[list[Text] | Text, BeforeValidator(_check_regex)] | None = None
     lora_target_linear: Flag | None = None
+    lora_target_parameters: Texts | None = None
     lora_modules_to_save: Texts | None = None
     lora_fan_in_fan_out: Flag | None = None
     peft_use_dora: Flag | None = None
     peft_use_rslora: Flag | None = None
+    lora_rank_pattern: dict[Expression, Count] | None = None
+    lora_alpha_pattern: dict[Expression, Count] | None = None
+    peft_init_lora_weights: Literal["gaussian", "orthogonal"] | Flag | None = None
+    peft_layers_to_transform: list[Whole] | None = None
+    peft_layers_pattern: Texts | None = None
 
     # Logging, evaluation, checkpoints
     output_dir: PathText = "./model-out"

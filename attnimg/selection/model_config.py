@@ -117,6 +117,12 @@ def read_config(path: Path) -> dict[str, Any]:
     return config
 
 
+def with_overrides(config: Mapping[str, Any], changes: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return a config.json with some of its top-level fields replaced, under all their names."""
+    fields = Fields(config=config, defaults={})
+    return dict(fields.with_changes(changes or {}).config)
+
+
 def _find_cached(name: str, revision: str | None) -> Path | None:
     """Search the hub's cache: the snapshot in refs/REVISION, or else the newest one."""
     folder = _hub_cache() / ("models--" + name.replace("/", "--"))

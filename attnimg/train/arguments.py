@@ -17,6 +17,7 @@ from attnimg.config.rules import SCHEDULER_NEEDS
 from attnimg.config.schema import Config, Strategy
 from attnimg.errors import bad_value
 from attnimg.facts import Machine, Plan, RunContext
+from attnimg.train.experts import experts_in_use
 
 # Ours -> transformers', where they differ.
 TRANSFORMERS_OPTIMIZERS = {"paged_adamw": "paged_adamw_32bit"}
@@ -229,6 +230,7 @@ def settings_in_use(engine: Any, plan: Plan) -> dict[str, object]:
             "trained": _count_by_dtype(engine.model, trained=True),
             "frozen": _count_by_dtype(engine.model, trained=False),
         },
+        "experts": experts_in_use(engine.model),
         "attention": {
             "modules": _attention_modules(engine.model),
             "backends": [
@@ -275,17 +277,21 @@ def count_weights(model: Any) -> dict[str, int]:
     counts = {"trained": 0, "all": 0}
     for name, weight in model.named_parameters():
         if ".original_module." not in name:  # of modules_to_save
-            counts["all"] += _numel(weight)
-            counts["trained"] += _numel(weight) * weight.requires_grad
+            counts["all"] += _numel(weight, name=name)
+            counts["trained"] += _numel(weight, name=name) * weight.requires_grad
     return counts
 
 
-def _numel(weight: Any) -> int:
+def _numel(weight: Any, *, name: str) -> int:
     """Return the number of a weight's elements, of a sharded or packed one as well."""
+    # Fused experts in 4 bits, two in a byte.
+    is_packed = ".parametrizations." in name and str(weight.dtype) == "torch.uint8"
     # DeepSpeed's ZeRO 3 leaves an empty tensor in place of a weight.
     count = int(weight.numel() or getattr(weight, "ds_numel", 0))
     if type(weight).__name__ == "Params4bit":
         return count * 2 * int(weight.element_size())
+    if is_packed:
+        return count * 2
     return count
 
 

@@ -77,6 +77,8 @@ def judge_files(
         if folder is not None:
             is_local = Path(config.base_model or "").expanduser().is_dir()
             hub = None if is_local else config.base_model
+            if config.reinit_weights:
+                return
             require_safetensors(folder, key="base_model", hub=hub)
             require_known_weights(config, folder, raw)
 
@@ -360,6 +362,22 @@ _FLOAT8 = frozenset({"F8_E4M3", "F8_E5M2"})
 _SCALES = ("{name}_scale_inv", "{module}.scale", "{module}.qscale_weight")
 
 
+# The classes that model_quantization_config names -> the quantizations that they load.
+_QUANTIZATION_CLASSES = {"Mxfp4Config": ("mxfp4",), "FineGrainedFP8Config": ("fp8", "mxfp8")}
+
+
+def _unused_quantization(config: Config) -> Finding:
+    """Return the warning for model_quantization_config on weights that are not quantized."""
+    key = "model_quantization_config"
+    return Finding(
+        code="done-otherwise",
+        key=key,
+        what=f"{key} has nothing to dequantize: the weights of {config.base_model} are not "
+        "quantized",
+        do=f"remove {key} and {key}_kwargs",
+    )
+
+
 def judge_quantization(
     config: Config, raw: Mapping[str, Any], *, packages: Mapping[str, str] | None
 ) -> Finding | None:
@@ -377,10 +395,20 @@ def judge_quantization(
     Raises:
         AttnimgError: code quantized-checkpoint: the run can't use it.
     """
-    stored = find_quantization(raw)
+    stored = None if config.reinit_weights else find_quantization(raw)
+    named = config.model_quantization_config
     if stored is None:
-        return None
+        return _unused_quantization(config) if named else None
     method = quantization_method(stored)
+    if named and method not in _QUANTIZATION_CLASSES[named]:
+        raise _quantization_error(
+            config,
+            method,
+            why=f"found model_quantization_config: {named}; needed a checkpoint in "
+            f"{' or '.join(_QUANTIZATION_CLASSES[named])}",
+            do="remove model_quantization_config and model_quantization_config_kwargs",
+            key="model_quantization_config",
+        )
     row = quantizations().get(method)
     if row is None or row.loaded == "refused":
         reason = row.why if row else f"it is none of {', '.join(quantizations())}"
@@ -389,6 +417,10 @@ def judge_quantization(
     _require_packages(config, method, row, packages)
     if row.loaded == "kept":
         _require_adapter(config, method, row, stored)
+        if config.bnb_config_kwargs:
+            why = "found bnb_config_kwargs, but its weights are not quantized again"
+            do, key = "remove bnb_config_kwargs", "bnb_config_kwargs"
+            raise _quantization_error(config, method, why=why, do=do, key=key)
         return None
     flags = [key for key in ("load_in_8bit", "load_in_4bit") if getattr(config, key)]
     if flags or config.adapter == "qlora":

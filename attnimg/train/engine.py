@@ -22,6 +22,7 @@ from attnimg.train import checkpoint as checkpoints
 from attnimg.train import records
 from attnimg.train.checkpoint import FileHasher, write_errors
 from attnimg.train.distributed import Stopped, any_rank
+from attnimg.train.frozen import restore_after_steps
 from attnimg.train.model_files import TRAINER_FILES, correct_saved_config
 from attnimg.train.resume import apply_config
 from attnimg.train.rows import COUNTS, EpochSampler
@@ -81,6 +82,12 @@ class Engine(CheckpointingTrainer):
 
     def create_model_card(self, *args: Any, **options: Any) -> None:
         """Write no model card: TRL's names a hub repository that does not exist."""
+
+    def create_optimizer(self, *args: Any, **options: Any) -> Any:
+        """Create the optimizer; it keeps the rows that unfrozen_parameters freezes."""
+        optimizer = super().create_optimizer(*args, **options)
+        restore_after_steps(self.accelerator.unwrap_model(self.model), optimizer)
+        return optimizer
 
     def get_train_dataloader(self) -> Any:
         """Return the training batches; with added rows, each other row occurs once per epoch."""

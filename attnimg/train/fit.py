@@ -39,6 +39,7 @@ from attnimg.train.distributed import (
     world_size,
 )
 from attnimg.train.environment import silence_libraries
+from attnimg.train.experts import experts_in_use
 from attnimg.train.intact import find_damage
 from attnimg.train.model_files import save_final_model
 from attnimg.train.records import (
@@ -284,6 +285,8 @@ def _train(session: Session, receipt: dict[str, object]) -> FitResult:
     engine = build_engine(session, view, on_ready, callbacks=[c for c in (tracker, hub) if c])
     receipt["weights"] = counts = count_weights(engine.model)
     print_line(session.console, f"  {weights_text(counts)}")
+    if config.experts_implementation:
+        print_line(session.console, f"  experts: {experts_in_use(engine.model)}")
     session.attention_check.report_schedule()
     receipt["loss"] = _check_own_loss(engine, session)
     with ExitStack() as ended:

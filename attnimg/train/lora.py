@@ -37,7 +37,12 @@ def add_adapter(model: Any, config: Config) -> Any:
     from peft import LoraConfig, get_peft_model
 
     frozen = freeze_other_parts(model)
+    _require_layers(model, config)
     targets = resolve_targets(model, config)
+    if config.peft_layers_to_transform:
+        # PEFT compares the layers of short names in a list only.
+        names = list_adaptable(model, linear=True) if targets == ALL_LINEAR else targets
+        targets = sorted({last_part(name) for name in names})
     require_modules_to_save(model, config)
     names, tied = find_embeddings(model)
     saved = config.lora_modules_to_save or []
@@ -48,12 +53,20 @@ def add_adapter(model: Any, config: Config) -> Any:
         lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
         target_modules=targets,
+        target_parameters=resolve_parameters(model, config, frozen=frozen),
         exclude_modules=_submodule_pattern(frozen),
         # A copy, since PEFT adds tied modules to the list.
         modules_to_save=list(saved) or None,
         fan_in_fan_out=bool(config.lora_fan_in_fan_out),
         use_dora=bool(config.peft_use_dora),
         use_rslora=bool(config.peft_use_rslora),
+        # A copy, since PEFT adds patterns for experts.
+        rank_pattern=dict(config.lora_rank_pattern or {}),
+        alpha_pattern=dict(config.lora_alpha_pattern or {}),
+        # false is the default in axolotl too, not an adapter that changes the model at its start.
+        init_lora_weights=config.peft_init_lora_weights or True,
+        layers_to_transform=config.peft_layers_to_transform or None,
+        layers_pattern=config.peft_layers_pattern or None,
         # Tied embeddings stay tied: otherwise training would make them differ.
         ensure_weight_tying=tied and any(matches(saved, name) for name in names),
     )
@@ -64,7 +77,7 @@ def add_adapter(model: Any, config: Config) -> Any:
             warnings.filterwarnings("ignore", message="You have passed exclude_modules")
             # A false alarm: PEFT searches for the experts' parameters among the modules.
             warnings.filterwarnings("ignore", message=r"The following \w+_pattern keys")
-            return get_peft_model(model, lora)
+            adapted = get_peft_model(model, lora)
     except (TypeError, ValueError) as error:
         raise bad_value(
             "lora_target_modules",
@@ -72,6 +85,41 @@ def add_adapter(model: Any, config: Config) -> Any:
             why=_peft_reason(error),
             do=advice_for_adapter(adaptable, config, error),
         ) from error
+    _require_patterns(adapted, config)
+    return adapted
+
+
+def _require_layers(model: Any, config: Config) -> None:
+    """Raise for a number in peft_layers_to_transform that no layer has (bad-value)."""
+    count = model.config.get_text_config(decoder=True).num_hidden_layers
+    layers = config.peft_layers_to_transform or []
+    if missing := [number for number in layers if number >= count]:
+        key = "peft_layers_to_transform"
+        present = [number for number in layers if number < count]
+        raise bad_value(
+            key,
+            f"{key}: the model has no layer {missing[0]}",
+            why=f"found {count} layers, from 0 to {count - 1}",
+            do=f"set {key}: {present}" if present else f"remove {key}",
+        )
+
+
+def _require_patterns(model: Any, config: Config) -> None:
+    """Raise for a pattern of ranks or alphas that matches no layer of the adapter (bad-value).
+
+    Source: peft 0.21.2, tuners/tuners_utils.py, get_pattern_key (2026-11-27).
+    """
+    names = {name.partition(".lora_")[0].replace(".base_layer", "")
+             for name, _ in model.named_parameters() if ".lora_" in name}  # fmt: skip
+    for key in ("lora_rank_pattern", "lora_alpha_pattern"):
+        for pattern in getattr(config, key) or {}:
+            if not any(re.match(rf"(.*\.)?({pattern})$", name) for name in names):
+                raise bad_value(
+                    key,
+                    f"{key}: {pattern} matches no layer with an adapter",
+                    why=f"found {', '.join(sorted({last_part(name) for name in names}))}",
+                    do=f"correct or remove {pattern} in {key}",
+                )
 
 
 def _peft_reason(error: Exception) -> str:
@@ -136,6 +184,8 @@ def resolve_targets(model: Any, config: Config) -> list[str] | str:
             (bad-value).
     """
     targets = config.lora_target_modules
+    if config.lora_target_parameters and not (targets or config.lora_target_linear):
+        return []
     if not targets or (isinstance(targets, str) and targets.lower() == ALL_LINEAR):
         others = any(type(module).__name__ in _OTHER_LINEAR for module in model.modules())
         return list_adaptable(model, linear=True) if others else ALL_LINEAR
@@ -153,6 +203,51 @@ def resolve_targets(model: Any, config: Config) -> list[str] | str:
         return targets
     every = {*list_adaptable(model, linear=True), *list_expert_names(model)}
     return ALL_LINEAR if found <= every else sorted(found | every)
+
+
+def resolve_parameters(
+    model: Any, config: Config, *, frozen: tuple[str, ...] = ()
+) -> list[str] | None:
+    """Return the config's lora_target_parameters; None where it has none.
+
+    Args:
+        model: a transformers model.
+        config: the validated run.
+        frozen: modules outside of the language model.
+
+    Raises:
+        AttnimgError: an entry names no weight, or one that an adapter would not train (bad-value).
+    """
+    key, targets = "lora_target_parameters", config.lora_target_parameters
+    if not targets:
+        return None
+    names = [name for name, _ in model.named_parameters()]
+    if missing := [entry for entry in targets if not matching_names(entry, names)]:
+        raise _unknown_names(key, missing, _parameter_names(model), kept=targets)
+    embeddings, _ = find_embeddings(model)
+    wrong = [
+        entry
+        for entry in targets
+        for name in matching_names(entry, names)
+        if name.rpartition(".")[0] in embeddings
+        or any(name.startswith(f"{part}.") for part in frozen)
+    ]
+    if wrong:
+        rest = [entry for entry in targets if entry not in wrong]
+        raise bad_value(
+            key,
+            f"{key} can't contain {wrong[0]}",
+            why="found an embedding, whose weight the loss uses directly, or a part outside of the "
+            "language model; an adapter on it would not be trained",
+            do=f"set {key}: {yaml_list(rest)}" if rest else f"remove {key}",
+        )
+    return list(targets)
+
+
+def _parameter_names(model: Any) -> list[str]:
+    """Return the names of weights that belong to no layer of their own, such as fused experts."""
+    fused = [name for name, weight in model.named_parameters() if weight.dim() > 2]
+    return fused or [name for name, _ in model.named_parameters()]
 
 
 def find_targets(model: Any, config: Config) -> set[str]:
@@ -326,11 +421,12 @@ def _unknown_names(
     do = f"set {key}: {yaml_list(fixed)}" if fixed else f"remove {key}"
     if ALL_LINEAR in missing:
         do = f"set {key}: {ALL_LINEAR}"
+    kind = "weight" if key == "lora_target_parameters" else "module"
     texts = [f"{entry}: closest {', '.join(closest[entry]) or '(none)'}" for entry in missing]
     return bad_value(
         key,
-        f"{key}: no module of the model is named {', '.join(missing)}",
-        why="\n".join((*texts, f"its modules: {', '.join(leaves)}")),
+        f"{key}: no {kind} of the model is named {', '.join(missing)}",
+        why="\n".join((*texts, f"its {kind}s: {', '.join(leaves)}")),
         do=do,
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -25,7 +26,16 @@ from attnimg.train.base_model import (
     require_causal_class,
     require_known_weights,
 )
+from attnimg.train.changed_config import change_fields
 from attnimg.train.distributed import rank
+from attnimg.train.experts import (
+    experts_implementation,
+    has_fused_experts,
+    quantized_experts,
+    require_experts,
+    require_no_adapter_on_experts,
+)
+from attnimg.train.frozen import freeze_except, require_trained_weights
 from attnimg.train.lora import add_adapter, freeze_other_parts, untrained_embeddings
 from attnimg.train.model_files import (
     DOWNLOAD_AGAIN,
@@ -72,11 +82,48 @@ def load_model(
     """
     from transformers import set_seed
 
-    if config.adapter and (shape := load_without_weights(config)) is not None:
-        add_adapter(shape, config)
+    _check_without_weights(config, log=log)
     # New embeddings and LoRA matrices are random: with the seed, two runs start with the same ones.
     set_seed(config.seed)
     model, loading = _from_pretrained(config, implementation=implementation, dtype=context.dtype)
+    if loading is not None:
+        _check_loaded(model, loading, config, log=log)
+    _resize_embeddings(model, len(tokenizer), config)
+    if _keeps_float32(config, context=context, needs_dtype_cast=needs_dtype_cast):
+        _cast_embeddings_and_norms(model)
+    if config.unfrozen_parameters:
+        freeze_except(model, config.unfrozen_parameters, log=log)
+    freeze_other_parts(model)
+    require_trained_weights(model)
+    return add_adapter(model, config) if config.adapter else model
+
+
+def _check_without_weights(config: Config, *, log: Callable[[str], None] | None) -> None:
+    """Raise for keys that do not fit the model's class, before its weights are loaded.
+
+    Raises:
+        AttnimgError: code bad-value.
+    """
+    if not (config.adapter or config.experts_implementation or config.unfrozen_parameters):
+        return
+    if (shape := load_without_weights(config)) is None:
+        return
+    require_experts(shape, config)
+    if config.unfrozen_parameters:
+        freeze_except(shape, config.unfrozen_parameters)
+    if config.quantize_moe_experts and log is not None and not has_fused_experts(shape):
+        kind = type(shape).__name__
+        log(f"warning: quantize_moe_experts has no effect: {kind} has no fused experts")
+    if config.adapter:
+        adapted = add_adapter(shape, config)
+        if config.quantize_moe_experts:
+            require_no_adapter_on_experts(adapted)
+
+
+def _check_loaded(
+    model: Any, loading: Any, config: Config, *, log: Callable[[str], None] | None
+) -> None:
+    """Raise for missing, unknown or non-finite weights; print which weights are not part of it."""
     folder = _loaded_folder(config)
     require_known_weights(
         config, folder, json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -97,19 +144,45 @@ def load_model(
             f"{type(model).__name__} and will not be saved: {', '.join(unused[:3])}"
             + ("..." if len(unused) > 3 else "")
         )
-    has_new_tokens = len(tokenizer) > model.get_input_embeddings().weight.shape[0]
-    # Rows that are not trained are not added: as they are not saved, the adapter could not be
-    # loaded again.
-    if has_new_tokens and not (config.adapter and untrained_embeddings(model, config)):
-        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-    freeze_other_parts(model)
-    if _keeps_float32(config, context=context, needs_dtype_cast=needs_dtype_cast):
-        _cast_embeddings_and_norms(model)
-    return add_adapter(model, config) if config.adapter else model
+
+
+def _resize_embeddings(model: Any, tokens: int, config: Config) -> None:
+    """Resize the embeddings to the tokenizer's tokens, where they have fewer rows.
+
+    Source: axolotl 0.19.0, loaders/model.py, _resize_token_embeddings (2026-11-27).
+
+    Args:
+        model: the loaded model.
+        tokens: the number of tokens in the tokenizer.
+        config: the validated run; it may round the rows up to 32, or remove unused ones.
+
+    Raises:
+        AttnimgError: an adapter could not be loaded again on the resized model (bad-value).
+    """
+    rows = len(model.get_input_embeddings().weight)
+    needed = math.ceil(tokens / 32) * 32 if config.resize_token_embeddings_to_32x else tokens
+    if needed == rows or (needed < rows and not config.shrink_embeddings):
+        return
+    if config.adapter and (missing := untrained_embeddings(model, config)):
+        if needed > rows and not config.resize_token_embeddings_to_32x:
+            # Rows that are not trained are not added: as they are not saved, the adapter could not
+            # be loaded again.
+            return
+        key = "shrink_embeddings" if needed < rows else "resize_token_embeddings_to_32x"
+        saved = ", ".join((*(config.lora_modules_to_save or ()), *missing))
+        raise bad_value(
+            key,
+            f"{key} contradicts adapter: {config.adapter}",
+            why=f"the embeddings have {rows} rows and would have {needed}; lora_modules_to_save "
+            f"does not name {' and '.join(missing)}, so that the adapter is saved without them and "
+            "does not fit the base model",
+            do=f"remove {key}, or set lora_modules_to_save: [{saved}]",
+        )
+    model.resize_token_embeddings(needed, mean_resizing=bool(config.mean_resizing_embeddings))
 
 
 def load_model_config(config: Config) -> Any:
-    """Load the configuration of the model.
+    """Load the configuration of the model, and change the fields in model_config.
 
     Returns:
         A transformers configuration.
@@ -122,11 +195,13 @@ def load_model_config(config: Config) -> Any:
 
     _find_model_class(config.model_type or DEFAULT)
     with _load_errors(config):
-        return transformers.AutoConfig.from_pretrained(
+        found = transformers.AutoConfig.from_pretrained(
             config.base_model,
             revision=config.revision_of_model,
             trust_remote_code=bool(config.trust_remote_code),
         )
+    change_fields(found, config.overrides_of_model_config)
+    return found
 
 
 def load_without_weights(config: Config) -> Any:
@@ -146,7 +221,10 @@ def load_without_weights(config: Config) -> Any:
 
 
 def _from_pretrained(config: Config, *, implementation: str, dtype: DType) -> tuple[Any, Any]:
-    """Load the model with from_pretrained; return it and transformers' report on its weights."""
+    """Load the model with from_pretrained; return it and transformers' report on its weights.
+
+    With reinit_weights, the weights are random and there is no report.
+    """
     import torch
 
     quantized = quantization_config(config, dtype=dtype)
@@ -155,7 +233,12 @@ def _from_pretrained(config: Config, *, implementation: str, dtype: DType) -> tu
     stored = use_stored_quantization(model_config, dtype=dtype)
     options = {"quantization_config": quantized} if quantized and stored != "kept" else {}
     weights_dtype = getattr(torch, _loading_dtype(config, dtype))
-    with _load_errors(config):
+    if (experts := experts_implementation(config)) is not None:
+        options["experts_implementation"] = experts
+    if config.reinit_weights:
+        attention = attention_by_part(model_config, implementation)
+        return _random_model(config, loader, model_config, weights_dtype, attention, options), None
+    with _load_errors(config), quantized_experts(config, quantized):
         model, loading = loader.from_pretrained(
             config.base_model,
             config=model_config,
@@ -174,6 +257,28 @@ def _from_pretrained(config: Config, *, implementation: str, dtype: DType) -> tu
     if stored == "dequantized":
         save_dequantized(model)
     return model, loading
+
+
+def _random_model(
+    config: Config,
+    loader: Any,
+    model_config: Any,
+    dtype: torch.dtype,
+    attention: str | dict[str, str],
+    options: dict[str, Any],
+) -> Any:
+    """Return the model with the random weights that its class starts training with.
+
+    Source: axolotl 0.19.0, loaders/model.py, _load_model_from_config (2026-11-27).
+    """
+    if hasattr(model_config, "quantization_config"):
+        del model_config.quantization_config
+    arguments = {"dtype": dtype, "attn_implementation": attention, **options}
+    trusted = bool(config.trust_remote_code)
+    with _load_errors(config):
+        if hasattr(loader, "from_config"):
+            return loader.from_config(model_config, trust_remote_code=trusted, **arguments)
+        return loader._from_config(model_config, **arguments)
 
 
 def _loaded_folder(config: Config) -> Path:
@@ -399,11 +504,14 @@ def quantization_config(config: Config, *, dtype: DType) -> Any:
     if config.load_in_4bit or config.adapter == "qlora":
         return BitsAndBytesConfig(
             load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=dtype,
-            # FSDP shards tensors of one dtype only, so packed weights have the dtype of the others.
-            bnb_4bit_quant_storage=dtype if config.fsdp else "uint8",
+            **{
+                "bnb_4bit_quant_type": "nf4",
+                "bnb_4bit_use_double_quant": True,
+                "bnb_4bit_compute_dtype": dtype,
+                # FSDP shards tensors of one dtype only, so packed weights have that of the others.
+                "bnb_4bit_quant_storage": dtype if config.fsdp else "uint8",
+                **(config.bnb_config_kwargs or {}),
+            },
         )
     return None
 

@@ -79,6 +79,23 @@ def check_model_files(config: Config) -> None:
             why=f"found {', '.join(found[:6]) or 'nothing'}",
             do=DOWNLOAD_AGAIN,
         )
+    if not config.reinit_weights:
+        _require_weights(folder, found)
+    tokenizers: tuple[str, ...] = (
+        "tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json",
+    )  # fmt: skip
+    if config.tokenizer_use_mistral_common:
+        tokenizers = ("tekken.json", *sorted(name for name in found if ".model.v" in name))
+    if not config.tokenizer_config and not any(name in found for name in tokenizers):
+        raise bad_model(
+            f"the model folder {folder} has no tokenizer",
+            why=f"needed one of {', '.join(tokenizers)}",
+            do="put the tokenizer's files there, or set tokenizer_config",
+        )
+
+
+def _require_weights(folder: Path, found: list[str]) -> None:
+    """Raise for pickled, missing or incomplete weights."""
     require_safetensors(folder, key="base_model")
     if WEIGHT_INDEX in found:
         _require_shards(folder)
@@ -87,13 +104,6 @@ def check_model_files(config: Config) -> None:
             f"the model folder {folder} has no weights",
             why=f"needed *.safetensors, found {', '.join(found[:6])}",
             do=DOWNLOAD_AGAIN,
-        )
-    tokenizers = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
-    if not config.tokenizer_config and not any(name in found for name in tokenizers):
-        raise bad_model(
-            f"the model folder {folder} has no tokenizer",
-            why=f"needed one of {', '.join(tokenizers)}",
-            do="put the tokenizer's files there, or set tokenizer_config",
         )
 
 
@@ -307,7 +317,9 @@ def hash_tokenizer(config: Config) -> dict[str, Any] | None:
         AttnimgError: a file can't be read (bad-model).
     """
     named = config.tokenizer_config or config.base_model
-    folder = _find_folder(named, config, containing="tokenizer_config.json")
+    # mistral-common reads a file of its own.
+    containing = "config.json" if config.tokenizer_use_mistral_common else "tokenizer_config.json"
+    folder = _find_folder(named, config, containing=containing)
     if folder is None:
         return None
     files = {path for pattern in _TOKENIZER_FILES for path in folder.glob(pattern)}
@@ -385,12 +397,21 @@ def save_final_model(engine: Any, config: Config, folder: Path) -> list[Path]:
             if not engine.is_world_process_zero():
                 return []
             correct_saved_config(staging, engine.loaded_config)
+            if config.tokenizer_save_jinja_files is False:
+                _move_templates_into_config(engine.processing_class, staging)
             copy_processor_files(config, engine.loaded_config, staging)
             names = _move_into(folder, staging)
     finally:
         if engine.is_world_process_zero():
             shutil.rmtree(folder / checkpoints.PARTIAL, ignore_errors=True)
     return [folder / name for name in reversed(names)]
+
+
+def _move_templates_into_config(tokenizer: Any, folder: Path) -> None:
+    """Write the chat templates into tokenizer_config.json, in place of files of their own."""
+    for file in (*folder.glob("chat_template.jinja"), *folder.glob("additional_chat_templates/*")):
+        file.unlink()
+    tokenizer.save_pretrained(folder, save_jinja_files=False)
 
 
 def restore_loaded_dtypes(model: Any) -> None:

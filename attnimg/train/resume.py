@@ -45,7 +45,14 @@ BY_VALUE = frozenset(
         "bf16", "fp16", "tf32", "load_in_4bit", "load_in_8bit",
         "adapter", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules",
         "lora_target_linear", "lora_modules_to_save", "lora_fan_in_fan_out", "peft_use_dora",
-        "peft_use_rslora", "early_stopping_patience",
+        "peft_use_rslora", "lora_rank_pattern", "lora_alpha_pattern",
+        "peft_init_lora_weights", "peft_layers_to_transform", "peft_layers_pattern",
+        "lora_target_parameters", "overrides_of_model_config",
+        "tokenizer_legacy", "tokenizer_use_mistral_common",
+        "resize_token_embeddings_to_32x", "mean_resizing_embeddings",
+        "shrink_embeddings",
+        "reinit_weights", "unfrozen_parameters", "quantize_moe_experts",
+        "bnb_config_kwargs", "early_stopping_patience",
         "fsdp", "fsdp_config", "fsdp_version", "deepspeed", "rl", "context_parallel_size",
     }
 )  # fmt: skip
@@ -71,8 +78,10 @@ CHANGEABLE = frozenset({"learning_rate", "max_steps", "num_epochs"})
 # Not compared: paths, logging, saving and speed, which do not change the trained weights.
 NOT_COMPARED = frozenset(
     {
-        "trust_remote_code", "attn_supports_packing", "attn_uses_flash_lib",
-        "attn_needs_dtype_cast", "attn_strict", "attn_forward_only_ok", "attn_known_bad",
+        "trust_remote_code", "tokenizer_save_jinja_files", "experts_implementation",
+        "model_quantization_config", "model_quantization_config_kwargs",
+        "attn_supports_packing", "attn_uses_flash_lib", "attn_needs_dtype_cast",
+        "attn_strict", "attn_forward_only_ok", "attn_known_bad",
         "attn_check_steps",
         "dataset_prepared_path", "dataset_num_proc", "dataset_processes", "eval_batch_size",
         "gradient_checkpointing", "gradient_checkpointing_kwargs", "torch_compile",
@@ -129,7 +138,7 @@ def compared_keys(config: Config) -> dict[str, Any]:
     if evaluation_affects_training(config.model_dump()):
         names |= EVALUATION_KEYS
     if not config.adapter:
-        names = frozenset(n for n in names if not n.startswith(("lora_", "peft_use_")))
+        names = frozenset(n for n in names if not n.startswith(("lora_", "peft_")))
     values = config.model_dump(mode="json", include=set(names))
     if config.adapter == "qlora":
         values["load_in_4bit"] = True

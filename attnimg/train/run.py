@@ -19,9 +19,9 @@ from attnimg.context import describe_context
 from attnimg.facts import Finding, Machine, Plan
 from attnimg.files import read_regular
 from attnimg.pipeline import Report, Selected, kernel_hashes, select, select_verify_apply
-from attnimg.selection.model_config import missing_folder, read_config
+from attnimg.selection.model_config import missing_folder
 from attnimg.selection.plan import plan_dict
-from attnimg.task import Task, build_task, model_file
+from attnimg.task import Task, build_task, model_file, read_model_config
 from attnimg.train.base_model import judge_base_model
 from attnimg.train.distributed import StopFlag, rank, require_same_on_all_ranks
 from attnimg.train.environment import require_agreement
@@ -66,7 +66,7 @@ def train(config: Config, machine: Machine, *, report: TrainReport, stop: StopFl
     path = model_file(config)
     if path is None and (missing := missing_folder(config.base_model or "")) is not None:
         raise missing
-    raw = read_config(path) if path is not None else None
+    raw = read_model_config(config, path) if path is not None else None
     if raw is not None:
         _require_base_model(config, raw, machine, report)
     task = build_task(config, raw, machine)
@@ -96,13 +96,17 @@ def train(config: Config, machine: Machine, *, report: TrainReport, stop: StopFl
 def _with_model_config(
     config: Config, task: Task, plan: Plan, report: TrainReport
 ) -> tuple[Task, Plan]:
-    """Select again if config.json from the hub, or the model's class, has more information."""
+    """Select again if config.json from the hub, or the model's class, has more information.
+
+    A config that model_config changes is read again as well, since transformers' defaults may
+    depend on the changed fields.
+    """
     from attnimg.train.arguments import try_options
     from attnimg.train.model import load_model_config
 
     try_options(config)
     model_config = load_model_config(config)
-    if task.problem.model is None:
+    if task.problem.model is None or config.overrides_of_model_config:
         raw = model_config.to_dict()
         _require_base_model(config, raw, task.machine, report)
         task = build_task(config, raw, task.machine)

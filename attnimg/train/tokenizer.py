@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from importlib.metadata import distributions
 from typing import Any
 
 from attnimg.config.schema import Config, dataset_entries, is_chat
@@ -36,7 +38,12 @@ def load_tokenizer(config: Config, *, log: Callable[[str], None]) -> Any:
             untrained (bad-value).
     """
     source = config.tokenizer_config or config.base_model or ""
+    if config.tokenizer_use_mistral_common:
+        return _load_mistral(config, source)
     tokenizer = _load(config, source)
+    if config.tokenizer_legacy is not None and not hasattr(tokenizer, "legacy"):
+        kind = type(tokenizer).__name__
+        log(f"warning: tokenizer_legacy has no effect: {kind} has no such setting")
     known = set(tokenizer.get_vocab())
     special_tokens = {name: token for name, token in (config.special_tokens or {}).items() if token}
     extra = special_tokens.pop("additional_special_tokens", [])
@@ -61,11 +68,15 @@ def load_tokenizer(config: Config, *, log: Callable[[str], None]) -> Any:
         reason = "the tokenizer has no pad token"
         if tokenizer.pad_token is not None:
             reason = f"the model has no embedding for {tokenizer.pad_token!r}"
-        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
-        log(
-            f"{reason}; {tokenizer.pad_token!r} is used for padding "
-            "(padding carries no loss and is not attended to)"
-        )
+        # A tokenizer's class may add an unk token of its own, for which there is no row either.
+        present = [token for token in (tokenizer.unk_token, tokenizer.eos_token) if token]
+        ids = {token: tokenizer.convert_tokens_to_ids(token) for token in present}
+        tokenizer.pad_token = next((t for t, i in ids.items() if has_embedding(config, i)), None)
+        if tokenizer.pad_token is not None:
+            log(
+                f"{reason}; {tokenizer.pad_token!r} is used for padding "
+                "(padding carries no loss and is not attended to)"
+            )
     if tokenizer.pad_token is None:
         first = json.dumps(tokenizer.convert_ids_to_tokens(0))
         raise AttnimgError(
@@ -79,14 +90,22 @@ def load_tokenizer(config: Config, *, log: Callable[[str], None]) -> Any:
 
 
 def _load(config: Config, source: str) -> Any:
-    """Load a tokenizer; turn errors that transformers raises into an AttnimgError."""
+    """Load a tokenizer."""
     loader = find_class("tokenizer_type", config.tokenizer_type, default="AutoTokenizer")
-    try:
+    with _tokenizer_errors(config, source):
         return loader.from_pretrained(
             source,
             revision=config.revision_of_model,
             trust_remote_code=bool(config.trust_remote_code),
+            **({} if config.tokenizer_legacy is None else {"legacy": config.tokenizer_legacy}),
         )
+
+
+@contextmanager
+def _tokenizer_errors(config: Config, source: str) -> Iterator[None]:
+    """Turn errors that transformers raises while it loads a tokenizer into an AttnimgError."""
+    try:
+        yield
     except (
         OSError, ValueError, ImportError, LookupError, RuntimeError, TypeError, AttributeError,
         AssertionError,
@@ -98,6 +117,29 @@ def _load(config: Config, source: str) -> Any:
             code="bad-model",
             key="tokenizer_config" if config.tokenizer_config else "base_model",
         ) from error
+
+
+def _load_mistral(config: Config, source: str) -> Any:
+    """Load the tokenizer of mistral-common, to which no tokens can be added.
+
+    Source: axolotl 0.19.0, utils/mistral/mistral_tokenizer.py (2026-11-27)
+    """
+    from transformers import MistralCommonBackend
+    from transformers.utils import import_utils
+
+    needed = import_utils.MISTRAL_COMMON_MIN_VERSION
+    if not import_utils.is_mistral_common_available():
+        found = next((d.version for d in distributions(name="mistral-common")), "no such package")
+        raise AttnimgError(
+            "tokenizer_use_mistral_common needs mistral-common",
+            why=f"found {found}; needed {needed} or later",
+            do=f"pip install 'mistral-common>={needed}', or remove tokenizer_use_mistral_common",
+            code="not-installed",
+            key="tokenizer_use_mistral_common",
+        )
+    arguments = {"revision": config.revision_of_model} if config.revision_of_model else {}
+    with _tokenizer_errors(config, source):
+        return MistralCommonBackend.from_pretrained(source, mode="finetuning", **arguments)
 
 
 def _require_single_tokens(tokenizer: Any, eot_tokens: list[str]) -> None:
@@ -234,6 +276,8 @@ def use_trained_template(config: Config, tokenizer: Any) -> list[str]:
     Returns:
         A warning if the data were rendered with several templates.
     """
+    if config.tokenizer_use_mistral_common:  # it has no template
+        return []
     found = {
         key: choose_chat_template(config, tokenizer, spec=spec, key=key)
         for key, spec, trains in dataset_entries(config)
@@ -269,7 +313,8 @@ def end_token_notes(documents: Any, tokenizer: Any, model: Any) -> list[str]:
         for labels in documents.select(range(min(DOCUMENTS, len(documents))))["labels"]
     )
     end = last_tokens.most_common(1)[0][0]
-    if end in stops or end not in tokenizer.added_tokens_decoder:
+    known = tokenizer.added_tokens_decoder
+    if end in stops or callable(known) or end not in known:  # mistral-common has no such list
         return []
     token = tokenizer.convert_ids_to_tokens(end)
     names = " or ".join(repr(tokenizer.convert_ids_to_tokens(stop)) for stop in sorted(stops))

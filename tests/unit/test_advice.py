@@ -274,7 +274,50 @@ CASES: dict[str, Case] = {
     "qlora without 4 bits": Case(code="bad-value", options=2,
                                  values={"adapter": "qlora", "load_in_4bit": False}),
     "4 bits without adapter": Case(code="bad-value", values={"load_in_4bit": True}, options=2),
+    "mxfp4 for fp8": of_model(
+        {**LLAMA, "quantization_config": {"quant_method": "fp8"}},
+        model_quantization_config="Mxfp4Config",
+        model_quantization_config_kwargs={"dequantize": True}),
+    "mxfp4 for weights that are not quantized": of_model(
+        LLAMA, code="done-otherwise", model_quantization_config="Mxfp4Config",
+        model_quantization_config_kwargs={"dequantize": True}),
+    "arguments for kept 4 bits": of_model(
+        {**LLAMA, "quantization_config": BNB4}, adapter="qlora",
+        bnb_config_kwargs={"bnb_4bit_quant_type": "fp4"}),
     "8 bits without adapter": Case(code="bad-value", values={"load_in_8bit": True}, options=2),
+    "layers of an expression": Case(code="bad-value", values={
+        "adapter": "lora", "peft_layers_to_transform": [0], "lora_target_modules": ".*q_proj"}),
+    "a list of layers without numbers": Case(code="bad-value", values={
+        "adapter": "lora", "peft_layers_pattern": ["layers"]}),
+    "new tokens for mistral-common": Case(code="bad-value", options=2, values={
+        "tokenizer_use_mistral_common": True, "special_tokens": {"pad_token": "<pad>"}}),
+    "experts without 4 bits": Case(code="bad-value", options=2, values={
+        "adapter": "lora", "quantize_moe_experts": True}),
+    "quantized experts that are trained": Case(code="bad-value", options=2, values={
+        "adapter": "qlora", "quantize_moe_experts": True, "lora_target_linear": True,
+        "lora_target_parameters": ["experts.down_proj"]}),
+    "quantized experts that are sharded": Case(code="bad-value", options=2, values={
+        "adapter": "qlora", "quantize_moe_experts": True, "fsdp": ["full_shard"]}),
+    "weights beside an adapter": Case(code="bad-value", values={
+        "adapter": "lora", "unfrozen_parameters": ["^lm_head"]}),
+    "weights under reentrant checkpoints": Case(code="bad-value", values={
+        "unfrozen_parameters": ["^lm_head"],
+        "gradient_checkpointing_kwargs": {"use_reentrant": True}}),
+    "rows of sharded weights": Case(code="bad-value", values={
+        "unfrozen_parameters": ["^lm_head.weight$[:9]"], "fsdp": ["full_shard"],
+        "fsdp_config": {"a": 1}}),
+    "an adapter on random weights": Case(code="bad-value", options=2, values={
+        "adapter": "lora", "reinit_weights": True}),
+    "a wrong argument of 4 bits": Case(code="bad-value", values={
+        "adapter": "qlora", "bnb_config_kwargs": {"bnb_4bit_quant_type": "nf5"}}),
+    "mxfp4 without its argument": Case(code="bad-value", values={
+        "model_quantization_config": "Mxfp4Config"}),
+    "an argument without mxfp4": Case(code="bad-value", values={
+        "model_quantization_config_kwargs": {"dequantize": True}}),
+    "an experts' kernel": Case(code="hint-not-used", values={
+        "experts_implementation": "scattermoe"}),
+    "fields of the model by both names": Case(code="bad-value", values={
+        "model_config": {"use_cache": True}, "overrides_of_model_config": {"use_cache": True}}),
     "all held out": Case(code="bad-value", values={"val_set_size": 1.0}),
     "half a document": Case(code="bad-value", values={"val_set_size": 2.5}),
     **{f"{one} and {two}": Case(code="bad-value", values=found, options=2) for one, two, found in (

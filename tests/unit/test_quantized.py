@@ -35,6 +35,9 @@ BNB4 = {"quant_method": "bitsandbytes", "load_in_4bit": True}
 BNB8 = {"quant_method": "bitsandbytes", "load_in_8bit": True}
 FP8 = {"quant_method": "fp8", "weight_block_size": [128, 128]}
 LORA, QLORA = {"adapter": "lora"}, {"adapter": "qlora"}
+DEQUANTIZE = {"model_quantization_config_kwargs": {"dequantize": True}}
+MXFP4_CLASS = {"model_quantization_config": "Mxfp4Config", **DEQUANTIZE}
+FP8_CLASS = {"model_quantization_config": "FineGrainedFP8Config", **DEQUANTIZE}
 
 
 def config_for(model: Path | str, **keys: Any) -> Config:
@@ -124,6 +127,38 @@ def test_weights_are_dequantized_as_the_checkpoint_says(
         torch.testing.assert_close(again[key], weight, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize(("name", "keys"), [("mxfp4", MXFP4_CLASS), ("fp8 in blocks", FP8_CLASS)])
+def test_a_named_quantization_is_dequantized_as_without_its_name(
+    tmp_path: Path, name: str, keys: dict[str, Any]
+) -> None:
+    folder, meant = dequantized_case(tmp_path, name)
+    raw = json.loads((folder / "config.json").read_text())
+    errors, warnings = judge_files(config_for(folder, **keys), raw, packages={}, folder=folder)
+    assert not errors, errors[0]
+    assert "dequantized" in [finding.code for finding in warnings]
+    found = load(folder, **keys).state_dict()
+    for key, weight in meant.items():
+        torch.testing.assert_close(found[key], weight, rtol=1e-6, atol=1e-6)
+
+
+def test_a_named_quantization_of_plain_weights_is_a_warning() -> None:
+    errors, codes = judged(None, **MXFP4_CLASS)
+    assert (errors, codes) == ([], ["done-otherwise"])
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+def test_arguments_of_bitsandbytes_are_those_of_the_loaded_weights(
+    tmp_path: Path, kind: str
+) -> None:
+    given = {"bnb_4bit_quant_type": kind, "bnb_4bit_use_double_quant": kind == "fp4",
+             "bnb_4bit_compute_dtype": "bfloat16"}  # fmt: skip
+    model = load(plain(tmp_path / "plain"), **QLORA, bnb_config_kwargs=given)
+    layer = model.base_model.model.model.layers[0].self_attn.q_proj.base_layer
+    assert layer.weight.quant_state.quant_type == kind
+    assert layer.weight.quant_state.nested is (kind == "fp4")
+    assert layer.compute_dtype == torch.bfloat16
+
+
 def test_a_pickled_checkpoint_is_refused(tmp_path: Path) -> None:
     source = plain(tmp_path / "plain")
     full = load_file(source / "model.safetensors")
@@ -197,6 +232,9 @@ def test_bitsandbytes_weights_stay_quantized_under_an_adapter(
         pytest.param(FP8, QLORA, "set adapter: lora", id="fp8 under qlora"),
         pytest.param(FP8, {**LORA, "load_in_8bit": True}, "remove load_in_8bit",
                      id="fp8 loaded in 8 bit"),
+        pytest.param(FP8, MXFP4_CLASS, "remove model_quantization_config", id="fp8 named mxfp4"),
+        pytest.param(BNB4, {**QLORA, "bnb_config_kwargs": {"bnb_4bit_quant_type": "fp4"}},
+                     "remove bnb_config_kwargs", id="arguments for weights that are quantized"),
         pytest.param({"quant_method": "gptq"}, LORA, "pip install 'optimum'", id="gptq alone"),
         pytest.param({"quant_method": "awq"}, LORA, "pip install 'gptqmodel", id="awq alone"),
         pytest.param({"quant_method": "compressed-tensors"}, {},

@@ -98,6 +98,63 @@ def test_an_expression_reaches_the_layers_it_names(tiny: Path) -> None:
     assert found == {"model.layers.1.self_attn.q_proj", "model.layers.1.self_attn.v_proj"}
 
 
+def test_only_the_named_layers_get_an_adapter(tiny: Path) -> None:
+    for more in ({}, {"lora_target_modules": ["q_proj"]}, {"peft_layers_pattern": ["layers"]}):
+        found = adapted(load(tiny, peft_layers_to_transform=[1], **more))
+        assert found
+        assert all(name.startswith("model.layers.1.") for name in found)
+    assert adapted(load(tiny, peft_layers_to_transform=[0, 1])) == adapted(load(tiny))
+
+
+@pytest.mark.parametrize(("layers", "fixed"), [([0, 7], [0]), ([7], None)])
+def test_a_layer_that_the_model_lacks_is_refused(
+    tiny: Path, layers: list[int], fixed: list[int] | None
+) -> None:
+    with pytest.raises(AttnimgError) as caught:
+        load(tiny, peft_layers_to_transform=layers)
+    assert (caught.value.code, caught.value.key) == ("bad-value", "peft_layers_to_transform")
+    asked = "remove peft_layers_to_transform"
+    assert caught.value.do == (f"set peft_layers_to_transform: {fixed}" if fixed else asked)
+    load(tiny, peft_layers_to_transform=fixed)
+
+
+def test_ranks_and_alphas_of_some_layers_are_those_of_the_patterns(tiny: Path) -> None:
+    model = load(tiny, lora_r=8, lora_alpha=16, lora_rank_pattern={r"layers\.1\..*q_proj": 2},
+                 lora_alpha_pattern={"up_proj": 4})  # fmt: skip
+    layers = model.base_model.model.model.layers
+    ranks = [layer.self_attn.q_proj.r["default"] for layer in layers]
+    assert ranks == [8, 2]
+    assert layers[0].mlp.up_proj.scaling["default"] == 4 / 8
+    assert layers[0].mlp.down_proj.scaling["default"] == 16 / 8
+
+
+@pytest.mark.parametrize("key", ["lora_rank_pattern", "lora_alpha_pattern"])
+@pytest.mark.parametrize("pattern", ["q_prj", "q_pro"])
+def test_a_pattern_for_no_layer_is_refused(tiny: Path, key: str, pattern: str) -> None:
+    with pytest.raises(AttnimgError) as caught:
+        load(tiny, **{key: {"v_proj": 4, pattern: 4}})
+    assert (caught.value.code, caught.value.key) == ("bad-value", key)
+    assert pattern in caught.value.what
+    load(tiny, **{key: {"v_proj": 4, "q_proj": 4}})
+
+
+def test_an_adapter_starts_as_the_config_asks_and_without_effect(tiny: Path) -> None:
+    import torch
+
+    starts = [load(tiny, peft_init_lora_weights=how, lora_target_modules=["q_proj"])
+              for how in (None, False, True, "gaussian", "orthogonal")]  # fmt: skip
+    ids = torch.arange(9)[None]
+    first, *others = (
+        model.base_model.model.model.layers[0].self_attn.q_proj.lora_A["default"].weight
+        for model in starts
+    )
+    assert [torch.equal(first, other) for other in others] == [True, True, False, False]
+    with starts[0].disable_adapter():
+        plain = starts[0](input_ids=ids).logits
+    for model in starts:
+        torch.testing.assert_close(model(input_ids=ids).logits, plain)
+
+
 def test_an_invalid_expression_is_refused_on_its_value_alone() -> None:
     found = check_values({"lora_target_modules": "(q_proj"}, file="x").errors
     errors = [(error.code, error.key) for error in found]

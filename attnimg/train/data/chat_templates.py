@@ -40,6 +40,9 @@ MEMORY_BYTES = 1 << 30
 # Limits of the output: at most this many characters, or this many times the record's characters.
 OUTPUT_CHARACTERS, OUTPUT_RATIO = 1 << 20, 20
 
+# In place of a template, where mistral-common writes the tokens.
+MISTRAL_COMMON = "mistral-common"
+
 # Digits that the filter `round` may round to: a double has 17, and up to 308 before the point.
 _DIGITS = 1000
 
@@ -63,6 +66,8 @@ def choose_chat_template(
     Raises:
         AttnimgError: the name is not known, or neither config nor tokenizer has a template.
     """
+    if config.tokenizer_use_mistral_common:
+        return MISTRAL_COMMON
     if spec is not None and (spec.chat_template or spec.chat_template_jinja):
         name, jinja, where = spec.chat_template, spec.chat_template_jinja, f"{key}.chat_template"
     else:

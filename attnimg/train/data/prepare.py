@@ -33,6 +33,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 from attnimg.config.schema import Config, is_chat, is_text, type_name
 from attnimg.errors import AttnimgError
 from attnimg.files import NotPrivate, check_private
+from attnimg.train.data.chat_mistral import describe_tokenizer
 from attnimg.train.data.chat_templates import choose_chat_template
 from attnimg.train.data.records import (
     IGNORE_INDEX,
@@ -383,7 +384,11 @@ def cache_key(source: Source, config: Config, tokenizer: Any, need: Need | None)
         "template_kwargs": config.chat_template_kwargs,
         # Templates such as Llama 3.1's write the current date.
         "day": str(date.today()) if "strftime_now" in json.dumps(template) else None,
-        "tokenizer": backend.to_str() if backend is not None else tokenizer.get_vocab(),
+        "tokenizer": describe_tokenizer(tokenizer)
+        if config.tokenizer_use_mistral_common
+        else backend.to_str()
+        if backend is not None
+        else tokenizer.get_vocab(),
         "special_tokens": str(tokenizer.special_tokens_map),
     }
     return _text_digest(facts)

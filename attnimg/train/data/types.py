@@ -15,6 +15,7 @@ from typing import Any
 from attnimg.config.schema import Config, DatasetSpec, is_chat, is_text, type_name
 from attnimg.errors import AttnimgError
 from attnimg.train.data.chat import ChatEncoder
+from attnimg.train.data.chat_mistral import MistralEncoder
 from attnimg.train.data.chat_templates import choose_chat_template
 from attnimg.train.data.conversations import parse_turns, trained_roles
 from attnimg.train.data.prompts import choose_prompt, parse_prompt
@@ -57,6 +58,13 @@ def make_encoder(source: Source, config: Config, tokenizer: Any) -> Encoder:
             its end token is trained in two ways.
     """
     spec = source.spec
+    if is_chat(spec) and config.tokenizer_use_mistral_common:
+        return MistralEncoder(
+            tokenizer,
+            train_on_eos=spec.train_on_eos or "turn",
+            train_on_inputs=config.train_on_inputs,
+            system_message=config.default_system_message,
+        )
     if is_chat(spec):
         eos, eot = spec.train_on_eos or "turn", spec.train_on_eot
         if eot not in (None, eos) and tokenizer.eos_token in (config.eot_tokens or ()):
@@ -189,4 +197,4 @@ class PairEncoder:
         return list(encoded["input_ids"])
 
 
-Encoder = ChatEncoder | PairEncoder | SegmentEncoder | TokenEncoder
+Encoder = ChatEncoder | MistralEncoder | PairEncoder | SegmentEncoder | TokenEncoder

@@ -18,7 +18,7 @@ from attnimg.config.keys import (
     key_answers,
     plugin_answers,
 )
-from attnimg.config.schema import Config, DatasetSpec
+from attnimg.config.schema import ALIASES, Config, DatasetSpec
 
 RECORD = json.loads(
     (Path(__file__).parents[3] / "docs/measured/axolotl_keys.json").read_text(encoding="utf-8")
@@ -44,7 +44,9 @@ def answers(**keys: Any) -> tuple[list[str], list[str]]:
 
 
 def test_every_key_of_axolotl_has_an_answer() -> None:
-    known = Config.model_fields.keys() | key_answers().keys() | LEGACY.keys() | {*COMPUTED}
+    known = (
+        Config.model_fields.keys() | key_answers().keys() | LEGACY.keys() | {*COMPUTED, *ALIASES}
+    )
     assert {*RECORD["keys"], *RECORD["examples_keys"]} - known == {"plugins"}
     entries = DatasetSpec.model_fields.keys() | dataset_key_answers().keys()
     assert {*RECORD["dataset_keys"], *RECORD["examples_dataset_keys"]} <= entries

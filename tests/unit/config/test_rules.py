@@ -18,7 +18,7 @@ TRAIN = Path(attnimg.__file__).parent / "train"
 TEXT = {"path": "a.jsonl", "type": "completion"}
 CHAT = {"path": "a.jsonl", "type": "chat_template"}
 ALPACA = {"path": "a.jsonl", "type": "alpaca"}
-LORA = {"adapter": "lora"}
+LORA, QLORA = {"adapter": "lora"}, {"adapter": "qlora"}
 DECAY = {"lr_scheduler": "warmup_stable_decay"}
 
 
@@ -82,6 +82,78 @@ WRONG: dict[str, tuple[dict[str, Any], str, str]] = {
         "bad-value", "lora_target_modules"),
     "LoRA on the output layer alone": (
         LORA | {"lora_target_modules": "lm_head"}, "bad-value", "lora_target_modules"),
+    "a template beside mistral-common": (
+        {"tokenizer_use_mistral_common": True, "chat_template": "chatml", "datasets": [CHAT]},
+        "bad-value", "chat_template"),
+    "an entry's template beside mistral-common": (
+        {"tokenizer_use_mistral_common": True, **chat(chat_template="chatml")},
+        "bad-value", "datasets[0].chat_template"),
+    "layers of an expression": (
+        LORA | {"peft_layers_to_transform": [0], "lora_target_modules": ".*q_proj"},
+        "bad-value", "peft_layers_to_transform"),
+    "layers of full names": (
+        LORA | {"peft_layers_to_transform": [0], "lora_target_modules": ["self_attn.q_proj"]},
+        "bad-value", "peft_layers_to_transform"),
+    "ranks by no expression": (
+        LORA | {"lora_rank_pattern": {"q_proj(": 4}}, "bad-value", "lora_rank_pattern"),
+    "a list of layers without numbers": (
+        LORA | {"peft_layers_pattern": ["layers"]}, "bad-value", "peft_layers_pattern"),
+    "an adapter that starts with changes of the model": (
+        LORA | {"peft_init_lora_weights": "pissa"}, "bad-value", "peft_init_lora_weights"),
+    "new tokens for mistral-common": (
+        {"tokenizer_use_mistral_common": True, "tokens": ["<a>"]}, "bad-value", "tokens"),
+    "other roles in mistral-common": (
+        {"tokenizer_use_mistral_common": True, **chat(roles_to_train=["user"])},
+        "bad-value", "datasets[0].roles_to_train"),
+    "experts without 4 bits": (
+        LORA | {"quantize_moe_experts": True}, "bad-value", "quantize_moe_experts"),
+    "quantized experts that are trained": (
+        QLORA | {"quantize_moe_experts": True, "lora_target_parameters": ["experts.down_proj"]},
+        "bad-value", "quantize_moe_experts"),
+    "quantized experts that are sharded": (
+        QLORA | {"quantize_moe_experts": True, "fsdp": ["full_shard"]},
+        "bad-value", "quantize_moe_experts"),
+    "weights beside an adapter": (
+        LORA | {"unfrozen_parameters": ["^lm_head"]}, "bad-value", "unfrozen_parameters"),
+    "weights by no expression": (
+        {"unfrozen_parameters": ["^lm_head("]}, "bad-value", "unfrozen_parameters"),
+    "rows from the end to the start": (
+        {"unfrozen_parameters": ["^lm_head.weight$[5:2]"]}, "bad-value", "unfrozen_parameters"),
+    "weights under reentrant checkpoints": (
+        {"unfrozen_parameters": ["^lm_head"],
+         "gradient_checkpointing_kwargs": {"use_reentrant": True}},
+        "bad-value", "unfrozen_parameters"),
+    "rows of sharded weights": (
+        {"unfrozen_parameters": ["^lm_head.weight$[:5]"], "fsdp": ["full_shard"]},
+        "bad-value", "unfrozen_parameters"),
+    "rows of partitioned weights": (
+        {"unfrozen_parameters": ["^lm_head.weight$[:5]"], "deepspeed": "zero3.json"},
+        "bad-value", "unfrozen_parameters"),
+    "an adapter on random weights": (
+        LORA | {"reinit_weights": True}, "bad-value", "reinit_weights"),
+    "a type of 4 bits that is not known": (
+        QLORA | {"bnb_config_kwargs": {"bnb_4bit_quant_type": "nf5"}},
+        "bad-value", "bnb_config_kwargs"),
+    "a flag of 4 bits that is a number": (
+        QLORA | {"bnb_config_kwargs": {"bnb_4bit_use_double_quant": 1}},
+        "bad-value", "bnb_config_kwargs"),
+    "an unknown argument of 4 bits": (
+        QLORA | {"bnb_config_kwargs": {"bnb_4bit_quant_kind": "nf4"}},
+        "bad-value", "bnb_config_kwargs"),
+    "weights that stay in mxfp4": (
+        LORA | {"model_quantization_config": "Mxfp4Config"},
+        "bad-value", "model_quantization_config_kwargs"),
+    "an unknown quantization": (
+        {"model_quantization_config": "GPTQConfig"}, "bad-value", "model_quantization_config"),
+    "arguments of no quantization": (
+        {"model_quantization_config_kwargs": {"dequantize": True}},
+        "bad-value", "model_quantization_config_kwargs"),
+    "an unknown way to compute experts": (
+        {"experts_implementation": "deep_ep"}, "bad-value", "experts_implementation"),
+    "fields of the model by both names": (
+        {"model_config": {"a": 1}, "overrides_of_model_config": {"a": 1}},
+        "bad-value", "model_config"),
+    "fields of the model in a list": ({"model_config": ["a"]}, "bad-value", "model_config"),
     "two precisions": ({"fp16": True, "bf16": True}, "bad-value", "fp16"),
     "two kinds of data": ({"pretraining_dataset": [TEXT]}, "bad-value", "pretraining_dataset"),
     "a typo of a type": (
@@ -122,6 +194,48 @@ RIGHT: dict[str, dict[str, Any]] = {
     "a share of warmup": {"warmup_ratio": 0.1},
     "a schedule with its argument": DECAY | {"lr_scheduler_kwargs": {"num_decay_steps": 3}},
     "4 bit with an adapter": {"adapter": "qlora", "load_in_4bit": True},
+    "mistral-common": {"tokenizer_use_mistral_common": True, **chat(roles_to_train=["gpt"])},
+    "mistral-common for other types": {"tokenizer_use_mistral_common": True, "datasets": [ALPACA]},
+    "a template without mistral-common": {
+        "tokenizer_use_mistral_common": False,
+        "chat_template": "chatml",
+        "datasets": [CHAT],
+    },
+    "layers of all linear layers": LORA
+    | {"peft_layers_to_transform": [0], "lora_target_modules": "all-linear"},
+    "some layers": LORA
+    | {
+        "peft_layers_to_transform": [0, 3],
+        "peft_layers_pattern": "layers",
+        "peft_init_lora_weights": "gaussian",
+        "lora_rank_pattern": {"q_proj": 4},
+    },
+    "quantized experts": QLORA | {"quantize_moe_experts": True},
+    "quantized experts in 8 bits": LORA | {"quantize_moe_experts": True, "load_in_8bit": True},
+    "weights and rows": {
+        "unfrozen_parameters": ["^lm_head.weight$[:5]", "model.layers.2[0-9]+.mlp"],
+        "gradient_checkpointing_kwargs": {"use_reentrant": False},
+    },
+    "weights without rows, sharded": {
+        "unfrozen_parameters": "^lm_head.weight$",
+        "fsdp": ["full_shard"],
+    },
+    "random weights": {"reinit_weights": True},
+    "arguments of 4 bits": QLORA
+    | {
+        "bnb_config_kwargs": {
+            "bnb_4bit_use_double_quant": True,
+            "bnb_4bit_quant_type": "fp4",
+            "bnb_4bit_compute_dtype": "float32",
+        }
+    },
+    "mxfp4 that is dequantized": {
+        "model_quantization_config": "Mxfp4Config",
+        "model_quantization_config_kwargs": {"dequantize": True},
+    },
+    "a way to compute experts": {"experts_implementation": "batched_mm"},
+    "fields of the model": {"model_config": {"output_router_logits": True}},
+    "weights that are no layers": LORA | {"lora_target_parameters": ["experts.down_proj"]},
     "the output layer saved whole": LORA
     | {"lora_target_modules": ["q_proj"], "lora_modules_to_save": ["lm_head"]},
     "a regular expression": LORA | {"lora_target_modules": r".*(?<!lm_head)_proj"},
@@ -153,6 +267,28 @@ def test_what_train_refuses_on_values_is_refused_by_check(name: str) -> None:
 @pytest.mark.parametrize("name", RIGHT)
 def test_right_values_pass(name: str) -> None:
     assert errors(**RIGHT[name]) == ()
+
+
+def test_another_name_of_a_key_sets_it() -> None:
+    values = {
+        "base_model": "m",
+        "learning_rate": 1e-4,
+        "datasets": [TEXT],
+        "model_config": {"num_hidden_layers": 2},
+        "type_of_model": "LlamaForCausalLM",
+    }
+    found = check_values(values, file="x").config
+    assert found is not None
+    assert found.overrides_of_model_config == {"num_hidden_layers": 2}
+    assert found.model_type == "LlamaForCausalLM"
+
+
+def test_an_experts_kernel_that_is_not_used_is_a_hint() -> None:
+    given = {"base_model": "m", "learning_rate": 1e-4, "datasets": [TEXT]}
+    for name, codes in (("scattermoe", ["hint-not-used"]), ("eager", [])):
+        found = check_values({**given, "experts_implementation": name}, file="x")
+        assert found.ok
+        assert [warning.code for warning in found.warnings] == codes
 
 
 def test_all_errors_are_found_at_once() -> None:
@@ -205,38 +341,46 @@ def test_a_split_is_judged_as_datasets_judges_it(split: str) -> None:
 # its function, and by its code or the function that builds it; x2 where there are two.
 NEEDS = {
     "model": """
-        _load_errors bad_model, _load_errors pickled-weights, _no_match bad_value,
+        _check_loaded bad_model, _freeze_rows bad_value, _load_errors bad_model,
+        _load_errors pickled-weights, _no_match bad_value, _no_weight bad_value,
         _not_causal_error not-causal-lm, _quantization_error quantized-checkpoint,
-        _refuse_embeddings bad_value, _require_adapter _quantization_error x4,
-        _require_scale _quantization_error x3, _unknown_names bad_value, _untrained_error
-        bad-value, add_adapter bad_value, judge_positions positions-short,
-        judge_quantization _quantization_error x2, load_model bad_model,
-        require_causal_class _not_causal_error, require_causal_type _not_causal_error,
-        require_embeddings _untrained_error, require_finite weights-not-finite,
-        require_known_weights _quantization_error x2, require_modules_to_save
-        _unknown_names, require_trainable AttnimgError, require_trained_tokens
-        _untrained_error, resolve_targets _no_match, resolve_targets _unknown_names
+        _refuse_embeddings bad_value, _refused_field bad_value, _require_adapter
+        _quantization_error x4, _require_layers bad_value, _require_patterns bad_value,
+        _require_scale _quantization_error x3, _resize_embeddings bad_value, _unknown_field
+        _refused_field, _unknown_names bad_value, _untrained_error bad-value, add_adapter
+        bad_value, change_fields _refused_field x2, change_fields _unknown_field,
+        freeze_except _no_weight, judge_positions positions-short, judge_quantization
+        _quantization_error x4, require_causal_class _not_causal_error, require_causal_type
+        _not_causal_error, require_embeddings _untrained_error, require_experts bad_value,
+        require_finite weights-not-finite, require_known_weights _quantization_error x2,
+        require_modules_to_save _unknown_names, require_no_adapter_on_experts bad_value,
+        require_trainable AttnimgError, require_trained_tokens _untrained_error,
+        require_trained_weights bad_value, resolve_parameters _unknown_names,
+        resolve_parameters bad_value, resolve_targets _no_match, resolve_targets
+        _unknown_names
     """,
     "tokenizer": """
-        __init__ bad-value, _load bad-model, _require_single_tokens bad-value,
-        choose_chat_template bad-value, choose_chat_template missing-key, load_tokenizer
-        bad-model, make_encoder bad-value, make_encoder missing-key
+        __init__ bad-value x2, _load_mistral not-installed, _require_single_tokens
+        bad-value, _tokenizer_errors bad-model, choose_chat_template bad-value,
+        choose_chat_template missing-key, load_tokenizer bad-model, make_encoder bad-value,
+        make_encoder missing-key
     """,
     "data": """
         __call__ _template_error, __call__ bad_record, _completions bad_record,
-        _cut_documents bad_file, _gather_rows bad-data, _input bad_record, _local_file
-        bad-value, _local_file bad_file, _locate _not_found, _missing_type missing-key,
-        _no_documents empty-dataset, _reasoning bad_record, _refuse_media bad_record,
-        _refuse_unpackable bad-data, _role bad_record x2, _split_validation bad-value,
-        _system bad_record, _template_error bad-value, _template_error bad_file, _turn
-        bad_record x5, _with_system_column bad_record, bad_file bad-data, bad_record
-        AttnimgError, find_sources _missing_type, find_sources empty-dataset, load_all
-        _no_documents, load_documents _no_documents, make_on_disk not-writable, parse_prompt
-        bad_record, parse_segments bad_record x2, parse_tokens bad_record x3, parse_turns
-        bad_record, read_content bad_record, read_flag bad_record x2, read_records bad_file
-        x2, read_records bad_record, read_tool_calls bad_record, read_tools bad_record,
-        read_trained_parts bad_record x3, require_column bad_record, require_text
-        bad_record, split_thinking bad_record
+        _cut_documents bad_file, _encode bad_record, _gather_rows bad-data, _input
+        bad_record, _local_file bad-value, _local_file bad_file, _locate _not_found,
+        _missing_type missing-key, _no_documents empty-dataset, _reasoning bad_record,
+        _refuse_media bad_record, _refuse_unpackable bad-data, _require_supported
+        bad_record, _require_written bad_record, _role bad_record x2, _split_validation
+        bad-value, _system bad_record, _template_error bad-value, _template_error bad_file,
+        _tokenize bad_record, _turn bad_record x5, _with_system_column bad_record, bad_file
+        bad-data, bad_record AttnimgError, find_sources _missing_type, find_sources
+        empty-dataset, load_all _no_documents, load_documents _no_documents, make_on_disk
+        not-writable, parse_prompt bad_record, parse_segments bad_record x2, parse_tokens
+        bad_record x3, parse_turns bad_record, read_content bad_record, read_flag bad_record
+        x2, read_records bad_file x2, read_records bad_record, read_tool_calls bad_record,
+        read_tools bad_record, read_trained_parts bad_record x3, require_column bad_record,
+        require_text bad_record, split_thinking bad_record
     """,
     "files": """
         _check_options bad-value, _check_reachable file-missing, _check_reachable
@@ -247,17 +391,17 @@ NEEDS = {
         output-dir-not-empty, _not_found file-missing, _output_dir_error AttnimgError,
         _paths_in bad_file, _read_jinja file-missing, _readme_splits bad-value,
         _require_checkpoint _no_checkpoint, _require_files bad_model, _require_shards
-        bad_model x2, _require_writable _output_dir_error x2, _resume_from_named _not_empty,
-        _resume_from_named damaged_error, _resume_from_named output-dir-not-empty,
-        _resume_from_newest damaged_error, _resume_point _no_checkpoint, _unreadable
-        bad_file, _unreadable file-missing, bad_model bad-model, check_file_type bad-value,
-        check_file_type bad_file x2, check_model_files bad_model x4, check_output_dir
-        _no_checkpoint, check_output_dir _not_empty, check_regular bad_file, damaged_error
-        damaged-checkpoint, find_rows bad-value, find_rows empty-dataset, find_source
-        bad_file, folder_splits bad-value x2, load_errors damaged-checkpoint, load_saved
-        bad_file, require_safetensors pickled-weights, require_same_identity resume-differs,
-        require_steps resume-past-end, split_names bad-value, stream_hub _unreadable,
-        stream_hub bad-value
+        bad_model x2, _require_weights bad_model, _require_writable _output_dir_error x2,
+        _resume_from_named _not_empty, _resume_from_named damaged_error, _resume_from_named
+        output-dir-not-empty, _resume_from_newest damaged_error, _resume_point
+        _no_checkpoint, _unreadable bad_file, _unreadable file-missing, bad_model bad-model,
+        check_file_type bad-value, check_file_type bad_file x2, check_model_files bad_model
+        x3, check_output_dir _no_checkpoint, check_output_dir _not_empty, check_regular
+        bad_file, damaged_error damaged-checkpoint, find_rows bad-value, find_rows
+        empty-dataset, find_source bad_file, folder_splits bad-value x2, load_errors
+        damaged-checkpoint, load_saved bad_file, require_safetensors pickled-weights,
+        require_same_identity resume-differs, require_steps resume-past-end, split_names
+        bad-value, stream_hub _unreadable, stream_hub bad-value
     """,
     "machine": """
         _check_home_paths bad_value, _check_optimizer bad_value, _check_processes bad_value,
