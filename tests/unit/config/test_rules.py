@@ -215,7 +215,8 @@ NEEDS = {
         require_embeddings _untrained_error, require_finite weights-not-finite,
         require_known_weights _quantization_error x2, require_modules_to_save
         _unknown_names, require_trainable AttnimgError, require_trained_tokens
-        _untrained_error, resolve_targets _no_match, resolve_targets _unknown_names
+        _untrained_error, resolve_targets _no_match, resolve_targets _unknown_names,
+        judge_layers liger-unknown-model, list_tasks liger-unknown-model
     """,
     "tokenizer": """
         __init__ bad-value, _load bad-model, _require_single_tokens bad-value,
@@ -264,7 +265,8 @@ NEEDS = {
     "packages": """
         _check_compile bad_value, _check_optimizer not-installed, _require_packages
         _quantization_error, _try_checkpointing bad_value, _try_schedule bad_value,
-        check_limits not-installed, find_class bad_value, require_versions
+        check_limits not-installed, find_class bad_value, judge_layers not-installed,
+        require_versions
         trainer-not-installed
     """,
     "environment": """
@@ -281,7 +283,8 @@ NEEDS = {
         _get_grad_norm _not_finite_error, _loss_differs_error loss-differs,
         _model_raised_error model-raised, _not_finite_error not-finite, _record_results
         _wrong_kernel_error, _run_engine out-of-memory, _wrong_kernel_error
-        kernel-wrong-at-run, compute_likelihood _loss_differs_error, require_equal
+        kernel-wrong-at-run, prove_run AttnimgError, replace_proven_layers not-applied,
+        compute_likelihood _loss_differs_error, require_equal
         _loss_differs_error, require_equal _model_raised_error, run _model_raised_error,
         write_errors AttnimgError
     """,
