@@ -119,7 +119,7 @@ bench/running-check: .venv/ready ## Count false alarms and misses of the running
 lock: .venv/ready ## Resolve requirements/ again, from pyproject.toml and recipes/
 	$(BIN)/uv pip compile -q --python-version 3.11 --generate-hashes --no-emit-index-url \
 	  $(addprefix --find-links ,$(PIP_FIND_LINKS)) `# pip's CPU build of torch: the index's needs CUDA` \
-	  --no-emit-package torch --no-emit-package triton -c requirements/torch.txt --extra train --group dev \
+	  --no-emit-package torch -c requirements/torch.txt --extra train --group dev \
 	  --custom-compile-command "make lock" -o requirements/lock.txt pyproject.toml
 	$(BIN)/uv pip compile -q --python-version 3.11 --generate-hashes --no-emit-index-url \
 	  --custom-compile-command "make lock" -o requirements/docs.txt requirements/docs.in

@@ -26,6 +26,8 @@ Feature = Literal["packing", "window", "softcap", "sinks", "dropout", "training"
 RequestedBy = Literal["config", "ATTNIMG_BACKEND", "attn_backends"]
 # The layers that `attn_backends` names: those with a sliding window, and all others.
 LayerKind = Literal["sliding", "full"]
+# What Liger replaces in a model; the names are those of axolotl's keys, without "liger_".
+LayerOp = Literal["rope", "rms_norm", "glu_activation", "layer_norm"]
 # transformers' attention interface: (module, query, key, value, attention_mask, **arguments) ->
 # (output, weights). The types are Any because this file does not import torch.
 AttentionFunction = Callable[..., Any]
@@ -603,6 +605,47 @@ class Proof:
     def passed(self) -> bool:
         """Return whether no fault was found."""
         return not self.reasons
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LayersTask:
+    """The layers that Liger replaces in a run's model for one key, to be proven.
+
+    Attributes:
+        op: the key without "liger_".
+        model_class: module:name of the model's class, in transformers.
+        config_class: module:name of its config's class.
+        config: the config as JSON.
+        dtype: the precision of the run.
+        autocast: whether the forward pass runs under torch.autocast.
+        tokens: tokens of a batch.
+    """
+
+    op: LayerOp
+    model_class: str
+    config_class: str
+    config: str
+    dtype: DType
+    autocast: bool
+    tokens: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OptimizerTask:
+    """An optimizer with quantized states, to be proven.
+
+    Attributes:
+        optimizer: the config's value.
+        dtype: of the trained weights.
+        weight_decay, beta1, beta2, epsilon: of the run.
+    """
+
+    optimizer: str
+    dtype: DType
+    weight_decay: float
+    beta1: float
+    beta2: float
+    epsilon: float
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -143,6 +143,7 @@ def distributions() -> list[str]:
         needed += kind.packages
     needed += model_types.needed_packages()
     # Rules on known-bad versions also depend on libraries that the backends need.
+    needed.append("liger-kernel")
     return [*needed, "kernels", "nvidia-cutlass-dsl", "nvidia-cudnn-cu12", "nvidia-cudnn-cu13"]
 
 

@@ -60,7 +60,7 @@ def render_files(
     """
     refuse_wrong_hashes(plans, locks=locks)
     ci = tomllib.loads(runners)
-    images = images_json(plans, stack=recipes.stack)
+    images = images_json(plans, stack=recipes.stack, locks=locks)
     parsed = parse_images(images)
     gpu_choices = choose_on_all_gpus(parsed)
     texts = {

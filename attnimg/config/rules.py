@@ -44,6 +44,9 @@ _EITHER_OR = (
     ("load_in_4bit", "load_in_8bit"),
     ("deepspeed", "fsdp"),
 )
+# A key and its older name; one of them may be set, to true or false.
+# Source: axolotl 0.19.0, integrations/liger/args.py, check_deprecated_swiglu (2026-11-27)
+_RENAMED = ("liger_glu_activation", "liger_swiglu")
 # Schedules that need an argument: its possible names, and an example value.
 SCHEDULER_NEEDS: dict[str, tuple[tuple[str, ...], str]] = {
     "cosine_with_min_lr": (("min_lr", "min_lr_rate"), "1e-6"),
@@ -143,6 +146,10 @@ def _contradictions(config: Config) -> Iterator[Finding]:
             why = "found both, which set the same thing; needed one of them"
             do = f"keep {first} or {second}"
             yield _bad_value(second, f"{second} contradicts {first}", why, do)
+    if None not in (getattr(config, key) for key in _RENAMED):
+        new, old = _RENAMED
+        why = f"found both; {old} is the older name of {new}"
+        yield _bad_value(old, f"{old} contradicts {new}", why, f"remove {old}")
     if config.fp16 and config.bf16 in (True, "full"):
         why = "found fp16: true and bf16: true, needed one of them"
         yield _bad_value("fp16", "fp16 contradicts bf16", why, "keep bf16 or fp16")

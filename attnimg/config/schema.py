@@ -394,6 +394,11 @@ class Config(BaseModel):
     torch_compile: Literal["auto"] | Flag | None = None
     torch_compile_backend: Text | None = None
     torch_compile_mode: Text | None = None
+    liger_rope: Flag | None = None
+    liger_rms_norm: Flag | None = None
+    liger_glu_activation: Flag | None = None
+    liger_swiglu: Flag | None = None
+    liger_layer_norm: Flag | None = None
 
     # Adapter
     adapter: Literal["lora", "qlora"] | None = None

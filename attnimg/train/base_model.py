@@ -26,6 +26,7 @@ from attnimg.selection.model_types import (
     weight_bits,
 )
 from attnimg.task import model_file
+from attnimg.train.layers import judge_layers
 from attnimg.train.model_files import OTHER_PARTS, TORCH_NAMES, StoredTensor, read_tensor_headers
 from attnimg.train.pickled_weights import require_safetensors
 
@@ -52,9 +53,11 @@ def judge_base_model(
         The errors, each of which ends the run, and the warnings.
     """
     path = model_file(config)
-    return judge_files(
+    errors, warnings = judge_files(
         config, raw, packages=machine.packages, folder=path.parent if path is not None else None
     )
+    of_layers, notes = judge_layers(config, raw, machine)
+    return errors + of_layers, warnings + notes
 
 
 def judge_files(

@@ -61,6 +61,7 @@ def load_model(
     implementation: str,
     context: RunContext,
     needs_dtype_cast: bool,
+    replace_layers: Callable[[Any], None] | None = None,
     log: Callable[[str], None] | None = None,
 ) -> Any:
     """Load the weights, cast them, and add the adapter.
@@ -71,6 +72,7 @@ def load_model(
         implementation: transformers' name of the selected attention.
         context: how the run calls the model; decides the precision of the weights.
         needs_dtype_cast: whether the backend takes q, k, v in that precision only.
+        replace_layers: replaces layers of the model before the adapter is added.
         log: prints a line, for example which weights are not loaded.
 
     Returns:
@@ -95,7 +97,12 @@ def load_model(
         freeze_except(model, config.unfrozen_parameters, log=log)
     freeze_other_parts(model)
     require_trained_weights(model)
-    return add_adapter(model, config) if config.adapter else model
+    if replace_layers is not None:
+        replace_layers(model)
+    loaded = add_adapter(model, config) if config.adapter else model
+    if (device := _device(config)) is not None and not getattr(model, "is_quantized", False):
+        loaded.to(device)
+    return loaded
 
 
 def _check_without_weights(config: Config, *, log: Callable[[str], None] | None) -> None:
@@ -582,3 +589,16 @@ def cast_unquantized(model: Any, dtype: torch.dtype) -> None:
             continue
         if not any(re.search(rf"(^|\.){pattern}(\.|$)", name) for pattern in patterns):
             weight.data = weight.data.to(dtype)
+
+
+def _device(config: Config) -> torch.device | None:
+    """Return the GPU to move a loaded model to; None without one, and where it is sharded later.
+
+    from_pretrained leaves it on the CPU, where the check of its packing could not run the kernels.
+    """
+    import torch
+
+    sharded = config.fsdp or config.fsdp_config or config.deepspeed
+    if sharded or not torch.cuda.is_available():
+        return None
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))

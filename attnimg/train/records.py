@@ -296,7 +296,7 @@ RECEIPT_FILE = "receipt.json"
 PACKAGES = (
     "attnimg", "torch", "transformers", "trl", "peft", "accelerate", "datasets", "kernels",
     "tokenizers", "deepspeed", "triton", "bitsandbytes", "safetensors", "numpy", "flash-attn",
-    "flash-attn-3", "flash-attn-4", "xformers", "sageattention", "torchao",
+    "flash-attn-3", "flash-attn-4", "xformers", "sageattention", "torchao", "liger-kernel",
 )  # fmt: skip
 
 Status = Literal["running", "done", "stopped", "failed"]
@@ -315,6 +315,8 @@ class RunFacts:
         proofs: proofs of the attention kernels, failed ones included.
         kernels: backend -> hashes of the files that compute it, by their kind, such as "torch";
             None where some are unknown.
+        layers: liger key without its prefix -> the layers of the model that it replaced.
+        other_proofs: proofs of those layers, and of an optimizer with quantized states.
     """
 
     machine: Machine
@@ -324,6 +326,8 @@ class RunFacts:
     isolation: Mapping[str, object] | None = None
     proofs: tuple[Proof, ...] = ()
     kernels: Mapping[str, Mapping[str, str] | None] = field(default_factory=dict)
+    layers: Mapping[str, str] = field(default_factory=dict)
+    other_proofs: tuple[Proof, ...] = ()
 
     @property
     def backend(self) -> str:
@@ -389,6 +393,8 @@ def build_receipt(
         "applied": None,
         "isolation": run.isolation,
         "proofs": run.proofs,
+        "liger": run.layers,
+        "other_proofs": run.other_proofs,
         **figures,
         "metrics": {},
         "files": [],

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from attnimg import application
 from attnimg.config.schema import Config, dataset_entries
 from attnimg.context import describe_context
-from attnimg.facts import Finding, Machine, Plan
+from attnimg.facts import Finding, LayersTask, Machine, Plan
 from attnimg.files import read_regular
 from attnimg.pipeline import Report, Selected, kernel_hashes, select, select_verify_apply
 from attnimg.selection.model_config import missing_folder
@@ -140,50 +140,71 @@ def fit_selected(
     """
     from attnimg.train.attention_check import build_attention_check
     from attnimg.train.fit import fit
+    from attnimg.train.layers import list_tasks, prove_run, replace_proven_layers
+    from attnimg.train.model import load_without_weights
     from attnimg.train.tokenizer import load_tokenizer
 
+    tasks = list_tasks(
+        config, task.problem, task.machine, build=lambda: load_without_weights(config)
+    )
+    other_proofs = prove_run(config, tasks, machine=task.machine, log=report.log)
+    ops = [found.op for found in tasks if isinstance(found, LayersTask)]
     inputs: dict[str, Any] = {}
+    replaced: dict[str, str] = {}
 
-    def load(selected: Selected) -> Any:
-        hashes = kernel_hashes(selected.plan, task)
+    with ExitStack() as undo:
+
+        def replace_layers(model: Any) -> None:
+            found, functions = replace_proven_layers(model, ops, log=report.log)
+            replaced.update(found)
+            for function in functions:
+                undo.callback(function)
+
+        def load(selected: Selected) -> Any:
+            hashes = kernel_hashes(selected.plan, task)
+            _require_same(
+                config, task.machine, {"plan": _comparable_plan(selected.plan), "kernels": hashes}
+            )
+            inputs["tokenizer"] = load_tokenizer(config, log=report.log)
+            inputs["documents"] = _load_documents(config, task.machine, inputs["tokenizer"], report)
+            return _load_model(
+                config, task, selected, **inputs, replace_layers=replace_layers, resume=resume,
+                report=report,
+            )  # fmt: skip
+
+        applied = select_verify_apply(task, load, report=report, plan=plan)
+        selected = applied.selected
+        kernels = kernel_hashes(selected.plan, task)
+        # If documents leak on one machine only, that machine selects another backend.
         _require_same(
-            config, task.machine, {"plan": _comparable_plan(selected.plan), "kernels": hashes}
+            config, task.machine, {"plan": _comparable_plan(selected.plan), "kernels": kernels}
         )
-        inputs["tokenizer"] = load_tokenizer(config, log=report.log)
-        inputs["documents"] = _load_documents(config, task.machine, inputs["tokenizer"], report)
-        return _load_model(config, task, selected, **inputs, resume=resume, report=report)
-
-    applied = select_verify_apply(task, load, report=report, plan=plan)
-    selected = applied.selected
-    kernels = kernel_hashes(selected.plan, task)
-    # If documents leak on one machine only, that machine selects another backend.
-    _require_same(
-        config, task.machine, {"plan": _comparable_plan(selected.plan), "kernels": kernels}
-    )
-    result = fit(
-        config,
-        model=applied.model,
-        **inputs,
-        run=RunFacts(
-            machine=task.machine,
-            plan=selected.plan,
-            implementation=application.current_implementation(applied.model),
-            context=selected.context,
-            isolation=asdict(applied.isolation) if applied.isolation else None,
-            proofs=selected.proofs,
-            kernels=kernels,
-        ),
-        resume=resume,
-        stop=stop,
-        console=report.console,
-        attention_check=build_attention_check(
-            config.attn_check_steps,
-            selected.plan,
-            selected.context,
-            dropout=task.problem.dropout,
-            log=report.log,
-        ),
-    )
+        result = fit(
+            config,
+            model=applied.model,
+            **inputs,
+            run=RunFacts(
+                machine=task.machine,
+                plan=selected.plan,
+                implementation=application.current_implementation(applied.model),
+                context=selected.context,
+                isolation=asdict(applied.isolation) if applied.isolation else None,
+                proofs=selected.proofs,
+                kernels=kernels,
+                layers=replaced,
+                other_proofs=other_proofs,
+            ),
+            resume=resume,
+            stop=stop,
+            console=report.console,
+            attention_check=build_attention_check(
+                config.attn_check_steps,
+                selected.plan,
+                selected.context,
+                dropout=task.problem.dropout,
+                log=report.log,
+            ),
+        )
     for note in result.notes:
         report.log(note)
     return result
@@ -221,6 +242,7 @@ def _load_model(
     *,
     tokenizer: Any,
     documents: Documents,
+    replace_layers: Callable[[Any], None],
     resume: ResumePoint | None,
     report: TrainReport,
 ) -> Any:
@@ -242,6 +264,7 @@ def _load_model(
         implementation=selected.implementation,
         context=selected.context,
         needs_dtype_cast=selected.backend.needs_dtype_cast,
+        replace_layers=replace_layers,
         log=report.log,
     )
     # The model's folder, or its snapshot of the hub, may have other content on another machine.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from importlib import metadata
@@ -81,7 +81,9 @@ def prove(
     proofs: dict[int, Proof] = {}
     for place, key in enumerate(keys):
         if folder is not None and key is not None:
-            cached = read(folder, key, backend=backends[place], log=log)
+            backend = backends[place]
+            has_bounds = backend.k_forward is not None
+            cached = read(folder, key, name=backend.name, has_bounds=has_bounds, log=log)
             if cached is not None:
                 proofs[place] = cached
     missing = [place for place in range(len(backends)) if place not in proofs]
@@ -120,7 +122,7 @@ def _keys(
             proof_key(
                 candidate,
                 machine=setting.machine,
-                versions=_versions(backend),
+                versions=versions_of(package for package, _, _ in backend.needs.packages),
                 content=content,
                 variables=kernel_variables(setting.environment),
             )
@@ -189,10 +191,10 @@ def _candidate(backend: Backend, problem: Problem, setting: Setting, *, routed: 
     )
 
 
-def _versions(backend: Backend) -> dict[str, str]:
-    """Return the versions of the installed packages that a backend's proof depends on."""
+def versions_of(packages: Iterable[str]) -> dict[str, str]:
+    """Return the versions of the installed packages that a proof depends on."""
     versions: dict[str, str] = {}
-    for name in (*_LIBRARIES, *(package for package, _, _ in backend.needs.packages)):
+    for name in (*_LIBRARIES, *packages):
         with suppress(metadata.PackageNotFoundError):
             versions[name] = metadata.version(name)
     return versions
@@ -231,15 +233,25 @@ def proof_key(
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def read(folder: Path, key: str, *, backend: Backend, log: Callable[[str], None]) -> Proof | None:
-    """Read a proof; return None if there is none, or if it is not valid, which is logged."""
+def read(
+    folder: Path, key: str, *, name: str, has_bounds: bool, log: Callable[[str], None]
+) -> Proof | None:
+    """Read a proof; return None if there is none, or if it is not valid, which is logged.
+
+    Args:
+        folder: the cache.
+        key: of the proof.
+        name: what it was made for, such as a backend.
+        has_bounds: as in _require_valid.
+        log: called with a note.
+    """
     path = folder / f"{key}.json"
     try:
         stored = json.loads(read_private(path, at_most=_PROOF_BYTES))
         proof = proof_from_json(stored["proof"])
-        if stored["key"] != key or proof.backend != backend.name:
+        if stored["key"] != key or proof.backend != name:
             raise ValueError("it was made for another key or backend")
-        _require_valid(proof, has_bounds=backend.k_forward is not None)
+        _require_valid(proof, has_bounds=has_bounds)
     except FileNotFoundError:
         return None
     except OSError as error:

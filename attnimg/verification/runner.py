@@ -23,7 +23,7 @@ from typing import IO, Any, NamedTuple
 
 from attnimg.backends import find_backend
 from attnimg.errors import signal_name
-from attnimg.facts import Figure, Geometry, Proof, Reason
+from attnimg.facts import Figure, Geometry, LayersTask, OptimizerTask, Proof, Reason
 from attnimg.verification.training_conditions import is_compiled
 
 # Seconds that one candidate may compute and sleep, without waiting for a CPU. On a GPU some kernels
@@ -60,12 +60,14 @@ class Candidate:
         geometries: the geometries that it is proven on.
         trusted: whether the user allows code from the hub to run.
         routed: whether it is one of several that a router calls.
+        task: what is proven instead of a backend: layers or an optimizer; `backend` is its name.
     """
 
     backend: str
     geometries: tuple[Geometry, ...]
     trusted: bool = False
     routed: bool = False
+    task: LayersTask | OptimizerTask | None = None
 
 
 def run(

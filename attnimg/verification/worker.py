@@ -21,7 +21,7 @@ from typing import Any, TextIO
 
 from attnimg.backends import find_backend
 from attnimg.errors import AttnimgError
-from attnimg.facts import Geometry, Proof, Reason
+from attnimg.facts import Geometry, LayersTask, OptimizerTask, Proof, Reason
 from attnimg.verification.cases import full_row_length, longest_document
 
 
@@ -44,7 +44,10 @@ def main() -> None:
     references: dict[Any, Any] = {}
     for candidate in task["candidates"]:
         _send(report, begin=candidate["backend"])
-        proof = prove_candidate(candidate, device=device, references=references, report=report)
+        if candidate["task"] is not None:
+            proof = prove_task(candidate, device=device, report=report)
+        else:
+            proof = prove_candidate(candidate, device=device, references=references, report=report)
         _send(report, proof=asdict(proof))
         if any(reason.code == "process-state" for reason in proof.reasons):
             _send(report, stop=True)
@@ -149,6 +152,36 @@ def prove_candidate(
         longest=longest,
         seconds=time.perf_counter() - started,
         note="; ".join(notes),
+    )
+
+
+def prove_task(candidate: dict[str, Any], *, device: str, report: TextIO) -> Proof:
+    """Prove layers or an optimizer; an exception of their code becomes a reason."""
+    from attnimg.verification.layers import Findings, prove_layers
+    from attnimg.verification.optimizers import prove_optimizer
+
+    started = time.perf_counter()
+    name, values = candidate["backend"], candidate["task"]
+    stage = ["loading"]
+
+    def on_case(case: str) -> None:
+        stage[0] = case
+        _send(report, case=case)
+
+    try:
+        if "op" in values:
+            found = prove_layers(LayersTask(**values), device=device, on_case=on_case)
+        else:
+            found = prove_optimizer(OptimizerTask(**values), device=device, on_case=on_case)
+    # As in prove_candidate.
+    except (Exception, SystemExit) as error:
+        found = Findings([], [_reason(error, stage=stage[0])], 0)
+    return Proof(
+        backend=name,
+        reasons=tuple(found.reasons),
+        figures=tuple(found.figures),
+        cases=found.cases,
+        seconds=time.perf_counter() - started,
     )
 
 

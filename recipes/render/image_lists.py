@@ -8,23 +8,32 @@ from typing import Any
 from recipes.archs import device_name
 from recipes.facts import ImagePlan, Step, Unresolved
 from recipes.files import generated_json
+from recipes.solve.lock import pinned_versions
+
+# Packages of single images that a rule of attnimg depends on, besides kernels.
+_LISTED = ("liger-kernel",)
 
 
-def images_json(plans: tuple[ImagePlan, ...], *, stack: Mapping[str, str]) -> str:
+def images_json(
+    plans: tuple[ImagePlan, ...], *, stack: Mapping[str, str], locks: Mapping[str, str]
+) -> str:
     """Return every image: architectures, oldest driver, packages, kernels with their hashes.
 
     Args:
         plans: in the order of the file.
         stack: pinned packages that every image has.
+        locks: image -> text of its lock file.
     """
-    images = {plan.image.name: _image(plan, stack) for plan in plans}
+    images = {plan.image.name: _image(plan, stack, lock=locks[plan.image.name]) for plan in plans}
     return generated_json({"images": images})
 
 
-def _image(plan: ImagePlan, stack: Mapping[str, str]) -> dict[str, Any]:
+def _image(plan: ImagePlan, stack: Mapping[str, str], *, lock: str) -> dict[str, Any]:
     image = plan.image
     torch = _or_none(image.torch)
     packages = {**stack, **{step.kernel.name: step.kernel.version for step in plan.steps}}
+    locked = pinned_versions(plan, lock=lock)
+    packages |= {name: locked[name] for name in _LISTED if name in locked}
     if torch:
         packages["torch"] = torch
     return {

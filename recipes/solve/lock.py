@@ -38,7 +38,9 @@ def lock_all(plans: tuple[ImagePlan, ...], *, root: Path) -> list[str]:
         AttnimgError: uv finds no solution or no index; no file was changed.
     """
     texts: dict[str, str] = {}
-    tested = (root / "requirements/lock.txt").read_text(encoding="utf-8")
+    found = split_lock((root / "requirements/lock.txt").read_text(encoding="utf-8"))
+    # Each torch needs a Triton of its own.
+    tested = "".join(text for name, text in found.items() if name != "triton")
     for plan in plans:
         if f"{FOLDER}/torch-{plan.lock}.txt" not in texts:
             texts |= _lock_layers(plan, tested=tested, root=root)
@@ -130,11 +132,13 @@ def _resolve(plan: ImagePlan, needs: list[str], *, pins: str, root: Path) -> str
 
     Args:
         plan: for its Python and accelerator.
-        needs: pip requirements; "." is attnimg[train].
+        needs: pip requirements; "." is attnimg[train], on CUDA with the extra "gpu".
         pins: text of a lock file; its versions are used.
         root: the checkout.
     """
-    project = [str(root / "pyproject.toml"), "--extra", "train"] if "." in needs else []
+    extras = ("train", "gpu") if plan.image.accelerator == "cuda" else ("train",)
+    project = [str(root / "pyproject.toml"), *(f"--extra={name}" for name in extras)]
+    project = project if "." in needs else []
     with tempfile.TemporaryDirectory() as folder:
         requirements, constraints, out = (
             Path(folder) / name for name in ("in.txt", "pins.txt", "out.txt")

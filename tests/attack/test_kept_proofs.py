@@ -47,7 +47,7 @@ def test_kept_proofs(tmp_path: Path, record_property: Callable[[str, Any], None]
                 path.symlink_to(tmp_path / "k.json")
         said: list[str] = []
         try:
-            found = cache.read(folder, "k", backend=sdpa, log=said.append)
+            found = cache.read(folder, "k", name="sdpa", has_bounds=True, log=said.append)
         except Exception as error:
             return f"{type(error).__name__}: {error}"
         if found is None:

@@ -44,6 +44,7 @@ LACKED = (
     "datasets",
     "dill",
     "kernels",
+    "liger-kernel",
     "multiprocess",
     "platformdirs",
     "pydantic",

@@ -14,6 +14,7 @@ STEPS = {
     "proofs": 150.0,
     "kernels": 150.0,
     "training": 120.0,
+    "layers": 90.0,
     "repeats": 90.0,
     "timing": 120.0,
     "job": 180.0,
@@ -47,6 +48,7 @@ class Sizes:
         time_factor: of every time limit; a shared CPU may be slow.
         proven: the backends of torch to prove, if they fit; None for all.
         repeated: number of backends in the repeats.
+        layers: model types whose fused layers are proven.
     """
 
     workers: int
@@ -65,6 +67,7 @@ class Sizes:
     time_factor: float
     proven: frozenset[str] | None
     repeated: int
+    layers: tuple[str, ...]
 
     @staticmethod
     def gpu() -> Sizes:
@@ -86,6 +89,7 @@ class Sizes:
             time_factor=1.0,
             proven=None,
             repeated=99,
+            layers=("llama", "gemma2", "qwen3", "mixtral"),
         )
 
     @staticmethod
@@ -109,6 +113,7 @@ class Sizes:
             # Other backends run the same code, and each proof takes seconds.
             proven=frozenset({"sdpa", "eager"} | {"sdpa_flash", "sdpa_cudnn", "varlen_attn"}),
             repeated=1,
+            layers=("llama",),
         )
 
 
@@ -182,6 +187,7 @@ def pending(step: str, progress: Progress, sizes: Sizes, *, waiting: bool) -> li
         "proofs": lambda: _native_proofs(progress, sizes),
         "kernels": lambda: _kernel_proofs(progress, sizes, waiting=waiting),
         "training": lambda: _training(progress, sizes),
+        "layers": lambda: _layers(sizes),
         "repeats": lambda: _repeats(progress, sizes),
         "timing": lambda: _timing(progress, sizes),
         "job": lambda: _job(progress, sizes),
@@ -358,6 +364,23 @@ def _timing(progress: Progress, sizes: Sizes) -> list[Unit]:
                 )
             )
     return units
+
+
+def _layers(sizes: Sizes) -> list[Unit]:
+    """Prove Liger's layers of large models, and optimizers with quantized states."""
+    units = [
+        Unit(step="layers", kind="layers", what=f"{model_type} {dtype}", limit_s=60,
+             values={"model_type": model_type, "dtype": dtype, "tokens": sizes.proof_tokens})
+        for model_type in sizes.layers
+        for dtype in sizes.dtypes
+    ]  # fmt: skip
+    optimizers = ("adamw_8bit", "paged_adamw_8bit", "lion_8bit", "adamw_torch_8bit",
+                  "adamw_torch_4bit")  # fmt: skip
+    return units + [
+        Unit(step="layers", kind="layers", what=name, limit_s=60,
+             values={"optimizer": name, "dtype": sizes.dtypes[0]})
+        for name in optimizers
+    ]  # fmt: skip
 
 
 def _job(progress: Progress, sizes: Sizes) -> list[Unit]:

@@ -222,9 +222,16 @@ def timing(unit: dict[str, Any], stage: Stage) -> Outcome:
     return suite_timing.timing(unit, stage)
 
 
+def layers(unit: dict[str, Any], stage: Stage) -> Outcome:
+    """Prove Liger's layers of a model, or an optimizer; see suite_layers.py."""
+    import suite_layers
+
+    return suite_layers.layers(unit, stage)
+
+
 KINDS = {
     "facts": facts, "doctor": doctor, "proof": proof, "training": training, "timing": timing,
-    "train-command": train_command, "tests": tests,
+    "train-command": train_command, "tests": tests, "layers": layers,
 }  # fmt: skip
 
 

@@ -37,6 +37,7 @@ from attnimg.train.base_model import judge_files
 from attnimg.train.check import check_inputs
 from attnimg.train.checkpoint import FileHasher, write_manifest
 from attnimg.train.data import load_documents
+from attnimg.train.layers import judge_layers
 from attnimg.train.model import load_model_config
 from attnimg.train.tokenizer import load_tokenizer
 
@@ -137,8 +138,10 @@ class Case:
         """What is refused of the base model, and warned of."""
         if (path := model_file(config)) is None:
             return [], []
-        packages = (self.machine or CPU).packages
-        return judge_files(config, read_config(path), packages=packages, folder=None)
+        machine, raw = self.machine or CPU, read_config(path)
+        errors, notes = judge_files(config, raw, packages=machine.packages, folder=None)
+        of_layers, more = judge_layers(config, raw, machine)
+        return errors + of_layers, notes + more
 
     def start(self, config: Config) -> None:
         """What `attnimg train` does before it loads a model."""
@@ -343,7 +346,7 @@ CASES: dict[str, Case] = {
        )},
     # Keys of axolotl, one of each group; all of them below.
     **{f"{key} of axolotl": Case(code="unsupported-key", values={key: "x"})
-       for key in ("ring_attn_func", "rope_scaling", "use_trackio", "liger_rope", "trl",
+       for key in ("ring_attn_func", "rope_scaling", "use_trackio", "use_onebitllms", "trl",
                    "float16", "gpu_count", "group_by_length", "loraplus_lr_ratio", "debug",
                    "batch_size", "use_ray")},
     "a plugin of axolotl": Case(code="unsupported-key", values={"plugins": ["my.Plugin"]}),
@@ -375,6 +378,15 @@ CASES: dict[str, Case] = {
     **{f"{key} of a tracker that is off": Case(code="bad-value", options=2, values={
         flag: False, key: "p"})
        for flag, key in (("use_wandb", "wandb_project"), ("use_mlflow", "mlflow_experiment_name"))},
+    "Liger's layers without Liger": Case(code="not-installed", machine=H100, options=1,
+                                         values={"liger_rope": True, "liger_rms_norm": True}),
+    "Liger's layers of a type it lacks": Case(
+        code="liger-unknown-model", machine=H100,
+        values={"base_model": "{folder}", "liger_rope": True, "liger_swiglu": True},
+        files={"config.json": b'{"model_type": "bloom"}'}),
+    "a layer that the type lacks": Case(
+        code="hint-not-used", machine=H100, files={"config.json": b'{"model_type": "llama"}'},
+        values={"base_model": "{folder}", "liger_layer_norm": True}),
     # What the machine, the model's folder and output_dir allow.
     "a fused schedule of no cosine": Case(code="bad-value", machine=CPU, options=2, values={
         "lr_scheduler": "linear", "cosine_min_lr_ratio": 0.1}),

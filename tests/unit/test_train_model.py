@@ -366,3 +366,17 @@ def test_json_that_the_loaders_do_not_expect_is_refused_with_a_reason(
     (tmp_path / "model" / name).write_text(text)
     with suppress(AttnimgError):
         load(tmp_path)
+
+
+def test_a_model_is_moved_to_the_gpu_unless_it_is_sharded(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    from attnimg.train.model import _device
+
+    plain = Config(learning_rate=1e-3)
+    assert _device(plain) is None
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert _device(plain) == torch.device("cuda", 1)
+    for sharded in ({"fsdp": ["full_shard"]}, {"deepspeed": {"zero": 1}}):
+        assert _device(Config(learning_rate=1e-3, **sharded)) is None

@@ -38,6 +38,13 @@ def test_it_imports(name: str) -> None:
     importlib.import_module(name)
 
 
+@pytest.mark.filterwarnings("ignore")  # of the libraries at import: not what is tested here
+def test_liger_imports_where_it_is_installed(image: dict[str, Any]) -> None:
+    if "liger-kernel" not in image["installed"]:
+        pytest.skip("Liger's kernels are in the CUDA images alone")
+    importlib.import_module("liger_kernel.transformers.monkey_patch")
+
+
 def test_versions_are_the_manifest_s(image: dict[str, Any]) -> None:
     differ = {
         name: (version, metadata.version(name))

@@ -341,18 +341,19 @@ def test_a_split_is_judged_as_datasets_judges_it(split: str) -> None:
 # its function, and by its code or the function that builds it; x2 where there are two.
 NEEDS = {
     "model": """
-        _check_loaded bad_model, _freeze_rows bad_value, _load_errors bad_model,
-        _load_errors pickled-weights, _no_match bad_value, _no_weight bad_value,
+        _check_loaded bad_model, _freeze_rows bad_value, _load_errors bad_model x2,
+        _load_errors pickled-weights x2, _no_match bad_value, _no_weight bad_value,
         _not_causal_error not-causal-lm, _quantization_error quantized-checkpoint,
         _refuse_embeddings bad_value, _refused_field bad_value, _require_adapter
         _quantization_error x4, _require_layers bad_value, _require_patterns bad_value,
         _require_scale _quantization_error x3, _resize_embeddings bad_value, _unknown_field
         _refused_field, _unknown_names bad_value, _untrained_error bad-value, add_adapter
         bad_value, change_fields _refused_field x2, change_fields _unknown_field,
-        freeze_except _no_weight, judge_positions positions-short, judge_quantization
-        _quantization_error x4, require_causal_class _not_causal_error, require_causal_type
+        freeze_except _no_weight, judge_layers liger-unknown-model, judge_positions
+        positions-short, judge_quantization _quantization_error x4, list_tasks
+        liger-unknown-model, require_causal_class _not_causal_error, require_causal_type
         _not_causal_error, require_embeddings _untrained_error, require_experts bad_value,
-        require_finite weights-not-finite, require_known_weights _quantization_error x2,
+        require_finite weights-not-finite x2, require_known_weights _quantization_error x2,
         require_modules_to_save _unknown_names, require_no_adapter_on_experts bad_value,
         require_trainable AttnimgError, require_trained_tokens _untrained_error,
         require_trained_weights bad_value, resolve_parameters _unknown_names,
@@ -411,8 +412,8 @@ NEEDS = {
     "packages": """
         _check_compile bad_value, _check_optimizer not-installed, _require_packages
         _quantization_error, _try_checkpointing bad_value, _try_schedule bad_value,
-        check_limits not-installed, find_class bad_value, require_package not-installed,
-        require_versions trainer-not-installed
+        check_limits not-installed, find_class bad_value, judge_layers not-installed,
+        require_package not-installed, require_versions trainer-not-installed
     """,
     "a server and its login": """
         _require_mlflow_server unavailable, _require_wandb_login tracker-unavailable,
@@ -434,9 +435,9 @@ NEEDS = {
         _get_grad_norm _not_finite_error, _loss_differs_error loss-differs,
         _model_raised_error model-raised, _not_finite_error not-finite, _record_results
         _wrong_kernel_error, _run_engine out-of-memory, _wrong_kernel_error
-        kernel-wrong-at-run, compute_likelihood _loss_differs_error, require_equal
-        _loss_differs_error, require_equal _model_raised_error, run _model_raised_error,
-        write_errors AttnimgError
+        kernel-wrong-at-run, compute_likelihood _loss_differs_error, prove_run AttnimgError,
+        replace_proven_layers not-applied, require_equal _loss_differs_error, require_equal
+        _model_raised_error, run _model_raised_error, write_errors AttnimgError
     """,
 }
 

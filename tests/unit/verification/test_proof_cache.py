@@ -40,7 +40,7 @@ def silent(text: str) -> None:
 
 def test_a_proof_comes_back_as_it_was(tmp_path: Path) -> None:
     cache.write(tmp_path / "new", "k", PROOF, log=silent)
-    assert cache.read(tmp_path / "new", "k", backend=SDPA, log=silent) == replace(
+    assert cache.read(tmp_path / "new", "k", name="sdpa", has_bounds=True, log=silent) == replace(
         PROOF, cached=True
     )
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["k.json"]
@@ -49,13 +49,15 @@ def test_a_proof_comes_back_as_it_was(tmp_path: Path) -> None:
 def test_a_failed_proof_is_kept_too(tmp_path: Path) -> None:
     failed = replace(PROOF, reasons=(Reason(code="zeros", text="all of it"),))
     cache.write(tmp_path, "k", failed, log=silent)
-    assert cache.read(tmp_path, "k", backend=SDPA, log=silent) == replace(failed, cached=True)
+    assert cache.read(tmp_path, "k", name="sdpa", has_bounds=True, log=silent) == replace(
+        failed, cached=True
+    )
 
 
 @pytest.mark.parametrize("code", ["timeout", "crash", "oom", "import-error"])
 def test_what_may_pass_by_itself_is_not_kept(tmp_path: Path, code: str) -> None:
     cache.write(tmp_path, "k", replace(PROOF, reasons=(Reason(code=code, text="."),)), log=silent)
-    assert cache.read(tmp_path, "k", backend=SDPA, log=silent) is None
+    assert cache.read(tmp_path, "k", name="sdpa", has_bounds=True, log=silent) is None
 
 
 def kept(**changes: object) -> bytes:
@@ -69,7 +71,7 @@ def figure(**changes: object) -> list[dict[str, object]]:
 
 def test_the_file_that_the_damages_start_from_is_read(tmp_path: Path) -> None:
     write_private(tmp_path / "own" / "k.json", kept())
-    found = cache.read(tmp_path / "own", "k", backend=SDPA, log=silent)
+    found = cache.read(tmp_path / "own", "k", name="sdpa", has_bounds=True, log=silent)
     assert found == replace(PROOF, cached=True)
 
 
@@ -105,11 +107,13 @@ def test_a_damaged_file_is_ignored_with_a_note(tmp_path: Path, damage: bytes) ->
     folder = tmp_path / "own"
     write_private(folder / "k.json", damage)
     said: list[str] = []
-    assert cache.read(folder, "k", backend=SDPA, log=said.append) is None
+    assert cache.read(folder, "k", name="sdpa", has_bounds=True, log=said.append) is None
     assert len(said) == 1
     assert "proving again" in said[0]
     cache.write(folder, "k", PROOF, log=silent)
-    assert cache.read(folder, "k", backend=SDPA, log=silent) == replace(PROOF, cached=True)
+    assert cache.read(folder, "k", name="sdpa", has_bounds=True, log=silent) == replace(
+        PROOF, cached=True
+    )
 
 
 def test_a_backend_that_quantizes_may_have_figures_without_a_bound(tmp_path: Path) -> None:
@@ -118,7 +122,7 @@ def test_a_backend_that_quantizes_may_have_figures_without_a_bound(tmp_path: Pat
     exact = Figure(quantity="dq", error=-math.inf, allowed=math.inf, case="17 tokens")
     proof = replace(PROOF, backend="sage", figures=(FIGURE, exact))
     cache.write(tmp_path / "own", "k", proof, log=silent)
-    found = cache.read(tmp_path / "own", "k", backend=sage, log=silent)
+    found = cache.read(tmp_path / "own", "k", name="sage", has_bounds=False, log=silent)
     assert found == replace(proof, cached=True)
 
 
@@ -156,7 +160,7 @@ def test_a_file_that_others_could_have_written_is_ignored_with_a_note(
     cache.write(tmp_path / "own", "k", PROOF, log=silent)
     change(tmp_path / "own" / "k.json")
     said: list[str] = []
-    assert cache.read(tmp_path / "own", "k", backend=SDPA, log=said.append) is None
+    assert cache.read(tmp_path / "own", "k", name="sdpa", has_bounds=True, log=said.append) is None
     assert len(said) == 1
     assert why in said[0]
 

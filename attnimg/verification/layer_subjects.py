@@ -1,0 +1,328 @@
+"""List the layers that Liger replaced in a model: how each is called, and its random inputs.
+
+A layer is called with weights and inputs of the model's sizes. The linear layers of an MLP are left
+out: their products are given, so that only the fused part is compared.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import inspect
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from attnimg.facts import LayersTask
+from attnimg.liger import Replaced, ReplacedFunction
+
+# Experts that are proven together; a layer may have hundreds, all of one size, and GBs in float64.
+EXPERTS = 3
+
+# The layers of a GLU that write its result; the others compute its inputs.
+_LAST_LINEARS = ("down_proj", "w2")
+
+
+class Draw(NamedTuple):
+    """The inputs of a call in float64, with values that each one's dtype can represent.
+
+    Attributes:
+        leaves: the inputs that get gradients: activations and weights.
+        others: the other arguments.
+        dtypes: the dtype of each.
+        weights: the names of the leaves that are weights.
+        kept: the names of activations that the model uses after the call.
+        d_out: gradients of the outputs.
+    """
+
+    leaves: dict[str, Tensor]
+    others: dict[str, Tensor]
+    dtypes: dict[str, torch.dtype]
+    weights: frozenset[str]
+    kept: frozenset[str]
+    d_out: tuple[Tensor, ...]
+
+
+Call = Callable[[Mapping[str, Tensor]], tuple[Tensor, ...]]
+
+
+class Subject(NamedTuple):
+    """One kind of layer: how it is called, replaced and as the model has it, and its inputs.
+
+    Attributes:
+        name: for messages, "LlamaRMSNorm".
+        found: calls the replaced layer.
+        exact: calls the model's own.
+        draw: draws the inputs of some rows.
+        dtypes: for each case, the dtypes of activations and of weights.
+        width: numbers in a row, which decide how many rows a call has.
+        multiplies: whether its kernel multiplies matrices.
+    """
+
+    name: str
+    found: Call
+    exact: Call
+    draw: Callable[[int, torch.dtype, torch.dtype, torch.Generator], Draw]
+    dtypes: tuple[tuple[str, str], ...]
+    width: int
+    multiplies: bool = False
+
+
+def build_model(task: LayersTask) -> Any:
+    """Return the run's model without weights, on the meta device."""
+    config = _find_class(task.config_class).from_dict(json.loads(task.config))
+    with torch.device("meta"):
+        return _find_class(task.model_class)._from_config(config)
+
+
+def _find_class(path: str) -> Any:
+    module, _, name = path.partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def list_subjects(
+    task: LayersTask, exact: Any, model: Any, replaced: Replaced
+) -> Iterator[Subject]:
+    """Yield each kind of layer that was replaced: class, sizes and settings differ."""
+    activation = (task.dtype, task.dtype)
+    seen = set()
+    for name in replaced.modules:
+        own, found = exact.get_submodule(name), model.get_submodule(name)
+        if (kind := _kind(own, found)) in seen:
+            continue
+        seen.add(kind)
+        shapes = {key: tuple(weight.shape) for key, weight in own.named_parameters()}
+        if any(len(shape) == 3 for shape in shapes.values()):
+            yield _experts(own, found, shapes, task)
+        elif any(isinstance(child, nn.Linear) for child in own.children()):
+            yield _glu(own, found, (activation,))
+        else:
+            yield _norm(own, found, shapes, task)
+    for function in replaced.functions:
+        # Towers for other inputs call it; a run trains on text.
+        if "vision" not in function.name:
+            yield from _ropes(exact, function, task)
+
+
+def _kind(own: nn.Module, found: nn.Module) -> tuple[object, ...]:
+    """Return what distinguishes layers: class, the sizes of their weights, and settings."""
+    shapes = tuple((name, tuple(weight.shape)) for name, weight in own.named_parameters())
+    settings = (
+        (key, value)
+        for module in (own, found)
+        for key, value in vars(module).items()
+        if isinstance(value, str | int | float | bool) and key not in ("training", "layer_idx")
+    )
+    return (type(own), shapes, *settings)
+
+
+def _precisions(task: LayersTask, *, casts_weights: bool) -> tuple[tuple[str, str], ...]:
+    """Return the dtypes of activations and weights in a run.
+
+    Args:
+        task: under autocast, embeddings and norms may be float32, and so activations between them.
+        casts_weights: whether weights may be float32 under autocast.
+    """
+    pairs = [(task.dtype, task.dtype)]
+    if task.autocast:
+        pairs.append(("float32", "float32" if casts_weights else task.dtype))
+        pairs += [(task.dtype, "float32")] if casts_weights else []
+    return tuple(pairs)
+
+
+def _norm(
+    own: nn.Module, found: nn.Module, shapes: Mapping[str, tuple[int, ...]], task: LayersTask
+) -> Subject:
+    """Return a norm: its input is the residual stream, which the model uses afterwards."""
+    width = next(
+        (shape[0] for shape in shapes.values()), json.loads(task.config).get("hidden_size", 64)
+    )
+
+    def draw(
+        rows: int, dtype: torch.dtype, weight_dtype: torch.dtype, generator: torch.Generator
+    ) -> Draw:
+        # Rows of different sizes: in the smallest ones, epsilon matters.
+        size = torch.logspace(-2.5, 1, rows, dtype=torch.float64)[torch.randperm(rows)]
+        x = _normal((2, rows // 2, width), generator) * size[: rows // 2 * 2].view(2, -1, 1)
+        x = _round(x, dtype)
+        weights = {key: _round(1 + 0.3 * _normal(shape, generator), weight_dtype)
+                   for key, shape in shapes.items()}  # fmt: skip
+        # A part along x, without which the gradient's second term would be smaller than rounding.
+        along = x / x.square().mean(-1, keepdim=True).sqrt().clamp_min(1e-9)
+        d_out = _round(_normal(x.shape, generator) + along, dtype)
+        names = dict.fromkeys(weights, weight_dtype)
+        return Draw(
+            leaves={"x": x, **weights}, others={}, dtypes={"x": dtype, **names},
+            weights=frozenset(weights), kept=frozenset("x"), d_out=(d_out,),
+        )  # fmt: skip
+
+    def call(module: nn.Module) -> Call:
+        return lambda given: (
+            torch.func.functional_call(module, {key: given[key] for key in shapes}, given["x"]),
+        )
+
+    return Subject(type(own).__name__, call(found), call(own), draw,
+                   _precisions(task, casts_weights=True), width)  # fmt: skip
+
+
+class _Given(nn.Module):  # type: ignore[misc]  # torch is Any here
+    """Return a tensor in place of a linear layer's product."""
+
+    value: Tensor
+
+    def forward(self, _x: Tensor) -> Tensor:
+        """Return the value."""
+        return self.value
+
+
+def _glu(own: nn.Module, found: nn.Module, dtypes: tuple[tuple[str, str], ...]) -> Subject:
+    """Return an MLP without its products: what its linear layers compute is given."""
+    linears = {name: child for name, child in own.named_children() if isinstance(child, nn.Linear)}
+    first = [name for name in linears if name not in _LAST_LINEARS]
+    width = sum(linears[name].out_features for name in first)
+
+    def call(module: nn.Module) -> Call:
+        module = copy.deepcopy(module)
+        for name in linears:
+            setattr(module, name, _Given() if name in first else nn.Identity())
+
+        def run(given: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+            for name in first:
+                getattr(module, name).value = given[name]
+            return (module(given[first[0]]),)
+
+        return run
+
+    def draw(
+        rows: int, dtype: torch.dtype, _weight: torch.dtype, generator: torch.Generator
+    ) -> Draw:
+        leaves = {
+            name: _round(2 * _normal((2, rows // 2, linears[name].out_features), generator), dtype)
+            for name in first
+        }
+        size = sum(linears[name].out_features for name in first) // 2
+        d_out = _round(_normal((2, rows // 2, size), generator), dtype)
+        return Draw(
+            leaves=leaves, others={}, dtypes=dict.fromkeys(leaves, dtype), weights=frozenset(),
+            kept=frozenset(), d_out=(d_out,),
+        )  # fmt: skip
+
+    return Subject(type(own).__name__, call(found), call(own), draw, dtypes, width)
+
+
+def _experts(
+    own: nn.Module, found: nn.Module, shapes: Mapping[str, tuple[int, ...]], task: LayersTask
+) -> Subject:
+    """Return the experts of a layer, with random routing."""
+    count = min(EXPERTS, next(iter(shapes.values()))[0])
+    sizes = {name: (count, *shape[1:]) for name, shape in shapes.items()}
+    hidden = sizes["gate_up_proj"][2]
+
+    def call(module: Any) -> Call:
+        module = copy.deepcopy(module)
+        module.num_experts = count
+        if hasattr(module, "config"):
+            # The other implementations have no float64.
+            module.config._experts_implementation = "eager"
+        return lambda given: (
+            torch.func.functional_call(
+                module,
+                {key: given[key] for key in sizes},
+                (given["x"], given["index"], given["routing"]),
+            ),
+        )
+
+    def draw(
+        rows: int, dtype: torch.dtype, weight_dtype: torch.dtype, generator: torch.Generator
+    ) -> Draw:
+        top = min(2, count)
+        weights = {key: _round(_normal(shape, generator) / math.sqrt(shape[2]), weight_dtype)
+                   for key, shape in sizes.items()}  # fmt: skip
+        index = torch.rand((rows, count), generator=generator).topk(top).indices
+        leaves = {
+            "x": _round(_normal((rows, hidden), generator), dtype),
+            "routing": _round(torch.rand((rows, top), generator=generator).double() + 0.1, dtype),
+            **weights,
+        }
+        return Draw(
+            leaves=leaves, others={"index": index},
+            dtypes={"x": dtype, "routing": dtype, **dict.fromkeys(weights, weight_dtype)},
+            weights=frozenset(weights), kept=frozenset({"x"}),
+            d_out=(_round(_normal((rows, hidden), generator), dtype),),
+        )  # fmt: skip
+
+    pairs = _precisions(task, casts_weights=False)
+    return Subject(
+        type(own).__name__, call(found), call(own), draw, pairs, hidden * count, multiplies=True
+    )
+
+
+def _ropes(model: Any, replaced: ReplacedFunction, task: LayersTask) -> Iterator[Subject]:
+    """Yield a function that rotates q and k, for each kind of layer that has its own angles."""
+    text = model.config.get_text_config(decoder=True)
+    heads = text.num_attention_heads
+    kv_heads = getattr(text, "num_key_value_heads", None) or heads
+    embedding = next(m for name, m in model.named_modules() if name.endswith("rotary_emb"))
+    embedding = type(embedding)(config=text)
+    takes_kind = "layer_type" in inspect.signature(embedding.forward).parameters
+    kinds = list(dict.fromkeys(text.layer_types)) if takes_kind else [None]
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
+
+    for kind in kinds:
+
+        def draw(
+            rows: int,
+            dtype: torch.dtype,
+            angle_dtype: torch.dtype,
+            generator: torch.Generator,
+            kind: str | None = kind,
+        ) -> Draw:
+            shape = (2, rows // 2)
+            # As in packed rows: each document begins at 0, and some are long.
+            positions = torch.randint(0, 4096, shape, generator=generator)
+            options = {"layer_type": kind} if kind else {}
+            angles = embedding(torch.zeros(1, dtype=torch.float32), positions, **options)
+            cos, sin = (_round(x.detach().double(), angle_dtype) for x in angles)
+            leaves = {
+                name: _round(_normal((*shape, count, head_dim), generator), dtype)
+                for name, count in (("q", heads), ("k", kv_heads))
+            }
+            d_out = tuple(
+                _round(_normal(x.transpose(1, 2).shape, generator), dtype) for x in leaves.values()
+            )
+            return Draw(
+                leaves=leaves, others={"cos": cos, "sin": sin},
+                dtypes={"q": dtype, "k": dtype, "cos": angle_dtype, "sin": angle_dtype},
+                weights=frozenset(), kept=frozenset({"cos", "sin"}), d_out=d_out,
+            )  # fmt: skip
+
+        def call(function: Callable[..., Any]) -> Call:
+            # A model's projections are (B, T, H, D), and q and k are transposed views of them.
+            return lambda given: tuple(
+                function(
+                    given["q"].transpose(1, 2), given["k"].transpose(1, 2),
+                    given["cos"], given["sin"],
+                )
+            )  # fmt: skip
+
+        name = f"{replaced.name} of {kind}" if kind else replaced.name
+        pairs = _precisions(task, casts_weights=True)[:1]
+        if task.autocast:
+            pairs += ((task.dtype, "float32"),)
+        found = vars(replaced.module)[replaced.name]
+        yield Subject(
+            name, call(found), call(replaced.original), draw, pairs, heads * head_dim
+        )  # fmt: skip
+
+
+def _normal(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+
+def _round(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return float64 values that a dtype can represent."""
+    return value.to(dtype).double()

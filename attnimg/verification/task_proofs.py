@@ -1,0 +1,85 @@
+"""Prove the layers and the optimizer of a run, or read their proofs from the cache."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from attnimg.facts import LayersTask, OptimizerTask, Proof
+from attnimg.files import CachedHasher
+from attnimg.verification.proofs import Setting, proof_key, read, versions_of, write
+from attnimg.verification.runner import Candidate, run
+
+Task = LayersTask | OptimizerTask
+
+# The beginnings of the environment variables that choose among kernels, or interpret them.
+_VARIABLES = ("LIGER_", "TRITON_INTERPRET")
+
+
+def prove_tasks(
+    tasks: Sequence[Task], *, setting: Setting, log: Callable[[str], None]
+) -> list[Proof]:
+    """Prove tasks in a child process.
+
+    Args:
+        tasks: layers and optimizers.
+        setting: the machine, the environment and the cache.
+        log: called with each progress line, and with notes on unusable files of the cache.
+
+    Returns:
+        A proof for each task, in the same order; its `backend` is task_name.
+    """
+    candidates = [Candidate(backend=task_name(task), geometries=(), task=task) for task in tasks]
+    keys = [_key(candidate, setting) for candidate in candidates]
+    proofs: dict[int, Proof] = {}
+    for place, (candidate, key) in enumerate(zip(candidates, keys, strict=True)):
+        if setting.folder is not None and key is not None:
+            cached = read(setting.folder, key, name=candidate.backend, has_bounds=True, log=log)
+            if cached is not None:
+                proofs[place] = cached
+    missing = [place for place in range(len(tasks)) if place not in proofs]
+    if missing:
+        device = "cpu" if setting.machine.arch.vendor == "cpu" else "cuda"
+        made = run([candidates[place] for place in missing], device=device, log=log)
+        for place, proof in zip(missing, made, strict=True):
+            proofs[place] = proof
+            # Where files changed during the proof, it is not written.
+            if setting.folder and keys[place] and _key(candidates[place], setting) == keys[place]:
+                write(setting.folder, str(keys[place]), proof, log=log)
+    return [proofs[place] for place in range(len(tasks))]
+
+
+def task_name(task: Task) -> str:
+    """Return the name of a task: the key "liger_rms_norm", or the optimizer "adamw_8bit"."""
+    return task.optimizer if isinstance(task, OptimizerTask) else f"liger_{task.op}"
+
+
+def package_of(task: Task) -> str:
+    """Return the distribution whose code a task proves."""
+    if isinstance(task, LayersTask):
+        return "liger-kernel"
+    return "torchao" if task.optimizer.startswith("adamw_torch_") else "bitsandbytes"
+
+
+def _key(candidate: Candidate, setting: Setting) -> str | None:
+    """Return the key of a proof; None without a cache, or where files can't be read."""
+    if setting.folder is None:
+        return None
+    hashes = CachedHasher(setting.folder)
+    assert candidate.task is not None
+    package = package_of(candidate.task)
+    try:
+        found = hashes.hash_package(package)
+        content = {"attnimg": hashes.hash_folder(Path(__file__).parents[1])}
+    except OSError:
+        return None
+    if not found:
+        return None
+    hashes.save()
+    return proof_key(
+        candidate,
+        machine=setting.machine,
+        versions=versions_of([package]),
+        content=content | {package: found},
+        variables={k: v for k, v in setting.environment.items() if k.startswith(_VARIABLES)},
+    )
