@@ -22,7 +22,7 @@ from attnimg.config.attention import (
     replace_legacy_keys,
 )
 from attnimg.config.read import read_yaml, with_overrides
-from attnimg.config.rules import value_errors
+from attnimg.config.rules import value_errors, value_warnings
 from attnimg.config.schema import (
     CheckResult,
     Config,
@@ -94,7 +94,8 @@ def check_values(
     errors += [finding for finding in legacy if finding.why]
     errors += [*bad_name, *_missing_keys(values), *bad_values]
     errors += [finding for finding in attention if finding.why]
-    errors += value_errors(config, {(error.key or "").partition("[")[0] for error in bad_values})
+    failed = {(error.key or "").partition("[")[0] for error in bad_values}
+    errors += value_errors(config, failed)
     others = _other_keys(values, failed={error.key for error in errors})
     errors += [finding for finding in others if finding.why]
     return CheckResult(
@@ -103,7 +104,10 @@ def check_values(
         config=config.model_copy(update=_flags(name, backend, bad=bool(bad_name))),
         requested=name if isinstance(name, str) else None,
         errors=tuple(errors),
-        warnings=tuple(finding for finding in (*legacy, *attention, *others) if not finding.why),
+        warnings=(
+            *(finding for finding in (*legacy, *attention, *others) if not finding.why),
+            *value_warnings(config, failed),
+        ),
     )
 
 

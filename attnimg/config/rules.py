@@ -18,6 +18,7 @@ from attnimg.config.schema import (
     is_chat,
     is_text,
     make_error,
+    make_warning,
     role_names,
 )
 from attnimg.facts import Finding
@@ -127,17 +128,44 @@ def _evaluation(config: Config) -> Iterator[Finding]:
                           f"remove {key}")  # fmt: skip
         return
     why = "found val_set_size: 0 and no test_datasets"
-    requested = [
-        key
-        for key in ("eval_steps", "evals_per_epoch", "early_stopping_patience", "eval_strategy")
-        if getattr(config, key) not in (None, 0, "no")
-    ]
+    unused = _unused_evaluation_keys(config)
+    requested = [key for key in ("eval_steps", "early_stopping_patience", "eval_strategy")
+                 if getattr(config, key) not in (None, "no") and key not in unused]  # fmt: skip
     for key in requested[:1]:
         do = f"set val_set_size: 0.05, or remove {key}"
         yield _bad_value(key, f"{key} needs evaluation data", why, do)
     if config.lr_scheduler == "reduce_lr_on_plateau":
         what = "lr_scheduler: reduce_lr_on_plateau needs evaluation data"
         yield _bad_value("lr_scheduler", what, why, "set val_set_size: 0.05")
+
+
+def _unused_evaluation_keys(config: Config) -> list[str]:
+    """Return the keys on evaluations that have no effect, since the run has nothing to evaluate on.
+
+    evals_per_epoch stands in many configs without such data. The other two say that evaluations
+    are wanted, unless the config turns them off with val_set_size: 0.
+    Source: axolotl 0.19.0, utils/config/__init__.py, normalize_config (2026-11-27).
+    """
+    if config.val_set_size or config.test_datasets:
+        return []
+    keys = ["evals_per_epoch"]
+    if "val_set_size" in config.model_fields_set:
+        keys += ["eval_steps", "eval_strategy"]
+    return [key for key in keys if getattr(config, key) not in (None, 0, "no")]
+
+
+def value_warnings(config: Config, failed: Collection[str]) -> Iterator[Finding]:
+    """Yield a warning for each key whose values are used otherwise than a reader may expect.
+
+    Args:
+        config: the valid part of the config.
+        failed: the keys that are not in it because their values are invalid.
+    """
+    if not {"val_set_size", "test_datasets"} & set(failed):
+        for key in _unused_evaluation_keys(config):
+            what = f"{key} has no effect: there is no evaluation data"
+            do = f"set val_set_size: 0.05, or remove {key}"
+            yield make_warning("without-effect", key, what, do)
 
 
 def _adapter(config: Config) -> Iterator[Finding]:

@@ -329,6 +329,7 @@ CASES: dict[str, Case] = {
         "eval_steps": 2, "eval_strategy": "epoch", "val_set_size": 0.1}),
     "nothing to evaluate on": Case(code="bad-value", machine=CPU, options=2, values={
         "evals_per_epoch": 2, "eval_strategy": "steps"}),
+    "evaluations of nothing": Case(code="without-effect", options=2, values={"evals_per_epoch": 2}),
     "no checkpoint": Case(code="no-checkpoint", machine=CPU,
                           values={"resume_from_checkpoint": True}),
     "a folder that is no checkpoint": Case(

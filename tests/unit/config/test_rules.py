@@ -43,12 +43,14 @@ WRONG: dict[str, tuple[dict[str, Any], str, str]] = {
     "evaluations an epoch under strategy no": (
         {"evals_per_epoch": 1, "eval_strategy": "no", "val_set_size": 0.1},
         "bad-value", "eval_strategy"),
-    "evaluations without data": ({"evals_per_epoch": 1}, "bad-value", "evals_per_epoch"),
     "steps of evaluations without data": ({"eval_steps": 5}, "bad-value", "eval_steps"),
     "a strategy of evaluations without data": (
         {"eval_strategy": "epoch"}, "bad-value", "eval_strategy"),
     "early stopping without data": (
         {"early_stopping_patience": 2}, "bad-value", "early_stopping_patience"),
+    "early stopping where data is turned off": (
+        {"early_stopping_patience": 2, "eval_steps": 2, "val_set_size": 0},
+        "bad-value", "early_stopping_patience"),
     "early stopping without evaluations": (
         {"early_stopping_patience": 2, "val_set_size": 0.1, "eval_strategy": "no"},
         "bad-value", "eval_strategy"),
@@ -148,6 +150,36 @@ def test_what_train_refuses_on_values_is_refused_by_check(name: str) -> None:
     assert found.what
     assert found.why
     assert found.do
+
+
+# Keys without effect: the config, and the keys that `check` warns of.
+UNUSED: dict[str, tuple[dict[str, Any], list[str]]] = {
+    "evaluations an epoch without data": ({"evals_per_epoch": 1}, ["evals_per_epoch"]),
+    "evaluations where data is turned off": (
+        {"evals_per_epoch": 4, "val_set_size": 0, "eval_strategy": "steps"},
+        ["evals_per_epoch", "eval_strategy"]),
+    "steps where data is turned off": ({"eval_steps": 4, "val_set_size": 0.0}, ["eval_steps"]),
+    "evaluations with data": ({"evals_per_epoch": 4, "val_set_size": 0.1}, []),
+    "evaluations with documents": ({"evals_per_epoch": 4, "test_datasets": [TEXT]}, []),
+    "no evaluations": ({"evals_per_epoch": 0, "val_set_size": 0, "eval_strategy": "no"}, []),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", UNUSED)
+def test_check_warns_of_keys_without_effect(name: str) -> None:
+    values, unused = UNUSED[name]
+    values = {"base_model": "m", "learning_rate": 1e-4, "datasets": [TEXT], **values}
+    found = check_values(values, file="x.yaml")
+    assert found.ok
+    assert [(warning.code, warning.key) for warning in found.warnings] == [
+        ("without-effect", key) for key in unused
+    ]
+
+
+def test_a_wrong_val_set_size_is_not_taken_for_none() -> None:
+    values = {"base_model": "m", "learning_rate": 1e-4, "datasets": [TEXT],
+              "val_set_size": "much", "evals_per_epoch": 2}  # fmt: skip
+    assert check_values(values, file="x.yaml").warnings == ()
 
 
 @pytest.mark.parametrize("name", RIGHT)
